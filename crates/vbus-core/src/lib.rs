@@ -1,0 +1,1 @@
+//! The device end of vbus: bus, devices, connections, memory, interrupts, the event loop.

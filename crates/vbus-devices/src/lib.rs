@@ -1,0 +1,1 @@
+//! The device classes of vbus: venet and state.

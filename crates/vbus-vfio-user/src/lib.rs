@@ -1,0 +1,1 @@
+//! The vfio-user connector of vbus: server for VMMs, client for plain processes.

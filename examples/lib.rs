@@ -1,0 +1,1 @@
+//! Complete small devices with their drivers.

@@ -1,0 +1,2 @@
+//! Kits, images, demo, tests and benchmarks of vbus.
+fn main() {}
