@@ -1,1 +1,40 @@
 //! Shared memory of vbus: the ABI's layouts, and both ends of signal, ring and state page.
+//!
+//! Three separate constructs, because the question "who must be woken?" has nothing to do with the question "what is kept?":
+//!
+//! - a [`signal`] wakes; it stands alone and can be put beside any layout;
+//! - a [`ring`] keeps every value in flight, in order;
+//! - a [`state`] page keeps the newest value: the last update is always current.
+//!
+//! [`abi`] holds every number that both ends must agree on. The crate has no dependency, does not allocate and never panics on what the
+//! peer wrote. It also compiles as a module of another crate (a Linux driver, a model checker): paths are relative, and the atomics come
+//! from the one module [`sync`].
+//!
+//! ```
+//! use vbus_shm::{ring::{DeviceEnd, DriverEnd, Entry, Layout, Returns}, sync::Word};
+//!
+//! let layout = Layout::new(8, Returns::Entries).unwrap();
+//! let memory: Vec<Word> = (0..layout.words()).map(|_| Word::new(0)).collect();
+//! let mut driver = DriverEnd::create(&memory[..], layout, 0).unwrap();
+//! let mut device = DeviceEnd::attach(&memory[..]).unwrap();
+//!
+//! driver.submit(Entry { addr: 0x1000, len: 64, id: 7, flags: 0 }).unwrap();
+//! let kick = driver.post(); // nobody has armed yet, so nobody need be woken
+//! assert!(!kick);
+//!
+//! let entry = device.take().unwrap().expect("one entry is there");
+//! assert_eq!((entry.addr, entry.id), (0x1000, 7));
+//! device.give_back(Entry { len: 60, ..entry });
+//! device.post();
+//! assert_eq!(driver.reap().unwrap().expect("it came back").len, 60);
+//! ```
+#![cfg_attr(not(test), no_std)]
+
+pub mod abi;
+pub mod memory;
+pub mod ring;
+pub mod signal;
+pub mod state;
+pub mod sync;
+
+pub use memory::Memory;

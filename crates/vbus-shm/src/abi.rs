@@ -1,0 +1,296 @@
+//! Every number that both ends of vbus must agree on (spec/pci.md, spec/venet.md, spec/state.md). All fields are little-endian.
+
+/// PCI vendor: the one whose range for experiments vbus uses.
+pub const PCI_VENDOR: u16 = 0x1af4;
+/// PCI device: of the range set aside for experiments. This is the one place that names it.
+pub const PCI_DEVICE: u16 = 0x10f5;
+/// Major version of the ABI; also the PCI revision.
+pub const ABI_VERSION: u16 = 1;
+
+/// Device classes: the PCI subsystem id and the register [`reg::CLASS`].
+pub mod class {
+    /// An Ethernet controller (spec/venet.md).
+    pub const VENET: u16 = 1;
+    /// Named state pages (spec/state.md).
+    pub const STATE: u16 = 2;
+    /// Priority of virtual CPUs.
+    pub const SCHED: u16 = 3;
+    /// Interrupt controller.
+    pub const PIC: u16 = 4;
+    /// The first number that is free for devices of one's own.
+    pub const USER: u16 = 0x8000;
+}
+
+/// BAR 0.
+pub mod bar0 {
+    /// Bytes of the BAR.
+    pub const SIZE: u64 = 0x4000;
+    /// Offset of the register page.
+    pub const REGISTERS: u64 = 0x0000;
+    /// Offset of the doorbell page.
+    pub const DOORBELLS: u64 = 0x1000;
+    /// Bytes from one doorbell to the next. Any write of 1 to 4 bytes rings it; the value is not looked at.
+    pub const DOORBELL_STRIDE: u64 = 4;
+    /// Doorbells in the page: the largest handle is one less.
+    pub const DOORBELL_COUNT: u32 = 1024;
+    /// Offset of the MSI-X table, if there is one.
+    pub const MSIX_TABLE: u64 = 0x2000;
+    /// Offset of the MSI-X pending bits.
+    pub const MSIX_PBA: u64 = 0x3000;
+    /// The most MSI-X vectors.
+    pub const MSIX_MAX: u16 = 256;
+}
+
+/// The vendor-specific PCI capability. After the common {id 0x09, next, length} follow at these offsets:
+pub mod capability {
+    /// Length without the doorbell records.
+    pub const HEADER_BYTES: u8 = 8;
+    /// u8: [`ABI_VERSION`](super::ABI_VERSION).
+    pub const VERSION: u8 = 3;
+    /// u32: offset of the registers in BAR 0.
+    pub const REGISTERS: u8 = 4;
+    /// Bytes of one doorbell record, of which as many follow as fit the length: {kind u8, reserved u8, stride u16, base u32}.
+    pub const RECORD_BYTES: u8 = 8;
+    /// Kind of doorbell: a write to `base + handle * stride` in BAR 0.
+    pub const KIND_MMIO: u8 = 1;
+    /// Kind of doorbell: a write to I/O port `base + handle * stride`.
+    pub const KIND_PIO: u8 = 2;
+    /// Kind of doorbell: a hypercall that signals event connection `base + handle * stride`.
+    pub const KIND_HYPERCALL: u8 = 3;
+}
+
+/// Registers, as offsets in the register page. Accesses are of 4 or 8 aligned bytes; others read zeros and write nothing.
+pub mod reg {
+    /// u32, ro: [`MAGIC_VALUE`].
+    pub const MAGIC: u64 = 0x000;
+    /// The value of [`MAGIC`]: "vbus".
+    pub const MAGIC_VALUE: u32 = 0x7375_6276;
+    /// u32, ro: lowest (bits 0..16) and highest (16..32) ABI version that OPEN takes.
+    pub const ABI: u64 = 0x004;
+    /// u32, ro: device class.
+    pub const CLASS: u64 = 0x008;
+    /// u32, ro: state of the connection: bits 0..8 one of [`STATE_CLOSED`] etc., bits 16..32 the [`status`](super::status) that broke it.
+    pub const STATUS: u64 = 0x00c;
+    /// No connection.
+    pub const STATE_CLOSED: u32 = 0;
+    /// A connection is open.
+    pub const STATE_OPEN: u32 = 1;
+    /// The connection was ended by the device; CLOSE, then OPEN again.
+    pub const STATE_BROKEN: u32 = 2;
+    /// 16 bytes, ro: class name, ASCII, filled up with zeros.
+    pub const CLASS_NAME: u64 = 0x010;
+    /// 32 bytes, ro: the device's own name, UTF-8, filled up with zeros.
+    pub const NAME: u64 = 0x020;
+    /// u64, ro: features offered; the class gives bits 0..48 their meaning, the bus bits 48..64.
+    pub const FEATURES: u64 = 0x040;
+    /// u64, ro: features of the open connection.
+    pub const FEATURES_ACCEPTED: u64 = 0x048;
+    /// u32, ro: the most regions of a connection; handles are below it.
+    pub const MAX_REGIONS: u64 = 0x050;
+    /// u32, ro: interrupt vectors in use: 1 with INTx and MSI.
+    pub const VECTORS: u64 = 0x054;
+    /// u64, ro: the most bytes of a region.
+    pub const MAX_REGION_BYTES: u64 = 0x058;
+    /// u32, ro: changes whenever the config area changes.
+    pub const CONFIG_GENERATION: u64 = 0x060;
+    /// u32, ro: bytes of the config area that have a meaning.
+    pub const CONFIG_BYTES: u64 = 0x064;
+    /// u64 x 4, rw: arguments of the next command.
+    pub const ARGUMENT: u64 = 0x080;
+    /// u32, wo: a write runs the command ([`command`](super::command)) with the arguments.
+    pub const COMMAND: u64 = 0x0a0;
+    /// u32, ro: [`status`](super::status) of the last command; a read returns after the command has run.
+    pub const RESULT: u64 = 0x0a4;
+    /// u64, ro: value of the last command.
+    pub const VALUE: u64 = 0x0a8;
+    /// u32, ro: not 0 while an interrupt is pending that has not been acknowledged (INTx; also counted with MSI).
+    pub const INTERRUPT_PENDING: u64 = 0x0b0;
+    /// u32, wo: INTERRUPT_ACK: any write takes INTx back. Look at the signals after it, not before.
+    pub const INTERRUPT_ACK: u64 = 0x0b4;
+    /// The class's config area.
+    pub const CONFIG: u64 = 0x400;
+    /// Room for the config area, in bytes.
+    pub const CONFIG_MAX: usize = 0x400;
+}
+
+/// Commands of the mailbox, with their arguments a0..a3.
+pub mod command {
+    /// Opens the connection. a0: ABI version; a1: features wanted, a subset of those offered; a2: address of the handshake word (8 bytes,
+    /// aligned); a3: the value that the driver has written there. The device must find that value, or else guest memory is not shared.
+    pub const OPEN: u32 = 1;
+    /// Closes it: all regions are dropped; the device touches no memory afterwards. Succeeds always.
+    pub const CLOSE: u32 = 2;
+    /// Registers a region. a0: bits 0..32 the class's id for it, 32..48 vector, 48..56 page shift (0: contiguous); a1: address of the region,
+    /// or, with a page shift, of an array of u64 page addresses; a2: length in bytes; a3: offset of the signal block, or [`NO_SIGNAL`].
+    /// Value: the handle, which is also the number of the doorbell.
+    pub const REGION_ADD: u32 = 3;
+    /// Drops a region. a0: handle.
+    pub const REGION_DROP: u32 = 4;
+    /// Calls the class. a0: bits 0..32 function, 32..64 flags; a1: address of a buffer; a2: its length in bytes (at most
+    /// [`CALL_MAX`]). The buffer is read before and written after the call. Value: the class's.
+    pub const CALL: u32 = 5;
+    /// No signal: the region is just memory.
+    pub const NO_SIGNAL: u64 = u64::MAX;
+    /// The largest buffer of a call, in bytes.
+    pub const CALL_MAX: u64 = 65536;
+    /// The most entries of a page list.
+    pub const PAGES_MAX: u64 = 4096;
+}
+
+/// Results of commands.
+pub mod status {
+    /// Done.
+    pub const OK: u32 = 0;
+    /// No such command.
+    pub const BAD_COMMAND: u32 = 1;
+    /// An argument is out of range (reserved bits set, page shift, unknown id, ...).
+    pub const BAD_ARGUMENT: u32 = 2;
+    /// The command needs an open connection.
+    pub const NOT_OPEN: u32 = 3;
+    /// OPEN on an open connection.
+    pub const ALREADY_OPEN: u32 = 4;
+    /// OPEN with an ABI version that is not offered.
+    pub const BAD_VERSION: u32 = 5;
+    /// OPEN with features that are not offered, or that need one another.
+    pub const BAD_FEATURES: u32 = 6;
+    /// The address is not (wholly) in memory that the device can reach.
+    pub const BAD_ADDRESS: u32 = 7;
+    /// The handshake word was not there: the memory behind the address is not the guest's own (QEMU: share=on is missing).
+    pub const NOT_SHARED: u32 = 8;
+    /// A length is 0, too large, or does not fit the layout.
+    pub const BAD_LENGTH: u32 = 9;
+    /// An address or offset is not aligned.
+    pub const BAD_ALIGNMENT: u32 = 10;
+    /// The signal block does not fit the region.
+    pub const BAD_SIGNAL: u32 = 11;
+    /// No such vector.
+    pub const BAD_VECTOR: u32 = 12;
+    /// As many as there may be.
+    pub const LIMIT: u32 = 13;
+    /// No such region.
+    pub const NO_REGION: u32 = 14;
+    /// The header in the region is wrong (magic, size, form).
+    pub const BAD_LAYOUT: u32 = 15;
+    /// The class has no such function.
+    pub const BAD_FUNCTION: u32 = 16;
+    /// The id is taken.
+    pub const EXISTS: u32 = 17;
+    /// The device cannot do it now (its back end failed); the log says why.
+    pub const FAILED: u32 = 18;
+    /// The driver broke a protocol in shared memory: a ring's, say.
+    pub const CORRUPT: u32 = 19;
+    /// Memory of a region was unmapped under the connection.
+    pub const REVOKED: u32 = 20;
+    /// Not allowed: it belongs to the other end.
+    pub const DENIED: u32 = 21;
+    /// The device is being removed.
+    pub const REMOVED: u32 = 22;
+    /// The first status that is free for classes.
+    pub const CLASS: u32 = 0x100;
+}
+
+/// Feature bits of the bus itself.
+pub mod feature {
+    /// The class's bits.
+    pub const CLASS_MASK: u64 = (1 << 48) - 1;
+}
+
+/// `venet`: Ethernet (spec/venet.md).
+pub mod venet {
+    /// Feature: the driver may leave checksums to the device, and takes frames with checksums left to it.
+    pub const F_CSUM: u64 = 1 << 0;
+    /// Feature: TCP segmentation (IPv4 and IPv6), both ways. Needs [`F_CSUM`].
+    pub const F_TSO: u64 = 1 << 1;
+    /// Feature: UDP segmentation, both ways. Needs [`F_CSUM`].
+    pub const F_USO: u64 = 1 << 2;
+
+    /// Config area: MAC address, 6 bytes.
+    pub const CONFIG_MAC: usize = 0;
+    /// Config area: u16, the largest frame without its 14 bytes of Ethernet header (MTU).
+    pub const CONFIG_MTU: usize = 6;
+    /// Config area: u16, the most queue pairs.
+    pub const CONFIG_QUEUE_PAIRS: usize = 8;
+    /// Config area: u16, the most entries of a ring.
+    pub const CONFIG_RING_MAX: usize = 10;
+    /// Bytes of the config area.
+    pub const CONFIG_BYTES: usize = 16;
+
+    /// Region id of the transmit ring of queue pair `q`: counted returns. The entries (chained by NEXT) hold header and frame.
+    pub const fn tx(q: u16) -> u32 {
+        q as u32 * 2
+    }
+    /// Region id of the receive ring of queue pair `q`: entries returned; the driver submits empty buffers. A frame that needs several is
+    /// returned in several entries chained by NEXT.
+    pub const fn rx(q: u16) -> u32 {
+        q as u32 * 2 + 1
+    }
+    /// The most queue pairs of any device.
+    pub const QUEUE_PAIRS_MAX: u16 = 16;
+    /// Region id of the status page: a state page written by the device, see [`status_page`].
+    pub const REGION_STATUS: u32 = 0x100;
+
+    /// Bytes of the header before each frame: the virtio-net header {flags u8, gso_type u8, hdr_len u16, gso_size u16, csum_start u16,
+    /// csum_offset u16, num_buffers u16}.
+    pub const HEADER_BYTES: usize = 12;
+    /// The most bytes of a frame with its header: a 64 KiB segment, its Ethernet header, a tag.
+    pub const FRAME_MAX: usize = HEADER_BYTES + 65536 + 14 + 4;
+    /// The most entries of one frame.
+    pub const CHAIN_MAX: usize = 20;
+
+    /// Call: enable the device: rings are served from here on. Buffer: empty. At least one queue pair, and every pair whole.
+    pub const CALL_START: u32 = 1;
+    /// Call: receive filter. Buffer: flags u32 ([`FILTER_PROMISCUOUS`], [`FILTER_ALL_MULTICAST`]), count u32, then `count` addresses of 6
+    /// bytes. Without it a device is given its own address and broadcasts.
+    pub const CALL_FILTER: u32 = 2;
+    /// Everything passes.
+    pub const FILTER_PROMISCUOUS: u32 = 1 << 0;
+    /// Every multicast passes.
+    pub const FILTER_ALL_MULTICAST: u32 = 1 << 1;
+    /// The most addresses of a filter.
+    pub const FILTER_MAX: u32 = 64;
+
+    /// The status page's value: u64 words, in this order.
+    pub mod status_page {
+        /// 1: link up.
+        pub const LINK: usize = 0;
+        /// MAC in the low 48 bits, first byte lowest.
+        pub const MAC: usize = 1;
+        /// Frames from the driver.
+        pub const TX_FRAMES: usize = 2;
+        /// Bytes from the driver, without headers.
+        pub const TX_BYTES: usize = 3;
+        /// Frames from the driver that were dropped.
+        pub const TX_DROPS: usize = 4;
+        /// Frames to the driver.
+        pub const RX_FRAMES: usize = 5;
+        /// Bytes to the driver, without headers.
+        pub const RX_BYTES: usize = 6;
+        /// Frames to the driver that were dropped, for want of buffers.
+        pub const RX_DROPS: usize = 7;
+        /// Words of the value.
+        pub const WORDS: usize = 8;
+        /// Bytes of the value.
+        pub const BYTES: u32 = 64;
+    }
+}
+
+/// `state`: named state pages (spec/state.md). The region with id `i` is page number `i` of the device.
+pub mod state {
+    /// Config area: u32, number of pages.
+    pub const CONFIG_PAGES: usize = 0;
+    /// Bytes of the config area.
+    pub const CONFIG_BYTES: usize = 8;
+    /// The most pages of a device.
+    pub const PAGES_MAX: u32 = 256;
+    /// Call: describe a page. Buffer in: number u32; out: [`DESCRIPTION_BYTES`] bytes: value bytes u32, owner u32 ([`OWNER_DEVICE`] or
+    /// [`OWNER_DRIVER`]), name of 56 bytes, UTF-8, filled up with zeros.
+    pub const CALL_DESCRIBE: u32 = 1;
+    /// Bytes of a description.
+    pub const DESCRIPTION_BYTES: usize = 64;
+    /// The most bytes of a name.
+    pub const NAME_MAX: usize = 56;
+    /// The device's end writes the page.
+    pub const OWNER_DEVICE: u32 = 0;
+    /// The driver's end writes the page.
+    pub const OWNER_DRIVER: u32 = 1;
+}
