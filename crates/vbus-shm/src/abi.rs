@@ -294,3 +294,12 @@ pub mod state {
     /// The driver's end writes the page.
     pub const OWNER_DRIVER: u32 = 1;
 }
+
+const _: () = {
+    use reg::{ARGUMENT, CLASS_NAME, COMMAND, CONFIG, CONFIG_MAX, FEATURES, NAME, VALUE};
+    assert!(bar0::DOORBELLS + bar0::DOORBELL_STRIDE * bar0::DOORBELL_COUNT as u64 <= bar0::MSIX_TABLE);
+    assert!(bar0::MSIX_TABLE + 16 * bar0::MSIX_MAX as u64 <= bar0::MSIX_PBA && bar0::MSIX_PBA < bar0::SIZE);
+    assert!(CLASS_NAME + 16 == NAME && NAME + 32 == FEATURES && FEATURES % 8 == 0);
+    assert!(ARGUMENT + 4 * 8 == COMMAND && VALUE % 8 == 0 && CONFIG + CONFIG_MAX as u64 <= bar0::DOORBELLS);
+    assert!(venet::status_page::BYTES as usize == venet::status_page::WORDS * 8);
+};

@@ -31,7 +31,9 @@
 #![cfg_attr(not(test), no_std)]
 
 pub mod abi;
+mod copy;
 pub mod memory;
+pub mod raw;
 pub mod ring;
 pub mod signal;
 pub mod state;

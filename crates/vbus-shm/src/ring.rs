@@ -4,9 +4,9 @@
 //! nothing, only counts them in its `seq`). An entry carries a lap tag, so that a poller touches nothing but the entry's own line. The
 //! number of entries in flight never exceeds the ring's size, which is all the flow control there is.
 
-use super::memory::{Memory, WORD};
-use super::signal::{Armed, BLOCK_BYTES, BadSignal, End, Receiver, Sender};
-use super::sync::Ordering;
+use super::memory::{Memory, WORD, low, read_u32};
+use super::signal::{self, Armed, BLOCK_BYTES, BadSignal, End, Receiver, Sender};
+use super::sync::{Edge, Ordering, Word, observe, publish};
 
 /// First word of the header: "vbusri" and the layout's version.
 pub const MAGIC: u64 = 0x0001_6972_7375_6276;
@@ -23,6 +23,13 @@ const HEADER_ENTRIES: usize = 1;
 const HEADER_RETURNS: usize = 2;
 const HEADER_START: usize = 3;
 const ENTRY_WORDS: usize = ENTRY_BYTES / WORD;
+
+const _: () = {
+    assert!(ENTRY_BYTES == 16 && SIGNAL_OFFSET == 128 && SUBMIT_OFFSET == 384);
+    assert!(SIGNAL_OFFSET % signal::BLOCK_ALIGN == 0 && SUBMIT_OFFSET % 64 == 0);
+    assert!((HEADER_START + 1) * WORD <= SIGNAL_OFFSET);
+    assert!(MAX_ENTRIES.is_power_of_two() && MAX_ENTRIES <= i32::MAX as u32);
+};
 
 /// Flag of an entry: the next one belongs to it (scatter-gather).
 pub const NEXT: u16 = 1 << 0;
@@ -116,10 +123,15 @@ impl Layout {
         self.returns
     }
 
+    /// Bytes of one array: whole cache lines, so that none has two writers.
+    fn array_bytes(&self) -> usize {
+        (self.entries as usize * ENTRY_BYTES).next_multiple_of(64)
+    }
+
     /// Bytes of the whole ring.
     pub fn bytes(&self) -> usize {
         let arrays = if self.returns == Returns::Entries { 2 } else { 1 };
-        (SUBMIT_OFFSET + arrays * self.entries as usize * ENTRY_BYTES).next_multiple_of(64)
+        SUBMIT_OFFSET + arrays * self.array_bytes()
     }
 
     /// Words of the whole ring.
@@ -132,7 +144,7 @@ impl Layout {
     }
 
     fn return_word(&self, pos: u32) -> usize {
-        self.submit_word(pos) + self.entries as usize * ENTRY_WORDS
+        self.submit_word(pos) + self.array_bytes() / WORD
     }
 
     /// The lap tag of position `pos`. Memory of zeros holds no entry of the first lap.
@@ -143,22 +155,22 @@ impl Layout {
 
 /// Reads the entry at word `at` if it is of lap `lap`.
 #[inline(always)]
-fn load(words: &[super::sync::Word], at: usize, lap: bool) -> Option<Entry> {
+fn load(words: &[Word], at: usize, lap: bool) -> Option<Entry> {
     // Pairs with the release in `store`: the address is visible with its tag.
-    let tag = words[at + 1].load(Ordering::Acquire);
+    let tag = observe(&words[at + 1], Edge::Tag);
     let flags = (tag >> 48) as u16;
     if (flags & LAP != 0) != lap {
         return None;
     }
     let addr = words[at].load(Ordering::Relaxed);
-    Some(Entry { addr, len: tag as u32, id: (tag >> 32) as u16, flags: flags & !LAP })
+    Some(Entry { addr, len: low(tag), id: (tag >> 32 & 0xffff) as u16, flags: flags & !LAP })
 }
 
 #[inline(always)]
-fn store(words: &[super::sync::Word], at: usize, lap: bool, entry: Entry) {
+fn store(words: &[Word], at: usize, lap: bool, entry: Entry) {
     words[at].store(entry.addr, Ordering::Relaxed);
     // Pairs with the acquire in `load`.
-    words[at + 1].store(entry.tag(lap), Ordering::Release);
+    publish(&words[at + 1], entry.tag(lap), Edge::Tag);
 }
 
 /// The driver's end: submits, and reaps what comes back.
@@ -186,11 +198,7 @@ impl<M: Memory + Clone> DriverEnd<M> {
                 store(words, layout.return_word(pos), !layout.lap(pos), none);
             }
         }
-        for word in &words[SIGNAL_OFFSET / WORD..SUBMIT_OFFSET / WORD] {
-            word.store(0, Ordering::Relaxed);
-        }
-        words[SIGNAL_OFFSET / WORD].store(u64::from(start), Ordering::Relaxed);
-        words[(SIGNAL_OFFSET + 128) / WORD].store(u64::from(start), Ordering::Relaxed);
+        signal::format(&mem, SIGNAL_OFFSET, start)?;
         words[HEADER_ENTRIES].store(u64::from(layout.entries), Ordering::Relaxed);
         words[HEADER_RETURNS].store(u64::from(layout.returns == Returns::Entries), Ordering::Relaxed);
         words[HEADER_START].store(u64::from(start), Ordering::Relaxed);
@@ -295,13 +303,13 @@ impl<M: Memory + Clone> DeviceEnd<M> {
         if words[0].load(Ordering::Acquire) != MAGIC {
             return Err(BadRing::Magic);
         }
-        let entries = u32::try_from(words[HEADER_ENTRIES].load(Ordering::Relaxed)).map_err(|_| BadRing::Entries)?;
+        let entries = read_u32(&words[HEADER_ENTRIES]).ok_or(BadRing::Entries)?;
         let returns = match words[HEADER_RETURNS].load(Ordering::Relaxed) {
             0 => Returns::Counted,
             1 => Returns::Entries,
             _ => return Err(BadRing::Returns),
         };
-        let start = words[HEADER_START].load(Ordering::Relaxed) as u32;
+        let start = low(words[HEADER_START].load(Ordering::Relaxed));
         let layout = Layout::new(entries, returns)?;
         if words.len() < layout.words() {
             return Err(BadRing::TooSmall);
@@ -363,5 +371,142 @@ impl<M: Memory + Clone> DeviceEnd<M> {
     /// Asks for no kick.
     pub fn disarm(&mut self) {
         self.rx.disarm();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn memory(layout: Layout) -> Vec<Word> {
+        (0..layout.words()).map(|_| Word::new(0)).collect()
+    }
+
+    fn entry(n: u64) -> Entry {
+        Entry { addr: n, len: 5, id: 6, flags: NEXT }
+    }
+
+    #[test]
+    fn layouts_are_whole_lines() {
+        let bytes = |entries, returns| Layout::new(entries, returns).unwrap().bytes();
+        assert_eq!(bytes(2, Returns::Counted), 448);
+        assert_eq!(bytes(2, Returns::Entries), 512);
+        assert_eq!(bytes(256, Returns::Counted), 384 + 4096);
+        assert_eq!(bytes(256, Returns::Entries), 384 + 8192);
+        for entries in [0, 1, 3, 65536, u32::MAX] {
+            assert_eq!(Layout::new(entries, Returns::Counted), Err(BadRing::Entries));
+        }
+    }
+
+    #[test]
+    fn entries_come_out_in_order_over_many_laps() {
+        for start in [0, 3, u32::MAX - 5, u32::MAX] {
+            let layout = Layout::new(4, Returns::Entries).unwrap();
+            let memory = memory(layout);
+            let mut driver = DriverEnd::create(&memory[..], layout, start).unwrap();
+            let mut device = DeviceEnd::attach(&memory[..]).unwrap();
+            assert_eq!((device.take(), driver.reap()), (Ok(None), Ok(None)));
+            for n in 0..20 {
+                assert_eq!(driver.submit(entry(n)), Ok(()));
+                let _ = driver.post();
+                assert_eq!(device.take(), Ok(Some(entry(n))));
+                device.give_back(Entry { len: 9, ..entry(n) });
+                let _ = device.post();
+                assert_eq!(driver.reap(), Ok(Some(Entry { len: 9, ..entry(n) })));
+            }
+        }
+    }
+
+    #[test]
+    fn full_is_full_until_reaped() {
+        let layout = Layout::new(4, Returns::Counted).unwrap();
+        let memory = memory(layout);
+        let mut driver = DriverEnd::create(&memory[..], layout, u32::MAX - 1).unwrap();
+        let mut device = DeviceEnd::attach(&memory[..]).unwrap();
+        for n in 0..4 {
+            assert_eq!(driver.submit(entry(n)), Ok(()));
+        }
+        assert_eq!(driver.submit(entry(4)), Err(Full));
+        for n in 0..4 {
+            assert_eq!(device.take(), Ok(Some(entry(n))));
+        }
+        assert_eq!(device.take(), Ok(None));
+        device.give_back(entry(0));
+        assert_eq!(driver.reap_count(), Ok(0), "not posted yet");
+        let _ = device.post();
+        assert_eq!((driver.reap_count(), driver.space()), (Ok(1), 1));
+        for _ in 0..10 {
+            device.give_back(entry(0));
+        }
+        let _ = device.post();
+        assert_eq!((device.held(), driver.reap_count()), (0, Ok(3)));
+    }
+
+    #[test]
+    fn an_entry_taken_before_its_post_does_not_kick() {
+        let layout = Layout::new(4, Returns::Counted).unwrap();
+        let memory = memory(layout);
+        let mut driver = DriverEnd::create(&memory[..], layout, 0).unwrap();
+        let mut device = DeviceEnd::attach(&memory[..]).unwrap();
+        driver.submit(entry(1)).unwrap();
+        assert!(device.take().unwrap().is_some());
+        assert_eq!(device.arm(0), Armed::Waiting);
+        assert!(!driver.post(), "the device has it already");
+        driver.submit(entry(2)).unwrap();
+        assert!(driver.post());
+    }
+
+    #[test]
+    fn attach_checks_the_header() {
+        let layout = Layout::new(8, Returns::Entries).unwrap();
+        let memory = memory(layout);
+        let attach = || DeviceEnd::attach(&memory[..]).map(|d| d.layout());
+        assert_eq!(attach(), Err(BadRing::Magic));
+        DriverEnd::create(&memory[..], layout, 0).unwrap();
+        assert_eq!(attach(), Ok(layout));
+        for (word, value, error) in [
+            (HEADER_ENTRIES, 9, BadRing::Entries),
+            (HEADER_ENTRIES, 1 << 32 | 8, BadRing::Entries),
+            (HEADER_ENTRIES, 16, BadRing::TooSmall),
+            (HEADER_RETURNS, 2, BadRing::Returns),
+        ] {
+            let before = memory[word].swap(value, Ordering::Relaxed);
+            assert_eq!(attach(), Err(error));
+            memory[word].store(before, Ordering::Relaxed);
+        }
+        assert_eq!(DeviceEnd::attach(&memory[..10]).unwrap_err(), BadRing::TooSmall);
+        assert_eq!(DriverEnd::create(&memory[..10], layout, 0).unwrap_err(), BadRing::TooSmall);
+    }
+
+    #[test]
+    fn a_peer_that_sends_too_much_is_corrupt() {
+        let layout = Layout::new(2, Returns::Entries).unwrap();
+        let memory = memory(layout);
+        let mut driver = DriverEnd::create(&memory[..], layout, 0).unwrap();
+        let mut device = DeviceEnd::attach(&memory[..]).unwrap();
+        driver.submit(entry(0)).unwrap();
+        driver.submit(entry(1)).unwrap();
+        assert!(device.take().unwrap().is_some() && device.take().unwrap().is_some());
+        store(&memory, layout.submit_word(2), layout.lap(2), entry(2));
+        assert_eq!(device.take(), Err(Corrupt::Overfull));
+        assert_eq!(driver.reap(), Ok(None));
+        for pos in 0..2 {
+            store(&memory, layout.return_word(pos), layout.lap(pos), entry(0));
+            assert!(driver.reap().unwrap().is_some());
+        }
+        store(&memory, layout.return_word(2), layout.lap(2), entry(0));
+        assert_eq!(driver.reap(), Err(Corrupt::Unasked));
+    }
+
+    #[test]
+    fn a_count_of_more_than_was_given_is_corrupt() {
+        let layout = Layout::new(2, Returns::Counted).unwrap();
+        let memory = memory(layout);
+        let mut driver = DriverEnd::create(&memory[..], layout, 0).unwrap();
+        driver.submit(entry(0)).unwrap();
+        for hostile in [2, u64::MAX, 1 << 31] {
+            memory[(SIGNAL_OFFSET + signal::DEVICE_SEQ) / WORD].store(hostile, Ordering::Relaxed);
+            assert_eq!(driver.reap_count(), Err(Corrupt::Unasked));
+        }
     }
 }

@@ -4,8 +4,9 @@
 //! posts. The writer is wait-free and never waits for a reader; a reader tries again only if the writer came all the way round while it
 //! copied, a bounded number of times. Version 0 of a fresh page is a value of zeros.
 
-use super::memory::{Memory, WORD};
-use super::signal::{Armed, BLOCK_BYTES, BadSignal, End, Receiver, Sender};
+use super::copy;
+use super::memory::{Memory, WORD, read_u32};
+use super::signal::{self, Armed, BLOCK_BYTES, BadSignal, End, Receiver, Sender};
 use super::sync::{Fence, Ordering, fence};
 
 /// First word of the header: "vbusst" and the layout's version.
@@ -23,7 +24,12 @@ pub const READ_TRIES: u32 = 64;
 
 const HEADER_VALUE_BYTES: usize = 1;
 const HEADER_SLOTS: usize = 2;
-const HEADER_START: usize = 3;
+
+const _: () = {
+    assert!(SIGNAL_OFFSET == 128 && SLOTS_OFFSET == 384);
+    assert!(SIGNAL_OFFSET % signal::BLOCK_ALIGN == 0 && SLOTS_OFFSET % 64 == 0);
+    assert!((HEADER_SLOTS + 1) * WORD <= SIGNAL_OFFSET);
+};
 
 /// What is wrong with a layout or a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,18 +102,14 @@ impl Layout {
         }
         words[HEADER_VALUE_BYTES].store(u64::from(self.value_bytes), Ordering::Relaxed);
         words[HEADER_SLOTS].store(u64::from(self.slots), Ordering::Relaxed);
-        words[HEADER_START].store(u64::from(start), Ordering::Relaxed);
-        for end in [End::Driver, End::Device] {
-            // The version is there before the first post.
-            let line = if end == End::Driver { 0 } else { 128 };
-            words[(SIGNAL_OFFSET + line) / WORD].store(u64::from(start), Ordering::Relaxed);
-        }
+        // Which also makes `start` the current version, before the first post.
+        signal::format(mem, SIGNAL_OFFSET, start)?;
         words[0].store(MAGIC, Ordering::Release);
         Ok(())
     }
 
-    /// Reads the header once and checks it: (layout, start).
-    fn load(mem: &impl Memory) -> Result<(Layout, u32), BadState> {
+    /// Reads the header once and checks it.
+    fn load(mem: &impl Memory) -> Result<Layout, BadState> {
         let words = mem.words();
         if words.len() * WORD < SLOTS_OFFSET {
             return Err(BadState::TooSmall);
@@ -115,15 +117,13 @@ impl Layout {
         if words[0].load(Ordering::Acquire) != MAGIC {
             return Err(BadState::Magic);
         }
-        let value_bytes =
-            u32::try_from(words[HEADER_VALUE_BYTES].load(Ordering::Relaxed)).map_err(|_| BadState::ValueSize)?;
-        let slots = u32::try_from(words[HEADER_SLOTS].load(Ordering::Relaxed)).map_err(|_| BadState::Slots)?;
-        let start = words[HEADER_START].load(Ordering::Relaxed) as u32;
+        let value_bytes = read_u32(&words[HEADER_VALUE_BYTES]).ok_or(BadState::ValueSize)?;
+        let slots = read_u32(&words[HEADER_SLOTS]).ok_or(BadState::Slots)?;
         let layout = Layout::new(value_bytes, slots)?;
         if words.len() < layout.words() {
             return Err(BadState::TooSmall);
         }
-        Ok((layout, start))
+        Ok(layout)
     }
 }
 
@@ -136,10 +136,11 @@ pub struct Writer<M> {
 }
 
 impl<M: Memory + Clone> Writer<M> {
-    /// The writer of a formatted page, at the version that the header says it starts from.
+    /// The writer of a formatted page. It goes on from the version that the page is at, so a writer that was restarted loses nothing.
     pub fn attach(mem: M, end: End) -> Result<Self, BadState> {
-        let (layout, start) = Layout::load(&mem)?;
-        let tx = Sender::new(mem.clone(), SIGNAL_OFFSET, end, start)?;
+        let layout = Layout::load(&mem)?;
+        let version = Receiver::new(mem.clone(), SIGNAL_OFFSET, end.peer())?.seen();
+        let tx = Sender::new(mem.clone(), SIGNAL_OFFSET, end, version)?;
         Ok(Writer { mem, layout, tx })
     }
 
@@ -159,23 +160,8 @@ impl<M: Memory + Clone> Writer<M> {
         let first = self.layout.slot_word(self.tx.posted().wrapping_add(1));
         let count = self.layout.value_bytes().div_ceil(WORD);
         let value = &value[..value.len().min(self.layout.value_bytes())];
-        let slot = &self.mem.words()[first..first + count];
-        let (whole, rest) = value.split_at(value.len() / WORD * WORD);
-        let mut words = slot.iter();
-        for (bytes, word) in whole.chunks_exact(WORD).zip(&mut words) {
-            let mut b = [0; WORD];
-            b.copy_from_slice(bytes);
-            // Relaxed: published by the release in post; kept behind the previous version by its fence.
-            word.store(u64::from_le_bytes(b), Ordering::Relaxed);
-        }
-        if let (false, Some(word)) = (rest.is_empty(), words.next()) {
-            let mut b = [0; WORD];
-            b[..rest.len()].copy_from_slice(rest);
-            word.store(u64::from_le_bytes(b), Ordering::Relaxed);
-        }
-        for word in words {
-            word.store(0, Ordering::Relaxed);
-        }
+        // Published by the release in post; kept behind the previous version by its fence.
+        copy::store(&self.mem.words()[first..first + count], value);
         self.tx.post(1)
     }
 }
@@ -195,7 +181,7 @@ pub struct Overrun;
 impl<M: Memory + Clone> Reader<M> {
     /// A reader at `end` of a page that the other end writes.
     pub fn attach(mem: M, end: End) -> Result<Self, BadState> {
-        let (layout, _) = Layout::load(&mem)?;
+        let layout = Layout::load(&mem)?;
         let rx = Receiver::new(mem.clone(), SIGNAL_OFFSET, end)?;
         Ok(Reader { mem, layout, rx })
     }
@@ -217,9 +203,7 @@ impl<M: Memory + Clone> Reader<M> {
             let version = self.rx.seen();
             let first = self.layout.slot_word(version);
             let wanted = out.len().min(self.layout.value_bytes());
-            for (bytes, word) in out[..wanted].chunks_mut(WORD).zip(&words[first..]) {
-                bytes.copy_from_slice(&word.load(Ordering::Relaxed).to_le_bytes()[..bytes.len()]);
-            }
+            copy::load(&words[first..], &mut out[..wanted]);
             // Pairs with the fence in Sender::post: if a word was of the next round, its predecessor's `seq` is seen below.
             fence(Fence::Read);
             if self.rx.seen().wrapping_sub(version) < self.layout.slots - 1 {
@@ -245,5 +229,114 @@ impl<M: Memory + Clone> Reader<M> {
     /// Asks for no kick.
     pub fn disarm(&mut self) {
         self.rx.disarm();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sync::Word;
+
+    fn memory(layout: Layout, start: u32) -> Vec<Word> {
+        let memory: Vec<Word> = (0..layout.words()).map(|_| Word::new(0)).collect();
+        layout.format(&&memory[..], start).unwrap();
+        memory
+    }
+
+    #[test]
+    fn layouts_are_whole_lines() {
+        assert_eq!(Layout::new(1, 4).unwrap().bytes(), 384 + 4 * 64);
+        assert_eq!(Layout::new(65, 8).unwrap().bytes(), 384 + 8 * 128);
+        assert_eq!(Layout::new(0, 4), Err(BadState::ValueSize));
+        assert_eq!(Layout::new(MAX_VALUE + 1, 4), Err(BadState::ValueSize));
+        for slots in [0, 1, 2, 3, 5, 128, u32::MAX] {
+            assert_eq!(Layout::new(8, slots), Err(BadState::Slots));
+        }
+    }
+
+    #[test]
+    fn the_last_value_is_current_whatever_its_size() {
+        for start in [0, u32::MAX - 2] {
+            for size in [1_u32, 7, 8, 9, 63, 64, 65, 1000] {
+                let memory = memory(Layout::new(size, 4).unwrap(), start);
+                let mut writer = Writer::attach(&memory[..], End::Device).unwrap();
+                let reader = Reader::attach(&memory[..], End::Driver).unwrap();
+                let size = size as usize;
+                let mut out = vec![1; size + 3];
+                assert_eq!(reader.read(&mut out), Ok(start));
+                assert_eq!((&out[..size], &out[size..]), (&vec![0; size][..], &[1; 3][..]));
+                for n in 1..=9_u8 {
+                    let _ = writer.write(&vec![n; size]);
+                    assert_eq!(reader.read(&mut out), Ok(start.wrapping_add(u32::from(n))));
+                    assert_eq!((&out[..size], &out[size..]), (&vec![n; size][..], &[1; 3][..]));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn short_values_are_filled_up_and_long_ones_cut() {
+        let memory = memory(Layout::new(12, 4).unwrap(), 0);
+        let mut writer = Writer::attach(&memory[..], End::Driver).unwrap();
+        let reader = Reader::attach(&memory[..], End::Device).unwrap();
+        let mut out = [9; 12];
+        for _ in 0..4 {
+            let _ = writer.write(&[7; 20]);
+        }
+        assert_eq!((reader.read(&mut out), out), (Ok(4), [7; 12]));
+        let _ = writer.write(&[5; 9]);
+        assert_eq!((reader.read(&mut out), out), (Ok(5), [5, 5, 5, 5, 5, 5, 5, 5, 5, 0, 0, 0]));
+        let _ = writer.write(&[]);
+        assert_eq!((reader.read(&mut out), out), (Ok(6), [0; 12]));
+        let _ = writer.write(&[1, 2, 3]);
+        let mut short = [0; 2];
+        assert_eq!((reader.read(&mut short), short), (Ok(7), [1, 2]));
+    }
+
+    #[test]
+    fn a_writer_that_was_restarted_goes_on() {
+        let memory = memory(Layout::new(8, 4).unwrap(), 0);
+        let _ = Writer::attach(&memory[..], End::Driver).unwrap().write(&[1; 8]);
+        let mut writer = Writer::attach(&memory[..], End::Driver).unwrap();
+        assert_eq!(writer.version(), 1);
+        let _ = writer.write(&[2; 8]);
+        let mut out = [0; 8];
+        assert_eq!(Reader::attach(&memory[..], End::Device).unwrap().read(&mut out), Ok(2));
+    }
+
+    #[test]
+    fn waits_for_what_is_newer() {
+        let memory = memory(Layout::new(8, 4).unwrap(), u32::MAX);
+        let mut writer = Writer::attach(&memory[..], End::Driver).unwrap();
+        let mut reader = Reader::attach(&memory[..], End::Device).unwrap();
+        let mut out = [0; 8];
+        assert_eq!(reader.read_if_newer(u32::MAX, &mut out), Ok(None));
+        assert_eq!(reader.arm_newer(u32::MAX), Armed::Waiting);
+        assert!(writer.write(&[3; 8]));
+        assert_eq!(reader.read_if_newer(u32::MAX, &mut out), Ok(Some(0)));
+        assert_eq!(reader.arm_newer(u32::MAX), Armed::Missed);
+        reader.disarm();
+        assert!(!writer.write(&[4; 8]));
+    }
+
+    #[test]
+    fn attach_checks_the_header() {
+        let layout = Layout::new(64, 4).unwrap();
+        let memory = memory(layout, 0);
+        for (word, value, error) in [
+            (0, 0, BadState::Magic),
+            (HEADER_VALUE_BYTES, 0, BadState::ValueSize),
+            (HEADER_VALUE_BYTES, u64::MAX, BadState::ValueSize),
+            (HEADER_VALUE_BYTES, 65, BadState::TooSmall),
+            (HEADER_SLOTS, 3, BadState::Slots),
+            (HEADER_SLOTS, 8, BadState::TooSmall),
+        ] {
+            let before = memory[word].swap(value, Ordering::Relaxed);
+            assert_eq!(Reader::attach(&memory[..], End::Driver).unwrap_err(), error);
+            assert_eq!(Writer::attach(&memory[..], End::Driver).unwrap_err(), error);
+            memory[word].store(before, Ordering::Relaxed);
+        }
+        assert_eq!(Reader::attach(&memory[..40], End::Driver).unwrap_err(), BadState::TooSmall);
+        assert_eq!(layout.format(&&memory[..40], 0), Err(BadState::TooSmall));
     }
 }

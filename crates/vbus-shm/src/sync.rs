@@ -1,6 +1,12 @@
 //! The atomics that every protocol here is written with, in one place, so that a model checker can put its own in their stead.
+//!
+//! Wherever a protocol depends on order, it names the place ([`Fence`], [`Edge`]) instead of an ordering. The models in `vbus-shm-model`
+//! compile the same protocols over a `sync` in which each place can be taken out, and show that each is needed.
 
 pub use core::sync::atomic::Ordering;
+
+#[cfg(not(target_endian = "little"))]
+compile_error!("vbus keeps words of shared memory in the machine's own order, which has to be little-endian");
 
 /// A word of shared memory. All shared memory is accessed as aligned little-endian 64-bit words: one type of access, so no mixed-size
 /// races, and a torn value is a wrong value but never undefined behaviour.
@@ -17,6 +23,15 @@ pub enum Fence {
     Read,
 }
 
+/// The words by which one end publishes and the other observes: a release store and the acquire load that reads it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Edge {
+    /// A signal's `seq`.
+    Seq,
+    /// The second word of a ring's entry, with the lap tag.
+    Tag,
+}
+
 /// A fence at a named place.
 #[inline(always)]
 pub fn fence(at: Fence) {
@@ -24,4 +39,16 @@ pub fn fence(at: Fence) {
         Fence::Post | Fence::Arm => core::sync::atomic::fence(Ordering::SeqCst),
         Fence::Read => core::sync::atomic::fence(Ordering::Acquire),
     }
+}
+
+/// Stores `value` so that whoever [`observe`]s it sees everything written before.
+#[inline(always)]
+pub fn publish(word: &Word, value: u64, _at: Edge) {
+    word.store(value, Ordering::Release);
+}
+
+/// Loads a word that the other end [`publish`]es.
+#[inline(always)]
+pub fn observe(word: &Word, _at: Edge) -> u64 {
+    word.load(Ordering::Acquire)
 }
