@@ -1,0 +1,30 @@
+//! Runs inside the test guests, on `std` alone so that it builds in seconds and links statically.
+//!
+//! - `guest-agent serve PORT` runs commands for the host, over a serial port;
+//! - `guest-agent send|receive` moves a stream over TCP and prints its hash on either end.
+
+mod serve;
+mod stream;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = args.iter().map(String::as_str).collect();
+    let result = match words[..] {
+        ["serve", port] => serve::serve(port),
+        ["send", address, bytes, seed] => stream::send(address, bytes, seed),
+        ["receive", address] => stream::receive(address),
+        _ => {
+            eprintln!("usage: guest-agent serve PORT | send ADDRESS:PORT BYTES SEED | receive ADDRESS:PORT");
+            return ExitCode::from(2);
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("guest-agent: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! Commands for the host: one line a frame, over a serial port in raw mode.
+//!
+//! | frame | direction | meaning |
+//! |---|---|---|
+//! | `hello` | to the host | the agent is up; sent once, so a second one means that the guest was rebooted |
+//! | `run ID HEX` | to the guest | start `/bin/sh -c` with the command HEX |
+//! | `input ID HEX` | to the guest | write to its standard input; an empty HEX closes it |
+//! | `kill ID` | to the guest | SIGKILL to the process group of the command |
+//! | `out ID HEX`, `err ID HEX` | to the host | a piece of its output |
+//! | `end ID CODE` | to the host | it has ended, and all its output was sent; 128 + the signal if one ended it |
+//!
+//! Data is hexadecimal, so that nothing that a command prints can look like a frame. Commands run side by side.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+/// Bytes of output in one frame.
+const PIECE: usize = 2048;
+
+/// The commands that run, by id: process group and standard input.
+type Running = Arc<Mutex<HashMap<String, (u32, Option<ChildStdin>)>>>;
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The port, shared by everyone who has something to say.
+#[derive(Clone)]
+struct Port(Arc<Mutex<File>>);
+
+impl Port {
+    fn say(&self, frame: &str) {
+        let mut port = lock(&self.0);
+        // The host is gone if this fails, and with it whoever could be told.
+        let _ = port.write_all(format!("{frame}\n").as_bytes());
+    }
+}
+
+/// Serves the port until it is closed.
+pub fn serve(path: &str) -> io::Result<()> {
+    let file = File::options().read(true).write(true).open(path)?;
+    let input = BufReader::new(file.try_clone()?);
+    let port = Port(Arc::new(Mutex::new(file)));
+    let running = Running::default();
+    port.say("hello");
+    for line in input.lines() {
+        let line = line?;
+        let words: Vec<&str> = line.split_whitespace().collect();
+        match words[..] {
+            ["run", id, hex] => match start(&String::from_utf8_lossy(&decode(hex))) {
+                Ok(mut child) => {
+                    lock(&running).insert(id.to_owned(), (child.id(), child.stdin.take()));
+                    let (id, port, running) = (id.to_owned(), port.clone(), Arc::clone(&running));
+                    thread::spawn(move || {
+                        let code = follow(&id, child, &port);
+                        lock(&running).remove(&id);
+                        port.say(&format!("end {id} {code}"));
+                    });
+                }
+                Err(error) => {
+                    port.say(&format!("err {id} {}", encode(error.to_string().as_bytes())));
+                    port.say(&format!("end {id} 127"));
+                }
+            },
+            ["input", id, hex] => {
+                if let Some((_, Some(stdin))) = lock(&running).get_mut(id) {
+                    // A command that reads no further is its own affair.
+                    let _ = stdin.write_all(&decode(hex));
+                }
+            }
+            ["input", id] => {
+                if let Some((_, stdin)) = lock(&running).get_mut(id) {
+                    *stdin = None;
+                }
+            }
+            ["kill", id] => {
+                if let Some((pid, _)) = lock(&running).get(id) {
+                    Command::new("/bin/busybox").args(["kill", "-9", &format!("-{pid}")]).status()?;
+                }
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn start(command: &str) -> io::Result<Child> {
+    // A process group of its own, so that `kill` reaches its children too.
+    let mut shell = Command::new("/bin/sh");
+    shell.args(["-c", command]).process_group(0);
+    shell.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()
+}
+
+/// Passes on what a command says until it ends; returns how it ended.
+fn follow(id: &str, mut child: Child, port: &Port) -> i32 {
+    let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+    let reader = stderr.map(|stream| {
+        let (id, port) = (id.to_owned(), port.clone());
+        thread::spawn(move || copy("err", &id, stream, &port))
+    });
+    if let Some(stream) = stdout {
+        copy("out", id, stream, port);
+    }
+    if let Some(reader) = reader {
+        let _ = reader.join();
+    }
+    match child.wait() {
+        Ok(status) => status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0)),
+        Err(_) => 255,
+    }
+}
+
+fn copy(kind: &str, id: &str, mut from: impl Read, port: &Port) {
+    let mut piece = [0; PIECE];
+    while let Ok(length @ 1..) = from.read(&mut piece) {
+        port.say(&format!("{kind} {id} {}", encode(&piece[..length])));
+    }
+}
+
+fn encode(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn decode(hex: &str) -> Vec<u8> {
+    let digits = hex.as_bytes().chunks_exact(2);
+    digits.filter_map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()).collect()
+}

@@ -1,0 +1,244 @@
+//! Commands in a guest, through its agent (`xtask/agent`) on a serial port of its own.
+
+use std::collections::HashMap;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+/// How long a command may take if the caller says nothing else.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// What a command left behind.
+#[derive(Clone, Debug, Default)]
+pub struct Output {
+    /// Its exit code; 128 + the signal if one ended it.
+    pub code: i32,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+/// A guest that runs commands.
+#[derive(Clone)]
+pub struct Guest {
+    name: String,
+    port: Arc<Mutex<UnixStream>>,
+    state: Arc<(Mutex<State>, Condvar)>,
+}
+
+#[derive(Default)]
+struct State {
+    /// How often the agent has come up.
+    boots: u32,
+    closed: bool,
+    last: u64,
+    commands: HashMap<u64, Heard>,
+}
+
+#[derive(Default)]
+struct Heard {
+    out: Vec<u8>,
+    err: Vec<u8>,
+    code: Option<i32>,
+}
+
+impl Guest {
+    /// Speaks to the agent at the other end of `port`.
+    pub fn new(name: &str, port: UnixStream) -> Result<Self> {
+        let reader = BufReader::new(port.try_clone()?);
+        let state: Arc<(Mutex<State>, Condvar)> = Arc::default();
+        let guest = Self { name: name.to_owned(), port: Arc::new(Mutex::new(port)), state: Arc::clone(&state) };
+        thread::spawn(move || {
+            for line in reader.split(b'\n').map_while(std::result::Result::ok) {
+                lock(&state.0).hear(&String::from_utf8_lossy(&line));
+                state.1.notify_all();
+            }
+            lock(&state.0).closed = true;
+            state.1.notify_all();
+        });
+        Ok(guest)
+    }
+
+    /// How often the guest has booted so far.
+    pub fn boots(&self) -> u32 {
+        lock(&self.state.0).boots
+    }
+
+    /// Waits until the guest has booted `times` times.
+    pub fn wait_boot(&self, times: u32, limit: Duration) -> Result<()> {
+        self.wait(limit, |state| (state.boots >= times).then_some(()))
+            .with_context(|| format!("guest {} does not come up", self.name))
+    }
+
+    /// Starts a shell command and returns at once.
+    ///
+    /// A command ends when its output is closed, so what it leaves in the background needs a redirection of its own.
+    pub fn start(&self, command: &str) -> Result<Running> {
+        let id = {
+            let mut state = lock(&self.state.0);
+            state.last += 1;
+            let id = state.last;
+            state.commands.insert(id, Heard::default());
+            id
+        };
+        let running = Running { guest: self.clone(), id, command: command.to_owned() };
+        running.say("run", command.as_bytes())?;
+        Ok(running)
+    }
+
+    /// Runs a shell command to its end, for a minute at most.
+    pub fn run(&self, command: &str) -> Result<Output> {
+        self.run_for(command, LIMIT)
+    }
+
+    /// Runs a shell command to its end, for `limit` at most.
+    pub fn run_for(&self, command: &str, limit: Duration) -> Result<Output> {
+        self.start(command)?.wait(limit)
+    }
+
+    /// Runs a shell command that has to succeed; returns what it printed.
+    pub fn ok(&self, command: &str) -> Result<String> {
+        self.start(command)?.ok(LIMIT)
+    }
+
+    /// Waits for `check` of the state, or until the channel closes.
+    fn wait<T>(&self, limit: Duration, mut check: impl FnMut(&mut State) -> Option<T>) -> Result<T> {
+        let until = Instant::now() + limit;
+        let mut state = lock(&self.state.0);
+        loop {
+            if let Some(found) = check(&mut state) {
+                return Ok(found);
+            }
+            ensure!(!state.closed, "the machine of guest {} is gone", self.name);
+            let left = until.saturating_duration_since(Instant::now());
+            ensure!(!left.is_zero(), "nothing within {:.0} s", limit.as_secs_f32());
+            state = self.state.1.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+impl State {
+    fn hear(&mut self, line: &str) {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        match words[..] {
+            ["hello"] => {
+                self.boots += 1;
+                // What ran before a reboot says no more.
+                for heard in self.commands.values_mut() {
+                    heard.code.get_or_insert(255);
+                }
+            }
+            [kind, id, rest] => {
+                let Some(heard) = id.parse().ok().and_then(|id: u64| self.commands.get_mut(&id)) else { return };
+                match kind {
+                    "out" => heard.out.extend(decode(rest)),
+                    "err" => heard.err.extend(decode(rest)),
+                    "end" => heard.code = rest.parse().ok().or(Some(255)),
+                    _ => {}
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+/// A command that runs in a guest. It goes on if this is dropped.
+pub struct Running {
+    guest: Guest,
+    id: u64,
+    command: String,
+}
+
+impl Running {
+    /// Waits for the end of the command; one that takes longer than `limit` is killed, and that is an error.
+    pub fn wait(&self, limit: Duration) -> Result<Output> {
+        let ended = self.guest.wait(limit, |state| {
+            let heard = state.commands.get(&self.id)?;
+            let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+            heard.code.map(|code| Output { code, stdout: text(&heard.out), stderr: text(&heard.err) })
+        });
+        ended.map_err(|error| {
+            let _ = self.kill();
+            let (out, err) = self.said();
+            error.context(format!("guest {}: {}\n{out}{err}", self.guest.name, self.command))
+        })
+    }
+
+    /// Waits for the command to succeed; returns what it printed.
+    pub fn ok(&self, limit: Duration) -> Result<String> {
+        let output = self.wait(limit)?;
+        if output.code != 0 {
+            bail!(
+                "guest {}: {} ended with {}:\n{}{}",
+                self.guest.name,
+                self.command,
+                output.code,
+                output.stdout,
+                output.stderr
+            );
+        }
+        Ok(output.stdout)
+    }
+
+    /// What the command has said so far, on standard output and error.
+    pub fn said(&self) -> (String, String) {
+        let state = lock(&self.guest.state.0);
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        state.commands.get(&self.id).map(|heard| (text(&heard.out), text(&heard.err))).unwrap_or_default()
+    }
+
+    /// Waits until the command has printed `text`, on either output.
+    pub fn wait_for(&self, text: &str, limit: Duration) -> Result<()> {
+        let ended = self.guest.wait(limit, |state| {
+            let heard = state.commands.get(&self.id)?;
+            let seen = [&heard.out, &heard.err].iter().any(|bytes| String::from_utf8_lossy(bytes).contains(text));
+            (seen || heard.code.is_some()).then_some(seen)
+        });
+        match ended {
+            Ok(true) => Ok(()),
+            Ok(false) => {
+                let (out, err) = self.said();
+                bail!("guest {}: {} ended without saying {text:?}:\n{out}{err}", self.guest.name, self.command)
+            }
+            Err(error) => {
+                let (out, err) = self.said();
+                let (name, command) = (&self.guest.name, &self.command);
+                Err(error.context(format!("guest {name}: {command} does not say {text:?}:\n{out}{err}")))
+            }
+        }
+    }
+
+    /// Whether it runs still.
+    pub fn runs(&self) -> bool {
+        lock(&self.guest.state.0).commands.get(&self.id).is_some_and(|heard| heard.code.is_none())
+    }
+
+    /// Kills the command and its children (SIGKILL).
+    pub fn kill(&self) -> Result<()> {
+        self.say("kill", &[])
+    }
+
+    /// Writes to the command's standard input.
+    pub fn input(&self, bytes: &[u8]) -> Result<()> {
+        self.say("input", bytes)
+    }
+
+    fn say(&self, verb: &str, data: &[u8]) -> Result<()> {
+        let hex: String = data.iter().map(|byte| format!("{byte:02x}")).collect();
+        let line = format!("{verb} {} {hex}\n", self.id);
+        let mut port = lock(&self.guest.port);
+        port.write_all(line.as_bytes()).with_context(|| format!("the machine of guest {} is gone", self.guest.name))
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn decode(hex: &str) -> Vec<u8> {
+    let digits = hex.as_bytes().chunks_exact(2);
+    digits.filter_map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()).collect()
+}

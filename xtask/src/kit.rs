@@ -1,0 +1,337 @@
+//! The kit: everything that a guest needs and the machine may lack, in `target/kit`.
+//!
+//! QEMU 11 with its whole closure of libraries (libc and loader too, so that it runs on an older
+//! system), a stock Debian cloud kernel with its modules, a static busybox, iperf3, passt and ethtool.
+//! The packages are fetched with an apt configuration and an empty dpkg status of their own and
+//! unpacked into one folder: nothing is installed, and no root is needed.
+//!
+//! The folder appears under its final name only when it is complete, so that an interrupted fetch
+//! leaves nothing behind that a later run could take for a kit.
+
+use std::fs::{self, File};
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
+
+/// Changes when the contents of the kit do: an older kit is then fetched again.
+const EDITION: u32 = 1;
+
+/// What is taken from Debian, apart from the kernel.
+const PACKAGES: [&str; 5] = ["qemu-system-x86", "busybox-static", "iperf3", "passt", "ethtool"];
+
+/// The package that depends on the newest cloud kernel.
+const KERNEL_PACKAGE: &str = "linux-image-cloud-amd64";
+
+/// What to do on a machine that the kit cannot be fetched for.
+const WITHOUT_KIT: &str = "The kit is made of Debian packages, by apt. On another distribution pass your own:\n  \
+    --qemu PATH        a qemu-system-x86_64 of version 11 or newer\n  \
+    --kernel PATH      a Linux kernel (bzImage) with its modules in --modules DIR, or built in:\n                     \
+    uio, uio_pci_generic, tun, virtio_net\n  \
+    --initramfs PATH   a cpio archive with /bin/busybox, and iperf3 on its PATH\n\
+    or, where apt and Debian's archive keyring are installed: --mirror URL of a Debian mirror";
+
+/// A complete kit.
+pub struct Kit {
+    root: PathBuf,
+    stamp: Stamp,
+}
+
+/// What a kit consists of; the file `stamp.json` in it.
+#[derive(Serialize, Deserialize)]
+struct Stamp {
+    edition: u32,
+    qemu: String,
+    kernel: String,
+    packages: Vec<String>,
+}
+
+impl Kit {
+    /// Opens the kit in `target/kit`, fetching it first if it is not there.
+    ///
+    /// `mirror` is the address of a Debian mirror; `None` takes it from the machine's apt configuration.
+    pub fn get(target: &Path, mirror: Option<&str>) -> Result<Self> {
+        let dir = target.join("kit");
+        fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        // Two runs at once: the second waits, and then finds the kit of the first.
+        let lock = File::create(dir.join("lock"))?;
+        rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive)?;
+        let root = dir.join("root");
+        if let Some(kit) = Self::open(&root) {
+            return Ok(kit);
+        }
+        let began = Instant::now();
+        let fresh = dir.join("unfinished");
+        remove(&fresh)?;
+        let stamp = fetch(&fresh, mirror)?;
+        fs::write(fresh.join("root/stamp.json"), serde_json::to_vec_pretty(&stamp)?)?;
+        remove(&root)?;
+        fs::rename(fresh.join("root"), &root)?;
+        remove(&fresh)?;
+        eprintln!(
+            "kit: QEMU {}, Linux {}, {} packages in {} ({:.0} s)",
+            stamp.qemu,
+            stamp.kernel,
+            stamp.packages.len(),
+            root.display(),
+            began.elapsed().as_secs_f32()
+        );
+        Ok(Self { root, stamp })
+    }
+
+    fn open(root: &Path) -> Option<Self> {
+        let stamp: Stamp = serde_json::from_slice(&fs::read(root.join("stamp.json")).ok()?).ok()?;
+        (stamp.edition == EDITION).then(|| Self { root: root.to_owned(), stamp })
+    }
+
+    /// The folder that the packages are unpacked in.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The kernel image.
+    pub fn kernel(&self) -> PathBuf {
+        self.root.join("boot").join(format!("vmlinuz-{}", self.stamp.kernel))
+    }
+
+    /// The folder of the kernel's modules.
+    pub fn modules(&self) -> PathBuf {
+        self.root.join("usr/lib/modules").join(&self.stamp.kernel)
+    }
+
+    /// The version of QEMU.
+    pub fn qemu_version(&self) -> &str {
+        &self.stamp.qemu
+    }
+
+    /// The statically linked busybox.
+    pub fn busybox(&self) -> PathBuf {
+        self.root.join("usr/bin/busybox")
+    }
+
+    /// The dynamic loader that goes with the kit's libraries.
+    pub fn loader(&self) -> PathBuf {
+        self.root.join("usr/lib64/ld-linux-x86-64.so.2")
+    }
+
+    /// The folder of the kit's libraries.
+    pub fn libraries(&self) -> PathBuf {
+        self.root.join("usr/lib/x86_64-linux-gnu")
+    }
+
+    /// A command that runs `/usr/bin/PROGRAM` of the kit with the kit's libraries.
+    pub fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(self.loader());
+        command.arg("--library-path").arg(self.libraries()).arg(self.root.join("usr/bin").join(program));
+        command
+    }
+
+    /// QEMU with its modules and firmware folders.
+    pub fn qemu(&self) -> Command {
+        let mut command = self.command("qemu-system-x86_64");
+        // Otherwise it would load the modules of a QEMU that is installed on the machine.
+        command.env("QEMU_MODULE_DIR", self.libraries().join("qemu"));
+        for dir in ["usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu"] {
+            command.arg("-L").arg(self.root.join(dir));
+        }
+        command
+    }
+}
+
+fn remove(dir: &Path) -> Result<()> {
+    match fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot remove {}", dir.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Fetches and unpacks everything into `dir/root`.
+fn fetch(dir: &Path, mirror: Option<&str>) -> Result<Stamp> {
+    ensure!(cfg!(target_arch = "x86_64"), "the guests are x86-64 machines, and so must the host be");
+    let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
+    let field = |name: &str| {
+        release.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('=')).unwrap_or("").trim_matches('"')
+    };
+    let (mirror, suites) = match mirror {
+        Some(url) => (url.to_owned(), vec!["trixie", "trixie-backports"]),
+        None if field("ID") == "debian" => {
+            (machine_mirror(field("VERSION_CODENAME"))?, suites(field("VERSION_CODENAME")))
+        }
+        None => bail!("this machine runs {}, not Debian.\n{WITHOUT_KIT}", field("PRETTY_NAME")),
+    };
+    eprintln!("kit: fetching QEMU, a kernel and tools from {mirror} ({}), about 90 MB", suites.join(", "));
+    let apt = Apt::new(dir, &mirror, &suites)?;
+    apt.run("apt-get", &["update"], None)?;
+
+    let backports = suites.last().copied().unwrap_or_default();
+    let mut install = vec!["install", "--yes", "--download-only", "--target-release", backports];
+    install.extend(PACKAGES);
+    apt.run("apt-get", &install, None)?;
+    // The kernel alone: its dependencies would make the initramfs of an installed system.
+    let archives = dir.join("cache/archives");
+    apt.run("apt-get", &["download", &apt.kernel_package()?], Some(&archives))?;
+
+    let root = dir.join("root");
+    let mut files: Vec<PathBuf> = fs::read_dir(&archives)?.map(|e| Ok(e?.path())).collect::<Result<_>>()?;
+    files.retain(|path| path.extension().is_some_and(|e| e == "deb"));
+    files.sort();
+    let terminal = std::io::stderr().is_terminal();
+    let mut packages = Vec::new();
+    for (done, file) in files.iter().enumerate() {
+        let name = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        if terminal {
+            eprint!("\r\x1b[Kkit: unpacking {}/{} {name}", done + 1, files.len());
+        }
+        let status = Command::new("dpkg-deb").arg("--extract").arg(file).arg(&root).stdin(Stdio::null()).status();
+        ensure!(status.context("cannot run dpkg-deb")?.success(), "dpkg-deb could not unpack {}", file.display());
+        packages.push(name);
+    }
+    eprintln!("{}kit: unpacked {} packages", if terminal { "\r\x1b[K" } else { "" }, files.len());
+    prune(&root)?;
+
+    let kernel = fs::read_dir(root.join("usr/lib/modules")).context("the kernel package has no /usr/lib/modules")?;
+    let kernel = kernel.map(|e| Ok(e?.file_name().to_string_lossy().into_owned())).collect::<Result<Vec<_>>>()?;
+    ensure!(kernel.len() == 1, "one kernel was expected in the kit, found {kernel:?}");
+    let mut kit =
+        Kit { root, stamp: Stamp { edition: EDITION, qemu: String::new(), kernel: kernel[0].clone(), packages } };
+    kit.stamp.qemu = qemu_version(kit.qemu())?;
+    Ok(kit.stamp)
+}
+
+/// Asks QEMU for its version, and whether it can do what vbus needs of it.
+pub fn qemu_version(mut qemu: Command) -> Result<String> {
+    let name = format!("{:?}", qemu.get_program());
+    let output =
+        qemu.args(["-nodefaults", "-device", "help"]).output().with_context(|| format!("cannot run {name}"))?;
+    let devices = String::from_utf8_lossy(&output.stdout).into_owned();
+    ensure!(output.status.success(), "QEMU does not start: {}", String::from_utf8_lossy(&output.stderr).trim());
+    ensure!(devices.contains("vfio-user-pci"), "this QEMU has no device vfio-user-pci; version 10.1 brought it");
+    let output = qemu.args(["--version"]).output()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let version = text.split_whitespace().skip_while(|word| *word != "version").nth(1);
+    Ok(version.with_context(|| format!("QEMU says no version: {text}"))?.to_owned())
+}
+
+/// The suites that carry QEMU 11, the one to prefer last.
+fn suites(codename: &str) -> Vec<&str> {
+    match codename {
+        "bookworm" | "trixie" => vec!["trixie", "trixie-backports"],
+        // Anything later has it in its own suite; testing and sid may not say their name.
+        "" => vec!["sid"],
+        later => vec![later],
+    }
+}
+
+/// The Debian mirror that the machine's own apt uses.
+fn machine_mirror(codename: &str) -> Result<String> {
+    let output = Command::new("apt-get")
+        .args(["indextargets", "--format", "$(RELEASE) $(COMPONENT) $(REPO_URI)", "Created-By: Packages"])
+        .output()
+        .with_context(|| format!("cannot run apt-get.\n{WITHOUT_KIT}"))?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let known = [codename, "stable", "testing", "sid", "unstable"];
+    text.lines()
+        .find_map(|line| {
+            let mut words = line.split(' ');
+            let (release, component, uri) = (words.next()?, words.next()?, words.next()?);
+            (known.contains(&release) && component == "main").then(|| uri.trim_end_matches('/').to_owned())
+        })
+        .with_context(|| {
+            format!("apt's configuration names no mirror of {codename} main (apt-get indextargets).\n{WITHOUT_KIT}")
+        })
+}
+
+/// Drops what no guest and no QEMU reads: half of the size.
+fn prune(root: &Path) -> Result<()> {
+    for unused in
+        ["usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/perl5", "usr/include", "usr/share/info"]
+    {
+        remove(&root.join(unused))?;
+    }
+    Ok(())
+}
+
+/// An apt that knows only the kit's folder.
+struct Apt {
+    config: PathBuf,
+    log: PathBuf,
+}
+
+impl Apt {
+    fn new(dir: &Path, mirror: &str, suites: &[&str]) -> Result<Self> {
+        for sub in ["lists/partial", "cache/archives/partial", "state", "root"] {
+            fs::create_dir_all(dir.join(sub))?;
+        }
+        let keyring = Path::new("/usr/share/keyrings/debian-archive-keyring.gpg");
+        // Without the keyring's own file apt falls back on the keys that the machine trusts.
+        let signed = if keyring.exists() { format!(" signed-by={}", keyring.display()) } else { String::new() };
+        let list = suites.iter().map(|suite| format!("deb [arch=amd64{signed}] {mirror} {suite} main\n"));
+        fs::write(dir.join("sources.list"), list.collect::<String>())?;
+        fs::write(dir.join("status"), "")?;
+        let config = dir.join("apt.conf");
+        let d = dir.display();
+        fs::write(
+            &config,
+            format!(
+                "Dir::State \"{d}/state\";\nDir::State::lists \"{d}/lists\";\nDir::State::status \"{d}/status\";\n\
+                 Dir::Cache \"{d}/cache\";\nDir::Cache::archives \"{d}/cache/archives\";\n\
+                 Dir::Etc::sourcelist \"{d}/sources.list\";\nDir::Etc::sourceparts \"/dev/null\";\n\
+                 Dir::Etc::preferences \"/dev/null\";\nDir::Etc::preferencesparts \"/dev/null\";\n\
+                 APT::Architecture \"amd64\";\nAPT::Architectures {{ \"amd64\"; }};\nAPT::Default-Release \"\";\n\
+                 APT::Install-Recommends \"false\";\nAPT::Install-Suggests \"false\";\n\
+                 APT::Sandbox::User \"\";\nAcquire::Languages \"none\";\nAcquire::Retries \"3\";\n\
+                 Acquire::IndexTargets::deb::DEP-11::DefaultEnabled \"false\";\n\
+                 Acquire::IndexTargets::deb::Contents-deb::DefaultEnabled \"false\";\n"
+            ),
+        )?;
+        Ok(Self { config, log: dir.join("apt.log") })
+    }
+
+    fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        command.arg("-c").arg(&self.config).stdin(Stdio::null()).env("LC_ALL", "C.UTF-8");
+        command
+    }
+
+    /// Runs a program of apt; what it says is progress on a terminal and goes to a log otherwise.
+    fn run(&self, program: &str, args: &[&str], folder: Option<&Path>) -> Result<()> {
+        let mut command = self.command(program);
+        command.args(args);
+        if let Some(folder) = folder {
+            command.current_dir(folder);
+        }
+        let terminal = std::io::stderr().is_terminal();
+        if terminal {
+            command.args(["-q=0"]).stdout(std::io::stderr());
+        } else {
+            let log = File::options().create(true).append(true).open(&self.log)?;
+            command.args(["-q=2"]).stderr(log.try_clone()?).stdout(log);
+            eprintln!("kit: {program} {}", args[0]);
+        }
+        let status = command.status().with_context(|| format!("cannot run {program}"))?;
+        if !status.success() {
+            let said = fs::read_to_string(&self.log).unwrap_or_default();
+            let errors: Vec<&str> = said.lines().filter(|l| l.starts_with("E:") || l.starts_with("Err:")).collect();
+            bail!(
+                "{program} {} failed ({status}).\n{}\nThe mirror must carry Debian's trixie and trixie-backports; \
+                 --mirror URL names another.",
+                args.join(" "),
+                errors.join("\n")
+            );
+        }
+        Ok(())
+    }
+
+    /// The package that holds the newest cloud kernel itself.
+    fn kernel_package(&self) -> Result<String> {
+        let output = self.command("apt-cache").args(["depends", KERNEL_PACKAGE]).output()?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let package = text.lines().find_map(|line| line.trim().strip_prefix("Depends: ")).map(str::to_owned);
+        package.with_context(|| format!("the mirror has no {KERNEL_PACKAGE}"))
+    }
+}

@@ -1,0 +1,238 @@
+//! What all guests of one run share: QEMU, kernel, initramfs, accelerator, and a folder for sockets and logs.
+
+use std::fmt;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::json;
+
+use crate::initramfs::{self, Archive};
+use crate::kit::{Kit, qemu_version};
+use crate::machine::Machine;
+use crate::process::RunDir;
+use crate::workspace;
+
+/// What to run guests with, in place of the kit's own.
+#[derive(clap::Args, Clone, Default)]
+pub struct Options {
+    /// A qemu-system-x86_64 of version 11 or newer, in place of the kit's
+    #[arg(long, value_name = "PATH")]
+    pub qemu: Option<PathBuf>,
+    /// A Linux kernel (bzImage), in place of the kit's
+    #[arg(long, value_name = "PATH")]
+    pub kernel: Option<PathBuf>,
+    /// The modules that go with --kernel (lib/modules/VERSION); without it they must be built in
+    #[arg(long, value_name = "DIR", requires = "kernel")]
+    pub modules: Option<PathBuf>,
+    /// A cpio archive with /bin/busybox and iperf3, in place of the kit's programs; /init and ours are added to it
+    #[arg(long, value_name = "PATH")]
+    pub initramfs: Option<PathBuf>,
+    /// The Debian mirror to fetch the kit from, in place of the one in apt's configuration
+    #[arg(long, value_name = "URL")]
+    pub mirror: Option<String>,
+    /// kvm or tcg; by default KVM if a guest boots with it
+    #[arg(long)]
+    pub accel: Option<Accel>,
+}
+
+/// What carries the guests' instructions out.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Accel {
+    /// The processor, by /dev/kvm.
+    Kvm,
+    /// QEMU's translator.
+    Tcg,
+}
+
+impl fmt::Display for Accel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Kvm => "kvm",
+            Self::Tcg => "tcg",
+        })
+    }
+}
+
+/// Everything that a [`Machine`] needs to start.
+pub struct Lab {
+    kit: Option<Kit>,
+    options: Options,
+    qemu_version: String,
+    kernel: PathBuf,
+    initramfs: PathBuf,
+    accel: Accel,
+    dir: RunDir,
+}
+
+impl Lab {
+    /// Fetches the kit, builds the guests' programs and finds out which accelerator works.
+    pub fn new(options: &Options) -> Result<Self> {
+        let complete = options.qemu.is_some() && options.kernel.is_some() && options.initramfs.is_some();
+        let target = workspace::target();
+        let kit = if complete { None } else { Some(Kit::get(&target, options.mirror.as_deref())?) };
+        let programs = workspace::build_guest_programs()?;
+        let dir = RunDir::new()?;
+        let from_kit = |own: &Option<PathBuf>, get: fn(&Kit) -> PathBuf| {
+            own.clone().or_else(|| kit.as_ref().map(get)).context("neither given nor in a kit")
+        };
+        let kernel = from_kit(&options.kernel, Kit::kernel)?;
+        ensure!(kernel.exists(), "there is no kernel {}", kernel.display());
+
+        let mut archive = Archive::default();
+        let mut base = Vec::new();
+        match (&options.initramfs, &kit) {
+            (Some(path), _) => base = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?,
+            (None, Some(kit)) => initramfs::add_userland(&mut archive, kit)?,
+            (None, None) => bail!("no initramfs and no kit"),
+        }
+        let modules = match (&options.kernel, &options.modules, &kit) {
+            (_, Some(own), _) => Some(own.clone()),
+            (None, None, Some(kit)) => Some(kit.modules()),
+            // Those of the kit would not fit another kernel.
+            _ => None,
+        };
+        if let Some(modules) = modules {
+            initramfs::add_modules(&mut archive, &modules, |path| unxz(kit.as_ref(), path))?;
+        }
+        initramfs::add_ours(&mut archive, &programs.agent, &programs.vbus)?;
+        // An archive of the user's may be compressed; the kernel wants the next one aligned.
+        base.resize(base.len().next_multiple_of(4), 0);
+        base.extend(archive.finish()?);
+        let initramfs = dir.path().join("initramfs");
+        fs::write(&initramfs, base)?;
+
+        let mut lab = Self {
+            kit,
+            options: options.clone(),
+            qemu_version: String::new(),
+            kernel,
+            initramfs,
+            accel: Accel::Tcg,
+            dir,
+        };
+        lab.qemu_version = match (&options.qemu, &lab.kit) {
+            (None, Some(kit)) => kit.qemu_version().to_owned(),
+            _ => qemu_version(lab.qemu())?,
+        };
+        let (accel, why) = match options.accel {
+            Some(accel) => (accel, "as asked for".to_owned()),
+            None => lab.choose_accel(&target)?,
+        };
+        lab.accel = accel;
+        eprintln!("guests: QEMU {} with {accel} ({why}), Linux {}", lab.qemu_version, lab.kernel_version());
+        Ok(lab)
+    }
+
+    /// QEMU, with what has to stand first on its command line.
+    pub fn qemu(&self) -> Command {
+        match (&self.options.qemu, &self.kit) {
+            (None, Some(kit)) => kit.qemu(),
+            (own, _) => Command::new(own.as_deref().unwrap_or(Path::new("qemu-system-x86_64"))),
+        }
+    }
+
+    /// A program of the kit, or of the machine if there is no kit.
+    pub fn program(&self, name: &str) -> Command {
+        self.kit.as_ref().map_or_else(|| Command::new(name), |kit| kit.command(name))
+    }
+
+    /// QEMU's version.
+    pub fn qemu_version(&self) -> &str {
+        &self.qemu_version
+    }
+
+    /// The guests' kernel.
+    pub fn kernel(&self) -> &Path {
+        &self.kernel
+    }
+
+    /// The version of the guests' kernel, or its path if the file does not say it.
+    pub fn kernel_version(&self) -> String {
+        kernel_version(&self.kernel).unwrap_or_else(|| self.kernel.display().to_string())
+    }
+
+    /// The guests' root file system.
+    pub fn initramfs(&self) -> &Path {
+        &self.initramfs
+    }
+
+    /// What carries the guests' instructions out.
+    pub fn accel(&self) -> Accel {
+        self.accel
+    }
+
+    /// The folder for sockets and logs.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Leaves sockets and logs behind.
+    pub fn keep_dir(&mut self) {
+        self.dir.keep();
+    }
+
+    /// KVM if a guest boots with it, and why or why not.
+    ///
+    /// A /dev/kvm that can be opened proves nothing (it may be emulated, or lack what Linux needs), so a guest is
+    /// booted; the answer is kept until the host boots again.
+    fn choose_accel(&mut self, target: &Path) -> Result<(Accel, String)> {
+        let Ok(device) = fs::metadata("/dev/kvm") else {
+            return Ok((Accel::Tcg, "there is no /dev/kvm".into()));
+        };
+        if let Err(error) = fs::File::options().read(true).write(true).open("/dev/kvm") {
+            return Ok((Accel::Tcg, format!("/dev/kvm cannot be opened: {error}")));
+        }
+        let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        let key = format!("{} {:x} {} {}", boot.trim(), device.rdev(), self.qemu_version, self.kernel_version());
+        let cache = target.join("xtask/accel.json");
+        let known = fs::read(&cache).ok().and_then(|bytes| serde_json::from_slice::<serde_json::Value>(&bytes).ok());
+        let works = match known.filter(|known| known["key"] == key).and_then(|known| known["kvm"].as_bool()) {
+            Some(works) => works,
+            None => {
+                eprintln!("guests: trying /dev/kvm with a guest, for {} s at most", KVM_TRIAL.as_secs());
+                self.accel = Accel::Kvm;
+                let trial = Machine::new("kvm-trial").start(self);
+                let works = trial.is_ok_and(|vm| vm.guest.wait_boot(1, KVM_TRIAL).is_ok());
+                fs::create_dir_all(target.join("xtask"))?;
+                fs::write(&cache, json!({"key": key, "kvm": works}).to_string())?;
+                works
+            }
+        };
+        Ok(if works {
+            (Accel::Kvm, "a guest boots with /dev/kvm".into())
+        } else {
+            (Accel::Tcg, "no guest boots with this /dev/kvm".into())
+        })
+    }
+}
+
+/// How long a guest may take to boot under KVM before it counts as broken: 1 s where it works.
+const KVM_TRIAL: Duration = Duration::from_secs(12);
+
+/// Decompresses a module by the kit's busybox, or by the machine's xz.
+fn unxz(kit: Option<&Kit>, path: &Path) -> Result<Vec<u8>> {
+    let mut command = match kit {
+        Some(kit) => {
+            let mut command = Command::new(kit.busybox());
+            command.arg("xzcat");
+            command
+        }
+        None => Command::new("xzcat"),
+    };
+    let output = command.arg(path).output().context("cannot run xzcat")?;
+    ensure!(output.status.success(), "{} is no xz file", path.display());
+    Ok(output.stdout)
+}
+
+/// The version string in a bzImage: its offset, less 0x200, stands at 0x20e.
+fn kernel_version(path: &Path) -> Option<String> {
+    let image = fs::read(path).ok()?;
+    (image.get(0x202..0x206)? == b"HdrS").then_some(())?;
+    let offset = u16::from_le_bytes(image.get(0x20e..0x210)?.try_into().ok()?);
+    let text = image.get(usize::from(offset) + 0x200..)?.split(|byte| *byte == 0).next()?;
+    Some(String::from_utf8_lossy(text).split_whitespace().next()?.to_owned())
+}

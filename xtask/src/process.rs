@@ -1,0 +1,172 @@
+//! Processes that end with us, and the folder that their sockets and logs live in.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use rustix::process::{Pid, Signal, kill_process};
+
+/// A process of ours, killed when this is dropped or when we die in any other way.
+pub struct Process {
+    child: Child,
+    name: String,
+    log: PathBuf,
+}
+
+impl Process {
+    /// Starts `command`; what it says goes to `log`.
+    ///
+    /// To be called on a thread that lives as long as the process shall: the kernel takes the end of the thread that
+    /// started a process for the end of its parent.
+    pub fn start(mut command: Command, name: &str, log: &Path) -> Result<Self> {
+        let file = File::options().create(true).append(true).open(log)?;
+        command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
+        die_with_parent(&mut command);
+        let child = command.spawn().with_context(|| format!("cannot start {name} ({:?})", command.get_program()))?;
+        Ok(Self { child, name: name.to_owned(), log: log.to_owned() })
+    }
+
+    /// The process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// How the process ended, if it has.
+    pub fn ended(&mut self) -> Result<Option<ExitStatus>> {
+        Ok(self.child.try_wait()?)
+    }
+
+    /// Waits for the process to end by itself.
+    pub fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
+        let until = Instant::now() + limit;
+        loop {
+            if let Some(status) = self.child.try_wait()? {
+                return Ok(status);
+            }
+            if Instant::now() > until {
+                return Err(self.complaint(&format!("did not end within {} s", limit.as_secs())));
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Asks the process to end (SIGTERM), and waits for it.
+    pub fn terminate(&mut self, limit: Duration) -> Result<ExitStatus> {
+        self.signal(Signal::TERM)?;
+        self.wait(limit)
+    }
+
+    /// Ends the process at once (SIGKILL).
+    pub fn kill(&mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let id = Pid::from_child(&self.child);
+        kill_process(id, signal).with_context(|| format!("cannot signal {}", self.name))
+    }
+
+    /// An error about this process, with the end of its log.
+    pub fn complaint(&self, what: &str) -> anyhow::Error {
+        anyhow::anyhow!("{} {what}{}", self.name, tail(&self.log))
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Fails only if it has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[allow(unsafe_code)] // Between fork and exec only calls that are safe in a signal handler are allowed.
+fn die_with_parent(command: &mut Command) {
+    use std::os::unix::process::CommandExt;
+    // SAFETY: the closure makes one system call and neither allocates nor takes a lock.
+    unsafe {
+        command.pre_exec(|| {
+            rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+            Ok(())
+        });
+    }
+}
+
+/// The last lines of a log, indented, for an error message; empty if there is nothing.
+pub fn tail(log: &Path) -> String {
+    let text = String::from_utf8_lossy(&fs::read(log).unwrap_or_default()).into_owned();
+    let lines: Vec<&str> = text.lines().collect();
+    let last = &lines[lines.len().saturating_sub(20)..];
+    if last.is_empty() {
+        String::new()
+    } else {
+        format!("; the end of {}:\n    {}", log.display(), last.join("\n    "))
+    }
+}
+
+/// A folder for sockets and logs, private to us and gone after us.
+///
+/// In the system's folder for temporary files, since the path of a socket has at most 107 bytes.
+pub struct RunDir {
+    path: PathBuf,
+    keep: bool,
+}
+
+const PREFIX: &str = "vbus-xtask-";
+
+impl RunDir {
+    /// Makes the folder, and removes those of runs that were killed.
+    pub fn new() -> Result<Self> {
+        let parent = std::env::temp_dir();
+        sweep(&parent);
+        let path = (0..)
+            .map(|n: u32| parent.join(format!("{PREFIX}{}-{n}", std::process::id())))
+            .find(|path| !path.exists())
+            .context("no name is left")?;
+        fs::DirBuilder::new().mode(0o700).create(&path).with_context(|| format!("cannot make {}", path.display()))?;
+        Ok(Self { path, keep: false })
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Leaves the folder behind, for someone to read the logs.
+    pub fn keep(&mut self) {
+        self.keep = true;
+    }
+}
+
+impl Drop for RunDir {
+    fn drop(&mut self) {
+        if !self.keep {
+            let _ = fs::remove_dir_all(&self.path);
+        }
+    }
+}
+
+/// Removes the folders of runs whose process is gone, unless they were kept less than a day ago.
+fn sweep(parent: &Path) {
+    let Ok(entries) = fs::read_dir(parent) else { return };
+    for entry in entries.flatten() {
+        let name: OsString = entry.file_name();
+        let Some(rest) = name.to_str().and_then(|name| name.strip_prefix(PREFIX)) else { continue };
+        let gone = rest.split('-').next().is_some_and(|pid| !Path::new("/proc").join(pid).exists());
+        let old = entry
+            .metadata()
+            .and_then(|m| m.modified())
+            .is_ok_and(|time| time.elapsed().is_ok_and(|age| age > Duration::from_secs(24 * 3600)));
+        if gone && old {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
