@@ -1,1 +1,21 @@
-//! The vfio-user connector of vbus: server for VMMs, client for plain processes.
+//! The vfio-user connector of vbus: a server for VMMs, a client for plain processes.
+//!
+//! [`Server`] offers one device function, anything that implements [`Target`], on a UNIX socket to one client at
+//! a time. It never blocks and belongs to no event loop: watch its descriptor, call [`Server::ready`].
+//! [`Client`] is the other end, for programs that drive a device without a VM.
+//!
+//! What the server offers and refuses, command by command, is in `spec/vfio-user.md`.
+
+mod listen;
+pub mod protocol;
+mod remote;
+mod server;
+pub mod session;
+pub mod socket;
+mod target;
+pub mod version;
+
+pub use remote::{BadReply, RemoteMemory};
+pub use rustix::io::Errno;
+pub use server::{Outcome, Server, Stats, Timeouts};
+pub use target::{DeviceInfo, IoEventFd, IrqAction, IrqInfo, Mapping, RegionInfo, Target};

@@ -1,0 +1,73 @@
+//! The listening socket and its file.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::Mode;
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen as listen_on};
+
+/// Connections that wait to be accepted, at most.
+const BACKLOG: i32 = 8;
+
+/// The file of a listening socket; removed when this is dropped, unless another one has taken its place.
+#[derive(Debug)]
+pub(crate) struct SocketFile {
+    path: PathBuf,
+    identity: Option<(u64, u64)>,
+}
+
+impl SocketFile {
+    pub(crate) fn path(&self) -> &PathBuf {
+        &self.path
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if self.identity.is_some() && identity(&self.path) == self.identity {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    std::fs::symlink_metadata(path).ok().map(|m| (m.dev(), m.ino()))
+}
+
+fn stream_socket(flags: SocketFlags) -> Result<OwnedFd, Errno> {
+    rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC | flags, None)
+}
+
+/// Listens at `path`, with mode 0600 from the first moment on.
+pub(crate) fn listen(path: &Path) -> io::Result<(OwnedFd, SocketFile)> {
+    let address = SocketAddrUnix::new(path)?;
+    let socket = stream_socket(SocketFlags::NONBLOCK)?;
+    // The file takes its mode from the socket, less the umask.
+    rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    match bind(&socket, &address) {
+        Err(Errno::ADDRINUSE) => {
+            remove_stale(path, &address)?;
+            bind(&socket, &address)?;
+        }
+        other => other?,
+    }
+    let file = SocketFile { path: path.to_owned(), identity: identity(path) };
+    listen_on(&socket, BACKLOG)?;
+    Ok((socket, file))
+}
+
+/// Removes a socket file that nobody listens at.
+fn remove_stale(path: &Path, address: &SocketAddrUnix) -> io::Result<()> {
+    let in_use = |what: &str| io::Error::new(io::ErrorKind::AddrInUse, format!("{}: {what}", path.display()));
+    if !std::fs::symlink_metadata(path)?.file_type().is_socket() {
+        return Err(in_use("exists and is not a socket"));
+    }
+    // A server with a full backlog is alive too; without NONBLOCK this would wait for it.
+    match connect(stream_socket(SocketFlags::NONBLOCK)?, address) {
+        Err(Errno::CONNREFUSED) => std::fs::remove_file(path),
+        _ => Err(in_use("another server listens there")),
+    }
+}

@@ -1,0 +1,532 @@
+//! The server: a listening socket, one client at a time, time-outs. It never blocks.
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{SocketFlags, accept_with};
+use tracing::{debug, info, warn};
+
+use crate::listen::{self, SocketFile};
+use crate::protocol::{self, HEADER_LEN, Header, Kind};
+use crate::remote::Outbound;
+use crate::session::{Answer, Session};
+use crate::socket::{Message, Received, Receiver, Sender, SocketSource};
+use crate::target::Target;
+use crate::version::MAX_MSG_FDS;
+
+/// How many messages one call of [`Server::ready`] handles, at most.
+const MESSAGES_PER_CALL: u32 = 64;
+/// How many connections one call accepts, at most.
+const ACCEPTS_PER_CALL: u32 = 4;
+/// How many clients wait for their refusal at the same time; more are closed without a word.
+const MAX_REFUSED: usize = 4;
+/// How long no connection is accepted after the process ran out of descriptors or memory.
+const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
+
+/// How long a client may take. QEMU's own patience is 5 s.
+#[derive(Clone, Copy, Debug)]
+pub struct Timeouts {
+    /// From the connection to the end of its `VERSION`.
+    pub handshake: Duration,
+    /// From the first byte of a message to its last.
+    pub message: Duration,
+    /// From a reply that the socket does not take to the moment when it takes some of it.
+    pub reply: Duration,
+    /// From a request of ours (`DMA_READ`, `DMA_WRITE`) to its answer.
+    pub request: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        let five = Duration::from_secs(5);
+        Self { handshake: Duration::from_secs(2), message: five, reply: five, request: five }
+    }
+}
+
+/// What a server has seen since it started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Clients that were agreed with.
+    pub clients: u64,
+    /// Clients refused because another one was there.
+    pub refused: u64,
+    /// Messages handled.
+    pub messages: u64,
+    /// Commands that failed; posted ones count too.
+    pub failures: u64,
+    /// Connections ended because the client broke the protocol or was too slow.
+    pub violations: u64,
+}
+
+/// What a call of [`Server::ready`] did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    /// Messages handled.
+    pub messages: u32,
+    /// A client is there and agreed with.
+    pub connected: bool,
+    /// There may be more to do at once. The descriptor stays readable then, too.
+    pub more: bool,
+}
+
+struct Connection {
+    socket: OwnedFd,
+    token: u64,
+    /// The how many-th connection it is, for the log.
+    number: u64,
+    receiver: Receiver,
+    sender: Sender,
+    session: Session,
+    outbound: Outbound,
+    /// When the agreement must be there; `None` once it is.
+    agree_by: Option<Instant>,
+    /// When the message that has begun must be whole.
+    message_by: Option<Instant>,
+    /// When the socket must have taken more of what is queued.
+    reply_by: Option<Instant>,
+    /// What the epoll descriptor currently watches the socket for.
+    interest: EventFlags,
+}
+
+/// A client that came while another one was there. It gets its answer as soon as its `VERSION` is there.
+struct Refused {
+    socket: OwnedFd,
+    token: u64,
+    head: [u8; HEADER_LEN],
+    have: usize,
+    until: Instant,
+}
+
+/// A vfio-user server for one device.
+///
+/// It has one descriptor to watch ([`AsFd`]), readable whenever there is something to do, and one deadline; both
+/// lead to a call of [`Server::ready`], which does a bounded amount of work and never waits.
+///
+/// A client that breaks the protocol, is too slow or goes away ends its connection, with one line in the log, and
+/// nothing else: the server goes on with the next client.
+pub struct Server<T: Target> {
+    target: T,
+    name: String,
+    file: SocketFile,
+    listener: OwnedFd,
+    /// Accepting goes on at this time.
+    paused_until: Option<Instant>,
+    epoll: OwnedFd,
+    next_token: u64,
+    connections: u64,
+    client: Option<Connection>,
+    refused: Vec<Refused>,
+    timeouts: Timeouts,
+    stats: Stats,
+}
+
+const LISTENER: u64 = 0;
+const WAKE: u64 = 1;
+
+impl<T: Target> Server<T> {
+    /// Listens at `path` for clients of `target`. `name` is the device's name in the log.
+    ///
+    /// The socket file gets mode 0600. A file that a dead server left there is replaced.
+    ///
+    /// # Errors
+    /// When something other than a dead socket is at `path` ([`io::ErrorKind::AddrInUse`] for a live one), or the
+    /// system refuses.
+    pub fn bind(path: impl AsRef<Path>, name: impl Into<String>, target: T) -> io::Result<Self> {
+        let (listener, file) = listen::listen(path.as_ref())?;
+        let epoll = epoll::create(CreateFlags::CLOEXEC)?;
+        epoll::add(&epoll, &listener, EventData::new_u64(LISTENER), EventFlags::IN)?;
+        Ok(Self {
+            target,
+            name: name.into(),
+            file,
+            listener,
+            paused_until: None,
+            epoll,
+            next_token: WAKE + 1,
+            connections: 0,
+            client: None,
+            refused: Vec::new(),
+            timeouts: Timeouts::default(),
+            stats: Stats::default(),
+        })
+    }
+
+    /// Replaces the time-outs; for clients to come.
+    pub fn set_timeouts(&mut self, timeouts: Timeouts) {
+        self.timeouts = timeouts;
+    }
+
+    /// Where the socket is.
+    #[must_use]
+    pub fn path(&self) -> &PathBuf {
+        self.file.path()
+    }
+
+    /// What is served.
+    #[must_use]
+    pub fn target(&self) -> &T {
+        &self.target
+    }
+
+    /// What is served.
+    pub fn target_mut(&mut self) -> &mut T {
+        &mut self.target
+    }
+
+    /// What has been seen so far.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        let now = self.client.as_ref().map_or(0, |c| c.session.failures());
+        Stats { failures: self.stats.failures + now, ..self.stats }
+    }
+
+    /// Whether a client is there and agreed with.
+    #[must_use]
+    pub fn is_connected(&self) -> bool {
+        self.client.as_ref().is_some_and(|c| c.session.agreed().is_some())
+    }
+
+    /// When [`Server::ready`] has to be called even if the descriptor stays quiet.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Instant> {
+        let client = self
+            .client
+            .iter()
+            .flat_map(|c| [c.agree_by, c.message_by, c.reply_by, c.outbound.deadline(self.timeouts.request)]);
+        let refused = self.refused.iter().map(|r| Some(r.until));
+        client.chain(refused).chain([self.paused_until]).flatten().min()
+    }
+
+    /// Does what there is to do: accepts, receives, handles, answers, and ends what took too long.
+    pub fn ready(&mut self, now: Instant) -> Outcome {
+        let mut space = [MaybeUninit::uninit(); 8];
+        let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let mut messages = 0;
+        if let Ok((events, _)) = epoll::wait(&self.epoll, &mut space, Some(&zero)) {
+            // The client first: its end makes room for the next one.
+            let (mut accept, client) = (false, self.client.as_ref().map(|c| c.token));
+            for event in &*events {
+                match event.data.u64() {
+                    LISTENER => accept = true,
+                    WAKE => {
+                        if let Some(client) = &self.client {
+                            client.outbound.clear_wake();
+                        }
+                    }
+                    token if Some(token) == client => messages += self.serve(now),
+                    token => self.refuse(token),
+                }
+            }
+            if accept {
+                self.accept(now);
+            }
+        }
+        self.send_requests(now);
+        self.expire(now);
+        Outcome { messages, connected: self.is_connected(), more: messages >= MESSAGES_PER_CALL }
+    }
+
+    /// Serves until `stop` becomes readable. For tests and small programs without an event loop.
+    ///
+    /// # Errors
+    /// When waiting fails.
+    pub fn run(&mut self, stop: impl AsFd) -> io::Result<()> {
+        loop {
+            let wait = self.deadline().map(|d| d.saturating_duration_since(Instant::now()));
+            let timeout = wait.and_then(|d| Timespec::try_from(d).ok());
+            let stopped = {
+                let mut fds =
+                    [PollFd::new(&self.epoll, PollFlags::IN), PollFd::from_borrowed_fd(stop.as_fd(), PollFlags::IN)];
+                match poll(&mut fds, timeout.as_ref()) {
+                    Err(Errno::INTR) => continue,
+                    other => other?,
+                };
+                !fds[1].revents().is_empty()
+            };
+            if stopped {
+                return Ok(());
+            }
+            self.ready(Instant::now());
+        }
+    }
+
+    /// Ends the current client's connection, if there is one, for a reason of ours.
+    pub fn disconnect(&mut self, why: &str) {
+        if self.client.is_some() {
+            info!(device = self.name, "client disconnected: {why}");
+            self.drop_client();
+        }
+    }
+
+    fn token(&mut self) -> u64 {
+        self.next_token += 1;
+        self.next_token
+    }
+
+    fn accept(&mut self, now: Instant) {
+        for _ in 0..ACCEPTS_PER_CALL {
+            let socket = match accept_with(&self.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+                Ok(socket) => socket,
+                Err(Errno::AGAIN) => return,
+                Err(Errno::INTR | Errno::CONNABORTED) => continue,
+                Err(e) => {
+                    // The connection stays in the backlog: without a pause this would be tried without end.
+                    warn!(device = self.name, "accepting failed, next try in {ACCEPT_PAUSE:?}: {e}");
+                    let quiet = EventFlags::empty();
+                    let _ = epoll::modify(&self.epoll, &self.listener, EventData::new_u64(LISTENER), quiet);
+                    self.paused_until = Some(now + ACCEPT_PAUSE);
+                    return;
+                }
+            };
+            let token = self.token();
+            let watched = epoll::add(&self.epoll, &socket, EventData::new_u64(token), EventFlags::IN);
+            if let Err(e) = watched.and_then(|()| self.admit(socket, token, now)) {
+                warn!(device = self.name, "client cannot be served: {e}");
+            }
+        }
+    }
+
+    fn admit(&mut self, socket: OwnedFd, token: u64, now: Instant) -> Result<(), Errno> {
+        self.connections += 1;
+        let number = self.connections;
+        if let Some(client) = &self.client {
+            self.stats.refused += 1;
+            warn!(device = self.name, "client {number} refused: client {} is connected", client.number);
+            if self.refused.len() < MAX_REFUSED {
+                let until = now + self.timeouts.handshake;
+                self.refused.push(Refused { socket, token, head: [0; HEADER_LEN], have: 0, until });
+                self.refuse(token);
+            }
+            return Ok(());
+        }
+        let outbound = Outbound::new()?;
+        epoll::add(&self.epoll, outbound.wake(), EventData::new_u64(WAKE), EventFlags::IN)?;
+        debug!(device = self.name, "client {number} connects");
+        self.client = Some(Connection {
+            socket,
+            token,
+            number,
+            receiver: Receiver::default(),
+            sender: Sender::default(),
+            session: Session::default(),
+            outbound,
+            agree_by: Some(now + self.timeouts.handshake),
+            message_by: None,
+            reply_by: None,
+            interest: EventFlags::IN,
+        });
+        Ok(())
+    }
+
+    /// Answers a client that came second, once enough of its `VERSION` is there to name the message.
+    fn refuse(&mut self, token: u64) {
+        let Some(index) = self.refused.iter().position(|r| r.token == token) else { return };
+        let Refused { socket, head, have, .. } = &mut self.refused[index];
+        while *have < HEADER_LEN {
+            match rustix::io::read(&*socket, &mut head[*have..]) {
+                Ok(0) => break,
+                Ok(n) => *have += n,
+                Err(Errno::AGAIN) => return,
+                Err(Errno::INTR) => {}
+                Err(_) => break,
+            }
+        }
+        if let (HEADER_LEN, Ok(header)) = (*have, Header::parse(head)) {
+            let error = Some(Errno::BUSY.raw_os_error().unsigned_abs());
+            let mut sender = Sender::default();
+            let reply = protocol::message(header.id, header.command, Kind::Reply { error }, &[]);
+            sender.push(reply, Vec::new());
+            let _ = sender.flush(socket.as_fd());
+            // A close with unread data would look like a failure and not like an end.
+            let _ = rustix::io::read(&*socket, &mut [0; 4096]);
+        }
+        self.refused.swap_remove(index);
+    }
+
+    /// Receives, handles and answers, until nothing is left, the socket is full or enough was done.
+    fn serve(&mut self, now: Instant) -> u32 {
+        let mut handled = 0;
+        while handled < MESSAGES_PER_CALL {
+            let Some(client) = &mut self.client else { return handled };
+            if !client.sender.is_empty() && !Self::flush(client, now, self.timeouts.reply) {
+                self.fail("its socket failed");
+                return handled;
+            }
+            // Answers are not piled up: who does not read them is not heard either.
+            if !client.sender.is_empty() {
+                break;
+            }
+            let mut source = SocketSource { socket: client.socket.as_fd(), max_fds: MAX_MSG_FDS, wait: false };
+            match client.receiver.next(&mut source, client.session.max_message(), MAX_MSG_FDS) {
+                Ok(Received::Message(message)) => {
+                    handled += 1;
+                    client.message_by = None;
+                    self.stats.messages += 1;
+                    if !self.handle(message, now) {
+                        return handled;
+                    }
+                }
+                Ok(Received::Nothing) => {
+                    if client.receiver.within_message() {
+                        client.message_by.get_or_insert(now + self.timeouts.message);
+                    }
+                    break;
+                }
+                Ok(Received::End) => {
+                    info!(device = self.name, "client {} has gone", client.number);
+                    self.drop_client();
+                    return handled;
+                }
+                Err(broken) => {
+                    self.fail(&broken.to_string());
+                    return handled;
+                }
+            }
+        }
+        self.watch();
+        handled
+    }
+
+    /// Handles a message. `false`: the connection has ended.
+    fn handle(&mut self, message: Message, now: Instant) -> bool {
+        let Some(client) = &mut self.client else { return false };
+        if let Kind::Reply { error } = message.header.kind {
+            return match client.outbound.complete(message.header, error, &message.body) {
+                Ok(()) => true,
+                Err(e) => {
+                    self.fail(&e.to_string());
+                    false
+                }
+            };
+        }
+        match client.session.handle(&mut self.target, &self.name, message) {
+            Answer::Silence => {}
+            Answer::Reply(bytes, fds) => client.sender.push(bytes, fds),
+            Answer::Agreed(bytes) => {
+                client.agree_by = None;
+                client.sender.push(bytes, Vec::new());
+                self.stats.clients += 1;
+                info!(device = self.name, "client {} connected", client.number);
+                self.target.connected(client.outbound.handle());
+            }
+            Answer::End(reply, violation) => {
+                if let Some(bytes) = reply {
+                    client.sender.push(bytes, Vec::new());
+                    let _ = client.sender.flush(client.socket.as_fd());
+                }
+                self.fail(&violation.to_string());
+                return false;
+            }
+        }
+        if !Self::flush(client, now, self.timeouts.reply) {
+            self.fail("its socket failed");
+            return false;
+        }
+        true
+    }
+
+    /// Sends what is queued. `false`: the socket failed.
+    fn flush(client: &mut Connection, now: Instant, patience: Duration) -> bool {
+        match client.sender.flush(client.socket.as_fd()) {
+            Ok(_) if client.sender.is_empty() => client.reply_by = None,
+            Ok(0) => {
+                client.reply_by.get_or_insert(now + patience);
+            }
+            Ok(_) => client.reply_by = Some(now + patience),
+            Err(_) => return false,
+        }
+        true
+    }
+
+    /// Requests of ours, as long as no answer of ours waits to be sent.
+    fn send_requests(&mut self, now: Instant) {
+        loop {
+            let Some(client) = &mut self.client else { return };
+            let Some(agreed) = client.session.agreed() else { return };
+            if !client.sender.is_empty() {
+                break;
+            }
+            let (session, max) = (&client.session, agreed.peer_transfer);
+            let next = client.outbound.next_message(now, max, |address, size| session.is_mapped(address, size));
+            let Some(bytes) = next else { break };
+            client.sender.push(bytes, Vec::new());
+            if !Self::flush(client, now, self.timeouts.reply) {
+                self.fail("its socket failed");
+                return;
+            }
+        }
+        self.watch();
+    }
+
+    /// Watches the client's socket for what can be done with it: receiving, unless answers wait to be sent.
+    fn watch(&mut self) {
+        let Some(client) = &mut self.client else { return };
+        let wanted = if client.sender.is_empty() { EventFlags::IN } else { EventFlags::OUT };
+        if wanted != client.interest {
+            let data = EventData::new_u64(client.token);
+            match epoll::modify(&self.epoll, &client.socket, data, wanted) {
+                Ok(()) => client.interest = wanted,
+                Err(e) => self.fail(&format!("its socket cannot be watched: {e}")),
+            }
+        }
+    }
+
+    fn expire(&mut self, now: Instant) {
+        if self.paused_until.is_some_and(|t| t <= now) {
+            self.paused_until = None;
+            let _ = epoll::modify(&self.epoll, &self.listener, EventData::new_u64(LISTENER), EventFlags::IN);
+        }
+        self.refused.retain(|r| r.until > now);
+        let Some(client) = &self.client else { return };
+        let due = |deadline: Option<Instant>| deadline.is_some_and(|t| t <= now);
+        let why = if due(client.agree_by) {
+            "it did not negotiate a version in time"
+        } else if due(client.message_by) {
+            "it began a message and did not end it in time"
+        } else if due(client.reply_by) {
+            "it does not read the answers"
+        } else if due(client.outbound.deadline(self.timeouts.request)) {
+            "it did not answer a DMA request in time"
+        } else {
+            return;
+        };
+        self.fail(why);
+    }
+
+    /// Ends the connection because of what the client did.
+    fn fail(&mut self, why: &str) {
+        let Some(client) = &self.client else { return };
+        self.stats.violations += 1;
+        warn!(device = self.name, "connection of client {} ended: {why}", client.number);
+        self.drop_client();
+    }
+
+    fn drop_client(&mut self) {
+        let Some(mut client) = self.client.take() else { return };
+        self.stats.failures += client.session.failures();
+        // The target may keep the other end of this one.
+        let _ = epoll::delete(&self.epoll, client.outbound.wake());
+        client.outbound.close();
+        if client.session.agreed().is_some() {
+            self.target.disconnected();
+        }
+    }
+}
+
+impl<T: Target> AsFd for Server<T> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.epoll.as_fd()
+    }
+}
+
+impl<T: Target> Drop for Server<T> {
+    fn drop(&mut self) {
+        self.drop_client();
+    }
+}

@@ -1,0 +1,473 @@
+//! One client's session: what each command does, and what is answered.
+//!
+//! No input or output happens here: a message goes in, an [`Answer`] comes out. So this is also what the fuzz
+//! target drives.
+//!
+//! A command that is well framed and wrong is answered with an errno, and the session goes on. One that breaks the
+//! protocol's order - anything before `VERSION`, a second `VERSION`, a reply that nobody asked for - ends it.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::os::fd::OwnedFd;
+
+use rustix::io::Errno;
+
+use crate::protocol::{
+    self, DEVICE_IS_PCI, DEVICE_RESETS, DmaMap, DmaUnmap, Feature, Header, Info, IrqData, IrqVerb, Kind, Malformed,
+    MultiWrite, REGION_ACCESS_LEN, RegionAccess, SUB_REGION_LEN, SetIrqs, SubRegion, Version, command,
+};
+use crate::socket::Message;
+use crate::target::{IrqAction, Mapping, Target};
+use crate::version::{self, Agreed, Disagreement, MAX_DMA_MAPS, MAX_TRANSFER, MAX_VERSION_DATA, PAGE_SIZE};
+
+/// What follows from a message.
+#[derive(Debug)]
+pub enum Answer {
+    /// Nothing is sent: the command was posted.
+    Silence,
+    /// This is sent, with these descriptors.
+    Reply(Vec<u8>, Vec<OwnedFd>),
+    /// The first message was agreed with; this is sent.
+    Agreed(Vec<u8>),
+    /// The session ends, for the reason given, after this was sent (when it is a command that may be answered).
+    End(Option<Vec<u8>>, Violation),
+}
+
+/// What a client did that ends its session.
+#[derive(Debug, thiserror::Error)]
+pub enum Violation {
+    /// A command before the versions were negotiated.
+    #[error("{0} before VERSION")]
+    TooEarly(Header),
+    /// Versions were negotiated before.
+    #[error("a second VERSION")]
+    Again,
+    /// No agreement on a version.
+    #[error("no agreement: {0}")]
+    Disagreement(#[from] Disagreement),
+    /// The version message has no version.
+    #[error("VERSION: {0}")]
+    Version(#[from] Malformed),
+    /// A reply, where only commands can come.
+    #[error("reply {0} to no request of ours")]
+    Reply(Header),
+}
+
+/// Why a command failed. The client sees the errno, the log the text.
+#[derive(Debug)]
+enum Failure {
+    Malformed(Malformed),
+    Descriptors { expected: &'static str, got: usize },
+    NoSuch(&'static str, u32),
+    Outside { region: u32, offset: u64, count: u64, size: u64 },
+    TooMuch(u64),
+    NotAllowed(&'static str, u32),
+    IrqRange { index: u32, start: u32, count: u32, have: u32 },
+    BadRange(u64, u64),
+    Overlap(u64, u64),
+    TooManyMaps,
+    NotMapped(u64, u64),
+    Unsupported(&'static str),
+    Unknown,
+    WrongDirection,
+    Feature(u16),
+    Device(Errno),
+}
+
+impl Failure {
+    fn errno(&self) -> Errno {
+        match self {
+            Self::Overlap(..) => Errno::EXIST,
+            Self::TooManyMaps => Errno::NOSPC,
+            Self::NotMapped(..) => Errno::NOENT,
+            Self::NotAllowed(..) => Errno::PERM,
+            Self::Unsupported(_) => Errno::OPNOTSUPP,
+            Self::Unknown => Errno::NOSYS,
+            // What the kernel's VFIO answers, and what QEMU reads as "not supported" and not as a fault.
+            Self::Feature(_) => Errno::NOTTY,
+            Self::Device(errno) => *errno,
+            _ => Errno::INVAL,
+        }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Malformed(e) => e.fmt(f),
+            Self::Descriptors { expected, got } => write!(f, "{got} descriptors where {expected} belong"),
+            Self::NoSuch(what, index) => write!(f, "no {what} {index}"),
+            Self::Outside { region, offset, count, size } => {
+                write!(f, "{count} bytes at {offset:#x} of region {region}, which has {size:#x}")
+            }
+            Self::TooMuch(count) => write!(f, "{count} bytes, at most {MAX_TRANSFER} are allowed"),
+            Self::NotAllowed(what, region) => write!(f, "region {region} cannot be {what}"),
+            Self::IrqRange { index, start, count, have } => {
+                write!(f, "interrupts {start} and {count} on of index {index}, which has {have}")
+            }
+            Self::BadRange(address, size) => write!(f, "no range of pages: {size:#x} bytes at {address:#x}"),
+            Self::Overlap(address, size) => write!(f, "{size:#x} bytes at {address:#x} are mapped already"),
+            Self::TooManyMaps => write!(f, "{MAX_DMA_MAPS} mappings are the most"),
+            Self::NotMapped(address, size) => write!(f, "no mapping of {size:#x} bytes at {address:#x}"),
+            Self::Unsupported(what) => write!(f, "{what} is not supported"),
+            Self::Unknown => write!(f, "no such command"),
+            Self::WrongDirection => write!(f, "a command that only servers send"),
+            Self::Feature(number) => write!(f, "no device feature {number}"),
+            Self::Device(errno) => write!(f, "refused by the device: {errno}"),
+        }
+    }
+}
+
+impl From<Malformed> for Failure {
+    fn from(e: Malformed) -> Self {
+        Self::Malformed(e)
+    }
+}
+
+impl From<Errno> for Failure {
+    fn from(e: Errno) -> Self {
+        Self::Device(e)
+    }
+}
+
+#[derive(Default)]
+struct Reply {
+    body: Vec<u8>,
+    fds: Vec<OwnedFd>,
+}
+
+impl From<Vec<u8>> for Reply {
+    fn from(body: Vec<u8>) -> Self {
+        Self { body, fds: Vec::new() }
+    }
+}
+
+type Outcome = Result<Reply, Failure>;
+
+/// The state of one client's session.
+#[derive(Debug, Default)]
+pub struct Session {
+    agreed: Option<Agreed>,
+    /// Mappings by address, with their size.
+    maps: BTreeMap<u64, u64>,
+    failures: u64,
+}
+
+impl Session {
+    /// What was agreed upon; `None` before that.
+    #[must_use]
+    pub fn agreed(&self) -> Option<&Agreed> {
+        self.agreed.as_ref()
+    }
+
+    /// Commands that failed so far, those without a reply included.
+    #[must_use]
+    pub fn failures(&self) -> u64 {
+        self.failures
+    }
+
+    /// The longest message that the client may send now, header included, in bytes.
+    #[must_use]
+    pub fn max_message(&self) -> usize {
+        let body = if self.agreed.is_some() { REGION_ACCESS_LEN + MAX_TRANSFER } else { 4 + MAX_VERSION_DATA };
+        protocol::HEADER_LEN + body
+    }
+
+    /// Whether `size` bytes at `address` lie within mappings that follow each other without a hole.
+    #[must_use]
+    pub fn is_mapped(&self, address: u64, size: u64) -> bool {
+        let Some(end) = address.checked_add(size) else { return false };
+        let mut at = address;
+        while at < end {
+            match self.maps.range(..=at).next_back() {
+                // Mappings do not overflow.
+                Some((start, len)) if at < start + len => at = start + len,
+                _ => return false,
+            }
+        }
+        true
+    }
+
+    /// Does what a message asks for. `name` is the device's name in the log.
+    pub fn handle<T: Target + ?Sized>(&mut self, target: &mut T, name: &str, message: Message) -> Answer {
+        let Message { header, body, fds } = message;
+        let Kind::Command { no_reply } = header.kind else {
+            return Answer::End(None, Violation::Reply(header));
+        };
+        let answer = |kind, body: &[u8]| protocol::message(header.id, header.command, kind, body);
+        let refusal = |errno: Errno| answer(Kind::Reply { error: Some(errno.raw_os_error().unsigned_abs()) }, &[]);
+        let done = Kind::Reply { error: None };
+        let Some(agreed) = self.agreed else {
+            return match self.version(header, &body) {
+                Ok(reply) => Answer::Agreed(answer(done, &reply)),
+                Err((errno, violation)) => Answer::End((!no_reply).then(|| refusal(errno)), violation),
+            };
+        };
+        if header.command == command::VERSION {
+            return Answer::End((!no_reply).then(|| refusal(Errno::INVAL)), Violation::Again);
+        }
+        match self.command(target, &agreed, header.command, &body, fds) {
+            Ok(_) if no_reply => Answer::Silence,
+            Ok(reply) => Answer::Reply(answer(done, &reply.body), reply.fds),
+            Err(failure) => {
+                self.failures += 1;
+                tracing::debug!(device = name, "{header} failed: {failure}");
+                if no_reply { Answer::Silence } else { Answer::Reply(refusal(failure.errno()), Vec::new()) }
+            }
+        }
+    }
+
+    fn version(&mut self, header: Header, body: &[u8]) -> Result<Vec<u8>, (Errno, Violation)> {
+        if header.command != command::VERSION || header.kind != (Kind::Command { no_reply: false }) {
+            return Err((Errno::INVAL, Violation::TooEarly(header)));
+        }
+        let request = Version::parse(body).map_err(|e| (Errno::INVAL, Violation::Version(e)))?;
+        let (agreed, reply) = version::answer(&request).map_err(|e| (e.errno(), Violation::Disagreement(e)))?;
+        self.agreed = Some(agreed);
+        Ok(reply)
+    }
+
+    fn command<T: Target + ?Sized>(
+        &mut self,
+        target: &mut T,
+        agreed: &Agreed,
+        number: u16,
+        body: &[u8],
+        mut fds: Vec<OwnedFd>,
+    ) -> Outcome {
+        if !fds.is_empty() && !matches!(number, command::DMA_MAP | command::DEVICE_SET_IRQS) {
+            return Err(Failure::Descriptors { expected: "none", got: fds.len() });
+        }
+        match number {
+            command::REGION_READ => region_read(target, body),
+            command::REGION_WRITE => region_write(target, body),
+            command::REGION_WRITE_MULTI if agreed.write_multiple => write_multi(target, body),
+            command::REGION_WRITE_MULTI => Err(Failure::Unsupported("REGION_WRITE_MULTI, unless agreed upon,")),
+            command::DMA_MAP => self.dma_map(target, body, &mut fds),
+            command::DMA_UNMAP => self.dma_unmap(target, body),
+            command::DEVICE_GET_INFO => device_info(target, body),
+            command::DEVICE_GET_REGION_INFO => region_info(target, body),
+            command::DEVICE_GET_REGION_IO_FDS => region_io_fds(target, agreed, body),
+            command::DEVICE_GET_IRQ_INFO => irq_info(target, body),
+            command::DEVICE_SET_IRQS => set_irqs(target, body, fds),
+            command::DEVICE_RESET => {
+                if !target.device_info().resettable {
+                    return Err(Failure::Unsupported("DEVICE_RESET"));
+                }
+                target.reset()?;
+                Ok(Reply::default())
+            }
+            command::DEVICE_FEATURE => Err(Failure::Feature(Feature::parse(body)?.feature)),
+            command::DIRTY_PAGES => Err(Failure::Unsupported("DIRTY_PAGES")),
+            command::MIG_DATA_READ | command::MIG_DATA_WRITE => Err(Failure::Unsupported("migration")),
+            command::DMA_READ | command::DMA_WRITE => Err(Failure::WrongDirection),
+            _ => Err(Failure::Unknown),
+        }
+    }
+
+    fn dma_map<T: Target + ?Sized>(&mut self, target: &mut T, body: &[u8], fds: &mut Vec<OwnedFd>) -> Outcome {
+        let DmaMap { readable, writable, offset, address, size } = DmaMap::parse(body)?;
+        if fds.len() > 1 {
+            return Err(Failure::Descriptors { expected: "none or one", got: fds.len() });
+        }
+        let pages = size > 0 && (address | size | offset) % PAGE_SIZE == 0;
+        // File offsets are signed in the kernel.
+        let end_in_file = offset.checked_add(size).filter(|&end| i64::try_from(end).is_ok());
+        let (Some(end), true, Some(_)) = (address.checked_add(size), pages, end_in_file) else {
+            return Err(Failure::BadRange(address, size));
+        };
+        // Mappings do not overlap, so the one that starts last before `end` is the only one that could.
+        if self.maps.range(..end).next_back().is_some_and(|(start, len)| start + len > address) {
+            return Err(Failure::Overlap(address, size));
+        }
+        if self.maps.len() >= MAX_DMA_MAPS {
+            return Err(Failure::TooManyMaps);
+        }
+        let memory = fds.pop().map(|fd| (fd, offset));
+        target.dma_map(Mapping { address, size, readable, writable, memory })?;
+        self.maps.insert(address, size);
+        Ok(Reply::default())
+    }
+
+    fn dma_unmap<T: Target + ?Sized>(&mut self, target: &mut T, body: &[u8]) -> Outcome {
+        let unmap = DmaUnmap::parse(body)?;
+        let DmaUnmap { all, dirty_bitmap, address, size } = unmap;
+        if dirty_bitmap {
+            return Err(Failure::Unsupported("the bitmap of dirty pages"));
+        }
+        if all {
+            if address != 0 || size != 0 {
+                return Err(Failure::BadRange(address, size));
+            }
+            target.dma_unmap_all();
+            self.maps.clear();
+        } else {
+            if self.maps.get(&address) != Some(&size) {
+                return Err(Failure::NotMapped(address, size));
+            }
+            target.dma_unmap(address, size);
+            self.maps.remove(&address);
+        }
+        Ok(unmap.body().into())
+    }
+}
+
+fn device_info<T: Target + ?Sized>(target: &mut T, body: &[u8]) -> Outcome {
+    Info::parse(body)?;
+    let info = target.device_info();
+    let flags = DEVICE_IS_PCI | if info.resettable { DEVICE_RESETS } else { 0 };
+    // For this command the last two words are the numbers of regions and of interrupt indexes.
+    Ok(Info { argsz: 16, flags, index: info.regions, count: info.irqs }.body().into())
+}
+
+fn region_info<T: Target + ?Sized>(target: &mut T, body: &[u8]) -> Outcome {
+    let index = protocol::RegionInfo::parse(body)?.index;
+    if index >= target.device_info().regions {
+        return Err(Failure::NoSuch("region", index));
+    }
+    let info = target.region_info(index);
+    let flags = u32::from(info.readable) | u32::from(info.writable) << 1;
+    Ok(protocol::RegionInfo { argsz: 32, flags, index, size: info.size }.body().into())
+}
+
+fn irq_info<T: Target + ?Sized>(target: &mut T, body: &[u8]) -> Outcome {
+    let index = Info::parse(body)?.index;
+    if index >= target.device_info().irqs {
+        return Err(Failure::NoSuch("interrupt index", index));
+    }
+    let info = target.irq_info(index);
+    let flags = u32::from(info.count > 0)
+        | u32::from(info.maskable) << 1
+        | u32::from(info.automasked) << 2
+        | u32::from(info.fixed_size) << 3;
+    Ok(Info { argsz: 16, flags, index, count: info.count }.body().into())
+}
+
+/// `KVM_IOEVENTFD_FLAG_DATAMATCH`.
+const DATAMATCH: u32 = 1;
+
+fn region_io_fds<T: Target + ?Sized>(target: &mut T, agreed: &Agreed, body: &[u8]) -> Outcome {
+    let request = Info::parse(body)?;
+    if request.index >= target.device_info().regions {
+        return Err(Failure::NoSuch("region", request.index));
+    }
+    // What the client cannot receive is left out: it then writes there by message.
+    let mut eventfds = target.io_eventfds(request.index);
+    eventfds.truncate(agreed.peer_fds);
+    let len = Info::LEN + eventfds.len() * SUB_REGION_LEN;
+    let (argsz, count) = (u32::try_from(len), u32::try_from(eventfds.len()));
+    let (Ok(argsz), Ok(count)) = (argsz, count) else { return Err(Failure::TooMuch(len as u64)) };
+    let mut body = Info { argsz, flags: 0, index: request.index, count }.body();
+    if request.argsz < argsz {
+        // Too little room: the client learns how much is needed and asks again.
+        return Ok(body.into());
+    }
+    let mut fds = Vec::with_capacity(eventfds.len());
+    for (fd_index, eventfd) in (0..).zip(eventfds) {
+        let flags = if eventfd.datamatch.is_some() { DATAMATCH } else { 0 };
+        let datamatch = eventfd.datamatch.unwrap_or(0);
+        let (offset, size) = (eventfd.offset, eventfd.size);
+        SubRegion { offset, size, fd_index, kind: 0, flags, datamatch }.append_to(&mut body);
+        fds.push(eventfd.fd);
+    }
+    Ok(Reply { body, fds })
+}
+
+fn set_irqs<T: Target + ?Sized>(target: &mut T, body: &[u8], fds: Vec<OwnedFd>) -> Outcome {
+    let SetIrqs { index, start, count, verb, data } = SetIrqs::parse(body)?;
+    if index >= target.device_info().irqs {
+        return Err(Failure::NoSuch("interrupt index", index));
+    }
+    if !fds.is_empty() && (data != IrqData::Eventfd || fds.len() != count as usize) {
+        return Err(Failure::Descriptors { expected: "none, or as many as interrupts,", got: fds.len() });
+    }
+    if (verb, data, start, count) == (IrqVerb::Trigger, IrqData::None, 0, 0) {
+        target.set_irqs(index, IrqAction::DisableAll)?;
+        return Ok(Reply::default());
+    }
+    let have = target.irq_info(index).count;
+    // This also bounds the vectors below.
+    if count == 0 || start.checked_add(count).is_none_or(|end| end > have) {
+        return Err(Failure::IrqRange { index, start, count, have });
+    }
+    let which = || match data {
+        IrqData::Bool(bools) => (start..).zip(bools).filter(|&(_, &b)| b != 0).map(|(i, _)| i).collect(),
+        _ => (start..start + count).collect(),
+    };
+    let eventfds = if fds.is_empty() {
+        std::iter::repeat_with(|| None).take(count as usize).collect()
+    } else {
+        fds.into_iter().map(Some).collect()
+    };
+    let action = match (verb, data) {
+        (IrqVerb::Trigger, IrqData::Eventfd) => IrqAction::Connect { start, eventfds },
+        (IrqVerb::Mask, IrqData::Eventfd) => IrqAction::ConnectMask { start, eventfds },
+        (IrqVerb::Unmask, IrqData::Eventfd) => IrqAction::ConnectUnmask { start, eventfds },
+        (IrqVerb::Trigger, _) => IrqAction::Trigger(which()),
+        (IrqVerb::Mask, _) => IrqAction::Mask(which()),
+        (IrqVerb::Unmask, _) => IrqAction::Unmask(which()),
+    };
+    target.set_irqs(index, action)?;
+    Ok(Reply::default())
+}
+
+/// Checks that a region exists, may be used so, and has these bytes.
+fn check_access<T: Target + ?Sized>(
+    target: &T,
+    region: u32,
+    offset: u64,
+    count: usize,
+    write: bool,
+) -> Result<(), Failure> {
+    if region >= target.device_info().regions {
+        return Err(Failure::NoSuch("region", region));
+    }
+    let info = target.region_info(region);
+    let (size, count) = (info.size, count as u64);
+    if count > MAX_TRANSFER as u64 {
+        return Err(Failure::TooMuch(count));
+    }
+    if offset.checked_add(count).is_none_or(|end| end > size) {
+        return Err(Failure::Outside { region, offset, count, size });
+    }
+    match write {
+        false if !info.readable => Err(Failure::NotAllowed("read", region)),
+        true if !info.writable => Err(Failure::NotAllowed("written", region)),
+        _ => Ok(()),
+    }
+}
+
+fn region_read<T: Target + ?Sized>(target: &mut T, body: &[u8]) -> Outcome {
+    let access = RegionAccess::parse(body)?;
+    let count = access.count as usize;
+    check_access(target, access.region, access.offset, count, false)?;
+    let mut reply = access.body(&[]);
+    reply.resize(REGION_ACCESS_LEN + count, 0);
+    if count > 0 {
+        target.read(access.region, access.offset, &mut reply[REGION_ACCESS_LEN..])?;
+    }
+    Ok(reply.into())
+}
+
+fn region_write<T: Target + ?Sized>(target: &mut T, body: &[u8]) -> Outcome {
+    let (access, data) = RegionAccess::parse_with_data(body)?;
+    check_access(target, access.region, access.offset, data.len(), true)?;
+    if !data.is_empty() {
+        target.write(access.region, access.offset, data)?;
+    }
+    Ok(access.body(&[]).into())
+}
+
+/// The writes were independent of each other before the client put them together, so all are tried; the reply
+/// tells of the first that failed.
+fn write_multi<T: Target + ?Sized>(target: &mut T, body: &[u8]) -> Outcome {
+    let writes = MultiWrite::parse_all(body)?;
+    let mut result = Ok(());
+    for write in &writes {
+        let done = check_access(target, write.region, write.offset, write.data.len(), true).and_then(|()| {
+            if write.data.is_empty() { Ok(()) } else { Ok(target.write(write.region, write.offset, write.data)?) }
+        });
+        result = result.and(done);
+    }
+    result.map(|()| MultiWrite::reply(writes.len() as u64).into())
+}

@@ -1,0 +1,266 @@
+//! Messages over a stream socket: cut out of the byte stream on one side, queued until the socket takes them on
+//! the other.
+//!
+//! Two properties of UNIX sockets matter. Descriptors arrive with the byte that they were sent with; so the
+//! receiver never reads past the end of a message, and what arrives while it reads a message belongs to that
+//! message. And QEMU gives a connection up when a header arrives in two pieces; so the sender hands each message
+//! to the kernel by itself, which splits only what is far longer than a header.
+
+use std::collections::VecDeque;
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::io::Errno;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recvmsg, sendmsg,
+};
+
+use crate::protocol::{BadHeader, HEADER_LEN, Header};
+use crate::version::KERNEL_MSG_FDS;
+
+/// A body is read in steps of this many bytes, so that memory is taken as data comes and not as announced.
+const READ_STEP: usize = 64 << 10;
+
+/// Where bytes and descriptors come from: a socket, or in tests a plain slice.
+pub trait Source {
+    /// Reads at most `buf.len()` bytes, and appends the descriptors that came with them to `fds`. 0 is the end.
+    ///
+    /// # Errors
+    /// [`Errno::AGAIN`] when nothing is there now, [`Errno::TOOMANYREFS`] when descriptors had to be dropped.
+    fn recv(&mut self, buf: &mut [u8], fds: &mut Vec<OwnedFd>) -> Result<usize, Errno>;
+}
+
+/// A socket as a [`Source`].
+#[derive(Debug)]
+pub struct SocketSource<'a> {
+    /// The socket.
+    pub socket: BorrowedFd<'a>,
+    /// Descriptors taken out of the socket at once, at most; the kernel drops the others.
+    pub max_fds: usize,
+    /// Wait for data instead of returning [`Errno::AGAIN`].
+    pub wait: bool,
+}
+
+impl Source for SocketSource<'_> {
+    fn recv(&mut self, buf: &mut [u8], fds: &mut Vec<OwnedFd>) -> Result<usize, Errno> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(KERNEL_MSG_FDS))];
+        let room = rustix::cmsg_space!(ScmRights(self.max_fds.min(KERNEL_MSG_FDS)));
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space[..room]);
+        let flags = if self.wait { RecvFlags::empty() } else { RecvFlags::DONTWAIT };
+        let mut parts = [IoSliceMut::new(buf)];
+        let received = loop {
+            match recvmsg(self.socket, &mut parts, &mut ancillary, flags | RecvFlags::CMSG_CLOEXEC) {
+                Err(Errno::INTR) => {}
+                other => break other?,
+            }
+        };
+        for message in ancillary.drain() {
+            if let RecvAncillaryMessage::ScmRights(rights) = message {
+                fds.extend(rights);
+            }
+        }
+        if received.flags.contains(ReturnFlags::CTRUNC) {
+            return Err(Errno::TOOMANYREFS);
+        }
+        Ok(received.bytes)
+    }
+}
+
+/// A message as it came.
+#[derive(Debug)]
+pub struct Message {
+    /// Its header.
+    pub header: Header,
+    /// Its body, [`Header::body_len`] bytes.
+    pub body: Vec<u8>,
+    /// The descriptors that came with it. Those that its handler does not take are closed with it.
+    pub fds: Vec<OwnedFd>,
+}
+
+/// What a look at the source brought.
+#[derive(Debug)]
+pub enum Received {
+    /// A whole message.
+    Message(Message),
+    /// Nothing more for now; a part of a message may have been read.
+    Nothing,
+    /// The peer has closed the connection between two messages.
+    End,
+}
+
+/// Why the byte stream cannot be followed any further.
+#[derive(Debug, thiserror::Error)]
+pub enum Broken {
+    /// A header that says nothing sensible.
+    #[error(transparent)]
+    Header(#[from] BadHeader),
+    /// A message longer than agreed.
+    #[error("{header}: longer than the limit of {limit} bytes")]
+    TooLong {
+        /// The header.
+        header: Header,
+        /// The longest message that is accepted here, in bytes.
+        limit: usize,
+    },
+    /// More descriptors in one message than agreed.
+    #[error("more than {0} descriptors in one message")]
+    Descriptors(usize),
+    /// The end of the stream within a message.
+    #[error("connection closed within a message, after {0} bytes of it")]
+    Cut(usize),
+    /// The socket failed.
+    #[error("socket: {0}")]
+    Socket(#[from] Errno),
+}
+
+/// Cuts messages out of a byte stream.
+#[derive(Debug, Default)]
+pub struct Receiver {
+    head: [u8; HEADER_LEN],
+    have: usize,
+    header: Option<Header>,
+    body: Vec<u8>,
+    fds: Vec<OwnedFd>,
+}
+
+impl Receiver {
+    /// Reads on until a message is whole, the source has no more, or the stream is broken.
+    ///
+    /// `max_size` bounds the bytes of a message with its header, `max_fds` its descriptors.
+    ///
+    /// # Errors
+    /// After an error the connection has to end.
+    pub fn next(&mut self, source: &mut impl Source, max_size: usize, max_fds: usize) -> Result<Received, Broken> {
+        while self.have < HEADER_LEN {
+            match source.recv(&mut self.head[self.have..], &mut self.fds) {
+                Ok(0) if self.have == 0 => return Ok(Received::End),
+                Ok(0) => return Err(Broken::Cut(self.have)),
+                Ok(n) => self.have += n,
+                Err(Errno::AGAIN) => return Ok(Received::Nothing),
+                Err(Errno::TOOMANYREFS) => return Err(Broken::Descriptors(max_fds)),
+                Err(Errno::CONNRESET) if self.have == 0 => return Ok(Received::End),
+                Err(e) => return Err(e.into()),
+            }
+            self.check_fds(max_fds)?;
+        }
+        let header = match self.header {
+            Some(header) => header,
+            None => {
+                let header = Header::parse(&self.head)?;
+                if header.size as usize > max_size {
+                    return Err(Broken::TooLong { header, limit: max_size });
+                }
+                *self.header.insert(header)
+            }
+        };
+        let body_len = header.body_len();
+        while self.body.len() < body_len {
+            let have = self.body.len();
+            self.body.resize(body_len.min(have + READ_STEP), 0);
+            let result = source.recv(&mut self.body[have..], &mut self.fds);
+            self.body.truncate(have + *result.as_ref().unwrap_or(&0));
+            match result {
+                Ok(0) => return Err(Broken::Cut(HEADER_LEN + have)),
+                Ok(_) => {}
+                Err(Errno::AGAIN) => return Ok(Received::Nothing),
+                Err(Errno::TOOMANYREFS) => return Err(Broken::Descriptors(max_fds)),
+                Err(e) => return Err(e.into()),
+            }
+            self.check_fds(max_fds)?;
+        }
+        self.have = 0;
+        self.header = None;
+        Ok(Received::Message(Message {
+            header,
+            body: std::mem::take(&mut self.body),
+            fds: std::mem::take(&mut self.fds),
+        }))
+    }
+
+    /// Whether a message has begun and is not whole yet.
+    #[must_use]
+    pub fn within_message(&self) -> bool {
+        self.have > 0
+    }
+
+    fn check_fds(&self, max_fds: usize) -> Result<(), Broken> {
+        if self.fds.len() > max_fds { Err(Broken::Descriptors(max_fds)) } else { Ok(()) }
+    }
+}
+
+struct Outgoing {
+    bytes: Vec<u8>,
+    sent: usize,
+    fds: Vec<OwnedFd>,
+}
+
+/// Messages on their way out, in order.
+#[derive(Default)]
+pub struct Sender {
+    queue: VecDeque<Outgoing>,
+}
+
+impl Sender {
+    /// Queues a message; [`Sender::flush`] sends it.
+    pub fn push(&mut self, bytes: Vec<u8>, fds: Vec<OwnedFd>) {
+        self.queue.push_back(Outgoing { bytes, sent: 0, fds });
+    }
+
+    /// Whether everything has been handed to the kernel.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.queue.is_empty()
+    }
+
+    /// Sends what the socket takes, without waiting. Returns the number of bytes sent.
+    ///
+    /// # Errors
+    /// When the socket fails; not when it is full.
+    pub fn flush(&mut self, socket: BorrowedFd<'_>) -> Result<usize, Errno> {
+        self.send(socket, SendFlags::DONTWAIT)
+    }
+
+    /// Sends everything, and waits for the socket to take it.
+    ///
+    /// # Errors
+    /// When the socket fails, or its send time-out has passed ([`Errno::AGAIN`]).
+    pub fn flush_all(&mut self, socket: BorrowedFd<'_>) -> Result<(), Errno> {
+        while !self.queue.is_empty() {
+            if self.send(socket, SendFlags::empty())? == 0 {
+                return Err(Errno::AGAIN);
+            }
+        }
+        Ok(())
+    }
+
+    fn send(&mut self, socket: BorrowedFd<'_>, flags: SendFlags) -> Result<usize, Errno> {
+        let mut total = 0;
+        while let Some(next) = self.queue.front_mut() {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(KERNEL_MSG_FDS))];
+            let mut ancillary = SendAncillaryBuffer::new(&mut space);
+            let borrowed: Vec<BorrowedFd<'_>> = next.fds.iter().map(AsFd::as_fd).collect();
+            if !borrowed.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(&borrowed)) {
+                return Err(Errno::TOOMANYREFS);
+            }
+            let parts = [IoSlice::new(&next.bytes[next.sent..])];
+            match sendmsg(socket, &parts, &mut ancillary, flags | SendFlags::NOSIGNAL) {
+                Ok(n) => {
+                    drop(borrowed);
+                    // Descriptors travel with the first byte.
+                    next.fds.clear();
+                    next.sent += n;
+                    total += n;
+                    if next.sent >= next.bytes.len() {
+                        self.queue.pop_front();
+                    }
+                }
+                Err(Errno::AGAIN) => break,
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(total)
+    }
+}

@@ -1,0 +1,260 @@
+//! Version negotiation: what a client proposes, and what the server makes of it.
+//!
+//! The reply names no capability that the client did not name. That is the specification's rule, and it has a
+//! practical side: QEMU receives the reply into a buffer of its request's size.
+
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+
+use crate::protocol::{MAJOR, MINOR, Version};
+
+/// Longest version data accepted, in bytes. QEMU sends about 200.
+pub const MAX_VERSION_DATA: usize = 4096;
+
+/// Descriptors that an end of ours accepts in one message. QEMU takes no server that names more than 16.
+pub const MAX_MSG_FDS: usize = 16;
+
+/// Descriptors that a UNIX socket carries in one message (the kernel's `SCM_MAX_FD`).
+pub const KERNEL_MSG_FDS: usize = 253;
+
+/// Bytes of data that an end of ours accepts in one message: the specification's default, so that it also
+/// holds for a client that does not ask.
+pub const MAX_TRANSFER: usize = 1 << 20;
+
+/// DMA mappings of one client. Each may be a memory mapping of this process, which has about 65,000 for all of
+/// its devices; QEMU was seen with some 30.
+pub const MAX_DMA_MAPS: usize = 512;
+
+/// The smallest page; addresses and sizes of DMA mappings are multiples of it.
+pub const PAGE_SIZE: u64 = 4096;
+
+/// What both ends have agreed upon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Agreed {
+    /// Minor version in use.
+    pub minor: u16,
+    /// Descriptors that the peer accepts in one message.
+    pub peer_fds: usize,
+    /// Bytes of data that the peer accepts in one message.
+    pub peer_transfer: usize,
+    /// `REGION_WRITE_MULTI` may be used.
+    pub write_multiple: bool,
+}
+
+#[derive(Default, Deserialize, Serialize)]
+struct VersionData {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    capabilities: Option<Capabilities>,
+}
+
+/// The capabilities that this crate knows. Others (`migration`, `twin_socket`) are read over: what the reply
+/// leaves out is not in use.
+#[derive(Default, Deserialize, Serialize)]
+#[serde(default)]
+struct Capabilities {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_msg_fds: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_data_xfer_size: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_dma_maps: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pgsizes: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    write_multiple: Option<bool>,
+}
+
+/// Why a version message cannot be agreed with.
+#[derive(Debug, thiserror::Error)]
+pub enum Disagreement {
+    /// Another major version.
+    #[error("major version {0}, only {MAJOR} is spoken here")]
+    Major(u16),
+    /// A reply with a newer minor version than was proposed.
+    #[error("minor version {0}, newer than proposed")]
+    Minor(u16),
+    /// No NUL at the end of the version data, or one within it.
+    #[error("version data is not a text ended by NUL")]
+    NotText,
+    /// Version data beyond [`MAX_VERSION_DATA`].
+    #[error("version data of {0} bytes, more than {MAX_VERSION_DATA}")]
+    TooLong(usize),
+    /// Not the JSON that the specification describes.
+    #[error("version data: {0}")]
+    Json(#[from] serde_json::Error),
+    /// The client's page sizes are all below 4 KiB.
+    #[error("page sizes {0:#x}, none of 4 KiB or more")]
+    PageSizes(u64),
+}
+
+impl Disagreement {
+    /// The errno for the reply.
+    #[must_use]
+    pub fn errno(&self) -> Errno {
+        match self {
+            Self::Major(_) | Self::Minor(_) => Errno::OPNOTSUPP,
+            _ => Errno::INVAL,
+        }
+    }
+}
+
+fn parse(data: &[u8]) -> Result<Option<VersionData>, Disagreement> {
+    if data.is_empty() {
+        return Ok(None);
+    }
+    if data.len() > MAX_VERSION_DATA {
+        return Err(Disagreement::TooLong(data.len()));
+    }
+    let end = data.iter().position(|&b| b == 0).ok_or(Disagreement::NotText)?;
+    let (text, padding) = data.split_at(end);
+    if padding.iter().any(|&b| b != 0) {
+        return Err(Disagreement::NotText);
+    }
+    Ok(Some(serde_json::from_slice(text)?))
+}
+
+fn encode(data: &VersionData) -> Vec<u8> {
+    // Numbers and booleans under fixed names: there is nothing that could fail.
+    let mut text = serde_json::to_vec(data).unwrap_or_default();
+    text.push(0);
+    text
+}
+
+fn limit(value: Option<u64>, default: usize, max: usize) -> usize {
+    value.map_or(default, |v| usize::try_from(v).unwrap_or(usize::MAX)).min(max)
+}
+
+/// The server's part: what it agrees to, and the body of its reply.
+///
+/// # Errors
+/// When there is nothing to agree upon; the connection then ends.
+pub fn answer(request: &Version<'_>) -> Result<(Agreed, Vec<u8>), Disagreement> {
+    if request.major != MAJOR {
+        return Err(Disagreement::Major(request.major));
+    }
+    let minor = request.minor.min(MINOR);
+    let proposed = parse(request.data)?;
+    let had_data = proposed.is_some();
+    let theirs = proposed.and_then(|data| data.capabilities);
+    let asked = theirs.is_some();
+    let theirs = theirs.unwrap_or_default();
+    let pgsizes = match theirs.pgsizes {
+        Some(sizes) if sizes & !(PAGE_SIZE - 1) == 0 => return Err(Disagreement::PageSizes(sizes)),
+        Some(sizes) => Some(sizes & !(PAGE_SIZE - 1)),
+        None => None,
+    };
+    let ours = Capabilities {
+        max_msg_fds: theirs.max_msg_fds.map(|_| MAX_MSG_FDS as u64),
+        max_data_xfer_size: theirs.max_data_xfer_size.map(|_| MAX_TRANSFER as u64),
+        max_dma_maps: theirs.max_dma_maps.map(|theirs| theirs.min(MAX_DMA_MAPS as u64)),
+        pgsizes,
+        write_multiple: theirs.write_multiple.filter(|&wanted| wanted),
+    };
+    let agreed = Agreed {
+        minor,
+        peer_fds: limit(theirs.max_msg_fds, 1, KERNEL_MSG_FDS),
+        peer_transfer: limit(theirs.max_data_xfer_size, MAX_TRANSFER, MAX_TRANSFER),
+        write_multiple: ours.write_multiple == Some(true),
+    };
+    let data = if had_data { encode(&VersionData { capabilities: asked.then_some(ours) }) } else { Vec::new() };
+    Ok((agreed, Version { major: MAJOR, minor, data: &data }.body()))
+}
+
+/// The client's proposal: the body of its request.
+#[must_use]
+pub fn proposal() -> Vec<u8> {
+    let data = encode(&VersionData {
+        capabilities: Some(Capabilities {
+            max_msg_fds: Some(KERNEL_MSG_FDS as u64),
+            max_data_xfer_size: Some(MAX_TRANSFER as u64),
+            max_dma_maps: Some(65535),
+            pgsizes: Some(PAGE_SIZE),
+            write_multiple: Some(true),
+        }),
+    });
+    Version { major: MAJOR, minor: MINOR, data: &data }.body()
+}
+
+/// What the server's reply to [`proposal`] means for the client.
+///
+/// # Errors
+/// When it is not a possible answer to the proposal.
+pub fn accept(reply: &Version<'_>) -> Result<Agreed, Disagreement> {
+    if reply.major != MAJOR {
+        return Err(Disagreement::Major(reply.major));
+    }
+    if reply.minor > MINOR {
+        return Err(Disagreement::Minor(reply.minor));
+    }
+    let theirs = parse(reply.data)?.and_then(|data| data.capabilities).unwrap_or_default();
+    Ok(Agreed {
+        minor: reply.minor,
+        peer_fds: limit(theirs.max_msg_fds, 1, KERNEL_MSG_FDS),
+        peer_transfer: limit(theirs.max_data_xfer_size, MAX_TRANSFER, MAX_TRANSFER),
+        write_multiple: theirs.write_multiple == Some(true),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ask(data: &[u8]) -> Result<(Agreed, Vec<u8>), Disagreement> {
+        answer(&Version { major: 0, minor: 0, data })
+    }
+
+    /// QEMU's request; its reply buffer has the size of this request, so the reply must not be longer.
+    const QEMU: &[u8] = b"{\"capabilities\": {\"migration\": {\"pgsize\": 4096, \"max_bitmap_size\": 268435456}, \
+        \"max_msg_fds\": 16, \"max_data_xfer_size\": 1048576, \"pgsizes\": 4096, \"max_dma_maps\": 65535, \
+        \"write_multiple\": true}}\0";
+
+    #[test]
+    fn qemu_gets_what_it_understands() {
+        let (agreed, body) = ask(QEMU).expect("QEMU's proposal is fine");
+        assert_eq!(agreed, Agreed { minor: 0, peer_fds: 16, peer_transfer: 1 << 20, write_multiple: true });
+        assert!(body.len() <= QEMU.len() + 4);
+        let text = std::str::from_utf8(&body[4..body.len() - 1]).expect("JSON is UTF-8");
+        assert_eq!(
+            text,
+            "{\"capabilities\":{\"max_msg_fds\":16,\"max_data_xfer_size\":1048576,\"max_dma_maps\":512,\
+             \"pgsizes\":4096,\"write_multiple\":true}}"
+        );
+    }
+
+    #[test]
+    fn nothing_is_offered_that_was_not_proposed() {
+        assert_eq!(ask(b"").expect("no data is legal").1, [0; 4]);
+        assert_eq!(&ask(b"{}\0").expect("an empty object is legal").1[4..], b"{}\0");
+        let (agreed, body) = ask(b"{\"capabilities\":{\"write_multiple\":false,\"new\":[1]}}\0").expect("legal");
+        assert_eq!(&body[4..], b"{\"capabilities\":{}}\0");
+        assert!(!agreed.write_multiple);
+        assert_eq!((agreed.peer_fds, agreed.peer_transfer), (1, MAX_TRANSFER));
+    }
+
+    #[test]
+    fn wrong_versions_and_texts_are_told_apart() {
+        assert!(matches!(answer(&Version { major: 1, minor: 0, data: b"" }), Err(Disagreement::Major(1))));
+        assert_eq!(answer(&Version { major: 0, minor: 9, data: b"" }).expect("newer minor").0.minor, MINOR);
+        for text in [&b"{}"[..], b"{\0}\0", b"{}\0x"] {
+            assert!(matches!(ask(text), Err(Disagreement::NotText)), "{text:?}");
+        }
+        for text in [&b"\0"[..], b"{\0", b"[]\0", b"{\"capabilities\":3}\0", b"\xff\xfe\0"] {
+            assert!(matches!(ask(text), Err(Disagreement::Json(_))), "{text:?}");
+        }
+        assert!(matches!(ask(b"{\"capabilities\":{\"max_msg_fds\":-1}}\0"), Err(Disagreement::Json(_))));
+        assert!(matches!(ask(b"{\"capabilities\":{\"pgsizes\":512}}\0"), Err(Disagreement::PageSizes(512))));
+        assert!(matches!(ask(&[b' '; MAX_VERSION_DATA + 1]), Err(Disagreement::TooLong(_))));
+        let deep = [vec![b'['; 4000], vec![0]].concat();
+        assert!(matches!(ask(&deep), Err(Disagreement::Json(_))));
+    }
+
+    #[test]
+    fn both_ends_agree() {
+        let body = proposal();
+        let (server, reply) = answer(&Version::parse(&body).expect("our own")).expect("our own");
+        let client = accept(&Version::parse(&reply).expect("our own")).expect("our own");
+        assert_eq!((client.minor, server.minor), (MINOR, MINOR));
+        assert!(client.write_multiple && server.write_multiple);
+        assert_eq!((client.peer_fds, server.peer_fds), (MAX_MSG_FDS, KERNEL_MSG_FDS));
+    }
+}
