@@ -47,7 +47,7 @@ mod tests {
         let bytes: Vec<u8> = (1..=40).collect();
         for words in 0..=4 {
             for len in 0..=bytes.len() {
-                let memory = [const { Word::new(u64::MAX) }; 5];
+                let memory: [Word; 5] = core::array::from_fn(|_| Word::new(u64::MAX));
                 store(&memory[..words], &bytes[..len]);
                 let mut out = [0x55; 40];
                 load(&memory, &mut out);

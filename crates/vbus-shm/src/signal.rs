@@ -212,7 +212,7 @@ mod tests {
     }
 
     fn memory() -> [Word; 32] {
-        [const { Word::new(0) }; 32]
+        core::array::from_fn(|_| Word::new(0))
     }
 
     #[test]

@@ -1,0 +1,73 @@
+//! The same interface as `vbus_shm::sync`, over loom, with every place removable.
+
+use std::cell::Cell;
+
+pub use loom::sync::atomic::Ordering;
+
+/// A word of shared memory.
+pub type Word = loom::sync::atomic::AtomicU64;
+
+/// As in `vbus-shm`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fence {
+    /// In `post`.
+    Post,
+    /// In `arm`.
+    Arm,
+    /// In a state page's `read`.
+    Read,
+}
+
+/// As in `vbus-shm`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Edge {
+    /// A signal's `seq`.
+    Seq,
+    /// The second word of a ring's entry.
+    Tag,
+}
+
+/// A place that orders something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// A fence.
+    Fence(Fence),
+    /// The release of a publishing store.
+    Publish(Edge),
+    /// The acquire of an observing load.
+    Observe(Edge),
+}
+
+thread_local! {
+    // Of the test's own thread: loom runs its threads as coroutines of the thread that checks the model.
+    static REMOVED: Cell<Option<Place>> = const { Cell::new(None) };
+}
+
+/// Takes `place` out for what this thread checks from here on; `None` puts it back.
+pub fn remove(place: Option<Place>) {
+    REMOVED.set(place);
+}
+
+fn present(place: Place) -> bool {
+    REMOVED.get() != Some(place)
+}
+
+/// A fence at a named place, unless it was taken out.
+pub fn fence(at: Fence) {
+    if present(Place::Fence(at)) {
+        loom::sync::atomic::fence(match at {
+            Fence::Post | Fence::Arm => Ordering::SeqCst,
+            Fence::Read => Ordering::Acquire,
+        });
+    }
+}
+
+/// A release store, or a relaxed one if the place was taken out.
+pub fn publish(word: &Word, value: u64, at: Edge) {
+    word.store(value, if present(Place::Publish(at)) { Ordering::Release } else { Ordering::Relaxed });
+}
+
+/// An acquire load, or a relaxed one if the place was taken out.
+pub fn observe(word: &Word, at: Edge) -> u64 {
+    word.load(if present(Place::Observe(at)) { Ordering::Acquire } else { Ordering::Relaxed })
+}

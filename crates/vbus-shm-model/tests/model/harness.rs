@@ -1,0 +1,66 @@
+//! What the models share: memory, a kick, and running a model whole or crippled.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use loom::sync::Notify;
+use vbus_shm_model::memory::Memory;
+use vbus_shm_model::sync::{Place, Word, remove};
+
+/// Memory that loom's threads share.
+#[derive(Clone)]
+pub struct Shared(Arc<Vec<Word>>);
+
+impl Shared {
+    pub fn new(words: usize) -> Shared {
+        Shared(Arc::new((0..words).map(|_| Word::new(0)).collect()))
+    }
+}
+
+impl Memory for Shared {
+    fn words(&self) -> &[Word] {
+        &self.0
+    }
+}
+
+/// A kick, as an eventfd would carry it: it is remembered until it is waited for. A wait may also end by itself.
+#[derive(Clone)]
+pub struct Kick(Arc<Notify>);
+
+impl Kick {
+    pub fn new() -> Kick {
+        Kick(Arc::new(Notify::new()))
+    }
+
+    pub fn kick(&self) {
+        self.0.notify();
+    }
+
+    pub fn wait(&self) {
+        self.0.wait();
+    }
+}
+
+/// Explores `model` in full, up to `preemptions` switches of a thread that could have gone on. A lost wake-up shows as a deadlock.
+pub fn check(preemptions: usize, model: impl Fn() + Sync + Send + 'static) {
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = Some(preemptions);
+    builder.max_branches = 10_000;
+    builder.check(model);
+}
+
+/// Checks that `model` holds, and fails as soon as any one of `places` is taken out: by a lost wake-up or an assertion of its own.
+pub fn needs(places: &[Place], preemptions: usize, model: impl Fn() + Copy + Sync + Send + 'static) {
+    check(preemptions, model);
+    for &place in places {
+        remove(Some(place));
+        let outcome = catch_unwind(AssertUnwindSafe(|| check(preemptions, model)));
+        remove(None);
+        let failure = outcome.expect_err("the model should fail");
+        let formatted = failure.downcast_ref::<String>().map(String::as_str);
+        let message = formatted.or(failure.downcast_ref::<&str>().copied()).unwrap_or_default();
+        println!("without {place:?}: {message}");
+        let expected = ["deadlock", "before", "torn", "out of order"];
+        assert!(expected.iter().any(|e| message.contains(e)), "without {place:?} it failed otherwise: {message}");
+    }
+}

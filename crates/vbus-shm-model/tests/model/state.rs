@@ -1,0 +1,134 @@
+//! A writer, a reader and a waiter of a state page: no torn value is taken for a whole one, no update is slept through.
+
+use loom::thread;
+use vbus_shm_model::signal::{Armed, End};
+use vbus_shm_model::state::{Layout, Reader, Writer};
+use vbus_shm_model::sync::{Edge, Fence, Place};
+
+use super::harness::{Kick, Shared, check, needs};
+
+const NEAR_WRAP: u32 = u32::MAX - 1;
+/// Two words, so that a value can be torn.
+const VALUE: usize = 16;
+
+fn value(count: u32) -> [u8; VALUE] {
+    let mut value = [0; VALUE];
+    value[..4].copy_from_slice(&count.to_le_bytes());
+    value[8..12].copy_from_slice(&count.to_le_bytes());
+    value
+}
+
+fn page() -> Shared {
+    let layout = Layout::new(u32::try_from(VALUE).unwrap(), 4).unwrap();
+    let memory = Shared::new(layout.words());
+    layout.format(&memory, NEAR_WRAP).unwrap();
+    memory
+}
+
+/// Reads once, in the middle of `writes` writes.
+fn reading(writes: u32) {
+    let memory = page();
+    let mut writer = Writer::attach(memory.clone(), End::Driver).unwrap();
+    let reader = Reader::attach(memory, End::Device).unwrap();
+    let owner = thread::spawn(move || {
+        for count in 1..=writes {
+            let _ = writer.write(&value(count));
+        }
+    });
+    let mut out = [0; VALUE];
+    if let Ok(version) = reader.read(&mut out) {
+        assert_eq!(out, value(version.wrapping_sub(NEAR_WRAP)), "version {version} is torn");
+    }
+    owner.join().unwrap();
+}
+
+/// Waits until it has read the last of `writes` values; versions never go back.
+fn waiting(writes: u32) {
+    let memory = page();
+    let mut writer = Writer::attach(memory.clone(), End::Device).unwrap();
+    let mut reader = Reader::attach(memory, End::Driver).unwrap();
+    let kick = Kick::new();
+    let owner = thread::spawn({
+        let kick = kick.clone();
+        move || {
+            for count in 1..=writes {
+                if writer.write(&value(count)) {
+                    kick.kick();
+                }
+            }
+        }
+    });
+    let mut out = [0; VALUE];
+    let mut known = NEAR_WRAP;
+    while known != NEAR_WRAP.wrapping_add(writes) {
+        if let Some(version) = reader.read_if_newer(known, &mut out).unwrap() {
+            assert!(version.wrapping_sub(known) <= writes, "version {version} is older than {known}");
+            assert_eq!(out, value(version.wrapping_sub(NEAR_WRAP)), "version {version} is torn");
+            known = version;
+        } else if reader.arm_newer(known) == Armed::Waiting {
+            kick.wait();
+        }
+    }
+    owner.join().unwrap();
+}
+
+#[test]
+fn reads_whole_values() {
+    check(4, || reading(5));
+}
+
+#[test]
+fn waits_for_the_last_value() {
+    check(4, || waiting(3));
+}
+
+#[test]
+fn reader_and_waiter_together() {
+    check(3, || {
+        let memory = page();
+        let mut writer = Writer::attach(memory.clone(), End::Driver).unwrap();
+        let reader = Reader::attach(memory.clone(), End::Device).unwrap();
+        let mut waiter = Reader::attach(memory, End::Device).unwrap();
+        let kick = Kick::new();
+        let owner = thread::spawn({
+            let kick = kick.clone();
+            move || {
+                for count in 1..=2 {
+                    if writer.write(&value(count)) {
+                        kick.kick();
+                    }
+                }
+            }
+        });
+        let other = thread::spawn(move || {
+            let mut out = [0; VALUE];
+            let version = reader.read(&mut out).unwrap();
+            assert_eq!(out, value(version.wrapping_sub(NEAR_WRAP)), "version {version} is torn");
+        });
+        let mut known = NEAR_WRAP;
+        while known != NEAR_WRAP.wrapping_add(2) {
+            let mut out = [0; VALUE];
+            match waiter.read_if_newer(known, &mut out).unwrap() {
+                Some(version) => known = version,
+                None if waiter.arm_newer(known) == Armed::Waiting => kick.wait(),
+                None => {}
+            }
+        }
+        owner.join().unwrap();
+        other.join().unwrap();
+    });
+}
+
+#[test]
+fn reading_needs_each_place() {
+    let places =
+        [Place::Fence(Fence::Post), Place::Fence(Fence::Read), Place::Publish(Edge::Seq), Place::Observe(Edge::Seq)];
+    needs(&places, 3, || reading(5));
+}
+
+#[test]
+fn waiting_needs_each_place() {
+    let places =
+        [Place::Fence(Fence::Post), Place::Fence(Fence::Arm), Place::Publish(Edge::Seq), Place::Observe(Edge::Seq)];
+    needs(&places, 2, || waiting(2));
+}
