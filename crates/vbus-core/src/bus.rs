@@ -1,0 +1,123 @@
+//! The bus: classes, and the devices that are on it.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use serde_json::Value;
+
+use crate::device::{CreateError, Device, DeviceClass};
+use crate::endpoint::Endpoint;
+use crate::executor::Executor;
+use crate::memory::Trust;
+
+/// The most devices of a bus.
+pub const DEVICES_MAX: usize = 1024;
+/// The longest name, in bytes: what the driver's register holds.
+pub const NAME_MAX: usize = 32;
+
+/// Why a device could not be added or removed.
+#[derive(Debug, thiserror::Error)]
+pub enum BusError {
+    /// Not 1 to 32 of `a-z A-Z 0-9 - _ .`, or begins with a dot.
+    #[error("bad device name {0:?}: use 1 to {NAME_MAX} letters, digits, '-', '_' and '.', not beginning with '.'")]
+    BadName(String),
+    /// There is one of that name.
+    #[error("a device called {0:?} is on the bus already")]
+    Exists(String),
+    /// There is none.
+    #[error("no device called {0:?} is on the bus")]
+    NotFound(String),
+    /// No such class.
+    #[error("no device class {0:?}; there are: {1}")]
+    NoClass(String, String),
+    /// More than [`DEVICES_MAX`].
+    #[error("more than {DEVICES_MAX} devices")]
+    Full,
+    /// The class refused.
+    #[error("device {0:?}: {1}")]
+    Create(String, CreateError),
+}
+
+/// A bus. Devices may be added and removed at any time.
+pub struct Bus {
+    executor: Arc<Executor>,
+    classes: Vec<Box<dyn DeviceClass>>,
+    trust: Trust,
+    devices: Mutex<BTreeMap<String, Arc<Endpoint>>>,
+}
+
+impl Bus {
+    /// An empty bus whose devices run on `executor`, and whose peers' memory files are trusted as `trust` says.
+    pub fn new(executor: Arc<Executor>, classes: Vec<Box<dyn DeviceClass>>, trust: Trust) -> Bus {
+        Bus { executor, classes, trust, devices: Mutex::default() }
+    }
+
+    fn devices_lock(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Endpoint>>> {
+        self.devices.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// The classes.
+    pub fn classes(&self) -> impl Iterator<Item = &dyn DeviceClass> {
+        self.classes.iter().map(|c| &**c)
+    }
+
+    /// The event loop.
+    pub fn executor(&self) -> &Arc<Executor> {
+        &self.executor
+    }
+
+    /// Makes a device of class `class` and adds it as `name`.
+    pub fn create(&self, name: &str, class: &str, config: &Value) -> Result<Arc<Endpoint>, BusError> {
+        let maker = self.classes().find(|c| c.name() == class).ok_or_else(|| {
+            let names: Vec<_> = self.classes().map(DeviceClass::name).collect();
+            BusError::NoClass(class.into(), names.join(", "))
+        })?;
+        self.check_new(name)?;
+        let device = maker.create(name, config).map_err(|e| BusError::Create(name.into(), e))?;
+        self.add(name, device)
+    }
+
+    /// Adds a device as `name`.
+    pub fn add(&self, name: &str, device: Arc<dyn Device>) -> Result<Arc<Endpoint>, BusError> {
+        self.check_new(name)?;
+        let endpoint = Endpoint::new(name, device, self.executor.clone(), self.trust);
+        let mut devices = self.devices_lock();
+        if devices.contains_key(name) {
+            return Err(BusError::Exists(name.into()));
+        }
+        devices.insert(name.into(), endpoint.clone());
+        drop(devices);
+        tracing::info!(device = name, class = endpoint.identity().class_name, "added");
+        Ok(endpoint)
+    }
+
+    fn check_new(&self, name: &str) -> Result<(), BusError> {
+        let good = |b: u8| b.is_ascii_alphanumeric() || b"-_.".contains(&b);
+        if name.is_empty() || name.len() > NAME_MAX || name.starts_with('.') || !name.bytes().all(good) {
+            return Err(BusError::BadName(name.into()));
+        }
+        let devices = self.devices_lock();
+        if devices.contains_key(name) {
+            return Err(BusError::Exists(name.into()));
+        }
+        if devices.len() >= DEVICES_MAX { Err(BusError::Full) } else { Ok(()) }
+    }
+
+    /// Takes a device off the bus: its connection ends before this returns.
+    pub fn remove(&self, name: &str) -> Result<(), BusError> {
+        let endpoint = self.devices_lock().remove(name).ok_or_else(|| BusError::NotFound(name.into()))?;
+        endpoint.remove();
+        tracing::info!(device = name, "removed");
+        Ok(())
+    }
+
+    /// The device called `name`.
+    pub fn get(&self, name: &str) -> Result<Arc<Endpoint>, BusError> {
+        self.devices_lock().get(name).cloned().ok_or_else(|| BusError::NotFound(name.into()))
+    }
+
+    /// All devices, by name.
+    pub fn devices(&self) -> Vec<Arc<Endpoint>> {
+        self.devices_lock().values().cloned().collect()
+    }
+}

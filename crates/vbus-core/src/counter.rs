@@ -1,0 +1,55 @@
+//! Counters that anyone may read while they run.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde::{Serialize, Serializer};
+
+/// A count of events. Relaxed: it orders nothing, and a reader may see one counter newer than another.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds one.
+    pub fn one(&self) {
+        self.add(1);
+    }
+
+    /// Adds `n`.
+    pub fn add(&self, n: u64) {
+        self.0.fetch_add(n, Ordering::Relaxed);
+    }
+
+    /// The count.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+impl Serialize for Counter {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_u64(self.get())
+    }
+}
+
+/// What a device's connections did, summed over the device's life. Classes add their own (see [`Device::inspect`](crate::Device::inspect)).
+#[derive(Debug, Default, Serialize)]
+pub struct ConnectionCounters {
+    /// Connections opened.
+    pub opens: Counter,
+    /// Connections that ended by a fault, the driver's or the device's.
+    pub broken: Counter,
+    /// Commands of the mailbox.
+    pub commands: Counter,
+    /// Doorbells rung by the driver.
+    pub doorbells: Counter,
+    /// Interrupts sent to the driver.
+    pub interrupts: Counter,
+    /// Posts to the driver that needed no interrupt.
+    pub interrupts_suppressed: Counter,
+    /// Times that a sleeping task of the connection was woken.
+    pub wakeups: Counter,
+    /// Polls that found work.
+    pub polls: Counter,
+    /// Polls that found none.
+    pub polls_empty: Counter,
+}

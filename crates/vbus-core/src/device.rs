@@ -1,0 +1,158 @@
+//! What the author of a device writes: [`DeviceClass`], [`Device`], [`Connection`].
+
+use std::sync::Arc;
+
+use serde_json::Value;
+use vbus_shm::abi::class;
+use vbus_shm::signal::Armed;
+
+use crate::endpoint::Doorbell;
+use crate::executor::{Executor, Progress};
+use crate::interrupt::Interrupt;
+use crate::memory::{MemoryContext, Window};
+use crate::{ConnectionCounters, Status};
+
+/// Makes devices of one class from their configuration.
+pub trait DeviceClass: Send + Sync {
+    /// The name by which a configuration asks for the class, at most 16 bytes of ASCII.
+    fn name(&self) -> &'static str;
+
+    /// A line that says what it is and what its configuration takes, for people.
+    fn help(&self) -> &'static str;
+
+    /// Makes a device called `name`. `config` is the object of the device's own settings. The error's text says what was wrong and what to do.
+    fn create(&self, name: &str, config: &Value) -> Result<Arc<dyn Device>, CreateError>;
+}
+
+/// Why a device could not be made; the text is for the person who wrote the configuration.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct CreateError(pub String);
+
+/// What a device is; fixed for its life.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// Number of the class ([`vbus_shm::abi::class`]); devices of one's own count from [`class::USER`].
+    pub class: u16,
+    /// Name of the class, as the driver reads it; at most 16 bytes of ASCII.
+    pub class_name: &'static str,
+    /// PCI base class, subclass, programming interface, as 24 bits.
+    pub pci_class: u32,
+    /// Features offered (bits 0..48).
+    pub features: u64,
+    /// The most regions of a connection, at most [`vbus_shm::abi::bar0::DOORBELL_COUNT`].
+    pub regions: u32,
+    /// Interrupt vectors that the device can make use of, 1..=256.
+    pub vectors: u16,
+}
+
+impl Identity {
+    /// A device of one's own: class [`class::USER`], no features, 8 regions, one vector; PCI class "unassigned".
+    pub fn user(class_name: &'static str) -> Identity {
+        Identity { class: class::USER, class_name, pci_class: 0xff_00_00, features: 0, regions: 8, vectors: 1 }
+    }
+}
+
+/// A device on the bus. It lives until it is removed; drivers come and go, one at a time.
+pub trait Device: Send + Sync {
+    /// What it is.
+    fn identity(&self) -> Identity;
+
+    /// The class's config area, as the driver may read it at any time (at most [`vbus_shm::abi::reg::CONFIG_MAX`] bytes).
+    fn config(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    /// A driver opens the device. The connection lives until it is dropped: by the driver's CLOSE, reset, unplug, or the driver's end.
+    fn open(&self, open: Open) -> Result<Box<dyn Connection>, Status>;
+
+    /// The device's own counters and settings, as a JSON object, for `vbus stats` and `vbus device show`.
+    fn inspect(&self) -> Value {
+        Value::Object(serde_json::Map::new())
+    }
+
+    /// Handles a request of a control client (`vbus state set`, ...). Each answer goes to `reply`; once it returns false the client has gone,
+    /// and the request must end. May block; it has a thread of its own. The error's text is for the person who asked.
+    fn control(&self, request: &Value, reply: &mut dyn FnMut(Value) -> bool) -> Result<(), String> {
+        let _ = (request, reply);
+        Err("this device takes no requests".into())
+    }
+}
+
+/// What a new connection is given.
+pub struct Open {
+    /// The features that the driver accepted: a subset of those offered.
+    pub features: u64,
+    /// The driver's memory.
+    pub memory: Arc<MemoryContext>,
+    /// Where tasks of its own can run.
+    pub executor: Arc<Executor>,
+    /// The connection's counters, for its own tasks.
+    pub counters: Arc<ConnectionCounters>,
+    /// To be called when a task of its own fails: ends the connection with that status.
+    pub fail: Fail,
+}
+
+/// Ends a connection from one of its own tasks.
+#[derive(Clone)]
+pub struct Fail(pub(crate) Arc<dyn Fn(Status) + Send + Sync>);
+
+impl Fail {
+    /// Ends the connection with `status`, which the driver can read. Not to be called from within a poll or a method of the connection:
+    /// those return the status instead.
+    pub fn fail(&self, status: Status) {
+        (self.0)(status);
+    }
+}
+
+/// Memory that the driver registered with a connection.
+#[derive(Debug)]
+pub struct Region {
+    /// Which of the class's regions it is.
+    pub id: u32,
+    /// Its handle: the number of its doorbell.
+    pub handle: u32,
+    /// The memory.
+    pub window: Window,
+    /// Where its signal block is, in bytes; checked to lie within the window.
+    pub signal_offset: Option<usize>,
+    /// How to interrupt the driver for this region.
+    pub interrupt: Interrupt,
+    /// The driver's doorbell for this region. Unless bound to another task it wakes the connection.
+    pub doorbell: Doorbell,
+}
+
+/// An open connection: one driver's use of the device.
+///
+/// Its methods are called one at a time. [`poll`](Self::poll), [`arm`](Self::arm) and [`disarm`](Self::disarm) are those of a
+/// [`Task`](crate::Task): the connection is woken by the doorbells of its regions. An error that `poll` or `arm` returns ends the connection.
+pub trait Connection: Send {
+    /// The driver registers a region. Unknown ids are [`Status::BAD_ARGUMENT`].
+    fn region_added(&mut self, region: Region) -> Result<(), Status>;
+
+    /// The driver drops a region: let go of its window.
+    fn region_dropped(&mut self, handle: u32) -> Result<(), Status> {
+        let _ = handle;
+        Err(Status::DENIED)
+    }
+
+    /// The driver calls `function`. `buffer` is a copy of the driver's buffer, and is copied back after success. Returns the call's value.
+    fn call(&mut self, function: u32, flags: u32, buffer: &mut [u8]) -> Result<u64, Status> {
+        let _ = (function, flags, buffer);
+        Err(Status::BAD_FUNCTION)
+    }
+
+    /// Does at most `budget` units of work.
+    fn poll(&mut self, budget: u32) -> Result<Progress, Status> {
+        let _ = budget;
+        Ok(Progress::Idle)
+    }
+
+    /// Asks for kicks, before the connection sleeps.
+    fn arm(&mut self) -> Result<Armed, Status> {
+        Ok(Armed::Waiting)
+    }
+
+    /// Asks for no kicks.
+    fn disarm(&mut self) {}
+}

@@ -1,0 +1,517 @@
+//! A device as a connector sees it: open and close, regions, calls, doorbells, memory, interrupts.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock};
+
+use rustix::event::{EventfdFlags, eventfd};
+use serde_json::{Value, json};
+use vbus_shm::abi::{ABI_VERSION, command, reg};
+use vbus_shm::signal::{Armed, BLOCK_ALIGN, BLOCK_BYTES};
+
+use crate::device::{Connection, Device, Fail, Identity, Open, Region};
+use crate::executor::{Executor, Interest, Progress, Task, TaskHandle};
+use crate::interrupt::{Interrupt, InterruptSink};
+use crate::memory::{MapError, MemoryContext, Trust};
+use crate::{ConnectionCounters, Status};
+
+/// The most bytes of a region.
+pub const REGION_BYTES_MAX: u64 = 16 << 20;
+
+/// Whether a connection is open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// None.
+    Closed,
+    /// One is.
+    Open,
+    /// It was ended by a fault; the driver must close before it opens again.
+    Broken(Status),
+}
+
+/// Arguments of REGION_ADD, checked for form but not for content.
+#[derive(Clone, Copy, Debug)]
+pub struct RegionRequest {
+    /// The class's id for it.
+    pub id: u32,
+    /// Interrupt vector.
+    pub vector: u16,
+    /// 0: contiguous at `addr`; else `addr` is that of an array of page addresses, for pages of `1 << page_shift` bytes.
+    pub page_shift: u8,
+    /// Address.
+    pub addr: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Offset of the signal block, if there is one.
+    pub signal: Option<u64>,
+}
+
+type SharedConnection = Arc<Mutex<Box<dyn Connection>>>;
+
+struct OpenConnection {
+    connection: SharedConnection,
+    task: TaskHandle,
+    features: u64,
+    /// By handle: the driver's range that each region lies in (for page lists, everything from lowest to highest page).
+    regions: Vec<Option<RegionRanges>>,
+}
+
+struct RegionRanges {
+    ranges: Vec<(u64, u64)>,
+}
+
+enum Inner {
+    Closed,
+    Open(OpenConnection),
+    Broken(Status),
+    Removed,
+}
+
+/// One driver doorbell, numbered by a region's handle.
+#[derive(Default)]
+struct DoorbellSlot {
+    target: Mutex<Target>,
+}
+
+#[derive(Default)]
+struct Target {
+    task: Option<TaskHandle>,
+    /// Made when a connector asks for it: a doorbell that rings without the connector.
+    eventfd: Option<Arc<OwnedFd>>,
+}
+
+/// The driver's doorbell for a region, as its device sees it.
+#[derive(Clone)]
+pub struct Doorbell {
+    endpoint: std::sync::Weak<Endpoint>,
+    handle: u32,
+}
+
+impl std::fmt::Debug for Doorbell {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Doorbell").field(&self.handle).finish()
+    }
+}
+
+impl Doorbell {
+    /// Lets the doorbell wake `task` from now on, and wakes it once, in case it rang before.
+    pub fn bind(&self, task: &TaskHandle) {
+        if let Some(endpoint) = self.endpoint.upgrade() {
+            endpoint.bind(self.handle, task);
+        }
+    }
+}
+
+/// A device on the bus, with what its connectors need. At most one connection is open at a time.
+pub struct Endpoint {
+    name: String,
+    device: Arc<dyn Device>,
+    identity: Identity,
+    executor: Arc<Executor>,
+    memory: Arc<MemoryContext>,
+    counters: Arc<ConnectionCounters>,
+    sink: RwLock<Arc<dyn InterruptSink>>,
+    inner: Mutex<Inner>,
+    doorbells: Vec<DoorbellSlot>,
+    this: std::sync::Weak<Endpoint>,
+}
+
+struct NoInterrupts;
+
+impl InterruptSink for NoInterrupts {
+    fn trigger(&self, _vector: u16) {}
+}
+
+/// Follows the endpoint's sink, so that a connector may come after the connection.
+struct CurrentSink(std::sync::Weak<Endpoint>);
+
+impl InterruptSink for CurrentSink {
+    fn trigger(&self, vector: u16) {
+        if let Some(endpoint) = self.0.upgrade() {
+            endpoint.sink.read().unwrap_or_else(|e| e.into_inner()).trigger(vector);
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+impl Endpoint {
+    pub(crate) fn new(name: &str, device: Arc<dyn Device>, executor: Arc<Executor>, trust: Trust) -> Arc<Endpoint> {
+        let identity = device.identity();
+        let count = identity.regions as usize;
+        Arc::new_cyclic(|this| Endpoint {
+            name: name.to_owned(),
+            device,
+            identity,
+            executor,
+            memory: Arc::new(MemoryContext::new(trust)),
+            counters: Arc::default(),
+            sink: RwLock::new(Arc::new(NoInterrupts)),
+            inner: Mutex::new(Inner::Closed),
+            doorbells: (0..count).map(|_| DoorbellSlot::default()).collect(),
+            this: this.clone(),
+        })
+    }
+
+    /// The device's name on its bus.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What the device is.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Arc<dyn Device> {
+        &self.device
+    }
+
+    /// The device's config area as it is now, at most [`reg::CONFIG_MAX`] bytes.
+    pub fn config(&self) -> Vec<u8> {
+        let mut config = self.device.config();
+        config.truncate(reg::CONFIG_MAX);
+        config
+    }
+
+    /// The event loop that the device's tasks run on.
+    pub fn executor(&self) -> &Arc<Executor> {
+        &self.executor
+    }
+
+    /// The counters of the device's connections.
+    pub fn counters(&self) -> &Arc<ConnectionCounters> {
+        &self.counters
+    }
+
+    /// Names, state, counters, and what the device itself tells.
+    pub fn inspect(&self) -> Value {
+        let (state, fault) = match self.state() {
+            State::Closed => ("closed", None),
+            State::Open => ("open", None),
+            State::Broken(status) => ("broken", Some(status.to_string())),
+        };
+        json!({
+            "name": self.name,
+            "class": self.identity.class_name,
+            "state": state,
+            "fault": fault,
+            "counters": &*self.counters,
+            "device": self.device.inspect(),
+        })
+    }
+
+    /// Sets where interrupts go; the last connector wins.
+    pub fn set_interrupt_sink(&self, sink: Arc<dyn InterruptSink>) {
+        *self.sink.write().unwrap_or_else(|e| e.into_inner()) = sink;
+    }
+
+    /// Whether a connection is open.
+    pub fn state(&self) -> State {
+        match &*lock(&self.inner) {
+            Inner::Closed => State::Closed,
+            Inner::Open(_) => State::Open,
+            Inner::Broken(status) => State::Broken(*status),
+            Inner::Removed => State::Broken(Status::REMOVED),
+        }
+    }
+
+    /// Features of the open connection; 0 without one.
+    pub fn features_accepted(&self) -> u64 {
+        match &*lock(&self.inner) {
+            Inner::Open(open) => open.features,
+            _ => 0,
+        }
+    }
+
+    /// Maps memory of the peer; see [`MemoryContext::map`].
+    pub fn map(&self, start: u64, len: u64, file: Option<(OwnedFd, u64)>, writable: bool) -> Result<(), MapError> {
+        self.memory.map(start, len, file, writable)
+    }
+
+    /// Unmaps memory of the peer, whole maps only; returns the bytes unmapped. If a region of the open connection lies in the range, that
+    /// connection ends first ([`Status::REVOKED`]). When this returns, no task touches the memory any more.
+    pub fn unmap(&self, start: u64, len: u64) -> u64 {
+        self.revoke(|from, to| from < start.saturating_add(len) && start < to);
+        self.memory.unmap(start, len)
+    }
+
+    /// Unmaps all memory of the peer, as [`unmap`](Self::unmap).
+    pub fn unmap_all(&self) {
+        self.revoke(|_, _| true);
+        self.memory.unmap_all();
+    }
+
+    fn revoke(&self, hit: impl Fn(u64, u64) -> bool) {
+        let mut inner = lock(&self.inner);
+        let Inner::Open(open) = &*inner else { return };
+        let hit = open.regions.iter().flatten().flat_map(|r| &r.ranges).any(|&(from, to)| hit(from, to));
+        if hit {
+            tracing::warn!(device = self.name, "memory of a region was unmapped; the connection ends");
+            self.end(&mut inner, Inner::Broken(Status::REVOKED));
+        }
+    }
+
+    /// OPEN: the driver has written `handshake.1` at address `handshake.0`, and must have written it where we read.
+    pub fn open(&self, version: u64, features: u64, handshake: (u64, u64)) -> Result<(), Status> {
+        self.counters.commands.one();
+        let mut inner = lock(&self.inner);
+        match &*inner {
+            Inner::Closed => {}
+            Inner::Open(_) | Inner::Broken(_) => return Err(Status::ALREADY_OPEN),
+            Inner::Removed => return Err(Status::REMOVED),
+        }
+        if version != u64::from(ABI_VERSION) {
+            return Err(Status::BAD_VERSION);
+        }
+        if features & !self.identity.features != 0 {
+            return Err(Status::BAD_FEATURES);
+        }
+        if handshake.0 % 8 != 0 {
+            return Err(Status::BAD_ALIGNMENT);
+        }
+        let mut word = [0; 8];
+        self.memory.view().read(handshake.0, &mut word)?;
+        if u64::from_le_bytes(word) != handshake.1 {
+            tracing::warn!(device = self.name, "{}", Status::NOT_SHARED);
+            return Err(Status::NOT_SHARED);
+        }
+        let fail = {
+            let this = self.this.clone();
+            Fail(Arc::new(move |status| {
+                if let Some(endpoint) = this.upgrade() {
+                    endpoint.fail(status);
+                }
+            }))
+        };
+        let connection = self.device.open(Open {
+            features,
+            memory: self.memory.clone(),
+            executor: self.executor.clone(),
+            counters: self.counters.clone(),
+            fail: fail.clone(),
+        })?;
+        let connection: SharedConnection = Arc::new(Mutex::new(connection));
+        let task = ConnectionTask(connection.clone());
+        let task = self.executor.spawn(Box::new(task), self.counters.clone(), move |status| fail.fail(status));
+        let regions = (0..self.identity.regions).map(|_| None).collect();
+        *inner = Inner::Open(OpenConnection { connection, task, features, regions });
+        self.counters.opens.one();
+        tracing::info!(device = self.name, features = format_args!("{features:#x}"), "opened");
+        Ok(())
+    }
+
+    /// CLOSE, reset, and the driver's end: afterwards the device holds nothing of the driver's memory, and may be opened again.
+    pub fn close(&self) {
+        let mut inner = lock(&self.inner);
+        if !matches!(*inner, Inner::Removed) {
+            self.end(&mut inner, Inner::Closed);
+        }
+    }
+
+    /// The device leaves the bus: the connection ends, and there will be no other.
+    pub(crate) fn remove(&self) {
+        let mut inner = lock(&self.inner);
+        self.end(&mut inner, Inner::Removed);
+    }
+
+    fn fail(&self, status: Status) {
+        let mut inner = lock(&self.inner);
+        if matches!(*inner, Inner::Open(_)) {
+            tracing::warn!(device = self.name, %status, "the connection ends by a fault");
+            self.end(&mut inner, Inner::Broken(status));
+            drop(inner);
+            // The driver may be asleep, waiting for this device: wake it, so that it can read the status.
+            self.sink.read().unwrap_or_else(|e| e.into_inner()).trigger(0);
+        }
+    }
+
+    /// Ends the open connection, if there is one, with everything that belongs to it.
+    fn end(&self, inner: &mut Inner, next: Inner) {
+        if let Inner::Open(open) = std::mem::replace(inner, next) {
+            for slot in &self.doorbells {
+                lock(&slot.target).detach();
+            }
+            open.task.stop();
+            drop(open.connection);
+            if matches!(inner, Inner::Broken(_)) {
+                self.counters.broken.one();
+            }
+            tracing::info!(device = self.name, "closed");
+        }
+    }
+
+    /// REGION_ADD. Returns the handle.
+    pub fn region_add(&self, request: RegionRequest) -> Result<u32, Status> {
+        self.counters.commands.one();
+        let mut inner = lock(&self.inner);
+        let Inner::Open(open) = &mut *inner else { return Err(Status::NOT_OPEN) };
+        if request.vector >= self.identity.vectors {
+            return Err(Status::BAD_VECTOR);
+        }
+        if request.len == 0 || request.len > REGION_BYTES_MAX {
+            return Err(Status::BAD_LENGTH);
+        }
+        if request.addr % 64 != 0 || request.len % 8 != 0 {
+            return Err(Status::BAD_ALIGNMENT);
+        }
+        let signal_offset = match request.signal {
+            None => None,
+            Some(offset) if offset % BLOCK_ALIGN as u64 != 0 => return Err(Status::BAD_ALIGNMENT),
+            Some(offset) if offset.checked_add(BLOCK_BYTES as u64).is_none_or(|end| end > request.len) => {
+                return Err(Status::BAD_SIGNAL);
+            }
+            Some(offset) => Some(usize::try_from(offset).map_err(|_| Status::BAD_SIGNAL)?),
+        };
+        let free = open.regions.iter().position(Option::is_none).ok_or(Status::LIMIT)?;
+        let handle = u32::try_from(free).map_err(|_| Status::LIMIT)?;
+        let (window, ranges) = match request.page_shift {
+            0 => {
+                let window = self.memory.window(request.addr, request.len)?;
+                (window, vec![(request.addr, request.addr + request.len)])
+            }
+            shift @ 12..=30 => {
+                let page = 1u64 << shift;
+                let count = request.len.div_ceil(page);
+                if count > command::PAGES_MAX {
+                    return Err(Status::LIMIT);
+                }
+                let mut list = vec![0u8; usize::try_from(count * 8).map_err(|_| Status::BAD_LENGTH)?];
+                self.memory.view().read(request.addr, &mut list)?;
+                let pages: Vec<u64> = list.chunks_exact(8).map(le64).collect();
+                let window = self.memory.window_of_pages(&pages, u32::from(shift), request.len)?;
+                (window, pages.iter().map(|&p| (p, p.saturating_add(page))).collect())
+            }
+            _ => return Err(Status::BAD_ARGUMENT),
+        };
+        let sink = Arc::new(CurrentSink(self.this.clone()));
+        let region = Region {
+            id: request.id,
+            handle,
+            window,
+            signal_offset,
+            interrupt: Interrupt::new(sink, request.vector, self.counters.clone()),
+            doorbell: Doorbell { endpoint: self.this.clone(), handle },
+        };
+        self.bind(handle, &open.task);
+        if let Err(status) = lock(&open.connection).region_added(region) {
+            lock(&self.doorbells[free].target).detach();
+            return Err(status);
+        }
+        open.regions[free] = Some(RegionRanges { ranges });
+        open.task.wake();
+        Ok(handle)
+    }
+
+    /// REGION_DROP.
+    pub fn region_drop(&self, handle: u64) -> Result<(), Status> {
+        self.counters.commands.one();
+        let mut inner = lock(&self.inner);
+        let Inner::Open(open) = &mut *inner else { return Err(Status::NOT_OPEN) };
+        let at = usize::try_from(handle).map_err(|_| Status::NO_REGION)?;
+        let handle = u32::try_from(handle).map_err(|_| Status::NO_REGION)?;
+        let region = open.regions.get_mut(at).filter(|r| r.is_some()).ok_or(Status::NO_REGION)?;
+        lock(&open.connection).region_dropped(handle)?;
+        *region = None;
+        lock(&self.doorbells[at].target).detach();
+        Ok(())
+    }
+
+    /// CALL: copies the buffer in, calls the class, copies it out.
+    pub fn call(&self, function: u32, flags: u32, addr: u64, len: u64) -> Result<u64, Status> {
+        self.counters.commands.one();
+        let inner = lock(&self.inner);
+        let Inner::Open(open) = &*inner else { return Err(Status::NOT_OPEN) };
+        if len > command::CALL_MAX {
+            return Err(Status::BAD_LENGTH);
+        }
+        let mut buffer = vec![0; usize::try_from(len).map_err(|_| Status::BAD_LENGTH)?];
+        if len > 0 {
+            self.memory.view().read(addr, &mut buffer)?;
+        }
+        let value = lock(&open.connection).call(function, flags, &mut buffer)?;
+        if len > 0 {
+            self.memory.view().write(addr, &buffer)?;
+        }
+        open.task.wake();
+        Ok(value)
+    }
+
+    /// The driver rings doorbell `handle`; one that belongs to no region does nothing.
+    pub fn ring(&self, handle: u64) {
+        let slot = usize::try_from(handle).ok().and_then(|at| self.doorbells.get(at));
+        let Some(slot) = slot else { return };
+        if let Some(task) = &lock(&slot.target).task {
+            self.counters.doorbells.one();
+            task.wake();
+        }
+    }
+
+    /// An eventfd that rings doorbell `handle`, for connectors that can have it written without their help. Always the same one.
+    pub fn doorbell_eventfd(&self, handle: u32) -> rustix::io::Result<Arc<OwnedFd>> {
+        let slot = self.doorbells.get(handle as usize).ok_or(rustix::io::Errno::NOENT)?;
+        let mut target = lock(&slot.target);
+        if let Some(fd) = &target.eventfd {
+            return Ok(fd.clone());
+        }
+        let fd = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+        if let Some(task) = &target.task {
+            task.watch(fd.as_fd(), Interest::Read)?;
+        }
+        target.eventfd = Some(fd.clone());
+        Ok(fd)
+    }
+
+    fn bind(&self, handle: u32, task: &TaskHandle) {
+        let Some(slot) = self.doorbells.get(handle as usize) else { return };
+        let mut target = lock(&slot.target);
+        target.detach();
+        if let Some(fd) = target.eventfd() {
+            if let Err(error) = task.watch(fd, Interest::Read) {
+                tracing::error!(device = self.name, handle, %error, "cannot watch a doorbell");
+            }
+        }
+        target.task = Some(task.clone());
+        drop(target);
+        task.wake();
+    }
+}
+
+impl Target {
+    fn eventfd(&self) -> Option<BorrowedFd<'_>> {
+        self.eventfd.as_ref().map(|fd| fd.as_fd())
+    }
+
+    fn detach(&mut self) {
+        if let Some(task) = self.task.take() {
+            if let Some(fd) = self.eventfd() {
+                task.unwatch(fd);
+            }
+        }
+    }
+}
+
+fn le64(bytes: &[u8]) -> u64 {
+    let mut b = [0; 8];
+    b.copy_from_slice(bytes);
+    u64::from_le_bytes(b)
+}
+
+/// The connection as a task: its lock is shared with the calls.
+struct ConnectionTask(SharedConnection);
+
+impl Task for ConnectionTask {
+    fn poll(&mut self, budget: u32) -> Result<Progress, Status> {
+        lock(&self.0).poll(budget)
+    }
+
+    fn arm(&mut self) -> Result<Armed, Status> {
+        lock(&self.0).arm()
+    }
+
+    fn disarm(&mut self) {
+        lock(&self.0).disarm();
+    }
+}

@@ -1,0 +1,427 @@
+//! The event loop: a few worker threads that run many tasks.
+//!
+//! A task belongs to one worker. It sleeps until it is woken: by a [`TaskHandle`] (a doorbell), by a file descriptor that it watches, or by its
+//! deadline. Awake, it is polled with a budget, in turn with the worker's other tasks. When a poll finds nothing, the task goes on being
+//! polled for a *window* before it arms its signals and sleeps again. The window adapts: it grows while wake-ups come soon after the task
+//! went to sleep, and shrinks to nothing while they do not, so a busy device costs its driver no doorbell and an idle one costs no time.
+//! Between polls that find nothing the worker yields its processor to whoever wants it.
+#![allow(unsafe_code)] // Epoll takes raw event buffers.
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap, VecDeque};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::buffer::spare_capacity;
+use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::event::{EventfdFlags, Timespec, eventfd};
+use vbus_shm::signal::Armed;
+
+use crate::Status;
+use crate::counter::ConnectionCounters;
+
+/// What a poll came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// Something was done; there may be more.
+    Busy,
+    /// There was nothing to do.
+    Idle,
+}
+
+/// Something that is polled by a worker.
+pub trait Task: Send {
+    /// Does at most `budget` units of work (packets, messages) without blocking. An error ends the task (and what it belongs to).
+    fn poll(&mut self, budget: u32) -> Result<Progress, Status>;
+
+    /// Asks for a kick by the next work, before the task sleeps. [`Armed::Missed`]: there is work already.
+    fn arm(&mut self) -> Result<Armed, Status> {
+        Ok(Armed::Waiting)
+    }
+
+    /// Asks for no kick; called when the task is woken, before the first poll.
+    fn disarm(&mut self) {}
+
+    /// When the task wants to be polled even if nobody wakes it. Asked before it sleeps.
+    fn deadline(&self) -> Option<Instant> {
+        None
+    }
+
+    /// Whether polling on after an empty poll can be of use. A task that only waits for descriptors says no.
+    fn adaptive(&self) -> bool {
+        true
+    }
+}
+
+/// What a watched descriptor must become for the task to be woken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Interest {
+    /// Readable, or closed by the peer.
+    Read,
+    /// Readable, writable, or closed by the peer.
+    ReadWrite,
+}
+
+/// How an executor runs its tasks.
+#[derive(Clone, Copy, Debug)]
+pub struct Tuning {
+    /// Threads. They exist from the start, and sleep when there is nothing to do.
+    pub workers: usize,
+    /// Units of work a task may do before it is another's turn.
+    pub budget: u32,
+    /// The longest that a task is polled in vain before it sleeps. Zero: never.
+    pub poll_max: Duration,
+}
+
+impl Default for Tuning {
+    fn default() -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Tuning { workers: cores.clamp(1, 4), budget: 64, poll_max: Duration::from_micros(50) }
+    }
+}
+
+/// The smallest window; below it a task does not poll at all.
+const WINDOW_MIN: Duration = Duration::from_micros(4);
+
+/// Called when a task's poll failed, on the worker's thread, after the task is gone.
+type OnError = Box<dyn Fn(Status) + Send + Sync>;
+
+struct Body {
+    task: Box<dyn Task>,
+    window: Duration,
+    idle_since: Option<Instant>,
+    slept_at: Option<Instant>,
+    /// The earliest timer that is set for the task.
+    timer: Option<Instant>,
+}
+
+struct Cell {
+    id: u64,
+    worker: Weak<Worker>,
+    queued: AtomicBool,
+    body: Mutex<Option<Body>>,
+    on_error: OnError,
+    counters: Arc<ConnectionCounters>,
+}
+
+/// A handle to a task. Clones are the same task; it ends by [`stop`](Self::stop) or by its own error, not by dropping handles.
+#[derive(Clone)]
+pub struct TaskHandle(Arc<Cell>);
+
+impl TaskHandle {
+    /// Wakes the task if it sleeps. From any thread; does not block.
+    pub fn wake(&self) {
+        if !self.0.queued.swap(true, Ordering::AcqRel) {
+            if let Some(worker) = self.0.worker.upgrade() {
+                worker.push(self.0.clone());
+            }
+        }
+    }
+
+    /// Wakes the task whenever `fd` becomes ready. Edge-triggered: a task reads (or writes) until the descriptor would block before it
+    /// reports [`Progress::Idle`]; an eventfd need not be read at all. Unwatch before closing: a copy of the descriptor in another process
+    /// would keep the watch alive.
+    pub fn watch(&self, fd: impl AsFd, interest: Interest) -> rustix::io::Result<()> {
+        let worker = self.0.worker.upgrade().ok_or(rustix::io::Errno::SHUTDOWN)?;
+        let flags = match interest {
+            Interest::Read => EventFlags::IN | EventFlags::RDHUP | EventFlags::ET,
+            Interest::ReadWrite => EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET,
+        };
+        epoll::add(&worker.epoll, fd, EventData::new_u64(self.0.id), flags)
+    }
+
+    /// Ends a watch before its descriptor is closed.
+    pub fn unwatch(&self, fd: impl AsFd) {
+        if let Some(worker) = self.0.worker.upgrade() {
+            let _ = epoll::delete(&worker.epoll, fd); // Not watched: nothing to end.
+        }
+    }
+
+    /// Ends the task: waits for a poll under way, then drops it. Not from within the task itself.
+    pub fn stop(&self) {
+        let body = lock(&self.0.body).take();
+        if let Some(worker) = self.0.worker.upgrade() {
+            lock(&worker.tasks).remove(&self.0.id);
+        }
+        drop(body);
+    }
+}
+
+impl std::fmt::Debug for TaskHandle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("TaskHandle").field(&self.0.id).finish()
+    }
+}
+
+/// A panic in a task must not take the others with it: a poisoned lock is taken all the same.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+#[derive(Default)]
+struct Queue {
+    ready: VecDeque<Arc<Cell>>,
+    sleeping: bool,
+    stop: bool,
+}
+
+struct Worker {
+    epoll: OwnedFd,
+    /// Written to wake the worker from `epoll_wait`.
+    kick: OwnedFd,
+    queue: Mutex<Queue>,
+    tasks: Mutex<HashMap<u64, Arc<Cell>>>,
+    timers: Mutex<BinaryHeap<Reverse<(Instant, u64)>>>,
+    tuning: Tuning,
+}
+
+/// The id that stands for the worker's own kick.
+const KICK: u64 = 0;
+
+impl Worker {
+    fn push(&self, cell: Arc<Cell>) {
+        let mut queue = lock(&self.queue);
+        queue.ready.push_back(cell);
+        if std::mem::take(&mut queue.sleeping) {
+            drop(queue);
+            self.kick();
+        }
+    }
+
+    fn kick(&self) {
+        // Full counter: the worker is woken already.
+        let _ = rustix::io::write(&self.kick, &1u64.to_ne_bytes());
+    }
+
+    fn run(&self) {
+        let mut events: Vec<epoll::Event> = Vec::with_capacity(64);
+        let mut round = Vec::new();
+        loop {
+            let mut sleep = false;
+            {
+                let mut queue = lock(&self.queue);
+                if queue.stop {
+                    return;
+                }
+                round.extend(queue.ready.drain(..));
+                if round.is_empty() {
+                    queue.sleeping = true;
+                    sleep = true;
+                }
+            }
+            let mut busy = false;
+            for cell in round.drain(..) {
+                busy |= self.slice(cell) == Progress::Busy;
+            }
+            if !sleep && !busy {
+                std::thread::yield_now();
+            }
+            self.wait(&mut events, sleep);
+        }
+    }
+
+    /// Collects events; if `sleep`, waits for them until the next deadline.
+    fn wait(&self, events: &mut Vec<epoll::Event>, sleep: bool) {
+        let timeout = match sleep {
+            false => Some(Duration::ZERO),
+            true => lock(&self.timers).peek().map(|Reverse((at, _))| at.saturating_duration_since(Instant::now())),
+        };
+        let timeout = timeout.and_then(|t| Timespec::try_from(t).ok());
+        events.clear();
+        // An error here is EINTR: the next round waits again.
+        let _ = epoll::wait(&self.epoll, spare_capacity(events), timeout.as_ref());
+        if sleep {
+            lock(&self.queue).sleeping = false;
+        }
+        for event in &*events {
+            match event.data.u64() {
+                KICK => {
+                    let _ = rustix::io::read(&self.kick, &mut [0; 8]);
+                }
+                id => self.wake_id(id),
+            }
+        }
+        let now = Instant::now();
+        loop {
+            let mut timers = lock(&self.timers);
+            match timers.peek() {
+                Some(Reverse((at, _))) if *at <= now => {}
+                _ => break,
+            }
+            if let Some(Reverse((_, id))) = timers.pop() {
+                drop(timers);
+                self.wake_id(id);
+            }
+        }
+    }
+
+    fn wake_id(&self, id: u64) {
+        // Gone since: an event of a task that was stopped.
+        let cell = lock(&self.tasks).get(&id).cloned();
+        if let Some(cell) = cell {
+            TaskHandle(cell).wake();
+        }
+    }
+
+    /// One task's turn.
+    fn slice(&self, cell: Arc<Cell>) -> Progress {
+        // From here on a wake queues the task again, so that none is lost between its poll and its sleep.
+        cell.queued.store(false, Ordering::Release);
+        let mut guard = lock(&cell.body);
+        let Some(body) = guard.as_mut() else { return Progress::Idle };
+        let result = body.slice(&self.tuning, &cell.counters);
+        match result {
+            Ok(Turn { again, busy, deadline }) => {
+                if let Some(at) = deadline {
+                    // A timer that fires early costs one empty poll; a timer for each sleep would cost memory without bound.
+                    if body.timer.is_none_or(|set| at < set || set <= Instant::now()) {
+                        body.timer = Some(at);
+                        lock(&self.timers).push(Reverse((at, cell.id)));
+                    }
+                }
+                drop(guard);
+                if again {
+                    TaskHandle(cell).wake();
+                }
+                if busy { Progress::Busy } else { Progress::Idle }
+            }
+            Err(status) => {
+                let body = guard.take();
+                drop(guard);
+                drop(body);
+                lock(&self.tasks).remove(&cell.id);
+                (cell.on_error)(status);
+                Progress::Busy
+            }
+        }
+    }
+}
+
+struct Turn {
+    again: bool,
+    busy: bool,
+    deadline: Option<Instant>,
+}
+
+impl Body {
+    fn slice(&mut self, tuning: &Tuning, counters: &ConnectionCounters) -> Result<Turn, Status> {
+        let mut now = None;
+        if let Some(at) = self.slept_at.take() {
+            counters.wakeups.one();
+            self.task.disarm();
+            let awake = Instant::now();
+            self.window = if awake.duration_since(at) <= tuning.poll_max {
+                (self.window * 2).clamp(WINDOW_MIN.min(tuning.poll_max), tuning.poll_max)
+            } else {
+                Some(self.window / 2).filter(|w| *w >= WINDOW_MIN).unwrap_or_default()
+            };
+            now = Some(awake);
+        }
+        if self.task.poll(tuning.budget)? == Progress::Busy {
+            counters.polls.one();
+            self.idle_since = None;
+            return Ok(Turn { again: true, busy: true, deadline: None });
+        }
+        counters.polls_empty.one();
+        let now = now.unwrap_or_else(Instant::now);
+        if !self.window.is_zero() && self.task.adaptive() {
+            let since = *self.idle_since.get_or_insert(now);
+            if now.duration_since(since) < self.window {
+                return Ok(Turn { again: true, busy: false, deadline: None });
+            }
+        }
+        if self.task.arm()? == Armed::Missed {
+            // A dishonest peer can say so for ever; it gets one more poll, and if that is empty too, the task sleeps all the same.
+            if self.task.poll(tuning.budget)? == Progress::Busy {
+                self.task.disarm();
+                self.idle_since = None;
+                return Ok(Turn { again: true, busy: true, deadline: None });
+            }
+        }
+        self.idle_since = None;
+        self.slept_at = Some(now);
+        Ok(Turn { again: false, busy: false, deadline: self.task.deadline() })
+    }
+}
+
+/// The workers. Dropping it stops them.
+pub struct Executor {
+    workers: Vec<Arc<Worker>>,
+    threads: Vec<JoinHandle<()>>,
+    next: AtomicU64,
+}
+
+impl Executor {
+    /// Starts the threads.
+    pub fn start(tuning: Tuning) -> std::io::Result<Arc<Executor>> {
+        let mut executor = Executor { workers: Vec::new(), threads: Vec::new(), next: AtomicU64::new(1) };
+        for i in 0..tuning.workers.max(1) {
+            let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+            let kick = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+            epoll::add(&epoll, &kick, EventData::new_u64(KICK), EventFlags::IN)?;
+            let worker = Arc::new(Worker {
+                epoll,
+                kick,
+                queue: Mutex::default(),
+                tasks: Mutex::default(),
+                timers: Mutex::default(),
+                tuning,
+            });
+            let run = worker.clone();
+            // 256 KiB: tasks keep their buffers on the heap.
+            let thread = std::thread::Builder::new().name(format!("vbus-{i}")).stack_size(256 << 10);
+            executor.threads.push(thread.spawn(move || run.run())?);
+            executor.workers.push(worker);
+        }
+        Ok(Arc::new(executor))
+    }
+
+    /// How the tasks are run.
+    pub fn tuning(&self) -> Tuning {
+        self.workers[0].tuning
+    }
+
+    /// Hands `task` to one of the workers, each in turn, and wakes it for the first time. `on_error` is told when its poll fails.
+    pub fn spawn(
+        &self,
+        task: Box<dyn Task>,
+        counters: Arc<ConnectionCounters>,
+        on_error: impl Fn(Status) + Send + Sync + 'static,
+    ) -> TaskHandle {
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let count = self.workers.len() as u64;
+        let worker = &self.workers[usize::try_from(id % count).unwrap_or(0)];
+        let body = Body { task, window: Duration::ZERO, idle_since: None, slept_at: None, timer: None };
+        let cell = Arc::new(Cell {
+            id,
+            worker: Arc::downgrade(worker),
+            queued: AtomicBool::new(false),
+            body: Mutex::new(Some(body)),
+            on_error: Box::new(on_error),
+            counters,
+        });
+        lock(&worker.tasks).insert(id, cell.clone());
+        let handle = TaskHandle(cell);
+        handle.wake();
+        handle
+    }
+}
+
+impl Drop for Executor {
+    fn drop(&mut self) {
+        for worker in &self.workers {
+            lock(&worker.queue).stop = true;
+            worker.kick();
+        }
+        let me = std::thread::current().id();
+        for thread in self.threads.drain(..) {
+            // The last handle may be dropped by a task: a worker does not wait for itself.
+            if thread.thread().id() != me {
+                let _ = thread.join();
+            }
+        }
+    }
+}

@@ -1,0 +1,85 @@
+//! Status codes of the mailbox, as an error type.
+
+use std::fmt;
+
+use vbus_shm::abi::status;
+
+/// Why a command failed or a connection ended: a number of [`vbus_shm::abi::status`], as the driver reads it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Status(pub u32);
+
+macro_rules! statuses {
+    ($($name:ident: $text:literal,)*) => {
+        impl Status {
+            $(#[doc = $text] pub const $name: Status = Status(status::$name);)*
+
+            /// The code in words.
+            pub fn text(self) -> Option<&'static str> {
+                match self {
+                    $(Status::$name => Some($text),)*
+                    _ => None,
+                }
+            }
+        }
+    };
+}
+
+statuses! {
+    BAD_COMMAND: "no such command",
+    BAD_ARGUMENT: "argument out of range",
+    NOT_OPEN: "no connection is open",
+    ALREADY_OPEN: "the connection is open already",
+    BAD_VERSION: "ABI version not offered",
+    BAD_FEATURES: "features not offered",
+    BAD_ADDRESS: "address outside the memory that the device can reach",
+    NOT_SHARED: "guest memory is not shared with the bus (QEMU: memory-backend-memfd needs share=on)",
+    BAD_LENGTH: "bad length",
+    BAD_ALIGNMENT: "bad alignment",
+    BAD_SIGNAL: "the signal block does not fit the region",
+    BAD_VECTOR: "no such interrupt vector",
+    LIMIT: "limit reached",
+    NO_REGION: "no such region",
+    BAD_LAYOUT: "bad header in the region",
+    BAD_FUNCTION: "no such function",
+    EXISTS: "already there",
+    FAILED: "the device failed",
+    CORRUPT: "protocol violation in shared memory",
+    REVOKED: "memory of a region was unmapped",
+    DENIED: "not allowed",
+    REMOVED: "the device was removed",
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.text() {
+            Some(text) => f.write_str(text),
+            None => write!(f, "status {:#x}", self.0),
+        }
+    }
+}
+
+impl fmt::Debug for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Status({}: {self})", self.0)
+    }
+}
+
+impl std::error::Error for Status {}
+
+impl From<vbus_shm::ring::Corrupt> for Status {
+    fn from(_: vbus_shm::ring::Corrupt) -> Self {
+        Status::CORRUPT
+    }
+}
+
+impl From<vbus_shm::ring::BadRing> for Status {
+    fn from(_: vbus_shm::ring::BadRing) -> Self {
+        Status::BAD_LAYOUT
+    }
+}
+
+impl From<vbus_shm::state::BadState> for Status {
+    fn from(_: vbus_shm::state::BadState) -> Self {
+        Status::BAD_LAYOUT
+    }
+}
