@@ -10,7 +10,7 @@
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -22,6 +22,7 @@ use vbus_shm::signal::Armed;
 
 use crate::Status;
 use crate::counter::ConnectionCounters;
+use crate::wake::WakeFlag;
 
 /// What a poll came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,7 +102,7 @@ struct Body {
 struct Cell {
     id: u64,
     worker: Weak<Worker>,
-    queued: AtomicBool,
+    queued: WakeFlag,
     body: Mutex<Option<Body>>,
     on_error: OnError,
     counters: Arc<ConnectionCounters>,
@@ -114,7 +115,7 @@ pub struct TaskHandle(Arc<Cell>);
 impl TaskHandle {
     /// Wakes the task if it sleeps. From any thread; does not block.
     pub fn wake(&self) {
-        if !self.0.queued.swap(true, Ordering::AcqRel) {
+        if self.0.queued.raise() {
             if let Some(worker) = self.0.worker.upgrade() {
                 worker.push(self.0.clone());
             }
@@ -269,7 +270,7 @@ impl Worker {
     /// One task's turn.
     fn slice(&self, cell: Arc<Cell>) -> Progress {
         // From here on a wake queues the task again, so that none is lost between its poll and its sleep.
-        cell.queued.store(false, Ordering::Release);
+        cell.queued.lower();
         let mut guard = lock(&cell.body);
         let Some(body) = guard.as_mut() else { return Progress::Idle };
         let result = body.slice(&self.tuning, &cell.counters);
@@ -398,7 +399,7 @@ impl Executor {
         let cell = Arc::new(Cell {
             id,
             worker: Arc::downgrade(worker),
-            queued: AtomicBool::new(false),
+            queued: WakeFlag::new(),
             body: Mutex::new(Some(body)),
             on_error: Box::new(on_error),
             counters,

@@ -11,6 +11,8 @@ mod executor;
 mod interrupt;
 pub mod memory;
 mod status;
+mod sync;
+mod wake;
 
 pub use bus::{Bus, BusError, DEVICES_MAX, NAME_MAX};
 pub use counter::{ConnectionCounters, Counter};

@@ -1,0 +1,385 @@
+//! Endpoints with a small device, driven through memory that is really mapped, without a connector.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use vbus_core::shm::ring::{DeviceEnd, DriverEnd, Entry, Layout, Returns, SIGNAL_OFFSET};
+use vbus_core::shm::signal::Armed;
+use vbus_core::{
+    Bus, Connection, Device, Endpoint, Executor, Identity, InterruptSink, MapError, MemoryContext, Open, Progress,
+    Region, RegionRequest, State, Status, Trust, Tuning, Window,
+};
+
+const SIZE: u64 = 64 << 20;
+/// Where the driver's memory begins in its own address space.
+const BASE: u64 = 0x10_0000;
+const BOUND: Duration = Duration::from_secs(60);
+
+/// Gives back each entry with its length doubled. An entry of length 0 is a fault.
+struct Doubler;
+
+struct Doubling {
+    ring: Option<(DeviceEnd<Window>, Region)>,
+}
+
+impl Device for Doubler {
+    fn identity(&self) -> Identity {
+        Identity { features: 0b11, ..Identity::user("doubler") }
+    }
+
+    fn open(&self, _: Open) -> Result<Box<dyn Connection>, Status> {
+        Ok(Box::new(Doubling { ring: None }))
+    }
+}
+
+impl Connection for Doubling {
+    fn region_added(&mut self, region: Region) -> Result<(), Status> {
+        if region.id != 0 || self.ring.is_some() {
+            return Err(Status::BAD_ARGUMENT);
+        }
+        self.ring = Some((DeviceEnd::attach(region.window.clone())?, region));
+        Ok(())
+    }
+
+    fn region_dropped(&mut self, _: u32) -> Result<(), Status> {
+        self.ring = None;
+        Ok(())
+    }
+
+    fn call(&mut self, function: u32, flags: u32, buffer: &mut [u8]) -> Result<u64, Status> {
+        match function {
+            7 => {
+                buffer.reverse();
+                Ok(u64::from(flags))
+            }
+            _ => Err(Status::BAD_FUNCTION),
+        }
+    }
+
+    fn poll(&mut self, budget: u32) -> Result<Progress, Status> {
+        let Some((ring, region)) = &mut self.ring else { return Ok(Progress::Idle) };
+        let mut progress = Progress::Idle;
+        for _ in 0..budget {
+            let Some(entry) = ring.take()? else { break };
+            if entry.len == 0 {
+                return Err(Status::CORRUPT);
+            }
+            ring.give_back(Entry { len: entry.len.wrapping_mul(2), ..entry });
+            progress = Progress::Busy;
+        }
+        region.interrupt.kick(ring.post());
+        Ok(progress)
+    }
+
+    fn arm(&mut self) -> Result<Armed, Status> {
+        Ok(self.ring.as_mut().map_or(Armed::Waiting, |(ring, _)| ring.arm(0)))
+    }
+
+    fn disarm(&mut self) {
+        if let Some((ring, _)) = &mut self.ring {
+            ring.disarm();
+        }
+    }
+}
+
+struct Interrupts(Mutex<Sender<u16>>);
+
+impl InterruptSink for Interrupts {
+    fn trigger(&self, vector: u16) {
+        let _ = self.0.lock().unwrap().send(vector);
+    }
+}
+
+/// A driver: memory that it shares with the device, and the interrupts that it gets.
+struct Driver {
+    endpoint: Arc<Endpoint>,
+    /// The same file, mapped a second time.
+    mine: MemoryContext,
+    interrupts: Receiver<u16>,
+    _bus: Bus,
+}
+
+fn memory() -> OwnedFd {
+    let fd = memfd_create("driver", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+    ftruncate(&fd, SIZE).unwrap();
+    fd
+}
+
+impl Driver {
+    fn new() -> Driver {
+        let executor = Executor::start(Tuning::default()).unwrap();
+        let bus = Bus::new(executor, Vec::new(), Trust::Sealed);
+        let endpoint = bus.add("doubler", Arc::new(Doubler)).unwrap();
+        let fd = memory();
+        let mine = MemoryContext::new(Trust::Sealed);
+        mine.map(BASE, SIZE, Some((fd.try_clone().unwrap(), 0)), true).unwrap();
+        endpoint.map(BASE, SIZE, Some((fd, 0)), true).unwrap();
+        let (sender, interrupts) = channel();
+        endpoint.set_interrupt_sink(Arc::new(Interrupts(Mutex::new(sender))));
+        Driver { endpoint, mine, interrupts, _bus: bus }
+    }
+
+    fn open(&self) -> Result<(), Status> {
+        self.mine.view().write(BASE, &77u64.to_le_bytes()).unwrap();
+        self.endpoint.open(1, 0, (BASE, 77))
+    }
+
+    fn ring(&self, addr: u64, entries: u32) -> (DriverEnd<Window>, RegionRequest) {
+        let layout = Layout::new(entries, Returns::Entries).unwrap();
+        let len = layout.bytes() as u64;
+        let ring = DriverEnd::create(self.mine.window(addr, len).unwrap(), layout, 0).unwrap();
+        let signal = Some(SIGNAL_OFFSET as u64);
+        (ring, RegionRequest { id: 0, vector: 0, page_shift: 0, addr, len, signal })
+    }
+
+    /// Sends `count` entries through and checks what comes back, sleeping whenever there is nothing to do.
+    fn exchange(&self, ring: &mut DriverEnd<Window>, handle: u32, count: u32) {
+        let (mut sent, mut back) = (0, 0);
+        while back < count {
+            while sent < count && ring.submit(Entry { addr: 0, len: sent + 1, id: 0, flags: 0 }).is_ok() {
+                sent += 1;
+            }
+            if ring.post() {
+                self.endpoint.ring(u64::from(handle));
+            }
+            let before = back;
+            while let Some(entry) = ring.reap().unwrap() {
+                back += 1;
+                assert_eq!(entry.len, back * 2);
+            }
+            if before == back && ring.arm(0) == Armed::Waiting {
+                self.interrupts.recv_timeout(BOUND).expect("an armed interrupt comes");
+            }
+            ring.disarm();
+        }
+    }
+}
+
+#[test]
+fn entries_pass_with_both_ends_sleeping() {
+    let driver = Driver::new();
+    driver.open().unwrap();
+    let (mut ring, request) = driver.ring(BASE + 4096, 16);
+    let handle = driver.endpoint.region_add(request).unwrap();
+    driver.exchange(&mut ring, handle, 100_000);
+    let counters = driver.endpoint.counters();
+    assert!(counters.doorbells.get() > 0 && counters.interrupts.get() > 0, "{counters:?}");
+    driver.endpoint.region_drop(u64::from(handle)).unwrap();
+    assert_eq!(driver.endpoint.region_drop(u64::from(handle)), Err(Status::NO_REGION));
+}
+
+#[test]
+fn scattered_pages_make_one_region() {
+    let driver = Driver::new();
+    driver.open().unwrap();
+    // The ring is laid out in a window of pages that lie backwards, as the driver sees it too.
+    let pages: Vec<u64> = (0..4).map(|i| BASE + 0x10_0000 - i * 4096).collect();
+    let layout = Layout::new(256, Returns::Entries).unwrap();
+    let len = layout.bytes() as u64;
+    let mine = driver.mine.window_of_pages(&pages, 12, len).unwrap();
+    let mut ring = DriverEnd::create(mine, layout, 0).unwrap();
+    let list: Vec<u8> = pages.iter().flat_map(|p| p.to_le_bytes()).collect();
+    driver.mine.view().write(BASE + 4096, &list).unwrap();
+    let request =
+        RegionRequest { id: 0, vector: 0, page_shift: 12, addr: BASE + 4096, len, signal: Some(SIGNAL_OFFSET as u64) };
+    let handle = driver.endpoint.region_add(request).unwrap();
+    driver.exchange(&mut ring, handle, 10_000);
+}
+
+#[test]
+fn an_eventfd_is_a_doorbell() {
+    let driver = Driver::new();
+    let early = driver.endpoint.doorbell_eventfd(0).unwrap();
+    driver.open().unwrap();
+    let (mut ring, request) = driver.ring(BASE + 4096, 16);
+    assert_eq!(driver.endpoint.region_add(request), Ok(0));
+    for round in 1..1000 {
+        ring.submit(Entry { len: 5, ..Entry::default() }).unwrap();
+        let armed = ring.arm(0);
+        if ring.post() {
+            rustix::io::write(early.as_fd(), &1u64.to_ne_bytes()).unwrap();
+        }
+        if armed == Armed::Waiting {
+            driver.interrupts.recv_timeout(BOUND).unwrap_or_else(|_| panic!("round {round}"));
+        }
+        assert_eq!(ring.reap().unwrap().map(|e| e.len), Some(10));
+    }
+}
+
+#[test]
+fn a_fault_breaks_the_connection_and_the_next_one_works() {
+    let driver = Driver::new();
+    driver.open().unwrap();
+    let (mut ring, request) = driver.ring(BASE + 4096, 16);
+    let handle = driver.endpoint.region_add(request).unwrap();
+    ring.submit(Entry::default()).unwrap();
+    let _ = ring.post();
+    driver.endpoint.ring(u64::from(handle));
+    driver.interrupts.recv_timeout(BOUND).expect("the driver is woken to see the fault");
+    assert_eq!(driver.endpoint.state(), State::Broken(Status::CORRUPT));
+    assert_eq!(driver.open(), Err(Status::ALREADY_OPEN));
+    driver.endpoint.close();
+    driver.open().unwrap();
+    let (mut ring, request) = driver.ring(BASE + 4096, 16);
+    let handle = driver.endpoint.region_add(request).unwrap();
+    driver.exchange(&mut ring, handle, 100);
+}
+
+#[test]
+fn unmapping_a_region_ends_its_connection_and_nothing_else_does() {
+    let driver = Driver::new();
+    driver.endpoint.map(0x1_0000_0000, 4096, Some((memory(), 0)), true).unwrap();
+    driver.endpoint.map(0x2_0000_0000, 4096, None, true).unwrap();
+    driver.open().unwrap();
+    let (mut ring, request) = driver.ring(BASE + 4096, 16);
+    let handle = driver.endpoint.region_add(request).unwrap();
+    assert_eq!(driver.endpoint.unmap(0x1_0000_0000, 4096), 4096);
+    assert_eq!(driver.endpoint.unmap(0x2_0000_0000, 4096), 4096);
+    assert_eq!(driver.endpoint.unmap(0x3_0000_0000, 4096), 0);
+    driver.exchange(&mut ring, handle, 100);
+    assert_eq!(driver.endpoint.unmap(BASE, SIZE), SIZE);
+    assert_eq!(driver.endpoint.state(), State::Broken(Status::REVOKED));
+}
+
+#[test]
+fn unmapping_races_with_traffic() {
+    for _ in 0..50 {
+        let driver = Driver::new();
+        driver.open().unwrap();
+        let (mut ring, request) = driver.ring(BASE + 4096, 16);
+        let handle = driver.endpoint.region_add(request).unwrap();
+        let endpoint = driver.endpoint.clone();
+        let thread = std::thread::spawn(move || endpoint.unmap(BASE, SIZE));
+        while !thread.is_finished() {
+            let _ = ring.submit(Entry { len: 1, ..Entry::default() });
+            let _ = ring.post();
+            driver.endpoint.ring(u64::from(handle));
+            while let Ok(Some(_)) = ring.reap() {}
+        }
+        assert_eq!(thread.join().unwrap(), SIZE);
+    }
+}
+
+#[test]
+fn commands_name_what_is_wrong() {
+    let driver = Driver::new();
+    let e = &driver.endpoint;
+    let (_, good) = driver.ring(BASE + 4096, 16);
+    assert_eq!(e.region_add(good), Err(Status::NOT_OPEN));
+    assert_eq!(e.call(7, 0, BASE, 8), Err(Status::NOT_OPEN));
+    assert_eq!(e.open(2, 0, (BASE, 0)), Err(Status::BAD_VERSION));
+    assert_eq!(e.open(1, 0b100, (BASE, 0)), Err(Status::BAD_FEATURES));
+    assert_eq!(e.open(1, 0, (BASE + 4, 0)), Err(Status::BAD_ALIGNMENT));
+    assert_eq!(e.open(1, 0, (0, 0)), Err(Status::BAD_ADDRESS));
+    assert_eq!(e.open(1, 0, (BASE, 78)), Err(Status::NOT_SHARED));
+    driver.open().unwrap();
+    assert_eq!(driver.open(), Err(Status::ALREADY_OPEN));
+    let bad = |change: fn(&mut RegionRequest), status| {
+        let mut request = good;
+        change(&mut request);
+        assert_eq!(e.region_add(request), Err(status), "{request:?}");
+    };
+    bad(|r| r.vector = 1, Status::BAD_VECTOR);
+    bad(|r| r.len = 0, Status::BAD_LENGTH);
+    bad(|r| r.len = u64::MAX - 7, Status::BAD_LENGTH);
+    bad(|r| r.len += 4, Status::BAD_ALIGNMENT);
+    bad(|r| r.addr += 8, Status::BAD_ALIGNMENT);
+    bad(|r| r.addr = 0, Status::BAD_ADDRESS);
+    bad(|r| r.addr = u64::MAX - 63, Status::BAD_ADDRESS);
+    bad(|r| r.addr = BASE + SIZE - 64, Status::BAD_ADDRESS);
+    bad(|r| r.signal = Some(1), Status::BAD_ALIGNMENT);
+    bad(|r| r.signal = Some(r.len - 192), Status::BAD_SIGNAL);
+    bad(|r| r.signal = Some(u64::MAX - 63), Status::BAD_SIGNAL);
+    bad(|r| r.page_shift = 11, Status::BAD_ARGUMENT);
+    bad(|r| r.page_shift = 31, Status::BAD_ARGUMENT);
+    bad(|r| r.id = 1, Status::BAD_ARGUMENT);
+    bad(|r| r.addr += 64, Status::BAD_LAYOUT);
+    assert_eq!(e.call(8, 0, BASE, 8), Err(Status::BAD_FUNCTION));
+    assert_eq!(e.call(7, 0, BASE, 65537), Err(Status::BAD_LENGTH));
+    assert_eq!(e.call(7, 0, 0, 8), Err(Status::BAD_ADDRESS));
+    driver.mine.view().write(BASE, b"abcd").unwrap();
+    assert_eq!(e.call(7, 9, BASE, 4), Ok(9));
+    let mut out = [0; 4];
+    driver.mine.view().read(BASE, &mut out).unwrap();
+    assert_eq!(&out, b"dcba");
+    e.ring(5);
+    e.ring(u64::MAX);
+}
+
+#[test]
+fn maps_are_checked() {
+    let context = MemoryContext::new(Trust::Sealed);
+    let map = |start, len, offset| context.map(start, len, Some((memory(), offset)), true);
+    assert!(matches!(map(0, 0, 0), Err(MapError::Range(..))));
+    assert!(matches!(map(u64::MAX - 4095, 8192, 0), Err(MapError::Range(..))));
+    assert!(matches!(map(4096, 100, 0), Err(MapError::Range(..))));
+    assert!(matches!(map(0, 4096, SIZE), Err(MapError::FileTooSmall)));
+    assert!(matches!(map(0, 4096, u64::MAX - 4095), Err(MapError::FileTooSmall)));
+    map(8192, 8192, 0).unwrap();
+    for (start, len) in [(4096, 8192), (8192, 4096), (12288, 8192), (4096, 65536)] {
+        assert!(matches!(map(start, len, 0), Err(MapError::Overlap(..))), "{start} {len}");
+    }
+    map(4096, 4096, 0).unwrap();
+    let file = memfd_create("unsealable", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&file, 4096).unwrap();
+    let copy = file.try_clone().unwrap();
+    assert!(matches!(context.map(0, 4096, Some((copy, 0)), true), Err(MapError::Unsealed)));
+    MemoryContext::new(Trust::Any).map(0, 4096, Some((file, 0)), true).unwrap();
+    // A buffer lies within one map, even where two meet.
+    assert_eq!(context.view().read(8190, &mut [0; 4]), Err(Status::BAD_ADDRESS));
+    let sealed = memory();
+    context.map(1 << 30, 4096, Some((sealed.try_clone().unwrap(), 0)), true).unwrap();
+    assert!(ftruncate(&sealed, 0).is_err(), "a mapped file can shrink no more");
+}
+
+#[test]
+fn removed_devices_are_gone() {
+    let driver = Driver::new();
+    driver.open().unwrap();
+    assert!(driver._bus.add("doubler", Arc::new(Doubler)).is_err());
+    driver._bus.remove("doubler").unwrap();
+    assert!(driver._bus.remove("doubler").is_err());
+    assert_eq!(driver.endpoint.state(), State::Broken(Status::REMOVED));
+    assert_eq!(driver.open(), Err(Status::REMOVED));
+    driver.endpoint.close();
+    assert_eq!(driver.open(), Err(Status::REMOVED));
+    assert!(driver._bus.add("bad/name", Arc::new(Doubler)).is_err());
+}
+
+/// Counts its polls, wants to be polled by deadlines only.
+struct Ticker(Arc<AtomicU64>, Sender<()>);
+
+impl vbus_core::Task for Ticker {
+    fn poll(&mut self, _: u32) -> Result<Progress, Status> {
+        if self.0.fetch_add(1, Ordering::Relaxed) >= 20 {
+            let _ = self.1.send(());
+        }
+        Ok(Progress::Idle)
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        Some(Instant::now() + Duration::from_millis(2))
+    }
+
+    fn adaptive(&self) -> bool {
+        false
+    }
+}
+
+#[test]
+fn deadlines_wake_tasks_and_stop_ends_them() {
+    let executor = Executor::start(Tuning { workers: 1, ..Tuning::default() }).unwrap();
+    let (sender, receiver) = channel();
+    let polls = Arc::new(AtomicU64::new(0));
+    let task = executor.spawn(Box::new(Ticker(polls.clone(), sender)), Arc::default(), |_| {});
+    receiver.recv_timeout(BOUND).unwrap();
+    task.stop();
+    let after = polls.load(Ordering::Relaxed);
+    // The sender lives in the task: it has been dropped, so nobody will poll again.
+    while receiver.recv_timeout(BOUND).is_ok() {}
+    assert_eq!(polls.load(Ordering::Relaxed), after);
+}
