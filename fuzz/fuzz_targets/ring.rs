@@ -1,0 +1,104 @@
+//! Both ends of a ring and of a state page over memory that the input writes to between any two calls.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use vbus_shm::ring::{DeviceEnd, DriverEnd, Entry, Layout, Returns};
+use vbus_shm::signal::End;
+use vbus_shm::state::{self, Reader, Writer};
+use vbus_shm::sync::{Ordering, Word};
+
+/// Words of memory, however large the layout in it says that it is.
+const WORDS: usize = 128;
+
+fuzz_target!(|input: &[u8]| {
+    let Some((&[shape, start], steps)) = input.split_first_chunk::<2>() else { return };
+    if shape & 1 == 0 { ring(shape >> 1, start, steps) } else { page(shape >> 1, start, steps) }
+});
+
+fn memory() -> Vec<Word> {
+    (0..WORDS).map(|_| Word::new(0)).collect()
+}
+
+/// Counts that start shortly before or after the wrap-around.
+fn count(start: u8) -> u32 {
+    u32::from(start).wrapping_sub(128)
+}
+
+/// The steps of an input: a word of memory, what to write there, and what to do afterwards.
+fn steps(input: &[u8]) -> impl Iterator<Item = (usize, u64, u8)> + '_ {
+    input.chunks_exact(11).map(|step| {
+        let mut value = [0; 8];
+        value.copy_from_slice(&step[2..10]);
+        // The headers and signal blocks, 48 words, more often than the rest.
+        let word = if step[0] & 1 == 0 { step[1] % 48 } else { step[1] };
+        (usize::from(word) % WORDS, u64::from_le_bytes(value), step[10])
+    })
+}
+
+fn ring(shape: u8, start: u8, input: &[u8]) {
+    let returns = if shape & 1 == 0 { Returns::Counted } else { Returns::Entries };
+    let Ok(layout) = Layout::new(2 << (shape >> 1 & 3), returns) else { return };
+    let memory = memory();
+    let Ok(mut driver) = DriverEnd::create(&memory[..], layout, count(start)) else { return };
+    let Ok(mut device) = DeviceEnd::attach(&memory[..]) else { return };
+    for (word, value, action) in steps(input) {
+        if action & 1 == 0 {
+            memory[word].store(value, Ordering::Relaxed);
+        }
+        let after = u32::from(action >> 6);
+        match action >> 1 & 15 {
+            0 | 1 => drop(driver.submit(Entry { addr: value, len: 1, id: 2, flags: 3 })),
+            2 => drop(driver.post()),
+            3 => drop(driver.arm(after)),
+            4 => driver.disarm(),
+            5 => drop(driver.reap()),
+            6 => drop(driver.reap_count()),
+            7 | 8 => drop(device.take()),
+            9 | 10 => device.give_back(Entry { addr: value, len: 1, id: 2, flags: 3 }),
+            11 => drop(device.post()),
+            12 => drop(device.arm(after)),
+            13 => device.disarm(),
+            _ => {
+                if let Ok(other) = DeviceEnd::attach(&memory[..]) {
+                    assert!(other.layout().words() <= WORDS);
+                    device = other;
+                }
+            }
+        }
+        assert!(driver.in_flight() <= layout.entries());
+        assert!(device.held() <= device.layout().entries());
+    }
+}
+
+fn page(shape: u8, start: u8, input: &[u8]) {
+    let Ok(layout) = state::Layout::new(u32::from(shape) + 1, 4) else { return };
+    let memory = memory();
+    if layout.format(&&memory[..], count(start)).is_err() {
+        return;
+    }
+    let Ok(mut writer) = Writer::attach(&memory[..], End::Driver) else { return };
+    let Ok(mut reader) = Reader::attach(&memory[..], End::Device) else { return };
+    let mut out = [0; 256];
+    for (word, value, action) in steps(input) {
+        if action & 1 == 0 {
+            memory[word].store(value, Ordering::Relaxed);
+        }
+        let len = usize::from(action);
+        match action >> 1 & 7 {
+            0 | 1 => drop(writer.write(&out[..len])),
+            2 | 3 => drop(reader.read(&mut out[..len])),
+            4 => drop(reader.read_if_newer(u32::from(action), &mut out)),
+            5 => drop(reader.arm_newer(writer.version())),
+            6 => reader.disarm(),
+            _ => {
+                if let Ok(other) = Reader::attach(&memory[..], End::Device) {
+                    assert!(other.layout().words() <= WORDS);
+                    reader = other;
+                }
+                if let Ok(other) = Writer::attach(&memory[..], End::Driver) {
+                    writer = other;
+                }
+            }
+        }
+    }
+}
