@@ -31,7 +31,7 @@
 #![cfg_attr(not(test), no_std)]
 
 pub mod abi;
-mod copy;
+pub mod copy;
 pub mod memory;
 pub mod raw;
 pub mod ring;

@@ -1,0 +1,414 @@
+//! One function of the bus: probe, open, regions, calls (spec/pci.md, "Registers" and "Commands").
+
+use core::fmt;
+
+use vbus_shm::Memory;
+use vbus_shm::abi::{ABI_VERSION, PCI_DEVICE, PCI_VENDOR, bar0, capability, command, reg, status};
+use vbus_shm::sync::Ordering;
+
+use crate::error::{Error, Status};
+use crate::hal::{Dma, Doorbell, Hal};
+
+/// How often a config area that changes while it is read is read again.
+const CONFIG_TRIES: u32 = 8;
+/// The most capabilities that a configuration space of 256 bytes has room for.
+const CAPABILITIES_MAX: u32 = 48;
+
+/// What a register reads as when the function has gone.
+const GONE: u32 = u32::MAX;
+
+/// A function of the bus, probed. While it is open it has a connection, which dropping it closes.
+///
+/// Memory that was registered stays the device's until then: the environment frees none of it before the last clone of its [`Hal`] goes.
+#[derive(Debug)]
+pub struct Function<H: Hal> {
+    hal: H,
+    registers: u64,
+    doorbell: Doorbell,
+    info: Info,
+    /// Of an open connection: buffer of calls, page lists, and the handshake word.
+    scratch: Option<H::Dma>,
+}
+
+/// What a function says of itself.
+#[derive(Clone, Copy, Debug)]
+pub struct Info {
+    /// [`vbus_shm::abi::class`].
+    pub class: u32,
+    /// Name of the class.
+    pub class_name: Name<16>,
+    /// Name of the device on its bus.
+    pub name: Name<32>,
+    /// Features offered.
+    pub features: u64,
+    /// The most regions of a connection.
+    pub max_regions: u32,
+    /// The most bytes of a region.
+    pub max_region_bytes: u64,
+    /// Interrupt vectors in use.
+    pub vectors: u32,
+    /// Bytes of the config area.
+    pub config_bytes: usize,
+}
+
+/// A short text that a device gave: bytes up to the first zero.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Name<const N: usize>(pub [u8; N]);
+
+impl<const N: usize> Name<N> {
+    /// The text, up to the first byte that is not UTF-8. It may hold control characters; [`Display`](fmt::Display) shows none.
+    pub fn as_str(&self) -> &str {
+        let bytes = self.0.split(|&b| b == 0).next().unwrap_or_default();
+        match core::str::from_utf8(bytes) {
+            Ok(text) => text,
+            Err(error) => core::str::from_utf8(&bytes[..error.valid_up_to()]).unwrap_or_default(),
+        }
+    }
+}
+
+impl<const N: usize> fmt::Display for Name<N> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        use fmt::Write;
+        self.as_str()
+            .chars()
+            .try_for_each(|c| f.write_char(if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }))
+    }
+}
+
+impl<const N: usize> fmt::Debug for Name<N> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}", self.as_str())
+    }
+}
+
+/// The state of the connection, as the device sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// There is none.
+    Closed,
+    /// It is open.
+    Open,
+    /// The device has ended it.
+    Broken(Status),
+}
+
+impl<H: Hal> Function<H> {
+    /// Finds out what is behind `hal`, and chooses the doorbell. Changes nothing: several drivers may probe one function.
+    pub fn probe(hal: H) -> Result<Self, Error> {
+        let layout = find_layout(&hal)?;
+        let registers = layout.registers;
+        let magic = hal.read32(registers + reg::MAGIC);
+        if magic != reg::MAGIC_VALUE {
+            return Err(if magic == GONE { Error::Gone } else { Error::NotVbus });
+        }
+        let versions = hal.read32(registers + reg::ABI);
+        let (lowest, highest) = ((versions & 0xffff) as u16, (versions >> 16) as u16);
+        if !(lowest..=highest).contains(&ABI_VERSION) {
+            return Err(Error::Version { lowest, highest });
+        }
+        let read = |register| hal.read32(registers + register);
+        let info = Info {
+            class: read(reg::CLASS),
+            class_name: read_name(&hal, registers + reg::CLASS_NAME),
+            name: read_name(&hal, registers + reg::NAME),
+            features: hal.read64(registers + reg::FEATURES),
+            max_regions: read(reg::MAX_REGIONS).min(bar0::DOORBELL_COUNT),
+            max_region_bytes: hal.read64(registers + reg::MAX_REGION_BYTES),
+            vectors: read(reg::VECTORS),
+            config_bytes: reg::CONFIG_MAX.min(read(reg::CONFIG_BYTES) as usize),
+        };
+        Ok(Function { hal, registers, doorbell: layout.doorbell, info, scratch: None })
+    }
+
+    /// What the function says of itself.
+    pub fn info(&self) -> &Info {
+        &self.info
+    }
+
+    /// The environment.
+    pub fn hal(&self) -> &H {
+        &self.hal
+    }
+
+    /// The kind of doorbell that is used.
+    pub fn doorbell(&self) -> Doorbell {
+        self.doorbell
+    }
+
+    /// The kinds of doorbell that the function offers, in its order.
+    pub fn doorbells_offered(&self) -> impl Iterator<Item = Doorbell> + '_ {
+        let at = find_capability(&self.hal).map_or(0, |found| found.0);
+        records(&self.hal, at)
+    }
+
+    /// The state of the connection; one read of a register. Poll it when a device has been silent, not on a fast path.
+    pub fn state(&self) -> Result<State, Error> {
+        let value = self.hal.read32(self.registers + reg::STATUS);
+        match value & 0xff {
+            _ if value == GONE => Err(Error::Gone),
+            reg::STATE_CLOSED => Ok(State::Closed),
+            reg::STATE_OPEN => Ok(State::Open),
+            reg::STATE_BROKEN => Ok(State::Broken(Status::from_code(value >> 16))),
+            _ => Err(Error::Corrupt("unknown state in STATUS")),
+        }
+    }
+
+    /// An error unless the connection that was opened is still there.
+    pub fn check(&self) -> Result<(), Error> {
+        match self.state()? {
+            State::Open => Ok(()),
+            State::Closed => Err(Error::Broken(Status::NotOpen)),
+            State::Broken(status) => Err(Error::Broken(status)),
+        }
+    }
+
+    /// Opens the connection with a subset of the features offered. One that a dead driver has left behind is closed first. It may have
+    /// been another's that is alive: that there is but one driver is the environment's care.
+    pub fn open(&mut self, features: u64) -> Result<(), Error> {
+        if self.state()? != State::Closed {
+            self.close();
+        }
+        let scratch = self.hal.alloc(H::Dma::CONTIGUOUS_MIN)?;
+        if !scratch.is_run(0, H::Dma::CONTIGUOUS_MIN) || H::Dma::CONTIGUOUS_MIN < SCRATCH_BYTES {
+            return Err(Error::NoMemory);
+        }
+        // Different each time, so that a stale word elsewhere is not taken for it.
+        let value = scratch.address(0) ^ self.hal.now().rotate_left(20) ^ u64::from_le_bytes(*b"vbus-drv");
+        scratch.copy_in(0, &value.to_le_bytes());
+        self.command("OPEN", command::OPEN, [u64::from(ABI_VERSION), features, scratch.address(0), value])?;
+        self.scratch = Some(scratch);
+        Ok(())
+    }
+
+    /// Whether [`open`](Self::open) succeeded and [`close`](Self::close) has not followed. The device may have ended the connection all the same.
+    pub fn is_open(&self) -> bool {
+        self.scratch.is_some()
+    }
+
+    /// Closes the connection. The device has let go of all memory when this returns.
+    pub fn close(&mut self) {
+        let _ = self.command("CLOSE", command::CLOSE, [0; 4]);
+        self.scratch = None;
+    }
+
+    /// Features of the open connection.
+    pub fn features(&self) -> u64 {
+        self.hal.read64(self.registers + reg::FEATURES_ACCEPTED) & self.info.features
+    }
+
+    /// Registers the `len` bytes at `offset` of `dma` as the class's region `id`, with its signal block at byte `signal` of the region, if
+    /// there is one. Interrupts for it come on `vector`. Returns its handle, for [`ring`](Self::ring).
+    ///
+    /// `offset` must be a multiple of 64 and `len` of 8; a region that is not contiguous has to begin with a page.
+    pub fn region_add(
+        &mut self,
+        id: u32,
+        vector: u16,
+        dma: &H::Dma,
+        (offset, len): (usize, usize),
+        signal: Option<usize>,
+    ) -> Result<u32, Error> {
+        let scratch = self.scratch.as_ref().ok_or(NOT_OPEN)?;
+        if len == 0 || offset.checked_add(len).is_none_or(|end| end > dma.bytes()) {
+            return Err(Error::Unsupported("a region outside of its memory"));
+        }
+        let (shift, address) = if dma.is_run(offset, len) {
+            (0, dma.address(offset))
+        } else {
+            let page = 1usize << dma.page_shift();
+            let count = len.div_ceil(page);
+            if offset % page != 0 || count > PAGES_MAX {
+                return Err(Error::Unsupported("a region of too many pages, or not beginning with one"));
+            }
+            for (i, word) in scratch.words().iter().take(count).enumerate() {
+                word.store(dma.address(offset + i * page), Ordering::Relaxed);
+            }
+            (dma.page_shift(), scratch.address(0))
+        };
+        let selector = u64::from(id) | u64::from(vector) << 32 | u64::from(shift) << 48;
+        let signal = signal.map_or(command::NO_SIGNAL, |offset| offset as u64);
+        let handle = self.command("REGION_ADD", command::REGION_ADD, [selector, address, len as u64, signal])?;
+        u32::try_from(handle)
+            .ok()
+            .filter(|handle| *handle < self.info.max_regions)
+            .ok_or(Error::Corrupt("handle of a region is out of range"))
+    }
+
+    /// Drops a region. The device has let go of its memory when this returns without an error.
+    pub fn region_drop(&mut self, handle: u32) -> Result<(), Error> {
+        self.command("REGION_DROP", command::REGION_DROP, [u64::from(handle), 0, 0, 0]).map(drop)
+    }
+
+    /// Calls the class's `function`. The device gets a copy of `buffer`, at most [`command::CALL_MAX`] bytes, and its answer replaces it.
+    pub fn call(&mut self, function: u32, flags: u32, buffer: &mut [u8]) -> Result<u64, Error> {
+        let scratch = self.scratch.as_ref().ok_or(NOT_OPEN)?;
+        if buffer.len() > SCRATCH_BYTES {
+            return Err(Error::Unsupported("a call with so large a buffer"));
+        }
+        scratch.copy_in(0, buffer);
+        let selector = u64::from(function) | u64::from(flags) << 32;
+        let value = self.command("CALL", command::CALL, [selector, scratch.address(0), buffer.len() as u64, 0])?;
+        if let Some(scratch) = &self.scratch {
+            scratch.copy_out(0, buffer);
+        }
+        Ok(value)
+    }
+
+    /// Reads the class's config area from its beginning. Bytes of `out` that the device does not have become 0.
+    pub fn config(&self, out: &mut [u8]) -> Result<(), Error> {
+        let generation = || self.hal.read32(self.registers + reg::CONFIG_GENERATION);
+        let mut before = generation();
+        for _ in 0..CONFIG_TRIES {
+            out.fill(0);
+            let have = out.len().min(self.info.config_bytes);
+            for (offset, bytes) in (0..).step_by(4).zip(out[..have].chunks_mut(4)) {
+                let word = self.hal.read32(self.registers + reg::CONFIG + offset).to_le_bytes();
+                bytes.copy_from_slice(&word[..bytes.len()]);
+            }
+            let after = generation();
+            if after == before {
+                return if after == GONE { Err(Error::Gone) } else { Ok(()) };
+            }
+            before = after;
+        }
+        Err(Error::Corrupt("the config area never stands still"))
+    }
+
+    /// Takes the pending interrupt back (INTx). Before looking at the signals, not after.
+    pub fn acknowledge(&self) {
+        self.hal.write32(self.registers + reg::INTERRUPT_ACK, 1);
+    }
+
+    /// Rings the doorbell of the region with this handle.
+    pub fn ring(&self, handle: u32) {
+        self.hal.ring(self.doorbell, handle);
+    }
+
+    /// Something that rings the doorbell of one region, for a queue that lives apart from the function.
+    pub fn bell(&self, handle: u32) -> Bell<H> {
+        Bell { hal: self.hal.clone(), doorbell: self.doorbell, handle }
+    }
+
+    fn command(&self, name: &'static str, code: u32, arguments: [u64; 4]) -> Result<u64, Error> {
+        for (offset, argument) in (0..).step_by(8).zip(arguments) {
+            self.hal.write64(self.registers + reg::ARGUMENT + offset, argument);
+        }
+        self.hal.write32(self.registers + reg::COMMAND, code);
+        match self.hal.read32(self.registers + reg::RESULT) {
+            status::OK => Ok(self.hal.read64(self.registers + reg::VALUE)),
+            GONE => Err(Error::Gone),
+            code => Err(Error::Refused { command: name, status: Status::from_code(code) }),
+        }
+    }
+}
+
+impl<H: Hal> Drop for Function<H> {
+    fn drop(&mut self) {
+        if self.is_open() {
+            self.close();
+        }
+    }
+}
+
+/// Rings one doorbell.
+#[derive(Clone, Debug)]
+pub struct Bell<H> {
+    hal: H,
+    doorbell: Doorbell,
+    handle: u32,
+}
+
+impl<H: Hal> Bell<H> {
+    /// Rings it.
+    pub fn ring(&self) {
+        self.hal.ring(self.doorbell, self.handle);
+    }
+}
+
+const NOT_OPEN: Error = Error::Refused { command: "command", status: Status::NotOpen };
+/// The scratch memory holds the largest buffer of a call, the largest page list, and the handshake word.
+const SCRATCH_BYTES: usize = 64 << 10;
+const PAGES_MAX: usize = 4096;
+const _: () = {
+    assert!(SCRATCH_BYTES as u64 == command::CALL_MAX && PAGES_MAX as u64 == command::PAGES_MAX);
+    assert!(PAGES_MAX * 8 <= SCRATCH_BYTES);
+};
+
+/// Where things are in BAR 0.
+struct Layout {
+    registers: u64,
+    doorbell: Doorbell,
+}
+
+fn find_layout<H: Hal>(hal: &H) -> Result<Layout, Error> {
+    let (at, version) = find_capability(hal)?;
+    if u16::from(version) != ABI_VERSION {
+        return Err(Error::Version { lowest: version.into(), highest: version.into() });
+    }
+    let registers = u64::from(config_u32(hal, at + u16::from(capability::REGISTERS)));
+    if registers % 4096 != 0 || registers >= bar0::SIZE {
+        return Err(Error::NotVbus);
+    }
+    let in_reach = |doorbell: &Doorbell| {
+        let end = doorbell.offset(bar0::DOORBELL_COUNT);
+        doorbell.kind != capability::KIND_MMIO
+            || (doorbell.base % 4 == 0 && doorbell.stride % 4 == 0 && doorbell.stride > 0 && end <= bar0::SIZE)
+    };
+    let doorbell =
+        records(hal, at).find(|doorbell| hal.can_ring(doorbell.kind) && in_reach(doorbell)).ok_or(Error::NoDoorbell)?;
+    Ok(Layout { registers, doorbell })
+}
+
+/// Offset and version of vbus's capability.
+fn find_capability<H: Hal>(hal: &H) -> Result<(u16, u8), Error> {
+    const STATUS_CAPABILITIES: u32 = 1 << 20;
+    const VENDOR_SPECIFIC: u8 = 0x09;
+    let id = hal.config_read32(0);
+    if id == GONE {
+        return Err(Error::Gone);
+    }
+    if id != u32::from(PCI_VENDOR) | u32::from(PCI_DEVICE) << 16 || hal.config_read32(0x04) & STATUS_CAPABILITIES == 0 {
+        return Err(Error::NotVbus);
+    }
+    let mut at = u16::from(config_u8(hal, 0x34) & !3);
+    for _ in 0..CAPABILITIES_MAX {
+        if at < 0x40 {
+            break;
+        }
+        if config_u8(hal, at) == VENDOR_SPECIFIC && config_u8(hal, at + 2) >= capability::HEADER_BYTES {
+            return Ok((at, config_u8(hal, at + u16::from(capability::VERSION))));
+        }
+        at = u16::from(config_u8(hal, at + 1) & !3);
+    }
+    Err(Error::NotVbus)
+}
+
+/// The doorbell records of the capability at `at`.
+fn records<H: Hal>(hal: &H, at: u16) -> impl Iterator<Item = Doorbell> + '_ {
+    let (header, each) = (u16::from(capability::HEADER_BYTES), u16::from(capability::RECORD_BYTES));
+    let length = if at < 0x40 { 0 } else { u16::from(config_u8(hal, at + 2)) };
+    let end = (at + length).min(256);
+    (at + header..end).step_by(usize::from(each)).filter(move |record| record + each <= end).map(move |record| {
+        let first = config_u32(hal, record);
+        let base = config_u32(hal, record + 4);
+        Doorbell { kind: (first & 0xff) as u8, stride: (first >> 16) as u16, base }
+    })
+}
+
+fn config_u8<H: Hal>(hal: &H, offset: u16) -> u8 {
+    let bytes = hal.config_read32(offset & 0xfc).to_le_bytes();
+    bytes[usize::from(offset % 4)]
+}
+
+/// Four bytes at any offset: capabilities are aligned to 4, and so is all that is read here.
+fn config_u32<H: Hal>(hal: &H, offset: u16) -> u32 {
+    hal.config_read32(offset & 0xfc)
+}
+
+fn read_name<H: Hal, const N: usize>(hal: &H, at: u64) -> Name<N> {
+    let mut name = [0; N];
+    for (offset, bytes) in (0..).step_by(8).zip(name.chunks_mut(8)) {
+        bytes.copy_from_slice(&hal.read64(at + offset).to_le_bytes()[..bytes.len()]);
+    }
+    Name(name)
+}
