@@ -1,7 +1,79 @@
 //! The device end of vbus: bus, devices, connections, memory, interrupts, the event loop. It knows neither PCI nor KVM nor QEMU.
 //!
-//! A device is written against three traits: [`DeviceClass`] makes it from a configuration, [`Device`] is what sits on the [`Bus`], and
-//! [`Connection`] is one driver's use of it. A connector holds the device's [`Endpoint`]. Everything runs on the few threads of an [`Executor`].
+//! # Writing a device
+//! A device is written against two traits, and a third if configurations are to make it:
+//!
+//! 1. [`Device`] is what sits on the [`Bus`]. It says what it is ([`Identity`]) and opens connections.
+//! 2. [`Connection`] is one driver's use of it. It is given the driver's memory region by region, is called, and is polled when the driver
+//!    kicks. Dropping it closes it: the driver closed, was reset, unplugged, killed, or broke the protocol.
+//! 3. [`DeviceClass`] makes devices from a configuration, for `vbus serve`.
+//!
+//! The usual device has a ring in its region: [`poll`](Connection::poll) takes what is there and gives it back,
+//! [`arm`](Connection::arm) asks for a kick before the connection sleeps, [`disarm`](Connection::disarm) saves the driver its
+//! doorbells while it is polled. This one returns each value doubled:
+//!
+//! ```
+//! use std::sync::Arc;
+//! use vbus_core::shm::{ring::{DeviceEnd, Entry}, signal::Armed};
+//! use vbus_core::*;
+//!
+//! struct Doubler;
+//!
+//! impl Device for Doubler {
+//!     fn identity(&self) -> Identity {
+//!         Identity::user("doubler")
+//!     }
+//!     fn open(&self, _: Open) -> Result<Box<dyn Connection>, Status> {
+//!         Ok(Box::new(Doubling { ring: None }))
+//!     }
+//! }
+//!
+//! struct Doubling {
+//!     ring: Option<(DeviceEnd<Window>, Interrupt)>,
+//! }
+//!
+//! impl Connection for Doubling {
+//!     fn region_added(&mut self, region: Region) -> Result<(), Status> {
+//!         // The header in the region is the driver's: `attach` reads it once and checks it.
+//!         self.ring = Some((DeviceEnd::attach(region.window)?, region.interrupt));
+//!         Ok(())
+//!     }
+//!     fn poll(&mut self, budget: u32) -> Result<Progress, Status> {
+//!         let Some((ring, interrupt)) = &mut self.ring else { return Ok(Progress::Idle) };
+//!         let mut progress = Progress::Idle;
+//!         for _ in 0..budget {
+//!             let Some(entry) = ring.take()? else { break };
+//!             ring.give_back(Entry { addr: entry.addr.wrapping_mul(2), ..entry });
+//!             progress = Progress::Busy;
+//!         }
+//!         interrupt.kick(ring.post()); // once for all, and only if the driver sleeps
+//!         Ok(progress)
+//!     }
+//!     fn arm(&mut self) -> Result<Armed, Status> {
+//!         Ok(self.ring.as_mut().map_or(Armed::Waiting, |(ring, _)| ring.arm(0)))
+//!     }
+//!     fn disarm(&mut self) {
+//!         if let Some((ring, _)) = &mut self.ring {
+//!             ring.disarm();
+//!         }
+//!     }
+//! }
+//!
+//! let bus = Bus::new(Executor::start(Tuning::default())?, Vec::new(), Trust::Sealed);
+//! let endpoint = bus.add("double0", Arc::new(Doubler)).unwrap();
+//! assert_eq!(endpoint.state(), State::Closed); // a connector now offers it to drivers
+//! # Ok::<(), std::io::Error>(())
+//! ```
+//!
+//! Buffers whose addresses come with each entry are reached through [`Open::memory`]: take a [`View`] at the beginning of the poll, let it
+//! go at its end. A device with several queues spawns a [`Task`] for each on the [`Executor`] and binds the region's [`Doorbell`] to it.
+//!
+//! # What the bus does for a device
+//! - It checks what the driver says of its regions, and never lets a device touch memory that was taken away: see [`memory`].
+//! - It runs everything on the few threads of the [`Executor`], polls adaptively, and bounds the work of each turn.
+//! - It counts ([`ConnectionCounters`]), and tells the driver why a connection ended ([`Status`]).
+//!
+//! A connector holds the device's [`Endpoint`], which is the whole of its interface.
 
 mod bus;
 mod counter;
