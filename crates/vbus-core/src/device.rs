@@ -87,6 +87,8 @@ pub struct Open {
     pub memory: Arc<MemoryContext>,
     /// Where tasks of its own can run.
     pub executor: Arc<Executor>,
+    /// Where on it the connection runs. A first task of its own does best at the same place, further ones at the following places.
+    pub place: usize,
     /// The connection's counters, for its own tasks.
     pub counters: Arc<ConnectionCounters>,
     /// To be called when a task of its own fails: ends the connection with that status.

@@ -107,6 +107,7 @@ pub struct Endpoint {
     device: Arc<dyn Device>,
     identity: Identity,
     executor: Arc<Executor>,
+    place: usize,
     memory: Arc<MemoryContext>,
     counters: Arc<ConnectionCounters>,
     sink: RwLock<Arc<dyn InterruptSink>>,
@@ -144,6 +145,7 @@ impl Endpoint {
             name: name.to_owned(),
             device,
             identity,
+            place: executor.place(),
             executor,
             memory: Arc::new(MemoryContext::new(trust)),
             counters: Arc::default(),
@@ -179,6 +181,11 @@ impl Endpoint {
     /// The event loop that the device's tasks run on.
     pub fn executor(&self) -> &Arc<Executor> {
         &self.executor
+    }
+
+    /// Where on the event loop the device's tasks run: its connection, and best also its connector.
+    pub fn place(&self) -> usize {
+        self.place
     }
 
     /// The counters of the device's connections.
@@ -290,12 +297,14 @@ impl Endpoint {
             features,
             memory: self.memory.clone(),
             executor: self.executor.clone(),
+            place: self.place,
             counters: self.counters.clone(),
             fail: fail.clone(),
         })?;
         let connection: SharedConnection = Arc::new(Mutex::new(connection));
         let task = ConnectionTask(connection.clone());
-        let task = self.executor.spawn(Box::new(task), self.counters.clone(), move |status| fail.fail(status));
+        let task =
+            self.executor.spawn(self.place, Box::new(task), self.counters.clone(), move |status| fail.fail(status));
         let regions = (0..self.identity.regions).map(|_| None).collect();
         *inner = Inner::Open(OpenConnection { connection, task, features, regions });
         self.counters.opens.one();

@@ -376,7 +376,7 @@ fn deadlines_wake_tasks_and_stop_ends_them() {
     let executor = Executor::start(Tuning { workers: 1, ..Tuning::default() }).unwrap();
     let (sender, receiver) = channel();
     let polls = Arc::new(AtomicU64::new(0));
-    let task = executor.spawn(Box::new(Ticker(polls.clone(), sender)), Arc::default(), |_| {});
+    let task = executor.spawn(0, Box::new(Ticker(polls.clone(), sender)), Arc::default(), |_| {});
     receiver.recv_timeout(BOUND).unwrap();
     task.stop();
     let after = polls.load(Ordering::Relaxed);
