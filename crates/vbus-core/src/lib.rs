@@ -82,7 +82,6 @@ mod endpoint;
 mod executor;
 mod interrupt;
 pub mod memory;
-mod status;
 mod sync;
 mod wake;
 
@@ -93,5 +92,4 @@ pub use endpoint::{Doorbell, Endpoint, REGION_BYTES_MAX, RegionRequest, State};
 pub use executor::{Executor, Interest, Progress, Task, TaskHandle, Tuning};
 pub use interrupt::{Interrupt, InterruptSink};
 pub use memory::{MapError, MemoryContext, Trust, View, Window};
-pub use status::Status;
-pub use vbus_shm as shm;
+pub use vbus_shm::{self as shm, Status};

@@ -2,7 +2,7 @@
 
 use core::fmt;
 
-use vbus_shm::abi::status;
+use vbus_shm::Status;
 
 use crate::hal::NoMemory;
 
@@ -67,67 +67,3 @@ impl fmt::Display for Error {
 }
 
 impl core::error::Error for Error {}
-
-macro_rules! statuses {
-    ($($name:ident $code:ident $text:literal,)*) => {
-        /// A device's answer other than "done": a number of [`vbus_shm::abi::status`].
-        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        pub enum Status {
-            $(#[doc = $text] $name,)*
-            /// One of the class's own, or one that this driver does not know.
-            Other(u32),
-        }
-
-        impl Status {
-            /// From the number.
-            pub fn from_code(code: u32) -> Status {
-                match code {
-                    $(status::$code => Status::$name,)*
-                    other => Status::Other(other),
-                }
-            }
-
-            /// The number.
-            pub fn code(self) -> u32 {
-                match self {
-                    $(Status::$name => status::$code,)*
-                    Status::Other(other) => other,
-                }
-            }
-        }
-
-        impl fmt::Display for Status {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                match self {
-                    $(Status::$name => f.write_str($text),)*
-                    Status::Other(other) => write!(f, "status {other:#x}"),
-                }
-            }
-        }
-    };
-}
-
-statuses! {
-    BadCommand BAD_COMMAND "no such command",
-    BadArgument BAD_ARGUMENT "argument out of range",
-    NotOpen NOT_OPEN "no connection is open",
-    AlreadyOpen ALREADY_OPEN "a connection is open already",
-    BadVersion BAD_VERSION "ABI version not offered",
-    BadFeatures BAD_FEATURES "features not offered, or not together",
-    BadAddress BAD_ADDRESS "address outside the memory that the device can reach",
-    NotShared NOT_SHARED "this memory is not shared with the device (QEMU: memory-backend-memfd needs share=on)",
-    BadLength BAD_LENGTH "bad length",
-    BadAlignment BAD_ALIGNMENT "bad alignment",
-    BadSignal BAD_SIGNAL "the signal block does not fit the region",
-    BadVector BAD_VECTOR "no such interrupt vector",
-    Limit LIMIT "limit reached",
-    NoRegion NO_REGION "no such region",
-    BadLayout BAD_LAYOUT "bad header in the region",
-    BadFunction BAD_FUNCTION "no such function",
-    Exists EXISTS "there already",
-    Failed FAILED "the device failed; the bus's log says why",
-    Corrupt CORRUPT "protocol violation in shared memory",
-    Revoked REVOKED "memory of a region was unmapped",
-    Denied DENIED "not allowed",
-    Removed REMOVED "the device was removed",
-}

@@ -6,7 +6,9 @@ use vbus_shm::Memory;
 use vbus_shm::abi::{ABI_VERSION, PCI_DEVICE, PCI_VENDOR, bar0, capability, command, reg, status};
 use vbus_shm::sync::Ordering;
 
-use crate::error::{Error, Status};
+use vbus_shm::Status;
+
+use crate::error::Error;
 use crate::hal::{Dma, Doorbell, Hal};
 
 /// How often a config area that changes while it is read is read again.
@@ -148,7 +150,7 @@ impl<H: Hal> Function<H> {
             _ if value == GONE => Err(Error::Gone),
             reg::STATE_CLOSED => Ok(State::Closed),
             reg::STATE_OPEN => Ok(State::Open),
-            reg::STATE_BROKEN => Ok(State::Broken(Status::from_code(value >> 16))),
+            reg::STATE_BROKEN => Ok(State::Broken(Status(value >> 16))),
             _ => Err(Error::Corrupt("unknown state in STATUS")),
         }
     }
@@ -157,7 +159,7 @@ impl<H: Hal> Function<H> {
     pub fn check(&self) -> Result<(), Error> {
         match self.state()? {
             State::Open => Ok(()),
-            State::Closed => Err(Error::Broken(Status::NotOpen)),
+            State::Closed => Err(Error::Broken(Status::NOT_OPEN)),
             State::Broken(status) => Err(Error::Broken(status)),
         }
     }
@@ -297,7 +299,7 @@ impl<H: Hal> Function<H> {
         match self.hal.read32(self.registers + reg::RESULT) {
             status::OK => Ok(self.hal.read64(self.registers + reg::VALUE)),
             GONE => Err(Error::Gone),
-            code => Err(Error::Refused { command: name, status: Status::from_code(code) }),
+            code => Err(Error::Refused { command: name, status: Status(code) }),
         }
     }
 }
@@ -325,7 +327,7 @@ impl<H: Hal> Bell<H> {
     }
 }
 
-const NOT_OPEN: Error = Error::Refused { command: "command", status: Status::NotOpen };
+const NOT_OPEN: Error = Error::Refused { command: "command", status: Status::NOT_OPEN };
 /// The scratch memory holds the largest buffer of a call, the largest page list, and the handshake word.
 const SCRATCH_BYTES: usize = 64 << 10;
 const PAGES_MAX: usize = 4096;

@@ -13,6 +13,7 @@ mod error;
 mod function;
 mod hal;
 
-pub use error::{Error, Status};
+pub use error::Error;
 pub use function::{Bell, Function, Info, Name, State};
 pub use hal::{Dma, Doorbell, Hal, NoMemory};
+pub use vbus_shm::Status;

@@ -37,6 +37,8 @@ pub mod raw;
 pub mod ring;
 pub mod signal;
 pub mod state;
+mod status;
 pub mod sync;
 
 pub use memory::Memory;
+pub use status::Status;

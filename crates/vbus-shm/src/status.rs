@@ -1,10 +1,11 @@
 //! Status codes of the mailbox, as an error type.
 
-use std::fmt;
+use core::fmt;
 
-use vbus_shm::abi::status;
+use super::abi::status;
+use super::{ring, state};
 
-/// Why a command failed or a connection ended: a number of [`vbus_shm::abi::status`], as the driver reads it.
+/// Why a command failed or a connection ended: a number of [`status`], as the device says it and the driver reads it.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Status(pub u32);
 
@@ -30,9 +31,9 @@ statuses! {
     NOT_OPEN: "no connection is open",
     ALREADY_OPEN: "the connection is open already",
     BAD_VERSION: "ABI version not offered",
-    BAD_FEATURES: "features not offered",
+    BAD_FEATURES: "features not offered, or not together",
     BAD_ADDRESS: "address outside the memory that the device can reach",
-    NOT_SHARED: "guest memory is not shared with the bus (QEMU: memory-backend-memfd needs share=on)",
+    NOT_SHARED: "the driver's memory is not shared with the device (QEMU: memory-backend-memfd needs share=on)",
     BAD_LENGTH: "bad length",
     BAD_ALIGNMENT: "bad alignment",
     BAD_SIGNAL: "the signal block does not fit the region",
@@ -42,7 +43,7 @@ statuses! {
     BAD_LAYOUT: "bad header in the region",
     BAD_FUNCTION: "no such function",
     EXISTS: "already there",
-    FAILED: "the device failed",
+    FAILED: "the device failed; the log of the bus says why",
     CORRUPT: "protocol violation in shared memory",
     REVOKED: "memory of a region was unmapped",
     DENIED: "not allowed",
@@ -64,22 +65,22 @@ impl fmt::Debug for Status {
     }
 }
 
-impl std::error::Error for Status {}
+impl core::error::Error for Status {}
 
-impl From<vbus_shm::ring::Corrupt> for Status {
-    fn from(_: vbus_shm::ring::Corrupt) -> Self {
+impl From<ring::Corrupt> for Status {
+    fn from(_: ring::Corrupt) -> Self {
         Status::CORRUPT
     }
 }
 
-impl From<vbus_shm::ring::BadRing> for Status {
-    fn from(_: vbus_shm::ring::BadRing) -> Self {
+impl From<ring::BadRing> for Status {
+    fn from(_: ring::BadRing) -> Self {
         Status::BAD_LAYOUT
     }
 }
 
-impl From<vbus_shm::state::BadState> for Status {
-    fn from(_: vbus_shm::state::BadState) -> Self {
+impl From<state::BadState> for Status {
+    fn from(_: state::BadState) -> Self {
         Status::BAD_LAYOUT
     }
 }
