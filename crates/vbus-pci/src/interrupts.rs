@@ -1,0 +1,395 @@
+//! Interrupts: INTx, MSI and MSI-X as eventfds that the connector was given.
+//!
+//! The connector decides which kind is active by what it connects: MSI-X if any of its vectors has an eventfd, else MSI if its has, else INTx.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use rustix::fs::OFlags;
+use vbus_core::InterruptSink;
+
+/// Number of interrupt indexes of a PCI function in VFIO's numbering: INTx, MSI, MSI-X, error, request.
+pub const INDEX_COUNT: u32 = 5;
+
+/// The interrupt indexes that a function can have interrupts of, in VFIO's numbering.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IrqIndex {
+    /// The level-triggered pin.
+    Intx = 0,
+    /// Message-signalled, one vector.
+    Msi = 1,
+    /// Message-signalled, a table of vectors.
+    Msix = 2,
+}
+
+impl IrqIndex {
+    /// The index with this number; `None` for error and request, and for what does not exist.
+    pub fn from_number(number: u32) -> Option<IrqIndex> {
+        match number {
+            0 => Some(IrqIndex::Intx),
+            1 => Some(IrqIndex::Msi),
+            2 => Some(IrqIndex::Msix),
+            _ => None,
+        }
+    }
+}
+
+/// Why an interrupt operation was refused. Nothing has changed then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum IrqError {
+    /// The index has no such interrupt.
+    #[error("no such interrupt")]
+    NoSuch,
+    /// Only INTx can be masked.
+    #[error("this kind of interrupt cannot be masked")]
+    NotMaskable,
+    /// A write to the descriptor could block.
+    #[error("not an eventfd")]
+    NotEventfd,
+    /// The kernel refused.
+    #[error("the eventfd cannot be used: {0}")]
+    Os(rustix::io::Errno),
+}
+
+#[derive(Default)]
+struct State {
+    intx: Option<Arc<OwnedFd>>,
+    /// By the connector, or by having fired (VFIO's automask). Lifted by UNMASK.
+    masked: bool,
+    /// Interrupt Disable of the command register.
+    disabled: bool,
+    /// Triggered and not acknowledged: Interrupt Status. INTx only.
+    pending: bool,
+    msi: Option<Arc<OwnedFd>>,
+    msix: Vec<Option<Arc<OwnedFd>>>,
+    /// How many of `msix` are connected.
+    msix_connected: usize,
+    /// Triggered while not connected.
+    msix_pending: Vec<bool>,
+}
+
+impl State {
+    fn messages(&self) -> bool {
+        self.msix_connected > 0 || self.msi.is_some()
+    }
+
+    /// Fires INTx if it is due.
+    fn update(&mut self) {
+        if self.pending && !self.disabled && !self.masked && !self.messages() {
+            if let Some(fd) = &self.intx {
+                self.masked = true;
+                signal(fd);
+            }
+        }
+    }
+
+    /// From INTx to messages: there is no level any more.
+    fn messages_began(&mut self) {
+        if self.messages() {
+            self.pending = false;
+        }
+    }
+}
+
+fn signal(fd: &OwnedFd) {
+    // A full counter is a signal already; any other error is of a connector that broke its own eventfd.
+    let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
+}
+
+/// Checks what the peer sent: only an eventfd, whose writes do not block once it is set so.
+fn check(fd: OwnedFd) -> Result<Arc<OwnedFd>, IrqError> {
+    let link = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&fd));
+    let target = rustix::fs::readlink(link, Vec::new()).map_err(IrqError::Os)?;
+    if target.as_bytes() != b"anon_inode:[eventfd]" {
+        return Err(IrqError::NotEventfd);
+    }
+    let flags = rustix::fs::fcntl_getfl(&fd).map_err(IrqError::Os)?;
+    if !flags.contains(OFlags::NONBLOCK) {
+        rustix::fs::fcntl_setfl(&fd, flags | OFlags::NONBLOCK).map_err(IrqError::Os)?;
+    }
+    Ok(Arc::new(fd))
+}
+
+/// The interrupts of one function.
+///
+/// The lock is held for a few instructions, and for the eventfd's write with INTx only; it is never held while the endpoint is called.
+pub(crate) struct Interrupts {
+    state: Mutex<State>,
+}
+
+impl Interrupts {
+    /// `msix_vectors`: 0 without the capability.
+    pub(crate) fn new(msix_vectors: u16) -> Interrupts {
+        let n = usize::from(msix_vectors);
+        let state = State { msix: vec![None; n], msix_pending: vec![false; n], ..State::default() };
+        Interrupts { state: Mutex::new(state) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// How many interrupts an index has.
+    pub(crate) fn count(&self, index: IrqIndex) -> u32 {
+        match index {
+            IrqIndex::Intx | IrqIndex::Msi => 1,
+            IrqIndex::Msix => u32::try_from(self.lock().msix.len()).unwrap_or(u32::MAX),
+        }
+    }
+
+    /// Vectors that the driver can tell apart now.
+    pub(crate) fn vectors(&self) -> u32 {
+        let state = self.lock();
+        if state.msix_connected > 0 { u32::try_from(state.msix.len()).unwrap_or(u32::MAX) } else { 1 }
+    }
+
+    /// Connects or disconnects interrupts from `start` on: all of them or none.
+    pub(crate) fn connect(&self, index: IrqIndex, start: u32, fds: Vec<Option<OwnedFd>>) -> Result<(), IrqError> {
+        let (start, len) = (start as usize, fds.len());
+        if start.checked_add(len).is_none_or(|end| end > self.count(index) as usize) {
+            return Err(IrqError::NoSuch);
+        }
+        let fds: Vec<_> = fds.into_iter().map(|fd| fd.map(check).transpose()).collect::<Result<_, _>>()?;
+        let mut state = self.lock();
+        for (at, fd) in (start..).zip(fds) {
+            match index {
+                IrqIndex::Intx => {
+                    state.intx = fd;
+                    state.masked = false;
+                }
+                IrqIndex::Msi => state.msi = fd,
+                IrqIndex::Msix => {
+                    if let Some(fd) = fd.as_ref().filter(|_| state.msix_pending[at]) {
+                        signal(fd);
+                        state.msix_pending[at] = false;
+                    }
+                    state.msix[at] = fd;
+                }
+            }
+        }
+        state.msix_connected = state.msix.iter().flatten().count();
+        state.messages_began();
+        state.update();
+        Ok(())
+    }
+
+    /// Disconnects everything of an index.
+    pub(crate) fn disconnect(&self, index: IrqIndex) {
+        let mut state = self.lock();
+        match index {
+            IrqIndex::Intx => {
+                state.intx = None;
+                state.masked = false;
+            }
+            IrqIndex::Msi => state.msi = None,
+            IrqIndex::Msix => {
+                state.msix.fill(None);
+                state.msix_pending.fill(false);
+                state.msix_connected = 0;
+            }
+        }
+    }
+
+    /// Disconnects everything and forgets what is pending.
+    pub(crate) fn disconnect_all(&self) {
+        for index in [IrqIndex::Intx, IrqIndex::Msi, IrqIndex::Msix] {
+            self.disconnect(index);
+        }
+        self.clear();
+    }
+
+    /// Masks INTx, or unmasks it: the end of interrupt.
+    pub(crate) fn mask(&self, index: IrqIndex, masked: bool) -> Result<(), IrqError> {
+        if index != IrqIndex::Intx {
+            return Err(IrqError::NotMaskable);
+        }
+        let mut state = self.lock();
+        state.masked = masked;
+        state.update();
+        Ok(())
+    }
+
+    /// Signals an interrupt's eventfd for the connector's sake, without the device: nothing becomes pending.
+    pub(crate) fn loopback(&self, index: IrqIndex, number: u32) -> Result<(), IrqError> {
+        let state = self.lock();
+        let fd = match index {
+            IrqIndex::Intx if number == 0 => state.intx.clone().filter(|_| !state.masked),
+            IrqIndex::Msi if number == 0 => state.msi.clone(),
+            IrqIndex::Msix => state.msix.get(number as usize).ok_or(IrqError::NoSuch)?.clone(),
+            _ => return Err(IrqError::NoSuch),
+        };
+        drop(state);
+        if let Some(fd) = fd {
+            signal(&fd);
+        }
+        Ok(())
+    }
+
+    /// Follows Interrupt Disable.
+    pub(crate) fn set_disabled(&self, disabled: bool) {
+        let mut state = self.lock();
+        state.disabled = disabled;
+        state.update();
+    }
+
+    /// Interrupt Status.
+    pub(crate) fn pending(&self) -> bool {
+        self.lock().pending
+    }
+
+    /// The driver takes INTx back.
+    pub(crate) fn acknowledge(&self) {
+        self.lock().pending = false;
+    }
+
+    /// Forgets what is pending, after a reset.
+    pub(crate) fn clear(&self) {
+        let mut state = self.lock();
+        state.pending = false;
+        state.msix_pending.fill(false);
+    }
+
+    /// Byte `at` of the MSI-X pending bits.
+    pub(crate) fn msix_pending_byte(&self, at: usize) -> u8 {
+        let state = self.lock();
+        let bits = state.msix_pending.iter().skip(at.saturating_mul(8)).take(8);
+        bits.enumerate().fold(0, |byte, (i, &pending)| byte | u8::from(pending) << i)
+    }
+}
+
+impl InterruptSink for Interrupts {
+    fn trigger(&self, vector: u16) {
+        let mut state = self.lock();
+        let fd = if state.msix_connected > 0 {
+            match state.msix.get(usize::from(vector)) {
+                Some(Some(fd)) => fd.clone(),
+                Some(None) => {
+                    state.msix_pending[usize::from(vector)] = true;
+                    return;
+                }
+                None => return,
+            }
+        } else if let Some(fd) = &state.msi {
+            fd.clone()
+        } else {
+            state.pending = true;
+            state.update();
+            return;
+        };
+        // Outside of the lock: the write may run the kernel's interrupt injection.
+        drop(state);
+        signal(&fd);
+    }
+}
+
+impl std::fmt::Debug for Interrupts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let state = self.lock();
+        f.debug_struct("Interrupts")
+            .field("intx", &state.intx.as_ref().map(|fd| fd.as_fd()))
+            .field("msi", &state.msi.as_ref().map(|fd| fd.as_fd()))
+            .field("msix_connected", &state.msix_connected)
+            .field("pending", &state.pending)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::event::{EventfdFlags, eventfd};
+
+    use super::*;
+
+    fn pair() -> (OwnedFd, OwnedFd) {
+        let fd = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap();
+        (fd.try_clone().unwrap(), fd)
+    }
+
+    /// Takes what is counted.
+    fn taken(fd: &OwnedFd) -> u64 {
+        let mut count = [0; 8];
+        match rustix::io::read(fd, &mut count) {
+            Ok(_) => u64::from_ne_bytes(count),
+            Err(_) => 0,
+        }
+    }
+
+    #[test]
+    fn intx_is_a_level() {
+        let irqs = Interrupts::new(0);
+        irqs.trigger(0);
+        assert!(irqs.pending());
+        let (ours, theirs) = pair();
+        irqs.connect(IrqIndex::Intx, 0, vec![Some(theirs)]).unwrap();
+        assert_eq!(taken(&ours), 1, "pending when connected");
+        irqs.trigger(3);
+        assert_eq!(taken(&ours), 0, "masked by firing");
+        irqs.mask(IrqIndex::Intx, false).unwrap();
+        assert_eq!(taken(&ours), 1, "still pending at the end of interrupt");
+        irqs.acknowledge();
+        assert!(!irqs.pending());
+        irqs.mask(IrqIndex::Intx, false).unwrap();
+        assert_eq!(taken(&ours), 0);
+    }
+
+    #[test]
+    fn interrupt_disable_holds_intx_back_but_not_its_status() {
+        let irqs = Interrupts::new(0);
+        let (ours, theirs) = pair();
+        irqs.connect(IrqIndex::Intx, 0, vec![Some(theirs)]).unwrap();
+        irqs.set_disabled(true);
+        irqs.trigger(0);
+        assert!(irqs.pending());
+        assert_eq!(taken(&ours), 0);
+        irqs.set_disabled(false);
+        assert_eq!(taken(&ours), 1);
+        irqs.set_disabled(true);
+        irqs.set_disabled(false);
+        assert_eq!(taken(&ours), 0, "fired already, and not unmasked since");
+    }
+
+    #[test]
+    fn messages_replace_the_level() {
+        let irqs = Interrupts::new(2);
+        irqs.trigger(0);
+        let (intx, fd) = pair();
+        irqs.set_disabled(true);
+        irqs.connect(IrqIndex::Intx, 0, vec![Some(fd)]).unwrap();
+        let (msi, fd) = pair();
+        irqs.connect(IrqIndex::Msi, 0, vec![Some(fd)]).unwrap();
+        irqs.set_disabled(false);
+        irqs.trigger(0);
+        irqs.trigger(1);
+        assert_eq!((taken(&msi), taken(&intx), irqs.pending()), (2, 0, false));
+        let (msix, fd) = pair();
+        irqs.connect(IrqIndex::Msix, 1, vec![Some(fd)]).unwrap();
+        assert_eq!(irqs.vectors(), 2);
+        irqs.trigger(1);
+        irqs.trigger(0);
+        irqs.trigger(9);
+        assert_eq!((taken(&msi), taken(&msix), irqs.msix_pending_byte(0)), (0, 1, 1));
+        let (first, fd) = pair();
+        irqs.connect(IrqIndex::Msix, 0, vec![Some(fd)]).unwrap();
+        assert_eq!((taken(&first), irqs.msix_pending_byte(0)), (1, 0));
+        irqs.disconnect_all();
+        irqs.trigger(0);
+        assert!(irqs.pending());
+        assert_eq!((taken(&msi), taken(&msix), taken(&intx)), (0, 0, 0));
+    }
+
+    #[test]
+    fn only_eventfds_are_taken() {
+        let irqs = Interrupts::new(2);
+        let (pipe, _end) = rustix::pipe::pipe().unwrap();
+        assert_eq!(irqs.connect(IrqIndex::Msi, 0, vec![Some(pipe)]), Err(IrqError::NotEventfd));
+        let blocking = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        // One short of the most: another 1 would block.
+        rustix::io::write(&blocking, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+        irqs.connect(IrqIndex::Msi, 0, vec![Some(blocking)]).unwrap();
+        irqs.trigger(0);
+        assert_eq!(irqs.connect(IrqIndex::Msix, u32::MAX, vec![None]), Err(IrqError::NoSuch));
+        assert_eq!(irqs.connect(IrqIndex::Intx, 0, vec![None, None]), Err(IrqError::NoSuch));
+        assert_eq!(irqs.loopback(IrqIndex::Msix, 2), Err(IrqError::NoSuch));
+        assert_eq!(irqs.mask(IrqIndex::Msi, true), Err(IrqError::NotMaskable));
+    }
+}

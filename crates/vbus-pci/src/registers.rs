@@ -1,0 +1,170 @@
+//! The register block of BAR0: what the driver reads, and the mailbox.
+
+use vbus_core::shm::abi::{ABI_VERSION, command, reg};
+use vbus_core::{Endpoint, REGION_BYTES_MAX, RegionRequest, State, Status};
+
+use crate::interrupts::Interrupts;
+
+/// What the driver wrote, and the last answers.
+#[derive(Default)]
+pub(crate) struct Registers {
+    arguments: [u64; 4],
+    result: u32,
+    value: u64,
+    generation: u32,
+    /// The config area as the driver last saw it: the generation follows from it.
+    config: Vec<u8>,
+}
+
+/// Where registers take their values from.
+pub(crate) struct Context<'a> {
+    pub endpoint: &'a Endpoint,
+    pub interrupts: &'a Interrupts,
+}
+
+/// The half of a 64-bit value that is at the word `offset` of it.
+fn half(value: u64, offset: u64) -> u32 {
+    let bytes = value.to_le_bytes();
+    let at = if offset % 8 == 0 { 0 } else { 4 };
+    word(&bytes, at)
+}
+
+/// Four bytes at `at`, zeros beyond the end.
+fn word(bytes: &[u8], at: usize) -> u32 {
+    let mut out = [0; 4];
+    for (i, byte) in out.iter_mut().enumerate() {
+        *byte = at.checked_add(i).and_then(|at| bytes.get(at)).copied().unwrap_or(0);
+    }
+    u32::from_le_bytes(out)
+}
+
+fn inside(offset: u64, start: u64, len: u64) -> Option<usize> {
+    offset.checked_sub(start).filter(|at| *at < len).and_then(|at| usize::try_from(at).ok())
+}
+
+impl Registers {
+    /// As after power-on. The generation goes on, so that a driver that held on to an old one notices.
+    pub(crate) fn reset(&mut self) {
+        *self =
+            Registers { generation: self.generation, config: std::mem::take(&mut self.config), ..Registers::default() };
+    }
+
+    /// Reads the word at `offset`, a multiple of 4 in the register page.
+    pub(crate) fn read(&mut self, offset: u64, context: &Context<'_>) -> u32 {
+        let identity = context.endpoint.identity();
+        match offset {
+            reg::MAGIC => reg::MAGIC_VALUE,
+            reg::ABI => u32::from(ABI_VERSION) << 16 | u32::from(ABI_VERSION),
+            reg::CLASS => u32::from(identity.class),
+            reg::STATUS => match context.endpoint.state() {
+                State::Closed => reg::STATE_CLOSED,
+                State::Open => reg::STATE_OPEN,
+                State::Broken(status) => reg::STATE_BROKEN | status.0.min(0xffff) << 16,
+            },
+            reg::MAX_REGIONS => identity.regions,
+            reg::VECTORS => context.interrupts.vectors(),
+            reg::CONFIG_GENERATION => {
+                self.look_at_config(context.endpoint);
+                self.generation
+            }
+            reg::CONFIG_BYTES => {
+                self.look_at_config(context.endpoint);
+                u32::try_from(self.config.len()).unwrap_or(0)
+            }
+            reg::RESULT => self.result,
+            reg::INTERRUPT_PENDING => u32::from(context.interrupts.pending()),
+            _ => {
+                if let Some(at) = inside(offset, reg::CLASS_NAME, 16) {
+                    let name = identity.class_name.as_bytes();
+                    word(&name[..name.len().min(16)], at)
+                } else if let Some(at) = inside(offset, reg::NAME, 32) {
+                    let name = context.endpoint.name().as_bytes();
+                    word(&name[..name.len().min(32)], at)
+                } else if inside(offset, reg::FEATURES, 8).is_some() {
+                    half(identity.features, offset)
+                } else if inside(offset, reg::FEATURES_ACCEPTED, 8).is_some() {
+                    half(context.endpoint.features_accepted(), offset)
+                } else if inside(offset, reg::MAX_REGION_BYTES, 8).is_some() {
+                    half(REGION_BYTES_MAX, offset)
+                } else if let Some(at) = inside(offset, reg::ARGUMENT, 32) {
+                    half(self.arguments[at / 8], offset)
+                } else if inside(offset, reg::VALUE, 8).is_some() {
+                    half(self.value, offset)
+                } else if let Some(at) = inside(offset, reg::CONFIG, reg::CONFIG_MAX as u64) {
+                    self.look_at_config(context.endpoint);
+                    word(&self.config, at)
+                } else {
+                    0
+                }
+            }
+        }
+    }
+
+    /// Writes the word at `offset`, a multiple of 4 in the register page. A write of [`reg::COMMAND`] returns when the command has run.
+    pub(crate) fn write(&mut self, offset: u64, value: u32, context: &Context<'_>) {
+        match offset {
+            reg::COMMAND => {
+                let done = self.run(value, context);
+                (self.result, self.value) = match done {
+                    Ok(value) => (0, value),
+                    Err(status) => (status.0, 0),
+                };
+                let [a0, a1, a2, a3] = self.arguments;
+                tracing::debug!(
+                    device = context.endpoint.name(),
+                    command = value,
+                    ?done,
+                    "{a0:#x} {a1:#x} {a2:#x} {a3:#x}"
+                );
+            }
+            reg::INTERRUPT_ACK => context.interrupts.acknowledge(),
+            _ => {
+                if let Some(at) = inside(offset, reg::ARGUMENT, 32) {
+                    let argument = &mut self.arguments[at / 8];
+                    let shift = if at % 8 == 0 { 0 } else { 32 };
+                    *argument = *argument & !(0xffff_ffff << shift) | u64::from(value) << shift;
+                }
+            }
+        }
+    }
+
+    fn run(&mut self, number: u32, context: &Context<'_>) -> Result<u64, Status> {
+        let endpoint = context.endpoint;
+        let [a0, a1, a2, a3] = self.arguments;
+        match number {
+            command::OPEN => endpoint.open(a0, a1, (a2, a3)).map(|()| 0),
+            command::CLOSE => {
+                endpoint.close();
+                context.interrupts.clear();
+                Ok(0)
+            }
+            command::REGION_ADD => {
+                let bytes = a0.to_le_bytes();
+                if bytes[7] != 0 {
+                    return Err(Status::BAD_ARGUMENT);
+                }
+                let request = RegionRequest {
+                    id: half(a0, 0),
+                    vector: u16::from_le_bytes([bytes[4], bytes[5]]),
+                    page_shift: bytes[6],
+                    addr: a1,
+                    len: a2,
+                    signal: (a3 != command::NO_SIGNAL).then_some(a3),
+                };
+                endpoint.region_add(request).map(u64::from)
+            }
+            command::REGION_DROP => endpoint.region_drop(a0).map(|()| 0),
+            command::CALL => endpoint.call(half(a0, 0), half(a0, 4), a1, a2),
+            _ => Err(Status::BAD_COMMAND),
+        }
+    }
+
+    /// Takes the config area as it is now, and counts if it is another one.
+    fn look_at_config(&mut self, endpoint: &Endpoint) {
+        let config = endpoint.config();
+        if config != self.config {
+            self.config = config;
+            self.generation = self.generation.wrapping_add(1);
+        }
+    }
+}
