@@ -1,5 +1,7 @@
 //! What the driver needs of the place where it runs.
 
+use core::fmt;
+
 use vbus_shm::abi::capability;
 use vbus_shm::memory::WORD;
 use vbus_shm::sync::Ordering;
@@ -10,7 +12,7 @@ use vbus_shm::{Memory, copy};
 /// A value is a handle to one function; clones are handles to the same one, and each queue keeps one. All methods may be called from several
 /// threads if the environment has threads. Interrupts are not part of it: the environment delivers them in its own way (a handler, a
 /// descriptor to poll), and the driver code never waits.
-pub trait Hal: Clone {
+pub trait Hal: Clone + fmt::Debug {
     /// Memory that the device can reach.
     type Dma: Dma;
 
@@ -49,7 +51,7 @@ pub trait Hal: Clone {
 }
 
 /// Memory that the device can reach, zeroed at first. Clones are handles to the same memory.
-pub trait Dma: Memory + Clone {
+pub trait Dma: Memory + Clone + fmt::Debug {
     /// What an allocation of up to this many bytes has for sure: one run of addresses.
     const CONTIGUOUS_MIN: usize = 64 << 10;
 

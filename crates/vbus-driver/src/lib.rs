@@ -1,6 +1,6 @@
 //! The driver end of vbus, for any environment: a kernel, a process in a guest, a plain process beside the bus.
 //!
-//! The environment implements [`Hal`]; over it [`Function`] probes, opens and calls a device, and the class drivers drive the classes
+//! The environment implements [`Hal`]; over it [`Function`] probes, opens and calls a device, and [`venet`] and [`state`] drive the classes
 //! that come with vbus. Waiting is the environment's own: it knows its interrupts, threads and descriptors. What a waiting driver does is
 //! always the same: arm each signal it waits for; sleep unless one of them was missed; on waking, acknowledge the interrupt
 //! ([`Function::acknowledge`]) *before* it looks at the signals.
@@ -12,6 +12,9 @@
 mod error;
 mod function;
 mod hal;
+pub mod pace;
+pub mod state;
+pub mod venet;
 
 pub use error::Error;
 pub use function::{Bell, Function, Info, Name, State};

@@ -1,0 +1,181 @@
+//! Driver of `state`: named state pages (spec/state.md).
+
+use vbus_shm::abi::{class, state as abi};
+use vbus_shm::signal::{Armed, End};
+use vbus_shm::state::{self, Layout, MAX_VALUE, Overrun, SIGNAL_OFFSET};
+
+use crate::{Bell, Error, Function, Hal, Name};
+
+/// Which end writes a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Owner {
+    /// The device's.
+    Device,
+    /// The driver's.
+    Driver,
+}
+
+/// What the device says of a page.
+#[derive(Clone, Copy, Debug)]
+pub struct Description {
+    /// Its number.
+    pub number: u32,
+    /// Its name.
+    pub name: Name<{ abi::NAME_MAX }>,
+    /// Bytes of its value, 1..=[`MAX_VALUE`].
+    pub value_bytes: u32,
+    /// Who writes it.
+    pub owner: Owner,
+}
+
+/// A state device with an open connection.
+#[derive(Debug)]
+pub struct Pages<H: Hal> {
+    function: Function<H>,
+    count: u32,
+}
+
+impl<H: Hal> Pages<H> {
+    /// Opens it.
+    pub fn open(mut function: Function<H>) -> Result<Self, Error> {
+        if function.info().class != u32::from(class::STATE) {
+            return Err(Error::Class(function.info().class));
+        }
+        let mut area = [0; 4];
+        function.config(&mut area)?;
+        function.open(0)?;
+        Ok(Pages { function, count: u32::from_le_bytes(area).min(abi::PAGES_MAX) })
+    }
+
+    /// Number of pages.
+    pub fn count(&self) -> u32 {
+        self.count
+    }
+
+    /// The function.
+    pub fn function(&self) -> &Function<H> {
+        &self.function
+    }
+
+    /// Describes page `number`.
+    pub fn describe(&mut self, number: u32) -> Result<Description, Error> {
+        let mut buffer = [0; abi::DESCRIPTION_BYTES];
+        buffer[..4].copy_from_slice(&number.to_le_bytes());
+        self.function.call(abi::CALL_DESCRIBE, 0, &mut buffer)?;
+        let u32_at = |at: usize| u32::from_le_bytes([buffer[at], buffer[at + 1], buffer[at + 2], buffer[at + 3]]);
+        let mut name = [0; abi::NAME_MAX];
+        name.copy_from_slice(&buffer[8..]);
+        let owner = match u32_at(4) {
+            abi::OWNER_DEVICE => Owner::Device,
+            abi::OWNER_DRIVER => Owner::Driver,
+            _ => return Err(Error::Corrupt("a state page of an unknown owner")),
+        };
+        let value_bytes = u32_at(0);
+        if !(1..=MAX_VALUE).contains(&value_bytes) {
+            return Err(Error::Corrupt("a state page of an impossible size"));
+        }
+        Ok(Description { number, name: Name(name), value_bytes, owner })
+    }
+
+    /// The page called `name`, if there is one.
+    pub fn find(&mut self, name: &str) -> Result<Option<Description>, Error> {
+        for number in 0..self.count {
+            let page = self.describe(number)?;
+            if page.name.as_str() == name {
+                return Ok(Some(page));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Registers memory for a page that the device writes. Interrupts come on `vector`.
+    pub fn reader(&mut self, page: &Description, vector: u16) -> Result<Reader<H>, Error> {
+        let (memory, _) = self.register(page, Owner::Device, vector)?;
+        let inner = state::Reader::attach(memory, End::Driver).map_err(|_| LAYOUT)?;
+        Ok(Reader { inner })
+    }
+
+    /// Registers memory for a page that the driver writes.
+    pub fn writer(&mut self, page: &Description, vector: u16) -> Result<Writer<H>, Error> {
+        let (memory, handle) = self.register(page, Owner::Driver, vector)?;
+        let inner = state::Writer::attach(memory, End::Driver).map_err(|_| LAYOUT)?;
+        Ok(Writer { inner, bell: self.function.bell(handle), handle })
+    }
+
+    /// Ends a writer. The device has seen its last value when this returns.
+    pub fn finish(&mut self, writer: Writer<H>) -> Result<(), Error> {
+        self.function.region_drop(writer.handle)
+    }
+
+    fn register(&mut self, page: &Description, owner: Owner, vector: u16) -> Result<(H::Dma, u32), Error> {
+        if page.owner != owner {
+            return Err(Error::Unsupported(match owner {
+                Owner::Device => "reading a page that the driver itself writes",
+                Owner::Driver => "writing a page that the device writes",
+            }));
+        }
+        let layout = Layout::new(page.value_bytes, state::DEFAULT_SLOTS).map_err(|_| LAYOUT)?;
+        let memory = self.function.hal().alloc(layout.bytes())?;
+        layout.format(&memory, 0).map_err(|_| LAYOUT)?;
+        let place = (0, layout.bytes());
+        let handle = self.function.region_add(page.number, vector, &memory, place, Some(SIGNAL_OFFSET))?;
+        Ok((memory, handle))
+    }
+}
+
+const LAYOUT: Error = Error::Unsupported("a state page of that size");
+
+/// Reads a page that the device writes.
+#[derive(Debug)]
+pub struct Reader<H: Hal> {
+    inner: state::Reader<H::Dma>,
+}
+
+impl<H: Hal> Reader<H> {
+    /// Bytes of a value.
+    pub fn value_bytes(&self) -> usize {
+        self.inner.layout().value_bytes()
+    }
+
+    /// The version that is current; the device counts up by one with each value.
+    pub fn version(&self) -> u32 {
+        self.inner.version()
+    }
+
+    /// Copies the current value into the front of `out` and returns its version.
+    pub fn read(&self, out: &mut [u8]) -> Result<u32, Error> {
+        self.inner.read(out).map_err(|Overrun| Error::Corrupt("the state page never stands still"))
+    }
+
+    /// Asks for an interrupt by the value that follows version `than`.
+    pub fn arm_newer(&mut self, than: u32) -> Armed {
+        self.inner.arm_newer(than)
+    }
+
+    /// Asks for none.
+    pub fn disarm(&mut self) {
+        self.inner.disarm();
+    }
+}
+
+/// Writes a page that belongs to the driver.
+#[derive(Debug)]
+pub struct Writer<H: Hal> {
+    inner: state::Writer<H::Dma>,
+    bell: Bell<H>,
+    handle: u32,
+}
+
+impl<H: Hal> Writer<H> {
+    /// Bytes of a value.
+    pub fn value_bytes(&self) -> usize {
+        self.inner.layout().value_bytes()
+    }
+
+    /// Makes `value` current, filled up with zeros or cut to a value's size, and wakes the device if it waits for it.
+    pub fn write(&mut self, value: &[u8]) {
+        if self.inner.write(value) {
+            self.bell.ring();
+        }
+    }
+}

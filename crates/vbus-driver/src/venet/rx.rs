@@ -1,0 +1,118 @@
+//! The receive queue.
+
+use vbus_shm::abi::venet::{CHAIN_MAX, FRAME_MAX, HEADER_BYTES};
+use vbus_shm::ring::{DriverEnd, Entry, NEXT};
+use vbus_shm::signal::Armed;
+
+use super::RING_MAX;
+use crate::{Bell, Error, Hal};
+
+/// Part of a received frame: the first `len` bytes of buffer `id`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Received {
+    /// The buffer, as the driver called it.
+    pub id: u16,
+    /// Bytes in it.
+    pub len: u32,
+}
+
+/// Receives frames into the buffers that the driver posts.
+#[derive(Debug)]
+pub struct Rx<H: Hal> {
+    ring: DriverEnd<H::Dma>,
+    bell: Bell<H>,
+    buffer_bytes: u32,
+    /// A bit for each buffer that is with the device.
+    with_device: [u64; RING_MAX as usize / 64],
+    /// The frame that is being put together, or was returned last.
+    pieces: [Received; CHAIN_MAX],
+    count: usize,
+    bytes: usize,
+    whole: bool,
+}
+
+impl<H: Hal> Rx<H> {
+    pub(super) fn new(ring: DriverEnd<H::Dma>, bell: Bell<H>, buffer_bytes: u32) -> Self {
+        let pieces = [Received::default(); CHAIN_MAX];
+        Rx { ring, bell, buffer_bytes, with_device: Default::default(), pieces, count: 0, bytes: 0, whole: false }
+    }
+
+    /// Bytes of each buffer.
+    pub fn buffer_bytes(&self) -> u32 {
+        self.buffer_bytes
+    }
+
+    /// How many more buffers the ring has room for.
+    pub fn space(&self) -> u32 {
+        self.ring.space()
+    }
+
+    /// Gives buffer `id`, the [`buffer_bytes`](Self::buffer_bytes) at `addr`, to the device. `id` is below the number of entries of the ring
+    /// and not that of a buffer which the device has; which address goes with it is the driver's affair. Visible after [`post`](Self::post) at
+    /// the latest.
+    pub fn give(&mut self, id: u16, addr: u64) -> Result<(), Error> {
+        let (word, bit) = place(id);
+        let free = self.with_device.get_mut(word).filter(|bits| **bits & bit == 0);
+        let Some(bits) = free.filter(|_| u32::from(id) < self.ring.layout().entries()) else {
+            return Err(Error::Unsupported("a receive buffer of that number"));
+        };
+        let entry = Entry { addr, len: self.buffer_bytes, id, flags: 0 };
+        // As many ids as entries, so there is room.
+        self.ring.submit(entry).map_err(|_| Error::Unsupported("more receive buffers than entries"))?;
+        *bits |= bit;
+        Ok(())
+    }
+
+    /// Makes the buffers that were given visible, and wakes the device if it waits for them. Returns whether it rang the doorbell.
+    pub fn post(&mut self) -> bool {
+        let kick = self.ring.post();
+        if kick {
+            self.bell.ring();
+        }
+        kick
+    }
+
+    /// The next frame, in pieces, header first. They belong to the driver from here on, until it [`give`](Self::give)s them again, as
+    /// it can after the next call too.
+    ///
+    /// An error says that the device broke the protocol: a buffer that it does not have, more bytes than the buffer has, a frame too large.
+    pub fn receive(&mut self) -> Result<Option<&[Received]>, Error> {
+        if self.whole {
+            (self.whole, self.count, self.bytes) = (false, 0, 0);
+        }
+        while !self.whole {
+            let entry = self.ring.reap().map_err(|_| Error::Corrupt("more receive buffers returned than given"))?;
+            let Some(entry) = entry else { return Ok(None) };
+            let (word, bit) = place(entry.id);
+            let bits = self.with_device.get_mut(word).filter(|bits| **bits & bit != 0);
+            *bits.ok_or(Error::Corrupt("a receive buffer returned that was not given"))? &= !bit;
+            if entry.len > self.buffer_bytes || entry.len == 0 {
+                return Err(Error::Corrupt("bad length of a received piece"));
+            }
+            let slot = self.pieces.get_mut(self.count).ok_or(Error::Corrupt("a received frame in too many pieces"))?;
+            *slot = Received { id: entry.id, len: entry.len };
+            self.count += 1;
+            self.bytes += entry.len as usize;
+            self.whole = entry.flags & NEXT == 0;
+        }
+        if self.bytes <= HEADER_BYTES || self.bytes > FRAME_MAX {
+            return Err(Error::Corrupt("bad length of a received frame"));
+        }
+        Ok(Some(&self.pieces[..self.count]))
+    }
+
+    /// Asks for an interrupt once `after` more pieces than those received have come, and one more.
+    pub fn arm(&mut self, after: u32) -> Armed {
+        self.ring.arm(after)
+    }
+
+    /// Asks for none.
+    pub fn disarm(&mut self) {
+        self.ring.disarm();
+    }
+}
+
+/// Word and bit of buffer `id`.
+fn place(id: u16) -> (usize, u64) {
+    (usize::from(id) / 64, 1 << (id % 64))
+}
