@@ -1,0 +1,383 @@
+//! A small device, driven through the registers of its function alone.
+#![allow(clippy::unwrap_used)]
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use proptest::prelude::*;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use vbus_core::shm::abi::{bar0, command, reg, status};
+use vbus_core::shm::ring::{DeviceEnd, DriverEnd, Entry, Layout, Returns, SIGNAL_OFFSET};
+use vbus_core::shm::signal::Armed;
+use vbus_core::{
+    Bus, Connection, Device, Executor, Identity, Interrupt, MemoryContext, Open, Progress, Region, Status, Trust,
+    Tuning, Window,
+};
+use vbus_pci::{IrqIndex, Options, PciFunction, region};
+
+/// Gives back each entry with its `addr` inverted, and calls it a violation if it has a length; a call reverses its buffer.
+struct Mirror;
+
+struct Mirroring(Option<(DeviceEnd<Window>, Interrupt)>);
+
+impl Device for Mirror {
+    fn identity(&self) -> Identity {
+        Identity { features: 0b101, vectors: 3, ..Identity::user("mirror") }
+    }
+
+    fn config(&self) -> Vec<u8> {
+        vec![1, 2, 3, 4, 5, 6]
+    }
+
+    fn open(&self, _open: Open) -> Result<Box<dyn Connection>, Status> {
+        Ok(Box::new(Mirroring(None)))
+    }
+}
+
+impl Connection for Mirroring {
+    fn region_added(&mut self, region: Region) -> Result<(), Status> {
+        self.0 = Some((DeviceEnd::attach(region.window)?, region.interrupt));
+        Ok(())
+    }
+
+    fn region_dropped(&mut self, _handle: u32) -> Result<(), Status> {
+        self.0 = None;
+        Ok(())
+    }
+
+    fn call(&mut self, function: u32, flags: u32, buffer: &mut [u8]) -> Result<u64, Status> {
+        buffer.reverse();
+        Ok(u64::from(function) << 32 | u64::from(flags))
+    }
+
+    fn poll(&mut self, budget: u32) -> Result<Progress, Status> {
+        let Some((ring, interrupt)) = &mut self.0 else { return Ok(Progress::Idle) };
+        let mut progress = Progress::Idle;
+        for _ in 0..budget {
+            let Some(entry) = ring.take()? else { break };
+            if entry.len != 0 {
+                return Err(Status::CORRUPT);
+            }
+            ring.give_back(Entry { addr: !entry.addr, ..entry });
+            progress = Progress::Busy;
+        }
+        if progress == Progress::Busy {
+            interrupt.kick(ring.post());
+        }
+        Ok(progress)
+    }
+
+    fn arm(&mut self) -> Result<Armed, Status> {
+        Ok(self.0.as_mut().map_or(Armed::Waiting, |(ring, _)| ring.arm(0)))
+    }
+
+    fn disarm(&mut self) {
+        if let Some((ring, _)) = &mut self.0 {
+            ring.disarm();
+        }
+    }
+}
+
+const BASE: u64 = 0x10_0000;
+const BYTES: u64 = 0x10_0000;
+
+/// The function, and the memory as its driver sees it.
+struct Rig {
+    function: PciFunction,
+    memory: MemoryContext,
+    bus: Bus,
+}
+
+fn memory_file() -> OwnedFd {
+    let fd = memfd_create("test", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+    ftruncate(&fd, BYTES).unwrap();
+    fd
+}
+
+impl Rig {
+    fn new(options: Options) -> Rig {
+        let executor = Executor::start(Tuning { workers: 1, ..Tuning::default() }).unwrap();
+        let bus = Bus::new(executor, Vec::new(), Trust::Sealed);
+        let function = PciFunction::new(bus.add("m0", Arc::new(Mirror)).unwrap(), options);
+        let file = memory_file();
+        let memory = MemoryContext::new(Trust::Sealed);
+        memory.map(BASE, BYTES, Some((file.try_clone().unwrap(), 0)), true).unwrap();
+        function.map(BASE, BYTES, Some((file, 0)), true).unwrap();
+        Rig { function, memory, bus }
+    }
+
+    fn read32(&mut self, offset: u64) -> u32 {
+        let mut data = [0; 4];
+        self.function.read(region::BAR0, offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn read64(&mut self, offset: u64) -> u64 {
+        let mut data = [0; 8];
+        self.function.read(region::BAR0, offset, &mut data);
+        u64::from_le_bytes(data)
+    }
+
+    fn write32(&mut self, offset: u64, value: u32) {
+        self.function.write(region::BAR0, offset, &value.to_le_bytes());
+    }
+
+    fn command(&mut self, number: u32, arguments: &[u64]) -> Result<u64, u32> {
+        for (i, argument) in (0..).zip(arguments) {
+            self.function.write(region::BAR0, reg::ARGUMENT + 8 * i, &argument.to_le_bytes());
+        }
+        self.write32(reg::COMMAND, number);
+        match self.read32(reg::RESULT) {
+            0 => Ok(self.read64(reg::VALUE)),
+            error => Err(error),
+        }
+    }
+
+    fn open(&mut self) -> Result<u64, u32> {
+        self.memory.view().write(BASE, &77u64.to_le_bytes()).unwrap();
+        self.command(command::OPEN, &[1, 0b100, BASE, 77])
+    }
+
+    /// Adds a ring as region 0 with interrupt vector `vector`.
+    fn ring(&mut self, vector: u64) -> (DriverEnd<Window>, u64) {
+        let layout = Layout::new(8, Returns::Entries).unwrap();
+        let window = self.memory.window(BASE + 0x1000, layout.bytes() as u64).unwrap();
+        let ring = DriverEnd::create(window, layout, 0).unwrap();
+        let arguments = [vector << 32, BASE + 0x1000, layout.bytes() as u64, SIGNAL_OFFSET as u64];
+        let handle = self.command(command::REGION_ADD, &arguments).unwrap();
+        (ring, handle)
+    }
+
+    fn eventfd(&self, index: IrqIndex, number: u32) -> OwnedFd {
+        let fd = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap();
+        self.function.connect_irqs(index, number, vec![Some(fd.try_clone().unwrap())]).unwrap();
+        fd
+    }
+}
+
+/// Waits for an eventfd and takes what it counted.
+fn wait(fd: &OwnedFd) -> u64 {
+    let patience = Timespec::try_from(Duration::from_secs(20)).unwrap();
+    poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&patience)).unwrap();
+    let mut count = [0; 8];
+    rustix::io::read(fd, &mut count).expect("no interrupt came");
+    u64::from_ne_bytes(count)
+}
+
+/// Sends one entry around and returns what came back. `acknowledge` is run between interrupt and reaping.
+fn exchange(rig: &mut Rig, ring: &mut DriverEnd<Window>, handle: u64, fd: &OwnedFd, value: u64) -> u64 {
+    ring.submit(Entry { addr: value, len: 0, id: 5, flags: 0 }).unwrap();
+    let armed = ring.arm(0);
+    if ring.post() {
+        rig.write32(bar0::DOORBELLS + handle * bar0::DOORBELL_STRIDE, 0);
+    }
+    if armed == Armed::Waiting {
+        wait(fd);
+    }
+    rig.write32(reg::INTERRUPT_ACK, 1);
+    ring.reap().unwrap().expect("woken for nothing").addr
+}
+
+#[test]
+fn registers_tell_what_the_device_is() {
+    let mut rig = Rig::new(Options::default());
+    assert_eq!(rig.read32(reg::MAGIC), reg::MAGIC_VALUE);
+    assert_eq!(rig.read32(reg::ABI), 0x0001_0001);
+    assert_eq!(rig.read32(reg::CLASS), 0x8000);
+    assert_eq!(rig.read64(reg::CLASS_NAME).to_le_bytes(), *b"mirror\0\0");
+    assert_eq!(rig.read64(reg::NAME).to_le_bytes(), *b"m0\0\0\0\0\0\0");
+    assert_eq!(rig.read64(reg::FEATURES), 0b101);
+    assert_eq!((rig.read32(reg::FEATURES), rig.read32(reg::FEATURES + 4)), (0b101, 0));
+    assert_eq!(rig.read32(reg::MAX_REGIONS), 8);
+    assert_eq!(rig.read32(reg::VECTORS), 1);
+    assert_eq!(rig.read64(reg::MAX_REGION_BYTES), 16 << 20);
+    assert_eq!(rig.read32(reg::CONFIG_BYTES), 6);
+    assert_eq!(rig.read64(reg::CONFIG), 0x0605_0403_0201);
+    assert_eq!(rig.read32(reg::CONFIG_GENERATION), rig.read32(reg::CONFIG_GENERATION));
+    // Accesses that are not of 4 or 8 aligned bytes read zeros.
+    for (offset, len) in [(0u64, 1usize), (0, 2), (2, 4), (4, 8), (0, 16), (0, 4096)] {
+        let mut data = vec![0xaa; len];
+        rig.function.read(region::BAR0, offset, &mut data);
+        assert!(data.iter().all(|b| *b == 0), "{len} at {offset}");
+    }
+}
+
+#[test]
+fn commands_answer_with_a_status_that_names_the_fault() {
+    let mut rig = Rig::new(Options::default());
+    assert_eq!(rig.command(99, &[]), Err(status::BAD_COMMAND));
+    assert_eq!(rig.command(command::REGION_ADD, &[0, BASE, 64, u64::MAX]), Err(status::NOT_OPEN));
+    assert_eq!(rig.command(command::CALL, &[0, 0, 0]), Err(status::NOT_OPEN));
+    assert_eq!(rig.command(command::CLOSE, &[]), Ok(0));
+    assert_eq!(rig.command(command::OPEN, &[2, 0, BASE, 0]), Err(status::BAD_VERSION));
+    assert_eq!(rig.command(command::OPEN, &[1, 0b10, BASE, 0]), Err(status::BAD_FEATURES));
+    assert_eq!(rig.command(command::OPEN, &[1, 0, BASE + 4, 0]), Err(status::BAD_ALIGNMENT));
+    assert_eq!(rig.command(command::OPEN, &[1, 0, BASE + BYTES, 0]), Err(status::BAD_ADDRESS));
+    assert_eq!(rig.command(command::OPEN, &[1, 0, BASE, 12345]), Err(status::NOT_SHARED));
+    assert_eq!(rig.read32(reg::STATUS), reg::STATE_CLOSED);
+    assert_eq!(rig.open(), Ok(0));
+    assert_eq!((rig.read32(reg::STATUS), rig.read64(reg::FEATURES_ACCEPTED)), (reg::STATE_OPEN, 0b100));
+    assert_eq!(rig.open(), Err(status::ALREADY_OPEN));
+    let add = |a0, a1, a2, a3| [a0, a1, a2, a3];
+    for (arguments, fault) in [
+        (add(1 << 56, BASE, 64, u64::MAX), status::BAD_ARGUMENT),
+        (add(5 << 48, BASE, 64, u64::MAX), status::BAD_ARGUMENT),
+        (add(3 << 32, BASE, 64, u64::MAX), status::BAD_VECTOR),
+        (add(0, BASE, 0, u64::MAX), status::BAD_LENGTH),
+        (add(0, BASE + 8, 64, u64::MAX), status::BAD_ALIGNMENT),
+        (add(0, BASE, 256, 64), status::BAD_SIGNAL),
+        (add(0, u64::MAX - 63, 64, u64::MAX), status::BAD_ADDRESS),
+        (add(0, BASE, 64, u64::MAX), status::BAD_LAYOUT),
+    ] {
+        assert_eq!(rig.command(command::REGION_ADD, &arguments), Err(fault), "{arguments:x?}");
+    }
+    assert_eq!(rig.command(command::REGION_DROP, &[0]), Err(status::NO_REGION));
+    rig.memory.view().write(BASE + 64, b"abc").unwrap();
+    assert_eq!(rig.command(command::CALL, &[7 | 9 << 32, BASE + 64, 3]), Ok(7 << 32 | 9));
+    let mut buffer = [0; 3];
+    rig.memory.view().read(BASE + 64, &mut buffer).unwrap();
+    assert_eq!(&buffer, b"cba");
+    assert_eq!(rig.command(command::CALL, &[0, BASE, 65537]), Err(status::BAD_LENGTH));
+    // An argument may come as two halves, in any order.
+    rig.write32(reg::ARGUMENT + 4, 0x89ab_cdef);
+    rig.write32(reg::ARGUMENT, 0x0123_4567);
+    assert_eq!(rig.read64(reg::ARGUMENT), 0x89ab_cdef_0123_4567);
+}
+
+#[test]
+fn a_ring_goes_round_with_each_kind_of_interrupt() {
+    let mut rig = Rig::new(Options { msix: true, express: false });
+    rig.open().unwrap();
+    let (mut ring, handle) = rig.ring(2);
+    let intx = rig.eventfd(IrqIndex::Intx, 0);
+    assert_eq!(exchange(&mut rig, &mut ring, handle, &intx, 1), !1);
+    rig.function.mask_irq(IrqIndex::Intx, false).unwrap();
+    assert_eq!(exchange(&mut rig, &mut ring, handle, &intx, 2), !2);
+    let msi = rig.eventfd(IrqIndex::Msi, 0);
+    assert_eq!(exchange(&mut rig, &mut ring, handle, &msi, 3), !3);
+    let msix = rig.eventfd(IrqIndex::Msix, 2);
+    assert_eq!(rig.read32(reg::VECTORS), 3);
+    assert_eq!(exchange(&mut rig, &mut ring, handle, &msix, 4), !4);
+    rig.function.disconnect_irqs(IrqIndex::Msix);
+    // And without the connector's part in it, through the doorbell's eventfd.
+    let doorbells = rig.function.doorbells().unwrap();
+    let bell = &doorbells[usize::try_from(handle).unwrap()];
+    assert_eq!((bell.offset, bell.size, doorbells.len()), (bar0::DOORBELLS + handle * 4, 4, 8));
+    ring.submit(Entry { addr: 6, len: 0, id: 5, flags: 0 }).unwrap();
+    assert_eq!(ring.arm(0), Armed::Waiting);
+    if ring.post() {
+        rustix::io::write(&bell.fd, &1u64.to_ne_bytes()).unwrap();
+    }
+    wait(&msi);
+    assert_eq!(ring.reap().unwrap().unwrap().addr, !6);
+    assert_eq!(rig.command(command::REGION_DROP, &[handle]), Ok(0));
+}
+
+#[test]
+fn intx_pends_in_status_and_register_until_acknowledged() {
+    let mut rig = Rig::new(Options::default());
+    rig.open().unwrap();
+    let (mut ring, handle) = rig.ring(0);
+    let intx = rig.eventfd(IrqIndex::Intx, 0);
+    ring.submit(Entry { addr: 1, len: 0, id: 0, flags: 0 }).unwrap();
+    assert_eq!(ring.arm(0), Armed::Waiting);
+    if ring.post() {
+        rig.write32(bar0::DOORBELLS + handle * 4, 0);
+    }
+    wait(&intx);
+    let status = |rig: &mut Rig| {
+        let mut data = [0; 2];
+        rig.function.read(region::CONFIG, 6, &mut data);
+        u16::from_le_bytes(data)
+    };
+    assert_eq!((status(&mut rig), rig.read32(reg::INTERRUPT_PENDING)), (0x18, 1));
+    // What uio_pci_generic does: Interrupt Disable on. The status stays.
+    rig.function.write(region::CONFIG, 4, &0x0406u16.to_le_bytes());
+    assert_eq!(status(&mut rig), 0x18);
+    rig.write32(reg::INTERRUPT_ACK, 0);
+    assert_eq!((status(&mut rig), rig.read32(reg::INTERRUPT_PENDING)), (0x10, 0));
+}
+
+#[test]
+fn a_violation_breaks_the_connection_and_wakes_the_driver() {
+    let mut rig = Rig::new(Options::default());
+    rig.open().unwrap();
+    let (mut ring, handle) = rig.ring(0);
+    let msi = rig.eventfd(IrqIndex::Msi, 0);
+    ring.submit(Entry { addr: 0, len: 1, id: 0, flags: 0 }).unwrap();
+    if ring.post() {
+        rig.write32(bar0::DOORBELLS + handle * 4, 0);
+    }
+    wait(&msi);
+    assert_eq!(rig.read32(reg::STATUS), reg::STATE_BROKEN | status::CORRUPT << 16);
+    assert_eq!(rig.open(), Err(status::ALREADY_OPEN));
+    assert_eq!(rig.command(command::CLOSE, &[]), Ok(0));
+    assert_eq!(rig.open(), Ok(0));
+}
+
+#[test]
+fn reset_and_the_peers_end_close_the_connection() {
+    let mut rig = Rig::new(Options::default());
+    rig.open().unwrap();
+    rig.ring(0);
+    rig.function.write(region::CONFIG, 0x10, &0xfeb0_0000u32.to_le_bytes());
+    rig.function.reset();
+    assert_eq!((rig.read32(reg::STATUS), rig.read64(reg::ARGUMENT)), (reg::STATE_CLOSED, 0));
+    let mut bar = [0; 4];
+    rig.function.read(region::CONFIG, 0x10, &mut bar);
+    assert_eq!(bar, [0; 4]);
+    assert_eq!(rig.open(), Ok(0), "memory stays over a reset");
+    rig.ring(0);
+    rig.function.unmap(BASE, BYTES);
+    assert_eq!(rig.read32(reg::STATUS), reg::STATE_BROKEN | status::REVOKED << 16);
+    rig.function.disconnected();
+    assert_eq!(rig.read32(reg::STATUS), reg::STATE_CLOSED);
+    assert_eq!(rig.open(), Err(status::BAD_ADDRESS), "memory goes with the peer");
+}
+
+#[test]
+fn a_removed_device_says_so() {
+    let mut rig = Rig::new(Options::default());
+    rig.open().unwrap();
+    rig.bus.remove("m0").unwrap();
+    assert_eq!(rig.read32(reg::STATUS), reg::STATE_BROKEN | status::REMOVED << 16);
+    assert_eq!(rig.command(command::CLOSE, &[]), Ok(0));
+    assert_eq!(rig.open(), Err(status::REMOVED));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+
+    /// Anything may be read and written anywhere, while a connection is open: nothing panics, and the function still answers.
+    #[test]
+    fn any_access_is_harmless(
+        msix: bool,
+        express: bool,
+        accesses in prop::collection::vec(
+            (
+                any::<bool>(),
+                prop_oneof![Just(region::BAR0), Just(region::CONFIG), any::<u32>()],
+                prop_oneof![0..0x4100u64, (0..64u64).prop_map(|i| 0x80 + i), any::<u64>()],
+                prop_oneof![Just(4usize), Just(8), 0..40usize],
+                prop_oneof![any::<u64>(), 0..8u64, (0..BYTES).prop_map(|i| BASE + i)],
+            ),
+            0..200,
+        ),
+    ) {
+        let mut rig = Rig::new(Options { msix, express });
+        rig.open().unwrap();
+        for (write, region, offset, len, value) in accesses {
+            let mut data: Vec<u8> = value.to_le_bytes().into_iter().cycle().take(len).collect();
+            if write {
+                rig.function.write(region, offset, &data);
+            } else {
+                rig.function.read(region, offset, &mut data);
+            }
+        }
+        prop_assert_eq!(rig.read32(reg::MAGIC), reg::MAGIC_VALUE);
+        prop_assert_eq!(rig.command(command::CLOSE, &[]), Ok(0));
+        prop_assert_eq!(rig.open(), Ok(0));
+    }
+}
