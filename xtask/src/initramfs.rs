@@ -87,6 +87,9 @@ pub fn add_userland(archive: &mut Archive, kit: &Kit) -> Result<()> {
     for program in ["iperf3", "ethtool"] {
         add_program(archive, kit, program)?;
     }
+    // What no list of libraries names: libc loads it when a thread is cancelled, as iperf3 does.
+    let unwinder = "libgcc_s.so.1";
+    archive.file(&format!("lib/x86_64-linux-gnu/{unwinder}"), 0o755, &fs::read(kit.libraries().join(unwinder))?)?;
     Ok(())
 }
 

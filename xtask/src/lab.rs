@@ -165,14 +165,11 @@ impl Lab {
         self.accel
     }
 
-    /// The folder for sockets and logs.
-    pub fn dir(&self) -> &Path {
-        self.dir.path()
-    }
-
-    /// Leaves sockets and logs behind.
-    pub fn keep_dir(&mut self) {
-        self.dir.keep();
+    /// A folder of its own for the sockets and logs of the guests that run together.
+    pub fn scene(&self, name: &str) -> Result<Scene<'_>> {
+        let dir = self.dir.path().join(name);
+        fs::create_dir_all(&dir)?;
+        Ok(Scene { lab: self, dir })
     }
 
     /// KVM if a guest boots with it, and why or why not.
@@ -195,7 +192,7 @@ impl Lab {
             None => {
                 eprintln!("guests: trying /dev/kvm with a guest, for {} s at most", KVM_TRIAL.as_secs());
                 self.accel = Accel::Kvm;
-                let trial = Machine::new("kvm-trial").start(self);
+                let trial = Machine::new("kvm").start(&self.scene("trial")?);
                 let works = trial.is_ok_and(|vm| vm.guest.wait_boot(1, KVM_TRIAL).is_ok());
                 fs::create_dir_all(target.join("xtask"))?;
                 fs::write(&cache, json!({"key": key, "kvm": works}).to_string())?;
@@ -207,6 +204,34 @@ impl Lab {
         } else {
             (Accel::Tcg, "no guest boots with this /dev/kvm".into())
         })
+    }
+}
+
+/// Guests that run together, and what serves them.
+pub struct Scene<'a> {
+    /// What they run with.
+    pub lab: &'a Lab,
+    dir: PathBuf,
+}
+
+impl Scene<'_> {
+    /// The folder for sockets and logs.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Copies the logs to where they outlive the run; returns that folder.
+    pub fn save_logs(&self) -> Result<PathBuf> {
+        let name = self.dir.file_name().context("a scene has a name")?;
+        let saved = workspace::logs()?.join(name);
+        fs::create_dir_all(&saved)?;
+        for entry in fs::read_dir(&self.dir)? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|extension| extension == "log") {
+                fs::copy(&path, saved.join(path.file_name().unwrap_or_default()))?;
+            }
+        }
+        Ok(saved)
     }
 }
 

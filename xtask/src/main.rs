@@ -1,5 +1,6 @@
-//! Kits, images, demo, tests and benchmarks of vbus.
+//! Kits, images, demo, tests and benchmarks of vbus: `cargo xtask --help`.
 
+mod fuzz;
 mod guest;
 mod initramfs;
 mod kit;
@@ -7,24 +8,55 @@ mod lab;
 mod machine;
 mod process;
 mod qmp;
+mod report;
+mod test;
+mod vm;
 mod workspace;
 
-fn main() -> anyhow::Result<()> {
-    let lab = lab::Lab::new(&lab::Options::default())?;
-    let vm = machine::Machine::new("a").boot(&lab)?;
-    println!("boot {:?}", vm.age());
-    let t = std::time::Instant::now();
-    println!("{}", vm.guest.ok("uname -a; lsmod; cat /proc/meminfo | head -3; cat /proc/cpuinfo | grep -E 'flags|MHz'; dmesg | tail -3; ls /dev; cat /sys/devices/system/clocksource/clocksource0/current_clocksource")?);
-    println!("cmd {:?}", t.elapsed());
-    println!(
-        "{}",
-        vm.guest.ok(
-            "echo 32 > /proc/sys/vm/nr_hugepages; grep -i huge /proc/meminfo; dmesg | grep -v -i acpi | tail -40 "
-        )?
-    );
-    let t = std::time::Instant::now();
-    println!("{}", vm.guest.ok("dd if=/dev/zero bs=1024 count=256 2>/dev/null")?.len());
-    println!("256K out {:?}", t.elapsed());
-    vm.power_off()?;
-    Ok(())
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+/// Kits, images, demo, tests and benchmarks of vbus
+#[derive(Parser)]
+#[command(name = "cargo xtask", version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Fetch QEMU, a kernel and the guests' programs into target/kit
+    Kit {
+        /// The Debian mirror, in place of the one in apt's configuration
+        #[arg(long, value_name = "URL")]
+        mirror: Option<String>,
+    },
+    /// Run the tests: all, or those whose name begins with one of NAMES
+    Test(test::Args),
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse().command) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Runs a command; false means that it did its work and that something fell short.
+fn run(command: Command) -> Result<bool> {
+    match command {
+        Command::Kit { mirror } => {
+            let kit = kit::Kit::get(&workspace::target(), mirror.as_deref())?;
+            println!("{}", kit.root().display());
+            Ok(true)
+        }
+        Command::Test(args) => test::run(&args),
+    }
 }

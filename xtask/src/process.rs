@@ -117,7 +117,6 @@ pub fn tail(log: &Path) -> String {
 /// In the system's folder for temporary files, since the path of a socket has at most 107 bytes.
 pub struct RunDir {
     path: PathBuf,
-    keep: bool,
 }
 
 const PREFIX: &str = "vbus-xtask-";
@@ -132,40 +131,28 @@ impl RunDir {
             .find(|path| !path.exists())
             .context("no name is left")?;
         fs::DirBuilder::new().mode(0o700).create(&path).with_context(|| format!("cannot make {}", path.display()))?;
-        Ok(Self { path, keep: false })
+        Ok(Self { path })
     }
 
     /// The folder.
     pub fn path(&self) -> &Path {
         &self.path
     }
-
-    /// Leaves the folder behind, for someone to read the logs.
-    pub fn keep(&mut self) {
-        self.keep = true;
-    }
 }
 
 impl Drop for RunDir {
     fn drop(&mut self) {
-        if !self.keep {
-            let _ = fs::remove_dir_all(&self.path);
-        }
+        let _ = fs::remove_dir_all(&self.path);
     }
 }
 
-/// Removes the folders of runs whose process is gone, unless they were kept less than a day ago.
+/// Removes the folders of runs whose process is gone.
 fn sweep(parent: &Path) {
     let Ok(entries) = fs::read_dir(parent) else { return };
     for entry in entries.flatten() {
         let name: OsString = entry.file_name();
         let Some(rest) = name.to_str().and_then(|name| name.strip_prefix(PREFIX)) else { continue };
-        let gone = rest.split('-').next().is_some_and(|pid| !Path::new("/proc").join(pid).exists());
-        let old = entry
-            .metadata()
-            .and_then(|m| m.modified())
-            .is_ok_and(|time| time.elapsed().is_ok_and(|age| age > Duration::from_secs(24 * 3600)));
-        if gone && old {
+        if rest.split('-').next().is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
             let _ = fs::remove_dir_all(entry.path());
         }
     }

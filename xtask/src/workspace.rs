@@ -61,3 +61,10 @@ pub fn build_vbus() -> Result<PathBuf> {
     ensure!(status.success(), "vbus does not build");
     Ok(dir.join("release/vbus"))
 }
+
+/// The folder for logs that outlive a run.
+pub fn logs() -> Result<PathBuf> {
+    let dir = target().join("xtask/logs");
+    std::fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    Ok(dir)
+}

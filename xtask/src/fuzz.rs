@@ -1,0 +1,104 @@
+//! Short runs of the fuzz targets in `fuzz/`, with the ordinary stable compiler.
+//!
+//! `cargo fuzz` wants a nightly compiler for its sanitizers. Coverage-guided fuzzing itself does not: the flags below are
+//! those that it passes, less the sanitizer, and libFuzzer comes with the crate `libfuzzer-sys` as C++ source.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::process::tail;
+use crate::report::{Outcome, Report};
+use crate::workspace;
+
+/// Counters on every edge and tables of comparisons, as libFuzzer reads them.
+const FLAGS: &str = "--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+    -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
+    -Cllvm-args=-sanitizer-coverage-trace-compares -Ccodegen-units=1 -Cdebug-assertions -Coverflow-checks";
+
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// An input on which a target takes longer than this counts as a hang.
+const HANG_SECONDS: u32 = 5;
+
+fn folder() -> PathBuf {
+    workspace::root().join("fuzz")
+}
+
+/// The names of the targets: one file each in `fuzz/fuzz_targets`.
+pub fn targets() -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    let Ok(entries) = fs::read_dir(folder().join("fuzz_targets")) else { return Ok(names) };
+    for entry in entries {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "rs") {
+            names.extend(path.file_stem().map(|name| name.to_string_lossy().into_owned()));
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// Builds the targets and runs each for some seconds, beginning with its corpus.
+pub fn run(report: &mut Report, names: &[String], seconds: u32) {
+    let built = build(names);
+    for name in names {
+        report.run(&format!("fuzz::{name}"), || match &built {
+            Ok(Some(reason)) => Ok(Outcome::Skipped(reason.clone())),
+            Ok(None) => run_one(name, seconds),
+            Err(error) => Ok(Outcome::Failed(format!("{error:#}"))),
+        });
+    }
+}
+
+/// Builds the targets; a reason if that is impossible here.
+fn build(names: &[String]) -> Result<Option<String>> {
+    let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
+    let version = Command::new(&compiler).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
+    if !version.is_ok_and(|status| status.success()) {
+        return Ok(Some(format!("libFuzzer needs a C++ compiler, and {compiler} does not run")));
+    }
+    let mut cargo = workspace::cargo();
+    cargo.args(["build", "--quiet", "--release", "--manifest-path"]).arg(folder().join("Cargo.toml"));
+    cargo.args(["--target", TARGET, "--target-dir"]).arg(binaries());
+    for name in names {
+        cargo.args(["--bin", name]);
+    }
+    let status = cargo.env("RUSTFLAGS", FLAGS).env_remove("CARGO_ENCODED_RUSTFLAGS").status()?;
+    ensure!(status.success(), "the fuzz targets do not build");
+    Ok(None)
+}
+
+fn binaries() -> PathBuf {
+    workspace::target().join("fuzz")
+}
+
+fn run_one(name: &str, seconds: u32) -> Result<Outcome> {
+    // What a run finds goes into a folder that is not in the repository; the corpus that is there is only read.
+    let found = binaries().join("corpus").join(name);
+    let artifacts = binaries().join("artifacts").join(name);
+    fs::create_dir_all(&found)?;
+    fs::create_dir_all(&artifacts)?;
+    let log = workspace::logs()?.join(format!("fuzz-{name}.log"));
+    let file = fs::File::create(&log)?;
+    let mut command = Command::new(binaries().join(TARGET).join("release").join(name));
+    command.arg(format!("-max_total_time={seconds}")).arg(format!("-timeout={HANG_SECONDS}"));
+    command
+        .args(["-rss_limit_mb=1024", "-print_final_stats=1"])
+        .arg(format!("-artifact_prefix={}/", artifacts.display()));
+    command.arg(&found);
+    let kept = folder().join("corpus").join(name);
+    if kept.exists() {
+        command.arg(kept);
+    }
+    let status = command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file).status();
+    if status.context("cannot run the target")?.success() {
+        let text = String::from_utf8_lossy(&fs::read(&log)?).into_owned();
+        let runs = text.lines().find_map(|line| line.strip_prefix("stat::number_of_executed_units:"));
+        eprintln!("fuzz::{name}: {} inputs", runs.unwrap_or("no").trim());
+        return Ok(Outcome::Passed);
+    }
+    Ok(Outcome::Failed(format!("the input is in {}{}", artifacts.display(), tail(&log))))
+}

@@ -1,0 +1,115 @@
+//! `cargo xtask test`: every test there is, in order, and one line at the end that says how many passed.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::process::Stdio;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+
+use crate::lab::Options;
+use crate::report::{Outcome, Report};
+use crate::{fuzz, vm, workspace};
+
+/// The tests that cargo runs: unit, property, model (loom) and process tests, and the examples in documentation.
+const CARGO: &str = "cargo";
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// Names, or beginnings of them: `cargo`, `fuzz`, `vm`, `vm::boot` ...
+    names: Vec<String>,
+    /// Only print the names
+    #[arg(long)]
+    list: bool,
+    /// Print one JSON object as the last line
+    #[arg(long)]
+    json: bool,
+    /// Seconds that each fuzz target runs
+    #[arg(long, default_value_t = 15)]
+    fuzz_seconds: u32,
+    #[command(flatten)]
+    guests: Options,
+}
+
+/// Runs the chosen tests; false if one failed.
+pub fn run(args: &Args) -> Result<bool> {
+    let wanted = |name: &str| args.names.is_empty() || args.names.iter().any(|prefix| name.starts_with(prefix));
+    let fuzz_targets: Vec<_> = fuzz::targets()?.into_iter().filter(|name| wanted(&format!("fuzz::{name}"))).collect();
+    let scenarios: Vec<_> = vm::SCENARIOS.iter().filter(|scenario| wanted(&format!("vm::{}", scenario.name))).collect();
+    if args.list {
+        if wanted(CARGO) {
+            println!("{CARGO:28} unit, property, model and process tests");
+        }
+        for name in &fuzz_targets {
+            println!("{:28} a short run of this fuzz target", format!("fuzz::{name}"));
+        }
+        for scenario in &scenarios {
+            println!("{:28} {}", format!("vm::{}", scenario.name), scenario.about);
+        }
+        return Ok(true);
+    }
+    anyhow::ensure!(
+        wanted(CARGO) || !fuzz_targets.is_empty() || !scenarios.is_empty(),
+        "no test is called {}; `cargo xtask test --list` names them",
+        args.names.join(" or ")
+    );
+
+    let mut report = Report::new();
+    if wanted(CARGO) {
+        cargo_tests(&mut report)?;
+    }
+    if !fuzz_targets.is_empty() {
+        fuzz::run(&mut report, &fuzz_targets, args.fuzz_seconds);
+    }
+    if !scenarios.is_empty() {
+        vm::run(&mut report, &scenarios, &args.guests);
+    }
+    Ok(report.finish(args.json))
+}
+
+/// Runs `cargo test` and takes the numbers from what it prints.
+fn cargo_tests(report: &mut Report) -> Result<()> {
+    let began = Instant::now();
+    eprintln!("---- {CARGO} test --workspace");
+    let logs = workspace::logs()?;
+    let log = logs.join("cargo-test.log");
+    let mut cargo = workspace::cargo()
+        .args(["test", "--workspace", "--no-fail-fast"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot run cargo")?;
+    let mut copy = File::create(&log)?;
+    let (mut passed, mut skipped, mut failures) = (0, 0, Vec::new());
+    for line in BufReader::new(cargo.stdout.take().context("no output")?).lines() {
+        let line = line?;
+        std::io::Write::write_all(&mut copy, format!("{line}\n").as_bytes())?;
+        if let Some(name) = line.strip_prefix("test ").and_then(|rest| rest.strip_suffix(" ... FAILED")) {
+            failures.push(name.to_owned());
+        } else if let Some(numbers) = line.strip_prefix("test result: ") {
+            passed += before(numbers, " passed");
+            skipped += before(numbers, " ignored");
+        }
+    }
+    let status = cargo.wait()?;
+    report.count(passed, skipped);
+    for name in &failures {
+        report.enter(&format!("{CARGO}::{name}"), &Outcome::Failed(format!("see {}", log.display())), began.elapsed());
+    }
+    if !status.success() && failures.is_empty() {
+        let why = Outcome::Failed("cargo test did not run to its end; it has said why above".into());
+        report.enter(CARGO, &why, began.elapsed());
+    }
+    eprintln!(
+        "{CARGO}: {passed} passed, {} failed, {skipped} ignored ({:.0} s)",
+        failures.len(),
+        began.elapsed().as_secs_f32()
+    );
+    Ok(())
+}
+
+/// The number that stands before `word`.
+fn before(text: &str, word: &str) -> u64 {
+    let number = text.split(word).next().and_then(|head| head.rsplit(' ').next());
+    number.and_then(|number| number.parse().ok()).unwrap_or(0)
+}
