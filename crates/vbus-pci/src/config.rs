@@ -185,6 +185,12 @@ impl ConfigSpace {
         let command = u16::from_le_bytes([self.bytes[COMMAND], self.bytes[COMMAND + 1]]);
         command & COMMAND_INTX_DISABLE != 0
     }
+
+    /// The driver lets the device access memory.
+    pub(crate) fn bus_master(&self) -> bool {
+        let command = u16::from_le_bytes([self.bytes[COMMAND], self.bytes[COMMAND + 1]]);
+        command & COMMAND_MASTER != 0
+    }
 }
 
 #[cfg(test)]

@@ -91,7 +91,12 @@ impl PciFunction {
     pub fn write(&mut self, region: u32, offset: u64, data: &[u8]) {
         match region {
             region::CONFIG => {
+                let was_master = self.config.bus_master();
                 self.config.write(offset, data);
+                if was_master && !self.config.bus_master() {
+                    // So a kernel takes a device from a driver that died or was unbound: memory must be let go of before this returns.
+                    self.endpoint.close();
+                }
                 self.interrupts.set_disabled(self.config.intx_disabled());
             }
             region::BAR0 => self.write_bar0(offset, data),
