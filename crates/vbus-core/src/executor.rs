@@ -2,8 +2,7 @@
 //!
 //! A task belongs to one worker. It sleeps until it is woken: by a [`TaskHandle`] (a doorbell), by a file descriptor that it watches, or by its
 //! deadline. Awake, it is polled with a budget, in turn with the worker's other tasks. When a poll finds nothing, the task goes on being
-//! polled for a *window* before it arms its signals and sleeps again. The window adapts: it grows while wake-ups come soon after the task
-//! went to sleep, and shrinks to nothing while they do not, so a busy device costs its driver no doorbell and an idle one costs no time.
+//! polled for a *window* before it arms its signals and sleeps again. The window adapts ([`Pace`]), so a busy device costs its driver no doorbell and an idle one costs no time.
 //! Between polls that find nothing the worker yields its processor to whoever wants it.
 #![allow(unsafe_code)] // Epoll takes raw event buffers.
 
@@ -18,6 +17,7 @@ use std::time::{Duration, Instant};
 use rustix::buffer::spare_capacity;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{EventfdFlags, Timespec, eventfd};
+use vbus_shm::Pace;
 use vbus_shm::signal::Armed;
 
 use crate::Status;
@@ -84,17 +84,13 @@ impl Default for Tuning {
     }
 }
 
-/// The smallest window; below it a task does not poll at all.
-const WINDOW_MIN: Duration = Duration::from_micros(4);
-
 /// Called when a task's poll failed, on the worker's thread, after the task is gone.
 type OnError = Box<dyn Fn(Status) + Send + Sync>;
 
 struct Body {
     task: Box<dyn Task>,
-    window: Duration,
-    idle_since: Option<Instant>,
-    slept_at: Option<Instant>,
+    pace: Pace,
+    asleep: bool,
     /// The earliest timer that is set for the task.
     timer: Option<Instant>,
 }
@@ -309,43 +305,38 @@ struct Turn {
 
 impl Body {
     fn slice(&mut self, tuning: &Tuning, counters: &ConnectionCounters) -> Result<Turn, Status> {
-        let mut now = None;
-        if let Some(at) = self.slept_at.take() {
+        if std::mem::take(&mut self.asleep) {
             counters.wakeups.one();
             self.task.disarm();
-            let awake = Instant::now();
-            self.window = if awake.duration_since(at) <= tuning.poll_max {
-                (self.window * 2).clamp(WINDOW_MIN.min(tuning.poll_max), tuning.poll_max)
-            } else {
-                Some(self.window / 2).filter(|w| *w >= WINDOW_MIN).unwrap_or_default()
-            };
-            now = Some(awake);
+            self.pace.woken(now());
         }
         if self.task.poll(tuning.budget)? == Progress::Busy {
             counters.polls.one();
-            self.idle_since = None;
+            self.pace.busy();
             return Ok(Turn { again: true, busy: true, deadline: None });
         }
         counters.polls_empty.one();
-        let now = now.unwrap_or_else(Instant::now);
-        if !self.window.is_zero() && self.task.adaptive() {
-            let since = *self.idle_since.get_or_insert(now);
-            if now.duration_since(since) < self.window {
-                return Ok(Turn { again: true, busy: false, deadline: None });
-            }
+        if self.task.adaptive() && self.pace.poll_on(now()) {
+            return Ok(Turn { again: true, busy: false, deadline: None });
         }
         if self.task.arm()? == Armed::Missed {
             // A dishonest peer can say so for ever; it gets one more poll, and if that is empty too, the task sleeps all the same.
             if self.task.poll(tuning.budget)? == Progress::Busy {
                 self.task.disarm();
-                self.idle_since = None;
+                self.pace.busy();
                 return Ok(Turn { again: true, busy: true, deadline: None });
             }
         }
-        self.idle_since = None;
-        self.slept_at = Some(now);
+        self.pace.sleep(now());
+        self.asleep = true;
         Ok(Turn { again: false, busy: false, deadline: self.task.deadline() })
     }
+}
+
+/// Nanoseconds of the monotonic clock.
+fn now() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec.unsigned_abs().wrapping_mul(1_000_000_000).wrapping_add(now.tv_nsec.unsigned_abs())
 }
 
 /// The workers. Dropping it stops them.
@@ -408,7 +399,8 @@ impl Executor {
     ) -> TaskHandle {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let worker = &self.workers[place % self.workers.len()];
-        let body = Body { task, window: Duration::ZERO, idle_since: None, slept_at: None, timer: None };
+        let pace = Pace::new(u64::try_from(self.tuning().poll_max.as_nanos()).unwrap_or(u64::MAX));
+        let body = Body { task, pace, asleep: false, timer: None };
         let cell = Arc::new(Cell {
             id,
             worker: Arc::downgrade(worker),

@@ -33,6 +33,7 @@
 pub mod abi;
 pub mod copy;
 pub mod memory;
+pub mod pace;
 pub mod raw;
 pub mod ring;
 pub mod signal;
@@ -41,4 +42,5 @@ mod status;
 pub mod sync;
 
 pub use memory::Memory;
+pub use pace::Pace;
 pub use status::Status;

@@ -1,7 +1,8 @@
 //! How long to poll before sleeping.
 
 /// The window of an adaptive poller: it grows while wake-ups come soon after the poller went to sleep, when polling on would have saved an
-/// interrupt, and shrinks to nothing while they do not. Times are nanoseconds from any fixed moment on ([`Hal::now`](crate::Hal::now)).
+/// interrupt, and shrinks to nothing while they do not. Times are nanoseconds from any fixed moment on.
+/// Both ends use it: the device's tasks in their event loop, the driver's queues in theirs.
 #[derive(Clone, Copy, Debug)]
 pub struct Pace {
     max: u64,
