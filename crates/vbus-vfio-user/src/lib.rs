@@ -6,6 +6,7 @@
 //!
 //! What the server offers and refuses, command by command, is in `spec/vfio-user.md`.
 
+mod client;
 mod listen;
 pub mod protocol;
 mod remote;
@@ -15,6 +16,7 @@ pub mod socket;
 mod target;
 pub mod version;
 
+pub use client::{Client, ClientError};
 pub use remote::{BadReply, RemoteMemory};
 pub use rustix::io::Errno;
 pub use server::{Outcome, Server, Stats, Timeouts};

@@ -192,6 +192,12 @@ impl<T: Target> Server<T> {
         self.client.as_ref().is_some_and(|c| c.session.agreed().is_some())
     }
 
+    /// Whether a client is there, agreed with or not.
+    #[must_use]
+    pub fn has_client(&self) -> bool {
+        self.client.is_some()
+    }
+
     /// When [`Server::ready`] has to be called even if the descriptor stays quiet.
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {

@@ -4,7 +4,7 @@
 //! practical side: QEMU receives the reply into a buffer of its request's size.
 
 use rustix::io::Errno;
-use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
 
 use crate::protocol::{MAJOR, MINOR, Version};
 
@@ -41,26 +41,14 @@ pub struct Agreed {
     pub write_multiple: bool,
 }
 
-#[derive(Default, Deserialize, Serialize)]
-struct VersionData {
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    capabilities: Option<Capabilities>,
-}
-
 /// The capabilities that this crate knows. Others (`migration`, `twin_socket`) are read over: what the reply
 /// leaves out is not in use.
-#[derive(Default, Deserialize, Serialize)]
-#[serde(default)]
+#[derive(Default)]
 struct Capabilities {
-    #[serde(skip_serializing_if = "Option::is_none")]
     max_msg_fds: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     max_data_xfer_size: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     max_dma_maps: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     pgsizes: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     write_multiple: Option<bool>,
 }
 
@@ -82,6 +70,9 @@ pub enum Disagreement {
     /// Not the JSON that the specification describes.
     #[error("version data: {0}")]
     Json(#[from] serde_json::Error),
+    /// JSON with the wrong type under a name that the specification gives.
+    #[error("version data: {0} has the wrong type")]
+    Type(&'static str),
     /// The client's page sizes are all below 4 KiB.
     #[error("page sizes {0:#x}, none of 4 KiB or more")]
     PageSizes(u64),
@@ -98,7 +89,8 @@ impl Disagreement {
     }
 }
 
-fn parse(data: &[u8]) -> Result<Option<VersionData>, Disagreement> {
+/// The capabilities in version data: `None` without data, `Some(None)` when the data does not speak of them.
+fn parse(data: &[u8]) -> Result<Option<Option<Capabilities>>, Disagreement> {
     if data.is_empty() {
         return Ok(None);
     }
@@ -110,12 +102,43 @@ fn parse(data: &[u8]) -> Result<Option<VersionData>, Disagreement> {
     if padding.iter().any(|&b| b != 0) {
         return Err(Disagreement::NotText);
     }
-    Ok(Some(serde_json::from_slice(text)?))
+    let data: Map<String, Value> = serde_json::from_slice(text)?;
+    let capabilities = match data.get("capabilities") {
+        None => return Ok(Some(None)),
+        Some(Value::Object(map)) => map,
+        Some(_) => return Err(Disagreement::Type("capabilities")),
+    };
+    let number = |name| match capabilities.get(name) {
+        None => Ok(None),
+        Some(value) => value.as_u64().map(Some).ok_or(Disagreement::Type(name)),
+    };
+    let write_multiple = match capabilities.get("write_multiple") {
+        None => None,
+        Some(value) => Some(value.as_bool().ok_or(Disagreement::Type("write_multiple"))?),
+    };
+    Ok(Some(Some(Capabilities {
+        max_msg_fds: number("max_msg_fds")?,
+        max_data_xfer_size: number("max_data_xfer_size")?,
+        max_dma_maps: number("max_dma_maps")?,
+        pgsizes: number("pgsizes")?,
+        write_multiple,
+    })))
 }
 
-fn encode(data: &VersionData) -> Vec<u8> {
-    // Numbers and booleans under fixed names: there is nothing that could fail.
-    let mut text = serde_json::to_vec(data).unwrap_or_default();
+/// Version data with these capabilities, and its NUL.
+fn encode(capabilities: Option<Capabilities>) -> Vec<u8> {
+    let mut data = json!({});
+    if let Some(c) = capabilities {
+        let mut map = Map::new();
+        let mut set = |name: &str, value: Option<Value>| value.and_then(|value| map.insert(name.to_owned(), value));
+        set("max_msg_fds", c.max_msg_fds.map(Value::from));
+        set("max_data_xfer_size", c.max_data_xfer_size.map(Value::from));
+        set("max_dma_maps", c.max_dma_maps.map(Value::from));
+        set("pgsizes", c.pgsizes.map(Value::from));
+        set("write_multiple", c.write_multiple.map(Value::from));
+        data["capabilities"] = map.into();
+    }
+    let mut text = data.to_string().into_bytes();
     text.push(0);
     text
 }
@@ -134,10 +157,8 @@ pub fn answer(request: &Version<'_>) -> Result<(Agreed, Vec<u8>), Disagreement> 
     }
     let minor = request.minor.min(MINOR);
     let proposed = parse(request.data)?;
-    let had_data = proposed.is_some();
-    let theirs = proposed.and_then(|data| data.capabilities);
-    let asked = theirs.is_some();
-    let theirs = theirs.unwrap_or_default();
+    let (had_data, asked) = (proposed.is_some(), matches!(proposed, Some(Some(_))));
+    let theirs = proposed.flatten().unwrap_or_default();
     let pgsizes = match theirs.pgsizes {
         Some(sizes) if sizes & !(PAGE_SIZE - 1) == 0 => return Err(Disagreement::PageSizes(sizes)),
         Some(sizes) => Some(sizes & !(PAGE_SIZE - 1)),
@@ -156,22 +177,20 @@ pub fn answer(request: &Version<'_>) -> Result<(Agreed, Vec<u8>), Disagreement> 
         peer_transfer: limit(theirs.max_data_xfer_size, MAX_TRANSFER, MAX_TRANSFER),
         write_multiple: ours.write_multiple == Some(true),
     };
-    let data = if had_data { encode(&VersionData { capabilities: asked.then_some(ours) }) } else { Vec::new() };
+    let data = if had_data { encode(asked.then_some(ours)) } else { Vec::new() };
     Ok((agreed, Version { major: MAJOR, minor, data: &data }.body()))
 }
 
 /// The client's proposal: the body of its request.
 #[must_use]
 pub fn proposal() -> Vec<u8> {
-    let data = encode(&VersionData {
-        capabilities: Some(Capabilities {
-            max_msg_fds: Some(KERNEL_MSG_FDS as u64),
-            max_data_xfer_size: Some(MAX_TRANSFER as u64),
-            max_dma_maps: Some(65535),
-            pgsizes: Some(PAGE_SIZE),
-            write_multiple: Some(true),
-        }),
-    });
+    let data = encode(Some(Capabilities {
+        max_msg_fds: Some(KERNEL_MSG_FDS as u64),
+        max_data_xfer_size: Some(MAX_TRANSFER as u64),
+        max_dma_maps: Some(65535),
+        pgsizes: Some(PAGE_SIZE),
+        write_multiple: Some(true),
+    }));
     Version { major: MAJOR, minor: MINOR, data: &data }.body()
 }
 
@@ -186,7 +205,7 @@ pub fn accept(reply: &Version<'_>) -> Result<Agreed, Disagreement> {
     if reply.minor > MINOR {
         return Err(Disagreement::Minor(reply.minor));
     }
-    let theirs = parse(reply.data)?.and_then(|data| data.capabilities).unwrap_or_default();
+    let theirs = parse(reply.data)?.flatten().unwrap_or_default();
     Ok(Agreed {
         minor: reply.minor,
         peer_fds: limit(theirs.max_msg_fds, 1, KERNEL_MSG_FDS),
@@ -216,7 +235,7 @@ mod tests {
         let text = std::str::from_utf8(&body[4..body.len() - 1]).expect("JSON is UTF-8");
         assert_eq!(
             text,
-            "{\"capabilities\":{\"max_msg_fds\":16,\"max_data_xfer_size\":1048576,\"max_dma_maps\":512,\
+            "{\"capabilities\":{\"max_data_xfer_size\":1048576,\"max_dma_maps\":512,\"max_msg_fds\":16,\
              \"pgsizes\":4096,\"write_multiple\":true}}"
         );
     }
@@ -238,10 +257,16 @@ mod tests {
         for text in [&b"{}"[..], b"{\0}\0", b"{}\0x"] {
             assert!(matches!(ask(text), Err(Disagreement::NotText)), "{text:?}");
         }
-        for text in [&b"\0"[..], b"{\0", b"[]\0", b"{\"capabilities\":3}\0", b"\xff\xfe\0"] {
+        for text in [&b"\0"[..], b"{\0", b"[]\0", b"\xff\xfe\0"] {
             assert!(matches!(ask(text), Err(Disagreement::Json(_))), "{text:?}");
         }
-        assert!(matches!(ask(b"{\"capabilities\":{\"max_msg_fds\":-1}}\0"), Err(Disagreement::Json(_))));
+        for text in [
+            &b"{\"capabilities\":[]}\0"[..],
+            b"{\"capabilities\":{\"max_msg_fds\":-1}}\0",
+            b"{\"capabilities\":{\"write_multiple\":1}}\0",
+        ] {
+            assert!(matches!(ask(text), Err(Disagreement::Type(_))), "{text:?}");
+        }
         assert!(matches!(ask(b"{\"capabilities\":{\"pgsizes\":512}}\0"), Err(Disagreement::PageSizes(512))));
         assert!(matches!(ask(&[b' '; MAX_VERSION_DATA + 1]), Err(Disagreement::TooLong(_))));
         let deep = [vec![b'['; 4000], vec![0]].concat();

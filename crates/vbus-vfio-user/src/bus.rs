@@ -1,0 +1,173 @@
+//! A device of the bus, served: the adapter between the [`Server`] and a [`PciFunction`], and its place on the event loop.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use rustix::io::Errno;
+use vbus_core::{Endpoint, Interest, MapError, Progress, Status, Task, TaskHandle};
+use vbus_pci::{INDEX_COUNT, IrqError, IrqIndex, Options, PciFunction, REGION_COUNT};
+
+use crate::server::Server;
+use crate::target::{DeviceInfo, IoEventFd, IrqAction, IrqInfo, Mapping, RegionInfo, Target};
+
+/// A device's socket, served until this is dropped. Dropping it disconnects the client and removes the socket.
+#[derive(Debug)]
+pub struct DeviceServer {
+    path: PathBuf,
+    task: TaskHandle,
+    /// The server's descriptor, to end the watch with.
+    ready: OwnedFd,
+}
+
+impl DeviceServer {
+    /// Offers the device at the socket `path` (made with mode 0600), as a PCI function of the form that `options` says. It is served on the
+    /// device's own event loop.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::AddrInUse`] if somebody listens at `path`; whatever else the system refuses.
+    pub fn start(endpoint: Arc<Endpoint>, path: &Path, options: Options) -> io::Result<DeviceServer> {
+        let executor = endpoint.executor().clone();
+        let place = endpoint.place();
+        let name = endpoint.name().to_owned();
+        let server = Server::bind(path, name, PciFunction::new(endpoint, options))?;
+        let ready = server.as_fd().try_clone_to_owned()?;
+        // Its errors are its clients'; it never fails, so nobody need be told.
+        let task = executor.spawn(place, Box::new(ServerTask(server)), Arc::default(), |_| {});
+        task.watch(&ready, Interest::Read)?;
+        // What came between the first poll and the watch.
+        task.wake();
+        Ok(DeviceServer { path: path.to_owned(), task, ready })
+    }
+
+    /// Where it listens.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for DeviceServer {
+    fn drop(&mut self) {
+        self.task.unwatch(&self.ready);
+        self.task.stop();
+    }
+}
+
+struct ServerTask(Server<PciFunction>);
+
+impl Task for ServerTask {
+    fn poll(&mut self, budget: u32) -> Result<Progress, Status> {
+        let mut messages = 0;
+        loop {
+            let outcome = self.0.ready(Instant::now());
+            messages += outcome.messages;
+            if !outcome.more {
+                return Ok(if messages > 0 { Progress::Busy } else { Progress::Idle });
+            }
+            if messages >= budget {
+                return Ok(Progress::Busy);
+            }
+        }
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.0.deadline()
+    }
+
+    fn adaptive(&self) -> bool {
+        false
+    }
+}
+
+impl Target for PciFunction {
+    fn device_info(&self) -> DeviceInfo {
+        DeviceInfo { resettable: true, regions: REGION_COUNT, irqs: INDEX_COUNT }
+    }
+
+    fn region_info(&self, region: u32) -> RegionInfo {
+        let size = self.region_size(region);
+        RegionInfo { size, readable: size > 0, writable: size > 0 }
+    }
+
+    fn irq_info(&self, index: u32) -> IrqInfo {
+        let Some(index) = IrqIndex::from_number(index) else { return IrqInfo::default() };
+        let intx = index == IrqIndex::Intx;
+        IrqInfo { count: self.irq_count(index), maskable: intx, automasked: intx, fixed_size: !intx }
+    }
+
+    fn read(&mut self, region: u32, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
+        PciFunction::read(self, region, offset, data);
+        Ok(())
+    }
+
+    fn write(&mut self, region: u32, offset: u64, data: &[u8]) -> Result<(), Errno> {
+        PciFunction::write(self, region, offset, data);
+        Ok(())
+    }
+
+    fn set_irqs(&mut self, index: u32, action: IrqAction) -> Result<(), Errno> {
+        let index = IrqIndex::from_number(index).ok_or(Errno::INVAL)?;
+        let done = match action {
+            IrqAction::DisableAll => {
+                self.disconnect_irqs(index);
+                Ok(())
+            }
+            IrqAction::Connect { start, eventfds } => self.connect_irqs(index, start, eventfds),
+            // To mask and unmask by eventfd is an option of VFIO that INTx need not have; QEMU does it by message.
+            IrqAction::ConnectMask { .. } | IrqAction::ConnectUnmask { .. } => return Err(Errno::NOTSUP),
+            IrqAction::Trigger(numbers) => numbers.iter().try_for_each(|&n| self.trigger_irq(index, n)),
+            IrqAction::Mask(numbers) => numbers.iter().try_for_each(|_| self.mask_irq(index, true)),
+            IrqAction::Unmask(numbers) => numbers.iter().try_for_each(|_| self.mask_irq(index, false)),
+        };
+        done.map_err(|error| match error {
+            IrqError::NoSuch | IrqError::NotMaskable | IrqError::NotEventfd => Errno::INVAL,
+            IrqError::Os(errno) => errno,
+        })
+    }
+
+    fn dma_map(&mut self, mapping: Mapping) -> Result<(), Errno> {
+        let Mapping { address, size, writable, memory, .. } = mapping;
+        self.map(address, size, memory, writable).map_err(|error| {
+            tracing::warn!(device = self.endpoint().name(), %error, "memory at {address:#x} cannot be used");
+            match error {
+                MapError::Range(..) | MapError::FileTooSmall | MapError::Unsealed => Errno::INVAL,
+                MapError::Overlap(..) => Errno::EXIST,
+                MapError::Limit => Errno::NOSPC,
+                MapError::Os(errno) => errno,
+            }
+        })
+    }
+
+    fn dma_unmap(&mut self, address: u64, size: u64) {
+        self.unmap(address, size);
+    }
+
+    fn dma_unmap_all(&mut self) {
+        self.unmap_all();
+    }
+
+    fn reset(&mut self) -> Result<(), Errno> {
+        PciFunction::reset(self);
+        Ok(())
+    }
+
+    fn io_eventfds(&mut self, region: u32) -> Vec<IoEventFd> {
+        if region != vbus_pci::region::BAR0 {
+            return Vec::new();
+        }
+        let doorbells = self.doorbells().unwrap_or_else(|error| {
+            tracing::warn!(device = self.endpoint().name(), %error, "no eventfds for the doorbells");
+            Vec::new()
+        });
+        let duplicate = |doorbell: &vbus_pci::DoorbellFd| {
+            Some(IoEventFd { fd: doorbell.fd.try_clone().ok()?, offset: doorbell.offset, size: 0, datamatch: None })
+        };
+        doorbells.iter().filter_map(duplicate).collect()
+    }
+
+    fn disconnected(&mut self) {
+        PciFunction::disconnected(self);
+    }
+}

@@ -1,0 +1,515 @@
+//! The client end, for programs that drive a device without a VM.
+//!
+//! Calls wait for the server's reply; the posted ones ([`Client::region_post`]) do not. Requests of the server for
+//! memory ([`crate::RemoteMemory`] on its side) are answered from the descriptors given to [`Client::dma_map`],
+//! while a call waits for its reply and in [`Client::serve_requests`].
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::time::Duration;
+
+use rustix::io::Errno;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+
+use crate::protocol::{
+    self, DEVICE_RESETS, DMA_ACCESS_LEN, DmaAccess, DmaMap, DmaUnmap, HEADER_LEN, Header, Info, IrqData, IrqVerb, Kind,
+    Malformed, MultiWrite, RegionAccess, SetIrqs, SubRegion, Version, command, command_name,
+};
+use crate::socket::{Broken, Message, Received, Receiver, Sender, SocketSource};
+use crate::target::{DeviceInfo, IoEventFd, IrqInfo, RegionInfo};
+use crate::version::{self, Agreed, Disagreement, KERNEL_MSG_FDS, MAX_TRANSFER};
+
+/// How long a call waits for the server, as QEMU does.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Why a call failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// No connection.
+    #[error("connecting to {path}: {errno}")]
+    Connect {
+        /// Where.
+        path: String,
+        /// Why not.
+        errno: Errno,
+    },
+    /// The server refused the command. The connection goes on.
+    #[error("{command} refused: {errno}")]
+    Refused {
+        /// The command's name.
+        command: &'static str,
+        /// The server's reason.
+        errno: Errno,
+    },
+    /// No reply in time. The connection cannot be used any more.
+    #[error("no reply to {0} in {PATIENCE:?}")]
+    Late(&'static str),
+    /// The server has gone.
+    #[error("the server closed the connection")]
+    Closed,
+    /// What came cannot be followed. The connection cannot be used any more.
+    #[error(transparent)]
+    Broken(#[from] Broken),
+    /// A reply with the wrong id or command, or with a body that does not fit.
+    #[error("{0} is no answer to {1}")]
+    Mismatch(Header, &'static str),
+    /// A reply without the form of its command.
+    #[error("reply to {0}: {1}")]
+    Malformed(&'static str, Malformed),
+    /// No agreement on a version.
+    #[error("no agreement with the server: {0}")]
+    Disagreement(#[from] Disagreement),
+    /// More data or descriptors than the server accepts in one message.
+    #[error("{0}: more than the server accepts in one message")]
+    TooMuch(&'static str),
+    /// The socket failed.
+    #[error("socket: {0}")]
+    Socket(#[from] Errno),
+}
+
+impl ClientError {
+    /// Whether the connection can be used no more.
+    #[must_use]
+    pub fn is_final(&self) -> bool {
+        !matches!(self, Self::Refused { .. } | Self::TooMuch(_))
+    }
+}
+
+struct Shared {
+    size: u64,
+    readable: bool,
+    writable: bool,
+    memory: OwnedFd,
+    offset: u64,
+}
+
+/// A connection to a vfio-user server.
+pub struct Client {
+    socket: OwnedFd,
+    receiver: Receiver,
+    sender: Sender,
+    next_id: u16,
+    agreed: Agreed,
+    shared: BTreeMap<u64, Shared>,
+}
+
+impl Client {
+    /// Connects to the server at `path` and negotiates the version.
+    ///
+    /// # Errors
+    /// When nobody listens there, the server refuses (it may have another client, [`Errno::BUSY`]), or says nothing
+    /// within 5 s.
+    pub fn connect(path: impl AsRef<Path>) -> Result<Self, ClientError> {
+        let path = path.as_ref();
+        let failed = |errno| ClientError::Connect { path: path.display().to_string(), errno };
+        let socket =
+            socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).map_err(failed)?;
+        let address = SocketAddrUnix::new(path).map_err(failed)?;
+        for way in [Timeout::Recv, Timeout::Send] {
+            set_socket_timeout(&socket, way, Some(PATIENCE)).map_err(failed)?;
+        }
+        connect(&socket, &address).map_err(failed)?;
+        Self::negotiate(socket)
+    }
+
+    /// Negotiates the version on a connected stream socket.
+    ///
+    /// # Errors
+    /// Like [`Client::connect`]. The socket's own time-outs hold.
+    pub fn negotiate(socket: OwnedFd) -> Result<Self, ClientError> {
+        let agreed = Agreed { minor: 0, peer_fds: 0, peer_transfer: MAX_TRANSFER, write_multiple: false };
+        let mut client = Self {
+            socket,
+            receiver: Receiver::default(),
+            sender: Sender::default(),
+            next_id: 0,
+            agreed,
+            shared: BTreeMap::new(),
+        };
+        let reply = client.call(command::VERSION, &version::proposal(), &[])?;
+        let version = Version::parse(&reply.body).map_err(|e| ClientError::Malformed("VERSION", e))?;
+        client.agreed = version::accept(&version)?;
+        Ok(client)
+    }
+
+    /// What was agreed upon with the server.
+    #[must_use]
+    pub fn agreed(&self) -> &Agreed {
+        &self.agreed
+    }
+
+    /// Sends a command and waits for its reply: for what has no method of its own.
+    ///
+    /// # Errors
+    /// When the server refuses or the connection fails.
+    pub fn call(&mut self, number: u16, body: &[u8], fds: &[BorrowedFd<'_>]) -> Result<Message, ClientError> {
+        let name = command_name(number);
+        let id = self.send(number, false, body, fds)?;
+        loop {
+            let message = self.receive()?.ok_or(ClientError::Late(name))?;
+            let header = message.header;
+            match header.kind {
+                Kind::Command { no_reply } => self.answer(message, no_reply)?,
+                Kind::Reply { .. } if (header.id, header.command) != (id, number) => {
+                    return Err(ClientError::Mismatch(header, name));
+                }
+                Kind::Reply { error: None } => return Ok(message),
+                Kind::Reply { error: Some(errno) } => {
+                    let errno = i32::try_from(errno).ok().filter(|e| (1..4096).contains(e));
+                    let errno = errno.map_or(Errno::IO, Errno::from_raw_os_error);
+                    return Err(ClientError::Refused { command: name, errno });
+                }
+            }
+        }
+    }
+
+    /// Sends a command that is not answered.
+    ///
+    /// # Errors
+    /// When the connection fails. Whether the command succeeds is not known.
+    pub fn post(&mut self, number: u16, body: &[u8]) -> Result<(), ClientError> {
+        self.send(number, true, body, &[]).map(drop)
+    }
+
+    /// Answers requests of the server that have arrived or arrive within `wait`; returns how many.
+    ///
+    /// # Errors
+    /// When the connection fails, or something other than a request arrives.
+    pub fn serve_requests(&mut self, wait: Duration) -> Result<u32, ClientError> {
+        set_socket_timeout(&self.socket, Timeout::Recv, Some(wait.max(Duration::from_millis(1))))?;
+        let mut served = 0;
+        let result = loop {
+            match self.receive() {
+                Ok(None) if !self.receiver.within_message() => break Ok(served),
+                Ok(None) => {}
+                Ok(Some(message)) => match message.header.kind {
+                    Kind::Command { no_reply } => {
+                        served += 1;
+                        if let Err(e) = self.answer(message, no_reply) {
+                            break Err(e);
+                        }
+                    }
+                    Kind::Reply { .. } => break Err(ClientError::Mismatch(message.header, "any command")),
+                },
+                Err(e) => break Err(e),
+            }
+        };
+        set_socket_timeout(&self.socket, Timeout::Recv, Some(PATIENCE))?;
+        result
+    }
+
+    fn send(&mut self, number: u16, no_reply: bool, body: &[u8], fds: &[BorrowedFd<'_>]) -> Result<u16, ClientError> {
+        if fds.len() > self.agreed.peer_fds {
+            return Err(ClientError::TooMuch(command_name(number)));
+        }
+        let id = self.next_id;
+        self.next_id = id.wrapping_add(1);
+        let fds = fds.iter().map(|fd| fd.try_clone_to_owned().map_err(|_| Errno::MFILE)).collect::<Result<_, _>>()?;
+        self.sender.push(protocol::message(id, number, Kind::Command { no_reply }, body), fds);
+        self.sender.flush_all(self.socket.as_fd()).map_err(|e| match e {
+            Errno::AGAIN => ClientError::Late(command_name(number)),
+            Errno::PIPE | Errno::CONNRESET => ClientError::Closed,
+            e => e.into(),
+        })?;
+        Ok(id)
+    }
+
+    /// The next message; `None` when there was none within the socket's time-out.
+    fn receive(&mut self) -> Result<Option<Message>, ClientError> {
+        let mut source = SocketSource { socket: self.socket.as_fd(), max_fds: KERNEL_MSG_FDS, wait: true };
+        let max = HEADER_LEN + DMA_ACCESS_LEN + MAX_TRANSFER;
+        match self.receiver.next(&mut source, max, KERNEL_MSG_FDS)? {
+            Received::Message(message) => Ok(Some(message)),
+            Received::Nothing => Ok(None),
+            Received::End => Err(ClientError::Closed),
+        }
+    }
+
+    /// Answers a request of the server.
+    fn answer(&mut self, message: Message, no_reply: bool) -> Result<(), ClientError> {
+        let Header { id, command: number, .. } = message.header;
+        let result = match number {
+            _ if !message.fds.is_empty() => Err(Errno::INVAL),
+            command::DMA_READ => self.dma_read(&message.body),
+            command::DMA_WRITE => self.dma_write(&message.body),
+            _ => Err(Errno::NOSYS),
+        };
+        if !no_reply {
+            let error = result.as_ref().err().map(|e| e.raw_os_error().unsigned_abs());
+            let bytes = protocol::message(id, number, Kind::Reply { error }, &result.unwrap_or_default());
+            self.sender.push(bytes, Vec::new());
+            self.sender.flush_all(self.socket.as_fd())?;
+        }
+        Ok(())
+    }
+
+    /// The mapping that holds all of an access, and the access's offset in its descriptor.
+    fn find(&self, access: DmaAccess) -> Result<(&Shared, u64), Errno> {
+        let (start, shared) = self.shared.range(..=access.address).next_back().ok_or(Errno::FAULT)?;
+        let within = access.address - start;
+        if within.checked_add(access.count).is_none_or(|end| end > shared.size) {
+            return Err(Errno::FAULT);
+        }
+        Ok((shared, shared.offset + within))
+    }
+
+    fn dma_read(&self, body: &[u8]) -> Result<Vec<u8>, Errno> {
+        let access = DmaAccess::parse(body).map_err(|_| Errno::INVAL)?;
+        let count = usize::try_from(access.count).unwrap_or(usize::MAX);
+        if count > MAX_TRANSFER {
+            return Err(Errno::TOOBIG);
+        }
+        let (shared, at) = self.find(access)?;
+        if !shared.readable {
+            return Err(Errno::PERM);
+        }
+        let mut reply = access.body(&[]);
+        reply.resize(DMA_ACCESS_LEN + count, 0);
+        let mut done = 0;
+        while done < count {
+            match rustix::io::pread(&shared.memory, &mut reply[DMA_ACCESS_LEN + done..], at + done as u64)? {
+                0 => return Err(Errno::FAULT),
+                n => done += n,
+            }
+        }
+        Ok(reply)
+    }
+
+    fn dma_write(&self, body: &[u8]) -> Result<Vec<u8>, Errno> {
+        let (access, data) = DmaAccess::parse_with_data(body).map_err(|_| Errno::INVAL)?;
+        let (shared, at) = self.find(access)?;
+        if !shared.writable {
+            return Err(Errno::PERM);
+        }
+        let mut done = 0;
+        while done < data.len() {
+            match rustix::io::pwrite(&shared.memory, &data[done..], at + done as u64)? {
+                0 => return Err(Errno::FAULT),
+                n => done += n,
+            }
+        }
+        Ok(access.body(&[]))
+    }
+
+    /// What the device has.
+    ///
+    /// # Errors
+    /// When the server refuses or the connection fails; as of every method below.
+    pub fn device_info(&mut self) -> Result<DeviceInfo, ClientError> {
+        let info = self.info(command::DEVICE_GET_INFO, 16, 0)?;
+        Ok(DeviceInfo { resettable: info.flags & DEVICE_RESETS != 0, regions: info.index, irqs: info.count })
+    }
+
+    fn info(&mut self, number: u16, argsz: u32, index: u32) -> Result<Info, ClientError> {
+        let reply = self.call(number, &Info { argsz, flags: 0, index, count: 0 }.body(), &[])?;
+        Info::parse(&reply.body).map_err(|e| ClientError::Malformed(command_name(number), e))
+    }
+
+    /// A region.
+    ///
+    /// # Errors
+    /// See [`Client::device_info`].
+    pub fn region_info(&mut self, region: u32) -> Result<RegionInfo, ClientError> {
+        let request = protocol::RegionInfo { argsz: 32, flags: 0, index: region, size: 0 };
+        let reply = self.call(command::DEVICE_GET_REGION_INFO, &request.body(), &[])?;
+        let info = protocol::RegionInfo::parse(&reply.body)
+            .map_err(|e| ClientError::Malformed("DEVICE_GET_REGION_INFO", e))?;
+        Ok(RegionInfo { size: info.size, readable: info.flags & 1 != 0, writable: info.flags & 2 != 0 })
+    }
+
+    /// An interrupt index.
+    ///
+    /// # Errors
+    /// See [`Client::device_info`].
+    pub fn irq_info(&mut self, index: u32) -> Result<IrqInfo, ClientError> {
+        let info = self.info(command::DEVICE_GET_IRQ_INFO, 16, index)?;
+        let flag = |bit: u32| info.flags & 1 << bit != 0;
+        Ok(IrqInfo { count: info.count, maskable: flag(1), automasked: flag(2), fixed_size: flag(3) })
+    }
+
+    /// Offers memory to the device: `size` bytes from `offset` on of what `memory` stands for, at `address`. The
+    /// device may read and write it, and maps it if it can.
+    ///
+    /// # Errors
+    /// See [`Client::device_info`].
+    pub fn dma_map(&mut self, memory: BorrowedFd<'_>, offset: u64, address: u64, size: u64) -> Result<(), ClientError> {
+        self.map(memory, offset, address, size, &[memory])
+    }
+
+    /// Offers memory without giving its descriptor away: the device reaches it by message.
+    ///
+    /// # Errors
+    /// See [`Client::device_info`].
+    pub fn dma_map_remote(
+        &mut self,
+        memory: BorrowedFd<'_>,
+        offset: u64,
+        address: u64,
+        size: u64,
+    ) -> Result<(), ClientError> {
+        self.map(memory, offset, address, size, &[])
+    }
+
+    fn map(
+        &mut self,
+        memory: BorrowedFd<'_>,
+        offset: u64,
+        address: u64,
+        size: u64,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(), ClientError> {
+        let (readable, writable) = (true, true);
+        let file_offset = if fds.is_empty() { 0 } else { offset };
+        let map = DmaMap { readable, writable, offset: file_offset, address, size };
+        let memory = memory.try_clone_to_owned().map_err(|_| Errno::MFILE)?;
+        self.call(command::DMA_MAP, &map.body(), fds)?;
+        self.shared.insert(address, Shared { size, readable, writable, memory, offset });
+        Ok(())
+    }
+
+    /// Takes memory back. The device no longer touches it when this returns.
+    ///
+    /// # Errors
+    /// See [`Client::device_info`].
+    pub fn dma_unmap(&mut self, address: u64, size: u64) -> Result<(), ClientError> {
+        let unmap = DmaUnmap { all: false, dirty_bitmap: false, address, size };
+        self.call(command::DMA_UNMAP, &unmap.body(), &[])?;
+        self.shared.remove(&address);
+        Ok(())
+    }
+
+    /// Takes all memory back.
+    ///
+    /// # Errors
+    /// See [`Client::device_info`].
+    pub fn dma_unmap_all(&mut self) -> Result<(), ClientError> {
+        let unmap = DmaUnmap { all: true, dirty_bitmap: false, address: 0, size: 0 };
+        self.call(command::DMA_UNMAP, &unmap.body(), &[])?;
+        self.shared.clear();
+        Ok(())
+    }
+
+    fn access(&self, region: u32, offset: u64, count: usize) -> Result<RegionAccess, ClientError> {
+        match u32::try_from(count) {
+            Ok(bytes) if count <= self.agreed.peer_transfer => Ok(RegionAccess { offset, region, count: bytes }),
+            _ => Err(ClientError::TooMuch("region access")),
+        }
+    }
+
+    /// Reads from a region.
+    ///
+    /// # Errors
+    /// See [`Client::device_info`].
+    pub fn region_read(&mut self, region: u32, offset: u64, data: &mut [u8]) -> Result<(), ClientError> {
+        let access = self.access(region, offset, data.len())?;
+        let reply = self.call(command::REGION_READ, &access.body(&[]), &[])?;
+        match RegionAccess::parse_with_data(&reply.body) {
+            Ok((echo, read)) if echo == access => data.copy_from_slice(read),
+            Ok(_) => return Err(ClientError::Mismatch(reply.header, "REGION_READ")),
+            Err(e) => return Err(ClientError::Malformed("REGION_READ", e)),
+        }
+        Ok(())
+    }
+
+    /// Writes to a region and waits until it is done.
+    ///
+    /// # Errors
+    /// See [`Client::device_info`].
+    pub fn region_write(&mut self, region: u32, offset: u64, data: &[u8]) -> Result<(), ClientError> {
+        let access = self.access(region, offset, data.len())?;
+        self.call(command::REGION_WRITE, &access.body(data), &[]).map(drop)
+    }
+
+    /// Writes to a region without waiting. Later calls take effect after it.
+    ///
+    /// # Errors
+    /// When the connection fails. Whether the write succeeds is not known.
+    pub fn region_post(&mut self, region: u32, offset: u64, data: &[u8]) -> Result<(), ClientError> {
+        let access = self.access(region, offset, data.len())?;
+        self.post(command::REGION_WRITE, &access.body(data))
+    }
+
+    /// Does several writes of at most 8 bytes each with one message. Needs
+    /// [`Agreed::write_multiple`](Agreed::write_multiple).
+    ///
+    /// # Errors
+    /// See [`Client::device_info`]. The error is that of the first write that failed; the others are done.
+    pub fn region_write_multi(&mut self, writes: &[MultiWrite<'_>]) -> Result<(), ClientError> {
+        self.call(command::REGION_WRITE_MULTI, &MultiWrite::body(writes), &[]).map(drop)
+    }
+
+    /// Names the eventfds by which the device triggers the interrupts from `start` on.
+    ///
+    /// # Errors
+    /// See [`Client::device_info`].
+    pub fn connect_irqs(&mut self, index: u32, start: u32, eventfds: &[BorrowedFd<'_>]) -> Result<(), ClientError> {
+        let mut at = start;
+        for fds in eventfds.chunks(self.agreed.peer_fds.max(1)) {
+            let count = u32::try_from(fds.len()).map_err(|_| ClientError::TooMuch("DEVICE_SET_IRQS"))?;
+            self.set_irqs(SetIrqs { index, start: at, count, verb: IrqVerb::Trigger, data: IrqData::Eventfd }, fds)?;
+            at = at.saturating_add(count);
+        }
+        Ok(())
+    }
+
+    /// Disconnects all interrupts of an index.
+    ///
+    /// # Errors
+    /// See [`Client::device_info`].
+    pub fn disable_irqs(&mut self, index: u32) -> Result<(), ClientError> {
+        self.set_irqs(SetIrqs { index, start: 0, count: 0, verb: IrqVerb::Trigger, data: IrqData::None }, &[])
+    }
+
+    /// Masks, unmasks or triggers one interrupt.
+    ///
+    /// # Errors
+    /// See [`Client::device_info`].
+    pub fn irq(&mut self, index: u32, interrupt: u32, verb: IrqVerb) -> Result<(), ClientError> {
+        self.set_irqs(SetIrqs { index, start: interrupt, count: 1, verb, data: IrqData::None }, &[])
+    }
+
+    fn set_irqs(&mut self, set: SetIrqs<'_>, fds: &[BorrowedFd<'_>]) -> Result<(), ClientError> {
+        self.call(command::DEVICE_SET_IRQS, &set.body(), fds).map(drop)
+    }
+
+    /// The eventfds that stand for writes to a region; those of other types are left out.
+    ///
+    /// # Errors
+    /// See [`Client::device_info`].
+    pub fn io_eventfds(&mut self, region: u32) -> Result<Vec<IoEventFd>, ClientError> {
+        const NAME: &str = "DEVICE_GET_REGION_IO_FDS";
+        let argsz = self.info(command::DEVICE_GET_REGION_IO_FDS, 16, region)?.argsz;
+        if argsz as usize <= Info::LEN {
+            return Ok(Vec::new());
+        }
+        let request = Info { argsz, flags: 0, index: region, count: 0 };
+        let reply = self.call(command::DEVICE_GET_REGION_IO_FDS, &request.body(), &[])?;
+        let sub_regions = SubRegion::parse_all(&reply.body).map_err(|e| ClientError::Malformed(NAME, e))?;
+        let mut found = Vec::new();
+        for SubRegion { offset, size, fd_index, kind, flags, datamatch } in sub_regions {
+            if kind != 0 {
+                continue;
+            }
+            let fd = reply.fds.get(fd_index as usize).ok_or(ClientError::Mismatch(reply.header, NAME))?;
+            let fd = fd.try_clone().map_err(|_| Errno::MFILE)?;
+            found.push(IoEventFd { fd, offset, size, datamatch: (flags & 1 != 0).then_some(datamatch) });
+        }
+        Ok(found)
+    }
+
+    /// Resets the device.
+    ///
+    /// # Errors
+    /// See [`Client::device_info`].
+    pub fn reset(&mut self) -> Result<(), ClientError> {
+        self.call(command::DEVICE_RESET, &[], &[]).map(drop)
+    }
+}
+
+impl AsFd for Client {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}

@@ -1,0 +1,353 @@
+//! A small device to serve, and a client that says whatever bytes it is told to.
+#![allow(dead_code, missing_docs)] // Each test program uses a part of it.
+
+use std::collections::BTreeMap;
+use std::io::{ErrorKind, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use vbus_vfio_user::{
+    DeviceInfo, Errno, IoEventFd, IrqAction, IrqInfo, Mapping, RegionInfo, RemoteMemory, Server, Target,
+};
+
+/// How long a test waits for something that must happen.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Region 0: 4 KiB of memory, of which the last 256 bytes refuse every access. Region 1: write only. Region 6: read
+/// only. Region 7: 256 bytes of configuration space. The others do not exist.
+pub struct Device {
+    pub memory: Vec<u8>,
+    pub config: Vec<u8>,
+    pub maps: BTreeMap<u64, Mapping>,
+    pub irqs: BTreeMap<(u32, u32), OwnedFd>,
+    /// Triggers, masks and unmasks by message, in order: what, index, interrupts.
+    pub actions: Vec<(char, u32, Vec<u32>)>,
+    pub doorbells: Vec<OwnedFd>,
+    pub remote: Option<RemoteMemory>,
+    pub resets: u32,
+    pub clients: u32,
+    pub writes: u32,
+}
+
+impl Device {
+    pub fn new() -> Self {
+        Self {
+            memory: vec![0; 4096],
+            config: vec![0x5a; 256],
+            maps: BTreeMap::new(),
+            irqs: BTreeMap::new(),
+            actions: Vec::new(),
+            doorbells: (0..3).map(|_| eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap()).collect(),
+            remote: None,
+            resets: 0,
+            clients: 0,
+            writes: 0,
+        }
+    }
+}
+
+impl Target for Device {
+    fn device_info(&self) -> DeviceInfo {
+        DeviceInfo { resettable: true, regions: 9, irqs: 5 }
+    }
+
+    fn region_info(&self, region: u32) -> RegionInfo {
+        match region {
+            0 => RegionInfo { size: 4096, readable: true, writable: true },
+            1 => RegionInfo { size: 64, readable: false, writable: true },
+            6 => RegionInfo { size: 512, readable: true, writable: false },
+            7 => RegionInfo { size: 256, readable: true, writable: true },
+            _ => RegionInfo::default(),
+        }
+    }
+
+    fn irq_info(&self, index: u32) -> IrqInfo {
+        match index {
+            0 => IrqInfo { count: 1, maskable: true, automasked: true, fixed_size: false },
+            1 => IrqInfo { count: 4, maskable: false, automasked: false, fixed_size: true },
+            2 => IrqInfo { count: 32, maskable: false, automasked: false, fixed_size: true },
+            _ => IrqInfo::default(),
+        }
+    }
+
+    fn read(&mut self, region: u32, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
+        let at = usize::try_from(offset).unwrap();
+        match region {
+            0 if at + data.len() > 3840 => return Err(Errno::IO),
+            0 => data.copy_from_slice(&self.memory[at..at + data.len()]),
+            6 => data.fill(0xab),
+            7 => data.copy_from_slice(&self.config[at..at + data.len()]),
+            _ => panic!("read of region {region}, which cannot be read"),
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, region: u32, offset: u64, data: &[u8]) -> Result<(), Errno> {
+        let at = usize::try_from(offset).unwrap();
+        self.writes += 1;
+        match region {
+            0 if at + data.len() > 3840 => return Err(Errno::IO),
+            0 => self.memory[at..at + data.len()].copy_from_slice(data),
+            1 => {}
+            7 => self.config[at..at + data.len()].copy_from_slice(data),
+            _ => panic!("write to region {region}, which cannot be written"),
+        }
+        Ok(())
+    }
+
+    fn set_irqs(&mut self, index: u32, action: IrqAction) -> Result<(), Errno> {
+        match action {
+            IrqAction::DisableAll => self.irqs.retain(|&(i, _), _| i != index),
+            IrqAction::Connect { start, eventfds } => {
+                for (number, fd) in (start..).zip(eventfds) {
+                    match fd {
+                        Some(fd) => drop(self.irqs.insert((index, number), fd)),
+                        None => drop(self.irqs.remove(&(index, number))),
+                    }
+                }
+            }
+            IrqAction::ConnectMask { .. } | IrqAction::ConnectUnmask { .. } => return Err(Errno::OPNOTSUPP),
+            IrqAction::Trigger(which) => {
+                for number in &which {
+                    if let Some(fd) = self.irqs.get(&(index, *number)) {
+                        rustix::io::write(fd, &1u64.to_ne_bytes()).unwrap();
+                    }
+                }
+                self.actions.push(('t', index, which));
+            }
+            IrqAction::Mask(which) => self.actions.push(('m', index, which)),
+            IrqAction::Unmask(which) => self.actions.push(('u', index, which)),
+        }
+        Ok(())
+    }
+
+    fn dma_map(&mut self, mapping: Mapping) -> Result<(), Errno> {
+        if let Some((fd, _)) = &mapping.memory {
+            // As a real device does, which has to map it.
+            if rustix::fs::fstat(fd)?.st_size == 0 {
+                return Err(Errno::NODEV);
+            }
+        }
+        assert!(self.maps.insert(mapping.address, mapping).is_none(), "mapped twice");
+        Ok(())
+    }
+
+    fn dma_unmap(&mut self, address: u64, size: u64) {
+        assert_eq!(self.maps.remove(&address).map(|m| m.size), Some(size), "unmapped what was not mapped");
+    }
+
+    fn dma_unmap_all(&mut self) {
+        self.maps.clear();
+    }
+
+    fn reset(&mut self) -> Result<(), Errno> {
+        self.resets += 1;
+        self.memory.fill(0);
+        Ok(())
+    }
+
+    fn io_eventfds(&mut self, region: u32) -> Vec<IoEventFd> {
+        let doorbells = if region == 0 { &self.doorbells[..] } else { &[] };
+        let entry = |(fd, number): (&OwnedFd, u64)| IoEventFd {
+            fd: fd.try_clone().unwrap(),
+            offset: 2048 + 4 * number,
+            size: 4,
+            datamatch: (number > 0).then_some(number),
+        };
+        doorbells.iter().zip(0..).map(entry).collect()
+    }
+
+    fn connected(&mut self, memory: RemoteMemory) {
+        assert!(self.remote.is_none(), "connected twice");
+        self.remote = Some(memory);
+        self.clients += 1;
+    }
+
+    fn disconnected(&mut self) {
+        assert!(self.remote.take().is_some(), "disconnected without a connection");
+        self.maps.clear();
+        self.irqs.clear();
+    }
+}
+
+/// A folder with the socket of a [`Device`].
+pub struct Bench {
+    pub folder: tempfile::TempDir,
+    pub server: Server<Device>,
+}
+
+impl Bench {
+    pub fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let server = Server::bind(folder.path().join("s"), "test", Device::new()).unwrap();
+        Self { folder, server }
+    }
+
+    pub fn path(&self) -> PathBuf {
+        self.server.path().clone()
+    }
+
+    /// Runs the server while `client` runs in a thread of its own.
+    pub fn with<R: Send>(&mut self, client: impl FnOnce(&Path) -> R + Send) -> R {
+        let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        let path = self.path();
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| client(&path)));
+                rustix::io::write(&stop, &1u64.to_ne_bytes()).unwrap();
+                result
+            });
+            self.server.run(&stop).unwrap();
+            thread.join().unwrap().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    /// Runs the server until `done`, woken by its own descriptor and by `also`.
+    pub fn until(&mut self, also: Option<BorrowedFd<'_>>, mut done: impl FnMut(&mut Server<Device>) -> bool) {
+        let start = Instant::now();
+        while !done(&mut self.server) {
+            assert!(start.elapsed() < PATIENCE, "what was waited for does not happen");
+            let mut fds = vec![PollFd::new(&self.server, PollFlags::IN)];
+            fds.extend(also.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+            poll(&mut fds, Some(&Timespec { tv_sec: 20, tv_nsec: 0 })).unwrap();
+            drop(fds);
+            self.server.ready(Instant::now());
+        }
+    }
+
+    /// Runs the server until the last client is gone.
+    pub fn until_gone(&mut self) {
+        self.until(None, |server| {
+            server.ready(Instant::now());
+            !server.has_client()
+        });
+    }
+}
+
+/// Descriptors that this process has open.
+pub fn open_fds() -> usize {
+    std::fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+/// What a raw client gets to see.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Seen {
+    /// A reply: id, command, errno of an error, body.
+    Reply(u16, u16, Option<u32>, Vec<u8>),
+    /// The end of the connection.
+    Closed,
+}
+
+/// A client that sends what it is told to.
+pub struct Raw {
+    pub stream: UnixStream,
+    input: Vec<u8>,
+}
+
+pub const NO_REPLY: u32 = 0x10;
+pub const REPLY: u32 = 1;
+
+/// A message with any header.
+pub fn raw(id: u16, command: u16, size: u32, flags: u32, body: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    bytes.extend_from_slice(&id.to_ne_bytes());
+    bytes.extend_from_slice(&command.to_ne_bytes());
+    bytes.extend_from_slice(&size.to_ne_bytes());
+    bytes.extend_from_slice(&flags.to_ne_bytes());
+    bytes.extend_from_slice(&0u32.to_ne_bytes());
+    bytes.extend_from_slice(body);
+    bytes
+}
+
+/// A message with a right header.
+pub fn framed(id: u16, command: u16, flags: u32, body: &[u8]) -> Vec<u8> {
+    raw(id, command, u32::try_from(16 + body.len()).unwrap(), flags, body)
+}
+
+/// Integers of different sizes, one after the other.
+#[macro_export]
+macro_rules! bytes {
+    ($($value:expr),* $(,)?) => {{
+        #[allow(unused_mut)]
+        let mut bytes: Vec<u8> = Vec::new();
+        $(bytes.extend_from_slice(&$value.to_ne_bytes());)*
+        bytes
+    }};
+}
+
+pub fn version() -> Vec<u8> {
+    let mut body = bytes![0u16, 0u16];
+    body.extend_from_slice(
+        b"{\"capabilities\":{\"max_msg_fds\":16,\"max_data_xfer_size\":1048576,\"write_multiple\":true}}\0",
+    );
+    body
+}
+
+impl Raw {
+    pub fn connect(bench: &Bench) -> Self {
+        Self { stream: UnixStream::connect(bench.path()).unwrap(), input: Vec::new() }
+    }
+
+    /// Connects and negotiates.
+    pub fn agreed(bench: &mut Bench) -> Self {
+        let mut raw = Self::connect(bench);
+        raw.send(&framed(900, 1, 0, &version()));
+        match raw.see(bench) {
+            Seen::Reply(900, 1, None, _) => raw,
+            other => panic!("no agreement: {other:?}"),
+        }
+    }
+
+    /// Sends bytes; a server that has closed the connection already is none of its concern.
+    pub fn send(&mut self, bytes: &[u8]) {
+        let _ = self.stream.write_all(bytes);
+    }
+
+    pub fn send_with(&mut self, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
+        let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(fds.len()))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        assert!(ancillary.push(SendAncillaryMessage::ScmRights(fds)));
+        let sent = sendmsg(&self.stream, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL).unwrap();
+        assert_eq!(sent, bytes.len());
+    }
+
+    /// Runs the server until it has answered or closed the connection.
+    pub fn see(&mut self, bench: &mut Bench) -> Seen {
+        self.stream.set_nonblocking(true).unwrap();
+        let mut seen = None;
+        let fd = self.stream.try_clone().unwrap();
+        bench.until(Some(fd.as_fd()), |_| {
+            seen = self.parse();
+            seen.is_some()
+        });
+        seen.unwrap()
+    }
+
+    fn parse(&mut self) -> Option<Seen> {
+        loop {
+            if let Some(header) = self.input.first_chunk::<16>() {
+                let header = vbus_vfio_user::protocol::Header::parse(header).unwrap();
+                if self.input.len() >= header.size as usize {
+                    let message: Vec<u8> = self.input.drain(..header.size as usize).collect();
+                    let vbus_vfio_user::protocol::Kind::Reply { error } = header.kind else {
+                        panic!("a command of the server: {header}");
+                    };
+                    return Some(Seen::Reply(header.id, header.command, error, message[16..].to_vec()));
+                }
+            }
+            let mut chunk = [0; 65536];
+            match self.stream.read(&mut chunk) {
+                Ok(0) => return Some(Seen::Closed),
+                Ok(n) => self.input.extend_from_slice(&chunk[..n]),
+                Err(e) if e.kind() == ErrorKind::WouldBlock => return None,
+                Err(e) if e.kind() == ErrorKind::ConnectionReset => return Some(Seen::Closed),
+                Err(e) => panic!("{e}"),
+            }
+        }
+    }
+}
