@@ -1,8 +1,9 @@
 //! Ring: every value is kept, in order (spec/shared-memory.md, "Ring").
 //!
-//! Two arrays with one writer each: the driver submits entries in one, the device returns them in the other (or, where a return carries
-//! nothing, only counts them in its `seq`). An entry carries a lap tag, so that a poller touches nothing but the entry's own line. The
-//! number of entries in flight never exceeds the ring's size, which is all the flow control there is.
+//! One array, whose entries pass back and forth: the driver submits an entry in a slot, the device returns one in a slot whose submission it
+//! has taken (or, where a return carries nothing, only counts them in its `seq`). Each entry says whose it is and of which lap, so that a
+//! poller touches nothing but the entry's own line. The number of entries in flight never exceeds the ring's size, which is all the flow
+//! control there is.
 
 use super::memory::{Memory, WORD, low, read_u32};
 use super::signal::{self, Armed, BLOCK_BYTES, BadSignal, End, Receiver, Sender};
@@ -12,8 +13,8 @@ use super::sync::{Edge, Ordering, Word, observe, publish};
 pub const MAGIC: u64 = 0x0001_6972_7375_6276;
 /// Where the signal block is, in bytes.
 pub const SIGNAL_OFFSET: usize = 128;
-/// Where the array of submissions is, in bytes.
-pub const SUBMIT_OFFSET: usize = SIGNAL_OFFSET + BLOCK_BYTES;
+/// Where the array of entries is, in bytes.
+pub const ENTRIES_OFFSET: usize = SIGNAL_OFFSET + BLOCK_BYTES;
 /// Bytes of an entry.
 pub const ENTRY_BYTES: usize = 16;
 /// The largest ring, in entries.
@@ -25,18 +26,24 @@ const HEADER_START: usize = 3;
 const ENTRY_WORDS: usize = ENTRY_BYTES / WORD;
 
 const _: () = {
-    assert!(ENTRY_BYTES == 16 && SIGNAL_OFFSET == 128 && SUBMIT_OFFSET == 384);
-    assert!(SIGNAL_OFFSET % signal::BLOCK_ALIGN == 0 && SUBMIT_OFFSET % 64 == 0);
+    assert!(ENTRY_BYTES == 16 && SIGNAL_OFFSET == 128 && ENTRIES_OFFSET == 384);
+    assert!(SIGNAL_OFFSET % signal::BLOCK_ALIGN == 0 && ENTRIES_OFFSET % 64 == 0);
     assert!((HEADER_START + 1) * WORD <= SIGNAL_OFFSET);
     assert!(MAX_ENTRIES.is_power_of_two() && MAX_ENTRIES <= i32::MAX as u32);
 };
 
 /// Flag of an entry: the next one belongs to it (scatter-gather).
 pub const NEXT: u16 = 1 << 0;
-/// Flag bits that are the ring's own: the lap tag.
+/// Flag of an entry, the ring's own: set in every other lap, beginning with the first.
 pub const LAP: u16 = 1 << 15;
+/// Flag of an entry, the ring's own: the device has written it.
+pub const RETURNED: u16 = 1 << 14;
 
-/// A buffer or a value in flight. `flags` are the user's, except [`NEXT`], which chains, and [`LAP`], which is the ring's.
+/// The ring's own flags within an entry's second word.
+const MARKS: u64 = ((LAP | RETURNED) as u64) << 48;
+const RETURN: u64 = (RETURNED as u64) << 48;
+
+/// A buffer or a value in flight. `flags` are the user's, except [`NEXT`], which chains, and [`LAP`] and [`RETURNED`], which are the ring's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Entry {
     /// Address in the driver's memory, or any value.
@@ -50,9 +57,11 @@ pub struct Entry {
 }
 
 impl Entry {
-    fn tag(self, lap: bool) -> u64 {
-        let flags = (self.flags & !LAP) | if lap { LAP } else { 0 };
-        u64::from(self.len) | u64::from(self.id) << 32 | u64::from(flags) << 48
+    /// The second word: the length in bits 0..32, the id in 32..48, the flags in 48..64.
+    #[inline(always)]
+    fn tag(self, mark: u64) -> u64 {
+        let word = u64::from(self.len) | u64::from(self.id) << 32 | u64::from(self.flags) << 48;
+        word & !MARKS | mark
     }
 }
 
@@ -123,15 +132,9 @@ impl Layout {
         self.returns
     }
 
-    /// Bytes of one array: whole cache lines, so that none has two writers.
-    fn array_bytes(&self) -> usize {
-        (self.entries as usize * ENTRY_BYTES).next_multiple_of(64)
-    }
-
-    /// Bytes of the whole ring.
+    /// Bytes of the whole ring: whole cache lines.
     pub fn bytes(&self) -> usize {
-        let arrays = if self.returns == Returns::Entries { 2 } else { 1 };
-        SUBMIT_OFFSET + arrays * self.array_bytes()
+        (ENTRIES_OFFSET + self.entries as usize * ENTRY_BYTES).next_multiple_of(64)
     }
 
     /// Words of the whole ring.
@@ -139,38 +142,38 @@ impl Layout {
         self.bytes() / WORD
     }
 
-    fn submit_word(&self, pos: u32) -> usize {
-        SUBMIT_OFFSET / WORD + (pos & (self.entries - 1)) as usize * ENTRY_WORDS
+    /// The two words of the slot at position `pos`.
+    #[inline(always)]
+    fn slot<'a>(&self, words: &'a [Word], pos: u32) -> &'a [Word] {
+        let at = ENTRIES_OFFSET / WORD + (pos & (self.entries - 1)) as usize * ENTRY_WORDS;
+        &words[at..at + ENTRY_WORDS]
     }
 
-    fn return_word(&self, pos: u32) -> usize {
-        self.submit_word(pos) + self.array_bytes() / WORD
-    }
-
-    /// The lap tag of position `pos`. Memory of zeros holds no entry of the first lap.
-    fn lap(&self, pos: u32) -> bool {
-        pos & self.entries == 0
+    /// The lap at position `pos`, as a mark. Memory of zeros holds no entry of the first lap.
+    #[inline(always)]
+    fn lap(&self, pos: u32) -> u64 {
+        if pos & self.entries == 0 { u64::from(LAP) << 48 } else { 0 }
     }
 }
 
-/// Reads the entry at word `at` if it is of lap `lap`.
+/// Reads the entry in `slot` if it bears `mark`.
 #[inline(always)]
-fn load(words: &[Word], at: usize, lap: bool) -> Option<Entry> {
-    // Pairs with the release in `store`: the address is visible with its tag.
-    let tag = observe(&words[at + 1], Edge::Tag);
-    let flags = (tag >> 48) as u16;
-    if (flags & LAP != 0) != lap {
+fn load(slot: &[Word], mark: u64) -> Option<Entry> {
+    // Pairs with the publication in `store`: the address is visible with its tag.
+    let tag = observe(&slot[1], Edge::Tag);
+    if tag & MARKS != mark {
         return None;
     }
-    let addr = words[at].load(Ordering::Relaxed);
-    Some(Entry { addr, len: low(tag), id: (tag >> 32 & 0xffff) as u16, flags: flags & !LAP })
+    let addr = slot[0].load(Ordering::Relaxed);
+    let flags = ((tag & !MARKS) >> 48 & 0xffff) as u16;
+    Some(Entry { addr, len: low(tag), id: (tag >> 32 & 0xffff) as u16, flags })
 }
 
 #[inline(always)]
-fn store(words: &[Word], at: usize, lap: bool, entry: Entry) {
-    words[at].store(entry.addr, Ordering::Relaxed);
-    // Pairs with the acquire in `load`.
-    publish(&words[at + 1], entry.tag(lap), Edge::Tag);
+fn store(slot: &[Word], mark: u64, entry: Entry) {
+    slot[0].store(entry.addr, Ordering::Relaxed);
+    // Pairs with `load`.
+    publish(&slot[1], entry.tag(mark), Edge::Tag);
 }
 
 /// The driver's end: submits, and reaps what comes back.
@@ -192,11 +195,9 @@ impl<M: Memory + Clone> DriverEnd<M> {
             return Err(BadRing::TooSmall);
         }
         for pos in (0..layout.entries).map(|i| start.wrapping_add(i)) {
-            let none = Entry::default();
-            store(words, layout.submit_word(pos), !layout.lap(pos), none);
-            if layout.returns == Returns::Entries {
-                store(words, layout.return_word(pos), !layout.lap(pos), none);
-            }
+            // What the lap before would have left.
+            let before = layout.lap(pos.wrapping_sub(layout.entries)) | RETURN;
+            store(layout.slot(words, pos), before, Entry::default());
         }
         signal::format(&mem, SIGNAL_OFFSET, start)?;
         words[HEADER_ENTRIES].store(u64::from(layout.entries), Ordering::Relaxed);
@@ -231,8 +232,7 @@ impl<M: Memory + Clone> DriverEnd<M> {
         if self.space() == 0 {
             return Err(Full);
         }
-        let at = self.layout.submit_word(self.submitted);
-        store(self.mem.words(), at, self.layout.lap(self.submitted), entry);
+        store(self.layout.slot(self.mem.words(), self.submitted), self.layout.lap(self.submitted), entry);
         self.submitted = self.submitted.wrapping_add(1);
         Ok(())
     }
@@ -248,11 +248,8 @@ impl<M: Memory + Clone> DriverEnd<M> {
     /// The next returned entry, of a ring with [`Returns::Entries`].
     #[inline]
     pub fn reap(&mut self) -> Result<Option<Entry>, Corrupt> {
-        let at = self.layout.return_word(self.reaped);
-        if self.layout.returns == Returns::Counted {
-            return Ok(None);
-        }
-        let Some(entry) = load(self.mem.words(), at, self.layout.lap(self.reaped)) else { return Ok(None) };
+        let mark = self.layout.lap(self.reaped) | RETURN;
+        let Some(entry) = load(self.layout.slot(self.mem.words(), self.reaped), mark) else { return Ok(None) };
         if self.in_flight() == 0 {
             return Err(Corrupt::Unasked);
         }
@@ -297,7 +294,7 @@ impl<M: Memory + Clone> DeviceEnd<M> {
     /// Attaches to a ring that the driver has formatted. The header is read once and checked.
     pub fn attach(mem: M) -> Result<Self, BadRing> {
         let words = mem.words();
-        if words.len() * WORD < SUBMIT_OFFSET {
+        if words.len() * WORD < ENTRIES_OFFSET {
             return Err(BadRing::TooSmall);
         }
         if words[0].load(Ordering::Acquire) != MAGIC {
@@ -333,8 +330,8 @@ impl<M: Memory + Clone> DeviceEnd<M> {
     /// The next submitted entry. Its content is the peer's word: check it before use.
     #[inline]
     pub fn take(&mut self) -> Result<Option<Entry>, Corrupt> {
-        let at = self.layout.submit_word(self.taken);
-        let Some(entry) = load(self.mem.words(), at, self.layout.lap(self.taken)) else { return Ok(None) };
+        let mark = self.layout.lap(self.taken);
+        let Some(entry) = load(self.layout.slot(self.mem.words(), self.taken), mark) else { return Ok(None) };
         if self.held() == self.layout.entries {
             return Err(Corrupt::Overfull);
         }
@@ -350,7 +347,8 @@ impl<M: Memory + Clone> DeviceEnd<M> {
             return;
         }
         if self.layout.returns == Returns::Entries {
-            store(self.mem.words(), self.layout.return_word(self.given), self.layout.lap(self.given), entry);
+            let mark = self.layout.lap(self.given) | RETURN;
+            store(self.layout.slot(self.mem.words(), self.given), mark, entry);
         }
         self.given = self.given.wrapping_add(1);
     }
@@ -390,9 +388,8 @@ mod tests {
     fn layouts_are_whole_lines() {
         let bytes = |entries, returns| Layout::new(entries, returns).unwrap().bytes();
         assert_eq!(bytes(2, Returns::Counted), 448);
-        assert_eq!(bytes(2, Returns::Entries), 512);
         assert_eq!(bytes(256, Returns::Counted), 384 + 4096);
-        assert_eq!(bytes(256, Returns::Entries), 384 + 8192);
+        assert_eq!(bytes(256, Returns::Entries), 384 + 4096);
         for entries in [0, 1, 3, 65536, u32::MAX] {
             assert_eq!(Layout::new(entries, Returns::Counted), Err(BadRing::Entries));
         }
@@ -487,14 +484,14 @@ mod tests {
         driver.submit(entry(0)).unwrap();
         driver.submit(entry(1)).unwrap();
         assert!(device.take().unwrap().is_some() && device.take().unwrap().is_some());
-        store(&memory, layout.submit_word(2), layout.lap(2), entry(2));
+        store(layout.slot(&memory, 2), layout.lap(2), entry(2));
         assert_eq!(device.take(), Err(Corrupt::Overfull));
         assert_eq!(driver.reap(), Ok(None));
         for pos in 0..2 {
-            store(&memory, layout.return_word(pos), layout.lap(pos), entry(0));
+            store(layout.slot(&memory, pos), layout.lap(pos) | RETURN, entry(0));
             assert!(driver.reap().unwrap().is_some());
         }
-        store(&memory, layout.return_word(2), layout.lap(2), entry(0));
+        store(layout.slot(&memory, 2), layout.lap(2) | RETURN, entry(0));
         assert_eq!(driver.reap(), Err(Corrupt::Unasked));
     }
 

@@ -23,7 +23,7 @@ enum Op {
 
 fn entry() -> impl Strategy<Value = Entry> {
     // Every bit but the ring's own.
-    (any::<u64>(), any::<u32>(), any::<u16>(), 0..0x8000_u16).prop_map(|(addr, len, id, flags)| Entry {
+    (any::<u64>(), any::<u32>(), any::<u16>(), 0..0x4000_u16).prop_map(|(addr, len, id, flags)| Entry {
         addr,
         len,
         id,

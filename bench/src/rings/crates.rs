@@ -1,0 +1,169 @@
+//! The crates: `virtio-drivers` on the driver's end, `virtio-queue` on the device's.
+
+use std::cell::Cell;
+use std::ptr::NonNull;
+
+use virtio_drivers::queue::VirtQueue;
+use virtio_drivers::transport::{DeviceStatus, DeviceType, InterruptStatus, Transport};
+use virtio_drivers::{BufferDirection, Hal, PAGE_SIZE, PhysAddr};
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+
+use super::{Device, Driver, ENTRIES};
+
+const MEMORY: usize = 64 * PAGE_SIZE;
+
+thread_local! {
+    // Where the next ring's memory is, and the next free page in it. Page 0 stays free: an address of 0 means failure.
+    static ARENA: Cell<(usize, usize)> = const { Cell::new((0, 1)) };
+}
+
+pub struct Pages;
+
+// SAFETY: pages of the arena, each given out once.
+unsafe impl Hal for Pages {
+    fn dma_alloc(pages: usize, _: BufferDirection) -> (PhysAddr, NonNull<u8>) {
+        let (base, page) = ARENA.get();
+        assert!((page + pages) * PAGE_SIZE <= MEMORY / 2, "the arena's first half is for queues");
+        ARENA.set((base, page + pages));
+        let offset = page * PAGE_SIZE;
+        (offset as u64, NonNull::new((base + offset) as *mut u8).expect("not null"))
+    }
+
+    unsafe fn dma_dealloc(_: PhysAddr, _: NonNull<u8>, _: usize) -> i32 {
+        0
+    }
+
+    unsafe fn mmio_phys_to_virt(_: PhysAddr, _: usize) -> NonNull<u8> {
+        unreachable!("there is no register")
+    }
+
+    unsafe fn share(buffer: NonNull<[u8]>, _: BufferDirection) -> PhysAddr {
+        // Buffers are numbers in the guise of addresses: the ring is measured, not the translation.
+        buffer.as_ptr().cast::<u8>() as u64
+    }
+
+    unsafe fn unshare(_: PhysAddr, _: NonNull<[u8]>, _: BufferDirection) {}
+}
+
+/// A transport that does nothing but remember where the queue is.
+#[derive(Default)]
+struct Addresses([u64; 3]);
+
+impl Transport for Addresses {
+    fn device_type(&self) -> DeviceType {
+        DeviceType::Network
+    }
+    fn read_device_features(&mut self) -> u64 {
+        0
+    }
+    fn write_driver_features(&mut self, _: u64) {}
+    fn max_queue_size(&mut self, _: u16) -> u32 {
+        ENTRIES as u32
+    }
+    fn notify(&mut self, _: u16) {}
+    fn get_status(&self) -> DeviceStatus {
+        DeviceStatus::empty()
+    }
+    fn set_status(&mut self, _: DeviceStatus) {}
+    fn set_guest_page_size(&mut self, _: u32) {}
+    fn requires_legacy_layout(&self) -> bool {
+        false
+    }
+    fn queue_set(&mut self, _: u16, _: u32, descriptors: PhysAddr, driver: PhysAddr, device: PhysAddr) {
+        self.0 = [descriptors, driver, device];
+    }
+    fn queue_unset(&mut self, _: u16) {}
+    fn queue_used(&mut self, _: u16) -> bool {
+        false
+    }
+    fn ack_interrupt(&mut self) -> InterruptStatus {
+        InterruptStatus::empty()
+    }
+    fn read_config_generation(&self) -> u32 {
+        0
+    }
+    fn read_config_space<T>(&self, _: usize) -> virtio_drivers::Result<T> {
+        Err(virtio_drivers::Error::Unsupported)
+    }
+    fn write_config_space<T>(&mut self, _: usize, _: T) -> virtio_drivers::Result<()> {
+        Err(virtio_drivers::Error::Unsupported)
+    }
+}
+
+pub struct Near {
+    queue: VirtQueue<Pages, ENTRIES>,
+    buffers: &'static [[u8; 16]],
+    of_token: Vec<usize>,
+    number: usize,
+}
+
+pub struct Far {
+    queue: Queue,
+    memory: GuestMemoryMmap,
+}
+
+pub fn pair() -> (Near, Far) {
+    let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), MEMORY)]).expect("memory");
+    memory.write_slice(&vec![0; MEMORY], GuestAddress(0)).expect("touching every page");
+    let base = memory.get_host_address(GuestAddress(0)).expect("it begins there");
+    ARENA.set((base as usize, 1));
+    let mut transport = Addresses::default();
+    let driver = VirtQueue::new(&mut transport, 0, false, false).expect("a queue");
+    let mut queue = Queue::new(ENTRIES as u16).expect("a queue");
+    queue.try_set_desc_table_address(GuestAddress(transport.0[0])).expect("aligned");
+    queue.try_set_avail_ring_address(GuestAddress(transport.0[1])).expect("aligned");
+    queue.try_set_used_ring_address(GuestAddress(transport.0[2])).expect("aligned");
+    queue.set_ready(true);
+    assert!(queue.is_valid(&memory));
+    // SAFETY: the arena's second half, which nobody writes; the mapping lives as long as the device's end, which outlives the run.
+    let buffers = unsafe { std::slice::from_raw_parts(base.add(MEMORY / 2).cast(), ENTRIES) };
+    (Near { queue: driver, buffers, of_token: vec![0; ENTRIES], number: 0 }, Far { queue, memory })
+}
+
+impl Driver for Near {
+    #[inline]
+    fn submit(&mut self, n: usize) -> u64 {
+        let mut sum = 0;
+        for _ in 0..n {
+            let buffer = &self.buffers[self.number % ENTRIES];
+            sum += buffer.as_ptr() as u64 & 0xffff_ffff;
+            // SAFETY: nobody writes the buffers.
+            let token = unsafe { self.queue.add(&[buffer], &mut []) }.expect("there is room");
+            self.of_token[token as usize] = self.number % ENTRIES;
+            self.number += 1;
+        }
+        std::hint::black_box(self.queue.should_notify());
+        sum
+    }
+
+    #[inline]
+    fn reap(&mut self, max: usize) -> (usize, u64) {
+        let mut sum = 0;
+        for n in 0..max {
+            let Some(token) = self.queue.peek_used() else { return (n, sum) };
+            let buffer = &self.buffers[self.of_token[token as usize]];
+            // SAFETY: the buffer that was added under this token.
+            sum += u64::from(unsafe { self.queue.pop_used(token, &[buffer], &mut []) }.expect("it is there"));
+        }
+        (max, sum)
+    }
+}
+
+impl Device for Far {
+    #[inline]
+    fn serve(&mut self, max: usize) -> usize {
+        let mut n = 0;
+        while n < max {
+            let Some(mut chain) = self.queue.pop_descriptor_chain(&self.memory) else { break };
+            let head = chain.head_index();
+            let descriptor = chain.next().expect("a descriptor");
+            self.queue.add_used(&self.memory, head, descriptor.addr().raw_value() as u32).expect("a used entry");
+            n += 1;
+        }
+        if n != 0 {
+            std::hint::black_box(self.queue.needs_notification(&self.memory).expect("readable"));
+        }
+        n
+    }
+}
