@@ -1,0 +1,1 @@
+//! `state`: named values (spec/state.md).

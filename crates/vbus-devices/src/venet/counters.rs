@@ -1,0 +1,81 @@
+//! What a queue pair counts, over the life of its device.
+
+use serde::Serialize;
+use vbus_core::Counter;
+
+/// Frames from the driver.
+#[derive(Debug, Default, Serialize)]
+pub struct TxCounters {
+    /// Frames sent on.
+    pub frames: Counter,
+    /// Their bytes, without headers.
+    pub bytes: Counter,
+    /// Polls that sent something.
+    pub batches: Counter,
+    /// Times that sending stopped because the other side had no room.
+    pub waits: Counter,
+    /// Frames that were dropped, by reason.
+    pub drops: TxDrops,
+}
+
+/// Why frames from the driver were dropped.
+#[derive(Debug, Default, Serialize)]
+pub struct TxDrops {
+    /// Shorter than an Ethernet header.
+    pub short: Counter,
+    /// Longer than the MTU allows, or a header that does not fit its frame or the features accepted.
+    pub bad_header: Counter,
+    /// The back end has no link.
+    pub no_link: Counter,
+    /// The back end refused the frame.
+    pub refused: Counter,
+}
+
+impl TxDrops {
+    /// All reasons.
+    pub fn sum(&self) -> u64 {
+        [&self.short, &self.bad_header, &self.no_link, &self.refused].into_iter().map(Counter::get).sum()
+    }
+}
+
+/// Frames to the driver.
+#[derive(Debug, Default, Serialize)]
+pub struct RxCounters {
+    /// Frames delivered.
+    pub frames: Counter,
+    /// Their bytes, without headers.
+    pub bytes: Counter,
+    /// Posts that made frames visible.
+    pub batches: Counter,
+    /// Times that a frame found too few buffers.
+    pub starved: Counter,
+    /// Frames that were dropped, by reason.
+    pub drops: RxDrops,
+}
+
+/// Why frames to the driver were dropped.
+#[derive(Debug, Default, Serialize)]
+pub struct RxDrops {
+    /// The driver had no buffers for too long.
+    pub no_buffers: Counter,
+    /// The driver's buffers are too small: the frame would need more of them than may be chained.
+    pub too_long: Counter,
+    /// A frame that could not be brought into a form that the driver takes.
+    pub bad_frame: Counter,
+}
+
+impl RxDrops {
+    /// All reasons.
+    pub fn sum(&self) -> u64 {
+        [&self.no_buffers, &self.too_long, &self.bad_frame].into_iter().map(Counter::get).sum()
+    }
+}
+
+/// Both directions of a queue pair.
+#[derive(Debug, Default, Serialize)]
+pub struct PairCounters {
+    /// From the driver.
+    pub tx: TxCounters,
+    /// To the driver.
+    pub rx: RxCounters,
+}

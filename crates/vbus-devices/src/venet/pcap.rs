@@ -1,0 +1,124 @@
+//! A capture file (the classic pcap format, microseconds, Ethernet) of what a driver sends and receives.
+//!
+//! The tasks put records into a bounded buffer; a thread of its own writes them out. Records that find the buffer full are counted and left
+//! out: a slow disk costs records, never frames.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::Path;
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread::JoinHandle;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use vbus_core::Counter;
+
+use super::frame::Packet;
+use crate::lock;
+
+const MAGIC: u32 = 0xa1b2_c3d4;
+const VERSION: [u16; 2] = [2, 4];
+const LINKTYPE_ETHERNET: u32 = 1;
+/// Bytes that wait for the disk at most.
+const BUFFER_MAX: usize = 4 << 20;
+
+#[derive(Default)]
+struct Buffer {
+    bytes: Vec<u8>,
+    end: bool,
+}
+
+#[derive(Default)]
+struct Shared {
+    buffer: Mutex<Buffer>,
+    news: Condvar,
+}
+
+/// A capture file that is being written.
+pub struct Capture {
+    shared: Arc<Shared>,
+    snap: usize,
+    thread: Option<JoinHandle<()>>,
+    /// Frames recorded.
+    pub records: Counter,
+    /// Frames left out.
+    pub left_out: Counter,
+}
+
+impl Capture {
+    /// Makes (or overwrites) the file; of each frame the first `snap` bytes are kept.
+    pub fn create(path: &Path, snap: u32) -> io::Result<Capture> {
+        let mut file = File::create(path)?;
+        let mut head = Vec::new();
+        head.extend_from_slice(&MAGIC.to_le_bytes());
+        head.extend(VERSION.into_iter().flat_map(u16::to_le_bytes));
+        head.extend_from_slice(&[0; 8]); // Time zone and accuracy: never used.
+        head.extend([snap, LINKTYPE_ETHERNET].into_iter().flat_map(u32::to_le_bytes));
+        file.write_all(&head)?;
+        let shared = Arc::new(Shared::default());
+        let (theirs, path) = (shared.clone(), path.to_owned());
+        let thread = std::thread::Builder::new().name("vbus-pcap".into()).stack_size(128 << 10).spawn(move || {
+            if let Err(error) = theirs.write_out(&mut file) {
+                tracing::error!(path = %path.display(), %error, "the capture ends");
+            }
+        })?;
+        let snap = usize::try_from(snap).unwrap_or(usize::MAX);
+        Ok(Capture { shared, snap, thread: Some(thread), records: Counter::default(), left_out: Counter::default() })
+    }
+
+    /// Records a frame.
+    pub fn record(&self, packet: &Packet<'_>) {
+        let len = packet.len();
+        let kept = len.min(self.snap);
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        // Seconds of the format are 32 bits wide, until 2106.
+        let seconds = u32::try_from(now.as_secs()).unwrap_or(u32::MAX);
+        let mut buffer = lock(&self.shared.buffer);
+        if buffer.end || buffer.bytes.len() + kept + 16 > BUFFER_MAX {
+            drop(buffer);
+            self.left_out.one();
+            return;
+        }
+        let first = buffer.bytes.is_empty();
+        for word in [seconds, now.subsec_micros(), u32::try_from(kept).unwrap_or(0), u32::try_from(len).unwrap_or(0)] {
+            buffer.bytes.extend_from_slice(&word.to_le_bytes());
+        }
+        packet.append_to(&mut buffer.bytes, kept);
+        drop(buffer);
+        self.records.one();
+        if first {
+            self.shared.news.notify_one();
+        }
+    }
+}
+
+impl Shared {
+    fn write_out(&self, file: &mut File) -> io::Result<()> {
+        let mut out = Vec::new();
+        loop {
+            let mut buffer = lock(&self.buffer);
+            while buffer.bytes.is_empty() {
+                if buffer.end {
+                    return Ok(());
+                }
+                buffer = self.news.wait(buffer).unwrap_or_else(|e| e.into_inner());
+            }
+            std::mem::swap(&mut buffer.bytes, &mut out);
+            drop(buffer);
+            if let Err(error) = file.write_all(&out) {
+                lock(&self.buffer).end = true;
+                return Err(error);
+            }
+            out.clear();
+        }
+    }
+}
+
+impl Drop for Capture {
+    fn drop(&mut self) {
+        lock(&self.shared.buffer).end = true;
+        self.shared.news.notify_one();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join(); // It panicked: the file is as complete as it will be.
+        }
+    }
+}

@@ -1,0 +1,337 @@
+//! A receive ring: frames go from wherever they come into the buffers that the driver posted.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use vbus_core::memory::{GuestSlice, View};
+use vbus_core::shm::abi::venet::{CHAIN_MAX, HEADER_BYTES};
+use vbus_core::shm::ring::{DeviceEnd, Entry, NEXT};
+use vbus_core::shm::signal::Armed;
+use vbus_core::{Interrupt, MemoryContext, Status, TaskHandle, Window};
+
+use super::counters::PairCounters;
+use super::frame::{Body, ETH_BYTES, Packet};
+use super::pcap::Capture;
+
+/// The least bytes of a receive buffer: what is written in one piece (header and Ethernet header) fits it.
+pub const BUFFER_MIN: u32 = 64;
+/// What a driver gains in patience with each buffer that it posts.
+const PATIENCE_PER_BUFFER: Duration = Duration::from_millis(1);
+
+/// What became of a frame for the driver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Delivery {
+    /// It is in the driver's buffers (and will be posted), or was dropped and counted.
+    Done,
+    /// There are too few buffers; try again when the driver has posted some, but not after this moment.
+    Wait(Instant),
+}
+
+/// The receive ring of a queue pair. Several senders may deliver to it, one at a time.
+pub struct RxQueue {
+    ring: DeviceEnd<Window>,
+    interrupt: Interrupt,
+    memory: Arc<MemoryContext>,
+    counters: Arc<PairCounters>,
+    capture: Option<Arc<Capture>>,
+    /// Buffers taken from the ring and not yet filled.
+    stash: VecDeque<Entry>,
+    /// Frames and bytes since the last post.
+    unposted: (u64, u64),
+    waiters: Vec<(u64, TaskHandle)>,
+    fault: Option<Status>,
+    patience: Patience,
+}
+
+impl RxQueue {
+    pub fn new(
+        ring: DeviceEnd<Window>,
+        interrupt: Interrupt,
+        memory: Arc<MemoryContext>,
+        counters: Arc<PairCounters>,
+        capture: Option<Arc<Capture>>,
+        patience: Duration,
+    ) -> RxQueue {
+        RxQueue {
+            ring,
+            interrupt,
+            memory,
+            counters,
+            capture,
+            stash: VecDeque::new(),
+            unposted: (0, 0),
+            waiters: Vec::new(),
+            fault: None,
+            patience: Patience { left: patience, max: patience, since: None },
+        }
+    }
+
+    /// Delivers a frame that comes from another device's driver, or from nowhere: this driver's memory is looked at if that is possible at
+    /// once. Features have been seen to. Call [`post`](Self::post) after a batch.
+    pub fn deliver(&mut self, packet: &Packet<'_>) -> Delivery {
+        let memory = self.memory.clone();
+        match memory.try_view() {
+            Some(view) => self.deliver_in(&view, packet),
+            None => self.starve(), // Memory is being mapped or unmapped just now.
+        }
+    }
+
+    /// Delivers a frame through a view of this driver's memory.
+    pub fn deliver_in(&mut self, view: &View<'_>, packet: &Packet<'_>) -> Delivery {
+        let len = HEADER_BYTES + packet.len();
+        match self.gather(view, len) {
+            Gathered::Buffers(count) => {
+                self.fed(count);
+                if let Err(status) = self.fill(view, packet, count, len) {
+                    self.fault = Some(status);
+                    return Delivery::Done;
+                }
+                self.count(packet.len());
+                if let Some(capture) = &self.capture {
+                    capture.record(packet);
+                }
+                Delivery::Done
+            }
+            Gathered::TooFew => self.starve(),
+            Gathered::TooSmall => {
+                self.counters.rx.drops.too_long.one();
+                Delivery::Done
+            }
+            Gathered::Fault => Delivery::Done,
+        }
+    }
+
+    /// Whether a frame of `len` bytes finds buffers now. (Also true if it never will: then its delivery says so.)
+    pub fn has_room(&mut self, view: &View<'_>, len: usize) -> bool {
+        !matches!(self.gather(view, HEADER_BYTES + len), Gathered::TooFew)
+    }
+
+    fn count(&mut self, bytes: usize) {
+        self.unposted.0 += 1;
+        self.unposted.1 += bytes as u64;
+    }
+
+    /// Takes one more buffer from the ring into the stash. False if there is none, or the driver broke the protocol.
+    fn refill(&mut self) -> bool {
+        if self.fault.is_some() {
+            return false;
+        }
+        match self.ring.take() {
+            Ok(Some(entry)) if entry.len < BUFFER_MIN => self.fault = Some(Status::BAD_LENGTH),
+            Ok(Some(entry)) => {
+                self.stash.push_back(entry);
+                return true;
+            }
+            Ok(None) => {}
+            Err(corrupt) => self.fault = Some(corrupt.into()),
+        }
+        false
+    }
+
+    /// Makes sure that the front of the stash holds `len` bytes; says in how many buffers.
+    fn gather(&mut self, view: &View<'_>, len: usize) -> Gathered {
+        let mut room = 0;
+        for count in 0..CHAIN_MAX {
+            if self.stash.len() == count && !self.refill() {
+                return if self.fault.is_some() { Gathered::Fault } else { Gathered::TooFew };
+            }
+            let Some(entry) = self.stash.get(count) else { return Gathered::TooFew };
+            if let Err(status) = view.slice(entry.addr, u64::from(entry.len), true) {
+                self.fault = Some(status);
+                return Gathered::Fault;
+            }
+            room += entry.len as usize;
+            if room >= len {
+                return Gathered::Buffers(count + 1);
+            }
+        }
+        Gathered::TooSmall
+    }
+
+    /// Writes the frame to the first `count` buffers and gives them back.
+    fn fill(&mut self, view: &View<'_>, packet: &Packet<'_>, count: usize, len: usize) -> Result<(), Status> {
+        let mut head = [0; HEADER_BYTES + ETH_BYTES];
+        let buffers = u16::try_from(count).unwrap_or(u16::MAX);
+        head[..HEADER_BYTES].copy_from_slice(&packet.header.bytes(buffers));
+        head[HEADER_BYTES..].copy_from_slice(&packet.eth);
+        let mut source = Source { body: packet.body, part: 0, at: 0 };
+        let mut left = len;
+        for i in 0..count {
+            let Some(entry) = self.stash.pop_front() else { break };
+            let filled = left.min(entry.len as usize);
+            let mut to = view.slice(entry.addr, filled as u64, true)?;
+            if i == 0 {
+                let (front, rest) = to.split_at(head.len());
+                front.copy_from(&head);
+                to = rest;
+            }
+            source.copy(to);
+            left -= filled;
+            let flags = if i + 1 < count { NEXT } else { 0 };
+            self.ring.give_back(Entry { len: u32::try_from(filled).unwrap_or(entry.len), flags, ..entry });
+        }
+        Ok(())
+    }
+
+    /// Makes the delivered frames visible, and wakes the driver if it wants that.
+    pub fn post(&mut self) {
+        if self.unposted.0 != 0 {
+            let (frames, bytes) = std::mem::take(&mut self.unposted);
+            let rx = &self.counters.rx;
+            rx.frames.add(frames);
+            rx.bytes.add(bytes);
+            rx.batches.one();
+            self.interrupt.kick(self.ring.post());
+        }
+    }
+
+    fn fed(&mut self, buffers: usize) {
+        self.patience.fed(buffers);
+    }
+
+    fn starve(&mut self) -> Delivery {
+        self.counters.rx.starved.one();
+        match self.patience.starve(Instant::now()) {
+            Some(until) => Delivery::Wait(until),
+            None => {
+                self.counters.rx.drops.no_buffers.one();
+                Delivery::Done
+            }
+        }
+    }
+
+    /// Lets `task` be woken when there are new buffers. `key` tells the waiters apart.
+    /// [`Armed::Missed`]: there are some already.
+    pub fn wait(&mut self, key: u64, task: &TaskHandle) -> Armed {
+        if self.waiters.iter().all(|(k, _)| *k != key) {
+            self.waiters.push((key, task.clone()));
+        }
+        self.ring.arm(0)
+    }
+
+    /// If somebody waits and there are new buffers, wakes all who wait. Returns whether it did. The fault of a driver that broke the
+    /// protocol comes out here, in the poll of its own device.
+    pub fn serve_waiters(&mut self) -> Result<bool, Status> {
+        let woken = !self.waiters.is_empty() && self.refill();
+        if woken || self.fault.is_some() {
+            for (_, task) in self.waiters.drain(..) {
+                task.wake();
+            }
+        }
+        self.fault.map_or(Ok(woken), Err)
+    }
+
+    /// Asks the driver to ring when it has posted buffers, if anybody waits for that.
+    pub fn arm(&mut self) -> Armed {
+        if self.waiters.is_empty() { Armed::Waiting } else { self.ring.arm(0) }
+    }
+
+    /// Asks for no doorbell.
+    pub fn disarm(&mut self) {
+        self.ring.disarm();
+    }
+
+    /// Whether the driver broke the protocol: its own device must be polled.
+    pub fn is_faulty(&self) -> bool {
+        self.fault.is_some()
+    }
+}
+
+impl Drop for RxQueue {
+    fn drop(&mut self) {
+        for (_, task) in self.waiters.drain(..) {
+            task.wake();
+        }
+    }
+}
+
+enum Gathered {
+    Buffers(usize),
+    TooFew,
+    TooSmall,
+    Fault,
+}
+
+/// A frame's body while it is copied out piece by piece.
+struct Source<'a> {
+    body: Body<'a>,
+    part: usize,
+    at: usize,
+}
+
+impl Source<'_> {
+    /// Fills `to` with what comes next.
+    fn copy(&mut self, mut to: GuestSlice<'_>) {
+        while !to.is_empty() {
+            let copied = match self.body {
+                Body::Bytes(bytes) => to.copy_from(&bytes[self.at.min(bytes.len())..]),
+                Body::Guest(parts) => match parts.get(self.part) {
+                    None => 0,
+                    Some(part) => {
+                        let (_, rest) = part.split_at(self.at);
+                        let n = to.copy_from_guest(rest);
+                        if n == rest.len() {
+                            self.part += 1;
+                            self.at = 0;
+                            to = to.split_at(n).1;
+                            continue;
+                        }
+                        n
+                    }
+                },
+            };
+            if copied == 0 {
+                return;
+            }
+            self.at += copied;
+            to = to.split_at(copied).1;
+        }
+    }
+}
+
+/// How long senders wait for a driver's buffers before its frames are dropped instead. Waiting uses it up, posting buffers restores it, so
+/// that a driver that posts hardly any holds a sender for no longer than `max` and a little per buffer.
+#[derive(Debug)]
+struct Patience {
+    left: Duration,
+    max: Duration,
+    since: Option<Instant>,
+}
+
+impl Patience {
+    fn starve(&mut self, now: Instant) -> Option<Instant> {
+        let until = *self.since.get_or_insert(now) + self.left;
+        (now < until).then_some(until)
+    }
+
+    fn fed(&mut self, buffers: usize) {
+        if let Some(since) = self.since.take() {
+            self.left = self.left.saturating_sub(since.elapsed());
+        }
+        if self.left < self.max {
+            let gain = PATIENCE_PER_BUFFER.saturating_mul(u32::try_from(buffers).unwrap_or(u32::MAX));
+            self.left = (self.left + gain).min(self.max);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patience_ends_and_comes_back_with_buffers() {
+        let now = Instant::now();
+        let max = Duration::from_millis(50);
+        let mut patience = Patience { left: max, max, since: None };
+        assert_eq!(patience.starve(now), Some(now + max));
+        assert_eq!(patience.starve(now + max / 2), Some(now + max), "waiting does not prolong it");
+        assert_eq!(patience.starve(now + max), None);
+        patience = Patience { left: Duration::ZERO, max, since: Some(now) };
+        patience.fed(1);
+        assert_eq!(patience.left, PATIENCE_PER_BUFFER);
+        patience.fed(1000);
+        assert_eq!(patience.left, max);
+    }
+}

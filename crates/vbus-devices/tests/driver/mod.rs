@@ -1,0 +1,366 @@
+//! A driver in this process: memory of its own, shared with the device as a VM's would be, and the driver's end of the rings.
+
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use serde_json::Value;
+use vbus_core::memory::{MemoryContext, Trust};
+use vbus_core::shm::abi::venet as abi;
+use vbus_core::shm::ring::{self, DriverEnd, Entry, Layout, NEXT, Returns};
+use vbus_core::shm::signal::{Armed, End};
+use vbus_core::shm::state;
+use vbus_core::{Bus, Endpoint, Executor, InterruptSink, RegionRequest, Status, Tuning, Window};
+
+/// How long a test waits for an event that must come.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A bus with the classes of this crate.
+pub fn bus(workers: usize) -> Bus {
+    let executor = Executor::start(Tuning { workers, ..Tuning::default() }).unwrap();
+    Bus::new(executor, vbus_devices::classes(), Trust::Sealed)
+}
+
+/// Interrupts as events that one can wait for.
+#[derive(Default)]
+pub struct Interrupts {
+    count: Mutex<u64>,
+    news: Condvar,
+}
+
+impl InterruptSink for Interrupts {
+    fn trigger(&self, _vector: u16) {
+        *self.count.lock().unwrap() += 1;
+        self.news.notify_all();
+    }
+}
+
+impl Interrupts {
+    /// Waits until `done`, which is asked again after each interrupt. Panics if that never comes to be.
+    pub fn wait<T>(&self, what: &str, mut done: impl FnMut() -> Option<T>) -> T {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let before = *self.count.lock().unwrap();
+            if let Some(value) = done() {
+                return value;
+            }
+            let count = self.count.lock().unwrap();
+            let left =
+                end.checked_duration_since(Instant::now()).unwrap_or_else(|| panic!("waited in vain for {what}"));
+            // The upper bound is for what changes without an interrupt.
+            let bound = left.min(Duration::from_millis(20));
+            drop(self.news.wait_timeout_while(count, bound, |count| *count == before).unwrap());
+        }
+    }
+}
+
+/// Memory that a driver shares with its device.
+pub struct Memory {
+    pub context: MemoryContext,
+    next: u64,
+    len: u64,
+}
+
+impl Memory {
+    /// Fresh memory at address 0, mapped for the device behind `endpoint`.
+    pub fn new(endpoint: &Endpoint, len: u64) -> Memory {
+        let fd = memfd_create("driver", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+        ftruncate(&fd, len).unwrap();
+        let copy = || -> OwnedFd { fd.try_clone().unwrap() };
+        endpoint.map(0, len, Some((copy(), 0)), true).unwrap();
+        let context = MemoryContext::new(Trust::Sealed);
+        context.map(0, len, Some((copy(), 0)), true).unwrap();
+        Memory { context, next: 4096, len }
+    }
+
+    /// Memory for something of `len` bytes; address 0 is never given out.
+    pub fn alloc(&mut self, len: usize) -> u64 {
+        let at = self.next;
+        self.next += (len as u64).next_multiple_of(4096);
+        assert!(self.next <= self.len, "the driver's memory is used up");
+        at
+    }
+
+    pub fn window(&self, addr: u64, len: usize) -> Window {
+        self.context.window(addr, len as u64).unwrap()
+    }
+
+    pub fn write(&self, addr: u64, bytes: &[u8]) {
+        self.context.view().write(addr, bytes).unwrap();
+    }
+
+    pub fn read(&self, addr: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.context.view().read(addr, &mut bytes).unwrap();
+        bytes
+    }
+}
+
+/// OPEN with a good handshake.
+pub fn open(endpoint: &Endpoint, memory: &Memory, features: u64) -> Result<(), Status> {
+    memory.write(0, &0x1234_5678_9abc_u64.to_le_bytes());
+    endpoint.open(1, features, (0, 0x1234_5678_9abc))
+}
+
+/// REGION_ADD.
+pub fn add(endpoint: &Endpoint, id: u32, addr: u64, len: usize, signal: usize) -> Result<u32, Status> {
+    let (len, signal) = (len as u64, Some(signal as u64));
+    endpoint.region_add(RegionRequest { id, vector: 0, page_shift: 0, addr, len, signal })
+}
+
+/// CALL with a buffer at address 2048.
+pub fn call(endpoint: &Endpoint, memory: &Memory, function: u32, buffer: &[u8]) -> Result<u64, Status> {
+    if !buffer.is_empty() {
+        memory.write(2048, buffer);
+    }
+    endpoint.call(function, 0, 2048, buffer.len() as u64)
+}
+
+/// The shape of a driver.
+#[derive(Clone, Copy)]
+pub struct Shape {
+    pub pairs: u16,
+    pub entries: u32,
+    pub buffer_bytes: u32,
+    pub features: u64,
+}
+
+impl Default for Shape {
+    fn default() -> Self {
+        Shape { pairs: 1, entries: 64, buffer_bytes: 2048, features: 0 }
+    }
+}
+
+/// One queue pair.
+pub struct Pair {
+    pub tx: DriverEnd<Window>,
+    pub rx: DriverEnd<Window>,
+    pub tx_addr: u64,
+    pub rx_addr: u64,
+    tx_handle: u32,
+    rx_handle: u32,
+    tx_buffers: u64,
+    pub rx_buffers: u64,
+    sent: u64,
+    /// Entries of a frame that is coming in.
+    partial: Vec<u8>,
+}
+
+/// A venet driver.
+pub struct Net {
+    pub endpoint: Arc<Endpoint>,
+    pub memory: Memory,
+    pub interrupts: Arc<Interrupts>,
+    pub pairs: Vec<Pair>,
+    pub shape: Shape,
+    status: Option<state::Reader<Window>>,
+}
+
+/// Room for one frame that is sent.
+const SLOT: usize = 128 << 10;
+
+impl Net {
+    /// A device of class venet on `bus` and a driver that has started on it, with all its buffers posted.
+    pub fn new(bus: &Bus, name: &str, config: Value, shape: Shape) -> Net {
+        let endpoint = bus.create(name, "venet", &config).unwrap();
+        let mut net = Net::open(&endpoint, shape);
+        net.post_all();
+        net
+    }
+
+    /// A driver that has opened and started the device behind `endpoint`, without buffers.
+    pub fn open(endpoint: &Arc<Endpoint>, shape: Shape) -> Net {
+        endpoint.close();
+        endpoint.unmap_all();
+        let interrupts = Arc::new(Interrupts::default());
+        endpoint.set_interrupt_sink(interrupts.clone());
+        let per_pair = u64::from(shape.entries) * (SLOT as u64 + u64::from(shape.buffer_bytes.max(4096))) + (2 << 20);
+        let mut memory = Memory::new(endpoint, per_pair * u64::from(shape.pairs) + (1 << 20));
+        open(endpoint, &memory, shape.features).unwrap();
+        let mut pairs = Vec::new();
+        for q in 0..shape.pairs {
+            let mut ring = |id, returns| {
+                let layout = Layout::new(shape.entries, returns).unwrap();
+                let addr = memory.alloc(layout.bytes());
+                let end = DriverEnd::create(memory.window(addr, layout.bytes()), layout, 0).unwrap();
+                let handle = add(endpoint, id, addr, layout.bytes(), ring::SIGNAL_OFFSET).unwrap();
+                (end, addr, handle)
+            };
+            let (tx, tx_addr, tx_handle) = ring(abi::tx(q), Returns::Counted);
+            let (rx, rx_addr, rx_handle) = ring(abi::rx(q), Returns::Entries);
+            let tx_buffers = memory.alloc(SLOT * shape.entries as usize);
+            let rx_buffers = memory.alloc((shape.buffer_bytes * shape.entries) as usize);
+            pairs.push(Pair {
+                tx,
+                rx,
+                tx_addr,
+                rx_addr,
+                tx_handle,
+                rx_handle,
+                tx_buffers,
+                rx_buffers,
+                sent: 0,
+                partial: Vec::new(),
+            });
+        }
+        let mut net = Net { endpoint: endpoint.clone(), memory, interrupts, pairs, shape, status: None };
+        net.call(abi::CALL_START, &[]).unwrap();
+        net
+    }
+
+    pub fn call(&mut self, function: u32, buffer: &[u8]) -> Result<u64, Status> {
+        call(&self.endpoint, &self.memory, function, buffer)
+    }
+
+    /// Registers the status page.
+    pub fn add_status_page(&mut self) -> u32 {
+        let layout = state::Layout::new(abi::status_page::BYTES, 4).unwrap();
+        let addr = self.memory.alloc(layout.bytes());
+        let window = self.memory.window(addr, layout.bytes());
+        layout.format(&window, 0).unwrap();
+        self.status = Some(state::Reader::attach(window, End::Driver).unwrap());
+        add(&self.endpoint, abi::REGION_STATUS, addr, layout.bytes(), state::SIGNAL_OFFSET).unwrap()
+    }
+
+    /// Waits until the status page says what `done` waits for.
+    pub fn status(&mut self, what: &str, done: impl Fn(&[u64; abi::status_page::WORDS]) -> bool) {
+        let reader = self.status.as_mut().unwrap();
+        self.interrupts.wait(what, || {
+            let mut bytes = [0; abi::status_page::BYTES as usize];
+            let version = reader.read(&mut bytes).unwrap();
+            let mut words = [0; abi::status_page::WORDS];
+            for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(8)) {
+                *word = u64::from_le_bytes(bytes.try_into().unwrap());
+            }
+            let _ = reader.arm_newer(version);
+            done(&words).then_some(())
+        });
+    }
+
+    /// Posts every buffer of every receive ring.
+    pub fn post_all(&mut self) {
+        for q in 0..self.pairs.len() {
+            let free = self.pairs[q].rx.space();
+            for id in 0..free {
+                self.post_buffer(q, id as u16);
+            }
+            self.kick_rx(q);
+        }
+    }
+
+    /// Puts buffer `id` into the receive ring; [`kick_rx`](Self::kick_rx) posts.
+    pub fn post_buffer(&mut self, q: usize, id: u16) {
+        let len = self.shape.buffer_bytes;
+        let addr = self.pairs[q].rx_buffers + u64::from(len) * u64::from(id);
+        self.pairs[q].rx.submit(Entry { addr, len, id, flags: 0 }).unwrap();
+    }
+
+    pub fn kick_rx(&mut self, q: usize) {
+        if self.pairs[q].rx.post() {
+            self.endpoint.ring(u64::from(self.pairs[q].rx_handle));
+        }
+    }
+
+    pub fn kick_tx(&mut self, q: usize) {
+        if self.pairs[q].tx.post() {
+            self.endpoint.ring(u64::from(self.pairs[q].tx_handle));
+        }
+    }
+
+    /// Puts a frame into the transmit ring in `parts` pieces, without posting it; false if there is no room.
+    pub fn submit(&mut self, q: usize, header: &[u8; 12], frame: &[u8], parts: usize) -> bool {
+        let pair = &mut self.pairs[q];
+        if pair.tx.layout().returns() == Returns::Counted {
+            pair.tx.reap_count().unwrap();
+        }
+        if (pair.tx.space() as usize) < parts {
+            return false;
+        }
+        let addr = pair.tx_buffers + pair.sent % u64::from(self.shape.entries) * SLOT as u64;
+        pair.sent += 1;
+        let bytes = [&header[..], frame].concat();
+        self.memory.write(addr, &bytes);
+        let step = bytes.len().div_ceil(parts);
+        let chunks: Vec<_> = bytes.chunks(step).map(<[u8]>::len).collect();
+        let mut at = addr;
+        for (i, len) in chunks.iter().enumerate() {
+            let flags = if i + 1 < chunks.len() { NEXT } else { 0 };
+            self.pairs[q].tx.submit(Entry { addr: at, len: *len as u32, id: 0, flags }).unwrap();
+            at += *len as u64;
+        }
+        true
+    }
+
+    /// Sends a plain frame, waiting for room in the ring.
+    pub fn send(&mut self, q: usize, frame: &[u8]) {
+        self.send_with(q, &[0; 12], frame, 1);
+    }
+
+    /// Sends a frame with a header, in `parts` pieces, waiting for room in the ring.
+    pub fn send_with(&mut self, q: usize, header: &[u8; 12], frame: &[u8], parts: usize) {
+        let interrupts = self.interrupts.clone();
+        interrupts.wait("room in the transmit ring", || {
+            let sent = self.submit(q, header, frame, parts);
+            if !sent && self.pairs[q].tx.arm(0) == Armed::Missed {
+                return self.submit(q, header, frame, parts).then_some(());
+            }
+            sent.then_some(())
+        });
+        self.kick_tx(q);
+    }
+
+    /// The next frame with its header, if there is one; its buffers are posted again.
+    pub fn try_recv(&mut self, q: usize) -> Option<Vec<u8>> {
+        while let Some(entry) = self.pairs[q].rx.reap().unwrap() {
+            let bytes = self.memory.read(entry.addr, entry.len as usize);
+            self.pairs[q].partial.extend_from_slice(&bytes);
+            self.post_buffer(q, entry.id);
+            self.kick_rx(q);
+            if entry.flags & NEXT == 0 {
+                return Some(std::mem::take(&mut self.pairs[q].partial));
+            }
+        }
+        None
+    }
+
+    /// Waits for the next frame; without its header.
+    pub fn recv(&mut self, q: usize) -> Vec<u8> {
+        self.recv_with(q).1
+    }
+
+    /// Waits for the next frame and its header.
+    pub fn recv_with(&mut self, q: usize) -> ([u8; 12], Vec<u8>) {
+        let interrupts = self.interrupts.clone();
+        let frame = interrupts.wait("a frame", || {
+            if let Some(frame) = self.try_recv(q) {
+                return Some(frame);
+            }
+            match self.pairs[q].rx.arm(0) {
+                Armed::Missed => self.try_recv(q),
+                Armed::Waiting => None,
+            }
+        });
+        (frame[..12].try_into().unwrap(), frame[12..].to_vec())
+    }
+
+    /// A counter of the device, by its path in `inspect`.
+    pub fn counter(&self, path: &str) -> u64 {
+        self.endpoint.inspect()["device"].pointer(path).and_then(Value::as_u64).unwrap()
+    }
+}
+
+/// A frame of `len` bytes between two addresses, with content that follows from `seed`.
+pub fn frame(to: [u8; 6], from: [u8; 6], seed: u64, len: usize) -> Vec<u8> {
+    let mut frame = [&to[..], &from[..], &[0x88, 0xb5]].concat();
+    let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    frame.extend_from_slice(&seed.to_le_bytes());
+    while frame.len() < len {
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        frame.extend_from_slice(&x.to_le_bytes());
+    }
+    frame.truncate(len);
+    frame
+}

@@ -1,0 +1,69 @@
+//! Two or three drivers on a switch.
+
+mod driver;
+
+use driver::{Net, Shape, bus, frame};
+use serde_json::json;
+
+const A: [u8; 6] = [2, 0, 0, 0, 0, 1];
+const B: [u8; 6] = [2, 0, 0, 0, 0, 2];
+const C: [u8; 6] = [2, 0, 0, 0, 0, 3];
+const BROADCAST: [u8; 6] = [0xff; 6];
+
+fn config(last: u8) -> serde_json::Value {
+    json!({ "mac": format!("02:00:00:00:00:{last:02x}"), "switch": "s", "patience-ms": 60_000 })
+}
+
+#[test]
+fn frames_go_where_they_are_sent() {
+    let bus = bus(2);
+    let [mut a, mut b, mut c] = [1, 2, 3].map(|n| Net::new(&bus, &format!("n{n}"), config(n), Shape::default()));
+    a.send(0, &frame(B, A, 1, 60));
+    assert_eq!(b.recv(0), frame(B, A, 1, 60));
+    b.send(0, &frame(BROADCAST, B, 2, 1514));
+    assert_eq!(a.recv(0), frame(BROADCAST, B, 2, 1514));
+    assert_eq!(c.recv(0), frame(BROADCAST, B, 2, 1514));
+    c.send_with(0, &[0; 12], &frame(A, C, 3, 999), 7);
+    assert_eq!(a.recv(0), frame(A, C, 3, 999));
+    assert_eq!((a.try_recv(0), b.try_recv(0), c.try_recv(0)), (None, None, None));
+}
+
+#[test]
+fn a_frame_larger_than_a_buffer_comes_in_a_chain() {
+    let bus = bus(1);
+    let shape = Shape { buffer_bytes: 512, ..Shape::default() };
+    let mtu = |n| {
+        let mut config = config(n);
+        config["mtu"] = json!(9000);
+        config
+    };
+    let mut a = Net::new(&bus, "a", mtu(1), shape);
+    let mut b = Net::new(&bus, "b", mtu(2), shape);
+    for len in [14, 499, 500, 501, 1012, 9014] {
+        a.send(0, &frame(B, A, 5, len));
+        let (header, got) = b.recv_with(0);
+        assert_eq!(got, frame(B, A, 5, len));
+        assert_eq!(u16::from_le_bytes([header[10], header[11]]) as usize, (len + 12).div_ceil(512));
+    }
+}
+
+#[test]
+fn a_slow_receiver_holds_the_sender_and_loses_nothing() {
+    let bus = bus(2);
+    let shape = Shape { entries: 8, ..Shape::default() };
+    let mut a = Net::new(&bus, "a", config(1), shape);
+    let mut b = Net::new(&bus, "b", config(2), shape);
+    let sender = std::thread::spawn(move || {
+        for n in 0..5000 {
+            a.send(0, &frame(B, A, n, 64 + (n as usize * 37) % 1400));
+        }
+        a
+    });
+    for n in 0..5000 {
+        assert_eq!(b.recv(0), frame(B, A, n, 64 + (n as usize * 37) % 1400));
+    }
+    let a = sender.join().unwrap();
+    a.interrupts.wait("the counters", || (a.counter("/pairs/0/tx/frames") == 5000).then_some(()));
+    assert_eq!(b.counter("/pairs/0/rx/drops/no_buffers"), 0);
+    assert!(a.counter("/pairs/0/tx/waits") > 0, "the receiver was meant to be too slow");
+}
