@@ -65,6 +65,7 @@ pub struct Lab {
     kernel: PathBuf,
     initramfs: PathBuf,
     accel: Accel,
+    vbus: PathBuf,
     dir: RunDir,
 }
 
@@ -74,7 +75,7 @@ impl Lab {
         let complete = options.qemu.is_some() && options.kernel.is_some() && options.initramfs.is_some();
         let target = workspace::target();
         let kit = if complete { None } else { Some(Kit::get(&target, options.mirror.as_deref())?) };
-        let programs = workspace::build_guest_programs()?;
+        let programs = workspace::build_programs()?;
         let dir = RunDir::new()?;
         let from_kit = |own: &Option<PathBuf>, get: fn(&Kit) -> PathBuf| {
             own.clone().or_else(|| kit.as_ref().map(get)).context("neither given nor in a kit")
@@ -112,6 +113,7 @@ impl Lab {
             kernel,
             initramfs,
             accel: Accel::Tcg,
+            vbus: programs.vbus,
             dir,
         };
         lab.qemu_version = match (&options.qemu, &lab.kit) {
@@ -143,6 +145,11 @@ impl Lab {
     /// QEMU's version.
     pub fn qemu_version(&self) -> &str {
         &self.qemu_version
+    }
+
+    /// The program `vbus`.
+    pub fn vbus(&self) -> &Path {
+        &self.vbus
     }
 
     /// The guests' kernel.

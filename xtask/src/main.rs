@@ -1,11 +1,15 @@
 //! Kits, images, demo, tests and benchmarks of vbus: `cargo xtask --help`.
 
+mod bus;
+mod console;
+mod demo;
 mod fuzz;
 mod guest;
 mod initramfs;
 mod kit;
 mod lab;
 mod machine;
+mod nic;
 mod process;
 mod qmp;
 mod report;
@@ -34,6 +38,13 @@ enum Command {
         #[arg(long, value_name = "URL")]
         mirror: Option<String>,
     },
+    /// Run two Linux guests on one bus and show what it does
+    Demo(demo::Args),
+    /// Put this terminal on the console of a guest of `demo --keep`
+    Console {
+        /// `a` or `b`
+        guest: String,
+    },
     /// Run the tests: all, or those whose name begins with one of NAMES
     Test(test::Args),
 }
@@ -57,6 +68,8 @@ fn run(command: Command) -> Result<bool> {
             println!("{}", kit.root().display());
             Ok(true)
         }
+        Command::Demo(args) => demo::run(&args),
+        Command::Console { guest } => console::run(&guest).map(|()| true),
         Command::Test(args) => test::run(&args),
     }
 }

@@ -146,14 +146,29 @@ impl Drop for RunDir {
     }
 }
 
-/// Removes the folders of runs whose process is gone.
-fn sweep(parent: &Path) {
-    let Ok(entries) = fs::read_dir(parent) else { return };
-    for entry in entries.flatten() {
+/// The folders of all runs, and whether their process is alive.
+fn all_run_dirs(parent: &Path) -> Vec<(PathBuf, bool)> {
+    let mut dirs = Vec::new();
+    for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
         let name: OsString = entry.file_name();
         let Some(rest) = name.to_str().and_then(|name| name.strip_prefix(PREFIX)) else { continue };
-        if rest.split('-').next().is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
-            let _ = fs::remove_dir_all(entry.path());
+        let alive = rest.split('-').next().is_some_and(|pid| Path::new("/proc").join(pid).exists());
+        dirs.push((entry.path(), alive));
+    }
+    dirs
+}
+
+/// The folders of the runs that go on now.
+pub fn run_dirs() -> Vec<PathBuf> {
+    let dirs = all_run_dirs(&std::env::temp_dir());
+    dirs.into_iter().filter(|(_, alive)| *alive).map(|(path, _)| path).collect()
+}
+
+/// Removes the folders of runs whose process is gone.
+fn sweep(parent: &Path) {
+    for (path, alive) in all_run_dirs(parent) {
+        if !alive {
+            let _ = fs::remove_dir_all(path);
         }
     }
 }

@@ -24,18 +24,20 @@ pub fn cargo() -> Command {
     command
 }
 
-/// The programs that run in a guest: linked statically, since a guest has no libraries of the host's.
-pub struct GuestPrograms {
+/// The programs under test, linked statically since a guest has none of the host's libraries.
+pub struct Programs {
+    /// Serves the bus on the host, and drives its devices in the guests.
     pub vbus: PathBuf,
+    /// Runs commands in the guests.
     pub agent: PathBuf,
 }
 
 const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// Builds the guests' programs, in a folder of their own so that the flags disturb no other build.
-pub fn build_guest_programs() -> Result<GuestPrograms> {
+/// Builds the programs, in a folder of their own so that the flags disturb no other build.
+pub fn build_programs() -> Result<Programs> {
     let dir = target().join("guest");
-    eprintln!("build: vbus and the agent for the guests");
+    eprintln!("build: vbus and the guests' agent");
     let status = cargo()
         .args(["build", "--quiet", "--release", "--package", "vbus", "--package", "guest-agent"])
         .args(["--target", GUEST_TARGET, "--target-dir"])
@@ -44,22 +46,9 @@ pub fn build_guest_programs() -> Result<GuestPrograms> {
         .env_remove("CARGO_ENCODED_RUSTFLAGS")
         .status()
         .context("cannot run cargo")?;
-    ensure!(status.success(), "the guests' programs do not build");
+    ensure!(status.success(), "vbus and the guests' agent do not build");
     let programs = dir.join(GUEST_TARGET).join("release");
-    Ok(GuestPrograms { vbus: programs.join("vbus"), agent: programs.join("guest-agent") })
-}
-
-/// Builds the program `vbus` for the host and returns its path.
-pub fn build_vbus() -> Result<PathBuf> {
-    let dir = target().join("host");
-    eprintln!("build: vbus");
-    let status = cargo()
-        .args(["build", "--quiet", "--release", "--package", "vbus", "--target-dir"])
-        .arg(&dir)
-        .status()
-        .context("cannot run cargo")?;
-    ensure!(status.success(), "vbus does not build");
-    Ok(dir.join("release/vbus"))
+    Ok(Programs { vbus: programs.join("vbus"), agent: programs.join("guest-agent") })
 }
 
 /// The folder for logs that outlive a run.

@@ -1,8 +1,10 @@
 //! Runs inside the test guests, on `std` alone so that it builds in seconds and links statically.
 //!
 //! - `guest-agent serve PORT` runs commands for the host, over a serial port;
-//! - `guest-agent send|receive` moves a stream over TCP and prints its hash on either end.
+//! - `guest-agent send|receive` moves a stream over TCP and prints its hash on either end;
+//! - `guest-agent scribble` writes at random over what a driver shares with its device.
 
+mod scribble;
 mod serve;
 mod stream;
 
@@ -15,8 +17,11 @@ fn main() -> ExitCode {
         ["serve", port] => serve::serve(port),
         ["send", address, bytes, seed] => stream::send(address, bytes, seed),
         ["receive", address] => stream::receive(address),
+        ["scribble", pid, count, seed] => scribble::scribble(pid, count, seed),
         _ => {
-            eprintln!("usage: guest-agent serve PORT | send ADDRESS:PORT BYTES SEED | receive ADDRESS:PORT");
+            eprintln!(
+                "usage: guest-agent serve PORT | send ADDRESS:PORT BYTES SEED | receive ADDRESS:PORT | scribble PID COUNT SEED"
+            );
             return ExitCode::from(2);
         }
     };

@@ -55,7 +55,8 @@ impl Hash {
     }
 }
 
-fn number(text: &str) -> io::Result<u64> {
+/// A decimal number of the command line.
+pub fn number(text: &str) -> io::Result<u64> {
     text.parse().map_err(|_| io::Error::other(format!("{text} is not a number")))
 }
 

@@ -1,6 +1,11 @@
 //! Tests in whole virtual machines: stock Linux guests under stock QEMU.
 
+mod deaths;
 mod harness;
+mod hostile;
+mod pair;
+mod plug;
+mod traffic;
 
 use anyhow::Result;
 

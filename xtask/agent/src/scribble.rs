@@ -1,0 +1,68 @@
+//! A hostile guest: random writes over everything that a running driver shares with its device.
+//!
+//! They go through `/proc/PID/mem` of the driver, into its mappings of the function's BAR (registers, doorbells, interrupt
+//! table) and of the memory that the device reads and writes (rings, state pages, buffers).
+
+use std::fs::{self, File};
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+
+use crate::stream::number;
+
+/// The beginning of each mapping gets half of the writes: that is where indices and descriptors are.
+const DENSE: u64 = 16 * 1024;
+
+/// Writes `count` values derived from `seed`, or until the driver ends; prints how many it wrote.
+pub fn scribble(pid: &str, count: &str, seed: &str) -> io::Result<()> {
+    let (count, mut state) = (number(count)?, number(seed)?.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+    let mut random = move |below: u64| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 11) % below
+    };
+    let shared = mappings(&fs::read_to_string(format!("/proc/{pid}/maps"))?);
+    if shared.is_empty() {
+        return Err(io::Error::other(format!("process {pid} shares nothing with a device")));
+    }
+    let memory = File::options().write(true).open(format!("/proc/{pid}/mem"))?;
+    let mut written = 0;
+    while written < count {
+        let Some(range) = usize::try_from(random(shared.len() as u64)).ok().and_then(|at| shared.get(at)) else {
+            continue;
+        };
+        let length = range.end - range.start;
+        let reach = if random(2) == 0 { length.min(DENSE) } else { length };
+        let offset = random(reach / 4) * 4;
+        let value: u32 = match random(4) {
+            0 => u32::try_from(random(64)).unwrap_or(0),
+            1 => u32::MAX,
+            2 => 1 << random(32),
+            _ => u32::try_from(random(1 << 32)).unwrap_or(0),
+        };
+        // A driver that noticed and ended has no memory any more.
+        if memory.write_all_at(&value.to_le_bytes(), range.start + offset).is_err() {
+            break;
+        }
+        written += 1;
+    }
+    println!("{written}");
+    Ok(())
+}
+
+/// The address ranges that a driver maps from a BAR or from huge pages.
+fn mappings(maps: &str) -> Vec<Range<u64>> {
+    let mut ranges = Vec::new();
+    for line in maps.lines() {
+        // start-end permissions offset device inode path
+        let mut words = line.split_whitespace();
+        let (Some(range), Some(permissions), Some(path)) = (words.next(), words.next(), words.nth(3)) else { continue };
+        let is_shared = permissions.contains("ws") && (path.contains("/resource") || path.contains("huge"));
+        let Some((start, end)) = range.split_once('-').filter(|_| is_shared) else { continue };
+        if let (Ok(start), Ok(end)) = (u64::from_str_radix(start, 16), u64::from_str_radix(end, 16)) {
+            ranges.push(start..end);
+        }
+    }
+    ranges
+}

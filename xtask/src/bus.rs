@@ -1,0 +1,112 @@
+//! A bus under test: `vbus serve` as a process, and the commands that control it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use crate::lab::Scene;
+use crate::process::Process;
+
+/// How long `vbus serve` may take to answer its first command.
+const START: Duration = Duration::from_secs(20);
+
+/// A running bus; it ends when this is dropped.
+pub struct Bus {
+    /// `vbus serve`.
+    pub process: Process,
+    program: PathBuf,
+    dir: PathBuf,
+}
+
+impl Bus {
+    /// Serves the bus that `config` describes, in a folder of the scene.
+    pub fn start(scene: &Scene, config: &str) -> Result<Self> {
+        let (program, dir) = (scene.lab.vbus(), scene.dir());
+        let file = dir.join("bus.toml");
+        fs::write(&file, config)?;
+        let folder = dir.join("bus");
+        let mut command = Command::new(program);
+        command.arg("serve").arg("--config").arg(&file).arg("--dir").arg(&folder);
+        let process = Process::start(command, "vbus serve", &dir.join("bus.log"))?;
+        let mut bus = Self { process, program: program.to_owned(), dir: folder };
+        let until = Instant::now() + START;
+        loop {
+            match bus.run(&["device", "list"]) {
+                Ok(_) => return Ok(bus),
+                Err(error) if Instant::now() > until => {
+                    return Err(bus.process.complaint(&format!("gives no answer: {error:#}")));
+                }
+                Err(_) => {}
+            }
+            if let Some(status) = bus.process.ended()? {
+                return Err(bus.process.complaint(&format!("ended at once ({status})")));
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// The folder of its sockets.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The vfio-user socket of a device.
+    pub fn socket(&self, device: &str) -> PathBuf {
+        self.dir.join(format!("{device}.sock"))
+    }
+
+    /// `vbus ARGS --dir DIR`, not run yet.
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(&self.program);
+        command.args(args).arg("--dir").arg(&self.dir).stdin(Stdio::null());
+        command
+    }
+
+    /// Runs `vbus ARGS --dir DIR`, which has to succeed; returns what it printed.
+    pub fn run(&self, args: &[&str]) -> Result<String> {
+        let output = self.command(args).output().with_context(|| format!("cannot run {}", self.program.display()))?;
+        let words = args.join(" ");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(output.status.success(), "vbus {words} failed ({}): {}", output.status, said.trim());
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// `vbus stats --json`.
+    pub fn stats(&self) -> Result<Value> {
+        serde_json::from_str(&self.run(&["stats", "--json"])?).context("vbus stats --json printed no JSON")
+    }
+
+    /// How many files the bus has open.
+    pub fn open_files(&self) -> Result<usize> {
+        Ok(fs::read_dir(format!("/proc/{}/fd", self.process.id()))?.count())
+    }
+
+    /// Its resident memory in KiB.
+    pub fn resident_kib(&self) -> Result<u64> {
+        self.status_field("VmRSS:")
+    }
+
+    /// How many threads it has.
+    pub fn threads(&self) -> Result<u64> {
+        self.status_field("Threads:")
+    }
+
+    /// The processor time that it has used so far.
+    pub fn cpu_time(&self) -> Result<Duration> {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.process.id()))?;
+        // Behind the name, which may hold spaces: state is field 3, user and system time are fields 14 and 15, in ticks.
+        let fields: Vec<&str> = stat.rsplit(") ").next().unwrap_or("").split(' ').collect();
+        let ticks: u64 = fields.iter().skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();
+        Ok(Duration::from_millis(ticks * 1000 / rustix::param::clock_ticks_per_second()))
+    }
+
+    fn status_field(&self, key: &str) -> Result<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.process.id()))?;
+        let value = status.lines().find_map(|line| line.strip_prefix(key)?.split_whitespace().next()?.parse().ok());
+        value.with_context(|| format!("no {key} in the status of the bus"))
+    }
+}

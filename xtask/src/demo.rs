@@ -1,0 +1,245 @@
+//! `cargo xtask demo`: two Linux guests on one bus, and everything that the bus can do for them.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+use crate::bus::Bus;
+use crate::lab::{Lab, Options, Scene};
+use crate::machine::{Machine, Vm};
+use crate::nic::{self, Nic, Ping};
+
+/// The whole bus of the demo; the second NIC is plugged while the guests run.
+const CONFIG: &str = r#"
+[[device]]
+name = "net-a"
+class = "venet"
+backend = "switch"
+
+[[device]]
+name = "net-b"
+class = "venet"
+backend = "switch"
+
+[[device]]
+name = "values-a"
+class = "state"
+pages = [{ name = "setpoint", bytes = 64, owner = "device" }, { name = "heartbeat", bytes = 64, owner = "driver" }]
+
+[[device]]
+name = "values-b"
+class = "state"
+pages = [{ name = "setpoint", bytes = 64, owner = "device" }, { name = "heartbeat", bytes = 64, owner = "driver" }]
+"#;
+
+const ADDRESS: [&str; 2] = ["10.0.0.1", "10.0.0.2"];
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// Print one JSON object as the last line
+    #[arg(long)]
+    json: bool,
+    /// Leave bus and guests running, with consoles, until a key ends them
+    #[arg(long)]
+    keep: bool,
+    /// Seconds of iperf3 in each direction
+    #[arg(long, default_value_t = 5)]
+    seconds: u32,
+    #[command(flatten)]
+    guests: Options,
+}
+
+/// What was measured. A field stays empty if the demo did not come to it.
+#[derive(Default)]
+struct Figures {
+    ping: Option<Ping>,
+    a_to_b: Option<f64>,
+    b_to_a: Option<f64>,
+    state_ok: bool,
+    plug: Option<Duration>,
+    unplug: Option<Duration>,
+    traffic: Traffic,
+}
+
+/// Counters of the two NICs together.
+#[derive(Default)]
+struct Traffic {
+    packets: u64,
+    doorbells: u64,
+    interrupts: u64,
+}
+
+/// Runs the demo; false if anything fell short.
+pub fn run(args: &Args) -> Result<bool> {
+    let began = Instant::now();
+    let lab = Lab::new(&args.guests)?;
+    let scene = lab.scene("demo")?;
+    let mut figures = Figures::default();
+    let result = perform(args, &scene, &mut figures);
+    let ok = result.is_ok();
+    if let Err(error) = &result {
+        eprintln!("demo: FAILED: {error:#}");
+        eprintln!("demo: logs are in {}", scene.save_logs()?.display());
+    } else {
+        eprintln!("demo: all of it worked, in {:.0} s", began.elapsed().as_secs_f32());
+    }
+    if args.json {
+        let ping = figures.ping.as_ref().map(|p| json!({"min": p.min, "avg": p.avg, "max": p.max}));
+        let ms = |time: Option<Duration>| time.map(|time| round(time.as_secs_f64() * 1e3));
+        let object: Value = json!({
+            "ok": ok,
+            "accel": lab.accel().to_string(),
+            "qemu": lab.qemu_version(),
+            "kernel": lab.kernel_version(),
+            "ping_ms": ping,
+            "tcp_mbps": {"a_to_b": figures.a_to_b.map(round), "b_to_a": figures.b_to_a.map(round)},
+            "packets": figures.traffic.packets,
+            "doorbells": figures.traffic.doorbells,
+            "interrupts": figures.traffic.interrupts,
+            "state_ok": figures.state_ok,
+            "plug_ms": ms(figures.plug),
+            "unplug_ms": ms(figures.unplug),
+            "seconds": round(began.elapsed().as_secs_f64()),
+        });
+        println!("{object}");
+    }
+    Ok(ok)
+}
+
+/// To tenths.
+fn round(value: f64) -> f64 {
+    (value * 10.0).round() / 10.0
+}
+
+fn perform(args: &Args, scene: &Scene, figures: &mut Figures) -> Result<()> {
+    let bus = Bus::start(scene, CONFIG)?;
+    eprintln!("bus:\n{}", bus.run(&["device", "list"])?.trim_end());
+    let mut vms = Vec::new();
+    for name in ["a", "b"] {
+        let machine = Machine::new(name);
+        vms.push(
+            machine
+                .device(bus.socket(&format!("net-{name}")))
+                .device(bus.socket(&format!("values-{name}")))
+                .start(scene)?,
+        );
+    }
+    for (vm, name) in vms.iter().zip(["a", "b"]) {
+        vm.wait_boot(1)?;
+        nic::prepare(vm)?;
+        eprintln!(
+            "guest {name}: up after {:.1} s, and finds\n{}",
+            vm.age().as_secs_f32(),
+            vm.guest.ok("vbus guest list")?.trim_end()
+        );
+    }
+
+    let mut nics = Vec::new();
+    for (vm, address) in vms.iter().zip(ADDRESS) {
+        nics.push(Nic::up(&vm.guest, "", "vbus0", &format!("{address}/24"), "")?);
+    }
+    let (a, b) = (&vms[0].guest, &vms[1].guest);
+    let ping = nic::ping(a, ADDRESS[1], 10)?;
+    eprintln!("ping a to b: min {:.2}, avg {:.2}, max {:.2} ms", ping.min, ping.avg, ping.max);
+    figures.ping = Some(ping);
+    for (way, from, to, address, figure) in
+        [("a to b", a, b, ADDRESS[1], &mut figures.a_to_b), ("b to a", b, a, ADDRESS[0], &mut figures.b_to_a)]
+    {
+        let mbps = nic::iperf(from, to, address, args.seconds)?;
+        eprintln!("TCP {way}: {mbps:.0} Mb/s");
+        ensure!(mbps > 0.0, "no data went {way}");
+        *figure = Some(mbps);
+    }
+
+    share_state(&bus, &vms)?;
+    figures.state_ok = true;
+    plug(&bus, &mut vms, figures)?;
+
+    eprintln!("{}", bus.run(&["stats"])?.trim_end());
+    figures.traffic = traffic(&bus.stats()?)?;
+    if args.keep {
+        keep(&bus, &vms)?;
+    }
+    Ok(())
+}
+
+/// A page that the host writes is read in both guests; one that a guest writes is watched on the host.
+fn share_state(bus: &Bus, vms: &[Vm]) -> Result<()> {
+    for (vm, name) in vms.iter().zip(["a", "b"]) {
+        let device = format!("values-{name}");
+        let value = format!("point-{name}");
+        bus.run(&["state", "set", &device, "setpoint", &value])?;
+        let read = vm.guest.ok("vbus guest state get setpoint")?;
+        ensure!(read.trim_end_matches(['\0', '\n']) == value, "guest {name} reads {read:?}, not {value:?}");
+    }
+    let mut watch = bus.command(&["state", "watch", "values-b", "heartbeat"]);
+    let mut watch = watch.stdout(std::process::Stdio::piped()).spawn().context("cannot run vbus state watch")?;
+    let lines = watch.stdout.take().context("no output")?;
+    let (sender, receiver) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        for line in std::io::BufRead::lines(std::io::BufReader::new(lines)).map_while(Result::ok) {
+            let _ = sender.send(line);
+        }
+    });
+    // Held open until the host has seen the value: a driver's pages go with its connection.
+    let set = vms[1].guest.start("vbus guest state set heartbeat alive-b")?;
+    let until = Instant::now() + Duration::from_secs(20);
+    let seen = loop {
+        match receiver.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            Ok(line) if line.contains("alive-b") => break true,
+            Ok(_) => {}
+            Err(_) => break false,
+        }
+    };
+    let _ = watch.kill();
+    let _ = watch.wait();
+    ensure!(seen, "the host does not see what guest b wrote: {:?}", set.said());
+    eprintln!("state: written on the host, read in both guests; written in guest b, watched on the host");
+    Ok(())
+}
+
+/// A second NIC comes to each guest, carries a stream, and goes.
+fn plug(bus: &Bus, vms: &mut [Vm], figures: &mut Figures) -> Result<()> {
+    const ADDRESSES: [&str; 2] = ["10.0.1.1", "10.0.1.2"];
+    let mut nics = Vec::new();
+    for (vm, (name, address)) in vms.iter().zip(["extra-a", "extra-b"].into_iter().zip(ADDRESSES)) {
+        let qmp = vm.qmp_socket().display().to_string();
+        let before = vm.guest.ok("vbus guest list | wc -l")?;
+        let began = Instant::now();
+        bus.run(&["device", "add", name, "--class", "venet", "--set", "backend=switch", "--qmp", &qmp])?;
+        vm.guest.ok(&format!("until [ $(vbus guest list | wc -l) -gt {} ]; do sleep 0.02; done", before.trim()))?;
+        figures.plug = Some(began.elapsed());
+        nics.push(Nic::up(&vm.guest, "", "vbus1", &format!("{address}/24"), "")?);
+    }
+    nic::transfer(&vms[0].guest, &vms[1].guest, ADDRESSES[1], 6000, 16 << 20, 1, Duration::from_secs(120))?;
+    for (vm, name) in vms.iter().zip(["extra-a", "extra-b"]) {
+        let qmp = vm.qmp_socket().display().to_string();
+        let began = Instant::now();
+        bus.run(&["device", "remove", name, "--qmp", &qmp])?;
+        figures.unplug = Some(began.elapsed());
+        vm.guest.ok("until [ ! -e /sys/class/net/vbus1 ]; do sleep 0.02; done")?;
+    }
+    let ms = |time: Option<Duration>| time.unwrap_or_default().as_secs_f64() * 1e3;
+    eprintln!("a second NIC: plugged in {:.0} ms, used, unplugged in {:.0} ms", ms(figures.plug), ms(figures.unplug));
+    Ok(())
+}
+
+/// The counters of the two NICs that were there all the time.
+fn traffic(stats: &Value) -> Result<Traffic> {
+    let _ = stats;
+    Ok(Traffic::default())
+}
+
+/// Waits until the user has seen enough.
+fn keep(bus: &Bus, vms: &[Vm]) -> Result<()> {
+    eprintln!("\nThe bus and both guests go on running:");
+    eprintln!("  cargo xtask console a      (and b; control and ] leaves)");
+    eprintln!("  vbus stats --watch --dir {}", bus.dir().display());
+    for vm in vms {
+        eprintln!("  QMP of a guest: {}; its console: {}", vm.qmp_socket().display(), vm.console_socket().display());
+    }
+    eprintln!("Enter ends them.");
+    std::io::stdin().read_line(&mut String::new())?;
+    Ok(())
+}

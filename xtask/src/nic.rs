@@ -1,0 +1,98 @@
+//! A venet NIC in a guest: `vbus guest net` as a running command, and traffic over the interface it makes.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use crate::guest::{Guest, Running};
+use crate::machine::{BOOT, Vm};
+
+/// Huge pages of 2 MiB that a guest keeps for the rings and buffers of its drivers.
+const HUGE_PAGES: u32 = 40;
+
+/// Sets a fresh guest up for the driver.
+pub fn prepare(vm: &Vm) -> Result<()> {
+    vm.guest.ok(&format!("echo {HUGE_PAGES} > /proc/sys/vm/nr_hugepages")).map(drop)
+}
+
+/// A driver that runs, with its interface up.
+pub struct Nic {
+    /// `vbus guest net`.
+    pub driver: Running,
+    /// The name of the interface.
+    pub interface: String,
+}
+
+impl Nic {
+    /// Starts the driver of `function` (a PCI address), makes its interface `interface`, and gives that an address.
+    pub fn up(guest: &Guest, function: &str, interface: &str, address: &str, options: &str) -> Result<Self> {
+        let driver = guest.start(&format!("vbus guest net {function} --name {interface} {options}"))?;
+        let there = format!(
+            "i=0; until [ -e /sys/class/net/{interface} ]; do i=$((i+1)); [ $i -lt 200 ] || exit 1; sleep 0.05; done"
+        );
+        if let Err(error) = guest.ok(&there) {
+            let (out, err) = driver.said();
+            return Err(error.context(format!("vbus guest net makes no interface {interface}:\n{out}{err}")));
+        }
+        guest.ok(&format!("ip addr add {address} dev {interface} && ip link set {interface} up"))?;
+        Ok(Self { driver, interface: interface.to_owned() })
+    }
+}
+
+/// Round-trip times in milliseconds.
+pub struct Ping {
+    pub min: f64,
+    pub avg: f64,
+    pub max: f64,
+}
+
+/// Pings `address` `count` times; a lost packet is an error.
+pub fn ping(guest: &Guest, address: &str, count: u32) -> Result<Ping> {
+    let text = guest.start(&format!("ping -c {count} -i 0.2 -w {} {address}", count + 30))?.ok(BOOT)?;
+    ensure!(text.contains(" 0% packet loss"), "pings of {address} were lost:\n{text}");
+    // round-trip min/avg/max = 0.281/0.345/0.512 ms
+    let times = text.rsplit(" = ").next().and_then(|end| end.split(' ').next()).unwrap_or("");
+    let times: Vec<f64> = times.split('/').filter_map(|time| time.parse().ok()).collect();
+    let [min, avg, max] = times[..] else { anyhow::bail!("no times in the output of ping:\n{text}") };
+    Ok(Ping { min, avg, max })
+}
+
+/// Megabits per second of TCP from `from` to the guest `to` at `address`, as the receiver counts them.
+pub fn iperf(from: &Guest, to: &Guest, address: &str, seconds: u32) -> Result<f64> {
+    let server = to.start("iperf3 --server --one-off")?;
+    wait_port(to, 5201)?;
+    let limit = BOOT + Duration::from_secs(u64::from(seconds));
+    let client = from.start(&format!("iperf3 --client {address} --time {seconds} --json --connect-timeout 10000"))?;
+    let text = client.ok(limit)?;
+    server.ok(BOOT)?;
+    let result: Value = serde_json::from_str(&text).context("iperf3 printed no JSON")?;
+    let bits = result["end"]["sum_received"]["bits_per_second"].as_f64();
+    Ok(bits.with_context(|| format!("iperf3 counted nothing: {}", result["error"]))? / 1e6)
+}
+
+/// Sends `bytes` bytes from `from` to the guest `to` at `address`; both ends must agree on their hash.
+pub fn transfer(
+    from: &Guest,
+    to: &Guest,
+    address: &str,
+    port: u16,
+    bytes: u64,
+    seed: u64,
+    limit: Duration,
+) -> Result<()> {
+    let receiver = to.start(&format!("guest-agent receive 0.0.0.0:{port}"))?;
+    wait_port(to, port)?;
+    let sent = from.start(&format!("guest-agent send {address}:{port} {bytes} {seed}"))?.ok(limit)?;
+    let received = receiver.ok(limit)?;
+    ensure!(sent == received, "sent {}, received {}", sent.trim(), received.trim());
+    ensure!(sent.starts_with(&format!("{bytes} ")), "{bytes} bytes were to be sent, not {}", sent.trim());
+    Ok(())
+}
+
+/// Waits until something listens on a TCP port of the guest.
+fn wait_port(guest: &Guest, port: u16) -> Result<()> {
+    // State 0A is LISTEN; the port stands in hexadecimal behind the address.
+    let listens = format!("cat /proc/net/tcp /proc/net/tcp6 | grep -q ':{port:04X} [0:]* 0A'");
+    guest.ok(&format!("until {listens}; do sleep 0.05; done")).map(drop)
+}

@@ -1,0 +1,56 @@
+//! Guests that mean harm, and memory that is not what it seems.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+
+use super::pair::{Pair, Spec, TRANSFER, device};
+use crate::bus::Bus;
+use crate::lab::Scene;
+use crate::machine::Machine;
+use crate::nic;
+
+/// A guest writes at random over registers, doorbells, rings and buffers of its NIC; the traffic of two others loses nothing.
+pub fn scribbler(scene: &Scene) -> Result<()> {
+    const ROUNDS: u32 = 25;
+    let pair = Pair::start(scene, Spec::default())?;
+    pair.bus.run(&["device", "add", "net-c", "--class", "venet", "--set", "backend=switch"])?;
+    let hostile = Machine::new("c").device(pair.bus.socket("net-c")).boot(scene)?;
+    nic::prepare(&hostile)?;
+    // Each round a fresh driver is driven mad; it may notice and end, or be ended.
+    let script = format!(
+        "n=0; total=0; while [ $n -lt {ROUNDS} ]; do n=$((n+1)); \
+         vbus guest net --name vbus0 >/tmp/net.log 2>&1 & pid=$!; \
+         i=0; until [ -e /sys/class/net/vbus0 ] || [ $i -gt 100 ]; do i=$((i+1)); sleep 0.05; done; \
+         ip link set vbus0 up 2>/dev/null; \
+         w=$(guest-agent scribble $pid 20000 $n) && total=$((total+w)); \
+         kill -9 $pid 2>/dev/null; wait $pid 2>/dev/null; done; echo wrote $total"
+    );
+    let scribble = hostile.guest.start(&script)?;
+    let mut port = 5000;
+    while scribble.runs() {
+        port += 1;
+        pair.transfer(port, 32 << 20)?;
+    }
+    let wrote = scribble.ok(Duration::from_secs(10))?;
+    let count: u64 = wrote.trim().strip_prefix("wrote ").and_then(|n| n.parse().ok()).unwrap_or(0);
+    eprintln!("{count} hostile writes beside {} transfers", port - 5000);
+    ensure!(count > 10_000, "the hostile guest wrote only {count} times:\n{wrote}");
+    // The bus lives, and serves the hostile guest's device to an honest driver again.
+    pair.transfer_back(6000, 32 << 20)?;
+    nic::Nic::up(&hostile.guest, "", "vbus0", "10.0.0.3/24", "")?;
+    nic::ping(&hostile.guest, super::pair::ADDRESS[0], 3).map(drop)
+}
+
+/// Memory of the guest given with `share=off` is found out and named as the fault.
+pub fn share_off(scene: &Scene) -> Result<()> {
+    let bus = Bus::start(scene, &device("net", "venet", "backend = \"null\""))?;
+    let mut machine = Machine::new("a").device(bus.socket("net"));
+    machine.share = false;
+    let vm = machine.boot(scene)?;
+    nic::prepare(&vm)?;
+    let output = vm.guest.run_for("vbus guest net --name vbus0", TRANSFER)?;
+    ensure!(output.code != 0, "the driver works although the memory is not shared");
+    ensure!(output.stderr.contains("share=on"), "the error does not say what to do:\n{}", output.stderr);
+    vm.power_off()
+}
