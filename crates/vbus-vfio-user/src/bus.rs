@@ -3,14 +3,14 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
 use rustix::io::Errno;
 use vbus_core::{Endpoint, Interest, MapError, Progress, Status, Task, TaskHandle};
 use vbus_pci::{INDEX_COUNT, IrqError, IrqIndex, Options, PciFunction, REGION_COUNT};
 
-use crate::server::Server;
+use crate::server::{Server, Stats};
 use crate::target::{DeviceInfo, IoEventFd, IrqAction, IrqInfo, Mapping, RegionInfo, Target};
 
 /// A device's socket, served until this is dropped. Dropping it disconnects the client and removes the socket.
@@ -20,6 +20,18 @@ pub struct DeviceServer {
     task: TaskHandle,
     /// The server's descriptor, to end the watch with.
     ready: OwnedFd,
+    seen: Arc<Mutex<Seen>>,
+}
+
+/// What the task tells of its server.
+#[derive(Clone, Copy, Debug, Default)]
+struct Seen {
+    connected: bool,
+    stats: Stats,
+}
+
+fn lock(seen: &Mutex<Seen>) -> MutexGuard<'_, Seen> {
+    seen.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 impl DeviceServer {
@@ -35,16 +47,28 @@ impl DeviceServer {
         let server = Server::bind(path, name, PciFunction::new(endpoint, options))?;
         let ready = server.as_fd().try_clone_to_owned()?;
         // Its errors are its clients'; it never fails, so nobody need be told.
-        let task = executor.spawn(place, Box::new(ServerTask(server)), Arc::default(), |_| {});
+        let seen = Arc::<Mutex<Seen>>::default();
+        let task = ServerTask { server, seen: seen.clone() };
+        let task = executor.spawn(place, Box::new(task), Arc::default(), |_| {});
         task.watch(&ready, Interest::Read)?;
         // What came between the first poll and the watch.
         task.wake();
-        Ok(DeviceServer { path: path.to_owned(), task, ready })
+        Ok(DeviceServer { path: path.to_owned(), task, ready, seen })
     }
 
     /// Where it listens.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Whether a client is there and agreed with.
+    pub fn is_connected(&self) -> bool {
+        lock(&self.seen).connected
+    }
+
+    /// What its server has seen so far.
+    pub fn stats(&self) -> Stats {
+        lock(&self.seen).stats
     }
 }
 
@@ -55,25 +79,30 @@ impl Drop for DeviceServer {
     }
 }
 
-struct ServerTask(Server<PciFunction>);
+struct ServerTask {
+    server: Server<PciFunction>,
+    seen: Arc<Mutex<Seen>>,
+}
 
 impl Task for ServerTask {
     fn poll(&mut self, budget: u32) -> Result<Progress, Status> {
         let mut messages = 0;
-        loop {
-            let outcome = self.0.ready(Instant::now());
+        let progress = loop {
+            let outcome = self.server.ready(Instant::now());
             messages += outcome.messages;
             if !outcome.more {
-                return Ok(if messages > 0 { Progress::Busy } else { Progress::Idle });
+                break if messages > 0 { Progress::Busy } else { Progress::Idle };
             }
             if messages >= budget {
-                return Ok(Progress::Busy);
+                break Progress::Busy;
             }
-        }
+        };
+        *lock(&self.seen) = Seen { connected: self.server.is_connected(), stats: self.server.stats() };
+        Ok(progress)
     }
 
     fn deadline(&self) -> Option<Instant> {
-        self.0.deadline()
+        self.server.deadline()
     }
 
     fn adaptive(&self) -> bool {
