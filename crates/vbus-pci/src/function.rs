@@ -96,6 +96,7 @@ impl PciFunction {
                 if was_master && !self.config.bus_master() {
                     // So a kernel takes a device from a driver that died or was unbound: memory must be let go of before this returns.
                     self.endpoint.close();
+                    self.interrupts.clear();
                 }
                 self.interrupts.set_disabled(self.config.intx_disabled());
             }

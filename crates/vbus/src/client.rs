@@ -1,0 +1,85 @@
+//! The control socket as `vbus device`, `vbus state` and the others use it.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, bail};
+use serde_json::{Value, json};
+
+use crate::rundir::{self, CONTROL};
+
+/// A connection to a running bus.
+pub struct Client {
+    reader: BufReader<UnixStream>,
+    dir: PathBuf,
+}
+
+impl Client {
+    /// Connects to the bus that serves in `dir` (see [`rundir::choose`]).
+    pub fn connect(dir: Option<&Path>) -> Result<Client> {
+        let dir = rundir::choose(dir);
+        let hint = || format!("start one with `vbus serve --dir {}`, or say where it is with --dir", dir.display());
+        rundir::check(&dir).with_context(hint)?;
+        let path = dir.join(CONTROL);
+        let socket = UnixStream::connect(&path).map_err(|error| {
+            use std::io::ErrorKind::{ConnectionRefused, NotFound};
+            match error.kind() {
+                NotFound | ConnectionRefused => anyhow!("no bus serves in {}; {}", dir.display(), hint()),
+                _ => anyhow!("{}: {error}", path.display()),
+            }
+        })?;
+        Ok(Client { reader: BufReader::new(socket), dir })
+    }
+
+    /// Where the bus has its sockets.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Sends a request and returns its answer.
+    pub fn ask(&mut self, request: &Value) -> Result<Value> {
+        self.stream(request, &mut |_| {})
+    }
+
+    /// Sends a request and hands each of its answers but the last to `item`.
+    pub fn stream(&mut self, request: &Value, item: &mut dyn FnMut(Value)) -> Result<Value> {
+        let mut line = request.to_string();
+        line.push('\n');
+        // An answer may be there although the request was cut short.
+        let sent = self.reader.get_mut().write_all(line.as_bytes());
+        loop {
+            let mut line = String::new();
+            if self.reader.read_line(&mut line).context("the bus does not answer")? == 0 {
+                sent.context("the bus has gone")?;
+                bail!("the bus has gone");
+            }
+            let mut answer: Value = serde_json::from_str(&line).context("the bus answers nonsense")?;
+            if let Some(error) = answer.get("error").and_then(Value::as_str) {
+                bail!("{error}");
+            }
+            match answer.get_mut("item") {
+                Some(value) => item(value.take()),
+                None => return Ok(answer.get_mut("ok").map(Value::take).unwrap_or_default()),
+            }
+        }
+    }
+
+    /// All devices.
+    pub fn list(&mut self) -> Result<Vec<Value>> {
+        match self.ask(&json!({ "op": "list" }))? {
+            Value::Array(devices) => Ok(devices),
+            _ => bail!("the bus answers nonsense"),
+        }
+    }
+
+    /// A request to a device itself.
+    pub fn device(&mut self, name: &str, request: &Value, item: &mut dyn FnMut(Value)) -> Result<()> {
+        self.stream(&json!({ "op": "device", "name": name, "request": request }), item).map(drop)
+    }
+}
+
+/// The text of a member.
+pub fn text<'a>(value: &'a Value, key: &str) -> &'a str {
+    value.get(key).and_then(Value::as_str).unwrap_or("-")
+}

@@ -1,0 +1,215 @@
+//! `vbus device`.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Map, Value, json};
+
+use crate::client::{Client, text};
+use crate::output::{bold, columns, emit, emit_json, flatten, plain};
+use crate::{Place, config, plug, rundir};
+
+/// Commands.
+#[derive(clap::Subcommand, Debug)]
+pub enum Command {
+    /// Add a device to the bus, and plug it into a running QEMU with --qmp
+    Add(Add),
+    /// Take a device off the bus, after unplugging it from a running QEMU with --qmp
+    Remove(Remove),
+    /// List the devices
+    List {
+        #[command(flatten)]
+        place: Place,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show all that there is to tell of a device
+    Show {
+        /// Its name
+        name: String,
+        #[command(flatten)]
+        place: Place,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// List the classes of which devices can be made
+    Classes {
+        #[command(flatten)]
+        place: Place,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// The QEMU to plug into.
+#[derive(clap::Args, Debug)]
+struct Qemu {
+    /// QMP socket of the running QEMU
+    #[arg(long, value_name = "SOCKET")]
+    qmp: Option<PathBuf>,
+    /// Give up after that many seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, requires = "qmp")]
+    timeout: u64,
+}
+
+/// Arguments of `add`.
+#[derive(clap::Args, Debug)]
+pub struct Add {
+    /// The name of the new device
+    name: String,
+    /// Its class
+    #[arg(long)]
+    class: String,
+    /// A setting of its class, as in the configuration file; strings need no quotes
+    #[arg(long = "set", value_name = "KEY=VALUE", value_parser = key_value)]
+    settings: Vec<(String, Value)>,
+    #[command(flatten)]
+    qemu: Qemu,
+    /// The root port to plug it into, by its id; without it, the first that is free
+    #[arg(long, value_name = "ID", requires = "qmp")]
+    port: Option<String>,
+    #[command(flatten)]
+    place: Place,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Arguments of `remove`.
+#[derive(clap::Args, Debug)]
+pub struct Remove {
+    /// The name of the device
+    name: String,
+    #[command(flatten)]
+    qemu: Qemu,
+    /// Remove it even while a virtual machine or a driver process uses it
+    #[arg(long, conflicts_with = "qmp")]
+    force: bool,
+    #[command(flatten)]
+    place: Place,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+fn key_value(argument: &str) -> Result<(String, Value), String> {
+    let (key, value) = argument.split_once('=').ok_or("a setting is KEY=VALUE")?;
+    Ok((key.into(), config::setting(value)))
+}
+
+/// Runs one.
+pub fn run(command: &Command) -> Result<()> {
+    match command {
+        Command::Add(args) => add(args),
+        Command::Remove(args) => remove(args),
+        Command::List { place, json } => list(place, *json),
+        Command::Show { name, place, json } => {
+            let device = Client::connect(place.dir.as_deref())?.ask(&json!({ "op": "show", "name": name }))?;
+            if *json {
+                emit_json(&device);
+            } else {
+                let rows: Vec<_> = flatten(&device).into_iter().map(|(key, value)| vec![key, plain(value)]).collect();
+                let head = vec![bold(text(&device, "name"))];
+                emit(&columns(&[vec![head], rows].concat()));
+            }
+            Ok(())
+        }
+        Command::Classes { place, json } => {
+            let info = Client::connect(place.dir.as_deref())?.ask(&json!({ "op": "info" }))?;
+            let classes = info.get("classes").cloned().unwrap_or_default();
+            if *json {
+                emit_json(&classes);
+            } else {
+                for class in classes.as_array().into_iter().flatten() {
+                    emit(&format!("{}: {}\n", bold(text(class, "name")), text(class, "help")));
+                }
+            }
+            Ok(())
+        }
+    }
+}
+
+fn list(place: &Place, json: bool) -> Result<()> {
+    let devices = Client::connect(place.dir.as_deref())?.list()?;
+    if json {
+        let short = |d: &Value| {
+            let keys = ["name", "class", "state", "fault", "connected", "socket"];
+            Value::Object(keys.iter().map(|k| ((*k).to_owned(), d.get(*k).cloned().unwrap_or_default())).collect())
+        };
+        emit_json(&devices.iter().map(short).collect());
+        return Ok(());
+    }
+    let mut rows = vec![["NAME", "CLASS", "CLIENT", "STATE", "SOCKET"].map(String::from).to_vec()];
+    for device in &devices {
+        let connected = device.get("connected").and_then(Value::as_bool).unwrap_or(false);
+        let state = match text(device, "fault") {
+            "-" => text(device, "state").to_owned(),
+            fault => format!("{}: {fault}", text(device, "state")),
+        };
+        let client = if connected { "yes" } else { "no" };
+        rows.push(
+            [text(device, "name"), text(device, "class"), client, &state, text(device, "socket")]
+                .map(String::from)
+                .to_vec(),
+        );
+    }
+    emit(&columns(&rows));
+    Ok(())
+}
+
+fn add(args: &Add) -> Result<()> {
+    let mut client = Client::connect(args.place.dir.as_deref())?;
+    let mut settings = Map::new();
+    for (key, value) in &args.settings {
+        if settings.insert(key.clone(), value.clone()).is_some() {
+            bail!("{key:?} is set twice");
+        }
+    }
+    // Whether it can be plugged is found out before the bus has it.
+    let mut slot = match &args.qemu.qmp {
+        Some(socket) => Some(plug::Slot::find(socket, Duration::from_secs(args.qemu.timeout), args.port.as_deref())?),
+        None => None,
+    };
+    let request = json!({ "op": "add", "name": args.name, "class": args.class, "settings": settings });
+    let device = client.ask(&request)?;
+    let socket = rundir::socket(client.dir(), &args.name);
+    if let Some(slot) = &mut slot {
+        if let Err(error) = slot.plug(&args.name, &socket) {
+            let undone = client.ask(&json!({ "op": "remove", "name": args.name, "force": true }));
+            let fate = if undone.is_ok() { "it was taken off the bus again" } else { "it is still on the bus" };
+            return Err(error).with_context(|| format!("cannot plug {:?}; {fate}", args.name));
+        }
+    }
+    if args.json {
+        let port = slot.as_ref().map(plug::Slot::port);
+        emit_json(&json!({ "name": args.name, "class": args.class, "socket": device.get("socket"), "port": port }));
+    } else {
+        let place = slot.map_or_else(|| format!("at {}", socket.display()), |slot| format!("in {}", slot.port()));
+        emit(&format!("added {} {place}\n", args.name));
+    }
+    Ok(())
+}
+
+fn remove(args: &Remove) -> Result<()> {
+    let mut client = Client::connect(args.place.dir.as_deref())?;
+    // An unknown name is an error before anything is unplugged.
+    client.ask(&json!({ "op": "show", "name": args.name }))?;
+    if let Some(qmp) = &args.qemu.qmp {
+        let socket = rundir::socket(client.dir(), &args.name);
+        plug::unplug(qmp, Duration::from_secs(args.qemu.timeout), &args.name, &socket)
+            .with_context(|| format!("cannot unplug {:?}; it stays on the bus", args.name))?;
+    }
+    // Once QEMU says that the device is gone, so is its connection; but the bus may not have seen the end of it yet.
+    let force = args.force || args.qemu.qmp.is_some();
+    client.ask(&json!({ "op": "remove", "name": args.name, "force": force }))?;
+    if args.json {
+        emit_json(&json!({ "name": args.name, "removed": true }));
+    } else {
+        emit(&format!("removed {}\n", args.name));
+    }
+    Ok(())
+}

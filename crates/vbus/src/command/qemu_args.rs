@@ -1,0 +1,81 @@
+//! `vbus qemu-args`.
+
+use anyhow::{Result, bail};
+use serde_json::{Value, json};
+
+use crate::client::{Client, text};
+use crate::output::{emit, emit_json};
+use crate::{Place, plug};
+
+/// Arguments.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// The devices that the machine shall have; without any, all that no other machine uses
+    devices: Vec<String>,
+    /// Size of the machine's memory, as for -m
+    #[arg(long, default_value = "1G")]
+    memory: String,
+    /// Empty root ports besides, for devices that are plugged later
+    #[arg(long, value_name = "COUNT", default_value_t = 4, value_parser = clap::value_parser!(u16).range(0..=64))]
+    spare_ports: u16,
+    #[command(flatten)]
+    place: Place,
+    /// Print JSON: an array of arguments
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs it.
+pub fn run(args: &Args) -> Result<()> {
+    let mut client = Client::connect(args.place.dir.as_deref())?;
+    let devices = client.list()?;
+    let free = |d: &&Value| d.get("connected").and_then(Value::as_bool) != Some(true);
+    let chosen: Vec<&Value> = if args.devices.is_empty() {
+        devices.iter().filter(free).collect()
+    } else {
+        let mut chosen = Vec::new();
+        for name in &args.devices {
+            match devices.iter().find(|d| text(d, "name") == name) {
+                Some(device) => chosen.push(device),
+                None => bail!("no device called {name:?} is on the bus"),
+            }
+        }
+        chosen
+    };
+    if args.memory.is_empty() || !args.memory.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'.') {
+        bail!("--memory is a size, such as 512M or 2G");
+    }
+    let ports = chosen.len() + usize::from(args.spare_ports);
+    if ports > plug::ROOT_PORTS_MAX {
+        bail!(
+            "a machine has room for {} root ports, not {ports}; name the devices that it shall have",
+            plug::ROOT_PORTS_MAX
+        );
+    }
+    let mut options: Vec<[String; 2]> = vec![
+        ["-object".into(), format!("memory-backend-memfd,id=vbus-memory,size={},share=on", args.memory)],
+        ["-machine".into(), "q35,memory-backend=vbus-memory".into()],
+        ["-m".into(), args.memory.clone()],
+    ];
+    for port in 0..ports {
+        options.push(["-device".into(), plug::root_port(port)]);
+    }
+    for (port, device) in chosen.iter().enumerate() {
+        let socket = text(device, "socket");
+        let device = plug::device(text(device, "name"), socket.as_ref(), &plug::root_port_id(port));
+        options.push(["-device".into(), device.to_string()]);
+    }
+    if args.json {
+        emit_json(&json!(options.concat()));
+    } else {
+        let lines: Vec<String> = options.iter().map(|[option, value]| format!("{option} {}", quoted(value))).collect();
+        emit(&format!("{}\n", lines.join(" \\\n")));
+    }
+    Ok(())
+}
+
+/// A word for the shell.
+fn quoted(word: &str) -> String {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"-_=.,:/".contains(&b);
+    if word.bytes().all(plain) { word.into() } else { format!("'{}'", word.replace('\'', r"'\''")) }
+}

@@ -1,0 +1,369 @@
+//! The configuration of a bus: `bus.toml`, and the settings of one device wherever they come from.
+
+use std::fmt;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde_json::{Map, Value};
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+use vbus_core::{Trust, Tuning};
+use vbus_pci::Options;
+
+/// The largest configuration file, in bytes.
+const FILE_MAX: u64 = 1 << 20;
+/// The most worker threads.
+const WORKERS_MAX: u64 = 64;
+/// The longest polling window, in microseconds.
+const POLL_US_MAX: u64 = 10_000;
+/// The largest budget.
+const BUDGET_MAX: u64 = 4096;
+
+/// A bus as configured.
+#[derive(Debug)]
+pub struct Config {
+    /// How its tasks run.
+    pub tuning: Tuning,
+    /// Which memory files it takes from its peers.
+    pub trust: Trust,
+    /// Its first devices.
+    pub devices: Vec<DeviceSpec>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config { tuning: Tuning::default(), trust: Trust::Sealed, devices: Vec::new() }
+    }
+}
+
+/// A device as configured.
+#[derive(Clone, Debug)]
+pub struct DeviceSpec {
+    /// Its name on the bus.
+    pub name: String,
+    /// Its class.
+    pub class: String,
+    /// What its PCI function has.
+    pub options: Options,
+    /// The class's own settings, an object.
+    pub settings: Value,
+}
+
+impl DeviceSpec {
+    /// Takes the keys that every device has out of `settings` and leaves the class's own.
+    pub fn new(name: String, class: String, mut settings: Map<String, Value>) -> Result<DeviceSpec, String> {
+        let mut flag = |key: &str| match settings.remove(key) {
+            None => Ok(false),
+            Some(Value::Bool(value)) => Ok(value),
+            Some(other) => Err(format!("{key:?} must be true or false, not {other}")),
+        };
+        let options = Options { msix: flag("msix")?, express: flag("express")? };
+        Ok(DeviceSpec { name, class, options, settings: Value::Object(settings) })
+    }
+}
+
+/// A configuration file's text, to point into it.
+#[derive(Debug)]
+pub struct Source {
+    path: PathBuf,
+    text: String,
+    /// For each device of the configuration, where it is and where its keys are.
+    devices: Vec<DevicePlaces>,
+}
+
+#[derive(Debug)]
+struct DevicePlaces {
+    name: Range<usize>,
+    keys: Vec<(String, Range<usize>)>,
+}
+
+/// What is wrong with a configuration, where. Shown with the line in question.
+#[derive(Debug)]
+pub struct ConfigError(String);
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+/// A fault and the bytes of the text that it is about.
+type Fault = (Range<usize>, String);
+
+/// Reads a configuration file.
+pub fn read(path: &Path) -> Result<(Config, Source), ConfigError> {
+    let fail = |what: &dyn fmt::Display| ConfigError(format!("{}: {what}", path.display()));
+    let length = std::fs::metadata(path).map_err(|e| fail(&e))?.len();
+    if length > FILE_MAX {
+        return Err(fail(&format_args!("larger than {FILE_MAX} bytes")));
+    }
+    let text = std::fs::read_to_string(path).map_err(|e| fail(&e))?;
+    parse(path, text)
+}
+
+fn parse(path: &Path, text: String) -> Result<(Config, Source), ConfigError> {
+    let mut source = Source { path: path.to_owned(), text, devices: Vec::new() };
+    let (mut config, mut places) = (Config::default(), Vec::new());
+    match fill(&source.text, &mut config, &mut places) {
+        Ok(()) => {
+            source.devices = places;
+            Ok((config, source))
+        }
+        Err((span, text)) => Err(source.point(&span, &text)),
+    }
+}
+
+impl Source {
+    /// An error at a place of the text: file, line, column, the line itself, and a mark under what is meant.
+    fn point(&self, span: &Range<usize>, message: &str) -> ConfigError {
+        let mut start = span.start.min(self.text.len());
+        while !self.text.is_char_boundary(start) {
+            start -= 1;
+        }
+        let before = &self.text[..start];
+        let number = before.matches('\n').count() + 1;
+        let begin = before.rfind('\n').map_or(0, |at| at + 1);
+        let line = self.text[begin..].lines().next().unwrap_or("");
+        let column = before[begin..].chars().count();
+        let room = line.chars().count().saturating_sub(column).max(1);
+        let marks = self.text.get(start..span.end).map_or(1, |s| s.chars().count()).clamp(1, room);
+        let gutter = number.to_string();
+        let indent: String = line.chars().take(column).map(|c| if c == '\t' { '\t' } else { ' ' }).collect();
+        ConfigError(format!(
+            "{path}:{number}:{column}: {message}\n {gutter} | {line}\n {blank} | {indent}{marks}",
+            path = self.path.display(),
+            column = column + 1,
+            blank = " ".repeat(gutter.len()),
+            marks = "^".repeat(marks),
+        ))
+    }
+
+    /// An error that making the device number `device` of the configuration gave. Points at the setting that the text quotes, or else at the
+    /// device's name.
+    pub fn device_error(&self, device: usize, message: &str) -> ConfigError {
+        let Some(places) = self.devices.get(device) else { return ConfigError(message.into()) };
+        let quoted = |key: &str| ['"', '`', '\''].iter().any(|q| message.contains(&format!("{q}{key}{q}")));
+        let known = |key: &&(String, Range<usize>)| !matches!(key.0.as_str(), "name" | "class") && quoted(&key.0);
+        let place = places.keys.iter().find(known).map_or(&places.name, |(_, place)| place);
+        self.point(place, message)
+    }
+}
+
+fn fill(text: &str, config: &mut Config, places: &mut Vec<DevicePlaces>) -> Result<(), Fault> {
+    let root = DeTable::parse(text).map_err(|e| (e.span().unwrap_or(0..0), e.message().trim_end().to_owned()))?;
+    for (key, value) in root.get_ref() {
+        match &**key.get_ref() {
+            "bus" => bus(table(value, "\"bus\"")?, config)?,
+            "device" => {
+                let DeValue::Array(devices) = value.get_ref() else {
+                    return Err((key.span(), "a device begins with [[device]], in double brackets".into()));
+                };
+                for entry in devices.iter() {
+                    let (spec, place) = device(table(entry, "a device")?, entry.span())?;
+                    if config.devices.iter().any(|d| d.name == spec.name) {
+                        return Err((place.name, format!("there are two devices called {:?}", spec.name)));
+                    }
+                    config.devices.push(spec);
+                    places.push(place);
+                }
+            }
+            other => return Err((key.span(), unknown(other, "here", &["bus", "device"]))),
+        }
+    }
+    Ok(())
+}
+
+fn bus(table: &DeTable<'_>, config: &mut Config) -> Result<(), Fault> {
+    const KEYS: [&str; 4] = ["workers", "poll-us", "budget", "trust-memory"];
+    for (key, value) in table {
+        match &**key.get_ref() {
+            "workers" => {
+                config.tuning.workers = usize::try_from(number(value, 1, WORKERS_MAX)?).unwrap_or(1);
+            }
+            "poll-us" => config.tuning.poll_max = Duration::from_micros(number(value, 0, POLL_US_MAX)?),
+            "budget" => config.tuning.budget = u32::try_from(number(value, 1, BUDGET_MAX)?).unwrap_or(1),
+            "trust-memory" => {
+                let trusted =
+                    value.get_ref().as_bool().ok_or_else(|| (value.span(), "must be true or false".to_owned()))?;
+                config.trust = if trusted { Trust::Any } else { Trust::Sealed };
+            }
+            other => return Err((key.span(), unknown(other, "for the bus", &KEYS))),
+        }
+    }
+    Ok(())
+}
+
+fn device(table: &DeTable<'_>, whole: Range<usize>) -> Result<(DeviceSpec, DevicePlaces), Fault> {
+    let (mut name, mut class, mut settings, mut keys) = (None, None, Map::new(), Vec::new());
+    let mut name_place = whole.clone();
+    for (key, value) in table {
+        keys.push((key.get_ref().to_string(), key.span()));
+        match &**key.get_ref() {
+            "name" => {
+                name = Some(string(value)?);
+                name_place = value.span();
+            }
+            "class" => class = Some(string(value)?),
+            other => {
+                settings.insert(other.to_owned(), json(value.get_ref()).map_err(|e| (value.span(), e))?);
+            }
+        }
+    }
+    let missing = |key: &str| (whole.clone(), format!("this device has no {key:?}"));
+    let (name, class) = (name.ok_or_else(|| missing("name"))?, class.ok_or_else(|| missing("class"))?);
+    let spec = DeviceSpec::new(name, class, settings).map_err(|e| {
+        let place = keys.iter().find(|(key, _)| e.starts_with(&format!("{key:?}"))).map(|(_, place)| place.clone());
+        (place.unwrap_or(whole), e)
+    })?;
+    Ok((spec, DevicePlaces { name: name_place, keys }))
+}
+
+fn table<'a, 'i>(value: &'a Spanned<DeValue<'i>>, what: &str) -> Result<&'a DeTable<'i>, Fault> {
+    value.get_ref().as_table().ok_or_else(|| (value.span(), format!("{what} must be a table, with keys of its own")))
+}
+
+fn string(value: &Spanned<DeValue<'_>>) -> Result<String, Fault> {
+    value.get_ref().as_str().map(str::to_owned).ok_or_else(|| (value.span(), "must be a string, in quotes".into()))
+}
+
+fn number(value: &Spanned<DeValue<'_>>, least: u64, most: u64) -> Result<u64, Fault> {
+    let number = json(value.get_ref()).ok().and_then(|v| v.as_u64()).filter(|n| (least..=most).contains(n));
+    number.ok_or_else(|| (value.span(), format!("must be a number from {least} to {most}")))
+}
+
+/// A value of the command line: as in the file, or else just a string.
+pub fn setting(text: &str) -> Value {
+    let parsed = DeValue::parse(text).ok().and_then(|value| json(value.get_ref()).ok());
+    parsed.unwrap_or_else(|| Value::String(text.into()))
+}
+
+fn json(value: &DeValue<'_>) -> Result<Value, String> {
+    Ok(match value {
+        DeValue::String(text) => Value::String(text.to_string()),
+        DeValue::Boolean(value) => Value::Bool(*value),
+        DeValue::Integer(digits) => i64::from_str_radix(digits.as_str(), digits.radix())
+            .map(Value::from)
+            .map_err(|_| format!("{digits} is too large a number"))?,
+        DeValue::Float(digits) => {
+            let float: f64 = digits.as_str().parse().map_err(|_| format!("{digits} is not a number"))?;
+            Value::from(float)
+        }
+        DeValue::Datetime(time) => return Err(format!("{time}: put dates and times in quotes")),
+        DeValue::Array(list) => Value::Array(list.iter().map(|item| json(item.get_ref())).collect::<Result<_, _>>()?),
+        DeValue::Table(table) => {
+            let mut map = Map::new();
+            for (key, value) in table {
+                map.insert(key.get_ref().to_string(), json(value.get_ref())?);
+            }
+            Value::Object(map)
+        }
+    })
+}
+
+/// "unknown key", with the known key that was probably meant, or all of them.
+fn unknown(key: &str, place: &str, known: &[&str]) -> String {
+    match known.iter().map(|k| (distance(key, k), k)).min() {
+        Some((d, close)) if d <= 2 && d < close.len() => {
+            format!("unknown key {key:?} {place}; did you mean {close:?}?")
+        }
+        _ => format!("unknown key {key:?} {place}; there are: {}", known.join(", ")),
+    }
+}
+
+/// Letters to insert, remove or replace to get from one to the other.
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.chars().enumerate() {
+        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
+        for (j, y) in b.iter().enumerate() {
+            let replace = diagonal + usize::from(x != *y);
+            diagonal = row[j + 1];
+            row[j + 1] = replace.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn of(text: &str) -> Result<(Config, Source), String> {
+        parse(Path::new("bus.toml"), text.into()).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn a_few_lines_are_enough() {
+        let (config, source) = of("[bus]\nworkers = 3\npoll-us = 0\ntrust-memory = true\n\
+            [[device]]\nname = \"n\"\nclass = \"venet\"\nmsix = true\nmtu = 9_000\nlist = [{ a = 0x10 }]\n")
+        .unwrap();
+        assert_eq!((config.tuning.workers, config.tuning.poll_max), (3, Duration::ZERO));
+        assert_eq!(config.trust, Trust::Any);
+        let device = &config.devices[0];
+        assert_eq!((device.name.as_str(), device.class.as_str()), ("n", "venet"));
+        assert_eq!(device.options, Options { msix: true, express: false });
+        assert_eq!(device.settings, json!({ "mtu": 9000, "list": [{ "a": 16 }] }));
+        let error = source.device_error(0, "unknown field `mtu`").to_string();
+        assert!(
+            error.starts_with("bus.toml:9:1: unknown field `mtu`\n 9 | mtu = 9_000\n   | ^^^\n".trim_end()),
+            "{error}"
+        );
+        let error = source.device_error(0, "no luck").to_string();
+        assert!(error.starts_with("bus.toml:6:8: no luck\n"), "{error}");
+        assert!(of("").unwrap().0.devices.is_empty());
+    }
+
+    #[test]
+    fn errors_show_the_line() {
+        for (text, expect) in [
+            ("[buss]\n", "bus.toml:1:2: unknown key \"buss\" here; did you mean \"bus\"?\n 1 | [buss]\n   |  ^^^^"),
+            (
+                "\n\n[bus]\nworker = 1\n",
+                "bus.toml:4:1: unknown key \"worker\" for the bus; did you mean \"workers\"?\n 4 | worker = 1\n   | ^^^^^^",
+            ),
+            (
+                "[bus]\nzzz = 1\n",
+                "bus.toml:2:1: unknown key \"zzz\" for the bus; there are: workers, poll-us, budget, trust-memory",
+            ),
+            (
+                "[bus]\nworkers = 0\n",
+                "bus.toml:2:11: must be a number from 1 to 64\n 2 | workers = 0\n   |           ^",
+            ),
+            ("[bus]\nworkers = \"2\"\n", "bus.toml:2:11: must be a number"),
+            ("[device]\nname = \"x\"\n", "bus.toml:1:2: a device begins with [[device]]"),
+            ("[[device]]\nname = \"x\"\n", "bus.toml:1:1: this device has no \"class\""),
+            ("[[device]]\nname = 1\n", "bus.toml:2:8: must be a string"),
+            ("[[device]]\nname=\"x\"\nclass=\"c\"\nmsix=1\n", "bus.toml:4:1: \"msix\" must be true or false"),
+            (
+                "[[device]]\nname=\"x\"\nclass=\"c\"\n[[device]]\nname=\"x\"\nclass=\"c\"\n",
+                "bus.toml:5:6: there are two",
+            ),
+            ("[[device]]\nname = \"x\n", "bus.toml:2:"),
+            ("x = 99999999999999999999\n", "bus.toml:1:1: unknown key"),
+            (
+                "[[device]]\nname=\"x\"\nclass=\"c\"\nn=99999999999999999999\n",
+                "bus.toml:4:3: 99999999999999999999 is too large",
+            ),
+        ] {
+            let error = of(text).unwrap_err();
+            assert!(error.starts_with(expect), "{text:?} gave\n{error}");
+        }
+    }
+
+    #[test]
+    fn settings_of_the_command_line_are_values_or_else_strings() {
+        assert_eq!(setting("9000"), json!(9000));
+        assert_eq!(setting("true"), json!(true));
+        assert_eq!(setting("switch"), json!("switch"));
+        assert_eq!(setting("52:54:00:00:00:01"), json!("52:54:00:00:00:01"));
+        assert_eq!(setting("\"7\""), json!("7"));
+        assert_eq!(setting("[{name=\"a\", bytes=8}]"), json!([{ "name": "a", "bytes": 8 }]));
+        assert_eq!(setting(""), json!(""));
+    }
+}

@@ -1,0 +1,152 @@
+//! Plugging a device of the bus into a running QEMU, and unplugging it.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use serde_json::{Value, json};
+
+use crate::qmp::{QemuError, Qmp};
+
+/// Where QEMU keeps the devices that have an id.
+const PERIPHERAL: &str = "/machine/peripheral";
+const ROOT_PORT: &str = "child<pcie-root-port>";
+const VFIO_USER: &str = "child<vfio-user-pci>";
+
+/// Id of the root port number `number`, as `vbus qemu-args` names them.
+pub fn root_port_id(number: usize) -> String {
+    format!("vbus-port{number}")
+}
+
+/// The most root ports that [`root_port`] has a place for.
+pub const ROOT_PORTS_MAX: usize = 8 * 22;
+
+/// The `-device` of a root port. Eight share a slot of q35's bus, so that many fit, from slot 8 on, so that they keep clear of others.
+pub fn root_port(number: usize) -> String {
+    let (slot, function) = (8 + number / 8, number % 8);
+    let first = if function == 0 { ",multifunction=on" } else { "" };
+    format!(
+        "pcie-root-port,id={},bus=pcie.0,addr={slot:#x}.{function:x}{first},chassis=100,slot={number}",
+        root_port_id(number)
+    )
+}
+
+/// QEMU's id of the device `name`. It begins with a letter whatever the name is.
+fn device_id(name: &str) -> String {
+    format!("vbus-{name}")
+}
+
+/// The `-device` of a device of the bus, and the arguments of `device_add`.
+pub fn device(name: &str, socket: &Path, port: &str) -> Value {
+    json!({
+        "driver": "vfio-user-pci",
+        "id": device_id(name),
+        "bus": port,
+        "socket": { "type": "unix", "path": socket },
+    })
+}
+
+/// A free place in a running QEMU.
+pub struct Slot {
+    qmp: Qmp,
+    port: String,
+}
+
+impl Slot {
+    /// Finds a root port with nothing in it, or sees to it that `port` is one.
+    pub fn find(qmp: &Path, patience: Duration, port: Option<&str>) -> Result<Slot> {
+        let mut qmp = Qmp::connect(qmp, patience)?;
+        let ports = peripherals(&mut qmp, ROOT_PORT)?;
+        let mut occupied = 0;
+        for id in ports.iter().filter(|id| port.is_none_or(|port| port == id.as_str())) {
+            // The port's bus is an object below it with the same name; its children are links called "child[0]".
+            let bus = qmp.run("qom-list", json!({ "path": format!("{PERIPHERAL}/{id}/{id}") }))?;
+            if !names(&bus).any(|(name, _)| name.starts_with("child[")) {
+                return Ok(Slot { qmp, port: id.clone() });
+            }
+            occupied += 1;
+        }
+        match port {
+            Some(port) if occupied > 0 => bail!("root port {port:?} is occupied"),
+            Some(port) => bail!("this QEMU has no root port with id {port:?}; it has: {}", ports.join(", ")),
+            None if occupied > 0 => {
+                bail!(
+                    "all {occupied} root ports of this QEMU are occupied; start it with more (vbus qemu-args --spare-ports)"
+                )
+            }
+            None => bail!("this QEMU has no root port with an id; start it with some (vbus qemu-args --spare-ports)"),
+        }
+    }
+
+    /// The root port's id.
+    pub fn port(&self) -> &str {
+        &self.port
+    }
+
+    /// Plugs the device in.
+    pub fn plug(&mut self, name: &str, socket: &Path) -> Result<()> {
+        self.qmp.run("device_add", device(name, socket, &self.port)).map(drop)
+    }
+}
+
+/// Unplugs the device that QEMU has from `socket`: asks the guest for it, and waits until it is gone.
+pub fn unplug(qmp: &Path, patience: Duration, name: &str, socket: &Path) -> Result<()> {
+    let mut qmp = Qmp::connect(qmp, patience)?;
+    let id = find(&mut qmp, name, socket)?;
+    match qmp.run("device_del", json!({ "id": id })) {
+        Ok(_) => {}
+        // Asked for before, by somebody else or by an attempt that was given up: it will still come.
+        Err(error) if under_way(&error) => {}
+        Err(error) => return Err(error),
+    }
+    while let Some(event) = qmp.event()? {
+        let device = event.pointer("/data/device").and_then(Value::as_str);
+        match event.get("event").and_then(Value::as_str) {
+            Some("DEVICE_DELETED") if device == Some(&id) => return Ok(()),
+            Some("DEVICE_UNPLUG_GUEST_ERROR" | "MEM_UNPLUG_ERROR") if device == Some(&id) => {
+                bail!("the guest refuses to release it")
+            }
+            Some("SHUTDOWN") => bail!("the machine shut down meanwhile"),
+            _ => {}
+        }
+    }
+    Err(anyhow!("the guest did not release it within {} s", patience.as_secs())).context(
+        "a guest that is not up yet, or has no PCI hotplug, never does; it may still do so later, then remove the device again",
+    )
+}
+
+fn under_way(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<QemuError>().is_some_and(|e| e.description.contains("already in the process of unplug"))
+}
+
+/// QEMU's id of the device.
+fn find(qmp: &mut Qmp, name: &str, socket: &Path) -> Result<String> {
+    let devices = peripherals(qmp, VFIO_USER)?;
+    let ours = device_id(name);
+    if devices.contains(&ours) {
+        return Ok(ours);
+    }
+    // Plugged by somebody else, by an id of their own: then the socket tells.
+    for id in devices {
+        let path = format!("{PERIPHERAL}/{id}");
+        let value = qmp.run("qom-get", json!({ "path": path, "property": "socket" })).unwrap_or_default();
+        if value.get("path").and_then(Value::as_str).is_some_and(|p| Path::new(p) == socket) {
+            return Ok(id);
+        }
+    }
+    bail!("this QEMU has no device of {}; without --qmp it is just taken off the bus", socket.display())
+}
+
+/// Ids of all devices of a type.
+fn peripherals(qmp: &mut Qmp, kind: &str) -> Result<Vec<String>> {
+    let list = qmp.run("qom-list", json!({ "path": PERIPHERAL }))?;
+    Ok(names(&list).filter(|(_, k)| *k == kind).map(|(name, _)| name.to_owned()).collect())
+}
+
+/// Names and types of a `qom-list`.
+fn names(list: &Value) -> impl Iterator<Item = (&str, &str)> {
+    list.as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|item| Some((item.get("name")?.as_str()?, item.get("type")?.as_str()?)))
+}

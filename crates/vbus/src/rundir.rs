@@ -1,0 +1,107 @@
+//! The directory of a bus: where its sockets are.
+
+use std::fs::DirBuilder;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
+use rustix::process::geteuid;
+
+/// Name of the control socket in the directory.
+pub const CONTROL: &str = "control.sock";
+/// The longest path of a UNIX socket, in bytes.
+const PATH_MAX: usize = 107;
+
+/// The directory to use: the one given, or else `$XDG_RUNTIME_DIR/vbus`, or else `/tmp/vbus-UID`.
+pub fn choose(given: Option<&Path>) -> PathBuf {
+    if let Some(dir) = given {
+        return std::path::absolute(dir).unwrap_or_else(|_| dir.to_owned());
+    }
+    match std::env::var_os("XDG_RUNTIME_DIR") {
+        Some(runtime) if Path::new(&runtime).is_absolute() => Path::new(&runtime).join("vbus"),
+        _ => PathBuf::from(format!("/tmp/vbus-{}", geteuid().as_raw())),
+    }
+}
+
+/// The socket of device `name`.
+pub fn socket(dir: &Path, name: &str) -> PathBuf {
+    dir.join(format!("{name}.sock"))
+}
+
+/// Checks that nobody else can have put sockets there: it is ours (or root's) and only its owner may write to it.
+pub fn check(dir: &Path) -> Result<()> {
+    let meta = std::fs::symlink_metadata(dir).with_context(|| format!("no bus in {}", dir.display()))?;
+    ensure!(meta.is_dir(), "{} is not a directory", dir.display());
+    let uid = meta.uid();
+    ensure!(uid == geteuid().as_raw() || uid == 0, "{} belongs to another user (uid {uid})", dir.display());
+    ensure!(
+        meta.mode() & 0o022 == 0,
+        "others may write to {} (mode {:o}); choose another one, or chmod 700 it",
+        dir.display(),
+        meta.mode() & 0o7777
+    );
+    Ok(())
+}
+
+/// A directory that this process serves in. No other one can as long as this value lives.
+pub struct Claimed {
+    dir: PathBuf,
+    /// Holds the lock.
+    _lock: OwnedFd,
+}
+
+impl Claimed {
+    /// Makes the directory if it is not there (mode 0700), checks whose it is, locks it, and removes the sockets that a dead bus left.
+    pub fn claim(dir: &Path) -> Result<Claimed> {
+        let made = DirBuilder::new().mode(0o700).create(dir);
+        if let Err(error) = made {
+            if error.kind() != std::io::ErrorKind::AlreadyExists {
+                return Err(error).with_context(|| format!("cannot make {}", dir.display()));
+            }
+        }
+        check(dir)?;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let lock = open(dir, flags, Mode::empty()).with_context(|| format!("cannot open {}", dir.display()))?;
+        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::AGAIN) => {
+                bail!("another vbus serves in {} already; stop it, or choose another --dir", dir.display())
+            }
+            Err(error) => return Err(error).with_context(|| format!("cannot lock {}", dir.display())),
+        }
+        let claimed = Claimed { dir: dir.to_owned(), _lock: lock };
+        claimed.remove_stale()?;
+        Ok(claimed)
+    }
+
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The socket of device `name`.
+    ///
+    /// # Errors
+    /// When the path is too long for a socket.
+    pub fn socket(&self, name: &str) -> Result<PathBuf> {
+        let path = socket(&self.dir, name);
+        let len = path.as_os_str().len();
+        ensure!(len <= PATH_MAX, "{} is too long for a socket ({len} bytes; {PATH_MAX} can be)", path.display());
+        Ok(path)
+    }
+
+    fn remove_stale(&self) -> Result<()> {
+        for entry in std::fs::read_dir(&self.dir)? {
+            let entry = entry?;
+            let path = entry.path();
+            let ours = path.extension().is_some_and(|e| e == "sock") && entry.file_type()?.is_socket();
+            if ours && UnixStream::connect(&path).is_err_and(|e| e.kind() == std::io::ErrorKind::ConnectionRefused) {
+                std::fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+            }
+        }
+        Ok(())
+    }
+}

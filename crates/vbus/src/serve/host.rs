@@ -1,0 +1,127 @@
+//! The bus with its sockets: what is on the one has one of the others.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+use vbus_core::{Bus, Endpoint, Executor};
+use vbus_vfio_user::DeviceServer;
+
+use crate::config::{Config, DeviceSpec};
+use crate::rundir::Claimed;
+
+/// A name that a device cannot have: its socket would be the control socket.
+const RESERVED: &str = "control";
+
+/// The bus and what it is served by.
+pub struct Host {
+    claimed: Claimed,
+    bus: Bus,
+    /// By name. Also the lock under which devices are added and removed.
+    served: Mutex<BTreeMap<String, DeviceServer>>,
+}
+
+impl Host {
+    /// An empty bus.
+    pub fn start(claimed: Claimed, config: &Config) -> Result<Host> {
+        let executor = Executor::start(config.tuning).context("starting the event loop")?;
+        let bus = Bus::new(executor, vbus_devices::classes(), config.trust);
+        Ok(Host { claimed, bus, served: Mutex::default() })
+    }
+
+    /// Where the sockets are.
+    pub fn dir(&self) -> &Path {
+        self.claimed.path()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, DeviceServer>> {
+        self.served.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Makes a device and serves it.
+    pub fn add(&self, spec: DeviceSpec) -> Result<Arc<Endpoint>> {
+        if spec.name == RESERVED {
+            bail!("a device cannot be called {RESERVED:?}");
+        }
+        let mut served = self.lock();
+        let path = self.claimed.socket(&spec.name)?;
+        let endpoint = self.bus.create(&spec.name, &spec.class, &spec.settings)?;
+        match DeviceServer::start(endpoint.clone(), &path, spec.options) {
+            Ok(server) => {
+                served.insert(spec.name, server);
+                Ok(endpoint)
+            }
+            Err(error) => {
+                let _ = self.bus.remove(&spec.name);
+                Err(error).with_context(|| format!("cannot serve {}", path.display()))
+            }
+        }
+    }
+
+    /// Takes a device away. Without `force` not while a client is connected to it.
+    pub fn remove(&self, name: &str, force: bool) -> Result<()> {
+        let mut served = self.lock();
+        self.bus.get(name)?;
+        if !force && served.get(name).is_some_and(DeviceServer::is_connected) {
+            bail!(
+                "{name:?} is in use by a virtual machine or a driver process; unplug it there first (--qmp SOCKET does both), or \
+                 use --force"
+            );
+        }
+        // Its socket goes first, and with it the client, so that nobody uses the device any more when it goes.
+        drop(served.remove(name));
+        self.bus.remove(name)?;
+        Ok(())
+    }
+
+    /// The device called `name`.
+    pub fn get(&self, name: &str) -> Result<Arc<Endpoint>> {
+        Ok(self.bus.get(name)?)
+    }
+
+    /// All that can be told of all devices, or of one.
+    pub fn inspect(&self, name: Option<&str>) -> Result<Vec<Value>> {
+        let endpoints = match name {
+            Some(name) => vec![self.bus.get(name)?],
+            None => self.bus.devices(),
+        };
+        Ok(endpoints.iter().map(|endpoint| self.inspect_one(endpoint)).collect())
+    }
+
+    fn inspect_one(&self, endpoint: &Endpoint) -> Value {
+        let mut value = endpoint.inspect();
+        let served = self.lock();
+        if let (Value::Object(map), Some(server)) = (&mut value, served.get(endpoint.name())) {
+            let stats = server.stats();
+            map.insert("socket".into(), json!(server.path()));
+            map.insert("connected".into(), json!(server.is_connected()));
+            map.insert(
+                "connector".into(),
+                json!({
+                    "clients": stats.clients,
+                    "refused": stats.refused,
+                    "messages": stats.messages,
+                    "failures": stats.failures,
+                    "violations": stats.violations,
+                }),
+            );
+        }
+        value
+    }
+
+    /// The classes, with what they say of themselves.
+    pub fn classes(&self) -> Value {
+        self.bus.classes().map(|c| json!({ "name": c.name(), "help": c.help() })).collect()
+    }
+
+    /// Stops serving, and empties the bus.
+    pub fn stop(&self) {
+        let mut served = self.lock();
+        for (name, server) in std::mem::take(&mut *served) {
+            drop(server);
+            let _ = self.bus.remove(&name);
+        }
+    }
+}

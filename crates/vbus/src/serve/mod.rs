@@ -1,0 +1,122 @@
+//! `vbus serve`: the bus, a vfio-user socket for each device, the control socket.
+
+mod control;
+mod host;
+mod log;
+
+use std::os::fd::AsFd;
+use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use signal_hook::consts::{SIGINT, SIGTERM};
+
+use crate::config::{self, Config};
+use crate::rundir::{self, Claimed};
+use host::Host;
+
+/// Arguments of `vbus serve`.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// The bus as it shall be at the start; without it, an empty one.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    place: crate::Place,
+    /// Write a line to this file descriptor once everything is up.
+    #[arg(long, value_name = "FD")]
+    ready_fd: Option<u32>,
+}
+
+/// Serves until SIGINT or SIGTERM.
+pub fn run(args: &Args) -> Result<()> {
+    log::start();
+    let (config, source) = match &args.config {
+        Some(path) => {
+            let (config, source) = config::read(path)?;
+            (config, Some(source))
+        }
+        None => (Config::default(), None),
+    };
+    raise_descriptor_limit();
+    let claimed = Claimed::claim(&rundir::choose(args.place.dir.as_deref()))?;
+    // Before anything is served, so that no signal finds the sockets in place and nobody to remove them.
+    let stop = signals()?;
+    let listener = control::listen(&claimed)?;
+    let host = Arc::new(Host::start(claimed, &config)?);
+    for (number, spec) in config.devices.iter().enumerate() {
+        host.add(spec.clone()).map_err(|error| match &source {
+            Some(source) => source.device_error(number, &format!("{error:#}")).into(),
+            None => error,
+        })?;
+    }
+    tracing::info!("serving {} devices in {}", config.devices.len(), host.dir().display());
+    tell_ready(args.ready_fd)?;
+    let accept = control::Acceptor::new(listener, host.clone());
+    loop {
+        let (stopped, client) = {
+            let mut fds = [PollFd::new(&stop, PollFlags::IN), PollFd::from_borrowed_fd(accept.as_fd(), PollFlags::IN)];
+            match poll(&mut fds, None) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error).context("waiting for clients"),
+            }
+            (!fds[0].revents().is_empty(), !fds[1].revents().is_empty())
+        };
+        if stopped {
+            break;
+        }
+        if client && accept.next().is_err() {
+            // Out of descriptors or threads: the client waits in the backlog, and trying again at once would only burn time.
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+    tracing::info!("stopping");
+    drop(accept);
+    host.stop();
+    Ok(())
+}
+
+/// Becomes readable by the first SIGINT or SIGTERM.
+fn signals() -> Result<UnixStream> {
+    let (read, write) = UnixStream::pair().context("making a socket pair")?;
+    for signal in [SIGINT, SIGTERM] {
+        let write = write.try_clone().context("duplicating a socket")?;
+        signal_hook::low_level::pipe::register(signal, write).context("catching signals")?;
+    }
+    Ok(read)
+}
+
+/// A device takes a few descriptors: as many as the system allows.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
+        tracing::debug!(%error, "the limit of open files stays as it is");
+    }
+}
+
+/// Tells whoever started us that everything is up: by descriptor, and to systemd.
+fn tell_ready(fd: Option<u32>) -> Result<()> {
+    if let Some(fd) = fd {
+        std::fs::write(format!("/proc/self/fd/{fd}"), "READY=1\n").with_context(|| format!("--ready-fd {fd}"))?;
+    }
+    if let Some(path) = std::env::var_os("NOTIFY_SOCKET") {
+        let path = Path::new(&path);
+        // An abstract address begins with '@'.
+        let sent = match path.to_str().and_then(|p| p.strip_prefix('@')) {
+            Some(name) => {
+                use std::os::linux::net::SocketAddrExt as _;
+                let address = std::os::unix::net::SocketAddr::from_abstract_name(name)?;
+                UnixDatagram::unbound()?.send_to_addr(b"READY=1", &address)
+            }
+            None => UnixDatagram::unbound()?.send_to(b"READY=1", path),
+        };
+        if let Err(error) = sent {
+            tracing::warn!(%error, "cannot tell systemd that the bus is up");
+        }
+    }
+    Ok(())
+}
