@@ -14,6 +14,37 @@ use crate::process::Process;
 /// How long `vbus serve` may take to answer its first command.
 const START: Duration = Duration::from_secs(20);
 
+/// What some NICs counted, together.
+#[derive(Clone, Copy, Default)]
+pub struct Traffic {
+    /// Frames from the drivers; one of 64 KiB, to be segmented later, counts as one.
+    pub packets: u64,
+    /// Doorbells that the drivers rang.
+    pub doorbells: u64,
+    /// Interrupts that the devices sent.
+    pub interrupts: u64,
+    /// Frames dropped, in either direction.
+    pub drops: u64,
+}
+
+impl Traffic {
+    /// What has come since `before`.
+    pub fn since(self, before: Self) -> Self {
+        Self {
+            packets: self.packets - before.packets,
+            doorbells: self.doorbells - before.doorbells,
+            interrupts: self.interrupts - before.interrupts,
+            drops: self.drops - before.drops,
+        }
+    }
+
+    /// Doorbells and interrupts per 1,000 packets.
+    pub fn kicks_per_1000(self) -> (f64, f64) {
+        let per = |kicks: u64| kicks as f64 * 1000.0 / self.packets.max(1) as f64;
+        (per(self.doorbells), per(self.interrupts))
+    }
+}
+
 /// A running bus; it ends when this is dropped.
 pub struct Bus {
     /// `vbus serve`.
@@ -78,6 +109,28 @@ impl Bus {
     /// `vbus stats --json`.
     pub fn stats(&self) -> Result<Value> {
         serde_json::from_str(&self.run(&["stats", "--json"])?).context("vbus stats --json printed no JSON")
+    }
+
+    /// The counters of these NICs, together.
+    pub fn traffic(&self, nics: &[&str]) -> Result<Traffic> {
+        let stats = self.stats()?;
+        let devices = stats.as_array().context("vbus stats --json printed no array of devices")?;
+        let mut sum = Traffic::default();
+        for name in nics {
+            let device = devices.iter().find(|device| device["name"] == *name);
+            let device = device.with_context(|| format!("vbus stats --json does not know {name}"))?;
+            let number =
+                |value: &Value| value.as_u64().with_context(|| format!("a counter of {name} is missing: {device}"));
+            sum.doorbells += number(&device["counters"]["doorbells"])?;
+            sum.interrupts += number(&device["counters"]["interrupts"])?;
+            for pair in device["device"]["pairs"].as_array().with_context(|| format!("{name} has no queue pairs"))? {
+                sum.packets += number(&pair["tx"]["frames"])?;
+                for drops in [&pair["tx"]["drops"], &pair["rx"]["drops"]] {
+                    sum.drops += drops.as_object().into_iter().flatten().filter_map(|(_, n)| n.as_u64()).sum::<u64>();
+                }
+            }
+        }
+        Ok(sum)
     }
 
     /// How many files the bus has open.

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use crate::bus::Bus;
+use crate::bus::{Bus, Traffic};
 use crate::lab::{Lab, Options, Scene};
 use crate::machine::{Machine, Vm};
 use crate::nic::{self, Nic, Ping};
@@ -60,14 +60,6 @@ struct Figures {
     plug: Option<Duration>,
     unplug: Option<Duration>,
     traffic: Traffic,
-}
-
-/// Counters of the two NICs together.
-#[derive(Default)]
-struct Traffic {
-    packets: u64,
-    doorbells: u64,
-    interrupts: u64,
 }
 
 /// Runs the demo; false if anything fell short.
@@ -136,8 +128,8 @@ fn perform(args: &Args, scene: &Scene, figures: &mut Figures) -> Result<()> {
     }
 
     let mut nics = Vec::new();
-    for (vm, address) in vms.iter().zip(ADDRESS) {
-        nics.push(Nic::up(&vm.guest, "", "vbus0", &format!("{address}/24"), "")?);
+    for ((vm, address), name) in vms.iter().zip(ADDRESS).zip(["net-a", "net-b"]) {
+        nics.push(Nic::up(&vm.guest, name, "vbus0", &format!("{address}/24"), "")?);
     }
     let (a, b) = (&vms[0].guest, &vms[1].guest);
     let ping = nic::ping(a, ADDRESS[1], 10)?;
@@ -157,7 +149,7 @@ fn perform(args: &Args, scene: &Scene, figures: &mut Figures) -> Result<()> {
     plug(&bus, &mut vms, figures)?;
 
     eprintln!("{}", bus.run(&["stats"])?.trim_end());
-    figures.traffic = traffic(&bus.stats()?)?;
+    figures.traffic = bus.traffic(&["net-a", "net-b"])?;
     if args.keep {
         keep(&bus, &vms)?;
     }
@@ -205,12 +197,11 @@ fn plug(bus: &Bus, vms: &mut [Vm], figures: &mut Figures) -> Result<()> {
     let mut nics = Vec::new();
     for (vm, (name, address)) in vms.iter().zip(["extra-a", "extra-b"].into_iter().zip(ADDRESSES)) {
         let qmp = vm.qmp_socket().display().to_string();
-        let before = vm.guest.ok("vbus guest list | wc -l")?;
         let began = Instant::now();
         bus.run(&["device", "add", name, "--class", "venet", "--set", "backend=switch", "--qmp", &qmp])?;
-        vm.guest.ok(&format!("until [ $(vbus guest list | wc -l) -gt {} ]; do sleep 0.02; done", before.trim()))?;
+        vm.guest.ok(&format!("until vbus guest list | grep -q {name}; do sleep 0.02; done"))?;
         figures.plug = Some(began.elapsed());
-        nics.push(Nic::up(&vm.guest, "", "vbus1", &format!("{address}/24"), "")?);
+        nics.push(Nic::up(&vm.guest, name, "vbus1", &format!("{address}/24"), "")?);
     }
     nic::transfer(&vms[0].guest, &vms[1].guest, ADDRESSES[1], 6000, 16 << 20, 1, Duration::from_secs(120))?;
     for (vm, name) in vms.iter().zip(["extra-a", "extra-b"]) {
@@ -223,12 +214,6 @@ fn plug(bus: &Bus, vms: &mut [Vm], figures: &mut Figures) -> Result<()> {
     let ms = |time: Option<Duration>| time.unwrap_or_default().as_secs_f64() * 1e3;
     eprintln!("a second NIC: plugged in {:.0} ms, used, unplugged in {:.0} ms", ms(figures.plug), ms(figures.unplug));
     Ok(())
-}
-
-/// The counters of the two NICs that were there all the time.
-fn traffic(stats: &Value) -> Result<Traffic> {
-    let _ = stats;
-    Ok(Traffic::default())
 }
 
 /// Waits until the user has seen enough.

@@ -66,6 +66,7 @@ pub struct Lab {
     initramfs: PathBuf,
     accel: Accel,
     vbus: PathBuf,
+    agent: PathBuf,
     dir: RunDir,
 }
 
@@ -114,6 +115,7 @@ impl Lab {
             initramfs,
             accel: Accel::Tcg,
             vbus: programs.vbus,
+            agent: programs.agent,
             dir,
         };
         lab.qemu_version = match (&options.qemu, &lab.kit) {
@@ -140,6 +142,16 @@ impl Lab {
     /// A program of the kit, or of the machine if there is no kit.
     pub fn program(&self, name: &str) -> Command {
         self.kit.as_ref().map_or_else(|| Command::new(name), |kit| kit.command(name))
+    }
+
+    /// The kit's busybox, or the machine's if there is no kit.
+    pub fn busybox(&self) -> Command {
+        Command::new(self.kit.as_ref().map_or_else(|| PathBuf::from("busybox"), Kit::busybox))
+    }
+
+    /// The guests' agent, which also runs on the host.
+    pub fn agent(&self) -> &Path {
+        &self.agent
     }
 
     /// QEMU's version.

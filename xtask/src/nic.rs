@@ -25,9 +25,9 @@ pub struct Nic {
 }
 
 impl Nic {
-    /// Starts the driver of `function` (a PCI address), makes its interface `interface`, and gives that an address.
-    pub fn up(guest: &Guest, function: &str, interface: &str, address: &str, options: &str) -> Result<Self> {
-        let driver = guest.start(&format!("vbus guest net {function} --name {interface} {options}"))?;
+    /// Starts the driver of the NIC called `device`, makes its interface `interface`, and gives that an address.
+    pub fn up(guest: &Guest, device: &str, interface: &str, address: &str, options: &str) -> Result<Self> {
+        let driver = guest.start(&format!("exec vbus guest net --device {device} --name {interface} {options}"))?;
         let there = format!(
             "i=0; until [ -e /sys/class/net/{interface} ]; do i=$((i+1)); [ $i -lt 200 ] || exit 1; sleep 0.05; done"
         );

@@ -58,7 +58,7 @@ fn mappings(maps: &str) -> Vec<Range<u64>> {
         // start-end permissions offset device inode path
         let mut words = line.split_whitespace();
         let (Some(range), Some(permissions), Some(path)) = (words.next(), words.next(), words.nth(3)) else { continue };
-        let is_shared = permissions.contains("ws") && (path.contains("/resource") || path.contains("huge"));
+        let is_shared = permissions.starts_with("rw-s") && (path.contains("/resource") || path.contains("huge"));
         let Some((start, end)) = range.split_once('-').filter(|_| is_shared) else { continue };
         if let (Ok(start), Ok(end)) = (u64::from_str_radix(start, 16), u64::from_str_radix(end, 16)) {
             ranges.push(start..end);

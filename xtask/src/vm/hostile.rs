@@ -38,7 +38,7 @@ pub fn scribbler(scene: &Scene) -> Result<()> {
     ensure!(count > 10_000, "the hostile guest wrote only {count} times:\n{wrote}");
     // The bus lives, and serves the hostile guest's device to an honest driver again.
     pair.transfer_back(6000, 32 << 20)?;
-    nic::Nic::up(&hostile.guest, "", "vbus0", "10.0.0.3/24", "")?;
+    nic::Nic::up(&hostile.guest, "net-c", "vbus0", "10.0.0.3/24", "")?;
     nic::ping(&hostile.guest, super::pair::ADDRESS[0], 3).map(drop)
 }
 

@@ -1,11 +1,15 @@
 //! Tests in whole virtual machines: stock Linux guests under stock QEMU.
 
+mod backends;
 mod deaths;
 mod harness;
 mod hostile;
+mod idle;
 mod pair;
 mod plug;
 mod traffic;
+
+use std::fmt;
 
 use anyhow::Result;
 
@@ -21,14 +25,43 @@ pub struct Scenario {
 
 /// All of them, the quick and basic ones first.
 pub const SCENARIOS: &[Scenario] = &[
-    Scenario { name: "boot", about: "a guest boots, runs commands, and powers off", run: harness::boot },
-    Scenario { name: "reboot", about: "a guest is reset and reboots by itself", run: harness::reboot },
-    Scenario {
-        name: "two_guests",
-        about: "two guests under QEMU's own virtio-net; the test of the tests",
-        run: harness::two_guests,
-    },
+    scenario("boot", "a guest boots, runs commands, and powers off", harness::boot),
+    scenario("reboot", "a guest is reset and reboots by itself", harness::reboot),
+    scenario("two_guests", "two guests under QEMU's own virtio-net: the test of the tests", harness::two_guests),
+    scenario("traffic", "1 queue pair, MTU 1500, offloads; data checked by hash", traffic::plain),
+    scenario("traffic_mtu_9000", "the same with an MTU of 9000", traffic::jumbo),
+    scenario("traffic_two_pairs", "the same with 2 queue pairs and 2 CPUs", traffic::two_pairs),
+    scenario("traffic_no_offloads", "the same without offloads", traffic::no_offloads),
+    scenario("few_kicks", "under load fewer than 5 doorbells and 5 interrupts per 1,000 packets", traffic::few_kicks),
+    scenario("stream", "the stream back end against QEMU's netdev and virtio-net", backends::stream),
+    scenario("passt", "the stream back end against passt, to the host and back", backends::passt),
+    scenario("tap", "TCP to the host by TAP, against QEMU's virtio-net in the same guest", backends::tap),
+    scenario("idle_64", "64 idle devices: memory, threads, processor time", idle::many_devices),
+    scenario("plug_cycles", "20 times plug, use and unplug beside traffic on another NIC", plug::cycles),
+    scenario("kill_guest", "kill -9 of a guest in mid-traffic", deaths::guest),
+    scenario("kill_driver", "kill -9 of the driver in mid-traffic", deaths::driver),
+    scenario("kill_bus", "kill -9 of the bus in mid-traffic", deaths::bus),
+    scenario("reset_guest", "a guest is reset in mid-traffic", deaths::reboot),
+    scenario("reopen", "the driver is opened 100 times, without a leak", deaths::reopen),
+    scenario("hostile_guest", "random writes of one guest beside the traffic of two others", hostile::scribbler),
+    scenario("share_off", "memory that is not shared is found out", hostile::share_off),
 ];
+
+const fn scenario(name: &'static str, about: &'static str, run: fn(&Scene) -> Result<()>) -> Scenario {
+    Scenario { name, about, run }
+}
+
+/// Why a scenario cannot run on this machine: an error that is none.
+#[derive(Debug)]
+struct Skip(String);
+
+impl fmt::Display for Skip {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Skip {}
 
 /// Runs `scenarios` one after the other.
 pub fn run(report: &mut Report, scenarios: &[&Scenario], options: &Options) {
@@ -39,6 +72,7 @@ pub fn run(report: &mut Report, scenarios: &[&Scenario], options: &Options) {
             let scene = lab.scene(scenario.name)?;
             match (scenario.run)(&scene) {
                 Ok(()) => Ok(Outcome::Passed),
+                Err(error) if error.is::<Skip>() => Ok(Outcome::Skipped(error.to_string())),
                 Err(error) => {
                     let logs = scene.save_logs()?;
                     Ok(Outcome::Failed(format!("{error:#}\n    logs: {}", logs.display())))

@@ -13,6 +13,9 @@ use crate::nic::{self, Nic};
 /// The addresses of the two guests.
 pub const ADDRESS: [&str; 2] = ["10.0.0.1", "10.0.0.2"];
 
+/// The names of their NICs.
+const NAME: [&str; 2] = ["net-a", "net-b"];
+
 /// How long a transfer may take, whatever else goes on on this machine.
 pub const TRANSFER: Duration = Duration::from_secs(240);
 
@@ -60,7 +63,7 @@ impl Pair {
 
     /// Starts the driver of the first NIC of guest `at`.
     pub fn driver(&self, at: usize, options: &str) -> Result<Nic> {
-        Nic::up(&self.vms[at].guest, "", "vbus0", &format!("{}/24", ADDRESS[at]), options)
+        Nic::up(&self.vms[at].guest, NAME[at], "vbus0", &format!("{}/24", ADDRESS[at]), options)
     }
 
     /// Guest a.

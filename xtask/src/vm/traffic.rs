@@ -1,6 +1,6 @@
 //! Data between two guests, checked end to end by hash, in every shape that the NIC has.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 
 use super::pair::{ADDRESS, Pair, Spec};
 use crate::lab::Scene;
@@ -15,8 +15,16 @@ fn run(scene: &Scene, spec: Spec, large_ping: u32) -> Result<()> {
     eprintln!("ping: min {:.2}, avg {:.2}, max {:.2} ms", ping.min, ping.avg, ping.max);
     // Larger than a frame of the usual size, and not to be cut into pieces, if the MTU allows it.
     pair.a().ok(&format!("ping -c 3 -w 30 -s {large_ping} {}", ADDRESS[1]))?;
+    let before = pair.bus.traffic(&["net-a", "net-b"])?;
     pair.transfer(5001, BYTES)?;
     pair.transfer_back(5002, BYTES)?;
+    let traffic = pair.bus.traffic(&["net-a", "net-b"])?.since(before);
+    let (doorbells, interrupts) = traffic.kicks_per_1000();
+    let packets = traffic.packets;
+    eprintln!(
+        "{packets} packets; per 1,000 of them {doorbells:.1} doorbells, {interrupts:.1} interrupts; {} dropped",
+        traffic.drops
+    );
     for vm in pair.vms {
         vm.power_off()?;
     }
@@ -35,10 +43,25 @@ pub fn jumbo(scene: &Scene) -> Result<()> {
 
 /// Two queue pairs in guests of two CPUs.
 pub fn two_pairs(scene: &Scene) -> Result<()> {
-    run(scene, Spec { device: "pairs = 2", cpus: 2, ..Spec::default() }, 1000)
+    run(scene, Spec { device: "queue-pairs = 2", driver: "--queue-pairs 2", cpus: 2, ..Spec::default() }, 1000)
 }
 
 /// No offloads: every packet at its own size with its own checksum.
 pub fn no_offloads(scene: &Scene) -> Result<()> {
-    run(scene, Spec { driver: "--no-offloads", ..Spec::default() }, 1000)
+    run(scene, Spec { device: "csum = false\ntso = false\nuso = false", ..Spec::default() }, 1000)
+}
+
+/// Under load there are next to no kicks: fewer than 5 doorbells and 5 interrupts for 1,000 packets.
+pub fn few_kicks(scene: &Scene) -> Result<()> {
+    const MOST: f64 = 5.0;
+    let pair = Pair::start(scene, Spec::default())?;
+    let before = pair.bus.traffic(&["net-a", "net-b"])?;
+    let mbps = nic::iperf(pair.a(), pair.b(), ADDRESS[1], 8)?;
+    let (doorbells, interrupts) = pair.bus.traffic(&["net-a", "net-b"])?.since(before).kicks_per_1000();
+    eprintln!("{mbps:.0} Mb/s; per 1,000 packets {doorbells:.2} doorbells, {interrupts:.2} interrupts");
+    ensure!(
+        doorbells < MOST && interrupts < MOST,
+        "{doorbells:.1} doorbells, {interrupts:.1} interrupts per 1,000 packets"
+    );
+    Ok(())
 }

@@ -1,0 +1,146 @@
+//! Back ends of the NIC that lead out of the bus: QEMU's stream protocol, passt, TAP.
+
+use std::fs::File;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use super::Skip;
+use super::pair::{ADDRESS, TRANSFER, device};
+use crate::bus::Bus;
+use crate::lab::Scene;
+use crate::machine::{Machine, Vm};
+use crate::nic::{self, Nic};
+use crate::process::Process;
+
+const MIB: u64 = 1 << 20;
+
+/// A guest with one NIC of the bus, its driver running.
+fn guest_with_nic(scene: &Scene, bus: &Bus, more: &[&str]) -> Result<(Vm, Nic)> {
+    let vm = Machine::new("a").device(bus.socket("net")).args(more).boot(scene)?;
+    nic::prepare(&vm)?;
+    let nic = Nic::up(&vm.guest, "net", "vbus0", &format!("{}/24", ADDRESS[0]), "")?;
+    Ok((vm, nic))
+}
+
+/// One guest on the stream back end, the other on a virtio-net of QEMU with the other end of the stream.
+pub fn stream(scene: &Scene) -> Result<()> {
+    let socket = scene.dir().join("stream").display().to_string();
+    let bus = Bus::start(scene, &device("net", "venet", &format!("backend = \"stream\"\nlisten = \"{socket}\"")))?;
+    let (a, _nic) = guest_with_nic(scene, &bus, &[])?;
+    let netdev = format!("stream,id=net,server=off,reconnect-ms=100,addr.type=unix,addr.path={socket}");
+    let b =
+        Machine::new("b").args(&["-netdev", &netdev, "-device", "virtio-net-pci,netdev=net,romfile="]).boot(scene)?;
+    b.guest.ok(&format!("ip addr add {}/24 dev eth0 && ip link set eth0 up", ADDRESS[1]))?;
+    nic::ping(&a.guest, ADDRESS[1], 3)?;
+    nic::transfer(&a.guest, &b.guest, ADDRESS[1], 5001, 32 * MIB, 1, TRANSFER)?;
+    nic::transfer(&b.guest, &a.guest, ADDRESS[0], 5002, 32 * MIB, 2, TRANSFER)
+}
+
+/// The guest reaches a port of the host, and the host one of the guest, through passt: networking without root.
+pub fn passt(scene: &Scene) -> Result<()> {
+    const PORT: u16 = 15_201;
+    let socket = scene.dir().join("passt");
+    let mut command = scene.lab.program("passt");
+    command.args(["--foreground", "--one-off", "--socket"]).arg(&socket);
+    command.args([
+        "--address",
+        ADDRESS[0],
+        "--netmask",
+        "24",
+        "--gateway",
+        "10.0.0.254",
+        "--mtu",
+        "1500",
+        "--no-dhcp-dns",
+    ]);
+    command.args(["--tcp-ports", &PORT.to_string()]);
+    let mut passt = Process::start(command, "passt", &scene.dir().join("passt.log"))?;
+    let until = Instant::now() + Duration::from_secs(10);
+    while !socket.exists() {
+        if passt.ended()?.is_some() || Instant::now() > until {
+            return Err(Skip(passt.complaint("does not run here").to_string().replace('\n', " ")).into());
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let bus = Bus::start(
+        scene,
+        &device("net", "venet", &format!("backend = \"stream\"\nconnect = \"{}\"", socket.display())),
+    )?;
+    let (a, _nic) = guest_with_nic(scene, &bus, &[])?;
+    a.guest.ok("ip route add default via 10.0.0.254")?;
+    let receiver = a.guest.start(&format!("guest-agent receive 0.0.0.0:{PORT}"))?;
+    a.guest.ok(&format!("until grep -q ':{PORT:04X} [0:]* 0A' /proc/net/tcp; do sleep 0.05; done"))?;
+    let bytes = 16 * MIB;
+    let sender = Command::new(scene.lab.agent())
+        .args(["send", &format!("127.0.0.1:{PORT}"), &bytes.to_string(), "5"])
+        .stdin(Stdio::null())
+        .output()
+        .context("cannot run the agent on the host")?;
+    let sent = String::from_utf8_lossy(&sender.stdout).into_owned();
+    ensure!(sender.status.success(), "sending through passt failed: {}", String::from_utf8_lossy(&sender.stderr));
+    let received = receiver.ok(TRANSFER)?;
+    ensure!(sent == received, "sent {sent}, received {received}");
+    Ok(())
+}
+
+/// In one guest and run, TCP to the host through `vbus guest net` on TAP is at least half as fast as through QEMU's own virtio-net on TAP.
+pub fn tap(scene: &Scene) -> Result<()> {
+    const ROUNDS: usize = 3;
+    if let Err(error) = File::options().read(true).write(true).open("/dev/net/tun") {
+        return Err(Skip(format!("/dev/net/tun cannot be opened: {error}")).into());
+    }
+    let id = std::process::id() % 10_000;
+    let (ours, theirs) = (format!("vbus-o{id}"), format!("vbus-v{id}"));
+    let bus = match Bus::start(scene, &device("net", "venet", &format!("backend = \"tap\"\ntap = \"{ours}\""))) {
+        Ok(bus) => bus,
+        Err(error) if !rustix::process::geteuid().is_root() => {
+            return Err(Skip(format!("TAP needs CAP_NET_ADMIN: {error:#}")).into());
+        }
+        Err(error) => return Err(error),
+    };
+    let netdev = format!("tap,id=net,ifname={theirs},script=no,downscript=no,vhost=off");
+    let (vm, _nic) =
+        guest_with_nic(scene, &bus, &["-netdev", &netdev, "-device", "virtio-net-pci,netdev=net,romfile="])?;
+    vm.guest.ok("ip addr add 10.0.9.1/24 dev eth0 && ip link set eth0 up")?;
+    for (interface, address) in [(&ours, "10.0.0.254/24"), (&theirs, "10.0.9.254/24")] {
+        host_ip(scene, &["addr", "add", address, "dev", interface])?;
+        host_ip(scene, &["link", "set", interface, "up"])?;
+    }
+    let mut server = scene.lab.program("iperf3");
+    server.args(["--server", "--port", "15201"]);
+    let _server = Process::start(server, "iperf3", &scene.dir().join("iperf3.log"))?;
+
+    let figure = |host: &str, way: &str| -> Result<f64> {
+        let command = format!("iperf3 --client {host} --port 15201 --time 4 --json --connect-timeout 10000 {way}");
+        let text = vm.guest.start(&command)?.ok(TRANSFER)?;
+        let result: Value = serde_json::from_str(&text).context("iperf3 printed no JSON")?;
+        let bits = result["end"]["sum_received"]["bits_per_second"].as_f64();
+        Ok(bits.with_context(|| format!("iperf3 counted nothing: {}", result["error"]))? / 1e6)
+    };
+    for (direction, way) in [("out", ""), ("in", "--reverse")] {
+        // By turns, so that whatever else runs on this machine hits both.
+        let mut rounds = Vec::new();
+        for _ in 0..ROUNDS {
+            rounds.push((figure("10.0.0.254", way)?, figure("10.0.9.254", way)?));
+        }
+        let mut ratios: Vec<f64> = rounds.iter().map(|(ours, theirs)| ours / theirs).collect();
+        ratios.sort_by(f64::total_cmp);
+        let ratio = ratios[ROUNDS / 2];
+        eprintln!("TCP {direction}, vbus against virtio-net in Mb/s: {rounds:.0?}; ratio {ratio:.2}");
+        ensure!(
+            ratio >= 0.5,
+            "TCP {direction} has {ratio:.2} of the speed of virtio-net, less than half: {rounds:.0?}"
+        );
+    }
+    Ok(())
+}
+
+/// `ip` on the host, by the kit's busybox: a machine may have no iproute2.
+fn host_ip(scene: &Scene, args: &[&str]) -> Result<()> {
+    let output = scene.lab.busybox().arg("ip").args(args).output().context("cannot run busybox")?;
+    ensure!(output.status.success(), "ip {} failed: {}", args.join(" "), String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
