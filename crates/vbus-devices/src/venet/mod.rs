@@ -10,6 +10,7 @@ mod counters;
 mod filter;
 mod frame;
 mod null;
+mod offload;
 mod pair;
 mod pcap;
 mod port;

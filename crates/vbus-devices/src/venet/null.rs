@@ -68,7 +68,11 @@ impl Queue for NullQueue {
                 }
                 return Ok(n);
             }
-            let Delivery::Done = rx.deliver_in(view, &packet) else { return Ok(n) };
+            match rx.deliver_in(view, &packet) {
+                Delivery::Done => {}
+                Delivery::Wait(_) => return Ok(n),
+                Delivery::TooLong => lane.counters.rx.drops.too_long.one(),
+            }
         }
         Ok(budget)
     }

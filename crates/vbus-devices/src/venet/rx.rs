@@ -22,10 +22,12 @@ const PATIENCE_PER_BUFFER: Duration = Duration::from_millis(1);
 /// What became of a frame for the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Delivery {
-    /// It is in the driver's buffers (and will be posted), or was dropped and counted.
+    /// It is in the driver's buffers (and will be posted), or was dropped and counted for want of them.
     Done,
     /// There are too few buffers; try again when the driver has posted some, but not after this moment.
     Wait(Instant),
+    /// It would need more buffers than may be chained.
+    TooLong,
 }
 
 /// The receive ring of a queue pair. Several senders may deliver to it, one at a time.
@@ -94,10 +96,7 @@ impl RxQueue {
                 Delivery::Done
             }
             Gathered::TooFew => self.starve(),
-            Gathered::TooSmall => {
-                self.counters.rx.drops.too_long.one();
-                Delivery::Done
-            }
+            Gathered::TooSmall => Delivery::TooLong,
             Gathered::Fault => Delivery::Done,
         }
     }
@@ -113,7 +112,7 @@ impl RxQueue {
     }
 
     /// Takes one more buffer from the ring into the stash. False if there is none, or the driver broke the protocol.
-    fn refill(&mut self) -> bool {
+    pub fn refill(&mut self) -> bool {
         if self.fault.is_some() {
             return false;
         }
@@ -199,6 +198,11 @@ impl RxQueue {
                 Delivery::Done
             }
         }
+    }
+
+    /// Drops the frame that found too few buffers.
+    pub fn give_up(&mut self) {
+        self.counters.rx.drops.no_buffers.one();
     }
 
     /// Lets `task` be woken when there are new buffers. `key` tells the waiters apart.

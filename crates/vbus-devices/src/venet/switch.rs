@@ -10,12 +10,14 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use vbus_core::Status;
+use vbus_core::shm::abi::venet::{F_CSUM, F_TSO, F_USO};
 use vbus_core::shm::signal::Armed;
 
 use super::config::show_mac;
-use super::frame::{Mac, Packet, is_group};
+use super::frame::{Mac, Packet, flag, is_group};
+use super::offload::Plain;
 use super::port::{Backend, Link, Port, Queue, Sent};
-use super::rx::Delivery;
+use super::rx::{Delivery, RxQueue};
 use crate::lock;
 
 /// The most learned addresses. Beyond it nothing is learned, and frames to unknown addresses go to whoever wants everything.
@@ -164,7 +166,7 @@ pub struct SwitchBackend {
 
 impl Backend for SwitchBackend {
     fn features(&self) -> u64 {
-        0
+        F_CSUM | F_TSO | F_USO
     }
 
     fn connect(&self, port: &Arc<Port>) -> Result<Vec<Box<dyn Queue>>, Status> {
@@ -174,7 +176,9 @@ impl Backend for SwitchBackend {
         let queue = |index: usize| {
             let route = Route { generation: u64::MAX, to: Mac::default(), targets: Vec::new() };
             let membership = membership.clone();
-            let queue = SwitchQueue { membership, index, route, source: None, touched: Vec::new() };
+            let waiting = Waiting { port: port.clone(), index };
+            let pieces = Pieces { of: NO_PORT, next: 0, count: 0, plain: Plain::default() };
+            let queue = SwitchQueue { membership, index, route, source: None, touched: Vec::new(), waiting, pieces };
             Box::new(queue) as Box<dyn Queue>
         };
         Ok((0..port.lanes.len()).map(queue).collect())
@@ -216,6 +220,8 @@ struct SwitchQueue {
     source: Option<(Mac, Instant)>,
     /// Ports with frames that are not yet posted.
     touched: Vec<Arc<Port>>,
+    waiting: Waiting,
+    pieces: Pieces,
 }
 
 impl SwitchQueue {
@@ -236,29 +242,48 @@ impl SwitchQueue {
         }
     }
 
-    /// Carries the frame to one port. `patient`: wait for its buffers if need be.
+    /// Carries the frame to one port, as it is or in pieces. `patient`: wait for its buffers if need be.
     fn deliver(&mut self, port: &Arc<Port>, packet: &Packet<'_>, patient: bool) -> Sent {
         let lane = &port.lanes[self.index % port.lanes.len()];
         let mut guard = lock(&lane.rx);
         let Some(rx) = guard.as_mut() else { return Sent::Done }; // Its driver has just gone.
-        let sent = loop {
-            match rx.deliver(packet) {
-                Delivery::Done => break Sent::Done,
-                Delivery::Wait(_) if !patient => {
-                    lane.counters.rx.drops.no_buffers.one();
-                    break Sent::Done;
-                }
-                Delivery::Wait(until) => {
-                    let me = &self.membership.port;
-                    let Some(task) = me.lanes[self.index].task.get() else { break Sent::Wait(Some(until)) };
-                    let key = me.key(me.lanes[self.index].index);
-                    if rx.wait(key, task) == Armed::Missed && rx.serve_waiters() == Ok(true) {
-                        continue;
-                    }
-                    break Sent::Wait(Some(until));
-                }
+        let drops = &lane.counters.rx.drops;
+        let mut sent = Sent::Done;
+        let mut whole = self.pieces.of != port.id && packet.header.fits(port.features);
+        if whole {
+            match self.waiting.deliver(rx, packet, patient) {
+                Delivery::Done => {}
+                Delivery::Wait(until) => sent = Sent::Wait(Some(until)),
+                Delivery::TooLong if packet.header.gso() == flag::GSO_NONE => drops.too_long.one(),
+                Delivery::TooLong => whole = false,
             }
-        };
+        }
+        if !whole {
+            if self.pieces.of != port.id {
+                let count = self.pieces.plain.load(packet);
+                if count.is_none() {
+                    drops.bad_frame.one();
+                }
+                self.pieces = Pieces {
+                    of: port.id,
+                    next: 0,
+                    count: count.unwrap_or(0),
+                    plain: std::mem::take(&mut self.pieces.plain),
+                };
+            }
+            while self.pieces.next < self.pieces.count {
+                let Some(piece) = Packet::plain(self.pieces.plain.piece(self.pieces.next)) else { break };
+                match self.waiting.deliver(rx, &piece, patient) {
+                    Delivery::Done => {}
+                    Delivery::TooLong => drops.too_long.one(),
+                    Delivery::Wait(until) => {
+                        sent = Sent::Wait(Some(until));
+                        break;
+                    }
+                }
+                self.pieces.next += 1;
+            }
+        }
         let faulty = rx.is_faulty();
         drop(guard);
         if faulty {
@@ -270,6 +295,45 @@ impl SwitchQueue {
             self.touched.push(port.clone());
         }
         sent
+    }
+}
+
+/// Stands for no port.
+const NO_PORT: u64 = 0;
+
+/// The pieces of the frame that is being sent, where its receiver cannot take it as it is.
+struct Pieces {
+    /// The port that they are for.
+    of: u64,
+    next: usize,
+    count: usize,
+    plain: Plain,
+}
+
+/// The pair that sends, as one that waits for buffers.
+struct Waiting {
+    port: Arc<Port>,
+    index: usize,
+}
+
+impl Waiting {
+    fn deliver(&self, rx: &mut RxQueue, packet: &Packet<'_>, patient: bool) -> Delivery {
+        loop {
+            let delivery = rx.deliver(packet);
+            if !matches!(delivery, Delivery::Wait(_)) {
+                return delivery;
+            }
+            if !patient {
+                rx.give_up();
+                return Delivery::Done;
+            }
+            let lane = &self.port.lanes[self.index];
+            // Not yet set in a task's very first poll; it is woken once it is.
+            let Some(task) = lane.task.get() else { return delivery };
+            if rx.wait(self.port.key(lane.index), task) == Armed::Waiting || !rx.refill() {
+                return delivery;
+            }
+        }
     }
 }
 
@@ -287,11 +351,15 @@ impl Queue for SwitchQueue {
             many => {
                 for port in many {
                     self.deliver(port, packet, false);
+                    self.pieces.of = NO_PORT;
                 }
                 Sent::Done
             }
         };
         self.route.targets = targets;
+        if sent == Sent::Done {
+            self.pieces.of = NO_PORT;
+        }
         sent
     }
 
