@@ -278,7 +278,12 @@ impl<H: Hal> Function<H> {
 
     /// Takes the pending interrupt back (INTx). Before looking at the signals, not after.
     pub fn acknowledge(&self) {
-        self.hal.write32(self.registers + reg::INTERRUPT_ACK, 1);
+        self.acknowledger().acknowledge();
+    }
+
+    /// Something that acknowledges interrupts, for whoever waits for them apart from the function.
+    pub fn acknowledger(&self) -> Acknowledger<H> {
+        Acknowledger { hal: self.hal.clone(), register: self.registers + reg::INTERRUPT_ACK }
     }
 
     /// Rings the doorbell of the region with this handle.
@@ -324,6 +329,20 @@ impl<H: Hal> Bell<H> {
     /// Rings it.
     pub fn ring(&self) {
         self.hal.ring(self.doorbell, self.handle);
+    }
+}
+
+/// Acknowledges interrupts.
+#[derive(Clone, Debug)]
+pub struct Acknowledger<H> {
+    hal: H,
+    register: u64,
+}
+
+impl<H: Hal> Acknowledger<H> {
+    /// As [`Function::acknowledge`].
+    pub fn acknowledge(&self) {
+        self.hal.write32(self.register, 1);
     }
 }
 

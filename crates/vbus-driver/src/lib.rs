@@ -16,7 +16,7 @@ pub mod state;
 pub mod venet;
 
 pub use error::Error;
-pub use function::{Bell, Function, Info, Name, State};
+pub use function::{Acknowledger, Bell, Function, Info, Name, State};
 pub use hal::{Dma, Doorbell, Hal, NoMemory};
 pub use vbus_shm::Pace;
 pub use vbus_shm::Status;
