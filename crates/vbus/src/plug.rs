@@ -140,7 +140,10 @@ fn find(qmp: &mut Qmp, name: &str, socket: &Path) -> Result<String> {
 /// Ids of all devices of a type.
 fn peripherals(qmp: &mut Qmp, kind: &str) -> Result<Vec<String>> {
     let list = qmp.run("qom-list", json!({ "path": PERIPHERAL }))?;
-    Ok(names(&list).filter(|(_, k)| *k == kind).map(|(name, _)| name.to_owned()).collect())
+    let mut ids: Vec<String> = names(&list).filter(|(_, k)| *k == kind).map(|(name, _)| name.to_owned()).collect();
+    // QEMU's own order is that of a hash table. Shorter ones first, so that port10 comes after port9.
+    ids.sort_by(|a, b| (a.len(), a).cmp(&(b.len(), b)));
+    Ok(ids)
 }
 
 /// Names and types of a `qom-list`.
