@@ -29,7 +29,7 @@ pub mod bar0 {
     pub const REGISTERS: u64 = 0x0000;
     /// Offset of the doorbell page.
     pub const DOORBELLS: u64 = 0x1000;
-    /// Bytes from one doorbell to the next. Any write of 1 to 4 bytes rings it; the value is not looked at.
+    /// Bytes from one doorbell to the next. Any write of 1 to 8 bytes rings it; the value is not looked at.
     pub const DOORBELL_STRIDE: u64 = 4;
     /// Doorbells in the page: the largest handle is one less.
     pub const DOORBELL_COUNT: u32 = 1024;
@@ -87,7 +87,7 @@ pub mod reg {
     pub const FEATURES_ACCEPTED: u64 = 0x048;
     /// u32, ro: the most regions of a connection; handles are below it.
     pub const MAX_REGIONS: u64 = 0x050;
-    /// u32, ro: interrupt vectors in use: 1 with INTx and MSI.
+    /// u32, ro: interrupt vectors that can be told apart now: 1 with INTx and MSI.
     pub const VECTORS: u64 = 0x054;
     /// u64, ro: the most bytes of a region.
     pub const MAX_REGION_BYTES: u64 = 0x058;
@@ -103,7 +103,7 @@ pub mod reg {
     pub const RESULT: u64 = 0x0a4;
     /// u64, ro: value of the last command.
     pub const VALUE: u64 = 0x0a8;
-    /// u32, ro: not 0 while an interrupt is pending that has not been acknowledged (INTx; also counted with MSI).
+    /// u32, ro: 1 while INTx is pending: triggered and not acknowledged. Always 0 with MSI and MSI-X.
     pub const INTERRUPT_PENDING: u64 = 0x0b0;
     /// u32, wo: INTERRUPT_ACK: any write takes INTx back. Look at the signals after it, not before.
     pub const INTERRUPT_ACK: u64 = 0x0b4;
