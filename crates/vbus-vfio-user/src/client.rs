@@ -91,6 +91,8 @@ pub struct Client {
     receiver: Receiver,
     sender: Sender,
     next_id: u16,
+    /// After a final error nothing is sent any more: what comes could be the answer to something else.
+    failed: bool,
     agreed: Agreed,
     shared: BTreeMap<u64, Shared>,
 }
@@ -125,6 +127,7 @@ impl Client {
             receiver: Receiver::default(),
             sender: Sender::default(),
             next_id: 0,
+            failed: false,
             agreed,
             shared: BTreeMap::new(),
         };
@@ -143,10 +146,35 @@ impl Client {
     /// Sends a command and waits for its reply: for what has no method of its own.
     ///
     /// # Errors
-    /// When the server refuses or the connection fails.
+    /// When the server refuses or the connection fails. After a [final](ClientError::is_final) error every further
+    /// call fails at once, with [`ClientError::Closed`].
     pub fn call(&mut self, number: u16, body: &[u8], fds: &[BorrowedFd<'_>]) -> Result<Message, ClientError> {
+        self.guarded(|client| {
+            let id = client.send(number, false, body, fds)?;
+            client.reply(id, number)
+        })
+    }
+
+    /// Sends a command that is not answered.
+    ///
+    /// # Errors
+    /// When the connection fails. Whether the command succeeds is not known.
+    pub fn post(&mut self, number: u16, body: &[u8]) -> Result<(), ClientError> {
+        self.guarded(|client| client.send(number, true, body, &[]).map(drop))
+    }
+
+    fn guarded<R>(&mut self, act: impl FnOnce(&mut Self) -> Result<R, ClientError>) -> Result<R, ClientError> {
+        if self.failed {
+            return Err(ClientError::Closed);
+        }
+        let result = act(self);
+        self.failed = result.as_ref().is_err_and(ClientError::is_final);
+        result
+    }
+
+    /// Waits for the reply to a command; answers the server's own requests meanwhile.
+    fn reply(&mut self, id: u16, number: u16) -> Result<Message, ClientError> {
         let name = command_name(number);
-        let id = self.send(number, false, body, fds)?;
         loop {
             let message = self.receive()?.ok_or(ClientError::Late(name))?;
             let header = message.header;
@@ -165,39 +193,34 @@ impl Client {
         }
     }
 
-    /// Sends a command that is not answered.
-    ///
-    /// # Errors
-    /// When the connection fails. Whether the command succeeds is not known.
-    pub fn post(&mut self, number: u16, body: &[u8]) -> Result<(), ClientError> {
-        self.send(number, true, body, &[]).map(drop)
-    }
-
     /// Answers requests of the server that have arrived or arrive within `wait`; returns how many.
     ///
     /// # Errors
     /// When the connection fails, or something other than a request arrives.
     pub fn serve_requests(&mut self, wait: Duration) -> Result<u32, ClientError> {
-        set_socket_timeout(&self.socket, Timeout::Recv, Some(wait.max(Duration::from_millis(1))))?;
+        self.guarded(|client| {
+            set_socket_timeout(&client.socket, Timeout::Recv, Some(wait.max(Duration::from_millis(1))))?;
+            let result = client.requests();
+            set_socket_timeout(&client.socket, Timeout::Recv, Some(PATIENCE))?;
+            result
+        })
+    }
+
+    fn requests(&mut self) -> Result<u32, ClientError> {
         let mut served = 0;
-        let result = loop {
-            match self.receive() {
-                Ok(None) if !self.receiver.within_message() => break Ok(served),
-                Ok(None) => {}
-                Ok(Some(message)) => match message.header.kind {
+        loop {
+            match self.receive()? {
+                None if !self.receiver.within_message() => return Ok(served),
+                None => {}
+                Some(message) => match message.header.kind {
                     Kind::Command { no_reply } => {
+                        self.answer(message, no_reply)?;
                         served += 1;
-                        if let Err(e) = self.answer(message, no_reply) {
-                            break Err(e);
-                        }
                     }
-                    Kind::Reply { .. } => break Err(ClientError::Mismatch(message.header, "any command")),
+                    Kind::Reply { .. } => return Err(ClientError::Mismatch(message.header, "any command")),
                 },
-                Err(e) => break Err(e),
             }
-        };
-        set_socket_timeout(&self.socket, Timeout::Recv, Some(PATIENCE))?;
-        result
+        }
     }
 
     fn send(&mut self, number: u16, no_reply: bool, body: &[u8], fds: &[BorrowedFd<'_>]) -> Result<u16, ClientError> {

@@ -213,7 +213,7 @@ impl<T: Target> Server<T> {
     pub fn ready(&mut self, now: Instant) -> Outcome {
         let mut space = [MaybeUninit::uninit(); 8];
         let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
-        let mut messages = 0;
+        let (mut messages, mut more) = (0, false);
         if let Ok((events, _)) = epoll::wait(&self.epoll, &mut space, Some(&zero)) {
             // The client first: its end makes room for the next one.
             let (mut accept, client) = (false, self.client.as_ref().map(|c| c.token));
@@ -230,12 +230,12 @@ impl<T: Target> Server<T> {
                 }
             }
             if accept {
-                self.accept(now);
+                more = self.accept(now);
             }
         }
         self.send_requests(now);
         self.expire(now);
-        Outcome { messages, connected: self.is_connected(), more: messages >= MESSAGES_PER_CALL }
+        Outcome { messages, connected: self.is_connected(), more: more || messages >= MESSAGES_PER_CALL }
     }
 
     /// Serves until `stop` becomes readable. For tests and small programs without an event loop.
@@ -275,11 +275,12 @@ impl<T: Target> Server<T> {
         self.next_token
     }
 
-    fn accept(&mut self, now: Instant) {
+    /// Accepts who waits. `true`: there may be more.
+    fn accept(&mut self, now: Instant) -> bool {
         for _ in 0..ACCEPTS_PER_CALL {
             let socket = match accept_with(&self.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
                 Ok(socket) => socket,
-                Err(Errno::AGAIN) => return,
+                Err(Errno::AGAIN) => return false,
                 Err(Errno::INTR | Errno::CONNABORTED) => continue,
                 Err(e) => {
                     // The connection stays in the backlog: without a pause this would be tried without end.
@@ -287,7 +288,7 @@ impl<T: Target> Server<T> {
                     let quiet = EventFlags::empty();
                     let _ = epoll::modify(&self.epoll, &self.listener, EventData::new_u64(LISTENER), quiet);
                     self.paused_until = Some(now + ACCEPT_PAUSE);
-                    return;
+                    return false;
                 }
             };
             let token = self.token();
@@ -296,6 +297,7 @@ impl<T: Target> Server<T> {
                 warn!(device = self.name, "client cannot be served: {e}");
             }
         }
+        true
     }
 
     fn admit(&mut self, socket: OwnedFd, token: u64, now: Instant) -> Result<(), Errno> {

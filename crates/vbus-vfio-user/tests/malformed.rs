@@ -1,5 +1,6 @@
 //! What a client can do wrong, and what comes of it: an error reply, or the end of its connection - and in every
 //! case a server that serves the next client, and not one descriptor more than before.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod support;
 
@@ -31,12 +32,14 @@ const INVAL: Fate = Refused(Errno::INVAL);
 const NOT_SUPPORTED: Fate = Refused(Errno::OPNOTSUPP);
 const BAD_START: Fate = RefusedAndEnded(Errno::INVAL);
 
+type Act = Box<dyn Fn(&mut Raw, &Fds)>;
+
 struct Case {
     name: &'static str,
     /// Negotiate the version first.
     agreed: bool,
     fate: Fate,
-    act: Box<dyn Fn(&mut Raw, &Fds)>,
+    act: Act,
 }
 
 struct Fds {

@@ -1,5 +1,6 @@
 //! A small device to serve, and a client that says whatever bytes it is told to.
 #![allow(dead_code, missing_docs)] // Each test program uses a part of it.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::collections::BTreeMap;
 use std::io::{ErrorKind, IoSlice, Read, Write};
@@ -17,6 +18,9 @@ use vbus_vfio_user::{
 
 /// How long a test waits for something that must happen.
 pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A write here, in region 0, makes the device ask for 8 bytes of the client's memory.
+pub const ASKS: u64 = 3000;
 
 /// Region 0: 4 KiB of memory, of which the last 256 bytes refuse every access. Region 1: write only. Region 6: read
 /// only. Region 7: 256 bytes of configuration space. The others do not exist.
@@ -92,7 +96,12 @@ impl Target for Device {
         self.writes += 1;
         match region {
             0 if at + data.len() > 3840 => return Err(Errno::IO),
-            0 => self.memory[at..at + data.len()].copy_from_slice(data),
+            0 => {
+                self.memory[at..at + data.len()].copy_from_slice(data);
+                if let (ASKS, Some(remote)) = (offset, &self.remote) {
+                    let _ = remote.read(0, 8, |_| ());
+                }
+            }
             1 => {}
             7 => self.config[at..at + data.len()].copy_from_slice(data),
             _ => panic!("write to region {region}, which cannot be written"),
@@ -239,6 +248,8 @@ pub fn open_fds() -> usize {
 pub enum Seen {
     /// A reply: id, command, errno of an error, body.
     Reply(u16, u16, Option<u32>, Vec<u8>),
+    /// A command of the server: id, command.
+    Command(u16, u16),
     /// The end of the connection.
     Closed,
 }
@@ -247,6 +258,7 @@ pub enum Seen {
 pub struct Raw {
     pub stream: UnixStream,
     input: Vec<u8>,
+    commands: bool,
 }
 
 pub const NO_REPLY: u32 = 0x10;
@@ -290,7 +302,7 @@ pub fn version() -> Vec<u8> {
 
 impl Raw {
     pub fn connect(bench: &Bench) -> Self {
-        Self { stream: UnixStream::connect(bench.path()).unwrap(), input: Vec::new() }
+        Self { stream: UnixStream::connect(bench.path()).unwrap(), input: Vec::new(), commands: false }
     }
 
     /// Connects and negotiates.
@@ -328,6 +340,18 @@ impl Raw {
         seen.unwrap()
     }
 
+    /// As [`Raw::see`], for commands of the server too: id, command, whether it is a reply.
+    pub fn see_next(&mut self, bench: &mut Bench) -> (u16, u16, bool) {
+        self.commands = true;
+        let seen = self.see(bench);
+        self.commands = false;
+        match seen {
+            Seen::Reply(id, command, ..) => (id, command, true),
+            Seen::Command(id, command) => (id, command, false),
+            Seen::Closed => panic!("closed"),
+        }
+    }
+
     fn parse(&mut self) -> Option<Seen> {
         loop {
             if let Some(header) = self.input.first_chunk::<16>() {
@@ -335,7 +359,8 @@ impl Raw {
                 if self.input.len() >= header.size as usize {
                     let message: Vec<u8> = self.input.drain(..header.size as usize).collect();
                     let vbus_vfio_user::protocol::Kind::Reply { error } = header.kind else {
-                        panic!("a command of the server: {header}");
+                        assert!(self.commands, "a command of the server: {header}");
+                        return Some(Seen::Command(header.id, header.command));
                     };
                     return Some(Seen::Reply(header.id, header.command, error, message[16..].to_vec()));
                 }
@@ -350,4 +375,15 @@ impl Raw {
             }
         }
     }
+}
+
+/// A handle to the memory of a client that is there no more.
+pub fn any_remote() -> RemoteMemory {
+    static REMOTE: std::sync::OnceLock<RemoteMemory> = std::sync::OnceLock::new();
+    let make = || {
+        let mut bench = Bench::new();
+        let _raw = Raw::agreed(&mut bench);
+        bench.server.target().remote.clone().unwrap()
+    };
+    REMOTE.get_or_init(make).clone()
 }

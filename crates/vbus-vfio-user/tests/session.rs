@@ -1,0 +1,413 @@
+//! What a well-behaved client gets.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod support;
+
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::Path;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use support::{Bench, Device, NO_REPLY, PATIENCE, Raw, Seen, framed, version};
+use vbus_vfio_user::protocol::{IrqVerb, MultiWrite};
+use vbus_vfio_user::{Client, ClientError, Errno, RemoteMemory, Server};
+
+fn memory(bytes: u64) -> std::os::fd::OwnedFd {
+    let memory = memfd_create("test", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&memory, bytes).unwrap();
+    memory
+}
+
+fn refused(result: Result<impl std::fmt::Debug, ClientError>) -> Errno {
+    match result {
+        Err(ClientError::Refused { errno, .. }) => errno,
+        other => panic!("not refused: {other:?}"),
+    }
+}
+
+fn count(fd: impl AsFd) -> Option<u64> {
+    let mut count = [0; 8];
+    rustix::io::read(fd, &mut count).ok().map(|_| u64::from_ne_bytes(count))
+}
+
+#[test]
+fn the_device_is_described_and_accessed() {
+    let mut bench = Bench::new();
+    bench.with(|path| {
+        let mut client = Client::connect(path).unwrap();
+        assert!(client.agreed().write_multiple);
+        let info = client.device_info().unwrap();
+        assert_eq!((info.regions, info.irqs, info.resettable), (9, 5, true));
+        assert_eq!(client.region_info(7).unwrap().size, 256);
+        let rom = client.region_info(6).unwrap();
+        assert_eq!((rom.size, rom.readable, rom.writable), (512, true, false));
+        assert_eq!(client.region_info(4).unwrap().size, 0);
+        assert_eq!(refused(client.region_info(9)), Errno::INVAL);
+        let intx = client.irq_info(0).unwrap();
+        assert_eq!((intx.count, intx.maskable, intx.automasked, intx.fixed_size), (1, true, true, false));
+        assert_eq!(client.irq_info(2).unwrap().count, 32);
+
+        let mut config = [0; 256];
+        client.region_read(7, 0, &mut config).unwrap();
+        assert_eq!(config, [0x5a; 256]);
+        client.region_write(0, 100, b"written").unwrap();
+        // Posted writes are done in order, before whatever follows, and their failures are not answered.
+        for i in 0..10_000u32 {
+            client.region_post(0, 200, &i.to_ne_bytes()).unwrap();
+        }
+        client.region_post(6, 0, &[1]).unwrap();
+        let mut word = [0; 4];
+        client.region_read(0, 200, &mut word).unwrap();
+        assert_eq!(u32::from_ne_bytes(word), 9999);
+        let writes = [
+            MultiWrite { offset: 300, region: 0, data: &[1, 2, 3, 4, 5, 6, 7, 8] },
+            MultiWrite { offset: 0, region: 6, data: &[9] },
+            MultiWrite { offset: 302, region: 0, data: &[0xff] },
+        ];
+        assert_eq!(refused(client.region_write_multi(&writes)), Errno::PERM);
+        client.region_write_multi(&writes[..1]).unwrap();
+        let mut bytes = [0; 8];
+        client.region_read(0, 300, &mut bytes).unwrap();
+        assert_eq!(bytes, [1, 2, 3, 4, 5, 6, 7, 8]);
+        client.reset().unwrap();
+        client.region_read(0, 100, &mut bytes).unwrap();
+        assert_eq!(bytes, [0; 8]);
+        assert_eq!(client.call(16, &bytes![8u32, 0x4_0001u32], &[]).map(drop).map_err(|e| e.is_final()), Err(false));
+    });
+    // The ninth region, the posted write to the ROM, the multiple write and the feature.
+    assert_eq!(bench.server.stats().failures, 4);
+    assert_eq!(bench.server.target().resets, 1);
+}
+
+#[test]
+fn one_write_of_several_may_fail_and_the_others_are_done() {
+    let mut bench = Bench::new();
+    bench.with(|path| {
+        let mut client = Client::connect(path).unwrap();
+        let bad = MultiWrite { offset: 5000, region: 0, data: &[1] };
+        let good = MultiWrite { offset: 8, region: 0, data: &[7, 8] };
+        assert_eq!(refused(client.region_write_multi(&[bad, good])), Errno::INVAL);
+        let mut bytes = [0; 2];
+        client.region_read(0, 8, &mut bytes).unwrap();
+        assert_eq!(bytes, [7, 8]);
+    });
+}
+
+#[test]
+fn interrupts_are_connected_triggered_and_masked() {
+    let mut bench = Bench::new();
+    let eventfds: Vec<_> =
+        (0..32).map(|_| eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap()).collect();
+    let borrowed: Vec<_> = eventfds.iter().map(AsFd::as_fd).collect();
+    bench.with(|path| {
+        let mut client = Client::connect(path).unwrap();
+        // More than fit into one message.
+        client.connect_irqs(2, 0, &borrowed).unwrap();
+        client.irq(2, 31, IrqVerb::Trigger).unwrap();
+        assert_eq!(count(&eventfds[31]), Some(1));
+        // By flags: the second and the fourth of four.
+        let flags = bytes![24u32, 0x22u32, 2u32, 4u32, 4u32];
+        client.call(8, &[flags, vec![0, 1, 0, 255]].concat(), &[]).unwrap();
+        let signalled: Vec<bool> = eventfds.iter().map(|fd| count(fd).is_some()).collect();
+        assert_eq!(signalled.iter().enumerate().filter(|(_, s)| **s).map(|(i, _)| i).collect::<Vec<_>>(), [5, 7]);
+        client.irq(0, 0, IrqVerb::Mask).unwrap();
+        client.irq(0, 0, IrqVerb::Unmask).unwrap();
+        // Without descriptors: one vector less.
+        client.call(8, &bytes![20u32, 0x24u32, 2u32, 31u32, 1u32], &[]).unwrap();
+        client.irq(2, 31, IrqVerb::Trigger).unwrap();
+        assert_eq!(count(&eventfds[31]), None);
+        client.connect_irqs(1, 2, &borrowed[..1]).unwrap();
+        client.disable_irqs(2).unwrap();
+        client.irq(2, 0, IrqVerb::Trigger).unwrap();
+        client.irq(1, 2, IrqVerb::Trigger).unwrap();
+        assert_eq!(count(&eventfds[0]), Some(1));
+    });
+    let actions = &bench.server.target().actions;
+    assert_eq!(actions[1], ('t', 2, vec![5, 7]));
+    assert_eq!(actions[2..4], [('m', 0, vec![0]), ('u', 0, vec![0])]);
+}
+
+#[test]
+fn doorbells_are_eventfds_of_the_device() {
+    let mut bench = Bench::new();
+    bench.with(|path| {
+        let mut client = Client::connect(path).unwrap();
+        let doorbells = client.io_eventfds(0).unwrap();
+        let described: Vec<_> = doorbells.iter().map(|d| (d.offset, d.size, d.datamatch)).collect();
+        assert_eq!(described, [(2048, 4, None), (2052, 4, Some(1)), (2056, 4, Some(2))]);
+        for (doorbell, times) in doorbells.iter().zip(1..) {
+            for _ in 0..times {
+                rustix::io::write(&doorbell.fd, &1u64.to_ne_bytes()).unwrap();
+            }
+        }
+        assert!(client.io_eventfds(1).unwrap().is_empty());
+    });
+    let rung: Vec<_> = bench.server.target().doorbells.iter().map(count).collect();
+    assert_eq!(rung, [Some(1), Some(2), Some(3)]);
+}
+
+#[test]
+fn a_client_gets_no_more_descriptors_than_it_can_receive() {
+    let mut bench = Bench::new();
+    let mut raw = Raw::connect(&bench);
+    let mut two = bytes![0u16, 0u16];
+    two.extend_from_slice(b"{\"capabilities\":{\"max_msg_fds\":2}}\0");
+    raw.send(&framed(1, 1, 0, &two));
+    raw.see(&mut bench);
+    raw.send(&framed(2, 6, 0, &bytes![4096u32, 0u32, 0u32, 0u32]));
+    match raw.see(&mut bench) {
+        Seen::Reply(2, 6, None, body) => {
+            assert_eq!(body.len(), 16 + 2 * 40);
+            assert_eq!(body[..16], bytes![96u32, 0u32, 0u32, 2u32]);
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn memory_is_mapped_and_taken_back() {
+    let mut bench = Bench::new();
+    let file = memory(1 << 20);
+    let mut raw = Raw::agreed(&mut bench);
+    let map = |address: u64, offset: u64| bytes![32u32, 3u32, offset, address, 0x4000u64];
+    raw.send_with(&framed(1, 2, 0, &map(0x1000_0000, 0x8000)), &[file.as_fd()]);
+    assert_eq!(raw.see(&mut bench), Seen::Reply(1, 2, None, vec![]));
+    raw.send(&framed(2, 2, NO_REPLY, &map(0, 0)));
+    raw.send(&framed(3, 2, 0, &map(0x4000, 0)));
+    assert_eq!(raw.see(&mut bench), Seen::Reply(3, 2, None, vec![]));
+    let maps = &bench.server.target().maps;
+    assert_eq!(maps.keys().copied().collect::<Vec<_>>(), [0, 0x4000, 0x1000_0000]);
+    assert_eq!(maps[&0x1000_0000].memory.as_ref().unwrap().1, 0x8000);
+    assert!(maps[&0].memory.is_none());
+    // The reply to an unmap is the request's body.
+    let unmap = bytes![24u32, 0u32, 0x1000_0000u64, 0x4000u64];
+    raw.send(&framed(4, 3, 0, &unmap));
+    assert_eq!(raw.see(&mut bench), Seen::Reply(4, 3, None, unmap));
+    let all = bytes![24u32, 2u32, 0u64, 0u64];
+    raw.send(&framed(5, 3, 0, &all));
+    assert_eq!(raw.see(&mut bench), Seen::Reply(5, 3, None, all));
+    assert!(bench.server.target().maps.is_empty());
+}
+
+/// A server with a client in a thread that answers requests for its memory until the sender is dropped.
+fn with_remote(act: impl FnOnce(&mut Bench, RemoteMemory)) {
+    let mut bench = Bench::new();
+    let path = bench.path();
+    let (stop, stopped) = channel::<()>();
+    let thread = std::thread::spawn(move || {
+        let file = memory(4 << 20);
+        rustix::io::pwrite(&file, b"from the client", 0x1000).unwrap();
+        let mut client = Client::connect(path).unwrap();
+        client.dma_map_remote(file.as_fd(), 0, 0x10000, 2 << 20).unwrap();
+        client.dma_map_remote(file.as_fd(), 2 << 20, 0x10000 + (2 << 20), 4096).unwrap();
+        while !matches!(stopped.try_recv(), Err(std::sync::mpsc::TryRecvError::Disconnected)) {
+            client.serve_requests(Duration::from_millis(20)).unwrap();
+        }
+        let mut word = [0; 8];
+        rustix::io::pread(&file, &mut word, 0x2000).unwrap();
+        word
+    });
+    bench.until(None, |server| server.target().maps.len() == 2);
+    let remote = bench.server.target().remote.clone().unwrap();
+    act(&mut bench, remote);
+    drop(stop);
+    assert_eq!(&thread.join().unwrap(), b"from the");
+    bench.until_gone();
+}
+
+fn wait_for<R>(bench: &mut Bench, done: &Receiver<R>) -> R {
+    let mut result = None;
+    bench.until(None, |_| {
+        result = result.take().or_else(|| done.try_recv().ok());
+        result.is_some()
+    });
+    result.unwrap()
+}
+
+#[test]
+fn memory_without_a_descriptor_is_reached_by_message() {
+    with_remote(|bench, remote| {
+        let (sender, done) = channel();
+        let result = sender.clone();
+        remote.read(0x11000, 15, move |data| drop(result.send(data))).unwrap();
+        assert_eq!(wait_for(bench, &done).unwrap(), b"from the client");
+        // As much as a message holds.
+        let result = sender.clone();
+        remote.read(0x10000, 1 << 20, move |data| drop(result.send(data))).unwrap();
+        let all = wait_for(bench, &done).unwrap();
+        assert_eq!((all.len(), &all[0x1000..0x1008]), (1 << 20, &b"from the"[..]));
+        let (written, answer) = channel();
+        remote.write(0x12000, b"from the device".to_vec(), move |r| written.send(r).unwrap()).unwrap();
+        assert_eq!(wait_for(bench, &answer), Ok(()));
+        let (written, answer) = channel();
+        remote.write(0x20000, vec![7; 1 << 20], move |r| written.send(r).unwrap()).unwrap();
+        assert_eq!(wait_for(bench, &answer), Ok(()));
+        // More than a message holds; not mapped; half mapped.
+        for (address, count, errno) in [
+            (0x10000, (1 << 20) + 1, Errno::MSGSIZE),
+            (0x1000, 16, Errno::FAULT),
+            (0x10000 + (2 << 20) + 4090, 16, Errno::FAULT),
+            (u64::MAX - 3, 16, Errno::FAULT),
+        ] {
+            let result = sender.clone();
+            remote.read(address, count, move |data| drop(result.send(data))).unwrap();
+            assert_eq!(wait_for(bench, &done).map(|_| ()), Err(errno), "{address:#x}");
+        }
+        // Mapped as a whole, but the client has it in two pieces and refuses.
+        let result = sender.clone();
+        remote.read(0x10000 + (2 << 20) - 8, 16, move |data| drop(result.send(data))).unwrap();
+        assert_eq!(wait_for(bench, &done).map(|_| ()), Err(Errno::FAULT));
+    });
+}
+
+#[test]
+fn requests_end_with_the_client() {
+    let mut bench = Bench::new();
+    let mut raw = Raw::agreed(&mut bench);
+    raw.send(&framed(1, 2, 0, &bytes![32u32, 3u32, 0u64, 0u64, 0x4000u64]));
+    raw.see(&mut bench);
+    let remote = bench.server.target().remote.clone().unwrap();
+    let (sender, done) = channel();
+    for address in 0..100u64 {
+        let sender = sender.clone();
+        remote.read(address * 8, 8, move |data| drop(sender.send((address, data)))).unwrap();
+    }
+    bench.until(None, |server| server.ready(Instant::now()).connected && server.deadline().is_some());
+    drop(raw);
+    bench.until_gone();
+    let results: Vec<_> = done.try_iter().collect();
+    assert_eq!(results.len(), 100);
+    assert!(results.iter().all(|(_, result)| *result == Err(Errno::CONNRESET)));
+    assert_eq!(remote.read(0, 8, |_| panic!("called")), Err(Errno::NOTCONN));
+
+    // A client that does not answer is given up.
+    let mut raw = Raw::agreed(&mut bench);
+    raw.send(&framed(1, 2, 0, &bytes![32u32, 3u32, 0u64, 0u64, 0x4000u64]));
+    raw.see(&mut bench);
+    let remote = bench.server.target().remote.clone().unwrap();
+    let (sender, done) = channel();
+    remote.write(0, vec![1; 8], move |result| sender.send(result).unwrap()).unwrap();
+    bench.until(None, |server| server.deadline().is_some());
+    let deadline = bench.server.deadline().unwrap();
+    bench.server.ready(deadline);
+    assert!(!bench.server.has_client());
+    assert_eq!(done.try_recv(), Ok(Err(Errno::CONNRESET)));
+}
+
+/// A request made while a command is handled is sent after that command's reply: QEMU answers nothing before.
+#[test]
+fn a_reply_comes_before_a_request_made_meanwhile() {
+    let mut bench = Bench::new();
+    let mut raw = Raw::agreed(&mut bench);
+    raw.send(&framed(1, 2, 0, &bytes![32u32, 3u32, 0u64, 0u64, 0x4000u64]));
+    raw.see(&mut bench);
+    raw.send(&framed(2, 10, 0, &bytes![support::ASKS, 0u32, 4u32, 1u32]));
+    let seen = raw.see_next(&mut bench);
+    assert_eq!(seen, (2, 10, true), "the reply");
+    assert_eq!(raw.see_next(&mut bench).1, 11, "the request");
+}
+
+#[test]
+fn a_second_client_is_refused_and_comes_later() {
+    let mut bench = Bench::new();
+    let first = Raw::agreed(&mut bench);
+    for id in [7, 8] {
+        let mut second = Raw::connect(&bench);
+        second.send(&framed(id, 1, 0, &version()));
+        let busy = Errno::BUSY.raw_os_error().unsigned_abs();
+        assert_eq!(second.see(&mut bench), Seen::Reply(id, 1, Some(busy), vec![]));
+        assert_eq!(second.see(&mut bench), Seen::Closed);
+    }
+    // One that says nothing is told nothing, and is not kept for long.
+    let mut silent = Raw::connect(&bench);
+    bench.until(None, |server| server.stats().refused == 3);
+    let deadline = bench.server.deadline().unwrap();
+    bench.server.ready(deadline);
+    assert_eq!(silent.see(&mut bench), Seen::Closed);
+    // Many at once are closed at once.
+    let crowd: Vec<_> = (0..6).map(|_| Raw::connect(&bench)).collect();
+    bench.until(None, |server| server.stats().refused == 9);
+    drop(crowd);
+    assert!(bench.server.is_connected());
+    let refused = bench.with(|path| Client::connect(path).map(drop).unwrap_err());
+    assert!(matches!(refused, ClientError::Refused { errno: Errno::BUSY, .. }), "{refused}");
+    drop(first);
+    bench.until_gone();
+    bench.with(|path| drop(Client::connect(path).unwrap()));
+}
+
+#[test]
+fn clients_come_and_go() {
+    let mut bench = Bench::new();
+    let file = memory(0x10000);
+    for round in 1..=100 {
+        bench.with(|path| {
+            let mut client = Client::connect(path).unwrap();
+            client.dma_map(file.as_fd(), 0, 0, 0x10000).unwrap();
+            let interrupt = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+            client.connect_irqs(0, 0, &[interrupt.as_fd()]).unwrap();
+        });
+        bench.until_gone();
+        let device = bench.server.target();
+        assert_eq!(device.clients, round);
+        assert!(device.maps.is_empty() && device.irqs.is_empty() && device.remote.is_none());
+    }
+    assert_eq!(bench.server.stats().clients, 100);
+    assert_eq!(bench.server.stats().violations, 0);
+}
+
+#[test]
+fn the_client_notices_the_end_of_the_server() {
+    let mut bench = Bench::new();
+    let path = bench.path();
+    let (connected, is_connected) = channel();
+    let (gone, is_gone) = channel();
+    let client = std::thread::spawn(move || {
+        let mut client = Client::connect(path).unwrap();
+        connected.send(()).unwrap();
+        is_gone.recv_timeout(PATIENCE).unwrap();
+        let start = Instant::now();
+        let error = client.region_write(0, 0, &[1]).unwrap_err();
+        assert!(error.is_final(), "{error}");
+        assert!(matches!(client.region_write(0, 0, &[1]), Err(ClientError::Closed)));
+        assert!(start.elapsed() < Duration::from_secs(4), "without waiting for a time-out");
+    });
+    bench.until(None, |server| server.is_connected());
+    is_connected.recv_timeout(PATIENCE).unwrap();
+    drop(bench);
+    gone.send(()).unwrap();
+    client.join().unwrap();
+}
+
+#[test]
+fn the_socket_file_is_private_and_replaced_only_when_dead() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("device.sock");
+    let bind = |path: &Path| Server::bind(path, "test", Device::new()).map(drop).map_err(|e| e.kind());
+    // A dead server's file.
+    drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+    assert!(std::fs::symlink_metadata(&path).unwrap().file_type().is_socket());
+    let server = Server::bind(&path, "test", Device::new()).unwrap();
+    assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    // A living server's.
+    assert_eq!(bind(&path), Err(std::io::ErrorKind::AddrInUse));
+    drop(server);
+    assert!(!path.exists(), "the file goes with its server");
+    // Something else.
+    std::fs::write(&path, "not a socket").unwrap();
+    assert_eq!(bind(&path), Err(std::io::ErrorKind::AddrInUse));
+    assert_eq!(std::fs::read(&path).unwrap(), b"not a socket");
+    // Another server's, by the time that this one ends.
+    let path = folder.path().join("other.sock");
+    let server = Server::bind(&path, "test", Device::new()).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    let other = Server::bind(&path, "test", Device::new()).unwrap();
+    drop(server);
+    assert!(path.exists());
+    drop(other);
+    assert!(bind(&folder.path().join("no/such/folder")).is_err());
+    assert!(bind(Path::new(&"x".repeat(200))).is_err());
+}
