@@ -3,6 +3,7 @@
 mod client;
 mod command;
 mod config;
+mod guest;
 mod output;
 mod plug;
 mod qmp;
@@ -44,6 +45,8 @@ enum Command {
     Stats(command::stats::Args),
     /// Print what to put on QEMU's command line for this bus
     QemuArgs(command::qemu_args::Args),
+    /// Drive devices of a bus: inside a guest, or in a plain process
+    Guest(guest::Args),
     /// Look at configuration files
     #[command(subcommand)]
     Config(command::config::Command),
@@ -57,6 +60,7 @@ fn main() -> ExitCode {
         Command::State(command) => command::state::run(command),
         Command::Stats(args) => command::stats::run(args),
         Command::QemuArgs(args) => command::qemu_args::run(args),
+        Command::Guest(args) => guest::run(args),
         Command::Config(command) => command::config::run(command),
     };
     match result {

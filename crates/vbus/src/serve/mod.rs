@@ -2,7 +2,7 @@
 
 mod control;
 mod host;
-mod log;
+pub mod log;
 
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixDatagram, UnixStream};

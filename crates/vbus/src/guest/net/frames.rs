@@ -1,0 +1,159 @@
+//! Memory for frames, and system calls straight from and to it.
+#![allow(unsafe_code)] // Makes vectors of system calls from shared memory.
+
+use std::collections::VecDeque;
+use std::io::{IoSlice, IoSliceMut};
+
+use anyhow::{Result, ensure};
+use vbus_driver::Dma;
+use vbus_driver::venet::{FRAME_MAX, Piece};
+
+/// The `len` bytes at `offset` for a system call that reads them; cut to the memory.
+pub fn io_slice<D: Dma>(memory: &D, offset: usize, len: usize) -> IoSlice<'_> {
+    let (at, len) = bytes(memory, offset, len);
+    // SAFETY: `len` bytes of memory that the borrow keeps. The slice goes to the kernel, no Rust code looks at the bytes.
+    IoSlice::new(unsafe { std::slice::from_raw_parts(at, len) })
+}
+
+/// The `len` bytes at `offset` for a system call that writes them; cut to the memory.
+pub fn io_slice_mut<D: Dma>(memory: &D, offset: usize, len: usize) -> IoSliceMut<'_> {
+    let (at, len) = bytes(memory, offset, len);
+    // SAFETY: as above. The words are atomics, so writing them through a shared borrow is allowed.
+    IoSliceMut::new(unsafe { std::slice::from_raw_parts_mut(at, len) })
+}
+
+fn bytes<D: Dma>(memory: &D, offset: usize, len: usize) -> (*mut u8, usize) {
+    let words = memory.words();
+    let whole = size_of_val(words);
+    let offset = offset.min(whole);
+    // SAFETY: offset <= whole.
+    (unsafe { words.as_ptr().cast_mut().cast::<u8>().add(offset) }, len.min(whole - offset))
+}
+
+/// Where frames begin: a cache line.
+const ALIGN: usize = 64;
+
+/// Memory of which frames of any size are taken and given back in the same order.
+#[derive(Debug)]
+pub struct FrameMemory<D> {
+    memory: D,
+    head: usize,
+    tail: usize,
+    /// Where each frame ends that has not been given back, oldest first.
+    ends: VecDeque<usize>,
+}
+
+impl<D: Dma> FrameMemory<D> {
+    /// Over one run of addresses that holds two frames at least.
+    pub fn new(memory: D) -> Result<Self> {
+        let bytes = memory.bytes();
+        ensure!(bytes >= 2 * FRAME_MAX && memory.is_run(0, bytes), "no contiguous memory for frames");
+        Ok(FrameMemory { memory, head: 0, tail: 0, ends: VecDeque::new() })
+    }
+
+    /// Where the next frame can be put, up to [`FRAME_MAX`] bytes of it, if there is room.
+    pub fn room(&mut self) -> Option<usize> {
+        if self.ends.is_empty() {
+            // Begin at the front again: it is in the cache.
+            (self.head, self.tail) = (0, 0);
+            return Some(0);
+        }
+        if self.tail < self.head {
+            if self.memory.bytes() - self.head >= FRAME_MAX {
+                return Some(self.head);
+            }
+            self.head = 0;
+        }
+        // Full and empty are told apart by `ends`; here it is not empty, so the head must not reach the tail.
+        (self.tail.saturating_sub(self.head) >= FRAME_MAX).then_some(self.head)
+    }
+
+    /// The room at `offset`, for a system call that puts a frame there.
+    pub fn slice(&self, offset: usize) -> IoSliceMut<'_> {
+        io_slice_mut(&self.memory, offset, FRAME_MAX)
+    }
+
+    /// Takes the `len` bytes at `offset`, where [`room`](Self::room) was.
+    pub fn take(&mut self, offset: usize, len: usize) -> Piece {
+        self.head = (offset + len).next_multiple_of(ALIGN);
+        self.ends.push_back(self.head);
+        Piece { addr: self.memory.address(offset), len: u32::try_from(len).unwrap_or(0) }
+    }
+
+    /// Gives back the oldest `count` frames.
+    pub fn give_back(&mut self, count: u32) {
+        for _ in 0..count {
+            if let Some(end) = self.ends.pop_front() {
+                self.tail = end;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vbus_shm::Memory;
+    use vbus_shm::sync::Word;
+
+    use super::*;
+
+    #[derive(Clone, Debug)]
+    struct Plain(&'static [Word]);
+
+    impl Memory for Plain {
+        fn words(&self) -> &[Word] {
+            self.0
+        }
+    }
+
+    impl Dma for Plain {
+        fn page_shift(&self) -> u8 {
+            0
+        }
+
+        fn address(&self, offset: usize) -> u64 {
+            offset as u64
+        }
+    }
+
+    fn frames(bytes: usize) -> FrameMemory<Plain> {
+        let words: Vec<Word> = (0..bytes / 8).map(|_| Word::new(0)).collect();
+        FrameMemory::new(Plain(words.leak())).unwrap()
+    }
+
+    #[test]
+    fn frames_in_flight_never_overlap() {
+        let mut memory = frames(512 << 10);
+        let mut in_flight: VecDeque<(u64, u64)> = VecDeque::new();
+        let mut seed = 1u32;
+        let (mut taken, mut refused) = (0, 0);
+        for _ in 0..100_000 {
+            seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            if seed >> 31 == 0 {
+                let len = (seed >> 8) as usize % FRAME_MAX + 1;
+                let Some(offset) = memory.room() else {
+                    refused += 1;
+                    assert!(!in_flight.is_empty(), "room when nothing is in flight");
+                    continue;
+                };
+                assert_eq!(memory.slice(offset).len(), FRAME_MAX);
+                let piece = memory.take(offset, len);
+                let (from, to) = (piece.addr, piece.addr + u64::from(piece.len));
+                assert!(in_flight.iter().all(|&(f, t)| to <= f || t <= from));
+                in_flight.push_back((from, to));
+                taken += 1;
+            } else if !in_flight.is_empty() {
+                let count = 1 + (seed >> 8) as usize % in_flight.len();
+                in_flight.drain(..count);
+                memory.give_back(u32::try_from(count).unwrap());
+            }
+        }
+        assert!(taken > 10_000 && refused > 0, "{taken} {refused}");
+    }
+
+    #[test]
+    fn too_little_memory_is_refused() {
+        let words: Vec<Word> = (0..FRAME_MAX / 8).map(|_| Word::new(0)).collect();
+        assert!(FrameMemory::new(Plain(words.leak())).is_err());
+    }
+}

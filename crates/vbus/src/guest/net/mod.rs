@@ -1,0 +1,179 @@
+//! `vbus guest net`: NICs of the bus as TAP interfaces of this machine.
+
+mod frames;
+mod nic;
+mod queue;
+mod tap;
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use clap::Args;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::io::Errno;
+use vbus_driver::Hal;
+use vbus_shm::abi::class;
+
+use super::signals;
+use super::source::{Claimed, Source, claim};
+
+/// How often the source is scanned although it has no news, and how often a thread's end is looked for.
+const TICK: Duration = Duration::from_secs(1);
+/// How long a function that failed is left alone.
+const AGAIN: Duration = Duration::from_secs(5);
+
+/// How NICs are served.
+#[derive(Args, Clone, Debug)]
+pub struct Options {
+    /// Which NIC: its name, PCI address or socket [default: the first that is free]
+    #[arg(value_name = "DEVICE", conflicts_with = "all")]
+    pub device: Option<String>,
+    /// Name of the interface; a %d in it becomes a number [default: vbus%d]
+    #[arg(long, value_name = "IFACE")]
+    pub name: Option<String>,
+    /// Serve every NIC, also those that come later
+    #[arg(long, conflicts_with = "name")]
+    pub all: bool,
+    /// Queue pairs, each with a thread [default: 1]
+    #[arg(long, value_name = "N")]
+    pub queue_pairs: Option<u16>,
+    /// Leave no checksums and segmentation to the device
+    #[arg(long)]
+    pub no_offload: bool,
+    /// MTU of the interface, at most the device's [default: the device's]
+    #[arg(long, value_name = "BYTES")]
+    pub mtu: Option<u16>,
+    /// Switch the interface on
+    #[arg(long)]
+    pub up: bool,
+    /// The longest to poll in vain before sleeping, in microseconds; 0 to sleep at once
+    #[arg(long, value_name = "US", default_value_t = 50)]
+    pub poll_us: u32,
+}
+
+/// A NIC that is being served.
+struct Running {
+    stop: OwnedFd,
+    thread: JoinHandle<Result<()>>,
+}
+
+impl Running {
+    fn start<H>(id: &str, claimed: Claimed<H>, options: &Options, done: &OwnedFd) -> Result<Running>
+    where
+        H: Hal<Dma: Send + Sync> + Send + Sync + 'static,
+    {
+        let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let (id, options, stopped, done) = (id.to_owned(), options.clone(), stop.try_clone()?, done.try_clone()?);
+        let serve = move || {
+            let result = nic::serve(&id, claimed, &options, &stopped);
+            let _ = rustix::io::write(&done, &1u64.to_ne_bytes());
+            result
+        };
+        let thread = std::thread::Builder::new().name("nic".into()).spawn(serve)?;
+        Ok(Running { stop, thread })
+    }
+
+    fn stop(self) -> Result<()> {
+        let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
+        self.join()
+    }
+
+    fn join(self) -> Result<()> {
+        self.thread.join().unwrap_or_else(|_| Err(anyhow!("the NIC's thread panicked")))
+    }
+}
+
+/// Serves NICs of `source` until SIGINT or SIGTERM.
+pub fn run<S: Source>(source: &S, options: &Options) -> Result<()> {
+    let signals = signals::termination()?;
+    let done = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+    if options.all { run_all(source, options, &signals, &done) } else { run_one(source, options, &signals, &done) }
+}
+
+fn run_one<S: Source>(source: &S, options: &Options, signals: &OwnedFd, done: &OwnedFd) -> Result<()> {
+    let (found, claimed) = claim(source, class::VENET, "venet", options.device.as_deref())?;
+    let running = Running::start(&found.id, claimed, options, done)?;
+    wait(&[signals, done], None)?;
+    let result = if running.thread.is_finished() { running.join() } else { running.stop() };
+    result.with_context(|| found.id)
+}
+
+fn run_all<S: Source>(source: &S, options: &Options, signals: &OwnedFd, done: &OwnedFd) -> Result<()> {
+    let changes = source.changes();
+    let mut running: BTreeMap<String, Running> = BTreeMap::new();
+    let mut failed: BTreeMap<String, (Instant, String)> = BTreeMap::new();
+    ensure!(options.queue_pairs != Some(0), "a NIC has at least one queue pair");
+    loop {
+        let found = source.scan()?;
+        let there = |id: &String| found.iter().any(|found| found.id == *id);
+        let gone: Vec<String> = running
+            .iter()
+            .filter(|(id, nic)| !there(id) || nic.thread.is_finished())
+            .map(|(id, _)| id.clone())
+            .collect();
+        failed.retain(|id, _| there(id));
+        for id in gone {
+            let Some(nic) = running.remove(&id) else { continue };
+            match nic.stop() {
+                Err(error) if there(&id) => report(&mut failed, &id, &error),
+                // It ended because it went, whatever it met on the way.
+                _ => tracing::info!("{id} has gone"),
+            }
+        }
+        for found in found.iter().filter(|found| found.class.is_none_or(|c| c == class::VENET)) {
+            let wait = failed.get(&found.id).is_some_and(|(since, _)| since.elapsed() < AGAIN);
+            if wait || running.contains_key(&found.id) {
+                continue;
+            }
+            let started = source.claim(&found.id).and_then(|claimed| Running::start(&found.id, claimed, options, done));
+            match started {
+                Ok(nic) => {
+                    running.insert(found.id.clone(), nic);
+                }
+                Err(error) => report(&mut failed, &found.id, &error),
+            }
+        }
+        let mut fds = vec![signals, done];
+        fds.extend(&changes);
+        let ready = wait(&fds, Some(TICK))?;
+        if ready[0] {
+            break;
+        }
+        if ready[1] {
+            let _ = rustix::io::read(done, &mut [0; 8]);
+        }
+        if let (Some(changes), Some(true)) = (&changes, ready.get(2)) {
+            // What the news are does not matter: the next scan tells.
+            while rustix::io::read(changes, &mut [0; 4096]).is_ok_and(|n| n > 0) {}
+        }
+    }
+    for (id, nic) in running {
+        if let Err(error) = nic.stop() {
+            tracing::warn!("{id}: {error:#}");
+        }
+    }
+    Ok(())
+}
+
+/// Says what failed, once until it changes.
+fn report(failed: &mut BTreeMap<String, (Instant, String)>, id: &str, error: &anyhow::Error) {
+    let text = format!("{error:#}");
+    if failed.get(id).is_none_or(|(_, last)| *last != text) {
+        tracing::warn!("{id}: {text}; trying again every {AGAIN:?}");
+    }
+    failed.insert(id.to_owned(), (Instant::now(), text));
+}
+
+/// Waits until one of `fds` is readable; says which.
+fn wait(fds: &[&OwnedFd], timeout: Option<Duration>) -> Result<Vec<bool>> {
+    let mut polled: Vec<_> = fds.iter().map(|fd| PollFd::new(*fd, PollFlags::IN)).collect();
+    let timeout = timeout.map(Timespec::try_from).transpose()?;
+    match poll(&mut polled, timeout.as_ref()) {
+        Ok(_) | Err(Errno::INTR) => {}
+        Err(error) => return Err(error).context("poll"),
+    }
+    Ok(polled.iter().map(|fd| !fd.revents().is_empty()).collect())
+}

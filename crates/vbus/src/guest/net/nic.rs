@@ -1,0 +1,226 @@
+//! One NIC: from a claimed function to an interface with its queues, and back.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::io::Errno;
+use vbus_driver::Pace;
+use vbus_driver::venet::{FILTER_ALL_MULTICAST, FILTER_PROMISCUOUS, Nic, Status};
+use vbus_driver::{Acknowledger, Error, Function, Hal};
+
+use super::Options;
+use super::frames::FrameMemory;
+use super::queue::{Counters, Queue, Shared, Wake};
+use super::tap::{Tap, mac_text};
+use crate::guest::source::{Claimed, Interrupt};
+
+/// Entries of each ring.
+const RING_ENTRIES: u32 = 256;
+/// Bytes of a receive buffer: a segment of 64 KiB takes five, an ordinary frame one.
+const BUFFER_BYTES: u32 = 16 << 10;
+/// Bytes of the memory from which frames are sent: a huge page.
+const FRAME_BYTES: usize = 2 << 20;
+/// How often the NIC is looked at even if nothing happens.
+const TICK: Duration = Duration::from_secs(1);
+
+/// Serves the NIC until `stop` becomes readable (then it returns without an error), the function goes or something breaks.
+pub fn serve<H>(id: &str, claimed: Claimed<H>, options: &Options, stop: &OwnedFd) -> Result<()>
+where
+    H: Hal<Dma: Send + Sync> + Send + Sync + 'static,
+{
+    let (hal, interrupt) = claimed;
+    let function = Function::probe(hal.clone())?;
+    let device = function.info().name;
+    let acknowledger = function.acknowledger();
+    let config = vbus_driver::venet::config(&function)?;
+    let pairs = options.queue_pairs.unwrap_or(1);
+    if pairs == 0 || pairs > config.queue_pairs {
+        bail!("{device} has {} queue pairs at most, not {pairs}", config.queue_pairs);
+    }
+    let mtu = options.mtu.unwrap_or(config.mtu);
+    if mtu > config.mtu {
+        bail!("{device} takes frames of {} bytes at most, an MTU of {mtu} is too large", config.mtu);
+    }
+    let mut tap = Tap::create(options.name.as_deref().unwrap_or("vbus%d"), pairs)?;
+    let mut nic = Nic::open(function, if options.no_offload { 0 } else { tap.usable() }, 0)?;
+    let features = nic.function().features();
+    tap.set_offload(features)?;
+    tap.set_mac(config.mac)?;
+    tap.set_mtu(mtu)?;
+    tap.set_carrier(false);
+
+    let shared =
+        Shared { stop: AtomicBool::new(false), stopped: event()?, look: event()?, counters: Counters::default() };
+    // With one queue pair its thread takes the interrupts itself; with more of them, this one does, and wakes the others.
+    let mut own = Some((interrupt, acknowledger));
+    let mut relays = Vec::new();
+    let mut queues = Vec::new();
+    for (q, file) in (0..pairs).zip(tap.take_queues()) {
+        let wake = match own.take_if(|_| pairs == 1) {
+            Some((interrupt, acknowledger)) => Wake::Interrupt(interrupt, acknowledger),
+            None => {
+                let relay = event()?;
+                relays.push(relay.try_clone()?);
+                Wake::Relay(relay)
+            }
+        };
+        let entries = RING_ENTRIES.min(config.ring_entries);
+        let (tx, rx) = nic.queue_pair(q, entries, BUFFER_BYTES, 0)?;
+        let buffers = hal.alloc(entries as usize * BUFFER_BYTES as usize).map_err(Error::from)?;
+        let frames = FrameMemory::new(hal.alloc(FRAME_BYTES).map_err(Error::from)?)?;
+        let pace = Pace::new(u64::from(options.poll_us) * 1000);
+        let mut queue = Queue { tx, frames, rx, buffers, tap: file, wake, pace, hal: hal.clone() };
+        queue.fill()?;
+        queues.push(queue);
+    }
+    nic.start()?;
+    let mut keeper = Keeper { nic, tap, filter: None, link: None };
+    keeper.look()?;
+    if options.up {
+        keeper.tap.set_up()?;
+    }
+    crate::output::emit(&format!(
+        "{}: {device} ({id}), address {}, MTU {mtu}, {pairs} queue pair{}, offloads {features:#x}\n",
+        keeper.tap.name(),
+        mac_text(config.mac),
+        if pairs == 1 { "" } else { "s" },
+    ));
+
+    let result = thread::scope(|scope| {
+        let threads: Vec<_> = queues
+            .into_iter()
+            .map(|mut queue| {
+                let shared = &shared;
+                scope.spawn(move || {
+                    let result = queue.run(shared);
+                    let _ = rustix::io::write(&shared.look, &1u64.to_ne_bytes());
+                    result
+                })
+            })
+            .collect();
+        let ended = || threads.iter().any(|thread| thread.is_finished());
+        let result = keeper.keep(&shared, own, &relays, stop, ended);
+        shared.stop.store(true, Ordering::Relaxed);
+        let _ = rustix::io::write(&shared.stopped, &1u64.to_ne_bytes());
+        let results: Vec<_> = threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap_or_else(|_| Err(anyhow!("a queue's thread panicked"))))
+            .collect();
+        // What the device says of itself explains what its queues ran into.
+        result.and(results.into_iter().collect())
+    });
+    report(keeper.tap.name(), &shared.counters);
+    result
+}
+
+fn report(name: &str, counters: &Counters) {
+    let get = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+    tracing::info!(
+        sent = get(&counters.sent),
+        received = get(&counters.received),
+        refused = get(&counters.refused),
+        doorbells = get(&counters.doorbells),
+        interrupts = get(&counters.interrupts),
+        sleeps = get(&counters.sleeps),
+        "{name} ends"
+    );
+}
+
+fn event() -> Result<OwnedFd> {
+    eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).context("cannot make an eventfd")
+}
+
+/// Looks after what belongs to the NIC as a whole: link, filter, and whether the device still is there.
+struct Keeper<H: Hal> {
+    nic: Nic<H>,
+    tap: Tap,
+    filter: Option<u32>,
+    link: Option<bool>,
+}
+
+impl<H: Hal> Keeper<H> {
+    /// Runs until `stop` becomes readable, a queue has ended, or the device has.
+    fn keep(
+        &mut self,
+        shared: &Shared,
+        mut own: Option<(Box<dyn Interrupt>, Acknowledger<H>)>,
+        relays: &[OwnedFd],
+        stop: &OwnedFd,
+        ended: impl Fn() -> bool,
+    ) -> Result<()> {
+        let mut next = Instant::now();
+        loop {
+            if Instant::now() >= next {
+                self.look()?;
+                next = Instant::now() + TICK;
+            }
+            if let Some((interrupt, _)) = &mut own {
+                interrupt.enable()?;
+            }
+            let mut fds = vec![PollFd::new(stop, PollFlags::IN), PollFd::new(&shared.look, PollFlags::IN)];
+            if let Some((interrupt, _)) = &own {
+                fds.push(PollFd::from_borrowed_fd(interrupt.fd(), PollFlags::IN));
+                fds.push(PollFd::from_borrowed_fd(interrupt.lifeline(), PollFlags::RDHUP));
+            }
+            let timeout = Timespec::try_from(next.saturating_duration_since(Instant::now()))?;
+            match poll(&mut fds, Some(&timeout)) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(error).context("poll"),
+            }
+            let ready: Vec<_> = fds.iter().map(PollFd::revents).collect();
+            if !ready[0].is_empty() {
+                return Ok(());
+            }
+            if !ready[1].is_empty() {
+                let _ = rustix::io::read(&shared.look, &mut [0; 8]);
+                self.look()?;
+                if ended() {
+                    return Ok(());
+                }
+            }
+            if let (Some((interrupt, acknowledger)), Some(flags)) = (&mut own, ready.get(2)) {
+                if ready.get(3).is_some_and(|flags| !flags.is_empty()) {
+                    bail!("the device has gone");
+                }
+                if flags.contains(PollFlags::IN) {
+                    interrupt.take()?;
+                    acknowledger.acknowledge();
+                    // It was for some of them: each looks for itself, and then it may come again.
+                    for relay in relays {
+                        let _ = rustix::io::write(relay.as_fd(), &1u64.to_ne_bytes());
+                    }
+                    if self.nic.status_is_newer() {
+                        self.look()?;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Brings the interface up to date with the NIC, and the other way round.
+    fn look(&mut self) -> Result<()> {
+        self.nic.function().check()?;
+        let mut status = self.nic.status()?;
+        if self.nic.arm_status() == vbus_shm::signal::Armed::Missed {
+            status = self.nic.status()?;
+        }
+        let Status { link, .. } = status;
+        if self.link != Some(link) {
+            self.tap.set_carrier(link);
+            tracing::info!("{}: link {}", self.tap.name(), if link { "up" } else { "down" });
+            self.link = Some(link);
+        }
+        let promiscuous = self.tap.is_promiscuous(self.nic.config().mac);
+        // The kernel sorts multicasts out itself; frames for others it only wants when it listens to all.
+        let filter = FILTER_ALL_MULTICAST | if promiscuous { FILTER_PROMISCUOUS } else { 0 };
+        if self.filter != Some(filter) {
+            self.nic.filter(filter, &[])?;
+            self.filter = Some(filter);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,126 @@
+//! A BAR, mapped. When its device is unplugged, the kernel takes the mapping away and the next access raises SIGBUS; here it then reads
+//! as all ones instead, as a device that has gone does on any PCI bus.
+#![allow(unsafe_code)] // Maps device registers, and handles the signal of their disappearance.
+
+use std::fs::File;
+use std::ptr::NonNull;
+use std::sync::Once;
+use std::sync::atomic::{AtomicUsize, Ordering, fence};
+
+use anyhow::{Context, Result, bail};
+use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+
+/// The most BARs that can be mapped at a time.
+const BARS_MAX: usize = 256;
+
+/// Address and length of each mapped BAR, for the signal handler. An address of 0: free; 1: being set up.
+static MAPPED: [(AtomicUsize, AtomicUsize); BARS_MAX] =
+    [const { (AtomicUsize::new(0), AtomicUsize::new(0)) }; BARS_MAX];
+
+/// A mapped BAR.
+#[derive(Debug)]
+pub struct Bar {
+    base: NonNull<u8>,
+    len: usize,
+    slot: usize,
+}
+
+// SAFETY: device registers, accessed by aligned volatile reads and writes from any thread, which is what they are for.
+unsafe impl Send for Bar {}
+// SAFETY: as above.
+unsafe impl Sync for Bar {}
+
+impl Bar {
+    /// Maps the first `len` bytes of a sysfs resource file.
+    pub fn map(resource: &File, len: usize) -> Result<Bar> {
+        static HANDLER: Once = Once::new();
+        HANDLER.call_once(handle_sigbus);
+        let free = |(_, (base, _)): &(usize, &(AtomicUsize, AtomicUsize))| {
+            base.compare_exchange(0, 1, Ordering::Acquire, Ordering::Relaxed).is_ok()
+        };
+        let Some((slot, (base_word, len_word))) = MAPPED.iter().enumerate().find(free) else {
+            bail!("more than {BARS_MAX} functions at a time");
+        };
+        // SAFETY: a fresh mapping at an address of the kernel's choice.
+        let mapped = unsafe {
+            mmap(std::ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, resource, 0)
+        };
+        match mapped.ok().and_then(|base| NonNull::new(base.cast::<u8>())) {
+            Some(base) => {
+                len_word.store(len, Ordering::Relaxed);
+                base_word.store(base.as_ptr() as usize, Ordering::Release);
+                Ok(Bar { base, len, slot })
+            }
+            None => {
+                base_word.store(0, Ordering::Release);
+                mapped.map(drop).context("cannot map the device's registers")?;
+                bail!("cannot map the device's registers")
+            }
+        }
+    }
+
+    fn at<T>(&self, offset: u64) -> Option<NonNull<T>> {
+        let offset = usize::try_from(offset).ok()?;
+        let end = offset.checked_add(size_of::<T>())?;
+        if offset % align_of::<T>() != 0 || end > self.len {
+            return None;
+        }
+        // SAFETY: within the mapping, as just checked.
+        Some(unsafe { self.base.add(offset) }.cast())
+    }
+
+    /// Reads 4 or 8 bytes; `None` outside of the BAR.
+    pub fn read<T: Copy>(&self, offset: u64) -> Option<T> {
+        let at = self.at::<T>(offset)?;
+        // SAFETY: mapped and aligned; `T` is u32 or u64, for which any bytes will do.
+        let value = unsafe { at.read_volatile() };
+        // What the device did before is visible after the read.
+        fence(Ordering::Acquire);
+        Some(value)
+    }
+
+    /// Writes 4 or 8 bytes, after everything written to memory before; nothing outside of the BAR.
+    pub fn write<T: Copy>(&self, offset: u64, value: T) {
+        if let Some(at) = self.at::<T>(offset) {
+            fence(Ordering::SeqCst);
+            // SAFETY: mapped and aligned.
+            unsafe { at.write_volatile(value) };
+        }
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        MAPPED[self.slot].0.store(0, Ordering::Release);
+        // SAFETY: mapped by us; nothing borrows from it.
+        let _ = unsafe { munmap(self.base.as_ptr().cast(), self.len) };
+    }
+}
+
+/// Installs the handler. Nothing in it allocates or locks.
+fn handle_sigbus() {
+    let handler = |info: &libc::siginfo_t| {
+        // SAFETY: a SIGBUS carries an address.
+        let at = unsafe { info.si_addr() } as usize;
+        for (base, len) in &MAPPED {
+            let (base, len) = (base.load(Ordering::Acquire), len.load(Ordering::Relaxed));
+            if base > 1 && (base..base + len).contains(&at) {
+                let flags = MapFlags::PRIVATE | MapFlags::FIXED;
+                let base = base as *mut u8;
+                // SAFETY: replaces a mapping of ours, which the kernel has emptied, by memory of the same size; then fills that memory.
+                unsafe {
+                    if mmap_anonymous(base.cast(), len, ProtFlags::READ | ProtFlags::WRITE, flags).is_ok() {
+                        base.write_bytes(0xff, len);
+                        return;
+                    }
+                }
+            }
+        }
+        // Not ours: end as if there were no handler.
+        let _ = signal_hook::low_level::emulate_default_handler(libc::SIGBUS);
+    };
+    // SAFETY: the handler makes system calls and touches atomics, no more.
+    if let Err(error) = unsafe { signal_hook_registry::register_sigaction(libc::SIGBUS, handler) } {
+        tracing::warn!(%error, "no handler for SIGBUS: unplugging a device in use will end this program");
+    }
+}

@@ -1,0 +1,76 @@
+//! The driver's environment on the PCI bus of a Linux machine.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use rustix::time::{ClockId, clock_gettime};
+use vbus_driver::{Hal, NoMemory};
+
+use super::bar::Bar;
+use super::huge::{HugeMemory, Pool};
+
+/// A function by its mapped BAR, its configuration space in sysfs, and huge pages.
+#[derive(Clone, Debug)]
+pub struct PciHal(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    bar: Bar,
+    config: File,
+    pool: Pool,
+    /// Holds the lock that says whose the function is.
+    _claim: Option<File>,
+}
+
+impl PciHal {
+    /// Puts it together. `claim` is an open file that stays open as long as this.
+    pub fn new(bar: Bar, config: File, claim: Option<File>) -> PciHal {
+        PciHal(Arc::new(Inner { bar, config, pool: Pool::default(), _claim: claim }))
+    }
+}
+
+impl Hal for PciHal {
+    type Dma = HugeMemory;
+
+    fn config_read32(&self, offset: u16) -> u32 {
+        let mut word = [0xff; 4];
+        match self.0.config.read_exact_at(&mut word, u64::from(offset)) {
+            Ok(()) => u32::from_le_bytes(word),
+            Err(_) => u32::MAX,
+        }
+    }
+
+    fn read32(&self, offset: u64) -> u32 {
+        self.0.bar.read(offset).unwrap_or(u32::MAX)
+    }
+
+    fn read64(&self, offset: u64) -> u64 {
+        self.0.bar.read(offset).unwrap_or(u64::MAX)
+    }
+
+    fn write32(&self, offset: u64, value: u32) {
+        self.0.bar.write(offset, value);
+    }
+
+    fn write64(&self, offset: u64, value: u64) {
+        self.0.bar.write(offset, value);
+    }
+
+    fn alloc(&self, bytes: usize) -> Result<HugeMemory, NoMemory> {
+        self.0.pool.alloc(bytes).map_err(|error| {
+            tracing::error!("{error:#}");
+            NoMemory
+        })
+    }
+
+    fn now(&self) -> u64 {
+        now()
+    }
+}
+
+/// Nanoseconds of the monotonic clock.
+fn now() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
+}

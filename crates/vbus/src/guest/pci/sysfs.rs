@@ -1,0 +1,177 @@
+//! Finds functions in sysfs and binds them to `uio_pci_generic`.
+
+use std::fs::{self, File, OpenOptions};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::fs::{FileType, FlockOperation, Mode, OFlags, flock, makedev, mknodat};
+use vbus_shm::abi::{PCI_DEVICE, PCI_VENDOR, bar0};
+
+use super::bar::Bar;
+use super::hal::PciHal;
+use super::uio::{COMMAND, UioInterrupt};
+use super::{huge, uevent};
+use crate::guest::source::{Found, Interrupt, Source};
+
+const DRIVER: &str = "uio_pci_generic";
+const BUS: &str = "/sys/bus/pci";
+
+/// The PCI bus of this machine. Dropping it gives back the huge pages that were reserved, so drop all functions first.
+#[derive(Debug)]
+pub struct PciSource(());
+
+impl PciSource {
+    /// There is one.
+    pub fn new() -> Result<PciSource> {
+        ensure!(
+            Path::new(BUS).exists(),
+            "{BUS} is not there: either this machine has no PCI bus or sysfs is not mounted (`mount -t sysfs sysfs /sys`)"
+        );
+        Ok(PciSource(()))
+    }
+}
+
+impl Drop for PciSource {
+    fn drop(&mut self) {
+        huge::give_back();
+    }
+}
+
+impl Source for PciSource {
+    type Hal = PciHal;
+
+    fn scan(&self) -> Result<Vec<Found>> {
+        let mut found = Vec::new();
+        for entry in fs::read_dir(format!("{BUS}/devices"))? {
+            let entry = entry?;
+            let number = |file: &str| read_hex(&entry.path().join(file));
+            // One that goes at this moment is not there.
+            if number("vendor") == Some(PCI_VENDOR) && number("device") == Some(PCI_DEVICE) {
+                found.push(Found {
+                    id: entry.file_name().to_string_lossy().into_owned(),
+                    class: number("subsystem_device"),
+                });
+            }
+        }
+        found.sort();
+        Ok(found)
+    }
+
+    fn look(&self, id: &str) -> Result<PciHal> {
+        let folder = folder(id);
+        let config = open(&folder.join("config"))?;
+        // Without its memory space on, the function answers nothing. It stays on: it does no harm.
+        const MEMORY: u16 = 1 << 1;
+        let mut command = [0; 2];
+        config.read_exact_at(&mut command, COMMAND).context("cannot read the configuration space; this needs root")?;
+        let command = u16::from_le_bytes(command);
+        if command & MEMORY == 0 {
+            config.write_all_at(&(command | MEMORY).to_le_bytes(), COMMAND).context("cannot switch the function on")?;
+        }
+        let bar = Bar::map(&open(&folder.join("resource0"))?, bar_len()?)?;
+        Ok(PciHal::new(bar, config, None))
+    }
+
+    fn claim(&self, id: &str) -> Result<(PciHal, Box<dyn Interrupt>)> {
+        let folder = folder(id);
+        let resource = open(&folder.join("resource0"))?;
+        // Two drivers for one function would take its connection from one another.
+        if flock(&resource, FlockOperation::NonBlockingLockExclusive).is_err() {
+            bail!("{id} is in use by another process");
+        }
+        check_no_iommu(&folder)?;
+        bind(id, &folder)?;
+        let uio = open_uio(&folder)?;
+        let interrupt = UioInterrupt::new(uio, open(&folder.join("config"))?)?;
+        let bar = Bar::map(&resource, bar_len()?)?;
+        let hal = PciHal::new(bar, open(&folder.join("config"))?, Some(resource));
+        Ok((hal, Box::new(interrupt)))
+    }
+
+    fn changes(&self) -> Option<OwnedFd> {
+        uevent::listen()
+            .inspect_err(|error| tracing::debug!(%error, "no news from the kernel; looking once a second"))
+            .ok()
+    }
+}
+
+fn folder(id: &str) -> PathBuf {
+    Path::new(BUS).join("devices").join(id)
+}
+
+fn bar_len() -> Result<usize> {
+    Ok(usize::try_from(bar0::SIZE)?)
+}
+
+fn read_hex(file: &Path) -> Option<u16> {
+    u16::from_str_radix(fs::read_to_string(file).ok()?.trim().trim_start_matches("0x"), 16).ok()
+}
+
+fn open(file: &Path) -> Result<File> {
+    OpenOptions::new().read(true).write(true).open(file).map_err(|error| {
+        let hint =
+            if error.kind() == std::io::ErrorKind::PermissionDenied { "; driving a function needs root" } else { "" };
+        anyhow::anyhow!("cannot open {}: {error}{hint}", file.display())
+    })
+}
+
+fn write(file: &Path, text: &str) -> Result<()> {
+    fs::write(file, text).with_context(|| format!("cannot write {text:?} to {}", file.display()))
+}
+
+/// Device addresses are physical addresses here. Behind an IMMU that translates they are not, and nothing would arrive.
+fn check_no_iommu(folder: &Path) -> Result<()> {
+    let kind = fs::read_to_string(folder.join("iommu_group/type"));
+    match kind.as_deref().map(str::trim) {
+        Ok("identity") | Err(_) => Ok(()),
+        Ok(kind) => bail!(
+            "the function is behind an IOMMU that translates ({kind}); boot with iommu=pt, or `echo identity > {}/iommu_group/type`",
+            folder.display()
+        ),
+    }
+}
+
+/// Binds the function to `uio_pci_generic`, away from whatever driver it has.
+fn bind(id: &str, folder: &Path) -> Result<()> {
+    let driver = Path::new(BUS).join("drivers").join(DRIVER);
+    if !driver.exists() {
+        // Not there, no modprobe, not allowed: the check that follows says so.
+        let _ = Command::new("modprobe").arg(DRIVER).stdin(Stdio::null()).stderr(Stdio::null()).status();
+        ensure!(
+            driver.exists(),
+            "the kernel's driver {DRIVER} is not loaded: `modprobe {DRIVER}` (Debian has it in the ordinary kernel package)"
+        );
+    }
+    let bound = fs::read_link(folder.join("driver")).ok();
+    if bound.as_deref().and_then(Path::file_name).is_some_and(|name| name == DRIVER) {
+        return Ok(());
+    }
+    if bound.is_some() {
+        write(&folder.join("driver/unbind"), id)?;
+    }
+    write(&folder.join("driver_override"), DRIVER)?;
+    write(&driver.join("bind"), id)
+}
+
+/// Opens `/dev/uioN` of the function; makes the node if nobody else has.
+fn open_uio(folder: &Path) -> Result<File> {
+    let uio = folder.join("uio");
+    let entry = fs::read_dir(&uio).ok().and_then(|mut entries| entries.next()).transpose()?;
+    let entry = entry.with_context(|| {
+        format!("{} is not there: {DRIVER} has found no interrupt line; see the kernel's log", uio.display())
+    })?;
+    let device = Path::new("/dev").join(entry.file_name());
+    if !device.exists() {
+        let numbers = fs::read_to_string(entry.path().join("dev"))?;
+        let (major, minor) = numbers.trim().split_once(':').context("bad device number")?;
+        let number = makedev(major.parse()?, minor.parse()?);
+        mknodat(rustix::fs::CWD, &device, FileType::CharacterDevice, Mode::from_raw_mode(0o600), number)
+            .with_context(|| format!("cannot make {}", device.display()))?;
+    }
+    let nonblocking = i32::try_from(OFlags::NONBLOCK.bits())?;
+    let file = OpenOptions::new().read(true).write(true).custom_flags(nonblocking).open(&device);
+    file.with_context(|| format!("cannot open {}", device.display()))
+}

@@ -1,0 +1,70 @@
+//! Interrupts by `/dev/uioN` of `uio_pci_generic`: its handler sets Interrupt Disable and lets the descriptor become readable.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::guest::source::Interrupt;
+
+/// Offset of the command register in the configuration space.
+pub const COMMAND: u64 = 4;
+const MEMORY: u16 = 1 << 1;
+const MASTER: u16 = 1 << 2;
+const INTERRUPT_DISABLE: u16 = 1 << 10;
+
+/// The interrupt of a function that is bound to `uio_pci_generic`.
+#[derive(Debug)]
+pub struct UioInterrupt {
+    uio: File,
+    config: File,
+    enabled: bool,
+}
+
+impl UioInterrupt {
+    /// `uio` is the open `/dev/uioN` (non-blocking), `config` the sysfs file of the configuration space. Lets the function access memory.
+    pub fn new(uio: File, config: File) -> Result<UioInterrupt> {
+        let command = (MEMORY | MASTER) | INTERRUPT_DISABLE;
+        config.write_all_at(&command.to_le_bytes(), COMMAND).context("cannot write the command register")?;
+        Ok(UioInterrupt { uio, config, enabled: false })
+    }
+}
+
+impl Interrupt for UioInterrupt {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.uio.as_fd()
+    }
+
+    fn lifeline(&self) -> BorrowedFd<'_> {
+        self.uio.as_fd()
+    }
+
+    fn take(&mut self) -> Result<()> {
+        // The count of interrupts; what matters is that there was one, and that Interrupt Disable is set now.
+        let mut count = [0; 4];
+        match self.uio.read(&mut count) {
+            Ok(n) => ensure!(n == 4, "the function has gone"),
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return Ok(()),
+            Err(error) => return Err(error).context("the function has gone"),
+        }
+        self.enabled = false;
+        Ok(())
+    }
+
+    fn enable(&mut self) -> Result<()> {
+        if !self.enabled {
+            self.config.write_all_at(&(MEMORY | MASTER).to_le_bytes(), COMMAND).context("the function has gone")?;
+            self.enabled = true;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for UioInterrupt {
+    fn drop(&mut self) {
+        // Without bus mastering the device lets go of memory, should it still have any.
+        let _ = self.config.write_all_at(&(MEMORY | INTERRUPT_DISABLE).to_le_bytes(), COMMAND);
+    }
+}

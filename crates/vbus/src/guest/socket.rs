@@ -1,0 +1,106 @@
+//! Functions behind vfio-user sockets: this process is the "guest", without a VM and without root.
+
+use std::fs;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use rustix::fs::inotify;
+use rustix::io::Errno;
+use vbus_vfio_user::{ClientError, Process};
+
+use super::source::{Found, Interrupt, Source};
+use crate::rundir;
+
+/// Memory that a device can reach; taken from the system as it is used.
+const MEMORY_BYTES: u64 = 256 << 20;
+/// A server that has just lost a client may take this long to notice.
+const BUSY: Duration = Duration::from_secs(1);
+
+/// Sockets.
+#[derive(Debug)]
+pub enum SocketSource {
+    /// This one.
+    One(PathBuf),
+    /// Those of a bus's directory.
+    Dir(PathBuf),
+}
+
+impl Source for SocketSource {
+    type Hal = Process;
+
+    fn scan(&self) -> Result<Vec<Found>> {
+        let found = |path: &Path| Found { id: path.display().to_string(), class: None };
+        let dir = match self {
+            SocketSource::One(path) => return Ok(path.exists().then(|| found(path)).into_iter().collect()),
+            SocketSource::Dir(dir) => dir,
+        };
+        let mut sockets = Vec::new();
+        for entry in fs::read_dir(dir).with_context(|| format!("no bus in {}", dir.display()))? {
+            let path = entry?.path();
+            let name = path.file_name().unwrap_or_default();
+            let is_socket = path.metadata().is_ok_and(|meta| meta.file_type().is_socket());
+            if is_socket && name != rundir::CONTROL && path.extension().is_some_and(|e| e == "sock") {
+                sockets.push(found(&path));
+            }
+        }
+        sockets.sort();
+        Ok(sockets)
+    }
+
+    fn look(&self, id: &str) -> Result<Process> {
+        let until = Instant::now() + BUSY;
+        loop {
+            match Process::connect(id, MEMORY_BYTES) {
+                Ok(process) => return Ok(process),
+                Err(ClientError::Refused { errno: Errno::BUSY, .. }) if Instant::now() < until => {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                Err(ClientError::Refused { errno: Errno::BUSY, .. }) => bail!("in use by another driver"),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn claim(&self, id: &str) -> Result<(Process, Box<dyn Interrupt>)> {
+        let process = self.look(id)?;
+        Ok((process.clone(), Box::new(ProcessInterrupt(process))))
+    }
+
+    fn changes(&self) -> Option<OwnedFd> {
+        let SocketSource::Dir(dir) = self else { return None };
+        let watch = || {
+            let inotify = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
+            let flags = inotify::WatchFlags::CREATE | inotify::WatchFlags::DELETE | inotify::WatchFlags::MOVE;
+            inotify::add_watch(&inotify, dir, flags).map(|_| inotify)
+        };
+        watch().inspect_err(|error| tracing::debug!(%error, "no news of {}", dir.display())).ok()
+    }
+}
+
+/// The eventfd of a process's device.
+struct ProcessInterrupt(Process);
+
+impl Interrupt for ProcessInterrupt {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.0.interrupt()
+    }
+
+    fn lifeline(&self) -> BorrowedFd<'_> {
+        self.0.socket()
+    }
+
+    fn take(&mut self) -> Result<()> {
+        match rustix::io::read(self.0.interrupt(), &mut [0; 8]) {
+            Ok(_) | Err(Errno::AGAIN) => Ok(()),
+            Err(error) => Err(error).context("cannot read the interrupt's eventfd"),
+        }
+    }
+
+    fn enable(&mut self) -> Result<()> {
+        // A message: it comes whenever the device was asked for it.
+        Ok(())
+    }
+}

@@ -1,0 +1,246 @@
+//! `vbus guest state`: the pages of a state device.
+
+use std::io::{Read, Write};
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use serde_json::{Value, json};
+use vbus_driver::state::{Description, Owner, Pages};
+use vbus_driver::{Acknowledger, Function, Hal};
+use vbus_shm::abi::class;
+use vbus_shm::signal::Armed;
+
+use super::source::{Interrupt, Source, claim};
+use crate::output::{columns, emit, emit_json};
+
+/// What to do, and with which device.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// Which state device: its name, PCI address or socket [default: the first that is free]
+    #[arg(long, value_name = "DEVICE", global = true)]
+    device: Option<String>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(clap::Subcommand, Debug)]
+enum Command {
+    /// List the pages
+    List {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print the value of a page that the other end writes
+    Get {
+        /// The page
+        page: String,
+        #[command(flatten)]
+        form: Form,
+    },
+    /// Write a page that this end writes
+    Set {
+        /// The page
+        page: String,
+        /// The value; - reads it from standard input
+        value: String,
+        /// The value is written in hexadecimal digits
+        #[arg(long)]
+        hex: bool,
+    },
+    /// Print the value of a page, and each that follows
+    Watch {
+        /// The page
+        page: String,
+        /// End after so many values
+        #[arg(long, value_name = "N")]
+        count: Option<u64>,
+        #[command(flatten)]
+        form: Form,
+    },
+}
+
+/// How a value is printed: without options as text up to the last byte that is not zero, or in hexadecimal if it is no text.
+#[derive(clap::Args, Clone, Copy, Debug)]
+#[group(multiple = false)]
+struct Form {
+    /// All bytes, in hexadecimal
+    #[arg(long)]
+    hex: bool,
+    /// All bytes, as they are
+    #[arg(long)]
+    raw: bool,
+}
+
+/// Runs it.
+pub fn run<S: Source>(source: &S, args: &Args) -> Result<()> {
+    let (found, (hal, interrupt)) = claim(source, class::STATE, "state", args.device.as_deref())?;
+    let mut session = Session::open(hal, interrupt).with_context(|| found.id)?;
+    match &args.command {
+        Command::List { json } => session.list(*json),
+        Command::Get { page, form } => session.get(page, *form),
+        Command::Set { page, value, hex } => session.set(page, &parse(value, *hex)?),
+        Command::Watch { page, count, form } => session.watch(page, *count, *form),
+    }
+}
+
+/// A state device that was opened.
+struct Session<H: Hal> {
+    pages: Pages<H>,
+    acknowledger: Acknowledger<H>,
+    interrupt: Box<dyn Interrupt>,
+}
+
+impl<H: Hal> Session<H> {
+    fn open(hal: H, interrupt: Box<dyn Interrupt>) -> Result<Self> {
+        let function = Function::probe(hal)?;
+        let acknowledger = function.acknowledger();
+        Ok(Session { pages: Pages::open(function)?, acknowledger, interrupt })
+    }
+
+    fn find(&mut self, name: &str) -> Result<Description> {
+        self.pages
+            .find(name)?
+            .with_context(|| format!("there is no page {name:?}; `vbus guest state list` shows what there is"))
+    }
+
+    fn list(&mut self, as_json: bool) -> Result<()> {
+        let mut rows = Vec::new();
+        for number in 0..self.pages.count() {
+            let page = self.pages.describe(number)?;
+            let writer = if page.owner == Owner::Device { "host" } else { "guest" };
+            rows.push(json!({ "page": page.name.to_string(), "bytes": page.value_bytes, "writer": writer }));
+        }
+        if as_json {
+            emit_json(&Value::Array(rows));
+            return Ok(());
+        }
+        let mut table = vec![["PAGE", "BYTES", "WRITER"].map(String::from).to_vec()];
+        table.extend(
+            rows.iter().map(|row| ["page", "bytes", "writer"].map(|key| crate::output::plain(&row[key])).to_vec()),
+        );
+        emit(&columns(&table));
+        Ok(())
+    }
+
+    fn get(&mut self, name: &str, form: Form) -> Result<()> {
+        let page = self.find(name)?;
+        let reader = self.pages.reader(&page, 0)?;
+        let mut value = vec![0; reader.value_bytes()];
+        // The device has written the current value before it said that the page is registered.
+        reader.read(&mut value)?;
+        print(&value, form)
+    }
+
+    fn set(&mut self, name: &str, value: &[u8]) -> Result<()> {
+        let page = self.find(name)?;
+        ensure!(
+            value.len() <= page.value_bytes as usize,
+            "a value of {name} has {} bytes, this one has {}",
+            page.value_bytes,
+            value.len()
+        );
+        let mut writer = self.pages.writer(&page, 0)?;
+        writer.write(value);
+        Ok(self.pages.finish(writer)?)
+    }
+
+    fn watch(&mut self, name: &str, count: Option<u64>, form: Form) -> Result<()> {
+        let page = self.find(name)?;
+        let mut reader = self.pages.reader(&page, 0)?;
+        let mut value = vec![0; reader.value_bytes()];
+        let mut printed = 0;
+        while count.is_none_or(|count| printed < count) {
+            let version = reader.read(&mut value)?;
+            print(&value, form)?;
+            printed += 1;
+            while count.is_none_or(|count| printed < count) && reader.arm_newer(version) == Armed::Waiting {
+                self.sleep()?;
+                if reader.version() != version {
+                    break;
+                }
+                self.pages.function().check()?;
+            }
+            reader.disarm();
+        }
+        Ok(())
+    }
+
+    /// Waits for an interrupt, a second at most.
+    fn sleep(&mut self) -> Result<()> {
+        self.interrupt.enable()?;
+        let mut fds = [
+            PollFd::from_borrowed_fd(self.interrupt.fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(self.interrupt.lifeline(), PollFlags::RDHUP),
+        ];
+        match poll(&mut fds, Some(&Timespec { tv_sec: 1, tv_nsec: 0 })) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(error).context("poll"),
+        }
+        let (came, gone) = (fds[0].revents().contains(PollFlags::IN), !fds[1].revents().is_empty());
+        if came {
+            self.interrupt.take()?;
+            self.acknowledger.acknowledge();
+        } else if gone {
+            bail!("the device has gone");
+        }
+        Ok(())
+    }
+}
+
+/// The bytes of a value as it was given.
+fn parse(value: &str, hex: bool) -> Result<Vec<u8>> {
+    let bytes = if value == "-" {
+        let mut bytes = Vec::new();
+        std::io::stdin().lock().take(u64::from(vbus_shm::state::MAX_VALUE) + 1).read_to_end(&mut bytes)?;
+        bytes
+    } else {
+        value.as_bytes().to_vec()
+    };
+    if !hex {
+        return Ok(bytes);
+    }
+    let digits: Vec<u8> = bytes.into_iter().filter(|b| !b.is_ascii_whitespace()).collect();
+    ensure!(digits.len() % 2 == 0, "an odd number of hexadecimal digits");
+    let byte = |pair: &[u8]| {
+        let text = std::str::from_utf8(pair).ok().filter(|text| text.bytes().all(|b| b.is_ascii_hexdigit()));
+        text.and_then(|text| u8::from_str_radix(text, 16).ok()).context("not a hexadecimal number")
+    };
+    digits.chunks(2).map(byte).collect()
+}
+
+fn print(value: &[u8], form: Form) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    if form.raw {
+        out.write_all(value)?;
+    } else {
+        writeln!(out, "{}", text(value, form.hex))?;
+    }
+    Ok(out.flush()?)
+}
+
+/// A value for people.
+fn text(value: &[u8], hex: bool) -> String {
+    let len = value.iter().rposition(|&b| b != 0).map_or(0, |last| last + 1);
+    match std::str::from_utf8(&value[..len]) {
+        Ok(text) if !hex && !text.chars().any(|c| c.is_control() && c != '\n' && c != '\t') => text.to_owned(),
+        _ => value.iter().map(|byte| format!("{byte:02x}")).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_are_read_and_printed() {
+        assert_eq!(parse("ab", false).unwrap(), b"ab");
+        assert_eq!(parse("00 fF", true).unwrap(), [0, 255]);
+        assert!(parse("0", true).is_err() && parse("+1", true).is_err() && parse("zz", true).is_err());
+        assert_eq!(text(b"abc\0\0", false), "abc");
+        assert_eq!(text(b"abc\0\0", true), "6162630000");
+        assert_eq!(text(&[0xff, 0], false), "ff00");
+        assert_eq!(text(&[0, 0], false), "");
+    }
+}
