@@ -313,7 +313,7 @@ impl Apt {
             command.args(["-q=2"]).stderr(log.try_clone()?).stdout(log);
             eprintln!("kit: {program} {}", args[0]);
         }
-        let status = command.status().with_context(|| format!("cannot run {program}"))?;
+        let status = command.status().with_context(|| format!("cannot run {program}.\n{WITHOUT_KIT}"))?;
         if !status.success() {
             let said = fs::read_to_string(&self.log).unwrap_or_default();
             let errors: Vec<&str> = said.lines().filter(|l| l.starts_with("E:") || l.starts_with("Err:")).collect();

@@ -1,8 +1,9 @@
 //! A venet NIC in a guest: `vbus guest net` as a running command, and traffic over the interface it makes.
 
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::guest::{Guest, Running};
@@ -28,12 +29,13 @@ impl Nic {
     /// Starts the driver of the NIC called `device`, makes its interface `interface`, and gives that an address.
     pub fn up(guest: &Guest, device: &str, interface: &str, address: &str, options: &str) -> Result<Self> {
         let driver = guest.start(&format!("exec vbus guest net --device {device} --name {interface} {options}"))?;
-        let there = format!(
-            "i=0; until [ -e /sys/class/net/{interface} ]; do i=$((i+1)); [ $i -lt 200 ] || exit 1; sleep 0.05; done"
-        );
-        if let Err(error) = guest.ok(&there) {
-            let (out, err) = driver.said();
-            return Err(error.context(format!("vbus guest net makes no interface {interface}:\n{out}{err}")));
+        let until = Instant::now() + BOOT;
+        while guest.run(&format!("test -e /sys/class/net/{interface}"))?.code != 0 {
+            if !driver.runs() || Instant::now() > until {
+                let (out, err) = driver.said();
+                bail!("vbus guest net --device {device} makes no interface {interface}:\n{out}{err}");
+            }
+            thread::sleep(Duration::from_millis(20));
         }
         guest.ok(&format!("ip addr add {address} dev {interface} && ip link set {interface} up"))?;
         Ok(Self { driver, interface: interface.to_owned() })
@@ -54,7 +56,7 @@ pub fn ping(guest: &Guest, address: &str, count: u32) -> Result<Ping> {
     // round-trip min/avg/max = 0.281/0.345/0.512 ms
     let times = text.rsplit(" = ").next().and_then(|end| end.split(' ').next()).unwrap_or("");
     let times: Vec<f64> = times.split('/').filter_map(|time| time.parse().ok()).collect();
-    let [min, avg, max] = times[..] else { anyhow::bail!("no times in the output of ping:\n{text}") };
+    let [min, avg, max] = times[..] else { bail!("no times in the output of ping:\n{text}") };
     Ok(Ping { min, avg, max })
 }
 
