@@ -15,3 +15,4 @@ pub mod signal;
 #[path = "../../vbus-shm/src/state.rs"]
 pub mod state;
 pub mod sync;
+mod wide;

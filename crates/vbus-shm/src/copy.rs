@@ -2,40 +2,42 @@
 
 use super::memory::WORD;
 use super::sync::{Ordering, Word};
+use super::wide;
 
 /// Copies `bytes` into the front of `words`, and zeros into the rest of them. Bytes that do not fit are left out.
-#[inline]
+#[inline(always)]
 pub fn store(words: &[Word], bytes: &[u8]) {
-    let bytes = &bytes[..bytes.len().min(words.len() * WORD)];
-    let (whole, rest) = bytes.split_at(bytes.len() / WORD * WORD);
-    let (front, back) = words.split_at(whole.len() / WORD);
-    for (word, bytes) in front.iter().zip(whole.chunks_exact(WORD)) {
-        word.store(from_bytes(bytes), Ordering::Relaxed);
-    }
-    let mut back = back.iter();
-    if !rest.is_empty() {
-        if let Some(word) = back.next() {
-            word.store(from_bytes(rest), Ordering::Relaxed);
-        }
-    }
-    for word in back {
-        word.store(0, Ordering::Relaxed);
+    let done = wide::store(words, bytes);
+    if done != bytes.len() || done != words.len() * WORD {
+        store_rest(words.get(done / WORD..).unwrap_or_default(), &bytes[done..]);
     }
 }
 
 /// Copies the front of `words` into `out`. Bytes of `out` for which there are no words stay as they are.
-#[inline]
+#[inline(always)]
 pub fn load(words: &[Word], out: &mut [u8]) {
-    for (bytes, word) in out.chunks_mut(WORD).zip(words) {
-        bytes.copy_from_slice(&word.load(Ordering::Relaxed).to_le_bytes()[..bytes.len()]);
+    let done = wide::load(words, out);
+    if done != out.len() {
+        load_rest(words.get(done / WORD..).unwrap_or_default(), &mut out[done..]);
     }
 }
 
-/// A word of at most its 8 bytes, with zeros behind.
-fn from_bytes(bytes: &[u8]) -> u64 {
-    let mut word = [0; WORD];
-    word[..bytes.len()].copy_from_slice(bytes);
-    u64::from_le_bytes(word)
+#[inline(never)]
+fn store_rest(words: &[Word], bytes: &[u8]) {
+    let mut bytes = bytes.chunks(WORD);
+    for word in words {
+        let mut value = [0; WORD];
+        let bytes = bytes.next().unwrap_or_default();
+        value[..bytes.len()].copy_from_slice(bytes);
+        word.store(u64::from_le_bytes(value), Ordering::Relaxed);
+    }
+}
+
+#[inline(never)]
+fn load_rest(words: &[Word], out: &mut [u8]) {
+    for (word, bytes) in words.iter().zip(out.chunks_mut(WORD)) {
+        bytes.copy_from_slice(&word.load(Ordering::Relaxed).to_le_bytes()[..bytes.len()]);
+    }
 }
 
 #[cfg(test)]
@@ -44,12 +46,12 @@ mod tests {
 
     #[test]
     fn every_length_goes_in_and_comes_out() {
-        let bytes: Vec<u8> = (1..=40).collect();
-        for words in 0..=4 {
+        let bytes: Vec<u8> = (1..=240).collect();
+        for words in 0..=24 {
             for len in 0..=bytes.len() {
-                let memory: [Word; 5] = core::array::from_fn(|_| Word::new(u64::MAX));
+                let memory: [Word; 25] = core::array::from_fn(|_| Word::new(u64::MAX));
                 store(&memory[..words], &bytes[..len]);
-                let mut out = [0x55; 40];
+                let mut out = [0x55; 200];
                 load(&memory, &mut out);
                 let stored = len.min(words * WORD);
                 assert_eq!(out[..stored], bytes[..stored]);

@@ -40,6 +40,7 @@ pub mod signal;
 pub mod state;
 mod status;
 pub mod sync;
+mod wide;
 
 pub use memory::Memory;
 pub use pace::Pace;

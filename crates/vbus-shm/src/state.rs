@@ -7,7 +7,7 @@
 use super::copy;
 use super::memory::{Memory, WORD, read_u32};
 use super::signal::{self, Armed, BLOCK_BYTES, BadSignal, End, Receiver, Sender};
-use super::sync::{Fence, Ordering, fence};
+use super::sync::{Fence, Ordering, Word, fence};
 
 /// First word of the header: "vbusst" and the layout's version.
 pub const MAGIC: u64 = 0x0001_7473_7375_6276;
@@ -55,6 +55,7 @@ impl From<BadSignal> for BadState {
 pub struct Layout {
     value_bytes: u32,
     slots: u32,
+    slot_words: u32,
 }
 
 impl Layout {
@@ -66,7 +67,7 @@ impl Layout {
         if !(4..=64).contains(&slots) || !slots.is_power_of_two() {
             return Err(BadState::Slots);
         }
-        Ok(Layout { value_bytes, slots })
+        Ok(Layout { value_bytes, slots, slot_words: value_bytes.next_multiple_of(64) / 8 })
     }
 
     /// Bytes of a value.
@@ -76,7 +77,7 @@ impl Layout {
 
     /// Bytes from slot to slot: the value, rounded up to a cache line.
     pub fn slot_bytes(&self) -> usize {
-        (self.value_bytes as usize).next_multiple_of(64)
+        self.slot_words as usize * WORD
     }
 
     /// Bytes of the whole page.
@@ -89,8 +90,11 @@ impl Layout {
         self.bytes() / WORD
     }
 
-    fn slot_word(&self, version: u32) -> usize {
-        (SLOTS_OFFSET + self.slot_bytes() * (version % self.slots) as usize) / WORD
+    /// The words of the slot of `version`: the value and what fills its last line.
+    #[inline(always)]
+    fn slot<'a>(&self, words: &'a [Word], version: u32) -> &'a [Word] {
+        let first = SLOTS_OFFSET / WORD + (version & (self.slots - 1)) as usize * self.slot_words as usize;
+        &words[first..first + self.slot_words as usize]
     }
 
     /// Writes the header of a fresh page over zeroed memory, with versions counting from `start`. Done by the driver, which owns the
@@ -156,12 +160,15 @@ impl<M: Memory + Clone> Writer<M> {
 
     /// Makes `value` current. Shorter values are filled up with zeros, longer ones are cut. Returns whether to kick the reader.
     #[must_use = "true asks for a kick"]
+    #[inline]
     pub fn write(&mut self, value: &[u8]) -> bool {
-        let first = self.layout.slot_word(self.tx.posted().wrapping_add(1));
-        let count = self.layout.value_bytes().div_ceil(WORD);
-        let value = &value[..value.len().min(self.layout.value_bytes())];
+        let slot = self.layout.slot(self.mem.words(), self.tx.posted().wrapping_add(1));
         // Published by the release in post; kept behind the previous version by its fence.
-        copy::store(&self.mem.words()[first..first + count], value);
+        if value.len() <= self.layout.value_bytes() {
+            copy::store(slot, value);
+        } else {
+            copy::store(slot, &value[..self.layout.value_bytes()]);
+        }
         self.tx.post(1)
     }
 }
@@ -197,20 +204,30 @@ impl<M: Memory + Clone> Reader<M> {
     }
 
     /// Copies the current value into the front of `out`, which gets at most a value's bytes, and returns its version.
+    #[inline]
     pub fn read(&self, out: &mut [u8]) -> Result<u32, Overrun> {
-        let words = self.mem.words();
-        for _ in 0..READ_TRIES {
-            let version = self.rx.seen();
-            let first = self.layout.slot_word(version);
-            let wanted = out.len().min(self.layout.value_bytes());
-            copy::load(&words[first..], &mut out[..wanted]);
-            // Pairs with the fence in Sender::post: if a word was of the next round, its predecessor's `seq` is seen below.
-            fence(Fence::Read);
-            if self.rx.seen().wrapping_sub(version) < self.layout.slots - 1 {
+        if out.len() <= self.layout.value_bytes() {
+            // Most often the first try does.
+            if let Some(version) = self.try_read(out) {
                 return Ok(version);
             }
         }
-        Err(Overrun)
+        self.read_again(out)
+    }
+
+    #[cold]
+    fn read_again(&self, out: &mut [u8]) -> Result<u32, Overrun> {
+        let wanted = out.len().min(self.layout.value_bytes());
+        (1..READ_TRIES).find_map(|_| self.try_read(&mut out[..wanted])).ok_or(Overrun)
+    }
+
+    #[inline(always)]
+    fn try_read(&self, out: &mut [u8]) -> Option<u32> {
+        let version = self.rx.seen();
+        copy::load(self.layout.slot(self.mem.words(), version), out);
+        // Pairs with the fence in Sender::post: if a word was of the next round, its predecessor's `seq` is seen below.
+        fence(Fence::Read);
+        (self.rx.seen().wrapping_sub(version) < self.layout.slots - 1).then_some(version)
     }
 
     /// Like [`read`](Self::read), but nothing if the version is still `than`.
@@ -235,7 +252,6 @@ impl<M: Memory + Clone> Reader<M> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sync::Word;
 
     fn memory(layout: Layout, start: u32) -> Vec<Word> {
         let memory: Vec<Word> = (0..layout.words()).map(|_| Word::new(0)).collect();

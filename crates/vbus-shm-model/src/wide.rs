@@ -1,0 +1,13 @@
+//! The same interface as `vbus_shm::wide`, which copies nothing, so that all goes word by word: loom has to see every access.
+
+use crate::sync::Word;
+
+/// Copies nothing.
+pub fn store(_: &[Word], _: &[u8]) -> usize {
+    0
+}
+
+/// Copies nothing.
+pub fn load(_: &[Word], _: &mut [u8]) -> usize {
+    0
+}
