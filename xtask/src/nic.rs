@@ -28,12 +28,12 @@ pub struct Nic {
 impl Nic {
     /// Starts the driver of the NIC called `device`, makes its interface `interface`, and gives that an address.
     pub fn up(guest: &Guest, device: &str, interface: &str, address: &str, options: &str) -> Result<Self> {
-        let driver = guest.start(&format!("exec vbus guest net --device {device} --name {interface} {options}"))?;
+        let driver = guest.start(&format!("exec vbus guest net {device} --name {interface} {options}"))?;
         let until = Instant::now() + BOOT;
         while guest.run(&format!("test -e /sys/class/net/{interface}"))?.code != 0 {
             if !driver.runs() || Instant::now() > until {
                 let (out, err) = driver.said();
-                bail!("vbus guest net --device {device} makes no interface {interface}:\n{out}{err}");
+                bail!("vbus guest net {device} makes no interface {interface}:\n{out}{err}");
             }
             thread::sleep(Duration::from_millis(20));
         }
