@@ -72,11 +72,14 @@ pub trait Device: Send + Sync {
     }
 
     /// Handles a request of a control client (`vbus state set`, ...). Each answer goes to `reply`; once it returns false the client has gone,
-    /// and the request must end. May block; it has a thread of its own. The error's text is for the person who asked.
+    /// and the request must end; a null is not sent, and only asks whether the client is still there. May block; it has a thread of its own. The error's text is for the person who asked.
     fn control(&self, request: &Value, reply: &mut dyn FnMut(Value) -> bool) -> Result<(), String> {
         let _ = (request, reply);
         Err("this device takes no requests".into())
     }
+
+    /// The device has left the bus: its connection has ended, and there will be no other. Requests that wait must end.
+    fn removed(&self) {}
 }
 
 /// What a new connection is given.

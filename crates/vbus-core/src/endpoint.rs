@@ -324,6 +324,8 @@ impl Endpoint {
     pub(crate) fn remove(&self) {
         let mut inner = lock(&self.inner);
         self.end(&mut inner, Inner::Removed);
+        drop(inner);
+        self.device.removed();
     }
 
     fn fail(&self, status: Status) {

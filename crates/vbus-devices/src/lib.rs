@@ -7,7 +7,7 @@ use vbus_core::DeviceClass;
 
 /// All classes of this crate.
 pub fn classes() -> Vec<Box<dyn DeviceClass>> {
-    vec![Box::new(venet::VenetClass::new())]
+    vec![Box::new(venet::VenetClass::new()), Box::new(state::StateClass)]
 }
 
 /// Takes a lock that a panic may have poisoned: one task's panic must not take the others with it.

@@ -1,14 +1,12 @@
 //! A frame on its way through the device: the header before it, its Ethernet header, the rest.
 
 use vbus_core::memory::GuestSlice;
-use vbus_core::shm::abi::venet::{F_CSUM, F_TSO, F_USO, FRAME_MAX, HEADER_BYTES};
+use vbus_core::shm::abi::venet::{F_CSUM, F_TSO, F_USO, HEADER_BYTES};
 
 /// Bytes of an Ethernet header without tags.
 pub const ETH_BYTES: usize = 14;
 /// Bytes that a frame may have beyond its MTU: the Ethernet header and one VLAN tag.
 pub const ETH_OVERHEAD: usize = ETH_BYTES + 4;
-/// The most bytes of a frame, without the header before it.
-pub const FRAME_BYTES_MAX: usize = FRAME_MAX - HEADER_BYTES;
 
 /// A MAC address.
 pub type Mac = [u8; 6];
@@ -17,8 +15,6 @@ pub type Mac = [u8; 6];
 pub mod flag {
     /// The checksum from `csum_start` on is left to the receiver.
     pub const NEEDS_CSUM: u8 = 1;
-    /// The checksum was found good.
-    pub const DATA_VALID: u8 = 2;
     /// No segmentation.
     pub const GSO_NONE: u8 = 0;
     /// TCP over IPv4.
@@ -39,7 +35,7 @@ const UDP_SEGMENTS_MAX: usize = 128;
 /// The header before a frame, without its count of buffers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Header {
-    /// [`flag::NEEDS_CSUM`], [`flag::DATA_VALID`].
+    /// [`flag::NEEDS_CSUM`], and what the back end may know beside it.
     pub flags: u8,
     /// One of the `GSO_` values.
     pub gso_type: u8,

@@ -16,7 +16,10 @@ mod pcap;
 mod port;
 mod rx;
 mod status;
+mod stream;
 mod switch;
+mod tap;
+mod tun;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, Weak};
@@ -32,7 +35,9 @@ use counters::PairCounters;
 use null::Null;
 use pcap::Capture;
 use port::{Backend, Link};
+use stream::Stream;
 use switch::{Switch, SwitchBackend};
+use tap::Tap;
 
 /// The most entries of a ring.
 const RING_MAX: u16 = 4096;
@@ -78,7 +83,9 @@ impl DeviceClass for VenetClass {
         let backend: Box<dyn Backend> = match &config.plug {
             Plug::Switch(switch) => Box::new(SwitchBackend { switch: self.switch(switch), link: link.clone() }),
             Plug::Null(source_bytes) => Box::new(Null { source_bytes: *source_bytes, link: link.clone() }),
-            other => return Err(CreateError(format!("{other:?} is not there yet"))),
+            Plug::Tap(tap) => Box::new(Tap::new(tap, config.queue_pairs, config.mtu, link.clone())?),
+            Plug::Connect(path) => Box::new(Stream::connecting(path, link.clone())?),
+            Plug::Listen(path) => Box::new(Stream::listening(path, link.clone())?),
         };
         let capture = match &config.pcap {
             None => None,

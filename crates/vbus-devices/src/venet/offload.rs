@@ -57,11 +57,6 @@ impl Plain {
         Some(self.pieces)
     }
 
-    /// How many plain frames there are.
-    pub fn pieces(&self) -> usize {
-        self.pieces
-    }
-
     /// Plain frame number `i`.
     pub fn piece(&mut self, i: usize) -> &[u8] {
         let Some(cut) = self.cut else { return &self.frame };

@@ -1,9 +1,11 @@
 //! A receive ring: frames go from wherever they come into the buffers that the driver posted.
 
 use std::collections::VecDeque;
+use std::io::IoSliceMut;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
 use vbus_core::memory::{GuestSlice, View};
 use vbus_core::shm::abi::venet::{CHAIN_MAX, HEADER_BYTES};
 use vbus_core::shm::ring::{DeviceEnd, Entry, NEXT};
@@ -11,7 +13,7 @@ use vbus_core::shm::signal::Armed;
 use vbus_core::{Interrupt, MemoryContext, Status, TaskHandle, Window};
 
 use super::counters::PairCounters;
-use super::frame::{Body, ETH_BYTES, Packet};
+use super::frame::{Body, ETH_BYTES, Header, Mac, Packet};
 use super::pcap::Capture;
 
 /// The least bytes of a receive buffer: what is written in one piece (header and Ethernet header) fits it.
@@ -28,6 +30,19 @@ pub enum Delivery {
     Wait(Instant),
     /// It would need more buffers than may be chained.
     TooLong,
+}
+
+/// What came of reading a frame straight into the driver's buffers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReadIn {
+    /// One was read: it is in the driver's buffers, or was dropped.
+    Frame,
+    /// There may be one, but there are too few buffers.
+    NoBuffers,
+    /// There is none, or the driver broke the protocol.
+    Empty,
+    /// The read failed.
+    Failed(Errno),
 }
 
 /// The receive ring of a queue pair. Several senders may deliver to it, one at a time.
@@ -99,6 +114,99 @@ impl RxQueue {
             Gathered::TooSmall => Delivery::TooLong,
             Gathered::Fault => Delivery::Done,
         }
+    }
+
+    /// Lets `read` fill the driver's buffers with a frame and the header before it, of at most `longest` bytes together, without a copy.
+    /// Its vector begins with the header and the Ethernet header, which come to us: a frame to an address that `accepts` refuses is
+    /// dropped, and its buffers serve for the next.
+    pub fn read_in(
+        &mut self,
+        view: &View<'_>,
+        longest: usize,
+        read: &mut dyn FnMut(&mut [IoSliceMut<'_>]) -> Result<usize, Errno>,
+        accepts: impl Fn(Mac) -> bool,
+    ) -> ReadIn {
+        let count = match self.gather(view, longest) {
+            Gathered::Buffers(count) => count,
+            Gathered::TooSmall => CHAIN_MAX,
+            // The driver has posted all that it ever will: what fits, fits.
+            Gathered::TooFew if self.ring.held() == self.ring.layout().entries() => self.stash.len().min(CHAIN_MAX),
+            Gathered::TooFew => return ReadIn::NoBuffers,
+            Gathered::Fault => return ReadIn::Empty,
+        };
+        let mut head = [0; HEADER_BYTES + ETH_BYTES];
+        let mut spill = [0; 1];
+        let (mut room, mut slots) = (0, 2);
+        let received = {
+            let mut vector: [IoSliceMut<'_>; CHAIN_MAX + 2] = std::array::from_fn(|_| IoSliceMut::new(&mut []));
+            for (i, entry) in self.stash.iter().take(count).enumerate() {
+                let Ok(slice) = view.slice(entry.addr, u64::from(entry.len), true) else { return ReadIn::Empty };
+                room += slice.len();
+                let rest = if i == 0 { slice.split_at(head.len()).1 } else { slice };
+                vector[i + 1] = rest.io_slice_mut();
+                slots = i + 3;
+            }
+            vector[0] = IoSliceMut::new(&mut head);
+            vector[slots - 1] = IoSliceMut::new(&mut spill);
+            read(&mut vector[..slots])
+        };
+        let len = match received {
+            Ok(len) => len,
+            Err(error) => return ReadIn::Failed(error),
+        };
+        let (Some((front, eth)), true) = (head.split_first_chunk::<HEADER_BYTES>(), len >= head.len()) else {
+            return ReadIn::Empty;
+        };
+        let header = Header::parse(front);
+        let mut packet = Packet { header, eth: [0; ETH_BYTES], body: Body::Bytes(&[]) };
+        packet.eth.copy_from_slice(eth);
+        if !accepts(packet.destination()) {
+            return ReadIn::Frame;
+        }
+        if len > room {
+            self.counters.rx.drops.too_long.one();
+            return ReadIn::Frame;
+        }
+        self.return_read(view, &packet, len).map_or(ReadIn::Empty, |()| ReadIn::Frame)
+    }
+
+    /// Gives back the buffers of a frame of `len` bytes (with its header) that is in them but for its headers.
+    fn return_read(&mut self, view: &View<'_>, packet: &Packet<'_>, len: usize) -> Result<(), Status> {
+        let mut rooms = 0;
+        let count = 1 + self
+            .stash
+            .iter()
+            .take_while(|entry| {
+                rooms += entry.len as usize;
+                rooms < len
+            })
+            .count();
+        let Some(first) = self.stash.front() else { return Err(Status::FAILED) };
+        let mut head = [0; HEADER_BYTES + ETH_BYTES];
+        head[..HEADER_BYTES].copy_from_slice(&packet.header.bytes(u16::try_from(count).unwrap_or(u16::MAX)));
+        head[HEADER_BYTES..].copy_from_slice(&packet.eth);
+        view.slice(first.addr, head.len() as u64, true)?.copy_from(&head);
+        if let Some(capture) = &self.capture {
+            let mut parts = Vec::with_capacity(count);
+            let mut left = len;
+            for entry in self.stash.iter().take(count) {
+                let filled = left.min(entry.len as usize);
+                left -= filled;
+                parts.push(view.slice(entry.addr, filled as u64, true)?);
+            }
+            parts[0] = parts[0].split_at(head.len()).1;
+            capture.record(&Packet { body: Body::Guest(&parts), ..*packet });
+        }
+        let mut left = len;
+        for i in 0..count {
+            let Some(entry) = self.stash.pop_front() else { break };
+            let filled = left.min(entry.len as usize);
+            left -= filled;
+            let flags = if i + 1 < count { NEXT } else { 0 };
+            self.ring.give_back(Entry { len: u32::try_from(filled).unwrap_or(entry.len), flags, ..entry });
+        }
+        self.count(len - HEADER_BYTES);
+        Ok(())
     }
 
     /// Whether a frame of `len` bytes finds buffers now. (Also true if it never will: then its delivery says so.)

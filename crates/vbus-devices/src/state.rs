@@ -1,1 +1,0 @@
-//! `state`: named values (spec/state.md).

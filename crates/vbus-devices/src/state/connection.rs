@@ -1,0 +1,104 @@
+//! A driver's use of a device with state pages.
+
+use std::sync::Arc;
+
+use vbus_core::shm::abi::state::{CALL_DESCRIBE, DESCRIPTION_BYTES};
+use vbus_core::shm::signal::Armed;
+use vbus_core::{Connection, Open, Progress, Region, Status, Task, TaskHandle};
+
+use super::Shared;
+use super::page::Page;
+use crate::lock;
+
+/// A connection. Its task reads the pages that are watched; it sleeps while there are none.
+pub struct StateConnection {
+    device: Arc<Shared>,
+    task: TaskHandle,
+}
+
+impl StateConnection {
+    pub fn new(device: Arc<Shared>, open: &Open) -> StateConnection {
+        let fail = open.fail.clone();
+        let watch = Watch { device: device.clone(), next: 0 };
+        let task =
+            open.executor.spawn(open.place, Box::new(watch), open.counters.clone(), move |status| fail.fail(status));
+        *lock(&device.task) = Some(task.clone());
+        StateConnection { device, task }
+    }
+}
+
+impl Connection for StateConnection {
+    fn region_added(&mut self, region: Region) -> Result<(), Status> {
+        let number = usize::try_from(region.id).map_err(|_| Status::BAD_ARGUMENT)?;
+        self.device.pages.get(number).ok_or(Status::BAD_ARGUMENT)?.show(&region)?;
+        region.doorbell.bind(&self.task);
+        Ok(())
+    }
+
+    fn region_dropped(&mut self, handle: u32) -> Result<(), Status> {
+        self.device.pages.iter().for_each(|page| page.hide(Some(handle)));
+        Ok(())
+    }
+
+    fn call(&mut self, function: u32, flags: u32, buffer: &mut [u8]) -> Result<u64, Status> {
+        if function != CALL_DESCRIBE {
+            return Err(Status::BAD_FUNCTION);
+        }
+        if flags != 0 {
+            return Err(Status::BAD_ARGUMENT);
+        }
+        let out = buffer.first_chunk_mut::<DESCRIPTION_BYTES>().ok_or(Status::BAD_LENGTH)?;
+        let number = u32::from_le_bytes([out[0], out[1], out[2], out[3]]);
+        let number = usize::try_from(number).map_err(|_| Status::BAD_ARGUMENT)?;
+        *out = self.device.pages.get(number).ok_or(Status::BAD_ARGUMENT)?.description();
+        Ok(0)
+    }
+}
+
+impl Drop for StateConnection {
+    fn drop(&mut self) {
+        *lock(&self.device.task) = None;
+        self.task.stop();
+        self.device.pages.iter().for_each(|page| page.hide(None));
+    }
+}
+
+/// The task that takes over what is watched.
+struct Watch {
+    device: Arc<Shared>,
+    /// Where the next poll begins, so that a page that never rests does not keep the others waiting.
+    next: usize,
+}
+
+/// Bytes of values that are copied for one unit of the budget.
+const BYTES_PER_UNIT: u64 = 4096;
+
+impl Task for Watch {
+    fn poll(&mut self, budget: u32) -> Result<Progress, Status> {
+        let pages = &self.device.pages;
+        let mut left = i64::from(budget);
+        let mut progress = Progress::Idle;
+        for _ in 0..pages.len() {
+            if left <= 0 {
+                return Ok(Progress::Busy);
+            }
+            let page = &pages[self.next % pages.len()];
+            self.next = (self.next + 1) % pages.len();
+            if page.poll() {
+                progress = Progress::Busy;
+                left -= i64::try_from(1 + u64::from(page.bytes) / BYTES_PER_UNIT).unwrap_or(i64::MAX);
+            }
+        }
+        Ok(progress)
+    }
+
+    fn arm(&mut self) -> Result<Armed, Status> {
+        // Every page, even if one has missed: the task may sleep all the same.
+        let missed = self.device.pages.iter().map(Page::arm).filter(|armed| *armed == Armed::Missed).count();
+        Ok(if missed == 0 { Armed::Waiting } else { Armed::Missed })
+    }
+
+    fn disarm(&mut self) {
+        self.device.pages.iter().for_each(Page::disarm);
+    }
+}

@@ -1,0 +1,110 @@
+//! What control clients ask of a device with state pages (spec/state.md, "Requests").
+
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::Shared;
+use super::page::{Current, Page, Wait};
+
+/// How often a watch asks whether its client is still there.
+const PROBE: Duration = Duration::from_millis(500);
+
+#[derive(Deserialize)]
+#[serde(tag = "op", rename_all = "lowercase", deny_unknown_fields)]
+enum Request {
+    List,
+    Get { page: String },
+    Set { page: String, text: Option<String>, hex: Option<String> },
+    Watch { page: String },
+}
+
+/// Serves one request.
+pub fn serve(device: &Shared, request: &Value, reply: &mut dyn FnMut(Value) -> bool) -> Result<(), String> {
+    match Request::deserialize(request).map_err(|error| error.to_string())? {
+        Request::List => {
+            reply(json!({ "pages": device.pages.iter().map(Page::inspect).collect::<Vec<_>>() }));
+        }
+        Request::Get { page } => {
+            let page = device.page(&page)?;
+            reply(show(page, &page.current()));
+        }
+        Request::Set { page, text, hex } => {
+            let page = device.page(&page)?;
+            let value = match (text, hex) {
+                (Some(text), None) => text.into_bytes(),
+                (None, Some(hex)) => from_hex(&hex)?,
+                _ => return Err("a value is given either as \"text\" or as \"hex\"".into()),
+            };
+            let version = page.set(value)?;
+            reply(json!({ "page": page.name, "version": version }));
+        }
+        Request::Watch { page } => {
+            let page = device.page(&page)?;
+            let _watching = Watching::begin(page);
+            device.wake();
+            watch(page, reply);
+        }
+    }
+    Ok(())
+}
+
+/// Replies with the value as it is, then with each newer one (the newest, if they come faster than the client takes them).
+fn watch(page: &Page, reply: &mut dyn FnMut(Value) -> bool) {
+    let mut current = page.current();
+    while reply(show(page, &current)) {
+        current = loop {
+            match page.wait_newer(current.version, PROBE) {
+                Wait::Newer(newer) => break newer,
+                Wait::Nothing if reply(Value::Null) => {}
+                Wait::Nothing | Wait::Removed => return,
+            }
+        };
+    }
+}
+
+/// A client that watches, until it no longer does.
+struct Watching<'a>(&'a Page);
+
+impl<'a> Watching<'a> {
+    fn begin(page: &'a Page) -> Watching<'a> {
+        page.watch(true);
+        Watching(page)
+    }
+}
+
+impl Drop for Watching<'_> {
+    fn drop(&mut self) {
+        self.0.watch(false);
+    }
+}
+
+/// A value for people and programs: all of its bytes in hexadecimal and, if it is text but for zeros at its end, that text.
+fn show(page: &Page, current: &Current) -> Value {
+    let end = current.value.iter().rposition(|b| *b != 0).map_or(0, |last| last + 1);
+    let text = std::str::from_utf8(&current.value[..end]).ok();
+    let text = text.filter(|text| !text.chars().any(|c| c.is_control() && c != '\n' && c != '\t'));
+    let mut shown = json!({ "page": page.name, "version": current.version, "hex": to_hex(&current.value) });
+    if let Some(text) = text {
+        shown["text"] = text.into();
+    }
+    shown
+}
+
+fn to_hex(bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    let digit = |n: u8| char::from(DIGITS[usize::from(n & 15)]);
+    bytes.iter().flat_map(|b| [digit(b >> 4), digit(*b)]).collect()
+}
+
+fn from_hex(text: &str) -> Result<Vec<u8>, String> {
+    let digit = |b: u8| {
+        let value = char::from(b).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
+        value.ok_or_else(|| format!("{:?} is no hexadecimal digit", char::from(b)))
+    };
+    if text.len() % 2 != 0 {
+        return Err("a value in hexadecimal has two digits a byte".into());
+    }
+    text.as_bytes().chunks_exact(2).map(|pair| Ok(digit(pair[0])? << 4 | digit(pair[1])?)).collect()
+}

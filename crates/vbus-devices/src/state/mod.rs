@@ -1,0 +1,99 @@
+//! `state`: named values (spec/state.md).
+//!
+//! A device has pages, each with a name, a size, and an owner. The value of a page that the device's end owns is set by requests of control
+//! clients; the value of one that the driver owns is read by them. Either way the newest value stays when the driver goes. Nobody pays for a
+//! value that nobody asks for: a page of the driver's is read when a client asks, while one watches, and when the driver leaves.
+
+mod config;
+mod connection;
+mod control;
+mod page;
+
+use std::sync::{Arc, Mutex};
+
+use serde_json::{Value, json};
+use vbus_core::shm::abi::{class, state as abi};
+use vbus_core::{Connection, CreateError, Device, DeviceClass, Identity, Open, Status, TaskHandle};
+
+use crate::lock;
+use connection::StateConnection;
+use page::Page;
+
+/// The class of devices with state pages.
+pub struct StateClass;
+
+impl DeviceClass for StateClass {
+    fn name(&self) -> &'static str {
+        "state"
+    }
+
+    fn help(&self) -> &'static str {
+        "Named values. pages = [{ name = NAME, bytes = 1 to 1048576, owner = \"device\" or \"driver\", initial = TEXT (optional) }, ...]."
+    }
+
+    fn create(&self, _name: &str, config: &Value) -> Result<Arc<dyn Device>, CreateError> {
+        let pages = config::parse(config)?;
+        Ok(Arc::new(StateDevice(Arc::new(Shared { pages, task: Mutex::default() }))))
+    }
+}
+
+/// What a device and its connection have in common.
+struct Shared {
+    pages: Vec<Page>,
+    /// The task of the open connection, which reads what is watched.
+    task: Mutex<Option<TaskHandle>>,
+}
+
+impl Shared {
+    fn page(&self, name: &str) -> Result<&Page, String> {
+        self.pages.iter().find(|page| page.name == name).ok_or_else(|| {
+            let names: Vec<_> = self.pages.iter().map(|page| page.name.as_str()).collect();
+            format!("there is no page {name:?}; there are: {}", names.join(", "))
+        })
+    }
+
+    fn wake(&self) {
+        if let Some(task) = &*lock(&self.task) {
+            task.wake();
+        }
+    }
+}
+
+struct StateDevice(Arc<Shared>);
+
+impl Device for StateDevice {
+    fn identity(&self) -> Identity {
+        let pages = u16::try_from(self.0.pages.len()).unwrap_or(u16::MAX);
+        Identity {
+            class: class::STATE,
+            class_name: "state",
+            pci_class: 0x05_80_00,
+            features: 0,
+            regions: u32::from(pages),
+            vectors: pages,
+        }
+    }
+
+    fn config(&self) -> Vec<u8> {
+        let mut area = vec![0; abi::CONFIG_BYTES];
+        let pages = u32::try_from(self.0.pages.len()).unwrap_or(u32::MAX);
+        area[abi::CONFIG_PAGES..][..4].copy_from_slice(&pages.to_le_bytes());
+        area
+    }
+
+    fn open(&self, open: Open) -> Result<Box<dyn Connection>, Status> {
+        Ok(Box::new(StateConnection::new(self.0.clone(), &open)))
+    }
+
+    fn inspect(&self) -> Value {
+        json!({ "pages": self.0.pages.iter().map(Page::inspect).collect::<Vec<_>>() })
+    }
+
+    fn control(&self, request: &Value, reply: &mut dyn FnMut(Value) -> bool) -> Result<(), String> {
+        control::serve(&self.0, request, reply)
+    }
+
+    fn removed(&self) {
+        self.0.pages.iter().for_each(Page::remove);
+    }
+}

@@ -1,0 +1,246 @@
+//! A page: its newest value, and the driver's memory that shows it while there is a driver.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use vbus_core::shm::abi::state::{DESCRIPTION_BYTES, NAME_MAX, OWNER_DEVICE, OWNER_DRIVER};
+use vbus_core::shm::signal::{Armed, End};
+use vbus_core::shm::state::{Reader, SIGNAL_OFFSET, Writer};
+use vbus_core::{Interrupt, Region, Status, Window};
+
+use crate::lock;
+
+/// Which end writes a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Owner {
+    /// The device's: control clients set it.
+    Device,
+    /// The driver's.
+    Driver,
+}
+
+/// A page of a device.
+pub struct Page {
+    pub name: String,
+    pub bytes: u32,
+    pub owner: Owner,
+    inner: Mutex<Inner>,
+    /// The value is another, or the device is gone.
+    news: Condvar,
+}
+
+struct Inner {
+    /// The newest value that is known here; a watcher keeps the old one while it writes it out.
+    value: Arc<[u8]>,
+    /// Values so far.
+    version: u64,
+    shown: Option<Shown>,
+    watchers: u32,
+    overruns: u64,
+    removed: bool,
+}
+
+/// The driver's memory of a page.
+struct Shown {
+    handle: u32,
+    end: PageEnd,
+}
+
+enum PageEnd {
+    Writer(Writer<Window>, Interrupt),
+    /// With the version of the driver's that was read last.
+    Reader(Reader<Window>, u32),
+}
+
+/// A value and its number.
+pub struct Current {
+    pub value: Arc<[u8]>,
+    pub version: u64,
+}
+
+impl Page {
+    pub fn new(name: String, bytes: u32, owner: Owner, initial: Option<Vec<u8>>) -> Page {
+        let version = u64::from(initial.is_some());
+        let mut value = initial.unwrap_or_default();
+        value.resize(bytes as usize, 0);
+        let inner = Inner { value: value.into(), version, shown: None, watchers: 0, overruns: 0, removed: false };
+        Page { name, bytes, owner, inner: Mutex::new(inner), news: Condvar::new() }
+    }
+
+    /// The answer of CALL_DESCRIBE.
+    pub fn description(&self) -> [u8; DESCRIPTION_BYTES] {
+        let mut out = [0; DESCRIPTION_BYTES];
+        let owner = if self.owner == Owner::Device { OWNER_DEVICE } else { OWNER_DRIVER };
+        out[..4].copy_from_slice(&self.bytes.to_le_bytes());
+        out[4..8].copy_from_slice(&owner.to_le_bytes());
+        let name = &self.name.as_bytes()[..self.name.len().min(NAME_MAX)];
+        out[8..8 + name.len()].copy_from_slice(name);
+        out
+    }
+
+    /// The driver registers the page. A value of the device's that is there already is written to it.
+    pub fn show(&self, region: &Region) -> Result<(), Status> {
+        let mut inner = lock(&self.inner);
+        if inner.shown.is_some() {
+            return Err(Status::EXISTS);
+        }
+        if region.signal_offset != Some(SIGNAL_OFFSET) {
+            return Err(Status::BAD_SIGNAL);
+        }
+        let (end, layout) = match self.owner {
+            Owner::Device => {
+                let writer = Writer::attach(region.window.clone(), End::Device)?;
+                let layout = writer.layout();
+                (PageEnd::Writer(writer, region.interrupt.clone()), layout)
+            }
+            Owner::Driver => {
+                let reader = Reader::attach(region.window.clone(), End::Device)?;
+                let layout = reader.layout();
+                // A fresh page is at version 0, and its zeros are no value: the last one stays until the driver writes.
+                (PageEnd::Reader(reader, 0), layout)
+            }
+        };
+        if layout.value_bytes() != self.bytes as usize {
+            return Err(Status::BAD_LENGTH);
+        }
+        inner.shown = Some(Shown { handle: region.handle, end });
+        if inner.version != 0 {
+            inner.write();
+        }
+        Ok(())
+    }
+
+    /// The driver drops region `handle`, or leaves if there is none named: the last value stays.
+    pub fn hide(&self, handle: Option<u32>) {
+        let mut inner = lock(&self.inner);
+        if inner.shown.as_ref().is_some_and(|shown| handle.is_none_or(|handle| handle == shown.handle)) {
+            self.take_news(&mut inner);
+            inner.shown = None;
+        }
+    }
+
+    /// If a driver's page has a newer value, takes it over. Returns whether it had.
+    fn take_news(&self, inner: &mut MutexGuard<'_, Inner>) -> bool {
+        let Some(Shown { end: PageEnd::Reader(reader, seen), .. }) = &mut inner.shown else { return false };
+        let mut value = vec![0; self.bytes as usize];
+        match reader.read_if_newer(*seen, &mut value) {
+            Ok(None) => false,
+            Ok(Some(version)) => {
+                *seen = version;
+                inner.value = value.into();
+                inner.version += 1;
+                self.news.notify_all();
+                true
+            }
+            Err(_overrun) => {
+                inner.overruns += 1;
+                false
+            }
+        }
+    }
+
+    /// The value as it is now.
+    pub fn current(&self) -> Current {
+        let mut inner = lock(&self.inner);
+        self.take_news(&mut inner);
+        Current { value: inner.value.clone(), version: inner.version }
+    }
+
+    /// Makes `value` current; what is missing is filled up with zeros. Only for pages of the device's.
+    pub fn set(&self, mut value: Vec<u8>) -> Result<u64, String> {
+        if self.owner != Owner::Device {
+            return Err(format!("page {:?} belongs to the driver; it can be read and watched", self.name));
+        }
+        if value.len() > self.bytes as usize {
+            return Err(format!("page {:?} holds {} bytes; the value has {}", self.name, self.bytes, value.len()));
+        }
+        value.resize(self.bytes as usize, 0);
+        let mut inner = lock(&self.inner);
+        inner.value = value.into();
+        inner.version += 1;
+        inner.write();
+        self.news.notify_all();
+        Ok(inner.version)
+    }
+
+    /// Waits at most `patience` for a value after number `than`.
+    pub fn wait_newer(&self, than: u64, patience: Duration) -> Wait {
+        let same = |inner: &mut Inner| inner.version == than && !inner.removed;
+        let (inner, _) =
+            self.news.wait_timeout_while(lock(&self.inner), patience, same).unwrap_or_else(|error| error.into_inner());
+        if inner.removed {
+            Wait::Removed
+        } else if inner.version == than {
+            Wait::Nothing
+        } else {
+            Wait::Newer(Current { value: inner.value.clone(), version: inner.version })
+        }
+    }
+
+    /// One more client watches, or (`false`) one less.
+    pub fn watch(&self, begins: bool) {
+        let mut inner = lock(&self.inner);
+        inner.watchers = if begins { inner.watchers.saturating_add(1) } else { inner.watchers.saturating_sub(1) };
+    }
+
+    /// Takes over a newer value of the driver's if somebody watches.
+    pub fn poll(&self) -> bool {
+        let mut inner = lock(&self.inner);
+        inner.watchers != 0 && self.take_news(&mut inner)
+    }
+
+    /// Asks the driver to ring with its next value, if somebody watches.
+    pub fn arm(&self) -> Armed {
+        let mut inner = lock(&self.inner);
+        let watched = inner.watchers != 0;
+        match &mut inner.shown {
+            Some(Shown { end: PageEnd::Reader(reader, seen), .. }) if watched => reader.arm_newer(*seen),
+            _ => Armed::Waiting,
+        }
+    }
+
+    /// Asks for no doorbell.
+    pub fn disarm(&self) {
+        if let Some(Shown { end: PageEnd::Reader(reader, _), .. }) = &mut lock(&self.inner).shown {
+            reader.disarm();
+        }
+    }
+
+    /// The device leaves the bus: nobody waits for a value any more.
+    pub fn remove(&self) {
+        lock(&self.inner).removed = true;
+        self.news.notify_all();
+    }
+
+    pub fn inspect(&self) -> Value {
+        let inner = lock(&self.inner);
+        json!({
+            "name": self.name,
+            "bytes": self.bytes,
+            "owner": self.owner,
+            "version": inner.version,
+            "shown": inner.shown.is_some(),
+            "watchers": inner.watchers,
+            "overruns": inner.overruns,
+        })
+    }
+}
+
+/// What came of waiting.
+pub enum Wait {
+    Newer(Current),
+    Nothing,
+    Removed,
+}
+
+impl Inner {
+    /// Writes a device's value to the driver's memory, if there is any.
+    fn write(&mut self) {
+        if let Some(Shown { end: PageEnd::Writer(writer, interrupt), .. }) = &mut self.shown {
+            interrupt.kick(writer.write(&self.value));
+        }
+    }
+}

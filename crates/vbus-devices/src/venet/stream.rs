@@ -1,0 +1,429 @@
+//! Back end `stream`: frames over a UNIX socket, each after its length as a big-endian u32. So do QEMU's `-netdev stream` and `passt`.
+//!
+//! The socket lives while a driver is there. When it ends, the end that connects tries again every second, and the end that listens takes the
+//! next peer.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect, listen,
+    recv, send, socket_with,
+};
+use serde_json::{Value, json};
+use vbus_core::memory::View;
+use vbus_core::shm::abi::venet::{F_CSUM, F_TSO, F_USO};
+use vbus_core::shm::signal::Armed;
+use vbus_core::{Counter, CreateError, Interest, Status};
+
+use super::frame::{ETH_OVERHEAD, Packet};
+use super::offload::Plain;
+use super::port::{Backend, Drop as DropReason, Link, Port, Queue, Sent};
+use super::rx::Delivery;
+use crate::lock;
+
+/// Bytes of the length before each frame.
+const LENGTH: usize = 4;
+/// The largest frame that a peer may send, as QEMU has it; a greater length is taken for nonsense, and ends the connection.
+const FRAME_MAX: usize = 4096 + 65536;
+/// Bytes that are read from the peer at a time.
+const INPUT: usize = 256 << 10;
+/// Bytes for the peer beyond which frames wait in the driver's ring.
+const OUTPUT_MAX: usize = 256 << 10;
+/// How long after a failure to connect the next try comes.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// The settings.
+pub struct Stream {
+    path: PathBuf,
+    listener: Option<OwnedFd>,
+    link: Arc<Link>,
+    counters: Arc<StreamCounters>,
+}
+
+#[derive(Default)]
+struct StreamCounters {
+    connects: Counter,
+    disconnects: Counter,
+}
+
+impl Stream {
+    /// The end that connects to the socket at `path`; it need not be there yet.
+    pub fn connecting(path: &Path, link: Arc<Link>) -> Result<Stream, CreateError> {
+        SocketAddrUnix::new(path).map_err(|error| CreateError(format!("connect = {path:?}: {error}")))?;
+        Ok(Stream { path: path.into(), listener: None, link, counters: Arc::default() })
+    }
+
+    /// The end that listens at `path`. A socket that is there already, and that nobody listens on, is replaced.
+    pub fn listening(path: &Path, link: Arc<Link>) -> Result<Stream, CreateError> {
+        let failed = |error: std::io::Error| CreateError(format!("listen = {path:?}: {error}"));
+        let listener = listen_at(path).map_err(failed)?;
+        Ok(Stream { path: path.into(), listener: Some(listener), link, counters: Arc::default() })
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if self.listener.is_some() {
+            let _ = std::fs::remove_file(&self.path); // Somebody else was faster.
+        }
+    }
+}
+
+fn stream_socket() -> rustix::io::Result<OwnedFd> {
+    socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)
+}
+
+fn listen_at(path: &Path) -> std::io::Result<OwnedFd> {
+    let address = SocketAddrUnix::new(path)?;
+    let stale = std::fs::symlink_metadata(path).is_ok_and(|data| data.file_type().is_socket())
+        && connect(&stream_socket()?, &address) == Err(Errno::CONNREFUSED);
+    if stale {
+        std::fs::remove_file(path)?;
+    }
+    let socket = stream_socket()?;
+    bind(&socket, &address)?;
+    // Before anybody can connect.
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    listen(&socket, 1)?;
+    Ok(socket)
+}
+
+impl Backend for Stream {
+    fn features(&self) -> u64 {
+        F_CSUM | F_TSO | F_USO
+    }
+
+    fn connect(&self, port: &Arc<Port>) -> Result<Vec<Box<dyn Queue>>, Status> {
+        let failed = |error: Errno| {
+            tracing::error!(device = port.name, path = %self.path.display(), %error, "the stream cannot be set up");
+            Status::FAILED
+        };
+        let listener = self.listener.as_ref().map(|fd| fd.try_clone()).transpose();
+        let listener = listener.map_err(|error| failed(Errno::from_io_error(&error).unwrap_or(Errno::IO)))?;
+        let queue = StreamQueue {
+            path: self.path.clone(),
+            listener,
+            listening: false,
+            link: self.link.clone(),
+            counters: self.counters.clone(),
+            port: port.clone(),
+            peer: None,
+            retry: None,
+            plain: Plain::default(),
+        };
+        Ok(vec![Box::new(queue)])
+    }
+
+    fn inspect(&self) -> Value {
+        json!({
+            "stream": self.path,
+            "end": if self.listener.is_some() { "listen" } else { "connect" },
+            "connects": self.counters.connects,
+            "disconnects": self.counters.disconnects,
+        })
+    }
+}
+
+/// A connected peer.
+struct Peer {
+    socket: OwnedFd,
+    /// What is to be sent, from `sent` on.
+    output: Vec<u8>,
+    sent: usize,
+    /// What was received and not yet delivered: `from..to`.
+    input: Box<[u8]>,
+    from: usize,
+    to: usize,
+    /// Bytes of a frame that is not wanted and not yet here.
+    skip: usize,
+    /// Whether the task is woken when the socket has room: only while something waits for that, since a peer makes room with each read.
+    wakes_for_room: bool,
+}
+
+/// Why a peer is gone.
+enum Gone {
+    Ended,
+    Nonsense(usize),
+    Failed(Errno),
+}
+
+impl Peer {
+    fn new(socket: OwnedFd) -> Peer {
+        let input = vec![0; INPUT].into_boxed_slice();
+        Peer { socket, output: Vec::new(), sent: 0, input, from: 0, to: 0, skip: 0, wakes_for_room: false }
+    }
+
+    /// Whether there is so much to be sent that frames have to wait.
+    fn waits(&self) -> bool {
+        self.output.len() - self.sent > OUTPUT_MAX
+    }
+
+    fn push(&mut self, frame: &Packet<'_>) {
+        // A frame's length fits by far.
+        let len = u32::try_from(frame.len()).unwrap_or(0);
+        self.output.extend_from_slice(&len.to_be_bytes());
+        frame.append_to(&mut self.output, usize::MAX);
+    }
+
+    /// Sends what it can.
+    fn flush(&mut self) -> Result<(), Gone> {
+        while self.sent < self.output.len() {
+            match send(&self.socket, &self.output[self.sent..], SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
+                Ok(n) => self.sent += n,
+                Err(Errno::AGAIN) => break,
+                Err(Errno::INTR) => {}
+                Err(Errno::PIPE | Errno::CONNRESET) => return Err(Gone::Ended),
+                Err(error) => return Err(Gone::Failed(error)),
+            }
+        }
+        if self.sent == self.output.len() {
+            self.output.clear();
+            self.sent = 0;
+        } else if self.sent > OUTPUT_MAX / 2 {
+            self.output.drain(..self.sent);
+            self.sent = 0;
+        }
+        Ok(())
+    }
+
+    /// Receives more. False if there is nothing now.
+    fn fill(&mut self) -> Result<bool, Gone> {
+        self.input.copy_within(self.from..self.to, 0);
+        self.to -= self.from;
+        self.from = 0;
+        loop {
+            match recv(&self.socket, &mut self.input[self.to..], RecvFlags::DONTWAIT).map(|(n, _)| n) {
+                Ok(0) => return Err(Gone::Ended),
+                Ok(n) => {
+                    let skipped = n.min(self.skip);
+                    self.skip -= skipped;
+                    // Skipping only goes on while nothing else is there.
+                    self.from += skipped;
+                    self.to += n;
+                    return Ok(true);
+                }
+                Err(Errno::AGAIN) => return Ok(false),
+                Err(Errno::INTR) => {}
+                Err(Errno::CONNRESET) => return Err(Gone::Ended),
+                Err(error) => return Err(Gone::Failed(error)),
+            }
+        }
+    }
+
+    /// The next frame's place in the input, if it is whole. A frame longer than `longest` is skipped, which `None` with true says.
+    fn next(&mut self, longest: usize) -> Result<(Option<std::ops::Range<usize>>, bool), Gone> {
+        let Some(length) = self.input[self.from..self.to].first_chunk::<LENGTH>() else { return Ok((None, false)) };
+        let len = usize::try_from(u32::from_be_bytes(*length)).unwrap_or(usize::MAX);
+        if len == 0 || len > FRAME_MAX {
+            return Err(Gone::Nonsense(len));
+        }
+        let at = self.from + LENGTH;
+        if len > longest {
+            let here = len.min(self.to - at);
+            self.from = at + here;
+            self.skip = len - here;
+            return Ok((None, true));
+        }
+        Ok(((self.to - at >= len).then_some(at..at + len), false))
+    }
+}
+
+struct StreamQueue {
+    path: PathBuf,
+    listener: Option<OwnedFd>,
+    /// Whether the listener wakes the task.
+    listening: bool,
+    link: Arc<Link>,
+    counters: Arc<StreamCounters>,
+    port: Arc<Port>,
+    peer: Option<Peer>,
+    retry: Option<Instant>,
+    plain: Plain,
+}
+
+impl StreamQueue {
+    /// Sees to it that there is a peer, if there can be one now.
+    fn seek(&mut self) -> Result<(), Status> {
+        let Some(task) = self.port.lanes[0].task.get() else { return Ok(()) };
+        let failed = |error: Errno| {
+            tracing::error!(device = self.port.name, %error, "cannot watch the stream");
+            Status::FAILED
+        };
+        let socket = match &self.listener {
+            Some(listener) => {
+                if !self.listening {
+                    task.watch(listener, Interest::Read).map_err(failed)?;
+                    self.listening = true;
+                }
+                accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK).ok()
+            }
+            None if self.retry.is_some_and(|at| Instant::now() < at) => None,
+            None => {
+                let address = SocketAddrUnix::new(&self.path).map_err(failed)?;
+                let socket = stream_socket().map_err(failed)?;
+                let connected = connect(&socket, &address);
+                self.retry = connected.is_err().then(|| Instant::now() + RETRY);
+                if let Err(error) = connected {
+                    tracing::debug!(device = self.port.name, path = %self.path.display(), %error, "no peer yet");
+                }
+                connected.is_ok().then_some(socket)
+            }
+        };
+        if let Some(socket) = socket {
+            task.watch(&socket, Interest::Read).map_err(failed)?;
+            self.peer = Some(Peer::new(socket));
+            self.counters.connects.one();
+            self.set_link(true);
+            tracing::info!(device = self.port.name, path = %self.path.display(), "the stream has a peer");
+        }
+        Ok(())
+    }
+
+    /// Lets the socket wake the task for room, or no longer.
+    fn watch_room(&mut self) -> Result<(), Errno> {
+        let (Some(peer), Some(task)) = (&mut self.peer, self.port.lanes[0].task.get()) else { return Ok(()) };
+        let wanted = !peer.output.is_empty();
+        if wanted != peer.wakes_for_room {
+            peer.wakes_for_room = wanted;
+            task.unwatch(&peer.socket);
+            task.watch(&peer.socket, if wanted { Interest::ReadWrite } else { Interest::Read })?;
+        }
+        Ok(())
+    }
+
+    fn set_link(&self, up: bool) {
+        if self.link.set(up) {
+            self.port.status.wake();
+        }
+    }
+
+    fn part(&mut self, gone: Gone) {
+        let Some(peer) = self.peer.take() else { return };
+        if let Some(task) = self.port.lanes[0].task.get() {
+            task.unwatch(&peer.socket);
+        }
+        let (device, path) = (&self.port.name, self.path.display());
+        match gone {
+            Gone::Ended => tracing::info!(device, %path, "the stream's peer has gone"),
+            Gone::Nonsense(len) => {
+                tracing::warn!(device, %path, len, "the stream's peer announced a frame of no possible length")
+            }
+            Gone::Failed(error) => tracing::warn!(device, %path, %error, "the stream failed"),
+        }
+        self.counters.disconnects.one();
+        self.retry = Some(Instant::now() + RETRY);
+        self.set_link(false);
+    }
+
+    /// Delivers frames of the peer until there is none, or no buffer, or the budget is used up.
+    fn deliver(&mut self, view: &View<'_>, budget: u32) -> Result<u32, Gone> {
+        let Some(peer) = &mut self.peer else { return Ok(0) };
+        peer.flush()?;
+        let lane = &self.port.lanes[0];
+        let mut guard = lock(&lane.rx);
+        let Some(rx) = guard.as_mut() else { return Ok(0) };
+        let mut done = 0;
+        while done < budget {
+            let (range, skipped) = peer.next(self.port.mtu + ETH_OVERHEAD)?;
+            if skipped {
+                lane.counters.rx.drops.too_long.one();
+            }
+            let Some(range) = range else {
+                if skipped || peer.fill()? {
+                    continue;
+                }
+                break;
+            };
+            let end = range.end;
+            match Packet::plain(&peer.input[range]) {
+                None => lane.counters.rx.drops.bad_frame.one(),
+                Some(packet) if !self.port.accepts(packet.destination()) => {}
+                // Here nobody is held up but the peer: its frames wait in the socket for as long as it takes.
+                Some(packet) if !rx.has_room(view, packet.len()) => {
+                    if let Some(task) = lane.task.get() {
+                        if rx.wait(self.port.key(0), task) == Armed::Missed && rx.refill() {
+                            continue;
+                        }
+                    }
+                    break;
+                }
+                Some(packet) => {
+                    if rx.deliver_in(view, &packet) == Delivery::TooLong {
+                        lane.counters.rx.drops.too_long.one();
+                    }
+                }
+            }
+            peer.from = end;
+            done += 1;
+        }
+        Ok(done)
+    }
+}
+
+impl Queue for StreamQueue {
+    fn send(&mut self, packet: &Packet<'_>) -> Sent {
+        let Some(peer) = &mut self.peer else { return Sent::Dropped(DropReason::NoLink) };
+        // Pushing first: a wait must follow an attempt that found the socket full, or else nothing would end it.
+        if peer.waits() && peer.flush().is_ok() && peer.waits() {
+            return Sent::Wait(None);
+        }
+        if packet.header.fits(0) {
+            peer.push(packet);
+            return Sent::Done;
+        }
+        let Some(count) = self.plain.load(packet) else { return Sent::Dropped(DropReason::BadHeader) };
+        for i in 0..count {
+            if let Some(piece) = Packet::plain(self.plain.piece(i)) {
+                peer.push(&piece);
+            }
+        }
+        Sent::Done
+    }
+
+    fn flush(&mut self) {
+        if let Some(Err(gone)) = self.peer.as_mut().map(Peer::flush) {
+            self.part(gone);
+        }
+    }
+
+    fn receive(&mut self, view: &View<'_>, budget: u32) -> Result<u32, Status> {
+        if self.peer.is_none() {
+            self.seek()?;
+        }
+        let delivered = self.deliver(view, budget).and_then(|count| {
+            self.watch_room().map_err(Gone::Failed)?;
+            Ok(count)
+        });
+        match delivered {
+            Ok(count) => Ok(count),
+            Err(gone) => {
+                self.part(gone);
+                // The listener may have the next peer waiting already.
+                Ok(u32::from(self.listener.is_some()))
+            }
+        }
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        if self.peer.is_none() && self.listener.is_none() { self.retry } else { None }
+    }
+}
+
+impl Drop for StreamQueue {
+    fn drop(&mut self) {
+        if let Some(task) = self.port.lanes[0].task.get() {
+            if let Some(listener) = &self.listener {
+                task.unwatch(listener);
+            }
+            if let Some(peer) = &self.peer {
+                task.unwatch(&peer.socket);
+            }
+        }
+        self.link.set(false);
+    }
+}
