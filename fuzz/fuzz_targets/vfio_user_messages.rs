@@ -1,0 +1,256 @@
+//! A client's messages against the vfio-user server: any bytes, and bytes in the form of messages, with descriptors.
+//!
+//! The device behind it has checks instead of functions: it panics when it is asked for what the server must refuse.
+//! Half of the inputs go to receiver and session alone, the others through a socket to a whole server.
+#![no_main]
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::io::{IoSlice, Read};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::Instant;
+
+use libfuzzer_sys::fuzz_target;
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use vbus_vfio_user::protocol::{HEADER_LEN, Header, Kind};
+use vbus_vfio_user::session::{Answer, Session};
+use vbus_vfio_user::socket::{Received, Receiver, Source};
+use vbus_vfio_user::{
+    DeviceInfo, Errno, IoEventFd, IrqAction, IrqInfo, Mapping, RegionInfo, RemoteMemory, Server, Target,
+};
+
+const REGION: u64 = 4096;
+const IRQS: u32 = 20;
+
+#[derive(Default)]
+struct Device {
+    maps: BTreeMap<u64, u64>,
+    irqs: Vec<Option<OwnedFd>>,
+    remote: Option<RemoteMemory>,
+    connected: bool,
+}
+
+impl Device {
+    fn check(&self, region: u32, offset: u64, len: usize) {
+        assert!(self.connected && (region == 0 || region == 7) && len > 0 && offset + len as u64 <= REGION);
+    }
+}
+
+impl Target for Device {
+    fn device_info(&self) -> DeviceInfo {
+        DeviceInfo { resettable: true, regions: 9, irqs: 5 }
+    }
+
+    fn region_info(&self, region: u32) -> RegionInfo {
+        assert!(region < 9);
+        match region {
+            0 | 7 => RegionInfo { size: REGION, readable: true, writable: true },
+            _ => RegionInfo::default(),
+        }
+    }
+
+    fn irq_info(&self, index: u32) -> IrqInfo {
+        assert!(index < 5);
+        IrqInfo { count: if index == 2 { IRQS } else { 1 }, maskable: true, automasked: false, fixed_size: false }
+    }
+
+    fn read(&mut self, region: u32, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
+        self.check(region, offset, data.len());
+        data.fill(0x11);
+        Ok(())
+    }
+
+    fn write(&mut self, region: u32, offset: u64, data: &[u8]) -> Result<(), Errno> {
+        self.check(region, offset, data.len());
+        match (offset, &self.remote) {
+            (0, Some(remote)) => remote.read(offset, data.len(), |_| ()),
+            (8, Some(remote)) => remote.write(offset, data.to_vec(), |_| ()),
+            (16, _) => Err(Errno::IO),
+            _ => Ok(()),
+        }
+    }
+
+    fn set_irqs(&mut self, index: u32, action: IrqAction) -> Result<(), Errno> {
+        let count = self.irq_info(index).count;
+        match action {
+            IrqAction::DisableAll => self.irqs.clear(),
+            IrqAction::Connect { start, eventfds }
+            | IrqAction::ConnectMask { start, eventfds }
+            | IrqAction::ConnectUnmask { start, eventfds } => {
+                assert!(!eventfds.is_empty() && start as usize + eventfds.len() <= count as usize);
+                self.irqs = eventfds;
+            }
+            IrqAction::Trigger(which) | IrqAction::Mask(which) | IrqAction::Unmask(which) => {
+                assert!(which.iter().all(|&n| n < count));
+            }
+        }
+        Ok(())
+    }
+
+    fn dma_map(&mut self, mapping: Mapping) -> Result<(), Errno> {
+        let Mapping { address, size, memory, .. } = mapping;
+        assert!(size > 0 && address % 4096 == 0 && size % 4096 == 0);
+        let end = address.checked_add(size).expect("an end");
+        assert!(memory.is_none_or(|(_, offset)| offset.checked_add(size).is_some()));
+        assert!(self.maps.range(..end).next_back().is_none_or(|(start, len)| start + len <= address));
+        self.maps.insert(address, size);
+        assert!(self.maps.len() <= 512);
+        Ok(())
+    }
+
+    fn dma_unmap(&mut self, address: u64, size: u64) {
+        assert_eq!(self.maps.remove(&address), Some(size));
+    }
+
+    fn dma_unmap_all(&mut self) {
+        self.maps.clear();
+    }
+
+    fn reset(&mut self) -> Result<(), Errno> {
+        Ok(())
+    }
+
+    fn io_eventfds(&mut self, region: u32) -> Vec<IoEventFd> {
+        let fds = if region == 0 { descriptors(3) } else { Vec::new() };
+        fds.into_iter().map(|fd| IoEventFd { fd, offset: 0, size: 4, datamatch: Some(1) }).collect()
+    }
+
+    fn connected(&mut self, memory: RemoteMemory) {
+        assert!(!self.connected);
+        (self.connected, self.remote) = (true, Some(memory));
+    }
+
+    fn disconnected(&mut self) {
+        assert!(self.connected);
+        *self = Self::default();
+    }
+}
+
+fn descriptors(count: usize) -> Vec<OwnedFd> {
+    (0..count).map(|_| eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).expect("an eventfd")).collect()
+}
+
+/// A piece of the stream, and how many descriptors come with its first byte.
+type Piece = (Vec<u8>, usize);
+
+/// `form` 0: the input is the stream. Else it is a list of messages: command, flags and number of descriptors,
+/// length, body; so that the fuzzer need not guess the sixteen bytes of a header again and again.
+fn pieces(form: u8, mut input: &[u8]) -> Vec<Piece> {
+    if form == 0 {
+        return input.chunks(50).map(|bytes| (bytes.to_vec(), 0)).collect();
+    }
+    const VERSION: &[u8] = b"\0\0\0\0{\"capabilities\":{\"max_msg_fds\":9,\"write_multiple\":true}}\0";
+    let mut pieces = vec![(message(1, 0, VERSION), 0)];
+    while let Some((&[command, flags, len], rest)) = input.split_first_chunk::<3>() {
+        let (body, rest) = rest.split_at(rest.len().min(usize::from(len)));
+        input = rest;
+        let kind = u32::from(flags & 1) | if flags & 2 != 0 { 0x10 } else { 0 };
+        let fds = if flags & 4 != 0 { usize::from(flags >> 3) % 20 } else { 0 };
+        pieces.push((message(u16::from(command), kind, body), fds));
+    }
+    pieces
+}
+
+fn message(command: u16, flags: u32, body: &[u8]) -> Vec<u8> {
+    let size = u32::try_from(HEADER_LEN + body.len()).expect("short");
+    let fields = [&[0; 2], &command.to_ne_bytes(), &size.to_ne_bytes()[..], &flags.to_ne_bytes(), &[0; 4], body];
+    fields.concat()
+}
+
+/// The pieces as a source that never has more than one of them at a time.
+struct Stream<'a> {
+    pieces: std::slice::Iter<'a, Piece>,
+    now: &'a [u8],
+    fds: usize,
+}
+
+impl Source for Stream<'_> {
+    fn recv(&mut self, buf: &mut [u8], fds: &mut Vec<OwnedFd>) -> Result<usize, Errno> {
+        if self.now.is_empty() {
+            let Some((bytes, fds)) = self.pieces.next() else { return Ok(0) };
+            (self.now, self.fds) = (bytes, *fds);
+            return Err(Errno::AGAIN);
+        }
+        let (taken, later) = self.now.split_at(buf.len().min(self.now.len()));
+        buf[..taken.len()].copy_from_slice(taken);
+        self.now = later;
+        fds.extend(descriptors(std::mem::take(&mut self.fds)));
+        Ok(taken.len())
+    }
+}
+
+fn session_alone(pieces: &[Piece]) {
+    let mut stream = Stream { pieces: pieces.iter(), now: &[], fds: 0 };
+    let (mut receiver, mut session, mut device) = (Receiver::default(), Session::default(), Device::default());
+    loop {
+        let message = match receiver.next(&mut stream, session.max_message(), 16) {
+            Ok(Received::Message(message)) => message,
+            Ok(Received::Nothing) => continue,
+            Ok(Received::End) | Err(_) => return,
+        };
+        let asked = message.header;
+        let posted = asked.kind == Kind::Command { no_reply: true };
+        match session.handle(&mut device, "fuzz", message) {
+            Answer::Silence => assert!(posted),
+            Answer::Reply(bytes, fds) => {
+                let header = Header::parse(bytes.first_chunk().expect("a header")).expect("a header");
+                assert!(!posted && header.size as usize == bytes.len() && fds.len() <= 9);
+                assert!((header.id, header.command) == (asked.id, asked.command));
+            }
+            Answer::Agreed(_) => device.connected = true,
+            Answer::End(reply, _) => {
+                assert!(!(posted && reply.is_some()));
+                return;
+            }
+        }
+    }
+}
+
+fn send(stream: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(20))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    assert!(fds.is_empty() || ancillary.push(SendAncillaryMessage::ScmRights(fds)));
+    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+    let _ = sendmsg(stream, &[IoSlice::new(bytes)], &mut ancillary, flags);
+}
+
+fn whole_server(server: &mut Server<Device>, pieces: &[Piece]) {
+    let mut stream = UnixStream::connect(server.path()).expect("a connection");
+    stream.set_nonblocking(true).expect("non-blocking");
+    for (bytes, fds) in pieces {
+        let fds = descriptors(*fds);
+        let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+        send(&stream, bytes, &fds);
+        while server.ready(Instant::now()).messages > 0 {}
+        // What the server says is not looked at, but room is made for more.
+        while matches!(stream.read(&mut [0; 4096]), Ok(n) if n > 0) {}
+    }
+    drop(stream);
+    for _ in 0..3 {
+        server.ready(Instant::now());
+    }
+    assert!(!server.has_client());
+    let device = server.target();
+    assert!(!device.connected && device.maps.is_empty() && device.irqs.is_empty());
+}
+
+thread_local! {
+    static SERVER: RefCell<Server<Device>> = {
+        let path = std::env::temp_dir().join(format!("vbus-fuzz-{}.sock", std::process::id()));
+        RefCell::new(Server::bind(path, "fuzz", Device::default()).expect("a server"))
+    };
+}
+
+fuzz_target!(|input: &[u8]| {
+    let Some((&shape, input)) = input.split_first() else { return };
+    SERVER.with_borrow_mut(|server| {
+        let pieces = pieces(shape & 1, input);
+        // The lowest free descriptor: a leak makes it higher.
+        let lowest = descriptors(1)[0].as_raw_fd();
+        if shape & 2 == 0 { session_alone(&pieces) } else { whole_server(server, &pieces) }
+        assert_eq!(descriptors(1)[0].as_raw_fd(), lowest, "descriptors leak");
+    });
+});
