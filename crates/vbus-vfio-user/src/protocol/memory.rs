@@ -1,0 +1,128 @@
+//! Memory that the client shares: mapping, unmapping, and access by message.
+
+use super::{Body, DMA_ACCESS_LEN, Fields, Malformed, check_argsz};
+
+/// `DMA_MAP`: memory that the device may use from now on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DmaMap {
+    /// The device may read it.
+    pub readable: bool,
+    /// The device may write it.
+    pub writable: bool,
+    /// Where it starts in the descriptor that came along, in bytes.
+    pub offset: u64,
+    /// Its address as the device knows it.
+    pub address: u64,
+    /// Bytes.
+    pub size: u64,
+}
+
+impl DmaMap {
+    const LEN: usize = 32;
+
+    /// Takes a body apart.
+    ///
+    /// # Errors
+    /// When it is short, or has flags beyond readable and writable.
+    pub fn parse(body: &[u8]) -> Result<Self, Malformed> {
+        let mut f = Fields::new(body);
+        let (argsz, flags) = (f.u32()?, f.u32()?);
+        let map = Self {
+            readable: flags & 1 != 0,
+            writable: flags & 2 != 0,
+            offset: f.u64()?,
+            address: f.u64()?,
+            size: f.u64()?,
+        };
+        check_argsz(argsz, Self::LEN)?;
+        if flags & !3 != 0 {
+            return Err(Malformed::Flags(flags));
+        }
+        Ok(map)
+    }
+
+    /// The body of the request. The reply has none.
+    #[must_use]
+    pub fn body(&self) -> Vec<u8> {
+        let flags = u32::from(self.readable) | u32::from(self.writable) << 1;
+        Body::default().u32(32).u32(flags).u64(self.offset).u64(self.address).u64(self.size).0
+    }
+}
+
+/// `DMA_UNMAP`: memory that the device must not touch any more. The reply repeats the request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DmaUnmap {
+    /// Unmap everything; address and size are then zero.
+    pub all: bool,
+    /// Asks for the bitmap of dirty pages, which needs migration.
+    pub dirty_bitmap: bool,
+    /// Address of a mapping.
+    pub address: u64,
+    /// Its size in bytes.
+    pub size: u64,
+}
+
+impl DmaUnmap {
+    const LEN: usize = 24;
+
+    /// Takes a body apart (request or reply).
+    ///
+    /// # Errors
+    /// When it is short, or has flags that the protocol does not know.
+    pub fn parse(body: &[u8]) -> Result<Self, Malformed> {
+        let mut f = Fields::new(body);
+        let (argsz, flags) = (f.u32()?, f.u32()?);
+        let unmap = Self { dirty_bitmap: flags & 1 != 0, all: flags & 2 != 0, address: f.u64()?, size: f.u64()? };
+        check_argsz(argsz, Self::LEN)?;
+        if flags & !3 != 0 {
+            return Err(Malformed::Flags(flags));
+        }
+        Ok(unmap)
+    }
+
+    /// The body of request and reply.
+    #[must_use]
+    pub fn body(&self) -> Vec<u8> {
+        let flags = u32::from(self.dirty_bitmap) | u32::from(self.all) << 1;
+        Body::default().u32(24).u32(flags).u64(self.address).u64(self.size).0
+    }
+}
+
+/// `DMA_READ` and `DMA_WRITE`, request and reply: the fixed part, with `count` bytes of data after it in the
+/// request of a write and the reply to a read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DmaAccess {
+    /// The address as the device knows it.
+    pub address: u64,
+    /// Bytes.
+    pub count: u64,
+}
+
+impl DmaAccess {
+    /// Takes a body without data apart.
+    ///
+    /// # Errors
+    /// When its length is not that of the fixed part.
+    pub fn parse(body: &[u8]) -> Result<Self, Malformed> {
+        let mut f = Fields::new(body);
+        let access = Self { address: f.u64()?, count: f.u64()? };
+        f.exactly(0)?;
+        Ok(access)
+    }
+
+    /// Takes a body with data apart.
+    ///
+    /// # Errors
+    /// When its length is not that of the fixed part and `count` bytes.
+    pub fn parse_with_data(body: &[u8]) -> Result<(Self, &[u8]), Malformed> {
+        let mut f = Fields::new(body);
+        let access = Self { address: f.u64()?, count: f.u64()? };
+        Ok((access, f.exactly(access.count)?))
+    }
+
+    /// The body, with `data` behind the fixed part.
+    #[must_use]
+    pub fn body(&self, data: &[u8]) -> Vec<u8> {
+        Body::with_capacity(DMA_ACCESS_LEN + data.len()).u64(self.address).u64(self.count).bytes(data).0
+    }
+}

@@ -1,0 +1,177 @@
+//! Regions of the device: what they are, and access to them.
+
+use super::{Body, Fields, Info, MULTI_WRITE_LEN, Malformed, REGION_ACCESS_LEN, SUB_REGION_LEN, check_argsz};
+
+/// `DEVICE_GET_REGION_INFO`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RegionInfo {
+    /// In a request the room for the reply's body, in a reply the size of the whole body. Bytes.
+    pub argsz: u32,
+    /// `VFIO_REGION_INFO_FLAG_*`; zero in a request.
+    pub flags: u32,
+    /// The region.
+    pub index: u32,
+    /// Its size in bytes; zero in a request.
+    pub size: u64,
+}
+
+impl RegionInfo {
+    const LEN: usize = 32;
+
+    /// Takes a body apart (request or reply).
+    ///
+    /// # Errors
+    /// When it is short, or leaves no room for the reply.
+    pub fn parse(body: &[u8]) -> Result<Self, Malformed> {
+        let mut f = Fields::new(body);
+        let (argsz, flags, index) = (f.u32()?, f.u32()?, f.u32()?);
+        let (_cap_offset, size, _offset) = (f.u32()?, f.u64()?, f.u64()?);
+        check_argsz(argsz, Self::LEN)?;
+        Ok(Self { argsz, flags, index, size })
+    }
+
+    /// The body. No region here can be mapped, so capabilities and file offset are always zero.
+    #[must_use]
+    pub fn body(&self) -> Vec<u8> {
+        Body::default().u32(self.argsz).u32(self.flags).u32(self.index).u32(0).u64(self.size).u64(0).0
+    }
+}
+
+/// One eventfd that stands for writes to a part of a region (`DEVICE_GET_REGION_IO_FDS`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SubRegion {
+    /// Offset in the region, bytes.
+    pub offset: u64,
+    /// Size of the accesses that it stands for, bytes; 0: any.
+    pub size: u64,
+    /// Which of the descriptors that came along.
+    pub fd_index: u32,
+    /// 0 for an ioeventfd, the only type used here.
+    pub kind: u32,
+    /// `KVM_IOEVENTFD_FLAG_*`.
+    pub flags: u32,
+    /// The value that must be written, when the flags say so.
+    pub datamatch: u64,
+}
+
+impl SubRegion {
+    /// Appends the sub-region to a body that [`Info::body`] began.
+    pub fn append_to(&self, body: &mut Vec<u8>) {
+        let entry = Body::default().u64(self.offset).u64(self.size).u32(self.fd_index).u32(self.kind);
+        body.extend_from_slice(&entry.u32(self.flags).u32(0).u64(self.datamatch).0);
+    }
+
+    /// The sub-regions of a reply's body.
+    ///
+    /// # Errors
+    /// When the count does not fit into the body.
+    pub fn parse_all(body: &[u8]) -> Result<Vec<Self>, Malformed> {
+        let info = Info::parse(body)?;
+        let have = (body.len() - Info::LEN) / SUB_REGION_LEN;
+        if (info.count as usize) > have {
+            let need = (info.count as usize).saturating_mul(SUB_REGION_LEN).saturating_add(Info::LEN);
+            return Err(Malformed::Short { need, have: body.len() });
+        }
+        let mut f = Fields::new(&body[Info::LEN..]);
+        (0..info.count)
+            .map(|_| {
+                let (offset, size, fd_index, kind) = (f.u64()?, f.u64()?, f.u32()?, f.u32()?);
+                let (flags, _padding, datamatch) = (f.u32()?, f.u32()?, f.u64()?);
+                Ok(Self { offset, size, fd_index, kind, flags, datamatch })
+            })
+            .collect()
+    }
+}
+
+/// `REGION_READ` and `REGION_WRITE`, request and reply: the fixed part, with `count` bytes of data after it in
+/// the request of a write and the reply to a read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RegionAccess {
+    /// Offset in the region, bytes.
+    pub offset: u64,
+    /// The region.
+    pub region: u32,
+    /// Bytes.
+    pub count: u32,
+}
+
+impl RegionAccess {
+    /// Takes a body without data apart.
+    ///
+    /// # Errors
+    /// When its length is not that of the fixed part.
+    pub fn parse(body: &[u8]) -> Result<Self, Malformed> {
+        let mut f = Fields::new(body);
+        let access = Self { offset: f.u64()?, region: f.u32()?, count: f.u32()? };
+        f.exactly(0)?;
+        Ok(access)
+    }
+
+    /// Takes a body with data apart.
+    ///
+    /// # Errors
+    /// When its length is not that of the fixed part and `count` bytes.
+    pub fn parse_with_data(body: &[u8]) -> Result<(Self, &[u8]), Malformed> {
+        let mut f = Fields::new(body);
+        let access = Self { offset: f.u64()?, region: f.u32()?, count: f.u32()? };
+        Ok((access, f.exactly(access.count.into())?))
+    }
+
+    /// The body, with room for data behind it when there is to be some.
+    #[must_use]
+    pub fn body(&self, data: &[u8]) -> Vec<u8> {
+        let body = Body::with_capacity(REGION_ACCESS_LEN + data.len());
+        body.u64(self.offset).u32(self.region).u32(self.count).bytes(data).0
+    }
+}
+
+/// One write of a `REGION_WRITE_MULTI`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MultiWrite<'a> {
+    /// Offset in the region, bytes.
+    pub offset: u64,
+    /// The region.
+    pub region: u32,
+    /// One to eight bytes.
+    pub data: &'a [u8],
+}
+
+impl<'a> MultiWrite<'a> {
+    /// The writes of a request's body, in the order in which they are to be done.
+    ///
+    /// # Errors
+    /// When the count does not fit the body, or a write claims more than eight bytes.
+    pub fn parse_all(body: &'a [u8]) -> Result<Vec<Self>, Malformed> {
+        let mut f = Fields::new(body);
+        let count = f.u64()?;
+        let entries = f.exactly(count.saturating_mul(MULTI_WRITE_LEN as u64))?;
+        entries
+            .chunks_exact(MULTI_WRITE_LEN)
+            .map(|entry| {
+                let mut f = Fields::new(entry);
+                let (offset, region, count) = (f.u64()?, f.u32()?, f.u32()?);
+                let data = f.rest.get(..count as usize).ok_or(Malformed::MultiWrite(count))?;
+                Ok(Self { offset, region, data })
+            })
+            .collect()
+    }
+
+    /// The body of a request. Writes of more than eight bytes are cut off; their senders use `REGION_WRITE`.
+    #[must_use]
+    pub fn body(writes: &[Self]) -> Vec<u8> {
+        let mut body = Body::with_capacity(8 + writes.len() * MULTI_WRITE_LEN).u64(writes.len() as u64);
+        for write in writes {
+            let mut data = [0; 8];
+            let count = write.data.len().min(8);
+            data[..count].copy_from_slice(&write.data[..count]);
+            body = body.u64(write.offset).u32(write.region).u32(u32::try_from(count).unwrap_or(8)).bytes(&data);
+        }
+        body.0
+    }
+
+    /// The body of the reply: how many writes were done.
+    #[must_use]
+    pub fn reply(done: u64) -> Vec<u8> {
+        Body::default().u64(done).0
+    }
+}
