@@ -75,7 +75,8 @@ pub struct Source {
 #[derive(Debug)]
 struct DevicePlaces {
     name: Range<usize>,
-    keys: Vec<(String, Range<usize>)>,
+    /// Its keys, and its values that are strings.
+    words: Vec<(String, Range<usize>)>,
 }
 
 /// What is wrong with a configuration, where. Shown with the line in question.
@@ -141,14 +142,26 @@ impl Source {
         ))
     }
 
-    /// An error that making the device number `device` of the configuration gave. Points at the setting that the text quotes, or else at the
-    /// device's name.
+    /// An error that making the device number `device` of the configuration gave. Points at the word that the text quotes first, or else at
+    /// the device's name.
     pub fn device_error(&self, device: usize, message: &str) -> ConfigError {
         let Some(places) = self.devices.get(device) else { return ConfigError(message.into()) };
-        let quoted = |key: &str| ['"', '`', '\''].iter().any(|q| message.contains(&format!("{q}{key}{q}")));
-        let known = |key: &&(String, Range<usize>)| !matches!(key.0.as_str(), "name" | "class") && quoted(&key.0);
-        let place = places.keys.iter().find(known).map_or(&places.name, |(_, place)| place);
-        self.point(place, message)
+        let quoted = |word: &str| ['"', '`', '\''].iter().filter_map(|q| message.find(&format!("{q}{word}{q}"))).min();
+        let named = places.words.iter().filter(|(_, place)| *place != places.name);
+        let first = named.filter_map(|(word, place)| Some((quoted(word)?, place))).min_by_key(|(at, _)| *at);
+        self.point(first.map_or(&places.name, |(_, place)| place), &meant(message))
+    }
+}
+
+/// A message of serde about a word that it does not know, with the word that was probably meant instead of all that there are.
+fn meant(message: &str) -> String {
+    let same = || message.to_owned();
+    let Some((head, list)) = message.split_once(", expected one of ") else { return same() };
+    let Some(word) = head.rsplit('`').nth(1) else { return same() };
+    let known: Vec<&str> = list.split('`').skip(1).step_by(2).collect();
+    match close(word, &known) {
+        Some(close) => format!("{head}; did you mean `{close}`?"),
+        None => same(),
     }
 }
 
@@ -197,10 +210,13 @@ fn bus(table: &DeTable<'_>, config: &mut Config) -> Result<(), Fault> {
 }
 
 fn device(table: &DeTable<'_>, whole: Range<usize>) -> Result<(DeviceSpec, DevicePlaces), Fault> {
-    let (mut name, mut class, mut settings, mut keys) = (None, None, Map::new(), Vec::new());
+    let (mut name, mut class, mut settings, mut words) = (None, None, Map::new(), Vec::new());
     let mut name_place = whole.clone();
     for (key, value) in table {
-        keys.push((key.get_ref().to_string(), key.span()));
+        words.push((key.get_ref().to_string(), key.span()));
+        if let Some(text) = value.get_ref().as_str() {
+            words.push((text.to_owned(), value.span()));
+        }
         match &**key.get_ref() {
             "name" => {
                 name = Some(string(value)?);
@@ -215,10 +231,10 @@ fn device(table: &DeTable<'_>, whole: Range<usize>) -> Result<(DeviceSpec, Devic
     let missing = |key: &str| (whole.clone(), format!("this device has no {key:?}"));
     let (name, class) = (name.ok_or_else(|| missing("name"))?, class.ok_or_else(|| missing("class"))?);
     let spec = DeviceSpec::new(name, class, settings).map_err(|e| {
-        let place = keys.iter().find(|(key, _)| e.starts_with(&format!("{key:?}"))).map(|(_, place)| place.clone());
+        let place = words.iter().find(|(key, _)| e.starts_with(&format!("{key:?}"))).map(|(_, place)| place.clone());
         (place.unwrap_or(whole), e)
     })?;
-    Ok((spec, DevicePlaces { name: name_place, keys }))
+    Ok((spec, DevicePlaces { name: name_place, words }))
 }
 
 fn table<'a, 'i>(value: &'a Spanned<DeValue<'i>>, what: &str) -> Result<&'a DeTable<'i>, Fault> {
@@ -265,27 +281,35 @@ fn json(value: &DeValue<'_>) -> Result<Value, String> {
 
 /// "unknown key", with the known key that was probably meant, or all of them.
 fn unknown(key: &str, place: &str, known: &[&str]) -> String {
-    match known.iter().map(|k| (distance(key, k), k)).min() {
-        Some((d, close)) if d <= 2 && d < close.len() => {
-            format!("unknown key {key:?} {place}; did you mean {close:?}?")
-        }
-        _ => format!("unknown key {key:?} {place}; there are: {}", known.join(", ")),
+    match close(key, known) {
+        Some(close) => format!("unknown key {key:?} {place}; did you mean {close:?}?"),
+        None => format!("unknown key {key:?} {place}; there are: {}", known.join(", ")),
     }
 }
 
-/// Letters to insert, remove or replace to get from one to the other.
+/// The known word that is so close to another that it was probably meant.
+fn close<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {
+    let (distance, close) = known.iter().map(|k| (distance(word, k), *k)).min()?;
+    (distance <= 2 && distance < close.len()).then_some(close)
+}
+
+/// Letters to insert, remove, replace or swap with their neighbour to get from one to the other.
 fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
-        for (j, y) in b.iter().enumerate() {
-            let replace = diagonal + usize::from(x != *y);
-            diagonal = row[j + 1];
-            row[j + 1] = replace.min(row[j] + 1).min(diagonal + 1);
+    let (a, b): (Vec<char>, Vec<char>) = (a.chars().collect(), b.chars().collect());
+    // Distances of each beginning of `a` from each beginning of `b`.
+    let mut rows: Vec<Vec<usize>> = vec![(0..=b.len()).collect()];
+    for i in 0..a.len() {
+        let mut row = vec![i + 1];
+        for j in 0..b.len() {
+            let mut least = (rows[i][j] + usize::from(a[i] != b[j])).min(rows[i][j + 1] + 1).min(row[j] + 1);
+            if i > 0 && j > 0 && a[i] == b[j - 1] && a[i - 1] == b[j] {
+                least = least.min(rows[i - 1][j - 1] + 1);
+            }
+            row.push(least);
         }
+        rows.push(row);
     }
-    row[b.len()]
+    rows[a.len()][b.len()]
 }
 
 #[cfg(test)]
@@ -314,6 +338,8 @@ mod tests {
             error.starts_with("bus.toml:9:1: unknown field `mtu`\n 9 | mtu = 9_000\n   | ^^^\n".trim_end()),
             "{error}"
         );
+        let error = source.device_error(0, "unknown variant `venet`, expected one of `a`, `vent`").to_string();
+        assert!(error.starts_with("bus.toml:7:9: unknown variant `venet`; did you mean `vent`?\n"), "{error}");
         let error = source.device_error(0, "no luck").to_string();
         assert!(error.starts_with("bus.toml:6:8: no luck\n"), "{error}");
         assert!(of("").unwrap().0.devices.is_empty());

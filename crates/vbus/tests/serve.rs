@@ -1,0 +1,230 @@
+//! `vbus serve` as a process: what it makes, refuses, bears and leaves behind.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod support;
+
+use std::io::Write;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::time::Duration;
+
+use rustix::process::Signal;
+use serde_json::Value;
+use support::{PATIENCE, Served, exchange, run, vbus, wait_until};
+
+const TWO: &str = r#"
+[bus]
+workers = 1
+
+[[device]]
+name = "net0"
+class = "venet"
+backend = "switch"
+
+[[device]]
+name = "net1"
+class = "venet"
+backend = "null"
+"#;
+
+#[test]
+fn devices_come_and_go() {
+    let bus = Served::start(TWO);
+    let names = |bus: &Served| -> Vec<String> {
+        let list = bus.json(&["device", "list"]);
+        list.as_array().unwrap().iter().map(|d| d["name"].as_str().unwrap().to_owned()).collect()
+    };
+    assert_eq!(names(&bus), ["net0", "net1"]);
+    bus.good(&["device", "add", "net2", "--class", "venet", "--set", "backend=switch", "--set", "mtu=9000"]);
+    assert_eq!(names(&bus), ["net0", "net1", "net2"]);
+    let shown = bus.json(&["device", "show", "net2"]);
+    assert_eq!((shown["class"].as_str(), shown["device"]["mtu"].as_u64()), (Some("venet"), Some(9000)));
+    assert!(bus.bad(&["device", "add", "net2", "--class", "venet", "--set", "backend=switch"]).contains("already"));
+    assert!(bus.bad(&["device", "add", "a/b", "--class", "venet"]).contains("bad device name"));
+    assert!(bus.bad(&["device", "add", "control", "--class", "venet"]).contains("control"));
+    assert!(bus.bad(&["device", "add", "x", "--class", "vnet"]).contains("venet"), "names the classes that there are");
+    assert!(bus.bad(&["device", "add", "x", "--class", "venet", "--set", "msix=1"]).contains("true or false"));
+    bus.good(&["device", "remove", "net1"]);
+    assert_eq!(names(&bus), ["net0", "net2"]);
+    assert!(!bus.dir.join("net1.sock").exists());
+    assert!(bus.bad(&["device", "remove", "net1"]).contains("net1"));
+    assert!(bus.bad(&["stats", "net1"]).contains("net1"));
+    assert_eq!(bus.json(&["stats"])[1]["counters"]["opens"], 0);
+    assert!(bus.good(&["stats", "net2"]).contains("doorbells"));
+    assert!(bus.good(&["device", "list"]).contains("net2.sock"));
+    assert!(bus.good(&["device", "classes"]).contains("venet"));
+    assert_eq!(bus.run(&["device", "frobnicate"]).code, Some(2));
+}
+
+#[test]
+fn qemu_args_are_what_qemu_takes() {
+    let bus = Served::start(TWO);
+    let args = bus.json(&["qemu-args", "net1", "--memory", "512M", "--spare-ports", "1"]);
+    let args: Vec<&str> = args.as_array().unwrap().iter().map(|a| a.as_str().unwrap()).collect();
+    assert!(args.contains(&"memory-backend-memfd,id=vbus-memory,size=512M,share=on"));
+    assert_eq!(args.iter().filter(|a| a.starts_with("pcie-root-port")).count(), 2);
+    let device: Value = serde_json::from_str(args.last().unwrap()).unwrap();
+    assert_eq!(device["driver"], "vfio-user-pci");
+    assert_eq!(device["socket"]["path"].as_str(), bus.dir.join("net1.sock").to_str());
+    assert!(bus.good(&["qemu-args"]).lines().filter(|l| l.contains("vfio-user-pci")).count() == 2);
+    assert!(bus.bad(&["qemu-args", "nope"]).contains("nope"));
+    assert!(bus.bad(&["qemu-args", "--memory", "1G,share=off"]).contains("size"));
+}
+
+#[test]
+fn errors_of_a_configuration_show_the_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, bus) = (dir.path().join("bus.toml"), dir.path().join("bus"));
+    for (text, expect) in [
+        (
+            "[bus]\nworker = 1\n",
+            ":2:1: unknown key \"worker\" for the bus; did you mean \"workers\"?\n 2 | worker = 1\n   | ^^^^^^",
+        ),
+        ("\n[[device]]\nname = \"n\"\nclass = \"vnet\"\n", ":4:9: no device class \"vnet\""),
+        (
+            "[[device]]\nname = \"n\"\nclass = \"venet\"\nbackend = \"null\"\nmut = 9000\n",
+            ":5:1: device \"n\": unknown field `mut`; did you mean `mtu`?\n 5 | mut",
+        ),
+        ("[[device]]\nname = \"n\nclass = \"venet\"\n", ":2:"),
+    ] {
+        std::fs::write(&file, text).unwrap();
+        for words in [&["config", "check"][..], &["serve", "--dir", bus.to_str().unwrap(), "--config"]] {
+            let done = vbus().args(words).arg(&file).output().unwrap();
+            let err = String::from_utf8(done.stderr).unwrap();
+            assert_eq!(done.status.code(), Some(1), "{words:?} {text:?}");
+            assert!(err.contains(&format!("{}{expect}", file.display())), "{words:?} {text:?}:\n{err}");
+        }
+    }
+    std::fs::write(&file, TWO).unwrap();
+    assert!(vbus().args(["config", "check"]).arg(&file).output().unwrap().status.success());
+    assert!(vbus().args(["config", "check", "/nonexistent"]).output().unwrap().status.code() == Some(1));
+}
+
+#[test]
+fn sockets_are_private_and_are_removed_at_the_end() {
+    for signal in [Signal::TERM, Signal::INT] {
+        let mut bus = Served::start(TWO);
+        assert_eq!(std::fs::metadata(&bus.dir).unwrap().permissions().mode() & 0o777, 0o700);
+        let mut names = Vec::new();
+        for entry in std::fs::read_dir(&bus.dir).unwrap() {
+            let entry = entry.unwrap();
+            let meta = entry.metadata().unwrap();
+            assert!(meta.file_type().is_socket());
+            assert_eq!(meta.permissions().mode() & 0o777, 0o600);
+            names.push(entry.file_name().into_string().unwrap());
+        }
+        names.sort();
+        assert_eq!(names, ["control.sock", "net0.sock", "net1.sock"]);
+        bus.signal(signal);
+        assert!(bus.child.wait().unwrap().success());
+        assert_eq!(std::fs::read_dir(&bus.dir).unwrap().count(), 0);
+    }
+}
+
+#[test]
+fn one_bus_a_directory() {
+    let mut bus = Served::start(TWO);
+    let second = run(&["serve"], &bus.dir);
+    assert_eq!(second.code, Some(1));
+    assert!(second.err.contains("another vbus serves"), "{}", second.err);
+    bus.good(&["device", "list"]);
+    // What a killed one leaves is cleared away, also sockets of devices that are no more.
+    bus.child.kill().unwrap();
+    bus.child.wait().unwrap();
+    assert!(bus.dir.join("net0.sock").exists());
+    assert!(bus.bad(&["device", "list"]).contains("no bus serves"));
+    let mut next = vbus()
+        .args(["serve", "--dir"])
+        .arg(&bus.dir)
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    wait_until("the next bus", || bus.run(&["device", "list"]).code == Some(0));
+    assert!(!bus.dir.join("net0.sock").exists());
+    next.kill().unwrap();
+    next.wait().unwrap();
+}
+
+#[test]
+fn a_directory_that_others_may_write_to_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
+    let done = run(&["serve"], dir.path());
+    assert!(done.code == Some(1) && done.err.contains("others may write"), "{}", done.err);
+    let done = run(&["device", "list"], dir.path());
+    assert!(done.code == Some(1) && done.err.contains("others may write"), "{}", done.err);
+    let long = dir.path().join("x".repeat(90));
+    assert!(run(&["device", "list"], &long).err.contains("no bus"));
+}
+
+#[test]
+fn hostile_control_clients_harm_themselves_alone() {
+    let bus = Served::start(TWO);
+    for (bytes, expect) in [
+        (&b"\n"[..], "not a request"),
+        (b"{}\n", "not a request"),
+        (b"\xff\xfe\x00\n", "not a request"),
+        (b"{\"op\":\"nothing\"}\n", "not a request"),
+        (b"{\"op\":\"remove\"}\n", "not a request"),
+        (b"{\"op\":\"add\",\"name\":\"x\",\"class\":\"venet\",\"settings\":7}\n", "not a request"),
+        (b"{\"op\":\"device\",\"name\":\"net0\",\"request\":{}}\n", "net0"),
+        (b"{\"op\":\"show\",\"name\":\"net7\"}\n", "net7"),
+        (b"[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[\n", "not a request"),
+    ] {
+        let answer: Value = serde_json::from_str(&exchange(&mut bus.control(), bytes)).unwrap();
+        assert!(answer["error"].as_str().unwrap().contains(expect), "{answer}");
+    }
+    let deep = [vec![b'['; 1 << 20], b"\n".to_vec()].concat();
+    assert!(exchange(&mut bus.control(), &deep).contains("not a request"));
+    let endless = vec![b' '; (4 << 20) + 100];
+    assert!(exchange(&mut bus.control(), &endless).contains("one line"));
+    // Requests without reading the answers, then gone.
+    let mut deaf = bus.control();
+    deaf.set_write_timeout(Some(Duration::from_millis(100))).unwrap();
+    while deaf.write_all(&b"{\"op\":\"list\"}\n".repeat(100)).is_ok() {}
+    // Silent ones hold their places, but not for ever, and the bus goes on with what it is there for.
+    let silent: Vec<_> = (0..40).map(|_| bus.control()).collect();
+    wait_until("a place for an honest client", || bus.run(&["device", "list"]).code == Some(0));
+    drop((silent, deaf));
+    assert!(bus.status("Threads") < 60);
+    wait_until("the threads to end", || bus.status("Threads") <= 3);
+}
+
+#[test]
+fn sixty_four_idle_devices_cost_nothing() {
+    let device = |i| format!("[[device]]\nname = \"n{i}\"\nclass = \"venet\"\nbackend = \"switch\"\n");
+    let config: String = (0..64).map(device).collect();
+    let bus = Served::start(&config);
+    assert_eq!(bus.json(&["device", "list"]).as_array().unwrap().len(), 64);
+    wait_until("the control client's thread to end", || bus.status("Threads") <= 5);
+    let rss = bus.status("VmRSS");
+    assert!(rss < 64 << 10, "{rss} KiB resident");
+    // User and system time of the process, in ticks of 10 ms.
+    let time = || -> u64 {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", bus.child.id())).unwrap();
+        let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+        fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+    };
+    let switches = || bus.status("voluntary_ctxt_switches");
+    let before = (time(), switches());
+    std::thread::sleep(Duration::from_secs(3));
+    assert!(time() - before.0 <= 1, "idle, it used {} ticks", time() - before.0);
+    assert!(switches() - before.1 <= 3, "idle, it woke up {} times", switches() - before.1);
+}
+
+#[test]
+fn a_connection_to_a_device_counts_as_use() {
+    let bus = Served::start(TWO);
+    // A VERSION of vfio-user 0.0 without data: enough to be a client.
+    let mut client = std::os::unix::net::UnixStream::connect(bus.dir.join("net0.sock")).unwrap();
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut version = vec![1, 0, 1, 0];
+    version.extend(20u32.to_le_bytes());
+    version.extend([0; 12]);
+    version[16 + 2] = 1;
+    client.write_all(&version).unwrap();
+    wait_until("the client", || bus.json(&["device", "show", "net0"])["connected"] == true);
+    assert!(bus.bad(&["device", "remove", "net0"]).contains("--force"));
+    bus.good(&["device", "remove", "net0", "--force"]);
+    assert_eq!(bus.json(&["device", "list"]).as_array().unwrap().len(), 1);
+}

@@ -1,0 +1,138 @@
+//! A real `vbus serve` in a directory of its own, ended with the test.
+#![allow(dead_code, reason = "no test uses all of it")]
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+/// Longer than anything takes, even where many share a processor.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The program.
+pub fn vbus() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vbus"));
+    command.env_remove("NOTIFY_SOCKET").env("VBUS_LOG", "info").stdin(Stdio::null());
+    command
+}
+
+/// What a command printed and how it ended.
+pub struct Done {
+    pub code: Option<i32>,
+    pub out: String,
+    pub err: String,
+}
+
+/// Runs a command to its end.
+pub fn run(args: &[&str], dir: &Path) -> Done {
+    let Output { status, stdout, stderr } = vbus().args(args).arg("--dir").arg(dir).output().unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    Done { code: status.code(), out: text(stdout), err: text(stderr) }
+}
+
+/// A bus that is up.
+pub struct Served {
+    pub child: Child,
+    pub dir: PathBuf,
+    pub log: PathBuf,
+    /// Removed last.
+    _temporary: tempfile::TempDir,
+}
+
+impl Served {
+    /// Starts one with this configuration.
+    pub fn start(config: &str) -> Served {
+        let temporary = tempfile::tempdir().unwrap();
+        let (dir, log, file) =
+            (temporary.path().join("bus"), temporary.path().join("log"), temporary.path().join("bus.toml"));
+        std::fs::write(&file, config).unwrap();
+        let mut child = vbus()
+            .args(["serve", "--ready-fd", "1", "--config"])
+            .arg(&file)
+            .arg("--dir")
+            .arg(&dir)
+            .stdout(Stdio::piped())
+            .stderr(std::fs::File::create(&log).unwrap())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        assert_eq!(line, "READY=1\n", "{}", std::fs::read_to_string(&log).unwrap());
+        Served { child, dir, log, _temporary: temporary }
+    }
+
+    /// Runs a command against it.
+    pub fn run(&self, args: &[&str]) -> Done {
+        run(args, &self.dir)
+    }
+
+    /// Runs a command that must succeed, and returns what it printed.
+    pub fn good(&self, args: &[&str]) -> String {
+        let done = self.run(args);
+        assert_eq!(done.code, Some(0), "{args:?}: {}", done.err);
+        done.out
+    }
+
+    /// Likewise, as JSON.
+    pub fn json(&self, args: &[&str]) -> Value {
+        serde_json::from_str(&self.good(&[args, &["--json"]].concat())).unwrap()
+    }
+
+    /// Runs a command that must fail, and returns what it complained of.
+    pub fn bad(&self, args: &[&str]) -> String {
+        let done = self.run(args);
+        assert_eq!(done.code, Some(1), "{args:?}: {}", done.out);
+        done.err
+    }
+
+    /// A connection to its control socket.
+    pub fn control(&self) -> UnixStream {
+        let socket = UnixStream::connect(self.dir.join("control.sock")).unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        socket.set_write_timeout(Some(PATIENCE)).unwrap();
+        socket
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: rustix::process::Signal) {
+        rustix::process::kill_process(rustix::process::Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    /// A line of its `/proc/PID/status`, in the numbers that stand there.
+    pub fn status(&self, key: &str) -> u64 {
+        let text = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = text.lines().find_map(|l| l.strip_prefix(key)).unwrap();
+        line.trim_start_matches(':').split_whitespace().next().unwrap().parse().unwrap()
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Waits until `condition` holds.
+pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let until = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < until, "{what}: not within {PATIENCE:?}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Sends bytes and reads one line.
+pub fn exchange(socket: &mut UnixStream, bytes: &[u8]) -> String {
+    // The bus may have refused before it took everything.
+    let _ = socket.write_all(bytes);
+    let mut line = Vec::new();
+    let mut byte = [0];
+    while socket.read(&mut byte).is_ok_and(|n| n == 1) && byte != *b"\n" {
+        line.push(byte[0]);
+    }
+    String::from_utf8(line).unwrap()
+}
