@@ -1,8 +1,6 @@
 //! Two or three drivers on a switch.
 
-mod driver;
-
-use driver::{Net, Shape, bus, frame};
+use crate::driver::{Net, Shape, bus, frame};
 use serde_json::json;
 
 const A: [u8; 6] = [2, 0, 0, 0, 0, 1];
