@@ -189,6 +189,12 @@ impl Task for Pair {
         }
     }
 
+    fn carried(&self) -> u64 {
+        const EACH: u64 = 512;
+        let (tx, rx) = (&self.counters.tx, &self.counters.rx);
+        tx.bytes.get() + rx.bytes.get() + EACH * (tx.frames.get() + rx.frames.get())
+    }
+
     fn deadline(&self) -> Option<Instant> {
         [self.until, self.queue.deadline()].into_iter().flatten().min()
     }

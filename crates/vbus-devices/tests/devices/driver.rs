@@ -292,6 +292,11 @@ impl Net {
         true
     }
 
+    /// Frames put into the transmit ring so far.
+    pub fn sent(&self, q: usize) -> u64 {
+        self.pairs[q].sent
+    }
+
     /// Sends a plain frame, waiting for room in the ring.
     pub fn send(&mut self, q: usize, frame: &[u8]) {
         self.send_with(q, &[0; 12], frame, 1);

@@ -1,1 +1,187 @@
-//! (soon)
+//! A driver that writes whatever it likes, beside two that trust their network.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use serde_json::json;
+use vbus_core::shm::Memory as _;
+use vbus_core::shm::abi::venet::{CALL_FILTER, F_CSUM, F_TSO, F_USO, FILTER_PROMISCUOUS};
+use vbus_core::shm::ring::{Entry, Layout, NEXT, Returns};
+use vbus_core::{Endpoint, State, Status};
+
+use crate::driver::{Net, Shape, bus, frame};
+
+const A: [u8; 6] = [2, 0, 0, 0, 0, 1];
+const B: [u8; 6] = [2, 0, 0, 0, 0, 2];
+const H: [u8; 6] = [2, 0, 0, 0, 0, 3];
+const ALL: u64 = F_CSUM | F_TSO | F_USO;
+
+/// A sequence of numbers without rhyme.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let x = self.0;
+        (x >> 32) ^ x.rotate_left(23)
+    }
+
+    fn below(&mut self, end: usize) -> usize {
+        (self.next() >> 8) as usize % end
+    }
+}
+
+/// One life of the hostile driver: opens, then writes at random until the device has had enough of it.
+fn live(endpoint: &Arc<Endpoint>, random: &mut Random) -> Option<Status> {
+    let shape = Shape { features: ALL, ..Shape::default() };
+    let mut net = Net::open(endpoint, shape);
+    let _ = net.call(CALL_FILTER, &[FILTER_PROMISCUOUS as u8, 0, 0, 0, 0, 0, 0, 0]);
+    if random.below(2) == 0 {
+        net.post_all();
+    }
+    let rings = [(net.pairs[0].tx_addr, Returns::Counted), (net.pairs[0].rx_addr, Returns::Entries)]
+        .map(|(addr, returns)| net.memory.window(addr, Layout::new(shape.entries, returns).unwrap().bytes()));
+    for _ in 0..300 {
+        match random.below(6) {
+            // Anything, anywhere in a ring: entries, counts, arms, the header.
+            0 => {
+                let words = rings[random.below(2)].words();
+                let value = match random.below(4) {
+                    0 => random.next(),
+                    1 => random.next() & 0xffff,
+                    2 => random.next() | 1 << 32,
+                    _ => 0,
+                };
+                words[random.below(words.len())].store(value, Ordering::Relaxed);
+            }
+            // Entries in good order with bad content.
+            1 => {
+                let [addr, len] = match random.below(5) {
+                    0 => [random.next(), 100],
+                    1 => [u64::MAX - 5, 100],
+                    2 => [net.pairs[0].rx_buffers, random.next()],
+                    3 => [net.pairs[0].rx_buffers, 0],
+                    _ => [net.pairs[0].rx_buffers, 1 + random.next() % 4096],
+                };
+                let flags = if random.below(3) == 0 { NEXT } else { 0 };
+                let entry = Entry { addr, len: len as u32, id: 1, flags };
+                let pair = &mut net.pairs[0];
+                let _ = if random.below(4) == 0 { pair.rx.submit(entry) } else { pair.tx.submit(entry) };
+            }
+            // Frames with bad headers, to everyone.
+            _ => {
+                let mut header = [0; 12];
+                for byte in &mut header[..random.below(13)] {
+                    *byte = random.next() as u8;
+                }
+                header[0] &= 3;
+                header[1] = [0, 1, 4, 5, 0x81, 77][random.below(6)];
+                let to = [A, B, [0xff; 6]][random.below(3)];
+                let mut bytes = frame(to, [H, A, B][random.below(3)], random.next(), 14 + random.below(3000));
+                bytes[12..14].copy_from_slice(&[8, 0]);
+                if random.below(2) == 0 {
+                    bytes[14..].iter_mut().take(60).for_each(|b| *b = random.next() as u8);
+                }
+                if net.pairs[0].tx.space() > 4 {
+                    // A count that is nonsense by now ends the driver's own end, not ours.
+                    let addr = net.pairs[0].rx_buffers;
+                    net.memory.write(addr, &[&header[..], &bytes].concat());
+                    let _ = net.pairs[0].tx.submit(Entry { addr, len: 12 + bytes.len() as u32, id: 0, flags: 0 });
+                }
+            }
+        }
+        if random.below(3) == 0 {
+            net.kick_tx(0);
+            net.kick_rx(0);
+            (0..4).for_each(|handle| endpoint.ring(handle));
+        }
+        let _ = net.pairs[0].tx.reap_count();
+        if let State::Broken(status) = endpoint.state() {
+            return Some(status);
+        }
+    }
+    None
+}
+
+#[test]
+fn it_breaks_nothing_but_its_own_connection() {
+    let bus = bus(2);
+    let config = |n: u8, patience: u32| json!({ "mac": format!("02:00:00:00:00:{n:02x}"), "patience-ms": patience });
+    let mut a = Net::new(&bus, "a", config(1, 60_000), Shape { features: ALL, ..Shape::default() });
+    let mut b = Net::new(&bus, "b", config(2, 60_000), Shape::default());
+    let h = bus.create("h", "venet", &config(3, 5)).unwrap();
+    let done = Arc::new(AtomicBool::new(false));
+    let (stop, endpoint) = (done.clone(), h.clone());
+    let hostile = std::thread::spawn(move || {
+        let mut random = Random(7);
+        let mut broken = 0;
+        let mut lives = 0;
+        while !stop.load(Ordering::Relaxed) || lives < 100 {
+            broken += u32::from(live(&endpoint, &mut random).is_some());
+            lives += 1;
+        }
+        (lives, broken)
+    });
+    let count = 20_000;
+    let sender = std::thread::spawn(move || {
+        for n in 0..count {
+            a.send(0, &frame(B, A, n, 64 + n as usize % 1400));
+            // Its buffers may or may not be there; a sender must get past it.
+            if n % 16 == 0 {
+                a.send(0, &frame(H, A, n, 500));
+            }
+        }
+        a
+    });
+    for n in 0..count {
+        let wanted = frame(B, A, n, 64 + n as usize % 1400);
+        // What the hostile one sends comes in between.
+        while b.recv(0) != wanted {}
+    }
+    let mut a = sender.join().unwrap();
+    done.store(true, Ordering::Relaxed);
+    let (lives, broken) = hostile.join().unwrap();
+    assert!(broken > lives / 4, "the hostile driver was meant to be caught: {broken} of {lives} times");
+    assert_eq!(b.counter("/pairs/0/rx/drops/no_buffers"), 0);
+    assert_eq!([a.endpoint.state(), b.endpoint.state()], [State::Open; 2]);
+    // And the device serves an honest driver again.
+    let mut h = Net::open(&h, Shape::default());
+    h.post_all();
+    a.send(0, &frame(H, A, 1, 60));
+    while h.recv(0) != frame(H, A, 1, 60) {}
+}
+
+#[test]
+fn each_fault_has_its_status() {
+    let bus = bus(1);
+    let endpoint = bus.create("a", "venet", &json!({ "backend": "null", "source-bytes": 60 })).unwrap();
+    let broken = |net: &mut Net, tx: &[(u64, u32, u16)], rx: &[(u64, u32)]| {
+        for &(addr, len, flags) in tx {
+            net.pairs[0].tx.submit(Entry { addr, len, id: 0, flags }).unwrap();
+        }
+        for &(addr, len) in rx {
+            net.pairs[0].rx.submit(Entry { addr, len, id: 0, flags: 0 }).unwrap();
+        }
+        net.kick_tx(0);
+        net.kick_rx(0);
+        let interrupts = net.interrupts.clone();
+        let status = interrupts.wait("the end of the connection", || match net.endpoint.state() {
+            State::Broken(status) => Some(status),
+            _ => None,
+        });
+        assert_eq!(net.call(CALL_FILTER, &[0; 8]), Err(Status::NOT_OPEN));
+        status
+    };
+    let mut check = |tx: &[(u64, u32, u16)], rx: &[(u64, u32)], status| {
+        let mut net = Net::open(&endpoint, Shape::default());
+        assert_eq!(broken(&mut net, tx, rx), status, "{tx:x?} {rx:x?}");
+    };
+    check(&[(1 << 40, 100, 0)], &[], Status::BAD_ADDRESS);
+    check(&[(u64::MAX - 10, 100, 0)], &[], Status::BAD_ADDRESS);
+    check(&[(0, 0, 0)], &[], Status::BAD_LENGTH);
+    check(&[(0, 70_000, 0)], &[], Status::BAD_LENGTH);
+    check(&[(0, u32::MAX, NEXT), (0, u32::MAX, 0)], &[], Status::BAD_LENGTH);
+    check(&[(0, 100, NEXT); 21], &[], Status::BAD_LENGTH);
+    check(&[], &[(1 << 40, 2048)], Status::BAD_ADDRESS);
+    check(&[], &[(0, 63)], Status::BAD_LENGTH);
+}

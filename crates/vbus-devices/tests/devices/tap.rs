@@ -1,1 +1,178 @@
-//! (soon)
+//! The back end `tap`, against this machine's own network stack. Needs CAP_NET_ADMIN; says so and passes without.
+
+use std::net::{Ipv4Addr, UdpSocket};
+use std::process::Command;
+
+use serde_json::{Value, json};
+use vbus_core::Bus;
+use vbus_core::shm::abi::venet::{F_CSUM, F_TSO, F_USO};
+
+use crate::driver::{Net, PATIENCE, Shape, bus, frame};
+use crate::offloads::{large, payload};
+
+const A: [u8; 6] = [2, 0, 0, 0, 0, 1];
+const UDP: u8 = 17;
+
+/// A driver on a TAP interface, with the interface's name; nothing where that is not allowed.
+fn tap(bus: &Bus, shape: Shape, extra: &Value) -> Option<(Net, String)> {
+    let mut config = json!({ "mac": "02:00:00:00:00:01", "backend": "tap", "queue-pairs": shape.pairs });
+    for (key, value) in extra.as_object().unwrap() {
+        config[key] = value.clone();
+    }
+    let endpoint = match bus.create("a", "venet", &config) {
+        Ok(endpoint) => endpoint,
+        Err(error) => {
+            eprintln!("skipped: {error}");
+            return None;
+        }
+    };
+    let offered = endpoint.identity().features;
+    let mut net = Net::open(&endpoint, Shape { features: shape.features & offered, ..shape });
+    net.post_all();
+    let name = endpoint.inspect()["device"]["backend"]["tap"].as_str().unwrap().to_owned();
+    Some((net, name))
+}
+
+fn ip(args: &str) {
+    let output = Command::new("ip").args(args.split(' ')).output().expect("iproute2 is there where TAP is tested");
+    assert!(output.status.success(), "ip {args}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// Gives the interface an address, and its network a neighbour: the driver. Each test has a network of its own.
+fn address(name: &str, net: u8) -> UdpSocket {
+    ip(&format!("addr add 10.78.{net}.1/24 dev {name}"));
+    ip(&format!("neigh replace 10.78.{net}.2 lladdr 02:00:00:00:00:01 dev {name}"));
+    let socket = UdpSocket::bind((Ipv4Addr::new(10, 78, net, 1), 7777)).unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket
+}
+
+fn mac_of(name: &str) -> [u8; 6] {
+    let text = std::fs::read_to_string(format!("/sys/class/net/{name}/address")).unwrap();
+    let bytes: Vec<u8> = text.trim().split(':').map(|part| u8::from_str_radix(part, 16).unwrap()).collect();
+    bytes.try_into().unwrap()
+}
+
+/// A UDP datagram from the driver to port 7777 of the interface, in a frame of its own; its checksum is left out.
+fn datagram(name: &str, net: u8, data: &[u8]) -> Vec<u8> {
+    let udp = 8 + data.len() as u16;
+    let mut ip = vec![0x45, 0];
+    ip.extend((20 + udp).to_be_bytes());
+    ip.extend([0, 1, 0, 0, 64, UDP, 0, 0, 10, 78, net, 2, 10, 78, net, 1]);
+    let sum = ip.chunks(2).fold(0, |sum, pair| sum + (u32::from(pair[0]) << 8 | u32::from(pair[1])));
+    let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
+    ip[10..12].copy_from_slice(&sum.to_be_bytes());
+    let ports = [5555_u16.to_be_bytes(), 7777_u16.to_be_bytes(), udp.to_be_bytes(), [0, 0]].concat();
+    [&mac_of(name)[..], &A, &[8, 0], &ip, &ports, data].concat()
+}
+
+#[test]
+fn datagrams_pass_both_ways() {
+    let bus = bus(1);
+    let shape = Shape { entries: 16, ..Shape::default() };
+    let Some((mut a, name)) = tap(&bus, shape, &json!({ "mtu": 9000 })) else { return };
+    let socket = address(&name, 1);
+    let mut buffer = [0; 10_000];
+    for (n, len) in [1, 1000, 8000, 18].into_iter().enumerate() {
+        let data = frame(A, A, n as u64, len);
+        a.send_with(0, &[0; 12], &datagram(&name, 1, &data), 1 + n);
+        let got = socket.recv(&mut buffer).unwrap();
+        assert_eq!(buffer[..got], data);
+        socket.send_to(&data, (Ipv4Addr::new(10, 78, 1, 2), 5555)).unwrap();
+        loop {
+            let got = a.recv(0);
+            // The machine may have things of its own to say on a new interface, to everyone.
+            if got[..6] == A && got[23] == UDP {
+                assert_eq!(payload(&got, UDP)[..len], data);
+                break;
+            }
+        }
+    }
+    // Many at once, more than the ring holds: the interface keeps them until there are buffers.
+    for n in 0..200_u64 {
+        socket.send_to(&n.to_le_bytes(), (Ipv4Addr::new(10, 78, 1, 2), 5555)).unwrap();
+    }
+    let mut next = 0_u64;
+    while next < 200 {
+        let got = a.recv(0);
+        if got[..6] == A && got[23] == UDP {
+            assert_eq!(payload(&got, UDP)[..8], next.to_le_bytes(), "in order, none lost");
+            next += 1;
+        }
+    }
+    assert_eq!(std::fs::read_to_string(format!("/sys/class/net/{name}/mtu")).unwrap().trim(), "9000");
+    a.endpoint.close();
+    assert_eq!(std::fs::read_to_string(format!("/sys/class/net/{name}/carrier")).unwrap().trim(), "0");
+}
+
+#[test]
+fn large_datagrams_pass_whole() {
+    let bus = bus(1);
+    let features = F_CSUM | F_TSO | F_USO;
+    let shape = Shape { features, buffer_bytes: 4096, ..Shape::default() };
+    let Some((mut a, name)) = tap(&bus, shape, &json!({})) else { return };
+    if a.endpoint.features_accepted() & F_USO == 0 {
+        eprintln!("skipped: this kernel has no UDP segmentation on TAP (it came with 6.2)");
+        return;
+    }
+    let socket = address(&name, 2);
+    // Out: one frame that stands for 20 datagrams.
+    let (header, mut large) = large(UDP, 1000, 20_000);
+    let plain = datagram(&name, 2, &[]);
+    large[..12].copy_from_slice(&plain[..12]);
+    large[26..34].copy_from_slice(&plain[26..34]);
+    large[34..38].copy_from_slice(&plain[34..38]);
+    large[16..18].copy_from_slice(&20_028_u16.to_be_bytes());
+    large[24..26].copy_from_slice(&[0, 0]);
+    let sum = large[14..34].chunks(2).fold(0, |sum, pair| sum + (u32::from(pair[0]) << 8 | u32::from(pair[1])));
+    large[24..26].copy_from_slice(&(!((sum & 0xffff) + (sum >> 16)) as u16).to_be_bytes());
+    // The sum over the addresses, as the sender's stack leaves it.
+    let pseudo = [&large[26..34], &[0, UDP], &20_008_u16.to_be_bytes()].concat();
+    let sum = pseudo.chunks(2).fold(0, |sum, pair| sum + (u32::from(pair[0]) << 8 | u32::from(pair[1])));
+    large[40..42].copy_from_slice(&((sum & 0xffff) + (sum >> 16)).to_be_bytes()[2..]);
+    a.send_with(0, &header, &large, 3);
+    let mut got = Vec::new();
+    let mut buffer = [0; 2000];
+    while got.len() < 20_000 {
+        let len = socket.recv(&mut buffer).unwrap();
+        assert_eq!(len, 1000);
+        got.extend_from_slice(&buffer[..len]);
+    }
+    assert!(got == large[42..]);
+}
+
+#[test]
+fn the_interface_has_as_many_queues() {
+    let bus = bus(2);
+    let Some((mut a, name)) = tap(&bus, Shape { pairs: 2, ..Shape::default() }, &json!({ "tap": "vbustest%d" })) else {
+        return;
+    };
+    assert!(name.starts_with("vbustest"), "{name}");
+    let socket = address(&name, 3);
+    let queues = std::fs::read_dir(format!("/sys/class/net/{name}/queues")).unwrap();
+    let rx = queues.filter(|q| q.as_ref().unwrap().file_name().to_string_lossy().starts_with("rx-")).count();
+    assert_eq!(rx, 2);
+    let mut buffer = [0; 2000];
+    for q in 0..2 {
+        a.send(q, &datagram(&name, 3, &[q as u8; 100]));
+        assert_eq!(socket.recv(&mut buffer).unwrap(), 100);
+        assert_eq!(buffer[0], q as u8);
+    }
+    // One pair of two: everything comes to it.
+    let endpoint = a.endpoint.clone();
+    drop(a);
+    let mut a = Net::open(&endpoint, Shape::default());
+    a.post_all();
+    for n in 0..20_u64 {
+        // Different ports, so that the kernel would spread them.
+        socket.send_to(&n.to_le_bytes(), (Ipv4Addr::new(10, 78, 3, 2), 6000 + n as u16)).unwrap();
+    }
+    let mut next = 0_u64;
+    while next < 20 {
+        let got = a.recv(0);
+        if got[..6] == A && got[23] == UDP {
+            assert_eq!(payload(&got, UDP)[..8], next.to_le_bytes());
+            next += 1;
+        }
+    }
+}
