@@ -17,8 +17,8 @@ use std::time::{Duration, Instant};
 use rustix::buffer::spare_capacity;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{EventfdFlags, Timespec, eventfd};
-use vbus_shm::Pace;
 use vbus_shm::signal::Armed;
+use vbus_shm::{Pace, Rest};
 
 use crate::Status;
 use crate::counter::ConnectionCounters;
@@ -49,6 +49,12 @@ pub trait Task: Send {
     /// When the task wants to be polled even if nobody wakes it. Asked before it sleeps.
     fn deadline(&self) -> Option<Instant> {
         None
+    }
+
+    /// What the task has carried since it began, in bytes, of which a small message counts as some hundred: under load it is polled by a timer
+    /// instead of armed (see [`Pace`]). 0: never.
+    fn carried(&self) -> u64 {
+        0
     }
 
     /// Whether polling on after an empty poll can be of use. A task that only waits for descriptors says no.
@@ -316,8 +322,17 @@ impl Body {
             return Ok(Turn { again: true, busy: true, deadline: None });
         }
         counters.polls_empty.one();
-        if self.task.adaptive() && self.pace.poll_on(now()) {
-            return Ok(Turn { again: true, busy: false, deadline: None });
+        if self.task.adaptive() {
+            let now = now();
+            match self.pace.rest(now, self.task.carried()) {
+                Rest::Poll => return Ok(Turn { again: true, busy: false, deadline: None }),
+                Rest::Nap(nanoseconds) => {
+                    let end = Instant::now() + Duration::from_nanos(nanoseconds);
+                    let deadline = self.task.deadline().map_or(end, |deadline| deadline.min(end));
+                    return Ok(Turn { again: false, busy: false, deadline: Some(deadline) });
+                }
+                Rest::Sleep => {}
+            }
         }
         if self.task.arm()? == Armed::Missed {
             // A dishonest peer can say so for ever; it gets one more poll, and if that is empty too, the task sleeps all the same.

@@ -18,5 +18,4 @@ pub mod venet;
 pub use error::Error;
 pub use function::{Acknowledger, Bell, Function, Info, Name, State};
 pub use hal::{Dma, Doorbell, Hal, NoMemory};
-pub use vbus_shm::Pace;
-pub use vbus_shm::Status;
+pub use vbus_shm::{Pace, Rest, Status};

@@ -43,5 +43,5 @@ pub mod sync;
 mod wide;
 
 pub use memory::Memory;
-pub use pace::Pace;
+pub use pace::{Pace, Rest};
 pub use status::Status;

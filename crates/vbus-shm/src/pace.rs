@@ -1,23 +1,52 @@
 //! How long to poll before sleeping.
 
-/// The window of an adaptive poller: it grows while wake-ups come soon after the poller went to sleep, when polling on would have saved an
-/// interrupt, and shrinks to nothing while they do not. Times are nanoseconds from any fixed moment on.
-/// Both ends use it: the device's tasks in their event loop, the driver's queues in theirs.
+/// What to do after a poll that found nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rest {
+    /// Poll again at once.
+    Poll,
+    /// Poll again after so many nanoseconds, and stay disarmed until then: the peer need not kick.
+    Nap(u64),
+    /// Arm, and sleep until kicked.
+    Sleep,
+}
+
+/// The pace of an adaptive poller. Times are nanoseconds from any fixed moment on. Both ends use it: the device's tasks in their event loop,
+/// the driver's queues in theirs.
+///
+/// - First it polls on for a *window*, which grows while wake-ups come soon after the poller went to sleep, when polling on would have saved
+///   a kick, and shrinks to nothing while they do not. That keeps the latency of a fast exchange low.
+/// - Then, if much was carried lately, it naps instead of sleeping: a stream comes again soon enough, and a nap costs neither a kick nor a
+///   processor. Naps grow with the time in vain.
+/// - Only then does it arm and sleep.
 #[derive(Clone, Copy, Debug)]
 pub struct Pace {
     max: u64,
     window: u64,
     idle_since: Option<u64>,
     slept_at: Option<u64>,
+    /// When the load was last measured, and how much had been carried until then.
+    measured: (u64, u64),
+    loaded_until: u64,
 }
+
+/// The load is measured over at least this long.
+const MEASURE_NS: u64 = 1_000_000;
+/// A load from which on naps are worth while, in bytes per [`MEASURE_NS`] (130 Mb/s): an exchange of small messages back and forth that
+/// would suffer from naps stays below it.
+const LOAD_BYTES: u64 = 16 << 10;
+/// How long naps go on after such a load.
+const LOAD_HOLDS_NS: u64 = 10_000_000;
+/// The shortest and the longest nap. What arrives in the meantime has to find room: 1 ms at 10 Gb/s is 20 segments of 64 KiB.
+const NAP_NS: (u64, u64) = (100_000, 1_000_000);
 
 /// Below this the poller does not poll at all.
 const MIN_NS: u64 = 4_000;
 
 impl Pace {
-    /// A poller that polls in vain for at most `max_ns`; 0: never.
+    /// A poller that polls in vain for at most `max_ns` before it naps or sleeps; 0: it sleeps at once, always.
     pub fn new(max_ns: u64) -> Pace {
-        Pace { max: max_ns, window: 0, idle_since: None, slept_at: None }
+        Pace { max: max_ns, window: 0, idle_since: None, slept_at: None, measured: (0, 0), loaded_until: 0 }
     }
 
     /// There was something to do.
@@ -26,10 +55,27 @@ impl Pace {
         self.idle_since = None;
     }
 
-    /// There was nothing to do: whether to poll on.
-    pub fn poll_on(&mut self, now: u64) -> bool {
-        let since = *self.idle_since.get_or_insert(now);
-        now.saturating_sub(since) < self.window
+    /// There was nothing to do. `carried` is what the poller has carried since it began, in bytes, of which a small message counts as some
+    /// hundred; 0 if naps are of no use to it.
+    pub fn rest(&mut self, now: u64, carried: u64) -> Rest {
+        let vain = now.saturating_sub(*self.idle_since.get_or_insert(now));
+        if vain < self.window {
+            return Rest::Poll;
+        }
+        let (at, before) = self.measured;
+        let time = now.saturating_sub(at);
+        if time >= MEASURE_NS {
+            let bytes = carried.saturating_sub(before);
+            if bytes / (time / MEASURE_NS) >= LOAD_BYTES {
+                self.loaded_until = now + LOAD_HOLDS_NS;
+            }
+            self.measured = (now, carried);
+        }
+        if now < self.loaded_until && self.max > 0 {
+            Rest::Nap((vain / 2).clamp(NAP_NS.0, NAP_NS.1))
+        } else {
+            Rest::Sleep
+        }
     }
 
     /// Goes to sleep.
@@ -58,29 +104,74 @@ impl Pace {
 mod tests {
     use super::*;
 
+    const MS: u64 = 1_000_000;
+
     #[test]
     fn the_window_follows_the_wake_ups() {
         let mut pace = Pace::new(50_000);
-        assert!(!pace.poll_on(1));
-        let mut now = 1_000_000;
+        assert_eq!(pace.rest(1, 0), Rest::Sleep);
+        let mut now = MS;
         for _ in 0..8 {
             pace.sleep(now);
             now += 10_000;
             pace.woken(now);
         }
         assert_eq!(pace.window(), 50_000);
-        assert!(pace.poll_on(now) && pace.poll_on(now + 49_999) && !pace.poll_on(now + 50_000));
+        assert_eq!([0, 49_999, 50_000].map(|after| pace.rest(now + after, 0)), [Rest::Poll, Rest::Poll, Rest::Sleep]);
         pace.busy();
-        assert!(pace.poll_on(now + 60_000));
+        assert_eq!(pace.rest(now + 60_000, 0), Rest::Poll);
         for _ in 0..8 {
             pace.sleep(now);
             now += 50_001;
             pace.woken(now);
         }
         assert_eq!(pace.window(), 0);
+    }
+
+    #[test]
+    fn a_stream_is_napped_through_and_its_end_is_slept_through() {
+        let mut pace = Pace::new(50_000);
+        let (mut now, mut carried) = (MS, 0);
+        assert_eq!(pace.rest(now, carried), Rest::Sleep);
+        // A segment of 64 KiB every 300 us.
+        let mut naps = 0;
+        for _ in 0..100 {
+            (now, carried) = (now + 300_000, carried + 65_536);
+            pace.busy();
+            naps += u32::from(matches!(pace.rest(now, carried), Rest::Nap(_)));
+        }
+        assert!(naps > 90, "{naps}");
+        // It ends: the naps get longer, and there is an end of them.
+        let (end, mut count, mut last) = (now, 0, 0);
+        pace.busy();
+        while let Rest::Nap(nap) = pace.rest(now, carried) {
+            assert!(nap >= last && nap <= MS, "{nap} after {last}");
+            (now, count, last) = (now + nap, count + 1, nap);
+        }
+        assert!(now - end >= 9 * MS && now - end <= 12 * MS && count < 30, "{} ns in {count} naps", now - end);
+    }
+
+    #[test]
+    fn an_exchange_of_small_messages_is_not_napped_through() {
+        let mut pace = Pace::new(50_000);
+        let (mut now, mut carried) = (MS, 0);
+        for _ in 0..1000 {
+            // A round trip in 300 us, of two messages that count as 512 bytes each.
+            (now, carried) = (now + 300_000, carried + 1024);
+            pace.busy();
+            assert_eq!(pace.rest(now, carried), Rest::Sleep);
+            pace.sleep(now);
+            pace.woken(now + 200_000);
+        }
+    }
+
+    #[test]
+    fn without_a_window_there_is_neither_polling_nor_napping() {
         let mut never = Pace::new(0);
         never.sleep(1);
         never.woken(1);
-        assert!(!never.poll_on(1));
+        assert_eq!(never.rest(1, 0), Rest::Sleep);
+        assert_eq!(never.rest(2 * MS, 1 << 30), Rest::Sleep);
+        assert_eq!(never.rest(4 * MS, 1 << 31), Rest::Sleep);
     }
 }

@@ -8,9 +8,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
-use vbus_driver::Pace;
 use vbus_driver::venet::{FILTER_ALL_MULTICAST, FILTER_PROMISCUOUS, Nic, Status};
-use vbus_driver::{Acknowledger, Error, Function, Hal};
+use vbus_driver::{Acknowledger, Error, Function, Hal, Pace};
 
 use super::Options;
 use super::frames::FrameMemory;
@@ -73,7 +72,7 @@ where
         let buffers = hal.alloc(entries as usize * BUFFER_BYTES as usize).map_err(Error::from)?;
         let frames = FrameMemory::new(hal.alloc(FRAME_BYTES).map_err(Error::from)?)?;
         let pace = Pace::new(u64::from(options.poll_us) * 1000);
-        let mut queue = Queue { tx, frames, rx, buffers, tap: file, wake, pace, hal: hal.clone() };
+        let mut queue = Queue { tx, frames, rx, buffers, tap: file, wake, pace, carried: 0, hal: hal.clone() };
         queue.fill()?;
         queues.push(queue);
     }
@@ -125,6 +124,7 @@ fn report(name: &str, counters: &Counters) {
         refused = get(&counters.refused),
         doorbells = get(&counters.doorbells),
         interrupts = get(&counters.interrupts),
+        naps = get(&counters.naps),
         sleeps = get(&counters.sleeps),
         "{name} ends"
     );

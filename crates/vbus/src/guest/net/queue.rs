@@ -7,9 +7,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use anyhow::{Context, Result, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use vbus_driver::Pace;
 use vbus_driver::venet::{CHAIN_MAX, HEADER_BYTES, Rx, Tx};
-use vbus_driver::{Acknowledger, Dma, Hal};
+use vbus_driver::{Acknowledger, Dma, Hal, Pace, Rest};
 use vbus_shm::signal::Armed;
 
 use super::frames::{FrameMemory, io_slice};
@@ -19,6 +18,9 @@ use crate::guest::source::Interrupt;
 const BUDGET: u32 = 64;
 /// Frames submitted before the device is told of them; it can begin while the next are being read.
 const POST_EACH: u32 = 16;
+
+/// What a frame weighs besides its bytes, for the pace.
+const FRAME_WEIGHT: usize = 512;
 
 /// What a queue counts; for people.
 #[derive(Debug, Default)]
@@ -31,6 +33,8 @@ pub struct Counters {
     pub refused: AtomicU64,
     /// Doorbells rung.
     pub doorbells: AtomicU64,
+    /// Times it looked again after a nap.
+    pub naps: AtomicU64,
     /// Times it went to sleep.
     pub sleeps: AtomicU64,
     /// Times an interrupt (or the one who takes them) woke it.
@@ -65,8 +69,10 @@ pub struct Queue<H: Hal> {
     pub tap: File,
     /// What wakes it.
     pub wake: Wake<H>,
-    /// How long it polls.
+    /// How it rests.
     pub pace: Pace,
+    /// What it has carried, as [`Pace`] wants it told.
+    pub carried: u64,
     /// The environment, for its clock.
     pub hal: H,
 }
@@ -99,10 +105,12 @@ impl<H: Hal> Queue<H> {
         while !shared.stop.load(Ordering::Relaxed) {
             if self.turn(&shared.counters)? {
                 self.pace.busy();
-            } else if self.pace.poll_on(self.hal.now()) {
-                std::thread::yield_now();
-            } else {
-                self.sleep(shared)?;
+                continue;
+            }
+            match self.pace.rest(self.hal.now(), self.carried) {
+                Rest::Poll => std::thread::yield_now(),
+                Rest::Nap(nanoseconds) => self.nap(shared, nanoseconds)?,
+                Rest::Sleep => self.sleep(shared)?,
             }
         }
         Ok(())
@@ -128,7 +136,10 @@ impl<H: Hal> Queue<H> {
                 slices[i] = io_slice(&self.buffers, usize::from(piece.id) * size as usize, piece.len as usize);
             }
             match rustix::io::writev(&self.tap, &slices[..used]) {
-                Ok(_) => Counters::add(&counters.received, 1),
+                Ok(len) => {
+                    Counters::add(&counters.received, 1);
+                    self.carried += (len + FRAME_WEIGHT) as u64;
+                }
                 // A header or a frame that it does not take, an interface that is down, no memory: this frame is lost.
                 Err(Errno::INVAL | Errno::IO | Errno::AGAIN | Errno::NOMEM | Errno::NOBUFS | Errno::MSGSIZE) => {
                     Counters::add(&counters.refused, 1);
@@ -164,6 +175,7 @@ impl<H: Hal> Queue<H> {
                     if !self.tx.submit(&[piece])? {
                         bail!("the transmit ring is full although it had room");
                     }
+                    self.carried += (len + FRAME_WEIGHT) as u64;
                     count += 1;
                     if count % POST_EACH == 0 {
                         self.post_frames(counters);
@@ -196,6 +208,14 @@ impl<H: Hal> Queue<H> {
         Ok(if self.tx.space() > 0 { self.frames.room() } else { None })
     }
 
+    /// Sleeps for a while without asking for an interrupt; frames of the interface end it.
+    fn nap(&mut self, shared: &Shared, nanoseconds: u64) -> Result<()> {
+        Counters::add(&shared.counters.naps, 1);
+        let for_tap = self.room()?.is_some();
+        let time = Timespec { tv_sec: 0, tv_nsec: i64::try_from(nanoseconds)?.min(999_999_999) };
+        self.wait(shared, for_tap, Some(&time)).map(drop)
+    }
+
     /// Sleeps until there is something to do.
     fn sleep(&mut self, shared: &Shared) -> Result<()> {
         // Without room for another frame, the next thing to happen is that frames have been sent: a quarter of them makes it worth while.
@@ -212,7 +232,7 @@ impl<H: Hal> Queue<H> {
         }
         self.pace.sleep(self.hal.now());
         Counters::add(&shared.counters.sleeps, 1);
-        let (interrupted, gone) = self.wait(shared, !full)?;
+        let (interrupted, gone) = self.wait(shared, !full, None)?;
         self.pace.woken(self.hal.now());
         if interrupted {
             Counters::add(&shared.counters.interrupts, 1);
@@ -244,28 +264,27 @@ impl<H: Hal> Queue<H> {
         }
     }
 
-    /// Waits. Whether an interrupt came, and whether the function has gone.
-    fn wait(&self, shared: &Shared, for_tap: bool) -> Result<(bool, bool)> {
+    /// Waits, for an interrupt only without `nap`. Whether one came, and whether the function has gone.
+    fn wait(&self, shared: &Shared, for_tap: bool, nap: Option<&Timespec>) -> Result<(bool, bool)> {
         let (wake, lifeline) = match &self.wake {
             Wake::Interrupt(interrupt, _) => (interrupt.fd(), Some(interrupt.lifeline())),
             Wake::Relay(eventfd) => (eventfd.as_fd(), None),
         };
         let tap = if for_tap { PollFlags::IN } else { PollFlags::empty() };
-        let mut fds = vec![
-            PollFd::from_borrowed_fd(wake, PollFlags::IN),
-            PollFd::new(&shared.stopped, PollFlags::IN),
-            PollFd::new(&self.tap, tap),
-        ];
-        fds.extend(lifeline.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::RDHUP)));
-        match poll(&mut fds, None::<&Timespec>) {
+        let mut fds = vec![PollFd::new(&shared.stopped, PollFlags::IN), PollFd::new(&self.tap, tap)];
+        if nap.is_none() {
+            fds.push(PollFd::from_borrowed_fd(wake, PollFlags::IN));
+            fds.extend(lifeline.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::RDHUP)));
+        }
+        match poll(&mut fds, nap) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => return Err(error).context("poll"),
         }
-        let woken = fds[0].revents();
-        let gone = fds.get(3).is_some_and(|fd| !fd.revents().is_empty());
-        if fds[2].revents().intersects(PollFlags::ERR | PollFlags::HUP) {
+        if fds[1].revents().intersects(PollFlags::ERR | PollFlags::HUP) {
             bail!("the TAP interface was deleted");
         }
-        Ok((woken.contains(PollFlags::IN), gone))
+        let came = fds.get(2).is_some_and(|fd| fd.revents().contains(PollFlags::IN));
+        let gone = fds.get(3).is_some_and(|fd| !fd.revents().is_empty());
+        Ok((came, gone))
     }
 }
