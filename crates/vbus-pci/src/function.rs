@@ -8,8 +8,9 @@ use vbus_core::{Endpoint, MapError};
 
 use crate::Options;
 use crate::config::ConfigSpace;
-use crate::interrupts::{Interrupts, IrqError, IrqIndex};
+use crate::interrupts::{Interrupts, IrqError, IrqIndex, check};
 use crate::registers::{Context, Registers};
+use crate::unmask::Unmask;
 
 /// Number of regions of a PCI function in VFIO's numbering: six BARs, ROM, configuration space, VGA.
 pub const REGION_COUNT: u32 = 9;
@@ -44,6 +45,7 @@ pub struct PciFunction {
     config: ConfigSpace,
     registers: Registers,
     interrupts: Arc<Interrupts>,
+    unmask: Option<Unmask>,
     /// The MSI-X table as written. It is kept for the driver to read; the connector, which knows where messages go, has its own.
     msix_table: Vec<u8>,
 }
@@ -58,6 +60,7 @@ impl PciFunction {
             config: ConfigSpace::new(endpoint.identity(), options, vectors),
             registers: Registers::default(),
             interrupts,
+            unmask: None,
             msix_table: msix_table(vectors),
             endpoint,
         }
@@ -169,8 +172,28 @@ impl PciFunction {
         self.interrupts.connect(index, start, eventfds)
     }
 
+    /// Lets each write of `eventfd` unmask INTx; `None` ends that. For the other indexes there is nothing to unmask.
+    ///
+    /// # Errors
+    /// [`IrqError::NotMaskable`], [`IrqError::NotEventfd`], [`IrqError::Os`].
+    pub fn connect_unmask(&mut self, index: IrqIndex, eventfd: Option<OwnedFd>) -> Result<(), IrqError> {
+        if index != IrqIndex::Intx {
+            return Err(IrqError::NotMaskable);
+        }
+        let eventfd = eventfd.map(check).transpose()?;
+        // The old one first: both could be the same eventfd, which can be watched once only.
+        self.unmask = None;
+        if let Some(eventfd) = eventfd {
+            self.unmask = Some(Unmask::start(&self.endpoint, self.interrupts.clone(), eventfd)?);
+        }
+        Ok(())
+    }
+
     /// Disconnects all interrupts of an index.
-    pub fn disconnect_irqs(&self, index: IrqIndex) {
+    pub fn disconnect_irqs(&mut self, index: IrqIndex) {
+        if index == IrqIndex::Intx {
+            self.unmask = None;
+        }
         self.interrupts.disconnect(index);
     }
 
@@ -235,6 +258,7 @@ impl PciFunction {
     /// The peer is gone: as [`reset`](Self::reset), and its memory and eventfds go too.
     pub fn disconnected(&mut self) {
         self.reset();
+        self.unmask = None;
         self.interrupts.disconnect_all();
         self.endpoint.unmap_all();
     }

@@ -97,7 +97,7 @@ fn signal(fd: &OwnedFd) {
 }
 
 /// Checks what the peer sent: only an eventfd, whose writes do not block once it is set so.
-fn check(fd: OwnedFd) -> Result<Arc<OwnedFd>, IrqError> {
+pub(crate) fn check(fd: OwnedFd) -> Result<Arc<OwnedFd>, IrqError> {
     let link = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&fd));
     let target = rustix::fs::readlink(link, Vec::new()).map_err(IrqError::Os)?;
     if target.as_bytes() != b"anon_inode:[eventfd]" {

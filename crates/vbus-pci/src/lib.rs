@@ -8,6 +8,7 @@ mod config;
 mod function;
 mod interrupts;
 mod registers;
+mod unmask;
 
 pub use function::{DoorbellFd, PciFunction, REGION_COUNT, region};
 pub use interrupts::{INDEX_COUNT, IrqError, IrqIndex};

@@ -301,6 +301,31 @@ fn intx_pends_in_status_and_register_until_acknowledged() {
 }
 
 #[test]
+fn an_eventfd_can_be_the_end_of_interrupt() {
+    let mut rig = Rig::new(Options::default());
+    rig.open().unwrap();
+    let (mut ring, handle) = rig.ring(0);
+    let intx = rig.eventfd(IrqIndex::Intx, 0);
+    let end = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap();
+    for _ in 0..2 {
+        rig.function.connect_unmask(IrqIndex::Intx, Some(end.try_clone().unwrap())).unwrap();
+    }
+    ring.submit(Entry { addr: 1, len: 0, id: 0, flags: 0 }).unwrap();
+    assert_eq!(ring.arm(0), Armed::Waiting);
+    if ring.post() {
+        rig.write32(bar0::DOORBELLS + handle * 4, 0);
+    }
+    // Not acknowledged, it comes again after each end.
+    for _ in 0..3 {
+        assert_eq!(wait(&intx), 1);
+        rustix::io::write(&end, &1u64.to_ne_bytes()).unwrap();
+    }
+    assert_eq!(wait(&intx), 1);
+    assert!(rig.function.connect_unmask(IrqIndex::Msi, None).is_err());
+    rig.function.connect_unmask(IrqIndex::Intx, None).unwrap();
+}
+
+#[test]
 fn a_violation_breaks_the_connection_and_wakes_the_driver() {
     let mut rig = Rig::new(Options::default());
     rig.open().unwrap();

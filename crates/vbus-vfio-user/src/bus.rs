@@ -144,8 +144,12 @@ impl Target for PciFunction {
                 Ok(())
             }
             IrqAction::Connect { start, eventfds } => self.connect_irqs(index, start, eventfds),
-            // To mask and unmask by eventfd is an option of VFIO that INTx need not have; QEMU does it by message.
-            IrqAction::ConnectMask { .. } | IrqAction::ConnectUnmask { .. } => return Err(Errno::NOTSUP),
+            // An index that can be masked has one interrupt.
+            IrqAction::ConnectUnmask { eventfds, .. } => {
+                self.connect_unmask(index, eventfds.into_iter().next().flatten())
+            }
+            // No VMM asks for it.
+            IrqAction::ConnectMask { .. } => return Err(Errno::NOTSUP),
             IrqAction::Trigger(numbers) => numbers.iter().try_for_each(|&n| self.trigger_irq(index, n)),
             IrqAction::Mask(numbers) => numbers.iter().try_for_each(|_| self.mask_irq(index, true)),
             IrqAction::Unmask(numbers) => numbers.iter().try_for_each(|_| self.mask_irq(index, false)),

@@ -1,0 +1,183 @@
+//! `vbus device add|remove --qmp` against a QEMU that says what the test wants. Real ones are in the VM tests.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod support;
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, channel};
+use std::thread::JoinHandle;
+
+use serde_json::{Value, json};
+use support::{Served, wait_until};
+
+const CONFIG: &str = "[[device]]\nname = \"net0\"\nclass = \"venet\"\nbackend = \"switch\"\n";
+
+/// A QEMU with two root ports, of which the first is taken.
+struct Qemu {
+    socket: PathBuf,
+    seen: Receiver<Value>,
+    _dir: tempfile::TempDir,
+    _thread: JoinHandle<()>,
+}
+
+/// Answers of that QEMU to a command, as lines; `None`: it hangs up.
+type Answer = fn(&str, &Value) -> Option<Vec<Value>>;
+
+fn fine() -> Option<Vec<Value>> {
+    Some(vec![json!({ "return": {} })])
+}
+
+fn failed(text: &str) -> Option<Vec<Value>> {
+    Some(vec![json!({ "error": { "class": "GenericError", "desc": text } })])
+}
+
+fn event(name: &str, device: &str) -> Value {
+    json!({ "event": name, "data": { "device": device }, "timestamp": { "seconds": 1, "microseconds": 2 } })
+}
+
+impl Qemu {
+    fn start(answer: Answer) -> Qemu {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("qmp");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let (sender, seen) = channel();
+        let thread = std::thread::spawn(move || {
+            while let Ok((client, _)) = listener.accept() {
+                let _ = serve(&client, answer, &mut |command| drop(sender.send(command)));
+            }
+        });
+        Qemu { socket, seen, _dir: dir, _thread: thread }
+    }
+
+    fn path(&self) -> &str {
+        self.socket.to_str().unwrap()
+    }
+
+    /// The commands so far that are not questions.
+    fn commands(&self) -> Vec<Value> {
+        let question =
+            |c: &Value| ["qom-list", "qom-get", "qmp_capabilities"].contains(&c["execute"].as_str().unwrap());
+        self.seen.try_iter().filter(|c| !question(c)).collect()
+    }
+}
+
+fn serve(mut client: &UnixStream, answer: Answer, seen: &mut dyn FnMut(Value)) -> std::io::Result<()> {
+    writeln!(client, "{}", json!({ "QMP": { "version": {}, "capabilities": ["oob"] } }))?;
+    for line in BufReader::new(client).lines() {
+        let command: Value = serde_json::from_str(&line?)?;
+        seen(command.clone());
+        let (name, arguments) = (command["execute"].as_str().unwrap(), &command["arguments"]);
+        let node = |name: &str, kind: &str| json!({ "name": name, "type": kind });
+        let lines = match (name, arguments["path"].as_str()) {
+            ("qmp_capabilities", _) => fine(),
+            ("qom-list", Some("/machine/peripheral")) => Some(vec![json!({ "return": [
+                node("type", "string"), node("p10", "child<pcie-root-port>"), node("p2", "child<pcie-root-port>"),
+                node("p1", "child<pcie-root-port>"), node("vbus-net0", "child<vfio-user-pci>"), node("n", "child<e1000>"),
+            ] })]),
+            ("qom-list", Some("/machine/peripheral/p1/p1")) => {
+                Some(vec![json!({ "return": [node("type", "string"), node("child[0]", "link<vfio-user-pci>")] })])
+            }
+            ("qom-list", Some(_)) => Some(vec![json!({ "return": [node("type", "string")] })]),
+            _ => answer(name, arguments),
+        };
+        let Some(lines) = lines else { return Ok(()) };
+        for line in lines {
+            writeln!(client, "{line}")?;
+        }
+    }
+    Ok(())
+}
+
+fn add(bus: &Served, qmp: &str) -> support::Done {
+    bus.run(&["device", "add", "net1", "--class", "venet", "--set", "backend=null", "--qmp", qmp])
+}
+
+fn on_bus(bus: &Served) -> Vec<String> {
+    let list = bus.json(&["device", "list"]);
+    list.as_array().unwrap().iter().map(|d| d["name"].as_str().unwrap().to_owned()).collect()
+}
+
+#[test]
+fn a_device_is_plugged_into_the_first_free_port_once_it_is_on_the_bus() {
+    let bus = Served::start(CONFIG);
+    let qemu = Qemu::start(|name, arguments| {
+        assert_eq!(name, "device_add");
+        assert!(Path::new(arguments["socket"]["path"].as_str().unwrap()).exists(), "the bus comes first");
+        fine()
+    });
+    let done = add(&bus, qemu.path());
+    assert_eq!((done.code, done.out.as_str()), (Some(0), "added net1 in p2\n"), "{}", done.err);
+    let socket = bus.dir.join("net1.sock");
+    assert_eq!(
+        qemu.commands(),
+        [json!({ "execute": "device_add", "arguments": {
+            "driver": "vfio-user-pci", "id": "vbus-net1", "bus": "p2", "socket": { "type": "unix", "path": socket },
+        } })]
+    );
+    let taken = bus.run(&["device", "add", "net2", "--class", "venet", "--qmp", qemu.path(), "--port", "p1"]);
+    assert!(taken.err.contains("\"p1\" is occupied"), "{}", taken.err);
+    let taken = bus.run(&["device", "add", "net2", "--class", "venet", "--qmp", qemu.path(), "--port", "p3"]);
+    assert!(taken.err.contains("it has: p1, p2, p10"), "{}", taken.err);
+    assert_eq!(on_bus(&bus), ["net0", "net1"]);
+}
+
+#[test]
+fn a_device_that_cannot_be_plugged_is_taken_off_the_bus_again() {
+    let bus = Served::start(CONFIG);
+    let qemu = Qemu::start(|_, _| failed("Bus 'p2' does not support hotplugging"));
+    let done = add(&bus, qemu.path());
+    assert_eq!(done.code, Some(1));
+    assert!(
+        done.err.contains("does not support hotplugging") && done.err.contains("off the bus again"),
+        "{}",
+        done.err
+    );
+    assert_eq!(on_bus(&bus), ["net0"]);
+    let done = add(&bus, "/nonexistent/qmp");
+    assert!(done.code == Some(1) && done.err.contains("cannot reach QEMU"), "{}", done.err);
+    assert_eq!(on_bus(&bus), ["net0"]);
+    // A QEMU that dies while it is asked.
+    let qemu = Qemu::start(|_, _| None);
+    assert!(add(&bus, qemu.path()).err.contains("QEMU has gone"));
+    assert_eq!(on_bus(&bus), ["net0"]);
+}
+
+#[test]
+fn a_device_leaves_the_bus_once_the_guest_has_released_it() {
+    let bus = Served::start(CONFIG);
+    let qemu = Qemu::start(|name, arguments| {
+        assert_eq!((name, &arguments["id"]), ("device_del", &json!("vbus-net0")));
+        // Events may come before the answer, and others in between.
+        Some(vec![event("DEVICE_DELETED", "other"), json!({ "return": {} }), event("DEVICE_DELETED", "vbus-net0")])
+    });
+    let done = bus.run(&["device", "remove", "net0", "--qmp", qemu.path()]);
+    assert_eq!(done.code, Some(0), "{}", done.err);
+    assert!(on_bus(&bus).is_empty());
+    let done = bus.run(&["device", "remove", "net0", "--qmp", qemu.path()]);
+    assert!(done.err.contains("net0"));
+    assert_eq!(qemu.commands().len(), 1, "nothing is unplugged for a device that is not on the bus");
+}
+
+#[test]
+fn a_device_that_the_guest_keeps_stays_on_the_bus() {
+    let bus = Served::start(CONFIG);
+    let refuse =
+        Qemu::start(|_, _| Some(vec![json!({ "return": {} }), event("DEVICE_UNPLUG_GUEST_ERROR", "vbus-net0")]));
+    let done = bus.run(&["device", "remove", "net0", "--qmp", refuse.path()]);
+    assert!(done.code == Some(1) && done.err.contains("refuses"), "{}", done.err);
+    let silent = Qemu::start(|_, _| fine());
+    let done = bus.run(&["device", "remove", "net0", "--qmp", silent.path(), "--timeout", "1"]);
+    assert!(done.code == Some(1) && done.err.contains("did not release it within 1 s"), "{}", done.err);
+    assert_eq!(on_bus(&bus), ["net0"]);
+    // Asked again, QEMU complains; but the event still comes.
+    let again = Qemu::start(|_, _| {
+        let mut lines = failed("Device vbus-net0 is already in the process of unplug")?;
+        lines.push(event("DEVICE_DELETED", "vbus-net0"));
+        Some(lines)
+    });
+    let done = bus.run(&["device", "remove", "net0", "--qmp", again.path()]);
+    assert_eq!(done.code, Some(0), "{}", done.err);
+    wait_until("the device to leave", || on_bus(&bus).is_empty());
+}
