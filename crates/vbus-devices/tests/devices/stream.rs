@@ -1,6 +1,7 @@
 //! The back end `stream`, against peers that speak its protocol.
 
 use std::io::{Read, Write};
+use std::net::UdpSocket;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -184,7 +185,7 @@ fn offloads_are_done_before_the_stream() {
 
 /// A `passt` that serves at `path`, or why there is none.
 fn passt(path: &Path) -> Result<Child, String> {
-    let child = Command::new("passt")
+    let mut child = Command::new("passt")
         .args(["--foreground", "--socket"])
         .arg(path)
         .args([
@@ -205,7 +206,6 @@ fn passt(path: &Path) -> Result<Child, String> {
         .spawn()
         .map_err(|error| format!("passt cannot be started: {error}"))?;
     let begin = Instant::now();
-    let mut child = child;
     while !path.exists() {
         if let Some(status) = child.try_wait().map_err(|e| e.to_string())? {
             return Err(format!("passt ended with {status}"));
@@ -220,7 +220,7 @@ fn passt(path: &Path) -> Result<Child, String> {
 }
 
 #[test]
-fn passt_answers_arp() {
+fn a_datagram_passes_through_passt_and_back() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("passt");
     let mut child = match passt(&path) {
@@ -245,6 +245,34 @@ fn passt_answers_arp() {
     };
     assert_eq!(answer[20..22], [0, 2], "a reply");
     assert_eq!(answer[28..32], [10, 77, 0, 1], "from the gateway");
+    // To passt's guests, the gateway is this machine.
+    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    let gateway: [u8; 6] = answer[22..28].try_into().unwrap();
+    let data = frame(A, PEER, 1, 700);
+    a.send(0, &datagram(gateway, socket.local_addr().unwrap().port(), &data));
+    let mut buffer = [0; 2000];
+    let (len, from) = socket.recv_from(&mut buffer).unwrap();
+    assert_eq!(buffer[..len], data);
+    socket.send_to(&data, from).unwrap();
+    let back = loop {
+        let got = a.recv(0);
+        if got[12..14] == [8, 0] && got[23] == 17 {
+            break got;
+        }
+    };
+    assert_eq!(payload(&back, 17), data);
     child.kill().unwrap();
     child.wait().unwrap();
+}
+
+/// A UDP datagram from 10.77.0.2 to the gateway, without a checksum of its own.
+fn datagram(gateway: [u8; 6], port: u16, data: &[u8]) -> Vec<u8> {
+    let udp = 8 + data.len() as u16;
+    let mut ip =
+        [&[0x45, 0][..], &(20 + udp).to_be_bytes(), &[0, 1, 0, 0, 64, 17, 0, 0, 10, 77, 0, 2, 10, 77, 0, 1]].concat();
+    let sum = ip.chunks(2).fold(0, |sum, pair| sum + (u32::from(pair[0]) << 8 | u32::from(pair[1])));
+    ip[10..12].copy_from_slice(&(!((sum & 0xffff) + (sum >> 16)) as u16).to_be_bytes());
+    let ports = [5555_u16.to_be_bytes(), port.to_be_bytes(), udp.to_be_bytes(), [0, 0]].concat();
+    [&gateway[..], &A, &[8, 0], &ip, &ports, data].concat()
 }
