@@ -172,7 +172,7 @@ fn each_fault_has_its_status() {
         assert_eq!(net.call(CALL_FILTER, &[0; 8]), Err(Status::NOT_OPEN));
         status
     };
-    let mut check = |tx: &[(u64, u32, u16)], rx: &[(u64, u32)], status| {
+    let check = |tx: &[(u64, u32, u16)], rx: &[(u64, u32)], status| {
         let mut net = Net::open(&endpoint, Shape::default());
         assert_eq!(broken(&mut net, tx, rx), status, "{tx:x?} {rx:x?}");
     };

@@ -261,7 +261,8 @@ fn a_datagram_passes_through_passt_and_back() {
             break got;
         }
     };
-    assert_eq!(payload(&back, 17), data);
+    // Over IPv4 a datagram needs no checksum, and passt makes none.
+    assert_eq!(back[42..][..data.len()], data);
     child.kill().unwrap();
     child.wait().unwrap();
 }
