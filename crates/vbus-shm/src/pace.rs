@@ -36,7 +36,7 @@ const MEASURE_NS: u64 = 1_000_000;
 /// would suffer from naps stays below it.
 const LOAD_BYTES: u64 = 16 << 10;
 /// How long naps go on after such a load.
-const LOAD_HOLDS_NS: u64 = 10_000_000;
+const LOAD_HOLDS_NS: u64 = 30_000_000;
 /// The shortest and the longest nap. What arrives in the meantime has to find room: 1 ms at 10 Gb/s is 20 segments of 64 KiB.
 const NAP_NS: (u64, u64) = (100_000, 1_000_000);
 
@@ -148,7 +148,7 @@ mod tests {
             assert!(nap >= last && nap <= MS, "{nap} after {last}");
             (now, count, last) = (now + nap, count + 1, nap);
         }
-        assert!(now - end >= 9 * MS && now - end <= 12 * MS && count < 30, "{} ns in {count} naps", now - end);
+        assert!(now - end >= 29 * MS && now - end <= 32 * MS && count < 50, "{} ns in {count} naps", now - end);
     }
 
     #[test]
