@@ -44,6 +44,7 @@ impl Filter {
 }
 
 #[cfg(test)]
+#[allow(clippy::cast_possible_truncation)] // Small numbers.
 mod tests {
     use super::*;
 

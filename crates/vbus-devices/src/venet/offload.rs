@@ -170,6 +170,7 @@ fn checksum(initial: u64, bytes: &[u8]) -> u16 {
 }
 
 #[cfg(test)]
+#[allow(clippy::cast_possible_truncation)] // Small numbers.
 mod tests {
     use super::super::frame::Body;
     use super::*;

@@ -1,4 +1,5 @@
 //! The classes of this crate from end to end, against drivers in this process.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)] // A test may panic, and its numbers are small.
 
 mod driver;
 mod hostile;

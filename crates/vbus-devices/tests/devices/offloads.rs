@@ -144,7 +144,7 @@ fn what_was_not_negotiated_is_dropped_and_counted() {
     let [mut a, mut b] = pair([0, ALL], [Shape::default(); 2]);
     let (header, frame) = large(TCP, 1448, 5000);
     a.send_with(0, &header, &frame, 1);
-    a.send(0, &vec![2; 13]);
+    a.send(0, &[2; 13]);
     a.send(0, &vec![2; 1519]);
     a.send(0, &large(UDP, 0, 10).1);
     assert_eq!(b.recv(0).len(), 52);

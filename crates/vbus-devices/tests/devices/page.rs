@@ -28,7 +28,7 @@ fn the_status_page_follows() {
     }
     b.status("the last frame", |w| w[word::RX_FRAMES] == 10 && w[word::RX_BYTES] == 1000);
     b.send(0, &frame(A, B, 1, 60));
-    b.send(0, &vec![0; 5]);
+    b.send(0, &[0; 5]);
     b.status("the frame sent, and the one dropped", |w| w[word::TX_FRAMES] == 1 && w[word::TX_DROPS] == 1);
     b.endpoint.region_drop(u64::from(handle)).unwrap();
     b.add_status_page();
