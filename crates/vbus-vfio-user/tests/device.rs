@@ -1,0 +1,194 @@
+//! A device of the bus behind its socket, on the event loop: clients that come, crowd, misbehave and go.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use vbus_core::{Bus, Connection, Device, Executor, Identity, Open, Region, State, Status, Trust, Tuning};
+use vbus_driver::{Error, Function, Hal};
+use vbus_vfio_user::{Client, ClientError, DeviceServer, Errno, MEMORY_BYTES, Process};
+
+/// Adds its call's buffer up.
+struct Adder;
+
+impl Device for Adder {
+    fn identity(&self) -> Identity {
+        Identity::user("adder")
+    }
+
+    fn open(&self, _: Open) -> Result<Box<dyn Connection>, Status> {
+        Ok(Box::new(Adding))
+    }
+}
+
+struct Adding;
+
+impl Connection for Adding {
+    fn region_added(&mut self, _: Region) -> Result<(), Status> {
+        Ok(())
+    }
+
+    fn call(&mut self, function: u32, _: u32, buffer: &mut [u8]) -> Result<u64, Status> {
+        Ok(buffer.iter().map(|&b| u64::from(b)).sum::<u64>() + u64::from(function))
+    }
+
+    fn poll(&mut self, _: u32) -> Result<vbus_core::Progress, Status> {
+        Ok(vbus_core::Progress::Idle)
+    }
+
+    fn arm(&mut self) -> Result<vbus_core::shm::signal::Armed, Status> {
+        Ok(vbus_core::shm::signal::Armed::Waiting)
+    }
+
+    fn disarm(&mut self) {}
+}
+
+struct Setup {
+    _folder: tempfile::TempDir,
+    bus: Bus,
+    server: DeviceServer,
+}
+
+fn setup() -> Setup {
+    let folder = tempfile::tempdir().unwrap();
+    let bus = Bus::new(Executor::start(Tuning::default()).unwrap(), Vec::new(), Trust::Sealed);
+    let endpoint = bus.add("adder0", Arc::new(Adder)).unwrap();
+    let server = DeviceServer::start(endpoint, &folder.path().join("s"), Default::default()).unwrap();
+    Setup { _folder: folder, bus, server }
+}
+
+/// Connects as soon as the client before has gone.
+fn process(setup: &Setup) -> Process {
+    let start = Instant::now();
+    loop {
+        match Process::connect(setup.server.path(), MEMORY_BYTES) {
+            Ok(process) => return process,
+            Err(ClientError::Refused { errno: Errno::BUSY, .. }) if start.elapsed() < Duration::from_secs(20) => {
+                std::thread::yield_now();
+            }
+            Err(e) => panic!("{e}"),
+        }
+    }
+}
+
+#[test]
+fn a_driver_that_goes_without_a_word_leaves_nothing_behind() {
+    let setup = setup();
+    let endpoint = setup.bus.get("adder0").unwrap();
+    for round in 1..=50u32 {
+        let process = process(&setup);
+        let mut function = Function::probe(process.clone()).unwrap();
+        function.open(0).unwrap();
+        assert_eq!(function.call(round, 0, &mut [1, 2, 3]), Ok(u64::from(round) + 6));
+        let memory = process.alloc(8192).unwrap();
+        function.region_add(0, 0, &memory, (0, 8192), None).unwrap();
+        assert_eq!(endpoint.state(), State::Open);
+        // As a process that is killed: nothing is closed but the socket.
+        rustix::net::shutdown(process.socket(), rustix::net::Shutdown::Both).unwrap();
+        std::mem::forget(function);
+    }
+    drop(process(&setup));
+    assert_eq!(endpoint.counters().opens.get(), 50);
+    assert_eq!(endpoint.counters().broken.get(), 0);
+}
+
+#[test]
+fn a_crowd_is_served_or_refused_but_nobody_waits() {
+    let setup = setup();
+    let (served, refused) = (AtomicU32::new(0), AtomicU32::new(0));
+    std::thread::scope(|scope| {
+        for _ in 0..12 {
+            scope.spawn(|| {
+                for _ in 0..40 {
+                    match Client::connect(setup.server.path()) {
+                        Ok(mut client) => {
+                            assert_eq!(client.device_info().unwrap().regions, 9);
+                            served.fetch_add(1, Ordering::Relaxed);
+                        }
+                        // More than a few at once are closed without an answer.
+                        Err(ClientError::Refused { errno: Errno::BUSY, .. } | ClientError::Closed) => {
+                            refused.fetch_add(1, Ordering::Relaxed);
+                        }
+                        Err(ClientError::Broken(e)) if e.to_string().contains("reset") => {
+                            refused.fetch_add(1, Ordering::Relaxed);
+                        }
+                        Err(e) => panic!("{e}"),
+                    }
+                }
+            });
+        }
+    });
+    assert_eq!(served.load(Ordering::Relaxed) + refused.load(Ordering::Relaxed), 480);
+    assert!(served.load(Ordering::Relaxed) > 0);
+    drop(process(&setup));
+}
+
+#[test]
+fn a_hostile_client_is_ended_and_the_next_one_served() {
+    let setup = setup();
+    for bytes in [&[0u8; 16][..], &[0xff; 64], &[1, 0, 4, 0, 32, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]] {
+        let mut stream = UnixStream::connect(setup.server.path()).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        stream.write_all(bytes).unwrap();
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut rest = Vec::new();
+        // The end comes as such, or as a reset.
+        assert!(!matches!(stream.read_to_end(&mut rest), Err(e) if e.kind() == std::io::ErrorKind::WouldBlock));
+        drop(process(&setup));
+    }
+    // One that says nothing is ended by the event loop's timer.
+    let mut silent = UnixStream::connect(setup.server.path()).unwrap();
+    silent.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    assert_eq!(silent.read(&mut [0; 16]).unwrap(), 0);
+    drop(process(&setup));
+}
+
+#[test]
+fn memory_is_taken_only_if_it_can_be_used_safely() {
+    let setup = setup();
+    let mut client = Client::connect(setup.server.path()).unwrap();
+    let refused = |result| match result {
+        Err(ClientError::Refused { errno, .. }) => errno,
+        other => panic!("{other:?}"),
+    };
+    let sealable = memfd_create("sealable", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+    assert_eq!(refused(client.dma_map(sealable.as_fd(), 0, 0, 8192)), Errno::INVAL, "too short");
+    ftruncate(&sealable, 8192).unwrap();
+    client.dma_map(sealable.as_fd(), 0, 0, 8192).unwrap();
+    assert_eq!(ftruncate(&sealable, 4096), Err(Errno::PERM), "the server has sealed it");
+    assert_eq!(refused(client.dma_map(sealable.as_fd(), 0, 4096, 4096)), Errno::EXIST);
+    assert_eq!(refused(client.dma_map(sealable.as_fd(), 8192, 8192, 4096)), Errno::INVAL, "behind the end");
+    let shrinking = memfd_create("shrinking", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&shrinking, 8192).unwrap();
+    assert_eq!(refused(client.dma_map(shrinking.as_fd(), 0, 65536, 8192)), Errno::INVAL, "could shrink");
+    let event = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+    assert_eq!(refused(client.dma_map(event.as_fd(), 0, 65536, 4096)), Errno::INVAL, "no memory at all");
+    let (pipe, _end) = rustix::pipe::pipe().unwrap();
+    assert_eq!(refused(client.connect_irqs(1, 0, &[pipe.as_fd()])), Errno::INVAL, "no eventfd");
+    client.connect_irqs(1, 0, &[event.as_fd()]).unwrap();
+    client.dma_unmap_all().unwrap();
+}
+
+#[test]
+fn a_device_that_is_removed_is_gone_for_its_driver() {
+    let Setup { _folder, bus, server } = setup();
+    let process = Process::connect(server.path(), MEMORY_BYTES).unwrap();
+    let mut function = Function::probe(process.clone()).unwrap();
+    function.open(0).unwrap();
+    let path = server.path().to_owned();
+    drop(server);
+    bus.remove("adder0").unwrap();
+    assert!(!path.exists());
+    assert!(!process.wait(Duration::from_secs(20)), "no interrupt");
+    let start = Instant::now();
+    assert_eq!(function.check(), Err(Error::Gone));
+    assert_eq!(function.call(1, 0, &mut []), Err(Error::Gone));
+    drop(function);
+    assert!(start.elapsed() < Duration::from_secs(4), "without a time-out for each access");
+}
