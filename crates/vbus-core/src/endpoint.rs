@@ -1,6 +1,7 @@
 //! A device as a connector sees it: open and close, regions, calls, doorbells, memory, interrupts.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 
 use rustix::event::{EventfdFlags, eventfd};
@@ -51,6 +52,8 @@ struct OpenConnection {
     connection: SharedConnection,
     task: TaskHandle,
     features: u64,
+    /// Tells it from those before, of which a task may still be about to report a fault.
+    generation: u64,
     /// By handle: the driver's range that each region lies in (for page lists, everything from lowest to highest page).
     regions: Vec<Option<RegionRanges>>,
 }
@@ -112,6 +115,7 @@ pub struct Endpoint {
     counters: Arc<ConnectionCounters>,
     sink: RwLock<Arc<dyn InterruptSink>>,
     inner: Mutex<Inner>,
+    generations: AtomicU64,
     doorbells: Vec<DoorbellSlot>,
     this: std::sync::Weak<Endpoint>,
 }
@@ -151,6 +155,7 @@ impl Endpoint {
             counters: Arc::default(),
             sink: RwLock::new(Arc::new(NoInterrupts)),
             inner: Mutex::new(Inner::Closed),
+            generations: AtomicU64::new(0),
             doorbells: (0..count).map(|_| DoorbellSlot::default()).collect(),
             this: this.clone(),
         })
@@ -258,7 +263,14 @@ impl Endpoint {
         if hit {
             tracing::warn!(device = self.name, "memory of a region was unmapped; the connection ends");
             self.end(&mut inner, Inner::Broken(Status::REVOKED));
+            drop(inner);
+            self.wake_driver();
         }
+    }
+
+    /// The driver may be asleep, waiting for a connection that has ended: lets it look at the status.
+    fn wake_driver(&self) {
+        self.sink.read().unwrap_or_else(|e| e.into_inner()).trigger(0);
     }
 
     /// OPEN: the driver has written `handshake.1` at address `handshake.0`, and must have written it where we read.
@@ -285,11 +297,12 @@ impl Endpoint {
             tracing::warn!(device = self.name, "{}", Status::NOT_SHARED);
             return Err(Status::NOT_SHARED);
         }
+        let generation = self.generations.fetch_add(1, Ordering::Relaxed);
         let fail = {
             let this = self.this.clone();
             Fail(Arc::new(move |status| {
                 if let Some(endpoint) = this.upgrade() {
-                    endpoint.fail(status);
+                    endpoint.fail(generation, status);
                 }
             }))
         };
@@ -306,7 +319,7 @@ impl Endpoint {
         let task =
             self.executor.spawn(self.place, Box::new(task), self.counters.clone(), move |status| fail.fail(status));
         let regions = (0..self.identity.regions).map(|_| None).collect();
-        *inner = Inner::Open(OpenConnection { connection, task, features, regions });
+        *inner = Inner::Open(OpenConnection { connection, task, features, generation, regions });
         self.counters.opens.one();
         tracing::info!(device = self.name, features = format_args!("{features:#x}"), "opened");
         Ok(())
@@ -325,17 +338,17 @@ impl Endpoint {
         let mut inner = lock(&self.inner);
         self.end(&mut inner, Inner::Removed);
         drop(inner);
+        self.wake_driver();
         self.device.removed();
     }
 
-    fn fail(&self, status: Status) {
+    fn fail(&self, generation: u64, status: Status) {
         let mut inner = lock(&self.inner);
-        if matches!(*inner, Inner::Open(_)) {
+        if matches!(&*inner, Inner::Open(open) if open.generation == generation) {
             tracing::warn!(device = self.name, %status, "the connection ends by a fault");
             self.end(&mut inner, Inner::Broken(status));
             drop(inner);
-            // The driver may be asleep, waiting for this device: wake it, so that it can read the status.
-            self.sink.read().unwrap_or_else(|e| e.into_inner()).trigger(0);
+            self.wake_driver();
         }
     }
 

@@ -275,7 +275,12 @@ impl Worker {
         cell.queued.lower();
         let mut guard = lock(&cell.body);
         let Some(body) = guard.as_mut() else { return Progress::Idle };
-        let result = body.slice(&self.tuning, &cell.counters);
+        // A panic is a fault of the device, and must not take the worker's other tasks with it.
+        let slice = std::panic::AssertUnwindSafe(|| body.slice(&self.tuning, &cell.counters));
+        let result = std::panic::catch_unwind(slice).unwrap_or_else(|_| {
+            tracing::error!("a task panicked; it ends");
+            Err(Status::FAILED)
+        });
         match result {
             Ok(Turn { again, busy, deadline }) => {
                 if let Some(at) = deadline {

@@ -12,6 +12,7 @@ use std::fmt;
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, RwLock, RwLockReadGuard};
 
 use rustix::fs::{SealFlags, fcntl_add_seals, fcntl_get_seals, fstat};
@@ -51,10 +52,45 @@ pub enum MapError {
     Os(#[from] rustix::io::Errno),
 }
 
+/// The most pages, over all peers, that are mapped one by one for page lists. The kernel allows a process 65530 mappings in all, and a process
+/// that has used them up cannot even allocate.
+const LISTED_MAX: usize = 32768;
+/// The most of them for one peer.
+const LISTED_PEER_MAX: usize = 8192;
+
+/// Pages that are mapped one by one.
+static LISTED: AtomicUsize = AtomicUsize::new(0);
+
+/// A share of the pages that may be mapped one by one, given back when dropped.
+struct Listed {
+    pages: usize,
+    peer: Arc<AtomicUsize>,
+}
+
+impl Listed {
+    fn take(pages: usize, peer: &Arc<AtomicUsize>) -> Result<Listed, Status> {
+        let share = Listed { pages, peer: peer.clone() };
+        let peers = peer.fetch_add(pages, Ordering::Relaxed);
+        let all = LISTED.fetch_add(pages, Ordering::Relaxed);
+        // On refusal the drop gives it back.
+        let fits = peers.saturating_add(pages) <= LISTED_PEER_MAX && all.saturating_add(pages) <= LISTED_MAX;
+        if fits { Ok(share) } else { Err(Status::LIMIT) }
+    }
+}
+
+impl Drop for Listed {
+    fn drop(&mut self) {
+        self.peer.fetch_sub(self.pages, Ordering::Relaxed);
+        LISTED.fetch_sub(self.pages, Ordering::Relaxed);
+    }
+}
+
 /// Part of a file, mapped.
 struct Mapping {
     base: NonNull<u8>,
     len: usize,
+    /// Of a page list: its share.
+    _listed: Option<Listed>,
 }
 
 // SAFETY: the mapping belongs to this value, is never moved, and is accessed only through atomics, raw copies and system calls, which any
@@ -68,7 +104,7 @@ impl Mapping {
         let prot = if writable { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
         // SAFETY: a fresh mapping at an address of the kernel's choice.
         let base = unsafe { mmap(std::ptr::null_mut(), len, prot, MapFlags::SHARED, fd, offset) }?;
-        Ok(Mapping { base: NonNull::new(base.cast()).ok_or(rustix::io::Errno::INVAL)?, len })
+        Ok(Mapping { base: NonNull::new(base.cast()).ok_or(rustix::io::Errno::INVAL)?, len, _listed: None })
     }
 }
 
@@ -146,6 +182,8 @@ pub enum Trust {
 pub struct MemoryContext {
     table: RwLock<Table>,
     trust: Trust,
+    /// Pages of it that are mapped one by one.
+    listed: Arc<AtomicUsize>,
 }
 
 impl fmt::Debug for MemoryContext {
@@ -157,7 +195,7 @@ impl fmt::Debug for MemoryContext {
 impl MemoryContext {
     /// No memory yet.
     pub fn new(trust: Trust) -> MemoryContext {
-        MemoryContext { table: RwLock::default(), trust }
+        MemoryContext { table: RwLock::default(), trust, listed: Arc::default() }
     }
 
     /// Maps `len` bytes of `file` (descriptor, offset) at address `start` of the driver's memory; without a file the range is remembered as
@@ -241,13 +279,14 @@ impl MemoryContext {
         check_words(0, len)?;
         let total = page.checked_mul(pages.len()).ok_or(Status::BAD_LENGTH)?;
         let words = usize::try_from(len).ok().filter(|len| *len <= total).ok_or(Status::BAD_LENGTH)? / 8;
+        let listed = Listed::take(pages.len(), &self.listed)?;
         let view = self.view();
         // Reserve the whole range, then lay the pages over it one by one.
         // SAFETY: a fresh mapping at an address of the kernel's choice.
         let base = unsafe { mmap_anonymous(std::ptr::null_mut(), total, ProtFlags::empty(), MapFlags::PRIVATE) }
             .map_err(|_| Status::LIMIT)?;
         let base = NonNull::new(base.cast::<u8>()).ok_or(Status::FAILED)?;
-        let whole = Mapping { base, len: total };
+        let whole = Mapping { base, len: total, _listed: Some(listed) };
         for (i, &addr) in pages.iter().enumerate() {
             if addr % page as u64 != 0 {
                 return Err(Status::BAD_ALIGNMENT);

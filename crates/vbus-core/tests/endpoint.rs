@@ -384,3 +384,35 @@ fn deadlines_wake_tasks_and_stop_ends_them() {
     while receiver.recv_timeout(BOUND).is_ok() {}
     assert_eq!(polls.load(Ordering::Relaxed), after);
 }
+
+struct Panics;
+
+impl vbus_core::Task for Panics {
+    fn poll(&mut self, _: u32) -> Result<Progress, Status> {
+        panic!("a fault of this task, which the test wants");
+    }
+}
+
+#[test]
+fn a_task_that_panics_takes_no_other_with_it() {
+    let executor = Executor::start(Tuning { workers: 1, ..Tuning::default() }).unwrap();
+    let (sender, ended) = channel();
+    let sender = Mutex::new(sender);
+    executor.spawn(0, Box::new(Panics), Arc::default(), move |status| sender.lock().unwrap().send(status).unwrap());
+    assert_eq!(ended.recv_timeout(BOUND), Ok(Status::FAILED));
+    let (sender, receiver) = channel();
+    executor.spawn(0, Box::new(Ticker(Arc::default(), sender)), Arc::default(), |_| {});
+    receiver.recv_timeout(BOUND).expect("the worker goes on");
+}
+
+#[test]
+fn page_lists_do_not_use_up_the_mappings_of_the_process() {
+    let driver = Driver::new();
+    let pages: Vec<u64> = vec![BASE; 4096];
+    let one = || driver.mine.window_of_pages(&pages, 12, 4096 * 4096);
+    let (first, second) = (one().unwrap(), one().unwrap());
+    assert_eq!(one().unwrap_err(), Status::LIMIT);
+    drop(first);
+    drop((one().unwrap(), second));
+    one().unwrap();
+}

@@ -11,7 +11,7 @@ use crate::output::{columns, emit, emit_json, plain};
 
 /// Which bus, and how to print.
 #[derive(clap::Args, Debug)]
-struct Common {
+pub struct Common {
     #[command(flatten)]
     place: Place,
     /// Print JSON
