@@ -1,18 +1,105 @@
-//! The measures of vbus against their peers, in one run.
+//! The measures of vbus against their peers, in one run: `vbus-bench [--json] [--quick] [--out DIRECTORY]`.
+//!
+//! Every group of measures runs in several processes, since where a process's memory lies has its part in what it costs; and within a
+//! process in several rounds, each of which has a run of every contender.
 
 mod ablation;
+mod chart;
 mod duel;
+mod pages;
 mod region;
+mod report;
 mod rings;
 mod samples;
+mod signals;
 
-fn main() {
-    let mut s = samples::Samples::new(15);
-    rings::sample(&mut s);
-    for name in s.figures.keys() {
-        let Some(v) = s.of(name) else { continue };
-        let group = name.rsplit_once('/').unwrap().0;
-        let r = s.ratio(name, &format!("{group}/vbus")).unwrap();
-        println!("{name:32} {:8.1} {:8.1} {:8.1}     x {:6.2} {:6.2} {:6.2}", v.low, v.median, v.high, r.low, r.median, r.high);
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::{Command, ExitCode, Stdio};
+
+use samples::Samples;
+
+/// A group of measures.
+type Group = (&'static str, fn(&mut Samples));
+
+const GROUPS: [Group; 6] = [
+    ("rings", rings::sample),
+    ("pages", pages::sample),
+    ("signals", signals::sample),
+    ("sizes", pages::by_size),
+    ("readers", pages::by_readers),
+    ("devices", rings::by_devices),
+];
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match arguments.first().map(String::as_str) {
+        Some("--sample") => return sample(&arguments[1], &arguments[2]),
+        Some("--peer") => {
+            signals::peer(&arguments[1..]);
+            return ExitCode::SUCCESS;
+        }
+        _ => {}
     }
+    let (mut json, mut quick, mut only) = (false, false, None);
+    let mut directory = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../target/bench"));
+    let mut arguments = arguments.into_iter();
+    while let Some(argument) = arguments.next() {
+        match (argument.as_str(), &mut arguments) {
+            ("--json", _) => json = true,
+            ("--quick", _) => quick = true,
+            ("--only", rest) => only = rest.next(),
+            ("--out", rest) => directory = rest.next().unwrap_or_default().into(),
+            _ => {
+                eprintln!("usage: vbus-bench [--json] [--quick] [--only GROUP] [--out DIRECTORY]");
+                return ExitCode::from(2);
+            }
+        }
+    }
+    let (processes, rounds) = if quick { (3, 3) } else { (9, 7) };
+    let mut samples = Samples::new(rounds);
+    for process in 1..=processes {
+        for (group, _) in GROUPS.iter().filter(|(group, _)| only.as_ref().is_none_or(|only| only == group)) {
+            eprintln!("process {process} of {processes}: {group}");
+            match run(group, rounds) {
+                Ok(figures) => samples.extend(figures),
+                Err(error) => {
+                    eprintln!("the measures of {group} failed: {error}");
+                    return ExitCode::FAILURE;
+                }
+            }
+        }
+    }
+    let report = report::report(&samples);
+    if let Err(error) = chart::write(&samples, &directory) {
+        eprintln!("could not write charts to {}: {error}", directory.display());
+        return ExitCode::FAILURE;
+    }
+    println!("\ncharts: {}", directory.display());
+    if json {
+        println!("{report}");
+    }
+    ExitCode::SUCCESS
+}
+
+/// Takes the samples of one group in this process, and prints them for the one that gathers them.
+fn sample(group: &str, rounds: &str) -> ExitCode {
+    let mut samples = Samples::new(rounds.parse().unwrap_or(1));
+    let Some((_, take)) = GROUPS.iter().find(|(name, _)| *name == group) else { return ExitCode::from(2) };
+    take(&mut samples);
+    println!("{}", serde_json::json!(samples.figures));
+    ExitCode::SUCCESS
+}
+
+/// Takes the samples of one group in a process of its own.
+fn run(group: &str, rounds: usize) -> Result<BTreeMap<String, Vec<f64>>, Box<dyn std::error::Error>> {
+    let program = std::env::current_exe()?;
+    let rounds = rounds.to_string();
+    let child = Command::new(program).args(["--sample", group, &rounds]).stdout(Stdio::piped()).spawn()?;
+    let output = child.wait_with_output()?;
+    if !output.status.success() {
+        return Err(format!("the process ended with {}", output.status).into());
+    }
+    let text = String::from_utf8(output.stdout)?;
+    Ok(serde_json::from_str(text.lines().last().unwrap_or_default())?)
 }

@@ -8,12 +8,12 @@ mod vbus;
 
 use crate::duel::{Wait, duel};
 use crate::region::Region;
-use crate::samples::Samples;
+use crate::samples::{Round, Samples};
 
 /// Entries of every ring.
 pub const ENTRIES: usize = 256;
 /// Batches that are measured.
-pub const BATCHES: [usize; 4] = [1, 4, 16, 64];
+const BATCHES: [usize; 4] = [1, 4, 16, 64];
 
 /// The end that submits.
 pub trait Driver: Send {
@@ -30,7 +30,13 @@ pub trait Device: Send {
 }
 
 /// Nanoseconds for one entry, there and back, in batches of `batch` with at most `window` in flight.
-fn run<A: Driver, B: Device>((mut driver, mut device): (A, B), batch: usize, window: usize, total: usize, wait: Wait) -> f64 {
+fn run<A: Driver, B: Device>(
+    (mut driver, mut device): (A, B),
+    batch: usize,
+    window: usize,
+    total: usize,
+    wait: Wait,
+) -> f64 {
     // Each end moves to the stack of its own thread: side by side they would share a cache line.
     let near = move || {
         let (mut submitted, mut reaped, mut expected, mut sum) = (0, 0, 0_u64, 0_u64);
@@ -68,7 +74,7 @@ type Run = fn(usize, usize, usize, Wait) -> f64;
 /// What is measured: its name, and a run with a fresh pair of ends.
 const CONTENDERS: [(&str, Run); 8] = [
     ("vbus", |batch, window, total, wait| run(vbus::real::pair(), batch, window, total, wait)),
-    ("vbus_counted", |batch, window, total, wait| run(vbus::real::counted_pair(), batch, window, total, wait)),
+    ("vbus_counted", |batch, window, total, wait| run(vbus::counted::pair(), batch, window, total, wait)),
     ("vbus_two_arrays", |batch, window, total, wait| run(vbus::two_arrays::pair(), batch, window, total, wait)),
     ("vbus_nofence", |batch, window, total, wait| run(vbus::nofence::pair(), batch, window, total, wait)),
     ("virtio_hand", |batch, window, total, wait| run(split::pair(), batch, window, total, wait)),
@@ -81,18 +87,34 @@ const CONTENDERS: [(&str, Run); 8] = [
 pub fn sample(samples: &mut Samples) {
     for batch in BATCHES {
         samples.rounds(|round| {
-            for (name, run) in CONTENDERS {
-                round.add(format!("ring/b{batch}/{name}"), best(|wait| run(batch, ENTRIES, 1 << 15, wait)));
-            }
+            contenders(round, &format!("b{batch}"), |run, wait| run(batch, ENTRIES, 1 << 15, wait));
             round.add(format!("ring/b{batch}/rtrb_one_way"), best(|wait| oneway::rtrb(batch, 1 << 16, wait)));
         });
     }
     samples.rounds(|round| {
-        for (name, run) in CONTENDERS {
-            round.add(format!("ring/pingpong/{name}"), best(|wait| run(1, 1, 1 << 12, wait)));
-        }
+        contenders(round, "pingpong", |run, wait| run(1, 1, 1 << 12, wait));
         round.add("ring/pingpong/line".into(), best(|wait| oneway::line(1 << 12, wait)));
     });
+}
+
+/// A round of all contenders. The floor is the better of the two forms of bare slots.
+fn contenders(round: &mut Round<'_>, column: &str, one: impl Fn(Run, Wait) -> f64) {
+    let mut floor = f64::INFINITY;
+    for (name, run) in CONTENDERS {
+        let figure = best(|wait| one(run, wait));
+        round.add(format!("ring/{column}/{name}"), figure);
+        if name.starts_with("slots") {
+            floor = floor.min(figure);
+        }
+    }
+    round.add(format!("ring/{column}/floor"), floor);
+}
+
+/// What a round of many devices costs: "devices/N".
+pub fn by_devices(samples: &mut Samples) {
+    for devices in [1, 2, 4, 8, 16, 32, 64] {
+        samples.rounds(|round| round.add(format!("devices/{devices}/vbus"), many(devices)));
+    }
 }
 
 fn best(mut run: impl FnMut(Wait) -> f64) -> f64 {
@@ -100,30 +122,41 @@ fn best(mut run: impl FnMut(Wait) -> f64) -> f64 {
 }
 
 /// Nanoseconds per entry in batches of 16 when one pair of threads serves `devices` rings in turn.
-pub fn many(devices: usize) -> f64 {
-    struct All<T>(Vec<T>, usize);
+fn many(devices: usize) -> f64 {
+    /// All of one end, with whose turn it is: batches of 16 are submitted to one after the other, and reaped so.
+    struct All<T> {
+        ends: Vec<T>,
+        submitted: usize,
+        reaped: usize,
+    }
     impl<T: Driver> Driver for All<T> {
         fn submit(&mut self, n: usize) -> u64 {
-            self.1 = (self.1 + 1) % self.0.len();
-            self.0[self.1].submit(n)
+            let ring = self.submitted / 16 % self.ends.len();
+            self.submitted += n;
+            self.ends[ring].submit(n)
         }
         fn reap(&mut self, max: usize) -> (usize, u64) {
-            // The ring whose turn is next holds the oldest entries.
-            let next = (self.1 + 1) % self.0.len();
-            self.0[next].reap(max)
+            let ring = self.reaped / 16 % self.ends.len();
+            let (n, sum) = self.ends[ring].reap(max.min(16 - self.reaped % 16));
+            self.reaped += n;
+            (n, sum)
         }
     }
     impl<T: Device> Device for All<T> {
         fn serve(&mut self, max: usize) -> usize {
-            self.1 = (self.1 + 1) % self.0.len();
-            self.0[self.1].serve(max)
+            // It looks at all of them in turn, as it cannot know where something is.
+            self.submitted = (self.submitted + 1) % self.ends.len();
+            self.ends[self.submitted].serve(max)
         }
     }
+    fn all<T>(ends: Vec<T>) -> All<T> {
+        All { ends, submitted: 0, reaped: 0 }
+    }
     best(|wait| {
-        let (drivers, served) = (0..devices).map(|_| vbus::real::pair()).unzip();
+        let (drivers, served): (Vec<_>, Vec<_>) = (0..devices).map(|_| vbus::real::pair()).unzip();
         // Each ring gets its turn with one batch in flight, and a single one as many as it holds.
         let window = if devices == 1 { ENTRIES } else { 16 * devices };
-        run((All(drivers, 0), All(served, 0)), 16, window, (1 << 15) / (16 * devices) * (16 * devices), wait)
+        run((all(drivers), all(served)), 16, window, (1 << 15) / (16 * devices) * (16 * devices), wait)
     })
 }
 

@@ -61,10 +61,7 @@ pub fn pair() -> (Near, Far) {
     // SAFETY: zeroed pages that stay mapped, large enough for each part, of nothing but atomics.
     let ring = unsafe { Ring { table: &*table.cast(), available: &*available.cast(), used: &*used.cast() } };
     let free = (0..ENTRIES as u16).rev().collect();
-    (
-        Near { ring, free, submitted: 0, reaped: 0, used_idx: 0, number: 0 },
-        Far { ring, taken: 0, available_idx: 0 },
-    )
+    (Near { ring, free, submitted: 0, reaped: 0, used_idx: 0, number: 0 }, Far { ring, taken: 0, available_idx: 0 })
 }
 
 fn slot(pos: u16) -> usize {

@@ -1,114 +1,128 @@
 //! vbus: two single-writer arrays, or one and a count of returns, with the signals of both directions.
 
-
 use super::{Device, Driver, ENTRIES, pages};
 
 /// The ends over `$shm`: the crate, or its sources compiled with something changed.
 macro_rules! ends {
     ($shm:path) => {
-use $shm as shm;
-use shm::ring::{DeviceEnd, DriverEnd, Entry, Layout, Returns};
-use shm::sync::Word;
-use super::*;
+        use super::*;
+        use shm::ring::{DeviceEnd, DriverEnd, Entry, Layout, Returns};
+        use shm::sync::Word;
+        use $shm as shm;
 
-type Memory = &'static [Word];
+        type Memory = &'static [Word];
 
-pub struct Near(DriverEnd<Memory>, u64);
-pub struct Far(DeviceEnd<Memory>);
+        pub struct Near(DriverEnd<Memory>, u64);
+        pub struct Far(DeviceEnd<Memory>);
 
-pub fn pair() -> (Near, Far) {
-    let layout = Layout::new(ENTRIES as u32, Returns::Entries).expect("a valid layout");
-    let memory = pages().words();
-    let driver = DriverEnd::create(memory, layout, 0).expect("it fits");
-    (Near(driver, 0), Far(DeviceEnd::attach(memory).expect("it is formatted")))
-}
-
-impl Driver for Near {
-    #[inline]
-    fn submit(&mut self, n: usize) -> u64 {
-        let mut sum = 0;
-        for _ in 0..n {
-            self.1 += 1;
-            sum += self.1 & 0xffff_ffff;
-            self.0.submit(Entry { addr: self.1, len: 64, id: 0, flags: 0 }).expect("there is room");
+        pub fn pair() -> (Near, Far) {
+            let layout = Layout::new(ENTRIES as u32, Returns::Entries).expect("a valid layout");
+            let memory = pages().words();
+            let driver = DriverEnd::create(memory, layout, 0).expect("it fits");
+            (Near(driver, 0), Far(DeviceEnd::attach(memory).expect("it is formatted")))
         }
-        assert!(!self.0.post(), "the device polls");
-        sum
-    }
 
-    #[inline]
-    fn reap(&mut self, max: usize) -> (usize, u64) {
-        let mut sum = 0;
-        for n in 0..max {
-            let Some(entry) = self.0.reap().expect("an honest device") else { return (n, sum) };
-            sum += u64::from(entry.len);
+        impl Driver for Near {
+            #[inline]
+            fn submit(&mut self, n: usize) -> u64 {
+                let mut sum = 0;
+                for _ in 0..n {
+                    self.1 += 1;
+                    sum += self.1 & 0xffff_ffff;
+                    self.0.submit(Entry { addr: self.1, len: 64, id: 0, flags: 0 }).expect("there is room");
+                }
+                assert!(!self.0.post(), "the device polls");
+                sum
+            }
+
+            #[inline]
+            fn reap(&mut self, max: usize) -> (usize, u64) {
+                let mut sum = 0;
+                for n in 0..max {
+                    let Some(entry) = self.0.reap().expect("an honest device") else { return (n, sum) };
+                    sum += u64::from(entry.len);
+                }
+                (max, sum)
+            }
         }
-        (max, sum)
-    }
-}
 
-impl Device for Far {
-    #[inline]
-    fn serve(&mut self, max: usize) -> usize {
-        let mut n = 0;
-        while n < max {
-            let Some(entry) = self.0.take().expect("an honest driver") else { break };
-            self.0.give_back(Entry { len: entry.addr as u32, ..entry });
-            n += 1;
+        impl Device for Far {
+            #[inline]
+            fn serve(&mut self, max: usize) -> usize {
+                let mut n = 0;
+                while n < max {
+                    let Some(entry) = self.0.take().expect("an honest driver") else { break };
+                    self.0.give_back(Entry { len: entry.addr as u32, ..entry });
+                    n += 1;
+                }
+                assert!(!self.0.post(), "the driver polls");
+                n
+            }
         }
-        assert!(!self.0.post(), "the driver polls");
-        n
-    }
-}
-
-/// Returns are only counted.
-pub struct CountedNear(DriverEnd<Memory>, u64, u64);
-pub struct CountedFar(DeviceEnd<Memory>, u64);
-
-pub fn counted_pair() -> (CountedNear, CountedFar) {
-    let layout = Layout::new(ENTRIES as u32, Returns::Counted).expect("a valid layout");
-    let memory = pages().words();
-    let driver = DriverEnd::create(memory, layout, 0).expect("it fits");
-    (CountedNear(driver, 0, 0), CountedFar(DeviceEnd::attach(memory).expect("it is formatted"), 0))
-}
-
-impl Driver for CountedNear {
-    #[inline]
-    fn submit(&mut self, n: usize) -> u64 {
-        for _ in 0..n {
-            self.1 += 1;
-            self.0.submit(Entry { addr: self.1, len: 64, id: 0, flags: 0 }).expect("there is room");
-        }
-        assert!(!self.0.post(), "the device polls");
-        n as u64
-    }
-
-    #[inline]
-    fn reap(&mut self, _max: usize) -> (usize, u64) {
-        let n = self.0.reap_count().expect("an honest device");
-        (n as usize, u64::from(n))
-    }
-}
-
-impl Device for CountedFar {
-    #[inline]
-    fn serve(&mut self, max: usize) -> usize {
-        let mut n = 0;
-        while n < max {
-            let Some(entry) = self.0.take().expect("an honest driver") else { break };
-            self.1 += 1;
-            assert_eq!(entry.addr, self.1, "in order");
-            self.0.give_back(entry);
-            n += 1;
-        }
-        assert!(!self.0.post(), "the driver polls");
-        n
-    }
-}
-
     };
 }
 
-pub mod real { ends!(vbus_shm); }
-pub mod two_arrays { ends!(crate::ablation::two_arrays); }
-pub mod nofence { ends!(crate::ablation::nofence); }
+pub mod real {
+    ends!(vbus_shm);
+}
+pub mod two_arrays {
+    ends!(crate::ablation::two_arrays);
+}
+pub mod nofence {
+    ends!(crate::ablation::nofence);
+}
+
+pub mod counted {
+    //! Returns are only counted.
+
+    use vbus_shm::ring::{DeviceEnd, DriverEnd, Entry, Layout, Returns};
+    use vbus_shm::sync::Word;
+
+    use super::*;
+
+    type Memory = &'static [Word];
+
+    pub struct Near(DriverEnd<Memory>, u64);
+    pub struct Far(DeviceEnd<Memory>, u64);
+
+    pub fn pair() -> (Near, Far) {
+        let layout = Layout::new(ENTRIES as u32, Returns::Counted).expect("a valid layout");
+        let memory = pages().words();
+        let driver = DriverEnd::create(memory, layout, 0).expect("it fits");
+        (Near(driver, 0), Far(DeviceEnd::attach(memory).expect("it is formatted"), 0))
+    }
+
+    impl Driver for Near {
+        #[inline]
+        fn submit(&mut self, n: usize) -> u64 {
+            for _ in 0..n {
+                self.1 += 1;
+                self.0.submit(Entry { addr: self.1, len: 64, id: 0, flags: 0 }).expect("there is room");
+            }
+            assert!(!self.0.post(), "the device polls");
+            n as u64
+        }
+
+        #[inline]
+        fn reap(&mut self, _max: usize) -> (usize, u64) {
+            let n = self.0.reap_count().expect("an honest device");
+            (n as usize, u64::from(n))
+        }
+    }
+
+    impl Device for Far {
+        #[inline]
+        fn serve(&mut self, max: usize) -> usize {
+            let mut n = 0;
+            while n < max {
+                let Some(entry) = self.0.take().expect("an honest driver") else { break };
+                self.1 += 1;
+                assert_eq!(entry.addr, self.1, "in order");
+                self.0.give_back(entry);
+                n += 1;
+            }
+            assert!(!self.0.post(), "the driver polls");
+            n
+        }
+    }
+}

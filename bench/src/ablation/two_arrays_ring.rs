@@ -1,10 +1,10 @@
 //! The form of ring that was not chosen: two arrays, each written by one end. Otherwise vbus-shm's, line by line.
 #![allow(dead_code, missing_docs)]
 
-use vbus_shm::memory::{Memory, WORD};
 use super::memory::{low, read_u32};
 use super::signal::{self, Armed, BLOCK_BYTES, BadSignal, End, Receiver, Sender};
 use super::sync::{Edge, Ordering, Word, observe, publish};
+use vbus_shm::memory::{Memory, WORD};
 
 /// First word of the header: "vbusri" and the layout's version.
 pub const MAGIC: u64 = 0x0001_6972_7375_6276;
@@ -149,7 +149,8 @@ impl Layout {
     /// The two words of the return slot at position `pos`.
     #[inline(always)]
     fn back<'a>(&self, words: &'a [Word], pos: u32) -> &'a [Word] {
-        let at = ENTRIES_OFFSET / WORD + ((pos & (self.entries - 1)) + self.entries.next_multiple_of(4)) as usize * ENTRY_WORDS;
+        let at = ENTRIES_OFFSET / WORD
+            + ((pos & (self.entries - 1)) + self.entries.next_multiple_of(4)) as usize * ENTRY_WORDS;
         &words[at..at + ENTRY_WORDS]
     }
 
@@ -376,4 +377,3 @@ impl<M: Memory + Clone> DeviceEnd<M> {
         self.rx.disarm();
     }
 }
-

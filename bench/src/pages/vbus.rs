@@ -1,0 +1,38 @@
+//! vbus.
+
+use vbus_shm::signal::End;
+use vbus_shm::state::{DEFAULT_SLOTS, Layout, Reader, Writer};
+use vbus_shm::sync::Word;
+
+use crate::region::Region;
+
+pub struct Page(&'static [Word]);
+
+impl<const N: usize> super::Page<N> for Page {
+    fn new() -> Page {
+        let layout = Layout::new((N * 8) as u32, DEFAULT_SLOTS).expect("a valid layout");
+        let memory = Region::new(layout.bytes()).words();
+        layout.format(&memory, 0).expect("it fits");
+        Page(memory)
+    }
+
+    fn writer(&self) -> impl FnMut(&[u64; N]) {
+        let mut writer = Writer::attach(self.0, End::Device).expect("it is formatted");
+        move |value| assert!(!writer.write(bytes(value)), "nobody waits")
+    }
+
+    fn reader(&self) -> impl FnMut(&mut [u64; N]) -> bool {
+        let reader = Reader::attach(self.0, End::Driver).expect("it is formatted");
+        move |out| reader.read(bytes_mut(out)).is_ok()
+    }
+}
+
+fn bytes<const N: usize>(words: &[u64; N]) -> &[u8] {
+    // SAFETY: a u64 is 8 bytes that are all initialised.
+    unsafe { std::slice::from_raw_parts(words.as_ptr().cast(), N * 8) }
+}
+
+fn bytes_mut<const N: usize>(words: &mut [u64; N]) -> &mut [u8] {
+    // SAFETY: as above, and any bytes are a u64.
+    unsafe { std::slice::from_raw_parts_mut(words.as_mut_ptr().cast(), N * 8) }
+}
