@@ -109,17 +109,16 @@ impl<H: Hal> Session<H> {
         let mut rows = Vec::new();
         for number in 0..self.pages.count() {
             let page = self.pages.describe(number)?;
-            let writer = if page.owner == Owner::Device { "host" } else { "guest" };
-            rows.push(json!({ "page": page.name.to_string(), "bytes": page.value_bytes, "writer": writer }));
+            let owner = if page.owner == Owner::Device { "device" } else { "driver" };
+            rows.push(json!({ "name": page.name.to_string(), "owner": owner, "bytes": page.value_bytes }));
         }
         if as_json {
             emit_json(&Value::Array(rows));
             return Ok(());
         }
-        let mut table = vec![["PAGE", "BYTES", "WRITER"].map(String::from).to_vec()];
-        table.extend(
-            rows.iter().map(|row| ["page", "bytes", "writer"].map(|key| crate::output::plain(&row[key])).to_vec()),
-        );
+        let keys = ["name", "owner", "bytes"];
+        let mut table = vec![keys.map(str::to_uppercase).to_vec()];
+        table.extend(rows.iter().map(|row| keys.map(|key| crate::output::plain(&row[key])).to_vec()));
         emit(&columns(&table));
         Ok(())
     }

@@ -10,7 +10,7 @@ use std::os::fd::OwnedFd;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow};
 use clap::Args;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
@@ -37,9 +37,9 @@ pub struct Options {
     /// Serve every NIC, also those that come later
     #[arg(long, conflicts_with = "name")]
     pub all: bool,
-    /// Queue pairs, each with a thread [default: 1]
-    #[arg(long, value_name = "N")]
-    pub queue_pairs: Option<u16>,
+    /// The most queue pairs to use; each has a thread
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub queue_pairs: u16,
     /// Leave no checksums and segmentation to the device
     #[arg(long)]
     pub no_offload: bool,
@@ -105,7 +105,6 @@ fn run_all<S: Source>(source: &S, options: &Options, signals: &OwnedFd, done: &O
     let changes = source.changes();
     let mut running: BTreeMap<String, Running> = BTreeMap::new();
     let mut failed: BTreeMap<String, (Instant, String)> = BTreeMap::new();
-    ensure!(options.queue_pairs != Some(0), "a NIC has at least one queue pair");
     loop {
         let found = source.scan()?;
         let there = |id: &String| found.iter().any(|found| found.id == *id);

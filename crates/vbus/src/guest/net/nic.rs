@@ -36,10 +36,7 @@ where
     let device = function.info().name;
     let acknowledger = function.acknowledger();
     let config = vbus_driver::venet::config(&function)?;
-    let pairs = options.queue_pairs.unwrap_or(1);
-    if pairs == 0 || pairs > config.queue_pairs {
-        bail!("{device} has {} queue pairs at most, not {pairs}", config.queue_pairs);
-    }
+    let pairs = options.queue_pairs.clamp(1, config.queue_pairs);
     let mtu = options.mtu.unwrap_or(config.mtu);
     if mtu > config.mtu {
         bail!("{device} takes frames of {} bytes at most, an MTU of {mtu} is too large", config.mtu);
