@@ -4,7 +4,6 @@
 //! memory ([`crate::RemoteMemory`] on its side) are answered from the descriptors given to [`Client::dma_map`],
 //! while a call waits for its reply and in [`Client::serve_requests`].
 
-use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
@@ -14,9 +13,10 @@ use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
 use crate::protocol::{
-    self, DEVICE_RESETS, DMA_ACCESS_LEN, DmaAccess, DmaMap, DmaUnmap, HEADER_LEN, Header, Info, IrqData, IrqVerb, Kind,
-    Malformed, MultiWrite, RegionAccess, SetIrqs, SubRegion, Version, command, command_name,
+    self, DEVICE_RESETS, DMA_ACCESS_LEN, DmaMap, DmaUnmap, HEADER_LEN, Header, Info, IrqData, IrqVerb, Kind, Malformed,
+    MultiWrite, RegionAccess, SetIrqs, SubRegion, Version, command, command_name,
 };
+use crate::shared::SharedMemory;
 use crate::socket::{Broken, Message, Received, Receiver, Sender, SocketSource};
 use crate::target::{DeviceInfo, IoEventFd, IrqInfo, RegionInfo};
 use crate::version::{self, Agreed, Disagreement, KERNEL_MSG_FDS, MAX_TRANSFER};
@@ -77,14 +77,6 @@ impl ClientError {
     }
 }
 
-struct Shared {
-    size: u64,
-    readable: bool,
-    writable: bool,
-    memory: OwnedFd,
-    offset: u64,
-}
-
 /// A connection to a vfio-user server.
 pub struct Client {
     socket: OwnedFd,
@@ -94,7 +86,7 @@ pub struct Client {
     /// After a final error nothing is sent any more: what comes could be the answer to something else.
     failed: bool,
     agreed: Agreed,
-    shared: BTreeMap<u64, Shared>,
+    shared: SharedMemory,
 }
 
 impl Client {
@@ -129,7 +121,7 @@ impl Client {
             next_id: 0,
             failed: false,
             agreed,
-            shared: BTreeMap::new(),
+            shared: SharedMemory::default(),
         };
         let reply = client.call(command::VERSION, &version::proposal(), &[])?;
         let version = Version::parse(&reply.body).map_err(|e| ClientError::Malformed("VERSION", e))?;
@@ -255,8 +247,8 @@ impl Client {
         let Header { id, command: number, .. } = message.header;
         let result = match number {
             _ if !message.fds.is_empty() => Err(Errno::INVAL),
-            command::DMA_READ => self.dma_read(&message.body),
-            command::DMA_WRITE => self.dma_write(&message.body),
+            command::DMA_READ => self.shared.read(&message.body),
+            command::DMA_WRITE => self.shared.write(&message.body),
             _ => Err(Errno::NOSYS),
         };
         if !no_reply {
@@ -266,54 +258,6 @@ impl Client {
             self.sender.flush_all(self.socket.as_fd())?;
         }
         Ok(())
-    }
-
-    /// The mapping that holds all of an access, and the access's offset in its descriptor.
-    fn find(&self, access: DmaAccess) -> Result<(&Shared, u64), Errno> {
-        let (start, shared) = self.shared.range(..=access.address).next_back().ok_or(Errno::FAULT)?;
-        let within = access.address - start;
-        if within.checked_add(access.count).is_none_or(|end| end > shared.size) {
-            return Err(Errno::FAULT);
-        }
-        Ok((shared, shared.offset + within))
-    }
-
-    fn dma_read(&self, body: &[u8]) -> Result<Vec<u8>, Errno> {
-        let access = DmaAccess::parse(body).map_err(|_| Errno::INVAL)?;
-        let count = usize::try_from(access.count).unwrap_or(usize::MAX);
-        if count > MAX_TRANSFER {
-            return Err(Errno::TOOBIG);
-        }
-        let (shared, at) = self.find(access)?;
-        if !shared.readable {
-            return Err(Errno::PERM);
-        }
-        let mut reply = access.body(&[]);
-        reply.resize(DMA_ACCESS_LEN + count, 0);
-        let mut done = 0;
-        while done < count {
-            match rustix::io::pread(&shared.memory, &mut reply[DMA_ACCESS_LEN + done..], at + done as u64)? {
-                0 => return Err(Errno::FAULT),
-                n => done += n,
-            }
-        }
-        Ok(reply)
-    }
-
-    fn dma_write(&self, body: &[u8]) -> Result<Vec<u8>, Errno> {
-        let (access, data) = DmaAccess::parse_with_data(body).map_err(|_| Errno::INVAL)?;
-        let (shared, at) = self.find(access)?;
-        if !shared.writable {
-            return Err(Errno::PERM);
-        }
-        let mut done = 0;
-        while done < data.len() {
-            match rustix::io::pwrite(&shared.memory, &data[done..], at + done as u64)? {
-                0 => return Err(Errno::FAULT),
-                n => done += n,
-            }
-        }
-        Ok(access.body(&[]))
     }
 
     /// What the device has.
@@ -383,12 +327,11 @@ impl Client {
         size: u64,
         fds: &[BorrowedFd<'_>],
     ) -> Result<(), ClientError> {
-        let (readable, writable) = (true, true);
         let file_offset = if fds.is_empty() { 0 } else { offset };
-        let map = DmaMap { readable, writable, offset: file_offset, address, size };
+        let map = DmaMap { readable: true, writable: true, offset: file_offset, address, size };
         let memory = memory.try_clone_to_owned().map_err(|_| Errno::MFILE)?;
         self.call(command::DMA_MAP, &map.body(), fds)?;
-        self.shared.insert(address, Shared { size, readable, writable, memory, offset });
+        self.shared.add(address, size, memory, offset);
         Ok(())
     }
 
@@ -399,7 +342,7 @@ impl Client {
     pub fn dma_unmap(&mut self, address: u64, size: u64) -> Result<(), ClientError> {
         let unmap = DmaUnmap { all: false, dirty_bitmap: false, address, size };
         self.call(command::DMA_UNMAP, &unmap.body(), &[])?;
-        self.shared.remove(&address);
+        self.shared.remove(address);
         Ok(())
     }
 

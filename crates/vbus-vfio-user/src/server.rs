@@ -13,7 +13,8 @@ use rustix::net::{SocketFlags, accept_with};
 use tracing::{debug, info, warn};
 
 use crate::listen::{self, SocketFile};
-use crate::protocol::{self, HEADER_LEN, Header, Kind};
+use crate::protocol::Kind;
+use crate::refuse::Refused;
 use crate::remote::Outbound;
 use crate::session::{Answer, Session};
 use crate::socket::{Message, Received, Receiver, Sender, SocketSource};
@@ -92,15 +93,6 @@ struct Connection {
     reply_by: Option<Instant>,
     /// What the epoll descriptor currently watches the socket for.
     interest: EventFlags,
-}
-
-/// A client that came while another one was there. It gets its answer as soon as its `VERSION` is there.
-struct Refused {
-    socket: OwnedFd,
-    token: u64,
-    head: [u8; HEADER_LEN],
-    have: usize,
-    until: Instant,
 }
 
 /// A vfio-user server for one device.
@@ -308,7 +300,7 @@ impl<T: Target> Server<T> {
             warn!(device = self.name, "client {number} refused: client {} is connected", client.number);
             if self.refused.len() < MAX_REFUSED {
                 let until = now + self.timeouts.handshake;
-                self.refused.push(Refused { socket, token, head: [0; HEADER_LEN], have: 0, until });
+                self.refused.push(Refused::new(socket, token, until));
                 self.refuse(token);
             }
             return Ok(());
@@ -332,29 +324,9 @@ impl<T: Target> Server<T> {
         Ok(())
     }
 
-    /// Answers a client that came second, once enough of its `VERSION` is there to name the message.
+    /// Goes on refusing a client that came second.
     fn refuse(&mut self, token: u64) {
-        let Some(index) = self.refused.iter().position(|r| r.token == token) else { return };
-        let Refused { socket, head, have, .. } = &mut self.refused[index];
-        while *have < HEADER_LEN {
-            match rustix::io::read(&*socket, &mut head[*have..]) {
-                Ok(0) => break,
-                Ok(n) => *have += n,
-                Err(Errno::AGAIN) => return,
-                Err(Errno::INTR) => {}
-                Err(_) => break,
-            }
-        }
-        if let (HEADER_LEN, Ok(header)) = (*have, Header::parse(head)) {
-            let error = Some(Errno::BUSY.raw_os_error().unsigned_abs());
-            let mut sender = Sender::default();
-            let reply = protocol::message(header.id, header.command, Kind::Reply { error }, &[]);
-            sender.push(reply, Vec::new());
-            let _ = sender.flush(socket.as_fd());
-            // A close with unread data would look like a failure and not like an end.
-            let _ = rustix::io::read(&*socket, &mut [0; 4096]);
-        }
-        self.refused.swap_remove(index);
+        self.refused.retain_mut(|refused| refused.token != token || refused.go_on());
     }
 
     /// Receives, handles and answers, until nothing is left, the socket is full or enough was done.

@@ -1,0 +1,47 @@
+//! A client that comes while another one is there: its `VERSION` is answered with an error, so that its user reads why.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Instant;
+
+use rustix::io::Errno;
+
+use crate::protocol::{self, HEADER_LEN, Header, Kind};
+use crate::socket::Sender;
+
+/// A client to be refused, until its `VERSION` is there and answered.
+pub(crate) struct Refused {
+    socket: OwnedFd,
+    pub(crate) token: u64,
+    head: [u8; HEADER_LEN],
+    have: usize,
+    /// When it is closed without an answer.
+    pub(crate) until: Instant,
+}
+
+impl Refused {
+    pub(crate) fn new(socket: OwnedFd, token: u64, until: Instant) -> Self {
+        Self { socket, token, head: [0; HEADER_LEN], have: 0, until }
+    }
+
+    /// Reads on, and answers once it is known what. `false`: this is over, and the socket can be closed.
+    pub(crate) fn go_on(&mut self) -> bool {
+        while self.have < HEADER_LEN {
+            match rustix::io::read(&self.socket, &mut self.head[self.have..]) {
+                Ok(0) => return false,
+                Ok(n) => self.have += n,
+                Err(Errno::AGAIN) => return true,
+                Err(Errno::INTR) => {}
+                Err(_) => return false,
+            }
+        }
+        if let Ok(Header { id, command, .. }) = Header::parse(&self.head) {
+            let error = Some(Errno::BUSY.raw_os_error().unsigned_abs());
+            let mut sender = Sender::default();
+            sender.push(protocol::message(id, command, Kind::Reply { error }, &[]), Vec::new());
+            let _ = sender.flush(self.socket.as_fd());
+            // A close with unread data would look like a failure and not like an end.
+            let _ = rustix::io::read(&self.socket, &mut [0; 4096]);
+        }
+        false
+    }
+}

@@ -1,0 +1,42 @@
+//! A process without a free descriptor: the server pauses, and goes on afterwards. Alone in its program, because the
+//! limit is the process's.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod support;
+
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::time::Instant;
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use support::{Bench, Raw, Seen, framed, version};
+
+#[test]
+fn without_descriptors_the_server_pauses_and_goes_on() {
+    let mut bench = Bench::new();
+    let waiting = UnixStream::connect(bench.path()).unwrap();
+    let before = getrlimit(Resource::Nofile);
+    // The limit is one of numbers: none is left below the lowest free one.
+    let lowest = std::fs::File::open("/dev/null").unwrap().as_raw_fd();
+    let full = Rlimit { current: Some(lowest.unsigned_abs().into()), ..before };
+    setrlimit(Resource::Nofile, full).unwrap();
+    let now = Instant::now();
+    let outcome = bench.server.ready(now);
+    assert!(!outcome.more && !bench.server.has_client());
+    let again = bench.server.deadline().expect("a time for the next try");
+    assert!(again > now, "no try after another without a pause");
+    // Nor does the descriptor say that there is something to do.
+    let mut fds = [rustix::event::PollFd::new(&bench.server, rustix::event::PollFlags::IN)];
+    let zero = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+    assert_eq!(rustix::event::poll(&mut fds, Some(&zero)), Ok(0));
+
+    setrlimit(Resource::Nofile, before).unwrap();
+    bench.server.ready(again);
+    bench.server.ready(again);
+    assert!(bench.server.has_client());
+    drop(waiting);
+    bench.until_gone();
+    let mut raw = Raw::connect(&bench);
+    raw.send(&framed(1, 1, 0, &version()));
+    assert!(matches!(raw.see(&mut bench), Seen::Reply(1, 1, None, _)));
+}
