@@ -3,11 +3,11 @@
 use crate::sync::Word;
 
 /// Copies nothing.
-pub fn store(_: &[Word], _: &[u8]) -> usize {
-    0
+pub fn store(_: &[Word], _: &[u8]) -> bool {
+    false
 }
 
 /// Copies nothing.
-pub fn load(_: &[Word], _: &mut [u8]) -> usize {
-    0
+pub fn load(_: &[Word], _: &mut [u8]) -> bool {
+    false
 }

@@ -7,36 +7,69 @@ use super::wide;
 /// Copies `bytes` into the front of `words`, and zeros into the rest of them. Bytes that do not fit are left out.
 #[inline(always)]
 pub fn store(words: &[Word], bytes: &[u8]) {
-    let done = wide::store(words, bytes);
-    if done != bytes.len() || done != words.len() * WORD {
-        store_rest(words.get(done / WORD..).unwrap_or_default(), &bytes[done..]);
+    if bytes.len() == words.len() * WORD {
+        store_words(words, bytes);
+    } else {
+        store_odd(words, bytes);
     }
 }
 
 /// Copies the front of `words` into `out`. Bytes of `out` for which there are no words stay as they are.
 #[inline(always)]
 pub fn load(words: &[Word], out: &mut [u8]) {
-    let done = wide::load(words, out);
-    if done != out.len() {
-        load_rest(words.get(done / WORD..).unwrap_or_default(), &mut out[done..]);
+    if out.len() % WORD == 0 && out.len() <= words.len() * WORD {
+        load_words(&words[..out.len() / WORD], out);
+    } else {
+        load_odd(words, out);
+    }
+}
+
+/// As many bytes as words.
+#[inline(always)]
+fn store_words(words: &[Word], bytes: &[u8]) {
+    if !wide::store(words, bytes) {
+        for (word, bytes) in words.iter().zip(bytes.chunks_exact(WORD)) {
+            let mut value = [0; WORD];
+            value.copy_from_slice(bytes);
+            word.store(u64::from_le_bytes(value), Ordering::Relaxed);
+        }
+    }
+}
+
+/// As many words as bytes.
+#[inline(always)]
+fn load_words(words: &[Word], out: &mut [u8]) {
+    if !wide::load(words, out) {
+        for (bytes, word) in out.chunks_exact_mut(WORD).zip(words) {
+            bytes.copy_from_slice(&word.load(Ordering::Relaxed).to_le_bytes());
+        }
     }
 }
 
 #[inline(never)]
-fn store_rest(words: &[Word], bytes: &[u8]) {
-    let mut bytes = bytes.chunks(WORD);
-    for word in words {
+fn store_odd(words: &[Word], bytes: &[u8]) {
+    let whole = words.len().min(bytes.len() / WORD);
+    let ((front, back), (bytes, rest)) = (words.split_at(whole), bytes.split_at(whole * WORD));
+    store_words(front, bytes);
+    // At most 7 bytes, or as many as do not fit.
+    let mut rest = rest.chunks(WORD);
+    for word in back {
         let mut value = [0; WORD];
-        let bytes = bytes.next().unwrap_or_default();
+        let bytes = rest.next().unwrap_or_default();
         value[..bytes.len()].copy_from_slice(bytes);
         word.store(u64::from_le_bytes(value), Ordering::Relaxed);
     }
 }
 
 #[inline(never)]
-fn load_rest(words: &[Word], out: &mut [u8]) {
-    for (word, bytes) in words.iter().zip(out.chunks_mut(WORD)) {
-        bytes.copy_from_slice(&word.load(Ordering::Relaxed).to_le_bytes()[..bytes.len()]);
+fn load_odd(words: &[Word], out: &mut [u8]) {
+    let whole = words.len().min(out.len() / WORD);
+    let ((front, back), (out, rest)) = (words.split_at(whole), out.split_at_mut(whole * WORD));
+    load_words(front, out);
+    if let Some(word) = back.first() {
+        let value = word.load(Ordering::Relaxed).to_le_bytes();
+        let count = rest.len().min(WORD);
+        rest[..count].copy_from_slice(&value[..count]);
     }
 }
 

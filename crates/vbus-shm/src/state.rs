@@ -90,11 +90,11 @@ impl Layout {
         self.bytes() / WORD
     }
 
-    /// The words of the slot of `version`: the value and what fills its last line.
+    /// The words of the value in the slot of `version`.
     #[inline(always)]
     fn slot<'a>(&self, words: &'a [Word], version: u32) -> &'a [Word] {
         let first = SLOTS_OFFSET / WORD + (version & (self.slots - 1)) as usize * self.slot_words as usize;
-        &words[first..first + self.slot_words as usize]
+        &words[first..first + self.value_bytes().div_ceil(WORD)]
     }
 
     /// Writes the header of a fresh page over zeroed memory, with versions counting from `start`. Done by the driver, which owns the

@@ -2,48 +2,41 @@
 //!
 //! Atomic accesses of 64 bits are the widest that the language has, and a third of what a processor can copy. An `asm!` block is outside of
 //! the compiler's sight: it reads shared memory that the other end may write at the same time as the processor does, torn at worst. So
-//! here, and only here, shared memory is not accessed as [`Word`]s. Portable words remain for what is left over, for other machines, for
-//! programs that may not touch vector registers (a kernel) and for Miri.
+//! here, and only here, shared memory is not accessed as [`Word`]s. Portable words do the rest: short copies, other machines, programs that
+//! may not touch vector registers (a kernel), and Miri.
 #![allow(unsafe_code)] // See above.
 
 use super::memory::WORD;
-use super::sync::{Ordering, Word};
+use super::sync::Word;
 
-/// Lengths that are a multiple of it are copied without a rest.
-pub const STEP: usize = 64;
-
-/// Copies the front of `bytes` into the front of `words` and returns how many bytes: a multiple of [`STEP`], all that both have but a rest.
+/// Copies the front of `bytes` to all of `words`, or does nothing and says so. There are at least as many bytes.
 #[inline(always)]
-pub fn store(words: &[Word], bytes: &[u8]) -> usize {
-    let len = bytes.len().min(words.len() * WORD) / STEP * STEP;
-    // SAFETY: both are at least `len` bytes; `words` is memory that may change at any time.
-    if !unsafe { vector::copy(words.as_ptr().cast_mut().cast(), bytes.as_ptr(), len) } {
-        for (word, bytes) in words.iter().zip(bytes[..len].chunks_exact(WORD)) {
-            let mut value = [0; WORD];
-            value.copy_from_slice(bytes);
-            word.store(u64::from_le_bytes(value), Ordering::Relaxed);
-        }
-    }
-    len
+pub fn store(words: &[Word], bytes: &[u8]) -> bool {
+    let bytes = &bytes[..words.len() * WORD];
+    // SAFETY: as many bytes both; `words` is memory that may change at any time.
+    unsafe { vector::copy(words.as_ptr().cast_mut().cast(), bytes.as_ptr(), bytes.len()) }
 }
 
-/// Copies the front of `words` into the front of `out` and returns how many bytes: a multiple of [`STEP`], all that both have but a rest.
+/// Copies all of `words` to the front of `out`, or does nothing and says so. There is room for them.
 #[inline(always)]
-pub fn load(words: &[Word], out: &mut [u8]) -> usize {
-    let len = out.len().min(words.len() * WORD) / STEP * STEP;
+pub fn load(words: &[Word], out: &mut [u8]) -> bool {
+    let out = &mut out[..words.len() * WORD];
     // SAFETY: as in `store`.
-    if !unsafe { vector::copy(out.as_mut_ptr(), words.as_ptr().cast(), len) } {
-        for (word, bytes) in words.iter().zip(out[..len].chunks_exact_mut(WORD)) {
-            bytes.copy_from_slice(&word.load(Ordering::Relaxed).to_le_bytes());
-        }
+    unsafe {
+        vector::copy_line(out.as_mut_ptr(), words.as_ptr().cast(), out.len())
+            || vector::copy(out.as_mut_ptr(), words.as_ptr().cast(), out.len())
     }
-    len
 }
 
 #[cfg(not(all(target_arch = "x86_64", target_feature = "sse2", not(miri))))]
 mod vector {
     /// Copies nothing, and says so.
     pub(super) unsafe fn copy(_: *mut u8, _: *const u8, _: usize) -> bool {
+        false
+    }
+
+    /// Copies nothing, and says so.
+    pub(super) unsafe fn copy_line(_: *mut u8, _: *const u8, _: usize) -> bool {
         false
     }
 }
@@ -54,61 +47,25 @@ mod vector {
     use core::arch::x86_64::__cpuid;
     use core::sync::atomic::{AtomicU8, Ordering};
 
-    use super::STEP;
+    /// Bytes of a step of the loop.
+    const STEP: usize = 64;
+    /// From here on, vectors are faster. Below, what was written a moment ago in words is also read faster in words.
+    const FROM: usize = 2 * STEP;
 
-    /// From here on, what AVX saves is more than the way to it costs.
-    const AVX_FROM: usize = 128;
-
-    /// Copies `bytes` bytes, and says so.
+    /// Copies all of `bytes` bytes, or does nothing and says so: 32 as they come, then whole steps from where `to` is aligned, then the last
+    /// 64 once more as they come.
     ///
     /// # Safety
-    /// `bytes` is a multiple of [`STEP`]; `to` is as many bytes that may be written, `from` as many that may be read; they do not overlap.
+    /// `to` is as many bytes that may be written, `from` as many that may be read; they do not overlap.
     #[inline(always)]
     pub(super) unsafe fn copy(to: *mut u8, from: *const u8, bytes: usize) -> bool {
-        if bytes >= AVX_FROM && avx() {
-            // SAFETY: the processor has AVX, there are at least 128 bytes.
-            unsafe { copy_avx(to, from, bytes) };
-        } else if bytes != 0 {
-            // SAFETY: every x86-64 has SSE2; the loop copies a multiple of 64 bytes that is not 0.
-            unsafe {
-                asm!(
-                    "2:",
-                    "movdqu {a}, [{from}]",
-                    "movdqu {b}, [{from} + 16]",
-                    "movdqu {c}, [{from} + 32]",
-                    "movdqu {d}, [{from} + 48]",
-                    "movdqu [{to}], {a}",
-                    "movdqu [{to} + 16], {b}",
-                    "movdqu [{to} + 32], {c}",
-                    "movdqu [{to} + 48], {d}",
-                    "add {from}, 64",
-                    "add {to}, 64",
-                    "sub {left}, 64",
-                    "jnz 2b",
-                    from = inout(reg) from => _,
-                    to = inout(reg) to => _,
-                    left = inout(reg) bytes => _,
-                    a = out(xmm_reg) _,
-                    b = out(xmm_reg) _,
-                    c = out(xmm_reg) _,
-                    d = out(xmm_reg) _,
-                    options(nostack),
-                );
-            }
+        if bytes < FROM || !avx() {
+            return false;
         }
-        true
-    }
-
-    /// Copies all of `bytes` bytes: 32 as they come, then whole steps from where `to` is aligned, then the last 64 once more as they come.
-    ///
-    /// # Safety
-    /// As of [`copy`]; the processor has AVX, and `bytes` is at least [`AVX_FROM`].
-    #[inline(always)]
-    unsafe fn copy_avx(to: *mut u8, from: *const u8, bytes: usize) {
         let skip = 32 - to as usize % 32;
         let steps = (bytes - skip) / STEP;
-        // SAFETY: the head is 32 bytes and covers `skip`; the loop covers `steps` of 64 behind it, at least one; the tail lies wholly within,
-        // as `bytes` is at least 64.
+        // SAFETY: the processor has AVX. The head is 32 bytes and covers `skip`; the loop covers `steps` of 64 behind it, at least one; the
+        // tail lies wholly within, as `bytes` is at least 64.
         unsafe {
             asm!(
                 "vmovdqu ymm0, [{from}]",
@@ -135,11 +92,45 @@ mod vector {
                 steps = inout(reg) steps => _,
                 from_tail = in(reg) from.add(bytes - STEP),
                 to_tail = in(reg) to.add(bytes - STEP),
-                out("xmm0") _,
-                out("xmm1") _,
+                // All of them: vzeroupper clears the upper half of each, and the compiler knows each by its lower half.
+                out("xmm0") _, out("xmm1") _, out("xmm2") _, out("xmm3") _, out("xmm4") _, out("xmm5") _, out("xmm6") _, out("xmm7") _,
+                out("xmm8") _, out("xmm9") _, out("xmm10") _, out("xmm11") _, out("xmm12") _, out("xmm13") _, out("xmm14") _, out("xmm15") _,
                 options(nostack),
             );
         }
+        true
+    }
+
+    /// Copies all of `bytes` bytes if they are 64, or does nothing and says so. Not for what was written in words a moment ago.
+    ///
+    /// # Safety
+    /// As of [`copy`].
+    #[inline(always)]
+    pub(super) unsafe fn copy_line(to: *mut u8, from: *const u8, bytes: usize) -> bool {
+        if bytes != 64 {
+            return false;
+        }
+        // SAFETY: 64 bytes both; the target has SSE2.
+        unsafe {
+            asm!(
+                "movdqu {a}, [{from}]",
+                "movdqu {b}, [{from} + 16]",
+                "movdqu {c}, [{from} + 32]",
+                "movdqu {d}, [{from} + 48]",
+                "movdqu [{to}], {a}",
+                "movdqu [{to} + 16], {b}",
+                "movdqu [{to} + 32], {c}",
+                "movdqu [{to} + 48], {d}",
+                from = in(reg) from,
+                to = in(reg) to,
+                a = out(xmm_reg) _,
+                b = out(xmm_reg) _,
+                c = out(xmm_reg) _,
+                d = out(xmm_reg) _,
+                options(nostack, preserves_flags),
+            );
+        }
+        true
     }
 
     /// Whether the processor has AVX and the system keeps its registers. Asked once: the answer takes an exit in a virtual machine.
