@@ -93,6 +93,7 @@ fn errors_of_a_configuration_show_the_line() {
             assert_eq!(done.status.code(), Some(1), "{words:?} {text:?}");
             assert!(err.contains(&format!("{}{expect}", file.display())), "{words:?} {text:?}:\n{err}");
         }
+        assert!(!bus.exists() || std::fs::read_dir(&bus).unwrap().count() == 0, "{text:?} left something");
     }
     std::fs::write(&file, TWO).unwrap();
     assert!(vbus().args(["config", "check"]).arg(&file).output().unwrap().status.success());

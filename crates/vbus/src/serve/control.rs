@@ -6,7 +6,6 @@
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -22,12 +21,14 @@ use serde_json::{Map, Value, json};
 
 use super::host::Host;
 use crate::config::DeviceSpec;
-use crate::rundir::{CONTROL, Claimed};
+use crate::rundir::CONTROL;
 
 /// Clients at a time.
 pub const CLIENTS_MAX: usize = 32;
 /// The longest request, in bytes: enough for the largest state page in JSON.
 pub const LINE_MAX: u64 = 4 << 20;
+/// Clients that wait to be accepted.
+const BACKLOG: i32 = 16;
 /// How long a client may take for its request, and for taking an answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -53,27 +54,6 @@ enum Request {
     Device { name: String, request: Value },
 }
 
-/// Makes the control socket, with mode 0600 from the first moment on.
-pub fn listen(claimed: &Claimed) -> Result<UnixListener> {
-    let path = claimed.path().join(CONTROL);
-    let make = || -> io::Result<UnixListener> {
-        let address = SocketAddrUnix::new(&path)?;
-        let socket = rustix::net::socket_with(
-            AddressFamily::UNIX,
-            SocketType::STREAM,
-            SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
-            None,
-        )?;
-        // The file takes its mode from the socket, less the umask.
-        rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
-        rustix::net::bind(&socket, &address)?;
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
-        rustix::net::listen(&socket, 16)?;
-        Ok(UnixListener::from(socket))
-    };
-    make().with_context(|| format!("cannot make {}", path.display()))
-}
-
 /// Accepts clients. Dropping it removes the socket.
 pub struct Acceptor {
     listener: UnixListener,
@@ -92,9 +72,21 @@ impl Drop for Slot {
 }
 
 impl Acceptor {
-    /// Accepts clients of `host`.
-    pub fn new(listener: UnixListener, host: Arc<Host>) -> Acceptor {
-        Acceptor { listener, path: host.dir().join(CONTROL), host, clients: Arc::default() }
+    /// Makes the control socket of `host`, with mode 0600 from the first moment on.
+    pub fn bind(host: Arc<Host>) -> Result<Acceptor> {
+        let path = host.dir().join(CONTROL);
+        let make = || -> io::Result<UnixListener> {
+            let address = SocketAddrUnix::new(&path)?;
+            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+            let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+            // The file takes its mode from the socket, less the umask.
+            rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+            rustix::net::bind(&socket, &address)?;
+            rustix::net::listen(&socket, BACKLOG)?;
+            Ok(UnixListener::from(socket))
+        };
+        let listener = make().with_context(|| format!("cannot make {}", path.display()))?;
+        Ok(Acceptor { listener, path, host, clients: Arc::default() })
     }
 
     /// Accepts the next client, if there is one. An error is one of this process, not of the client.

@@ -1,6 +1,7 @@
 //! The bus with its sockets: what is on the one has one of the others.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -19,7 +20,7 @@ const RESERVED: &str = "control";
 pub struct Host {
     claimed: Claimed,
     bus: Bus,
-    /// By name. Also the lock under which devices are added and removed.
+    /// By name. Not locked while a device is made or ended, which may take as long as its back end takes.
     served: Mutex<BTreeMap<String, DeviceServer>>,
 }
 
@@ -45,12 +46,11 @@ impl Host {
         if spec.name == RESERVED {
             bail!("a device cannot be called {RESERVED:?}");
         }
-        let mut served = self.lock();
         let path = self.claimed.socket(&spec.name)?;
         let endpoint = self.bus.create(&spec.name, &spec.class, &spec.settings)?;
         match DeviceServer::start(endpoint.clone(), &path, spec.options) {
             Ok(server) => {
-                served.insert(spec.name, server);
+                self.lock().insert(spec.name, server);
                 Ok(endpoint)
             }
             Err(error) => {
@@ -62,16 +62,17 @@ impl Host {
 
     /// Takes a device away. Without `force` not while a client is connected to it.
     pub fn remove(&self, name: &str, force: bool) -> Result<()> {
-        let mut served = self.lock();
         self.bus.get(name)?;
-        if !force && served.get(name).is_some_and(DeviceServer::is_connected) {
-            bail!(
+        let server = match self.lock().entry(name.to_owned()) {
+            Entry::Vacant(_) => bail!("{name:?} is being added or removed just now"),
+            Entry::Occupied(entry) if !force && entry.get().is_connected() => bail!(
                 "{name:?} is in use by a virtual machine or a driver process; unplug it there first (--qmp SOCKET does both), or \
                  use --force"
-            );
-        }
+            ),
+            Entry::Occupied(entry) => entry.remove(),
+        };
         // Its socket goes first, and with it the client, so that nobody uses the device any more when it goes.
-        drop(served.remove(name));
+        drop(server);
         self.bus.remove(name)?;
         Ok(())
     }
@@ -118,8 +119,8 @@ impl Host {
 
     /// Stops serving, and empties the bus.
     pub fn stop(&self) {
-        let mut served = self.lock();
-        for (name, server) in std::mem::take(&mut *served) {
+        let served = std::mem::take(&mut *self.lock());
+        for (name, server) in served {
             drop(server);
             let _ = self.bus.remove(&name);
         }

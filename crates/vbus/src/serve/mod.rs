@@ -46,8 +46,9 @@ pub fn run(args: &Args) -> Result<()> {
     let claimed = Claimed::claim(&rundir::choose(args.place.dir.as_deref()))?;
     // Before anything is served, so that no signal finds the sockets in place and nobody to remove them.
     let stop = signals()?;
-    let listener = control::listen(&claimed)?;
     let host = Arc::new(Host::start(claimed, &config)?);
+    // Who asks before all devices are there waits.
+    let accept = control::Acceptor::bind(host.clone())?;
     for (number, spec) in config.devices.iter().enumerate() {
         host.add(spec.clone()).map_err(|error| match &source {
             Some(source) => source.device_error(number, &format!("{error:#}")).into(),
@@ -56,7 +57,6 @@ pub fn run(args: &Args) -> Result<()> {
     }
     tracing::info!("serving {} devices in {}", config.devices.len(), host.dir().display());
     tell_ready(args.ready_fd)?;
-    let accept = control::Acceptor::new(listener, host.clone());
     loop {
         let (stopped, client) = {
             let mut fds = [PollFd::new(&stop, PollFlags::IN), PollFd::from_borrowed_fd(accept.as_fd(), PollFlags::IN)];
