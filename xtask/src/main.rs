@@ -1,5 +1,6 @@
 //! Kits, images, demo, tests and benchmarks of vbus: `cargo xtask --help`.
 
+mod bench;
 mod bus;
 mod console;
 mod demo;
@@ -40,6 +41,8 @@ enum Command {
     },
     /// Run two Linux guests on one bus and show what it does
     Demo(demo::Args),
+    /// Measure vbus against its peers
+    Bench(bench::Args),
     /// Put this terminal on the console of a guest of `demo --keep`
     Console {
         /// `a` or `b`
@@ -69,6 +72,7 @@ fn run(command: Command) -> Result<bool> {
             Ok(true)
         }
         Command::Demo(args) => demo::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Console { guest } => console::run(&guest).map(|()| true),
         Command::Test(args) => test::run(&args),
     }
