@@ -224,7 +224,7 @@ fn whole_server(server: &mut Server<Device>, pieces: &[Piece]) {
         let fds = descriptors(*fds);
         let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
         send(&stream, bytes, &fds);
-        while server.ready(Instant::now()).messages > 0 {}
+        while server.ready(Instant::now()).work > 0 {}
         // What the server says is not looked at, but room is made for more.
         while matches!(stream.read(&mut [0; 4096]), Ok(n) if n > 0) {}
     }

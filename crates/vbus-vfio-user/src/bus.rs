@@ -86,14 +86,14 @@ struct ServerTask {
 
 impl Task for ServerTask {
     fn poll(&mut self, budget: u32) -> Result<Progress, Status> {
-        let mut messages = 0;
+        let mut work = 0;
         let progress = loop {
             let outcome = self.server.ready(Instant::now());
-            messages += outcome.messages;
+            work += outcome.work;
             if !outcome.more {
-                break if messages > 0 { Progress::Busy } else { Progress::Idle };
+                break if work > 0 { Progress::Busy } else { Progress::Idle };
             }
-            if messages >= budget {
+            if work >= budget {
                 break Progress::Busy;
             }
         };

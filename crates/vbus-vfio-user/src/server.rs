@@ -21,8 +21,11 @@ use crate::socket::{Message, Received, Receiver, Sender, SocketSource};
 use crate::target::Target;
 use crate::version::MAX_MSG_FDS;
 
-/// How many messages one call of [`Server::ready`] handles, at most.
-const MESSAGES_PER_CALL: u32 = 64;
+/// How much one call of [`Server::ready`] handles, at most: a message counts as one, and as one more for each
+/// [`WORK_BYTES`] of it.
+const WORK_PER_CALL: u32 = 64;
+/// See [`WORK_PER_CALL`].
+const WORK_BYTES: usize = 1024;
 /// How many connections one call accepts, at most.
 const ACCEPTS_PER_CALL: u32 = 4;
 /// How many clients wait for their refusal at the same time; more are closed without a word.
@@ -68,8 +71,8 @@ pub struct Stats {
 /// What a call of [`Server::ready`] did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Outcome {
-    /// Messages handled.
-    pub messages: u32,
+    /// How much was done: 1 for each message handled, 1 more for each KiB of it, and 1 for each client accepted.
+    pub work: u32,
     /// A client is there and agreed with.
     pub connected: bool,
     /// There may be more to do at once. The descriptor stays readable then, too.
@@ -205,7 +208,7 @@ impl<T: Target> Server<T> {
     pub fn ready(&mut self, now: Instant) -> Outcome {
         let mut space = [MaybeUninit::uninit(); 8];
         let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
-        let (mut messages, mut more) = (0, false);
+        let (mut work, mut more) = (0, false);
         if let Ok((events, _)) = epoll::wait(&self.epoll, &mut space, Some(&zero)) {
             // The client first: its end makes room for the next one.
             let (mut accept, client) = (false, self.client.as_ref().map(|c| c.token));
@@ -217,17 +220,19 @@ impl<T: Target> Server<T> {
                             client.outbound.clear_wake();
                         }
                     }
-                    token if Some(token) == client => messages += self.serve(now),
+                    token if Some(token) == client => work += self.serve(now),
                     token => self.refuse(token),
                 }
             }
             if accept {
-                more = self.accept(now);
+                let accepted = self.accept(now);
+                work += accepted;
+                more = accepted == ACCEPTS_PER_CALL;
             }
         }
         self.send_requests(now);
         self.expire(now);
-        Outcome { messages, connected: self.is_connected(), more: more || messages >= MESSAGES_PER_CALL }
+        Outcome { work, connected: self.is_connected(), more: more || work >= WORK_PER_CALL }
     }
 
     /// Serves until `stop` becomes readable. For tests and small programs without an event loop.
@@ -267,12 +272,13 @@ impl<T: Target> Server<T> {
         self.next_token
     }
 
-    /// Accepts who waits. `true`: there may be more.
-    fn accept(&mut self, now: Instant) -> bool {
-        for _ in 0..ACCEPTS_PER_CALL {
+    /// Accepts who waits. Returns how many; there may be more if it is as many as are accepted at once.
+    fn accept(&mut self, now: Instant) -> u32 {
+        let mut accepted = 0;
+        while accepted < ACCEPTS_PER_CALL {
             let socket = match accept_with(&self.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
                 Ok(socket) => socket,
-                Err(Errno::AGAIN) => return false,
+                Err(Errno::AGAIN) => return accepted,
                 Err(Errno::INTR | Errno::CONNABORTED) => continue,
                 Err(e) => {
                     // The connection stays in the backlog: without a pause this would be tried without end.
@@ -280,16 +286,17 @@ impl<T: Target> Server<T> {
                     let quiet = EventFlags::empty();
                     let _ = epoll::modify(&self.epoll, &self.listener, EventData::new_u64(LISTENER), quiet);
                     self.paused_until = Some(now + ACCEPT_PAUSE);
-                    return false;
+                    return accepted;
                 }
             };
+            accepted += 1;
             let token = self.token();
             let watched = epoll::add(&self.epoll, &socket, EventData::new_u64(token), EventFlags::IN);
             if let Err(e) = watched.and_then(|()| self.admit(socket, token, now)) {
                 warn!(device = self.name, "client cannot be served: {e}");
             }
         }
-        true
+        accepted
     }
 
     fn admit(&mut self, socket: OwnedFd, token: u64, now: Instant) -> Result<(), Errno> {
@@ -329,14 +336,14 @@ impl<T: Target> Server<T> {
         self.refused.retain_mut(|refused| refused.token != token || refused.go_on());
     }
 
-    /// Receives, handles and answers, until nothing is left, the socket is full or enough was done.
+    /// Receives, handles and answers, until nothing is left, the socket is full or enough was done. Returns how much.
     fn serve(&mut self, now: Instant) -> u32 {
-        let mut handled = 0;
-        while handled < MESSAGES_PER_CALL {
-            let Some(client) = &mut self.client else { return handled };
+        let mut work = 0;
+        while work < WORK_PER_CALL {
+            let Some(client) = &mut self.client else { return work };
             if !client.sender.is_empty() && !Self::flush(client, now, self.timeouts.reply) {
                 self.fail("its socket failed");
-                return handled;
+                return work;
             }
             // Answers are not piled up: who does not read them is not heard either.
             if !client.sender.is_empty() {
@@ -345,11 +352,11 @@ impl<T: Target> Server<T> {
             let mut source = SocketSource { socket: client.socket.as_fd(), max_fds: MAX_MSG_FDS, wait: false };
             match client.receiver.next(&mut source, client.session.max_message(), MAX_MSG_FDS) {
                 Ok(Received::Message(message)) => {
-                    handled += 1;
+                    work += 1 + u32::try_from(message.body.len() / WORK_BYTES).unwrap_or(WORK_PER_CALL);
                     client.message_by = None;
                     self.stats.messages += 1;
                     if !self.handle(message, now) {
-                        return handled;
+                        return work;
                     }
                 }
                 Ok(Received::Nothing) => {
@@ -361,16 +368,16 @@ impl<T: Target> Server<T> {
                 Ok(Received::End) => {
                     info!(device = self.name, "client {} has gone", client.number);
                     self.drop_client();
-                    return handled;
+                    return work;
                 }
                 Err(broken) => {
                     self.fail(&broken.to_string());
-                    return handled;
+                    return work;
                 }
             }
         }
         self.watch();
-        handled
+        work
     }
 
     /// Handles a message. `false`: the connection has ended.

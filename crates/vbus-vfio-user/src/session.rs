@@ -20,6 +20,10 @@ use crate::socket::Message;
 use crate::target::{IrqAction, Mapping, Target};
 use crate::version::{self, Agreed, Disagreement, MAX_DMA_MAPS, MAX_TRANSFER, MAX_VERSION_DATA, PAGE_SIZE};
 
+/// Writes in one `REGION_WRITE_MULTI`, at most: each may be a command of the device, and no client holds up the
+/// others on its thread for long. QEMU sends up to 200.
+const MAX_MULTI_WRITES: usize = 1024;
+
 /// What follows from a message.
 #[derive(Debug)]
 pub enum Answer {
@@ -61,6 +65,7 @@ enum Failure {
     NoSuch(&'static str, u32),
     Outside { region: u32, offset: u64, count: u64, size: u64 },
     TooMuch(u64),
+    TooManyWrites(usize),
     NotAllowed(&'static str, u32),
     IrqRange { index: u32, start: u32, count: u32, have: u32 },
     BadRange(u64, u64),
@@ -101,6 +106,7 @@ impl fmt::Display for Failure {
                 write!(f, "{count} bytes at {offset:#x} of region {region}, which has {size:#x}")
             }
             Self::TooMuch(count) => write!(f, "{count} bytes, at most {MAX_TRANSFER} are allowed"),
+            Self::TooManyWrites(count) => write!(f, "{count} writes, at most {MAX_MULTI_WRITES} are allowed"),
             Self::NotAllowed(what, region) => write!(f, "region {region} cannot be {what}"),
             Self::IrqRange { index, start, count, have } => {
                 write!(f, "interrupts {start} and {count} on of index {index}, which has {have}")
@@ -462,6 +468,9 @@ fn region_write<T: Target + ?Sized>(target: &mut T, body: &[u8]) -> Outcome {
 /// tells of the first that failed.
 fn write_multi<T: Target + ?Sized>(target: &mut T, body: &[u8]) -> Outcome {
     let writes = MultiWrite::parse_all(body)?;
+    if writes.len() > MAX_MULTI_WRITES {
+        return Err(Failure::TooManyWrites(writes.len()));
+    }
     let mut result = Ok(());
     for write in &writes {
         let done = check_access(target, write.region, write.offset, write.data.len(), true).and_then(|()| {
