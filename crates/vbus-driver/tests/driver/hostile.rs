@@ -1,0 +1,222 @@
+//! Devices that return what they should not: an error each time, and no index of ours out of bounds.
+
+use vbus_driver::venet::{BUFFER_MIN, CHAIN_MAX, FRAME_MAX, HEADER_BYTES, Nic, Piece, Rx, Tx};
+use vbus_driver::{Dma, Error, Function, State, Status};
+use vbus_shm::Memory;
+use vbus_shm::abi::{reg, venet as abi};
+use vbus_shm::ring::{DeviceEnd, Entry, NEXT, SIGNAL_OFFSET};
+use vbus_shm::signal::DEVICE_SEQ;
+use vbus_shm::sync::Ordering;
+
+use crate::fake::{Fake, Plain};
+
+const ENTRIES: u32 = 256;
+
+/// A NIC of a device that takes every command, its queues, and the device's ends of them.
+struct Rig {
+    fake: Fake,
+    nic: Nic<Fake>,
+    tx: Tx<Fake>,
+    rx: Rx<Fake>,
+    device_tx: DeviceEnd<Plain>,
+    device_rx: DeviceEnd<Plain>,
+    tx_memory: Plain,
+}
+
+impl Rig {
+    fn new() -> Rig {
+        let fake = Fake::default();
+        let mut nic = Nic::open(Function::probe(fake.clone()).unwrap(), 0, 0).unwrap();
+        let (tx, mut rx) = nic.queue_pair(0, ENTRIES, BUFFER_MIN, 0).unwrap();
+        nic.start().unwrap();
+        for id in 0..ENTRIES as u16 {
+            rx.give(id, 0x1000 * u64::from(id)).unwrap();
+        }
+        rx.post();
+        // Scratch memory and status page came first.
+        let (tx_memory, rx_memory) = (fake.memory(2), fake.memory(3));
+        let device_tx = DeviceEnd::attach(tx_memory.clone()).unwrap();
+        let device_rx = DeviceEnd::attach(rx_memory).unwrap();
+        Rig { fake, nic, tx, rx, device_tx, device_rx, tx_memory }
+    }
+
+    /// The device returns the entry that it took first, changed.
+    fn give_back(&mut self, change: impl FnOnce(Entry) -> Entry) {
+        let entry = self.device_rx.take().unwrap().unwrap();
+        self.device_rx.give_back(change(entry));
+    }
+
+    fn receive(&mut self) -> Result<Option<usize>, Error> {
+        self.rx.receive().map(|frame| frame.map(<[_]>::len))
+    }
+}
+
+fn corrupt<T: std::fmt::Debug>(result: Result<T, Error>) {
+    assert!(matches!(result, Err(Error::Corrupt(_))), "{result:?}");
+}
+
+#[test]
+fn an_honest_frame_is_received() {
+    let mut rig = Rig::new();
+    assert_eq!(rig.receive(), Ok(None));
+    rig.give_back(|entry| Entry { len: BUFFER_MIN, flags: NEXT, ..entry });
+    assert_eq!(rig.receive(), Ok(None), "it is not whole");
+    rig.give_back(|entry| Entry { len: 60, ..entry });
+    let frame = rig.rx.receive().unwrap().unwrap().to_vec();
+    assert_eq!(frame.iter().map(|piece| (piece.id, piece.len)).collect::<Vec<_>>(), [(0, BUFFER_MIN), (1, 60)]);
+    for piece in frame {
+        rig.rx.give(piece.id, 0).unwrap();
+    }
+    assert_eq!(rig.receive(), Ok(None));
+}
+
+#[test]
+fn buffers_come_back_only_once_and_only_if_given() {
+    let mut rig = Rig::new();
+    rig.give_back(|entry| Entry { len: 60, ..entry });
+    assert_eq!(rig.receive(), Ok(Some(1)));
+    rig.give_back(|entry| Entry { id: 0, len: 60, ..entry });
+    corrupt(rig.receive());
+    for id in [ENTRIES as u16, 1023, 1024, u16::MAX] {
+        let mut rig = Rig::new();
+        rig.give_back(|entry| Entry { id, len: 60, ..entry });
+        corrupt(rig.receive());
+    }
+}
+
+#[test]
+fn lengths_are_checked() {
+    for len in [0, HEADER_BYTES as u32, BUFFER_MIN + 1, u32::MAX] {
+        let mut rig = Rig::new();
+        rig.give_back(|entry| Entry { len, ..entry });
+        corrupt(rig.receive());
+    }
+}
+
+#[test]
+fn a_frame_ends_somewhere() {
+    let mut rig = Rig::new();
+    for n in 0..=CHAIN_MAX {
+        // Small enough not to be too large, too many to be a frame.
+        rig.give_back(|entry| Entry { len: 64, flags: NEXT, ..entry });
+        match rig.receive() {
+            Ok(None) if n < CHAIN_MAX => {}
+            result => corrupt(result),
+        }
+    }
+    let mut rig = Rig::new();
+    for n in 1..=CHAIN_MAX {
+        let flags = if n == CHAIN_MAX { 0 } else { NEXT };
+        rig.give_back(|entry| Entry { len: BUFFER_MIN, flags, ..entry });
+    }
+    assert!(CHAIN_MAX * BUFFER_MIN as usize > FRAME_MAX);
+    corrupt(rig.receive());
+}
+
+#[test]
+fn the_driver_cannot_give_a_buffer_twice() {
+    let mut rig = Rig::new();
+    rig.give_back(|entry| Entry { len: 60, ..entry });
+    assert_eq!(rig.receive(), Ok(Some(1)));
+    for id in [1, ENTRIES as u16, u16::MAX] {
+        assert!(matches!(rig.rx.give(id, 0), Err(Error::Unsupported(_))), "{id}");
+    }
+    rig.rx.give(0, 0).unwrap();
+}
+
+#[test]
+fn more_returns_than_submissions_are_refused() {
+    let mut rig = Rig::new();
+    let frame = [Piece { addr: 0x1000, len: 100 }, Piece { addr: 0x2000, len: 1 }];
+    assert!(rig.tx.submit(&frame).unwrap());
+    rig.tx.post();
+    assert_eq!(rig.tx.reclaim(), Ok(0));
+    for _ in 0..2 {
+        let entry = rig.device_tx.take().unwrap().unwrap();
+        rig.device_tx.give_back(entry);
+    }
+    let _ = rig.device_tx.post();
+    assert_eq!(rig.tx.reclaim(), Ok(2));
+    for seq in [3, 1, u32::MAX] {
+        rig.tx_memory.words()[(SIGNAL_OFFSET + DEVICE_SEQ) / 8].store(u64::from(seq), Ordering::Relaxed);
+        corrupt(rig.tx.reclaim());
+    }
+}
+
+#[test]
+fn frames_that_nobody_should_send_are_refused_and_full_rings_say_so() {
+    let mut rig = Rig::new();
+    let piece = |len| Piece { addr: 0, len };
+    for frame in [
+        vec![],
+        vec![piece(HEADER_BYTES as u32)],
+        vec![piece(100), piece(0)],
+        vec![piece(FRAME_MAX as u32 + 1)],
+        vec![piece(u32::MAX); 3],
+        vec![piece(100); CHAIN_MAX + 1],
+    ] {
+        assert!(matches!(rig.tx.submit(&frame), Err(Error::Unsupported(_))), "{frame:?}");
+    }
+    let frame = [piece(100); CHAIN_MAX];
+    let mut sent = 0;
+    while rig.tx.submit(&frame).unwrap() {
+        sent += 1;
+    }
+    assert_eq!((sent, rig.tx.in_flight()), (ENTRIES / CHAIN_MAX as u32, sent * CHAIN_MAX as u32));
+    assert_eq!(rig.fake.rung(), 0, "nobody asked for a kick");
+    let _ = rig.device_tx.arm(0);
+    assert!(rig.tx.post());
+    assert_eq!(rig.fake.rung(), 1);
+}
+
+#[test]
+fn registers_that_make_no_sense_are_errors() {
+    let mut rig = Rig::new();
+    rig.fake.set_register(reg::STATUS, 9);
+    corrupt(rig.nic.function().state());
+    rig.fake.set_register(reg::STATUS, reg::STATE_BROKEN | Status::CORRUPT.0 << 16);
+    assert_eq!(rig.nic.function().state(), Ok(State::Broken(Status::CORRUPT)));
+    rig.fake.set_register(reg::STATUS, u32::MAX);
+    assert_eq!(rig.nic.function().check(), Err(Error::Gone));
+    rig.fake.set_register(reg::RESULT, u32::MAX);
+    assert_eq!(rig.nic.start(), Err(Error::Gone));
+    rig.fake.set_register(reg::RESULT, 0x1234);
+    assert_eq!(rig.nic.start(), Err(Error::Refused { command: "CALL", status: Status(0x1234) }));
+}
+
+#[test]
+fn handles_out_of_range_are_errors() {
+    let fake = Fake::default();
+    let mut function = Function::probe(fake.clone()).unwrap();
+    function.open(0).unwrap();
+    let memory = fake.memory(0);
+    for value in [64, u32::MAX] {
+        fake.set_register(reg::VALUE, value);
+        corrupt(function.region_add(0, 0, &memory, (0, 4096), None));
+    }
+    fake.set_register(reg::VALUE, 0);
+    fake.set_register(reg::VALUE + 4, 1);
+    corrupt(function.region_add(0, 0, &memory, (0, 4096), None));
+    assert!(memory.is_run(0, memory.bytes()));
+}
+
+#[test]
+fn a_config_area_that_never_rests_is_an_error() {
+    let fake = Fake::default();
+    let function = Function::probe(fake.clone()).unwrap();
+    fake.script(reg::CONFIG_GENERATION, &[1, 2, 3, 3]);
+    assert_eq!(vbus_driver::venet::config(&function).unwrap().mtu, 1500);
+    fake.script(reg::CONFIG_GENERATION, &(0..100).collect::<Vec<_>>());
+    corrupt(vbus_driver::venet::config(&function));
+    fake.script(reg::CONFIG_GENERATION, &[]);
+    for (offset, value) in [(8, 0), (8, 1), (8, 16 << 16 | 1)] {
+        fake.set_register(reg::CONFIG + offset, value);
+        corrupt(vbus_driver::venet::config(&function));
+    }
+    fake.set_register(reg::CONFIG + 8, u32::MAX);
+    let config = vbus_driver::venet::config(&function).unwrap();
+    assert_eq!((config.queue_pairs, config.ring_entries), (abi::QUEUE_PAIRS_MAX, 1024));
+    fake.set_register(reg::CLASS, 2);
+    let function = Function::probe(fake).unwrap();
+    assert_eq!(vbus_driver::venet::config(&function), Err(Error::Class(2)));
+}

@@ -1,0 +1,191 @@
+//! An environment in this process: the registers are those of a [`PciFunction`], memory is shared through a file, interrupts are an eventfd.
+
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use serde_json::Value;
+use vbus_core::{Bus, Executor, MemoryContext, Trust, Tuning, Window};
+use vbus_driver::{Dma, Function, Hal, NoMemory};
+use vbus_pci::{IrqIndex, Options, PciFunction, region};
+use vbus_shm::Memory;
+use vbus_shm::sync::Word;
+
+/// How long a test waits for an event that must come.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+const BASE: u64 = 0x10_0000_0000;
+const BYTES: u64 = 64 << 20;
+
+/// A bus with all classes.
+pub fn bus() -> Bus {
+    let executor = Executor::start(Tuning { workers: 2, ..Tuning::default() }).unwrap();
+    Bus::new(executor, vbus_devices::classes(), Trust::Sealed)
+}
+
+/// See the module.
+#[derive(Clone)]
+pub struct Local(Arc<Inner>);
+
+struct Inner {
+    function: Mutex<PciFunction>,
+    memory: MemoryContext,
+    next: AtomicU64,
+    interrupt: OwnedFd,
+    /// Pages of `1 << page_shift` bytes, laid out the wrong way round; 0: contiguous.
+    page_shift: u8,
+}
+
+impl Local {
+    /// A device of `class` made on `bus`, and an environment to drive it from.
+    pub fn new(bus: &Bus, name: &str, class: &str, config: &Value) -> Local {
+        bus.create(name, class, config).unwrap();
+        Local::attach(bus, name, 0)
+    }
+
+    /// An environment for the device `name`, with memory that is contiguous or in pages.
+    pub fn attach(bus: &Bus, name: &str, page_shift: u8) -> Local {
+        let function = PciFunction::new(bus.get(name).unwrap(), Options::default());
+        let file = memfd_create("driver", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+        ftruncate(&file, BYTES).unwrap();
+        function.map(BASE, BYTES, Some((file.try_clone().unwrap(), 0)), true).unwrap();
+        let memory = MemoryContext::new(Trust::Sealed);
+        memory.map(BASE, BYTES, Some((file, 0)), true).unwrap();
+        let interrupt = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
+        function.connect_irqs(IrqIndex::Msi, 0, vec![Some(interrupt.try_clone().unwrap())]).unwrap();
+        let next = AtomicU64::new(BASE);
+        Local(Arc::new(Inner { function: Mutex::new(function), memory, next, interrupt, page_shift }))
+    }
+
+    /// The function, probed.
+    pub fn probe(&self) -> Function<Local> {
+        Function::probe(self.clone()).unwrap()
+    }
+
+    /// Takes the device's memory away.
+    pub fn unmap(&self) {
+        self.0.function.lock().unwrap().unmap_all();
+    }
+
+    /// Gives the device other memory at the same addresses.
+    pub fn map_other(&self, file: OwnedFd) {
+        self.0.function.lock().unwrap().map(BASE, BYTES, Some((file, 0)), true).unwrap();
+    }
+
+    /// Whether an interrupt has come since the last time; takes it.
+    pub fn interrupted(&self) -> bool {
+        rustix::io::read(&self.0.interrupt, &mut [0; 8]).is_ok()
+    }
+
+    /// Waits for an interrupt, and takes it.
+    pub fn wait_interrupt(&self) {
+        let mut fds = [PollFd::new(&self.0.interrupt, PollFlags::IN)];
+        let bound = Timespec::try_from(PATIENCE).unwrap();
+        assert_eq!(poll(&mut fds, Some(&bound)).unwrap(), 1, "no interrupt came");
+        assert!(self.interrupted());
+    }
+
+    fn access<T>(&self, access: impl FnOnce(&mut PciFunction) -> T) -> T {
+        access(&mut self.0.function.lock().unwrap())
+    }
+
+    fn read<const N: usize>(&self, region: u32, offset: u64) -> [u8; N] {
+        let mut bytes = [0; N];
+        self.access(|function| function.read(region, offset, &mut bytes));
+        bytes
+    }
+}
+
+/// Calls `done` until it says something, or panics in the end.
+pub fn until<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        if let Some(value) = done() {
+            return value;
+        }
+        assert!(Instant::now() < end, "waited in vain for {what}");
+        std::thread::yield_now();
+    }
+}
+
+impl std::fmt::Debug for Local {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Local")
+    }
+}
+
+impl Hal for Local {
+    type Dma = LocalMemory;
+
+    fn config_read32(&self, offset: u16) -> u32 {
+        u32::from_le_bytes(self.read(region::CONFIG, u64::from(offset)))
+    }
+
+    fn read32(&self, offset: u64) -> u32 {
+        u32::from_le_bytes(self.read(region::BAR0, offset))
+    }
+
+    fn read64(&self, offset: u64) -> u64 {
+        u64::from_le_bytes(self.read(region::BAR0, offset))
+    }
+
+    fn write32(&self, offset: u64, value: u32) {
+        self.access(|function| function.write(region::BAR0, offset, &value.to_le_bytes()));
+    }
+
+    fn write64(&self, offset: u64, value: u64) {
+        self.access(|function| function.write(region::BAR0, offset, &value.to_le_bytes()));
+    }
+
+    fn alloc(&self, bytes: usize) -> Result<LocalMemory, NoMemory> {
+        let page = 1u64 << self.0.page_shift.max(12);
+        let len = (bytes as u64).next_multiple_of(page);
+        let at = self.0.next.fetch_add(len, Ordering::Relaxed);
+        if at + len > BASE + BYTES {
+            return Err(NoMemory);
+        }
+        // What has to be contiguous is.
+        if self.0.page_shift == 0 || bytes <= LocalMemory::CONTIGUOUS_MIN {
+            let window = self.0.memory.window(at, len).map_err(|_| NoMemory)?;
+            return Ok(LocalMemory { window, pages: vec![at], shift: 0 });
+        }
+        let pages: Vec<u64> = (0..len / page).rev().map(|i| at + i * page).collect();
+        let window = self.0.memory.window_of_pages(&pages, self.0.page_shift.into(), len).map_err(|_| NoMemory)?;
+        Ok(LocalMemory { window, pages, shift: self.0.page_shift })
+    }
+
+    fn now(&self) -> u64 {
+        static START: std::sync::LazyLock<Instant> = std::sync::LazyLock::new(Instant::now);
+        START.elapsed().as_nanos() as u64
+    }
+}
+
+/// Memory of a [`Local`].
+#[derive(Clone, Debug)]
+pub struct LocalMemory {
+    window: Window,
+    pages: Vec<u64>,
+    shift: u8,
+}
+
+impl Memory for LocalMemory {
+    fn words(&self) -> &[Word] {
+        self.window.words()
+    }
+}
+
+impl Dma for LocalMemory {
+    fn page_shift(&self) -> u8 {
+        self.shift
+    }
+
+    fn address(&self, offset: usize) -> u64 {
+        match self.shift {
+            0 => self.pages[0] + offset as u64,
+            shift => self.pages[offset >> shift] + (offset & ((1 << shift) - 1)) as u64,
+        }
+    }
+}

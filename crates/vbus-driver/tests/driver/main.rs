@@ -1,0 +1,9 @@
+//! The driver against real devices of a bus, through the registers of their PCI functions, and against devices that are hostile.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+
+mod fake;
+mod function;
+mod hostile;
+mod local;
+mod nic;
+mod pages;

@@ -1,0 +1,201 @@
+//! NICs on a switch: frames between two drivers.
+
+use serde_json::json;
+use vbus_core::Bus;
+use vbus_driver::venet::{CHAIN_MAX, FRAME_MAX, HEADER_BYTES, Nic, Piece, Rx, Tx};
+use vbus_driver::{Dma, Hal};
+use vbus_shm::signal::Armed;
+
+use crate::local::{Local, LocalMemory, bus, until};
+
+const ENTRIES: u32 = 64;
+const BUFFER: usize = 4096;
+const SLOT: usize = FRAME_MAX.next_multiple_of(64);
+
+/// A NIC with one queue pair and its buffers.
+struct Station {
+    local: Local,
+    nic: Nic<Local>,
+    tx: Tx<Local>,
+    rx: Rx<Local>,
+    sending: LocalMemory,
+    receiving: LocalMemory,
+    sent: usize,
+}
+
+impl Station {
+    fn new(bus: &Bus, last: u8, mtu: u16) -> Station {
+        let config = json!({ "mac": format!("02:00:00:00:00:{last:02x}"), "mtu": mtu, "backend": "switch", "patience-ms": 60_000 });
+        let local = Local::new(bus, &format!("n{last}"), "venet", &config);
+        let mut nic = Nic::open(local.probe(), 0, 0).unwrap();
+        let (tx, mut rx) = nic.queue_pair(0, ENTRIES, BUFFER as u32, 0).unwrap();
+        let receiving = local.alloc(BUFFER * ENTRIES as usize).unwrap();
+        for id in 0..ENTRIES as u16 {
+            rx.give(id, receiving.address(usize::from(id) * BUFFER)).unwrap();
+        }
+        rx.post();
+        nic.start().unwrap();
+        let sending = local.alloc(SLOT * ENTRIES as usize).unwrap();
+        Station { local, nic, tx, rx, sending, receiving, sent: 0 }
+    }
+
+    /// Sends a frame in pieces of at most `piece` bytes (a multiple of 8).
+    fn send(&mut self, frame: &[u8], piece: usize) {
+        // Also room for its bytes: the slot of a frame is free once its entries have come back.
+        until("room in the transmit ring", || {
+            self.tx.reclaim().unwrap();
+            (self.tx.space() as usize >= CHAIN_MAX).then_some(())
+        });
+        let slot = self.sent % ENTRIES as usize * SLOT;
+        self.sent += 1;
+        let mut bytes = vec![0; HEADER_BYTES];
+        bytes.extend_from_slice(frame);
+        self.sending.copy_in(slot, &bytes);
+        let pieces: Vec<Piece> = (0..bytes.len())
+            .step_by(piece)
+            .map(|at| Piece { addr: self.sending.address(slot + at), len: piece.min(bytes.len() - at) as u32 })
+            .collect();
+        assert!(pieces.len() <= CHAIN_MAX);
+        assert!(self.tx.submit(&pieces).unwrap());
+        self.tx.post();
+    }
+
+    /// The next frame, if there is one; its buffers go back at once.
+    fn try_receive(&mut self) -> Option<Vec<u8>> {
+        let pieces = self.rx.receive().unwrap()?.to_vec();
+        let mut frame = Vec::new();
+        for piece in pieces {
+            let mut bytes = vec![0; piece.len as usize];
+            self.receiving.copy_out(usize::from(piece.id) * BUFFER, &mut bytes);
+            frame.extend(bytes);
+            self.rx.give(piece.id, self.receiving.address(usize::from(piece.id) * BUFFER)).unwrap();
+        }
+        self.rx.post();
+        Some(frame.split_off(HEADER_BYTES))
+    }
+
+    /// The next frame; sleeps until an interrupt brings it.
+    fn receive(&mut self) -> Vec<u8> {
+        loop {
+            if let Some(frame) = self.try_receive() {
+                self.rx.disarm();
+                return frame;
+            }
+            if self.rx.arm(0) == Armed::Waiting {
+                self.local.wait_interrupt();
+                self.nic.function().acknowledge();
+            }
+        }
+    }
+}
+
+fn mac(last: u8) -> [u8; 6] {
+    [2, 0, 0, 0, 0, last]
+}
+
+fn frame(to: [u8; 6], from: u8, n: usize, len: usize) -> Vec<u8> {
+    let mut frame = Vec::with_capacity(len);
+    frame.extend(to);
+    frame.extend(mac(from));
+    frame.extend([0x88, 0xb5]);
+    frame.extend((frame.len()..len).map(|i| (i * 31 + n) as u8));
+    frame
+}
+
+#[test]
+fn frames_of_all_sizes_pass_in_one_piece_or_many() {
+    let bus = bus();
+    let (mut a, mut b) = (Station::new(&bus, 1, 9000), Station::new(&bus, 2, 9000));
+    for (n, len) in [15, 60, 1514, 4084, 4085, 8180, 9014].into_iter().enumerate() {
+        for piece in [SLOT, 512] {
+            a.send(&frame(mac(2), 1, n, len), piece);
+            assert_eq!(b.receive(), frame(mac(2), 1, n, len), "{len} bytes in pieces of {piece}");
+        }
+        b.send(&frame(mac(1), 2, n, len), SLOT);
+        assert_eq!(a.receive(), frame(mac(1), 2, n, len));
+    }
+}
+
+#[test]
+fn a_stream_keeps_its_order_through_many_laps() {
+    const COUNT: usize = 20_000;
+    let bus = bus();
+    let (mut a, mut b) = (Station::new(&bus, 1, 1500), Station::new(&bus, 2, 1500));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for n in 0..COUNT {
+                a.send(&frame(mac(2), 1, n, 60 + n % 1400), SLOT);
+            }
+        });
+        scope.spawn(|| {
+            for n in 0..COUNT {
+                assert_eq!(b.receive(), frame(mac(2), 1, n, 60 + n % 1400), "frame {n}");
+            }
+        });
+    });
+    until("the last returns", || {
+        a.tx.reclaim().unwrap();
+        (a.tx.in_flight() == 0).then_some(())
+    });
+}
+
+#[test]
+fn the_status_page_tells_of_link_and_traffic() {
+    let bus = bus();
+    let (mut a, mut b) = (Station::new(&bus, 1, 1500), Station::new(&bus, 2, 1500));
+    until("the link", || a.nic.status().unwrap().link.then_some(()));
+    for n in 0..10 {
+        a.send(&frame(mac(2), 1, n, 100), SLOT);
+        b.receive();
+    }
+    until("the statistics", || {
+        let (a, b) = (a.nic.status().unwrap(), b.nic.status().unwrap());
+        (a.tx.frames == 10 && a.tx.bytes == 1000 && b.rx.frames == 10 && b.rx.bytes == 1000).then_some(())
+    });
+    // The last update is there; the next one interrupts.
+    assert_eq!(a.nic.arm_status(), Armed::Waiting);
+    while a.local.interrupted() {}
+    a.send(&frame(mac(2), 1, 11, 100), SLOT);
+    a.local.wait_interrupt();
+    until("the news", || a.nic.status_is_newer().then_some(()));
+}
+
+#[test]
+fn the_filter_lets_through_what_it_names() {
+    let bus = bus();
+    let (mut a, mut b) = (Station::new(&bus, 1, 1500), Station::new(&bus, 2, 1500));
+    let (group, other) = ([0x33, 0x33, 0, 0, 0, 7], [0x33, 0x33, 0, 0, 0, 8]);
+    b.nic.filter(0, &[group]).unwrap();
+    a.send(&frame(other, 1, 0, 60), SLOT);
+    a.send(&frame(group, 1, 1, 60), SLOT);
+    assert_eq!(b.receive(), frame(group, 1, 1, 60));
+    // More than the device takes: all multicasts pass.
+    b.nic.filter(0, &[group; 65]).unwrap();
+    a.send(&frame(other, 1, 2, 60), SLOT);
+    assert_eq!(b.receive(), frame(other, 1, 2, 60));
+    b.nic.filter(vbus_driver::venet::FILTER_PROMISCUOUS, &[]).unwrap();
+    a.send(&frame(mac(9), 1, 3, 60), SLOT);
+    assert_eq!(b.receive(), frame(mac(9), 1, 3, 60));
+}
+
+#[test]
+fn a_nic_is_opened_again_and_again() {
+    let bus = bus();
+    let mut b = Station::new(&bus, 2, 1500);
+    let a = Station::new(&bus, 1, 1500);
+    let Station { local, nic, .. } = a;
+    let mut function = nic.close();
+    for n in 0..100 {
+        let mut nic = Nic::open(function, u64::MAX, 0).unwrap();
+        assert_ne!(nic.function().features(), 0);
+        let (mut tx, _rx) = nic.queue_pair(0, 32, 4096, 0).unwrap();
+        nic.start().unwrap();
+        let memory = local.alloc(4096).unwrap();
+        let bytes = [&[0; HEADER_BYTES][..], &frame(mac(2), 1, n, 60)].concat();
+        memory.copy_in(0, &bytes);
+        assert!(tx.submit(&[Piece { addr: memory.address(0), len: bytes.len() as u32 }]).unwrap());
+        tx.post();
+        assert_eq!(b.receive(), frame(mac(2), 1, n, 60));
+        function = nic.close();
+    }
+}
