@@ -1,11 +1,14 @@
 //! A bus under test: `vbus serve` as a process, and the commands that control it.
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::lab::Scene;
@@ -58,7 +61,7 @@ impl Bus {
     pub fn start(scene: &Scene, config: &str) -> Result<Self> {
         let (program, dir) = (scene.lab.vbus(), scene.dir());
         let file = dir.join("bus.toml");
-        fs::write(&file, config)?;
+        fs::write(&file, format!("[bus]\npoll-us = {}\n{config}", scene.lab.poll_us()))?;
         let folder = dir.join("bus");
         let mut command = Command::new(program);
         command.arg("serve").arg("--config").arg(&file).arg("--dir").arg(&folder);
@@ -76,7 +79,7 @@ impl Bus {
             if let Some(status) = bus.process.ended()? {
                 return Err(bus.process.complaint(&format!("ended at once ({status})")));
             }
-            std::thread::sleep(Duration::from_millis(20));
+            thread::sleep(Duration::from_millis(20));
         }
     }
 
@@ -104,6 +107,21 @@ impl Bus {
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         ensure!(output.status.success(), "vbus {words} failed ({}): {}", output.status, said.trim());
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// Runs `vbus state watch`.
+    pub fn watch(&self, device: &str, page: &str) -> Result<Watch> {
+        let mut child = self.command(&["state", "watch", device, page]).stdout(Stdio::piped()).spawn()?;
+        let output = child.stdout.take().context("no output")?;
+        let (sender, lines) = channel();
+        thread::spawn(move || {
+            for line in BufReader::new(output).lines().map_while(std::result::Result::ok) {
+                if sender.send(line).is_err() {
+                    break;
+                }
+            }
+        });
+        Ok(Watch { child, lines })
     }
 
     /// `vbus stats --json`.
@@ -161,5 +179,34 @@ impl Bus {
         let status = fs::read_to_string(format!("/proc/{}/status", self.process.id()))?;
         let value = status.lines().find_map(|line| line.strip_prefix(key)?.split_whitespace().next()?.parse().ok());
         value.with_context(|| format!("no {key} in the status of the bus"))
+    }
+}
+
+/// A `vbus state watch` that runs until this is dropped.
+pub struct Watch {
+    child: Child,
+    lines: Receiver<String>,
+}
+
+impl Watch {
+    /// Waits for a value that contains `text`.
+    pub fn wait_for(&self, text: &str, limit: Duration) -> Result<()> {
+        let until = Instant::now() + limit;
+        let mut seen = Vec::new();
+        while let Ok(line) = self.lines.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            if line.contains(text) {
+                return Ok(());
+            }
+            seen.push(line);
+        }
+        bail!("the host does not see {text:?}, only {seen:?}")
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        // Fails only if it has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 
 use crate::bus::{Bus, Traffic};
@@ -129,7 +129,7 @@ fn perform(args: &Args, scene: &Scene, figures: &mut Figures) -> Result<()> {
 
     let mut nics = Vec::new();
     for ((vm, address), name) in vms.iter().zip(ADDRESS).zip(["net-a", "net-b"]) {
-        nics.push(Nic::up(&vm.guest, name, "vbus0", &format!("{address}/24"), "")?);
+        nics.push(Nic::up(vm, name, "vbus0", &format!("{address}/24"), "")?);
     }
     let (a, b) = (&vms[0].guest, &vms[1].guest);
     let ping = nic::ping(a, ADDRESS[1], 10)?;
@@ -148,8 +148,12 @@ fn perform(args: &Args, scene: &Scene, figures: &mut Figures) -> Result<()> {
     figures.state_ok = true;
     plug(&bus, &mut vms, figures)?;
 
-    eprintln!("{}", bus.run(&["stats"])?.trim_end());
     figures.traffic = bus.traffic(&["net-a", "net-b"])?;
+    let (Traffic { packets, doorbells, interrupts, drops }, per) = (figures.traffic, figures.traffic.kicks_per_1000());
+    eprintln!(
+        "counters: {packets} packets, {doorbells} doorbells and {interrupts} interrupts, which is {:.1} and {:.1} for 1,000 packets; {drops} dropped",
+        per.0, per.1
+    );
     if args.keep {
         keep(&bus, &vms)?;
     }
@@ -165,28 +169,9 @@ fn share_state(bus: &Bus, vms: &[Vm]) -> Result<()> {
         let read = vm.guest.ok("vbus guest state get setpoint")?;
         ensure!(read.trim_end_matches(['\0', '\n']) == value, "guest {name} reads {read:?}, not {value:?}");
     }
-    let mut watch = bus.command(&["state", "watch", "values-b", "heartbeat"]);
-    let mut watch = watch.stdout(std::process::Stdio::piped()).spawn().context("cannot run vbus state watch")?;
-    let lines = watch.stdout.take().context("no output")?;
-    let (sender, receiver) = std::sync::mpsc::channel();
-    std::thread::spawn(move || {
-        for line in std::io::BufRead::lines(std::io::BufReader::new(lines)).map_while(Result::ok) {
-            let _ = sender.send(line);
-        }
-    });
-    // Held open until the host has seen the value: a driver's pages go with its connection.
-    let set = vms[1].guest.start("vbus guest state set heartbeat alive-b")?;
-    let until = Instant::now() + Duration::from_secs(20);
-    let seen = loop {
-        match receiver.recv_timeout(until.saturating_duration_since(Instant::now())) {
-            Ok(line) if line.contains("alive-b") => break true,
-            Ok(_) => {}
-            Err(_) => break false,
-        }
-    };
-    let _ = watch.kill();
-    let _ = watch.wait();
-    ensure!(seen, "the host does not see what guest b wrote: {:?}", set.said());
+    let watch = bus.watch("values-b", "heartbeat")?;
+    vms[1].guest.ok("vbus guest state set heartbeat alive-b")?;
+    watch.wait_for("alive-b", Duration::from_secs(20))?;
     eprintln!("state: written on the host, read in both guests; written in guest b, watched on the host");
     Ok(())
 }
@@ -201,7 +186,7 @@ fn plug(bus: &Bus, vms: &mut [Vm], figures: &mut Figures) -> Result<()> {
         bus.run(&["device", "add", name, "--class", "venet", "--set", "backend=switch", "--qmp", &qmp])?;
         vm.guest.ok(&format!("until vbus guest list | grep -q {name}; do sleep 0.02; done"))?;
         figures.plug = Some(began.elapsed());
-        nics.push(Nic::up(&vm.guest, name, "vbus1", &format!("{address}/24"), "")?);
+        nics.push(Nic::up(vm, name, "vbus1", &format!("{address}/24"), "")?);
     }
     nic::transfer(&vms[0].guest, &vms[1].guest, ADDRESSES[1], 6000, 16 << 20, 1, Duration::from_secs(120))?;
     for (vm, name) in vms.iter().zip(["extra-a", "extra-b"]) {

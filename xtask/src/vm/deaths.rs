@@ -110,7 +110,7 @@ pub fn reopen(scene: &Scene) -> Result<()> {
     nic::prepare(&vm)?;
     let (mut files, mut memory) = (0, 0);
     for time in 0..TIMES {
-        let nic = Nic::up(&vm.guest, "net", "vbus0", "10.0.0.1/24", "")?;
+        let nic = Nic::up(&vm, "net", "vbus0", "10.0.0.1/24", "")?;
         nic.driver.kill()?;
         nic.driver.wait(TRANSFER)?;
         vm.guest.ok("until [ ! -e /sys/class/net/vbus0 ]; do sleep 0.01; done")?;

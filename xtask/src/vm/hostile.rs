@@ -5,6 +5,8 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 
 use super::pair::{Pair, Spec, TRANSFER, device};
+use serde_json::Value;
+
 use crate::bus::Bus;
 use crate::lab::Scene;
 use crate::machine::Machine;
@@ -22,9 +24,9 @@ pub fn scribbler(scene: &Scene) -> Result<()> {
         "n=0; total=0; while [ $n -lt {ROUNDS} ]; do n=$((n+1)); \
          vbus guest net --name vbus0 >/tmp/net.log 2>&1 & pid=$!; \
          i=0; until [ -e /sys/class/net/vbus0 ] || [ $i -gt 100 ]; do i=$((i+1)); sleep 0.05; done; \
-         ip link set vbus0 up 2>/dev/null; \
+         ip addr add 10.0.0.3/24 dev vbus0; ip link set vbus0 up; ping -i 0.01 10.0.0.1 >/dev/null & ping=$!; \
          w=$(guest-agent scribble $pid 20000 $n) && total=$((total+w)); \
-         kill -9 $pid 2>/dev/null; wait $pid 2>/dev/null; done; echo wrote $total"
+         kill -9 $pid $ping; wait $pid $ping; done 2>/dev/null; echo wrote $total"
     );
     let scribble = hostile.guest.start(&script)?;
     let mut port = 5000;
@@ -36,9 +38,12 @@ pub fn scribbler(scene: &Scene) -> Result<()> {
     let count: u64 = wrote.trim().strip_prefix("wrote ").and_then(|n| n.parse().ok()).unwrap_or(0);
     eprintln!("{count} hostile writes beside {} transfers", port - 5000);
     ensure!(count > 10_000, "the hostile guest wrote only {count} times:\n{wrote}");
+    let device: Value = serde_json::from_str(&pair.bus.run(&["device", "show", "net-c", "--json"])?)?;
+    eprintln!("its device: {} {}", device["counters"], device["connector"]);
+    ensure!(device["counters"]["broken"].as_u64() > Some(0), "no write broke a connection, so the test tests nothing");
     // The bus lives, and serves the hostile guest's device to an honest driver again.
     pair.transfer_back(6000, 32 << 20)?;
-    nic::Nic::up(&hostile.guest, "net-c", "vbus0", "10.0.0.3/24", "")?;
+    nic::Nic::up(&hostile, "net-c", "vbus0", "10.0.0.3/24", "")?;
     nic::ping(&hostile.guest, super::pair::ADDRESS[0], 3).map(drop)
 }
 

@@ -18,7 +18,7 @@ const MOST_CPU: Duration = Duration::from_millis(10);
 /// 64 idle devices take less than 64 MiB, no thread each, and no processor time.
 pub fn many_devices(scene: &Scene) -> Result<()> {
     let config: String = (0..DEVICES).map(|n| device(&format!("net{n}"), "venet", "backend = \"switch\"")).collect();
-    let bus = Bus::start(scene, &config)?;
+    let mut bus = Bus::start(scene, &config)?;
     let before = bus.cpu_time()?;
     std::thread::sleep(WATCHED);
     let used = bus.cpu_time()?.saturating_sub(before);
@@ -31,5 +31,11 @@ pub fn many_devices(scene: &Scene) -> Result<()> {
     ensure!(memory < MOST_KIB, "{memory} KiB are resident, {MOST_KIB} may be");
     ensure!(threads < DEVICES as u64 / 2, "{threads} threads for {DEVICES} devices");
     ensure!(used <= MOST_CPU, "{} ms of processor time while idle", used.as_millis());
+
+    // Asked to end, it ends well and leaves no socket behind.
+    let status = bus.process.terminate(Duration::from_secs(10))?;
+    ensure!(status.success(), "the bus ended with {status}");
+    let left = std::fs::read_dir(bus.dir()).map_or(0, Iterator::count);
+    ensure!(left == 0, "the bus left {left} files in {}", bus.dir().display());
     Ok(())
 }

@@ -7,6 +7,7 @@ mod hostile;
 mod idle;
 mod pair;
 mod plug;
+mod state;
 mod traffic;
 
 use std::fmt;
@@ -37,6 +38,7 @@ pub const SCENARIOS: &[Scenario] = &[
     scenario("passt", "the stream back end against passt, to the host and back", backends::passt),
     scenario("tap", "TCP to the host by TAP, against QEMU's virtio-net in the same guest", backends::tap),
     scenario("idle_64", "64 idle devices: memory, threads, processor time", idle::many_devices),
+    scenario("state", "state pages from and to the host, up to 1 MiB", state::pages),
     scenario("plug_cycles", "20 times plug, use and unplug beside traffic on another NIC", plug::cycles),
     scenario("kill_guest", "kill -9 of a guest in mid-traffic", deaths::guest),
     scenario("kill_driver", "kill -9 of the driver in mid-traffic", deaths::driver),

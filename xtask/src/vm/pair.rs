@@ -63,7 +63,7 @@ impl Pair {
 
     /// Starts the driver of the first NIC of guest `at`.
     pub fn driver(&self, at: usize, options: &str) -> Result<Nic> {
-        Nic::up(&self.vms[at].guest, NAME[at], "vbus0", &format!("{}/24", ADDRESS[at]), options)
+        Nic::up(&self.vms[at], NAME[at], "vbus0", &format!("{}/24", ADDRESS[at]), options)
     }
 
     /// Guest a.

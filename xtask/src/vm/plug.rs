@@ -22,7 +22,7 @@ pub fn cycles(scene: &Scene) -> Result<()> {
         pair.bus.run(&["device", "add", "extra", "--class", "venet", "--set", "backend=null", "--qmp", &qmp])?;
         pair.a().ok("until vbus guest list | grep -q extra; do sleep 0.02; done")?;
         plugs.push(began.elapsed().as_millis());
-        let nic = Nic::up(pair.a(), "extra", "vbus1", "10.0.1.1/24", "")?;
+        let nic = Nic::up(&pair.vms[0], "extra", "vbus1", "10.0.1.1/24", "")?;
         let began = std::time::Instant::now();
         pair.bus.run(&["device", "remove", "extra", "--qmp", &qmp])?;
         unplugs.push(began.elapsed().as_millis());

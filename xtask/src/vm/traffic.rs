@@ -43,7 +43,7 @@ pub fn jumbo(scene: &Scene) -> Result<()> {
 
 /// Two queue pairs in guests of two CPUs.
 pub fn two_pairs(scene: &Scene) -> Result<()> {
-    run(scene, Spec { device: "queue-pairs = 2", driver: "--queue-pairs 2", cpus: 2, ..Spec::default() }, 1000)
+    run(scene, Spec { device: "queue-pairs = 2", driver: "--queue-pairs 2", cpus: 2 }, 1000)
 }
 
 /// No offloads: every packet at its own size with its own checksum.

@@ -1,0 +1,62 @@
+//! State pages between the host and a guest.
+
+use std::fs::{self, File};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use super::pair::device;
+use crate::bus::Bus;
+use crate::lab::Scene;
+use crate::machine::Machine;
+use crate::nic;
+
+/// The largest page there can be.
+const LARGE: usize = 1 << 20;
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// Values go either way, the newest one wins, and a page may have 1 MiB.
+pub fn pages(scene: &Scene) -> Result<()> {
+    let settings = format!(
+        r#"pages = [{{ name = "setpoint", bytes = 64, owner = "device" }}, {{ name = "heartbeat", bytes = 64, owner = "driver" }},
+            {{ name = "large", bytes = {LARGE}, owner = "device" }}]"#
+    );
+    let bus = Bus::start(scene, &device("values", "state", &settings.replace('\n', "")))?;
+    let vm = Machine::new("a").device(bus.socket("values")).boot(scene)?;
+    nic::prepare(&vm)?;
+
+    // A watcher in the guest may miss values, never the newest one.
+    bus.run(&["state", "set", "values", "setpoint", "before"])?;
+    let watch = vm.guest.start("exec vbus guest state watch setpoint")?;
+    watch.wait_for("before", LIMIT)?;
+    for n in 0..50 {
+        bus.run(&["state", "set", "values", "setpoint", &format!("value-{n}-")])?;
+    }
+    watch.wait_for("value-49-", LIMIT)?;
+    watch.kill()?;
+    watch.wait(LIMIT)?;
+
+    let watch = bus.watch("values", "heartbeat")?;
+    for n in 0..5 {
+        vm.guest.ok(&format!("vbus guest state set heartbeat beat-{n}-"))?;
+        watch.wait_for(&format!("beat-{n}-"), LIMIT)?;
+    }
+
+    let file = scene.dir().join("large");
+    let mut word = 1u64;
+    let letters = std::iter::repeat_with(|| {
+        word = word.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+        b"0123456789abcdef"[usize::from((word >> 60) as u8)]
+    });
+    let value: Vec<u8> = letters.take(LARGE).collect();
+    fs::write(&file, &value)?;
+    let mut set = bus.command(&["state", "set", "values", "large", "-"]);
+    let output = set.stdin(File::open(&file)?).output().context("cannot run vbus")?;
+    ensure!(output.status.success(), "vbus state set: {}", String::from_utf8_lossy(&output.stderr));
+    let sum = vm.guest.ok(&format!("vbus guest state get large | head -c {LARGE} | sha256sum"))?;
+    let expected = scene.lab.busybox().arg("sha256sum").arg(&file).output()?;
+    let expected = String::from_utf8_lossy(&expected.stdout).into_owned();
+    let hash = |line: &str| line.split(' ').next().unwrap_or("").to_owned();
+    ensure!(hash(&sum) == hash(&expected), "the large page has the hash {sum} in the guest, {expected} on the host");
+    vm.power_off()
+}
