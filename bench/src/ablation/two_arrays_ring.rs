@@ -1,5 +1,4 @@
 //! The form of ring that was not chosen: two arrays, each written by one end. Otherwise vbus-shm's, line by line.
-#![allow(dead_code, missing_docs)]
 
 use super::memory::{low, read_u32};
 use super::signal::{self, Armed, BLOCK_BYTES, BadSignal, End, Receiver, Sender};
@@ -38,7 +37,6 @@ pub const RETURNED: u16 = 1 << 14;
 
 /// The ring's own flags within an entry's second word.
 const MARKS: u64 = ((LAP | RETURNED) as u64) << 48;
-const RETURN: u64 = (RETURNED as u64) << 48;
 
 /// A buffer or a value in flight. `flags` are the user's, except [`NEXT`], which chains, and [`LAP`] and [`RETURNED`], which are the ring's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -243,6 +241,19 @@ impl<M: Memory + Clone> DriverEnd<M> {
         Ok(())
     }
 
+    /// Puts entries into the ring as long as there is room, and returns how many. For a batch, this is the faster way.
+    #[inline]
+    pub fn submit_all(&mut self, entries: impl IntoIterator<Item = Entry>) -> u32 {
+        let (words, layout, first) = (self.mem.words(), self.layout, self.submitted);
+        let mut pos = first;
+        for entry in entries.into_iter().take(self.space() as usize) {
+            store(layout.slot(words, pos), layout.lap(pos), entry);
+            pos = pos.wrapping_add(1);
+        }
+        self.submitted = pos;
+        pos.wrapping_sub(first)
+    }
+
     /// Posts what was submitted since the last post. Returns whether to kick the device.
     #[inline]
     #[must_use = "true asks for a kick"]
@@ -261,6 +272,26 @@ impl<M: Memory + Clone> DriverEnd<M> {
         }
         self.reaped = self.reaped.wrapping_add(1);
         Ok(Some(entry))
+    }
+
+    /// Hands up to `max` returned entries to `each`, of a ring with [`Returns::Entries`], and returns how many. For a batch, this is the
+    /// faster way.
+    #[inline]
+    pub fn reap_all(&mut self, max: u32, mut each: impl FnMut(Entry)) -> Result<u32, Corrupt> {
+        let (words, layout, first) = (self.mem.words(), self.layout, self.reaped);
+        let mut pos = first;
+        let mut outcome = Ok(());
+        while pos.wrapping_sub(first) < max {
+            let Some(entry) = load(layout.back(words, pos), layout.lap(pos)) else { break };
+            if pos == self.submitted {
+                outcome = Err(Corrupt::Unasked);
+                break;
+            }
+            pos = pos.wrapping_add(1);
+            each(entry);
+        }
+        self.reaped = pos;
+        outcome.map(|()| pos.wrapping_sub(first))
     }
 
     /// How many entries came back since the last call, oldest first, of a ring with [`Returns::Counted`].
@@ -357,6 +388,32 @@ impl<M: Memory + Clone> DeviceEnd<M> {
             store(self.layout.back(self.mem.words(), self.given), mark, entry);
         }
         self.given = self.given.wrapping_add(1);
+    }
+
+    /// Takes up to `max` entries and gives each back at once as `each` makes it; returns how many. For a batch, this is the faster way.
+    /// Entries that are held meanwhile stay held; where returns are only counted, these stand for them.
+    #[inline]
+    pub fn serve(&mut self, max: u32, mut each: impl FnMut(Entry) -> Entry) -> Result<u32, Corrupt> {
+        let (words, layout, first) = (self.mem.words(), self.layout, self.taken);
+        let held = self.held();
+        let mut pos = first;
+        let mut outcome = Ok(());
+        while pos.wrapping_sub(first) < max {
+            let Some(entry) = load(layout.slot(words, pos), layout.lap(pos)) else { break };
+            if held == layout.entries {
+                outcome = Err(Corrupt::Overfull);
+                break;
+            }
+            let back = each(entry);
+            if layout.returns == Returns::Entries {
+                let given = pos.wrapping_sub(held);
+                store(layout.back(words, given), layout.lap(given), back);
+            }
+            pos = pos.wrapping_add(1);
+        }
+        self.taken = pos;
+        self.given = pos.wrapping_sub(held);
+        outcome.map(|()| pos.wrapping_sub(first))
     }
 
     /// Posts what was given back since the last post. Returns whether to kick the driver.

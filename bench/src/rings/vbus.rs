@@ -1,27 +1,64 @@
-//! vbus: two single-writer arrays, or one and a count of returns, with the signals of both directions.
+//! vbus, with the signals of both directions.
 
 use super::{Device, Driver, ENTRIES, pages};
 
-/// The ends over `$shm`: the crate, or its sources compiled with something changed.
-macro_rules! ends {
-    ($shm:path) => {
-        use super::*;
-        use shm::ring::{DeviceEnd, DriverEnd, Entry, Layout, Returns};
-        use shm::sync::Word;
-        use $shm as shm;
+/// By the calls for a batch, or for a single entry where the batch is one.
+macro_rules! batches {
+    () => {
+        impl Driver for Near {
+            #[inline]
+            fn submit(&mut self, n: usize) -> u64 {
+                if n == 1 {
+                    self.1 += 1;
+                    let entry = Entry { addr: self.1, len: 64, id: 0, flags: 0 };
+                    self.0.submit(entry).expect("there is room");
+                    assert!(!self.0.post(), "the device polls");
+                    return self.1 & 0xffff_ffff;
+                }
+                let mut sum = 0;
+                let entries = (0..n).map(|_| {
+                    self.1 += 1;
+                    sum += self.1 & 0xffff_ffff;
+                    Entry { addr: self.1, len: 64, id: 0, flags: 0 }
+                });
+                assert_eq!(self.0.submit_all(entries), n as u32, "there is room");
+                assert!(!self.0.post(), "the device polls");
+                sum
+            }
 
-        type Memory = &'static [Word];
-
-        pub struct Near(DriverEnd<Memory>, u64);
-        pub struct Far(DeviceEnd<Memory>);
-
-        pub fn pair() -> (Near, Far) {
-            let layout = Layout::new(ENTRIES as u32, Returns::Entries).expect("a valid layout");
-            let memory = pages().words();
-            let driver = DriverEnd::create(memory, layout, 0).expect("it fits");
-            (Near(driver, 0), Far(DeviceEnd::attach(memory).expect("it is formatted")))
+            #[inline]
+            fn reap(&mut self, max: usize) -> (usize, u64) {
+                if max == 1 {
+                    let entry = self.0.reap().expect("an honest device");
+                    return entry.map_or((0, 0), |entry| (1, u64::from(entry.len)));
+                }
+                let mut sum = 0;
+                let n = self.0.reap_all(max as u32, |entry| sum += u64::from(entry.len)).expect("an honest device");
+                (n as usize, sum)
+            }
         }
 
+        impl Device for Far {
+            #[inline]
+            fn serve(&mut self, max: usize) -> usize {
+                if max == 1 {
+                    let Some(entry) = self.0.take().expect("an honest driver") else { return 0 };
+                    self.0.give_back(Entry { len: entry.addr as u32, ..entry });
+                    assert!(!self.0.post(), "the driver polls");
+                    return 1;
+                }
+                let answer = |entry: Entry| Entry { len: entry.addr as u32, ..entry };
+                let n = self.0.serve(max as u32, answer).expect("an honest driver");
+                assert!(!self.0.post(), "the driver polls");
+                n as usize
+            }
+        }
+    };
+}
+
+/// By the calls for single entries.
+macro_rules! singly {
+    () => {
         impl Driver for Near {
             #[inline]
             fn submit(&mut self, n: usize) -> u64 {
@@ -62,14 +99,41 @@ macro_rules! ends {
     };
 }
 
+/// The ends over `$shm`: the crate, or its sources compiled with something changed.
+macro_rules! ends {
+    ($shm:path, $calls:ident) => {
+        use super::*;
+        use shm::ring::{DeviceEnd, DriverEnd, Entry, Layout, Returns};
+        use shm::sync::Word;
+        use $shm as shm;
+
+        type Memory = &'static [Word];
+
+        pub struct Near(DriverEnd<Memory>, u64);
+        pub struct Far(DeviceEnd<Memory>);
+
+        pub fn pair() -> (Near, Far) {
+            let layout = Layout::new(ENTRIES as u32, Returns::Entries).expect("a valid layout");
+            let memory = pages().words();
+            let driver = DriverEnd::create(memory, layout, 0).expect("it fits");
+            (Near(driver, 0), Far(DeviceEnd::attach(memory).expect("it is formatted")))
+        }
+
+        $calls!();
+    };
+}
+
 pub mod real {
-    ends!(vbus_shm);
+    ends!(vbus_shm, batches);
+}
+pub mod single {
+    ends!(vbus_shm, singly);
 }
 pub mod two_arrays {
-    ends!(crate::ablation::two_arrays);
+    ends!(crate::ablation::two_arrays, batches);
 }
 pub mod nofence {
-    ends!(crate::ablation::nofence);
+    ends!(crate::ablation::nofence, batches);
 }
 
 pub mod counted {
@@ -95,10 +159,11 @@ pub mod counted {
     impl Driver for Near {
         #[inline]
         fn submit(&mut self, n: usize) -> u64 {
-            for _ in 0..n {
+            let entries = (0..n).map(|_| {
                 self.1 += 1;
-                self.0.submit(Entry { addr: self.1, len: 64, id: 0, flags: 0 }).expect("there is room");
-            }
+                Entry { addr: self.1, len: 64, id: 0, flags: 0 }
+            });
+            assert_eq!(self.0.submit_all(entries), n as u32, "there is room");
             assert!(!self.0.post(), "the device polls");
             n as u64
         }
@@ -113,16 +178,14 @@ pub mod counted {
     impl Device for Far {
         #[inline]
         fn serve(&mut self, max: usize) -> usize {
-            let mut n = 0;
-            while n < max {
-                let Some(entry) = self.0.take().expect("an honest driver") else { break };
+            let in_order = |entry: Entry| {
                 self.1 += 1;
                 assert_eq!(entry.addr, self.1, "in order");
-                self.0.give_back(entry);
-                n += 1;
-            }
+                entry
+            };
+            let n = self.0.serve(max as u32, in_order).expect("an honest driver");
             assert!(!self.0.post(), "the driver polls");
-            n
+            n as usize
         }
     }
 }

@@ -237,6 +237,19 @@ impl<M: Memory + Clone> DriverEnd<M> {
         Ok(())
     }
 
+    /// Puts entries into the ring as long as there is room, and returns how many. For a batch, this is the faster way.
+    #[inline]
+    pub fn submit_all(&mut self, entries: impl IntoIterator<Item = Entry>) -> u32 {
+        let (words, layout, first) = (self.mem.words(), self.layout, self.submitted);
+        let mut pos = first;
+        for entry in entries.into_iter().take(self.space() as usize) {
+            store(layout.slot(words, pos), layout.lap(pos), entry);
+            pos = pos.wrapping_add(1);
+        }
+        self.submitted = pos;
+        pos.wrapping_sub(first)
+    }
+
     /// Posts what was submitted since the last post. Returns whether to kick the device.
     #[inline]
     #[must_use = "true asks for a kick"]
@@ -255,6 +268,26 @@ impl<M: Memory + Clone> DriverEnd<M> {
         }
         self.reaped = self.reaped.wrapping_add(1);
         Ok(Some(entry))
+    }
+
+    /// Hands up to `max` returned entries to `each`, of a ring with [`Returns::Entries`], and returns how many. For a batch, this is the
+    /// faster way.
+    #[inline]
+    pub fn reap_all(&mut self, max: u32, mut each: impl FnMut(Entry)) -> Result<u32, Corrupt> {
+        let (words, layout, first) = (self.mem.words(), self.layout, self.reaped);
+        let mut pos = first;
+        let mut outcome = Ok(());
+        while pos.wrapping_sub(first) < max {
+            let Some(entry) = load(layout.slot(words, pos), layout.lap(pos) | RETURN) else { break };
+            if pos == self.submitted {
+                outcome = Err(Corrupt::Unasked);
+                break;
+            }
+            pos = pos.wrapping_add(1);
+            each(entry);
+        }
+        self.reaped = pos;
+        outcome.map(|()| pos.wrapping_sub(first))
     }
 
     /// How many entries came back since the last call, oldest first, of a ring with [`Returns::Counted`].
@@ -353,6 +386,32 @@ impl<M: Memory + Clone> DeviceEnd<M> {
         self.given = self.given.wrapping_add(1);
     }
 
+    /// Takes up to `max` entries and gives each back at once as `each` makes it; returns how many. For a batch, this is the faster way.
+    /// Entries that are held meanwhile stay held; where returns are only counted, these stand for them.
+    #[inline]
+    pub fn serve(&mut self, max: u32, mut each: impl FnMut(Entry) -> Entry) -> Result<u32, Corrupt> {
+        let (words, layout, first) = (self.mem.words(), self.layout, self.taken);
+        let held = self.held();
+        let mut pos = first;
+        let mut outcome = Ok(());
+        while pos.wrapping_sub(first) < max {
+            let Some(entry) = load(layout.slot(words, pos), layout.lap(pos)) else { break };
+            if held == layout.entries {
+                outcome = Err(Corrupt::Overfull);
+                break;
+            }
+            let back = each(entry);
+            if layout.returns == Returns::Entries {
+                let given = pos.wrapping_sub(held);
+                store(layout.slot(words, given), layout.lap(given) | RETURN, back);
+            }
+            pos = pos.wrapping_add(1);
+        }
+        self.taken = pos;
+        self.given = pos.wrapping_sub(held);
+        outcome.map(|()| pos.wrapping_sub(first))
+    }
+
     /// Posts what was given back since the last post. Returns whether to kick the driver.
     #[inline]
     #[must_use = "true asks for a kick"]
@@ -410,6 +469,45 @@ mod tests {
                 device.give_back(Entry { len: 9, ..entry(n) });
                 let _ = device.post();
                 assert_eq!(driver.reap(), Ok(Some(Entry { len: 9, ..entry(n) })));
+            }
+        }
+    }
+
+    #[test]
+    fn batches_do_what_single_calls_do() {
+        for returns in [Returns::Entries, Returns::Counted] {
+            let layout = Layout::new(8, returns).unwrap();
+            let memory = memory(layout);
+            let mut driver = DriverEnd::create(&memory[..], layout, u32::MAX - 2).unwrap();
+            let mut device = DeviceEnd::attach(&memory[..]).unwrap();
+            let mut numbers = 0..;
+            for _ in 0..5 {
+                let expected = numbers.start..numbers.start + 8;
+                assert_eq!(driver.submit_all(numbers.by_ref().take(8).map(entry)), 8);
+                assert_eq!(driver.submit_all([entry(0)]), 0, "it is full");
+                assert_eq!(device.take(), Ok(Some(entry(expected.start))));
+                let mut seen = vec![entry(expected.start)];
+                let mut serve = |max| {
+                    device.serve(max, |entry| {
+                        seen.push(entry);
+                        Entry { len: 7, ..entry }
+                    })
+                };
+                assert_eq!((serve(5), serve(9), serve(9)), (Ok(5), Ok(2), Ok(0)));
+                assert_eq!(seen, expected.clone().map(entry).collect::<Vec<_>>());
+                assert_eq!(device.held(), 1);
+                device.give_back(Entry { len: 7, ..entry(expected.start) });
+                let _ = device.post();
+                if returns == Returns::Counted {
+                    assert_eq!(driver.reap_count(), Ok(8));
+                    continue;
+                }
+                let mut back = Vec::new();
+                assert_eq!(driver.reap_all(3, |entry| back.push(entry)), Ok(3));
+                assert_eq!(driver.reap_all(9, |entry| back.push(entry)), Ok(5));
+                // The one that was held came last.
+                let order = (expected.start + 1..expected.end).chain([expected.start]);
+                assert_eq!(back, order.map(|n| Entry { len: 7, ..entry(n) }).collect::<Vec<_>>());
             }
         }
     }
@@ -486,6 +584,7 @@ mod tests {
         assert!(device.take().unwrap().is_some() && device.take().unwrap().is_some());
         store(layout.slot(&memory, 2), layout.lap(2), entry(2));
         assert_eq!(device.take(), Err(Corrupt::Overfull));
+        assert_eq!(device.serve(1, |entry| entry), Err(Corrupt::Overfull));
         assert_eq!(driver.reap(), Ok(None));
         for pos in 0..2 {
             store(layout.slot(&memory, pos), layout.lap(pos) | RETURN, entry(0));
@@ -493,6 +592,7 @@ mod tests {
         }
         store(layout.slot(&memory, 2), layout.lap(2) | RETURN, entry(0));
         assert_eq!(driver.reap(), Err(Corrupt::Unasked));
+        assert_eq!(driver.reap_all(1, |_| {}), Err(Corrupt::Unasked));
     }
 
     #[test]
