@@ -360,6 +360,13 @@ impl<M: Memory + Clone> DeviceEnd<M> {
         self.taken.wrapping_sub(self.given)
     }
 
+    /// Entries posted and not yet taken, by the driver's count; at most what the ring holds.
+    pub fn pending(&self) -> u32 {
+        let ahead = self.rx.seen().wrapping_sub(self.taken);
+        // What was taken before its post counts as none.
+        if ahead as i32 <= 0 { 0 } else { ahead.min(self.layout.entries) }
+    }
+
     /// The next submitted entry. Its content is the peer's word: check it before use.
     #[inline]
     pub fn take(&mut self) -> Result<Option<Entry>, Corrupt> {
@@ -544,11 +551,14 @@ mod tests {
         let mut driver = DriverEnd::create(&memory[..], layout, 0).unwrap();
         let mut device = DeviceEnd::attach(&memory[..]).unwrap();
         driver.submit(entry(1)).unwrap();
+        assert_eq!(device.pending(), 0);
         assert!(device.take().unwrap().is_some());
+        assert_eq!(device.pending(), 0, "taken before its post");
         assert_eq!(device.arm(0), Armed::Waiting);
         assert!(!driver.post(), "the device has it already");
         driver.submit(entry(2)).unwrap();
         assert!(driver.post());
+        assert_eq!(device.pending(), 1);
     }
 
     #[test]

@@ -1,7 +1,26 @@
 //! What a queue pair counts, over the life of its device.
 
-use serde::Serialize;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use serde::{Serialize, Serializer};
 use vbus_core::Counter;
+
+/// A number that goes up and down.
+#[derive(Debug, Default)]
+pub struct Gauge(AtomicU32);
+
+impl Gauge {
+    /// What it is now.
+    pub fn set(&self, value: u32) {
+        self.0.store(value, Ordering::Relaxed);
+    }
+}
+
+impl Serialize for Gauge {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_u32(self.0.load(Ordering::Relaxed))
+    }
+}
 
 /// Frames from the driver.
 #[derive(Debug, Default, Serialize)]
@@ -12,6 +31,8 @@ pub struct TxCounters {
     pub bytes: Counter,
     /// Polls that sent something.
     pub batches: Counter,
+    /// Entries that the ring held after the last poll.
+    pub ring_fill: Gauge,
     /// Times that sending stopped because the other side had no room.
     pub waits: Counter,
     /// Frames that were dropped, by reason.
@@ -47,6 +68,8 @@ pub struct RxCounters {
     pub bytes: Counter,
     /// Posts that made frames visible.
     pub batches: Counter,
+    /// Buffers that the driver had posted after the last batch.
+    pub ring_fill: Gauge,
     /// Times that a frame found too few buffers.
     pub starved: Counter,
     /// Frames that were dropped, by reason.

@@ -64,7 +64,7 @@ impl Queue for NullQueue {
         for n in 0..budget {
             if !rx.has_room(view, packet.len()) {
                 if let Some(task) = lane.task.get() {
-                    let _ = rx.wait(self.port.key(lane.index), task); // The poll that follows a missed post looks again.
+                    rx.wait(self.port.key(lane.index), task);
                 }
                 return Ok(n);
             }

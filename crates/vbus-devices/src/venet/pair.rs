@@ -41,6 +41,7 @@ pub struct Pair {
     chain: Chain,
     /// The chain has to wait for the back end; until when at most.
     waiting: bool,
+    moved: bool,
     until: Option<Instant>,
 }
 
@@ -62,15 +63,14 @@ impl Pair {
         capture: Option<Arc<Capture>>,
     ) -> Pair {
         let chain = Chain { entries: Vec::with_capacity(CHAIN_MAX), ..Chain::default() };
-        Pair { port, index, tx, queue, memory, counters, capture, chain, waiting: false, until: None }
+        Pair { port, index, tx, queue, memory, counters, capture, chain, waiting: false, moved: false, until: None }
     }
 
     /// Sends at most `budget` frames; returns how many went.
     fn transmit(&mut self, view: &View<'_>, budget: u32) -> Result<u32, Status> {
         let (mut frames, mut bytes, mut taken) = (0, 0, 0);
         let mut parts: Vec<GuestSlice<'_>> = Vec::with_capacity(CHAIN_MAX);
-        self.waiting = false;
-        self.until = None;
+        (self.waiting, self.moved, self.until) = (false, false, None);
         while taken < budget {
             parts.clear();
             let sent = match self.next(view, &mut parts)? {
@@ -93,10 +93,11 @@ impl Pair {
             match sent {
                 Sent::Done => {}
                 Sent::Dropped(reason) => self.counters.tx.drops.count(reason),
-                Sent::Wait(until) => {
+                Sent::Wait { until, moved } => {
                     self.counters.tx.waits.one();
                     self.waiting = true;
                     self.until = until;
+                    self.moved = moved;
                     break;
                 }
             }
@@ -111,6 +112,7 @@ impl Pair {
             self.counters.tx.frames.add(frames);
             self.counters.tx.bytes.add(bytes);
             self.counters.tx.batches.one();
+            self.counters.tx.ring_fill.set(self.tx.ring.pending());
         }
         Ok(taken)
     }
@@ -172,13 +174,13 @@ impl Task for Pair {
         if sent + received != 0 {
             self.port.status.moved();
         }
-        Ok(if sent + received != 0 || woke { Progress::Busy } else { Progress::Idle })
+        Ok(if sent + received != 0 || woke || self.moved { Progress::Busy } else { Progress::Idle })
     }
 
     fn arm(&mut self) -> Result<Armed, Status> {
         let rx = lock(&self.port.lanes[usize::from(self.index)].rx).as_mut().map_or(Armed::Waiting, |rx| rx.arm());
-        // A frame that waits for the back end: more frames would be no news.
-        let tx = if self.waiting { Armed::Waiting } else { self.tx.ring.arm(0) };
+        // While a frame waits for the back end, more frames would be no news.
+        let tx = if self.waiting { self.queue.arm() } else { self.tx.ring.arm(0) };
         Ok(if tx == Armed::Missed { tx } else { rx })
     }
 

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use serde_json::Value;
 use vbus_core::memory::View;
+use vbus_core::shm::signal::Armed;
 use vbus_core::{Status, TaskHandle};
 
 use super::counters::{PairCounters, TxDrops};
@@ -47,6 +48,11 @@ pub trait Queue: Send {
         Ok(0)
     }
 
+    /// A frame waits, and the task is about to sleep: asks for what will end the wait. [`Armed::Missed`]: it is there already.
+    fn arm(&mut self) -> Armed {
+        Armed::Waiting
+    }
+
     /// When it wants to be polled even if nothing happens.
     fn deadline(&self) -> Option<Instant> {
         None
@@ -60,8 +66,13 @@ pub enum Sent {
     Done,
     /// It was dropped.
     Dropped(Drop),
-    /// It has to wait: send it again when woken, or at this moment if there is one.
-    Wait(Option<Instant>),
+    /// It has to wait: send it again when woken, or at a certain moment if there is one.
+    Wait {
+        /// That moment.
+        until: Option<Instant>,
+        /// Whether a part of it went on, so that it is another wait than the last.
+        moved: bool,
+    },
 }
 
 /// Why a frame of the driver was dropped.

@@ -54,6 +54,10 @@ pub struct RxQueue {
     capture: Option<Arc<Capture>>,
     /// Buffers taken from the ring and not yet filled.
     stash: VecDeque<Entry>,
+    /// Bytes of the largest buffer so far.
+    largest: u32,
+    /// Bytes of the last frame that found too few buffers.
+    wanted: usize,
     /// Frames and bytes since the last post.
     unposted: (u64, u64),
     waiters: Vec<(u64, TaskHandle)>,
@@ -77,6 +81,8 @@ impl RxQueue {
             counters,
             capture,
             stash: VecDeque::new(),
+            largest: BUFFER_MIN,
+            wanted: 0,
             unposted: (0, 0),
             waiters: Vec::new(),
             fault: None,
@@ -227,6 +233,7 @@ impl RxQueue {
         match self.ring.take() {
             Ok(Some(entry)) if entry.len < BUFFER_MIN => self.fault = Some(Status::BAD_LENGTH),
             Ok(Some(entry)) => {
+                self.largest = self.largest.max(entry.len);
                 self.stash.push_back(entry);
                 return true;
             }
@@ -241,6 +248,7 @@ impl RxQueue {
         let mut room = 0;
         for count in 0..CHAIN_MAX {
             if self.stash.len() == count && !self.refill() {
+                self.wanted = len;
                 return if self.fault.is_some() { Gathered::Fault } else { Gathered::TooFew };
             }
             let Some(entry) = self.stash.get(count) else { return Gathered::TooFew };
@@ -289,6 +297,7 @@ impl RxQueue {
             rx.frames.add(frames);
             rx.bytes.add(bytes);
             rx.batches.one();
+            rx.ring_fill.set(self.ring.pending() + u32::try_from(self.stash.len()).unwrap_or(0));
             self.interrupt.kick(self.ring.post());
         }
     }
@@ -313,13 +322,12 @@ impl RxQueue {
         self.counters.rx.drops.no_buffers.one();
     }
 
-    /// Lets `task` be woken when there are new buffers. `key` tells the waiters apart.
-    /// [`Armed::Missed`]: there are some already.
-    pub fn wait(&mut self, key: u64, task: &TaskHandle) -> Armed {
+    /// Lets `task` be woken when there are new buffers. `key` tells the waiters apart. The driver rings only after [`arm`](Self::arm): a
+    /// task that polls need not be told.
+    pub fn wait(&mut self, key: u64, task: &TaskHandle) {
         if self.waiters.iter().all(|(k, _)| *k != key) {
             self.waiters.push((key, task.clone()));
         }
-        self.ring.arm(0)
     }
 
     /// If somebody waits and there are new buffers, wakes all who wait. Returns whether it did. The fault of a driver that broke the
@@ -334,9 +342,32 @@ impl RxQueue {
         self.fault.map_or(Ok(woken), Err)
     }
 
-    /// Asks the driver to ring when it has posted buffers, if anybody waits for that.
+    /// If anybody waits, asks the driver to ring when it has posted as many buffers as the waiting frame lacks.
+    /// [`Armed::Missed`]: they are there, and the next delivery succeeds.
     pub fn arm(&mut self) -> Armed {
-        if self.waiters.is_empty() { Armed::Waiting } else { self.ring.arm(0) }
+        if self.waiters.is_empty() {
+            return Armed::Waiting;
+        }
+        loop {
+            let lacking = self.lacking();
+            if lacking == 0 || self.fault.is_some() {
+                return Armed::Missed;
+            }
+            // Not even one in spite of the driver's count: it is not honest, and gets no more than that.
+            if self.ring.arm(lacking - 1) == Armed::Waiting || !self.refill() {
+                return Armed::Waiting;
+            }
+            while self.refill() {}
+        }
+    }
+
+    /// How many buffers the frame that found too few lacks at least, going by the largest one so far.
+    fn lacking(&self) -> u32 {
+        let room: usize = self.stash.iter().take(CHAIN_MAX).map(|entry| entry.len as usize).sum();
+        if self.stash.len() >= CHAIN_MAX {
+            return 0;
+        }
+        u32::try_from(self.wanted.saturating_sub(room).div_ceil(self.largest as usize)).unwrap_or(1)
     }
 
     /// Asks for no doorbell.

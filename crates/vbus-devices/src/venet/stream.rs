@@ -17,7 +17,6 @@ use rustix::net::{
 use serde_json::{Value, json};
 use vbus_core::memory::View;
 use vbus_core::shm::abi::venet::{F_CSUM, F_TSO, F_USO};
-use vbus_core::shm::signal::Armed;
 use vbus_core::{Counter, CreateError, Interest, Status};
 
 use super::frame::{ETH_OVERHEAD, Packet};
@@ -346,9 +345,7 @@ impl StreamQueue {
                 // Here nobody is held up but the peer: its frames wait in the socket for as long as it takes.
                 Some(packet) if !rx.has_room(view, packet.len()) => {
                     if let Some(task) = lane.task.get() {
-                        if rx.wait(self.port.key(0), task) == Armed::Missed && rx.refill() {
-                            continue;
-                        }
+                        rx.wait(self.port.key(0), task);
                     }
                     break;
                 }
@@ -370,7 +367,7 @@ impl Queue for StreamQueue {
         let Some(peer) = &mut self.peer else { return Sent::Dropped(DropReason::NoLink) };
         // Pushing first: a wait must follow an attempt that found the socket full, or else nothing would end it.
         if peer.waits() && peer.flush().is_ok() && peer.waits() {
-            return Sent::Wait(None);
+            return Sent::Wait { until: None, moved: false };
         }
         if packet.header.fits(0) {
             peer.push(packet);

@@ -253,7 +253,7 @@ impl SwitchQueue {
         if whole {
             match self.waiting.deliver(rx, packet, patient) {
                 Delivery::Done => {}
-                Delivery::Wait(until) => sent = Sent::Wait(Some(until)),
+                Delivery::Wait(until) => sent = Sent::Wait { until: Some(until), moved: false },
                 Delivery::TooLong if packet.header.gso() == flag::GSO_NONE => drops.too_long.one(),
                 Delivery::TooLong => whole = false,
             }
@@ -271,13 +271,14 @@ impl SwitchQueue {
                     plain: std::mem::take(&mut self.pieces.plain),
                 };
             }
+            let first = self.pieces.next;
             while self.pieces.next < self.pieces.count {
                 let Some(piece) = Packet::plain(self.pieces.plain.piece(self.pieces.next)) else { break };
                 match self.waiting.deliver(rx, &piece, patient) {
                     Delivery::Done => {}
                     Delivery::TooLong => drops.too_long.one(),
                     Delivery::Wait(until) => {
-                        sent = Sent::Wait(Some(until));
+                        sent = Sent::Wait { until: Some(until), moved: self.pieces.next != first };
                         break;
                     }
                 }
@@ -318,22 +319,20 @@ struct Waiting {
 
 impl Waiting {
     fn deliver(&self, rx: &mut RxQueue, packet: &Packet<'_>, patient: bool) -> Delivery {
-        loop {
-            let delivery = rx.deliver(packet);
-            if !matches!(delivery, Delivery::Wait(_)) {
-                return delivery;
-            }
-            if !patient {
-                rx.give_up();
-                return Delivery::Done;
-            }
-            let lane = &self.port.lanes[self.index];
-            // Not yet set in a task's very first poll; it is woken once it is.
-            let Some(task) = lane.task.get() else { return delivery };
-            if rx.wait(self.port.key(lane.index), task) == Armed::Waiting || !rx.refill() {
-                return delivery;
-            }
+        let delivery = rx.deliver(packet);
+        if !matches!(delivery, Delivery::Wait(_)) {
+            return delivery;
         }
+        if !patient {
+            rx.give_up();
+            return Delivery::Done;
+        }
+        let lane = &self.port.lanes[self.index];
+        // Not yet set in a task's very first poll; it is woken once it is.
+        if let Some(task) = lane.task.get() {
+            rx.wait(self.port.key(lane.index), task);
+        }
+        delivery
     }
 }
 
@@ -361,6 +360,11 @@ impl Queue for SwitchQueue {
             self.pieces.of = NO_PORT;
         }
         sent
+    }
+
+    fn arm(&mut self) -> Armed {
+        let [port] = &self.route.targets[..] else { return Armed::Waiting };
+        lock(&port.lanes[self.index % port.lanes.len()].rx).as_mut().map_or(Armed::Waiting, RxQueue::arm)
     }
 
     fn flush(&mut self) {

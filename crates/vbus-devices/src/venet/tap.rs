@@ -8,7 +8,6 @@ use rustix::io::{Errno, readv, writev};
 use serde_json::{Value, json};
 use vbus_core::memory::View;
 use vbus_core::shm::abi::venet::{CHAIN_MAX, F_TSO, F_USO, FRAME_MAX, HEADER_BYTES};
-use vbus_core::shm::signal::Armed;
 use vbus_core::{CreateError, Interest, Status};
 
 use super::frame::{Body, ETH_BYTES, ETH_OVERHEAD, Packet};
@@ -145,7 +144,7 @@ impl Queue for TapQueue {
         }
         match writev(&self.tun.fd, &vector[..count]) {
             Ok(_) => Sent::Done,
-            Err(Errno::AGAIN) => Sent::Wait(None),
+            Err(Errno::AGAIN) => Sent::Wait { until: None, moved: false },
             Err(Errno::IO | Errno::BADFD) => Sent::Dropped(DropReason::NoLink), // The interface is down, or gone.
             Err(_) => Sent::Dropped(DropReason::Refused),
         }
@@ -162,9 +161,7 @@ impl Queue for TapQueue {
                 ReadIn::Frame => {}
                 ReadIn::NoBuffers => {
                     if let Some(task) = lane.task.get() {
-                        if rx.wait(self.port.key(lane.index), task) == Armed::Missed && rx.refill() {
-                            task.wake();
-                        }
+                        rx.wait(self.port.key(lane.index), task);
                     }
                     return Ok(n);
                 }

@@ -31,6 +31,17 @@ impl Random {
     }
 }
 
+/// Rings, and waits until the device has polled since.
+fn be_looked_at(net: &Net) {
+    let polls = || net.endpoint.counters().polls.get() + net.endpoint.counters().polls_empty.get();
+    let before = polls();
+    net.interrupts.wait("the device to look", || {
+        (0..4).for_each(|handle| net.endpoint.ring(handle));
+        std::thread::yield_now();
+        (net.endpoint.state() != State::Open || polls() > before + 4).then_some(())
+    });
+}
+
 /// One life of the hostile driver: opens, then writes at random until the device has had enough of it.
 fn live(endpoint: &Arc<Endpoint>, random: &mut Random) -> Option<Status> {
     let shape = Shape { features: ALL, ..Shape::default() };
@@ -96,6 +107,9 @@ fn live(endpoint: &Arc<Endpoint>, random: &mut Random) -> Option<Status> {
             (0..4).for_each(|handle| endpoint.ring(handle));
         }
         let _ = net.pairs[0].tx.reap_count();
+        if random.below(30) == 0 {
+            be_looked_at(&net);
+        }
         if let State::Broken(status) = endpoint.state() {
             return Some(status);
         }

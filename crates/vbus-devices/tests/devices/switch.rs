@@ -2,6 +2,7 @@
 
 use crate::driver::{Net, Shape, bus, frame};
 use serde_json::json;
+use vbus_core::shm::ring::Entry;
 
 const A: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const B: [u8; 6] = [2, 0, 0, 0, 0, 2];
@@ -64,4 +65,34 @@ fn a_slow_receiver_holds_the_sender_and_loses_nothing() {
     a.interrupts.wait("the counters", || (a.counter("/pairs/0/tx/frames") == 5000).then_some(()));
     assert_eq!(b.counter("/pairs/0/rx/drops/no_buffers"), 0);
     assert!(a.counter("/pairs/0/tx/waits") > 0, "the receiver was meant to be too slow");
+}
+
+#[test]
+fn buffers_of_any_size_will_do() {
+    let bus = bus(2);
+    let mut a = Net::new(&bus, "a", config(1), Shape::default());
+    let endpoint = bus.create("b", "venet", &config(2)).unwrap();
+    let mut b = Net::open(&endpoint, Shape::default());
+    // The first buffer promises that one more like it would do; what comes instead are many small ones, each with a ring of its own.
+    let sizes = [500, 64, 64, 64, 64, 64, 64, 64, 64];
+    for n in 0..200 {
+        a.send(0, &frame(B, A, n, 1000));
+        for (id, len) in sizes.into_iter().enumerate() {
+            let addr = b.pairs[0].rx_buffers + id as u64 * 2048;
+            b.pairs[0].rx.submit(Entry { addr, len, id: id as u16, flags: 0 }).unwrap();
+            b.kick_rx(0);
+        }
+        let mut got = Vec::new();
+        let interrupts = b.interrupts.clone();
+        interrupts.wait("the frame", || {
+            let _ = b.pairs[0].rx.arm(0);
+            while let Some(entry) = b.pairs[0].rx.reap().unwrap() {
+                got.extend(b.memory.read(entry.addr, entry.len as usize));
+            }
+            (got.len() >= 1012).then_some(())
+        });
+        assert_eq!(got[12..], frame(B, A, n, 1000));
+        // What is left over of the buffers serves for the next frame: none here, since all nine were needed.
+        assert_eq!(b.pairs[0].rx.in_flight(), 0);
+    }
 }
