@@ -35,7 +35,7 @@ impl Backend for Null {
                 frame[6] = 2;
                 frame[12..14].copy_from_slice(&ETHERTYPE);
             }
-            Box::new(NullQueue { port: port.clone(), index, frame }) as Box<dyn Queue>
+            Box::new(NullQueue { port: port.clone(), index, frame, link: self.link.clone() }) as Box<dyn Queue>
         };
         Ok((0..port.lanes.len()).map(queue).collect())
     }
@@ -50,6 +50,13 @@ struct NullQueue {
     index: usize,
     /// The frame that comes out; empty if none does.
     frame: Vec<u8>,
+    link: Arc<Link>,
+}
+
+impl Drop for NullQueue {
+    fn drop(&mut self) {
+        self.link.set(false);
+    }
 }
 
 impl Queue for NullQueue {

@@ -172,7 +172,8 @@ impl Backend for SwitchBackend {
     fn connect(&self, port: &Arc<Port>) -> Result<Vec<Box<dyn Queue>>, Status> {
         self.switch.add(port);
         self.link.set(true);
-        let membership = Arc::new(Membership { switch: self.switch.clone(), port: port.clone() });
+        let membership = Membership { switch: self.switch.clone(), port: port.clone(), link: self.link.clone() };
+        let membership = Arc::new(membership);
         let queue = |index: usize| {
             let route = Route { generation: u64::MAX, to: Mac::default(), targets: Vec::new() };
             let membership = membership.clone();
@@ -197,10 +198,12 @@ impl Backend for SwitchBackend {
 struct Membership {
     switch: Arc<Switch>,
     port: Arc<Port>,
+    link: Arc<Link>,
 }
 
 impl Drop for Membership {
     fn drop(&mut self) {
+        self.link.set(false);
         self.switch.remove(self.port.id);
     }
 }

@@ -1,8 +1,12 @@
 //! Two or three drivers on a switch.
 
 use crate::driver::{Net, Shape, bus, frame};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use serde_json::json;
 use vbus_core::shm::ring::Entry;
+use vbus_core::{State, Status};
 
 const A: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const B: [u8; 6] = [2, 0, 0, 0, 0, 2];
@@ -95,4 +99,52 @@ fn buffers_of_any_size_will_do() {
         // What is left over of the buffers serves for the next frame: none here, since all nine were needed.
         assert_eq!(b.pairs[0].rx.in_flight(), 0);
     }
+}
+
+#[test]
+fn a_driver_whose_memory_goes_takes_nobody_with_it() {
+    let bus = bus(2);
+    let mut a = Net::new(&bus, "a", config(1), Shape::default());
+    let mut c = Net::new(&bus, "c", config(3), Shape::default());
+    let endpoint =
+        bus.create("b", "venet", &json!({ "mac": "02:00:00:00:00:02", "switch": "s", "patience-ms": 1 })).unwrap();
+    let done = Arc::new(AtomicBool::new(false));
+    let (stop, coming) = (done.clone(), endpoint.clone());
+    let coming_and_going = std::thread::spawn(move || {
+        let mut lives = 0;
+        while !stop.load(Ordering::Relaxed) || lives < 100 {
+            let mut b = Net::open(&coming, Shape::default());
+            b.post_all();
+            b.send(0, &frame(C, B, lives, 60));
+            match lives % 3 {
+                // Without a close, as when a VM dies.
+                0 => coming.unmap_all(),
+                1 => coming.close(),
+                _ => {
+                    coming.unmap(0, u64::MAX);
+                }
+            }
+            let state = if lives % 3 == 1 { State::Closed } else { State::Broken(Status::REVOKED) };
+            assert_eq!(coming.state(), state);
+            lives += 1;
+        }
+        lives
+    });
+    let count = 10_000;
+    let sender = std::thread::spawn(move || {
+        for n in 0..count {
+            a.send(0, &frame(C, A, n, 64 + n as usize % 1400));
+            a.send(0, &frame(B, A, n, 500));
+            if n % 64 == 0 {
+                a.send(0, &frame(BROADCAST, A, n, 60));
+            }
+        }
+    });
+    for n in 0..count {
+        while c.recv(0) != frame(C, A, n, 64 + n as usize % 1400) {}
+    }
+    sender.join().unwrap();
+    done.store(true, Ordering::Relaxed);
+    assert!(coming_and_going.join().unwrap() >= 100);
+    assert_eq!(endpoint.inspect()["device"]["link"], false);
 }
