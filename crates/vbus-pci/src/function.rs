@@ -84,7 +84,7 @@ impl PciFunction {
     pub fn read(&mut self, region: u32, offset: u64, data: &mut [u8]) {
         data.fill(0);
         match region {
-            region::CONFIG => self.config.read(offset, data, self.interrupts.pending()),
+            region::CONFIG => self.config.read(offset, data, self.interrupts.status()),
             region::BAR0 => self.read_bar0(offset, data),
             _ => {}
         }

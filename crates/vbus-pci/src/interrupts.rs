@@ -58,8 +58,10 @@ struct State {
     masked: bool,
     /// Interrupt Disable of the command register.
     disabled: bool,
-    /// Triggered and not acknowledged: Interrupt Status. INTx only.
+    /// Triggered and not acknowledged. INTx only.
     pending: bool,
+    /// Fired, and the connector has not said since that the pin is down again.
+    raised: bool,
     msi: Option<Arc<OwnedFd>>,
     msix: Vec<Option<Arc<OwnedFd>>>,
     /// How many of `msix` are connected.
@@ -78,6 +80,7 @@ impl State {
         if self.pending && !self.disabled && !self.masked && !self.messages() {
             if let Some(fd) = &self.intx {
                 self.masked = true;
+                self.raised = true;
                 signal(fd);
             }
         }
@@ -156,6 +159,7 @@ impl Interrupts {
                 IrqIndex::Intx => {
                     state.intx = fd;
                     state.masked = false;
+                    state.raised = false;
                 }
                 IrqIndex::Msi => state.msi = fd,
                 IrqIndex::Msix => {
@@ -180,6 +184,7 @@ impl Interrupts {
             IrqIndex::Intx => {
                 state.intx = None;
                 state.masked = false;
+                state.raised = false;
             }
             IrqIndex::Msi => state.msi = None,
             IrqIndex::Msix => {
@@ -205,6 +210,7 @@ impl Interrupts {
         }
         let mut state = self.lock();
         state.masked = masked;
+        state.raised &= masked;
         state.update();
         Ok(())
     }
@@ -232,9 +238,16 @@ impl Interrupts {
         state.update();
     }
 
-    /// Interrupt Status.
+    /// Triggered and not acknowledged.
     pub(crate) fn pending(&self) -> bool {
         self.lock().pending
+    }
+
+    /// Interrupt Status: whether the pin is up. A connector may raise it a little after it was told to, when the driver has acknowledged in the
+    /// meantime: without the bit nobody would own that interrupt, and the driver's kernel would be interrupted for ever.
+    pub(crate) fn status(&self) -> bool {
+        let state = self.lock();
+        state.pending || state.raised
     }
 
     /// The driver takes INTx back.
@@ -328,6 +341,11 @@ mod tests {
         assert_eq!(taken(&ours), 1, "still pending at the end of interrupt");
         irqs.acknowledge();
         assert!(!irqs.pending());
+        assert!(irqs.status(), "the pin is up until the connector takes it down");
+        irqs.mask(IrqIndex::Intx, false).unwrap();
+        assert!(!irqs.status());
+        irqs.mask(IrqIndex::Intx, true).unwrap();
+        assert!(!irqs.status(), "a mask raises nothing");
         irqs.mask(IrqIndex::Intx, false).unwrap();
         assert_eq!(taken(&ours), 0);
     }

@@ -297,6 +297,8 @@ fn intx_pends_in_status_and_register_until_acknowledged() {
     rig.function.write(region::CONFIG, 4, &0x0406u16.to_le_bytes());
     assert_eq!(status(&mut rig), 0x18);
     rig.write32(reg::INTERRUPT_ACK, 0);
+    assert_eq!((status(&mut rig), rig.read32(reg::INTERRUPT_PENDING)), (0x18, 0), "the pin is still up");
+    rig.function.mask_irq(IrqIndex::Intx, false).unwrap();
     assert_eq!((status(&mut rig), rig.read32(reg::INTERRUPT_PENDING)), (0x10, 0));
 }
 
