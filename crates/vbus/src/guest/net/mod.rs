@@ -22,8 +22,10 @@ use super::source::{Claimed, Source, claim};
 
 /// How often the source is scanned although it has no news, and how often a thread's end is looked for.
 const TICK: Duration = Duration::from_secs(1);
-/// How long a function that failed is left alone.
-const AGAIN: Duration = Duration::from_secs(5);
+/// How long a function that failed is left alone: at first hardly, since one that has just come may not be ready, then longer.
+const AGAIN: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
+/// How long a failure has to last for people to be told.
+const TELL: Duration = Duration::from_secs(1);
 
 /// How NICs are served.
 #[derive(Args, Clone, Debug)]
@@ -104,7 +106,7 @@ fn run_one<S: Source>(source: &S, options: &Options, signals: &OwnedFd, done: &O
 fn run_all<S: Source>(source: &S, options: &Options, signals: &OwnedFd, done: &OwnedFd) -> Result<()> {
     let changes = source.changes();
     let mut running: BTreeMap<String, Running> = BTreeMap::new();
-    let mut failed: BTreeMap<String, (Instant, String)> = BTreeMap::new();
+    let mut failed: BTreeMap<String, Failure> = BTreeMap::new();
     loop {
         let found = source.scan()?;
         let there = |id: &String| found.iter().any(|found| found.id == *id);
@@ -117,14 +119,14 @@ fn run_all<S: Source>(source: &S, options: &Options, signals: &OwnedFd, done: &O
         for id in gone {
             let Some(nic) = running.remove(&id) else { continue };
             match nic.stop() {
-                Err(error) if there(&id) => report(&mut failed, &id, &error),
+                Err(error) if there(&id) => failed.entry(id.clone()).or_default().happened(&id, &error),
                 // It ended because it went, whatever it met on the way.
                 _ => tracing::info!("{id} has gone"),
             }
         }
         for found in found.iter().filter(|found| found.class.is_none_or(|c| c == class::VENET)) {
-            let wait = failed.get(&found.id).is_some_and(|(since, _)| since.elapsed() < AGAIN);
-            if wait || running.contains_key(&found.id) {
+            if failed.get(&found.id).is_some_and(|failure| !failure.wait().is_zero()) || running.contains_key(&found.id)
+            {
                 continue;
             }
             let started = source.claim(&found.id).and_then(|claimed| Running::start(&found.id, claimed, options, done));
@@ -132,12 +134,13 @@ fn run_all<S: Source>(source: &S, options: &Options, signals: &OwnedFd, done: &O
                 Ok(nic) => {
                     running.insert(found.id.clone(), nic);
                 }
-                Err(error) => report(&mut failed, &found.id, &error),
+                Err(error) => failed.entry(found.id.clone()).or_default().happened(&found.id, &error),
             }
         }
         let mut fds = vec![signals, done];
         fds.extend(&changes);
-        let ready = wait(&fds, Some(TICK))?;
+        let again = failed.values().map(Failure::wait).min().unwrap_or(TICK);
+        let ready = wait(&fds, Some(again.min(TICK)))?;
         if ready[0] {
             break;
         }
@@ -157,13 +160,32 @@ fn run_all<S: Source>(source: &S, options: &Options, signals: &OwnedFd, done: &O
     Ok(())
 }
 
-/// Says what failed, once until it changes.
-fn report(failed: &mut BTreeMap<String, (Instant, String)>, id: &str, error: &anyhow::Error) {
-    let text = format!("{error:#}");
-    if failed.get(id).is_none_or(|(_, last)| *last != text) {
-        tracing::warn!("{id}: {text}; trying again every {AGAIN:?}");
+/// A function that cannot be driven.
+#[derive(Default)]
+struct Failure {
+    /// The first time and the last.
+    times: Option<(Instant, Instant)>,
+    told: String,
+}
+
+impl Failure {
+    fn happened(&mut self, id: &str, error: &anyhow::Error) {
+        let now = Instant::now();
+        // One that did well for a while begins anew.
+        let first = self.times.filter(|(_, last)| now - *last < 2 * AGAIN.1).map_or(now, |(first, _)| first);
+        self.times = Some((first, now));
+        let text = format!("{error:#}");
+        if now - first >= TELL && self.told != text {
+            tracing::warn!("{id}: {text}; trying again");
+            self.told = text;
+        }
     }
-    failed.insert(id.to_owned(), (Instant::now(), text));
+
+    /// How long it is still left alone.
+    fn wait(&self) -> Duration {
+        let Some((first, last)) = self.times else { return Duration::ZERO };
+        (last - first).clamp(AGAIN.0, AGAIN.1).saturating_sub(last.elapsed())
+    }
 }
 
 /// Waits until one of `fds` is readable; says which.
