@@ -191,7 +191,7 @@ impl Lab {
     pub fn poll_us(&self) -> u32 {
         match self.accel {
             Accel::Kvm => 50,
-            Accel::Tcg => 2000,
+            Accel::Tcg => 500,
         }
     }
 
