@@ -17,6 +17,9 @@ const MTU_MIN: u16 = 68;
 /// The largest MTU: with its Ethernet header and a tag it is the largest frame.
 const MTU_MAX: u16 = 65_517;
 
+/// The most that senders may be told to wait: an hour, which is for tests.
+const PATIENCE_MS_MAX: u64 = 3_600_000;
+
 /// What the device is plugged into.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -148,6 +151,10 @@ impl Config {
         if raw.snap_length.is_some() && raw.pcap.is_none() {
             return Err(bad("snap-length needs pcap = FILE"));
         }
+        let patience = raw.patience_ms.unwrap_or(50);
+        if patience > PATIENCE_MS_MAX {
+            return Err(bad(format!("patience-ms is {patience}; use 0 to {PATIENCE_MS_MAX}")));
+        }
         let snap = raw.snap_length.unwrap_or(u32::from(u16::MAX));
         // A stream carries plain frames: offloads would be undone here, one by one. They are there for who asks for them.
         let or_default = |given: Option<bool>| given.unwrap_or(!stream);
@@ -168,7 +175,7 @@ impl Config {
             plug,
             pcap: raw.pcap.map(|path| (path, snap)),
             features,
-            patience: Duration::from_millis(raw.patience_ms.unwrap_or(50)),
+            patience: Duration::from_millis(patience),
         })
     }
 }
@@ -255,6 +262,7 @@ mod tests {
             (json!({"backend": "null", "source-bytes": 13}), "source-bytes is 13"),
             (json!({"tso": true, "csum": false}), "need csum"),
             (json!({"snap-length": 64}), "needs pcap"),
+            (json!({"patience-ms": u64::MAX}), "use 0 to 3600000"),
             (json!([]), "invalid"),
         ] {
             let error = Config::parse(&config).unwrap_err().to_string();

@@ -12,6 +12,7 @@ mod frame;
 mod null;
 mod offload;
 mod pair;
+mod patience;
 mod pcap;
 mod port;
 mod rx;

@@ -61,7 +61,7 @@ impl Drop for NullQueue {
 
 impl Queue for NullQueue {
     fn send(&mut self, _packet: &Packet<'_>) -> Sent {
-        Sent::Done
+        Sent::Done { units: 1 }
     }
 
     fn receive(&mut self, view: &View<'_>, budget: u32) -> Result<u32, Status> {
@@ -75,7 +75,7 @@ impl Queue for NullQueue {
                 }
                 return Ok(n);
             }
-            match rx.deliver_in(view, &packet) {
+            match rx.deliver_in(view, &packet, true) {
                 Delivery::Done => {}
                 Delivery::Wait(_) => return Ok(n),
                 Delivery::TooLong => lane.counters.rx.drops.too_long.one(),

@@ -68,10 +68,10 @@ impl Pair {
 
     /// Sends at most `budget` frames; returns how many went.
     fn transmit(&mut self, view: &View<'_>, budget: u32) -> Result<u32, Status> {
-        let (mut frames, mut bytes, mut taken) = (0, 0, 0);
+        let (mut frames, mut bytes, mut taken, mut spent) = (0, 0, 0, 0_u32);
         let mut parts: Vec<GuestSlice<'_>> = Vec::with_capacity(CHAIN_MAX);
         (self.waiting, self.moved, self.until) = (false, false, None);
-        while taken < budget {
+        while spent < budget {
             parts.clear();
             let sent = match self.next(view, &mut parts)? {
                 Next::Nothing => break,
@@ -80,7 +80,7 @@ impl Pair {
                     let Some((header, eth)) = self.chain.head else { break };
                     let packet = Packet { header, eth, body: Body::Guest(&parts) };
                     let sent = self.queue.send(&packet);
-                    if sent == Sent::Done {
+                    if let Sent::Done { .. } = sent {
                         frames += 1;
                         bytes += packet.len() as u64;
                         if let Some(capture) = &self.capture {
@@ -91,8 +91,11 @@ impl Pair {
                 }
             };
             match sent {
-                Sent::Done => {}
-                Sent::Dropped(reason) => self.counters.tx.drops.count(reason),
+                Sent::Done { units } => spent = spent.saturating_add(units.max(1)),
+                Sent::Dropped(reason) => {
+                    self.counters.tx.drops.count(reason);
+                    spent += 1;
+                }
                 Sent::Wait { until, moved } => {
                     self.counters.tx.waits.one();
                     self.waiting = true;

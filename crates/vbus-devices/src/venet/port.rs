@@ -63,7 +63,10 @@ pub trait Queue: Send {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sent {
     /// It is on its way.
-    Done,
+    Done {
+        /// How many frames of work it was.
+        units: u32,
+    },
     /// It was dropped.
     Dropped(Drop),
     /// It has to wait: send it again when woken, or at a certain moment if there is one.

@@ -14,12 +14,11 @@ use vbus_core::{Interrupt, MemoryContext, Status, TaskHandle, Window};
 
 use super::counters::PairCounters;
 use super::frame::{Body, ETH_BYTES, Header, Mac, Packet};
+use super::patience::Patience;
 use super::pcap::Capture;
 
 /// The least bytes of a receive buffer: what is written in one piece (header and Ethernet header) fits it.
 pub const BUFFER_MIN: u32 = 64;
-/// What a driver gains in patience with each buffer that it posts.
-const PATIENCE_PER_BUFFER: Duration = Duration::from_millis(1);
 
 /// What became of a frame for the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,26 +85,27 @@ impl RxQueue {
             unposted: (0, 0),
             waiters: Vec::new(),
             fault: None,
-            patience: Patience { left: patience, max: patience, since: None },
+            patience: Patience::new(patience),
         }
     }
 
     /// Delivers a frame that comes from another device's driver, or from nowhere: this driver's memory is looked at if that is possible at
-    /// once. Features have been seen to. Call [`post`](Self::post) after a batch.
-    pub fn deliver(&mut self, packet: &Packet<'_>) -> Delivery {
+    /// once. Features have been seen to. If it finds too few buffers it waits for them if it is `patient`, and is dropped if not. Call
+    /// [`post`](Self::post) after a batch.
+    pub fn deliver(&mut self, packet: &Packet<'_>, patient: bool) -> Delivery {
         let memory = self.memory.clone();
         match memory.try_view() {
-            Some(view) => self.deliver_in(&view, packet),
-            None => self.starve(), // Memory is being mapped or unmapped just now.
+            Some(view) => self.deliver_in(&view, packet, patient),
+            None => self.starve(patient), // Memory is being mapped or unmapped just now.
         }
     }
 
     /// Delivers a frame through a view of this driver's memory.
-    pub fn deliver_in(&mut self, view: &View<'_>, packet: &Packet<'_>) -> Delivery {
+    pub fn deliver_in(&mut self, view: &View<'_>, packet: &Packet<'_>, patient: bool) -> Delivery {
         let len = HEADER_BYTES + packet.len();
         match self.gather(view, len) {
             Gathered::Buffers(count) => {
-                self.fed(count);
+                self.patience.fed(count);
                 if let Err(status) = self.fill(view, packet, count, len) {
                     self.fault = Some(status);
                     return Delivery::Done;
@@ -116,7 +116,7 @@ impl RxQueue {
                 }
                 Delivery::Done
             }
-            Gathered::TooFew => self.starve(),
+            Gathered::TooFew => self.starve(patient),
             Gathered::TooSmall => Delivery::TooLong,
             Gathered::Fault => Delivery::Done,
         }
@@ -302,24 +302,15 @@ impl RxQueue {
         }
     }
 
-    fn fed(&mut self, buffers: usize) {
-        self.patience.fed(buffers);
-    }
-
-    fn starve(&mut self) -> Delivery {
+    fn starve(&mut self, patient: bool) -> Delivery {
         self.counters.rx.starved.one();
-        match self.patience.starve(Instant::now()) {
+        match patient.then(|| self.patience.starve(Instant::now())).flatten() {
             Some(until) => Delivery::Wait(until),
             None => {
                 self.counters.rx.drops.no_buffers.one();
                 Delivery::Done
             }
         }
-    }
-
-    /// Drops the frame that found too few buffers.
-    pub fn give_up(&mut self) {
-        self.counters.rx.drops.no_buffers.one();
     }
 
     /// Lets `task` be woken when there are new buffers. `key` tells the waiters apart. The driver rings only after [`arm`](Self::arm): a
@@ -430,51 +421,5 @@ impl Source<'_> {
             self.at += copied;
             to = to.split_at(copied).1;
         }
-    }
-}
-
-/// How long senders wait for a driver's buffers before its frames are dropped instead. Waiting uses it up, posting buffers restores it, so
-/// that a driver that posts hardly any holds a sender for no longer than `max` and a little per buffer.
-#[derive(Debug)]
-struct Patience {
-    left: Duration,
-    max: Duration,
-    since: Option<Instant>,
-}
-
-impl Patience {
-    fn starve(&mut self, now: Instant) -> Option<Instant> {
-        let until = *self.since.get_or_insert(now) + self.left;
-        (now < until).then_some(until)
-    }
-
-    fn fed(&mut self, buffers: usize) {
-        if let Some(since) = self.since.take() {
-            self.left = self.left.saturating_sub(since.elapsed());
-        }
-        if self.left < self.max {
-            let gain = PATIENCE_PER_BUFFER.saturating_mul(u32::try_from(buffers).unwrap_or(u32::MAX));
-            self.left = (self.left + gain).min(self.max);
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn patience_ends_and_comes_back_with_buffers() {
-        let now = Instant::now();
-        let max = Duration::from_millis(50);
-        let mut patience = Patience { left: max, max, since: None };
-        assert_eq!(patience.starve(now), Some(now + max));
-        assert_eq!(patience.starve(now + max / 2), Some(now + max), "waiting does not prolong it");
-        assert_eq!(patience.starve(now + max), None);
-        patience = Patience { left: Duration::ZERO, max, since: Some(now) };
-        patience.fed(1);
-        assert_eq!(patience.left, PATIENCE_PER_BUFFER);
-        patience.fed(1000);
-        assert_eq!(patience.left, max);
     }
 }

@@ -350,7 +350,7 @@ impl StreamQueue {
                     break;
                 }
                 Some(packet) => {
-                    if rx.deliver_in(view, &packet) == Delivery::TooLong {
+                    if rx.deliver_in(view, &packet, true) == Delivery::TooLong {
                         lane.counters.rx.drops.too_long.one();
                     }
                 }
@@ -371,7 +371,7 @@ impl Queue for StreamQueue {
         }
         if packet.header.fits(0) {
             peer.push(packet);
-            return Sent::Done;
+            return Sent::Done { units: 1 };
         }
         let Some(count) = self.plain.load(packet) else { return Sent::Dropped(DropReason::BadHeader) };
         for i in 0..count {
@@ -379,7 +379,7 @@ impl Queue for StreamQueue {
                 peer.push(&piece);
             }
         }
-        Sent::Done
+        Sent::Done { units: u32::try_from(count).unwrap_or(u32::MAX) }
     }
 
     fn flush(&mut self) {

@@ -249,9 +249,9 @@ impl SwitchQueue {
     fn deliver(&mut self, port: &Arc<Port>, packet: &Packet<'_>, patient: bool) -> Sent {
         let lane = &port.lanes[self.index % port.lanes.len()];
         let mut guard = lock(&lane.rx);
-        let Some(rx) = guard.as_mut() else { return Sent::Done }; // Its driver has just gone.
+        let Some(rx) = guard.as_mut() else { return Sent::Done { units: 1 } }; // Its driver has just gone.
         let drops = &lane.counters.rx.drops;
-        let mut sent = Sent::Done;
+        let mut sent = Sent::Done { units: 1 };
         let mut whole = self.pieces.of != port.id && packet.header.fits(port.features);
         if whole {
             match self.waiting.deliver(rx, packet, patient) {
@@ -286,6 +286,9 @@ impl SwitchQueue {
                     }
                 }
                 self.pieces.next += 1;
+            }
+            if let Sent::Done { units } = &mut sent {
+                *units = u32::try_from(self.pieces.next - first).unwrap_or(u32::MAX);
             }
         }
         let faulty = rx.is_faulty();
@@ -322,13 +325,9 @@ struct Waiting {
 
 impl Waiting {
     fn deliver(&self, rx: &mut RxQueue, packet: &Packet<'_>, patient: bool) -> Delivery {
-        let delivery = rx.deliver(packet);
+        let delivery = rx.deliver(packet, patient);
         if !matches!(delivery, Delivery::Wait(_)) {
             return delivery;
-        }
-        if !patient {
-            rx.give_up();
-            return Delivery::Done;
         }
         let lane = &self.port.lanes[self.index];
         // Not yet set in a task's very first poll; it is woken once it is.
@@ -348,18 +347,21 @@ impl Queue for SwitchQueue {
         self.route(packet.destination());
         let targets = std::mem::take(&mut self.route.targets);
         let sent = match &targets[..] {
-            [] => Sent::Done, // Nobody wants it.
+            [] => Sent::Done { units: 1 }, // Nobody wants it.
             [port] => self.deliver(port, packet, true),
             many => {
+                let mut all = 0_u32;
                 for port in many {
-                    self.deliver(port, packet, false);
+                    if let Sent::Done { units } = self.deliver(port, packet, false) {
+                        all = all.saturating_add(units);
+                    }
                     self.pieces.of = NO_PORT;
                 }
-                Sent::Done
+                Sent::Done { units: all }
             }
         };
         self.route.targets = targets;
-        if sent == Sent::Done {
+        if matches!(sent, Sent::Done { .. }) {
             self.pieces.of = NO_PORT;
         }
         sent

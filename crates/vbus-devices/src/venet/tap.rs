@@ -143,7 +143,7 @@ impl Queue for TapQueue {
             }
         }
         match writev(&self.tun.fd, &vector[..count]) {
-            Ok(_) => Sent::Done,
+            Ok(_) => Sent::Done { units: 1 },
             Err(Errno::AGAIN) => Sent::Wait { until: None, moved: false },
             Err(Errno::IO | Errno::BADFD) => Sent::Dropped(DropReason::NoLink), // The interface is down, or gone.
             Err(_) => Sent::Dropped(DropReason::Refused),

@@ -3,6 +3,7 @@
 use crate::driver::{Net, Shape, bus, frame};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 use vbus_core::shm::ring::Entry;
@@ -147,4 +148,26 @@ fn a_driver_whose_memory_goes_takes_nobody_with_it() {
     done.store(true, Ordering::Relaxed);
     assert!(coming_and_going.join().unwrap() >= 100);
     assert_eq!(endpoint.inspect()["device"]["link"], false);
+}
+
+#[test]
+fn a_receiver_that_is_dead_holds_nobody_for_long() {
+    let bus = bus(2);
+    let mut a = Net::new(&bus, "a", config(1), Shape::default());
+    let mut c = Net::new(&bus, "c", config(3), Shape::default());
+    let endpoint = bus.create("b", "venet", &json!({ "mac": "02:00:00:00:00:02", "switch": "s" })).unwrap();
+    let mut b = Net::open(&endpoint, Shape::default());
+    let begin = Instant::now();
+    for n in 0..2000 {
+        a.send(0, &frame(B, A, n, 100));
+        a.send(0, &frame(C, A, n, 100));
+        assert_eq!(c.recv(0), frame(C, A, n, 100));
+    }
+    // Waiting 50 ms for each would have taken 100 s.
+    assert!(begin.elapsed() < Duration::from_secs(50), "{:?}", begin.elapsed());
+    assert_eq!(b.counter("/pairs/0/rx/drops/no_buffers"), 2000);
+    // It comes to life again.
+    b.post_all();
+    a.send(0, &frame(B, A, 1, 100));
+    assert_eq!(b.recv(0), frame(B, A, 1, 100));
 }
