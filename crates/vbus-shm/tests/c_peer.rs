@@ -1,0 +1,202 @@
+//! The other end in C, in another process, written from the specification alone: every entry and every value comes across.
+
+#![cfg(target_os = "linux")]
+#![allow(clippy::unwrap_used)] // Of a test as a whole.
+#![allow(unsafe_code)] // Maps memory.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::PathBuf;
+use std::process::{Child, Command};
+use std::ptr::NonNull;
+use std::sync::OnceLock;
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::mm::{MapFlags, ProtFlags, mmap};
+use vbus_shm::ring::{self, DeviceEnd, DriverEnd, Entry, NEXT, Returns};
+use vbus_shm::signal::{Armed, End};
+use vbus_shm::state::{self, Reader, Writer};
+use vbus_shm::sync::Word;
+
+const REGION: usize = 16384;
+const ENTRIES: u32 = 20_000;
+const VALUES: u32 = 20_000;
+
+/// The compiled program, or nothing where there is no C compiler.
+fn program() -> Option<&'static PathBuf> {
+    static PROGRAM: OnceLock<Option<PathBuf>> = OnceLock::new();
+    let build = || {
+        let program = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("c_peer-{}", std::process::id()));
+        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/c_peer/peer.c");
+        let compiler = std::env::var_os("CC").unwrap_or_else(|| "cc".into());
+        let flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-o"];
+        match Command::new(compiler).args(flags).arg(&program).arg(source).status() {
+            Ok(status) => {
+                assert!(status.success(), "the peer in C does not compile");
+                Some(program)
+            }
+            Err(error) => {
+                eprintln!("skipped: there is no C compiler ({error})");
+                None
+            }
+        }
+    };
+    PROGRAM.get_or_init(build).as_ref()
+}
+
+/// What this process shares with the one in C.
+struct Peer {
+    memory: &'static [Word],
+    to_us: OwnedFd,
+    child: Child,
+    to_them: OwnedFd,
+}
+
+impl Peer {
+    /// Starts it in `role` over a region that `prepare` has made ready.
+    fn start(role: &str, count: u32, prepare: impl FnOnce(&'static [Word])) -> Option<Peer> {
+        let program = program()?;
+        // All without CLOEXEC: the child inherits them.
+        let file = memfd_create("c_peer", MemfdFlags::empty()).unwrap();
+        ftruncate(&file, REGION as u64).unwrap();
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: at an address of the kernel's choice.
+        let at = unsafe { mmap(std::ptr::null_mut(), REGION, protection, MapFlags::SHARED, &file, 0) }.unwrap();
+        // SAFETY: never unmapped, and accessed through the slice alone.
+        let memory = unsafe { vbus_shm::raw::words(NonNull::new(at.cast()).unwrap(), REGION) }.unwrap();
+        prepare(memory);
+        let [to_us, to_them] = [(); 2].map(|()| eventfd(0, EventfdFlags::empty()).unwrap());
+        let numbers = [file.as_raw_fd(), i32::try_from(REGION).unwrap(), to_them.as_raw_fd(), to_us.as_raw_fd()];
+        let arguments = numbers.map(|number| number.to_string());
+        let child = Command::new(program).arg(role).args(arguments).arg(count.to_string()).spawn().unwrap();
+        Some(Peer { memory, to_us, child, to_them })
+    }
+
+    fn kick(&self) {
+        rustix::io::write(&self.to_them, &1_u64.to_ne_bytes()).unwrap();
+    }
+
+    fn wait(&self) {
+        let timeout = Timespec { tv_sec: 60, tv_nsec: 0 };
+        let ready = poll(&mut [PollFd::new(&self.to_us, PollFlags::IN)], Some(&timeout)).unwrap();
+        assert_eq!(ready, 1, "no kick came: a wake-up is lost");
+        rustix::io::read(&self.to_us, &mut [0; 8]).unwrap();
+    }
+
+    fn end(mut self) {
+        assert!(self.child.wait().unwrap().success());
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        // Only where the test fails is there anything left to end.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn drive(returns: Returns) {
+    let layout = ring::Layout::new(16, returns).unwrap();
+    let mut driver = None;
+    let create = |memory| driver = Some(DriverEnd::create(memory, layout, u32::MAX - 1000).unwrap());
+    let Some(peer) = Peer::start("device", ENTRIES, create) else { return };
+    let mut driver = driver.unwrap();
+    let (mut submitted, mut reaped) = (0, 0);
+    while reaped < ENTRIES {
+        while submitted < ENTRIES {
+            let entry = Entry { addr: u64::from(submitted) + 1, len: submitted, id: 5, flags: NEXT };
+            if driver.submit(entry).is_err() {
+                break;
+            }
+            submitted += 1;
+        }
+        if driver.post() {
+            peer.kick();
+        }
+        let before = reaped;
+        if returns == Returns::Counted {
+            reaped += driver.reap_count().unwrap();
+        }
+        while let Some(back) = driver.reap().unwrap() {
+            assert_eq!(back, Entry { addr: !(u64::from(reaped) + 1), len: reaped + 1, id: 5, flags: NEXT });
+            reaped += 1;
+        }
+        if reaped == before && driver.arm(0) == Armed::Waiting {
+            peer.wait();
+        }
+    }
+    peer.end();
+}
+
+#[test]
+fn a_device_in_c_returns_every_entry() {
+    drive(Returns::Entries);
+}
+
+#[test]
+fn a_device_in_c_counts_every_entry() {
+    drive(Returns::Counted);
+}
+
+#[test]
+fn a_driver_in_c_gets_every_entry_back() {
+    let Some(peer) = Peer::start("driver", ENTRIES, |_| {}) else { return };
+    peer.wait();
+    let mut device = DeviceEnd::attach(peer.memory).unwrap();
+    let mut done = 0;
+    while done < ENTRIES {
+        let answer = |entry: Entry| Entry { addr: !entry.addr, len: entry.len + 1, ..entry };
+        let n = device.serve(5, answer).unwrap();
+        done += n;
+        if device.post() {
+            peer.kick();
+        }
+        if n == 0 && device.arm(0) == Armed::Waiting {
+            peer.wait();
+        }
+    }
+    peer.end();
+}
+
+/// The value number `counter` of the program in C.
+fn value(counter: u32) -> [u8; 200] {
+    let mut value = [counter.to_le_bytes()[0]; 200];
+    value[..4].copy_from_slice(&counter.to_le_bytes());
+    value
+}
+
+fn page(memory: &'static [Word]) {
+    state::Layout::new(200, 4).unwrap().format(&memory, u32::MAX - 100).unwrap();
+}
+
+#[test]
+fn a_reader_in_c_sees_whole_values() {
+    let Some(peer) = Peer::start("reader", VALUES, page) else { return };
+    let mut writer = Writer::attach(peer.memory, End::Driver).unwrap();
+    for counter in 1..=VALUES {
+        if writer.write(&value(counter)) {
+            peer.kick();
+        }
+    }
+    peer.end();
+}
+
+#[test]
+fn a_writer_in_c_is_read_whole() {
+    let Some(peer) = Peer::start("writer", VALUES, page) else { return };
+    let mut reader = Reader::attach(peer.memory, End::Driver).unwrap();
+    let (mut known, mut counter, mut out) = (u32::MAX - 100, 0, [0; 200]);
+    while counter != VALUES {
+        // An overrun is no error here: the other process may have this one's core.
+        if let Ok(Some(version)) = reader.read_if_newer(known, &mut out) {
+            let read = u32::from_le_bytes([out[0], out[1], out[2], out[3]]);
+            assert_eq!(out, value(read), "a torn value");
+            assert!(read > counter);
+            (known, counter) = (version, read);
+        } else if reader.arm_newer(known) == Armed::Waiting {
+            peer.wait();
+        }
+    }
+    peer.end();
+}
