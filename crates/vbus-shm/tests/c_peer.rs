@@ -26,13 +26,16 @@ const VALUES: u32 = 20_000;
 fn program() -> Option<&'static PathBuf> {
     static PROGRAM: OnceLock<Option<PathBuf>> = OnceLock::new();
     let build = || {
-        let program = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("c_peer-{}", std::process::id()));
+        let directory = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
+        // Another process may run these tests at the same time: what it runs is replaced, never written to.
+        let (fresh, program) = (directory.join(format!("c_peer-{}", std::process::id())), directory.join("c_peer"));
         let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/c_peer/peer.c");
         let compiler = std::env::var_os("CC").unwrap_or_else(|| "cc".into());
         let flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-o"];
-        match Command::new(compiler).args(flags).arg(&program).arg(source).status() {
+        match Command::new(compiler).args(flags).arg(&fresh).arg(source).status() {
             Ok(status) => {
                 assert!(status.success(), "the peer in C does not compile");
+                std::fs::rename(fresh, &program).unwrap();
                 Some(program)
             }
             Err(error) => {
