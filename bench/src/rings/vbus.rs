@@ -2,19 +2,12 @@
 
 use super::{Device, Driver, ENTRIES, pages};
 
-/// By the calls for a batch, or for a single entry where the batch is one.
+/// By the calls for a batch.
 macro_rules! batches {
     () => {
         impl Driver for Near {
             #[inline]
             fn submit(&mut self, n: usize) -> u64 {
-                if n == 1 {
-                    self.1 += 1;
-                    let entry = Entry { addr: self.1, len: 64, id: 0, flags: 0 };
-                    self.0.submit(entry).expect("there is room");
-                    assert!(!self.0.post(), "the device polls");
-                    return self.1 & 0xffff_ffff;
-                }
                 let mut sum = 0;
                 let entries = (0..n).map(|_| {
                     self.1 += 1;
@@ -28,10 +21,6 @@ macro_rules! batches {
 
             #[inline]
             fn reap(&mut self, max: usize) -> (usize, u64) {
-                if max == 1 {
-                    let entry = self.0.reap().expect("an honest device");
-                    return entry.map_or((0, 0), |entry| (1, u64::from(entry.len)));
-                }
                 let mut sum = 0;
                 let n = self.0.reap_all(max as u32, |entry| sum += u64::from(entry.len)).expect("an honest device");
                 (n as usize, sum)
@@ -41,12 +30,6 @@ macro_rules! batches {
         impl Device for Far {
             #[inline]
             fn serve(&mut self, max: usize) -> usize {
-                if max == 1 {
-                    let Some(entry) = self.0.take().expect("an honest driver") else { return 0 };
-                    self.0.give_back(Entry { len: entry.addr as u32, ..entry });
-                    assert!(!self.0.post(), "the driver polls");
-                    return 1;
-                }
                 let answer = |entry: Entry| Entry { len: entry.addr as u32, ..entry };
                 let n = self.0.serve(max as u32, answer).expect("an honest driver");
                 assert!(!self.0.post(), "the driver polls");
