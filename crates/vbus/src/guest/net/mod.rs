@@ -5,7 +5,7 @@ mod nic;
 mod queue;
 mod tap;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -107,6 +107,8 @@ fn run_all<S: Source>(source: &S, options: &Options, signals: &OwnedFd, done: &O
     let changes = source.changes();
     let mut running: BTreeMap<String, Running> = BTreeMap::new();
     let mut failed: BTreeMap<String, Failure> = BTreeMap::new();
+    // Devices that turned out to be no NICs, where that cannot be known beforehand.
+    let mut others: BTreeSet<String> = BTreeSet::new();
     loop {
         let found = source.scan()?;
         let there = |id: &String| found.iter().any(|found| found.id == *id);
@@ -116,17 +118,19 @@ fn run_all<S: Source>(source: &S, options: &Options, signals: &OwnedFd, done: &O
             .map(|(id, _)| id.clone())
             .collect();
         failed.retain(|id, _| there(id));
+        others.retain(|id| there(id));
         for id in gone {
             let Some(nic) = running.remove(&id) else { continue };
             match nic.stop() {
+                Err(error) if error.chain().any(is_other_class) => drop(others.insert(id)),
                 Err(error) if there(&id) => failed.entry(id.clone()).or_default().happened(&id, &error),
                 // It ended because it went, whatever it met on the way.
                 _ => tracing::info!("{id} has gone"),
             }
         }
         for found in found.iter().filter(|found| found.class.is_none_or(|c| c == class::VENET)) {
-            if failed.get(&found.id).is_some_and(|failure| !failure.wait().is_zero()) || running.contains_key(&found.id)
-            {
+            let waits = failed.get(&found.id).is_some_and(|failure| !failure.wait().is_zero());
+            if waits || running.contains_key(&found.id) || others.contains(&found.id) {
                 continue;
             }
             let started = source.claim(&found.id).and_then(|claimed| Running::start(&found.id, claimed, options, done));
@@ -158,6 +162,10 @@ fn run_all<S: Source>(source: &S, options: &Options, signals: &OwnedFd, done: &O
         }
     }
     Ok(())
+}
+
+fn is_other_class(error: &(dyn std::error::Error + 'static)) -> bool {
+    matches!(error.downcast_ref(), Some(vbus_driver::Error::Class(_)))
 }
 
 /// A function that cannot be driven.

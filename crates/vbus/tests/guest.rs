@@ -1,0 +1,127 @@
+//! `vbus guest` in a plain process: devices over their sockets, without a VM and without root.
+
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::io::{BufRead, BufReader};
+use std::process::{Child, ChildStdout, Stdio};
+
+use serde_json::json;
+use support::{Served, vbus};
+
+const CONFIG: &str = r#"
+[[device]]
+name = "net-a"
+class = "venet"
+backend = "switch"
+
+[[device]]
+name = "values"
+class = "state"
+pages = [
+    { name = "setpoint", bytes = 16, owner = "device", initial = "20" },
+    { name = "load", bytes = 64, owner = "driver" },
+    { name = "big", bytes = 1048576, owner = "driver" },
+]
+"#;
+
+/// A command that goes on printing lines.
+struct Lines {
+    child: Child,
+    lines: BufReader<ChildStdout>,
+}
+
+impl Lines {
+    fn start(bus: &Served, args: &[&str]) -> Lines {
+        let mut child = vbus().args(args).arg("--dir").arg(&bus.dir).stdout(Stdio::piped()).spawn().unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap());
+        Lines { child, lines }
+    }
+
+    fn next(&mut self) -> String {
+        let mut line = String::new();
+        self.lines.read_line(&mut line).unwrap();
+        line.trim_end().to_owned()
+    }
+}
+
+impl Drop for Lines {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn the_devices_of_a_bus_are_listed() {
+    let bus = Served::start(CONFIG);
+    let list = bus.json(&["guest", "list"]);
+    let names: Vec<_> = list.as_array().unwrap().iter().map(|f| [&f["name"], &f["class"], &f["state"]]).collect();
+    assert_eq!(names, [["net-a", "venet", "closed"], ["values", "state", "closed"]]);
+    assert_eq!(list[0]["doorbells"], json!(["mmio"]));
+    let table = bus.good(&["guest", "list"]);
+    assert_eq!(table.lines().count(), 3, "{table}");
+    assert!(table.starts_with("FUNCTION"), "{table}");
+}
+
+#[test]
+fn values_pass_both_ways_and_stay() {
+    let bus = Served::start(CONFIG);
+    let list = bus.json(&["guest", "state", "list"]);
+    assert_eq!(list[1], json!({ "name": "load", "owner": "driver", "bytes": 64 }));
+    assert_eq!(bus.good(&["guest", "state", "get", "setpoint"]), "20\n");
+    bus.good(&["state", "set", "values", "setpoint", "42"]);
+    assert_eq!(bus.good(&["guest", "state", "get", "setpoint"]), "42\n");
+    assert_eq!(bus.good(&["guest", "state", "get", "setpoint", "--hex"]), format!("3432{}\n", "00".repeat(14)));
+    bus.good(&["guest", "state", "set", "load", "busy"]);
+    assert_eq!(bus.good(&["state", "get", "values", "load"]), "busy\n");
+    bus.good(&["guest", "state", "set", "load", "--hex", "ff 00"]);
+    assert_eq!(bus.good(&["state", "get", "values", "load"]), format!("ff{}\n", "00".repeat(63)));
+    let big = "x".repeat(100_000);
+    bus.good(&["guest", "state", "set", "big", &big]);
+    assert_eq!(bus.good(&["state", "get", "values", "big"]).trim_end(), big);
+}
+
+#[test]
+fn a_watch_follows_the_host() {
+    let bus = Served::start(CONFIG);
+    let mut watch = Lines::start(&bus, &["guest", "state", "watch", "setpoint", "--count", "4"]);
+    assert_eq!(watch.next(), "20");
+    for value in ["one", "two", "three"] {
+        bus.good(&["state", "set", "values", "setpoint", value]);
+        assert_eq!(watch.next(), value);
+    }
+    assert!(watch.child.wait().unwrap().success());
+}
+
+#[test]
+fn one_driver_at_a_time_and_errors_say_what_to_do() {
+    let bus = Served::start(CONFIG);
+    let mut watch = Lines::start(&bus, &["guest", "state", "watch", "setpoint"]);
+    assert_eq!(watch.next(), "20");
+    let fails = |args: &[&str], text: &str| {
+        let done = bus.run(args);
+        assert_eq!(done.code, Some(1), "{args:?}");
+        assert!(done.err.contains(text), "{args:?}: {}", done.err);
+    };
+    fails(&["guest", "state", "get", "setpoint"], "in use");
+    drop(watch);
+    fails(&["guest", "state", "get", "nothing"], "no page \"nothing\"");
+    fails(&["guest", "state", "get", "load"], "the driver itself writes");
+    fails(&["guest", "state", "set", "setpoint", "1"], "the device writes");
+    fails(&["guest", "state", "set", "load", &"x".repeat(65)], "has 64 bytes, this one has 65");
+    fails(&["guest", "state", "set", "load", "--hex", "0"], "odd number");
+    fails(&["guest", "state", "--device", "other", "list"], "no state device \"other\"");
+    assert_eq!(bus.good(&["guest", "state", "--device", "values", "get", "setpoint"]), "20\n");
+}
+
+#[test]
+fn the_end_of_the_bus_ends_a_watch() {
+    let mut bus = Served::start(CONFIG);
+    let mut watch = Lines::start(&bus, &["guest", "state", "watch", "setpoint"]);
+    assert_eq!(watch.next(), "20");
+    bus.child.kill().unwrap();
+    assert_eq!(watch.next(), "", "there is nothing more to come");
+    assert_eq!(watch.child.wait().unwrap().code(), Some(1));
+}
