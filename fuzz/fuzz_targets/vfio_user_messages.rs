@@ -250,7 +250,11 @@ fuzz_target!(|input: &[u8]| {
         let pieces = pieces(shape & 1, input);
         // The lowest free descriptor: a leak makes it higher.
         let lowest = descriptors(1)[0].as_raw_fd();
-        if shape & 2 == 0 { session_alone(&pieces) } else { whole_server(server, &pieces) }
+        if shape & 2 == 0 {
+            session_alone(&pieces)
+        } else {
+            whole_server(server, &pieces)
+        }
         assert_eq!(descriptors(1)[0].as_raw_fd(), lowest, "descriptors leak");
     });
 });
