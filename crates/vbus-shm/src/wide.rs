@@ -52,8 +52,9 @@ mod vector {
     /// From here on, vectors are faster. Below, what was written a moment ago in words is also read faster in words.
     const FROM: usize = 2 * STEP;
 
-    /// Copies all of `bytes` bytes, or does nothing and says so: 32 as they come, then whole steps from where `to` is aligned, then the last
-    /// 64 once more as they come.
+    /// Copies all of `bytes` bytes, or does nothing and says so: whole steps from where `to` is aligned, then the last 64 as they come, then the
+    /// first 32. Those come last because a value often begins with a counter or a time that was written a moment ago, and a vector cannot be
+    /// read from a word that is still on its way to the cache.
     ///
     /// # Safety
     /// `to` is as many bytes that may be written, `from` as many that may be read; they do not overlap.
@@ -64,14 +65,10 @@ mod vector {
         }
         let skip = 32 - to as usize % 32;
         let steps = (bytes - skip) / STEP;
-        // SAFETY: the processor has AVX. The head is 32 bytes and covers `skip`; the loop covers `steps` of 64 behind it, at least one; the
+        // SAFETY: the processor has AVX. The head is 32 bytes and covers `skip`; the loop covers `steps` of 64 behind `skip`, at least one; the
         // tail lies wholly within, as `bytes` is at least 64.
         unsafe {
             asm!(
-                "vmovdqu ymm0, [{from}]",
-                "vmovdqu [{to}], ymm0",
-                "add {from}, {skip}",
-                "add {to}, {skip}",
                 "2:",
                 "vmovdqu ymm0, [{from}]",
                 "vmovdqu ymm1, [{from} + 32]",
@@ -85,10 +82,13 @@ mod vector {
                 "vmovdqu ymm1, [{from_tail} + 32]",
                 "vmovdqu [{to_tail}], ymm0",
                 "vmovdqu [{to_tail} + 32], ymm1",
+                "vmovdqu ymm0, [{from_head}]",
+                "vmovdqu [{to_head}], ymm0",
                 "vzeroupper",
-                from = inout(reg) from => _,
-                to = inout(reg) to => _,
-                skip = in(reg) skip,
+                from = inout(reg) from.add(skip) => _,
+                to = inout(reg) to.add(skip) => _,
+                from_head = in(reg) from,
+                to_head = in(reg) to,
                 steps = inout(reg) steps => _,
                 from_tail = in(reg) from.add(bytes - STEP),
                 to_tail = in(reg) to.add(bytes - STEP),
