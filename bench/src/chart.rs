@@ -20,6 +20,10 @@ type Series = (String, Vec<(f64, Spread)>);
 pub fn write(samples: &Samples, directory: &Path) -> std::io::Result<()> {
     std::fs::create_dir_all(directory)?;
     let chart = |file: &str, title: &str, x: &str, series: Vec<Series>| {
+        // A group that was not measured leaves the chart of an earlier run as it is.
+        if series.iter().all(|(_, points)| points.is_empty()) {
+            return Ok(());
+        }
         std::fs::write(directory.join(file), svg(title, x, "ns", &series))
     };
     let batches = ["vbus", "vbus_counted", "virtio_hand", "virtio_crates", "floor", "rtrb_one_way"];
