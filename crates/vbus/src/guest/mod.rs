@@ -12,6 +12,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 
+use crate::serve::log;
 use pci::PciSource;
 use socket::SocketSource;
 use source::Source;
@@ -65,9 +66,13 @@ fn run_on<S: Source>(source: &S, command: &Command) -> Result<()> {
     match command {
         Command::List { json } => list::run(source, *json),
         Command::Net(options) => {
-            crate::serve::log::start();
+            log::start();
             net::run(source, options)
         }
-        Command::State(args) => state::run(source, args),
+        Command::State(args) => {
+            // Not that huge pages come and go, but why they do not.
+            log::start_with("warn");
+            state::run(source, args)
+        }
     }
 }

@@ -14,7 +14,12 @@ const LINES: u32 = 1000;
 
 /// Starts it. `VBUS_LOG` chooses what is in it (`debug`, `vbus_vfio_user=trace`, ...); `info` without it.
 pub fn start() {
-    let filter = EnvFilter::try_from_env("VBUS_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    start_with("info");
+}
+
+/// Starts it; without `VBUS_LOG`, `level` chooses what is in it.
+pub fn start_with(level: &str) {
+    let filter = EnvFilter::try_from_env("VBUS_LOG").unwrap_or_else(|_| EnvFilter::new(level));
     let ansi = io::stderr().is_terminal();
     let bounded = Bounded { state: Mutex::new(State { since: Instant::now(), lines: 0 }) };
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(ansi).with_target(false).with_writer(bounded).init();

@@ -78,7 +78,13 @@ fn reserve(count: usize) -> Result<()> {
     fs::write(NR, (before + count).to_string()).with_context(|| {
         format!("not enough huge pages, and no permission to reserve them: as root, `echo {} > {NR}`", before + count)
     })?;
-    let after = read()?;
+    let mut after = read()?;
+    if after < before + count {
+        // Free memory may only be scattered.
+        let _ = fs::write("/proc/sys/vm/compact_memory", "1");
+        let _ = fs::write(NR, (before + count).to_string());
+        after = read()?;
+    }
     *reserved += after.saturating_sub(before);
     ensure!(
         after >= before + count,
