@@ -47,17 +47,30 @@ fn ring(shape: u8, start: u8, input: &[u8]) {
         }
         let after = u32::from(action >> 6);
         match action >> 1 & 15 {
-            0 | 1 => drop(driver.submit(Entry { addr: value, len: 1, id: 2, flags: 3 })),
-            2 => drop(driver.post()),
-            3 => drop(driver.arm(after)),
+            0 | 1 => _ = driver.submit(Entry { addr: value, len: 1, id: 2, flags: 3 }),
+            2 => _ = driver.post(),
+            3 => _ = driver.arm(after),
             4 => driver.disarm(),
-            5 => drop(driver.reap()),
-            6 => drop(driver.reap_count()),
-            7 | 8 => drop(device.take()),
+            5 => _ = driver.reap(),
+            6 => _ = driver.reap_count(),
+            7 | 8 => _ = device.take(),
             9 | 10 => device.give_back(Entry { addr: value, len: 1, id: 2, flags: 3 }),
-            11 => drop(device.post()),
-            12 => drop(device.arm(after)),
+            11 => _ = device.post(),
+            12 => _ = device.arm(after),
             13 => device.disarm(),
+            14 => {
+                let entry = Entry { addr: value, len: 1, id: 2, flags: 3 };
+                driver.submit_all(std::iter::repeat_n(entry, after as usize));
+                let (before, mut reaped) = (driver.in_flight(), 0);
+                _ = driver.reap_all(after, |_| reaped += 1);
+                assert!(reaped <= before.min(after));
+                let mut served = 0;
+                _ = device.serve(after, |entry| {
+                    served += 1;
+                    entry
+                });
+                assert!(served <= after);
+            }
             _ => {
                 if let Ok(other) = DeviceEnd::attach(&memory[..]) {
                     assert!(other.layout().words() <= WORDS);
@@ -85,10 +98,10 @@ fn page(shape: u8, start: u8, input: &[u8]) {
         }
         let len = usize::from(action);
         match action >> 1 & 7 {
-            0 | 1 => drop(writer.write(&out[..len])),
-            2 | 3 => drop(reader.read(&mut out[..len])),
-            4 => drop(reader.read_if_newer(u32::from(action), &mut out)),
-            5 => drop(reader.arm_newer(writer.version())),
+            0 | 1 => _ = writer.write(&out[..len]),
+            2 | 3 => _ = reader.read(&mut out[..len]),
+            4 => _ = reader.read_if_newer(u32::from(action), &mut out),
+            5 => _ = reader.arm_newer(writer.version()),
             6 => reader.disarm(),
             _ => {
                 if let Ok(other) = Reader::attach(&memory[..], End::Device) {
