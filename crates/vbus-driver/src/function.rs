@@ -19,9 +19,8 @@ const CAPABILITIES_MAX: u32 = 48;
 /// What a register reads as when the function has gone.
 const GONE: u32 = u32::MAX;
 
-/// A function of the bus, probed. While it is open it has a connection, which dropping it closes.
-///
-/// Memory that was registered stays the device's until then: the environment frees none of it before the last clone of its [`Hal`] goes.
+/// A function of the bus, probed. While it is open it has a connection, which dropping it closes. Memory that was registered with it must
+/// be kept until then; it is the device's.
 #[derive(Debug)]
 pub struct Function<H: Hal> {
     hal: H,

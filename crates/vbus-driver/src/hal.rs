@@ -32,8 +32,9 @@ pub trait Hal: Clone + fmt::Debug {
     fn write64(&self, offset: u64, value: u64);
 
     /// Allocates `bytes` (more than 0) of zeroed memory that the device can reach, at an address that is a multiple of 4096 at both ends.
-    /// Up to [`Dma::CONTIGUOUS_MIN`] bytes are contiguous for the device. It is freed when the last clone goes, so drop the connection
-    /// (or let the device CLOSE it) first.
+    /// Up to [`Dma::CONTIGUOUS_MIN`] bytes are contiguous for the device. It may be used for other things once the last clone of it has gone,
+    /// so a driver keeps it until the device has let go of it: until its region was dropped or the connection closed. An environment whose
+    /// memory could then become someone else's altogether keeps it until the last clone of the Hal has gone too.
     fn alloc(&self, bytes: usize) -> Result<Self::Dma, NoMemory>;
 
     /// Whether doorbells of this kind ([`capability::KIND_MMIO`] etc.) can be rung here.

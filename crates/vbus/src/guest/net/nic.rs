@@ -86,7 +86,7 @@ where
         if pairs == 1 { "" } else { "s" },
     ));
 
-    let result = thread::scope(|scope| {
+    let (result, queues) = thread::scope(|scope| {
         let threads: Vec<_> = queues
             .into_iter()
             .map(|mut queue| {
@@ -94,22 +94,31 @@ where
                 scope.spawn(move || {
                     let result = queue.run(shared);
                     let _ = rustix::io::write(&shared.look, &1u64.to_ne_bytes());
-                    result
+                    (result, queue)
                 })
             })
             .collect();
         let ended = || threads.iter().any(|thread| thread.is_finished());
-        let result = keeper.keep(&shared, own, &relays, stop, ended);
+        let mut result = keeper.keep(&shared, own, &relays, stop, ended);
         shared.stop.store(true, Ordering::Relaxed);
         let _ = rustix::io::write(&shared.stopped, &1u64.to_ne_bytes());
-        let results: Vec<_> = threads
-            .into_iter()
-            .map(|thread| thread.join().unwrap_or_else(|_| Err(anyhow!("a queue's thread panicked"))))
-            .collect();
-        // What the device says of itself explains what its queues ran into.
-        result.and(results.into_iter().collect())
+        let mut queues = Vec::new();
+        for thread in threads {
+            match thread.join() {
+                // What the device says of itself explains what its queues ran into.
+                Ok((ended, queue)) => {
+                    result = result.and(ended);
+                    queues.push(queue);
+                }
+                Err(_) => result = result.and(Err(anyhow!("a queue's thread panicked"))),
+            }
+        }
+        (result, queues)
     });
     report(keeper.tap.name(), &shared.counters);
+    // First the device lets go of the memory, then it goes.
+    keeper.nic.close();
+    drop(queues);
     result
 }
 

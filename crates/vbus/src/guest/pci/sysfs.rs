@@ -80,7 +80,7 @@ impl Source for PciSource {
         let resource = open(&folder.join("resource0"))?;
         // Two drivers for one function would take its connection from one another.
         if flock(&resource, FlockOperation::NonBlockingLockExclusive).is_err() {
-            bail!("{id} is in use by another process");
+            bail!("in use by another process");
         }
         check_no_iommu(&folder)?;
         bind(id, &folder)?;
