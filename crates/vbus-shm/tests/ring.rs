@@ -19,6 +19,9 @@ enum Op {
     DevicePost,
     DeviceArm(u32),
     DeviceDisarm,
+    SubmitAll(u8, Entry),
+    ReapAll(u32),
+    Serve(u32),
 }
 
 fn entry() -> impl Strategy<Value = Entry> {
@@ -43,6 +46,9 @@ fn op() -> impl Strategy<Value = Op> {
         2 => Just(Op::DevicePost),
         1 => (0..3_u32).prop_map(Op::DeviceArm),
         1 => Just(Op::DeviceDisarm),
+        1 => (0..20_u8, entry()).prop_map(|(n, entry)| Op::SubmitAll(n, entry)),
+        1 => (0..20_u32).prop_map(Op::ReapAll),
+        1 => (0..20_u32).prop_map(Op::Serve),
     ]
 }
 
@@ -90,6 +96,36 @@ fn behaves_like_a_queue(layout: Layout, start: u32, ops: Vec<Op>) -> Result<(), 
                     submitted += 1;
                 }
             }
+            Op::SubmitAll(n, entry) => {
+                let room = u64::from(layout.entries()) - (submitted - reaped);
+                let expected = u64::from(n).min(room);
+                let all = (0..n).map(|i| Entry { id: entry.id ^ u16::from(i), ..entry });
+                prop_assert_eq!(u64::from(driver.submit_all(all.clone())), expected);
+                way.extend(all.take(usize::try_from(expected).unwrap()));
+                submitted += expected;
+            }
+            Op::Serve(max) => {
+                let mut seen = Vec::new();
+                let served = device.serve(max, |entry| {
+                    seen.push(entry);
+                    Entry { len: !entry.len, ..entry }
+                });
+                let expected: Vec<_> = way.drain(..way.len().min(max as usize)).collect();
+                prop_assert_eq!(served, Ok(u32::try_from(expected.len()).unwrap()));
+                prop_assert_eq!(&seen, &expected);
+                taken += expected.len() as u64;
+                given += expected.len() as u64;
+                back.extend(expected.into_iter().map(|entry| Entry { len: !entry.len, ..entry }));
+            }
+            Op::ReapAll(max) if layout.returns() == Returns::Entries => {
+                let mut seen = Vec::new();
+                let count = driver.reap_all(max, |entry| seen.push(entry));
+                let expected: Vec<_> = back.drain(..back.len().min(max as usize)).collect();
+                prop_assert_eq!(count, Ok(u32::try_from(expected.len()).unwrap()));
+                prop_assert_eq!(&seen, &expected);
+                reaped += expected.len() as u64;
+            }
+            Op::ReapAll(_) => {}
             Op::DriverPost => prop_assert_eq!(driver.post(), doorbell.post(submitted)),
             Op::Take => {
                 let expected = way.pop_front();
@@ -194,6 +230,20 @@ proptest! {
                 Op::DevicePost => drop(device.post()),
                 Op::DeviceArm(after) => drop(device.arm(after)),
                 Op::DeviceDisarm => device.disarm(),
+                Op::SubmitAll(n, entry) => drop(driver.submit_all((0..n).map(|_| entry))),
+                Op::ReapAll(max) => {
+                    let (before, mut count) = (driver.in_flight(), 0);
+                    let _ = driver.reap_all(max, |_| count += 1);
+                    prop_assert!(count <= before.min(max));
+                }
+                Op::Serve(max) => {
+                    let mut count = 0;
+                    let _ = device.serve(max, |entry| {
+                        count += 1;
+                        entry
+                    });
+                    prop_assert!(count <= max);
+                }
             }
             prop_assert!(driver.in_flight() <= layout.entries() && device.held() <= layout.entries());
             if let Ok(other) = DeviceEnd::attach(region) {

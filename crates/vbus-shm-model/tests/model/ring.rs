@@ -16,8 +16,16 @@ fn entry(n: u64) -> Entry {
     Entry { addr: 100 + n, len: 1, id: 7, flags: 0 }
 }
 
+/// By which calls the ends work.
+#[derive(Clone, Copy, PartialEq)]
+enum Calls {
+    Single,
+    Batch,
+}
+
 /// `total` entries go through a ring of two. With each the device fills the one buffer that all of them stand for.
-fn model(returns: Returns, start: u32, total: u64) {
+fn model(returns: Returns, calls: Calls, total: u64) {
+    let start = NEAR_WRAP;
     let layout = Layout::new(2, returns).unwrap();
     let memory = Shared::new(layout.words());
     let mut driver = DriverEnd::create(memory.clone(), layout, start).unwrap();
@@ -30,11 +38,18 @@ fn model(returns: Returns, start: u32, total: u64) {
         move || {
             let mut done = 0;
             while done < total {
-                while let Some(taken) = device.take().unwrap() {
+                let mut answer = |taken: Entry| {
                     assert_eq!(taken, entry(done), "an entry came torn or out of order");
                     done += 1;
                     buffer.store(done, Ordering::Relaxed);
-                    device.give_back(Entry { len: 2, ..taken });
+                    Entry { len: 2, ..taken }
+                };
+                if calls == Calls::Batch {
+                    let _ = device.serve(2, &mut answer).unwrap();
+                } else {
+                    while let Some(taken) = device.take().unwrap() {
+                        device.give_back(answer(taken));
+                    }
                 }
                 if device.post() {
                     interrupt.kick();
@@ -48,8 +63,12 @@ fn model(returns: Returns, start: u32, total: u64) {
 
     let (mut submitted, mut reaped) = (0, 0);
     while reaped < total {
-        while submitted < total && driver.submit(entry(submitted)).is_ok() {
-            submitted += 1;
+        if calls == Calls::Batch {
+            submitted += u64::from(driver.submit_all((submitted..total).map(entry)));
+        } else {
+            while submitted < total && driver.submit(entry(submitted)).is_ok() {
+                submitted += 1;
+            }
         }
         if driver.post() {
             doorbell.kick();
@@ -58,9 +77,16 @@ fn model(returns: Returns, start: u32, total: u64) {
         match returns {
             Returns::Counted => reaped += u64::from(driver.reap_count().unwrap()),
             Returns::Entries => {
-                while let Some(back) = driver.reap().unwrap() {
+                let mut each = |back| {
                     assert_eq!(back, Entry { len: 2, ..entry(reaped) }, "a return came torn or out of order");
                     reaped += 1;
+                };
+                if calls == Calls::Batch {
+                    let _ = driver.reap_all(2, &mut each).unwrap();
+                } else {
+                    while let Some(back) = driver.reap().unwrap() {
+                        each(back);
+                    }
                 }
             }
         }
@@ -74,12 +100,18 @@ fn model(returns: Returns, start: u32, total: u64) {
 
 #[test]
 fn counted_returns() {
-    check(3, || model(Returns::Counted, NEAR_WRAP, 3));
+    check(3, || model(Returns::Counted, Calls::Single, 3));
 }
 
 #[test]
 fn returned_entries() {
-    check(3, || model(Returns::Entries, NEAR_WRAP, 3));
+    check(3, || model(Returns::Entries, Calls::Single, 3));
+}
+
+#[test]
+fn batches() {
+    check(2, || model(Returns::Counted, Calls::Batch, 3));
+    check(2, || model(Returns::Entries, Calls::Batch, 3));
 }
 
 #[test]
@@ -92,12 +124,14 @@ fn counted_returns_need_each_place() {
         Place::Publish(Edge::Tag),
         Place::Observe(Edge::Tag),
     ];
-    needs(&places, 2, || model(Returns::Counted, NEAR_WRAP, 2));
+    needs(&places, 2, || model(Returns::Counted, Calls::Single, 2));
+    needs(&places, 2, || model(Returns::Counted, Calls::Batch, 2));
 }
 
 #[test]
 fn returned_entries_need_each_place() {
     let places =
         [Place::Fence(Fence::Post), Place::Fence(Fence::Arm), Place::Publish(Edge::Tag), Place::Observe(Edge::Tag)];
-    needs(&places, 2, || model(Returns::Entries, NEAR_WRAP, 2));
+    needs(&places, 2, || model(Returns::Entries, Calls::Single, 2));
+    needs(&places, 2, || model(Returns::Entries, Calls::Batch, 2));
 }
