@@ -7,6 +7,32 @@
 //!
 //! The device is not trusted: every number it returns is checked before it is used, and a device that breaks the protocol gets an
 //! [`Error`], never an access outside of the memory that the driver gave it.
+//!
+//! ```
+//! use vbus_driver::venet::{HEADER_BYTES, Nic, Piece};
+//! use vbus_driver::{Dma, Error, Function, Hal};
+//!
+//! /// Sends a frame of at most 2000 bytes and waits until it is on its way.
+//! fn send<H: Hal>(hal: H, frame: &[u8]) -> Result<(), Error> {
+//!     let mut nic = Nic::open(Function::probe(hal.clone())?, 0, 0)?;
+//!     let (mut tx, _rx) = nic.queue_pair(0, 32, 4096, 0)?;
+//!     nic.start()?;
+//!
+//!     // The header, all zeros: nothing is left to the device. It is 12 bytes, and copies begin at multiples of 8.
+//!     let mut bytes = [0; HEADER_BYTES + 2000];
+//!     bytes[HEADER_BYTES..][..frame.len()].copy_from_slice(frame);
+//!     let memory = hal.alloc(4096)?;
+//!     memory.copy_in(0, &bytes);
+//!
+//!     let len = (HEADER_BYTES + frame.len()) as u32;
+//!     tx.submit(&[Piece { addr: memory.address(0), len }])?;
+//!     tx.post();
+//!     while tx.reclaim()? == 0 {
+//!         nic.function().check()?;
+//!     }
+//!     Ok(())
+//! }
+//! ```
 #![cfg_attr(not(test), no_std)]
 
 mod error;

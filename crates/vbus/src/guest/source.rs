@@ -91,3 +91,18 @@ pub fn claim<S: Source>(
         None => bail!("there is no {class_name} device{which} here; `vbus guest list` shows what there is"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn functions_are_meant_by_address_path_or_name() {
+        let found = |id: &str| Found { id: id.into(), class: None };
+        let pci = found("0000:01:00.0");
+        assert!(["0000:01:00.0", "01:00.0", "nic"].iter().all(|wanted| is_meant(&pci, "nic", wanted)));
+        assert!(["0001:01:00.0", "1:00.0", "ni", ""].iter().all(|wanted| !is_meant(&pci, "nic", wanted)));
+        assert!(is_meant(&found("/run/vbus/a.sock"), "a", "/run/vbus/a.sock"));
+        assert!(!is_meant(&found("/run/vbus/a.sock"), "a", "a.sock"));
+    }
+}

@@ -206,3 +206,34 @@ fn wait(fds: &[&OwnedFd], timeout: Option<Duration>) -> Result<Vec<bool>> {
     }
     Ok(polled.iter().map(|fd| !fd.revents().is_empty()).collect())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_is_left_alone_for_longer_and_longer() {
+        let mut failure = Failure::default();
+        assert_eq!(failure.wait(), Duration::ZERO);
+        failure.happened("f", &anyhow!("no"));
+        assert!(failure.wait() <= AGAIN.0);
+        let back = |by: Duration| Instant::now().checked_sub(by).unwrap();
+        // It began 3 s ago and is still so.
+        failure.times = Some((back(Duration::from_secs(3)), back(Duration::from_secs(1))));
+        failure.happened("f", &anyhow!("no"));
+        assert!(failure.wait() > Duration::from_millis(1500) && failure.wait() <= AGAIN.1);
+        assert_eq!(failure.told, "no");
+        // It did well for a minute in between.
+        failure.times = Some((back(Duration::from_secs(90)), back(Duration::from_secs(60))));
+        failure.happened("f", &anyhow!("no"));
+        assert!(failure.wait() <= AGAIN.0);
+    }
+
+    #[test]
+    fn other_classes_are_told_from_other_errors() {
+        use vbus_driver::Error;
+        let is_other = |error: anyhow::Error| error.context("there").chain().any(is_other_class);
+        assert!(is_other(Error::Class(2).into()));
+        assert!(!is_other(Error::Gone.into()) && !is_other(anyhow!("class 2")));
+    }
+}
