@@ -30,6 +30,8 @@
 //!     while tx.reclaim()? == 0 {
 //!         nic.function().check()?;
 //!     }
+//!     // Before the memory of rings and frame goes.
+//!     nic.close();
 //!     Ok(())
 //! }
 //! ```
