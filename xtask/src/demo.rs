@@ -65,7 +65,12 @@ struct Figures {
 /// Runs the demo; false if anything fell short.
 pub fn run(args: &Args) -> Result<bool> {
     let began = Instant::now();
-    let lab = Lab::new(&args.guests)?;
+    let lab = Lab::new(&args.guests).inspect_err(|error| {
+        if args.json {
+            let seconds = round(began.elapsed().as_secs_f64());
+            println!("{}", json!({"ok": false, "error": format!("{error:#}"), "seconds": seconds}));
+        }
+    })?;
     let scene = lab.scene("demo")?;
     let mut figures = Figures::default();
     let result = perform(args, &scene, &mut figures);
@@ -210,6 +215,9 @@ fn keep(bus: &Bus, vms: &[Vm]) -> Result<()> {
         eprintln!("  QMP of a guest: {}; its console: {}", vm.qmp_socket().display(), vm.console_socket().display());
     }
     eprintln!("Enter ends them.");
-    std::io::stdin().read_line(&mut String::new())?;
+    while std::io::stdin().read_line(&mut String::new())? == 0 {
+        // There is nobody at a keyboard: on until we are killed, and the guests with us.
+        std::thread::park();
+    }
     Ok(())
 }

@@ -17,10 +17,10 @@ fn main() -> ExitCode {
         ["serve", port] => serve::serve(port),
         ["send", address, bytes, seed] => stream::send(address, bytes, seed),
         ["receive", address] => stream::receive(address),
-        ["scribble", pid, count, seed] => scribble::scribble(pid, count, seed),
+        ["scribble", pid, count, seed, what] => scribble::scribble(pid, count, seed, what == "all"),
         _ => {
             eprintln!(
-                "usage: guest-agent serve PORT | send ADDRESS:PORT BYTES SEED | receive ADDRESS:PORT | scribble PID COUNT SEED"
+                "usage: guest-agent serve PORT | send ADDRESS:PORT BYTES SEED | receive ADDRESS:PORT | scribble PID COUNT SEED all|memory"
             );
             return ExitCode::from(2);
         }

@@ -13,8 +13,9 @@ use crate::stream::number;
 /// The beginning of each mapping gets half of the writes: that is where indices and descriptors are.
 const DENSE: u64 = 16 * 1024;
 
-/// Writes `count` values derived from `seed`, or until the driver ends; prints how many it wrote.
-pub fn scribble(pid: &str, count: &str, seed: &str) -> io::Result<()> {
+/// Writes `count` values derived from `seed`, or until the driver ends; prints how many it wrote. Leaves the BAR alone unless `registers`:
+/// a write there soon closes the device, and then it looks at no ring any more.
+pub fn scribble(pid: &str, count: &str, seed: &str, registers: bool) -> io::Result<()> {
     let (count, mut state) = (number(count)?, number(seed)?.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
     let mut random = move |below: u64| {
         state ^= state << 13;
@@ -22,7 +23,7 @@ pub fn scribble(pid: &str, count: &str, seed: &str) -> io::Result<()> {
         state ^= state << 17;
         (state >> 11) % below
     };
-    let shared = mappings(&fs::read_to_string(format!("/proc/{pid}/maps"))?);
+    let shared = mappings(&fs::read_to_string(format!("/proc/{pid}/maps"))?, registers);
     if shared.is_empty() {
         return Err(io::Error::other(format!("process {pid} shares nothing with a device")));
     }
@@ -51,14 +52,15 @@ pub fn scribble(pid: &str, count: &str, seed: &str) -> io::Result<()> {
     Ok(())
 }
 
-/// The address ranges that a driver maps from a BAR or from huge pages.
-fn mappings(maps: &str) -> Vec<Range<u64>> {
+/// The address ranges that a driver maps from huge pages, and from a BAR if `registers`.
+fn mappings(maps: &str, registers: bool) -> Vec<Range<u64>> {
     let mut ranges = Vec::new();
     for line in maps.lines() {
         // start-end permissions offset device inode path
         let mut words = line.split_whitespace();
         let (Some(range), Some(permissions), Some(path)) = (words.next(), words.next(), words.nth(3)) else { continue };
-        let is_shared = permissions.starts_with("rw-s") && (path.contains("/resource") || path.contains("huge"));
+        let is_shared =
+            permissions.starts_with("rw-s") && (path.contains("huge") || registers && path.contains("/resource"));
         let Some((start, end)) = range.split_once('-').filter(|_| is_shared) else { continue };
         if let (Ok(start), Ok(end)) = (u64::from_str_radix(start, 16), u64::from_str_radix(end, 16)) {
             ranges.push(start..end);

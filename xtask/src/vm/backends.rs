@@ -88,7 +88,7 @@ pub fn passt(scene: &Scene) -> Result<()> {
 
 /// In one guest and run, TCP to the host through `vbus guest net` on TAP is at least half as fast as through QEMU's own virtio-net on TAP.
 pub fn tap(scene: &Scene) -> Result<()> {
-    const ROUNDS: usize = 3;
+    const ROUNDS: usize = 5;
     if let Err(error) = File::options().read(true).write(true).open("/dev/net/tun") {
         return Err(Skip(format!("/dev/net/tun cannot be opened: {error}")).into());
     }
@@ -114,7 +114,7 @@ pub fn tap(scene: &Scene) -> Result<()> {
     let _server = Process::start(server, "iperf3", &scene.dir().join("iperf3.log"))?;
 
     let figure = |host: &str, way: &str| -> Result<f64> {
-        let command = format!("iperf3 --client {host} --port 15201 --time 4 --json --connect-timeout 10000 {way}");
+        let command = format!("iperf3 --client {host} --port 15201 --time 3 --json --connect-timeout 10000 {way}");
         let text = vm.guest.start(&command)?.ok(TRANSFER)?;
         let result: Value = serde_json::from_str(&text).context("iperf3 printed no JSON")?;
         let bits = result["end"]["sum_received"]["bits_per_second"].as_f64();
