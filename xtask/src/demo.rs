@@ -160,7 +160,7 @@ fn perform(args: &Args, scene: &Scene, figures: &mut Figures) -> Result<()> {
         per.0, per.1
     );
     if args.keep {
-        keep(&bus, &vms)?;
+        keep(scene, &bus, &vms)?;
     }
     Ok(())
 }
@@ -207,10 +207,10 @@ fn plug(bus: &Bus, vms: &mut [Vm], figures: &mut Figures) -> Result<()> {
 }
 
 /// Waits until the user has seen enough.
-fn keep(bus: &Bus, vms: &[Vm]) -> Result<()> {
+fn keep(scene: &Scene, bus: &Bus, vms: &[Vm]) -> Result<()> {
     eprintln!("\nThe bus and both guests go on running:");
     eprintln!("  cargo xtask console a      (and b; control and ] leaves)");
-    eprintln!("  vbus stats --watch --dir {}", bus.dir().display());
+    eprintln!("  {} stats --watch --dir {}", scene.lab.vbus().display(), bus.dir().display());
     for vm in vms {
         eprintln!("  QMP of a guest: {}; its console: {}", vm.qmp_socket().display(), vm.console_socket().display());
     }
