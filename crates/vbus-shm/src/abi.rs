@@ -79,7 +79,7 @@ pub mod reg {
     pub const STATE_BROKEN: u32 = 2;
     /// 16 bytes, ro: class name, ASCII, filled up with zeros.
     pub const CLASS_NAME: u64 = 0x010;
-    /// 32 bytes, ro: the device's own name, UTF-8, filled up with zeros.
+    /// 32 bytes, ro: the device's own name, ASCII, filled up with zeros.
     pub const NAME: u64 = 0x020;
     /// u64, ro: features offered; the class gives bits 0..48 their meaning, the bus bits 48..64.
     pub const FEATURES: u64 = 0x040;
