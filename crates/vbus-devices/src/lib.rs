@@ -1,4 +1,23 @@
-//! The device classes of vbus: [`venet`], an Ethernet controller, and [`state`], named values.
+//! The device classes of vbus: [`venet`], an Ethernet controller, and [`state`], named values. A bus makes devices of them from their settings:
+//!
+//! ```
+//! use serde_json::json;
+//! use vbus_core::{Bus, Executor, Trust, Tuning};
+//!
+//! let bus = Bus::new(Executor::start(Tuning::default())?, vbus_devices::classes(), Trust::Sealed);
+//! let nic = bus.create("net0", "venet", &json!({ "backend": "switch", "mtu": 9000 })).unwrap();
+//! assert_eq!(nic.inspect()["device"]["mtu"], 9000);
+//!
+//! let pages = json!({ "pages": [{ "name": "setpoint", "bytes": 8, "owner": "device" }] });
+//! let values = bus.create("values", "state", &pages).unwrap();
+//! let set = json!({ "op": "set", "page": "setpoint", "text": "42" });
+//! values.device().control(&set, &mut |_| true).unwrap();
+//! let mut text = None;
+//! let get = json!({ "op": "get", "page": "setpoint" });
+//! values.device().control(&get, &mut |value| { text = Some(value["text"].clone()); true }).unwrap();
+//! assert_eq!(text, Some(json!("42")));
+//! # Ok::<(), std::io::Error>(())
+//! ```
 
 pub mod state;
 pub mod venet;

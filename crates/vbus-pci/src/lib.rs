@@ -3,6 +3,45 @@
 //! [`PciFunction`] is all of it, for a connector to serve: it turns accesses to regions into operations of the device's
 //! [`Endpoint`](vbus_core::Endpoint), and the device's interrupts into writes of the eventfds that the connector was given. What the driver
 //! sees is specified in `spec/pci.md`.
+//!
+//! ```
+//! use std::sync::Arc;
+//! use vbus_core::shm::abi::{bar0, reg};
+//! use vbus_core::{Bus, Connection, Device, Executor, Identity, Open, Status, Trust, Tuning};
+//! use vbus_pci::{Options, PciFunction, region};
+//!
+//! /// A device that does nothing, for whoever opens it.
+//! struct Nothing;
+//!
+//! struct Use;
+//!
+//! impl Connection for Use {
+//!     fn region_added(&mut self, _: vbus_core::Region) -> Result<(), Status> {
+//!         Err(Status::BAD_ARGUMENT)
+//!     }
+//! }
+//!
+//! impl Device for Nothing {
+//!     fn identity(&self) -> Identity {
+//!         Identity::user("nothing")
+//!     }
+//!     fn open(&self, _: Open) -> Result<Box<dyn Connection>, Status> {
+//!         Ok(Box::new(Use))
+//!     }
+//! }
+//!
+//! let bus = Bus::new(Executor::start(Tuning::default())?, Vec::new(), Trust::Sealed);
+//! let endpoint = bus.add("nothing0", Arc::new(Nothing)).unwrap();
+//! let mut function = PciFunction::new(endpoint, Options::default());
+//!
+//! // A driver's first looks: vendor and device in the configuration space, then the magic number in BAR 0.
+//! let mut word = [0; 4];
+//! function.read(region::CONFIG, 0, &mut word);
+//! assert_eq!(u32::from_le_bytes(word), 0x10f5_1af4);
+//! function.read(region::BAR0, bar0::REGISTERS + reg::MAGIC, &mut word);
+//! assert_eq!(&word, b"vbus");
+//! # Ok::<(), std::io::Error>(())
+//! ```
 
 mod config;
 mod function;

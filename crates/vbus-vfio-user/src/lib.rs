@@ -6,6 +6,47 @@
 //! [`Process`] the environment of a driver over it, for programs that drive a device without a VM.
 //!
 //! What the server offers and refuses, command by command, is in `spec/vfio-user.md`.
+//!
+//! ```
+//! use std::sync::Arc;
+//! use vbus_core::{Bus, Connection, Device, Executor, Identity, Open, Region, Status, Trust, Tuning};
+//! use vbus_driver::Function;
+//! use vbus_vfio_user::{DeviceServer, MEMORY_BYTES, Process};
+//!
+//! /// A device with one function: it gives the length of the buffer that it is called with.
+//! struct Length;
+//!
+//! struct Use;
+//!
+//! impl Device for Length {
+//!     fn identity(&self) -> Identity {
+//!         Identity::user("length")
+//!     }
+//!     fn open(&self, _: Open) -> Result<Box<dyn Connection>, Status> {
+//!         Ok(Box::new(Use))
+//!     }
+//! }
+//!
+//! impl Connection for Use {
+//!     fn region_added(&mut self, _: Region) -> Result<(), Status> {
+//!         Err(Status::BAD_ARGUMENT)
+//!     }
+//!     fn call(&mut self, _function: u32, _flags: u32, buffer: &mut [u8]) -> Result<u64, Status> {
+//!         Ok(buffer.len() as u64)
+//!     }
+//! }
+//!
+//! let folder = tempfile::tempdir()?;
+//! let bus = Bus::new(Executor::start(Tuning::default())?, Vec::new(), Trust::Sealed);
+//! let endpoint = bus.add("length0", Arc::new(Length)).unwrap();
+//! let server = DeviceServer::start(endpoint, &folder.path().join("length0.sock"), Default::default())?;
+//!
+//! // The driver: any process that may open the socket.
+//! let mut function = Function::probe(Process::connect(server.path(), MEMORY_BYTES)?)?;
+//! function.open(0)?;
+//! assert_eq!(function.call(1, 0, &mut [0; 24])?, 24);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 mod bus;
 mod client;
