@@ -24,6 +24,9 @@ struct Page {
     writer: Writer<Window>,
     region: Region,
     written: Option<(Instant, Value)>,
+    /// The driver asked for an interrupt by an update that brought no more than newer counters. It gets it when the link changes: to be
+    /// woken ten times a second for a statistic costs it more than its frames do.
+    owed: bool,
 }
 
 /// The status page of a connection. The driver may or may not have registered one.
@@ -55,7 +58,7 @@ impl StatusPage {
         if writer.layout().value_bytes() < word::BYTES as usize {
             return Err(Status::BAD_LENGTH);
         }
-        *page = Some(Page { handle: region.handle, writer, region, written: None });
+        *page = Some(Page { handle: region.handle, writer, region, written: None, owed: false });
         drop(page);
         self.wake();
         Ok(())
@@ -73,7 +76,8 @@ impl StatusPage {
 
     /// Frames were moved: the page will be brought up to date soon.
     pub fn moved(&self) {
-        if !self.awake.swap(true, Ordering::Relaxed) {
+        // Pairs with the swap of `update`, which sees the counters of whoever left it to somebody else's wake-up.
+        if !self.awake.swap(true, Ordering::Release) {
             self.wake();
         }
     }
@@ -111,14 +115,16 @@ impl StatusPage {
     fn update(&self) -> Option<Instant> {
         let mut guard = lock(&self.page);
         let page = guard.as_mut()?;
-        self.awake.store(false, Ordering::Relaxed);
+        self.awake.swap(false, Ordering::Acquire);
         let (now, value) = (Instant::now(), self.value());
+        let mut link_changed = true;
         if let Some((at, last)) = page.written {
             if last == value {
                 return None;
             }
             let next = at + INTERVAL;
-            if last[word::LINK] == value[word::LINK] && now < next {
+            link_changed = last[word::LINK] != value[word::LINK];
+            if !link_changed && now < next {
                 self.awake.store(true, Ordering::Relaxed);
                 return Some(next);
             }
@@ -128,7 +134,9 @@ impl StatusPage {
         for (to, word) in bytes.chunks_exact_mut(8).zip(value) {
             to.copy_from_slice(&word.to_le_bytes());
         }
-        page.region.interrupt.kick(page.writer.write(&bytes));
+        page.owed |= page.writer.write(&bytes);
+        let kick = link_changed && std::mem::take(&mut page.owed);
+        page.region.interrupt.kick(kick);
         None
     }
 }
