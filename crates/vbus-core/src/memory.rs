@@ -1,4 +1,4 @@
-//! Guest memory: what a connector maps for a device, and how a device reaches it.
+//! The driver's memory: what a connector maps for a device, and how a device reaches it.
 //!
 //! A [`MemoryContext`] holds the maps of one connector's peer. A device sees two forms of it:
 //!

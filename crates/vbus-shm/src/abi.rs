@@ -116,7 +116,7 @@ pub mod reg {
 /// Commands of the mailbox, with their arguments a0..a3.
 pub mod command {
     /// Opens the connection. a0: ABI version; a1: features wanted, a subset of those offered; a2: address of the handshake word (8 bytes,
-    /// aligned); a3: the value that the driver has written there. The device must find that value, or else guest memory is not shared.
+    /// aligned); a3: the value that the driver has written there. The device must find that value, or else the memory is not shared.
     pub const OPEN: u32 = 1;
     /// Closes it: all regions are dropped; the device touches no memory afterwards. Succeeds always.
     pub const CLOSE: u32 = 2;
@@ -155,7 +155,7 @@ pub mod status {
     pub const BAD_FEATURES: u32 = 6;
     /// The address is not (wholly) in memory that the device can reach.
     pub const BAD_ADDRESS: u32 = 7;
-    /// The handshake word was not there: the memory behind the address is not the guest's own (QEMU: share=on is missing).
+    /// The handshake word was not there: the memory behind the address is not the driver's own (QEMU: share=on is missing).
     pub const NOT_SHARED: u32 = 8;
     /// A length is 0, too large, or does not fit the layout.
     pub const BAD_LENGTH: u32 = 9;

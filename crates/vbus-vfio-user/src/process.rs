@@ -1,4 +1,4 @@
-//! A plain process as the "guest": the environment of a driver that reaches its device over the socket, without a VM and without root.
+//! A plain process as the place of a driver, which reaches its device over the socket, without a VM and without root.
 
 use std::collections::BTreeMap;
 use std::fmt;

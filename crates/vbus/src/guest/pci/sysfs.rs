@@ -122,7 +122,7 @@ fn write(file: &Path, text: &str) -> Result<()> {
     fs::write(file, text).with_context(|| format!("cannot write {text:?} to {}", file.display()))
 }
 
-/// Device addresses are physical addresses here. Behind an IMMU that translates they are not, and nothing would arrive.
+/// Device addresses are physical addresses here. Behind an IOMMU that translates they are not, and nothing would arrive.
 fn check_no_iommu(folder: &Path) -> Result<()> {
     let kind = fs::read_to_string(folder.join("iommu_group/type"));
     match kind.as_deref().map(str::trim) {
