@@ -1,10 +1,12 @@
 //! A device as a connector sees it: open and close, regions, calls, doorbells, memory, interrupts.
 
+use std::io::IoSliceMut;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 
 use rustix::event::{EventfdFlags, eventfd};
+use rustix::io::{ReadWriteFlags, preadv2};
 use serde_json::{Value, json};
 use vbus_shm::abi::{ABI_VERSION, command, reg};
 use vbus_shm::signal::{Armed, BLOCK_ALIGN, BLOCK_BYTES};
@@ -494,7 +496,9 @@ impl Endpoint {
         for slot in &self.doorbells {
             let target = lock(&slot.target);
             let mut rung = [0; 8];
-            let Some(Ok(_)) = target.eventfd().map(|fd| rustix::io::read(fd, &mut rung)) else { continue };
+            // The peer holds the eventfd too, and could make a plain read wait. (Kernels before 5.9 cannot do this one, and do not count.)
+            let read = |fd| preadv2(fd, &mut [IoSliceMut::new(&mut rung)], u64::MAX, ReadWriteFlags::NOWAIT);
+            let Some(Ok(_)) = target.eventfd().map(read) else { continue };
             self.counters.doorbells.add(u64::from_ne_bytes(rung));
             // A ring whose event has not been collected yet goes unnoticed once the eventfd has been read.
             if let Some(task) = &target.task {

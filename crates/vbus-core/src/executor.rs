@@ -297,9 +297,9 @@ impl Worker {
                 if busy { Progress::Busy } else { Progress::Idle }
             }
             Err(status) => {
-                let body = guard.take();
+                // Under the lock: who stops the task meanwhile waits until it holds nothing any more.
+                *guard = None;
                 drop(guard);
-                drop(body);
                 lock(&self.tasks).remove(&cell.id);
                 (cell.on_error)(status);
                 Progress::Busy

@@ -12,7 +12,7 @@ use vbus_core::shm::ring::{DeviceEnd, DriverEnd, Entry, Layout, Returns, SIGNAL_
 use vbus_core::shm::signal::Armed;
 use vbus_core::{
     Bus, Connection, Device, Endpoint, Executor, Identity, InterruptSink, MapError, MemoryContext, Open, Progress,
-    Region, RegionRequest, State, Status, Trust, Tuning, Window,
+    Region, RegionRequest, State, Status, Task, Trust, Tuning, Window,
 };
 
 const SIZE: u64 = 64 << 20;
@@ -358,7 +358,7 @@ fn removed_devices_are_gone() {
 /// Counts its polls, wants to be polled by deadlines only.
 struct Ticker(Arc<AtomicU64>, Sender<()>);
 
-impl vbus_core::Task for Ticker {
+impl Task for Ticker {
     fn poll(&mut self, _: u32) -> Result<Progress, Status> {
         if self.0.fetch_add(1, Ordering::Relaxed) >= 20 {
             let _ = self.1.send(());
@@ -391,7 +391,7 @@ fn deadlines_wake_tasks_and_stop_ends_them() {
 
 struct Panics;
 
-impl vbus_core::Task for Panics {
+impl Task for Panics {
     fn poll(&mut self, _: u32) -> Result<Progress, Status> {
         panic!("a fault of this task, which the test wants");
     }
@@ -419,4 +419,55 @@ fn page_lists_do_not_use_up_the_mappings_of_the_process() {
     drop(first);
     drop((one().unwrap(), second));
     one().unwrap();
+}
+
+#[test]
+fn a_peer_cannot_make_the_counting_of_doorbells_wait() {
+    let driver = Driver::new();
+    let bell = driver.endpoint.doorbell_eventfd(0).unwrap();
+    // The peer holds the same open file: its flags are the peer's to change.
+    let flags = rustix::fs::fcntl_getfl(&bell).unwrap();
+    rustix::fs::fcntl_setfl(&bell, flags - rustix::fs::OFlags::NONBLOCK).unwrap();
+    let (done, told) = channel();
+    let endpoint = driver.endpoint.clone();
+    std::thread::spawn(move || {
+        rustix::io::write(&bell, &5u64.to_ne_bytes()).unwrap();
+        let rung = endpoint.inspect()["counters"]["doorbells"].as_u64();
+        endpoint.inspect();
+        done.send(rung).unwrap();
+    });
+    assert_eq!(told.recv_timeout(BOUND).expect("inspecting the device never ends"), Some(5));
+}
+
+/// Fails its first poll; when dropped, finds out whether somebody takes it for stopped already.
+struct Failing {
+    dropping: Sender<()>,
+    stopped: Mutex<Receiver<()>>,
+    early: Sender<bool>,
+}
+
+impl Task for Failing {
+    fn poll(&mut self, _: u32) -> Result<Progress, Status> {
+        Err(Status::FAILED)
+    }
+}
+
+impl Drop for Failing {
+    fn drop(&mut self) {
+        self.dropping.send(()).unwrap();
+        let early = self.stopped.lock().unwrap().recv_timeout(Duration::from_millis(200)).is_ok();
+        self.early.send(early).unwrap();
+    }
+}
+
+#[test]
+fn stopping_a_task_that_fails_just_then_waits_until_it_is_gone() {
+    let executor = Executor::start(Tuning::default()).unwrap();
+    let ((dropping, drops), (stop, stopped), (early, was_early)) = (channel(), channel(), channel());
+    let task = Failing { dropping, stopped: Mutex::new(stopped), early };
+    let task = executor.spawn(0, Box::new(task), Arc::default(), |_| {});
+    drops.recv_timeout(BOUND).unwrap();
+    task.stop();
+    let _ = stop.send(());
+    assert!(!was_early.recv_timeout(BOUND).unwrap(), "stop has returned while the task still held what it holds");
 }
