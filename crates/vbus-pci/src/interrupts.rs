@@ -86,10 +86,21 @@ impl State {
         }
     }
 
-    /// From INTx to messages: there is no level any more.
+    /// From INTx to messages: there is no level any more. What is pending came while nothing was connected (a VMM that adds a vector
+    /// disconnects all of them first), of which vector is not known: the driver is told on each.
     fn messages_began(&mut self) {
-        if self.messages() {
-            self.pending = false;
+        if !self.messages() || !std::mem::take(&mut self.pending) {
+            return;
+        }
+        if self.msix_connected == 0 {
+            self.msi.iter().for_each(|fd| signal(fd));
+            return;
+        }
+        for (fd, pending) in self.msix.iter().zip(&mut self.msix_pending) {
+            match fd {
+                Some(fd) => signal(fd),
+                None => *pending = true,
+            }
         }
     }
 }
@@ -188,8 +199,8 @@ impl Interrupts {
             }
             IrqIndex::Msi => state.msi = None,
             IrqIndex::Msix => {
+                // What is pending stays so: a VMM that adds a vector disconnects all of them first.
                 state.msix.fill(None);
-                state.msix_pending.fill(false);
                 state.msix_connected = 0;
             }
         }
@@ -378,7 +389,7 @@ mod tests {
         irqs.set_disabled(false);
         irqs.trigger(0);
         irqs.trigger(1);
-        assert_eq!((taken(&msi), taken(&intx), irqs.pending()), (2, 0, false));
+        assert_eq!((taken(&msi), taken(&intx), irqs.pending()), (3, 0, false), "what was pending, and two");
         let (msix, fd) = pair();
         irqs.connect(IrqIndex::Msix, 1, vec![Some(fd)]).unwrap();
         assert_eq!(irqs.vectors(), 2);
@@ -393,6 +404,30 @@ mod tests {
         irqs.trigger(0);
         assert!(irqs.pending());
         assert_eq!((taken(&msi), taken(&msix), taken(&intx)), (0, 0, 0));
+    }
+
+    #[test]
+    fn nothing_is_lost_while_a_vmm_adds_a_vector() {
+        let irqs = Interrupts::new(3);
+        let connect = |count: usize| {
+            let (ours, theirs): (Vec<_>, Vec<_>) = (0..count).map(|_| pair()).map(|(a, b)| (a, Some(b))).unzip();
+            irqs.connect(IrqIndex::Msix, 0, theirs).unwrap();
+            ours
+        };
+        let first = connect(1);
+        irqs.trigger(0);
+        irqs.trigger(1);
+        assert_eq!((taken(&first[0]), irqs.msix_pending_byte(0)), (1, 0b10));
+        irqs.disconnect(IrqIndex::Msix);
+        let second = connect(2);
+        assert_eq!((taken(&second[0]), taken(&second[1])), (0, 1), "pending since before");
+        irqs.disconnect(IrqIndex::Msix);
+        irqs.trigger(0);
+        let third = connect(2);
+        assert!(taken(&third[0]) > 0, "while nothing was connected");
+        assert!(!irqs.pending());
+        irqs.clear();
+        assert_eq!(irqs.msix_pending_byte(0), 0);
     }
 
     #[test]

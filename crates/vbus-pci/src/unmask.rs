@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vbus_core::{Endpoint, Interest, Progress, Status, Task, TaskHandle};
 
 use crate::interrupts::{Interrupts, IrqError, IrqIndex};
@@ -15,14 +16,15 @@ pub(crate) struct Unmask {
 
 struct UnmaskTask {
     interrupts: Arc<Interrupts>,
-    /// The first poll comes without an event.
+    fd: Arc<OwnedFd>,
+    /// The first poll may come without an event.
     watching: bool,
 }
 
 impl Task for UnmaskTask {
     fn poll(&mut self, _budget: u32) -> Result<Progress, Status> {
         // The eventfd is not read: the watch is edge-triggered, and a read is one more call that the peer could make wait.
-        if std::mem::replace(&mut self.watching, true) {
+        if std::mem::replace(&mut self.watching, true) || written(&self.fd) {
             let _ = self.interrupts.mask(IrqIndex::Intx, false);
         }
         Ok(Progress::Idle)
@@ -33,6 +35,12 @@ impl Task for UnmaskTask {
     }
 }
 
+/// Whether the eventfd has been written.
+fn written(fd: &OwnedFd) -> bool {
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&now)).is_ok_and(|n| n > 0)
+}
+
 impl Unmask {
     /// Watches `fd` on the device's own event loop.
     pub(crate) fn start(
@@ -40,7 +48,7 @@ impl Unmask {
         interrupts: Arc<Interrupts>,
         fd: Arc<OwnedFd>,
     ) -> Result<Unmask, IrqError> {
-        let task = Box::new(UnmaskTask { interrupts, watching: false });
+        let task = Box::new(UnmaskTask { interrupts, fd: fd.clone(), watching: false });
         let task = endpoint.executor().spawn(endpoint.place(), task, Arc::default(), |_| {});
         if let Err(errno) = task.watch(&fd, Interest::Read) {
             task.stop();
