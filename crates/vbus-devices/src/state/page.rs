@@ -122,7 +122,7 @@ impl Page {
         }
     }
 
-    /// If a driver's page has a newer value, takes it over. Returns whether it had.
+    /// If a driver's page has a newer value, takes it over. Returns whether it had one: also if it was overrun, and has to be tried again.
     fn take_news(&self, inner: &mut MutexGuard<'_, Inner>) -> bool {
         let Some(Shown { end: PageEnd::Reader(reader, seen), .. }) = &mut inner.shown else { return false };
         let mut value = vec![0; self.bytes as usize];
@@ -137,7 +137,7 @@ impl Page {
             }
             Err(_overrun) => {
                 inner.overruns += 1;
-                false
+                true
             }
         }
     }

@@ -100,7 +100,7 @@ impl Pair {
                     self.counters.tx.waits.one();
                     self.waiting = true;
                     self.until = until;
-                    self.moved = moved;
+                    self.moved |= moved;
                     break;
                 }
             }
@@ -129,6 +129,8 @@ impl Pair {
                 return Err(Status::BAD_LENGTH);
             }
             self.chain.entries.push(entry);
+            // A part of a frame is progress too: what it was armed for has come, and the task must not sleep before it has armed again.
+            self.moved = true;
         }
         const HEAD: usize = HEADER_BYTES + ETH_BYTES;
         let mut head = [0; HEAD];

@@ -334,7 +334,8 @@ impl RxQueue {
     }
 
     /// If anybody waits, asks the driver to ring when it has posted as many buffers as the waiting frame lacks.
-    /// [`Armed::Missed`]: they are there, and the next delivery succeeds.
+    /// [`Armed::Missed`]: they are there, and the next delivery succeeds. All who wait are woken then: the buffers are out of the ring, and
+    /// nothing else would tell of them.
     pub fn arm(&mut self) -> Armed {
         if self.waiters.is_empty() {
             return Armed::Waiting;
@@ -342,6 +343,9 @@ impl RxQueue {
         loop {
             let lacking = self.lacking();
             if lacking == 0 || self.fault.is_some() {
+                for (_, task) in self.waiters.drain(..) {
+                    task.wake();
+                }
                 return Armed::Missed;
             }
             // Not even one in spite of the driver's count: it is not honest, and gets no more than that.

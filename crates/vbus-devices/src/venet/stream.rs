@@ -17,6 +17,7 @@ use rustix::net::{
 use serde_json::{Value, json};
 use vbus_core::memory::View;
 use vbus_core::shm::abi::venet::{F_CSUM, F_TSO, F_USO};
+use vbus_core::shm::signal::Armed;
 use vbus_core::{Counter, CreateError, Interest, Status};
 
 use super::frame::{ETH_OVERHEAD, Packet};
@@ -334,6 +335,8 @@ impl StreamQueue {
             }
             let Some(range) = range else {
                 if skipped || peer.fill()? {
+                    // Work as well: a peer that sends nothing but this must not keep the others on the thread waiting.
+                    done += 1;
                     continue;
                 }
                 break;
@@ -404,6 +407,11 @@ impl Queue for StreamQueue {
                 Ok(u32::from(self.listener.is_some()))
             }
         }
+    }
+
+    fn arm(&mut self) -> Armed {
+        // A peer that left after the frame began to wait: nothing would end the wait. Sent again, it is dropped.
+        if self.peer.is_none() { Armed::Missed } else { Armed::Waiting }
     }
 
     fn deadline(&self) -> Option<Instant> {
