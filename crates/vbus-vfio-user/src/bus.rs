@@ -50,7 +50,10 @@ impl DeviceServer {
         let seen = Arc::<Mutex<Seen>>::default();
         let task = ServerTask { server, seen: seen.clone() };
         let task = executor.spawn(place, Box::new(task), Arc::default(), |_| {});
-        task.watch(&ready, Interest::Read)?;
+        if let Err(error) = task.watch(&ready, Interest::Read) {
+            task.stop();
+            return Err(error.into());
+        }
         // What came between the first poll and the watch.
         task.wake();
         Ok(DeviceServer { path: path.to_owned(), task, ready, seen })
