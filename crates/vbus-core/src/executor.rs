@@ -90,6 +90,9 @@ impl Default for Tuning {
     }
 }
 
+/// The shortest nap of a task under load, in nanoseconds.
+const NAP_NS: u64 = 100_000;
+
 /// Called when a task's poll failed, on the worker's thread, after the task is gone.
 type OnError = Box<dyn Fn(Status) + Send + Sync>;
 
@@ -419,7 +422,7 @@ impl Executor {
     ) -> TaskHandle {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let worker = &self.workers[place % self.workers.len()];
-        let pace = Pace::new(u64::try_from(self.tuning().poll_max.as_nanos()).unwrap_or(u64::MAX));
+        let pace = Pace::new(u64::try_from(self.tuning().poll_max.as_nanos()).unwrap_or(u64::MAX), NAP_NS);
         let body = Body { task, pace, asleep: false, timer: None };
         let cell = Arc::new(Cell {
             id,

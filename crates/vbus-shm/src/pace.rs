@@ -22,6 +22,7 @@ pub enum Rest {
 #[derive(Clone, Copy, Debug)]
 pub struct Pace {
     max: u64,
+    nap: u64,
     window: u64,
     idle_since: Option<u64>,
     slept_at: Option<u64>,
@@ -37,16 +38,25 @@ const MEASURE_NS: u64 = 1_000_000;
 const LOAD_BYTES: u64 = 16 << 10;
 /// How long naps go on after such a load.
 const LOAD_HOLDS_NS: u64 = 30_000_000;
-/// The shortest and the longest nap. What arrives in the meantime has to find room: 1 ms at 10 Gb/s is 20 segments of 64 KiB.
-const NAP_NS: (u64, u64) = (100_000, 1_000_000);
+/// The longest nap.
+const NAP_MAX_NS: u64 = 1_000_000;
 
 /// Below this the poller does not poll at all.
 const MIN_NS: u64 = 4_000;
 
 impl Pace {
-    /// A poller that polls in vain for at most `max_ns` before it naps or sleeps; 0: it sleeps at once, always.
-    pub fn new(max_ns: u64) -> Pace {
-        Pace { max: max_ns, window: 0, idle_since: None, slept_at: None, measured: (0, 0), loaded_until: 0 }
+    /// A poller that polls in vain for at most `max_ns` before it naps or sleeps (0: it sleeps at once, always), and whose shortest nap is
+    /// `nap_ns`, at most 1 ms: what arrives in the meantime has to find room, and its sender waits.
+    pub fn new(max_ns: u64, nap_ns: u64) -> Pace {
+        Pace {
+            max: max_ns,
+            nap: nap_ns.min(NAP_MAX_NS),
+            window: 0,
+            idle_since: None,
+            slept_at: None,
+            measured: (0, 0),
+            loaded_until: 0,
+        }
     }
 
     /// There was something to do.
@@ -72,7 +82,7 @@ impl Pace {
             self.measured = (now, carried);
         }
         if now < self.loaded_until && self.max > 0 {
-            Rest::Nap((vain / 2).clamp(NAP_NS.0, NAP_NS.1))
+            Rest::Nap((vain / 2).clamp(self.nap, NAP_MAX_NS))
         } else {
             Rest::Sleep
         }
@@ -108,7 +118,7 @@ mod tests {
 
     #[test]
     fn the_window_follows_the_wake_ups() {
-        let mut pace = Pace::new(50_000);
+        let mut pace = Pace::new(50_000, 100_000);
         assert_eq!(pace.rest(1, 0), Rest::Sleep);
         let mut now = MS;
         for _ in 0..8 {
@@ -130,7 +140,7 @@ mod tests {
 
     #[test]
     fn a_stream_is_napped_through_and_its_end_is_slept_through() {
-        let mut pace = Pace::new(50_000);
+        let mut pace = Pace::new(50_000, 100_000);
         let (mut now, mut carried) = (MS, 0);
         assert_eq!(pace.rest(now, carried), Rest::Sleep);
         // A segment of 64 KiB every 300 us.
@@ -153,7 +163,7 @@ mod tests {
 
     #[test]
     fn an_exchange_of_small_messages_is_not_napped_through() {
-        let mut pace = Pace::new(50_000);
+        let mut pace = Pace::new(50_000, 100_000);
         let (mut now, mut carried) = (MS, 0);
         for _ in 0..1000 {
             // A round trip in 300 us, of two messages that count as 512 bytes each.
@@ -167,7 +177,7 @@ mod tests {
 
     #[test]
     fn without_a_window_there_is_neither_polling_nor_napping() {
-        let mut never = Pace::new(0);
+        let mut never = Pace::new(0, 100_000);
         never.sleep(1);
         never.woken(1);
         assert_eq!(never.rest(1, 0), Rest::Sleep);

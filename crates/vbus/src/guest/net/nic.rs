@@ -23,6 +23,9 @@ const RING_ENTRIES: u32 = 256;
 const BUFFER_BYTES: u32 = 16 << 10;
 /// Bytes of the memory from which frames are sent: a huge page.
 const FRAME_BYTES: usize = 2 << 20;
+/// The shortest nap under load, in nanoseconds. Each ends with two switches of threads, which cost more than those of the device's end: under
+/// a translator TCP came in at 1.2 to 2.2 times the rate with 300 us instead of 100. At 10 Gb/s it is 6 segments of 64 KiB.
+const NAP_NS: u64 = 300_000;
 /// How often the NIC is looked at even if nothing happens.
 const TICK: Duration = Duration::from_secs(1);
 
@@ -68,7 +71,7 @@ where
         let (tx, rx) = nic.queue_pair(q, entries, BUFFER_BYTES, 0)?;
         let buffers = hal.alloc(entries as usize * BUFFER_BYTES as usize).map_err(Error::from)?;
         let frames = FrameMemory::new(hal.alloc(FRAME_BYTES).map_err(Error::from)?)?;
-        let pace = Pace::new(u64::from(options.poll_us) * 1000);
+        let pace = Pace::new(u64::from(options.poll_us) * 1000, NAP_NS);
         let mut queue = Queue { tx, frames, rx, buffers, tap: file, wake, pace, carried: 0, hal: hal.clone() };
         queue.fill()?;
         queues.push(queue);
