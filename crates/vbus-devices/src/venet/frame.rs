@@ -1,6 +1,6 @@
 //! A frame on its way through the device: the header before it, its Ethernet header, the rest.
 
-use vbus_core::memory::GuestSlice;
+use vbus_core::memory::DriverSlice;
 use vbus_core::shm::abi::venet::{F_CSUM, F_TSO, F_USO, HEADER_BYTES};
 
 /// Bytes of an Ethernet header without tags.
@@ -129,7 +129,7 @@ impl Header {
 #[derive(Clone, Copy)]
 pub enum Body<'a> {
     /// In the sending driver's memory, which may change at any time: copied once, never looked at.
-    Guest(&'a [GuestSlice<'a>]),
+    Driver(&'a [DriverSlice<'a>]),
     /// Ours.
     Bytes(&'a [u8]),
 }
@@ -138,7 +138,7 @@ impl Body<'_> {
     /// Bytes.
     pub fn len(&self) -> usize {
         match self {
-            Body::Guest(parts) => parts.iter().map(GuestSlice::len).sum(),
+            Body::Driver(parts) => parts.iter().map(DriverSlice::len).sum(),
             Body::Bytes(bytes) => bytes.len(),
         }
     }
@@ -185,7 +185,7 @@ impl<'a> Packet<'a> {
         left -= eth;
         match self.body {
             Body::Bytes(bytes) => out.extend_from_slice(&bytes[..left]),
-            Body::Guest(parts) => {
+            Body::Driver(parts) => {
                 for part in parts {
                     let n = part.len().min(left);
                     let at = out.len();

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
-use vbus_core::memory::{GuestSlice, View};
+use vbus_core::memory::{DriverSlice, View};
 use vbus_core::shm::abi::venet::{CHAIN_MAX, HEADER_BYTES};
 use vbus_core::shm::ring::{DeviceEnd, Entry, NEXT};
 use vbus_core::shm::signal::Armed;
@@ -201,7 +201,7 @@ impl RxQueue {
                 parts.push(view.slice(entry.addr, filled as u64, true)?);
             }
             parts[0] = parts[0].split_at(head.len()).1;
-            capture.record(&Packet { body: Body::Guest(&parts), ..*packet });
+            capture.record(&Packet { body: Body::Driver(&parts), ..*packet });
         }
         let mut left = len;
         for i in 0..count {
@@ -400,15 +400,15 @@ struct Source<'a> {
 
 impl Source<'_> {
     /// Fills `to` with what comes next.
-    fn copy(&mut self, mut to: GuestSlice<'_>) {
+    fn copy(&mut self, mut to: DriverSlice<'_>) {
         while !to.is_empty() {
             let copied = match self.body {
                 Body::Bytes(bytes) => to.copy_from(&bytes[self.at.min(bytes.len())..]),
-                Body::Guest(parts) => match parts.get(self.part) {
+                Body::Driver(parts) => match parts.get(self.part) {
                     None => 0,
                     Some(part) => {
                         let (_, rest) = part.split_at(self.at);
-                        let n = to.copy_from_guest(rest);
+                        let n = to.copy_from_driver(rest);
                         if n == rest.len() {
                             self.part += 1;
                             self.at = 0;

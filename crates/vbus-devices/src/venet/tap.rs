@@ -135,7 +135,7 @@ impl Queue for TapQueue {
                 vector[1] = IoSlice::new(bytes);
                 count += 1;
             }
-            Body::Guest(parts) => {
+            Body::Driver(parts) => {
                 for (to, part) in vector[1..].iter_mut().zip(parts) {
                     *to = part.io_slice();
                     count += 1;

@@ -199,3 +199,22 @@ fn each_fault_has_its_status() {
     check(&[], &[(1 << 40, 2048)], Status::BAD_ADDRESS);
     check(&[], &[(0, 63)], Status::BAD_LENGTH);
 }
+
+#[test]
+fn what_it_sent_before_its_fault_arrives() {
+    let bus = bus(1);
+    let config = |n: u8| json!({ "mac": format!("02:00:00:00:00:{n:02x}") });
+    let mut b = Net::new(&bus, "b", config(2), Shape::default());
+    b.post_all();
+    let h = bus.create("h", "venet", &config(3)).unwrap();
+    for life in 1..=10 {
+        let mut net = Net::open(&h, Shape::default());
+        assert!(net.submit(0, &[0; 12], &frame(B, H, life, 60), 1));
+        net.pairs[0].tx.submit(Entry { addr: 0, len: 0, id: 0, flags: 0 }).unwrap();
+        net.kick_tx(0);
+        let interrupts = net.interrupts.clone();
+        interrupts.wait("the end of the connection", || matches!(h.state(), State::Broken(_)).then_some(()));
+        // Counted when it is posted, which is what wakes its receiver.
+        assert_eq!(b.counter("/pairs/0/rx/frames"), life);
+    }
+}
