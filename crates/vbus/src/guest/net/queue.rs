@@ -222,8 +222,9 @@ impl<H: Hal> Queue<H> {
         let full = self.room()?.is_none();
         let missed_tx = full && self.tx.arm(self.tx.in_flight() / 4) == Armed::Missed;
         let missed_rx = self.rx.arm(0) == Armed::Missed;
-        // A device may say "missed" and bring nothing, for ever: it gets one more look, not the processor.
-        if (missed_tx || missed_rx) && self.turn(&shared.counters)? {
+        // A device may say "missed" and bring nothing, for ever: it gets one more look, not the processor. Room for frames is something:
+        // now it is the interface that has to be waited for.
+        if (missed_tx || missed_rx) && (self.turn(&shared.counters)? || full && self.room()?.is_some()) {
             self.disarm(full);
             return Ok(());
         }
