@@ -339,10 +339,10 @@ pub struct View<'a> {
 
 impl View<'_> {
     /// The `len` bytes at `addr`, which must lie within one map; `write` if they will be written.
-    pub fn slice(&self, addr: u64, len: u64, write: bool) -> Result<GuestSlice<'_>, Status> {
+    pub fn slice(&self, addr: u64, len: u64, write: bool) -> Result<DriverSlice<'_>, Status> {
         let (_, base) = self.guard.resolve(addr, len, write)?;
         let len = usize::try_from(len).map_err(|_| Status::BAD_LENGTH)?;
-        Ok(GuestSlice { base, len, _view: std::marker::PhantomData })
+        Ok(DriverSlice { base, len, _view: std::marker::PhantomData })
     }
 
     /// Copies `out.len()` bytes from `addr`, once.
@@ -360,16 +360,16 @@ impl View<'_> {
 
 /// Bytes of the driver's memory. The driver may write them at any time, so they are copied, or passed to system calls; never borrowed.
 #[derive(Clone, Copy)]
-pub struct GuestSlice<'a> {
+pub struct DriverSlice<'a> {
     base: NonNull<u8>,
     len: usize,
     _view: std::marker::PhantomData<&'a ()>,
 }
 
 // SAFETY: a pointer into a mapping that the view keeps; used by raw copies and system calls only.
-unsafe impl Send for GuestSlice<'_> {}
+unsafe impl Send for DriverSlice<'_> {}
 
-impl<'a> GuestSlice<'a> {
+impl<'a> DriverSlice<'a> {
     /// Bytes.
     pub fn len(&self) -> usize {
         self.len
@@ -381,11 +381,11 @@ impl<'a> GuestSlice<'a> {
     }
 
     /// Splits at byte `mid`, which is cut to the length.
-    pub fn split_at(self, mid: usize) -> (GuestSlice<'a>, GuestSlice<'a>) {
+    pub fn split_at(self, mid: usize) -> (DriverSlice<'a>, DriverSlice<'a>) {
         let mid = mid.min(self.len);
         // SAFETY: mid <= len.
         let rest = unsafe { self.base.add(mid) };
-        (GuestSlice { len: mid, ..self }, GuestSlice { base: rest, len: self.len - mid, ..self })
+        (DriverSlice { len: mid, ..self }, DriverSlice { base: rest, len: self.len - mid, ..self })
     }
 
     /// Copies to `out`; as many bytes as the shorter one has.
@@ -405,7 +405,7 @@ impl<'a> GuestSlice<'a> {
     }
 
     /// Copies from another driver's memory; as many bytes as the shorter one has.
-    pub fn copy_from_guest(&self, from: GuestSlice<'_>) -> usize {
+    pub fn copy_from_driver(&self, from: DriverSlice<'_>) -> usize {
         let len = self.len.min(from.len);
         // SAFETY: both ranges are valid for len bytes. They may even overlap: then the result is garbage, which is the peer's own doing.
         unsafe { copy(from.base.as_ptr(), self.base.as_ptr(), len) };

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use vbus_core::memory::{GuestSlice, View};
+use vbus_core::memory::{DriverSlice, View};
 use vbus_core::shm::abi::venet::{CHAIN_MAX, FRAME_MAX, HEADER_BYTES};
 use vbus_core::shm::ring::{DeviceEnd, Entry, NEXT};
 use vbus_core::shm::signal::Armed;
@@ -69,7 +69,7 @@ impl Pair {
     /// Sends at most `budget` frames; returns how many went.
     fn transmit(&mut self, view: &View<'_>, budget: u32) -> Result<u32, Status> {
         let (mut frames, mut bytes, mut taken, mut spent) = (0, 0, 0, 0_u32);
-        let mut parts: Vec<GuestSlice<'_>> = Vec::with_capacity(CHAIN_MAX);
+        let mut parts: Vec<DriverSlice<'_>> = Vec::with_capacity(CHAIN_MAX);
         (self.waiting, self.moved, self.until) = (false, false, None);
         while spent < budget {
             parts.clear();
@@ -78,7 +78,7 @@ impl Pair {
                 Next::Bad(reason) => Sent::Dropped(reason),
                 Next::Ready => {
                     let Some((header, eth)) = self.chain.head else { break };
-                    let packet = Packet { header, eth, body: Body::Guest(&parts) };
+                    let packet = Packet { header, eth, body: Body::Driver(&parts) };
                     let sent = self.queue.send(&packet);
                     if let Sent::Done { .. } = sent {
                         frames += 1;
@@ -121,7 +121,7 @@ impl Pair {
     }
 
     /// Takes the next frame from the ring, or the one that had to wait; `parts` gets what follows its Ethernet header.
-    fn next<'v>(&mut self, view: &'v View<'_>, parts: &mut Vec<GuestSlice<'v>>) -> Result<Next, Status> {
+    fn next<'v>(&mut self, view: &'v View<'_>, parts: &mut Vec<DriverSlice<'v>>) -> Result<Next, Status> {
         while self.chain.entries.last().is_none_or(|last| last.flags & NEXT != 0) {
             let Some(entry) = self.tx.ring.take()? else { return Ok(Next::Nothing) };
             self.chain.bytes = self.chain.bytes.saturating_add(entry.len as usize);
