@@ -39,6 +39,9 @@ pub enum MapError {
     /// More than [`MAPS_MAX`].
     #[error("more than {MAPS_MAX} maps")]
     Limit,
+    /// The peers together have as many as a process can have.
+    #[error("all peers together have more than {MAPS_ALL_MAX} maps")]
+    LimitOfAll,
     /// The file is smaller than the map says.
     #[error("the file ends before the map does")]
     FileTooSmall,
@@ -85,12 +88,43 @@ impl Drop for Listed {
     }
 }
 
+/// The most maps over all peers. Together with [`LISTED_MAX`] it leaves some thousands of mappings for the process itself.
+const MAPS_ALL_MAX: usize = 24576;
+
+/// Maps of all peers.
+static MAPS: AtomicUsize = AtomicUsize::new(0);
+
+/// One of the maps that there may be, given back when dropped.
+struct Place;
+
+impl Place {
+    fn take() -> Result<Place, MapError> {
+        let before = MAPS.fetch_add(1, Ordering::Relaxed);
+        // On refusal the drop gives it back.
+        let place = Place;
+        if before < MAPS_ALL_MAX { Ok(place) } else { Err(MapError::LimitOfAll) }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        MAPS.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// What a mapping counts as, for as long as it is there.
+enum Share {
+    /// A map of a peer.
+    Map(Place),
+    /// Pages mapped one by one.
+    Listed(#[expect(dead_code, reason = "held for its drop")] Listed),
+}
+
 /// Part of a file, mapped.
 struct Mapping {
     base: NonNull<u8>,
     len: usize,
-    /// Of a page list: its share.
-    _listed: Option<Listed>,
+    _share: Share,
 }
 
 // SAFETY: the mapping belongs to this value, is never moved, and is accessed only through atomics, raw copies and system calls, which any
@@ -101,10 +135,11 @@ unsafe impl Sync for Mapping {}
 
 impl Mapping {
     fn file(fd: &OwnedFd, offset: u64, len: usize, writable: bool) -> Result<Mapping, MapError> {
+        let share = Share::Map(Place::take()?);
         let prot = if writable { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
         // SAFETY: a fresh mapping at an address of the kernel's choice.
         let base = unsafe { mmap(std::ptr::null_mut(), len, prot, MapFlags::SHARED, fd, offset) }?;
-        Ok(Mapping { base: NonNull::new(base.cast()).ok_or(rustix::io::Errno::INVAL)?, len, _listed: None })
+        Ok(Mapping { base: NonNull::new(base.cast()).ok_or(rustix::io::Errno::INVAL)?, len, _share: share })
     }
 }
 
@@ -286,7 +321,7 @@ impl MemoryContext {
         let base = unsafe { mmap_anonymous(std::ptr::null_mut(), total, ProtFlags::empty(), MapFlags::PRIVATE) }
             .map_err(|_| Status::LIMIT)?;
         let base = NonNull::new(base.cast::<u8>()).ok_or(Status::FAILED)?;
-        let whole = Mapping { base, len: total, _listed: Some(listed) };
+        let whole = Mapping { base, len: total, _share: Share::Listed(listed) };
         for (i, &addr) in pages.iter().enumerate() {
             if addr % page as u64 != 0 {
                 return Err(Status::BAD_ALIGNMENT);
@@ -475,5 +510,23 @@ impl vbus_shm::Memory for Window {
     fn words(&self) -> &[Word] {
         // SAFETY: `words` aligned words, mapped readable and writable as long as the window lives; others access them at will, but Rust only as atomics.
         unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.words) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn peers_cannot_use_up_the_mappings_of_the_process() {
+        /// What Linux allows a process (`vm.max_map_count`).
+        const MAPPINGS: usize = 65530;
+        let places: Vec<_> = std::iter::from_fn(|| Place::take().ok()).take(MAPPINGS).collect();
+        assert!(places.len() >= 1024 && places.len() + LISTED_MAX + 4096 < MAPPINGS, "{}", places.len());
+        assert!(matches!(Place::take(), Err(MapError::LimitOfAll)));
+        drop(places);
+        // What one gives back, another may have; and a refusal took none.
+        assert!(Place::take().is_ok());
+        assert_eq!(MAPS.load(Ordering::Relaxed), 0);
     }
 }

@@ -170,7 +170,7 @@ impl Target for PciFunction {
             match error {
                 MapError::Range(..) | MapError::FileTooSmall | MapError::Unsealed => Errno::INVAL,
                 MapError::Overlap(..) => Errno::EXIST,
-                MapError::Limit => Errno::NOSPC,
+                MapError::Limit | MapError::LimitOfAll => Errno::NOSPC,
                 MapError::Os(errno) => errno,
             }
         })
