@@ -40,6 +40,7 @@ pub const SCENARIOS: &[Scenario] = &[
     scenario("idle_64", "64 idle devices: memory, threads, processor time", idle::many_devices),
     scenario("state", "state pages from and to the host, up to 1 MiB", state::pages),
     scenario("plug_cycles", "20 times plug, use and unplug beside traffic on another NIC", plug::cycles),
+    scenario("plug_all", "one driver follows NICs that come and go, and their links", plug::follow),
     scenario("kill_guest", "kill -9 of a guest in mid-traffic", deaths::guest),
     scenario("kill_driver", "kill -9 of the driver in mid-traffic", deaths::driver),
     scenario("kill_bus", "kill -9 of the bus in mid-traffic", deaths::bus),

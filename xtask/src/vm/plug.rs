@@ -1,10 +1,14 @@
 //! Devices that come and go while guests run.
 
-use anyhow::{Result, ensure};
+use std::os::unix::net::UnixStream;
+
+use anyhow::{Context, Result, ensure};
 
 use super::pair::{ADDRESS, Pair, Spec};
+use crate::bus::Bus;
 use crate::lab::Scene;
-use crate::nic::Nic;
+use crate::machine::Machine;
+use crate::nic::{self, Nic};
 
 const CYCLES: u32 = 20;
 
@@ -34,4 +38,33 @@ pub fn cycles(scene: &Scene) -> Result<()> {
     sender.kill()?;
     stream.kill()?;
     pair.transfer(5001, 16 << 20)
+}
+
+/// One `vbus guest net --all` serves whatever is plugged in, follows its link, and lets go of what is unplugged.
+pub fn follow(scene: &Scene) -> Result<()> {
+    const INTERFACE: &str = "/sys/class/net/vbus0";
+    let bus = Bus::start(scene, "")?;
+    let vm = Machine::new("a").boot(scene)?;
+    nic::prepare(&vm)?;
+    let qmp = vm.qmp_socket().display().to_string();
+    let driver = vm.guest.start(&format!("exec vbus guest net --all --up --poll-us {}", vm.poll_us))?;
+    let until = |what: &str| vm.guest.ok(&format!("until {what}; do sleep 0.02; done"));
+    for cycle in 0..3 {
+        let stream = scene.dir().join(format!("stream-{cycle}"));
+        let listen = format!("listen={}", stream.display());
+        let settings = ["--set", "backend=stream", "--set", &listen];
+        bus.run(&[&["device", "add", "extra", "--class", "venet"][..], &settings, &["--qmp", &qmp]].concat())?;
+        until(&format!("[ -e {INTERFACE} ]"))?;
+        // Twice each way: the second change finds the driver with an older one behind it.
+        for _ in 0..2 {
+            let peer = UnixStream::connect(&stream).context("the NIC's stream")?;
+            until(&format!("[ \"$(cat {INTERFACE}/carrier)\" = 1 ]"))?;
+            drop(peer);
+            until(&format!("[ \"$(cat {INTERFACE}/carrier)\" = 0 ]"))?;
+        }
+        bus.run(&["device", "remove", "extra", "--qmp", &qmp])?;
+        until(&format!("[ ! -e {INTERFACE} ]"))?;
+        ensure!(driver.runs(), "cycle {cycle} ended the driver: {:?}", driver.said());
+    }
+    vm.power_off()
 }
