@@ -34,7 +34,7 @@ const FRAME_MAX: usize = 4096 + 65536;
 const INPUT: usize = 256 << 10;
 /// Bytes for the peer beyond which frames wait in the driver's ring.
 const OUTPUT_MAX: usize = 256 << 10;
-/// How long after a failure to connect the next try comes.
+/// How long after a failure to connect or to accept the next try comes.
 const RETRY: Duration = Duration::from_secs(1);
 
 /// The settings.
@@ -260,7 +260,17 @@ impl StreamQueue {
                     task.watch(listener, Interest::Read).map_err(failed)?;
                     self.listening = true;
                 }
-                accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK).ok()
+                self.retry = None;
+                match accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+                    Ok(socket) => Some(socket),
+                    Err(Errno::AGAIN) => None,
+                    Err(error) => {
+                        // Out of descriptors, say: who waits in the backlog does not ring again.
+                        tracing::debug!(device = self.port.name, %error, "cannot accept the stream's peer now");
+                        self.retry = Some(Instant::now() + RETRY);
+                        None
+                    }
+                }
             }
             None if self.retry.is_some_and(|at| Instant::now() < at) => None,
             None => {
@@ -415,7 +425,7 @@ impl Queue for StreamQueue {
     }
 
     fn deadline(&self) -> Option<Instant> {
-        if self.peer.is_none() && self.listener.is_none() { self.retry } else { None }
+        if self.peer.is_none() { self.retry } else { None }
     }
 }
 
