@@ -110,7 +110,8 @@ fn signal(fd: &OwnedFd) {
     let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
 }
 
-/// Checks what the peer sent: only an eventfd, whose writes do not block once it is set so.
+/// Checks what the peer sent: only an eventfd, whose writes do not block once it is set so. A VMM bent on harm can set it back and fill its
+/// count, and then holds up the thread that writes it: Linux has no write to an eventfd that ignores the flag (for reads it has).
 pub(crate) fn check(fd: OwnedFd) -> Result<Arc<OwnedFd>, IrqError> {
     let link = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&fd));
     let target = rustix::fs::readlink(link, Vec::new()).map_err(IrqError::Os)?;
