@@ -22,7 +22,7 @@ use crate::version::{self, Agreed, Disagreement, MAX_DMA_MAPS, MAX_TRANSFER, MAX
 
 /// Writes in one `REGION_WRITE_MULTI`, at most: each may be a command of the device, and no client holds up the
 /// others on its thread for long. QEMU sends up to 200.
-const MAX_MULTI_WRITES: usize = 1024;
+const MAX_MULTI_WRITES: usize = 256;
 
 /// What follows from a message.
 #[derive(Debug)]

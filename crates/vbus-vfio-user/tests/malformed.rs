@@ -222,8 +222,8 @@ fn accesses(t: &mut Table) {
     t.command("WRITE_MULTI, 2^64 - 1 writes", INVAL, 15, [bytes![u64::MAX], one(0, 0, 4)].concat());
     t.command("WRITE_MULTI, a count that wraps", INVAL, 15, [bytes![1u64 << 61], one(0, 0, 4)].concat());
     t.command("WRITE_MULTI with 9 bytes in one", INVAL, 15, [bytes![1u64], one(0, 0, 9)].concat());
-    t.command("WRITE_MULTI of 1024 writes", Done, 15, [bytes![1024u64], one(0, 0, 4).repeat(1024)].concat());
-    t.command("WRITE_MULTI of 1025 writes", INVAL, 15, [bytes![1025u64], one(0, 0, 4).repeat(1025)].concat());
+    t.command("WRITE_MULTI of 256 writes", Done, 15, [bytes![256u64], one(0, 0, 4).repeat(256)].concat());
+    t.command("WRITE_MULTI of 257 writes", INVAL, 15, [bytes![257u64], one(0, 0, 4).repeat(257)].concat());
     t.command("WRITE_MULTI, one outside", INVAL, 15, [bytes![2u64], one(4095, 0, 4), one(0, 0, 4)].concat());
 }
 
