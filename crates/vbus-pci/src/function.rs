@@ -9,8 +9,8 @@ use vbus_core::{Endpoint, MapError};
 use crate::Options;
 use crate::config::ConfigSpace;
 use crate::interrupts::{Interrupts, IrqError, IrqIndex, check};
+use crate::mask_event::MaskEvent;
 use crate::registers::{Context, Registers};
-use crate::unmask::Unmask;
 
 /// Number of regions of a PCI function in VFIO's numbering: six BARs, ROM, configuration space, VGA.
 pub const REGION_COUNT: u32 = 9;
@@ -45,7 +45,8 @@ pub struct PciFunction {
     config: ConfigSpace,
     registers: Registers,
     interrupts: Arc<Interrupts>,
-    unmask: Option<Unmask>,
+    mask: Option<MaskEvent>,
+    unmask: Option<MaskEvent>,
     /// The MSI-X table as written. It is kept for the driver to read; the connector, which knows where messages go, has its own.
     msix_table: Vec<u8>,
 }
@@ -60,6 +61,7 @@ impl PciFunction {
             config: ConfigSpace::new(endpoint.identity(), options, vectors),
             registers: Registers::default(),
             interrupts,
+            mask: None,
             unmask: None,
             msix_table: msix_table(vectors),
             endpoint,
@@ -172,19 +174,20 @@ impl PciFunction {
         self.interrupts.connect(index, start, eventfds)
     }
 
-    /// Lets each write of `eventfd` unmask INTx; `None` ends that. For the other indexes there is nothing to unmask.
+    /// Lets each write of `eventfd` mask INTx (`masked`) or unmask it; `None` ends that. For the other indexes there is nothing to mask.
     ///
     /// # Errors
     /// [`IrqError::NotMaskable`], [`IrqError::NotEventfd`], [`IrqError::Os`].
-    pub fn connect_unmask(&mut self, index: IrqIndex, eventfd: Option<OwnedFd>) -> Result<(), IrqError> {
+    pub fn connect_mask(&mut self, index: IrqIndex, masked: bool, eventfd: Option<OwnedFd>) -> Result<(), IrqError> {
         if index != IrqIndex::Intx {
             return Err(IrqError::NotMaskable);
         }
         let eventfd = eventfd.map(check).transpose()?;
+        let place = if masked { &mut self.mask } else { &mut self.unmask };
         // The old one first: both could be the same eventfd, which can be watched once only.
-        self.unmask = None;
+        *place = None;
         if let Some(eventfd) = eventfd {
-            self.unmask = Some(Unmask::start(&self.endpoint, self.interrupts.clone(), eventfd)?);
+            *place = Some(MaskEvent::start(&self.endpoint, self.interrupts.clone(), eventfd, masked)?);
         }
         Ok(())
     }
@@ -192,6 +195,7 @@ impl PciFunction {
     /// Disconnects all interrupts of an index.
     pub fn disconnect_irqs(&mut self, index: IrqIndex) {
         if index == IrqIndex::Intx {
+            self.mask = None;
             self.unmask = None;
         }
         self.interrupts.disconnect(index);
@@ -258,6 +262,7 @@ impl PciFunction {
     /// The peer is gone: as [`reset`](Self::reset), and its memory and eventfds go too.
     pub fn disconnected(&mut self) {
         self.reset();
+        self.mask = None;
         self.unmask = None;
         self.interrupts.disconnect_all();
         self.endpoint.unmap_all();

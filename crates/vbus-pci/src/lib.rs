@@ -46,8 +46,8 @@
 mod config;
 mod function;
 mod interrupts;
+mod mask_event;
 mod registers;
-mod unmask;
 
 pub use function::{DoorbellFd, PciFunction, REGION_COUNT, region};
 pub use interrupts::{INDEX_COUNT, IrqError, IrqIndex};

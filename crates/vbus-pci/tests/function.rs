@@ -3,7 +3,7 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -303,14 +303,14 @@ fn intx_pends_in_status_and_register_until_acknowledged() {
 }
 
 #[test]
-fn an_eventfd_can_be_the_end_of_interrupt() {
+fn eventfds_can_be_the_end_of_interrupt_and_mask_it() {
     let mut rig = Rig::new(Options::default());
     rig.open().unwrap();
     let (mut ring, handle) = rig.ring(0);
     let intx = rig.eventfd(IrqIndex::Intx, 0);
     let end = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap();
     for _ in 0..2 {
-        rig.function.connect_unmask(IrqIndex::Intx, Some(end.try_clone().unwrap())).unwrap();
+        rig.function.connect_mask(IrqIndex::Intx, false, Some(end.try_clone().unwrap())).unwrap();
     }
     ring.submit(Entry { addr: 1, len: 0, id: 0, flags: 0 }).unwrap();
     assert_eq!(ring.arm(0), Armed::Waiting);
@@ -323,8 +323,26 @@ fn an_eventfd_can_be_the_end_of_interrupt() {
         rustix::io::write(&end, &1u64.to_ne_bytes()).unwrap();
     }
     assert_eq!(wait(&intx), 1);
-    assert!(rig.function.connect_unmask(IrqIndex::Msi, None).is_err());
-    rig.function.connect_unmask(IrqIndex::Intx, None).unwrap();
+    assert!(rig.function.connect_mask(IrqIndex::Msi, false, None).is_err());
+    rig.function.connect_mask(IrqIndex::Intx, false, None).unwrap();
+
+    // Another one masks it: soon the connector's own trigger is kept back.
+    rig.write32(reg::INTERRUPT_ACK, 0);
+    rig.function.mask_irq(IrqIndex::Intx, false).unwrap();
+    rig.function.trigger_irq(IrqIndex::Intx, 0).unwrap();
+    assert_eq!(wait(&intx), 1);
+    let mask = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap();
+    rig.function.connect_mask(IrqIndex::Intx, true, Some(mask.try_clone().unwrap())).unwrap();
+    rustix::io::write(&mask, &1u64.to_ne_bytes()).unwrap();
+    let end = Instant::now() + Duration::from_secs(60);
+    loop {
+        rig.function.trigger_irq(IrqIndex::Intx, 0).unwrap();
+        if rustix::io::read(&intx, &mut [0; 8]).is_err() {
+            break;
+        }
+        assert!(Instant::now() < end, "the eventfd does not mask");
+        std::thread::yield_now();
+    }
 }
 
 #[test]

@@ -148,11 +148,12 @@ impl Target for PciFunction {
             }
             IrqAction::Connect { start, eventfds } => self.connect_irqs(index, start, eventfds),
             // An index that can be masked has one interrupt.
-            IrqAction::ConnectUnmask { eventfds, .. } => {
-                self.connect_unmask(index, eventfds.into_iter().next().flatten())
+            IrqAction::ConnectMask { eventfds, .. } => {
+                self.connect_mask(index, true, eventfds.into_iter().next().flatten())
             }
-            // No VMM asks for it.
-            IrqAction::ConnectMask { .. } => return Err(Errno::NOTSUP),
+            IrqAction::ConnectUnmask { eventfds, .. } => {
+                self.connect_mask(index, false, eventfds.into_iter().next().flatten())
+            }
             IrqAction::Trigger(numbers) => numbers.iter().try_for_each(|&n| self.trigger_irq(index, n)),
             IrqAction::Mask(numbers) => numbers.iter().try_for_each(|_| self.mask_irq(index, true)),
             IrqAction::Unmask(numbers) => numbers.iter().try_for_each(|_| self.mask_irq(index, false)),

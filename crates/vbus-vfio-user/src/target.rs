@@ -56,7 +56,7 @@ pub enum IrqAction {
         /// One per interrupt.
         eventfds: Vec<Option<OwnedFd>>,
     },
-    /// The eventfds by which the device tells that interrupts from `start` on were masked.
+    /// The eventfds whose signal masks the interrupts from `start` on.
     ConnectMask {
         /// First interrupt.
         start: u32,

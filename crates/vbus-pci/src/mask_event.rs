@@ -1,4 +1,4 @@
-//! The end of an INTx interrupt by eventfd: how KVM tells of it without the VMM.
+//! Masking and unmasking of INTx by eventfd. Unmasking is the end of the interrupt: so KVM tells of it without the VMM.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -8,24 +8,26 @@ use vbus_core::{Endpoint, Interest, Progress, Status, Task, TaskHandle};
 
 use crate::interrupts::{Interrupts, IrqError, IrqIndex};
 
-/// Unmasks INTx each time that an eventfd is written, as long as this value lives.
-pub(crate) struct Unmask {
+/// Masks or unmasks INTx each time that an eventfd is written, as long as this value lives.
+pub(crate) struct MaskEvent {
     task: TaskHandle,
     fd: Arc<OwnedFd>,
 }
 
-struct UnmaskTask {
+struct MaskTask {
     interrupts: Arc<Interrupts>,
     fd: Arc<OwnedFd>,
+    /// Mask, or unmask.
+    masked: bool,
     /// The first poll may come without an event.
     watching: bool,
 }
 
-impl Task for UnmaskTask {
+impl Task for MaskTask {
     fn poll(&mut self, _budget: u32) -> Result<Progress, Status> {
         // The eventfd is not read: the watch is edge-triggered, and a read is one more call that the peer could make wait.
         if std::mem::replace(&mut self.watching, true) || written(&self.fd) {
-            let _ = self.interrupts.mask(IrqIndex::Intx, false);
+            let _ = self.interrupts.mask(IrqIndex::Intx, self.masked);
         }
         Ok(Progress::Idle)
     }
@@ -41,24 +43,25 @@ fn written(fd: &OwnedFd) -> bool {
     poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&now)).is_ok_and(|n| n > 0)
 }
 
-impl Unmask {
+impl MaskEvent {
     /// Watches `fd` on the device's own event loop.
     pub(crate) fn start(
         endpoint: &Endpoint,
         interrupts: Arc<Interrupts>,
         fd: Arc<OwnedFd>,
-    ) -> Result<Unmask, IrqError> {
-        let task = Box::new(UnmaskTask { interrupts, fd: fd.clone(), watching: false });
+        masked: bool,
+    ) -> Result<MaskEvent, IrqError> {
+        let task = Box::new(MaskTask { interrupts, fd: fd.clone(), masked, watching: false });
         let task = endpoint.executor().spawn(endpoint.place(), task, Arc::default(), |_| {});
         if let Err(errno) = task.watch(&fd, Interest::Read) {
             task.stop();
             return Err(IrqError::Os(errno));
         }
-        Ok(Unmask { task, fd })
+        Ok(MaskEvent { task, fd })
     }
 }
 
-impl Drop for Unmask {
+impl Drop for MaskEvent {
     fn drop(&mut self) {
         self.task.unwatch(&self.fd);
         self.task.stop();
