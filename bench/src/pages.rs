@@ -22,8 +22,8 @@ trait Page<const N: usize>: Sync {
 /// Rounds of everything about pages: "state/64/idle_write/NAME" and the like, in nanoseconds, and "state/64/overruns/NAME", reads that gave up
 /// in a thousand.
 pub fn sample(samples: &mut Samples) {
-    sizes::<8>(samples);
-    sizes::<128>(samples);
+    sizes::<8, 64>(samples);
+    sizes::<128, 1024>(samples);
 }
 
 /// What a write and a read of vbus cost idle, by the size of the value.
@@ -57,7 +57,7 @@ pub fn by_readers(samples: &mut Samples) {
     }
 }
 
-fn sizes<const N: usize>(samples: &mut Samples) {
+fn sizes<const N: usize, const BYTES: usize>(samples: &mut Samples) {
     samples.rounds(|round| {
         let mut one = |name: &str, (write, read): (f64, f64), busy: Busy| {
             round.add(format!("state/{}/idle_write/{name}", N * 8), write);
@@ -67,6 +67,7 @@ fn sizes<const N: usize>(samples: &mut Samples) {
             round.add(format!("state/{}/overruns/{name}", N * 8), busy.overruns);
         };
         one("vbus", idle::<N, vbus::Page>(), busy::<N, vbus::Page>(1));
+        one("vbus_latest", idle::<N, vbus::Latest<BYTES>>(), busy::<N, vbus::Latest<BYTES>>(1));
         one("seqlock", idle::<N, peers::SeqLock<N>>(), busy::<N, peers::SeqLock<N>>(1));
         one("triple_buffer", idle::<N, peers::TripleBuffer<N>>(), busy::<N, peers::TripleBuffer<N>>(1));
         one("iceoryx2", idle::<N, peers::Blackboard<N>>(), busy::<N, peers::Blackboard<N>>(1));

@@ -1,7 +1,7 @@
 //! vbus.
 
 use vbus_shm::signal::End;
-use vbus_shm::state::{DEFAULT_SLOTS, Layout, Reader, Writer};
+use vbus_shm::state::{self, DEFAULT_SLOTS, Layout, Reader, Writer};
 use vbus_shm::sync::Word;
 
 use crate::region::Region;
@@ -24,6 +24,26 @@ impl<const N: usize> super::Page<N> for Page {
     fn reader(&self) -> impl FnMut(&mut [u64; N]) -> bool {
         let reader = Reader::attach(self.0, End::Driver).expect("it is formatted");
         move |out| reader.read(bytes_mut(out)).is_ok()
+    }
+}
+
+/// The same page with a reader that keeps the newest value, of `BYTES` bytes, for itself, as that of `triple_buffer` does.
+pub struct Latest<const BYTES: usize>(Page);
+
+impl<const N: usize, const BYTES: usize> super::Page<N> for Latest<BYTES> {
+    fn new() -> Self {
+        assert_eq!(BYTES, N * 8);
+        Latest(<Page as super::Page<N>>::new())
+    }
+
+    fn writer(&self) -> impl FnMut(&[u64; N]) {
+        super::Page::<N>::writer(&self.0)
+    }
+
+    fn reader(&self) -> impl FnMut(&mut [u64; N]) -> bool {
+        let reader = Reader::attach(self.0.0, End::Driver).expect("it is formatted");
+        let mut latest = state::Latest::<_, BYTES>::new(reader).expect("nobody writes yet");
+        move |out| latest.read().map(|value| bytes_mut(out).copy_from_slice(value)).is_ok()
     }
 }
 

@@ -249,6 +249,51 @@ impl<M: Memory + Clone> Reader<M> {
     }
 }
 
+/// A reader that keeps the newest value of N bytes as its own, and copies from the page only when that has a newer one. For values that are
+/// looked at more often than they change: a look then costs no more than a load of the version.
+#[derive(Debug)]
+pub struct Latest<M, const N: usize> {
+    reader: Reader<M>,
+    value: [u8; N],
+    version: u32,
+}
+
+impl<M: Memory + Clone, const N: usize> Latest<M, N> {
+    /// Reads the page for the first time. The value is cut to N bytes, or filled up with zeros.
+    pub fn new(reader: Reader<M>) -> Result<Self, Overrun> {
+        let mut value = [0; N];
+        let version = reader.read(&mut value)?;
+        Ok(Latest { reader, value, version })
+    }
+
+    /// The newest value. After an error it is the one before.
+    #[inline]
+    pub fn read(&mut self) -> Result<&[u8; N], Overrun> {
+        if self.reader.version() != self.version {
+            self.refresh()?;
+        }
+        Ok(&self.value)
+    }
+
+    #[inline(never)]
+    fn refresh(&mut self) -> Result<(), Overrun> {
+        let mut value = [0; N];
+        self.version = self.reader.read(&mut value)?;
+        self.value = value;
+        Ok(())
+    }
+
+    /// The version of the value that was read last.
+    pub fn version(&self) -> u32 {
+        self.version
+    }
+
+    /// The reader, to arm it.
+    pub fn reader(&mut self) -> &mut Reader<M> {
+        &mut self.reader
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -257,6 +302,27 @@ mod tests {
         let memory: Vec<Word> = (0..layout.words()).map(|_| Word::new(0)).collect();
         layout.format(&&memory[..], start).unwrap();
         memory
+    }
+
+    #[test]
+    fn the_latest_value_is_kept() {
+        let layout = Layout::new(16, 4).unwrap();
+        let memory = memory(layout, u32::MAX);
+        let mut writer = Writer::attach(&memory[..], End::Device).unwrap();
+        let mut latest = Latest::<_, 16>::new(Reader::attach(&memory[..], End::Driver).unwrap()).unwrap();
+        assert_eq!(latest.read(), Ok(&[0; 16]));
+        assert_eq!(latest.version(), u32::MAX);
+        for n in 0..9 {
+            let _ = writer.write(&[n; 16]);
+            for _ in 0..2 {
+                assert_eq!(latest.read(), Ok(&[n; 16]));
+                assert_eq!(latest.version(), u32::from(n));
+            }
+        }
+        let mut short = Latest::<_, 4>::new(Reader::attach(&memory[..], End::Driver).unwrap()).unwrap();
+        let mut long = Latest::<_, 20>::new(Reader::attach(&memory[..], End::Driver).unwrap()).unwrap();
+        assert_eq!(short.read(), Ok(&[8; 4]));
+        assert_eq!(long.read().map(|v| (v[15], v[16])), Ok((8, 0)));
     }
 
     #[test]
