@@ -61,7 +61,7 @@ impl Bus {
     pub fn start(scene: &Scene, config: &str) -> Result<Self> {
         let (program, dir) = (scene.lab.vbus(), scene.dir());
         let file = dir.join("bus.toml");
-        fs::write(&file, format!("[bus]\npoll-us = {}\n{config}", scene.lab.poll_us()))?;
+        fs::write(&file, config)?;
         let folder = dir.join("bus");
         let mut command = Command::new(program);
         command.arg("serve").arg("--config").arg(&file).arg("--dir").arg(&folder);

@@ -184,17 +184,6 @@ impl Lab {
         self.accel
     }
 
-    /// How long bus and drivers may poll in vain before they sleep, in microseconds.
-    ///
-    /// Long enough to outlast the time that the other end takes for a packet: with a translator that is 20 times what it
-    /// is on a processor, and with the default window both ends would go to sleep between any two packets.
-    pub fn poll_us(&self) -> u32 {
-        match self.accel {
-            Accel::Kvm => 50,
-            Accel::Tcg => 500,
-        }
-    }
-
     /// A folder of its own for the sockets and logs of the guests that run together.
     pub fn scene(&self, name: &str) -> Result<Scene<'_>> {
         let dir = self.dir.path().join(name);

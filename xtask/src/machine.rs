@@ -111,7 +111,7 @@ impl Machine {
         let mut process = Process::start(command, &format!("QEMU of guest {}", self.name), &logs.0)?;
         let control = Qmp::new(control.accept(&mut process)?)?;
         let guest = Guest::new(&self.name, agent.accept(&mut process)?)?;
-        Ok(Vm { guest, process, control, poll_us: lab.poll_us(), began, qmp, console, log: logs.1 })
+        Ok(Vm { guest, process, control, began, qmp, console, log: logs.1 })
     }
 }
 
@@ -135,8 +135,6 @@ pub struct Vm {
     pub process: Process,
     /// QEMU's control channel, ours alone.
     pub control: Qmp,
-    /// How long its drivers may poll in vain, in microseconds.
-    pub poll_us: u32,
     began: Instant,
     qmp: PathBuf,
     console: PathBuf,

@@ -28,8 +28,8 @@ pub struct Nic {
 impl Nic {
     /// Starts the driver of the NIC called `device`, makes its interface `interface`, and gives that an address.
     pub fn up(vm: &Vm, device: &str, interface: &str, address: &str, options: &str) -> Result<Self> {
-        let (guest, poll_us) = (&vm.guest, vm.poll_us);
-        let command = format!("exec vbus guest net {device} --name {interface} --poll-us {poll_us} {options}");
+        let guest = &vm.guest;
+        let command = format!("exec vbus guest net {device} --name {interface} {options}");
         let driver = guest.start(&command)?;
         let until = Instant::now() + BOOT;
         while guest.run(&format!("test -e /sys/class/net/{interface}"))?.code != 0 {

@@ -47,7 +47,7 @@ pub fn follow(scene: &Scene) -> Result<()> {
     let vm = Machine::new("a").boot(scene)?;
     nic::prepare(&vm)?;
     let qmp = vm.qmp_socket().display().to_string();
-    let driver = vm.guest.start(&format!("exec vbus guest net --all --up --poll-us {}", vm.poll_us))?;
+    let driver = vm.guest.start("exec vbus guest net --all --up")?;
     let until = |what: &str| vm.guest.ok(&format!("until {what}; do sleep 0.02; done"));
     for cycle in 0..3 {
         let stream = scene.dir().join(format!("stream-{cycle}"));
