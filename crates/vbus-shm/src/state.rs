@@ -21,6 +21,9 @@ pub const DEFAULT_SLOTS: u32 = 4;
 pub const MAX_VALUE: u32 = 1 << 20;
 /// How often a reader tries before it gives the writer up as hostile.
 pub const READ_TRIES: u32 = 64;
+/// Bytes that a reader may copy in trying, if that makes more tries than [`READ_TRIES`]: small values are written faster than a cache line comes
+/// over from the other core, and many of their reads need many tries.
+const READ_BYTES: usize = 64 << 10;
 
 const HEADER_VALUE_BYTES: usize = 1;
 const HEADER_SLOTS: usize = 2;
@@ -218,7 +221,13 @@ impl<M: Memory + Clone> Reader<M> {
     #[cold]
     fn read_again(&self, out: &mut [u8]) -> Result<u32, Overrun> {
         let wanted = out.len().min(self.layout.value_bytes());
-        (1..READ_TRIES).find_map(|_| self.try_read(&mut out[..wanted])).ok_or(Overrun)
+        (1..self.tries()).find_map(|_| self.try_read(&mut out[..wanted])).ok_or(Overrun)
+    }
+
+    /// How often a read tries: bounded, and so is what it copies.
+    fn tries(&self) -> u32 {
+        let tries = READ_BYTES / self.layout.value_bytes().max(WORD);
+        READ_TRIES.max(u32::try_from(tries).unwrap_or(READ_TRIES)).min(1024)
     }
 
     #[inline(always)]
