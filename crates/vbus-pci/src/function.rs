@@ -45,8 +45,8 @@ pub struct PciFunction {
     config: ConfigSpace,
     registers: Registers,
     interrupts: Arc<Interrupts>,
-    mask: Option<MaskEvent>,
-    unmask: Option<MaskEvent>,
+    /// What unmasks INTx, and what masks it.
+    mask_events: [Option<MaskEvent>; 2],
     /// The MSI-X table as written. It is kept for the driver to read; the connector, which knows where messages go, has its own.
     msix_table: Vec<u8>,
 }
@@ -61,8 +61,7 @@ impl PciFunction {
             config: ConfigSpace::new(endpoint.identity(), options, vectors),
             registers: Registers::default(),
             interrupts,
-            mask: None,
-            unmask: None,
+            mask_events: Default::default(),
             msix_table: msix_table(vectors),
             endpoint,
         }
@@ -183,7 +182,7 @@ impl PciFunction {
             return Err(IrqError::NotMaskable);
         }
         let eventfd = eventfd.map(check).transpose()?;
-        let place = if masked { &mut self.mask } else { &mut self.unmask };
+        let place = &mut self.mask_events[usize::from(masked)];
         // The old one first: both could be the same eventfd, which can be watched once only.
         *place = None;
         if let Some(eventfd) = eventfd {
@@ -195,8 +194,7 @@ impl PciFunction {
     /// Disconnects all interrupts of an index.
     pub fn disconnect_irqs(&mut self, index: IrqIndex) {
         if index == IrqIndex::Intx {
-            self.mask = None;
-            self.unmask = None;
+            self.mask_events = Default::default();
         }
         self.interrupts.disconnect(index);
     }
@@ -262,8 +260,7 @@ impl PciFunction {
     /// The peer is gone: as [`reset`](Self::reset), and its memory and eventfds go too.
     pub fn disconnected(&mut self) {
         self.reset();
-        self.mask = None;
-        self.unmask = None;
+        self.mask_events = Default::default();
         self.interrupts.disconnect_all();
         self.endpoint.unmap_all();
     }
