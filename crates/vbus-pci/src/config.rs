@@ -26,14 +26,14 @@ const STATUS_CAPABILITIES: u16 = 1 << 4;
 
 /// Where each capability lies, if the function has it.
 mod at {
-    /// Vendor-specific, 16 bytes.
+    /// Vendor-specific, 16 bytes, and room for four more records, which a VMM may add.
     pub const VENDOR: u8 = 0x40;
     /// MSI, 14 bytes.
-    pub const MSI: u8 = 0x50;
+    pub const MSI: u8 = 0x70;
     /// MSI-X, 12 bytes.
-    pub const MSIX: u8 = 0x60;
+    pub const MSIX: u8 = 0x80;
     /// PCI Express, 60 bytes.
-    pub const EXPRESS: u8 = 0x70;
+    pub const EXPRESS: u8 = 0x90;
 }
 
 /// The space, with its write masks. Everything that is not written here is zero and stays so.
@@ -238,7 +238,11 @@ mod tests {
         assert_eq!(ids(Options { msix: true, express: true }), [0x09, 0x05, 0x11, 0x10]);
         assert_eq!(ids(Options { msix: false, express: true }), [0x09, 0x05, 0x10]);
         assert_eq!(space(Options { msix: false, express: true }).size(), 4096);
-        assert_eq!(read32(&space(Options { msix: true, express: false }), 0x60) >> 16, 4, "one less than the vectors");
+        assert_eq!(
+            read32(&space(Options { msix: true, express: false }), u64::from(at::MSIX)) >> 16,
+            4,
+            "one less than the vectors"
+        );
     }
 
     #[test]

@@ -1,0 +1,44 @@
+//! Where everything lies in the guest's physical address space, its I/O ports and its interrupt pins.
+
+/// RAM below 4 GiB ends here at the latest; the rest of it is from [`HIGH_RAM`] on.
+pub const LOW_RAM_END: u64 = 0xc000_0000;
+/// RAM above the hole.
+pub const HIGH_RAM: u64 = 1 << 32;
+
+/// PCI Express configuration space (ECAM) of buses 0 to [`BUS_MAX`], 1 MiB each.
+pub const ECAM: u64 = 0xc000_0000;
+/// The highest bus number.
+pub const BUS_MAX: u8 = 31;
+/// Bytes of the ECAM.
+pub const ECAM_BYTES: u64 = (BUS_MAX as u64 + 1) << 20;
+/// What the BARs of functions are put in, by the guest's kernel.
+pub const PCI_WINDOW: u64 = 0xe000_0000;
+/// Bytes of it.
+pub const PCI_WINDOW_BYTES: u64 = 0x1000_0000;
+
+/// Configuration ports of conventional PCI: address, and data 4 bytes above.
+pub const PCI_CONFIG_PORT: u16 = 0xcf8;
+/// The first port of the PIO doorbells, outside of all that PCI hands out.
+pub const DOORBELL_PORTS: u16 = 0xc000;
+/// Bytes of them.
+pub const DOORBELL_PORT_BYTES: u16 = 0x2000;
+
+/// Serial ports: base and interrupt pin.
+pub const SERIAL: [(u16, u32); 2] = [(0x3f8, 4), (0x2f8, 3)];
+/// The ACPI power management ports.
+pub const ACPI_PORTS: u16 = 0x600;
+/// The ACPI interrupt (SCI).
+pub const SCI: u32 = 9;
+
+/// Pins of the I/O APIC.
+pub const PINS: u32 = 24;
+/// The first of the pins that PCI's INTx use: that of device `d` on bus 0, pin `p` (0: INTA) is [`intx_pin`].
+pub const INTX_PINS: u32 = 16;
+/// How many of them there are.
+pub const INTX_PIN_COUNT: u32 = 8;
+
+/// The I/O APIC's pin of INTx `pin` (0: INTA) of device `device` on bus 0. A function behind a bridge goes by the bridge's device, its own pin
+/// turned by its device number: all functions here are device 0.
+pub const fn intx_pin(device: u8, pin: u8) -> u32 {
+    INTX_PINS + (device as u32 + pin as u32) % INTX_PIN_COUNT
+}
