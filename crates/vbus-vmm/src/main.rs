@@ -3,5 +3,6 @@
 
 mod bus;
 mod layout;
+mod memory;
 
 fn main() {}
