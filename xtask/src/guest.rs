@@ -1,7 +1,8 @@
 //! Commands in a guest, through its agent (`xtask/agent`) on a serial port of its own.
 
 use std::collections::HashMap;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -11,6 +12,9 @@ use anyhow::{Context, Result, bail, ensure};
 
 /// How long a command may take if the caller says nothing else.
 const LIMIT: Duration = Duration::from_secs(60);
+
+/// How often a guest that is watched is asked for a sign of life.
+const PING: Duration = Duration::from_secs(5);
 
 /// What a command left behind.
 #[derive(Clone, Debug, Default)]
@@ -34,6 +38,10 @@ struct State {
     /// How often the agent has come up.
     boots: u32,
     closed: bool,
+    /// The agent answered no more, see [`Guest::watch`].
+    silent: bool,
+    /// How many frames have come.
+    frames: u64,
     last: u64,
     commands: HashMap<u64, Heard>,
 }
@@ -60,6 +68,64 @@ impl Guest {
             state.1.notify_all();
         });
         Ok(guest)
+    }
+
+    /// From now on, takes the guest for hung once its agent has said nothing for `silence`, though it was asked.
+    ///
+    /// What waits for the guest then fails at once.
+    pub fn watch(&self, silence: Duration) {
+        let guest = self.clone();
+        thread::spawn(move || {
+            let (mut frames, mut heard) = (0, Instant::now());
+            loop {
+                let _ = guest.frame("ping\n");
+                let state = lock(&guest.state.0);
+                let (mut state, _) = guest
+                    .state
+                    .1
+                    .wait_timeout_while(state, PING, |state| !state.closed)
+                    .unwrap_or_else(PoisonError::into_inner);
+                if state.closed {
+                    return;
+                }
+                if state.frames != frames {
+                    (frames, heard) = (state.frames, Instant::now());
+                } else if heard.elapsed() > silence {
+                    (state.closed, state.silent) = (true, true);
+                    guest.state.1.notify_all();
+                    return;
+                }
+            }
+        });
+    }
+
+    /// Whether the guest hung, as [`Guest::watch`] found.
+    pub fn hung(&self) -> bool {
+        lock(&self.state.0).silent
+    }
+
+    /// Starts a command and returns its standard input and output as a stream, for a guest inside the guest.
+    ///
+    /// The stream ends with the command.
+    pub fn tunnel(&self, command: &str) -> Result<UnixStream> {
+        let running = Arc::new(self.start(command)?);
+        let (ours, theirs) = UnixStream::pair()?;
+        let (mut from, writer) = (ours.try_clone()?, Arc::clone(&running));
+        thread::spawn(move || {
+            let mut piece = [0; 1024];
+            while let Ok(length @ 1..) = from.read(&mut piece) {
+                if writer.input(&piece[..length]).is_err() {
+                    break;
+                }
+            }
+            let _ = writer.input(&[]);
+        });
+        thread::spawn(move || {
+            let mut to = &ours;
+            let _ = running.stream(Duration::MAX, |out, _| to.write_all(out).is_ok());
+            let _ = ours.shutdown(Shutdown::Both);
+        });
+        Ok(theirs)
     }
 
     /// How often the guest has booted so far.
@@ -104,16 +170,22 @@ impl Guest {
         self.start(command)?.ok(LIMIT)
     }
 
+    fn frame(&self, line: &str) -> Result<()> {
+        let mut port = lock(&self.port);
+        port.write_all(line.as_bytes()).with_context(|| format!("the machine of guest {} is gone", self.name))
+    }
+
     /// Waits for `check` of the state, or until the channel closes.
     fn wait<T>(&self, limit: Duration, mut check: impl FnMut(&mut State) -> Option<T>) -> Result<T> {
-        let until = Instant::now() + limit;
+        let began = Instant::now();
         let mut state = lock(&self.state.0);
         loop {
             if let Some(found) = check(&mut state) {
                 return Ok(found);
             }
+            ensure!(!state.silent, "guest {} hangs: its agent answers no more", self.name);
             ensure!(!state.closed, "the machine of guest {} is gone", self.name);
-            let left = until.saturating_duration_since(Instant::now());
+            let left = limit.saturating_sub(began.elapsed());
             ensure!(!left.is_zero(), "nothing within {:.0} s", limit.as_secs_f32());
             state = self.state.1.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
@@ -122,6 +194,7 @@ impl Guest {
 
 impl State {
     fn hear(&mut self, line: &str) {
+        self.frames += 1;
         let words: Vec<&str> = line.split_whitespace().collect();
         match words[..] {
             ["hello"] => {
@@ -190,6 +263,26 @@ impl Running {
         state.commands.get(&self.id).map(|heard| (text(&heard.out), text(&heard.err))).unwrap_or_default()
     }
 
+    /// Hands what the command says to `sink`, standard output and error, as it comes; returns its exit code.
+    ///
+    /// Nothing of it is kept. Ends early, with the code 255, if `sink` returns false.
+    pub fn stream(&self, limit: Duration, mut sink: impl FnMut(&[u8], &[u8]) -> bool) -> Result<i32> {
+        let began = Instant::now();
+        loop {
+            let (out, err, code) = self.guest.wait(limit.saturating_sub(began.elapsed()), |state| {
+                let heard = state.commands.get_mut(&self.id)?;
+                let news = !heard.out.is_empty() || !heard.err.is_empty() || heard.code.is_some();
+                news.then(|| (std::mem::take(&mut heard.out), std::mem::take(&mut heard.err), heard.code))
+            })?;
+            let goes_on = sink(&out, &err);
+            match code {
+                Some(code) => return Ok(code),
+                None if !goes_on => return Ok(255),
+                None => {}
+            }
+        }
+    }
+
     /// Waits until the command has printed `text`, on either output.
     pub fn wait_for(&self, text: &str, limit: Duration) -> Result<()> {
         let ended = self.guest.wait(limit, |state| {
@@ -228,9 +321,7 @@ impl Running {
 
     fn say(&self, verb: &str, data: &[u8]) -> Result<()> {
         let hex: String = data.iter().map(|byte| format!("{byte:02x}")).collect();
-        let line = format!("{verb} {} {hex}\n", self.id);
-        let mut port = lock(&self.guest.port);
-        port.write_all(line.as_bytes()).with_context(|| format!("the machine of guest {} is gone", self.guest.name))
+        self.guest.frame(&format!("{verb} {} {hex}\n", self.id))
     }
 }
 

@@ -78,7 +78,7 @@ impl Archive {
 }
 
 /// The modules that a guest loads at boot, each with what it depends on.
-const MODULES: [&str; 3] = ["uio_pci_generic", "tun", "virtio_net"];
+pub const MODULES: [&str; 3] = ["uio_pci_generic", "tun", "virtio_net"];
 
 /// Adds busybox, iperf3 and ethtool with their libraries, and the kernel's modules.
 pub fn add_userland(archive: &mut Archive, kit: &Kit) -> Result<()> {
@@ -120,14 +120,19 @@ fn add_program(archive: &mut Archive, kit: &Kit, program: &str) -> Result<()> {
     Ok(())
 }
 
-/// Adds the modules of [`MODULES`] and what they depend on, in the order to load them in, as `/modules/NN-NAME.ko`.
+/// Adds the modules `names` and what they depend on, in the order to load them in, as `/modules/NN-NAME.ko`.
 ///
 /// `unxz` decompresses a module; Debian's are compressed by xz.
-pub fn add_modules(archive: &mut Archive, modules: &Path, unxz: impl Fn(&Path) -> Result<Vec<u8>>) -> Result<()> {
+pub fn add_modules(
+    archive: &mut Archive,
+    modules: &Path,
+    names: &[&str],
+    unxz: impl Fn(&Path) -> Result<Vec<u8>>,
+) -> Result<()> {
     let mut files = Vec::new();
     find(&modules.join("kernel"), &mut files)?;
     let mut loaded = Vec::new();
-    for name in MODULES {
+    for name in names {
         add_module(archive, name, &files, &unxz, &mut loaded)?;
     }
     Ok(())
@@ -198,7 +203,7 @@ pub fn add_ours(archive: &mut Archive, agent: &Path, vbus: &Path) -> Result<()> 
 
 /// What the guest does before the host takes over. `console=ttyS0` is for people, `ttyS1` for the agent.
 const INIT: &str = r"#!/bin/busybox sh
-export PATH=/bin:/sbin HOME=/root TERM=vt100
+export PATH=/root:/bin:/sbin HOME=/root TERM=vt100
 /bin/busybox --install -s /bin
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
@@ -210,6 +215,7 @@ mount -t tmpfs tmpfs /tmp
 mount -t hugetlbfs hugetlbfs /dev/hugepages
 for module in /modules/*.ko; do [ -e $module ] && insmod $module; done
 ip link set lo up
+cd /root
 stty -F /dev/ttyS1 raw -echo
 (while :; do setsid cttyhack sh -l </dev/ttyS0 >/dev/ttyS0 2>&1; sleep 1; done) &
 while :; do guest-agent serve /dev/ttyS1; sleep 1; done

@@ -37,6 +37,9 @@ pub struct Options {
     /// kvm or tcg; by default KVM if a guest boots with it
     #[arg(long)]
     pub accel: Option<Accel>,
+    /// Build nothing: use the guests' programs as they were built last
+    #[arg(long)]
+    pub as_built: bool,
 }
 
 /// What carries the guests' instructions out.
@@ -67,6 +70,8 @@ pub struct Lab {
     accel: Accel,
     vbus: PathBuf,
     agent: PathBuf,
+    vmm: PathBuf,
+    modules: Option<PathBuf>,
     dir: RunDir,
 }
 
@@ -76,7 +81,7 @@ impl Lab {
         let complete = options.qemu.is_some() && options.kernel.is_some() && options.initramfs.is_some();
         let target = workspace::target();
         let kit = if complete { None } else { Some(Kit::get(&target, options.mirror.as_deref())?) };
-        let programs = workspace::build_programs()?;
+        let programs = workspace::build_programs(options.as_built)?;
         let dir = RunDir::new()?;
         let from_kit = |own: &Option<PathBuf>, get: fn(&Kit) -> PathBuf| {
             own.clone().or_else(|| kit.as_ref().map(get)).context("neither given nor in a kit")
@@ -97,8 +102,8 @@ impl Lab {
             // Those of the kit would not fit another kernel.
             _ => None,
         };
-        if let Some(modules) = modules {
-            initramfs::add_modules(&mut archive, &modules, |path| unxz(kit.as_ref(), path))?;
+        if let Some(modules) = &modules {
+            initramfs::add_modules(&mut archive, modules, &initramfs::MODULES, |path| unxz(kit.as_ref(), path))?;
         }
         initramfs::add_ours(&mut archive, &programs.agent, &programs.vbus)?;
         // An archive of the user's may be compressed; the kernel wants the next one aligned.
@@ -116,6 +121,8 @@ impl Lab {
             accel: Accel::Tcg,
             vbus: programs.vbus,
             agent: programs.agent,
+            vmm: programs.vmm,
+            modules,
             dir,
         };
         lab.qemu_version = match (&options.qemu, &lab.kit) {
@@ -152,6 +159,22 @@ impl Lab {
     /// The guests' agent, which also runs on the host.
     pub fn agent(&self) -> &Path {
         &self.agent
+    }
+
+    /// The program `vbus-vmm`.
+    pub fn vmm(&self) -> &Path {
+        &self.vmm
+    }
+
+    /// The kit, if anything comes from it.
+    pub fn kit(&self) -> Option<&Kit> {
+        self.kit.as_ref()
+    }
+
+    /// Adds modules of the guests' kernel to an archive, to be loaded at boot; built-in ones are no error.
+    pub fn add_modules(&self, archive: &mut Archive, names: &[&str]) -> Result<()> {
+        let Some(modules) = &self.modules else { return Ok(()) };
+        initramfs::add_modules(archive, modules, names, |path| unxz(self.kit.as_ref(), path))
     }
 
     /// QEMU's version.

@@ -32,6 +32,21 @@ pub struct Machine {
     pub args: Vec<String>,
     /// More words for the kernel's.
     pub append: String,
+    /// What carries its instructions out.
+    pub processor: Processor,
+    /// A root file system in place of the lab's.
+    pub initramfs: Option<PathBuf>,
+}
+
+/// What carries a machine's instructions out.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Processor {
+    /// What the lab has chosen.
+    Lab,
+    /// QEMU's translator with AMD's SVM, so that the guest has a KVM of its own.
+    Svm,
+    /// The same on one thread and by a clock that counts instructions, so that a run can be repeated.
+    CountedSvm,
 }
 
 impl Machine {
@@ -46,6 +61,8 @@ impl Machine {
             devices: Vec::new(),
             args: Vec::new(),
             append: String::new(),
+            processor: Processor::Lab,
+            initramfs: None,
         }
     }
 
@@ -85,9 +102,13 @@ impl Machine {
         command.args(["-M", "q35,memory-backend=ram,vmport=off,hpet=off"]);
         command.args(["-m", &format!("{memory}M"), "-smp", &self.cpus.to_string()]);
         command.arg("-object").arg(format!("memory-backend-memfd,id=ram,size={memory}M,share={share}"));
-        match lab.accel() {
-            Accel::Kvm => command.args(["-accel", "kvm", "-cpu", "host"]),
-            Accel::Tcg => command.args(["-accel", "tcg,thread=multi,tb-size=256", "-cpu", TCG_CPU]),
+        match (self.processor, lab.accel()) {
+            (Processor::Lab, Accel::Kvm) => command.args(["-accel", "kvm", "-cpu", "host"]),
+            (Processor::Lab, Accel::Tcg) => command.args(["-accel", "tcg,thread=multi,tb-size=256", "-cpu", TCG_CPU]),
+            (Processor::Svm, _) => command.args(["-accel", "tcg,thread=multi,tb-size=512", "-cpu", SVM_CPU]),
+            (Processor::CountedSvm, _) => command
+                .args(["-accel", "tcg,thread=single,tb-size=512", "-cpu", SVM_CPU])
+                .args(["-icount", "shift=1,sleep=off", "-rtc", "clock=vm"]),
         };
         let serial = |id: &str, rest: &str| {
             ["-chardev".to_owned(), format!("socket,id={id},{rest}"), "-serial".to_owned(), format!("chardev:{id}")]
@@ -97,7 +118,8 @@ impl Machine {
         command.args(serial("agent", &format!("path={}", agent.path.display())));
         command.arg("-qmp").arg(format!("unix:{}", control.path.display()));
         command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", qmp.display()));
-        command.arg("-kernel").arg(lab.kernel()).arg("-initrd").arg(lab.initramfs());
+        command.arg("-kernel").arg(lab.kernel()).arg("-initrd");
+        command.arg(self.initramfs.as_deref().unwrap_or(lab.initramfs()));
         command.arg("-append").arg(format!("{KERNEL_WORDS} {}", self.append));
         for slot in 0..self.slots {
             command.arg("-device").arg(format!("pcie-root-port,id=slot{slot},slot={slot},chassis={slot},io-reserve=0"));
@@ -118,6 +140,9 @@ impl Machine {
 /// The CPU that QEMU's translator runs Linux fastest on: older than "fast" string instructions, which it carries out byte
 /// by byte (`-cpu max` moves a quarter of the data over TCP), and than SMAP, five-level paging and AVX state.
 const TCG_CPU: &str = "Nehalem";
+
+/// The CPU with SVM; without the "fast" string instructions, for the same reason.
+const SVM_CPU: &str = "max,erms=off,fsrm=off";
 
 /// The kernel's command line, without what only slows a guest that lives for seconds.
 const KERNEL_WORDS: &str = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr audit=0 lsm= nowatchdog \

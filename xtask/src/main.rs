@@ -8,6 +8,7 @@ mod fuzz;
 mod guest;
 mod initramfs;
 mod kit;
+mod kvm;
 mod lab;
 mod machine;
 mod nic;
@@ -48,6 +49,8 @@ enum Command {
         /// `a` or `b`
         guest: String,
     },
+    /// Run what needs a real KVM: all of it, those whose name begins with one of NAMES, or a command of your own
+    Kvm(kvm::Args),
     /// Run the tests: all, or those whose name begins with one of NAMES
     Test(test::Args),
 }
@@ -74,6 +77,7 @@ fn run(command: Command) -> Result<bool> {
         Command::Demo(args) => demo::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Console { guest } => console::run(&guest).map(|()| true),
+        Command::Kvm(args) => kvm::run(&args),
         Command::Test(args) => test::run(&args),
     }
 }

@@ -30,25 +30,35 @@ pub struct Programs {
     pub vbus: PathBuf,
     /// Runs commands in the guests.
     pub agent: PathBuf,
+    /// Runs guests on KVM.
+    pub vmm: PathBuf,
 }
 
 const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// Builds the programs, in a folder of their own so that the flags disturb no other build.
-pub fn build_programs() -> Result<Programs> {
+/// Builds the programs, in a folder of their own so that the flags disturb no other build; `as_built` takes them as they
+/// were built last.
+pub fn build_programs(as_built: bool) -> Result<Programs> {
+    const PACKAGES: [&str; 3] = ["vbus", "guest-agent", "vbus-vmm"];
     let dir = target().join("guest");
-    eprintln!("build: vbus and the guests' agent");
-    let status = cargo()
-        .args(["build", "--quiet", "--release", "--package", "vbus", "--package", "guest-agent"])
-        .args(["--target", GUEST_TARGET, "--target-dir"])
-        .arg(&dir)
-        .env("RUSTFLAGS", "-C target-feature=+crt-static")
-        .env_remove("CARGO_ENCODED_RUSTFLAGS")
-        .status()
-        .context("cannot run cargo")?;
-    ensure!(status.success(), "vbus and the guests' agent do not build");
     let programs = dir.join(GUEST_TARGET).join("release");
-    Ok(Programs { vbus: programs.join("vbus"), agent: programs.join("guest-agent") })
+    let programs = PACKAGES.map(|name| programs.join(name));
+    if !(as_built && programs.iter().all(|path| path.exists())) {
+        eprintln!("build: {}", PACKAGES.join(", "));
+        let status = cargo()
+            .args(["build", "--quiet", "--release", "--target", GUEST_TARGET, "--target-dir"])
+            .arg(&dir)
+            .args(PACKAGES.iter().flat_map(|name| ["--package", name]))
+            .env("RUSTFLAGS", "-C target-feature=+crt-static")
+            .env_remove("CARGO_ENCODED_RUSTFLAGS")
+            // What lies in a guest's memory is copied at each of its boots.
+            .env("CARGO_PROFILE_RELEASE_STRIP", "debuginfo")
+            .status()
+            .context("cannot run cargo")?;
+        ensure!(status.success(), "{} do not build", PACKAGES.join(", "));
+    }
+    let [vbus, agent, vmm] = programs;
+    Ok(Programs { vbus, agent, vmm })
 }
 
 /// The folder for logs that outlive a run.

@@ -1,9 +1,11 @@
 //! Runs inside the test guests, on `std` alone so that it builds in seconds and links statically.
 //!
-//! - `guest-agent serve PORT` runs commands for the host, over a serial port;
+//! - `guest-agent serve PORT` runs commands for the host, over a serial port or a UNIX socket;
+//! - `guest-agent join SOCKET` is a way to the port of a guest inside the guest;
 //! - `guest-agent send|receive` moves a stream over TCP and prints its hash on either end;
 //! - `guest-agent scribble` writes at random over what a driver shares with its device.
 
+mod join;
 mod scribble;
 mod serve;
 mod stream;
@@ -15,12 +17,13 @@ fn main() -> ExitCode {
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     let result = match words[..] {
         ["serve", port] => serve::serve(port),
+        ["join", socket] => join::join(socket),
         ["send", address, bytes, seed] => stream::send(address, bytes, seed),
         ["receive", address] => stream::receive(address),
         ["scribble", pid, count, seed, what] => scribble::scribble(pid, count, seed, what == "all"),
         _ => {
             eprintln!(
-                "usage: guest-agent serve PORT | send ADDRESS:PORT BYTES SEED | receive ADDRESS:PORT | scribble PID COUNT SEED all|memory"
+                "usage: guest-agent serve PORT | join SOCKET | send ADDRESS:PORT BYTES SEED | receive ADDRESS:PORT | scribble PID COUNT SEED all|memory"
             );
             return ExitCode::from(2);
         }

@@ -3,6 +3,7 @@
 //! | frame | direction | meaning |
 //! |---|---|---|
 //! | `hello` | to the host | the agent is up; sent once, so a second one means that the guest was rebooted |
+//! | `ping` | to the guest | answered with `pong`, whatever else goes on |
 //! | `run ID HEX` | to the guest | start `/bin/sh -c` with the command HEX |
 //! | `input ID HEX` | to the guest | write to its standard input; an empty HEX closes it |
 //! | `kill ID` | to the guest | SIGKILL to the process group of the command |
@@ -12,8 +13,11 @@
 //! Data is hexadecimal, so that nothing that a command prints can look like a frame. Commands run side by side.
 
 use std::collections::HashMap;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -43,7 +47,11 @@ impl Port {
 
 /// Serves the port until it is closed.
 pub fn serve(path: &str) -> io::Result<()> {
-    let file = File::options().read(true).write(true).open(path)?;
+    let file = if fs::metadata(path)?.file_type().is_socket() {
+        File::from(OwnedFd::from(UnixStream::connect(path)?))
+    } else {
+        File::options().read(true).write(true).open(path)?
+    };
     let input = BufReader::new(file.try_clone()?);
     let port = Port(Arc::new(Mutex::new(file)));
     let running = Running::default();
@@ -52,6 +60,7 @@ pub fn serve(path: &str) -> io::Result<()> {
         let line = line?;
         let words: Vec<&str> = line.split_whitespace().collect();
         match words[..] {
+            ["ping"] => port.say("pong"),
             ["run", id, hex] => match start(&String::from_utf8_lossy(&decode(hex))) {
                 Ok(mut child) => {
                     lock(&running).insert(id.to_owned(), (child.id(), child.stdin.take()));

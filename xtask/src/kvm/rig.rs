@@ -1,0 +1,176 @@
+//! L1: a Linux with a real KVM, and our programs.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::guest::Guest;
+use crate::initramfs::Archive;
+use crate::lab::{Accel, Scene};
+use crate::machine::{BOOT, Machine, Processor, Vm};
+use crate::process::Process;
+
+/// By what L1's time goes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Clock {
+    /// By the host's, on two CPUs.
+    Time,
+    /// By the instructions carried out on the only CPU, so that figures repeat. Always under emulation.
+    Instructions,
+}
+
+/// A file to bring along.
+#[derive(Clone)]
+pub struct File {
+    /// Where it is on the host.
+    pub source: PathBuf,
+    /// Where it will be, without the leading `/`. On the host itself only what is in `root/` can be had.
+    pub target: String,
+}
+
+/// How long L1 may say nothing before it counts as hung. It answers within a millisecond unless it has no processor.
+const SILENCE: Duration = Duration::from_secs(90);
+
+/// The modules that make a machine with SVM a KVM host, and the one for files brought along on a disk.
+const MODULES: [&str; 2] = ["kvm_amd", "virtio_blk"];
+
+/// A running L1.
+pub struct Rig<'a> {
+    /// Runs commands in it.
+    pub guest: Guest,
+    scene: Scene<'a>,
+    place: Place,
+}
+
+/// Where L1 is.
+enum Place {
+    /// In a machine of its own.
+    Machine(#[expect(dead_code, reason = "it lives as long as the rig")] Box<Vm>),
+    /// On the host, in name spaces of its own.
+    Host(#[expect(dead_code, reason = "it lives as long as the rig")] Process),
+}
+
+impl<'a> Rig<'a> {
+    /// Starts L1, and a second time if it hangs the first time; waits until its agent answers.
+    pub fn start(scene: Scene<'a>, clock: Clock, files: &[File]) -> Result<Self> {
+        let (guest, place) = if clock == Clock::Time && scene.lab.accel() == Accel::Kvm {
+            let (guest, agent) = start_on_host(&scene, files)?;
+            (guest, Place::Host(agent))
+        } else {
+            let vm = machine(&scene, clock, files)?.start(&scene)?;
+            (vm.guest.clone(), Place::Machine(Box::new(vm)))
+        };
+        guest.wait_boot(1, BOOT)?;
+        guest.watch(SILENCE);
+        guest.ok("test -c /dev/kvm").context("no /dev/kvm came up")?;
+        Ok(Self { guest, scene, place })
+    }
+
+    /// A line about what this is.
+    pub fn describe(&self) -> Result<String> {
+        let kernel = self.guest.ok("uname -r")?;
+        let place = match self.place {
+            Place::Machine(_) => "QEMU's emulated SVM",
+            Place::Host(_) => "the host's own KVM",
+        };
+        Ok(format!("{place}, Linux {}", kernel.trim()))
+    }
+
+    /// Copies the logs to where they outlive the run; returns that folder.
+    pub fn save_logs(&self) -> Result<PathBuf> {
+        self.scene.save_logs()
+    }
+}
+
+/// The machine with emulated SVM.
+fn machine(scene: &Scene, clock: Clock, files: &[File]) -> Result<Machine> {
+    let lab = scene.lab;
+    let mut archive = Archive::default();
+    lab.add_modules(&mut archive, &MODULES)?;
+    let read = |path: &Path| fs::read(path).with_context(|| format!("cannot read {}", path.display()));
+    archive.file("bin/vbus-vmm", 0o755, &read(lab.vmm())?)?;
+    archive.file("l2/kernel", 0o644, &read(lab.kernel())?)?;
+    archive.file("l2/initramfs", 0o644, &read(lab.initramfs())?)?;
+    for file in files {
+        archive.file(&file.target, 0o755, &read(&file.source)?)?;
+    }
+    // The kernel unpacks one archive behind the other.
+    let mut bytes = read(lab.initramfs())?;
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+    bytes.extend(archive.finish()?);
+    let initramfs = scene.dir().join("initramfs");
+    fs::write(&initramfs, bytes)?;
+
+    let mut machine = Machine::new("l1");
+    machine.memory_mib = 2048;
+    machine.slots = 0;
+    machine.share = false;
+    machine.initramfs = Some(initramfs);
+    // The kernel hands words that it does not know to init as its environment.
+    machine.append = "L2=/l2".into();
+    (machine.cpus, machine.processor) = match clock {
+        Clock::Time => (2, Processor::Svm),
+        Clock::Instructions => (1, Processor::CountedSvm),
+    };
+    Ok(machine)
+}
+
+/// An agent on the host, root in user, network and mount name spaces of its own.
+fn start_on_host(scene: &Scene, files: &[File]) -> Result<(Guest, Process)> {
+    let lab = scene.lab;
+    let (root, l2, bin) = (scene.dir().join("root"), scene.dir().join("l2"), scene.dir().join("bin"));
+    for dir in [&root, &l2, &bin] {
+        fs::create_dir_all(dir)?;
+    }
+    // The applets of busybox come first, so that commands mean the same as in a machine.
+    let mut busybox = lab.busybox();
+    let installed = busybox.args(["--install", "-s"]).arg(&bin).status().context("cannot run busybox")?;
+    ensure!(installed.success(), "busybox --install failed ({installed})");
+    let link = |source: &Path, target: PathBuf| {
+        let source = fs::canonicalize(source).with_context(|| format!("there is no {}", source.display()))?;
+        let _ = fs::remove_file(&target);
+        std::os::unix::fs::symlink(&source, &target).with_context(|| format!("cannot make {}", target.display()))
+    };
+    link(lab.vbus(), bin.join("vbus"))?;
+    link(lab.vmm(), bin.join("vbus-vmm"))?;
+    link(lab.agent(), bin.join("guest-agent"))?;
+    link(lab.kernel(), l2.join("kernel"))?;
+    link(lab.initramfs(), l2.join("initramfs"))?;
+    for file in files {
+        let name = file.target.strip_prefix("root/").with_context(|| format!("/{} is the host's", file.target))?;
+        let target = root.join(name);
+        fs::copy(&file.source, &target).with_context(|| format!("cannot read {}", file.source.display()))?;
+        fs::set_permissions(&target, fs::Permissions::from_mode(0o755))?;
+    }
+
+    let socket = scene.dir().join("agent");
+    let listener = UnixListener::bind(&socket)?;
+    let mut command = Command::new("unshare");
+    command.args(["--user", "--map-root-user", "--net", "--mount", "--kill-child", "--fork", "--pid", "--mount-proc"]);
+    command.arg(lab.agent()).arg("serve").arg(&socket);
+    let path = std::env::var("PATH").unwrap_or_default();
+    command.env("PATH", format!("{}:{}:{path}", root.display(), bin.display()));
+    command.env("L2", &l2).env("HOME", &root).current_dir(&root);
+    let mut process = Process::start(command, "the agent on the host", &scene.dir().join("agent.log"))?;
+    listener.set_nonblocking(true)?;
+    let until = Instant::now() + Duration::from_secs(30);
+    let port = loop {
+        if let Ok((port, _)) = listener.accept() {
+            break port;
+        }
+        if let Some(status) = process.ended()? {
+            return Err(process.complaint(&format!("ended at once ({status})")));
+        }
+        ensure!(Instant::now() < until, process.complaint("does not connect"));
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    port.set_nonblocking(false)?;
+    let guest = Guest::new("l1", port)?;
+    guest.ok("ip link set lo up")?;
+    Ok((guest, process))
+}
