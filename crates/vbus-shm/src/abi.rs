@@ -1,4 +1,4 @@
-//! Every number that both ends of vbus must agree on (spec/pci.md, spec/venet.md, spec/state.md). All fields are little-endian.
+//! Every number that both ends of vbus must agree on (spec/pci.md, spec/venet.md, spec/state.md, spec/sched.md). All fields are little-endian.
 
 /// PCI vendor: the one whose range for experiments vbus uses.
 pub const PCI_VENDOR: u16 = 0x1af4;
@@ -13,7 +13,7 @@ pub mod class {
     pub const VENET: u16 = 1;
     /// Named state pages (spec/state.md).
     pub const STATE: u16 = 2;
-    /// Priority of virtual CPUs.
+    /// Scheduling class of virtual CPUs (spec/sched.md).
     pub const SCHED: u16 = 3;
     /// Interrupt controller.
     pub const PIC: u16 = 4;
@@ -293,6 +293,101 @@ pub mod state {
     pub const OWNER_DEVICE: u32 = 0;
     /// The driver's end writes the page.
     pub const OWNER_DRIVER: u32 = 1;
+}
+
+/// `sched`: the scheduling class of virtual CPUs' threads (spec/sched.md).
+pub mod sched {
+    /// Config area: u32, virtual CPUs that have pages, counted from 0 as the VMM counts them.
+    pub const CONFIG_CPUS: usize = 0;
+    /// Config area: u32, bit n: class n is allowed.
+    pub const CONFIG_CLASSES: usize = 4;
+    /// Config area: u32, the highest real-time priority that is given.
+    pub const CONFIG_PRIORITY_MAX: usize = 8;
+    /// Config area: i32, the lowest nice value that is given; [`NICE_OWN`]: the one that the thread has by itself.
+    pub const CONFIG_NICE_MIN: usize = 12;
+    /// See [`CONFIG_NICE_MIN`].
+    pub const NICE_OWN: i32 = i32::MIN;
+    /// Config area: u32, requests a second that are looked at, for each virtual CPU.
+    pub const CONFIG_CHANGES: usize = 16;
+    /// Config area: u32, milliseconds: a real-time class ends that long after the last request that was looked at.
+    pub const CONFIG_BOOST_MS: usize = 20;
+    /// Bytes of the config area.
+    pub const CONFIG_BYTES: usize = 24;
+    /// The most virtual CPUs of a device.
+    pub const CPUS_MAX: u32 = 256;
+
+    /// Region id of the request page of virtual CPU `cpu`: a state page written by the driver, see [`request`](mod@request).
+    pub const fn request(cpu: u32) -> u32 {
+        cpu * 2
+    }
+    /// Region id of the report page of virtual CPU `cpu`: a state page written by the device, see [`report`](mod@report).
+    pub const fn report(cpu: u32) -> u32 {
+        cpu * 2 + 1
+    }
+
+    /// Class: what the thread has by itself, without this device.
+    pub const CLASS_NONE: u32 = 0;
+    /// Class: time-sharing; the priority is a nice value, -20..=19.
+    pub const CLASS_NORMAL: u32 = 1;
+    /// Class: time-sharing for batch work; the priority is a nice value.
+    pub const CLASS_BATCH: u32 = 2;
+    /// Class: only when nothing else runs; the priority is 0.
+    pub const CLASS_IDLE: u32 = 3;
+    /// Class: real time, first in, first out; the priority is 1..=99, higher ones first.
+    pub const CLASS_FIFO: u32 = 4;
+    /// Class: real time, round robin; the priority likewise.
+    pub const CLASS_RR: u32 = 5;
+
+    /// The value of a request page.
+    pub mod request {
+        /// u32: the class.
+        pub const CLASS: usize = 0;
+        /// i32: the priority.
+        pub const PRIORITY: usize = 4;
+        /// Bytes of the value; the rest is zero.
+        pub const BYTES: u32 = 16;
+    }
+
+    /// The value of a report page.
+    pub mod report {
+        /// u32: what became of the request: [`OK`] and so on.
+        pub const STATUS: usize = 0;
+        /// u32: the class that the thread has by this device.
+        pub const CLASS: usize = 4;
+        /// i32: and its priority.
+        pub const PRIORITY: usize = 8;
+        /// u32: version of the request page that was looked at last.
+        pub const VERSION: usize = 12;
+        /// u64: requests that were looked at.
+        pub const UPDATES: usize = 16;
+        /// u64: times that the thread's class was set.
+        pub const CHANGES: usize = 24;
+        /// u64: requests that were granted in part.
+        pub const CLAMPED: usize = 32;
+        /// u64: requests that were refused, by the policy or by the host's kernel.
+        pub const REFUSED: usize = 40;
+        /// u64: times that a look was put off by the rate limit.
+        pub const LIMITED: usize = 48;
+        /// u64: times that a real-time class ended for want of a new request.
+        pub const EXPIRED: usize = 56;
+        /// Bytes of the value.
+        pub const BYTES: u32 = 64;
+
+        /// Status: as requested.
+        pub const OK: u32 = 0;
+        /// Status: the class requested, at the nearest priority that the policy allows.
+        pub const IS_CLAMPED: u32 = 1;
+        /// Status: refused, for there is no such class (or it is the deadline class, of which there is none here) or no such priority of it.
+        pub const BAD_REQUEST: u32 = 2;
+        /// Status: refused, for the policy does not allow the class.
+        pub const NOT_ALLOWED: u32 = 3;
+        /// Status: granted, but no other request came in time.
+        pub const HAS_EXPIRED: u32 = 4;
+        /// Status: the device does not know the virtual CPU's thread (yet).
+        pub const NO_THREAD: u32 = 5;
+        /// Status: refused by the host's kernel; the log of the bus says why.
+        pub const FAILED: u32 = 6;
+    }
 }
 
 const _: () = {
