@@ -11,6 +11,7 @@
 //! - [`Message`]: an interrupt that is a message (MSI, a vector of MSI-X, or one that KVM's SynIC takes): given a route, masked and unmasked
 //!   at run time, without losing an event;
 //! - [`Level`]: an interrupt that is a level on a pin (INTx);
+//! - [`offer_hypercalls`]: the CPUID that goes with hypercalls and synthetic interrupts;
 //! - [`Stats`]: KVM's own count of exits, by kind, for a test that no exit is left on the fast path.
 //!
 //! What the guest does on its end is in `spec/pci.md`, "Doorbells".
@@ -50,6 +51,7 @@
 //! ```
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
+mod cpuid;
 mod doorbells;
 mod error;
 mod kinds;
@@ -59,6 +61,7 @@ mod routes;
 mod stats;
 mod sys;
 
+pub use cpuid::offer_hypercalls;
 pub use doorbells::{Doorbells, Kind, Place};
 pub use error::Error;
 pub use kinds::Kinds;
