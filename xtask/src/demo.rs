@@ -124,7 +124,7 @@ fn perform(args: &Args, scene: &Scene, figures: &mut Figures) -> Result<()> {
     }
     for (vm, name) in vms.iter().zip(["a", "b"]) {
         vm.wait_boot(1)?;
-        nic::prepare(vm)?;
+        nic::prepare(&vm.guest)?;
         eprintln!(
             "guest {name}: up after {:.1} s, and finds\n{}",
             vm.age().as_secs_f32(),
@@ -134,7 +134,7 @@ fn perform(args: &Args, scene: &Scene, figures: &mut Figures) -> Result<()> {
 
     let mut nics = Vec::new();
     for ((vm, address), name) in vms.iter().zip(ADDRESS).zip(["net-a", "net-b"]) {
-        nics.push(Nic::up(vm, name, "vbus0", &format!("{address}/24"), "")?);
+        nics.push(Nic::up(&vm.guest, name, "vbus0", &format!("{address}/24"), "")?);
     }
     let (a, b) = (&vms[0].guest, &vms[1].guest);
     let ping = nic::ping(a, ADDRESS[1], 10)?;
@@ -191,7 +191,7 @@ fn plug(bus: &Bus, vms: &mut [Vm], figures: &mut Figures) -> Result<()> {
         bus.run(&["device", "add", name, "--class", "venet", "--set", "backend=switch", "--qmp", &qmp])?;
         vm.guest.ok(&format!("until vbus guest list | grep -q {name}; do sleep 0.02; done"))?;
         figures.plug = Some(began.elapsed());
-        nics.push(Nic::up(vm, name, "vbus1", &format!("{address}/24"), "")?);
+        nics.push(Nic::up(&vm.guest, name, "vbus1", &format!("{address}/24"), "")?);
     }
     nic::transfer(&vms[0].guest, &vms[1].guest, ADDRESSES[1], 6000, 16 << 20, 1, Duration::from_secs(120))?;
     for (vm, name) in vms.iter().zip(["extra-a", "extra-b"]) {

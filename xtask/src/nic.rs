@@ -7,14 +7,14 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::guest::{Guest, Running};
-use crate::machine::{BOOT, Vm};
+use crate::machine::BOOT;
 
 /// Huge pages of 2 MiB that a guest keeps for the rings and buffers of its drivers.
 const HUGE_PAGES: u32 = 40;
 
 /// Sets a fresh guest up for the driver.
-pub fn prepare(vm: &Vm) -> Result<()> {
-    vm.guest.ok(&format!("echo {HUGE_PAGES} > /proc/sys/vm/nr_hugepages")).map(drop)
+pub fn prepare(guest: &Guest) -> Result<()> {
+    guest.ok(&format!("echo {HUGE_PAGES} > /proc/sys/vm/nr_hugepages")).map(drop)
 }
 
 /// A driver that runs, with its interface up.
@@ -27,8 +27,7 @@ pub struct Nic {
 
 impl Nic {
     /// Starts the driver of the NIC called `device`, makes its interface `interface`, and gives that an address.
-    pub fn up(vm: &Vm, device: &str, interface: &str, address: &str, options: &str) -> Result<Self> {
-        let guest = &vm.guest;
+    pub fn up(guest: &Guest, device: &str, interface: &str, address: &str, options: &str) -> Result<Self> {
         let command = format!("exec vbus guest net {device} --name {interface} {options}");
         let driver = guest.start(&command)?;
         let until = Instant::now() + BOOT;

@@ -20,8 +20,8 @@ const MIB: u64 = 1 << 20;
 /// A guest with one NIC of the bus, its driver running.
 fn guest_with_nic(scene: &Scene, bus: &Bus, more: &[&str]) -> Result<(Vm, Nic)> {
     let vm = Machine::new("a").device(bus.socket("net")).args(more).boot(scene)?;
-    nic::prepare(&vm)?;
-    let nic = Nic::up(&vm, "net", "vbus0", &format!("{}/24", ADDRESS[0]), "")?;
+    nic::prepare(&vm.guest)?;
+    let nic = Nic::up(&vm.guest, "net", "vbus0", &format!("{}/24", ADDRESS[0]), "")?;
     Ok((vm, nic))
 }
 

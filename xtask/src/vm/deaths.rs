@@ -32,7 +32,7 @@ pub fn guest(scene: &Scene) -> Result<()> {
     pair.nics.truncate(1);
     drop(pair.vms.pop());
     let next = Machine::new("b").device(pair.bus.socket("net-b")).boot(scene)?;
-    nic::prepare(&next)?;
+    nic::prepare(&next.guest)?;
     pair.vms.push(next);
     let nic = pair.driver(1, "")?;
     pair.nics.push(nic);
@@ -94,7 +94,7 @@ pub fn reboot(scene: &Scene) -> Result<()> {
     pair.vms[0].reset()?;
     pair.nics.remove(0);
     pair.vms[0].wait_boot(2)?;
-    nic::prepare(&pair.vms[0])?;
+    nic::prepare(&pair.vms[0].guest)?;
     let nic = pair.driver(0, "")?;
     pair.nics.insert(0, nic);
     pair.transfer(5001, 32 * MIB)?;
@@ -107,10 +107,10 @@ pub fn reopen(scene: &Scene) -> Result<()> {
     const GROWTH_KIB: u64 = 4096;
     let bus = Bus::start(scene, &device("net", "venet", "backend = \"null\""))?;
     let vm = Machine::new("a").device(bus.socket("net")).boot(scene)?;
-    nic::prepare(&vm)?;
+    nic::prepare(&vm.guest)?;
     let (mut files, mut memory) = (0, 0);
     for time in 0..TIMES {
-        let nic = Nic::up(&vm, "net", "vbus0", "10.0.0.1/24", "")?;
+        let nic = Nic::up(&vm.guest, "net", "vbus0", "10.0.0.1/24", "")?;
         nic.driver.kill()?;
         nic.driver.wait(TRANSFER)?;
         vm.guest.ok("until [ ! -e /sys/class/net/vbus0 ]; do sleep 0.01; done")?;

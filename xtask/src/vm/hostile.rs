@@ -19,7 +19,7 @@ pub fn scribbler(scene: &Scene) -> Result<()> {
     let pair = Pair::start(scene, Spec { device: "patience-ms = 60000", ..Spec::default() })?;
     pair.bus.run(&["device", "add", "net-c", "--class", "venet", "--set", "backend=switch"])?;
     let hostile = Machine::new("c").device(pair.bus.socket("net-c")).boot(scene)?;
-    nic::prepare(&hostile)?;
+    nic::prepare(&hostile.guest)?;
     // Each round a fresh driver is driven mad; it may notice and end, or be ended.
     let script = format!(
         "n=0; total=0; while [ $n -lt {ROUNDS} ]; do n=$((n+1)); \
@@ -46,7 +46,7 @@ pub fn scribbler(scene: &Scene) -> Result<()> {
     ensure!(device["counters"]["broken"].as_u64() > Some(0), "no write broke a connection, so the test tests nothing");
     // The bus lives, and serves the hostile guest's device to an honest driver again.
     pair.transfer_back(6000, 32 << 20)?;
-    nic::Nic::up(&hostile, "net-c", "vbus0", "10.0.0.3/24", "")?;
+    nic::Nic::up(&hostile.guest, "net-c", "vbus0", "10.0.0.3/24", "")?;
     nic::ping(&hostile.guest, super::pair::ADDRESS[0], 3).map(drop)
 }
 
@@ -56,7 +56,7 @@ pub fn share_off(scene: &Scene) -> Result<()> {
     let mut machine = Machine::new("a").device(bus.socket("net"));
     machine.share = false;
     let vm = machine.boot(scene)?;
-    nic::prepare(&vm)?;
+    nic::prepare(&vm.guest)?;
     let output = vm.guest.run_for("vbus guest net --name vbus0", TRANSFER)?;
     ensure!(output.code != 0, "the driver works although the memory is not shared");
     ensure!(output.stderr.contains("share=on"), "the error does not say what to do:\n{}", output.stderr);

@@ -54,7 +54,7 @@ impl Pair {
         let mut pair = Self { nics: Vec::new(), vms, bus };
         for at in 0..pair.vms.len() {
             pair.vms[at].wait_boot(1)?;
-            nic::prepare(&pair.vms[at])?;
+            nic::prepare(&pair.vms[at].guest)?;
             let nic = pair.driver(at, spec.driver)?;
             pair.nics.push(nic);
         }
@@ -63,7 +63,7 @@ impl Pair {
 
     /// Starts the driver of the first NIC of guest `at`.
     pub fn driver(&self, at: usize, options: &str) -> Result<Nic> {
-        Nic::up(&self.vms[at], NAME[at], "vbus0", &format!("{}/24", ADDRESS[at]), options)
+        Nic::up(&self.vms[at].guest, NAME[at], "vbus0", &format!("{}/24", ADDRESS[at]), options)
     }
 
     /// Guest a.

@@ -26,7 +26,7 @@ pub fn cycles(scene: &Scene) -> Result<()> {
         pair.bus.run(&["device", "add", "extra", "--class", "venet", "--set", "backend=null", "--qmp", &qmp])?;
         pair.a().ok("until vbus guest list | grep -q extra; do sleep 0.02; done")?;
         plugs.push(began.elapsed().as_millis());
-        let nic = Nic::up(&pair.vms[0], "extra", "vbus1", "10.0.1.1/24", "")?;
+        let nic = Nic::up(&pair.vms[0].guest, "extra", "vbus1", "10.0.1.1/24", "")?;
         let began = std::time::Instant::now();
         pair.bus.run(&["device", "remove", "extra", "--qmp", &qmp])?;
         unplugs.push(began.elapsed().as_millis());
@@ -45,7 +45,7 @@ pub fn follow(scene: &Scene) -> Result<()> {
     const INTERFACE: &str = "/sys/class/net/vbus0";
     let bus = Bus::start(scene, "")?;
     let vm = Machine::new("a").boot(scene)?;
-    nic::prepare(&vm)?;
+    nic::prepare(&vm.guest)?;
     let qmp = vm.qmp_socket().display().to_string();
     let driver = vm.guest.start("exec vbus guest net --all --up")?;
     let until = |what: &str| vm.guest.ok(&format!("until {what}; do sleep 0.02; done"));

@@ -23,7 +23,7 @@ pub fn pages(scene: &Scene) -> Result<()> {
     );
     let bus = Bus::start(scene, &device("values", "state", &settings.replace('\n', "")))?;
     let vm = Machine::new("a").device(bus.socket("values")).boot(scene)?;
-    nic::prepare(&vm)?;
+    nic::prepare(&vm.guest)?;
 
     // A watcher in the guest may miss values, never the newest one.
     bus.run(&["state", "set", "values", "setpoint", "before"])?;
