@@ -94,7 +94,7 @@ pub fn add_userland(archive: &mut Archive, kit: &Kit) -> Result<()> {
 }
 
 /// Adds a dynamically linked program of the kit with every library it loads.
-fn add_program(archive: &mut Archive, kit: &Kit, program: &str) -> Result<()> {
+pub fn add_program(archive: &mut Archive, kit: &Kit, program: &str) -> Result<()> {
     let path = [kit.root().join("usr/bin"), kit.root().join("usr/sbin")].map(|dir| dir.join(program));
     let path = path.iter().find(|path| path.exists()).with_context(|| format!("the kit has no {program}"))?;
     archive.file(&format!("bin/{program}"), 0o755, &fs::read(path)?)?;

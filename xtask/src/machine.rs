@@ -145,7 +145,7 @@ const TCG_CPU: &str = "Nehalem";
 const SVM_CPU: &str = "max,erms=off,fsrm=off";
 
 /// The kernel's command line, without what only slows a guest that lives for seconds.
-const KERNEL_WORDS: &str = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr audit=0 lsm= nowatchdog \
+pub const KERNEL_WORDS: &str = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr audit=0 lsm= nowatchdog \
     cryptomgr.notests=1 tsc=reliable no_timer_check";
 
 fn vfio_user(id: &str, slot: usize, socket: &Path) -> Value {

@@ -1,5 +1,6 @@
 //! What became of each test: a line as it ends, a summary, and the same as JSON.
 
+use std::fmt;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -12,6 +13,18 @@ pub enum Outcome {
     /// Not run, with the reason.
     Skipped(String),
 }
+
+/// Why a scenario cannot run on this machine: an error that is none.
+#[derive(Debug)]
+pub struct Skip(pub String);
+
+impl fmt::Display for Skip {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Skip {}
 
 /// The tests of one run.
 pub struct Report {
@@ -60,16 +73,27 @@ impl Report {
         self.skipped += skipped;
     }
 
-    /// Prints what failed and was skipped and the final line; true if nothing failed.
-    pub fn finish(&self, as_json: bool) -> bool {
+    /// Prints what failed and was skipped; true if nothing failed.
+    pub fn show_failures(&self) -> bool {
         for word in ["skipped", "FAILED"] {
             for test in self.tests.iter().filter(|test| test["outcome"] == word) {
                 let first = test["detail"].as_str().and_then(|detail| detail.lines().next()).unwrap_or("");
                 eprintln!("{word:7} {}: {first}", test["name"].as_str().unwrap_or(""));
             }
         }
+        self.failed == 0
+    }
+
+    /// How many tests ended how.
+    pub fn summary(&self) -> String {
+        format!("{} passed, {} failed, {} skipped", self.passed, self.failed, self.skipped)
+    }
+
+    /// Prints what failed and was skipped and the final line; true if nothing failed.
+    pub fn finish(&self, as_json: bool) -> bool {
+        self.show_failures();
         let seconds = self.began.elapsed().as_secs_f64();
-        let line = format!("{} passed, {} failed, {} skipped", self.passed, self.failed, self.skipped);
+        let line = self.summary();
         if as_json {
             eprintln!("{line}");
             let (passed, failed, skipped, tests) = (self.passed, self.failed, self.skipped, &self.tests);

@@ -6,17 +6,18 @@ use std::process::Stdio;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
+use serde_json::Value;
 
 use crate::lab::Options;
 use crate::report::{Outcome, Report};
-use crate::{fuzz, vm, workspace};
+use crate::{fuzz, kvm, vm, workspace};
 
 /// The tests that cargo runs: unit, property, model (loom) and process tests, and the examples in documentation.
 const CARGO: &str = "cargo";
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// Names, or beginnings of them: `cargo`, `fuzz`, `vm`, `vm::boot` ...
+    /// Names, or beginnings of them: `cargo`, `fuzz`, `vm`, `vm::boot`, `kvm` ...
     names: Vec<String>,
     /// Only print the names
     #[arg(long)]
@@ -36,6 +37,7 @@ pub fn run(args: &Args) -> Result<bool> {
     let wanted = |name: &str| args.names.is_empty() || args.names.iter().any(|prefix| name.starts_with(prefix));
     let fuzz_targets: Vec<_> = fuzz::targets()?.into_iter().filter(|name| wanted(&format!("fuzz::{name}"))).collect();
     let scenarios: Vec<_> = vm::SCENARIOS.iter().filter(|scenario| wanted(&format!("vm::{}", scenario.name))).collect();
+    let on_kvm: Vec<_> = kvm::SCENARIOS.iter().filter(|scenario| wanted(&format!("kvm::{}", scenario.name))).collect();
     if args.list {
         if wanted(CARGO) {
             println!("{CARGO:28} unit, property, model and process tests");
@@ -46,10 +48,13 @@ pub fn run(args: &Args) -> Result<bool> {
         for scenario in &scenarios {
             println!("{:28} {}", format!("vm::{}", scenario.name), scenario.about);
         }
+        for scenario in &on_kvm {
+            println!("{:28} {}", format!("kvm::{}", scenario.name), scenario.about);
+        }
         return Ok(true);
     }
     anyhow::ensure!(
-        wanted(CARGO) || !fuzz_targets.is_empty() || !scenarios.is_empty(),
+        wanted(CARGO) || !fuzz_targets.is_empty() || !scenarios.is_empty() || !on_kvm.is_empty(),
         "no test is called {}; `cargo xtask test --list` names them",
         args.names.join(" or ")
     );
@@ -63,6 +68,10 @@ pub fn run(args: &Args) -> Result<bool> {
     }
     if !scenarios.is_empty() {
         vm::run(&mut report, &scenarios, &args.guests);
+    }
+    if !on_kvm.is_empty() {
+        let figures = kvm::run_scenarios(&mut report, &on_kvm, &args.guests);
+        eprintln!("kvm: {}", Value::Object(figures));
     }
     Ok(report.finish(args.json))
 }

@@ -4,15 +4,19 @@
 //! QEMU emulates. Either way the scenarios see the same: a shell as root with our programs on its PATH, `/dev/kvm`, and in
 //! `$L2` the kernel and root file system for guests. That Linux is called L1, and the guests in it L2.
 
+mod inner;
+mod linux;
 mod rig;
 
 use std::io::Write;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, ensure};
+use serde_json::Value;
 
 use crate::lab::{Lab, Options};
+use crate::report::{Outcome, Report, Skip};
 use rig::{Clock, File, Rig};
 
 /// How to use it by hand.
@@ -53,16 +57,129 @@ pub struct Args {
     command: Vec<String>,
 }
 
+/// Figures that a scenario has measured, by name.
+pub type Figures = serde_json::Map<String, Value>;
+
+/// One test: a name, a line about it, and what it does.
+pub struct Scenario {
+    pub name: &'static str,
+    pub about: &'static str,
+    run: fn(&Rig, &mut Figures) -> Result<()>,
+}
+
+/// All of them, the quick and basic ones first.
+pub const SCENARIOS: &[Scenario] =
+    &[scenario("harness", "QEMU boots a guest on the rig's KVM: the test of the tests", linux::harness)];
+
+const fn scenario(name: &'static str, about: &'static str, run: fn(&Rig, &mut Figures) -> Result<()>) -> Scenario {
+    Scenario { name, about, run }
+}
+
 /// Runs the chosen scenarios or the command; false if one failed.
 pub fn run(args: &Args) -> Result<bool> {
-    if args.command.is_empty() {
-        bail!("there are no scenarios yet; `cargo xtask kvm -- COMMAND` runs a command");
+    if !args.command.is_empty() {
+        let lab = Lab::new(&args.guests)?;
+        let clock = if args.counted { Clock::Instructions } else { Clock::Time };
+        let rig = Rig::start(lab.scene("kvm")?, clock, &args.put)?;
+        eprintln!("kvm: {}", rig.describe()?);
+        return command(&rig, &args.command.join(" "), Duration::from_secs(args.limit));
     }
-    let lab = Lab::new(&args.guests)?;
-    let clock = if args.counted { Clock::Instructions } else { Clock::Time };
-    let rig = Rig::start(lab.scene("kvm")?, clock, &args.put)?;
-    eprintln!("kvm: {}", rig.describe()?);
-    command(&rig, &args.command.join(" "), Duration::from_secs(args.limit))
+    let wanted =
+        |name: &str| args.names.is_empty() || args.names.iter().any(|wanted| name.starts_with(wanted.as_str()));
+    let scenarios: Vec<_> = SCENARIOS.iter().filter(|scenario| wanted(scenario.name)).collect();
+    if args.list {
+        for scenario in &scenarios {
+            println!("{:28} {}", scenario.name, scenario.about);
+        }
+        return Ok(true);
+    }
+    ensure!(
+        !scenarios.is_empty(),
+        "no scenario is called {}; `cargo xtask kvm --list` names them",
+        args.names.join(" or ")
+    );
+    let mut report = Report::new();
+    let figures = run_scenarios(&mut report, &scenarios, &args.guests);
+    if args.json {
+        let ok = report.show_failures();
+        eprintln!("{}", report.summary());
+        println!("{}", Value::Object(figures));
+        return Ok(ok);
+    }
+    for (name, value) in &figures {
+        println!("{name:40} {value}");
+    }
+    Ok(report.finish(false))
+}
+
+/// Runs scenarios one after the other, in one L1 as long as they succeed; returns their figures.
+///
+/// One during which L1 or its guest hung is run once more; the figure `retries` counts them.
+pub fn run_scenarios(report: &mut Report, scenarios: &[&Scenario], options: &Options) -> Figures {
+    let lab = Lab::new(options);
+    let mut rig = None;
+    let mut figures = Figures::new();
+    let mut retries = 0;
+    for scenario in scenarios {
+        report.run(&format!("kvm::{}", scenario.name), || {
+            let lab = lab.as_ref().map_err(|error| anyhow!("the rig cannot be started: {error:#}"))?;
+            let mut tries = 0;
+            loop {
+                tries += 1;
+                match attempt(lab, &mut rig, scenario, &mut figures, tries) {
+                    Ok(outcome) => return Ok(outcome),
+                    Err(Failed { error, hung: true }) if tries == 1 => {
+                        eprintln!("kvm::{}: hung, and is tried once more: {error:#}", scenario.name);
+                        retries += 1;
+                    }
+                    Err(Failed { error, .. }) => return Err(error),
+                }
+            }
+        });
+    }
+    figures.insert("retries".into(), retries.into());
+    figures
+}
+
+/// How one attempt at a scenario failed.
+struct Failed {
+    error: anyhow::Error,
+    /// Since L1 or a guest in it hung.
+    hung: bool,
+}
+
+/// Runs a scenario in the L1 that there is or in a fresh one, which does not outlive a failure.
+fn attempt<'a>(
+    lab: &'a Lab,
+    rig: &mut Option<Rig<'a>>,
+    scenario: &Scenario,
+    figures: &mut Figures,
+    tries: u32,
+) -> Result<Outcome, Failed> {
+    let running = match rig.take() {
+        Some(running) => running,
+        None => {
+            let name = format!("kvm-{}-{tries}", scenario.name);
+            let started = lab.scene(&name).and_then(|scene| Rig::start(scene, Clock::Time, &[]));
+            // A Linux that does not come up is one that hangs.
+            started.map_err(|error| Failed { error, hung: true })?
+        }
+    };
+    match (scenario.run)(&running, figures) {
+        Ok(()) => {
+            *rig = Some(running);
+            Ok(Outcome::Passed)
+        }
+        Err(error) if error.is::<Skip>() => {
+            *rig = Some(running);
+            Ok(Outcome::Skipped(error.to_string()))
+        }
+        Err(error) => {
+            let logs = running.save_logs().map_err(|error| Failed { error, hung: false })?;
+            let error = anyhow!("{error:#}\n    logs: {}", logs.display());
+            Err(Failed { error, hung: running.hung() })
+        }
+    }
 }
 
 /// Runs one shell command with our standard input, output and error.

@@ -1,5 +1,7 @@
 //! L1: a Linux with a real KVM, and our programs.
 
+use std::cell::Cell;
+use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
@@ -10,7 +12,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 
 use crate::guest::Guest;
-use crate::initramfs::Archive;
+use crate::initramfs::{self, Archive};
+use crate::kit::Kit;
 use crate::lab::{Accel, Scene};
 use crate::machine::{BOOT, Machine, Processor, Vm};
 use crate::process::Process;
@@ -45,6 +48,8 @@ pub struct Rig<'a> {
     pub guest: Guest,
     scene: Scene<'a>,
     place: Place,
+    /// A guest in L1 hung, see [`Rig::hung`].
+    inner_hung: Cell<bool>,
 }
 
 /// Where L1 is.
@@ -56,7 +61,7 @@ enum Place {
 }
 
 impl<'a> Rig<'a> {
-    /// Starts L1, and a second time if it hangs the first time; waits until its agent answers.
+    /// Starts L1 and waits until its agent answers.
     pub fn start(scene: Scene<'a>, clock: Clock, files: &[File]) -> Result<Self> {
         let (guest, place) = if clock == Clock::Time && scene.lab.accel() == Accel::Kvm {
             let (guest, agent) = start_on_host(&scene, files)?;
@@ -68,7 +73,41 @@ impl<'a> Rig<'a> {
         guest.wait_boot(1, BOOT)?;
         guest.watch(SILENCE);
         guest.ok("test -c /dev/kvm").context("no /dev/kvm came up")?;
-        Ok(Self { guest, scene, place })
+        let rig = Self { guest, scene, place, inner_hung: Cell::new(false) };
+        rig.guest.ok(&format!("mkdir -p {}", rig.run_dir()))?;
+        Ok(rig)
+    }
+
+    /// The folder in L1 for sockets and logs.
+    pub fn run_dir(&self) -> String {
+        match self.place {
+            Place::Machine(_) => "/run/vbus".into(),
+            Place::Host(_) => self.scene.dir().join("run").display().to_string(),
+        }
+    }
+
+    /// The folder in L1 with the kernel and the root file system of its guests.
+    pub fn l2_dir(&self) -> String {
+        match self.place {
+            Place::Machine(_) => "/l2".into(),
+            Place::Host(_) => self.scene.dir().join("l2").display().to_string(),
+        }
+    }
+
+    /// Puts QEMU in its place in L1, if it is not there yet.
+    pub fn unpack_qemu(&self) -> Result<()> {
+        let unpack = "command -v qemu-system-x86_64 >/dev/null || (cd / && cpio -idu < /dev/vda)";
+        self.guest.ok(unpack).map(drop).context("L1 has no QEMU")
+    }
+
+    /// Whether L1 or a guest in it has hung: a fault of the emulation as a rule, and no result of a test.
+    pub fn hung(&self) -> bool {
+        self.inner_hung.get() || self.guest.hung()
+    }
+
+    /// Notes that a guest in L1 hung.
+    pub fn note_hang(&self) {
+        self.inner_hung.set(true);
     }
 
     /// A line about what this is.
@@ -81,8 +120,13 @@ impl<'a> Rig<'a> {
         Ok(format!("{place}, Linux {}", kernel.trim()))
     }
 
-    /// Copies the logs to where they outlive the run; returns that folder.
+    /// Copies the logs, those in L1 too if it answers, to where they outlive the run; returns that folder.
     pub fn save_logs(&self) -> Result<PathBuf> {
+        let list = self.guest.run(&format!("cd {} && ls *.log", self.run_dir())).unwrap_or_default();
+        for name in list.stdout.lines() {
+            let log = self.guest.run(&format!("tail -c 65536 {}/{name}", self.run_dir())).unwrap_or_default();
+            fs::write(self.scene.dir().join(name), log.stdout)?;
+        }
         self.scene.save_logs()
     }
 }
@@ -107,6 +151,12 @@ fn machine(scene: &Scene, clock: Clock, files: &[File]) -> Result<Machine> {
     fs::write(&initramfs, bytes)?;
 
     let mut machine = Machine::new("l1");
+    if let Some(kit) = lab.kit() {
+        let disk = scene.dir().join("qemu.cpio");
+        fs::write(&disk, qemu_archive(kit)?)?;
+        machine.args =
+            vec!["-drive".into(), format!("file={},format=raw,if=virtio,readonly=on,file.locking=off", disk.display())];
+    }
     machine.memory_mib = 2048;
     machine.slots = 0;
     machine.share = false;
@@ -118,6 +168,21 @@ fn machine(scene: &Scene, clock: Clock, files: &[File]) -> Result<Machine> {
         Clock::Instructions => (1, Processor::CountedSvm),
     };
     Ok(machine)
+}
+
+/// QEMU with its libraries and firmware, on a disk of its own since only some scenarios need it.
+fn qemu_archive(kit: &Kit) -> Result<Vec<u8>> {
+    let mut archive = Archive::default();
+    initramfs::add_program(&mut archive, kit, "qemu-system-x86_64")?;
+    for firmware in ["qemu/kvmvapic.bin", "qemu/linuxboot_dma.bin", "seabios/bios-256k.bin"] {
+        let path = kit.root().join("usr/share").join(firmware);
+        let bytes = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        archive.file(&format!("usr/share/{firmware}"), 0o644, &bytes)?;
+    }
+    let mut bytes = archive.finish()?;
+    // A disk is made of sectors.
+    bytes.resize(bytes.len().next_multiple_of(512), 0);
+    Ok(bytes)
 }
 
 /// An agent on the host, root in user, network and mount name spaces of its own.
@@ -139,6 +204,8 @@ fn start_on_host(scene: &Scene, files: &[File]) -> Result<(Guest, Process)> {
     link(lab.vbus(), bin.join("vbus"))?;
     link(lab.vmm(), bin.join("vbus-vmm"))?;
     link(lab.agent(), bin.join("guest-agent"))?;
+    fs::write(bin.join("qemu-system-x86_64"), script(&lab.qemu()))?;
+    fs::set_permissions(bin.join("qemu-system-x86_64"), fs::Permissions::from_mode(0o755))?;
     link(lab.kernel(), l2.join("kernel"))?;
     link(lab.initramfs(), l2.join("initramfs"))?;
     for file in files {
@@ -151,7 +218,10 @@ fn start_on_host(scene: &Scene, files: &[File]) -> Result<(Guest, Process)> {
     let socket = scene.dir().join("agent");
     let listener = UnixListener::bind(&socket)?;
     let mut command = Command::new("unshare");
-    command.args(["--user", "--map-root-user", "--net", "--mount", "--kill-child", "--fork", "--pid", "--mount-proc"]);
+    if !rustix::process::geteuid().is_root() {
+        command.args(["--user", "--map-root-user"]);
+    }
+    command.args(["--net", "--mount", "--pid", "--mount-proc", "--fork", "--kill-child"]);
     command.arg(lab.agent()).arg("serve").arg(&socket);
     let path = std::env::var("PATH").unwrap_or_default();
     command.env("PATH", format!("{}:{}:{path}", root.display(), bin.display()));
@@ -173,4 +243,17 @@ fn start_on_host(scene: &Scene, files: &[File]) -> Result<(Guest, Process)> {
     let guest = Guest::new("l1", port)?;
     guest.ok("ip link set lo up")?;
     Ok((guest, process))
+}
+
+/// A shell script that runs `command` with the arguments it is given.
+fn script(command: &Command) -> String {
+    let quote = |text: &OsStr| format!("'{}'", text.to_string_lossy().replace('\'', "'\\''"));
+    let mut text = "#!/bin/sh\n".to_owned();
+    for (name, value) in command.get_envs() {
+        let value = quote(value.unwrap_or_default());
+        text.push_str(&format!("export {}={value}\n", name.to_string_lossy()));
+    }
+    let words: Vec<String> = std::iter::once(command.get_program()).chain(command.get_args()).map(quote).collect();
+    text.push_str(&format!("exec {} \"$@\"\n", words.join(" ")));
+    text
 }

@@ -10,12 +10,10 @@ mod plug;
 mod state;
 mod traffic;
 
-use std::fmt;
-
 use anyhow::Result;
 
 use crate::lab::{Lab, Options, Scene};
-use crate::report::{Outcome, Report};
+use crate::report::{Outcome, Report, Skip};
 
 /// One test: a name, a line about it, and what it does.
 pub struct Scenario {
@@ -53,18 +51,6 @@ pub const SCENARIOS: &[Scenario] = &[
 const fn scenario(name: &'static str, about: &'static str, run: fn(&Scene) -> Result<()>) -> Scenario {
     Scenario { name, about, run }
 }
-
-/// Why a scenario cannot run on this machine: an error that is none.
-#[derive(Debug)]
-struct Skip(String);
-
-impl fmt::Display for Skip {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for Skip {}
 
 /// Runs `scenarios` one after the other.
 pub fn run(report: &mut Report, scenarios: &[&Scenario], options: &Options) {

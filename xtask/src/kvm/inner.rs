@@ -1,0 +1,198 @@
+//! L2: a guest on the KVM of L1, under `vbus-vmm` or QEMU, and the bus that serves its devices.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use super::rig::Rig;
+use crate::guest::{Guest, Running};
+use crate::machine::KERNEL_WORDS;
+
+/// How long L2 may take to boot: 7 to 13 s with the processor to itself.
+pub const BOOT: Duration = Duration::from_secs(150);
+
+/// How long L2 may say nothing before it counts as hung.
+const SILENCE: Duration = Duration::from_secs(90);
+
+/// Who runs the guest.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Vmm {
+    /// `vbus-vmm`.
+    Vbus,
+    /// QEMU of the kit.
+    Qemu,
+}
+
+/// What a guest in L1 is made of.
+#[derive(Clone)]
+pub struct Spec {
+    /// Names its sockets and logs.
+    pub name: &'static str,
+    pub vmm: Vmm,
+    pub cpus: u32,
+    pub memory_mib: u32,
+    /// More words for the VMM's command line.
+    pub args: String,
+    /// More words for the kernel's.
+    pub append: &'static str,
+}
+
+impl Spec {
+    /// A guest of `vbus-vmm` with one CPU.
+    pub fn new(name: &'static str) -> Self {
+        Self { name, vmm: Vmm::Vbus, cpus: 1, memory_mib: 384, args: String::new(), append: "" }
+    }
+
+    /// Adds words to the VMM's command line.
+    #[must_use]
+    pub fn args(mut self, words: &str) -> Self {
+        self.args.push(' ');
+        self.args.push_str(words);
+        self
+    }
+
+    fn command(&self, rig: &Rig) -> String {
+        let Self { name, cpus, memory_mib: memory, args, append, .. } = self;
+        let (run, l2) = (rig.run_dir(), rig.l2_dir());
+        let common = format!("{KERNEL_WORDS} {append}");
+        match self.vmm {
+            Vmm::Vbus => format!(
+                "exec vbus-vmm --kernel {l2}/kernel --initramfs {l2}/initramfs --append '{common}' --cpus {cpus} \
+                 --memory {memory} --serial file:{run}/{name}.console.log --serial unix:{run}/{name}.agent \
+                 --control {run}/{name}.control {args}"
+            ),
+            Vmm::Qemu => format!(
+                "exec qemu-system-x86_64 -nodefaults -no-user-config -display none -accel kvm -cpu host \
+                 -M q35,memory-backend=ram,vmport=off,hpet=off -smp {cpus} -m {memory}M \
+                 -object memory-backend-memfd,id=ram,size={memory}M,share=on \
+                 -kernel {l2}/kernel -initrd {l2}/initramfs -append '{common}' \
+                 -serial file:{run}/{name}.console.log \
+                 -chardev socket,id=agent,path={run}/{name}.agent,server=on,wait=off -serial chardev:agent \
+                 -qmp unix:{run}/{name}.control,server=on,wait=off {args}"
+            ),
+        }
+    }
+
+    /// Starts the guest and waits until its agent answers.
+    pub fn boot<'a>(&self, rig: &'a Rig<'a>) -> Result<Inner<'a>> {
+        let inner = self.start(rig)?;
+        inner.wait_boot(1)?;
+        Ok(inner)
+    }
+
+    /// Starts the guest.
+    pub fn start<'a>(&self, rig: &'a Rig<'a>) -> Result<Inner<'a>> {
+        if self.vmm == Vmm::Qemu {
+            rig.unpack_qemu()?;
+        }
+        let (run, name) = (rig.run_dir(), self.name);
+        rig.guest.ok(&format!("rm -f {run}/{name}.agent {run}/{name}.control"))?;
+        let vmm = rig.guest.start(&self.command(rig))?;
+        let port = rig.guest.tunnel(&format!("exec guest-agent join {run}/{name}.agent"))?;
+        let guest = Guest::new(name, port)?;
+        Ok(Inner { guest, vmm, rig, name })
+    }
+}
+
+/// A guest in L1; it ends when this is dropped.
+pub struct Inner<'a> {
+    /// Runs commands in it.
+    pub guest: Guest,
+    /// Its VMM.
+    pub vmm: Running,
+    rig: &'a Rig<'a>,
+    name: &'static str,
+}
+
+impl Inner<'_> {
+    /// Waits until the guest has booted `times` times; from then on it is watched for silence.
+    pub fn wait_boot(&self, times: u32) -> Result<()> {
+        let booted = self.guest.wait_boot(times, BOOT);
+        if let Err(error) = booted {
+            let console =
+                self.rig.guest.run(&format!("tail -n 20 {}/{}.console.log", self.rig.run_dir(), self.name))?;
+            let (out, err) = self.vmm.said();
+            return Err(error.context(format!("its console:\n{}\nits VMM:\n{out}{err}", console.stdout)));
+        }
+        if times == 1 {
+            self.guest.watch(SILENCE);
+        }
+        Ok(())
+    }
+
+    /// The control socket of its VMM, in L1.
+    pub fn control_socket(&self) -> String {
+        format!("{}/{}.control", self.rig.run_dir(), self.name)
+    }
+
+    /// Powers the guest off from inside; its VMM has to end well.
+    pub fn power_off(self) -> Result<()> {
+        self.guest.start("poweroff -f")?;
+        let end = self.vmm.wait(Duration::from_secs(60))?;
+        ensure!(end.code == 0, "the VMM of {} ended with {}:\n{}{}", self.name, end.code, end.stdout, end.stderr);
+        Ok(())
+    }
+}
+
+impl Drop for Inner<'_> {
+    fn drop(&mut self) {
+        if self.guest.hung() {
+            self.rig.note_hang();
+        }
+        // Fails only if it has ended already, or L1 has.
+        let _ = self.vmm.kill();
+    }
+}
+
+/// `vbus serve` in L1; it ends when this is dropped.
+pub struct InnerBus<'a> {
+    rig: &'a Rig<'a>,
+    dir: String,
+    process: Running,
+}
+
+impl<'a> InnerBus<'a> {
+    /// Serves the bus that `config` describes.
+    pub fn start(rig: &'a Rig<'a>, config: &str) -> Result<Self> {
+        let run = rig.run_dir();
+        let dir = format!("{run}/bus");
+        ensure!(!config.contains('\''), "the configuration goes through a shell in quotes");
+        rig.guest.ok(&format!("echo '{config}' > {run}/bus.toml"))?;
+        let process = rig.guest.start(&format!("exec vbus serve --config {run}/bus.toml --dir {dir}"))?;
+        let bus = Self { rig, dir, process };
+        let answers = format!("until vbus device list --dir {} >/dev/null; do sleep 0.1; done", bus.dir);
+        rig.guest.ok(&answers).with_context(|| {
+            let (out, err) = bus.process.said();
+            format!("vbus serve gives no answer:\n{out}{err}")
+        })?;
+        Ok(bus)
+    }
+
+    /// The vfio-user socket of a device.
+    pub fn socket(&self, device: &str) -> String {
+        format!("{}/{device}.sock", self.dir)
+    }
+
+    /// Runs `vbus WORDS --dir DIR`, which has to succeed; returns what it printed.
+    pub fn run(&self, words: &str) -> Result<String> {
+        self.rig.guest.ok(&format!("vbus {words} --dir {}", self.dir))
+    }
+
+    /// `vbus stats --json`.
+    pub fn stats(&self) -> Result<Value> {
+        serde_json::from_str(&self.run("stats --json")?).context("vbus stats --json printed no JSON")
+    }
+
+    /// Kills the bus at once (SIGKILL).
+    pub fn kill(&self) -> Result<()> {
+        self.process.kill()?;
+        self.process.wait(Duration::from_secs(30)).map(drop)
+    }
+}
+
+impl Drop for InnerBus<'_> {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+    }
+}
