@@ -57,6 +57,14 @@ pub mod capability {
     pub const KIND_PIO: u8 = 2;
     /// Kind of doorbell: a hypercall that signals event connection `base + handle * stride`.
     pub const KIND_HYPERCALL: u8 = 3;
+    /// No doorbell: a message to `base + vp * stride` with data n raises synthetic interrupt n of virtual processor vp.
+    pub const KIND_SINT: u8 = 0x81;
+    /// The most records that there is room for.
+    pub const RECORDS_MAX: usize = 5;
+    /// The highest event connection that a hypercall can name.
+    pub const CONNECTION_MAX: u32 = 0xff_ffff;
+    /// Input value of the hypercall: HvCallSignalEvent with its parameter, the connection, in a register.
+    pub const SIGNAL_EVENT: u64 = 0x1_005d;
 }
 
 /// Registers, as offsets in the register page. Accesses are of 4 or 8 aligned bytes; others read zeros and write nothing.
