@@ -8,6 +8,8 @@
 mod copy;
 #[path = "../../vbus-shm/src/memory.rs"]
 pub mod memory;
+#[path = "../../vbus-shm/src/pic.rs"]
+pub mod pic;
 #[path = "../../vbus-shm/src/ring.rs"]
 pub mod ring;
 #[path = "../../vbus-shm/src/signal.rs"]

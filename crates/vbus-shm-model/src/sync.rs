@@ -16,6 +16,12 @@ pub enum Fence {
     Arm,
     /// In a state page's `read`.
     Read,
+    /// In an interrupt page's `raise`.
+    Raise,
+    /// In an interrupt page's `publish`.
+    Level,
+    /// In an interrupt page's `unmask`.
+    Unmask,
 }
 
 /// As in `vbus-shm`.
@@ -25,6 +31,8 @@ pub enum Edge {
     Seq,
     /// The second word of a ring's entry.
     Tag,
+    /// A word of an interrupt page's pending bits.
+    Line,
 }
 
 /// A place that orders something.
@@ -56,7 +64,7 @@ fn present(place: Place) -> bool {
 pub fn fence(at: Fence) {
     if present(Place::Fence(at)) {
         loom::sync::atomic::fence(match at {
-            Fence::Post | Fence::Arm => Ordering::SeqCst,
+            Fence::Post | Fence::Arm | Fence::Raise | Fence::Level | Fence::Unmask => Ordering::SeqCst,
             Fence::Read => Ordering::Acquire,
         });
     }
@@ -70,4 +78,14 @@ pub fn publish(word: &Word, value: u64, at: Edge) {
 /// An acquire load, or a relaxed one if the place was taken out.
 pub fn observe(word: &Word, at: Edge) -> u64 {
     word.load(if present(Place::Observe(at)) { Ordering::Acquire } else { Ordering::Relaxed })
+}
+
+/// An exchange with release, or a relaxed one if the place was taken out.
+pub fn set_bits(word: &Word, bits: u64, at: Edge) -> u64 {
+    word.fetch_or(bits, if present(Place::Publish(at)) { Ordering::Release } else { Ordering::Relaxed })
+}
+
+/// An exchange with acquire, or a relaxed one if the place was taken out.
+pub fn clear_bits(word: &Word, bits: u64, at: Edge) -> u64 {
+    word.fetch_and(!bits, if present(Place::Observe(at)) { Ordering::Acquire } else { Ordering::Relaxed })
 }

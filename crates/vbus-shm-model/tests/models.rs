@@ -3,6 +3,8 @@
 
 #[path = "model/harness.rs"]
 mod harness;
+#[path = "model/pic.rs"]
+mod pic;
 #[path = "model/ring.rs"]
 mod ring;
 #[path = "model/signal.rs"]

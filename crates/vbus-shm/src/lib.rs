@@ -1,10 +1,12 @@
-//! Shared memory of vbus: the ABI's layouts, and both ends of signal, ring and state page.
+//! Shared memory of vbus: the ABI's layouts, and both ends of signal, ring, state page and interrupt page.
 //!
 //! Three separate constructs, because the question "who must be woken?" has nothing to do with the question "what is kept?":
 //!
 //! - a [`signal`] wakes; it stands alone and can be put beside any layout;
 //! - a [`ring`] keeps every value in flight, in order;
 //! - a [`state`] page keeps the newest value: the last update is always current.
+//!
+//! A fourth, the interrupt page ([`pic`]), tells a processor which of many interrupts are pending without an exit for each.
 //!
 //! [`abi`] holds every number that both ends must agree on. The crate has no dependency, does not allocate and never panics on what the
 //! peer wrote. It also compiles as a module of another crate (a Linux driver, a model checker): paths are relative, and the atomics come
@@ -34,6 +36,7 @@ pub mod abi;
 pub mod copy;
 pub mod memory;
 pub mod pace;
+pub mod pic;
 pub mod raw;
 pub mod ring;
 pub mod signal;

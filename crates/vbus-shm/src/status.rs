@@ -3,7 +3,7 @@
 use core::fmt;
 
 use super::abi::status;
-use super::{ring, state};
+use super::{pic, ring, state};
 
 /// Why a command failed or a connection ended: a number of [`status`], as the device says it and the driver reads it.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -81,6 +81,12 @@ impl From<ring::BadRing> for Status {
 
 impl From<state::BadState> for Status {
     fn from(_: state::BadState) -> Self {
+        Status::BAD_LAYOUT
+    }
+}
+
+impl From<pic::BadPage> for Status {
+    fn from(_: pic::BadPage) -> Self {
         Status::BAD_LAYOUT
     }
 }

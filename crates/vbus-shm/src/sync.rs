@@ -21,6 +21,12 @@ pub enum Fence {
     Arm,
     /// In a state page's `read`, between the copy and the second look at the version. Acquire.
     Read,
+    /// In an interrupt page's `raise`, between setting the bit and the loads of level and mask. Full.
+    Raise,
+    /// In an interrupt page's `publish`, between the store of the level and the loads of the bits. Full.
+    Level,
+    /// In an interrupt page's `unmask`, between the store of the mask and the load of the bit. Full.
+    Unmask,
 }
 
 /// The words by which one end publishes and the other observes: a release store and the acquire load that reads it.
@@ -30,13 +36,17 @@ pub enum Edge {
     Seq,
     /// The second word of a ring's entry, with the lap tag.
     Tag,
+    /// A word of an interrupt page's pending bits.
+    Line,
 }
 
 /// A fence at a named place.
 #[inline(always)]
 pub fn fence(at: Fence) {
     match at {
-        Fence::Post | Fence::Arm => core::sync::atomic::fence(Ordering::SeqCst),
+        Fence::Post | Fence::Arm | Fence::Raise | Fence::Level | Fence::Unmask => {
+            core::sync::atomic::fence(Ordering::SeqCst);
+        }
         Fence::Read => core::sync::atomic::fence(Ordering::Acquire),
     }
 }
@@ -51,4 +61,16 @@ pub fn publish(word: &Word, value: u64, _at: Edge) {
 #[inline(always)]
 pub fn observe(word: &Word, _at: Edge) -> u64 {
     word.load(Ordering::Acquire)
+}
+
+/// Sets `bits`, so that whoever [`clear_bits`] them sees everything written before. Returns what was there.
+#[inline(always)]
+pub fn set_bits(word: &Word, bits: u64, _at: Edge) -> u64 {
+    word.fetch_or(bits, Ordering::Release)
+}
+
+/// Clears `bits`; everything is visible that was written before they were [set](set_bits). Returns what was there.
+#[inline(always)]
+pub fn clear_bits(word: &Word, bits: u64, _at: Edge) -> u64 {
+    word.fetch_and(!bits, Ordering::Acquire)
 }
