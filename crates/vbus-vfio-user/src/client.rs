@@ -6,8 +6,9 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
@@ -17,12 +18,14 @@ use crate::protocol::{
     MultiWrite, RegionAccess, SetIrqs, SubRegion, Version, command, command_name,
 };
 use crate::shared::SharedMemory;
-use crate::socket::{Broken, Message, Received, Receiver, Sender, SocketSource};
+use crate::socket::{Broken, Message, Received, Receiver, Sender, SocketSource, Source};
 use crate::target::{DeviceInfo, IoEventFd, IrqInfo, RegionInfo};
 use crate::version::{self, Agreed, Disagreement, KERNEL_MSG_FDS, MAX_TRANSFER};
 
-/// How long a call waits for the server, as QEMU does.
+/// How long a call waits for the server, as QEMU does: from its beginning to the last byte of the reply, whatever else comes in between.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// The most eventfds of one region: more than any function has doorbells.
+const MAX_IO_EVENTFDS: usize = 1024;
 
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
@@ -101,9 +104,7 @@ impl Client {
         let socket =
             socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).map_err(failed)?;
         let address = SocketAddrUnix::new(path).map_err(failed)?;
-        for way in [Timeout::Recv, Timeout::Send] {
-            set_socket_timeout(&socket, way, Some(PATIENCE)).map_err(failed)?;
-        }
+        set_socket_timeout(&socket, Timeout::Send, Some(PATIENCE)).map_err(failed)?;
         connect(&socket, &address).map_err(failed)?;
         Self::negotiate(socket)
     }
@@ -111,7 +112,7 @@ impl Client {
     /// Negotiates the version on a connected stream socket.
     ///
     /// # Errors
-    /// Like [`Client::connect`]. The socket's own time-outs hold.
+    /// Like [`Client::connect`]. Sending has the socket's own time-out.
     pub fn negotiate(socket: OwnedFd) -> Result<Self, ClientError> {
         let agreed = Agreed { minor: 0, peer_fds: 0, peer_transfer: MAX_TRANSFER, write_multiple: false };
         let mut client = Self {
@@ -167,8 +168,13 @@ impl Client {
     /// Waits for the reply to a command; answers the server's own requests meanwhile.
     fn reply(&mut self, id: u16, number: u16) -> Result<Message, ClientError> {
         let name = command_name(number);
+        let deadline = Instant::now() + PATIENCE;
         loop {
-            let message = self.receive()?.ok_or(ClientError::Late(name))?;
+            let message = self.receive(deadline)?.ok_or(ClientError::Late(name))?;
+            // A server that asks without end answers nothing either.
+            if Instant::now() >= deadline {
+                return Err(ClientError::Late(name));
+            }
             let header = message.header;
             match header.kind {
                 Kind::Command { no_reply } => self.answer(message, no_reply)?,
@@ -190,24 +196,26 @@ impl Client {
     /// # Errors
     /// When the connection fails, or something other than a request arrives.
     pub fn serve_requests(&mut self, wait: Duration) -> Result<u32, ClientError> {
-        self.guarded(|client| {
-            set_socket_timeout(&client.socket, Timeout::Recv, Some(wait.max(Duration::from_millis(1))))?;
-            let result = client.requests();
-            set_socket_timeout(&client.socket, Timeout::Recv, Some(PATIENCE))?;
-            result
-        })
+        self.guarded(|client| client.requests(wait))
     }
 
-    fn requests(&mut self) -> Result<u32, ClientError> {
+    fn requests(&mut self, wait: Duration) -> Result<u32, ClientError> {
+        let end = Instant::now() + wait;
         let mut served = 0;
         loop {
-            match self.receive()? {
+            // What has begun is waited for as an answer is.
+            let begun = self.receiver.within_message();
+            match self.receive(if begun { end + PATIENCE } else { end })? {
+                None if begun => return Err(ClientError::Late("any command")),
                 None if !self.receiver.within_message() => return Ok(served),
                 None => {}
                 Some(message) => match message.header.kind {
                     Kind::Command { no_reply } => {
                         self.answer(message, no_reply)?;
                         served += 1;
+                        if Instant::now() >= end {
+                            return Ok(served);
+                        }
                     }
                     Kind::Reply { .. } => return Err(ClientError::Mismatch(message.header, "any command")),
                 },
@@ -231,9 +239,9 @@ impl Client {
         Ok(id)
     }
 
-    /// The next message; `None` when there was none within the socket's time-out.
-    fn receive(&mut self) -> Result<Option<Message>, ClientError> {
-        let mut source = SocketSource { socket: self.socket.as_fd(), max_fds: KERNEL_MSG_FDS, wait: true };
+    /// The next message; `None` when it is not whole at the deadline.
+    fn receive(&mut self, deadline: Instant) -> Result<Option<Message>, ClientError> {
+        let mut source = Patient { socket: self.socket.as_fd(), deadline };
         let max = HEADER_LEN + DMA_ACCESS_LEN + MAX_TRANSFER;
         match self.receiver.next(&mut source, max, KERNEL_MSG_FDS)? {
             Received::Message(message) => Ok(Some(message)),
@@ -420,6 +428,15 @@ impl Client {
         Ok(())
     }
 
+    /// Names the eventfd by which the client unmasks one interrupt: for INTx the end of interrupt, without a message.
+    ///
+    /// # Errors
+    /// See [`Client::device_info`].
+    pub fn connect_unmask(&mut self, index: u32, interrupt: u32, eventfd: BorrowedFd<'_>) -> Result<(), ClientError> {
+        let verb = IrqVerb::Unmask;
+        self.set_irqs(SetIrqs { index, start: interrupt, count: 1, verb, data: IrqData::Eventfd }, &[eventfd])
+    }
+
     /// Disconnects all interrupts of an index.
     ///
     /// # Errors
@@ -453,6 +470,9 @@ impl Client {
         let request = Info { argsz, flags: 0, index: region, count: 0 };
         let reply = self.call(command::DEVICE_GET_REGION_IO_FDS, &request.body(), &[])?;
         let sub_regions = SubRegion::parse_all(&reply.body).map_err(|e| ClientError::Malformed(NAME, e))?;
+        if sub_regions.len() > MAX_IO_EVENTFDS {
+            return Err(ClientError::Mismatch(reply.header, NAME));
+        }
         let mut found = Vec::new();
         for SubRegion { offset, size, fd_index, kind, flags, datamatch } in sub_regions {
             if kind != 0 {
@@ -471,6 +491,31 @@ impl Client {
     /// See [`Client::device_info`].
     pub fn reset(&mut self) -> Result<(), ClientError> {
         self.call(command::DEVICE_RESET, &[], &[]).map(drop)
+    }
+}
+
+/// The socket, waited for until a deadline.
+struct Patient<'a> {
+    socket: BorrowedFd<'a>,
+    deadline: Instant,
+}
+
+impl Source for Patient<'_> {
+    fn recv(&mut self, buf: &mut [u8], fds: &mut Vec<OwnedFd>) -> Result<usize, Errno> {
+        loop {
+            let mut source = SocketSource { socket: self.socket, max_fds: KERNEL_MSG_FDS, wait: false };
+            match source.recv(buf, fds) {
+                Err(Errno::AGAIN) => {}
+                other => return other,
+            }
+            let left = self.deadline.saturating_duration_since(Instant::now());
+            let left = Timespec::try_from(left).map_err(|_| Errno::INVAL)?;
+            match poll(&mut [PollFd::from_borrowed_fd(self.socket, PollFlags::IN)], Some(&left)) {
+                Ok(0) => return Err(Errno::AGAIN),
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(e) => return Err(e),
+            }
+        }
     }
 }
 
