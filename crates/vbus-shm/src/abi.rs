@@ -57,6 +57,8 @@ pub mod capability {
     pub const KIND_PIO: u8 = 2;
     /// Kind of doorbell: a hypercall that signals event connection `base + handle * stride`.
     pub const KIND_HYPERCALL: u8 = 3;
+    /// Kinds from here on are no doorbells.
+    pub const KIND_NOT_DOORBELL: u8 = 0x80;
     /// No doorbell: a message to `base + vp * stride` with data n raises synthetic interrupt n of virtual processor vp.
     pub const KIND_SINT: u8 = 0x81;
     /// The most records that there is room for.
@@ -324,12 +326,12 @@ pub mod sched {
     /// The most virtual CPUs of a device.
     pub const CPUS_MAX: u32 = 256;
 
-    /// Region id of the request page of virtual CPU `cpu`: a state page written by the driver, see [`request`](mod@request).
-    pub const fn request(cpu: u32) -> u32 {
+    /// Region id of the request page of virtual CPU `cpu`: a state page written by the driver, see [`request`].
+    pub const fn request_page(cpu: u32) -> u32 {
         cpu * 2
     }
-    /// Region id of the report page of virtual CPU `cpu`: a state page written by the device, see [`report`](mod@report).
-    pub const fn report(cpu: u32) -> u32 {
+    /// Region id of the report page of virtual CPU `cpu`: a state page written by the device, see [`report`].
+    pub const fn report_page(cpu: u32) -> u32 {
         cpu * 2 + 1
     }
 

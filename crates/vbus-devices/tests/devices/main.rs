@@ -5,6 +5,7 @@ mod driver;
 mod hostile;
 mod offloads;
 mod page;
+mod sched;
 mod state;
 mod stream;
 mod switch;

@@ -1,0 +1,119 @@
+//! A driver's use of a `sched` device.
+
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
+
+use vbus_core::shm::abi::sched as abi;
+use vbus_core::shm::signal::Armed;
+use vbus_core::{Connection, Open, Progress, Region, Status, Task, TaskHandle};
+
+use super::Shared;
+use super::cpu::Cpu;
+use crate::lock;
+
+/// A connection. Its task follows the request pages.
+pub struct SchedConnection {
+    device: Arc<Shared>,
+    task: TaskHandle,
+}
+
+impl SchedConnection {
+    pub fn new(device: Arc<Shared>, open: &Open) -> SchedConnection {
+        device.begin();
+        let (fail, watcher) = (open.fail.clone(), Arc::new(OnceLock::new()));
+        let follow = Follow { device: device.clone(), watcher: watcher.clone(), deadline: None };
+        let task =
+            open.executor.spawn(open.place, Box::new(follow), open.counters.clone(), move |status| fail.fail(status));
+        let _ = watcher.set(task.clone()); // Set once, here.
+        SchedConnection { device, task }
+    }
+
+    /// What region `id` is: a virtual CPU, and whether it is its page for reports.
+    fn place(&self, id: u32) -> Result<(usize, bool), Status> {
+        let cpu = id / 2;
+        if cpu >= self.device.config.cpus {
+            return Err(Status::BAD_ARGUMENT);
+        }
+        Ok((cpu as usize, id == abi::report_page(cpu)))
+    }
+}
+
+impl Connection for SchedConnection {
+    fn region_added(&mut self, region: Region) -> Result<(), Status> {
+        let (cpu, is_report) = self.place(region.id)?;
+        let mut state = lock(&self.device.state);
+        let cpu = state.cpus.get_mut(cpu).ok_or(Status::BAD_ARGUMENT)?;
+        if is_report {
+            return cpu.show_reports(&region);
+        }
+        cpu.show_requests(&region)?;
+        drop(state);
+        region.doorbell.bind(&self.task);
+        Ok(())
+    }
+
+    fn region_dropped(&mut self, handle: u32) -> Result<(), Status> {
+        lock(&self.device.state).cpus.iter_mut().for_each(|cpu| cpu.hide(handle));
+        Ok(())
+    }
+}
+
+impl Drop for SchedConnection {
+    fn drop(&mut self) {
+        self.task.stop();
+        self.device.end();
+    }
+}
+
+/// The task that follows the request pages.
+struct Follow {
+    device: Arc<Shared>,
+    /// The task itself, to be woken by a VMM's answer.
+    watcher: Arc<OnceLock<TaskHandle>>,
+    deadline: Option<Instant>,
+}
+
+impl Task for Follow {
+    fn poll(&mut self, _budget: u32) -> Result<Progress, Status> {
+        let (now, mut busy) = (Instant::now(), false);
+        let mut state = lock(&self.device.state);
+        let super::State { cpus, lookup } = &mut *state;
+        self.deadline = None;
+        let mut not_after = |at: Instant| self.deadline = Some(self.deadline.map_or(at, |deadline| deadline.min(at)));
+        for cpu in cpus.iter_mut() {
+            let step = cpu.step(now, &self.device.config.policy);
+            busy |= step.busy;
+            step.deadline.into_iter().for_each(&mut not_after);
+        }
+        // Asked for only when something is wanted, and from when the handle is there, which its own spawning may come before.
+        if let (Some(lookup), Some(watcher)) = (lookup, self.watcher.get()) {
+            if lookup.is_talking() || cpus.iter().any(Cpu::wants_thread) {
+                let wanted = |cpu: u32| cpus.get(cpu as usize).is_some_and(Cpu::wants_thread);
+                let found = lookup.poll(now, watcher, &wanted);
+                busy |= !found.is_empty();
+                for (cpu, thread) in found {
+                    if let Some(cpu) = cpus.get_mut(cpu as usize) {
+                        cpu.give_thread(thread);
+                    }
+                }
+                lookup.deadline().into_iter().for_each(&mut not_after);
+            }
+        }
+        Ok(if busy { Progress::Busy } else { Progress::Idle })
+    }
+
+    fn arm(&mut self) -> Result<Armed, Status> {
+        // Every page, even if one has missed: the task may sleep all the same.
+        let missed =
+            lock(&self.device.state).cpus.iter_mut().map(Cpu::arm).filter(|armed| *armed == Armed::Missed).count();
+        Ok(if missed == 0 { Armed::Waiting } else { Armed::Missed })
+    }
+
+    fn disarm(&mut self) {
+        lock(&self.device.state).cpus.iter_mut().for_each(Cpu::disarm);
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.deadline
+    }
+}

@@ -1,0 +1,339 @@
+//! One virtual CPU: its pages, its thread, and what was made of the one by the other.
+
+use std::time::Instant;
+
+use rustix::io::Errno;
+use serde_json::{Value, json};
+use vbus_core::shm::abi::sched as abi;
+use vbus_core::shm::abi::sched::report as word;
+use vbus_core::shm::signal::{Armed, End};
+use vbus_core::shm::state::{Overrun, Reader, SIGNAL_OFFSET, Writer};
+use vbus_core::{Interrupt, Region, Status, Window};
+
+use super::config::CLASS_NAMES;
+use super::policy::{BadRequest, Budget, Grant, Policy, Setting, parse};
+use super::thread::Thread;
+
+/// What the device counts for a virtual CPU, over the device's life.
+#[derive(Clone, Copy, Debug, Default)]
+struct Counts {
+    updates: u64,
+    changes: u64,
+    clamped: u64,
+    refused: u64,
+    limited: u64,
+    expired: u64,
+    overruns: u64,
+}
+
+/// What a driver asks for now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wish {
+    /// The thread's own class.
+    Own,
+    This(Setting),
+    Bad,
+}
+
+/// A driver's request page.
+struct Requests {
+    handle: u32,
+    reader: Reader<Window>,
+    /// Version that was looked at last.
+    seen: u32,
+    wish: Wish,
+    /// The latest look.
+    looked: Instant,
+    /// There is a newer request, which has to wait for the budget.
+    put_off: bool,
+    /// The real-time class that was asked for has ended for want of a newer request.
+    expired: bool,
+}
+
+/// A driver's report page.
+struct Reports {
+    handle: u32,
+    writer: Writer<Window>,
+    interrupt: Interrupt,
+}
+
+/// See the module.
+pub struct Cpu {
+    thread: Option<Thread>,
+    requests: Option<Requests>,
+    reports: Option<Reports>,
+    budget: Budget,
+    /// [`word::STATUS`].
+    status: u32,
+    counts: Counts,
+}
+
+/// What came of a [`step`](Cpu::step).
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Step {
+    /// Something was done.
+    pub busy: bool,
+    /// When to come again, if nothing else happens.
+    pub deadline: Option<Instant>,
+}
+
+impl Cpu {
+    pub fn new(policy: &Policy) -> Cpu {
+        let budget = Budget::new(policy.changes);
+        Cpu { thread: None, requests: None, reports: None, budget, status: word::OK, counts: Counts::default() }
+    }
+
+    /// The driver registers the page for its requests.
+    pub fn show_requests(&mut self, region: &Region) -> Result<(), Status> {
+        if self.requests.is_some() {
+            return Err(Status::EXISTS);
+        }
+        let reader = Reader::attach(checked(region)?, End::Device)?;
+        if reader.layout().value_bytes() != abi::request::BYTES as usize {
+            return Err(Status::BAD_LENGTH);
+        }
+        // A fresh page is at version 0, and its zeros are no request.
+        let (looked, wish) = (Instant::now(), Wish::Own);
+        let handle = region.handle;
+        self.requests = Some(Requests { handle, reader, seen: 0, wish, looked, put_off: false, expired: false });
+        Ok(())
+    }
+
+    /// The driver registers the page for reports.
+    pub fn show_reports(&mut self, region: &Region) -> Result<(), Status> {
+        if self.reports.is_some() {
+            return Err(Status::EXISTS);
+        }
+        let writer = Writer::attach(checked(region)?, End::Device)?;
+        if writer.layout().value_bytes() != abi::report::BYTES as usize {
+            return Err(Status::BAD_LENGTH);
+        }
+        self.reports = Some(Reports { handle: region.handle, writer, interrupt: region.interrupt.clone() });
+        self.report();
+        Ok(())
+    }
+
+    /// The driver drops region `handle`. Without a page for requests there are none: the thread gets its own class back.
+    pub fn hide(&mut self, handle: u32) {
+        self.reports.take_if(|reports| reports.handle == handle);
+        if self.requests.take_if(|requests| requests.handle == handle).is_some() {
+            self.settle(&None);
+            self.report();
+        }
+    }
+
+    /// The driver has gone: nothing of its stays, and the thread gets its own class back. Returns the thread.
+    pub fn close(&mut self) -> Option<Thread> {
+        (self.requests, self.reports) = (None, None);
+        self.settle(&None);
+        self.thread.take()
+    }
+
+    /// Whether there are requests, and no thread that they could be meant for.
+    pub fn wants_thread(&self) -> bool {
+        self.requests.is_some() && self.thread.is_none()
+    }
+
+    /// The thread was found.
+    pub fn give_thread(&mut self, thread: Thread) {
+        self.thread = Some(thread);
+    }
+
+    /// Looks at the newest request, if there is one and the budget allows it, and sees to it that the thread is what it should be.
+    pub fn step(&mut self, now: Instant, policy: &Policy) -> Step {
+        let mut step = Step::default();
+        let Some(requests) = &mut self.requests else { return step };
+        if requests.reader.version() != requests.seen {
+            match self.budget.take(now) {
+                Ok(()) => {
+                    step.busy = true;
+                    requests.look(now, &mut self.counts);
+                    self.settle(&Some(policy));
+                }
+                Err(at) => {
+                    if !std::mem::replace(&mut requests.put_off, true) {
+                        self.counts.limited += 1;
+                    }
+                    step.deadline = Some(at);
+                }
+            }
+        } else if self.status == word::NO_THREAD && self.thread.is_some() {
+            step.busy = true;
+            // What was asked for so long ago is not given any more.
+            requests.expired |= requests.looked + policy.boost <= now;
+            self.settle(&Some(policy));
+        }
+        let boosted = self.thread.as_ref().and_then(Thread::setting).is_some_and(Setting::is_real_time);
+        if let Some(requests) = self.requests.as_mut().filter(|_| boosted) {
+            let end = requests.looked + policy.boost;
+            if end <= now {
+                requests.expired = true;
+                self.counts.expired += 1;
+                step.busy = true;
+                self.settle(&Some(policy));
+            } else {
+                step.deadline = Some(step.deadline.map_or(end, |deadline| deadline.min(end)));
+            }
+        }
+        if step.busy {
+            self.report();
+        }
+        step
+    }
+
+    /// Makes the thread what the present wish comes to. Without a policy there is no wish.
+    fn settle(&mut self, policy: &Option<&Policy>) {
+        let wish = self.requests.as_ref().map_or(Wish::Own, |requests| requests.wish);
+        let expired = self.requests.as_ref().is_some_and(|requests| requests.expired);
+        let Some(thread) = &mut self.thread else {
+            self.status = if wish == Wish::Own { word::OK } else { word::NO_THREAD };
+            return;
+        };
+        let (status, setting) = match (wish, policy) {
+            (Wish::This(wish), Some(policy)) if !expired => {
+                match thread.own_nice().map(|nice| policy.judge(wish, nice)) {
+                    Ok(Grant::Whole(setting)) => (word::OK, Some(setting)),
+                    Ok(Grant::Clamped(setting)) => (word::IS_CLAMPED, Some(setting)),
+                    Ok(Grant::Refused) => (word::NOT_ALLOWED, None),
+                    Err(error) => {
+                        self.fail(error);
+                        return;
+                    }
+                }
+            }
+            (Wish::This(_), Some(_)) => (word::HAS_EXPIRED, None),
+            (Wish::Bad, _) => (word::BAD_REQUEST, None),
+            _ => (word::OK, None),
+        };
+        let done = match setting {
+            Some(setting) => thread.apply(setting),
+            None => thread.restore(),
+        };
+        match done {
+            Ok(changed) => self.counts.changes += u64::from(changed),
+            Err(error) => return self.fail(error),
+        }
+        self.status = status;
+        match status {
+            word::IS_CLAMPED => self.counts.clamped += 1,
+            word::BAD_REQUEST | word::NOT_ALLOWED => self.counts.refused += 1,
+            _ => {}
+        }
+    }
+
+    /// The kernel did not do it: the thread has ended, or must not be changed by this process.
+    fn fail(&mut self, error: Errno) {
+        if error == Errno::SRCH {
+            self.thread = None;
+            self.status = word::NO_THREAD;
+            return;
+        }
+        if self.status != word::FAILED {
+            let tid = self.thread.as_ref().map(Thread::tid);
+            tracing::warn!(thread = tid, %error, "cannot set a thread's scheduling class; CAP_SYS_NICE does it");
+        }
+        self.counts.refused += 1;
+        self.status = word::FAILED;
+    }
+
+    /// Writes the report page.
+    fn report(&mut self) {
+        let Some(reports) = &mut self.reports else { return };
+        let setting = self.thread.as_ref().and_then(Thread::setting);
+        let setting = setting.unwrap_or(Setting { class: abi::CLASS_NONE, priority: 0 });
+        let version = self.requests.as_ref().map_or(0, |requests| requests.seen);
+        let mut value = [0; word::BYTES as usize];
+        let words = [
+            (word::STATUS, self.status),
+            (word::CLASS, setting.class),
+            (word::PRIORITY, setting.priority as u32),
+            (word::VERSION, version),
+        ];
+        for (at, word) in words {
+            value[at..at + 4].copy_from_slice(&word.to_le_bytes());
+        }
+        let Counts { updates, changes, clamped, refused, limited, expired, .. } = self.counts;
+        let counts = [
+            (word::UPDATES, updates),
+            (word::CHANGES, changes),
+            (word::CLAMPED, clamped),
+            (word::REFUSED, refused),
+            (word::LIMITED, limited),
+            (word::EXPIRED, expired),
+        ];
+        for (at, count) in counts {
+            value[at..at + 8].copy_from_slice(&count.to_le_bytes());
+        }
+        reports.interrupt.kick(reports.writer.write(&value));
+    }
+
+    /// Asks the driver to ring with its next request; not while one waits for the budget, which the task looks at by itself.
+    pub fn arm(&mut self) -> Armed {
+        match &mut self.requests {
+            Some(requests) if !requests.put_off => requests.reader.arm_newer(requests.seen),
+            _ => Armed::Waiting,
+        }
+    }
+
+    /// Asks for no doorbell.
+    pub fn disarm(&mut self) {
+        if let Some(requests) = &mut self.requests {
+            requests.reader.disarm();
+        }
+    }
+
+    /// Its numbers, if it is, or was, of any use.
+    pub fn inspect(&self, cpu: usize) -> Option<Value> {
+        if self.thread.is_none() && self.requests.is_none() && self.counts.updates == 0 {
+            return None;
+        }
+        let setting = self.thread.as_ref().and_then(Thread::setting);
+        let class = setting.map_or(CLASS_NAMES[0], |setting| CLASS_NAMES[setting.class as usize]);
+        let Counts { updates, changes, clamped, refused, limited, expired, overruns } = self.counts;
+        Some(json!({
+            "cpu": cpu,
+            "thread": self.thread.as_ref().map(Thread::tid),
+            "class": class,
+            "priority": setting.map_or(0, |setting| setting.priority),
+            "status": STATUS_NAMES[self.status as usize],
+            "updates": updates,
+            "changes": changes,
+            "clamped": clamped,
+            "refused": refused,
+            "limited": limited,
+            "expired": expired,
+            "overruns": overruns,
+        }))
+    }
+}
+
+/// The names of the statuses, by number.
+const STATUS_NAMES: [&str; 7] = ["ok", "clamped", "bad request", "not allowed", "expired", "no thread", "failed"];
+
+impl Requests {
+    /// Reads the newest request.
+    fn look(&mut self, now: Instant, counts: &mut Counts) {
+        self.put_off = false;
+        let mut value = [0; abi::request::BYTES as usize];
+        match self.reader.read(&mut value) {
+            Ok(version) => {
+                self.seen = version;
+                self.looked = now;
+                self.expired = false;
+                self.wish = match parse(&value) {
+                    Ok(None) => Wish::Own,
+                    Ok(Some(setting)) => Wish::This(setting),
+                    Err(BadRequest) => Wish::Bad,
+                };
+                counts.updates += 1;
+            }
+            // The writer never pauses. The request before stays; there will be another look.
+            Err(Overrun) => counts.overruns += 1,
+        }
+    }
+}
+
+/// The memory of a page whose signal is where it must be.
+fn checked(region: &Region) -> Result<Window, Status> {
+    if region.signal_offset == Some(SIGNAL_OFFSET) { Ok(region.window.clone()) } else { Err(Status::BAD_SIGNAL) }
+}

@@ -1,0 +1,291 @@
+//! Asking a VMM which threads its virtual CPUs are.
+//!
+//! The VMM cannot be waited for: while it opens this device it may answer nobody else. So the questions are asked without blocking, by the
+//! connection's task. They are asked twice, and the threads taken in between: as the second answer is the same and comes from the same
+//! process, the threads that were taken are the ones that it means, not bearers of ids that were given out anew.
+
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use serde_json::Value;
+use vbus_core::{Interest, TaskHandle};
+
+use super::config::Origin;
+use super::thread::{Claims, Thread};
+
+/// How long a VMM may take for its answers.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How long to wait before it is asked again: at first ...
+const PAUSE_MIN: Duration = Duration::from_millis(100);
+/// ... and in the end.
+const PAUSE_MAX: Duration = Duration::from_secs(5);
+/// The longest line that is taken, in bytes.
+const LINE_MAX: usize = 1 << 20;
+
+/// What is spoken on the VMM's socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Language {
+    /// QEMU's.
+    Qmp,
+    /// That of vbus-vmm.
+    Control,
+}
+
+/// A VMM that can be asked.
+pub struct Lookup {
+    path: PathBuf,
+    language: Language,
+    claims: Claims,
+    talk: Option<Talk>,
+    /// Not before.
+    next: Option<Instant>,
+    pause: Duration,
+    /// Why there was no answer the last time.
+    error: Option<String>,
+}
+
+/// A conversation.
+struct Talk {
+    socket: UnixStream,
+    watcher: TaskHandle,
+    input: Vec<u8>,
+    until: Instant,
+    process: i32,
+    stage: Stage,
+}
+
+enum Stage {
+    /// QMP: its greeting is to come.
+    Greeting,
+    /// QMP: negotiation is to end.
+    Negotiation,
+    /// The first answer is to come; items so far.
+    First(Vec<(u32, i32)>),
+    /// The second one.
+    Second(Vec<(u32, i32)>, Vec<(u32, Thread)>, Vec<(u32, i32)>),
+}
+
+impl Drop for Talk {
+    fn drop(&mut self) {
+        self.watcher.unwatch(&self.socket);
+    }
+}
+
+impl Lookup {
+    /// For the VMM of `origin`, if that names one.
+    pub fn new(origin: &Origin, claims: &Claims) -> Option<Lookup> {
+        let (path, language) = match origin {
+            Origin::Threads(_) => return None,
+            Origin::Qmp(path) => (path, Language::Qmp),
+            Origin::Vmm(path) => (path, Language::Control),
+        };
+        let (path, claims) = (path.clone(), claims.clone());
+        Some(Lookup { path, language, claims, talk: None, next: None, pause: PAUSE_MIN, error: None })
+    }
+
+    /// Why there was no answer the last time.
+    pub fn error(&self) -> Option<&str> {
+        self.error.as_deref()
+    }
+
+    /// Whether an answer is awaited.
+    pub fn is_talking(&self) -> bool {
+        self.talk.is_some()
+    }
+
+    /// Ends a conversation, and makes a new one possible at once.
+    pub fn reset(&mut self) {
+        (self.talk, self.next, self.pause, self.error) = (None, None, PAUSE_MIN, None);
+    }
+
+    /// When to come again, if nothing else happens.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.talk.as_ref().map(|talk| talk.until).or(self.next)
+    }
+
+    /// Goes on asking. `wanted` says which virtual CPUs' threads are wanted; `watcher` is woken when there is an answer.
+    pub fn poll(&mut self, now: Instant, watcher: &TaskHandle, wanted: &dyn Fn(u32) -> bool) -> Vec<(u32, Thread)> {
+        match self.proceed(now, watcher, wanted) {
+            Ok(None) => Vec::new(),
+            Ok(Some(found)) => {
+                self.talk = None;
+                self.error = None;
+                // If it has not told all that is wanted, there may be more later: a virtual CPU may be plugged.
+                self.pause_until(now);
+                found
+            }
+            Err(text) => {
+                self.talk = None;
+                if self.error.as_ref() != Some(&text) {
+                    tracing::warn!("{}: {text}; the threads of the virtual CPUs are not known", self.path.display());
+                }
+                self.error = Some(text);
+                self.pause_until(now);
+                Vec::new()
+            }
+        }
+    }
+
+    fn pause_until(&mut self, now: Instant) {
+        self.next = Some(now + self.pause);
+        self.pause = (self.pause * 2).min(PAUSE_MAX);
+    }
+
+    fn proceed(
+        &mut self,
+        now: Instant,
+        watcher: &TaskHandle,
+        wanted: &dyn Fn(u32) -> bool,
+    ) -> Result<Option<Vec<(u32, Thread)>>, String> {
+        let talk = match &mut self.talk {
+            Some(talk) => talk,
+            None if self.next.is_some_and(|next| now < next) => return Ok(None),
+            None => self.talk.insert(Talk::begin(&self.path, self.language, now + PATIENCE, watcher)?),
+        };
+        while let Some(line) = talk.line()? {
+            if let Some(found) = talk.hear(&line, self.language, &self.claims, wanted)? {
+                return Ok(Some(found));
+            }
+        }
+        if now >= talk.until {
+            return Err("no answer; does another client hold this socket? (QEMU can have several)".into());
+        }
+        Ok(None)
+    }
+}
+
+impl Talk {
+    fn begin(path: &Path, language: Language, until: Instant, watcher: &TaskHandle) -> Result<Talk, String> {
+        let connect = || -> rustix::io::Result<UnixStream> {
+            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+            let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+            rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+            Ok(UnixStream::from(socket))
+        };
+        let socket = connect().map_err(|error| format!("cannot be reached: {error}"))?;
+        let peer = rustix::net::sockopt::socket_peercred(&socket).map_err(|error| error.to_string())?;
+        let process = peer.pid.as_raw_nonzero().get();
+        watcher.watch(&socket, Interest::Read).map_err(|error| error.to_string())?;
+        let stage = if language == Language::Qmp { Stage::Greeting } else { Stage::First(Vec::new()) };
+        let mut talk = Talk { socket, watcher: watcher.clone(), input: Vec::new(), until, process, stage };
+        if language == Language::Control {
+            talk.ask(language)?;
+        }
+        Ok(talk)
+    }
+
+    fn say(&mut self, line: &str) -> Result<(), String> {
+        // Fits the buffer of a socket whose peer has answered everything so far.
+        self.socket.write_all(line.as_bytes()).map_err(|error| format!("cannot be asked: {error}"))
+    }
+
+    fn ask(&mut self, language: Language) -> Result<(), String> {
+        self.say(match language {
+            Language::Qmp => "{\"execute\": \"query-cpus-fast\"}\n",
+            Language::Control => "{\"op\": \"cpus\"}\n",
+        })
+    }
+
+    /// The next whole line, if it is there.
+    fn line(&mut self) -> Result<Option<Value>, String> {
+        loop {
+            if let Some(end) = self.input.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.input.drain(..=end).collect();
+                return serde_json::from_slice(&line).map(Some).map_err(|_| "sends what is not JSON".into());
+            }
+            let mut piece = [0; 4096];
+            match self.socket.read(&mut piece) {
+                Ok(0) => return Err("has closed the connection".into()),
+                Ok(length) => self.input.extend_from_slice(&piece[..length]),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error.to_string()),
+            }
+            if self.input.len() > LINE_MAX {
+                return Err("sends endless lines".into());
+            }
+        }
+    }
+
+    /// Takes a line. Returns the threads once they are known.
+    fn hear(
+        &mut self,
+        line: &Value,
+        language: Language,
+        claims: &Claims,
+        wanted: &dyn Fn(u32) -> bool,
+    ) -> Result<Option<Vec<(u32, Thread)>>, String> {
+        if let Some(error) = line.get("error") {
+            let text = error.get("desc").unwrap_or(error).as_str().unwrap_or("no reason given");
+            return Err(format!("refuses: {text}"));
+        }
+        match &mut self.stage {
+            Stage::Greeting => {
+                if line.get("QMP").is_none() {
+                    return Err("is not a QMP socket".into());
+                }
+                self.stage = Stage::Negotiation;
+                self.say("{\"execute\": \"qmp_capabilities\"}\n")?;
+            }
+            Stage::Negotiation => {
+                if line.get("return").is_some() {
+                    self.stage = Stage::First(Vec::new());
+                    self.ask(language)?;
+                }
+            }
+            Stage::First(cpus) => {
+                if collect(cpus, line, language) {
+                    let cpus = std::mem::take(cpus);
+                    let mut threads = Vec::new();
+                    for (cpu, tid) in cpus.iter().filter(|(cpu, _)| wanted(*cpu)) {
+                        threads
+                            .push((*cpu, Thread::take(self.process, *tid, claims).map_err(|error| error.to_string())?));
+                    }
+                    self.stage = Stage::Second(cpus, threads, Vec::new());
+                    self.ask(language)?;
+                }
+            }
+            Stage::Second(before, threads, cpus) => {
+                if collect(cpus, line, language) {
+                    if before != cpus {
+                        return Err("gives another answer each time".into());
+                    }
+                    return Ok(Some(std::mem::take(threads)));
+                }
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// The most virtual CPUs of an answer.
+const CPUS_MAX: usize = 4096;
+
+/// Takes virtual CPUs and threads from a line of the answer; true if that was the last.
+fn collect(cpus: &mut Vec<(u32, i32)>, line: &Value, language: Language) -> bool {
+    let number = |item: &Value, key: &str| item.get(key).and_then(Value::as_u64);
+    let mut take = |item: &Value, cpu: &str, thread: &str| {
+        let cpu = number(item, cpu).and_then(|cpu| u32::try_from(cpu).ok());
+        let tid = number(item, thread).and_then(|tid| i32::try_from(tid).ok());
+        if let (Some(cpu), Some(tid), true) = (cpu, tid, cpus.len() < CPUS_MAX) {
+            cpus.push((cpu, tid));
+        }
+    };
+    match language {
+        // Events may come in between.
+        Language::Qmp => {
+            let Some(items) = line.get("return").and_then(Value::as_array) else { return false };
+            items.iter().for_each(|item| take(item, "cpu-index", "thread-id"));
+            true
+        }
+        Language::Control => {
+            if let Some(item) = line.get("item") {
+                take(item, "cpu", "thread");
+            }
+            line.get("ok").is_some()
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! What a request asks for, and what of it the host's policy grants.
+
+use std::time::{Duration, Instant};
+
+use vbus_core::shm::abi::sched as abi;
+
+/// A class and a priority within it: real-time 1..=99, or a nice value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Setting {
+    pub class: u32,
+    pub priority: i32,
+}
+
+impl Setting {
+    pub fn is_real_time(self) -> bool {
+        matches!(self.class, abi::CLASS_FIFO | abi::CLASS_RR)
+    }
+}
+
+/// A request that is none.
+#[derive(Debug, PartialEq, Eq)]
+pub struct BadRequest;
+
+/// Reads the value of a request page. None: the thread's own class.
+pub fn parse(value: &[u8; abi::request::BYTES as usize]) -> Result<Option<Setting>, BadRequest> {
+    let word = |at: usize| [value[at], value[at + 1], value[at + 2], value[at + 3]];
+    let class = u32::from_le_bytes(word(abi::request::CLASS));
+    let priority = i32::from_le_bytes(word(abi::request::PRIORITY));
+    let good = match class {
+        abi::CLASS_NORMAL | abi::CLASS_BATCH => (-20..=19).contains(&priority),
+        abi::CLASS_FIFO | abi::CLASS_RR => (1..=99).contains(&priority),
+        abi::CLASS_NONE | abi::CLASS_IDLE => priority == 0,
+        _ => false,
+    };
+    if !good || value[8..] != [0; 8] {
+        return Err(BadRequest);
+    }
+    Ok((class != abi::CLASS_NONE).then_some(Setting { class, priority }))
+}
+
+/// What the host allows the driver.
+#[derive(Clone, Debug)]
+pub struct Policy {
+    /// Bit n: class n.
+    pub classes: u32,
+    /// The highest real-time priority, 1..=99.
+    pub priority_max: i32,
+    /// The lowest nice value; without it, the thread's own.
+    pub nice_min: Option<i32>,
+    /// Requests a second that are looked at, for each virtual CPU.
+    pub changes: u32,
+    /// How long a real-time class lasts without another request.
+    pub boost: Duration,
+}
+
+/// What is granted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Grant {
+    /// All of it.
+    Whole(Setting),
+    /// The class, with the nearest priority that is allowed.
+    Clamped(Setting),
+    /// Nothing: the class is not allowed.
+    Refused,
+}
+
+impl Policy {
+    /// Judges a request for a thread whose own nice value is `own_nice`.
+    pub fn judge(&self, wish: Setting, own_nice: i32) -> Grant {
+        if self.classes & 1 << wish.class == 0 {
+            return Grant::Refused;
+        }
+        let priority = match wish.class {
+            abi::CLASS_NORMAL | abi::CLASS_BATCH => wish.priority.max(self.nice_min.unwrap_or(own_nice)),
+            abi::CLASS_FIFO | abi::CLASS_RR => wish.priority.min(self.priority_max),
+            _ => wish.priority,
+        };
+        let setting = Setting { priority, ..wish };
+        if setting == wish { Grant::Whole(setting) } else { Grant::Clamped(setting) }
+    }
+}
+
+/// A rate limit: in any time T at most `rate * T + burst` times.
+pub struct Budget {
+    interval: Duration,
+    /// How far ahead of the rate one may be.
+    ahead: Duration,
+    /// When all would be even again.
+    even: Option<Instant>,
+}
+
+/// The burst, as a part of a second.
+const BURST: u32 = 10;
+
+impl Budget {
+    /// `rate` times a second; a tenth of a second's worth at once, but at least one.
+    pub fn new(rate: u32) -> Budget {
+        let interval = Duration::from_secs(1) / rate.max(1);
+        Budget { interval, ahead: interval * (burst(rate) - 1), even: None }
+    }
+
+    /// Takes one, or says when there will be one.
+    pub fn take(&mut self, now: Instant) -> Result<(), Instant> {
+        let even = self.even.map_or(now, |even| even.max(now));
+        if even > now + self.ahead {
+            return Err(even - self.ahead);
+        }
+        self.even = Some(even + self.interval);
+        Ok(())
+    }
+}
+
+/// How many can be taken at once of a budget with that rate.
+pub fn burst(rate: u32) -> u32 {
+    (rate / BURST).max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(class: u32, priority: i32) -> [u8; 16] {
+        let mut value = [0; 16];
+        value[..4].copy_from_slice(&class.to_le_bytes());
+        value[4..8].copy_from_slice(&priority.to_le_bytes());
+        value
+    }
+
+    #[test]
+    fn requests_are_read_strictly() {
+        let good =
+            |class, priority| assert_eq!(parse(&request(class, priority)), Ok(Some(Setting { class, priority })));
+        let bad = |class, priority| assert_eq!(parse(&request(class, priority)), Err(BadRequest));
+        assert_eq!(parse(&[0; 16]), Ok(None));
+        for class in [abi::CLASS_NORMAL, abi::CLASS_BATCH] {
+            [-20, 0, 19].into_iter().for_each(|nice| good(class, nice));
+            [-21, 20, i32::MIN, i32::MAX].into_iter().for_each(|nice| bad(class, nice));
+        }
+        for class in [abi::CLASS_FIFO, abi::CLASS_RR] {
+            [1, 99].into_iter().for_each(|priority| good(class, priority));
+            [0, -1, 100, i32::MIN].into_iter().for_each(|priority| bad(class, priority));
+        }
+        good(abi::CLASS_IDLE, 0);
+        bad(abi::CLASS_IDLE, 1);
+        bad(abi::CLASS_NONE, 1);
+        // The number after the last, where one might look for the deadline class; and Linux's own number of it is out of range too.
+        [abi::CLASS_RR + 1, 7, u32::MAX].into_iter().for_each(|class| bad(class, 0));
+        for at in 8..16 {
+            let mut value = request(abi::CLASS_FIFO, 1);
+            value[at] = 1;
+            assert_eq!(parse(&value), Err(BadRequest));
+        }
+    }
+
+    #[test]
+    fn grants_never_pass_the_policy() {
+        let policy = Policy {
+            classes: 1 << abi::CLASS_NORMAL | 1 << abi::CLASS_FIFO,
+            priority_max: 10,
+            nice_min: None,
+            changes: 1,
+            boost: Duration::ZERO,
+        };
+        let judge = |class, priority| policy.judge(Setting { class, priority }, 3);
+        let setting = |class, priority| Setting { class, priority };
+        assert_eq!(judge(abi::CLASS_FIFO, 10), Grant::Whole(setting(abi::CLASS_FIFO, 10)));
+        assert_eq!(judge(abi::CLASS_FIFO, 11), Grant::Clamped(setting(abi::CLASS_FIFO, 10)));
+        assert_eq!(judge(abi::CLASS_NORMAL, 3), Grant::Whole(setting(abi::CLASS_NORMAL, 3)));
+        assert_eq!(judge(abi::CLASS_NORMAL, -20), Grant::Clamped(setting(abi::CLASS_NORMAL, 3)));
+        assert_eq!(judge(abi::CLASS_NORMAL, 19), Grant::Whole(setting(abi::CLASS_NORMAL, 19)));
+        for class in [abi::CLASS_RR, abi::CLASS_BATCH, abi::CLASS_IDLE] {
+            assert_eq!(judge(class, 0), Grant::Refused);
+        }
+        let generous = Policy { nice_min: Some(-5), ..policy.clone() };
+        let judge = |priority| generous.judge(Setting { class: abi::CLASS_NORMAL, priority }, 3);
+        assert_eq!(judge(-5), Grant::Whole(setting(abi::CLASS_NORMAL, -5)));
+        assert_eq!(judge(-6), Grant::Clamped(setting(abi::CLASS_NORMAL, -5)));
+    }
+
+    #[test]
+    fn a_budget_holds_over_any_time_and_is_all_there_again_after_a_rest() {
+        for rate in [1, 7, 10, 1000] {
+            let (mut budget, start) = (Budget::new(rate), Instant::now());
+            let (mut now, mut taken) = (start, 0);
+            // As fast as it can, for ten seconds.
+            while now < start + Duration::from_secs(10) {
+                match budget.take(now) {
+                    Ok(()) => taken += 1,
+                    Err(at) => {
+                        assert!(at > now && at <= now + budget.interval, "what is there is given at once");
+                        now = at;
+                    }
+                }
+            }
+            let (least, most) = (rate * 10, rate * 10 + burst(rate));
+            assert!((least..=most).contains(&taken), "{taken} with a rate of {rate}");
+            now += Duration::from_secs(1);
+            let at_once = std::iter::repeat_with(|| budget.take(now)).take_while(Result::is_ok).count();
+            assert_eq!(at_once, burst(rate) as usize);
+        }
+    }
+}

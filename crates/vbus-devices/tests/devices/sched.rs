@@ -1,0 +1,549 @@
+//! The class of threads: real ones, of this process, in the place of virtual CPUs.
+
+use std::collections::HashSet;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use vbus_core::shm::Memory as _;
+use vbus_core::shm::abi::sched::{self as abi, report};
+use vbus_core::shm::signal::{Armed, End};
+use vbus_core::shm::state::{Layout, Reader, SIGNAL_OFFSET, Writer};
+use vbus_core::{Bus, Endpoint, Status, Window};
+
+use crate::driver::{Interrupts, Memory, PATIENCE, add, bus, open};
+
+/// A thread that does nothing until it is dropped.
+struct Idler {
+    tid: i32,
+    end: Option<Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Idler {
+    fn start() -> Idler {
+        let ((tell, told), (end, ended)) = (channel(), channel());
+        let thread = std::thread::spawn(move || {
+            tell.send(rustix::thread::gettid().as_raw_nonzero().get()).unwrap();
+            let _ = ended.recv();
+        });
+        Idler { tid: told.recv().unwrap(), end: Some(end), thread: Some(thread) }
+    }
+
+    /// Policy as Linux numbers it, real-time priority, nice value where that has an effect.
+    fn class(&self) -> (u32, i32, i32) {
+        let stat = std::fs::read_to_string(format!("/proc/self/task/{}/stat", self.tid)).unwrap();
+        // Behind the name; the first field there is the third of all.
+        let fields: Vec<&str> = stat.rsplit(") ").next().unwrap().split_whitespace().collect();
+        let field = |number: usize| fields[number - 3].parse::<i32>().unwrap();
+        let policy = field(41) as u32;
+        (policy, field(40), if [0, 3].contains(&policy) { field(19) } else { 0 })
+    }
+
+    fn renice(&self, nice: i32) {
+        rustix::process::setpriority_process(rustix::process::Pid::from_raw(self.tid), nice).unwrap();
+    }
+}
+
+impl Drop for Idler {
+    fn drop(&mut self) {
+        drop(self.end.take());
+        self.thread.take().unwrap().join().unwrap();
+    }
+}
+
+const OWN: (u32, i32, i32) = (0, 0, 0);
+
+/// What a report page says.
+#[derive(Clone, Copy, Debug, Default)]
+struct Report {
+    status: u32,
+    class: u32,
+    priority: i32,
+    version: u32,
+    updates: u64,
+    changes: u64,
+    clamped: u64,
+    refused: u64,
+    limited: u64,
+    expired: u64,
+}
+
+/// A driver's pages of one virtual CPU.
+struct Pages {
+    requests: Writer<Window>,
+    window: Window,
+    reports: Reader<Window>,
+    handles: [u32; 2],
+}
+
+/// A driver that has opened a `sched` device.
+struct Driver {
+    endpoint: Arc<Endpoint>,
+    memory: Memory,
+    interrupts: Arc<Interrupts>,
+}
+
+impl Driver {
+    fn open(endpoint: &Arc<Endpoint>) -> Driver {
+        endpoint.close();
+        endpoint.unmap_all();
+        let interrupts = Arc::new(Interrupts::default());
+        endpoint.set_interrupt_sink(interrupts.clone());
+        let memory = Memory::new(endpoint, 1 << 20);
+        open(endpoint, &memory, 0).unwrap();
+        Driver { endpoint: endpoint.clone(), memory, interrupts }
+    }
+
+    fn page(&mut self, id: u32, bytes: u32) -> (Window, Result<u32, Status>) {
+        let layout = Layout::new(bytes, 4).unwrap();
+        let addr = self.memory.alloc(layout.bytes());
+        let window = self.memory.window(addr, layout.bytes());
+        layout.format(&window, 0).unwrap();
+        (window, add(&self.endpoint, id, addr, layout.bytes(), SIGNAL_OFFSET))
+    }
+
+    fn pages(&mut self, cpu: u32) -> Pages {
+        let (window, request) = self.page(abi::request_page(cpu), abi::request::BYTES);
+        let (memory, report) = self.page(abi::report_page(cpu), report::BYTES);
+        let requests = Writer::attach(window.clone(), End::Driver).unwrap();
+        let reports = Reader::attach(memory, End::Driver).unwrap();
+        Pages { requests, window, reports, handles: [request.unwrap(), report.unwrap()] }
+    }
+
+    fn post(&self, pages: &mut Pages, class: u32, priority: i32) {
+        let mut value = [0; abi::request::BYTES as usize];
+        value[..4].copy_from_slice(&class.to_le_bytes());
+        value[4..8].copy_from_slice(&priority.to_le_bytes());
+        if pages.requests.write(&value) {
+            self.endpoint.ring(u64::from(pages.handles[0]));
+        }
+    }
+
+    /// Waits for a report that `wanted` accepts.
+    fn wait(&self, pages: &mut Pages, what: &str, wanted: impl Fn(&Report) -> bool) -> Report {
+        self.interrupts.wait(what, || {
+            let (report, version) = read(&pages.reports);
+            if wanted(&report) {
+                return Some(report);
+            }
+            match pages.reports.arm_newer(version) {
+                Armed::Missed => Some(read(&pages.reports).0).filter(|report| wanted(report)),
+                Armed::Waiting => None,
+            }
+        })
+    }
+
+    /// Posts, and waits until the device has looked at it.
+    fn ask(&self, pages: &mut Pages, class: u32, priority: i32) -> Report {
+        self.post(pages, class, priority);
+        let version = pages.requests.version();
+        self.wait(pages, "the report of a request", |report| report.version == version)
+    }
+}
+
+fn read(reports: &Reader<Window>) -> (Report, u32) {
+    let mut value = [0; report::BYTES as usize];
+    let version = reports.read(&mut value).unwrap();
+    let word = |at: usize| u32::from_le_bytes(value[at..at + 4].try_into().unwrap());
+    let count = |at: usize| u64::from_le_bytes(value[at..at + 8].try_into().unwrap());
+    let report = Report {
+        status: word(report::STATUS),
+        class: word(report::CLASS),
+        priority: word(report::PRIORITY) as i32,
+        version: word(report::VERSION),
+        updates: count(report::UPDATES),
+        changes: count(report::CHANGES),
+        clamped: count(report::CLAMPED),
+        refused: count(report::REFUSED),
+        limited: count(report::LIMITED),
+        expired: count(report::EXPIRED),
+    };
+    (report, version)
+}
+
+/// A device for these threads with more settings.
+fn device(bus: &Bus, threads: &[&Idler], more: Value) -> Arc<Endpoint> {
+    let mut config = json!({ "threads": threads.iter().map(|thread| thread.tid).collect::<Vec<_>>() });
+    config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    bus.create("sched", "sched", &config).unwrap()
+}
+
+/// Whether this process may give a thread a real-time class and take it back; says so if not.
+fn permitted() -> bool {
+    let (bus, idler) = (bus(1), Idler::start());
+    let mut driver = Driver::open(&device(&bus, &[&idler], json!({})));
+    let mut pages = driver.pages(0);
+    let permitted = driver.ask(&mut pages, abi::CLASS_FIFO, 1).status == report::OK;
+    if !permitted {
+        eprintln!("skipped: this process may not give threads a real-time class (CAP_SYS_NICE)");
+    }
+    permitted
+}
+
+#[test]
+fn a_thread_follows_its_page() {
+    if !permitted() {
+        return;
+    }
+    let (bus, idlers) = (bus(2), [Idler::start(), Idler::start()]);
+    let endpoint = device(&bus, &[&idlers[0], &idlers[1]], json!({ "priority-max": 30, "nice-min": -5 }));
+    let mut driver = Driver::open(&endpoint);
+    let mut pages = [driver.pages(0), driver.pages(1)];
+    let cases = [
+        ((abi::CLASS_FIFO, 7), (1, 7, 0)),
+        ((abi::CLASS_RR, 30), (2, 30, 0)),
+        ((abi::CLASS_NORMAL, 5), (0, 0, 5)),
+        ((abi::CLASS_BATCH, -5), (3, 0, -5)),
+        ((abi::CLASS_IDLE, 0), (5, 0, 0)),
+        ((abi::CLASS_FIFO, 1), (1, 1, 0)),
+        ((abi::CLASS_NONE, 0), OWN),
+    ];
+    for round in 0..3 {
+        for ((class, priority), becomes) in cases {
+            let changes = read(&pages[round % 2].reports).0.changes;
+            let report = driver.ask(&mut pages[round % 2], class, priority);
+            assert_eq!((report.status, report.class, report.priority), (report::OK, class, priority));
+            assert_eq!(idlers[round % 2].class(), becomes, "class {class}");
+            assert_eq!(idlers[1 - round % 2].class(), OWN, "the other one is left alone");
+            assert_eq!(report.changes, changes + 1, "one call a change");
+        }
+    }
+    // The same once more costs no call.
+    let before = driver.ask(&mut pages[0], abi::CLASS_FIFO, 3);
+    let after = driver.ask(&mut pages[0], abi::CLASS_FIFO, 3);
+    assert_eq!((after.changes, after.updates), (before.changes, before.updates + 1));
+    // The thread's children get none of it.
+    let inspected = endpoint.inspect();
+    let cpus = &inspected["device"]["cpus"];
+    assert_eq!(cpus[0]["class"], "fifo");
+    assert_eq!(cpus[0]["priority"], 3);
+    assert_eq!(cpus[1]["class"], "none");
+    assert_eq!(cpus[1]["thread"], idlers[1].tid);
+}
+
+#[test]
+fn the_policy_is_kept() {
+    if !permitted() {
+        return;
+    }
+    let (bus, idler) = (bus(1), Idler::start());
+    let endpoint = device(&bus, &[&idler], json!({ "priority-max": 5, "allow": ["fifo", "normal"] }));
+    let mut driver = Driver::open(&endpoint);
+    let mut pages = driver.pages(0);
+    let report = driver.ask(&mut pages, abi::CLASS_FIFO, 99);
+    assert_eq!((report.status, report.class, report.priority), (report::IS_CLAMPED, abi::CLASS_FIFO, 5));
+    assert_eq!((idler.class(), report.clamped), ((1, 5, 0), 1));
+    // What is refused leaves nothing of what was granted before.
+    let report = driver.ask(&mut pages, abi::CLASS_RR, 1);
+    assert_eq!((report.status, report.class, report.refused), (report::NOT_ALLOWED, abi::CLASS_NONE, 1));
+    assert_eq!(idler.class(), OWN);
+    driver.ask(&mut pages, abi::CLASS_FIFO, 2);
+    // Among others, Linux's own number of the deadline class.
+    for (class, priority) in [(6, 0), (7, 1), (abi::CLASS_FIFO, 0), (abi::CLASS_FIFO, 100), (abi::CLASS_NORMAL, -21)] {
+        let report = driver.ask(&mut pages, class, priority);
+        assert_eq!((report.status, report.class), (report::BAD_REQUEST, abi::CLASS_NONE), "{class} {priority}");
+        assert_eq!(idler.class(), OWN);
+    }
+    let report = driver.ask(&mut pages, abi::CLASS_NORMAL, -3);
+    assert_eq!((report.status, report.priority, idler.class()), (report::IS_CLAMPED, 0, OWN));
+}
+
+#[test]
+fn what_was_there_is_put_back() {
+    if !permitted() {
+        return;
+    }
+    let (bus, idler) = (bus(1), Idler::start());
+    const OWN: (u32, i32, i32) = (0, 0, 3);
+    idler.renice(OWN.2);
+    let endpoint = device(&bus, &[&idler], json!({}));
+    let boosted = || {
+        let mut driver = Driver::open(&endpoint);
+        let mut pages = driver.pages(0);
+        driver.ask(&mut pages, abi::CLASS_NORMAL, 5);
+        assert_eq!(idler.class(), (0, 0, 5));
+        driver.ask(&mut pages, abi::CLASS_FIFO, 4);
+        assert_eq!(idler.class(), (1, 4, 0));
+        (driver, pages)
+    };
+    let (_, pages) = boosted();
+    endpoint.region_drop(u64::from(pages.handles[0])).unwrap();
+    assert_eq!(idler.class(), OWN, "when the page is dropped");
+    boosted();
+    endpoint.close();
+    assert_eq!(idler.class(), OWN, "when the driver closes");
+    boosted();
+    endpoint.unmap_all();
+    assert_eq!(idler.class(), OWN, "when the memory goes");
+    // Unless somebody else has meddled with it.
+    let (driver, mut pages) = boosted();
+    driver.ask(&mut pages, abi::CLASS_NORMAL, 5);
+    idler.renice(7);
+    endpoint.close();
+    assert_eq!(idler.class(), (0, 0, 7));
+    idler.renice(OWN.2);
+    boosted();
+    bus.remove("sched").unwrap();
+    assert_eq!(idler.class(), OWN, "when the device is removed");
+}
+
+#[test]
+fn a_real_time_class_ends_unless_it_is_renewed() {
+    if !permitted() {
+        return;
+    }
+    let (bus, idler) = (bus(1), Idler::start());
+    let endpoint = device(&bus, &[&idler], json!({ "boost-ms": 200 }));
+    let mut driver = Driver::open(&endpoint);
+    let mut pages = driver.pages(0);
+    let began = Instant::now();
+    driver.ask(&mut pages, abi::CLASS_RR, 4);
+    let report = driver.wait(&mut pages, "the end", |report| report.status == report::HAS_EXPIRED);
+    assert!(began.elapsed() >= Duration::from_millis(200));
+    assert_eq!((report.class, report.expired, idler.class()), (abi::CLASS_NONE, 1, OWN));
+    // The same value again is a new request.
+    assert_eq!(driver.ask(&mut pages, abi::CLASS_RR, 4).status, report::OK);
+    assert_eq!(idler.class(), (2, 4, 0));
+    // A normal class has no end.
+    driver.ask(&mut pages, abi::CLASS_NORMAL, 4);
+    std::thread::sleep(Duration::from_millis(500));
+    assert_eq!((idler.class(), read(&pages.reports).0.expired), ((0, 0, 4), 1));
+}
+
+#[test]
+fn the_newest_value_is_not_lost_to_the_rate_limit() {
+    if !permitted() {
+        return;
+    }
+    let (bus, idler) = (bus(1), Idler::start());
+    let endpoint = device(&bus, &[&idler], json!({ "changes": 4, "boost-ms": 60000, "priority-max": 99 }));
+    let mut driver = Driver::open(&endpoint);
+    let mut pages = driver.pages(0);
+    let began = Instant::now();
+    driver.ask(&mut pages, abi::CLASS_FIFO, 1);
+    // The budget is used up; of these only the last one counts, and nobody rings for it later.
+    for priority in 2..=50 {
+        driver.post(&mut pages, abi::CLASS_FIFO, priority);
+    }
+    let report = driver.wait(&mut pages, "the newest value", |report| report.priority == 50);
+    assert!(began.elapsed() >= Duration::from_millis(250), "it came after {:?}", began.elapsed());
+    assert_eq!((report.updates, report.changes, report.limited), (2, 2, 1));
+    assert_eq!(idler.class(), (1, 50, 0));
+}
+
+#[test]
+fn a_hostile_driver_passes_neither_policy_nor_rate() {
+    if !permitted() {
+        return;
+    }
+    const RATE: u64 = 200;
+    let (bus, idler) = (bus(2), Idler::start());
+    let config =
+        json!({ "changes": RATE, "priority-max": 3, "nice-min": 2, "allow": ["fifo", "normal"], "boost-ms": 10 });
+    let endpoint = device(&bus, &[&idler], config);
+    let mut driver = Driver::open(&endpoint);
+    let mut pages = driver.pages(0);
+    let began = Instant::now();
+    let mut seen = HashSet::new();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let (endpoint, stop, window, handle) = (&endpoint, &stop, pages.window.clone(), pages.handles[0]);
+        let requests = &mut pages.requests;
+        scope.spawn(move || {
+            let mut word = 1u64;
+            let mut random = move || {
+                word ^= word << 13;
+                word ^= word >> 7;
+                word ^= word << 17;
+                word
+            };
+            while !stop.load(Ordering::Relaxed) {
+                let mut value = [0; 16];
+                value[..4].copy_from_slice(&((random() % 8) as u32).to_le_bytes());
+                value[4..8].copy_from_slice(&((random() % 140) as i32 - 30).to_le_bytes());
+                let _ = requests.write(&value);
+                endpoint.ring(u64::from(handle));
+                if random() % 64 == 0 {
+                    // Anywhere in the page, its header and signal too, behind the writer's back.
+                    let words = window.words();
+                    words[(random() % words.len() as u64) as usize].store(random(), Ordering::Relaxed);
+                }
+            }
+        });
+        while began.elapsed() < Duration::from_secs(3) {
+            let class = idler.class();
+            let good = match class {
+                OWN | (1, 1..=3, _) => true,
+                (0, 0, nice) => nice >= 2,
+                _ => false,
+            };
+            assert!(good || stop.swap(true, Ordering::Relaxed), "{class:?} passes the policy");
+            seen.insert(class);
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    let report = read(&pages.reports).0;
+    let most = RATE * (began.elapsed().as_millis() as u64 + 1) / 1000 + RATE / 10;
+    eprintln!("{report:?}; at most {most} updates; seen: {seen:?}");
+    assert!(report.updates <= most && report.updates > RATE, "{report:?}, at most {most}");
+    // Each change belongs to an update, or to the end of a real-time class, of which there are fewer.
+    assert!(report.changes <= report.updates + report.expired, "{report:?}");
+    assert!(report.clamped > 0 && report.refused > 0 && report.limited > 0, "{report:?}");
+    assert!(seen.len() > 2, "the thread was changed all along");
+    endpoint.close();
+    assert_eq!(idler.class(), OWN);
+}
+
+#[test]
+fn bad_pages_and_threads_are_refused() {
+    let (bus, idlers) = (bus(1), [Idler::start(), Idler::start()]);
+    let endpoint = device(&bus, &[&idlers[0]], json!({}));
+    let refused = |name: &str, threads: &[i32]| {
+        bus.create(name, "sched", &json!({ "threads": threads })).map(drop).unwrap_err().to_string()
+    };
+    assert!(refused("b", &[idlers[0].tid]).contains("belongs to another device"));
+    assert!(refused("b", &[idlers[1].tid; 2]).contains("belongs to another"));
+    let gone = Idler::start().tid;
+    assert!(refused("b", &[gone]).contains(&format!("no thread {gone}")));
+    // After a device that could not be made, and after one that was removed, its threads are free.
+    bus.create("b", "sched", &json!({ "threads": [idlers[1].tid] })).unwrap();
+    bus.remove("b").unwrap();
+    bus.create("b", "sched", &json!({ "threads": [idlers[1].tid] })).unwrap();
+
+    let mut driver = Driver::open(&endpoint);
+    assert_eq!(driver.page(abi::request_page(1), abi::request::BYTES).1, Err(Status::BAD_ARGUMENT));
+    assert_eq!(driver.page(u32::MAX, abi::request::BYTES).1, Err(Status::BAD_ARGUMENT));
+    assert_eq!(driver.page(abi::request_page(0), 8).1, Err(Status::BAD_LENGTH));
+    assert_eq!(driver.page(abi::report_page(0), 128).1, Err(Status::BAD_LENGTH));
+    driver.page(abi::request_page(0), abi::request::BYTES).1.unwrap();
+    assert_eq!(driver.page(abi::request_page(0), abi::request::BYTES).1, Err(Status::EXISTS));
+}
+
+/// Serves a VMM's socket: sends `greeting`, then answers each line by what `answer` makes of it.
+fn vmm(path: &Path, greeting: &'static str, answer: impl Fn(&str) -> Option<String> + Send + 'static) {
+    let listener = UnixListener::bind(path).unwrap();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            stream.write_all(greeting.as_bytes()).unwrap();
+            let lines = BufReader::new(stream.try_clone().unwrap()).lines();
+            for line in lines.map_while(Result::ok) {
+                let Some(text) = answer(&line) else { break };
+                if stream.write_all(text.as_bytes()).is_err() {
+                    break;
+                }
+            }
+        }
+    });
+}
+
+const GREETING: &str = "{\"QMP\": {\"version\": {}, \"capabilities\": []}}\n";
+
+fn qmp_answer(line: &str, tids: &[i32]) -> Option<String> {
+    let cpus: Vec<_> =
+        (0..).zip(tids).map(|(n, tid)| json!({ "cpu-index": n, "thread-id": tid, "target": "x86_64" })).collect();
+    Some(match line {
+        line if line.contains("qmp_capabilities") => "{\"return\": {}}\n".into(),
+        line if line.contains("query-cpus-fast") => {
+            format!("{{\"event\": \"RESUME\", \"data\": {{}}}}\n{}\n", json!({ "return": cpus }))
+        }
+        _ => return None,
+    })
+}
+
+#[test]
+fn threads_are_learnt_from_a_vmm() {
+    if !permitted() {
+        return;
+    }
+    let (bus, idlers) = (bus(1), [Idler::start(), Idler::start()]);
+    let dir = tempfile::tempdir().unwrap();
+    let (qmp, control) = (dir.path().join("qmp"), dir.path().join("control"));
+    let tids = [idlers[0].tid, idlers[1].tid];
+    vmm(&qmp, GREETING, move |line| qmp_answer(line, &tids));
+    vmm(&control, "", move |line| {
+        let item = |cpu: usize| json!({ "item": { "cpu": cpu, "thread": tids[cpu] } });
+        line.contains("\"cpus\"").then(|| format!("{}\n{}\n{{\"ok\": null}}\n", item(0), item(1)))
+    });
+    for config in [json!({ "qmp": qmp }), json!({ "vmm": control, "cpus": 2 })] {
+        let endpoint = bus.create("sched", "sched", &config).unwrap();
+        let mut driver = Driver::open(&endpoint);
+        let mut pages = [driver.pages(1), driver.pages(0)];
+        driver.post(&mut pages[0], abi::CLASS_FIFO, 2);
+        driver.wait(&mut pages[0], "the thread to be known", |report| report.class == abi::CLASS_FIFO);
+        assert_eq!((idlers[1].class(), idlers[0].class()), ((1, 2, 0), OWN));
+        driver.post(&mut pages[1], abi::CLASS_RR, 3);
+        driver.wait(&mut pages[1], "the class", |report| report.class == abi::CLASS_RR);
+        bus.remove("sched").unwrap();
+        assert_eq!((idlers[1].class(), idlers[0].class()), (OWN, OWN));
+    }
+}
+
+#[test]
+fn a_vmm_that_lies_harms_nobody() {
+    let bus = bus(1);
+    let dir = tempfile::tempdir().unwrap();
+    // Threads that are not the VMM's own; ids that are none; no answer at all; nonsense; another answer each time.
+    let counter = std::sync::atomic::AtomicI32::new(0);
+    let idlers = [Idler::start(), Idler::start()];
+    let tids = [idlers[0].tid, idlers[1].tid];
+    type Answer = Box<dyn Fn(&str) -> Option<String> + Send>;
+    let cases: [(&str, &'static str, Answer, &str); 5] = [
+        ("foreign", GREETING, Box::new(|line| qmp_answer(line, &[1])), "has no thread 1"),
+        ("negative", GREETING, Box::new(|line| qmp_answer(line, &[-5, 0])), "has no thread 0"),
+        ("nonsense", "hello\n", Box::new(|_| None), "is not JSON"),
+        ("closed", GREETING, Box::new(|_| None), "has closed the connection"),
+        (
+            "fickle",
+            GREETING,
+            Box::new(move |line| {
+                let turn = counter.fetch_add(1, Ordering::Relaxed) as usize;
+                qmp_answer(line, &[tids[turn % 2]])
+            }),
+            "another answer each time",
+        ),
+    ];
+    for (name, greeting, answer, complaint) in cases {
+        let path = dir.path().join(name);
+        vmm(&path, greeting, answer);
+        let endpoint = bus.create(name, "sched", &json!({ "qmp": path, "cpus": 2 })).unwrap();
+        let mut driver = Driver::open(&endpoint);
+        let mut pages = [driver.pages(0), driver.pages(1)];
+        let report = driver.ask(&mut pages[0], abi::CLASS_FIFO, 2);
+        assert_eq!((report.status, report.class), (report::NO_THREAD, abi::CLASS_NONE), "{name}");
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let value = endpoint.inspect()["device"]["lookup"].clone();
+            if value.as_str().is_some_and(|text| text.contains(complaint)) {
+                break;
+            }
+            assert!(Instant::now() < end, "{name}: {value}");
+            std::thread::yield_now();
+        }
+        bus.remove(name).unwrap();
+    }
+    assert_eq!((idlers[0].class(), idlers[1].class()), (OWN, OWN));
+}
+
+#[test]
+fn a_thread_that_ended_is_not_mistaken_for_another() {
+    if !permitted() {
+        return;
+    }
+    let (bus, idler) = (bus(1), Idler::start());
+    let endpoint = device(&bus, &[&idler], json!({}));
+    let mut driver = Driver::open(&endpoint);
+    let mut pages = driver.pages(0);
+    driver.ask(&mut pages, abi::CLASS_FIFO, 2);
+    drop(idler);
+    let report = driver.ask(&mut pages, abi::CLASS_FIFO, 3);
+    assert_eq!((report.status, report.class), (report::NO_THREAD, abi::CLASS_NONE));
+    endpoint.close();
+}
