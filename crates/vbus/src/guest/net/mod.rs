@@ -3,6 +3,7 @@
 mod frames;
 mod nic;
 mod queue;
+mod standing;
 mod tap;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -54,6 +55,9 @@ pub struct Options {
     /// The longest to poll in vain before sleeping, in microseconds; 0 to sleep at once
     #[arg(long, value_name = "US", default_value_t = 50)]
     pub poll_us: u32,
+    /// The nice value of the threads that carry frames: the lower, the less they give way to programs that are busy receiving
+    #[arg(long, value_name = "N", default_value_t = -5, allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(-20..=19))]
+    pub nice: i32,
 }
 
 /// A NIC that is being served.

@@ -14,6 +14,7 @@ use vbus_driver::{Acknowledger, Error, Function, Hal, Pace};
 use super::Options;
 use super::frames::FrameMemory;
 use super::queue::{Counters, Queue, Shared, Wake};
+use super::standing;
 use super::tap::{Tap, mac_text};
 use crate::guest::source::{Claimed, Interrupt};
 
@@ -93,8 +94,9 @@ where
         let threads: Vec<_> = queues
             .into_iter()
             .map(|mut queue| {
-                let shared = &shared;
+                let (shared, nice) = (&shared, options.nice);
                 scope.spawn(move || {
+                    standing::take(nice);
                     let result = queue.run(shared);
                     let _ = rustix::io::write(&shared.look, &1u64.to_ne_bytes());
                     (result, queue)
