@@ -8,8 +8,9 @@ use vbus_shm::sync::Ordering;
 
 use vbus_shm::Status;
 
+use crate::doorbell::{Costs, Doorbell};
 use crate::error::Error;
-use crate::hal::{Dma, Doorbell, Hal};
+use crate::hal::{Dma, Hal};
 
 /// How often a config area that changes while it is read is read again.
 const CONFIG_TRIES: u32 = 8;
@@ -24,6 +25,8 @@ const GONE: u32 = u32::MAX;
 #[derive(Debug)]
 pub struct Function<H: Hal> {
     hal: H,
+    /// Where vbus's capability is.
+    capability: u16,
     registers: u64,
     doorbell: Doorbell,
     info: Info,
@@ -96,8 +99,7 @@ pub enum State {
 impl<H: Hal> Function<H> {
     /// Finds out what is behind `hal`, and chooses the doorbell. Changes nothing: several drivers may probe one function.
     pub fn probe(hal: H) -> Result<Self, Error> {
-        let layout = find_layout(&hal)?;
-        let registers = layout.registers;
+        let (capability, registers) = find_layout(&hal)?;
         let magic = hal.read32(registers + reg::MAGIC);
         if magic != reg::MAGIC_VALUE {
             return Err(if magic == GONE { Error::Gone } else { Error::NotVbus });
@@ -118,7 +120,8 @@ impl<H: Hal> Function<H> {
             vectors: read(reg::VECTORS),
             config_bytes: reg::CONFIG_MAX.min(read(reg::CONFIG_BYTES) as usize),
         };
-        Ok(Function { hal, registers, doorbell: layout.doorbell, info, scratch: None })
+        let doorbell = usable(&hal, capability, info.max_regions).next().ok_or(Error::NoDoorbell)?;
+        Ok(Function { hal, capability, registers, doorbell, info, scratch: None })
     }
 
     /// What the function says of itself.
@@ -136,10 +139,42 @@ impl<H: Hal> Function<H> {
         self.doorbell
     }
 
-    /// The kinds of doorbell that the function offers, in its order.
+    /// The kinds of doorbell that the function offers, in its order, whether known or not.
     pub fn doorbells_offered(&self) -> impl Iterator<Item = Doorbell> + '_ {
-        let at = find_capability(&self.hal).map_or(0, |found| found.0);
-        records(&self.hal, at)
+        records(&self.hal, self.capability).filter(|record| record.kind < capability::KIND_NOT_DOORBELL)
+    }
+
+    /// The kinds of those that can be rung here.
+    pub fn doorbells(&self) -> impl Iterator<Item = Doorbell> + '_ {
+        usable(&self.hal, self.capability, self.info.max_regions)
+    }
+
+    /// Takes this kind ([`capability::KIND_MMIO`] etc.) from now on. A [`Bell`] that there is already keeps its own.
+    pub fn use_doorbell(&mut self, kind: u8) -> Result<(), Error> {
+        let found = self.doorbells().find(|doorbell| doorbell.kind == kind);
+        self.doorbell = found.ok_or(Error::NoDoorbell)?;
+        Ok(())
+    }
+
+    /// Measures what ringing costs, with `rings` rings by each kind that can be rung here, of a doorbell that no region of this function
+    /// has unless it has as many as it can. Before any region was added it wakes nobody. Takes no kind: see [`choose_doorbell`](Self::choose_doorbell).
+    pub fn doorbell_costs(&self, rings: u32) -> Costs {
+        Costs::measure(&self.hal, self.doorbells(), self.info.max_regions.saturating_sub(1), rings)
+    }
+
+    /// Measures as [`doorbell_costs`](Self::doorbell_costs) does, and takes the cheapest kind from now on.
+    pub fn choose_doorbell(&mut self, rings: u32) -> Costs {
+        let costs = self.doorbell_costs(rings);
+        if let Some(cheapest) = costs.cheapest() {
+            self.doorbell = cheapest.doorbell;
+        }
+        costs
+    }
+
+    /// Where messages for synthetic interrupts go, if the VMM has such a place: the [`offset`](Doorbell::offset) of virtual processor n is the
+    /// address of a message, of MSI or MSI-X, whose data is the number of the interrupt.
+    pub fn synthetic_interrupts(&self) -> Option<Doorbell> {
+        records(&self.hal, self.capability).find(|record| record.kind == capability::KIND_SINT)
     }
 
     /// The state of the connection; one read of a register. Poll it when a device has been silent, not on a fast path.
@@ -354,13 +389,8 @@ const _: () = {
     assert!(PAGES_MAX * 8 <= SCRATCH_BYTES);
 };
 
-/// Where things are in BAR 0.
-struct Layout {
-    registers: u64,
-    doorbell: Doorbell,
-}
-
-fn find_layout<H: Hal>(hal: &H) -> Result<Layout, Error> {
+/// Where vbus's capability is in configuration space, and the registers in BAR 0.
+fn find_layout<H: Hal>(hal: &H) -> Result<(u16, u64), Error> {
     let (at, version) = find_capability(hal)?;
     if u16::from(version) != ABI_VERSION {
         return Err(Error::Version { lowest: version.into(), highest: version.into() });
@@ -369,14 +399,7 @@ fn find_layout<H: Hal>(hal: &H) -> Result<Layout, Error> {
     if registers % 4096 != 0 || registers >= bar0::SIZE {
         return Err(Error::NotVbus);
     }
-    let in_reach = |doorbell: &Doorbell| {
-        let end = doorbell.offset(bar0::DOORBELL_COUNT);
-        doorbell.kind != capability::KIND_MMIO
-            || (doorbell.base % 4 == 0 && doorbell.stride % 4 == 0 && doorbell.stride > 0 && end <= bar0::SIZE)
-    };
-    let doorbell =
-        records(hal, at).find(|doorbell| hal.can_ring(doorbell.kind) && in_reach(doorbell)).ok_or(Error::NoDoorbell)?;
-    Ok(Layout { registers, doorbell })
+    Ok((at, registers))
 }
 
 /// Offset and version of vbus's capability.
@@ -403,11 +426,15 @@ fn find_capability<H: Hal>(hal: &H) -> Result<(u16, u8), Error> {
     Err(Error::NotVbus)
 }
 
-/// The doorbell records of the capability at `at`.
+/// Those doorbells of the capability at `at` that can be rung here, each for `regions` handles.
+fn usable<H: Hal>(hal: &H, at: u16, regions: u32) -> impl Iterator<Item = Doorbell> + '_ {
+    records(hal, at).filter(move |doorbell| doorbell.is_sound(regions) && hal.can_ring(doorbell.kind))
+}
+
+/// The records of the capability at `at`.
 fn records<H: Hal>(hal: &H, at: u16) -> impl Iterator<Item = Doorbell> + '_ {
     let (header, each) = (u16::from(capability::HEADER_BYTES), u16::from(capability::RECORD_BYTES));
-    let length = if at < 0x40 { 0 } else { u16::from(config_u8(hal, at + 2)) };
-    let end = (at + length).min(256);
+    let end = (at + u16::from(config_u8(hal, at + 2))).min(256);
     (at + header..end).step_by(usize::from(each)).filter(move |record| record + each <= end).map(move |record| {
         let first = config_u32(hal, record);
         let base = config_u32(hal, record + 4);

@@ -7,6 +7,8 @@ use vbus_shm::memory::WORD;
 use vbus_shm::sync::Ordering;
 use vbus_shm::{Memory, copy};
 
+use crate::doorbell::Doorbell;
+
 /// The environment's part of a driver: registers, memory that the device can reach, doorbells, time.
 ///
 /// A value is a handle to one function; clones are handles to the same one, and each queue keeps one. All methods may be called from several
@@ -37,12 +39,13 @@ pub trait Hal: Clone + fmt::Debug {
     /// memory could then become someone else's altogether keeps it until the last clone of the Hal has gone too.
     fn alloc(&self, bytes: usize) -> Result<Self::Dma, NoMemory>;
 
-    /// Whether doorbells of this kind ([`capability::KIND_MMIO`] etc.) can be rung here.
+    /// Whether doorbells of this kind ([`capability::KIND_MMIO`] etc.) can be rung here. May be called often.
     fn can_ring(&self, kind: u8) -> bool {
         kind == capability::KIND_MMIO
     }
 
-    /// Rings doorbell `handle`, which is below the function's limit of regions.
+    /// Rings doorbell `handle`, which is below the function's limit of regions, after everything written to memory before. Its kind is one that
+    /// [`can_ring`](Self::can_ring), and its place in range for that kind.
     fn ring(&self, doorbell: Doorbell, handle: u32) {
         self.write32(doorbell.offset(handle), 1);
     }
@@ -96,21 +99,3 @@ pub trait Dma: Memory + Clone + fmt::Debug {
 /// There is no (more) memory that the device could reach.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NoMemory;
-
-/// A kind of doorbell that a function offers: a record of its PCI capability.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Doorbell {
-    /// [`capability::KIND_MMIO`] etc.
-    pub kind: u8,
-    /// From the place of one doorbell to that of the next.
-    pub stride: u16,
-    /// Place of doorbell 0: an offset in BAR 0, an I/O port, a connection number.
-    pub base: u32,
-}
-
-impl Doorbell {
-    /// The place of doorbell `handle`.
-    pub fn offset(&self, handle: u32) -> u64 {
-        u64::from(self.base) + u64::from(self.stride) * u64::from(handle)
-    }
-}

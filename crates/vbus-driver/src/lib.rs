@@ -5,6 +5,9 @@
 //! always the same: arm each signal it waits for; sleep unless one of them was missed; on waking, acknowledge the interrupt
 //! ([`Function::acknowledge`]) *before* it looks at the signals.
 //!
+//! A doorbell can be rung in several ways, of which the VMM offers some and the environment can do some ([`Hal::can_ring`]). A function takes the
+//! first that is both, or, if asked ([`Function::choose_doorbell`]), measures them and takes the cheapest.
+//!
 //! The device is not trusted: every number it returns is checked before it is used, and a device that breaks the protocol gets an
 //! [`Error`], never an access outside of the memory that the driver gave it.
 //!
@@ -37,13 +40,15 @@
 //! ```
 #![cfg_attr(not(test), no_std)]
 
+mod doorbell;
 mod error;
 mod function;
 mod hal;
 pub mod state;
 pub mod venet;
 
+pub use doorbell::{Cost, Costs, Doorbell};
 pub use error::Error;
 pub use function::{Acknowledger, Bell, Function, Info, Name, State};
-pub use hal::{Dma, Doorbell, Hal, NoMemory};
+pub use hal::{Dma, Hal, NoMemory};
 pub use vbus_shm::{Pace, Rest, Status};

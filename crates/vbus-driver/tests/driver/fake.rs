@@ -4,9 +4,9 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
-use vbus_driver::{Dma, Hal, NoMemory};
+use vbus_driver::{Dma, Doorbell, Hal, NoMemory};
 use vbus_shm::Memory;
-use vbus_shm::abi::reg;
+use vbus_shm::abi::{capability, reg};
 use vbus_shm::sync::Word;
 
 /// See the module. Clones are the same function.
@@ -21,6 +21,11 @@ struct Registers {
     script: BTreeMap<u64, Vec<u32>>,
     memory: Vec<Plain>,
     rung: u32,
+    /// Kinds of doorbell that can be rung, with what each costs, in nanoseconds, one ring after another; the last goes on.
+    kinds: BTreeMap<u8, Vec<u64>>,
+    /// What was rung by kind and place.
+    rings: Vec<(u8, u64)>,
+    now: u64,
 }
 
 impl Default for Fake {
@@ -34,11 +39,32 @@ impl Default for Fake {
         registers.bar.extend([(reg::MAX_REGIONS, 64), (reg::MAX_REGION_BYTES, 1 << 24), (reg::CONFIG_BYTES, 16)]);
         // MTU 1500 after the address; one pair of queues, 256 entries.
         registers.bar.extend([(reg::CONFIG, 2), (reg::CONFIG + 4, 1500 << 16), (reg::CONFIG + 8, 256 << 16 | 1)]);
+        registers.kinds.insert(capability::KIND_MMIO, vec![0]);
         Fake(Rc::new(RefCell::new(registers)))
     }
 }
 
 impl Fake {
+    /// Makes a kind of doorbell one that can be rung, at this cost.
+    pub fn set_cost(&self, kind: u8, nanoseconds: &[u64]) {
+        self.0.borrow_mut().kinds.insert(kind, nanoseconds.to_vec());
+    }
+
+    /// Puts these records into the capability.
+    pub fn set_records(&self, records: &[Doorbell]) {
+        let bytes = u32::from(capability::HEADER_BYTES) + 8 * records.len() as u32;
+        self.set_config(0x40, 0x0100_0009 | bytes << 16);
+        for (at, record) in (0x48..).step_by(8).zip(records) {
+            self.set_config(at, u32::from(record.kind) | u32::from(record.stride) << 16);
+            self.set_config(at + 4, record.base);
+        }
+    }
+
+    /// What was rung since the last call.
+    pub fn rings(&self) -> Vec<(u8, u64)> {
+        std::mem::take(&mut self.0.borrow_mut().rings)
+    }
+
     /// Sets four bytes of the configuration space.
     pub fn set_config(&self, offset: u16, value: u32) {
         self.0.borrow_mut().config.insert(offset, value);
@@ -91,11 +117,7 @@ impl Hal for Fake {
         u64::from(self.read32(offset)) | u64::from(self.read32(offset + 4)) << 32
     }
 
-    fn write32(&self, offset: u64, _value: u32) {
-        if offset >= 0x1000 {
-            self.0.borrow_mut().rung += 1;
-        }
-    }
+    fn write32(&self, _offset: u64, _value: u32) {}
 
     fn write64(&self, _offset: u64, _value: u64) {}
 
@@ -106,8 +128,21 @@ impl Hal for Fake {
         Ok(memory)
     }
 
+    fn can_ring(&self, kind: u8) -> bool {
+        self.0.borrow().kinds.contains_key(&kind)
+    }
+
+    fn ring(&self, doorbell: Doorbell, handle: u32) {
+        let mut registers = self.0.borrow_mut();
+        let costs = registers.kinds.get_mut(&doorbell.kind).expect("a kind that can be rung");
+        let cost = if costs.len() > 1 { costs.remove(0) } else { costs[0] };
+        registers.now += cost;
+        registers.rung += 1;
+        registers.rings.push((doorbell.kind, doorbell.offset(handle)));
+    }
+
     fn now(&self) -> u64 {
-        1
+        self.0.borrow().now
     }
 }
 

@@ -1,6 +1,7 @@
 //! The driver against real devices of a bus, through the registers of their PCI functions, and against devices that are hostile.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
+mod doorbells;
 mod fake;
 mod function;
 mod hostile;
