@@ -1,0 +1,191 @@
+//! Test `venet`: frames between two NICs of one switch, and frames from the back end `null`.
+
+use vbus_driver::venet::{FRAME_MAX, HEADER_BYTES, Nic, Piece, Rx, Tx};
+use vbus_driver::{Dma, Hal};
+use vbus_shm::abi::class;
+use vbus_shm::signal::Armed;
+
+use crate::dma::Block;
+use crate::hal::FlatHal;
+use crate::report::{Failure, Outcome, ensure, line};
+use crate::{Setting, apic, clock, traps};
+
+const ENTRIES: u32 = 64;
+const BUFFER: usize = 4096;
+/// Room for a frame that is received.
+pub const FRAME: usize = BUFFER;
+/// The largest frame that is sent here, with its header.
+const SLOT: usize = 2048;
+const _: () = assert!(SLOT <= BUFFER && BUFFER <= FRAME_MAX);
+
+/// EtherType for experiments.
+const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
+/// Bytes of addresses and type.
+const FRONT: usize = 14;
+const SIZES: [usize; 6] = [60, 64, 128, 777, 1500, 1514];
+
+/// A NIC with one queue pair and its buffers.
+pub struct Station {
+    pub nic: Nic<FlatHal>,
+    pub tx: Tx<FlatHal>,
+    pub rx: Rx<FlatHal>,
+    /// Where its interrupts arrive.
+    pub vector: u8,
+    sending: Block,
+    receiving: Block,
+    sent: usize,
+    /// Doorbells rung.
+    pub rung: u64,
+}
+
+impl Station {
+    /// Opens a NIC.
+    pub fn open<'a>(hal: &FlatHal) -> Result<Station, Failure<'a>> {
+        let vector = apic::vector();
+        hal.enable_messages(&[vector; 3]).ok_or(Failure::Said("the NIC has no messages"))?;
+        let mut nic = Nic::open(hal.function()?, 0, 0)?;
+        let (tx, mut rx) = nic.queue_pair(0, ENTRIES, BUFFER as u32, 0)?;
+        let receiving = hal.alloc(BUFFER * ENTRIES as usize).map_err(vbus_driver::Error::from)?;
+        let sending = hal.alloc(SLOT * ENTRIES as usize).map_err(vbus_driver::Error::from)?;
+        for id in 0..ENTRIES as u16 {
+            rx.give(id, receiving.address(usize::from(id) * BUFFER))?;
+        }
+        rx.post();
+        nic.start()?;
+        Ok(Station { nic, tx, rx, vector, sending, receiving, sent: 0, rung: 0 })
+    }
+
+    /// Sends a frame of `len` bytes, and waits for room first.
+    pub fn send<'a>(&mut self, to: [u8; 6], number: u64, len: usize) -> Outcome<'a> {
+        while self.tx.space() == 0 {
+            if self.tx.reclaim()? == 0 {
+                self.nic.function().check()?;
+            }
+        }
+        // A slot for each entry of the ring, so this one's last frame has been sent.
+        let slot = self.sent % ENTRIES as usize * SLOT;
+        self.sent += 1;
+        let mut bytes = [0; SLOT];
+        frame(&mut bytes[HEADER_BYTES..][..len], to, self.nic.config().mac, number);
+        self.sending.copy_in(slot, &bytes[..HEADER_BYTES + len]);
+        let piece = Piece { addr: self.sending.address(slot), len: (HEADER_BYTES + len) as u32 };
+        ensure(self.tx.submit(&[piece])?, "no room in a ring that has some")?;
+        self.rung += u64::from(self.tx.post());
+        Ok(())
+    }
+
+    /// The next frame, in `out`; its length. `None` if there is none.
+    pub fn try_receive<'a>(&mut self, out: &mut [u8; BUFFER]) -> Result<Option<usize>, Failure<'a>> {
+        let Some(pieces) = self.rx.receive()? else { return Ok(None) };
+        let [piece] = *pieces else { return Err(Failure::Said("a small frame in several pieces")) };
+        let at = usize::from(piece.id) * BUFFER;
+        let len = piece.len as usize;
+        self.receiving.copy_out(at, &mut out[..len]);
+        out.copy_within(HEADER_BYTES..len, 0);
+        self.rx.give(piece.id, self.receiving.address(at))?;
+        self.rung += u64::from(self.rx.post());
+        Ok(Some(len - HEADER_BYTES))
+    }
+
+    /// The next frame, in `out`; sleeps until an interrupt brings it. Its length.
+    pub fn receive<'a>(&mut self, out: &mut [u8; BUFFER]) -> Result<usize, Failure<'a>> {
+        loop {
+            let before = traps::taken(self.vector);
+            if let Some(len) = self.try_receive(out)? {
+                self.rx.disarm();
+                return Ok(len);
+            }
+            if self.rx.arm(0) == Armed::Waiting {
+                apic::wait(self.vector, before);
+                self.nic.function().check()?;
+            }
+        }
+    }
+}
+
+/// Fills a frame.
+fn frame(out: &mut [u8], to: [u8; 6], from: [u8; 6], number: u64) {
+    let (front, rest) = out.split_at_mut(FRONT);
+    front[..6].copy_from_slice(&to);
+    front[6..12].copy_from_slice(&from);
+    front[12..].copy_from_slice(&ETHERTYPE);
+    for (i, byte) in rest.iter_mut().enumerate() {
+        *byte = (i as u64).wrapping_mul(31).wrapping_add(number) as u8;
+    }
+}
+
+/// Runs both parts, each if its devices are there.
+pub fn run<'a>(setting: &Setting<'a>) -> Outcome<'a> {
+    let count = setting.number("count", 2000);
+    let mut nics = setting.on_switch();
+    let (a, b) = (nics.next(), nics.next());
+    let mut ran = false;
+    if let (Some(a), Some(b)) = (a, b) {
+        between(&a, &b, count)?;
+        ran = true;
+    }
+    for hal in setting.of_class(class::VENET).filter(|hal| !is_on_switch(hal)) {
+        from_source(&hal, count)?;
+        ran = true;
+    }
+    ensure(ran, "neither two NICs on a switch nor one whose back end is a source")
+}
+
+/// A NIC whose name begins with `source` has the back end `null` with `source-bytes`.
+pub fn is_on_switch(hal: &FlatHal) -> bool {
+    hal.function().is_ok_and(|function| !function.info().name.as_str().starts_with("source"))
+}
+
+/// Frames to and fro, all sizes, each looked at.
+fn between<'a>(a: &FlatHal, b: &FlatHal, count: u64) -> Outcome<'a> {
+    let first = apic::next_vector();
+    let (mut a, mut b) = (Station::open(a)?, Station::open(b)?);
+    let (mut got, mut expected) = ([0; BUFFER], [0; SLOT]);
+    let began = clock::now();
+    for number in 0..count {
+        let len = SIZES[(number % SIZES.len() as u64) as usize];
+        let (from, to) = if number % 2 == 0 { (&mut a, &mut b) } else { (&mut b, &mut a) };
+        let (from_mac, to_mac) = (from.nic.config().mac, to.nic.config().mac);
+        from.send(to_mac, number, len)?;
+        let received = to.receive(&mut got)?;
+        frame(&mut expected[..len], to_mac, from_mac, number);
+        ensure(got[..received] == expected[..len], "a frame arrived as another one")?;
+    }
+    line("venet")
+        .value("ok", true)
+        .text("back-end", "switch")
+        .value("frames", count)
+        .value("doorbells", a.rung + b.rung)
+        .value("interrupts", traps::taken(a.vector) + traps::taken(b.vector))
+        .value("us", (clock::now() - began) / 1000)
+        .end();
+    for station in [a, b] {
+        station.nic.close();
+    }
+    apic::reuse(first);
+    Ok(())
+}
+
+/// Frames from a source that has one whenever there is a buffer.
+fn from_source<'a>(hal: &FlatHal, count: u64) -> Outcome<'a> {
+    let first = apic::next_vector();
+    let mut station = Station::open(hal)?;
+    let mac = station.nic.config().mac;
+    let mut got = [0; BUFFER];
+    let before = traps::taken(station.vector);
+    for _ in 0..count {
+        let len = station.receive(&mut got)?;
+        let right = len >= FRONT && got[..6] == mac && got[12..FRONT] == ETHERTYPE;
+        ensure(right, "a frame of the source that is not its own")?;
+    }
+    line("venet")
+        .value("ok", true)
+        .text("back-end", "null")
+        .value("frames", count)
+        .value("doorbells", station.rung)
+        .value("interrupts", traps::taken(station.vector) - before)
+        .end();
+    station.nic.close();
+    apic::reuse(first);
+    Ok(())
+}
