@@ -1,6 +1,6 @@
 //! The driver end of vbus, for any environment: a kernel, a process in a guest, a plain process beside the bus.
 //!
-//! The environment implements [`Hal`]; over it [`Function`] probes, opens and calls a device, and [`venet`] and [`state`] drive the classes
+//! The environment implements [`Hal`]; over it [`Function`] probes, opens and calls a device, and [`venet`], [`state`] and [`sched`] drive the classes
 //! that come with vbus. Waiting is the environment's own: it knows its interrupts, threads and descriptors. What a waiting driver does is
 //! always the same: arm each signal it waits for; sleep unless one of them was missed; on waking, acknowledge the interrupt
 //! ([`Function::acknowledge`]) *before* it looks at the signals.
@@ -44,6 +44,8 @@ mod doorbell;
 mod error;
 mod function;
 mod hal;
+pub mod pic;
+pub mod sched;
 pub mod state;
 pub mod venet;
 

@@ -8,3 +8,4 @@ mod hostile;
 mod local;
 mod nic;
 mod pages;
+mod sched;

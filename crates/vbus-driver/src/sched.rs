@@ -1,0 +1,261 @@
+//! Driver of `sched`: the scheduling class of virtual CPUs' threads (spec/sched.md).
+
+use vbus_shm::abi::{class, sched as abi};
+use vbus_shm::signal::{Armed, End};
+use vbus_shm::state::{self, Layout, Overrun, SIGNAL_OFFSET};
+
+use crate::{Bell, Error, Function, Hal};
+
+/// A class, and the priority within it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// What the thread has without this device.
+    Own,
+    /// Time-sharing, with a nice value of -20..=19.
+    Normal(i32),
+    /// Time-sharing for batch work, likewise.
+    Batch(i32),
+    /// Only when nothing else runs.
+    Idle,
+    /// Real time, first in, first out, with a priority of 1..=99.
+    Fifo(i32),
+    /// Real time, round robin, likewise.
+    RoundRobin(i32),
+}
+
+impl Class {
+    /// Number of the class and priority, as in the pages.
+    fn numbers(self) -> (u32, i32) {
+        match self {
+            Class::Own => (abi::CLASS_NONE, 0),
+            Class::Normal(nice) => (abi::CLASS_NORMAL, nice),
+            Class::Batch(nice) => (abi::CLASS_BATCH, nice),
+            Class::Idle => (abi::CLASS_IDLE, 0),
+            Class::Fifo(priority) => (abi::CLASS_FIFO, priority),
+            Class::RoundRobin(priority) => (abi::CLASS_RR, priority),
+        }
+    }
+
+    fn from_numbers(class: u32, priority: i32) -> Option<Class> {
+        Some(match class {
+            abi::CLASS_NONE => Class::Own,
+            abi::CLASS_NORMAL => Class::Normal(priority),
+            abi::CLASS_BATCH => Class::Batch(priority),
+            abi::CLASS_IDLE => Class::Idle,
+            abi::CLASS_FIFO => Class::Fifo(priority),
+            abi::CLASS_RR => Class::RoundRobin(priority),
+            _ => return None,
+        })
+    }
+
+    /// Whether it is one of the real-time classes, which end unless they are posted again in time ([`Limits::boost_ms`]).
+    pub fn is_real_time(self) -> bool {
+        matches!(self, Class::Fifo(_) | Class::RoundRobin(_))
+    }
+}
+
+/// What the device grants at most.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Virtual CPUs that have pages.
+    pub cpus: u32,
+    /// Bit n: class number n ([`abi`]) is allowed.
+    pub classes: u32,
+    /// The highest real-time priority; higher ones are lowered to it.
+    pub priority_max: u32,
+    /// The lowest nice value, if it is not the thread's own.
+    pub nice_min: Option<i32>,
+    /// Posts a second that are looked at, for each virtual CPU. Of those that come faster, the newest is.
+    pub changes: u32,
+    /// Milliseconds after the last post by which a real-time class ends.
+    pub boost_ms: u32,
+}
+
+impl Limits {
+    /// Whether the class is allowed, at whatever priority.
+    pub fn allows(&self, class: Class) -> bool {
+        self.classes & 1 << class.numbers().0 != 0 || class == Class::Own
+    }
+}
+
+/// What became of the newest request that the device has looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It was granted.
+    Granted,
+    /// The class was granted, at the nearest priority that is allowed.
+    Clamped,
+    /// It is none.
+    BadRequest,
+    /// The class is not allowed.
+    NotAllowed,
+    /// It was granted, but no other came in time.
+    Expired,
+    /// The device does not know the virtual CPU's thread, or not yet.
+    NoThread,
+    /// The host's kernel refused.
+    Failed,
+}
+
+/// What the device says of a virtual CPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Report {
+    /// What became of the newest request.
+    pub outcome: Outcome,
+    /// What its thread is now.
+    pub class: Class,
+    /// Number of the newest request that was looked at: see [`Cpu::version`].
+    pub version: u32,
+    /// Requests that were looked at.
+    pub updates: u64,
+    /// Times that the thread's class was set.
+    pub changes: u64,
+    /// Requests granted in part.
+    pub clamped: u64,
+    /// Requests refused.
+    pub refused: u64,
+    /// Times that a look was put off by the rate limit.
+    pub limited: u64,
+    /// Times that a real-time class ended for want of another request.
+    pub expired: u64,
+}
+
+/// A `sched` device with an open connection.
+#[derive(Debug)]
+pub struct Cpus<H: Hal> {
+    function: Function<H>,
+    limits: Limits,
+}
+
+impl<H: Hal> Cpus<H> {
+    /// Opens it.
+    pub fn open(mut function: Function<H>) -> Result<Self, Error> {
+        if function.info().class != u32::from(class::SCHED) {
+            return Err(Error::Class(function.info().class));
+        }
+        let mut area = [0; abi::CONFIG_BYTES];
+        function.config(&mut area)?;
+        let word = |at: usize| [area[at], area[at + 1], area[at + 2], area[at + 3]];
+        let number = |at| u32::from_le_bytes(word(at));
+        let nice_min = i32::from_le_bytes(word(abi::CONFIG_NICE_MIN));
+        let limits = Limits {
+            cpus: number(abi::CONFIG_CPUS).min(abi::CPUS_MAX),
+            classes: number(abi::CONFIG_CLASSES),
+            priority_max: number(abi::CONFIG_PRIORITY_MAX),
+            nice_min: Some(nice_min).filter(|nice| *nice != abi::NICE_OWN),
+            changes: number(abi::CONFIG_CHANGES),
+            boost_ms: number(abi::CONFIG_BOOST_MS),
+        };
+        function.open(0)?;
+        Ok(Cpus { function, limits })
+    }
+
+    /// What the device grants at most.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// The function.
+    pub fn function(&self) -> &Function<H> {
+        &self.function
+    }
+
+    /// Registers the pages of virtual CPU `cpu`, once; [`Limits::cpus`] says how many there are. Reports interrupt on vector 0.
+    pub fn cpu(&mut self, cpu: u32) -> Result<Cpu<H>, Error> {
+        if cpu >= self.limits.cpus {
+            return Err(Error::Unsupported("a virtual CPU that has no pages"));
+        }
+        let (memory, handle) = self.register(abi::request_page(cpu), abi::request::BYTES)?;
+        let requests = state::Writer::attach(memory, End::Driver).map_err(|_| LAYOUT)?;
+        let (memory, _) = self.register(abi::report_page(cpu), abi::report::BYTES)?;
+        let reports = state::Reader::attach(memory, End::Driver).map_err(|_| LAYOUT)?;
+        Ok(Cpu { requests, bell: self.function.bell(handle), reports })
+    }
+
+    fn register(&mut self, id: u32, bytes: u32) -> Result<(H::Dma, u32), Error> {
+        let layout = Layout::new(bytes, state::DEFAULT_SLOTS).map_err(|_| LAYOUT)?;
+        let memory = self.function.hal().alloc(layout.bytes())?;
+        layout.format(&memory, 0).map_err(|_| LAYOUT)?;
+        let handle = self.function.region_add(id, 0, &memory, (0, layout.bytes()), Some(SIGNAL_OFFSET))?;
+        Ok((memory, handle))
+    }
+
+    /// Closes the connection: every thread has its own class again when this returns.
+    pub fn close(&mut self) {
+        self.function.close();
+    }
+}
+
+const LAYOUT: Error = Error::Unsupported("a state page of that size");
+
+/// The pages of a virtual CPU.
+#[derive(Debug)]
+pub struct Cpu<H: Hal> {
+    requests: state::Writer<H::Dma>,
+    bell: Bell<H>,
+    reports: state::Reader<H::Dma>,
+}
+
+impl<H: Hal> Cpu<H> {
+    /// Says what runs on the virtual CPU now: a store, and a doorbell if the device sleeps. Of posts in quick succession, the device may look
+    /// at the newest only.
+    pub fn post(&mut self, class: Class) {
+        let (class, priority) = class.numbers();
+        let mut value = [0; abi::request::BYTES as usize];
+        value[abi::request::CLASS..][..4].copy_from_slice(&class.to_le_bytes());
+        value[abi::request::PRIORITY..][..4].copy_from_slice(&priority.to_le_bytes());
+        if self.requests.write(&value) {
+            self.bell.ring();
+        }
+    }
+
+    /// Number of the newest post.
+    pub fn version(&self) -> u32 {
+        self.requests.version()
+    }
+
+    /// The newest report, and its number.
+    pub fn report(&self) -> Result<(Report, u32), Error> {
+        let mut value = [0; abi::report::BYTES as usize];
+        let number =
+            self.reports.read(&mut value).map_err(|Overrun| Error::Corrupt("the report page never stands still"))?;
+        let word = |at: usize| [value[at], value[at + 1], value[at + 2], value[at + 3]];
+        let count =
+            |at: usize| u64::from(u32::from_le_bytes(word(at))) | u64::from(u32::from_le_bytes(word(at + 4))) << 32;
+        let outcome = match u32::from_le_bytes(word(abi::report::STATUS)) {
+            abi::report::OK => Outcome::Granted,
+            abi::report::IS_CLAMPED => Outcome::Clamped,
+            abi::report::BAD_REQUEST => Outcome::BadRequest,
+            abi::report::NOT_ALLOWED => Outcome::NotAllowed,
+            abi::report::HAS_EXPIRED => Outcome::Expired,
+            abi::report::NO_THREAD => Outcome::NoThread,
+            abi::report::FAILED => Outcome::Failed,
+            _ => return Err(Error::Corrupt("a report of an unknown status")),
+        };
+        let priority = i32::from_le_bytes(word(abi::report::PRIORITY));
+        let class = Class::from_numbers(u32::from_le_bytes(word(abi::report::CLASS)), priority)
+            .ok_or(Error::Corrupt("a report of an unknown class"))?;
+        let report = Report {
+            outcome,
+            class,
+            version: u32::from_le_bytes(word(abi::report::VERSION)),
+            updates: count(abi::report::UPDATES),
+            changes: count(abi::report::CHANGES),
+            clamped: count(abi::report::CLAMPED),
+            refused: count(abi::report::REFUSED),
+            limited: count(abi::report::LIMITED),
+            expired: count(abi::report::EXPIRED),
+        };
+        Ok((report, number))
+    }
+
+    /// Asks for an interrupt by the report that follows number `than`.
+    pub fn arm_report(&mut self, than: u32) -> Armed {
+        self.reports.arm_newer(than)
+    }
+
+    /// Asks for none.
+    pub fn disarm_report(&mut self) {
+        self.reports.disarm();
+    }
+}
