@@ -43,17 +43,27 @@ pub struct Bus {
     executor: Arc<Executor>,
     classes: Vec<Box<dyn DeviceClass>>,
     trust: Trust,
-    devices: Mutex<BTreeMap<String, Arc<Endpoint>>>,
+    devices: Arc<Devices>,
+}
+
+/// The devices of a bus, by name.
+#[derive(Default)]
+pub(crate) struct Devices(Mutex<BTreeMap<String, Arc<Endpoint>>>);
+
+impl Devices {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Endpoint>>> {
+        self.0.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    pub(crate) fn get(&self, name: &str) -> Option<Arc<Endpoint>> {
+        self.lock().get(name).cloned()
+    }
 }
 
 impl Bus {
     /// An empty bus whose devices run on `executor`, and whose peers' memory files are trusted as `trust` says.
     pub fn new(executor: Arc<Executor>, classes: Vec<Box<dyn DeviceClass>>, trust: Trust) -> Bus {
-        Bus { executor, classes, trust, devices: Mutex::default() }
-    }
-
-    fn devices_lock(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Endpoint>>> {
-        self.devices.lock().unwrap_or_else(|e| e.into_inner())
+        Bus { executor, classes, trust, devices: Arc::default() }
     }
 
     /// The classes.
@@ -80,8 +90,8 @@ impl Bus {
     /// Adds a device as `name`.
     pub fn add(&self, name: &str, device: Arc<dyn Device>) -> Result<Arc<Endpoint>, BusError> {
         self.check_new(name)?;
-        let endpoint = Endpoint::new(name, device, self.executor.clone(), self.trust);
-        let mut devices = self.devices_lock();
+        let endpoint = Endpoint::new(name, device, self.executor.clone(), self.trust, Arc::downgrade(&self.devices));
+        let mut devices = self.devices.lock();
         if devices.contains_key(name) {
             return Err(BusError::Exists(name.into()));
         }
@@ -96,7 +106,7 @@ impl Bus {
         if name.is_empty() || name.len() > NAME_MAX || name.starts_with('.') || !name.bytes().all(good) {
             return Err(BusError::BadName(name.into()));
         }
-        let devices = self.devices_lock();
+        let devices = self.devices.lock();
         if devices.contains_key(name) {
             return Err(BusError::Exists(name.into()));
         }
@@ -105,7 +115,7 @@ impl Bus {
 
     /// Takes a device off the bus: its connection ends before this returns.
     pub fn remove(&self, name: &str) -> Result<(), BusError> {
-        let endpoint = self.devices_lock().remove(name).ok_or_else(|| BusError::NotFound(name.into()))?;
+        let endpoint = self.devices.lock().remove(name).ok_or_else(|| BusError::NotFound(name.into()))?;
         endpoint.remove();
         tracing::info!(device = name, "removed");
         Ok(())
@@ -113,11 +123,11 @@ impl Bus {
 
     /// The device called `name`.
     pub fn get(&self, name: &str) -> Result<Arc<Endpoint>, BusError> {
-        self.devices_lock().get(name).cloned().ok_or_else(|| BusError::NotFound(name.into()))
+        self.devices.get(name).ok_or_else(|| BusError::NotFound(name.into()))
     }
 
     /// All devices, by name.
     pub fn devices(&self) -> Vec<Arc<Endpoint>> {
-        self.devices_lock().values().cloned().collect()
+        self.devices.lock().values().cloned().collect()
     }
 }

@@ -8,7 +8,7 @@ use vbus_shm::signal::Armed;
 
 use crate::endpoint::Doorbell;
 use crate::executor::{Executor, Progress};
-use crate::interrupt::Interrupt;
+use crate::interrupt::{Interrupt, Router};
 use crate::memory::{MemoryContext, Window};
 use crate::{ConnectionCounters, Status};
 
@@ -96,6 +96,8 @@ pub struct Open {
     pub counters: Arc<ConnectionCounters>,
     /// To be called when a task of its own fails: ends the connection with that status.
     pub fail: Fail,
+    /// For a device that carries the interrupts of others.
+    pub router: Router,
 }
 
 /// Ends a connection from one of its own tasks.

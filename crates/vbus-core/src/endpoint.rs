@@ -3,7 +3,7 @@
 use std::io::IoSliceMut;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::{ReadWriteFlags, preadv2};
@@ -11,9 +11,10 @@ use serde_json::{Value, json};
 use vbus_shm::abi::{ABI_VERSION, command, reg};
 use vbus_shm::signal::{Armed, BLOCK_ALIGN, BLOCK_BYTES};
 
+use crate::bus::Devices;
 use crate::device::{Connection, Device, Fail, Identity, Open, Region};
 use crate::executor::{Executor, Interest, Progress, Task, TaskHandle};
-use crate::interrupt::{Interrupt, InterruptSink};
+use crate::interrupt::{Interrupt, InterruptSink, Outlet, Router};
 use crate::memory::{MapError, MemoryContext, Trust};
 use crate::{ConnectionCounters, Status};
 
@@ -87,7 +88,7 @@ struct Target {
 /// The driver's doorbell for a region, as its device sees it.
 #[derive(Clone)]
 pub struct Doorbell {
-    endpoint: std::sync::Weak<Endpoint>,
+    endpoint: Weak<Endpoint>,
     handle: u32,
 }
 
@@ -115,28 +116,14 @@ pub struct Endpoint {
     place: usize,
     memory: Arc<MemoryContext>,
     counters: Arc<ConnectionCounters>,
-    sink: RwLock<Arc<dyn InterruptSink>>,
+    outlet: Arc<Outlet>,
+    /// The device that may carry this one's interrupts.
+    router: OnceLock<String>,
+    devices: Weak<Devices>,
     inner: Mutex<Inner>,
     generations: AtomicU64,
     doorbells: Vec<DoorbellSlot>,
-    this: std::sync::Weak<Endpoint>,
-}
-
-struct NoInterrupts;
-
-impl InterruptSink for NoInterrupts {
-    fn trigger(&self, _vector: u16) {}
-}
-
-/// Follows the endpoint's sink, so that a connector may come after the connection.
-struct CurrentSink(std::sync::Weak<Endpoint>);
-
-impl InterruptSink for CurrentSink {
-    fn trigger(&self, vector: u16) {
-        if let Some(endpoint) = self.0.upgrade() {
-            endpoint.sink.read().unwrap_or_else(|e| e.into_inner()).trigger(vector);
-        }
-    }
+    this: Weak<Endpoint>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -144,7 +131,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Endpoint {
-    pub(crate) fn new(name: &str, device: Arc<dyn Device>, executor: Arc<Executor>, trust: Trust) -> Arc<Endpoint> {
+    pub(crate) fn new(
+        name: &str,
+        device: Arc<dyn Device>,
+        executor: Arc<Executor>,
+        trust: Trust,
+        devices: Weak<Devices>,
+    ) -> Arc<Endpoint> {
         let identity = device.identity();
         let count = identity.regions as usize;
         Arc::new_cyclic(|this| Endpoint {
@@ -155,7 +148,9 @@ impl Endpoint {
             executor,
             memory: Arc::new(MemoryContext::new(trust)),
             counters: Arc::default(),
-            sink: RwLock::new(Arc::new(NoInterrupts)),
+            outlet: Arc::new(Outlet::new()),
+            router: OnceLock::new(),
+            devices,
             inner: Mutex::new(Inner::Closed),
             generations: AtomicU64::new(0),
             doorbells: (0..count).map(|_| DoorbellSlot::default()).collect(),
@@ -220,7 +215,22 @@ impl Endpoint {
 
     /// Sets where interrupts go; the last connector wins.
     pub fn set_interrupt_sink(&self, sink: Arc<dyn InterruptSink>) {
-        *self.sink.write().unwrap_or_else(|e| e.into_inner()) = sink;
+        self.outlet.set_connector(sink);
+    }
+
+    /// Lets the device `router` of the same bus carry this one's interrupts, if its driver asks for that ([`Router`]); the first one set stays.
+    /// Whoever drives that device can take them from this one's driver.
+    pub fn set_router(&self, router: &str) {
+        let _ = self.router.set(router.to_owned());
+    }
+
+    /// The device that may carry this one's interrupts.
+    pub fn router(&self) -> Option<String> {
+        self.router.get().cloned()
+    }
+
+    pub(crate) fn outlet(&self) -> &Arc<Outlet> {
+        &self.outlet
     }
 
     /// Whether a connection is open.
@@ -273,7 +283,7 @@ impl Endpoint {
 
     /// The driver may be asleep, waiting for a connection that has ended: lets it look at the status.
     fn wake_driver(&self) {
-        self.sink.read().unwrap_or_else(|e| e.into_inner()).trigger(0);
+        self.outlet.trigger_own(0);
     }
 
     /// OPEN: the driver has written `handshake.1` at address `handshake.0`, and must have written it where we read.
@@ -316,12 +326,17 @@ impl Endpoint {
             place: self.place,
             counters: self.counters.clone(),
             fail: fail.clone(),
+            router: Router {
+                name: self.router.get().is_none().then(|| self.name.clone()),
+                devices: self.devices.clone(),
+            },
         })?;
         let connection: SharedConnection = Arc::new(Mutex::new(connection));
         let task = ConnectionTask(connection.clone());
         let task =
             self.executor.spawn(self.place, Box::new(task), self.counters.clone(), move |status| fail.fail(status));
         let regions = (0..self.identity.regions).map(|_| None).collect();
+        self.outlet.open(self.identity.vectors);
         *inner = Inner::Open(OpenConnection { connection, task, features, generation, regions });
         self.counters.opens.one();
         tracing::info!(device = self.name, features = format_args!("{features:#x}"), "opened");
@@ -363,6 +378,7 @@ impl Endpoint {
             }
             open.task.stop();
             drop(open.connection);
+            self.outlet.close(!matches!(inner, Inner::Closed));
             if matches!(inner, Inner::Broken(_)) {
                 self.counters.broken.one();
             }
@@ -413,13 +429,12 @@ impl Endpoint {
             }
             _ => return Err(Status::BAD_ARGUMENT),
         };
-        let sink = Arc::new(CurrentSink(self.this.clone()));
         let region = Region {
             id: request.id,
             handle,
             window,
             signal_offset,
-            interrupt: Interrupt::new(sink, request.vector, self.counters.clone()),
+            interrupt: Interrupt::new(self.outlet.clone(), request.vector, self.counters.clone()),
             doorbell: Doorbell { endpoint: self.this.clone(), handle },
         };
         self.bind(handle, &open.task);

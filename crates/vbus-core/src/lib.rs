@@ -90,6 +90,6 @@ pub use counter::{ConnectionCounters, Counter};
 pub use device::{Connection, CreateError, Device, DeviceClass, Fail, Identity, Open, Region};
 pub use endpoint::{Doorbell, Endpoint, REGION_BYTES_MAX, RegionRequest, State};
 pub use executor::{Executor, Interest, Progress, Task, TaskHandle, Tuning};
-pub use interrupt::{Interrupt, InterruptSink};
+pub use interrupt::{Interrupt, InterruptSink, Route, Router};
 pub use memory::{MapError, MemoryContext, Trust, View, Window};
 pub use vbus_shm::{self as shm, Status};

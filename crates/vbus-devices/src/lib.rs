@@ -1,5 +1,5 @@
-//! The device classes of vbus: [`venet`], an Ethernet controller, [`state`], named values, and [`sched`],
-//! the priority of virtual CPUs. A bus makes devices of them from their settings:
+//! The device classes of vbus: [`venet`], an Ethernet controller, [`state`], named values, [`sched`],
+//! the priority of virtual CPUs, and [`pic`], an interrupt controller for the others. A bus makes devices of them from their settings:
 //!
 //! ```
 //! use serde_json::json;
@@ -20,6 +20,7 @@
 //! # Ok::<(), std::io::Error>(())
 //! ```
 
+pub mod pic;
 pub mod sched;
 pub mod state;
 pub mod venet;
@@ -28,7 +29,12 @@ use vbus_core::DeviceClass;
 
 /// All classes of this crate.
 pub fn classes() -> Vec<Box<dyn DeviceClass>> {
-    vec![Box::new(venet::VenetClass::new()), Box::new(state::StateClass), Box::new(sched::SchedClass::new())]
+    vec![
+        Box::new(venet::VenetClass::new()),
+        Box::new(state::StateClass),
+        Box::new(sched::SchedClass::new()),
+        Box::new(pic::PicClass),
+    ]
 }
 
 /// Takes a lock that a panic may have poisoned: one task's panic must not take the others with it.

@@ -15,7 +15,7 @@ pub mod class {
     pub const STATE: u16 = 2;
     /// Scheduling class of virtual CPUs (spec/sched.md).
     pub const SCHED: u16 = 3;
-    /// Interrupt controller.
+    /// An interrupt controller for the other devices (spec/pic.md).
     pub const PIC: u16 = 4;
     /// The first number that is free for devices of one's own.
     pub const USER: u16 = 0x8000;
@@ -398,6 +398,33 @@ pub mod sched {
         /// Status: refused by the host's kernel; the log of the bus says why.
         pub const FAILED: u32 = 6;
     }
+}
+
+/// `pic`: interrupt controller (spec/pic.md). The region with id `i` is the [page](super::pic) of the driver's processor number `i`.
+pub mod pic {
+    /// Config area: u32, processors that there can be.
+    pub const CONFIG_CPUS: usize = 0;
+    /// Config area: u32, the most lines of a page.
+    pub const CONFIG_LINES: usize = 4;
+    /// Bytes of the config area.
+    pub const CONFIG_BYTES: usize = 8;
+    /// The most processors of any device.
+    pub const CPUS_MAX: u16 = 256;
+    /// The most routes of a connection.
+    pub const ROUTES_MAX: usize = 4096;
+
+    /// Call: let interrupts of another device raise a line. Buffer: [`ROUTE_BYTES`] bytes: vector u16, line u16, processor u32, name of the device.
+    pub const CALL_ROUTE: u32 = 1;
+    /// Call: let them come by that device's own interrupt again. Buffer as of [`CALL_ROUTE`]; line and processor are not looked at.
+    pub const CALL_UNROUTE: u32 = 2;
+    /// Call: let them raise another line, of that processor or another. Buffer as of [`CALL_ROUTE`]. Value: 1 if the new line was raised.
+    pub const CALL_MOVE: u32 = 3;
+    /// Bytes of the buffer.
+    pub const ROUTE_BYTES: usize = 40;
+    /// Where the name is: 32 bytes, filled up with zeros.
+    pub const NAME_OFFSET: usize = 8;
+    /// Status: the vector is not routed, or its device's connection has ended.
+    pub const NO_ROUTE: u32 = super::status::CLASS;
 }
 
 const _: () = {

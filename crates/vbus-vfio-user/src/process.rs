@@ -76,6 +76,19 @@ impl Process {
         Ok(Process(Arc::new(Shared { client: Mutex::new(client), socket, interrupt, doorbells, memory, free })))
     }
 
+    /// Connects the first `count` vectors of the device's MSI-X, if it has that: an eventfd for each, non-blocking. From now on its interrupts come
+    /// there, and [`interrupt`](Self::interrupt) is silent.
+    ///
+    /// # Errors
+    /// Those of [`Client::connect_irqs`]; [`Errno`]s of the eventfds.
+    pub fn connect_vectors(&self, count: u16) -> Result<Vec<OwnedFd>, ClientError> {
+        let new = |_| eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let fds = (0..count).map(new).collect::<Result<Vec<_>, _>>()?;
+        let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+        lock(&self.0.client).connect_irqs(vbus_pci::IrqIndex::Msix as u32, 0, &borrowed)?;
+        Ok(fds)
+    }
+
     /// The eventfd that becomes readable when the device interrupts. Non-blocking; reading it takes the interrupt.
     pub fn interrupt(&self) -> BorrowedFd<'_> {
         self.0.interrupt.as_fd()

@@ -46,6 +46,8 @@ pub struct DeviceSpec {
     pub class: String,
     /// What its PCI function has.
     pub options: Options,
+    /// The device of the bus that may carry its interrupts.
+    pub pic: Option<String>,
     /// The class's own settings, an object.
     pub settings: Value,
 }
@@ -59,7 +61,12 @@ impl DeviceSpec {
             Some(other) => Err(format!("{key:?} must be true or false, not {other}")),
         };
         let options = Options { msix: flag("msix")?, express: flag("express")? };
-        Ok(DeviceSpec { name, class, options, settings: Value::Object(settings) })
+        let pic = match settings.remove("pic") {
+            None => None,
+            Some(Value::String(name)) => Some(name),
+            Some(other) => return Err(format!("\"pic\" must be the name of a device of class pic, not {other}")),
+        };
+        Ok(DeviceSpec { name, class, options, pic, settings: Value::Object(settings) })
     }
 }
 
@@ -325,17 +332,18 @@ mod tests {
     #[test]
     fn a_few_lines_are_enough() {
         let (config, source) = of("[bus]\nworkers = 3\npoll-us = 0\ntrust-memory = true\n\
-            [[device]]\nname = \"n\"\nclass = \"venet\"\nmsix = true\nmtu = 9_000\nlist = [{ a = 0x10 }]\n")
+            [[device]]\nname = \"n\"\nclass = \"venet\"\nmsix = true\npic = \"pic0\"\nmtu = 9_000\nlist = [{ a = 0x10 }]\n")
         .unwrap();
         assert_eq!((config.tuning.workers, config.tuning.poll_max), (3, Duration::ZERO));
         assert_eq!(config.trust, Trust::Any);
         let device = &config.devices[0];
         assert_eq!((device.name.as_str(), device.class.as_str()), ("n", "venet"));
         assert_eq!(device.options, Options { msix: true, express: false });
+        assert_eq!(device.pic.as_deref(), Some("pic0"));
         assert_eq!(device.settings, json!({ "mtu": 9000, "list": [{ "a": 16 }] }));
         let error = source.device_error(0, "unknown field `mtu`").to_string();
         assert!(
-            error.starts_with("bus.toml:9:1: unknown field `mtu`\n 9 | mtu = 9_000\n   | ^^^\n".trim_end()),
+            error.starts_with("bus.toml:10:1: unknown field `mtu`\n 10 | mtu = 9_000\n    | ^^^\n".trim_end()),
             "{error}"
         );
         let error = source.device_error(0, "unknown variant `venet`, expected one of `a`, `vent`").to_string();
@@ -366,6 +374,7 @@ mod tests {
             ("[[device]]\nname = \"x\"\n", "bus.toml:1:1: this device has no \"class\""),
             ("[[device]]\nname = 1\n", "bus.toml:2:8: must be a string"),
             ("[[device]]\nname=\"x\"\nclass=\"c\"\nmsix=1\n", "bus.toml:4:1: \"msix\" must be true or false"),
+            ("[[device]]\nname=\"x\"\nclass=\"c\"\npic=1\n", "bus.toml:4:1: \"pic\" must be the name of a device"),
             (
                 "[[device]]\nname=\"x\"\nclass=\"c\"\n[[device]]\nname=\"x\"\nclass=\"c\"\n",
                 "bus.toml:5:6: there are two",

@@ -48,6 +48,9 @@ impl Host {
         }
         let path = self.claimed.socket(&spec.name)?;
         let endpoint = self.bus.create(&spec.name, &spec.class, &spec.settings)?;
+        if let Some(pic) = &spec.pic {
+            endpoint.set_router(pic);
+        }
         match DeviceServer::start(endpoint.clone(), &path, spec.options) {
             Ok(server) => {
                 self.lock().insert(spec.name, server);

@@ -1,0 +1,171 @@
+//! A driver's use of an interrupt controller: processors come and go, routes are made, moved and ended.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+use serde_json::{Value, json};
+use vbus_core::shm::abi::pic::{CALL_MOVE, CALL_ROUTE, CALL_UNROUTE, NAME_OFFSET, NO_ROUTE, ROUTE_BYTES, ROUTES_MAX};
+use vbus_core::{Connection, Region, Route, Router, Status};
+
+use super::page::{Cpu, Line};
+use crate::lock;
+
+/// What a connection has made so far. Ended routes stay until they are looked at.
+#[derive(Default)]
+pub struct State {
+    /// By number; those that the driver has registered.
+    cpus: BTreeMap<u32, Arc<Cpu>>,
+    /// By device and vector.
+    routes: BTreeMap<(String, u16), Routed>,
+}
+
+struct Routed {
+    line: u16,
+    cpu: Arc<Cpu>,
+    cpu_number: u32,
+    route: Route,
+}
+
+/// The buffer of ROUTE, UNROUTE and MOVE.
+struct Request {
+    what: (String, u16),
+    line: u16,
+    cpu: u32,
+}
+
+impl Request {
+    fn parse(buffer: &[u8]) -> Result<Request, Status> {
+        let buffer = buffer.first_chunk::<ROUTE_BYTES>().ok_or(Status::BAD_LENGTH)?;
+        let u16_at = |at: usize| u16::from_le_bytes([buffer[at], buffer[at + 1]]);
+        let cpu = u32::from_le_bytes([buffer[4], buffer[5], buffer[6], buffer[7]]);
+        let name = buffer[NAME_OFFSET..].split(|b| *b == 0).next().unwrap_or_default();
+        let name = std::str::from_utf8(name).map_err(|_| Status::BAD_ARGUMENT)?;
+        Ok(Request { what: (name.to_owned(), u16_at(0)), line: u16_at(2), cpu })
+    }
+}
+
+impl State {
+    /// The line that a request names.
+    fn line(&self, request: &Request) -> Result<Arc<Line>, Status> {
+        let cpu = self.cpus.get(&request.cpu).ok_or(Status::NO_REGION)?;
+        if request.line >= cpu.lines() {
+            return Err(Status::BAD_ARGUMENT);
+        }
+        Ok(Arc::new(Line { cpu: cpu.clone(), number: request.line }))
+    }
+
+    fn route(&mut self, router: &Router, request: Request) -> Result<u64, Status> {
+        let line = self.line(&request)?;
+        self.routes.retain(|_, routed| routed.route.is_alive());
+        if self.routes.len() >= ROUTES_MAX {
+            return Err(Status::LIMIT);
+        }
+        let (device, vector) = &request.what;
+        let cpu = line.cpu.clone();
+        let route = router.route(device, *vector, line)?;
+        self.routes.insert(request.what, Routed { line: request.line, cpu, cpu_number: request.cpu, route });
+        Ok(0)
+    }
+
+    /// The driver changes nothing of the pages for this: a line that is pending on the old one is taken away there, unless the driver is
+    /// faster, and raised on the new one.
+    fn relocate(&mut self, request: Request) -> Result<u64, Status> {
+        let line = self.line(&request)?;
+        let routed = self.routes.get_mut(&request.what).ok_or(Status(NO_ROUTE))?;
+        if !routed.route.redirect(line.clone()) {
+            self.routes.remove(&request.what);
+            return Err(Status(NO_ROUTE));
+        }
+        // From here on nothing is raised on the old page for this vector.
+        let (old, old_line) = (std::mem::replace(&mut routed.cpu, line.cpu.clone()), routed.line);
+        (routed.line, routed.cpu_number) = (request.line, request.cpu);
+        // Whose it is that is pending on a line that several share is not known: then it stays, and the new line is raised in case.
+        let moved = self.is_shared(&old, old_line) || old.take_back(old_line);
+        if moved {
+            line.cpu.raise(request.line);
+        }
+        Ok(u64::from(moved))
+    }
+
+    fn unroute(&mut self, what: &(String, u16)) -> Result<u64, Status> {
+        let Routed { line, cpu, route, .. } = self.routes.remove(what).ok_or(Status(NO_ROUTE))?;
+        // The device interrupts by itself once, so what is pending need not stay.
+        drop(route);
+        if !self.is_shared(&cpu, line) {
+            cpu.take_back(line);
+        }
+        Ok(0)
+    }
+
+    /// Whether a route leads to this line.
+    fn is_shared(&self, cpu: &Arc<Cpu>, line: u16) -> bool {
+        self.routes.values().any(|routed| routed.line == line && Arc::ptr_eq(&routed.cpu, cpu))
+    }
+
+    pub fn inspect(&self) -> Value {
+        let pages = self.cpus.iter().map(|(number, cpu)| {
+            json!({ "cpu": number, "lines": cpu.lines(), "raised": cpu.raised, "messages": cpu.messages })
+        });
+        let routes = self.routes.iter().filter(|(_, routed)| routed.route.is_alive()).map(|((device, vector), routed)| {
+            json!({ "device": device, "vector": vector, "line": routed.line, "cpu": routed.cpu_number })
+        });
+        json!({ "pages": pages.collect::<Vec<_>>(), "routes": routes.collect::<Vec<_>>() })
+    }
+}
+
+/// A connection.
+pub struct PicConnection {
+    state: Arc<Mutex<State>>,
+    cpus: u16,
+    router: Router,
+}
+
+impl PicConnection {
+    pub fn new(state: Arc<Mutex<State>>, cpus: u16, router: Router) -> PicConnection {
+        PicConnection { state, cpus, router }
+    }
+}
+
+impl Connection for PicConnection {
+    fn region_added(&mut self, region: Region) -> Result<(), Status> {
+        let mut state = lock(&self.state);
+        let number = region.id;
+        if number >= u32::from(self.cpus) {
+            return Err(Status::BAD_ARGUMENT);
+        }
+        if state.cpus.contains_key(&number) {
+            return Err(Status::EXISTS);
+        }
+        state.cpus.insert(number, Arc::new(Cpu::new(region)?));
+        Ok(())
+    }
+
+    fn region_dropped(&mut self, handle: u32) -> Result<(), Status> {
+        let mut state = lock(&self.state);
+        state.routes.retain(|_, routed| routed.cpu.handle != handle);
+        state.cpus.retain(|_, cpu| cpu.handle != handle);
+        Ok(())
+    }
+
+    fn call(&mut self, function: u32, flags: u32, buffer: &mut [u8]) -> Result<u64, Status> {
+        if ![CALL_ROUTE, CALL_UNROUTE, CALL_MOVE].contains(&function) {
+            return Err(Status::BAD_FUNCTION);
+        }
+        if flags != 0 {
+            return Err(Status::BAD_ARGUMENT);
+        }
+        let request = Request::parse(buffer)?;
+        let mut state = lock(&self.state);
+        match function {
+            CALL_ROUTE => state.route(&self.router, request),
+            CALL_UNROUTE => state.unroute(&request.what),
+            _ => state.relocate(request),
+        }
+    }
+}
+
+impl Drop for PicConnection {
+    fn drop(&mut self) {
+        *lock(&self.state) = State::default();
+    }
+}

@@ -1,0 +1,88 @@
+//! `pic`: interrupts without an exit at their end (spec/pic.md).
+//!
+//! The driver shares a page for each of its processors, and routes interrupts of other devices of the bus to lines of these pages. A route is
+//! taken only for a device whose configuration names this one. It ends with either device's connection; the other device then interrupts
+//! by itself again.
+
+mod connection;
+mod page;
+
+use std::sync::{Arc, Mutex};
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+use vbus_core::shm::abi::{class, pic as abi};
+use vbus_core::shm::pic::LINES_MAX;
+use vbus_core::{Connection, CreateError, Device, DeviceClass, Identity, Open, Status};
+
+use crate::lock;
+use connection::{PicConnection, State};
+
+/// The class of interrupt controllers.
+pub struct PicClass;
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Settings {
+    #[serde(default = "cpus_default")]
+    cpus: u16,
+}
+
+fn cpus_default() -> u16 {
+    64
+}
+
+impl DeviceClass for PicClass {
+    fn name(&self) -> &'static str {
+        "pic"
+    }
+
+    fn help(&self) -> &'static str {
+        "Interrupt controller for other devices of the bus, those with pic = NAME. cpus = 1 to 256 (64). Give it msix = true: a vector for each processor."
+    }
+
+    fn create(&self, _name: &str, config: &Value) -> Result<Arc<dyn Device>, CreateError> {
+        let settings: Settings =
+            serde_json::from_value(config.clone()).map_err(|error| CreateError(error.to_string()))?;
+        if !(1..=abi::CPUS_MAX).contains(&settings.cpus) {
+            return Err(CreateError(format!("cpus is {}; use 1 to {}", settings.cpus, abi::CPUS_MAX)));
+        }
+        Ok(Arc::new(PicDevice { cpus: settings.cpus, state: Arc::default() }))
+    }
+}
+
+struct PicDevice {
+    cpus: u16,
+    /// Of the open connection.
+    state: Arc<Mutex<State>>,
+}
+
+impl Device for PicDevice {
+    fn identity(&self) -> Identity {
+        Identity {
+            class: class::PIC,
+            class_name: "pic",
+            pci_class: 0x08_80_00,
+            features: 0,
+            regions: u32::from(self.cpus),
+            vectors: self.cpus,
+        }
+    }
+
+    fn config(&self) -> Vec<u8> {
+        let mut area = vec![0; abi::CONFIG_BYTES];
+        area[abi::CONFIG_CPUS..][..4].copy_from_slice(&u32::from(self.cpus).to_le_bytes());
+        area[abi::CONFIG_LINES..][..4].copy_from_slice(&u32::from(LINES_MAX).to_le_bytes());
+        area
+    }
+
+    fn open(&self, open: Open) -> Result<Box<dyn Connection>, Status> {
+        Ok(Box::new(PicConnection::new(self.state.clone(), self.cpus, open.router)))
+    }
+
+    fn inspect(&self) -> Value {
+        let mut shown = lock(&self.state).inspect();
+        shown["cpus"] = json!(self.cpus);
+        shown
+    }
+}

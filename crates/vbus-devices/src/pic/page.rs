@@ -1,0 +1,58 @@
+//! A processor of the driver's: its page, and its interrupt.
+
+use std::sync::Arc;
+
+use vbus_core::shm::pic::DeviceEnd;
+use vbus_core::{Counter, Interrupt, InterruptSink, Region, Status, Window};
+
+/// A page that the driver has registered.
+pub struct Cpu {
+    pub handle: u32,
+    page: DeviceEnd<Window>,
+    message: Interrupt,
+    pub raised: Counter,
+    pub messages: Counter,
+}
+
+impl Cpu {
+    pub fn new(region: Region) -> Result<Cpu, Status> {
+        if region.signal_offset.is_some() {
+            return Err(Status::BAD_SIGNAL);
+        }
+        let page = DeviceEnd::attach(region.window)?;
+        let (raised, messages) = Default::default();
+        Ok(Cpu { handle: region.handle, page, message: region.interrupt, raised, messages })
+    }
+
+    /// Lines of the page.
+    pub fn lines(&self) -> u16 {
+        self.page.lines()
+    }
+
+    /// Raises a line, and interrupts the processor if it must be told.
+    pub fn raise(&self, line: u16) {
+        self.raised.one();
+        let wanted = self.page.raise(line);
+        if wanted {
+            self.messages.one();
+        }
+        self.message.kick(wanted);
+    }
+
+    /// Takes a line away again that the driver has not yet taken.
+    pub fn take_back(&self, line: u16) -> bool {
+        self.page.take_back(line)
+    }
+}
+
+/// A line of a processor, as the end of a route.
+pub struct Line {
+    pub cpu: Arc<Cpu>,
+    pub number: u16,
+}
+
+impl InterruptSink for Line {
+    fn trigger(&self, _vector: u16) {
+        self.cpu.raise(self.number);
+    }
+}

@@ -1,0 +1,184 @@
+//! Driver of `pic`: an interrupt controller whose state is shared (spec/pic.md).
+//!
+//! [`Pic`] registers a page for each processor and routes interrupts of other devices to lines. A [`Controller`] is one processor's page: the handler of
+//! its message takes lines from it and ends them, by loads and stores alone.
+//!
+//! ```
+//! use vbus_driver::pic::Controller;
+//! use vbus_driver::Hal;
+//!
+//! /// The handler of a processor's message, with interrupts off.
+//! fn interrupt<H: Hal>(cpu: &mut Controller<H>, mut attend: impl FnMut(u16)) {
+//!     while let Some(line) = cpu.take() {
+//!         attend(line); // a nested controller: with interrupts on
+//!         cpu.end(line);
+//!     }
+//! }
+//! ```
+
+use vbus_shm::Status;
+use vbus_shm::abi::{class, pic as abi};
+use vbus_shm::pic::{DriverEnd, LINES_MAX, PAGE_BYTES};
+
+pub use vbus_shm::pic::{Nesting, Wanted};
+
+use crate::{Error, Function, Hal};
+
+/// An interrupt controller with an open connection.
+#[derive(Debug)]
+pub struct Pic<H: Hal> {
+    function: Function<H>,
+    cpus: u32,
+}
+
+/// An interrupt of another device: what a route is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Source<'a> {
+    /// The device's name on the bus ([`Info::name`](crate::Info::name)).
+    pub device: &'a str,
+    /// The vector that its regions were registered with.
+    pub vector: u16,
+}
+
+/// A line of a processor's page: where a route leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Line {
+    /// The processor's number, as of [`Pic::cpu`].
+    pub cpu: u32,
+    /// The line, which is also its priority: the higher, the more urgent.
+    pub number: u16,
+}
+
+impl<H: Hal> Pic<H> {
+    /// Opens it.
+    pub fn open(mut function: Function<H>) -> Result<Self, Error> {
+        if function.info().class != u32::from(class::PIC) {
+            return Err(Error::Class(function.info().class));
+        }
+        let mut area = [0; abi::CONFIG_BYTES];
+        function.config(&mut area)?;
+        let u32_at = |at: usize| u32::from_le_bytes([area[at], area[at + 1], area[at + 2], area[at + 3]]);
+        let (cpus, lines) = (u32_at(abi::CONFIG_CPUS), u32_at(abi::CONFIG_LINES));
+        if lines < u32::from(LINES_MAX) {
+            return Err(Error::Corrupt("an interrupt controller with too few lines"));
+        }
+        function.open(0)?;
+        Ok(Pic { function, cpus: cpus.min(u32::from(abi::CPUS_MAX)) })
+    }
+
+    /// Processors that there can be.
+    pub fn cpus(&self) -> u32 {
+        self.cpus
+    }
+
+    /// The function.
+    pub fn function(&self) -> &Function<H> {
+        &self.function
+    }
+
+    /// Registers a page of `lines` lines (1..=256) for processor `number`, whose messages come on `vector`. It wants nothing yet: see
+    /// [`Controller::arm`].
+    pub fn cpu(&mut self, number: u32, lines: u16, nesting: Nesting, vector: u16) -> Result<Controller<H>, Error> {
+        let memory = self.function.hal().alloc(PAGE_BYTES)?;
+        let page = DriverEnd::create(memory.clone(), lines, nesting)
+            .map_err(|_| Error::Unsupported("an interrupt page with so many lines"))?;
+        let handle = self.function.region_add(number, vector, &memory, (0, PAGE_BYTES), None)?;
+        Ok(Controller { page, number, handle })
+    }
+
+    /// Ends a processor: what is routed to it interrupts by itself again.
+    pub fn remove(&mut self, cpu: Controller<H>) -> Result<(), Error> {
+        self.function.region_drop(cpu.handle)
+    }
+
+    /// Lets an interrupt of another device raise a line, until that device's connection ends, or this. The device must be open, and the bus's
+    /// configuration has to allow it. The line is raised once at once.
+    pub fn route(&mut self, from: Source<'_>, to: Line) -> Result<(), Error> {
+        self.call(abi::CALL_ROUTE, from, to).map(drop)
+    }
+
+    /// Lets it come by the device's own interrupt again; one comes at once.
+    pub fn unroute(&mut self, from: Source<'_>) -> Result<(), Error> {
+        self.call(abi::CALL_UNROUTE, from, Line { cpu: 0, number: 0 }).map(drop)
+    }
+
+    /// Lets it raise another line from now on, of the same processor or another. If the old line is pending, the new one is raised instead;
+    /// says so. The old processor may have the line in service at this moment, and goes on with it.
+    pub fn relocate(&mut self, from: Source<'_>, to: Line) -> Result<bool, Error> {
+        Ok(self.call(abi::CALL_MOVE, from, to)? != 0)
+    }
+
+    fn call(&mut self, function: u32, from: Source<'_>, to: Line) -> Result<u64, Error> {
+        let mut buffer = [0; abi::ROUTE_BYTES];
+        buffer[0..2].copy_from_slice(&from.vector.to_le_bytes());
+        buffer[2..4].copy_from_slice(&to.number.to_le_bytes());
+        buffer[4..8].copy_from_slice(&to.cpu.to_le_bytes());
+        let name = from.device.as_bytes();
+        buffer
+            .get_mut(abi::NAME_OFFSET..abi::NAME_OFFSET + name.len())
+            .ok_or(Error::Refused { command: "CALL", status: Status::DENIED })?
+            .copy_from_slice(name);
+        self.function.call(function, 0, &mut buffer)
+    }
+
+    /// Closes the connection: everything that is routed interrupts by itself again, and the device has let go of all pages.
+    pub fn close(&mut self) {
+        self.function.close();
+    }
+}
+
+/// One processor's end of its page. To be used on that processor, with interrupts off, one call at a time: no call waits, allocates or exits.
+#[derive(Debug)]
+pub struct Controller<H: Hal> {
+    page: DriverEnd<H::Dma>,
+    number: u32,
+    handle: u32,
+}
+
+impl<H: Hal> Controller<H> {
+    /// The processor's number.
+    pub fn number(&self) -> u32 {
+        self.number
+    }
+
+    /// Takes the most urgent line that is pending, not masked, and more urgent than those in service. Called by the message's handler until
+    /// it returns `None`; after that the next line sends a message. A handler that must not be held by a device that raises without
+    /// end stops earlier, and comes back by an interrupt of its own making.
+    #[inline]
+    pub fn take(&mut self) -> Option<u16> {
+        self.page.take()
+    }
+
+    /// Ends a line. Then [`take`](Self::take) again before the interrupt returns, or, elsewhere, [`arm`](Self::arm).
+    #[inline]
+    pub fn end(&mut self, line: u16) {
+        self.page.end(line);
+    }
+
+    /// Asks for messages: at first, and after lines were ended outside of a handler. *Pending*: call the handler now.
+    pub fn arm(&mut self) -> Wanted {
+        self.page.arm()
+    }
+
+    /// Asks for none, until [`arm`](Self::arm) or a `None` of [`take`](Self::take).
+    pub fn disarm(&mut self) {
+        self.page.disarm();
+    }
+
+    /// Masks a line: it can become pending, and is not taken.
+    pub fn mask(&mut self, line: u16) {
+        self.page.mask(line);
+    }
+
+    /// Unmasks a line. *Pending*: it has become so, without a message; call the handler now.
+    pub fn unmask(&mut self, line: u16) -> Wanted {
+        self.page.unmask(line)
+    }
+
+    /// Levels that the page has published: as many messages can have come.
+    pub fn generation(&self) -> u64 {
+        self.page.generation()
+    }
+}
+
+const _: () = assert!(abi::NAME_OFFSET + 32 == abi::ROUTE_BYTES);
