@@ -1,0 +1,310 @@
+//! Doorbells and interrupts in a real virtual machine. What the KVM at hand lacks is left out, and said.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a test may panic")]
+
+mod tiny;
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use vbus_kvm::{Chip, Doorbells, Error, Kind, Level, Message, Place, Route, Routes};
+
+use tiny::{CONNECTION, Cost, MMIO, PORT, Program, SINT, Tiny, VECTOR, machine};
+
+const MSI: Route = Route::Msi { address: 0xfee0_0000, data: VECTOR as u32 };
+
+fn event() -> OwnedFd {
+    eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap()
+}
+
+/// How often the eventfd was written since the last time.
+fn count(fd: impl AsFd) -> u64 {
+    let mut value = [0; 8];
+    rustix::io::read(fd, &mut value).map_or(0, |_| u64::from_ne_bytes(value))
+}
+
+fn write(fd: impl AsFd) {
+    rustix::io::write(fd, &1u64.to_ne_bytes()).unwrap();
+}
+
+/// Waits until the eventfd is readable.
+fn readable(fd: impl AsFd) -> bool {
+    let patience = Timespec { tv_sec: 10, tv_nsec: 0 };
+    poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&patience)).unwrap() == 1
+}
+
+fn places() -> [(Kind, Place); 3] {
+    [
+        (Kind::Mmio, Place { base: MMIO, stride: 4 }),
+        (Kind::Pio, Place { base: PORT.into(), stride: 1 }),
+        (Kind::Hypercall, Place { base: CONNECTION.into(), stride: 1 }),
+    ]
+}
+
+/// The kinds that there are, the others being said.
+fn kinds(tiny: &Tiny) -> Vec<(Kind, Place)> {
+    let (have, lack): (Vec<_>, Vec<_>) = places().into_iter().partition(|(kind, _)| tiny.kinds.has(*kind));
+    for (kind, _) in lack {
+        println!("left out: {kind:?}, which this KVM does not have");
+    }
+    have
+}
+
+/// Whether rings that have come made exits at all. No processor does without; a KVM that interprets its guests' code does.
+fn has_exits(cost: &Cost) -> bool {
+    if cost.exits == 0 {
+        println!("left out: exits, which this KVM does not have: it interprets the code of its guests");
+    }
+    cost.exits > 0
+}
+
+#[test]
+fn a_ring_is_one_exit_and_none_to_user_space() {
+    const RINGS: u64 = 200;
+    let Some(mut tiny) = machine() else { return };
+    let (bell, other) = (event(), event());
+    let bells = vec![(0, bell.try_clone().unwrap()), (1, other.try_clone().unwrap())];
+    let mut doorbells = Doorbells::new(tiny.vm.clone(), bells).unwrap();
+    assert_eq!(doorbells.numbers(), 2);
+    for (kind, place) in kinds(&tiny) {
+        doorbells.place(kind, Some(place)).unwrap();
+        assert_eq!(doorbells.at(kind), Some(place));
+        // What the first times cost beyond the ring, page faults and the like, is no matter here.
+        tiny.run(Program::Ring(kind, 2));
+        count(&bell);
+        let cost = tiny.run(Program::Ring(kind, RINGS));
+        println!("{kind:?}: {cost:?} for {RINGS} rings");
+        let Cost { exits, user_exits, interrupts, statuses } = cost;
+        assert_eq!((user_exits, interrupts, statuses), (0, 0, 0), "{kind:?}");
+        assert_eq!((count(&bell), count(&other)), (RINGS, 0), "{kind:?}");
+        if has_exits(&cost) {
+            assert_eq!(exits, RINGS, "{kind:?}");
+        }
+
+        // The same place for the other doorbell; then nowhere.
+        doorbells.place(kind, Some(Place { base: place.base - u64::from(place.stride), ..place })).unwrap();
+        tiny.run(Program::Ring(kind, 3));
+        assert_eq!((count(&bell), count(&other)), (0, 3), "{kind:?}");
+        doorbells.place(kind, None).unwrap();
+        if kind != Kind::Hypercall {
+            assert_eq!(tiny.run(Program::Ring(kind, 5)).user_exits, 5, "{kind:?}");
+        }
+        assert_eq!((count(&bell), count(&other)), (0, 0), "{kind:?}");
+        doorbells.place(kind, Some(place)).unwrap();
+    }
+    drop(doorbells);
+    for (kind, place) in kinds(&tiny) {
+        // Others can have the places again.
+        let mut next = Doorbells::new(tiny.vm.clone(), vec![(0, event())]).unwrap();
+        next.place(kind, Some(place)).unwrap();
+    }
+}
+
+#[test]
+fn places_that_cannot_be_are_refused_and_leave_nothing() {
+    let Some(tiny) = machine() else { return };
+    let new = |numbers: &[u32]| Doorbells::new(tiny.vm.clone(), numbers.iter().map(|n| (*n, event())).collect());
+    assert!(matches!(new(&[3, 1, 3]), Err(Error::NoPlace(_))));
+    assert!(matches!(new(&[1024]), Err(Error::NoPlace(_))));
+    let mut doorbells = new(&[0, 1, 7]).unwrap();
+    for (kind, base, stride) in [
+        (Kind::Mmio, u64::MAX - 6, 1),
+        (Kind::Mmio, MMIO, 0),
+        (Kind::Pio, 0xfff9, 1),
+        (Kind::Pio, 0x1_0000, 1),
+        (Kind::Hypercall, 0xff_fff9, 1),
+    ] {
+        let refused = doorbells.place(kind, Some(Place { base, stride }));
+        assert!(matches!(refused, Err(Error::NoPlace(_))), "{kind:?} {base:#x} {stride}: {refused:?}");
+        assert_eq!(doorbells.at(kind), None);
+    }
+    let mut other = new(&[0]).unwrap();
+    for (kind, place) in kinds(&tiny) {
+        // Where doorbell 7 would be there is another's: none of them is there then.
+        let last = Place { base: place.base + u64::from(place.stride) * 7, ..place };
+        other.place(kind, Some(last)).unwrap();
+        assert!(doorbells.place(kind, Some(place)).is_err_and(|error| error.errno() == Some(17)), "{kind:?}");
+        assert_eq!(doorbells.at(kind), None);
+        other.place(kind, Some(place)).unwrap();
+        other.place(kind, None).unwrap();
+        doorbells.place(kind, Some(place)).unwrap();
+    }
+    // Descriptors that are no eventfds.
+    let file: OwnedFd = std::fs::File::open("/dev/null").unwrap().into();
+    let mut wrong = Doorbells::new(tiny.vm.clone(), vec![(0, file)]).unwrap();
+    for (kind, place) in kinds(&tiny) {
+        let elsewhere = Place { base: place.base - 64, ..place };
+        assert!(wrong.place(kind, Some(elsewhere)).is_err_and(|error| error.errno() == Some(22)), "{kind:?}");
+    }
+}
+
+#[test]
+fn messages_come_while_unmasked_and_wait_while_masked() {
+    let Some(mut tiny) = machine() else { return };
+    let routes = Routes::new(tiny.vm.clone(), Chip::Kernel).unwrap();
+    let mut message = Message::new(routes.clone()).unwrap();
+    assert!(message.is_masked() && !message.is_pending());
+    assert!(matches!(message.unmask(), Err(Error::NoInterrupt(_))), "it has no route");
+    message.set(MSI).unwrap();
+    message.unmask().unwrap();
+    message.unmask().unwrap();
+    write(&message);
+    tiny.run(Program::Wait(1));
+
+    message.mask().unwrap();
+    assert!(!message.is_pending());
+    for _ in 0..3 {
+        write(&message);
+    }
+    assert!(message.is_pending());
+    assert_eq!(tiny.run(Program::Ring(Kind::Pio, 1)).interrupts, 0);
+    // To a vector that the guest would not survive, and back: only the last counts.
+    message.set(Route::Msi { address: 0xfee0_0000, data: 0x40 }).unwrap();
+    message.set(MSI).unwrap();
+    message.unmask().unwrap();
+    assert!(!message.is_pending());
+    tiny.run(Program::Wait(2));
+
+    message.mask().unwrap();
+    write(&message);
+    message.forget();
+    assert!(!message.is_pending());
+    message.unmask().unwrap();
+    assert_eq!(tiny.run(Program::Ring(Kind::Pio, 1)).interrupts, 0, "three and a forgotten one were one");
+
+    let route = message.route();
+    assert!(message.set(Route::Sint { vp: 0, sint: 16 }).is_err());
+    assert_eq!(message.route(), route);
+    drop(message);
+    let next = Message::new(routes).unwrap();
+    assert_eq!(next.route(), None, "a number comes without the route of the one who had it before");
+}
+
+#[test]
+fn there_are_as_many_messages_as_kvm_has_room_for() {
+    let Some(tiny) = machine() else { return };
+    let routes = Routes::new(tiny.vm.clone(), Chip::Kernel).unwrap();
+    let mut numbers = Vec::new();
+    let error = loop {
+        match routes.alloc() {
+            Ok(number) => numbers.push(number),
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(error, Error::Routes(_)), "{error}");
+    assert_eq!(numbers.len() as u32, tiny.kinds.routes - 24 - 16);
+    // All of them with a route at once. Setting is slow, since each sets all.
+    for number in numbers.iter().step_by(97).chain(numbers.last()) {
+        routes.set(*number, Some(MSI)).unwrap();
+    }
+    routes.free(numbers[5]);
+    assert_eq!(routes.alloc().unwrap(), numbers[5]);
+    // Pins are KVM's here.
+    assert!(routes.set(3, Some(MSI)).is_err());
+    routes.free(3);
+}
+
+#[test]
+fn rings_become_interrupts_within_the_kernel() {
+    const RINGS: u64 = 200;
+    let Some(mut tiny) = machine() else { return };
+    let routes = Routes::new(tiny.vm.clone(), Chip::Kernel).unwrap();
+    let sint = Route::Sint { vp: 0, sint: SINT };
+    let mut ways = vec![("MSI", MSI, 2)];
+    if tiny.kinds.synic {
+        // No end of the interrupt.
+        ways.push(("SINT", sint, 1));
+    } else {
+        println!("left out: synthetic interrupts, which this KVM does not have");
+    }
+    for (name, route, exits_each) in ways {
+        let mut message = Message::new(routes.clone()).unwrap();
+        message.set(route).unwrap();
+        message.unmask().unwrap();
+        let bell = message.eventfd().try_clone_to_owned().unwrap();
+        let mut doorbells = Doorbells::new(tiny.vm.clone(), vec![(0, bell)]).unwrap();
+        for (kind, place) in kinds(&tiny) {
+            doorbells.place(kind, Some(place)).unwrap();
+            tiny.run(Program::Ring(kind, 2));
+            let cost = tiny.run(Program::Ring(kind, RINGS));
+            println!("{kind:?}, {name}: {cost:?} for {RINGS} rings");
+            assert_eq!((cost.user_exits, cost.statuses), (0, 0), "{kind:?} {name}");
+            if !has_exits(&cost) {
+                tiny.run(Program::Wait(1));
+                continue;
+            }
+            assert_eq!(cost.interrupts, RINGS, "{kind:?} {name}");
+            // Now and then the processor wants to be told when it can take an interrupt.
+            let most = RINGS * exits_each + RINGS / 20;
+            assert!((RINGS * exits_each..=most).contains(&cost.exits), "{kind:?} {name}: {cost:?}");
+        }
+    }
+}
+
+#[test]
+fn a_level_is_taken_back_and_told_of_when_it_ends() {
+    const PIN: u32 = 20;
+    let Some(mut tiny) = machine() else { return };
+    if !tiny.kinds.resample {
+        println!("skipped: this KVM has no levels by eventfds");
+        return;
+    }
+    let routes = Routes::new(tiny.vm.clone(), Chip::Kernel).unwrap();
+    assert!(matches!(Level::new(routes.clone(), 24), Err(Error::NoInterrupt(_))));
+    let one = Level::new(routes.clone(), PIN).unwrap();
+    let two = Level::new(routes.clone(), PIN).unwrap();
+    let asserted = |tiny: &Tiny| tiny.is_asserted(PIN);
+    assert!(!asserted(&tiny));
+    write(one.assert());
+    wait_until(|| asserted(&tiny));
+    // The guest takes it and ends it: both are told.
+    assert_eq!((count(one.ended()), count(two.ended())), (0, 0));
+    tiny.enable_pin(PIN);
+    assert_eq!(tiny.run(Program::Wait(1)).interrupts, 1);
+    assert!(readable(one.ended()) && readable(two.ended()));
+    assert!(!asserted(&tiny));
+    assert_eq!((count(one.ended()), count(two.ended())), (1, 1));
+
+    write(two.assert());
+    tiny.run(Program::Wait(2));
+    assert!(readable(one.ended()) && readable(two.ended()));
+    write(one.assert());
+    wait_until(|| asserted(&tiny));
+    drop(two);
+    assert!(asserted(&tiny), "the other's is still up");
+    drop(one);
+    assert!(!asserted(&tiny), "nobody's is");
+    // The pin can be had again.
+    drop(Level::new(routes, PIN).unwrap());
+}
+
+/// Waits for what another thread of the kernel does.
+fn wait_until(condition: impl Fn() -> bool) {
+    let start = std::time::Instant::now();
+    while !condition() {
+        assert!(start.elapsed().as_secs() < 10, "it never happens");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn routes_need_an_interrupt_controller() {
+    let Ok(kvm) = kvm_ioctls::Kvm::new() else {
+        println!("skipped: no KVM here");
+        return;
+    };
+    let vm = Arc::new(kvm.create_vm().unwrap());
+    assert!(Routes::new(vm, Chip::Kernel).is_err());
+}
+
+#[test]
+fn statistics_have_names() {
+    let Some(mut tiny) = machine() else { return };
+    let before = tiny.stats();
+    tiny.run(Program::Ring(Kind::Pio, 10));
+    let after = tiny.stats();
+    assert!(after["exits"] >= before["exits"] + 11, "{after:?}");
+    let vm = vbus_kvm::Stats::of_vm(&tiny.vm).unwrap();
+    assert!(!vm.read().unwrap().is_empty());
+    assert_eq!(vm.get("no such thing").unwrap(), None);
+}
