@@ -3,6 +3,7 @@
 mod list;
 mod net;
 mod pci;
+mod sched;
 mod signals;
 mod socket;
 mod source;
@@ -50,6 +51,8 @@ enum Command {
     Net(net::Options),
     /// Read, write and watch the pages of a state device
     State(state::Args),
+    /// Let the host know which class and priority run on each CPU
+    Sched(sched::Args),
 }
 
 /// Runs it.
@@ -73,6 +76,10 @@ fn run_on<S: Source>(source: &S, command: &Command) -> Result<()> {
             // Not that huge pages come and go, but why they do not.
             log::start_with("warn");
             state::run(source, args)
+        }
+        Command::Sched(args) => {
+            log::start();
+            sched::run(source, args)
         }
     }
 }

@@ -1,0 +1,197 @@
+//! Tasks of this machine, as /proc tells of them: their class, and the CPU that they are on.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::time::{Duration, Instant};
+
+use vbus_driver::sched::Class;
+
+/// How often all tasks are looked at for such as have become real-time ones.
+const CENSUS: Duration = Duration::from_secs(1);
+
+/// What a task is at the moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sample {
+    /// The CPU that it runs on, or ran on last.
+    pub cpu: u32,
+    pub class: Class,
+    /// It runs, or waits for nothing but the CPU.
+    is_runnable: bool,
+    is_kernel: bool,
+}
+
+/// Reads `/proc/.../stat`. None: there is no such task any more, or none that runs again.
+fn sample(path: &str) -> Option<Sample> {
+    parse(&fs::read_to_string(path).ok()?)
+}
+
+fn parse(stat: &str) -> Option<Sample> {
+    const KERNEL_THREAD: u64 = 0x0020_0000;
+    // Behind the name, which may hold anything. The first field there is the third of all.
+    let fields: Vec<&str> = stat.rsplit_once(") ")?.1.split_ascii_whitespace().collect();
+    let field = |number: usize| fields.get(number - 3)?.parse::<i64>().ok();
+    let number = |number: usize| i32::try_from(field(number)?).ok();
+    let state = *fields.first()?;
+    if state == "Z" || state == "X" {
+        return None;
+    }
+    let (nice, priority) = (number(19)?, number(40)?);
+    let class = match field(41)? {
+        0 => Class::Normal(nice),
+        1 => Class::Fifo(priority),
+        2 => Class::RoundRobin(priority),
+        3 => Class::Batch(nice),
+        5 => Class::Idle,
+        // Deadline: before every task with a priority.
+        6 => Class::Fifo(99),
+        // One of the kernel's own, or one that is unknown here.
+        _ => Class::Own,
+    };
+    Some(Sample {
+        cpu: u32::try_from(field(39)?).ok()?,
+        class,
+        is_runnable: state == "R",
+        is_kernel: u64::try_from(field(9)?).ok()? & KERNEL_THREAD != 0,
+    })
+}
+
+/// The numbers in a folder of procfs.
+fn numbers(folder: &str) -> Vec<u32> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+}
+
+/// The tasks that count.
+pub enum Watched {
+    /// This one.
+    Thread(u32),
+    /// All threads of this process.
+    Process(u32),
+    /// All real-time tasks but our own.
+    RealTime(Census),
+}
+
+/// The real-time tasks of this machine.
+pub struct Census {
+    /// Those that sleep, too; of the kernel's own, only such as do not.
+    sleeping: bool,
+    known: BTreeSet<(u32, u32)>,
+    taken: Option<Instant>,
+}
+
+impl Census {
+    /// With or without the tasks that sleep.
+    pub fn new(sleeping: bool) -> Census {
+        Census { sleeping, known: BTreeSet::new(), taken: None }
+    }
+
+    fn samples(&mut self, now: Instant) -> Vec<Sample> {
+        let path = |process, thread| format!("/proc/{process}/task/{thread}/stat");
+        if self.taken.is_none_or(|taken| now >= taken + CENSUS) {
+            self.taken = Some(now);
+            self.known.clear();
+            for process in numbers("/proc").into_iter().filter(|process| *process != std::process::id()) {
+                for thread in numbers(&format!("/proc/{process}/task")) {
+                    if sample(&path(process, thread)).is_some_and(|sample| sample.class.is_real_time()) {
+                        self.known.insert((process, thread));
+                    }
+                }
+            }
+        }
+        let mut samples = Vec::new();
+        self.known.retain(|(process, thread)| {
+            let sample = sample(&path(*process, *thread));
+            samples.extend(sample.filter(|sample| {
+                sample.class.is_real_time() && (sample.is_runnable || self.sleeping && !sample.is_kernel)
+            }));
+            sample.is_some()
+        });
+        samples
+    }
+}
+
+impl Watched {
+    /// The tasks that count now. None: there will be none any more.
+    pub fn samples(&mut self, now: Instant) -> Option<Vec<Sample>> {
+        match self {
+            Watched::Thread(thread) => sample(&format!("/proc/{thread}/stat")).map(|sample| vec![sample]),
+            Watched::Process(process) => {
+                let threads = numbers(&format!("/proc/{process}/task"));
+                let path = |thread| format!("/proc/{process}/task/{thread}/stat");
+                let samples: Vec<_> = threads.into_iter().filter_map(|thread| sample(&path(thread))).collect();
+                (!samples.is_empty()).then_some(samples)
+            }
+            Watched::RealTime(census) => Some(census.samples(now)),
+        }
+    }
+}
+
+/// What each of `cpus` CPUs should be, by the most urgent of the tasks on it.
+pub fn wanted(samples: &[Sample], cpus: usize) -> Vec<Class> {
+    let mut wanted = vec![Class::Own; cpus];
+    for sample in samples {
+        if let Some(class) = usize::try_from(sample.cpu).ok().and_then(|cpu| wanted.get_mut(cpu)) {
+            if urgency(sample.class) > urgency(*class) {
+                *class = sample.class;
+            }
+        }
+    }
+    wanted
+}
+
+/// Greater for what goes first.
+fn urgency(class: Class) -> (u8, i32) {
+    match class {
+        Class::Own => (0, 0),
+        Class::Idle => (1, 0),
+        Class::Batch(nice) => (2, -nice),
+        Class::Normal(nice) => (3, -nice),
+        Class::RoundRobin(priority) | Class::Fifo(priority) => (4, priority),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stat(name: &str, state: char, flags: u32, nice: i32, cpu: u32, priority: u32, policy: u32) -> String {
+        // Fields 3 to 41.
+        format!(
+            "7 ({name}) {state} 1 7 7 0 -1 {flags} 0 0 0 0 0 0 0 0 20 {nice} 1 0 5 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 17 {cpu} {priority} {policy} 0"
+        )
+    }
+
+    #[test]
+    fn tasks_are_read() {
+        let read = |text: &str| parse(text).unwrap();
+        let sample = read(&stat("a b) (c", 'R', 0x40, -5, 3, 0, 0));
+        assert_eq!(sample, Sample { cpu: 3, class: Class::Normal(-5), is_runnable: true, is_kernel: false });
+        let sample = read(&stat("migration/0", 'S', 0x0420_8040, 0, 0, 99, 1));
+        assert_eq!(sample, Sample { cpu: 0, class: Class::Fifo(99), is_runnable: false, is_kernel: true });
+        assert_eq!(read(&stat("x", 'S', 0, 0, 0, 7, 2)).class, Class::RoundRobin(7));
+        assert_eq!(read(&stat("x", 'S', 0, 0, 0, 0, 6)).class, Class::Fifo(99));
+        assert!(parse(&stat("x", 'Z', 0, 0, 0, 0, 0)).is_none());
+        assert!(parse("").is_none() && parse("1 (x) R 1").is_none());
+        let own = sample_of_this_thread();
+        assert!(own.is_runnable && !own.is_kernel);
+    }
+
+    fn sample_of_this_thread() -> Sample {
+        sample("/proc/thread-self/stat").unwrap()
+    }
+
+    #[test]
+    fn the_most_urgent_task_decides() {
+        let on = |cpu, class| Sample { cpu, class, is_runnable: true, is_kernel: false };
+        let samples = [
+            on(0, Class::Fifo(3)),
+            on(0, Class::RoundRobin(4)),
+            on(0, Class::Normal(-20)),
+            on(1, Class::Normal(5)),
+            on(1, Class::Idle),
+            on(1, Class::Normal(4)),
+            on(9, Class::Fifo(99)),
+        ];
+        assert_eq!(wanted(&samples, 3), [Class::RoundRobin(4), Class::Normal(4), Class::Own]);
+    }
+}

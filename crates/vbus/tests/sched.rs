@@ -1,0 +1,176 @@
+//! `vbus guest sched` against a bus whose virtual CPUs are threads of this test.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+#![allow(unsafe_code)] // There is no safe wrapper for sched_setscheduler.
+
+mod support;
+
+use std::process::{Child, Stdio};
+use std::sync::mpsc::{Sender, channel};
+use std::thread::JoinHandle;
+
+use rustix::process::{Pid, Signal};
+use serde_json::Value;
+use support::{Served, vbus, wait_until};
+
+/// A thread that sleeps until it is dropped.
+struct Sleeper {
+    tid: i32,
+    end: Option<Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Sleeper {
+    /// With this priority in the class FIFO, if it is not 0. None: that is not permitted.
+    fn start(priority: i32) -> Option<Sleeper> {
+        let ((tell, told), (end, ended)) = (channel(), channel());
+        let thread = std::thread::spawn(move || {
+            let parameter = libc::sched_param { sched_priority: priority };
+            let class = if priority == 0 { libc::SCHED_OTHER } else { libc::SCHED_FIFO };
+            // SAFETY: the kernel only reads the structure; 0 is the calling thread.
+            let result = unsafe { libc::sched_setscheduler(0, class, &raw const parameter) };
+            tell.send((result == 0).then(|| rustix::thread::gettid().as_raw_nonzero().get())).unwrap();
+            let _ = ended.recv();
+        });
+        let tid = told.recv().unwrap()?;
+        Some(Sleeper { tid, end: Some(end), thread: Some(thread) })
+    }
+
+    /// Policy as Linux numbers it, and real-time priority.
+    fn class(&self) -> (i32, i32) {
+        let stat = std::fs::read_to_string(format!("/proc/self/task/{}/stat", self.tid)).unwrap();
+        // Behind the name; the first field there is the third of all.
+        let fields: Vec<&str> = stat.rsplit(") ").next().unwrap().split_whitespace().collect();
+        (fields[41 - 3].parse().unwrap(), fields[40 - 3].parse().unwrap())
+    }
+}
+
+impl Drop for Sleeper {
+    fn drop(&mut self) {
+        drop(self.end.take());
+        self.thread.take().unwrap().join().unwrap();
+    }
+}
+
+/// A bus with a device, a thread for each CPU of this machine, and a real-time task of priority 7.
+struct Stage {
+    bus: Served,
+    cpus: Vec<Sleeper>,
+    task: Sleeper,
+}
+
+impl Stage {
+    fn set(settings: &str) -> Option<Stage> {
+        let possible = std::fs::read_to_string("/sys/devices/system/cpu/possible").unwrap();
+        let count: usize = possible.trim().rsplit([',', '-']).next().unwrap().parse::<usize>().unwrap() + 1;
+        let count = count.min(256);
+        let cpus: Option<Vec<_>> = (0..count).map(|_| Sleeper::start(0)).collect();
+        let (Some(cpus), Some(task)) = (cpus, Sleeper::start(7)) else {
+            eprintln!("skipped: this process may not make a thread a real-time one (CAP_SYS_NICE)");
+            return None;
+        };
+        let tids: Vec<_> = cpus.iter().map(|cpu| cpu.tid.to_string()).collect();
+        let threads = tids.join(", ");
+        let bus = Served::start(&format!(
+            "[[device]]\nname = \"cpus\"\nclass = \"sched\"\nthreads = [{threads}]\n{settings}\n"
+        ));
+        Some(Stage { bus, cpus, task })
+    }
+
+    fn follow(&self, args: &[&str]) -> Child {
+        let mut command = vbus();
+        command.args(["guest", "sched"]).args(args).arg("--dir").arg(&self.bus.dir);
+        command.stderr(Stdio::null()).spawn().unwrap()
+    }
+
+    fn follow_task(&self) -> Child {
+        self.follow(&["--tid", &self.task.tid.to_string()])
+    }
+
+    fn wait_boosted(&self, class: (i32, i32)) {
+        wait_until("a thread to get the task's class", || self.cpus.iter().any(|cpu| cpu.class() == class));
+    }
+
+    fn wait_own(&self) {
+        wait_until("the threads to get their own class back", || self.are_own());
+    }
+
+    fn are_own(&self) -> bool {
+        self.cpus.iter().all(|cpu| cpu.class() == (0, 0))
+    }
+}
+
+fn end(mut child: Child) {
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[test]
+fn a_task_is_followed_shown_and_let_go() {
+    let Some(stage) = Stage::set("priority-max = 5\nboost-ms = 200") else { return };
+    let mut driver = stage.follow_task();
+    stage.wait_boosted((1, 5));
+    // Longer than it lasts without being renewed.
+    std::thread::sleep(std::time::Duration::from_millis(800));
+    stage.wait_boosted((1, 5));
+    let is_boosted = |cpu: &&Value| cpu["class"] == "fifo";
+    let shown = stage.bus.json(&["guest", "sched", "show"]);
+    let cpu = shown["cpus"].as_array().unwrap().iter().find(is_boosted).unwrap();
+    assert_eq!((&cpu["priority"], &cpu["outcome"]), (&5.into(), &"clamped".into()));
+    assert!(cpu["updates"].as_u64() >= Some(4), "it was renewed: {cpu}");
+    assert_eq!(cpu["expired"], 0);
+    let table = stage.bus.good(&["guest", "sched", "show"]);
+    assert!(table.starts_with("CPU") && table.contains("highest priority 5"), "{table}");
+    let shown = stage.bus.json(&["device", "show", "cpus"]);
+    let cpu = shown["device"]["cpus"].as_array().unwrap().iter().find(is_boosted).unwrap();
+    assert_eq!((&cpu["priority"], &cpu["status"]), (&5.into(), &"clamped".into()));
+    assert_eq!(shown["device"]["policy"]["priority-max"], 5);
+    // With the task ends its driver, and that well.
+    let Stage { bus, cpus, task } = stage;
+    drop(task);
+    assert!(driver.wait().unwrap().success());
+    assert!(cpus.iter().all(|cpu| cpu.class() == (0, 0)));
+    // Without a driver the device itself is asked.
+    let shown = bus.json(&["guest", "sched", "show"]);
+    assert!(shown["cpus"].as_array().unwrap().iter().any(|cpu| cpu["changes"].as_u64() >= Some(2)));
+}
+
+#[test]
+fn sleeping_tasks_count_if_asked_for() {
+    let Some(stage) = Stage::set("priority-max = 99") else { return };
+    let driver = stage.follow(&["--sleeping"]);
+    // Others of this machine's may be of a higher priority.
+    wait_until("a thread to get a class", || !stage.are_own());
+    end(driver);
+    stage.wait_own();
+}
+
+#[test]
+fn every_end_gives_the_threads_back() {
+    let Some(mut stage) = Stage::set("") else { return };
+    let driver = stage.follow_task();
+    stage.wait_boosted((1, 7));
+    end(driver);
+    stage.wait_own();
+
+    let mut driver = stage.follow_task();
+    stage.wait_boosted((1, 7));
+    rustix::process::kill_process(Pid::from_child(&driver), Signal::TERM).unwrap();
+    assert!(driver.wait().unwrap().success());
+    stage.wait_own();
+
+    let driver = stage.follow_task();
+    stage.wait_boosted((1, 7));
+    stage.bus.good(&["device", "remove", "cpus", "--force"]);
+    assert!(stage.are_own(), "once the device is removed");
+    end(driver);
+
+    let tids: Vec<_> = stage.cpus.iter().map(|cpu| cpu.tid.to_string()).collect();
+    let threads = format!("threads=[{}]", tids.join(","));
+    stage.bus.good(&["device", "add", "cpus", "--class", "sched", "--set", &threads]);
+    let driver = stage.follow_task();
+    stage.wait_boosted((1, 7));
+    stage.bus.signal(Signal::TERM);
+    assert!(stage.bus.child.wait().unwrap().success());
+    assert!(stage.are_own(), "once the bus has ended");
+    end(driver);
+}
