@@ -3,7 +3,7 @@
 /// Bytes of a page.
 pub const PAGE: u64 = 4096;
 /// The most blocks that can be in use at a time.
-pub const BLOCKS_MAX: usize = 128;
+pub const BLOCKS_MAX: usize = 256;
 
 /// A block in use.
 #[derive(Clone, Copy, Debug, Default)]

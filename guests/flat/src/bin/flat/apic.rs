@@ -104,13 +104,11 @@ pub fn message(vector: u8) -> Message {
     Message { address: MESSAGES | (ID.load(Ordering::Relaxed) & 0xff) << 12, data: u32::from(vector) }
 }
 
-/// Sleeps until more than `before` interrupts have come on `vector`, and returns how many have.
-pub fn wait(vector: u8, before: u64) -> u64 {
+/// Sleeps until more than `before` interrupts have come.
+pub fn wait(before: u64) {
     cpu::interrupts(false);
-    while traps::taken(vector) <= before {
+    while traps::taken() <= before {
         cpu::sleep();
     }
-    let taken = traps::taken(vector);
     cpu::interrupts(true);
-    taken
 }

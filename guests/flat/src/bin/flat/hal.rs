@@ -52,14 +52,14 @@ pub fn kind_name(kind: u8) -> &'static str {
 pub struct FlatHal {
     found: Found,
     kind: u8,
-    /// The address for messages to a synthetic interrupt source; else they are for the local APIC.
-    sints: Option<u32>,
+    /// The message to a synthetic interrupt source; else they are for the local APIC.
+    sint: Option<Message>,
 }
 
 impl FlatHal {
     /// Uses MMIO doorbells.
     pub fn new(found: Found) -> FlatHal {
-        FlatHal { found, kind: KIND_MMIO, sints: None }
+        FlatHal { found, kind: KIND_MMIO, sint: None }
     }
 
     /// Uses doorbells of this kind.
@@ -74,16 +74,14 @@ impl FlatHal {
         Ok(function)
     }
 
-    /// Has messages go to the synthetic interrupt source that [`hyperv::enable_sint`] makes of a vector, by this address.
-    pub fn with_messages_at(&self, address: u64) -> FlatHal {
-        FlatHal { sints: u32::try_from(address).ok(), ..self.clone() }
+    /// Has messages go to synthetic interrupt source `number`, by this address.
+    pub fn with_messages_at(&self, address: u64, number: u32) -> FlatHal {
+        let sint = u32::try_from(address).ok().map(|address| Message { address, data: number });
+        FlatHal { sint, ..self.clone() }
     }
 
     fn message(&self, vector: u8) -> Message {
-        match self.sints {
-            Some(address) => Message { address, data: hyperv::SINT },
-            None => apic::message(vector),
-        }
+        self.sint.unwrap_or_else(|| apic::message(vector))
     }
 
     /// Has the function interrupt by messages of the `vectors.len()` vectors: by MSI-X if it has that, else by MSI all on the first one.

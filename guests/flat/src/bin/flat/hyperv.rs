@@ -23,8 +23,8 @@ const ENABLE: u64 = 1;
 /// Of a synthetic interrupt source: its interrupts end by themselves.
 const AUTO_END: u64 = 1 << 17;
 
-/// The synthetic interrupt source that is used here.
-pub const SINT: u32 = 2;
+/// The first of the synthetic interrupt sources that are used here, of 16.
+pub const SINT: u32 = 0;
 
 /// An identity of the open kind (bit 63), of no system that has a number.
 const OPEN_SOURCE: u64 = 1 << 63 | 0x7f << 56;
@@ -80,11 +80,12 @@ pub fn processor() -> u32 {
     read_msr(PROCESSOR) as u32
 }
 
-/// Has synthetic interrupt source [`SINT`] raise `vector`, whose interrupts end by themselves.
-pub fn enable_sint(vector: u8) {
+/// Has synthetic interrupt source `number` raise `vector`, whose interrupts end by themselves.
+pub fn enable_sint(number: u32, vector: u8) {
+    assert!(number < 16, "no such synthetic interrupt source");
     // SAFETY: an interrupt with a handler; no page for messages or events is enabled.
     unsafe {
         write_msr(SYNIC_CONTROL, ENABLE);
-        write_msr(SINT0 + SINT, u64::from(vector) | AUTO_END);
+        write_msr(SINT0 + number, u64::from(vector) | AUTO_END);
     }
 }

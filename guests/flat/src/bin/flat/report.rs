@@ -5,7 +5,7 @@ use core::panic::PanicInfo;
 
 use flat::json::Line;
 
-use crate::cpu;
+use crate::{cpu, power};
 
 const SERIAL: u16 = 0x3f8;
 const LINE_STATUS: u16 = SERIAL + 5;
@@ -71,5 +71,5 @@ fn panic(info: &PanicInfo<'_>) -> ! {
         .text("error", info.message())
         .text("at", format_args!("{}:{}", place.0, place.1))
         .end();
-    cpu::triple_fault()
+    power::off()
 }

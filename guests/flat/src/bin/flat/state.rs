@@ -34,12 +34,12 @@ pub fn run<'a>(setting: &Setting<'a>) -> Outcome<'a> {
         let mut version = reader.read(&mut value)?;
         line("state").value("ok", true).text("page", page.name).text("value", text(&value)).end();
         for _ in 0..updates {
-            let before = traps::taken(vector);
+            let before = traps::taken();
             let armed = reader.arm_newer(version);
             line("state").text("page", page.name).text("waiting", version).end();
             let began = clock::now();
             if armed == Armed::Waiting {
-                apic::wait(vector, before);
+                apic::wait(before);
                 pages.function().acknowledge();
             }
             let newer = reader.read(&mut value)?;
@@ -49,7 +49,7 @@ pub fn run<'a>(setting: &Setting<'a>) -> Outcome<'a> {
                 .value("ok", true)
                 .text("page", page.name)
                 .text("value", text(&value))
-                .value("interrupts", traps::taken(vector) - before)
+                .value("interrupts", traps::taken() - before)
                 .value("us", (clock::now() - began) / 1000)
                 .end();
         }

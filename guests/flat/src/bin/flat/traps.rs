@@ -8,7 +8,7 @@ use core::arch::{asm, global_asm};
 use core::cell::UnsafeCell;
 use core::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
-use crate::cpu;
+use crate::power;
 use crate::report::line;
 
 /// The first vector of interrupts.
@@ -32,8 +32,8 @@ pub enum End {
     Paravirtual = 3,
 }
 
-/// Interrupts taken, by vector less [`FIRST`].
-static TAKEN: [AtomicU64; COUNT] = [const { AtomicU64::new(0) }; COUNT];
+/// Interrupts taken.
+static TAKEN: AtomicU64 = AtomicU64::new(0);
 /// Interrupts whose end was a write of a register.
 static ENDED_BY_REGISTER: AtomicU64 = AtomicU64::new(0);
 /// [`End`] by vector less [`FIRST`].
@@ -41,9 +41,9 @@ static ENDS: [AtomicU8; COUNT] = [const { AtomicU8::new(End::Automatic as u8) };
 /// The word whose bit 0 KVM sets when an interrupt may be ended by clearing it.
 pub static PV_EOI: AtomicU64 = AtomicU64::new(0);
 
-/// How many interrupts have come on a vector.
-pub fn taken(vector: u8) -> u64 {
-    TAKEN[usize::from(vector - FIRST)].load(Ordering::Acquire)
+/// How many interrupts have come.
+pub fn taken() -> u64 {
+    TAKEN.load(Ordering::Acquire)
 }
 
 /// How many interrupts had to be ended by a register.
@@ -90,7 +90,7 @@ global_asm!(
     "interrupt_common:",
     "push rcx",
     "push rdx",
-    "lock inc qword ptr [{taken} + rax * 8]",
+    "lock inc qword ptr [{taken}]",
     "movzx ecx, byte ptr [{ends} + rax]",
     "test ecx, ecx",
     "jz 3f",
@@ -150,7 +150,7 @@ extern "C" fn exception(frame: &Frame) -> ! {
         .text("rsp", format_args!("{:#x}", frame.rsp))
         .text("cr2", format_args!("{address:#x}"))
         .end();
-    cpu::triple_fault()
+    power::off()
 }
 
 /// Bytes of a handler's stack.
