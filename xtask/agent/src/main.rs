@@ -3,9 +3,11 @@
 //! - `guest-agent serve PORT` runs commands for the host, over a serial port or a UNIX socket;
 //! - `guest-agent join SOCKET` is a way to the port of a guest inside the guest;
 //! - `guest-agent send|receive` moves a stream over TCP and prints its hash on either end;
+//! - `guest-agent latency PERIOD COUNT` measures how late it wakes, `guest-agent spin` is a task for it to compete with;
 //! - `guest-agent scribble` writes at random over what a driver shares with its device.
 
 mod join;
+mod latency;
 mod scribble;
 mod serve;
 mod stream;
@@ -20,10 +22,12 @@ fn main() -> ExitCode {
         ["join", socket] => join::join(socket),
         ["send", address, bytes, seed] => stream::send(address, bytes, seed),
         ["receive", address] => stream::receive(address),
+        ["latency", period, count] => latency::latency(period, count),
+        ["spin"] => latency::spin(),
         ["scribble", pid, count, seed, what] => scribble::scribble(pid, count, seed, what == "all"),
         _ => {
             eprintln!(
-                "usage: guest-agent serve PORT | join SOCKET | send ADDRESS:PORT BYTES SEED | receive ADDRESS:PORT | scribble PID COUNT SEED all|memory"
+                "usage: guest-agent serve PORT | join SOCKET | send ADDRESS:PORT BYTES SEED | receive ADDRESS:PORT | latency MICROSECONDS COUNT | spin | scribble PID COUNT SEED all|memory"
             );
             return ExitCode::from(2);
         }

@@ -1,0 +1,47 @@
+//! How late a task wakes that sleeps until a given time; and tasks that only use processor time, for it to compete with.
+
+use std::io;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use crate::stream::number;
+
+/// Sleeps `count` times for `period` microseconds, and prints by how much it was late, in microseconds, as JSON.
+///
+/// Each time is reckoned from the one before, so that a late one does not make those after it early.
+pub fn latency(period: &str, count: &str) -> io::Result<()> {
+    let (period, count) = (Duration::from_micros(number(period)?), number(count)?);
+    let mut late = Vec::new();
+    let mut next = Instant::now();
+    for _ in 0..count {
+        next += period;
+        sleep(next.saturating_duration_since(Instant::now()));
+        let now = Instant::now();
+        late.push(now.saturating_duration_since(next));
+        // So late that the next ones are over too: they were not slept through, and do not count.
+        while next + period < now {
+            next += period;
+        }
+    }
+    late.sort();
+    let at = |percent: usize| {
+        late.get((late.len() * percent / 100).min(late.len().saturating_sub(1))).map_or(0, Duration::as_micros)
+    };
+    let mean = late.iter().sum::<Duration>().as_micros() / late.len().max(1) as u128;
+    println!(
+        "{{\"count\": {}, \"mean\": {mean}, \"median\": {}, \"p90\": {}, \"p99\": {}, \"max\": {}}}",
+        late.len(),
+        at(50),
+        at(90),
+        at(99),
+        at(100)
+    );
+    Ok(())
+}
+
+/// Computes for ever.
+pub fn spin() -> ! {
+    loop {
+        std::hint::spin_loop();
+    }
+}
