@@ -76,7 +76,10 @@ impl State {
             self.routes.remove(&request.what);
             return Err(Status(NO_ROUTE));
         }
-        // From here on nothing is raised on the old page for this vector.
+        if Arc::ptr_eq(&routed.cpu, &line.cpu) && routed.line == request.line {
+            return Ok(0);
+        }
+        // From here on nothing is raised on the old line for this vector.
         let (old, old_line) = (std::mem::replace(&mut routed.cpu, line.cpu.clone()), routed.line);
         (routed.line, routed.cpu_number) = (request.line, request.cpu);
         // Whose it is that is pending on a line that several share is not known: then it stays, and the new line is raised in case.
