@@ -1,0 +1,377 @@
+//! What a server says of its function, read once when it is plugged, and checked: the guest sees a configuration space that is made of these
+//! few facts, and nothing else that the server may say later.
+
+use vbus_shm::abi::{ABI_VERSION, PCI_DEVICE, PCI_VENDOR, bar0, capability, reg};
+use vbus_vfio_user::{Client, ClientError};
+
+/// VFIO's numbers of regions and of interrupt indexes.
+pub(super) const REGION_BAR0: u32 = 0;
+const REGION_CONFIG: u32 = 7;
+const REGIONS: u32 = 9;
+pub(super) const IRQ_INTX: u32 = 0;
+pub(super) const IRQ_MSI: u32 = 1;
+pub(super) const IRQ_MSIX: u32 = 2;
+
+/// The part of a configuration space that is looked at.
+const CONFIG_BYTES: usize = 256;
+/// The most capabilities that it has room for.
+const CAPABILITIES_MAX: usize = 48;
+const MSIX_ENTRY_BYTES: u64 = 16;
+
+/// Why a server's function is not plugged.
+#[derive(Debug, thiserror::Error)]
+pub enum BadFunction {
+    /// The connection failed, or the server refused.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    /// Another kind of device.
+    #[error("not a vbus device: it is {0:04x}:{1:04x}")]
+    Foreign(u16, u16),
+    /// Another version.
+    #[error("it speaks version {0} of the vbus ABI, and this program version {ABI_VERSION}")]
+    Version(u8),
+    /// Something that it says cannot be.
+    #[error("the server contradicts itself: {0}")]
+    Lie(String),
+}
+
+fn lie(what: impl Into<String>) -> BadFunction {
+    BadFunction::Lie(what.into())
+}
+
+/// Where MSI-X is in BAR0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Msix {
+    pub(super) vectors: u16,
+    pub(super) table: u32,
+    pub(super) pending: u32,
+}
+
+/// A function, as its server describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Facts {
+    /// Revision and class code, as in the configuration space.
+    pub(super) class: u32,
+    pub(super) subsystem: u32,
+    /// Bytes of BAR0: a power of two.
+    pub(super) bar: u32,
+    /// Offset of the registers in BAR0.
+    pub(super) registers: u32,
+    /// Doorbells in BAR0: offset of the first, and from one to the next.
+    pub(super) doorbells: u32,
+    pub(super) stride: u16,
+    /// INTA to INTD: 1 to 4; 0: no INTx.
+    pub(super) pin: u8,
+    pub(super) msi: bool,
+    pub(super) msix: Option<Msix>,
+    pub(super) express: bool,
+    /// The most doorbells that there will be.
+    pub(super) doorbell_count: u32,
+}
+
+/// How many interrupts there are of each kind.
+pub(super) struct Interrupts {
+    pub(super) intx: u32,
+    pub(super) msi: u32,
+    pub(super) msix: u32,
+}
+
+impl Facts {
+    /// Asks the server.
+    pub(super) fn read(client: &mut Client) -> Result<Facts, BadFunction> {
+        let info = client.device_info()?;
+        if info.regions < REGIONS || info.irqs <= IRQ_MSIX {
+            return Err(lie(format!("{} regions and {} kinds of interrupt", info.regions, info.irqs)));
+        }
+        if !info.resettable {
+            return Err(lie("it cannot be reset"));
+        }
+        for region in 0..REGION_CONFIG {
+            let size = client.region_info(region)?.size;
+            if region != REGION_BAR0 && size != 0 {
+                return Err(lie(format!("region {region} of {size:#x} bytes, where BAR0 is the only one")));
+            }
+        }
+        let bar = client.region_info(REGION_BAR0)?;
+        let config = client.region_info(REGION_CONFIG)?;
+        if !(config.readable && config.writable && bar.readable && bar.writable) {
+            return Err(lie("BAR0 or configuration space cannot be read and written"));
+        }
+        if config.size < CONFIG_BYTES as u64 {
+            return Err(lie(format!("configuration space of {:#x} bytes", config.size)));
+        }
+        let interrupts = Interrupts {
+            intx: client.irq_info(IRQ_INTX)?.count,
+            msi: client.irq_info(IRQ_MSI)?.count,
+            msix: client.irq_info(IRQ_MSIX)?.count,
+        };
+        let mut bytes = [0; CONFIG_BYTES];
+        client.region_read(REGION_CONFIG, 0, &mut bytes)?;
+        let mut facts = Facts::parse(&bytes, bar.size, &interrupts)?;
+        let mut register = |offset: u64| {
+            let mut value = [0; 4];
+            client.region_read(REGION_BAR0, u64::from(facts.registers) + offset, &mut value)?;
+            Ok::<u32, ClientError>(u32::from_le_bytes(value))
+        };
+        let magic = register(reg::MAGIC)?;
+        if magic != reg::MAGIC_VALUE {
+            return Err(lie(format!("registers that begin with {magic:#x}")));
+        }
+        let count = register(reg::MAX_REGIONS)?;
+        if count > bar0::DOORBELL_COUNT {
+            return Err(lie(format!("{count} doorbells")));
+        }
+        facts.doorbell_count = count;
+        let end = u64::from(facts.doorbells) + u64::from(facts.stride) * u64::from(count);
+        if end > u64::from(facts.bar) || facts.msix.is_some_and(|msix| msix.overlaps(facts.doorbells.into(), end)) {
+            return Err(lie(format!("{count} doorbells from {:#x} of BAR0 on", facts.doorbells)));
+        }
+        Ok(facts)
+    }
+
+    /// Takes a configuration space apart; `bar` bytes of BAR0.
+    pub(super) fn parse(bytes: &[u8; CONFIG_BYTES], bar: u64, interrupts: &Interrupts) -> Result<Facts, BadFunction> {
+        let u16_at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
+        let u32_at = |at: usize| u32::from(u16_at(at)) | u32::from(u16_at(at + 2)) << 16;
+        let (vendor, device) = (u16_at(0), u16_at(2));
+        if (vendor, device) != (PCI_VENDOR, PCI_DEVICE) {
+            return Err(BadFunction::Foreign(vendor, device));
+        }
+        if u16::from(bytes[8]) != ABI_VERSION {
+            return Err(BadFunction::Version(bytes[8]));
+        }
+        if bytes[0x0e] != 0 {
+            return Err(lie(format!("header type {:#x}", bytes[0x0e])));
+        }
+        if u32_at(0x10) & 0xf != 0 {
+            return Err(lie("BAR0 is not 32-bit memory"));
+        }
+        let Some(bar) = u32::try_from(bar).ok().filter(|b| b.is_power_of_two() && (0x1000..=0x40_0000).contains(b))
+        else {
+            return Err(lie(format!("BAR0 of {bar:#x} bytes")));
+        };
+        let mut facts = Facts {
+            class: u32_at(0x08),
+            subsystem: u32_at(0x2c),
+            bar,
+            registers: 0,
+            doorbells: 0,
+            stride: 0,
+            pin: if interrupts.intx > 0 { bytes[0x3d] } else { 0 },
+            msi: false,
+            msix: None,
+            express: false,
+            doorbell_count: 0,
+        };
+        if facts.pin > 4 {
+            return Err(lie(format!("interrupt pin {}", facts.pin)));
+        }
+        let mut at = if u16_at(0x06) & 1 << 4 != 0 { usize::from(bytes[0x34]) } else { 0 };
+        let mut seen = 0;
+        while at != 0 {
+            if at < 0x40 || at % 4 != 0 || at + 4 > CONFIG_BYTES {
+                return Err(lie(format!("a capability at {at:#x}")));
+            }
+            seen += 1;
+            if seen > CAPABILITIES_MAX {
+                return Err(lie("a list of capabilities without an end"));
+            }
+            let (id, rest) = (bytes[at], &bytes[at..]);
+            let long_enough = |len: usize| {
+                let short = || lie(format!("capability {id:#x} at {at:#x} does not fit"));
+                rest.len().checked_sub(len).ok_or_else(short).map(drop)
+            };
+            match id {
+                0x09 if facts.stride == 0 => {
+                    long_enough(usize::from(capability::HEADER_BYTES + capability::RECORD_BYTES))?;
+                    facts.vendor(rest)?;
+                }
+                0x05 => {
+                    long_enough(14)?;
+                    facts.msi = interrupts.msi > 0;
+                }
+                0x11 if facts.msix.is_none() => {
+                    long_enough(12)?;
+                    facts.msix = Some(Msix::parse(rest, facts.bar, interrupts.msix)?);
+                }
+                0x10 => {
+                    long_enough(60)?;
+                    if u16_at(at + 2) >> 4 & 0xf != 0 {
+                        return Err(lie("it is no endpoint"));
+                    }
+                    facts.express = true;
+                }
+                other => tracing::debug!("capability {other:#x} at {at:#x} is not passed on"),
+            }
+            at = usize::from(bytes[at + 1]);
+        }
+        if facts.stride == 0 {
+            return Err(lie("there is no capability that says where the registers are"));
+        }
+        Ok(facts)
+    }
+
+    /// The vendor-specific capability, long enough for one record.
+    fn vendor(&mut self, bytes: &[u8]) -> Result<(), BadFunction> {
+        let u32_at = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+        if bytes[2] < capability::HEADER_BYTES + capability::RECORD_BYTES {
+            return Err(lie(format!("vendor-specific capability of {} bytes", bytes[2])));
+        }
+        if u16::from(bytes[usize::from(capability::VERSION)]) != ABI_VERSION {
+            return Err(BadFunction::Version(bytes[usize::from(capability::VERSION)]));
+        }
+        let record = usize::from(capability::HEADER_BYTES);
+        if bytes[record] != capability::KIND_MMIO {
+            return Err(lie(format!("its first doorbells are of kind {}", bytes[record])));
+        }
+        self.registers = u32_at(usize::from(capability::REGISTERS));
+        self.stride = u16::from_le_bytes([bytes[record + 2], bytes[record + 3]]);
+        self.doorbells = u32_at(record + 4);
+        let registers_end = u64::from(self.registers) + 0x1000;
+        if self.registers % 0x1000 != 0 || registers_end > u64::from(self.bar) {
+            return Err(lie(format!("registers at {:#x} of BAR0", self.registers)));
+        }
+        if self.stride == 0 || self.stride % 4 != 0 || self.doorbells % 4 != 0 {
+            return Err(lie(format!("doorbells at {:#x} in steps of {}", self.doorbells, self.stride)));
+        }
+        Ok(())
+    }
+}
+
+impl Msix {
+    /// The MSI-X capability, long enough.
+    fn parse(bytes: &[u8], bar: u32, interrupts: u32) -> Result<Msix, BadFunction> {
+        let u32_at = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+        let vectors = (u16::from_le_bytes([bytes[2], bytes[3]]) & 0x7ff) + 1;
+        let (table, pending) = (u32_at(4), u32_at(8));
+        if vectors > bar0::MSIX_MAX || u32::from(vectors) > interrupts {
+            return Err(lie(format!("{vectors} MSI-X vectors, {interrupts} interrupts")));
+        }
+        let msix = Msix { vectors, table, pending };
+        // The low bits name the BAR: 0 is what they must be, and what they do not add to the offset.
+        let misplaced = (table | pending) & 7 != 0
+            || msix.table_end() > u64::from(bar)
+            || msix.pending_end() > u64::from(bar)
+            || msix.table_end() > u64::from(pending) && msix.pending_end() > u64::from(table);
+        if misplaced {
+            return Err(lie(format!("MSI-X table at {table:#x}, pending bits at {pending:#x} of BAR0")));
+        }
+        Ok(msix)
+    }
+
+    pub(super) fn table_end(&self) -> u64 {
+        u64::from(self.table) + u64::from(self.vectors) * MSIX_ENTRY_BYTES
+    }
+
+    pub(super) fn pending_end(&self) -> u64 {
+        u64::from(self.pending) + u64::from(self.vectors).div_ceil(64) * 8
+    }
+
+    fn overlaps(&self, first: u64, end: u64) -> bool {
+        first < self.table_end() && u64::from(self.table) < end
+            || first < self.pending_end() && u64::from(self.pending) < end
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+    use super::*;
+
+    pub(in super::super) const ALL: Interrupts = Interrupts { intx: 1, msi: 1, msix: 8 };
+
+    /// The configuration space of a function with MSI-X, as a server gives it.
+    pub(in super::super) fn space() -> [u8; CONFIG_BYTES] {
+        let mut bytes = [0; CONFIG_BYTES];
+        let mut set = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
+        set(0, &[0xf4, 0x1a, 0xf5, 0x10, 0, 0, 0x10, 0, 1, 0, 0, 2]);
+        set(0x2c, &[0xf4, 0x1a, 1, 0]);
+        set(0x34, &[0x40]);
+        set(0x3d, &[1]);
+        set(0x40, &[0x09, 0x70, 16, 1, 0, 0, 0, 0, 1, 0, 4, 0, 0, 0x10, 0, 0]);
+        set(0x70, &[0x05, 0x80, 0x80, 0]);
+        set(0x80, &[0x11, 0x90, 7, 0, 0, 0x20, 0, 0, 0, 0x30, 0, 0]);
+        set(0x90, &[0x10, 0, 2, 0]);
+        bytes
+    }
+
+    fn parse(change: impl FnOnce(&mut [u8])) -> Result<Facts, String> {
+        let mut bytes = space();
+        change(&mut bytes);
+        Facts::parse(&bytes, bar0::SIZE, &ALL).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn an_honest_server() {
+        let facts = parse(|_| ()).unwrap();
+        assert_eq!((facts.class, facts.subsystem, facts.bar), (0x0200_0001, 0x0001_1af4, 0x4000));
+        assert_eq!((facts.registers, facts.doorbells, facts.stride, facts.pin), (0, 0x1000, 4, 1));
+        assert_eq!(facts.msix, Some(Msix { vectors: 8, table: 0x2000, pending: 0x3000 }));
+        assert!(facts.msi && facts.express);
+        assert_eq!(parse(|b| b[0x71] = 0).unwrap().msix, None);
+    }
+
+    #[test]
+    fn each_lie_has_its_name() {
+        let cases: &[(&str, &[(usize, u8)])] = &[
+            ("is 86f4:10f5", &[(1, 0x86)]),
+            ("version 9", &[(8, 9)]),
+            ("header type 0x81", &[(0x0e, 0x81)]),
+            ("not 32-bit memory", &[(0x10, 4)]),
+            ("interrupt pin 5", &[(0x3d, 5)]),
+            ("no capability that says", &[(6, 0)]),
+            ("no capability that says", &[(0x34, 0x70)]),
+            ("capability at 0x3c", &[(0x34, 0x3c)]),
+            ("capability at 0x42", &[(0x34, 0x42)]),
+            ("without an end", &[(0x91, 0x40)]),
+            ("without an end", &[(0x41, 0x40)]),
+            ("0x9 at 0xf4 does not fit", &[(0x34, 0xf4), (0xf4, 9)]),
+            ("0x10 at 0xfc does not fit", &[(0x91, 0xfc), (0xfc, 0x10)]),
+            ("capability of 8 bytes", &[(0x42, 8)]),
+            ("version 2", &[(0x43, 2)]),
+            ("registers at 0x4000", &[(0x45, 0x40)]),
+            ("registers at 0x4", &[(0x44, 4)]),
+            ("are of kind 2", &[(0x48, 2)]),
+            ("in steps of 0", &[(0x4a, 0)]),
+            ("in steps of 6", &[(0x4a, 6)]),
+            ("9 MSI-X vectors", &[(0x82, 8)]),
+            ("2048 MSI-X vectors", &[(0x82, 0xff), (0x83, 7)]),
+            ("MSI-X table at 0x2001", &[(0x84, 1)]),
+            ("MSI-X table at 0x3f90", &[(0x84, 0x90), (0x85, 0x3f)]),
+            ("pending bits at 0xff003000", &[(0x8b, 0xff)]),
+            ("pending bits at 0x2040", &[(0x88, 0x40), (0x89, 0x20)]),
+            ("no endpoint", &[(0x92, 0x42)]),
+        ];
+        for (message, changes) in cases {
+            let error = parse(|bytes| changes.iter().for_each(|(at, value)| bytes[*at] = *value)).unwrap_err();
+            assert!(error.contains(message), "{error:?} for {message:?}");
+        }
+        for size in [0, 0x800, 0x3000, 1 << 23, 1 << 40] {
+            assert!(Facts::parse(&space(), size, &ALL).unwrap_err().to_string().contains("BAR0 of"));
+        }
+    }
+
+    #[test]
+    fn what_has_no_interrupts_is_not_offered() {
+        let none = Interrupts { intx: 0, msi: 0, msix: 0 };
+        let mut bytes = space();
+        bytes[0x71] = 0;
+        let facts = Facts::parse(&bytes, bar0::SIZE, &none).unwrap();
+        assert_eq!((facts.pin, facts.msi, facts.msix), (0, false, None));
+    }
+
+    #[test]
+    fn no_bytes_panic() {
+        let mut seed = 0x9e37_79b9_7f4a_7c15u64;
+        for _ in 0..20_000 {
+            let _ = parse(|bytes| {
+                for _ in 0..6 {
+                    seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                    let [at, value, ..] = (seed >> 40).to_le_bytes();
+                    bytes[usize::from(at)] = value;
+                }
+            });
+        }
+    }
+}

@@ -1,0 +1,354 @@
+//! A function in a slot: a device of the bus, reached over vfio-user.
+//!
+//! Locks, in the order in which they may be taken: that of the slot, `state`, `client`; `doorbells` last of all. A thread that has the slot's lock
+//! takes none but that of the doorbells, so that a server that is slow holds up only those who access its own function.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use rustix::net::Shutdown;
+use vbus_kvm::{Doorbells, Kind, Level, Place};
+use vbus_vfio_user::{Client, ClientError};
+
+use super::config::{COMMAND, Config, STATUS, STATUS_INTERRUPT};
+use super::facts::{Facts, IRQ_INTX, IRQ_MSI, IRQ_MSIX, REGION_BAR0};
+use super::messages::Messages;
+use super::msix::Table;
+use super::space::touches;
+use super::{PlugError, Shared, doorbells, lock};
+
+/// VFIO's number of the configuration space.
+const REGION_CONFIG: u32 = 7;
+/// What [`Function::bar`] holds while there is none.
+const NOWHERE: u64 = u64::MAX;
+
+/// What passed through the VMM's process although it need not, and what has to.
+#[derive(Default)]
+pub(super) struct Counters {
+    /// Reads and writes of BAR0.
+    pub(super) reads: AtomicU64,
+    pub(super) writes: AtomicU64,
+    /// Doorbells rung by a message: those of BAR0 (among the writes, too), and by port.
+    pub(super) doorbells: AtomicU64,
+    /// Accesses to the configuration space.
+    pub(super) config: AtomicU64,
+}
+
+/// A function, plugged.
+pub(super) struct Function {
+    pub(super) name: String,
+    pub(super) socket: PathBuf,
+    facts: Facts,
+    /// A duplicate of the connection's socket, to watch it, and to end the connection.
+    connection: OwnedFd,
+    client: Mutex<Client>,
+    /// The connection has failed, or was ended.
+    gone: AtomicBool,
+    state: Mutex<State>,
+    /// Where BAR0 is by its register and the command register, or [`NOWHERE`].
+    bar: AtomicU64,
+    in_use: AtomicBool,
+    doorbells: Mutex<Doorbells>,
+    /// Doorbells at an address end in the kernel.
+    mmio: bool,
+    /// Keeps INTx connected.
+    _intx: Option<Level>,
+    pub(super) counters: Counters,
+}
+
+struct State {
+    config: Config,
+    table: Table,
+    msi: Messages,
+    msix: Messages,
+}
+
+impl Function {
+    /// Connects to the server at `socket`, shows it the guest's memory and takes its doorbells and INTx. `slot` is the number of the slot, from 1
+    /// on, `pin` gives the pin of an INTx.
+    pub(super) fn connect(
+        name: &str,
+        socket: &Path,
+        slot: u8,
+        shared: &Shared,
+        pin: impl FnOnce(u8) -> u32,
+    ) -> Result<Function, PlugError> {
+        let mut client = Client::connect(socket)?;
+        let mut facts = Facts::read(&mut client)?;
+        for ram in &shared.ram {
+            client.dma_map(ram.file.as_fd(), ram.file_offset, ram.base, ram.bytes)?;
+        }
+        let mut intx = None;
+        if facts.pin > 0 {
+            match Level::new(shared.routes.clone(), pin(facts.pin - 1)) {
+                Ok(level) => {
+                    client.connect_irqs(IRQ_INTX, 0, &[level.assert()])?;
+                    client.connect_unmask(IRQ_INTX, 0, level.ended())?;
+                    intx = Some(level);
+                }
+                Err(vbus_kvm::Error::Missing(_)) => {
+                    tracing::debug!("{name}: no INTx without KVM's own I/O APIC; messages only");
+                    facts.pin = 0;
+                }
+                Err(e) => return Err(e.into()),
+            }
+        }
+        let bells = doorbells::of_function(client.io_eventfds(REGION_BAR0)?, &facts)?;
+        let mut bells = Doorbells::new(shared.routes.vm().clone(), bells)?;
+        let records = doorbells::back(&mut bells, &facts, slot, shared)?;
+        let connection =
+            client.as_fd().try_clone_to_owned().map_err(|_| ClientError::from(rustix::io::Errno::MFILE))?;
+        let state = State {
+            config: Config::new(&facts, &records),
+            table: Table::new(facts.msix.map_or(0, |msix| msix.vectors)),
+            msi: Messages::new(IRQ_MSI, shared),
+            msix: Messages::new(IRQ_MSIX, shared),
+        };
+        Ok(Function {
+            name: name.to_owned(),
+            socket: socket.to_owned(),
+            facts,
+            connection,
+            client: Mutex::new(client),
+            gone: AtomicBool::new(false),
+            state: Mutex::new(state),
+            bar: AtomicU64::new(NOWHERE),
+            in_use: AtomicBool::new(false),
+            doorbells: Mutex::new(bells),
+            mmio: shared.backing.mmio,
+            _intx: intx,
+            counters: Counters::default(),
+        })
+    }
+
+    /// The connection's socket, to be watched for its end and for nothing else.
+    pub(super) fn connection(&self) -> BorrowedFd<'_> {
+        self.connection.as_fd()
+    }
+
+    /// Whether the connection has failed.
+    pub(super) fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::Acquire)
+    }
+
+    /// Ends the connection. The server lets go of the guest's memory, the guest reads all ones.
+    pub(super) fn close(&self) {
+        self.gone.store(true, Ordering::Release);
+        let _ = rustix::net::shutdown(&self.connection, Shutdown::Both);
+        self.put(None);
+        let mut doorbells = lock(&self.doorbells);
+        for kind in Kind::ALL {
+            let _ = doorbells.place(kind, None);
+        }
+        drop(doorbells);
+        let mut state = lock(&self.state);
+        state.msi.clear();
+        state.msix.clear();
+    }
+
+    /// Calls the server. `None`: it refused, or is gone.
+    fn call<R>(&self, act: impl FnOnce(&mut Client) -> Result<R, ClientError>) -> Option<R> {
+        if self.is_gone() {
+            return None;
+        }
+        match act(&mut lock(&self.client)) {
+            Ok(value) => Some(value),
+            Err(e) if !e.is_final() => {
+                tracing::debug!("{}: {e}", self.name);
+                None
+            }
+            Err(e) => {
+                // Whoever watches the socket does the rest.
+                if !self.gone.swap(true, Ordering::AcqRel) {
+                    tracing::warn!("{}: connection to {} lost: {e}", self.name, self.socket.display());
+                }
+                let _ = rustix::net::shutdown(&self.connection, Shutdown::Both);
+                None
+            }
+        }
+    }
+
+    /// Back to the state after power-on, with BAR0 at `bar`; the server's function likewise.
+    pub(super) fn reset(&self, bar: u32) {
+        let mut state = lock(&self.state);
+        state.config.reset(bar);
+        state.table.reset();
+        self.follow(&mut state);
+        self.call(Client::reset);
+    }
+
+    /// The guest has enabled something of the function.
+    pub(super) fn in_use(&self) -> bool {
+        self.in_use.load(Ordering::Acquire)
+    }
+
+    /// Where BAR0 would be, if the port passes it on: first address and length.
+    pub(super) fn bar(&self) -> Option<(u64, u64)> {
+        let at = self.bar.load(Ordering::Acquire);
+        (at != NOWHERE).then_some((at, u64::from(self.facts.bar)))
+    }
+
+    /// BAR0 answers from `at` on now: the doorbells follow.
+    pub(super) fn put(&self, at: Option<u64>) {
+        if !self.mmio {
+            return;
+        }
+        let place = at.map(|at| Place { base: at + u64::from(self.facts.doorbells), stride: self.facts.stride });
+        let mut doorbells = lock(&self.doorbells);
+        if let Err(e) = doorbells.place(Kind::Mmio, place) {
+            // The guest has put two things at one address, or KVM has no more room: what is rung comes to user space.
+            tracing::debug!("{}: doorbells by message: {e}", self.name);
+        }
+    }
+
+    /// Whether the doorbells at an address end in the kernel now.
+    pub(super) fn doorbells_in_kernel(&self) -> bool {
+        lock(&self.doorbells).at(Kind::Mmio).is_some()
+    }
+
+    /// Reads the configuration space.
+    pub(super) fn read_config(&self, offset: usize, data: &mut [u8]) {
+        self.counters.config.fetch_add(1, Ordering::Relaxed);
+        if self.is_gone() {
+            return data.fill(0xff);
+        }
+        let mut state = lock(&self.state);
+        let pending = state.msi.is_pending(0);
+        state.config.set_msi_pending(pending);
+        state.config.read(offset, data);
+        if touches(offset, data.len(), STATUS, 1) {
+            let mut status = [0; 2];
+            match self.call(|client| client.region_read(REGION_CONFIG, STATUS as u64, &mut status)) {
+                Some(()) => data[STATUS - offset] |= status[0] & STATUS_INTERRUPT,
+                None if self.is_gone() => data.fill(0xff),
+                None => {}
+            }
+        }
+    }
+
+    /// Writes the configuration space.
+    pub(super) fn write_config(&self, offset: usize, data: &[u8]) {
+        self.counters.config.fetch_add(1, Ordering::Relaxed);
+        if self.is_gone() {
+            return;
+        }
+        let mut state = lock(&self.state);
+        let command = state.config.command();
+        state.config.write(offset, data);
+        if state.config.command() != command {
+            // Waited for: a function that was taken Bus Master from touches no memory any more when the guest goes on.
+            let command = state.config.command().to_le_bytes();
+            self.call(|client| client.region_write(REGION_CONFIG, COMMAND as u64, &command));
+        }
+        self.follow(&mut state);
+    }
+
+    /// Makes interrupts and BAR what the configuration space says.
+    fn follow(&self, state: &mut State) {
+        self.bar.store(state.config.bar().unwrap_or(NOWHERE), Ordering::Release);
+        self.in_use.store(state.config.in_use(), Ordering::Release);
+        let State { config, table, msi, msix } = state;
+        let call = |act: &mut dyn FnMut(&mut Client) -> Result<(), ClientError>| self.call(act).is_some();
+        msi.follow(config.msi().as_slice(), &self.name, &call);
+        let vectors: Vec<_> = match config.msix() {
+            None => Vec::new(),
+            Some(all_masked) => (0..table.vectors())
+                .map(|index| {
+                    let mut vector = table.vector(index);
+                    vector.masked |= all_masked;
+                    vector
+                })
+                .collect(),
+        };
+        msix.follow(&vectors, &self.name, &call);
+    }
+
+    /// Which part of the MSI-X structures an access of BAR0 touches, if any.
+    fn msix_part(&self, offset: u64, len: usize) -> Option<MsixPart> {
+        let msix = self.facts.msix?;
+        let offset = usize::try_from(offset).ok()?;
+        let within = |first: u32, end: u64, part: fn(usize) -> MsixPart| {
+            let first = first as usize;
+            let bytes = usize::try_from(end).ok()?.checked_sub(first)?;
+            touches(offset, len, first, bytes).then(|| offset.checked_sub(first).map_or(MsixPart::Edge, part))
+        };
+        within(msix.table, msix.table_end(), MsixPart::Table)
+            .or_else(|| within(msix.pending, msix.pending_end(), MsixPart::Pending))
+    }
+
+    /// Reads BAR0; `data` lies within it, and holds all ones before.
+    pub(super) fn read_bar(&self, offset: u64, data: &mut [u8]) {
+        self.counters.reads.fetch_add(1, Ordering::Relaxed);
+        if self.is_gone() {
+            return;
+        }
+        match self.msix_part(offset, data.len()) {
+            Some(MsixPart::Edge) => data.fill(0),
+            Some(MsixPart::Table(at)) => lock(&self.state).table.read(at, data),
+            Some(MsixPart::Pending(at)) => {
+                let state = lock(&self.state);
+                for (at, byte) in (at..).zip(data) {
+                    *byte = (0..8).fold(0, |byte, bit| byte | u8::from(state.msix.is_pending(at * 8 + bit)) << bit);
+                }
+            }
+            None => {
+                let mut bytes = [0; 8];
+                let bytes = &mut bytes[..data.len()];
+                if self.call(|client| client.region_read(REGION_BAR0, offset, bytes)).is_some() {
+                    data.copy_from_slice(bytes);
+                }
+            }
+        }
+    }
+
+    /// Writes BAR0; `data` lies within it. It does not wait until the server has done it.
+    pub(super) fn write_bar(&self, offset: u64, data: &[u8]) {
+        self.counters.writes.fetch_add(1, Ordering::Relaxed);
+        if self.is_gone() {
+            return;
+        }
+        match self.msix_part(offset, data.len()) {
+            Some(MsixPart::Table(at)) => {
+                let mut state = lock(&self.state);
+                if state.table.write(at, data).is_some() {
+                    self.follow(&mut state);
+                }
+            }
+            Some(MsixPart::Pending(_) | MsixPart::Edge) => {}
+            None => {
+                let first = u64::from(self.facts.doorbells);
+                let bytes = u64::from(self.facts.doorbell_count) * u64::from(self.facts.stride);
+                if offset.checked_sub(first).is_some_and(|at| at < bytes) {
+                    self.counters.doorbells.fetch_add(1, Ordering::Relaxed);
+                }
+                self.call(|client| client.region_post(REGION_BAR0, offset, data));
+            }
+        }
+    }
+
+    /// Rings a doorbell that came to user space.
+    pub(super) fn ring(&self, number: u32) {
+        if number >= self.facts.doorbell_count {
+            return;
+        }
+        self.counters.doorbells.fetch_add(1, Ordering::Relaxed);
+        let offset = u64::from(self.facts.doorbells) + u64::from(number) * u64::from(self.facts.stride);
+        self.call(|client| client.region_post(REGION_BAR0, offset, &1u32.to_le_bytes()));
+    }
+}
+
+/// What of MSI-X an access of BAR0 begins in, and the offset there.
+enum MsixPart {
+    Table(usize),
+    Pending(usize),
+    /// It begins before: it reads zeros, and writes nothing.
+    Edge,
+}
+
+impl Drop for Function {
+    fn drop(&mut self) {
+        self.close();
+    }
+}

@@ -1,0 +1,283 @@
+//! A root port with what is in its slot.
+
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+use vbus_kvm::Routes;
+
+use super::function::Function;
+use super::port::{Msi, RootPort, window};
+use super::{UnplugError, lock};
+use crate::layout;
+
+/// How long the guest may take to let a function go. Linux waits 5 s after the button in case it is pressed again; an emulated machine is slow.
+const PATIENCE: Duration = Duration::from_secs(40);
+/// When the button is pressed again, if the guest has not shown that it saw it: it ignores the button while it brings the function in.
+const PRESS_AGAIN: Duration = Duration::from_secs(6);
+
+/// A root port.
+pub(super) struct Slot {
+    /// Its device number on bus 0, and the slot's number: 1 to 31.
+    pub(super) number: u8,
+    routes: Arc<Routes>,
+    inner: Mutex<Inner>,
+    /// A function has left.
+    left: Condvar,
+}
+
+struct Inner {
+    port: RootPort,
+    occupant: Occupant,
+    /// The guest has been asked to let the function go.
+    leaving: bool,
+    /// Where BAR0 of the function is in the guest's memory: first and last address.
+    place: Option<(u64, u64)>,
+}
+
+#[derive(Default)]
+enum Occupant {
+    #[default]
+    None,
+    /// Someone is about to plug a function of this name.
+    Expected(String),
+    Function(Arc<Function>),
+    /// The function of this name is out of the guest's reach, and its connection is being closed.
+    Closing(String),
+}
+
+impl Inner {
+    fn function(&self) -> Option<&Arc<Function>> {
+        match &self.occupant {
+            Occupant::Function(function) => Some(function),
+            _ => None,
+        }
+    }
+
+    /// The guest can access the function.
+    fn reachable(&self) -> Option<&Arc<Function>> {
+        self.function().filter(|_| self.port.link_up() && !self.port.holds_reset())
+    }
+
+    /// Lets the place of BAR0 follow from all registers that it depends on, those of the bridges too.
+    fn settle(&mut self) {
+        let root = layout::PCI_WINDOW..layout::PCI_WINDOW + layout::PCI_WINDOW_BYTES;
+        let place = self.reachable().and_then(|function| function.bar()).and_then(|(first, bytes)| {
+            let last = first + bytes - 1;
+            let (window_first, window_last) = self.port.window()?;
+            let passes = first >= window_first && last <= window_last && root.contains(&first) && root.contains(&last);
+            passes.then_some((first, last))
+        });
+        if place != self.place {
+            self.place = place;
+        }
+        if let Some(function) = self.function() {
+            function.put(place.map(|(first, _)| first));
+        }
+    }
+
+    /// Takes the function out. It is still to be closed.
+    fn take(&mut self) -> Option<(Arc<Function>, Option<Msi>)> {
+        let function = self.function()?.clone();
+        self.occupant = Occupant::Closing(function.name.clone());
+        self.leaving = false;
+        self.place = None;
+        Some((function, self.port.remove()))
+    }
+}
+
+impl Slot {
+    pub(super) fn new(number: u8, routes: Arc<Routes>) -> Slot {
+        let inner = Inner { port: RootPort::new(number), occupant: Occupant::None, leaving: false, place: None };
+        Slot { number, routes, inner: Mutex::new(inner), left: Condvar::new() }
+    }
+
+    fn send(&self, message: Option<Msi>) {
+        let Some((address, data)) = message else { return };
+        let msi = kvm_bindings::kvm_msi {
+            address_lo: (address & 0xffff_ffff) as u32,
+            address_hi: (address >> 32) as u32,
+            data,
+            ..Default::default()
+        };
+        if let Err(e) = self.routes.vm().signal_msi(msi) {
+            tracing::debug!("slot {}: hotplug interrupt: {e}", self.number);
+        }
+    }
+
+    /// Closes a function that was taken out.
+    fn close(&self, taken: Option<(Arc<Function>, Option<Msi>)>) {
+        let Some((function, message)) = taken else { return };
+        self.send(message);
+        function.close();
+        lock(&self.inner).occupant = Occupant::None;
+        self.left.notify_all();
+    }
+
+    /// What the guest can access behind the port, and by which bus.
+    pub(super) fn behind(&self, bus: u8) -> Option<Option<Arc<Function>>> {
+        let inner = lock(&self.inner);
+        let leads = inner.port.leads_to(bus);
+        leads.then(|| inner.reachable().filter(|_| inner.port.secondary() == bus).cloned())
+    }
+
+    pub(super) fn reachable_function(&self) -> Option<Arc<Function>> {
+        lock(&self.inner).reachable().cloned()
+    }
+
+    /// The function, if its BAR0 has the `len` addresses from `address` on, and the offset in it.
+    pub(super) fn at(&self, address: u64, len: usize) -> Option<(Arc<Function>, u64)> {
+        let inner = lock(&self.inner);
+        let (first, last) = inner.place?;
+        let within = address >= first && address <= last && last - address + 1 >= len as u64;
+        within.then(|| inner.reachable().map(|function| (function.clone(), address - first)))?
+    }
+
+    /// Reads the port's configuration space.
+    pub(super) fn read_port(&self, offset: usize, data: &mut [u8]) {
+        lock(&self.inner).port.read(offset, data);
+    }
+
+    /// Writes the port's configuration space.
+    pub(super) fn write_port(&self, offset: usize, data: &[u8]) {
+        let mut inner = lock(&self.inner);
+        let before = inner.reachable().cloned();
+        let message = inner.port.write(offset, data);
+        inner.settle();
+        let lost = before.filter(|_| inner.reachable().is_none());
+        let taken = if inner.leaving && inner.port.released() { inner.take() } else { None };
+        drop(inner);
+        self.send(message);
+        // Without power, or held in reset. What was taken out is not worth it: its server does so when the connection ends.
+        if let Some(function) = lost.filter(|_| taken.is_none()) {
+            function.reset(0);
+        }
+        self.close(taken);
+    }
+
+    /// Writes the function's configuration space.
+    pub(super) fn write_function(&self, function: &Function, offset: usize, data: &[u8]) {
+        function.write_config(offset, data);
+        lock(&self.inner).settle();
+    }
+
+    /// Reserves the slot for a function. `off`: only if the guest has the slot switched off, or does not look after it.
+    pub(super) fn expect(&self, name: &str, off: bool) -> bool {
+        let mut inner = lock(&self.inner);
+        let free = matches!(inner.occupant, Occupant::None) && !(off && inner.port.managed() && !inner.port.released());
+        if free {
+            inner.occupant = Occupant::Expected(name.to_owned());
+        }
+        free
+    }
+
+    /// Gives the reservation up.
+    pub(super) fn expect_no_more(&self) {
+        lock(&self.inner).occupant = Occupant::None;
+    }
+
+    /// Puts the function in that the slot was reserved for.
+    pub(super) fn insert(&self, function: Arc<Function>) {
+        if !lock(&self.inner).port.managed() {
+            // Before the guest looks: where firmware would have put it.
+            function.reset(self.first_bar());
+        }
+        let mut inner = lock(&self.inner);
+        inner.occupant = Occupant::Function(function);
+        let message = inner.port.insert();
+        inner.settle();
+        drop(inner);
+        self.send(message);
+    }
+
+    fn first_bar(&self) -> u32 {
+        u32::try_from(window(self.number)).unwrap_or(0)
+    }
+
+    /// The name of what is, or is about to be, in the slot.
+    pub(super) fn name(&self) -> Option<String> {
+        match &lock(&self.inner).occupant {
+            Occupant::None => None,
+            Occupant::Expected(name) | Occupant::Closing(name) => Some(name.clone()),
+            Occupant::Function(function) => Some(function.name.clone()),
+        }
+    }
+
+    /// The function, the bus that it is on, and whether the guest has it switched on.
+    pub(super) fn occupant(&self) -> Option<(Arc<Function>, u8, bool)> {
+        let inner = lock(&self.inner);
+        inner.function().map(|function| (function.clone(), inner.port.secondary(), inner.port.link_up()))
+    }
+
+    /// Asks the guest to let the function `name` go, and waits until it has.
+    pub(super) fn unplug(&self, name: &str) -> Result<(), UnplugError> {
+        let missing = || UnplugError::Unknown(name.to_owned());
+        let mut inner = lock(&self.inner);
+        let function = inner.function().filter(|function| function.name == name).ok_or_else(missing)?.clone();
+        if inner.port.released() || !inner.port.managed() && !function.in_use() {
+            let taken = inner.take();
+            drop(inner);
+            self.close(taken);
+            return Ok(());
+        }
+        inner.leaving = true;
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if inner.port.link_up() && !inner.port.busy() {
+                let message = inner.port.press();
+                drop(inner);
+                self.send(message);
+                inner = lock(&self.inner);
+            }
+            let until = deadline.min(Instant::now() + PRESS_AGAIN);
+            loop {
+                let same = inner.function().is_some_and(|now| Arc::ptr_eq(now, &function));
+                let closing = matches!(&inner.occupant, Occupant::Closing(closing) if closing == name);
+                if !same && !closing {
+                    return Ok(());
+                }
+                let left = until.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    break;
+                }
+                inner = self.left.wait_timeout(inner, left).unwrap_or_else(|e| e.into_inner()).0;
+            }
+            if Instant::now() >= deadline {
+                if inner.port.link_up() {
+                    return Err(UnplugError::Kept { name: name.to_owned(), after: PATIENCE });
+                }
+                // Switched off, only the indicator is not.
+                let taken = inner.take();
+                drop(inner);
+                self.close(taken);
+                return Ok(());
+            }
+        }
+    }
+
+    /// Takes the function out without asking: its server has gone. The guest is told that there is nothing any more.
+    pub(super) fn vanish(&self, function: &Arc<Function>) -> bool {
+        let mut inner = lock(&self.inner);
+        if !inner.function().is_some_and(|now| Arc::ptr_eq(now, function)) {
+            return false;
+        }
+        let taken = inner.take();
+        drop(inner);
+        self.close(taken);
+        true
+    }
+
+    /// Back to the state after power-on; what the guest was asked to let go is gone.
+    pub(super) fn reset(&self) {
+        let mut inner = lock(&self.inner);
+        let taken = if inner.leaving { inner.take() } else { None };
+        inner.port.reset();
+        let function = inner.function().cloned();
+        inner.place = None;
+        drop(inner);
+        self.close(taken);
+        if let Some(function) = function {
+            function.reset(self.first_bar());
+        }
+        lock(&self.inner).settle();
+    }
+}

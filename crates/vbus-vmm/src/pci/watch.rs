@@ -1,0 +1,55 @@
+//! Notices that a server has gone, so that the guest need not find out by an access.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Weak};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+
+use super::PciRoot;
+
+/// Wakes the watching thread.
+pub(super) struct Watcher(Arc<OwnedFd>);
+
+impl Watcher {
+    pub(super) fn new() -> std::io::Result<Watcher> {
+        Ok(Watcher(Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)))
+    }
+
+    /// Has it look again at what is plugged.
+    pub(super) fn wake(&self) {
+        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+    }
+}
+
+/// Starts the thread; it ends with the root.
+pub(super) fn start(root: &Arc<PciRoot>) -> std::io::Result<()> {
+    let (wake, root) = (root.watcher.0.clone(), Arc::downgrade(root));
+    std::thread::Builder::new().name("pci-watch".into()).spawn(move || while watch(&root, &wake) {}).map(drop)
+}
+
+/// Waits until something happens. False: the root is gone.
+fn watch(root: &Weak<PciRoot>, wake: &OwnedFd) -> bool {
+    let functions: Vec<_> = match root.upgrade() {
+        Some(root) => root.slots.iter().filter_map(|slot| Some((slot.number, slot.occupant()?.0))).collect(),
+        None => return false,
+    };
+    let ended = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+    let mut fds = vec![PollFd::new(wake, PollFlags::IN)];
+    fds.extend(functions.iter().map(|(_, function)| PollFd::from_borrowed_fd(function.connection(), PollFlags::RDHUP)));
+    if poll(&mut fds, None).is_err() {
+        return true;
+    }
+    let _ = rustix::io::read(wake.as_fd(), &mut [0; 8]);
+    let Some(root) = root.upgrade() else { return false };
+    for ((number, function), fd) in functions.iter().zip(&fds[1..]) {
+        let slot = &root.slots[usize::from(*number) - 1];
+        if fd.revents().intersects(ended) && slot.vanish(function) {
+            tracing::warn!(
+                "{}: its server at {} has gone; slot {number} is empty",
+                function.name,
+                function.socket.display()
+            );
+        }
+    }
+    true
+}
