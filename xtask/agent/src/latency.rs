@@ -1,6 +1,10 @@
-//! How late a task wakes that sleeps until a given time; and tasks that only use processor time, for it to compete with.
+//! How late a task wakes that sleeps until a given time; real-time tasks, and such as only use processor time, for it to compete with.
+#![allow(unsafe_code)] // This program has the standard library alone, which has nothing for a task's class.
 
+use std::ffi::c_int;
 use std::io;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -44,4 +48,21 @@ pub fn spin() -> ! {
     loop {
         std::hint::spin_loop();
     }
+}
+
+unsafe extern "C" {
+    /// Of the C library, which the standard library links: sets the class of a task, 0 for the calling one.
+    fn sched_setscheduler(pid: c_int, policy: c_int, parameter: *const c_int) -> c_int;
+}
+
+/// Becomes `command`, in the real-time class FIFO with `priority`.
+pub fn fifo(priority: &str, command: &[&str]) -> io::Result<()> {
+    const FIFO: c_int = 1;
+    let priority = c_int::try_from(number(priority)?).unwrap_or(0);
+    // SAFETY: the parameter is a structure of one int, and is only read.
+    if unsafe { sched_setscheduler(0, FIFO, &raw const priority) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let (program, args) = command.split_first().ok_or_else(|| io::Error::other("no command"))?;
+    Err(Command::new(program).args(args).exec())
 }
