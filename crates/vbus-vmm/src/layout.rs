@@ -25,8 +25,20 @@ pub const DOORBELL_PORT_BYTES: u16 = 0x2000;
 
 /// Serial ports: base and interrupt pin.
 pub const SERIAL: [(u16, u32); 2] = [(0x3f8, 4), (0x2f8, 3)];
-/// The ACPI power management ports.
+/// The ACPI power management ports, with those of a PC that QEMU calls q35.
 pub const ACPI_PORTS: u16 = 0x600;
+/// How many they are.
+pub const ACPI_PORT_BYTES: u8 = 0x10;
+/// Event status (16 bits), then event enable (16 bits).
+pub const PM1_EVENT: u16 = ACPI_PORTS;
+/// Control (16 bits): a write of `1 << 13` powers the machine off.
+pub const PM1_CONTROL: u16 = ACPI_PORTS + 4;
+/// A write of [`RESET_VALUE`] (8 bits) resets the machine.
+pub const RESET_PORT: u16 = ACPI_PORTS + 8;
+/// What must be written to it.
+pub const RESET_VALUE: u8 = 1;
+/// The keyboard controller's command port: there is none, but a write of 0xfe here resets the machine too, as kernels expect of a PC.
+pub const KEYBOARD_PORT: u16 = 0x64;
 /// The ACPI interrupt (SCI).
 pub const SCI: u32 = 9;
 

@@ -1,0 +1,228 @@
+//! Loads a kernel and everything it wants to find in memory, as its boot protocol says.
+//!
+//! A bzImage is Linux's and begins in 64-bit mode with a "zero page"; an ELF file begins by its PVH note in 32-bit mode with a start info.
+
+mod linux;
+mod pvh;
+mod registers;
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use linux_loader::loader::elf::PvhBootCapability;
+use linux_loader::loader::{BzImage, Elf, KernelLoader};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, ReadVolatile};
+
+pub use registers::Start;
+
+use crate::acpi;
+use crate::layout;
+use crate::memory::{self, Ram};
+
+/// Memory from here on is the kernel's.
+const HIGH: u64 = 0x10_0000;
+/// What PVH and Linux are told: the "zero page" or the start info, and its tables.
+const INFO: u64 = 0x7000;
+/// The command line.
+const COMMAND_LINE: u64 = 0x2_0000;
+/// Bytes of it with its final zero, for a kernel that names no limit of its own.
+const COMMAND_LINE_MAX: usize = 0x1_0000;
+/// Conventional memory ends here; the rest up to [`HIGH`] is no RAM to the guest.
+const LOW_END: u64 = 0xa_0000;
+
+/// What to boot.
+pub struct Image {
+    kernel: (PathBuf, File),
+    initramfs: Option<(PathBuf, File)>,
+    append: String,
+}
+
+/// A piece of the guest's address space, as its kernel is told.
+struct Place {
+    base: u64,
+    bytes: u64,
+    ram: bool,
+}
+
+impl Image {
+    /// Opens the files, which stay open so that the machine can boot again.
+    pub fn open(kernel: &Path, initramfs: Option<&Path>, append: &str) -> Result<Image> {
+        let open = |path: &Path, what: &str| {
+            let file = File::open(path).with_context(|| format!("cannot open the {what} {}", path.display()))?;
+            ensure!(file.metadata()?.is_file(), "the {what} {} is not a file", path.display());
+            Ok::<_, anyhow::Error>((path.to_owned(), file))
+        };
+        let initramfs = initramfs.map(|path| open(path, "initramfs")).transpose()?;
+        Ok(Image { kernel: open(kernel, "kernel")?, initramfs, append: append.to_owned() })
+    }
+
+    /// Loads it for a machine with `cpus` virtual CPUs: kernel, initramfs, command line, ACPI tables.
+    pub fn load(&mut self, ram: &Ram, cpus: u32) -> Result<Start> {
+        let map = ram.map();
+        let (path, file) = &mut self.kernel;
+        let mut magic = [0; 4];
+        file.rewind()?;
+        file.read(&mut magic).with_context(|| format!("cannot read {}", path.display()))?;
+        let elf = magic == *b"\x7fELF";
+        let loaded = if elf {
+            Elf::load(map, None, file, None)
+        } else {
+            BzImage::load(map, None, file, Some(GuestAddress(HIGH)))
+        };
+        let loaded = loaded.with_context(|| {
+            let size = ram.bytes() >> 20;
+            format!(
+                "{} is no kernel that fits {size} MiB of memory (an ELF file with a PVH note, or a bzImage)",
+                path.display()
+            )
+        })?;
+        let rsdp = acpi::write(map, cpus)?;
+        let places = places(ram.bytes());
+        let info = Info { map, rsdp, places: &places, append: &self.append, initramfs: &mut self.initramfs };
+        match (elf, loaded.pvh_boot_cap, loaded.setup_header) {
+            (true, PvhBootCapability::PvhEntryPresent(entry), _) => pvh::prepare(info, entry.0, loaded.kernel_end),
+            (false, _, Some(header)) => linux::prepare(info, loaded.kernel_load.0, loaded.kernel_end, header),
+            _ => bail!("{} has no PVH note (Linux: CONFIG_PVH), so there is no way to start it", path.display()),
+        }
+    }
+}
+
+/// What both protocols tell a kernel.
+struct Info<'a> {
+    map: &'a GuestMemoryMmap,
+    /// Where the ACPI tables begin.
+    rsdp: u64,
+    places: &'a [Place],
+    append: &'a str,
+    initramfs: &'a mut Option<(PathBuf, File)>,
+}
+
+impl Info<'_> {
+    /// Puts the command line into memory; `max` bytes without its final zero.
+    fn put_command_line(&self, max: usize) -> Result<()> {
+        let length = self.append.len();
+        ensure!(length <= max, "the kernel's command line has {length} bytes; it takes at most {max}");
+        ensure!(!self.append.contains('\0'), "the kernel's command line has a zero byte in it");
+        self.map.write_slice(self.append.as_bytes(), GuestAddress(COMMAND_LINE))?;
+        Ok(self.map.write_obj(0_u8, GuestAddress(COMMAND_LINE + length as u64))?)
+    }
+
+    /// Puts the initramfs as high as it can lie in RAM below 4 GiB, between `above` and `limit`; its address and bytes.
+    fn put_initramfs(&mut self, above: u64, limit: u64) -> Result<Option<(u64, u64)>> {
+        let Some((path, file)) = self.initramfs else { return Ok(None) };
+        let bytes = file.seek(SeekFrom::End(0))?;
+        file.rewind()?;
+        let ram_end = self.places.iter().find(|place| place.ram && place.base == HIGH).map_or(0, |p| p.base + p.bytes);
+        let at = limit.min(ram_end).checked_sub(bytes).map(|at| at & !0xfff).filter(|at| *at >= above);
+        let at = at.with_context(|| {
+            let mib = bytes.div_ceil(1 << 20);
+            format!("no room for the kernel and the initramfs {} ({mib} MiB): more --memory", path.display())
+        })?;
+        // Not more than was counted, even if the file has grown meanwhile.
+        let count = usize::try_from(bytes)?;
+        read_exact(self.map, at, file, count).with_context(|| format!("cannot read {}", path.display()))?;
+        Ok(Some((at, bytes)))
+    }
+}
+
+fn read_exact(map: &GuestMemoryMmap, at: u64, file: &mut impl ReadVolatile, count: usize) -> Result<()> {
+    Ok(map.read_exact_volatile_from(GuestAddress(at), file, count)?)
+}
+
+/// The guest's address space as its kernel is told: RAM, and what lies in its holes.
+fn places(ram: u64) -> Vec<Place> {
+    let mut places = vec![Place { base: 0, bytes: LOW_END, ram: true }];
+    places.push(Place { base: acpi::TABLES, bytes: HIGH - acpi::TABLES, ram: false });
+    for (base, bytes, _) in memory::ranges(ram) {
+        let cut = HIGH.saturating_sub(base);
+        places.push(Place { base: base + cut, bytes: bytes - cut, ram: true });
+    }
+    // Linux uses configuration space in memory only where the firmware says that it is not RAM.
+    places.push(Place { base: layout::ECAM, bytes: layout::ECAM_BYTES, ram: false });
+    places.sort_by_key(|place| place.base);
+    places
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may panic")]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn file(bytes: &[u8]) -> tempfile::NamedTempFile {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(bytes).unwrap();
+        file
+    }
+
+    /// A bzImage that says little: its header, and four bytes of kernel.
+    fn bzimage() -> Vec<u8> {
+        let mut image = vec![0; 1024];
+        image[0x1f1] = 1;
+        image[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
+        image[0x202..0x206].copy_from_slice(b"HdrS");
+        image[0x206..0x208].copy_from_slice(&0x20f_u16.to_le_bytes());
+        image[0x211] = 1;
+        image[0x214..0x218].copy_from_slice(&0x10_0000_u32.to_le_bytes());
+        image[0x22c..0x230].copy_from_slice(&0x7fff_ffff_u32.to_le_bytes());
+        image[0x236] = 1;
+        image[0x238..0x23c].copy_from_slice(&255_u32.to_le_bytes());
+        image[0x260..0x264].copy_from_slice(&0x20_0000_u32.to_le_bytes());
+        image.extend_from_slice(b"code");
+        image
+    }
+
+    fn image(kernel: &[u8], initramfs: Option<&[u8]>, append: &str) -> Image {
+        let initramfs = initramfs.map(file);
+        Image::open(file(kernel).path(), initramfs.as_ref().map(|file| file.path()), append).unwrap()
+    }
+
+    #[test]
+    fn places_do_not_overlap() {
+        for ram in [16 << 20, 3 << 30, 5 << 30] {
+            let places = places(ram);
+            assert!(places.windows(2).all(|pair| pair[0].base + pair[0].bytes <= pair[1].base));
+            let total: u64 = places.iter().filter(|place| place.ram).map(|place| place.bytes).sum();
+            assert_eq!(total, ram - (HIGH - LOW_END));
+        }
+    }
+
+    #[test]
+    fn linux_finds_its_command_line_and_initramfs() {
+        let ram = Ram::new(16 << 20).unwrap();
+        let start = image(&bzimage(), Some(&[7; 5000]), "console=ttyS0").load(&ram, 1).unwrap();
+        let read = |at: u64, bytes: usize| {
+            let mut data = vec![0; bytes];
+            ram.map().read_slice(&mut data, GuestAddress(at)).unwrap();
+            data
+        };
+        assert_eq!(start.registers().rip, HIGH + 0x200);
+        assert_eq!(start.registers().rsi, INFO);
+        assert_eq!(read(HIGH, 4), b"code");
+        let word = |at| u64::from(u32::from_le_bytes(read(INFO + at, 4).try_into().unwrap()));
+        assert_eq!(read(word(0x228), 14), b"console=ttyS0\0");
+        let (at, bytes) = (word(0x218), word(0x21c));
+        assert_eq!((at % 4096, bytes), (0, 5000));
+        assert!(at + bytes <= 16 << 20);
+        assert_eq!(read(at, 5001), [&[7; 5000][..], &[0]].concat());
+        // The zero page names the ACPI tables and as many pieces of memory as it has.
+        assert_eq!(word(0x70), acpi::TABLES);
+        assert_eq!(read(INFO + 0x1e8, 1), [4]);
+        assert_eq!(&read(acpi::TABLES, 8), b"RSD PTR ");
+    }
+
+    #[test]
+    fn what_cannot_be_booted_is_named() {
+        let ram = Ram::new(16 << 20).unwrap();
+        let fault = |mut image: Image| format!("{:#}", image.load(&ram, 1).err().unwrap());
+        assert!(fault(image(b"#!/bin/sh", None, "")).contains("is no kernel"));
+        assert!(fault(image(&bzimage(), None, &"x".repeat(300))).contains("at most 255"));
+        assert!(fault(image(&bzimage(), Some(&vec![0; 15 << 20]), "")).contains("more --memory"));
+        let missing = Image::open(Path::new("/nowhere/vmlinuz"), None, "").err().unwrap();
+        assert!(format!("{missing:#}").starts_with("cannot open the kernel /nowhere/vmlinuz"));
+        assert!(Image::open(Path::new("/"), None, "").is_err());
+    }
+}

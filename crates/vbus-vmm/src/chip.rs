@@ -1,0 +1,129 @@
+//! The interrupt controllers other than the local APICs: the kernel's, or (split) an I/O APIC in this process.
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use kvm_bindings::{
+    KVM_CAP_SPLIT_IRQCHIP, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY,
+    kvm_enable_cap, kvm_irqchip, kvm_pit_config, kvm_pit_state2,
+};
+use kvm_ioctls::VmFd;
+use vbus_kvm::Routes;
+
+use crate::acpi::IO_APIC;
+use crate::bus::Bus;
+use crate::ioapic::{IO_APIC_BYTES, IoApic};
+use crate::layout;
+
+/// The interrupt controllers of a virtual machine.
+pub struct Chip(Kind);
+
+enum Kind {
+    /// `KVM_CREATE_IRQCHIP`: PICs, I/O APIC, and the PIT, all with their state after a reset.
+    Kernel { routes: Arc<Routes>, chips: Vec<kvm_irqchip>, timer: kvm_pit_state2 },
+    /// `KVM_CAP_SPLIT_IRQCHIP`: only the local APICs are the kernel's. No PIC, no PIT.
+    Split { routes: Arc<Routes>, io_apic: Arc<IoApic> },
+    #[cfg(test)]
+    Test(std::sync::Mutex<std::collections::BTreeSet<u32>>),
+}
+
+impl Chip {
+    /// Makes those of `vm`, before its first virtual CPU.
+    pub fn new(vm: &Arc<VmFd>, split: bool) -> Result<Chip> {
+        let kind = if split {
+            let mut cap = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
+            cap.args[0] = layout::PINS.into();
+            vm.enable_cap(&cap).context("this KVM has no split irqchip")?;
+            let routes = Routes::new(vm.clone(), vbus_kvm::Chip::Split { pins: layout::PINS })?;
+            Kind::Split { io_apic: Arc::new(IoApic::new(routes.clone())), routes }
+        } else {
+            vm.create_irq_chip().context("this KVM has no irqchip")?;
+            let config = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+            vm.create_pit2(config).context("this KVM has no timer")?;
+            let routes = Routes::new(vm.clone(), vbus_kvm::Chip::Kernel)?;
+            let get = |chip_id| {
+                let mut chip = kvm_irqchip { chip_id, ..Default::default() };
+                vm.get_irqchip(&mut chip).map(|()| chip)
+            };
+            let ids = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
+            let chips = ids.into_iter().map(get).collect::<Result<_, _>>().context("cannot read the irqchip")?;
+            Kind::Kernel { routes, chips, timer: vm.get_pit2().context("cannot read the timer")? }
+        };
+        Ok(Chip(kind))
+    }
+
+    /// The virtual machine's interrupt routes.
+    pub fn routes(&self) -> &Arc<Routes> {
+        match &self.0 {
+            Kind::Kernel { routes, .. } | Kind::Split { routes, .. } => routes,
+            #[cfg(test)]
+            Kind::Test(_) => unreachable!("a test has no routes"),
+        }
+    }
+
+    /// Puts onto `mmio` what is in this process.
+    pub fn attach(&self, mmio: &mut Bus) {
+        if let Kind::Split { io_apic, .. } = &self.0 {
+            mmio.add(IO_APIC.into(), IO_APIC_BYTES, io_apic.clone());
+        }
+    }
+
+    /// The I/O APIC in this process, if it is here.
+    pub fn io_apic(&self) -> Option<&Arc<IoApic>> {
+        match &self.0 {
+            Kind::Split { io_apic, .. } => Some(io_apic),
+            _ => None,
+        }
+    }
+
+    /// Sets the level of a pin, which has one source.
+    pub fn set(&self, pin: u32, level: bool) {
+        match &self.0 {
+            // Fails only for a pin that is not there.
+            Kind::Kernel { routes, .. } => drop(routes.vm().set_irq_line(pin, level)),
+            Kind::Split { io_apic, .. } => io_apic.set(pin, level),
+            #[cfg(test)]
+            Kind::Test(high) => {
+                let mut high = high.lock().unwrap_or_else(|e| e.into_inner());
+                let _ = if level { high.insert(pin) } else { high.remove(&pin) };
+            }
+        }
+    }
+
+    /// Raises an edge on a pin.
+    pub fn pulse(&self, pin: u32) {
+        self.set(pin, true);
+        self.set(pin, false);
+    }
+
+    /// As after a reset.
+    pub fn reset(&self) -> Result<()> {
+        match &self.0 {
+            Kind::Kernel { routes, chips, timer } => {
+                let vm = routes.vm();
+                chips.iter().try_for_each(|chip| vm.set_irqchip(chip)).context("cannot reset the irqchip")?;
+                vm.set_pit2(timer).context("cannot reset the timer")
+            }
+            Kind::Split { io_apic, .. } => {
+                io_apic.reset();
+                Ok(())
+            }
+            #[cfg(test)]
+            Kind::Test(_) => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+impl Chip {
+    /// One that remembers levels.
+    pub fn for_tests() -> Chip {
+        Chip(Kind::Test(std::sync::Mutex::default()))
+    }
+
+    /// The level of a pin.
+    pub fn level(&self, pin: u32) -> bool {
+        let Kind::Test(high) = &self.0 else { unreachable!("only a test asks") };
+        high.lock().unwrap_or_else(|e| e.into_inner()).contains(&pin)
+    }
+}

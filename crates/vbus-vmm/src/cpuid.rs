@@ -1,0 +1,202 @@
+//! What the guest's CPUs say of themselves: what KVM can, less what this machine has not, and its topology.
+
+use anyhow::{Context, Result};
+use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_ioctls::{Cap, Kvm};
+
+/// Leaf 1, ECX.
+const TSC_DEADLINE: u32 = 1 << 24;
+const X2APIC: u32 = 1 << 21;
+const IN_A_VM: u32 = 1 << 31;
+/// Leaf 1, EDX: there may be several CPUs in a package.
+const MANY: u32 = 1 << 28;
+/// Leaf 0x80000001, ECX: virtual machines in the virtual machine.
+const SVM: u32 = 1 << 2;
+/// Leaf 1, ECX: the same of Intel.
+const VMX: u32 = 1 << 5;
+/// Leaf 0xd of subleaf 1, EAX: state that only the kernel may save.
+const XSAVES: u32 = 1 << 3;
+
+/// The leaves of CPU `cpu` (its number and its APIC's) of `cpus`. `hyperv`: with KVM's Hyper-V part.
+pub struct Model {
+    entries: Vec<kvm_cpuid_entry2>,
+    hyperv: bool,
+    cpus: u32,
+}
+
+impl Model {
+    /// Asks `kvm` what it can.
+    pub fn new(kvm: &Kvm, cpus: u32, hyperv: bool) -> Result<Model> {
+        let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).context("KVM does not say what CPUs it has")?;
+        let deadline = kvm.check_extension(Cap::TscDeadlineTimer);
+        Ok(Model::from(supported.as_slice(), cpus, hyperv, deadline))
+    }
+
+    fn from(supported: &[kvm_cpuid_entry2], cpus: u32, hyperv: bool, deadline: bool) -> Model {
+        let mut entries: Vec<_> = supported.iter().copied().filter(keep).collect();
+        for entry in &mut entries {
+            match (entry.function, entry.index) {
+                (1, _) => {
+                    entry.ecx = (entry.ecx | X2APIC | IN_A_VM) & !(TSC_DEADLINE | VMX);
+                    entry.ecx |= if deadline { TSC_DEADLINE } else { 0 };
+                }
+                (0xd, 1) => {
+                    entry.eax &= !XSAVES;
+                    (entry.ecx, entry.edx) = (0, 0);
+                }
+                (0x8000_0001, _) => entry.ecx &= !SVM,
+                _ => {}
+            }
+        }
+        if hyperv {
+            vbus_kvm::offer_hypercalls(&mut entries, true);
+        }
+        Model { entries, hyperv, cpus }
+    }
+
+    /// Whether KVM's Hyper-V part is on.
+    pub fn hyperv(&self) -> bool {
+        self.hyperv
+    }
+
+    /// The leaves of CPU `cpu`.
+    pub fn of(&self, cpu: u32) -> Result<CpuId> {
+        let mut entries = self.entries.clone();
+        for entry in &mut entries {
+            self.place(entry, cpu);
+        }
+        entries.extend([0, 1, 2].map(|level| self.topology(level, cpu)));
+        CpuId::from_entries(&entries).ok().context("KVM has more CPUID leaves than its interface takes")
+    }
+
+    /// Writes into a leaf which CPU it is, and how many there are: one package of single-threaded cores.
+    fn place(&self, entry: &mut kvm_cpuid_entry2, cpu: u32) {
+        let last = self.cpus - 1;
+        match entry.function {
+            1 => {
+                entry.ebx = (entry.ebx & 0xffff) | self.cpus.min(255) << 16 | (cpu & 0xff) << 24;
+                entry.edx = if last > 0 { entry.edx | MANY } else { entry.edx & !MANY };
+            }
+            // Intel: a cache's sharers, and the cores of the package.
+            4 if entry.eax & 0x1f != 0 => {
+                let sharers = if entry.eax >> 5 & 7 >= 3 { last } else { 0 };
+                entry.eax = (entry.eax & 0x3fff) | (sharers & 0xfff) << 14 | last.min(63) << 26;
+            }
+            // AMD: the cores of the package, and how many bits of the APIC's number they take.
+            0x8000_0008 => entry.ecx = last.min(255) | self.core_bits() << 12,
+            // AMD: a cache's sharers.
+            0x8000_001d if entry.eax & 0x1f != 0 => {
+                let sharers = if entry.eax >> 5 & 7 >= 3 { last } else { 0 };
+                entry.eax = (entry.eax & 0x3fff) | (sharers & 0xfff) << 14;
+            }
+            // AMD: APIC number, core (of one thread each), node 0 of one.
+            0x8000_001e => (entry.eax, entry.ebx, entry.ecx) = (cpu, cpu & 0xff, 0),
+            _ => {}
+        }
+    }
+
+    /// Leaf 0xb: threads of a core (one), cores of the package, and no more.
+    fn topology(&self, level: u32, cpu: u32) -> kvm_cpuid_entry2 {
+        let (shift, count, kind) = match level {
+            0 => (0, 1, 1),
+            1 => (self.core_bits(), self.cpus, 2),
+            _ => (0, 0, 0),
+        };
+        kvm_cpuid_entry2 {
+            function: 0xb,
+            index: level,
+            flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+            eax: shift,
+            ebx: count,
+            ecx: level | kind << 8,
+            edx: cpu,
+            ..Default::default()
+        }
+    }
+
+    /// How many bits number the CPUs.
+    fn core_bits(&self) -> u32 {
+        self.cpus.next_power_of_two().trailing_zeros()
+    }
+}
+
+/// Whether a leaf of KVM's is passed on.
+fn keep(entry: &kvm_cpuid_entry2) -> bool {
+    match (entry.function, entry.index) {
+        // Topology: this machine has its own. Performance counters, and what would need state that is not kept: none.
+        (0xa | 0xb | 0x12 | 0x14 | 0x1d | 0x1e | 0x1f | 0x8000_0022 | 0x8000_0026, _) => false,
+        // The state of XSAVE that only the kernel may save, and the tiles of AMX, which a process must ask its kernel for.
+        (0xd, 8 | 10..=18) => false,
+        _ => true,
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may panic")]
+mod tests {
+    use super::*;
+
+    fn entry(function: u32, index: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> kvm_cpuid_entry2 {
+        kvm_cpuid_entry2 { function, index, eax, ebx, ecx, edx, ..Default::default() }
+    }
+
+    fn supported() -> Vec<kvm_cpuid_entry2> {
+        vec![
+            entry(0, 0, [0x1f, 0, 0, 0]),
+            entry(1, 0, [0, 0x7700_0800, VMX, 0]),
+            entry(0xb, 0, [9, 9, 9, 9]),
+            entry(0xd, 0, [7, 832, 832, 0]),
+            entry(0xd, 1, [0xf, 832, 0x1800, 0]),
+            entry(0xd, 11, [16, 0, 1, 0]),
+            entry(0x4000_0000, 0, [0x4000_0001, 0x4b4d_564b, 0x564b_4d56, 0x4d]),
+            entry(0x4000_0001, 0, [0x0100_7efb, 0, 0, 0]),
+            entry(0x8000_0001, 0, [0, 0, SVM, 0]),
+            entry(0x8000_0008, 0, [0x3028, 0, 0, 0]),
+        ]
+    }
+
+    fn leaf(model: &Model, cpu: u32, function: u32, index: u32) -> Option<kvm_cpuid_entry2> {
+        let entries = model.of(cpu).unwrap();
+        let mut found = entries.as_slice().iter().filter(|entry| (entry.function, entry.index) == (function, index));
+        let first = found.next().copied();
+        assert!(found.next().is_none(), "leaf {function:#x} twice");
+        first
+    }
+
+    #[test]
+    fn every_cpu_knows_its_number_and_that_it_is_in_a_vm() {
+        let model = Model::from(&supported(), 3, false, true);
+        for cpu in 0..3 {
+            let one = leaf(&model, cpu, 1, 0).unwrap();
+            assert_eq!((one.ebx >> 24, one.ebx >> 16 & 0xff, one.ebx & 0xffff), (cpu, 3, 0x800));
+            assert_eq!(one.ecx, X2APIC | IN_A_VM | TSC_DEADLINE);
+            assert_eq!(one.edx, MANY);
+            let cores = leaf(&model, cpu, 0xb, 1).unwrap();
+            assert_eq!((cores.eax, cores.ebx, cores.ecx, cores.edx), (2, 3, 0x201, cpu));
+        }
+        let alone = Model::from(&supported(), 1, false, false);
+        assert_eq!(leaf(&alone, 0, 1, 0).unwrap().edx, 0);
+        assert_eq!(leaf(&alone, 0, 1, 0).unwrap().ecx & TSC_DEADLINE, 0);
+        assert_eq!(leaf(&alone, 0, 0xb, 1).unwrap().eax, 0);
+    }
+
+    #[test]
+    fn state_of_the_kernel_alone_is_not_offered() {
+        let model = Model::from(&supported(), 1, false, true);
+        assert_eq!(leaf(&model, 0, 0xd, 0).unwrap().eax, 7);
+        let one = leaf(&model, 0, 0xd, 1).unwrap();
+        assert_eq!((one.eax, one.ecx), (0b111, 0));
+        assert!(leaf(&model, 0, 0xd, 11).is_none());
+        assert_eq!(leaf(&model, 0, 0x8000_0001, 0).unwrap().ecx, 0);
+    }
+
+    #[test]
+    fn kvm_is_found_with_and_without_hyperv() {
+        let plain = Model::from(&supported(), 1, false, true);
+        assert_eq!(leaf(&plain, 0, 0x4000_0000, 0).unwrap().ebx.to_le_bytes(), *b"KVMK");
+        let both = Model::from(&supported(), 1, true, true);
+        assert_eq!(leaf(&both, 0, 0x4000_0001, 0).unwrap().eax.to_le_bytes(), *b"Hv#1");
+        let kvm = leaf(&both, 0, 0x4000_0100, 0).unwrap();
+        assert_eq!((kvm.eax, kvm.ebx.to_le_bytes()), (0x4000_0101, *b"KVMK"));
+    }
+}

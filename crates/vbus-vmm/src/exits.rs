@@ -1,0 +1,73 @@
+//! What brought virtual CPUs back to user space, counted by kind.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde_json::{Map, Value};
+
+/// A reason for which a virtual CPU's thread came back from KVM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A read of a port.
+    PioRead,
+    /// A write to one.
+    PioWrite,
+    /// A read of memory that is a device's.
+    MmioRead,
+    /// A write to it.
+    MmioWrite,
+    /// The end of a level-triggered interrupt of the I/O APIC in this process.
+    IoapicEoi,
+    /// A signal, to stop the CPU.
+    Interrupted,
+    /// All others.
+    Other,
+}
+
+impl Kind {
+    const ALL: [(Kind, &'static str); 7] = [
+        (Kind::PioRead, "pio_read"),
+        (Kind::PioWrite, "pio_write"),
+        (Kind::MmioRead, "mmio_read"),
+        (Kind::MmioWrite, "mmio_write"),
+        (Kind::IoapicEoi, "ioapic_eoi"),
+        (Kind::Interrupted, "interrupted"),
+        (Kind::Other, "other"),
+    ];
+}
+
+/// The counters of one virtual CPU, whose thread alone counts; anybody may read.
+#[derive(Default)]
+pub struct Exits([AtomicU64; Kind::ALL.len()]);
+
+impl Exits {
+    /// Counts one exit.
+    pub fn count(&self, kind: Kind) {
+        let counter = &self.0[kind as usize];
+        // One writer: no read-modify-write is needed.
+        counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+    }
+
+    /// All counters by name, and their sum as `total`.
+    pub fn to_json(&self) -> Map<String, Value> {
+        let counts = Kind::ALL.map(|(kind, name)| (name, self.0[kind as usize].load(Ordering::Relaxed)));
+        let total: u64 = counts.iter().map(|(_, count)| count).sum();
+        counts.into_iter().chain([("total", total)]).map(|(name, count)| (name.to_owned(), count.into())).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_kinds_are_in_the_same_order() {
+        let exits = Exits::default();
+        for (at, (kind, name)) in Kind::ALL.into_iter().enumerate() {
+            assert_eq!(kind as usize, at, "{name}");
+            exits.count(kind);
+        }
+        exits.count(Kind::Interrupted);
+        let json = exits.to_json();
+        assert_eq!((&json["interrupted"], &json["total"]), (&2.into(), &8.into()));
+    }
+}

@@ -1,0 +1,199 @@
+//! Power: the ACPI registers that switch the machine off and carry the power button, and the registers that reset it.
+
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::bus::{Bus, BusDevice};
+use crate::chip::Chip;
+use crate::cpus::Brake;
+use crate::layout;
+use crate::machine::Ask;
+
+/// PM1 status and enable: the power button was pressed.
+const POWER_BUTTON: u16 = 1 << 8;
+/// PM1 status and enable: the guest wants the global lock, which nobody else takes.
+const GLOBAL: u16 = 1 << 5;
+/// PM1 control: ACPI is on. There is nothing else that could be.
+const SCI_ENABLE: u16 = 1;
+/// PM1 control: enter the sleep state of the type in bits 10 to 12.
+const SLEEP: u16 = 1 << 13;
+const SLEEP_TYPE: u16 = 0b111 << 10;
+
+/// The registers. All else that is written to their ports is ignored.
+pub struct Power {
+    registers: Mutex<Registers>,
+    chip: Arc<Chip>,
+    asks: Sender<Ask>,
+    brake: Mutex<Option<Brake>>,
+}
+
+#[derive(Default)]
+struct Registers {
+    status: u16,
+    enable: u16,
+}
+
+impl Power {
+    /// Raises the SCI of `chip`, and asks through `asks` for power-off and reset.
+    pub fn new(chip: Arc<Chip>, asks: Sender<Ask>) -> Arc<Power> {
+        Arc::new(Power { registers: Mutex::default(), chip, asks, brake: Mutex::default() })
+    }
+
+    /// Puts the registers onto `pio`.
+    pub fn attach(self: &Arc<Self>, pio: &mut Bus) {
+        pio.add(layout::ACPI_PORTS.into(), layout::ACPI_PORT_BYTES.into(), Arc::new(Acpi(self.clone())));
+        pio.add(layout::KEYBOARD_PORT.into(), 1, Arc::new(Keyboard(self.clone())));
+    }
+
+    /// What stops a CPU that has asked for its own end.
+    pub fn set_brake(&self, brake: Brake) {
+        *self.brake.lock().unwrap_or_else(PoisonError::into_inner) = Some(brake);
+    }
+
+    /// Presses the power button: an orderly guest powers off soon after. False if the guest does not listen to it.
+    pub fn press(&self) -> bool {
+        let mut registers = self.lock();
+        registers.status |= POWER_BUTTON;
+        self.update(&registers);
+        registers.enable & POWER_BUTTON != 0
+    }
+
+    /// As after a reset.
+    pub fn reset(&self) {
+        let mut registers = self.lock();
+        *registers = Registers::default();
+        self.update(&registers);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Registers> {
+        self.registers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The SCI is level-triggered, and high as long as something is enabled and true.
+    fn update(&self, registers: &Registers) {
+        self.chip.set(layout::SCI, registers.status & registers.enable != 0);
+    }
+
+    fn ask(&self, ask: Ask) {
+        if let Some(brake) = &*self.brake.lock().unwrap_or_else(PoisonError::into_inner) {
+            brake.close();
+        }
+        let _ = self.asks.send(ask);
+    }
+
+    /// One byte of the ACPI ports; they may be accessed in any size.
+    fn read_byte(&self, port: u16) -> u8 {
+        let registers = self.lock();
+        match port.wrapping_sub(layout::ACPI_PORTS) {
+            0 => registers.status.to_le_bytes()[0],
+            1 => registers.status.to_le_bytes()[1],
+            2 => registers.enable.to_le_bytes()[0],
+            3 => registers.enable.to_le_bytes()[1],
+            4 => SCI_ENABLE.to_le_bytes()[0],
+            _ => 0,
+        }
+    }
+
+    fn write_byte(&self, port: u16, value: u8) {
+        let (low, high) = (u16::from(value), u16::from(value) << 8);
+        let mut registers = self.lock();
+        match port.wrapping_sub(layout::ACPI_PORTS) {
+            // Ones are cleared.
+            0 => registers.status &= !low,
+            1 => registers.status &= !high,
+            2 => registers.enable = registers.enable & 0xff00 | low & GLOBAL,
+            3 => registers.enable = registers.enable & 0x00ff | high & POWER_BUTTON,
+            5 if high & SLEEP != 0 && high & SLEEP_TYPE == 0 => return self.ask(Ask::PowerOff),
+            8 if value == layout::RESET_VALUE => return self.ask(Ask::Reset("by the guest".into())),
+            _ => return,
+        }
+        self.update(&registers);
+    }
+}
+
+/// The ports of [`layout::ACPI_PORTS`].
+struct Acpi(Arc<Power>);
+
+impl BusDevice for Acpi {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        for (port, byte) in (port(offset)..).zip(data) {
+            *byte = self.0.read_byte(port);
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        for (port, byte) in (port(offset)..).zip(data) {
+            self.0.write_byte(port, *byte);
+        }
+    }
+}
+
+fn port(offset: u64) -> u16 {
+    layout::ACPI_PORTS + u16::try_from(offset).unwrap_or(u16::MAX - layout::ACPI_PORTS)
+}
+
+/// The port of [`layout::KEYBOARD_PORT`].
+struct Keyboard(Arc<Power>);
+
+impl BusDevice for Keyboard {
+    fn read(&self, _: u64, _: &mut [u8]) {}
+
+    fn write(&self, _: u64, data: &[u8]) {
+        if data == [0xfe] {
+            self.0.ask(Ask::Reset("by the guest".into()));
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may panic")]
+mod tests {
+    use std::sync::mpsc::{Receiver, channel};
+
+    use super::*;
+
+    fn machine() -> (Bus, Arc<Power>, Arc<Chip>, Receiver<Ask>) {
+        let (chip, (asks, asked)) = (Arc::new(Chip::for_tests()), channel());
+        let power = Power::new(chip.clone(), asks);
+        let mut pio = Bus::default();
+        power.attach(&mut pio);
+        (pio, power, chip, asked)
+    }
+
+    fn read_u16(pio: &Bus, port: u16) -> u16 {
+        let mut data = [0; 2];
+        pio.read(port.into(), &mut data);
+        u16::from_le_bytes(data)
+    }
+
+    #[test]
+    fn the_button_interrupts_until_it_is_acknowledged() {
+        let (pio, power, chip, _asked) = machine();
+        assert!(!power.press());
+        assert!(!chip.level(layout::SCI));
+        pio.write(u64::from(layout::PM1_EVENT) + 2, &POWER_BUTTON.to_le_bytes());
+        assert!(chip.level(layout::SCI));
+        assert_eq!(read_u16(&pio, layout::PM1_EVENT), POWER_BUTTON);
+        pio.write(layout::PM1_EVENT.into(), &POWER_BUTTON.to_le_bytes());
+        assert!(!chip.level(layout::SCI));
+        assert!(power.press());
+        power.reset();
+        assert!(!chip.level(layout::SCI));
+        assert_eq!(read_u16(&pio, layout::PM1_CONTROL), SCI_ENABLE);
+    }
+
+    #[test]
+    fn power_off_and_reset_are_asked_for() {
+        let (pio, _power, _chip, asked) = machine();
+        pio.write(layout::PM1_CONTROL.into(), &(SLEEP | 5 << 10).to_le_bytes());
+        pio.write(layout::RESET_PORT.into(), &[0]);
+        pio.write(layout::KEYBOARD_PORT.into(), &[0xd1]);
+        assert!(asked.try_recv().is_err());
+        pio.write(layout::PM1_CONTROL.into(), &(SLEEP | SCI_ENABLE).to_le_bytes());
+        assert!(matches!(asked.try_recv(), Ok(Ask::PowerOff)));
+        pio.write(layout::RESET_PORT.into(), &[layout::RESET_VALUE]);
+        assert!(matches!(asked.try_recv(), Ok(Ask::Reset(_))));
+        pio.write(layout::KEYBOARD_PORT.into(), &[0xfe]);
+        assert!(matches!(asked.try_recv(), Ok(Ask::Reset(_))));
+    }
+}

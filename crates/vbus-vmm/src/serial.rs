@@ -1,0 +1,405 @@
+//! Serial ports, and what their other end is: this process's terminal, a socket, a file.
+//!
+//! What the guest writes goes through a queue to a thread of the port, so that no virtual CPU ever waits for who reads it.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use vm_superio::serial::SerialEvents;
+use vm_superio::{Serial, Trigger};
+
+use crate::bus::{Bus, BusDevice};
+use crate::chip::Chip;
+use crate::layout;
+use crate::machine::Ask;
+use crate::seccomp::{self, Thread};
+use crate::terminal::{Escape, Escaped};
+
+/// What nobody takes is kept up to so many bytes; then the oldest are lost.
+const QUEUE_MAX: usize = 1 << 20;
+/// Ports that a guest's UART has.
+const PORTS: u64 = 8;
+/// How long the last output may take to be taken.
+const LAST: Duration = Duration::from_secs(1);
+
+/// Where a serial port leads to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// Standard input and output.
+    Stdio,
+    /// Nowhere.
+    None,
+    /// A socket that is made here: whoever connects, one at a time, is told what was written before too.
+    Unix(PathBuf),
+    /// A file, anew; nothing comes from it.
+    File(PathBuf),
+}
+
+impl FromStr for Target {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Target, String> {
+        match text.split_once(':') {
+            None if text == "stdio" => Ok(Target::Stdio),
+            None if text == "none" => Ok(Target::None),
+            Some(("unix", path)) if !path.is_empty() => Ok(Target::Unix(path.into())),
+            Some(("file", path)) if !path.is_empty() => Ok(Target::File(path.into())),
+            _ => Err("one of stdio, none, unix:PATH, file:PATH".into()),
+        }
+    }
+}
+
+type Uart = Serial<Line, Drained, Output>;
+
+/// A UART's interrupt: an edge on a pin.
+struct Line(Arc<Chip>, u32);
+
+impl Trigger for Line {
+    type E = Infallible;
+
+    fn trigger(&self) -> Result<(), Infallible> {
+        self.0.pulse(self.1);
+        Ok(())
+    }
+}
+
+/// Tells the thread that the guest has taken all that was there.
+struct Drained(Arc<Shared>);
+
+impl SerialEvents for Drained {
+    fn buffer_read(&self) {}
+    fn out_byte(&self) {}
+    fn tx_lost_byte(&self) {}
+    fn in_buffer_empty(&self) {
+        self.0.wake();
+    }
+}
+
+/// What the guest writes into.
+struct Output(Arc<Shared>);
+
+impl Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut queue = self.0.queue();
+        let wake = queue.is_empty();
+        queue.extend(bytes);
+        let surplus = queue.len().saturating_sub(QUEUE_MAX);
+        queue.drain(..surplus);
+        drop(queue);
+        if wake {
+            self.0.wake();
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Between the virtual CPUs and the port's thread.
+struct Shared {
+    queue: Mutex<VecDeque<u8>>,
+    event: OwnedFd,
+    end: AtomicBool,
+}
+
+impl Shared {
+    fn queue(&self) -> MutexGuard<'_, VecDeque<u8>> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wake(&self) {
+        // Fails only if it is as high as it can be, and then the thread is awake.
+        let _ = rustix::io::write(&self.event, &1_u64.to_ne_bytes());
+    }
+}
+
+/// A port.
+pub struct Port {
+    number: usize,
+    uart: Mutex<Uart>,
+    chip: Arc<Chip>,
+    shared: Arc<Shared>,
+}
+
+impl Port {
+    fn uart(&self) -> MutexGuard<'_, Uart> {
+        self.uart.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn fresh(chip: &Arc<Chip>, number: usize, shared: &Arc<Shared>) -> Uart {
+        let line = Line(chip.clone(), layout::SERIAL[number].1);
+        Serial::with_events(line, Drained(shared.clone()), Output(shared.clone()))
+    }
+
+    /// As after a reset; what was written is still on its way.
+    pub fn reset(&self) {
+        *self.uart() = Port::fresh(&self.chip, self.number, &self.shared);
+    }
+
+    /// Gives the guest as much of `input` as it takes; how much that was.
+    fn enqueue(&self, input: &[u8]) -> usize {
+        let mut uart = self.uart();
+        let room = uart.fifo_capacity().min(input.len());
+        uart.enqueue_raw_bytes(&input[..room]).unwrap_or(0)
+    }
+}
+
+impl BusDevice for Port {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        // Wider accesses reach the first register; the rest stays as it is.
+        if let (Ok(offset), [first, ..]) = (u8::try_from(offset), data) {
+            *first = self.uart().read(offset);
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if let (Ok(offset), [first, ..]) = (u8::try_from(offset), data) {
+            // Neither the interrupt nor the queue can fail.
+            let _ = self.uart().write(offset, *first);
+        }
+    }
+}
+
+/// A port with its thread; the last output is written when this is dropped.
+pub struct Running {
+    /// The port.
+    pub port: Arc<Port>,
+    ended: Receiver<()>,
+    path: Option<PathBuf>,
+}
+
+impl Running {
+    /// Puts port `number` (0: COM1) onto `pio` and joins it to `target`. `terminal`: standard input is a terminal in raw mode.
+    pub fn start(
+        number: usize,
+        target: &Target,
+        chip: &Arc<Chip>,
+        pio: &mut Bus,
+        asks: &Sender<Ask>,
+        how: How,
+    ) -> Result<Running> {
+        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let shared = Arc::new(Shared { queue: Mutex::default(), event, end: AtomicBool::new(false) });
+        let uart = Mutex::new(Port::fresh(chip, number, &shared));
+        let port = Arc::new(Port { number, uart, chip: chip.clone(), shared });
+        pio.add(layout::SERIAL[number].0.into(), PORTS, port.clone());
+        let (remote, path) = Remote::open(target, how.raw)?;
+        let mut pump = Pump { port: port.clone(), remote, input: VecDeque::new(), asks: asks.clone() };
+        let (tell, ended) = channel();
+        std::thread::Builder::new().name(format!("serial{number}")).spawn(move || {
+            match if how.filter { seccomp::apply(Thread::Serial) } else { Ok(()) } {
+                Ok(()) => pump.run(),
+                Err(error) => drop(pump.asks.send(Ask::Fail(error))),
+            }
+            let _ = tell.send(());
+        })?;
+        Ok(Running { port, ended, path })
+    }
+}
+
+/// What else a port's thread has to know.
+#[derive(Clone, Copy)]
+pub struct How {
+    /// Standard input is a terminal in raw mode.
+    pub raw: bool,
+    /// With a filter of system calls.
+    pub filter: bool,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.port.shared.end.store(true, Ordering::Release);
+        self.port.shared.wake();
+        // Whoever takes nothing is not waited for.
+        let _ = self.ended.recv_timeout(LAST);
+        if let Some(path) = &self.path {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// The other end.
+enum Remote {
+    Stdio { input: Option<io::Stdin>, escape: Option<Escape> },
+    Unix { listener: UnixListener, client: Option<UnixStream> },
+    File(File),
+    None,
+}
+
+impl Remote {
+    fn open(target: &Target, raw: bool) -> Result<(Remote, Option<PathBuf>)> {
+        Ok(match target {
+            Target::Stdio => (Remote::Stdio { input: Some(io::stdin()), escape: raw.then(Escape::default) }, None),
+            Target::None => (Remote::None, None),
+            Target::File(path) => {
+                let file = File::create(path).with_context(|| format!("cannot make {}", path.display()))?;
+                (Remote::File(file), None)
+            }
+            Target::Unix(path) => {
+                let listener = crate::socket::listen(path)?;
+                (Remote::Unix { listener, client: None }, Some(path.clone()))
+            }
+        })
+    }
+
+    /// What input comes from.
+    fn source(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Remote::Stdio { input, .. } => input.as_ref().map(AsFd::as_fd),
+            Remote::Unix { client, .. } => client.as_ref().map(AsFd::as_fd),
+            Remote::File(_) | Remote::None => None,
+        }
+    }
+
+    /// What output goes to.
+    fn sink(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Remote::Stdio { .. } => Some(rustix::stdio::stdout()),
+            Remote::Unix { client, .. } => client.as_ref().map(AsFd::as_fd),
+            Remote::File(file) => Some(file.as_fd()),
+            Remote::None => None,
+        }
+    }
+
+    /// The end of input, or of both.
+    fn close(&mut self) {
+        match self {
+            Remote::Stdio { input, .. } => *input = None,
+            Remote::Unix { client, .. } => *client = None,
+            Remote::File(_) | Remote::None => {}
+        }
+    }
+}
+
+/// What a port's thread does.
+struct Pump {
+    port: Arc<Port>,
+    remote: Remote,
+    /// Read, but not yet taken by the guest.
+    input: VecDeque<u8>,
+    asks: Sender<Ask>,
+}
+
+impl Pump {
+    fn run(&mut self) {
+        loop {
+            let end = self.port.shared.end.load(Ordering::Acquire);
+            let output = !self.port.shared.queue().is_empty();
+            if matches!(self.remote, Remote::None) {
+                self.port.shared.queue().clear();
+            }
+            if end && (!output || self.remote.sink().is_none()) {
+                return;
+            }
+            let Ok((readable, writable, caller)) = self.wait(output) else { return };
+            if caller {
+                self.accept();
+            }
+            if readable {
+                self.read();
+            }
+            if writable {
+                self.write();
+            }
+            let taken = self.port.enqueue(self.input.make_contiguous());
+            self.input.drain(..taken);
+        }
+    }
+
+    /// Waits for the guest or the other end: input, room for output, a caller.
+    fn wait(&self, output: bool) -> io::Result<(bool, bool, bool)> {
+        let nothing = PollFlags::empty();
+        let event = &self.port.shared.event;
+        let mut fds = vec![PollFd::new(event, PollFlags::IN)];
+        // An end that has nothing to give or to take is not looked at: its hang-up would be seen again and again.
+        let source = self.remote.source().filter(|_| self.input.is_empty());
+        let sink = self.remote.sink().filter(|_| output);
+        let caller = match &self.remote {
+            Remote::Unix { listener, client: None } => Some(listener.as_fd()),
+            _ => None,
+        };
+        let of = [(source, PollFlags::IN), (sink, PollFlags::OUT), (caller, PollFlags::IN)];
+        for (fd, flags) in of {
+            fds.push(fd.map_or_else(|| PollFd::new(event, nothing), |fd| PollFd::from_borrowed_fd(fd, flags)));
+        }
+        match poll(&mut fds, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        if !fds[0].revents().is_empty() {
+            let _ = rustix::io::read(event, &mut [0_u8; 8]);
+        }
+        let ready = |at: usize, fd: Option<BorrowedFd<'_>>| fd.is_some() && !fds[at].revents().is_empty();
+        Ok((ready(1, source), ready(2, sink), ready(3, caller)))
+    }
+
+    fn accept(&mut self) {
+        if let Remote::Unix { listener, client } = &mut self.remote
+            && let Ok((socket, _)) = listener.accept()
+            && socket.set_nonblocking(true).is_ok()
+        {
+            *client = Some(socket);
+        }
+    }
+
+    fn read(&mut self) {
+        let Some(source) = self.remote.source() else { return };
+        let mut bytes = [0; 256];
+        match rustix::io::read(source, &mut bytes) {
+            Ok(0) => self.remote.close(),
+            Ok(count) => {
+                let bytes = &bytes[..count];
+                match &mut self.remote {
+                    Remote::Stdio { escape: Some(escape), .. } => {
+                        for byte in bytes {
+                            match escape.next(*byte) {
+                                Escaped::Input(byte) => self.input.push_back(byte),
+                                Escaped::Nothing => {}
+                                Escaped::Quit => drop(self.asks.send(Ask::Quit)),
+                            }
+                        }
+                    }
+                    _ => self.input.extend(bytes),
+                }
+            }
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {}
+            Err(_) => self.remote.close(),
+        }
+    }
+
+    fn write(&mut self) {
+        let mut queue = self.port.shared.queue();
+        let (bytes, _) = queue.as_slices();
+        let mut piece = [0; 4096];
+        let count = bytes.len().min(piece.len());
+        piece[..count].copy_from_slice(&bytes[..count]);
+        drop(queue);
+        let Some(sink) = self.remote.sink() else { return };
+        // What is written is taken out afterwards: only this thread takes, and from the front; a queue that was full has lost the same bytes.
+        match rustix::io::write(sink, &piece[..count]) {
+            Ok(written) => {
+                queue = self.port.shared.queue();
+                let written = written.min(queue.len());
+                queue.drain(..written);
+            }
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {}
+            // A terminal or file that takes no more; nobody is there to be told.
+            Err(_) if !matches!(self.remote, Remote::Unix { .. }) => self.remote = Remote::None,
+            Err(_) => self.remote.close(),
+        }
+    }
+}

@@ -1,0 +1,220 @@
+//! One virtual CPU: what it is after a reset, and its exits to user space.
+
+use std::io;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, anyhow, bail};
+use kvm_bindings::{
+    KVM_CAP_HYPERV_SYNIC2, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_debugregs, kvm_enable_cap,
+    kvm_fpu, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+
+use crate::boot::Start;
+use crate::bus::Bus;
+use crate::cpuid::Model;
+use crate::exits::{Exits, Kind};
+use crate::ioapic::IoApic;
+
+/// The time stamp counter: it goes on through a reset.
+const MSR_TSC: u32 = 0x10;
+/// `IA32_MISC_ENABLE` with fast string instructions.
+const MSR_MISC_ENABLE: (u32, u64) = (0x1a0, 1);
+/// Memory is cached unless the page tables say otherwise, as a PC's firmware leaves it.
+const MSR_MTRR_DEFAULT: (u32, u64) = (0x2ff, 1 << 11 | 6);
+/// The SynIC's registers that KVM does not list: control, its two pages, and its interrupt sources.
+const SYNIC: [u32; 3] = [0x4000_0080, 0x4000_0082, 0x4000_0083];
+const SYNIC_SOURCES: std::ops::RangeInclusive<u32> = 0x4000_0090..=0x4000_009f;
+
+/// What an access of the guest's ends at.
+#[derive(Default)]
+pub struct Buses {
+    /// Memory.
+    pub mmio: Bus,
+    /// Ports.
+    pub pio: Bus,
+    /// The I/O APIC in this process: what hears of the ends of interrupts.
+    pub io_apic: Option<Arc<IoApic>>,
+}
+
+/// Why a virtual CPU does not go on at once.
+pub enum Pause {
+    /// Somebody wants it to stop.
+    Asked,
+    /// The guest broke itself beyond an exception: a reset, on a PC.
+    TripleFault,
+}
+
+/// A virtual CPU.
+pub struct Vcpu {
+    number: u32,
+    fd: VcpuFd,
+    fresh: Fresh,
+    exits: Arc<Exits>,
+}
+
+impl Vcpu {
+    /// Makes CPU `number` of `vm`.
+    pub fn new(kvm: &Kvm, vm: &VmFd, number: u32, model: &Model) -> Result<Vcpu> {
+        let fd = vm.create_vcpu(number.into()).with_context(|| format!("KVM makes no virtual CPU {number}"))?;
+        fd.set_cpuid2(&model.of(number)?).context("KVM does not take the CPU's features")?;
+        if model.hyperv() {
+            let cap = kvm_enable_cap { cap: KVM_CAP_HYPERV_SYNIC2, ..Default::default() };
+            fd.enable_cap(&cap).context("KVM does not switch the SynIC on")?;
+        }
+        for (index, data) in [MSR_MISC_ENABLE, MSR_MTRR_DEFAULT] {
+            set_msr(&fd, index, data);
+        }
+        let fresh = Fresh::of(kvm, &fd, number == 0, model.hyperv()).context("cannot read a virtual CPU's state")?;
+        Ok(Vcpu { number, fd, fresh, exits: Arc::default() })
+    }
+
+    /// KVM's descriptor of it.
+    pub fn fd(&self) -> &VcpuFd {
+        &self.fd
+    }
+
+    /// Its counters.
+    pub fn exits(&self) -> &Arc<Exits> {
+        &self.exits
+    }
+
+    /// Puts it into the state after a reset: `start` for the first CPU, waiting for the others. It must not be running, nor have an
+    /// unfinished exit.
+    pub fn reset(&self, start: &Start) -> Result<()> {
+        let start = (self.number == 0).then_some(start);
+        self.fresh.restore(&self.fd, start).with_context(|| format!("cannot reset virtual CPU {}", self.number))
+    }
+
+    /// Runs until there is a reason to pause. If that is [`Pause::Asked`], every exit is finished.
+    ///
+    /// After each exit, and before it is finished, it calls `between`.
+    pub fn run(&mut self, buses: &Buses, between: &dyn Fn()) -> Result<Pause> {
+        loop {
+            let exit = match self.fd.run() {
+                Ok(exit) => exit,
+                Err(error) => match io::Error::from(error).kind() {
+                    io::ErrorKind::Interrupted => {
+                        self.exits.count(Kind::Interrupted);
+                        return Ok(Pause::Asked);
+                    }
+                    // KVM: "try again", as after an INIT.
+                    io::ErrorKind::WouldBlock => continue,
+                    _ => return Err(error).with_context(|| format!("virtual CPU {} does not run", self.number)),
+                },
+            };
+            let kind = match exit {
+                VcpuExit::IoIn(port, data) => {
+                    buses.pio.read(port.into(), data);
+                    Kind::PioRead
+                }
+                VcpuExit::IoOut(port, data) => {
+                    buses.pio.write(port.into(), data);
+                    Kind::PioWrite
+                }
+                VcpuExit::MmioRead(address, data) => {
+                    buses.mmio.read(address, data);
+                    Kind::MmioRead
+                }
+                VcpuExit::MmioWrite(address, data) => {
+                    buses.mmio.write(address, data);
+                    Kind::MmioWrite
+                }
+                VcpuExit::IoapicEoi(vector) => {
+                    if let Some(io_apic) = &buses.io_apic {
+                        io_apic.end(vector);
+                    }
+                    Kind::IoapicEoi
+                }
+                VcpuExit::Shutdown => {
+                    self.exits.count(Kind::Other);
+                    return Ok(Pause::TripleFault);
+                }
+                // The SynIC's pages were moved: nobody here looks into them.
+                VcpuExit::Hyperv | VcpuExit::IrqWindowOpen => Kind::Other,
+                VcpuExit::FailEntry(reason, _) => {
+                    bail!("virtual CPU {}: the processor refuses its state ({reason:#x})", self.number)
+                }
+                other => {
+                    let what = format!("{other:?}");
+                    return Err(self.fault(&what));
+                }
+            };
+            self.exits.count(kind);
+            between();
+        }
+    }
+
+    /// What went wrong, and where the guest was.
+    fn fault(&self, what: &str) -> anyhow::Error {
+        let at = self.fd.get_regs().map(|registers| format!("{:#x}", registers.rip)).unwrap_or_default();
+        anyhow!("virtual CPU {}: KVM cannot go on at {at} ({what})", self.number)
+    }
+}
+
+/// The state of a virtual CPU as KVM makes it.
+struct Fresh {
+    mp_state: kvm_mp_state,
+    registers: kvm_regs,
+    system: kvm_sregs,
+    fpu: kvm_fpu,
+    xcrs: kvm_xcrs,
+    debug: kvm_debugregs,
+    events: kvm_vcpu_events,
+    apic: kvm_lapic_state,
+    msrs: Vec<(u32, u64)>,
+}
+
+impl Fresh {
+    fn of(kvm: &Kvm, fd: &VcpuFd, first: bool, hyperv: bool) -> Result<Fresh> {
+        let list = kvm.get_msr_index_list()?;
+        let synic = SYNIC.into_iter().chain(SYNIC_SOURCES).filter(|_| hyperv);
+        let indices = list.as_slice().iter().copied().filter(|index| *index != MSR_TSC).chain(synic);
+        let mp_state = if first { KVM_MP_STATE_RUNNABLE } else { KVM_MP_STATE_UNINITIALIZED };
+        Ok(Fresh {
+            mp_state: kvm_mp_state { mp_state },
+            registers: fd.get_regs()?,
+            system: fd.get_sregs()?,
+            fpu: fd.get_fpu()?,
+            xcrs: fd.get_xcrs()?,
+            debug: fd.get_debug_regs()?,
+            events: fd.get_vcpu_events()?,
+            apic: fd.get_lapic()?,
+            // What cannot be read needs no reset.
+            msrs: indices.filter_map(|index| get_msr(fd, index).map(|data| (index, data))).collect(),
+        })
+    }
+
+    fn restore(&self, fd: &VcpuFd, start: Option<&Start>) -> Result<()> {
+        let mut system = self.system;
+        if let Some(start) = start {
+            start.set_up(&mut system);
+        }
+        // The APIC's mode is in the special registers, so its own come after them; MSRs come before the APIC, which has the last word on timers.
+        fd.set_sregs(&system)?;
+        for (index, data) in &self.msrs {
+            set_msr(fd, *index, *data);
+        }
+        fd.set_lapic(&self.apic)?;
+        fd.set_xcrs(&self.xcrs)?;
+        fd.set_fpu(&self.fpu)?;
+        fd.set_debug_regs(&self.debug)?;
+        fd.set_regs(start.map_or(&self.registers, |start| start.registers()))?;
+        fd.set_vcpu_events(&self.events)?;
+        fd.set_mp_state(self.mp_state)?;
+        Ok(())
+    }
+}
+
+fn get_msr(fd: &VcpuFd, index: u32) -> Option<u64> {
+    let mut msrs = Msrs::from_entries(&[kvm_msr_entry { index, ..Default::default() }]).ok()?;
+    let read = fd.get_msrs(&mut msrs).ok()?;
+    msrs.as_slice().first().filter(|_| read == 1).map(|entry| entry.data)
+}
+
+/// Some MSRs that can be read cannot be written: those have nothing to reset.
+fn set_msr(fd: &VcpuFd, index: u32, data: u64) {
+    if let Ok(msrs) = Msrs::from_entries(&[kvm_msr_entry { index, data, ..Default::default() }]) {
+        let _ = fd.set_msrs(&msrs);
+    }
+}
