@@ -13,10 +13,11 @@ use std::sync::OnceLock;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap};
+use vbus_shm::pic;
 use vbus_shm::ring::{self, DeviceEnd, DriverEnd, Entry, NEXT, Returns};
 use vbus_shm::signal::{Armed, End};
 use vbus_shm::state::{self, Reader, Writer};
-use vbus_shm::sync::Word;
+use vbus_shm::sync::{Ordering, Word};
 
 const REGION: usize = 16384;
 const ENTRIES: u32 = 20_000;
@@ -199,6 +200,63 @@ fn a_writer_in_c_is_read_whole() {
             (known, counter) = (version, read);
         } else if reader.arm_newer(known) == Armed::Waiting {
             peer.wait();
+        }
+    }
+    peer.end();
+}
+
+/// Interrupts.
+const RAISES: u32 = 30_000;
+
+/// What the program in C raises for number `counter`: the line, and the words that say what it is about and what its handler saw.
+fn line(counter: u32) -> (u16, usize, usize) {
+    let line = counter * 7 % 100;
+    (u16::try_from(line).unwrap(), 512 + line as usize, 1024 + line as usize)
+}
+
+#[test]
+fn a_driver_in_c_takes_every_line() {
+    let Some(peer) = Peer::start("taker", RAISES, |_| {}) else { return };
+    peer.wait();
+    let device = pic::DeviceEnd::attach(peer.memory).unwrap();
+    assert_eq!(device.lines(), 100);
+    for counter in 1..=RAISES {
+        let (number, about, _) = line(counter);
+        peer.memory[about].store(counter.into(), Ordering::Relaxed);
+        if device.raise(number) {
+            peer.kick();
+        }
+        if counter % 3 == 0 {
+            let end = std::time::Instant::now() + std::time::Duration::from_secs(60);
+            while (counter - 2..=counter).any(|n| peer.memory[line(n).2].load(Ordering::Acquire) < n.into()) {
+                assert!(std::time::Instant::now() < end, "a line is lost");
+                std::thread::yield_now();
+            }
+        }
+    }
+    peer.end();
+}
+
+#[test]
+fn a_device_in_c_raises_every_line() {
+    let mut driver = None;
+    let create = |memory: &'static [Word]| {
+        let mut page = pic::DriverEnd::create(memory, 100, pic::Nesting::Flat).unwrap();
+        let _ = page.arm();
+        driver = Some(page);
+    };
+    let Some(peer) = Peer::start("raiser", RAISES, create) else { return };
+    let mut driver = driver.unwrap();
+    let mut last = 0;
+    while last < RAISES {
+        peer.wait();
+        while let Some(number) = driver.take() {
+            let about = u32::try_from(peer.memory[512 + usize::from(number)].load(Ordering::Relaxed)).unwrap();
+            let (of, _, handled) = line(about);
+            assert!(about != 0 && of == number, "a line came before its data");
+            driver.end(number);
+            last = last.max(about);
+            peer.memory[handled].store(about.into(), Ordering::Release);
         }
     }
     peer.end();

@@ -1,9 +1,10 @@
-/* Both ends of vbus's shared memory in C, written from spec/shared-memory.md.
+/* Both ends of vbus's shared memory in C, written from spec/shared-memory.md and spec/pic.md.
  *
  * peer ROLE MEMORY BYTES TO_US TO_THEM COUNT: MEMORY is the descriptor of the region, TO_US and TO_THEM those of the eventfds that carry kicks.
  */
 #include <errno.h>
 #include <poll.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -232,6 +233,113 @@ static void writer(uint32_t count)
 	}
 }
 
+/* Interrupt page, at 0. Line l is about the word at 4096 + 8l, and what its handler saw there goes to 8192 + 8l. Lines are raised three at a time. */
+#define LINES 100
+
+static _Atomic uint64_t told = UINT64_MAX;
+
+static uint32_t line_of(uint32_t counter) { return counter * 7 % LINES; }
+
+static void raise_line(uint32_t line)
+{
+	uint64_t bit = (uint64_t)1 << line % 64;
+	if (atomic_fetch_or_explicit(&WORD(192 + line / 64 * 8), bit, memory_order_release) & bit)
+		return;
+	atomic_thread_fence(memory_order_seq_cst);
+	uint64_t level = atomic_load_explicit(&WORD(64), memory_order_relaxed);
+	if (line < (level & 0xffff))
+		return;
+	if (atomic_load_explicit(&WORD(96 + line / 64 * 8), memory_order_relaxed) & bit)
+		return;
+	if (atomic_exchange_explicit(&told, level >> 16, memory_order_relaxed) != level >> 16)
+		kick();
+}
+
+/* Raises COUNT lines. */
+static void raiser(uint32_t count)
+{
+	if (WORD(0) != 0x0001637073756276 || WORD(8) != LINES)
+		fail("not an interrupt page");
+	for (uint32_t counter = 1; counter <= count; counter++) {
+		uint32_t line = line_of(counter);
+		atomic_store_explicit(&WORD(4096 + line * 8), counter, memory_order_relaxed);
+		raise_line(line);
+		if (counter % 3 && counter != count)
+			continue;
+		for (uint32_t back = counter; back > 0 && back + 3 > counter; back--)
+			while (atomic_load_explicit(&WORD(8192 + line_of(back) * 8), memory_order_acquire) < back)
+				sched_yield();
+	}
+}
+
+static uint64_t generation;
+static uint64_t in_service[4];
+
+static int scan(int from)
+{
+	for (int line = LINES - 1; line >= from; line--)
+		if (atomic_load_explicit(&WORD(192 + line / 64 * 8), memory_order_relaxed) >> line % 64 & 1)
+			return line;
+	return -1;
+}
+
+static void publish(uint64_t level)
+{
+	atomic_store_explicit(&WORD(64), ++generation << 16 | level, memory_order_relaxed);
+	atomic_thread_fence(memory_order_seq_cst);
+}
+
+/* Takes a line, nested. None is ever in service when it is called, so the floor is 0. */
+static int take(void)
+{
+	int line = scan(0), higher;
+	if (line < 0) {
+		publish(0);
+		line = scan(0);
+		if (line < 0)
+			return -1;
+	}
+	for (;;) {
+		publish((uint64_t)line + 1);
+		higher = scan(line + 1);
+		if (higher < 0)
+			break;
+		line = higher;
+	}
+	atomic_fetch_and_explicit(&WORD(192 + line / 64 * 8), ~((uint64_t)1 << line % 64), memory_order_acquire);
+	in_service[line / 64] |= (uint64_t)1 << line % 64;
+	atomic_store_explicit(&WORD(128 + line / 64 * 8), in_service[line / 64], memory_order_relaxed);
+	return line;
+}
+
+static void end(int line)
+{
+	in_service[line / 64] &= ~((uint64_t)1 << line % 64);
+	atomic_store_explicit(&WORD(128 + line / 64 * 8), in_service[line / 64], memory_order_relaxed);
+}
+
+/* Takes lines until COUNT have been raised. */
+static void taker(uint32_t count)
+{
+	WORD(8) = LINES;
+	WORD(64) = LINES;
+	WORD(0) = 0x0001637073756276;
+	publish(0);
+	kick();
+	for (uint32_t last = 0; last < count;) {
+		int line;
+		wait_for_kick();
+		while ((line = take()) >= 0) {
+			uint64_t about = atomic_load_explicit(&WORD(4096 + line * 8), memory_order_relaxed);
+			if (about == 0 || (int)line_of((uint32_t)about) != line)
+				fail("a line came before its data");
+			last = about > last ? (uint32_t)about : last;
+			end(line);
+			atomic_store_explicit(&WORD(8192 + line * 8), about, memory_order_release);
+		}
+	}
+}
+
 int main(int argc, char **argv)
 {
 	if (argc != 7)
@@ -251,6 +359,10 @@ int main(int argc, char **argv)
 		reader(count);
 	else if (!strcmp(argv[1], "writer"))
 		writer(count);
+	else if (!strcmp(argv[1], "raiser"))
+		raiser(count);
+	else if (!strcmp(argv[1], "taker"))
+		taker(count);
 	else
 		fail("no such role");
 	return 0;
