@@ -59,7 +59,8 @@ fn the_devices_of_a_bus_are_listed() {
     let list = bus.json(&["guest", "list"]);
     let names: Vec<_> = list.as_array().unwrap().iter().map(|f| [&f["name"], &f["class"], &f["state"]]).collect();
     assert_eq!(names, [["net-a", "venet", "closed"], ["values", "state", "closed"]]);
-    assert_eq!(list[0]["doorbells"], json!(["mmio"]));
+    assert_eq!((&list[0]["doorbells"], &list[0]["doorbell"]), (&json!(["mmio"]), &json!("mmio")));
+    assert!(list[0]["doorbell_ns"]["mmio"].as_u64().unwrap() > 0, "{list}");
     let table = bus.good(&["guest", "list"]);
     assert_eq!(table.lines().count(), 3, "{table}");
     assert!(table.starts_with("FUNCTION"), "{table}");

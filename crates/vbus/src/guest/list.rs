@@ -1,10 +1,10 @@
 //! `vbus guest list`: the functions that are here.
 
 use anyhow::Result;
-use serde_json::{Value, json};
-use vbus_driver::{Doorbell, Function, Hal, State};
-use vbus_shm::abi::capability;
+use serde_json::{Map, Value, json};
+use vbus_driver::{Function, Hal, State};
 
+use super::doorbell;
 use super::source::Source;
 use crate::output::{columns, emit, emit_json};
 
@@ -14,7 +14,7 @@ pub fn run<S: Source>(source: &S, as_json: bool) -> Result<()> {
     for found in source.scan()? {
         let probed = source.look(&found.id).and_then(|hal| Ok(Function::probe(hal)?));
         rows.push(match probed {
-            Ok(function) => describe(&found.id, &function),
+            Ok(mut function) => describe(&found.id, &mut function),
             Err(error) => json!({ "id": found.id, "class_number": found.class, "error": format!("{error:#}") }),
         });
     }
@@ -23,24 +23,16 @@ pub fn run<S: Source>(source: &S, as_json: bool) -> Result<()> {
     } else if rows.is_empty() {
         emit("no functions of a vbus\n");
     } else {
-        let text = |row: &Value, key: &str| match &row[key] {
-            Value::String(text) => text.clone(),
-            Value::Array(list) => list.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(","),
-            Value::Null => "-".into(),
-            other => other.to_string(),
-        };
         let mut table =
             vec![["FUNCTION", "NAME", "CLASS", "FEATURES", "DOORBELLS", "STATE"].map(String::from).to_vec()];
-        for row in &rows {
-            let state = if row["error"].is_null() { "state" } else { "error" };
-            table.push(["id", "name", "class", "features", "doorbells", state].map(|key| text(row, key)).to_vec());
-        }
+        table.extend(rows.iter().map(cells));
         emit(&columns(&table));
     }
     Ok(())
 }
 
-fn describe<H: Hal>(id: &str, function: &Function<H>) -> Value {
+fn describe<H: Hal>(id: &str, function: &mut Function<H>) -> Value {
+    let costs = function.choose_doorbell(doorbell::RINGS);
     let info = function.info();
     let state = match function.state() {
         Ok(State::Closed) => "closed".into(),
@@ -54,8 +46,9 @@ fn describe<H: Hal>(id: &str, function: &Function<H>) -> Value {
         "class": info.class_name.to_string(),
         "class_number": info.class,
         "features": format!("{:#x}", info.features),
-        "doorbells": function.doorbells_offered().map(kind).collect::<Vec<_>>(),
-        "doorbell": kind(function.doorbell()),
+        "doorbells": function.doorbells_offered().map(|offered| offered.to_string()).collect::<Vec<_>>(),
+        "doorbell": function.doorbell().to_string(),
+        "doorbell_ns": costs.iter().map(|cost| (cost.doorbell.to_string(), cost.nanoseconds.into())).collect::<Map<_, _>>(),
         "max_regions": info.max_regions,
         "max_region_bytes": info.max_region_bytes,
         "vectors": info.vectors,
@@ -63,11 +56,48 @@ fn describe<H: Hal>(id: &str, function: &Function<H>) -> Value {
     })
 }
 
-fn kind(doorbell: Doorbell) -> String {
-    match doorbell.kind {
-        capability::KIND_MMIO => "mmio".into(),
-        capability::KIND_PIO => "pio".into(),
-        capability::KIND_HYPERCALL => "hypercall".into(),
-        other => format!("kind {other}"),
+/// A row for people.
+fn cells(row: &Value) -> Vec<String> {
+    let text = |key: &str| match &row[key] {
+        Value::String(text) => text.clone(),
+        Value::Null => "-".into(),
+        other => other.to_string(),
+    };
+    let state = if row["error"].is_null() { "state" } else { "error" };
+    let [id, name, class, features, state] = ["id", "name", "class", "features", state].map(text);
+    vec![id, name, class, features, doorbells(row), state]
+}
+
+/// The doorbells offered, each with what ringing costs if it can be rung here; the cheapest of several with a star.
+fn doorbells(row: &Value) -> String {
+    let costs = &row["doorbell_ns"];
+    let several = costs.as_object().is_some_and(|costs| costs.len() > 1);
+    let one = |name: &Value| {
+        let star = if several && *name == row["doorbell"] { "*" } else { "" };
+        let name = name.as_str().unwrap_or("-");
+        match costs[name].as_u64() {
+            Some(ns) => format!("{star}{name} {}.{} us", ns / 1000, ns % 1000 / 100),
+            None => name.to_owned(),
+        }
+    };
+    match row["doorbells"].as_array() {
+        Some(offered) => offered.iter().map(one).collect::<Vec<_>>().join(", "),
+        None => "-".into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_doorbell_to_take_is_marked() {
+        let row = json!({
+            "doorbells": ["mmio", "pio", "hypercall"], "doorbell": "pio", "doorbell_ns": { "mmio": 43_961, "pio": 28_100 },
+        });
+        assert_eq!(doorbells(&row), "mmio 43.9 us, *pio 28.1 us, hypercall");
+        let row = json!({ "doorbells": ["mmio"], "doorbell": "mmio", "doorbell_ns": { "mmio": 300 } });
+        assert_eq!(doorbells(&row), "mmio 0.3 us");
+        assert_eq!(doorbells(&json!({ "error": "gone" })), "-");
     }
 }

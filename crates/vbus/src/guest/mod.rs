@@ -1,5 +1,6 @@
 //! `vbus guest`: the driver's end, in a virtual machine or in a plain process.
 
+mod doorbell;
 mod list;
 mod net;
 mod pci;

@@ -18,6 +18,7 @@ use rustix::io::Errno;
 use vbus_driver::Hal;
 use vbus_shm::abi::class;
 
+use super::doorbell::Choice;
 use super::signals;
 use super::source::{Claimed, Source, claim};
 
@@ -52,6 +53,9 @@ pub struct Options {
     /// Switch the interface on
     #[arg(long)]
     pub up: bool,
+    /// How to tell the device of frames
+    #[arg(long, value_enum, value_name = "KIND", default_value_t = Choice::Auto)]
+    pub doorbell: Choice,
     /// The longest to poll in vain before sleeping, in microseconds; 0 to sleep at once
     #[arg(long, value_name = "US", default_value_t = 50)]
     pub poll_us: u32,

@@ -36,10 +36,11 @@ where
     H: Hal<Dma: Send + Sync> + Send + Sync + 'static,
 {
     let (hal, interrupt) = claimed;
-    let function = Function::probe(hal.clone())?;
+    let mut function = Function::probe(hal.clone())?;
     let device = function.info().name;
     let acknowledger = function.acknowledger();
     let config = vbus_driver::venet::config(&function)?;
+    options.doorbell.apply(&mut function)?;
     let pairs = options.queue_pairs.clamp(1, config.queue_pairs);
     let mtu = options.mtu.unwrap_or(config.mtu);
     if mtu > config.mtu {

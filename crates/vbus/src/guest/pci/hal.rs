@@ -5,10 +5,12 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use rustix::time::{ClockId, clock_gettime};
-use vbus_driver::{Hal, NoMemory};
+use vbus_driver::{Doorbell, Hal, NoMemory};
+use vbus_shm::abi::{bar0, capability};
 
 use super::bar::Bar;
 use super::huge::{HugeMemory, Pool};
+use super::port;
 
 /// A function by its mapped BAR, its configuration space in sysfs, and huge pages.
 #[derive(Clone, Debug)]
@@ -62,6 +64,25 @@ impl Hal for PciHal {
             tracing::error!("{error:#}");
             NoMemory
         })
+    }
+
+    fn can_ring(&self, kind: u8) -> bool {
+        match kind {
+            capability::KIND_MMIO => true,
+            capability::KIND_PIO => port::can_have(),
+            // Only for kernels.
+            _ => false,
+        }
+    }
+
+    fn ring(&self, doorbell: Doorbell, handle: u32) {
+        let place = doorbell.offset(handle);
+        if doorbell.kind == capability::KIND_MMIO {
+            self.write32(place, 1);
+        } else if !u16::try_from(place).is_ok_and(port::write) {
+            // The kernel has given this port to another thread, but not to this one: the doorbell is in the BAR, too.
+            self.write32(bar0::DOORBELLS + u64::from(handle) * bar0::DOORBELL_STRIDE, 1);
+        }
     }
 
     fn now(&self) -> u64 {

@@ -3,6 +3,7 @@
 mod bar;
 mod hal;
 mod huge;
+mod port;
 mod sysfs;
 mod uevent;
 mod uio;
