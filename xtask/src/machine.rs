@@ -125,7 +125,7 @@ impl Machine {
             command.arg("-device").arg(format!("pcie-root-port,id=slot{slot},slot={slot},chassis={slot},io-reserve=0"));
         }
         for (slot, socket) in self.devices.iter().enumerate() {
-            command.arg("-device").arg(vfio_user(&format!("dev{slot}"), slot, socket).to_string());
+            command.arg("-device").arg(vfio_user(&format!("dev{slot}"), &format!("slot{slot}"), socket).to_string());
         }
         command.args(&self.args);
 
@@ -148,8 +148,9 @@ const SVM_CPU: &str = "max,erms=off,fsrm=off";
 pub const KERNEL_WORDS: &str = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr audit=0 lsm= nowatchdog \
     cryptomgr.notests=1 tsc=reliable no_timer_check";
 
-fn vfio_user(id: &str, slot: usize, socket: &Path) -> Value {
-    json!({"driver": "vfio-user-pci", "id": id, "bus": format!("slot{slot}"), "socket": {"type": "unix", "path": socket}})
+/// A device of the bus behind the root port `port`, as QEMU wants it said.
+pub fn vfio_user(id: &str, port: &str, socket: &Path) -> Value {
+    json!({"driver": "vfio-user-pci", "id": id, "bus": port, "socket": {"type": "unix", "path": socket}})
 }
 
 /// A running machine; it ends when this is dropped.
@@ -189,7 +190,7 @@ impl Vm {
 
     /// Plugs the device behind `socket` into root port `slot` under the name `id`.
     pub fn plug(&mut self, id: &str, slot: usize, socket: &Path) -> Result<()> {
-        self.control.execute("device_add", vfio_user(id, slot, socket)).map(drop)
+        self.control.execute("device_add", vfio_user(id, &format!("slot{slot}"), socket)).map(drop)
     }
 
     /// Unplugs a device and waits until the guest has let go of it.

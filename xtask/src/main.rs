@@ -4,6 +4,7 @@ mod bench;
 mod bus;
 mod console;
 mod demo;
+mod flat;
 mod fuzz;
 mod guest;
 mod initramfs;

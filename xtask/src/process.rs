@@ -2,9 +2,11 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -24,8 +26,28 @@ impl Process {
     /// To be called on a thread that lives as long as the process shall: the kernel takes the end of the thread that
     /// started a process for the end of its parent.
     pub fn start(mut command: Command, name: &str, log: &Path) -> Result<Self> {
-        let file = File::options().create(true).append(true).open(log)?;
-        command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
+        command.stdout(log_file(log)?);
+        Self::spawn(command, name, log)
+    }
+
+    /// As [`start`](Self::start), with its standard output apart: it comes line by line.
+    pub fn start_with_lines(mut command: Command, name: &str, log: &Path) -> Result<(Self, Receiver<String>)> {
+        command.stdout(Stdio::piped());
+        let mut process = Self::spawn(command, name, log)?;
+        let output = process.child.stdout.take().context("no output")?;
+        let (sender, lines) = channel();
+        thread::spawn(move || {
+            for line in BufReader::new(output).lines().map_while(std::result::Result::ok) {
+                if sender.send(line).is_err() {
+                    break;
+                }
+            }
+        });
+        Ok((process, lines))
+    }
+
+    fn spawn(mut command: Command, name: &str, log: &Path) -> Result<Self> {
+        command.stdin(Stdio::null()).stderr(log_file(log)?);
         die_with_parent(&mut command);
         let child = command.spawn().with_context(|| format!("cannot start {name} ({:?})", command.get_program()))?;
         Ok(Self { child, name: name.to_owned(), log: log.to_owned() })
@@ -86,6 +108,10 @@ impl Drop for Process {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+fn log_file(log: &Path) -> Result<File> {
+    File::options().create(true).append(true).open(log).with_context(|| format!("cannot write {}", log.display()))
 }
 
 #[allow(unsafe_code)] // Between fork and exec only calls that are safe in a signal handler are allowed.

@@ -61,6 +61,26 @@ pub fn build_programs(as_built: bool) -> Result<Programs> {
     Ok(Programs { vbus, agent, vmm })
 }
 
+/// Builds the guest without an operating system; `as_built` takes it as it was built last.
+pub fn build_flat(as_built: bool) -> Result<PathBuf> {
+    let dir = target().join("flat");
+    let image = dir.join(GUEST_TARGET).join("release/flat");
+    if !(as_built && image.exists()) {
+        eprintln!("build: flat");
+        let status = cargo()
+            // Where the flags are that it needs, in place of any others.
+            .current_dir(root().join("guests/flat"))
+            .args(["build", "--quiet", "--release", "--target-dir"])
+            .arg(&dir)
+            .env_remove("RUSTFLAGS")
+            .env_remove("CARGO_ENCODED_RUSTFLAGS")
+            .status()
+            .context("cannot run cargo")?;
+        ensure!(status.success(), "guests/flat does not build");
+    }
+    Ok(image)
+}
+
 /// The folder for logs that outlive a run.
 pub fn logs() -> Result<PathBuf> {
     let dir = target().join("xtask/logs");

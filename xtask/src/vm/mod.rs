@@ -2,6 +2,7 @@
 
 mod backends;
 mod deaths;
+mod flat;
 mod harness;
 mod hostile;
 mod idle;
@@ -45,6 +46,11 @@ pub const SCENARIOS: &[Scenario] = &[
     scenario("reset_guest", "a guest is reset in mid-traffic", deaths::reboot),
     scenario("reopen", "the driver is opened 100 times, without a leak", deaths::reopen),
     scenario("hostile_guest", "random writes of one guest beside the traffic of two others", hostile::scribbler),
+    scenario(
+        "flat",
+        "a guest without an operating system: MSI and MSI-X, frames and state pages",
+        flat::drives_devices,
+    ),
     scenario("share_off", "memory that is not shared is found out", hostile::share_off),
 ];
 

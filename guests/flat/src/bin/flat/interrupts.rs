@@ -218,7 +218,7 @@ impl Lines {
         let page = pic.cpu(0, LINES, Nesting::Flat, 0)?;
         for (number, station) in (0..).zip(stations.iter().flatten()) {
             let info = station.nic.function().info();
-            let from = Source { device: info.name.as_str(), vector: 0 };
+            let from = Source { device: info.name.as_str(), vector: station.queues };
             pic.route(from, Line { cpu: 0, number })?;
         }
         let mut lines = Lines { pic, page, taken: 0 };

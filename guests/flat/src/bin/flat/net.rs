@@ -31,6 +31,8 @@ pub struct Station {
     pub nic: Nic<FlatHal>,
     pub tx: Tx<FlatHal>,
     pub rx: Rx<FlatHal>,
+    /// The device's vector for the queues.
+    pub queues: u16,
     sending: Block,
     receiving: Block,
     sent: usize,
@@ -52,7 +54,7 @@ impl Station {
         }
         rx.post();
         nic.start()?;
-        Ok(Station { nic, tx, rx, sending, receiving, sent: 0, rung: 0 })
+        Ok(Station { nic, tx, rx, queues, sending, receiving, sent: 0, rung: 0 })
     }
 
     /// Sends a frame of `len` bytes, and waits for room first.

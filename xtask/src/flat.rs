@@ -1,0 +1,85 @@
+//! The guest without an operating system (guests/flat), seen from outside: what it reports, line by line.
+
+use std::sync::mpsc::Receiver;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+/// The devices that its tests look for, as a bus's configuration. `more` are lines for all of them.
+pub fn devices(more: &str) -> String {
+    let device = |name: &str, class: &str, settings: &str| {
+        format!("[[device]]\nname = \"{name}\"\nclass = \"{class}\"\n{settings}\n{more}\n")
+    };
+    let pages = r#"pages = [{ name = "setpoint", bytes = 64, owner = "device", initial = "value-0" },
+        { name = "heartbeat", bytes = 64, owner = "driver" }]"#;
+    [
+        device("net-a", "venet", "backend = \"switch\""),
+        device("net-b", "venet", "backend = \"switch\"\npic = \"pic\""),
+        device("pic", "pic", ""),
+        device("source", "venet", "backend = \"null\"\nsource-bytes = 128"),
+        device("values", "state", &pages.replace('\n', "")),
+    ]
+    .concat()
+}
+
+/// Names of [`devices`].
+pub const DEVICES: [&str; 5] = ["net-a", "net-b", "pic", "source", "values"];
+
+/// The objects of a report.
+#[derive(Default)]
+pub struct Report(Vec<Value>);
+
+impl Report {
+    /// Takes lines until the last one, which says that all went well. `waiting` is called whenever the guest waits for something.
+    pub fn read(
+        lines: &Receiver<String>,
+        limit: Duration,
+        mut waiting: impl FnMut(&Value) -> Result<()>,
+    ) -> Result<Self> {
+        let until = Instant::now() + limit;
+        let mut report = Report::default();
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let Ok(line) = lines.recv_timeout(left) else { bail!("the guest said no more after\n{report}") };
+            if report.take(&line, &mut waiting)? {
+                return Ok(report);
+            }
+        }
+    }
+
+    /// Takes one line; whether it was the last.
+    pub fn take(&mut self, line: &str, mut waiting: impl FnMut(&Value) -> Result<()>) -> Result<bool> {
+        // Firmware has its say on the same port.
+        let Ok(object) = serde_json::from_str::<Value>(line.trim()) else { return Ok(false) };
+        let done = object["test"] == "done";
+        self.0.push(object);
+        let object = self.0.last().context("just pushed")?;
+        ensure!(object["ok"] != false, "the guest reports a failure:\n{self}");
+        if !object["waiting"].is_null() {
+            waiting(object)?;
+        }
+        if done {
+            // Whatever was opened has been closed, and has given its memory back.
+            ensure!(object["pages"] == 0, "the guest did not get all of its memory back: {object}");
+        }
+        Ok(done)
+    }
+
+    /// What one test reported.
+    pub fn of<'a>(&'a self, test: &'a str) -> impl Iterator<Item = &'a Value> + 'a {
+        self.0.iter().filter(move |object| object["test"] == test)
+    }
+
+    /// The first report of a test in which `key` has this value.
+    pub fn find<'a>(&'a self, test: &'a str, key: &str, value: &str) -> Result<&'a Value> {
+        let found = self.of(test).find(|object| object[key] == value);
+        found.with_context(|| format!("the guest did not report {test} with {key} {value}:\n{self}"))
+    }
+}
+
+impl std::fmt::Display for Report {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.iter().try_for_each(|object| writeln!(f, "{object}"))
+    }
+}

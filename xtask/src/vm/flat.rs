@@ -1,0 +1,77 @@
+//! The guest without an operating system under QEMU: `vbus-driver` needs none.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+
+use crate::bus::Bus;
+use crate::flat::{DEVICES, Report, devices};
+use crate::lab::{Accel, Scene};
+use crate::machine::vfio_user;
+use crate::process::Process;
+use crate::workspace;
+
+/// It boots in a second, and its tests take two.
+const LIMIT: Duration = Duration::from_secs(90);
+const FRAMES: u64 = 2000;
+const UPDATES: u64 = 5;
+
+/// The guest finds its devices, exchanges frames and values, and powers off: once with MSI and x2APIC, once with MSI-X and xAPIC.
+pub fn drives_devices(scene: &Scene) -> Result<()> {
+    let image = workspace::build_flat(false)?;
+    for (settings, processor) in [("", "max"), ("msix = true", "max,-x2apic")] {
+        let bus = Bus::start(scene, &devices(settings))?;
+        let mut command = scene.lab.qemu();
+        command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
+        command.args(["-M", "q35,memory-backend=ram,vmport=off,hpet=off", "-m", "128M"]);
+        command.args(["-object", "memory-backend-memfd,id=ram,size=128M,share=on", "-serial", "stdio"]);
+        match scene.lab.accel() {
+            Accel::Kvm => command.args(["-accel", "kvm", "-cpu", &processor.replace("max", "host")]),
+            Accel::Tcg => command.args(["-accel", "tcg", "-cpu", processor]),
+        };
+        command.arg("-kernel").arg(&image).arg("-append");
+        command.arg(format!("test=list,state,venet,interrupts count={FRAMES} updates={UPDATES}"));
+        for (slot, name) in DEVICES.iter().enumerate() {
+            command.args(["-device", &format!("pcie-root-port,id=slot{slot},slot={slot},chassis={slot},io-reserve=0")]);
+            command.arg("-device").arg(vfio_user(name, &format!("slot{slot}"), &bus.socket(name)).to_string());
+        }
+        let (mut qemu, lines) =
+            Process::start_with_lines(command, "QEMU of guests/flat", &scene.dir().join("qemu.log"))?;
+        let mut set = 0;
+        let report = Report::read(&lines, LIMIT, |_| {
+            set += 1;
+            bus.run(&["state", "set", "values", "setpoint", &format!("value-{set}")]).map(drop)
+        });
+        let report = report.map_err(|error| qemu.complaint(&format!("{error:#}")))?;
+        let status = qemu.wait(LIMIT)?;
+        ensure!(status.success(), qemu.complaint(&format!("ended badly ({status})")));
+
+        ensure!(report.of("list").count() == DEVICES.len(), "not all devices were found:\n{report}");
+        for n in 0..=UPDATES {
+            report.find("state", "value", &format!("value-{n}"))?;
+        }
+        let heartbeat = bus.run(&["state", "get", "values", "heartbeat"])?;
+        ensure!(heartbeat.contains("flat was here"), "the host reads {heartbeat:?}");
+        for back_end in ["switch", "null"] {
+            let frames = &report.find("venet", "back-end", back_end)?["frames"];
+            ensure!(*frames == FRAMES, "{frames} frames");
+        }
+        // Each frame is one interrupt, or with the controller of the bus one line, but for what merged or was seen before it came.
+        for round in report.of("interrupts") {
+            let lines = if round["pic"] == true { &round["lines"] } else { &round["interrupts"] };
+            let lines = lines.as_u64().unwrap_or(0);
+            ensure!(
+                lines > FRAMES / 2 && lines < FRAMES * 3 / 2,
+                "{FRAMES} frames came with {lines} interrupts: {round}"
+            );
+        }
+        ensure!(report.of("interrupts").any(|round| round["pic"] == true), "no round with the interrupt controller");
+        let traffic = bus.traffic(&["net-a", "net-b"])?;
+        eprintln!(
+            "{settings:11} {} frames, {} doorbells, {} interrupts",
+            traffic.packets, traffic.doorbells, traffic.interrupts
+        );
+        ensure!(traffic.drops == 0, "{} frames were dropped", traffic.drops);
+    }
+    Ok(())
+}
