@@ -1,4 +1,4 @@
-//! The control socket as `vbus device`, `vbus state` and the others use it.
+//! Control sockets: that of a bus as `vbus device`, `vbus state` and the others use it, and the protocol, which `vbus-vmm` has too.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -9,9 +9,54 @@ use serde_json::{Value, json};
 
 use crate::rundir::{self, CONTROL};
 
+/// A connection over which requests go, one line of JSON each, and answers come back.
+pub struct Connection {
+    reader: BufReader<UnixStream>,
+    /// Who is at the other end, for people.
+    peer: &'static str,
+}
+
+impl Connection {
+    /// Over `socket`, to `peer`.
+    pub fn new(socket: UnixStream, peer: &'static str) -> Connection {
+        Connection { reader: BufReader::new(socket), peer }
+    }
+
+    /// The socket.
+    pub fn socket(&self) -> &UnixStream {
+        self.reader.get_ref()
+    }
+
+    /// Sends a request and hands each of its answers but the last to `item`. Returns the last.
+    pub fn stream(&mut self, request: &Value, item: &mut dyn FnMut(Value)) -> Result<Value> {
+        let peer = self.peer;
+        let mut line = request.to_string();
+        line.push('\n');
+        // An answer may be there although the request was cut short.
+        let sent = self.reader.get_mut().write_all(line.as_bytes());
+        loop {
+            let mut line = String::new();
+            let read = self.reader.read_line(&mut line).with_context(|| format!("{peer} does not answer"))?;
+            if read == 0 {
+                sent.with_context(|| format!("{peer} has gone"))?;
+                bail!("{peer} has gone");
+            }
+            let mut answer: Value = serde_json::from_str(&line).with_context(|| format!("{peer} answers nonsense"))?;
+            if let Some(error) = answer.get("error").and_then(Value::as_str) {
+                bail!("{error}");
+            }
+            match (answer.get_mut("item").map(Value::take), answer.get_mut("ok").map(Value::take)) {
+                (Some(value), _) => item(value),
+                (None, Some(value)) => return Ok(value),
+                (None, None) => bail!("{peer} answers nonsense"),
+            }
+        }
+    }
+}
+
 /// A connection to a running bus.
 pub struct Client {
-    reader: BufReader<UnixStream>,
+    connection: Connection,
     dir: PathBuf,
 }
 
@@ -29,7 +74,7 @@ impl Client {
                 _ => anyhow!("{}: {error}", path.display()),
             }
         })?;
-        Ok(Client { reader: BufReader::new(socket), dir })
+        Ok(Client { connection: Connection::new(socket, "the bus"), dir })
     }
 
     /// Where the bus has its sockets.
@@ -44,25 +89,7 @@ impl Client {
 
     /// Sends a request and hands each of its answers but the last to `item`.
     pub fn stream(&mut self, request: &Value, item: &mut dyn FnMut(Value)) -> Result<Value> {
-        let mut line = request.to_string();
-        line.push('\n');
-        // An answer may be there although the request was cut short.
-        let sent = self.reader.get_mut().write_all(line.as_bytes());
-        loop {
-            let mut line = String::new();
-            if self.reader.read_line(&mut line).context("the bus does not answer")? == 0 {
-                sent.context("the bus has gone")?;
-                bail!("the bus has gone");
-            }
-            let mut answer: Value = serde_json::from_str(&line).context("the bus answers nonsense")?;
-            if let Some(error) = answer.get("error").and_then(Value::as_str) {
-                bail!("{error}");
-            }
-            match answer.get_mut("item") {
-                Some(value) => item(value.take()),
-                None => return Ok(answer.get_mut("ok").map(Value::take).unwrap_or_default()),
-            }
-        }
+        self.connection.stream(request, item)
     }
 
     /// All devices.

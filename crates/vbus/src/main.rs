@@ -9,6 +9,7 @@ mod plug;
 mod qmp;
 mod rundir;
 mod serve;
+mod vmm;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

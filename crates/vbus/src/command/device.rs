@@ -1,6 +1,6 @@
 //! `vbus device`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -8,14 +8,15 @@ use serde_json::{Map, Value, json};
 
 use crate::client::{Client, text};
 use crate::output::{bold, columns, emit, emit_json, flatten, plain};
+use crate::vmm::Vmm;
 use crate::{Place, config, plug, rundir};
 
 /// Commands.
 #[derive(clap::Subcommand, Debug)]
 pub enum Command {
-    /// Add a device to the bus, and plug it into a running QEMU with --qmp
+    /// Add a device to the bus, and plug it into a running QEMU with --qmp, or into a running vbus-vmm with --vmm
     Add(Add),
-    /// Take a device off the bus, after unplugging it from a running QEMU with --qmp
+    /// Take a device off the bus, after unplugging it from a running QEMU with --qmp, or from a running vbus-vmm with --vmm
     Remove(Remove),
     /// List the devices
     List {
@@ -45,15 +46,61 @@ pub enum Command {
     },
 }
 
-/// The QEMU to plug into.
+/// The virtual machine to plug into.
 #[derive(clap::Args, Debug)]
-struct Qemu {
+struct Into {
+    #[command(flatten)]
+    machine: Machine,
+    /// Give up after that many seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, requires = "machine")]
+    timeout: u64,
+}
+
+/// How it is reached.
+#[derive(clap::Args, Debug)]
+#[group(id = "machine", multiple = false)]
+struct Machine {
     /// QMP socket of the running QEMU
     #[arg(long, value_name = "SOCKET")]
     qmp: Option<PathBuf>,
-    /// Give up after that many seconds
-    #[arg(long, value_name = "SECONDS", default_value_t = 30, requires = "qmp")]
-    timeout: u64,
+    /// Control socket of the running vbus-vmm
+    #[arg(long, value_name = "SOCKET")]
+    vmm: Option<PathBuf>,
+}
+
+impl Into {
+    fn patience(&self) -> Duration {
+        Duration::from_secs(self.timeout)
+    }
+}
+
+/// A free place in a virtual machine, if one is meant.
+enum Free {
+    Nowhere,
+    Qemu(plug::Slot),
+    Vmm(Vmm),
+}
+
+impl Free {
+    fn find(into: &Into, name: &str, port: Option<&str>) -> Result<Free> {
+        match &into.machine {
+            Machine { qmp: Some(qmp), .. } => Ok(Free::Qemu(plug::Slot::find(qmp, into.patience(), port)?)),
+            Machine { vmm: Some(vmm), .. } => {
+                let mut vmm = Vmm::connect(vmm, into.patience())?;
+                vmm.check_free(name)?;
+                Ok(Free::Vmm(vmm))
+            }
+            _ => Ok(Free::Nowhere),
+        }
+    }
+
+    fn plug(&mut self, name: &str, socket: &Path) -> Result<()> {
+        match self {
+            Free::Nowhere => Ok(()),
+            Free::Qemu(slot) => slot.plug(name, socket),
+            Free::Vmm(vmm) => vmm.plug(name, socket),
+        }
+    }
 }
 
 /// Arguments of `add`.
@@ -68,7 +115,7 @@ pub struct Add {
     #[arg(long = "set", value_name = "KEY=VALUE", value_parser = key_value)]
     settings: Vec<(String, Value)>,
     #[command(flatten)]
-    qemu: Qemu,
+    into: Into,
     /// The root port to plug it into, by its id; without it, the first that is free
     #[arg(long, value_name = "ID", requires = "qmp")]
     port: Option<String>,
@@ -85,9 +132,9 @@ pub struct Remove {
     /// The name of the device
     name: String,
     #[command(flatten)]
-    qemu: Qemu,
+    into: Into,
     /// Remove it even while a virtual machine or a driver process uses it
-    #[arg(long, conflicts_with = "qmp")]
+    #[arg(long, conflicts_with = "machine")]
     force: bool,
     #[command(flatten)]
     place: Place,
@@ -170,25 +217,24 @@ fn add(args: &Add) -> Result<()> {
         }
     }
     // Whether it can be plugged is found out before the bus has it.
-    let mut slot = match &args.qemu.qmp {
-        Some(socket) => Some(plug::Slot::find(socket, Duration::from_secs(args.qemu.timeout), args.port.as_deref())?),
-        None => None,
-    };
+    let mut free = Free::find(&args.into, &args.name, args.port.as_deref())?;
     let request = json!({ "op": "add", "name": args.name, "class": args.class, "settings": settings });
     let device = client.ask(&request)?;
     let socket = rundir::socket(client.dir(), &args.name);
-    if let Some(slot) = &mut slot {
-        if let Err(error) = slot.plug(&args.name, &socket) {
-            let undone = client.ask(&json!({ "op": "remove", "name": args.name, "force": true }));
-            let fate = if undone.is_ok() { "it was taken off the bus again" } else { "it is still on the bus" };
-            return Err(error).with_context(|| format!("cannot plug {:?}; {fate}", args.name));
-        }
+    if let Err(error) = free.plug(&args.name, &socket) {
+        let undone = client.ask(&json!({ "op": "remove", "name": args.name, "force": true }));
+        let fate = if undone.is_ok() { "it was taken off the bus again" } else { "it is still on the bus" };
+        return Err(error).with_context(|| format!("cannot plug {:?}; {fate}", args.name));
     }
     if args.json {
-        let port = slot.as_ref().map(plug::Slot::port);
+        let port = if let Free::Qemu(slot) = &free { Some(slot.port()) } else { None };
         emit_json(&json!({ "name": args.name, "class": args.class, "socket": device.get("socket"), "port": port }));
     } else {
-        let place = slot.map_or_else(|| format!("at {}", socket.display()), |slot| format!("in {}", slot.port()));
+        let place = match free {
+            Free::Nowhere => format!("at {}", socket.display()),
+            Free::Qemu(slot) => format!("in {}", slot.port()),
+            Free::Vmm(_) => "in vbus-vmm".into(),
+        };
         emit(&format!("added {} {place}\n", args.name));
     }
     Ok(())
@@ -198,13 +244,17 @@ fn remove(args: &Remove) -> Result<()> {
     let mut client = Client::connect(args.place.dir.as_deref())?;
     // An unknown name is an error before anything is unplugged.
     client.ask(&json!({ "op": "show", "name": args.name }))?;
-    if let Some(qmp) = &args.qemu.qmp {
-        let socket = rundir::socket(client.dir(), &args.name);
-        plug::unplug(qmp, Duration::from_secs(args.qemu.timeout), &args.name, &socket)
-            .with_context(|| format!("cannot unplug {:?}; it stays on the bus", args.name))?;
-    }
-    // Once QEMU says that the device is gone, so is its connection; but the bus may not have seen the end of it yet.
-    let force = args.force || args.qemu.qmp.is_some();
+    let (socket, patience) = (rundir::socket(client.dir(), &args.name), args.into.patience());
+    let unplugged = match &args.into.machine {
+        Machine { qmp: Some(qmp), .. } => plug::unplug(qmp, patience, &args.name, &socket).map(|()| true),
+        Machine { vmm: Some(vmm), .. } => {
+            Vmm::connect(vmm, patience).and_then(|mut vmm| vmm.unplug(&socket)).map(|()| true)
+        }
+        _ => Ok(false),
+    };
+    let unplugged = unplugged.with_context(|| format!("cannot unplug {:?}; it stays on the bus", args.name))?;
+    // Once the machine says that the device is gone, so is its connection; but the bus may not have seen the end of it yet.
+    let force = args.force || unplugged;
     client.ask(&json!({ "op": "remove", "name": args.name, "force": force }))?;
     if args.json {
         emit_json(&json!({ "name": args.name, "removed": true }));
