@@ -35,6 +35,8 @@ enum Request {
     Cpus,
     /// KVM's counters and this program's own.
     Stats,
+    /// What [`Stats`](Self::Stats) was at each mark.
+    Marks,
     /// Presses the power button.
     PowerButton,
     /// Resets the machine.
@@ -159,11 +161,12 @@ fn handle(parts: &Parts, request: Request, item: &mut dyn FnMut(Value) -> Result
             Ok(Value::Null)
         }
         Request::Stats => {
-            for (cpu, _, exits, stats) in parts.cpus.list() {
-                // A KVM without statistics (before Linux 5.14) has none to show.
-                let kvm = stats.and_then(|stats| stats.read().ok());
-                item(json!({ "cpu": cpu, "user_exits": exits.to_json(), "kvm": kvm }))?;
-            }
+            parts.counters().into_iter().try_for_each(item)?;
+            Ok(Value::Null)
+        }
+        Request::Marks => {
+            let marks = parts.marks.as_ref().context("there are no marks without --marks")?;
+            marks.list().into_iter().try_for_each(item)?;
             Ok(Value::Null)
         }
         Request::PowerButton => Ok(json!({ "heard": parts.power.press() })),

@@ -39,6 +39,8 @@ pub const RESET_PORT: u16 = ACPI_PORTS + 8;
 pub const RESET_VALUE: u8 = 1;
 /// The keyboard controller's command port: there is none, but a write of 0xfe here resets the machine too, as kernels expect of a PC.
 pub const KEYBOARD_PORT: u16 = 0x64;
+/// Where a guest that measures sets marks (`--marks`): a write of 4 bytes.
+pub const MARK_PORT: u16 = ACPI_PORTS + ACPI_PORT_BYTES as u16;
 /// The ACPI interrupt (SCI).
 pub const SCI: u32 = 9;
 

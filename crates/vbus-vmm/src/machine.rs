@@ -8,12 +8,15 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use kvm_ioctls::{Cap, Kvm};
 use serde_json::{Value, json};
+use vbus_kvm::Stats;
 
 use crate::boot::Image;
 use crate::chip::Chip;
 use crate::control;
 use crate::cpuid::Model;
 use crate::cpus::Cpus;
+use crate::exits::Exits;
+use crate::marks::Marks;
 use crate::memory::Ram;
 use crate::power::Power;
 use crate::seccomp::{self, Thread};
@@ -41,6 +44,8 @@ pub struct Config {
     pub hypercalls: bool,
     /// The control socket.
     pub control: Option<PathBuf>,
+    /// The guest may set marks.
+    pub marks: bool,
     /// Filters of system calls.
     pub filter: bool,
     /// Standard input is a terminal in raw mode.
@@ -90,7 +95,21 @@ pub struct Parts {
     pub asks: Sender<Ask>,
     /// What does not change, for `info`.
     pub facts: Value,
+    /// What was counted at the guest's marks, if it may set any.
+    pub marks: Option<Arc<Marks>>,
     chip: Arc<Chip>,
+}
+
+impl Parts {
+    /// What KVM and this program have counted of each virtual CPU.
+    pub fn counters(&self) -> Vec<Value> {
+        let of = |(cpu, _, exits, stats): (usize, _, &Exits, Option<&Stats>)| {
+            // A KVM without statistics (before Linux 5.14) has none to show.
+            let kvm = stats.and_then(|stats| stats.read().ok());
+            json!({ "cpu": cpu, "user_exits": exits.to_json(), "kvm": kvm })
+        };
+        self.cpus.list().map(of).collect()
+    }
 }
 
 impl Machine {
@@ -112,6 +131,10 @@ impl Machine {
         chip.attach(&mut buses.mmio);
         let power = Power::new(chip.clone(), asks.clone());
         power.attach(&mut buses.pio);
+        let marks = config.marks.then(Arc::<Marks>::default);
+        if let Some(marks) = &marks {
+            marks.attach(&mut buses.pio);
+        }
         let how = How { raw: config.raw, filter: config.filter };
         let serial = config.serial.iter().enumerate();
         let serial = serial.map(|(number, target)| Running::start(number, target, &chip, &mut buses.pio, &asks, how));
@@ -129,7 +152,10 @@ impl Machine {
             "irqchip": if config.split { "split" } else { "full" },
             "hypercalls": hyperv,
         });
-        let parts = Arc::new(Parts { cpus, power, asks: asks.clone(), facts, chip });
+        let parts = Arc::new(Parts { cpus, power, asks: asks.clone(), facts, marks, chip });
+        if let Some(marks) = &parts.marks {
+            marks.set_parts(&parts);
+        }
         let control = config.control.map(|path| control::start(&path, &parts, config.filter)).transpose()?;
         let filter = config.filter;
         Ok((Machine { parts, ram, image: config.image, serial, asks: asked, filter, control }, asks))
@@ -176,6 +202,7 @@ impl Machine {
     fn start(&mut self) -> Result<()> {
         let parts = &self.parts;
         parts.power.reset();
+        parts.marks.iter().for_each(|marks| marks.reset());
         self.serial.iter().for_each(|running| running.port.reset());
         parts.chip.reset()?;
         self.ram.clear()?;

@@ -13,6 +13,7 @@ mod exits;
 mod ioapic;
 mod layout;
 mod machine;
+mod marks;
 mod memory;
 mod power;
 mod seccomp;
@@ -71,6 +72,9 @@ struct Cli {
     /// Kinds of doorbells that a guest may use, of those that this KVM has
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Doorbell::Mmio, Doorbell::Pio, Doorbell::Hypercall])]
     doorbells: Vec<Doorbell>,
+    /// Keep KVM's counters of exits whenever the guest writes 4 bytes to port 0x610, for the control request "marks"
+    #[arg(long)]
+    marks: bool,
     /// Do not restrict this program's own system calls
     #[arg(long)]
     no_seccomp: bool,
@@ -132,6 +136,7 @@ fn run(cli: Cli) -> Result<()> {
         split: cli.irqchip == Irqchip::Split,
         hypercalls: cli.doorbells.contains(&Doorbell::Hypercall),
         control: cli.control,
+        marks: cli.marks,
         filter: !cli.no_seccomp,
         raw: raw.is_some(),
     };
