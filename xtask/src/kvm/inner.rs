@@ -1,19 +1,26 @@
 //! L2: a guest on the KVM of L1, under `vbus-vmm` or QEMU, and the bus that serves its devices.
 
-use std::time::Duration;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use super::rig::Rig;
 use crate::guest::{Guest, Running};
-use crate::machine::KERNEL_WORDS;
+use crate::machine::{KERNEL_WORDS, vfio_user};
 
 /// How long L2 may take to boot: 7 to 13 s with the processor to itself.
 pub const BOOT: Duration = Duration::from_secs(150);
 
 /// How long L2 may say nothing before it counts as hung.
-const SILENCE: Duration = Duration::from_secs(90);
+const SILENCE: Duration = Duration::from_secs(180);
+
+/// How long a process in L1 may take to end when it is killed.
+const KILL: Duration = Duration::from_secs(30);
+
+/// How long `vbus serve` may take to start.
+const START: Duration = Duration::from_secs(30);
 
 /// Who runs the guest.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -50,6 +57,19 @@ impl Spec {
         self.args.push(' ');
         self.args.push_str(words);
         self
+    }
+
+    /// Adds a device of the bus that is there at boot.
+    #[must_use]
+    pub fn device(self, name: &str, socket: &str) -> Self {
+        let words = match self.vmm {
+            Vmm::Vbus => format!("--device {name}={socket}"),
+            Vmm::Qemu => {
+                let device = vfio_user(name, &format!("port-{name}"), Path::new(socket));
+                format!("-device pcie-root-port,id=port-{name},chassis=1,io-reserve=0 -device '{device}'")
+            }
+        };
+        self.args(&words)
     }
 
     fn command(&self, rig: &Rig) -> String {
@@ -89,6 +109,7 @@ impl Spec {
         let (run, name) = (rig.run_dir(), self.name);
         rig.guest.ok(&format!("rm -f {run}/{name}.agent {run}/{name}.control"))?;
         let vmm = rig.guest.start(&self.command(rig))?;
+        // Connected long before the guest's kernel has booted, so that nothing is lost of what its agent says.
         let port = rig.guest.tunnel(&format!("exec guest-agent join {run}/{name}.agent"))?;
         let guest = Guest::new(name, port)?;
         Ok(Inner { guest, vmm, rig, name })
@@ -108,12 +129,14 @@ pub struct Inner<'a> {
 impl Inner<'_> {
     /// Waits until the guest has booted `times` times; from then on it is watched for silence.
     pub fn wait_boot(&self, times: u32) -> Result<()> {
-        let booted = self.guest.wait_boot(times, BOOT);
-        if let Err(error) = booted {
-            let console =
-                self.rig.guest.run(&format!("tail -n 20 {}/{}.console.log", self.rig.run_dir(), self.name))?;
-            let (out, err) = self.vmm.said();
-            return Err(error.context(format!("its console:\n{}\nits VMM:\n{out}{err}", console.stdout)));
+        let until = Instant::now() + BOOT;
+        while let Err(error) = self.guest.wait_boot(times, Duration::from_secs(1)) {
+            if Instant::now() > until || !self.vmm.runs() {
+                let (rig, run) = (&self.rig.guest, self.rig.run_dir());
+                let console = rig.run(&format!("tail -n 20 {run}/{}.console.log", self.name))?.stdout;
+                let (out, err) = self.vmm.said();
+                return Err(error.context(format!("its console:\n{console}\nits VMM:\n{out}{err}")));
+            }
         }
         if times == 1 {
             self.guest.watch(SILENCE);
@@ -140,8 +163,10 @@ impl Drop for Inner<'_> {
         if self.guest.hung() {
             self.rig.note_hang();
         }
-        // Fails only if it has ended already, or L1 has.
-        let _ = self.vmm.kill();
+        // Fails only if L1 has ended.
+        if self.vmm.kill().is_ok() {
+            let _ = self.vmm.wait(KILL);
+        }
     }
 }
 
@@ -161,11 +186,13 @@ impl<'a> InnerBus<'a> {
         rig.guest.ok(&format!("echo '{config}' > {run}/bus.toml"))?;
         let process = rig.guest.start(&format!("exec vbus serve --config {run}/bus.toml --dir {dir}"))?;
         let bus = Self { rig, dir, process };
-        let answers = format!("until vbus device list --dir {} >/dev/null; do sleep 0.1; done", bus.dir);
-        rig.guest.ok(&answers).with_context(|| {
-            let (out, err) = bus.process.said();
-            format!("vbus serve gives no answer:\n{out}{err}")
-        })?;
+        let until = Instant::now() + START;
+        while rig.guest.run(&format!("vbus device list --dir {}", bus.dir))?.code != 0 {
+            if !bus.process.runs() || Instant::now() > until {
+                let (out, err) = bus.process.said();
+                bail!("vbus serve gives no answer:\n{out}{err}");
+            }
+        }
         Ok(bus)
     }
 
@@ -187,12 +214,13 @@ impl<'a> InnerBus<'a> {
     /// Kills the bus at once (SIGKILL).
     pub fn kill(&self) -> Result<()> {
         self.process.kill()?;
-        self.process.wait(Duration::from_secs(30)).map(drop)
+        self.process.wait(KILL).map(drop)
     }
 }
 
 impl Drop for InnerBus<'_> {
     fn drop(&mut self) {
-        let _ = self.process.kill();
+        // Fails only if L1 has ended.
+        let _ = self.kill();
     }
 }

@@ -6,6 +6,7 @@
 
 mod inner;
 mod linux;
+mod net;
 mod rig;
 
 use std::io::Write;
@@ -68,8 +69,15 @@ pub struct Scenario {
 }
 
 /// All of them, the quick and basic ones first.
-pub const SCENARIOS: &[Scenario] =
-    &[scenario("harness", "QEMU boots a guest on the rig's KVM: the test of the tests", linux::harness)];
+pub const SCENARIOS: &[Scenario] = &[
+    scenario("harness", "QEMU boots a guest on the rig's KVM: the test of the tests", linux::harness),
+    scenario("boot", "Linux boots in vbus-vmm, with 1 and 2 CPUs, full and split irqchip", linux::boot),
+    scenario(
+        "against_virtio",
+        "exits and interrupts of the same traffic, beside QEMU's virtio-net",
+        net::against_virtio,
+    ),
+];
 
 const fn scenario(name: &'static str, about: &'static str, run: fn(&Rig, &mut Figures) -> Result<()>) -> Scenario {
     Scenario { name, about, run }

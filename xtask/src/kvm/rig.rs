@@ -100,6 +100,15 @@ impl<'a> Rig<'a> {
         self.guest.ok(unpack).map(drop).context("L1 has no QEMU")
     }
 
+    /// A counter of KVM, summed over all guests of L1.
+    pub fn kvm_stat(&self, name: &str) -> Result<u64> {
+        let debug = "/sys/kernel/debug";
+        let text = self
+            .guest
+            .ok(&format!("[ -d {debug}/kvm ] || mount -t debugfs debugfs {debug}; cat {debug}/kvm/{name}"))?;
+        text.trim().parse().with_context(|| format!("KVM's counter {name} is {text:?}"))
+    }
+
     /// Whether L1 or a guest in it has hung: a fault of the emulation as a rule, and no result of a test.
     pub fn hung(&self) -> bool {
         self.inner_hung.get() || self.guest.hung()

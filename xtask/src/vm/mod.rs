@@ -12,6 +12,7 @@ mod state;
 mod traffic;
 
 use anyhow::Result;
+pub use pair::device;
 
 use crate::lab::{Lab, Options, Scene};
 use crate::report::{Outcome, Report, Skip};
