@@ -1,49 +1,67 @@
-//! Marks: a guest says where a measurement begins and ends, and what was counted until then is told (`--marks`).
+//! Marks: a guest that measures says where it begins and ends, and what was counted until then is kept (`--marks`).
 
-use std::sync::mpsc::Sender;
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use serde_json::{Value, json};
 
-use crate::bus::BusDevice;
-use crate::machine::{Ask, Parts};
+use crate::bus::{Bus, BusDevice};
+use crate::layout;
+use crate::machine::Parts;
 
-/// A port of 4 bytes. What is written there is the mark's number; it is told with the counters of all virtual CPUs as they are in this exit.
+/// The most marks that are kept.
+const MARKS_MAX: usize = 4096;
+
+/// The marks that a guest has set since it was started: writes of 4 bytes to [`layout::MARK_PORT`]. What is written is the mark's number.
+#[derive(Default)]
 pub struct Marks {
-    asks: Sender<Ask>,
+    set: Mutex<Vec<Value>>,
     parts: OnceLock<Weak<Parts>>,
 }
 
 impl Marks {
-    /// Tells through `asks`.
-    pub fn new(asks: Sender<Ask>) -> Arc<Marks> {
-        Arc::new(Marks { asks, parts: OnceLock::new() })
+    /// Puts the port onto `pio`.
+    pub fn attach(self: &Arc<Self>, pio: &mut Bus) {
+        pio.add(layout::MARK_PORT.into(), 4, Arc::new(Port(self.clone())));
     }
 
-    /// Whose counters these are. Before the machine runs.
-    pub fn of(&self, parts: &Arc<Parts>) {
+    /// Whose counters are kept. Once, before the machine runs.
+    pub fn set_parts(&self, parts: &Arc<Parts>) {
         let _ = self.parts.set(Arc::downgrade(parts));
     }
-}
 
-impl BusDevice for Marks {
-    fn read(&self, _: u64, _: &mut [u8]) {}
+    /// As after a reset: there are none.
+    pub fn reset(&self) {
+        self.lock().clear();
+    }
 
-    fn write(&self, _: u64, data: &[u8]) {
-        let (Ok(number), Some(parts)) = (data.try_into().map(u32::from_le_bytes), self.parts.get()) else { return };
-        if let Some(parts) = parts.upgrade() {
-            let _ = self.asks.send(Ask::Mark(json!({ "number": number, "cpus": counters(&parts) })));
+    /// All of them in the order in which they were set, with the counters of all virtual CPUs as they were in the exit of that write.
+    pub fn list(&self) -> Vec<Value> {
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Value>> {
+        self.set.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn mark(&self, number: u32) {
+        let Some(parts) = self.parts.get().and_then(Weak::upgrade) else { return };
+        let mark = json!({ "mark": number, "cpus": parts.counters() });
+        let mut set = self.lock();
+        if set.len() < MARKS_MAX {
+            set.push(mark);
         }
     }
 }
 
-/// The counters of all virtual CPUs: this program's, and KVM's if it has statistics (Linux 5.14).
-pub fn counters(parts: &Parts) -> Vec<Value> {
-    let one = |(cpu, exits, kvm): (usize, Value, Option<_>)| json!({ "cpu": cpu, "user_exits": exits, "kvm": kvm });
-    let list = parts.cpus.list();
-    let each = list.map(|(cpu, _, exits, stats)| {
-        let kvm = stats.and_then(|stats| stats.read().ok());
-        one((cpu, exits.to_json().into(), kvm))
-    });
-    each.collect()
+/// The port.
+struct Port(Arc<Marks>);
+
+impl BusDevice for Port {
+    fn read(&self, _: u64, _: &mut [u8]) {}
+
+    fn write(&self, _: u64, data: &[u8]) {
+        if let Ok(number) = data.try_into() {
+            self.0.mark(u32::from_le_bytes(number));
+        }
+    }
 }
