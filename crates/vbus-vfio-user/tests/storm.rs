@@ -1,0 +1,146 @@
+//! A driver that rings without end harms itself alone: what a ring costs is bounded, and other devices of the same thread go on.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use vbus_core::shm::Memory;
+use vbus_core::shm::abi::bar0;
+use vbus_core::shm::abi::capability::KIND_MMIO;
+use vbus_core::{
+    Bus, Connection, Device, Endpoint, Executor, Identity, Interrupt, Open, Progress, Region, Status, Trust, Tuning,
+    Window,
+};
+use vbus_driver::{Doorbell, Function, Hal};
+use vbus_vfio_user::{DeviceServer, MEMORY_BYTES, Process, ProcessMemory};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+const ROUND_TRIPS: u64 = 500;
+
+/// Answers each new number in a region's first word in its second, with an interrupt.
+struct Echo;
+
+#[derive(Default)]
+struct Echoing(Option<(Window, Interrupt)>);
+
+impl Device for Echo {
+    fn identity(&self) -> Identity {
+        Identity::user("echo")
+    }
+
+    fn open(&self, _: Open) -> Result<Box<dyn Connection>, Status> {
+        Ok(Box::<Echoing>::default())
+    }
+}
+
+impl Connection for Echoing {
+    fn region_added(&mut self, region: Region) -> Result<(), Status> {
+        self.0 = Some((region.window, region.interrupt));
+        Ok(())
+    }
+
+    fn poll(&mut self, _: u32) -> Result<Progress, Status> {
+        let Some((window, interrupt)) = &self.0 else { return Ok(Progress::Idle) };
+        let number = window.words()[0].load(Ordering::Acquire);
+        if window.words()[1].load(Ordering::Relaxed) == number {
+            return Ok(Progress::Idle);
+        }
+        window.words()[1].store(number, Ordering::Release);
+        interrupt.kick(true);
+        Ok(Progress::Busy)
+    }
+}
+
+/// A driver of an [`Echo`].
+struct Driver {
+    function: Function<Process>,
+    memory: ProcessMemory,
+    handle: u32,
+}
+
+impl Driver {
+    fn open(server: &DeviceServer) -> Driver {
+        let process = Process::connect(server.path(), MEMORY_BYTES).unwrap();
+        let mut function = Function::probe(process.clone()).unwrap();
+        function.open(0).unwrap();
+        let memory = process.alloc(4096).unwrap();
+        let handle = function.region_add(0, 0, &memory, (0, 64), None).unwrap();
+        Driver { function, memory, handle }
+    }
+
+    /// Asks once and gets the answer.
+    fn round_trip(&self, number: u64) {
+        let words = self.memory.words();
+        words[0].store(number, Ordering::Release);
+        self.function.ring(self.handle);
+        while words[1].load(Ordering::Acquire) != number {
+            assert!(self.function.hal().wait(PATIENCE), "no answer to {number}");
+        }
+    }
+}
+
+/// A bus of two echoes, all on one thread that never polls in vain: `loud`, whose driver `storm`s, and `quiet`.
+fn weather(storm: impl Fn(&Process, u32) + Sync) {
+    let folder = tempfile::tempdir().unwrap();
+    let tuning = Tuning { workers: 1, poll_max: Duration::ZERO, ..Tuning::default() };
+    let bus = Bus::new(Executor::start(tuning).unwrap(), Vec::new(), Trust::Sealed);
+    let serve = |name: &str| {
+        let endpoint = bus.add(name, Arc::new(Echo)).unwrap();
+        (endpoint.clone(), DeviceServer::start(endpoint, &folder.path().join(name), Default::default()).unwrap())
+    };
+    let (loud, loud_server) = serve("loud");
+    let (_, quiet_server) = serve("quiet");
+    let (storming, quiet) = (Driver::open(&loud_server), Driver::open(&quiet_server));
+    storming.round_trip(1);
+    quiet.round_trip(1);
+
+    let polls = |endpoint: &Endpoint| endpoint.counters().polls.get() + endpoint.counters().polls_empty.get();
+    let (before, rings, over) = (polls(&loud), AtomicU64::new(0), AtomicBool::new(false));
+    let others = storming.function.hal().clone();
+    std::thread::scope(|scope| {
+        for first in 0..2 {
+            let (storm, others, rings, over) = (&storm, &others, &rings, &over);
+            scope.spawn(move || {
+                // All doorbells in turn, those of no region too.
+                for number in (first..).step_by(2) {
+                    storm(others, number % 8);
+                    rings.fetch_add(1, Ordering::Relaxed);
+                    if over.load(Ordering::Relaxed) {
+                        return;
+                    }
+                }
+            });
+        }
+        (2..ROUND_TRIPS).for_each(|number| quiet.round_trip(number));
+        // The one who makes the noise is served as well, and its own rings are not lost.
+        (2..ROUND_TRIPS).for_each(|number| storming.round_trip(number));
+        over.store(true, Ordering::Relaxed);
+    });
+    let rung = rings.load(Ordering::Relaxed);
+    // The last ones are taken care of by then.
+    (ROUND_TRIPS..ROUND_TRIPS + 20).for_each(|number| quiet.round_trip(number));
+    let polled = polls(&loud) - before;
+    println!("{rung} rings by storm, {polled} polls");
+    // A ring wakes at most once, and a wake-up is one poll in vain, or one with an answer and one in vain.
+    assert!(polled <= rung + 3 * ROUND_TRIPS, "{polled} polls for {rung} rings");
+    assert!(rung > 2 * ROUND_TRIPS, "a storm of {rung} rings is none");
+
+    // After the storm nothing of it is left: nobody polls.
+    (ROUND_TRIPS + 20..ROUND_TRIPS + 60).for_each(|number| quiet.round_trip(number));
+    assert_eq!(polls(&loud) - before, polled);
+    assert_eq!(loud.counters().broken.get(), 0);
+    storming.round_trip(u64::MAX);
+}
+
+#[test]
+fn a_storm_by_eventfds_costs_the_others_no_answer() {
+    // One write of an eventfd each, which the bus watches.
+    let mmio = Doorbell { kind: KIND_MMIO, stride: 4, base: 0x1000 };
+    weather(|process, number| process.ring(mmio, number));
+}
+
+#[test]
+fn a_storm_by_messages_costs_the_others_no_answer() {
+    weather(|process, number| process.write32(bar0::DOORBELLS + u64::from(number) * bar0::DOORBELL_STRIDE, 1));
+}
