@@ -67,6 +67,18 @@ fn the_devices_of_a_bus_are_listed() {
 }
 
 #[test]
+fn a_doorbell_is_rung_as_often_as_asked_for() {
+    let bus = Served::start(CONFIG);
+    let rung = bus.json(&["guest", "ring", "values", "--count", "5000", "--handle", "0"]);
+    assert_eq!([&rung["doorbell"], &rung["count"], &rung["handle"]], [&json!("mmio"), &json!(5000), &json!(0)]);
+    assert!(bus.good(&["guest", "ring", "net-a"]).contains("1000 times by mmio"));
+    let done = bus.run(&["guest", "ring", "values", "--handle", "1024"]);
+    assert!(done.code == Some(1) && done.err.contains("doorbells 0 to"), "{}", done.err);
+    let done = bus.run(&["guest", "ring", "values", "--doorbell", "pio"]);
+    assert!(done.code == Some(1) && done.err.contains("no such doorbells"), "{}", done.err);
+}
+
+#[test]
 fn values_pass_both_ways_and_stay() {
     let bus = Served::start(CONFIG);
     let list = bus.json(&["guest", "state", "list"]);

@@ -4,6 +4,7 @@ mod doorbell;
 mod list;
 mod net;
 mod pci;
+mod ring;
 mod sched;
 mod signals;
 mod socket;
@@ -48,6 +49,9 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Ring a doorbell of a device, for measuring
+    #[command(hide = true)]
+    Ring(ring::Args),
     /// Make NICs of the bus network interfaces of this machine
     Net(net::Options),
     /// Read, write and watch the pages of a state device
@@ -69,6 +73,7 @@ pub fn run(args: &Args) -> Result<()> {
 fn run_on<S: Source>(source: &S, command: &Command) -> Result<()> {
     match command {
         Command::List { json } => list::run(source, *json),
+        Command::Ring(args) => ring::run(source, args),
         Command::Net(options) => {
             log::start();
             net::run(source, options)

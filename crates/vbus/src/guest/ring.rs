@@ -1,0 +1,64 @@
+//! `vbus guest ring`: rings, and does nothing else. For measuring, and for tests of what a driver that rings without end can do.
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+use vbus_driver::{Function, Hal};
+
+use super::doorbell::Choice;
+use super::source::{Source, is_meant};
+use crate::output::{emit, emit_json};
+
+/// What to ring.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// Whose doorbell: the name, PCI address or socket of a device, which another process may be driving
+    device: String,
+    /// How often
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    count: u64,
+    /// Which doorbell: the handle of a region [default: the highest, which hardly any region has]
+    #[arg(long, value_name = "N")]
+    handle: Option<u32>,
+    /// By what
+    #[arg(long, value_enum, value_name = "KIND", default_value_t = Choice::Auto)]
+    doorbell: Choice,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs it.
+pub fn run<S: Source>(source: &S, args: &Args) -> Result<()> {
+    for found in source.scan()? {
+        let probed = source.look(&found.id).and_then(|hal| Ok(Function::probe(hal)?));
+        let Ok(mut function) = probed else { continue };
+        if is_meant(&found, function.info().name.as_str(), &args.device) {
+            return ring(&mut function, args).context(found.id);
+        }
+    }
+    anyhow::bail!("there is no device {:?} here; `vbus guest list` shows what there is", args.device)
+}
+
+fn ring<H: Hal>(function: &mut Function<H>, args: &Args) -> Result<()> {
+    args.doorbell.apply(function)?;
+    let regions = function.info().max_regions;
+    let handle = args.handle.unwrap_or(regions.saturating_sub(1));
+    ensure!(handle < regions, "the device has doorbells 0 to {} only", regions.saturating_sub(1));
+    let start = function.hal().now();
+    for _ in 0..args.count {
+        function.ring(handle);
+    }
+    let took = function.hal().now().saturating_sub(start);
+    let (kind, each) = (function.doorbell().to_string(), took / args.count.max(1));
+    if args.json {
+        emit_json(&json!({ "doorbell": kind, "handle": handle, "count": args.count, "ns": each }));
+    } else {
+        emit(&format!(
+            "rang doorbell {handle} {} times by {kind}: {}.{} us each\n",
+            args.count,
+            each / 1000,
+            each % 1000 / 100
+        ));
+    }
+    Ok(())
+}
