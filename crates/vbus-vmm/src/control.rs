@@ -37,6 +37,12 @@ enum Request {
     Stats,
     /// What [`Stats`](Self::Stats) was at each mark.
     Marks,
+    /// The devices.
+    Devices,
+    /// Plugs a device.
+    Plug { name: String, socket: PathBuf },
+    /// Asks the guest to let a device go; answered when it has.
+    Unplug { name: String },
     /// Presses the power button.
     PowerButton,
     /// Resets the machine.
@@ -167,6 +173,20 @@ fn handle(parts: &Parts, request: Request, item: &mut dyn FnMut(Value) -> Result
         Request::Marks => {
             let marks = parts.marks.as_ref().context("there are no marks without --marks")?;
             marks.list().into_iter().try_for_each(item)?;
+            Ok(Value::Null)
+        }
+        Request::Devices => {
+            for device in parts.pci.list() {
+                item(serde_json::to_value(device)?)?;
+            }
+            Ok(Value::Null)
+        }
+        Request::Plug { name, socket } => {
+            parts.pci.plug(&name, &socket)?;
+            Ok(Value::Null)
+        }
+        Request::Unplug { name } => {
+            parts.pci.unplug(&name)?;
             Ok(Value::Null)
         }
         Request::PowerButton => Ok(json!({ "heard": parts.power.press() })),

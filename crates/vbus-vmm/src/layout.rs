@@ -44,6 +44,11 @@ pub const MARK_PORT: u16 = ACPI_PORTS + ACPI_PORT_BYTES as u16;
 /// The ACPI interrupt (SCI).
 pub const SCI: u32 = 9;
 
+/// Where messages for synthetic interrupts of virtual processor 0 go, if there is a SynIC; no memory is there.
+pub const SINTS: u64 = 0xfed8_0000;
+/// From one virtual processor to the next.
+pub const SINT_STRIDE: u16 = 16;
+
 /// Pins of the I/O APIC.
 pub const PINS: u32 = 24;
 /// The first of the pins that PCI's INTx use: that of device `d` on bus 0, pin `p` (0: INTA) is [`intx_pin`].

@@ -8,6 +8,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use kvm_ioctls::{Cap, Kvm};
 use serde_json::{Value, json};
+use vbus_kvm::Sints;
 use vbus_kvm::Stats;
 
 use crate::boot::Image;
@@ -16,8 +17,10 @@ use crate::control;
 use crate::cpuid::Model;
 use crate::cpus::Cpus;
 use crate::exits::Exits;
+use crate::layout;
 use crate::marks::Marks;
 use crate::memory::Ram;
+use crate::pci::{Backing, PciRoot};
 use crate::power::Power;
 use crate::seccomp::{self, Thread};
 use crate::serial::{How, Running, Target};
@@ -40,6 +43,14 @@ pub struct Config {
     pub serial: Vec<Target>,
     /// The I/O APIC in this process.
     pub split: bool,
+    /// Devices that are there from the beginning: name and socket.
+    pub devices: Vec<(String, PathBuf)>,
+    /// Slots for devices.
+    pub slots: u8,
+    /// Doorbells in BARs end in the kernel.
+    pub mmio: bool,
+    /// Doorbells by ports.
+    pub pio: bool,
     /// KVM's Hyper-V part, if it has one.
     pub hypercalls: bool,
     /// The control socket.
@@ -89,6 +100,8 @@ pub struct Machine {
 pub struct Parts {
     /// The virtual CPUs.
     pub cpus: Cpus,
+    /// PCI, with the devices.
+    pub pci: Arc<PciRoot>,
     /// The power button.
     pub power: Arc<Power>,
     /// To ask.
@@ -140,6 +153,15 @@ impl Machine {
         let serial = serial.map(|(number, target)| Running::start(number, target, &chip, &mut buses.pio, &asks, how));
         let serial = serial.collect::<Result<Vec<_>>>()?;
 
+        let sints = Sints { base: layout::SINTS, stride: layout::SINT_STRIDE, processors: cpus };
+        let sints = Some(sints).filter(|_| hyperv);
+        let backing = Backing { mmio: config.mmio, pio: config.pio, hypercall: hyperv, sints };
+        let pci = PciRoot::new(chip.routes().clone(), ram.regions(), config.slots, backing, config.filter)?;
+        pci.attach(&mut buses.mmio, &mut buses.pio);
+        for (name, socket) in &config.devices {
+            pci.plug(name, socket).with_context(|| format!("cannot plug {name}"))?;
+        }
+
         let model = Model::new(&kvm, cpus, hyperv)?;
         let vcpus = (0..cpus).map(|number| Vcpu::new(&kvm, &vm, number, &model)).collect::<Result<_>>()?;
         let cpus = Cpus::start(vcpus, &Arc::new(buses), &asks, config.filter)?;
@@ -151,8 +173,9 @@ impl Machine {
             "memory_mib": config.memory,
             "irqchip": if config.split { "split" } else { "full" },
             "hypercalls": hyperv,
+            "slots": config.slots,
         });
-        let parts = Arc::new(Parts { cpus, power, asks: asks.clone(), facts, marks, chip });
+        let parts = Arc::new(Parts { cpus, pci, power, asks: asks.clone(), facts, marks, chip });
         if let Some(marks) = &parts.marks {
             marks.set_parts(&parts);
         }
@@ -192,7 +215,8 @@ impl Machine {
         let exits: Vec<_> = self.parts.cpus.list().map(|(_, _, exits, _)| exits.to_json()).collect();
         if let Ok(end) = end {
             let how = if end == End::PowerOff { "power-off" } else { "quit" };
-            tell(how, json!({ "user_exits": exits }));
+            let marks = self.parts.marks.as_ref().map(|marks| marks.list());
+            tell(how, json!({ "user_exits": exits, "marks": marks }));
         }
         drop(self.control.take());
         end
@@ -202,6 +226,7 @@ impl Machine {
     fn start(&mut self) -> Result<()> {
         let parts = &self.parts;
         parts.power.reset();
+        parts.pci.reset();
         parts.marks.iter().for_each(|marks| marks.reset());
         self.serial.iter().for_each(|running| running.port.reset());
         parts.chip.reset()?;

@@ -1,7 +1,5 @@
 //! A small virtual machine monitor on KVM, whose devices are those of vbus: for reading, and for measuring what doorbells and interrupts cost.
 
-#![allow(dead_code, reason = "PCI is still to come")]
-
 mod acpi;
 mod boot;
 mod bus;
@@ -15,6 +13,7 @@ mod layout;
 mod machine;
 mod marks;
 mod memory;
+mod pci;
 mod power;
 mod seccomp;
 mod serial;
@@ -63,6 +62,12 @@ struct Cli {
     /// Where serial ports lead to, ttyS0 and, given twice, ttyS1: stdio, none, unix:PATH (a socket to connect to), file:PATH
     #[arg(long, value_name = "TARGET", default_values_t = [String::from("stdio")])]
     serial: Vec<String>,
+    /// A device: the socket at which `vbus serve` offers it, and the name to control it by (by default that of the socket)
+    #[arg(long = "device", value_name = "[NAME=]SOCKET")]
+    devices: Vec<String>,
+    /// Slots for devices, those that come later included
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u8).range(1..=i64::from(pci::PORTS_MAX)))]
+    slots: u8,
     /// A socket to control the machine by: one request a line, such as {"op":"info"} (see spec/vmm.md)
     #[arg(long, value_name = "SOCKET")]
     control: Option<PathBuf>,
@@ -86,6 +91,7 @@ struct Cli {
 const EXAMPLES: &str = "\
 Examples:
   vbus-vmm --kernel /boot/vmlinuz --initramfs initramfs.cpio --cpus 2
+  vbus-vmm --kernel vmlinuz --initramfs initramfs.cpio --device /run/vbus/net0.sock
   vbus-vmm --kernel vmlinuz --initramfs initramfs.cpio --control vm.sock --serial file:console.log
   echo '{\"op\":\"power-button\"}' | socat - vm.sock
 
@@ -124,6 +130,7 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli) -> Result<()> {
     let serial = targets(&cli.serial)?;
+    let devices = cli.devices.iter().map(|word| device(word)).collect::<Result<_>>()?;
     let image = Image::open(&cli.kernel, cli.initramfs.as_deref(), &cli.append)?;
     let stdio = serial.contains(&Target::Stdio);
     // Restored when the machine has ended, whatever the reason.
@@ -134,6 +141,10 @@ fn run(cli: Cli) -> Result<()> {
         memory: cli.memory,
         serial,
         split: cli.irqchip == Irqchip::Split,
+        devices,
+        slots: cli.slots,
+        mmio: cli.doorbells.contains(&Doorbell::Mmio),
+        pio: cli.doorbells.contains(&Doorbell::Pio),
         hypercalls: cli.doorbells.contains(&Doorbell::Hypercall),
         control: cli.control,
         marks: cli.marks,
@@ -146,6 +157,17 @@ fn run(cli: Cli) -> Result<()> {
     machine.run(&|event, more| tell(json, event, more))?;
     drop(raw);
     Ok(())
+}
+
+/// A device's name and socket. A path with an equals sign is told from a name by the slash before it.
+fn device(word: &str) -> Result<(String, PathBuf)> {
+    if let Some((name, socket)) = word.split_once('=').filter(|(name, _)| !name.contains('/')) {
+        return Ok((name.into(), socket.into()));
+    }
+    let socket = PathBuf::from(word);
+    let name = socket.file_stem().and_then(|name| name.to_str());
+    let name = name.with_context(|| format!("--device {word}: no name can be made of this; use NAME={word}"))?;
+    Ok((name.to_owned(), socket))
 }
 
 /// What the serial ports lead to; ttyS1 nowhere, if nothing is said.

@@ -24,6 +24,8 @@ pub enum Thread {
     Serial,
     /// Serves control clients, and plugs devices.
     Control,
+    /// Watches the devices' connections.
+    Watch,
 }
 
 /// Memory, locks, time, waiting, open descriptors and the end: what any thread may need. Memory is never made executable (see [`rules`]).
@@ -74,7 +76,7 @@ const ALL: [i64; 40] = [
 fn more(thread: Thread) -> &'static [i64] {
     match thread {
         Thread::Main => &[libc::SYS_fallocate, libc::SYS_unlink],
-        Thread::Vcpu => &[],
+        Thread::Vcpu | Thread::Watch => &[],
         Thread::Serial => &[libc::SYS_accept4],
         Thread::Control => &[
             libc::SYS_accept4,
@@ -85,6 +87,8 @@ fn more(thread: Thread) -> &'static [i64] {
             libc::SYS_getsockname,
             libc::SYS_getsockopt,
             libc::SYS_prctl,
+            libc::SYS_readlink,
+            libc::SYS_readlinkat,
             libc::SYS_rseq,
             libc::SYS_sched_getaffinity,
             libc::SYS_set_robust_list,
@@ -113,7 +117,7 @@ fn rules(thread: Thread) -> Result<BTreeMap<i64, Vec<SeccompRule>>> {
         SeccompRule::new(vec![SeccompCondition::new(argument, SeccompCmpArgLen::Dword, op, value)?])
     };
     // KVM's, and for the main thread a terminal's, by the second byte of the number.
-    let mut ioctls = vec![masked(1, 0xff00, 0xae00)?];
+    let mut ioctls = vec![masked(1, 0xff00, 0xae00)?, masked(1, u64::from(u32::MAX), libc::FIONBIO)?];
     if thread == Thread::Main {
         ioctls.push(masked(1, 0xff00, 0x5400)?);
     }

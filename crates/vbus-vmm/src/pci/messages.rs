@@ -33,12 +33,14 @@ impl Messages {
 
     /// Makes them these: none, when the guest has the kind disabled.
     pub(super) fn follow(&mut self, vectors: &[Vector], name: &str, call: Call<'_>) {
-        if vectors.len() != self.list.len() && !(self.failed && !vectors.is_empty()) {
-            if !self.list.is_empty() {
-                call(&mut |client| client.disable_irqs(self.index));
-                self.list.clear();
-            }
-            self.failed = !vectors.is_empty() && !self.make(vectors.len(), name, call);
+        if !self.list.is_empty() && self.list.len() != vectors.len() {
+            call(&mut |client| client.disable_irqs(self.index));
+            self.list.clear();
+        }
+        if vectors.is_empty() {
+            self.failed = false;
+        } else if self.list.is_empty() && !self.failed {
+            self.failed = !self.make(vectors.len(), name, call);
         }
         let changed = self.list.iter_mut().zip(vectors).filter(|((_, have), vector)| have != *vector);
         for ((message, have), vector) in changed {

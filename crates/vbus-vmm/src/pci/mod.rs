@@ -172,14 +172,20 @@ pub struct PciRoot {
 
 impl PciRoot {
     /// A host bridge with `ports` root ports (1 to [`PORTS_MAX`]) for a virtual machine with these routes and this memory. More than 8 ports share
-    /// pins for INTx.
+    /// pins for INTx. `filter`: system calls of its thread are filtered.
     ///
     /// # Errors
     /// No more threads or descriptors.
     ///
     /// # Panics
     /// With another number of ports.
-    pub fn new(routes: Arc<Routes>, ram: Vec<RamRegion>, ports: u8, backing: Backing) -> std::io::Result<Arc<PciRoot>> {
+    pub fn new(
+        routes: Arc<Routes>,
+        ram: Vec<RamRegion>,
+        ports: u8,
+        backing: Backing,
+        filter: bool,
+    ) -> anyhow::Result<Arc<PciRoot>> {
         assert!((1..=PORTS_MAX).contains(&ports), "{ports} root ports");
         let slots = (1..=ports).map(|number| Slot::new(number, routes.clone())).collect();
         let watcher = watch::Watcher::new()?;
@@ -191,7 +197,7 @@ impl PciRoot {
             plugging: Mutex::new(()),
             watcher,
         });
-        watch::start(&root)?;
+        watch::start(&root, filter)?;
         Ok(root)
     }
 
@@ -229,6 +235,7 @@ impl PciRoot {
 
     fn reserve(&self, name: &str) -> Result<&Slot, PlugError> {
         let _one = lock(&self.plugging);
+        self.slots.iter().for_each(Slot::wait_closed);
         if self.slots.iter().any(|slot| slot.name().as_deref() == Some(name)) {
             return Err(PlugError::Exists(name.to_owned()));
         }

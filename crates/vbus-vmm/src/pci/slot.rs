@@ -14,6 +14,8 @@ use crate::layout;
 const PATIENCE: Duration = Duration::from_secs(40);
 /// When the button is pressed again, if the guest has not shown that it saw it: it ignores the button while it brings the function in.
 const PRESS_AGAIN: Duration = Duration::from_secs(6);
+/// More than closing a function can take: an access of the guest to it may wait for the server until then.
+const CLOSING: Duration = Duration::from_secs(8);
 
 /// A root port.
 pub(super) struct Slot {
@@ -67,9 +69,7 @@ impl Inner {
             let passes = first >= window_first && last <= window_last && root.contains(&first) && root.contains(&last);
             passes.then_some((first, last))
         });
-        if place != self.place {
-            self.place = place;
-        }
+        self.place = place;
         if let Some(function) = self.function() {
             function.put(place.map(|(first, _)| first));
         }
@@ -158,6 +158,13 @@ impl Slot {
     pub(super) fn write_function(&self, function: &Function, offset: usize, data: &[u8]) {
         function.write_config(offset, data);
         lock(&self.inner).settle();
+    }
+
+    /// Waits until a function that has been taken out is closed.
+    pub(super) fn wait_closed(&self) {
+        let closing = |inner: &mut Inner| matches!(inner.occupant, Occupant::Closing(_));
+        let inner = lock(&self.inner);
+        drop(self.left.wait_timeout_while(inner, CLOSING, closing).unwrap_or_else(|e| e.into_inner()));
     }
 
     /// Reserves the slot for a function. `off`: only if the guest has the slot switched off, or does not look after it.

@@ -1,11 +1,14 @@
 //! Notices that a server has gone, so that the guest need not find out by an access.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Weak};
 
+use anyhow::{Context, Result};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
 use super::PciRoot;
+use crate::seccomp::{self, Thread};
 
 /// Wakes the watching thread.
 pub(super) struct Watcher(Arc<OwnedFd>);
@@ -21,10 +24,17 @@ impl Watcher {
     }
 }
 
-/// Starts the thread; it ends with the root.
-pub(super) fn start(root: &Arc<PciRoot>) -> std::io::Result<()> {
+/// Starts the thread, with a filter of system calls or without; it ends with the root.
+pub(super) fn start(root: &Arc<PciRoot>, filter: bool) -> Result<()> {
     let (wake, root) = (root.watcher.0.clone(), Arc::downgrade(root));
-    std::thread::Builder::new().name("pci-watch".into()).spawn(move || while watch(&root, &wake) {}).map(drop)
+    let (tell, told) = channel();
+    std::thread::Builder::new().name("pci-watch".into()).spawn(move || {
+        let ready = if filter { seccomp::apply(Thread::Watch) } else { Ok(()) };
+        let failed = ready.is_err();
+        let _ = tell.send(ready);
+        while !failed && watch(&root, &wake) {}
+    })?;
+    told.recv().context("the thread that watches devices has ended at once")?
 }
 
 /// Waits until something happens. False: the root is gone.

@@ -1,0 +1,211 @@
+//! A server of a vbus function whose device does nothing, and keeps what it was told.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+
+use rustix::event::{EventfdFlags, eventfd};
+use vbus_shm::abi::{bar0, reg};
+use vbus_vfio_user::{DeviceInfo, Errno, IoEventFd, IrqAction, IrqInfo, Mapping, RegionInfo, Server, Target};
+
+use super::super::facts;
+use super::super::lock;
+
+/// Doorbells, unless a test says otherwise.
+pub(super) const DOORBELLS: u32 = 4;
+
+pub(super) struct Device {
+    pub(super) info: DeviceInfo,
+    /// Sizes of the regions.
+    pub(super) regions: [u64; 9],
+    pub(super) irq_counts: [u32; 5],
+    pub(super) config: Vec<u8>,
+    pub(super) memory: Vec<u8>,
+    pub(super) io: Vec<IoEventFd>,
+    pub(super) clients: u32,
+    pub(super) resets: u32,
+    pub(super) command: u16,
+    pub(super) interrupt_status: bool,
+    pub(super) maps: Vec<Mapping>,
+    pub(super) irqs: BTreeMap<(u32, u32), OwnedFd>,
+    pub(super) unmask: Option<OwnedFd>,
+    /// Region, offset, bytes.
+    pub(super) writes: Vec<(u32, u64, Vec<u8>)>,
+    /// Doorbells that came as messages.
+    pub(super) rung: Vec<u64>,
+}
+
+pub(super) fn event() -> OwnedFd {
+    eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap()
+}
+
+pub(super) fn doorbell(fd: OwnedFd, number: u64) -> IoEventFd {
+    IoEventFd { fd, offset: bar0::DOORBELLS + 4 * number, size: 0, datamatch: None }
+}
+
+impl Device {
+    fn new() -> Device {
+        let mut memory = vec![0; 0x4000];
+        memory[..4].copy_from_slice(&reg::MAGIC_VALUE.to_le_bytes());
+        memory[0x50..0x54].copy_from_slice(&DOORBELLS.to_le_bytes());
+        Device {
+            info: DeviceInfo { resettable: true, regions: 9, irqs: 5 },
+            regions: [0x4000, 0, 0, 0, 0, 0, 0, 256, 0],
+            irq_counts: [1, 1, 8, 0, 0],
+            config: facts::tests::space().to_vec(),
+            memory,
+            io: (0..u64::from(DOORBELLS)).map(|number| doorbell(event(), number)).collect(),
+            clients: 0,
+            resets: 0,
+            command: 0,
+            interrupt_status: false,
+            maps: Vec::new(),
+            irqs: BTreeMap::new(),
+            unmask: None,
+            writes: Vec::new(),
+            rung: Vec::new(),
+        }
+    }
+}
+
+/// The device as its server has it.
+struct Served(Arc<Mutex<Device>>);
+
+impl Target for Served {
+    fn device_info(&self) -> DeviceInfo {
+        lock(&self.0).info
+    }
+
+    fn region_info(&self, region: u32) -> RegionInfo {
+        let size = lock(&self.0).regions[region as usize];
+        RegionInfo { size, readable: size > 0, writable: size > 0 }
+    }
+
+    fn irq_info(&self, index: u32) -> IrqInfo {
+        IrqInfo { count: lock(&self.0).irq_counts[index as usize], ..IrqInfo::default() }
+    }
+
+    fn read(&mut self, region: u32, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
+        let device = lock(&self.0);
+        let at = usize::try_from(offset).unwrap();
+        let from = if region == 7 { &device.config } else { &device.memory };
+        data.copy_from_slice(from.get(at..at + data.len()).ok_or(Errno::IO)?);
+        if region == 7 && at == 6 && device.interrupt_status {
+            data[0] |= 8;
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, region: u32, offset: u64, data: &[u8]) -> Result<(), Errno> {
+        let device = &mut *lock(&self.0);
+        device.writes.push((region, offset, data.to_vec()));
+        let at = usize::try_from(offset).unwrap();
+        match (region, at) {
+            (7, 4) => device.command = u16::from_le_bytes([data[0], data[1]]),
+            (0, 0x1000..0x2000) => device.rung.push((offset - 0x1000) / 4),
+            (0, _) => device.memory.get_mut(at..at + data.len()).ok_or(Errno::IO)?.copy_from_slice(data),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn set_irqs(&mut self, index: u32, action: IrqAction) -> Result<(), Errno> {
+        let device = &mut *lock(&self.0);
+        match action {
+            IrqAction::DisableAll => device.irqs.retain(|(i, _), _| *i != index),
+            IrqAction::Connect { start, eventfds } => {
+                let eventfds = (start..).zip(eventfds).filter_map(|(number, fd)| Some(((index, number), fd?)));
+                device.irqs.extend(eventfds);
+            }
+            IrqAction::ConnectUnmask { mut eventfds, .. } => device.unmask = eventfds.pop().flatten(),
+            other => panic!("{other:?} is not what this client does"),
+        }
+        Ok(())
+    }
+
+    fn dma_map(&mut self, mapping: Mapping) -> Result<(), Errno> {
+        lock(&self.0).maps.push(mapping);
+        Ok(())
+    }
+
+    fn dma_unmap(&mut self, _address: u64, _size: u64) {}
+
+    fn dma_unmap_all(&mut self) {}
+
+    fn reset(&mut self) -> Result<(), Errno> {
+        let device = &mut *lock(&self.0);
+        device.resets += 1;
+        device.command = 0;
+        Ok(())
+    }
+
+    fn io_eventfds(&mut self, region: u32) -> Vec<IoEventFd> {
+        let device = lock(&self.0);
+        let copy = |io: &IoEventFd| IoEventFd { fd: io.fd.try_clone().unwrap(), ..*io };
+        if region == 0 { device.io.iter().map(copy).collect() } else { Vec::new() }
+    }
+
+    fn connected(&mut self, _memory: vbus_vfio_user::RemoteMemory) {
+        lock(&self.0).clients += 1;
+    }
+
+    fn disconnected(&mut self) {
+        let device = &mut *lock(&self.0);
+        device.clients -= 1;
+        device.command = 0;
+        device.maps.clear();
+        device.irqs.clear();
+        device.unmask = None;
+    }
+}
+
+/// A server in a thread of its own. Dropped: it dies, as a crash would have it.
+pub(super) struct Fake {
+    pub(super) path: PathBuf,
+    _folder: tempfile::TempDir,
+    device: Arc<Mutex<Device>>,
+    stop: OwnedFd,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Fake {
+    pub(super) fn start() -> Fake {
+        Fake::with_device(|_| ())
+    }
+
+    pub(super) fn with_device(change: impl FnOnce(&mut Device)) -> Fake {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("fake.sock");
+        let mut device = Device::new();
+        change(&mut device);
+        let device = Arc::new(Mutex::new(device));
+        let stop = event();
+        let mut server = Server::bind(&path, "fake", Served(device.clone())).unwrap();
+        let stopped = stop.try_clone().unwrap();
+        let thread = std::thread::spawn(move || server.run(stopped.as_fd()).unwrap());
+        Fake { path, _folder: folder, device, stop, thread: Some(thread) }
+    }
+
+    pub(super) fn with<R>(&self, act: impl FnOnce(&mut Device) -> R) -> R {
+        act(&mut lock(&self.device))
+    }
+
+    /// Interrupts as the device would; false: not connected.
+    pub(super) fn interrupt(&self, index: u32, number: u32) -> bool {
+        self.with(|device| {
+            let fd = device.irqs.get(&(index, number));
+            fd.is_some_and(|fd| rustix::io::write(fd, &1u64.to_ne_bytes()).is_ok())
+        })
+    }
+}
+
+impl Drop for Fake {
+    fn drop(&mut self) {
+        rustix::io::write(&self.stop, &1u64.to_ne_bytes()).unwrap();
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap();
+        }
+    }
+}

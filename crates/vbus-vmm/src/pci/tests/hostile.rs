@@ -1,0 +1,152 @@
+//! Servers that lie, keep silent, or flood: a clear error when they are plugged, and nothing worse later.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixListener;
+use std::time::Instant;
+
+use vbus_vfio_user::IoEventFd;
+
+use super::super::PlugError;
+use super::fake::{DOORBELLS, Device, Fake, doorbell, event};
+use super::guest::Guest;
+use super::{PATIENCE, until};
+
+fn error(guest: &Guest, change: impl FnOnce(&mut Device)) -> String {
+    let fake = Fake::with_device(change);
+    let error = guest.root.plug("liar", &fake.path).unwrap_err();
+    assert!(guest.root.list().is_empty());
+    assert_eq!(guest.config32(1, 0), u32::MAX, "{error}");
+    error.to_string()
+}
+
+type Change = Box<dyn FnOnce(&mut Device)>;
+
+#[test]
+fn lies_are_told_apart() {
+    let Some(guest) = Guest::new(1) else { return };
+    let cases: Vec<(&str, Change)> = vec![
+        ("9 regions and 2 kinds of interrupt", Box::new(|d| d.info.irqs = 2)),
+        ("7 regions", Box::new(|d| d.info.regions = 7)),
+        ("cannot be reset", Box::new(|d| d.info.resettable = false)),
+        ("region 2 of 0x1000 bytes", Box::new(|d| d.regions[2] = 0x1000)),
+        ("configuration space of 0x40 bytes", Box::new(|d| d.regions[7] = 0x40)),
+        ("BAR0 of 0x5000 bytes", Box::new(|d| d.regions[0] = 0x5000)),
+        ("BAR0 of 0x10000000000 bytes", Box::new(|d| d.regions[0] = 1 << 40)),
+        ("not a vbus device: it is ffff:ffff", Box::new(|d| d.config.fill(0xff))),
+        ("without an end", Box::new(|d| d.config[0x91] = 0x70)),
+        ("8 MSI-X vectors, 1 interrupts", Box::new(|d| d.irq_counts[2] = 1)),
+        ("registers that begin with 0x0", Box::new(|d| d.memory[..4].fill(0))),
+        ("4294967295 doorbells", Box::new(|d| d.memory[0x50..0x54].fill(0xff))),
+        (
+            "1024 doorbells from 0x2c00",
+            Box::new(|d| {
+                d.memory[0x50..0x54].copy_from_slice(&1024u32.to_le_bytes());
+                d.config[0x4d] = 0x2c;
+            }),
+        ),
+        ("doorbell 2 is no eventfd", Box::new(|d| d.io[2].fd = std::fs::File::open("/dev/null").unwrap().into())),
+        ("eventfd for 0x800 of BAR0", Box::new(|d| d.io[1].offset = 0x800)),
+        ("eventfd for 0x1002 of BAR0", Box::new(|d| d.io[1].offset = 0x1002)),
+        ("eventfd for 0x1010 of BAR0", Box::new(|d| d.io.push(doorbell(event(), u64::from(DOORBELLS))))),
+        ("eventfd for 0xffffffffffffffff", Box::new(|d| d.io[0].offset = u64::MAX)),
+        ("eventfd for 0x1000", Box::new(|d| d.io[0].datamatch = Some(1))),
+        ("doorbell 1 twice", Box::new(|d| d.io[2].offset = 0x1004)),
+        (
+            "eventfd for",
+            Box::new(|d| {
+                d.io = (0..200).map(|n| doorbell(event(), n)).collect();
+            }),
+        ),
+    ];
+    for (message, change) in cases {
+        let error = error(&guest, change);
+        assert!(error.contains(message), "{error:?} for {message:?}");
+        assert!(error.starts_with('/') || message.contains("twice"), "{error:?} names the socket");
+    }
+}
+
+#[test]
+fn fewer_doorbells_than_regions_are_fine() {
+    let Some(guest) = Guest::new(1) else { return };
+    let fake = Fake::with_device(|d| d.io = vec![IoEventFd { size: 4, ..doorbell(event(), 3) }]);
+    guest.root.plug("fake0", &fake.path).unwrap();
+    guest.pio.write(0xc001, &[0]);
+    guest.set_command(1, 6);
+    guest.memory32(u64::from(guest.config32(1, 0x10)));
+    assert_eq!(fake.with(|device| device.rung.clone()), [1]);
+}
+
+/// A server that does `act` with its first client.
+fn raw(act: impl FnOnce(std::os::unix::net::UnixStream) + Send + 'static) -> (tempfile::TempDir, std::path::PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("raw.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    std::thread::spawn(move || act(listener.accept().unwrap().0));
+    (folder, path)
+}
+
+#[test]
+fn silence_nonsense_and_floods_end_in_time() {
+    let Some(guest) = Guest::new(8) else { return };
+    let silent = raw(|mut stream| while stream.read(&mut [0; 64]).is_ok_and(|n| n > 0) {});
+    let nonsense = raw(|mut stream| {
+        let _ = stream.write_all(&[0xff; 64]);
+        while stream.read(&mut [0; 64]).is_ok_and(|n| n > 0) {}
+    });
+    let closed = raw(drop);
+    // A byte of an answer each second; and requests without end.
+    let dribbling = raw(|mut stream| {
+        while stream.write_all(&[16]).is_ok() {
+            std::thread::sleep(std::time::Duration::from_secs(1));
+        }
+    });
+    let flooding = raw(|mut stream| {
+        let _ = stream.read(&mut [0; 4096]);
+        // DMA_READ, not to be answered, of nothing.
+        let mut message = [0; 32];
+        message[2] = 11;
+        message[4] = 32;
+        message[8] = 0x10;
+        while stream.write_all(&message).is_ok() {}
+    });
+    let missing = (tempfile::tempdir().unwrap(), "/nowhere/there.sock".into());
+    let servers = [
+        (silent, "no reply to VERSION"),
+        (nonsense, "type"),
+        (closed, "closed"),
+        (dribbling, "VERSION"),
+        (flooding, "no reply to VERSION"),
+        (missing, "connecting to /nowhere/there.sock"),
+    ];
+    let begun = Instant::now();
+    std::thread::scope(|scope| {
+        for (index, ((_folder, path), message)) in servers.iter().enumerate() {
+            let root = &guest.root;
+            scope.spawn(move || {
+                let error = root.plug(&format!("raw{index}"), path).unwrap_err();
+                assert!(error.to_string().contains(message), "{error} for {message}");
+                assert!(matches!(error, PlugError::Server { .. }));
+            });
+        }
+    });
+    assert!(begun.elapsed() < PATIENCE, "{:?}", begun.elapsed());
+    assert!(guest.root.list().is_empty());
+}
+
+#[test]
+fn a_device_that_stops_answering_is_dropped() {
+    let Some(guest) = Guest::new(1) else { return };
+    let fake = Fake::start();
+    guest.root.plug("fake0", &fake.path).unwrap();
+    guest.set_command(1, 6);
+    let bar = u64::from(guest.config32(1, 0x10));
+    let begun = Instant::now();
+    // The server's thread hangs as long as this is held.
+    fake.with(|_| {
+        assert_eq!(guest.memory32(bar), u32::MAX);
+        assert_eq!(guest.memory32(bar), u32::MAX, "at once, the second time");
+        assert!(begun.elapsed() < PATIENCE);
+        until("the slot is empty", || guest.root.list().is_empty());
+    });
+    assert_eq!(guest.config32(1, 0), u32::MAX);
+}
