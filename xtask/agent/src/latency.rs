@@ -14,31 +14,26 @@ use crate::stream::number;
 ///
 /// Each time is reckoned from the one before, so that a late one does not make those after it early.
 pub fn latency(period: &str, count: &str) -> io::Result<()> {
-    let (period, count) = (Duration::from_micros(number(period)?), number(count)?);
+    let (period, count) = (Duration::from_micros(number(period)?.max(1)), number(count)?);
     let mut late = Vec::new();
-    let mut next = Instant::now();
+    let mut due = Instant::now();
     for _ in 0..count {
-        next += period;
-        sleep(next.saturating_duration_since(Instant::now()));
-        let now = Instant::now();
-        late.push(now.saturating_duration_since(next));
-        // So late that the next ones are over too: they were not slept through, and do not count.
-        while next + period < now {
-            next += period;
+        due += period;
+        sleep(due.saturating_duration_since(Instant::now()));
+        late.push(due.elapsed());
+        // Those that are over meanwhile were not slept through, and do not count.
+        while due + period < Instant::now() {
+            due += period;
         }
     }
     late.sort();
-    let at = |percent: usize| {
-        late.get((late.len() * percent / 100).min(late.len().saturating_sub(1))).map_or(0, Duration::as_micros)
-    };
+    let last = late.len().saturating_sub(1);
+    let at = |percent: usize| late.get((late.len() * percent / 100).min(last)).map_or(0, Duration::as_micros);
     let mean = late.iter().sum::<Duration>().as_micros() / late.len().max(1) as u128;
+    let (median, p90, p99, max) = (at(50), at(90), at(99), at(100));
     println!(
-        "{{\"count\": {}, \"mean\": {mean}, \"median\": {}, \"p90\": {}, \"p99\": {}, \"max\": {}}}",
-        late.len(),
-        at(50),
-        at(90),
-        at(99),
-        at(100)
+        "{{\"count\": {}, \"mean\": {mean}, \"median\": {median}, \"p90\": {p90}, \"p99\": {p99}, \"max\": {max}}}",
+        late.len()
     );
     Ok(())
 }

@@ -3,8 +3,7 @@
 //! - `guest-agent serve PORT` runs commands for the host, over a serial port or a UNIX socket;
 //! - `guest-agent join SOCKET` joins a socket to its standard input and output: a way to the port of a guest inside the guest;
 //! - `guest-agent send|receive` moves a stream over TCP and prints its hash on either end;
-//! - `guest-agent latency PERIOD COUNT` measures how late it wakes by itself, `guest-agent tick | guest-agent late` by another;
-//! - `guest-agent spin` is a task for it to compete with;
+//! - `guest-agent latency PERIOD COUNT` measures how late it wakes, `guest-agent spin` is a task for it to compete with;
 //! - `guest-agent fifo PRIORITY COMMAND` runs a command as a real-time task;
 //! - `guest-agent scribble` writes at random over what a driver shares with its device.
 
@@ -25,14 +24,12 @@ fn main() -> ExitCode {
         ["send", address, bytes, seed] => stream::send(address, bytes, seed),
         ["receive", address] => stream::receive(address),
         ["latency", period, count] => latency::latency(period, count),
-        ["tick", period, count] => latency::tick(period, count),
-        ["late"] => latency::late(),
         ["spin"] => latency::spin(),
         ["fifo", priority, ref command @ ..] => latency::fifo(priority, command),
         ["scribble", pid, count, seed, what] => scribble::scribble(pid, count, seed, what == "all"),
         _ => {
             eprintln!(
-                "usage: guest-agent serve PORT | join SOCKET | send ADDRESS:PORT BYTES SEED | receive ADDRESS:PORT | latency MICROSECONDS COUNT | tick MICROSECONDS COUNT | late | spin | fifo PRIORITY COMMAND | scribble PID COUNT SEED all|memory"
+                "usage: guest-agent serve PORT | join SOCKET | send ADDRESS:PORT BYTES SEED | receive ADDRESS:PORT | latency MICROSECONDS COUNT | spin | fifo PRIORITY COMMAND | scribble PID COUNT SEED all|memory"
             );
             return ExitCode::from(2);
         }

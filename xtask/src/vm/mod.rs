@@ -8,6 +8,7 @@ mod hostile;
 mod idle;
 mod pair;
 mod plug;
+mod sched;
 mod state;
 mod traffic;
 
@@ -51,6 +52,12 @@ pub const SCENARIOS: &[Scenario] = &[
         "flat",
         "a guest without an operating system: MSI and MSI-X, frames and state pages",
         flat::drives_devices,
+    ),
+    scenario("sched", "virtual CPUs' threads follow a guest's real-time tasks, and are given back", sched::follows),
+    scenario(
+        "sched_latency",
+        "how late a guest's real-time task wakes under load, with and without sched",
+        sched::latency,
     ),
     scenario("share_off", "memory that is not shared is found out", hostile::share_off),
 ];

@@ -1,0 +1,256 @@
+//! A guest's real-time tasks, and the threads of its virtual CPUs on the host.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::thread::{CpuSet, Pid};
+use serde_json::{Value, json};
+
+use super::pair::device;
+use crate::bus::Bus;
+use crate::guest::Running;
+use crate::lab::Scene;
+use crate::machine::{Machine, Vm};
+use crate::nic;
+use crate::process::Process;
+use crate::report::Skip;
+
+const LIMIT: Duration = Duration::from_secs(60);
+/// The highest priority that the bus gives.
+const HIGHEST: u32 = 30;
+/// How long a real-time class lasts that nobody renews.
+const BOOST: Duration = Duration::from_millis(600);
+
+/// A thread's class, as Linux numbers it, its real-time priority and its nice value.
+type Class = (u32, u32, i32);
+const OWN: Class = (0, 0, 0);
+const fn fifo(priority: u32) -> Class {
+    (1, priority, 0)
+}
+
+/// A guest with two virtual CPUs, whose threads the bus learns from QEMU.
+struct Stage {
+    bus: Bus,
+    vm: Vm,
+    threads: Vec<u64>,
+}
+
+impl Stage {
+    fn set(scene: &Scene) -> Result<Stage> {
+        let qmp = scene.dir().join("a.qmp");
+        let boost = BOOST.as_millis();
+        let settings = format!("qmp = \"{}\"\npriority-max = {HIGHEST}\nboost-ms = {boost}", qmp.display());
+        let bus = Bus::start(scene, &device("cpus", "sched", &settings))?;
+        let shown: Value = serde_json::from_str(&bus.run(&["device", "show", "cpus", "--json"])?)?;
+        if shown["device"]["privileged"] != true {
+            return Err(Skip("setting the class of QEMU's threads needs CAP_SYS_NICE".into()).into());
+        }
+        let mut machine = Machine::new("a").device(bus.socket("cpus"));
+        machine.cpus = 2;
+        let mut vm = machine.boot(scene)?;
+        ensure!(vm.qmp_socket() == qmp, "QEMU listens at {}", vm.qmp_socket().display());
+        nic::prepare(&vm.guest)?;
+        let cpus = vm.control.execute("query-cpus-fast", json!({}))?;
+        let threads: Vec<_> =
+            cpus.as_array().into_iter().flatten().filter_map(|cpu| cpu["thread-id"].as_u64()).collect();
+        ensure!(threads.len() == 2, "QEMU tells of the threads {cpus}");
+        Ok(Stage { bus, vm, threads })
+    }
+
+    /// What the thread of virtual CPU `cpu` is.
+    fn class(&self, cpu: usize) -> Result<Class> {
+        let path = format!("/proc/{}/task/{}/stat", self.vm.process.id(), self.threads[cpu]);
+        let stat = fs::read_to_string(Path::new(&path)).with_context(|| format!("no {path}"))?;
+        // Behind the name; the first field there is the third of all.
+        let fields: Vec<&str> = stat.rsplit(") ").next().unwrap_or("").split_whitespace().collect();
+        let field = |number: usize| fields.get(number - 3).copied().unwrap_or("");
+        Ok((field(41).parse()?, field(40).parse()?, field(19).parse()?))
+    }
+
+    /// Waits until the threads are of these classes.
+    fn wait(&self, what: &str, classes: [Class; 2]) -> Result<Duration> {
+        let began = Instant::now();
+        loop {
+            let now = [self.class(0)?, self.class(1)?];
+            if now == classes {
+                return Ok(began.elapsed());
+            }
+            if began.elapsed() > LIMIT {
+                let report = self.bus.run(&["device", "show", "cpus"]).unwrap_or_default();
+                bail!("{what}: the threads are {now:?}, not {classes:?}\n{report}");
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// A task of the guest that sleeps on CPU `cpu`, of the class FIFO.
+    fn task(&self, cpu: usize, priority: u32) -> Result<(Running, String)> {
+        let mask = 1 << cpu;
+        let command = format!("echo $$; exec guest-agent fifo {priority} taskset {mask:x} sleep 1000");
+        let task = self.vm.guest.start(&command)?;
+        task.wait_for("\n", LIMIT)?;
+        let pid = task.said().0.trim().to_owned();
+        // It has moved to its CPU once it is what it shall be.
+        self.vm.guest.ok(&format!("until grep -q '(sleep)' /proc/{pid}/stat; do sleep 0.05; done"))?;
+        Ok((task, pid))
+    }
+}
+
+/// The threads follow the guest's tasks, within the policy, and get their own class back however it ends.
+pub fn follows(scene: &Scene) -> Result<()> {
+    let mut stage = Stage::set(scene)?;
+    let guest = stage.vm.guest.clone();
+    stage.wait("at first", [OWN, OWN])?;
+
+    // A task that is named, asleep though it is; on another CPU; and its end.
+    let (task, pid) = stage.task(1, 20)?;
+    let driver = guest.start(&format!("exec vbus guest sched --pid {pid}"))?;
+    stage.wait("a task of priority 20 on CPU 1", [OWN, fifo(20)])?;
+    std::thread::sleep(BOOST * 2);
+    ensure!(stage.class(1)? == fifo(20), "it is not kept up: {:?}", stage.class(1)?);
+    let shown: Value = serde_json::from_str(&guest.ok("vbus guest sched show --json")?)?;
+    let cpu = &shown["cpus"][1];
+    ensure!(
+        cpu["class"] == "fifo" && cpu["priority"] == 20 && cpu["outcome"] == "granted",
+        "the guest is told {shown}"
+    );
+    guest.ok(&format!("taskset -p 1 {pid}"))?;
+    task.kill()?;
+    driver.ok(LIMIT).context("the end of the task is not the driver's")?;
+    stage.wait("the task has ended", [OWN, OWN])?;
+
+    // The most urgent of those that sleep, no higher than the bus allows; a driver that is killed is not renewed.
+    let tasks = [stage.task(0, 5)?, stage.task(1, 7)?, stage.task(1, 80)?];
+    let driver = guest.start("exec vbus guest sched --sleeping")?;
+    stage.wait("three tasks", [fifo(5), fifo(HIGHEST)])?;
+    tasks[2].0.kill()?;
+    stage.wait("the most urgent has ended", [fifo(5), fifo(7)])?;
+    driver.kill()?;
+    let code = driver.wait(LIMIT)?.code;
+    ensure!(code == 128 + 9, "the driver ended with {code}");
+    let took = stage.wait("the driver was killed", [OWN, OWN])?;
+    eprintln!(
+        "after kill -9 of the driver in the guest the threads had their own class within {} ms",
+        took.as_millis()
+    );
+    for (task, _) in &tasks {
+        task.kill()?;
+    }
+
+    // One that runs is seen without --sleeping too.
+    let driver = guest.start("exec vbus guest sched")?;
+    let busy = guest.start("exec guest-agent fifo 9 taskset 2 guest-agent spin")?;
+    stage.wait("a busy task on CPU 1", [OWN, fifo(9)])?;
+    busy.kill()?;
+    stage.wait("it has ended", [OWN, OWN])?;
+    let busy = guest.start("exec guest-agent fifo 9 taskset 2 guest-agent spin")?;
+    stage.wait("another one", [OWN, fifo(9)])?;
+
+    // The device goes while it has an effect.
+    stage.vm.unplug("dev0")?;
+    ensure!([stage.class(0)?, stage.class(1)?] == [OWN, OWN], "unplugging leaves {:?}", stage.class(1)?);
+    busy.kill()?;
+    let ended = driver.wait(LIMIT)?;
+    ensure!(ended.code == 1, "the driver of a device that went ended with {}: {}", ended.code, ended.stderr);
+
+    // A guest that is reset, and then the bus, which ends in good order.
+    let socket = stage.bus.socket("cpus");
+    stage.vm.plug("again", 1, &socket)?;
+    guest.ok("until vbus guest list | grep -q cpus; do sleep 0.05; done")?;
+    stage.task(0, 6)?;
+    guest.start("exec vbus guest sched --sleeping")?;
+    stage.wait("the device is back", [fifo(6), OWN])?;
+    stage.vm.reset()?;
+    stage.wait("the guest was reset", [OWN, OWN])?;
+    stage.vm.wait_boot(2)?;
+    nic::prepare(&stage.vm.guest)?;
+    stage.task(0, 6)?;
+    guest.start("exec vbus guest sched --sleeping")?;
+    stage.wait("the guest is back", [fifo(6), OWN])?;
+    let status = stage.bus.process.terminate(LIMIT)?;
+    ensure!(status.success(), "the bus ended with {status}");
+    ensure!([stage.class(0)?, stage.class(1)?] == [OWN, OWN], "the end of the bus leaves {:?}", stage.class(0)?);
+    Ok(())
+}
+
+/// Tasks of the host that compete with the virtual CPU for its processor.
+const RIVALS: usize = 2;
+/// Of the guest's real-time task: how often it wakes, and how many times.
+const PERIOD_US: u32 = 10_000;
+const TIMES: u32 = 250;
+const ROUNDS: usize = 3;
+/// How much sooner it must wake: the median (measured 15 to 40 times), and the mean (6 to 9 times), in which stand the 50 ms of each second
+/// that Linux keeps from real-time tasks.
+const LEAST_MEDIAN: f64 = 4.0;
+const LEAST_MEAN: f64 = 1.5;
+
+/// Where a virtual CPU shares its processor with tasks of the host, a real-time task of the guest wakes the sooner for `sched`.
+///
+/// The guest is busy with an ordinary task as well, as the host is; QEMU's other threads, which the timers of an emulated guest depend on, have
+/// the host's other processors.
+pub fn latency(scene: &Scene) -> Result<()> {
+    let stage = Stage::set(scene)?;
+    let guest = stage.vm.guest.clone();
+    let allowed = rustix::thread::sched_getaffinity(None)?;
+    let processors: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|cpu| allowed.is_set(*cpu)).collect();
+    let [shared, others @ ..] = &processors[..] else { bail!("no processor") };
+    if others.is_empty() {
+        return Err(Skip("QEMU's other threads need a processor of their own".into()).into());
+    }
+    for entry in fs::read_dir(format!("/proc/{}/task", stage.vm.process.id()))? {
+        let thread: u64 = entry?.file_name().to_string_lossy().parse()?;
+        pin(thread, if thread == stage.threads[1] { std::slice::from_ref(shared) } else { others })?;
+    }
+    let mut rivals = Vec::new();
+    for _ in 0..RIVALS {
+        let mut command = Command::new(scene.lab.agent());
+        command.arg("spin");
+        let rival = Process::start(command, "a rival", &scene.dir().join("rivals.log"))?;
+        pin(rival.id().into(), std::slice::from_ref(shared))?;
+        rivals.push(rival);
+    }
+    let _busy = guest.start("exec taskset 2 guest-agent spin")?;
+
+    let measure = || -> Result<(f64, f64)> {
+        let command = format!("exec guest-agent fifo 50 taskset 2 guest-agent latency {PERIOD_US} {TIMES}");
+        let figures: Value = serde_json::from_str(&guest.start(&command)?.ok(LIMIT * 5)?)?;
+        let figure = |key: &str| figures[key].as_f64().with_context(|| format!("no {key} in {figures}"));
+        Ok((figure("median")?, figure("mean")?))
+    };
+    // By turns, so that whatever else runs on this machine hits both.
+    let mut ratios = Vec::new();
+    for _ in 0..ROUNDS {
+        let without = measure()?;
+        let driver = guest.start("exec vbus guest sched --sleeping")?;
+        let with = measure()?;
+        driver.kill()?;
+        driver.wait(LIMIT)?;
+        stage.wait("the driver has gone", [OWN, OWN])?;
+        let ratio = (without.0 / with.0.max(1.0), without.1 / with.1.max(1.0));
+        eprintln!(
+            "wakes late by, in us: median {:.0} without sched, {:.0} with ({:.1}); mean {:.0} and {:.0} ({:.1})",
+            without.0, with.0, ratio.0, without.1, with.1, ratio.1
+        );
+        ratios.push(ratio);
+    }
+    let middle = |mut values: Vec<f64>| {
+        values.sort_by(f64::total_cmp);
+        values[values.len() / 2]
+    };
+    let median = middle(ratios.iter().map(|ratio| ratio.0).collect());
+    let mean = middle(ratios.iter().map(|ratio| ratio.1).collect());
+    eprintln!("latency without sched against with: median {median:.1}, mean {mean:.1}");
+    ensure!(median >= LEAST_MEDIAN, "the median is {median:.1} times as good with sched, less than {LEAST_MEDIAN}");
+    ensure!(mean >= LEAST_MEAN, "the mean is {mean:.1} times as good with sched, less than {LEAST_MEAN}");
+    Ok(())
+}
+
+/// Lets a thread run on these processors only.
+fn pin(thread: u64, processors: &[usize]) -> Result<()> {
+    let mut set = CpuSet::new();
+    processors.iter().for_each(|cpu| set.set(*cpu));
+    rustix::thread::sched_setaffinity(Pid::from_raw(i32::try_from(thread)?), &set).context("cannot pin a thread")
+}
