@@ -4,6 +4,7 @@
 //! QEMU emulates. Either way the scenarios see the same: a shell as root with our programs on its PATH, `/dev/kvm`, and in
 //! `$L2` the kernel and root file system for guests. That Linux is called L1, and the guests in it L2.
 
+mod devices;
 mod inner;
 mod linux;
 mod net;
@@ -72,6 +73,10 @@ pub struct Scenario {
 pub const SCENARIOS: &[Scenario] = &[
     scenario("harness", "QEMU boots a guest on the rig's KVM: the test of the tests", linux::harness),
     scenario("boot", "Linux boots in vbus-vmm, with 1 and 2 CPUs, full and split irqchip", linux::boot),
+    scenario("traffic", "TCP both ways with 2 CPUs, interrupts that move, reboot", devices::traffic),
+    scenario("plug_cycles", "20 times plug, use and unplug beside traffic on another NIC", devices::plug_cycles),
+    scenario("deaths", "the bus dies under a guest and comes back; the VMM dies", devices::deaths),
+    scenario("storm", "a guest that rings without end, beside the traffic of another", devices::storm),
     scenario(
         "against_virtio",
         "exits and interrupts of the same traffic, beside QEMU's virtio-net",
