@@ -6,11 +6,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
+fn device(name: &str, class: &str, settings: &str) -> String {
+    format!("[[device]]\nname = \"{name}\"\nclass = \"{class}\"\n{settings}\n")
+}
+
 /// The devices that its tests look for, as a bus's configuration. `more` are lines for all of them.
 pub fn devices(more: &str) -> String {
-    let device = |name: &str, class: &str, settings: &str| {
-        format!("[[device]]\nname = \"{name}\"\nclass = \"{class}\"\n{settings}\n{more}\n")
-    };
+    let device = |name: &str, class: &str, settings: &str| device(name, class, &format!("{settings}\n{more}"));
     let pages = r#"pages = [{ name = "setpoint", bytes = 64, owner = "device", initial = "value-0" },
         { name = "heartbeat", bytes = 64, owner = "driver" }]"#;
     [
@@ -23,8 +25,19 @@ pub fn devices(more: &str) -> String {
     .concat()
 }
 
-/// Names of [`devices`].
-pub const DEVICES: [&str; 5] = ["net-a", "net-b", "pic", "source", "values"];
+/// A NIC that sends and so many that receive, whose interrupts can be routed.
+pub fn with_receivers(receivers: u32) -> String {
+    let routed = "backend = \"switch\"\npic = \"pic\"";
+    let mut config = device("sender", "venet", "backend = \"switch\"") + &device("pic", "pic", "");
+    (0..receivers).for_each(|n| config.push_str(&device(&format!("net{n}"), "venet", routed)));
+    config
+}
+
+/// The names of the devices of a configuration that was made here, in its order.
+pub fn device_names(config: &str) -> Vec<&str> {
+    // The pages of a state device have their names within a line.
+    config.lines().filter_map(|line| line.strip_prefix("name = \"").and_then(|rest| rest.strip_suffix('"'))).collect()
+}
 
 /// The objects of a report.
 #[derive(Default)]

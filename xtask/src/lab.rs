@@ -161,6 +161,11 @@ impl Lab {
         &self.agent
     }
 
+    /// The guest without an operating system, built now.
+    pub fn flat(&self) -> Result<PathBuf> {
+        workspace::build_flat(self.options.as_built)
+    }
+
     /// The program `vbus-vmm`.
     pub fn vmm(&self) -> &Path {
         &self.vmm

@@ -74,6 +74,7 @@ pub fn build_flat(as_built: bool) -> Result<PathBuf> {
             .arg(&dir)
             .env_remove("RUSTFLAGS")
             .env_remove("CARGO_ENCODED_RUSTFLAGS")
+            .env("CARGO_PROFILE_RELEASE_STRIP", "debuginfo")
             .status()
             .context("cannot run cargo")?;
         ensure!(status.success(), "guests/flat does not build");

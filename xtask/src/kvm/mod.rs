@@ -5,6 +5,7 @@
 //! `$L2` the kernel and root file system for guests. That Linux is called L1, and the guests in it L2.
 
 mod devices;
+mod flat;
 mod inner;
 mod linux;
 mod net;
@@ -72,6 +73,8 @@ pub struct Scenario {
 /// All of them, the quick and basic ones first.
 pub const SCENARIOS: &[Scenario] = &[
     scenario("harness", "QEMU boots a guest on the rig's KVM: the test of the tests", linux::harness),
+    scenario("doorbells", "one exit for a ring of each kind, and none to user space", flat::doorbells),
+    scenario("interrupts", "exits of an interrupt, by how it ends and with pic", flat::interrupts),
     scenario("boot", "Linux boots in vbus-vmm, with 1 and 2 CPUs, full and split irqchip", linux::boot),
     scenario("traffic", "TCP both ways with 2 CPUs, interrupts that move, reboot", devices::traffic),
     scenario("plug_cycles", "20 times plug, use and unplug beside traffic on another NIC", devices::plug_cycles),

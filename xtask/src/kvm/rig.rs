@@ -86,7 +86,7 @@ impl<'a> Rig<'a> {
         }
     }
 
-    /// The folder in L1 with the kernel and the root file system of its guests.
+    /// The folder in L1 with the kernel and the root file system of its guests, and the guest without an operating system.
     pub fn l2_dir(&self) -> String {
         match self.place {
             Place::Machine(_) => "/l2".into(),
@@ -149,6 +149,7 @@ fn machine(scene: &Scene, clock: Clock, files: &[File]) -> Result<Machine> {
     archive.file("bin/vbus-vmm", 0o755, &read(lab.vmm())?)?;
     archive.file("l2/kernel", 0o644, &read(lab.kernel())?)?;
     archive.file("l2/initramfs", 0o644, &read(lab.initramfs())?)?;
+    archive.file("l2/flat", 0o644, &read(&lab.flat()?)?)?;
     for file in files {
         archive.file(&file.target, 0o755, &read(&file.source)?)?;
     }
@@ -217,6 +218,7 @@ fn start_on_host(scene: &Scene, files: &[File]) -> Result<(Guest, Process)> {
     fs::set_permissions(bin.join("qemu-system-x86_64"), fs::Permissions::from_mode(0o755))?;
     link(lab.kernel(), l2.join("kernel"))?;
     link(lab.initramfs(), l2.join("initramfs"))?;
+    link(&lab.flat()?, l2.join("flat"))?;
     for file in files {
         let name = file.target.strip_prefix("root/").with_context(|| format!("/{} is the host's", file.target))?;
         let target = root.join(name);

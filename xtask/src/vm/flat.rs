@@ -5,11 +5,10 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 
 use crate::bus::Bus;
-use crate::flat::{DEVICES, Report, devices};
+use crate::flat::{Report, device_names, devices};
 use crate::lab::{Accel, Scene};
 use crate::machine::vfio_user;
 use crate::process::Process;
-use crate::workspace;
 
 /// It boots in a second, and its tests take two.
 const LIMIT: Duration = Duration::from_secs(90);
@@ -18,9 +17,10 @@ const UPDATES: u64 = 5;
 
 /// The guest finds its devices, exchanges frames and values, and powers off: once with MSI and x2APIC, once with MSI-X and xAPIC.
 pub fn drives_devices(scene: &Scene) -> Result<()> {
-    let image = workspace::build_flat(false)?;
+    let image = scene.lab.flat()?;
     for (settings, processor) in [("", "max"), ("msix = true", "max,-x2apic")] {
-        let bus = Bus::start(scene, &devices(settings))?;
+        let config = devices(settings);
+        let (bus, names) = (Bus::start(scene, &config)?, device_names(&config));
         let mut command = scene.lab.qemu();
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
         command.args(["-M", "q35,memory-backend=ram,vmport=off,hpet=off", "-m", "128M"]);
@@ -31,7 +31,7 @@ pub fn drives_devices(scene: &Scene) -> Result<()> {
         };
         command.arg("-kernel").arg(&image).arg("-append");
         command.arg(format!("test=list,state,venet,interrupts count={FRAMES} updates={UPDATES}"));
-        for (slot, name) in DEVICES.iter().enumerate() {
+        for (slot, name) in names.iter().enumerate() {
             command.args(["-device", &format!("pcie-root-port,id=slot{slot},slot={slot},chassis={slot},io-reserve=0")]);
             command.arg("-device").arg(vfio_user(name, &format!("slot{slot}"), &bus.socket(name)).to_string());
         }
@@ -46,7 +46,7 @@ pub fn drives_devices(scene: &Scene) -> Result<()> {
         let status = qemu.wait(LIMIT)?;
         ensure!(status.success(), qemu.complaint(&format!("ended badly ({status})")));
 
-        ensure!(report.of("list").count() == DEVICES.len(), "not all devices were found:\n{report}");
+        ensure!(report.of("list").count() == names.len(), "not all devices were found:\n{report}");
         for n in 0..=UPDATES {
             report.find("state", "value", &format!("value-{n}"))?;
         }
