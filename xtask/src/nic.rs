@@ -96,7 +96,7 @@ pub fn transfer(
 }
 
 /// Waits until something listens on a TCP port of the guest.
-fn wait_port(guest: &Guest, port: u16) -> Result<()> {
+pub fn wait_port(guest: &Guest, port: u16) -> Result<()> {
     // State 0A is LISTEN; the port stands in hexadecimal behind the address.
     let listens = format!("cat /proc/net/tcp /proc/net/tcp6 | grep -q ':{port:04X} [0:]* 0A'");
     guest.ok(&format!("until {listens}; do sleep 0.05; done")).map(drop)

@@ -27,7 +27,7 @@ pub fn join(path: &str) -> io::Result<()> {
     let output = File::from(io::stdout().as_fd().try_clone_to_owned()?);
     thread::spawn(move || {
         let _ = pass(input, &writer);
-        let _ = writer.shutdown(Shutdown::Both);
+        let _ = writer.shutdown(Shutdown::Write);
     });
     pass(&socket, output)
 }

@@ -149,6 +149,12 @@ impl Inner<'_> {
         format!("{}/{}.control", self.rig.run_dir(), self.name)
     }
 
+    /// Kills the VMM at once (SIGKILL).
+    pub fn kill(self) -> Result<()> {
+        self.vmm.kill()?;
+        self.vmm.wait(KILL).map(drop)
+    }
+
     /// Powers the guest off from inside; its VMM has to end well.
     pub fn power_off(self) -> Result<()> {
         self.guest.start("poweroff -f")?;

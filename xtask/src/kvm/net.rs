@@ -12,21 +12,26 @@ use crate::guest::Guest;
 use crate::nic::{self, Nic};
 use crate::vm::device;
 
-/// The address of L1 on the wire, and of L2.
-const OUTER: &str = "10.0.0.254";
-const INNER: &str = "10.0.0.1";
+/// The address of L1 on the wire.
+pub const OUTER: &str = "10.0.0.254";
+/// The address of L2.
+pub const INNER: &str = "10.0.0.1";
 
-const MIB: u64 = 1 << 20;
+pub const MIB: u64 = 1 << 20;
+
+/// Bytes each way of an exchange that only has to work.
+pub const EXCHANGE: u64 = 4 * MIB;
 
 /// How long a transfer may take: two emulated processors share the work.
-const TRANSFER: Duration = Duration::from_secs(240);
+pub const TRANSFER: Duration = Duration::from_secs(240);
 
 /// The interface of L1 at the other end of the guest's NIC.
-const TAP: &str = "vbus-tap";
+pub const TAP: &str = "vbus-tap";
 
-/// A bus with the NIC `net`, whose other end is L1's interface [`TAP`].
+/// A bus with the NIC `net`, whose other end is L1's interface [`TAP`], and `more` devices.
 pub fn bus<'a>(rig: &'a Rig<'a>, more: &str) -> Result<InnerBus<'a>> {
-    let bus = InnerBus::start(rig, &device("net", "venet", &format!("backend = \"tap\"\ntap = \"{TAP}\"\n{more}")))?;
+    let net = device("net", "venet", &format!("backend = \"tap\"\ntap = \"{TAP}\""));
+    let bus = InnerBus::start(rig, &(net + more))?;
     address_tap(rig)?;
     Ok(bus)
 }

@@ -1,0 +1,177 @@
+//! Devices of the bus in a Linux guest of `vbus-vmm`: traffic, moving interrupts, plugging, and what dies.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+
+use super::Figures;
+use super::inner::{Inner, InnerBus, Spec};
+use super::net::{self, EXCHANGE, INNER, MIB, OUTER, TRANSFER};
+use super::rig::Rig;
+use crate::guest::Running;
+use crate::nic::{self, Nic};
+use crate::vm::device;
+
+/// Settings of the NIC `net` as `vbus device add` takes them; the same as [`net::bus`] has in its configuration.
+const ADD_NET: &str = "device add net --class venet --set backend=tap --set tap=vbus-tap";
+
+/// Bytes from the guest to L1 without end, and who takes them.
+fn endless(rig: &Rig, inner: &Inner) -> Result<(Running, Running)> {
+    let receiver = rig.guest.start("guest-agent receive 0.0.0.0:5000")?;
+    nic::wait_port(&rig.guest, 5000)?;
+    let sender = inner.guest.start(&format!("guest-agent send {OUTER}:5000 1000000000000 3"))?;
+    Ok((sender, receiver))
+}
+
+/// Waits until `command` succeeds in the guest.
+fn until(inner: &Inner, command: &str) -> Result<()> {
+    let waiting = inner.guest.start(&format!("until {command}; do sleep 0.05; done"))?;
+    waiting.ok(TRANSFER).map(drop)
+}
+
+/// Two CPUs: the guest finds its devices, exchanges data checked by hash, while its interrupts move to and fro, and again after a reboot.
+pub fn traffic(rig: &Rig, _: &mut Figures) -> Result<()> {
+    let pages = "pages = [{ name = \"setpoint\", bytes = 64, owner = \"device\", initial = \"hello\" }]";
+    let bus = net::bus(rig, &device("values", "state", pages))?;
+    let spec = Spec { cpus: 2, ..Spec::new("linux") };
+    let inner = spec.device("net", &bus.socket("net")).device("values", &bus.socket("values")).boot(rig)?;
+    let found = inner.guest.ok("vbus guest list")?;
+    ensure!(found.contains("net") && found.contains("values"), "the guest finds\n{found}");
+    eprintln!("{}", found.trim());
+    let nic = net::nic(&inner.guest)?;
+    net::exchange(rig, &inner.guest, EXCHANGE)?;
+
+    let moves = move_interrupts(rig, &inner)?;
+    eprintln!("the NIC's interrupt moved {moves} times under traffic");
+    net::exchange(rig, &inner.guest, EXCHANGE)?;
+    ensure!(nic.driver.runs(), "the driver has ended: {:?}", nic.driver.said());
+
+    inner.guest.start("reboot -f")?;
+    inner.wait_boot(2)?;
+    let _nic = net::nic(&inner.guest)?;
+    net::exchange(rig, &inner.guest, EXCHANGE)?;
+    inner.power_off()
+}
+
+/// Under traffic, moves the NIC's interrupt to the other CPU and waits until it is taken there, several times.
+fn move_interrupts(rig: &Rig, inner: &Inner) -> Result<u32> {
+    const MOVES: u32 = 6;
+    // "21:   10   20  IO-APIC ...": the counts of the CPUs in their order.
+    let line = inner.guest.ok("grep uio /proc/interrupts")?;
+    let number = line.trim().split(':').next().context("no interrupt of the NIC")?;
+    let (sender, receiver) = endless(rig, inner)?;
+    for step in 0..MOVES {
+        let cpu = step % 2;
+        let count = format!("$(awk '$1 == \"{number}:\" {{print ${}}}' /proc/interrupts)", cpu + 2);
+        let moves = format!(
+            "echo {} > /proc/irq/{number}/smp_affinity && n={count} && until [ {count} -gt $((n + 3)) ]; do sleep 0.02; done",
+            1 << cpu
+        );
+        let moved = inner.guest.start(&moves)?.ok(TRANSFER);
+        moved.with_context(|| format!("interrupt {number} is not taken on CPU {cpu}"))?;
+    }
+    ensure!(sender.runs() && receiver.runs(), "the stream has ended: {:?} {:?}", sender.said(), receiver.said());
+    stop(&sender, &receiver)?;
+    Ok(MOVES)
+}
+
+fn stop(sender: &Running, receiver: &Running) -> Result<()> {
+    for running in [sender, receiver] {
+        running.kill()?;
+        running.wait(TRANSFER)?;
+    }
+    Ok(())
+}
+
+/// Twenty times a second NIC is plugged, driven and unplugged, while a stream runs over the first one. One CPU, split irqchip.
+pub fn plug_cycles(rig: &Rig, _: &mut Figures) -> Result<()> {
+    const CYCLES: u32 = 20;
+    let bus = net::bus(rig, "")?;
+    let spec = Spec::new("linux").args("--irqchip split").device("net", &bus.socket("net"));
+    let inner = spec.boot(rig)?;
+    let nic = net::nic(&inner.guest)?;
+    let (sender, receiver) = endless(rig, &inner)?;
+    let control = inner.control_socket();
+    for cycle in 0..CYCLES {
+        bus.run(&format!("device add extra --class venet --set backend=null --vmm {control}"))?;
+        until(&inner, "vbus guest list | grep -q extra")?;
+        let extra = Nic::up(&inner.guest, "extra", "vbus1", "10.0.1.1/24", "")?;
+        bus.run(&format!("device remove extra --vmm {control}"))?;
+        let ended = extra.driver.wait(TRANSFER)?;
+        ensure!(ended.code != 101, "cycle {cycle}: the driver panicked: {}", ended.stderr);
+        ensure!(
+            sender.runs() && receiver.runs(),
+            "cycle {cycle} ended the stream on the other NIC: {:?}",
+            sender.said()
+        );
+    }
+    stop(&sender, &receiver)?;
+    net::exchange(rig, &inner.guest, EXCHANGE)?;
+    ensure!(nic.driver.runs(), "the driver has ended: {:?}", nic.driver.said());
+    inner.power_off()
+}
+
+/// The bus is killed under traffic: the guest lives on, and its NIC comes back with the next bus. Then the VMM is killed, and the
+/// bus serves the next guest.
+pub fn deaths(rig: &Rig, _: &mut Figures) -> Result<()> {
+    let first = net::bus(rig, "")?;
+    let inner = Spec::new("linux").device("net", &first.socket("net")).boot(rig)?;
+    let nic = net::nic(&inner.guest)?;
+    let streams = endless(rig, &inner)?;
+    first.kill()?;
+    drop(first);
+    until(&inner, "[ -z \"$(vbus guest list 2>/dev/null | grep net)\" ]").context("the NIC does not leave")?;
+    let ended = nic.driver.wait(TRANSFER)?;
+    ensure!(ended.code != 101, "the driver panicked: {}", ended.stderr);
+    stop(&streams.0, &streams.1)?;
+
+    let bus = InnerBus::start(rig, "")?;
+    bus.run(&format!("{ADD_NET} --vmm {}", inner.control_socket()))?;
+    net::address_tap(rig)?;
+    until(&inner, "vbus guest list | grep -q net").context("the NIC does not come back")?;
+    let nic = net::nic(&inner.guest)?;
+    net::exchange(rig, &inner.guest, EXCHANGE)?;
+
+    let (_sender, receiver) = endless(rig, &inner)?;
+    inner.kill()?;
+    receiver.kill()?;
+    drop(nic);
+    let next = Spec::new("next").device("net", &bus.socket("net")).boot(rig)?;
+    let _nic = net::nic(&next.guest)?;
+    net::exchange(rig, &next.guest, EXCHANGE)?;
+    next.power_off()
+}
+
+/// A guest that does nothing but ring the doorbell of its NIC leaves the traffic of another guest alone.
+pub fn storm(rig: &Rig, _: &mut Figures) -> Result<()> {
+    let bus = net::bus(rig, &device("storm", "venet", "backend = \"null\""))?;
+    let inner = Spec::new("linux").device("net", &bus.socket("net")).boot(rig)?;
+    let _nic = net::nic(&inner.guest)?;
+    // As long as the exchange takes: it is killed then.
+    let command = format!(
+        "exec vbus-vmm --kernel {}/flat --append 'test=doorbells count=1000000000' --memory 64 --serial none --device {}",
+        rig.l2_dir(),
+        bus.socket("storm")
+    );
+    let storm = rig.guest.start(&command)?;
+    let rung = || -> Result<u64> {
+        let stats = bus.stats()?;
+        let all = stats.as_array().context("no statistics")?;
+        let storm = all.iter().find(|device| device["name"] == "storm").context("no device storm")?;
+        Ok(storm["counters"]["doorbells"].as_u64().unwrap_or(0))
+    };
+    let began = Instant::now();
+    while rung()? < 1000 {
+        ensure!(storm.runs() && began.elapsed() < Duration::from_secs(60), "there is no storm: {:?}", storm.said());
+    }
+    let before = rung()?;
+    net::exchange(rig, &inner.guest, EXCHANGE)?;
+    let after = rung()?;
+    ensure!(storm.runs() && after > before, "the storm has ended: {before} to {after}, {:?}", storm.said());
+    eprintln!("{} doorbells seen during {} MiB of traffic of the other guest", after - before, 2 * EXCHANGE / MIB);
+    storm.kill()?;
+    storm.wait(TRANSFER)?;
+    nic::ping(&inner.guest, OUTER, 3)?;
+    nic::ping(&rig.guest, INNER, 3)?;
+    inner.power_off()
+}
