@@ -7,7 +7,9 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vbus_core::shm::Memory;
 use vbus_core::shm::abi::pic::NO_ROUTE;
+use vbus_core::shm::pic::DriverEnd;
 use vbus_core::{Bus, Connection, Device, Executor, Identity, Interrupt, Open, Region, Status, Trust, Tuning};
 use vbus_driver::pic::{Controller, Line, Nesting, Pic, Source, Wanted};
 use vbus_driver::{Error, Function, Hal};
@@ -255,6 +257,64 @@ fn a_driver_gets_what_the_configuration_allows() {
     assert_eq!(status(setup.pic.cpu(0, 8, Nesting::Flat, 0)), Some(Status::EXISTS));
     assert_eq!(status(setup.pic.cpu(4, 8, Nesting::Flat, 0)), Some(Status::BAD_ARGUMENT));
     assert_eq!(status(setup.pic.cpu(1, 8, Nesting::Flat, 4)), Some(Status::BAD_VECTOR));
+}
+
+#[test]
+fn a_driver_that_writes_anything_anywhere_harms_itself_at_most() {
+    let mut setup = Setup::new(Some("pic0"));
+    setup.pic.close();
+    let process = setup.pic.function().hal().clone();
+    let mut function = Function::probe(process.clone()).unwrap();
+    function.open(0).unwrap();
+    let memory = process.alloc(4096).unwrap();
+    for cpu in 0..3 {
+        let page = memory.words()[cpu * 32..].as_ref();
+        DriverEnd::create(page, 256, Nesting::Nested).unwrap();
+        function.region_add(cpu as u32, cpu as u16, &memory, (cpu * 256, 256), None).unwrap();
+    }
+    let mut dice = Dice(7);
+    let (mut raised, mut sent) = (0_u64, 0);
+    for _ in 0..20_000 {
+        match dice.roll(16) {
+            0 => {
+                let mut buffer = [0; 40];
+                buffer.iter_mut().for_each(|byte| *byte = dice.roll(256) as u8);
+                if dice.roll(8) > 0 {
+                    buffer[..8].copy_from_slice(&[
+                        dice.roll(17) as u8,
+                        0,
+                        dice.roll(256) as u8,
+                        0,
+                        dice.roll(5) as u8,
+                        0,
+                        0,
+                        0,
+                    ]);
+                    buffer[8..].fill(0);
+                    buffer[8..15].copy_from_slice(b"beeper0");
+                }
+                let function_number = dice.roll(5) as u32;
+                raised += 2;
+                let _ = function.call(function_number, 0, &mut buffer[..if dice.roll(9) == 0 { 39 } else { 40 }]);
+            }
+            1..6 => {
+                raised += 1;
+                setup.beep(dice.roll(VECTORS.into()) as u16);
+            }
+            6..8 => sent += u64::from(setup.messages.iter().any(taken)),
+            _ => {
+                let value = dice.roll(u64::MAX) << dice.roll(64);
+                memory.words()[dice.roll(96) as usize].store(value, Ordering::Relaxed);
+            }
+        }
+    }
+    assert!(sent <= raised, "{sent} messages for {raised} raises");
+    function.check().unwrap();
+    assert!(setup.beeper.check().is_ok(), "the other device is not concerned");
+    drop(function);
+    while setup.own.wait(Duration::ZERO) {}
+    setup.beep(1);
+    assert!(setup.own.wait(PATIENCE));
 }
 
 /// What the devices have posted and the processors have seen, by vector.
