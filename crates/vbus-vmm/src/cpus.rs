@@ -27,8 +27,10 @@ use crate::vcpu::{Buses, Pause, Vcpu};
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long until it is told again.
 const AGAIN: Duration = Duration::from_millis(100);
-/// The signal, counted from the first real-time one, that fetches a thread out of KVM. Its handler does nothing.
-const SIGNAL: i32 = 0;
+/// The signal that fetches a thread out of KVM: the first real-time one. Its handler does nothing.
+fn signal() -> i32 {
+    SIGRTMIN()
+}
 
 /// Where the threads wait for one another.
 struct Gate {
@@ -70,7 +72,7 @@ struct Cpu {
 impl Cpus {
     /// Starts a thread for each of `vcpus`, which waits for [`run`](Self::run). What they cannot handle goes to `asks`.
     pub fn start(vcpus: Vec<Vcpu>, buses: &Arc<Buses>, asks: &Sender<Ask>, filter: bool) -> Result<Cpus> {
-        register_signal_handler(SIGRTMIN() + SIGNAL, wake).context("cannot catch a signal")?;
+        register_signal_handler(signal(), wake).context("cannot catch a signal")?;
         let state = Mutex::new(State { waiting: 0, end: false });
         let gate = Arc::new(Gate { state, changed: Condvar::new(), closed: AtomicBool::new(true) });
         let mut cpus = Cpus { gate, cpus: Vec::new() };
@@ -125,7 +127,7 @@ impl Cpus {
             // A signal that comes just before the thread is in KVM, or in a device's system call, is without effect there: hence the
             // byte, and hence again.
             for thread in self.cpus.iter().filter_map(|cpu| cpu.thread.as_ref()) {
-                let _ = thread.kill(SIGNAL);
+                thread.kill(signal()).context("cannot signal a thread")?;
             }
             state = self.gate.changed.wait_timeout(state, AGAIN).unwrap_or_else(PoisonError::into_inner).0;
         }

@@ -35,6 +35,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::boot::Image;
 use crate::machine::{Ask, Config, Machine};
+use crate::seccomp::Thread;
 use crate::serial::Target;
 use crate::terminal::Raw;
 
@@ -151,8 +152,9 @@ fn run(cli: Cli) -> Result<()> {
         filter: !cli.no_seccomp,
         raw: raw.is_some(),
     };
+    let filter = config.filter;
     let (machine, asks) = Machine::new(config)?;
-    end_on_signals(asks)?;
+    end_on_signals(asks, filter)?;
     let json = cli.json;
     machine.run(&|event, more| tell(json, event, more))?;
     drop(raw);
@@ -192,12 +194,16 @@ fn tell(json: bool, event: &str, more: Value) {
 }
 
 /// SIGINT (Ctrl-C where the terminal is not the guest's), SIGTERM and SIGHUP end the machine.
-fn end_on_signals(asks: Sender<Ask>) -> Result<()> {
+fn end_on_signals(asks: Sender<Ask>, filter: bool) -> Result<()> {
     let (mut reader, writer) = UnixStream::pair()?;
     for signal in [SIGINT, SIGTERM, SIGHUP] {
         signal_hook::low_level::pipe::register(signal, writer.try_clone()?).context("cannot watch for signals")?;
     }
     std::thread::Builder::new().name("signals".into()).spawn(move || {
+        if let Err(error) = if filter { seccomp::apply(Thread::Signals) } else { Ok(()) } {
+            let _ = asks.send(Ask::Fail(error));
+            return;
+        }
         while reader.read_exact(&mut [0]).is_ok() {
             let _ = asks.send(Ask::Quit);
         }

@@ -26,6 +26,8 @@ pub enum Thread {
     Control,
     /// Watches the devices' connections.
     Watch,
+    /// Waits for signals that end the machine.
+    Signals,
 }
 
 /// Memory, locks, time, waiting, open descriptors and the end: what any thread may need. Memory is never made executable (see [`rules`]).
@@ -76,7 +78,7 @@ const ALL: [i64; 40] = [
 fn more(thread: Thread) -> &'static [i64] {
     match thread {
         Thread::Main => &[libc::SYS_fallocate, libc::SYS_unlink],
-        Thread::Vcpu | Thread::Watch => &[],
+        Thread::Vcpu | Thread::Watch | Thread::Signals => &[],
         Thread::Serial => &[libc::SYS_accept4],
         Thread::Control => &[
             libc::SYS_accept4,
@@ -202,7 +204,7 @@ mod tests {
 
     #[test]
     fn every_filter_can_be_made() {
-        for thread in [Thread::Main, Thread::Vcpu, Thread::Serial, Thread::Control] {
+        for thread in [Thread::Main, Thread::Vcpu, Thread::Serial, Thread::Control, Thread::Watch, Thread::Signals] {
             assert!(filter(thread).unwrap().len() < 4096, "the kernel takes no longer ones");
         }
     }
