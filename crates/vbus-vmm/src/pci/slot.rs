@@ -11,7 +11,7 @@ use super::{UnplugError, lock};
 use crate::layout;
 
 /// How long the guest may take to let a function go. Linux waits 5 s after the button in case it is pressed again; an emulated machine is slow.
-const PATIENCE: Duration = Duration::from_secs(40);
+const PATIENCE: Duration = Duration::from_secs(25);
 /// When the button is pressed again, if the guest has not shown that it saw it: it ignores the button while it brings the function in.
 const PRESS_AGAIN: Duration = Duration::from_secs(6);
 /// More than closing a function can take: an access of the guest to it may wait for the server until then.
