@@ -1,0 +1,160 @@
+//! Doorbells of a Linux in `vbus-vmm`, rung from user space: which kinds it is offered, what they cost, and that a guest which rings
+//! without end harms nobody but itself.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Value, json};
+
+use super::Figures;
+use super::inner::{Inner, InnerBus, Spec};
+use super::net::{self, bus, exchange};
+use super::rig::Rig;
+use crate::guest::{Guest, Running};
+use crate::nic::{self, Nic};
+
+/// A device besides the NIC, to make noise at.
+const VALUES: &str = r#"
+[[device]]
+name = "values"
+class = "state"
+pages = [{ name = "setpoint", bytes = 64, owner = "device", initial = "calm" }]
+"#;
+
+const MIB: u64 = 1 << 20;
+/// Rings that are counted.
+const RINGS: u64 = 2000;
+/// How long anything may take that the guest does meanwhile.
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// The kinds that the guest is offered are those that the VMM was told to have; each ring is one exit, of which the VMM hears nothing; and
+/// the cheapest is taken.
+pub fn kinds(rig: &Rig, figures: &mut Figures) -> Result<()> {
+    let bus = bus(rig, VALUES)?;
+    let spec = Spec::new("kinds").device("net", &bus.socket("net")).device("values", &bus.socket("values"));
+    let inner = spec.boot(rig)?;
+    for device in list(&inner.guest)? {
+        ensure!(device["doorbells"] == json!(["mmio", "pio", "hypercall"]), "offered: {device}");
+        let cost = |kind: &str| device["doorbell_ns"][kind].as_u64().with_context(|| format!("no cost: {device}"));
+        let cheapest = if cost("pio")? < cost("mmio")? { "pio" } else { "mmio" };
+        ensure!(device["doorbell"] == cheapest, "not the cheapest: {device}");
+    }
+    for kind in ["mmio", "pio"] {
+        let before = (rig.kvm_stat("exits")?, rung(&bus, "values")?);
+        let rings = inner.guest.ok(&format!("vbus guest ring values --count {RINGS} --doorbell {kind} --json"))?;
+        let rings: Value = serde_json::from_str(&rings)?;
+        ensure!(rings["doorbell"] == kind, "rang by {rings}");
+        eprintln!("{kind}, from user space: {} ns", rings["ns"]);
+        figures.insert(format!("ns_per_doorbell_{kind}_linux"), rings["ns"].clone());
+        let (exits, rung) = (rig.kvm_stat("exits")? - before.0, rung(&bus, "values")? - before.1);
+        ensure!(rung == RINGS, "{rung} of {RINGS} rings by {kind} came to the device");
+        ensure!(exits >= RINGS, "{exits} exits for {RINGS} rings");
+    }
+    nic::prepare(&inner.guest)?;
+    for kind in ["pio", "mmio"] {
+        let nic = Nic::up(&inner.guest, "net", "vbus0", &format!("{}/24", net::INNER), &format!("--doorbell {kind}"))?;
+        ensure!(nic.driver.said().1.contains(&format!("doorbells by {kind}")), "{:?}", nic.driver.said());
+        exchange(rig, &inner.guest, MIB).with_context(|| format!("with doorbells by {kind}"))?;
+        nic.driver.kill()?;
+        nic.driver.wait(LIMIT)?;
+    }
+    check_silence(rig, &inner)?;
+    inner.power_off()?;
+
+    // Another choice of the VMM's user.
+    let inner = Spec::new("kinds").device("values", &bus.socket("values")).args("--doorbells mmio").boot(rig)?;
+    for device in list(&inner.guest)? {
+        ensure!(device["doorbells"] == json!(["mmio"]), "offered: {device}");
+    }
+    let refused = inner.guest.run("vbus guest ring values --doorbell pio")?;
+    ensure!(refused.code == 1 && refused.stderr.contains("no such doorbells"), "{}", refused.stderr);
+    inner.power_off()
+}
+
+/// Every function's doorbells are rung without end, by every kind that user space can: those in use and those that nobody uses. The NIC carries its
+/// traffic all the same, the state device its values; the VMM hears nothing of it; and the bus does no more than its share.
+pub fn storm(rig: &Rig, figures: &mut Figures) -> Result<()> {
+    let bus = bus(rig, VALUES)?;
+    let spec = Spec { cpus: 2, ..Spec::new("storm") };
+    let inner = spec.device("net", &bus.socket("net")).device("values", &bus.socket("values")).boot(rig)?;
+    let guest = &inner.guest;
+    let _nic = net::nic(guest)?;
+    exchange(rig, guest, MIB)?;
+    let watch = guest.start("exec vbus guest state watch setpoint")?;
+    watch.wait_for("calm", LIMIT)?;
+
+    let before = (works(&bus)?, rung(&bus, "net")? + rung(&bus, "values")?, Instant::now());
+    // The lowest handles are in use: the NIC's status page and rings, the watched page.
+    let ring = |device: &str, options: &str| {
+        guest.start(&format!("exec vbus guest ring {device} --count 1000000000000 {options}"))
+    };
+    let storms = [
+        ring("net", "--doorbell pio --handle 1")?,
+        ring("net", "--doorbell mmio --handle 2")?,
+        ring("values", "--doorbell pio --handle 0")?,
+        ring("values", "--doorbell mmio")?,
+    ];
+    exchange(rig, guest, MIB).context("during the storm")?;
+    for value in ["gusty", "wild", "roaring"] {
+        bus.run(&format!("state set values setpoint {value}"))?;
+        watch.wait_for(value, LIMIT).context("during the storm")?;
+    }
+    let blows = |storm: &Running| if storm.runs() { Ok(()) } else { bail!("a storm died down: {:?}", storm.said()) };
+    storms.iter().try_for_each(blows)?;
+    for storm in &storms {
+        storm.kill()?;
+        storm.wait(LIMIT)?;
+    }
+    let (works, rings) = (works(&bus)? - before.0, rung(&bus, "net")? + rung(&bus, "values")? - before.1);
+    let took = before.2.elapsed().as_secs_f64();
+    eprintln!("{rings} rings in {took:.1} s, {works} polls of the bus");
+    figures.insert("storm_polls_per_ring".into(), json!((works as f64 / rings as f64 * 1000.0).round() / 1000.0));
+    ensure!(rings > 20 * RINGS, "{rings} rings are no storm");
+    check_silence(rig, &inner)?;
+    // After it, all is as it was.
+    exchange(rig, guest, MIB).context("after the storm")?;
+    inner.power_off()
+}
+
+/// `vbus guest list` in the guest.
+fn list(guest: &Guest) -> Result<Vec<Value>> {
+    let text = guest.ok("vbus guest list --json")?;
+    let devices: Vec<Value> = serde_json::from_str(&text).with_context(|| format!("no list: {text}"))?;
+    ensure!(!devices.is_empty() && devices.iter().all(|device| device["error"].is_null()), "{text}");
+    Ok(devices)
+}
+
+/// How often a device's doorbells have been rung.
+fn rung(bus: &InnerBus, device: &str) -> Result<u64> {
+    let shown: Value = serde_json::from_str(&bus.run(&format!("device show {device} --json"))?)?;
+    shown["counters"]["doorbells"].as_u64().with_context(|| format!("no count of doorbells: {shown}"))
+}
+
+/// How often the bus has looked after its devices' connections.
+fn works(bus: &InnerBus) -> Result<u64> {
+    let mut polls = 0;
+    for device in ["net", "values"] {
+        let shown: Value = serde_json::from_str(&bus.run(&format!("device show {device} --json"))?)?;
+        for counter in ["polls", "polls_empty"] {
+            let count = shown["counters"][counter].as_u64();
+            polls += count.with_context(|| format!("no count of {counter}: {shown}"))?;
+        }
+    }
+    Ok(polls)
+}
+
+/// Sees that no doorbell has come to the VMM.
+fn check_silence(rig: &Rig, inner: &Inner) -> Result<()> {
+    let answers =
+        rig.guest.ok(&format!("echo '{{\"op\":\"devices\"}}' | guest-agent join {}", inner.control_socket()))?;
+    let mut devices = 0;
+    for line in answers.lines() {
+        let answer: Value = serde_json::from_str(line).with_context(|| format!("no answer: {line}"))?;
+        let Some(device) = answer.get("item") else { continue };
+        devices += 1;
+        ensure!(device["user_doorbells"] == 0, "doorbells came to vbus-vmm: {device}");
+        ensure!(device["doorbells_in_kernel"] == true, "not in the kernel: {device}");
+    }
+    ensure!(devices == 2, "vbus-vmm tells of {devices} devices: {answers}");
+    Ok(())
+}
