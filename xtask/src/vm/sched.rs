@@ -6,6 +6,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::process::setpriority_process;
 use rustix::thread::{CpuSet, Pid};
 use serde_json::{Value, json};
 
@@ -122,20 +123,21 @@ pub fn follows(scene: &Scene) -> Result<()> {
     driver.ok(LIMIT).context("the end of the task is not the driver's")?;
     stage.wait("the task has ended", [OWN, OWN])?;
 
-    // The most urgent of those that sleep, no higher than the bus allows; a driver that is killed is not renewed.
+    // The most urgent of those that sleep, no higher than the bus allows. A driver that hangs keeps nothing, nor does one that is killed.
     let tasks = [stage.task(0, 5)?, stage.task(1, 7)?, stage.task(1, 80)?];
     let driver = guest.start("exec vbus guest sched --sleeping")?;
     stage.wait("three tasks", [fifo(5), fifo(HIGHEST)])?;
     tasks[2].0.kill()?;
     stage.wait("the most urgent has ended", [fifo(5), fifo(7)])?;
+    guest.ok("killall -STOP vbus")?;
+    let took = stage.wait("the driver hangs", [OWN, OWN])?;
+    guest.ok("killall -CONT vbus")?;
+    stage.wait("the driver goes on", [fifo(5), fifo(7)])?;
     driver.kill()?;
     let code = driver.wait(LIMIT)?.code;
     ensure!(code == 128 + 9, "the driver ended with {code}");
-    let took = stage.wait("the driver was killed", [OWN, OWN])?;
-    eprintln!(
-        "after kill -9 of the driver in the guest the threads had their own class within {} ms",
-        took.as_millis()
-    );
+    stage.wait("the driver was killed", [OWN, OWN])?;
+    eprintln!("with a driver that hangs the threads had their own class within {} ms", took.as_millis());
     for (task, _) in &tasks {
         task.kill()?;
     }
@@ -182,15 +184,14 @@ const RIVALS: usize = 2;
 const PERIOD_US: u32 = 10_000;
 const TIMES: u32 = 250;
 const ROUNDS: usize = 3;
-/// How much sooner it must wake: the median (measured 15 to 40 times), and the mean (6 to 9 times), in which stand the 50 ms of each second
-/// that Linux keeps from real-time tasks.
-const LEAST_MEDIAN: f64 = 4.0;
-const LEAST_MEAN: f64 = 1.5;
+/// How much sooner it must wake, by the median: measured 30 to 120 times. The mean, measured 17 to 100 times, suffers from the 50 ms of each second that
+/// Linux keeps from real-time tasks, for the guest is never idle.
+const LEAST: f64 = 4.0;
 
 /// Where a virtual CPU shares its processor with tasks of the host, a real-time task of the guest wakes the sooner for `sched`.
 ///
-/// The guest is busy with an ordinary task as well, as the host is; QEMU's other threads, which the timers of an emulated guest depend on, have
-/// the host's other processors.
+/// The guest is busy with an ordinary task as well, as the host is; QEMU's other threads, on which the timers of an emulated guest depend, have
+/// the host's other processors, and those that are no virtual CPUs the lowest nice value there.
 pub fn latency(scene: &Scene) -> Result<()> {
     let stage = Stage::set(scene)?;
     let guest = stage.vm.guest.clone();
@@ -202,7 +203,14 @@ pub fn latency(scene: &Scene) -> Result<()> {
     }
     for entry in fs::read_dir(format!("/proc/{}/task", stage.vm.process.id()))? {
         let thread: u64 = entry?.file_name().to_string_lossy().parse()?;
-        pin(thread, if thread == stage.threads[1] { std::slice::from_ref(shared) } else { others })?;
+        if thread == stage.threads[1] {
+            pin(thread, std::slice::from_ref(shared))?;
+        } else {
+            pin(thread, others)?;
+        }
+        if !stage.threads.contains(&thread) {
+            setpriority_process(Pid::from_raw(i32::try_from(thread)?), -20)?;
+        }
     }
     let mut rivals = Vec::new();
     for _ in 0..RIVALS {
@@ -243,8 +251,7 @@ pub fn latency(scene: &Scene) -> Result<()> {
     let median = middle(ratios.iter().map(|ratio| ratio.0).collect());
     let mean = middle(ratios.iter().map(|ratio| ratio.1).collect());
     eprintln!("latency without sched against with: median {median:.1}, mean {mean:.1}");
-    ensure!(median >= LEAST_MEDIAN, "the median is {median:.1} times as good with sched, less than {LEAST_MEDIAN}");
-    ensure!(mean >= LEAST_MEAN, "the mean is {mean:.1} times as good with sched, less than {LEAST_MEAN}");
+    ensure!(median >= LEAST, "the median is {median:.1} times as good with sched, less than {LEAST}");
     Ok(())
 }
 
