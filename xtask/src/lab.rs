@@ -166,6 +166,11 @@ impl Lab {
         workspace::build_flat(self.options.as_built)
     }
 
+    /// The tests of vbus-kvm, built now.
+    pub fn kvm_tests(&self) -> Result<PathBuf> {
+        workspace::build_kvm_tests(self.options.as_built)
+    }
+
     /// The program `vbus-vmm`.
     pub fn vmm(&self) -> &Path {
         &self.vmm

@@ -61,6 +61,33 @@ pub fn build_programs(as_built: bool) -> Result<Programs> {
     Ok(Programs { vbus, agent, vmm })
 }
 
+/// Builds the tests of vbus-kvm, linked like the programs; `as_built` takes them as they were built last.
+pub fn build_kvm_tests(as_built: bool) -> Result<PathBuf> {
+    let dir = target().join("guest");
+    // What cargo calls them differs from build to build.
+    let program = dir.join("vbus-kvm-tests");
+    if !(as_built && program.exists()) {
+        eprintln!("build: tests of vbus-kvm");
+        let output = cargo()
+            .args(["test", "--quiet", "--release", "--no-run", "--package", "vbus-kvm", "--test", "kvm"])
+            .args(["--message-format", "json", "--target", GUEST_TARGET, "--target-dir"])
+            .arg(&dir)
+            .env("RUSTFLAGS", "-C target-feature=+crt-static")
+            .env_remove("CARGO_ENCODED_RUSTFLAGS")
+            .env("CARGO_PROFILE_RELEASE_STRIP", "debuginfo")
+            .stderr(std::process::Stdio::inherit())
+            .output()
+            .context("cannot run cargo")?;
+        ensure!(output.status.success(), "the tests of vbus-kvm do not build");
+        let messages = String::from_utf8_lossy(&output.stdout);
+        let built = messages.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+        let built = built.filter_map(|message| message["executable"].as_str().map(PathBuf::from)).next_back();
+        let built = built.context("cargo names no executable of the tests of vbus-kvm")?;
+        std::fs::copy(&built, &program).with_context(|| format!("cannot copy {}", built.display()))?;
+    }
+    Ok(program)
+}
+
 /// Builds the guest without an operating system; `as_built` takes it as it was built last.
 pub fn build_flat(as_built: bool) -> Result<PathBuf> {
     let dir = target().join("flat");

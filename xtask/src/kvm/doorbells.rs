@@ -27,6 +27,14 @@ const RINGS: u64 = 2000;
 /// How long anything may take that the guest does meanwhile.
 const LIMIT: Duration = Duration::from_secs(120);
 
+/// The tests of vbus-kvm, of which a KVM that is none of a processor's can run a part only: here all of them, and nothing is left out.
+pub fn connector(rig: &Rig, _: &mut Figures) -> Result<()> {
+    let said = rig.guest.start("vbus-kvm-tests --nocapture --test-threads=1")?.ok(LIMIT)?;
+    ensure!(said.contains("test result: ok") && !said.contains("skipped:") && !said.contains("left out"), "{said}");
+    said.lines().filter(|line| line.contains(" rings")).for_each(|line| eprintln!("{line}"));
+    Ok(())
+}
+
 /// The kinds that the guest is offered are those that the VMM was told to have; each ring is one exit, of which the VMM hears nothing; and
 /// the cheapest is taken.
 pub fn kinds(rig: &Rig, figures: &mut Figures) -> Result<()> {

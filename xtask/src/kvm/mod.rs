@@ -5,6 +5,7 @@
 //! `$L2` the kernel and root file system for guests. That Linux is called L1, and the guests in it L2.
 
 mod devices;
+mod doorbells;
 mod flat;
 mod inner;
 mod linux;
@@ -75,11 +76,22 @@ pub const SCENARIOS: &[Scenario] = &[
     scenario("harness", "QEMU boots a guest on the rig's KVM: the test of the tests", linux::harness),
     scenario("doorbells", "one exit for a ring of each kind, and none to user space", flat::doorbells),
     scenario("interrupts", "exits of an interrupt, by how it ends and with pic", flat::interrupts),
+    scenario(
+        "connector",
+        "vbus-kvm by itself: doorbells, messages, levels, their routes and exits",
+        doorbells::connector,
+    ),
     scenario("boot", "Linux boots in vbus-vmm, with 1 and 2 CPUs, full and split irqchip", linux::boot),
     scenario("traffic", "TCP both ways with 2 CPUs, interrupts that move, reboot", devices::traffic),
     scenario("plug_cycles", "20 times plug, use and unplug beside traffic on another NIC", devices::plug_cycles),
     scenario("deaths", "the bus dies under a guest and comes back; the VMM dies", devices::deaths),
     scenario("storm", "a guest that rings without end, beside the traffic of another", devices::storm),
+    scenario(
+        "doorbell_kinds",
+        "Linux is offered doorbells by memory and by port, and takes the cheaper",
+        doorbells::kinds,
+    ),
+    scenario("doorbell_storm", "Linux rings without end: its other devices and the bus go on", doorbells::storm),
     scenario(
         "against_virtio",
         "exits and interrupts of the same traffic, beside QEMU's virtio-net",
