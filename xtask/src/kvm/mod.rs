@@ -74,6 +74,7 @@ pub struct Scenario {
 /// All of them, the quick and basic ones first.
 pub const SCENARIOS: &[Scenario] = &[
     scenario("harness", "QEMU boots a guest on the rig's KVM: the test of the tests", linux::harness),
+    scenario("flat", "a guest without an operating system drives devices by each kind of doorbell", flat::drives_devices),
     scenario("doorbells", "one exit for a ring of each kind, and none to user space", flat::doorbells),
     scenario("interrupts", "exits of an interrupt, by how it ends and with pic", flat::interrupts),
     scenario(

@@ -22,9 +22,11 @@ const SINT0: u32 = 0x4000_0090;
 const ENABLE: u64 = 1;
 /// Of a synthetic interrupt source: its interrupts end by themselves.
 const AUTO_END: u64 = 1 << 17;
+/// Of one: it interrupts nobody.
+const MASKED: u64 = 1 << 16;
 
-/// The first of the synthetic interrupt sources that are used here, of 16.
-pub const SINT: u32 = 0;
+/// How many synthetic interrupt sources there are.
+const SINTS: u32 = 16;
 
 /// An identity of the open kind (bit 63), of no system that has a number.
 const OPEN_SOURCE: u64 = 1 << 63 | 0x7f << 56;
@@ -82,10 +84,18 @@ pub fn processor() -> u32 {
 
 /// Has synthetic interrupt source `number` raise `vector`, whose interrupts end by themselves.
 pub fn enable_sint(number: u32, vector: u8) {
-    assert!(number < 16, "no such synthetic interrupt source");
+    assert!(number < SINTS, "no such synthetic interrupt source");
     // SAFETY: an interrupt with a handler; no page for messages or events is enabled.
     unsafe {
         write_msr(SYNIC_CONTROL, ENABLE);
         write_msr(SINT0 + number, u64::from(vector) | AUTO_END);
+    }
+}
+
+/// Takes all synthetic interrupt sources back. Until then KVM ends *every* interrupt of their vectors, wherever it comes from.
+pub fn disable_sints() {
+    for number in 0..SINTS {
+        // SAFETY: as in `enable_sint`.
+        unsafe { write_msr(SINT0 + number, MASKED) };
     }
 }

@@ -21,6 +21,7 @@ mod power;
 mod report;
 mod start;
 mod state;
+mod stream;
 mod traps;
 
 use core::{fmt, mem};
