@@ -1,8 +1,11 @@
 //! The I/O APIC of a split irqchip: its registers and pins, which become messages to the local APICs in the kernel.
 
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::kvm_msi;
+use rustix::event::{EventfdFlags, eventfd};
 use vbus_kvm::{Route, Routes};
 
 use crate::bus::BusDevice;
@@ -44,10 +47,21 @@ pub struct IoApic {
     state: Mutex<State>,
 }
 
+/// A device that asserts a pin by an eventfd: it hears by another one of the end of the interrupt, which takes the pin down, and asserts it again
+/// if it has still something to say. Dropped: it does so no more.
+pub struct Source {
+    chip: Arc<IoApic>,
+    pin: u32,
+    assert: OwnedFd,
+    ended: Arc<OwnedFd>,
+}
+
 struct State {
     select: u8,
     id: u32,
     pins: [Pin; layout::PINS as usize],
+    /// Pins with those who hear of their ends.
+    sources: Vec<(u32, Arc<OwnedFd>)>,
 }
 
 #[derive(Clone, Copy)]
@@ -58,7 +72,8 @@ struct Pin {
 
 impl Default for State {
     fn default() -> State {
-        State { select: 0, id: 0, pins: [Pin { entry: MASKED, high: false }; layout::PINS as usize] }
+        let pins = [Pin { entry: MASKED, high: false }; layout::PINS as usize];
+        State { select: 0, id: 0, pins, sources: Vec::new() }
     }
 }
 
@@ -138,11 +153,24 @@ impl IoApic {
         self.send(message);
     }
 
+    /// A source on a pin that no [`set`](Self::set) touches.
+    pub fn source(self: &Arc<Self>, pin: u32) -> io::Result<Source> {
+        let event = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let (assert, ended) = (event()?, Arc::new(event()?));
+        self.lock().sources.push((pin, ended.clone()));
+        Ok(Source { chip: self.clone(), pin, assert, ended })
+    }
+
     /// A local APIC has ended the interrupt of a vector.
     pub fn end(&self, vector: u8) {
-        for pin in &mut self.lock().pins {
+        let State { pins, sources, .. } = &mut *self.lock();
+        for (number, pin) in (0..).zip(pins) {
             if pin.entry & VECTOR == u64::from(vector) && pin.entry & SERVICED != 0 {
                 pin.entry &= !SERVICED;
+                for (_, ended) in sources.iter().filter(|(pin, _)| *pin == number) {
+                    pin.high = false;
+                    signal(ended);
+                }
                 self.send(pin.due());
             }
         }
@@ -152,7 +180,7 @@ impl IoApic {
     pub fn reset(&self) {
         let mut state = self.lock();
         let high = state.pins.map(|pin| pin.high);
-        *state = State::default();
+        *state = State { sources: std::mem::take(&mut state.sources), ..State::default() };
         for (pin, high) in state.pins.iter_mut().zip(high) {
             pin.high = high;
         }
@@ -175,6 +203,39 @@ impl IoApic {
         };
         // A message to a CPU that is not there is lost, as on a PC.
         let _ = self.routes.vm().signal_msi(message);
+    }
+}
+
+fn signal(event: &OwnedFd) {
+    // A full count is a signal already.
+    let _ = rustix::io::write(event, &1u64.to_ne_bytes());
+}
+
+impl Source {
+    /// What the device writes to assert the pin; somebody has to wait for it, and [`take`](Self::take) it.
+    pub fn assert(&self) -> BorrowedFd<'_> {
+        self.assert.as_fd()
+    }
+
+    /// What becomes readable when the guest has ended the interrupt.
+    pub fn ended(&self) -> BorrowedFd<'_> {
+        self.ended.as_fd()
+    }
+
+    /// Asserts the pin, if the device has asked for it.
+    pub fn take(&self) {
+        if rustix::io::read(&self.assert, &mut [0; 8]).is_ok() {
+            self.chip.set(self.pin, true);
+        }
+    }
+}
+
+impl Drop for Source {
+    fn drop(&mut self) {
+        self.chip.lock().sources.retain(|(_, ended)| !Arc::ptr_eq(ended, &self.ended));
+        // The others on the pin say so if they still assert it.
+        self.chip.set(self.pin, false);
+        self.chip.lock().sources.iter().filter(|(pin, _)| *pin == self.pin).for_each(|(_, ended)| signal(ended));
     }
 }
 
@@ -218,7 +279,7 @@ mod tests {
         assert_eq!(state.write(3 << 24), Some(9));
         state.select -= 1;
         assert_eq!(state.pins[9].message(), None);
-        assert_eq!(state.write(0x41 | 1 << 8 | (LOGICAL | LEVEL | READ_ONLY & 0xffff_ffff) as u32), Some(9));
+        assert_eq!(state.write(0x41 | 1 << 8 | 0xd900), Some(9));
         assert_eq!(state.pins[9].message(), Some((0xfee0_3004, 0xc141)));
         assert_eq!(state.read(), 0x8941);
         state.select = ENTRIES + 2 * 24;

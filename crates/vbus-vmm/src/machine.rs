@@ -156,7 +156,14 @@ impl Machine {
         let sints = Sints { base: layout::SINTS, stride: layout::SINT_STRIDE, processors: cpus };
         let sints = Some(sints).filter(|_| hyperv);
         let backing = Backing { mmio: config.mmio, pio: config.pio, hypercall: hyperv, sints };
-        let pci = PciRoot::new(chip.routes().clone(), ram.regions(), config.slots, backing, config.filter)?;
+        let pci = PciRoot::new(
+            chip.routes().clone(),
+            chip.io_apic().cloned(),
+            ram.regions(),
+            config.slots,
+            backing,
+            config.filter,
+        )?;
         pci.attach(&mut buses.mmio, &mut buses.pio);
         for (name, socket) in &config.devices {
             pci.plug(name, socket).with_context(|| format!("cannot plug {name}"))?;

@@ -18,6 +18,7 @@ use super::messages::Messages;
 use super::msix::Table;
 use super::space::touches;
 use super::{PlugError, Shared, doorbells, lock};
+use crate::ioapic::Source;
 
 /// VFIO's number of the configuration space.
 const REGION_CONFIG: u32 = 7;
@@ -53,9 +54,37 @@ pub(super) struct Function {
     doorbells: Mutex<Doorbells>,
     /// Doorbells at an address end in the kernel.
     mmio: bool,
-    /// Keeps INTx connected.
-    _intx: Option<Level>,
+    intx: Option<Intx>,
     pub(super) counters: Counters,
+}
+
+/// INTx: a level on a pin of the I/O APIC, wherever that is.
+enum Intx {
+    Kernel(Level),
+    Here(Source),
+}
+
+impl Intx {
+    fn new(shared: &Shared, pin: u32) -> Result<Intx, PlugError> {
+        Ok(match &shared.io_apic {
+            None => Intx::Kernel(Level::new(shared.routes.clone(), pin)?),
+            Some(chip) => Intx::Here(chip.source(pin)?),
+        })
+    }
+
+    fn assert(&self) -> BorrowedFd<'_> {
+        match self {
+            Intx::Kernel(level) => level.assert(),
+            Intx::Here(source) => source.assert(),
+        }
+    }
+
+    fn ended(&self) -> BorrowedFd<'_> {
+        match self {
+            Intx::Kernel(level) => level.ended(),
+            Intx::Here(source) => source.ended(),
+        }
+    }
 }
 
 struct State {
@@ -76,24 +105,15 @@ impl Function {
         pin: impl FnOnce(u8) -> u32,
     ) -> Result<Function, PlugError> {
         let mut client = Client::connect(socket)?;
-        let mut facts = Facts::read(&mut client)?;
+        let facts = Facts::read(&mut client)?;
         for ram in &shared.ram {
             client.dma_map(ram.file.as_fd(), ram.file_offset, ram.base, ram.bytes)?;
         }
         let mut intx = None;
         if facts.pin > 0 {
-            match Level::new(shared.routes.clone(), pin(facts.pin - 1)) {
-                Ok(level) => {
-                    client.connect_irqs(IRQ_INTX, 0, &[level.assert()])?;
-                    client.connect_unmask(IRQ_INTX, 0, level.ended())?;
-                    intx = Some(level);
-                }
-                Err(vbus_kvm::Error::Missing(_)) => {
-                    tracing::debug!("{name}: no INTx without KVM's own I/O APIC; messages only");
-                    facts.pin = 0;
-                }
-                Err(e) => return Err(e.into()),
-            }
+            let intx = intx.insert(Intx::new(shared, pin(facts.pin - 1))?);
+            client.connect_irqs(IRQ_INTX, 0, &[intx.assert()])?;
+            client.connect_unmask(IRQ_INTX, 0, intx.ended())?;
         }
         let bells = doorbells::of_function(client.io_eventfds(REGION_BAR0)?, &facts)?;
         let mut bells = Doorbells::new(shared.routes.vm().clone(), bells)?;
@@ -118,7 +138,7 @@ impl Function {
             in_use: AtomicBool::new(false),
             doorbells: Mutex::new(bells),
             mmio: shared.backing.mmio,
-            _intx: intx,
+            intx,
             counters: Counters::default(),
         })
     }
@@ -126,6 +146,14 @@ impl Function {
     /// The connection's socket, to be watched for its end and for nothing else.
     pub(super) fn connection(&self) -> BorrowedFd<'_> {
         self.connection.as_fd()
+    }
+
+    /// INTx, if this process has to pass it on.
+    pub(super) fn intx(&self) -> Option<&Source> {
+        match &self.intx {
+            Some(Intx::Here(source)) => Some(source),
+            _ => None,
+        }
     }
 
     /// Whether the connection has failed.

@@ -35,6 +35,7 @@ use vbus_kvm::{Routes, Sints};
 use vbus_vfio_user::ClientError;
 
 use crate::bus::Bus;
+use crate::ioapic::IoApic;
 use crate::layout;
 use crate::memory::RamRegion;
 pub use facts::BadFunction;
@@ -65,6 +66,8 @@ pub struct Backing {
 /// What all functions need.
 struct Shared {
     routes: Arc<Routes>,
+    /// The I/O APIC, if it is in this process: INTx then passes through it.
+    io_apic: Option<Arc<IoApic>>,
     ram: Vec<RamRegion>,
     backing: Backing,
     ports: u8,
@@ -93,6 +96,9 @@ pub enum PlugError {
     /// KVM refused.
     #[error(transparent)]
     Kvm(#[from] vbus_kvm::Error),
+    /// No more descriptors.
+    #[error("eventfd: {0}")]
+    Eventfd(#[from] std::io::Error),
 }
 
 impl From<ClientError> for PlugError {
@@ -181,6 +187,7 @@ impl PciRoot {
     /// With another number of ports.
     pub fn new(
         routes: Arc<Routes>,
+        io_apic: Option<Arc<IoApic>>,
         ram: Vec<RamRegion>,
         ports: u8,
         backing: Backing,
@@ -190,7 +197,7 @@ impl PciRoot {
         let slots = (1..=ports).map(|number| Slot::new(number, routes.clone())).collect();
         let watcher = watch::Watcher::new()?;
         let root = Arc::new(PciRoot {
-            shared: Shared { routes, ram, backing, ports },
+            shared: Shared { routes, io_apic, ram, backing, ports },
             host_bridge: Mutex::new(host_bridge()),
             slots,
             address: AtomicU32::new(0),

@@ -251,6 +251,38 @@ fn the_pin_is_a_level_whose_end_is_an_eventfd() {
 }
 
 #[test]
+fn the_pin_goes_through_an_io_apic_in_this_process() {
+    const ENTRY: u8 = 0x10 + 2 * 17;
+    let Some(guest) = Guest::with_chip(1, true) else { return };
+    let chip = guest.io_apic.clone().unwrap();
+    let fake = Fake::start();
+    guest.root.plug("fake0", &fake.path).unwrap();
+    let apic = guest.local_apic();
+    let set = |register: u8, value: u32| {
+        guest.mmio.write(crate::acpi::IO_APIC.into(), &[register]);
+        guest.mmio.write(u64::from(crate::acpi::IO_APIC) + 0x10, &value.to_le_bytes());
+    };
+    // Level-triggered, to local APIC 0.
+    set(ENTRY + 1, 0);
+    set(ENTRY, 0x61 | 1 << 15);
+    let ended = || fake.with(|device| rustix::io::read(device.unmask.as_ref().unwrap(), &mut [0; 8]).is_ok());
+    for _ in 0..2 {
+        assert!(fake.interrupt(IRQ_INTX, 0));
+        until("INTx", || apic.takes(0x61));
+        assert!(!ended(), "it is still serviced");
+        chip.end(0x61);
+        until("the device hears of the end", ended);
+    }
+    assert!(apic.pending().is_empty());
+    // A device that leaves takes its pin down.
+    assert!(fake.interrupt(IRQ_INTX, 0));
+    until("INTx", || apic.takes(0x61));
+    guest.root.unplug("fake0").unwrap();
+    chip.end(0x61);
+    assert!(apic.pending().is_empty());
+}
+
+#[test]
 fn a_server_that_dies_leaves_an_empty_slot() {
     let Some(guest) = Guest::new(1) else { return };
     let driver = guest.slot_driver(1);

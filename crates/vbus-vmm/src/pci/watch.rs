@@ -1,4 +1,4 @@
-//! Notices that a server has gone, so that the guest need not find out by an access.
+//! Notices that a server has gone, so that the guest need not find out by an access; and passes INTx on, where the kernel does not.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::mpsc::channel;
@@ -46,10 +46,13 @@ fn watch(root: &Weak<PciRoot>, wake: &OwnedFd) -> bool {
     let ended = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
     let mut fds = vec![PollFd::new(wake, PollFlags::IN)];
     fds.extend(functions.iter().map(|(_, function)| PollFd::from_borrowed_fd(function.connection(), PollFlags::RDHUP)));
+    let sources: Vec<_> = functions.iter().filter_map(|(_, function)| function.intx()).collect();
+    fds.extend(sources.iter().map(|source| PollFd::from_borrowed_fd(source.assert(), PollFlags::IN)));
     if poll(&mut fds, None).is_err() {
         return true;
     }
     let _ = rustix::io::read(wake.as_fd(), &mut [0; 8]);
+    sources.iter().for_each(|source| source.take());
     let Some(root) = root.upgrade() else { return false };
     for ((number, function), fd) in functions.iter().zip(&fds[1..]) {
         let slot = &root.slots[usize::from(*number) - 1];

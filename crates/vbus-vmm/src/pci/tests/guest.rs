@@ -6,10 +6,11 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
-use vbus_kvm::{Chip, Routes, Sints};
+use vbus_kvm::Sints;
 
 use super::super::{Backing, PciRoot};
 use crate::bus::Bus;
+use crate::ioapic::IoApic;
 use crate::layout;
 use crate::memory::{Ram, RamRegion};
 
@@ -21,12 +22,19 @@ pub(super) struct Guest {
     pub(super) ram: Vec<RamRegion>,
     pub(super) mmio: Arc<Bus>,
     pub(super) pio: Arc<Bus>,
+    /// If it is in this process.
+    pub(super) io_apic: Option<Arc<IoApic>>,
     vm: Arc<VmFd>,
 }
 
 impl Guest {
     /// `None` where there is no KVM.
     pub(super) fn new(ports: u8) -> Option<Guest> {
+        Guest::with_chip(ports, false)
+    }
+
+    /// `split`: with the I/O APIC in this process.
+    pub(super) fn with_chip(ports: u8, split: bool) -> Option<Guest> {
         let kvm = match Kvm::new() {
             Ok(kvm) => kvm,
             Err(e) => {
@@ -35,15 +43,16 @@ impl Guest {
             }
         };
         let vm = Arc::new(kvm.create_vm().unwrap());
-        vm.create_irq_chip().unwrap();
-        let routes = Routes::new(vm.clone(), Chip::Kernel).unwrap();
+        let chip = crate::chip::Chip::new(&vm, split).unwrap();
+        let (routes, io_apic) = (chip.routes().clone(), chip.io_apic().cloned());
         let ram = Ram::new(16 << 20).unwrap().regions();
         let sints = Some(Sints { base: 0xfed8_0000, stride: 16, processors: 1 });
         let backing = Backing { mmio: true, pio: true, hypercall: false, sints };
-        let root = PciRoot::new(routes, ram.clone(), ports, backing, false).unwrap();
+        let root = PciRoot::new(routes, io_apic.clone(), ram.clone(), ports, backing, false).unwrap();
         let (mut mmio, mut pio) = (Bus::default(), Bus::default());
+        chip.attach(&mut mmio);
         root.attach(&mut mmio, &mut pio);
-        Some(Guest { root, ram, mmio: Arc::new(mmio), pio: Arc::new(pio), vm })
+        Some(Guest { root, ram, mmio: Arc::new(mmio), pio: Arc::new(pio), io_apic, vm })
     }
 
     fn address(bus: u8, device: u8, at: u16) -> u64 {
