@@ -6,6 +6,7 @@
 mod ablation;
 mod chart;
 mod duel;
+mod lines;
 mod pages;
 mod region;
 mod report;
@@ -22,10 +23,11 @@ use samples::Samples;
 /// A group of measures.
 type Group = (&'static str, fn(&mut Samples));
 
-const GROUPS: [Group; 6] = [
+const GROUPS: [Group; 7] = [
     ("rings", rings::sample),
     ("pages", pages::sample),
     ("signals", signals::sample),
+    ("lines", lines::sample),
     ("sizes", pages::by_size),
     ("readers", pages::by_readers),
     ("devices", rings::by_devices),

@@ -26,10 +26,12 @@ const RATIOS: [(&str, &str, &str); 17] = [
 ];
 
 /// Key of the report, its figure.
-const FIGURES: [(&str, &str); 3] = [
+const FIGURES: [(&str, &str); 5] = [
     ("signal_kicks_per_1000_busy", "signal/kicks_per_1000/busy"),
     ("signal_kicks_per_1000_slow", "signal/kicks_per_1000/slow"),
     ("signal_kicks_per_1000_idle", "signal/kicks_per_1000/idle"),
+    ("line_ns", "lines/one/nested"),
+    ("line_ns_of_16", "lines/of_16/nested"),
 ];
 
 /// Prints every figure and every ratio, and returns the report: the medians by key.
