@@ -5,7 +5,9 @@ mod tiny;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
+use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use vbus_kvm::{Chip, Doorbells, Error, Kind, Level, Message, Place, Route, Routes};
 
@@ -180,6 +182,65 @@ fn messages_come_while_unmasked_and_wait_while_masked() {
     assert_eq!(next.route(), None, "a number comes without the route of the one who had it before");
 }
 
+/// Lets the guest stop waiting when the test has failed.
+struct Release(&'static AtomicU64);
+
+impl Drop for Release {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.store(u64::MAX, Ordering::Relaxed);
+        }
+    }
+}
+
+#[test]
+fn no_message_is_lost_or_doubled_while_it_is_masked_and_moved() {
+    const EVENTS: u64 = 400;
+    // Two ways to say the same: the second one's level bit means nothing with an edge.
+    const OTHER: Route = Route::Msi { address: 0xfee0_0000, data: 0x4000 | VECTOR as u32 };
+    let Some(mut tiny) = machine() else { return };
+    let routes = Routes::new(tiny.vm.clone(), Chip::Kernel).unwrap();
+    // Another's routes change meanwhile, and with them the whole table.
+    let mut neighbour = Message::new(routes.clone()).unwrap();
+    let mut message = Message::new(routes).unwrap();
+    message.set(MSI).unwrap();
+    message.unmask().unwrap();
+    let (counter, event) = (tiny.counter(), message.eventfd().try_clone_to_owned().unwrap());
+    std::thread::scope(|scope| {
+        let (sender, asked) = std::sync::mpsc::sync_channel::<()>(0);
+        let (tell, told) = std::sync::mpsc::channel();
+        scope.spawn(move || {
+            for () in asked {
+                write(&event);
+                tell.send(()).unwrap();
+            }
+        });
+        scope.spawn(move || {
+            let _release = Release(counter);
+            for number in 0..EVENTS {
+                // Written by the other thread while this one does its worst.
+                sender.send(()).unwrap();
+                match number % 4 {
+                    0 => message.mask().and_then(|()| message.unmask()).unwrap(),
+                    1 => message.set(OTHER).and_then(|()| message.set(MSI)).unwrap(),
+                    2 => neighbour.set(if number % 8 == 2 { OTHER } else { MSI }).unwrap(),
+                    _ => {
+                        message.mask().unwrap();
+                        message.set(OTHER).unwrap();
+                        message.unmask().unwrap();
+                        message.set(MSI).unwrap();
+                    }
+                }
+                told.recv().unwrap();
+                wait_until(|| counter.load(Ordering::Relaxed) > number);
+            }
+        });
+        tiny.run(Program::Wait(EVENTS));
+    });
+    assert_eq!(tiny.run(Program::Ring(Kind::Pio, 5)).interrupts, 0);
+    assert_eq!(tiny.interrupts(), EVENTS);
+}
+
 #[test]
 fn there_are_as_many_messages_as_kvm_has_room_for() {
     let Some(tiny) = machine() else { return };
@@ -285,6 +346,32 @@ fn wait_until(condition: impl Fn() -> bool) {
         assert!(start.elapsed().as_secs() < 10, "it never happens");
         std::thread::yield_now();
     }
+}
+
+#[test]
+fn pins_of_a_split_chip_are_routes_like_messages() {
+    const PINS: u32 = 24;
+    let Ok(kvm) = kvm_ioctls::Kvm::new() else {
+        println!("skipped: no KVM here");
+        return;
+    };
+    if !vbus_kvm::Kinds::probe(&kvm).split_irqchip {
+        println!("skipped: this KVM has no split interrupt controllers");
+        return;
+    }
+    let vm = Arc::new(kvm.create_vm().unwrap());
+    let mut split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
+    split.args[0] = PINS.into();
+    vm.enable_cap(&split).unwrap();
+    let routes = Routes::new(vm, Chip::Split { pins: PINS }).unwrap();
+    assert_eq!(routes.alloc().unwrap(), PINS, "numbers of messages begin behind the pins");
+    routes.set(3, Some(MSI)).unwrap();
+    assert_eq!(routes.get(3), Some(MSI));
+    routes.set(3, None).unwrap();
+    assert_eq!(routes.get(3), None);
+    assert!(routes.set(PINS + 7, Some(MSI)).is_err(), "nobody has this number");
+    // The kernel has no pins here.
+    assert!(matches!(Level::new(routes, 3), Err(Error::Missing(_))));
 }
 
 #[test]

@@ -276,8 +276,13 @@ impl Tiny {
 
     /// Interrupts that the guest has counted.
     pub fn interrupts(&self) -> u64 {
-        // SAFETY: within the mapping and aligned; the guest writes it as one word.
-        unsafe { AtomicU64::from_ptr(self.memory.add(COUNTER as usize).cast()) }.load(Ordering::Relaxed)
+        self.counter().load(Ordering::Relaxed)
+    }
+
+    /// Where it counts them, for other threads.
+    pub fn counter(&self) -> &'static AtomicU64 {
+        // SAFETY: within the mapping, which lasts, and aligned; the guest writes it as one word.
+        unsafe { AtomicU64::from_ptr(self.memory.add(COUNTER as usize).cast()) }
     }
 
     /// Whether a pin of the I/O APIC is asserted.
