@@ -70,7 +70,7 @@ pub fn run<S: Source>(source: &S, args: &Args) -> Result<()> {
     let watched = match (args.run.tid, args.run.pid) {
         (Some(tid), _) => Watched::Thread(tid),
         (None, Some(pid)) => Watched::Process(pid),
-        (None, None) => Watched::RealTime(Census::new(args.run.sleeping)),
+        (None, None) => Watched::RealTime(Census::new(args.run.sleeping)?),
     };
     let (found, (hal, interrupt)) = claim(source, class::SCHED, "sched", device)?;
     let session = Session::open(hal, interrupt).with_context(|| found.id.clone())?;
@@ -107,7 +107,7 @@ impl<H: Hal> Session<H> {
         let mut checked = Instant::now();
         loop {
             let now = Instant::now();
-            let Some(samples) = watched.samples(now) else { break };
+            let Some(samples) = watched.samples() else { break };
             let wanted = wanted(&samples, self.pages.len());
             for (number, ((page, last), class)) in self.pages.iter_mut().zip(&mut posted).zip(wanted).enumerate() {
                 if class != last.0 || class.is_real_time() && now >= last.1 + renewal(&limits) {

@@ -1,9 +1,10 @@
 //! Tasks of this machine, as /proc tells of them: their class, and the CPU that they are on.
 
-use std::collections::BTreeSet;
 use std::fs;
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
+use anyhow::Result;
 use vbus_driver::sched::Class;
 
 /// How often all tasks are looked at for such as have become real-time ones.
@@ -71,57 +72,69 @@ pub enum Watched {
     RealTime(Census),
 }
 
-/// The real-time tasks of this machine.
+/// A task: process and thread.
+type Id = (u32, u32);
+
+/// The real-time tasks of this machine. To find them takes long, and is left to a thread that is no real-time task itself.
 pub struct Census {
-    /// Those that sleep, too; of the kernel's own, only such as do not.
+    /// Those that sleep, too; but then none of the kernel's own, of which many sleep on each CPU.
     sleeping: bool,
-    known: BTreeSet<(u32, u32)>,
-    taken: Option<Instant>,
+    newest: Arc<Mutex<Vec<Id>>>,
+    known: Vec<Id>,
 }
 
 impl Census {
-    /// With or without the tasks that sleep.
-    pub fn new(sleeping: bool) -> Census {
-        Census { sleeping, known: BTreeSet::new(), taken: None }
+    /// With or without the tasks that sleep. To be called before the calling thread becomes a real-time task.
+    pub fn new(sleeping: bool) -> Result<Census> {
+        let known = take_census(sleeping);
+        let newest = Arc::new(Mutex::new(known.clone()));
+        let taken = Arc::downgrade(&newest);
+        let thread = std::thread::Builder::new().name("vbus-census".into());
+        thread.spawn(move || {
+            while let Some(newest) = taken.upgrade() {
+                let census = take_census(sleeping);
+                *newest.lock().unwrap_or_else(PoisonError::into_inner) = census;
+                drop(newest);
+                std::thread::sleep(CENSUS);
+            }
+        })?;
+        Ok(Census { sleeping, newest, known })
     }
 
-    fn samples(&mut self, now: Instant) -> Vec<Sample> {
-        let path = |process, thread| format!("/proc/{process}/task/{thread}/stat");
-        if self.taken.is_none_or(|taken| now >= taken + CENSUS) {
-            self.taken = Some(now);
-            self.known.clear();
-            for process in numbers("/proc").into_iter().filter(|process| *process != std::process::id()) {
-                for thread in numbers(&format!("/proc/{process}/task")) {
-                    if sample(&path(process, thread)).is_some_and(|sample| sample.class.is_real_time()) {
-                        self.known.insert((process, thread));
-                    }
-                }
-            }
+    fn samples(&mut self) -> Vec<Sample> {
+        // Not waited for: its holder may have to wait for the CPU.
+        if let Ok(newest) = self.newest.try_lock() {
+            self.known.clone_from(&newest);
         }
-        let mut samples = Vec::new();
-        self.known.retain(|(process, thread)| {
-            let sample = sample(&path(*process, *thread));
-            samples.extend(sample.filter(|sample| {
-                sample.class.is_real_time() && (sample.is_runnable || self.sleeping && !sample.is_kernel)
-            }));
-            sample.is_some()
-        });
-        samples
+        let samples = self.known.iter().filter_map(|id| sample(&path(*id)));
+        samples.filter(|sample| sample.class.is_real_time() && (sample.is_runnable || self.sleeping)).collect()
     }
+}
+
+fn path((process, thread): Id) -> String {
+    format!("/proc/{process}/task/{thread}/stat")
+}
+
+/// Looks at all tasks but those of this process.
+fn take_census(sleeping: bool) -> Vec<Id> {
+    let processes = numbers("/proc").into_iter().filter(|process| *process != std::process::id());
+    let tasks = processes
+        .flat_map(|process| numbers(&format!("/proc/{process}/task")).into_iter().map(move |thread| (process, thread)));
+    let counts = |sample: Sample| sample.class.is_real_time() && !(sleeping && sample.is_kernel);
+    tasks.filter(|id| sample(&path(*id)).is_some_and(counts)).collect()
 }
 
 impl Watched {
     /// The tasks that count now. None: there will be none any more.
-    pub fn samples(&mut self, now: Instant) -> Option<Vec<Sample>> {
+    pub fn samples(&mut self) -> Option<Vec<Sample>> {
         match self {
             Watched::Thread(thread) => sample(&format!("/proc/{thread}/stat")).map(|sample| vec![sample]),
             Watched::Process(process) => {
-                let threads = numbers(&format!("/proc/{process}/task"));
-                let path = |thread| format!("/proc/{process}/task/{thread}/stat");
-                let samples: Vec<_> = threads.into_iter().filter_map(|thread| sample(&path(thread))).collect();
+                let threads = numbers(&format!("/proc/{process}/task")).into_iter();
+                let samples: Vec<_> = threads.filter_map(|thread| sample(&path((*process, thread)))).collect();
                 (!samples.is_empty()).then_some(samples)
             }
-            Watched::RealTime(census) => Some(census.samples(now)),
+            Watched::RealTime(census) => Some(census.samples()),
         }
     }
 }
