@@ -29,6 +29,7 @@ use std::sync::mpsc::Sender;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, ValueEnum};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use tracing_subscriber::EnvFilter;
@@ -130,6 +131,7 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<()> {
+    raise_descriptor_limit();
     let serial = targets(&cli.serial)?;
     let devices = cli.devices.iter().map(|word| device(word)).collect::<Result<_>>()?;
     let image = Image::open(&cli.kernel, cli.initramfs.as_deref(), &cli.append)?;
@@ -159,6 +161,14 @@ fn run(cli: Cli) -> Result<()> {
     machine.run(&|event, more| tell(json, event, more))?;
     drop(raw);
     Ok(())
+}
+
+/// Each doorbell and each interrupt vector of a device is a descriptor; the usual limit is there for programs that use `select`.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
+        tracing::debug!("cannot raise the limit of descriptors: {error}");
+    }
 }
 
 /// A device's name and socket. A path with an equals sign is told from a name by the slash before it.

@@ -16,6 +16,9 @@ use crate::cpuid::Model;
 use crate::exits::{Exits, Kind};
 use crate::ioapic::IoApic;
 
+/// Status of a Hyper-V hypercall: there is no such connection.
+const NO_CONNECTION: u64 = 0x12;
+
 /// The time stamp counter: it goes on through a reset.
 const MSR_TSC: u32 = 0x10;
 /// `IA32_MISC_ENABLE` with fast string instructions.
@@ -130,8 +133,13 @@ impl Vcpu {
                     self.exits.count(Kind::Other);
                     return Ok(Pause::TripleFault);
                 }
-                // The SynIC's pages were moved: nobody here looks into them.
-                VcpuExit::Hyperv | VcpuExit::IrqWindowOpen => Kind::Other,
+                VcpuExit::Hyperv => {
+                    // The SynIC's pages were moved, into which nobody here looks; or it is a hypercall for a connection that nobody has, and
+                    // this is its status.
+                    self.fd.get_kvm_run().__bindgen_anon_1.hyperv.u.hcall.result = NO_CONNECTION;
+                    Kind::Other
+                }
+                VcpuExit::IrqWindowOpen => Kind::Other,
                 VcpuExit::FailEntry(reason, _) => {
                     bail!("virtual CPU {}: the processor refuses its state ({reason:#x})", self.number)
                 }

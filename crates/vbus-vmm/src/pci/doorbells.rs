@@ -47,24 +47,19 @@ fn ports_per_slot(shared: &Shared) -> u16 {
 }
 
 /// Puts the doorbells where their place does not depend on the guest: ports and event connections. The records for the capability.
-pub(super) fn back(
-    bells: &mut Doorbells,
-    facts: &Facts,
-    slot: u8,
-    shared: &Shared,
-) -> Result<Vec<Record>, vbus_kvm::Error> {
-    let mut records = Vec::new();
+pub(super) fn back(bells: &mut Doorbells, facts: &Facts, slot: u8, shared: &Shared) -> Vec<Record> {
+    let (mut records, numbers) = (Vec::new(), bells.numbers());
+    let mut put = |kind, place: Place| match bells.place(kind, Some(place)) {
+        Ok(()) => records.extend(place.record(kind)),
+        Err(e) => tracing::warn!("slot {slot} has no doorbells of kind {kind:?}: {e}"),
+    };
     // A kind is offered if it rings every doorbell that the device can have.
     if shared.backing.pio && facts.doorbell_count <= u32::from(ports_per_slot(shared)) {
         let base = layout::DOORBELL_PORTS + (u16::from(slot) - 1) * ports_per_slot(shared);
-        let place = Place { base: base.into(), stride: PORT_STRIDE };
-        bells.place(Kind::Pio, Some(place))?;
-        records.extend(place.record(Kind::Pio));
+        put(Kind::Pio, Place { base: base.into(), stride: PORT_STRIDE });
     }
-    if shared.backing.hypercall && facts.doorbell_count == bells.numbers() {
-        let place = Place { base: (u32::from(slot) * CONNECTIONS).into(), stride: 1 };
-        bells.place(Kind::Hypercall, Some(place))?;
-        records.extend(place.record(Kind::Hypercall));
+    if shared.backing.hypercall && facts.doorbell_count == numbers {
+        put(Kind::Hypercall, Place { base: (u32::from(slot) * CONNECTIONS).into(), stride: 1 });
     }
     if let Some(sints) = shared.backing.sints {
         if let Ok(base) = u32::try_from(sints.base) {
@@ -75,7 +70,7 @@ pub(super) fn back(
             records.push(record);
         }
     }
-    Ok(records)
+    records
 }
 
 /// The ports, for what is rung while no eventfd is there: it goes to the server as a message.

@@ -117,7 +117,7 @@ impl Function {
         }
         let bells = doorbells::of_function(client.io_eventfds(REGION_BAR0)?, &facts)?;
         let mut bells = Doorbells::new(shared.routes.vm().clone(), bells)?;
-        let records = doorbells::back(&mut bells, &facts, slot, shared)?;
+        let records = doorbells::back(&mut bells, &facts, slot, shared);
         let connection =
             client.as_fd().try_clone_to_owned().map_err(|_| ClientError::from(rustix::io::Errno::MFILE))?;
         let state = State {

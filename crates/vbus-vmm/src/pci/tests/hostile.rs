@@ -150,3 +150,21 @@ fn a_device_that_stops_answering_is_dropped() {
     });
     assert_eq!(guest.config32(1, 0), u32::MAX);
 }
+
+#[test]
+fn a_server_that_does_not_read_is_dropped() {
+    let Some(guest) = Guest::new(1) else { return };
+    let fake = Fake::start();
+    guest.root.plug("fake0", &fake.path).unwrap();
+    guest.set_command(1, 6);
+    let bar = u64::from(guest.config32(1, 0x10));
+    let begun = Instant::now();
+    fake.with(|_| {
+        while !guest.root.list().is_empty() {
+            // Not waited for, until the socket takes no more.
+            guest.mmio.write(bar + 0x80, &[0; 8]);
+            assert!(begun.elapsed() < PATIENCE);
+        }
+    });
+    assert_eq!(guest.config32(1, 0), u32::MAX);
+}
