@@ -212,6 +212,11 @@ impl<'a> InnerBus<'a> {
         self.rig.guest.ok(&format!("vbus {words} --dir {}", self.dir))
     }
 
+    /// Starts `vbus WORDS --dir DIR` and returns at once.
+    pub fn spawn(&self, words: &str) -> Result<Running> {
+        self.rig.guest.start(&format!("vbus {words} --dir {}", self.dir))
+    }
+
     /// `vbus stats --json`.
     pub fn stats(&self) -> Result<Value> {
         serde_json::from_str(&self.run("stats --json")?).context("vbus stats --json printed no JSON")
