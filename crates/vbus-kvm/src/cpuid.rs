@@ -30,6 +30,9 @@ const BY_HYPERCALL: u32 = 1 << 7 | 1 << 11 | 1 << 13 | 1 << 16 | 1 << 17;
 /// it. So Hyper-V's leaves are put at 0x40000000, with a name by which nobody takes the machine for Hyper-V, and KVM's are moved to
 /// 0x40000100, where systems that know KVM look as well: Linux is a guest of KVM as before.
 ///
+/// Where the SynIC is on, a hypercall for an event connection that nobody has ends as `KVM_EXIT_HYPERV`, whose `result` is for the VMM to set:
+/// 0x12, no such connection. Switching the SynIC on is told by such an exit too.
+///
 /// Once a guest has set Hyper-V's register of its identity, which it has to for hypercalls, KVM takes *all* hypercalls of the virtual machine
 /// for Hyper-V's. Features of KVM that are done by hypercalls would then silently fail, so these are taken out.
 pub fn offer_hypercalls(leaves: &mut Vec<kvm_cpuid_entry2>, synic: bool) {

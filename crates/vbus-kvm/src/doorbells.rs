@@ -101,7 +101,8 @@ impl Doorbells {
     }
 
     /// Puts those of `kind` elsewhere, or nowhere. They ring in neither place for a moment; what is rung then goes on to the VMM, as a write
-    /// to an address or port that nobody has, and should ring there.
+    /// to an address or port that nobody has, and should ring there. It is nothing for a fast path: for each doorbell KVM is called, and waits for
+    /// its virtual CPUs.
     ///
     /// # Errors
     /// [`Error::NoPlace`] for a place that this kind does not have, and what KVM says, for example that something is there already: they are

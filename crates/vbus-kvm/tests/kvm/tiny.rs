@@ -20,6 +20,8 @@ pub const CONNECTION: u32 = 0xab_cdef;
 /// The interrupt that the guest counts, and ends by its APIC; and the one that it counts, and that ends by itself.
 pub const VECTOR: u8 = 0x31;
 pub const AUTO_VECTOR: u8 = 0x32;
+/// What a hypercall for a connection that nobody has gets.
+pub const NO_CONNECTION: u64 = 0x12;
 /// The synthetic interrupt that has [`AUTO_VECTOR`].
 pub const SINT: u32 = 5;
 
@@ -350,7 +352,10 @@ impl Tiny {
                 VcpuExit::IoOut(END_PORT, _) => break,
                 VcpuExit::IoOut(PORT, _) | VcpuExit::MmioWrite(MMIO, _) => user_exits += 1,
                 // That the SynIC was switched on is told, and so is a connection that nobody has.
-                VcpuExit::Hyperv => user_exits += 1,
+                VcpuExit::Hyperv => {
+                    user_exits += 1;
+                    self.vcpu.get_kvm_run().__bindgen_anon_1.hyperv.u.hcall.result = NO_CONNECTION;
+                }
                 other => panic!("{other:?}"),
             }
         }
