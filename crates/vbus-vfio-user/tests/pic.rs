@@ -317,6 +317,16 @@ fn a_driver_that_writes_anything_anywhere_harms_itself_at_most() {
     assert!(setup.own.wait(PATIENCE));
 }
 
+#[test]
+fn what_is_routed_itself_routes_nothing() {
+    let mut setup = Setup::new(Some("pic0"));
+    setup.pic.close();
+    setup.bus.get("pic0").unwrap().set_router("pic1");
+    setup.pic = Pic::open(Function::probe(setup.pic.function().hal().clone()).unwrap()).unwrap();
+    let _cpu = setup.cpu(0, Nesting::Flat);
+    assert_eq!(status(setup.pic.route(source(0), Line { cpu: 0, number: 0 })), Some(Status::DENIED));
+}
+
 /// What the devices have posted and the processors have seen, by vector.
 struct Books {
     posted: Vec<AtomicU64>,

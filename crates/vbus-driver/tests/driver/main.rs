@@ -8,4 +8,5 @@ mod hostile;
 mod local;
 mod nic;
 mod pages;
+mod pic;
 mod sched;
