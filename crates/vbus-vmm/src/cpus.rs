@@ -262,3 +262,113 @@ impl Drop for RunPage {
         let _ = unsafe { munmap(self.page.as_ptr().cast(), size_of::<kvm_run>()) };
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may panic")]
+mod tests {
+    use std::sync::mpsc::{Receiver, channel};
+
+    use kvm_ioctls::Kvm;
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::bus::BusDevice;
+    use crate::chip::Chip;
+    use crate::cpuid::Model;
+    use crate::memory::Ram;
+
+    /// Where the code of a test lies.
+    const CODE: u64 = 0x10_0000;
+    /// The port that [`Counter`] is at.
+    const PORT: u64 = 0x80;
+
+    /// Counts accesses.
+    #[derive(Default)]
+    struct Counter(std::sync::atomic::AtomicU64);
+
+    impl BusDevice for Counter {
+        fn read(&self, _: u64, _: &mut [u8]) {}
+        fn write(&self, _: u64, _: &[u8]) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    struct Machine {
+        cpus: Cpus,
+        start: Start,
+        counter: Arc<Counter>,
+        asks: Receiver<Ask>,
+        _ram: Ram,
+    }
+
+    /// A machine with one CPU that runs `code` in 32-bit mode. `None` where there is no KVM.
+    fn machine(code: &[u8]) -> Option<Machine> {
+        let Ok(kvm) = Kvm::new() else {
+            println!("skipped: no /dev/kvm");
+            return None;
+        };
+        let vm = Arc::new(kvm.create_vm().unwrap());
+        let ram = Ram::new(16 << 20).unwrap();
+        ram.give_to(&vm).unwrap();
+        let _chip = Chip::new(&vm, false).unwrap();
+        ram.map().write_slice(code, GuestAddress(CODE)).unwrap();
+        let start = Start::protected(ram.map(), CODE, 0).unwrap();
+        let (asks, asked) = channel();
+        let (mut buses, counter) = (Buses::default(), Arc::<Counter>::default());
+        buses.pio.add(PORT, 1, counter.clone());
+        let model = Model::new(&kvm, 1, false).unwrap();
+        let vcpu = Vcpu::new(&kvm, &vm, 0, &model).unwrap();
+        let cpus = Cpus::start(vec![vcpu], &Arc::new(buses), &asks, false).unwrap();
+        cpus.reset(&start).unwrap();
+        Some(Machine { cpus, start, counter, asks: asked, _ram: ram })
+    }
+
+    #[test]
+    fn a_cpu_stops_wherever_it_is() {
+        let (spin, halt, out): (&[u8], &[u8], &[u8]) = (&[0xeb, 0xfe], &[0xf4, 0xeb, 0xfd], &[0xe6, 0x80, 0xeb, 0xfc]);
+        for code in [spin, halt, out] {
+            let Some(machine) = machine(code) else { return };
+            for turn in 0..100 {
+                machine.cpus.run();
+                if turn % 2 == 0 {
+                    // At times before it has got into KVM at all.
+                    std::thread::yield_now();
+                }
+                machine.cpus.hold().unwrap();
+                let before = machine.counter.0.load(Ordering::Relaxed);
+                if turn % 10 == 0 {
+                    machine.cpus.reset(&machine.start).unwrap();
+                }
+                assert_eq!(machine.counter.0.load(Ordering::Relaxed), before);
+            }
+            assert!(machine.asks.try_recv().is_err());
+        }
+    }
+
+    #[test]
+    fn an_exit_is_finished_before_a_reset() {
+        // Port 0x80 is written once, then nothing more; after each reset once again.
+        let Some(machine) = machine(&[0xe6, 0x80, 0xeb, 0xfe]) else { return };
+        for turn in 1..=50 {
+            machine.cpus.run();
+            let until = Instant::now() + Duration::from_secs(60);
+            while machine.counter.0.load(Ordering::Relaxed) < turn {
+                assert!(Instant::now() < until, "the guest does not run");
+                std::thread::yield_now();
+            }
+            machine.cpus.hold().unwrap();
+            machine.cpus.reset(&machine.start).unwrap();
+        }
+        assert_eq!(machine.counter.0.load(Ordering::Relaxed), 50);
+    }
+
+    #[test]
+    fn a_triple_fault_asks_for_a_reset() {
+        // An invalid instruction, and no handler for anything.
+        let Some(machine) = machine(&[0x0f, 0x0b]) else { return };
+        machine.cpus.run();
+        let ask = machine.asks.recv_timeout(Duration::from_secs(60)).unwrap();
+        assert!(matches!(ask, Ask::Reset(why) if why.contains("triple fault")));
+        machine.cpus.hold().unwrap();
+    }
+}

@@ -49,6 +49,9 @@ pub const SINTS: u64 = 0xfed8_0000;
 /// From one virtual processor to the next.
 pub const SINT_STRIDE: u16 = 16;
 
+/// The most virtual CPUs: what the I/O APIC and messages can address by 8 bits, all of which together mean every CPU.
+pub const CPUS_MAX: u32 = 255;
+
 /// Pins of the I/O APIC.
 pub const PINS: u32 = 24;
 /// The first of the pins that PCI's INTx use: that of device `d` on bus 0, pin `p` (0: INTA) is [`intx_pin`].

@@ -129,9 +129,8 @@ impl Machine {
     /// Makes it; nothing runs yet. The second part is a way to ask for its end.
     pub fn new(config: Config) -> Result<(Machine, Sender<Ask>)> {
         let kvm = open_kvm(config.split)?;
-        let most = kvm.get_max_vcpus().min(kvm.get_max_vcpu_id());
-        let cpus = config.cpus;
-        ensure!((1..=most).contains(&(cpus as usize)), "this KVM has 1 to {most} virtual CPUs, not {cpus}");
+        let (cpus, most) = (config.cpus, layout::CPUS_MAX.min(u32::try_from(kvm.get_max_vcpus())?));
+        ensure!((1..=most).contains(&cpus), "there can be 1 to {most} virtual CPUs, not {cpus}");
         let vm = Arc::new(kvm.create_vm().context("KVM makes no virtual machine")?);
         vm.set_tss_address(TSS).context("KVM does not take its own pages")?;
         let ram = Ram::new(config.memory << 20)?;

@@ -132,6 +132,8 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli) -> Result<()> {
     raise_descriptor_limit();
+    // Before anything is changed that an end would have to undo.
+    let signals = signals()?;
     let serial = targets(&cli.serial)?;
     let devices = cli.devices.iter().map(|word| device(word)).collect::<Result<_>>()?;
     let image = Image::open(&cli.kernel, cli.initramfs.as_deref(), &cli.append)?;
@@ -156,7 +158,7 @@ fn run(cli: Cli) -> Result<()> {
     };
     let filter = config.filter;
     let (machine, asks) = Machine::new(config)?;
-    end_on_signals(asks, filter)?;
+    end_on_signals(signals, asks, filter)?;
     let json = cli.json;
     machine.run(&|event, more| tell(json, event, more))?;
     drop(raw);
@@ -203,18 +205,23 @@ fn tell(json: bool, event: &str, more: Value) {
     }
 }
 
-/// SIGINT (Ctrl-C where the terminal is not the guest's), SIGTERM and SIGHUP end the machine.
-fn end_on_signals(asks: Sender<Ask>, filter: bool) -> Result<()> {
-    let (mut reader, writer) = UnixStream::pair()?;
+/// What has a byte for each SIGINT (Ctrl-C where the terminal is not the guest's), SIGTERM and SIGHUP.
+fn signals() -> Result<UnixStream> {
+    let (reader, writer) = UnixStream::pair()?;
     for signal in [SIGINT, SIGTERM, SIGHUP] {
         signal_hook::low_level::pipe::register(signal, writer.try_clone()?).context("cannot watch for signals")?;
     }
+    Ok(reader)
+}
+
+/// Asks for the machine's end at each of `signals`.
+fn end_on_signals(mut signals: UnixStream, asks: Sender<Ask>, filter: bool) -> Result<()> {
     std::thread::Builder::new().name("signals".into()).spawn(move || {
         if let Err(error) = if filter { seccomp::apply(Thread::Signals) } else { Ok(()) } {
             let _ = asks.send(Ask::Fail(error));
             return;
         }
-        while reader.read_exact(&mut [0]).is_ok() {
+        while signals.read_exact(&mut [0]).is_ok() {
             let _ = asks.send(Ask::Quit);
         }
     })?;

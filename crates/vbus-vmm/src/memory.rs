@@ -51,7 +51,7 @@ impl Ram {
         };
         let file = Arc::new(make().context("cannot make the guest's memory")?);
         let ranges = ranges(bytes).map(|(base, bytes, offset)| {
-            // Cannot be cut off: a guest of more than the address space fails to map just below.
+            // What an address space cannot hold fails to be mapped just below.
             let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
             (GuestAddress(base), bytes, Some(FileOffset::from_arc(file.clone(), offset)))
         });

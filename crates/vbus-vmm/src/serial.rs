@@ -403,3 +403,112 @@ impl Pump {
         }
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may panic")]
+mod tests {
+    use std::io::Read;
+    use std::time::Instant;
+
+    use super::*;
+
+    const COM1: u64 = layout::SERIAL[0].0 as u64;
+    const LINE_STATUS: u64 = COM1 + 5;
+
+    /// A machine with a serial port and nothing else.
+    struct Machine {
+        pio: Bus,
+        running: Running,
+    }
+
+    fn machine(target: &Target) -> Machine {
+        let (mut pio, chip) = (Bus::default(), Arc::new(Chip::for_tests()));
+        let how = How { raw: false, filter: false };
+        let running = Running::start(0, target, &chip, &mut pio, &channel().0, how).unwrap();
+        Machine { pio, running }
+    }
+
+    impl Machine {
+        fn write(&self, bytes: &[u8]) {
+            bytes.iter().for_each(|byte| self.pio.write(COM1, &[*byte]));
+        }
+
+        fn read_byte(&self, port: u64) -> u8 {
+            let mut data = [0];
+            self.pio.read(port, &mut data);
+            data[0]
+        }
+
+        /// As a guest that polls would read.
+        fn read(&self, count: usize) -> Vec<u8> {
+            let until = Instant::now() + Duration::from_secs(60);
+            let mut bytes = Vec::new();
+            while bytes.len() < count {
+                assert!(Instant::now() < until, "{} of {count} bytes came", bytes.len());
+                if self.read_byte(LINE_STATUS) & 1 == 1 {
+                    bytes.push(self.read_byte(COM1))
+                } else {
+                    std::thread::yield_now()
+                }
+            }
+            bytes
+        }
+    }
+
+    #[test]
+    fn a_socket_carries_both_ways_and_keeps_what_came_before() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("console");
+        let machine = machine(&Target::Unix(path.clone()));
+        machine.write(b"early ");
+        for turn in 0..2 {
+            let mut client = UnixStream::connect(&path).unwrap();
+            machine.write(b"hello");
+            let expected: &[u8] = if turn == 0 { b"early hello" } else { b"hello" };
+            let mut heard = vec![0; expected.len()];
+            client.read_exact(&mut heard).unwrap();
+            assert_eq!(heard, expected);
+            // More than the UART holds at a time.
+            let typed: Vec<u8> = (0..=255).cycle().take(1000).collect();
+            client.write_all(&typed).unwrap();
+            assert_eq!(machine.read(1000), typed);
+            drop(client);
+        }
+        drop(machine);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_file_has_all_that_was_written_when_the_port_is_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        std::fs::write(&path, "older").unwrap();
+        let machine = machine(&Target::File(path.clone()));
+        let text: Vec<u8> = (b' '..=b'~').cycle().take(100_000).collect();
+        machine.write(&text);
+        // Nothing is lost by a reset either.
+        machine.running.port.reset();
+        drop(machine);
+        assert_eq!(std::fs::read(&path).unwrap(), text);
+    }
+
+    #[test]
+    fn what_nobody_takes_is_bounded() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("console");
+        let machine = machine(&Target::Unix(path.clone()));
+        machine.write(b"lost");
+        machine.write(&vec![b'x'; QUEUE_MAX]);
+        assert_eq!(machine.running.port.shared.queue().len(), QUEUE_MAX);
+        assert_eq!(machine.running.port.shared.queue()[0], b'x');
+    }
+
+    #[test]
+    fn targets_are_read_as_they_are_written() {
+        assert_eq!("unix:/a:b".parse(), Ok(Target::Unix("/a:b".into())));
+        assert_eq!("file:log".parse(), Ok(Target::File("log".into())));
+        for wrong in ["", "unix:", "stdio:", "tcp:1", "/dev/pts/1"] {
+            assert!(wrong.parse::<Target>().is_err(), "{wrong}");
+        }
+    }
+}

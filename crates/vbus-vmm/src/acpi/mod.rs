@@ -130,15 +130,8 @@ fn madt(cpus: u32) -> Result<Sdt> {
     body.extend(LOCAL_APIC.to_le_bytes());
     body.extend(PC_AT.to_le_bytes());
     for cpu in 0..cpus {
-        if let Ok(id) = u8::try_from(cpu)
-            && id < u8::MAX
-        {
-            body.extend([0, 8, id, id, 1, 0, 0, 0]);
-        } else {
-            // An x2APIC, by 32 bits.
-            body.extend([9, 16, 0, 0]);
-            body.extend([cpu.to_le_bytes(), 1_u32.to_le_bytes(), cpu.to_le_bytes()].concat());
-        }
+        let id = u8::try_from(cpu)?;
+        body.extend([0, 8, id, id, 1, 0, 0, 0]);
     }
     body.extend([1, 12, 0, 0]);
     body.extend(IO_APIC.to_le_bytes());
@@ -181,7 +174,7 @@ mod tests {
 
     #[test]
     fn every_table_is_found_from_the_first_and_adds_up() {
-        for cpus in [1, 2, 254, 300] {
+        for cpus in [1, 2, layout::CPUS_MAX] {
             let ram = Ram::new(16 << 20).unwrap();
             let rsdp = read(&ram, write(ram.map(), cpus).unwrap(), 36);
             assert_eq!((sum(&rsdp[..20]), sum(&rsdp)), (0, 0));
@@ -194,10 +187,10 @@ mod tests {
             let facs = u32::from_le_bytes(tables[0][36..40].try_into().unwrap());
             assert_eq!((facs % 64, &read(&ram, facs.into(), 4)[..]), (0, &b"FACS"[..]));
             assert_eq!(u64_at(&tables[2], 44), layout::ECAM);
-            // Every CPU has an entry, of either kind.
+            // Every CPU has an entry.
             let (mut at, mut seen) = (44, 0);
             while at < tables[1].len() {
-                seen += u32::from(matches!(tables[1][at], 0 | 9));
+                seen += u32::from(tables[1][at] == 0);
                 at += usize::from(tables[1][at + 1]);
             }
             assert_eq!((seen, at), (cpus, tables[1].len()));
