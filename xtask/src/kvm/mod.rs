@@ -11,6 +11,7 @@ mod inner;
 mod linux;
 mod net;
 mod rig;
+mod sched;
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -93,6 +94,11 @@ pub const SCENARIOS: &[Scenario] = &[
         doorbells::kinds,
     ),
     scenario("doorbell_storm", "Linux rings without end: its other devices and the bus go on", doorbells::storm),
+    scenario(
+        "sched",
+        "how late a real-time task of the guest wakes under load, with and without sched",
+        sched::latency,
+    ),
     scenario(
         "against_virtio",
         "exits and interrupts of the same traffic, beside QEMU's virtio-net",

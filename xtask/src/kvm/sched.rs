@@ -1,0 +1,117 @@
+//! Priorities of a guest's tasks, and the threads of `vbus-vmm`.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+use super::Figures;
+use super::inner::{Inner, InnerBus, Spec};
+use super::rig::Rig;
+use crate::nic;
+use crate::vm::device;
+
+const LIMIT: Duration = Duration::from_secs(120);
+/// Tasks of L1 that compete with the virtual CPU for its processor.
+const RIVALS: u32 = 2;
+/// Of the guest's real-time task: how often it wakes, and how many times.
+const PERIOD_US: u32 = 10_000;
+const TIMES: u32 = 200;
+const ROUNDS: usize = 3;
+/// How much sooner it must wake, by the median; measured 2.5 to 12 times where L1's own processors were shared with others.
+const LEAST: f64 = 1.5;
+
+/// The class of the thread of virtual CPU 1, as the bus has set it, and as L1's kernel has it: policy and real-time priority.
+fn class(rig: &Rig, bus: &InnerBus) -> Result<(String, String)> {
+    let shown: Value = serde_json::from_str(&bus.run("device show cpus --json")?)?;
+    let cpu = shown["device"]["cpus"].as_array().into_iter().flatten().find(|cpu| cpu["cpu"] == 1);
+    let Some(thread) = cpu.and_then(|cpu| cpu["thread"].as_u64()) else { return Ok(Default::default()) };
+    let set = format!(
+        "{} {}",
+        cpu.map_or("", |cpu| cpu["class"].as_str().unwrap_or("")),
+        cpu.map_or(&Value::Null, |cpu| &cpu["priority"])
+    );
+    // Behind the name; the first field there is the third of all.
+    let has = rig.guest.ok(&format!("sed 's/.*) //' /proc/{thread}/stat | cut -d ' ' -f 38,39"))?;
+    Ok((set, has.trim().to_owned()))
+}
+
+fn wait_class(rig: &Rig, bus: &InnerBus, set: &str, priority_and_policy: &str) -> Result<()> {
+    let began = Instant::now();
+    loop {
+        let now = class(rig, bus)?;
+        if now == (set.to_owned(), priority_and_policy.to_owned()) {
+            return Ok(());
+        }
+        ensure!(began.elapsed() < LIMIT, "the thread is {now:?}, not {set} with {priority_and_policy}");
+    }
+}
+
+/// Median and mean, in microseconds, by which a real-time task on CPU 1 wakes late.
+fn measure(inner: &Inner) -> Result<(f64, f64)> {
+    let command = format!("exec guest-agent fifo 50 taskset 2 guest-agent latency {PERIOD_US} {TIMES}");
+    let figures: Value = serde_json::from_str(&inner.guest.start(&command)?.ok(LIMIT * 3)?)?;
+    let figure = |key: &str| figures[key].as_f64().with_context(|| format!("no {key} in {figures}"));
+    Ok((figure("median")?, figure("mean")?))
+}
+
+/// The threads that `vbus-vmm` tells of follow the guest's tasks; and under load in L1 a real-time task of the guest, which is busy besides,
+/// wakes the sooner for it.
+pub fn latency(rig: &Rig, figures: &mut Figures) -> Result<()> {
+    let settings = format!("vmm = \"{}/linux.control\"\npriority-max = 30", rig.run_dir());
+    let bus = InnerBus::start(rig, &device("cpus", "sched", &settings))?;
+    let spec = Spec { cpus: 2, ..Spec::new("linux") }.device("cpus", &bus.socket("cpus"));
+    let inner = spec.boot(rig)?;
+    nic::prepare(&inner.guest)?;
+
+    let task = inner.guest.start("exec guest-agent fifo 20 taskset 2 sleep 1000")?;
+    let driver = inner.guest.start("exec vbus guest sched --sleeping")?;
+    wait_class(rig, &bus, "fifo 20", "20 1").with_context(|| format!("{:?}", driver.said()))?;
+    let shown: Value = serde_json::from_str(&bus.run("device show cpus --json")?)?;
+    let thread = |cpu: usize| shown["device"]["cpus"][cpu]["thread"].as_u64().context("no thread");
+    let (first, second) = (thread(0)?, thread(1)?);
+    task.kill()?;
+    wait_class(rig, &bus, "none 0", "0 0")?;
+    driver.kill()?;
+    driver.wait(LIMIT)?;
+
+    // The virtual CPU and its rivals have one processor, all else the other.
+    let processors = rig.guest.ok("nproc")?;
+    if processors.trim() == "1" {
+        bail!("L1 has one processor");
+    }
+    rig.guest.ok(&format!(
+        "for task in /proc/$(awk '/^Tgid/ {{print $2}}' /proc/{first}/status)/task/*; do taskset -p 1 ${{task##*/}}; done; taskset -p 2 {second}"
+    ))?;
+    let rivals: Vec<_> =
+        (0..RIVALS).map(|_| rig.guest.start("exec taskset 2 guest-agent spin")).collect::<Result<_>>()?;
+    let busy = inner.guest.start("exec taskset 2 guest-agent spin")?;
+    let mut rounds = Vec::new();
+    for _ in 0..ROUNDS {
+        let without = measure(&inner)?;
+        let driver = inner.guest.start("exec vbus guest sched --sleeping")?;
+        let with = measure(&inner)?;
+        driver.kill()?;
+        driver.wait(LIMIT)?;
+        eprintln!(
+            "wakes late by, in us: median {:.0} without sched, {:.0} with; mean {:.0} and {:.0}",
+            without.0, with.0, without.1, with.1
+        );
+        rounds.push((without.0 / with.0.max(1.0), without.1 / with.1.max(1.0)));
+    }
+    for process in rivals.iter().chain([&busy]) {
+        process.kill()?;
+        process.wait(LIMIT)?;
+    }
+    let middle = |mut values: Vec<f64>| {
+        values.sort_by(f64::total_cmp);
+        values[values.len() / 2]
+    };
+    let median = middle(rounds.iter().map(|round| round.0).collect());
+    let mean = middle(rounds.iter().map(|round| round.1).collect());
+    eprintln!("latency without sched against with: median {median:.1}, mean {mean:.1}");
+    figures.insert("sched_latency_ratio_median".into(), median.into());
+    figures.insert("sched_latency_ratio_mean".into(), mean.into());
+    ensure!(median >= LEAST, "the median is {median:.1} times as good with sched, less than {LEAST}");
+    inner.power_off()
+}
