@@ -14,7 +14,7 @@
 //! - [`offer_hypercalls`]: the CPUID that goes with hypercalls and synthetic interrupts;
 //! - [`Stats`]: KVM's own count of exits, by kind, for a test that no exit is left on the fast path.
 //!
-//! What the guest does on its end is in `spec/pci.md`, "Doorbells".
+//! What the guest does on its end is in `spec/pci.md`, "Doorbell kinds".
 //!
 //! A function with one doorbell and one interrupt, and a loop between them inside the kernel, without a thread of anybody's:
 //!
