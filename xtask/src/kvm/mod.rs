@@ -6,6 +6,7 @@
 
 mod devices;
 mod doorbells;
+mod exits;
 mod flat;
 mod inner;
 mod linux;
@@ -75,7 +76,11 @@ pub struct Scenario {
 /// All of them, the quick and basic ones first.
 pub const SCENARIOS: &[Scenario] = &[
     scenario("harness", "QEMU boots a guest on the rig's KVM: the test of the tests", linux::harness),
-    scenario("flat", "a guest without an operating system drives devices by each kind of doorbell", flat::drives_devices),
+    scenario(
+        "flat",
+        "a guest without an operating system drives devices by each kind of doorbell",
+        flat::drives_devices,
+    ),
     scenario("doorbells", "one exit for a ring of each kind, and none to user space", flat::doorbells),
     scenario("interrupts", "exits of an interrupt, by how it ends and with pic", flat::interrupts),
     scenario(
@@ -87,7 +92,6 @@ pub const SCENARIOS: &[Scenario] = &[
     scenario("traffic", "TCP both ways with 2 CPUs, interrupts that move, reboot", devices::traffic),
     scenario("plug_cycles", "20 times plug, use and unplug beside traffic on another NIC", devices::plug_cycles),
     scenario("deaths", "the bus dies under a guest and comes back; the VMM dies", devices::deaths),
-    scenario("storm", "a guest that rings without end, beside the traffic of another", devices::storm),
     scenario(
         "doorbell_kinds",
         "Linux is offered doorbells by memory and by port, and takes the cheaper",

@@ -3,10 +3,11 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::Figures;
-use super::inner::{Inner, InnerBus, Spec, Vmm};
+use super::exits::Trace;
+use super::inner::{InnerBus, Spec, Vmm};
 use super::rig::Rig;
 use crate::guest::Guest;
 use crate::nic::{self, Nic};
@@ -53,10 +54,10 @@ pub fn exchange(rig: &Rig, guest: &Guest, bytes: u64) -> Result<()> {
     nic::transfer(&rig.guest, guest, INNER, 5002, bytes, 2, TRANSFER)
 }
 
-/// What some traffic has cost, or the counters at one moment.
+/// What some traffic has cost.
 #[derive(Clone, Copy, Debug)]
 struct Cost {
-    /// Exits of the guest but those by which L1 took an interrupt of its own.
+    /// Exits of the guest that the traffic led to, see [`Trace`].
     exits: u64,
     /// Interrupts of the NIC that the guest has taken.
     interrupts: u64,
@@ -65,80 +66,74 @@ struct Cost {
 }
 
 impl Cost {
-    fn now(rig: &Rig, guest: &Guest, interface: &str) -> Result<Self> {
-        let packets = guest.ok(&format!(
-            "cat /sys/class/net/{interface}/statistics/rx_packets /sys/class/net/{interface}/statistics/tx_packets"
-        ))?;
-        let interrupts = guest.ok("grep -E 'virtio[0-9]+-(in|out)put|uio' /proc/interrupts")?;
-        let interrupts = interrupts.lines().flat_map(|line| {
-            // "24:   10   20  PCI-MSI ...": a count for each CPU.
-            line.split_whitespace().skip(1).map_while(|word| word.parse::<u64>().ok())
-        });
+    /// Exchanges `bytes` each way and counts meanwhile.
+    fn of(rig: &Rig, guest: &Guest, interface: &str, bytes: u64) -> Result<Self> {
+        // What runs once only, and what the translators see for the first time.
+        exchange(rig, guest, MIB).context("the first bytes")?;
+        let before = (interrupts(guest)?, packets(guest, interface)?);
+        let trace = Trace::start(rig)?;
+        exchange(rig, guest, bytes)?;
         Ok(Self {
-            exits: rig.kvm_stat("exits")?.saturating_sub(rig.kvm_stat("irq_exits")?),
-            interrupts: interrupts.sum(),
-            packets: packets.split_whitespace().filter_map(|word| word.parse::<u64>().ok()).sum(),
+            exits: trace.finish()?,
+            interrupts: interrupts(guest)? - before.0,
+            packets: packets(guest, interface)? - before.1,
         })
     }
 
-    fn since(self, before: Self) -> Self {
-        Self {
-            exits: self.exits - before.exits,
-            interrupts: self.interrupts - before.interrupts,
-            packets: self.packets - before.packets,
-        }
+    /// Exits and interrupts per packet and per MiB of `bytes`.
+    fn figures(self, bytes: u64) -> Value {
+        let per = |count: u64, of: f64| (count as f64 / of * 1000.0).round() / 1000.0;
+        let (packets, mib) = (self.packets as f64, bytes as f64 / MIB as f64);
+        json!({
+            "exits_per_packet": per(self.exits, packets), "exits_per_mib": per(self.exits, mib),
+            "interrupts_per_packet": per(self.interrupts, packets), "interrupts_per_mib": per(self.interrupts, mib),
+        })
     }
+}
+
+/// Interrupts of the NIC so far: by a name of the driver of virtio-net's queues, or of the device that is driven from user space.
+fn interrupts(guest: &Guest) -> Result<u64> {
+    let lines = guest.ok("grep -E 'virtio[0-9]+-(in|out)put|uio' /proc/interrupts")?;
+    // "24:   10   20  PCI-MSI ...": a count for each CPU.
+    let counts =
+        lines.lines().flat_map(|line| line.split_whitespace().skip(1).map_while(|word| word.parse::<u64>().ok()));
+    Ok(counts.sum())
+}
+
+fn packets(guest: &Guest, interface: &str) -> Result<u64> {
+    let counters = guest.ok(&format!("cd /sys/class/net/{interface}/statistics && cat rx_packets tx_packets"))?;
+    Ok(counters.split_whitespace().filter_map(|word| word.parse::<u64>().ok()).sum())
 }
 
 /// The same traffic through the NIC of the bus and through QEMU's virtio-net on TAP: what it costs in exits and interrupts.
 pub fn against_virtio(rig: &Rig, figures: &mut Figures) -> Result<()> {
+    /// Each way.
     const BYTES: u64 = 8 * MIB;
-    let ours = venet(rig, Vmm::Vbus, BYTES)?;
-    let under_qemu = venet(rig, Vmm::Qemu, BYTES)?;
-    let theirs = {
-        let netdev = format!("-netdev tap,id=net,ifname={TAP},script=no,downscript=no,vhost=off");
-        let spec = Spec { vmm: Vmm::Qemu, ..Spec::new("theirs") };
-        let inner = spec.args(&format!("{netdev} -device virtio-net-pci,netdev=net,romfile=")).boot(rig)?;
-        address_tap(rig)?;
-        inner.guest.ok(&format!("ip addr add {INNER}/24 dev eth0 && ip link set eth0 up"))?;
-        let cost = measure(rig, &inner, "eth0", BYTES)?;
+    let ours = {
+        let bus = bus(rig, "")?;
+        let inner = Spec::new("venet").device("net", &bus.socket("net")).boot(rig)?;
+        let _nic = nic(&inner.guest)?;
+        let cost = Cost::of(rig, &inner.guest, "vbus0", BYTES)?;
         inner.power_off()?;
         cost
     };
-    let mib = 2.0 * BYTES as f64 / MIB as f64;
-    let per = |cost: Cost| {
-        let packets = cost.packets as f64;
-        json!({
-            "exits_per_packet": cost.exits as f64 / packets, "exits_per_mib": cost.exits as f64 / mib,
-            "interrupts_per_packet": cost.interrupts as f64 / packets,
-            "interrupts_per_mib": cost.interrupts as f64 / mib, "packets": cost.packets,
-        })
+    let theirs = {
+        let netdev = format!("-netdev tap,id=net,ifname={TAP},script=no,downscript=no,vhost=off");
+        let spec = Spec { vmm: Vmm::Qemu, ..Spec::new("virtio") };
+        let inner = spec.args(&format!("{netdev} -device virtio-net-pci,netdev=net,romfile=")).boot(rig)?;
+        address_tap(rig)?;
+        inner.guest.ok(&format!("ip addr add {INNER}/24 dev eth0 && ip link set eth0 up"))?;
+        let cost = Cost::of(rig, &inner.guest, "eth0", BYTES)?;
+        inner.power_off()?;
+        cost
     };
-    eprintln!("{mib} MiB of TCP: vbus {ours:?}, vbus under QEMU {under_qemu:?}, virtio-net {theirs:?}");
-    let all = json!({"vbus": per(ours), "vbus_under_qemu": per(under_qemu), "virtio_net": per(theirs)});
-    figures.insert("against_virtio_net".into(), all);
-    for (what, ours, theirs) in
-        [("exits", ours.exits, theirs.exits), ("interrupts", ours.interrupts, theirs.interrupts)]
-    {
-        ensure!(2 * ours <= theirs, "{ours} {what}, more than half of the {theirs} of virtio-net");
+    eprintln!("{} MiB of TCP: vbus {ours:?}, virtio-net {theirs:?}", 2 * BYTES / MIB);
+    let all = json!({"vbus": ours.figures(2 * BYTES), "virtio_net": theirs.figures(2 * BYTES)});
+    for what in ["exits_per_packet", "exits_per_mib", "interrupts_per_packet", "interrupts_per_mib"] {
+        let of = |nic: &str| all[nic][what].as_f64().with_context(|| format!("no {what}: {all}"));
+        let (ours, theirs) = (of("vbus")?, of("virtio_net")?);
+        ensure!(2.0 * ours <= theirs, "{what}: {ours}, more than half of the {theirs} of virtio-net; {all}");
     }
+    figures.insert("against_virtio_net".into(), all);
     Ok(())
-}
-
-/// What the traffic costs through the NIC of the bus.
-fn venet(rig: &Rig, vmm: Vmm, bytes: u64) -> Result<Cost> {
-    let bus = bus(rig, "")?;
-    let inner = Spec { vmm, ..Spec::new("venet") }.device("net", &bus.socket("net")).boot(rig)?;
-    let _nic = nic(&inner.guest)?;
-    let cost = measure(rig, &inner, "vbus0", bytes)?;
-    inner.power_off()?;
-    Ok(cost)
-}
-
-fn measure(rig: &Rig, inner: &Inner, interface: &str, bytes: u64) -> Result<Cost> {
-    // What runs once only, and what the translators see for the first time.
-    exchange(rig, &inner.guest, MIB).context("the first bytes")?;
-    let before = Cost::now(rig, &inner.guest, interface)?;
-    exchange(rig, &inner.guest, bytes)?;
-    Ok(Cost::now(rig, &inner.guest, interface)?.since(before))
 }
