@@ -133,7 +133,7 @@ impl Machine {
         ensure!((1..=most).contains(&cpus), "there can be 1 to {most} virtual CPUs, not {cpus}");
         let vm = Arc::new(kvm.create_vm().context("KVM makes no virtual machine")?);
         vm.set_tss_address(TSS).context("KVM does not take its own pages")?;
-        let ram = Ram::new(config.memory << 20)?;
+        let ram = Ram::new(config.memory.saturating_mul(1 << 20))?;
         ram.give_to(&vm)?;
         let chip = Arc::new(Chip::new(&vm, config.split)?);
         let hyperv = config.hypercalls && has_hyperv(&kvm);
