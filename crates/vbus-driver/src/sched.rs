@@ -69,6 +69,8 @@ pub struct Limits {
     pub changes: u32,
     /// Milliseconds after the last post by which a real-time class ends.
     pub boost_ms: u32,
+    /// Percent of a second's processor time that a thread may use at a real-time class.
+    pub share: u32,
 }
 
 impl Limits {
@@ -95,6 +97,8 @@ pub enum Outcome {
     NoThread,
     /// The host's kernel refused.
     Failed,
+    /// It was granted, but the thread has used its share of this second; it gets the class again in the next.
+    Spent,
 }
 
 /// What the device says of a virtual CPU.
@@ -116,7 +120,7 @@ pub struct Report {
     pub refused: u64,
     /// Times that a look was put off by the rate limit.
     pub limited: u64,
-    /// Times that a real-time class ended for want of another request.
+    /// Times that a real-time class ended for want of another request, or because the thread had used its share.
     pub expired: u64,
 }
 
@@ -145,6 +149,7 @@ impl<H: Hal> Cpus<H> {
             nice_min: Some(nice_min).filter(|nice| *nice != abi::NICE_OWN),
             changes: number(abi::CONFIG_CHANGES),
             boost_ms: number(abi::CONFIG_BOOST_MS),
+            share: number(abi::CONFIG_SHARE),
         };
         function.open(0)?;
         Ok(Cpus { function, limits })
@@ -230,6 +235,7 @@ impl<H: Hal> Cpu<H> {
             abi::report::HAS_EXPIRED => Outcome::Expired,
             abi::report::NO_THREAD => Outcome::NoThread,
             abi::report::FAILED => Outcome::Failed,
+            abi::report::IS_SPENT => Outcome::Spent,
             _ => return Err(Error::Corrupt("a report of an unknown status")),
         };
         let priority = i32::from_le_bytes(word(abi::report::PRIORITY));

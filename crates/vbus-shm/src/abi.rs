@@ -321,8 +321,10 @@ pub mod sched {
     pub const CONFIG_CHANGES: usize = 16;
     /// Config area: u32, milliseconds: a real-time class ends that long after the last request that was looked at.
     pub const CONFIG_BOOST_MS: usize = 20;
+    /// Config area: u32, the part of a second's processor time, in percent, that a thread may use at a real-time class.
+    pub const CONFIG_SHARE: usize = 24;
     /// Bytes of the config area.
-    pub const CONFIG_BYTES: usize = 24;
+    pub const CONFIG_BYTES: usize = 28;
     /// The most virtual CPUs of a device.
     pub const CPUS_MAX: u32 = 256;
 
@@ -378,7 +380,7 @@ pub mod sched {
         pub const REFUSED: usize = 40;
         /// u64: times that a look was put off by the rate limit.
         pub const LIMITED: usize = 48;
-        /// u64: times that a real-time class ended for want of a new request.
+        /// u64: times that a real-time class ended for want of a new request, or because the thread had used its share of the time.
         pub const EXPIRED: usize = 56;
         /// Bytes of the value.
         pub const BYTES: u32 = 64;
@@ -397,6 +399,8 @@ pub mod sched {
         pub const NO_THREAD: u32 = 5;
         /// Status: refused by the host's kernel; the log of the bus says why.
         pub const FAILED: u32 = 6;
+        /// Status: granted, but the thread has used its share of this second's processor time; it gets the class again in the next.
+        pub const IS_SPENT: u32 = 7;
     }
 }
 

@@ -29,6 +29,8 @@ struct Raw {
     changes: u32,
     #[serde(default = "half_a_second")]
     boost_ms: u32,
+    #[serde(default = "ninety")]
+    boost_share: u32,
 }
 
 /// In the order of their numbers, from 1.
@@ -56,6 +58,10 @@ fn thousand() -> u32 {
 
 fn half_a_second() -> u32 {
     500
+}
+
+fn ninety() -> u32 {
+    90
 }
 
 /// Virtual CPUs with pages, if the settings do not say.
@@ -125,6 +131,9 @@ impl Config {
         if !BOOST_MS.contains(&raw.boost_ms) {
             return bad(format!("\"boost-ms\" is {}; use {} to {}", raw.boost_ms, BOOST_MS.start(), BOOST_MS.end()));
         }
+        if !(1..=100).contains(&raw.boost_share) {
+            return bad(format!("\"boost-share\" is {}; use 1 to 100 percent", raw.boost_share));
+        }
         // Two requests must fit, so that an honest driver can renew what it has.
         if u64::from(raw.boost_ms) * u64::from(raw.changes) < 2000 {
             return bad(format!(
@@ -139,6 +148,7 @@ impl Config {
             nice_min: raw.nice_min,
             changes: raw.changes,
             boost: Duration::from_millis(raw.boost_ms.into()),
+            share: raw.boost_share,
         };
         Ok(Config { origin, cpus, policy })
     }
@@ -154,6 +164,7 @@ impl Config {
         put(abi::CONFIG_NICE_MIN, policy.nice_min.unwrap_or(abi::NICE_OWN) as u32);
         put(abi::CONFIG_CHANGES, policy.changes);
         put(abi::CONFIG_BOOST_MS, u32::try_from(policy.boost.as_millis()).unwrap_or(u32::MAX));
+        put(abi::CONFIG_SHARE, policy.share);
         area
     }
 
@@ -171,6 +182,7 @@ impl Config {
             "nice-min": policy.nice_min,
             "changes": policy.changes,
             "boost-ms": policy.boost.as_millis().try_into().unwrap_or(u64::MAX),
+            "boost-share": policy.share,
         })
     }
 }
@@ -194,6 +206,7 @@ mod tests {
             (json!({ "qmp": "a", "nice-min": -21 }), "use -20 to 19"),
             (json!({ "qmp": "a", "changes": 0 }), "use 1 to 100000"),
             (json!({ "qmp": "a", "boost-ms": 9 }), "use 10 to 60000"),
+            (json!({ "qmp": "a", "boost-share": 0 }), "use 1 to 100 percent"),
             (json!({ "qmp": "a", "changes": 3 }), "at least 2000"),
             (json!({ "qmp": "a", "nice": 1 }), "unknown field `nice`"),
         ] {
@@ -208,7 +221,7 @@ mod tests {
         let config = Config::parse(&config).unwrap();
         let words: Vec<u32> =
             config.area().chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().unwrap())).collect();
-        assert_eq!(words, [4, 1 << 5 | 1 << 3, 30, 0x8000_0000, 200, 50]);
+        assert_eq!(words, [4, 1 << 5 | 1 << 3, 30, 0x8000_0000, 200, 50, 90]);
         assert_eq!(config.inspect()["allow"], json!(["idle", "rr"]));
     }
 }

@@ -11,7 +11,7 @@ use vbus_core::shm::state::{Overrun, Reader, SIGNAL_OFFSET, Writer};
 use vbus_core::{Interrupt, Region, Status, Window};
 
 use super::config::CLASS_NAMES;
-use super::policy::{BadRequest, Budget, Grant, Policy, Setting, parse};
+use super::policy::{BadRequest, Budget, Grant, Policy, Setting, Share, parse};
 use super::thread::Thread;
 
 /// What the device counts for a virtual CPU, over the device's life.
@@ -46,8 +46,6 @@ struct Requests {
     looked: Instant,
     /// There is a newer request, which has to wait for the budget.
     put_off: bool,
-    /// The real-time class that was asked for has ended for want of a newer request.
-    expired: bool,
 }
 
 /// A driver's report page.
@@ -63,6 +61,9 @@ pub struct Cpu {
     requests: Option<Requests>,
     reports: Option<Reports>,
     budget: Budget,
+    share: Share,
+    /// When the thread may have used its share, or has a new one.
+    look_at_share: Option<Instant>,
     /// [`word::STATUS`].
     status: u32,
     counts: Counts,
@@ -77,10 +78,25 @@ pub struct Step {
     pub deadline: Option<Instant>,
 }
 
+impl Step {
+    /// Come again at `at`, or sooner.
+    fn until(&mut self, at: Instant) {
+        self.deadline = Some(self.deadline.map_or(at, |deadline| deadline.min(at)));
+    }
+}
+
 impl Cpu {
     pub fn new(policy: &Policy) -> Cpu {
-        let budget = Budget::new(policy.changes);
-        Cpu { thread: None, requests: None, reports: None, budget, status: word::OK, counts: Counts::default() }
+        Cpu {
+            thread: None,
+            requests: None,
+            reports: None,
+            budget: Budget::new(policy.changes),
+            share: Share::new(policy.share),
+            look_at_share: None,
+            status: word::OK,
+            counts: Counts::default(),
+        }
     }
 
     /// The driver registers the page for its requests.
@@ -95,7 +111,7 @@ impl Cpu {
         // A fresh page is at version 0, and its zeros are no request.
         let (looked, wish) = (Instant::now(), Wish::Own);
         let handle = region.handle;
-        self.requests = Some(Requests { handle, reader, seen: 0, wish, looked, put_off: false, expired: false });
+        self.requests = Some(Requests { handle, reader, seen: 0, wish, looked, put_off: false });
         Ok(())
     }
 
@@ -117,7 +133,7 @@ impl Cpu {
     pub fn hide(&mut self, handle: u32) {
         self.reports.take_if(|reports| reports.handle == handle);
         if self.requests.take_if(|requests| requests.handle == handle).is_some() {
-            self.settle(&None);
+            self.settle(Instant::now(), None);
             self.report();
         }
     }
@@ -125,7 +141,7 @@ impl Cpu {
     /// The driver has gone: nothing of its stays, and the thread gets its own class back. Returns the thread.
     pub fn close(&mut self) -> Option<Thread> {
         (self.requests, self.reports) = (None, None);
-        self.settle(&None);
+        self.settle(Instant::now(), None);
         self.thread.take()
     }
 
@@ -136,6 +152,7 @@ impl Cpu {
 
     /// The thread was found.
     pub fn give_thread(&mut self, thread: Thread) {
+        self.share.forget();
         self.thread = Some(thread);
     }
 
@@ -148,7 +165,7 @@ impl Cpu {
                 Ok(()) => {
                     step.busy = true;
                     requests.look(now, &mut self.counts);
-                    self.settle(&Some(policy));
+                    self.settle_first(now, policy);
                 }
                 Err(at) => {
                     if !std::mem::replace(&mut requests.put_off, true) {
@@ -159,51 +176,73 @@ impl Cpu {
             }
         } else if self.status == word::NO_THREAD && self.thread.is_some() {
             step.busy = true;
-            // What was asked for so long ago is not given any more.
-            requests.expired |= requests.looked + policy.boost <= now;
-            self.settle(&Some(policy));
+            self.settle_first(now, policy);
         }
-        let boosted = self.thread.as_ref().and_then(Thread::setting).is_some_and(Setting::is_real_time);
-        if let Some(requests) = self.requests.as_mut().filter(|_| boosted) {
-            let end = requests.looked + policy.boost;
+        if self.look_at_share.is_some_and(|at| at <= now) {
+            let before = self.status;
+            self.settle(now, Some(policy));
+            step.busy |= self.status != before;
+            self.counts.expired += u64::from(self.status == word::IS_SPENT && before != word::IS_SPENT);
+        }
+        if let Some(end) = self.end(policy) {
             if end <= now {
-                requests.expired = true;
                 self.counts.expired += 1;
                 step.busy = true;
-                self.settle(&Some(policy));
+                self.settle(now, Some(policy));
             } else {
-                step.deadline = Some(step.deadline.map_or(end, |deadline| deadline.min(end)));
+                step.until(end);
             }
         }
+        self.look_at_share = self.share.deadline(now).filter(|_| self.is_real_time() || self.status == word::IS_SPENT);
+        self.look_at_share.into_iter().for_each(|at| step.until(at));
         if step.busy {
             self.report();
         }
         step
     }
 
-    /// Makes the thread what the present wish comes to. Without a policy there is no wish.
-    fn settle(&mut self, policy: &Option<&Policy>) {
-        let wish = self.requests.as_ref().map_or(Wish::Own, |requests| requests.wish);
-        let expired = self.requests.as_ref().is_some_and(|requests| requests.expired);
+    /// Whether the thread is of a real-time class by this device.
+    fn is_real_time(&self) -> bool {
+        self.thread.as_ref().and_then(Thread::setting).is_some_and(Setting::is_real_time)
+    }
+
+    /// When the real-time class ends that the thread has.
+    fn end(&self, policy: &Policy) -> Option<Instant> {
+        let requests = self.requests.as_ref().filter(|_| self.is_real_time())?;
+        Some(requests.looked + policy.boost)
+    }
+
+    /// Settles a request that has not been before, and counts what came of it.
+    fn settle_first(&mut self, now: Instant, policy: &Policy) {
+        self.settle(now, Some(policy));
+        match self.status {
+            word::IS_CLAMPED => self.counts.clamped += 1,
+            word::BAD_REQUEST | word::NOT_ALLOWED => self.counts.refused += 1,
+            _ => {}
+        }
+    }
+
+    /// Makes the thread what the present request comes to; without a policy there is none. Keeps account of the time of a real-time class.
+    fn settle(&mut self, now: Instant, policy: Option<&Policy>) {
+        self.account(now);
+        let request =
+            self.requests.as_ref().zip(policy).map(|(requests, policy)| (requests.wish, requests.looked, policy));
         let Some(thread) = &mut self.thread else {
-            self.status = if wish == Wish::Own { word::OK } else { word::NO_THREAD };
+            let is_for_thread = request.is_some_and(|(wish, ..)| wish != Wish::Own);
+            self.status = if is_for_thread { word::NO_THREAD } else { word::OK };
             return;
         };
-        let (status, setting) = match (wish, policy) {
-            (Wish::This(wish), Some(policy)) if !expired => {
-                match thread.own_nice().map(|nice| policy.judge(wish, nice)) {
-                    Ok(Grant::Whole(setting)) => (word::OK, Some(setting)),
-                    Ok(Grant::Clamped(setting)) => (word::IS_CLAMPED, Some(setting)),
-                    Ok(Grant::Refused) => (word::NOT_ALLOWED, None),
-                    Err(error) => {
-                        self.fail(error);
-                        return;
-                    }
-                }
-            }
-            (Wish::This(_), Some(_)) => (word::HAS_EXPIRED, None),
-            (Wish::Bad, _) => (word::BAD_REQUEST, None),
-            _ => (word::OK, None),
+        let (status, setting) = match request {
+            Some((Wish::This(wish), looked, policy)) => match thread.own_nice().map(|nice| policy.judge(wish, nice)) {
+                Ok(Grant::Refused) => (word::NOT_ALLOWED, None),
+                Ok(_) if wish.is_real_time() && looked + policy.boost <= now => (word::HAS_EXPIRED, None),
+                Ok(_) if wish.is_real_time() && self.share.is_spent(now) => (word::IS_SPENT, None),
+                Ok(Grant::Whole(setting)) => (word::OK, Some(setting)),
+                Ok(Grant::Clamped(setting)) => (word::IS_CLAMPED, Some(setting)),
+                Err(error) => return self.fail(error),
+            },
+            Some((Wish::Bad, ..)) => (word::BAD_REQUEST, None),
+            Some((Wish::Own, ..)) | None => (word::OK, None),
         };
         let done = match setting {
             Some(setting) => thread.apply(setting),
@@ -214,10 +253,14 @@ impl Cpu {
             Err(error) => return self.fail(error),
         }
         self.status = status;
-        match status {
-            word::IS_CLAMPED => self.counts.clamped += 1,
-            word::BAD_REQUEST | word::NOT_ALLOWED => self.counts.refused += 1,
-            _ => {}
+        self.account(now);
+    }
+
+    /// Looks at the processor time that the thread has used, if that matters.
+    fn account(&mut self, now: Instant) {
+        let is_real_time = self.is_real_time();
+        if let Some(thread) = self.thread.as_ref().filter(|_| self.share.is_bounded()) {
+            self.share.look(now, thread.time(), is_real_time);
         }
     }
 
@@ -308,7 +351,8 @@ impl Cpu {
 }
 
 /// The names of the statuses, by number.
-const STATUS_NAMES: [&str; 7] = ["ok", "clamped", "bad request", "not allowed", "expired", "no thread", "failed"];
+const STATUS_NAMES: [&str; 8] =
+    ["ok", "clamped", "bad request", "not allowed", "expired", "no thread", "failed", "spent"];
 
 impl Requests {
     /// Reads the newest request.
@@ -319,7 +363,6 @@ impl Requests {
             Ok(version) => {
                 self.seen = version;
                 self.looked = now;
-                self.expired = false;
                 self.wish = match parse(&value) {
                     Ok(None) => Wish::Own,
                     Ok(Some(setting)) => Wish::This(setting),

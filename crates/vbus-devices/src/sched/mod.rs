@@ -44,7 +44,7 @@ impl DeviceClass for SchedClass {
 
     fn help(&self) -> &'static str {
         "Priority of virtual CPUs. qmp = SOCKET (of QEMU), vmm = SOCKET (control socket of vbus-vmm) or threads = [ID, ...]; cpus (64), \
-         allow = [\"normal\", \"batch\", \"idle\", \"fifo\", \"rr\"], priority-max (10), nice-min (the thread's own), changes (1000 a second), boost-ms (500)."
+         allow = [\"normal\", \"batch\", \"idle\", \"fifo\", \"rr\"], priority-max (10), nice-min (the thread's own), changes (1000 a second), boost-ms (500), boost-share (90 %)."
     }
 
     fn create(&self, name: &str, config: &Value) -> Result<Arc<dyn Device>, CreateError> {

@@ -51,6 +51,8 @@ pub struct Policy {
     pub changes: u32,
     /// How long a real-time class lasts without another request.
     pub boost: Duration,
+    /// How much of a second's processor time a thread may use at a real-time class, in percent; 100: all of it.
+    pub share: u32,
 }
 
 /// What is granted.
@@ -115,9 +117,118 @@ pub fn burst(rate: u32) -> u32 {
     (rate / BURST).max(1)
 }
 
+/// How much processor time a thread uses at a real-time class, and may use: so much in each window of a second.
+pub struct Share {
+    allowed: Duration,
+    start: Option<Instant>,
+    used: Duration,
+    /// Its processor time when it was last looked at, while it is at a real-time class.
+    mark: Option<Duration>,
+}
+
+const WINDOW: Duration = Duration::from_secs(1);
+/// Looks are no closer together.
+const LOOK_MIN: Duration = Duration::from_millis(1);
+
+impl Share {
+    /// `percent` of a processor.
+    pub fn new(percent: u32) -> Share {
+        Share { allowed: WINDOW * percent.min(100) / 100, start: None, used: Duration::ZERO, mark: None }
+    }
+
+    /// Without a bound there is nothing to look at.
+    pub fn is_bounded(&self) -> bool {
+        self.allowed < WINDOW
+    }
+
+    /// A look: the thread has used `time` so far in its life, and is at a real-time class from now on or not.
+    pub fn look(&mut self, now: Instant, time: Duration, real_time: bool) {
+        if let Some(mark) = self.mark {
+            self.used += time.saturating_sub(mark);
+        }
+        self.mark = real_time.then_some(time);
+        self.roll(now);
+    }
+
+    /// It is another thread from now on, at no real-time class.
+    pub fn forget(&mut self) {
+        self.mark = None;
+    }
+
+    fn roll(&mut self, now: Instant) {
+        if self.start.is_none_or(|start| now >= start + WINDOW) {
+            (self.start, self.used) = (Some(now), Duration::ZERO);
+        }
+    }
+
+    /// Whether there is nothing left of this window's.
+    pub fn is_spent(&mut self, now: Instant) -> bool {
+        self.roll(now);
+        self.is_bounded() && self.used >= self.allowed
+    }
+
+    /// When to look again: before it can have used more than it may, or when it may again.
+    pub fn deadline(&self, now: Instant) -> Option<Instant> {
+        let end = self.start.filter(|_| self.is_bounded())? + WINDOW;
+        match self.allowed.checked_sub(self.used).filter(|left| !left.is_zero()) {
+            Some(left) => self.mark.map(|_| end.min(now + left.max(LOOK_MIN))),
+            None => Some(end),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A thread that runs whenever it may: how much of ten seconds it has at a real-time class.
+    fn greedy(percent: u32, idle_first: Duration) -> Duration {
+        let (mut share, start) = (Share::new(percent), Instant::now());
+        let (mut now, mut time, mut real_time) = (start, Duration::ZERO, Duration::ZERO);
+        share.look(now, time, true);
+        now += idle_first;
+        while now < start + Duration::from_secs(10) {
+            let boosted = !share.is_spent(now);
+            share.look(now, time, boosted);
+            let next = share.deadline(now).unwrap();
+            assert!(next > now, "looks come to an end");
+            time += next - now;
+            if boosted {
+                real_time += next - now;
+            }
+            share.look(next, time, boosted);
+            now = next;
+        }
+        real_time
+    }
+
+    #[test]
+    fn nobody_uses_more_than_its_share() {
+        for percent in [1, 10, 50, 99] {
+            for idle in [0, 1, 500, 999].map(Duration::from_millis) {
+                let real_time = greedy(percent, idle).as_millis();
+                let (least, most) = (u128::from(percent) * 89, u128::from(percent) * 111 + 11);
+                assert!((least..=most).contains(&real_time), "{real_time} ms of 10 s with {percent} % after {idle:?}");
+            }
+        }
+        let mut all = Share::new(100);
+        let now = Instant::now();
+        all.look(now, Duration::ZERO, true);
+        all.look(now + WINDOW / 2, WINDOW * 2, true);
+        assert!(!all.is_spent(now + WINDOW / 2) && all.deadline(now).is_none());
+    }
+
+    #[test]
+    fn what_is_not_real_time_does_not_count() {
+        let (mut share, now) = (Share::new(50), Instant::now());
+        let at = |ms| Duration::from_millis(ms);
+        share.look(now, at(1000), true);
+        share.look(now + at(100), at(1100), false);
+        share.look(now + at(600), at(1600), true);
+        share.look(now + at(900), at(1900), true);
+        assert_eq!(share.used, at(400));
+        assert_eq!(share.deadline(now + at(900)), Some(now + at(1000)));
+    }
 
     fn request(class: u32, priority: i32) -> [u8; 16] {
         let mut value = [0; 16];
@@ -160,6 +271,7 @@ mod tests {
             nice_min: None,
             changes: 1,
             boost: Duration::ZERO,
+            share: 100,
         };
         let judge = |class, priority| policy.judge(Setting { class, priority }, 3);
         let setting = |class, priority| Setting { class, priority };

@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::process::{Pid, getpriority_process, setpriority_process};
@@ -120,6 +121,8 @@ pub struct Thread {
     tid: i32,
     /// A file of procfs that was opened for this very thread: reading it fails once the thread has ended, also if its id has a new bearer.
     alive: File,
+    /// Likewise: its processor time. Kernels without CONFIG_SCHED_INFO have none.
+    time: Option<File>,
     changed: Option<Changed>,
     claims: Claims,
 }
@@ -136,15 +139,13 @@ struct Changed {
 impl Thread {
     /// Takes thread `tid` of `process`, which must be of that process now.
     pub fn take(process: i32, tid: i32, claims: &Claims) -> Result<Thread, TakeError> {
-        let alive = File::open(format!("/proc/{process}/task/{tid}/comm")).map_err(|source| TakeError::Missing {
-            process,
-            tid,
-            source,
-        })?;
+        let open = |name| File::open(format!("/proc/{process}/task/{tid}/{name}"));
+        let alive = open("comm").map_err(|source| TakeError::Missing { process, tid, source })?;
+        let time = open("schedstat").ok();
         if !lock(claims).insert(tid) {
             return Err(TakeError::Taken(tid));
         }
-        Ok(Thread { tid, alive, changed: None, claims: claims.clone() })
+        Ok(Thread { tid, alive, time, changed: None, claims: claims.clone() })
     }
 
     /// Takes thread `tid`, of whatever process it is.
@@ -172,6 +173,15 @@ impl Thread {
             Ok(0) => Err(Errno::SRCH),
             Err(error) => Err(Errno::from_io_error(&error).unwrap_or(Errno::SRCH)),
         }
+    }
+
+    /// The processor time that it has used; zero where the kernel does not tell.
+    pub fn time(&self) -> Duration {
+        let mut text = [0; 64];
+        let length = self.time.as_ref().and_then(|file| file.read_at(&mut text, 0).ok()).unwrap_or(0);
+        // Nanoseconds on a processor, nanoseconds waiting for one, time slices.
+        let first = std::str::from_utf8(&text[..length]).ok().and_then(|text| text.split(' ').next());
+        Duration::from_nanos(first.and_then(|number| number.parse().ok()).unwrap_or(0))
     }
 
     /// Its nice value without this device.

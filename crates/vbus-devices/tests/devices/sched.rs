@@ -318,6 +318,41 @@ fn a_real_time_class_ends_unless_it_is_renewed() {
 }
 
 #[test]
+fn a_thread_uses_no_more_than_its_share_at_a_real_time_class() {
+    if !permitted() {
+        return;
+    }
+    let (bus, idler, stop) = (bus(1), Idler::start(), Arc::new(AtomicBool::new(false)));
+    let (tell, told) = channel();
+    let spinning = stop.clone();
+    let spinner = std::thread::spawn(move || {
+        tell.send(rustix::thread::gettid().as_raw_nonzero().get()).unwrap();
+        while !spinning.load(Ordering::Relaxed) {
+            std::hint::spin_loop();
+        }
+    });
+    let config = json!({ "threads": [told.recv().unwrap(), idler.tid], "boost-ms": 60000, "boost-share": 20 });
+    let mut driver = Driver::open(&bus.create("sched", "sched", &config).unwrap());
+    let mut pages = [driver.pages(0), driver.pages(1)];
+    let granted = driver.ask(&mut pages[0], abi::CLASS_FIFO, 2);
+    assert_eq!(granted.status, report::OK);
+    driver.ask(&mut pages[1], abi::CLASS_FIFO, 2);
+    for round in 1..=2 {
+        let spent = driver.wait(&mut pages[0], "the share to be spent", |report| report.status == report::IS_SPENT);
+        assert_eq!((spent.class, spent.expired), (abi::CLASS_NONE, round));
+        let began = Instant::now();
+        let again = driver.wait(&mut pages[0], "the next second", |report| report.status == report::OK);
+        assert_eq!(again.class, abi::CLASS_FIFO);
+        assert!(began.elapsed() > Duration::from_millis(300), "it came back after {:?}", began.elapsed());
+    }
+    // One that does not run has used nothing.
+    let idle = read(&pages[1].reports).0;
+    assert_eq!((idle.status, idle.changes, idle.expired, idler.class()), (report::OK, 1, 0, (1, 2, 0)));
+    stop.store(true, Ordering::Relaxed);
+    spinner.join().unwrap();
+}
+
+#[test]
 fn the_newest_value_is_not_lost_to_the_rate_limit() {
     if !permitted() {
         return;
@@ -393,7 +428,7 @@ fn a_hostile_driver_passes_neither_policy_nor_rate() {
     let most = RATE * (began.elapsed().as_millis() as u64 + 1) / 1000 + RATE / 10;
     eprintln!("{report:?}; at most {most} updates; seen: {seen:?}");
     assert!(report.updates <= most && report.updates > RATE, "{report:?}, at most {most}");
-    // Each change belongs to an update, or to the end of a real-time class, of which there are fewer.
+    // Each change belongs to an update, or to the end of a real-time class.
     assert!(report.changes <= report.updates + report.expired, "{report:?}");
     assert!(report.clamped > 0 && report.refused > 0 && report.limited > 0, "{report:?}");
     assert!(seen.len() > 2, "the thread was changed all along");

@@ -172,12 +172,13 @@ fn renewal(limits: &Limits) -> Duration {
 /// A line for the log when the host begins to do other than was asked.
 fn tell(cpu: usize, class: Class, outcome: Outcome) {
     match outcome {
-        Outcome::Granted => tracing::info!(cpu, "granted"),
+        Outcome::Granted => tracing::debug!(cpu, ?class, "granted"),
         Outcome::Clamped => tracing::info!(cpu, ?class, "granted at the nearest priority that the host allows"),
         Outcome::NotAllowed => tracing::warn!(cpu, ?class, "the host does not allow this class"),
         Outcome::NoThread => tracing::warn!(cpu, "the host does not know this CPU's thread yet"),
         Outcome::Failed => tracing::warn!(cpu, ?class, "the host's kernel refuses; the log of the bus says why"),
         Outcome::Expired => tracing::warn!(cpu, ?class, "not renewed in time"),
+        Outcome::Spent => tracing::debug!(cpu, ?class, "has used its share of the time"),
         Outcome::BadRequest => tracing::warn!(cpu, ?class, "the device knows no such class"),
     }
 }

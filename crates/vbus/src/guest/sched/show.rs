@@ -87,12 +87,13 @@ pub fn run<S: Source>(source: &S, wanted: Option<&str>, as_json: bool) -> Result
     let list = |key: &str| limits[key].as_array().into_iter().flatten().map(plain).collect::<Vec<_>>().join(", ");
     emit(&columns(&table));
     emit(&format!(
-        "allowed: {}; highest priority {}, lowest nice {}, {} changes a second, renewal within {} ms\n",
+        "allowed: {}; highest priority {}, lowest nice {}, {} changes a second; real time: renewed within {} ms, {} % of a processor\n",
         list("allow"),
         limits["priority-max"],
         limits["nice-min"].as_i64().map_or("its own".into(), |nice| nice.to_string()),
         limits["changes"],
-        limits["boost-ms"]
+        limits["boost-ms"],
+        limits["boost-share"]
     ));
     Ok(())
 }
@@ -142,6 +143,7 @@ pub fn describe<H: Hal>(limits: &Limits, pages: &[Cpu<H>]) -> Result<Value> {
         "nice-min": limits.nice_min,
         "changes": limits.changes,
         "boost-ms": limits.boost_ms,
+        "boost-share": limits.share,
     });
     Ok(json!({ "limits": limits, "cpus": cpus }))
 }
@@ -166,5 +168,6 @@ fn outcome(outcome: Outcome) -> &'static str {
         Outcome::Expired => "expired",
         Outcome::NoThread => "no-thread",
         Outcome::Failed => "failed",
+        Outcome::Spent => "spent",
     }
 }
