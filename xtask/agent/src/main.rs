@@ -4,9 +4,11 @@
 //! - `guest-agent join SOCKET` joins a socket to its standard input and output: a way to the port of a guest inside the guest;
 //! - `guest-agent send|receive` moves a stream over TCP and prints its hash on either end;
 //! - `guest-agent latency PERIOD COUNT` measures how late it wakes, `guest-agent spin` is a task for it to compete with;
+//! - `guest-agent hold-kvm` keeps a virtual machine that does nothing;
 //! - `guest-agent fifo PRIORITY COMMAND` runs a command as a real-time task;
 //! - `guest-agent scribble` writes at random over what a driver shares with its device.
 
+mod hold;
 mod join;
 mod latency;
 mod scribble;
@@ -24,12 +26,13 @@ fn main() -> ExitCode {
         ["send", address, bytes, seed] => stream::send(address, bytes, seed),
         ["receive", address] => stream::receive(address),
         ["latency", period, count] => latency::latency(period, count),
+        ["hold-kvm"] => hold::hold(),
         ["spin"] => latency::spin(),
         ["fifo", priority, ref command @ ..] => latency::fifo(priority, command),
         ["scribble", pid, count, seed, what] => scribble::scribble(pid, count, seed, what == "all"),
         _ => {
             eprintln!(
-                "usage: guest-agent serve PORT | join SOCKET | send ADDRESS:PORT BYTES SEED | receive ADDRESS:PORT | latency MICROSECONDS COUNT | spin | fifo PRIORITY COMMAND | scribble PID COUNT SEED all|memory"
+                "usage: guest-agent serve PORT | join SOCKET | send ADDRESS:PORT BYTES SEED | receive ADDRESS:PORT | latency MICROSECONDS COUNT | hold-kvm | spin | fifo PRIORITY COMMAND | scribble PID COUNT SEED all|memory"
             );
             return ExitCode::from(2);
         }

@@ -120,14 +120,12 @@ fn rounds<'a>(setting: &Setting<'a>, way: Way, pic: Option<&FlatHal>) -> Outcome
         let mut stream = Stream::new(Rate::new(name)?, u64::from(receivers));
         let mut drain = || lines.as_mut().map_or(0, Lines::drain);
         stream.carry(WARM * u64::from(receivers), &mut sender, &mut stations, &mut drain)?;
-        let counted = counts();
         let (rung_before, taken_before) = (rung(&sender, &stations), stream.drained);
         let began = clock::now();
-        let from = mark::set();
+        let (from, counted) = mark::set_with(counts);
         stream.carry(count, &mut sender, &mut stations, &mut drain)?;
-        let to = mark::set();
+        let (to, after) = mark::set_with(counts);
         let ns = (clock::now() - began) / count.max(1);
-        let after = counts();
         let [taken, by_register, sleeps] = core::array::from_fn(|i| after[i] - counted[i]);
         line("interrupts")
             .value("ok", true)

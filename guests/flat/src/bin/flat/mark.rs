@@ -21,3 +21,12 @@ pub fn set() -> u32 {
     }
     number
 }
+
+/// Sets a mark and returns what `count` says at that same moment: no interrupt is taken between the two.
+pub fn set_with<T>(count: impl FnOnce() -> T) -> (u32, T) {
+    cpu::interrupts(false);
+    let counted = count();
+    let number = set();
+    cpu::interrupts(true);
+    (number, counted)
+}

@@ -20,6 +20,9 @@ pub const FRAME: usize = BUFFER;
 const SLOT: usize = 2048;
 const _: () = assert!(SLOT <= BUFFER && BUFFER <= FRAME_MAX);
 
+/// How long the device may be silent, in nanoseconds, before it is asked whether it is there still.
+const PATIENCE: u64 = 1_000_000_000;
+
 /// EtherType for experiments.
 const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
 /// Bytes of addresses and type.
@@ -59,9 +62,12 @@ impl Station {
 
     /// Sends a frame of `len` bytes, and waits for room first.
     pub fn send<'a>(&mut self, to: [u8; 6], number: u64, len: usize) -> Outcome<'a> {
+        let mut asked = clock::now();
         while self.tx.space() == 0 {
-            if self.tx.reclaim()? == 0 {
+            if self.tx.reclaim()? == 0 && clock::now() - asked > PATIENCE {
+                // Not oftener: it costs an exit to user space, and those are counted.
                 self.nic.function().check()?;
+                asked = clock::now();
             }
         }
         // A slot for each entry of the ring, so this one's last frame has been sent.
