@@ -4,6 +4,7 @@
 //! QEMU emulates. Either way the scenarios see the same: a shell as root with our programs on its PATH, `/dev/kvm`, and in
 //! `$L2` the kernel and root file system for guests. That Linux is called L1, and the guests in it L2.
 
+mod counted;
 mod devices;
 mod doorbells;
 mod exits;
@@ -23,7 +24,8 @@ use serde_json::Value;
 
 use crate::lab::{Lab, Options};
 use crate::report::{Outcome, Report, Skip};
-use rig::{Clock, File, Rig};
+pub use rig::Clock;
+use rig::{File, Rig};
 
 /// How to use it by hand.
 const HELP: &str = "\
@@ -88,6 +90,7 @@ pub const SCENARIOS: &[Scenario] = &[
         "vbus-kvm by itself: doorbells, messages, levels, their routes and exits",
         doorbells::connector,
     ),
+    scenario("counted", "by a clock that counts instructions, figures repeat within 1 %", counted::repeats),
     scenario("boot", "Linux boots in vbus-vmm, with 1 and 2 CPUs, full and split irqchip", linux::boot),
     scenario("traffic", "TCP both ways with 2 CPUs, interrupts that move, reboot", devices::traffic),
     scenario("plug_cycles", "20 times plug, use and unplug beside traffic on another NIC", devices::plug_cycles),
@@ -116,9 +119,9 @@ const fn scenario(name: &'static str, about: &'static str, run: fn(&Rig, &mut Fi
 
 /// Runs the chosen scenarios or the command; false if one failed.
 pub fn run(args: &Args) -> Result<bool> {
+    let clock = if args.counted { Clock::Instructions } else { Clock::Time };
     if !args.command.is_empty() {
         let lab = Lab::new(&args.guests)?;
-        let clock = if args.counted { Clock::Instructions } else { Clock::Time };
         let rig = Rig::start(lab.scene("kvm")?, clock, &args.put)?;
         eprintln!("kvm: {}", rig.describe()?);
         return command(&rig, &args.command.join(" "), Duration::from_secs(args.limit));
@@ -138,7 +141,7 @@ pub fn run(args: &Args) -> Result<bool> {
         args.names.join(" or ")
     );
     let mut report = Report::new();
-    let figures = run_scenarios(&mut report, &scenarios, &args.guests);
+    let figures = run_scenarios(&mut report, &scenarios, &args.guests, clock);
     if args.json {
         let ok = report.show_failures();
         eprintln!("{}", report.summary());
@@ -154,7 +157,7 @@ pub fn run(args: &Args) -> Result<bool> {
 /// Runs scenarios one after the other, in one L1 as long as they succeed; returns their figures.
 ///
 /// One during which L1 or its guest hung is run once more; the figure `retries` counts them.
-pub fn run_scenarios(report: &mut Report, scenarios: &[&Scenario], options: &Options) -> Figures {
+pub fn run_scenarios(report: &mut Report, scenarios: &[&Scenario], options: &Options, clock: Clock) -> Figures {
     let lab = Lab::new(options);
     let mut rig = None;
     let mut figures = Figures::new();
@@ -165,7 +168,7 @@ pub fn run_scenarios(report: &mut Report, scenarios: &[&Scenario], options: &Opt
             let mut tries = 0;
             loop {
                 tries += 1;
-                match attempt(lab, &mut rig, scenario, &mut figures, tries) {
+                match attempt(lab, clock, &mut rig, scenario, &mut figures, tries) {
                     Ok(outcome) => return Ok(outcome),
                     Err(Failed { error, hung: true }) if tries == 1 => {
                         eprintln!("kvm::{}: hung, and is tried once more: {error:#}", scenario.name);
@@ -190,6 +193,7 @@ struct Failed {
 /// Runs a scenario in the L1 that there is or in a fresh one, which does not outlive a failure.
 fn attempt<'a>(
     lab: &'a Lab,
+    clock: Clock,
     rig: &mut Option<Rig<'a>>,
     scenario: &Scenario,
     figures: &mut Figures,
@@ -199,7 +203,7 @@ fn attempt<'a>(
         Some(running) => running,
         None => {
             let name = format!("kvm-{}-{tries}", scenario.name);
-            let started = lab.scene(&name).and_then(|scene| Rig::start(scene, Clock::Time, &[]));
+            let started = lab.scene(&name).and_then(|scene| Rig::start(scene, clock, &[]));
             // A Linux that does not come up is one that hangs.
             started.map_err(|error| Failed { error, hung: true })?
         }

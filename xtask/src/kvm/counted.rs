@@ -1,0 +1,40 @@
+//! The rig on one processor by a clock that counts instructions: what was measured once is measured again.
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+
+use super::Figures;
+use super::flat;
+use super::rig::{Clock, Rig};
+
+/// How far the figures of two runs may be apart, of 1.
+const APART: f64 = 0.01;
+
+/// What a doorbell takes, in two machines of their own: the nanoseconds are the same, nearly.
+pub fn repeats(rig: &Rig, figures: &mut Figures) -> Result<()> {
+    let run = |number: u32| -> Result<Figures> {
+        let scene = rig.lab().scene(&format!("kvm-counted-{number}"))?;
+        let counted = Rig::start(scene, Clock::Instructions, &[])?;
+        let mut figures = Figures::new();
+        let measured = flat::doorbells(&counted, &mut figures);
+        if measured.is_err() {
+            if counted.hung() {
+                rig.note_hang();
+            }
+            eprintln!("logs: {}", counted.save_logs()?.display());
+        }
+        measured.map(|()| figures)
+    };
+    let (first, second) = (run(1)?, run(2)?);
+    let mut times = Figures::new();
+    for (name, value) in first.iter().filter(|(name, _)| name.starts_with("ns_")) {
+        let number = |value: &serde_json::Value| value.as_f64().with_context(|| format!("{name} is {value}"));
+        let (one, other) = (number(value)?, number(&second[name])?);
+        eprintln!("{name}: {one} and {other}");
+        ensure!((one - other).abs() <= APART * one, "{name} was {one} first and {other} then");
+        times.insert(name.clone(), json!(one));
+    }
+    ensure!(!times.is_empty(), "nothing was measured");
+    figures.insert("by_instructions".into(), times.into());
+    Ok(())
+}
