@@ -86,13 +86,20 @@ pub fn storm(rig: &Rig, figures: &mut Figures) -> Result<()> {
     let bus = bus(rig, VALUES)?;
     let spec = Spec { cpus: 2, ..Spec::new("storm") };
     let inner = spec.device("net", &bus.socket("net")).device("values", &bus.socket("values")).boot(rig)?;
+    let outcome = blow(rig, &bus, &inner, figures);
+    // A guest that fell over has its VMM say why.
+    outcome.with_context(|| format!("vbus-vmm says {:?}", inner.vmm.said()))?;
+    inner.power_off()
+}
+
+fn blow(rig: &Rig, bus: &InnerBus, inner: &Inner, figures: &mut Figures) -> Result<()> {
     let guest = &inner.guest;
     let _nic = net::nic(guest)?;
     exchange(rig, guest, MIB)?;
     let watch = guest.start("exec vbus guest state watch setpoint")?;
     watch.wait_for("calm", LIMIT)?;
 
-    let before = (works(&bus)?, rung(&bus, "net")? + rung(&bus, "values")?, Instant::now());
+    let before = (works(bus)?, rung(bus, "net")? + rung(bus, "values")?, Instant::now());
     // The lowest handles are in use: the NIC's status page and rings, the watched page.
     let ring = |device: &str, options: &str| {
         guest.start(&format!("exec vbus guest ring {device} --count 1000000000000 {options}"))
@@ -114,15 +121,14 @@ pub fn storm(rig: &Rig, figures: &mut Figures) -> Result<()> {
         storm.kill()?;
         storm.wait(LIMIT)?;
     }
-    let (works, rings) = (works(&bus)? - before.0, rung(&bus, "net")? + rung(&bus, "values")? - before.1);
+    let (works, rings) = (works(bus)? - before.0, rung(bus, "net")? + rung(bus, "values")? - before.1);
     let took = before.2.elapsed().as_secs_f64();
     eprintln!("{rings} rings in {took:.1} s, {works} polls of the bus");
     figures.insert("storm_polls_per_ring".into(), json!((works as f64 / rings as f64 * 1000.0).round() / 1000.0));
     ensure!(rings > 20 * RINGS, "{rings} rings are no storm");
-    check_silence(rig, &inner)?;
+    check_silence(rig, inner)?;
     // After it, all is as it was.
-    exchange(rig, guest, MIB).context("after the storm")?;
-    inner.power_off()
+    exchange(rig, guest, MIB).context("after the storm")
 }
 
 /// `vbus guest list` in the guest.
