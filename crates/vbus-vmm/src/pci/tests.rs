@@ -4,6 +4,7 @@
 mod fake;
 mod guest;
 mod hostile;
+mod races;
 mod random;
 
 use std::time::{Duration, Instant};
