@@ -3,8 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
-use serde_json::Value;
+use anyhow::{Result, bail, ensure};
 
 use super::rig::Rig;
 use crate::guest::{Guest, Running};
@@ -215,11 +214,6 @@ impl<'a> InnerBus<'a> {
     /// Starts `vbus WORDS --dir DIR` and returns at once.
     pub fn spawn(&self, words: &str) -> Result<Running> {
         self.rig.guest.start(&format!("vbus {words} --dir {}", self.dir))
-    }
-
-    /// `vbus stats --json`.
-    pub fn stats(&self) -> Result<Value> {
-        serde_json::from_str(&self.run("stats --json")?).context("vbus stats --json printed no JSON")
     }
 
     /// Kills the bus at once (SIGKILL).
