@@ -83,7 +83,7 @@ impl Guest {
                 let (mut state, _) = guest
                     .state
                     .1
-                    .wait_timeout_while(state, PING, |state| !state.closed)
+                    .wait_timeout_while(state, PING.min(silence / 8), |state| !state.closed)
                     .unwrap_or_else(PoisonError::into_inner);
                 if state.closed {
                     return;
@@ -332,4 +332,63 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 fn decode(hex: &str) -> Vec<u8> {
     let digits = hex.as_bytes().chunks_exact(2);
     digits.filter_map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()).collect()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may panic")]
+mod tests {
+    use super::*;
+
+    /// An agent that answers so many pings and then hangs.
+    fn agent(port: UnixStream, mut pings: u32) -> thread::JoinHandle<()> {
+        thread::spawn(move || {
+            let mut writer = port.try_clone().unwrap();
+            writer.write_all(b"hello\n").unwrap();
+            for line in BufReader::new(port).lines().map_while(std::result::Result::ok) {
+                if line == "ping" && pings > 0 {
+                    pings -= 1;
+                    writer.write_all(b"pong\n").unwrap();
+                }
+            }
+        })
+    }
+
+    #[test]
+    fn a_guest_that_hangs_is_found_out_and_one_that_works_is_not() {
+        const SILENCE: Duration = Duration::from_millis(400);
+        for (pings, hangs) in [(u32::MAX, false), (3, true)] {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            let closer = theirs.try_clone().unwrap();
+            let agent = agent(theirs, pings);
+            let guest = Guest::new("test", ours).unwrap();
+            guest.wait_boot(1, LIMIT).unwrap();
+            guest.watch(SILENCE);
+            let began = Instant::now();
+            // A command that does not end: only the watch can say that nothing comes any more.
+            let limit = if hangs { LIMIT } else { SILENCE * 3 };
+            let error = guest.run_for("sleep 1000", limit).unwrap_err();
+            assert_eq!(guest.hung(), hangs, "{error:#}");
+            assert_eq!(format!("{error:#}").contains("hangs"), hangs, "{error:#}");
+            assert!(began.elapsed() < LIMIT / 2);
+            closer.shutdown(Shutdown::Both).unwrap();
+            agent.join().unwrap();
+        }
+    }
+
+    #[test]
+    fn a_tunnel_carries_bytes_both_ways_and_ends_with_its_command() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let guest = Guest::new("test", ours).unwrap();
+        let mut tunnel = guest.tunnel("cat").unwrap();
+        let mut lines = BufReader::new(theirs.try_clone().unwrap()).lines();
+        let run = lines.next().unwrap().unwrap();
+        let id = run.split(' ').nth(1).unwrap().to_owned();
+        tunnel.write_all(b"to it").unwrap();
+        let input = lines.next().unwrap().unwrap();
+        assert_eq!(decode(input.strip_prefix(&format!("input {id} ")).unwrap()), b"to it");
+        (&theirs).write_all(format!("out {id} 66726f6d\nend {id} 0\n").as_bytes()).unwrap();
+        let mut said = String::new();
+        tunnel.read_to_string(&mut said).unwrap();
+        assert_eq!(said, "from");
+    }
 }
