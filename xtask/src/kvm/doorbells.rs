@@ -24,6 +24,8 @@ pages = [{ name = "setpoint", bytes = 64, owner = "device", initial = "calm" }]
 const MIB: u64 = 1 << 20;
 /// Rings that are counted.
 const RINGS: u64 = 2000;
+/// Rings that are a storm.
+const STORM: u64 = 50_000;
 /// How long anything may take that the guest does meanwhile.
 const LIMIT: Duration = Duration::from_secs(120);
 
@@ -116,7 +118,12 @@ fn blow(rig: &Rig, bus: &InnerBus, inner: &Inner, figures: &mut Figures) -> Resu
         watch.wait_for(value, LIMIT).context("during the storm")?;
     }
     let blows = |storm: &Running| if storm.runs() { Ok(()) } else { bail!("a storm died down: {:?}", storm.said()) };
-    storms.iter().try_for_each(blows)?;
+    // However fast all this went.
+    let until = Instant::now() + LIMIT;
+    while rung(bus, "net")? + rung(bus, "values")? < before.1 + STORM {
+        ensure!(Instant::now() < until, "no storm comes up");
+        storms.iter().try_for_each(blows)?;
+    }
     for storm in &storms {
         storm.kill()?;
         storm.wait(LIMIT)?;
@@ -125,7 +132,8 @@ fn blow(rig: &Rig, bus: &InnerBus, inner: &Inner, figures: &mut Figures) -> Resu
     let took = before.2.elapsed().as_secs_f64();
     eprintln!("{rings} rings in {took:.1} s, {works} polls of the bus");
     figures.insert("storm_polls_per_ring".into(), json!((works as f64 / rings as f64 * 1000.0).round() / 1000.0));
-    ensure!(rings > 20 * RINGS, "{rings} rings are no storm");
+    // Each could have been a poll in vain and one with work. Those that come while the bus is at it are none.
+    ensure!(works < rings, "{works} polls for {rings} rings");
     check_silence(rig, inner)?;
     // After it, all is as it was.
     exchange(rig, guest, MIB).context("after the storm")
