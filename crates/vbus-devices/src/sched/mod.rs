@@ -1,7 +1,7 @@
 //! `sched`: the scheduling class of virtual CPUs' threads (spec/sched.md).
 //!
 //! The driver says in a state page for each virtual CPU what class and priority that which runs there now is of; the device gives the virtual
-//! CPU's thread on the host the same, as far as the host's [policy](policy::Policy) allows, and says in a report page what it did. `cpu` is the
+//! CPU's thread on the host the same, as far as the host's policy allows, and says in a report page what it did. `cpu` is the
 //! heart of it; `thread` is the only one to touch a thread, `lookup` finds out which those are.
 
 mod config;
