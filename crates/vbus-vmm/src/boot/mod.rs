@@ -100,6 +100,12 @@ struct Info<'a> {
 }
 
 impl Info<'_> {
+    /// Where RAM below 4 GiB ends.
+    fn ram_end(&self) -> u64 {
+        let main = self.places.iter().find(|place| place.ram && place.base == HIGH);
+        main.map_or(0, |place| place.base + place.bytes)
+    }
+
     /// Puts the command line into memory; `max` bytes without its final zero.
     fn put_command_line(&self, max: usize) -> Result<()> {
         let length = self.append.len();
@@ -111,10 +117,10 @@ impl Info<'_> {
 
     /// Puts the initramfs as high as it can lie in RAM below 4 GiB, between `above` and `limit`; its address and bytes.
     fn put_initramfs(&mut self, above: u64, limit: u64) -> Result<Option<(u64, u64)>> {
+        let ram_end = self.ram_end();
         let Some((path, file)) = self.initramfs else { return Ok(None) };
         let bytes = file.seek(SeekFrom::End(0))?;
         file.rewind()?;
-        let ram_end = self.places.iter().find(|place| place.ram && place.base == HIGH).map_or(0, |p| p.base + p.bytes);
         let at = limit.min(ram_end).checked_sub(bytes).map(|at| at & !0xfff).filter(|at| *at >= above);
         let at = at.with_context(|| {
             let mib = bytes.div_ceil(1 << 20);
@@ -221,6 +227,9 @@ mod tests {
         assert!(fault(image(b"#!/bin/sh", None, "")).contains("is no kernel"));
         assert!(fault(image(&bzimage(), None, &"x".repeat(300))).contains("at most 255"));
         assert!(fault(image(&bzimage(), Some(&vec![0; 15 << 20]), "")).contains("more --memory"));
+        let mut large = bzimage();
+        large[0x260..0x264].copy_from_slice(&(20_u32 << 20).to_le_bytes());
+        assert!(fault(image(&large, None, "")).contains("needs at least 21 MiB"));
         let missing = Image::open(Path::new("/nowhere/vmlinuz"), None, "").err().unwrap();
         assert!(format!("{missing:#}").starts_with("cannot open the kernel /nowhere/vmlinuz"));
         assert!(Image::open(Path::new("/"), None, "").is_err());
