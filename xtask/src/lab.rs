@@ -70,7 +70,6 @@ pub struct Lab {
     accel: Accel,
     vbus: PathBuf,
     agent: PathBuf,
-    vmm: PathBuf,
     modules: Option<PathBuf>,
     dir: RunDir,
 }
@@ -121,7 +120,6 @@ impl Lab {
             accel: Accel::Tcg,
             vbus: programs.vbus,
             agent: programs.agent,
-            vmm: programs.vmm,
             modules,
             dir,
         };
@@ -171,9 +169,9 @@ impl Lab {
         workspace::build_kvm_tests(self.options.as_built)
     }
 
-    /// The program `vbus-vmm`.
-    pub fn vmm(&self) -> &Path {
-        &self.vmm
+    /// The program `vbus-vmm`, built now.
+    pub fn vmm(&self) -> Result<PathBuf> {
+        workspace::build_vmm(self.options.as_built)
     }
 
     /// The kit, if anything comes from it.

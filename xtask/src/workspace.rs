@@ -30,35 +30,55 @@ pub struct Programs {
     pub vbus: PathBuf,
     /// Runs commands in the guests.
     pub agent: PathBuf,
-    /// Runs guests on KVM.
-    pub vmm: PathBuf,
 }
 
 const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// Builds the programs, in a folder of their own so that the flags disturb no other build; `as_built` takes them as they
-/// were built last.
+/// Builds the programs; `as_built` takes them as they were built last.
 pub fn build_programs(as_built: bool) -> Result<Programs> {
-    const PACKAGES: [&str; 3] = ["vbus", "guest-agent", "vbus-vmm"];
+    let [vbus, agent] = build_static(["vbus", "guest-agent"], as_built)?;
+    Ok(Programs { vbus, agent })
+}
+
+/// The oldest Rust (1.x) that `vbus-vmm` can be built with, as its manifest says; the other crates are content with less.
+const VMM_RUST: u32 = 90;
+
+/// Why `vbus-vmm` cannot be built by this Rust, if it cannot.
+pub fn too_old_for_vmm() -> Option<String> {
+    let output = Command::new(std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into())).arg("--version").output();
+    let text = String::from_utf8_lossy(&output.ok()?.stdout).into_owned();
+    let version = text.split_whitespace().nth(1)?;
+    let minor: u32 = version.strip_prefix("1.")?.split('.').next()?.parse().ok()?;
+    (minor < VMM_RUST)
+        .then(|| format!("vbus-vmm needs Rust 1.{VMM_RUST} for the crates of rust-vmm; this is {version}"))
+}
+
+/// Builds `vbus-vmm`; `as_built` takes it as it was built last.
+pub fn build_vmm(as_built: bool) -> Result<PathBuf> {
+    let [vmm] = build_static(["vbus-vmm"], as_built)?;
+    Ok(vmm)
+}
+
+/// Builds programs, each of the package of its name, in a folder of their own so that the flags disturb no other build.
+fn build_static<const N: usize>(packages: [&str; N], as_built: bool) -> Result<[PathBuf; N]> {
     let dir = target().join("guest");
     let programs = dir.join(GUEST_TARGET).join("release");
-    let programs = PACKAGES.map(|name| programs.join(name));
+    let programs = packages.map(|name| programs.join(name));
     if !(as_built && programs.iter().all(|path| path.exists())) {
-        eprintln!("build: {}", PACKAGES.join(", "));
+        eprintln!("build: {}", packages.join(", "));
         let status = cargo()
             .args(["build", "--quiet", "--release", "--target", GUEST_TARGET, "--target-dir"])
             .arg(&dir)
-            .args(PACKAGES.iter().flat_map(|name| ["--package", name]))
+            .args(packages.iter().flat_map(|name| ["--package", name]))
             .env("RUSTFLAGS", "-C target-feature=+crt-static")
             .env_remove("CARGO_ENCODED_RUSTFLAGS")
             // What lies in a guest's memory is copied at each of its boots.
             .env("CARGO_PROFILE_RELEASE_STRIP", "debuginfo")
             .status()
             .context("cannot run cargo")?;
-        ensure!(status.success(), "{} do not build", PACKAGES.join(", "));
+        ensure!(status.success(), "{} do not build", packages.join(", "));
     }
-    let [vbus, agent, vmm] = programs;
-    Ok(Programs { vbus, agent, vmm })
+    Ok(programs)
 }
 
 /// Builds the tests of vbus-kvm, linked like the programs; `as_built` takes them as they were built last.

@@ -24,6 +24,7 @@ use serde_json::Value;
 
 use crate::lab::{Lab, Options};
 use crate::report::{Outcome, Report, Skip};
+use crate::workspace;
 pub use rig::Clock;
 use rig::{File, Rig};
 
@@ -158,9 +159,15 @@ pub fn run(args: &Args) -> Result<bool> {
 ///
 /// One during which L1 or its guest hung is run once more; the figure `retries` counts them.
 pub fn run_scenarios(report: &mut Report, scenarios: &[&Scenario], options: &Options, clock: Clock) -> Figures {
+    let mut figures = Figures::new();
+    if let Some(why) = workspace::too_old_for_vmm() {
+        for scenario in scenarios {
+            report.run(&format!("kvm::{}", scenario.name), || Ok(Outcome::Skipped(why.clone())));
+        }
+        return figures;
+    }
     let lab = Lab::new(options);
     let mut rig = None;
-    let mut figures = Figures::new();
     let mut retries = 0;
     for scenario in scenarios {
         report.run(&format!("kvm::{}", scenario.name), || {

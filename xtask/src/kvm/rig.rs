@@ -159,7 +159,7 @@ fn machine(scene: &Scene, clock: Clock, files: &[File]) -> Result<Machine> {
     let mut archive = Archive::default();
     lab.add_modules(&mut archive, &MODULES)?;
     let read = |path: &Path| fs::read(path).with_context(|| format!("cannot read {}", path.display()));
-    archive.file("bin/vbus-vmm", 0o755, &read(lab.vmm())?)?;
+    archive.file("bin/vbus-vmm", 0o755, &read(&lab.vmm()?)?)?;
     archive.file("bin/vbus-kvm-tests", 0o755, &read(&lab.kvm_tests()?)?)?;
     archive.file("l2/kernel", 0o644, &read(lab.kernel())?)?;
     archive.file("l2/initramfs", 0o644, &read(lab.initramfs())?)?;
@@ -226,7 +226,7 @@ fn start_on_host(scene: &Scene, files: &[File]) -> Result<(Guest, Process)> {
         std::os::unix::fs::symlink(&source, &target).with_context(|| format!("cannot make {}", target.display()))
     };
     link(lab.vbus(), bin.join("vbus"))?;
-    link(lab.vmm(), bin.join("vbus-vmm"))?;
+    link(&lab.vmm()?, bin.join("vbus-vmm"))?;
     link(&lab.kvm_tests()?, bin.join("vbus-kvm-tests"))?;
     link(lab.agent(), bin.join("guest-agent"))?;
     fs::write(bin.join("qemu-system-x86_64"), script(&lab.qemu()))?;

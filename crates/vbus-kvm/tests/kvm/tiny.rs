@@ -370,5 +370,8 @@ fn place(label: *const u8) -> u64 {
 }
 
 fn is_intel() -> bool {
-    __cpuid(0).ebx == u32::from_le_bytes(*b"Genu")
+    // SAFETY: every x86-64 has leaf 0. (Safe in newer versions of the standard library.)
+    #[allow(unused_unsafe)]
+    let leaf = unsafe { __cpuid(0) };
+    leaf.ebx == u32::from_le_bytes(*b"Genu")
 }
