@@ -18,6 +18,7 @@ pub fn devices(more: &str) -> String {
     [
         device("net-a", "venet", "backend = \"switch\""),
         device("net-b", "venet", "backend = \"switch\"\npic = \"pic\""),
+        device("net-c", "venet", "backend = \"switch\"\npic = \"pic\""),
         device("pic", "pic", ""),
         device("source", "venet", "backend = \"null\"\nsource-bytes = 128"),
         device("values", "state", &pages.replace('\n', "")),

@@ -24,13 +24,16 @@ pub fn drives_devices(scene: &Scene) -> Result<()> {
         let mut command = scene.lab.qemu();
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
         command.args(["-M", "q35,memory-backend=ram,vmport=off,hpet=off", "-m", "128M"]);
+        // QEMU's translator takes a machine that can have only one CPU to have its memory for itself, and leaves fences and locked
+        // instructions out. A device in another process is like another CPU.
+        command.args(["-smp", "1,maxcpus=2"]);
         command.args(["-object", "memory-backend-memfd,id=ram,size=128M,share=on", "-serial", "stdio"]);
         match scene.lab.accel() {
             Accel::Kvm => command.args(["-accel", "kvm", "-cpu", &processor.replace("max", "host")]),
             Accel::Tcg => command.args(["-accel", "tcg", "-cpu", processor]),
         };
         command.arg("-kernel").arg(&image).arg("-append");
-        command.arg(format!("test=list,state,venet,interrupts count={FRAMES} updates={UPDATES}"));
+        command.arg(format!("test=list,state,venet,pic,interrupts count={FRAMES} updates={UPDATES}"));
         for (slot, name) in names.iter().enumerate() {
             command.args(["-device", &format!("pcie-root-port,id=slot{slot},slot={slot},chassis={slot},io-reserve=0")]);
             command.arg("-device").arg(vfio_user(name, &format!("slot{slot}"), &bus.socket(name)).to_string());

@@ -1,9 +1,9 @@
 //! Test `interrupts`: what an interrupt costs, by how it arrives and how it is ended.
 
-use vbus_driver::pic::{Controller, Line, Nesting, Pic, Source};
 use vbus_shm::abi::class;
 
 use crate::hal::FlatHal;
+use crate::lines::Lines;
 use crate::net::Station;
 use crate::report::{Failure, Outcome, ensure, line};
 use crate::stream::{RECEIVERS_MAX, Rate, Stream};
@@ -113,7 +113,10 @@ fn rounds<'a>(setting: &Setting<'a>, way: Way, pic: Option<&FlatHal>) -> Outcome
     }
     ensure(receivers as usize == wanted && wanted > 0, "not as many NICs on the switch as receivers=")?;
     let mut lines = match pic {
-        Some(hal) => Some(Lines::open(way, hal, &stations)?),
+        Some(hal) => {
+            let (hal, vector) = way.set_up(hal, 0)?;
+            Some(Lines::open(&hal, vector, &stations)?)
+        }
         None => None,
     };
     for name in setting.words.list("rate", "burst") {
@@ -156,44 +159,4 @@ fn rounds<'a>(setting: &Setting<'a>, way: Way, pic: Option<&FlatHal>) -> Outcome
 
 fn rung(sender: &Station, stations: &[Option<Station>]) -> u64 {
     sender.rung + stations.iter().flatten().map(|station| station.rung).sum::<u64>()
-}
-
-/// The interrupt controller of the bus, with a line for each station.
-struct Lines {
-    pic: Pic<FlatHal>,
-    page: Controller<FlatHal>,
-}
-
-impl Lines {
-    fn open<'a>(way: Way, hal: &FlatHal, stations: &[Option<Station>]) -> Result<Lines, Failure<'a>> {
-        const LINES: u16 = 32;
-        let (hal, vector) = way.set_up(hal, 0)?;
-        hal.enable_messages(&[vector]).ok_or(Failure::Said("the interrupt controller has no messages"))?;
-        let mut pic = Pic::open(hal.function()?)?;
-        let page = pic.cpu(0, LINES, Nesting::Flat, 0)?;
-        for (number, station) in (0..).zip(stations.iter().flatten()) {
-            let info = station.nic.function().info();
-            let from = Source { device: info.name.as_str(), vector: station.queues };
-            pic.route(from, Line { cpu: 0, number })?;
-        }
-        let mut lines = Lines { pic, page };
-        lines.drain();
-        Ok(lines)
-    }
-
-    /// Takes and ends all lines; returns how many. What they stand for is looked at afterwards: every station that waits for something.
-    fn drain(&mut self) -> u64 {
-        let mut count = 0;
-        while let Some(line) = self.page.take() {
-            self.page.end(line);
-            count += 1;
-        }
-        count
-    }
-
-    fn close<'a>(mut self) -> Outcome<'a> {
-        self.pic.remove(self.page)?;
-        self.pic.close();
-        Ok(())
-    }
 }

@@ -14,6 +14,7 @@ mod hal;
 mod hyperv;
 mod interrupts;
 mod kvm;
+mod lines;
 mod mark;
 mod memory;
 mod net;
@@ -102,6 +103,7 @@ pub fn main(start_info: u64) -> ! {
             "list" => list(&setting),
             "doorbells" => bells::run(&setting),
             "interrupts" => interrupts::run(&setting),
+            "pic" => lines::run(&setting),
             "state" => state::run(&setting),
             "venet" => net::run(&setting),
             other => Err(report::Failure::Unknown(other)),
