@@ -113,6 +113,7 @@ enum Doorbell {
 }
 
 fn main() -> ExitCode {
+    seccomp::prepare();
     let cli = Cli::parse();
     let level = EnvFilter::try_from_env("VBUS_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
     tracing_subscriber::fmt().with_env_filter(level).with_writer(std::io::stderr).init();

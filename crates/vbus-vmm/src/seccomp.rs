@@ -1,5 +1,5 @@
 //! The system calls that each kind of thread may make. Any other ends the process.
-#![allow(unsafe_code, reason = "a signal handler ends the process")]
+#![allow(unsafe_code, reason = "a signal handler ends the process, and the allocator is set up")]
 
 use std::collections::BTreeMap;
 
@@ -98,6 +98,19 @@ fn more(thread: Thread) -> &'static [i64] {
             libc::SYS_socket,
             libc::SYS_socketpair,
         ],
+    }
+}
+
+/// To be called before the first thread is started: bounds the number of the allocator's arenas.
+///
+/// Without a bound of ours, glibc would look for the number of processors once there are more than eight of them, that is of threads: in a
+/// file of the system, which no filter allows.
+pub fn prepare() {
+    #[cfg(target_env = "gnu")]
+    {
+        const ARENAS: libc::c_int = 8;
+        // SAFETY: it changes a number of the allocator's, and nothing has been started yet that it could race with. It fails for no such value.
+        unsafe { libc::mallopt(libc::M_ARENA_MAX, ARENAS) };
     }
 }
 
