@@ -24,8 +24,8 @@ pub fn drives_devices(scene: &Scene) -> Result<()> {
         let mut command = scene.lab.qemu();
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
         command.args(["-M", "q35,memory-backend=ram,vmport=off,hpet=off", "-m", "128M"]);
-        // QEMU's translator takes a machine that can have only one CPU to have its memory for itself, and leaves fences and locked
-        // instructions out. A device in another process is like another CPU.
+        // QEMU's translator carries locked instructions out in several steps where there can be but one CPU. The device that sets bits in
+        // `pic`'s page at the same time, from another process, is like another CPU.
         command.args(["-smp", "1,maxcpus=2"]);
         command.args(["-object", "memory-backend-memfd,id=ram,size=128M,share=on", "-serial", "stdio"]);
         match scene.lab.accel() {
