@@ -92,12 +92,14 @@ pub fn plug_cycles(rig: &Rig, _: &mut Figures) -> Result<()> {
     let (sender, receiver) = endless(rig, &inner)?;
     let control = inner.control_socket();
     for round in 0..ROUNDS {
-        let mut extras = Vec::new();
-        for n in 0..TOGETHER {
-            let name = format!("extra{n}");
+        let names: Vec<String> = (0..TOGETHER).map(|n| format!("extra{n}")).collect();
+        for name in &names {
             bus.run(&format!("device add {name} --class venet --set backend=null --vmm {control}"))?;
-            until(&inner, &format!("vbus guest list | grep -q {name}"))?;
-            let extra = Nic::up(&inner.guest, &name, &format!("vbus{}", n + 1), &format!("10.0.{}.1/24", n + 1), "")?;
+        }
+        until(&inner, &format!("[ $(vbus guest list | grep -c extra) = {TOGETHER} ]"))?;
+        let mut extras = Vec::new();
+        for (n, name) in (1..).zip(&names) {
+            let extra = Nic::up(&inner.guest, name, &format!("vbus{n}"), &format!("10.0.{n}.1/24"), "")?;
             extras.push((name, extra));
         }
         let removals = extras.iter().map(|(name, _)| bus.spawn(&format!("device remove {name} --vmm {control}")));

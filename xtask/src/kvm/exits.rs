@@ -28,38 +28,40 @@ impl<'a> Trace<'a> {
         if rig.guest.run(mounted)?.code != 0 {
             return Err(Skip("the trace points of this KVM are not to be had: that takes root".into()).into());
         }
-        let trace = Self(rig);
-        for (event, keys, condition) in COUNTED {
-            trace.trigger(event, &format!("hist:keys={keys} {condition}"))?;
-        }
-        Ok(trace)
+        let set = COUNTED.map(|(event, keys, condition)| trigger(event, &format!("hist:keys={keys} {condition}")));
+        rig.guest.ok(&set.join(" && "))?;
+        Ok(Self(rig))
     }
 
     /// Ends counting; returns how many exits there were, but for those to the guest's timer (the TSC's deadline), to its serial
     /// ports and of [`APART`].
     pub fn finish(self) -> Result<u64> {
+        // Those that count apart are read first and set last: what comes in between is too much rather than too little.
+        let read = COUNTED.map(|(event, ..)| format!("echo {event}; cat {EVENTS}/{event}/hist"));
+        let text = self.0.guest.ok(&read.into_iter().rev().collect::<Vec<_>>().join("; "))?;
+        let remove = COUNTED.map(|(event, keys, _)| trigger(event, &format!("!hist:keys={keys}")));
+        self.0.guest.ok(&remove.join(" && "))?;
         let mut exits = 0i64;
-        for (event, keys, _) in COUNTED {
-            let path = format!("/sys/kernel/tracing/events/kvm/{event}/hist");
-            for line in self.0.guest.ok(&format!("cat {path}"))?.lines() {
-                // { exit_reason:       1024, isa:          2 } hitcount:        117
-                let Some((key, count)) = line.split_once("} hitcount:") else { continue };
-                let count: i64 = count.trim().parse().with_context(|| format!("{event}: {line}"))?;
-                let values = key.trim_start_matches('{').split(',').filter_map(|value| value.split(':').nth(1));
-                let values: Vec<u64> = values.filter_map(|value| value.trim().parse().ok()).collect();
-                match values[..] {
-                    [reason, isa] if APART.contains(&(reason, isa)) => {}
-                    [_, _] => exits += count,
-                    _ => exits -= count,
-                }
+        for line in text.lines() {
+            // { exit_reason:       1024, isa:          2 } hitcount:        117
+            let Some((key, count)) = line.split_once("} hitcount:") else { continue };
+            let count: i64 = count.trim().parse().with_context(|| format!("no count: {line}"))?;
+            let values = key.trim_start_matches('{').split(',').filter_map(|value| value.split(':').nth(1));
+            let values: Vec<u64> = values.filter_map(|value| value.trim().parse().ok()).collect();
+            match values[..] {
+                [reason, isa] if APART.contains(&(reason, isa)) => {}
+                [_, _] => exits += count,
+                _ => exits -= count,
             }
-            self.trigger(event, &format!("!hist:keys={keys}"))?;
         }
-        u64::try_from(exits).context("more exits apart than there were at all")
+        u64::try_from(exits).with_context(|| format!("more exits apart than there were at all:\n{text}"))
     }
+}
 
-    fn trigger(&self, event: &str, trigger: &str) -> Result<()> {
-        let path = format!("/sys/kernel/tracing/events/kvm/{event}/trigger");
-        self.0.guest.ok(&format!("echo '{trigger}' > {path}")).map(drop)
-    }
+/// The trace points of KVM.
+const EVENTS: &str = "/sys/kernel/tracing/events/kvm";
+
+/// A shell command that sets a trigger of a trace point, or with `!` removes it.
+fn trigger(event: &str, trigger: &str) -> String {
+    format!("echo '{trigger}' > {EVENTS}/{event}/trigger")
 }

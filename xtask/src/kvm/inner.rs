@@ -111,7 +111,7 @@ impl Spec {
         // Connected long before the guest's kernel has booted, so that nothing is lost of what its agent says.
         let port = rig.guest.tunnel(&format!("exec guest-agent join {run}/{name}.agent"))?;
         let guest = Guest::new(name, port)?;
-        Ok(Inner { guest, vmm, rig, name })
+        Ok(Inner { guest, vmm, rig, name, ended: false })
     }
 }
 
@@ -123,6 +123,8 @@ pub struct Inner<'a> {
     pub vmm: Running,
     rig: &'a Rig<'a>,
     name: &'static str,
+    /// It was told to end.
+    ended: bool,
 }
 
 impl Inner<'_> {
@@ -149,13 +151,15 @@ impl Inner<'_> {
     }
 
     /// Kills the VMM at once (SIGKILL).
-    pub fn kill(self) -> Result<()> {
+    pub fn kill(mut self) -> Result<()> {
+        self.ended = true;
         self.vmm.kill()?;
         self.vmm.wait(KILL).map(drop)
     }
 
     /// Powers the guest off from inside; its VMM has to end well.
-    pub fn power_off(self) -> Result<()> {
+    pub fn power_off(mut self) -> Result<()> {
+        self.ended = true;
         self.guest.start("poweroff -f")?;
         let end = self.vmm.wait(Duration::from_secs(60))?;
         ensure!(end.code == 0, "the VMM of {} ended with {}:\n{}{}", self.name, end.code, end.stdout, end.stderr);
@@ -167,6 +171,11 @@ impl Drop for Inner<'_> {
     fn drop(&mut self) {
         if self.guest.hung() {
             self.rig.note_hang();
+        }
+        // After a power-off that was waited for there is nothing to tell.
+        let (out, err) = self.vmm.said();
+        if !self.vmm.runs() && !self.ended {
+            eprintln!("the VMM of {} had ended by itself:\n{out}{err}", self.name);
         }
         // Fails only if L1 has ended.
         if self.vmm.kill().is_ok() {
