@@ -156,17 +156,16 @@ pub fn against_virtio(rig: &Rig, figures: &mut Figures) -> Result<()> {
         "vbus": {"out": ours[0], "in": ours[1]}, "virtio_net": {"out": theirs[0], "in": theirs[1]},
     });
     eprintln!("TCP: {all}");
-    let sum = |costs: [Cost; 2], value: fn(&Cost) -> f64| costs.iter().map(value).sum::<f64>();
-    let values: [(&str, fn(&Cost) -> f64); 4] = [
-        ("exits per MiB", |cost| cost.exits_per_mib),
-        ("exits per packet", |cost| cost.exits_per_packet),
-        ("interrupts per MiB", |cost| cost.interrupts_per_mib),
-        ("interrupts per packet", |cost| cost.interrupts_per_packet),
-    ];
-    for (what, value) in values {
-        let (ours, theirs) = (sum(ours, value), sum(theirs, value));
+    let check = |what: &str, value: fn(&Cost) -> f64| {
+        let sum = |costs: &[Cost; 2]| costs.iter().map(value).sum::<f64>();
+        let (ours, theirs) = (sum(&ours), sum(&theirs));
         ensure!(2.0 * ours <= theirs, "{what}, out and in: {ours:.3}, more than half of the {theirs:.3} of virtio-net");
-    }
+        Ok(())
+    };
+    check("exits per MiB", |cost| cost.exits_per_mib)?;
+    check("exits per packet", |cost| cost.exits_per_packet)?;
+    check("interrupts per MiB", |cost| cost.interrupts_per_mib)?;
+    check("interrupts per packet", |cost| cost.interrupts_per_packet)?;
     figures.insert("against_virtio_net".into(), all);
     Ok(())
 }
