@@ -196,7 +196,11 @@ impl Work {
             });
             let ask = match pause {
                 Ok(Pause::Asked) => continue,
-                Ok(Pause::TripleFault) => Ask::Reset(format!("virtual CPU {}: triple fault", self.number)),
+                Ok(Pause::TripleFault) => {
+                    // Few guests reset themselves so on purpose.
+                    tracing::warn!("virtual CPU {}: triple fault; the machine begins anew", self.number);
+                    Ask::Reset(format!("virtual CPU {}: triple fault", self.number))
+                }
                 Err(error) => Ask::Fail(error),
             };
             self.gate.closed.store(true, Ordering::Relaxed);

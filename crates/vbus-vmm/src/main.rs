@@ -202,7 +202,7 @@ fn tell(json: bool, event: &str, more: Value) {
     if json {
         eprintln!("{}", json!({ "event": event, "data": more }));
     } else {
-        tracing::info!("{event}");
+        tracing::info!("{event} {more}");
     }
 }
 

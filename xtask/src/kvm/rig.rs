@@ -142,6 +142,11 @@ impl<'a> Rig<'a> {
         Ok(format!("{place}, Linux {}", kernel.trim()))
     }
 
+    /// Whether L1 is a machine of QEMU's own making, and not the host.
+    pub fn is_emulated(&self) -> bool {
+        matches!(self.place, Place::Machine(_))
+    }
+
     /// Copies the logs, those in L1 too if it answers, to where they outlive the run; returns that folder.
     pub fn save_logs(&self) -> Result<PathBuf> {
         let list = self.guest.run(&format!("cd {} && ls *.log", self.run_dir())).unwrap_or_default();

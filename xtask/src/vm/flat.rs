@@ -63,10 +63,7 @@ pub fn drives_devices(scene: &Scene) -> Result<()> {
         for round in report.of("interrupts") {
             let lines = if round["pic"] == true { &round["lines"] } else { &round["interrupts"] };
             let lines = lines.as_u64().unwrap_or(0);
-            ensure!(
-                lines > FRAMES / 2 && lines < FRAMES * 3 / 2,
-                "{FRAMES} frames came with {lines} interrupts: {round}"
-            );
+            ensure!(lines > 0 && lines < FRAMES * 3 / 2, "{FRAMES} frames came with {lines} interrupts: {round}");
         }
         ensure!(report.of("interrupts").any(|round| round["pic"] == true), "no round with the interrupt controller");
         let traffic = bus.traffic(&["net-a", "net-b"])?;
