@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use kvm_bindings::{
     KVM_CAP_IRQ_ROUTING, KVM_IRQ_ROUTING_HV_SINT, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC,
     KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_hv_sint,
-    kvm_irq_routing_irqchip, kvm_irq_routing_msi,
+    kvm_irq_routing_irqchip, kvm_irq_routing_msi, kvm_msi,
 };
 use kvm_ioctls::VmFd;
 
@@ -86,12 +86,8 @@ impl Route {
         match self {
             Route::Msi { address, data } => {
                 entry.type_ = KVM_IRQ_ROUTING_MSI;
-                entry.u.msi = kvm_irq_routing_msi {
-                    address_lo: (address & 0xffff_ffff) as u32,
-                    address_hi: (address >> 32) as u32,
-                    data,
-                    ..Default::default()
-                };
+                let (address_lo, address_hi) = halves(address);
+                entry.u.msi = kvm_irq_routing_msi { address_lo, address_hi, data, ..Default::default() };
             }
             Route::Sint { vp, sint } => {
                 entry.type_ = KVM_IRQ_ROUTING_HV_SINT;
@@ -100,6 +96,11 @@ impl Route {
         }
         entry
     }
+}
+
+/// The lower and the upper half of an address, as KVM takes it.
+fn halves(address: u64) -> (u32, u32) {
+    ((address & 0xffff_ffff) as u32, (address >> 32) as u32)
 }
 
 /// The addresses that stand for synthetic interrupts: a message to `base + vp * stride` with data n raises synthetic interrupt n of virtual
@@ -153,6 +154,16 @@ impl Routes {
     /// The virtual machine.
     pub fn vm(&self) -> &Arc<VmFd> {
         &self.vm
+    }
+
+    /// Sends one message, without a route: to the local APICs at once.
+    ///
+    /// # Errors
+    /// What KVM says, for example that nobody has that address. A guest can cause it.
+    pub fn send(&self, address: u64, data: u32) -> Result<(), Error> {
+        let (address_lo, address_hi) = halves(address);
+        let message = kvm_msi { address_lo, address_hi, data, ..Default::default() };
+        self.vm.signal_msi(message).map(drop).map_err(Error::kvm("KVM_SIGNAL_MSI"))
     }
 
     /// Where the pins are.

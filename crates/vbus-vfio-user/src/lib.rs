@@ -64,6 +64,7 @@ pub mod version;
 
 pub use bus::DeviceServer;
 pub use client::{Client, ClientError};
+pub use listen::bind_private;
 pub use process::{MEMORY_BYTES, Process, ProcessMemory};
 pub use remote::{BadReply, RemoteMemory};
 pub use rustix::io::Errno;

@@ -43,6 +43,16 @@ fn stream_socket(flags: SocketFlags) -> Result<OwnedFd, Errno> {
 
 /// Listens at `path`, with mode 0600 from the first moment on.
 pub(crate) fn listen(path: &Path) -> io::Result<(OwnedFd, SocketFile)> {
+    let socket = bind_private(path, BACKLOG)?;
+    Ok((socket, SocketFile { path: path.to_owned(), identity: identity(path) }))
+}
+
+/// Makes a UNIX stream socket that listens at `path`, for its owner alone: with mode 0600 from the first moment on. It does not block, and lets
+/// `backlog` clients wait. A socket there that nobody listens at any more is replaced.
+///
+/// # Errors
+/// [`io::ErrorKind::AddrInUse`] if somebody listens there, or something else is there than a socket; whatever else the system refuses.
+pub fn bind_private(path: &Path, backlog: i32) -> io::Result<OwnedFd> {
     let address = SocketAddrUnix::new(path)?;
     let socket = stream_socket(SocketFlags::NONBLOCK)?;
     // The file takes its mode from the socket, less the umask.
@@ -54,9 +64,11 @@ pub(crate) fn listen(path: &Path) -> io::Result<(OwnedFd, SocketFile)> {
         }
         other => other?,
     }
-    let file = SocketFile { path: path.to_owned(), identity: identity(path) };
-    listen_on(&socket, BACKLOG)?;
-    Ok((socket, file))
+    if let Err(error) = listen_on(&socket, backlog) {
+        let _ = std::fs::remove_file(path);
+        return Err(error.into());
+    }
+    Ok(socket)
 }
 
 /// Removes a socket file that nobody listens at.
@@ -68,6 +80,6 @@ fn remove_stale(path: &Path, address: &SocketAddrUnix) -> io::Result<()> {
     // A server with a full backlog is alive too; without NONBLOCK this would wait for it.
     match connect(stream_socket(SocketFlags::NONBLOCK)?, address) {
         Err(Errno::CONNREFUSED) => std::fs::remove_file(path),
-        _ => Err(in_use("another server listens there")),
+        _ => Err(in_use("another server listens there already")),
     }
 }

@@ -4,7 +4,6 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use kvm_bindings::kvm_msi;
 use rustix::event::{EventfdFlags, eventfd};
 use vbus_kvm::{Route, Routes};
 
@@ -195,14 +194,8 @@ impl IoApic {
 
     fn send(&self, message: Option<(u64, u32)>) {
         let Some((address, data)) = message else { return };
-        let message = kvm_msi {
-            address_lo: (address & 0xffff_ffff) as u32,
-            address_hi: (address >> 32) as u32,
-            data,
-            ..Default::default()
-        };
         // A message to a CPU that is not there is lost, as on a PC.
-        let _ = self.routes.vm().signal_msi(message);
+        let _ = self.routes.send(address, data);
     }
 }
 

@@ -1,37 +1,17 @@
 //! UNIX sockets that this program makes.
 
-use std::io;
-use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
-use rustix::fs::Mode;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use anyhow::{Context, Result};
 
 /// Clients that wait to be accepted.
 const BACKLOG: i32 = 16;
 
-/// Listens on `path`, with mode 0600 from the first moment on, without blocking. A socket that nobody listens on any more is replaced.
+/// Listens on `path` as [`vbus_vfio_user::bind_private`] does.
 pub fn listen(path: &Path) -> Result<UnixListener> {
-    let make = || -> io::Result<UnixListener> {
-        let address = SocketAddrUnix::new(path)?;
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-        // The file takes its mode from the socket, less the umask.
-        rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
-        rustix::net::bind(&socket, &address)?;
-        rustix::net::listen(&socket, BACKLOG)?;
-        Ok(UnixListener::from(socket))
-    };
-    if std::fs::symlink_metadata(path).is_ok_and(|data| data.file_type().is_socket()) {
-        if UnixStream::connect(path).is_ok() {
-            bail!("somebody listens on {} already", path.display());
-        }
-        // Left by one that died.
-        let _ = std::fs::remove_file(path);
-    }
-    make().with_context(|| format!("cannot make the socket {}", path.display()))
+    let socket = vbus_vfio_user::bind_private(path, BACKLOG);
+    socket.map(UnixListener::from).with_context(|| format!("cannot make the socket {}", path.display()))
 }
 
 #[cfg(test)]

@@ -93,13 +93,7 @@ impl Slot {
 
     fn send(&self, message: Option<Msi>) {
         let Some((address, data)) = message else { return };
-        let msi = kvm_bindings::kvm_msi {
-            address_lo: (address & 0xffff_ffff) as u32,
-            address_hi: (address >> 32) as u32,
-            data,
-            ..Default::default()
-        };
-        if let Err(e) = self.routes.vm().signal_msi(msi) {
+        if let Err(e) = self.routes.send(address, data) {
             tracing::debug!("slot {}: hotplug interrupt: {e}", self.number);
         }
     }

@@ -14,8 +14,6 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::fs::Mode;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -75,17 +73,8 @@ impl Acceptor {
     /// Makes the control socket of `host`, with mode 0600 from the first moment on.
     pub fn bind(host: Arc<Host>) -> Result<Acceptor> {
         let path = host.dir().join(CONTROL);
-        let make = || -> io::Result<UnixListener> {
-            let address = SocketAddrUnix::new(&path)?;
-            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-            let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-            // The file takes its mode from the socket, less the umask.
-            rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
-            rustix::net::bind(&socket, &address)?;
-            rustix::net::listen(&socket, BACKLOG)?;
-            Ok(UnixListener::from(socket))
-        };
-        let listener = make().with_context(|| format!("cannot make {}", path.display()))?;
+        let socket = vbus_vfio_user::bind_private(&path, BACKLOG);
+        let listener = socket.map(UnixListener::from).with_context(|| format!("cannot make {}", path.display()))?;
         Ok(Acceptor { listener, path, host, clients: Arc::default() })
     }
 
