@@ -1,5 +1,6 @@
 //! `cargo xtask test`: every test there is, in order, and one line at the end that says how many passed.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::process::Stdio;
@@ -14,6 +15,9 @@ use crate::{fuzz, kvm, vm, workspace};
 
 /// The tests that cargo runs: unit, property, model (loom) and process tests, and the examples in documentation.
 const CARGO: &str = "cargo";
+
+/// How many bytes of a failed test's output are shown; all of it is in the log.
+const SAID_MAX: usize = 2048;
 
 /// Ten million interrupts by an interrupt controller: a test that there is only in a release build.
 const LOST: &str = "lost_interrupts";
@@ -103,7 +107,9 @@ fn cargo_tests(report: &mut Report) -> Result<()> {
         .spawn()
         .context("cannot run cargo")?;
     let mut copy = File::create(&log)?;
-    let (mut passed, mut skipped, mut failures) = (0, 0, Vec::new());
+    let (mut passed, mut skipped) = (0, 0);
+    // Names, and what each test that failed had to say, which cargo prints when the others of its program have ended.
+    let (mut failures, mut said, mut speaks) = (Vec::new(), HashMap::<String, String>::new(), None);
     for line in BufReader::new(cargo.stdout.take().context("no output")?).lines() {
         let line = line?;
         std::io::Write::write_all(&mut copy, format!("{line}\n").as_bytes())?;
@@ -112,12 +118,27 @@ fn cargo_tests(report: &mut Report) -> Result<()> {
         } else if let Some(numbers) = line.strip_prefix("test result: ") {
             passed += before(numbers, " passed");
             skipped += before(numbers, " ignored");
+            speaks = None;
+        } else if let Some(name) = line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" stdout ----")) {
+            speaks = Some(name.to_owned());
+        } else if line == "failures:" {
+            speaks = None;
+        } else if let Some(name) = &speaks {
+            let said = said.entry(name.clone()).or_default();
+            if said.len() < SAID_MAX {
+                *said += &format!("{line}\n");
+            }
         }
     }
     let status = cargo.wait()?;
     report.count(passed, skipped);
     for name in &failures {
-        report.enter(&format!("{CARGO}::{name}"), &Outcome::Failed(format!("see {}", log.display())), began.elapsed());
+        let said = said.get(name).map_or("", String::as_str);
+        // Where it panicked and why, on one line, which is what the summary shows.
+        let end = said.find(" panicked at ").map_or(said, |at| &said[at + 1..]).replacen(":\n", ": ", 1);
+        let end = end.split("\nstack backtrace:").next().unwrap_or_default().trim();
+        let why = Outcome::Failed(format!("{end}\nall of it: {}", log.display()));
+        report.enter(&format!("{CARGO}::{name}"), &why, began.elapsed());
     }
     if !status.success() && failures.is_empty() {
         let why = Outcome::Failed("cargo test did not run to its end; it has said why above".into());
