@@ -133,10 +133,11 @@ impl Device for SchedDevice {
     }
 
     fn inspect(&self) -> Value {
+        // Reads a file: not under the lock that the pages' task needs.
+        let privileged = thread::is_privileged();
         let state = lock(&self.0.state);
         let cpus: Vec<_> = state.cpus.iter().enumerate().filter_map(|(number, cpu)| cpu.inspect(number)).collect();
-        let mut value =
-            json!({ "policy": self.0.config.inspect(), "privileged": thread::is_privileged(), "cpus": cpus });
+        let mut value = json!({ "policy": self.0.config.inspect(), "privileged": privileged, "cpus": cpus });
         if let Some(error) = state.lookup.as_ref().and_then(Lookup::error) {
             value["lookup"] = error.into();
         }

@@ -36,7 +36,8 @@ impl Idler {
         Idler { tid: told.recv().unwrap(), end: Some(end), thread: Some(thread) }
     }
 
-    /// Policy as Linux numbers it, real-time priority, nice value where that has an effect.
+    /// Policy as Linux numbers it, real-time priority, nice value where that has an effect. The kernel reads them one after the other without a
+    /// lock: while somebody changes them, see [`between_changes`].
     fn class(&self) -> (u32, i32, i32) {
         let stat = std::fs::read_to_string(format!("/proc/self/task/{}/stat", self.tid)).unwrap();
         // Behind the name; the first field there is the third of all.
@@ -168,11 +169,27 @@ fn read(reports: &Reader<Window>) -> (Report, u32) {
     (report, version)
 }
 
+/// Longer than any test takes: no class ends by itself between a request and the look at what came of it.
+const BOOST_MS: u32 = 60_000;
+
 /// A device for these threads with more settings.
 fn device(bus: &Bus, threads: &[&Idler], more: Value) -> Arc<Endpoint> {
-    let mut config = json!({ "threads": threads.iter().map(|thread| thread.tid).collect::<Vec<_>>() });
+    let threads: Vec<_> = threads.iter().map(|thread| thread.tid).collect();
+    let mut config = json!({ "threads": threads, "boost-ms": BOOST_MS });
     config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
     bus.create("sched", "sched", &config).unwrap()
+}
+
+/// What the thread of virtual CPU 0 is, if the device did not change it during the reading.
+///
+/// Inspecting takes the lock under which the device changes threads and counts its changes. A change at the time of the reading would begin after the
+/// first inspection and end before the second one, which would then count it: no class that the kernel is halfway through setting is taken
+/// for one that was set, however slow this machine is.
+fn between_changes(endpoint: &Endpoint, idler: &Idler) -> Option<(u32, i32, i32)> {
+    let changes = || endpoint.inspect()["device"]["cpus"][0]["changes"].as_u64().unwrap();
+    let before = changes();
+    let class = idler.class();
+    (changes() == before).then_some(class)
 }
 
 /// Whether this process may give a thread a real-time class and take it back; says so if not.
@@ -308,13 +325,13 @@ fn a_real_time_class_ends_unless_it_is_renewed() {
     let report = driver.wait(&mut pages, "the end", |report| report.status == report::HAS_EXPIRED);
     assert!(began.elapsed() >= Duration::from_millis(200));
     assert_eq!((report.class, report.expired, idler.class()), (abi::CLASS_NONE, 1, OWN));
-    // The same value again is a new request.
-    assert_eq!(driver.ask(&mut pages, abi::CLASS_RR, 4).status, report::OK);
-    assert_eq!(idler.class(), (2, 4, 0));
+    assert_eq!(report.changes, 2);
+    // The same value again is a new request. It may have ended too by the time that this thread sees it.
+    assert!(driver.ask(&mut pages, abi::CLASS_RR, 4).changes > 2);
     // A normal class has no end.
-    driver.ask(&mut pages, abi::CLASS_NORMAL, 4);
+    let expired = driver.ask(&mut pages, abi::CLASS_NORMAL, 4).expired;
     std::thread::sleep(Duration::from_millis(500));
-    assert_eq!((idler.class(), read(&pages.reports).0.expired), ((0, 0, 4), 1));
+    assert_eq!((idler.class(), read(&pages.reports).0.expired), ((0, 0, 4), expired));
 }
 
 #[test]
@@ -331,19 +348,21 @@ fn a_thread_uses_no_more_than_its_share_at_a_real_time_class() {
             std::hint::spin_loop();
         }
     });
-    let config = json!({ "threads": [told.recv().unwrap(), idler.tid], "boost-ms": 60000, "boost-share": 20 });
+    let config = json!({ "threads": [told.recv().unwrap(), idler.tid], "boost-ms": BOOST_MS, "boost-share": 20 });
     let mut driver = Driver::open(&bus.create("sched", "sched", &config).unwrap());
     let mut pages = [driver.pages(0), driver.pages(1)];
+    let began = Instant::now();
     let granted = driver.ask(&mut pages[0], abi::CLASS_FIFO, 2);
     assert_eq!(granted.status, report::OK);
     driver.ask(&mut pages[1], abi::CLASS_FIFO, 2);
     for round in 1..=2 {
         let spent = driver.wait(&mut pages[0], "the share to be spent", |report| report.status == report::IS_SPENT);
-        assert_eq!((spent.class, spent.expired), (abi::CLASS_NONE, round));
-        let began = Instant::now();
+        assert_eq!(spent.class, abi::CLASS_NONE);
+        // More, if this thread has slept through a second.
+        assert!(spent.expired >= round, "{spent:?}");
         let again = driver.wait(&mut pages[0], "the next second", |report| report.status == report::OK);
         assert_eq!(again.class, abi::CLASS_FIFO);
-        assert!(began.elapsed() > Duration::from_millis(300), "it came back after {:?}", began.elapsed());
+        assert!(began.elapsed() >= Duration::from_secs(round), "it came back after {:?}", began.elapsed());
     }
     // One that does not run has used nothing.
     let idle = read(&pages[1].reports).0;
@@ -358,7 +377,7 @@ fn the_newest_value_is_not_lost_to_the_rate_limit() {
         return;
     }
     let (bus, idler) = (bus(1), Idler::start());
-    let endpoint = device(&bus, &[&idler], json!({ "changes": 4, "boost-ms": 60000, "priority-max": 99 }));
+    let endpoint = device(&bus, &[&idler], json!({ "changes": 4, "priority-max": 99 }));
     let mut driver = Driver::open(&endpoint);
     let mut pages = driver.pages(0);
     let began = Instant::now();
@@ -369,7 +388,10 @@ fn the_newest_value_is_not_lost_to_the_rate_limit() {
     }
     let report = driver.wait(&mut pages, "the newest value", |report| report.priority == 50);
     assert!(began.elapsed() >= Duration::from_millis(250), "it came after {:?}", began.elapsed());
-    assert_eq!((report.updates, report.changes, report.limited), (2, 2, 1));
+    // Two, unless this thread took more than a quarter of a second for its requests.
+    let most = 1 + began.elapsed().as_millis() as u64 / 250;
+    assert!((2..=most).contains(&report.updates) && report.changes == report.updates, "{report:?}, at most {most}");
+    assert!(report.limited >= 1, "{report:?}");
     assert_eq!(idler.class(), (1, 50, 0));
 }
 
@@ -385,12 +407,17 @@ fn a_hostile_driver_passes_neither_policy_nor_rate() {
     let endpoint = device(&bus, &[&idler], config);
     let mut driver = Driver::open(&endpoint);
     let mut pages = driver.pages(0);
+    let allowed = |class| match class {
+        OWN | (1, 1..=3, _) => true,
+        (0, 0, nice) => nice >= 2,
+        _ => false,
+    };
     let began = Instant::now();
     let mut seen = HashSet::new();
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let (endpoint, stop, window, handle) = (&endpoint, &stop, pages.window.clone(), pages.handles[0]);
-        let requests = &mut pages.requests;
+        let (requests, reports) = (&mut pages.requests, &pages.reports);
         scope.spawn(move || {
             let mut word = 1u64;
             let mut random = move || {
@@ -412,14 +439,16 @@ fn a_hostile_driver_passes_neither_policy_nor_rate() {
                 }
             }
         });
-        while began.elapsed() < Duration::from_secs(3) {
-            let class = idler.class();
-            let good = match class {
-                OWN | (1, 1..=3, _) => true,
-                (0, 0, nice) => nice >= 2,
-                _ => false,
-            };
-            assert!(good || stop.swap(true, Ordering::Relaxed), "{class:?} passes the policy");
+        // For a while, and until enough has happened to judge by: on a busy machine the device's task seldom runs.
+        let enough =
+            |report: Report| report.updates > RATE && report.clamped > 0 && report.refused > 0 && report.limited > 0;
+        while began.elapsed() < Duration::from_secs(3) || !enough(read(reports).0) && began.elapsed() < PATIENCE {
+            let mut class = idler.class();
+            if !allowed(class) {
+                // Halfway through a change, or real: that stays until the next change.
+                class = std::iter::repeat_with(|| between_changes(endpoint, &idler)).find_map(|class| class).unwrap();
+            }
+            assert!(allowed(class) || stop.swap(true, Ordering::Relaxed), "{class:?} passes the policy");
             seen.insert(class);
         }
         stop.store(true, Ordering::Relaxed);
@@ -507,7 +536,9 @@ fn threads_are_learnt_from_a_vmm() {
         let item = |cpu: usize| json!({ "item": { "cpu": cpu, "thread": tids[cpu] } });
         line.contains("\"cpus\"").then(|| format!("{}\n{}\n{{\"ok\": null}}\n", item(0), item(1)))
     });
-    for config in [json!({ "qmp": qmp }), json!({ "vmm": control, "cpus": 2 })] {
+    for config in
+        [json!({ "qmp": qmp, "boost-ms": BOOST_MS }), json!({ "vmm": control, "cpus": 2, "boost-ms": BOOST_MS })]
+    {
         let endpoint = bus.create("sched", "sched", &config).unwrap();
         let mut driver = Driver::open(&endpoint);
         let mut pages = [driver.pages(1), driver.pages(0)];
