@@ -126,9 +126,13 @@ fn weather(storm: impl Fn(&Process, u32) + Sync) {
             });
         }
         // The one who makes the noise is served as well, and its own rings are not lost.
-        let answered =
-            (2..).inspect(|&number| [&quiet, &storming].into_iter().for_each(|driver| driver.round_trip(number)));
-        answered.skip_while(|&number| number < ROUND_TRIPS || rings.load(Ordering::Relaxed) <= STORM).next().unwrap()
+        let mut number = 1;
+        while number < ROUND_TRIPS || rings.load(Ordering::Relaxed) <= STORM {
+            number += 1;
+            quiet.round_trip(number);
+            storming.round_trip(number);
+        }
+        number
     });
     let rung = rings.load(Ordering::Relaxed);
     // The last ones are taken care of by then.
