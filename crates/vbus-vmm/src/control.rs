@@ -1,12 +1,7 @@
-//! The control socket: one request a line, in JSON, and its answers (`spec/vmm.md`).
-//!
-//! A client is served by a thread of its own, at most [`CLIENTS_MAX`] at a time. Whatever one of them does ends at worst its own connection.
+//! What control clients may ask of the machine (`spec/vmm.md`), and the thread that accepts them.
 
-use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
@@ -14,16 +9,15 @@ use anyhow::{Context, Result, anyhow};
 use rustix::event::{PollFd, PollFlags, poll};
 use serde::Deserialize;
 use serde_json::{Value, json};
+use vbus_control::{Client, Handler, Limits, Server};
 
 use crate::machine::{Ask, Parts};
 use crate::seccomp::{self, Thread};
 
-/// Clients at a time.
-const CLIENTS_MAX: usize = 16;
-/// The longest request, in bytes.
-const LINE_MAX: u64 = 64 << 10;
-/// How long a client may take for its request, and for taking an answer.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// What clients may cost.
+const LIMITS: Limits = Limits { clients: 16, line: 64 << 10 };
+/// After an error of this process's own.
+const PAUSE: Duration = Duration::from_millis(200);
 
 /// What a client may ask for.
 #[derive(Deserialize)]
@@ -64,134 +58,72 @@ impl Drop for Socket {
 pub fn start(path: &Path, parts: &Arc<Parts>, filter: bool) -> Result<Socket> {
     let listener = crate::socket::listen(path)?;
     let socket = Socket(path.to_owned());
-    let (parts, (tell, told)) = (parts.clone(), channel());
+    let server = Server::new(listener, LIMITS, Control(parts.clone()))?;
+    let (tell, told) = channel();
     std::thread::Builder::new().name("control".into()).spawn(move || {
         let ready = if filter { seccomp::apply(Thread::Control) } else { Ok(()) };
         let failed = ready.is_err();
         let _ = tell.send(ready);
         if !failed {
-            accept(&listener, &parts);
+            accept(&server);
         }
     })?;
     told.recv().context("the control thread has ended at once")??;
     Ok(socket)
 }
 
-/// Counts a client as long as it is there.
-struct Slot(Arc<AtomicUsize>);
-
-impl Drop for Slot {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+fn accept(server: &Server<Control>) {
+    loop {
+        let _ = poll(&mut [PollFd::new(server, PollFlags::IN)], None);
+        if server.accept().is_err() {
+            std::thread::sleep(PAUSE);
+        }
     }
 }
 
-fn accept(listener: &UnixListener, parts: &Arc<Parts>) {
-    let clients = Arc::new(AtomicUsize::new(0));
-    loop {
-        let _ = poll(&mut [PollFd::new(listener, PollFlags::IN)], None);
-        match listener.accept() {
-            Ok((socket, _)) => {
-                let slot = Slot(clients.clone());
-                let full = clients.fetch_add(1, Ordering::Relaxed) >= CLIENTS_MAX;
-                if begin(socket, slot, full, parts).is_err() {
-                    pause();
+/// Answers clients.
+struct Control(Arc<Parts>);
+
+impl Handler for Control {
+    type Request = Request;
+
+    fn handle(&self, request: Request, client: &Client<'_>) -> Result<Value> {
+        let parts = &*self.0;
+        match request {
+            Request::Info => Ok(parts.facts.clone()),
+            Request::Cpus => {
+                for (cpu, thread, ..) in parts.cpus.list() {
+                    client.item(json!({ "cpu": cpu, "thread": thread.as_raw_nonzero().get() }))?;
                 }
+                Ok(Value::Null)
             }
-            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted) => {}
-            Err(_) => pause(),
-        }
-    }
-}
-
-/// Out of descriptors or threads: trying again at once would only burn time.
-fn pause() {
-    std::thread::sleep(Duration::from_millis(200));
-}
-
-fn begin(socket: UnixStream, slot: Slot, full: bool, parts: &Arc<Parts>) -> io::Result<()> {
-    socket.set_nonblocking(false)?;
-    socket.set_read_timeout(Some(PATIENCE))?;
-    socket.set_write_timeout(Some(PATIENCE))?;
-    if full {
-        // Fits the empty buffer of a fresh socket, so it cannot block.
-        return answer(&socket, &json!({ "error": format!("more than {CLIENTS_MAX} control clients") }));
-    }
-    let parts = parts.clone();
-    std::thread::Builder::new().name("client".into()).stack_size(256 << 10).spawn(move || {
-        let _slot = slot;
-        serve(&parts, &socket);
-    })?;
-    Ok(())
-}
-
-fn answer(mut socket: &UnixStream, value: &Value) -> io::Result<()> {
-    socket.write_all(format!("{value}\n").as_bytes())
-}
-
-/// Serves a client until it ends, takes too long, or breaks the form.
-fn serve(parts: &Parts, socket: &UnixStream) {
-    let mut reader = BufReader::new(socket);
-    loop {
-        let mut line = Vec::new();
-        match (&mut reader).take(LINE_MAX).read_until(b'\n', &mut line) {
-            Ok(0) | Err(_) => return,
-            Ok(_) => {}
-        }
-        if line.last() != Some(&b'\n') {
-            let text = format!("a request must be one line of at most {LINE_MAX} bytes");
-            let _ = answer(socket, &json!({ "error": text }));
-            return;
-        }
-        let mut item = |value: Value| Ok(answer(socket, &json!({ "item": value }))?);
-        let result = serde_json::from_slice(&line)
-            .map_err(|e| anyhow!("not a request: {e}"))
-            .and_then(|request| handle(parts, request, &mut item));
-        let last = match result {
-            Ok(value) => json!({ "ok": value }),
-            Err(error) => json!({ "error": format!("{error:#}") }),
-        };
-        if answer(socket, &last).is_err() {
-            return;
-        }
-    }
-}
-
-fn handle(parts: &Parts, request: Request, item: &mut dyn FnMut(Value) -> Result<()>) -> Result<Value> {
-    match request {
-        Request::Info => Ok(parts.facts.clone()),
-        Request::Cpus => {
-            for (cpu, thread, ..) in parts.cpus.list() {
-                item(json!({ "cpu": cpu, "thread": thread.as_raw_nonzero().get() }))?;
+            Request::Stats => {
+                parts.counters().into_iter().try_for_each(|counters| client.item(counters))?;
+                Ok(Value::Null)
             }
-            Ok(Value::Null)
-        }
-        Request::Stats => {
-            parts.counters().into_iter().try_for_each(item)?;
-            Ok(Value::Null)
-        }
-        Request::Marks => {
-            let marks = parts.marks.as_ref().context("there are no marks without --marks")?;
-            marks.list().into_iter().try_for_each(item)?;
-            Ok(Value::Null)
-        }
-        Request::Devices => {
-            for device in parts.pci.list() {
-                item(serde_json::to_value(device)?)?;
+            Request::Marks => {
+                let marks = parts.marks.as_ref().context("there are no marks without --marks")?;
+                marks.list().into_iter().try_for_each(|mark| client.item(mark))?;
+                Ok(Value::Null)
             }
-            Ok(Value::Null)
+            Request::Devices => {
+                for device in parts.pci.list() {
+                    client.item(serde_json::to_value(device)?)?;
+                }
+                Ok(Value::Null)
+            }
+            Request::Plug { name, socket } => {
+                parts.pci.plug(&name, &socket)?;
+                Ok(Value::Null)
+            }
+            Request::Unplug { name } => {
+                parts.pci.unplug(&name)?;
+                Ok(Value::Null)
+            }
+            Request::PowerButton => Ok(json!({ "heard": parts.power.press() })),
+            Request::Reset => ask(parts, Ask::Reset("by a control client".into())),
+            Request::Quit => ask(parts, Ask::Quit),
         }
-        Request::Plug { name, socket } => {
-            parts.pci.plug(&name, &socket)?;
-            Ok(Value::Null)
-        }
-        Request::Unplug { name } => {
-            parts.pci.unplug(&name)?;
-            Ok(Value::Null)
-        }
-        Request::PowerButton => Ok(json!({ "heard": parts.power.press() })),
-        Request::Reset => ask(parts, Ask::Reset("by a control client".into())),
-        Request::Quit => ask(parts, Ask::Quit),
     }
 }
 

@@ -1,58 +1,13 @@
-//! Control sockets: that of a bus as `vbus device`, `vbus state` and the others use it, and the protocol, which `vbus-vmm` has too.
+//! A running bus as `vbus device`, `vbus state` and the others see it: by its control socket.
 
-use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Value, json};
+use vbus_control::Connection;
 
 use crate::rundir::{self, CONTROL};
-
-/// A connection over which requests go, one line of JSON each, and answers come back.
-pub struct Connection {
-    reader: BufReader<UnixStream>,
-    /// Who is at the other end, for people.
-    peer: &'static str,
-}
-
-impl Connection {
-    /// Over `socket`, to `peer`.
-    pub fn new(socket: UnixStream, peer: &'static str) -> Connection {
-        Connection { reader: BufReader::new(socket), peer }
-    }
-
-    /// The socket.
-    pub fn socket(&self) -> &UnixStream {
-        self.reader.get_ref()
-    }
-
-    /// Sends a request and hands each of its answers but the last to `item`. Returns the last.
-    pub fn stream(&mut self, request: &Value, item: &mut dyn FnMut(Value)) -> Result<Value> {
-        let peer = self.peer;
-        let mut line = request.to_string();
-        line.push('\n');
-        // An answer may be there although the request was cut short.
-        let sent = self.reader.get_mut().write_all(line.as_bytes());
-        loop {
-            let mut line = String::new();
-            let read = self.reader.read_line(&mut line).with_context(|| format!("{peer} does not answer"))?;
-            if read == 0 {
-                sent.with_context(|| format!("{peer} has gone"))?;
-                bail!("{peer} has gone");
-            }
-            let mut answer: Value = serde_json::from_str(&line).with_context(|| format!("{peer} answers nonsense"))?;
-            if let Some(error) = answer.get("error").and_then(Value::as_str) {
-                bail!("{error}");
-            }
-            match (answer.get_mut("item").map(Value::take), answer.get_mut("ok").map(Value::take)) {
-                (Some(value), _) => item(value),
-                (None, Some(value)) => return Ok(value),
-                (None, None) => bail!("{peer} answers nonsense"),
-            }
-        }
-    }
-}
 
 /// A connection to a running bus.
 pub struct Client {

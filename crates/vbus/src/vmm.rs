@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
+use vbus_control::Connection;
 
-use crate::client::{Connection, text};
+use crate::client::text;
 
 /// A connection to a running `vbus-vmm`.
 pub struct Vmm(Connection);

@@ -1,0 +1,50 @@
+//! The protocol of control sockets, both ends of it: how programs talk to a running bus and to `vbus-vmm` (`spec/control.md`, "The control
+//! protocol").
+//!
+//! A request is one line of JSON. Its answers are lines with one member each: `item`, one of several; then `ok`, the last one, or `error`,
+//! the last one too, with a text for people. What can be asked for is the [`Handler`]'s matter.
+//!
+//! A [`Server`] gives each client a thread of its own, and bounds what one may cost: so many clients, so long a line, so long a silence.
+//! Whatever a client does ends at worst its own connection. A [`Connection`] is the end of a client.
+//!
+//! ```
+//! use std::os::unix::net::{UnixListener, UnixStream};
+//!
+//! use serde_json::{Value, json};
+//! use vbus_control::{Client, Connection, Handler, Limits, Server};
+//!
+//! #[derive(serde::Deserialize)]
+//! #[serde(tag = "op", rename_all = "kebab-case")]
+//! enum Request {
+//!     Count { to: u64 },
+//! }
+//!
+//! struct Counter;
+//!
+//! impl Handler for Counter {
+//!     type Request = Request;
+//!
+//!     fn handle(&self, Request::Count { to }: Request, client: &Client<'_>) -> anyhow::Result<Value> {
+//!         (0..to).try_for_each(|n| client.item(json!(n)))?;
+//!         Ok(json!("done"))
+//!     }
+//! }
+//!
+//! # fn main() -> anyhow::Result<()> {
+//! # let dir = tempfile::tempdir()?;
+//! # let path = dir.path().join("control.sock");
+//! let server = Server::new(UnixListener::bind(&path)?, Limits { clients: 4, line: 1000 }, Counter)?;
+//! let mut connection = Connection::new(UnixStream::connect(&path)?, "the counter");
+//! server.accept()?; // when poll(2) says so
+//! let mut items = Vec::new();
+//! let last = connection.stream(&json!({ "op": "count", "to": 2 }), &mut |item| items.push(item))?;
+//! assert_eq!((items, last), (vec![json!(0), json!(1)], json!("done")));
+//! # Ok(())
+//! # }
+//! ```
+
+mod client;
+mod server;
+
+pub use client::Connection;
+pub use server::{Client, Handler, Limits, Server};
