@@ -16,6 +16,11 @@ pub const PCI_WINDOW: u64 = 0xe000_0000;
 /// Bytes of it.
 pub const PCI_WINDOW_BYTES: u64 = 0x1000_0000;
 
+/// The page that has the first instruction of a processor's.
+pub const FIRMWARE: u64 = 0xffff_f000;
+/// Bytes of it.
+pub const FIRMWARE_BYTES: usize = 0x1000;
+
 /// Configuration ports of conventional PCI: address, and data 4 bytes above.
 pub const PCI_CONFIG_PORT: u16 = 0xcf8;
 /// The first port of the PIO doorbells, outside of all that PCI hands out.

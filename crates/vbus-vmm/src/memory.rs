@@ -1,4 +1,4 @@
-//! The guest's memory: one memfd, mapped here, given to KVM, and shown to the servers of devices.
+//! The guest's memory: one memfd, mapped here, given to KVM, and shown to the servers of devices; and a page of firmware, which is nobody's.
 #![allow(unsafe_code, reason = "KVM is told where the memory lies")]
 
 use std::fs::File;
@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, ftruncate, memfd_create};
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::layout;
 
@@ -17,6 +17,14 @@ use crate::layout;
 pub const RAM_MIN: u64 = 16 << 20;
 /// The most: what 40 bits of physical address and the hole below 4 GiB leave, rounded down.
 pub const RAM_MAX: u64 = 512 << 30;
+
+/// Where a processor begins after an INIT, other than one that waits to be started: the last 16 bytes below 4 GiB.
+const FIRST_INSTRUCTION: u64 = 0xffff_fff0;
+/// What is there: it resets the machine, as a PC's firmware would. `mov al, VALUE; mov dx, PORT; out dx, al; hlt`, in 16-bit mode.
+const RESET: [u8; 7] = {
+    let [low, high] = layout::RESET_PORT.to_le_bytes();
+    [0xb0, layout::RESET_VALUE, 0xba, low, high, 0xee, 0xf4]
+};
 
 /// A piece of the guest's memory as a vfio-user server can map it.
 #[derive(Clone, Debug)]
@@ -36,6 +44,7 @@ pub struct Ram {
     file: Arc<File>,
     bytes: u64,
     map: GuestMemoryMmap,
+    firmware: GuestMemoryMmap,
 }
 
 impl Ram {
@@ -56,7 +65,15 @@ impl Ram {
             (GuestAddress(base), bytes, Some(FileOffset::from_arc(file.clone(), offset)))
         });
         let map = GuestMemoryMmap::from_ranges_with_files(ranges).context("cannot map the guest's memory")?;
-        Ok(Ram { file, bytes, map })
+        let page = (GuestAddress(layout::FIRMWARE), layout::FIRMWARE_BYTES);
+        let firmware = GuestMemoryMmap::from_ranges(&[page]).context("cannot map the guest's firmware")?;
+        let ram = Ram { file, bytes, map, firmware };
+        ram.write_firmware()?;
+        Ok(ram)
+    }
+
+    fn write_firmware(&self) -> Result<()> {
+        Ok(self.firmware.write_slice(&RESET, GuestAddress(FIRST_INSTRUCTION))?)
     }
 
     /// What a server can map.
@@ -77,14 +94,15 @@ impl Ram {
 
     /// Gives the memory to `vm`, whose virtual CPUs must not run after this `Ram` is gone.
     pub fn give_to(&self, vm: &VmFd) -> Result<()> {
-        for (slot, region) in (0..).zip(self.map.iter()) {
+        let all = [&self.map, &self.firmware].into_iter().flat_map(|map| map.iter().map(move |region| (map, region)));
+        for (slot, (map, region)) in (0..).zip(all) {
             let start = region.start_addr();
             let region = kvm_userspace_memory_region {
                 slot,
                 flags: 0,
                 guest_phys_addr: start.0,
                 memory_size: region.len(),
-                userspace_addr: self.map.get_host_address(start)? as u64,
+                userspace_addr: map.get_host_address(start)? as u64,
             };
             // SAFETY: The range is mapped for as long as this `Ram` lives, and the regions do not overlap.
             unsafe { vm.set_user_memory_region(region) }.context("KVM does not take the guest's memory")?;
@@ -92,10 +110,11 @@ impl Ram {
         Ok(())
     }
 
-    /// Makes it all zero again, for a new start.
+    /// Makes it all zero again, for a new start, and the firmware what it was, which a guest could write too.
     pub fn clear(&self) -> Result<()> {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        fallocate(&self.file, flags, 0, self.bytes).context("cannot clear the guest's memory")
+        fallocate(&self.file, flags, 0, self.bytes).context("cannot clear the guest's memory")?;
+        self.write_firmware()
     }
 }
 
@@ -109,8 +128,6 @@ pub fn ranges(bytes: u64) -> impl Iterator<Item = (u64, u64, u64)> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
-    use vm_memory::Bytes;
-
     use super::*;
 
     #[test]
@@ -132,5 +149,17 @@ mod tests {
         assert_eq!(ram.map().read_obj::<u32>(GuestAddress(layout::HIGH_RAM)).unwrap(), 0);
         assert!(ram.map().read_obj::<u32>(GuestAddress(layout::LOW_RAM_END)).is_err());
         assert!(Ram::new(1 << 20).is_err());
+    }
+
+    #[test]
+    fn the_firmware_is_there_again_after_a_reset() {
+        let ram = Ram::new(RAM_MIN).unwrap();
+        let first = GuestAddress(FIRST_INSTRUCTION);
+        let read = || ram.firmware.read_obj::<[u8; 7]>(first).unwrap();
+        assert_eq!(read(), RESET);
+        ram.firmware.write_slice(&[0; 7], first).unwrap();
+        ram.clear().unwrap();
+        assert_eq!(read(), RESET);
+        assert!(ram.regions().iter().all(|region| region.base + region.bytes <= layout::FIRMWARE), "no server has it");
     }
 }

@@ -147,6 +147,7 @@ fn places(ram: u64) -> Vec<Place> {
     }
     // Linux uses configuration space in memory only where the firmware says that it is not RAM.
     places.push(Place { base: layout::ECAM, bytes: layout::ECAM_BYTES, ram: false });
+    places.push(Place { base: layout::FIRMWARE, bytes: layout::FIRMWARE_BYTES as u64, ram: false });
     places.sort_by_key(|place| place.base);
     places
 }
@@ -216,7 +217,7 @@ mod tests {
         assert_eq!(read(at, 5001), [&[7; 5000][..], &[0]].concat());
         // The zero page names the ACPI tables and as many pieces of memory as it has.
         assert_eq!(word(0x70), acpi::TABLES);
-        assert_eq!(read(INFO + 0x1e8, 1), [4]);
+        assert_eq!(read(INFO + 0x1e8, 1), [5]);
         assert_eq!(&read(acpi::TABLES, 8), b"RSD PTR ");
     }
 
