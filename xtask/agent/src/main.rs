@@ -6,11 +6,13 @@
 //! - `guest-agent latency PERIOD COUNT` measures how late it wakes, `guest-agent spin` is a task for it to compete with;
 //! - `guest-agent hold-kvm` keeps a virtual machine that does nothing;
 //! - `guest-agent fifo PRIORITY COMMAND` runs a command as a real-time task;
-//! - `guest-agent scribble` writes at random over what a driver shares with its device.
+//! - `guest-agent scribble` writes at random over what a driver shares with its device;
+//! - `guest-agent nonsense` reads and writes configuration spaces at random.
 
 mod hold;
 mod join;
 mod latency;
+mod nonsense;
 mod scribble;
 mod serve;
 mod stream;
@@ -29,10 +31,13 @@ fn main() -> ExitCode {
         ["hold-kvm"] => hold::hold(),
         ["spin"] => latency::spin(),
         ["fifo", priority, ref command @ ..] => latency::fifo(priority, command),
+        ["nonsense", seed, count, how, ref functions @ ..] if !functions.is_empty() => {
+            nonsense::nonsense(seed, count, how == "wild", functions)
+        }
         ["scribble", pid, count, seed, what] => scribble::scribble(pid, count, seed, what == "all"),
         _ => {
             eprintln!(
-                "usage: guest-agent serve PORT | join SOCKET | send ADDRESS:PORT BYTES SEED | receive ADDRESS:PORT | latency MICROSECONDS COUNT | hold-kvm | spin | fifo PRIORITY COMMAND | scribble PID COUNT SEED all|memory"
+                "usage: guest-agent serve PORT | join SOCKET | send ADDRESS:PORT BYTES SEED | receive ADDRESS:PORT | latency MICROSECONDS COUNT | hold-kvm | spin | fifo PRIORITY COMMAND | scribble PID COUNT SEED all|memory | nonsense SEED COUNT tame|wild FUNCTION..."
             );
             return ExitCode::from(2);
         }

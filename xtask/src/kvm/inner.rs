@@ -3,7 +3,8 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
 
 use super::rig::Rig;
 use crate::guest::{Guest, Running};
@@ -17,6 +18,9 @@ const SILENCE: Duration = Duration::from_secs(180);
 
 /// How long a process in L1 may take to end when it is killed.
 const KILL: Duration = Duration::from_secs(30);
+
+/// How long a request to a VMM may take: an unplugging waits for the guest.
+const CONTROL: Duration = Duration::from_secs(120);
 
 /// How long `vbus serve` may take to start.
 const START: Duration = Duration::from_secs(30);
@@ -154,6 +158,25 @@ impl Inner<'_> {
         format!("{}/{}.control", self.rig.run_dir(), self.name)
     }
 
+    /// Sends a request, JSON without a `'`, to the control socket of its VMM; returns the items of the answer, and what it ends with.
+    ///
+    /// # Errors
+    /// If there is no answer, or the request is refused: the text is that of the refusal.
+    pub fn control(&self, request: &str) -> Result<(Vec<Value>, Value)> {
+        let command = format!("echo '{request}' | guest-agent join {}", self.control_socket());
+        let answers = self.rig.guest.start(&command)?.ok(CONTROL)?;
+        let mut items = Vec::new();
+        for line in answers.lines() {
+            let mut answer: Value = serde_json::from_str(line).with_context(|| format!("no answer: {line}"))?;
+            match (answer["item"].take(), answer.get("ok"), answer["error"].as_str()) {
+                (_, Some(ok), _) => return Ok((items, ok.clone())),
+                (_, _, Some(error)) => bail!("{error}"),
+                (item, ..) => items.push(item),
+            }
+        }
+        bail!("{request} is not answered, only {answers:?}")
+    }
+
     /// Kills the VMM at once (SIGKILL).
     pub fn kill(mut self) -> Result<()> {
         self.ended = true;
@@ -215,6 +238,11 @@ impl<'a> InnerBus<'a> {
         Ok(bus)
     }
 
+    /// Where its sockets are, in L1.
+    pub fn dir(&self) -> &str {
+        &self.dir
+    }
+
     /// The vfio-user socket of a device.
     pub fn socket(&self, device: &str) -> String {
         format!("{}/{device}.sock", self.dir)
@@ -228,6 +256,11 @@ impl<'a> InnerBus<'a> {
     /// Starts `vbus WORDS --dir DIR` and returns at once.
     pub fn spawn(&self, words: &str) -> Result<Running> {
         self.rig.guest.start(&format!("vbus {words} --dir {}", self.dir))
+    }
+
+    /// What it has said so far, on standard output and error.
+    pub fn said(&self) -> (String, String) {
+        self.process.said()
     }
 
     /// Kills the bus at once (SIGKILL).

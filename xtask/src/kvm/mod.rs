@@ -4,6 +4,7 @@
 //! QEMU emulates. Either way the scenarios see the same: a shell as root with our programs on its PATH, `/dev/kvm`, and in
 //! `$L2` the kernel and root file system for guests. That Linux is called L1, and the guests in it L2.
 
+mod config;
 mod counted;
 mod devices;
 mod doorbells;
@@ -95,6 +96,7 @@ pub const SCENARIOS: &[Scenario] = &[
     scenario("boot", "Linux boots in vbus-vmm, with 1 and 2 CPUs, full and split irqchip", linux::boot),
     scenario("traffic", "TCP both ways with 2 CPUs, interrupts that move, reboot", devices::traffic),
     scenario("plug_cycles", "20 times plug, use and unplug beside traffic on another NIC", devices::plug_cycles),
+    scenario("config_writes", "random writes of configuration spaces, beside traffic on another NIC", config::writes),
     scenario("deaths", "the bus dies under a guest and comes back; the VMM dies", devices::deaths),
     scenario(
         "doorbell_kinds",

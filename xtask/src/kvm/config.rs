@@ -1,0 +1,160 @@
+//! A guest that writes nonsense into the configuration spaces of one device, of the root port above it, and of functions that are not there.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+
+use super::Figures;
+use super::inner::{Inner, InnerBus, Spec};
+use super::net::{self, exchange};
+use super::rig::Rig;
+use crate::vm::device;
+
+/// The environment variable with the number that a run's accesses follow from; without it each run has another.
+const SEED: &str = "VBUS_SEED";
+/// Accesses of each kind of stream.
+const ACCESSES: u32 = 4000;
+/// How long a stream may take, and anything else that the guest does meanwhile.
+const LIMIT: Duration = Duration::from_secs(240);
+/// How long the stream may take that can kill the kernel: shorter than what its silence is borne for.
+const WILD: Duration = Duration::from_secs(60);
+/// Bytes each way of an exchange beside a stream.
+const BYTES: u64 = 1 << 20;
+/// The most that the VMM, or the bus, may have said at the end.
+const LOG_MAX: usize = 32 << 10;
+
+/// Files that the VMM may have open at the end beside those that it had at first: a client of its control socket has some.
+const FILES_MORE: u64 = 4;
+
+/// Exit code of a program of ours that has panicked.
+const PANIC: i32 = 101;
+/// A request for the list of devices.
+const DEVICES: &str = r#"{"op":"devices"}"#;
+
+/// The device that is not touched: in the first slot.
+const NET: &str = "net";
+/// The device whose configuration space is.
+const VICTIM: &str = "victim";
+/// Its function and its root port, as the firmware's numbers are: in the second slot.
+const FUNCTION: &str = "02:00.0";
+const PORT: &str = "00:02.0";
+
+/// Three streams of random accesses, each worse than the one before. After the first, to the victim alone, it is unplugged and plugged in again.
+/// The second is to its root port too; after it, the guest begins anew. The third has interrupts by message of any kind, which kill a
+/// kernel, and all ways at once; whatever is left of the guest is reset. Beside the first two the other NIC carries traffic that is checked.
+pub fn writes(rig: &Rig, _: &mut Figures) -> Result<()> {
+    let seed = match std::env::var(SEED) {
+        Ok(text) => text.parse().with_context(|| format!("{SEED} is {text:?}, which is no number"))?,
+        Err(_) => SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs(),
+    };
+    let run = |seed| {
+        let pages = "pages = [{ name = \"setpoint\", bytes = 64, owner = \"device\", initial = \"calm\" }]";
+        let bus = net::bus(rig, &device(VICTIM, "state", pages))?;
+        // So that the kernel lets even root at configuration space in memory.
+        let spec = Spec { append: "iomem=relaxed", ..Spec::new("nonsense") };
+        let inner = spec.device(NET, &bus.socket(NET)).device(VICTIM, &bus.socket(VICTIM)).boot(rig)?;
+        let outcome = streams(rig, &bus, &inner, seed);
+        outcome.with_context(|| format!("vbus-vmm says {:?}", inner.vmm.said()))?;
+        inner.power_off()
+    };
+    eprintln!("seed {seed}");
+    run(seed).with_context(|| format!("seed {seed}; again with {SEED}={seed}"))
+}
+
+fn streams(rig: &Rig, bus: &InnerBus, inner: &Inner, seed: u64) -> Result<()> {
+    let (devices, _) = inner.control(DEVICES)?;
+    let victim = devices.iter().find(|device| device["name"] == VICTIM);
+    let address = victim.map(|device| &device["address"]);
+    ensure!(address == Some(&json!(format!("0000:{FUNCTION}"))), "the devices are elsewhere: {devices:?}");
+
+    let nic = net::nic(&inner.guest)?;
+    exchange(rig, &inner.guest, BYTES)?;
+    check_victim(bus, inner, "whole")?;
+    let files = open_files(rig, inner)?;
+
+    let watch = inner.guest.start(&format!("exec vbus guest state watch setpoint --device {VICTIM}"))?;
+    watch.wait_for("whole", LIMIT)?;
+    stream(rig, inner, seed, FUNCTION).context("nonsense for a function")?;
+    inner.control(&format!(r#"{{"op":"unplug","name":"{VICTIM}"}}"#))?;
+    let ended = watch.wait(LIMIT)?;
+    ensure!(ended.code != PANIC, "the driver panicked: {}", ended.stderr);
+    plug_victim(bus, inner)?;
+    check_victim(bus, inner, "mended")?;
+
+    stream(rig, inner, seed + 1, &format!("{FUNCTION} {PORT}")).context("nonsense for a function and its port")?;
+    ensure!(nic.driver.runs(), "the driver of the other NIC has ended: {:?}", nic.driver.said());
+    begin_anew(rig, bus, inner, "renewed").context("after the second stream")?;
+
+    let command = format!("exec guest-agent nonsense {} {ACCESSES} wild {FUNCTION} {PORT}", seed + 2);
+    // It ends; or the kernel does, and then nobody will ever say so.
+    match inner.guest.start(&command)?.wait(WILD) {
+        Ok(end) => eprintln!("the third stream ended with {}: {}{}", end.code, end.stdout.trim(), end.stderr.trim()),
+        Err(_) => eprintln!("the third stream has left no kernel to tell of it"),
+    }
+    begin_anew(rig, bus, inner, "reborn").context("after the third stream")?;
+
+    let now = open_files(rig, inner)?;
+    ensure!(now <= files + FILES_MORE, "vbus-vmm has {now} files open, {files} before");
+    for (who, (out, err)) in [("vbus-vmm", inner.vmm.said()), ("vbus serve", bus.said())] {
+        ensure!(!err.contains("panicked") && out.len() + err.len() < LOG_MAX, "{who} says {out}{err}");
+    }
+    Ok(())
+}
+
+/// Random accesses of `functions`, beside which the other NIC carries traffic.
+fn stream(rig: &Rig, inner: &Inner, seed: u64, functions: &str) -> Result<()> {
+    let command = format!("exec guest-agent nonsense {seed} {ACCESSES} tame {functions}");
+    let stream = inner.guest.start(&command)?;
+    stream.wait_for("begun", LIMIT)?;
+    let mut exchanges = 0;
+    while stream.runs() {
+        exchange(rig, &inner.guest, BYTES).with_context(|| format!("beside {:?}", stream.said()))?;
+        exchanges += 1;
+    }
+    let said = stream.ok(LIMIT)?;
+    eprintln!("{functions}: {}, beside {exchanges} exchanges", said.trim_start_matches("begun").trim());
+    ensure!(exchanges > 0, "the stream was over before there was traffic");
+    exchange(rig, &inner.guest, BYTES).context("afterwards")?;
+    inner.control(DEVICES).map(drop)
+}
+
+/// The guest is reset, and has two devices that work.
+fn begin_anew(rig: &Rig, bus: &InnerBus, inner: &Inner, value: &str) -> Result<()> {
+    let boots = inner.guest.boots();
+    inner.control(r#"{"op":"reset"}"#)?;
+    inner.wait_boot(boots + 1)?;
+    let (devices, _) = inner.control(DEVICES)?;
+    ensure!(devices.iter().any(|device| device["name"] == NET), "the other NIC is gone: {devices:?}");
+    if !devices.iter().any(|device| device["name"] == VICTIM) {
+        plug_victim(bus, inner)?;
+    }
+    let _nic = net::nic(&inner.guest)?;
+    exchange(rig, &inner.guest, BYTES)?;
+    check_victim(bus, inner, value)
+}
+
+/// Plugs the victim in and waits until the guest has it.
+fn plug_victim(bus: &InnerBus, inner: &Inner) -> Result<()> {
+    inner.control(&json!({ "op": "plug", "name": VICTIM, "socket": bus.socket(VICTIM) }).to_string())?;
+    let found = inner.guest.start(&format!("until vbus guest list | grep -q {VICTIM}; do sleep 0.05; done"))?;
+    found.ok(LIMIT).map(drop).context("the guest does not find what is plugged in")
+}
+
+/// A driver of the victim sees its page change to `value`.
+fn check_victim(bus: &InnerBus, inner: &Inner, value: &str) -> Result<()> {
+    let watch = inner.guest.start(&format!("exec vbus guest state watch setpoint --device {VICTIM}"))?;
+    // Its first value, whatever that is: the driver is there.
+    watch.wait_for("\n", LIMIT)?;
+    bus.run(&format!("state set {VICTIM} setpoint {value}"))?;
+    watch.wait_for(value, LIMIT).with_context(|| format!("the victim does not become {value}"))?;
+    watch.kill()?;
+    watch.wait(LIMIT).map(drop)
+}
+
+/// How many files the VMM has open.
+fn open_files(rig: &Rig, inner: &Inner) -> Result<u64> {
+    let (_, facts) = inner.control(r#"{"op":"info"}"#)?;
+    let count = rig.guest.ok(&format!("ls /proc/{}/fd | wc -l", facts["pid"]))?;
+    count.trim().parse().with_context(|| format!("{count} files"))
+}
