@@ -13,6 +13,7 @@ mod flat;
 mod inner;
 mod linux;
 mod net;
+mod pins;
 mod rig;
 mod sched;
 
@@ -96,6 +97,7 @@ pub const SCENARIOS: &[Scenario] = &[
     scenario("boot", "Linux boots in vbus-vmm, with 1 and 2 CPUs, full and split irqchip", linux::boot),
     scenario("traffic", "TCP both ways with 2 CPUs, interrupts that move, reboot", devices::traffic),
     scenario("plug_cycles", "20 times plug, use and unplug beside traffic on another NIC", devices::plug_cycles),
+    scenario("shared_pins", "ten devices with INTx on eight pins: each interrupt arrives", pins::shared),
     scenario("config_writes", "random writes of configuration spaces, beside traffic on another NIC", config::writes),
     scenario("deaths", "the bus dies under a guest and comes back; the VMM dies", devices::deaths),
     scenario(
