@@ -377,6 +377,9 @@ impl<H: Hal> Acknowledger<H> {
     /// As [`Function::acknowledge`].
     pub fn acknowledge(&self) {
         self.hal.write32(self.register, 1);
+        // The write may be posted, and if it arrived only after the driver has armed, it could take back the next interrupt, unheard. A read
+        // returns after it has.
+        self.hal.read32(self.register);
     }
 }
 

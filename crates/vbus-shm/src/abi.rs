@@ -115,7 +115,7 @@ pub mod reg {
     pub const VALUE: u64 = 0x0a8;
     /// u32, ro: 1 while INTx is pending: triggered and not acknowledged. Always 0 with MSI and MSI-X.
     pub const INTERRUPT_PENDING: u64 = 0x0b0;
-    /// u32, wo: INTERRUPT_ACK: any write takes INTx back. Look at the signals after it, not before.
+    /// u32, wo: INTERRUPT_ACK: any write takes INTx back. Read something after it, since it may be posted, and then look at the signals, not before.
     pub const INTERRUPT_ACK: u64 = 0x0b4;
     /// The class's config area.
     pub const CONFIG: u64 = 0x400;

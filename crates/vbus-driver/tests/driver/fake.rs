@@ -26,6 +26,10 @@ struct Registers {
     /// What was rung by kind and place.
     rings: Vec<(u8, u64)>,
     now: u64,
+    /// Writes to `bar` that are on their way: the bus posts them, and a read drives them home.
+    posted: Vec<u64>,
+    /// Where writes have arrived, in order.
+    written: Vec<u64>,
 }
 
 impl Default for Fake {
@@ -85,6 +89,11 @@ impl Fake {
         self.0.borrow().memory[n].clone()
     }
 
+    /// Where writes have had their effect, in order.
+    pub fn written(&self) -> Vec<u64> {
+        self.0.borrow().written.clone()
+    }
+
     /// Doorbells rung.
     pub fn rung(&self) -> u32 {
         self.0.borrow().rung
@@ -107,6 +116,8 @@ impl Hal for Fake {
 
     fn read32(&self, offset: u64) -> u32 {
         let mut registers = self.0.borrow_mut();
+        let posted = std::mem::take(&mut registers.posted);
+        registers.written.extend(posted);
         if let Some(values) = registers.script.get_mut(&offset).filter(|values| !values.is_empty()) {
             return values.remove(0);
         }
@@ -117,7 +128,9 @@ impl Hal for Fake {
         u64::from(self.read32(offset)) | u64::from(self.read32(offset + 4)) << 32
     }
 
-    fn write32(&self, _offset: u64, _value: u32) {}
+    fn write32(&self, offset: u64, _value: u32) {
+        self.0.borrow_mut().posted.push(offset);
+    }
 
     fn write64(&self, _offset: u64, _value: u64) {}
 

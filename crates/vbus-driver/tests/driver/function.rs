@@ -2,7 +2,7 @@
 
 use serde_json::json;
 use vbus_driver::{Dma, Error, Function, Hal, State, Status, venet};
-use vbus_shm::abi::{capability, class, venet as abi};
+use vbus_shm::abi::{capability, class, reg, venet as abi};
 use vbus_shm::ring::{DriverEnd, Layout, Returns, SIGNAL_OFFSET};
 
 use crate::local::{Local, bus, until};
@@ -158,6 +158,16 @@ fn a_function_that_is_none_is_refused() {
     assert_eq!(with(&|f| f.set_register(0, 0)), Some(Error::NotVbus));
     assert_eq!(with(&|f| f.set_register(0, u32::MAX)), Some(Error::Gone));
     assert_eq!(with(&|f| f.set_register(4, 0x0003_0002)), Some(Error::Version { lowest: 2, highest: 3 }));
+}
+
+#[test]
+fn an_acknowledgement_has_arrived_when_it_returns() {
+    // Were it still on its way, the next interrupt could come before it, and be taken back unheard.
+    let fake = crate::fake::Fake::default();
+    let function = Function::probe(fake.clone()).unwrap();
+    assert!(fake.written().is_empty());
+    function.acknowledge();
+    assert_eq!(fake.written(), [reg::INTERRUPT_ACK]);
 }
 
 #[test]
