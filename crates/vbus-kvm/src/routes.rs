@@ -14,6 +14,10 @@ use crate::Error;
 
 /// Synthetic interrupts of one virtual processor.
 pub const SINTS: u32 = 16;
+/// Ways to deliver a message, as its data has them.
+const FIXED: u32 = 0;
+const LOWEST: u32 = 1;
+const NMI: u32 = 4;
 /// Pins of KVM's I/O APIC, and of its two PICs together.
 pub(crate) const IOAPIC_PINS: u32 = 24;
 const PIC_PINS: u32 = 16;
@@ -63,6 +67,9 @@ pub enum Route {
 impl Route {
     /// What a message of a function means: an MSI if `address` is a local APIC's, a synthetic interrupt if it is one of `sints`.
     ///
+    /// Of the ways to deliver an MSI a function has those of an interrupt: fixed, lowest priority, and NMI. An SMI or an INIT would be the end of the
+    /// virtual machine, or of what runs in it: with some kernels KVM can run it no more.
+    ///
     /// # Errors
     /// [`Error::NoInterrupt`] if it is neither. That is the guest's doing, who may write there what it likes.
     pub fn of_message(address: u64, data: u32, sints: Option<&Sints>) -> Result<Route, Error> {
@@ -74,10 +81,12 @@ impl Route {
             };
         }
         // The low half is 0xfee00000 and what the local APIC takes the destination from; the high half is of the destination, too.
-        if address & 0xfff0_0000 == 0xfee0_0000 {
-            Ok(Route::Msi { address, data })
-        } else {
-            Err(Error::NoInterrupt(format!("a message to {address:#x}")))
+        if address & 0xfff0_0000 != 0xfee0_0000 {
+            return Err(Error::NoInterrupt(format!("a message to {address:#x}")));
+        }
+        match data >> 8 & 7 {
+            FIXED | LOWEST | NMI => Ok(Route::Msi { address, data }),
+            other => Err(Error::NoInterrupt(format!("a message to be delivered in way {other}"))),
         }
     }
 
@@ -270,6 +279,9 @@ mod tests {
             assert_eq!(of(address, data), None, "{address:#x} {data}");
         }
         assert!(Route::of_message(0xfed8_0000, 5, None).is_err());
+        // Fixed, lowest priority, SMI, nothing, NMI, INIT, start-up, external.
+        let ways = (0..8).map(|way| of(0xfee0_0000, way << 8 | 0x31).is_some()).collect::<Vec<_>>();
+        assert_eq!(ways, [true, true, false, false, true, false, false, false]);
         assert_eq!(Sints { stride: 0, ..sints }.processor(0xfed8_0000), None);
     }
 }

@@ -21,13 +21,17 @@ const CONNECTIONS: u32 = 1024;
 /// The server's eventfds, by doorbell.
 pub(super) fn of_function(eventfds: Vec<IoEventFd>, facts: &Facts) -> Result<Vec<(u32, OwnedFd)>, BadFunction> {
     let number = |io: IoEventFd| {
-        let IoEventFd { fd, offset, datamatch, .. } = io;
+        let IoEventFd { fd, offset, size, datamatch } = io;
         let at = offset.checked_sub(u64::from(facts.doorbells));
         let number = at.filter(|at| at % u64::from(facts.stride) == 0).map(|at| at / u64::from(facts.stride));
         let number = number.filter(|n| *n < u64::from(facts.doorbell_count)).and_then(|n| u32::try_from(n).ok());
         let Some(number) = number.filter(|_| datamatch.is_none()) else {
             return Err(BadFunction::Lie(format!("an eventfd for {offset:#x} of BAR0, where there is no doorbell")));
         };
+        // 0 stands for writes of any size.
+        if size > u64::from(facts.stride) {
+            return Err(BadFunction::Lie(format!("an eventfd for {size} bytes, where doorbell {number} is")));
+        }
         if !is_eventfd(&fd) {
             return Err(BadFunction::Lie(format!("doorbell {number} is no eventfd")));
         }

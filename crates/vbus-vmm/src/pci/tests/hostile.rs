@@ -50,6 +50,7 @@ fn lies_are_told_apart() {
         ("eventfd for 0x1010 of BAR0", Box::new(|d| d.io.push(doorbell(event(), u64::from(DOORBELLS))))),
         ("eventfd for 0xffffffffffffffff", Box::new(|d| d.io[0].offset = u64::MAX)),
         ("eventfd for 0x1000", Box::new(|d| d.io[0].datamatch = Some(1))),
+        ("eventfd for 8 bytes, where doorbell 2 is", Box::new(|d| d.io[2].size = 8)),
         ("doorbell 1 twice", Box::new(|d| d.io[2].offset = 0x1004)),
         (
             "eventfd for",
