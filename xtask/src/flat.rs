@@ -34,6 +34,13 @@ pub fn with_receivers(receivers: u32) -> String {
     config
 }
 
+/// The same, with a message of the interrupt controller for each of so many processors.
+pub fn with_processors(processors: u32, receivers: u32) -> String {
+    let alone = device("pic", "pic", "");
+    let each = device("pic", "pic", &format!("cpus = {processors}\nmsix = true"));
+    with_receivers(receivers).replace(&alone, &each)
+}
+
 /// The names of the devices of a configuration that was made here, in its order.
 pub fn device_names(config: &str) -> Vec<&str> {
     // The pages of a state device have their names within a line.

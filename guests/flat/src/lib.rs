@@ -2,6 +2,7 @@
 #![cfg_attr(not(test), no_std)]
 
 pub mod blocks;
+pub mod dice;
 pub mod json;
 pub mod pci;
 pub mod rate;

@@ -1,5 +1,7 @@
 //! Exits of the guests in L1, counted by what caused them: by the trace points of L1's KVM.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context, Result};
 
 use super::rig::Rig;
@@ -23,11 +25,7 @@ pub struct Trace<'a>(&'a Rig<'a>);
 impl<'a> Trace<'a> {
     /// Begins to count.
     pub fn start(rig: &'a Rig<'a>) -> Result<Self> {
-        let mounted =
-            "T=/sys/kernel/tracing; { [ -d $T/events ] || mount -t tracefs tracefs $T; } && [ -d $T/events/kvm ]";
-        if rig.guest.run(mounted)?.code != 0 {
-            return Err(Skip("the trace points of this KVM are not to be had: that takes root".into()).into());
-        }
+        mount(rig)?;
         let set = COUNTED.map(|(event, keys, condition)| trigger(event, &format!("hist:keys={keys} {condition}")));
         rig.guest.ok(&set.join(" && "))?;
         Ok(Self(rig))
@@ -56,6 +54,57 @@ impl<'a> Trace<'a> {
         }
         u64::try_from(exits).with_context(|| format!("more exits apart than there were at all:\n{text}"))
     }
+}
+
+/// Ends of interrupts, counted from here on until [`Ends::finish`].
+pub struct Ends<'a>(&'a Rig<'a>);
+
+/// How often each vector was ended, by the CPU's local APIC and the vector.
+pub type ByVector = BTreeMap<(u64, u64), u64>;
+
+/// Every end that KVM's local APIC carries out, and those of them that the guest has made by KVM's bit in memory. The rest are exits. (What
+/// ends by itself is not among them.)
+const ENDED: [&str; 2] = ["kvm_eoi", "kvm_pv_eoi"];
+
+impl<'a> Ends<'a> {
+    /// Begins to count.
+    pub fn start(rig: &'a Rig<'a>) -> Result<Self> {
+        mount(rig)?;
+        rig.guest.ok(&ENDED.map(|event| trigger(event, BY_VECTOR)).join(" && "))?;
+        Ok(Self(rig))
+    }
+
+    /// Ends counting; returns the exits by which interrupts were ended, and the ends by KVM's bit in memory.
+    pub fn finish(self) -> Result<(ByVector, ByVector)> {
+        let [all, by_bit] = ENDED.map(|event| -> Result<ByVector> {
+            let text = self.0.guest.ok(&format!("cat {EVENTS}/{event}/hist"))?;
+            let counts = text.lines().filter_map(|line| {
+                // { apicid:          1, vector:         34 } hitcount:        117
+                let (key, count) = line.split_once("} hitcount:")?;
+                let mut values = key.split(',').map(|value| value.rsplit(':').next()?.trim().parse().ok());
+                Some(((values.next()??, values.next()??), count.trim().parse().ok()?))
+            });
+            Ok(counts.collect())
+        });
+        self.0.guest.ok(&ENDED.map(|event| trigger(event, &format!("!{BY_VECTOR}"))).join(" && "))?;
+        let (mut exits, by_bit) = (all?, by_bit?);
+        for (key, count) in &by_bit {
+            let all = exits.get_mut(key).filter(|all| **all >= *count);
+            *all.with_context(|| format!("more ends by a bit than ends: {key:?}"))? -= count;
+        }
+        Ok((exits, by_bit))
+    }
+}
+
+const BY_VECTOR: &str = "hist:keys=apicid,vector";
+
+/// Makes the trace points readable, if they are not yet.
+fn mount(rig: &Rig) -> Result<()> {
+    let mounted = "T=/sys/kernel/tracing; { [ -d $T/events ] || mount -t tracefs tracefs $T; } && [ -d $T/events/kvm ]";
+    if rig.guest.run(mounted)?.code != 0 {
+        return Err(Skip("the trace points of this KVM are not to be had: that takes root".into()).into());
+    }
+    Ok(())
 }
 
 /// The trace points of KVM.

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use super::Figures;
-use super::inner::InnerBus;
+use super::inner::{self, InnerBus};
 use super::rig::Rig;
 use crate::flat::{Report, device_names, devices, with_receivers};
 
@@ -23,22 +23,38 @@ const LIMIT: Duration = Duration::from_secs(300);
 const NEARLY: f64 = 0.01;
 
 /// A run of the guest.
-struct Run {
-    report: Report,
+pub(super) struct Run {
+    pub(super) report: Report,
     marks: Vec<Value>,
+}
+
+/// Serves the bus of a run.
+pub(super) fn start_bus<'a>(rig: &'a Rig<'a>, config: &str) -> Result<InnerBus<'a>> {
+    // Devices that sleep at once: each doorbell and each interrupt counts.
+    InnerBus::start(rig, &format!("[bus]\npoll-us = 0\n{config}"))
 }
 
 impl Run {
     /// Boots the guest with all devices of the bus that `config` describes, and waits until it has powered off.
     fn new(rig: &Rig, config: &str, words: &str, irqchip: &str) -> Result<Self> {
-        // Devices that sleep at once: each doorbell and each interrupt counts.
-        let bus = InnerBus::start(rig, &format!("[bus]\npoll-us = 0\n{config}"))?;
-        let names = device_names(config);
+        let bus = start_bus(rig, config)?;
+        Self::on(rig, &bus, &device_names(config), words, &format!("--irqchip {irqchip}"), 1)
+    }
+
+    /// Boots the guest with `cpus` CPUs and these devices of a bus, and waits until it has powered off. `args` are for `vbus-vmm`.
+    pub(super) fn on(
+        rig: &Rig,
+        bus: &InnerBus<'_>,
+        names: &[&str],
+        words: &str,
+        args: &str,
+        cpus: u32,
+    ) -> Result<Self> {
         let devices: String = names.iter().map(|name| format!(" --device {}", bus.socket(name))).collect();
-        let (l2, slots) = (rig.l2_dir(), names.len());
+        let (l2, slots, place) = (rig.l2_dir(), names.len(), inner::place(rig, cpus));
         let vmm = rig.guest.start(&format!(
-            "exec vbus-vmm --kernel {l2}/flat --append '{words} marks={MARK_PORT}' --memory 64 --slots {slots} \
-             --irqchip {irqchip} --marks --json{devices}"
+            "exec {place}vbus-vmm --kernel {l2}/flat --append '{words} cpus={cpus} marks={MARK_PORT}' --cpus {cpus} \
+             --memory 64 --slots {slots} {args} --marks --json{devices}"
         ))?;
         let end = vmm.wait(LIMIT)?;
         let (events, said): (Vec<_>, Vec<_>) = end.stderr.lines().partition(|line| line.starts_with('{'));
@@ -99,12 +115,12 @@ struct Counted {
     user: u64,
 }
 
-fn number(round: &Value, key: &str) -> Result<u64> {
+pub(super) fn number(round: &Value, key: &str) -> Result<u64> {
     round[key].as_u64().with_context(|| format!("no {key} in {round}"))
 }
 
 /// To thousandths: more digits mean nothing.
-fn rounded(value: f64) -> Value {
+pub(super) fn rounded(value: f64) -> Value {
     json!((value * 1000.0).round() / 1000.0)
 }
 

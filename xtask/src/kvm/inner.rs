@@ -34,6 +34,13 @@ pub enum Vmm {
     Qemu,
 }
 
+/// What stands before a VMM on its command line, for a guest with so many CPUs.
+pub fn place(rig: &Rig, cpus: u32) -> &'static str {
+    // All CPUs of a guest share one of L1: with one each, QEMU's emulated SVM loses a busy guest of two CPUs within a minute (a triple
+    // fault, a hang, L1's own end), under its own VMM as under ours.
+    if cpus > 1 && rig.is_emulated() { "taskset 1 " } else { "" }
+}
+
 /// What a guest in L1 is made of.
 #[derive(Clone)]
 pub struct Spec {
@@ -80,9 +87,7 @@ impl Spec {
         let Self { name, cpus, memory_mib: memory, args, append, .. } = self;
         let (run, l2) = (rig.run_dir(), rig.l2_dir());
         let common = format!("{KERNEL_WORDS} {append}");
-        // All CPUs of a guest share one of L1: with one each, QEMU's emulated SVM loses a busy guest of two CPUs within a minute (a triple
-        // fault, a hang, L1's own end), under its own VMM as under ours.
-        let place = if *cpus > 1 && rig.is_emulated() { "taskset 1 " } else { "" };
+        let place = place(rig, *cpus);
         match self.vmm {
             Vmm::Vbus => format!(
                 "VBUS_LOG=info exec {place}vbus-vmm --kernel {l2}/kernel --initramfs {l2}/initramfs --append '{common}' --cpus {cpus} \

@@ -14,6 +14,7 @@ mod inner;
 mod linux;
 mod net;
 mod pins;
+mod processors;
 mod rig;
 mod sched;
 
@@ -88,6 +89,11 @@ pub const SCENARIOS: &[Scenario] = &[
     ),
     scenario("doorbells", "one exit for a ring of each kind, and none to user space", flat::doorbells),
     scenario("interrupts", "exits of an interrupt, by how it ends and with pic", flat::interrupts),
+    scenario(
+        "pic_cpus",
+        "pic on two CPUs: lines raised, masked and moved all the time, none lost, urgent ones first",
+        processors::pic,
+    ),
     scenario(
         "connector",
         "vbus-kvm by itself: doorbells, messages, levels, their routes and exits",

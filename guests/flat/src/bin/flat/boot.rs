@@ -1,9 +1,12 @@
-//! The first instructions: from PVH's 32-bit entry to Rust in long mode, with 4 GiB mapped to themselves.
+//! The first instructions: from PVH's 32-bit entry to Rust in long mode, with 4 GiB mapped to themselves. The other processors come by the same
+//! way, from real mode (`smp.rs` starts them).
 #![allow(unsafe_code, reason = "there is no Rust yet")]
 
 use core::arch::global_asm;
 
-/// Bytes of the stack.
+use crate::smp::{self, CPUS_MAX};
+
+/// Bytes of a processor's stack.
 const STACK: usize = 256 << 10;
 
 global_asm!(
@@ -48,7 +51,8 @@ global_asm!(
     "addl $0x200000, %eax",
     "addl $8, %edi",
     "loop 2b",
-    // PAE, and SSE as compiled code wants it: FXSR, exceptions.
+    // From here on all processors: PAE, and SSE as compiled code wants it: FXSR, exceptions.
+    "enter_long_mode:",
     "movl %cr4, %eax",
     "orl $0x620, %eax",
     "movl %eax, %cr4",
@@ -59,7 +63,8 @@ global_asm!(
     "orl $0x100, %eax",
     "wrmsr",
     "movl %cr0, %eax",
-    "andl $~0x4, %eax",
+    // With the caches on, which INIT leaves off.
+    "andl $~0x60000004, %eax",
     "orl $0x80000003, %eax",
     "movl %eax, %cr0",
     "lgdt boot_gdt_pointer",
@@ -72,31 +77,88 @@ global_asm!(
     "xorl %eax, %eax",
     "movl %eax, %fs",
     "movl %eax, %gs",
-    "movl $boot_stack + {stack}, %esp",
+    // The processor's number, in order of arrival; those for whom there is no stack stay here.
+    "movl $1, %edi",
+    "lock xaddl %edi, boot_processors",
+    "cmpl ${cpus}, %edi",
+    "jae 5f",
+    "leal 1(%rdi), %eax",
+    "imull ${stack}, %eax, %eax",
+    "leaq boot_stacks(%rax), %rsp",
     "xorl %ebp, %ebp",
-    "movl %ebx, %edi",
+    "movl %ebx, %esi",
     "call {main}",
     "ud2",
+    "5: cli",
+    "hlt",
+    "jmp 5b",
+    //
+    // Where another processor arrives from real mode: flat segments are still missing.
+    ".code32",
+    "other_protected:",
+    "cld",
+    "movl $16, %eax",
+    "movl %eax, %ds",
+    "movl %eax, %es",
+    "movl %eax, %ss",
+    "jmp enter_long_mode",
+    ".code64",
+    ".popsection",
+    //
+    // What it begins with; copied to a page below 1 MiB, whose number is in CS.
+    ".pushsection .rodata, \"a\", @progbits",
+    ".code16",
+    ".global trampoline, trampoline_end",
+    "trampoline:",
+    "cli",
+    "movw %cs, %ax",
+    "movw %ax, %ds",
+    "lgdtl boot_gdt_pointer - trampoline",
+    "movl %cr0, %eax",
+    "orb $1, %al",
+    "movl %eax, %cr0",
+    "ljmpl $24, $other_protected",
+    ".balign 4",
+    "boot_gdt_pointer: .word 31",
+    ".long boot_gdt",
+    "trampoline_end:",
+    ".code64",
     ".popsection",
     //
     ".pushsection .rodata, \"a\", @progbits",
     ".balign 8",
-    "boot_gdt: .quad 0, 0x00af9a000000ffff, 0x00cf92000000ffff",
-    "boot_gdt_pointer: .word 23",
-    ".long boot_gdt",
+    // Code of 64 bits, data, code of 32 bits.
+    "boot_gdt: .quad 0, 0x00af9a000000ffff, 0x00cf92000000ffff, 0x00cf9a000000ffff",
     ".popsection",
     //
     ".pushsection .bss, \"aw\", @nobits",
     ".balign 4096",
     "boot_tables: .skip 0x6000",
-    "boot_stack: .skip {stack}",
+    "boot_stacks: .skip {stack} * {cpus}",
+    "boot_processors: .skip 4",
     ".popsection",
     stack = const STACK,
+    cpus = const CPUS_MAX,
     main = sym entry,
     options(att_syntax),
 );
 
-/// What the assembly calls.
-extern "C" fn entry(start_info: u64) -> ! {
-    crate::main(start_info)
+unsafe extern "C" {
+    static trampoline: u8;
+    static trampoline_end: u8;
+}
+
+/// The instructions that another processor begins with in real mode, at the start of any page below 1 MiB.
+pub fn trampoline_code() -> &'static [u8] {
+    let (from, end) = (&raw const trampoline, &raw const trampoline_end);
+    // SAFETY: what is between the two labels, which is never written.
+    unsafe { core::slice::from_raw_parts(from, end as usize - from as usize) }
+}
+
+/// What the assembly calls, on each processor. `start_info` is of the first one's.
+extern "C" fn entry(number: u32, start_info: u64) -> ! {
+    match number {
+        0 => crate::main(start_info),
+        number => smp::arrive(number),
+    }
 }

@@ -81,25 +81,30 @@ impl FlatHal {
     }
 
     fn message(&self, vector: u8) -> Message {
-        self.sint.unwrap_or_else(|| apic::message(vector))
+        self.sint.unwrap_or_else(|| apic::message(0, vector))
     }
 
-    /// Has the function interrupt by messages of the `vectors.len()` vectors: by MSI-X if it has that, else by MSI all on the first one.
+    /// Has the function interrupt the first processor by messages of the `vectors.len()` vectors: by MSI-X if it has that, else by MSI all on
+    /// the first one.
     pub fn enable_messages(&self, vectors: &[u8]) -> Option<Messages> {
+        self.send_messages(vectors.iter().map(|vector| self.message(*vector)))
+    }
+
+    /// Has the function interrupt by these messages: one for each vector by MSI-X if it has that, else the first one for all.
+    pub fn send_messages(&self, messages: impl IntoIterator<Item = Message>) -> Option<Messages> {
         let address = self.found.address;
-        let Some(messages @ Messages::Msix { entries, table, capability }) = pci::find_msix(&ConfigPorts, address)
-        else {
-            return pci::enable_msi(&ConfigPorts, address, self.message(*vectors.first()?));
+        let mut messages = messages.into_iter();
+        let Some(found @ Messages::Msix { entries, table, capability }) = pci::find_msix(&ConfigPorts, address) else {
+            return pci::enable_msi(&ConfigPorts, address, messages.next()?);
         };
-        for (i, vector) in (0..u64::from(entries)).zip(vectors) {
-            let message = self.message(*vector);
+        for (i, message) in (0..u64::from(entries)).zip(messages) {
             let at = table + 16 * i;
             for (offset, word) in [(0, message.address), (4, 0), (8, message.data), (12, 0)] {
                 self.write32(at + offset, word);
             }
         }
         pci::enable_msix(&ConfigPorts, address, capability);
-        Some(messages)
+        Some(found)
     }
 
     fn place<T>(&self, offset: u64) -> *mut T {

@@ -7,56 +7,23 @@ use crate::lines::Lines;
 use crate::net::Station;
 use crate::report::{Failure, Outcome, ensure, line};
 use crate::stream::{RECEIVERS_MAX, Rate, Stream};
-use crate::traps::End;
+use crate::ways::Way;
 use crate::{Setting, apic, clock, cpu, hyperv, kvm, mark, traps};
 
 /// Frames for each receiver before the first mark: the switch learns, and the processors of emulated machines translate.
 const WARM: u64 = 10;
 
-/// How messages end.
-#[derive(Clone, Copy)]
-enum Way {
-    /// By the APIC's register.
-    Msi,
-    /// By KVM's bit in memory.
-    PvEoi,
-    /// By themselves: they go to a synthetic interrupt source of Hyper-V's interface.
-    Sint,
-}
-
 impl Way {
-    fn name(self) -> &'static str {
-        match self {
-            Way::Msi => "msi",
-            Way::PvEoi => "pv_eoi",
-            Way::Sint => "sint",
-        }
-    }
-
-    /// Whether there is such a thing here.
-    fn is_there(self, hal: &FlatHal) -> bool {
-        match self {
-            Way::Msi => true,
-            Way::PvEoi => apic::is_x2apic() && kvm::features().is_some_and(|features| features.pv_eoi),
-            Way::Sint => matches!(hal.function(), Ok(function) if function.synthetic_interrupts().is_some()),
-        }
-    }
-
     /// Has the messages of `hal` arrive this way, on a vector of their own, which is returned.
     fn set_up<'a>(self, hal: &FlatHal, number: u32) -> Result<(FlatHal, u8), Failure<'a>> {
         let vector = apic::vector();
-        let mut hal = hal.clone();
-        match self {
-            Way::Msi => traps::set_end(vector, apic::by_register()),
-            Way::PvEoi => traps::set_end(vector, End::Paravirtual),
-            Way::Sint => {
-                let record = hal.function()?.synthetic_interrupts().ok_or(Failure::Said("no synthetic interrupts"))?;
-                traps::set_end(vector, End::Automatic);
-                hyperv::enable_sint(number, vector);
-                hal = hal.with_messages_at(record.offset(hyperv::processor()), number);
-            }
+        traps::set_end(vector, self.end());
+        if let Way::Sint = self {
+            let record = hal.function()?.synthetic_interrupts().ok_or(Failure::Said("no synthetic interrupts"))?;
+            hyperv::enable_sint(number, vector);
+            return Ok((hal.with_messages_at(record.offset(hyperv::processor()), number), vector));
         }
-        Ok((hal, vector))
+        Ok((hal.clone(), vector))
     }
 }
 
@@ -65,7 +32,7 @@ impl Way {
 pub fn run<'a>(setting: &Setting<'a>) -> Outcome<'a> {
     let pic = setting.of_class(class::PIC).next();
     let first = setting.on_switch().next().ok_or(Failure::Said("no NIC on a switch"))?;
-    for way in [Way::Msi, Way::PvEoi, Way::Sint].into_iter().filter(|way| way.is_there(&first)) {
+    for way in Way::there(&first) {
         one_way(setting, way, None)?;
         if let Some(pic) = &pic {
             one_way(setting, way, Some(pic))?;

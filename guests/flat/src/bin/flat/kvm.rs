@@ -35,10 +35,11 @@ pub fn features() -> Option<Features> {
     Some(Features { clock: bits & (1 << 3) != 0, pv_eoi: bits & (1 << 6) != 0 })
 }
 
-/// Has KVM set [`traps::PV_EOI`] when an interrupt may be ended by clearing it, or not.
+/// Has KVM tell this processor, by [`traps::pv_eoi`], when an interrupt may be ended by clearing a bit, or not.
 pub fn pv_eoi(on: bool) {
-    traps::PV_EOI.store(0, Ordering::Relaxed);
-    let value = if on { (&raw const traps::PV_EOI) as u64 | 1 } else { 0 };
+    let word = traps::pv_eoi();
+    word.store(0, Ordering::Relaxed);
+    let value = if on { &raw const *word as u64 | 1 } else { 0 };
     // SAFETY: the word is there for this.
     unsafe { write_msr(PV_EOI, value) };
 }

@@ -18,12 +18,16 @@ mod lines;
 mod mark;
 mod memory;
 mod net;
+mod pages;
 mod power;
+mod processors;
 mod report;
+mod smp;
 mod start;
 mod state;
 mod stream;
 mod traps;
+mod ways;
 
 use core::{fmt, mem};
 
@@ -77,15 +81,21 @@ fn number(words: Words<'_>, key: &str, default: u64) -> u64 {
     }
 }
 
-/// The guest's main program, on its only processor, with paging on and interrupts off. `start_info` is the address that PVH says.
+/// The guest's main program, on its first processor, with paging on and interrupts off. `start_info` is the address that PVH says.
 pub fn main(start_info: u64) -> ! {
     let start = start::read(start_info);
-    traps::init();
+    traps::init(0);
     apic::init();
     clock::init();
     dma::init(start.memory);
     let words = Words(start.command_line());
-    line("boot").value("mhz", clock::mhz()).value("x2apic", apic::is_x2apic()).value("memory", dma::bytes()).end();
+    let cpus = smp::start(number(words, "cpus", 1));
+    line("boot")
+        .value("mhz", clock::mhz())
+        .value("x2apic", apic::is_x2apic())
+        .value("memory", dma::bytes())
+        .value("cpus", cpus)
+        .end();
 
     let next = number(words, "window", WINDOW);
     let window = Window { next, end: next.saturating_add(number(words, "window-bytes", WINDOW_BYTES)) };
@@ -104,6 +114,7 @@ pub fn main(start_info: u64) -> ! {
             "doorbells" => bells::run(&setting),
             "interrupts" => interrupts::run(&setting),
             "pic" => lines::run(&setting),
+            "processors" => processors::run(&setting),
             "state" => state::run(&setting),
             "venet" => net::run(&setting),
             other => Err(report::Failure::Unknown(other)),

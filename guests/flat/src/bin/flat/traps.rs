@@ -1,15 +1,20 @@
 //! Exceptions and interrupts.
 //!
 //! Compiled code keeps data below the stack pointer (the *red zone*), so every handler has a stack of its own, by way of the task state
-//! segment. Interrupt handlers are assembly that counts and ends the interrupt: they touch no vector register, and nothing need be saved.
+//! segment. Interrupt handlers are assembly that counts and ends the interrupt: they touch no vector register, and nothing need be saved. What a
+//! test wants done besides ([`set_handler`]) is done with everything saved, on the stack of what was interrupted, behind its red zone.
 #![allow(unsafe_code, reason = "tables that the processor reads")]
 
 use core::arch::{asm, global_asm};
 use core::cell::UnsafeCell;
-use core::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use core::mem::offset_of;
+use core::ptr;
+use core::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering};
 
+use crate::cpu::write_msr;
 use crate::power;
 use crate::report::line;
+use crate::smp::CPUS_MAX;
 
 /// The first vector of interrupts.
 pub const FIRST: u8 = 32;
@@ -32,28 +37,81 @@ pub enum End {
     Paravirtual = 3,
 }
 
-/// Interrupts taken.
-static TAKEN: AtomicU64 = AtomicU64::new(0);
-/// Interrupts whose end was a write of a register.
-static ENDED_BY_REGISTER: AtomicU64 = AtomicU64::new(0);
-/// [`End`] by vector less [`FIRST`].
-static ENDS: [AtomicU8; COUNT] = [const { AtomicU8::new(End::Automatic as u8) }; COUNT];
-/// The word whose bit 0 KVM sets when an interrupt may be ended by clearing it.
-pub static PV_EOI: AtomicU64 = AtomicU64::new(0);
-
-/// How many interrupts have come.
-pub fn taken() -> u64 {
-    TAKEN.load(Ordering::Acquire)
+/// What a processor counts and keeps for itself. GS points to it.
+#[repr(C)]
+struct Local {
+    /// The word whose bit 0 KVM sets when an interrupt may be ended by clearing it.
+    pv_eoi: AtomicU64,
+    number: AtomicU32,
+    /// Interrupts taken.
+    taken: AtomicU64,
+    /// Of these, by vector less [`FIRST`].
+    by_vector: [AtomicU64; COUNT],
+    /// Interrupts whose end was a write of a register, by vector less [`FIRST`].
+    by_register: [AtomicU64; COUNT],
 }
 
-/// How many interrupts had to be ended by a register.
+static LOCALS: [Local; CPUS_MAX] = [const {
+    Local {
+        pv_eoi: AtomicU64::new(0),
+        number: AtomicU32::new(0),
+        taken: AtomicU64::new(0),
+        by_vector: [const { AtomicU64::new(0) }; COUNT],
+        by_register: [const { AtomicU64::new(0) }; COUNT],
+    }
+}; CPUS_MAX];
+
+/// [`End`] by vector less [`FIRST`].
+static ENDS: [AtomicU8; COUNT] = [const { AtomicU8::new(End::Automatic as u8) }; COUNT];
+/// What else is done about an interrupt when it has been ended, by vector less [`FIRST`]; null: nothing.
+static HANDLERS: [AtomicPtr<()>; COUNT] = [const { AtomicPtr::new(ptr::null_mut()) }; COUNT];
+
+fn local() -> &'static Local {
+    &LOCALS[number() as usize]
+}
+
+/// The number of the processor that asks.
+pub fn number() -> u32 {
+    let number;
+    // SAFETY: reads the word that `init` has had GS point to.
+    unsafe {
+        asm!("mov {:e}, gs:[{}]", out(reg) number, const offset_of!(Local, number),
+            options(nostack, readonly, preserves_flags));
+    }
+    number
+}
+
+/// How many interrupts have come to this processor.
+pub fn taken() -> u64 {
+    local().taken.load(Ordering::Acquire)
+}
+
+/// How many interrupts of this processor had to be ended by a register.
 pub fn ended_by_register() -> u64 {
-    ENDED_BY_REGISTER.load(Ordering::Relaxed)
+    local().by_register.iter().map(|count| count.load(Ordering::Relaxed)).sum()
+}
+
+/// How many interrupts of a vector have come to a processor, and how many of these had to be ended by a register.
+pub fn counts(processor: u32, vector: u8) -> (u64, u64) {
+    let (local, at) = (&LOCALS[processor as usize], usize::from(vector - FIRST));
+    (local.by_vector[at].load(Ordering::Relaxed), local.by_register[at].load(Ordering::Relaxed))
+}
+
+/// The word in which KVM tells this processor that an interrupt may be ended by clearing bit 0.
+pub fn pv_eoi() -> &'static AtomicU64 {
+    &local().pv_eoi
 }
 
 /// Says how the interrupts of a vector are to be ended.
 pub fn set_end(vector: u8, end: End) {
     ENDS[usize::from(vector - FIRST)].store(end as u8, Ordering::Relaxed);
+}
+
+/// Has `handler` called when an interrupt of the vector has come and been ended, with interrupts kept out, on the stack of what was interrupted;
+/// it may let them in meanwhile.
+pub fn set_handler(vector: u8, handler: Option<extern "C" fn()>) {
+    let handler = handler.map_or(ptr::null_mut(), |handler| handler as *mut ());
+    HANDLERS[usize::from(vector - FIRST)].store(handler, Ordering::Release);
 }
 
 global_asm!(
@@ -82,41 +140,84 @@ global_asm!(
     ".set n, 0",
     ".rept {count}",
     ".balign 16",
-    "push rax",
-    "mov eax, n",
+    "push rsi",
+    "mov esi, n",
     "jmp interrupt_common",
     ".set n, n + 1",
     ".endr",
     "interrupt_common:",
+    "push rax",
     "push rcx",
     "push rdx",
-    "lock inc qword ptr [{taken}]",
-    "movzx ecx, byte ptr [{ends} + rax]",
+    "inc qword ptr gs:[{taken}]",
+    "inc qword ptr gs:[{by_vector} + rsi * 8]",
+    "movzx ecx, byte ptr [{ends} + rsi]",
     "test ecx, ecx",
     "jz 3f",
     "cmp ecx, 2",
     "je 2f",
     "jb 1f",
-    "lock btr dword ptr [{pv_eoi}], 0",
+    "lock btr dword ptr gs:[{pv_eoi}], 0",
     "jc 3f",
-    "1: lock inc qword ptr [{by_register}]",
+    "1: inc qword ptr gs:[{by_register} + rsi * 8]",
     "mov ecx, 0x80b",
     "xor eax, eax",
     "xor edx, edx",
     "wrmsr",
     "jmp 3f",
-    "2: lock inc qword ptr [{by_register}]",
+    "2: inc qword ptr gs:[{by_register} + rsi * 8]",
     "mov eax, 0xfee000b0",
     "mov dword ptr [rax], 0",
-    "3: pop rdx",
+    "3: cmp qword ptr [{handlers} + rsi * 8], 0",
+    "jne 4f",
+    "pop rdx",
     "pop rcx",
     "pop rax",
+    "pop rsi",
+    "iretq",
+    // There is a handler, which may be interrupted: it must leave this stack. What is on it (4 registers, and the processor's frame of 5
+    // words, with the stack pointer in the fourth) goes behind the red zone of what was interrupted, and everything that the handler may change.
+    "4: mov rdx, rsp",
+    "mov rsp, [rdx + 56]",
+    "sub rsp, 128",
+    "and rsp, -16",
+    "push [rdx + 64]",
+    "push [rdx + 56]",
+    "push [rdx + 48]",
+    "push [rdx + 40]",
+    "push [rdx + 32]",
+    "push [rdx + 24]",
+    "push [rdx + 16]",
+    "push [rdx + 8]",
+    "push [rdx]",
+    "push rdi",
+    "push r8",
+    "push r9",
+    "push r10",
+    "push r11",
+    "sub rsp, 512",
+    "fxsave64 [rsp]",
+    "cld",
+    "call qword ptr [{handlers} + rsi * 8]",
+    "fxrstor64 [rsp]",
+    "add rsp, 512",
+    "pop r11",
+    "pop r10",
+    "pop r9",
+    "pop r8",
+    "pop rdi",
+    "pop rdx",
+    "pop rcx",
+    "pop rax",
+    "pop rsi",
     "iretq",
     exception = sym exception,
-    taken = sym TAKEN,
+    taken = const offset_of!(Local, taken),
+    by_vector = const offset_of!(Local, by_vector),
+    by_register = const offset_of!(Local, by_register),
+    pv_eoi = const offset_of!(Local, pv_eoi),
     ends = sym ENDS,
-    pv_eoi = sym PV_EOI,
-    by_register = sym ENDED_BY_REGISTER,
+    handlers = sym HANDLERS,
     count = const COUNT,
 );
 
@@ -144,6 +245,7 @@ extern "C" fn exception(frame: &Frame) -> ! {
     unsafe { asm!("mov {}, cr2", out(reg) address, options(nostack, nomem)) };
     line("exception")
         .value("ok", false)
+        .value("cpu", number())
         .value("number", frame.number)
         .text("error", format_args!("{:#x}", frame.error))
         .text("rip", format_args!("{:#x}", frame.rip))
@@ -176,15 +278,16 @@ struct Tables {
 
 struct Cell(UnsafeCell<Tables>);
 
-// SAFETY: written by `init` alone, on the only processor, before anything reads it.
+// SAFETY: each written by `init` alone, on the processor that it is for, before anything reads it.
 unsafe impl Sync for Cell {}
 
-static TABLES: Cell = Cell(UnsafeCell::new(Tables {
-    stacks: [[0; STACK]; STACKS],
-    idt: [[0; 2]; 256],
-    gdt: [0; 5],
-    tss: [0; TSS_BYTES],
-}));
+/// By processor.
+static TABLES: [Cell; CPUS_MAX] = [const {
+    Cell(UnsafeCell::new(Tables { stacks: [[0; STACK]; STACKS], idt: [[0; 2]; 256], gdt: [0; 5], tss: [0; TSS_BYTES] }))
+}; CPUS_MAX];
+
+/// The model-specific register for the base of GS.
+const GS_BASE: u32 = 0xc000_0101;
 
 /// A pointer to a table, as LGDT and LIDT want it.
 #[repr(C, packed)]
@@ -200,10 +303,14 @@ fn gate(handler: u64, stack: u64) -> [u64; 2] {
     [low, handler >> 32]
 }
 
-/// Sets the tables up. Interrupts stay off.
-pub fn init() {
-    let tables = TABLES.0.get();
-    // SAFETY: called once, before anything else uses the tables. They never move; the entry of the segment that code runs in stays as it was.
+/// Sets the tables of this processor up, whose number is said. Interrupts stay off.
+pub fn init(number: u32) {
+    let local = &LOCALS[number as usize];
+    local.number.store(number, Ordering::Relaxed);
+    // SAFETY: nothing else uses GS.
+    unsafe { write_msr(GS_BASE, &raw const *local as u64) };
+    let tables = TABLES[number as usize].0.get();
+    // SAFETY: called once on each processor, before anything else uses the tables. They never move; the entry of the segment that code runs in stays as it was.
     unsafe {
         let tables = &mut *tables;
         for (i, stack) in tables.stacks.iter().enumerate() {

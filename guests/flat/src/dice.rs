@@ -1,0 +1,36 @@
+//! Choices that need not be good ones, and are the same in each run.
+
+/// A small generator of numbers.
+pub struct Dice(u64);
+
+impl Dice {
+    /// One of many.
+    pub fn new(seed: u64) -> Dice {
+        // Never 0, from which no other number would follow.
+        Dice(0x9e37_79b9_7f4a_7c15 ^ (seed & 0xff_ffff) << 7)
+    }
+
+    /// A number below `sides`, which is more than 0.
+    pub fn roll(&mut self, sides: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) % sides
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_side_comes_up_and_every_seed_is_another() {
+        let rolls = |seed| {
+            let mut dice = Dice::new(seed);
+            (0..64).map(|_| dice.roll(4)).collect::<Vec<_>>()
+        };
+        assert!((0..4).all(|side| rolls(0).contains(&side)) && rolls(0).iter().all(|side| *side < 4));
+        assert_ne!(rolls(0), rolls(1));
+        assert_eq!(rolls(7), rolls(7));
+    }
+}

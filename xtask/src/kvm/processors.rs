@@ -1,0 +1,218 @@
+//! `pic` on several processors, in a guest without an operating system: lines that are raised, masked and moved between processors and priorities
+//! all the time.
+//!
+//! The guest looks at each line as it is taken (guests/flat, test `processors`): whether it leads to that processor, whether a more urgent one
+//! is left or interrupted, whether its NIC has frames without a gap; and reports failure at once. What it cannot know is looked at here: how often
+//! the devices interrupted, and what KVM did at the end of the messages.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use super::Figures;
+use super::exits::{ByVector, Ends};
+use super::flat::{Run, number, rounded, start_bus};
+use super::inner::InnerBus;
+use super::rig::Rig;
+use crate::flat::{device_names, with_processors};
+
+const CPUS: u32 = 2;
+const NICS: u32 = 4;
+/// Frames to each NIC in each round.
+const FRAMES: u64 = 150;
+/// Of all messages with KVM's bit in memory, so few may be ended by the register: those for which KVM did not set it.
+const FEW: f64 = 0.1;
+
+/// Two CPUs with a page each; NICs whose lines move between them while frames come; messages that end by the register, by KVM's bit in memory
+/// and by themselves; handlers that more urgent lines interrupt, and others.
+pub fn pic(rig: &Rig, figures: &mut Figures) -> Result<()> {
+    let config = with_processors(CPUS, NICS);
+    let bus = start_bus(rig, &config)?;
+    let ends = Ends::start(rig)?;
+    let words = format!("test=processors count={FRAMES} receivers={NICS}");
+    let run = Run::on(rig, &bus, &device_names(&config), &words, "", CPUS);
+    let (exits, by_bit) = ends.finish()?;
+    let run = run?;
+
+    let mut rounds = Vec::new();
+    for round in run.report.of("processors") {
+        let round = Round::new(round)?;
+        eprintln!("{}", round.text());
+        round.check()?;
+        rounds.push(round);
+    }
+    let interrupts = interrupts(&bus)?;
+    check_interrupts(&rounds, &interrupts)?;
+
+    let mut ways = BTreeMap::<&str, Way>::new();
+    for round in &rounds {
+        ways.entry(round.way).or_default().add(round, &exits, &by_bit);
+    }
+    for way in ["msi", "pv_eoi", "sint"] {
+        let counted = ways.get(way).with_context(|| format!("no round with {way}:\n{}", run.report))?;
+        eprintln!("{way}: {counted:?}");
+        counted.check(way)?;
+        let per = counted.exits as f64 / counted.messages as f64;
+        figures.insert(format!("pic_cpus_eoi_exits_per_message_{way}"), rounded(per));
+    }
+    let sum = |of: fn(&Round) -> u64| rounds.iter().map(of).sum::<u64>();
+    figures.insert("pic_cpus_raised".into(), interrupts.iter().sum::<u64>().into());
+    figures.insert("pic_cpus_handled".into(), sum(|round| round.raised.iter().sum()).into());
+    figures.insert("pic_cpus_moves".into(), sum(|round| round.moves).into());
+    figures.insert("pic_cpus_moved_while_pending".into(), sum(|round| round.moved_pending).into());
+    figures.insert("pic_cpus_unmasked_while_pending".into(), sum(|round| round.held.iter().sum()).into());
+    figures.insert("pic_cpus_interrupted_handlers".into(), sum(|round| round.interrupting.iter().sum()).into());
+    figures.insert("pic_cpus_rounds".into(), rounds.iter().map(|round| round.report.clone()).collect());
+    Ok(())
+}
+
+/// What the guest reports of a round. Lists have an entry for each CPU, `raised` one for each NIC.
+struct Round<'a> {
+    way: &'a str,
+    nested: bool,
+    /// Interrupts that the guest was waiting for, and handled.
+    raised: Vec<u64>,
+    /// How often it began to wait when a frame had just come: perhaps with an interrupt more.
+    late: u64,
+    /// Lines that were handled for nothing: a route begins with one, and moves while a line is taken make one.
+    empty: u64,
+    moves: u64,
+    moved_pending: u64,
+    apics: Vec<u64>,
+    vectors: Vec<u64>,
+    messages: Vec<u64>,
+    by_register: Vec<u64>,
+    taken: Vec<u64>,
+    /// Of these: while the handler of a less urgent one ran.
+    interrupting: Vec<u64>,
+    /// Of these: with another one pending.
+    chosen: Vec<u64>,
+    /// Lines that were pending when they were unmasked.
+    held: Vec<u64>,
+    report: &'a Value,
+}
+
+impl<'a> Round<'a> {
+    fn new(report: &'a Value) -> Result<Self> {
+        let list = |key: &str, count: u32| -> Result<Vec<u64>> {
+            let list = report[key].as_array().with_context(|| format!("no {key} in {report}"))?;
+            let numbers: Option<Vec<u64>> = list.iter().map(Value::as_u64).collect();
+            let numbers = numbers.filter(|numbers| numbers.len() == count as usize);
+            numbers.with_context(|| format!("{key} is no list of {count} numbers: {report}"))
+        };
+        Ok(Self {
+            way: report["way"].as_str().context("a round without its way")?,
+            nested: report["nested"] == true,
+            raised: list("raised", NICS)?,
+            late: number(report, "late")?,
+            empty: number(report, "empty")?,
+            moves: number(report, "moves")?,
+            moved_pending: number(report, "moved-pending")?,
+            apics: list("apics", CPUS)?,
+            vectors: list("vectors", CPUS)?,
+            messages: list("messages", CPUS)?,
+            by_register: list("ended-by-register", CPUS)?,
+            taken: list("taken", CPUS)?,
+            interrupting: list("interrupting", CPUS)?,
+            chosen: list("chosen", CPUS)?,
+            held: list("held", CPUS)?,
+            report,
+        })
+    }
+
+    fn text(&self) -> String {
+        let Self {
+            way, nested, raised, empty, moves, moved_pending, messages, taken, interrupting, chosen, held, ..
+        } = self;
+        let handlers = if *nested { "nested" } else { "flat" };
+        format!(
+            "{way:7}{handlers:7} raised {raised:?}, {empty} for nothing, {moves} moves, {moved_pending} of what was pending; by CPU: {messages:?} \
+             messages, {taken:?} lines, {interrupting:?} interrupting, {chosen:?} chosen, {held:?} unmasked when pending"
+        )
+    }
+
+    /// All that is to be tried was.
+    fn check(&self) -> Result<()> {
+        let everywhere = |counts: &[u64]| counts.iter().all(|count| *count > 0);
+        let tried = everywhere(&self.raised)
+            && everywhere(&self.taken)
+            && everywhere(&self.chosen)
+            && self.moved_pending > 0
+            && self.held.iter().sum::<u64>() > 0;
+        ensure!(tried, "the round left something out: {}", self.report);
+        // A handler is interrupted by more urgent lines, or by none.
+        ensure!((self.interrupting.iter().sum::<u64>() > 0) == self.nested, "the nesting is wrong: {}", self.report);
+        Ok(())
+    }
+}
+
+/// How often each NIC interrupted in all, as the bus counts it.
+fn interrupts(bus: &InnerBus<'_>) -> Result<Vec<u64>> {
+    let stats: Value = serde_json::from_str(&bus.run("stats --json")?).context("vbus stats --json printed no JSON")?;
+    let of = |nic| {
+        let device = stats.as_array()?.iter().find(|device| device["name"] == format!("net{nic}"))?;
+        device["counters"]["interrupts"].as_u64()
+    };
+    (0..NICS).map(|nic| of(nic).with_context(|| format!("no interrupts of net{nic}: {stats}"))).collect()
+}
+
+/// What the devices raised is what the guest has handled.
+fn check_interrupts(rounds: &[Round<'_>], interrupts: &[u64]) -> Result<()> {
+    let sum = |of: fn(&Round<'_>) -> u64| rounds.iter().map(of).sum::<u64>();
+    let (late, empty) = (sum(|round| round.late), sum(|round| round.empty));
+    for (nic, interrupts) in interrupts.iter().enumerate() {
+        let raised: u64 = rounds.iter().map(|round| round.raised[nic]).sum();
+        eprintln!("net{nic} has interrupted {interrupts} times, and {raised} were handled");
+        // A device that looks whether it is to interrupt while the guest begins to wait may do so once more; and one for whose frame a handler has
+        // come by chance, less.
+        let right = (raised.saturating_sub(empty)..=raised + late).contains(interrupts);
+        ensure!(
+            right,
+            "net{nic} has interrupted {interrupts} times, and {raised} were handled ({late} late, {empty} empty)"
+        );
+    }
+    // A line is taken because a device raised it, because its route began, or again behind a move.
+    let taken = sum(|round| round.taken.iter().sum());
+    let most =
+        interrupts.iter().sum::<u64>() + u64::from(NICS) * rounds.len() as u64 + sum(|round| round.moved_pending);
+    ensure!(taken <= most, "{taken} lines were taken, and {most} can have been raised");
+    Ok(())
+}
+
+/// Messages of a way, and how KVM says that they ended.
+#[derive(Debug, Default)]
+struct Way {
+    messages: u64,
+    /// By the register, as the guest counts it.
+    by_register: u64,
+    /// By the register, as KVM does: an exit each.
+    exits: u64,
+    /// By KVM's bit in memory.
+    by_bit: u64,
+}
+
+impl Way {
+    /// Adds a round: two for each way have the same vectors.
+    fn add(&mut self, round: &Round<'_>, exits: &ByVector, by_bit: &ByVector) {
+        let at = |counts: &ByVector| -> u64 {
+            let keys = round.apics.iter().copied().zip(round.vectors.iter().copied());
+            keys.filter_map(|key| counts.get(&key)).sum()
+        };
+        self.messages += round.messages.iter().sum::<u64>();
+        self.by_register += round.by_register.iter().sum::<u64>();
+        (self.exits, self.by_bit) = (at(exits), at(by_bit));
+    }
+
+    fn check(&self, way: &str) -> Result<()> {
+        let Self { messages, by_register, exits, by_bit } = *self;
+        ensure!(exits == by_register, "{way}: {exits} exits at the end of messages, and the guest made {by_register}");
+        let right = match way {
+            "msi" => exits == messages && by_bit == 0,
+            "pv_eoi" => exits + by_bit == messages && (exits as f64) < FEW * messages as f64,
+            _ => exits == 0 && by_bit == 0,
+        };
+        ensure!(right && messages > 0, "{way}: messages do not end as they should: {self:?}");
+        Ok(())
+    }
+}
