@@ -52,7 +52,7 @@ pub fn pic(rig: &Rig, figures: &mut Figures) -> Result<()> {
     for way in ["msi", "pv_eoi", "sint"] {
         let counted = ways.get(way).with_context(|| format!("no round with {way}:\n{}", run.report))?;
         eprintln!("{way}: {counted:?}");
-        counted.check(way)?;
+        counted.check(way, !rig.is_emulated())?;
         let per = counted.exits as f64 / counted.messages as f64;
         figures.insert(format!("pic_cpus_eoi_exits_per_message_{way}"), rounded(per));
     }
@@ -204,13 +204,15 @@ impl Way {
         (self.exits, self.by_bit) = (at(exits), at(by_bit));
     }
 
-    fn check(&self, way: &str) -> Result<()> {
+    /// `accelerated`: the processor may virtualize the APIC, and then an end by the register is none of KVM's affairs.
+    fn check(&self, way: &str, accelerated: bool) -> Result<()> {
         let Self { messages, by_register, exits, by_bit } = *self;
-        ensure!(exits == by_register, "{way}: {exits} exits at the end of messages, and the guest made {by_register}");
+        let same = exits == by_register || (accelerated && exits < by_register);
+        ensure!(same, "{way}: {exits} exits at the end of messages, and the guest made {by_register}");
         let right = match way {
-            "msi" => exits == messages && by_bit == 0,
-            "pv_eoi" => exits + by_bit == messages && (exits as f64) < FEW * messages as f64,
-            _ => exits == 0 && by_bit == 0,
+            "msi" => by_register == messages && by_bit == 0,
+            "pv_eoi" => by_register + by_bit == messages && (exits as f64) < FEW * messages as f64,
+            _ => exits == 0 && by_register == 0 && by_bit == 0,
         };
         ensure!(right && messages > 0, "{way}: messages do not end as they should: {self:?}");
         Ok(())
