@@ -51,6 +51,13 @@ impl Level {
         sys::as_fd(&self.assert)
     }
 
+    /// Tells the device that the interrupt has ended, though no guest has: for a VMM that resets KVM's I/O APIC, which forgets what was asserted then. A
+    /// device that waits for the end would assert nothing any more.
+    pub fn end(&self) {
+        // A full counter says it already.
+        let _ = self.ended.write(1);
+    }
+
     /// Becomes readable when the guest has ended the interrupt (vfio-user: the eventfd of UNMASK).
     pub fn ended(&self) -> BorrowedFd<'_> {
         sys::as_fd(&self.ended)

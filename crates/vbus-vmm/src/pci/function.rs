@@ -207,6 +207,14 @@ impl Function {
         self.call(Client::reset);
     }
 
+    /// After a [`reset`](Self::reset), and before one of the interrupt controllers: an INTx that the guest has not ended is forgotten there, and so the
+    /// server must not wait for its end.
+    pub(super) fn end_intx(&self) {
+        if let Some(Intx::Kernel(level)) = &self.intx {
+            level.end();
+        }
+    }
+
     /// The guest has enabled something of the function.
     pub(super) fn in_use(&self) -> bool {
         self.in_use.load(Ordering::Acquire)

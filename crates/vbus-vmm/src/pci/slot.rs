@@ -280,6 +280,7 @@ impl Slot {
         self.close(taken);
         if let Some(function) = function {
             function.reset(self.first_bar());
+            function.end_intx();
         }
         lock(&self.inner).settle();
     }

@@ -249,6 +249,12 @@ fn the_pin_is_a_level_whose_end_is_an_eventfd() {
     assert_eq!(guest.command(1), 0);
     fake.with(|device| device.interrupt_status = true);
     assert_eq!(guest.config32(1, 4) >> 16, 0x18);
+    // A reset forgets what the guest has not ended; the device must not wait for it.
+    let ended = || fake.with(|device| rustix::io::read(device.unmask.as_ref().unwrap(), &mut [0; 8]).is_ok());
+    assert!(fake.interrupt(IRQ_INTX, 0));
+    assert!(!ended(), "nobody has ended it");
+    guest.root.reset();
+    assert!(ended());
 }
 
 #[test]
