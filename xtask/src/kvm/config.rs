@@ -54,8 +54,7 @@ pub fn writes(rig: &Rig, _: &mut Figures) -> Result<()> {
         // So that the kernel lets even root at configuration space in memory.
         let spec = Spec { append: "iomem=relaxed", ..Spec::new("nonsense") };
         let inner = spec.device(NET, &bus.socket(NET)).device(VICTIM, &bus.socket(VICTIM)).boot(rig)?;
-        let outcome = streams(rig, &bus, &inner, seed);
-        outcome.with_context(|| format!("vbus-vmm says {:?}", inner.vmm.said()))?;
+        streams(rig, &bus, &inner, seed)?;
         inner.power_off()
     };
     eprintln!("seed {seed}");
@@ -70,7 +69,7 @@ fn streams(rig: &Rig, bus: &InnerBus, inner: &Inner, seed: u64) -> Result<()> {
 
     let nic = net::nic(&inner.guest)?;
     exchange(rig, &inner.guest, BYTES)?;
-    check_victim(bus, inner, "whole")?;
+    check_driver(bus, inner, VICTIM, "whole")?;
     let files = open_files(rig, inner)?;
 
     let watch = inner.guest.start(&format!("exec vbus guest state watch setpoint --device {VICTIM}"))?;
@@ -80,12 +79,14 @@ fn streams(rig: &Rig, bus: &InnerBus, inner: &Inner, seed: u64) -> Result<()> {
     let ended = watch.wait(LIMIT)?;
     ensure!(ended.code != PANIC, "the driver panicked: {}", ended.stderr);
     plug_victim(bus, inner)?;
-    check_victim(bus, inner, "mended")?;
+    check_driver(bus, inner, VICTIM, "mended")?;
 
     stream(rig, inner, seed + 1, &format!("{FUNCTION} {PORT}")).context("nonsense for a function and its port")?;
     ensure!(nic.driver.runs(), "the driver of the other NIC has ended: {:?}", nic.driver.said());
     begin_anew(rig, bus, inner, "renewed").context("after the second stream")?;
 
+    // Something to interrupt for, also when there is no kernel any more to end an interrupt.
+    let pings = rig.guest.start(&format!("exec ping -q -i 0.05 {}", net::INNER))?;
     let command = format!("exec guest-agent nonsense {} {ACCESSES} wild {FUNCTION} {PORT}", seed + 2);
     // It ends; or the kernel does, and then nobody will ever say so.
     match inner.guest.start(&command)?.wait(WILD) {
@@ -93,6 +94,7 @@ fn streams(rig: &Rig, bus: &InnerBus, inner: &Inner, seed: u64) -> Result<()> {
         Err(_) => eprintln!("the third stream has left no kernel to tell of it"),
     }
     begin_anew(rig, bus, inner, "reborn").context("after the third stream")?;
+    pings.kill()?;
 
     let now = open_files(rig, inner)?;
     ensure!(now <= files + FILES_MORE, "vbus-vmm has {now} files open, {files} before");
@@ -131,7 +133,7 @@ fn begin_anew(rig: &Rig, bus: &InnerBus, inner: &Inner, value: &str) -> Result<(
     }
     let _nic = net::nic(&inner.guest)?;
     exchange(rig, &inner.guest, BYTES)?;
-    check_victim(bus, inner, value)
+    check_driver(bus, inner, VICTIM, value)
 }
 
 /// Plugs the victim in and waits until the guest has it.
@@ -141,19 +143,19 @@ fn plug_victim(bus: &InnerBus, inner: &Inner) -> Result<()> {
     found.ok(LIMIT).map(drop).context("the guest does not find what is plugged in")
 }
 
-/// A driver of the victim sees its page change to `value`.
-fn check_victim(bus: &InnerBus, inner: &Inner, value: &str) -> Result<()> {
-    let watch = inner.guest.start(&format!("exec vbus guest state watch setpoint --device {VICTIM}"))?;
+/// A driver of the state device `name` sees its page `setpoint` change to `value`.
+pub(super) fn check_driver(bus: &InnerBus, inner: &Inner, name: &str, value: &str) -> Result<()> {
+    let watch = inner.guest.start(&format!("exec vbus guest state watch setpoint --device {name}"))?;
     // Its first value, whatever that is: the driver is there.
     watch.wait_for("\n", LIMIT)?;
-    bus.run(&format!("state set {VICTIM} setpoint {value}"))?;
-    watch.wait_for(value, LIMIT).with_context(|| format!("the victim does not become {value}"))?;
+    bus.run(&format!("state set {name} setpoint {value}"))?;
+    watch.wait_for(value, LIMIT).with_context(|| format!("{name} does not become {value}"))?;
     watch.kill()?;
     watch.wait(LIMIT).map(drop)
 }
 
 /// How many files the VMM has open.
-fn open_files(rig: &Rig, inner: &Inner) -> Result<u64> {
+pub(super) fn open_files(rig: &Rig, inner: &Inner) -> Result<u64> {
     let (_, facts) = inner.control(r#"{"op":"info"}"#)?;
     let count = rig.guest.ok(&format!("ls /proc/{}/fd | wc -l", facts["pid"]))?;
     count.trim().parse().with_context(|| format!("{count} files"))
