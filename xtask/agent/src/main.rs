@@ -7,11 +7,13 @@
 //! - `guest-agent hold-kvm` keeps a virtual machine that does nothing;
 //! - `guest-agent fifo PRIORITY COMMAND` runs a command as a real-time task;
 //! - `guest-agent scribble` writes at random over what a driver shares with its device;
-//! - `guest-agent nonsense` reads and writes configuration spaces at random.
+//! - `guest-agent nonsense` reads and writes configuration spaces at random;
+//! - `guest-agent lie` serves a device of another vfio-user server, and tells a lie of it.
 
 mod hold;
 mod join;
 mod latency;
+mod lie;
 mod nonsense;
 mod scribble;
 mod serve;
@@ -31,13 +33,14 @@ fn main() -> ExitCode {
         ["hold-kvm"] => hold::hold(),
         ["spin"] => latency::spin(),
         ["fifo", priority, ref command @ ..] => latency::fifo(priority, command),
+        ["lie", socket, server, name] => lie::lie(socket, server, name),
         ["nonsense", seed, count, how, ref functions @ ..] if !functions.is_empty() => {
             nonsense::nonsense(seed, count, how == "wild", functions)
         }
         ["scribble", pid, count, seed, what] => scribble::scribble(pid, count, seed, what == "all"),
         _ => {
             eprintln!(
-                "usage: guest-agent serve PORT | join SOCKET | send ADDRESS:PORT BYTES SEED | receive ADDRESS:PORT | latency MICROSECONDS COUNT | hold-kvm | spin | fifo PRIORITY COMMAND | scribble PID COUNT SEED all|memory | nonsense SEED COUNT tame|wild FUNCTION..."
+                "usage: guest-agent serve PORT | join SOCKET | send ADDRESS:PORT BYTES SEED | receive ADDRESS:PORT | latency MICROSECONDS COUNT | hold-kvm | spin | fifo PRIORITY COMMAND | scribble PID COUNT SEED all|memory | nonsense SEED COUNT tame|wild FUNCTION... | lie SOCKET SERVER NAME"
             );
             return ExitCode::from(2);
         }

@@ -14,7 +14,7 @@ use crate::vm::device;
 const ADD_NET: &str = "device add net --class venet --set backend=tap --set tap=vbus-tap";
 
 /// Bytes from the guest to L1 without end, and who takes them.
-fn endless(rig: &Rig, inner: &Inner) -> Result<(Running, Running)> {
+pub(super) fn endless(rig: &Rig, inner: &Inner) -> Result<(Running, Running)> {
     let receiver = rig.guest.start("guest-agent receive 0.0.0.0:5000")?;
     nic::wait_port(&rig.guest, 5000)?;
     let sender = inner.guest.start(&format!("guest-agent send {OUTER}:5000 1000000000000 3"))?;
@@ -82,7 +82,8 @@ fn move_interrupts(inner: &Inner) -> Result<u32> {
     Ok(MOVES)
 }
 
-fn stop(sender: &Running, receiver: &Running) -> Result<()> {
+/// Ends such a stream.
+pub(super) fn stop(sender: &Running, receiver: &Running) -> Result<()> {
     for running in [sender, receiver] {
         running.kill()?;
         running.wait(TRANSFER)?;

@@ -11,6 +11,7 @@ mod doorbells;
 mod exits;
 mod flat;
 mod inner;
+mod liars;
 mod linux;
 mod net;
 mod pins;
@@ -105,6 +106,7 @@ pub const SCENARIOS: &[Scenario] = &[
     scenario("plug_cycles", "20 times plug, use and unplug beside traffic on another NIC", devices::plug_cycles),
     scenario("shared_pins", "ten devices with INTx on eight pins: each interrupt arrives", pins::shared),
     scenario("config_writes", "random writes of configuration spaces, beside traffic on another NIC", config::writes),
+    scenario("liars", "servers that lie about a device that is plugged, beside traffic on a NIC", liars::lie),
     scenario("deaths", "the bus dies under a guest and comes back; the VMM dies", devices::deaths),
     scenario(
         "doorbell_kinds",

@@ -1,0 +1,210 @@
+//! Servers that lie to `vbus-vmm` about a device, while it runs a guest that has honest ones.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Value, json};
+
+use super::Figures;
+use super::config::{check_driver, open_files};
+use super::devices::{endless, stop};
+use super::inner::{Inner, InnerBus, Spec};
+use super::net::{self, EXCHANGE};
+use super::rig::Rig;
+use crate::guest::Running;
+use crate::vm::device;
+
+/// What must come of a lie.
+#[derive(Clone, Copy)]
+enum Fate {
+    /// Plugging fails, with an error that says this.
+    Refused(&'static str),
+    /// The device works: what is said is of no consequence.
+    Works,
+    /// The device is taken from the guest, once that looks at it.
+    Dropped,
+}
+use Fate::{Dropped, Refused, Works};
+
+/// The lies that `guest-agent lie` knows.
+const LIES: &[(&str, Fate)] = &[
+    ("bar-none", Refused("BAR0 of 0x0 bytes")),
+    ("bar-odd", Refused("BAR0 of 0x4001 bytes")),
+    ("bar-huge", Refused("BAR0 of 0x8000000000000000 bytes")),
+    ("region-more", Refused("region 3 of 0xffffffffffffffff bytes")),
+    ("io-size", Refused("eventfd for 18446744073709551612 bytes")),
+    ("io-offset", Refused("eventfd for 0x4000000000000000 of BAR0")),
+    ("io-count", Refused("reply to DEVICE_GET_REGION_IO_FDS: body of")),
+    ("io-index", Refused("no answer to DEVICE_GET_REGION_IO_FDS")),
+    ("io-none", Refused("no answer to DEVICE_GET_REGION_IO_FDS")),
+    ("io-file", Refused("is no eventfd")),
+    ("kinds-none", Refused("0 regions and 0 kinds of interrupt")),
+    ("short", Refused("reply to DEVICE_GET_INFO: body of 5 bytes")),
+    ("empty", Refused("reply to DEVICE_GET_REGION_INFO: body of 0 bytes")),
+    ("read-short", Refused("reply to REGION_READ: body of 17 bytes")),
+    ("read-long", Refused("reply to REGION_READ: body of 4096 bytes")),
+    ("read-other", Refused("no answer to REGION_READ")),
+    ("size-less", Refused("message size 7 is below")),
+    ("size-huge", Refused("longer than the limit")),
+    ("type", Refused("message type 15 is neither")),
+    ("id", Refused("no answer to DEVICE_GET_INFO")),
+    ("command", Refused("no answer to DEVICE_GET_INFO")),
+    ("refused", Refused("DMA_MAP refused")),
+    ("refused-by-0", Refused("DMA_MAP refused")),
+    ("refused-by-all", Refused("DMA_MAP refused")),
+    ("files", Refused("more than 253 descriptors")),
+    ("silence", Refused("no reply to DEVICE_GET_REGION_IO_FDS")),
+    ("questions", Refused("no reply to DEVICE_GET_REGION_IO_FDS")),
+    ("cut-header", Refused("closed within a message, after 9 bytes")),
+    ("cut-body", Refused("closed within a message, after 19 bytes")),
+    ("cut", Refused("closed the connection")),
+    ("none", Works),
+    ("bar-mapped", Works),
+    ("irq-many", Works),
+    ("memory", Works),
+    ("late-long", Dropped),
+    ("late-id", Dropped),
+    ("late-silence", Dropped),
+    ("late-questions", Dropped),
+    ("late-cut", Dropped),
+];
+
+/// Root ports: for the NIC, and for all devices that are plugged.
+const SLOTS: u32 = 12;
+/// How long anything may take.
+const LIMIT: Duration = Duration::from_secs(240);
+/// The most that the VMM may have said at the end.
+const LOG_MAX: usize = 32 << 10;
+
+/// A lying server in L1; it ends when this is dropped.
+struct Liar {
+    name: &'static str,
+    socket: String,
+    running: Running,
+}
+
+impl Liar {
+    /// Serves the device of the bus that is called like the lie.
+    fn start(rig: &Rig, bus: &InnerBus, name: &'static str) -> Result<Self> {
+        let socket = format!("{}/lie-{name}.sock", rig.run_dir());
+        let running = rig.guest.start(&format!("exec guest-agent lie {socket} {} {name}", bus.socket(name)))?;
+        running.wait_for("listens", LIMIT)?;
+        Ok(Self { name, socket, running })
+    }
+
+    fn plug(&self, inner: &Inner) -> Result<()> {
+        inner.control(&json!({ "op": "plug", "name": self.name, "socket": self.socket }).to_string()).map(drop)
+    }
+
+    fn end(&self) -> Result<()> {
+        self.running.kill()?;
+        self.running.wait(LIMIT).map(drop)
+    }
+}
+
+impl Drop for Liar {
+    fn drop(&mut self) {
+        // Fails only if L1 has ended.
+        let _ = self.running.kill();
+    }
+}
+
+/// Each lie, told when a device is plugged into a running guest or later, has its own clear end; beside it a NIC carries a stream without a pause.
+pub fn lie(rig: &Rig, _: &mut Figures) -> Result<()> {
+    let pages = "pages = [{ name = \"setpoint\", bytes = 64, owner = \"device\", initial = \"true\" }]";
+    let devices: String = LIES.iter().map(|(name, _)| device(name, "state", pages)).collect();
+    let bus = net::bus(rig, &devices)?;
+    let spec = Spec::new("lies").args(&format!("--slots {SLOTS}"));
+    let inner = spec.device("net", &bus.socket("net")).boot(rig)?;
+    all(rig, &bus, &inner)?;
+    inner.power_off()
+}
+
+fn all(rig: &Rig, bus: &InnerBus, inner: &Inner) -> Result<()> {
+    let nic = net::nic(&inner.guest)?;
+    net::exchange(rig, &inner.guest, EXCHANGE)?;
+    let stream = endless(rig, inner)?;
+    let files = open_files(rig, inner)?;
+    for (name, fate) in LIES {
+        let Refused(why) = fate else { continue };
+        let liar = Liar::start(rig, bus, name)?;
+        match liar.plug(inner) {
+            Ok(()) => bail!("{name} is believed"),
+            Err(error) => ensure!(format!("{error:#}").contains(why), "{name}: {error:#}, and not {why}"),
+        }
+        liar.running.wait_for("lies", LIMIT).with_context(|| format!("{name} was never told"))?;
+        liar.end()?;
+        ensure!(plugged(inner)? == ["net"], "{name} has changed what is plugged");
+    }
+    let now = open_files(rig, inner)?;
+    ensure!(now <= files + 2, "vbus-vmm has {now} files open, {files} before");
+
+    // The others at once: Linux takes 5 s to bring a device in.
+    let mut liars = Vec::new();
+    for (name, fate) in LIES.iter().filter(|(_, fate)| !matches!(fate, Refused(_))) {
+        let liar = Liar::start(rig, bus, name)?;
+        liar.plug(inner).with_context(|| format!("{name} is to be plugged"))?;
+        liars.push((liar, matches!(fate, Works)));
+    }
+    let mut left = vec!["net"];
+    for (liar, works) in &liars {
+        if *works {
+            let found =
+                inner.guest.start(&format!("until vbus guest list | grep -q '{}'; do sleep 0.1; done", liar.name))?;
+            found.ok(LIMIT).with_context(|| format!("the guest does not find {}", liar.name))?;
+            check_driver(bus, inner, liar.name, "honest").with_context(|| format!("with {}", liar.name))?;
+            left.push(liar.name);
+        } else {
+            wait_plugged(inner, |names| !names.iter().any(|name| name == liar.name))
+                .with_context(|| format!("{} is not dropped", liar.name))?;
+        }
+        liar.running.wait_for("lies", LIMIT).with_context(|| format!("{} was never told", liar.name))?;
+        if liar.name == "memory" {
+            liar.running.wait_for("touched", LIMIT)?;
+            let said = liar.running.said();
+            let refusals = said.0.matches("touches: error").count();
+            ensure!(refusals == TOUCHES, "memory was refused {refusals} times: {said:?}");
+        }
+    }
+    ensure!(plugged(inner)? == left, "left are {:?}", plugged(inner)?);
+    liars.iter().try_for_each(|(liar, _)| liar.end())?;
+    wait_plugged(inner, |names| names == ["net"]).context("after all servers have gone")?;
+
+    // The slots that they were in are good for an honest one.
+    let name = LIES[0].0;
+    inner.control(&json!({ "op": "plug", "name": name, "socket": bus.socket(name) }).to_string())?;
+    inner.guest.start(&format!("until vbus guest list | grep -q '{name}'; do sleep 0.1; done"))?.ok(LIMIT)?;
+    check_driver(bus, inner, name, "honest")?;
+
+    ensure!(stream.0.runs() && stream.1.runs(), "the stream has ended: {:?}", stream.0.said());
+    stop(&stream.0, &stream.1)?;
+    net::exchange(rig, &inner.guest, EXCHANGE)?;
+    ensure!(nic.driver.runs(), "the driver of the NIC has ended: {:?}", nic.driver.said());
+    let (out, err) = inner.vmm.said();
+    ensure!(!err.contains("panicked") && out.len() + err.len() < LOG_MAX, "it has said too much");
+    Ok(())
+}
+
+/// How often the lie `memory` asks for memory: five places, to be read and written.
+const TOUCHES: usize = 10;
+
+/// The names of the devices.
+fn plugged(inner: &Inner) -> Result<Vec<String>> {
+    let (devices, _) = inner.control(r#"{"op":"devices"}"#)?;
+    let mut names: Vec<_> =
+        devices.iter().filter_map(|device: &Value| device["name"].as_str().map(str::to_owned)).collect();
+    // As they were plugged, whatever their slots.
+    names.sort_by_key(|name| LIES.iter().position(|(lie, _)| lie == name).map_or(0, |at| at + 1));
+    Ok(names)
+}
+
+fn wait_plugged(inner: &Inner, right: impl Fn(&[String]) -> bool) -> Result<()> {
+    let until = Instant::now() + LIMIT;
+    loop {
+        let names = plugged(inner)?;
+        if right(&names) {
+            return Ok(());
+        }
+        ensure!(Instant::now() < until, "still plugged: {names:?}");
+    }
+}
