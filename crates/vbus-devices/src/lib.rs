@@ -29,12 +29,12 @@ use vbus_core::DeviceClass;
 
 /// All classes of this crate.
 pub fn classes() -> Vec<Box<dyn DeviceClass>> {
-    vec![
-        Box::new(venet::VenetClass::new()),
-        Box::new(state::StateClass),
-        Box::new(sched::SchedClass::new()),
-        Box::new(pic::PicClass),
-    ]
+    classes_with(sched::SchedClass::new())
+}
+
+/// All classes of this crate, with a `sched` that is made otherwise than by [`SchedClass::new`](sched::SchedClass::new).
+pub fn classes_with(sched: sched::SchedClass) -> Vec<Box<dyn DeviceClass>> {
+    vec![Box::new(venet::VenetClass::new()), Box::new(state::StateClass), Box::new(sched), Box::new(pic::PicClass)]
 }
 
 /// Takes a lock that a panic may have poisoned: one task's panic must not take the others with it.

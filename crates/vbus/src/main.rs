@@ -51,6 +51,9 @@ enum Command {
     /// Look at configuration files
     #[command(subcommand)]
     Config(command::config::Command),
+    /// What `vbus serve` starts, and nobody else
+    #[command(name = serve::guardian::COMMAND, hide = true)]
+    Guardian,
 }
 
 fn main() -> ExitCode {
@@ -63,6 +66,7 @@ fn main() -> ExitCode {
         Command::QemuArgs(args) => command::qemu_args::run(args),
         Command::Guest(args) => guest::run(args),
         Command::Config(command) => command::config::run(command),
+        Command::Guardian => return serve::guardian::run(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -169,8 +169,88 @@ fn every_end_gives_the_threads_back() {
     stage.bus.good(&["device", "add", "cpus", "--class", "sched", "--set", &threads]);
     let driver = stage.follow_task();
     stage.wait_boosted((1, 7));
+    let guardian = guardian(&stage.bus);
     stage.bus.signal(Signal::TERM);
     assert!(stage.bus.child.wait().unwrap().success());
     assert!(stage.are_own(), "once the bus has ended");
+    assert!(has_ended(guardian), "an orderly end leaves no guardian");
+    end(driver);
+}
+
+/// The process ids of the bus's children.
+fn children(bus: &Served) -> Vec<i32> {
+    let processes = std::fs::read_dir("/proc").unwrap().flatten();
+    let numbers = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    let parent = bus.child.id().to_string();
+    let is_child = |process: &i32| {
+        let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+        stat.rsplit(") ").next().and_then(|fields| fields.split_whitespace().nth(1)) == Some(&parent)
+    };
+    numbers.filter(is_child).collect()
+}
+
+/// Whether a process has ended; whoever is its parent now may not have looked after it yet.
+fn has_ended(process: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+    stat.rsplit(") ").next().is_none_or(|fields| fields.is_empty() || fields.starts_with(['Z', 'X']))
+}
+
+fn guardian(bus: &Served) -> i32 {
+    let children = children(bus);
+    assert_eq!(children.len(), 1, "{children:?}");
+    children[0]
+}
+
+#[test]
+fn a_bus_that_is_killed_gives_the_threads_back() {
+    let Some(mut stage) = Stage::set("boost-ms = 60000") else { return };
+    assert!(children(&stage.bus).is_empty(), "before a thread is changed");
+    let driver = stage.follow_task();
+    stage.wait_boosted((1, 7));
+    let first = guardian(&stage.bus);
+    // What is meant for the bus does not end it.
+    for signal in [Signal::INT, Signal::TERM, Signal::HUP, Signal::QUIT] {
+        wait_until("the guardian to catch its signals", || {
+            let status = std::fs::read_to_string(format!("/proc/{first}/status")).unwrap();
+            let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap().trim().to_owned();
+            u64::from_str_radix(&caught, 16).unwrap() & 1 << (signal.as_raw() - 1) != 0
+        });
+        rustix::process::kill_process(Pid::from_raw(first).unwrap(), signal).unwrap();
+    }
+    stage.bus.signal(Signal::KILL);
+    stage.bus.child.wait().unwrap();
+    stage.wait_own();
+    wait_until("the guardian to end", || has_ended(first));
+    end(driver);
+    let log = std::fs::read_to_string(&stage.bus.log).unwrap();
+    assert!(log.contains("the bus was killed: 1 threads got their scheduling class back"), "{log}");
+}
+
+#[test]
+fn a_guardian_that_was_killed_has_a_successor() {
+    let Some(mut stage) = Stage::set("boost-ms = 60000") else { return };
+    let driver = stage.follow_task();
+    stage.wait_boosted((1, 7));
+    let first = guardian(&stage.bus);
+    rustix::process::kill_process(Pid::from_raw(first).unwrap(), Signal::KILL).unwrap();
+    wait_until("the guardian to end", || has_ended(first));
+    end(driver);
+    stage.wait_own();
+    // The first one may have been started less than a second ago, so that there is none at once.
+    let began = std::time::Instant::now();
+    let (driver, second) = loop {
+        let driver = stage.follow_task();
+        stage.wait_boosted((1, 7));
+        match children(&stage.bus).into_iter().find(|process| *process != first) {
+            Some(second) => break (driver, second),
+            None => end(driver),
+        }
+        stage.wait_own();
+        assert!(began.elapsed() < support::PATIENCE, "there is no other guardian");
+    };
+    stage.bus.signal(Signal::KILL);
+    stage.bus.child.wait().unwrap();
+    stage.wait_own();
+    wait_until("the second guardian to end", || has_ended(second));
     end(driver);
 }

@@ -29,8 +29,7 @@ struct Raw {
     changes: u32,
     #[serde(default = "half_a_second")]
     boost_ms: u32,
-    #[serde(default = "ninety")]
-    boost_share: u32,
+    boost_share: Option<u32>,
 }
 
 /// In the order of their numbers, from 1.
@@ -60,10 +59,10 @@ fn half_a_second() -> u32 {
     500
 }
 
-fn ninety() -> u32 {
-    90
-}
-
+/// *Share*, if the settings do not say ...
+const SHARE: u32 = 90;
+/// ... and the share that is none.
+const SHARE_ALL: u32 = 100;
 /// Virtual CPUs with pages, if the settings do not say.
 const CPUS: u32 = 64;
 const CHANGES_MAX: u32 = 100_000;
@@ -90,8 +89,9 @@ pub struct Config {
 }
 
 impl Config {
-    /// Checks the settings.
-    pub fn parse(config: &Value) -> Result<Config, CreateError> {
+    /// Checks the settings. `tells_time`: the kernel tells how much processor time a thread has used; if it does not, there is no bound for it, and
+    /// it is an error to have asked for one.
+    pub fn parse(config: &Value, tells_time: bool) -> Result<Config, CreateError> {
         let bad = |text: String| Err(CreateError(text));
         let raw: Raw = serde_json::from_value(config.clone()).map_err(|error| CreateError(error.to_string()))?;
         let (origin, implied) = match (raw.threads, raw.qmp, raw.vmm) {
@@ -131,8 +131,15 @@ impl Config {
         if !BOOST_MS.contains(&raw.boost_ms) {
             return bad(format!("\"boost-ms\" is {}; use {} to {}", raw.boost_ms, BOOST_MS.start(), BOOST_MS.end()));
         }
-        if !(1..=100).contains(&raw.boost_share) {
-            return bad(format!("\"boost-share\" is {}; use 1 to 100 percent", raw.boost_share));
+        let share = raw.boost_share.unwrap_or(if tells_time { SHARE } else { SHARE_ALL });
+        if !(1..=SHARE_ALL).contains(&share) {
+            return bad(format!("\"boost-share\" is {share}; use 1 to 100 percent"));
+        }
+        if share < SHARE_ALL && !tells_time {
+            return bad(format!(
+                "\"boost-share\" is {share}, but this kernel does not tell how much time a thread has used (/proc/PID/schedstat, \
+                 CONFIG_SCHED_INFO): leave it out, or set it to 100, which is no bound"
+            ));
         }
         // Two requests must fit, so that an honest driver can renew what it has.
         if u64::from(raw.boost_ms) * u64::from(raw.changes) < 2000 {
@@ -148,7 +155,7 @@ impl Config {
             nice_min: raw.nice_min,
             changes: raw.changes,
             boost: Duration::from_millis(raw.boost_ms.into()),
-            share: raw.boost_share,
+            share,
         };
         Ok(Config { origin, cpus, policy })
     }
@@ -210,15 +217,24 @@ mod tests {
             (json!({ "qmp": "a", "changes": 3 }), "at least 2000"),
             (json!({ "qmp": "a", "nice": 1 }), "unknown field `nice`"),
         ] {
-            let error = Config::parse(&config).err().unwrap().to_string();
+            let error = Config::parse(&config, true).err().unwrap().to_string();
             assert!(error.contains(text), "{config}: {error}");
         }
     }
 
     #[test]
+    fn a_share_that_cannot_be_kept_is_refused_or_not_promised() {
+        let share = |config: Value| Config::parse(&config, false).map(|config| config.policy.share);
+        assert_eq!(share(json!({ "qmp": "a" })).unwrap(), 100);
+        assert_eq!(share(json!({ "qmp": "a", "boost-share": 100 })).unwrap(), 100);
+        let error = share(json!({ "qmp": "a", "boost-share": 50 })).unwrap_err().to_string();
+        assert!(error.contains("CONFIG_SCHED_INFO"), "{error}");
+    }
+
+    #[test]
     fn the_driver_reads_the_policy() {
         let config = json!({ "qmp": "a", "cpus": 4, "allow": ["rr", "idle"], "priority-max": 30, "changes": 200, "boost-ms": 50 });
-        let config = Config::parse(&config).unwrap();
+        let config = Config::parse(&config, true).unwrap();
         let words: Vec<u32> =
             config.area().chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().unwrap())).collect();
         assert_eq!(words, [4, 1 << 5 | 1 << 3, 30, 0x8000_0000, 200, 50, 90]);

@@ -2,11 +2,13 @@
 //!
 //! The driver says in a state page for each virtual CPU what class and priority that which runs there now is of; the device gives the virtual
 //! CPU's thread on the host the same, as far as the host's policy allows, and says in a report page what it did. `cpu` is the
-//! heart of it; `thread` is the only one to touch a thread, `lookup` finds out which those are.
+//! heart of it; `thread` is the one to change a thread, `lookup` finds out which those are, and by `ledger` another process gives them back if this one is killed.
 
+mod attributes;
 mod config;
 mod connection;
 mod cpu;
+mod ledger;
 mod lookup;
 mod policy;
 mod thread;
@@ -21,6 +23,7 @@ use crate::lock;
 use config::{Config, Origin};
 use connection::SchedConnection;
 use cpu::Cpu;
+pub use ledger::{Guardian, Ledger, Outcome, put_back};
 use lookup::Lookup;
 use thread::{Claims, Thread};
 
@@ -31,9 +34,14 @@ pub struct SchedClass {
 }
 
 impl SchedClass {
-    /// The class.
+    /// The class. If this process is killed, threads keep the class that they have then: see [`guarded`](SchedClass::guarded).
     pub fn new() -> SchedClass {
         SchedClass::default()
+    }
+
+    /// The class, whose devices note in `ledger` what they are about to change.
+    pub fn guarded(ledger: Arc<Ledger>) -> SchedClass {
+        SchedClass { claims: Claims::noted_in(ledger) }
     }
 }
 
@@ -48,7 +56,14 @@ impl DeviceClass for SchedClass {
     }
 
     fn create(&self, name: &str, config: &Value) -> Result<Arc<dyn Device>, CreateError> {
-        let config = Config::parse(config)?;
+        let tells_time = thread::tells_time();
+        let config = Config::parse(config, tells_time)?;
+        if !tells_time {
+            tracing::warn!(
+                device = name,
+                "this kernel does not tell how much time a thread has used (CONFIG_SCHED_INFO): \"boost-share\" is 100, no bound"
+            );
+        }
         // Threads that are named by their ids are taken now, while they are the ones that are meant.
         let mut threads = Vec::new();
         if let Origin::Threads(tids) = &config.origin {
@@ -66,7 +81,8 @@ impl DeviceClass for SchedClass {
         let cpus = (0..config.cpus).map(|_| Cpu::new(&config.policy)).collect();
         let lookup = Lookup::new(&config.origin, &self.claims);
         let state = Mutex::new(State { cpus, lookup });
-        Ok(Arc::new(SchedDevice(Arc::new(Shared { config, state, threads: Mutex::new(threads) }))))
+        let ledger = self.claims.ledger().cloned();
+        Ok(Arc::new(SchedDevice(Arc::new(Shared { config, state, threads: Mutex::new(threads), ledger }))))
     }
 }
 
@@ -76,6 +92,7 @@ struct Shared {
     state: Mutex<State>,
     /// Those of the settings, while no connection is open.
     threads: Mutex<Vec<Option<Thread>>>,
+    ledger: Option<Arc<Ledger>>,
 }
 
 struct State {
@@ -140,6 +157,9 @@ impl Device for SchedDevice {
         let mut value = json!({ "policy": self.0.config.inspect(), "privileged": privileged, "cpus": cpus });
         if let Some(error) = state.lookup.as_ref().and_then(Lookup::error) {
             value["lookup"] = error.into();
+        }
+        if let Some(error) = self.0.ledger.as_ref().and_then(|ledger| ledger.error()) {
+            value["guardian"] = error.into();
         }
         value
     }

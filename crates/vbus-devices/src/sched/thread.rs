@@ -1,5 +1,4 @@
 //! A thread of another process: what the kernel says of its scheduling, changed for a while and put back.
-#![allow(unsafe_code)] // The two system calls have no safe wrapper.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -9,94 +8,32 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use rustix::io::Errno;
-use rustix::process::{Pid, getpriority_process, setpriority_process};
-use vbus_core::shm::abi::sched as abi;
+use rustix::process::{Pid, getpriority_process};
 
+use super::attributes::{self, Attributes};
+use super::ledger::{Entry, Ledger, Note};
 use super::policy::Setting;
 use crate::lock;
 
-/// What `sched_getattr` and `sched_setattr` take, in its first form, which every kernel knows.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Attributes {
-    size: u32,
-    policy: u32,
-    flags: u64,
-    nice: i32,
-    priority: u32,
-    runtime: u64,
-    deadline: u64,
-    period: u64,
-}
-
-const BYTES: u32 = 48;
-const _: () = assert!(size_of::<Attributes>() == BYTES as usize);
-
-/// Threads and processes that the thread makes get none of its class.
-const RESET_ON_FORK: u64 = 1;
-
-const OTHER: u32 = 0;
-const FIFO: u32 = 1;
-const RR: u32 = 2;
-const BATCH: u32 = 3;
-const IDLE: u32 = 5;
-
-fn get(tid: i32) -> Result<Attributes, Errno> {
-    let mut attributes = Attributes::default();
-    // SAFETY: the kernel writes at most BYTES bytes to the structure, which has as many.
-    let result = unsafe { libc::syscall(libc::SYS_sched_getattr, tid, &raw mut attributes, BYTES, 0) };
-    if result < 0 { Err(last_errno()) } else { Ok(attributes) }
-}
-
-fn set(tid: i32, attributes: Attributes) -> Result<(), Errno> {
-    let attributes = Attributes { size: BYTES, ..attributes };
-    // SAFETY: the kernel only reads the structure, of the size that stands in it.
-    let result = unsafe { libc::syscall(libc::SYS_sched_setattr, tid, &raw const attributes, 0) };
-    if result < 0 { Err(last_errno()) } else { Ok(()) }
-}
-
-fn last_errno() -> Errno {
-    Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO)
-}
-
-impl Attributes {
-    /// What `setting` makes of a thread that has been `self`.
-    fn with(self, setting: Setting) -> Attributes {
-        let policy = match setting.class {
-            abi::CLASS_BATCH => BATCH,
-            abi::CLASS_IDLE => IDLE,
-            abi::CLASS_FIFO => FIFO,
-            abi::CLASS_RR => RR,
-            _ => OTHER,
-        };
-        let mut attributes = Attributes { policy, flags: RESET_ON_FORK, ..Attributes::default() };
-        if setting.is_real_time() {
-            attributes.priority = setting.priority.unsigned_abs();
-        } else {
-            attributes.nice = setting.priority;
-            // From Linux 6.12 on, the length of its time slice.
-            attributes.runtime = if self.is_fair() { self.runtime } else { 0 };
-        }
-        attributes
-    }
-
-    fn is_fair(self) -> bool {
-        matches!(self.policy, OTHER | BATCH | IDLE)
-    }
-
-    /// Whether setting it sets the nice value too. The other classes keep one that has no effect.
-    fn has_nice(self) -> bool {
-        matches!(self.policy, OTHER | BATCH)
-    }
-
-    /// Whether a thread that was made `self` is so still; the kernel does not return all fields as they were set.
-    fn is_still(self, now: Attributes) -> bool {
-        (self.policy, self.priority) == (now.policy, now.priority) && (!self.has_nice() || self.nice == now.nice)
-    }
-}
-
 /// The threads that devices of this process have to do with, so that no two of them take each other's settings for the thread's own.
-pub type Claims = Arc<Mutex<HashSet<i32>>>;
+#[derive(Clone, Default)]
+pub struct Claims {
+    taken: Arc<Mutex<HashSet<i32>>>,
+    /// Where it is noted what they were.
+    ledger: Option<Arc<Ledger>>,
+}
+
+impl Claims {
+    /// What is changed is noted in `ledger` before.
+    pub fn noted_in(ledger: Arc<Ledger>) -> Claims {
+        Claims { ledger: Some(ledger), ..Claims::default() }
+    }
+
+    /// The ledger.
+    pub fn ledger(&self) -> Option<&Arc<Ledger>> {
+        self.ledger.as_ref()
+    }
+}
 
 /// Why a thread could not be taken.
 #[derive(Debug, thiserror::Error)]
@@ -134,6 +71,7 @@ struct Changed {
     own_nice: i32,
     by_us: Attributes,
     setting: Setting,
+    note: Option<Note>,
 }
 
 impl Thread {
@@ -142,7 +80,7 @@ impl Thread {
         let open = |name| File::open(format!("/proc/{process}/task/{tid}/{name}"));
         let alive = open("comm").map_err(|source| TakeError::Missing { process, tid, source })?;
         let time = open("schedstat").ok();
-        if !lock(claims).insert(tid) {
+        if !lock(&claims.taken).insert(tid) {
             return Err(TakeError::Taken(tid));
         }
         Ok(Thread { tid, alive, time, changed: None, claims: claims.clone() })
@@ -194,7 +132,7 @@ impl Thread {
 
     /// What it is now, and its nice value.
     fn look(&self) -> Result<(Attributes, i32), Errno> {
-        let (attributes, nice) = (get(self.tid)?, getpriority_process(Pid::from_raw(self.tid))?);
+        let (attributes, nice) = (attributes::get(self.tid)?, getpriority_process(Pid::from_raw(self.tid))?);
         // After it, so that what was read is this thread's.
         self.check()?;
         Ok((attributes, nice))
@@ -202,35 +140,41 @@ impl Thread {
 
     /// Makes it `setting`. Returns whether that took a system call.
     pub fn apply(&mut self, setting: Setting) -> Result<bool, Errno> {
-        let (own, own_nice) = match &self.changed {
+        let (own, own_nice, from) = match &self.changed {
             Some(changed) if changed.setting == setting => return Ok(false),
-            Some(changed) => (changed.own, changed.own_nice),
-            None => self.look()?,
+            Some(changed) => (changed.own, changed.own_nice, changed.by_us),
+            None => self.look().map(|(own, own_nice)| (own, own_nice, own))?,
         };
         let by_us = own.with(setting);
+        let note = match &mut self.changed {
+            Some(changed) => changed.note.take(),
+            None => self.claims.ledger.as_ref().and_then(|ledger| ledger.begin(self.tid)),
+        };
+        // If the change fails, the entry of the one before holds too: the thread is still what it came from.
+        let note = note.filter(|note| note.write(&Entry { own, own_nice, from, to: by_us }));
         // The id could only get a new bearer in the moment between the two, and only once all others have been given out.
-        self.check()?;
-        set(self.tid, by_us)?;
-        self.changed = Some(Changed { own, own_nice, by_us, setting });
-        Ok(true)
+        let done = self.check().and_then(|()| attributes::set(self.tid, by_us));
+        match (&mut self.changed, done) {
+            (_, Ok(())) => self.changed = Some(Changed { own, own_nice, by_us, setting, note }),
+            (Some(changed), Err(_)) => changed.note = note,
+            (None, Err(_)) => {}
+        }
+        done.map(|()| true)
     }
 
     /// Puts back what it was, unless somebody else has made it something else meanwhile. Returns whether that took a system call.
     pub fn restore(&mut self) -> Result<bool, Errno> {
-        let Some(Changed { own, own_nice, by_us, .. }) = self.changed.take() else { return Ok(false) };
+        // Its note ends with this call: whatever comes of it, nobody else could do better.
+        let Some(Changed { own, own_nice, by_us, note, .. }) = self.changed.take() else { return Ok(false) };
         match self.look() {
             Ok((now, _)) if by_us.is_still(now) => {}
             Ok(_) | Err(Errno::SRCH) => return Ok(false),
             Err(error) => return Err(error),
         }
-        match set(self.tid, own) {
-            // Only who has CAP_SYS_NICE may take that flag back.
-            Err(Errno::PERM) => set(self.tid, Attributes { flags: own.flags | RESET_ON_FORK, ..own })?,
-            result => result?,
+        if let Some(note) = &note {
+            note.write(&Entry { own, own_nice, from: by_us, to: own });
         }
-        if !own.has_nice() {
-            setpriority_process(Pid::from_raw(self.tid), own_nice)?;
-        }
+        attributes::put_back(self.tid, own, own_nice)?;
         Ok(true)
     }
 }
@@ -240,8 +184,15 @@ impl Drop for Thread {
         if let Err(error) = self.restore() {
             tracing::error!(thread = self.tid, %error, "cannot put a thread's scheduling class back");
         }
-        lock(&self.claims).remove(&self.tid);
+        lock(&self.claims.taken).remove(&self.tid);
     }
+}
+
+/// Whether the kernel tells how much processor time a thread has used. Without CONFIG_SCHED_INFO the file is not there; where that is only
+/// for delay accounting, and this is switched off, it has zeros. This thread has had a time slice at least.
+pub fn tells_time() -> bool {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+    text.split_ascii_whitespace().any(|number| number != "0")
 }
 
 /// Whether this process may set the class of any thread to any (CAP_SYS_NICE).

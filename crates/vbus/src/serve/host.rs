@@ -8,8 +8,10 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 use vbus_core::{Bus, Endpoint, Executor};
+use vbus_devices::sched::{Ledger, SchedClass};
 use vbus_vfio_user::DeviceServer;
 
+use super::guardian::Guardian;
 use crate::config::{Config, DeviceSpec};
 use crate::rundir::Claimed;
 
@@ -20,6 +22,7 @@ const RESERVED: &str = "control";
 pub struct Host {
     claimed: Claimed,
     bus: Bus,
+    guardian: Arc<Guardian>,
     /// By name. Not locked while a device is made or ended, which may take as long as its back end takes.
     served: Mutex<BTreeMap<String, DeviceServer>>,
 }
@@ -28,8 +31,11 @@ impl Host {
     /// An empty bus.
     pub fn start(claimed: Claimed, config: &Config) -> Result<Host> {
         let executor = Executor::start(config.tuning).context("starting the event loop")?;
-        let bus = Bus::new(executor, vbus_devices::classes(), config.trust);
-        Ok(Host { claimed, bus, served: Mutex::default() })
+        let guardian = Arc::new(Guardian::default());
+        let ledger = Ledger::new(guardian.clone()).context("making a file in memory")?;
+        let classes = vbus_devices::classes_with(SchedClass::guarded(ledger));
+        let bus = Bus::new(executor, classes, config.trust);
+        Ok(Host { claimed, bus, guardian, served: Mutex::default() })
     }
 
     /// Where the sockets are.
@@ -127,5 +133,6 @@ impl Host {
             drop(server);
             let _ = self.bus.remove(&name);
         }
+        self.guardian.stop();
     }
 }

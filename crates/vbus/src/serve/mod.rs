@@ -1,6 +1,7 @@
 //! `vbus serve`: the bus, a vfio-user socket for each device, the control socket.
 
 mod control;
+pub mod guardian;
 mod host;
 pub mod log;
 
