@@ -43,7 +43,8 @@ pub struct Machine {
 pub enum Processor {
     /// What the lab has chosen.
     Lab,
-    /// QEMU's translator with AMD's SVM, so that the guest has a KVM of its own.
+    /// QEMU's translator with AMD's SVM, so that the guest has a KVM of its own. A thread for each CPU: taking turns on one, they would lose the
+    /// guests of that KVM at the first turn that falls on an injected interrupt.
     Svm,
     /// The same on one thread and by a clock that counts instructions, so that a run can be repeated.
     CountedSvm,

@@ -39,8 +39,8 @@ pub fn traffic(rig: &Rig, _: &mut Figures) -> Result<()> {
     let nic = net::nic(&inner.guest)?;
     net::exchange(rig, &inner.guest, EXCHANGE)?;
 
-    let moves = move_interrupts(&inner)?;
-    eprintln!("the NIC's interrupt moved {moves} times");
+    move_interrupts(&inner)?;
+    move_under_stream(rig, &inner)?;
     net::exchange(rig, &inner.guest, EXCHANGE)?;
     ensure!(nic.driver.runs(), "the driver has ended: {:?}", nic.driver.said());
 
@@ -51,13 +51,33 @@ pub fn traffic(rig: &Rig, _: &mut Figures) -> Result<()> {
     inner.power_off()
 }
 
-/// Moves the NIC's interrupt to the other CPU and waits until it is taken there, several times. The traffic is one packet at a time, for each of
-/// which the NIC interrupts; a stream, which both ends poll, would have next to no interrupts.
-fn move_interrupts(inner: &Inner) -> Result<u32> {
-    const MOVES: u32 = 6;
+/// The number that the guest has given the NIC's interrupt.
+fn interrupt_number(inner: &Inner) -> Result<String> {
     // "21:   10   20  IO-APIC ...": the counts of the CPUs in their order.
     let line = inner.guest.ok("grep uio /proc/interrupts")?;
-    let number = line.trim().split(':').next().context("no interrupt of the NIC")?;
+    line.trim().split(':').next().map(str::to_owned).context("no interrupt of the NIC")
+}
+
+/// Moves the NIC's interrupt to and fro while a stream leaves the guest, which must not stand still. It has few interrupts, since both ends poll,
+/// but each of them that is lost would end it.
+fn move_under_stream(rig: &Rig, inner: &Inner) -> Result<()> {
+    const MOVES: u32 = 20;
+    const BETWEEN: u64 = 8 * net::MIB;
+    let number = interrupt_number(inner)?;
+    let (sender, receiver) = endless(rig, inner)?;
+    for step in 0..MOVES {
+        inner.guest.ok(&format!("echo {} > /proc/irq/{number}/smp_affinity", 1 << (step % 2)))?;
+        net::pass(rig, BETWEEN).with_context(|| format!("after move {step} of interrupt {number}"))?;
+    }
+    ensure!(sender.runs() && receiver.runs(), "the stream has ended: {:?}", sender.said());
+    stop(&sender, &receiver)
+}
+
+/// Moves the NIC's interrupt to the other CPU and waits until it is taken there, several times. The traffic is one packet at a time, for each of
+/// which the NIC interrupts.
+fn move_interrupts(inner: &Inner) -> Result<()> {
+    const MOVES: u32 = 6;
+    let number = interrupt_number(inner)?;
     let pings = inner.guest.start(&format!("ping -q -i 0.05 {OUTER}"))?;
     for step in 0..MOVES {
         let cpu = step % 2;
@@ -79,7 +99,7 @@ fn move_interrupts(inner: &Inner) -> Result<u32> {
     let (sent, received): (Option<u32>, Option<u32>) = (count(0), count(3));
     let lost = sent.zip(received).map(|(sent, received)| sent.saturating_sub(received));
     ensure!(lost.is_some_and(|lost| lost < 5), "pings were lost:\n{told}");
-    Ok(MOVES)
+    Ok(())
 }
 
 /// Ends such a stream.

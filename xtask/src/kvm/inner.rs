@@ -36,8 +36,10 @@ pub enum Vmm {
 
 /// What stands before a VMM on its command line, for a guest with so many CPUs.
 pub fn place(rig: &Rig, cpus: u32) -> &'static str {
-    // All CPUs of a guest share one of L1: with one each, QEMU's emulated SVM loses a busy guest of two CPUs within a minute (a triple
-    // fault, a hang, L1's own end), under its own VMM as under ours.
+    // All CPUs of a guest share one of L1, which makes it less likely that the emulated SVM loses the guest: QEMU delivers an interrupt that VMRUN
+    // has injected once more, masked or not, when anything but an interrupt calls the emulating thread out of the guest. (`stop` and `cont` on
+    // QEMU's control channel do it at will, and the guest hangs within a second, be it one of one CPU.) With a CPU of L1 for each of its own, a
+    // guest of two ended in one of 14 streams, by a triple fault.
     if cpus > 1 && rig.is_emulated() { "taskset 1 " } else { "" }
 }
 

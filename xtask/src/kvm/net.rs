@@ -105,7 +105,7 @@ fn passed(rig: &Rig) -> Result<u64> {
 }
 
 /// Waits until so many more have passed.
-fn pass(rig: &Rig, bytes: u64) -> Result<()> {
+pub fn pass(rig: &Rig, bytes: u64) -> Result<()> {
     let (until, limit) = (passed(rig)? + bytes, Instant::now() + TRANSFER);
     while passed(rig)? < until {
         ensure!(Instant::now() < limit, "{bytes} bytes do not pass within {} s", TRANSFER.as_secs());
