@@ -54,6 +54,7 @@ pub const SCENARIOS: &[Scenario] = &[
         flat::drives_devices,
     ),
     scenario("sched", "virtual CPUs' threads follow a guest's real-time tasks, and are given back", sched::follows),
+    scenario("sched_kill_bus", "kill -9 of the bus: the threads are given back all the same", sched::bus_killed),
     scenario(
         "sched_latency",
         "how late a guest's real-time task wakes under load, with and without sched",

@@ -41,8 +41,12 @@ struct Stage {
 
 impl Stage {
     fn set(scene: &Scene) -> Result<Stage> {
+        Stage::set_with(scene, BOOST)
+    }
+
+    fn set_with(scene: &Scene, boost: Duration) -> Result<Stage> {
         let qmp = scene.dir().join("a.qmp");
-        let boost = BOOST.as_millis();
+        let boost = boost.as_millis();
         let settings = format!("qmp = \"{}\"\npriority-max = {HIGHEST}\nboost-ms = {boost}", qmp.display());
         let bus = Bus::start(scene, &device("cpus", "sched", &settings))?;
         let shown: Value = serde_json::from_str(&bus.run(&["device", "show", "cpus", "--json"])?)?;
@@ -175,6 +179,20 @@ pub fn follows(scene: &Scene) -> Result<()> {
     let status = stage.bus.process.terminate(LIMIT)?;
     ensure!(status.success(), "the bus ended with {status}");
     ensure!([stage.class(0)?, stage.class(1)?] == [OWN, OWN], "the end of the bus leaves {:?}", stage.class(0)?);
+    Ok(())
+}
+
+/// `kill -9` of the bus: the threads get their own class back, and not because it would have ended by itself.
+pub fn bus_killed(scene: &Scene) -> Result<()> {
+    let mut stage = Stage::set_with(scene, Duration::from_secs(60))?;
+    let guest = stage.vm.guest.clone();
+    let _tasks = [stage.task(0, 6)?, stage.task(1, 7)?];
+    let driver = guest.start("exec vbus guest sched --sleeping")?;
+    stage.wait("two tasks", [fifo(6), fifo(7)])?;
+    stage.bus.process.kill()?;
+    let took = stage.wait("the bus was killed", [OWN, OWN])?;
+    eprintln!("once the bus was killed the threads had their own class within {} ms", took.as_millis());
+    drop(driver);
     Ok(())
 }
 
