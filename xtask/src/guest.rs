@@ -104,6 +104,13 @@ impl Guest {
         lock(&self.state.0).silent
     }
 
+    /// Waits until the agent says something, anything, or it is certain that it does not: whoever has waited for something else in vain learns so
+    /// whether the guest hangs. For a guest under [`Guest::watch`], which bounds the wait.
+    pub fn answers(&self) -> bool {
+        let before = lock(&self.state.0).frames;
+        self.frame("ping\n").is_ok() && self.wait(Duration::MAX, |state| (state.frames > before).then_some(())).is_ok()
+    }
+
     /// Starts a command and returns its standard input and output as a stream, for a guest inside the guest.
     ///
     /// The stream ends with the command.
@@ -368,11 +375,26 @@ mod tests {
             let limit = if hangs { LIMIT } else { SILENCE * 3 };
             let error = guest.run_for("sleep 1000", limit).unwrap_err();
             assert_eq!(guest.hung(), hangs, "{error:#}");
+            assert_eq!(guest.answers(), !hangs);
             assert_eq!(format!("{error:#}").contains("hangs"), hangs, "{error:#}");
             assert!(began.elapsed() < LIMIT / 2);
             closer.shutdown(Shutdown::Both).unwrap();
             agent.join().unwrap();
         }
+    }
+
+    #[test]
+    fn who_waited_too_short_to_know_can_ask_whether_a_guest_hangs() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let closer = theirs.try_clone().unwrap();
+        let agent = agent(theirs, 0);
+        let guest = Guest::new("test", ours).unwrap();
+        guest.wait_boot(1, LIMIT).unwrap();
+        guest.watch(Duration::from_millis(400));
+        guest.run_for("true", Duration::from_millis(1)).unwrap_err();
+        assert!(!guest.answers() && guest.hung());
+        closer.shutdown(Shutdown::Both).unwrap();
+        agent.join().unwrap();
     }
 
     #[test]

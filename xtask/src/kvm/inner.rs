@@ -1,5 +1,6 @@
 //! L2: a guest on the KVM of L1, under `vbus-vmm` or QEMU, and the bus that serves its devices.
 
+use std::cell::Cell;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -126,7 +127,7 @@ impl Spec {
         // Connected long before the guest's kernel has booted, so that nothing is lost of what its agent says.
         let port = rig.guest.tunnel(&format!("exec guest-agent join {run}/{name}.agent"))?;
         let guest = Guest::new(name, port)?;
-        Ok(Inner { guest, vmm, rig, name, ended: false })
+        Ok(Inner { guest, vmm, rig, name, watched: Cell::new(false), ended: false })
     }
 }
 
@@ -138,6 +139,8 @@ pub struct Inner<'a> {
     pub vmm: Running,
     rig: &'a Rig<'a>,
     name: &'static str,
+    /// It has booted, and is watched for silence.
+    watched: Cell<bool>,
     /// It was told to end.
     ended: bool,
 }
@@ -154,7 +157,7 @@ impl Inner<'_> {
                 return Err(error.context(format!("its console:\n{console}\nits VMM:\n{out}{err}")));
             }
         }
-        if times == 1 {
+        if !self.watched.replace(true) {
             self.guest.watch(SILENCE);
         }
         Ok(())
@@ -203,11 +206,13 @@ impl Inner<'_> {
 
 impl Drop for Inner<'_> {
     fn drop(&mut self) {
-        if self.guest.hung() {
+        let (out, err) = self.vmm.said();
+        // What has failed waited less long than it takes to know that a guest hangs.
+        let hung = !self.ended && self.watched.get() && self.vmm.runs() && !self.guest.answers();
+        if hung || self.guest.hung() || (self.rig.is_emulated() && err.contains("triple fault")) {
             self.rig.note_hang();
         }
         // After an end that was asked for there is nothing to tell.
-        let (out, err) = self.vmm.said();
         let state = if self.vmm.runs() { "runs" } else { "has ended by itself" };
         if !self.ended {
             eprintln!("the VMM of {} {state}; it said:\n{out}{err}", self.name);

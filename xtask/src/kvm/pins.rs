@@ -13,7 +13,7 @@ use crate::vm::device;
 
 /// Devices: as many as there are pins for them, and two more.
 const DEVICES: usize = PINS + 2;
-/// Pins that INTx has ([`spec/vmm.md`]).
+/// Pins that INTx has (`spec/vmm.md`).
 const PINS: usize = 8;
 /// How often each device interrupts.
 const ROUNDS: u32 = 8;

@@ -49,7 +49,7 @@ pub struct Rig<'a> {
     pub guest: Guest,
     scene: Scene<'a>,
     place: Place,
-    /// A guest in L1 hung, see [`Rig::hung`].
+    /// A guest in L1 hung or was lost, see [`Rig::hung`].
     inner_hung: Cell<bool>,
 }
 
@@ -117,12 +117,13 @@ impl<'a> Rig<'a> {
         text.trim().parse().with_context(|| format!("KVM's counter {name} is {text:?}"))
     }
 
-    /// Whether L1 or a guest in it has hung, or L1 has begun anew: a fault of the emulation as a rule, and no result of a test.
+    /// Whether L1 or a guest in it has hung, or begun anew by itself: a fault of the emulation as a rule (see [`place`](super::inner::place)), and no
+    /// result of a test.
     pub fn hung(&self) -> bool {
         self.inner_hung.get() || self.guest.hung() || self.guest.boots() > 1
     }
 
-    /// Notes that a guest in L1 hung.
+    /// Notes that a guest in L1 hung, or that the emulated processor has lost it by a triple fault.
     pub fn note_hang(&self) {
         self.inner_hung.set(true);
     }
