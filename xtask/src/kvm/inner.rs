@@ -207,9 +207,10 @@ impl Inner<'_> {
 impl Drop for Inner<'_> {
     fn drop(&mut self) {
         let (out, err) = self.vmm.said();
+        let fell = self.rig.is_emulated() && err.contains("triple fault");
         // What has failed waited less long than it takes to know that a guest hangs.
-        let hung = !self.ended && self.watched.get() && self.vmm.runs() && !self.guest.answers();
-        if hung || self.guest.hung() || (self.rig.is_emulated() && err.contains("triple fault")) {
+        let hangs = || !self.ended && self.watched.get() && self.vmm.runs() && !self.guest.answers();
+        if fell || self.guest.hung() || hangs() {
             self.rig.note_hang();
         }
         // After an end that was asked for there is nothing to tell.
