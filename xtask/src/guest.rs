@@ -235,16 +235,36 @@ pub struct Running {
 impl Running {
     /// Waits for the end of the command; one that takes longer than `limit` is killed, and that is an error.
     pub fn wait(&self, limit: Duration) -> Result<Output> {
-        let ended = self.guest.wait(limit, |state| {
-            let heard = state.commands.get(&self.id)?;
-            let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-            heard.code.map(|code| Output { code, stdout: text(&heard.out), stderr: text(&heard.err) })
-        });
-        ended.map_err(|error| {
-            let _ = self.kill();
-            let (out, err) = self.said();
-            error.context(format!("guest {}: {}\n{out}{err}", self.guest.name, self.command))
-        })
+        self.guest.wait(limit, |state| self.ended(state)).map_err(|error| self.give_up(error))
+    }
+
+    /// Waits for the end of the command; one that says nothing for `silence` is killed, and that is an error.
+    pub fn wait_talking(&self, silence: Duration) -> Result<Output> {
+        let mut heard = 0;
+        loop {
+            let news = self.guest.wait(silence, |state| {
+                let ended = self.ended(state);
+                let said = state.commands.get(&self.id).map_or(0, |heard| heard.out.len() + heard.err.len());
+                (ended.is_some() || said > heard).then_some((ended, said))
+            });
+            match news.map_err(|error| self.give_up(error))? {
+                (Some(output), _) => return Ok(output),
+                (None, said) => heard = said,
+            }
+        }
+    }
+
+    fn ended(&self, state: &State) -> Option<Output> {
+        let heard = state.commands.get(&self.id)?;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        heard.code.map(|code| Output { code, stdout: text(&heard.out), stderr: text(&heard.err) })
+    }
+
+    /// Kills the command, for which `error` says why; tells what it has said.
+    fn give_up(&self, error: anyhow::Error) -> anyhow::Error {
+        let _ = self.kill();
+        let (out, err) = self.said();
+        error.context(format!("guest {}: {}\n{out}{err}", self.guest.name, self.command))
     }
 
     /// Waits for the command to succeed; returns what it printed.

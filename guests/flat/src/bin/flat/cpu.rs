@@ -65,6 +65,9 @@ pub fn cycles() -> u64 {
     unsafe { _rdtsc() }
 }
 
+/// The flag of a processor that lets interrupts in.
+pub const INTERRUPTS_ON: u32 = 1 << 9;
+
 /// Lets interrupts in, or not. Between two calls that let them in and keep them out, at least one that is pending is taken.
 pub fn interrupts(on: bool) {
     // SAFETY: handlers run on stacks of their own and change counters only.

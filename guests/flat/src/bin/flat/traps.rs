@@ -11,7 +11,7 @@ use core::mem::offset_of;
 use core::ptr;
 use core::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering};
 
-use crate::cpu::write_msr;
+use crate::cpu::{self, write_msr};
 use crate::power;
 use crate::report::line;
 use crate::smp::CPUS_MAX;
@@ -149,6 +149,9 @@ global_asm!(
     "push rax",
     "push rcx",
     "push rdx",
+    // Below what was pushed is the processor's frame, with the flags in its third word.
+    "test dword ptr [rsp + 48], {interrupts_on}",
+    "jz 5f",
     "inc qword ptr gs:[{taken}]",
     "inc qword ptr gs:[{by_vector} + rsi * 8]",
     "movzx ecx, byte ptr [{ends} + rsi]",
@@ -211,7 +214,14 @@ global_asm!(
     "pop rax",
     "pop rsi",
     "iretq",
+    "5: mov rdi, [rsp + 32]",
+    "and rsp, -16",
+    "cld",
+    "call {kept_out}",
+    "ud2",
     exception = sym exception,
+    kept_out = sym kept_out,
+    interrupts_on = const cpu::INTERRUPTS_ON,
     taken = const offset_of!(Local, taken),
     by_vector = const offset_of!(Local, by_vector),
     by_register = const offset_of!(Local, by_register),
@@ -251,6 +261,20 @@ extern "C" fn exception(frame: &Frame) -> ! {
         .text("rip", format_args!("{:#x}", frame.rip))
         .text("rsp", format_args!("{:#x}", frame.rsp))
         .text("cr2", format_args!("{address:#x}"))
+        .end();
+    power::off()
+}
+
+/// No processor delivers an interrupt while they are kept out; an emulated one may. The frame of the handler that it came into is overwritten then,
+/// so there is nowhere to go back to.
+extern "C" fn kept_out(rip: u64, index: u64) -> ! {
+    line("interrupt")
+        .value("ok", false)
+        .value("kept-out", true)
+        .value("cpu", number())
+        .value("vector", u64::from(FIRST) + index)
+        .text("rip", format_args!("{rip:#x}"))
+        .text("error", "an interrupt came while interrupts were kept out")
         .end();
     power::off()
 }
