@@ -31,7 +31,10 @@ const LIMIT: Duration = Duration::from_secs(120);
 
 /// The tests of vbus-kvm, of which a KVM that is none of a processor's can run a part only: here all of them, and nothing is left out.
 pub fn connector(rig: &Rig, _: &mut Figures) -> Result<()> {
-    let said = rig.guest.start("vbus-kvm-tests --nocapture --test-threads=1")?.ok(LIMIT)?;
+    let said = rig
+        .guest
+        .start(&format!("exec {}vbus-kvm-tests --nocapture --test-threads=1", rig.guest_processor()))?
+        .ok(LIMIT)?;
     ensure!(said.contains("test result: ok") && !said.contains("skipped:") && !said.contains("left out"), "{said}");
     said.lines().filter(|line| line.contains(" rings")).for_each(|line| eprintln!("{line}"));
     Ok(())

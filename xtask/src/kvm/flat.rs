@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use super::Figures;
-use super::inner::{self, InnerBus};
+use super::inner::InnerBus;
 use super::rig::Rig;
 use crate::flat::{Report, device_names, devices, with_receivers};
 use crate::guest::{Output, Running};
@@ -52,7 +52,7 @@ impl Run {
         cpus: u32,
     ) -> Result<Self> {
         let devices: String = names.iter().map(|name| format!(" --device {}", bus.socket(name))).collect();
-        let (l2, slots, place) = (rig.l2_dir(), names.len(), inner::place(rig, cpus));
+        let (l2, slots, place) = (rig.l2_dir(), names.len(), rig.guest_processor());
         let vmm = rig.guest.start(&format!(
             "exec {place}vbus-vmm --kernel {l2}/flat --append '{words} cpus={cpus} marks={MARK_PORT}' --cpus {cpus} \
              --memory 64 --slots {slots} {args} --marks --json{devices}"

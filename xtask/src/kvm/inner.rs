@@ -35,15 +35,6 @@ pub enum Vmm {
     Qemu,
 }
 
-/// What stands before a VMM on its command line, for a guest with so many CPUs.
-pub fn place(rig: &Rig, cpus: u32) -> &'static str {
-    // All CPUs of a guest share one of L1, which makes it less likely that the emulated SVM loses the guest: QEMU delivers an interrupt that VMRUN
-    // has injected once more, masked or not, when anything but an interrupt calls the emulating thread out of the guest. (`stop` and `cont` on
-    // QEMU's control channel do it at will, and the guest hangs within a second, be it one of one CPU.) With a CPU of L1 for each of its own, a
-    // guest of two ended in one of 14 streams, by a triple fault.
-    if cpus > 1 && rig.is_emulated() { "taskset 1 " } else { "" }
-}
-
 /// What a guest in L1 is made of.
 #[derive(Clone)]
 pub struct Spec {
@@ -90,7 +81,7 @@ impl Spec {
         let Self { name, cpus, memory_mib: memory, args, append, .. } = self;
         let (run, l2) = (rig.run_dir(), rig.l2_dir());
         let common = format!("{KERNEL_WORDS} {append}");
-        let place = place(rig, *cpus);
+        let place = rig.guest_processor();
         match self.vmm {
             Vmm::Vbus => format!(
                 "VBUS_LOG=info exec {place}vbus-vmm --kernel {l2}/kernel --initramfs {l2}/initramfs --append '{common}' --cpus {cpus} \

@@ -32,8 +32,8 @@ use crate::workspace;
 pub use rig::Clock;
 use rig::{File, Rig};
 
-/// How often a scenario is tried whose machines the emulation loses (see [`inner::place`]). It does that to most scenarios once in many runs, and to
-/// `doorbell_storm`, whose guest has exits and interrupts as fast as they go, in one of four.
+/// How often a scenario is tried whose machines the emulation loses. It has lost many before guests were kept off L1's first processor (see
+/// [`Rig::guest_processor`]), and may have other ways to do so.
 const TRIES: u32 = 5;
 
 /// How to use it by hand.
@@ -45,6 +45,7 @@ root file system for guests in $L2/kernel and $L2/initramfs:
   cargo xtask kvm -- sh        reads commands from standard input
 A program brought along with --put has to be linked statically:
   RUSTFLAGS='-C target-feature=+crt-static' cargo build --release --target x86_64-unknown-linux-gnu -p PACKAGE
+Where QEMU emulates SVM, what runs virtual CPUs has to stand behind `taskset 2`: on the first processor it loses guests now and then.
 Console and logs of a run that failed are in target/xtask/logs/kvm*.";
 
 #[derive(clap::Args)]
