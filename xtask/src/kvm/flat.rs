@@ -13,7 +13,6 @@ use super::Figures;
 use super::inner::InnerBus;
 use super::rig::Rig;
 use crate::flat::{Report, device_names, devices, with_receivers};
-use crate::guest::{Output, Running};
 
 /// Where the guest sets its marks: vbus-vmm's.
 const MARK_PORT: u16 = 0x610;
@@ -57,11 +56,16 @@ impl Run {
             "exec {place}vbus-vmm --kernel {l2}/flat --append '{words} cpus={cpus} marks={MARK_PORT}' --cpus {cpus} \
              --memory 64 --slots {slots} {args} --marks --json{devices}"
         ))?;
-        let end = ended(rig, &vmm)?;
+        let end = vmm.wait_talking(SILENCE).inspect_err(|_| {
+            // What says nothing that long does not even wait: its processors stand still.
+            if rig.is_emulated() {
+                rig.note_hang();
+            }
+        })?;
         let (events, said): (Vec<_>, Vec<_>) = end.stderr.lines().partition(|line| line.starts_with('{'));
         let said = said.join("\n");
         // The bus runs and answers at once, unless L1's processors stand still. An interrupt that came while they were kept out is one that the
-        // emulated SVM has delivered a second time.
+        // emulated SVM has delivered a second time, as `stop` and `cont` on QEMU's control channel have it do.
         if said.contains("no reply to") || (rig.is_emulated() && end.stdout.contains("\"kept-out\":true")) {
             rig.note_hang();
         }
@@ -100,15 +104,6 @@ impl Run {
             user: count("user_exits", "total")? - 1,
         })
     }
-}
-
-/// Waits until the guest has powered off, or says nothing any more: then its processors stand still.
-fn ended(rig: &Rig, vmm: &Running) -> Result<Output> {
-    vmm.wait_talking(SILENCE).inspect_err(|_| {
-        if rig.is_emulated() {
-            rig.note_hang();
-        }
-    })
 }
 
 /// Counters of KVM and of `vbus-vmm` over a round.
