@@ -35,7 +35,8 @@ impl Wait {
     }
 }
 
-/// Runs `near` on core 0 and `far` on core 1, begun together, and returns the nanoseconds that `near` took.
+/// Runs `near` on core 0 and `far` on core 1, begun together, and returns the nanoseconds that
+/// `near` took.
 pub fn duel(near: impl FnOnce() + Send, far: impl FnOnce() + Send) -> f64 {
     let start = &Barrier::new(2);
     std::thread::scope(|scope| {
@@ -59,7 +60,8 @@ pub fn nanoseconds(since: Instant) -> f64 {
     since.elapsed().as_secs_f64() * 1e9
 }
 
-/// Nanoseconds of one `work`, the least of several rounds of `count` in this process: what disturbs can only add.
+/// Nanoseconds of one `work`, the least of several rounds of `count` in this process: what disturbs
+/// can only add.
 pub fn time(count: u32, mut work: impl FnMut()) -> f64 {
     let mut best = f64::INFINITY;
     for _ in 0..5 {

@@ -1,4 +1,5 @@
-//! Lines of an interrupt page: what one costs from raising to its end, and a round trip of two over that of bare flags.
+//! Lines of an interrupt page: what one costs from raising to its end, and a round trip of two over
+//! that of bare flags.
 
 use std::hint::black_box;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -61,8 +62,9 @@ fn drain(driver: &mut DriverEnd<&'static [Word]>) {
     }
 }
 
-/// A device raises a line and waits until its handler has run, on another core, which looks at nothing but its message. Both are flags; with
-/// `lines` there is a page behind them. Nanoseconds a trip.
+/// A device raises a line and waits until its handler has run, on another core, which looks at
+/// nothing but its message. Both are flags; with `lines` there is a page behind them. Nanoseconds a
+/// trip.
 fn pingpong(lines: bool) -> f64 {
     let (mut driver, device) = page(Nesting::Flat);
     let (message, handled) = &(Line(AtomicU64::new(0)), Line(AtomicU64::new(0)));

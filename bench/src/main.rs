@@ -1,7 +1,9 @@
-//! The measures of vbus against their peers, in one run: `vbus-bench [--json] [--quick] [--out DIRECTORY]`.
+//! The measures of vbus against their peers, in one run: `vbus-bench [--json] [--quick] [--out
+//! DIRECTORY]`.
 //!
-//! Every group of measures runs in several processes, since where a process's memory lies has its part in what it costs; and within a
-//! process in several rounds, each of which has a run of every contender.
+//! Every group of measures runs in several processes, since where a process's memory lies has its
+//! part in what it costs; and within a process in several rounds, each of which has a run of every
+//! contender.
 
 mod ablation;
 mod chart;
@@ -61,7 +63,9 @@ fn main() -> ExitCode {
     let (processes, rounds) = if quick { (3, 3) } else { (9, 7) };
     let mut samples = Samples::new(rounds);
     for process in 1..=processes {
-        for (group, _) in GROUPS.iter().filter(|(group, _)| only.as_ref().is_none_or(|only| only == group)) {
+        for (group, _) in
+            GROUPS.iter().filter(|(group, _)| only.as_ref().is_none_or(|only| only == group))
+        {
             eprintln!("process {process} of {processes}: {group}");
             match run(group, rounds) {
                 Ok(figures) => samples.extend(figures),
@@ -87,17 +91,23 @@ fn main() -> ExitCode {
 /// Takes the samples of one group in this process, and prints them for the one that gathers them.
 fn sample(group: &str, rounds: &str) -> ExitCode {
     let mut samples = Samples::new(rounds.parse().unwrap_or(1));
-    let Some((_, take)) = GROUPS.iter().find(|(name, _)| *name == group) else { return ExitCode::from(2) };
+    let Some((_, take)) = GROUPS.iter().find(|(name, _)| *name == group) else {
+        return ExitCode::from(2);
+    };
     take(&mut samples);
     println!("{}", serde_json::json!(samples.figures));
     ExitCode::SUCCESS
 }
 
 /// Takes the samples of one group in a process of its own.
-fn run(group: &str, rounds: usize) -> Result<BTreeMap<String, Vec<f64>>, Box<dyn std::error::Error>> {
+fn run(
+    group: &str,
+    rounds: usize,
+) -> Result<BTreeMap<String, Vec<f64>>, Box<dyn std::error::Error>> {
     let program = std::env::current_exe()?;
     let rounds = rounds.to_string();
-    let child = Command::new(program).args(["--sample", group, &rounds]).stdout(Stdio::piped()).spawn()?;
+    let child =
+        Command::new(program).args(["--sample", group, &rounds]).stdout(Stdio::piped()).spawn()?;
     let output = child.wait_with_output()?;
     if !output.status.success() {
         return Err(format!("the process ended with {}", output.status).into());

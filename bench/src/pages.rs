@@ -19,8 +19,8 @@ trait Page<const N: usize>: Sync {
     fn reader(&self) -> impl FnMut(&mut [u64; N]) -> bool;
 }
 
-/// Rounds of everything about pages: "state/64/idle_write/NAME" and the like, in nanoseconds, and "state/64/overruns/NAME", reads that gave up
-/// in a thousand.
+/// Rounds of everything about pages: "state/64/idle_write/NAME" and the like, in nanoseconds, and
+/// "state/64/overruns/NAME", reads that gave up in a thousand.
 pub fn sample(samples: &mut Samples) {
     sizes::<8, 64>(samples);
     sizes::<128, 1024>(samples);
@@ -49,7 +49,8 @@ pub fn by_size(samples: &mut Samples) {
 pub fn by_readers(samples: &mut Samples) {
     for readers in [1, 2, 4, 8] {
         samples.rounds(|round| {
-            let mut one = |name: &str, read: f64| round.add(format!("state_readers/{readers}/{name}"), read);
+            let mut one =
+                |name: &str, read: f64| round.add(format!("state_readers/{readers}/{name}"), read);
             one("vbus", busy::<128, vbus::Page>(readers).read);
             one("seqlock", busy::<128, peers::SeqLock<128>>(readers).read);
             one("iceoryx2", busy::<128, peers::Blackboard<128>>(readers).read);
@@ -69,7 +70,11 @@ fn sizes<const N: usize, const BYTES: usize>(samples: &mut Samples) {
         one("vbus", idle::<N, vbus::Page>(), busy::<N, vbus::Page>(1));
         one("vbus_latest", idle::<N, vbus::Latest<BYTES>>(), busy::<N, vbus::Latest<BYTES>>(1));
         one("seqlock", idle::<N, peers::SeqLock<N>>(), busy::<N, peers::SeqLock<N>>(1));
-        one("triple_buffer", idle::<N, peers::TripleBuffer<N>>(), busy::<N, peers::TripleBuffer<N>>(1));
+        one(
+            "triple_buffer",
+            idle::<N, peers::TripleBuffer<N>>(),
+            busy::<N, peers::TripleBuffer<N>>(1),
+        );
         one("iceoryx2", idle::<N, peers::Blackboard<N>>(), busy::<N, peers::Blackboard<N>>(1));
     });
 }
@@ -100,7 +105,8 @@ struct Busy {
     overruns: f64,
 }
 
-/// The same while a writer on core 0 and readers on core 1 never pause. The time of a read is that of its core.
+/// The same while a writer on core 0 and readers on core 1 never pause. The time of a read is that
+/// of its core.
 fn busy<const N: usize, P: Page<N>>(readers: usize) -> Busy {
     let page = &P::new();
     let (start, stop) = (&Barrier::new(readers + 1), &AtomicBool::new(false));
@@ -143,10 +149,15 @@ fn busy<const N: usize, P: Page<N>>(readers: usize) -> Busy {
             })
             .collect();
         let write = writer.join().expect("the writer does not panic");
-        let all: Vec<_> = all.into_iter().map(|reader| reader.join().expect("a reader does not panic")).collect();
+        let all: Vec<_> =
+            all.into_iter().map(|reader| reader.join().expect("a reader does not panic")).collect();
         let good: u64 = all.iter().map(|(_, good, _)| good).sum();
         let bad: u64 = all.iter().map(|(_, _, bad)| bad).sum();
         let spent = all.iter().map(|(spent, ..)| spent).fold(0.0, |a: f64, &b| a.max(b));
-        Busy { write, read: spent / good.max(1) as f64, overruns: bad as f64 * 1000.0 / (good + bad).max(1) as f64 }
+        Busy {
+            write,
+            read: spent / good.max(1) as f64,
+            overruns: bad as f64 * 1000.0 / (good + bad).max(1) as f64,
+        }
     })
 }

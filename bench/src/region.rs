@@ -38,7 +38,8 @@ impl Region {
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         let flags = MapFlags::SHARED | MapFlags::POPULATE;
         // SAFETY: at an address of the kernel's choice.
-        let at = unsafe { mmap(std::ptr::null_mut(), bytes, protection, flags, file, 0) }.expect("mmap");
+        let at =
+            unsafe { mmap(std::ptr::null_mut(), bytes, protection, flags, file, 0) }.expect("mmap");
         Region { at: NonNull::new(at.cast()).expect("mmap never maps page 0"), bytes }
     }
 

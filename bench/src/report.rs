@@ -1,4 +1,5 @@
-//! From samples to what is reported: ratios above 1 where vbus is the faster, and how far they spread.
+//! From samples to what is reported: ratios above 1 where vbus is the faster, and how far they
+//! spread.
 
 use serde_json::{Map, Value};
 
@@ -19,9 +20,17 @@ const RATIOS: [(&str, &str, &str); 17] = [
     ("state_read_vs_seqlock_64", "state/64/idle_read/seqlock", "state/64/idle_read/vbus"),
     ("state_write_vs_iceoryx2_64", "state/64/idle_write/iceoryx2", "state/64/idle_write/vbus"),
     ("state_read_vs_iceoryx2_64", "state/64/idle_read/iceoryx2", "state/64/idle_read/vbus"),
-    ("state_write_vs_iceoryx2_1024", "state/1024/idle_write/iceoryx2", "state/1024/idle_write/vbus"),
+    (
+        "state_write_vs_iceoryx2_1024",
+        "state/1024/idle_write/iceoryx2",
+        "state/1024/idle_write/vbus",
+    ),
     ("state_read_vs_iceoryx2_1024", "state/1024/idle_read/iceoryx2", "state/1024/idle_read/vbus"),
-    ("state_read_busy_vs_iceoryx2_1024", "state/1024/busy_read/iceoryx2", "state/1024/busy_read/vbus"),
+    (
+        "state_read_busy_vs_iceoryx2_1024",
+        "state/1024/busy_read/iceoryx2",
+        "state/1024/busy_read/vbus",
+    ),
     ("pingpong_blocked_vs_eventfd", "signal/blocked/eventfd", "signal/blocked/vbus"),
 ];
 
@@ -36,13 +45,19 @@ const FIGURES: [(&str, &str); 5] = [
 
 /// Prints every figure and every ratio, and returns the report: the medians by key.
 pub fn report(samples: &Samples) -> Value {
-    println!("{:40} {:>10} {:>22}", "nanoseconds (kicks, reads per 1,000)", "median", "half of them within");
+    println!(
+        "{:40} {:>10} {:>22}",
+        "nanoseconds (kicks, reads per 1,000)", "median", "half of them within"
+    );
     for name in samples.figures.keys() {
         if let Some(spread) = samples.of(name) {
             line(name, spread);
         }
     }
-    println!("\n{:40} {:>10} {:>22}", "ratios: above 1, vbus is the faster", "median", "half of them within");
+    println!(
+        "\n{:40} {:>10} {:>22}",
+        "ratios: above 1, vbus is the faster", "median", "half of them within"
+    );
     let mut report = Map::new();
     let ratios = RATIOS.map(|(key, peer, ours)| (key, samples.ratio(peer, ours)));
     let figures = FIGURES.map(|(key, figure)| (key, samples.of(figure)));

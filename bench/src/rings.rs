@@ -17,19 +17,23 @@ const BATCHES: [usize; 4] = [1, 4, 16, 64];
 
 /// The end that submits.
 pub trait Driver: Send {
-    /// Submits `n` entries with the numbers that follow, made visible together. There is room for them. Returns the sum of what comes back.
+    /// Submits `n` entries with the numbers that follow, made visible together. There is room for
+    /// them. Returns the sum of what comes back.
     fn submit(&mut self, n: usize) -> u64;
-    /// Takes up to `max` returned entries: (how many, sum of what the device made of their numbers).
+    /// Takes up to `max` returned entries: (how many, sum of what the device made of their
+    /// numbers).
     fn reap(&mut self, max: usize) -> (usize, u64);
 }
 
 /// The end that returns.
 pub trait Device: Send {
-    /// Takes up to `max` entries and returns each with the low half of its address as length, made visible together.
+    /// Takes up to `max` entries and returns each with the low half of its address as length, made
+    /// visible together.
     fn serve(&mut self, max: usize) -> usize;
 }
 
-/// Nanoseconds for one entry, there and back, in batches of `batch` with at most `window` in flight.
+/// Nanoseconds for one entry, there and back, in batches of `batch` with at most `window` in
+/// flight.
 fn run<A: Driver, B: Device>(
     (mut driver, mut device): (A, B),
     batch: usize,
@@ -78,22 +82,38 @@ const CONTENDERS: [(&str, Run); 9] = [
         1 => run(vbus::single::pair(), batch, window, total, wait),
         _ => run(vbus::real::pair(), batch, window, total, wait),
     }),
-    ("vbus_singly", |batch, window, total, wait| run(vbus::single::pair(), batch, window, total, wait)),
-    ("vbus_counted", |batch, window, total, wait| run(vbus::counted::pair(), batch, window, total, wait)),
-    ("vbus_two_arrays", |batch, window, total, wait| run(vbus::two_arrays::pair(), batch, window, total, wait)),
-    ("vbus_nofence", |batch, window, total, wait| run(vbus::nofence::pair(), batch, window, total, wait)),
+    ("vbus_singly", |batch, window, total, wait| {
+        run(vbus::single::pair(), batch, window, total, wait)
+    }),
+    ("vbus_counted", |batch, window, total, wait| {
+        run(vbus::counted::pair(), batch, window, total, wait)
+    }),
+    ("vbus_two_arrays", |batch, window, total, wait| {
+        run(vbus::two_arrays::pair(), batch, window, total, wait)
+    }),
+    ("vbus_nofence", |batch, window, total, wait| {
+        run(vbus::nofence::pair(), batch, window, total, wait)
+    }),
     ("virtio_hand", |batch, window, total, wait| run(split::pair(), batch, window, total, wait)),
     ("virtio_crates", |batch, window, total, wait| run(crates::pair(), batch, window, total, wait)),
-    ("slots_two_arrays", |batch, window, total, wait| run(slots::two_arrays(), batch, window, total, wait)),
-    ("slots_in_place", |batch, window, total, wait| run(slots::in_place(), batch, window, total, wait)),
+    ("slots_two_arrays", |batch, window, total, wait| {
+        run(slots::two_arrays(), batch, window, total, wait)
+    }),
+    ("slots_in_place", |batch, window, total, wait| {
+        run(slots::in_place(), batch, window, total, wait)
+    }),
 ];
 
-/// Rounds of everything about rings: "ring/b16/NAME" and the like, in nanoseconds, each with the better of two ways to wait.
+/// Rounds of everything about rings: "ring/b16/NAME" and the like, in nanoseconds, each with the
+/// better of two ways to wait.
 pub fn sample(samples: &mut Samples) {
     for batch in BATCHES {
         samples.rounds(|round| {
             contenders(round, &format!("b{batch}"), |run, wait| run(batch, ENTRIES, 1 << 15, wait));
-            round.add(format!("ring/b{batch}/rtrb_one_way"), best(|wait| oneway::rtrb(batch, 1 << 16, wait)));
+            round.add(
+                format!("ring/b{batch}/rtrb_one_way"),
+                best(|wait| oneway::rtrb(batch, 1 << 16, wait)),
+            );
         });
     }
     samples.rounds(|round| {
@@ -128,7 +148,8 @@ fn best(mut run: impl FnMut(Wait) -> f64) -> f64 {
 
 /// Nanoseconds per entry in batches of 16 when one pair of threads serves `devices` rings in turn.
 fn many(devices: usize) -> f64 {
-    /// All of one end, with whose turn it is: batches of 16 are submitted to one after the other, and reaped so.
+    /// All of one end, with whose turn it is: batches of 16 are submitted to one after the other,
+    /// and reaped so.
     struct All<T> {
         ends: Vec<T>,
         submitted: usize,
@@ -161,7 +182,13 @@ fn many(devices: usize) -> f64 {
         let (drivers, served): (Vec<_>, Vec<_>) = (0..devices).map(|_| vbus::real::pair()).unzip();
         // Each ring gets its turn with one batch in flight, and a single one as many as it holds.
         let window = if devices == 1 { ENTRIES } else { 16 * devices };
-        run((all(drivers), all(served)), 16, window, (1 << 15) / (16 * devices) * (16 * devices), wait)
+        run(
+            (all(drivers), all(served)),
+            16,
+            window,
+            (1 << 15) / (16 * devices) * (16 * devices),
+            wait,
+        )
     })
 }
 

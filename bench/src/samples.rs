@@ -1,7 +1,8 @@
 //! Figures by name, taken in rounds.
 //!
-//! A virtual machine's cores move about the real ones, and what a cache line's hand-over costs changes by a factor of five when they do. So
-//! only figures of the same round, a fraction of a second apart, are compared with each other.
+//! A virtual machine's cores move about the real ones, and what a cache line's hand-over costs
+//! changes by a factor of five when they do. So only figures of the same round, a fraction of a
+//! second apart, are compared with each other.
 
 use std::collections::BTreeMap;
 
@@ -62,7 +63,9 @@ pub struct Spread {
 impl Spread {
     pub fn of(mut figures: Vec<f64>) -> Option<Spread> {
         figures.sort_by(f64::total_cmp);
-        let at = |part: f64| figures.get(((figures.len().max(1) - 1) as f64 * part).round() as usize).copied();
+        let at = |part: f64| {
+            figures.get(((figures.len().max(1) - 1) as f64 * part).round() as usize).copied()
+        };
         Some(Spread { low: at(0.25)?, median: at(0.5)?, high: at(0.75)? })
     }
 }

@@ -1,4 +1,5 @@
-//! Signals: how many kicks posts cost, and what a ping-pong between sleeping processes costs over that of bare eventfds.
+//! Signals: how many kicks posts cost, and what a ping-pong between sleeping processes costs over
+//! that of bare eventfds.
 
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::process::{Child, Command};
@@ -8,7 +9,9 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::{read, write};
-use vbus_shm::signal::{ARM_ENABLED, Armed, BLOCK_BYTES, DEVICE_ARM, End, Receiver, Sender, Signal, format};
+use vbus_shm::signal::{
+    ARM_ENABLED, Armed, BLOCK_BYTES, DEVICE_ARM, End, Receiver, Sender, Signal, format,
+};
 
 use crate::duel::{nanoseconds, pin};
 use crate::region::Region;
@@ -46,9 +49,11 @@ fn spin(time: Duration) {
 
 #[derive(Clone, Copy, PartialEq)]
 enum Load {
-    /// A post each microsecond to a receiver that keeps up, and looks again for 50 us before it sleeps.
+    /// A post each microsecond to a receiver that keeps up, and looks again for 50 us before it
+    /// sleeps.
     Busy,
-    /// A post each microsecond to a receiver that needs two for each, and sleeps at once when it has nothing to do.
+    /// A post each microsecond to a receiver that needs two for each, and sleeps at once when it
+    /// has nothing to do.
     Slow,
     /// Each post finds the receiver asleep.
     Idle,

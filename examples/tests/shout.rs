@@ -1,4 +1,5 @@
-//! The example's device on a bus, and its driver in a plain process: through the socket, without a VM.
+//! The example's device on a bus, and its driver in a plain process: through the socket, without a
+//! VM.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::sync::Arc;
@@ -13,7 +14,9 @@ fn the_text_comes_back_in_capitals() {
     let dir = tempfile::tempdir().unwrap();
     let bus = Bus::new(Executor::start(Tuning::default()).unwrap(), Vec::new(), Trust::Sealed);
     let endpoint = bus.add("shout0", Arc::new(Shout)).unwrap();
-    let server = DeviceServer::start(endpoint.clone(), &dir.path().join("shout0.sock"), Default::default()).unwrap();
+    let server =
+        DeviceServer::start(endpoint.clone(), &dir.path().join("shout0.sock"), Default::default())
+            .unwrap();
     for text in ["hello", "once more, with feeling", ""] {
         let process = Process::connect(server.path(), MEMORY_BYTES).unwrap();
         let woken = process.clone();

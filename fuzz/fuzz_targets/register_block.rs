@@ -1,5 +1,5 @@
-//! A function of which any place is read and written, and memory behind it that changes meanwhile. Whatever came before, it answers, and can be
-//! closed and opened again.
+//! A function of which any place is read and written, and memory behind it that changes meanwhile.
+//! Whatever came before, it answers, and can be closed and opened again.
 #![no_main]
 
 use std::os::fd::OwnedFd;
@@ -12,8 +12,8 @@ use vbus_core::shm::abi::{bar0, command, reg};
 use vbus_core::shm::ring::DeviceEnd;
 use vbus_core::shm::signal::Armed;
 use vbus_core::{
-    Bus, Connection, Device, Executor, Identity, Interrupt, MemoryContext, Open, Progress, Region, Status, Trust,
-    Tuning, Window,
+    Bus, Connection, Device, Executor, Identity, Interrupt, MemoryContext, Open, Progress, Region,
+    Status, Trust, Tuning, Window,
 };
 use vbus_pci::{IrqIndex, Options, PciFunction, region};
 
@@ -67,7 +67,10 @@ impl Connection for Rings {
     }
 
     fn arm(&mut self) -> Result<Armed, Status> {
-        let missed = self.0.iter_mut().fold(false, |missed, (_, ring, _)| missed | (ring.arm(0) == Armed::Missed));
+        let missed = self
+            .0
+            .iter_mut()
+            .fold(false, |missed, (_, ring, _)| missed | (ring.arm(0) == Armed::Missed));
         Ok(if missed { Armed::Missed } else { Armed::Waiting })
     }
 }
@@ -109,9 +112,12 @@ fn open(function: &mut PciFunction, memory: &MemoryContext) {
 fuzz_target!(|input: &[u8]| {
     let Some((&flags, steps)) = input.split_first() else { return };
     let endpoint = BUS.add("fuzzed", Arc::new(Fuzzed)).expect("a free name");
-    let mut function = PciFunction::new(endpoint, Options { msix: flags & 1 != 0, express: flags & 2 != 0 });
+    let mut function =
+        PciFunction::new(endpoint, Options { msix: flags & 1 != 0, express: flags & 2 != 0 });
     let (file, memory) = (file(), MemoryContext::new(Trust::Sealed));
-    memory.map(BASE, BYTES, Some((file.try_clone().expect("a descriptor"), 0)), true).expect("mapped");
+    memory
+        .map(BASE, BYTES, Some((file.try_clone().expect("a descriptor"), 0)), true)
+        .expect("mapped");
     function.map(BASE, BYTES, Some((file, 0)), true).expect("mapped");
     if flags & 4 != 0 {
         open(&mut function, &memory);
@@ -124,8 +130,14 @@ fuzz_target!(|input: &[u8]| {
         let number = u32::from(*low % 6);
         match action % 16 {
             // The registers more often than the rest, in the sizes that they take.
-            0..=3 => function.write(region::BAR0, reg::ARGUMENT + u64::from(low % 14) * 4, &value[..4]),
-            4 | 5 => write(&mut function, reg::ARGUMENT + u64::from(low % 4) * 8, u64::from_le_bytes(value)),
+            0..=3 => {
+                function.write(region::BAR0, reg::ARGUMENT + u64::from(low % 14) * 4, &value[..4])
+            }
+            4 | 5 => write(
+                &mut function,
+                reg::ARGUMENT + u64::from(low % 4) * 8,
+                u64::from_le_bytes(value),
+            ),
             6 => drop(run(&mut function, number)),
             7 => function.write(region::BAR0, bar0::DOORBELLS + offset % 64, &data),
             8 => function.write(region::BAR0, offset, &data),
@@ -135,7 +147,8 @@ fuzz_target!(|input: &[u8]| {
             12 => {
                 let fd = eventfd(0, EventfdFlags::CLOEXEC).expect("a descriptor");
                 let index = IrqIndex::from_number(u32::from(size % 3)).expect("0 to 2");
-                let _ = function.connect_irqs(index, number, vec![(action & 16 == 0).then_some(fd)]);
+                let _ =
+                    function.connect_irqs(index, number, vec![(action & 16 == 0).then_some(fd)]);
             }
             13 => drop(function.mask_irq(IrqIndex::Intx, action & 16 == 0)),
             14 if action & 16 == 0 => function.reset(),
@@ -149,7 +162,9 @@ fuzz_target!(|input: &[u8]| {
     function.unmap_all();
     let file = self::file();
     let memory = MemoryContext::new(Trust::Sealed);
-    memory.map(BASE, BYTES, Some((file.try_clone().expect("a descriptor"), 0)), true).expect("mapped");
+    memory
+        .map(BASE, BYTES, Some((file.try_clone().expect("a descriptor"), 0)), true)
+        .expect("mapped");
     function.map(BASE, BYTES, Some((file, 0)), true).expect("mapped");
     open(&mut function, &memory);
     drop(function);

@@ -1,4 +1,5 @@
-//! Both ends of a ring and of a state page over memory that the input writes to between any two calls.
+//! Both ends of a ring and of a state page over memory that the input writes to between any two
+//! calls.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,7 +1,9 @@
-//! A client's messages against the vfio-user server: any bytes, and bytes in the form of messages, with descriptors.
+//! A client's messages against the vfio-user server: any bytes, and bytes in the form of messages,
+//! with descriptors.
 //!
-//! The device behind it has checks instead of functions: it panics when it is asked for what the server must refuse.
-//! Half of the inputs go to receiver and session alone, the others through a socket to a whole server.
+//! The device behind it has checks instead of functions: it panics when it is asked for what the
+//! server must refuse. Half of the inputs go to receiver and session alone, the others through a
+//! socket to a whole server.
 #![no_main]
 
 use std::cell::RefCell;
@@ -19,7 +21,8 @@ use vbus_vfio_user::protocol::{HEADER_LEN, Header, Kind};
 use vbus_vfio_user::session::{Answer, Session};
 use vbus_vfio_user::socket::{Received, Receiver, Source};
 use vbus_vfio_user::{
-    DeviceInfo, Errno, IoEventFd, IrqAction, IrqInfo, Mapping, RegionInfo, RemoteMemory, Server, Target,
+    DeviceInfo, Errno, IoEventFd, IrqAction, IrqInfo, Mapping, RegionInfo, RemoteMemory, Server,
+    Target,
 };
 
 const REGION: u64 = 4096;
@@ -35,7 +38,12 @@ struct Device {
 
 impl Device {
     fn check(&self, region: u32, offset: u64, len: usize) {
-        assert!(self.connected && (region == 0 || region == 7) && len > 0 && offset + len as u64 <= REGION);
+        assert!(
+            self.connected
+                && (region == 0 || region == 7)
+                && len > 0
+                && offset + len as u64 <= REGION
+        );
     }
 }
 
@@ -54,7 +62,12 @@ impl Target for Device {
 
     fn irq_info(&self, index: u32) -> IrqInfo {
         assert!(index < 5);
-        IrqInfo { count: if index == 2 { IRQS } else { 1 }, maskable: true, automasked: false, fixed_size: false }
+        IrqInfo {
+            count: if index == 2 { IRQS } else { 1 },
+            maskable: true,
+            automasked: false,
+            fixed_size: false,
+        }
     }
 
     fn read(&mut self, region: u32, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
@@ -95,7 +108,9 @@ impl Target for Device {
         assert!(size > 0 && address % 4096 == 0 && size % 4096 == 0);
         let end = address.checked_add(size).expect("an end");
         assert!(memory.is_none_or(|(_, offset)| offset.checked_add(size).is_some()));
-        assert!(self.maps.range(..end).next_back().is_none_or(|(start, len)| start + len <= address));
+        assert!(
+            self.maps.range(..end).next_back().is_none_or(|(start, len)| start + len <= address)
+        );
         self.maps.insert(address, size);
         assert!(self.maps.len() <= 512);
         Ok(())
@@ -130,19 +145,23 @@ impl Target for Device {
 }
 
 fn descriptors(count: usize) -> Vec<OwnedFd> {
-    (0..count).map(|_| eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).expect("an eventfd")).collect()
+    (0..count)
+        .map(|_| eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).expect("an eventfd"))
+        .collect()
 }
 
 /// A piece of the stream, and how many descriptors come with its first byte.
 type Piece = (Vec<u8>, usize);
 
-/// `form` 0: the input is the stream. Else it is a list of messages: command, flags and number of descriptors,
-/// length, body; so that the fuzzer need not guess the sixteen bytes of a header again and again.
+/// `form` 0: the input is the stream. Else it is a list of messages: command, flags and number of
+/// descriptors, length, body; so that the fuzzer need not guess the sixteen bytes of a header again
+/// and again.
 fn pieces(form: u8, mut input: &[u8]) -> Vec<Piece> {
     if form == 0 {
         return input.chunks(50).map(|bytes| (bytes.to_vec(), 0)).collect();
     }
-    const VERSION: &[u8] = b"\0\0\0\0{\"capabilities\":{\"max_msg_fds\":9,\"write_multiple\":true}}\0";
+    const VERSION: &[u8] =
+        b"\0\0\0\0{\"capabilities\":{\"max_msg_fds\":9,\"write_multiple\":true}}\0";
     let mut pieces = vec![(message(1, 0, VERSION), 0)];
     while let Some((&[command, flags, len], rest)) = input.split_first_chunk::<3>() {
         let (body, rest) = rest.split_at(rest.len().min(usize::from(len)));
@@ -156,7 +175,14 @@ fn pieces(form: u8, mut input: &[u8]) -> Vec<Piece> {
 
 fn message(command: u16, flags: u32, body: &[u8]) -> Vec<u8> {
     let size = u32::try_from(HEADER_LEN + body.len()).expect("short");
-    let fields = [&[0; 2], &command.to_ne_bytes(), &size.to_ne_bytes()[..], &flags.to_ne_bytes(), &[0; 4], body];
+    let fields = [
+        &[0; 2],
+        &command.to_ne_bytes(),
+        &size.to_ne_bytes()[..],
+        &flags.to_ne_bytes(),
+        &[0; 4],
+        body,
+    ];
     fields.concat()
 }
 
@@ -184,7 +210,8 @@ impl Source for Stream<'_> {
 
 fn session_alone(pieces: &[Piece]) {
     let mut stream = Stream { pieces: pieces.iter(), now: &[], fds: 0 };
-    let (mut receiver, mut session, mut device) = (Receiver::default(), Session::default(), Device::default());
+    let (mut receiver, mut session, mut device) =
+        (Receiver::default(), Session::default(), Device::default());
     loop {
         let message = match receiver.next(&mut stream, session.max_message(), 16) {
             Ok(Received::Message(message)) => message,
@@ -196,7 +223,8 @@ fn session_alone(pieces: &[Piece]) {
         match session.handle(&mut device, "fuzz", message) {
             Answer::Silence => assert!(posted),
             Answer::Reply(bytes, fds) => {
-                let header = Header::parse(bytes.first_chunk().expect("a header")).expect("a header");
+                let header =
+                    Header::parse(bytes.first_chunk().expect("a header")).expect("a header");
                 assert!(!posted && header.size as usize == bytes.len() && fds.len() <= 9);
                 assert!((header.id, header.command) == (asked.id, asked.command));
             }

@@ -22,7 +22,10 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<bool> {
     let mut command = workspace::cargo();
     command.current_dir(workspace::root().join("bench"));
-    command.args(["run", "--quiet", "--release", "--locked", "--"]).arg("--out").arg(workspace::target().join("bench"));
+    command
+        .args(["run", "--quiet", "--release", "--locked", "--"])
+        .arg("--out")
+        .arg(workspace::target().join("bench"));
     command.args(args.json.then_some("--json")).args(args.quick.then_some("--quick"));
     if let Some(group) = &args.only {
         command.args(["--only", group]);

@@ -102,16 +102,25 @@ impl Bus {
 
     /// Runs `vbus ARGS --dir DIR`, which has to succeed; returns what it printed.
     pub fn run(&self, args: &[&str]) -> Result<String> {
-        let output = self.command(args).output().with_context(|| format!("cannot run {}", self.program.display()))?;
+        let output = self
+            .command(args)
+            .output()
+            .with_context(|| format!("cannot run {}", self.program.display()))?;
         let words = args.join(" ");
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        ensure!(output.status.success(), "vbus {words} failed ({}): {}", output.status, said.trim());
+        ensure!(
+            output.status.success(),
+            "vbus {words} failed ({}): {}",
+            output.status,
+            said.trim()
+        );
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
     /// Runs `vbus state watch`.
     pub fn watch(&self, device: &str, page: &str) -> Result<Watch> {
-        let mut child = self.command(&["state", "watch", device, page]).stdout(Stdio::piped()).spawn()?;
+        let mut child =
+            self.command(&["state", "watch", device, page]).stdout(Stdio::piped()).spawn()?;
         let output = child.stdout.take().context("no output")?;
         let (sender, lines) = channel();
         thread::spawn(move || {
@@ -126,7 +135,8 @@ impl Bus {
 
     /// `vbus stats --json`.
     pub fn stats(&self) -> Result<Value> {
-        serde_json::from_str(&self.run(&["stats", "--json"])?).context("vbus stats --json printed no JSON")
+        serde_json::from_str(&self.run(&["stats", "--json"])?)
+            .context("vbus stats --json printed no JSON")
     }
 
     /// The counters of these NICs, together.
@@ -136,15 +146,25 @@ impl Bus {
         let mut sum = Traffic::default();
         for name in nics {
             let device = devices.iter().find(|device| device["name"] == *name);
-            let device = device.with_context(|| format!("vbus stats --json does not know {name}"))?;
-            let number =
-                |value: &Value| value.as_u64().with_context(|| format!("a counter of {name} is missing: {device}"));
+            let device =
+                device.with_context(|| format!("vbus stats --json does not know {name}"))?;
+            let number = |value: &Value| {
+                value.as_u64().with_context(|| format!("a counter of {name} is missing: {device}"))
+            };
             sum.doorbells += number(&device["counters"]["doorbells"])?;
             sum.interrupts += number(&device["counters"]["interrupts"])?;
-            for pair in device["device"]["pairs"].as_array().with_context(|| format!("{name} has no queue pairs"))? {
+            for pair in device["device"]["pairs"]
+                .as_array()
+                .with_context(|| format!("{name} has no queue pairs"))?
+            {
                 sum.packets += number(&pair["tx"]["frames"])?;
                 for drops in [&pair["tx"]["drops"], &pair["rx"]["drops"]] {
-                    sum.drops += drops.as_object().into_iter().flatten().filter_map(|(_, n)| n.as_u64()).sum::<u64>();
+                    sum.drops += drops
+                        .as_object()
+                        .into_iter()
+                        .flatten()
+                        .filter_map(|(_, n)| n.as_u64())
+                        .sum::<u64>();
                 }
             }
         }
@@ -169,15 +189,19 @@ impl Bus {
     /// The processor time that it has used so far.
     pub fn cpu_time(&self) -> Result<Duration> {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.process.id()))?;
-        // Behind the name, which may hold spaces: state is field 3, user and system time are fields 14 and 15, in ticks.
+        // Behind the name, which may hold spaces: state is field 3, user and system time are fields
+        // 14 and 15, in ticks.
         let fields: Vec<&str> = stat.rsplit(") ").next().unwrap_or("").split(' ').collect();
-        let ticks: u64 = fields.iter().skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();
+        let ticks: u64 =
+            fields.iter().skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();
         Ok(Duration::from_millis(ticks * 1000 / rustix::param::clock_ticks_per_second()))
     }
 
     fn status_field(&self, key: &str) -> Result<u64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.process.id()))?;
-        let value = status.lines().find_map(|line| line.strip_prefix(key)?.split_whitespace().next()?.parse().ok());
+        let value = status
+            .lines()
+            .find_map(|line| line.strip_prefix(key)?.split_whitespace().next()?.parse().ok());
         value.with_context(|| format!("no {key} in the status of the bus"))
     }
 }
@@ -193,7 +217,9 @@ impl Watch {
     pub fn wait_for(&self, text: &str, limit: Duration) -> Result<()> {
         let until = Instant::now() + limit;
         let mut seen = Vec::new();
-        while let Ok(line) = self.lines.recv_timeout(until.saturating_duration_since(Instant::now())) {
+        while let Ok(line) =
+            self.lines.recv_timeout(until.saturating_duration_since(Instant::now()))
+        {
             if line.contains(text) {
                 return Ok(());
             }

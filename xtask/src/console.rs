@@ -34,9 +34,13 @@ pub fn run(guest: &str) -> Result<()> {
     let known = sockets();
     let names: Vec<&str> = known.iter().map(|(name, _)| name.as_str()).collect();
     let (_, path) = known.iter().rev().find(|(name, _)| name == guest).with_context(|| {
-        format!("no guest {guest} is running (there are: {}); `cargo xtask demo --keep` starts two", names.join(", "))
+        format!(
+            "no guest {guest} is running (there are: {}); `cargo xtask demo --keep` starts two",
+            names.join(", ")
+        )
     })?;
-    let mut socket = UnixStream::connect(path).with_context(|| format!("cannot connect to {}", path.display()))?;
+    let mut socket = UnixStream::connect(path)
+        .with_context(|| format!("cannot connect to {}", path.display()))?;
     ensure!(std::io::stdin().is_terminal(), "standard input is no terminal");
     eprintln!("guest {guest}; control and ] leaves");
     let _raw = RawMode::enter()?;

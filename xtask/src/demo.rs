@@ -140,9 +140,10 @@ fn perform(args: &Args, scene: &Scene, figures: &mut Figures) -> Result<()> {
     let ping = nic::ping(a, ADDRESS[1], 10)?;
     eprintln!("ping a to b: min {:.2}, avg {:.2}, max {:.2} ms", ping.min, ping.avg, ping.max);
     figures.ping = Some(ping);
-    for (way, from, to, address, figure) in
-        [("a to b", a, b, ADDRESS[1], &mut figures.a_to_b), ("b to a", b, a, ADDRESS[0], &mut figures.b_to_a)]
-    {
+    for (way, from, to, address, figure) in [
+        ("a to b", a, b, ADDRESS[1], &mut figures.a_to_b),
+        ("b to a", b, a, ADDRESS[0], &mut figures.b_to_a),
+    ] {
         let mbps = nic::iperf(from, to, address, args.seconds)?;
         eprintln!("TCP {way}: {mbps:.0} Mb/s");
         ensure!(mbps > 0.0, "no data went {way}");
@@ -154,7 +155,8 @@ fn perform(args: &Args, scene: &Scene, figures: &mut Figures) -> Result<()> {
     plug(&bus, &mut vms, figures)?;
 
     figures.traffic = bus.traffic(&["net-a", "net-b"])?;
-    let (Traffic { packets, doorbells, interrupts, drops }, per) = (figures.traffic, figures.traffic.kicks_per_1000());
+    let (Traffic { packets, doorbells, interrupts, drops }, per) =
+        (figures.traffic, figures.traffic.kicks_per_1000());
     eprintln!(
         "counters: {packets} packets, {doorbells} doorbells and {interrupts} interrupts, which is {:.1} and {:.1} for 1,000 packets; {drops} dropped",
         per.0, per.1
@@ -165,19 +167,25 @@ fn perform(args: &Args, scene: &Scene, figures: &mut Figures) -> Result<()> {
     Ok(())
 }
 
-/// A page that the host writes is read in both guests; one that a guest writes is watched on the host.
+/// A page that the host writes is read in both guests; one that a guest writes is watched on the
+/// host.
 fn share_state(bus: &Bus, vms: &[Vm]) -> Result<()> {
     for (vm, name) in vms.iter().zip(["a", "b"]) {
         let device = format!("values-{name}");
         let value = format!("point-{name}");
         bus.run(&["state", "set", &device, "setpoint", &value])?;
         let read = vm.guest.ok("vbus guest state get setpoint")?;
-        ensure!(read.trim_end_matches(['\0', '\n']) == value, "guest {name} reads {read:?}, not {value:?}");
+        ensure!(
+            read.trim_end_matches(['\0', '\n']) == value,
+            "guest {name} reads {read:?}, not {value:?}"
+        );
     }
     let watch = bus.watch("values-b", "heartbeat")?;
     vms[1].guest.ok("vbus guest state set heartbeat alive-b")?;
     watch.wait_for("alive-b", Duration::from_secs(20))?;
-    eprintln!("state: written on the host, read in both guests; written in guest b, watched on the host");
+    eprintln!(
+        "state: written on the host, read in both guests; written in guest b, watched on the host"
+    );
     Ok(())
 }
 
@@ -188,12 +196,30 @@ fn plug(bus: &Bus, vms: &mut [Vm], figures: &mut Figures) -> Result<()> {
     for (vm, (name, address)) in vms.iter().zip(["extra-a", "extra-b"].into_iter().zip(ADDRESSES)) {
         let qmp = vm.qmp_socket().display().to_string();
         let began = Instant::now();
-        bus.run(&["device", "add", name, "--class", "venet", "--set", "backend=switch", "--qmp", &qmp])?;
+        bus.run(&[
+            "device",
+            "add",
+            name,
+            "--class",
+            "venet",
+            "--set",
+            "backend=switch",
+            "--qmp",
+            &qmp,
+        ])?;
         vm.guest.ok(&format!("until vbus guest list | grep -q {name}; do sleep 0.02; done"))?;
         figures.plug = Some(began.elapsed());
         nics.push(Nic::up(&vm.guest, name, "vbus1", &format!("{address}/24"), "")?);
     }
-    nic::transfer(&vms[0].guest, &vms[1].guest, ADDRESSES[1], 6000, 16 << 20, 1, Duration::from_secs(120))?;
+    nic::transfer(
+        &vms[0].guest,
+        &vms[1].guest,
+        ADDRESSES[1],
+        6000,
+        16 << 20,
+        1,
+        Duration::from_secs(120),
+    )?;
     for (vm, name) in vms.iter().zip(["extra-a", "extra-b"]) {
         let qmp = vm.qmp_socket().display().to_string();
         let began = Instant::now();
@@ -202,7 +228,11 @@ fn plug(bus: &Bus, vms: &mut [Vm], figures: &mut Figures) -> Result<()> {
         vm.guest.ok("until [ ! -e /sys/class/net/vbus1 ]; do sleep 0.02; done")?;
     }
     let ms = |time: Option<Duration>| time.unwrap_or_default().as_secs_f64() * 1e3;
-    eprintln!("a second NIC: plugged in {:.0} ms, used, unplugged in {:.0} ms", ms(figures.plug), ms(figures.unplug));
+    eprintln!(
+        "a second NIC: plugged in {:.0} ms, used, unplugged in {:.0} ms",
+        ms(figures.plug),
+        ms(figures.unplug)
+    );
     Ok(())
 }
 
@@ -212,7 +242,11 @@ fn keep(scene: &Scene, bus: &Bus, vms: &[Vm]) -> Result<()> {
     eprintln!("  cargo xtask console a      (and b; control and ] leaves)");
     eprintln!("  {} stats --watch --dir {}", scene.lab.vbus().display(), bus.dir().display());
     for vm in vms {
-        eprintln!("  QMP of a guest: {}; its console: {}", vm.qmp_socket().display(), vm.console_socket().display());
+        eprintln!(
+            "  QMP of a guest: {}; its console: {}",
+            vm.qmp_socket().display(),
+            vm.console_socket().display()
+        );
     }
     eprintln!("Enter ends them.");
     while std::io::stdin().read_line(&mut String::new())? == 0 {

@@ -1,4 +1,5 @@
-//! The guest without an operating system (guests/flat), seen from outside: what it reports, line by line.
+//! The guest without an operating system (guests/flat), seen from outside: what it reports, line by
+//! line.
 
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
@@ -12,7 +13,9 @@ fn device(name: &str, class: &str, settings: &str) -> String {
 
 /// The devices that its tests look for, as a bus's configuration. `more` are lines for all of them.
 pub fn devices(more: &str) -> String {
-    let device = |name: &str, class: &str, settings: &str| device(name, class, &format!("{settings}\n{more}"));
+    let device = |name: &str, class: &str, settings: &str| {
+        device(name, class, &format!("{settings}\n{more}"))
+    };
     let pages = r#"pages = [{ name = "setpoint", bytes = 64, owner = "device", initial = "value-0" },
         { name = "heartbeat", bytes = 64, owner = "driver" }]"#;
     [
@@ -44,7 +47,10 @@ pub fn with_processors(processors: u32, receivers: u32) -> String {
 /// The names of the devices of a configuration that was made here, in its order.
 pub fn device_names(config: &str) -> Vec<&str> {
     // The pages of a state device have their names within a line.
-    config.lines().filter_map(|line| line.strip_prefix("name = \"").and_then(|rest| rest.strip_suffix('"'))).collect()
+    config
+        .lines()
+        .filter_map(|line| line.strip_prefix("name = \"").and_then(|rest| rest.strip_suffix('"')))
+        .collect()
 }
 
 /// The objects of a report.
@@ -52,7 +58,8 @@ pub fn device_names(config: &str) -> Vec<&str> {
 pub struct Report(Vec<Value>);
 
 impl Report {
-    /// Takes lines until the last one, which says that all went well. `waiting` is called whenever the guest waits for something.
+    /// Takes lines until the last one, which says that all went well. `waiting` is called whenever
+    /// the guest waits for something.
     pub fn read(
         lines: &Receiver<String>,
         limit: Duration,
@@ -62,7 +69,9 @@ impl Report {
         let mut report = Report::default();
         loop {
             let left = until.saturating_duration_since(Instant::now());
-            let Ok(line) = lines.recv_timeout(left) else { bail!("the guest said no more after\n{report}") };
+            let Ok(line) = lines.recv_timeout(left) else {
+                bail!("the guest said no more after\n{report}")
+            };
             if report.take(&line, &mut waiting)? {
                 return Ok(report);
             }
@@ -70,7 +79,11 @@ impl Report {
     }
 
     /// Takes one line; whether it was the last.
-    pub fn take(&mut self, line: &str, mut waiting: impl FnMut(&Value) -> Result<()>) -> Result<bool> {
+    pub fn take(
+        &mut self,
+        line: &str,
+        mut waiting: impl FnMut(&Value) -> Result<()>,
+    ) -> Result<bool> {
         // Firmware has its say on the same port.
         let Ok(object) = serde_json::from_str::<Value>(line.trim()) else { return Ok(false) };
         let done = object["test"] == "done";
@@ -95,7 +108,8 @@ impl Report {
     /// The first report of a test in which `key` has this value.
     pub fn find<'a>(&'a self, test: &'a str, key: &str, value: &str) -> Result<&'a Value> {
         let found = self.of(test).find(|object| object[key] == value);
-        found.with_context(|| format!("the guest did not report {test} with {key} {value}:\n{self}"))
+        found
+            .with_context(|| format!("the guest did not report {test} with {key} {value}:\n{self}"))
     }
 }
 

@@ -1,7 +1,8 @@
 //! Short runs of the fuzz targets in `fuzz/`, with the ordinary stable compiler.
 //!
-//! `cargo fuzz` wants a nightly compiler for its sanitizers. Coverage-guided fuzzing itself does not: the flags below are
-//! those that it passes, less the sanitizer, and libFuzzer comes with the crate `libfuzzer-sys` as C++ source.
+//! `cargo fuzz` wants a nightly compiler for its sanitizers. Coverage-guided fuzzing itself does
+//! not: the flags below are those that it passes, less the sanitizer, and libFuzzer comes with the
+//! crate `libfuzzer-sys` as C++ source.
 
 use std::fs;
 use std::path::PathBuf;
@@ -56,12 +57,18 @@ pub fn run(report: &mut Report, names: &[String], seconds: u32) {
 /// Builds the targets; a reason if that is impossible here.
 fn build(names: &[String]) -> Result<Option<String>> {
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
-    let version = Command::new(&compiler).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
+    let version = Command::new(&compiler)
+        .arg("--version")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
     if !version.is_ok_and(|status| status.success()) {
         return Ok(Some(format!("libFuzzer needs a C++ compiler, and {compiler} does not run")));
     }
     let mut cargo = workspace::cargo();
-    cargo.args(["build", "--quiet", "--release", "--manifest-path"]).arg(folder().join("Cargo.toml"));
+    cargo
+        .args(["build", "--quiet", "--release", "--manifest-path"])
+        .arg(folder().join("Cargo.toml"));
     cargo.args(["--target", TARGET, "--target-dir"]).arg(binaries());
     for name in names {
         cargo.args(["--bin", name]);
@@ -76,7 +83,8 @@ fn binaries() -> PathBuf {
 }
 
 fn run_one(name: &str, seconds: u32) -> Result<Outcome> {
-    // What a run finds goes into a folder that is not in the repository; the corpus that is there is only read.
+    // What a run finds goes into a folder that is not in the repository; the corpus that is there
+    // is only read.
     let found = binaries().join("corpus").join(name);
     let artifacts = binaries().join("artifacts").join(name);
     fs::create_dir_all(&found)?;
@@ -96,7 +104,8 @@ fn run_one(name: &str, seconds: u32) -> Result<Outcome> {
     let status = command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file).status();
     if status.context("cannot run the target")?.success() {
         let text = String::from_utf8_lossy(&fs::read(&log)?).into_owned();
-        let runs = text.lines().find_map(|line| line.strip_prefix("stat::number_of_executed_units:"));
+        let runs =
+            text.lines().find_map(|line| line.strip_prefix("stat::number_of_executed_units:"));
         eprintln!("fuzz::{name}: {} inputs", runs.unwrap_or("no").trim());
         return Ok(Outcome::Passed);
     }

@@ -58,7 +58,11 @@ impl Guest {
     pub fn new(name: &str, port: UnixStream) -> Result<Self> {
         let reader = BufReader::new(port.try_clone()?);
         let state: Arc<(Mutex<State>, Condvar)> = Arc::default();
-        let guest = Self { name: name.to_owned(), port: Arc::new(Mutex::new(port)), state: Arc::clone(&state) };
+        let guest = Self {
+            name: name.to_owned(),
+            port: Arc::new(Mutex::new(port)),
+            state: Arc::clone(&state),
+        };
         thread::spawn(move || {
             for line in reader.split(b'\n').map_while(std::result::Result::ok) {
                 lock(&state.0).hear(&String::from_utf8_lossy(&line));
@@ -70,7 +74,8 @@ impl Guest {
         Ok(guest)
     }
 
-    /// From now on, takes the guest for hung once its agent has said nothing for `silence`, though it was asked.
+    /// From now on, takes the guest for hung once its agent has said nothing for `silence`, though
+    /// it was asked.
     ///
     /// What waits for the guest then fails at once.
     pub fn watch(&self, silence: Duration) {
@@ -104,14 +109,17 @@ impl Guest {
         lock(&self.state.0).silent
     }
 
-    /// Waits until the agent says something, anything, or it is certain that it does not: whoever has waited for something else in vain learns so
-    /// whether the guest hangs. For a guest under [`Guest::watch`], which bounds the wait.
+    /// Waits until the agent says something, anything, or it is certain that it does not: whoever
+    /// has waited for something else in vain learns so whether the guest hangs. For a guest under
+    /// [`Guest::watch`], which bounds the wait.
     pub fn answers(&self) -> bool {
         let before = lock(&self.state.0).frames;
-        self.frame("ping\n").is_ok() && self.wait(Duration::MAX, |state| (state.frames > before).then_some(())).is_ok()
+        self.frame("ping\n").is_ok()
+            && self.wait(Duration::MAX, |state| (state.frames > before).then_some(())).is_ok()
     }
 
-    /// Starts a command and returns its standard input and output as a stream, for a guest inside the guest.
+    /// Starts a command and returns its standard input and output as a stream, for a guest inside
+    /// the guest.
     ///
     /// The stream ends with the command.
     pub fn tunnel(&self, command: &str) -> Result<UnixStream> {
@@ -148,7 +156,8 @@ impl Guest {
 
     /// Starts a shell command and returns at once.
     ///
-    /// A command ends when its output is closed, so what it leaves in the background needs a redirection of its own.
+    /// A command ends when its output is closed, so what it leaves in the background needs a
+    /// redirection of its own.
     pub fn start(&self, command: &str) -> Result<Running> {
         let id = {
             let mut state = lock(&self.state.0);
@@ -179,11 +188,16 @@ impl Guest {
 
     fn frame(&self, line: &str) -> Result<()> {
         let mut port = lock(&self.port);
-        port.write_all(line.as_bytes()).with_context(|| format!("the machine of guest {} is gone", self.name))
+        port.write_all(line.as_bytes())
+            .with_context(|| format!("the machine of guest {} is gone", self.name))
     }
 
     /// Waits for `check` of the state, or until the channel closes.
-    fn wait<T>(&self, limit: Duration, mut check: impl FnMut(&mut State) -> Option<T>) -> Result<T> {
+    fn wait<T>(
+        &self,
+        limit: Duration,
+        mut check: impl FnMut(&mut State) -> Option<T>,
+    ) -> Result<T> {
         let began = Instant::now();
         let mut state = lock(&self.state.0);
         loop {
@@ -194,7 +208,8 @@ impl Guest {
             ensure!(!state.closed, "the machine of guest {} is gone", self.name);
             let left = limit.saturating_sub(began.elapsed());
             ensure!(!left.is_zero(), "nothing within {:.0} s", limit.as_secs_f32());
-            state = self.state.1.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            state =
+                self.state.1.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 }
@@ -212,7 +227,10 @@ impl State {
                 }
             }
             [kind, id, rest] => {
-                let Some(heard) = id.parse().ok().and_then(|id: u64| self.commands.get_mut(&id)) else { return };
+                let Some(heard) = id.parse().ok().and_then(|id: u64| self.commands.get_mut(&id))
+                else {
+                    return;
+                };
                 match kind {
                     "out" => heard.out.extend(decode(rest)),
                     "err" => heard.err.extend(decode(rest)),
@@ -233,18 +251,23 @@ pub struct Running {
 }
 
 impl Running {
-    /// Waits for the end of the command; one that takes longer than `limit` is killed, and that is an error.
+    /// Waits for the end of the command; one that takes longer than `limit` is killed, and that is
+    /// an error.
     pub fn wait(&self, limit: Duration) -> Result<Output> {
         self.guest.wait(limit, |state| self.ended(state)).map_err(|error| self.give_up(error))
     }
 
-    /// Waits for the end of the command; one that says nothing for `silence` is killed, and that is an error.
+    /// Waits for the end of the command; one that says nothing for `silence` is killed, and that is
+    /// an error.
     pub fn wait_talking(&self, silence: Duration) -> Result<Output> {
         let mut heard = 0;
         loop {
             let news = self.guest.wait(silence, |state| {
                 let ended = self.ended(state);
-                let said = state.commands.get(&self.id).map_or(0, |heard| heard.out.len() + heard.err.len());
+                let said = state
+                    .commands
+                    .get(&self.id)
+                    .map_or(0, |heard| heard.out.len() + heard.err.len());
                 (ended.is_some() || said > heard).then_some((ended, said))
             });
             match news.map_err(|error| self.give_up(error))? {
@@ -287,20 +310,33 @@ impl Running {
     pub fn said(&self) -> (String, String) {
         let state = lock(&self.guest.state.0);
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        state.commands.get(&self.id).map(|heard| (text(&heard.out), text(&heard.err))).unwrap_or_default()
+        state
+            .commands
+            .get(&self.id)
+            .map(|heard| (text(&heard.out), text(&heard.err)))
+            .unwrap_or_default()
     }
 
-    /// Hands what the command says to `sink`, standard output and error, as it comes; returns its exit code.
+    /// Hands what the command says to `sink`, standard output and error, as it comes; returns its
+    /// exit code.
     ///
     /// Nothing of it is kept. Ends early, with the code 255, if `sink` returns false.
-    pub fn stream(&self, limit: Duration, mut sink: impl FnMut(&[u8], &[u8]) -> bool) -> Result<i32> {
+    pub fn stream(
+        &self,
+        limit: Duration,
+        mut sink: impl FnMut(&[u8], &[u8]) -> bool,
+    ) -> Result<i32> {
         let began = Instant::now();
         loop {
-            let (out, err, code) = self.guest.wait(limit.saturating_sub(began.elapsed()), |state| {
-                let heard = state.commands.get_mut(&self.id)?;
-                let news = !heard.out.is_empty() || !heard.err.is_empty() || heard.code.is_some();
-                news.then(|| (std::mem::take(&mut heard.out), std::mem::take(&mut heard.err), heard.code))
-            })?;
+            let (out, err, code) =
+                self.guest.wait(limit.saturating_sub(began.elapsed()), |state| {
+                    let heard = state.commands.get_mut(&self.id)?;
+                    let news =
+                        !heard.out.is_empty() || !heard.err.is_empty() || heard.code.is_some();
+                    news.then(|| {
+                        (std::mem::take(&mut heard.out), std::mem::take(&mut heard.err), heard.code)
+                    })
+                })?;
             let goes_on = sink(&out, &err);
             match code {
                 Some(code) => return Ok(code),
@@ -314,19 +350,26 @@ impl Running {
     pub fn wait_for(&self, text: &str, limit: Duration) -> Result<()> {
         let ended = self.guest.wait(limit, |state| {
             let heard = state.commands.get(&self.id)?;
-            let seen = [&heard.out, &heard.err].iter().any(|bytes| String::from_utf8_lossy(bytes).contains(text));
+            let seen = [&heard.out, &heard.err]
+                .iter()
+                .any(|bytes| String::from_utf8_lossy(bytes).contains(text));
             (seen || heard.code.is_some()).then_some(seen)
         });
         match ended {
             Ok(true) => Ok(()),
             Ok(false) => {
                 let (out, err) = self.said();
-                bail!("guest {}: {} ended without saying {text:?}:\n{out}{err}", self.guest.name, self.command)
+                bail!(
+                    "guest {}: {} ended without saying {text:?}:\n{out}{err}",
+                    self.guest.name,
+                    self.command
+                )
             }
             Err(error) => {
                 let (out, err) = self.said();
                 let (name, command) = (&self.guest.name, &self.command);
-                Err(error.context(format!("guest {name}: {command} does not say {text:?}:\n{out}{err}")))
+                Err(error
+                    .context(format!("guest {name}: {command} does not say {text:?}:\n{out}{err}")))
             }
         }
     }

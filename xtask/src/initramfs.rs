@@ -50,9 +50,11 @@ impl Archive {
 
     fn entry(&mut self, path: &str, mode: u32, contents: &[u8]) -> Result<()> {
         self.entries += 1;
-        let size = u32::try_from(contents.len()).with_context(|| format!("{path} is too large for a cpio archive"))?;
+        let size = u32::try_from(contents.len())
+            .with_context(|| format!("{path} is too large for a cpio archive"))?;
         let name = u32::try_from(path.len() + 1)?;
-        // Magic, inode, mode, uid, gid, links, mtime, size, device (2), device node (2), length of the name, checksum.
+        // Magic, inode, mode, uid, gid, links, mtime, size, device (2), device node (2), length of
+        // the name, checksum.
         let fields = [self.entries, mode, 0, 0, 1, 0, size, 0, 0, 0, 0, name, 0];
         self.bytes.extend_from_slice(b"070701");
         for field in fields {
@@ -89,14 +91,22 @@ pub fn add_userland(archive: &mut Archive, kit: &Kit) -> Result<()> {
     }
     // What no list of libraries names: libc loads it when a thread is cancelled, as iperf3 does.
     let unwinder = "libgcc_s.so.1";
-    archive.file(&format!("lib/x86_64-linux-gnu/{unwinder}"), 0o755, &fs::read(kit.libraries().join(unwinder))?)?;
+    archive.file(
+        &format!("lib/x86_64-linux-gnu/{unwinder}"),
+        0o755,
+        &fs::read(kit.libraries().join(unwinder))?,
+    )?;
     Ok(())
 }
 
 /// Adds a dynamically linked program of the kit with every library it loads.
 pub fn add_program(archive: &mut Archive, kit: &Kit, program: &str) -> Result<()> {
-    let path = [kit.root().join("usr/bin"), kit.root().join("usr/sbin")].map(|dir| dir.join(program));
-    let path = path.iter().find(|path| path.exists()).with_context(|| format!("the kit has no {program}"))?;
+    let path =
+        [kit.root().join("usr/bin"), kit.root().join("usr/sbin")].map(|dir| dir.join(program));
+    let path = path
+        .iter()
+        .find(|path| path.exists())
+        .with_context(|| format!("the kit has no {program}"))?;
     archive.file(&format!("bin/{program}"), 0o755, &fs::read(path)?)?;
     let output = std::process::Command::new(kit.loader())
         .args(["--list", "--library-path"])
@@ -108,10 +118,16 @@ pub fn add_program(archive: &mut Archive, kit: &Kit, program: &str) -> Result<()
     for line in String::from_utf8_lossy(&output.stdout).lines() {
         let Some((name, rest)) = line.trim().split_once(" => ") else { continue };
         let file = rest.split(" (").next().unwrap_or(rest);
-        let target =
-            format!("lib/x86_64-linux-gnu/{}", Path::new(name).file_name().unwrap_or_default().to_string_lossy());
+        let target = format!(
+            "lib/x86_64-linux-gnu/{}",
+            Path::new(name).file_name().unwrap_or_default().to_string_lossy()
+        );
         if archive.folders.insert(format!("({target})")) {
-            archive.file(&target, 0o755, &fs::read(file).with_context(|| format!("cannot read {file}"))?)?;
+            archive.file(
+                &target,
+                0o755,
+                &fs::read(file).with_context(|| format!("cannot read {file}"))?,
+            )?;
         }
     }
     if archive.folders.insert("(loader)".into()) {
@@ -120,7 +136,8 @@ pub fn add_program(archive: &mut Archive, kit: &Kit, program: &str) -> Result<()
     Ok(())
 }
 
-/// Adds the modules `names` and what they depend on, in the order to load them in, as `/modules/NN-NAME.ko`.
+/// Adds the modules `names` and what they depend on, in the order to load them in, as
+/// `/modules/NN-NAME.ko`.
 ///
 /// `unxz` decompresses a module; Debian's are compressed by xz.
 pub fn add_modules(
@@ -156,7 +173,8 @@ fn add_module(
     };
     // One that is not there is built in, or the guest will say what it misses.
     let Some(path) = files.iter().find(is_it) else { return Ok(()) };
-    let module = if path.extension().is_some_and(|e| e == "xz") { unxz(path)? } else { fs::read(path)? };
+    let module =
+        if path.extension().is_some_and(|e| e == "xz") { unxz(path)? } else { fs::read(path)? };
     for needed in depends(&module) {
         add_module(archive, &needed, files, unxz, loaded)?;
     }
@@ -167,7 +185,9 @@ fn add_module(
 /// The names in the `depends=` field of a module's `.modinfo` section.
 fn depends(module: &[u8]) -> Vec<String> {
     const KEY: &[u8] = b"\0depends=";
-    let Some(at) = module.windows(KEY.len()).position(|window| window == KEY) else { return Vec::new() };
+    let Some(at) = module.windows(KEY.len()).position(|window| window == KEY) else {
+        return Vec::new();
+    };
     let value = module[at + KEY.len()..].split(|byte| *byte == 0).next().unwrap_or_default();
     let text = String::from_utf8_lossy(value).into_owned();
     text.split(',').filter(|name| !name.is_empty()).map(|name| name.replace('-', "_")).collect()
@@ -201,7 +221,8 @@ pub fn add_ours(archive: &mut Archive, agent: &Path, vbus: &Path) -> Result<()> 
     archive.file("etc/hosts", 0o644, b"127.0.0.1 localhost\n")
 }
 
-/// What the guest does before the host takes over. `console=ttyS0` is for people, `ttyS1` for the agent.
+/// What the guest does before the host takes over. `console=ttyS0` is for people, `ttyS1` for the
+/// agent.
 const INIT: &str = r"#!/bin/busybox sh
 export PATH=/root:/bin:/sbin HOME=/root TERM=vt100
 /bin/busybox --install -s /bin

@@ -1,9 +1,9 @@
 //! The kit: everything that a guest needs and the machine may lack, in `target/kit`.
 //!
 //! QEMU 11 with its whole closure of libraries (libc and loader too, so that it runs on an older
-//! system), a stock Debian cloud kernel with its modules, a static busybox, iperf3, passt and ethtool.
-//! The packages are fetched with an apt configuration and an empty dpkg status of their own and
-//! unpacked into one folder: nothing is installed, and no root is needed.
+//! system), a stock Debian cloud kernel with its modules, a static busybox, iperf3, passt and
+//! ethtool. The packages are fetched with an apt configuration and an empty dpkg status of their
+//! own and unpacked into one folder: nothing is installed, and no root is needed.
 //!
 //! The folder appears under its final name only when it is complete, so that an interrupted fetch
 //! leaves nothing behind that a later run could take for a kit.
@@ -52,7 +52,8 @@ struct Stamp {
 impl Kit {
     /// Opens the kit in `target/kit`, fetching it first if it is not there.
     ///
-    /// `mirror` is the address of a Debian mirror; `None` takes it from the machine's apt configuration.
+    /// `mirror` is the address of a Debian mirror; `None` takes it from the machine's apt
+    /// configuration.
     pub fn get(target: &Path, mirror: Option<&str>) -> Result<Self> {
         let dir = target.join("kit");
         fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
@@ -125,7 +126,10 @@ impl Kit {
     /// A command that runs `/usr/bin/PROGRAM` of the kit with the kit's libraries.
     pub fn command(&self, program: &str) -> Command {
         let mut command = Command::new(self.loader());
-        command.arg("--library-path").arg(self.libraries()).arg(self.root.join("usr/bin").join(program));
+        command
+            .arg("--library-path")
+            .arg(self.libraries())
+            .arg(self.root.join("usr/bin").join(program));
         command
     }
 
@@ -152,10 +156,17 @@ fn remove(dir: &Path) -> Result<()> {
 
 /// Fetches and unpacks everything into `dir/root`.
 fn fetch(dir: &Path, mirror: Option<&str>) -> Result<Stamp> {
-    ensure!(cfg!(target_arch = "x86_64"), "the guests are x86-64 machines, and so must the host be");
+    ensure!(
+        cfg!(target_arch = "x86_64"),
+        "the guests are x86-64 machines, and so must the host be"
+    );
     let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
     let field = |name: &str| {
-        release.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('=')).unwrap_or("").trim_matches('"')
+        release
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix('='))
+            .unwrap_or("")
+            .trim_matches('"')
     };
     let (mirror, suites) = match mirror {
         Some(url) => (url.to_owned(), vec!["trixie", "trixie-backports"]),
@@ -164,7 +175,10 @@ fn fetch(dir: &Path, mirror: Option<&str>) -> Result<Stamp> {
         }
         None => bail!("this machine runs {}, not Debian.\n{WITHOUT_KIT}", field("PRETTY_NAME")),
     };
-    eprintln!("kit: fetching QEMU, a kernel and tools from {mirror} ({}), about 90 MB", suites.join(", "));
+    eprintln!(
+        "kit: fetching QEMU, a kernel and tools from {mirror} ({}), about 90 MB",
+        suites.join(", ")
+    );
     let apt = Apt::new(dir, &mirror, &suites)?;
     apt.run("apt-get", &["update"], None)?;
 
@@ -177,7 +191,8 @@ fn fetch(dir: &Path, mirror: Option<&str>) -> Result<Stamp> {
     apt.run("apt-get", &["download", &apt.kernel_package()?], Some(&archives))?;
 
     let root = dir.join("root");
-    let mut files: Vec<PathBuf> = fs::read_dir(&archives)?.map(|e| Ok(e?.path())).collect::<Result<_>>()?;
+    let mut files: Vec<PathBuf> =
+        fs::read_dir(&archives)?.map(|e| Ok(e?.path())).collect::<Result<_>>()?;
     files.retain(|path| path.extension().is_some_and(|e| e == "deb"));
     files.sort();
     let terminal = std::io::stderr().is_terminal();
@@ -187,18 +202,32 @@ fn fetch(dir: &Path, mirror: Option<&str>) -> Result<Stamp> {
         if terminal {
             eprint!("\r\x1b[Kkit: unpacking {}/{} {name}", done + 1, files.len());
         }
-        let status = Command::new("dpkg-deb").arg("--extract").arg(file).arg(&root).stdin(Stdio::null()).status();
-        ensure!(status.context("cannot run dpkg-deb")?.success(), "dpkg-deb could not unpack {}", file.display());
+        let status = Command::new("dpkg-deb")
+            .arg("--extract")
+            .arg(file)
+            .arg(&root)
+            .stdin(Stdio::null())
+            .status();
+        ensure!(
+            status.context("cannot run dpkg-deb")?.success(),
+            "dpkg-deb could not unpack {}",
+            file.display()
+        );
         packages.push(name);
     }
     eprintln!("{}kit: unpacked {} packages", if terminal { "\r\x1b[K" } else { "" }, files.len());
     prune(&root)?;
 
-    let kernel = fs::read_dir(root.join("usr/lib/modules")).context("the kernel package has no /usr/lib/modules")?;
-    let kernel = kernel.map(|e| Ok(e?.file_name().to_string_lossy().into_owned())).collect::<Result<Vec<_>>>()?;
+    let kernel = fs::read_dir(root.join("usr/lib/modules"))
+        .context("the kernel package has no /usr/lib/modules")?;
+    let kernel = kernel
+        .map(|e| Ok(e?.file_name().to_string_lossy().into_owned()))
+        .collect::<Result<Vec<_>>>()?;
     ensure!(kernel.len() == 1, "one kernel was expected in the kit, found {kernel:?}");
-    let mut kit =
-        Kit { root, stamp: Stamp { edition: EDITION, qemu: String::new(), kernel: kernel[0].clone(), packages } };
+    let mut kit = Kit {
+        root,
+        stamp: Stamp { edition: EDITION, qemu: String::new(), kernel: kernel[0].clone(), packages },
+    };
     kit.stamp.qemu = qemu_version(kit.qemu())?;
     Ok(kit.stamp)
 }
@@ -206,11 +235,20 @@ fn fetch(dir: &Path, mirror: Option<&str>) -> Result<Stamp> {
 /// Asks QEMU for its version, and whether it can do what vbus needs of it.
 pub fn qemu_version(mut qemu: Command) -> Result<String> {
     let name = format!("{:?}", qemu.get_program());
-    let output =
-        qemu.args(["-nodefaults", "-device", "help"]).output().with_context(|| format!("cannot run {name}"))?;
+    let output = qemu
+        .args(["-nodefaults", "-device", "help"])
+        .output()
+        .with_context(|| format!("cannot run {name}"))?;
     let devices = String::from_utf8_lossy(&output.stdout).into_owned();
-    ensure!(output.status.success(), "QEMU does not start: {}", String::from_utf8_lossy(&output.stderr).trim());
-    ensure!(devices.contains("vfio-user-pci"), "this QEMU has no device vfio-user-pci; version 10.1 brought it");
+    ensure!(
+        output.status.success(),
+        "QEMU does not start: {}",
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    ensure!(
+        devices.contains("vfio-user-pci"),
+        "this QEMU has no device vfio-user-pci; version 10.1 brought it"
+    );
     let output = qemu.args(["--version"]).output()?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let version = text.split_whitespace().skip_while(|word| *word != "version").nth(1);
@@ -230,7 +268,12 @@ fn suites(codename: &str) -> Vec<&str> {
 /// The Debian mirror that the machine's own apt uses.
 fn machine_mirror(codename: &str) -> Result<String> {
     let output = Command::new("apt-get")
-        .args(["indextargets", "--format", "$(RELEASE) $(COMPONENT) $(REPO_URI)", "Created-By: Packages"])
+        .args([
+            "indextargets",
+            "--format",
+            "$(RELEASE) $(COMPONENT) $(REPO_URI)",
+            "Created-By: Packages",
+        ])
         .output()
         .with_context(|| format!("cannot run apt-get.\n{WITHOUT_KIT}"))?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -248,9 +291,14 @@ fn machine_mirror(codename: &str) -> Result<String> {
 
 /// Drops what no guest and no QEMU reads: half of the size.
 fn prune(root: &Path) -> Result<()> {
-    for unused in
-        ["usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/perl5", "usr/include", "usr/share/info"]
-    {
+    for unused in [
+        "usr/share/doc",
+        "usr/share/man",
+        "usr/share/locale",
+        "usr/share/perl5",
+        "usr/include",
+        "usr/share/info",
+    ] {
         remove(&root.join(unused))?;
     }
     Ok(())
@@ -269,8 +317,13 @@ impl Apt {
         }
         let keyring = Path::new("/usr/share/keyrings/debian-archive-keyring.gpg");
         // Without the keyring's own file apt falls back on the keys that the machine trusts.
-        let signed = if keyring.exists() { format!(" signed-by={}", keyring.display()) } else { String::new() };
-        let list = suites.iter().map(|suite| format!("deb [arch=amd64{signed}] {mirror} {suite} main\n"));
+        let signed = if keyring.exists() {
+            format!(" signed-by={}", keyring.display())
+        } else {
+            String::new()
+        };
+        let list =
+            suites.iter().map(|suite| format!("deb [arch=amd64{signed}] {mirror} {suite} main\n"));
         fs::write(dir.join("sources.list"), list.collect::<String>())?;
         fs::write(dir.join("status"), "")?;
         let config = dir.join("apt.conf");
@@ -313,10 +366,12 @@ impl Apt {
             command.args(["-q=2"]).stderr(log.try_clone()?).stdout(log);
             eprintln!("kit: {program} {}", args[0]);
         }
-        let status = command.status().with_context(|| format!("cannot run {program}.\n{WITHOUT_KIT}"))?;
+        let status =
+            command.status().with_context(|| format!("cannot run {program}.\n{WITHOUT_KIT}"))?;
         if !status.success() {
             let said = fs::read_to_string(&self.log).unwrap_or_default();
-            let errors: Vec<&str> = said.lines().filter(|l| l.starts_with("E:") || l.starts_with("Err:")).collect();
+            let errors: Vec<&str> =
+                said.lines().filter(|l| l.starts_with("E:") || l.starts_with("Err:")).collect();
             bail!(
                 "{program} {} failed ({status}).\n{}\nThe mirror must carry Debian's trixie and trixie-backports; \
                  --mirror URL names another.",
@@ -331,7 +386,8 @@ impl Apt {
     fn kernel_package(&self) -> Result<String> {
         let output = self.command("apt-cache").args(["depends", KERNEL_PACKAGE]).output()?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        let package = text.lines().find_map(|line| line.trim().strip_prefix("Depends: ")).map(str::to_owned);
+        let package =
+            text.lines().find_map(|line| line.trim().strip_prefix("Depends: ")).map(str::to_owned);
         package.with_context(|| format!("the mirror has no {KERNEL_PACKAGE}"))
     }
 }

@@ -1,4 +1,5 @@
-//! What all guests of one run share: QEMU, kernel, initramfs, accelerator, and a folder for sockets and logs.
+//! What all guests of one run share: QEMU, kernel, initramfs, accelerator, and a folder for sockets
+//! and logs.
 
 use std::fmt;
 use std::fs;
@@ -28,7 +29,8 @@ pub struct Options {
     /// The modules that go with --kernel (lib/modules/VERSION); without it they must be built in
     #[arg(long, value_name = "DIR", requires = "kernel")]
     pub modules: Option<PathBuf>,
-    /// A cpio archive with /bin/busybox and iperf3, in place of the kit's programs; /init and ours are added to it
+    /// A cpio archive with /bin/busybox and iperf3, in place of the kit's programs; /init and ours
+    /// are added to it
     #[arg(long, value_name = "PATH")]
     pub initramfs: Option<PathBuf>,
     /// The Debian mirror to fetch the kit from, in place of the one in apt's configuration
@@ -77,7 +79,8 @@ pub struct Lab {
 impl Lab {
     /// Fetches the kit, builds the guests' programs and finds out which accelerator works.
     pub fn new(options: &Options) -> Result<Self> {
-        let complete = options.qemu.is_some() && options.kernel.is_some() && options.initramfs.is_some();
+        let complete =
+            options.qemu.is_some() && options.kernel.is_some() && options.initramfs.is_some();
         let target = workspace::target();
         let kit = if complete { None } else { Some(Kit::get(&target, options.mirror.as_deref())?) };
         let programs = workspace::build_programs(options.as_built)?;
@@ -91,7 +94,9 @@ impl Lab {
         let mut archive = Archive::default();
         let mut base = Vec::new();
         match (&options.initramfs, &kit) {
-            (Some(path), _) => base = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?,
+            (Some(path), _) => {
+                base = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?
+            }
             (None, Some(kit)) => initramfs::add_userland(&mut archive, kit)?,
             (None, None) => bail!("no initramfs and no kit"),
         }
@@ -102,7 +107,9 @@ impl Lab {
             _ => None,
         };
         if let Some(modules) = &modules {
-            initramfs::add_modules(&mut archive, modules, &initramfs::MODULES, |path| unxz(kit.as_ref(), path))?;
+            initramfs::add_modules(&mut archive, modules, &initramfs::MODULES, |path| {
+                unxz(kit.as_ref(), path)
+            })?;
         }
         initramfs::add_ours(&mut archive, &programs.agent, &programs.vbus)?;
         // An archive of the user's may be compressed; the kernel wants the next one aligned.
@@ -132,7 +139,11 @@ impl Lab {
             None => lab.choose_accel(&target)?,
         };
         lab.accel = accel;
-        eprintln!("guests: QEMU {} with {accel} ({why}), Linux {}", lab.qemu_version, lab.kernel_version());
+        eprintln!(
+            "guests: QEMU {} with {accel} ({why}), Linux {}",
+            lab.qemu_version,
+            lab.kernel_version()
+        );
         Ok(lab)
     }
 
@@ -179,7 +190,8 @@ impl Lab {
         self.kit.as_ref()
     }
 
-    /// Adds modules of the guests' kernel to an archive, to be loaded at boot; built-in ones are no error.
+    /// Adds modules of the guests' kernel to an archive, to be loaded at boot; built-in ones are no
+    /// error.
     pub fn add_modules(&self, archive: &mut Archive, names: &[&str]) -> Result<()> {
         let Some(modules) = &self.modules else { return Ok(()) };
         initramfs::add_modules(archive, modules, names, |path| unxz(self.kit.as_ref(), path))
@@ -224,8 +236,8 @@ impl Lab {
 
     /// KVM if a guest boots with it, and why or why not.
     ///
-    /// A /dev/kvm that can be opened proves nothing (it may be emulated, or lack what Linux needs), so a guest is
-    /// booted; the answer is kept until the host boots again.
+    /// A /dev/kvm that can be opened proves nothing (it may be emulated, or lack what Linux needs),
+    /// so a guest is booted; the answer is kept until the host boots again.
     fn choose_accel(&mut self, target: &Path) -> Result<(Accel, String)> {
         let Ok(device) = fs::metadata("/dev/kvm") else {
             return Ok((Accel::Tcg, "there is no /dev/kvm".into()));
@@ -234,13 +246,27 @@ impl Lab {
             return Ok((Accel::Tcg, format!("/dev/kvm cannot be opened: {error}")));
         }
         let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-        let key = format!("{} {:x} {} {}", boot.trim(), device.rdev(), self.qemu_version, self.kernel_version());
+        let key = format!(
+            "{} {:x} {} {}",
+            boot.trim(),
+            device.rdev(),
+            self.qemu_version,
+            self.kernel_version()
+        );
         let cache = target.join("xtask/accel.json");
-        let known = fs::read(&cache).ok().and_then(|bytes| serde_json::from_slice::<serde_json::Value>(&bytes).ok());
-        let works = match known.filter(|known| known["key"] == key).and_then(|known| known["kvm"].as_bool()) {
+        let known = fs::read(&cache)
+            .ok()
+            .and_then(|bytes| serde_json::from_slice::<serde_json::Value>(&bytes).ok());
+        let works = match known
+            .filter(|known| known["key"] == key)
+            .and_then(|known| known["kvm"].as_bool())
+        {
             Some(works) => works,
             None => {
-                eprintln!("guests: trying /dev/kvm with a guest, for {} s at most", KVM_TRIAL.as_secs());
+                eprintln!(
+                    "guests: trying /dev/kvm with a guest, for {} s at most",
+                    KVM_TRIAL.as_secs()
+                );
                 self.accel = Accel::Kvm;
                 let trial = Machine::new("kvm").start(&self.scene("trial")?);
                 let works = trial.is_ok_and(|vm| vm.guest.wait_boot(1, KVM_TRIAL).is_ok());

@@ -26,7 +26,8 @@ pub struct Machine {
     pub share: bool,
     /// PCIe root ports, for a device each: `slot0` and so on.
     pub slots: usize,
-    /// vfio-user sockets of the devices that are there at boot; the first in `slot0`, with the id `dev0`.
+    /// vfio-user sockets of the devices that are there at boot; the first in `slot0`, with the id
+    /// `dev0`.
     pub devices: Vec<PathBuf>,
     /// More words for QEMU's command line.
     pub args: Vec<String>,
@@ -43,10 +44,12 @@ pub struct Machine {
 pub enum Processor {
     /// What the lab has chosen.
     Lab,
-    /// QEMU's translator with AMD's SVM, so that the guest has a KVM of its own. A thread for each CPU: taking turns on one, they would lose the
-    /// guests of that KVM at the first turn that falls on an injected interrupt.
+    /// QEMU's translator with AMD's SVM, so that the guest has a KVM of its own. A thread for each
+    /// CPU: taking turns on one, they would lose the guests of that KVM at the first turn that
+    /// falls on an injected interrupt.
     Svm,
-    /// The same on one thread and by a clock that counts instructions, so that a run can be repeated.
+    /// The same on one thread and by a clock that counts instructions, so that a run can be
+    /// repeated.
     CountedSvm,
 }
 
@@ -101,22 +104,35 @@ impl Machine {
         let memory = self.memory_mib;
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-name", &self.name]);
         command.args(["-M", "q35,memory-backend=ram,vmport=off,hpet=off"]);
-        // Where there can be but one CPU the translator makes several steps of a locked instruction, and no fence (spec/vfio-user.md).
+        // Where there can be but one CPU the translator makes several steps of a locked
+        // instruction, and no fence (spec/vfio-user.md).
         let smp = format!("{},maxcpus={}", self.cpus, self.cpus.max(2));
         command.args(["-m", &format!("{memory}M"), "-smp", &smp]);
-        command.arg("-object").arg(format!("memory-backend-memfd,id=ram,size={memory}M,share={share}"));
+        command
+            .arg("-object")
+            .arg(format!("memory-backend-memfd,id=ram,size={memory}M,share={share}"));
         match (self.processor, lab.accel()) {
             (Processor::Lab, Accel::Kvm) => command.args(["-accel", "kvm", "-cpu", "host"]),
-            (Processor::Lab, Accel::Tcg) => command.args(["-accel", "tcg,thread=multi,tb-size=256", "-cpu", TCG_CPU]),
-            (Processor::Svm, _) => command.args(["-accel", "tcg,thread=multi,tb-size=512", "-cpu", SVM_CPU]),
+            (Processor::Lab, Accel::Tcg) => {
+                command.args(["-accel", "tcg,thread=multi,tb-size=256", "-cpu", TCG_CPU])
+            }
+            (Processor::Svm, _) => {
+                command.args(["-accel", "tcg,thread=multi,tb-size=512", "-cpu", SVM_CPU])
+            }
             (Processor::CountedSvm, _) => command
                 .args(["-accel", "tcg,thread=single,tb-size=512", "-cpu", SVM_CPU])
                 .args(["-icount", "shift=1,sleep=off", "-rtc", "clock=vm"]),
         };
         let serial = |id: &str, rest: &str| {
-            ["-chardev".to_owned(), format!("socket,id={id},{rest}"), "-serial".to_owned(), format!("chardev:{id}")]
+            [
+                "-chardev".to_owned(),
+                format!("socket,id={id},{rest}"),
+                "-serial".to_owned(),
+                format!("chardev:{id}"),
+            ]
         };
-        let server = format!("path={},server=on,wait=off,logfile={}", console.display(), logs.1.display());
+        let server =
+            format!("path={},server=on,wait=off,logfile={}", console.display(), logs.1.display());
         command.args(serial("console", &server));
         command.args(serial("agent", &format!("path={}", agent.path.display())));
         command.arg("-qmp").arg(format!("unix:{}", control.path.display()));
@@ -125,23 +141,29 @@ impl Machine {
         command.arg(self.initramfs.as_deref().unwrap_or(lab.initramfs()));
         command.arg("-append").arg(format!("{KERNEL_WORDS} {}", self.append));
         for slot in 0..self.slots {
-            command.arg("-device").arg(format!("pcie-root-port,id=slot{slot},slot={slot},chassis={slot},io-reserve=0"));
+            command.arg("-device").arg(format!(
+                "pcie-root-port,id=slot{slot},slot={slot},chassis={slot},io-reserve=0"
+            ));
         }
         for (slot, socket) in self.devices.iter().enumerate() {
-            command.arg("-device").arg(vfio_user(&format!("dev{slot}"), &format!("slot{slot}"), socket).to_string());
+            command
+                .arg("-device")
+                .arg(vfio_user(&format!("dev{slot}"), &format!("slot{slot}"), socket).to_string());
         }
         command.args(&self.args);
 
         let began = Instant::now();
-        let mut process = Process::start(command, &format!("QEMU of guest {}", self.name), &logs.0)?;
+        let mut process =
+            Process::start(command, &format!("QEMU of guest {}", self.name), &logs.0)?;
         let control = Qmp::new(control.accept(&mut process)?)?;
         let guest = Guest::new(&self.name, agent.accept(&mut process)?)?;
         Ok(Vm { guest, process, control, began, qmp, console, log: logs.1 })
     }
 }
 
-/// The CPU that QEMU's translator runs Linux fastest on: older than "fast" string instructions, which it carries out byte
-/// by byte (`-cpu max` moves a quarter of the data over TCP), and than SMAP, five-level paging and AVX state.
+/// The CPU that QEMU's translator runs Linux fastest on: older than "fast" string instructions,
+/// which it carries out byte by byte (`-cpu max` moves a quarter of the data over TCP), and than
+/// SMAP, five-level paging and AVX state.
 const TCG_CPU: &str = "Nehalem";
 
 /// The CPU with SVM; without the "fast" string instructions, for the same reason.
@@ -173,7 +195,9 @@ pub struct Vm {
 impl Vm {
     /// Waits until the guest has booted `times` times.
     pub fn wait_boot(&self, times: u32) -> Result<()> {
-        self.guest.wait_boot(times, BOOT).map_err(|error| anyhow::anyhow!("{error:#}{}", tail(&self.log)))
+        self.guest
+            .wait_boot(times, BOOT)
+            .map_err(|error| anyhow::anyhow!("{error:#}{}", tail(&self.log)))
     }
 
     /// Since QEMU was started.
@@ -200,7 +224,8 @@ impl Vm {
     pub fn unplug(&mut self, id: &str) -> Result<Duration> {
         let began = Instant::now();
         self.control.execute("device_del", json!({"id": id}))?;
-        self.control.wait_event("DEVICE_DELETED", Duration::from_secs(30), |data| data["device"] == id)?;
+        self.control
+            .wait_event("DEVICE_DELETED", Duration::from_secs(30), |data| data["device"] == id)?;
         Ok(began.elapsed())
     }
 
@@ -227,7 +252,8 @@ struct Listener {
 impl Listener {
     fn new(path: PathBuf) -> Result<Self> {
         let _ = std::fs::remove_file(&path);
-        let listener = UnixListener::bind(&path).with_context(|| format!("cannot listen on {}", path.display()))?;
+        let listener = UnixListener::bind(&path)
+            .with_context(|| format!("cannot listen on {}", path.display()))?;
         listener.set_nonblocking(true)?;
         Ok(Self { path, listener })
     }

@@ -50,7 +50,8 @@ enum Command {
         /// `a` or `b`
         guest: String,
     },
-    /// Run what needs a real KVM: all of it, those whose name begins with one of NAMES, or a command of your own
+    /// Run what needs a real KVM: all of it, those whose name begins with one of NAMES, or a
+    /// command of your own
     Kvm(kvm::Args),
     /// Run the tests: all, or those whose name begins with one of NAMES
     Test(test::Args),

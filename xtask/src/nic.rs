@@ -1,4 +1,5 @@
-//! A venet NIC in a guest: `vbus guest net` as a running command, and traffic over the interface it makes.
+//! A venet NIC in a guest: `vbus guest net` as a running command, and traffic over the interface it
+//! makes.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -26,8 +27,15 @@ pub struct Nic {
 }
 
 impl Nic {
-    /// Starts the driver of the NIC called `device`, makes its interface `interface`, and gives that an address.
-    pub fn up(guest: &Guest, device: &str, interface: &str, address: &str, options: &str) -> Result<Self> {
+    /// Starts the driver of the NIC called `device`, makes its interface `interface`, and gives
+    /// that an address.
+    pub fn up(
+        guest: &Guest,
+        device: &str,
+        interface: &str,
+        address: &str,
+        options: &str,
+    ) -> Result<Self> {
         let command = format!("exec vbus guest net {device} --name {interface} {options}");
         let driver = guest.start(&command)?;
         let until = Instant::now() + BOOT;
@@ -38,7 +46,8 @@ impl Nic {
             }
             thread::sleep(Duration::from_millis(20));
         }
-        guest.ok(&format!("ip addr add {address} dev {interface} && ip link set {interface} up"))?;
+        guest
+            .ok(&format!("ip addr add {address} dev {interface} && ip link set {interface} up"))?;
         Ok(Self { driver, interface: interface.to_owned() })
     }
 }
@@ -54,7 +63,8 @@ pub struct Ping {
 pub fn ping(guest: &Guest, address: &str, count: u32) -> Result<Ping> {
     // The first ones find the address, and run code that a translator has not seen yet.
     guest.start(&format!("ping -c 5 -i 0.1 -w 30 {address}"))?.ok(BOOT)?;
-    let text = guest.start(&format!("ping -c {count} -i 0.2 -w {} {address}", count + 30))?.ok(BOOT)?;
+    let text =
+        guest.start(&format!("ping -c {count} -i 0.2 -w {} {address}", count + 30))?.ok(BOOT)?;
     ensure!(text.contains(" 0% packet loss"), "pings of {address} were lost:\n{text}");
     // round-trip min/avg/max = 0.281/0.345/0.512 ms
     let times = text.rsplit(" = ").next().and_then(|end| end.split(' ').next()).unwrap_or("");
@@ -63,12 +73,15 @@ pub fn ping(guest: &Guest, address: &str, count: u32) -> Result<Ping> {
     Ok(Ping { min, avg, max })
 }
 
-/// Megabits per second of TCP from `from` to the guest `to` at `address`, as the receiver counts them.
+/// Megabits per second of TCP from `from` to the guest `to` at `address`, as the receiver counts
+/// them.
 pub fn iperf(from: &Guest, to: &Guest, address: &str, seconds: u32) -> Result<f64> {
     let server = to.start("iperf3 --server --one-off")?;
     wait_port(to, 5201)?;
     let limit = BOOT + Duration::from_secs(u64::from(seconds));
-    let client = from.start(&format!("iperf3 --client {address} --time {seconds} --json --connect-timeout 10000"))?;
+    let client = from.start(&format!(
+        "iperf3 --client {address} --time {seconds} --json --connect-timeout 10000"
+    ))?;
     let text = client.ok(limit)?;
     server.ok(BOOT)?;
     let result: Value = serde_json::from_str(&text).context("iperf3 printed no JSON")?;
@@ -76,7 +89,8 @@ pub fn iperf(from: &Guest, to: &Guest, address: &str, seconds: u32) -> Result<f6
     Ok(bits.with_context(|| format!("iperf3 counted nothing: {}", result["error"]))? / 1e6)
 }
 
-/// Sends `bytes` bytes from `from` to the guest `to` at `address`; both ends must agree on their hash.
+/// Sends `bytes` bytes from `from` to the guest `to` at `address`; both ends must agree on their
+/// hash.
 pub fn transfer(
     from: &Guest,
     to: &Guest,
@@ -88,10 +102,15 @@ pub fn transfer(
 ) -> Result<()> {
     let receiver = to.start(&format!("guest-agent receive 0.0.0.0:{port}"))?;
     wait_port(to, port)?;
-    let sent = from.start(&format!("guest-agent send {address}:{port} {bytes} {seed}"))?.ok(limit)?;
+    let sent =
+        from.start(&format!("guest-agent send {address}:{port} {bytes} {seed}"))?.ok(limit)?;
     let received = receiver.ok(limit)?;
     ensure!(sent == received, "sent {}, received {}", sent.trim(), received.trim());
-    ensure!(sent.starts_with(&format!("{bytes} ")), "{bytes} bytes were to be sent, not {}", sent.trim());
+    ensure!(
+        sent.starts_with(&format!("{bytes} ")),
+        "{bytes} bytes were to be sent, not {}",
+        sent.trim()
+    );
     Ok(())
 }
 

@@ -23,15 +23,19 @@ pub struct Process {
 impl Process {
     /// Starts `command`; what it says goes to `log`.
     ///
-    /// To be called on a thread that lives as long as the process shall: the kernel takes the end of the thread that
-    /// started a process for the end of its parent.
+    /// To be called on a thread that lives as long as the process shall: the kernel takes the end
+    /// of the thread that started a process for the end of its parent.
     pub fn start(mut command: Command, name: &str, log: &Path) -> Result<Self> {
         command.stdout(log_file(log)?);
         Self::spawn(command, name, log)
     }
 
     /// As [`start`](Self::start), with its standard output apart: it comes line by line.
-    pub fn start_with_lines(mut command: Command, name: &str, log: &Path) -> Result<(Self, Receiver<String>)> {
+    pub fn start_with_lines(
+        mut command: Command,
+        name: &str,
+        log: &Path,
+    ) -> Result<(Self, Receiver<String>)> {
         command.stdout(Stdio::piped());
         let mut process = Self::spawn(command, name, log)?;
         let output = process.child.stdout.take().context("no output")?;
@@ -49,7 +53,9 @@ impl Process {
     fn spawn(mut command: Command, name: &str, log: &Path) -> Result<Self> {
         command.stdin(Stdio::null()).stderr(log_file(log)?);
         die_with_parent(&mut command);
-        let child = command.spawn().with_context(|| format!("cannot start {name} ({:?})", command.get_program()))?;
+        let child = command
+            .spawn()
+            .with_context(|| format!("cannot start {name} ({:?})", command.get_program()))?;
         Ok(Self { child, name: name.to_owned(), log: log.to_owned() })
     }
 
@@ -111,7 +117,11 @@ impl Drop for Process {
 }
 
 fn log_file(log: &Path) -> Result<File> {
-    File::options().create(true).append(true).open(log).with_context(|| format!("cannot write {}", log.display()))
+    File::options()
+        .create(true)
+        .append(true)
+        .open(log)
+        .with_context(|| format!("cannot write {}", log.display()))
 }
 
 #[allow(unsafe_code)] // Between fork and exec only calls that are safe in a signal handler are allowed.
@@ -156,7 +166,10 @@ impl RunDir {
             .map(|n: u32| parent.join(format!("{PREFIX}{}-{n}", std::process::id())))
             .find(|path| !path.exists())
             .context("no name is left")?;
-        fs::DirBuilder::new().mode(0o700).create(&path).with_context(|| format!("cannot make {}", path.display()))?;
+        fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&path)
+            .with_context(|| format!("cannot make {}", path.display()))?;
         Ok(Self { path })
     }
 

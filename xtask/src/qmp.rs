@@ -43,7 +43,9 @@ impl Qmp {
         self.next += 1;
         let id = self.next;
         let line = json!({"execute": command, "arguments": arguments, "id": id}).to_string();
-        self.stream.write_all(format!("{line}\n").as_bytes()).with_context(|| format!("{command}: QEMU is gone"))?;
+        self.stream
+            .write_all(format!("{line}\n").as_bytes())
+            .with_context(|| format!("{command}: QEMU is gone"))?;
         let until = Instant::now() + ANSWER;
         loop {
             let value = self.receive(until).with_context(|| format!("no answer to {command}"))?;
@@ -58,8 +60,14 @@ impl Qmp {
         }
     }
 
-    /// Waits for an event, one that came since the last look included, that `wanted` accepts; returns its data.
-    pub fn wait_event(&mut self, name: &str, limit: Duration, wanted: impl Fn(&Value) -> bool) -> Result<Value> {
+    /// Waits for an event, one that came since the last look included, that `wanted` accepts;
+    /// returns its data.
+    pub fn wait_event(
+        &mut self,
+        name: &str,
+        limit: Duration,
+        wanted: impl Fn(&Value) -> bool,
+    ) -> Result<Value> {
         let until = Instant::now() + limit;
         let matches = |value: &Value| value["event"] == name && wanted(&value["data"]);
         if let Some(at) = self.events.iter().position(matches) {

@@ -64,7 +64,9 @@ impl Report {
         }
         let colon = if detail.is_empty() { "" } else { ": " };
         eprintln!("{word:7} {name} ({seconds:.1} s){colon}{detail}");
-        self.tests.push(json!({"name": name, "outcome": word, "detail": detail, "seconds": round(seconds)}));
+        self.tests.push(
+            json!({"name": name, "outcome": word, "detail": detail, "seconds": round(seconds)}),
+        );
     }
 
     /// Adds tests that are only counted.
@@ -77,7 +79,8 @@ impl Report {
     pub fn show_failures(&self) -> bool {
         for word in ["skipped", "FAILED"] {
             for test in self.tests.iter().filter(|test| test["outcome"] == word) {
-                let first = test["detail"].as_str().and_then(|detail| detail.lines().next()).unwrap_or("");
+                let first =
+                    test["detail"].as_str().and_then(|detail| detail.lines().next()).unwrap_or("");
                 eprintln!("{word:7} {}: {first}", test["name"].as_str().unwrap_or(""));
             }
         }
@@ -96,7 +99,8 @@ impl Report {
         let line = self.summary();
         if as_json {
             eprintln!("{line}");
-            let (passed, failed, skipped, tests) = (self.passed, self.failed, self.skipped, &self.tests);
+            let (passed, failed, skipped, tests) =
+                (self.passed, self.failed, self.skipped, &self.tests);
             let all = json!({"ok": failed == 0, "passed": passed, "failed": failed, "skipped": skipped,
                 "seconds": round(seconds), "tests": tests});
             println!("{all}");

@@ -1,4 +1,5 @@
-//! `cargo xtask test`: every test there is, in order, and one line at the end that says how many passed.
+//! `cargo xtask test`: every test there is, in order, and one line at the end that says how many
+//! passed.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -13,7 +14,8 @@ use crate::lab::Options;
 use crate::report::{Outcome, Report};
 use crate::{fuzz, kvm, vm, workspace};
 
-/// The tests that cargo runs: unit, property, model (loom) and process tests, and the examples in documentation.
+/// The tests that cargo runs: unit, property, model (loom) and process tests, and the examples in
+/// documentation.
 const CARGO: &str = "cargo";
 
 /// How many bytes of a failed test's output are shown; all of it is in the log.
@@ -41,16 +43,25 @@ pub struct Args {
 
 /// Runs the chosen tests; false if one failed.
 pub fn run(args: &Args) -> Result<bool> {
-    let wanted = |name: &str| args.names.is_empty() || args.names.iter().any(|prefix| name.starts_with(prefix));
-    let fuzz_targets: Vec<_> = fuzz::targets()?.into_iter().filter(|name| wanted(&format!("fuzz::{name}"))).collect();
-    let scenarios: Vec<_> = vm::SCENARIOS.iter().filter(|scenario| wanted(&format!("vm::{}", scenario.name))).collect();
-    let on_kvm: Vec<_> = kvm::SCENARIOS.iter().filter(|scenario| wanted(&format!("kvm::{}", scenario.name))).collect();
+    let wanted = |name: &str| {
+        args.names.is_empty() || args.names.iter().any(|prefix| name.starts_with(prefix))
+    };
+    let fuzz_targets: Vec<_> =
+        fuzz::targets()?.into_iter().filter(|name| wanted(&format!("fuzz::{name}"))).collect();
+    let scenarios: Vec<_> =
+        vm::SCENARIOS.iter().filter(|scenario| wanted(&format!("vm::{}", scenario.name))).collect();
+    let on_kvm: Vec<_> = kvm::SCENARIOS
+        .iter()
+        .filter(|scenario| wanted(&format!("kvm::{}", scenario.name)))
+        .collect();
     if args.list {
         if wanted(CARGO) {
             println!("{CARGO:28} unit, property, model and process tests");
         }
         if wanted(LOST) {
-            println!("{LOST:28} of ten million interrupts by pic, masked and moved, none is lost (a release build)");
+            println!(
+                "{LOST:28} of ten million interrupts by pic, masked and moved, none is lost (a release build)"
+            );
         }
         for name in &fuzz_targets {
             println!("{:28} a short run of this fuzz target", format!("fuzz::{name}"));
@@ -64,7 +75,11 @@ pub fn run(args: &Args) -> Result<bool> {
         return Ok(true);
     }
     anyhow::ensure!(
-        wanted(CARGO) || wanted(LOST) || !fuzz_targets.is_empty() || !scenarios.is_empty() || !on_kvm.is_empty(),
+        wanted(CARGO)
+            || wanted(LOST)
+            || !fuzz_targets.is_empty()
+            || !scenarios.is_empty()
+            || !on_kvm.is_empty(),
         "no test is called {}; `cargo xtask test --list` names them",
         args.names.join(" or ")
     );
@@ -97,7 +112,11 @@ fn cargo_tests(report: &mut Report) -> Result<()> {
     let log = logs.join("cargo-test.log");
     let without_vmm = workspace::too_old_for_vmm();
     if let Some(why) = &without_vmm {
-        report.enter(&format!("{CARGO}::vbus-vmm"), &Outcome::Skipped(why.clone()), began.elapsed());
+        report.enter(
+            &format!("{CARGO}::vbus-vmm"),
+            &Outcome::Skipped(why.clone()),
+            began.elapsed(),
+        );
     }
     let mut cargo = workspace::cargo()
         .args(["test", "--workspace", "--no-fail-fast"])
@@ -108,18 +127,23 @@ fn cargo_tests(report: &mut Report) -> Result<()> {
         .context("cannot run cargo")?;
     let mut copy = File::create(&log)?;
     let (mut passed, mut skipped) = (0, 0);
-    // Names, and what each test that failed had to say, which cargo prints when the others of its program have ended.
+    // Names, and what each test that failed had to say, which cargo prints when the others of its
+    // program have ended.
     let (mut failures, mut said, mut speaks) = (Vec::new(), HashMap::<String, String>::new(), None);
     for line in BufReader::new(cargo.stdout.take().context("no output")?).lines() {
         let line = line?;
         std::io::Write::write_all(&mut copy, format!("{line}\n").as_bytes())?;
-        if let Some(name) = line.strip_prefix("test ").and_then(|rest| rest.strip_suffix(" ... FAILED")) {
+        if let Some(name) =
+            line.strip_prefix("test ").and_then(|rest| rest.strip_suffix(" ... FAILED"))
+        {
             failures.push(name.to_owned());
         } else if let Some(numbers) = line.strip_prefix("test result: ") {
             passed += before(numbers, " passed");
             skipped += before(numbers, " ignored");
             speaks = None;
-        } else if let Some(name) = line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" stdout ----")) {
+        } else if let Some(name) =
+            line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" stdout ----"))
+        {
             speaks = Some(name.to_owned());
         } else if line == "failures:" {
             speaks = None;
@@ -135,13 +159,15 @@ fn cargo_tests(report: &mut Report) -> Result<()> {
     for name in &failures {
         let said = said.get(name).map_or("", String::as_str);
         // Where it panicked and why, on one line, which is what the summary shows.
-        let end = said.find(" panicked at ").map_or(said, |at| &said[at + 1..]).replacen(":\n", ": ", 1);
+        let end =
+            said.find(" panicked at ").map_or(said, |at| &said[at + 1..]).replacen(":\n", ": ", 1);
         let end = end.split("\nstack backtrace:").next().unwrap_or_default().trim();
         let why = Outcome::Failed(format!("{end}\nall of it: {}", log.display()));
         report.enter(&format!("{CARGO}::{name}"), &why, began.elapsed());
     }
     if !status.success() && failures.is_empty() {
-        let why = Outcome::Failed("cargo test did not run to its end; it has said why above".into());
+        let why =
+            Outcome::Failed("cargo test did not run to its end; it has said why above".into());
         report.enter(CARGO, &why, began.elapsed());
     }
     eprintln!(

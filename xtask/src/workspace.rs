@@ -12,7 +12,8 @@ pub fn root() -> &'static Path {
     here.parent().unwrap_or(here)
 }
 
-/// The folder `target` of the workspace: the kit and what is built for the guests, wherever cargo builds otherwise.
+/// The folder `target` of the workspace: the kit and what is built for the guests, wherever cargo
+/// builds otherwise.
 pub fn target() -> PathBuf {
     root().join("target")
 }
@@ -40,17 +41,21 @@ pub fn build_programs(as_built: bool) -> Result<Programs> {
     Ok(Programs { vbus, agent })
 }
 
-/// The oldest Rust (1.x) that `vbus-vmm` can be built with, as its manifest says; the other crates are content with less.
+/// The oldest Rust (1.x) that `vbus-vmm` can be built with, as its manifest says; the other crates
+/// are content with less.
 const VMM_RUST: u32 = 90;
 
 /// Why `vbus-vmm` cannot be built by this Rust, if it cannot.
 pub fn too_old_for_vmm() -> Option<String> {
-    let output = Command::new(std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into())).arg("--version").output();
+    let output = Command::new(std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()))
+        .arg("--version")
+        .output();
     let text = String::from_utf8_lossy(&output.ok()?.stdout).into_owned();
     let version = text.split_whitespace().nth(1)?;
     let minor: u32 = version.strip_prefix("1.")?.split('.').next()?.parse().ok()?;
-    (minor < VMM_RUST)
-        .then(|| format!("vbus-vmm needs Rust 1.{VMM_RUST} for the crates of rust-vmm; this is {version}"))
+    (minor < VMM_RUST).then(|| {
+        format!("vbus-vmm needs Rust 1.{VMM_RUST} for the crates of rust-vmm; this is {version}")
+    })
 }
 
 /// Builds `vbus-vmm`; `as_built` takes it as it was built last.
@@ -59,7 +64,8 @@ pub fn build_vmm(as_built: bool) -> Result<PathBuf> {
     Ok(vmm)
 }
 
-/// Builds programs, each of the package of its name, in a folder of their own so that the flags disturb no other build.
+/// Builds programs, each of the package of its name, in a folder of their own so that the flags
+/// disturb no other build.
 fn build_static<const N: usize>(packages: [&str; N], as_built: bool) -> Result<[PathBuf; N]> {
     let dir = target().join("guest");
     let programs = dir.join(GUEST_TARGET).join("release");
@@ -81,7 +87,8 @@ fn build_static<const N: usize>(packages: [&str; N], as_built: bool) -> Result<[
     Ok(programs)
 }
 
-/// Builds the tests of vbus-kvm, linked like the programs; `as_built` takes them as they were built last.
+/// Builds the tests of vbus-kvm, linked like the programs; `as_built` takes them as they were built
+/// last.
 pub fn build_kvm_tests(as_built: bool) -> Result<PathBuf> {
     let dir = target().join("guest");
     // What cargo calls them differs from build to build.
@@ -89,7 +96,16 @@ pub fn build_kvm_tests(as_built: bool) -> Result<PathBuf> {
     if !(as_built && program.exists()) {
         eprintln!("build: tests of vbus-kvm");
         let output = cargo()
-            .args(["test", "--quiet", "--release", "--no-run", "--package", "vbus-kvm", "--test", "kvm"])
+            .args([
+                "test",
+                "--quiet",
+                "--release",
+                "--no-run",
+                "--package",
+                "vbus-kvm",
+                "--test",
+                "kvm",
+            ])
             .args(["--message-format", "json", "--target", GUEST_TARGET, "--target-dir"])
             .arg(&dir)
             .env("RUSTFLAGS", "-C target-feature=+crt-static")
@@ -100,10 +116,15 @@ pub fn build_kvm_tests(as_built: bool) -> Result<PathBuf> {
             .context("cannot run cargo")?;
         ensure!(output.status.success(), "the tests of vbus-kvm do not build");
         let messages = String::from_utf8_lossy(&output.stdout);
-        let built = messages.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-        let built = built.filter_map(|message| message["executable"].as_str().map(PathBuf::from)).next_back();
+        let built = messages
+            .lines()
+            .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+        let built = built
+            .filter_map(|message| message["executable"].as_str().map(PathBuf::from))
+            .next_back();
         let built = built.context("cargo names no executable of the tests of vbus-kvm")?;
-        std::fs::copy(&built, &program).with_context(|| format!("cannot copy {}", built.display()))?;
+        std::fs::copy(&built, &program)
+            .with_context(|| format!("cannot copy {}", built.display()))?;
     }
     Ok(program)
 }

@@ -1,4 +1,5 @@
-//! The form of ring that was not chosen: two arrays, each written by one end. Otherwise vbus-shm's, line by line.
+//! The form of ring that was not chosen: two arrays, each written by one end. Otherwise vbus-shm's,
+//! line by line.
 
 use super::memory::{low, read_u32};
 use super::signal::{self, Armed, BLOCK_BYTES, BadSignal, End, Receiver, Sender};
@@ -38,7 +39,8 @@ pub const RETURNED: u16 = 1 << 14;
 /// The ring's own flags within an entry's second word.
 const MARKS: u64 = ((LAP | RETURNED) as u64) << 48;
 
-/// A buffer or a value in flight. `flags` are the user's, except [`NEXT`], which chains, and [`LAP`] and [`RETURNED`], which are the ring's.
+/// A buffer or a value in flight. `flags` are the user's, except [`NEXT`], which chains, and
+/// [`LAP`] and [`RETURNED`], which are the ring's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Entry {
     /// Address in the driver's memory, or any value.
@@ -148,7 +150,8 @@ impl Layout {
     #[inline(always)]
     fn back<'a>(&self, words: &'a [Word], pos: u32) -> &'a [Word] {
         let at = ENTRIES_OFFSET / WORD
-            + ((pos & (self.entries - 1)) + self.entries.next_multiple_of(4)) as usize * ENTRY_WORDS;
+            + ((pos & (self.entries - 1)) + self.entries.next_multiple_of(4)) as usize
+                * ENTRY_WORDS;
         &words[at..at + ENTRY_WORDS]
     }
 
@@ -191,7 +194,8 @@ pub struct DriverEnd<M> {
 }
 
 impl<M: Memory + Clone> DriverEnd<M> {
-    /// Formats `mem` as a fresh ring whose counts begin at `start` (0, but for tests of the wrap-around).
+    /// Formats `mem` as a fresh ring whose counts begin at `start` (0, but for tests of the
+    /// wrap-around).
     pub fn create(mem: M, layout: Layout, start: u32) -> Result<Self, BadRing> {
         let words = mem.words();
         if words.len() < layout.words() {
@@ -205,7 +209,8 @@ impl<M: Memory + Clone> DriverEnd<M> {
         }
         signal::format(&mem, SIGNAL_OFFSET, start)?;
         words[HEADER_ENTRIES].store(u64::from(layout.entries), Ordering::Relaxed);
-        words[HEADER_RETURNS].store(u64::from(layout.returns == Returns::Entries), Ordering::Relaxed);
+        words[HEADER_RETURNS]
+            .store(u64::from(layout.returns == Returns::Entries), Ordering::Relaxed);
         words[HEADER_START].store(u64::from(start), Ordering::Relaxed);
         words[0].store(MAGIC, Ordering::Release);
         let tx = Sender::new(mem.clone(), SIGNAL_OFFSET, End::Driver, start)?;
@@ -230,18 +235,24 @@ impl<M: Memory + Clone> DriverEnd<M> {
         self.submitted.wrapping_sub(self.reaped)
     }
 
-    /// Puts an entry into the ring. A device that polls may see it at once; one that sleeps is told by [`post`](Self::post).
+    /// Puts an entry into the ring. A device that polls may see it at once; one that sleeps is told
+    /// by [`post`](Self::post).
     #[inline]
     pub fn submit(&mut self, entry: Entry) -> Result<(), Full> {
         if self.space() == 0 {
             return Err(Full);
         }
-        store(self.layout.slot(self.mem.words(), self.submitted), self.layout.lap(self.submitted), entry);
+        store(
+            self.layout.slot(self.mem.words(), self.submitted),
+            self.layout.lap(self.submitted),
+            entry,
+        );
         self.submitted = self.submitted.wrapping_add(1);
         Ok(())
     }
 
-    /// Puts entries into the ring as long as there is room, and returns how many. For a batch, this is the faster way.
+    /// Puts entries into the ring as long as there is room, and returns how many. For a batch, this
+    /// is the faster way.
     #[inline]
     pub fn submit_all(&mut self, entries: impl IntoIterator<Item = Entry>) -> u32 {
         let (words, layout, first) = (self.mem.words(), self.layout, self.submitted);
@@ -266,7 +277,9 @@ impl<M: Memory + Clone> DriverEnd<M> {
     #[inline]
     pub fn reap(&mut self) -> Result<Option<Entry>, Corrupt> {
         let mark = self.layout.lap(self.reaped);
-        let Some(entry) = load(self.layout.back(self.mem.words(), self.reaped), mark) else { return Ok(None) };
+        let Some(entry) = load(self.layout.back(self.mem.words(), self.reaped), mark) else {
+            return Ok(None);
+        };
         if self.in_flight() == 0 {
             return Err(Corrupt::Unasked);
         }
@@ -274,8 +287,8 @@ impl<M: Memory + Clone> DriverEnd<M> {
         Ok(Some(entry))
     }
 
-    /// Hands up to `max` returned entries to `each`, of a ring with [`Returns::Entries`], and returns how many. For a batch, this is the
-    /// faster way.
+    /// Hands up to `max` returned entries to `each`, of a ring with [`Returns::Entries`], and
+    /// returns how many. For a batch, this is the faster way.
     #[inline]
     pub fn reap_all(&mut self, max: u32, mut each: impl FnMut(Entry)) -> Result<u32, Corrupt> {
         let (words, layout, first) = (self.mem.words(), self.layout, self.reaped);
@@ -294,7 +307,8 @@ impl<M: Memory + Clone> DriverEnd<M> {
         outcome.map(|()| pos.wrapping_sub(first))
     }
 
-    /// How many entries came back since the last call, oldest first, of a ring with [`Returns::Counted`].
+    /// How many entries came back since the last call, oldest first, of a ring with
+    /// [`Returns::Counted`].
     #[inline]
     pub fn reap_count(&mut self) -> Result<u32, Corrupt> {
         let n = self.rx.seen().wrapping_sub(self.reaped);
@@ -368,7 +382,9 @@ impl<M: Memory + Clone> DeviceEnd<M> {
     #[inline]
     pub fn take(&mut self) -> Result<Option<Entry>, Corrupt> {
         let mark = self.layout.lap(self.taken);
-        let Some(entry) = load(self.layout.slot(self.mem.words(), self.taken), mark) else { return Ok(None) };
+        let Some(entry) = load(self.layout.slot(self.mem.words(), self.taken), mark) else {
+            return Ok(None);
+        };
         if self.held() == self.layout.entries {
             return Err(Corrupt::Overfull);
         }
@@ -376,8 +392,8 @@ impl<M: Memory + Clone> DeviceEnd<M> {
         Ok(Some(entry))
     }
 
-    /// Gives one entry back. In a ring with [`Returns::Counted`] its content is not passed on, and it stands for the oldest one held.
-    /// Without an entry held, nothing happens.
+    /// Gives one entry back. In a ring with [`Returns::Counted`] its content is not passed on, and
+    /// it stands for the oldest one held. Without an entry held, nothing happens.
     #[inline]
     pub fn give_back(&mut self, entry: Entry) {
         if self.held() == 0 {
@@ -390,10 +406,15 @@ impl<M: Memory + Clone> DeviceEnd<M> {
         self.given = self.given.wrapping_add(1);
     }
 
-    /// Takes up to `max` entries and gives each back at once as `each` makes it; returns how many. For a batch, this is the faster way.
-    /// Entries that are held meanwhile stay held; where returns are only counted, these stand for them.
+    /// Takes up to `max` entries and gives each back at once as `each` makes it; returns how many.
+    /// For a batch, this is the faster way. Entries that are held meanwhile stay held; where
+    /// returns are only counted, these stand for them.
     #[inline]
-    pub fn serve(&mut self, max: u32, mut each: impl FnMut(Entry) -> Entry) -> Result<u32, Corrupt> {
+    pub fn serve(
+        &mut self,
+        max: u32,
+        mut each: impl FnMut(Entry) -> Entry,
+    ) -> Result<u32, Corrupt> {
         let (words, layout, first) = (self.mem.words(), self.layout, self.taken);
         let held = self.held();
         let mut pos = first;

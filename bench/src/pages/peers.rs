@@ -27,7 +27,8 @@ impl<const N: usize> Page<N> for SeqLock<N> {
     }
 }
 
-type Ends<const N: usize> = (Option<triple_buffer::Input<[u64; N]>>, Option<triple_buffer::Output<[u64; N]>>);
+type Ends<const N: usize> =
+    (Option<triple_buffer::Input<[u64; N]>>, Option<triple_buffer::Output<[u64; N]>>);
 
 /// One reader only.
 pub struct TripleBuffer<const N: usize>(Mutex<Ends<N>>);
@@ -67,14 +68,16 @@ impl<const N: usize> Page<N> for Blackboard<N> {
         let name = format!("vbus-bench/{}/{number}", std::process::id());
         let name = ServiceName::new(&name).expect("a valid name");
         let node = NodeBuilder::new().create::<ipc_threadsafe::Service>().expect("a node");
-        let service = node.service_builder(&name).blackboard_creator::<u64>().add::<[u64; N]>(0, [0; N]);
+        let service =
+            node.service_builder(&name).blackboard_creator::<u64>().add::<[u64; N]>(0, [0; N]);
         Blackboard { name, _service: service.create().expect("a blackboard") }
     }
 
     fn writer(&self) -> impl FnMut(&[u64; N]) {
         // The plain service, whose ports are not shared between threads, is the faster.
         let node = NodeBuilder::new().create::<ipc::Service>().expect("a node");
-        let service = node.service_builder(&self.name).blackboard_opener::<u64>().open().expect("it exists");
+        let service =
+            node.service_builder(&self.name).blackboard_opener::<u64>().open().expect("it exists");
         let writer = service.writer_builder().create().expect("the one writer");
         let entry = writer.entry::<[u64; N]>(&0).expect("the one entry");
         move |value| {
@@ -85,7 +88,8 @@ impl<const N: usize> Page<N> for Blackboard<N> {
 
     fn reader(&self) -> impl FnMut(&mut [u64; N]) -> bool {
         let node = NodeBuilder::new().create::<ipc::Service>().expect("a node");
-        let service = node.service_builder(&self.name).blackboard_opener::<u64>().open().expect("it exists");
+        let service =
+            node.service_builder(&self.name).blackboard_opener::<u64>().open().expect("it exists");
         let reader = service.reader_builder().create().expect("a reader");
         let entry = reader.entry::<[u64; N]>(&0).expect("the one entry");
         move |out| {

@@ -27,7 +27,8 @@ impl<const N: usize> super::Page<N> for Page {
     }
 }
 
-/// The same page with a reader that keeps the newest value, of `BYTES` bytes, for itself, as that of `triple_buffer` does.
+/// The same page with a reader that keeps the newest value, of `BYTES` bytes, for itself, as that
+/// of `triple_buffer` does.
 pub struct Latest<const BYTES: usize>(Page);
 
 impl<const N: usize, const BYTES: usize> super::Page<N> for Latest<BYTES> {

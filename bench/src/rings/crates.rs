@@ -14,7 +14,8 @@ use super::{Device, Driver, ENTRIES};
 const MEMORY: usize = 64 * PAGE_SIZE;
 
 thread_local! {
-    // Where the next ring's memory is, and the next free page in it. Page 0 stays free: an address of 0 means failure.
+    // Where the next ring's memory is, and the next free page in it. Page 0 stays free: an address
+    // of 0 means failure.
     static ARENA: Cell<(usize, usize)> = const { Cell::new((0, 1)) };
 }
 
@@ -70,7 +71,14 @@ impl Transport for Addresses {
     fn requires_legacy_layout(&self) -> bool {
         false
     }
-    fn queue_set(&mut self, _: u16, _: u32, descriptors: PhysAddr, driver: PhysAddr, device: PhysAddr) {
+    fn queue_set(
+        &mut self,
+        _: u16,
+        _: u32,
+        descriptors: PhysAddr,
+        driver: PhysAddr,
+        device: PhysAddr,
+    ) {
         self.0 = [descriptors, driver, device];
     }
     fn queue_unset(&mut self, _: u16) {}
@@ -146,7 +154,9 @@ impl Driver for Near {
             let Some(token) = self.queue.peek_used() else { return (n, sum) };
             let buffer = &self.buffers[self.of_token[token as usize]];
             // SAFETY: the buffer that was added under this token.
-            sum += u64::from(unsafe { self.queue.pop_used(token, &[buffer], &mut []) }.expect("it is there"));
+            sum += u64::from(
+                unsafe { self.queue.pop_used(token, &[buffer], &mut []) }.expect("it is there"),
+            );
         }
         (max, sum)
     }
@@ -160,7 +170,9 @@ impl Device for Far {
             let Some(mut chain) = self.queue.pop_descriptor_chain(self.memory) else { break };
             let head = chain.head_index();
             let descriptor = chain.next().expect("a descriptor");
-            self.queue.add_used(self.memory, head, descriptor.addr().raw_value() as u32).expect("a used entry");
+            self.queue
+                .add_used(self.memory, head, descriptor.addr().raw_value() as u32)
+                .expect("a used entry");
             n += 1;
         }
         if n != 0 {

@@ -1,4 +1,5 @@
-//! The floor: bare rings of slots, raw pointers, no check, no fence, no signal, in the two forms that a ring can have.
+//! The floor: bare rings of slots, raw pointers, no check, no fence, no signal, in the two forms
+//! that a ring can have.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -67,7 +68,10 @@ pub fn two_arrays() -> (Near<false>, Far<false>) {
 /// One array, whose slots pass back and forth.
 pub fn in_place() -> (Near<true>, Far<true>) {
     let both = Slots::new();
-    (Near { out: both, back: both, submitted: 0, reaped: 0 }, Far { out: both, back: both, taken: 0 })
+    (
+        Near { out: both, back: both, submitted: 0, reaped: 0 },
+        Far { out: both, back: both, taken: 0 },
+    )
 }
 
 const LENGTH: u64 = 0xffff_ffff;
@@ -90,7 +94,9 @@ impl<const IN_PLACE: bool> Driver for Near<IN_PLACE> {
         let mut sum = 0;
         for n in 0..max {
             let bits = lap(self.reaped) | if IN_PLACE { RETURNED } else { 0 };
-            let Some((_, tag)) = self.back.get(self.reaped, LAP | RETURNED, bits) else { return (n, sum) };
+            let Some((_, tag)) = self.back.get(self.reaped, LAP | RETURNED, bits) else {
+                return (n, sum);
+            };
             sum += tag & LENGTH;
             self.reaped += 1;
         }
@@ -102,7 +108,9 @@ impl<const IN_PLACE: bool> Device for Far<IN_PLACE> {
     #[inline]
     fn serve(&mut self, max: usize) -> usize {
         for n in 0..max {
-            let Some((addr, _)) = self.out.get(self.taken, LAP | RETURNED, lap(self.taken)) else { return n };
+            let Some((addr, _)) = self.out.get(self.taken, LAP | RETURNED, lap(self.taken)) else {
+                return n;
+            };
             let tag = lap(self.taken) | if IN_PLACE { RETURNED } else { 0 } | addr & LENGTH;
             self.back.put(self.taken, addr, tag);
             self.taken += 1;

@@ -1,5 +1,5 @@
-//! A virtio split ring with both ends by hand: published once a batch, no fence, no notification, each end with its own copy of all that
-//! it need not read from memory.
+//! A virtio split ring with both ends by hand: published once a batch, no fence, no notification,
+//! each end with its own copy of all that it need not read from memory.
 
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
@@ -59,9 +59,14 @@ pub struct Far {
 pub fn pair() -> (Near, Far) {
     let (table, available, used) = (pages().pointer(), pages().pointer(), pages().pointer());
     // SAFETY: zeroed pages that stay mapped, large enough for each part, of nothing but atomics.
-    let ring = unsafe { Ring { table: &*table.cast(), available: &*available.cast(), used: &*used.cast() } };
+    let ring = unsafe {
+        Ring { table: &*table.cast(), available: &*available.cast(), used: &*used.cast() }
+    };
     let free = (0..ENTRIES as u16).rev().collect();
-    (Near { ring, free, submitted: 0, reaped: 0, used_idx: 0, number: 0 }, Far { ring, taken: 0, available_idx: 0 })
+    (
+        Near { ring, free, submitted: 0, reaped: 0, used_idx: 0, number: 0 },
+        Far { ring, taken: 0, available_idx: 0 },
+    )
 }
 
 fn slot(pos: u16) -> usize {
@@ -116,7 +121,8 @@ impl Device for Far {
             let id = self.ring.available.ring[slot(self.taken)].load(Ordering::Relaxed);
             let descriptor = &self.ring.table[slot(id)];
             let addr = descriptor.addr.load(Ordering::Relaxed);
-            let _ = (descriptor.len.load(Ordering::Relaxed), descriptor.flags.load(Ordering::Relaxed));
+            let _ =
+                (descriptor.len.load(Ordering::Relaxed), descriptor.flags.load(Ordering::Relaxed));
             let element = &self.ring.used.ring[slot(self.taken)];
             element.id.store(u32::from(id), Ordering::Relaxed);
             element.len.store(addr as u32, Ordering::Relaxed);

@@ -22,7 +22,10 @@ macro_rules! batches {
             #[inline]
             fn reap(&mut self, max: usize) -> (usize, u64) {
                 let mut sum = 0;
-                let n = self.0.reap_all(max as u32, |entry| sum += u64::from(entry.len)).expect("an honest device");
+                let n = self
+                    .0
+                    .reap_all(max as u32, |entry| sum += u64::from(entry.len))
+                    .expect("an honest device");
                 (n as usize, sum)
             }
         }
@@ -49,7 +52,9 @@ macro_rules! singly {
                 for _ in 0..n {
                     self.1 += 1;
                     sum += self.1 & 0xffff_ffff;
-                    self.0.submit(Entry { addr: self.1, len: 64, id: 0, flags: 0 }).expect("there is room");
+                    self.0
+                        .submit(Entry { addr: self.1, len: 64, id: 0, flags: 0 })
+                        .expect("there is room");
                 }
                 assert!(!self.0.post(), "the device polls");
                 sum
@@ -59,7 +64,9 @@ macro_rules! singly {
             fn reap(&mut self, max: usize) -> (usize, u64) {
                 let mut sum = 0;
                 for n in 0..max {
-                    let Some(entry) = self.0.reap().expect("an honest device") else { return (n, sum) };
+                    let Some(entry) = self.0.reap().expect("an honest device") else {
+                        return (n, sum);
+                    };
                     sum += u64::from(entry.len);
                 }
                 (max, sum)

@@ -29,7 +29,8 @@ pub trait Handler: Send + Sync + 'static {
     /// What a client may ask for.
     type Request: DeserializeOwned;
 
-    /// Answers a request: with its last answer. Those before it go to `client`. Runs in the client's own thread.
+    /// Answers a request: with its last answer. Those before it go to `client`. Runs in the
+    /// client's own thread.
     ///
     /// # Errors
     /// Become the answer `error`.
@@ -90,12 +91,19 @@ impl<H: Handler> Server<H> {
     /// Accepts the next client, if there is one.
     ///
     /// # Errors
-    /// Those of this process, not of the client: it is out of descriptors or threads. The next client waits in the backlog, so trying again
-    /// at once would only burn time.
+    /// Those of this process, not of the client: it is out of descriptors or threads. The next
+    /// client waits in the backlog, so trying again at once would only burn time.
     pub fn accept(&self) -> io::Result<()> {
         let socket = match self.listener.accept() {
             Ok((socket, _)) => socket,
-            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted) => return Ok(()),
+            Err(e)
+                if matches!(
+                    e.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted
+                ) =>
+            {
+                return Ok(());
+            }
             Err(e) => return Err(e),
         };
         socket.set_nonblocking(false)?;
@@ -110,7 +118,8 @@ impl<H: Handler> Server<H> {
             return Ok(());
         }
         let (handler, line_max) = (self.handler.clone(), self.limits.line);
-        let thread = std::thread::Builder::new().name("control-client".into()).stack_size(256 << 10);
+        let thread =
+            std::thread::Builder::new().name("control-client".into()).stack_size(256 << 10);
         thread.spawn(move || {
             let _place = place;
             serve(&*handler, line_max, &socket);
@@ -223,7 +232,8 @@ mod tests {
     fn whatever_a_client_does_ends_at_worst_its_own_connection() {
         let setting = Setting::new();
         let mut honest = setting.connection();
-        let check = |honest: &mut Connection| assert_eq!(ask(honest, "hello").unwrap(), json!("hello"));
+        let check =
+            |honest: &mut Connection| assert_eq!(ask(honest, "hello").unwrap(), json!("hello"));
         check(&mut honest);
         let refused = |answers: &str| answers.contains("more than 2 control clients");
         // Until the one before it has left its place.

@@ -19,7 +19,9 @@ pub const NAME_MAX: usize = 32;
 #[derive(Debug, thiserror::Error)]
 pub enum BusError {
     /// Not 1 to 32 of `a-z A-Z 0-9 - _ .`, or begins with a dot.
-    #[error("bad device name {0:?}: use 1 to {NAME_MAX} letters, digits, '-', '_' and '.', not beginning with '.'")]
+    #[error(
+        "bad device name {0:?}: use 1 to {NAME_MAX} letters, digits, '-', '_' and '.', not beginning with '.'"
+    )]
     BadName(String),
     /// There is one of that name.
     #[error("a device called {0:?} is on the bus already")]
@@ -61,7 +63,8 @@ impl Devices {
 }
 
 impl Bus {
-    /// An empty bus whose devices run on `executor`, and whose peers' memory files are trusted as `trust` says.
+    /// An empty bus whose devices run on `executor`, and whose peers' memory files are trusted as
+    /// `trust` says.
     pub fn new(executor: Arc<Executor>, classes: Vec<Box<dyn DeviceClass>>, trust: Trust) -> Bus {
         Bus { executor, classes, trust, devices: Arc::default() }
     }
@@ -77,7 +80,12 @@ impl Bus {
     }
 
     /// Makes a device of class `class` and adds it as `name`.
-    pub fn create(&self, name: &str, class: &str, config: &Value) -> Result<Arc<Endpoint>, BusError> {
+    pub fn create(
+        &self,
+        name: &str,
+        class: &str,
+        config: &Value,
+    ) -> Result<Arc<Endpoint>, BusError> {
         let maker = self.classes().find(|c| c.name() == class).ok_or_else(|| {
             let names: Vec<_> = self.classes().map(DeviceClass::name).collect();
             BusError::NoClass(class.into(), names.join(", "))
@@ -90,7 +98,13 @@ impl Bus {
     /// Adds a device as `name`.
     pub fn add(&self, name: &str, device: Arc<dyn Device>) -> Result<Arc<Endpoint>, BusError> {
         self.check_new(name)?;
-        let endpoint = Endpoint::new(name, device, self.executor.clone(), self.trust, Arc::downgrade(&self.devices));
+        let endpoint = Endpoint::new(
+            name,
+            device,
+            self.executor.clone(),
+            self.trust,
+            Arc::downgrade(&self.devices),
+        );
         let mut devices = self.devices.lock();
         if devices.contains_key(name) {
             return Err(BusError::Exists(name.into()));
@@ -103,7 +117,11 @@ impl Bus {
 
     fn check_new(&self, name: &str) -> Result<(), BusError> {
         let good = |b: u8| b.is_ascii_alphanumeric() || b"-_.".contains(&b);
-        if name.is_empty() || name.len() > NAME_MAX || name.starts_with('.') || !name.bytes().all(good) {
+        if name.is_empty()
+            || name.len() > NAME_MAX
+            || name.starts_with('.')
+            || !name.bytes().all(good)
+        {
             return Err(BusError::BadName(name.into()));
         }
         let devices = self.devices.lock();
@@ -115,7 +133,8 @@ impl Bus {
 
     /// Takes a device off the bus: its connection ends before this returns.
     pub fn remove(&self, name: &str) -> Result<(), BusError> {
-        let endpoint = self.devices.lock().remove(name).ok_or_else(|| BusError::NotFound(name.into()))?;
+        let endpoint =
+            self.devices.lock().remove(name).ok_or_else(|| BusError::NotFound(name.into()))?;
         endpoint.remove();
         tracing::info!(device = name, "removed");
         Ok(())

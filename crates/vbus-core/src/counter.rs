@@ -4,7 +4,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::{Serialize, Serializer};
 
-/// A count of events. Relaxed: it orders nothing, and a reader may see one counter newer than another.
+/// A count of events. Relaxed: it orders nothing, and a reader may see one counter newer than
+/// another.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
 
@@ -31,7 +32,8 @@ impl Serialize for Counter {
     }
 }
 
-/// What a device's connections did, summed over the device's life. Classes add their own (see [`Device::inspect`](crate::Device::inspect)).
+/// What a device's connections did, summed over the device's life. Classes add their own (see
+/// [`Device::inspect`](crate::Device::inspect)).
 #[derive(Debug, Default, Serialize)]
 pub struct ConnectionCounters {
     /// Connections opened.

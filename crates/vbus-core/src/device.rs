@@ -20,7 +20,8 @@ pub trait DeviceClass: Send + Sync {
     /// A line that says what it is and what its configuration takes, for people.
     fn help(&self) -> &'static str;
 
-    /// Makes a device called `name`. `config` is the object of the device's own settings. The error's text says what was wrong and what to do.
+    /// Makes a device called `name`. `config` is the object of the device's own settings. The
+    /// error's text says what was wrong and what to do.
     fn create(&self, name: &str, config: &Value) -> Result<Arc<dyn Device>, CreateError>;
 }
 
@@ -32,7 +33,8 @@ pub struct CreateError(pub String);
 /// What a device is; fixed for its life.
 #[derive(Clone, Debug)]
 pub struct Identity {
-    /// Number of the class ([`vbus_shm::abi::class`]); devices of one's own count from [`class::USER`].
+    /// Number of the class ([`vbus_shm::abi::class`]); devices of one's own count from
+    /// [`class::USER`].
     pub class: u16,
     /// Name of the class, as the driver reads it; at most 16 bytes of ASCII.
     pub class_name: &'static str,
@@ -47,9 +49,17 @@ pub struct Identity {
 }
 
 impl Identity {
-    /// A device of one's own: class [`class::USER`], no features, 8 regions, one vector; PCI class "unassigned".
+    /// A device of one's own: class [`class::USER`], no features, 8 regions, one vector; PCI class
+    /// "unassigned".
     pub fn user(class_name: &'static str) -> Identity {
-        Identity { class: class::USER, class_name, pci_class: 0xff_00_00, features: 0, regions: 8, vectors: 1 }
+        Identity {
+            class: class::USER,
+            class_name,
+            pci_class: 0xff_00_00,
+            features: 0,
+            regions: 8,
+            vectors: 1,
+        }
     }
 }
 
@@ -58,27 +68,33 @@ pub trait Device: Send + Sync {
     /// What it is.
     fn identity(&self) -> Identity;
 
-    /// The class's config area, as the driver may read it at any time (at most [`vbus_shm::abi::reg::CONFIG_MAX`] bytes).
+    /// The class's config area, as the driver may read it at any time (at most
+    /// [`vbus_shm::abi::reg::CONFIG_MAX`] bytes).
     fn config(&self) -> Vec<u8> {
         Vec::new()
     }
 
-    /// A driver opens the device. The connection lives until it is dropped: by the driver's CLOSE, reset, unplug, or the driver's end.
+    /// A driver opens the device. The connection lives until it is dropped: by the driver's CLOSE,
+    /// reset, unplug, or the driver's end.
     fn open(&self, open: Open) -> Result<Box<dyn Connection>, Status>;
 
-    /// The device's own counters and settings, as a JSON object, for `vbus stats` and `vbus device show`.
+    /// The device's own counters and settings, as a JSON object, for `vbus stats` and `vbus device
+    /// show`.
     fn inspect(&self) -> Value {
         Value::Object(serde_json::Map::new())
     }
 
-    /// Handles a request of a control client (`vbus state set`, ...). Each answer goes to `reply`; once it returns false the client has gone,
-    /// and the request must end; a null is not sent, and only asks whether the client is still there. May block; it has a thread of its own. The error's text is for the person who asked.
+    /// Handles a request of a control client (`vbus state set`, ...). Each answer goes to `reply`;
+    /// once it returns false the client has gone, and the request must end; a null is not sent, and
+    /// only asks whether the client is still there. May block; it has a thread of its own. The
+    /// error's text is for the person who asked.
     fn control(&self, request: &Value, reply: &mut dyn FnMut(Value) -> bool) -> Result<(), String> {
         let _ = (request, reply);
         Err("this device takes no requests".into())
     }
 
-    /// The device has left the bus: its connection has ended, and there will be no other. Requests that wait must end.
+    /// The device has left the bus: its connection has ended, and there will be no other. Requests
+    /// that wait must end.
     fn removed(&self) {}
 }
 
@@ -90,7 +106,8 @@ pub struct Open {
     pub memory: Arc<MemoryContext>,
     /// Where tasks of its own can run.
     pub executor: Arc<Executor>,
-    /// Where on it the connection runs. A first task of its own does best at the same place, further ones at the following places.
+    /// Where on it the connection runs. A first task of its own does best at the same place,
+    /// further ones at the following places.
     pub place: usize,
     /// The connection's counters, for its own tasks.
     pub counters: Arc<ConnectionCounters>,
@@ -105,8 +122,8 @@ pub struct Open {
 pub struct Fail(pub(crate) Arc<dyn Fn(Status) + Send + Sync>);
 
 impl Fail {
-    /// Ends the connection with `status`, which the driver can read. Not to be called from within a poll or a method of the connection:
-    /// those return the status instead.
+    /// Ends the connection with `status`, which the driver can read. Not to be called from within a
+    /// poll or a method of the connection: those return the status instead.
     pub fn fail(&self, status: Status) {
         (self.0)(status);
     }
@@ -131,8 +148,9 @@ pub struct Region {
 
 /// An open connection: one driver's use of the device.
 ///
-/// Its methods are called one at a time. [`poll`](Self::poll), [`arm`](Self::arm) and [`disarm`](Self::disarm) are those of a
-/// [`Task`](crate::Task): the connection is woken by the doorbells of its regions. An error that `poll` or `arm` returns ends the connection.
+/// Its methods are called one at a time. [`poll`](Self::poll), [`arm`](Self::arm) and
+/// [`disarm`](Self::disarm) are those of a [`Task`](crate::Task): the connection is woken by the
+/// doorbells of its regions. An error that `poll` or `arm` returns ends the connection.
 pub trait Connection: Send {
     /// The driver registers a region. Unknown ids are [`Status::BAD_ARGUMENT`].
     fn region_added(&mut self, region: Region) -> Result<(), Status>;
@@ -143,7 +161,8 @@ pub trait Connection: Send {
         Err(Status::DENIED)
     }
 
-    /// The driver calls `function`. `buffer` is a copy of the driver's buffer, and is copied back after success. Returns the call's value.
+    /// The driver calls `function`. `buffer` is a copy of the driver's buffer, and is copied back
+    /// after success. Returns the call's value.
     fn call(&mut self, function: u32, flags: u32, buffer: &mut [u8]) -> Result<u64, Status> {
         let _ = (function, flags, buffer);
         Err(Status::BAD_FUNCTION)

@@ -39,7 +39,8 @@ pub struct RegionRequest {
     pub id: u32,
     /// Interrupt vector.
     pub vector: u16,
-    /// 0: contiguous at `addr`; else `addr` is that of an array of page addresses, for pages of `1 << page_shift` bytes.
+    /// 0: contiguous at `addr`; else `addr` is that of an array of page addresses, for pages of `1
+    /// << page_shift` bytes.
     pub page_shift: u8,
     /// Address.
     pub addr: u64,
@@ -57,7 +58,8 @@ struct OpenConnection {
     features: u64,
     /// Tells it from those before, of which a task may still be about to report a fault.
     generation: u64,
-    /// By handle: the driver's range that each region lies in (for page lists, everything from lowest to highest page).
+    /// By handle: the driver's range that each region lies in (for page lists, everything from
+    /// lowest to highest page).
     regions: Vec<Option<RegionRanges>>,
 }
 
@@ -218,8 +220,9 @@ impl Endpoint {
         self.outlet.set_connector(sink);
     }
 
-    /// Lets the device `router` of the same bus carry this one's interrupts, if its driver asks for that ([`Router`]); the first one set stays.
-    /// Whoever drives that device can take them from this one's driver.
+    /// Lets the device `router` of the same bus carry this one's interrupts, if its driver asks for
+    /// that ([`Router`]); the first one set stays. Whoever drives that device can take them from
+    /// this one's driver.
     pub fn set_router(&self, router: &str) {
         let _ = self.router.set(router.to_owned());
     }
@@ -252,12 +255,19 @@ impl Endpoint {
     }
 
     /// Maps memory of the peer; see [`MemoryContext::map`].
-    pub fn map(&self, start: u64, len: u64, file: Option<(OwnedFd, u64)>, writable: bool) -> Result<(), MapError> {
+    pub fn map(
+        &self,
+        start: u64,
+        len: u64,
+        file: Option<(OwnedFd, u64)>,
+        writable: bool,
+    ) -> Result<(), MapError> {
         self.memory.map(start, len, file, writable)
     }
 
-    /// Unmaps memory of the peer, whole maps only; returns the bytes unmapped. If a region of the open connection lies in the range, that
-    /// connection ends first ([`Status::REVOKED`]). When this returns, no task touches the memory any more.
+    /// Unmaps memory of the peer, whole maps only; returns the bytes unmapped. If a region of the
+    /// open connection lies in the range, that connection ends first ([`Status::REVOKED`]). When
+    /// this returns, no task touches the memory any more.
     pub fn unmap(&self, start: u64, len: u64) -> u64 {
         self.revoke(|from, to| from < start.saturating_add(len) && start < to);
         self.memory.unmap(start, len)
@@ -272,21 +282,27 @@ impl Endpoint {
     fn revoke(&self, hit: impl Fn(u64, u64) -> bool) {
         let mut inner = lock(&self.inner);
         let Inner::Open(open) = &*inner else { return };
-        let hit = open.regions.iter().flatten().flat_map(|r| &r.ranges).any(|&(from, to)| hit(from, to));
+        let hit =
+            open.regions.iter().flatten().flat_map(|r| &r.ranges).any(|&(from, to)| hit(from, to));
         if hit {
-            tracing::warn!(device = self.name, "memory of a region was unmapped; the connection ends");
+            tracing::warn!(
+                device = self.name,
+                "memory of a region was unmapped; the connection ends"
+            );
             self.end(&mut inner, Inner::Broken(Status::REVOKED));
             drop(inner);
             self.wake_driver();
         }
     }
 
-    /// The driver may be asleep, waiting for a connection that has ended: lets it look at the status.
+    /// The driver may be asleep, waiting for a connection that has ended: lets it look at the
+    /// status.
     fn wake_driver(&self) {
         self.outlet.trigger_own(0);
     }
 
-    /// OPEN: the driver has written `handshake.1` at address `handshake.0`, and must have written it where we read.
+    /// OPEN: the driver has written `handshake.1` at address `handshake.0`, and must have written
+    /// it where we read.
     pub fn open(&self, version: u64, features: u64, handshake: (u64, u64)) -> Result<(), Status> {
         self.counters.commands.one();
         let mut inner = lock(&self.inner);
@@ -334,7 +350,9 @@ impl Endpoint {
         let connection: SharedConnection = Arc::new(Mutex::new(connection));
         let task = ConnectionTask(connection.clone());
         let task =
-            self.executor.spawn(self.place, Box::new(task), self.counters.clone(), move |status| fail.fail(status));
+            self.executor.spawn(self.place, Box::new(task), self.counters.clone(), move |status| {
+                fail.fail(status)
+            });
         let regions = (0..self.identity.regions).map(|_| None).collect();
         self.outlet.open(self.identity.vectors);
         *inner = Inner::Open(OpenConnection { connection, task, features, generation, regions });
@@ -343,7 +361,8 @@ impl Endpoint {
         Ok(())
     }
 
-    /// CLOSE, reset, and the driver's end: afterwards the device holds nothing of the driver's memory, and may be opened again.
+    /// CLOSE, reset, and the driver's end: afterwards the device holds nothing of the driver's
+    /// memory, and may be opened again.
     pub fn close(&self) {
         let mut inner = lock(&self.inner);
         if !matches!(*inner, Inner::Removed) {
@@ -403,7 +422,9 @@ impl Endpoint {
         let signal_offset = match request.signal {
             None => None,
             Some(offset) if offset % BLOCK_ALIGN as u64 != 0 => return Err(Status::BAD_ALIGNMENT),
-            Some(offset) if offset.checked_add(BLOCK_BYTES as u64).is_none_or(|end| end > request.len) => {
+            Some(offset)
+                if offset.checked_add(BLOCK_BYTES as u64).is_none_or(|end| end > request.len) =>
+            {
                 return Err(Status::BAD_SIGNAL);
             }
             Some(offset) => Some(usize::try_from(offset).map_err(|_| Status::BAD_SIGNAL)?),
@@ -421,7 +442,8 @@ impl Endpoint {
                 if count > command::PAGES_MAX {
                     return Err(Status::LIMIT);
                 }
-                let mut list = vec![0u8; usize::try_from(count * 8).map_err(|_| Status::BAD_LENGTH)?];
+                let mut list =
+                    vec![0u8; usize::try_from(count * 8).map_err(|_| Status::BAD_LENGTH)?];
                 self.memory.view().read(request.addr, &mut list)?;
                 let pages: Vec<u64> = list.chunks_exact(8).map(le64).collect();
                 let window = self.memory.window_of_pages(&pages, u32::from(shift), request.len)?;
@@ -491,7 +513,8 @@ impl Endpoint {
         }
     }
 
-    /// An eventfd that rings doorbell `handle`, for connectors that can have it written without their help. Always the same one.
+    /// An eventfd that rings doorbell `handle`, for connectors that can have it written without
+    /// their help. Always the same one.
     pub fn doorbell_eventfd(&self, handle: u32) -> rustix::io::Result<Arc<OwnedFd>> {
         let slot = self.doorbells.get(handle as usize).ok_or(rustix::io::Errno::NOENT)?;
         let mut target = lock(&slot.target);
@@ -506,16 +529,21 @@ impl Endpoint {
         Ok(fd)
     }
 
-    /// Adds to the doorbells counted those that rang by eventfd, which nobody sees one by one: an eventfd holds their number until it is read.
+    /// Adds to the doorbells counted those that rang by eventfd, which nobody sees one by one: an
+    /// eventfd holds their number until it is read.
     fn count_eventfds(&self) {
         for slot in &self.doorbells {
             let target = lock(&slot.target);
             let mut rung = [0; 8];
-            // The peer holds the eventfd too, and could make a plain read wait. (Kernels before 5.9 cannot do this one, and do not count.)
-            let read = |fd| preadv2(fd, &mut [IoSliceMut::new(&mut rung)], u64::MAX, ReadWriteFlags::NOWAIT);
+            // The peer holds the eventfd too, and could make a plain read wait. (Kernels before 5.9
+            // cannot do this one, and do not count.)
+            let read = |fd| {
+                preadv2(fd, &mut [IoSliceMut::new(&mut rung)], u64::MAX, ReadWriteFlags::NOWAIT)
+            };
             let Some(Ok(_)) = target.eventfd().map(read) else { continue };
             self.counters.doorbells.add(u64::from_ne_bytes(rung));
-            // A ring whose event has not been collected yet goes unnoticed once the eventfd has been read.
+            // A ring whose event has not been collected yet goes unnoticed once the eventfd has
+            // been read.
             if let Some(task) = &target.task {
                 task.wake();
             }

@@ -1,9 +1,11 @@
 //! The event loop: a few worker threads that run many tasks.
 //!
-//! A task belongs to one worker. It sleeps until it is woken: by a [`TaskHandle`] (a doorbell), by a file descriptor that it watches, or by its
-//! deadline. Awake, it is polled with a budget, in turn with the worker's other tasks. When a poll finds nothing, the task goes on being
-//! polled for a *window* before it arms its signals and sleeps again. The window adapts ([`Pace`]), so a busy device costs its driver no doorbell and an idle one costs no time.
-//! Between polls that find nothing the worker yields its processor to whoever wants it.
+//! A task belongs to one worker. It sleeps until it is woken: by a [`TaskHandle`] (a doorbell), by
+//! a file descriptor that it watches, or by its deadline. Awake, it is polled with a budget, in
+//! turn with the worker's other tasks. When a poll finds nothing, the task goes on being polled for
+//! a *window* before it arms its signals and sleeps again. The window adapts ([`Pace`]), so a busy
+//! device costs its driver no doorbell and an idle one costs no time. Between polls that find
+//! nothing the worker yields its processor to whoever wants it.
 #![allow(unsafe_code)] // Epoll takes raw event buffers.
 
 use std::cmp::Reverse;
@@ -35,10 +37,12 @@ pub enum Progress {
 
 /// Something that is polled by a worker.
 pub trait Task: Send {
-    /// Does at most `budget` units of work (packets, messages) without blocking. An error ends the task (and what it belongs to).
+    /// Does at most `budget` units of work (packets, messages) without blocking. An error ends the
+    /// task (and what it belongs to).
     fn poll(&mut self, budget: u32) -> Result<Progress, Status>;
 
-    /// Asks for a kick by the next work, before the task sleeps. [`Armed::Missed`]: there is work already.
+    /// Asks for a kick by the next work, before the task sleeps. [`Armed::Missed`]: there is work
+    /// already.
     fn arm(&mut self) -> Result<Armed, Status> {
         Ok(Armed::Waiting)
     }
@@ -51,13 +55,14 @@ pub trait Task: Send {
         None
     }
 
-    /// What the task has carried since it began, in bytes, of which a small message counts as some hundred: under load it is polled by a timer
-    /// instead of armed (see [`Pace`]). 0: never.
+    /// What the task has carried since it began, in bytes, of which a small message counts as some
+    /// hundred: under load it is polled by a timer instead of armed (see [`Pace`]). 0: never.
     fn carried(&self) -> u64 {
         0
     }
 
-    /// Whether polling on after an empty poll can be of use. A task that only waits for descriptors says no.
+    /// Whether polling on after an empty poll can be of use. A task that only waits for descriptors
+    /// says no.
     fn adaptive(&self) -> bool {
         true
     }
@@ -113,7 +118,8 @@ struct Cell {
     counters: Arc<ConnectionCounters>,
 }
 
-/// A handle to a task. Clones are the same task; it ends by [`stop`](Self::stop) or by its own error, not by dropping handles.
+/// A handle to a task. Clones are the same task; it ends by [`stop`](Self::stop) or by its own
+/// error, not by dropping handles.
 #[derive(Clone)]
 pub struct TaskHandle(Arc<Cell>);
 
@@ -127,14 +133,17 @@ impl TaskHandle {
         }
     }
 
-    /// Wakes the task whenever `fd` becomes ready. Edge-triggered: a task reads (or writes) until the descriptor would block before it
-    /// reports [`Progress::Idle`]; an eventfd need not be read at all. Unwatch before closing: a copy of the descriptor in another process
-    /// would keep the watch alive.
+    /// Wakes the task whenever `fd` becomes ready. Edge-triggered: a task reads (or writes) until
+    /// the descriptor would block before it reports [`Progress::Idle`]; an eventfd need not be read
+    /// at all. Unwatch before closing: a copy of the descriptor in another process would keep the
+    /// watch alive.
     pub fn watch(&self, fd: impl AsFd, interest: Interest) -> rustix::io::Result<()> {
         let worker = self.0.worker.upgrade().ok_or(rustix::io::Errno::SHUTDOWN)?;
         let flags = match interest {
             Interest::Read => EventFlags::IN | EventFlags::RDHUP | EventFlags::ET,
-            Interest::ReadWrite => EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET,
+            Interest::ReadWrite => {
+                EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET
+            }
         };
         epoll::add(&worker.epoll, fd, EventData::new_u64(self.0.id), flags)
     }
@@ -233,7 +242,9 @@ impl Worker {
     fn wait(&self, events: &mut Vec<epoll::Event>, sleep: bool) {
         let timeout = match sleep {
             false => Some(Duration::ZERO),
-            true => lock(&self.timers).peek().map(|Reverse((at, _))| at.saturating_duration_since(Instant::now())),
+            true => lock(&self.timers)
+                .peek()
+                .map(|Reverse((at, _))| at.saturating_duration_since(Instant::now())),
         };
         let timeout = timeout.and_then(|t| Timespec::try_from(t).ok());
         events.clear();
@@ -274,7 +285,8 @@ impl Worker {
 
     /// One task's turn.
     fn slice(&self, cell: Arc<Cell>) -> Progress {
-        // From here on a wake queues the task again, so that none is lost between its poll and its sleep.
+        // From here on a wake queues the task again, so that none is lost between its poll and its
+        // sleep.
         cell.queued.lower();
         let mut guard = lock(&cell.body);
         let Some(body) = guard.as_mut() else { return Progress::Idle };
@@ -287,7 +299,8 @@ impl Worker {
         match result {
             Ok(Turn { again, busy, deadline }) => {
                 if let Some(at) = deadline {
-                    // A timer that fires early costs one empty poll; a timer for each sleep would cost memory without bound.
+                    // A timer that fires early costs one empty poll; a timer for each sleep would
+                    // cost memory without bound.
                     if body.timer.is_none_or(|set| at < set || set <= Instant::now()) {
                         body.timer = Some(at);
                         lock(&self.timers).push(Reverse((at, cell.id)));
@@ -300,7 +313,8 @@ impl Worker {
                 if busy { Progress::Busy } else { Progress::Idle }
             }
             Err(status) => {
-                // Under the lock: who stops the task meanwhile waits until it holds nothing any more.
+                // Under the lock: who stops the task meanwhile waits until it holds nothing any
+                // more.
                 *guard = None;
                 drop(guard);
                 lock(&self.tasks).remove(&cell.id);
@@ -343,7 +357,8 @@ impl Body {
             }
         }
         if self.task.arm()? == Armed::Missed {
-            // A dishonest peer can say so for ever; it gets one more poll, and if that is empty too, the task sleeps all the same.
+            // A dishonest peer can say so for ever; it gets one more poll, and if that is empty
+            // too, the task sleeps all the same.
             if self.task.poll(tuning.budget)? == Progress::Busy {
                 self.task.disarm();
                 self.pace.busy();
@@ -393,7 +408,8 @@ impl Executor {
             });
             let run = worker.clone();
             // 256 KiB: tasks keep their buffers on the heap.
-            let thread = std::thread::Builder::new().name(format!("vbus-{i}")).stack_size(256 << 10);
+            let thread =
+                std::thread::Builder::new().name(format!("vbus-{i}")).stack_size(256 << 10);
             executor.threads.push(thread.spawn(move || run.run())?);
             executor.workers.push(worker);
         }
@@ -410,9 +426,9 @@ impl Executor {
         self.next_place.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Hands `task` to the worker at `place` (any number; equal places share a worker, successive ones do not if there are several), and
-    /// wakes it for the first time. A task that wakes another at its own place costs no switch of threads. `on_error` is told when its
-    /// poll fails.
+    /// Hands `task` to the worker at `place` (any number; equal places share a worker, successive
+    /// ones do not if there are several), and wakes it for the first time. A task that wakes
+    /// another at its own place costs no switch of threads. `on_error` is told when its poll fails.
     pub fn spawn(
         &self,
         place: usize,
@@ -422,7 +438,8 @@ impl Executor {
     ) -> TaskHandle {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let worker = &self.workers[place % self.workers.len()];
-        let pace = Pace::new(u64::try_from(self.tuning().poll_max.as_nanos()).unwrap_or(u64::MAX), NAP_NS);
+        let pace =
+            Pace::new(u64::try_from(self.tuning().poll_max.as_nanos()).unwrap_or(u64::MAX), NAP_NS);
         let body = Body { task, pace, asleep: false, timer: None };
         let cell = Arc::new(Cell {
             id,

@@ -1,4 +1,5 @@
-//! Interrupts: from the device to the driver, by the device's own connector or through another device of the bus.
+//! Interrupts: from the device to the driver, by the device's own connector or through another
+//! device of the bus.
 
 use std::fmt;
 use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
@@ -22,11 +23,16 @@ pub struct Interrupt {
 }
 
 impl Interrupt {
-    pub(crate) fn new(sink: Arc<dyn InterruptSink>, vector: u16, counters: Arc<ConnectionCounters>) -> Interrupt {
+    pub(crate) fn new(
+        sink: Arc<dyn InterruptSink>,
+        vector: u16,
+        counters: Arc<ConnectionCounters>,
+    ) -> Interrupt {
         Interrupt { sink, vector, counters }
     }
 
-    /// Takes the answer of a `post`: interrupts the driver if it asked for a kick, and counts either way.
+    /// Takes the answer of a `post`: interrupts the driver if it asked for a kick, and counts
+    /// either way.
     pub fn kick(&self, wanted: bool) {
         if wanted {
             self.counters.interrupts.one();
@@ -68,7 +74,11 @@ impl InterruptSink for NoInterrupts {
 
 impl Outlet {
     pub(crate) fn new() -> Outlet {
-        Outlet(RwLock::new(Ways { connector: Arc::new(NoInterrupts), routed: Vec::new(), count: 0 }))
+        Outlet(RwLock::new(Ways {
+            connector: Arc::new(NoInterrupts),
+            routed: Vec::new(),
+            count: 0,
+        }))
     }
 
     fn read(&self) -> RwLockReadGuard<'_, Ways> {
@@ -93,7 +103,8 @@ impl Outlet {
         self.write().routed = (0..vectors).map(|_| None).collect();
     }
 
-    /// The connection has ended, and with it all routes. `tell`: the driver does not know yet, and may wait for any of them.
+    /// The connection has ended, and with it all routes. `tell`: the driver does not know yet, and
+    /// may wait for any of them.
     pub(crate) fn close(&self, tell: bool) {
         let mut ways = self.write();
         let routed = std::mem::take(&mut ways.routed);
@@ -116,7 +127,8 @@ impl InterruptSink for Outlet {
     }
 }
 
-/// Lets a device carry the interrupts of others on its bus: of those that were made with its name ([`Endpoint::set_router`](crate::Endpoint::set_router)).
+/// Lets a device carry the interrupts of others on its bus: of those that were made with its name
+/// ([`Endpoint::set_router`](crate::Endpoint::set_router)).
 #[derive(Clone)]
 pub struct Router {
     /// The device that routes; `None` if it is routed itself, for that could go round in a circle.
@@ -125,13 +137,19 @@ pub struct Router {
 }
 
 impl Router {
-    /// Lets `sink` have the interrupts of the open connection of `device` on `vector`, from now until the route is dropped or that connection
-    /// ends. One interrupt goes there at once, in case that the last one by the old way was not attended to any more.
+    /// Lets `sink` have the interrupts of the open connection of `device` on `vector`, from now
+    /// until the route is dropped or that connection ends. One interrupt goes there at once, in
+    /// case that the last one by the old way was not attended to any more.
     ///
     /// # Errors
-    /// [`Status::DENIED`] (no such device, or it may not be routed from here), [`Status::NOT_OPEN`], [`Status::BAD_VECTOR`],
-    /// [`Status::EXISTS`].
-    pub fn route(&self, device: &str, vector: u16, sink: Arc<dyn InterruptSink>) -> Result<Route, Status> {
+    /// [`Status::DENIED`] (no such device, or it may not be routed from here),
+    /// [`Status::NOT_OPEN`], [`Status::BAD_VECTOR`], [`Status::EXISTS`].
+    pub fn route(
+        &self,
+        device: &str,
+        vector: u16,
+        sink: Arc<dyn InterruptSink>,
+    ) -> Result<Route, Status> {
         let name = self.name.as_deref().ok_or(Status::DENIED)?;
         let devices = self.devices.upgrade().ok_or(Status::REMOVED)?;
         let endpoint = devices.get(device).ok_or(Status::DENIED)?;
@@ -155,7 +173,8 @@ impl Router {
     }
 }
 
-/// A vector of another device that is routed, until this is dropped. Then that device interrupts by its own connector again, once at once.
+/// A vector of another device that is routed, until this is dropped. Then that device interrupts by
+/// its own connector again, once at once.
 pub struct Route {
     outlet: Weak<Outlet>,
     vector: u16,
@@ -164,7 +183,10 @@ pub struct Route {
 
 impl Route {
     /// Calls `change` with the place of the route, unless it has ended.
-    fn with<T>(&self, change: impl FnOnce(&mut Option<Way>, &Arc<dyn InterruptSink>) -> T) -> Option<T> {
+    fn with<T>(
+        &self,
+        change: impl FnOnce(&mut Option<Way>, &Arc<dyn InterruptSink>) -> T,
+    ) -> Option<T> {
         let outlet = self.outlet.upgrade()?;
         let mut ways = outlet.write();
         let Ways { connector, routed, .. } = &mut *ways;
@@ -177,7 +199,8 @@ impl Route {
         self.with(|_, _| ()).is_some()
     }
 
-    /// Lets `sink` have the interrupts from now on. When this returns, the sink before is not used any more. False: the route has ended.
+    /// Lets `sink` have the interrupts from now on. When this returns, the sink before is not used
+    /// any more. False: the route has ended.
     pub fn redirect(&self, sink: Arc<dyn InterruptSink>) -> bool {
         self.with(|slot, _| *slot = Some(Way { sink, id: self.id })).is_some()
     }

@@ -1,16 +1,20 @@
-//! The device end of vbus: bus, devices, connections, memory, interrupts, the event loop. It knows neither PCI nor KVM nor QEMU.
+//! The device end of vbus: bus, devices, connections, memory, interrupts, the event loop. It knows
+//! neither PCI nor KVM nor QEMU.
 //!
 //! # Writing a device
 //! A device is written against two traits, and a third if configurations are to make it:
 //!
-//! 1. [`Device`] is what sits on the [`Bus`]. It says what it is ([`Identity`]) and opens connections.
-//! 2. [`Connection`] is one driver's use of it. It is given the driver's memory region by region, is called, and is polled when the driver
-//!    kicks. Dropping it closes it: the driver closed, was reset, unplugged, killed, or broke the protocol.
+//! 1. [`Device`] is what sits on the [`Bus`]. It says what it is ([`Identity`]) and opens
+//!    connections.
+//! 2. [`Connection`] is one driver's use of it. It is given the driver's memory region by region,
+//!    is called, and is polled when the driver kicks. Dropping it closes it: the driver closed, was
+//!    reset, unplugged, killed, or broke the protocol.
 //! 3. [`DeviceClass`] makes devices from a configuration, for `vbus serve`.
 //!
-//! The usual device has a ring in its region: [`poll`](Connection::poll) takes what is there and gives it back,
-//! [`arm`](Connection::arm) asks for a kick before the connection sleeps, [`disarm`](Connection::disarm) saves the driver its
-//! doorbells while it is polled. This one returns each value doubled:
+//! The usual device has a ring in its region: [`poll`](Connection::poll) takes what is there and
+//! gives it back, [`arm`](Connection::arm) asks for a kick before the connection sleeps,
+//! [`disarm`](Connection::disarm) saves the driver its doorbells while it is polled. This one
+//! returns each value doubled:
 //!
 //! ```
 //! use std::sync::Arc;
@@ -65,12 +69,15 @@
 //! # Ok::<(), std::io::Error>(())
 //! ```
 //!
-//! Buffers whose addresses come with each entry are reached through [`Open::memory`]: take a [`View`] at the beginning of the poll, let it
-//! go at its end. A device with several queues spawns a [`Task`] for each on the [`Executor`] and binds the region's [`Doorbell`] to it.
+//! Buffers whose addresses come with each entry are reached through [`Open::memory`]: take a
+//! [`View`] at the beginning of the poll, let it go at its end. A device with several queues spawns
+//! a [`Task`] for each on the [`Executor`] and binds the region's [`Doorbell`] to it.
 //!
 //! # What the bus does for a device
-//! - It checks what the driver says of its regions, and never lets a device touch memory that was taken away: see [`memory`].
-//! - It runs everything on the few threads of the [`Executor`], polls adaptively, and bounds the work of each turn.
+//! - It checks what the driver says of its regions, and never lets a device touch memory that was
+//!   taken away: see [`memory`].
+//! - It runs everything on the few threads of the [`Executor`], polls adaptively, and bounds the
+//!   work of each turn.
 //! - It counts ([`ConnectionCounters`]), and tells the driver why a connection ended ([`Status`]).
 //!
 //! A connector holds the device's [`Endpoint`], which is the whole of its interface.

@@ -2,10 +2,10 @@
 //!
 //! A [`MemoryContext`] holds the maps of one connector's peer. A device sees two forms of it:
 //!
-//! - a [`View`], for buffers whose addresses come with each request: looked up and used while the view is held, which is as long as one
-//!   poll. Unmapping waits for all views to go.
-//! - a [`Window`], for a region that stays: it keeps its mapping alive until dropped. A region whose memory is unmapped ends its connection
-//!   first, and with that drops its windows.
+//! - a [`View`], for buffers whose addresses come with each request: looked up and used while the
+//!   view is held, which is as long as one poll. Unmapping waits for all views to go.
+//! - a [`Window`], for a region that stays: it keeps its mapping alive until dropped. A region
+//!   whose memory is unmapped ends its connection first, and with that drops its windows.
 #![allow(unsafe_code)] // Maps the driver's memory and copies to and from it while the driver may write it.
 
 use std::fmt;
@@ -55,8 +55,8 @@ pub enum MapError {
     Os(#[from] rustix::io::Errno),
 }
 
-/// The most pages, over all peers, that are mapped one by one for page lists. The kernel allows a process 65530 mappings in all, and a process
-/// that has used them up cannot even allocate.
+/// The most pages, over all peers, that are mapped one by one for page lists. The kernel allows a
+/// process 65530 mappings in all, and a process that has used them up cannot even allocate.
 const LISTED_MAX: usize = 32768;
 /// The most of them for one peer.
 const LISTED_PEER_MAX: usize = 8192;
@@ -76,7 +76,8 @@ impl Listed {
         let peers = peer.fetch_add(pages, Ordering::Relaxed);
         let all = LISTED.fetch_add(pages, Ordering::Relaxed);
         // On refusal the drop gives it back.
-        let fits = peers.saturating_add(pages) <= LISTED_PEER_MAX && all.saturating_add(pages) <= LISTED_MAX;
+        let fits = peers.saturating_add(pages) <= LISTED_PEER_MAX
+            && all.saturating_add(pages) <= LISTED_MAX;
         if fits { Ok(share) } else { Err(Status::LIMIT) }
     }
 }
@@ -88,7 +89,8 @@ impl Drop for Listed {
     }
 }
 
-/// The most maps over all peers. Together with [`LISTED_MAX`] it leaves some thousands of mappings for the process itself.
+/// The most maps over all peers. Together with [`LISTED_MAX`] it leaves some thousands of mappings
+/// for the process itself.
 const MAPS_ALL_MAX: usize = 24576;
 
 /// Maps of all peers.
@@ -127,8 +129,8 @@ struct Mapping {
     _share: Share,
 }
 
-// SAFETY: the mapping belongs to this value, is never moved, and is accessed only through atomics, raw copies and system calls, which any
-// thread may do.
+// SAFETY: the mapping belongs to this value, is never moved, and is accessed only through atomics,
+// raw copies and system calls, which any thread may do.
 unsafe impl Send for Mapping {}
 // SAFETY: as above; there is no unsynchronised state of our own in it.
 unsafe impl Sync for Mapping {}
@@ -139,7 +141,11 @@ impl Mapping {
         let prot = if writable { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
         // SAFETY: a fresh mapping at an address of the kernel's choice.
         let base = unsafe { mmap(std::ptr::null_mut(), len, prot, MapFlags::SHARED, fd, offset) }?;
-        Ok(Mapping { base: NonNull::new(base.cast()).ok_or(rustix::io::Errno::INVAL)?, len, _share: share })
+        Ok(Mapping {
+            base: NonNull::new(base.cast()).ok_or(rustix::io::Errno::INVAL)?,
+            len,
+            _share: share,
+        })
     }
 }
 
@@ -190,9 +196,16 @@ impl Table {
     }
 
     /// The mapped pointer for `addr..addr + len`, which must lie within one map.
-    fn resolve(&self, addr: u64, len: u64, write: bool) -> Result<(&Arc<Mapping>, NonNull<u8>), Status> {
+    fn resolve(
+        &self,
+        addr: u64,
+        len: u64,
+        write: bool,
+    ) -> Result<(&Arc<Mapping>, NonNull<u8>), Status> {
         let map = self.find(addr).ok_or(Status::BAD_ADDRESS)?;
-        let Backing::Mapped { mapping, writable, .. } = &map.backing else { return Err(Status::BAD_ADDRESS) };
+        let Backing::Mapped { mapping, writable, .. } = &map.backing else {
+            return Err(Status::BAD_ADDRESS);
+        };
         let inside = addr - map.start;
         if len > map.len - inside || (write && !writable) {
             return Err(Status::BAD_ADDRESS);
@@ -223,7 +236,9 @@ pub struct MemoryContext {
 
 impl fmt::Debug for MemoryContext {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("MemoryContext").field("maps", &self.view().guard.maps.len()).finish_non_exhaustive()
+        f.debug_struct("MemoryContext")
+            .field("maps", &self.view().guard.maps.len())
+            .finish_non_exhaustive()
     }
 }
 
@@ -233,9 +248,16 @@ impl MemoryContext {
         MemoryContext { table: RwLock::default(), trust, listed: Arc::default() }
     }
 
-    /// Maps `len` bytes of `file` (descriptor, offset) at address `start` of the driver's memory; without a file the range is remembered as
-    /// unreachable. The file must be sealed against shrinking, or get sealed here (see [`Trust`]).
-    pub fn map(&self, start: u64, len: u64, file: Option<(OwnedFd, u64)>, writable: bool) -> Result<(), MapError> {
+    /// Maps `len` bytes of `file` (descriptor, offset) at address `start` of the driver's memory;
+    /// without a file the range is remembered as unreachable. The file must be sealed against
+    /// shrinking, or get sealed here (see [`Trust`]).
+    pub fn map(
+        &self,
+        start: u64,
+        len: u64,
+        file: Option<(OwnedFd, u64)>,
+        writable: bool,
+    ) -> Result<(), MapError> {
         let bad_range = || MapError::Range(start, len);
         if len == 0 || start.checked_add(len).is_none() {
             return Err(bad_range());
@@ -270,8 +292,9 @@ impl MemoryContext {
         Ok(())
     }
 
-    /// Takes away the maps that lie within `start..start + len`, after all views have gone. Returns how many bytes that were; 0 if the
-    /// range cuts a map in two or holds none, and then nothing has changed. Connections with regions in the range must be closed before.
+    /// Takes away the maps that lie within `start..start + len`, after all views have gone. Returns
+    /// how many bytes that were; 0 if the range cuts a map in two or holds none, and then nothing
+    /// has changed. Connections with regions in the range must be closed before.
     pub(crate) fn unmap(&self, start: u64, len: u64) -> u64 {
         let Some(end) = start.checked_add(len) else { return 0 };
         let mut table = self.table.write().unwrap_or_else(|e| e.into_inner());
@@ -293,13 +316,15 @@ impl MemoryContext {
         View { guard: self.table.read().unwrap_or_else(|e| e.into_inner()) }
     }
 
-    /// A look, if it can be had at once. For the memory of *another* device's peer, while holding a view of one's own: waiting there could
-    /// close a circle of two devices that wait for each other and two connectors that unmap.
+    /// A look, if it can be had at once. For the memory of *another* device's peer, while holding a
+    /// view of one's own: waiting there could close a circle of two devices that wait for each
+    /// other and two connectors that unmap.
     pub fn try_view(&self) -> Option<View<'_>> {
         self.table.try_read().ok().map(|guard| View { guard })
     }
 
-    /// A lasting window on `addr..addr + len`, for reading and writing. `addr` and `len` must be multiples of 8.
+    /// A lasting window on `addr..addr + len`, for reading and writing. `addr` and `len` must be
+    /// multiples of 8.
     pub fn window(&self, addr: u64, len: u64) -> Result<Window, Status> {
         check_words(addr, len)?;
         let view = self.view();
@@ -308,18 +333,23 @@ impl MemoryContext {
         Ok(Window { _mapping: mapping.clone(), base: base.cast(), words: len / 8 })
     }
 
-    /// A lasting window on `len` bytes that lie in pages of `1 << shift` bytes at the addresses `pages`, as if they were contiguous.
+    /// A lasting window on `len` bytes that lie in pages of `1 << shift` bytes at the addresses
+    /// `pages`, as if they were contiguous.
     pub fn window_of_pages(&self, pages: &[u64], shift: u32, len: u64) -> Result<Window, Status> {
-        let page = 1usize.checked_shl(shift).filter(|page| *page >= 4096).ok_or(Status::BAD_ARGUMENT)?;
+        let page =
+            1usize.checked_shl(shift).filter(|page| *page >= 4096).ok_or(Status::BAD_ARGUMENT)?;
         check_words(0, len)?;
         let total = page.checked_mul(pages.len()).ok_or(Status::BAD_LENGTH)?;
-        let words = usize::try_from(len).ok().filter(|len| *len <= total).ok_or(Status::BAD_LENGTH)? / 8;
+        let words =
+            usize::try_from(len).ok().filter(|len| *len <= total).ok_or(Status::BAD_LENGTH)? / 8;
         let listed = Listed::take(pages.len(), &self.listed)?;
         let view = self.view();
         // Reserve the whole range, then lay the pages over it one by one.
         // SAFETY: a fresh mapping at an address of the kernel's choice.
-        let base = unsafe { mmap_anonymous(std::ptr::null_mut(), total, ProtFlags::empty(), MapFlags::PRIVATE) }
-            .map_err(|_| Status::LIMIT)?;
+        let base = unsafe {
+            mmap_anonymous(std::ptr::null_mut(), total, ProtFlags::empty(), MapFlags::PRIVATE)
+        }
+        .map_err(|_| Status::LIMIT)?;
         let base = NonNull::new(base.cast::<u8>()).ok_or(Status::FAILED)?;
         let whole = Mapping { base, len: total, _share: Share::Listed(listed) };
         for (i, &addr) in pages.iter().enumerate() {
@@ -393,7 +423,8 @@ impl View<'_> {
     }
 }
 
-/// Bytes of the driver's memory. The driver may write them at any time, so they are copied, or passed to system calls; never borrowed.
+/// Bytes of the driver's memory. The driver may write them at any time, so they are copied, or
+/// passed to system calls; never borrowed.
 #[derive(Clone, Copy)]
 pub struct DriverSlice<'a> {
     base: NonNull<u8>,
@@ -442,26 +473,30 @@ impl<'a> DriverSlice<'a> {
     /// Copies from another driver's memory; as many bytes as the shorter one has.
     pub fn copy_from_driver(&self, from: DriverSlice<'_>) -> usize {
         let len = self.len.min(from.len);
-        // SAFETY: both ranges are valid for len bytes. They may even overlap: then the result is garbage, which is the peer's own doing.
+        // SAFETY: both ranges are valid for len bytes. They may even overlap: then the result is
+        // garbage, which is the peer's own doing.
         unsafe { copy(from.base.as_ptr(), self.base.as_ptr(), len) };
         len
     }
 
-    /// For the vector of a system call that reads the driver's memory. The bytes must not be looked at by Rust code.
+    /// For the vector of a system call that reads the driver's memory. The bytes must not be looked
+    /// at by Rust code.
     pub fn io_slice(&self) -> IoSlice<'a> {
         // SAFETY: valid for 'a. The contents are read by the kernel only.
         IoSlice::new(unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.len) })
     }
 
-    /// For the vector of a system call that writes the driver's memory. The bytes must not be looked at by Rust code.
+    /// For the vector of a system call that writes the driver's memory. The bytes must not be
+    /// looked at by Rust code.
     pub fn io_slice_mut(&self) -> IoSliceMut<'a> {
         // SAFETY: valid for 'a. The contents are written by the kernel only.
         IoSliceMut::new(unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr(), self.len) })
     }
 }
 
-/// Copies bytes that another process may be writing. On x86-64 by an instruction that the compiler cannot look into, so that a race gives
-/// torn bytes and nothing else; elsewhere through volatile bytes.
+/// Copies bytes that another process may be writing. On x86-64 by an instruction that the compiler
+/// cannot look into, so that a race gives torn bytes and nothing else; elsewhere through volatile
+/// bytes.
 ///
 /// # Safety
 /// `from` must be readable and `to` writable for `len` bytes.
@@ -479,7 +514,8 @@ unsafe fn copy(from: *const u8, to: *mut u8, len: usize) {
     }
 }
 
-/// A lasting window on a region of the driver's memory, as words; see [`MemoryContext::window`]. Clones share the mapping.
+/// A lasting window on a region of the driver's memory, as words; see [`MemoryContext::window`].
+/// Clones share the mapping.
 #[derive(Clone)]
 pub struct Window {
     _mapping: Arc<Mapping>,
@@ -508,7 +544,8 @@ impl fmt::Debug for Window {
 impl vbus_shm::Memory for Window {
     #[inline(always)]
     fn words(&self) -> &[Word] {
-        // SAFETY: `words` aligned words, mapped readable and writable as long as the window lives; others access them at will, but Rust only as atomics.
+        // SAFETY: `words` aligned words, mapped readable and writable as long as the window lives;
+        // others access them at will, but Rust only as atomics.
         unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.words) }
     }
 }
@@ -522,7 +559,11 @@ mod tests {
         /// What Linux allows a process (`vm.max_map_count`).
         const MAPPINGS: usize = 65530;
         let places: Vec<_> = std::iter::from_fn(|| Place::take().ok()).take(MAPPINGS).collect();
-        assert!(places.len() >= 1024 && places.len() + LISTED_MAX + 4096 < MAPPINGS, "{}", places.len());
+        assert!(
+            places.len() >= 1024 && places.len() + LISTED_MAX + 4096 < MAPPINGS,
+            "{}",
+            places.len()
+        );
         assert!(matches!(Place::take(), Err(MapError::LimitOfAll)));
         drop(places);
         // What one gives back, another may have; and a refusal took none.

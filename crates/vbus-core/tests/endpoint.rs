@@ -11,8 +11,8 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vbus_core::shm::ring::{DeviceEnd, DriverEnd, Entry, Layout, Returns, SIGNAL_OFFSET};
 use vbus_core::shm::signal::Armed;
 use vbus_core::{
-    Bus, Connection, Device, Endpoint, Executor, Identity, InterruptSink, MapError, MemoryContext, Open, Progress,
-    Region, RegionRequest, State, Status, Task, Trust, Tuning, Window,
+    Bus, Connection, Device, Endpoint, Executor, Identity, InterruptSink, MapError, MemoryContext,
+    Open, Progress, Region, RegionRequest, State, Status, Task, Trust, Tuning, Window,
 };
 
 const SIZE: u64 = 64 << 20;
@@ -137,11 +137,14 @@ impl Driver {
         (ring, RegionRequest { id: 0, vector: 0, page_shift: 0, addr, len, signal })
     }
 
-    /// Sends `count` entries through and checks what comes back, sleeping whenever there is nothing to do.
+    /// Sends `count` entries through and checks what comes back, sleeping whenever there is nothing
+    /// to do.
     fn exchange(&self, ring: &mut DriverEnd<Window>, handle: u32, count: u32) {
         let (mut sent, mut back) = (0, 0);
         while back < count {
-            while sent < count && ring.submit(Entry { addr: 0, len: sent + 1, id: 0, flags: 0 }).is_ok() {
+            while sent < count
+                && ring.submit(Entry { addr: 0, len: sent + 1, id: 0, flags: 0 }).is_ok()
+            {
                 sent += 1;
             }
             if ring.post() {
@@ -185,8 +188,14 @@ fn scattered_pages_make_one_region() {
     let mut ring = DriverEnd::create(mine, layout, 0).unwrap();
     let list: Vec<u8> = pages.iter().flat_map(|p| p.to_le_bytes()).collect();
     driver.mine.view().write(BASE + 4096, &list).unwrap();
-    let request =
-        RegionRequest { id: 0, vector: 0, page_shift: 12, addr: BASE + 4096, len, signal: Some(SIGNAL_OFFSET as u64) };
+    let request = RegionRequest {
+        id: 0,
+        vector: 0,
+        page_shift: 12,
+        addr: BASE + 4096,
+        len,
+        signal: Some(SIGNAL_OFFSET as u64),
+    };
     let handle = driver.endpoint.region_add(request).unwrap();
     driver.exchange(&mut ring, handle, 10_000);
 }
@@ -212,7 +221,10 @@ fn an_eventfd_is_a_doorbell() {
         let entry = loop {
             match ring.reap().unwrap() {
                 Some(entry) => break entry,
-                None => driver.interrupts.recv_timeout(BOUND).unwrap_or_else(|_| panic!("round {round}")),
+                None => driver
+                    .interrupts
+                    .recv_timeout(BOUND)
+                    .unwrap_or_else(|_| panic!("round {round}")),
             };
         };
         assert_eq!(entry.len, 10);
@@ -406,7 +418,9 @@ fn a_task_that_panics_takes_no_other_with_it() {
     let executor = Executor::start(Tuning { workers: 1, ..Tuning::default() }).unwrap();
     let (sender, ended) = channel();
     let sender = Mutex::new(sender);
-    executor.spawn(0, Box::new(Panics), Arc::default(), move |status| sender.lock().unwrap().send(status).unwrap());
+    executor.spawn(0, Box::new(Panics), Arc::default(), move |status| {
+        sender.lock().unwrap().send(status).unwrap()
+    });
     assert_eq!(ended.recv_timeout(BOUND), Ok(Status::FAILED));
     let (sender, receiver) = channel();
     executor.spawn(0, Box::new(Ticker(Arc::default(), sender)), Arc::default(), |_| {});
@@ -467,11 +481,15 @@ impl Drop for Failing {
 #[test]
 fn stopping_a_task_that_fails_just_then_waits_until_it_is_gone() {
     let executor = Executor::start(Tuning::default()).unwrap();
-    let ((dropping, drops), (stop, stopped), (early, was_early)) = (channel(), channel(), channel());
+    let ((dropping, drops), (stop, stopped), (early, was_early)) =
+        (channel(), channel(), channel());
     let task = Failing { dropping, stopped: Mutex::new(stopped), early };
     let task = executor.spawn(0, Box::new(task), Arc::default(), |_| {});
     drops.recv_timeout(BOUND).unwrap();
     task.stop();
     let _ = stop.send(());
-    assert!(!was_early.recv_timeout(BOUND).unwrap(), "stop has returned while the task still held what it holds");
+    assert!(
+        !was_early.recv_timeout(BOUND).unwrap(),
+        "stop has returned while the task still held what it holds"
+    );
 }

@@ -1,5 +1,5 @@
-//! The event loop's wake-up under a model checker: nothing that was written before a wake-up is left unseen, and the model fails when either
-//! ordering is taken out.
+//! The event loop's wake-up under a model checker: nothing that was written before a wake-up is
+//! left unseen, and the model fails when either ordering is taken out.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 #[path = "../src/wake.rs"]
@@ -36,8 +36,8 @@ use loom::sync::Arc;
 use loom::sync::atomic::AtomicU32;
 use loom::thread;
 
-/// A worker with one task that is queued at the start, and a waker. At the end of both, either the last poll has seen the work or the task
-/// is queued for another.
+/// A worker with one task that is queued at the start, and a waker. At the end of both, either the
+/// last poll has seen the work or the task is queued for another.
 fn model() {
     loom::model(|| {
         let flag = Arc::new(wake::WakeFlag::new());

@@ -1,5 +1,6 @@
-//! The device classes of vbus: [`venet`], an Ethernet controller, [`state`], named values, [`sched`],
-//! the priority of virtual CPUs, and [`pic`], an interrupt controller for the others. A bus makes devices of them from their settings:
+//! The device classes of vbus: [`venet`], an Ethernet controller, [`state`], named values,
+//! [`sched`], the priority of virtual CPUs, and [`pic`], an interrupt controller for the others. A
+//! bus makes devices of them from their settings:
 //!
 //! ```
 //! use serde_json::json;
@@ -32,9 +33,15 @@ pub fn classes() -> Vec<Box<dyn DeviceClass>> {
     classes_with(sched::SchedClass::new())
 }
 
-/// All classes of this crate, with a `sched` that is made otherwise than by [`SchedClass::new`](sched::SchedClass::new).
+/// All classes of this crate, with a `sched` that is made otherwise than by
+/// [`SchedClass::new`](sched::SchedClass::new).
 pub fn classes_with(sched: sched::SchedClass) -> Vec<Box<dyn DeviceClass>> {
-    vec![Box::new(venet::VenetClass::new()), Box::new(state::StateClass), Box::new(sched), Box::new(pic::PicClass)]
+    vec![
+        Box::new(venet::VenetClass::new()),
+        Box::new(state::StateClass),
+        Box::new(sched),
+        Box::new(pic::PicClass),
+    ]
 }
 
 /// Takes a lock that a panic may have poisoned: one task's panic must not take the others with it.

@@ -1,4 +1,5 @@
-//! Doorbells: which kinds a function offers, which of them can be rung here, and which is the cheapest.
+//! Doorbells: which kinds a function offers, which of them can be rung here, and which is the
+//! cheapest.
 
 use core::fmt;
 
@@ -6,7 +7,8 @@ use vbus_shm::abi::{bar0, capability};
 
 use crate::hal::Hal;
 
-/// In how many rounds a measurement is done. The kinds take turns, so that a disturbance does not hit one alone.
+/// In how many rounds a measurement is done. The kinds take turns, so that a disturbance does not
+/// hit one alone.
 const ROUNDS: u32 = 4;
 const PORT_MAX: u64 = 0xffff;
 
@@ -37,7 +39,8 @@ impl Doorbell {
         }
     }
 
-    /// Whether it is one of a doorbell, of a kind that this crate knows, with a place for each of `regions` handles.
+    /// Whether it is one of a doorbell, of a kind that this crate knows, with a place for each of
+    /// `regions` handles.
     pub(crate) fn is_sound(&self, regions: u32) -> bool {
         let last = self.offset(regions.saturating_sub(1));
         self.stride > 0

@@ -9,7 +9,8 @@ use crate::hal::NoMemory;
 /// Why something failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Error {
-    /// The registers do not begin with the magic number, or there is no capability that says where they are.
+    /// The registers do not begin with the magic number, or there is no capability that says where
+    /// they are.
     NotVbus,
     /// The device speaks only these versions of the ABI.
     Version {
@@ -33,7 +34,8 @@ pub enum Error {
     },
     /// The device has ended the connection; close, then open again.
     Broken(Status),
-    /// The device returned something that it cannot have meant (said in words); do not go on with this connection.
+    /// The device returned something that it cannot have meant (said in words); do not go on with
+    /// this connection.
     Corrupt(&'static str),
     /// No memory that the device can reach.
     NoMemory,
@@ -52,9 +54,14 @@ impl fmt::Display for Error {
         match self {
             Error::NotVbus => write!(f, "not a vbus function"),
             Error::Version { lowest, highest } => {
-                write!(f, "the device speaks versions {lowest} to {highest} of the ABI, this driver does not")
+                write!(
+                    f,
+                    "the device speaks versions {lowest} to {highest} of the ABI, this driver does not"
+                )
             }
-            Error::Class(class) => write!(f, "the device is of class {class}, which this driver is not for"),
+            Error::Class(class) => {
+                write!(f, "the device is of class {class}, which this driver is not for")
+            }
             Error::NoDoorbell => write!(f, "the device offers no doorbell that can be rung here"),
             Error::Gone => write!(f, "the device has gone"),
             Error::Refused { command, status } => write!(f, "{command} was refused: {status}"),

@@ -20,8 +20,8 @@ const CAPABILITIES_MAX: u32 = 48;
 /// What a register reads as when the function has gone.
 const GONE: u32 = u32::MAX;
 
-/// A function of the bus, probed. While it is open it has a connection, which dropping it closes. Memory that was registered with it must
-/// be kept until then; it is the device's.
+/// A function of the bus, probed. While it is open it has a connection, which dropping it closes.
+/// Memory that was registered with it must be kept until then; it is the device's.
 #[derive(Debug)]
 pub struct Function<H: Hal> {
     hal: H,
@@ -60,7 +60,8 @@ pub struct Info {
 pub struct Name<const N: usize>(pub [u8; N]);
 
 impl<const N: usize> Name<N> {
-    /// The text, up to the first byte that is not UTF-8. It may hold control characters; [`Display`](fmt::Display) shows none.
+    /// The text, up to the first byte that is not UTF-8. It may hold control characters;
+    /// [`Display`](fmt::Display) shows none.
     pub fn as_str(&self) -> &str {
         let bytes = self.0.split(|&b| b == 0).next().unwrap_or_default();
         match core::str::from_utf8(bytes) {
@@ -73,9 +74,9 @@ impl<const N: usize> Name<N> {
 impl<const N: usize> fmt::Display for Name<N> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         use fmt::Write;
-        self.as_str()
-            .chars()
-            .try_for_each(|c| f.write_char(if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }))
+        self.as_str().chars().try_for_each(|c| {
+            f.write_char(if c.is_control() { char::REPLACEMENT_CHARACTER } else { c })
+        })
     }
 }
 
@@ -97,7 +98,8 @@ pub enum State {
 }
 
 impl<H: Hal> Function<H> {
-    /// Finds out what is behind `hal`, and chooses the doorbell. Changes nothing: several drivers may probe one function.
+    /// Finds out what is behind `hal`, and chooses the doorbell. Changes nothing: several drivers
+    /// may probe one function.
     pub fn probe(hal: H) -> Result<Self, Error> {
         let (capability, registers) = find_layout(&hal)?;
         let magic = hal.read32(registers + reg::MAGIC);
@@ -120,7 +122,8 @@ impl<H: Hal> Function<H> {
             vectors: read(reg::VECTORS),
             config_bytes: reg::CONFIG_MAX.min(read(reg::CONFIG_BYTES) as usize),
         };
-        let doorbell = usable(&hal, capability, info.max_regions).next().ok_or(Error::NoDoorbell)?;
+        let doorbell =
+            usable(&hal, capability, info.max_regions).next().ok_or(Error::NoDoorbell)?;
         Ok(Function { hal, capability, registers, doorbell, info, scratch: None })
     }
 
@@ -141,7 +144,8 @@ impl<H: Hal> Function<H> {
 
     /// The kinds of doorbell that the function offers, in its order, whether known or not.
     pub fn doorbells_offered(&self) -> impl Iterator<Item = Doorbell> + '_ {
-        records(&self.hal, self.capability).filter(|record| record.kind < capability::KIND_NOT_DOORBELL)
+        records(&self.hal, self.capability)
+            .filter(|record| record.kind < capability::KIND_NOT_DOORBELL)
     }
 
     /// The kinds of those that can be rung here.
@@ -149,20 +153,24 @@ impl<H: Hal> Function<H> {
         usable(&self.hal, self.capability, self.info.max_regions)
     }
 
-    /// Takes this kind ([`capability::KIND_MMIO`] etc.) from now on. A [`Bell`] that there is already keeps its own.
+    /// Takes this kind ([`capability::KIND_MMIO`] etc.) from now on. A [`Bell`] that there is
+    /// already keeps its own.
     pub fn use_doorbell(&mut self, kind: u8) -> Result<(), Error> {
         let found = self.doorbells().find(|doorbell| doorbell.kind == kind);
         self.doorbell = found.ok_or(Error::NoDoorbell)?;
         Ok(())
     }
 
-    /// Measures what ringing costs, with `rings` rings by each kind that can be rung here, of a doorbell that no region of this function
-    /// has unless it has as many as it can. Before any region was added it wakes nobody. Takes no kind: see [`choose_doorbell`](Self::choose_doorbell).
+    /// Measures what ringing costs, with `rings` rings by each kind that can be rung here, of a
+    /// doorbell that no region of this function has unless it has as many as it can. Before any
+    /// region was added it wakes nobody. Takes no kind: see
+    /// [`choose_doorbell`](Self::choose_doorbell).
     pub fn doorbell_costs(&self, rings: u32) -> Costs {
         Costs::measure(&self.hal, self.doorbells(), self.info.max_regions.saturating_sub(1), rings)
     }
 
-    /// Measures as [`doorbell_costs`](Self::doorbell_costs) does, and takes the cheapest kind from now on.
+    /// Measures as [`doorbell_costs`](Self::doorbell_costs) does, and takes the cheapest kind from
+    /// now on.
     pub fn choose_doorbell(&mut self, rings: u32) -> Costs {
         let costs = self.doorbell_costs(rings);
         if let Some(cheapest) = costs.cheapest() {
@@ -171,13 +179,15 @@ impl<H: Hal> Function<H> {
         costs
     }
 
-    /// Where messages for synthetic interrupts go, if the VMM has such a place: the [`offset`](Doorbell::offset) of virtual processor n is the
-    /// address of a message, of MSI or MSI-X, whose data is the number of the interrupt.
+    /// Where messages for synthetic interrupts go, if the VMM has such a place: the
+    /// [`offset`](Doorbell::offset) of virtual processor n is the address of a message, of MSI or
+    /// MSI-X, whose data is the number of the interrupt.
     pub fn synthetic_interrupts(&self) -> Option<Doorbell> {
         records(&self.hal, self.capability).find(|record| record.kind == capability::KIND_SINT)
     }
 
-    /// The state of the connection; one read of a register. Poll it when a device has been silent, not on a fast path.
+    /// The state of the connection; one read of a register. Poll it when a device has been silent,
+    /// not on a fast path.
     pub fn state(&self) -> Result<State, Error> {
         let value = self.hal.read32(self.registers + reg::STATUS);
         match value & 0xff {
@@ -198,8 +208,9 @@ impl<H: Hal> Function<H> {
         }
     }
 
-    /// Opens the connection with a subset of the features offered. One that a dead driver has left behind is closed first. It may have
-    /// been another's that is alive: that there is but one driver is the environment's care.
+    /// Opens the connection with a subset of the features offered. One that a dead driver has left
+    /// behind is closed first. It may have been another's that is alive: that there is but one
+    /// driver is the environment's care.
     pub fn open(&mut self, features: u64) -> Result<(), Error> {
         if self.state()? != State::Closed {
             self.close();
@@ -209,14 +220,20 @@ impl<H: Hal> Function<H> {
             return Err(Error::NoMemory);
         }
         // Different each time, so that a stale word elsewhere is not taken for it.
-        let value = scratch.address(0) ^ self.hal.now().rotate_left(20) ^ u64::from_le_bytes(*b"vbus-drv");
+        let value =
+            scratch.address(0) ^ self.hal.now().rotate_left(20) ^ u64::from_le_bytes(*b"vbus-drv");
         scratch.copy_in(0, &value.to_le_bytes());
-        self.command("OPEN", command::OPEN, [u64::from(ABI_VERSION), features, scratch.address(0), value])?;
+        self.command(
+            "OPEN",
+            command::OPEN,
+            [u64::from(ABI_VERSION), features, scratch.address(0), value],
+        )?;
         self.scratch = Some(scratch);
         Ok(())
     }
 
-    /// Whether [`open`](Self::open) succeeded and [`close`](Self::close) has not followed. The device may have ended the connection all the same.
+    /// Whether [`open`](Self::open) succeeded and [`close`](Self::close) has not followed. The
+    /// device may have ended the connection all the same.
     pub fn is_open(&self) -> bool {
         self.scratch.is_some()
     }
@@ -232,10 +249,12 @@ impl<H: Hal> Function<H> {
         self.hal.read64(self.registers + reg::FEATURES_ACCEPTED) & self.info.features
     }
 
-    /// Registers the `len` bytes at `offset` of `dma` as the class's region `id`, with its signal block at byte `signal` of the region, if
-    /// there is one. Interrupts for it come on `vector`. Returns its handle, for [`ring`](Self::ring).
+    /// Registers the `len` bytes at `offset` of `dma` as the class's region `id`, with its signal
+    /// block at byte `signal` of the region, if there is one. Interrupts for it come on `vector`.
+    /// Returns its handle, for [`ring`](Self::ring).
     ///
-    /// `offset` must be a multiple of 64 and `len` of 8; a region that is not contiguous has to begin with a page.
+    /// `offset` must be a multiple of 64 and `len` of 8; a region that is not contiguous has to
+    /// begin with a page.
     pub fn region_add(
         &mut self,
         id: u32,
@@ -254,7 +273,9 @@ impl<H: Hal> Function<H> {
             let page = 1usize << dma.page_shift();
             let count = len.div_ceil(page);
             if offset % page != 0 || count > PAGES_MAX {
-                return Err(Error::Unsupported("a region of too many pages, or not beginning with one"));
+                return Err(Error::Unsupported(
+                    "a region of too many pages, or not beginning with one",
+                ));
             }
             for (i, word) in scratch.words().iter().take(count).enumerate() {
                 word.store(dma.address(offset + i * page), Ordering::Relaxed);
@@ -263,7 +284,11 @@ impl<H: Hal> Function<H> {
         };
         let selector = u64::from(id) | u64::from(vector) << 32 | u64::from(shift) << 48;
         let signal = signal.map_or(command::NO_SIGNAL, |offset| offset as u64);
-        let handle = self.command("REGION_ADD", command::REGION_ADD, [selector, address, len as u64, signal])?;
+        let handle = self.command(
+            "REGION_ADD",
+            command::REGION_ADD,
+            [selector, address, len as u64, signal],
+        )?;
         u32::try_from(handle)
             .ok()
             .filter(|handle| *handle < self.info.max_regions)
@@ -275,7 +300,8 @@ impl<H: Hal> Function<H> {
         self.command("REGION_DROP", command::REGION_DROP, [u64::from(handle), 0, 0, 0]).map(drop)
     }
 
-    /// Calls the class's `function`. The device gets a copy of `buffer`, at most [`command::CALL_MAX`] bytes, and its answer replaces it.
+    /// Calls the class's `function`. The device gets a copy of `buffer`, at most
+    /// [`command::CALL_MAX`] bytes, and its answer replaces it.
     pub fn call(&mut self, function: u32, flags: u32, buffer: &mut [u8]) -> Result<u64, Error> {
         let scratch = self.scratch.as_ref().ok_or(NOT_OPEN)?;
         if buffer.len() > SCRATCH_BYTES {
@@ -283,14 +309,19 @@ impl<H: Hal> Function<H> {
         }
         scratch.copy_in(0, buffer);
         let selector = u64::from(function) | u64::from(flags) << 32;
-        let value = self.command("CALL", command::CALL, [selector, scratch.address(0), buffer.len() as u64, 0])?;
+        let value = self.command(
+            "CALL",
+            command::CALL,
+            [selector, scratch.address(0), buffer.len() as u64, 0],
+        )?;
         if let Some(scratch) = &self.scratch {
             scratch.copy_out(0, buffer);
         }
         Ok(value)
     }
 
-    /// Reads the class's config area from its beginning. Bytes of `out` that the device does not have become 0.
+    /// Reads the class's config area from its beginning. Bytes of `out` that the device does not
+    /// have become 0.
     pub fn config(&self, out: &mut [u8]) -> Result<(), Error> {
         let generation = || self.hal.read32(self.registers + reg::CONFIG_GENERATION);
         let mut before = generation();
@@ -325,7 +356,8 @@ impl<H: Hal> Function<H> {
         self.hal.ring(self.doorbell, handle);
     }
 
-    /// Something that rings the doorbell of one region, for a queue that lives apart from the function.
+    /// Something that rings the doorbell of one region, for a queue that lives apart from the
+    /// function.
     pub fn bell(&self, handle: u32) -> Bell<H> {
         Bell { hal: self.hal.clone(), doorbell: self.doorbell, handle }
     }
@@ -377,14 +409,15 @@ impl<H: Hal> Acknowledger<H> {
     /// As [`Function::acknowledge`].
     pub fn acknowledge(&self) {
         self.hal.write32(self.register, 1);
-        // The write may be posted, and if it arrived only after the driver has armed, it could take back the next interrupt, unheard. A read
-        // returns after it has.
+        // The write may be posted, and if it arrived only after the driver has armed, it could take
+        // back the next interrupt, unheard. A read returns after it has.
         self.hal.read32(self.register);
     }
 }
 
 const NOT_OPEN: Error = Error::Refused { command: "command", status: Status::NOT_OPEN };
-/// The scratch memory holds the largest buffer of a call, the largest page list, and the handshake word.
+/// The scratch memory holds the largest buffer of a call, the largest page list, and the handshake
+/// word.
 const SCRATCH_BYTES: usize = 64 << 10;
 const PAGES_MAX: usize = 4096;
 const _: () = {
@@ -413,7 +446,9 @@ fn find_capability<H: Hal>(hal: &H) -> Result<(u16, u8), Error> {
     if id == GONE {
         return Err(Error::Gone);
     }
-    if id != u32::from(PCI_VENDOR) | u32::from(PCI_DEVICE) << 16 || hal.config_read32(0x04) & STATUS_CAPABILITIES == 0 {
+    if id != u32::from(PCI_VENDOR) | u32::from(PCI_DEVICE) << 16
+        || hal.config_read32(0x04) & STATUS_CAPABILITIES == 0
+    {
         return Err(Error::NotVbus);
     }
     let mut at = u16::from(config_u8(hal, 0x34) & !3);
@@ -421,7 +456,9 @@ fn find_capability<H: Hal>(hal: &H) -> Result<(u16, u8), Error> {
         if at < 0x40 {
             break;
         }
-        if config_u8(hal, at) == VENDOR_SPECIFIC && config_u8(hal, at + 2) >= capability::HEADER_BYTES {
+        if config_u8(hal, at) == VENDOR_SPECIFIC
+            && config_u8(hal, at + 2) >= capability::HEADER_BYTES
+        {
             return Ok((at, config_u8(hal, at + u16::from(capability::VERSION))));
         }
         at = u16::from(config_u8(hal, at + 1) & !3);
@@ -431,18 +468,21 @@ fn find_capability<H: Hal>(hal: &H) -> Result<(u16, u8), Error> {
 
 /// Those doorbells of the capability at `at` that can be rung here, each for `regions` handles.
 fn usable<H: Hal>(hal: &H, at: u16, regions: u32) -> impl Iterator<Item = Doorbell> + '_ {
-    records(hal, at).filter(move |doorbell| doorbell.is_sound(regions) && hal.can_ring(doorbell.kind))
+    records(hal, at)
+        .filter(move |doorbell| doorbell.is_sound(regions) && hal.can_ring(doorbell.kind))
 }
 
 /// The records of the capability at `at`.
 fn records<H: Hal>(hal: &H, at: u16) -> impl Iterator<Item = Doorbell> + '_ {
     let (header, each) = (u16::from(capability::HEADER_BYTES), u16::from(capability::RECORD_BYTES));
     let end = (at + u16::from(config_u8(hal, at + 2))).min(256);
-    (at + header..end).step_by(usize::from(each)).filter(move |record| record + each <= end).map(move |record| {
-        let first = config_u32(hal, record);
-        let base = config_u32(hal, record + 4);
-        Doorbell { kind: (first & 0xff) as u8, stride: (first >> 16) as u16, base }
-    })
+    (at + header..end).step_by(usize::from(each)).filter(move |record| record + each <= end).map(
+        move |record| {
+            let first = config_u32(hal, record);
+            let base = config_u32(hal, record + 4);
+            Doorbell { kind: (first & 0xff) as u8, stride: (first >> 16) as u16, base }
+        },
+    )
 }
 
 fn config_u8<H: Hal>(hal: &H, offset: u16) -> u8 {

@@ -9,43 +9,54 @@ use vbus_shm::{Memory, copy};
 
 use crate::doorbell::Doorbell;
 
-/// The environment's part of a driver: registers, memory that the device can reach, doorbells, time.
+/// The environment's part of a driver: registers, memory that the device can reach, doorbells,
+/// time.
 ///
-/// A value is a handle to one function; clones are handles to the same one, and each queue keeps one. All methods may be called from several
-/// threads if the environment has threads. Interrupts are not part of it: the environment delivers them in its own way (a handler, a
-/// descriptor to poll), and the driver code never waits.
+/// A value is a handle to one function; clones are handles to the same one, and each queue keeps
+/// one. All methods may be called from several threads if the environment has threads. Interrupts
+/// are not part of it: the environment delivers them in its own way (a handler, a descriptor to
+/// poll), and the driver code never waits.
 pub trait Hal: Clone + fmt::Debug {
     /// Memory that the device can reach.
     type Dma: Dma;
 
-    /// Reads 4 bytes at `offset` of the function's configuration space; `offset` is a multiple of 4 below 256.
+    /// Reads 4 bytes at `offset` of the function's configuration space; `offset` is a multiple of 4
+    /// below 256.
     fn config_read32(&self, offset: u16) -> u32;
 
-    /// Reads 4 bytes at `offset` of BAR 0, a multiple of 4. A function that has gone (unplugged, its bus dead) reads as all ones.
+    /// Reads 4 bytes at `offset` of BAR 0, a multiple of 4. A function that has gone (unplugged,
+    /// its bus dead) reads as all ones.
     fn read32(&self, offset: u64) -> u32;
 
-    /// Reads 8 bytes at `offset` of BAR 0, a multiple of 8, in one access or as two halves, the lower first.
+    /// Reads 8 bytes at `offset` of BAR 0, a multiple of 8, in one access or as two halves, the
+    /// lower first.
     fn read64(&self, offset: u64) -> u64;
 
-    /// Writes 4 bytes at `offset` of BAR 0, a multiple of 4, after everything written to memory before. Lost if the function has gone.
+    /// Writes 4 bytes at `offset` of BAR 0, a multiple of 4, after everything written to memory
+    /// before. Lost if the function has gone.
     fn write32(&self, offset: u64, value: u32);
 
-    /// Writes 8 bytes at `offset` of BAR 0, a multiple of 8, in one access or as two halves, the lower first.
+    /// Writes 8 bytes at `offset` of BAR 0, a multiple of 8, in one access or as two halves, the
+    /// lower first.
     fn write64(&self, offset: u64, value: u64);
 
-    /// Allocates `bytes` (more than 0) of zeroed memory that the device can reach, at an address that is a multiple of 4096 at both ends.
-    /// Up to [`Dma::CONTIGUOUS_MIN`] bytes are contiguous for the device. It may be used for other things once the last clone of it has gone,
-    /// so a driver keeps it until the device has let go of it: until its region was dropped or the connection closed. An environment whose
-    /// memory could then become someone else's altogether keeps it until the last clone of the Hal has gone too.
+    /// Allocates `bytes` (more than 0) of zeroed memory that the device can reach, at an address
+    /// that is a multiple of 4096 at both ends. Up to [`Dma::CONTIGUOUS_MIN`] bytes are contiguous
+    /// for the device. It may be used for other things once the last clone of it has gone, so a
+    /// driver keeps it until the device has let go of it: until its region was dropped or the
+    /// connection closed. An environment whose memory could then become someone else's altogether
+    /// keeps it until the last clone of the Hal has gone too.
     fn alloc(&self, bytes: usize) -> Result<Self::Dma, NoMemory>;
 
-    /// Whether doorbells of this kind ([`capability::KIND_MMIO`] etc.) can be rung here. May be called often.
+    /// Whether doorbells of this kind ([`capability::KIND_MMIO`] etc.) can be rung here. May be
+    /// called often.
     fn can_ring(&self, kind: u8) -> bool {
         kind == capability::KIND_MMIO
     }
 
-    /// Rings doorbell `handle`, which is below the function's limit of regions, after everything written to memory before. Its kind is one that
-    /// [`can_ring`](Self::can_ring), and its place in range for that kind.
+    /// Rings doorbell `handle`, which is below the function's limit of regions, after everything
+    /// written to memory before. Its kind is one that [`can_ring`](Self::can_ring), and its place
+    /// in range for that kind.
     fn ring(&self, doorbell: Doorbell, handle: u32) {
         self.write32(doorbell.offset(handle), 1);
     }
@@ -59,8 +70,9 @@ pub trait Dma: Memory + Clone + fmt::Debug {
     /// What an allocation of up to this many bytes has for sure: one run of addresses.
     const CONTIGUOUS_MIN: usize = 64 << 10;
 
-    /// 0 if all of it is one run of addresses for the device, else it consists of pages of `1 << page_shift()` bytes, each such a run and
-    /// aligned to its size, of which the last may be used in part.
+    /// 0 if all of it is one run of addresses for the device, else it consists of pages of `1 <<
+    /// page_shift()` bytes, each such a run and aligned to its size, of which the last may be used
+    /// in part.
     fn page_shift(&self) -> u8;
 
     /// The device's address of the byte at `offset`, which is less than [`bytes`](Self::bytes).
@@ -73,19 +85,23 @@ pub trait Dma: Memory + Clone + fmt::Debug {
 
     /// Whether the `len` bytes at `offset` lie within and are contiguous for the device.
     fn is_run(&self, offset: usize, len: usize) -> bool {
-        let Some(end) = offset.checked_add(len).filter(|end| *end <= self.bytes()) else { return false };
+        let Some(end) = offset.checked_add(len).filter(|end| *end <= self.bytes()) else {
+            return false;
+        };
         let shift = u32::from(self.page_shift());
         shift == 0 || len == 0 || offset >> shift == (end - 1) >> shift
     }
 
-    /// Copies `bytes` to `offset`, a multiple of 8. The last word is filled up with zeros; what does not fit is left out.
+    /// Copies `bytes` to `offset`, a multiple of 8. The last word is filled up with zeros; what
+    /// does not fit is left out.
     fn copy_in(&self, offset: usize, bytes: &[u8]) {
         let words = self.words().get(offset / WORD..).unwrap_or_default();
         let count = bytes.len().div_ceil(WORD).min(words.len());
         copy::store(&words[..count], bytes);
     }
 
-    /// Copies from `offset`, a multiple of 8, to `out`. The device may be writing: the result is then garbage, but defined.
+    /// Copies from `offset`, a multiple of 8, to `out`. The device may be writing: the result is
+    /// then garbage, but defined.
     fn copy_out(&self, offset: usize, out: &mut [u8]) {
         copy::load(self.words().get(offset / WORD..).unwrap_or_default(), out);
     }

@@ -1,15 +1,19 @@
-//! The driver end of vbus, for any environment: a kernel, a process in a guest, a plain process beside the bus.
+//! The driver end of vbus, for any environment: a kernel, a process in a guest, a plain process
+//! beside the bus.
 //!
-//! The environment implements [`Hal`]; over it [`Function`] probes, opens and calls a device, and [`venet`], [`state`] and [`sched`] drive the classes
-//! that come with vbus. Waiting is the environment's own: it knows its interrupts, threads and descriptors. What a waiting driver does is
-//! always the same: arm each signal it waits for; sleep unless one of them was missed; on waking, acknowledge the interrupt
-//! ([`Function::acknowledge`]) *before* it looks at the signals.
+//! The environment implements [`Hal`]; over it [`Function`] probes, opens and calls a device, and
+//! [`venet`], [`state`] and [`sched`] drive the classes that come with vbus. Waiting is the
+//! environment's own: it knows its interrupts, threads and descriptors. What a waiting driver does
+//! is always the same: arm each signal it waits for; sleep unless one of them was missed; on
+//! waking, acknowledge the interrupt ([`Function::acknowledge`]) *before* it looks at the signals.
 //!
-//! A doorbell can be rung in several ways, of which the VMM offers some and the environment can do some ([`Hal::can_ring`]). A function takes the
-//! first that is both, or, if asked ([`Function::choose_doorbell`]), measures them and takes the cheapest.
+//! A doorbell can be rung in several ways, of which the VMM offers some and the environment can do
+//! some ([`Hal::can_ring`]). A function takes the first that is both, or, if asked
+//! ([`Function::choose_doorbell`]), measures them and takes the cheapest.
 //!
-//! The device is not trusted: every number it returns is checked before it is used, and a device that breaks the protocol gets an
-//! [`Error`], never an access outside of the memory that the driver gave it.
+//! The device is not trusted: every number it returns is checked before it is used, and a device
+//! that breaks the protocol gets an [`Error`], never an access outside of the memory that the
+//! driver gave it.
 //!
 //! ```
 //! use vbus_driver::venet::{HEADER_BYTES, Nic, Piece};

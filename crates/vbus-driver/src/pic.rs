@@ -1,7 +1,8 @@
 //! Driver of `pic`: an interrupt controller whose state is shared (spec/pic.md).
 //!
-//! [`Pic`] registers a page for each processor and routes interrupts of other devices to lines. A [`Controller`] is one processor's page: the handler of
-//! its message takes lines from it and ends them, by loads and stores alone.
+//! [`Pic`] registers a page for each processor and routes interrupts of other devices to lines. A
+//! [`Controller`] is one processor's page: the handler of its message takes lines from it and ends
+//! them, by loads and stores alone.
 //!
 //! ```
 //! use vbus_driver::pic::Controller;
@@ -57,7 +58,8 @@ impl<H: Hal> Pic<H> {
         }
         let mut area = [0; abi::CONFIG_BYTES];
         function.config(&mut area)?;
-        let u32_at = |at: usize| u32::from_le_bytes([area[at], area[at + 1], area[at + 2], area[at + 3]]);
+        let u32_at =
+            |at: usize| u32::from_le_bytes([area[at], area[at + 1], area[at + 2], area[at + 3]]);
         let (cpus, lines) = (u32_at(abi::CONFIG_CPUS), u32_at(abi::CONFIG_LINES));
         if lines < u32::from(LINES_MAX) {
             return Err(Error::Corrupt("an interrupt controller with too few lines"));
@@ -76,9 +78,15 @@ impl<H: Hal> Pic<H> {
         &self.function
     }
 
-    /// Registers a page of `lines` lines (1..=256) for processor `number`, whose messages come on `vector`. It wants nothing yet: see
-    /// [`Controller::arm`].
-    pub fn cpu(&mut self, number: u32, lines: u16, nesting: Nesting, vector: u16) -> Result<Controller<H>, Error> {
+    /// Registers a page of `lines` lines (1..=256) for processor `number`, whose messages come on
+    /// `vector`. It wants nothing yet: see [`Controller::arm`].
+    pub fn cpu(
+        &mut self,
+        number: u32,
+        lines: u16,
+        nesting: Nesting,
+        vector: u16,
+    ) -> Result<Controller<H>, Error> {
         let memory = self.function.hal().alloc(PAGE_BYTES)?;
         let page = DriverEnd::create(memory.clone(), lines, nesting)
             .map_err(|_| Error::Unsupported("an interrupt page with so many lines"))?;
@@ -91,8 +99,9 @@ impl<H: Hal> Pic<H> {
         self.function.region_drop(cpu.handle)
     }
 
-    /// Lets an interrupt of another device raise a line, until that device's connection ends, or this. The device must be open, and the bus's
-    /// configuration has to allow it. The line is raised once at once.
+    /// Lets an interrupt of another device raise a line, until that device's connection ends, or
+    /// this. The device must be open, and the bus's configuration has to allow it. The line is
+    /// raised once at once.
     pub fn route(&mut self, from: Source<'_>, to: Line) -> Result<(), Error> {
         self.call(abi::CALL_ROUTE, from, to).map(drop)
     }
@@ -102,8 +111,9 @@ impl<H: Hal> Pic<H> {
         self.call(abi::CALL_UNROUTE, from, Line { cpu: 0, number: 0 }).map(drop)
     }
 
-    /// Lets it raise another line from now on, of the same processor or another. If the old line is pending, the new one is raised instead;
-    /// says so. The old processor may have the line in service at this moment, and goes on with it.
+    /// Lets it raise another line from now on, of the same processor or another. If the old line is
+    /// pending, the new one is raised instead; says so. The old processor may have the line in
+    /// service at this moment, and goes on with it.
     pub fn relocate(&mut self, from: Source<'_>, to: Line) -> Result<bool, Error> {
         Ok(self.call(abi::CALL_MOVE, from, to)? != 0)
     }
@@ -121,13 +131,15 @@ impl<H: Hal> Pic<H> {
         self.function.call(function, 0, &mut buffer)
     }
 
-    /// Closes the connection: everything that is routed interrupts by itself again, and the device has let go of all pages.
+    /// Closes the connection: everything that is routed interrupts by itself again, and the device
+    /// has let go of all pages.
     pub fn close(&mut self) {
         self.function.close();
     }
 }
 
-/// One processor's end of its page. To be used on that processor, with interrupts off, one call at a time: no call waits, allocates or exits.
+/// One processor's end of its page. To be used on that processor, with interrupts off, one call at
+/// a time: no call waits, allocates or exits.
 #[derive(Debug)]
 pub struct Controller<H: Hal> {
     page: DriverEnd<H::Dma>,
@@ -141,21 +153,24 @@ impl<H: Hal> Controller<H> {
         self.number
     }
 
-    /// Takes the most urgent line that is pending, not masked, and more urgent than those in service. Called by the message's handler until
-    /// it returns `None`; after that the next line sends a message. A handler that must not be held by a device that raises without
-    /// end stops earlier, and comes back by an interrupt of its own making.
+    /// Takes the most urgent line that is pending, not masked, and more urgent than those in
+    /// service. Called by the message's handler until it returns `None`; after that the next line
+    /// sends a message. A handler that must not be held by a device that raises without end stops
+    /// earlier, and comes back by an interrupt of its own making.
     #[inline]
     pub fn take(&mut self) -> Option<u16> {
         self.page.take()
     }
 
-    /// Ends a line. Then [`take`](Self::take) again before the interrupt returns, or, elsewhere, [`arm`](Self::arm).
+    /// Ends a line. Then [`take`](Self::take) again before the interrupt returns, or, elsewhere,
+    /// [`arm`](Self::arm).
     #[inline]
     pub fn end(&mut self, line: u16) {
         self.page.end(line);
     }
 
-    /// Asks for messages: at first, and after lines were ended outside of a handler. *Pending*: call the handler now.
+    /// Asks for messages: at first, and after lines were ended outside of a handler. *Pending*:
+    /// call the handler now.
     pub fn arm(&mut self) -> Wanted {
         self.page.arm()
     }

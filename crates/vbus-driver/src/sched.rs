@@ -48,7 +48,8 @@ impl Class {
         })
     }
 
-    /// Whether it is one of the real-time classes, which end unless they are posted again in time ([`Limits::boost_ms`]).
+    /// Whether it is one of the real-time classes, which end unless they are posted again in time
+    /// ([`Limits::boost_ms`]).
     pub fn is_real_time(self) -> bool {
         matches!(self, Class::Fifo(_) | Class::RoundRobin(_))
     }
@@ -65,7 +66,8 @@ pub struct Limits {
     pub priority_max: u32,
     /// The lowest nice value, if it is not the thread's own.
     pub nice_min: Option<i32>,
-    /// Posts a second that are looked at, for each virtual CPU. Of those that come faster, the newest is.
+    /// Posts a second that are looked at, for each virtual CPU. Of those that come faster, the
+    /// newest is.
     pub changes: u32,
     /// Milliseconds after the last post by which a real-time class ends.
     pub boost_ms: u32,
@@ -97,7 +99,8 @@ pub enum Outcome {
     NoThread,
     /// The host's kernel refused.
     Failed,
-    /// It was granted, but the thread has used its share of this second; it gets the class again in the next.
+    /// It was granted, but the thread has used its share of this second; it gets the class again in
+    /// the next.
     Spent,
 }
 
@@ -120,7 +123,8 @@ pub struct Report {
     pub refused: u64,
     /// Times that a look was put off by the rate limit.
     pub limited: u64,
-    /// Times that a real-time class ended for want of another request, or because the thread had used its share.
+    /// Times that a real-time class ended for want of another request, or because the thread had
+    /// used its share.
     pub expired: u64,
 }
 
@@ -165,7 +169,8 @@ impl<H: Hal> Cpus<H> {
         &self.function
     }
 
-    /// Registers the pages of virtual CPU `cpu`, once; [`Limits::cpus`] says how many there are. Reports interrupt on vector 0.
+    /// Registers the pages of virtual CPU `cpu`, once; [`Limits::cpus`] says how many there are.
+    /// Reports interrupt on vector 0.
     pub fn cpu(&mut self, cpu: u32) -> Result<Cpu<H>, Error> {
         if cpu >= self.limits.cpus {
             return Err(Error::Unsupported("a virtual CPU that has no pages"));
@@ -181,7 +186,8 @@ impl<H: Hal> Cpus<H> {
         let layout = Layout::new(bytes, state::DEFAULT_SLOTS).map_err(|_| LAYOUT)?;
         let memory = self.function.hal().alloc(layout.bytes())?;
         layout.format(&memory, 0).map_err(|_| LAYOUT)?;
-        let handle = self.function.region_add(id, 0, &memory, (0, layout.bytes()), Some(SIGNAL_OFFSET))?;
+        let handle =
+            self.function.region_add(id, 0, &memory, (0, layout.bytes()), Some(SIGNAL_OFFSET))?;
         Ok((memory, handle))
     }
 
@@ -202,8 +208,8 @@ pub struct Cpu<H: Hal> {
 }
 
 impl<H: Hal> Cpu<H> {
-    /// Says what runs on the virtual CPU now: a store, and a doorbell if the device sleeps. Of posts in quick succession, the device may look
-    /// at the newest only.
+    /// Says what runs on the virtual CPU now: a store, and a doorbell if the device sleeps. Of
+    /// posts in quick succession, the device may look at the newest only.
     pub fn post(&mut self, class: Class) {
         let (class, priority) = class.numbers();
         let mut value = [0; abi::request::BYTES as usize];
@@ -222,11 +228,15 @@ impl<H: Hal> Cpu<H> {
     /// The newest report, and its number.
     pub fn report(&self) -> Result<(Report, u32), Error> {
         let mut value = [0; abi::report::BYTES as usize];
-        let number =
-            self.reports.read(&mut value).map_err(|Overrun| Error::Corrupt("the report page never stands still"))?;
+        let number = self
+            .reports
+            .read(&mut value)
+            .map_err(|Overrun| Error::Corrupt("the report page never stands still"))?;
         let word = |at: usize| [value[at], value[at + 1], value[at + 2], value[at + 3]];
-        let count =
-            |at: usize| u64::from(u32::from_le_bytes(word(at))) | u64::from(u32::from_le_bytes(word(at + 4))) << 32;
+        let count = |at: usize| {
+            u64::from(u32::from_le_bytes(word(at)))
+                | u64::from(u32::from_le_bytes(word(at + 4))) << 32
+        };
         let outcome = match u32::from_le_bytes(word(abi::report::STATUS)) {
             abi::report::OK => Outcome::Granted,
             abi::report::IS_CLAMPED => Outcome::Clamped,

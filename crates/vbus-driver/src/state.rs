@@ -62,7 +62,9 @@ impl<H: Hal> Pages<H> {
         let mut buffer = [0; abi::DESCRIPTION_BYTES];
         buffer[..4].copy_from_slice(&number.to_le_bytes());
         self.function.call(abi::CALL_DESCRIBE, 0, &mut buffer)?;
-        let u32_at = |at: usize| u32::from_le_bytes([buffer[at], buffer[at + 1], buffer[at + 2], buffer[at + 3]]);
+        let u32_at = |at: usize| {
+            u32::from_le_bytes([buffer[at], buffer[at + 1], buffer[at + 2], buffer[at + 3]])
+        };
         let mut name = [0; abi::NAME_MAX];
         name.copy_from_slice(&buffer[8..]);
         let owner = match u32_at(4) {
@@ -107,7 +109,12 @@ impl<H: Hal> Pages<H> {
         self.function.region_drop(writer.handle)
     }
 
-    fn register(&mut self, page: &Description, owner: Owner, vector: u16) -> Result<(H::Dma, u32), Error> {
+    fn register(
+        &mut self,
+        page: &Description,
+        owner: Owner,
+        vector: u16,
+    ) -> Result<(H::Dma, u32), Error> {
         if page.owner != owner {
             return Err(Error::Unsupported(match owner {
                 Owner::Device => "reading a page that the driver itself writes",
@@ -118,7 +125,8 @@ impl<H: Hal> Pages<H> {
         let memory = self.function.hal().alloc(layout.bytes())?;
         layout.format(&memory, 0).map_err(|_| LAYOUT)?;
         let place = (0, layout.bytes());
-        let handle = self.function.region_add(page.number, vector, &memory, place, Some(SIGNAL_OFFSET))?;
+        let handle =
+            self.function.region_add(page.number, vector, &memory, place, Some(SIGNAL_OFFSET))?;
         Ok((memory, handle))
     }
 }
@@ -172,7 +180,8 @@ impl<H: Hal> Writer<H> {
         self.inner.layout().value_bytes()
     }
 
-    /// Makes `value` current, filled up with zeros or cut to a value's size, and wakes the device if it waits for it.
+    /// Makes `value` current, filled up with zeros or cut to a value's size, and wakes the device
+    /// if it waits for it.
     pub fn write(&mut self, value: &[u8]) {
         if self.inner.write(value) {
             self.bell.ring();

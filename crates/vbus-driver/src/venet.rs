@@ -1,7 +1,8 @@
 //! Driver of `venet`, the Ethernet controller (spec/venet.md).
 //!
-//! A [`Nic`] is opened, gets its queue pairs ([`Nic::queue_pair`]), and is started. Queues live apart from it, each with whichever thread
-//! serves it. Frames carry a virtio-net header of [`HEADER_BYTES`] bytes in front.
+//! A [`Nic`] is opened, gets its queue pairs ([`Nic::queue_pair`]), and is started. Queues live
+//! apart from it, each with whichever thread serves it. Frames carry a virtio-net header of
+//! [`HEADER_BYTES`] bytes in front.
 
 mod rx;
 mod tx;
@@ -15,7 +16,8 @@ use vbus_shm::state;
 pub use rx::{Received, Rx};
 pub use tx::{Piece, Tx};
 pub use vbus_shm::abi::venet::{
-    CHAIN_MAX, F_CSUM, F_TSO, F_USO, FILTER_ALL_MULTICAST, FILTER_MAX, FILTER_PROMISCUOUS, FRAME_MAX, HEADER_BYTES,
+    CHAIN_MAX, F_CSUM, F_TSO, F_USO, FILTER_ALL_MULTICAST, FILTER_MAX, FILTER_PROMISCUOUS,
+    FRAME_MAX, HEADER_BYTES,
 };
 
 use crate::{Error, Function, Hal};
@@ -25,7 +27,8 @@ pub const RING_MAX: u32 = 1024;
 /// The smallest receive buffer: the largest frame fits a chain of these.
 pub const BUFFER_MIN: u32 = 4096;
 
-const _: () = assert!(BUFFER_MIN as usize * CHAIN_MAX >= FRAME_MAX && RING_MAX as usize > CHAIN_MAX);
+const _: () =
+    assert!(BUFFER_MIN as usize * CHAIN_MAX >= FRAME_MAX && RING_MAX as usize > CHAIN_MAX);
 
 /// What the device says of itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,8 +98,8 @@ pub fn config<H: Hal>(function: &Function<H>) -> Result<Config, Error> {
 }
 
 impl<H: Hal> Nic<H> {
-    /// Opens the NIC with those of the features `wanted` that it offers and that go together, and registers its status page, whose
-    /// interrupts come on `vector`.
+    /// Opens the NIC with those of the features `wanted` that it offers and that go together, and
+    /// registers its status page, whose interrupts come on `vector`.
     pub fn open(mut function: Function<H>, wanted: u64, vector: u16) -> Result<Nic<H>, Error> {
         let config = config(&function)?;
         let mut features = wanted & function.info().features & (F_CSUM | F_TSO | F_USO);
@@ -104,12 +107,19 @@ impl<H: Hal> Nic<H> {
             features = 0;
         }
         function.open(features)?;
-        let layout = state::Layout::new(status_page::BYTES, state::DEFAULT_SLOTS).map_err(|_| LAYOUT)?;
+        let layout =
+            state::Layout::new(status_page::BYTES, state::DEFAULT_SLOTS).map_err(|_| LAYOUT)?;
         let page = function.hal().alloc(layout.bytes())?;
         layout.format(&page, 0).map_err(|_| Error::NoMemory)?;
         let status = state::Reader::attach(page.clone(), End::Driver).map_err(|_| LAYOUT)?;
         let place = (0, layout.bytes());
-        function.region_add(venet::REGION_STATUS, vector, &page, place, Some(state::SIGNAL_OFFSET))?;
+        function.region_add(
+            venet::REGION_STATUS,
+            vector,
+            &page,
+            place,
+            Some(state::SIGNAL_OFFSET),
+        )?;
         Ok(Nic { status, seen: 0, config, function })
     }
 
@@ -123,8 +133,10 @@ impl<H: Hal> Nic<H> {
         &self.function
     }
 
-    /// Makes queue pair `q` with rings of `entries` entries (a power of two, at most [`Config::ring_entries`]) and receive buffers of
-    /// `buffer_bytes` (at least [`BUFFER_MIN`]). Its interrupts come on `vector`. To be called for pairs 0, 1, ... before [`start`](Self::start).
+    /// Makes queue pair `q` with rings of `entries` entries (a power of two, at most
+    /// [`Config::ring_entries`]) and receive buffers of `buffer_bytes` (at least [`BUFFER_MIN`]).
+    /// Its interrupts come on `vector`. To be called for pairs 0, 1, ... before
+    /// [`start`](Self::start).
     pub fn queue_pair(
         &mut self,
         q: u16,
@@ -132,7 +144,10 @@ impl<H: Hal> Nic<H> {
         buffer_bytes: u32,
         vector: u16,
     ) -> Result<(Tx<H>, Rx<H>), Error> {
-        if q >= self.config.queue_pairs || entries > self.config.ring_entries || buffer_bytes < BUFFER_MIN {
+        if q >= self.config.queue_pairs
+            || entries > self.config.ring_entries
+            || buffer_bytes < BUFFER_MIN
+        {
             return Err(Error::Unsupported("so many queue pairs or entries, or so small buffers"));
         }
         let (ring, handle) = self.ring(venet::tx(q), entries, Returns::Counted, vector)?;
@@ -149,10 +164,17 @@ impl<H: Hal> Nic<H> {
         returns: Returns,
         vector: u16,
     ) -> Result<(DriverEnd<H::Dma>, u32), Error> {
-        let layout = Layout::new(entries, returns).map_err(|_| Error::Unsupported("a ring of that size"))?;
+        let layout =
+            Layout::new(entries, returns).map_err(|_| Error::Unsupported("a ring of that size"))?;
         let memory = self.function.hal().alloc(layout.bytes())?;
         let ring = DriverEnd::create(memory.clone(), layout, 0).map_err(|_| Error::NoMemory)?;
-        let handle = self.function.region_add(id, vector, &memory, (0, layout.bytes()), Some(SIGNAL_OFFSET))?;
+        let handle = self.function.region_add(
+            id,
+            vector,
+            &memory,
+            (0, layout.bytes()),
+            Some(SIGNAL_OFFSET),
+        )?;
         Ok((ring, handle))
     }
 
@@ -161,8 +183,9 @@ impl<H: Hal> Nic<H> {
         self.function.call(venet::CALL_START, 0, &mut []).map(drop)
     }
 
-    /// Sets the receive filter: `flags` ([`FILTER_PROMISCUOUS`], [`FILTER_ALL_MULTICAST`]), and the multicast addresses to be let through.
-    /// If they are more than [`FILTER_MAX`], every multicast is.
+    /// Sets the receive filter: `flags` ([`FILTER_PROMISCUOUS`], [`FILTER_ALL_MULTICAST`]), and the
+    /// multicast addresses to be let through. If they are more than [`FILTER_MAX`], every multicast
+    /// is.
     pub fn filter(&mut self, mut flags: u32, addresses: &[[u8; 6]]) -> Result<(), Error> {
         const FIXED: usize = 8;
         let mut buffer = [0; FIXED + 6 * FILTER_MAX as usize];
@@ -189,7 +212,10 @@ impl<H: Hal> Nic<H> {
             .read(&mut value)
             .map_err(|state::Overrun| Error::Corrupt("the status page never stands still"))?;
         let word = |at: usize| {
-            value.chunks_exact(8).nth(at).map_or(0, |b| b.iter().rev().fold(0, |n, &b| n << 8 | u64::from(b)))
+            value
+                .chunks_exact(8)
+                .nth(at)
+                .map_or(0, |b| b.iter().rev().fold(0, |n, &b| n << 8 | u64::from(b)))
         };
         Ok(Status {
             link: word(status_page::LINK) == 1,

@@ -7,11 +7,13 @@ const FIRST: u32 = 0x4000_0000;
 const STEP: u32 = 0x100;
 /// "Hv#1": KVM looks for it in leaf 0x40000001, and only there.
 const INTERFACE: u32 = 0x3123_7648;
-/// By this name KVM's Hyper-V interface goes. Systems that know Hyper-V by "Microsoft Hv" take the VM for one of KVM still.
+/// By this name KVM's Hyper-V interface goes. Systems that know Hyper-V by "Microsoft Hv" take the
+/// VM for one of KVM still.
 const VENDOR: &[u8; 12] = b"Linux KVM Hv";
 const KVM: &[u8; 12] = b"KVMKVMKVM\0\0\0";
 
-/// Rights of leaf 0x40000003, eax: SynIC's registers, those for hypercalls, the processor's number; ebx: HvCallSignalEvent.
+/// Rights of leaf 0x40000003, eax: SynIC's registers, those for hypercalls, the processor's number;
+/// ebx: HvCallSignalEvent.
 const SYNIC: u32 = 1 << 2;
 const HYPERCALLS: u32 = 1 << 5;
 const VP_INDEX: u32 = 1 << 6;
@@ -19,26 +21,32 @@ const SIGNAL_EVENTS: u32 = 1 << 5;
 /// How often to spin for a lock before telling the hypervisor: never do.
 const SPIN_FOREVER: u32 = u32::MAX;
 
-/// What of KVM's own interface is done by hypercalls, by bits of its features: kicks for spinning locks (7), interrupts to several processors
-/// (11), yielding to a processor (13), which memory is shared (16), the control of migration that goes with it (17).
+/// What of KVM's own interface is done by hypercalls, by bits of its features: kicks for spinning
+/// locks (7), interrupts to several processors (11), yielding to a processor (13), which memory is
+/// shared (16), the control of migration that goes with it (17).
 const BY_HYPERCALL: u32 = 1 << 7 | 1 << 11 | 1 << 13 | 1 << 16 | 1 << 17;
 
-/// Makes the CPUID leaves of a virtual CPU (those of `KVM_GET_SUPPORTED_CPUID`, or chosen from them) such that its guest can ring doorbells
-/// by hypercalls and, if `synic`, use its synthetic interrupts (the VMM has to enable `KVM_CAP_HYPERV_SYNIC2` on the virtual CPU for these).
+/// Makes the CPUID leaves of a virtual CPU (those of `KVM_GET_SUPPORTED_CPUID`, or chosen from
+/// them) such that its guest can ring doorbells by hypercalls and, if `synic`, use its synthetic
+/// interrupts (the VMM has to enable `KVM_CAP_HYPERV_SYNIC2` on the virtual CPU for these).
 ///
-/// KVM heeds Hyper-V's registers and hypercalls of those virtual CPUs alone whose leaf 0x40000001 is Hyper-V's, and has no other place for
-/// it. So Hyper-V's leaves are put at 0x40000000, with a name by which nobody takes the machine for Hyper-V, and KVM's are moved to
-/// 0x40000100, where systems that know KVM look as well: Linux is a guest of KVM as before.
+/// KVM heeds Hyper-V's registers and hypercalls of those virtual CPUs alone whose leaf 0x40000001
+/// is Hyper-V's, and has no other place for it. So Hyper-V's leaves are put at 0x40000000, with a
+/// name by which nobody takes the machine for Hyper-V, and KVM's are moved to 0x40000100, where
+/// systems that know KVM look as well: Linux is a guest of KVM as before.
 ///
-/// Where the SynIC is on, a hypercall for an event connection that nobody has ends as `KVM_EXIT_HYPERV`, whose `result` is for the VMM to set:
-/// 0x12, no such connection. Switching the SynIC on is told by such an exit too.
+/// Where the SynIC is on, a hypercall for an event connection that nobody has ends as
+/// `KVM_EXIT_HYPERV`, whose `result` is for the VMM to set: 0x12, no such connection. Switching the
+/// SynIC on is told by such an exit too.
 ///
-/// Once a guest has set Hyper-V's register of its identity, which it has to for hypercalls, KVM takes *all* hypercalls of the virtual machine
-/// for Hyper-V's. Features of KVM that are done by hypercalls would then silently fail, so these are taken out.
+/// Once a guest has set Hyper-V's register of its identity, which it has to for hypercalls, KVM
+/// takes *all* hypercalls of the virtual machine for Hyper-V's. Features of KVM that are done by
+/// hypercalls would then silently fail, so these are taken out.
 pub fn offer_hypercalls(leaves: &mut Vec<kvm_cpuid_entry2>, synic: bool) {
     let find = |function| leaves.iter().find(|leaf| leaf.function == function);
     let is_kvm = |leaf: &&kvm_cpuid_entry2| {
-        [leaf.ebx, leaf.ecx, leaf.edx].map(u32::to_le_bytes).concat() == KVM && leaf.function % STEP == 0
+        [leaf.ebx, leaf.ecx, leaf.edx].map(u32::to_le_bytes).concat() == KVM
+            && leaf.function % STEP == 0
     };
     let kvm = leaves.iter().find(is_kvm).and_then(|leaf| find(leaf.function + 1));
     let (features, hints) = kvm.map_or((0, 0), |leaf| (leaf.eax, leaf.edx));
@@ -52,7 +60,8 @@ pub fn offer_hypercalls(leaves: &mut Vec<kvm_cpuid_entry2>, synic: bool) {
         ..Default::default()
     };
     let named = |function, max, name: &[u8; 12]| {
-        let word = |at: usize| u32::from_le_bytes([name[at], name[at + 1], name[at + 2], name[at + 3]]);
+        let word =
+            |at: usize| u32::from_le_bytes([name[at], name[at + 1], name[at + 2], name[at + 3]]);
         leaf(function, [max, word(0), word(4), word(8)])
     };
     let rights = HYPERCALLS | VP_INDEX | if synic { SYNIC } else { 0 };
@@ -74,7 +83,8 @@ mod tests {
 
     #[test]
     fn both_interfaces_are_there_and_nothing_is_done_by_kvms_hypercalls() {
-        let leaf = |function, eax, edx| kvm_cpuid_entry2 { function, eax, edx, ..Default::default() };
+        let leaf =
+            |function, eax, edx| kvm_cpuid_entry2 { function, eax, edx, ..Default::default() };
         let [ebx, ecx] = [b"KVMK", b"VMKV"].map(|name| u32::from_le_bytes(*name));
         let mut leaves = vec![
             leaf(1, 0x1234, 5),

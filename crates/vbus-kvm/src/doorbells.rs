@@ -38,7 +38,8 @@ impl Kind {
     }
 }
 
-/// Where the doorbells of one kind are: doorbell n at `base + n * stride`, an address, a port, or a connection's number.
+/// Where the doorbells of one kind are: doorbell n at `base + n * stride`, an address, a port, or a
+/// connection's number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
     /// Doorbell 0's.
@@ -52,8 +53,8 @@ impl Place {
         self.base.checked_add(u64::from(self.stride) * u64::from(number))
     }
 
-    /// The doorbell record for the capability of the function, if these doorbells are of `kind`. `None` if it cannot name this base. For
-    /// MMIO, `base` must be the offset in BAR0.
+    /// The doorbell record for the capability of the function, if these doorbells are of `kind`.
+    /// `None` if it cannot name this base. For MMIO, `base` must be the offset in BAR0.
     pub fn record(self, kind: Kind) -> Option<[u8; capability::RECORD_BYTES as usize]> {
         let mut record = [0; capability::RECORD_BYTES as usize];
         record[0] = kind.number();
@@ -63,8 +64,8 @@ impl Place {
     }
 }
 
-/// All doorbells of one function. Each is an eventfd, which a guest rings without leaving the kernel by any of the kinds that have got a
-/// place. Dropped: they ring no more.
+/// All doorbells of one function. Each is an eventfd, which a guest rings without leaving the
+/// kernel by any of the kinds that have got a place. Dropped: they ring no more.
 #[derive(Debug)]
 pub struct Doorbells {
     vm: Arc<VmFd>,
@@ -79,12 +80,15 @@ impl Doorbells {
     /// # Errors
     /// [`Error::NoPlace`] if a number is there twice, or is more than a function can have.
     pub fn new(vm: Arc<VmFd>, eventfds: Vec<(u32, OwnedFd)>) -> Result<Doorbells, Error> {
-        let mut bells: Vec<_> = eventfds.into_iter().map(|(number, fd)| (number, sys::as_event(fd))).collect();
+        let mut bells: Vec<_> =
+            eventfds.into_iter().map(|(number, fd)| (number, sys::as_event(fd))).collect();
         bells.sort_by_key(|(number, _)| *number);
         if let Some(pair) = bells.windows(2).find(|pair| pair[0].0 == pair[1].0) {
             return Err(Error::NoPlace(format!("doorbell {} twice", pair[0].0)));
         }
-        if let Some((number, _)) = bells.last().filter(|(number, _)| *number >= bar0::DOORBELL_COUNT) {
+        if let Some((number, _)) =
+            bells.last().filter(|(number, _)| *number >= bar0::DOORBELL_COUNT)
+        {
             return Err(Error::NoPlace(format!("doorbell {number}")));
         }
         Ok(Doorbells { vm, bells, places: [None; 3] })
@@ -100,13 +104,14 @@ impl Doorbells {
         self.places[kind as usize]
     }
 
-    /// Puts those of `kind` elsewhere, or nowhere. They ring in neither place for a moment; what is rung then goes on to the VMM, as a write
-    /// to an address or port that nobody has, and should ring there. It is nothing for a fast path: for each doorbell KVM is called, and waits for
+    /// Puts those of `kind` elsewhere, or nowhere. They ring in neither place for a moment; what is
+    /// rung then goes on to the VMM, as a write to an address or port that nobody has, and should
+    /// ring there. It is nothing for a fast path: for each doorbell KVM is called, and waits for
     /// its virtual CPUs.
     ///
     /// # Errors
-    /// [`Error::NoPlace`] for a place that this kind does not have, and what KVM says, for example that something is there already: they are
-    /// then nowhere.
+    /// [`Error::NoPlace`] for a place that this kind does not have, and what KVM says, for example
+    /// that something is there already: they are then nowhere.
     pub fn place(&mut self, kind: Kind, place: Option<Place>) -> Result<(), Error> {
         if self.places[kind as usize] == place {
             return Ok(());
@@ -149,7 +154,10 @@ fn check(kind: Kind, place: Place, numbers: u32) -> Result<(), Error> {
     };
     let last = place.of(numbers.saturating_sub(1));
     if place.stride == 0 || last.is_none_or(|last| last > max) {
-        return Err(Error::NoPlace(format!("{kind:?} from {:#x} in steps of {}", place.base, place.stride)));
+        return Err(Error::NoPlace(format!(
+            "{kind:?} from {:#x} in steps of {}",
+            place.base, place.stride
+        )));
     }
     Ok(())
 }
@@ -163,21 +171,21 @@ fn connect(vm: &VmFd, kind: Kind, at: u64, event: &EventFd) -> Result<(), Error>
         Kind::Pio => vm
             .register_ioevent(event, &IoEventAddress::Pio(at), NoDatamatch)
             .map_err(Error::kvm("KVM_IOEVENTFD for a port")),
-        Kind::Hypercall => {
-            sys::hyperv_eventfd(vm, connection(at), Some(event)).map_err(Error::system("KVM_HYPERV_EVENTFD"))
-        }
+        Kind::Hypercall => sys::hyperv_eventfd(vm, connection(at), Some(event))
+            .map_err(Error::system("KVM_HYPERV_EVENTFD")),
     }
 }
 
 fn disconnect(vm: &VmFd, kind: Kind, at: u64, event: &EventFd) -> Result<(), Error> {
     match kind {
-        Kind::Mmio => {
-            vm.unregister_ioevent(event, &IoEventAddress::Mmio(at), NoDatamatch).map_err(Error::kvm("KVM_IOEVENTFD"))
-        }
-        Kind::Pio => {
-            vm.unregister_ioevent(event, &IoEventAddress::Pio(at), NoDatamatch).map_err(Error::kvm("KVM_IOEVENTFD"))
-        }
-        Kind::Hypercall => sys::hyperv_eventfd(vm, connection(at), None).map_err(Error::system("KVM_HYPERV_EVENTFD")),
+        Kind::Mmio => vm
+            .unregister_ioevent(event, &IoEventAddress::Mmio(at), NoDatamatch)
+            .map_err(Error::kvm("KVM_IOEVENTFD")),
+        Kind::Pio => vm
+            .unregister_ioevent(event, &IoEventAddress::Pio(at), NoDatamatch)
+            .map_err(Error::kvm("KVM_IOEVENTFD")),
+        Kind::Hypercall => sys::hyperv_eventfd(vm, connection(at), None)
+            .map_err(Error::system("KVM_HYPERV_EVENTFD")),
     }
 }
 

@@ -22,7 +22,8 @@ pub enum Error {
     /// No interrupt can come of this address and data, or on this pin. A guest can cause it.
     #[error("not an interrupt: {0}")]
     NoInterrupt(String),
-    /// These doorbells have no place there: numbers or addresses out of range, or the same twice. A guest or a device can cause it.
+    /// These doorbells have no place there: numbers or addresses out of range, or the same twice. A
+    /// guest or a device can cause it.
     #[error("no place for doorbells: {0}")]
     NoPlace(String),
 }

@@ -1,9 +1,9 @@
 //! What a KVM can do.
 
 use kvm_bindings::{
-    KVM_CAP_BINARY_STATS_FD, KVM_CAP_HYPERV, KVM_CAP_HYPERV_EVENTFD, KVM_CAP_HYPERV_SYNIC2, KVM_CAP_IOEVENTFD,
-    KVM_CAP_IOEVENTFD_ANY_LENGTH, KVM_CAP_IRQ_ROUTING, KVM_CAP_IRQFD, KVM_CAP_IRQFD_RESAMPLE, KVM_CAP_SPLIT_IRQCHIP,
-    KVM_MAX_CPUID_ENTRIES,
+    KVM_CAP_BINARY_STATS_FD, KVM_CAP_HYPERV, KVM_CAP_HYPERV_EVENTFD, KVM_CAP_HYPERV_SYNIC2,
+    KVM_CAP_IOEVENTFD, KVM_CAP_IOEVENTFD_ANY_LENGTH, KVM_CAP_IRQ_ROUTING, KVM_CAP_IRQFD,
+    KVM_CAP_IRQFD_RESAMPLE, KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES,
 };
 use kvm_ioctls::Kvm;
 
@@ -26,7 +26,8 @@ pub struct Kinds {
     pub resample: bool,
     /// How many interrupt routes there can be, those of the pins included; 0: none.
     pub routes: u32,
-    /// Interrupts that the virtual CPU's SynIC takes, which end by themselves where the guest wants it so (AutoEOI).
+    /// Interrupts that the virtual CPU's SynIC takes, which end by themselves where the guest wants
+    /// it so (AutoEOI).
     pub synic: bool,
     /// The guest can end an interrupt by a store (KVM's paravirtual end of interrupt).
     pub pv_eoi: bool,
@@ -41,7 +42,11 @@ impl Kinds {
     pub fn probe(kvm: &Kvm) -> Kinds {
         let has = |capability: u32| kvm.check_extension_raw(capability.into()) > 0;
         let features = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_or(0, |leaves| {
-            leaves.as_slice().iter().find(|leaf| leaf.function == KVM_FEATURES).map_or(0, |leaf| leaf.eax)
+            leaves
+                .as_slice()
+                .iter()
+                .find(|leaf| leaf.function == KVM_FEATURES)
+                .map_or(0, |leaf| leaf.eax)
         });
         let routes = kvm.check_extension_raw(KVM_CAP_IRQ_ROUTING.into());
         Kinds {

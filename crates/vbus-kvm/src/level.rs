@@ -9,9 +9,10 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::routes::{Chip, Routes};
 use crate::{Error, sys};
 
-/// Two eventfds that make a level on a pin of KVM's I/O APIC (INTx): a write to the one asserts it, and when the guest ends the interrupt, KVM
-/// takes it back and writes the other, whereupon the device, if it has still something to say, writes the first again. No thread of the VMM
-/// is woken. Any number may share a pin. Dropped: taken back.
+/// Two eventfds that make a level on a pin of KVM's I/O APIC (INTx): a write to the one asserts it,
+/// and when the guest ends the interrupt, KVM takes it back and writes the other, whereupon the
+/// device, if it has still something to say, writes the first again. No thread of the VMM is woken.
+/// Any number may share a pin. Dropped: taken back.
 #[derive(Debug)]
 pub struct Level {
     routes: Arc<Routes>,
@@ -24,8 +25,8 @@ impl Level {
     /// One on `pin`, connected.
     ///
     /// # Errors
-    /// [`Error::Missing`] if the I/O APIC is not the kernel's: the VMM's own I/O APIC has to do this then. [`Error::NoInterrupt`] if it has no
-    /// such pin. No more descriptors.
+    /// [`Error::Missing`] if the I/O APIC is not the kernel's: the VMM's own I/O APIC has to do
+    /// this then. [`Error::NoInterrupt`] if it has no such pin. No more descriptors.
     pub fn new(routes: Arc<Routes>, pin: u32) -> Result<Level, Error> {
         if routes.chip() != Chip::Kernel {
             return Err(Error::Missing("I/O APIC in the kernel, whose pins could be levels"));
@@ -51,8 +52,9 @@ impl Level {
         sys::as_fd(&self.assert)
     }
 
-    /// Tells the device that the interrupt has ended, though no guest has: for a VMM that resets KVM's I/O APIC, which forgets what was asserted then. A
-    /// device that waits for the end would assert nothing any more.
+    /// Tells the device that the interrupt has ended, though no guest has: for a VMM that resets
+    /// KVM's I/O APIC, which forgets what was asserted then. A device that waits for the end would
+    /// assert nothing any more.
     pub fn end(&self) {
         // A full counter says it already.
         let _ = self.ended.write(1);

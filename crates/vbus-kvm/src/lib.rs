@@ -1,22 +1,27 @@
-//! The KVM connector of vbus: doorbells that end as an eventfd in the kernel, and interrupts that begin as one.
+//! The KVM connector of vbus: doorbells that end as an eventfd in the kernel, and interrupts that
+//! begin as one.
 //!
-//! A device of the bus gives its VMM one eventfd for each doorbell and takes one for each interrupt (over vfio-user:
-//! `DEVICE_GET_REGION_IO_FDS`, `DEVICE_SET_IRQS`). This crate joins them to a virtual machine of KVM, so that neither passes through the VMM's
-//! process. It is for any VMM that uses [`kvm_ioctls`], and knows nothing of PCI, of vfio-user or of the VMM's own structure:
+//! A device of the bus gives its VMM one eventfd for each doorbell and takes one for each interrupt
+//! (over vfio-user: `DEVICE_GET_REGION_IO_FDS`, `DEVICE_SET_IRQS`). This crate joins them to a
+//! virtual machine of KVM, so that neither passes through the VMM's process. It is for any VMM that
+//! uses [`kvm_ioctls`], and knows nothing of PCI, of vfio-user or of the VMM's own structure:
 //!
 //! - [`Kinds`]: what this KVM can do;
-//! - [`Doorbells`]: all doorbells of one function, as [`Kind::Mmio`], [`Kind::Pio`] and [`Kind::Hypercall`] at once, each at a [`Place`] that
-//!   can change, as that of a BAR does;
-//! - [`Routes`]: the virtual machine's table of interrupt routes, which KVM takes only as a whole, and which therefore has one owner;
-//! - [`Message`]: an interrupt that is a message (MSI, a vector of MSI-X, or one that KVM's SynIC takes): given a route, masked and unmasked
-//!   at run time, without losing an event;
+//! - [`Doorbells`]: all doorbells of one function, as [`Kind::Mmio`], [`Kind::Pio`] and
+//!   [`Kind::Hypercall`] at once, each at a [`Place`] that can change, as that of a BAR does;
+//! - [`Routes`]: the virtual machine's table of interrupt routes, which KVM takes only as a whole,
+//!   and which therefore has one owner;
+//! - [`Message`]: an interrupt that is a message (MSI, a vector of MSI-X, or one that KVM's SynIC
+//!   takes): given a route, masked and unmasked at run time, without losing an event;
 //! - [`Level`]: an interrupt that is a level on a pin (INTx);
 //! - [`offer_hypercalls`]: the CPUID that goes with hypercalls and synthetic interrupts;
-//! - [`Stats`]: KVM's own count of exits, by kind, for a test that no exit is left on the fast path.
+//! - [`Stats`]: KVM's own count of exits, by kind, for a test that no exit is left on the fast
+//!   path.
 //!
 //! What the guest does on its end is in `spec/pci.md`, "Doorbell kinds".
 //!
-//! A function with one doorbell and one interrupt, and a loop between them inside the kernel, without a thread of anybody's:
+//! A function with one doorbell and one interrupt, and a loop between them inside the kernel,
+//! without a thread of anybody's:
 //!
 //! ```no_run
 //! use std::sync::Arc;

@@ -9,11 +9,12 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::routes::{Route, Routes};
 use crate::{Error, sys};
 
-/// An eventfd, each write to which is an interrupt of its route: MSI, one vector of MSI-X, or a synthetic interrupt. No thread is woken for
-/// it. Dropped: nothing more comes, and its number is free.
+/// An eventfd, each write to which is an interrupt of its route: MSI, one vector of MSI-X, or a
+/// synthetic interrupt. No thread is woken for it. Dropped: nothing more comes, and its number is
+/// free.
 ///
-/// It begins masked. While it is masked the eventfd keeps what is written to it, and unmasking sends it, as one interrupt: just what MSI-X
-/// wants of its pending bits.
+/// It begins masked. While it is masked the eventfd keeps what is written to it, and unmasking
+/// sends it, as one interrupt: just what MSI-X wants of its pending bits.
 #[derive(Debug)]
 pub struct Message {
     routes: Arc<Routes>,
@@ -28,11 +29,13 @@ impl Message {
     /// # Errors
     /// No more routes or descriptors.
     pub fn new(routes: Arc<Routes>) -> Result<Message, Error> {
-        let eventfd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(Error::system("eventfd"))?;
+        let eventfd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(Error::system("eventfd"))?;
         Message::with_eventfd(routes, eventfd)
     }
 
-    /// One that comes from `eventfd`, which should be non-blocking and must not be the eventfd of another interrupt of this virtual machine.
+    /// One that comes from `eventfd`, which should be non-blocking and must not be the eventfd of
+    /// another interrupt of this virtual machine.
     ///
     /// # Errors
     /// No more routes.
@@ -46,7 +49,8 @@ impl Message {
         sys::as_fd(&self.eventfd)
     }
 
-    /// Gives it a route, masked or not. Not one event is lost or doubled: each takes the route before or this one.
+    /// Gives it a route, masked or not. Not one event is lost or doubled: each takes the route
+    /// before or this one.
     ///
     /// # Errors
     /// As [`Routes::set`]; the route is then the one before.
@@ -70,7 +74,10 @@ impl Message {
         if self.route().is_none() {
             return Err(Error::NoInterrupt("a message without a route".into()));
         }
-        self.routes.vm().register_irqfd(&self.eventfd, self.gsi).map_err(Error::kvm("KVM_IRQFD"))?;
+        self.routes
+            .vm()
+            .register_irqfd(&self.eventfd, self.gsi)
+            .map_err(Error::kvm("KVM_IRQFD"))?;
         self.unmasked = true;
         Ok(())
     }
@@ -81,7 +88,10 @@ impl Message {
     /// What KVM says: it is not masked.
     pub fn mask(&mut self) -> Result<(), Error> {
         if self.unmasked {
-            self.routes.vm().unregister_irqfd(&self.eventfd, self.gsi).map_err(Error::kvm("KVM_IRQFD"))?;
+            self.routes
+                .vm()
+                .unregister_irqfd(&self.eventfd, self.gsi)
+                .map_err(Error::kvm("KVM_IRQFD"))?;
             self.unmasked = false;
         }
         Ok(())

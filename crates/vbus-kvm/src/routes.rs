@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use kvm_bindings::{
-    KVM_CAP_IRQ_ROUTING, KVM_IRQ_ROUTING_HV_SINT, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC,
-    KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_hv_sint,
-    kvm_irq_routing_irqchip, kvm_irq_routing_msi, kvm_msi,
+    KVM_CAP_IRQ_ROUTING, KVM_IRQ_ROUTING_HV_SINT, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI,
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KvmIrqRouting,
+    kvm_irq_routing_entry, kvm_irq_routing_hv_sint, kvm_irq_routing_irqchip, kvm_irq_routing_msi,
+    kvm_msi,
 };
 use kvm_ioctls::VmFd;
 
@@ -25,10 +26,11 @@ const PIC_PINS: u32 = 16;
 /// Where the interrupt controllers other than the local APICs are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Chip {
-    /// In the kernel (`KVM_CREATE_IRQCHIP`): numbers 0 to 23 are the pins of KVM's I/O APIC, 0 to 15 those of its PICs too.
+    /// In the kernel (`KVM_CREATE_IRQCHIP`): numbers 0 to 23 are the pins of KVM's I/O APIC, 0 to
+    /// 15 those of its PICs too.
     Kernel,
-    /// In the VMM (`KVM_CAP_SPLIT_IRQCHIP`): numbers from 0 on are kept for as many pins of its I/O APIC, which gives them routes by
-    /// [`Routes::set`], so that KVM tells it of their ends.
+    /// In the VMM (`KVM_CAP_SPLIT_IRQCHIP`): numbers from 0 on are kept for as many pins of its I/O
+    /// APIC, which gives them routes by [`Routes::set`], so that KVM tells it of their ends.
     Split {
         /// How many, as KVM was told.
         pins: u32,
@@ -65,13 +67,16 @@ pub enum Route {
 }
 
 impl Route {
-    /// What a message of a function means: an MSI if `address` is a local APIC's, a synthetic interrupt if it is one of `sints`.
+    /// What a message of a function means: an MSI if `address` is a local APIC's, a synthetic
+    /// interrupt if it is one of `sints`.
     ///
-    /// Of the ways to deliver an MSI a function has those of an interrupt: fixed, lowest priority, and NMI. An SMI or an INIT would be the end of the
-    /// virtual machine, or of what runs in it: with some kernels KVM can run it no more.
+    /// Of the ways to deliver an MSI a function has those of an interrupt: fixed, lowest priority,
+    /// and NMI. An SMI or an INIT would be the end of the virtual machine, or of what runs in it:
+    /// with some kernels KVM can run it no more.
     ///
     /// # Errors
-    /// [`Error::NoInterrupt`] if it is neither. That is the guest's doing, who may write there what it likes.
+    /// [`Error::NoInterrupt`] if it is neither. That is the guest's doing, who may write there what
+    /// it likes.
     pub fn of_message(address: u64, data: u32, sints: Option<&Sints>) -> Result<Route, Error> {
         if let Some(vp) = sints.and_then(|sints| sints.processor(address)) {
             return if data < SINTS {
@@ -80,7 +85,8 @@ impl Route {
                 Err(Error::NoInterrupt(format!("synthetic interrupt {data}")))
             };
         }
-        // The low half is 0xfee00000 and what the local APIC takes the destination from; the high half is of the destination, too.
+        // The low half is 0xfee00000 and what the local APIC takes the destination from; the high
+        // half is of the destination, too.
         if address & 0xfff0_0000 != 0xfee0_0000 {
             return Err(Error::NoInterrupt(format!("a message to {address:#x}")));
         }
@@ -96,7 +102,8 @@ impl Route {
             Route::Msi { address, data } => {
                 entry.type_ = KVM_IRQ_ROUTING_MSI;
                 let (address_lo, address_hi) = halves(address);
-                entry.u.msi = kvm_irq_routing_msi { address_lo, address_hi, data, ..Default::default() };
+                entry.u.msi =
+                    kvm_irq_routing_msi { address_lo, address_hi, data, ..Default::default() };
             }
             Route::Sint { vp, sint } => {
                 entry.type_ = KVM_IRQ_ROUTING_HV_SINT;
@@ -112,8 +119,9 @@ fn halves(address: u64) -> (u32, u32) {
     ((address & 0xffff_ffff) as u32, (address >> 32) as u32)
 }
 
-/// The addresses that stand for synthetic interrupts: a message to `base + vp * stride` with data n raises synthetic interrupt n of virtual
-/// processor vp. They are a doorbell record's neighbour in the capability of a function (`spec/pci.md`).
+/// The addresses that stand for synthetic interrupts: a message to `base + vp * stride` with data n
+/// raises synthetic interrupt n of virtual processor vp. They are a doorbell record's neighbour in
+/// the capability of a function (`spec/pci.md`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sints {
     /// Address for virtual processor 0.
@@ -189,7 +197,8 @@ impl Routes {
         let first = self.chip.pins();
         // The kernel's own PICs have entries too, so that as many numbers are without.
         let end = self.limit - if self.chip == Chip::Kernel { PIC_PINS } else { 0 };
-        let free = (first..end).find(|gsi| !table.contains_key(gsi)).ok_or(Error::Routes(end - first))?;
+        let free =
+            (first..end).find(|gsi| !table.contains_key(gsi)).ok_or(Error::Routes(end - first))?;
         table.insert(free, None);
         Ok(free)
     }
@@ -198,16 +207,18 @@ impl Routes {
     pub fn free(&self, gsi: u32) {
         let mut table = self.lock();
         if gsi >= self.chip.pins() && table.remove(&gsi).flatten().is_some() {
-            // A table with an entry less is one that KVM takes; were it not so, the number would just stay what it was.
+            // A table with an entry less is one that KVM takes; were it not so, the number would
+            // just stay what it was.
             let _ = self.give(&table);
         }
     }
 
-    /// Gives a number its route, or none: what comes then is lost. Both for numbers of [`alloc`](Self::alloc) and, if the chip is split, for
-    /// the pins.
+    /// Gives a number its route, or none: what comes then is lost. Both for numbers of
+    /// [`alloc`](Self::alloc) and, if the chip is split, for the pins.
     ///
     /// # Errors
-    /// [`Error::NoInterrupt`] for a number or a route that cannot be one, and what KVM says; the number has then the route that it had.
+    /// [`Error::NoInterrupt`] for a number or a route that cannot be one, and what KVM says; the
+    /// number has then the route that it had.
     pub fn set(&self, gsi: u32, route: Option<Route>) -> Result<(), Error> {
         match route {
             Some(Route::Sint { sint, .. }) if sint >= SINTS => {
@@ -246,8 +257,10 @@ impl Routes {
             Chip::Kernel => pins(),
             Chip::Split { .. } => Vec::new(),
         };
-        entries.extend(table.iter().filter_map(|(gsi, route)| route.map(|route| route.entry(*gsi))));
-        let routing = KvmIrqRouting::from_entries(&entries).map_err(|_| Error::Routes(self.limit))?;
+        entries
+            .extend(table.iter().filter_map(|(gsi, route)| route.map(|route| route.entry(*gsi))));
+        let routing =
+            KvmIrqRouting::from_entries(&entries).map_err(|_| Error::Routes(self.limit))?;
         self.vm.set_gsi_routing(&routing).map_err(Error::kvm("KVM_SET_GSI_ROUTING"))
     }
 }
@@ -255,14 +268,22 @@ impl Routes {
 /// The entries of the kernel's interrupt controllers.
 fn pins() -> Vec<kvm_irq_routing_entry> {
     let entry = |gsi, irqchip, pin| {
-        let mut entry = kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_IRQCHIP, ..Default::default() };
+        let mut entry =
+            kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_IRQCHIP, ..Default::default() };
         entry.u.irqchip = kvm_irq_routing_irqchip { irqchip, pin };
         entry
     };
     let pic = |gsi: u32| {
-        if gsi < 8 { entry(gsi, KVM_IRQCHIP_PIC_MASTER, gsi) } else { entry(gsi, KVM_IRQCHIP_PIC_SLAVE, gsi - 8) }
+        if gsi < 8 {
+            entry(gsi, KVM_IRQCHIP_PIC_MASTER, gsi)
+        } else {
+            entry(gsi, KVM_IRQCHIP_PIC_SLAVE, gsi - 8)
+        }
     };
-    (0..PIC_PINS).map(pic).chain((0..IOAPIC_PINS).map(|gsi| entry(gsi, KVM_IRQCHIP_IOAPIC, gsi))).collect()
+    (0..PIC_PINS)
+        .map(pic)
+        .chain((0..IOAPIC_PINS).map(|gsi| entry(gsi, KVM_IRQCHIP_IOAPIC, gsi)))
+        .collect()
 }
 
 #[cfg(test)]
@@ -273,9 +294,14 @@ mod tests {
     fn messages_are_told_apart_by_address() {
         let sints = Sints { base: 0xfed8_0000, stride: 16, processors: 3 };
         let of = |address, data| Route::of_message(address, data, Some(&sints)).ok();
-        assert_eq!(of(0xfee0_100c, 0x4031), Some(Route::Msi { address: 0xfee0_100c, data: 0x4031 }));
+        assert_eq!(
+            of(0xfee0_100c, 0x4031),
+            Some(Route::Msi { address: 0xfee0_100c, data: 0x4031 })
+        );
         assert_eq!(of(0xfed8_0020, 5), Some(Route::Sint { vp: 2, sint: 5 }));
-        for (address, data) in [(0xfed8_0030, 5), (0xfed8_0021, 5), (0xfed8_0000, SINTS), (0, 0), (u64::MAX, 1)] {
+        for (address, data) in
+            [(0xfed8_0030, 5), (0xfed8_0021, 5), (0xfed8_0000, SINTS), (0, 0), (u64::MAX, 1)]
+        {
             assert_eq!(of(address, data), None, "{address:#x} {data}");
         }
         assert!(Route::of_message(0xfed8_0000, 5, None).is_err());

@@ -8,14 +8,16 @@ use rustix::io::pread;
 
 use crate::{Error, sys};
 
-/// The header's bytes, those of a descriptor without its name, and the most of both that is believed.
+/// The header's bytes, those of a descriptor without its name, and the most of both that is
+/// believed.
 const HEADER_BYTES: usize = 24;
 const DESCRIPTOR_BYTES: usize = 16;
 const NAME_MAX: u32 = 256;
 const COUNT_MAX: u32 = 4096;
 
-/// What KVM counts of one virtual machine or one virtual CPU: exits, interrupts injected, and so on, by the names that the kernel gives
-/// them (`exits`, `irq_exits`, `io_exits`, `mmio_exits`, `hypercalls`, `halt_exits`, `irq_injections`, ...).
+/// What KVM counts of one virtual machine or one virtual CPU: exits, interrupts injected, and so
+/// on, by the names that the kernel gives them (`exits`, `irq_exits`, `io_exits`, `mmio_exits`,
+/// `hypercalls`, `halt_exits`, `irq_injections`, ...).
 #[derive(Debug)]
 pub struct Stats {
     fd: OwnedFd,
@@ -23,7 +25,8 @@ pub struct Stats {
     names: Vec<(String, u64)>,
 }
 
-/// Values at one moment. Each is right by itself; while the virtual CPU runs, they are not all of the same moment.
+/// Values at one moment. Each is right by itself; while the virtual CPU runs, they are not all of
+/// the same moment.
 pub type Values = BTreeMap<String, u64>;
 
 impl Stats {

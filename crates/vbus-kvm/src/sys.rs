@@ -32,7 +32,8 @@ pub(crate) fn hyperv_eventfd(vm: &VmFd, id: u32, event: Option<&EventFd>) -> Res
         flags: if event.is_some() { 0 } else { KVM_HYPERV_EVENTFD_DEASSIGN },
         padding: [0; 3],
     };
-    // SAFETY: `vm` is a virtual machine's descriptor, and the kernel reads `argument`, which is of the type that the call wants.
+    // SAFETY: `vm` is a virtual machine's descriptor, and the kernel reads `argument`, which is of
+    // the type that the call wants.
     let result = unsafe { ioctl_with_ref(vm, KVM_HYPERV_EVENTFD(), &argument) };
     check(result).map(drop)
 }

@@ -72,7 +72,10 @@ impl Layout {
     fn header(&mut self, identity: &Identity) {
         self.set(0x00, &abi::PCI_VENDOR.to_le_bytes());
         self.set(0x02, &abi::PCI_DEVICE.to_le_bytes());
-        self.writable(COMMAND, &(COMMAND_MEMORY | COMMAND_MASTER | COMMAND_INTX_DISABLE).to_le_bytes());
+        self.writable(
+            COMMAND,
+            &(COMMAND_MEMORY | COMMAND_MASTER | COMMAND_INTX_DISABLE).to_le_bytes(),
+        );
         self.set(STATUS, &STATUS_CAPABILITIES.to_le_bytes());
         // Revision, then the class code's three bytes.
         let revision_and_class = identity.pci_class << 8 | u32::from(abi::ABI_VERSION & 0xff);
@@ -122,10 +125,12 @@ impl Layout {
         let at = self.capability(at::EXPRESS, 0x10);
         // Version 2, endpoint.
         self.set(at + 0x02, &2u16.to_le_bytes());
-        // Device: payloads of 128 bytes, role-based error reporting. All of the control register but the reset bit may be written.
+        // Device: payloads of 128 bytes, role-based error reporting. All of the control register
+        // but the reset bit may be written.
         self.set(at + 0x04, &(1u32 << 15).to_le_bytes());
         self.writable(at + 0x08, &0x7fffu16.to_le_bytes());
-        // Link: 2.5 GT/s, one lane, as capability and as status. Control: ASPM, read completion boundary, common clock, extended synch.
+        // Link: 2.5 GT/s, one lane, as capability and as status. Control: ASPM, read completion
+        // boundary, common clock, extended synch.
         self.set(at + 0x0c, &0x0000_0011u32.to_le_bytes());
         self.writable(at + 0x10, &0x00cbu16.to_le_bytes());
         self.set(at + 0x12, &0x0011u16.to_le_bytes());
@@ -175,7 +180,9 @@ impl ConfigSpace {
         let start = usize::try_from(offset).unwrap_or(usize::MAX);
         for (i, byte) in data.iter().enumerate() {
             let at = start.saturating_add(i);
-            let (Some(have), Some(mask)) = (self.bytes.get_mut(at), self.mask.get(at)) else { return };
+            let (Some(have), Some(mask)) = (self.bytes.get_mut(at), self.mask.get(at)) else {
+                return;
+            };
             *have = *have & !mask | byte & mask;
         }
     }
@@ -198,7 +205,8 @@ mod tests {
     use super::*;
 
     fn space(options: Options) -> ConfigSpace {
-        let identity = Identity { class: 7, pci_class: 0x02_00_00, vectors: 5, ..Identity::user("test") };
+        let identity =
+            Identity { class: 7, pci_class: 0x02_00_00, vectors: 5, ..Identity::user("test") };
         ConfigSpace::new(&identity, options, if options.msix { 5 } else { 0 })
     }
 

@@ -12,7 +12,8 @@ use crate::interrupts::{Interrupts, IrqError, IrqIndex, check};
 use crate::mask_event::MaskEvent;
 use crate::registers::{Context, Registers};
 
-/// Number of regions of a PCI function in VFIO's numbering: six BARs, ROM, configuration space, VGA.
+/// Number of regions of a PCI function in VFIO's numbering: six BARs, ROM, configuration space,
+/// VGA.
 pub const REGION_COUNT: u32 = 9;
 
 /// The regions that a function has, in VFIO's numbering; the others have no bytes.
@@ -38,8 +39,9 @@ pub struct DoorbellFd {
 
 /// A device on the bus as a PCI function.
 ///
-/// Any region, offset, size and value is fine: what makes no sense reads zeros and writes nothing. The methods are called one at a time, by
-/// the connector. Commands of the mailbox run within the write; none of them waits for the driver.
+/// Any region, offset, size and value is fine: what makes no sense reads zeros and writes nothing.
+/// The methods are called one at a time, by the connector. Commands of the mailbox run within the
+/// write; none of them waits for the driver.
 pub struct PciFunction {
     endpoint: Arc<Endpoint>,
     config: ConfigSpace,
@@ -47,14 +49,16 @@ pub struct PciFunction {
     interrupts: Arc<Interrupts>,
     /// What unmasks INTx, and what masks it.
     mask_events: [Option<MaskEvent>; 2],
-    /// The MSI-X table as written. It is kept for the driver to read; the connector, which knows where messages go, has its own.
+    /// The MSI-X table as written. It is kept for the driver to read; the connector, which knows
+    /// where messages go, has its own.
     msix_table: Vec<u8>,
 }
 
 impl PciFunction {
     /// Makes a function of the device, and has its interrupts come here.
     pub fn new(endpoint: Arc<Endpoint>, options: Options) -> PciFunction {
-        let vectors = if options.msix { endpoint.identity().vectors.clamp(1, bar0::MSIX_MAX) } else { 0 };
+        let vectors =
+            if options.msix { endpoint.identity().vectors.clamp(1, bar0::MSIX_MAX) } else { 0 };
         let interrupts = Arc::new(Interrupts::new(vectors));
         endpoint.set_interrupt_sink(interrupts.clone());
         PciFunction {
@@ -98,7 +102,8 @@ impl PciFunction {
                 let was_master = self.config.bus_master();
                 self.config.write(offset, data);
                 if was_master && !self.config.bus_master() {
-                    // So a kernel takes a device from a driver that died or was unbound: memory must be let go of before this returns.
+                    // So a kernel takes a device from a driver that died or was unbound: memory
+                    // must be let go of before this returns.
                     self.endpoint.close();
                     self.interrupts.clear();
                 }
@@ -116,15 +121,19 @@ impl PciFunction {
         for (at, word) in (offset..).step_by(4).zip(data.chunks_exact_mut(4)) {
             let value = match at {
                 0..bar0::DOORBELLS => {
-                    let context = Context { endpoint: &self.endpoint, interrupts: &self.interrupts };
+                    let context =
+                        Context { endpoint: &self.endpoint, interrupts: &self.interrupts };
                     self.registers.read(at, &context)
                 }
                 bar0::MSIX_TABLE..bar0::MSIX_PBA => {
-                    let bytes = within(at, bar0::MSIX_TABLE).and_then(|at| self.msix_table.get(at..at + 4));
+                    let bytes =
+                        within(at, bar0::MSIX_TABLE).and_then(|at| self.msix_table.get(at..at + 4));
                     bytes.map_or(0, |b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
                 }
                 bar0::MSIX_PBA..bar0::SIZE => within(at, bar0::MSIX_PBA).map_or(0, |at| {
-                    u32::from_le_bytes([0, 1, 2, 3].map(|i| self.interrupts.msix_pending_byte(at + i)))
+                    u32::from_le_bytes(
+                        [0, 1, 2, 3].map(|i| self.interrupts.msix_pending_byte(at + i)),
+                    )
                 }),
                 _ => 0,
             };
@@ -146,11 +155,13 @@ impl PciFunction {
             let value = u32::from_le_bytes([word[0], word[1], word[2], word[3]]);
             match at {
                 0..bar0::DOORBELLS => {
-                    let context = Context { endpoint: &self.endpoint, interrupts: &self.interrupts };
+                    let context =
+                        Context { endpoint: &self.endpoint, interrupts: &self.interrupts };
                     self.registers.write(at, value, &context);
                 }
                 bar0::MSIX_TABLE..bar0::MSIX_PBA => {
-                    let place = within(at, bar0::MSIX_TABLE).and_then(|at| self.msix_table.get_mut(at..at + 4));
+                    let place = within(at, bar0::MSIX_TABLE)
+                        .and_then(|at| self.msix_table.get_mut(at..at + 4));
                     if let Some(place) = place {
                         place.copy_from_slice(word);
                     }
@@ -165,19 +176,31 @@ impl PciFunction {
         self.interrupts.count(index)
     }
 
-    /// Connects the interrupts of an index from `start` on to eventfds, or disconnects them (`None`): all or, on an error, none.
+    /// Connects the interrupts of an index from `start` on to eventfds, or disconnects them
+    /// (`None`): all or, on an error, none.
     ///
     /// # Errors
     /// [`IrqError::NoSuch`], [`IrqError::NotEventfd`], [`IrqError::Os`].
-    pub fn connect_irqs(&self, index: IrqIndex, start: u32, eventfds: Vec<Option<OwnedFd>>) -> Result<(), IrqError> {
+    pub fn connect_irqs(
+        &self,
+        index: IrqIndex,
+        start: u32,
+        eventfds: Vec<Option<OwnedFd>>,
+    ) -> Result<(), IrqError> {
         self.interrupts.connect(index, start, eventfds)
     }
 
-    /// Lets each write of `eventfd` mask INTx (`masked`) or unmask it; `None` ends that. For the other indexes there is nothing to mask.
+    /// Lets each write of `eventfd` mask INTx (`masked`) or unmask it; `None` ends that. For the
+    /// other indexes there is nothing to mask.
     ///
     /// # Errors
     /// [`IrqError::NotMaskable`], [`IrqError::NotEventfd`], [`IrqError::Os`].
-    pub fn connect_mask(&mut self, index: IrqIndex, masked: bool, eventfd: Option<OwnedFd>) -> Result<(), IrqError> {
+    pub fn connect_mask(
+        &mut self,
+        index: IrqIndex,
+        masked: bool,
+        eventfd: Option<OwnedFd>,
+    ) -> Result<(), IrqError> {
         if index != IrqIndex::Intx {
             return Err(IrqError::NotMaskable);
         }
@@ -186,7 +209,8 @@ impl PciFunction {
         // The old one first: both could be the same eventfd, which can be watched once only.
         *place = None;
         if let Some(eventfd) = eventfd {
-            *place = Some(MaskEvent::start(&self.endpoint, self.interrupts.clone(), eventfd, masked)?);
+            *place =
+                Some(MaskEvent::start(&self.endpoint, self.interrupts.clone(), eventfd, masked)?);
         }
         Ok(())
     }
@@ -199,7 +223,8 @@ impl PciFunction {
         self.interrupts.disconnect(index);
     }
 
-    /// Masks or unmasks INTx. Unmasking is the end of interrupt: it fires again if it is still pending.
+    /// Masks or unmasks INTx. Unmasking is the end of interrupt: it fires again if it is still
+    /// pending.
     ///
     /// # Errors
     /// [`IrqError::NotMaskable`] for the other indexes.
@@ -207,7 +232,8 @@ impl PciFunction {
         self.interrupts.mask(index, masked)
     }
 
-    /// Signals an interrupt's eventfd, as the connector's own test. The driver sees nothing pending.
+    /// Signals an interrupt's eventfd, as the connector's own test. The driver sees nothing
+    /// pending.
     ///
     /// # Errors
     /// [`IrqError::NoSuch`].
@@ -219,11 +245,18 @@ impl PciFunction {
     ///
     /// # Errors
     /// See [`MapError`].
-    pub fn map(&self, start: u64, len: u64, file: Option<(OwnedFd, u64)>, writable: bool) -> Result<(), MapError> {
+    pub fn map(
+        &self,
+        start: u64,
+        len: u64,
+        file: Option<(OwnedFd, u64)>,
+        writable: bool,
+    ) -> Result<(), MapError> {
         self.endpoint.map(start, len, file, writable)
     }
 
-    /// The peer takes memory back; when this returns, the device does not touch it any more. See [`Endpoint::unmap`].
+    /// The peer takes memory back; when this returns, the device does not touch it any more. See
+    /// [`Endpoint::unmap`].
     pub fn unmap(&self, start: u64, len: u64) -> u64 {
         self.endpoint.unmap(start, len)
     }
@@ -246,8 +279,8 @@ impl PciFunction {
         (0..self.endpoint.identity().regions.min(bar0::DOORBELL_COUNT)).map(fd).collect()
     }
 
-    /// Back to the state after power-on: the connection is closed, the configuration space reset, no interrupt pending. The peer's memory and
-    /// the connected eventfds stay.
+    /// Back to the state after power-on: the connection is closed, the configuration space reset,
+    /// no interrupt pending. The peer's memory and the connected eventfds stay.
     pub fn reset(&mut self) {
         self.endpoint.close();
         self.config.reset();

@@ -1,6 +1,7 @@
 //! Interrupts: INTx, MSI and MSI-X as eventfds that the connector was given.
 //!
-//! The connector decides which kind is active by what it connects: MSI-X if any of its vectors has an eventfd, else MSI if its has, else INTx.
+//! The connector decides which kind is active by what it connects: MSI-X if any of its vectors has
+//! an eventfd, else MSI if its has, else INTx.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -8,7 +9,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use rustix::fs::OFlags;
 use vbus_core::InterruptSink;
 
-/// Number of interrupt indexes of a PCI function in VFIO's numbering: INTx, MSI, MSI-X, error, request.
+/// Number of interrupt indexes of a PCI function in VFIO's numbering: INTx, MSI, MSI-X, error,
+/// request.
 pub const INDEX_COUNT: u32 = 5;
 
 /// The interrupt indexes that a function can have interrupts of, in VFIO's numbering.
@@ -86,8 +88,9 @@ impl State {
         }
     }
 
-    /// From INTx to messages: there is no level any more. What is pending came while nothing was connected (a VMM that adds a vector
-    /// disconnects all of them first), of which vector is not known: the driver is told on each.
+    /// From INTx to messages: there is no level any more. What is pending came while nothing was
+    /// connected (a VMM that adds a vector disconnects all of them first), of which vector is not
+    /// known: the driver is told on each.
     fn messages_began(&mut self) {
         if !self.messages() || !std::mem::take(&mut self.pending) {
             return;
@@ -106,12 +109,14 @@ impl State {
 }
 
 fn signal(fd: &OwnedFd) {
-    // A full counter is a signal already; any other error is of a connector that broke its own eventfd.
+    // A full counter is a signal already; any other error is of a connector that broke its own
+    // eventfd.
     let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
 }
 
-/// Checks what the peer sent: only an eventfd, whose writes do not block once it is set so. A VMM bent on harm can set it back and fill its
-/// count, and then holds up the thread that writes it: Linux has no write to an eventfd that ignores the flag (for reads it has).
+/// Checks what the peer sent: only an eventfd, whose writes do not block once it is set so. A VMM
+/// bent on harm can set it back and fill its count, and then holds up the thread that writes it:
+/// Linux has no write to an eventfd that ignores the flag (for reads it has).
 pub(crate) fn check(fd: OwnedFd) -> Result<Arc<OwnedFd>, IrqError> {
     let link = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&fd));
     let target = rustix::fs::readlink(link, Vec::new()).map_err(IrqError::Os)?;
@@ -127,7 +132,8 @@ pub(crate) fn check(fd: OwnedFd) -> Result<Arc<OwnedFd>, IrqError> {
 
 /// The interrupts of one function.
 ///
-/// The lock is held for a few instructions, and for the eventfd's write with INTx only; it is never held while the endpoint is called.
+/// The lock is held for a few instructions, and for the eventfd's write with INTx only; it is never
+/// held while the endpoint is called.
 pub(crate) struct Interrupts {
     state: Mutex<State>,
 }
@@ -155,16 +161,26 @@ impl Interrupts {
     /// Vectors that the driver can tell apart now.
     pub(crate) fn vectors(&self) -> u32 {
         let state = self.lock();
-        if state.msix_connected > 0 { u32::try_from(state.msix.len()).unwrap_or(u32::MAX) } else { 1 }
+        if state.msix_connected > 0 {
+            u32::try_from(state.msix.len()).unwrap_or(u32::MAX)
+        } else {
+            1
+        }
     }
 
     /// Connects or disconnects interrupts from `start` on: all of them or none.
-    pub(crate) fn connect(&self, index: IrqIndex, start: u32, fds: Vec<Option<OwnedFd>>) -> Result<(), IrqError> {
+    pub(crate) fn connect(
+        &self,
+        index: IrqIndex,
+        start: u32,
+        fds: Vec<Option<OwnedFd>>,
+    ) -> Result<(), IrqError> {
         let (start, len) = (start as usize, fds.len());
         if start.checked_add(len).is_none_or(|end| end > self.count(index) as usize) {
             return Err(IrqError::NoSuch);
         }
-        let fds: Vec<_> = fds.into_iter().map(|fd| fd.map(check).transpose()).collect::<Result<_, _>>()?;
+        let fds: Vec<_> =
+            fds.into_iter().map(|fd| fd.map(check).transpose()).collect::<Result<_, _>>()?;
         let mut state = self.lock();
         for (at, fd) in (start..).zip(fds) {
             match index {
@@ -227,7 +243,8 @@ impl Interrupts {
         Ok(())
     }
 
-    /// Signals an interrupt's eventfd for the connector's sake, without the device: nothing becomes pending.
+    /// Signals an interrupt's eventfd for the connector's sake, without the device: nothing becomes
+    /// pending.
     pub(crate) fn loopback(&self, index: IrqIndex, number: u32) -> Result<(), IrqError> {
         let state = self.lock();
         let fd = match index {
@@ -255,8 +272,9 @@ impl Interrupts {
         self.lock().pending
     }
 
-    /// Interrupt Status: whether the pin is up. A connector may raise it a little after it was told to, when the driver has acknowledged in the
-    /// meantime: without the bit nobody would own that interrupt, and the driver's kernel would be interrupted for ever.
+    /// Interrupt Status: whether the pin is up. A connector may raise it a little after it was told
+    /// to, when the driver has acknowledged in the meantime: without the bit nobody would own that
+    /// interrupt, and the driver's kernel would be interrupted for ever.
     pub(crate) fn status(&self) -> bool {
         let state = self.lock();
         state.pending || state.raised
@@ -390,7 +408,11 @@ mod tests {
         irqs.set_disabled(false);
         irqs.trigger(0);
         irqs.trigger(1);
-        assert_eq!((taken(&msi), taken(&intx), irqs.pending()), (3, 0, false), "what was pending, and two");
+        assert_eq!(
+            (taken(&msi), taken(&intx), irqs.pending()),
+            (3, 0, false),
+            "what was pending, and two"
+        );
         let (msix, fd) = pair();
         irqs.connect(IrqIndex::Msix, 1, vec![Some(fd)]).unwrap();
         assert_eq!(irqs.vectors(), 2);
@@ -411,7 +433,8 @@ mod tests {
     fn nothing_is_lost_while_a_vmm_adds_a_vector() {
         let irqs = Interrupts::new(3);
         let connect = |count: usize| {
-            let (ours, theirs): (Vec<_>, Vec<_>) = (0..count).map(|_| pair()).map(|(a, b)| (a, Some(b))).unzip();
+            let (ours, theirs): (Vec<_>, Vec<_>) =
+                (0..count).map(|_| pair()).map(|(a, b)| (a, Some(b))).unzip();
             irqs.connect(IrqIndex::Msix, 0, theirs).unwrap();
             ours
         };

@@ -1,4 +1,5 @@
-//! Masking and unmasking of INTx by eventfd. Unmasking is the end of the interrupt: so KVM tells of it without the VMM.
+//! Masking and unmasking of INTx by eventfd. Unmasking is the end of the interrupt: so KVM tells of
+//! it without the VMM.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -25,7 +26,8 @@ struct MaskTask {
 
 impl Task for MaskTask {
     fn poll(&mut self, _budget: u32) -> Result<Progress, Status> {
-        // The eventfd is not read: the watch is edge-triggered, and a read is one more call that the peer could make wait.
+        // The eventfd is not read: the watch is edge-triggered, and a read is one more call that
+        // the peer could make wait.
         if std::mem::replace(&mut self.watching, true) || written(&self.fd) {
             let _ = self.interrupts.mask(IrqIndex::Intx, self.masked);
         }

@@ -43,10 +43,14 @@ fn inside(offset: u64, start: u64, len: u64) -> Option<usize> {
 }
 
 impl Registers {
-    /// As after power-on. The generation goes on, so that a driver that held on to an old one notices.
+    /// As after power-on. The generation goes on, so that a driver that held on to an old one
+    /// notices.
     pub(crate) fn reset(&mut self) {
-        *self =
-            Registers { generation: self.generation, config: std::mem::take(&mut self.config), ..Registers::default() };
+        *self = Registers {
+            generation: self.generation,
+            config: std::mem::take(&mut self.config),
+            ..Registers::default()
+        };
     }
 
     /// Reads the word at `offset`, a multiple of 4 in the register page.
@@ -100,7 +104,8 @@ impl Registers {
         }
     }
 
-    /// Writes the word at `offset`, a multiple of 4 in the register page. A write of [`reg::COMMAND`] returns when the command has run.
+    /// Writes the word at `offset`, a multiple of 4 in the register page. A write of
+    /// [`reg::COMMAND`] returns when the command has run.
     pub(crate) fn write(&mut self, offset: u64, value: u32, context: &Context<'_>) {
         match offset {
             reg::COMMAND => {

@@ -12,12 +12,13 @@ use vbus_core::shm::abi::{bar0, command, reg, status};
 use vbus_core::shm::ring::{DeviceEnd, DriverEnd, Entry, Layout, Returns, SIGNAL_OFFSET};
 use vbus_core::shm::signal::Armed;
 use vbus_core::{
-    Bus, Connection, Device, Executor, Identity, Interrupt, MemoryContext, Open, Progress, Region, Status, Trust,
-    Tuning, Window,
+    Bus, Connection, Device, Executor, Identity, Interrupt, MemoryContext, Open, Progress, Region,
+    Status, Trust, Tuning, Window,
 };
 use vbus_pci::{IrqIndex, Options, PciFunction, region};
 
-/// Gives back each entry with its `addr` inverted, and calls it a violation if it has a length; a call reverses its buffer.
+/// Gives back each entry with its `addr` inverted, and calls it a violation if it has a length; a
+/// call reverses its buffer.
 struct Mirror;
 
 struct Mirroring(Option<(DeviceEnd<Window>, Interrupt)>);
@@ -166,8 +167,15 @@ fn wait(fd: &OwnedFd) -> u64 {
     u64::from_ne_bytes(count)
 }
 
-/// Sends one entry around and returns what came back. `acknowledge` is run between interrupt and reaping.
-fn exchange(rig: &mut Rig, ring: &mut DriverEnd<Window>, handle: u64, fd: &OwnedFd, value: u64) -> u64 {
+/// Sends one entry around and returns what came back. `acknowledge` is run between interrupt and
+/// reaping.
+fn exchange(
+    rig: &mut Rig,
+    ring: &mut DriverEnd<Window>,
+    handle: u64,
+    fd: &OwnedFd,
+    value: u64,
+) -> u64 {
     ring.submit(Entry { addr: value, len: 0, id: 5, flags: 0 }).unwrap();
     let armed = ring.arm(0);
     if ring.post() {
@@ -218,7 +226,10 @@ fn commands_answer_with_a_status_that_names_the_fault() {
     assert_eq!(rig.command(command::OPEN, &[1, 0, BASE, 12345]), Err(status::NOT_SHARED));
     assert_eq!(rig.read32(reg::STATUS), reg::STATE_CLOSED);
     assert_eq!(rig.open(), Ok(0));
-    assert_eq!((rig.read32(reg::STATUS), rig.read64(reg::FEATURES_ACCEPTED)), (reg::STATE_OPEN, 0b100));
+    assert_eq!(
+        (rig.read32(reg::STATUS), rig.read64(reg::FEATURES_ACCEPTED)),
+        (reg::STATE_OPEN, 0b100)
+    );
     assert_eq!(rig.open(), Err(status::ALREADY_OPEN));
     let add = |a0, a1, a2, a3| [a0, a1, a2, a3];
     for (arguments, fault) in [
@@ -297,7 +308,11 @@ fn intx_pends_in_status_and_register_until_acknowledged() {
     rig.function.write(region::CONFIG, 4, &0x0406u16.to_le_bytes());
     assert_eq!(status(&mut rig), 0x18);
     rig.write32(reg::INTERRUPT_ACK, 0);
-    assert_eq!((status(&mut rig), rig.read32(reg::INTERRUPT_PENDING)), (0x18, 0), "the pin is still up");
+    assert_eq!(
+        (status(&mut rig), rig.read32(reg::INTERRUPT_PENDING)),
+        (0x18, 0),
+        "the pin is still up"
+    );
     rig.function.mask_irq(IrqIndex::Intx, false).unwrap();
     assert_eq!((status(&mut rig), rig.read32(reg::INTERRUPT_PENDING)), (0x10, 0));
 }
@@ -395,7 +410,8 @@ fn a_removed_device_says_so() {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
 
-    /// Anything may be read and written anywhere, while a connection is open: nothing panics, and the function still answers.
+    /// Anything may be read and written anywhere, while a connection is open: nothing panics, and
+    /// the function still answers.
     #[test]
     fn any_access_is_harmless(
         msix: bool,

@@ -1,8 +1,9 @@
 //! The protocols of `vbus-shm` under a model checker.
 //!
-//! The modules are the real sources, compiled a second time over a [`sync`] made of loom's atomics, in which each named fence, release and
-//! acquire can be taken out. The tests show that the protocols hold in every interleaving and every outcome of the memory model that loom
-//! explores, and that they fail as soon as one of these places is missing.
+//! The modules are the real sources, compiled a second time over a [`sync`] made of loom's atomics,
+//! in which each named fence, release and acquire can be taken out. The tests show that the
+//! protocols hold in every interleaving and every outcome of the memory model that loom explores,
+//! and that they fail as soon as one of these places is missing.
 
 #[path = "../../vbus-shm/src/copy.rs"]
 mod copy;

@@ -47,7 +47,8 @@ pub enum Place {
 }
 
 thread_local! {
-    // Of the test's own thread: loom runs its threads as coroutines of the thread that checks the model.
+    // Of the test's own thread: loom runs its threads as coroutines of the thread that checks the
+    // model.
     static REMOVED: Cell<Option<Place>> = const { Cell::new(None) };
 }
 
@@ -64,7 +65,9 @@ fn present(place: Place) -> bool {
 pub fn fence(at: Fence) {
     if present(Place::Fence(at)) {
         loom::sync::atomic::fence(match at {
-            Fence::Post | Fence::Arm | Fence::Raise | Fence::Level | Fence::Unmask => Ordering::SeqCst,
+            Fence::Post | Fence::Arm | Fence::Raise | Fence::Level | Fence::Unmask => {
+                Ordering::SeqCst
+            }
             Fence::Read => Ordering::Acquire,
         });
     }
@@ -72,7 +75,10 @@ pub fn fence(at: Fence) {
 
 /// A release store, or a relaxed one if the place was taken out.
 pub fn publish(word: &Word, value: u64, at: Edge) {
-    word.store(value, if present(Place::Publish(at)) { Ordering::Release } else { Ordering::Relaxed });
+    word.store(
+        value,
+        if present(Place::Publish(at)) { Ordering::Release } else { Ordering::Relaxed },
+    );
 }
 
 /// An acquire load, or a relaxed one if the place was taken out.
@@ -82,10 +88,16 @@ pub fn observe(word: &Word, at: Edge) -> u64 {
 
 /// An exchange with release, or a relaxed one if the place was taken out.
 pub fn set_bits(word: &Word, bits: u64, at: Edge) -> u64 {
-    word.fetch_or(bits, if present(Place::Publish(at)) { Ordering::Release } else { Ordering::Relaxed })
+    word.fetch_or(
+        bits,
+        if present(Place::Publish(at)) { Ordering::Release } else { Ordering::Relaxed },
+    )
 }
 
 /// An exchange with acquire, or a relaxed one if the place was taken out.
 pub fn clear_bits(word: &Word, bits: u64, at: Edge) -> u64 {
-    word.fetch_and(!bits, if present(Place::Observe(at)) { Ordering::Acquire } else { Ordering::Relaxed })
+    word.fetch_and(
+        !bits,
+        if present(Place::Observe(at)) { Ordering::Acquire } else { Ordering::Relaxed },
+    )
 }

@@ -1,4 +1,5 @@
-//! The same interface as `vbus_shm::wide`, which copies nothing, so that all goes word by word: loom has to see every access.
+//! The same interface as `vbus_shm::wide`, which copies nothing, so that all goes word by word:
+//! loom has to see every access.
 
 use crate::sync::Word;
 

@@ -1,4 +1,5 @@
-//! Every number that both ends of vbus must agree on (spec/pci.md, spec/venet.md, spec/state.md, spec/sched.md). All fields are little-endian.
+//! Every number that both ends of vbus must agree on (spec/pci.md, spec/venet.md, spec/state.md,
+//! spec/sched.md). All fields are little-endian.
 
 /// PCI vendor: the one whose range for experiments vbus uses.
 pub const PCI_VENDOR: u16 = 0x1af4;
@@ -29,7 +30,8 @@ pub mod bar0 {
     pub const REGISTERS: u64 = 0x0000;
     /// Offset of the doorbell page.
     pub const DOORBELLS: u64 = 0x1000;
-    /// Bytes from one doorbell to the next. Any write of 1 to 8 bytes rings it; the value is not looked at.
+    /// Bytes from one doorbell to the next. Any write of 1 to 8 bytes rings it; the value is not
+    /// looked at.
     pub const DOORBELL_STRIDE: u64 = 4;
     /// Doorbells in the page: the largest handle is one less.
     pub const DOORBELL_COUNT: u32 = 1024;
@@ -41,7 +43,8 @@ pub mod bar0 {
     pub const MSIX_MAX: u16 = 256;
 }
 
-/// The vendor-specific PCI capability. After the common {id 0x09, next, length} follow at these offsets:
+/// The vendor-specific PCI capability. After the common {id 0x09, next, length} follow at these
+/// offsets:
 pub mod capability {
     /// Length without the doorbell records.
     pub const HEADER_BYTES: u8 = 8;
@@ -49,7 +52,8 @@ pub mod capability {
     pub const VERSION: u8 = 3;
     /// u32: offset of the registers in BAR 0.
     pub const REGISTERS: u8 = 4;
-    /// Bytes of one doorbell record, of which as many follow as fit the length: {kind u8, reserved u8, stride u16, base u32}.
+    /// Bytes of one doorbell record, of which as many follow as fit the length: {kind u8, reserved
+    /// u8, stride u16, base u32}.
     pub const RECORD_BYTES: u8 = 8;
     /// Kind of doorbell: a write to `base + handle * stride` in BAR 0.
     pub const KIND_MMIO: u8 = 1;
@@ -59,17 +63,20 @@ pub mod capability {
     pub const KIND_HYPERCALL: u8 = 3;
     /// Kinds from here on are no doorbells.
     pub const KIND_NOT_DOORBELL: u8 = 0x80;
-    /// No doorbell: a message to `base + vp * stride` with data n raises synthetic interrupt n of virtual processor vp.
+    /// No doorbell: a message to `base + vp * stride` with data n raises synthetic interrupt n of
+    /// virtual processor vp.
     pub const KIND_SINT: u8 = 0x81;
     /// The most records that there is room for.
     pub const RECORDS_MAX: usize = 5;
     /// The highest event connection that a hypercall can name.
     pub const CONNECTION_MAX: u32 = 0xff_ffff;
-    /// Input value of the hypercall: HvCallSignalEvent with its parameter, the connection, in a register.
+    /// Input value of the hypercall: HvCallSignalEvent with its parameter, the connection, in a
+    /// register.
     pub const SIGNAL_EVENT: u64 = 0x1_005d;
 }
 
-/// Registers, as offsets in the register page. Accesses are of 4 or 8 aligned bytes; others read zeros and write nothing.
+/// Registers, as offsets in the register page. Accesses are of 4 or 8 aligned bytes; others read
+/// zeros and write nothing.
 pub mod reg {
     /// u32, ro: [`MAGIC_VALUE`].
     pub const MAGIC: u64 = 0x000;
@@ -79,7 +86,8 @@ pub mod reg {
     pub const ABI: u64 = 0x004;
     /// u32, ro: device class.
     pub const CLASS: u64 = 0x008;
-    /// u32, ro: state of the connection: bits 0..8 one of [`STATE_CLOSED`] etc., bits 16..32 the [`status`](super::status) that broke it.
+    /// u32, ro: state of the connection: bits 0..8 one of [`STATE_CLOSED`] etc., bits 16..32 the
+    /// [`status`](super::status) that broke it.
     pub const STATUS: u64 = 0x00c;
     /// No connection.
     pub const STATE_CLOSED: u32 = 0;
@@ -109,13 +117,16 @@ pub mod reg {
     pub const ARGUMENT: u64 = 0x080;
     /// u32, wo: a write runs the command ([`command`](super::command)) with the arguments.
     pub const COMMAND: u64 = 0x0a0;
-    /// u32, ro: [`status`](super::status) of the last command; a read returns after the command has run.
+    /// u32, ro: [`status`](super::status) of the last command; a read returns after the command has
+    /// run.
     pub const RESULT: u64 = 0x0a4;
     /// u64, ro: value of the last command.
     pub const VALUE: u64 = 0x0a8;
-    /// u32, ro: 1 while INTx is pending: triggered and not acknowledged. Always 0 with MSI and MSI-X.
+    /// u32, ro: 1 while INTx is pending: triggered and not acknowledged. Always 0 with MSI and
+    /// MSI-X.
     pub const INTERRUPT_PENDING: u64 = 0x0b0;
-    /// u32, wo: INTERRUPT_ACK: any write takes INTx back. Read something after it, since it may be posted, and then look at the signals, not before.
+    /// u32, wo: INTERRUPT_ACK: any write takes INTx back. Read something after it, since it may be
+    /// posted, and then look at the signals, not before.
     pub const INTERRUPT_ACK: u64 = 0x0b4;
     /// The class's config area.
     pub const CONFIG: u64 = 0x400;
@@ -125,19 +136,23 @@ pub mod reg {
 
 /// Commands of the mailbox, with their arguments a0..a3.
 pub mod command {
-    /// Opens the connection. a0: ABI version; a1: features wanted, a subset of those offered; a2: address of the handshake word (8 bytes,
-    /// aligned); a3: the value that the driver has written there. The device must find that value, or else the memory is not shared.
+    /// Opens the connection. a0: ABI version; a1: features wanted, a subset of those offered; a2:
+    /// address of the handshake word (8 bytes, aligned); a3: the value that the driver has written
+    /// there. The device must find that value, or else the memory is not shared.
     pub const OPEN: u32 = 1;
-    /// Closes it: all regions are dropped; the device touches no memory afterwards. Succeeds always.
+    /// Closes it: all regions are dropped; the device touches no memory afterwards. Succeeds
+    /// always.
     pub const CLOSE: u32 = 2;
-    /// Registers a region. a0: bits 0..32 the class's id for it, 32..48 vector, 48..56 page shift (0: contiguous); a1: address of the region,
-    /// or, with a page shift, of an array of u64 page addresses; a2: length in bytes; a3: offset of the signal block, or [`NO_SIGNAL`].
-    /// Value: the handle, which is also the number of the doorbell.
+    /// Registers a region. a0: bits 0..32 the class's id for it, 32..48 vector, 48..56 page shift
+    /// (0: contiguous); a1: address of the region, or, with a page shift, of an array of u64 page
+    /// addresses; a2: length in bytes; a3: offset of the signal block, or [`NO_SIGNAL`]. Value: the
+    /// handle, which is also the number of the doorbell.
     pub const REGION_ADD: u32 = 3;
     /// Drops a region. a0: handle.
     pub const REGION_DROP: u32 = 4;
-    /// Calls the class. a0: bits 0..32 function, 32..64 flags; a1: address of a buffer; a2: its length in bytes (at most
-    /// [`CALL_MAX`]). The buffer is read before and written after the call. Value: the class's.
+    /// Calls the class. a0: bits 0..32 function, 32..64 flags; a1: address of a buffer; a2: its
+    /// length in bytes (at most [`CALL_MAX`]). The buffer is read before and written after the
+    /// call. Value: the class's.
     pub const CALL: u32 = 5;
     /// No signal: the region is just memory.
     pub const NO_SIGNAL: u64 = u64::MAX;
@@ -165,7 +180,8 @@ pub mod status {
     pub const BAD_FEATURES: u32 = 6;
     /// The address is not (wholly) in memory that the device can reach.
     pub const BAD_ADDRESS: u32 = 7;
-    /// The handshake word was not there: the memory behind the address is not the driver's own (QEMU: share=on is missing).
+    /// The handshake word was not there: the memory behind the address is not the driver's own
+    /// (QEMU: share=on is missing).
     pub const NOT_SHARED: u32 = 8;
     /// A length is 0, too large, or does not fit the layout.
     pub const BAD_LENGTH: u32 = 9;
@@ -207,7 +223,8 @@ pub mod feature {
 
 /// `venet`: Ethernet (spec/venet.md).
 pub mod venet {
-    /// Feature: the driver may leave checksums to the device, and takes frames with checksums left to it.
+    /// Feature: the driver may leave checksums to the device, and takes frames with checksums left
+    /// to it.
     pub const F_CSUM: u64 = 1 << 0;
     /// Feature: TCP segmentation (IPv4 and IPv6), both ways. Needs [`F_CSUM`].
     pub const F_TSO: u64 = 1 << 1;
@@ -225,12 +242,13 @@ pub mod venet {
     /// Bytes of the config area.
     pub const CONFIG_BYTES: usize = 16;
 
-    /// Region id of the transmit ring of queue pair `q`: counted returns. The entries (chained by NEXT) hold header and frame.
+    /// Region id of the transmit ring of queue pair `q`: counted returns. The entries (chained by
+    /// NEXT) hold header and frame.
     pub const fn tx(q: u16) -> u32 {
         q as u32 * 2
     }
-    /// Region id of the receive ring of queue pair `q`: entries returned; the driver submits empty buffers. A frame that needs several is
-    /// returned in several entries chained by NEXT.
+    /// Region id of the receive ring of queue pair `q`: entries returned; the driver submits empty
+    /// buffers. A frame that needs several is returned in several entries chained by NEXT.
     pub const fn rx(q: u16) -> u32 {
         q as u32 * 2 + 1
     }
@@ -239,18 +257,20 @@ pub mod venet {
     /// Region id of the status page: a state page written by the device, see [`status_page`].
     pub const REGION_STATUS: u32 = 0x100;
 
-    /// Bytes of the header before each frame: the virtio-net header {flags u8, gso_type u8, hdr_len u16, gso_size u16, csum_start u16,
-    /// csum_offset u16, num_buffers u16}.
+    /// Bytes of the header before each frame: the virtio-net header {flags u8, gso_type u8, hdr_len
+    /// u16, gso_size u16, csum_start u16, csum_offset u16, num_buffers u16}.
     pub const HEADER_BYTES: usize = 12;
     /// The most bytes of a frame with its header: a 64 KiB segment, its Ethernet header, a tag.
     pub const FRAME_MAX: usize = HEADER_BYTES + 65536 + 14 + 4;
     /// The most entries of one frame.
     pub const CHAIN_MAX: usize = 20;
 
-    /// Call: enable the device: rings are served from here on. Buffer: empty. At least one queue pair, and every pair whole.
+    /// Call: enable the device: rings are served from here on. Buffer: empty. At least one queue
+    /// pair, and every pair whole.
     pub const CALL_START: u32 = 1;
-    /// Call: receive filter. Buffer: flags u32 ([`FILTER_PROMISCUOUS`], [`FILTER_ALL_MULTICAST`]), count u32, then `count` addresses of 6
-    /// bytes. Without it a device is given its own address and broadcasts.
+    /// Call: receive filter. Buffer: flags u32 ([`FILTER_PROMISCUOUS`], [`FILTER_ALL_MULTICAST`]),
+    /// count u32, then `count` addresses of 6 bytes. Without it a device is given its own address
+    /// and broadcasts.
     pub const CALL_FILTER: u32 = 2;
     /// Everything passes.
     pub const FILTER_PROMISCUOUS: u32 = 1 << 0;
@@ -284,7 +304,8 @@ pub mod venet {
     }
 }
 
-/// `state`: named state pages (spec/state.md). The region with id `i` is page number `i` of the device.
+/// `state`: named state pages (spec/state.md). The region with id `i` is page number `i` of the
+/// device.
 pub mod state {
     /// Config area: u32, number of pages.
     pub const CONFIG_PAGES: usize = 0;
@@ -292,8 +313,9 @@ pub mod state {
     pub const CONFIG_BYTES: usize = 8;
     /// The most pages of a device.
     pub const PAGES_MAX: u32 = 256;
-    /// Call: describe a page. Buffer in: number u32; out: [`DESCRIPTION_BYTES`] bytes: value bytes u32, owner u32 ([`OWNER_DEVICE`] or
-    /// [`OWNER_DRIVER`]), name of 56 bytes, UTF-8, filled up with zeros.
+    /// Call: describe a page. Buffer in: number u32; out: [`DESCRIPTION_BYTES`] bytes: value bytes
+    /// u32, owner u32 ([`OWNER_DEVICE`] or [`OWNER_DRIVER`]), name of 56 bytes, UTF-8, filled up
+    /// with zeros.
     pub const CALL_DESCRIBE: u32 = 1;
     /// Bytes of a description.
     pub const DESCRIPTION_BYTES: usize = 64;
@@ -313,26 +335,31 @@ pub mod sched {
     pub const CONFIG_CLASSES: usize = 4;
     /// Config area: u32, the highest real-time priority that is given.
     pub const CONFIG_PRIORITY_MAX: usize = 8;
-    /// Config area: i32, the lowest nice value that is given; [`NICE_OWN`]: the one that the thread has by itself.
+    /// Config area: i32, the lowest nice value that is given; [`NICE_OWN`]: the one that the thread
+    /// has by itself.
     pub const CONFIG_NICE_MIN: usize = 12;
     /// See [`CONFIG_NICE_MIN`].
     pub const NICE_OWN: i32 = i32::MIN;
     /// Config area: u32, requests a second that are looked at, for each virtual CPU.
     pub const CONFIG_CHANGES: usize = 16;
-    /// Config area: u32, milliseconds: a real-time class ends that long after the last request that was looked at.
+    /// Config area: u32, milliseconds: a real-time class ends that long after the last request that
+    /// was looked at.
     pub const CONFIG_BOOST_MS: usize = 20;
-    /// Config area: u32, the part of a second's processor time, in percent, that a thread may use at a real-time class.
+    /// Config area: u32, the part of a second's processor time, in percent, that a thread may use
+    /// at a real-time class.
     pub const CONFIG_SHARE: usize = 24;
     /// Bytes of the config area.
     pub const CONFIG_BYTES: usize = 28;
     /// The most virtual CPUs of a device.
     pub const CPUS_MAX: u32 = 256;
 
-    /// Region id of the request page of virtual CPU `cpu`: a state page written by the driver, see [`request`].
+    /// Region id of the request page of virtual CPU `cpu`: a state page written by the driver, see
+    /// [`request`].
     pub const fn request_page(cpu: u32) -> u32 {
         cpu * 2
     }
-    /// Region id of the report page of virtual CPU `cpu`: a state page written by the device, see [`report`].
+    /// Region id of the report page of virtual CPU `cpu`: a state page written by the device, see
+    /// [`report`].
     pub const fn report_page(cpu: u32) -> u32 {
         cpu * 2 + 1
     }
@@ -380,7 +407,8 @@ pub mod sched {
         pub const REFUSED: usize = 40;
         /// u64: times that a look was put off by the rate limit.
         pub const LIMITED: usize = 48;
-        /// u64: times that a real-time class ended for want of a new request, or because the thread had used its share of the time.
+        /// u64: times that a real-time class ended for want of a new request, or because the thread
+        /// had used its share of the time.
         pub const EXPIRED: usize = 56;
         /// Bytes of the value.
         pub const BYTES: u32 = 64;
@@ -389,7 +417,8 @@ pub mod sched {
         pub const OK: u32 = 0;
         /// Status: the class requested, at the nearest priority that the policy allows.
         pub const IS_CLAMPED: u32 = 1;
-        /// Status: refused, for there is no such class (or it is the deadline class, of which there is none here) or no such priority of it.
+        /// Status: refused, for there is no such class (or it is the deadline class, of which there
+        /// is none here) or no such priority of it.
         pub const BAD_REQUEST: u32 = 2;
         /// Status: refused, for the policy does not allow the class.
         pub const NOT_ALLOWED: u32 = 3;
@@ -399,12 +428,14 @@ pub mod sched {
         pub const NO_THREAD: u32 = 5;
         /// Status: refused by the host's kernel; the log of the bus says why.
         pub const FAILED: u32 = 6;
-        /// Status: granted, but the thread has used its share of this second's processor time; it gets the class again in the next.
+        /// Status: granted, but the thread has used its share of this second's processor time; it
+        /// gets the class again in the next.
         pub const IS_SPENT: u32 = 7;
     }
 }
 
-/// `pic`: interrupt controller (spec/pic.md). The region with id `i` is the [page](super::pic) of the driver's processor number `i`.
+/// `pic`: interrupt controller (spec/pic.md). The region with id `i` is the [page](super::pic) of
+/// the driver's processor number `i`.
 pub mod pic {
     /// Config area: u32, processors that there can be.
     pub const CONFIG_CPUS: usize = 0;
@@ -417,11 +448,14 @@ pub mod pic {
     /// The most routes of a connection.
     pub const ROUTES_MAX: usize = 4096;
 
-    /// Call: let interrupts of another device raise a line. Buffer: [`ROUTE_BYTES`] bytes: vector u16, line u16, processor u32, name of the device.
+    /// Call: let interrupts of another device raise a line. Buffer: [`ROUTE_BYTES`] bytes: vector
+    /// u16, line u16, processor u32, name of the device.
     pub const CALL_ROUTE: u32 = 1;
-    /// Call: let them come by that device's own interrupt again. Buffer as of [`CALL_ROUTE`]; line and processor are not looked at.
+    /// Call: let them come by that device's own interrupt again. Buffer as of [`CALL_ROUTE`]; line
+    /// and processor are not looked at.
     pub const CALL_UNROUTE: u32 = 2;
-    /// Call: let them raise another line, of that processor or another. Buffer as of [`CALL_ROUTE`]. Value: 1 if the new line was raised.
+    /// Call: let them raise another line, of that processor or another. Buffer as of
+    /// [`CALL_ROUTE`]. Value: 1 if the new line was raised.
     pub const CALL_MOVE: u32 = 3;
     /// Bytes of the buffer.
     pub const ROUTE_BYTES: usize = 40;
@@ -433,9 +467,18 @@ pub mod pic {
 
 const _: () = {
     use reg::{ARGUMENT, CLASS_NAME, COMMAND, CONFIG, CONFIG_MAX, FEATURES, NAME, VALUE};
-    assert!(bar0::DOORBELLS + bar0::DOORBELL_STRIDE * bar0::DOORBELL_COUNT as u64 <= bar0::MSIX_TABLE);
-    assert!(bar0::MSIX_TABLE + 16 * bar0::MSIX_MAX as u64 <= bar0::MSIX_PBA && bar0::MSIX_PBA < bar0::SIZE);
+    assert!(
+        bar0::DOORBELLS + bar0::DOORBELL_STRIDE * bar0::DOORBELL_COUNT as u64 <= bar0::MSIX_TABLE
+    );
+    assert!(
+        bar0::MSIX_TABLE + 16 * bar0::MSIX_MAX as u64 <= bar0::MSIX_PBA
+            && bar0::MSIX_PBA < bar0::SIZE
+    );
     assert!(CLASS_NAME + 16 == NAME && NAME + 32 == FEATURES && FEATURES % 8 == 0);
-    assert!(ARGUMENT + 4 * 8 == COMMAND && VALUE % 8 == 0 && CONFIG + CONFIG_MAX as u64 <= bar0::DOORBELLS);
+    assert!(
+        ARGUMENT + 4 * 8 == COMMAND
+            && VALUE % 8 == 0
+            && CONFIG + CONFIG_MAX as u64 <= bar0::DOORBELLS
+    );
     assert!(venet::status_page::BYTES as usize == venet::status_page::WORDS * 8);
 };

@@ -1,10 +1,12 @@
-//! Copies between shared words and plain bytes, which may be torn by the other end at any time but are never undefined behaviour.
+//! Copies between shared words and plain bytes, which may be torn by the other end at any time but
+//! are never undefined behaviour.
 
 use super::memory::WORD;
 use super::sync::{Ordering, Word};
 use super::wide;
 
-/// Copies `bytes` into the front of `words`, and zeros into the rest of them. Bytes that do not fit are left out.
+/// Copies `bytes` into the front of `words`, and zeros into the rest of them. Bytes that do not fit
+/// are left out.
 #[inline(always)]
 pub fn store(words: &[Word], bytes: &[u8]) {
     if bytes.len() == words.len() * WORD {
@@ -14,7 +16,8 @@ pub fn store(words: &[Word], bytes: &[u8]) {
     }
 }
 
-/// Copies the front of `words` into `out`. Bytes of `out` for which there are no words stay as they are.
+/// Copies the front of `words` into `out`. Bytes of `out` for which there are no words stay as they
+/// are.
 #[inline(always)]
 pub fn load(words: &[Word], out: &mut [u8]) {
     if out.len() % WORD == 0 && out.len() <= words.len() * WORD {
@@ -88,7 +91,10 @@ mod tests {
                 load(&memory, &mut out);
                 let stored = len.min(words * WORD);
                 assert_eq!(out[..stored], bytes[..stored]);
-                assert!(out[stored..words * WORD].iter().all(|&b| b == 0), "{words} words, {len} bytes");
+                assert!(
+                    out[stored..words * WORD].iter().all(|&b| b == 0),
+                    "{words} words, {len} bytes"
+                );
                 assert!(out[words * WORD..].iter().all(|&b| b == 0xff));
                 let mut short = vec![0x55; len];
                 load(&memory[..words], &mut short);

@@ -1,16 +1,20 @@
-//! Shared memory of vbus: the ABI's layouts, and both ends of signal, ring, state page and interrupt page.
+//! Shared memory of vbus: the ABI's layouts, and both ends of signal, ring, state page and
+//! interrupt page.
 //!
-//! Three separate constructs, because the question "who must be woken?" has nothing to do with the question "what is kept?":
+//! Three separate constructs, because the question "who must be woken?" has nothing to do with the
+//! question "what is kept?":
 //!
 //! - a [`signal`] wakes; it stands alone and can be put beside any layout;
 //! - a [`ring`] keeps every value in flight, in order;
 //! - a [`state`] page keeps the newest value: the last update is always current.
 //!
-//! A fourth, the interrupt page ([`pic`]), tells a processor which of many interrupts are pending without an exit for each.
+//! A fourth, the interrupt page ([`pic`]), tells a processor which of many interrupts are pending
+//! without an exit for each.
 //!
-//! [`abi`] holds every number that both ends must agree on. The crate has no dependency, does not allocate and never panics on what the
-//! peer wrote. It also compiles as a module of another crate (a Linux driver, a model checker): paths are relative, and the atomics come
-//! from the one module [`sync`].
+//! [`abi`] holds every number that both ends must agree on. The crate has no dependency, does not
+//! allocate and never panics on what the peer wrote. It also compiles as a module of another crate
+//! (a Linux driver, a model checker): paths are relative, and the atomics come from the one module
+//! [`sync`].
 //!
 //! ```
 //! use vbus_shm::{ring::{DeviceEnd, DriverEnd, Entry, Layout, Returns}, sync::Word};

@@ -5,7 +5,8 @@ use super::sync::{Ordering, Word};
 /// Bytes in a [`Word`].
 pub const WORD: usize = 8;
 
-/// Memory that both ends see, as words. The slice must be the same one (address and length) at each call.
+/// Memory that both ends see, as words. The slice must be the same one (address and length) at each
+/// call.
 pub trait Memory {
     /// The words, in order of address.
     fn words(&self) -> &[Word];

@@ -11,13 +11,14 @@ pub enum Rest {
     Sleep,
 }
 
-/// The pace of an adaptive poller. Times are nanoseconds from any fixed moment on. Both ends use it: the device's tasks in their event loop,
-/// the driver's queues in theirs.
+/// The pace of an adaptive poller. Times are nanoseconds from any fixed moment on. Both ends use
+/// it: the device's tasks in their event loop, the driver's queues in theirs.
 ///
-/// - First it polls on for a *window*, which grows while wake-ups come soon after the poller went to sleep, when polling on would have saved
-///   a kick, and shrinks to nothing while they do not. That keeps the latency of a fast exchange low.
-/// - Then, if much was carried lately, it naps instead of sleeping: a stream comes again soon enough, and a nap costs neither a kick nor a
-///   processor. Naps grow with the time in vain.
+/// - First it polls on for a *window*, which grows while wake-ups come soon after the poller went
+///   to sleep, when polling on would have saved a kick, and shrinks to nothing while they do not.
+///   That keeps the latency of a fast exchange low.
+/// - Then, if much was carried lately, it naps instead of sleeping: a stream comes again soon
+///   enough, and a nap costs neither a kick nor a processor. Naps grow with the time in vain.
 /// - Only then does it arm and sleep.
 #[derive(Clone, Copy, Debug)]
 pub struct Pace {
@@ -33,8 +34,8 @@ pub struct Pace {
 
 /// The load is measured over at least this long.
 const MEASURE_NS: u64 = 1_000_000;
-/// A load from which on naps are worth while, in bytes per [`MEASURE_NS`] (130 Mb/s): an exchange of small messages back and forth that
-/// would suffer from naps stays below it.
+/// A load from which on naps are worth while, in bytes per [`MEASURE_NS`] (130 Mb/s): an exchange
+/// of small messages back and forth that would suffer from naps stays below it.
 const LOAD_BYTES: u64 = 16 << 10;
 /// How long naps go on after such a load.
 const LOAD_HOLDS_NS: u64 = 30_000_000;
@@ -45,8 +46,9 @@ const NAP_MAX_NS: u64 = 1_000_000;
 const MIN_NS: u64 = 4_000;
 
 impl Pace {
-    /// A poller that polls in vain for at most `max_ns` before it naps or sleeps (0: it sleeps at once, always), and whose shortest nap is
-    /// `nap_ns`, at most 1 ms: what arrives in the meantime has to find room, and its sender waits.
+    /// A poller that polls in vain for at most `max_ns` before it naps or sleeps (0: it sleeps at
+    /// once, always), and whose shortest nap is `nap_ns`, at most 1 ms: what arrives in the
+    /// meantime has to find room, and its sender waits.
     pub fn new(max_ns: u64, nap_ns: u64) -> Pace {
         Pace {
             max: max_ns,
@@ -65,8 +67,8 @@ impl Pace {
         self.idle_since = None;
     }
 
-    /// There was nothing to do. `carried` is what the poller has carried since it began, in bytes, of which a small message counts as some
-    /// hundred; 0 if naps are of no use to it.
+    /// There was nothing to do. `carried` is what the poller has carried since it began, in bytes,
+    /// of which a small message counts as some hundred; 0 if naps are of no use to it.
     pub fn rest(&mut self, now: u64, carried: u64) -> Rest {
         let vain = now.saturating_sub(*self.idle_since.get_or_insert(now));
         if vain < self.window {
@@ -127,7 +129,10 @@ mod tests {
             pace.woken(now);
         }
         assert_eq!(pace.window(), 50_000);
-        assert_eq!([0, 49_999, 50_000].map(|after| pace.rest(now + after, 0)), [Rest::Poll, Rest::Poll, Rest::Sleep]);
+        assert_eq!(
+            [0, 49_999, 50_000].map(|after| pace.rest(now + after, 0)),
+            [Rest::Poll, Rest::Poll, Rest::Sleep]
+        );
         pace.busy();
         assert_eq!(pace.rest(now + 60_000, 0), Rest::Poll);
         for _ in 0..8 {
@@ -158,7 +163,11 @@ mod tests {
             assert!(nap >= last && nap <= MS, "{nap} after {last}");
             (now, count, last) = (now + nap, count + 1, nap);
         }
-        assert!(now - end >= 29 * MS && now - end <= 32 * MS && count < 50, "{} ns in {count} naps", now - end);
+        assert!(
+            now - end >= 29 * MS && now - end <= 32 * MS && count < 50,
+            "{} ns in {count} naps",
+            now - end
+        );
     }
 
     #[test]

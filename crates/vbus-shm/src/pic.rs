@@ -1,12 +1,16 @@
-//! Interrupt page: which lines are pending, and whether anybody need be told (spec/pic.md, "The page").
+//! Interrupt page: which lines are pending, and whether anybody need be told (spec/pic.md, "The
+//! page").
 //!
-//! There is a page for each of the driver's processors. A *line* is a number below the page's count, and also its priority: the higher, the
-//! more urgent. The device raises a line by setting its bit. It sends a message, which costs the driver an interrupt, only if the driver's
-//! *level* says that a line so urgent is wanted now, and at most one for each level that the driver published. The driver drains the page by
-//! priority; taking a line clears its bit, and ending it is a store.
+//! There is a page for each of the driver's processors. A *line* is a number below the page's
+//! count, and also its priority: the higher, the more urgent. The device raises a line by setting
+//! its bit. It sends a message, which costs the driver an interrupt, only if the driver's *level*
+//! says that a line so urgent is wanted now, and at most one for each level that the driver
+//! published. The driver drains the page by priority; taking a line clears its bit, and ending it
+//! is a store.
 //!
-//! The level carries a count of its own, the *generation*, that goes up with every store. So the device can tell, by a word that it keeps to
-//! itself, whether a message for this very level is on its way already, and the driver's word has one writer.
+//! The level carries a count of its own, the *generation*, that goes up with every store. So the
+//! device can tell, by a word that it keeps to itself, whether a message for this very level is on
+//! its way already, and the driver's word has one writer.
 
 use super::memory::{Memory, WORD};
 use super::sync::{Edge, Fence, Ordering, Word, clear_bits, fence, set_bits};
@@ -15,11 +19,13 @@ use super::sync::{Edge, Fence, Ordering, Word, clear_bits, fence, set_bits};
 pub const MAGIC: u64 = 0x0001_6370_7375_6276;
 /// Offset of the count of lines.
 pub const LINES: usize = 8;
-/// Offset of the driver's level. It has a line with the masks: what a device looks at when it has raised a line.
+/// Offset of the driver's level. It has a line with the masks: what a device looks at when it has
+/// raised a line.
 pub const LEVEL: usize = 64;
 /// Offset of the driver's masks: a bit for each line.
 pub const MASKED: usize = 96;
-/// Offset of the driver's lines in service: a bit for each. For people who look at a page; no device needs it.
+/// Offset of the driver's lines in service: a bit for each. For people who look at a page; no
+/// device needs it.
 pub const IN_SERVICE: usize = 128;
 /// Offset of the pending lines: a bit for each, set by the device and cleared by the driver.
 pub const PENDING: usize = 192;
@@ -39,9 +45,13 @@ const SET: usize = LINES_MAX as usize / BITS;
 const NEVER: u64 = u64::MAX;
 
 const _: () = {
-    assert!(LEVEL == 64 && MASKED == 96 && IN_SERVICE == 128 && PENDING == 192 && PAGE_BYTES == 256);
     assert!(
-        MASKED + SET * WORD == IN_SERVICE && IN_SERVICE + SET * WORD <= PENDING && PENDING + SET * WORD <= PAGE_BYTES
+        LEVEL == 64 && MASKED == 96 && IN_SERVICE == 128 && PENDING == 192 && PAGE_BYTES == 256
+    );
+    assert!(
+        MASKED + SET * WORD == IN_SERVICE
+            && IN_SERVICE + SET * WORD <= PENDING
+            && PENDING + SET * WORD <= PAGE_BYTES
     );
 };
 
@@ -66,7 +76,8 @@ fn place(offset: usize, line: u16) -> (usize, u64) {
     (offset / WORD + usize::from(line) / BITS, 1 << (usize::from(line) % BITS))
 }
 
-/// The device's end of a page. It is shared by all that raise lines there: its methods take `&self`.
+/// The device's end of a page. It is shared by all that raise lines there: its methods take
+/// `&self`.
 #[derive(Debug)]
 pub struct DeviceEnd<M> {
     mem: M,
@@ -94,10 +105,12 @@ impl<M: Memory> DeviceEnd<M> {
         self.lines
     }
 
-    /// Raises `line`; everything written before is visible to the driver when it has taken it. Returns whether the driver must be sent a
-    /// message: at most one for each level that it publishes. A line that the page does not have is nothing.
+    /// Raises `line`; everything written before is visible to the driver when it has taken it.
+    /// Returns whether the driver must be sent a message: at most one for each level that it
+    /// publishes. A line that the page does not have is nothing.
     ///
-    /// A line is an edge: raised while pending it is one with what is pending, raised while in service it is pending again.
+    /// A line is an edge: raised while pending it is one with what is pending, raised while in
+    /// service it is pending again.
     #[inline]
     #[must_use = "true asks for a message; without it the driver may sleep for ever"]
     pub fn raise(&self, line: u16) -> bool {
@@ -108,12 +121,15 @@ impl<M: Memory> DeviceEnd<M> {
         let (at, bit) = place(PENDING, line);
         // Pairs with the driver's clear in `DriverEnd::take`.
         if set_bits(&words[at], bit, Edge::Line) & bit != 0 {
-            // Whoever raised it before has asked below, or is about to, and the driver has yet to take it.
+            // Whoever raised it before has asked below, or is about to, and the driver has yet to
+            // take it.
             return false;
         }
-        // Store of the bit before loads of level and mask: with the fences of `publish` and `unmask`, one end sees the other's store.
+        // Store of the bit before loads of level and mask: with the fences of `publish` and
+        // `unmask`, one end sees the other's store.
         fence(Fence::Raise);
-        // Pairs with the store in `DriverEnd::publish`. Read once: the peer may change it at any time.
+        // Pairs with the store in `DriverEnd::publish`. Read once: the peer may change it at any
+        // time.
         let level = words[LEVEL / WORD].load(Ordering::Relaxed);
         if u64::from(line) < level & ((1 << GENERATION_SHIFT) - 1) {
             return false;
@@ -123,20 +139,23 @@ impl<M: Memory> DeviceEnd<M> {
         if words[at].load(Ordering::Relaxed) & bit != 0 {
             return false;
         }
-        // Whose message it is. A generation that has passed since is told in vain; but none stays untold: who finds it told here reads the
-        // word of somebody who read that same generation, and sends its message.
+        // Whose message it is. A generation that has passed since is told in vain; but none stays
+        // untold: who finds it told here reads the word of somebody who read that same generation,
+        // and sends its message.
         let generation = level >> GENERATION_SHIFT;
         self.told.swap(generation, Ordering::Relaxed) != generation
     }
 
-    /// Takes a pending line away again, for it is to be raised elsewhere. False: it was not pending, or the driver was faster and has it.
+    /// Takes a pending line away again, for it is to be raised elsewhere. False: it was not
+    /// pending, or the driver was faster and has it.
     #[inline]
     pub fn take_back(&self, line: u16) -> bool {
         if line >= self.lines {
             return false;
         }
         let (at, bit) = place(PENDING, line);
-        // Pairs with `raise`, so that what its raiser wrote is visible to who takes the line elsewhere.
+        // Pairs with `raise`, so that what its raiser wrote is visible to who takes the line
+        // elsewhere.
         clear_bits(&self.mem.words()[at], bit, Edge::Line) & bit != 0
     }
 }
@@ -162,7 +181,8 @@ pub enum Wanted {
 
 /// The driver's end of a page. Its processor calls it with interrupts off, one call at a time.
 ///
-/// Nothing that the device wrote is believed but the pending bits, and those as a hint: a line may come that nobody raised, and nothing else.
+/// Nothing that the device wrote is believed but the pending bits, and those as a hint: a line may
+/// come that nobody raised, and nothing else.
 #[derive(Debug)]
 pub struct DriverEnd<M> {
     mem: M,
@@ -176,8 +196,8 @@ pub struct DriverEnd<M> {
 }
 
 impl<M: Memory> DriverEnd<M> {
-    /// Makes a page of `lines` lines (1..=[`LINES_MAX`]) over zeroed memory, which wants nothing yet: see [`arm`](Self::arm). Done before the
-    /// page is registered.
+    /// Makes a page of `lines` lines (1..=[`LINES_MAX`]) over zeroed memory, which wants nothing
+    /// yet: see [`arm`](Self::arm). Done before the page is registered.
     pub fn create(mem: M, lines: u16, nesting: Nesting) -> Result<Self, BadPage> {
         let words = mem.words();
         if words.len() < PAGE_BYTES / WORD {
@@ -204,10 +224,12 @@ impl<M: Memory> DriverEnd<M> {
         self.generation
     }
 
-    /// Takes the most urgent pending line, if it is more urgent than all in service, and puts it in service; everything that its device wrote
-    /// before raising it is visible. After `None` the next such line sends a message: return from the interrupt, or sleep.
+    /// Takes the most urgent pending line, if it is more urgent than all in service, and puts it in
+    /// service; everything that its device wrote before raising it is visible. After `None` the
+    /// next such line sends a message: return from the interrupt, or sleep.
     ///
-    /// Called by the message's handler until it returns `None`, also if it was `None` at once: the message is used up.
+    /// Called by the message's handler until it returns `None`, also if it was `None` at once: the
+    /// message is used up.
     #[inline]
     pub fn take(&mut self) -> Option<u16> {
         let floor = self.floor();
@@ -224,20 +246,23 @@ impl<M: Memory> DriverEnd<M> {
             if level != self.level {
                 self.publish(level);
             }
-            // What was raised before that level was seen has sent no message for it: it is taken here, now.
+            // What was raised before that level was seen has sent no message for it: it is taken
+            // here, now.
             match self.scan(line + 1) {
                 Some(higher) => line = higher,
                 None => break,
             }
         }
         let (at, bit) = place(PENDING, line);
-        // Pairs with `DeviceEnd::raise`. Whether the bit is still there does not matter: a device that took it back leaves us with nothing to do.
+        // Pairs with `DeviceEnd::raise`. Whether the bit is still there does not matter: a device
+        // that took it back leaves us with nothing to do.
         clear_bits(&self.mem.words()[at], bit, Edge::Line);
         self.serve(line, true);
         Some(line)
     }
 
-    /// Ends a line that was taken. Then, before returning from the interrupt, [`take`](Self::take): less urgent lines have sent no message.
+    /// Ends a line that was taken. Then, before returning from the interrupt, [`take`](Self::take):
+    /// less urgent lines have sent no message.
     #[inline]
     pub fn end(&mut self, line: u16) {
         if line < self.lines {
@@ -245,14 +270,16 @@ impl<M: Memory> DriverEnd<M> {
         }
     }
 
-    /// Asks for messages, when the page is registered and when lines were ended outside of a message's handler.
+    /// Asks for messages, when the page is registered and when lines were ended outside of a
+    /// message's handler.
     pub fn arm(&mut self) -> Wanted {
         let floor = self.floor();
         self.publish(floor);
         if self.scan(floor).is_some() { Wanted::Pending } else { Wanted::Waiting }
     }
 
-    /// Asks for no messages, until [`arm`](Self::arm) or a `None` of [`take`](Self::take). One that is under way may still come.
+    /// Asks for no messages, until [`arm`](Self::arm) or a `None` of [`take`](Self::take). One that
+    /// is under way may still come.
     pub fn disarm(&mut self) {
         self.publish(self.lines);
     }

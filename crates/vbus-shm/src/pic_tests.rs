@@ -19,7 +19,10 @@ fn a_page_has_to_be_one() {
     assert_eq!(DeviceEnd::attach(&memory[..]).unwrap_err(), BadPage::Magic);
     assert_eq!(DriverEnd::create(&memory[1..], 8, Nesting::Flat).unwrap_err(), BadPage::TooSmall);
     for lines in [0, 257, u16::MAX] {
-        assert_eq!(DriverEnd::create(&memory[..], lines, Nesting::Flat).unwrap_err(), BadPage::Lines);
+        assert_eq!(
+            DriverEnd::create(&memory[..], lines, Nesting::Flat).unwrap_err(),
+            BadPage::Lines
+        );
     }
     let (_, device) = page(&memory, 256, Nesting::Flat);
     assert_eq!(device.lines(), 256);

@@ -6,18 +6,20 @@ use core::ptr::NonNull;
 use super::memory::WORD;
 use super::sync::Word;
 
-/// The `bytes` bytes at `at` as words, or `None` where `at` is not aligned to 8. Bytes after the last whole word are left out.
+/// The `bytes` bytes at `at` as words, or `None` where `at` is not aligned to 8. Bytes after the
+/// last whole word are left out.
 ///
 /// # Safety
-/// For all of `'a` the memory must stay mapped readable and writable, and this program may access it only through atomics (or from
-/// code outside of Rust's sight, such as a system call). What other processes or virtual machines do to it does not matter.
+/// For all of `'a` the memory must stay mapped readable and writable, and this program may access
+/// it only through atomics (or from code outside of Rust's sight, such as a system call). What
+/// other processes or virtual machines do to it does not matter.
 pub unsafe fn words<'a>(at: NonNull<u8>, bytes: usize) -> Option<&'a [Word]> {
     let at = at.cast::<Word>();
     if !at.is_aligned() {
         return None;
     }
-    // SAFETY: aligned as checked; mapped and accessed by atomics alone as the caller promises. `Word` has the size and validity of u64,
-    // for which any bytes will do.
+    // SAFETY: aligned as checked; mapped and accessed by atomics alone as the caller promises.
+    // `Word` has the size and validity of u64, for which any bytes will do.
     Some(unsafe { core::slice::from_raw_parts(at.as_ptr(), bytes / WORD) })
 }
 

@@ -1,9 +1,10 @@
 //! Ring: every value is kept, in order (spec/shared-memory.md, "Ring").
 //!
-//! One array, whose entries pass back and forth: the driver submits an entry in a slot, the device returns one in a slot whose submission it
-//! has taken (or, where a return carries nothing, only counts them in its `seq`). Each entry says whose it is and of which lap, so that a
-//! poller touches nothing but the entry's own line. The number of entries in flight never exceeds the ring's size, which is all the flow
-//! control there is.
+//! One array, whose entries pass back and forth: the driver submits an entry in a slot, the device
+//! returns one in a slot whose submission it has taken (or, where a return carries nothing, only
+//! counts them in its `seq`). Each entry says whose it is and of which lap, so that a poller
+//! touches nothing but the entry's own line. The number of entries in flight never exceeds the
+//! ring's size, which is all the flow control there is.
 
 use super::memory::{Memory, WORD, low, read_u32};
 use super::signal::{self, Armed, BLOCK_BYTES, BadSignal, End, Receiver, Sender};
@@ -43,7 +44,8 @@ pub const RETURNED: u16 = 1 << 14;
 const MARKS: u64 = ((LAP | RETURNED) as u64) << 48;
 const RETURN: u64 = (RETURNED as u64) << 48;
 
-/// A buffer or a value in flight. `flags` are the user's, except [`NEXT`], which chains, and [`LAP`] and [`RETURNED`], which are the ring's.
+/// A buffer or a value in flight. `flags` are the user's, except [`NEXT`], which chains, and
+/// [`LAP`] and [`RETURNED`], which are the ring's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Entry {
     /// Address in the driver's memory, or any value.
@@ -188,7 +190,8 @@ pub struct DriverEnd<M> {
 }
 
 impl<M: Memory + Clone> DriverEnd<M> {
-    /// Formats `mem` as a fresh ring whose counts begin at `start` (0, but for tests of the wrap-around).
+    /// Formats `mem` as a fresh ring whose counts begin at `start` (0, but for tests of the
+    /// wrap-around).
     pub fn create(mem: M, layout: Layout, start: u32) -> Result<Self, BadRing> {
         let words = mem.words();
         if words.len() < layout.words() {
@@ -201,7 +204,8 @@ impl<M: Memory + Clone> DriverEnd<M> {
         }
         signal::format(&mem, SIGNAL_OFFSET, start)?;
         words[HEADER_ENTRIES].store(u64::from(layout.entries), Ordering::Relaxed);
-        words[HEADER_RETURNS].store(u64::from(layout.returns == Returns::Entries), Ordering::Relaxed);
+        words[HEADER_RETURNS]
+            .store(u64::from(layout.returns == Returns::Entries), Ordering::Relaxed);
         words[HEADER_START].store(u64::from(start), Ordering::Relaxed);
         words[0].store(MAGIC, Ordering::Release);
         let tx = Sender::new(mem.clone(), SIGNAL_OFFSET, End::Driver, start)?;
@@ -226,18 +230,24 @@ impl<M: Memory + Clone> DriverEnd<M> {
         self.submitted.wrapping_sub(self.reaped)
     }
 
-    /// Puts an entry into the ring. A device that polls may see it at once; one that sleeps is told by [`post`](Self::post).
+    /// Puts an entry into the ring. A device that polls may see it at once; one that sleeps is told
+    /// by [`post`](Self::post).
     #[inline]
     pub fn submit(&mut self, entry: Entry) -> Result<(), Full> {
         if self.space() == 0 {
             return Err(Full);
         }
-        store(self.layout.slot(self.mem.words(), self.submitted), self.layout.lap(self.submitted), entry);
+        store(
+            self.layout.slot(self.mem.words(), self.submitted),
+            self.layout.lap(self.submitted),
+            entry,
+        );
         self.submitted = self.submitted.wrapping_add(1);
         Ok(())
     }
 
-    /// Puts entries into the ring as long as there is room, and returns how many. For a batch, this is the faster way.
+    /// Puts entries into the ring as long as there is room, and returns how many. For a batch, this
+    /// is the faster way.
     #[inline]
     pub fn submit_all(&mut self, entries: impl IntoIterator<Item = Entry>) -> u32 {
         let (words, layout, first) = (self.mem.words(), self.layout, self.submitted);
@@ -262,7 +272,9 @@ impl<M: Memory + Clone> DriverEnd<M> {
     #[inline]
     pub fn reap(&mut self) -> Result<Option<Entry>, Corrupt> {
         let mark = self.layout.lap(self.reaped) | RETURN;
-        let Some(entry) = load(self.layout.slot(self.mem.words(), self.reaped), mark) else { return Ok(None) };
+        let Some(entry) = load(self.layout.slot(self.mem.words(), self.reaped), mark) else {
+            return Ok(None);
+        };
         if self.in_flight() == 0 {
             return Err(Corrupt::Unasked);
         }
@@ -270,15 +282,17 @@ impl<M: Memory + Clone> DriverEnd<M> {
         Ok(Some(entry))
     }
 
-    /// Hands up to `max` returned entries to `each`, of a ring with [`Returns::Entries`], and returns how many. For a batch, this is the
-    /// faster way.
+    /// Hands up to `max` returned entries to `each`, of a ring with [`Returns::Entries`], and
+    /// returns how many. For a batch, this is the faster way.
     #[inline]
     pub fn reap_all(&mut self, max: u32, mut each: impl FnMut(Entry)) -> Result<u32, Corrupt> {
         let (words, layout, first) = (self.mem.words(), self.layout, self.reaped);
         let mut pos = first;
         let mut outcome = Ok(());
         while pos.wrapping_sub(first) < max {
-            let Some(entry) = load(layout.slot(words, pos), layout.lap(pos) | RETURN) else { break };
+            let Some(entry) = load(layout.slot(words, pos), layout.lap(pos) | RETURN) else {
+                break;
+            };
             if pos == self.submitted {
                 outcome = Err(Corrupt::Unasked);
                 break;
@@ -290,7 +304,8 @@ impl<M: Memory + Clone> DriverEnd<M> {
         outcome.map(|()| pos.wrapping_sub(first))
     }
 
-    /// How many entries came back since the last call, oldest first, of a ring with [`Returns::Counted`].
+    /// How many entries came back since the last call, oldest first, of a ring with
+    /// [`Returns::Counted`].
     #[inline]
     pub fn reap_count(&mut self) -> Result<u32, Corrupt> {
         let n = self.rx.seen().wrapping_sub(self.reaped);
@@ -371,7 +386,9 @@ impl<M: Memory + Clone> DeviceEnd<M> {
     #[inline]
     pub fn take(&mut self) -> Result<Option<Entry>, Corrupt> {
         let mark = self.layout.lap(self.taken);
-        let Some(entry) = load(self.layout.slot(self.mem.words(), self.taken), mark) else { return Ok(None) };
+        let Some(entry) = load(self.layout.slot(self.mem.words(), self.taken), mark) else {
+            return Ok(None);
+        };
         if self.held() == self.layout.entries {
             return Err(Corrupt::Overfull);
         }
@@ -379,8 +396,8 @@ impl<M: Memory + Clone> DeviceEnd<M> {
         Ok(Some(entry))
     }
 
-    /// Gives one entry back. In a ring with [`Returns::Counted`] its content is not passed on, and it stands for the oldest one held.
-    /// Without an entry held, nothing happens.
+    /// Gives one entry back. In a ring with [`Returns::Counted`] its content is not passed on, and
+    /// it stands for the oldest one held. Without an entry held, nothing happens.
     #[inline]
     pub fn give_back(&mut self, entry: Entry) {
         if self.held() == 0 {
@@ -393,10 +410,15 @@ impl<M: Memory + Clone> DeviceEnd<M> {
         self.given = self.given.wrapping_add(1);
     }
 
-    /// Takes up to `max` entries and gives each back at once as `each` makes it; returns how many. For a batch, this is the faster way.
-    /// Entries that are held meanwhile stay held; where returns are only counted, these stand for them.
+    /// Takes up to `max` entries and gives each back at once as `each` makes it; returns how many.
+    /// For a batch, this is the faster way. Entries that are held meanwhile stay held; where
+    /// returns are only counted, these stand for them.
     #[inline]
-    pub fn serve(&mut self, max: u32, mut each: impl FnMut(Entry) -> Entry) -> Result<u32, Corrupt> {
+    pub fn serve(
+        &mut self,
+        max: u32,
+        mut each: impl FnMut(Entry) -> Entry,
+    ) -> Result<u32, Corrupt> {
         let (words, layout, first) = (self.mem.words(), self.layout, self.taken);
         let held = self.held();
         let mut pos = first;

@@ -1,12 +1,14 @@
 //! Signal: who wakes whom, and when (spec/shared-memory.md, "Signal").
 //!
-//! Each direction has two words with one writer each, in lines of their own: the sender's `seq`, a free-running count of posts, and the
-//! receiver's `arm`, a position at which it wants to be kicked, or nothing. From these two follows all that three shared flags used to say:
-//! *dirty* is "`seq` differs from what I consumed", *pending* is "`seq` has passed `at`". So a burst costs one kick, and a receiver that
-//! polls costs none.
+//! Each direction has two words with one writer each, in lines of their own: the sender's `seq`, a
+//! free-running count of posts, and the receiver's `arm`, a position at which it wants to be
+//! kicked, or nothing. From these two follows all that three shared flags used to say: *dirty* is
+//! "`seq` differs from what I consumed", *pending* is "`seq` has passed `at`". So a burst costs one
+//! kick, and a receiver that polls costs none.
 //!
-//! Position `at` is the number of the post that shall kick: a receiver that has consumed everything up to `seen` arms at `seen`, to be
-//! kicked by the very next post, or at `seen + k`, to be kicked after `k` more (and then it owns the time-out that goes with it).
+//! Position `at` is the number of the post that shall kick: a receiver that has consumed everything
+//! up to `seen` arms at `seen`, to be kicked by the very next post, or at `seen + k`, to be kicked
+//! after `k` more (and then it owns the time-out that goes with it).
 
 use super::memory::{Memory, WORD, low};
 use super::sync::{Edge, Fence, Ordering, fence, observe, publish};
@@ -16,7 +18,8 @@ pub const BLOCK_BYTES: usize = 256;
 /// Alignment of a signal block within its region, in bytes.
 pub const BLOCK_ALIGN: usize = 64;
 
-/// Offset within the block of the driver's `seq`: it sends to the device. Each word is alone in its line.
+/// Offset within the block of the driver's `seq`: it sends to the device. Each word is alone in its
+/// line.
 pub const DRIVER_SEQ: usize = 0;
 /// Offset within the block of the device's `arm`, for the driver's posts.
 pub const DEVICE_ARM: usize = 64;
@@ -103,10 +106,16 @@ pub struct Sender<M> {
 }
 
 impl<M: Memory> Sender<M> {
-    /// The half by which `end` sends, over the block at byte `offset` of `mem`, counting on from `start`: what its `seq` holds now.
+    /// The half by which `end` sends, over the block at byte `offset` of `mem`, counting on from
+    /// `start`: what its `seq` holds now.
     pub fn new(mem: M, offset: usize, end: End, start: u32) -> Result<Self, BadSignal> {
         let base = block(&mem, offset)?;
-        Ok(Sender { mem, seq_word: base + end.seq_word(), arm_word: base + end.peer().arm_word(), seq: start })
+        Ok(Sender {
+            mem,
+            seq_word: base + end.seq_word(),
+            arm_word: base + end.peer().arm_word(),
+            seq: start,
+        })
     }
 
     /// Posts so far, as the receiver sees them.
@@ -115,8 +124,9 @@ impl<M: Memory> Sender<M> {
         self.seq
     }
 
-    /// Makes `n` more posts visible, after everything written before. Returns whether the receiver must be kicked: at most one kick for each
-    /// position that the receiver arms at. What is written after `post` is not seen by a peer that has not yet seen these posts.
+    /// Makes `n` more posts visible, after everything written before. Returns whether the receiver
+    /// must be kicked: at most one kick for each position that the receiver arms at. What is
+    /// written after `post` is not seen by a peer that has not yet seen these posts.
     #[inline]
     #[must_use = "true asks for a kick; without it the receiver may sleep for ever"]
     pub fn post(&mut self, n: u32) -> bool {
@@ -125,9 +135,11 @@ impl<M: Memory> Sender<M> {
         let words = self.mem.words();
         // Pairs with the loads of `seq` in Receiver::{seen, arm}.
         publish(&words[self.seq_word], u64::from(self.seq), Edge::Seq);
-        // Store of `seq` before load of `arm`: with the fence in `arm`, one of the two ends sees the other's store.
+        // Store of `seq` before load of `arm`: with the fence in `arm`, one of the two ends sees
+        // the other's store.
         fence(Fence::Post);
-        // Pairs with the stores of `arm` in Receiver::{arm, disarm}. Read once: the peer may change it at any time.
+        // Pairs with the stores of `arm` in Receiver::{arm, disarm}. Read once: the peer may change
+        // it at any time.
         let arm = words[self.arm_word].load(Ordering::Relaxed);
         arm & ARM_ENABLED != 0 && low(arm).wrapping_sub(old) < n
     }
@@ -139,8 +151,9 @@ impl<M: Memory> Sender<M> {
 pub enum Armed {
     /// The post at the position will kick: it is safe to sleep.
     Waiting,
-    /// It is already there: go on without sleeping. An honest sender's data is visible; if there is none, the sender is not honest, and the
-    /// receiver may sleep all the same (it loses that sender's kick only).
+    /// It is already there: go on without sleeping. An honest sender's data is visible; if there is
+    /// none, the sender is not honest, and the receiver may sleep all the same (it loses that
+    /// sender's kick only).
     Missed,
 }
 
@@ -156,10 +169,15 @@ impl<M: Memory> Receiver<M> {
     /// The half by which `end` receives, over the block at byte `offset` of `mem`.
     pub fn new(mem: M, offset: usize, end: End) -> Result<Self, BadSignal> {
         let base = block(&mem, offset)?;
-        Ok(Receiver { mem, seq_word: base + end.peer().seq_word(), arm_word: base + end.arm_word() })
+        Ok(Receiver {
+            mem,
+            seq_word: base + end.peer().seq_word(),
+            arm_word: base + end.arm_word(),
+        })
     }
 
-    /// The sender's count of posts; everything written before them is visible after this call. It is the peer's word: any value may come.
+    /// The sender's count of posts; everything written before them is visible after this call. It
+    /// is the peer's word: any value may come.
     #[inline]
     pub fn seen(&self) -> u32 {
         // Pairs with the store of `seq` in Sender::post.
@@ -197,7 +215,10 @@ pub struct Signal<M> {
 impl<M: Memory + Clone> Signal<M> {
     /// Both halves of `end` over the block at byte `offset` of `mem`, sending from `start`.
     pub fn new(mem: M, offset: usize, end: End, start: u32) -> Result<Self, BadSignal> {
-        Ok(Signal { tx: Sender::new(mem.clone(), offset, end, start)?, rx: Receiver::new(mem, offset, end)? })
+        Ok(Signal {
+            tx: Sender::new(mem.clone(), offset, end, start)?,
+            rx: Receiver::new(mem, offset, end)?,
+        })
     }
 }
 
@@ -208,7 +229,10 @@ mod tests {
 
     fn pair(memory: &[Word], start: u32) -> (Sender<&[Word]>, Receiver<&[Word]>) {
         format(&memory, 0, start).unwrap();
-        (Sender::new(memory, 0, End::Driver, start).unwrap(), Receiver::new(memory, 0, End::Device).unwrap())
+        (
+            Sender::new(memory, 0, End::Driver, start).unwrap(),
+            Receiver::new(memory, 0, End::Device).unwrap(),
+        )
     }
 
     fn memory() -> [Word; 32] {
@@ -220,8 +244,16 @@ mod tests {
         let memory = memory();
         assert!(Sender::new(&memory[..], 0, End::Driver, 0).is_ok());
         for offset in [8, 64, usize::MAX, usize::MAX - 63] {
-            assert_eq!(Sender::new(&memory[..], offset, End::Driver, 0).unwrap_err(), BadSignal, "offset {offset}");
-            assert_eq!(Receiver::new(&memory[..], offset, End::Driver).unwrap_err(), BadSignal, "offset {offset}");
+            assert_eq!(
+                Sender::new(&memory[..], offset, End::Driver, 0).unwrap_err(),
+                BadSignal,
+                "offset {offset}"
+            );
+            assert_eq!(
+                Receiver::new(&memory[..], offset, End::Driver).unwrap_err(),
+                BadSignal,
+                "offset {offset}"
+            );
         }
     }
 

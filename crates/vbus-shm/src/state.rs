@@ -1,8 +1,9 @@
 //! State page: the newest value is always current (spec/shared-memory.md, "State page").
 //!
-//! A header, a signal block, then N slots of the value. The version is the owner's `seq`: writing fills the slot after the current one and
-//! posts. The writer is wait-free and never waits for a reader; a reader tries again only if the writer came all the way round while it
-//! copied, a bounded number of times. Version 0 of a fresh page is a value of zeros.
+//! A header, a signal block, then N slots of the value. The version is the owner's `seq`: writing
+//! fills the slot after the current one and posts. The writer is wait-free and never waits for a
+//! reader; a reader tries again only if the writer came all the way round while it copied, a
+//! bounded number of times. Version 0 of a fresh page is a value of zeros.
 
 use super::copy;
 use super::memory::{Memory, WORD, read_u32};
@@ -21,8 +22,9 @@ pub const DEFAULT_SLOTS: u32 = 4;
 pub const MAX_VALUE: u32 = 1 << 20;
 /// How often a reader tries before it gives the writer up as hostile.
 pub const READ_TRIES: u32 = 64;
-/// Bytes that a reader may copy in trying, if that makes more tries than [`READ_TRIES`]: small values are written faster than a cache line comes
-/// over from the other core, and many of their reads need many tries.
+/// Bytes that a reader may copy in trying, if that makes more tries than [`READ_TRIES`]: small
+/// values are written faster than a cache line comes over from the other core, and many of their
+/// reads need many tries.
 const READ_BYTES: usize = 64 << 10;
 
 const HEADER_VALUE_BYTES: usize = 1;
@@ -62,7 +64,8 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// A page for values of `value_bytes` (1..=[`MAX_VALUE`]) with `slots` slots (a power of two, 4..=64).
+    /// A page for values of `value_bytes` (1..=[`MAX_VALUE`]) with `slots` slots (a power of two,
+    /// 4..=64).
     pub fn new(value_bytes: u32, slots: u32) -> Result<Layout, BadState> {
         if value_bytes == 0 || value_bytes > MAX_VALUE {
             return Err(BadState::ValueSize);
@@ -96,12 +99,14 @@ impl Layout {
     /// The words of the value in the slot of `version`.
     #[inline(always)]
     fn slot<'a>(&self, words: &'a [Word], version: u32) -> &'a [Word] {
-        let first = SLOTS_OFFSET / WORD + (version & (self.slots - 1)) as usize * self.slot_words as usize;
+        let first =
+            SLOTS_OFFSET / WORD + (version & (self.slots - 1)) as usize * self.slot_words as usize;
         &words[first..first + self.value_bytes().div_ceil(WORD)]
     }
 
-    /// Writes the header of a fresh page over zeroed memory, with versions counting from `start`. Done by the driver, which owns the
-    /// memory, before it registers the region, whichever end will own the value.
+    /// Writes the header of a fresh page over zeroed memory, with versions counting from `start`.
+    /// Done by the driver, which owns the memory, before it registers the region, whichever end
+    /// will own the value.
     pub fn format(self, mem: &impl Memory, start: u32) -> Result<(), BadState> {
         let words = mem.words();
         if words.len() < self.words() {
@@ -143,7 +148,8 @@ pub struct Writer<M> {
 }
 
 impl<M: Memory + Clone> Writer<M> {
-    /// The writer of a formatted page. It goes on from the version that the page is at, so a writer that was restarted loses nothing.
+    /// The writer of a formatted page. It goes on from the version that the page is at, so a writer
+    /// that was restarted loses nothing.
     pub fn attach(mem: M, end: End) -> Result<Self, BadState> {
         let layout = Layout::load(&mem)?;
         let version = Receiver::new(mem.clone(), SIGNAL_OFFSET, end.peer())?.seen();
@@ -161,7 +167,8 @@ impl<M: Memory + Clone> Writer<M> {
         self.tx.posted()
     }
 
-    /// Makes `value` current. Shorter values are filled up with zeros, longer ones are cut. Returns whether to kick the reader.
+    /// Makes `value` current. Shorter values are filled up with zeros, longer ones are cut. Returns
+    /// whether to kick the reader.
     #[must_use = "true asks for a kick"]
     #[inline]
     pub fn write(&mut self, value: &[u8]) -> bool {
@@ -184,7 +191,8 @@ pub struct Reader<M> {
     rx: Receiver<M>,
 }
 
-/// The writer came round again and again while we copied. An honest one does that only if this reader is hardly ever scheduled.
+/// The writer came round again and again while we copied. An honest one does that only if this
+/// reader is hardly ever scheduled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Overrun;
 
@@ -206,7 +214,8 @@ impl<M: Memory + Clone> Reader<M> {
         self.rx.seen()
     }
 
-    /// Copies the current value into the front of `out`, which gets at most a value's bytes, and returns its version.
+    /// Copies the current value into the front of `out`, which gets at most a value's bytes, and
+    /// returns its version.
     #[inline]
     pub fn read(&self, out: &mut [u8]) -> Result<u32, Overrun> {
         if out.len() <= self.layout.value_bytes() {
@@ -234,7 +243,8 @@ impl<M: Memory + Clone> Reader<M> {
     fn try_read(&self, out: &mut [u8]) -> Option<u32> {
         let version = self.rx.seen();
         copy::load(self.layout.slot(self.mem.words(), version), out);
-        // Pairs with the fence in Sender::post: if a word was of the next round, its predecessor's `seq` is seen below.
+        // Pairs with the fence in Sender::post: if a word was of the next round, its predecessor's
+        // `seq` is seen below.
         fence(Fence::Read);
         (self.rx.seen().wrapping_sub(version) < self.layout.slots - 1).then_some(version)
     }
@@ -247,7 +257,8 @@ impl<M: Memory + Clone> Reader<M> {
         self.read(out).map(Some)
     }
 
-    /// Asks for a kick by the update that follows version `than`. [`Armed::Missed`]: it is there already.
+    /// Asks for a kick by the update that follows version `than`. [`Armed::Missed`]: it is there
+    /// already.
     pub fn arm_newer(&mut self, than: u32) -> Armed {
         self.rx.arm(than)
     }
@@ -258,8 +269,9 @@ impl<M: Memory + Clone> Reader<M> {
     }
 }
 
-/// A reader that keeps the newest value of N bytes as its own, and copies from the page only when that has a newer one. For values that are
-/// looked at more often than they change: a look then costs no more than a load of the version.
+/// A reader that keeps the newest value of N bytes as its own, and copies from the page only when
+/// that has a newer one. For values that are looked at more often than they change: a look then
+/// costs no more than a load of the version.
 #[derive(Debug)]
 pub struct Latest<M, const N: usize> {
     reader: Reader<M>,
@@ -318,7 +330,8 @@ mod tests {
         let layout = Layout::new(16, 4).unwrap();
         let memory = memory(layout, u32::MAX);
         let mut writer = Writer::attach(&memory[..], End::Device).unwrap();
-        let mut latest = Latest::<_, 16>::new(Reader::attach(&memory[..], End::Driver).unwrap()).unwrap();
+        let mut latest =
+            Latest::<_, 16>::new(Reader::attach(&memory[..], End::Driver).unwrap()).unwrap();
         assert_eq!(latest.read(), Ok(&[0; 16]));
         assert_eq!(latest.version(), u32::MAX);
         for n in 0..9 {
@@ -328,8 +341,10 @@ mod tests {
                 assert_eq!(latest.version(), u32::from(n));
             }
         }
-        let mut short = Latest::<_, 4>::new(Reader::attach(&memory[..], End::Driver).unwrap()).unwrap();
-        let mut long = Latest::<_, 20>::new(Reader::attach(&memory[..], End::Driver).unwrap()).unwrap();
+        let mut short =
+            Latest::<_, 4>::new(Reader::attach(&memory[..], End::Driver).unwrap()).unwrap();
+        let mut long =
+            Latest::<_, 20>::new(Reader::attach(&memory[..], End::Driver).unwrap()).unwrap();
         assert_eq!(short.read(), Ok(&[8; 4]));
         assert_eq!(long.read().map(|v| (v[15], v[16])), Ok((8, 0)));
     }

@@ -5,7 +5,8 @@ use core::fmt;
 use super::abi::status;
 use super::{pic, ring, state};
 
-/// Why a command failed or a connection ended: a number of [`status`], as the device says it and the driver reads it.
+/// Why a command failed or a connection ended: a number of [`status`], as the device says it and
+/// the driver reads it.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Status(pub u32);
 

@@ -1,15 +1,17 @@
 //! Wide copies of whole words, where the machine has them.
 //!
-//! Atomic accesses of 64 bits are the widest that the language has, and a third of what a processor can copy. An `asm!` block is outside of
-//! the compiler's sight: it reads shared memory that the other end may write at the same time as the processor does, torn at worst. So
-//! here, and only here, shared memory is not accessed as [`Word`]s. Portable words do the rest: short copies, other machines, programs that
-//! may not touch vector registers (a kernel), and Miri.
+//! Atomic accesses of 64 bits are the widest that the language has, and a third of what a processor
+//! can copy. An `asm!` block is outside of the compiler's sight: it reads shared memory that the
+//! other end may write at the same time as the processor does, torn at worst. So here, and only
+//! here, shared memory is not accessed as [`Word`]s. Portable words do the rest: short copies,
+//! other machines, programs that may not touch vector registers (a kernel), and Miri.
 #![allow(unsafe_code)] // See above.
 
 use super::memory::WORD;
 use super::sync::Word;
 
-/// Copies the front of `bytes` to all of `words`, or does nothing and says so. There are at least as many bytes.
+/// Copies the front of `bytes` to all of `words`, or does nothing and says so. There are at least
+/// as many bytes.
 #[inline(always)]
 pub fn store(words: &[Word], bytes: &[u8]) -> bool {
     let bytes = &bytes[..words.len() * WORD];
@@ -17,7 +19,8 @@ pub fn store(words: &[Word], bytes: &[u8]) -> bool {
     unsafe { vector::copy(words.as_ptr().cast_mut().cast(), bytes.as_ptr(), bytes.len()) }
 }
 
-/// Copies all of `words` to the front of `out`, or does nothing and says so. There is room for them.
+/// Copies all of `words` to the front of `out`, or does nothing and says so. There is room for
+/// them.
 #[inline(always)]
 pub fn load(words: &[Word], out: &mut [u8]) -> bool {
     let out = &mut out[..words.len() * WORD];
@@ -49,15 +52,18 @@ mod vector {
 
     /// Bytes of a step of the loop.
     const STEP: usize = 64;
-    /// From here on, vectors are faster. Below, what was written a moment ago in words is also read faster in words.
+    /// From here on, vectors are faster. Below, what was written a moment ago in words is also read
+    /// faster in words.
     const FROM: usize = 2 * STEP;
 
-    /// Copies all of `bytes` bytes, or does nothing and says so: whole steps from where `to` is aligned, then the last 64 as they come, then the
-    /// first 32. Those come last because a value often begins with a counter or a time that was written a moment ago, and a vector cannot be
+    /// Copies all of `bytes` bytes, or does nothing and says so: whole steps from where `to` is
+    /// aligned, then the last 64 as they come, then the first 32. Those come last because a value
+    /// often begins with a counter or a time that was written a moment ago, and a vector cannot be
     /// read from a word that is still on its way to the cache.
     ///
     /// # Safety
-    /// `to` is as many bytes that may be written, `from` as many that may be read; they do not overlap.
+    /// `to` is as many bytes that may be written, `from` as many that may be read; they do not
+    /// overlap.
     #[inline(always)]
     pub(super) unsafe fn copy(to: *mut u8, from: *const u8, bytes: usize) -> bool {
         if bytes < FROM || !avx() {
@@ -65,8 +71,9 @@ mod vector {
         }
         let skip = 32 - to as usize % 32;
         let steps = (bytes - skip) / STEP;
-        // SAFETY: the processor has AVX. The head is 32 bytes and covers `skip`; the loop covers `steps` of 64 behind `skip`, at least one; the
-        // tail lies wholly within, as `bytes` is at least 64.
+        // SAFETY: the processor has AVX. The head is 32 bytes and covers `skip`; the loop covers
+        // `steps` of 64 behind `skip`, at least one; the tail lies wholly within, as `bytes` is at
+        // least 64.
         unsafe {
             asm!(
                 "2:",
@@ -92,7 +99,8 @@ mod vector {
                 steps = inout(reg) steps => _,
                 from_tail = in(reg) from.add(bytes - STEP),
                 to_tail = in(reg) to.add(bytes - STEP),
-                // All of them: vzeroupper clears the upper half of each, and the compiler knows each by its lower half.
+                // All of them: vzeroupper clears the upper half of each, and the compiler knows
+                // each by its lower half.
                 out("xmm0") _, out("xmm1") _, out("xmm2") _, out("xmm3") _, out("xmm4") _, out("xmm5") _, out("xmm6") _, out("xmm7") _,
                 out("xmm8") _, out("xmm9") _, out("xmm10") _, out("xmm11") _, out("xmm12") _, out("xmm13") _, out("xmm14") _, out("xmm15") _,
                 options(nostack),
@@ -101,7 +109,8 @@ mod vector {
         true
     }
 
-    /// Copies all of `bytes` bytes if they are 64, or does nothing and says so. Not for what was written in words a moment ago.
+    /// Copies all of `bytes` bytes if they are 64, or does nothing and says so. Not for what was
+    /// written in words a moment ago.
     ///
     /// # Safety
     /// As of [`copy`].
@@ -133,7 +142,8 @@ mod vector {
         true
     }
 
-    /// Whether the processor has AVX and the system keeps its registers. Asked once: the answer takes an exit in a virtual machine.
+    /// Whether the processor has AVX and the system keeps its registers. Asked once: the answer
+    /// takes an exit in a virtual machine.
     #[inline(always)]
     fn avx() -> bool {
         const NO: u8 = 1;
@@ -162,7 +172,9 @@ mod vector {
         }
         let kept: u32;
         // SAFETY: OSXSAVE says that the instruction is there; it only reads register 0.
-        unsafe { asm!("xgetbv", in("ecx") 0, out("eax") kept, out("edx") _, options(nomem, nostack, preserves_flags)) }
+        unsafe {
+            asm!("xgetbv", in("ecx") 0, out("eax") kept, out("edx") _, options(nomem, nostack, preserves_flags))
+        }
         kept & XMM_AND_YMM == XMM_AND_YMM
     }
 }

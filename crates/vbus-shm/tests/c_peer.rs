@@ -1,4 +1,5 @@
-//! The other end in C, in another process, written from the specification alone: every entry and every value comes across.
+//! The other end in C, in another process, written from the specification alone: every entry and
+//! every value comes across.
 
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used)] // Of a test as a whole.
@@ -28,8 +29,10 @@ fn program() -> Option<&'static PathBuf> {
     static PROGRAM: OnceLock<Option<PathBuf>> = OnceLock::new();
     let build = || {
         let directory = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
-        // Another process may run these tests at the same time: what it runs is replaced, never written to.
-        let (fresh, program) = (directory.join(format!("c_peer-{}", std::process::id())), directory.join("c_peer"));
+        // Another process may run these tests at the same time: what it runs is replaced, never
+        // written to.
+        let (fresh, program) =
+            (directory.join(format!("c_peer-{}", std::process::id())), directory.join("c_peer"));
         let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/c_peer/peer.c");
         let compiler = std::env::var_os("CC").unwrap_or_else(|| "cc".into());
         let flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-o"];
@@ -65,14 +68,23 @@ impl Peer {
         ftruncate(&file, REGION as u64).unwrap();
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: at an address of the kernel's choice.
-        let at = unsafe { mmap(std::ptr::null_mut(), REGION, protection, MapFlags::SHARED, &file, 0) }.unwrap();
+        let at =
+            unsafe { mmap(std::ptr::null_mut(), REGION, protection, MapFlags::SHARED, &file, 0) }
+                .unwrap();
         // SAFETY: never unmapped, and accessed through the slice alone.
-        let memory = unsafe { vbus_shm::raw::words(NonNull::new(at.cast()).unwrap(), REGION) }.unwrap();
+        let memory =
+            unsafe { vbus_shm::raw::words(NonNull::new(at.cast()).unwrap(), REGION) }.unwrap();
         prepare(memory);
         let [to_us, to_them] = [(); 2].map(|()| eventfd(0, EventfdFlags::empty()).unwrap());
-        let numbers = [file.as_raw_fd(), i32::try_from(REGION).unwrap(), to_them.as_raw_fd(), to_us.as_raw_fd()];
+        let numbers = [
+            file.as_raw_fd(),
+            i32::try_from(REGION).unwrap(),
+            to_them.as_raw_fd(),
+            to_us.as_raw_fd(),
+        ];
         let arguments = numbers.map(|number| number.to_string());
-        let child = Command::new(program).arg(role).args(arguments).arg(count.to_string()).spawn().unwrap();
+        let child =
+            Command::new(program).arg(role).args(arguments).arg(count.to_string()).spawn().unwrap();
         Some(Peer { memory, to_us, child, to_them })
     }
 
@@ -103,13 +115,15 @@ impl Drop for Peer {
 fn drive(returns: Returns) {
     let layout = ring::Layout::new(16, returns).unwrap();
     let mut driver = None;
-    let create = |memory| driver = Some(DriverEnd::create(memory, layout, u32::MAX - 1000).unwrap());
+    let create =
+        |memory| driver = Some(DriverEnd::create(memory, layout, u32::MAX - 1000).unwrap());
     let Some(peer) = Peer::start("device", ENTRIES, create) else { return };
     let mut driver = driver.unwrap();
     let (mut submitted, mut reaped) = (0, 0);
     while reaped < ENTRIES {
         while submitted < ENTRIES {
-            let entry = Entry { addr: u64::from(submitted) + 1, len: submitted, id: 5, flags: NEXT };
+            let entry =
+                Entry { addr: u64::from(submitted) + 1, len: submitted, id: 5, flags: NEXT };
             if driver.submit(entry).is_err() {
                 break;
             }
@@ -123,7 +137,10 @@ fn drive(returns: Returns) {
             reaped += driver.reap_count().unwrap();
         }
         while let Some(back) = driver.reap().unwrap() {
-            assert_eq!(back, Entry { addr: !(u64::from(reaped) + 1), len: reaped + 1, id: 5, flags: NEXT });
+            assert_eq!(
+                back,
+                Entry { addr: !(u64::from(reaped) + 1), len: reaped + 1, id: 5, flags: NEXT }
+            );
             reaped += 1;
         }
         if reaped == before && driver.arm(0) == Armed::Waiting {
@@ -208,7 +225,8 @@ fn a_writer_in_c_is_read_whole() {
 /// Interrupts.
 const RAISES: u32 = 30_000;
 
-/// What the program in C raises for number `counter`: the line, and the words that say what it is about and what its handler saw.
+/// What the program in C raises for number `counter`: the line, and the words that say what it is
+/// about and what its handler saw.
 fn line(counter: u32) -> (u16, usize, usize) {
     let line = counter * 7 % 100;
     (u16::try_from(line).unwrap(), 512 + line as usize, 1024 + line as usize)
@@ -228,7 +246,9 @@ fn a_driver_in_c_takes_every_line() {
         }
         if counter % 3 == 0 {
             let end = std::time::Instant::now() + std::time::Duration::from_secs(60);
-            while (counter - 2..=counter).any(|n| peer.memory[line(n).2].load(Ordering::Acquire) < n.into()) {
+            while (counter - 2..=counter)
+                .any(|n| peer.memory[line(n).2].load(Ordering::Acquire) < n.into())
+            {
                 assert!(std::time::Instant::now() < end, "a line is lost");
                 std::thread::yield_now();
             }
@@ -251,7 +271,9 @@ fn a_device_in_c_raises_every_line() {
     while last < RAISES {
         peer.wait();
         while let Some(number) = driver.take() {
-            let about = u32::try_from(peer.memory[512 + usize::from(number)].load(Ordering::Relaxed)).unwrap();
+            let about =
+                u32::try_from(peer.memory[512 + usize::from(number)].load(Ordering::Relaxed))
+                    .unwrap();
             let (of, _, handled) = line(about);
             assert!(about != 0 && of == number, "a line came before its data");
             driver.end(number);

@@ -59,7 +59,11 @@ impl Model {
     }
 
     fn raise(&mut self, line: u16) -> bool {
-        if line >= self.lines || !self.pending.insert(line) || line < self.level || self.masked.contains(&line) {
+        if line >= self.lines
+            || !self.pending.insert(line)
+            || line < self.level
+            || self.masked.contains(&line)
+        {
             return false;
         }
         !std::mem::replace(&mut self.told, true)

@@ -26,12 +26,8 @@ enum Op {
 
 fn entry() -> impl Strategy<Value = Entry> {
     // Every bit but the ring's own.
-    (any::<u64>(), any::<u32>(), any::<u16>(), 0..0x4000_u16).prop_map(|(addr, len, id, flags)| Entry {
-        addr,
-        len,
-        id,
-        flags,
-    })
+    (any::<u64>(), any::<u32>(), any::<u16>(), 0..0x4000_u16)
+        .prop_map(|(addr, len, id, flags)| Entry { addr, len, id, flags })
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -135,7 +131,11 @@ fn behaves_like_a_queue(layout: Layout, start: u32, ops: Vec<Op>) -> Result<(), 
             }
             Op::GiveBack => {
                 // Out of order where order need not be kept.
-                let one = if layout.returns() == Returns::Entries { held.pop_back() } else { held.pop_front() };
+                let one = if layout.returns() == Returns::Entries {
+                    held.pop_back()
+                } else {
+                    held.pop_front()
+                };
                 device.give_back(one.unwrap_or_default());
                 given += u64::from(one.is_some());
                 back.extend(one);
@@ -147,7 +147,10 @@ fn behaves_like_a_queue(layout: Layout, start: u32, ops: Vec<Op>) -> Result<(), 
                 reaped += u64::from(expected.is_some());
             }
             Op::Reap => {
-                prop_assert_eq!(driver.reap_count(), Ok(u32::try_from(interrupt.posted - reaped).unwrap()));
+                prop_assert_eq!(
+                    driver.reap_count(),
+                    Ok(u32::try_from(interrupt.posted - reaped).unwrap())
+                );
                 reaped = interrupt.posted;
             }
             Op::DriverArm(after) => {
@@ -172,7 +175,10 @@ fn behaves_like_a_queue(layout: Layout, start: u32, ops: Vec<Op>) -> Result<(), 
             }
         }
         prop_assert_eq!(u64::from(driver.in_flight()), submitted - reaped);
-        prop_assert_eq!(u64::from(driver.space()), u64::from(layout.entries()) - (submitted - reaped));
+        prop_assert_eq!(
+            u64::from(driver.space()),
+            u64::from(layout.entries()) - (submitted - reaped)
+        );
         prop_assert_eq!(u64::from(device.held()), taken - given);
     }
     Ok(())

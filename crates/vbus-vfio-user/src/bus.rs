@@ -1,4 +1,5 @@
-//! A device of the bus, served: the adapter between the [`Server`] and a [`PciFunction`], and its place on the event loop.
+//! A device of the bus, served: the adapter between the [`Server`] and a [`PciFunction`], and its
+//! place on the event loop.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -13,7 +14,8 @@ use vbus_pci::{INDEX_COUNT, IrqError, IrqIndex, Options, PciFunction, REGION_COU
 use crate::server::{Server, Stats};
 use crate::target::{DeviceInfo, IoEventFd, IrqAction, IrqInfo, Mapping, RegionInfo, Target};
 
-/// A device's socket, served until this is dropped. Dropping it disconnects the client and removes the socket.
+/// A device's socket, served until this is dropped. Dropping it disconnects the client and removes
+/// the socket.
 #[derive(Debug)]
 pub struct DeviceServer {
     path: PathBuf,
@@ -35,12 +37,17 @@ fn lock(seen: &Mutex<Seen>) -> MutexGuard<'_, Seen> {
 }
 
 impl DeviceServer {
-    /// Offers the device at the socket `path` (made with mode 0600), as a PCI function of the form that `options` says. It is served on the
-    /// device's own event loop.
+    /// Offers the device at the socket `path` (made with mode 0600), as a PCI function of the form
+    /// that `options` says. It is served on the device's own event loop.
     ///
     /// # Errors
-    /// [`io::ErrorKind::AddrInUse`] if somebody listens at `path`; whatever else the system refuses.
-    pub fn start(endpoint: Arc<Endpoint>, path: &Path, options: Options) -> io::Result<DeviceServer> {
+    /// [`io::ErrorKind::AddrInUse`] if somebody listens at `path`; whatever else the system
+    /// refuses.
+    pub fn start(
+        endpoint: Arc<Endpoint>,
+        path: &Path,
+        options: Options,
+    ) -> io::Result<DeviceServer> {
         let executor = endpoint.executor().clone();
         let place = endpoint.place();
         let name = endpoint.name().to_owned();
@@ -100,7 +107,8 @@ impl Task for ServerTask {
                 break Progress::Busy;
             }
         };
-        *lock(&self.seen) = Seen { connected: self.server.is_connected(), stats: self.server.stats() };
+        *lock(&self.seen) =
+            Seen { connected: self.server.is_connected(), stats: self.server.stats() };
         Ok(progress)
     }
 
@@ -126,7 +134,12 @@ impl Target for PciFunction {
     fn irq_info(&self, index: u32) -> IrqInfo {
         let Some(index) = IrqIndex::from_number(index) else { return IrqInfo::default() };
         let intx = index == IrqIndex::Intx;
-        IrqInfo { count: self.irq_count(index), maskable: intx, automasked: intx, fixed_size: !intx }
+        IrqInfo {
+            count: self.irq_count(index),
+            maskable: intx,
+            automasked: intx,
+            fixed_size: !intx,
+        }
     }
 
     fn read(&mut self, region: u32, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
@@ -154,9 +167,13 @@ impl Target for PciFunction {
             IrqAction::ConnectUnmask { eventfds, .. } => {
                 self.connect_mask(index, false, eventfds.into_iter().next().flatten())
             }
-            IrqAction::Trigger(numbers) => numbers.iter().try_for_each(|&n| self.trigger_irq(index, n)),
+            IrqAction::Trigger(numbers) => {
+                numbers.iter().try_for_each(|&n| self.trigger_irq(index, n))
+            }
             IrqAction::Mask(numbers) => numbers.iter().try_for_each(|_| self.mask_irq(index, true)),
-            IrqAction::Unmask(numbers) => numbers.iter().try_for_each(|_| self.mask_irq(index, false)),
+            IrqAction::Unmask(numbers) => {
+                numbers.iter().try_for_each(|_| self.mask_irq(index, false))
+            }
         };
         done.map_err(|error| match error {
             IrqError::NoSuch | IrqError::NotMaskable | IrqError::NotEventfd => Errno::INVAL,
@@ -199,7 +216,12 @@ impl Target for PciFunction {
             Vec::new()
         });
         let duplicate = |doorbell: &vbus_pci::DoorbellFd| {
-            Some(IoEventFd { fd: doorbell.fd.try_clone().ok()?, offset: doorbell.offset, size: 0, datamatch: None })
+            Some(IoEventFd {
+                fd: doorbell.fd.try_clone().ok()?,
+                offset: doorbell.offset,
+                size: 0,
+                datamatch: None,
+            })
         };
         doorbells.iter().filter_map(duplicate).collect()
     }

@@ -1,8 +1,9 @@
 //! The client end, for programs that drive a device without a VM.
 //!
-//! Calls wait for the server's reply; the posted ones ([`Client::region_post`]) do not. Requests of the server for
-//! memory ([`crate::RemoteMemory`] on its side) are answered from the descriptors given to [`Client::dma_map`],
-//! while a call waits for its reply and in [`Client::serve_requests`].
+//! Calls wait for the server's reply; the posted ones ([`Client::region_post`]) do not. Requests of
+//! the server for memory ([`crate::RemoteMemory`] on its side) are answered from the descriptors
+//! given to [`Client::dma_map`], while a call waits for its reply and in
+//! [`Client::serve_requests`].
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -14,15 +15,17 @@ use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
 use crate::protocol::{
-    self, DEVICE_RESETS, DMA_ACCESS_LEN, DmaMap, DmaUnmap, HEADER_LEN, Header, Info, IrqData, IrqVerb, Kind, Malformed,
-    MultiWrite, RegionAccess, SetIrqs, SubRegion, Version, command, command_name,
+    self, DEVICE_RESETS, DMA_ACCESS_LEN, DmaMap, DmaUnmap, HEADER_LEN, Header, Info, IrqData,
+    IrqVerb, Kind, Malformed, MultiWrite, RegionAccess, SetIrqs, SubRegion, Version, command,
+    command_name,
 };
 use crate::shared::SharedMemory;
 use crate::socket::{Broken, Message, Received, Receiver, Sender, SocketSource, Source};
 use crate::target::{DeviceInfo, IoEventFd, IrqInfo, RegionInfo};
 use crate::version::{self, Agreed, Disagreement, KERNEL_MSG_FDS, MAX_TRANSFER};
 
-/// How long a call waits for the server, as QEMU does: from its beginning to the last byte of the reply, whatever else comes in between.
+/// How long a call waits for the server, as QEMU does: from its beginning to the last byte of the
+/// reply, whatever else comes in between.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// The most eventfds of one region: more than any function has doorbells.
 const MAX_IO_EVENTFDS: usize = 1024;
@@ -86,7 +89,8 @@ pub struct Client {
     receiver: Receiver,
     sender: Sender,
     next_id: u16,
-    /// After a final error nothing is sent any more: what comes could be the answer to something else.
+    /// After a final error nothing is sent any more: what comes could be the answer to something
+    /// else.
     failed: bool,
     agreed: Agreed,
     shared: SharedMemory,
@@ -96,13 +100,14 @@ impl Client {
     /// Connects to the server at `path` and negotiates the version.
     ///
     /// # Errors
-    /// When nobody listens there, the server refuses (it may have another client, [`Errno::BUSY`]), or says nothing
-    /// within 5 s.
+    /// When nobody listens there, the server refuses (it may have another client, [`Errno::BUSY`]),
+    /// or says nothing within 5 s.
     pub fn connect(path: impl AsRef<Path>) -> Result<Self, ClientError> {
         let path = path.as_ref();
         let failed = |errno| ClientError::Connect { path: path.display().to_string(), errno };
         let socket =
-            socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).map_err(failed)?;
+            socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+                .map_err(failed)?;
         let address = SocketAddrUnix::new(path).map_err(failed)?;
         set_socket_timeout(&socket, Timeout::Send, Some(PATIENCE)).map_err(failed)?;
         connect(&socket, &address).map_err(failed)?;
@@ -114,7 +119,8 @@ impl Client {
     /// # Errors
     /// Like [`Client::connect`]. Sending has the socket's own time-out.
     pub fn negotiate(socket: OwnedFd) -> Result<Self, ClientError> {
-        let agreed = Agreed { minor: 0, peer_fds: 0, peer_transfer: MAX_TRANSFER, write_multiple: false };
+        let agreed =
+            Agreed { minor: 0, peer_fds: 0, peer_transfer: MAX_TRANSFER, write_multiple: false };
         let mut client = Self {
             socket,
             receiver: Receiver::default(),
@@ -125,7 +131,8 @@ impl Client {
             shared: SharedMemory::default(),
         };
         let reply = client.call(command::VERSION, &version::proposal(), &[])?;
-        let version = Version::parse(&reply.body).map_err(|e| ClientError::Malformed("VERSION", e))?;
+        let version =
+            Version::parse(&reply.body).map_err(|e| ClientError::Malformed("VERSION", e))?;
         client.agreed = version::accept(&version)?;
         Ok(client)
     }
@@ -139,9 +146,14 @@ impl Client {
     /// Sends a command and waits for its reply: for what has no method of its own.
     ///
     /// # Errors
-    /// When the server refuses or the connection fails. After a [final](ClientError::is_final) error every further
-    /// call fails at once, with [`ClientError::Closed`].
-    pub fn call(&mut self, number: u16, body: &[u8], fds: &[BorrowedFd<'_>]) -> Result<Message, ClientError> {
+    /// When the server refuses or the connection fails. After a [final](ClientError::is_final)
+    /// error every further call fails at once, with [`ClientError::Closed`].
+    pub fn call(
+        &mut self,
+        number: u16,
+        body: &[u8],
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<Message, ClientError> {
         self.guarded(|client| {
             let id = client.send(number, false, body, fds)?;
             client.reply(id, number)
@@ -156,7 +168,10 @@ impl Client {
         self.guarded(|client| client.send(number, true, body, &[]).map(drop))
     }
 
-    fn guarded<R>(&mut self, act: impl FnOnce(&mut Self) -> Result<R, ClientError>) -> Result<R, ClientError> {
+    fn guarded<R>(
+        &mut self,
+        act: impl FnOnce(&mut Self) -> Result<R, ClientError>,
+    ) -> Result<R, ClientError> {
         if self.failed {
             return Err(ClientError::Closed);
         }
@@ -217,19 +232,30 @@ impl Client {
                             return Ok(served);
                         }
                     }
-                    Kind::Reply { .. } => return Err(ClientError::Mismatch(message.header, "any command")),
+                    Kind::Reply { .. } => {
+                        return Err(ClientError::Mismatch(message.header, "any command"));
+                    }
                 },
             }
         }
     }
 
-    fn send(&mut self, number: u16, no_reply: bool, body: &[u8], fds: &[BorrowedFd<'_>]) -> Result<u16, ClientError> {
+    fn send(
+        &mut self,
+        number: u16,
+        no_reply: bool,
+        body: &[u8],
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<u16, ClientError> {
         if fds.len() > self.agreed.peer_fds {
             return Err(ClientError::TooMuch(command_name(number)));
         }
         let id = self.next_id;
         self.next_id = id.wrapping_add(1);
-        let fds = fds.iter().map(|fd| fd.try_clone_to_owned().map_err(|_| Errno::MFILE)).collect::<Result<_, _>>()?;
+        let fds = fds
+            .iter()
+            .map(|fd| fd.try_clone_to_owned().map_err(|_| Errno::MFILE))
+            .collect::<Result<_, _>>()?;
         self.sender.push(protocol::message(id, number, Kind::Command { no_reply }, body), fds);
         self.sender.flush_all(self.socket.as_fd()).map_err(|e| match e {
             Errno::AGAIN => ClientError::Late(command_name(number)),
@@ -261,7 +287,8 @@ impl Client {
         };
         if !no_reply {
             let error = result.as_ref().err().map(|e| e.raw_os_error().unsigned_abs());
-            let bytes = protocol::message(id, number, Kind::Reply { error }, &result.unwrap_or_default());
+            let bytes =
+                protocol::message(id, number, Kind::Reply { error }, &result.unwrap_or_default());
             self.sender.push(bytes, Vec::new());
             self.sender.flush_all(self.socket.as_fd())?;
         }
@@ -274,7 +301,11 @@ impl Client {
     /// When the server refuses or the connection fails; as of every method below.
     pub fn device_info(&mut self) -> Result<DeviceInfo, ClientError> {
         let info = self.info(command::DEVICE_GET_INFO, 16, 0)?;
-        Ok(DeviceInfo { resettable: info.flags & DEVICE_RESETS != 0, regions: info.index, irqs: info.count })
+        Ok(DeviceInfo {
+            resettable: info.flags & DEVICE_RESETS != 0,
+            regions: info.index,
+            irqs: info.count,
+        })
     }
 
     fn info(&mut self, number: u16, argsz: u32, index: u32) -> Result<Info, ClientError> {
@@ -291,7 +322,11 @@ impl Client {
         let reply = self.call(command::DEVICE_GET_REGION_INFO, &request.body(), &[])?;
         let info = protocol::RegionInfo::parse(&reply.body)
             .map_err(|e| ClientError::Malformed("DEVICE_GET_REGION_INFO", e))?;
-        Ok(RegionInfo { size: info.size, readable: info.flags & 1 != 0, writable: info.flags & 2 != 0 })
+        Ok(RegionInfo {
+            size: info.size,
+            readable: info.flags & 1 != 0,
+            writable: info.flags & 2 != 0,
+        })
     }
 
     /// An interrupt index.
@@ -301,15 +336,26 @@ impl Client {
     pub fn irq_info(&mut self, index: u32) -> Result<IrqInfo, ClientError> {
         let info = self.info(command::DEVICE_GET_IRQ_INFO, 16, index)?;
         let flag = |bit: u32| info.flags & 1 << bit != 0;
-        Ok(IrqInfo { count: info.count, maskable: flag(1), automasked: flag(2), fixed_size: flag(3) })
+        Ok(IrqInfo {
+            count: info.count,
+            maskable: flag(1),
+            automasked: flag(2),
+            fixed_size: flag(3),
+        })
     }
 
-    /// Offers memory to the device: `size` bytes from `offset` on of what `memory` stands for, at `address`. The
-    /// device may read and write it, and maps it if it can.
+    /// Offers memory to the device: `size` bytes from `offset` on of what `memory` stands for, at
+    /// `address`. The device may read and write it, and maps it if it can.
     ///
     /// # Errors
     /// See [`Client::device_info`].
-    pub fn dma_map(&mut self, memory: BorrowedFd<'_>, offset: u64, address: u64, size: u64) -> Result<(), ClientError> {
+    pub fn dma_map(
+        &mut self,
+        memory: BorrowedFd<'_>,
+        offset: u64,
+        address: u64,
+        size: u64,
+    ) -> Result<(), ClientError> {
         self.map(memory, offset, address, size, &[memory])
     }
 
@@ -367,7 +413,9 @@ impl Client {
 
     fn access(&self, region: u32, offset: u64, count: usize) -> Result<RegionAccess, ClientError> {
         match u32::try_from(count) {
-            Ok(bytes) if count <= self.agreed.peer_transfer => Ok(RegionAccess { offset, region, count: bytes }),
+            Ok(bytes) if count <= self.agreed.peer_transfer => {
+                Ok(RegionAccess { offset, region, count: bytes })
+            }
             _ => Err(ClientError::TooMuch("region access")),
         }
     }
@@ -376,7 +424,12 @@ impl Client {
     ///
     /// # Errors
     /// See [`Client::device_info`].
-    pub fn region_read(&mut self, region: u32, offset: u64, data: &mut [u8]) -> Result<(), ClientError> {
+    pub fn region_read(
+        &mut self,
+        region: u32,
+        offset: u64,
+        data: &mut [u8],
+    ) -> Result<(), ClientError> {
         let access = self.access(region, offset, data.len())?;
         let reply = self.call(command::REGION_READ, &access.body(&[]), &[])?;
         match RegionAccess::parse_with_data(&reply.body) {
@@ -391,7 +444,12 @@ impl Client {
     ///
     /// # Errors
     /// See [`Client::device_info`].
-    pub fn region_write(&mut self, region: u32, offset: u64, data: &[u8]) -> Result<(), ClientError> {
+    pub fn region_write(
+        &mut self,
+        region: u32,
+        offset: u64,
+        data: &[u8],
+    ) -> Result<(), ClientError> {
         let access = self.access(region, offset, data.len())?;
         self.call(command::REGION_WRITE, &access.body(data), &[]).map(drop)
     }
@@ -400,7 +458,12 @@ impl Client {
     ///
     /// # Errors
     /// When the connection fails. Whether the write succeeds is not known.
-    pub fn region_post(&mut self, region: u32, offset: u64, data: &[u8]) -> Result<(), ClientError> {
+    pub fn region_post(
+        &mut self,
+        region: u32,
+        offset: u64,
+        data: &[u8],
+    ) -> Result<(), ClientError> {
         let access = self.access(region, offset, data.len())?;
         self.post(command::REGION_WRITE, &access.body(data))
     }
@@ -409,7 +472,8 @@ impl Client {
     /// [`Agreed::write_multiple`](Agreed::write_multiple).
     ///
     /// # Errors
-    /// See [`Client::device_info`]. The error is that of the first write that failed; the others are done.
+    /// See [`Client::device_info`]. The error is that of the first write that failed; the others
+    /// are done.
     pub fn region_write_multi(&mut self, writes: &[MultiWrite<'_>]) -> Result<(), ClientError> {
         self.call(command::REGION_WRITE_MULTI, &MultiWrite::body(writes), &[]).map(drop)
     }
@@ -418,23 +482,41 @@ impl Client {
     ///
     /// # Errors
     /// See [`Client::device_info`].
-    pub fn connect_irqs(&mut self, index: u32, start: u32, eventfds: &[BorrowedFd<'_>]) -> Result<(), ClientError> {
+    pub fn connect_irqs(
+        &mut self,
+        index: u32,
+        start: u32,
+        eventfds: &[BorrowedFd<'_>],
+    ) -> Result<(), ClientError> {
         let mut at = start;
         for fds in eventfds.chunks(self.agreed.peer_fds.max(1)) {
-            let count = u32::try_from(fds.len()).map_err(|_| ClientError::TooMuch("DEVICE_SET_IRQS"))?;
-            self.set_irqs(SetIrqs { index, start: at, count, verb: IrqVerb::Trigger, data: IrqData::Eventfd }, fds)?;
+            let count =
+                u32::try_from(fds.len()).map_err(|_| ClientError::TooMuch("DEVICE_SET_IRQS"))?;
+            self.set_irqs(
+                SetIrqs { index, start: at, count, verb: IrqVerb::Trigger, data: IrqData::Eventfd },
+                fds,
+            )?;
             at = at.saturating_add(count);
         }
         Ok(())
     }
 
-    /// Names the eventfd by which the client unmasks one interrupt: for INTx the end of interrupt, without a message.
+    /// Names the eventfd by which the client unmasks one interrupt: for INTx the end of interrupt,
+    /// without a message.
     ///
     /// # Errors
     /// See [`Client::device_info`].
-    pub fn connect_unmask(&mut self, index: u32, interrupt: u32, eventfd: BorrowedFd<'_>) -> Result<(), ClientError> {
+    pub fn connect_unmask(
+        &mut self,
+        index: u32,
+        interrupt: u32,
+        eventfd: BorrowedFd<'_>,
+    ) -> Result<(), ClientError> {
         let verb = IrqVerb::Unmask;
-        self.set_irqs(SetIrqs { index, start: interrupt, count: 1, verb, data: IrqData::Eventfd }, &[eventfd])
+        self.set_irqs(
+            SetIrqs { index, start: interrupt, count: 1, verb, data: IrqData::Eventfd },
+            &[eventfd],
+        )
     }
 
     /// Disconnects all interrupts of an index.
@@ -442,7 +524,10 @@ impl Client {
     /// # Errors
     /// See [`Client::device_info`].
     pub fn disable_irqs(&mut self, index: u32) -> Result<(), ClientError> {
-        self.set_irqs(SetIrqs { index, start: 0, count: 0, verb: IrqVerb::Trigger, data: IrqData::None }, &[])
+        self.set_irqs(
+            SetIrqs { index, start: 0, count: 0, verb: IrqVerb::Trigger, data: IrqData::None },
+            &[],
+        )
     }
 
     /// Masks, unmasks or triggers one interrupt.
@@ -469,7 +554,8 @@ impl Client {
         }
         let request = Info { argsz, flags: 0, index: region, count: 0 };
         let reply = self.call(command::DEVICE_GET_REGION_IO_FDS, &request.body(), &[])?;
-        let sub_regions = SubRegion::parse_all(&reply.body).map_err(|e| ClientError::Malformed(NAME, e))?;
+        let sub_regions =
+            SubRegion::parse_all(&reply.body).map_err(|e| ClientError::Malformed(NAME, e))?;
         if sub_regions.len() > MAX_IO_EVENTFDS {
             return Err(ClientError::Mismatch(reply.header, NAME));
         }
@@ -478,9 +564,17 @@ impl Client {
             if kind != 0 {
                 continue;
             }
-            let fd = reply.fds.get(fd_index as usize).ok_or(ClientError::Mismatch(reply.header, NAME))?;
+            let fd = reply
+                .fds
+                .get(fd_index as usize)
+                .ok_or(ClientError::Mismatch(reply.header, NAME))?;
             let fd = fd.try_clone().map_err(|_| Errno::MFILE)?;
-            found.push(IoEventFd { fd, offset, size, datamatch: (flags & 1 != 0).then_some(datamatch) });
+            found.push(IoEventFd {
+                fd,
+                offset,
+                size,
+                datamatch: (flags & 1 != 0).then_some(datamatch),
+            });
         }
         Ok(found)
     }
@@ -503,7 +597,8 @@ struct Patient<'a> {
 impl Source for Patient<'_> {
     fn recv(&mut self, buf: &mut [u8], fds: &mut Vec<OwnedFd>) -> Result<usize, Errno> {
         loop {
-            let mut source = SocketSource { socket: self.socket, max_fds: KERNEL_MSG_FDS, wait: false };
+            let mut source =
+                SocketSource { socket: self.socket, max_fds: KERNEL_MSG_FDS, wait: false };
             match source.recv(buf, fds) {
                 Err(Errno::AGAIN) => {}
                 other => return other,

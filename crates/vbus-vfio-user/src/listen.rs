@@ -7,12 +7,15 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::Mode;
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen as listen_on};
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen as listen_on,
+};
 
 /// Connections that wait to be accepted, at most.
 const BACKLOG: i32 = 8;
 
-/// The file of a listening socket; removed when this is dropped, unless another one has taken its place.
+/// The file of a listening socket; removed when this is dropped, unless another one has taken its
+/// place.
 #[derive(Debug)]
 pub(crate) struct SocketFile {
     path: PathBuf,
@@ -38,7 +41,12 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
 }
 
 fn stream_socket(flags: SocketFlags) -> Result<OwnedFd, Errno> {
-    rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC | flags, None)
+    rustix::net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC | flags,
+        None,
+    )
 }
 
 /// Listens at `path`, with mode 0600 from the first moment on.
@@ -47,11 +55,13 @@ pub(crate) fn listen(path: &Path) -> io::Result<(OwnedFd, SocketFile)> {
     Ok((socket, SocketFile { path: path.to_owned(), identity: identity(path) }))
 }
 
-/// Makes a UNIX stream socket that listens at `path`, for its owner alone: with mode 0600 from the first moment on. It does not block, and lets
-/// `backlog` clients wait. A socket there that nobody listens at any more is replaced.
+/// Makes a UNIX stream socket that listens at `path`, for its owner alone: with mode 0600 from the
+/// first moment on. It does not block, and lets `backlog` clients wait. A socket there that nobody
+/// listens at any more is replaced.
 ///
 /// # Errors
-/// [`io::ErrorKind::AddrInUse`] if somebody listens there, or something else is there than a socket; whatever else the system refuses.
+/// [`io::ErrorKind::AddrInUse`] if somebody listens there, or something else is there than a
+/// socket; whatever else the system refuses.
 pub fn bind_private(path: &Path, backlog: i32) -> io::Result<OwnedFd> {
     let address = SocketAddrUnix::new(path)?;
     let socket = stream_socket(SocketFlags::NONBLOCK)?;
@@ -73,7 +83,9 @@ pub fn bind_private(path: &Path, backlog: i32) -> io::Result<OwnedFd> {
 
 /// Removes a socket file that nobody listens at.
 fn remove_stale(path: &Path, address: &SocketAddrUnix) -> io::Result<()> {
-    let in_use = |what: &str| io::Error::new(io::ErrorKind::AddrInUse, format!("{}: {what}", path.display()));
+    let in_use = |what: &str| {
+        io::Error::new(io::ErrorKind::AddrInUse, format!("{}: {what}", path.display()))
+    };
     if !std::fs::symlink_metadata(path)?.file_type().is_socket() {
         return Err(in_use("exists and is not a socket"));
     }

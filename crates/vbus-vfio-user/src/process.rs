@@ -1,4 +1,5 @@
-//! A plain process as the place of a driver, which reaches its device over the socket, without a VM and without root.
+//! A plain process as the place of a driver, which reaches its device over the socket, without a VM
+//! and without root.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -18,16 +19,19 @@ use vbus_driver::{Dma, Doorbell, Hal, NoMemory};
 
 use crate::client::{Client, ClientError};
 
-/// Memory that a process shares with its device, unless it asks for more or less: it is taken from the system only when used.
+/// Memory that a process shares with its device, unless it asks for more or less: it is taken from
+/// the system only when used.
 pub const MEMORY_BYTES: u64 = 64 << 20;
 
-/// Where that memory begins for the device. Any number does; this one is no offset of anything, so that a mix-up shows.
+/// Where that memory begins for the device. Any number does; this one is no offset of anything, so
+/// that a mix-up shows.
 const BASE: u64 = 0x1_0000_0000;
 const PAGE: usize = 4096;
 /// What a function that has gone reads as.
 const GONE: u32 = u32::MAX;
 
-/// A device reached over its socket. Clones are handles to the same connection, which ends with the last of them and of its memory.
+/// A device reached over its socket. Clones are handles to the same connection, which ends with the
+/// last of them and of its memory.
 #[derive(Clone)]
 pub struct Process(Arc<Shared>);
 
@@ -38,7 +42,8 @@ struct Shared {
     /// By handle.
     doorbells: Vec<Option<OwnedFd>>,
     memory: MemoryContext,
-    /// Free runs of memory: offset and length. What has never been used before is zero; what comes back is zeroed.
+    /// Free runs of memory: offset and length. What has never been used before is zero; what comes
+    /// back is zeroed.
     free: Mutex<BTreeMap<usize, usize>>,
 }
 
@@ -47,7 +52,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Process {
-    /// Connects to the device at the socket `path` and shares `memory_bytes` of memory with it (whole pages).
+    /// Connects to the device at the socket `path` and shares `memory_bytes` of memory with it
+    /// (whole pages).
     ///
     /// # Errors
     /// Those of [`Client::connect`] and of the calls that follow; [`Errno`]s of the memory file.
@@ -65,7 +71,9 @@ impl Process {
         let mut doorbells = Vec::new();
         for io in client.io_eventfds(vbus_pci::region::BAR0)? {
             let place = io.offset.checked_sub(bar0::DOORBELLS).map(|at| at / bar0::DOORBELL_STRIDE);
-            let Some(handle) = place.filter(|at| *at < u64::from(bar0::DOORBELL_COUNT)) else { continue };
+            let Some(handle) = place.filter(|at| *at < u64::from(bar0::DOORBELL_COUNT)) else {
+                continue;
+            };
             let handle = usize::try_from(handle).unwrap_or(usize::MAX);
             doorbells.resize_with(doorbells.len().max(handle + 1), || None);
             doorbells[handle] = Some(io.fd);
@@ -73,11 +81,19 @@ impl Process {
         let bytes = usize::try_from(memory_bytes).map_err(|_| Errno::NOMEM)?;
         let socket = client.as_fd().try_clone_to_owned().map_err(|_| Errno::MFILE)?;
         let free = Mutex::new(BTreeMap::from([(0, bytes)]));
-        Ok(Process(Arc::new(Shared { client: Mutex::new(client), socket, interrupt, doorbells, memory, free })))
+        Ok(Process(Arc::new(Shared {
+            client: Mutex::new(client),
+            socket,
+            interrupt,
+            doorbells,
+            memory,
+            free,
+        })))
     }
 
-    /// Connects the first `count` vectors of the device's MSI-X, if it has that: an eventfd for each, non-blocking. From now on its interrupts come
-    /// there, and [`interrupt`](Self::interrupt) is silent.
+    /// Connects the first `count` vectors of the device's MSI-X, if it has that: an eventfd for
+    /// each, non-blocking. From now on its interrupts come there, and
+    /// [`interrupt`](Self::interrupt) is silent.
     ///
     /// # Errors
     /// Those of [`Client::connect_irqs`]; [`Errno`]s of the eventfds.
@@ -89,22 +105,26 @@ impl Process {
         Ok(fds)
     }
 
-    /// The eventfd that becomes readable when the device interrupts. Non-blocking; reading it takes the interrupt.
+    /// The eventfd that becomes readable when the device interrupts. Non-blocking; reading it takes
+    /// the interrupt.
     pub fn interrupt(&self) -> BorrowedFd<'_> {
         self.0.interrupt.as_fd()
     }
 
-    /// The socket: a poll for [`PollFlags::RDHUP`] tells when the device has gone. Nothing else may be done with it.
+    /// The socket: a poll for [`PollFlags::RDHUP`] tells when the device has gone. Nothing else may
+    /// be done with it.
     pub fn socket(&self) -> BorrowedFd<'_> {
         self.0.socket.as_fd()
     }
 
-    /// The memory that is shared with the device, as the process sees it: for system calls that fill and empty buffers.
+    /// The memory that is shared with the device, as the process sees it: for system calls that
+    /// fill and empty buffers.
     pub fn memory(&self) -> &MemoryContext {
         &self.0.memory
     }
 
-    /// Waits for an interrupt, at most `bound`, and takes it. False: none came, or the device has gone.
+    /// Waits for an interrupt, at most `bound`, and takes it. False: none came, or the device has
+    /// gone.
     pub fn wait(&self, bound: Duration) -> bool {
         let mut fds = [
             PollFd::new(&self.0.interrupt, PollFlags::IN),
@@ -159,7 +179,11 @@ impl Hal for Process {
     fn alloc(&self, bytes: usize) -> Result<ProcessMemory, NoMemory> {
         let len = bytes.checked_next_multiple_of(PAGE).filter(|len| *len > 0).ok_or(NoMemory)?;
         let mut free = lock(&self.0.free);
-        let (at, have) = free.iter().find(|(_, have)| **have >= len).map(|(at, have)| (*at, *have)).ok_or(NoMemory)?;
+        let (at, have) = free
+            .iter()
+            .find(|(_, have)| **have >= len)
+            .map(|(at, have)| (*at, *have))
+            .ok_or(NoMemory)?;
         free.remove(&at);
         if have > len {
             free.insert(at + len, have - len);
@@ -180,11 +204,15 @@ impl Hal for Process {
 
     fn now(&self) -> u64 {
         let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-        now.tv_sec.unsigned_abs().wrapping_mul(1_000_000_000).wrapping_add(now.tv_nsec.unsigned_abs())
+        now.tv_sec
+            .unsigned_abs()
+            .wrapping_mul(1_000_000_000)
+            .wrapping_add(now.tv_nsec.unsigned_abs())
     }
 }
 
-/// Memory that a process shares with its device. It goes back to the others' when the last clone is dropped.
+/// Memory that a process shares with its device. It goes back to the others' when the last clone is
+/// dropped.
 #[derive(Clone)]
 pub struct ProcessMemory(Arc<Allocation>);
 
@@ -203,7 +231,10 @@ impl fmt::Debug for Process {
 
 impl fmt::Debug for ProcessMemory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ProcessMemory").field("at", &self.0.at).field("len", &self.0.len).finish_non_exhaustive()
+        f.debug_struct("ProcessMemory")
+            .field("at", &self.0.at)
+            .field("len", &self.0.len)
+            .finish_non_exhaustive()
     }
 }
 
@@ -228,7 +259,9 @@ impl Drop for Allocation {
         self.window.words().iter().for_each(|word| word.store(0, Ordering::Relaxed));
         let (mut at, mut len) = (self.at, self.len);
         let mut free = lock(&self.process.0.free);
-        if let Some((before, have)) = free.range(..at).next_back().map(|(a, l)| (*a, *l)).filter(|(a, l)| a + l == at) {
+        if let Some((before, have)) =
+            free.range(..at).next_back().map(|(a, l)| (*a, *l)).filter(|(a, l)| a + l == at)
+        {
             free.remove(&before);
             (at, len) = (before, have + len);
         }

@@ -1,9 +1,9 @@
 //! The wire format of vfio-user 0.1: the header, every command's body, and the reply to it.
 //!
-//! Bodies are taken apart from byte slices with checks and put together into byte vectors; nothing here does
-//! input or output, and nothing here can panic, whatever the bytes are. A body that is too short, or whose
-//! counts do not fit into it, is a [`Malformed`]; whether indexes, offsets and addresses make sense for the
-//! device at hand is decided in [`crate::session`].
+//! Bodies are taken apart from byte slices with checks and put together into byte vectors; nothing
+//! here does input or output, and nothing here can panic, whatever the bytes are. A body that is
+//! too short, or whose counts do not fit into it, is a [`Malformed`]; whether indexes, offsets and
+//! addresses make sense for the device at hand is decided in [`crate::session`].
 //!
 //! All integers have the byte order of the machine: both ends of a UNIX socket are on the same one.
 
@@ -136,7 +136,9 @@ impl<'a> Fields<'a> {
                 self.rest = rest;
                 Ok(*head)
             }
-            None => Err(Malformed::Short { need: self.total - self.rest.len() + N, have: self.total }),
+            None => {
+                Err(Malformed::Short { need: self.total - self.rest.len() + N, have: self.total })
+            }
         }
     }
 
@@ -209,7 +211,8 @@ pub enum Kind {
     },
 }
 
-/// The header of a message. Message ids belong to the sender of the command and are echoed in the reply.
+/// The header of a message. Message ids belong to the sender of the command and are echoed in the
+/// reply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
     /// Chosen by the sender of the command, echoed in the reply.
@@ -257,7 +260,12 @@ impl Header {
             TYPE_REPLY => Kind::Reply { error: (flags & FLAG_ERROR != 0).then_some(errno) },
             other => return Err(BadHeader::Type(other)),
         };
-        Ok(Self { id: u16::from_ne_bytes([i0, i1]), command: u16::from_ne_bytes([c0, c1]), size, kind })
+        Ok(Self {
+            id: u16::from_ne_bytes([i0, i1]),
+            command: u16::from_ne_bytes([c0, c1]),
+            size,
+            kind,
+        })
     }
 
     /// Encodes the header.
@@ -287,14 +295,21 @@ impl Header {
 
 impl fmt::Display for Header {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} ({}), id {}, {} bytes", command_name(self.command), self.command, self.id, self.size)
+        write!(
+            f,
+            "{} ({}), id {}, {} bytes",
+            command_name(self.command),
+            self.command,
+            self.id,
+            self.size
+        )
     }
 }
 
 /// Header and body as one buffer, ready to be sent.
 ///
-/// The size field is set from the body, which is cut off beyond 4 GiB - a length that no caller reaches, since
-/// every body here is bounded by the negotiated transfer size.
+/// The size field is set from the body, which is cut off beyond 4 GiB - a length that no caller
+/// reaches, since every body here is bounded by the negotiated transfer size.
 #[must_use]
 pub fn message(id: u16, command: u16, kind: Kind, body: &[u8]) -> Vec<u8> {
     let size = u32::try_from(HEADER_LEN + body.len()).unwrap_or(u32::MAX);
@@ -304,7 +319,8 @@ pub fn message(id: u16, command: u16, kind: Kind, body: &[u8]) -> Vec<u8> {
     out
 }
 
-/// `VERSION`, both ways: numbers, and the capabilities as a JSON text with a NUL at its end (or nothing at all).
+/// `VERSION`, both ways: numbers, and the capabilities as a JSON text with a NUL at its end (or
+/// nothing at all).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Version<'a> {
     /// Must be [`MAJOR`] on both sides.
@@ -341,7 +357,8 @@ pub const DEVICE_RESETS: u32 = 1 << 0;
 /// `VFIO_DEVICE_FLAGS_PCI`.
 pub const DEVICE_IS_PCI: u32 = 1 << 1;
 
-/// The four words that `DEVICE_GET_INFO`, `DEVICE_GET_IRQ_INFO` and `DEVICE_GET_REGION_IO_FDS` start with.
+/// The four words that `DEVICE_GET_INFO`, `DEVICE_GET_IRQ_INFO` and `DEVICE_GET_REGION_IO_FDS`
+/// start with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Info {
     /// In a request the room for the reply's body, in a reply the size of the whole body. Bytes.

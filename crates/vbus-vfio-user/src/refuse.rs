@@ -1,4 +1,5 @@
-//! A client that comes while another one is there: its `VERSION` is answered with an error, so that its user reads why.
+//! A client that comes while another one is there: its `VERSION` is answered with an error, so that
+//! its user reads why.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Instant;
@@ -23,7 +24,8 @@ impl Refused {
         Self { socket, token, head: [0; HEADER_LEN], have: 0, until }
     }
 
-    /// Reads on, and answers once it is known what. `false`: this is over, and the socket can be closed.
+    /// Reads on, and answers once it is known what. `false`: this is over, and the socket can be
+    /// closed.
     pub(crate) fn go_on(&mut self) -> bool {
         while self.have < HEADER_LEN {
             match rustix::io::read(&self.socket, &mut self.head[self.have..]) {

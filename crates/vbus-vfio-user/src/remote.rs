@@ -1,8 +1,10 @@
-//! Memory of the client that is reached by message: `DMA_READ` and `DMA_WRITE`, from the server to the client.
+//! Memory of the client that is reached by message: `DMA_READ` and `DMA_WRITE`, from the server to
+//! the client.
 //!
-//! For memory that came without a descriptor. Requests are queued here from any thread and sent by the server's
-//! own, which also runs their completions - after the handler of whatever command it was busy with has returned
-//! and its reply was sent: a VMM waits for that reply with its global lock held, and answers nothing meanwhile.
+//! For memory that came without a descriptor. Requests are queued here from any thread and sent by
+//! the server's own, which also runs their completions - after the handler of whatever command it
+//! was busy with has returned and its reply was sent: a VMM waits for that reply with its global
+//! lock held, and answers nothing meanwhile.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
@@ -67,14 +69,15 @@ impl fmt::Debug for RemoteMemory {
 }
 
 impl RemoteMemory {
-    /// Reads `count` bytes at `address`, which must lie in mappings that the client has made, and calls `done`
-    /// with them from the server's thread.
+    /// Reads `count` bytes at `address`, which must lie in mappings that the client has made, and
+    /// calls `done` with them from the server's thread.
     ///
-    /// `done` gets an errno when the client refuses, does not accept that many bytes in one message, or goes.
+    /// `done` gets an errno when the client refuses, does not accept that many bytes in one
+    /// message, or goes.
     ///
     /// # Errors
-    /// [`Errno::NOTCONN`] when the client is gone, [`Errno::AGAIN`] when too many requests wait; `done` is not
-    /// called then.
+    /// [`Errno::NOTCONN`] when the client is gone, [`Errno::AGAIN`] when too many requests wait;
+    /// `done` is not called then.
     pub fn read(
         &self,
         address: u64,
@@ -164,8 +167,8 @@ impl Outbound {
         let _ = rustix::io::read(&self.shared.wake, &mut count);
     }
 
-    /// The next message to send, if one waits and not too many are in flight. `max_transfer` is the most that
-    /// the client accepts, `mapped` says whether it has made the memory known.
+    /// The next message to send, if one waits and not too many are in flight. `max_transfer` is the
+    /// most that the client accepts, `mapped` says whether it has made the memory known.
     pub(crate) fn next_message(
         &mut self,
         now: Instant,
@@ -188,7 +191,12 @@ impl Outbound {
                 continue;
             }
             let id = self.free_id();
-            let bytes = protocol::message(id, number, Kind::Command { no_reply: false }, &access.body(data));
+            let bytes = protocol::message(
+                id,
+                number,
+                Kind::Command { no_reply: false },
+                &access.body(data),
+            );
             self.pending.insert(id, Pending { access, request, sent: now });
             return Some(bytes);
         }
@@ -207,7 +215,12 @@ impl Outbound {
     }
 
     /// A reply has come: its request is complete.
-    pub(crate) fn complete(&mut self, header: Header, error: Option<u32>, body: &[u8]) -> Result<(), BadReply> {
+    pub(crate) fn complete(
+        &mut self,
+        header: Header,
+        error: Option<u32>,
+        body: &[u8],
+    ) -> Result<(), BadReply> {
         let number = match self.pending.get(&header.id).map(|p| &p.request) {
             Some(Request::Read { .. }) => command::DMA_READ,
             Some(Request::Write { .. }) => command::DMA_WRITE,
@@ -220,7 +233,10 @@ impl Outbound {
             return Err(BadReply::Unasked(header));
         };
         if let Some(errno) = error {
-            let errno = i32::try_from(errno).ok().filter(|e| (1..4096).contains(e)).unwrap_or(Errno::IO.raw_os_error());
+            let errno = i32::try_from(errno)
+                .ok()
+                .filter(|e| (1..4096).contains(e))
+                .unwrap_or(Errno::IO.raw_os_error());
             request.fail(Errno::from_raw_os_error(errno));
             return Ok(());
         }

@@ -21,8 +21,8 @@ use crate::socket::{Message, Received, Receiver, Sender, SocketSource};
 use crate::target::Target;
 use crate::version::MAX_MSG_FDS;
 
-/// How much one call of [`Server::ready`] handles, at most: a message counts as one, and as one more for each
-/// [`WORK_BYTES`] of it.
+/// How much one call of [`Server::ready`] handles, at most: a message counts as one, and as one
+/// more for each [`WORK_BYTES`] of it.
 const WORK_PER_CALL: u32 = 64;
 /// See [`WORK_PER_CALL`].
 const WORK_BYTES: usize = 1024;
@@ -71,7 +71,8 @@ pub struct Stats {
 /// What a call of [`Server::ready`] did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Outcome {
-    /// How much was done: 1 for each message handled, 1 more for each KiB of it, and 1 for each client accepted.
+    /// How much was done: 1 for each message handled, 1 more for each KiB of it, and 1 for each
+    /// client accepted.
     pub work: u32,
     /// A client is there and agreed with.
     pub connected: bool,
@@ -100,11 +101,12 @@ struct Connection {
 
 /// A vfio-user server for one device.
 ///
-/// It has one descriptor to watch ([`AsFd`]), readable whenever there is something to do, and one deadline; both
-/// lead to a call of [`Server::ready`], which does a bounded amount of work and never waits.
+/// It has one descriptor to watch ([`AsFd`]), readable whenever there is something to do, and one
+/// deadline; both lead to a call of [`Server::ready`], which does a bounded amount of work and
+/// never waits.
 ///
-/// A client that breaks the protocol, is too slow or goes away ends its connection, with one line in the log, and
-/// nothing else: the server goes on with the next client.
+/// A client that breaks the protocol, is too slow or goes away ends its connection, with one line
+/// in the log, and nothing else: the server goes on with the next client.
 pub struct Server<T: Target> {
     target: T,
     name: String,
@@ -130,8 +132,8 @@ impl<T: Target> Server<T> {
     /// The socket file gets mode 0600. A file that a dead server left there is replaced.
     ///
     /// # Errors
-    /// When something other than a dead socket is at `path` ([`io::ErrorKind::AddrInUse`] for a live one), or the
-    /// system refuses.
+    /// When something other than a dead socket is at `path` ([`io::ErrorKind::AddrInUse`] for a
+    /// live one), or the system refuses.
     pub fn bind(path: impl AsRef<Path>, name: impl Into<String>, target: T) -> io::Result<Self> {
         let (listener, file) = listen::listen(path.as_ref())?;
         let epoll = epoll::create(CreateFlags::CLOEXEC)?;
@@ -196,10 +198,9 @@ impl<T: Target> Server<T> {
     /// When [`Server::ready`] has to be called even if the descriptor stays quiet.
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {
-        let client = self
-            .client
-            .iter()
-            .flat_map(|c| [c.agree_by, c.message_by, c.reply_by, c.outbound.deadline(self.timeouts.request)]);
+        let client = self.client.iter().flat_map(|c| {
+            [c.agree_by, c.message_by, c.reply_by, c.outbound.deadline(self.timeouts.request)]
+        });
         let refused = self.refused.iter().map(|r| Some(r.until));
         client.chain(refused).chain([self.paused_until]).flatten().min()
     }
@@ -244,8 +245,10 @@ impl<T: Target> Server<T> {
             let wait = self.deadline().map(|d| d.saturating_duration_since(Instant::now()));
             let timeout = wait.and_then(|d| Timespec::try_from(d).ok());
             let stopped = {
-                let mut fds =
-                    [PollFd::new(&self.epoll, PollFlags::IN), PollFd::from_borrowed_fd(stop.as_fd(), PollFlags::IN)];
+                let mut fds = [
+                    PollFd::new(&self.epoll, PollFlags::IN),
+                    PollFd::from_borrowed_fd(stop.as_fd(), PollFlags::IN),
+                ];
                 match poll(&mut fds, timeout.as_ref()) {
                     Err(Errno::INTR) => continue,
                     other => other?,
@@ -272,26 +275,38 @@ impl<T: Target> Server<T> {
         self.next_token
     }
 
-    /// Accepts who waits. Returns how many; there may be more if it is as many as are accepted at once.
+    /// Accepts who waits. Returns how many; there may be more if it is as many as are accepted at
+    /// once.
     fn accept(&mut self, now: Instant) -> u32 {
         let mut accepted = 0;
         while accepted < ACCEPTS_PER_CALL {
-            let socket = match accept_with(&self.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
-                Ok(socket) => socket,
-                Err(Errno::AGAIN) => return accepted,
-                Err(Errno::INTR | Errno::CONNABORTED) => continue,
-                Err(e) => {
-                    // The connection stays in the backlog: without a pause this would be tried without end.
-                    warn!(device = self.name, "accepting failed, next try in {ACCEPT_PAUSE:?}: {e}");
-                    let quiet = EventFlags::empty();
-                    let _ = epoll::modify(&self.epoll, &self.listener, EventData::new_u64(LISTENER), quiet);
-                    self.paused_until = Some(now + ACCEPT_PAUSE);
-                    return accepted;
-                }
-            };
+            let socket =
+                match accept_with(&self.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+                    Ok(socket) => socket,
+                    Err(Errno::AGAIN) => return accepted,
+                    Err(Errno::INTR | Errno::CONNABORTED) => continue,
+                    Err(e) => {
+                        // The connection stays in the backlog: without a pause this would be tried
+                        // without end.
+                        warn!(
+                            device = self.name,
+                            "accepting failed, next try in {ACCEPT_PAUSE:?}: {e}"
+                        );
+                        let quiet = EventFlags::empty();
+                        let _ = epoll::modify(
+                            &self.epoll,
+                            &self.listener,
+                            EventData::new_u64(LISTENER),
+                            quiet,
+                        );
+                        self.paused_until = Some(now + ACCEPT_PAUSE);
+                        return accepted;
+                    }
+                };
             accepted += 1;
             let token = self.token();
-            let watched = epoll::add(&self.epoll, &socket, EventData::new_u64(token), EventFlags::IN);
+            let watched =
+                epoll::add(&self.epoll, &socket, EventData::new_u64(token), EventFlags::IN);
             if let Err(e) = watched.and_then(|()| self.admit(socket, token, now)) {
                 warn!(device = self.name, "client cannot be served: {e}");
             }
@@ -304,7 +319,10 @@ impl<T: Target> Server<T> {
         let number = self.connections;
         if let Some(client) = &self.client {
             self.stats.refused += 1;
-            warn!(device = self.name, "client {number} refused: client {} is connected", client.number);
+            warn!(
+                device = self.name,
+                "client {number} refused: client {} is connected", client.number
+            );
             if self.refused.len() < MAX_REFUSED {
                 let until = now + self.timeouts.handshake;
                 self.refused.push(Refused::new(socket, token, until));
@@ -336,7 +354,8 @@ impl<T: Target> Server<T> {
         self.refused.retain_mut(|refused| refused.token != token || refused.go_on());
     }
 
-    /// Receives, handles and answers, until nothing is left, the socket is full or enough was done. Returns how much.
+    /// Receives, handles and answers, until nothing is left, the socket is full or enough was done.
+    /// Returns how much.
     fn serve(&mut self, now: Instant) -> u32 {
         let mut work = 0;
         while work < WORK_PER_CALL {
@@ -349,10 +368,12 @@ impl<T: Target> Server<T> {
             if !client.sender.is_empty() {
                 break;
             }
-            let mut source = SocketSource { socket: client.socket.as_fd(), max_fds: MAX_MSG_FDS, wait: false };
+            let mut source =
+                SocketSource { socket: client.socket.as_fd(), max_fds: MAX_MSG_FDS, wait: false };
             match client.receiver.next(&mut source, client.session.max_message(), MAX_MSG_FDS) {
                 Ok(Received::Message(message)) => {
-                    work += 1 + u32::try_from(message.body.len() / WORK_BYTES).unwrap_or(WORK_PER_CALL);
+                    work +=
+                        1 + u32::try_from(message.body.len() / WORK_BYTES).unwrap_or(WORK_PER_CALL);
                     client.message_by = None;
                     self.stats.messages += 1;
                     if !self.handle(message, now) {
@@ -440,7 +461,9 @@ impl<T: Target> Server<T> {
                 break;
             }
             let (session, max) = (&client.session, agreed.peer_transfer);
-            let next = client.outbound.next_message(now, max, |address, size| session.is_mapped(address, size));
+            let next = client
+                .outbound
+                .next_message(now, max, |address, size| session.is_mapped(address, size));
             let Some(bytes) = next else { break };
             client.sender.push(bytes, Vec::new());
             if !Self::flush(client, now, self.timeouts.reply) {
@@ -451,7 +474,8 @@ impl<T: Target> Server<T> {
         self.watch();
     }
 
-    /// Watches the client's socket for what can be done with it: receiving, unless answers wait to be sent.
+    /// Watches the client's socket for what can be done with it: receiving, unless answers wait to
+    /// be sent.
     fn watch(&mut self) {
         let Some(client) = &mut self.client else { return };
         let wanted = if client.sender.is_empty() { EventFlags::IN } else { EventFlags::OUT };
@@ -467,7 +491,12 @@ impl<T: Target> Server<T> {
     fn expire(&mut self, now: Instant) {
         if self.paused_until.is_some_and(|t| t <= now) {
             self.paused_until = None;
-            let _ = epoll::modify(&self.epoll, &self.listener, EventData::new_u64(LISTENER), EventFlags::IN);
+            let _ = epoll::modify(
+                &self.epoll,
+                &self.listener,
+                EventData::new_u64(LISTENER),
+                EventFlags::IN,
+            );
         }
         self.refused.retain(|r| r.until > now);
         let Some(client) = &self.client else { return };

@@ -1,10 +1,11 @@
 //! One client's session: what each command does, and what is answered.
 //!
-//! No input or output happens here: a message goes in, an [`Answer`] comes out. So this is also what the fuzz
-//! target drives.
+//! No input or output happens here: a message goes in, an [`Answer`] comes out. So this is also
+//! what the fuzz target drives.
 //!
-//! A command that is well framed and wrong is answered with an errno, and the session goes on. One that breaks the
-//! protocol's order - anything before `VERSION`, a second `VERSION`, a reply that nobody asked for - ends it.
+//! A command that is well framed and wrong is answered with an errno, and the session goes on. One
+//! that breaks the protocol's order - anything before `VERSION`, a second `VERSION`, a reply that
+//! nobody asked for - ends it.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,15 +14,18 @@ use std::os::fd::OwnedFd;
 use rustix::io::Errno;
 
 use crate::protocol::{
-    self, DEVICE_IS_PCI, DEVICE_RESETS, DmaMap, DmaUnmap, Feature, Header, Info, IrqData, IrqVerb, Kind, Malformed,
-    MultiWrite, REGION_ACCESS_LEN, RegionAccess, SUB_REGION_LEN, SetIrqs, SubRegion, Version, command,
+    self, DEVICE_IS_PCI, DEVICE_RESETS, DmaMap, DmaUnmap, Feature, Header, Info, IrqData, IrqVerb,
+    Kind, Malformed, MultiWrite, REGION_ACCESS_LEN, RegionAccess, SUB_REGION_LEN, SetIrqs,
+    SubRegion, Version, command,
 };
 use crate::socket::Message;
 use crate::target::{IrqAction, Mapping, Target};
-use crate::version::{self, Agreed, Disagreement, MAX_DMA_MAPS, MAX_TRANSFER, MAX_VERSION_DATA, PAGE_SIZE};
+use crate::version::{
+    self, Agreed, Disagreement, MAX_DMA_MAPS, MAX_TRANSFER, MAX_VERSION_DATA, PAGE_SIZE,
+};
 
-/// Writes in one `REGION_WRITE_MULTI`, at most: each may be a command of the device, and no client holds up the
-/// others on its thread for long. QEMU sends up to 200.
+/// Writes in one `REGION_WRITE_MULTI`, at most: each may be a command of the device, and no client
+/// holds up the others on its thread for long. QEMU sends up to 200.
 const MAX_MULTI_WRITES: usize = 256;
 
 /// What follows from a message.
@@ -33,7 +37,8 @@ pub enum Answer {
     Reply(Vec<u8>, Vec<OwnedFd>),
     /// The first message was agreed with; this is sent.
     Agreed(Vec<u8>),
-    /// The session ends, for the reason given, after this was sent (when it is a command that may be answered).
+    /// The session ends, for the reason given, after this was sent (when it is a command that may
+    /// be answered).
     End(Option<Vec<u8>>, Violation),
 }
 
@@ -88,7 +93,8 @@ impl Failure {
             Self::NotAllowed(..) => Errno::PERM,
             Self::Unsupported(_) => Errno::OPNOTSUPP,
             Self::Unknown => Errno::NOSYS,
-            // What the kernel's VFIO answers, and what QEMU reads as "not supported" and not as a fault.
+            // What the kernel's VFIO answers, and what QEMU reads as "not supported" and not as a
+            // fault.
             Self::Feature(_) => Errno::NOTTY,
             Self::Device(errno) => *errno,
             _ => Errno::INVAL,
@@ -100,21 +106,31 @@ impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Malformed(e) => e.fmt(f),
-            Self::Descriptors { expected, got } => write!(f, "{got} descriptors where {expected} belong"),
+            Self::Descriptors { expected, got } => {
+                write!(f, "{got} descriptors where {expected} belong")
+            }
             Self::NoSuch(what, index) => write!(f, "no {what} {index}"),
             Self::Outside { region, offset, count, size } => {
                 write!(f, "{count} bytes at {offset:#x} of region {region}, which has {size:#x}")
             }
             Self::TooMuch(count) => write!(f, "{count} bytes, at most {MAX_TRANSFER} are allowed"),
-            Self::TooManyWrites(count) => write!(f, "{count} writes, at most {MAX_MULTI_WRITES} are allowed"),
+            Self::TooManyWrites(count) => {
+                write!(f, "{count} writes, at most {MAX_MULTI_WRITES} are allowed")
+            }
             Self::NotAllowed(what, region) => write!(f, "region {region} cannot be {what}"),
             Self::IrqRange { index, start, count, have } => {
                 write!(f, "interrupts {start} and {count} on of index {index}, which has {have}")
             }
-            Self::BadRange(address, size) => write!(f, "no range of pages: {size:#x} bytes at {address:#x}"),
-            Self::Overlap(address, size) => write!(f, "{size:#x} bytes at {address:#x} are mapped already"),
+            Self::BadRange(address, size) => {
+                write!(f, "no range of pages: {size:#x} bytes at {address:#x}")
+            }
+            Self::Overlap(address, size) => {
+                write!(f, "{size:#x} bytes at {address:#x} are mapped already")
+            }
             Self::TooManyMaps => write!(f, "{MAX_DMA_MAPS} mappings are the most"),
-            Self::NotMapped(address, size) => write!(f, "no mapping of {size:#x} bytes at {address:#x}"),
+            Self::NotMapped(address, size) => {
+                write!(f, "no mapping of {size:#x} bytes at {address:#x}")
+            }
             Self::Unsupported(what) => write!(f, "{what} is not supported"),
             Self::Unknown => write!(f, "no such command"),
             Self::WrongDirection => write!(f, "a command that only servers send"),
@@ -175,7 +191,11 @@ impl Session {
     /// The longest message that the client may send now, header included, in bytes.
     #[must_use]
     pub fn max_message(&self) -> usize {
-        let body = if self.agreed.is_some() { REGION_ACCESS_LEN + MAX_TRANSFER } else { 4 + MAX_VERSION_DATA };
+        let body = if self.agreed.is_some() {
+            REGION_ACCESS_LEN + MAX_TRANSFER
+        } else {
+            4 + MAX_VERSION_DATA
+        };
         protocol::HEADER_LEN + body
     }
 
@@ -195,18 +215,27 @@ impl Session {
     }
 
     /// Does what a message asks for. `name` is the device's name in the log.
-    pub fn handle<T: Target + ?Sized>(&mut self, target: &mut T, name: &str, message: Message) -> Answer {
+    pub fn handle<T: Target + ?Sized>(
+        &mut self,
+        target: &mut T,
+        name: &str,
+        message: Message,
+    ) -> Answer {
         let Message { header, body, fds } = message;
         let Kind::Command { no_reply } = header.kind else {
             return Answer::End(None, Violation::Reply(header));
         };
         let answer = |kind, body: &[u8]| protocol::message(header.id, header.command, kind, body);
-        let refusal = |errno: Errno| answer(Kind::Reply { error: Some(errno.raw_os_error().unsigned_abs()) }, &[]);
+        let refusal = |errno: Errno| {
+            answer(Kind::Reply { error: Some(errno.raw_os_error().unsigned_abs()) }, &[])
+        };
         let done = Kind::Reply { error: None };
         let Some(agreed) = self.agreed else {
             return match self.version(header, &body) {
                 Ok(reply) => Answer::Agreed(answer(done, &reply)),
-                Err((errno, violation)) => Answer::End((!no_reply).then(|| refusal(errno)), violation),
+                Err((errno, violation)) => {
+                    Answer::End((!no_reply).then(|| refusal(errno)), violation)
+                }
             };
         };
         if header.command == command::VERSION {
@@ -218,17 +247,23 @@ impl Session {
             Err(failure) => {
                 self.failures += 1;
                 tracing::debug!(device = name, "{header} failed: {failure}");
-                if no_reply { Answer::Silence } else { Answer::Reply(refusal(failure.errno()), Vec::new()) }
+                if no_reply {
+                    Answer::Silence
+                } else {
+                    Answer::Reply(refusal(failure.errno()), Vec::new())
+                }
             }
         }
     }
 
     fn version(&mut self, header: Header, body: &[u8]) -> Result<Vec<u8>, (Errno, Violation)> {
-        if header.command != command::VERSION || header.kind != (Kind::Command { no_reply: false }) {
+        if header.command != command::VERSION || header.kind != (Kind::Command { no_reply: false })
+        {
             return Err((Errno::INVAL, Violation::TooEarly(header)));
         }
         let request = Version::parse(body).map_err(|e| (Errno::INVAL, Violation::Version(e)))?;
-        let (agreed, reply) = version::answer(&request).map_err(|e| (e.errno(), Violation::Disagreement(e)))?;
+        let (agreed, reply) =
+            version::answer(&request).map_err(|e| (e.errno(), Violation::Disagreement(e)))?;
         self.agreed = Some(agreed);
         Ok(reply)
     }
@@ -248,7 +283,9 @@ impl Session {
             command::REGION_READ => region_read(target, body),
             command::REGION_WRITE => region_write(target, body),
             command::REGION_WRITE_MULTI if agreed.write_multiple => write_multi(target, body),
-            command::REGION_WRITE_MULTI => Err(Failure::Unsupported("REGION_WRITE_MULTI, unless agreed upon,")),
+            command::REGION_WRITE_MULTI => {
+                Err(Failure::Unsupported("REGION_WRITE_MULTI, unless agreed upon,"))
+            }
             command::DMA_MAP => self.dma_map(target, body, &mut fds),
             command::DMA_UNMAP => self.dma_unmap(target, body),
             command::DEVICE_GET_INFO => device_info(target, body),
@@ -265,13 +302,20 @@ impl Session {
             }
             command::DEVICE_FEATURE => Err(Failure::Feature(Feature::parse(body)?.feature)),
             command::DIRTY_PAGES => Err(Failure::Unsupported("DIRTY_PAGES")),
-            command::MIG_DATA_READ | command::MIG_DATA_WRITE => Err(Failure::Unsupported("migration")),
+            command::MIG_DATA_READ | command::MIG_DATA_WRITE => {
+                Err(Failure::Unsupported("migration"))
+            }
             command::DMA_READ | command::DMA_WRITE => Err(Failure::WrongDirection),
             _ => Err(Failure::Unknown),
         }
     }
 
-    fn dma_map<T: Target + ?Sized>(&mut self, target: &mut T, body: &[u8], fds: &mut Vec<OwnedFd>) -> Outcome {
+    fn dma_map<T: Target + ?Sized>(
+        &mut self,
+        target: &mut T,
+        body: &[u8],
+        fds: &mut Vec<OwnedFd>,
+    ) -> Outcome {
         let DmaMap { readable, writable, offset, address, size } = DmaMap::parse(body)?;
         if fds.len() > 1 {
             return Err(Failure::Descriptors { expected: "none or one", got: fds.len() });
@@ -282,7 +326,8 @@ impl Session {
         let (Some(end), true, Some(_)) = (address.checked_add(size), pages, end_in_file) else {
             return Err(Failure::BadRange(address, size));
         };
-        // Mappings do not overlap, so the one that starts last before `end` is the only one that could.
+        // Mappings do not overlap, so the one that starts last before `end` is the only one that
+        // could.
         if self.maps.range(..end).next_back().is_some_and(|(start, len)| start + len > address) {
             return Err(Failure::Overlap(address, size));
         }
@@ -385,7 +430,10 @@ fn set_irqs<T: Target + ?Sized>(target: &mut T, body: &[u8], fds: Vec<OwnedFd>) 
         return Err(Failure::NoSuch("interrupt index", index));
     }
     if !fds.is_empty() && (data != IrqData::Eventfd || fds.len() != count as usize) {
-        return Err(Failure::Descriptors { expected: "none, or as many as interrupts,", got: fds.len() });
+        return Err(Failure::Descriptors {
+            expected: "none, or as many as interrupts,",
+            got: fds.len(),
+        });
     }
     if (verb, data, start, count) == (IrqVerb::Trigger, IrqData::None, 0, 0) {
         target.set_irqs(index, IrqAction::DisableAll)?;
@@ -397,7 +445,9 @@ fn set_irqs<T: Target + ?Sized>(target: &mut T, body: &[u8], fds: Vec<OwnedFd>) 
         return Err(Failure::IrqRange { index, start, count, have });
     }
     let which = || match data {
-        IrqData::Bool(bools) => (start..).zip(bools).filter(|&(_, &b)| b != 0).map(|(i, _)| i).collect(),
+        IrqData::Bool(bools) => {
+            (start..).zip(bools).filter(|&(_, &b)| b != 0).map(|(i, _)| i).collect()
+        }
         _ => (start..start + count).collect(),
     };
     let eventfds = if fds.is_empty() {
@@ -464,8 +514,8 @@ fn region_write<T: Target + ?Sized>(target: &mut T, body: &[u8]) -> Outcome {
     Ok(access.body(&[]).into())
 }
 
-/// The writes were independent of each other before the client put them together, so all are tried; the reply
-/// tells of the first that failed.
+/// The writes were independent of each other before the client put them together, so all are tried;
+/// the reply tells of the first that failed.
 fn write_multi<T: Target + ?Sized>(target: &mut T, body: &[u8]) -> Outcome {
     let writes = MultiWrite::parse_all(body)?;
     if writes.len() > MAX_MULTI_WRITES {
@@ -473,9 +523,14 @@ fn write_multi<T: Target + ?Sized>(target: &mut T, body: &[u8]) -> Outcome {
     }
     let mut result = Ok(());
     for write in &writes {
-        let done = check_access(target, write.region, write.offset, write.data.len(), true).and_then(|()| {
-            if write.data.is_empty() { Ok(()) } else { Ok(target.write(write.region, write.offset, write.data)?) }
-        });
+        let done = check_access(target, write.region, write.offset, write.data.len(), true)
+            .and_then(|()| {
+                if write.data.is_empty() {
+                    Ok(())
+                } else {
+                    Ok(target.write(write.region, write.offset, write.data)?)
+                }
+            });
         result = result.and(done);
     }
     result.map(|()| MultiWrite::reply(writes.len() as u64).into())

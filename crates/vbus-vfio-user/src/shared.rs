@@ -1,4 +1,5 @@
-//! The client's end of memory that is reached by message: `DMA_READ` and `DMA_WRITE`, answered from files.
+//! The client's end of memory that is reached by message: `DMA_READ` and `DMA_WRITE`, answered from
+//! files.
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -54,7 +55,8 @@ impl SharedMemory {
         reply.resize(DMA_ACCESS_LEN + count, 0);
         let mut done = 0;
         while done < count {
-            match rustix::io::pread(memory, &mut reply[DMA_ACCESS_LEN + done..], at + done as u64)? {
+            match rustix::io::pread(memory, &mut reply[DMA_ACCESS_LEN + done..], at + done as u64)?
+            {
                 0 => return Err(Errno::FAULT),
                 n => done += n,
             }

@@ -1,10 +1,11 @@
-//! Messages over a stream socket: cut out of the byte stream on one side, queued until the socket takes them on
-//! the other.
+//! Messages over a stream socket: cut out of the byte stream on one side, queued until the socket
+//! takes them on the other.
 //!
-//! Two properties of UNIX sockets matter. Descriptors arrive with the byte that they were sent with; so the
-//! receiver never reads past the end of a message, and what arrives while it reads a message belongs to that
-//! message. And QEMU gives a connection up when a header arrives in two pieces; so the sender hands each message
-//! to the kernel by itself, which splits only what is far longer than a header.
+//! Two properties of UNIX sockets matter. Descriptors arrive with the byte that they were sent
+//! with; so the receiver never reads past the end of a message, and what arrives while it reads a
+//! message belongs to that message. And QEMU gives a connection up when a header arrives in two
+//! pieces; so the sender hands each message to the kernel by itself, which splits only what is far
+//! longer than a header.
 
 use std::collections::VecDeque;
 use std::io::{IoSlice, IoSliceMut};
@@ -13,22 +14,25 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::io::Errno;
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, recvmsg, sendmsg,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
 use crate::protocol::{BadHeader, HEADER_LEN, Header};
 use crate::version::KERNEL_MSG_FDS;
 
-/// A body is read in steps of this many bytes, so that memory is taken as data comes and not as announced.
+/// A body is read in steps of this many bytes, so that memory is taken as data comes and not as
+/// announced.
 const READ_STEP: usize = 64 << 10;
 
 /// Where bytes and descriptors come from: a socket, or in tests a plain slice.
 pub trait Source {
-    /// Reads at most `buf.len()` bytes, and appends the descriptors that came with them to `fds`. 0 is the end.
+    /// Reads at most `buf.len()` bytes, and appends the descriptors that came with them to `fds`. 0
+    /// is the end.
     ///
     /// # Errors
-    /// [`Errno::AGAIN`] when nothing is there now, [`Errno::TOOMANYREFS`] when descriptors had to be dropped.
+    /// [`Errno::AGAIN`] when nothing is there now, [`Errno::TOOMANYREFS`] when descriptors had to
+    /// be dropped.
     fn recv(&mut self, buf: &mut [u8], fds: &mut Vec<OwnedFd>) -> Result<usize, Errno>;
 }
 
@@ -51,7 +55,8 @@ impl Source for SocketSource<'_> {
         let flags = if self.wait { RecvFlags::empty() } else { RecvFlags::DONTWAIT };
         let mut parts = [IoSliceMut::new(buf)];
         let received = loop {
-            match recvmsg(self.socket, &mut parts, &mut ancillary, flags | RecvFlags::CMSG_CLOEXEC) {
+            match recvmsg(self.socket, &mut parts, &mut ancillary, flags | RecvFlags::CMSG_CLOEXEC)
+            {
                 Err(Errno::INTR) => {}
                 other => break other?,
             }
@@ -132,7 +137,12 @@ impl Receiver {
     ///
     /// # Errors
     /// After an error the connection has to end.
-    pub fn next(&mut self, source: &mut impl Source, max_size: usize, max_fds: usize) -> Result<Received, Broken> {
+    pub fn next(
+        &mut self,
+        source: &mut impl Source,
+        max_size: usize,
+        max_fds: usize,
+    ) -> Result<Received, Broken> {
         while self.have < HEADER_LEN {
             match source.recv(&mut self.head[self.have..], &mut self.fds) {
                 Ok(0) if self.have == 0 => return Ok(Received::End),

@@ -17,8 +17,8 @@ pub struct DeviceInfo {
     pub irqs: u32,
 }
 
-/// A region of the device. None can be mapped by the client: QEMU posts its writes only to a device of which
-/// no region can be.
+/// A region of the device. None can be mapped by the client: QEMU posts its writes only to a device
+/// of which no region can be.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RegionInfo {
     /// Bytes; 0 for a region that the device does not have.
@@ -38,18 +38,21 @@ pub struct IrqInfo {
     pub maskable: bool,
     /// They mask themselves when triggered, and the client unmasks them (INTx).
     pub automasked: bool,
-    /// They are set up together: more can be connected only after all were disconnected (MSI, MSI-X).
+    /// They are set up together: more can be connected only after all were disconnected (MSI,
+    /// MSI-X).
     pub fixed_size: bool,
 }
 
 /// What a client wants of the interrupts of one index (`DEVICE_SET_IRQS`).
 ///
-/// Ranges have been checked against [`Target::irq_info`]. An interrupt number is relative to its index.
+/// Ranges have been checked against [`Target::irq_info`]. An interrupt number is relative to its
+/// index.
 #[derive(Debug)]
 pub enum IrqAction {
     /// Disconnect all eventfds of this index.
     DisableAll,
-    /// The eventfds by which the device triggers the interrupts from `start` on; `None` disconnects one.
+    /// The eventfds by which the device triggers the interrupts from `start` on; `None` disconnects
+    /// one.
     Connect {
         /// First interrupt.
         start: u32,
@@ -91,10 +94,11 @@ pub struct Mapping {
     pub readable: bool,
     /// The device may write it.
     pub writable: bool,
-    /// The descriptor to map and the offset in it; without it the memory is reached by [`RemoteMemory`] alone.
+    /// The descriptor to map and the offset in it; without it the memory is reached by
+    /// [`RemoteMemory`] alone.
     ///
-    /// Nothing is known about the descriptor: it may be no memory at all, shorter than `offset + size`, or
-    /// shrink later.
+    /// Nothing is known about the descriptor: it may be no memory at all, shorter than `offset +
+    /// size`, or shrink later.
     pub memory: Option<(OwnedFd, u64)>,
 }
 
@@ -113,13 +117,14 @@ pub struct IoEventFd {
 
 /// What a server serves: one device function, behind whatever connector.
 ///
-/// The server calls all of this from the thread that runs it, one call at a time, and does the checks that need
-/// no knowledge of the device: indexes are below the counts of [`DeviceInfo`], accesses lie within their region
-/// and are allowed by its [`RegionInfo`], ranges of interrupts lie within their index, mappings do not overlap,
-/// and an unmap names a mapping exactly. What is left to the target are its own rules, with an errno for each
-/// refusal; the client gets that errno.
+/// The server calls all of this from the thread that runs it, one call at a time, and does the
+/// checks that need no knowledge of the device: indexes are below the counts of [`DeviceInfo`],
+/// accesses lie within their region and are allowed by its [`RegionInfo`], ranges of interrupts lie
+/// within their index, mappings do not overlap, and an unmap names a mapping exactly. What is left
+/// to the target are its own rules, with an errno for each refusal; the client gets that errno.
 ///
-/// No call may wait for the client: QEMU holds its global lock while it waits for the answer to an access.
+/// No call may wait for the client: QEMU holds its global lock while it waits for the answer to an
+/// access.
 pub trait Target {
     /// What the device has. Cheap, and the same as long as a client is there.
     fn device_info(&self) -> DeviceInfo;
@@ -154,7 +159,8 @@ pub trait Target {
     /// An errno for the client when the memory cannot be used. It then counts as not mapped.
     fn dma_map(&mut self, mapping: Mapping) -> Result<(), Errno>;
 
-    /// The client takes a mapping back: when this returns, nothing of the device touches it any more.
+    /// The client takes a mapping back: when this returns, nothing of the device touches it any
+    /// more.
     fn dma_unmap(&mut self, address: u64, size: u64);
 
     /// The client takes all mappings back.
@@ -172,12 +178,13 @@ pub trait Target {
         Vec::new()
     }
 
-    /// A client has come and agreed on the protocol. `memory` reaches its memory by message until it goes.
+    /// A client has come and agreed on the protocol. `memory` reaches its memory by message until
+    /// it goes.
     fn connected(&mut self, memory: RemoteMemory) {
         let _ = memory;
     }
 
-    /// The client that [`Target::connected`] told of is gone, in whatever way: mappings and eventfds are to be
-    /// dropped. The next call, if any, is [`Target::connected`].
+    /// The client that [`Target::connected`] told of is gone, in whatever way: mappings and
+    /// eventfds are to be dropped. The next call, if any, is [`Target::connected`].
     fn disconnected(&mut self);
 }

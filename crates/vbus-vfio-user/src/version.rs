@@ -1,7 +1,7 @@
 //! Version negotiation: what a client proposes, and what the server makes of it.
 //!
-//! The reply names no capability that the client did not name. That is the specification's rule, and it has a
-//! practical side: QEMU receives the reply into a buffer of its request's size.
+//! The reply names no capability that the client did not name. That is the specification's rule,
+//! and it has a practical side: QEMU receives the reply into a buffer of its request's size.
 
 use rustix::io::Errno;
 use serde_json::{Map, Value, json};
@@ -11,18 +11,19 @@ use crate::protocol::{MAJOR, MINOR, Version};
 /// Longest version data accepted, in bytes. QEMU sends about 200.
 pub const MAX_VERSION_DATA: usize = 4096;
 
-/// Descriptors that an end of ours accepts in one message. QEMU takes no server that names more than 16.
+/// Descriptors that an end of ours accepts in one message. QEMU takes no server that names more
+/// than 16.
 pub const MAX_MSG_FDS: usize = 16;
 
 /// Descriptors that a UNIX socket carries in one message (the kernel's `SCM_MAX_FD`).
 pub const KERNEL_MSG_FDS: usize = 253;
 
-/// Bytes of data that an end of ours accepts in one message: the specification's default, so that it also
-/// holds for a client that does not ask.
+/// Bytes of data that an end of ours accepts in one message: the specification's default, so that
+/// it also holds for a client that does not ask.
 pub const MAX_TRANSFER: usize = 1 << 20;
 
-/// DMA mappings of one client. Each may be a memory mapping of this process, which has about 65,000 for all of
-/// its devices; QEMU was seen with some 30.
+/// DMA mappings of one client. Each may be a memory mapping of this process, which has about 65,000
+/// for all of its devices; QEMU was seen with some 30.
 pub const MAX_DMA_MAPS: usize = 512;
 
 /// The smallest page; addresses and sizes of DMA mappings are multiples of it.
@@ -41,8 +42,8 @@ pub struct Agreed {
     pub write_multiple: bool,
 }
 
-/// The capabilities that this crate knows. Others (`migration`, `twin_socket`) are read over: what the reply
-/// leaves out is not in use.
+/// The capabilities that this crate knows. Others (`migration`, `twin_socket`) are read over: what
+/// the reply leaves out is not in use.
 #[derive(Default)]
 struct Capabilities {
     max_msg_fds: Option<u64>,
@@ -89,7 +90,8 @@ impl Disagreement {
     }
 }
 
-/// The capabilities in version data: `None` without data, `Some(None)` when the data does not speak of them.
+/// The capabilities in version data: `None` without data, `Some(None)` when the data does not speak
+/// of them.
 fn parse(data: &[u8]) -> Result<Option<Option<Capabilities>>, Disagreement> {
     if data.is_empty() {
         return Ok(None);
@@ -130,7 +132,9 @@ fn encode(capabilities: Option<Capabilities>) -> Vec<u8> {
     let mut data = json!({});
     if let Some(c) = capabilities {
         let mut map = Map::new();
-        let mut set = |name: &str, value: Option<Value>| value.and_then(|value| map.insert(name.to_owned(), value));
+        let mut set = |name: &str, value: Option<Value>| {
+            value.and_then(|value| map.insert(name.to_owned(), value))
+        };
         set("max_msg_fds", c.max_msg_fds.map(Value::from));
         set("max_data_xfer_size", c.max_data_xfer_size.map(Value::from));
         set("max_dma_maps", c.max_dma_maps.map(Value::from));
@@ -222,7 +226,8 @@ mod tests {
         answer(&Version { major: 0, minor: 0, data })
     }
 
-    /// QEMU's request; its reply buffer has the size of this request, so the reply must not be longer.
+    /// QEMU's request; its reply buffer has the size of this request, so the reply must not be
+    /// longer.
     const QEMU: &[u8] = b"{\"capabilities\": {\"migration\": {\"pgsize\": 4096, \"max_bitmap_size\": 268435456}, \
         \"max_msg_fds\": 16, \"max_data_xfer_size\": 1048576, \"pgsizes\": 4096, \"max_dma_maps\": 65535, \
         \"write_multiple\": true}}\0";
@@ -230,7 +235,10 @@ mod tests {
     #[test]
     fn qemu_gets_what_it_understands() {
         let (agreed, body) = ask(QEMU).expect("QEMU's proposal is fine");
-        assert_eq!(agreed, Agreed { minor: 0, peer_fds: 16, peer_transfer: 1 << 20, write_multiple: true });
+        assert_eq!(
+            agreed,
+            Agreed { minor: 0, peer_fds: 16, peer_transfer: 1 << 20, write_multiple: true }
+        );
         assert!(body.len() <= QEMU.len() + 4);
         let text = std::str::from_utf8(&body[4..body.len() - 1]).expect("JSON is UTF-8");
         assert_eq!(
@@ -244,7 +252,8 @@ mod tests {
     fn nothing_is_offered_that_was_not_proposed() {
         assert_eq!(ask(b"").expect("no data is legal").1, [0; 4]);
         assert_eq!(&ask(b"{}\0").expect("an empty object is legal").1[4..], b"{}\0");
-        let (agreed, body) = ask(b"{\"capabilities\":{\"write_multiple\":false,\"new\":[1]}}\0").expect("legal");
+        let (agreed, body) =
+            ask(b"{\"capabilities\":{\"write_multiple\":false,\"new\":[1]}}\0").expect("legal");
         assert_eq!(&body[4..], b"{\"capabilities\":{}}\0");
         assert!(!agreed.write_multiple);
         assert_eq!((agreed.peer_fds, agreed.peer_transfer), (1, MAX_TRANSFER));
@@ -252,8 +261,14 @@ mod tests {
 
     #[test]
     fn wrong_versions_and_texts_are_told_apart() {
-        assert!(matches!(answer(&Version { major: 1, minor: 0, data: b"" }), Err(Disagreement::Major(1))));
-        assert_eq!(answer(&Version { major: 0, minor: 9, data: b"" }).expect("newer minor").0.minor, MINOR);
+        assert!(matches!(
+            answer(&Version { major: 1, minor: 0, data: b"" }),
+            Err(Disagreement::Major(1))
+        ));
+        assert_eq!(
+            answer(&Version { major: 0, minor: 9, data: b"" }).expect("newer minor").0.minor,
+            MINOR
+        );
         for text in [&b"{}"[..], b"{\0}\0", b"{}\0x"] {
             assert!(matches!(ask(text), Err(Disagreement::NotText)), "{text:?}");
         }
@@ -267,7 +282,10 @@ mod tests {
         ] {
             assert!(matches!(ask(text), Err(Disagreement::Type(_))), "{text:?}");
         }
-        assert!(matches!(ask(b"{\"capabilities\":{\"pgsizes\":512}}\0"), Err(Disagreement::PageSizes(512))));
+        assert!(matches!(
+            ask(b"{\"capabilities\":{\"pgsizes\":512}}\0"),
+            Err(Disagreement::PageSizes(512))
+        ));
         assert!(matches!(ask(&[b' '; MAX_VERSION_DATA + 1]), Err(Disagreement::TooLong(_))));
         let deep = [vec![b'['; 4000], vec![0]].concat();
         assert!(matches!(ask(&deep), Err(Disagreement::Json(_))));

@@ -1,4 +1,5 @@
-//! A device of the bus behind its socket, on the event loop: clients that come, crowd, misbehave and go.
+//! A device of the bus behind its socket, on the event loop: clients that come, crowd, misbehave
+//! and go.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::io::{Read, Write};
@@ -10,7 +11,9 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use vbus_core::{Bus, Connection, Device, Executor, Identity, Open, Region, State, Status, Trust, Tuning};
+use vbus_core::{
+    Bus, Connection, Device, Executor, Identity, Open, Region, State, Status, Trust, Tuning,
+};
 use vbus_driver::{Error, Function, Hal};
 use vbus_vfio_user::{Client, ClientError, DeviceServer, Errno, MEMORY_BYTES, Process};
 
@@ -59,7 +62,8 @@ fn setup() -> Setup {
     let folder = tempfile::tempdir().unwrap();
     let bus = Bus::new(Executor::start(Tuning::default()).unwrap(), Vec::new(), Trust::Sealed);
     let endpoint = bus.add("adder0", Arc::new(Adder)).unwrap();
-    let server = DeviceServer::start(endpoint, &folder.path().join("s"), Default::default()).unwrap();
+    let server =
+        DeviceServer::start(endpoint, &folder.path().join("s"), Default::default()).unwrap();
     Setup { _folder: folder, bus, server }
 }
 
@@ -69,7 +73,9 @@ fn process(setup: &Setup) -> Process {
     loop {
         match Process::connect(setup.server.path(), MEMORY_BYTES) {
             Ok(process) => return process,
-            Err(ClientError::Refused { errno: Errno::BUSY, .. }) if start.elapsed() < Duration::from_secs(20) => {
+            Err(ClientError::Refused { errno: Errno::BUSY, .. })
+                if start.elapsed() < Duration::from_secs(20) =>
+            {
                 std::thread::yield_now();
             }
             Err(e) => panic!("{e}"),
@@ -112,7 +118,9 @@ fn a_crowd_is_served_or_refused_but_nobody_waits() {
                             served.fetch_add(1, Ordering::Relaxed);
                         }
                         // More than a few at once are closed without an answer.
-                        Err(ClientError::Refused { errno: Errno::BUSY, .. } | ClientError::Closed) => {
+                        Err(
+                            ClientError::Refused { errno: Errno::BUSY, .. } | ClientError::Closed,
+                        ) => {
                             refused.fetch_add(1, Ordering::Relaxed);
                         }
                         Err(ClientError::Broken(e)) if e.to_string().contains("reset") => {
@@ -139,7 +147,9 @@ fn a_hostile_client_is_ended_and_the_next_one_served() {
         stream.shutdown(std::net::Shutdown::Write).unwrap();
         let mut rest = Vec::new();
         // The end comes as such, or as a reset.
-        assert!(!matches!(stream.read_to_end(&mut rest), Err(e) if e.kind() == std::io::ErrorKind::WouldBlock));
+        assert!(
+            !matches!(stream.read_to_end(&mut rest), Err(e) if e.kind() == std::io::ErrorKind::WouldBlock)
+        );
         drop(process(&setup));
     }
     // One that says nothing is ended by the event loop's timer.
@@ -157,18 +167,31 @@ fn memory_is_taken_only_if_it_can_be_used_safely() {
         Err(ClientError::Refused { errno, .. }) => errno,
         other => panic!("{other:?}"),
     };
-    let sealable = memfd_create("sealable", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+    let sealable =
+        memfd_create("sealable", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
     assert_eq!(refused(client.dma_map(sealable.as_fd(), 0, 0, 8192)), Errno::INVAL, "too short");
     ftruncate(&sealable, 8192).unwrap();
     client.dma_map(sealable.as_fd(), 0, 0, 8192).unwrap();
     assert_eq!(ftruncate(&sealable, 4096), Err(Errno::PERM), "the server has sealed it");
     assert_eq!(refused(client.dma_map(sealable.as_fd(), 0, 4096, 4096)), Errno::EXIST);
-    assert_eq!(refused(client.dma_map(sealable.as_fd(), 8192, 8192, 4096)), Errno::INVAL, "behind the end");
+    assert_eq!(
+        refused(client.dma_map(sealable.as_fd(), 8192, 8192, 4096)),
+        Errno::INVAL,
+        "behind the end"
+    );
     let shrinking = memfd_create("shrinking", MemfdFlags::CLOEXEC).unwrap();
     ftruncate(&shrinking, 8192).unwrap();
-    assert_eq!(refused(client.dma_map(shrinking.as_fd(), 0, 65536, 8192)), Errno::INVAL, "could shrink");
+    assert_eq!(
+        refused(client.dma_map(shrinking.as_fd(), 0, 65536, 8192)),
+        Errno::INVAL,
+        "could shrink"
+    );
     let event = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
-    assert_eq!(refused(client.dma_map(event.as_fd(), 0, 65536, 4096)), Errno::INVAL, "no memory at all");
+    assert_eq!(
+        refused(client.dma_map(event.as_fd(), 0, 65536, 4096)),
+        Errno::INVAL,
+        "no memory at all"
+    );
     let (pipe, _end) = rustix::pipe::pipe().unwrap();
     assert_eq!(refused(client.connect_irqs(1, 0, &[pipe.as_fd()])), Errno::INVAL, "no eventfd");
     client.connect_irqs(1, 0, &[event.as_fd()]).unwrap();

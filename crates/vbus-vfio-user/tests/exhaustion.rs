@@ -1,5 +1,5 @@
-//! A process without a free descriptor: the server pauses, and goes on afterwards. Alone in its program, because the
-//! limit is the process's.
+//! A process without a free descriptor: the server pauses, and goes on afterwards. Alone in its
+//! program, because the limit is the process's.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod support;

@@ -1,5 +1,5 @@
-//! What a client can do wrong, and what comes of it: an error reply, or the end of its connection - and in every
-//! case a server that serves the next client, and not one descriptor more than before.
+//! What a client can do wrong, and what comes of it: an error reply, or the end of its connection -
+//! and in every case a server that serves the next client, and not one descriptor more than before.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod support;
@@ -60,12 +60,22 @@ struct Table(Vec<Case>);
 impl Table {
     /// Bytes to send before any agreement.
     fn start(&mut self, name: &'static str, fate: Fate, bytes: Vec<u8>) {
-        self.0.push(Case { name, agreed: false, fate, act: Box::new(move |raw, _| raw.send(&bytes)) });
+        self.0.push(Case {
+            name,
+            agreed: false,
+            fate,
+            act: Box::new(move |raw, _| raw.send(&bytes)),
+        });
     }
 
     /// Bytes to send after the agreement.
     fn bytes(&mut self, name: &'static str, fate: Fate, bytes: Vec<u8>) {
-        self.0.push(Case { name, agreed: true, fate, act: Box::new(move |raw, _| raw.send(&bytes)) });
+        self.0.push(Case {
+            name,
+            agreed: true,
+            fate,
+            act: Box::new(move |raw, _| raw.send(&bytes)),
+        });
     }
 
     /// A command with id 1.
@@ -89,7 +99,11 @@ impl Table {
 
 fn start_of_session(t: &mut Table) {
     t.start("command before VERSION", BAD_START, framed(1, 4, 0, &bytes![16u32, 0u32, 0u32, 0u32]));
-    t.start("posted command before VERSION", Ended, framed(1, 10, NO_REPLY, &bytes![0u64, 0u32, 0u32]));
+    t.start(
+        "posted command before VERSION",
+        Ended,
+        framed(1, 10, NO_REPLY, &bytes![0u64, 0u32, 0u32]),
+    );
     t.start("unknown command before VERSION", BAD_START, framed(1, 999, 0, &[]));
     t.start("reply before VERSION", Ended, framed(1, 1, REPLY, &version()));
     t.start("VERSION without a body", BAD_START, framed(1, 1, 0, &[]));
@@ -98,7 +112,11 @@ fn start_of_session(t: &mut Table) {
     t.start("VERSION with JSON without NUL", BAD_START, framed(1, 1, 0, b"\0\0\0\0{}"));
     t.start("VERSION with a NUL within", BAD_START, framed(1, 1, 0, b"\0\0\0\0{\0}\0"));
     t.start("VERSION with an empty text", BAD_START, framed(1, 1, 0, b"\0\0\0\0\0"));
-    t.start("VERSION with half a JSON", BAD_START, framed(1, 1, 0, b"\0\0\0\0{\"capabilities\":{\0"));
+    t.start(
+        "VERSION with half a JSON",
+        BAD_START,
+        framed(1, 1, 0, b"\0\0\0\0{\"capabilities\":{\0"),
+    );
     t.start("VERSION with an array", BAD_START, framed(1, 1, 0, b"\0\0\0\0[]\0"));
     t.start("VERSION with a text as a number", BAD_START, {
         framed(1, 1, 0, b"\0\0\0\0{\"capabilities\":{\"max_msg_fds\":\"many\"}}\0")
@@ -106,9 +124,17 @@ fn start_of_session(t: &mut Table) {
     t.start("VERSION with a negative number", BAD_START, {
         framed(1, 1, 0, b"\0\0\0\0{\"capabilities\":{\"max_data_xfer_size\":-1}}\0")
     });
-    t.start("VERSION nested too deep", BAD_START, framed(1, 1, 0, &[&[0; 4], &[b'['; 3000][..], &[0]].concat()));
+    t.start(
+        "VERSION nested too deep",
+        BAD_START,
+        framed(1, 1, 0, &[&[0; 4], &[b'['; 3000][..], &[0]].concat()),
+    );
     t.start("VERSION that is not UTF-8", BAD_START, framed(1, 1, 0, b"\0\0\0\0\"\xff\xfe\"\0"));
-    t.start("VERSION of another major", RefusedAndEnded(Errno::OPNOTSUPP), framed(1, 1, 0, &bytes![7u16, 0u16]));
+    t.start(
+        "VERSION of another major",
+        RefusedAndEnded(Errno::OPNOTSUPP),
+        framed(1, 1, 0, &bytes![7u16, 0u16]),
+    );
     t.start("VERSION posted", Ended, framed(1, 1, NO_REPLY, &version()));
     t.start("VERSION of a megabyte", Ended, raw(1, 1, (1 << 20) + 16, 0, &[b' '; 5000]));
     t.bytes("second VERSION", BAD_START, framed(1, 1, 0, &version()));
@@ -124,13 +150,21 @@ fn framing(t: &mut Table) {
     t.bytes("reply that nobody asked for", Ended, framed(1, 11, REPLY, &[0; 16]));
     t.bytes("reply to a command of the client", Ended, framed(1, 4, REPLY, &[0; 16]));
     t.bytes("error reply that nobody asked for", Ended, framed(1, 12, REPLY | 0x20, &[]));
-    t.bytes("reserved flags in a command", Done, framed(1, 4, 0xffff_ff00, &bytes![16u32, 0u32, 0u32, 0u32]));
+    t.bytes(
+        "reserved flags in a command",
+        Done,
+        framed(1, 4, 0xffff_ff00, &bytes![16u32, 0u32, 0u32, 0u32]),
+    );
     t.command("unknown command", Refused(Errno::NOSYS), 99, vec![]);
     t.command("unknown command with a long body", Refused(Errno::NOSYS), 0, vec![7; 100_000]);
     t.bytes("unknown command, posted", Ignored, framed(1, 65535, NO_REPLY, &[1; 9]));
     t.command("DMA_READ from the client", INVAL, 11, bytes![0u64, 16u64]);
     t.command("DMA_WRITE from the client", INVAL, 12, bytes![0u64, 4u64, 0u32]);
-    t.bytes("failed command, posted", Ignored, framed(1, 10, NO_REPLY, &bytes![0u64, 77u32, 4u32, 1u32]));
+    t.bytes(
+        "failed command, posted",
+        Ignored,
+        framed(1, 10, NO_REPLY, &bytes![0u64, 77u32, 4u32, 1u32]),
+    );
     t.0.push(Case {
         name: "header a byte at a time",
         agreed: true,
@@ -170,9 +204,24 @@ fn information(t: &mut Table) {
     t.command("GET_INFO, short", INVAL, 4, vec![0; 15]);
     t.command("GET_INFO without room for the reply", INVAL, 4, bytes![15u32, 0u32, 0u32, 0u32]);
     t.command("GET_REGION_INFO, short", INVAL, 5, vec![0; 31]);
-    t.command("GET_REGION_INFO without room", INVAL, 5, bytes![31u32, 0u32, 0u32, 0u32, 0u64, 0u64]);
-    t.command("GET_REGION_INFO of region 9 of 9", INVAL, 5, bytes![32u32, 0u32, 9u32, 0u32, 0u64, 0u64]);
-    t.command("GET_REGION_INFO of region -1", INVAL, 5, bytes![32u32, 0u32, u32::MAX, 0u32, 0u64, 0u64]);
+    t.command(
+        "GET_REGION_INFO without room",
+        INVAL,
+        5,
+        bytes![31u32, 0u32, 0u32, 0u32, 0u64, 0u64],
+    );
+    t.command(
+        "GET_REGION_INFO of region 9 of 9",
+        INVAL,
+        5,
+        bytes![32u32, 0u32, 9u32, 0u32, 0u64, 0u64],
+    );
+    t.command(
+        "GET_REGION_INFO of region -1",
+        INVAL,
+        5,
+        bytes![32u32, 0u32, u32::MAX, 0u32, 0u64, 0u64],
+    );
     t.command("GET_IRQ_INFO, short", INVAL, 7, vec![0; 12]);
     t.command("GET_IRQ_INFO of index 5 of 5", INVAL, 7, bytes![16u32, 0u32, 5u32, 0u32]);
     t.command("GET_REGION_IO_FDS, short", INVAL, 6, vec![0; 8]);
@@ -191,7 +240,9 @@ fn information(t: &mut Table) {
 
 fn accesses(t: &mut Table) {
     let access = |offset: u64, region: u32, count: u32| bytes![offset, region, count];
-    let write = move |offset, region, count, data: &[u8]| [access(offset, region, count), data.to_vec()].concat();
+    let write = move |offset, region, count, data: &[u8]| {
+        [access(offset, region, count), data.to_vec()].concat()
+    };
     t.command("READ, short", INVAL, 9, vec![0; 15]);
     t.command("READ with data", INVAL, 9, write(0, 0, 4, &[0; 4]));
     t.command("READ of 4 GiB", INVAL, 9, access(0, 0, u32::MAX));
@@ -218,18 +269,44 @@ fn accesses(t: &mut Table) {
     t.command("WRITE_MULTI, short", INVAL, 15, vec![0; 7]);
     t.command("WRITE_MULTI without writes", Done, 15, bytes![0u64]);
     t.command("WRITE_MULTI, more than it brings", INVAL, 15, [bytes![2u64], one(0, 0, 4)].concat());
-    t.command("WRITE_MULTI, fewer than it brings", INVAL, 15, [bytes![0u64], one(0, 0, 4)].concat());
+    t.command(
+        "WRITE_MULTI, fewer than it brings",
+        INVAL,
+        15,
+        [bytes![0u64], one(0, 0, 4)].concat(),
+    );
     t.command("WRITE_MULTI, 2^64 - 1 writes", INVAL, 15, [bytes![u64::MAX], one(0, 0, 4)].concat());
-    t.command("WRITE_MULTI, a count that wraps", INVAL, 15, [bytes![1u64 << 61], one(0, 0, 4)].concat());
+    t.command(
+        "WRITE_MULTI, a count that wraps",
+        INVAL,
+        15,
+        [bytes![1u64 << 61], one(0, 0, 4)].concat(),
+    );
     t.command("WRITE_MULTI with 9 bytes in one", INVAL, 15, [bytes![1u64], one(0, 0, 9)].concat());
-    t.command("WRITE_MULTI of 256 writes", Done, 15, [bytes![256u64], one(0, 0, 4).repeat(256)].concat());
-    t.command("WRITE_MULTI of 257 writes", INVAL, 15, [bytes![257u64], one(0, 0, 4).repeat(257)].concat());
-    t.command("WRITE_MULTI, one outside", INVAL, 15, [bytes![2u64], one(4095, 0, 4), one(0, 0, 4)].concat());
+    t.command(
+        "WRITE_MULTI of 256 writes",
+        Done,
+        15,
+        [bytes![256u64], one(0, 0, 4).repeat(256)].concat(),
+    );
+    t.command(
+        "WRITE_MULTI of 257 writes",
+        INVAL,
+        15,
+        [bytes![257u64], one(0, 0, 4).repeat(257)].concat(),
+    );
+    t.command(
+        "WRITE_MULTI, one outside",
+        INVAL,
+        15,
+        [bytes![2u64], one(4095, 0, 4), one(0, 0, 4)].concat(),
+    );
 }
 
 fn memory(t: &mut Table) {
-    let map =
-        |argsz: u32, flags: u32, offset: u64, address: u64, size: u64| bytes![argsz, flags, offset, address, size];
+    let map = |argsz: u32, flags: u32, offset: u64, address: u64, size: u64| {
+        bytes![argsz, flags, offset, address, size]
+    };
     t.command("DMA_MAP, short", INVAL, 2, vec![0; 31]);
     t.command("DMA_MAP with a small argsz", INVAL, 2, map(31, 3, 0, 0, 4096));
     t.command("DMA_MAP with unknown flags", INVAL, 2, map(32, 7, 0, 0, 4096));
@@ -244,16 +321,25 @@ fn memory(t: &mut Table) {
     }
     t.with_fds("DMA_MAP with memory", Done, (2, map(32, 3, 0, 0, 4096)), file);
     t.with_fds("DMA_MAP from an offset within a page", INVAL, (2, map(32, 3, 100, 0, 4096)), file);
-    t.with_fds("DMA_MAP from an overflowing offset", INVAL, (2, map(32, 3, u64::MAX - 4095, 0, 4096)), file);
+    t.with_fds(
+        "DMA_MAP from an overflowing offset",
+        INVAL,
+        (2, map(32, 3, u64::MAX - 4095, 0, 4096)),
+        file,
+    );
     t.with_fds("DMA_MAP from a negative offset", INVAL, (2, map(32, 3, 1 << 63, 0, 4096)), file);
     t.with_fds("DMA_MAP with two descriptors", INVAL, (2, map(32, 3, 0, 0, 4096)), |f| f.events(2));
     t.with_fds("DMA_MAP with 16 descriptors", INVAL, (2, map(32, 3, 0, 0, 4096)), |f| f.events(16));
-    t.with_fds("DMA_MAP that the device refuses", Refused(Errno::NODEV), (2, map(32, 3, 0, 0, 4096)), |f| {
-        vec![f.empty.as_fd()]
-    });
+    t.with_fds(
+        "DMA_MAP that the device refuses",
+        Refused(Errno::NODEV),
+        (2, map(32, 3, 0, 0, 4096)),
+        |f| vec![f.empty.as_fd()],
+    );
     t.with_fds("posted DMA_MAP that fails", INVAL, (2, map(32, 3, 0, 1, 4096)), file);
-    let twice =
-        |second: Vec<u8>| [framed(5, 2, NO_REPLY, &map(32, 3, 0, 8192, 8192)), framed(1, 2, 0, &second)].concat();
+    let twice = |second: Vec<u8>| {
+        [framed(5, 2, NO_REPLY, &map(32, 3, 0, 8192, 8192)), framed(1, 2, 0, &second)].concat()
+    };
     let exists = Refused(Errno::EXIST);
     t.bytes("DMA_MAP, the same twice", exists, twice(map(32, 3, 0, 8192, 8192)));
     t.bytes("DMA_MAP over the first page", exists, twice(map(32, 3, 0, 4096, 8192)));
@@ -266,9 +352,11 @@ fn memory(t: &mut Table) {
         let posted = (0..512).map(|i| framed(5, 2, NO_REPLY, &map(32, 3, 0, i * 8192, 4096)));
         posted.chain([framed(1, 2, 0, &map(32, 3, 0, 1 << 40, 4096))]).collect::<Vec<_>>().concat()
     });
-    let unmap = |argsz: u32, flags: u32, address: u64, size: u64| bytes![argsz, flags, address, size];
-    let then =
-        |second: Vec<u8>| [framed(5, 2, NO_REPLY, &map(32, 3, 0, 8192, 8192)), framed(1, 3, 0, &second)].concat();
+    let unmap =
+        |argsz: u32, flags: u32, address: u64, size: u64| bytes![argsz, flags, address, size];
+    let then = |second: Vec<u8>| {
+        [framed(5, 2, NO_REPLY, &map(32, 3, 0, 8192, 8192)), framed(1, 3, 0, &second)].concat()
+    };
     let not_there = Refused(Errno::NOENT);
     t.command("DMA_UNMAP, short", INVAL, 3, vec![0; 23]);
     t.command("DMA_UNMAP with a small argsz", INVAL, 3, unmap(8, 0, 0, 4096));
@@ -286,7 +374,8 @@ fn memory(t: &mut Table) {
 }
 
 fn interrupts(t: &mut Table) {
-    let set = |flags: u32, index: u32, start: u32, count: u32| bytes![20u32, flags, index, start, count];
+    let set =
+        |flags: u32, index: u32, start: u32, count: u32| bytes![20u32, flags, index, start, count];
     t.command("SET_IRQS, short", INVAL, 8, vec![0; 19]);
     t.command("SET_IRQS with a small argsz", INVAL, 8, bytes![19u32, 0x21u32, 0u32, 0u32, 0u32]);
     t.command("SET_IRQS without a verb", INVAL, 8, set(0x01, 0, 0, 1));
@@ -312,10 +401,16 @@ fn interrupts(t: &mut Table) {
     t.with_fds("SET_IRQS with eventfds", Done, (8, set(0x24, 2, 4, 16)), |f| f.events(16));
     t.with_fds("SET_IRQS with too few eventfds", INVAL, (8, set(0x24, 2, 0, 8)), |f| f.events(7));
     t.with_fds("SET_IRQS with too many eventfds", INVAL, (8, set(0x24, 2, 0, 8)), |f| f.events(9));
-    t.with_fds("SET_IRQS with eventfds behind the end", INVAL, (8, set(0x24, 2, 30, 3)), |f| f.events(3));
-    t.with_fds("SET_IRQS with eventfds and no range", INVAL, (8, set(0x24, 2, 0, 0)), |f| f.events(1));
+    t.with_fds("SET_IRQS with eventfds behind the end", INVAL, (8, set(0x24, 2, 30, 3)), |f| {
+        f.events(3)
+    });
+    t.with_fds("SET_IRQS with eventfds and no range", INVAL, (8, set(0x24, 2, 0, 0)), |f| {
+        f.events(1)
+    });
     t.with_fds("SET_IRQS with flags and eventfds", INVAL, (8, set(0x21, 2, 0, 1)), |f| f.events(1));
-    t.with_fds("SET_IRQS that the device refuses", NOT_SUPPORTED, (8, set(0x0c, 0, 0, 1)), |f| f.events(1));
+    t.with_fds("SET_IRQS that the device refuses", NOT_SUPPORTED, (8, set(0x0c, 0, 0, 1)), |f| {
+        f.events(1)
+    });
     t.command("SET_IRQS, disconnect", Done, 8, set(0x24, 2, 0, 32));
 }
 
@@ -324,7 +419,9 @@ fn descriptors(t: &mut Table) {
     t.with_fds("a descriptor where none belongs", INVAL, info(), |f| f.events(1));
     t.with_fds("16 descriptors where none belongs", INVAL, info(), |f| f.events(16));
     t.with_fds("17 descriptors", Ended, info(), |f| f.events(17));
-    t.with_fds("18 descriptors", Ended, (8, bytes![20u32, 0x24u32, 2u32, 0u32, 18u32]), |f| f.events(18));
+    t.with_fds("18 descriptors", Ended, (8, bytes![20u32, 0x24u32, 2u32, 0u32, 18u32]), |f| {
+        f.events(18)
+    });
     t.with_fds("253 descriptors", Ended, info(), |f| f.events(253));
     t.with_fds("descriptors with an unknown command", INVAL, (77, vec![0; 40]), |f| f.events(16));
     t.with_fds("descriptors with RESET", INVAL, (13, vec![]), |f| f.events(3));
@@ -440,7 +537,11 @@ fn every_misdeed_has_its_fate_and_the_server_goes_on() {
         }
         drop(raw);
         bench.until_gone();
-        assert!(bench.server.target().maps.is_empty() && bench.server.target().irqs.is_empty(), "{}", case.name);
+        assert!(
+            bench.server.target().maps.is_empty() && bench.server.target().irqs.is_empty(),
+            "{}",
+            case.name
+        );
         bench.with(good_client);
         bench.until_gone();
         assert_eq!(open_fds(), before, "{}: descriptors leak", case.name);
@@ -478,7 +579,9 @@ fn every_misdeed_has_its_fate_and_the_server_goes_on() {
     loop {
         match std::io::Write::write(&mut raw.stream, &read) {
             Ok(n) => assert_eq!(n, read.len()),
-            Err(_) if bench.server.stats().messages > asked => asked = bench.server.stats().messages,
+            Err(_) if bench.server.stats().messages > asked => {
+                asked = bench.server.stats().messages
+            }
             Err(_) => break,
         }
         bench.server.ready(Instant::now());

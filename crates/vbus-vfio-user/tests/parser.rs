@@ -43,8 +43,25 @@ fn kind() -> impl Strategy<Value = Kind> {
 
 /// Numbers at which checks turn: around nothing, pages, signs and the end.
 fn number() -> impl Strategy<Value = u64> {
-    let edges: Vec<u64> =
-        vec![0, 1, 2, 4, 8, 16, 255, 256, 3839, 3840, 4095, 4096, 8192, 1 << 20, 1 << 31, 1 << 32, 1 << 63];
+    let edges: Vec<u64> = vec![
+        0,
+        1,
+        2,
+        4,
+        8,
+        16,
+        255,
+        256,
+        3839,
+        3840,
+        4095,
+        4096,
+        8192,
+        1 << 20,
+        1 << 31,
+        1 << 32,
+        1 << 63,
+    ];
     (proptest::sample::select(edges), -2i64..=2, any::<bool>()).prop_map(|(edge, delta, negate)| {
         edge.wrapping_add_signed(delta).wrapping_mul(if negate { u64::MAX } else { 1 })
     })
@@ -147,8 +164,8 @@ proptest! {
         prop_assert!(false, "the end does not come");
     }
 
-    /// Any commands: every one gets a reply of a possible form unless it was posted, and the device is only asked
-    /// for what it has (it panics otherwise).
+    /// Any commands: every one gets a reply of a possible form unless it was posted, and the device
+    /// is only asked for what it has (it panics otherwise).
     #[test]
     fn any_commands_are_answered(commands in vec((0u16..20, any::<bool>(), body()), 0..40)) {
         let mut device = Device::new();
@@ -207,8 +224,8 @@ proptest! {
             prop_assert!(agreed.minor <= minor && agreed.peer_fds <= 253 && agreed.peer_transfer <= 1 << 20);
             let reply = Version::parse(&body).unwrap();
             prop_assert!(reply.minor <= minor && reply.major == 0);
-            // QEMU's buffer for the reply is as long as its request. (A name without its value's worth of digits
-            // is the exception: the limits are at most 7 digits.)
+            // QEMU's buffer for the reply is as long as its request. (A name without its value's
+            // worth of digits is the exception: the limits are at most 7 digits.)
             prop_assert!(body.len() <= 4 + data.len() + 3 * 7);
             prop_assert!(negotiation::accept(&reply).is_ok());
         }

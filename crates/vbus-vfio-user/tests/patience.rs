@@ -18,7 +18,9 @@ fn agreed() -> (Client, UnixStream) {
         let mut request = [0; 4096];
         let len = theirs.read(&mut request).unwrap();
         let (_, reply) = version::answer(&Version::parse(&request[16..len]).unwrap()).unwrap();
-        theirs.write_all(&message(0, command::VERSION, Kind::Reply { error: None }, &reply)).unwrap();
+        theirs
+            .write_all(&message(0, command::VERSION, Kind::Reply { error: None }, &reply))
+            .unwrap();
         theirs
     });
     let client = Client::negotiate(ours.into()).unwrap();
@@ -64,7 +66,9 @@ fn an_answer_in_single_bytes_is_late() {
 #[test]
 fn a_request_that_begins_and_does_not_end_is_late() {
     let (mut client, mut server) = agreed();
-    server.write_all(&message(1, command::DMA_READ, Kind::Command { no_reply: true }, &[0; 16])[..20]).unwrap();
+    server
+        .write_all(&message(1, command::DMA_READ, Kind::Command { no_reply: true }, &[0; 16])[..20])
+        .unwrap();
     let begun = Instant::now();
     let error = client.serve_requests(Duration::from_millis(10)).unwrap_err();
     assert!(matches!(error, ClientError::Late(_)), "{error}");

@@ -1,5 +1,10 @@
-//! The interrupt controller from a process: interrupts of another device come by it, and none is lost, whatever is masked and moved.
-#![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "a test may panic, and its numbers are small")]
+//! The interrupt controller from a process: interrupts of another device come by it, and none is
+//! lost, whatever is masked and moved.
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "a test may panic, and its numbers are small"
+)]
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -10,7 +15,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vbus_core::shm::Memory;
 use vbus_core::shm::abi::pic::NO_ROUTE;
 use vbus_core::shm::pic::DriverEnd;
-use vbus_core::{Bus, Connection, Device, Executor, Identity, Interrupt, Open, Region, Status, Trust, Tuning};
+use vbus_core::{
+    Bus, Connection, Device, Executor, Identity, Interrupt, Open, Region, Status, Trust, Tuning,
+};
 use vbus_driver::pic::{Controller, Line, Nesting, Pic, Source, Wanted};
 use vbus_driver::{Error, Function, Hal};
 use vbus_pci::Options;
@@ -49,7 +56,8 @@ impl Drop for Beeping {
     }
 }
 
-/// A bus with an interrupt controller and a device that it may carry, and a driver process for each.
+/// A bus with an interrupt controller and a device that it may carry, and a driver process for
+/// each.
 struct Setup {
     _folder: tempfile::TempDir,
     bus: Bus,
@@ -66,7 +74,8 @@ impl Setup {
     fn new(router: Option<&str>) -> Setup {
         let folder = tempfile::tempdir().unwrap();
         let tuning = Tuning { workers: 1, ..Tuning::default() };
-        let bus = Bus::new(Executor::start(tuning).unwrap(), vbus_devices::classes(), Trust::Sealed);
+        let bus =
+            Bus::new(Executor::start(tuning).unwrap(), vbus_devices::classes(), Trust::Sealed);
         let controller = bus.create("pic0", "pic", &serde_json::json!({ "cpus": 4 })).unwrap();
         let device = Beeper::default();
         let beeps = device.0.clone();
@@ -84,7 +93,8 @@ impl Setup {
         assert_eq!(pic.cpus(), 4);
         let own = Process::connect(place("beeper0"), MEMORY_BYTES).unwrap();
         let beeper = Function::probe(own.clone()).unwrap();
-        let mut setup = Setup { _folder: folder, bus, _servers: servers, pic, messages, beeper, own, beeps };
+        let mut setup =
+            Setup { _folder: folder, bus, _servers: servers, pic, messages, beeper, own, beeps };
         setup.open();
         setup
     }
@@ -121,7 +131,11 @@ fn taken(fd: &OwnedFd) -> bool {
 
 fn wait(fd: &OwnedFd) {
     let bound = Timespec::try_from(PATIENCE).unwrap();
-    assert_eq!(poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&bound)).unwrap(), 1, "no message came");
+    assert_eq!(
+        poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&bound)).unwrap(),
+        1,
+        "no message came"
+    );
     assert!(taken(fd));
 }
 
@@ -241,20 +255,29 @@ fn a_driver_gets_what_the_configuration_allows() {
     for router in [None, Some("pic1"), Some("beeper0")] {
         let mut setup = Setup::new(router);
         let _cpu = setup.cpu(0, Nesting::Flat);
-        assert_eq!(status(setup.pic.route(source(0), Line { cpu: 0, number: 0 })), Some(Status::DENIED), "{router:?}");
+        assert_eq!(
+            status(setup.pic.route(source(0), Line { cpu: 0, number: 0 })),
+            Some(Status::DENIED),
+            "{router:?}"
+        );
     }
     let mut setup = Setup::new(Some("pic0"));
-    let mut route =
-        |device, vector, cpu, number| status(setup.pic.route(Source { device, vector }, Line { cpu, number }));
+    let mut route = |device, vector, cpu, number| {
+        status(setup.pic.route(Source { device, vector }, Line { cpu, number }))
+    };
     assert_eq!(route("beeper0", 0, 0, 0), Some(Status::NO_REGION), "no page yet");
     let _cpu = setup.cpu(0, Nesting::Flat);
-    let mut route =
-        |device, vector, cpu, number| status(setup.pic.route(Source { device, vector }, Line { cpu, number }));
+    let mut route = |device, vector, cpu, number| {
+        status(setup.pic.route(Source { device, vector }, Line { cpu, number }))
+    };
     assert_eq!(route("beeper0", 0, 0, LINES), Some(Status::BAD_ARGUMENT), "no such line");
     assert_eq!(route("beeper0", VECTORS, 0, 0), Some(Status::BAD_VECTOR));
     assert_eq!(route("pic0", 0, 0, 0), Some(Status::DENIED), "itself");
     assert_eq!(route("a name that is longer than any name can be", 0, 0, 0), Some(Status::DENIED));
-    assert_eq!((route("beeper0", 0, 0, 3), route("beeper0", 0, 0, 4)), (None, Some(Status::EXISTS)));
+    assert_eq!(
+        (route("beeper0", 0, 0, 3), route("beeper0", 0, 0, 4)),
+        (None, Some(Status::EXISTS))
+    );
     assert_eq!(status(setup.pic.cpu(0, 8, Nesting::Flat, 0)), Some(Status::EXISTS));
     assert_eq!(status(setup.pic.cpu(4, 8, Nesting::Flat, 0)), Some(Status::BAD_ARGUMENT));
     assert_eq!(status(setup.pic.cpu(1, 8, Nesting::Flat, 4)), Some(Status::BAD_VECTOR));
@@ -296,7 +319,11 @@ fn a_driver_that_writes_anything_anywhere_harms_itself_at_most() {
                 }
                 let function_number = dice.roll(5) as u32;
                 raised += 2;
-                let _ = function.call(function_number, 0, &mut buffer[..if dice.roll(9) == 0 { 39 } else { 40 }]);
+                let _ = function.call(
+                    function_number,
+                    0,
+                    &mut buffer[..if dice.roll(9) == 0 { 39 } else { 40 }],
+                );
             }
             1..6 => {
                 raised += 1;
@@ -325,7 +352,10 @@ fn what_is_routed_itself_routes_nothing() {
     setup.bus.get("pic0").unwrap().set_router("pic1");
     setup.pic = Pic::open(Function::probe(setup.pic.function().hal().clone()).unwrap()).unwrap();
     let _cpu = setup.cpu(0, Nesting::Flat);
-    assert_eq!(status(setup.pic.route(source(0), Line { cpu: 0, number: 0 })), Some(Status::DENIED));
+    assert_eq!(
+        status(setup.pic.route(source(0), Line { cpu: 0, number: 0 })),
+        Some(Status::DENIED)
+    );
 }
 
 /// What the devices have posted and the processors have seen, by vector.
@@ -350,7 +380,8 @@ impl Dice {
     }
 }
 
-/// A processor, until it is told to stop. It sleeps until a message comes: it looks at nothing else.
+/// A processor, until it is told to stop. It sleeps until a message comes: it looks at nothing
+/// else.
 struct Processor<'a> {
     cpu: Controller<Process>,
     message: &'a OwnedFd,
@@ -368,7 +399,11 @@ fn line(vector: u64) -> u16 {
 impl Processor<'_> {
     fn interrupt(&mut self) {
         while let Some(line) = self.cpu.take() {
-            assert!(self.in_service.last().is_none_or(|other| *other < line), "{line} in {:?}", self.in_service);
+            assert!(
+                self.in_service.last().is_none_or(|other| *other < line),
+                "{line} in {:?}",
+                self.in_service
+            );
             self.in_service.push(line);
             let vector = usize::from(line / 2);
             let posted = self.books.posted[vector].load(Ordering::Relaxed);
@@ -413,12 +448,16 @@ impl Processor<'_> {
     }
 }
 
-/// Devices raise `total` interrupts, some at a time, and go on when all of them were seen, so that none can hide behind the next one.
+/// Devices raise `total` interrupts, some at a time, and go on when all of them were seen, so that
+/// none can hide behind the next one.
 fn exchange(total: u64, nesting: Nesting) {
     let mut setup = Setup::new(Some("pic0"));
     let cpus = [setup.cpu(0, nesting), setup.cpu(1, nesting)];
     for vector in 0..VECTORS {
-        setup.pic.route(source(vector), Line { cpu: u32::from(vector % 2), number: line(vector.into()) }).unwrap();
+        setup
+            .pic
+            .route(source(vector), Line { cpu: u32::from(vector % 2), number: line(vector.into()) })
+            .unwrap();
     }
     let counters = || (0..VECTORS).map(|_| AtomicU64::new(0)).collect();
     let books = Books {
@@ -436,7 +475,8 @@ fn exchange(total: u64, nesting: Nesting) {
         for (number, cpu) in cpus.into_iter().enumerate() {
             let message = &setup.messages[number];
             let dice = Dice(0x1234_5678 + number as u64);
-            let mut processor = Processor { cpu, message, books, dice, in_service: Vec::new(), nesting };
+            let mut processor =
+                Processor { cpu, message, books, dice, in_service: Vec::new(), nesting };
             scope.spawn(move || {
                 processor.run();
                 // Its page must last as long as the connection.
@@ -460,8 +500,8 @@ fn exchange(total: u64, nesting: Nesting) {
                             ask.send(()).unwrap();
                         }
                         let first = dice.roll(u64::from(VECTORS) / 2);
-                        let vectors =
-                            (first..first + burst).map(|n| n as usize * 2 % usize::from(VECTORS) + half as usize);
+                        let vectors = (first..first + burst)
+                            .map(|n| n as usize * 2 % usize::from(VECTORS) + half as usize);
                         for vector in vectors.clone() {
                             books.posted[vector].fetch_add(1, Ordering::Relaxed);
                             beeps[vector].kick(true);
@@ -486,7 +526,10 @@ fn exchange(total: u64, nesting: Nesting) {
         // Until both devices are done.
         for () in asked {
             let (vector, cpu) = (dice.roll(VECTORS.into()), dice.roll(2));
-            let _ = setup.pic.relocate(source(vector as u16), Line { cpu: cpu as u32, number: line(vector) }).unwrap();
+            let _ = setup
+                .pic
+                .relocate(source(vector as u16), Line { cpu: cpu as u32, number: line(vector) })
+                .unwrap();
             moves += 1;
         }
         books.stop.store(true, Ordering::Relaxed);

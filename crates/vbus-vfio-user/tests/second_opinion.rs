@@ -23,7 +23,9 @@ fn another_client_drives_the_device() {
         bench.with(|path| {
             // Negotiates, and asks for the device and its nine regions.
             let mut client = Client::new(path).unwrap();
-            for (index, size, flags) in [(0, 4096, 3), (1, 64, 2), (2, 0, 0), (6, 512, 1), (7, 256, 3), (8, 0, 0)] {
+            for (index, size, flags) in
+                [(0, 4096, 3), (1, 64, 2), (2, 0, 0), (6, 512, 1), (7, 256, 3), (8, 0, 0)]
+            {
                 let region = client.region(index).unwrap();
                 assert_eq!((region.size, region.flags), (size, flags), "region {index}");
                 assert!(region.file_offset.is_none() && region.sparse_areas.is_empty());

@@ -47,14 +47,18 @@ fn the_device_is_described_and_accessed() {
         assert_eq!(client.region_info(4).unwrap().size, 0);
         assert_eq!(refused(client.region_info(9)), Errno::INVAL);
         let intx = client.irq_info(0).unwrap();
-        assert_eq!((intx.count, intx.maskable, intx.automasked, intx.fixed_size), (1, true, true, false));
+        assert_eq!(
+            (intx.count, intx.maskable, intx.automasked, intx.fixed_size),
+            (1, true, true, false)
+        );
         assert_eq!(client.irq_info(2).unwrap().count, 32);
 
         let mut config = [0; 256];
         client.region_read(7, 0, &mut config).unwrap();
         assert_eq!(config, [0x5a; 256]);
         client.region_write(0, 100, b"written").unwrap();
-        // Posted writes are done in order, before whatever follows, and their failures are not answered.
+        // Posted writes are done in order, before whatever follows, and their failures are not
+        // answered.
         for i in 0..10_000u32 {
             client.region_post(0, 200, &i.to_ne_bytes()).unwrap();
         }
@@ -75,7 +79,10 @@ fn the_device_is_described_and_accessed() {
         client.reset().unwrap();
         client.region_read(0, 100, &mut bytes).unwrap();
         assert_eq!(bytes, [0; 8]);
-        assert_eq!(client.call(16, &bytes![8u32, 0x4_0001u32], &[]).map(drop).map_err(|e| e.is_final()), Err(false));
+        assert_eq!(
+            client.call(16, &bytes![8u32, 0x4_0001u32], &[]).map(drop).map_err(|e| e.is_final()),
+            Err(false)
+        );
     });
     // The ninth region, the posted write to the ROM, the multiple write and the feature.
     assert_eq!(bench.server.stats().failures, 4);
@@ -99,8 +106,9 @@ fn one_write_of_several_may_fail_and_the_others_are_done() {
 #[test]
 fn interrupts_are_connected_triggered_and_masked() {
     let mut bench = Bench::new();
-    let eventfds: Vec<_> =
-        (0..32).map(|_| eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap()).collect();
+    let eventfds: Vec<_> = (0..32)
+        .map(|_| eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap())
+        .collect();
     let borrowed: Vec<_> = eventfds.iter().map(AsFd::as_fd).collect();
     bench.with(|path| {
         let mut client = Client::connect(path).unwrap();
@@ -112,7 +120,10 @@ fn interrupts_are_connected_triggered_and_masked() {
         let flags = bytes![24u32, 0x22u32, 2u32, 4u32, 4u32];
         client.call(8, &[flags, vec![0, 1, 0, 255]].concat(), &[]).unwrap();
         let signalled: Vec<bool> = eventfds.iter().map(|fd| count(fd).is_some()).collect();
-        assert_eq!(signalled.iter().enumerate().filter(|(_, s)| **s).map(|(i, _)| i).collect::<Vec<_>>(), [5, 7]);
+        assert_eq!(
+            signalled.iter().enumerate().filter(|(_, s)| **s).map(|(i, _)| i).collect::<Vec<_>>(),
+            [5, 7]
+        );
         client.irq(0, 0, IrqVerb::Mask).unwrap();
         client.irq(0, 0, IrqVerb::Unmask).unwrap();
         // Without descriptors: one vector less.
@@ -192,7 +203,8 @@ fn memory_is_mapped_and_taken_back() {
     assert!(bench.server.target().maps.is_empty());
 }
 
-/// A server with a client in a thread that answers requests for its memory until the sender is dropped.
+/// A server with a client in a thread that answers requests for its memory until the sender is
+/// dropped.
 fn with_remote(act: impl FnOnce(&mut Bench, RemoteMemory)) {
     let mut bench = Bench::new();
     let path = bench.path();
@@ -240,7 +252,9 @@ fn memory_without_a_descriptor_is_reached_by_message() {
         let all = wait_for(bench, &done).unwrap();
         assert_eq!((all.len(), &all[0x1000..0x1008]), (1 << 20, &b"from the"[..]));
         let (written, answer) = channel();
-        remote.write(0x12000, b"from the device".to_vec(), move |r| written.send(r).unwrap()).unwrap();
+        remote
+            .write(0x12000, b"from the device".to_vec(), move |r| written.send(r).unwrap())
+            .unwrap();
         assert_eq!(wait_for(bench, &answer), Ok(()));
         let (written, answer) = channel();
         remote.write(0x20000, vec![7; 1 << 20], move |r| written.send(r).unwrap()).unwrap();
@@ -275,7 +289,9 @@ fn requests_end_with_the_client() {
         let sender = sender.clone();
         remote.read(address * 8, 8, move |data| drop(sender.send((address, data)))).unwrap();
     }
-    bench.until(None, |server| server.ready(Instant::now()).connected && server.deadline().is_some());
+    bench.until(None, |server| {
+        server.ready(Instant::now()).connected && server.deadline().is_some()
+    });
     drop(raw);
     bench.until_gone();
     let results: Vec<_> = done.try_iter().collect();
@@ -297,7 +313,8 @@ fn requests_end_with_the_client() {
     assert_eq!(done.try_recv(), Ok(Err(Errno::CONNRESET)));
 }
 
-/// A request made while a command is handled is sent after that command's reply: QEMU answers nothing before.
+/// A request made while a command is handled is sent after that command's reply: QEMU answers
+/// nothing before.
 #[test]
 fn a_reply_comes_before_a_request_made_meanwhile() {
     let mut bench = Bench::new();
@@ -386,7 +403,8 @@ fn the_client_notices_the_end_of_the_server() {
 fn the_socket_file_is_private_and_replaced_only_when_dead() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("device.sock");
-    let bind = |path: &Path| Server::bind(path, "test", Device::new()).map(drop).map_err(|e| e.kind());
+    let bind =
+        |path: &Path| Server::bind(path, "test", Device::new()).map(drop).map_err(|e| e.kind());
     // A dead server's file.
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
     assert!(std::fs::symlink_metadata(&path).unwrap().file_type().is_socket());

@@ -1,4 +1,5 @@
-//! A driver that rings without end harms itself alone: what a ring costs is bounded, and other devices of the same thread go on.
+//! A driver that rings without end harms itself alone: what a ring costs is bounded, and other
+//! devices of the same thread go on.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::sync::Arc;
@@ -9,8 +10,8 @@ use vbus_core::shm::Memory;
 use vbus_core::shm::abi::bar0;
 use vbus_core::shm::abi::capability::KIND_MMIO;
 use vbus_core::{
-    Bus, Connection, Device, Endpoint, Executor, Identity, Interrupt, Open, Progress, Region, Status, Trust, Tuning,
-    Window,
+    Bus, Connection, Device, Endpoint, Executor, Identity, Interrupt, Open, Progress, Region,
+    Status, Trust, Tuning, Window,
 };
 use vbus_driver::{Doorbell, Function, Hal};
 use vbus_vfio_user::{DeviceServer, MEMORY_BYTES, Process, ProcessMemory};
@@ -92,14 +93,18 @@ impl Drop for Over<'_> {
     }
 }
 
-/// A bus of two echoes, all on one thread that never polls in vain: `loud`, whose driver `storm`s, and `quiet`.
+/// A bus of two echoes, all on one thread that never polls in vain: `loud`, whose driver `storm`s,
+/// and `quiet`.
 fn weather(storm: impl Fn(&Process, u32) + Sync) {
     let folder = tempfile::tempdir().unwrap();
     let tuning = Tuning { workers: 1, poll_max: Duration::ZERO, ..Tuning::default() };
     let bus = Bus::new(Executor::start(tuning).unwrap(), Vec::new(), Trust::Sealed);
     let serve = |name: &str| {
         let endpoint = bus.add(name, Arc::new(Echo)).unwrap();
-        (endpoint.clone(), DeviceServer::start(endpoint, &folder.path().join(name), Default::default()).unwrap())
+        (
+            endpoint.clone(),
+            DeviceServer::start(endpoint, &folder.path().join(name), Default::default()).unwrap(),
+        )
     };
     let (loud, loud_server) = serve("loud");
     let (_, quiet_server) = serve("quiet");
@@ -107,7 +112,9 @@ fn weather(storm: impl Fn(&Process, u32) + Sync) {
     storming.round_trip(1);
     quiet.round_trip(1);
 
-    let polls = |endpoint: &Endpoint| endpoint.counters().polls.get() + endpoint.counters().polls_empty.get();
+    let polls = |endpoint: &Endpoint| {
+        endpoint.counters().polls.get() + endpoint.counters().polls_empty.get()
+    };
     let (before, rings, over) = (polls(&loud), AtomicU64::new(0), AtomicBool::new(false));
     let others = storming.function.hal().clone();
     let last = std::thread::scope(|scope| {
@@ -139,7 +146,8 @@ fn weather(storm: impl Fn(&Process, u32) + Sync) {
     (last + 1..last + 21).for_each(|number| quiet.round_trip(number));
     let polled = polls(&loud) - before;
     println!("{rung} rings by storm, {polled} polls");
-    // A ring wakes at most once, and a wake-up is one poll in vain, or one with an answer and one in vain.
+    // A ring wakes at most once, and a wake-up is one poll in vain, or one with an answer and one
+    // in vain.
     assert!(polled <= rung + 3 * last, "{polled} polls for {rung} rings");
 
     // After the storm nothing of it is left: nobody polls.
@@ -158,5 +166,7 @@ fn a_storm_by_eventfds_costs_the_others_no_answer() {
 
 #[test]
 fn a_storm_by_messages_costs_the_others_no_answer() {
-    weather(|process, number| process.write32(bar0::DOORBELLS + u64::from(number) * bar0::DOORBELL_STRIDE, 1));
+    weather(|process, number| {
+        process.write32(bar0::DOORBELLS + u64::from(number) * bar0::DOORBELL_STRIDE, 1)
+    });
 }

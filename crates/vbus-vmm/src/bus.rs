@@ -3,9 +3,11 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// Something that answers to addresses or ports. An access may come from any virtual CPU's thread, several at a time.
+/// Something that answers to addresses or ports. An access may come from any virtual CPU's thread,
+/// several at a time.
 pub trait BusDevice: Send + Sync {
-    /// Reads `data.len()` (1 to 8) bytes at `offset` from where the device begins. `data` holds all ones before.
+    /// Reads `data.len()` (1 to 8) bytes at `offset` from where the device begins. `data` holds all
+    /// ones before.
     fn read(&self, offset: u64, data: &mut [u8]);
 
     /// Writes `data.len()` (1 to 8) bytes at `offset` from where the device begins.
@@ -26,7 +28,10 @@ impl Bus {
     /// If some of them are another's: the layout is wrong.
     pub fn add(&mut self, start: u64, len: u64, device: Arc<dyn BusDevice>) {
         let before = self.ranges.range(..start + len).next_back();
-        assert!(before.is_none_or(|(at, (bytes, _))| at + bytes <= start), "two devices at {start:#x}");
+        assert!(
+            before.is_none_or(|(at, (bytes, _))| at + bytes <= start),
+            "two devices at {start:#x}"
+        );
         self.ranges.insert(start, (len, device));
     }
 

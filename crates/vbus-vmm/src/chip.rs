@@ -1,11 +1,12 @@
-//! The interrupt controllers other than the local APICs: the kernel's, or (split) an I/O APIC in this process.
+//! The interrupt controllers other than the local APICs: the kernel's, or (split) an I/O APIC in
+//! this process.
 
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use kvm_bindings::{
-    KVM_CAP_SPLIT_IRQCHIP, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY,
-    kvm_enable_cap, kvm_irqchip, kvm_pit_config, kvm_pit_state2,
+    KVM_CAP_SPLIT_IRQCHIP, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_irqchip, kvm_pit_config, kvm_pit_state2,
 };
 use kvm_ioctls::VmFd;
 use vbus_kvm::Routes;
@@ -46,7 +47,11 @@ impl Chip {
                 vm.get_irqchip(&mut chip).map(|()| chip)
             };
             let ids = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
-            let chips = ids.into_iter().map(get).collect::<Result<_, _>>().context("cannot read the irqchip")?;
+            let chips = ids
+                .into_iter()
+                .map(get)
+                .collect::<Result<_, _>>()
+                .context("cannot read the irqchip")?;
             Kind::Kernel { routes, chips, timer: vm.get_pit2().context("cannot read the timer")? }
         };
         Ok(Chip(kind))
@@ -101,7 +106,10 @@ impl Chip {
         match &self.0 {
             Kind::Kernel { routes, chips, timer } => {
                 let vm = routes.vm();
-                chips.iter().try_for_each(|chip| vm.set_irqchip(chip)).context("cannot reset the irqchip")?;
+                chips
+                    .iter()
+                    .try_for_each(|chip| vm.set_irqchip(chip))
+                    .context("cannot reset the irqchip")?;
                 vm.set_pit2(timer).context("cannot reset the timer")
             }
             Kind::Split { io_apic, .. } => {

@@ -1,7 +1,10 @@
-//! What the guest's CPUs say of themselves: what KVM can, less what this machine has not, and its topology.
+//! What the guest's CPUs say of themselves: what KVM can, less what this machine has not, and its
+//! topology.
 
 use anyhow::{Context, Result};
-use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_bindings::{
+    CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2,
+};
 use kvm_ioctls::{Cap, Kvm};
 
 /// Leaf 1, ECX.
@@ -17,7 +20,8 @@ const VMX: u32 = 1 << 5;
 /// Leaf 0xd of subleaf 1, EAX: state that only the kernel may save.
 const XSAVES: u32 = 1 << 3;
 
-/// The leaves of CPU `cpu` (its number and its APIC's) of `cpus`. `hyperv`: with KVM's Hyper-V part.
+/// The leaves of CPU `cpu` (its number and its APIC's) of `cpus`. `hyperv`: with KVM's Hyper-V
+/// part.
 pub struct Model {
     entries: Vec<kvm_cpuid_entry2>,
     hyperv: bool,
@@ -27,7 +31,9 @@ pub struct Model {
 impl Model {
     /// Asks `kvm` what it can.
     pub fn new(kvm: &Kvm, cpus: u32, hyperv: bool) -> Result<Model> {
-        let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).context("KVM does not say what CPUs it has")?;
+        let supported = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .context("KVM does not say what CPUs it has")?;
         let deadline = kvm.check_extension(Cap::TscDeadlineTimer);
         Ok(Model::from(supported.as_slice(), cpus, hyperv, deadline))
     }
@@ -66,10 +72,13 @@ impl Model {
             self.place(entry, cpu);
         }
         entries.extend([0, 1, 2].map(|level| self.topology(level, cpu)));
-        CpuId::from_entries(&entries).ok().context("KVM has more CPUID leaves than its interface takes")
+        CpuId::from_entries(&entries)
+            .ok()
+            .context("KVM has more CPUID leaves than its interface takes")
     }
 
-    /// Writes into a leaf which CPU it is, and how many there are: one package of single-threaded cores.
+    /// Writes into a leaf which CPU it is, and how many there are: one package of single-threaded
+    /// cores.
     fn place(&self, entry: &mut kvm_cpuid_entry2, cpu: u32) {
         let last = self.cpus - 1;
         match entry.function {
@@ -123,9 +132,11 @@ impl Model {
 /// Whether a leaf of KVM's is passed on.
 fn keep(entry: &kvm_cpuid_entry2) -> bool {
     match (entry.function, entry.index) {
-        // Topology: this machine has its own. Performance counters, and what would need state that is not kept: none.
+        // Topology: this machine has its own. Performance counters, and what would need state that
+        // is not kept: none.
         (0xa | 0xb | 0x12 | 0x14 | 0x1d | 0x1e | 0x1f | 0x8000_0022 | 0x8000_0026, _) => false,
-        // The state of XSAVE that only the kernel may save, and the tiles of AMX, which a process must ask its kernel for.
+        // The state of XSAVE that only the kernel may save, and the tiles of AMX, which a process
+        // must ask its kernel for.
         (0xd, 8 | 10..=18) => false,
         _ => true,
     }
@@ -157,7 +168,10 @@ mod tests {
 
     fn leaf(model: &Model, cpu: u32, function: u32, index: u32) -> Option<kvm_cpuid_entry2> {
         let entries = model.of(cpu).unwrap();
-        let mut found = entries.as_slice().iter().filter(|entry| (entry.function, entry.index) == (function, index));
+        let mut found = entries
+            .as_slice()
+            .iter()
+            .filter(|entry| (entry.function, entry.index) == (function, index));
         let first = found.next().copied();
         assert!(found.next().is_none(), "leaf {function:#x} twice");
         first

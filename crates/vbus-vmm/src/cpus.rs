@@ -1,5 +1,8 @@
 //! All virtual CPUs with their threads, which run and pause together.
-#![allow(unsafe_code, reason = "a thread in KVM is told to come back by a byte that it shares with the kernel")]
+#![allow(
+    unsafe_code,
+    reason = "a thread in KVM is told to come back by a byte that it shares with the kernel"
+)]
 
 use std::mem::offset_of;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -70,8 +73,14 @@ struct Cpu {
 }
 
 impl Cpus {
-    /// Starts a thread for each of `vcpus`, which waits for [`run`](Self::run). What they cannot handle goes to `asks`.
-    pub fn start(vcpus: Vec<Vcpu>, buses: &Arc<Buses>, asks: &Sender<Ask>, filter: bool) -> Result<Cpus> {
+    /// Starts a thread for each of `vcpus`, which waits for [`run`](Self::run). What they cannot
+    /// handle goes to `asks`.
+    pub fn start(
+        vcpus: Vec<Vcpu>,
+        buses: &Arc<Buses>,
+        asks: &Sender<Ask>,
+        filter: bool,
+    ) -> Result<Cpus> {
         register_signal_handler(signal(), wake).context("cannot catch a signal")?;
         let state = Mutex::new(State { waiting: 0, end: false });
         let gate = Arc::new(Gate { state, changed: Condvar::new(), closed: AtomicBool::new(true) });
@@ -89,15 +98,17 @@ impl Cpus {
                 asks: asks.clone(),
             };
             let (tell, told) = std::sync::mpsc::channel();
-            let thread = std::thread::Builder::new().name(format!("vcpu{number}")).spawn(move || {
-                // What fails is told to who waits below; there is no use in going on without the filter.
-                let ready = if filter { seccomp::apply(Thread::Vcpu) } else { Ok(()) };
-                let failed = ready.is_err();
-                let _ = tell.send(ready.map(|()| rustix::thread::gettid()));
-                if !failed {
-                    work.work();
-                }
-            })?;
+            let thread =
+                std::thread::Builder::new().name(format!("vcpu{number}")).spawn(move || {
+                    // What fails is told to who waits below; there is no use in going on without the
+                    // filter.
+                    let ready = if filter { seccomp::apply(Thread::Vcpu) } else { Ok(()) };
+                    let failed = ready.is_err();
+                    let _ = tell.send(ready.map(|()| rustix::thread::gettid()));
+                    if !failed {
+                        work.work();
+                    }
+                })?;
             let id = told.recv().context("a virtual CPU's thread has ended at once")??;
             cpus.cpus.push(Cpu { vcpu, page, exits, stats, thread: Some(thread), id });
         }
@@ -111,7 +122,8 @@ impl Cpus {
         self.gate.changed.notify_all();
     }
 
-    /// Stops them, wherever they are, and waits until none is in KVM or in a device and every exit is finished.
+    /// Stops them, wherever they are, and waits until none is in KVM or in a device and every exit
+    /// is finished.
     ///
     /// # Errors
     /// If one does not come back: a device does not answer.
@@ -123,25 +135,38 @@ impl Cpus {
         self.cpus.iter().for_each(|cpu| cpu.page.leave_at_once(true));
         while state.waiting < self.cpus.len() {
             let busy = self.cpus.len() - state.waiting;
-            ensure!(Instant::now() < until, "{busy} virtual CPUs do not come back: a device does not answer");
-            // A signal that comes just before the thread is in KVM, or in a device's system call, is without effect there: hence the
-            // byte, and hence again.
+            ensure!(
+                Instant::now() < until,
+                "{busy} virtual CPUs do not come back: a device does not answer"
+            );
+            // A signal that comes just before the thread is in KVM, or in a device's system call,
+            // is without effect there: hence the byte, and hence again.
             for thread in self.cpus.iter().filter_map(|cpu| cpu.thread.as_ref()) {
                 thread.kill(signal()).context("cannot signal a thread")?;
             }
-            state = self.gate.changed.wait_timeout(state, AGAIN).unwrap_or_else(PoisonError::into_inner).0;
+            state = self
+                .gate
+                .changed
+                .wait_timeout(state, AGAIN)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
         }
         Ok(())
     }
 
     /// Puts all into the state after a reset. They must be held.
     pub fn reset(&self, start: &Start) -> Result<()> {
-        self.cpus.iter().try_for_each(|cpu| cpu.vcpu.lock().unwrap_or_else(PoisonError::into_inner).reset(start))
+        self.cpus.iter().try_for_each(|cpu| {
+            cpu.vcpu.lock().unwrap_or_else(PoisonError::into_inner).reset(start)
+        })
     }
 
     /// Their number, thread, and counters.
     pub fn list(&self) -> impl Iterator<Item = (usize, Pid, &Exits, Option<&Stats>)> {
-        self.cpus.iter().enumerate().map(|(number, cpu)| (number, cpu.id, &*cpu.exits, cpu.stats.as_ref()))
+        self.cpus
+            .iter()
+            .enumerate()
+            .map(|(number, cpu)| (number, cpu.id, &*cpu.exits, cpu.stats.as_ref()))
     }
 
     /// A handle by which a device, on a virtual CPU's thread, makes that CPU stop after the access.
@@ -168,7 +193,8 @@ impl Drop for Cpus {
 pub struct Brake(Arc<Gate>);
 
 impl Brake {
-    /// Closes the gate, until it is opened by [`Cpus::run`]; the calling thread's CPU stops there once it has finished its exit.
+    /// Closes the gate, until it is opened by [`Cpus::run`]; the calling thread's CPU stops there
+    /// once it has finished its exit.
     pub fn close(&self) {
         self.0.closed.store(true, Ordering::Relaxed);
     }
@@ -198,7 +224,10 @@ impl Work {
                 Ok(Pause::Asked) => continue,
                 Ok(Pause::TripleFault) => {
                     // Few guests reset themselves so on purpose.
-                    tracing::warn!("virtual CPU {}: triple fault; the machine begins anew", self.number);
+                    tracing::warn!(
+                        "virtual CPU {}: triple fault; the machine begins anew",
+                        self.number
+                    );
                     Ask::Reset(format!("virtual CPU {}: triple fault", self.number))
                 }
                 Err(error) => Ask::Fail(error),
@@ -229,7 +258,8 @@ impl Work {
 /// What the handler of the signal does: the signal has ended a system call already.
 extern "C" fn wake(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 
-/// A mapping of its own of the page that a virtual CPU shares with KVM, for the one byte in it that other threads may write.
+/// A mapping of its own of the page that a virtual CPU shares with KVM, for the one byte in it that
+/// other threads may write.
 struct RunPage {
     page: NonNull<kvm_run>,
 }
@@ -242,20 +272,32 @@ unsafe impl Sync for RunPage {}
 impl RunPage {
     fn of(vcpu: &Vcpu) -> Result<RunPage> {
         let fd = vcpu.fd().as_raw_fd();
-        // SAFETY: The descriptor is open as long as `vcpu` is borrowed, and the mapping is new and touches nothing else.
+        // SAFETY: The descriptor is open as long as `vcpu` is borrowed, and the mapping is new and
+        // touches nothing else.
         let page = unsafe {
             let fd = BorrowedFd::borrow_raw(fd);
             let bytes = size_of::<kvm_run>();
-            mmap(std::ptr::null_mut(), bytes, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, fd, 0)?
+            mmap(
+                std::ptr::null_mut(),
+                bytes,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED,
+                fd,
+                0,
+            )?
         };
         Ok(RunPage { page: NonNull::new(page.cast()).context("mapped at 0")? })
     }
 
     /// Whether KVM shall come back without running the guest, once it has finished the last exit.
     fn leave_at_once(&self, leave: bool) {
-        // SAFETY: The byte lies in the mapping, and is accessed by nobody else in Rust but as an atomic.
-        let byte =
-            unsafe { AtomicU8::from_ptr(self.page.as_ptr().cast::<u8>().add(offset_of!(kvm_run, immediate_exit))) };
+        // SAFETY: The byte lies in the mapping, and is accessed by nobody else in Rust but as an
+        // atomic.
+        let byte = unsafe {
+            AtomicU8::from_ptr(
+                self.page.as_ptr().cast::<u8>().add(offset_of!(kvm_run, immediate_exit)),
+            )
+        };
         byte.store(u8::from(leave), Ordering::SeqCst);
     }
 }
@@ -329,7 +371,8 @@ mod tests {
 
     #[test]
     fn a_cpu_stops_wherever_it_is() {
-        let (spin, halt, out): (&[u8], &[u8], &[u8]) = (&[0xeb, 0xfe], &[0xf4, 0xeb, 0xfd], &[0xe6, 0x80, 0xeb, 0xfc]);
+        let (spin, halt, out): (&[u8], &[u8], &[u8]) =
+            (&[0xeb, 0xfe], &[0xf4, 0xeb, 0xfd], &[0xe6, 0x80, 0xeb, 0xfc]);
         for code in [spin, halt, out] {
             let Some(machine) = machine(code) else { return };
             for turn in 0..100 {

@@ -49,9 +49,14 @@ impl Exits {
 
     /// All counters by name, and their sum as `total`.
     pub fn to_json(&self) -> Map<String, Value> {
-        let counts = Kind::ALL.map(|(kind, name)| (name, self.0[kind as usize].load(Ordering::Relaxed)));
+        let counts =
+            Kind::ALL.map(|(kind, name)| (name, self.0[kind as usize].load(Ordering::Relaxed)));
         let total: u64 = counts.iter().map(|(_, count)| count).sum();
-        counts.into_iter().chain([("total", total)]).map(|(name, count)| (name.to_owned(), count.into())).collect()
+        counts
+            .into_iter()
+            .chain([("total", total)])
+            .map(|(name, count)| (name.to_owned(), count.into()))
+            .collect()
     }
 }
 

@@ -1,4 +1,5 @@
-//! The I/O APIC of a split irqchip: its registers and pins, which become messages to the local APICs in the kernel.
+//! The I/O APIC of a split irqchip: its registers and pins, which become messages to the local
+//! APICs in the kernel.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -27,8 +28,8 @@ const VERSION_VALUE: u32 = 0x11 | (layout::PINS - 1) << 16;
 /// The identity's bits.
 const ID_BITS: u32 = 0x0f00_0000;
 
-/// Bits of an entry: vector, delivery mode, logical destination, pending (read only), active low, being serviced (read only), level-triggered,
-/// masked, destination.
+/// Bits of an entry: vector, delivery mode, logical destination, pending (read only), active low,
+/// being serviced (read only), level-triggered, masked, destination.
 const VECTOR: u64 = 0xff;
 const MODE: u64 = 0x700;
 const LOGICAL: u64 = 1 << 11;
@@ -46,8 +47,9 @@ pub struct IoApic {
     state: Mutex<State>,
 }
 
-/// A device that asserts a pin by an eventfd: it hears by another one of the end of the interrupt, which takes the pin down, and asserts it again
-/// if it has still something to say. Dropped: it does so no more.
+/// A device that asserts a pin by an eventfd: it hears by another one of the end of the interrupt,
+/// which takes the pin down, and asserts it again if it has still something to say. Dropped: it
+/// does so no more.
 pub struct Source {
     chip: Arc<IoApic>,
     pin: u32,
@@ -148,7 +150,8 @@ impl IoApic {
         let Some(pin) = state.pins.get_mut(pin as usize) else { return };
         let rising = high && !pin.high;
         pin.high = high;
-        let message = if pin.entry & LEVEL != 0 { pin.due() } else { pin.message().filter(|_| rising) };
+        let message =
+            if pin.entry & LEVEL != 0 { pin.due() } else { pin.message().filter(|_| rising) };
         self.send(message);
     }
 
@@ -205,7 +208,8 @@ fn signal(event: &OwnedFd) {
 }
 
 impl Source {
-    /// What the device writes to assert the pin; somebody has to wait for it, and [`take`](Self::take) it.
+    /// What the device writes to assert the pin; somebody has to wait for it, and
+    /// [`take`](Self::take) it.
     pub fn assert(&self) -> BorrowedFd<'_> {
         self.assert.as_fd()
     }
@@ -228,7 +232,12 @@ impl Drop for Source {
         self.chip.lock().sources.retain(|(_, ended)| !Arc::ptr_eq(ended, &self.ended));
         // The others on the pin say so if they still assert it.
         self.chip.set(self.pin, false);
-        self.chip.lock().sources.iter().filter(|(pin, _)| *pin == self.pin).for_each(|(_, ended)| signal(ended));
+        self.chip
+            .lock()
+            .sources
+            .iter()
+            .filter(|(pin, _)| *pin == self.pin)
+            .for_each(|(_, ended)| signal(ended));
     }
 }
 
@@ -240,7 +249,9 @@ impl BusDevice for IoApic {
             WINDOW => state.read(),
             _ => 0,
         };
-        for (to, from) in data.iter_mut().zip(value.to_le_bytes().into_iter().chain(std::iter::repeat(0))) {
+        for (to, from) in
+            data.iter_mut().zip(value.to_le_bytes().into_iter().chain(std::iter::repeat(0)))
+        {
             *to = from;
         }
     }
@@ -252,7 +263,8 @@ impl BusDevice for IoApic {
             (WINDOW, &[a, b, c, d]) => {
                 let Some(number) = state.write(u32::from_le_bytes([a, b, c, d])) else { return };
                 let pin = &mut state.pins[number];
-                // The kernel tells of the end of an interrupt only if a pin has its route: also one that was masked while it was serviced.
+                // The kernel tells of the end of an interrupt only if a pin has its route: also one
+                // that was masked while it was serviced.
                 let route = pin.route().map(|(address, data)| Route::Msi { address, data });
                 let _ = self.routes.set(u32::try_from(number).unwrap_or(u32::MAX), route);
                 self.send(pin.due());

@@ -1,4 +1,5 @@
-//! Where everything lies in the guest's physical address space, its I/O ports and its interrupt pins.
+//! Where everything lies in the guest's physical address space, its I/O ports and its interrupt
+//! pins.
 
 /// RAM below 4 GiB ends here at the latest; the rest of it is from [`HIGH_RAM`] on.
 pub const LOW_RAM_END: u64 = 0xc000_0000;
@@ -42,30 +43,35 @@ pub const PM1_CONTROL: u16 = ACPI_PORTS + 4;
 pub const RESET_PORT: u16 = ACPI_PORTS + 8;
 /// What must be written to it.
 pub const RESET_VALUE: u8 = 1;
-/// The keyboard controller's command port: there is none, but a write of 0xfe here resets the machine too, as kernels expect of a PC.
+/// The keyboard controller's command port: there is none, but a write of 0xfe here resets the
+/// machine too, as kernels expect of a PC.
 pub const KEYBOARD_PORT: u16 = 0x64;
 /// Where a guest that measures sets marks (`--marks`): a write of 4 bytes.
 pub const MARK_PORT: u16 = ACPI_PORTS + ACPI_PORT_BYTES as u16;
 /// The ACPI interrupt (SCI).
 pub const SCI: u32 = 9;
 
-/// Where messages for synthetic interrupts of virtual processor 0 go, if there is a SynIC; no memory is there.
+/// Where messages for synthetic interrupts of virtual processor 0 go, if there is a SynIC; no
+/// memory is there.
 pub const SINTS: u64 = 0xfed8_0000;
 /// From one virtual processor to the next.
 pub const SINT_STRIDE: u16 = 16;
 
-/// The most virtual CPUs: what the I/O APIC and messages can address by 8 bits, all of which together mean every CPU.
+/// The most virtual CPUs: what the I/O APIC and messages can address by 8 bits, all of which
+/// together mean every CPU.
 pub const CPUS_MAX: u32 = 255;
 
 /// Pins of the I/O APIC.
 pub const PINS: u32 = 24;
-/// The first of the pins that PCI's INTx use: that of device `d` on bus 0, pin `p` (0: INTA) is [`intx_pin`].
+/// The first of the pins that PCI's INTx use: that of device `d` on bus 0, pin `p` (0: INTA) is
+/// [`intx_pin`].
 pub const INTX_PINS: u32 = 16;
 /// How many of them there are.
 pub const INTX_PIN_COUNT: u32 = 8;
 
-/// The I/O APIC's pin of INTx `pin` (0: INTA) of device `device` on bus 0. A function behind a bridge goes by the bridge's device, its own pin
-/// turned by its device number: all functions here are device 0.
+/// The I/O APIC's pin of INTx `pin` (0: INTA) of device `device` on bus 0. A function behind a
+/// bridge goes by the bridge's device, its own pin turned by its device number: all functions here
+/// are device 0.
 pub const fn intx_pin(device: u8, pin: u8) -> u32 {
     INTX_PINS + (device as u32 + pin as u32) % INTX_PIN_COUNT
 }

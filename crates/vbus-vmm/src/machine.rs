@@ -149,7 +149,9 @@ impl Machine {
         }
         let how = How { raw: config.raw, filter: config.filter };
         let serial = config.serial.iter().enumerate();
-        let serial = serial.map(|(number, target)| Running::start(number, target, &chip, &mut buses.pio, &asks, how));
+        let serial = serial.map(|(number, target)| {
+            Running::start(number, target, &chip, &mut buses.pio, &asks, how)
+        });
         let serial = serial.collect::<Result<Vec<_>>>()?;
 
         let sints = Sints { base: layout::SINTS, stride: layout::SINT_STRIDE, processors: cpus };
@@ -169,7 +171,8 @@ impl Machine {
         }
 
         let model = Model::new(&kvm, cpus, hyperv)?;
-        let vcpus = (0..cpus).map(|number| Vcpu::new(&kvm, &vm, number, &model)).collect::<Result<_>>()?;
+        let vcpus =
+            (0..cpus).map(|number| Vcpu::new(&kvm, &vm, number, &model)).collect::<Result<_>>()?;
         let cpus = Cpus::start(vcpus, &Arc::new(buses), &asks, config.filter)?;
         power.set_brake(cpus.brake());
         let facts = json!({
@@ -185,9 +188,13 @@ impl Machine {
         if let Some(marks) = &parts.marks {
             marks.set_parts(&parts);
         }
-        let control = config.control.map(|path| control::start(&path, &parts, config.filter)).transpose()?;
+        let control =
+            config.control.map(|path| control::start(&path, &parts, config.filter)).transpose()?;
         let filter = config.filter;
-        Ok((Machine { parts, ram, image: config.image, serial, asks: asked, filter, control }, asks))
+        Ok((
+            Machine { parts, ram, image: config.image, serial, asks: asked, filter, control },
+            asks,
+        ))
     }
 
     /// Runs until its end. `tell` hears of what happens on the way.
@@ -218,7 +225,8 @@ impl Machine {
         if let Err(error) = self.parts.cpus.hold() {
             tracing::warn!("{error:#}");
         }
-        let exits: Vec<_> = self.parts.cpus.list().map(|(_, _, exits, _)| exits.to_json()).collect();
+        let exits: Vec<_> =
+            self.parts.cpus.list().map(|(_, _, exits, _)| exits.to_json()).collect();
         if let Ok(end) = end {
             let how = if end == End::PowerOff { "power-off" } else { "quit" };
             let marks = self.parts.marks.as_ref().map(|marks| marks.list());
@@ -228,7 +236,8 @@ impl Machine {
         end
     }
 
-    /// Brings everything into the state after a reset, loads the kernel, and lets the virtual CPUs run, which are held.
+    /// Brings everything into the state after a reset, loads the kernel, and lets the virtual CPUs
+    /// run, which are held.
     fn start(&mut self) -> Result<()> {
         let parts = &self.parts;
         parts.power.reset();
@@ -262,7 +271,10 @@ fn open_kvm(split: bool) -> Result<Kvm> {
         }
     })?;
     let version = kvm.get_api_version();
-    ensure!(version == API, "/dev/kvm is no KVM that this program knows (version {version}, not {API})");
+    ensure!(
+        version == API,
+        "/dev/kvm is no KVM that this program knows (version {version}, not {API})"
+    );
     let mut needed = vec![
         (Cap::UserMemory, "user memory"),
         (Cap::Irqchip, "irqchip"),
@@ -277,8 +289,11 @@ fn open_kvm(split: bool) -> Result<Kvm> {
     if split {
         needed.push((Cap::SplitIrqchip, "split irqchip (Linux 4.5)"));
     }
-    let missing: Vec<_> =
-        needed.into_iter().filter(|(cap, _)| !kvm.check_extension(*cap)).map(|(_, name)| name).collect();
+    let missing: Vec<_> = needed
+        .into_iter()
+        .filter(|(cap, _)| !kvm.check_extension(*cap))
+        .map(|(_, name)| name)
+        .collect();
     if !missing.is_empty() {
         bail!("this KVM is too old: it lacks {}", missing.join(", "));
     }

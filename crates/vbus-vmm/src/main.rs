@@ -1,4 +1,5 @@
-//! A small virtual machine monitor on KVM, whose devices are those of vbus: for reading, and for measuring what doorbells and interrupts cost.
+//! A small virtual machine monitor on KVM, whose devices are those of vbus: for reading, and for
+//! measuring what doorbells and interrupts cost.
 
 mod acpi;
 mod boot;
@@ -42,7 +43,8 @@ use crate::terminal::Raw;
 
 /// Runs a kernel in a virtual machine on KVM, with devices of a vbus.
 ///
-/// The console is the serial port ttyS0 on this terminal; Ctrl-A x ends the machine, and all other keys are the guest's.
+/// The console is the serial port ttyS0 on this terminal; Ctrl-A x ends the machine, and all other
+/// keys are the guest's.
 #[derive(Parser)]
 #[command(version, max_term_width = 100, after_help = EXAMPLES)]
 struct Cli {
@@ -61,16 +63,19 @@ struct Cli {
     /// Memory in MiB
     #[arg(long, value_name = "MIB", default_value_t = 512)]
     memory: u64,
-    /// Where serial ports lead to, ttyS0 and, given twice, ttyS1: stdio, none, unix:PATH (a socket to connect to), file:PATH
+    /// Where serial ports lead to, ttyS0 and, given twice, ttyS1: stdio, none, unix:PATH (a socket
+    /// to connect to), file:PATH
     #[arg(long, value_name = "TARGET", default_values_t = [String::from("stdio")])]
     serial: Vec<String>,
-    /// A device: the socket at which `vbus serve` offers it, and the name to control it by (by default that of the socket)
+    /// A device: the socket at which `vbus serve` offers it, and the name to control it by (by
+    /// default that of the socket)
     #[arg(long = "device", value_name = "[NAME=]SOCKET")]
     devices: Vec<String>,
     /// Slots for devices, those that come later included
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u8).range(1..=i64::from(pci::PORTS_MAX)))]
     slots: u8,
-    /// A socket to control the machine by: one request a line, such as {"op":"info"} (see spec/vmm.md)
+    /// A socket to control the machine by: one request a line, such as {"op":"info"} (see
+    /// spec/vmm.md)
     #[arg(long, value_name = "SOCKET")]
     control: Option<PathBuf>,
     /// Interrupt controllers: all in the kernel, or but the local APICs here
@@ -79,7 +84,8 @@ struct Cli {
     /// Kinds of doorbells that a guest may use, of those that this KVM has
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Doorbell::Mmio, Doorbell::Pio, Doorbell::Hypercall])]
     doorbells: Vec<Doorbell>,
-    /// Keep KVM's counters of exits whenever the guest writes 4 bytes to port 0x610, for the control request "marks"
+    /// Keep KVM's counters of exits whenever the guest writes 4 bytes to port 0x610, for the
+    /// control request "marks"
     #[arg(long)]
     marks: bool,
     /// Do not restrict this program's own system calls
@@ -166,30 +172,41 @@ fn run(cli: Cli) -> Result<()> {
     Ok(())
 }
 
-/// Each doorbell and each interrupt vector of a device is a descriptor; the usual limit is there for programs that use `select`.
+/// Each doorbell and each interrupt vector of a device is a descriptor; the usual limit is there
+/// for programs that use `select`.
 fn raise_descriptor_limit() {
     let limit = getrlimit(Resource::Nofile);
-    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
+    if let Err(error) =
+        setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum })
+    {
         tracing::debug!("cannot raise the limit of descriptors: {error}");
     }
 }
 
-/// A device's name and socket. A path with an equals sign is told from a name by the slash before it.
+/// A device's name and socket. A path with an equals sign is told from a name by the slash before
+/// it.
 fn device(word: &str) -> Result<(String, PathBuf)> {
     if let Some((name, socket)) = word.split_once('=').filter(|(name, _)| !name.contains('/')) {
         return Ok((name.into(), socket.into()));
     }
     let socket = PathBuf::from(word);
     let name = socket.file_stem().and_then(|name| name.to_str());
-    let name = name.with_context(|| format!("--device {word}: no name can be made of this; use NAME={word}"))?;
+    let name = name.with_context(|| {
+        format!("--device {word}: no name can be made of this; use NAME={word}")
+    })?;
     Ok((name.to_owned(), socket))
 }
 
 /// What the serial ports lead to; ttyS1 nowhere, if nothing is said.
 fn targets(words: &[String]) -> Result<Vec<Target>> {
-    ensure!(words.len() <= layout::SERIAL.len(), "there are only {} serial ports", layout::SERIAL.len());
-    let parse =
-        |word: &String| word.parse().map_err(|expected| anyhow::anyhow!("--serial {word}: expected {expected}"));
+    ensure!(
+        words.len() <= layout::SERIAL.len(),
+        "there are only {} serial ports",
+        layout::SERIAL.len()
+    );
+    let parse = |word: &String| {
+        word.parse().map_err(|expected| anyhow::anyhow!("--serial {word}: expected {expected}"))
+    };
     let mut targets = words.iter().map(parse).collect::<Result<Vec<Target>>>()?;
     let stdio = targets.iter().filter(|target| **target == Target::Stdio).count();
     ensure!(stdio <= 1, "only one serial port can have standard input and output");
@@ -206,11 +223,13 @@ fn tell(json: bool, event: &str, more: Value) {
     }
 }
 
-/// What has a byte for each SIGINT (Ctrl-C where the terminal is not the guest's), SIGTERM and SIGHUP.
+/// What has a byte for each SIGINT (Ctrl-C where the terminal is not the guest's), SIGTERM and
+/// SIGHUP.
 fn signals() -> Result<UnixStream> {
     let (reader, writer) = UnixStream::pair()?;
     for signal in [SIGINT, SIGTERM, SIGHUP] {
-        signal_hook::low_level::pipe::register(signal, writer.try_clone()?).context("cannot watch for signals")?;
+        signal_hook::low_level::pipe::register(signal, writer.try_clone()?)
+            .context("cannot watch for signals")?;
     }
     Ok(reader)
 }

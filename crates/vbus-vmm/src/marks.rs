@@ -1,4 +1,5 @@
-//! Marks: a guest that measures says where it begins and ends, and what was counted until then is kept (`--marks`).
+//! Marks: a guest that measures says where it begins and ends, and what was counted until then is
+//! kept (`--marks`).
 
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
@@ -11,7 +12,8 @@ use crate::machine::Parts;
 /// The most marks that are kept.
 const MARKS_MAX: usize = 4096;
 
-/// The marks that a guest has set since it was started: writes of 4 bytes to [`layout::MARK_PORT`]. What is written is the mark's number.
+/// The marks that a guest has set since it was started: writes of 4 bytes to [`layout::MARK_PORT`].
+/// What is written is the mark's number.
 #[derive(Default)]
 pub struct Marks {
     set: Mutex<Vec<Value>>,
@@ -34,7 +36,8 @@ impl Marks {
         self.lock().clear();
     }
 
-    /// All of them in the order in which they were set, with the counters of all virtual CPUs as they were in the exit of that write.
+    /// All of them in the order in which they were set, with the counters of all virtual CPUs as
+    /// they were in the exit of that write.
     pub fn list(&self) -> Vec<Value> {
         self.lock().clone()
     }

@@ -1,4 +1,5 @@
-//! Power: the ACPI registers that switch the machine off and carry the power button, and the registers that reset it.
+//! Power: the ACPI registers that switch the machine off and carry the power button, and the
+//! registers that reset it.
 
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -41,7 +42,11 @@ impl Power {
 
     /// Puts the registers onto `pio`.
     pub fn attach(self: &Arc<Self>, pio: &mut Bus) {
-        pio.add(layout::ACPI_PORTS.into(), layout::ACPI_PORT_BYTES.into(), Arc::new(Acpi(self.clone())));
+        pio.add(
+            layout::ACPI_PORTS.into(),
+            layout::ACPI_PORT_BYTES.into(),
+            Arc::new(Acpi(self.clone())),
+        );
         pio.add(layout::KEYBOARD_PORT.into(), 1, Arc::new(Keyboard(self.clone())));
     }
 
@@ -50,7 +55,8 @@ impl Power {
         *self.brake.lock().unwrap_or_else(PoisonError::into_inner) = Some(brake);
     }
 
-    /// Presses the power button: an orderly guest powers off soon after. False if the guest does not listen to it.
+    /// Presses the power button: an orderly guest powers off soon after. False if the guest does
+    /// not listen to it.
     pub fn press(&self) -> bool {
         let mut registers = self.lock();
         registers.status |= POWER_BUTTON;
@@ -104,7 +110,9 @@ impl Power {
             2 => registers.enable = registers.enable & 0xff00 | low & GLOBAL,
             3 => registers.enable = registers.enable & 0x00ff | high & POWER_BUTTON,
             5 if high & SLEEP != 0 && high & SLEEP_TYPE == 0 => return self.ask(Ask::PowerOff),
-            8 if value == layout::RESET_VALUE => return self.ask(Ask::Reset("by the guest".into())),
+            8 if value == layout::RESET_VALUE => {
+                return self.ask(Ask::Reset("by the guest".into()));
+            }
             _ => return,
         }
         self.update(&registers);

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
 use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
-    TargetArch, apply_filter,
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch, apply_filter,
 };
 use vmm_sys_util::signal::register_signal_handler;
 
@@ -30,7 +30,8 @@ pub enum Thread {
     Signals,
 }
 
-/// Memory, locks, time, waiting, open descriptors and the end: what any thread may need. Memory is never made executable (see [`rules`]).
+/// Memory, locks, time, waiting, open descriptors and the end: what any thread may need. Memory is
+/// never made executable (see [`rules`]).
 const ALL: [i64; 40] = [
     libc::SYS_brk,
     libc::SYS_clock_gettime,
@@ -103,13 +104,14 @@ fn more(thread: Thread) -> &'static [i64] {
 
 /// To be called before the first thread is started: bounds the number of the allocator's arenas.
 ///
-/// Without a bound of ours, glibc would look for the number of processors once there are more than eight of them, that is of threads: in a
-/// file of the system, which no filter allows.
+/// Without a bound of ours, glibc would look for the number of processors once there are more than
+/// eight of them, that is of threads: in a file of the system, which no filter allows.
 pub fn prepare() {
     #[cfg(target_env = "gnu")]
     {
         const ARENAS: libc::c_int = 8;
-        // SAFETY: it changes a number of the allocator's, and nothing has been started yet that it could race with. It fails for no such value.
+        // SAFETY: it changes a number of the allocator's, and nothing has been started yet that it
+        // could race with. It fails for no such value.
         unsafe { libc::mallopt(libc::M_ARENA_MAX, ARENAS) };
     }
 }
@@ -117,12 +119,18 @@ pub fn prepare() {
 /// Arms the filter of the calling thread for good.
 pub fn apply(thread: Thread) -> Result<()> {
     register_signal_handler(libc::SIGSYS, complain).context("cannot catch a signal")?;
-    apply_filter(&filter(thread)?).with_context(|| format!("cannot arm the filter of system calls of {thread:?}"))
+    apply_filter(&filter(thread)?)
+        .with_context(|| format!("cannot arm the filter of system calls of {thread:?}"))
 }
 
 fn filter(thread: Thread) -> Result<BpfProgram> {
     // The signal tells which call it was; its handler ends the process.
-    let filter = SeccompFilter::new(rules(thread)?, SeccompAction::Trap, SeccompAction::Allow, TargetArch::x86_64)?;
+    let filter = SeccompFilter::new(
+        rules(thread)?,
+        SeccompAction::Trap,
+        SeccompAction::Allow,
+        TargetArch::x86_64,
+    )?;
     Ok(filter.try_into()?)
 }
 
@@ -132,12 +140,14 @@ fn rules(thread: Thread) -> Result<BTreeMap<i64, Vec<SeccompRule>>> {
         SeccompRule::new(vec![SeccompCondition::new(argument, SeccompCmpArgLen::Dword, op, value)?])
     };
     // KVM's, and for the main thread a terminal's, by the second byte of the number.
-    let mut ioctls = vec![masked(1, 0xff00, 0xae00)?, masked(1, u64::from(u32::MAX), libc::FIONBIO)?];
+    let mut ioctls =
+        vec![masked(1, 0xff00, 0xae00)?, masked(1, u64::from(u32::MAX), libc::FIONBIO)?];
     if thread == Thread::Main {
         ioctls.push(masked(1, 0xff00, 0x5400)?);
     }
     let not_executable = masked(2, u64::try_from(libc::PROT_EXEC)?, 0)?;
-    let mut rules: BTreeMap<_, _> = ALL.iter().chain(more(thread)).map(|call| (*call, Vec::new())).collect();
+    let mut rules: BTreeMap<_, _> =
+        ALL.iter().chain(more(thread)).map(|call| (*call, Vec::new())).collect();
     rules.insert(libc::SYS_ioctl, ioctls);
     rules.insert(libc::SYS_mmap, vec![not_executable.clone()]);
     rules.insert(libc::SYS_mprotect, vec![not_executable]);
@@ -149,8 +159,10 @@ extern "C" fn complain(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc:
     /// Where the number of the system call is in the structure, which libc does not name.
     const NUMBER: usize = 24;
     // SAFETY: The kernel gives a valid structure, which for SIGSYS has the number there.
-    let mut number = unsafe { info.cast::<u8>().add(NUMBER).cast::<libc::c_int>().read_unaligned() };
-    let mut text = *b"vbus-vmm: ended at system call     , which is not allowed (see --no-seccomp)\n";
+    let mut number =
+        unsafe { info.cast::<u8>().add(NUMBER).cast::<libc::c_int>().read_unaligned() };
+    let mut text =
+        *b"vbus-vmm: ended at system call     , which is not allowed (see --no-seccomp)\n";
     let mut at = 35;
     while number > 0 && at > 31 {
         at -= 1;
@@ -175,7 +187,11 @@ mod tests {
     fn run(name: &str) -> (Option<i32>, String) {
         let program = std::env::current_exe().unwrap();
         let arguments = ["--ignored", "--exact", "--nocapture", "--test-threads=1"];
-        let output = Command::new(program).arg(format!("seccomp::tests::{name}")).args(arguments).output().unwrap();
+        let output = Command::new(program)
+            .arg(format!("seccomp::tests::{name}"))
+            .args(arguments)
+            .output()
+            .unwrap();
         (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
     }
 
@@ -202,7 +218,8 @@ mod tests {
         apply(Thread::Control).unwrap();
         // SAFETY: A new mapping, which touches nothing else.
         let _ = unsafe {
-            let (prot, flags) = (libc::PROT_READ | libc::PROT_EXEC, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+            let (prot, flags) =
+                (libc::PROT_READ | libc::PROT_EXEC, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
             libc::mmap(std::ptr::null_mut(), 4096, prot, flags, -1, 0)
         };
     }
@@ -217,7 +234,14 @@ mod tests {
 
     #[test]
     fn every_filter_can_be_made() {
-        for thread in [Thread::Main, Thread::Vcpu, Thread::Serial, Thread::Control, Thread::Watch, Thread::Signals] {
+        for thread in [
+            Thread::Main,
+            Thread::Vcpu,
+            Thread::Serial,
+            Thread::Control,
+            Thread::Watch,
+            Thread::Signals,
+        ] {
             assert!(filter(thread).unwrap().len() < 4096, "the kernel takes no longer ones");
         }
     }

@@ -1,6 +1,7 @@
 //! Serial ports, and what their other end is: this process's terminal, a socket, a file.
 //!
-//! What the guest writes goes through a queue to a thread of the port, so that no virtual CPU ever waits for who reads it.
+//! What the guest writes goes through a queue to a thread of the port, so that no virtual CPU ever
+//! waits for who reads it.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -41,7 +42,8 @@ pub enum Target {
     Stdio,
     /// Nowhere.
     None,
-    /// A socket that is made here: whoever connects, one at a time, is told what was written before too.
+    /// A socket that is made here: whoever connects, one at a time, is told what was written before
+    /// too.
     Unix(PathBuf),
     /// A file, anew; nothing comes from it.
     File(PathBuf),
@@ -183,7 +185,8 @@ pub struct Running {
 }
 
 impl Running {
-    /// Puts port `number` (0: COM1) onto `pio` and joins it to `target`. `terminal`: standard input is a terminal in raw mode.
+    /// Puts port `number` (0: COM1) onto `pio` and joins it to `target`. `terminal`: standard input
+    /// is a terminal in raw mode.
     pub fn start(
         number: usize,
         target: &Target,
@@ -193,12 +196,14 @@ impl Running {
         how: How,
     ) -> Result<Running> {
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let shared = Arc::new(Shared { queue: Mutex::default(), event, end: AtomicBool::new(false) });
+        let shared =
+            Arc::new(Shared { queue: Mutex::default(), event, end: AtomicBool::new(false) });
         let uart = Mutex::new(Port::fresh(chip, number, &shared));
         let port = Arc::new(Port { number, uart, chip: chip.clone(), shared });
         pio.add(layout::SERIAL[number].0.into(), PORTS, port.clone());
         let (remote, path) = Remote::open(target, how.raw)?;
-        let mut pump = Pump { port: port.clone(), remote, input: VecDeque::new(), asks: asks.clone() };
+        let mut pump =
+            Pump { port: port.clone(), remote, input: VecDeque::new(), asks: asks.clone() };
         let (tell, ended) = channel();
         std::thread::Builder::new().name(format!("serial{number}")).spawn(move || {
             match if how.filter { seccomp::apply(Thread::Serial) } else { Ok(()) } {
@@ -243,10 +248,14 @@ enum Remote {
 impl Remote {
     fn open(target: &Target, raw: bool) -> Result<(Remote, Option<PathBuf>)> {
         Ok(match target {
-            Target::Stdio => (Remote::Stdio { input: Some(io::stdin()), escape: raw.then(Escape::default) }, None),
+            Target::Stdio => (
+                Remote::Stdio { input: Some(io::stdin()), escape: raw.then(Escape::default) },
+                None,
+            ),
             Target::None => (Remote::None, None),
             Target::File(path) => {
-                let file = File::create(path).with_context(|| format!("cannot make {}", path.display()))?;
+                let file = File::create(path)
+                    .with_context(|| format!("cannot make {}", path.display()))?;
                 (Remote::File(file), None)
             }
             Target::Unix(path) => {
@@ -325,7 +334,8 @@ impl Pump {
         let nothing = PollFlags::empty();
         let event = &self.port.shared.event;
         let mut fds = vec![PollFd::new(event, PollFlags::IN)];
-        // An end that has nothing to give or to take is not looked at: its hang-up would be seen again and again.
+        // An end that has nothing to give or to take is not looked at: its hang-up would be seen
+        // again and again.
         let source = self.remote.source().filter(|_| self.input.is_empty());
         let sink = self.remote.sink().filter(|_| output);
         let caller = match &self.remote {
@@ -334,7 +344,10 @@ impl Pump {
         };
         let of = [(source, PollFlags::IN), (sink, PollFlags::OUT), (caller, PollFlags::IN)];
         for (fd, flags) in of {
-            fds.push(fd.map_or_else(|| PollFd::new(event, nothing), |fd| PollFd::from_borrowed_fd(fd, flags)));
+            fds.push(fd.map_or_else(
+                || PollFd::new(event, nothing),
+                |fd| PollFd::from_borrowed_fd(fd, flags),
+            ));
         }
         match poll(&mut fds, None) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
@@ -343,7 +356,8 @@ impl Pump {
         if !fds[0].revents().is_empty() {
             let _ = rustix::io::read(event, &mut [0_u8; 8]);
         }
-        let ready = |at: usize, fd: Option<BorrowedFd<'_>>| fd.is_some() && !fds[at].revents().is_empty();
+        let ready =
+            |at: usize, fd: Option<BorrowedFd<'_>>| fd.is_some() && !fds[at].revents().is_empty();
         Ok((ready(1, source), ready(2, sink), ready(3, caller)))
     }
 
@@ -389,7 +403,8 @@ impl Pump {
         piece[..count].copy_from_slice(&bytes[..count]);
         drop(queue);
         let Some(sink) = self.remote.sink() else { return };
-        // What is written is taken out afterwards: only this thread takes, and from the front; a queue that was full has lost the same bytes.
+        // What is written is taken out afterwards: only this thread takes, and from the front; a
+        // queue that was full has lost the same bytes.
         match rustix::io::write(sink, &piece[..count]) {
             Ok(written) => {
                 queue = self.port.shared.queue();

@@ -11,7 +11,9 @@ const BACKLOG: i32 = 16;
 /// Listens on `path` as [`vbus_vfio_user::bind_private`] does.
 pub fn listen(path: &Path) -> Result<UnixListener> {
     let socket = vbus_vfio_user::bind_private(path, BACKLOG);
-    socket.map(UnixListener::from).with_context(|| format!("cannot make the socket {}", path.display()))
+    socket
+        .map(UnixListener::from)
+        .with_context(|| format!("cannot make the socket {}", path.display()))
 }
 
 #[cfg(test)]

@@ -1,4 +1,5 @@
-//! This process's terminal as the guest's console: raw while the machine runs, and as it was afterwards.
+//! This process's terminal as the guest's console: raw while the machine runs, and as it was
+//! afterwards.
 
 use std::io;
 
@@ -74,7 +75,13 @@ mod tests {
         let mut keys = |keys: &[u8]| keys.iter().map(|key| escape.next(*key)).collect::<Vec<_>>();
         assert_eq!(
             keys(b"x\x01\x01\x01x"),
-            [Escaped::Input(b'x'), Escaped::Nothing, Escaped::Input(1), Escaped::Nothing, Escaped::Quit]
+            [
+                Escaped::Input(b'x'),
+                Escaped::Nothing,
+                Escaped::Input(1),
+                Escaped::Nothing,
+                Escaped::Quit
+            ]
         );
         assert_eq!(keys(b"\x01qx"), [Escaped::Nothing, Escaped::Nothing, Escaped::Input(b'x')]);
     }

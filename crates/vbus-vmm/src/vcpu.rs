@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail};
 use kvm_bindings::{
-    KVM_CAP_HYPERV_SYNIC2, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_debugregs, kvm_enable_cap,
-    kvm_fpu, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+    KVM_CAP_HYPERV_SYNIC2, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_debugregs,
+    kvm_enable_cap, kvm_fpu, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
+    kvm_vcpu_events, kvm_xcrs,
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 
@@ -59,7 +60,9 @@ pub struct Vcpu {
 impl Vcpu {
     /// Makes CPU `number` of `vm`.
     pub fn new(kvm: &Kvm, vm: &VmFd, number: u32, model: &Model) -> Result<Vcpu> {
-        let fd = vm.create_vcpu(number.into()).with_context(|| format!("KVM makes no virtual CPU {number}"))?;
+        let fd = vm
+            .create_vcpu(number.into())
+            .with_context(|| format!("KVM makes no virtual CPU {number}"))?;
         fd.set_cpuid2(&model.of(number)?).context("KVM does not take the CPU's features")?;
         if model.hyperv() {
             let cap = kvm_enable_cap { cap: KVM_CAP_HYPERV_SYNIC2, ..Default::default() };
@@ -68,7 +71,8 @@ impl Vcpu {
         for (index, data) in [MSR_MISC_ENABLE, MSR_MTRR_DEFAULT] {
             set_msr(&fd, index, data);
         }
-        let fresh = Fresh::of(kvm, &fd, number == 0, model.hyperv()).context("cannot read a virtual CPU's state")?;
+        let fresh = Fresh::of(kvm, &fd, number == 0, model.hyperv())
+            .context("cannot read a virtual CPU's state")?;
         Ok(Vcpu { number, fd, fresh, exits: Arc::default() })
     }
 
@@ -82,11 +86,13 @@ impl Vcpu {
         &self.exits
     }
 
-    /// Puts it into the state after a reset: `start` for the first CPU, waiting for the others. It must not be running, nor have an
-    /// unfinished exit.
+    /// Puts it into the state after a reset: `start` for the first CPU, waiting for the others. It
+    /// must not be running, nor have an unfinished exit.
     pub fn reset(&self, start: &Start) -> Result<()> {
         let start = (self.number == 0).then_some(start);
-        self.fresh.restore(&self.fd, start).with_context(|| format!("cannot reset virtual CPU {}", self.number))
+        self.fresh
+            .restore(&self.fd, start)
+            .with_context(|| format!("cannot reset virtual CPU {}", self.number))
     }
 
     /// Runs until there is a reason to pause. If that is [`Pause::Asked`], every exit is finished.
@@ -103,7 +109,10 @@ impl Vcpu {
                     }
                     // KVM: "try again", as after an INIT.
                     io::ErrorKind::WouldBlock => continue,
-                    _ => return Err(error).with_context(|| format!("virtual CPU {} does not run", self.number)),
+                    _ => {
+                        return Err(error)
+                            .with_context(|| format!("virtual CPU {} does not run", self.number));
+                    }
                 },
             };
             let kind = match exit {
@@ -134,14 +143,17 @@ impl Vcpu {
                     return Ok(Pause::TripleFault);
                 }
                 VcpuExit::Hyperv => {
-                    // The SynIC's pages were moved, into which nobody here looks; or it is a hypercall for a connection that nobody has, and
-                    // this is its status.
+                    // The SynIC's pages were moved, into which nobody here looks; or it is a
+                    // hypercall for a connection that nobody has, and this is its status.
                     self.fd.get_kvm_run().__bindgen_anon_1.hyperv.u.hcall.result = NO_CONNECTION;
                     Kind::Other
                 }
                 VcpuExit::IrqWindowOpen => Kind::Other,
                 VcpuExit::FailEntry(reason, _) => {
-                    bail!("virtual CPU {}: the processor refuses its state ({reason:#x})", self.number)
+                    bail!(
+                        "virtual CPU {}: the processor refuses its state ({reason:#x})",
+                        self.number
+                    )
                 }
                 other => {
                     let what = format!("{other:?}");
@@ -155,7 +167,8 @@ impl Vcpu {
 
     /// What went wrong, and where the guest was.
     fn fault(&self, what: &str) -> anyhow::Error {
-        let at = self.fd.get_regs().map(|registers| format!("{:#x}", registers.rip)).unwrap_or_default();
+        let at =
+            self.fd.get_regs().map(|registers| format!("{:#x}", registers.rip)).unwrap_or_default();
         anyhow!("virtual CPU {}: KVM cannot go on at {at} ({what})", self.number)
     }
 }
@@ -177,7 +190,8 @@ impl Fresh {
     fn of(kvm: &Kvm, fd: &VcpuFd, first: bool, hyperv: bool) -> Result<Fresh> {
         let list = kvm.get_msr_index_list()?;
         let synic = SYNIC.into_iter().chain(SYNIC_SOURCES).filter(|_| hyperv);
-        let indices = list.as_slice().iter().copied().filter(|index| *index != MSR_TSC).chain(synic);
+        let indices =
+            list.as_slice().iter().copied().filter(|index| *index != MSR_TSC).chain(synic);
         let mp_state = if first { KVM_MP_STATE_RUNNABLE } else { KVM_MP_STATE_UNINITIALIZED };
         Ok(Fresh {
             mp_state: kvm_mp_state { mp_state },
@@ -189,7 +203,9 @@ impl Fresh {
             events: fd.get_vcpu_events()?,
             apic: fd.get_lapic()?,
             // What cannot be read needs no reset.
-            msrs: indices.filter_map(|index| get_msr(fd, index).map(|data| (index, data))).collect(),
+            msrs: indices
+                .filter_map(|index| get_msr(fd, index).map(|data| (index, data)))
+                .collect(),
         })
     }
 
@@ -198,7 +214,8 @@ impl Fresh {
         if let Some(start) = start {
             start.set_up(&mut system);
         }
-        // The APIC's mode is in the special registers, so its own come after them; MSRs come before the APIC, which has the last word on timers.
+        // The APIC's mode is in the special registers, so its own come after them; MSRs come before
+        // the APIC, which has the last word on timers.
         fd.set_sregs(&system)?;
         for (index, data) in &self.msrs {
             set_msr(fd, *index, *data);

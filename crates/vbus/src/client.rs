@@ -19,13 +19,20 @@ impl Client {
     /// Connects to the bus that serves in `dir` (see [`rundir::choose`]).
     pub fn connect(dir: Option<&Path>) -> Result<Client> {
         let dir = rundir::choose(dir);
-        let hint = || format!("start one with `vbus serve --dir {}`, or say where it is with --dir", dir.display());
+        let hint = || {
+            format!(
+                "start one with `vbus serve --dir {}`, or say where it is with --dir",
+                dir.display()
+            )
+        };
         rundir::check(&dir).with_context(hint)?;
         let path = dir.join(CONTROL);
         let socket = UnixStream::connect(&path).map_err(|error| {
             use std::io::ErrorKind::{ConnectionRefused, NotFound};
             match error.kind() {
-                NotFound | ConnectionRefused => anyhow!("no bus serves in {}; {}", dir.display(), hint()),
+                NotFound | ConnectionRefused => {
+                    anyhow!("no bus serves in {}; {}", dir.display(), hint())
+                }
                 _ => anyhow!("{}: {error}", path.display()),
             }
         })?;
@@ -56,7 +63,12 @@ impl Client {
     }
 
     /// A request to a device itself.
-    pub fn device(&mut self, name: &str, request: &Value, item: &mut dyn FnMut(Value)) -> Result<()> {
+    pub fn device(
+        &mut self,
+        name: &str,
+        request: &Value,
+        item: &mut dyn FnMut(Value),
+    ) -> Result<()> {
         self.stream(&json!({ "op": "device", "name": name, "request": request }), item).map(drop)
     }
 }

@@ -54,7 +54,11 @@ pub struct DeviceSpec {
 
 impl DeviceSpec {
     /// Takes the keys that every device has out of `settings` and leaves the class's own.
-    pub fn new(name: String, class: String, mut settings: Map<String, Value>) -> Result<DeviceSpec, String> {
+    pub fn new(
+        name: String,
+        class: String,
+        mut settings: Map<String, Value>,
+    ) -> Result<DeviceSpec, String> {
         let mut flag = |key: &str| match settings.remove(key) {
             None => Ok(false),
             Some(Value::Bool(value)) => Ok(value),
@@ -64,7 +68,11 @@ impl DeviceSpec {
         let pic = match settings.remove("pic") {
             None => None,
             Some(Value::String(name)) => Some(name),
-            Some(other) => return Err(format!("\"pic\" must be the name of a device of class pic, not {other}")),
+            Some(other) => {
+                return Err(format!(
+                    "\"pic\" must be the name of a device of class pic, not {other}"
+                ));
+            }
         };
         Ok(DeviceSpec { name, class, options, pic, settings: Value::Object(settings) })
     }
@@ -125,7 +133,8 @@ fn parse(path: &Path, text: String) -> Result<(Config, Source), ConfigError> {
 }
 
 impl Source {
-    /// An error at a place of the text: file, line, column, the line itself, and a mark under what is meant.
+    /// An error at a place of the text: file, line, column, the line itself, and a mark under what
+    /// is meant.
     fn point(&self, span: &Range<usize>, message: &str) -> ConfigError {
         let mut start = span.start.min(self.text.len());
         while !self.text.is_char_boundary(start) {
@@ -139,7 +148,8 @@ impl Source {
         let room = line.chars().count().saturating_sub(column).max(1);
         let marks = self.text.get(start..span.end).map_or(1, |s| s.chars().count()).clamp(1, room);
         let gutter = number.to_string();
-        let indent: String = line.chars().take(column).map(|c| if c == '\t' { '\t' } else { ' ' }).collect();
+        let indent: String =
+            line.chars().take(column).map(|c| if c == '\t' { '\t' } else { ' ' }).collect();
         ConfigError(format!(
             "{path}:{number}:{column}: {message}\n {gutter} | {line}\n {blank} | {indent}{marks}",
             path = self.path.display(),
@@ -149,18 +159,23 @@ impl Source {
         ))
     }
 
-    /// An error that making the device number `device` of the configuration gave. Points at the word that the text quotes first, or else at
-    /// the device's name.
+    /// An error that making the device number `device` of the configuration gave. Points at the
+    /// word that the text quotes first, or else at the device's name.
     pub fn device_error(&self, device: usize, message: &str) -> ConfigError {
         let Some(places) = self.devices.get(device) else { return ConfigError(message.into()) };
-        let quoted = |word: &str| ['"', '`', '\''].iter().filter_map(|q| message.find(&format!("{q}{word}{q}"))).min();
+        let quoted = |word: &str| {
+            ['"', '`', '\''].iter().filter_map(|q| message.find(&format!("{q}{word}{q}"))).min()
+        };
         let named = places.words.iter().filter(|(_, place)| *place != places.name);
-        let first = named.filter_map(|(word, place)| Some((quoted(word)?, place))).min_by_key(|(at, _)| *at);
+        let first = named
+            .filter_map(|(word, place)| Some((quoted(word)?, place)))
+            .min_by_key(|(at, _)| *at);
         self.point(first.map_or(&places.name, |(_, place)| place), &meant(message))
     }
 }
 
-/// A message of serde about a word that it does not know, with the word that was probably meant instead of all that there are.
+/// A message of serde about a word that it does not know, with the word that was probably meant
+/// instead of all that there are.
 fn meant(message: &str) -> String {
     let same = || message.to_owned();
     let Some((head, list)) = message.split_once(", expected one of ") else { return same() };
@@ -173,18 +188,25 @@ fn meant(message: &str) -> String {
 }
 
 fn fill(text: &str, config: &mut Config, places: &mut Vec<DevicePlaces>) -> Result<(), Fault> {
-    let root = DeTable::parse(text).map_err(|e| (e.span().unwrap_or(0..0), e.message().trim_end().to_owned()))?;
+    let root = DeTable::parse(text)
+        .map_err(|e| (e.span().unwrap_or(0..0), e.message().trim_end().to_owned()))?;
     for (key, value) in root.get_ref() {
         match &**key.get_ref() {
             "bus" => bus(table(value, "\"bus\"")?, config)?,
             "device" => {
                 let DeValue::Array(devices) = value.get_ref() else {
-                    return Err((key.span(), "a device begins with [[device]], in double brackets".into()));
+                    return Err((
+                        key.span(),
+                        "a device begins with [[device]], in double brackets".into(),
+                    ));
                 };
                 for entry in devices.iter() {
                     let (spec, place) = device(table(entry, "a device")?, entry.span())?;
                     if config.devices.iter().any(|d| d.name == spec.name) {
-                        return Err((place.name, format!("there are two devices called {:?}", spec.name)));
+                        return Err((
+                            place.name,
+                            format!("there are two devices called {:?}", spec.name),
+                        ));
                     }
                     config.devices.push(spec);
                     places.push(place);
@@ -201,13 +223,20 @@ fn bus(table: &DeTable<'_>, config: &mut Config) -> Result<(), Fault> {
     for (key, value) in table {
         match &**key.get_ref() {
             "workers" => {
-                config.tuning.workers = usize::try_from(number(value, 1, WORKERS_MAX)?).unwrap_or(1);
+                config.tuning.workers =
+                    usize::try_from(number(value, 1, WORKERS_MAX)?).unwrap_or(1);
             }
-            "poll-us" => config.tuning.poll_max = Duration::from_micros(number(value, 0, POLL_US_MAX)?),
-            "budget" => config.tuning.budget = u32::try_from(number(value, 1, BUDGET_MAX)?).unwrap_or(1),
+            "poll-us" => {
+                config.tuning.poll_max = Duration::from_micros(number(value, 0, POLL_US_MAX)?)
+            }
+            "budget" => {
+                config.tuning.budget = u32::try_from(number(value, 1, BUDGET_MAX)?).unwrap_or(1)
+            }
             "trust-memory" => {
-                let trusted =
-                    value.get_ref().as_bool().ok_or_else(|| (value.span(), "must be true or false".to_owned()))?;
+                let trusted = value
+                    .get_ref()
+                    .as_bool()
+                    .ok_or_else(|| (value.span(), "must be true or false".to_owned()))?;
                 config.trust = if trusted { Trust::Any } else { Trust::Sealed };
             }
             other => return Err((key.span(), unknown(other, "for the bus", &KEYS))),
@@ -231,29 +260,44 @@ fn device(table: &DeTable<'_>, whole: Range<usize>) -> Result<(DeviceSpec, Devic
             }
             "class" => class = Some(string(value)?),
             other => {
-                settings.insert(other.to_owned(), json(value.get_ref()).map_err(|e| (value.span(), e))?);
+                settings.insert(
+                    other.to_owned(),
+                    json(value.get_ref()).map_err(|e| (value.span(), e))?,
+                );
             }
         }
     }
     let missing = |key: &str| (whole.clone(), format!("this device has no {key:?}"));
-    let (name, class) = (name.ok_or_else(|| missing("name"))?, class.ok_or_else(|| missing("class"))?);
+    let (name, class) =
+        (name.ok_or_else(|| missing("name"))?, class.ok_or_else(|| missing("class"))?);
     let spec = DeviceSpec::new(name, class, settings).map_err(|e| {
-        let place = words.iter().find(|(key, _)| e.starts_with(&format!("{key:?}"))).map(|(_, place)| place.clone());
+        let place = words
+            .iter()
+            .find(|(key, _)| e.starts_with(&format!("{key:?}")))
+            .map(|(_, place)| place.clone());
         (place.unwrap_or(whole), e)
     })?;
     Ok((spec, DevicePlaces { name: name_place, words }))
 }
 
 fn table<'a, 'i>(value: &'a Spanned<DeValue<'i>>, what: &str) -> Result<&'a DeTable<'i>, Fault> {
-    value.get_ref().as_table().ok_or_else(|| (value.span(), format!("{what} must be a table, with keys of its own")))
+    value
+        .get_ref()
+        .as_table()
+        .ok_or_else(|| (value.span(), format!("{what} must be a table, with keys of its own")))
 }
 
 fn string(value: &Spanned<DeValue<'_>>) -> Result<String, Fault> {
-    value.get_ref().as_str().map(str::to_owned).ok_or_else(|| (value.span(), "must be a string, in quotes".into()))
+    value
+        .get_ref()
+        .as_str()
+        .map(str::to_owned)
+        .ok_or_else(|| (value.span(), "must be a string, in quotes".into()))
 }
 
 fn number(value: &Spanned<DeValue<'_>>, least: u64, most: u64) -> Result<u64, Fault> {
-    let number = json(value.get_ref()).ok().and_then(|v| v.as_u64()).filter(|n| (least..=most).contains(n));
+    let number =
+        json(value.get_ref()).ok().and_then(|v| v.as_u64()).filter(|n| (least..=most).contains(n));
     number.ok_or_else(|| (value.span(), format!("must be a number from {least} to {most}")))
 }
 
@@ -271,11 +315,14 @@ fn json(value: &DeValue<'_>) -> Result<Value, String> {
             .map(Value::from)
             .map_err(|_| format!("{digits} is too large a number"))?,
         DeValue::Float(digits) => {
-            let float: f64 = digits.as_str().parse().map_err(|_| format!("{digits} is not a number"))?;
+            let float: f64 =
+                digits.as_str().parse().map_err(|_| format!("{digits} is not a number"))?;
             Value::from(float)
         }
         DeValue::Datetime(time) => return Err(format!("{time}: put dates and times in quotes")),
-        DeValue::Array(list) => Value::Array(list.iter().map(|item| json(item.get_ref())).collect::<Result<_, _>>()?),
+        DeValue::Array(list) => {
+            Value::Array(list.iter().map(|item| json(item.get_ref())).collect::<Result<_, _>>()?)
+        }
         DeValue::Table(table) => {
             let mut map = Map::new();
             for (key, value) in table {
@@ -308,7 +355,8 @@ fn distance(a: &str, b: &str) -> usize {
     for i in 0..a.len() {
         let mut row = vec![i + 1];
         for j in 0..b.len() {
-            let mut least = (rows[i][j] + usize::from(a[i] != b[j])).min(rows[i][j + 1] + 1).min(row[j] + 1);
+            let mut least =
+                (rows[i][j] + usize::from(a[i] != b[j])).min(rows[i][j + 1] + 1).min(row[j] + 1);
             if i > 0 && j > 0 && a[i] == b[j - 1] && a[i - 1] == b[j] {
                 least = least.min(rows[i - 1][j - 1] + 1);
             }
@@ -343,11 +391,18 @@ mod tests {
         assert_eq!(device.settings, json!({ "mtu": 9000, "list": [{ "a": 16 }] }));
         let error = source.device_error(0, "unknown field `mtu`").to_string();
         assert!(
-            error.starts_with("bus.toml:10:1: unknown field `mtu`\n 10 | mtu = 9_000\n    | ^^^\n".trim_end()),
+            error.starts_with(
+                "bus.toml:10:1: unknown field `mtu`\n 10 | mtu = 9_000\n    | ^^^\n".trim_end()
+            ),
             "{error}"
         );
-        let error = source.device_error(0, "unknown variant `venet`, expected one of `a`, `vent`").to_string();
-        assert!(error.starts_with("bus.toml:7:9: unknown variant `venet`; did you mean `vent`?\n"), "{error}");
+        let error = source
+            .device_error(0, "unknown variant `venet`, expected one of `a`, `vent`")
+            .to_string();
+        assert!(
+            error.starts_with("bus.toml:7:9: unknown variant `venet`; did you mean `vent`?\n"),
+            "{error}"
+        );
         let error = source.device_error(0, "no luck").to_string();
         assert!(error.starts_with("bus.toml:6:8: no luck\n"), "{error}");
         assert!(of("").unwrap().0.devices.is_empty());
@@ -356,7 +411,10 @@ mod tests {
     #[test]
     fn errors_show_the_line() {
         for (text, expect) in [
-            ("[buss]\n", "bus.toml:1:2: unknown key \"buss\" here; did you mean \"bus\"?\n 1 | [buss]\n   |  ^^^^"),
+            (
+                "[buss]\n",
+                "bus.toml:1:2: unknown key \"buss\" here; did you mean \"bus\"?\n 1 | [buss]\n   |  ^^^^",
+            ),
             (
                 "\n\n[bus]\nworker = 1\n",
                 "bus.toml:4:1: unknown key \"worker\" for the bus; did you mean \"workers\"?\n 4 | worker = 1\n   | ^^^^^^",
@@ -373,8 +431,14 @@ mod tests {
             ("[device]\nname = \"x\"\n", "bus.toml:1:2: a device begins with [[device]]"),
             ("[[device]]\nname = \"x\"\n", "bus.toml:1:1: this device has no \"class\""),
             ("[[device]]\nname = 1\n", "bus.toml:2:8: must be a string"),
-            ("[[device]]\nname=\"x\"\nclass=\"c\"\nmsix=1\n", "bus.toml:4:1: \"msix\" must be true or false"),
-            ("[[device]]\nname=\"x\"\nclass=\"c\"\npic=1\n", "bus.toml:4:1: \"pic\" must be the name of a device"),
+            (
+                "[[device]]\nname=\"x\"\nclass=\"c\"\nmsix=1\n",
+                "bus.toml:4:1: \"msix\" must be true or false",
+            ),
+            (
+                "[[device]]\nname=\"x\"\nclass=\"c\"\npic=1\n",
+                "bus.toml:4:1: \"pic\" must be the name of a device",
+            ),
             (
                 "[[device]]\nname=\"x\"\nclass=\"c\"\n[[device]]\nname=\"x\"\nclass=\"c\"\n",
                 "bus.toml:5:6: there are two",

@@ -21,7 +21,8 @@ pub fn root_port_id(number: usize) -> String {
 /// The most root ports that [`root_port`] has a place for.
 pub const ROOT_PORTS_MAX: usize = 8 * 22;
 
-/// The `-device` of a root port. Eight share a slot of q35's bus, so that many fit, from slot 8 on, so that they keep clear of others.
+/// The `-device` of a root port. Eight share a slot of q35's bus, so that many fit, from slot 8 on,
+/// so that they keep clear of others.
 pub fn root_port(number: usize) -> String {
     let (slot, function) = (8 + number / 8, number % 8);
     let first = if function == 0 { ",multifunction=on" } else { "" };
@@ -59,7 +60,8 @@ impl Slot {
         let ports = peripherals(&mut qmp, ROOT_PORT)?;
         let mut occupied = 0;
         for id in ports.iter().filter(|id| port.is_none_or(|port| port == id.as_str())) {
-            // The port's bus is an object below it with the same name; its children are links called "child[0]".
+            // The port's bus is an object below it with the same name; its children are links
+            // called "child[0]".
             let bus = qmp.run("qom-list", json!({ "path": format!("{PERIPHERAL}/{id}/{id}") }))?;
             if !names(&bus).any(|(name, _)| name.starts_with("child[")) {
                 return Ok(Slot { qmp, port: id.clone() });
@@ -68,13 +70,17 @@ impl Slot {
         }
         match port {
             Some(port) if occupied > 0 => bail!("root port {port:?} is occupied"),
-            Some(port) => bail!("this QEMU has no root port with id {port:?}; it has: {}", ports.join(", ")),
+            Some(port) => {
+                bail!("this QEMU has no root port with id {port:?}; it has: {}", ports.join(", "))
+            }
             None if occupied > 0 => {
                 bail!(
                     "all {occupied} root ports of this QEMU are occupied; start it with more (vbus qemu-args --spare-ports)"
                 )
             }
-            None => bail!("this QEMU has no root port with an id; start it with some (vbus qemu-args --spare-ports)"),
+            None => bail!(
+                "this QEMU has no root port with an id; start it with some (vbus qemu-args --spare-ports)"
+            ),
         }
     }
 
@@ -89,13 +95,15 @@ impl Slot {
     }
 }
 
-/// Unplugs the device that QEMU has from `socket`: asks the guest for it, and waits until it is gone.
+/// Unplugs the device that QEMU has from `socket`: asks the guest for it, and waits until it is
+/// gone.
 pub fn unplug(qmp: &Path, patience: Duration, name: &str, socket: &Path) -> Result<()> {
     let mut qmp = Qmp::connect(qmp, patience)?;
     let id = find(&mut qmp, name, socket)?;
     match qmp.run("device_del", json!({ "id": id })) {
         Ok(_) => {}
-        // Asked for before, by somebody else or by an attempt that was given up: it will still come.
+        // Asked for before, by somebody else or by an attempt that was given up: it will still
+        // come.
         Err(error) if under_way(&error) => {}
         Err(error) => return Err(error),
     }
@@ -116,7 +124,9 @@ pub fn unplug(qmp: &Path, patience: Duration, name: &str, socket: &Path) -> Resu
 }
 
 fn under_way(error: &anyhow::Error) -> bool {
-    error.downcast_ref::<QemuError>().is_some_and(|e| e.description.contains("already in the process of unplug"))
+    error
+        .downcast_ref::<QemuError>()
+        .is_some_and(|e| e.description.contains("already in the process of unplug"))
 }
 
 /// QEMU's id of the device.
@@ -129,19 +139,25 @@ fn find(qmp: &mut Qmp, name: &str, socket: &Path) -> Result<String> {
     // Plugged by somebody else, by an id of their own: then the socket tells.
     for id in devices {
         let path = format!("{PERIPHERAL}/{id}");
-        let value = qmp.run("qom-get", json!({ "path": path, "property": "socket" })).unwrap_or_default();
+        let value =
+            qmp.run("qom-get", json!({ "path": path, "property": "socket" })).unwrap_or_default();
         if value.get("path").and_then(Value::as_str).is_some_and(|p| Path::new(p) == socket) {
             return Ok(id);
         }
     }
-    bail!("this QEMU has no device of {}; without --qmp it is just taken off the bus", socket.display())
+    bail!(
+        "this QEMU has no device of {}; without --qmp it is just taken off the bus",
+        socket.display()
+    )
 }
 
 /// Ids of all devices of a type.
 fn peripherals(qmp: &mut Qmp, kind: &str) -> Result<Vec<String>> {
     let list = qmp.run("qom-list", json!({ "path": PERIPHERAL }))?;
-    let mut ids: Vec<String> = names(&list).filter(|(_, k)| *k == kind).map(|(name, _)| name.to_owned()).collect();
-    // QEMU's own order is that of a hash table. Shorter ones first, so that port10 comes after port9.
+    let mut ids: Vec<String> =
+        names(&list).filter(|(_, k)| *k == kind).map(|(name, _)| name.to_owned()).collect();
+    // QEMU's own order is that of a hash table. Shorter ones first, so that port10 comes after
+    // port9.
     ids.sort_by(|a, b| (a.len(), a).cmp(&(b.len(), b)));
     Ok(ids)
 }

@@ -31,9 +31,11 @@ pub struct Qmp {
 }
 
 impl Qmp {
-    /// Connects and leaves the negotiation behind. All that is done with the connection must end within `patience`.
+    /// Connects and leaves the negotiation behind. All that is done with the connection must end
+    /// within `patience`.
     pub fn connect(path: &Path, patience: Duration) -> Result<Qmp> {
-        let socket = UnixStream::connect(path).with_context(|| format!("cannot reach QEMU at {}", path.display()))?;
+        let socket = UnixStream::connect(path)
+            .with_context(|| format!("cannot reach QEMU at {}", path.display()))?;
         socket.set_write_timeout(Some(patience.max(Duration::from_millis(1))))?;
         let deadline = Instant::now() + patience;
         let mut qmp = Qmp { reader: BufReader::new(socket), deadline, events: VecDeque::new() };
@@ -56,10 +58,12 @@ impl Qmp {
         line.push('\n');
         self.reader.get_mut().write_all(line.as_bytes()).context("QEMU has gone")?;
         loop {
-            let mut answer =
-                self.line(self.deadline).with_context(|| format!("waiting for the answer to {command}"))?;
+            let mut answer = self
+                .line(self.deadline)
+                .with_context(|| format!("waiting for the answer to {command}"))?;
             if let Some(error) = answer.get("error") {
-                let text = |key| error.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
+                let text =
+                    |key| error.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
                 return Err(QemuError { class: text("class"), description: text("desc") }.into());
             }
             if let Some(value) = answer.get_mut("return") {
@@ -103,7 +107,11 @@ impl Qmp {
                 Ok(0) => bail!("QEMU has gone"),
                 Ok(_) if line.last() == Some(&b'\n') => break,
                 Ok(_) => ensure!((line.len() as u64) < LINE_MAX, "QEMU sends endless lines"),
-                Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted) => {}
+                Err(e)
+                    if matches!(
+                        e.kind(),
+                        ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted
+                    ) => {}
                 Err(e) => return Err(e).context("reading from QEMU"),
             }
         }

@@ -31,12 +31,18 @@ pub fn socket(dir: &Path, name: &str) -> PathBuf {
     dir.join(format!("{name}.sock"))
 }
 
-/// Checks that nobody else can have put sockets there: it is ours (or root's) and only its owner may write to it.
+/// Checks that nobody else can have put sockets there: it is ours (or root's) and only its owner
+/// may write to it.
 pub fn check(dir: &Path) -> Result<()> {
-    let meta = std::fs::symlink_metadata(dir).with_context(|| format!("no bus in {}", dir.display()))?;
+    let meta =
+        std::fs::symlink_metadata(dir).with_context(|| format!("no bus in {}", dir.display()))?;
     ensure!(meta.is_dir(), "{} is not a directory", dir.display());
     let uid = meta.uid();
-    ensure!(uid == geteuid().as_raw() || uid == 0, "{} belongs to another user (uid {uid})", dir.display());
+    ensure!(
+        uid == geteuid().as_raw() || uid == 0,
+        "{} belongs to another user (uid {uid})",
+        dir.display()
+    );
     ensure!(
         meta.mode() & 0o022 == 0,
         "others may write to {} (mode {:o}); choose another one, or chmod 700 it",
@@ -54,7 +60,8 @@ pub struct Claimed {
 }
 
 impl Claimed {
-    /// Makes the directory if it is not there (mode 0700), checks whose it is, locks it, and removes the sockets that a dead bus left.
+    /// Makes the directory if it is not there (mode 0700), checks whose it is, locks it, and
+    /// removes the sockets that a dead bus left.
     pub fn claim(dir: &Path) -> Result<Claimed> {
         let made = DirBuilder::new().mode(0o700).create(dir);
         if let Err(error) = made {
@@ -64,13 +71,19 @@ impl Claimed {
         }
         check(dir)?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let lock = open(dir, flags, Mode::empty()).with_context(|| format!("cannot open {}", dir.display()))?;
+        let lock = open(dir, flags, Mode::empty())
+            .with_context(|| format!("cannot open {}", dir.display()))?;
         match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(rustix::io::Errno::AGAIN) => {
-                bail!("another vbus serves in {} already; stop it, or choose another --dir", dir.display())
+                bail!(
+                    "another vbus serves in {} already; stop it, or choose another --dir",
+                    dir.display()
+                )
             }
-            Err(error) => return Err(error).with_context(|| format!("cannot lock {}", dir.display())),
+            Err(error) => {
+                return Err(error).with_context(|| format!("cannot lock {}", dir.display()));
+            }
         }
         let claimed = Claimed { dir: dir.to_owned(), _lock: lock };
         claimed.remove_stale()?;
@@ -89,7 +102,11 @@ impl Claimed {
     pub fn socket(&self, name: &str) -> Result<PathBuf> {
         let path = socket(&self.dir, name);
         let len = path.as_os_str().len();
-        ensure!(len <= PATH_MAX, "{} is too long for a socket ({len} bytes; {PATH_MAX} can be)", path.display());
+        ensure!(
+            len <= PATH_MAX,
+            "{} is too long for a socket ({len} bytes; {PATH_MAX} can be)",
+            path.display()
+        );
         Ok(path)
     }
 
@@ -97,9 +114,14 @@ impl Claimed {
         for entry in std::fs::read_dir(&self.dir)? {
             let entry = entry?;
             let path = entry.path();
-            let ours = path.extension().is_some_and(|e| e == "sock") && entry.file_type()?.is_socket();
-            if ours && UnixStream::connect(&path).is_err_and(|e| e.kind() == std::io::ErrorKind::ConnectionRefused) {
-                std::fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+            let ours =
+                path.extension().is_some_and(|e| e == "sock") && entry.file_type()?.is_socket();
+            if ours
+                && UnixStream::connect(&path)
+                    .is_err_and(|e| e.kind() == std::io::ErrorKind::ConnectionRefused)
+            {
+                std::fs::remove_file(&path)
+                    .with_context(|| format!("cannot remove {}", path.display()))?;
             }
         }
         Ok(())

@@ -1,4 +1,5 @@
-//! Plugging a device of the bus into a running `vbus-vmm`, and unplugging it: by its control socket (spec/vmm.md).
+//! Plugging a device of the bus into a running `vbus-vmm`, and unplugging it: by its control socket
+//! (spec/vmm.md).
 
 use std::io::ErrorKind;
 use std::os::unix::net::UnixStream;
@@ -17,8 +18,8 @@ pub struct Vmm(Connection);
 impl Vmm {
     /// Connects to the control socket `path`. No request is waited for longer than `patience`.
     pub fn connect(path: &Path, patience: Duration) -> Result<Vmm> {
-        let socket =
-            UnixStream::connect(path).with_context(|| format!("cannot reach vbus-vmm at {}", path.display()))?;
+        let socket = UnixStream::connect(path)
+            .with_context(|| format!("cannot reach vbus-vmm at {}", path.display()))?;
         let patience = patience.max(Duration::from_millis(1));
         socket.set_read_timeout(Some(patience))?;
         socket.set_write_timeout(Some(patience))?;
@@ -32,7 +33,8 @@ impl Vmm {
         Ok(devices)
     }
 
-    /// Sees to it that a device called `name` can be plugged, as far as that can be told beforehand.
+    /// Sees to it that a device called `name` can be plugged, as far as that can be told
+    /// beforehand.
     pub fn check_free(&mut self, name: &str) -> Result<()> {
         if self.devices()?.iter().any(|device| text(device, "name") == name) {
             bail!("this vbus-vmm has a device {name:?} already");
@@ -44,23 +46,34 @@ impl Vmm {
     pub fn plug(&mut self, name: &str, socket: &Path) -> Result<()> {
         // It may run in another directory.
         let socket = std::path::absolute(socket)?;
-        self.0.stream(&json!({ "op": "plug", "name": name, "socket": socket }), &mut |_| {}).map(drop)
+        self.0
+            .stream(&json!({ "op": "plug", "name": name, "socket": socket }), &mut |_| {})
+            .map(drop)
     }
 
-    /// Unplugs the device that is plugged from `socket`: asks the guest for it, and waits until it is gone.
+    /// Unplugs the device that is plugged from `socket`: asks the guest for it, and waits until it
+    /// is gone.
     pub fn unplug(&mut self, socket: &Path) -> Result<()> {
         let ours = socket.canonicalize().context("the device has no socket")?;
-        let is_ours = |device: &Value| Path::new(text(device, "socket")).canonicalize().is_ok_and(|path| path == ours);
+        let is_ours = |device: &Value| {
+            Path::new(text(device, "socket")).canonicalize().is_ok_and(|path| path == ours)
+        };
         let device = self.devices()?.into_iter().find(is_ours);
         let Some(device) = device else {
-            bail!("this vbus-vmm has no device of {}; without --vmm it is just taken off the bus", socket.display())
+            bail!(
+                "this vbus-vmm has no device of {}; without --vmm it is just taken off the bus",
+                socket.display()
+            )
         };
         let request = json!({ "op": "unplug", "name": text(&device, "name") });
         self.0.stream(&request, &mut |_| {}).map(drop).map_err(|error| {
             let late = error.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
             if matches!(late, Some(ErrorKind::WouldBlock | ErrorKind::TimedOut)) {
                 let patience = self.0.socket().read_timeout().ok().flatten().unwrap_or_default();
-                error.context(format!("the guest did not release it within {} s", patience.as_secs()))
+                error.context(format!(
+                    "the guest did not release it within {} s",
+                    patience.as_secs()
+                ))
             } else {
                 error
             }

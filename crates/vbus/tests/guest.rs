@@ -34,7 +34,8 @@ struct Lines {
 
 impl Lines {
     fn start(bus: &Served, args: &[&str]) -> Lines {
-        let mut child = vbus().args(args).arg("--dir").arg(&bus.dir).stdout(Stdio::piped()).spawn().unwrap();
+        let mut child =
+            vbus().args(args).arg("--dir").arg(&bus.dir).stdout(Stdio::piped()).spawn().unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap());
         Lines { child, lines }
     }
@@ -57,7 +58,8 @@ impl Drop for Lines {
 fn the_devices_of_a_bus_are_listed() {
     let bus = Served::start(CONFIG);
     let list = bus.json(&["guest", "list"]);
-    let names: Vec<_> = list.as_array().unwrap().iter().map(|f| [&f["name"], &f["class"], &f["state"]]).collect();
+    let names: Vec<_> =
+        list.as_array().unwrap().iter().map(|f| [&f["name"], &f["class"], &f["state"]]).collect();
     assert_eq!(names, [["net-a", "venet", "closed"], ["values", "state", "closed"]]);
     assert_eq!((&list[0]["doorbells"], &list[0]["doorbell"]), (&json!(["mmio"]), &json!("mmio")));
     assert!(list[0]["doorbell_ns"]["mmio"].as_u64().unwrap() > 0, "{list}");
@@ -70,7 +72,10 @@ fn the_devices_of_a_bus_are_listed() {
 fn a_doorbell_is_rung_as_often_as_asked_for() {
     let bus = Served::start(CONFIG);
     let rung = bus.json(&["guest", "ring", "values", "--count", "5000", "--handle", "0"]);
-    assert_eq!([&rung["doorbell"], &rung["count"], &rung["handle"]], [&json!("mmio"), &json!(5000), &json!(0)]);
+    assert_eq!(
+        [&rung["doorbell"], &rung["count"], &rung["handle"]],
+        [&json!("mmio"), &json!(5000), &json!(0)]
+    );
     assert!(bus.good(&["guest", "ring", "net-a"]).contains("1000 times by mmio"));
     let done = bus.run(&["guest", "ring", "values", "--handle", "1024"]);
     assert!(done.code == Some(1) && done.err.contains("doorbells 0 to"), "{}", done.err);
@@ -86,7 +91,10 @@ fn values_pass_both_ways_and_stay() {
     assert_eq!(bus.good(&["guest", "state", "get", "setpoint"]), "20\n");
     bus.good(&["state", "set", "values", "setpoint", "42"]);
     assert_eq!(bus.good(&["guest", "state", "get", "setpoint"]), "42\n");
-    assert_eq!(bus.good(&["guest", "state", "get", "setpoint", "--hex"]), format!("3432{}\n", "00".repeat(14)));
+    assert_eq!(
+        bus.good(&["guest", "state", "get", "setpoint", "--hex"]),
+        format!("3432{}\n", "00".repeat(14))
+    );
     bus.good(&["guest", "state", "set", "load", "busy"]);
     assert_eq!(bus.good(&["state", "get", "values", "load"]), "busy\n");
     bus.good(&["guest", "state", "set", "load", "--hex", "ff 00"]);

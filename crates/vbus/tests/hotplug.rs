@@ -1,4 +1,5 @@
-//! `vbus guest net --all` in a plain process: NICs come to a bus and go while it runs. Its interfaces are TAP, so this needs root.
+//! `vbus guest net --all` in a plain process: NICs come to a bus and go while it runs. Its
+//! interfaces are TAP, so this needs root.
 
 #![allow(clippy::unwrap_used)]
 
@@ -31,23 +32,43 @@ fn a_driver_takes_what_comes_and_lets_go_of_what_goes() {
         return;
     }
     let bus = Served::start("");
-    let add = |name: &str| bus.good(&["device", "add", name, "--class", "venet", "--set", "backend=null"]);
-    let mut driver = Driver(vbus().args(["guest", "net", "--all", "--dir"]).arg(&bus.dir).spawn().unwrap());
+    let add = |name: &str| {
+        bus.good(&["device", "add", name, "--class", "venet", "--set", "backend=null"])
+    };
+    let mut driver =
+        Driver(vbus().args(["guest", "net", "--all", "--dir"]).arg(&bus.dir).spawn().unwrap());
     add("net0");
     wait_until("the first NIC is driven", || state(&bus, "net0") == "open");
     add("net1");
-    bus.good(&["device", "add", "values", "--class", "state", "--set", r#"pages=[{name="a",bytes=8,owner="device"}]"#]);
+    bus.good(&[
+        "device",
+        "add",
+        "values",
+        "--class",
+        "state",
+        "--set",
+        r#"pages=[{name="a",bytes=8,owner="device"}]"#,
+    ]);
     wait_until("the second NIC is driven", || state(&bus, "net1") == "open");
 
     bus.good(&["device", "remove", "net0", "--force"]);
     add("net0");
     wait_until("the first NIC is driven when it comes back", || state(&bus, "net0") == "open");
     let other = bus.json(&["device", "show", "net1"]);
-    assert_eq!((other["state"].as_str(), other["counters"]["opens"].as_u64()), (Some("open"), Some(1)));
+    assert_eq!(
+        (other["state"].as_str(), other["counters"]["opens"].as_u64()),
+        (Some("open"), Some(1))
+    );
     assert_eq!(state(&bus, "values"), "closed", "a device of another class is left alone");
     assert!(driver.0.try_wait().unwrap().is_none(), "the driver goes on");
 
-    rustix::process::kill_process(rustix::process::Pid::from_child(&driver.0), rustix::process::Signal::TERM).unwrap();
+    rustix::process::kill_process(
+        rustix::process::Pid::from_child(&driver.0),
+        rustix::process::Signal::TERM,
+    )
+    .unwrap();
     assert!(driver.0.wait().unwrap().success(), "the driver ends well");
-    wait_until("all is let go of", || state(&bus, "net0") == "closed" && state(&bus, "net1") == "closed");
+    wait_until("all is let go of", || {
+        state(&bus, "net0") == "closed" && state(&bus, "net1") == "closed"
+    });
 }

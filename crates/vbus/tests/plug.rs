@@ -1,4 +1,5 @@
-//! `vbus device add|remove --qmp` against a QEMU that says what the test wants. Real ones are in the VM tests.
+//! `vbus device add|remove --qmp` against a QEMU that says what the test wants. Real ones are in
+//! the VM tests.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod support;
@@ -57,13 +58,18 @@ impl Qemu {
 
     /// The commands so far that are not questions.
     fn commands(&self) -> Vec<Value> {
-        let question =
-            |c: &Value| ["qom-list", "qom-get", "qmp_capabilities"].contains(&c["execute"].as_str().unwrap());
+        let question = |c: &Value| {
+            ["qom-list", "qom-get", "qmp_capabilities"].contains(&c["execute"].as_str().unwrap())
+        };
         self.seen.try_iter().filter(|c| !question(c)).collect()
     }
 }
 
-fn serve(mut client: &UnixStream, answer: Answer, seen: &mut dyn FnMut(Value)) -> std::io::Result<()> {
+fn serve(
+    mut client: &UnixStream,
+    answer: Answer,
+    seen: &mut dyn FnMut(Value),
+) -> std::io::Result<()> {
     writeln!(client, "{}", json!({ "QMP": { "version": {}, "capabilities": ["oob"] } }))?;
     for line in BufReader::new(client).lines() {
         let command: Value = serde_json::from_str(&line?)?;
@@ -76,9 +82,9 @@ fn serve(mut client: &UnixStream, answer: Answer, seen: &mut dyn FnMut(Value)) -
                 node("type", "string"), node("p10", "child<pcie-root-port>"), node("p2", "child<pcie-root-port>"),
                 node("p1", "child<pcie-root-port>"), node("vbus-net0", "child<vfio-user-pci>"), node("n", "child<e1000>"),
             ] })]),
-            ("qom-list", Some("/machine/peripheral/p1/p1")) => {
-                Some(vec![json!({ "return": [node("type", "string"), node("child[0]", "link<vfio-user-pci>")] })])
-            }
+            ("qom-list", Some("/machine/peripheral/p1/p1")) => Some(vec![
+                json!({ "return": [node("type", "string"), node("child[0]", "link<vfio-user-pci>")] }),
+            ]),
             ("qom-list", Some(_)) => Some(vec![json!({ "return": [node("type", "string")] })]),
             _ => answer(name, arguments),
         };
@@ -104,7 +110,10 @@ fn a_device_is_plugged_into_the_first_free_port_once_it_is_on_the_bus() {
     let bus = Served::start(CONFIG);
     let qemu = Qemu::start(|name, arguments| {
         assert_eq!(name, "device_add");
-        assert!(Path::new(arguments["socket"]["path"].as_str().unwrap()).exists(), "the bus comes first");
+        assert!(
+            Path::new(arguments["socket"]["path"].as_str().unwrap()).exists(),
+            "the bus comes first"
+        );
         fine()
     });
     let done = add(&bus, qemu.path());
@@ -116,9 +125,29 @@ fn a_device_is_plugged_into_the_first_free_port_once_it_is_on_the_bus() {
             "driver": "vfio-user-pci", "id": "vbus-net1", "bus": "p2", "socket": { "type": "unix", "path": socket },
         } })]
     );
-    let taken = bus.run(&["device", "add", "net2", "--class", "venet", "--qmp", qemu.path(), "--port", "p1"]);
+    let taken = bus.run(&[
+        "device",
+        "add",
+        "net2",
+        "--class",
+        "venet",
+        "--qmp",
+        qemu.path(),
+        "--port",
+        "p1",
+    ]);
     assert!(taken.err.contains("\"p1\" is occupied"), "{}", taken.err);
-    let taken = bus.run(&["device", "add", "net2", "--class", "venet", "--qmp", qemu.path(), "--port", "p3"]);
+    let taken = bus.run(&[
+        "device",
+        "add",
+        "net2",
+        "--class",
+        "venet",
+        "--qmp",
+        qemu.path(),
+        "--port",
+        "p3",
+    ]);
     assert!(taken.err.contains("it has: p1, p2, p10"), "{}", taken.err);
     assert_eq!(on_bus(&bus), ["net0", "net1"]);
 }
@@ -150,26 +179,39 @@ fn a_device_leaves_the_bus_once_the_guest_has_released_it() {
     let qemu = Qemu::start(|name, arguments| {
         assert_eq!((name, &arguments["id"]), ("device_del", &json!("vbus-net0")));
         // Events may come before the answer, and others in between.
-        Some(vec![event("DEVICE_DELETED", "other"), json!({ "return": {} }), event("DEVICE_DELETED", "vbus-net0")])
+        Some(vec![
+            event("DEVICE_DELETED", "other"),
+            json!({ "return": {} }),
+            event("DEVICE_DELETED", "vbus-net0"),
+        ])
     });
     let done = bus.run(&["device", "remove", "net0", "--qmp", qemu.path()]);
     assert_eq!(done.code, Some(0), "{}", done.err);
     assert!(on_bus(&bus).is_empty());
     let done = bus.run(&["device", "remove", "net0", "--qmp", qemu.path()]);
     assert!(done.err.contains("net0"));
-    assert_eq!(qemu.commands().len(), 1, "nothing is unplugged for a device that is not on the bus");
+    assert_eq!(
+        qemu.commands().len(),
+        1,
+        "nothing is unplugged for a device that is not on the bus"
+    );
 }
 
 #[test]
 fn a_device_that_the_guest_keeps_stays_on_the_bus() {
     let bus = Served::start(CONFIG);
-    let refuse =
-        Qemu::start(|_, _| Some(vec![json!({ "return": {} }), event("DEVICE_UNPLUG_GUEST_ERROR", "vbus-net0")]));
+    let refuse = Qemu::start(|_, _| {
+        Some(vec![json!({ "return": {} }), event("DEVICE_UNPLUG_GUEST_ERROR", "vbus-net0")])
+    });
     let done = bus.run(&["device", "remove", "net0", "--qmp", refuse.path()]);
     assert!(done.code == Some(1) && done.err.contains("refuses"), "{}", done.err);
     let silent = Qemu::start(|_, _| fine());
     let done = bus.run(&["device", "remove", "net0", "--qmp", silent.path(), "--timeout", "1"]);
-    assert!(done.code == Some(1) && done.err.contains("did not release it within 1 s"), "{}", done.err);
+    assert!(
+        done.code == Some(1) && done.err.contains("did not release it within 1 s"),
+        "{}",
+        done.err
+    );
     assert_eq!(on_bus(&bus), ["net0"]);
     // Asked again, QEMU complains; but the event still comes.
     let again = Qemu::start(|_, _| {

@@ -1,4 +1,5 @@
-//! `vbus device add|remove --vmm` against a vbus-vmm that says what the test wants. The real one is in the tests with KVM.
+//! `vbus device add|remove --vmm` against a vbus-vmm that says what the test wants. The real one is
+//! in the tests with KVM.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod support;
@@ -58,7 +59,12 @@ impl Vmm {
     }
 }
 
-fn serve(mut client: &UnixStream, have: &[Value], answer: Answer, seen: &mut dyn FnMut(Value)) -> std::io::Result<()> {
+fn serve(
+    mut client: &UnixStream,
+    have: &[Value],
+    answer: Answer,
+    seen: &mut dyn FnMut(Value),
+) -> std::io::Result<()> {
     for line in BufReader::new(client).lines() {
         let request: Value = serde_json::from_str(&line?)?;
         seen(request.clone());
@@ -94,8 +100,16 @@ fn a_device_is_plugged_once_it_is_on_the_bus() {
         fine(request)
     });
     let done = vmm.add(&bus);
-    assert_eq!((done.code, done.out.as_str()), (Some(0), "added net1 in vbus-vmm\n"), "{}", done.err);
-    assert_eq!(vmm.requests(), [json!({ "op": "plug", "name": "net1", "socket": bus.dir.join("net1.sock") })]);
+    assert_eq!(
+        (done.code, done.out.as_str()),
+        (Some(0), "added net1 in vbus-vmm\n"),
+        "{}",
+        done.err
+    );
+    assert_eq!(
+        vmm.requests(),
+        [json!({ "op": "plug", "name": "net1", "socket": bus.dir.join("net1.sock") })]
+    );
     assert_eq!(on_bus(&bus), ["net0", "net1"]);
 }
 
@@ -115,27 +129,50 @@ fn a_device_that_cannot_be_plugged_is_taken_off_the_bus_again() {
     fails(Vmm::start(vec![], |_| Some(vec![json!("hello")])).add(&bus), "nonsense");
     let silent = Vmm::start(vec![], |_| Some(vec![]));
     fails(
-        silent.run(&bus, &["device", "add", "net1", "--class", "venet", "--set", "backend=null", "--timeout", "1"]),
+        silent.run(
+            &bus,
+            &[
+                "device",
+                "add",
+                "net1",
+                "--class",
+                "venet",
+                "--set",
+                "backend=null",
+                "--timeout",
+                "1",
+            ],
+        ),
         "does not answer",
     );
     // The bus is not even asked.
     let taken = Vmm::start(vec![json!({ "name": "net1", "socket": "/elsewhere" })], fine);
     fails(taken.add(&bus), "has a device \"net1\" already");
-    fails(bus.run(&["device", "add", "net1", "--class", "venet", "--vmm", "/nonexistent"]), "cannot reach vbus-vmm");
-    let both = bus.run(&["device", "add", "net1", "--class", "venet", "--vmm", "/a", "--qmp", "/b"]);
+    fails(
+        bus.run(&["device", "add", "net1", "--class", "venet", "--vmm", "/nonexistent"]),
+        "cannot reach vbus-vmm",
+    );
+    let both =
+        bus.run(&["device", "add", "net1", "--class", "venet", "--vmm", "/a", "--qmp", "/b"]);
     assert!(both.code == Some(2) && both.err.contains("cannot be used with"), "{}", both.err);
 }
 
 #[test]
 fn a_device_leaves_the_bus_once_the_guest_has_released_it() {
     let bus = Served::start(CONFIG);
-    let keeps = Vmm::with_net0(&bus, |_| Some(vec![json!({ "error": "the guest did not let nic go within 30s" })]));
+    let keeps = Vmm::with_net0(&bus, |_| {
+        Some(vec![json!({ "error": "the guest did not let nic go within 30s" })])
+    });
     let done = keeps.run(&bus, &["device", "remove", "net0"]);
     assert!(done.code == Some(1) && done.err.contains("stays on the bus"), "{}", done.err);
     assert!(done.err.contains("did not let nic go"), "{}", done.err);
     let silent = Vmm::with_net0(&bus, |_| Some(vec![]));
     let done = silent.run(&bus, &["device", "remove", "net0", "--timeout", "1"]);
-    assert!(done.code == Some(1) && done.err.contains("did not release it within 1 s"), "{}", done.err);
+    assert!(
+        done.code == Some(1) && done.err.contains("did not release it within 1 s"),
+        "{}",
+        done.err
+    );
     let without = Vmm::start(vec![], fine);
     let done = without.run(&bus, &["device", "remove", "net0"]);
     assert!(done.code == Some(1) && done.err.contains("has no device of"), "{}", done.err);
@@ -147,5 +184,8 @@ fn a_device_leaves_the_bus_once_the_guest_has_released_it() {
     assert_eq!(vmm.requests(), [json!({ "op": "unplug", "name": "nic" })]);
     wait_until("the device to leave", || on_bus(&bus).is_empty());
     let done = vmm.run(&bus, &["device", "remove", "net0"]);
-    assert!(done.code == Some(1) && vmm.requests().is_empty(), "nothing is unplugged that is not on the bus");
+    assert!(
+        done.code == Some(1) && vmm.requests().is_empty(),
+        "nothing is unplugged that is not on the bus"
+    );
 }

@@ -28,7 +28,8 @@ impl Sleeper {
             let class = if priority == 0 { libc::SCHED_OTHER } else { libc::SCHED_FIFO };
             // SAFETY: the kernel only reads the structure; 0 is the calling thread.
             let result = unsafe { libc::sched_setscheduler(0, class, &raw const parameter) };
-            tell.send((result == 0).then(|| rustix::thread::gettid().as_raw_nonzero().get())).unwrap();
+            tell.send((result == 0).then(|| rustix::thread::gettid().as_raw_nonzero().get()))
+                .unwrap();
             let _ = ended.recv();
         });
         let tid = told.recv().unwrap()?;
@@ -61,7 +62,8 @@ struct Stage {
 impl Stage {
     fn set(settings: &str) -> Option<Stage> {
         let possible = std::fs::read_to_string("/sys/devices/system/cpu/possible").unwrap();
-        let count: usize = possible.trim().rsplit([',', '-']).next().unwrap().parse::<usize>().unwrap() + 1;
+        let count: usize =
+            possible.trim().rsplit([',', '-']).next().unwrap().parse::<usize>().unwrap() + 1;
         let count = count.min(256);
         let cpus: Option<Vec<_>> = (0..count).map(|_| Sleeper::start(0)).collect();
         let (Some(cpus), Some(task)) = (cpus, Sleeper::start(7)) else {
@@ -87,7 +89,9 @@ impl Stage {
     }
 
     fn wait_boosted(&self, class: (i32, i32)) {
-        wait_until("a thread to get the task's class", || self.cpus.iter().any(|cpu| cpu.class() == class));
+        wait_until("a thread to get the task's class", || {
+            self.cpus.iter().any(|cpu| cpu.class() == class)
+        });
     }
 
     fn wait_own(&self) {
@@ -184,7 +188,8 @@ fn children(bus: &Served) -> Vec<i32> {
     let parent = bus.child.id().to_string();
     let is_child = |process: &i32| {
         let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
-        stat.rsplit(") ").next().and_then(|fields| fields.split_whitespace().nth(1)) == Some(&parent)
+        stat.rsplit(") ").next().and_then(|fields| fields.split_whitespace().nth(1))
+            == Some(&parent)
     };
     numbers.filter(is_child).collect()
 }
@@ -192,7 +197,9 @@ fn children(bus: &Served) -> Vec<i32> {
 /// Whether a process has ended; whoever is its parent now may not have looked after it yet.
 fn has_ended(process: i32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
-    stat.rsplit(") ").next().is_none_or(|fields| fields.is_empty() || fields.starts_with(['Z', 'X']))
+    stat.rsplit(") ")
+        .next()
+        .is_none_or(|fields| fields.is_empty() || fields.starts_with(['Z', 'X']))
 }
 
 fn guardian(bus: &Served) -> i32 {
@@ -212,7 +219,12 @@ fn a_bus_that_is_killed_gives_the_threads_back() {
     for signal in [Signal::INT, Signal::TERM, Signal::HUP, Signal::QUIT] {
         wait_until("the guardian to catch its signals", || {
             let status = std::fs::read_to_string(format!("/proc/{first}/status")).unwrap();
-            let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap().trim().to_owned();
+            let caught = status
+                .lines()
+                .find_map(|line| line.strip_prefix("SigCgt:"))
+                .unwrap()
+                .trim()
+                .to_owned();
             u64::from_str_radix(&caught, 16).unwrap() & 1 << (signal.as_raw() - 1) != 0
         });
         rustix::process::kill_process(Pid::from_raw(first).unwrap(), signal).unwrap();

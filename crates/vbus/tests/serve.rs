@@ -34,15 +34,37 @@ fn devices_come_and_go() {
         list.as_array().unwrap().iter().map(|d| d["name"].as_str().unwrap().to_owned()).collect()
     };
     assert_eq!(names(&bus), ["net0", "net1"]);
-    bus.good(&["device", "add", "net2", "--class", "venet", "--set", "backend=switch", "--set", "mtu=9000"]);
+    bus.good(&[
+        "device",
+        "add",
+        "net2",
+        "--class",
+        "venet",
+        "--set",
+        "backend=switch",
+        "--set",
+        "mtu=9000",
+    ]);
     assert_eq!(names(&bus), ["net0", "net1", "net2"]);
     let shown = bus.json(&["device", "show", "net2"]);
-    assert_eq!((shown["class"].as_str(), shown["device"]["mtu"].as_u64()), (Some("venet"), Some(9000)));
-    assert!(bus.bad(&["device", "add", "net2", "--class", "venet", "--set", "backend=switch"]).contains("already"));
+    assert_eq!(
+        (shown["class"].as_str(), shown["device"]["mtu"].as_u64()),
+        (Some("venet"), Some(9000))
+    );
+    assert!(
+        bus.bad(&["device", "add", "net2", "--class", "venet", "--set", "backend=switch"])
+            .contains("already")
+    );
     assert!(bus.bad(&["device", "add", "a/b", "--class", "venet"]).contains("bad device name"));
     assert!(bus.bad(&["device", "add", "control", "--class", "venet"]).contains("control"));
-    assert!(bus.bad(&["device", "add", "x", "--class", "vnet"]).contains("venet"), "names the classes that there are");
-    assert!(bus.bad(&["device", "add", "x", "--class", "venet", "--set", "msix=1"]).contains("true or false"));
+    assert!(
+        bus.bad(&["device", "add", "x", "--class", "vnet"]).contains("venet"),
+        "names the classes that there are"
+    );
+    assert!(
+        bus.bad(&["device", "add", "x", "--class", "venet", "--set", "msix=1"])
+            .contains("true or false")
+    );
     bus.good(&["device", "remove", "net1"]);
     assert_eq!(names(&bus), ["net0", "net2"]);
     assert!(!bus.dir.join("net1.sock").exists());
@@ -87,17 +109,27 @@ fn errors_of_a_configuration_show_the_line() {
         ("[[device]]\nname = \"n\nclass = \"venet\"\n", ":2:"),
     ] {
         std::fs::write(&file, text).unwrap();
-        for words in [&["config", "check"][..], &["serve", "--dir", bus.to_str().unwrap(), "--config"]] {
+        for words in
+            [&["config", "check"][..], &["serve", "--dir", bus.to_str().unwrap(), "--config"]]
+        {
             let done = vbus().args(words).arg(&file).output().unwrap();
             let err = String::from_utf8(done.stderr).unwrap();
             assert_eq!(done.status.code(), Some(1), "{words:?} {text:?}");
-            assert!(err.contains(&format!("{}{expect}", file.display())), "{words:?} {text:?}:\n{err}");
+            assert!(
+                err.contains(&format!("{}{expect}", file.display())),
+                "{words:?} {text:?}:\n{err}"
+            );
         }
-        assert!(!bus.exists() || std::fs::read_dir(&bus).unwrap().count() == 0, "{text:?} left something");
+        assert!(
+            !bus.exists() || std::fs::read_dir(&bus).unwrap().count() == 0,
+            "{text:?} left something"
+        );
     }
     std::fs::write(&file, TWO).unwrap();
     assert!(vbus().args(["config", "check"]).arg(&file).output().unwrap().status.success());
-    assert!(vbus().args(["config", "check", "/nonexistent"]).output().unwrap().status.code() == Some(1));
+    assert!(
+        vbus().args(["config", "check", "/nonexistent"]).output().unwrap().status.code() == Some(1)
+    );
 }
 
 #[test]
@@ -183,7 +215,8 @@ fn hostile_control_clients_harm_themselves_alone() {
     let mut deaf = bus.control();
     deaf.set_write_timeout(Some(Duration::from_millis(100))).unwrap();
     while deaf.write_all(&b"{\"op\":\"list\"}\n".repeat(100)).is_ok() {}
-    // Silent ones hold their places, but not for ever, and the bus goes on with what it is there for.
+    // Silent ones hold their places, but not for ever, and the bus goes on with what it is there
+    // for.
     let silent: Vec<_> = (0..40).map(|_| bus.control()).collect();
     wait_until("a place for an honest client", || bus.run(&["device", "list"]).code == Some(0));
     drop((silent, deaf));
@@ -193,7 +226,8 @@ fn hostile_control_clients_harm_themselves_alone() {
 
 #[test]
 fn sixty_four_idle_devices_cost_nothing() {
-    let device = |i| format!("[[device]]\nname = \"n{i}\"\nclass = \"venet\"\nbackend = \"switch\"\n");
+    let device =
+        |i| format!("[[device]]\nname = \"n{i}\"\nclass = \"venet\"\nbackend = \"switch\"\n");
     let config: String = (0..64).map(device).collect();
     let bus = Served::start(&config);
     assert_eq!(bus.json(&["device", "list"]).as_array().unwrap().len(), 64);

@@ -28,7 +28,10 @@ fn values_are_set_read_and_listed() {
     assert!(bus.good(&["state", "get", "values", "setpoint"]).starts_with("00ff00"));
     assert_eq!(bus.json(&["state", "get", "values", "setpoint"])["version"], 2);
     assert!(bus.bad(&["state", "set", "values", "heartbeat", "1"]).contains("heartbeat"));
-    assert!(bus.bad(&["state", "get", "values", "nope"]).contains("setpoint"), "names the pages that there are");
+    assert!(
+        bus.bad(&["state", "get", "values", "nope"]).contains("setpoint"),
+        "names the pages that there are"
+    );
     assert!(bus.bad(&["state", "get", "nope", "x"]).contains("nope"));
     assert!(bus.bad(&["state", "set", "values", "setpoint", &"x".repeat(65)]).contains("64"));
     // The largest page, the largest value.

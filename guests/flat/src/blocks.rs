@@ -1,4 +1,5 @@
-//! Which pages of an arena are in use, and by how many handles: all that a driver needs of an allocator.
+//! Which pages of an arena are in use, and by how many handles: all that a driver needs of an
+//! allocator.
 
 /// Bytes of a page.
 pub const PAGE: u64 = 4096;
@@ -31,8 +32,8 @@ impl Blocks {
         Blocks { pages, blocks: [Block { page: 0, pages: 0, users: 0 }; BLOCKS_MAX] }
     }
 
-    /// Takes a block of `bytes` bytes (more than 0), rounded up to pages, with one handle. Returns its key and first page; `None` if there is
-    /// no room.
+    /// Takes a block of `bytes` bytes (more than 0), rounded up to pages, with one handle. Returns
+    /// its key and first page; `None` if there is no room.
     pub fn take(&mut self, bytes: usize) -> Option<(Key, u32)> {
         let pages = u32::try_from((bytes as u64).div_ceil(PAGE)).ok().filter(|pages| *pages > 0)?;
         let place = self.blocks.iter().position(|block| block.users == 0)?;
@@ -63,7 +64,9 @@ impl Blocks {
     }
 
     fn is_free(&self, page: u32, pages: u32) -> bool {
-        let Some(end) = page.checked_add(pages).filter(|end| *end <= self.pages) else { return false };
+        let Some(end) = page.checked_add(pages).filter(|end| *end <= self.pages) else {
+            return false;
+        };
         self.used().all(|block| end <= block.page || block.page + block.pages <= page)
     }
 }
@@ -120,7 +123,9 @@ mod tests {
                 if let Some((key, page)) = blocks.take(bytes) {
                     let pages = u32::try_from(bytes.div_ceil(4096)).unwrap();
                     assert!(page + pages <= 256);
-                    assert!(held.iter().all(|(_, at, count)| page + pages <= *at || at + count <= page));
+                    assert!(
+                        held.iter().all(|(_, at, count)| page + pages <= *at || at + count <= page)
+                    );
                     held.push((key, page, pages));
                 }
             } else if !held.is_empty() {

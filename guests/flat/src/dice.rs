@@ -29,7 +29,9 @@ mod tests {
             let mut dice = Dice::new(seed);
             (0..64).map(|_| dice.roll(4)).collect::<Vec<_>>()
         };
-        assert!((0..4).all(|side| rolls(0).contains(&side)) && rolls(0).iter().all(|side| *side < 4));
+        assert!(
+            (0..4).all(|side| rolls(0).contains(&side)) && rolls(0).iter().all(|side| *side < 4)
+        );
         assert_ne!(rolls(0), rolls(1));
         assert_eq!(rolls(7), rolls(7));
     }

@@ -1,4 +1,5 @@
-//! The walk over PCI: which vbus functions there are, behind which bridges, with buses and addresses given out where firmware has not.
+//! The walk over PCI: which vbus functions there are, behind which bridges, with buses and
+//! addresses given out where firmware has not.
 
 use vbus_shm::abi::{PCI_DEVICE, PCI_VENDOR, bar0};
 
@@ -80,10 +81,11 @@ pub struct Functions {
 }
 
 impl Functions {
-    /// Walks over all buses from 0 on. Bridges and BARs that firmware has set up stay as they are; others are set up from `window`, and with bus
-    /// numbers that follow the highest.
+    /// Walks over all buses from 0 on. Bridges and BARs that firmware has set up stay as they are;
+    /// others are set up from `window`, and with bus numbers that follow the highest.
     pub fn find(config: &impl Config, window: Window) -> Functions {
-        let mut functions = Functions { found: [None; FUNCTIONS_MAX], count: 0, window, last_bus: 0 };
+        let mut functions =
+            Functions { found: [None; FUNCTIONS_MAX], count: 0, window, last_bus: 0 };
         functions.bus(config, 0, DEPTH_MAX);
         functions
     }
@@ -136,7 +138,8 @@ impl Functions {
         let start = self.window.next;
         self.bus(config, secondary, depth - 1);
         if fresh {
-            let numbers = u32::from(address.bus) | u32::from(secondary) << 8 | u32::from(self.last_bus) << 16;
+            let numbers =
+                u32::from(address.bus) | u32::from(secondary) << 8 | u32::from(self.last_bus) << 16;
             config.write(address, at::BUSES, buses & 0xff00_0000 | numbers);
         }
         if self.window.next == start {
@@ -156,7 +159,11 @@ impl Functions {
         let mut bar = u64::from(config.read(address, at::BAR0) & !0xf);
         if bar == 0 {
             let start = self.window.next.next_multiple_of(bar0::SIZE);
-            let Some(low) = u32::try_from(start).ok().filter(|_| start + bar0::SIZE <= self.window.end) else { return };
+            let Some(low) =
+                u32::try_from(start).ok().filter(|_| start + bar0::SIZE <= self.window.end)
+            else {
+                return;
+            };
             self.window.next = start + bar0::SIZE;
             config.write(address, at::BAR0, low);
             bar = start;
@@ -184,7 +191,8 @@ pub struct Message {
 pub enum Messages {
     /// One message for all.
     Msi,
-    /// As many as this, from a table at this offset of BAR 0, which is to be filled before [`enable_msix`].
+    /// As many as this, from a table at this offset of BAR 0, which is to be filled before
+    /// [`enable_msix`].
     Msix {
         /// Entries.
         entries: u16,
@@ -215,7 +223,11 @@ pub fn find_msix(config: &impl Config, address: Address) -> Option<Messages> {
     let at = capability(config, address, 0x11)?;
     let table = config.read(address, at + 4);
     let entries = (config.read(address, at) >> 16 & 0x7ff) as u16 + 1;
-    (table & 7 == 0).then_some(Messages::Msix { entries, table: u64::from(table & !7), capability: at })
+    (table & 7 == 0).then_some(Messages::Msix {
+        entries,
+        table: u64::from(table & !7),
+        capability: at,
+    })
 }
 
 /// Enables MSI-X once its table is filled.
@@ -264,7 +276,13 @@ mod tests {
 
     impl Machine {
         /// Adds a function; returns its number.
-        fn add(&self, bridge: Option<usize>, device: u8, function: u8, words: &[(u16, u32)]) -> usize {
+        fn add(
+            &self,
+            bridge: Option<usize>,
+            device: u8,
+            function: u8,
+            words: &[(u16, u32)],
+        ) -> usize {
             let mut node = Node { bridge, device, function, words: [0; 64] };
             for (offset, value) in words {
                 node.words[usize::from(offset / 4)] = *value;
@@ -274,7 +292,12 @@ mod tests {
         }
 
         fn port(&self, device: u8, buses: u32) -> usize {
-            self.add(None, device, 0, &[(at::ID, 0x000c_1b36), (at::HEADER, 1 << 16), (at::BUSES, buses)])
+            self.add(
+                None,
+                device,
+                0,
+                &[(at::ID, 0x000c_1b36), (at::HEADER, 1 << 16), (at::BUSES, buses)],
+            )
         }
 
         fn word(&self, node: usize, offset: u16) -> u32 {
@@ -289,7 +312,9 @@ mod tests {
                     None => 0,
                 };
                 let reached = node.bridge.is_none() || bus != 0;
-                reached && (bus, node.device, node.function) == (address.bus, address.device, address.function)
+                reached
+                    && (bus, node.device, node.function)
+                        == (address.bus, address.device, address.function)
             })
         }
     }
@@ -336,7 +361,10 @@ mod tests {
         let windows = [first, empty, second].map(|port| machine.word(port, at::WINDOW));
         assert_eq!(windows, [0xe000_e000, 0, 0xe010_e010]);
         for (node, bar) in [(a, 0xe000_0000), (b, 0xe010_0000), (on_bus_0, 0xe020_0000)] {
-            assert_eq!((machine.word(node, at::BAR0), machine.word(node, at::COMMAND)), (bar, 0x406));
+            assert_eq!(
+                (machine.word(node, at::BAR0), machine.word(node, at::COMMAND)),
+                (bar, 0x406)
+            );
         }
         assert_eq!(machine.word(first, at::COMMAND), 6);
     }
@@ -349,7 +377,10 @@ mod tests {
         machine.add(Some(port), 0, 0, &[(at::ID, VBUS), (at::BAR0, 0xfe00_4000)]);
         let functions: Vec<Found> = Functions::find(&machine, WINDOW_AT).iter().collect();
         assert_eq!(functions, [Found { address: address(7, 0), bar: 0xfe00_4000 }]);
-        assert_eq!((machine.word(port, at::BUSES), machine.word(port, at::WINDOW)), (0x07_0700, 0xfe00_fe00));
+        assert_eq!(
+            (machine.word(port, at::BUSES), machine.word(port, at::WINDOW)),
+            (0x07_0700, 0xfe00_fe00)
+        );
     }
 
     #[test]
@@ -363,17 +394,34 @@ mod tests {
         let functions: Vec<Found> = Functions::find(&machine, WINDOW_AT).iter().collect();
         assert_eq!(functions.len(), 2);
         assert_eq!((functions[0].address, functions[0].bar), (address(2, 5), 0xe000_0000));
-        assert_eq!(functions[1], Found { address: Address { bus: 1, device: 0, function: 3 }, bar: 0xe010_0000 });
-        assert_eq!([outer, inner].map(|port| machine.word(port, at::BUSES)), [0x02_0100, 0x02_0201]);
-        assert_eq!([outer, inner].map(|port| machine.word(port, at::WINDOW)), [0xe010_e000, 0xe000_e000]);
+        assert_eq!(
+            functions[1],
+            Found { address: Address { bus: 1, device: 0, function: 3 }, bar: 0xe010_0000 }
+        );
+        assert_eq!(
+            [outer, inner].map(|port| machine.word(port, at::BUSES)),
+            [0x02_0100, 0x02_0201]
+        );
+        assert_eq!(
+            [outer, inner].map(|port| machine.word(port, at::WINDOW)),
+            [0xe010_e000, 0xe000_e000]
+        );
     }
 
     #[test]
     fn without_room_a_function_is_left_out() {
         let machine = Machine::default();
         machine.add(None, 1, 0, &[(at::ID, VBUS)]);
-        assert_eq!(Functions::find(&machine, Window { next: 0xe000_0000, end: 0xe000_2000 }).iter().count(), 0);
-        assert_eq!(Functions::find(&machine, Window { next: 0xffff_f000, end: u64::MAX }).iter().count(), 0);
+        assert_eq!(
+            Functions::find(&machine, Window { next: 0xe000_0000, end: 0xe000_2000 })
+                .iter()
+                .count(),
+            0
+        );
+        assert_eq!(
+            Functions::find(&machine, Window { next: 0xffff_f000, end: u64::MAX }).iter().count(),
+            0
+        );
     }
 
     #[test]

@@ -19,7 +19,8 @@ impl Rate {
         Rate { multiplier: u64::try_from(multiplier).unwrap_or(u64::MAX) }
     }
 
-    /// As KVM's clock says it: `cycles` shifted left by `shift` (right if negative), times `multiplier`, divided by 2^32.
+    /// As KVM's clock says it: `cycles` shifted left by `shift` (right if negative), times
+    /// `multiplier`, divided by 2^32.
     pub fn kvm(multiplier: u32, shift: i8) -> Rate {
         let multiplier = u64::from(multiplier);
         let by = u32::from(shift.unsigned_abs()).min(31);

@@ -11,7 +11,8 @@ impl<'a> Words<'a> {
         words.rfind(|word| is(word, key)).map(|word| &word[key.len() + 1..])
     }
 
-    /// The value as a number, decimal or with 0x in front; `default` if there is none. An error names what is no number.
+    /// The value as a number, decimal or with 0x in front; `default` if there is none. An error
+    /// names what is no number.
     pub fn number(&self, key: &str, default: u64) -> Result<u64, &'a str> {
         let Some(text) = self.get(key) else { return Ok(default) };
         let number = match text.strip_prefix("0x") {

@@ -1,4 +1,5 @@
-//! How late a task wakes that sleeps until a given time; real-time tasks, and such as only use processor time, for it to compete with.
+//! How late a task wakes that sleeps until a given time; real-time tasks, and such as only use
+//! processor time, for it to compete with.
 #![allow(unsafe_code)] // This program has the standard library alone, which has nothing for a task's class.
 
 use std::ffi::c_int;
@@ -10,9 +11,11 @@ use std::time::{Duration, Instant};
 
 use crate::stream::number;
 
-/// Sleeps `count` times for `period` microseconds, and prints by how much it was late, in microseconds, as JSON.
+/// Sleeps `count` times for `period` microseconds, and prints by how much it was late, in
+/// microseconds, as JSON.
 ///
-/// Each time is reckoned from the one before, so that a late one does not make those after it early.
+/// Each time is reckoned from the one before, so that a late one does not make those after it
+/// early.
 pub fn latency(period: &str, count: &str) -> io::Result<()> {
     let (period, count) = (Duration::from_micros(number(period)?.max(1)), number(count)?);
     let mut late = Vec::new();
@@ -28,7 +31,9 @@ pub fn latency(period: &str, count: &str) -> io::Result<()> {
     }
     late.sort();
     let last = late.len().saturating_sub(1);
-    let at = |percent: usize| late.get((late.len() * percent / 100).min(last)).map_or(0, Duration::as_micros);
+    let at = |percent: usize| {
+        late.get((late.len() * percent / 100).min(last)).map_or(0, Duration::as_micros)
+    };
     let mean = late.iter().sum::<Duration>().as_micros() / late.len().max(1) as u128;
     let (median, p90, p99, max) = (at(50), at(90), at(99), at(100));
     println!(
@@ -46,7 +51,8 @@ pub fn spin() -> ! {
 }
 
 unsafe extern "C" {
-    /// Of the C library, which the standard library links: sets the class of a task, 0 for the calling one.
+    /// Of the C library, which the standard library links: sets the class of a task, 0 for the
+    /// calling one.
     fn sched_setscheduler(pid: c_int, policy: c_int, parameter: *const c_int) -> c_int;
 }
 

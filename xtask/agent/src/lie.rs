@@ -1,6 +1,7 @@
 //! A hostile vfio-user server: an honest one's answers, of which one is made a lie.
 //!
-//! It stands between a client and the server of a device, and passes messages on with their descriptors.
+//! It stands between a client and the server of a device, and passes messages on with their
+//! descriptors.
 #![allow(unsafe_code)] // The standard library sends no descriptors.
 
 use std::ffi::{c_int, c_void};
@@ -84,18 +85,26 @@ fn send(socket: &UnixStream, bytes: &[u8], fds: &[RawFd]) -> io::Result<()> {
     control[1] = 1 | 1 << 32;
     for (at, fd) in fds.iter().enumerate() {
         // SAFETY: Within the array, which has room for [`FDS`].
-        unsafe { write_unaligned(control.as_mut_ptr().cast::<u8>().add(CONTROL_HEADER + 4 * at).cast(), *fd) };
+        unsafe {
+            write_unaligned(
+                control.as_mut_ptr().cast::<u8>().add(CONTROL_HEADER + 4 * at).cast(),
+                *fd,
+            )
+        };
     }
     let room = length.next_multiple_of(8);
     // SAFETY: Everything that the kernel is told of lives on.
-    let sent = with_parts((bytes.as_ptr().cast_mut(), bytes.len()), (control.as_mut_ptr(), room), |parts| unsafe {
-        sendmsg(socket.as_raw_fd(), parts, 0)
-    })?;
+    let sent = with_parts(
+        (bytes.as_ptr().cast_mut(), bytes.len()),
+        (control.as_mut_ptr(), room),
+        |parts| unsafe { sendmsg(socket.as_raw_fd(), parts, 0) },
+    )?;
     let mut rest: &UnixStream = socket;
     rest.write_all(&bytes[sent.0..])
 }
 
-/// Receives exactly `bytes`, and the descriptors that come with them; false at the end of the stream.
+/// Receives exactly `bytes`, and the descriptors that come with them; false at the end of the
+/// stream.
 fn receive(socket: &UnixStream, mut bytes: &mut [u8], fds: &mut Vec<OwnedFd>) -> io::Result<bool> {
     while !bytes.is_empty() {
         let mut control = [0u64; (CONTROL_HEADER + 4 * FDS).div_ceil(8)];
@@ -113,7 +122,8 @@ fn receive(socket: &UnixStream, mut bytes: &mut [u8], fds: &mut Vec<OwnedFd>) ->
             for at in 0..count.min(FDS) {
                 // SAFETY: The kernel has written so many descriptors there, which are nobody's yet.
                 fds.push(unsafe {
-                    let fd = control.as_ptr().cast::<u8>().add(CONTROL_HEADER + 4 * at).cast::<RawFd>();
+                    let fd =
+                        control.as_ptr().cast::<u8>().add(CONTROL_HEADER + 4 * at).cast::<RawFd>();
                     OwnedFd::from_raw_fd(read_unaligned(fd))
                 });
             }
@@ -198,13 +208,19 @@ enum Act {
     Cut(usize),
     /// In its place there are questions without end.
     Ask,
-    /// The client is asked to read and write memory first, which it has not given: address and length.
+    /// The client is asked to read and write memory first, which it has not given: address and
+    /// length.
     Touch(&'static [(u64, u32)]),
 }
 
-/// Makes `reply`, which answers `command`, the lie that is called `name`; `late`: all that is asked for when a device is plugged has been answered.
-/// None: there is no such lie.
-fn falsify(name: &str, command: &Message, reply: &mut Message, late: bool) -> io::Result<Option<Act>> {
+/// Makes `reply`, which answers `command`, the lie that is called `name`; `late`: all that is asked
+/// for when a device is plugged has been answered. None: there is no such lie.
+fn falsify(
+    name: &str,
+    command: &Message,
+    reply: &mut Message,
+    late: bool,
+) -> io::Result<Option<Act>> {
     // Of what a question is about: the third word of most.
     let (asked, index) = (command.command(), command.word(HEADER + 8));
     let bar = asked == GET_REGION_INFO && index == 0;
@@ -220,7 +236,8 @@ fn falsify(name: &str, command: &Message, reply: &mut Message, late: bool) -> io
             reply.put(HEADER + 4, &3u32.to_le_bytes());
             reply.put(SIZE, &u64::MAX.to_le_bytes());
         }
-        // BAR0 can be mapped, says the flag: two parts of it, far behind the end of the file that comes along.
+        // BAR0 can be mapped, says the flag: two parts of it, far behind the end of the file that
+        // comes along.
         "bar-mapped" if bar => {
             reply.resize(32 + 48);
             reply.put(HEADER, &80u32.to_le_bytes());
@@ -229,11 +246,14 @@ fn falsify(name: &str, command: &Message, reply: &mut Message, late: bool) -> io
             reply.put(HEADER + 24, &(u64::MAX - 0xfff).to_le_bytes());
             reply.put(HEADER + 32, &(1u64 | 1 << 16).to_le_bytes());
             reply.put(HEADER + 40, &2u64.to_le_bytes());
-            let areas = [1u64 << 40, 1 << 20, u64::MAX - 0xfff, 0x2000].map(u64::to_le_bytes).concat();
+            let areas =
+                [1u64 << 40, 1 << 20, u64::MAX - 0xfff, 0x2000].map(u64::to_le_bytes).concat();
             reply.put(HEADER + 48, &areas);
             reply.give(1)?;
         }
-        "io-size" if asked == GET_IO_FDS => reply.put(HEADER + 16 + 8, &(u64::MAX - 3).to_le_bytes()),
+        "io-size" if asked == GET_IO_FDS => {
+            reply.put(HEADER + 16 + 8, &(u64::MAX - 3).to_le_bytes())
+        }
         "io-offset" if asked == GET_IO_FDS => reply.put(HEADER + 16, &(1u64 << 62).to_le_bytes()),
         "io-count" if asked == GET_IO_FDS => reply.put(HEADER + 12, &u32::MAX.to_le_bytes()),
         "io-index" if asked == GET_IO_FDS => reply.put(HEADER + 16 + 16, &9999u32.to_le_bytes()),
@@ -268,7 +288,8 @@ fn falsify(name: &str, command: &Message, reply: &mut Message, late: bool) -> io
         "cut-body" if asked == GET_INFO => act = Act::Cut(HEADER + 3),
         "cut" if asked == GET_INFO => act = Act::Cut(0),
         "late-cut" if read => act = Act::Cut(HEADER + 3),
-        // After the client has given its memory: in no memory, across the end of some, and around the end of all.
+        // After the client has given its memory: in no memory, across the end of some, and around
+        // the end of all.
         "memory" if asked == GET_IO_FDS && reply.bytes.len() > HEADER + 16 => {
             act = Act::Touch(&[
                 (1 << 40, 64),
@@ -296,8 +317,8 @@ fn question(command: u16, flags: u32, address: u64, length: u32) -> Message {
     message
 }
 
-/// Serves the first client of `socket` as the server at `server` does, but for the lie `name`, and until an end is made of it. Prints when it
-/// listens, and when it has lied.
+/// Serves the first client of `socket` as the server at `server` does, but for the lie `name`, and
+/// until an end is made of it. Prints when it listens, and when it has lied.
 pub fn lie(socket: &str, server: &str, name: &str) -> io::Result<()> {
     let _ = fs::remove_file(socket);
     let listener = UnixListener::bind(socket)?;

@@ -1,9 +1,11 @@
 //! Runs inside the test guests, on `std` alone so that it builds in seconds and links statically.
 //!
 //! - `guest-agent serve PORT` runs commands for the host, over a serial port or a UNIX socket;
-//! - `guest-agent join SOCKET` joins a socket to its standard input and output: a way to the port of a guest inside the guest;
+//! - `guest-agent join SOCKET` joins a socket to its standard input and output: a way to the port
+//!   of a guest inside the guest;
 //! - `guest-agent send|receive` moves a stream over TCP and prints its hash on either end;
-//! - `guest-agent latency PERIOD COUNT` measures how late it wakes, `guest-agent spin` is a task for it to compete with;
+//! - `guest-agent latency PERIOD COUNT` measures how late it wakes, `guest-agent spin` is a task
+//!   for it to compete with;
 //! - `guest-agent hold-kvm` keeps a virtual machine that does nothing;
 //! - `guest-agent fifo PRIORITY COMMAND` runs a command as a real-time task;
 //! - `guest-agent scribble` writes at random over what a driver shares with its device;

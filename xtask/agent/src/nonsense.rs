@@ -1,7 +1,8 @@
 //! A hostile guest: random reads and writes of configuration spaces, as root.
 //!
-//! They go by all ways that a stock kernel leaves: the files in `/sys`; the memory that is configuration space (ECAM), through `/dev/mem`, which
-//! takes `iomem=relaxed` on the kernel's command line; and the ports `0xcf8` to `0xcff`.
+//! They go by all ways that a stock kernel leaves: the files in `/sys`; the memory that is
+//! configuration space (ECAM), through `/dev/mem`, which takes `iomem=relaxed` on the kernel's
+//! command line; and the ports `0xcf8` to `0xcff`.
 #![allow(unsafe_code)] // Maps configuration space, and accesses it with any width and at any address.
 
 use std::arch::asm;
@@ -18,7 +19,8 @@ use crate::stream::number;
 const SYNC: i32 = 0o4010000;
 const READ_AND_WRITE: c_int = 1 | 2;
 const SHARED: c_int = 1;
-/// The ports of conventional configuration space: an address register, and 4 bytes of data above it.
+/// The ports of conventional configuration space: an address register, and 4 bytes of data above
+/// it.
 const PORTS: (u16, u16) = (0xcf8, 0xcfc);
 /// Messages at the end of what is wild.
 const DEADLY: u32 = 64;
@@ -81,7 +83,9 @@ impl Place {
         let place = parts.and_then(|(bus, (device, function))| {
             Some(Self { bus: parse(bus)?, device: parse(device)?, function: parse(function)? })
         });
-        place.ok_or_else(|| io::Error::other(format!("{name} is no function; one is called 02:00.0")))
+        place.ok_or_else(|| {
+            io::Error::other(format!("{name} is no function; one is called 02:00.0"))
+        })
     }
 
     /// Where a register of it is in the ECAM.
@@ -100,16 +104,22 @@ impl Ecam {
     /// Maps it from where the kernel says that it is.
     fn map() -> io::Result<Self> {
         let table = fs::read_to_string("/proc/iomem")?;
-        let line = table.lines().find(|line| line.contains("PCI ECAM") || line.contains("PCI MMCONFIG"));
+        let line =
+            table.lines().find(|line| line.contains("PCI ECAM") || line.contains("PCI MMCONFIG"));
         let range = line.and_then(|line| line.trim().split(' ').next()?.split_once('-'));
         let bounds = range.and_then(|(first, last)| {
             Some((usize::from_str_radix(first, 16).ok()?, usize::from_str_radix(last, 16).ok()?))
         });
-        let (first, last) = bounds.ok_or_else(|| io::Error::other("the kernel knows of no ECAM"))?;
+        let (first, last) =
+            bounds.ok_or_else(|| io::Error::other("the kernel knows of no ECAM"))?;
         let memory = File::options().read(true).write(true).custom_flags(SYNC).open("/dev/mem")?;
-        let (bytes, offset) = (last + 1 - first, c_long::try_from(first).map_err(io::Error::other)?);
-        // SAFETY: A new mapping, which replaces none; what is behind it is no memory of this process.
-        let base = unsafe { mmap(std::ptr::null_mut(), bytes, READ_AND_WRITE, SHARED, memory.as_raw_fd(), offset) };
+        let (bytes, offset) =
+            (last + 1 - first, c_long::try_from(first).map_err(io::Error::other)?);
+        // SAFETY: A new mapping, which replaces none; what is behind it is no memory of this
+        // process.
+        let base = unsafe {
+            mmap(std::ptr::null_mut(), bytes, READ_AND_WRITE, SHARED, memory.as_raw_fd(), offset)
+        };
         if base.addr() == usize::MAX {
             return Err(io::Error::last_os_error());
         }
@@ -129,9 +139,15 @@ impl Ecam {
         // SAFETY: The addresses are mapped, and no memory of this process.
         unsafe {
             match data.len() {
-                1 => asm!("movzx {0:e}, byte ptr [{1}]", out(reg) value, in(reg) at, options(nostack)),
-                2 => asm!("movzx {0:e}, word ptr [{1}]", out(reg) value, in(reg) at, options(nostack)),
-                4 => asm!("mov {0:e}, dword ptr [{1}]", out(reg) value, in(reg) at, options(nostack)),
+                1 => {
+                    asm!("movzx {0:e}, byte ptr [{1}]", out(reg) value, in(reg) at, options(nostack))
+                }
+                2 => {
+                    asm!("movzx {0:e}, word ptr [{1}]", out(reg) value, in(reg) at, options(nostack))
+                }
+                4 => {
+                    asm!("mov {0:e}, dword ptr [{1}]", out(reg) value, in(reg) at, options(nostack))
+                }
                 _ => asm!("mov {0}, qword ptr [{1}]", out(reg) value, in(reg) at, options(nostack)),
             }
         }
@@ -146,9 +162,13 @@ impl Ecam {
         // SAFETY: As above.
         unsafe {
             match data.len() {
-                1 => asm!("mov byte ptr [{1}], {0}", in(reg_byte) data[0], in(reg) at, options(nostack)),
+                1 => {
+                    asm!("mov byte ptr [{1}], {0}", in(reg_byte) data[0], in(reg) at, options(nostack))
+                }
                 2 => asm!("mov word ptr [{1}], {0:x}", in(reg) value, in(reg) at, options(nostack)),
-                4 => asm!("mov dword ptr [{1}], {0:e}", in(reg) value, in(reg) at, options(nostack)),
+                4 => {
+                    asm!("mov dword ptr [{1}], {0:e}", in(reg) value, in(reg) at, options(nostack))
+                }
                 _ => asm!("mov qword ptr [{1}], {0}", in(reg) value, in(reg) at, options(nostack)),
             }
         }
@@ -156,16 +176,21 @@ impl Ecam {
     }
 }
 
-/// The ports. The kernel uses them too, whenever it likes: an access may end at the function that it has just chosen.
+/// The ports. The kernel uses them too, whenever it likes: an access may end at the function that
+/// it has just chosen.
 mod ports {
     use super::*;
 
-    /// Chooses the function and a register of it, the lowest two bits of whose offset are the data port's.
+    /// Chooses the function and a register of it, the lowest two bits of whose offset are the data
+    /// port's.
     fn choose(place: Place, offset: usize) -> u16 {
         let at = place.register(offset);
         let address = ((1 << 31 | at >> 4 & 0xff_ff00 | at & 0xfc) & 0xffff_ffff) as u32;
-        // SAFETY: The kernel has given this process the ports, behind which is no memory of its own.
-        unsafe { asm!("out dx, eax", in("dx") PORTS.0, in("eax") address, options(nostack, nomem)) };
+        // SAFETY: The kernel has given this process the ports, behind which is no memory of its
+        // own.
+        unsafe {
+            asm!("out dx, eax", in("dx") PORTS.0, in("eax") address, options(nostack, nomem))
+        };
         PORTS.1 + (at & 3) as u16
     }
 
@@ -182,8 +207,12 @@ mod ports {
         // SAFETY: As above.
         unsafe {
             match data.len() {
-                1 => asm!("in al, dx", "movzx eax, al", in("dx") port, out("eax") value, options(nostack, nomem)),
-                2 => asm!("in ax, dx", "movzx eax, ax", in("dx") port, out("eax") value, options(nostack, nomem)),
+                1 => {
+                    asm!("in al, dx", "movzx eax, al", in("dx") port, out("eax") value, options(nostack, nomem))
+                }
+                2 => {
+                    asm!("in ax, dx", "movzx eax, ax", in("dx") port, out("eax") value, options(nostack, nomem))
+                }
                 _ => asm!("in eax, dx", in("dx") port, out("eax") value, options(nostack, nomem)),
             }
         }
@@ -227,8 +256,10 @@ impl Target {
         if byte(0) == 0xff {
             return Err(io::Error::other(format!("there is no function {name}")));
         }
-        // Command and status, cache line to header type, BARs or bus numbers and windows, interrupt and bridge control.
-        let mut registers: Vec<usize> = [4, 5, 6].into_iter().chain(0x0c..0x28).chain(0x3c..0x40).collect();
+        // Command and status, cache line to header type, BARs or bus numbers and windows, interrupt
+        // and bridge control.
+        let mut registers: Vec<usize> =
+            [4, 5, 6].into_iter().chain(0x0c..0x28).chain(0x3c..0x40).collect();
         let (mut at, mut message, mut slot) = (byte(0x34), 0..0, None);
         for _ in 0..48 {
             let length = match byte(at) {
@@ -247,7 +278,13 @@ impl Target {
             registers.extend(at..at + length);
             at = byte(at + 1);
         }
-        Ok(Self { place, file: format!("/sys/bus/pci/devices/0000:{name}/config"), registers, message, slot })
+        Ok(Self {
+            place,
+            file: format!("/sys/bus/pci/devices/0000:{name}/config"),
+            registers,
+            message,
+            slot,
+        })
     }
 }
 
@@ -268,19 +305,22 @@ struct Nonsense {
     sum: Sum,
 }
 
-/// Carries out `count` accesses that follow from `seed`, of the functions with these names (`02:00.0`) and of some that are not there; then sees
-/// whether memory of its own is what it was, and that what is not there has read as all ones.
+/// Carries out `count` accesses that follow from `seed`, of the functions with these names
+/// (`02:00.0`) and of some that are not there; then sees whether memory of its own is what it was,
+/// and that what is not there has read as all ones.
 ///
-/// If `wild`, the ports are a way too, although what goes wrong there may hit another function, and messages follow that a kernel does not survive.
-/// Otherwise interrupts by message are such as a kernel survives, whatever function sends them: to no local APIC, or with a vector that is not the
-/// kernel's own.
+/// If `wild`, the ports are a way too, although what goes wrong there may hit another function, and
+/// messages follow that a kernel does not survive. Otherwise interrupts by message are such as a
+/// kernel survives, whatever function sends them: to no local APIC, or with a vector that is not
+/// the kernel's own.
 pub fn nonsense(seed: &str, count: &str, wild: bool, functions: &[&str]) -> io::Result<()> {
     let (seed, count) = (number(seed)?, number(count)?);
     let ecam = Ecam::map()?;
     if wild {
         ports::get()?;
     }
-    let targets = functions.iter().map(|name| Target::new(name, &ecam)).collect::<io::Result<Vec<_>>>()?;
+    let targets =
+        functions.iter().map(|name| Target::new(name, &ecam)).collect::<io::Result<Vec<_>>>()?;
     let random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
     let mut nonsense = Nonsense { random, ecam, wild, targets, sum: Sum::default() };
     let mut pattern = Random(seed | 1);
@@ -294,7 +334,10 @@ pub fn nonsense(seed: &str, count: &str, wild: bool, functions: &[&str]) -> io::
     }
     let mut pattern = Random(seed | 1);
     if let Some(at) = checked.iter().position(|value| *value != pattern.next()) {
-        return Err(io::Error::other(format!("memory has changed, {} bytes from its beginning", at * 8)));
+        return Err(io::Error::other(format!(
+            "memory has changed, {} bytes from its beginning",
+            at * 8
+        )));
     }
     let Sum { reads, writes, refused } = nonsense.sum;
     println!("{reads} reads, {writes} writes, {refused} refused");
@@ -349,14 +392,20 @@ impl Nonsense {
         Ok(())
     }
 
-    /// Has a root port send a message of any kind, also such as a kernel does not survive: with a command to its slot, of whose completion it tells.
+    /// Has a root port send a message of any kind, also such as a kernel does not survive: with a
+    /// command to its slot, of whose completion it tells.
     fn deadly(&mut self) {
         let random = &mut self.random;
         for Target { place, message, slot, .. } in &self.targets {
             let Some(slot) = *slot else { continue };
-            // Fixed, lowest priority, SMI, NMI, INIT, start-up, external; with vectors of exceptions and of the kernel's own, too.
-            let how = random.one_of(&[0u64, 1, 2, 4, 5, 6, 7]) << 8 | random.below(256) | random.below(4) << 14;
-            let write = |at, value: u64, length| self.ecam.write(*place, at, &value.to_le_bytes()[..length]);
+            // Fixed, lowest priority, SMI, NMI, INIT, start-up, external; with vectors of
+            // exceptions and of the kernel's own, too.
+            let how = random.one_of(&[0u64, 1, 2, 4, 5, 6, 7]) << 8
+                | random.below(256)
+                | random.below(4) << 14;
+            let write = |at, value: u64, length| {
+                self.ecam.write(*place, at, &value.to_le_bytes()[..length])
+            };
             write(message.start, 0xfee0_0000, 8);
             write(message.start + 8, how, 2);
             write(message.start - 2, 1, 2);
@@ -367,10 +416,15 @@ impl Nonsense {
         }
     }
 
-    /// An access of a function that no device has, on any bus: of one with several functions there is none.
+    /// An access of a function that no device has, on any bus: of one with several functions there
+    /// is none.
     fn absent(&mut self, length: usize) -> io::Result<()> {
         let random = &mut self.random;
-        let place = Place { bus: random.below(32), device: random.below(32), function: 1 + random.below(7) };
+        let place = Place {
+            bus: random.below(32),
+            device: random.below(32),
+            function: 1 + random.below(7),
+        };
         let offset = random.index(0x1000 - length);
         if random.below(2) == 0 {
             let mut data = [0; 8];
@@ -378,7 +432,9 @@ impl Nonsense {
             self.sum.reads += 1;
             if data[..length].iter().any(|byte| *byte != 0xff) {
                 let Place { bus, device, function } = place;
-                let what = format!("{bus:02x}:{device:02x}.{function} is not there, and has {data:x?} at {offset:#x}");
+                let what = format!(
+                    "{bus:02x}:{device:02x}.{function} is not there, and has {data:x?} at {offset:#x}"
+                );
                 return Err(io::Error::other(what));
             }
         } else {
@@ -392,20 +448,33 @@ impl Nonsense {
 fn by_file(file: &str, offset: usize, data: &mut [u8], read: bool) -> bool {
     // Opened each time: the kernel takes the function away and brings it back meanwhile.
     let Ok(file) = File::options().read(true).write(true).open(file) else { return false };
-    let done = if read { file.read_at(data, offset as u64) } else { file.write_at(data, offset as u64) };
+    let done =
+        if read { file.read_at(data, offset as u64) } else { file.write_at(data, offset as u64) };
     done.is_ok()
 }
 
-/// Something for a register: what sizes a BAR, addresses where something is already, a few bits, anything.
+/// Something for a register: what sizes a BAR, addresses where something is already, a few bits,
+/// anything.
 fn value(random: &mut Random) -> u64 {
     let low = match random.below(8) {
         0 => u32::MAX,
         1 => 0,
         2 => 1 << random.below(32),
-        // RAM, ECAM, the memory of functions, I/O APIC, synthetic interrupts, local APIC, the last page.
+        // RAM, ECAM, the memory of functions, I/O APIC, synthetic interrupts, local APIC, the last
+        // page.
         3 | 4 => {
-            let place = [0, 0x10_0000, 0x100_0000, 0xc000_0000, 0xe000_0000, 0xe080_0000, 0xe100_0000, 0xfec0_0000];
-            let place = random.one_of(&[&place[..], &[0xfed8_0000, 0xfee0_0000, 0xffff_f000]].concat());
+            let place = [
+                0,
+                0x10_0000,
+                0x100_0000,
+                0xc000_0000,
+                0xe000_0000,
+                0xe080_0000,
+                0xe100_0000,
+                0xfec0_0000,
+            ];
+            let place =
+                random.one_of(&[&place[..], &[0xfed8_0000, 0xfee0_0000, 0xffff_f000]].concat());
             place + (random.word() & 0x00ff_f000 & (u32::MAX >> random.below(32)))
         }
         // The same in the registers of a bridge's window.
@@ -416,18 +485,21 @@ fn value(random: &mut Random) -> u64 {
     u64::from(high) << 32 | u64::from(low)
 }
 
-/// Part of a message that no kernel dies of, with its place and length, for a capability that has the message at `at`: an address, of a local APIC
-/// or not; or data with a vector that no processor takes (below 16), or that is a device's. Any parts are together as harmless.
+/// Part of a message that no kernel dies of, with its place and length, for a capability that has
+/// the message at `at`: an address, of a local APIC or not; or data with a vector that no processor
+/// takes (below 16), or that is a device's. Any parts are together as harmless.
 fn survivable(random: &mut Random, at: usize) -> (usize, usize, [u8; 8]) {
     let (offset, length, value) = match random.below(3) {
         0 => {
             let apic = 0xfee0_0000 | random.word() & 0xf_f00c;
-            let place = random.one_of(&[0, 0x100_0000, 0xc000_8000, 0xe080_1000, 0xfec0_0000, 0xfed8_0000]);
+            let place =
+                random.one_of(&[0, 0x100_0000, 0xc000_8000, 0xe080_1000, 0xfec0_0000, 0xfed8_0000]);
             (0, 4, if random.below(2) == 0 { apic } else { place | random.word() & 0xffc })
         }
         1 => (4, 4, random.word()),
         _ => {
-            let vector = if random.below(2) == 0 { random.below(16) } else { 0x81 + random.below(0x60) };
+            let vector =
+                if random.below(2) == 0 { random.below(16) } else { 0x81 + random.below(0x60) };
             // Fixed or to the lowest priority; edge or level.
             let how = random.one_of(&[0u32, 0x100, 0x4000, 0x8000, 0xc000]);
             (8, 2, how | (vector & 0xff) as u32)

@@ -1,7 +1,8 @@
 //! A hostile guest: random writes over everything that a running driver shares with its device.
 //!
-//! They go through `/proc/PID/mem` of the driver, into its mappings of the function's BAR (registers, doorbells, interrupt
-//! table) and of the memory that the device reads and writes (rings, state pages, buffers).
+//! They go through `/proc/PID/mem` of the driver, into its mappings of the function's BAR
+//! (registers, doorbells, interrupt table) and of the memory that the device reads and writes
+//! (rings, state pages, buffers).
 
 use std::fs::{self, File};
 use std::io;
@@ -10,13 +11,16 @@ use std::os::unix::fs::FileExt;
 
 use crate::stream::number;
 
-/// The beginning of each mapping gets half of the writes: that is where indices and descriptors are.
+/// The beginning of each mapping gets half of the writes: that is where indices and descriptors
+/// are.
 const DENSE: u64 = 16 * 1024;
 
-/// Writes `count` values derived from `seed`, or until the driver ends; prints how many it wrote. Leaves the BAR alone unless `registers`:
-/// a write there soon closes the device, and then it looks at no ring any more.
+/// Writes `count` values derived from `seed`, or until the driver ends; prints how many it wrote.
+/// Leaves the BAR alone unless `registers`: a write there soon closes the device, and then it looks
+/// at no ring any more.
 pub fn scribble(pid: &str, count: &str, seed: &str, registers: bool) -> io::Result<()> {
-    let (count, mut state) = (number(count)?, number(seed)?.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+    let (count, mut state) =
+        (number(count)?, number(seed)?.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
     let mut random = move |below: u64| {
         state ^= state << 13;
         state ^= state >> 7;
@@ -30,7 +34,9 @@ pub fn scribble(pid: &str, count: &str, seed: &str, registers: bool) -> io::Resu
     let memory = File::options().write(true).open(format!("/proc/{pid}/mem"))?;
     let mut written = 0;
     while written < count {
-        let Some(range) = usize::try_from(random(shared.len() as u64)).ok().and_then(|at| shared.get(at)) else {
+        let Some(range) =
+            usize::try_from(random(shared.len() as u64)).ok().and_then(|at| shared.get(at))
+        else {
             continue;
         };
         let length = range.end - range.start;
@@ -58,11 +64,16 @@ fn mappings(maps: &str, registers: bool) -> Vec<Range<u64>> {
     for line in maps.lines() {
         // start-end permissions offset device inode path
         let mut words = line.split_whitespace();
-        let (Some(range), Some(permissions), Some(path)) = (words.next(), words.next(), words.nth(3)) else { continue };
-        let is_shared =
-            permissions.starts_with("rw-s") && (path.contains("huge") || registers && path.contains("/resource"));
+        let (Some(range), Some(permissions), Some(path)) =
+            (words.next(), words.next(), words.nth(3))
+        else {
+            continue;
+        };
+        let is_shared = permissions.starts_with("rw-s")
+            && (path.contains("huge") || registers && path.contains("/resource"));
         let Some((start, end)) = range.split_once('-').filter(|_| is_shared) else { continue };
-        if let (Ok(start), Ok(end)) = (u64::from_str_radix(start, 16), u64::from_str_radix(end, 16)) {
+        if let (Ok(start), Ok(end)) = (u64::from_str_radix(start, 16), u64::from_str_radix(end, 16))
+        {
             ranges.push(start..end);
         }
     }

@@ -10,7 +10,8 @@
 //! | `out ID HEX`, `err ID HEX` | to the host | a piece of its output |
 //! | `end ID CODE` | to the host | it has ended, and all its output was sent; 128 + the signal if one ended it |
 //!
-//! Data is hexadecimal, so that nothing that a command prints can look like a frame. Commands run side by side.
+//! Data is hexadecimal, so that nothing that a command prints can look like a frame. Commands run
+//! side by side.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -89,7 +90,9 @@ pub fn serve(path: &str) -> io::Result<()> {
             }
             ["kill", id] => {
                 if let Some((pid, _)) = lock(&running).get(id) {
-                    Command::new("/bin/busybox").args(["kill", "-9", &format!("-{pid}")]).status()?;
+                    Command::new("/bin/busybox")
+                        .args(["kill", "-9", &format!("-{pid}")])
+                        .status()?;
                 }
             }
             _ => {}

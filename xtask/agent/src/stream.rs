@@ -1,4 +1,5 @@
-//! A stream over TCP whose two ends must agree on a hash: any byte lost, changed or out of place shows.
+//! A stream over TCP whose two ends must agree on a hash: any byte lost, changed or out of place
+//! shows.
 
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -7,8 +8,8 @@ const BLOCK: usize = 64 * 1024;
 
 /// A 64-bit hash that is cheap where a guest's CPU is emulated: one multiplication for eight bytes.
 ///
-/// Not against an adversary. Every step is a bijection of the state, so a single changed word always changes the
-/// result, and the rotation makes the order count.
+/// Not against an adversary. Every step is a bijection of the state, so a single changed word
+/// always changes the result, and the rotation makes the order count.
 struct Hash {
     state: u64,
     /// Bytes that do not fill a word yet.
@@ -60,7 +61,8 @@ pub fn number(text: &str) -> io::Result<u64> {
     text.parse().map_err(|_| io::Error::other(format!("{text} is not a number")))
 }
 
-/// Sends `bytes` bytes that follow from `seed`, waits until the other end has read them all, and prints length and hash.
+/// Sends `bytes` bytes that follow from `seed`, waits until the other end has read them all, and
+/// prints length and hash.
 pub fn send(address: &str, bytes: &str, seed: &str) -> io::Result<()> {
     let (bytes, seed) = (number(bytes)?, number(seed)?);
     let mut stream = TcpStream::connect(address)?;
@@ -84,10 +86,15 @@ pub fn send(address: &str, bytes: &str, seed: &str) -> io::Result<()> {
     stream.read_to_string(&mut answer)?;
     let ours = hash.end();
     println!("{ours}");
-    if answer.trim() == ours { Ok(()) } else { Err(io::Error::other(format!("the other end got {answer:?}"))) }
+    if answer.trim() == ours {
+        Ok(())
+    } else {
+        Err(io::Error::other(format!("the other end got {answer:?}")))
+    }
 }
 
-/// Takes one connection on `address`, reads it to its end, answers with length and hash, and prints them.
+/// Takes one connection on `address`, reads it to its end, answers with length and hash, and prints
+/// them.
 pub fn receive(address: &str) -> io::Result<()> {
     let listener = TcpListener::bind(address)?;
     let (mut stream, _) = listener.accept()?;

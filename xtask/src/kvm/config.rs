@@ -1,4 +1,5 @@
-//! A guest that writes nonsense into the configuration spaces of one device, of the root port above it, and of functions that are not there.
+//! A guest that writes nonsense into the configuration spaces of one device, of the root port above
+//! it, and of functions that are not there.
 
 use std::time::Duration;
 
@@ -11,7 +12,8 @@ use super::net::{self, exchange};
 use super::rig::Rig;
 use crate::vm::device;
 
-/// The environment variable with the number that a run's accesses follow from, for other streams than those of every run.
+/// The environment variable with the number that a run's accesses follow from, for other streams
+/// than those of every run.
 const SEED: &str = "VBUS_SEED";
 /// That number without it: what fails once fails again.
 const USUAL: u64 = 77;
@@ -19,14 +21,16 @@ const USUAL: u64 = 77;
 const ACCESSES: u32 = 4000;
 /// How long a stream may take, and anything else that the guest does meanwhile.
 const LIMIT: Duration = Duration::from_secs(240);
-/// How long the stream may take that can kill the kernel: shorter than what its silence is borne for.
+/// How long the stream may take that can kill the kernel: shorter than what its silence is borne
+/// for.
 const WILD: Duration = Duration::from_secs(60);
 /// Bytes each way of an exchange beside a stream.
 const BYTES: u64 = 1 << 20;
 /// The most that the VMM, or the bus, may have said at the end.
 const LOG_MAX: usize = 32 << 10;
 
-/// Files that the VMM may have open at the end beside those that it had at first: a client of its control socket has some.
+/// Files that the VMM may have open at the end beside those that it had at first: a client of its
+/// control socket has some.
 const FILES_MORE: u64 = 4;
 
 /// Exit code of a program of ours that has panicked.
@@ -42,20 +46,26 @@ const VICTIM: &str = "victim";
 const FUNCTION: &str = "02:00.0";
 const PORT: &str = "00:02.0";
 
-/// Three streams of random accesses, each worse than the one before. After the first, to the victim alone, it is unplugged and plugged in again.
-/// The second is to its root port too; after it, the guest begins anew. The third has interrupts by message of any kind, which kill a
-/// kernel, and all ways at once; whatever is left of the guest is reset. Beside the first two the other NIC carries traffic that is checked.
+/// Three streams of random accesses, each worse than the one before. After the first, to the victim
+/// alone, it is unplugged and plugged in again. The second is to its root port too; after it, the
+/// guest begins anew. The third has interrupts by message of any kind, which kill a kernel, and all
+/// ways at once; whatever is left of the guest is reset. Beside the first two the other NIC carries
+/// traffic that is checked.
 pub fn writes(rig: &Rig, _: &mut Figures) -> Result<()> {
     let seed = match std::env::var(SEED) {
-        Ok(text) => text.parse().with_context(|| format!("{SEED} is {text:?}, which is no number"))?,
+        Ok(text) => {
+            text.parse().with_context(|| format!("{SEED} is {text:?}, which is no number"))?
+        }
         Err(_) => USUAL,
     };
     let run = |seed| {
-        let pages = "pages = [{ name = \"setpoint\", bytes = 64, owner = \"device\", initial = \"calm\" }]";
+        let pages =
+            "pages = [{ name = \"setpoint\", bytes = 64, owner = \"device\", initial = \"calm\" }]";
         let bus = net::bus(rig, &device(VICTIM, "state", pages))?;
         // So that the kernel lets even root at configuration space in memory.
         let spec = Spec { append: "iomem=relaxed", ..Spec::new("nonsense") };
-        let inner = spec.device(NET, &bus.socket(NET)).device(VICTIM, &bus.socket(VICTIM)).boot(rig)?;
+        let inner =
+            spec.device(NET, &bus.socket(NET)).device(VICTIM, &bus.socket(VICTIM)).boot(rig)?;
         streams(rig, &bus, &inner, seed)?;
         inner.power_off()
     };
@@ -67,14 +77,18 @@ fn streams(rig: &Rig, bus: &InnerBus, inner: &Inner, seed: u64) -> Result<()> {
     let (devices, _) = inner.control(DEVICES)?;
     let victim = devices.iter().find(|device| device["name"] == VICTIM);
     let address = victim.map(|device| &device["address"]);
-    ensure!(address == Some(&json!(format!("0000:{FUNCTION}"))), "the devices are elsewhere: {devices:?}");
+    ensure!(
+        address == Some(&json!(format!("0000:{FUNCTION}"))),
+        "the devices are elsewhere: {devices:?}"
+    );
 
     let nic = net::nic(&inner.guest)?;
     exchange(rig, &inner.guest, BYTES)?;
     check_driver(bus, inner, VICTIM, "whole")?;
     let files = open_files(rig, inner)?;
 
-    let watch = inner.guest.start(&format!("exec vbus guest state watch setpoint --device {VICTIM}"))?;
+    let watch =
+        inner.guest.start(&format!("exec vbus guest state watch setpoint --device {VICTIM}"))?;
     watch.wait_for("whole", LIMIT)?;
     stream(rig, inner, seed, FUNCTION).context("nonsense for a function")?;
     inner.control(&format!(r#"{{"op":"unplug","name":"{VICTIM}"}}"#))?;
@@ -83,16 +97,23 @@ fn streams(rig: &Rig, bus: &InnerBus, inner: &Inner, seed: u64) -> Result<()> {
     plug_victim(bus, inner)?;
     check_driver(bus, inner, VICTIM, "mended")?;
 
-    stream(rig, inner, seed + 1, &format!("{FUNCTION} {PORT}")).context("nonsense for a function and its port")?;
+    stream(rig, inner, seed + 1, &format!("{FUNCTION} {PORT}"))
+        .context("nonsense for a function and its port")?;
     ensure!(nic.driver.runs(), "the driver of the other NIC has ended: {:?}", nic.driver.said());
     begin_anew(rig, bus, inner, "renewed").context("after the second stream")?;
 
     // Something to interrupt for, also when there is no kernel any more to end an interrupt.
     let pings = rig.guest.start(&format!("exec ping -q -i 0.05 {}", net::INNER))?;
-    let command = format!("exec guest-agent nonsense {} {ACCESSES} wild {FUNCTION} {PORT}", seed + 2);
+    let command =
+        format!("exec guest-agent nonsense {} {ACCESSES} wild {FUNCTION} {PORT}", seed + 2);
     // It ends; or the kernel does, and then nobody will ever say so.
     match inner.guest.start(&command)?.wait(WILD) {
-        Ok(end) => eprintln!("the third stream ended with {}: {}{}", end.code, end.stdout.trim(), end.stderr.trim()),
+        Ok(end) => eprintln!(
+            "the third stream ended with {}: {}{}",
+            end.code,
+            end.stdout.trim(),
+            end.stderr.trim()
+        ),
         Err(_) => eprintln!("the third stream has left no kernel to tell of it"),
     }
     begin_anew(rig, bus, inner, "reborn").context("after the third stream")?;
@@ -101,7 +122,10 @@ fn streams(rig: &Rig, bus: &InnerBus, inner: &Inner, seed: u64) -> Result<()> {
     let now = open_files(rig, inner)?;
     ensure!(now <= files + FILES_MORE, "vbus-vmm has {now} files open, {files} before");
     for (who, (out, err)) in [("vbus-vmm", inner.vmm.said()), ("vbus serve", bus.said())] {
-        ensure!(!err.contains("panicked") && out.len() + err.len() < LOG_MAX, "{who} says {out}{err}");
+        ensure!(
+            !err.contains("panicked") && out.len() + err.len() < LOG_MAX,
+            "{who} says {out}{err}"
+        );
     }
     Ok(())
 }
@@ -113,11 +137,15 @@ fn stream(rig: &Rig, inner: &Inner, seed: u64, functions: &str) -> Result<()> {
     stream.wait_for("begun", LIMIT)?;
     let mut exchanges = 0;
     while stream.runs() {
-        exchange(rig, &inner.guest, BYTES).with_context(|| format!("beside {:?}", stream.said()))?;
+        exchange(rig, &inner.guest, BYTES)
+            .with_context(|| format!("beside {:?}", stream.said()))?;
         exchanges += 1;
     }
     let said = stream.ok(LIMIT)?;
-    eprintln!("{functions}: {}, beside {exchanges} exchanges", said.trim_start_matches("begun").trim());
+    eprintln!(
+        "{functions}: {}, beside {exchanges} exchanges",
+        said.trim_start_matches("begun").trim()
+    );
     ensure!(exchanges > 0, "the stream was over before there was traffic");
     exchange(rig, &inner.guest, BYTES).context("afterwards")?;
     inner.control(DEVICES).map(drop)
@@ -129,7 +157,10 @@ fn begin_anew(rig: &Rig, bus: &InnerBus, inner: &Inner, value: &str) -> Result<(
     inner.control(r#"{"op":"reset"}"#)?;
     inner.wait_boot(boots + 1)?;
     let (devices, _) = inner.control(DEVICES)?;
-    ensure!(devices.iter().any(|device| device["name"] == NET), "the other NIC is gone: {devices:?}");
+    ensure!(
+        devices.iter().any(|device| device["name"] == NET),
+        "the other NIC is gone: {devices:?}"
+    );
     if !devices.iter().any(|device| device["name"] == VICTIM) {
         plug_victim(bus, inner)?;
     }
@@ -140,14 +171,19 @@ fn begin_anew(rig: &Rig, bus: &InnerBus, inner: &Inner, value: &str) -> Result<(
 
 /// Plugs the victim in and waits until the guest has it.
 fn plug_victim(bus: &InnerBus, inner: &Inner) -> Result<()> {
-    inner.control(&json!({ "op": "plug", "name": VICTIM, "socket": bus.socket(VICTIM) }).to_string())?;
-    let found = inner.guest.start(&format!("until vbus guest list | grep -q {VICTIM}; do sleep 0.05; done"))?;
+    inner.control(
+        &json!({ "op": "plug", "name": VICTIM, "socket": bus.socket(VICTIM) }).to_string(),
+    )?;
+    let found = inner
+        .guest
+        .start(&format!("until vbus guest list | grep -q {VICTIM}; do sleep 0.05; done"))?;
     found.ok(LIMIT).map(drop).context("the guest does not find what is plugged in")
 }
 
 /// A driver of the state device `name` sees its page `setpoint` change to `value`.
 pub(super) fn check_driver(bus: &InnerBus, inner: &Inner, name: &str, value: &str) -> Result<()> {
-    let watch = inner.guest.start(&format!("exec vbus guest state watch setpoint --device {name}"))?;
+    let watch =
+        inner.guest.start(&format!("exec vbus guest state watch setpoint --device {name}"))?;
     // Its first value, whatever that is: the driver is there.
     watch.wait_for("\n", LIMIT)?;
     bus.run(&format!("state set {name} setpoint {value}"))?;

@@ -1,4 +1,5 @@
-//! The rig on one processor by a clock that counts instructions: what was measured once is measured again.
+//! The rig on one processor by a clock that counts instructions: what was measured once is measured
+//! again.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
@@ -28,7 +29,9 @@ pub fn repeats(rig: &Rig, figures: &mut Figures) -> Result<()> {
     let (first, second) = (run(1)?, run(2)?);
     let mut times = Figures::new();
     for (name, value) in first.iter().filter(|(name, _)| name.starts_with("ns_")) {
-        let number = |value: &serde_json::Value| value.as_f64().with_context(|| format!("{name} is {value}"));
+        let number = |value: &serde_json::Value| {
+            value.as_f64().with_context(|| format!("{name} is {value}"))
+        };
         let (one, other) = (number(value)?, number(&second[name])?);
         eprintln!("{name}: {one} and {other}");
         ensure!((one - other).abs() <= APART * one, "{name} was {one} first and {other} then");

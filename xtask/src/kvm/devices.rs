@@ -1,4 +1,5 @@
-//! Devices of the bus in a Linux guest of `vbus-vmm`: traffic, moving interrupts, plugging, and what dies.
+//! Devices of the bus in a Linux guest of `vbus-vmm`: traffic, moving interrupts, plugging, and
+//! what dies.
 
 use anyhow::{Context, Result, ensure};
 
@@ -10,7 +11,8 @@ use crate::guest::Running;
 use crate::nic::{self, Nic};
 use crate::vm::device;
 
-/// Settings of the NIC `net` as `vbus device add` takes them; the same as [`net::bus`] has in its configuration.
+/// Settings of the NIC `net` as `vbus device add` takes them; the same as [`net::bus`] has in its
+/// configuration.
 const ADD_NET: &str = "device add net --class venet --set backend=tap --set tap=vbus-tap";
 
 /// Bytes from the guest to L1 without end, and who takes them.
@@ -27,12 +29,15 @@ fn until(inner: &Inner, command: &str) -> Result<()> {
     waiting.ok(TRANSFER).map(drop)
 }
 
-/// Two CPUs: the guest finds its devices, exchanges data checked by hash, while its interrupts move to and fro, and again after a reboot.
+/// Two CPUs: the guest finds its devices, exchanges data checked by hash, while its interrupts move
+/// to and fro, and again after a reboot.
 pub fn traffic(rig: &Rig, _: &mut Figures) -> Result<()> {
-    let pages = "pages = [{ name = \"setpoint\", bytes = 64, owner = \"device\", initial = \"hello\" }]";
+    let pages =
+        "pages = [{ name = \"setpoint\", bytes = 64, owner = \"device\", initial = \"hello\" }]";
     let bus = net::bus(rig, &device("values", "state", pages))?;
     let spec = Spec { cpus: 2, ..Spec::new("linux") };
-    let inner = spec.device("net", &bus.socket("net")).device("values", &bus.socket("values")).boot(rig)?;
+    let inner =
+        spec.device("net", &bus.socket("net")).device("values", &bus.socket("values")).boot(rig)?;
     let found = inner.guest.ok("vbus guest list")?;
     ensure!(found.contains("net") && found.contains("values"), "the guest finds\n{found}");
     eprintln!("{}", found.trim());
@@ -58,8 +63,8 @@ fn interrupt_number(inner: &Inner) -> Result<String> {
     line.trim().split(':').next().map(str::to_owned).context("no interrupt of the NIC")
 }
 
-/// Moves the NIC's interrupt to and fro while a stream leaves the guest, which must not stand still. It has few interrupts, since both ends poll,
-/// but each of them that is lost would end it.
+/// Moves the NIC's interrupt to and fro while a stream leaves the guest, which must not stand
+/// still. It has few interrupts, since both ends poll, but each of them that is lost would end it.
 fn move_under_stream(rig: &Rig, inner: &Inner) -> Result<()> {
     const MOVES: u32 = 20;
     const BETWEEN: u64 = 8 * net::MIB;
@@ -67,14 +72,15 @@ fn move_under_stream(rig: &Rig, inner: &Inner) -> Result<()> {
     let (sender, receiver) = endless(rig, inner)?;
     for step in 0..MOVES {
         inner.guest.ok(&format!("echo {} > /proc/irq/{number}/smp_affinity", 1 << (step % 2)))?;
-        net::pass(rig, BETWEEN).with_context(|| format!("after move {step} of interrupt {number}"))?;
+        net::pass(rig, BETWEEN)
+            .with_context(|| format!("after move {step} of interrupt {number}"))?;
     }
     ensure!(sender.runs() && receiver.runs(), "the stream has ended: {:?}", sender.said());
     stop(&sender, &receiver)
 }
 
-/// Moves the NIC's interrupt to the other CPU and waits until it is taken there, several times. The traffic is one packet at a time, for each of
-/// which the NIC interrupts.
+/// Moves the NIC's interrupt to the other CPU and waits until it is taken there, several times. The
+/// traffic is one packet at a time, for each of which the NIC interrupts.
 fn move_interrupts(inner: &Inner) -> Result<()> {
     const MOVES: u32 = 6;
     let number = interrupt_number(inner)?;
@@ -94,8 +100,14 @@ fn move_interrupts(inner: &Inner) -> Result<()> {
     inner.guest.ok("kill -INT $(pidof ping)")?;
     let told = pings.wait(TRANSFER)?.stdout;
     // "100 packets transmitted, 99 packets received": some are on their way when it ends.
-    let count =
-        |n: usize| told.lines().find(|line| line.contains("transmitted"))?.split_whitespace().nth(n)?.parse().ok();
+    let count = |n: usize| {
+        told.lines()
+            .find(|line| line.contains("transmitted"))?
+            .split_whitespace()
+            .nth(n)?
+            .parse()
+            .ok()
+    };
     let (sent, received): (Option<u32>, Option<u32>) = (count(0), count(3));
     let lost = sent.zip(received).map(|(sent, received)| sent.saturating_sub(received));
     ensure!(lost.is_some_and(|lost| lost < 5), "pings were lost:\n{told}");
@@ -111,7 +123,8 @@ pub(super) fn stop(sender: &Running, receiver: &Running) -> Result<()> {
     Ok(())
 }
 
-/// Twenty times a NIC is plugged, driven and unplugged, four at once, while a stream runs over another one.
+/// Twenty times a NIC is plugged, driven and unplugged, four at once, while a stream runs over
+/// another one.
 pub fn plug_cycles(rig: &Rig, _: &mut Figures) -> Result<()> {
     // Linux takes 5 s to answer the button of a slot, so they are unplugged together.
     const ROUNDS: u32 = 5;
@@ -124,23 +137,36 @@ pub fn plug_cycles(rig: &Rig, _: &mut Figures) -> Result<()> {
     for round in 0..ROUNDS {
         let names: Vec<String> = (0..TOGETHER).map(|n| format!("extra{n}")).collect();
         for name in &names {
-            bus.run(&format!("device add {name} --class venet --set backend=null --vmm {control}"))?;
+            bus.run(&format!(
+                "device add {name} --class venet --set backend=null --vmm {control}"
+            ))?;
         }
         until(&inner, &format!("[ $(vbus guest list | grep -c extra) = {TOGETHER} ]"))?;
         let mut extras = Vec::new();
         for (n, name) in (1..).zip(&names) {
-            let extra = Nic::up(&inner.guest, name, &format!("vbus{n}"), &format!("10.0.{n}.1/24"), "")?;
+            let extra =
+                Nic::up(&inner.guest, name, &format!("vbus{n}"), &format!("10.0.{n}.1/24"), "")?;
             extras.push((name, extra));
         }
-        let removals = extras.iter().map(|(name, _)| bus.spawn(&format!("device remove {name} --vmm {control}")));
+        let removals = extras
+            .iter()
+            .map(|(name, _)| bus.spawn(&format!("device remove {name} --vmm {control}")));
         for removal in removals.collect::<Result<Vec<_>>>()? {
             removal.ok(TRANSFER).with_context(|| format!("in round {round}"))?;
         }
         for (name, extra) in extras {
             let ended = extra.driver.wait(TRANSFER)?;
-            ensure!(ended.code != 101, "round {round}: the driver of {name} panicked: {}", ended.stderr);
+            ensure!(
+                ended.code != 101,
+                "round {round}: the driver of {name} panicked: {}",
+                ended.stderr
+            );
         }
-        ensure!(sender.runs() && receiver.runs(), "round {round} ended the stream: {:?}", sender.said());
+        ensure!(
+            sender.runs() && receiver.runs(),
+            "round {round} ended the stream: {:?}",
+            sender.said()
+        );
     }
     stop(&sender, &receiver)?;
     net::exchange(rig, &inner.guest, EXCHANGE)?;
@@ -148,8 +174,9 @@ pub fn plug_cycles(rig: &Rig, _: &mut Figures) -> Result<()> {
     inner.power_off()
 }
 
-/// The bus is killed under traffic: the guest lives on, and its NIC comes back with the next bus. Then the VMM is killed, and the
-/// bus serves the next guest, which has a split interrupt controller.
+/// The bus is killed under traffic: the guest lives on, and its NIC comes back with the next bus.
+/// Then the VMM is killed, and the bus serves the next guest, which has a split interrupt
+/// controller.
 pub fn deaths(rig: &Rig, _: &mut Figures) -> Result<()> {
     let first = net::bus(rig, "")?;
     let inner = Spec::new("linux").device("net", &first.socket("net")).boot(rig)?;
@@ -157,7 +184,8 @@ pub fn deaths(rig: &Rig, _: &mut Figures) -> Result<()> {
     let streams = endless(rig, &inner)?;
     first.kill()?;
     drop(first);
-    until(&inner, "[ -z \"$(vbus guest list 2>/dev/null | grep net)\" ]").context("the NIC does not leave")?;
+    until(&inner, "[ -z \"$(vbus guest list 2>/dev/null | grep net)\" ]")
+        .context("the NIC does not leave")?;
     let ended = nic.driver.wait(TRANSFER)?;
     ensure!(ended.code != 101, "the driver panicked: {}", ended.stderr);
     stop(&streams.0, &streams.1)?;
@@ -174,7 +202,8 @@ pub fn deaths(rig: &Rig, _: &mut Figures) -> Result<()> {
     receiver.kill()?;
     drop(nic);
     // Its INTx passes through the VMM's own I/O APIC.
-    let next = Spec::new("next").args("--irqchip split").device("net", &bus.socket("net")).boot(rig)?;
+    let next =
+        Spec::new("next").args("--irqchip split").device("net", &bus.socket("net")).boot(rig)?;
     let _nic = net::nic(&next.guest)?;
     net::exchange(rig, &next.guest, EXCHANGE)?;
     next.power_off()

@@ -1,5 +1,5 @@
-//! Doorbells of a Linux in `vbus-vmm`, rung from user space: which kinds it is offered, what they cost, and that a guest which rings
-//! without end harms nobody but itself.
+//! Doorbells of a Linux in `vbus-vmm`, rung from user space: which kinds it is offered, what they
+//! cost, and that a guest which rings without end harms nobody but itself.
 
 use std::time::{Duration, Instant};
 
@@ -29,26 +29,39 @@ const STORM: u64 = 50_000;
 /// How long anything may take that the guest does meanwhile.
 const LIMIT: Duration = Duration::from_secs(120);
 
-/// The tests of vbus-kvm, of which a KVM that is none of a processor's can run a part only: here all of them, and nothing is left out.
+/// The tests of vbus-kvm, of which a KVM that is none of a processor's can run a part only: here
+/// all of them, and nothing is left out.
 pub fn connector(rig: &Rig, _: &mut Figures) -> Result<()> {
     let said = rig
         .guest
-        .start(&format!("exec {}vbus-kvm-tests --nocapture --test-threads=1", rig.guest_processor()))?
+        .start(&format!(
+            "exec {}vbus-kvm-tests --nocapture --test-threads=1",
+            rig.guest_processor()
+        ))?
         .ok(LIMIT)?;
-    ensure!(said.contains("test result: ok") && !said.contains("skipped:") && !said.contains("left out"), "{said}");
+    ensure!(
+        said.contains("test result: ok")
+            && !said.contains("skipped:")
+            && !said.contains("left out"),
+        "{said}"
+    );
     said.lines().filter(|line| line.contains(" rings")).for_each(|line| eprintln!("{line}"));
     Ok(())
 }
 
-/// The kinds that the guest is offered are those that the VMM was told to have; each ring is one exit, of which the VMM hears nothing; and
-/// the cheapest is taken.
+/// The kinds that the guest is offered are those that the VMM was told to have; each ring is one
+/// exit, of which the VMM hears nothing; and the cheapest is taken.
 pub fn kinds(rig: &Rig, figures: &mut Figures) -> Result<()> {
     let bus = bus(rig, VALUES)?;
-    let spec = Spec::new("kinds").device("net", &bus.socket("net")).device("values", &bus.socket("values"));
+    let spec = Spec::new("kinds")
+        .device("net", &bus.socket("net"))
+        .device("values", &bus.socket("values"));
     let inner = spec.boot(rig)?;
     for device in list(&inner.guest)? {
         ensure!(device["doorbells"] == json!(["mmio", "pio", "hypercall"]), "offered: {device}");
-        let cost = |kind: &str| device["doorbell_ns"][kind].as_u64().with_context(|| format!("no cost: {device}"));
+        let cost = |kind: &str| {
+            device["doorbell_ns"][kind].as_u64().with_context(|| format!("no cost: {device}"))
+        };
         let cheapest = if cost("pio")? < cost("mmio")? { "pio" } else { "mmio" };
         ensure!(device["doorbell"] == cheapest, "not the cheapest: {device}");
         for kind in ["mmio", "pio"] {
@@ -57,7 +70,9 @@ pub fn kinds(rig: &Rig, figures: &mut Figures) -> Result<()> {
     }
     for kind in ["mmio", "pio"] {
         let before = (rig.kvm_stat("exits")?, rung(&bus, "values")?);
-        let rings = inner.guest.ok(&format!("vbus guest ring values --count {RINGS} --doorbell {kind} --json"))?;
+        let rings = inner
+            .guest
+            .ok(&format!("vbus guest ring values --count {RINGS} --doorbell {kind} --json"))?;
         let rings: Value = serde_json::from_str(&rings)?;
         ensure!(rings["doorbell"] == kind, "rang by {rings}");
         let (exits, rung) = (rig.kvm_stat("exits")? - before.0, rung(&bus, "values")? - before.1);
@@ -66,8 +81,18 @@ pub fn kinds(rig: &Rig, figures: &mut Figures) -> Result<()> {
     }
     nic::prepare(&inner.guest)?;
     for kind in ["pio", "mmio"] {
-        let nic = Nic::up(&inner.guest, "net", "vbus0", &format!("{}/24", net::INNER), &format!("--doorbell {kind}"))?;
-        ensure!(nic.driver.said().1.contains(&format!("doorbells by {kind}")), "{:?}", nic.driver.said());
+        let nic = Nic::up(
+            &inner.guest,
+            "net",
+            "vbus0",
+            &format!("{}/24", net::INNER),
+            &format!("--doorbell {kind}"),
+        )?;
+        ensure!(
+            nic.driver.said().1.contains(&format!("doorbells by {kind}")),
+            "{:?}",
+            nic.driver.said()
+        );
         exchange(rig, &inner.guest, MIB).with_context(|| format!("with doorbells by {kind}"))?;
         nic.driver.kill()?;
         nic.driver.wait(LIMIT)?;
@@ -76,21 +101,30 @@ pub fn kinds(rig: &Rig, figures: &mut Figures) -> Result<()> {
     inner.power_off()?;
 
     // Another choice of the VMM's user.
-    let inner = Spec::new("kinds").device("values", &bus.socket("values")).args("--doorbells mmio").boot(rig)?;
+    let inner = Spec::new("kinds")
+        .device("values", &bus.socket("values"))
+        .args("--doorbells mmio")
+        .boot(rig)?;
     for device in list(&inner.guest)? {
         ensure!(device["doorbells"] == json!(["mmio"]), "offered: {device}");
     }
     let refused = inner.guest.run("vbus guest ring values --doorbell pio")?;
-    ensure!(refused.code == 1 && refused.stderr.contains("no such doorbells"), "{}", refused.stderr);
+    ensure!(
+        refused.code == 1 && refused.stderr.contains("no such doorbells"),
+        "{}",
+        refused.stderr
+    );
     inner.power_off()
 }
 
-/// Every function's doorbells are rung without end, by every kind that user space can: those in use and those that nobody uses. The NIC carries its
-/// traffic all the same, the state device its values; the VMM hears nothing of it; and the bus does no more than its share.
+/// Every function's doorbells are rung without end, by every kind that user space can: those in use
+/// and those that nobody uses. The NIC carries its traffic all the same, the state device its
+/// values; the VMM hears nothing of it; and the bus does no more than its share.
 pub fn storm(rig: &Rig, figures: &mut Figures) -> Result<()> {
     let bus = bus(rig, VALUES)?;
     let spec = Spec { cpus: 2, ..Spec::new("storm") };
-    let inner = spec.device("net", &bus.socket("net")).device("values", &bus.socket("values")).boot(rig)?;
+    let inner =
+        spec.device("net", &bus.socket("net")).device("values", &bus.socket("values")).boot(rig)?;
     let outcome = blow(rig, &bus, &inner, figures);
     // A guest that fell over has its VMM say why.
     outcome.with_context(|| format!("vbus-vmm says {:?}", inner.vmm.said()))?;
@@ -120,7 +154,9 @@ fn blow(rig: &Rig, bus: &InnerBus, inner: &Inner, figures: &mut Figures) -> Resu
         bus.run(&format!("state set values setpoint {value}"))?;
         watch.wait_for(value, LIMIT).context("during the storm")?;
     }
-    let blows = |storm: &Running| if storm.runs() { Ok(()) } else { bail!("a storm died down: {:?}", storm.said()) };
+    let blows = |storm: &Running| {
+        if storm.runs() { Ok(()) } else { bail!("a storm died down: {:?}", storm.said()) }
+    };
     // However fast all this went.
     let until = Instant::now() + LIMIT;
     while rung(bus, "net")? + rung(bus, "values")? < before.1 + STORM {
@@ -131,11 +167,16 @@ fn blow(rig: &Rig, bus: &InnerBus, inner: &Inner, figures: &mut Figures) -> Resu
         storm.kill()?;
         storm.wait(LIMIT)?;
     }
-    let (works, rings) = (works(bus)? - before.0, rung(bus, "net")? + rung(bus, "values")? - before.1);
+    let (works, rings) =
+        (works(bus)? - before.0, rung(bus, "net")? + rung(bus, "values")? - before.1);
     let took = before.2.elapsed().as_secs_f64();
     eprintln!("{rings} rings in {took:.1} s, {works} polls of the bus");
-    figures.insert("storm_polls_per_ring".into(), json!((works as f64 / rings as f64 * 1000.0).round() / 1000.0));
-    // Each could have been a poll in vain and one with work. Those that come while the bus is at it are none.
+    figures.insert(
+        "storm_polls_per_ring".into(),
+        json!((works as f64 / rings as f64 * 1000.0).round() / 1000.0),
+    );
+    // Each could have been a poll in vain and one with work. Those that come while the bus is at it
+    // are none.
     ensure!(works < rings, "{works} polls for {rings} rings");
     check_silence(inner)?;
     // After it, all is as it was.
@@ -145,22 +186,29 @@ fn blow(rig: &Rig, bus: &InnerBus, inner: &Inner, figures: &mut Figures) -> Resu
 /// `vbus guest list` in the guest.
 fn list(guest: &Guest) -> Result<Vec<Value>> {
     let text = guest.ok("vbus guest list --json")?;
-    let devices: Vec<Value> = serde_json::from_str(&text).with_context(|| format!("no list: {text}"))?;
-    ensure!(!devices.is_empty() && devices.iter().all(|device| device["error"].is_null()), "{text}");
+    let devices: Vec<Value> =
+        serde_json::from_str(&text).with_context(|| format!("no list: {text}"))?;
+    ensure!(
+        !devices.is_empty() && devices.iter().all(|device| device["error"].is_null()),
+        "{text}"
+    );
     Ok(devices)
 }
 
 /// How often a device's doorbells have been rung.
 fn rung(bus: &InnerBus, device: &str) -> Result<u64> {
     let shown: Value = serde_json::from_str(&bus.run(&format!("device show {device} --json"))?)?;
-    shown["counters"]["doorbells"].as_u64().with_context(|| format!("no count of doorbells: {shown}"))
+    shown["counters"]["doorbells"]
+        .as_u64()
+        .with_context(|| format!("no count of doorbells: {shown}"))
 }
 
 /// How often the bus has looked after its devices' connections.
 fn works(bus: &InnerBus) -> Result<u64> {
     let mut polls = 0;
     for device in ["net", "values"] {
-        let shown: Value = serde_json::from_str(&bus.run(&format!("device show {device} --json"))?)?;
+        let shown: Value =
+            serde_json::from_str(&bus.run(&format!("device show {device} --json"))?)?;
         for counter in ["polls", "polls_empty"] {
             let count = shown["counters"][counter].as_u64();
             polls += count.with_context(|| format!("no count of {counter}: {shown}"))?;

@@ -1,7 +1,8 @@
 //! The guest without an operating system in `vbus-vmm`: exits, counted exactly.
 //!
-//! The guest sets a mark before and after what it measures, and `vbus-vmm` keeps at each what KVM has counted. What happens between two
-//! marks is the guest's loop and nothing else: it has no timer, and no other processor.
+//! The guest sets a mark before and after what it measures, and `vbus-vmm` keeps at each what KVM
+//! has counted. What happens between two marks is the guest's loop and nothing else: it has no
+//! timer, and no other processor.
 
 use std::fmt;
 use std::time::Duration;
@@ -16,10 +17,11 @@ use crate::flat::{Report, device_names, devices, with_receivers};
 
 /// Where the guest sets its marks: vbus-vmm's.
 const MARK_PORT: u16 = 0x610;
-/// How long the guest may say nothing. It waits 60 s at most for anything, and says so if that does not come; a round of a test takes seconds.
+/// How long the guest may say nothing. It waits 60 s at most for anything, and says so if that does
+/// not come; a round of a test takes seconds.
 const SILENCE: Duration = Duration::from_secs(120);
-/// How far a count may be from what it should be, of 1: the emulated processor takes an exit more now and then (a page of its own that it has
-/// let go of).
+/// How far a count may be from what it should be, of 1: the emulated processor takes an exit more
+/// now and then (a page of its own that it has let go of).
 const NEARLY: f64 = 0.01;
 
 /// A run of the guest.
@@ -35,13 +37,15 @@ pub(super) fn start_bus<'a>(rig: &'a Rig<'a>, config: &str) -> Result<InnerBus<'
 }
 
 impl Run {
-    /// Boots the guest with all devices of the bus that `config` describes, and waits until it has powered off.
+    /// Boots the guest with all devices of the bus that `config` describes, and waits until it has
+    /// powered off.
     fn new(rig: &Rig, config: &str, words: &str, irqchip: &str) -> Result<Self> {
         let bus = start_bus(rig, config)?;
         Self::on(rig, &bus, &device_names(config), words, &format!("--irqchip {irqchip}"), 1)
     }
 
-    /// Boots the guest with `cpus` CPUs and these devices of a bus, and waits until it has powered off. `args` are for `vbus-vmm`.
+    /// Boots the guest with `cpus` CPUs and these devices of a bus, and waits until it has powered
+    /// off. `args` are for `vbus-vmm`.
     pub(super) fn on(
         rig: &Rig,
         bus: &InnerBus<'_>,
@@ -50,7 +54,8 @@ impl Run {
         args: &str,
         cpus: u32,
     ) -> Result<Self> {
-        let devices: String = names.iter().map(|name| format!(" --device {}", bus.socket(name))).collect();
+        let devices: String =
+            names.iter().map(|name| format!(" --device {}", bus.socket(name))).collect();
         let (l2, slots, place) = (rig.l2_dir(), names.len(), rig.guest_processor());
         let vmm = rig.guest.start(&format!(
             "exec {place}vbus-vmm --kernel {l2}/flat --append '{words} cpus={cpus} marks={MARK_PORT}' --cpus {cpus} \
@@ -62,11 +67,15 @@ impl Run {
                 rig.note_hang();
             }
         })?;
-        let (events, said): (Vec<_>, Vec<_>) = end.stderr.lines().partition(|line| line.starts_with('{'));
+        let (events, said): (Vec<_>, Vec<_>) =
+            end.stderr.lines().partition(|line| line.starts_with('{'));
         let said = said.join("\n");
-        // The bus runs and answers at once, unless L1's processors stand still. An interrupt that came while they were kept out is one that the
-        // emulated SVM has delivered a second time, as `stop` and `cont` on QEMU's control channel have it do.
-        if said.contains("no reply to") || (rig.is_emulated() && end.stdout.contains("\"kept-out\":true")) {
+        // The bus runs and answers at once, unless L1's processors stand still. An interrupt that
+        // came while they were kept out is one that the emulated SVM has delivered a second time,
+        // as `stop` and `cont` on QEMU's control channel have it do.
+        if said.contains("no reply to")
+            || (rig.is_emulated() && end.stdout.contains("\"kept-out\":true"))
+        {
             rig.note_hang();
         }
         let mut report = Report::default();
@@ -87,16 +96,20 @@ impl Run {
     fn counted(&self, round: &Value) -> Result<Counted> {
         let at = |key: &str| {
             let mark = self.marks.iter().find(|mark| mark["mark"] == round[key]);
-            mark.map(|mark| &mark["cpus"][0]).with_context(|| format!("the mark {key} of {round} is missing"))
+            mark.map(|mark| &mark["cpus"][0])
+                .with_context(|| format!("the mark {key} of {round} is missing"))
         };
         let (from, to) = (at("from")?, at("to")?);
         let count = |group: &str, name: &str| -> Result<u64> {
-            let value = |at: &Value| at[group][name].as_u64().with_context(|| format!("no counter {name}: {at}"));
+            let value = |at: &Value| {
+                at[group][name].as_u64().with_context(|| format!("no counter {name}: {at}"))
+            };
             Ok(value(to)? - value(from)?)
         };
         let kvm = |name: &str| count("kvm", name);
         Ok(Counted {
-            // Those by which the host took an interrupt of its own are no doing of the guest; one is that of a mark.
+            // Those by which the host took an interrupt of its own are no doing of the guest; one
+            // is that of a mark.
             exits: kvm("exits")? - kvm("irq_exits")? - 1,
             windows: kvm("irq_window_exits")?,
             halts: kvm("halt_exits")?,
@@ -150,13 +163,16 @@ pub fn doorbells(rig: &Rig, figures: &mut Figures) -> Result<()> {
     Ok(())
 }
 
-/// What an interrupt costs besides the doorbell that led to it and the guest's sleep: an exit at its end, and none with KVM's bit in memory, with
-/// synthetic interrupts, or with `pic`. With 1, 4 and 16 devices, one at a time, all at a time, and as fast as they can.
+/// What an interrupt costs besides the doorbell that led to it and the guest's sleep: an exit at
+/// its end, and none with KVM's bit in memory, with synthetic interrupts, or with `pic`. With 1, 4
+/// and 16 devices, one at a time, all at a time, and as fast as they can.
 pub fn interrupts(rig: &Rig, figures: &mut Figures) -> Result<()> {
     let mut table = Vec::new();
     for receivers in [1, 4, 16] {
-        let words =
-            format!("test=interrupts count={} receivers={receivers} rate=trickle,burst,full", 800 / receivers.min(4));
+        let words = format!(
+            "test=interrupts count={} receivers={receivers} rate=trickle,burst,full",
+            800 / receivers.min(4)
+        );
         let run = Run::new(rig, &with_receivers(receivers), &words, "full")?;
         for round in run.report.of("interrupts") {
             let cost = Cost::new(&run, round)?;
@@ -172,7 +188,8 @@ pub fn interrupts(rig: &Rig, figures: &mut Figures) -> Result<()> {
             }));
         }
         for (way, pic) in [("msi", false), ("pv_eoi", false), ("sint", false), ("sint", true)] {
-            let there = run.report.of("interrupts").any(|round| round["way"] == way && round["pic"] == pic);
+            let there =
+                run.report.of("interrupts").any(|round| round["way"] == way && round["pic"] == pic);
             ensure!(there, "no round with {way}, pic {pic}:\n{}", run.report);
         }
     }
@@ -183,7 +200,8 @@ pub fn interrupts(rig: &Rig, figures: &mut Figures) -> Result<()> {
     Ok(())
 }
 
-/// What interrupts have cost in a round; for each that the devices raised, where nothing else is said.
+/// What interrupts have cost in a round; for each that the devices raised, where nothing else is
+/// said.
 struct Cost<'a> {
     rate: &'a str,
     /// How messages end, behind `pic_` if they are those of the controller of the bus.
@@ -206,12 +224,16 @@ struct Cost<'a> {
 impl<'a> Cost<'a> {
     fn new(run: &Run, round: &'a Value) -> Result<Self> {
         let counted = run.counted(round)?;
-        let (pic, way) = (round["pic"] == true, round["way"].as_str().context("a round without its way")?);
+        let (pic, way) =
+            (round["pic"] == true, round["way"].as_str().context("a round without its way")?);
         let messages = number(round, "interrupts")?;
         let raised = if pic { number(round, "lines")? } else { messages };
         ensure!(raised > 0, "nothing was raised in {round}");
         let known = counted.windows + counted.halts + number(round, "doorbells")?;
-        let ends = counted.exits.checked_sub(known).with_context(|| format!("too few exits: {round} {counted:?}"))?;
+        let ends = counted
+            .exits
+            .checked_sub(known)
+            .with_context(|| format!("too few exits: {round} {counted:?}"))?;
         let per = |count: u64| count as f64 / raised as f64;
         Ok(Self {
             rate: round["rate"].as_str().context("a round without its rate")?,
@@ -229,14 +251,21 @@ impl<'a> Cost<'a> {
     fn check(&self, receivers: u32) -> Result<()> {
         let Self { way, ends, by_register, counted, .. } = self;
         ensure!(counted.user == 0, "{self}: {counted:?}");
-        // KVM takes its bit back where another interrupt waits; the guest has counted what it ended by the register.
+        // KVM takes its bit back where another interrupt waits; the guest has counted what it ended
+        // by the register.
         let few = 5.0 / self.raised as f64;
-        ensure!((ends - by_register).abs() < NEARLY + few, "{self}: {by_register} ends by the register; {counted:?}");
+        ensure!(
+            (ends - by_register).abs() < NEARLY + few,
+            "{self}: {by_register} ends by the register; {counted:?}"
+        );
         let none = way.ends_with("sint") || (way == "pv_eoi" && receivers == 1);
         ensure!(!none || *ends < NEARLY + few, "{self}: {counted:?}");
         // Lines of many devices that come at a time share a message.
         let shared = receivers == 16 && self.rate != "trickle" && way.starts_with("pic_");
-        ensure!(!shared || 2 * self.messages < self.raised, "{self}: the messages are no fewer than half of the lines");
+        ensure!(
+            !shared || 2 * self.messages < self.raised,
+            "{self}: the messages are no fewer than half of the lines"
+        );
         Ok(())
     }
 }
@@ -253,10 +282,13 @@ impl fmt::Display for Cost<'_> {
     }
 }
 
-/// The guest drives NICs, state pages and `pic` by every kind of doorbell, with interrupt controllers in the kernel and out of it.
+/// The guest drives NICs, state pages and `pic` by every kind of doorbell, with interrupt
+/// controllers in the kernel and out of it.
 pub fn drives_devices(rig: &Rig, _: &mut Figures) -> Result<()> {
     const FRAMES: u64 = 500;
-    for (kind, irqchip, msix) in [("mmio", "full", false), ("pio", "split", true), ("hypercall", "full", true)] {
+    for (kind, irqchip, msix) in
+        [("mmio", "full", false), ("pio", "split", true), ("hypercall", "full", true)]
+    {
         let settings = if msix { "msix = true" } else { "" };
         let words = format!("test=list,state,venet,pic,interrupts count={FRAMES} doorbell={kind}");
         let run = Run::new(rig, &devices(settings), &words, irqchip)?;
@@ -266,7 +298,10 @@ pub fn drives_devices(rig: &Rig, _: &mut Figures) -> Result<()> {
         }
         run.report.find("state", "wrote", "flat was here")?;
         run.report.find("state", "value", "value-0")?;
-        ensure!(run.report.of("interrupts").any(|round| round["pic"] == true), "{kind}: no round with pic");
+        ensure!(
+            run.report.of("interrupts").any(|round| round["pic"] == true),
+            "{kind}: no round with pic"
+        );
     }
     Ok(())
 }

@@ -71,7 +71,9 @@ impl Spec {
             Vmm::Qemu => {
                 let device = vfio_user(name, &format!("port-{name}"), Path::new(socket));
                 let chassis = self.args.matches("pcie-root-port").count() + 1;
-                format!("-device pcie-root-port,id=port-{name},chassis={chassis},io-reserve=0 -device '{device}'")
+                format!(
+                    "-device pcie-root-port,id=port-{name},chassis={chassis},io-reserve=0 -device '{device}'"
+                )
             }
         };
         self.args(&words)
@@ -115,7 +117,8 @@ impl Spec {
         let (run, name) = (rig.run_dir(), self.name);
         rig.guest.ok(&format!("rm -f {run}/{name}.agent {run}/{name}.control"))?;
         let vmm = rig.guest.start(&self.command(rig))?;
-        // Connected long before the guest's kernel has booted, so that nothing is lost of what its agent says.
+        // Connected long before the guest's kernel has booted, so that nothing is lost of what its
+        // agent says.
         let port = rig.guest.tunnel(&format!("exec guest-agent join {run}/{name}.agent"))?;
         let guest = Guest::new(name, port)?;
         Ok(Inner { guest, vmm, rig, name, watched: Cell::new(false), ended: false })
@@ -143,7 +146,8 @@ impl Inner<'_> {
         while let Err(error) = self.guest.wait_boot(times, Duration::from_secs(1)) {
             if Instant::now() > until || !self.vmm.runs() {
                 let (rig, run) = (&self.rig.guest, self.rig.run_dir());
-                let console = rig.run(&format!("tail -n 20 {run}/{}.console.log", self.name))?.stdout;
+                let console =
+                    rig.run(&format!("tail -n 20 {run}/{}.console.log", self.name))?.stdout;
                 let (out, err) = self.vmm.said();
                 return Err(error.context(format!("its console:\n{console}\nits VMM:\n{out}{err}")));
             }
@@ -159,7 +163,8 @@ impl Inner<'_> {
         format!("{}/{}.control", self.rig.run_dir(), self.name)
     }
 
-    /// Sends a request, JSON without a `'`, to the control socket of its VMM; returns the items of the answer, and what it ends with.
+    /// Sends a request, JSON without a `'`, to the control socket of its VMM; returns the items of
+    /// the answer, and what it ends with.
     ///
     /// # Errors
     /// If there is no answer, or the request is refused: the text is that of the refusal.
@@ -168,7 +173,8 @@ impl Inner<'_> {
         let answers = self.rig.guest.start(&command)?.ok(CONTROL)?;
         let mut items = Vec::new();
         for line in answers.lines() {
-            let mut answer: Value = serde_json::from_str(line).with_context(|| format!("no answer: {line}"))?;
+            let mut answer: Value =
+                serde_json::from_str(line).with_context(|| format!("no answer: {line}"))?;
             match (answer["item"].take(), answer.get("ok"), answer["error"].as_str()) {
                 (_, Some(ok), _) => return Ok((items, ok.clone())),
                 (_, _, Some(error)) => bail!("{error}"),
@@ -190,7 +196,14 @@ impl Inner<'_> {
         self.ended = true;
         self.guest.start("poweroff -f")?;
         let end = self.vmm.wait(Duration::from_secs(60))?;
-        ensure!(end.code == 0, "the VMM of {} ended with {}:\n{}{}", self.name, end.code, end.stdout, end.stderr);
+        ensure!(
+            end.code == 0,
+            "the VMM of {} ended with {}:\n{}{}",
+            self.name,
+            end.code,
+            end.stdout,
+            end.stderr
+        );
         Ok(())
     }
 }
@@ -200,7 +213,8 @@ impl Drop for Inner<'_> {
         let (out, err) = self.vmm.said();
         let fell = self.rig.is_emulated() && err.contains("triple fault");
         // What has failed waited less long than it takes to know that a guest hangs.
-        let hangs = || !self.ended && self.watched.get() && self.vmm.runs() && !self.guest.answers();
+        let hangs =
+            || !self.ended && self.watched.get() && self.vmm.runs() && !self.guest.answers();
         if fell || self.guest.hung() || hangs() {
             self.rig.note_hang();
         }
@@ -230,7 +244,8 @@ impl<'a> InnerBus<'a> {
         let dir = format!("{run}/bus");
         ensure!(!config.contains('\''), "the configuration goes through a shell in quotes");
         rig.guest.ok(&format!("echo '{config}' > {run}/bus.toml"))?;
-        let process = rig.guest.start(&format!("exec vbus serve --config {run}/bus.toml --dir {dir}"))?;
+        let process =
+            rig.guest.start(&format!("exec vbus serve --config {run}/bus.toml --dir {dir}"))?;
         let bus = Self { rig, dir, process };
         let until = Instant::now() + START;
         while rig.guest.run(&format!("vbus device list --dir {}", bus.dir))?.code != 0 {

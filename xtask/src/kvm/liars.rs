@@ -87,13 +87,17 @@ impl Liar {
     /// Serves the device of the bus that is called like the lie.
     fn start(rig: &Rig, bus: &InnerBus, name: &'static str) -> Result<Self> {
         let socket = format!("{}/lie-{name}.sock", rig.run_dir());
-        let running = rig.guest.start(&format!("exec guest-agent lie {socket} {} {name}", bus.socket(name)))?;
+        let running = rig
+            .guest
+            .start(&format!("exec guest-agent lie {socket} {} {name}", bus.socket(name)))?;
         running.wait_for("listens", LIMIT)?;
         Ok(Self { name, socket, running })
     }
 
     fn plug(&self, inner: &Inner) -> Result<()> {
-        inner.control(&json!({ "op": "plug", "name": self.name, "socket": self.socket }).to_string()).map(drop)
+        inner
+            .control(&json!({ "op": "plug", "name": self.name, "socket": self.socket }).to_string())
+            .map(drop)
     }
 
     fn end(&self) -> Result<()> {
@@ -109,9 +113,11 @@ impl Drop for Liar {
     }
 }
 
-/// Each lie, told when a device is plugged into a running guest or later, has its own clear end; beside it a NIC carries a stream without a pause.
+/// Each lie, told when a device is plugged into a running guest or later, has its own clear end;
+/// beside it a NIC carries a stream without a pause.
 pub fn lie(rig: &Rig, _: &mut Figures) -> Result<()> {
-    let pages = "pages = [{ name = \"setpoint\", bytes = 64, owner = \"device\", initial = \"true\" }]";
+    let pages =
+        "pages = [{ name = \"setpoint\", bytes = 64, owner = \"device\", initial = \"true\" }]";
     let devices: String = LIES.iter().map(|(name, _)| device(name, "state", pages)).collect();
     let bus = net::bus(rig, &devices)?;
     let spec = Spec::new("lies").args(&format!("--slots {SLOTS}"));
@@ -130,7 +136,9 @@ fn all(rig: &Rig, bus: &InnerBus, inner: &Inner) -> Result<()> {
         let liar = Liar::start(rig, bus, name)?;
         match liar.plug(inner) {
             Ok(()) => bail!("{name} is believed"),
-            Err(error) => ensure!(format!("{error:#}").contains(why), "{name}: {error:#}, and not {why}"),
+            Err(error) => {
+                ensure!(format!("{error:#}").contains(why), "{name}: {error:#}, and not {why}")
+            }
         }
         liar.running.wait_for("lies", LIMIT).with_context(|| format!("{name} was never told"))?;
         liar.end()?;
@@ -149,16 +157,21 @@ fn all(rig: &Rig, bus: &InnerBus, inner: &Inner) -> Result<()> {
     let mut left = vec!["net"];
     for (liar, works) in &liars {
         if *works {
-            let found =
-                inner.guest.start(&format!("until vbus guest list | grep -q '{}'; do sleep 0.1; done", liar.name))?;
+            let found = inner.guest.start(&format!(
+                "until vbus guest list | grep -q '{}'; do sleep 0.1; done",
+                liar.name
+            ))?;
             found.ok(LIMIT).with_context(|| format!("the guest does not find {}", liar.name))?;
-            check_driver(bus, inner, liar.name, "honest").with_context(|| format!("with {}", liar.name))?;
+            check_driver(bus, inner, liar.name, "honest")
+                .with_context(|| format!("with {}", liar.name))?;
             left.push(liar.name);
         } else {
             wait_plugged(inner, |names| !names.iter().any(|name| name == liar.name))
                 .with_context(|| format!("{} is not dropped", liar.name))?;
         }
-        liar.running.wait_for("lies", LIMIT).with_context(|| format!("{} was never told", liar.name))?;
+        liar.running
+            .wait_for("lies", LIMIT)
+            .with_context(|| format!("{} was never told", liar.name))?;
         if liar.name == "memory" {
             liar.running.wait_for("touched", LIMIT)?;
             let said = liar.running.said();
@@ -172,8 +185,12 @@ fn all(rig: &Rig, bus: &InnerBus, inner: &Inner) -> Result<()> {
 
     // The slots that they were in are good for an honest one.
     let name = LIES[0].0;
-    inner.control(&json!({ "op": "plug", "name": name, "socket": bus.socket(name) }).to_string())?;
-    inner.guest.start(&format!("until vbus guest list | grep -q '{name}'; do sleep 0.1; done"))?.ok(LIMIT)?;
+    inner
+        .control(&json!({ "op": "plug", "name": name, "socket": bus.socket(name) }).to_string())?;
+    inner
+        .guest
+        .start(&format!("until vbus guest list | grep -q '{name}'; do sleep 0.1; done"))?
+        .ok(LIMIT)?;
     check_driver(bus, inner, name, "honest")?;
 
     ensure!(stream.0.runs() && stream.1.runs(), "the stream has ended: {:?}", stream.0.said());
@@ -191,8 +208,10 @@ const TOUCHES: usize = 10;
 /// The names of the devices.
 fn plugged(inner: &Inner) -> Result<Vec<String>> {
     let (devices, _) = inner.control(r#"{"op":"devices"}"#)?;
-    let mut names: Vec<_> =
-        devices.iter().filter_map(|device: &Value| device["name"].as_str().map(str::to_owned)).collect();
+    let mut names: Vec<_> = devices
+        .iter()
+        .filter_map(|device: &Value| device["name"].as_str().map(str::to_owned))
+        .collect();
     // As they were plugged, whatever their slots.
     names.sort_by_key(|name| LIES.iter().position(|(lie, _)| lie == name).map_or(0, |at| at + 1));
     Ok(names)

@@ -18,7 +18,8 @@ pub fn harness(rig: &Rig, _: &mut Figures) -> Result<()> {
     inner.power_off()
 }
 
-/// Linux boots in `vbus-vmm` with one and two CPUs, with interrupt controllers in the kernel and out of it, and powers off.
+/// Linux boots in `vbus-vmm` with one and two CPUs, with interrupt controllers in the kernel and
+/// out of it, and powers off.
 pub fn boot(rig: &Rig, _: &mut Figures) -> Result<()> {
     for (cpus, irqchip) in [(1, "full"), (2, "split")] {
         let spec = Spec { cpus, ..Spec::new("linux") }.args(&format!("--irqchip {irqchip}"));
@@ -26,7 +27,10 @@ pub fn boot(rig: &Rig, _: &mut Figures) -> Result<()> {
         let inner = spec.boot(rig)?;
         eprintln!("{cpus} CPUs, {irqchip}: booted in {:.1} s", began.elapsed().as_secs_f32());
         let online = inner.guest.ok("nproc; dmesg | grep -i 'hypervisor detected'")?;
-        ensure!(online.starts_with(&format!("{cpus}\n")) && online.contains("KVM"), "{cpus} CPUs on KVM, got {online}");
+        ensure!(
+            online.starts_with(&format!("{cpus}\n")) && online.contains("KVM"),
+            "{cpus} CPUs on KVM, got {online}"
+        );
         inner.power_off()?;
     }
     Ok(())

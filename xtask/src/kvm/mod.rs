@@ -1,8 +1,9 @@
 //! `cargo xtask kvm`: what needs a real KVM, on any machine.
 //!
-//! The KVM is the host's own if a guest boots with it, else that of a stock Linux with `kvm_amd` in a machine whose SVM
-//! QEMU emulates. Either way the scenarios see the same: a shell as root with our programs on its PATH, `/dev/kvm`, and in
-//! `$L2` the kernel and root file system for guests. That Linux is called L1, and the guests in it L2.
+//! The KVM is the host's own if a guest boots with it, else that of a stock Linux with `kvm_amd` in
+//! a machine whose SVM QEMU emulates. Either way the scenarios see the same: a shell as root with
+//! our programs on its PATH, `/dev/kvm`, and in `$L2` the kernel and root file system for guests.
+//! That Linux is called L1, and the guests in it L2.
 
 mod config;
 mod counted;
@@ -32,8 +33,9 @@ use crate::workspace;
 pub use rig::Clock;
 use rig::{File, Rig};
 
-/// How often a scenario is tried whose machines the emulation loses. It has lost many before guests were kept off L1's first processor (see
-/// [`Rig::guest_processor`]), and has other ways to do so: beside two busy loops, the guest of `doorbell_storm` fell silent in one of five runs since.
+/// How often a scenario is tried whose machines the emulation loses. It has lost many before guests
+/// were kept off L1's first processor (see [`Rig::guest_processor`]), and has other ways to do so:
+/// beside two busy loops, the guest of `doorbell_storm` fell silent in one of five runs since.
 const TRIES: u32 = 5;
 
 /// How to use it by hand.
@@ -62,7 +64,8 @@ pub struct Args {
     /// Bring a file along, as an executable in /root, which is first on the PATH; or to PATH
     #[arg(long, value_name = "FILE[=PATH]")]
     put: Vec<File>,
-    /// One CPU and a clock that counts instructions: slower, and nearly the same figures from run to run
+    /// One CPU and a clock that counts instructions: slower, and nearly the same figures from run
+    /// to run
     #[arg(long)]
     counted: bool,
     /// Seconds that a command may take
@@ -70,7 +73,8 @@ pub struct Args {
     limit: u64,
     #[command(flatten)]
     guests: Options,
-    /// Run this as a shell command beside the KVM, in place of the scenarios; `sh` reads commands from standard input
+    /// Run this as a shell command beside the KVM, in place of the scenarios; `sh` reads commands
+    /// from standard input
     #[arg(last = true, value_name = "COMMAND")]
     command: Vec<String>,
 }
@@ -87,13 +91,21 @@ pub struct Scenario {
 
 /// All of them, the quick and basic ones first.
 pub const SCENARIOS: &[Scenario] = &[
-    scenario("harness", "QEMU boots a guest on the rig's KVM: the test of the tests", linux::harness),
+    scenario(
+        "harness",
+        "QEMU boots a guest on the rig's KVM: the test of the tests",
+        linux::harness,
+    ),
     scenario(
         "flat",
         "a guest without an operating system drives devices by each kind of doorbell",
         flat::drives_devices,
     ),
-    scenario("doorbells", "one exit for a ring of each kind, and none to user space", flat::doorbells),
+    scenario(
+        "doorbells",
+        "one exit for a ring of each kind, and none to user space",
+        flat::doorbells,
+    ),
     scenario("interrupts", "exits of an interrupt, by how it ends and with pic", flat::interrupts),
     scenario(
         "pic_cpus",
@@ -105,20 +117,52 @@ pub const SCENARIOS: &[Scenario] = &[
         "vbus-kvm by itself: doorbells, messages, levels, their routes and exits",
         doorbells::connector,
     ),
-    scenario("counted", "by a clock that counts instructions, figures repeat within 1 %", counted::repeats),
-    scenario("boot", "Linux boots in vbus-vmm, with 1 and 2 CPUs, full and split irqchip", linux::boot),
-    scenario("traffic", "TCP both ways with 2 CPUs, interrupts that move, reboot", devices::traffic),
-    scenario("plug_cycles", "20 times plug, use and unplug beside traffic on another NIC", devices::plug_cycles),
-    scenario("shared_pins", "ten devices with INTx on eight pins: each interrupt arrives", pins::shared),
-    scenario("config_writes", "random writes of configuration spaces, beside traffic on another NIC", config::writes),
-    scenario("liars", "servers that lie about a device that is plugged, beside traffic on a NIC", liars::lie),
+    scenario(
+        "counted",
+        "by a clock that counts instructions, figures repeat within 1 %",
+        counted::repeats,
+    ),
+    scenario(
+        "boot",
+        "Linux boots in vbus-vmm, with 1 and 2 CPUs, full and split irqchip",
+        linux::boot,
+    ),
+    scenario(
+        "traffic",
+        "TCP both ways with 2 CPUs, interrupts that move, reboot",
+        devices::traffic,
+    ),
+    scenario(
+        "plug_cycles",
+        "20 times plug, use and unplug beside traffic on another NIC",
+        devices::plug_cycles,
+    ),
+    scenario(
+        "shared_pins",
+        "ten devices with INTx on eight pins: each interrupt arrives",
+        pins::shared,
+    ),
+    scenario(
+        "config_writes",
+        "random writes of configuration spaces, beside traffic on another NIC",
+        config::writes,
+    ),
+    scenario(
+        "liars",
+        "servers that lie about a device that is plugged, beside traffic on a NIC",
+        liars::lie,
+    ),
     scenario("deaths", "the bus dies under a guest and comes back; the VMM dies", devices::deaths),
     scenario(
         "doorbell_kinds",
         "Linux is offered doorbells by memory and by port, and takes the cheaper",
         doorbells::kinds,
     ),
-    scenario("doorbell_storm", "Linux rings without end: its other devices and the bus go on", doorbells::storm),
+    scenario(
+        "doorbell_storm",
+        "Linux rings without end: its other devices and the bus go on",
+        doorbells::storm,
+    ),
     scenario(
         "sched",
         "how late a real-time task of the guest wakes under load, with and without sched",
@@ -131,7 +175,11 @@ pub const SCENARIOS: &[Scenario] = &[
     ),
 ];
 
-const fn scenario(name: &'static str, about: &'static str, run: fn(&Rig, &mut Figures) -> Result<()>) -> Scenario {
+const fn scenario(
+    name: &'static str,
+    about: &'static str,
+    run: fn(&Rig, &mut Figures) -> Result<()>,
+) -> Scenario {
     Scenario { name, about, run }
 }
 
@@ -144,8 +192,9 @@ pub fn run(args: &Args) -> Result<bool> {
         eprintln!("kvm: {}", rig.describe()?);
         return command(&rig, &args.command.join(" "), Duration::from_secs(args.limit));
     }
-    let wanted =
-        |name: &str| args.names.is_empty() || args.names.iter().any(|wanted| name.starts_with(wanted.as_str()));
+    let wanted = |name: &str| {
+        args.names.is_empty() || args.names.iter().any(|wanted| name.starts_with(wanted.as_str()))
+    };
     let scenarios: Vec<_> = SCENARIOS.iter().filter(|scenario| wanted(scenario.name)).collect();
     if args.list {
         for scenario in &scenarios {
@@ -174,8 +223,14 @@ pub fn run(args: &Args) -> Result<bool> {
 
 /// Runs scenarios one after the other, in one L1 as long as they succeed; returns their figures.
 ///
-/// One during which L1 or a guest in it was lost (see [`Rig::hung`]) is run again, in another L1; the figure `retries` counts that.
-pub fn run_scenarios(report: &mut Report, scenarios: &[&Scenario], options: &Options, clock: Clock) -> Figures {
+/// One during which L1 or a guest in it was lost (see [`Rig::hung`]) is run again, in another L1;
+/// the figure `retries` counts that.
+pub fn run_scenarios(
+    report: &mut Report,
+    scenarios: &[&Scenario],
+    options: &Options,
+    clock: Clock,
+) -> Figures {
     let mut figures = Figures::new();
     if let Some(why) = workspace::too_old_for_vmm() {
         for scenario in scenarios {
@@ -267,7 +322,10 @@ fn command(rig: &Rig, command: &str, limit: Duration) -> Result<bool> {
     });
     let code = running.stream(limit, |out, err| {
         let (mut stdout, mut stderr) = (std::io::stdout(), std::io::stderr());
-        let written = stdout.write_all(out).and_then(|()| stdout.flush()).and_then(|()| stderr.write_all(err));
+        let written = stdout
+            .write_all(out)
+            .and_then(|()| stdout.flush())
+            .and_then(|()| stderr.write_all(err));
         written.is_ok()
     });
     match code {
@@ -289,7 +347,9 @@ impl std::str::FromStr for File {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let (source, target) = match text.split_once('=') {
-            Some((source, target)) => (PathBuf::from(source), target.trim_start_matches('/').to_owned()),
+            Some((source, target)) => {
+                (PathBuf::from(source), target.trim_start_matches('/').to_owned())
+            }
             None => {
                 let source = PathBuf::from(text);
                 let name = source.file_name().unwrap_or_default().to_string_lossy().into_owned();

@@ -1,4 +1,5 @@
-//! The NIC of the bus in a guest on KVM: traffic to L1 by TAP, and what it costs beside QEMU's virtio-net.
+//! The NIC of the bus in a guest on KVM: traffic to L1 by TAP, and what it costs beside QEMU's
+//! virtio-net.
 
 use std::time::{Duration, Instant};
 
@@ -54,8 +55,8 @@ pub fn exchange(rig: &Rig, guest: &Guest, bytes: u64) -> Result<()> {
     nic::transfer(&rig.guest, guest, INNER, 5002, bytes, 2, TRANSFER)
 }
 
-/// What some traffic has cost: exits that it led to, see [`Trace`], and interrupts of the NIC that the guest has taken, each per MiB
-/// and per packet of the guest's network stack.
+/// What some traffic has cost: exits that it led to, see [`Trace`], and interrupts of the NIC that
+/// the guest has taken, each per MiB and per packet of the guest's network stack.
 #[derive(Clone, Copy, Debug, serde::Serialize)]
 struct Cost {
     exits_per_mib: f64,
@@ -67,11 +68,13 @@ struct Cost {
 impl Cost {
     /// Counts while `bytes` go through the middle of a stream, out of the guest or into it.
     fn of(rig: &Rig, guest: &Guest, interface: &str, out: bool, bytes: u64) -> Result<Self> {
-        let (from, to, address) = if out { (guest, &rig.guest, OUTER) } else { (&rig.guest, guest, INNER) };
+        let (from, to, address) =
+            if out { (guest, &rig.guest, OUTER) } else { (&rig.guest, guest, INNER) };
         let port = if out { 5003 } else { 5004 };
         let receiver = to.start(&format!("exec guest-agent receive 0.0.0.0:{port}"))?;
         nic::wait_port(to, port)?;
-        let sender = from.start(&format!("exec guest-agent send {address}:{port} 1000000000000 3"))?;
+        let sender =
+            from.start(&format!("exec guest-agent send {address}:{port} 1000000000000 3"))?;
         // What runs once only, and what the translators see for the first time.
         pass(rig, 2 * MIB)?;
         let before = (interrupts(guest)?, packets(guest, interface)?, passed(rig)?);
@@ -79,7 +82,8 @@ impl Cost {
         let began = passed(rig)?;
         pass(rig, bytes)?;
         let (exits, traced) = (trace.finish()?, passed(rig)? - began);
-        let (after, all) = ((interrupts(guest)?, packets(guest, interface)?), passed(rig)? - before.2);
+        let (after, all) =
+            ((interrupts(guest)?, packets(guest, interface)?), passed(rig)? - before.2);
         for running in [sender, receiver] {
             running.kill()?;
             running.wait(TRANSFER)?;
@@ -100,7 +104,8 @@ impl Cost {
 
 /// Bytes that have passed L1's end of the wire, both ways.
 fn passed(rig: &Rig) -> Result<u64> {
-    let counters = rig.guest.ok(&format!("cd /sys/class/net/{TAP}/statistics && cat rx_bytes tx_bytes"))?;
+    let counters =
+        rig.guest.ok(&format!("cd /sys/class/net/{TAP}/statistics && cat rx_bytes tx_bytes"))?;
     Ok(counters.split_whitespace().filter_map(|word| word.parse::<u64>().ok()).sum())
 }
 
@@ -108,31 +113,42 @@ fn passed(rig: &Rig) -> Result<u64> {
 pub fn pass(rig: &Rig, bytes: u64) -> Result<()> {
     let (until, limit) = (passed(rig)? + bytes, Instant::now() + TRANSFER);
     while passed(rig)? < until {
-        ensure!(Instant::now() < limit, "{bytes} bytes do not pass within {} s", TRANSFER.as_secs());
+        ensure!(
+            Instant::now() < limit,
+            "{bytes} bytes do not pass within {} s",
+            TRANSFER.as_secs()
+        );
         std::thread::sleep(Duration::from_millis(50));
     }
     Ok(())
 }
 
-/// Interrupts of the NIC so far: by a name of the driver of virtio-net's queues, or of the device that is driven from user space.
+/// Interrupts of the NIC so far: by a name of the driver of virtio-net's queues, or of the device
+/// that is driven from user space.
 fn interrupts(guest: &Guest) -> Result<u64> {
     let lines = guest.ok("grep -E 'virtio[0-9]+-(in|out)put|uio' /proc/interrupts")?;
     // "24:   10   20  PCI-MSI ...": a count for each CPU.
-    let counts =
-        lines.lines().flat_map(|line| line.split_whitespace().skip(1).map_while(|word| word.parse::<u64>().ok()));
+    let counts = lines.lines().flat_map(|line| {
+        line.split_whitespace().skip(1).map_while(|word| word.parse::<u64>().ok())
+    });
     Ok(counts.sum())
 }
 
 fn packets(guest: &Guest, interface: &str) -> Result<u64> {
-    let counters = guest.ok(&format!("cd /sys/class/net/{interface}/statistics && cat rx_packets tx_packets"))?;
+    let counters = guest
+        .ok(&format!("cd /sys/class/net/{interface}/statistics && cat rx_packets tx_packets"))?;
     Ok(counters.split_whitespace().filter_map(|word| word.parse::<u64>().ok()).sum())
 }
 
-/// The same traffic through the NIC of the bus and through QEMU's virtio-net on TAP: what it costs in exits and interrupts.
+/// The same traffic through the NIC of the bus and through QEMU's virtio-net on TAP: what it costs
+/// in exits and interrupts.
 pub fn against_virtio(rig: &Rig, figures: &mut Figures) -> Result<()> {
     const BYTES: u64 = 16 * MIB;
     let both = |rig: &Rig, guest: &Guest, interface: &str| -> Result<[Cost; 2]> {
-        Ok([Cost::of(rig, guest, interface, true, BYTES)?, Cost::of(rig, guest, interface, false, BYTES)?])
+        Ok([
+            Cost::of(rig, guest, interface, true, BYTES)?,
+            Cost::of(rig, guest, interface, false, BYTES)?,
+        ])
     };
     let ours = {
         let bus = bus(rig, "")?;
@@ -145,7 +161,8 @@ pub fn against_virtio(rig: &Rig, figures: &mut Figures) -> Result<()> {
     let theirs = {
         let netdev = format!("-netdev tap,id=net,ifname={TAP},script=no,downscript=no,vhost=off");
         let spec = Spec { vmm: Vmm::Qemu, ..Spec::new("virtio") };
-        let inner = spec.args(&format!("{netdev} -device virtio-net-pci,netdev=net,romfile=")).boot(rig)?;
+        let inner =
+            spec.args(&format!("{netdev} -device virtio-net-pci,netdev=net,romfile=")).boot(rig)?;
         address_tap(rig)?;
         inner.guest.ok(&format!("ip addr add {INNER}/24 dev eth0 && ip link set eth0 up"))?;
         let costs = both(rig, &inner.guest, "eth0")?;
@@ -159,7 +176,10 @@ pub fn against_virtio(rig: &Rig, figures: &mut Figures) -> Result<()> {
     let check = |what: &str, value: fn(&Cost) -> f64| {
         let sum = |costs: &[Cost; 2]| costs.iter().map(value).sum::<f64>();
         let (ours, theirs) = (sum(&ours), sum(&theirs));
-        ensure!(2.0 * ours <= theirs, "{what}, out and in: {ours:.3}, more than half of the {theirs:.3} of virtio-net");
+        ensure!(
+            2.0 * ours <= theirs,
+            "{what}, out and in: {ours:.3}, more than half of the {theirs:.3} of virtio-net"
+        );
         Ok(())
     };
     check("exits per MiB", |cost| cost.exits_per_mib)?;

@@ -1,9 +1,10 @@
-//! `pic` on several processors, in a guest without an operating system: lines that are raised, masked and moved between processors and priorities
-//! all the time.
+//! `pic` on several processors, in a guest without an operating system: lines that are raised,
+//! masked and moved between processors and priorities all the time.
 //!
-//! The guest looks at each line as it is taken (guests/flat, test `processors`): whether it leads to that processor, whether a more urgent one
-//! is left or interrupted, whether its NIC has frames without a gap; and reports failure at once. What it cannot know is looked at here: how often
-//! the devices interrupted, and what KVM did at the end of the messages.
+//! The guest looks at each line as it is taken (guests/flat, test `processors`): whether it leads
+//! to that processor, whether a more urgent one is left or interrupted, whether its NIC has frames
+//! without a gap; and reports failure at once. What it cannot know is looked at here: how often the
+//! devices interrupted, and what KVM did at the end of the messages.
 
 use std::collections::BTreeMap;
 
@@ -21,11 +22,13 @@ const CPUS: u32 = 2;
 const NICS: u32 = 4;
 /// Frames to each NIC in each round.
 const FRAMES: u64 = 150;
-/// Of all messages with KVM's bit in memory, so few may be ended by the register: those for which KVM did not set it.
+/// Of all messages with KVM's bit in memory, so few may be ended by the register: those for which
+/// KVM did not set it.
 const FEW: f64 = 0.1;
 
-/// Two CPUs with a page each; NICs whose lines move between them while frames come; messages that end by the register, by KVM's bit in memory
-/// and by themselves; handlers that more urgent lines interrupt, and others.
+/// Two CPUs with a page each; NICs whose lines move between them while frames come; messages that
+/// end by the register, by KVM's bit in memory and by themselves; handlers that more urgent lines
+/// interrupt, and others.
 pub fn pic(rig: &Rig, figures: &mut Figures) -> Result<()> {
     let config = with_processors(CPUS, NICS);
     let bus = start_bus(rig, &config)?;
@@ -50,7 +53,8 @@ pub fn pic(rig: &Rig, figures: &mut Figures) -> Result<()> {
         ways.entry(round.way).or_default().add(round, &exits, &by_bit);
     }
     for way in ["msi", "pv_eoi", "sint"] {
-        let counted = ways.get(way).with_context(|| format!("no round with {way}:\n{}", run.report))?;
+        let counted =
+            ways.get(way).with_context(|| format!("no round with {way}:\n{}", run.report))?;
         eprintln!("{way}: {counted:?}");
         counted.check(way, !rig.is_emulated())?;
         let per = counted.exits as f64 / counted.messages as f64;
@@ -61,9 +65,18 @@ pub fn pic(rig: &Rig, figures: &mut Figures) -> Result<()> {
     figures.insert("pic_cpus_handled".into(), sum(|round| round.raised.iter().sum()).into());
     figures.insert("pic_cpus_moves".into(), sum(|round| round.moves).into());
     figures.insert("pic_cpus_moved_while_pending".into(), sum(|round| round.moved_pending).into());
-    figures.insert("pic_cpus_unmasked_while_pending".into(), sum(|round| round.held.iter().sum()).into());
-    figures.insert("pic_cpus_interrupted_handlers".into(), sum(|round| round.interrupting.iter().sum()).into());
-    figures.insert("pic_cpus_rounds".into(), rounds.iter().map(|round| round.report.clone()).collect());
+    figures.insert(
+        "pic_cpus_unmasked_while_pending".into(),
+        sum(|round| round.held.iter().sum()).into(),
+    );
+    figures.insert(
+        "pic_cpus_interrupted_handlers".into(),
+        sum(|round| round.interrupting.iter().sum()).into(),
+    );
+    figures.insert(
+        "pic_cpus_rounds".into(),
+        rounds.iter().map(|round| round.report.clone()).collect(),
+    );
     Ok(())
 }
 
@@ -75,7 +88,8 @@ struct Round<'a> {
     raised: Vec<u64>,
     /// How often it began to wait when a frame had just come: perhaps with an interrupt more.
     late: u64,
-    /// Lines that were handled for nothing: a route begins with one, and moves while a line is taken make one.
+    /// Lines that were handled for nothing: a route begins with one, and moves while a line is
+    /// taken make one.
     empty: u64,
     moves: u64,
     moved_pending: u64,
@@ -123,7 +137,18 @@ impl<'a> Round<'a> {
 
     fn text(&self) -> String {
         let Self {
-            way, nested, raised, empty, moves, moved_pending, messages, taken, interrupting, chosen, held, ..
+            way,
+            nested,
+            raised,
+            empty,
+            moves,
+            moved_pending,
+            messages,
+            taken,
+            interrupting,
+            chosen,
+            held,
+            ..
         } = self;
         let handlers = if *nested { "nested" } else { "flat" };
         format!(
@@ -142,19 +167,27 @@ impl<'a> Round<'a> {
             && self.held.iter().sum::<u64>() > 0;
         ensure!(tried, "the round left something out: {}", self.report);
         // A handler is interrupted by more urgent lines, or by none.
-        ensure!((self.interrupting.iter().sum::<u64>() > 0) == self.nested, "the nesting is wrong: {}", self.report);
+        ensure!(
+            (self.interrupting.iter().sum::<u64>() > 0) == self.nested,
+            "the nesting is wrong: {}",
+            self.report
+        );
         Ok(())
     }
 }
 
 /// How often each NIC interrupted in all, as the bus counts it.
 fn interrupts(bus: &InnerBus<'_>) -> Result<Vec<u64>> {
-    let stats: Value = serde_json::from_str(&bus.run("stats --json")?).context("vbus stats --json printed no JSON")?;
+    let stats: Value = serde_json::from_str(&bus.run("stats --json")?)
+        .context("vbus stats --json printed no JSON")?;
     let of = |nic| {
-        let device = stats.as_array()?.iter().find(|device| device["name"] == format!("net{nic}"))?;
+        let device =
+            stats.as_array()?.iter().find(|device| device["name"] == format!("net{nic}"))?;
         device["counters"]["interrupts"].as_u64()
     };
-    (0..NICS).map(|nic| of(nic).with_context(|| format!("no interrupts of net{nic}: {stats}"))).collect()
+    (0..NICS)
+        .map(|nic| of(nic).with_context(|| format!("no interrupts of net{nic}: {stats}")))
+        .collect()
 }
 
 /// What the devices raised is what the guest has handled.
@@ -164,8 +197,8 @@ fn check_interrupts(rounds: &[Round<'_>], interrupts: &[u64]) -> Result<()> {
     for (nic, interrupts) in interrupts.iter().enumerate() {
         let raised: u64 = rounds.iter().map(|round| round.raised[nic]).sum();
         eprintln!("net{nic} has interrupted {interrupts} times, and {raised} were handled");
-        // A device that looks whether it is to interrupt while the guest begins to wait may do so once more; and one for whose frame a handler has
-        // come by chance, less.
+        // A device that looks whether it is to interrupt while the guest begins to wait may do so
+        // once more; and one for whose frame a handler has come by chance, less.
         let right = (raised.saturating_sub(empty)..=raised + late).contains(interrupts);
         ensure!(
             right,
@@ -174,8 +207,9 @@ fn check_interrupts(rounds: &[Round<'_>], interrupts: &[u64]) -> Result<()> {
     }
     // A line is taken because a device raised it, because its route began, or again behind a move.
     let taken = sum(|round| round.taken.iter().sum());
-    let most =
-        interrupts.iter().sum::<u64>() + u64::from(NICS) * rounds.len() as u64 + sum(|round| round.moved_pending);
+    let most = interrupts.iter().sum::<u64>()
+        + u64::from(NICS) * rounds.len() as u64
+        + sum(|round| round.moved_pending);
     ensure!(taken <= most, "{taken} lines were taken, and {most} can have been raised");
     Ok(())
 }
@@ -204,11 +238,15 @@ impl Way {
         (self.exits, self.by_bit) = (at(exits), at(by_bit));
     }
 
-    /// `accelerated`: the processor may virtualize the APIC, and then an end by the register is none of KVM's affairs.
+    /// `accelerated`: the processor may virtualize the APIC, and then an end by the register is
+    /// none of KVM's affairs.
     fn check(&self, way: &str, accelerated: bool) -> Result<()> {
         let Self { messages, by_register, exits, by_bit } = *self;
         let same = exits == by_register || (accelerated && exits < by_register);
-        ensure!(same, "{way}: {exits} exits at the end of messages, and the guest made {by_register}");
+        ensure!(
+            same,
+            "{way}: {exits} exits at the end of messages, and the guest made {by_register}"
+        );
         let right = match way {
             "msi" => by_register == messages && by_bit == 0,
             "pv_eoi" => by_register + by_bit == messages && (exits as f64) < FEW * messages as f64,

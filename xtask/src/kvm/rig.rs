@@ -24,7 +24,8 @@ use crate::report::Skip;
 pub enum Clock {
     /// By the host's, on two CPUs.
     Time,
-    /// By the instructions carried out on the only CPU, so that figures repeat. Always under emulation.
+    /// By the instructions carried out on the only CPU, so that figures repeat. Always under
+    /// emulation.
     Instructions,
 }
 
@@ -33,14 +34,17 @@ pub enum Clock {
 pub struct File {
     /// Where it is on the host.
     pub source: PathBuf,
-    /// Where it will be, without the leading `/`. On the host itself only what is in `root/` can be had.
+    /// Where it will be, without the leading `/`. On the host itself only what is in `root/` can be
+    /// had.
     pub target: String,
 }
 
-/// How long L1 may say nothing before it counts as hung. It answers within a millisecond unless it has no processor.
+/// How long L1 may say nothing before it counts as hung. It answers within a millisecond unless it
+/// has no processor.
 const SILENCE: Duration = Duration::from_secs(90);
 
-/// The modules that make a machine with SVM a KVM host, and the one for files brought along on a disk.
+/// The modules that make a machine with SVM a KVM host, and the one for files brought along on a
+/// disk.
 const MODULES: [&str; 2] = ["kvm_amd", "virtio_blk"];
 
 /// A running L1.
@@ -76,8 +80,9 @@ impl<'a> Rig<'a> {
         guest.watch(SILENCE);
         guest.ok("test -c /dev/kvm").context("no /dev/kvm came up")?;
         if let Place::Machine(_) = place {
-            // The first virtual machine and the last one patch code of the scheduler, from which Linux on two emulated processors
-            // dies now and then ("Oops: int3"). With one that stays, no other is the first or the last.
+            // The first virtual machine and the last one patch code of the scheduler, from which
+            // Linux on two emulated processors dies now and then ("Oops: int3"). With one that
+            // stays, no other is the first or the last.
             guest.start("exec guest-agent hold-kvm")?.wait_for("held", BOOT)?;
         }
         let rig = Self { guest, scene, place, clock, inner_hung: Cell::new(false) };
@@ -93,7 +98,8 @@ impl<'a> Rig<'a> {
         }
     }
 
-    /// The folder in L1 with the kernel and the root file system of its guests, and the guest without an operating system.
+    /// The folder in L1 with the kernel and the root file system of its guests, and the guest
+    /// without an operating system.
     pub fn l2_dir(&self) -> String {
         match self.place {
             Place::Machine(_) => "/l2".into(),
@@ -112,7 +118,10 @@ impl<'a> Rig<'a> {
         let debug = "/sys/kernel/debug";
         let mounted = format!("[ -d {debug}/kvm ] || mount -t debugfs debugfs {debug}");
         if self.guest.run(&mounted)?.code != 0 {
-            return Err(Skip("the statistics of this KVM are not to be had: that takes root".into()).into());
+            return Err(Skip(
+                "the statistics of this KVM are not to be had: that takes root".into(),
+            )
+            .into());
         }
         let text = self.guest.ok(&format!("cat {debug}/kvm/{name}"))?;
         text.trim().parse().with_context(|| format!("KVM's counter {name} is {text:?}"))
@@ -120,11 +129,14 @@ impl<'a> Rig<'a> {
 
     /// What stands before a program on its command line that runs virtual CPUs.
     ///
-    /// It keeps them off the first processor of an emulated L1. QEMU 11 has a flag there, bit 7 of `hflags2` (IGNNE), that every processor clears
-    /// when it loads the state of its FPU, so at each change of tasks: `cpu_clear_ignne` takes it out of the *first* processor's word, and not
-    /// atomically. If that one just enters or leaves a guest, what VMRUN or #VMEXIT has changed in the same word is lost. Seen, in a debugger: L1
-    /// with nested paging left on, whose next fetch is a second #VMEXIT that puts L1's own registers in the place of the guest's; and a guest with
-    /// nested paging off. It ends in a triple fault, or in whatever is at the wrong address. Guests under load were lost in one of ten runs.
+    /// It keeps them off the first processor of an emulated L1. QEMU 11 has a flag there, bit 7 of
+    /// `hflags2` (IGNNE), that every processor clears when it loads the state of its FPU, so at
+    /// each change of tasks: `cpu_clear_ignne` takes it out of the *first* processor's word, and
+    /// not atomically. If that one just enters or leaves a guest, what VMRUN or #VMEXIT has changed
+    /// in the same word is lost. Seen, in a debugger: L1 with nested paging left on, whose next
+    /// fetch is a second #VMEXIT that puts L1's own registers in the place of the guest's; and a
+    /// guest with nested paging off. It ends in a triple fault, or in whatever is at the wrong
+    /// address. Guests under load were lost in one of ten runs.
     pub fn guest_processor(&self) -> &'static str {
         match self.place {
             Place::Machine(_) if self.clock == Clock::Time => "taskset 2 ",
@@ -132,7 +144,8 @@ impl<'a> Rig<'a> {
         }
     }
 
-    /// Whether L1 or a guest in it has hung, or begun anew by itself: a fault of the emulation as a rule, and no result of a test.
+    /// Whether L1 or a guest in it has hung, or begun anew by itself: a fault of the emulation as a
+    /// rule, and no result of a test.
     pub fn hung(&self) -> bool {
         self.inner_hung.get() || self.guest.hung() || self.guest.boots() > 1
     }
@@ -162,11 +175,16 @@ impl<'a> Rig<'a> {
         matches!(self.place, Place::Machine(_))
     }
 
-    /// Copies the logs, those in L1 too if it answers, to where they outlive the run; returns that folder.
+    /// Copies the logs, those in L1 too if it answers, to where they outlive the run; returns that
+    /// folder.
     pub fn save_logs(&self) -> Result<PathBuf> {
-        let list = self.guest.run(&format!("cd {} && ls *.log", self.run_dir())).unwrap_or_default();
+        let list =
+            self.guest.run(&format!("cd {} && ls *.log", self.run_dir())).unwrap_or_default();
         for name in list.stdout.lines() {
-            let log = self.guest.run(&format!("tail -c 65536 {}/{name}", self.run_dir())).unwrap_or_default();
+            let log = self
+                .guest
+                .run(&format!("tail -c 65536 {}/{name}", self.run_dir()))
+                .unwrap_or_default();
             fs::write(self.scene.dir().join(name), log.stdout)?;
         }
         self.scene.save_logs()
@@ -178,7 +196,8 @@ fn machine(scene: &Scene, clock: Clock, files: &[File]) -> Result<Machine> {
     let lab = scene.lab;
     let mut archive = Archive::default();
     lab.add_modules(&mut archive, &MODULES)?;
-    let read = |path: &Path| fs::read(path).with_context(|| format!("cannot read {}", path.display()));
+    let read =
+        |path: &Path| fs::read(path).with_context(|| format!("cannot read {}", path.display()));
     archive.file("bin/vbus-vmm", 0o755, &read(&lab.vmm()?)?)?;
     archive.file("bin/vbus-kvm-tests", 0o755, &read(&lab.kvm_tests()?)?)?;
     archive.file("l2/kernel", 0o644, &read(lab.kernel())?)?;
@@ -198,8 +217,10 @@ fn machine(scene: &Scene, clock: Clock, files: &[File]) -> Result<Machine> {
     if let Some(kit) = lab.kit() {
         let disk = scene.dir().join("qemu.cpio");
         fs::write(&disk, qemu_archive(kit)?)?;
-        machine.args =
-            vec!["-drive".into(), format!("file={},format=raw,if=virtio,readonly=on,file.locking=off", disk.display())];
+        machine.args = vec![
+            "-drive".into(),
+            format!("file={},format=raw,if=virtio,readonly=on,file.locking=off", disk.display()),
+        ];
     }
     machine.memory_mib = 2048;
     machine.slots = 0;
@@ -232,18 +253,22 @@ fn qemu_archive(kit: &Kit) -> Result<Vec<u8>> {
 /// An agent on the host, root in user, network and mount name spaces of its own.
 fn start_on_host(scene: &Scene, files: &[File]) -> Result<(Guest, Process)> {
     let lab = scene.lab;
-    let (root, l2, bin) = (scene.dir().join("root"), scene.dir().join("l2"), scene.dir().join("bin"));
+    let (root, l2, bin) =
+        (scene.dir().join("root"), scene.dir().join("l2"), scene.dir().join("bin"));
     for dir in [&root, &l2, &bin] {
         fs::create_dir_all(dir)?;
     }
     // The applets of busybox come first, so that commands mean the same as in a machine.
     let mut busybox = lab.busybox();
-    let installed = busybox.args(["--install", "-s"]).arg(&bin).status().context("cannot run busybox")?;
+    let installed =
+        busybox.args(["--install", "-s"]).arg(&bin).status().context("cannot run busybox")?;
     ensure!(installed.success(), "busybox --install failed ({installed})");
     let link = |source: &Path, target: PathBuf| {
-        let source = fs::canonicalize(source).with_context(|| format!("there is no {}", source.display()))?;
+        let source = fs::canonicalize(source)
+            .with_context(|| format!("there is no {}", source.display()))?;
         let _ = fs::remove_file(&target);
-        std::os::unix::fs::symlink(&source, &target).with_context(|| format!("cannot make {}", target.display()))
+        std::os::unix::fs::symlink(&source, &target)
+            .with_context(|| format!("cannot make {}", target.display()))
     };
     link(lab.vbus(), bin.join("vbus"))?;
     link(&lab.vmm()?, bin.join("vbus-vmm"))?;
@@ -255,15 +280,20 @@ fn start_on_host(scene: &Scene, files: &[File]) -> Result<(Guest, Process)> {
     link(lab.initramfs(), l2.join("initramfs"))?;
     link(&lab.flat()?, l2.join("flat"))?;
     for file in files {
-        let name = file.target.strip_prefix("root/").with_context(|| format!("/{} is the host's", file.target))?;
+        let name = file
+            .target
+            .strip_prefix("root/")
+            .with_context(|| format!("/{} is the host's", file.target))?;
         let target = root.join(name);
-        fs::copy(&file.source, &target).with_context(|| format!("cannot read {}", file.source.display()))?;
+        fs::copy(&file.source, &target)
+            .with_context(|| format!("cannot read {}", file.source.display()))?;
         fs::set_permissions(&target, fs::Permissions::from_mode(0o755))?;
     }
 
     let socket = scene.dir().join("agent");
     let listener = UnixListener::bind(&socket)?;
-    // The agent ends with its socket, and with it, since it is the first of their name space, all that it has started.
+    // The agent ends with its socket, and with it, since it is the first of their name space, all
+    // that it has started.
     let mut command = lab.busybox();
     command.args(["unshare", "-n", "-m", "-p", "-f", "--mount-proc"]);
     if !rustix::process::geteuid().is_root() {
@@ -273,7 +303,8 @@ fn start_on_host(scene: &Scene, files: &[File]) -> Result<(Guest, Process)> {
     let path = std::env::var("PATH").unwrap_or_default();
     command.env("PATH", format!("{}:{}:{path}", root.display(), bin.display()));
     command.env("L2", &l2).env("HOME", &root).current_dir(&root);
-    let mut process = Process::start(command, "the agent on the host", &scene.dir().join("agent.log"))?;
+    let mut process =
+        Process::start(command, "the agent on the host", &scene.dir().join("agent.log"))?;
     listener.set_nonblocking(true)?;
     let until = Instant::now() + Duration::from_secs(30);
     let port = loop {
@@ -301,7 +332,8 @@ fn script(command: &Command) -> String {
         let value = quote(value.unwrap_or_default());
         text.push_str(&format!("export {}={value}\n", name.to_string_lossy()));
     }
-    let words: Vec<String> = std::iter::once(command.get_program()).chain(command.get_args()).map(quote).collect();
+    let words: Vec<String> =
+        std::iter::once(command.get_program()).chain(command.get_args()).map(quote).collect();
     text.push_str(&format!("exec {} \"$@\"\n", words.join(" ")));
     text
 }

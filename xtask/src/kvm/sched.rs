@@ -18,14 +18,18 @@ const RIVALS: u32 = 2;
 const PERIOD_US: u32 = 10_000;
 const TIMES: u32 = 200;
 const ROUNDS: usize = 3;
-/// How much sooner it must wake, by the median; measured 2.5 to 12 times where L1's own processors were shared with others.
+/// How much sooner it must wake, by the median; measured 2.5 to 12 times where L1's own processors
+/// were shared with others.
 const LEAST: f64 = 1.5;
 
-/// The class of the thread of virtual CPU 1, as the bus has set it, and as L1's kernel has it: policy and real-time priority.
+/// The class of the thread of virtual CPU 1, as the bus has set it, and as L1's kernel has it:
+/// policy and real-time priority.
 fn class(rig: &Rig, bus: &InnerBus) -> Result<(String, String)> {
     let shown: Value = serde_json::from_str(&bus.run("device show cpus --json")?)?;
     let cpu = shown["device"]["cpus"].as_array().into_iter().flatten().find(|cpu| cpu["cpu"] == 1);
-    let Some(thread) = cpu.and_then(|cpu| cpu["thread"].as_u64()) else { return Ok(Default::default()) };
+    let Some(thread) = cpu.and_then(|cpu| cpu["thread"].as_u64()) else {
+        return Ok(Default::default());
+    };
     let set = format!(
         "{} {}",
         cpu.map_or("", |cpu| cpu["class"].as_str().unwrap_or("")),
@@ -43,20 +47,25 @@ fn wait_class(rig: &Rig, bus: &InnerBus, set: &str, priority_and_policy: &str) -
         if now == (set.to_owned(), priority_and_policy.to_owned()) {
             return Ok(());
         }
-        ensure!(began.elapsed() < LIMIT, "the thread is {now:?}, not {set} with {priority_and_policy}");
+        ensure!(
+            began.elapsed() < LIMIT,
+            "the thread is {now:?}, not {set} with {priority_and_policy}"
+        );
     }
 }
 
 /// Median and mean, in microseconds, by which a real-time task on CPU 1 wakes late.
 fn measure(inner: &Inner) -> Result<(f64, f64)> {
-    let command = format!("exec guest-agent fifo 50 taskset 2 guest-agent latency {PERIOD_US} {TIMES}");
+    let command =
+        format!("exec guest-agent fifo 50 taskset 2 guest-agent latency {PERIOD_US} {TIMES}");
     let figures: Value = serde_json::from_str(&inner.guest.start(&command)?.ok(LIMIT * 3)?)?;
-    let figure = |key: &str| figures[key].as_f64().with_context(|| format!("no {key} in {figures}"));
+    let figure =
+        |key: &str| figures[key].as_f64().with_context(|| format!("no {key} in {figures}"));
     Ok((figure("median")?, figure("mean")?))
 }
 
-/// The threads that `vbus-vmm` tells of follow the guest's tasks; and under load in L1 a real-time task of the guest, which is busy besides,
-/// wakes the sooner for it.
+/// The threads that `vbus-vmm` tells of follow the guest's tasks; and under load in L1 a real-time
+/// task of the guest, which is busy besides, wakes the sooner for it.
 pub fn latency(rig: &Rig, figures: &mut Figures) -> Result<()> {
     let settings = format!("vmm = \"{}/linux.control\"\npriority-max = 30", rig.run_dir());
     let bus = InnerBus::start(rig, &device("cpus", "sched", &settings))?;
@@ -83,8 +92,9 @@ pub fn latency(rig: &Rig, figures: &mut Figures) -> Result<()> {
     rig.guest.ok(&format!(
         "for task in /proc/$(awk '/^Tgid/ {{print $2}}' /proc/{first}/status)/task/*; do taskset -p 1 ${{task##*/}}; done; taskset -p 2 {second}"
     ))?;
-    let rivals: Vec<_> =
-        (0..RIVALS).map(|_| rig.guest.start("exec taskset 2 guest-agent spin")).collect::<Result<_>>()?;
+    let rivals: Vec<_> = (0..RIVALS)
+        .map(|_| rig.guest.start("exec taskset 2 guest-agent spin"))
+        .collect::<Result<_>>()?;
     let busy = inner.guest.start("exec taskset 2 guest-agent spin")?;
     let mut rounds = Vec::new();
     for _ in 0..ROUNDS {
@@ -112,6 +122,9 @@ pub fn latency(rig: &Rig, figures: &mut Figures) -> Result<()> {
     eprintln!("latency without sched against with: median {median:.1}, mean {mean:.1}");
     figures.insert("sched_latency_ratio_median".into(), median.into());
     figures.insert("sched_latency_ratio_mean".into(), mean.into());
-    ensure!(median >= LEAST, "the median is {median:.1} times as good with sched, less than {LEAST}");
+    ensure!(
+        median >= LEAST,
+        "the median is {median:.1} times as good with sched, less than {LEAST}"
+    );
     inner.power_off()
 }

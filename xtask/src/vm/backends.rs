@@ -25,21 +25,28 @@ fn guest_with_nic(scene: &Scene, bus: &Bus, more: &[&str]) -> Result<(Vm, Nic)> 
     Ok((vm, nic))
 }
 
-/// One guest on the stream back end, the other on a virtio-net of QEMU with the other end of the stream.
+/// One guest on the stream back end, the other on a virtio-net of QEMU with the other end of the
+/// stream.
 pub fn stream(scene: &Scene) -> Result<()> {
     let socket = scene.dir().join("stream").display().to_string();
-    let bus = Bus::start(scene, &device("net", "venet", &format!("backend = \"stream\"\nlisten = \"{socket}\"")))?;
+    let bus = Bus::start(
+        scene,
+        &device("net", "venet", &format!("backend = \"stream\"\nlisten = \"{socket}\"")),
+    )?;
     let (a, _nic) = guest_with_nic(scene, &bus, &[])?;
-    let netdev = format!("stream,id=net,server=off,reconnect-ms=100,addr.type=unix,addr.path={socket}");
-    let b =
-        Machine::new("b").args(&["-netdev", &netdev, "-device", "virtio-net-pci,netdev=net,romfile="]).boot(scene)?;
+    let netdev =
+        format!("stream,id=net,server=off,reconnect-ms=100,addr.type=unix,addr.path={socket}");
+    let b = Machine::new("b")
+        .args(&["-netdev", &netdev, "-device", "virtio-net-pci,netdev=net,romfile="])
+        .boot(scene)?;
     b.guest.ok(&format!("ip addr add {}/24 dev eth0 && ip link set eth0 up", ADDRESS[1]))?;
     nic::ping(&a.guest, ADDRESS[1], 3)?;
     nic::transfer(&a.guest, &b.guest, ADDRESS[1], 5001, 32 * MIB, 1, TRANSFER)?;
     nic::transfer(&b.guest, &a.guest, ADDRESS[0], 5002, 32 * MIB, 2, TRANSFER)
 }
 
-/// The guest reaches a port of the host, and the host one of the guest, through passt: networking without root.
+/// The guest reaches a port of the host, and the host one of the guest, through passt: networking
+/// without root.
 pub fn passt(scene: &Scene) -> Result<()> {
     const PORT: u16 = 15_201;
     let socket = scene.dir().join("passt");
@@ -61,18 +68,25 @@ pub fn passt(scene: &Scene) -> Result<()> {
     let until = Instant::now() + Duration::from_secs(10);
     while !socket.exists() {
         if passt.ended()?.is_some() || Instant::now() > until {
-            return Err(Skip(passt.complaint("does not run here").to_string().replace('\n', " ")).into());
+            return Err(
+                Skip(passt.complaint("does not run here").to_string().replace('\n', " ")).into()
+            );
         }
         std::thread::sleep(Duration::from_millis(10));
     }
     let bus = Bus::start(
         scene,
-        &device("net", "venet", &format!("backend = \"stream\"\nconnect = \"{}\"", socket.display())),
+        &device(
+            "net",
+            "venet",
+            &format!("backend = \"stream\"\nconnect = \"{}\"", socket.display()),
+        ),
     )?;
     let (a, _nic) = guest_with_nic(scene, &bus, &[])?;
     a.guest.ok("ip route add default via 10.0.0.254")?;
     let receiver = a.guest.start(&format!("guest-agent receive 0.0.0.0:{PORT}"))?;
-    a.guest.ok(&format!("until grep -q ':{PORT:04X} [0:]* 0A' /proc/net/tcp; do sleep 0.05; done"))?;
+    a.guest
+        .ok(&format!("until grep -q ':{PORT:04X} [0:]* 0A' /proc/net/tcp; do sleep 0.05; done"))?;
     let bytes = 16 * MIB;
     let sender = Command::new(scene.lab.agent())
         .args(["send", &format!("127.0.0.1:{PORT}"), &bytes.to_string(), "5"])
@@ -80,14 +94,18 @@ pub fn passt(scene: &Scene) -> Result<()> {
         .output()
         .context("cannot run the agent on the host")?;
     let sent = String::from_utf8_lossy(&sender.stdout).into_owned();
-    ensure!(sender.status.success(), "sending through passt failed: {}", String::from_utf8_lossy(&sender.stderr));
+    ensure!(
+        sender.status.success(),
+        "sending through passt failed: {}",
+        String::from_utf8_lossy(&sender.stderr)
+    );
     let received = receiver.ok(TRANSFER)?;
     ensure!(sent == received, "sent {sent}, received {received}");
     Ok(())
 }
 
-/// In one guest and run, TCP to and from the host through `vbus guest net` on TAP is at least half as fast as through QEMU's own virtio-net on TAP,
-/// each way.
+/// In one guest and run, TCP to and from the host through `vbus guest net` on TAP is at least half
+/// as fast as through QEMU's own virtio-net on TAP, each way.
 pub fn tap(scene: &Scene) -> Result<()> {
     const ROUNDS: usize = 5;
     const LEAST: f64 = 0.5;
@@ -96,7 +114,10 @@ pub fn tap(scene: &Scene) -> Result<()> {
     }
     let id = std::process::id() % 10_000;
     let (ours, theirs) = (format!("vbus-o{id}"), format!("vbus-v{id}"));
-    let bus = match Bus::start(scene, &device("net", "venet", &format!("backend = \"tap\"\ntap = \"{ours}\""))) {
+    let bus = match Bus::start(
+        scene,
+        &device("net", "venet", &format!("backend = \"tap\"\ntap = \"{ours}\"")),
+    ) {
         Ok(bus) => bus,
         Err(error) if !rustix::process::geteuid().is_root() => {
             return Err(Skip(format!("TAP needs CAP_NET_ADMIN: {error:#}")).into());
@@ -104,8 +125,11 @@ pub fn tap(scene: &Scene) -> Result<()> {
         Err(error) => return Err(error),
     };
     let netdev = format!("tap,id=net,ifname={theirs},script=no,downscript=no,vhost=off");
-    let (vm, _nic) =
-        guest_with_nic(scene, &bus, &["-netdev", &netdev, "-device", "virtio-net-pci,netdev=net,romfile="])?;
+    let (vm, _nic) = guest_with_nic(
+        scene,
+        &bus,
+        &["-netdev", &netdev, "-device", "virtio-net-pci,netdev=net,romfile="],
+    )?;
     vm.guest.ok("ip addr add 10.0.9.1/24 dev eth0 && ip link set eth0 up")?;
     for (interface, address) in [(&ours, "10.0.0.254/24"), (&theirs, "10.0.9.254/24")] {
         host_ip(scene, &["addr", "add", address, "dev", interface])?;
@@ -116,7 +140,9 @@ pub fn tap(scene: &Scene) -> Result<()> {
     let _server = Process::start(server, "iperf3", &scene.dir().join("iperf3.log"))?;
 
     let figure = |host: &str, way: &str| -> Result<f64> {
-        let command = format!("iperf3 --client {host} --port 15201 --time 3 --json --connect-timeout 10000 {way}");
+        let command = format!(
+            "iperf3 --client {host} --port 15201 --time 3 --json --connect-timeout 10000 {way}"
+        );
         let text = vm.guest.start(&command)?.ok(TRANSFER)?;
         let result: Value = serde_json::from_str(&text).context("iperf3 printed no JSON")?;
         let bits = result["end"]["sum_received"]["bits_per_second"].as_f64();
@@ -131,7 +157,9 @@ pub fn tap(scene: &Scene) -> Result<()> {
         let mut ratios: Vec<f64> = rounds.iter().map(|(ours, theirs)| ours / theirs).collect();
         ratios.sort_by(f64::total_cmp);
         let ratio = ratios[ROUNDS / 2];
-        eprintln!("TCP {direction}, vbus against virtio-net in Mb/s: {rounds:.0?}; ratio {ratio:.2}");
+        eprintln!(
+            "TCP {direction}, vbus against virtio-net in Mb/s: {rounds:.0?}; ratio {ratio:.2}"
+        );
         ensure!(
             ratio >= LEAST,
             "TCP {direction} has {ratio:.2} of the speed of virtio-net, less than {LEAST}: {rounds:.0?}"
@@ -143,6 +171,11 @@ pub fn tap(scene: &Scene) -> Result<()> {
 /// `ip` on the host, by the kit's busybox: a machine may have no iproute2.
 fn host_ip(scene: &Scene, args: &[&str]) -> Result<()> {
     let output = scene.lab.busybox().arg("ip").args(args).output().context("cannot run busybox")?;
-    ensure!(output.status.success(), "ip {} failed: {}", args.join(" "), String::from_utf8_lossy(&output.stderr));
+    ensure!(
+        output.status.success(),
+        "ip {} failed: {}",
+        args.join(" "),
+        String::from_utf8_lossy(&output.stderr)
+    );
     Ok(())
 }

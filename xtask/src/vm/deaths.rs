@@ -18,7 +18,8 @@ const MIB: u64 = 1 << 20;
 fn endless(pair: &Pair) -> Result<(Running, Running)> {
     let receiver = pair.b().start("guest-agent receive 0.0.0.0:5000")?;
     pair.b().ok("until grep -q ':1388 [0:]* 0A' /proc/net/tcp; do sleep 0.05; done")?;
-    let sender = pair.a().start(&format!("guest-agent send {}:5000 1000000000000 3", ADDRESS[1]))?;
+    let sender =
+        pair.a().start(&format!("guest-agent send {}:5000 1000000000000 3", ADDRESS[1]))?;
     // Well under way: 8 MiB have come.
     pair.b().ok("until [ $(cat /sys/class/net/vbus0/statistics/rx_bytes) -gt 8388608 ]; do sleep 0.05; done")?;
     Ok((sender, receiver))
@@ -68,13 +69,16 @@ pub fn bus(scene: &Scene) -> Result<()> {
         vm.guest.run_for("true", Duration::from_secs(60))?;
         vm.control.forget_events();
         vm.unplug("dev0")?;
-        vm.guest.ok("until [ -z \"$(vbus guest list 2>/dev/null | grep net-)\" ]; do sleep 0.05; done")?;
+        vm.guest.ok(
+            "until [ -z \"$(vbus guest list 2>/dev/null | grep net-)\" ]; do sleep 0.05; done",
+        )?;
     }
     for nic in pair.nics.drain(..) {
         let ended = nic.driver.wait(TRANSFER)?;
         ensure!(ended.code != 101, "the driver panicked: {}", ended.stderr);
     }
-    let config = ["net-a", "net-b"].map(|name| device(name, "venet", "backend = \"switch\"")).concat();
+    let config =
+        ["net-a", "net-b"].map(|name| device(name, "venet", "backend = \"switch\"")).concat();
     pair.bus = Bus::start(scene, &config)?;
     for (vm, name) in pair.vms.iter_mut().zip(["net-a", "net-b"]) {
         vm.plug("again", 1, &pair.bus.socket(name))?;
@@ -101,7 +105,8 @@ pub fn reboot(scene: &Scene) -> Result<()> {
     pair.vms[0].control.execute("query-status", json!({})).map(drop)
 }
 
-/// The driver is opened and closed a hundred times; the bus then has what it had before, in files and in memory.
+/// The driver is opened and closed a hundred times; the bus then has what it had before, in files
+/// and in memory.
 pub fn reopen(scene: &Scene) -> Result<()> {
     const TIMES: u32 = 100;
     const GROWTH_KIB: u64 = 4096;
@@ -130,7 +135,12 @@ pub fn reopen(scene: &Scene) -> Result<()> {
     eprintln!("opened {TIMES} times; {files} files; {memory} KiB after 10, {now} KiB at the end");
     ensure!(now <= memory + GROWTH_KIB, "the bus grew from {memory} to {now} KiB");
     let huge = vm.guest.ok("grep HugePages_ /proc/meminfo")?;
-    let pages = |key: &str| huge.lines().find_map(|line| line.strip_prefix(key)?.trim().parse::<u32>().ok());
-    ensure!(pages("HugePages_Free:") == pages("HugePages_Total:"), "huge pages were left behind:\n{huge}");
+    let pages = |key: &str| {
+        huge.lines().find_map(|line| line.strip_prefix(key)?.trim().parse::<u32>().ok())
+    };
+    ensure!(
+        pages("HugePages_Free:") == pages("HugePages_Total:"),
+        "huge pages were left behind:\n{huge}"
+    );
     vm.power_off()
 }

@@ -15,7 +15,8 @@ const LIMIT: Duration = Duration::from_secs(90);
 const FRAMES: u64 = 2000;
 const UPDATES: u64 = 5;
 
-/// The guest finds its devices, exchanges frames and values, and powers off: once with MSI and x2APIC, once with MSI-X and xAPIC.
+/// The guest finds its devices, exchanges frames and values, and powers off: once with MSI and
+/// x2APIC, once with MSI-X and xAPIC.
 pub fn drives_devices(scene: &Scene) -> Result<()> {
     let image = scene.lab.flat()?;
     for (settings, processor) in [("", "max"), ("msix = true", "max,-x2apic")] {
@@ -24,22 +25,39 @@ pub fn drives_devices(scene: &Scene) -> Result<()> {
         let mut command = scene.lab.qemu();
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
         command.args(["-M", "q35,memory-backend=ram,vmport=off,hpet=off", "-m", "128M"]);
-        // QEMU's translator carries locked instructions out in several steps where there can be but one CPU. The device that sets bits in
-        // `pic`'s page at the same time, from another process, is like another CPU.
+        // QEMU's translator carries locked instructions out in several steps where there can be but
+        // one CPU. The device that sets bits in `pic`'s page at the same time, from another
+        // process, is like another CPU.
         command.args(["-smp", "1,maxcpus=2"]);
-        command.args(["-object", "memory-backend-memfd,id=ram,size=128M,share=on", "-serial", "stdio"]);
+        command.args([
+            "-object",
+            "memory-backend-memfd,id=ram,size=128M,share=on",
+            "-serial",
+            "stdio",
+        ]);
         match scene.lab.accel() {
-            Accel::Kvm => command.args(["-accel", "kvm", "-cpu", &processor.replace("max", "host")]),
+            Accel::Kvm => {
+                command.args(["-accel", "kvm", "-cpu", &processor.replace("max", "host")])
+            }
             Accel::Tcg => command.args(["-accel", "tcg", "-cpu", processor]),
         };
         command.arg("-kernel").arg(&image).arg("-append");
-        command.arg(format!("test=list,state,venet,pic,interrupts count={FRAMES} updates={UPDATES}"));
+        command
+            .arg(format!("test=list,state,venet,pic,interrupts count={FRAMES} updates={UPDATES}"));
         for (slot, name) in names.iter().enumerate() {
-            command.args(["-device", &format!("pcie-root-port,id=slot{slot},slot={slot},chassis={slot},io-reserve=0")]);
-            command.arg("-device").arg(vfio_user(name, &format!("slot{slot}"), &bus.socket(name)).to_string());
+            command.args([
+                "-device",
+                &format!("pcie-root-port,id=slot{slot},slot={slot},chassis={slot},io-reserve=0"),
+            ]);
+            command
+                .arg("-device")
+                .arg(vfio_user(name, &format!("slot{slot}"), &bus.socket(name)).to_string());
         }
-        let (mut qemu, lines) =
-            Process::start_with_lines(command, "QEMU of guests/flat", &scene.dir().join("qemu.log"))?;
+        let (mut qemu, lines) = Process::start_with_lines(
+            command,
+            "QEMU of guests/flat",
+            &scene.dir().join("qemu.log"),
+        )?;
         let mut set = 0;
         let report = Report::read(&lines, LIMIT, |_| {
             set += 1;
@@ -59,13 +77,20 @@ pub fn drives_devices(scene: &Scene) -> Result<()> {
             let frames = &report.find("venet", "back-end", back_end)?["frames"];
             ensure!(*frames == FRAMES, "{frames} frames");
         }
-        // Each frame is one interrupt, or with the controller of the bus one line, but for what merged or was seen before it came.
+        // Each frame is one interrupt, or with the controller of the bus one line, but for what
+        // merged or was seen before it came.
         for round in report.of("interrupts") {
             let lines = if round["pic"] == true { &round["lines"] } else { &round["interrupts"] };
             let lines = lines.as_u64().unwrap_or(0);
-            ensure!(lines > 0 && lines < FRAMES * 3 / 2, "{FRAMES} frames came with {lines} interrupts: {round}");
+            ensure!(
+                lines > 0 && lines < FRAMES * 3 / 2,
+                "{FRAMES} frames came with {lines} interrupts: {round}"
+            );
         }
-        ensure!(report.of("interrupts").any(|round| round["pic"] == true), "no round with the interrupt controller");
+        ensure!(
+            report.of("interrupts").any(|round| round["pic"] == true),
+            "no round with the interrupt controller"
+        );
         let traffic = bus.traffic(&["net-a", "net-b"])?;
         eprintln!(
             "{settings:11} {} frames, {} doorbells, {} interrupts",

@@ -7,7 +7,8 @@ use anyhow::{Result, ensure};
 use crate::lab::Scene;
 use crate::machine::{BOOT, Machine};
 
-/// A guest boots to its agent with everything that the driver needs, runs commands side by side, and powers off.
+/// A guest boots to its agent with everything that the driver needs, runs commands side by side,
+/// and powers off.
 pub fn boot(scene: &Scene) -> Result<()> {
     let vm = Machine::new("a").boot(scene)?;
     eprintln!("booted in {:.1} s", vm.age().as_secs_f32());
@@ -21,7 +22,10 @@ pub fn boot(scene: &Scene) -> Result<()> {
     // Exit codes, both outputs, bytes that are no text, and a longer command beside short ones.
     let slow = guest.start("read line; echo got $line")?;
     let output = guest.run("echo out; echo err >&2; exit 3")?;
-    ensure!((output.code, output.stdout.as_str(), output.stderr.as_str()) == (3, "out\n", "err\n"), "got {output:?}");
+    ensure!(
+        (output.code, output.stdout.as_str(), output.stderr.as_str()) == (3, "out\n", "err\n"),
+        "got {output:?}"
+    );
     let killed = guest.start("sleep 1000")?;
     killed.kill()?;
     let code = killed.wait(BOOT)?.code;
@@ -68,7 +72,10 @@ pub fn two_guests(scene: &Scene) -> Result<()> {
     b.guest.ok("until grep -q :1388 /proc/net/tcp; do sleep 0.1; done")?;
     let sent = a.guest.start(&format!("guest-agent send 10.0.0.2:5000 {BYTES} 7"))?.ok(BOOT)?;
     let received = receiver.ok(BOOT)?;
-    ensure!(sent == received && sent.starts_with(&BYTES.to_string()), "sent {sent:?}, received {received:?}");
+    ensure!(
+        sent == received && sent.starts_with(&BYTES.to_string()),
+        "sent {sent:?}, received {received:?}"
+    );
     a.power_off()?;
     b.power_off()
 }

@@ -12,10 +12,12 @@ use crate::lab::Scene;
 use crate::machine::Machine;
 use crate::nic;
 
-/// A guest writes at random over registers, doorbells, rings and buffers of its NIC; the traffic of two others loses nothing.
+/// A guest writes at random over registers, doorbells, rings and buffers of its NIC; the traffic of
+/// two others loses nothing.
 pub fn scribbler(scene: &Scene) -> Result<()> {
     const ROUNDS: u32 = 25;
-    // With patience enough for guests that share two processors: a frame that is dropped all the same is the hostile guest's doing.
+    // With patience enough for guests that share two processors: a frame that is dropped all the
+    // same is the hostile guest's doing.
     let pair = Pair::start(scene, Spec { device: "patience-ms = 60000", ..Spec::default() })?;
     pair.bus.run(&["device", "add", "net-c", "--class", "venet", "--set", "backend=switch"])?;
     let hostile = Machine::new("c").device(pair.bus.socket("net-c")).boot(scene)?;
@@ -38,12 +40,19 @@ pub fn scribbler(scene: &Scene) -> Result<()> {
     let wrote = scribble.ok(Duration::from_secs(10))?;
     let count: u64 = wrote.trim().strip_prefix("wrote ").and_then(|n| n.parse().ok()).unwrap_or(0);
     let drops = pair.bus.traffic(&["net-a", "net-b"])?.drops;
-    eprintln!("{count} hostile writes beside {} transfers, with {drops} frames dropped", port - 5000);
+    eprintln!(
+        "{count} hostile writes beside {} transfers, with {drops} frames dropped",
+        port - 5000
+    );
     ensure!(drops == 0, "{drops} frames of the honest guests were dropped");
     ensure!(count > 10_000, "the hostile guest wrote only {count} times:\n{wrote}");
-    let device: Value = serde_json::from_str(&pair.bus.run(&["device", "show", "net-c", "--json"])?)?;
+    let device: Value =
+        serde_json::from_str(&pair.bus.run(&["device", "show", "net-c", "--json"])?)?;
     eprintln!("its device: {} {}", device["counters"], device["device"]["pairs"]);
-    ensure!(device["counters"]["broken"].as_u64() > Some(0), "no write broke a connection, so the test tests nothing");
+    ensure!(
+        device["counters"]["broken"].as_u64() > Some(0),
+        "no write broke a connection, so the test tests nothing"
+    );
     // The bus lives, and serves the hostile guest's device to an honest driver again.
     pair.transfer_back(6000, 32 << 20)?;
     nic::Nic::up(&hostile.guest, "net-c", "vbus0", "10.0.0.3/24", "")?;
@@ -59,6 +68,10 @@ pub fn share_off(scene: &Scene) -> Result<()> {
     nic::prepare(&vm.guest)?;
     let output = vm.guest.run_for("vbus guest net --name vbus0", TRANSFER)?;
     ensure!(output.code != 0, "the driver works although the memory is not shared");
-    ensure!(output.stderr.contains("share=on"), "the error does not say what to do:\n{}", output.stderr);
+    ensure!(
+        output.stderr.contains("share=on"),
+        "the error does not say what to do:\n{}",
+        output.stderr
+    );
     vm.power_off()
 }

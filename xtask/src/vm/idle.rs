@@ -10,14 +10,17 @@ use crate::lab::Scene;
 
 const DEVICES: usize = 64;
 const MOST_KIB: u64 = 64 * 1024;
-/// How long the bus is watched doing nothing. A time to measure over, not one to wait for something.
+/// How long the bus is watched doing nothing. A time to measure over, not one to wait for
+/// something.
 const WATCHED: Duration = Duration::from_secs(3);
-/// What may be used in that time, in clock ticks of 10 ms: none, but one for what a measurement itself sets off.
+/// What may be used in that time, in clock ticks of 10 ms: none, but one for what a measurement
+/// itself sets off.
 const MOST_CPU: Duration = Duration::from_millis(10);
 
 /// 64 idle devices take less than 64 MiB, no thread each, and no processor time.
 pub fn many_devices(scene: &Scene) -> Result<()> {
-    let config: String = (0..DEVICES).map(|n| device(&format!("net{n}"), "venet", "backend = \"switch\"")).collect();
+    let config: String =
+        (0..DEVICES).map(|n| device(&format!("net{n}"), "venet", "backend = \"switch\"")).collect();
     let mut bus = Bus::start(scene, &config)?;
     let before = bus.cpu_time()?;
     std::thread::sleep(WATCHED);

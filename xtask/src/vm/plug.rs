@@ -12,18 +12,30 @@ use crate::nic::{self, Nic};
 
 const CYCLES: u32 = 20;
 
-/// Twenty times a second NIC is plugged, driven and unplugged, while a stream runs over the first one.
+/// Twenty times a second NIC is plugged, driven and unplugged, while a stream runs over the first
+/// one.
 pub fn cycles(scene: &Scene) -> Result<()> {
     let pair = Pair::start(scene, Spec::default())?;
     let qmp = pair.vms[0].qmp_socket().display().to_string();
     let stream = pair.b().start("guest-agent receive 0.0.0.0:5000")?;
     pair.b().ok("until grep -q ':1388 [0:]* 0A' /proc/net/tcp; do sleep 0.05; done")?;
     // It ends when the test ends it, so that it runs during every cycle.
-    let sender = pair.a().start(&format!("guest-agent send {}:5000 1000000000000 3", ADDRESS[1]))?;
+    let sender =
+        pair.a().start(&format!("guest-agent send {}:5000 1000000000000 3", ADDRESS[1]))?;
     let (mut plugs, mut unplugs) = (Vec::new(), Vec::new());
     for cycle in 0..CYCLES {
         let began = std::time::Instant::now();
-        pair.bus.run(&["device", "add", "extra", "--class", "venet", "--set", "backend=null", "--qmp", &qmp])?;
+        pair.bus.run(&[
+            "device",
+            "add",
+            "extra",
+            "--class",
+            "venet",
+            "--set",
+            "backend=null",
+            "--qmp",
+            &qmp,
+        ])?;
         pair.a().ok("until vbus guest list | grep -q extra; do sleep 0.02; done")?;
         plugs.push(began.elapsed().as_millis());
         let nic = Nic::up(&pair.vms[0].guest, "extra", "vbus1", "10.0.1.1/24", "")?;
@@ -31,8 +43,16 @@ pub fn cycles(scene: &Scene) -> Result<()> {
         pair.bus.run(&["device", "remove", "extra", "--qmp", &qmp])?;
         unplugs.push(began.elapsed().as_millis());
         let ended = nic.driver.wait(super::pair::TRANSFER)?;
-        ensure!(!nic.interface.is_empty() && ended.code != 101, "cycle {cycle}: the driver panicked: {}", ended.stderr);
-        ensure!(sender.runs() && stream.runs(), "cycle {cycle} ended the stream on the other NIC: {:?}", sender.said());
+        ensure!(
+            !nic.interface.is_empty() && ended.code != 101,
+            "cycle {cycle}: the driver panicked: {}",
+            ended.stderr
+        );
+        ensure!(
+            sender.runs() && stream.runs(),
+            "cycle {cycle} ended the stream on the other NIC: {:?}",
+            sender.said()
+        );
     }
     eprintln!("plugged in {plugs:?} ms, unplugged in {unplugs:?} ms");
     sender.kill()?;
@@ -40,7 +60,8 @@ pub fn cycles(scene: &Scene) -> Result<()> {
     pair.transfer(5001, 16 << 20)
 }
 
-/// One `vbus guest net --all` serves whatever is plugged in, follows its link, and lets go of what is unplugged.
+/// One `vbus guest net --all` serves whatever is plugged in, follows its link, and lets go of what
+/// is unplugged.
 pub fn follow(scene: &Scene) -> Result<()> {
     const INTERFACE: &str = "/sys/class/net/vbus0";
     let bus = Bus::start(scene, "")?;
@@ -53,7 +74,10 @@ pub fn follow(scene: &Scene) -> Result<()> {
         let stream = scene.dir().join(format!("stream-{cycle}"));
         let listen = format!("listen={}", stream.display());
         let settings = ["--set", "backend=stream", "--set", &listen];
-        bus.run(&[&["device", "add", "extra", "--class", "venet"][..], &settings, &["--qmp", &qmp]].concat())?;
+        bus.run(
+            &[&["device", "add", "extra", "--class", "venet"][..], &settings, &["--qmp", &qmp]]
+                .concat(),
+        )?;
         until(&format!("[ -e {INTERFACE} ]"))?;
         // Twice each way: the second change finds the driver with an older one behind it.
         for _ in 0..2 {

@@ -47,11 +47,14 @@ impl Stage {
     fn set_with(scene: &Scene, boost: Duration) -> Result<Stage> {
         let qmp = scene.dir().join("a.qmp");
         let boost = boost.as_millis();
-        let settings = format!("qmp = \"{}\"\npriority-max = {HIGHEST}\nboost-ms = {boost}", qmp.display());
+        let settings =
+            format!("qmp = \"{}\"\npriority-max = {HIGHEST}\nboost-ms = {boost}", qmp.display());
         let bus = Bus::start(scene, &device("cpus", "sched", &settings))?;
         let shown: Value = serde_json::from_str(&bus.run(&["device", "show", "cpus", "--json"])?)?;
         if shown["device"]["privileged"] != true {
-            return Err(Skip("setting the class of QEMU's threads needs CAP_SYS_NICE".into()).into());
+            return Err(
+                Skip("setting the class of QEMU's threads needs CAP_SYS_NICE".into()).into()
+            );
         }
         let mut machine = Machine::new("a").device(bus.socket("cpus"));
         machine.cpus = 2;
@@ -59,8 +62,12 @@ impl Stage {
         ensure!(vm.qmp_socket() == qmp, "QEMU listens at {}", vm.qmp_socket().display());
         nic::prepare(&vm.guest)?;
         let cpus = vm.control.execute("query-cpus-fast", json!({}))?;
-        let threads: Vec<_> =
-            cpus.as_array().into_iter().flatten().filter_map(|cpu| cpu["thread-id"].as_u64()).collect();
+        let threads: Vec<_> = cpus
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(|cpu| cpu["thread-id"].as_u64())
+            .collect();
         ensure!(threads.len() == 2, "QEMU tells of the threads {cpus}");
         Ok(Stage { bus, vm, threads })
     }
@@ -94,17 +101,21 @@ impl Stage {
     /// A task of the guest that sleeps on CPU `cpu`, of the class FIFO.
     fn task(&self, cpu: usize, priority: u32) -> Result<(Running, String)> {
         let mask = 1 << cpu;
-        let command = format!("echo $$; exec guest-agent fifo {priority} taskset {mask:x} sleep 1000");
+        let command =
+            format!("echo $$; exec guest-agent fifo {priority} taskset {mask:x} sleep 1000");
         let task = self.vm.guest.start(&command)?;
         task.wait_for("\n", LIMIT)?;
         let pid = task.said().0.trim().to_owned();
         // It has moved to its CPU once it is what it shall be.
-        self.vm.guest.ok(&format!("until grep -q '(sleep)' /proc/{pid}/stat; do sleep 0.05; done"))?;
+        self.vm
+            .guest
+            .ok(&format!("until grep -q '(sleep)' /proc/{pid}/stat; do sleep 0.05; done"))?;
         Ok((task, pid))
     }
 }
 
-/// The threads follow the guest's tasks, within the policy, and get their own class back however it ends.
+/// The threads follow the guest's tasks, within the policy, and get their own class back however it
+/// ends.
 pub fn follows(scene: &Scene) -> Result<()> {
     let mut stage = Stage::set(scene)?;
     let guest = stage.vm.guest.clone();
@@ -127,7 +138,8 @@ pub fn follows(scene: &Scene) -> Result<()> {
     driver.ok(LIMIT).context("the end of the task is not the driver's")?;
     stage.wait("the task has ended", [OWN, OWN])?;
 
-    // The most urgent of those that sleep, no higher than the bus allows. A driver that hangs keeps nothing, nor does one that is killed.
+    // The most urgent of those that sleep, no higher than the bus allows. A driver that hangs keeps
+    // nothing, nor does one that is killed.
     let tasks = [stage.task(0, 5)?, stage.task(1, 7)?, stage.task(1, 80)?];
     let driver = guest.start("exec vbus guest sched --sleeping")?;
     stage.wait("three tasks", [fifo(5), fifo(HIGHEST)])?;
@@ -141,7 +153,10 @@ pub fn follows(scene: &Scene) -> Result<()> {
     let code = driver.wait(LIMIT)?.code;
     ensure!(code == 128 + 9, "the driver ended with {code}");
     stage.wait("the driver was killed", [OWN, OWN])?;
-    eprintln!("with a driver that hangs the threads had their own class within {} ms", took.as_millis());
+    eprintln!(
+        "with a driver that hangs the threads had their own class within {} ms",
+        took.as_millis()
+    );
     for (task, _) in &tasks {
         task.kill()?;
     }
@@ -157,10 +172,19 @@ pub fn follows(scene: &Scene) -> Result<()> {
 
     // The device goes while it has an effect.
     stage.vm.unplug("dev0")?;
-    ensure!([stage.class(0)?, stage.class(1)?] == [OWN, OWN], "unplugging leaves {:?}", stage.class(1)?);
+    ensure!(
+        [stage.class(0)?, stage.class(1)?] == [OWN, OWN],
+        "unplugging leaves {:?}",
+        stage.class(1)?
+    );
     busy.kill()?;
     let ended = driver.wait(LIMIT)?;
-    ensure!(ended.code == 1, "the driver of a device that went ended with {}: {}", ended.code, ended.stderr);
+    ensure!(
+        ended.code == 1,
+        "the driver of a device that went ended with {}: {}",
+        ended.code,
+        ended.stderr
+    );
 
     // A guest that is reset, and then the bus, which ends in good order.
     let socket = stage.bus.socket("cpus");
@@ -178,11 +202,16 @@ pub fn follows(scene: &Scene) -> Result<()> {
     stage.wait("the guest is back", [fifo(6), OWN])?;
     let status = stage.bus.process.terminate(LIMIT)?;
     ensure!(status.success(), "the bus ended with {status}");
-    ensure!([stage.class(0)?, stage.class(1)?] == [OWN, OWN], "the end of the bus leaves {:?}", stage.class(0)?);
+    ensure!(
+        [stage.class(0)?, stage.class(1)?] == [OWN, OWN],
+        "the end of the bus leaves {:?}",
+        stage.class(0)?
+    );
     Ok(())
 }
 
-/// `kill -9` of the bus: the threads get their own class back, and not because it would have ended by itself.
+/// `kill -9` of the bus: the threads get their own class back, and not because it would have ended
+/// by itself.
 pub fn bus_killed(scene: &Scene) -> Result<()> {
     let mut stage = Stage::set_with(scene, Duration::from_secs(60))?;
     let guest = stage.vm.guest.clone();
@@ -191,7 +220,10 @@ pub fn bus_killed(scene: &Scene) -> Result<()> {
     stage.wait("two tasks", [fifo(6), fifo(7)])?;
     stage.bus.process.kill()?;
     let took = stage.wait("the bus was killed", [OWN, OWN])?;
-    eprintln!("once the bus was killed the threads had their own class within {} ms", took.as_millis());
+    eprintln!(
+        "once the bus was killed the threads had their own class within {} ms",
+        took.as_millis()
+    );
     drop(driver);
     Ok(())
 }
@@ -202,14 +234,17 @@ const RIVALS: usize = 2;
 const PERIOD_US: u32 = 10_000;
 const TIMES: u32 = 250;
 const ROUNDS: usize = 3;
-/// How much sooner it must wake, by the median: measured 30 to 120 times. The mean, measured 17 to 100 times, suffers from the 50 ms of each second that
-/// Linux keeps from real-time tasks, for the guest is never idle.
+/// How much sooner it must wake, by the median: measured 30 to 120 times. The mean, measured 17 to
+/// 100 times, suffers from the 50 ms of each second that Linux keeps from real-time tasks, for the
+/// guest is never idle.
 const LEAST: f64 = 4.0;
 
-/// Where a virtual CPU shares its processor with tasks of the host, a real-time task of the guest wakes the sooner for `sched`.
+/// Where a virtual CPU shares its processor with tasks of the host, a real-time task of the guest
+/// wakes the sooner for `sched`.
 ///
-/// The guest is busy with an ordinary task as well, as the host is; QEMU's other threads, on which the timers of an emulated guest depend, have
-/// the host's other processors, and those that are no virtual CPUs the lowest nice value there.
+/// The guest is busy with an ordinary task as well, as the host is; QEMU's other threads, on which
+/// the timers of an emulated guest depend, have the host's other processors, and those that are no
+/// virtual CPUs the lowest nice value there.
 pub fn latency(scene: &Scene) -> Result<()> {
     let stage = Stage::set(scene)?;
     let guest = stage.vm.guest.clone();
@@ -241,9 +276,11 @@ pub fn latency(scene: &Scene) -> Result<()> {
     let _busy = guest.start("exec taskset 2 guest-agent spin")?;
 
     let measure = || -> Result<(f64, f64)> {
-        let command = format!("exec guest-agent fifo 50 taskset 2 guest-agent latency {PERIOD_US} {TIMES}");
+        let command =
+            format!("exec guest-agent fifo 50 taskset 2 guest-agent latency {PERIOD_US} {TIMES}");
         let figures: Value = serde_json::from_str(&guest.start(&command)?.ok(LIMIT * 5)?)?;
-        let figure = |key: &str| figures[key].as_f64().with_context(|| format!("no {key} in {figures}"));
+        let figure =
+            |key: &str| figures[key].as_f64().with_context(|| format!("no {key} in {figures}"));
         Ok((figure("median")?, figure("mean")?))
     };
     // By turns, so that whatever else runs on this machine hits both.
@@ -269,7 +306,10 @@ pub fn latency(scene: &Scene) -> Result<()> {
     let median = middle(ratios.iter().map(|ratio| ratio.0).collect());
     let mean = middle(ratios.iter().map(|ratio| ratio.1).collect());
     eprintln!("latency without sched against with: median {median:.1}, mean {mean:.1}");
-    ensure!(median >= LEAST, "the median is {median:.1} times as good with sched, less than {LEAST}");
+    ensure!(
+        median >= LEAST,
+        "the median is {median:.1} times as good with sched, less than {LEAST}"
+    );
     Ok(())
 }
 
@@ -277,5 +317,6 @@ pub fn latency(scene: &Scene) -> Result<()> {
 fn pin(thread: u64, processors: &[usize]) -> Result<()> {
     let mut set = CpuSet::new();
     processors.iter().for_each(|cpu| set.set(*cpu));
-    rustix::thread::sched_setaffinity(Pid::from_raw(i32::try_from(thread)?), &set).context("cannot pin a thread")
+    rustix::thread::sched_setaffinity(Pid::from_raw(i32::try_from(thread)?), &set)
+        .context("cannot pin a thread")
 }

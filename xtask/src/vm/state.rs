@@ -57,6 +57,9 @@ pub fn pages(scene: &Scene) -> Result<()> {
     let expected = scene.lab.busybox().arg("sha256sum").arg(&file).output()?;
     let expected = String::from_utf8_lossy(&expected.stdout).into_owned();
     let hash = |line: &str| line.split(' ').next().unwrap_or("").to_owned();
-    ensure!(hash(&sum) == hash(&expected), "the large page has the hash {sum} in the guest, {expected} on the host");
+    ensure!(
+        hash(&sum) == hash(&expected),
+        "the large page has the hash {sum} in the guest, {expected} on the host"
+    );
     vm.power_off()
 }

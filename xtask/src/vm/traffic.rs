@@ -9,7 +9,8 @@ use crate::nic;
 /// Bytes in each direction of one scenario. With four scenarios this makes more than 1 GiB.
 const BYTES: u64 = 144 << 20;
 
-/// Moves data both ways after `check`, a command in guest a, has seen that its interface is what the scenario says.
+/// Moves data both ways after `check`, a command in guest a, has seen that its interface is what
+/// the scenario says.
 fn run(scene: &Scene, spec: Spec, check: &str) -> Result<()> {
     let pair = Pair::start(scene, spec)?;
     let ping = nic::ping(pair.a(), ADDRESS[1], 5)?;
@@ -63,7 +64,8 @@ pub fn no_offloads(scene: &Scene) -> Result<()> {
     )
 }
 
-/// Under load there are next to no kicks: fewer than 5 doorbells and 5 interrupts for 1,000 packets.
+/// Under load there are next to no kicks: fewer than 5 doorbells and 5 interrupts for 1,000
+/// packets.
 pub fn few_kicks(scene: &Scene) -> Result<()> {
     const MOST: f64 = 5.0;
     // An end whose processor is taken away by others is not under load: it counts when none is.
@@ -73,8 +75,11 @@ pub fn few_kicks(scene: &Scene) -> Result<()> {
     while rounds.len() < ROUNDS {
         let before = pair.bus.traffic(&["net-a", "net-b"])?;
         let mbps = nic::iperf(pair.a(), pair.b(), ADDRESS[1], 8)?;
-        let (doorbells, interrupts) = pair.bus.traffic(&["net-a", "net-b"])?.since(before).kicks_per_1000();
-        eprintln!("{mbps:.0} Mb/s; per 1,000 packets {doorbells:.2} doorbells, {interrupts:.2} interrupts");
+        let (doorbells, interrupts) =
+            pair.bus.traffic(&["net-a", "net-b"])?.since(before).kicks_per_1000();
+        eprintln!(
+            "{mbps:.0} Mb/s; per 1,000 packets {doorbells:.2} doorbells, {interrupts:.2} interrupts"
+        );
         if doorbells < MOST && interrupts < MOST {
             return Ok(());
         }

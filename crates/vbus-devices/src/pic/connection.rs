@@ -1,10 +1,13 @@
-//! A driver's use of an interrupt controller: processors come and go, routes are made, moved and ended.
+//! A driver's use of an interrupt controller: processors come and go, routes are made, moved and
+//! ended.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
-use vbus_core::shm::abi::pic::{CALL_MOVE, CALL_ROUTE, CALL_UNROUTE, NAME_OFFSET, NO_ROUTE, ROUTE_BYTES, ROUTES_MAX};
+use vbus_core::shm::abi::pic::{
+    CALL_MOVE, CALL_ROUTE, CALL_UNROUTE, NAME_OFFSET, NO_ROUTE, ROUTE_BYTES, ROUTES_MAX,
+};
 use vbus_core::{Connection, Region, Route, Router, Status};
 
 use super::page::{Cpu, Line};
@@ -63,12 +66,15 @@ impl State {
         let (device, vector) = &request.what;
         let cpu = line.cpu.clone();
         let route = router.route(device, *vector, line)?;
-        self.routes.insert(request.what, Routed { line: request.line, cpu, cpu_number: request.cpu, route });
+        self.routes.insert(
+            request.what,
+            Routed { line: request.line, cpu, cpu_number: request.cpu, route },
+        );
         Ok(0)
     }
 
-    /// The driver changes nothing of the pages for this: a line that is pending on the old one is taken away there, unless the driver is
-    /// faster, and raised on the new one.
+    /// The driver changes nothing of the pages for this: a line that is pending on the old one is
+    /// taken away there, unless the driver is faster, and raised on the new one.
     fn relocate(&mut self, request: Request) -> Result<u64, Status> {
         let line = self.line(&request)?;
         let routed = self.routes.get_mut(&request.what).ok_or(Status(NO_ROUTE))?;
@@ -82,7 +88,8 @@ impl State {
         // From here on nothing is raised on the old line for this vector.
         let (old, old_line) = (std::mem::replace(&mut routed.cpu, line.cpu.clone()), routed.line);
         (routed.line, routed.cpu_number) = (request.line, request.cpu);
-        // Whose it is that is pending on a line that several share is not known: then it stays, and the new line is raised in case.
+        // Whose it is that is pending on a line that several share is not known: then it stays, and
+        // the new line is raised in case.
         let moved = self.is_shared(&old, old_line) || old.take_back(old_line);
         if moved {
             line.cpu.raise(request.line);

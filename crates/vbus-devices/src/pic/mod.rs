@@ -1,8 +1,9 @@
 //! `pic`: interrupts without an exit at their end (spec/pic.md).
 //!
-//! The driver shares a page for each of its processors, and routes interrupts of other devices of the bus to lines of these pages. A route is
-//! taken only for a device whose configuration names this one. It ends with either device's connection; the other device then interrupts
-//! by itself again.
+//! The driver shares a page for each of its processors, and routes interrupts of other devices of
+//! the bus to lines of these pages. A route is taken only for a device whose configuration names
+//! this one. It ends with either device's connection; the other device then interrupts by itself
+//! again.
 
 mod connection;
 mod page;
@@ -42,10 +43,14 @@ impl DeviceClass for PicClass {
     }
 
     fn create(&self, _name: &str, config: &Value) -> Result<Arc<dyn Device>, CreateError> {
-        let settings: Settings =
-            serde_json::from_value(config.clone()).map_err(|error| CreateError(error.to_string()))?;
+        let settings: Settings = serde_json::from_value(config.clone())
+            .map_err(|error| CreateError(error.to_string()))?;
         if !(1..=abi::CPUS_MAX).contains(&settings.cpus) {
-            return Err(CreateError(format!("cpus is {}; use 1 to {}", settings.cpus, abi::CPUS_MAX)));
+            return Err(CreateError(format!(
+                "cpus is {}; use 1 to {}",
+                settings.cpus,
+                abi::CPUS_MAX
+            )));
         }
         Ok(Arc::new(PicDevice { cpus: settings.cpus, state: Arc::default() }))
     }

@@ -41,7 +41,8 @@ const IDLE: u32 = 5;
 pub fn get(tid: i32) -> Result<Attributes, Errno> {
     let mut attributes = Attributes::default();
     // SAFETY: the kernel writes at most BYTES bytes to the structure, which has as many.
-    let result = unsafe { libc::syscall(libc::SYS_sched_getattr, tid, &raw mut attributes, BYTES, 0) };
+    let result =
+        unsafe { libc::syscall(libc::SYS_sched_getattr, tid, &raw mut attributes, BYTES, 0) };
     if result < 0 { Err(last_errno()) } else { Ok(attributes) }
 }
 
@@ -87,13 +88,16 @@ impl Attributes {
         matches!(self.policy, OTHER | BATCH)
     }
 
-    /// Whether a thread that was made `self` is so still; the kernel does not return all fields as they were set.
+    /// Whether a thread that was made `self` is so still; the kernel does not return all fields as
+    /// they were set.
     pub fn is_still(self, now: Attributes) -> bool {
-        (self.policy, self.priority) == (now.policy, now.priority) && (!self.has_nice() || self.nice == now.nice)
+        (self.policy, self.priority) == (now.policy, now.priority)
+            && (!self.has_nice() || self.nice == now.nice)
     }
 }
 
-/// Gives thread `tid` its own class back: `own`, and `own_nice`, which counts for classes without one of their own.
+/// Gives thread `tid` its own class back: `own`, and `own_nice`, which counts for classes without
+/// one of their own.
 pub fn put_back(tid: i32, own: Attributes, own_nice: i32) -> Result<(), Errno> {
     match set(tid, own) {
         // Only who has CAP_SYS_NICE may take that flag back.

@@ -89,11 +89,12 @@ pub struct Config {
 }
 
 impl Config {
-    /// Checks the settings. `tells_time`: the kernel tells how much processor time a thread has used; if it does not, there is no bound for it, and
-    /// it is an error to have asked for one.
+    /// Checks the settings. `tells_time`: the kernel tells how much processor time a thread has
+    /// used; if it does not, there is no bound for it, and it is an error to have asked for one.
     pub fn parse(config: &Value, tells_time: bool) -> Result<Config, CreateError> {
         let bad = |text: String| Err(CreateError(text));
-        let raw: Raw = serde_json::from_value(config.clone()).map_err(|error| CreateError(error.to_string()))?;
+        let raw: Raw = serde_json::from_value(config.clone())
+            .map_err(|error| CreateError(error.to_string()))?;
         let (origin, implied) = match (raw.threads, raw.qmp, raw.vmm) {
             (Some(threads), None, None) => {
                 let count = u32::try_from(threads.len()).unwrap_or(u32::MAX);
@@ -113,7 +114,9 @@ impl Config {
         }
         if let Origin::Threads(threads) = &origin {
             if cpus != implied {
-                return bad(format!("\"cpus\" is {cpus}, but \"threads\" has {implied}; leave \"cpus\" out"));
+                return bad(format!(
+                    "\"cpus\" is {cpus}, but \"threads\" has {implied}; leave \"cpus\" out"
+                ));
             }
             if let Some(tid) = threads.iter().find(|tid| **tid <= 0) {
                 return bad(format!("\"threads\": {tid} is no thread id"));
@@ -129,7 +132,12 @@ impl Config {
             return bad(format!("\"changes\" is {}; use 1 to {CHANGES_MAX} a second", raw.changes));
         }
         if !BOOST_MS.contains(&raw.boost_ms) {
-            return bad(format!("\"boost-ms\" is {}; use {} to {}", raw.boost_ms, BOOST_MS.start(), BOOST_MS.end()));
+            return bad(format!(
+                "\"boost-ms\" is {}; use {} to {}",
+                raw.boost_ms,
+                BOOST_MS.start(),
+                BOOST_MS.end()
+            ));
         }
         let share = raw.boost_share.unwrap_or(if tells_time { SHARE } else { SHARE_ALL });
         if !(1..=SHARE_ALL).contains(&share) {
@@ -207,7 +215,10 @@ mod tests {
             (json!({ "threads": [1, 0] }), "0 is no thread id"),
             (json!({ "threads": [1], "cpus": 2 }), "leave \"cpus\" out"),
             (json!({ "qmp": "a", "cpus": 257 }), "use 1 to 256"),
-            (json!({ "qmp": "a", "allow": ["deadline"] }), "unknown variant `deadline`, expected one of `normal`"),
+            (
+                json!({ "qmp": "a", "allow": ["deadline"] }),
+                "unknown variant `deadline`, expected one of `normal`",
+            ),
             (json!({ "qmp": "a", "priority-max": 0 }), "use 1 to 99"),
             (json!({ "qmp": "a", "priority-max": 100 }), "use 1 to 99"),
             (json!({ "qmp": "a", "nice-min": -21 }), "use -20 to 19"),
@@ -235,8 +246,11 @@ mod tests {
     fn the_driver_reads_the_policy() {
         let config = json!({ "qmp": "a", "cpus": 4, "allow": ["rr", "idle"], "priority-max": 30, "changes": 200, "boost-ms": 50 });
         let config = Config::parse(&config, true).unwrap();
-        let words: Vec<u32> =
-            config.area().chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().unwrap())).collect();
+        let words: Vec<u32> = config
+            .area()
+            .chunks_exact(4)
+            .map(|b| u32::from_le_bytes(b.try_into().unwrap()))
+            .collect();
         assert_eq!(words, [4, 1 << 5 | 1 << 3, 30, 0x8000_0000, 200, 50, 90]);
         assert_eq!(config.inspect()["allow"], json!(["idle", "rr"]));
     }

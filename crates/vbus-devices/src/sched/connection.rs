@@ -22,8 +22,12 @@ impl SchedConnection {
         device.begin();
         let (fail, watcher) = (open.fail.clone(), Arc::new(OnceLock::new()));
         let follow = Follow { device: device.clone(), watcher: watcher.clone(), deadline: None };
-        let task =
-            open.executor.spawn(open.place, Box::new(follow), open.counters.clone(), move |status| fail.fail(status));
+        let task = open.executor.spawn(
+            open.place,
+            Box::new(follow),
+            open.counters.clone(),
+            move |status| fail.fail(status),
+        );
         let _ = watcher.set(task.clone()); // Set once, here.
         SchedConnection { device, task }
     }
@@ -79,13 +83,16 @@ impl Task for Follow {
         let mut state = lock(&self.device.state);
         let super::State { cpus, lookup } = &mut *state;
         self.deadline = None;
-        let mut not_after = |at: Instant| self.deadline = Some(self.deadline.map_or(at, |deadline| deadline.min(at)));
+        let mut not_after = |at: Instant| {
+            self.deadline = Some(self.deadline.map_or(at, |deadline| deadline.min(at)))
+        };
         for cpu in cpus.iter_mut() {
             let step = cpu.step(now, &self.device.config.policy);
             busy |= step.busy;
             step.deadline.into_iter().for_each(&mut not_after);
         }
-        // Asked for only when something is wanted, and from when the handle is there, which its own spawning may come before.
+        // Asked for only when something is wanted, and from when the handle is there, which its own
+        // spawning may come before.
         if let (Some(lookup), Some(watcher)) = (lookup, self.watcher.get()) {
             if lookup.is_talking() || cpus.iter().any(Cpu::wants_thread) {
                 let wanted = |cpu: u32| cpus.get(cpu as usize).is_some_and(Cpu::wants_thread);
@@ -104,8 +111,12 @@ impl Task for Follow {
 
     fn arm(&mut self) -> Result<Armed, Status> {
         // Every page, even if one has missed: the task may sleep all the same.
-        let missed =
-            lock(&self.device.state).cpus.iter_mut().map(Cpu::arm).filter(|armed| *armed == Armed::Missed).count();
+        let missed = lock(&self.device.state)
+            .cpus
+            .iter_mut()
+            .map(Cpu::arm)
+            .filter(|armed| *armed == Armed::Missed)
+            .count();
         Ok(if missed == 0 { Armed::Waiting } else { Armed::Missed })
     }
 

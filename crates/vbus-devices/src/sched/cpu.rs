@@ -124,12 +124,14 @@ impl Cpu {
         if writer.layout().value_bytes() != abi::report::BYTES as usize {
             return Err(Status::BAD_LENGTH);
         }
-        self.reports = Some(Reports { handle: region.handle, writer, interrupt: region.interrupt.clone() });
+        self.reports =
+            Some(Reports { handle: region.handle, writer, interrupt: region.interrupt.clone() });
         self.report();
         Ok(())
     }
 
-    /// The driver drops region `handle`. Without a page for requests there are none: the thread gets its own class back.
+    /// The driver drops region `handle`. Without a page for requests there are none: the thread
+    /// gets its own class back.
     pub fn hide(&mut self, handle: u32) {
         self.reports.take_if(|reports| reports.handle == handle);
         if self.requests.take_if(|requests| requests.handle == handle).is_some() {
@@ -138,7 +140,8 @@ impl Cpu {
         }
     }
 
-    /// The driver has gone: nothing of its stays, and the thread gets its own class back. Returns the thread.
+    /// The driver has gone: nothing of its stays, and the thread gets its own class back. Returns
+    /// the thread.
     pub fn close(&mut self) -> Option<Thread> {
         (self.requests, self.reports) = (None, None);
         self.settle(Instant::now(), None);
@@ -156,7 +159,8 @@ impl Cpu {
         self.thread = Some(thread);
     }
 
-    /// Looks at the newest request, if there is one and the budget allows it, and sees to it that the thread is what it should be.
+    /// Looks at the newest request, if there is one and the budget allows it, and sees to it that
+    /// the thread is what it should be.
     pub fn step(&mut self, now: Instant, policy: &Policy) -> Step {
         let mut step = Step::default();
         let Some(requests) = &mut self.requests else { return step };
@@ -182,7 +186,8 @@ impl Cpu {
             let before = self.status;
             self.settle(now, Some(policy));
             step.busy |= self.status != before;
-            self.counts.expired += u64::from(self.status == word::IS_SPENT && before != word::IS_SPENT);
+            self.counts.expired +=
+                u64::from(self.status == word::IS_SPENT && before != word::IS_SPENT);
         }
         if let Some(end) = self.end(policy) {
             if end <= now {
@@ -193,7 +198,10 @@ impl Cpu {
                 step.until(end);
             }
         }
-        self.look_at_share = self.share.deadline(now).filter(|_| self.is_real_time() || self.status == word::IS_SPENT);
+        self.look_at_share = self
+            .share
+            .deadline(now)
+            .filter(|_| self.is_real_time() || self.status == word::IS_SPENT);
         self.look_at_share.into_iter().for_each(|at| step.until(at));
         if step.busy {
             self.report();
@@ -222,20 +230,29 @@ impl Cpu {
         }
     }
 
-    /// Makes the thread what the present request comes to; without a policy there is none. Keeps account of the time of a real-time class.
+    /// Makes the thread what the present request comes to; without a policy there is none. Keeps
+    /// account of the time of a real-time class.
     fn settle(&mut self, now: Instant, policy: Option<&Policy>) {
         self.account(now);
-        let request =
-            self.requests.as_ref().zip(policy).map(|(requests, policy)| (requests.wish, requests.looked, policy));
+        let request = self
+            .requests
+            .as_ref()
+            .zip(policy)
+            .map(|(requests, policy)| (requests.wish, requests.looked, policy));
         let Some(thread) = &mut self.thread else {
             let is_for_thread = request.is_some_and(|(wish, ..)| wish != Wish::Own);
             self.status = if is_for_thread { word::NO_THREAD } else { word::OK };
             return;
         };
         let (status, setting) = match request {
-            Some((Wish::This(wish), looked, policy)) => match thread.own_nice().map(|nice| policy.judge(wish, nice)) {
+            Some((Wish::This(wish), looked, policy)) => match thread
+                .own_nice()
+                .map(|nice| policy.judge(wish, nice))
+            {
                 Ok(Grant::Refused) => (word::NOT_ALLOWED, None),
-                Ok(_) if wish.is_real_time() && looked + policy.boost <= now => (word::HAS_EXPIRED, None),
+                Ok(_) if wish.is_real_time() && looked + policy.boost <= now => {
+                    (word::HAS_EXPIRED, None)
+                }
                 Ok(_) if wish.is_real_time() && self.share.is_spent(now) => (word::IS_SPENT, None),
                 Ok(Grant::Whole(setting)) => (word::OK, Some(setting)),
                 Ok(Grant::Clamped(setting)) => (word::IS_CLAMPED, Some(setting)),
@@ -310,7 +327,8 @@ impl Cpu {
         reports.interrupt.kick(reports.writer.write(&value));
     }
 
-    /// Asks the driver to ring with its next request; not while one waits for the budget, which the task looks at by itself.
+    /// Asks the driver to ring with its next request; not while one waits for the budget, which the
+    /// task looks at by itself.
     pub fn arm(&mut self) -> Armed {
         match &mut self.requests {
             Some(requests) if !requests.put_off => requests.reader.arm_newer(requests.seen),
@@ -378,5 +396,9 @@ impl Requests {
 
 /// The memory of a page whose signal is where it must be.
 fn checked(region: &Region) -> Result<Window, Status> {
-    if region.signal_offset == Some(SIGNAL_OFFSET) { Ok(region.window.clone()) } else { Err(Status::BAD_SIGNAL) }
+    if region.signal_offset == Some(SIGNAL_OFFSET) {
+        Ok(region.window.clone())
+    } else {
+        Err(Status::BAD_SIGNAL)
+    }
 }

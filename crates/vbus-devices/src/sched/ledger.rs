@@ -1,9 +1,11 @@
-//! What threads were before they were changed, where another process finds it if this one is killed.
+//! What threads were before they were changed, where another process finds it if this one is
+//! killed.
 //!
-//! The ledger is a file in memory, with an entry for each thread that is changed at the moment. It is written before the thread is changed, and
-//! is empty when nothing is. A guardian process holds the same file; it looks at it only once this process has ended, so that it
-//! neither runs before nor has to be told anything. A slot lies within one page of the file, and so a process that is killed has written it as a whole or
-//! not at all.
+//! The ledger is a file in memory, with an entry for each thread that is changed at the moment. It
+//! is written before the thread is changed, and is empty when nothing is. A guardian process holds
+//! the same file; it looks at it only once this process has ended, so that it neither runs before
+//! nor has to be told anything. A slot lies within one page of the file, and so a process that is
+//! killed has written it as a whole or not at all.
 
 use std::fs::File;
 use std::io;
@@ -24,8 +26,9 @@ const _: () = assert!(4096 % SLOT == 0);
 
 /// Sees to it that there is a process that outlives this one.
 pub trait Guardian: Send + Sync {
-    /// Called before a thread's first change. From now on some other process holds `ledger` and calls [`put_back`] on it when this
-    /// one has ended, however that comes. May be called again at any time, also from several threads; it may start that process, and must not wait for it.
+    /// Called before a thread's first change. From now on some other process holds `ledger` and
+    /// calls [`put_back`] on it when this one has ended, however that comes. May be called again at
+    /// any time, also from several threads; it may start that process, and must not wait for it.
     fn attend(&self, ledger: BorrowedFd<'_>) -> io::Result<()>;
 }
 
@@ -81,14 +84,16 @@ impl Ledger {
         lock(&self.slots).error.clone()
     }
 
-    /// A place for thread `tid`, which is about to be changed for the first time. None: there is no guardian, which the log says once.
+    /// A place for thread `tid`, which is about to be changed for the first time. None: there is no
+    /// guardian, which the log says once.
     pub(super) fn begin(self: &Arc<Self>, tid: i32) -> Option<Note> {
-        let start = match self.guardian.attend(self.file.as_fd()).and_then(|()| Ok(start_time(tid)?)) {
-            Ok(start) => start,
-            // The thread has just ended, which its change will find out.
-            Err(error) if Errno::from_io_error(&error) == Some(Errno::SRCH) => return None,
-            Err(error) => return self.fail(error.to_string()),
-        };
+        let start =
+            match self.guardian.attend(self.file.as_fd()).and_then(|()| Ok(start_time(tid)?)) {
+                Ok(start) => start,
+                // The thread has just ended, which its change will find out.
+                Err(error) if Errno::from_io_error(&error) == Some(Errno::SRCH) => return None,
+                Err(error) => return self.fail(error.to_string()),
+            };
         let mut slots = lock(&self.slots);
         slots.error = None;
         let slot = slots.free.pop().unwrap_or_else(|| {
@@ -102,7 +107,10 @@ impl Ledger {
     fn fail<T>(&self, error: String) -> Option<T> {
         let mut slots = lock(&self.slots);
         if slots.error.as_ref() != Some(&error) {
-            tracing::warn!(error, "no guardian: if this process is killed, threads keep the class that they have then");
+            tracing::warn!(
+                error,
+                "no guardian: if this process is killed, threads keep the class that they have then"
+            );
         }
         slots.error = Some(error);
         None
@@ -122,7 +130,8 @@ pub struct Note {
 }
 
 impl Note {
-    /// Notes what is about to be done. False: it could not be noted, and what stood there may stand no more.
+    /// Notes what is about to be done. False: it could not be noted, and what stood there may stand
+    /// no more.
     pub fn write(&self, entry: &Entry) -> bool {
         let Entry { own, own_nice, from, to } = *entry;
         let line = Line { tid: self.tid, start: self.start, own, own_nice, from, to };
@@ -145,7 +154,8 @@ impl Drop for Note {
     }
 }
 
-/// When thread `tid` began, in ticks since the machine's start: its bearer and no other one has this id and that time.
+/// When thread `tid` began, in ticks since the machine's start: its bearer and no other one has
+/// this id and that time.
 fn start_time(tid: i32) -> Result<u64, Errno> {
     let stat = std::fs::read_to_string(format!("/proc/{tid}/stat"));
     let stat = stat.map_err(|error| match Errno::from_io_error(&error) {
@@ -153,8 +163,9 @@ fn start_time(tid: i32) -> Result<u64, Errno> {
         Some(errno) => errno,
     })?;
     // Behind the name, which may hold anything; the first field there is the third of all.
-    let field =
-        stat.rsplit_once(") ").and_then(|(_, fields)| fields.split_ascii_whitespace().nth(22 - 3)?.parse().ok());
+    let field = stat
+        .rsplit_once(") ")
+        .and_then(|(_, fields)| fields.split_ascii_whitespace().nth(22 - 3)?.parse().ok());
     field.ok_or(Errno::SRCH)
 }
 
@@ -169,7 +180,8 @@ pub struct Outcome {
     pub failed: u32,
 }
 
-/// Gives every thread in `ledger` its own class back, unless it has ended or somebody else has given it another one. For the guardian, once the process that wrote it has ended.
+/// Gives every thread in `ledger` its own class back, unless it has ended or somebody else has
+/// given it another one. For the guardian, once the process that wrote it has ended.
 pub fn put_back(ledger: &File) -> io::Result<Outcome> {
     let mut outcome = Outcome::default();
     let mut bytes = [0; SLOT];
@@ -216,7 +228,8 @@ mod tests {
         }
     }
 
-    /// On a thread of its own, for it changes that: lowers its priority, which everybody may, and hands over its ledger, its note, and what it was.
+    /// On a thread of its own, for it changes that: lowers its priority, which everybody may, and
+    /// hands over its ledger, its note, and what it was.
     fn changed(test: impl FnOnce(&Arc<Ledger>, Note, Entry) + Send + 'static) {
         let thread = std::thread::spawn(|| {
             let tid = rustix::thread::gettid().as_raw_nonzero().get();
@@ -269,12 +282,21 @@ mod tests {
         let own = attributes::get(tid).unwrap();
         for _ in 0..3 {
             let notes: Vec<_> = (0..5).map(|_| ledger.begin(tid).unwrap()).collect();
-            assert!(notes.iter().all(|note| note.write(&Entry { own, own_nice: -20, from: own, to: own })));
+            assert!(notes.iter().all(|note| note.write(&Entry {
+                own,
+                own_nice: -20,
+                from: own,
+                to: own
+            })));
         }
         assert_eq!(ledger.file.metadata().unwrap().len(), 5 * SLOT as u64);
         let longest = |attributes| {
             let mut value = serde_json::to_value::<Attributes>(attributes).unwrap();
-            value.as_object_mut().unwrap().values_mut().for_each(|number| *number = u64::MAX.into());
+            value
+                .as_object_mut()
+                .unwrap()
+                .values_mut()
+                .for_each(|number| *number = u64::MAX.into());
             value.to_string().len()
         };
         assert!(longest(own) * 3 + 200 <= SLOT, "{}", longest(own));

@@ -1,8 +1,9 @@
 //! Asking a VMM which threads its virtual CPUs are.
 //!
-//! The VMM cannot be waited for: while it opens this device it may answer nobody else. So the questions are asked without blocking, by the
-//! connection's task. They are asked twice, and the threads taken in between: as the second answer is the same and comes from the same
-//! process, the threads that were taken are the ones that it means, not bearers of ids that were given out anew.
+//! The VMM cannot be waited for: while it opens this device it may answer nobody else. So the
+//! questions are asked without blocking, by the connection's task. They are asked twice, and the
+//! threads taken in between: as the second answer is the same and comes from the same process, the
+//! threads that were taken are the ones that it means, not bearers of ids that were given out anew.
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -83,7 +84,15 @@ impl Lookup {
             Origin::Vmm(path) => (path, Language::Control),
         };
         let (path, claims) = (path.clone(), claims.clone());
-        Some(Lookup { path, language, claims, talk: None, next: None, pause: PAUSE_MIN, error: None })
+        Some(Lookup {
+            path,
+            language,
+            claims,
+            talk: None,
+            next: None,
+            pause: PAUSE_MIN,
+            error: None,
+        })
     }
 
     /// Why there was no answer the last time.
@@ -106,21 +115,31 @@ impl Lookup {
         self.talk.as_ref().map(|talk| talk.until).or(self.next)
     }
 
-    /// Goes on asking. `wanted` says which virtual CPUs' threads are wanted; `watcher` is woken when there is an answer.
-    pub fn poll(&mut self, now: Instant, watcher: &TaskHandle, wanted: &dyn Fn(u32) -> bool) -> Vec<(u32, Thread)> {
+    /// Goes on asking. `wanted` says which virtual CPUs' threads are wanted; `watcher` is woken
+    /// when there is an answer.
+    pub fn poll(
+        &mut self,
+        now: Instant,
+        watcher: &TaskHandle,
+        wanted: &dyn Fn(u32) -> bool,
+    ) -> Vec<(u32, Thread)> {
         match self.proceed(now, watcher, wanted) {
             Ok(None) => Vec::new(),
             Ok(Some(found)) => {
                 self.talk = None;
                 self.error = None;
-                // If it has not told all that is wanted, there may be more later: a virtual CPU may be plugged.
+                // If it has not told all that is wanted, there may be more later: a virtual CPU may
+                // be plugged.
                 self.pause_until(now);
                 found
             }
             Err(text) => {
                 self.talk = None;
                 if self.error.as_ref() != Some(&text) {
-                    tracing::warn!("{}: {text}; the threads of the virtual CPUs are not known", self.path.display());
+                    tracing::warn!(
+                        "{}: {text}; the threads of the virtual CPUs are not known",
+                        self.path.display()
+                    );
                 }
                 self.error = Some(text);
                 self.pause_until(now);
@@ -143,7 +162,9 @@ impl Lookup {
         let talk = match &mut self.talk {
             Some(talk) => talk,
             None if self.next.is_some_and(|next| now < next) => return Ok(None),
-            None => self.talk.insert(Talk::begin(&self.path, self.language, now + PATIENCE, watcher)?),
+            None => {
+                self.talk.insert(Talk::begin(&self.path, self.language, now + PATIENCE, watcher)?)
+            }
         };
         while let Some(line) = talk.line()? {
             if let Some(found) = talk.hear(&line, self.language, &self.claims, wanted)? {
@@ -151,26 +172,37 @@ impl Lookup {
             }
         }
         if now >= talk.until {
-            return Err("no answer; does another client hold this socket? (QEMU can have several)".into());
+            return Err(
+                "no answer; does another client hold this socket? (QEMU can have several)".into()
+            );
         }
         Ok(None)
     }
 }
 
 impl Talk {
-    fn begin(path: &Path, language: Language, until: Instant, watcher: &TaskHandle) -> Result<Talk, String> {
+    fn begin(
+        path: &Path,
+        language: Language,
+        until: Instant,
+        watcher: &TaskHandle,
+    ) -> Result<Talk, String> {
         let connect = || -> rustix::io::Result<UnixStream> {
             let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-            let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+            let socket =
+                rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
             rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
             Ok(UnixStream::from(socket))
         };
         let socket = connect().map_err(|error| format!("cannot be reached: {error}"))?;
-        let peer = rustix::net::sockopt::socket_peercred(&socket).map_err(|error| error.to_string())?;
+        let peer =
+            rustix::net::sockopt::socket_peercred(&socket).map_err(|error| error.to_string())?;
         let process = peer.pid.as_raw_nonzero().get();
         watcher.watch(&socket, Interest::Read).map_err(|error| error.to_string())?;
-        let stage = if language == Language::Qmp { Stage::Greeting } else { Stage::First(Vec::new()) };
-        let mut talk = Talk { socket, watcher: watcher.clone(), input: Vec::new(), until, process, stage };
+        let stage =
+            if language == Language::Qmp { Stage::Greeting } else { Stage::First(Vec::new()) };
+        let mut talk =
+            Talk { socket, watcher: watcher.clone(), input: Vec::new(), until, process, stage };
         if language == Language::Control {
             talk.ask(language)?;
         }
@@ -194,7 +226,9 @@ impl Talk {
         loop {
             if let Some(end) = self.input.iter().position(|byte| *byte == b'\n') {
                 let line: Vec<u8> = self.input.drain(..=end).collect();
-                return serde_json::from_slice(&line).map(Some).map_err(|_| "sends what is not JSON".into());
+                return serde_json::from_slice(&line)
+                    .map(Some)
+                    .map_err(|_| "sends what is not JSON".into());
             }
             let mut piece = [0; 4096];
             match self.socket.read(&mut piece) {
@@ -241,8 +275,11 @@ impl Talk {
                     let cpus = std::mem::take(cpus);
                     let mut threads = Vec::new();
                     for (cpu, tid) in cpus.iter().filter(|(cpu, _)| wanted(*cpu)) {
-                        threads
-                            .push((*cpu, Thread::take(self.process, *tid, claims).map_err(|error| error.to_string())?));
+                        threads.push((
+                            *cpu,
+                            Thread::take(self.process, *tid, claims)
+                                .map_err(|error| error.to_string())?,
+                        ));
                     }
                     self.stage = Stage::Second(cpus, threads, Vec::new());
                     self.ask(language)?;

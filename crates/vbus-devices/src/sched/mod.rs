@@ -1,8 +1,10 @@
 //! `sched`: the scheduling class of virtual CPUs' threads (spec/sched.md).
 //!
-//! The driver says in a state page for each virtual CPU what class and priority that which runs there now is of; the device gives the virtual
-//! CPU's thread on the host the same, as far as the host's policy allows, and says in a report page what it did. `cpu` is the
-//! heart of it; `thread` is the one to change a thread, `lookup` finds out which those are, and by `ledger` another process gives them back if this one is killed.
+//! The driver says in a state page for each virtual CPU what class and priority that which runs
+//! there now is of; the device gives the virtual CPU's thread on the host the same, as far as the
+//! host's policy allows, and says in a report page what it did. `cpu` is the heart of it; `thread`
+//! is the one to change a thread, `lookup` finds out which those are, and by `ledger` another
+//! process gives them back if this one is killed.
 
 mod attributes;
 mod config;
@@ -34,7 +36,8 @@ pub struct SchedClass {
 }
 
 impl SchedClass {
-    /// The class. If this process is killed, threads keep the class that they have then: see [`guarded`](SchedClass::guarded).
+    /// The class. If this process is killed, threads keep the class that they have then: see
+    /// [`guarded`](SchedClass::guarded).
     pub fn new() -> SchedClass {
         SchedClass::default()
     }
@@ -64,12 +67,15 @@ impl DeviceClass for SchedClass {
                 "this kernel does not tell how much time a thread has used (CONFIG_SCHED_INFO): \"boost-share\" is 100, no bound"
             );
         }
-        // Threads that are named by their ids are taken now, while they are the ones that are meant.
+        // Threads that are named by their ids are taken now, while they are the ones that are
+        // meant.
         let mut threads = Vec::new();
         if let Origin::Threads(tids) = &config.origin {
             for tid in tids {
                 let thread = Thread::take_any(*tid, &self.claims);
-                threads.push(Some(thread.map_err(|error| CreateError(format!("\"threads\": {error}")))?));
+                threads.push(Some(
+                    thread.map_err(|error| CreateError(format!("\"threads\": {error}")))?,
+                ));
             }
         }
         if !thread::is_privileged() {
@@ -82,7 +88,12 @@ impl DeviceClass for SchedClass {
         let lookup = Lookup::new(&config.origin, &self.claims);
         let state = Mutex::new(State { cpus, lookup });
         let ledger = self.claims.ledger().cloned();
-        Ok(Arc::new(SchedDevice(Arc::new(Shared { config, state, threads: Mutex::new(threads), ledger }))))
+        Ok(Arc::new(SchedDevice(Arc::new(Shared {
+            config,
+            state,
+            threads: Mutex::new(threads),
+            ledger,
+        }))))
     }
 }
 
@@ -153,8 +164,10 @@ impl Device for SchedDevice {
         // Reads a file: not under the lock that the pages' task needs.
         let privileged = thread::is_privileged();
         let state = lock(&self.0.state);
-        let cpus: Vec<_> = state.cpus.iter().enumerate().filter_map(|(number, cpu)| cpu.inspect(number)).collect();
-        let mut value = json!({ "policy": self.0.config.inspect(), "privileged": privileged, "cpus": cpus });
+        let cpus: Vec<_> =
+            state.cpus.iter().enumerate().filter_map(|(number, cpu)| cpu.inspect(number)).collect();
+        let mut value =
+            json!({ "policy": self.0.config.inspect(), "privileged": privileged, "cpus": cpus });
         if let Some(error) = state.lookup.as_ref().and_then(Lookup::error) {
             value["lookup"] = error.into();
         }

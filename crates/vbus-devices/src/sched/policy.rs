@@ -51,7 +51,8 @@ pub struct Policy {
     pub changes: u32,
     /// How long a real-time class lasts without another request.
     pub boost: Duration,
-    /// How much of a second's processor time a thread may use at a real-time class, in percent; 100: all of it.
+    /// How much of a second's processor time a thread may use at a real-time class, in percent;
+    /// 100: all of it.
     pub share: u32,
 }
 
@@ -73,7 +74,9 @@ impl Policy {
             return Grant::Refused;
         }
         let priority = match wish.class {
-            abi::CLASS_NORMAL | abi::CLASS_BATCH => wish.priority.max(self.nice_min.unwrap_or(own_nice)),
+            abi::CLASS_NORMAL | abi::CLASS_BATCH => {
+                wish.priority.max(self.nice_min.unwrap_or(own_nice))
+            }
             abi::CLASS_FIFO | abi::CLASS_RR => wish.priority.min(self.priority_max),
             _ => wish.priority,
         };
@@ -117,7 +120,8 @@ pub fn burst(rate: u32) -> u32 {
     (rate / BURST).max(1)
 }
 
-/// How much processor time a thread uses at a real-time class, and may use: so much in each window of a second.
+/// How much processor time a thread uses at a real-time class, and may use: so much in each window
+/// of a second.
 pub struct Share {
     allowed: Duration,
     start: Option<Instant>,
@@ -133,7 +137,12 @@ const LOOK_MIN: Duration = Duration::from_millis(1);
 impl Share {
     /// `percent` of a processor.
     pub fn new(percent: u32) -> Share {
-        Share { allowed: WINDOW * percent.min(100) / 100, start: None, used: Duration::ZERO, mark: None }
+        Share {
+            allowed: WINDOW * percent.min(100) / 100,
+            start: None,
+            used: Duration::ZERO,
+            mark: None,
+        }
     }
 
     /// Without a bound there is nothing to look at.
@@ -141,7 +150,8 @@ impl Share {
         self.allowed < WINDOW
     }
 
-    /// A look: the thread has used `time` so far in its life, and is at a real-time class from now on or not.
+    /// A look: the thread has used `time` so far in its life, and is at a real-time class from now
+    /// on or not.
     pub fn look(&mut self, now: Instant, time: Duration, real_time: bool) {
         if let Some(mark) = self.mark {
             self.used += time.saturating_sub(mark);
@@ -208,7 +218,10 @@ mod tests {
             for idle in [0, 1, 500, 999].map(Duration::from_millis) {
                 let real_time = greedy(percent, idle).as_millis();
                 let (least, most) = (u128::from(percent) * 89, u128::from(percent) * 111 + 11);
-                assert!((least..=most).contains(&real_time), "{real_time} ms of 10 s with {percent} % after {idle:?}");
+                assert!(
+                    (least..=most).contains(&real_time),
+                    "{real_time} ms of 10 s with {percent} % after {idle:?}"
+                );
             }
         }
         let mut all = Share::new(100);
@@ -239,8 +252,9 @@ mod tests {
 
     #[test]
     fn requests_are_read_strictly() {
-        let good =
-            |class, priority| assert_eq!(parse(&request(class, priority)), Ok(Some(Setting { class, priority })));
+        let good = |class, priority| {
+            assert_eq!(parse(&request(class, priority)), Ok(Some(Setting { class, priority })))
+        };
         let bad = |class, priority| assert_eq!(parse(&request(class, priority)), Err(BadRequest));
         assert_eq!(parse(&[0; 16]), Ok(None));
         for class in [abi::CLASS_NORMAL, abi::CLASS_BATCH] {
@@ -254,7 +268,8 @@ mod tests {
         good(abi::CLASS_IDLE, 0);
         bad(abi::CLASS_IDLE, 1);
         bad(abi::CLASS_NONE, 1);
-        // The number after the last, where one might look for the deadline class; and Linux's own number of it is out of range too.
+        // The number after the last, where one might look for the deadline class; and Linux's own
+        // number of it is out of range too.
         [abi::CLASS_RR + 1, 7, u32::MAX].into_iter().for_each(|class| bad(class, 0));
         for at in 8..16 {
             let mut value = request(abi::CLASS_FIFO, 1);
@@ -299,7 +314,10 @@ mod tests {
                 match budget.take(now) {
                     Ok(()) => taken += 1,
                     Err(at) => {
-                        assert!(at > now && at <= now + budget.interval, "what is there is given at once");
+                        assert!(
+                            at > now && at <= now + budget.interval,
+                            "what is there is given at once"
+                        );
                         now = at;
                     }
                 }
@@ -307,7 +325,8 @@ mod tests {
             let (least, most) = (rate * 10, rate * 10 + burst(rate));
             assert!((least..=most).contains(&taken), "{taken} with a rate of {rate}");
             now += Duration::from_secs(1);
-            let at_once = std::iter::repeat_with(|| budget.take(now)).take_while(Result::is_ok).count();
+            let at_once =
+                std::iter::repeat_with(|| budget.take(now)).take_while(Result::is_ok).count();
             assert_eq!(at_once, burst(rate) as usize);
         }
     }

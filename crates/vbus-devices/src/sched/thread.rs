@@ -1,4 +1,5 @@
-//! A thread of another process: what the kernel says of its scheduling, changed for a while and put back.
+//! A thread of another process: what the kernel says of its scheduling, changed for a while and put
+//! back.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -15,7 +16,8 @@ use super::ledger::{Entry, Ledger, Note};
 use super::policy::Setting;
 use crate::lock;
 
-/// The threads that devices of this process have to do with, so that no two of them take each other's settings for the thread's own.
+/// The threads that devices of this process have to do with, so that no two of them take each
+/// other's settings for the thread's own.
 #[derive(Clone, Default)]
 pub struct Claims {
     taken: Arc<Mutex<HashSet<i32>>>,
@@ -56,7 +58,8 @@ pub enum TakeError {
 /// A thread, from when it was found until it is let go, which puts its class back.
 pub struct Thread {
     tid: i32,
-    /// A file of procfs that was opened for this very thread: reading it fails once the thread has ended, also if its id has a new bearer.
+    /// A file of procfs that was opened for this very thread: reading it fails once the thread has
+    /// ended, also if its id has a new bearer.
     alive: File,
     /// Likewise: its processor time. Kernels without CONFIG_SCHED_INFO have none.
     time: Option<File>,
@@ -88,9 +91,10 @@ impl Thread {
 
     /// Takes thread `tid`, of whatever process it is.
     pub fn take_any(tid: i32, claims: &Claims) -> Result<Thread, TakeError> {
-        let process = std::fs::read_to_string(format!("/proc/{tid}/status"))
-            .ok()
-            .and_then(|status| status.lines().find_map(|line| line.strip_prefix("Tgid:")?.trim().parse().ok()));
+        let process =
+            std::fs::read_to_string(format!("/proc/{tid}/status")).ok().and_then(|status| {
+                status.lines().find_map(|line| line.strip_prefix("Tgid:")?.trim().parse().ok())
+            });
         Thread::take(process.unwrap_or(tid), tid, claims)
     }
 
@@ -116,9 +120,11 @@ impl Thread {
     /// The processor time that it has used; zero where the kernel does not tell.
     pub fn time(&self) -> Duration {
         let mut text = [0; 64];
-        let length = self.time.as_ref().and_then(|file| file.read_at(&mut text, 0).ok()).unwrap_or(0);
+        let length =
+            self.time.as_ref().and_then(|file| file.read_at(&mut text, 0).ok()).unwrap_or(0);
         // Nanoseconds on a processor, nanoseconds waiting for one, time slices.
-        let first = std::str::from_utf8(&text[..length]).ok().and_then(|text| text.split(' ').next());
+        let first =
+            std::str::from_utf8(&text[..length]).ok().and_then(|text| text.split(' ').next());
         Duration::from_nanos(first.and_then(|number| number.parse().ok()).unwrap_or(0))
     }
 
@@ -132,7 +138,8 @@ impl Thread {
 
     /// What it is now, and its nice value.
     fn look(&self) -> Result<(Attributes, i32), Errno> {
-        let (attributes, nice) = (attributes::get(self.tid)?, getpriority_process(Pid::from_raw(self.tid))?);
+        let (attributes, nice) =
+            (attributes::get(self.tid)?, getpriority_process(Pid::from_raw(self.tid))?);
         // After it, so that what was read is this thread's.
         self.check()?;
         Ok((attributes, nice))
@@ -150,9 +157,11 @@ impl Thread {
             Some(changed) => changed.note.take(),
             None => self.claims.ledger.as_ref().and_then(|ledger| ledger.begin(self.tid)),
         };
-        // If the change fails, the entry of the one before holds too: the thread is still what it came from.
+        // If the change fails, the entry of the one before holds too: the thread is still what it
+        // came from.
         let note = note.filter(|note| note.write(&Entry { own, own_nice, from, to: by_us }));
-        // The id could only get a new bearer in the moment between the two, and only once all others have been given out.
+        // The id could only get a new bearer in the moment between the two, and only once all
+        // others have been given out.
         let done = self.check().and_then(|()| attributes::set(self.tid, by_us));
         match (&mut self.changed, done) {
             (_, Ok(())) => self.changed = Some(Changed { own, own_nice, by_us, setting, note }),
@@ -162,10 +171,13 @@ impl Thread {
         done.map(|()| true)
     }
 
-    /// Puts back what it was, unless somebody else has made it something else meanwhile. Returns whether that took a system call.
+    /// Puts back what it was, unless somebody else has made it something else meanwhile. Returns
+    /// whether that took a system call.
     pub fn restore(&mut self) -> Result<bool, Errno> {
         // Its note ends with this call: whatever comes of it, nobody else could do better.
-        let Some(Changed { own, own_nice, by_us, note, .. }) = self.changed.take() else { return Ok(false) };
+        let Some(Changed { own, own_nice, by_us, note, .. }) = self.changed.take() else {
+            return Ok(false);
+        };
         match self.look() {
             Ok((now, _)) if by_us.is_still(now) => {}
             Ok(_) | Err(Errno::SRCH) => return Ok(false),
@@ -188,8 +200,9 @@ impl Drop for Thread {
     }
 }
 
-/// Whether the kernel tells how much processor time a thread has used. Without CONFIG_SCHED_INFO the file is not there; where that is only
-/// for delay accounting, and this is switched off, it has zeros. This thread has had a time slice at least.
+/// Whether the kernel tells how much processor time a thread has used. Without CONFIG_SCHED_INFO
+/// the file is not there; where that is only for delay accounting, and this is switched off, it has
+/// zeros. This thread has had a time slice at least.
 pub fn tells_time() -> bool {
     let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
     text.split_ascii_whitespace().any(|number| number != "0")
@@ -199,6 +212,8 @@ pub fn tells_time() -> bool {
 pub fn is_privileged() -> bool {
     const SYS_NICE: u32 = 23;
     let status = std::fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
-    let effective = status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("CapEff:")?.trim(), 16).ok());
+    let effective = status
+        .lines()
+        .find_map(|line| u64::from_str_radix(line.strip_prefix("CapEff:")?.trim(), 16).ok());
     effective.is_some_and(|effective| effective & 1 << SYS_NICE != 0)
 }

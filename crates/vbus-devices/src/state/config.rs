@@ -28,7 +28,8 @@ struct RawPage {
 /// Checks the settings of a device.
 pub fn parse(config: &Value) -> Result<Vec<Page>, CreateError> {
     let bad = |text: String| Err(CreateError(text));
-    let raw: Raw = serde_json::from_value(config.clone()).map_err(|error| CreateError(error.to_string()))?;
+    let raw: Raw =
+        serde_json::from_value(config.clone()).map_err(|error| CreateError(error.to_string()))?;
     if raw.pages.is_empty() || raw.pages.len() > PAGES_MAX as usize {
         return bad(format!("there are {} pages; give 1 to {PAGES_MAX}", raw.pages.len()));
     }
@@ -43,7 +44,10 @@ pub fn parse(config: &Value) -> Result<Vec<Page>, CreateError> {
         }
         let initial = initial.map(String::into_bytes);
         if let Some(initial) = initial.as_ref().filter(|initial| initial.len() > bytes as usize) {
-            return bad(format!("page {name:?}: the initial value has {} bytes, the page {bytes}", initial.len()));
+            return bad(format!(
+                "page {name:?}: the initial value has {} bytes, the page {bytes}",
+                initial.len()
+            ));
         }
         if !names.insert(name.clone()) {
             return bad(format!("there are two pages called {name:?}"));
@@ -60,7 +64,8 @@ mod tests {
 
     #[test]
     fn errors_say_what_to_write() {
-        let page = |name: &str, bytes: u32| json!({ "name": name, "bytes": bytes, "owner": "driver" });
+        let page =
+            |name: &str, bytes: u32| json!({ "name": name, "bytes": bytes, "owner": "driver" });
         for (config, text) in [
             (json!({}), "missing field `pages`"),
             (json!({ "pages": [] }), "give 1 to 256"),
@@ -69,16 +74,25 @@ mod tests {
             (json!({ "pages": [page("a", 0)] }), "use 1 to 1048576"),
             (json!({ "pages": [page("a", (1 << 20) + 1)] }), "use 1 to 1048576"),
             (json!({ "pages": [page("a", 1), page("a", 2)] }), "two pages called \"a\""),
-            (json!({ "pages": [{ "name": "a", "bytes": 1, "owner": "guest" }] }), "unknown variant `guest`"),
+            (
+                json!({ "pages": [{ "name": "a", "bytes": 1, "owner": "guest" }] }),
+                "unknown variant `guest`",
+            ),
             (
                 json!({ "pages": [{ "name": "a", "bytes": 1, "owner": "device", "initial": "ab" }] }),
                 "has 2 bytes, the page 1",
             ),
-            (json!({ "pages": [{ "name": "a", "bytes": 1, "owner": "device", "size": 1 }] }), "unknown field `size`"),
+            (
+                json!({ "pages": [{ "name": "a", "bytes": 1, "owner": "device", "size": 1 }] }),
+                "unknown field `size`",
+            ),
         ] {
             let error = parse(&config).err().unwrap().to_string();
             assert!(error.contains(text), "{config}: {error}");
         }
-        assert_eq!(parse(&json!({ "pages": [page("a", 1), page("b", 1 << 20)] })).unwrap().len(), 2);
+        assert_eq!(
+            parse(&json!({ "pages": [page("a", 1), page("b", 1 << 20)] })).unwrap().len(),
+            2
+        );
     }
 }

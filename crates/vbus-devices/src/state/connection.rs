@@ -20,8 +20,12 @@ impl StateConnection {
     pub fn new(device: Arc<Shared>, open: &Open) -> StateConnection {
         let fail = open.fail.clone();
         let watch = Watch { device: device.clone(), next: 0 };
-        let task =
-            open.executor.spawn(open.place, Box::new(watch), open.counters.clone(), move |status| fail.fail(status));
+        let task = open.executor.spawn(
+            open.place,
+            Box::new(watch),
+            open.counters.clone(),
+            move |status| fail.fail(status),
+        );
         *lock(&device.task) = Some(task.clone());
         StateConnection { device, task }
     }
@@ -66,7 +70,8 @@ impl Drop for StateConnection {
 /// The task that takes over what is watched.
 struct Watch {
     device: Arc<Shared>,
-    /// Where the next poll begins, so that a page that never rests does not keep the others waiting.
+    /// Where the next poll begins, so that a page that never rests does not keep the others
+    /// waiting.
     next: usize,
 }
 
@@ -86,7 +91,8 @@ impl Task for Watch {
             self.next = (self.next + 1) % pages.len();
             if page.poll() {
                 progress = Progress::Busy;
-                left -= i64::try_from(1 + u64::from(page.bytes) / BYTES_PER_UNIT).unwrap_or(i64::MAX);
+                left -=
+                    i64::try_from(1 + u64::from(page.bytes) / BYTES_PER_UNIT).unwrap_or(i64::MAX);
             }
         }
         Ok(progress)
@@ -94,7 +100,8 @@ impl Task for Watch {
 
     fn arm(&mut self) -> Result<Armed, Status> {
         // Every page, even if one has missed: the task may sleep all the same.
-        let missed = self.device.pages.iter().map(Page::arm).filter(|armed| *armed == Armed::Missed).count();
+        let missed =
+            self.device.pages.iter().map(Page::arm).filter(|armed| *armed == Armed::Missed).count();
         Ok(if missed == 0 { Armed::Waiting } else { Armed::Missed })
     }
 

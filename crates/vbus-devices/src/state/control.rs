@@ -21,7 +21,11 @@ enum Request {
 }
 
 /// Serves one request.
-pub fn serve(device: &Shared, request: &Value, reply: &mut dyn FnMut(Value) -> bool) -> Result<(), String> {
+pub fn serve(
+    device: &Shared,
+    request: &Value,
+    reply: &mut dyn FnMut(Value) -> bool,
+) -> Result<(), String> {
     match Request::deserialize(request).map_err(|error| error.to_string())? {
         Request::List => {
             reply(json!({ "pages": device.pages.iter().map(Page::inspect).collect::<Vec<_>>() }));
@@ -50,7 +54,8 @@ pub fn serve(device: &Shared, request: &Value, reply: &mut dyn FnMut(Value) -> b
     Ok(())
 }
 
-/// Replies with the value as it is, then with each newer one (the newest, if they come faster than the client takes them).
+/// Replies with the value as it is, then with each newer one (the newest, if they come faster than
+/// the client takes them).
 fn watch(page: &Page, reply: &mut dyn FnMut(Value) -> bool) {
     let mut current = page.current();
     while reply(show(page, &current)) {
@@ -80,12 +85,14 @@ impl Drop for Watching<'_> {
     }
 }
 
-/// A value for people and programs: all of its bytes in hexadecimal and, if it is text but for zeros at its end, that text.
+/// A value for people and programs: all of its bytes in hexadecimal and, if it is text but for
+/// zeros at its end, that text.
 fn show(page: &Page, current: &Current) -> Value {
     let end = current.value.iter().rposition(|b| *b != 0).map_or(0, |last| last + 1);
     let text = std::str::from_utf8(&current.value[..end]).ok();
     let text = text.filter(|text| !text.chars().any(|c| c.is_control() && c != '\n' && c != '\t'));
-    let mut shown = json!({ "page": page.name, "version": current.version, "hex": to_hex(&current.value) });
+    let mut shown =
+        json!({ "page": page.name, "version": current.version, "hex": to_hex(&current.value) });
     if let Some(text) = text {
         shown["text"] = text.into();
     }

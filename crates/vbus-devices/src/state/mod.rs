@@ -1,8 +1,10 @@
 //! `state`: named values (spec/state.md).
 //!
-//! A device has pages, each with a name, a size, and an owner. The value of a page that the device's end owns is set by requests of control
-//! clients; the value of one that the driver owns is read by them. Either way the newest value stays when the driver goes. Nobody pays for a
-//! value that nobody asks for: a page of the driver's is read when a client asks, while one watches, and when the driver leaves.
+//! A device has pages, each with a name, a size, and an owner. The value of a page that the
+//! device's end owns is set by requests of control clients; the value of one that the driver owns
+//! is read by them. Either way the newest value stays when the driver goes. Nobody pays for a value
+//! that nobody asks for: a page of the driver's is read when a client asks, while one watches, and
+//! when the driver leaves.
 
 mod config;
 mod connection;

@@ -66,7 +66,14 @@ impl Page {
         let version = u64::from(initial.is_some());
         let mut value = initial.unwrap_or_default();
         value.resize(bytes as usize, 0);
-        let inner = Inner { value: value.into(), version, shown: None, watchers: 0, overruns: 0, removed: false };
+        let inner = Inner {
+            value: value.into(),
+            version,
+            shown: None,
+            watchers: 0,
+            overruns: 0,
+            removed: false,
+        };
         Page { name, bytes, owner, inner: Mutex::new(inner), news: Condvar::new() }
     }
 
@@ -81,7 +88,8 @@ impl Page {
         out
     }
 
-    /// The driver registers the page. A value of the device's that is there already is written to it.
+    /// The driver registers the page. A value of the device's that is there already is written to
+    /// it.
     pub fn show(&self, region: &Region) -> Result<(), Status> {
         let mut inner = lock(&self.inner);
         if inner.shown.is_some() {
@@ -99,7 +107,8 @@ impl Page {
             Owner::Driver => {
                 let reader = Reader::attach(region.window.clone(), End::Device)?;
                 let layout = reader.layout();
-                // A fresh page is at version 0, and its zeros are no value: the last one stays until the driver writes.
+                // A fresh page is at version 0, and its zeros are no value: the last one stays
+                // until the driver writes.
                 (PageEnd::Reader(reader, 0), layout)
             }
         };
@@ -116,15 +125,22 @@ impl Page {
     /// The driver drops region `handle`, or leaves if there is none named: the last value stays.
     pub fn hide(&self, handle: Option<u32>) {
         let mut inner = lock(&self.inner);
-        if inner.shown.as_ref().is_some_and(|shown| handle.is_none_or(|handle| handle == shown.handle)) {
+        if inner
+            .shown
+            .as_ref()
+            .is_some_and(|shown| handle.is_none_or(|handle| handle == shown.handle))
+        {
             self.take_news(&mut inner);
             inner.shown = None;
         }
     }
 
-    /// If a driver's page has a newer value, takes it over. Returns whether it had one: also if it was overrun, and has to be tried again.
+    /// If a driver's page has a newer value, takes it over. Returns whether it had one: also if it
+    /// was overrun, and has to be tried again.
     fn take_news(&self, inner: &mut MutexGuard<'_, Inner>) -> bool {
-        let Some(Shown { end: PageEnd::Reader(reader, seen), .. }) = &mut inner.shown else { return false };
+        let Some(Shown { end: PageEnd::Reader(reader, seen), .. }) = &mut inner.shown else {
+            return false;
+        };
         let mut value = vec![0; self.bytes as usize];
         match reader.read_if_newer(*seen, &mut value) {
             Ok(None) => false,
@@ -149,13 +165,22 @@ impl Page {
         Current { value: inner.value.clone(), version: inner.version }
     }
 
-    /// Makes `value` current; what is missing is filled up with zeros. Only for pages of the device's.
+    /// Makes `value` current; what is missing is filled up with zeros. Only for pages of the
+    /// device's.
     pub fn set(&self, mut value: Vec<u8>) -> Result<u64, String> {
         if self.owner != Owner::Device {
-            return Err(format!("page {:?} belongs to the driver; it can be read and watched", self.name));
+            return Err(format!(
+                "page {:?} belongs to the driver; it can be read and watched",
+                self.name
+            ));
         }
         if value.len() > self.bytes as usize {
-            return Err(format!("page {:?} holds {} bytes; the value has {}", self.name, self.bytes, value.len()));
+            return Err(format!(
+                "page {:?} holds {} bytes; the value has {}",
+                self.name,
+                self.bytes,
+                value.len()
+            ));
         }
         value.resize(self.bytes as usize, 0);
         let mut inner = lock(&self.inner);
@@ -169,8 +194,10 @@ impl Page {
     /// Waits at most `patience` for a value after number `than`.
     pub fn wait_newer(&self, than: u64, patience: Duration) -> Wait {
         let same = |inner: &mut Inner| inner.version == than && !inner.removed;
-        let (inner, _) =
-            self.news.wait_timeout_while(lock(&self.inner), patience, same).unwrap_or_else(|error| error.into_inner());
+        let (inner, _) = self
+            .news
+            .wait_timeout_while(lock(&self.inner), patience, same)
+            .unwrap_or_else(|error| error.into_inner());
         if inner.removed {
             Wait::Removed
         } else if inner.version == than {
@@ -183,7 +210,11 @@ impl Page {
     /// One more client watches, or (`false`) one less.
     pub fn watch(&self, begins: bool) {
         let mut inner = lock(&self.inner);
-        inner.watchers = if begins { inner.watchers.saturating_add(1) } else { inner.watchers.saturating_sub(1) };
+        inner.watchers = if begins {
+            inner.watchers.saturating_add(1)
+        } else {
+            inner.watchers.saturating_sub(1)
+        };
     }
 
     /// Takes over a newer value of the driver's if somebody watches.
@@ -197,7 +228,9 @@ impl Page {
         let mut inner = lock(&self.inner);
         let watched = inner.watchers != 0;
         match &mut inner.shown {
-            Some(Shown { end: PageEnd::Reader(reader, seen), .. }) if watched => reader.arm_newer(*seen),
+            Some(Shown { end: PageEnd::Reader(reader, seen), .. }) if watched => {
+                reader.arm_newer(*seen)
+            }
             _ => Armed::Waiting,
         }
     }

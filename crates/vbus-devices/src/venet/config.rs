@@ -109,7 +109,8 @@ fn bad(text: impl fmt::Display) -> CreateError {
 impl Config {
     /// Checks the settings of a device.
     pub fn parse(value: &Value) -> Result<Config, CreateError> {
-        let value = if value.is_null() { Value::Object(serde_json::Map::new()) } else { value.clone() };
+        let value =
+            if value.is_null() { Value::Object(serde_json::Map::new()) } else { value.clone() };
         let raw: Raw = serde_json::from_value(value).map_err(bad)?;
         let mtu = raw.mtu.unwrap_or(1500);
         if !(MTU_MIN..=MTU_MAX).contains(&mtu) {
@@ -121,7 +122,9 @@ impl Config {
         }
         let stream = matches!(raw.backend, BackendKind::Stream);
         if stream && queue_pairs != 1 {
-            return Err(bad("a stream is one socket, and has one queue pair: leave queue-pairs out"));
+            return Err(bad(
+                "a stream is one socket, and has one queue pair: leave queue-pairs out",
+            ));
         }
         let belongs = |given: bool, key: &str, kind: BackendKind| {
             if given && kind != raw.backend {
@@ -144,7 +147,11 @@ impl Config {
             BackendKind::Stream => match (raw.connect, raw.listen) {
                 (Some(path), None) => Plug::Connect(path),
                 (None, Some(path)) => Plug::Listen(path),
-                _ => return Err(bad("backend \"stream\" needs either connect = PATH or listen = PATH")),
+                _ => {
+                    return Err(bad(
+                        "backend \"stream\" needs either connect = PATH or listen = PATH",
+                    ));
+                }
             },
             BackendKind::Null => Plug::Null(source(raw.source_bytes.unwrap_or(0), mtu)?),
         };
@@ -156,13 +163,16 @@ impl Config {
             return Err(bad(format!("patience-ms is {patience}; use 0 to {PATIENCE_MS_MAX}")));
         }
         let snap = raw.snap_length.unwrap_or(u32::from(u16::MAX));
-        // A stream carries plain frames: offloads would be undone here, one by one. They are there for who asks for them.
+        // A stream carries plain frames: offloads would be undone here, one by one. They are there
+        // for who asks for them.
         let or_default = |given: Option<bool>| given.unwrap_or(!stream);
         let csum = or_default(raw.csum);
         let mut features = 0;
-        for (feature, on, given) in
-            [(F_CSUM, csum, None), (F_TSO, or_default(raw.tso), raw.tso), (F_USO, or_default(raw.uso), raw.uso)]
-        {
+        for (feature, on, given) in [
+            (F_CSUM, csum, None),
+            (F_TSO, or_default(raw.tso), raw.tso),
+            (F_USO, or_default(raw.uso), raw.uso),
+        ] {
             if given == Some(true) && !csum {
                 return Err(bad("segmentation needs checksums: tso and uso need csum = true"));
             }
@@ -184,8 +194,11 @@ fn tap_name(name: Option<String>) -> Result<String, CreateError> {
     let name = name.unwrap_or_else(|| "vbus%d".into());
     // IFNAMSIZ, with its final zero.
     let plain = |b: u8| b.is_ascii_graphic() && b != b'/' && b != b':';
-    if name.is_empty() || name.len() > 15 || name == "." || name == ".." || !name.bytes().all(plain) {
-        return Err(bad(format!("tap = {name:?} is no name of an interface: 1 to 15 letters, digits and signs")));
+    if name.is_empty() || name.len() > 15 || name == "." || name == ".." || !name.bytes().all(plain)
+    {
+        return Err(bad(format!(
+            "tap = {name:?} is no name of an interface: 1 to 15 letters, digits and signs"
+        )));
     }
     Ok(name)
 }
@@ -203,15 +216,19 @@ fn parse_mac(text: &str) -> Result<Mac, CreateError> {
     let mut mac = Mac::default();
     let mut parts = text.split(':');
     for byte in &mut mac {
-        let part =
-            parts.next().filter(|p| p.len() == 2 && p.bytes().all(|b| b.is_ascii_hexdigit())).ok_or_else(wrong)?;
+        let part = parts
+            .next()
+            .filter(|p| p.len() == 2 && p.bytes().all(|b| b.is_ascii_hexdigit()))
+            .ok_or_else(wrong)?;
         *byte = u8::from_str_radix(part, 16).map_err(|_| wrong())?;
     }
     if parts.next().is_some() || mac == Mac::default() {
         return Err(wrong());
     }
     if is_group(mac) {
-        return Err(bad(format!("mac = {text:?} is a multicast address: its first byte must be even")));
+        return Err(bad(format!(
+            "mac = {text:?} is a multicast address: its first byte must be even"
+        )));
     }
     Ok(mac)
 }
@@ -235,12 +252,18 @@ mod tests {
     #[test]
     fn defaults() {
         let config = Config::parse(&Value::Null).unwrap();
-        assert_eq!((config.mtu, config.queue_pairs, config.plug), (1500, 1, Plug::Switch("default".into())));
+        assert_eq!(
+            (config.mtu, config.queue_pairs, config.plug),
+            (1500, 1, Plug::Switch("default".into()))
+        );
         assert_eq!((config.mac[0], config.features), (2, F_CSUM | F_TSO | F_USO));
         let stream = Config::parse(&json!({"backend": "stream", "connect": "/x"})).unwrap();
         assert_eq!((stream.plug, stream.features), (Plug::Connect("/x".into()), 0));
         let config = Config::parse(&json!({"mac": "02:00:00:00:00:0A", "uso": false})).unwrap();
-        assert_eq!((show_mac(config.mac), config.features), ("02:00:00:00:00:0a".into(), F_CSUM | F_TSO));
+        assert_eq!(
+            (show_mac(config.mac), config.features),
+            ("02:00:00:00:00:0a".into(), F_CSUM | F_TSO)
+        );
         assert_eq!(Config::parse(&json!({"csum": false})).unwrap().features, 0);
     }
 

@@ -43,11 +43,20 @@ struct Running {
 
 impl VenetConnection {
     pub fn new(device: Arc<Shared>, open: Open) -> VenetConnection {
-        let status = Arc::new(StatusPage::new(device.config.mac, device.link.clone(), device.pairs.clone()));
+        let status =
+            Arc::new(StatusPage::new(device.config.mac, device.link.clone(), device.pairs.clone()));
         let status_task = spawn(&open, 0, Box::new(StatusTask::new(status.clone())));
         status.set_task(status_task.clone());
         let rings = device.pairs.iter().map(|_| Rings::default()).collect();
-        VenetConnection { device, open, rings, filter: Arc::default(), status, status_task, running: None }
+        VenetConnection {
+            device,
+            open,
+            rings,
+            filter: Arc::default(),
+            status,
+            status_task,
+            running: None,
+        }
     }
 
     /// Serves the rings from here on.
@@ -56,15 +65,18 @@ impl VenetConnection {
             return Err(Status::DENIED);
         }
         let count = self.rings.iter().take_while(|rings| rings.tx.is_some()).count();
-        let whole =
-            |(i, rings): (usize, &Rings)| rings.tx.is_some() == (i < count) && rings.rx.is_some() == (i < count);
+        let whole = |(i, rings): (usize, &Rings)| {
+            rings.tx.is_some() == (i < count) && rings.rx.is_some() == (i < count)
+        };
         if count == 0 || !self.rings.iter().enumerate().all(whole) {
             return Err(Status::BAD_ARGUMENT);
         }
         let mut lanes = Vec::with_capacity(count);
         let mut sending = Vec::with_capacity(count);
         for (i, rings) in self.rings[..count].iter().enumerate() {
-            let (Some(tx), Some(rx)) = (&rings.tx, &rings.rx) else { return Err(Status::BAD_ARGUMENT) };
+            let (Some(tx), Some(rx)) = (&rings.tx, &rings.rx) else {
+                return Err(Status::BAD_ARGUMENT);
+            };
             let tx_ring = attach(tx, Returns::Counted)?;
             let rx_ring = attach(rx, Returns::Entries)?;
             let counters = self.device.pairs[i].clone();
@@ -100,11 +112,21 @@ impl VenetConnection {
         });
         let queues = self.device.backend.connect(&port)?;
         let mut tasks = Vec::with_capacity(count);
-        for (i, ((tx, tx_doorbell, rx_doorbell), queue)) in sending.into_iter().zip(queues).enumerate() {
+        for (i, ((tx, tx_doorbell, rx_doorbell), queue)) in
+            sending.into_iter().zip(queues).enumerate()
+        {
             let lane = &port.lanes[i];
             let memory = self.open.memory.clone();
             let capture = self.device.capture.clone();
-            let pair = Pair::new(port.clone(), lane.index, tx, queue, memory, lane.counters.clone(), capture);
+            let pair = Pair::new(
+                port.clone(),
+                lane.index,
+                tx,
+                queue,
+                memory,
+                lane.counters.clone(),
+                capture,
+            );
             let task = spawn(&self.open, i, Box::new(pair));
             let _ = lane.task.set(task.clone()); // Set once, here.
             // Which also wakes the task, so that it sees its own handle.
@@ -192,7 +214,8 @@ impl Connection for VenetConnection {
 }
 
 impl Drop for VenetConnection {
-    /// Afterwards nobody holds a window on the driver's memory: tasks first, then the rings that others deliver to, then the status page.
+    /// Afterwards nobody holds a window on the driver's memory: tasks first, then the rings that
+    /// others deliver to, then the status page.
     fn drop(&mut self) {
         if let Some(running) = self.running.take() {
             for task in &running.tasks {

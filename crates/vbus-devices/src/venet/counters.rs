@@ -44,7 +44,8 @@ pub struct TxCounters {
 pub struct TxDrops {
     /// Shorter than an Ethernet header.
     pub short: Counter,
-    /// Longer than the MTU allows, or a header that does not fit its frame or the features accepted.
+    /// Longer than the MTU allows, or a header that does not fit its frame or the features
+    /// accepted.
     pub bad_header: Counter,
     /// The back end has no link.
     pub no_link: Counter,
@@ -55,7 +56,10 @@ pub struct TxDrops {
 impl TxDrops {
     /// All reasons.
     pub fn sum(&self) -> u64 {
-        [&self.short, &self.bad_header, &self.no_link, &self.refused].into_iter().map(Counter::get).sum()
+        [&self.short, &self.bad_header, &self.no_link, &self.refused]
+            .into_iter()
+            .map(Counter::get)
+            .sum()
     }
 }
 

@@ -59,8 +59,9 @@ mod tests {
     fn passes_what_was_asked_for() {
         let passes = |filter: &Filter| [BROADCAST, GROUP, OTHER].map(|mac| filter.accepts(mac));
         assert_eq!(passes(&Filter::default()), [true, false, false]);
-        let parse =
-            |flags, addresses: &[Mac]| Filter::parse(&buffer(flags, addresses.len() as u32, addresses)).unwrap();
+        let parse = |flags, addresses: &[Mac]| {
+            Filter::parse(&buffer(flags, addresses.len() as u32, addresses)).unwrap()
+        };
         assert_eq!(passes(&parse(0, &[OTHER])), [true, false, true]);
         assert_eq!(passes(&parse(0, &[GROUP])), [true, true, false]);
         assert_eq!(passes(&parse(FILTER_ALL_MULTICAST, &[])), [true, true, false]);

@@ -27,7 +27,8 @@ pub mod flag {
     pub const GSO_ECN: u8 = 0x80;
 }
 
-/// The most segments that one TCP frame may stand for: 64 KiB in segments of 48 bytes, the least that Linux sends.
+/// The most segments that one TCP frame may stand for: 64 KiB in segments of 48 bytes, the least
+/// that Linux sends.
 const TCP_SEGMENTS_MAX: usize = 65536 / 48;
 /// The most datagrams that one UDP frame may stand for: the limit of Linux.
 const UDP_SEGMENTS_MAX: usize = 128;
@@ -68,9 +69,13 @@ impl Header {
         let mut bytes = [0; HEADER_BYTES];
         bytes[0] = self.flags;
         bytes[1] = self.gso_type;
-        for (at, word) in
-            [(2, self.hdr_len), (4, self.gso_size), (6, self.csum_start), (8, self.csum_offset), (10, buffers)]
-        {
+        for (at, word) in [
+            (2, self.hdr_len),
+            (4, self.gso_size),
+            (6, self.csum_start),
+            (8, self.csum_offset),
+            (10, buffers),
+        ] {
             bytes[at..at + 2].copy_from_slice(&word.to_le_bytes());
         }
         bytes
@@ -92,8 +97,9 @@ impl Header {
         needs & !features == 0
     }
 
-    /// Checks the header that a driver with `features` wrote before a frame of `len` bytes, and clears what does not count. False if the
-    /// frame must not go on: every number in the header that is left after this lies within the frame.
+    /// Checks the header that a driver with `features` wrote before a frame of `len` bytes, and
+    /// clears what does not count. False if the frame must not go on: every number in the header
+    /// that is left after this lies within the frame.
     pub fn check(&mut self, len: usize, features: u64, mtu: usize) -> bool {
         self.flags &= flag::NEEDS_CSUM; // What a driver says of its own frame's checksum is worth nothing.
         if !self.fits(features) {
@@ -220,7 +226,14 @@ mod tests {
 
     #[test]
     fn a_header_survives_its_bytes() {
-        let header = Header { flags: 1, gso_type: 4, hdr_len: 0x1234, gso_size: 1448, csum_start: 54, csum_offset: 16 };
+        let header = Header {
+            flags: 1,
+            gso_type: 4,
+            hdr_len: 0x1234,
+            gso_size: 1448,
+            csum_start: 54,
+            csum_offset: 16,
+        };
         let bytes = header.bytes(3);
         assert_eq!(Header::parse(&bytes), header);
         assert_eq!(bytes[10..], [3, 0]);
@@ -228,7 +241,14 @@ mod tests {
 
     #[test]
     fn headers_that_point_outside_their_frame_are_refused() {
-        let good = Header { flags: 1, gso_type: 1, hdr_len: 54, gso_size: 1448, csum_start: 34, csum_offset: 16 };
+        let good = Header {
+            flags: 1,
+            gso_type: 1,
+            hdr_len: 54,
+            gso_size: 1448,
+            csum_start: 34,
+            csum_offset: 16,
+        };
         let check = |header: Header, len, features| {
             let mut header = header;
             header.check(len, features, 1500)
@@ -238,7 +258,10 @@ mod tests {
         assert!(!check(good, 51, ALL), "the checksum lies behind the frame");
         assert!(!check(Header { hdr_len: 60001, ..good }, 60000, ALL));
         assert!(!check(Header { gso_size: 0, ..good }, 60000, ALL));
-        assert!(!check(Header { gso_size: 1, ..good }, 60000, ALL), "a million segments for one frame");
+        assert!(
+            !check(Header { gso_size: 1, ..good }, 60000, ALL),
+            "a million segments for one frame"
+        );
         assert!(!check(Header { gso_size: 1485, ..good }, 60000, ALL), "segments above the MTU");
         assert!(!check(Header { csum_offset: 6, ..good }, 60000, ALL));
         assert!(!check(Header { csum_start: 13, ..good }, 60000, ALL));
@@ -247,7 +270,15 @@ mod tests {
         assert!(!check(Header { flags: 0, ..good }, 60000, ALL), "segmentation without a checksum");
         assert!(check(Header::default(), 1518, 0));
         assert!(!check(Header::default(), 1519, 0));
-        assert!(!check(Header { flags: 1, csum_start: 34, csum_offset: 6, ..Header::default() }, 100, 0));
-        assert!(check(Header { flags: 1, csum_start: 34, csum_offset: 6, ..Header::default() }, 100, F_CSUM));
+        assert!(!check(
+            Header { flags: 1, csum_start: 34, csum_offset: 6, ..Header::default() },
+            100,
+            0
+        ));
+        assert!(check(
+            Header { flags: 1, csum_start: 34, csum_offset: 6, ..Header::default() },
+            100,
+            F_CSUM
+        ));
     }
 }

@@ -1,8 +1,10 @@
 //! `venet`: an Ethernet controller (spec/venet.md).
 //!
-//! The way of a frame, from the driver's doorbell: `pair` takes it from the transmit ring, checks it against `frame`, and hands it to the
-//! device's back end (`switch`, `tap`, `stream`, `null`), of which `port` tells what it must be able to do. A frame to the driver comes from
-//! the back end through `rx` into the buffers that the driver posted. `connection` is what the driver opens, `status` its status page.
+//! The way of a frame, from the driver's doorbell: `pair` takes it from the transmit ring, checks
+//! it against `frame`, and hands it to the device's back end (`switch`, `tap`, `stream`, `null`),
+//! of which `port` tells what it must be able to do. A frame to the driver comes from the back end
+//! through `rx` into the buffers that the driver posted. `connection` is what the driver opens,
+//! `status` its status page.
 
 mod config;
 mod connection;
@@ -82,22 +84,35 @@ impl DeviceClass for VenetClass {
         let config = Config::parse(config)?;
         let link = Arc::new(Link::default());
         let backend: Box<dyn Backend> = match &config.plug {
-            Plug::Switch(switch) => Box::new(SwitchBackend { switch: self.switch(switch), link: link.clone() }),
-            Plug::Null(source_bytes) => Box::new(Null { source_bytes: *source_bytes, link: link.clone() }),
-            Plug::Tap(tap) => Box::new(Tap::new(tap, config.queue_pairs, config.mtu, link.clone())?),
+            Plug::Switch(switch) => {
+                Box::new(SwitchBackend { switch: self.switch(switch), link: link.clone() })
+            }
+            Plug::Null(source_bytes) => {
+                Box::new(Null { source_bytes: *source_bytes, link: link.clone() })
+            }
+            Plug::Tap(tap) => {
+                Box::new(Tap::new(tap, config.queue_pairs, config.mtu, link.clone())?)
+            }
             Plug::Connect(path) => Box::new(Stream::connecting(path, link.clone())?),
             Plug::Listen(path) => Box::new(Stream::listening(path, link.clone())?),
         };
         let capture = match &config.pcap {
             None => None,
             Some((path, snap)) => {
-                let capture =
-                    Capture::create(path, *snap).map_err(|error| CreateError(format!("pcap = {path:?}: {error}")))?;
+                let capture = Capture::create(path, *snap)
+                    .map_err(|error| CreateError(format!("pcap = {path:?}: {error}")))?;
                 Some(Arc::new(capture))
             }
         };
         let pairs = (0..config.queue_pairs).map(|_| Arc::default()).collect();
-        Ok(Arc::new(Venet(Arc::new(Shared { name: name.into(), config, link, backend, capture, pairs }))))
+        Ok(Arc::new(Venet(Arc::new(Shared {
+            name: name.into(),
+            config,
+            link,
+            backend,
+            capture,
+            pairs,
+        }))))
     }
 }
 

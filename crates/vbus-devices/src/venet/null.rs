@@ -1,4 +1,5 @@
-//! Back end `null`: frames vanish; if so configured, frames come out of it without end. For benchmarks.
+//! Back end `null`: frames vanish; if so configured, frames come out of it without end. For
+//! benchmarks.
 
 use std::sync::Arc;
 
@@ -35,7 +36,8 @@ impl Backend for Null {
                 frame[6] = 2;
                 frame[12..14].copy_from_slice(&ETHERTYPE);
             }
-            Box::new(NullQueue { port: port.clone(), index, frame, link: self.link.clone() }) as Box<dyn Queue>
+            Box::new(NullQueue { port: port.clone(), index, frame, link: self.link.clone() })
+                as Box<dyn Queue>
         };
         Ok((0..port.lanes.len()).map(queue).collect())
     }

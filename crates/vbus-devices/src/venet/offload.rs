@@ -37,8 +37,8 @@ struct Cut {
 }
 
 impl Plain {
-    /// Copies the frame (whose header was checked against its length). Returns how many plain frames come of it; `None` if its content does
-    /// not match its header.
+    /// Copies the frame (whose header was checked against its length). Returns how many plain
+    /// frames come of it; `None` if its content does not match its header.
     pub fn load(&mut self, packet: &Packet<'_>) -> Option<usize> {
         self.frame.clear();
         packet.append_to(&mut self.frame, usize::MAX);
@@ -100,7 +100,14 @@ impl Cut {
         };
         let payload = transport + transport_bytes;
         let whole = payload <= frame.len() && (protocol == UDP || transport_bytes >= 20);
-        (fits && whole).then_some(Cut { ip, v4, transport, protocol, payload, size: usize::from(header.gso_size) })
+        (fits && whole).then_some(Cut {
+            ip,
+            v4,
+            transport,
+            protocol,
+            payload,
+            size: usize::from(header.gso_size),
+        })
     }
 
     /// Brings the headers of piece `i` up to date.
@@ -126,7 +133,8 @@ impl Cut {
             let number = u32::from_be_bytes(number).wrapping_add(done);
             piece.get_mut(transport + 4..transport + 8)?.copy_from_slice(&number.to_be_bytes());
             let flags = piece.get_mut(transport + 13)?;
-            *flags &= !(if last { 0 } else { TCP_FIN | TCP_PSH } | if i == 0 { 0 } else { TCP_CWR });
+            *flags &=
+                !(if last { 0 } else { TCP_FIN | TCP_PSH } | if i == 0 { 0 } else { TCP_CWR });
             transport + 16
         } else {
             put(piece, transport + 4, length)?;
@@ -150,14 +158,16 @@ fn put(bytes: &mut [u8], at: usize, value: u16) -> Option<()> {
 /// The sum of 16-bit words, not yet folded.
 fn sum(bytes: &[u8]) -> u64 {
     let mut words = bytes.chunks_exact(4);
-    let mut sum: u64 = words.by_ref().map(|w| u64::from(u32::from_be_bytes([w[0], w[1], w[2], w[3]]))).sum();
+    let mut sum: u64 =
+        words.by_ref().map(|w| u64::from(u32::from_be_bytes([w[0], w[1], w[2], w[3]]))).sum();
     let mut rest = [0; 4];
     rest[..words.remainder().len()].copy_from_slice(words.remainder());
     sum += u64::from(u32::from_be_bytes(rest));
     sum
 }
 
-/// The Internet checksum (RFC 1071) of `bytes` on top of `initial`; never 0, which UDP takes for "none".
+/// The Internet checksum (RFC 1071) of `bytes` on top of `initial`; never 0, which UDP takes for
+/// "none".
 fn checksum(initial: u64, bytes: &[u8]) -> u16 {
     let mut sum = initial + sum(bytes);
     while sum > 0xffff {
@@ -175,7 +185,8 @@ mod tests {
     use super::super::frame::Body;
     use super::*;
 
-    /// A frame with headers of the given kind, payload of `len` bytes, and the checksum field as Linux leaves it.
+    /// A frame with headers of the given kind, payload of `len` bytes, and the checksum field as
+    /// Linux leaves it.
     fn large(v4: bool, protocol: u8, tagged: bool, len: usize) -> (Header, Vec<u8>) {
         let mut frame = vec![2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1];
         if tagged {
@@ -184,7 +195,9 @@ mod tests {
         let transport_bytes = if protocol == TCP { 32 } else { 8 };
         frame.extend(if v4 { IPV4 } else { IPV6 }.to_be_bytes());
         if v4 {
-            frame.extend([0x45, 0, 0, 0, 0xff, 0xff, 0x40, 0, 64, protocol, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2]);
+            frame.extend([
+                0x45, 0, 0, 0, 0xff, 0xff, 0x40, 0, 64, protocol, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2,
+            ]);
         } else {
             frame.extend([0x60, 0, 0, 0, 0, 0, protocol, 64]);
             frame.extend((0..32).map(|n| n * 7));
@@ -249,19 +262,27 @@ mod tests {
                             let number = |at: usize| u32::from(get(&piece, at).unwrap());
                             let length = (piece.len() - transport) as u32;
                             if v4 {
-                                assert_eq!(slow_sum(&piece[ip..transport]), 0xffff, "the IP header's checksum");
+                                assert_eq!(
+                                    slow_sum(&piece[ip..transport]),
+                                    0xffff,
+                                    "the IP header's checksum"
+                                );
                                 assert_eq!(number(ip + 2), (piece.len() - ip) as u32);
                                 assert_eq!(number(ip + 4), (0xffff + i as u32) & 0xffff);
                             } else {
                                 assert_eq!(number(ip + 4), (piece.len() - ip - 40) as u32);
                             }
-                            let addresses = if v4 { &piece[ip + 12..ip + 20] } else { &piece[ip + 8..ip + 40] };
+                            let addresses =
+                                if v4 { &piece[ip + 12..ip + 20] } else { &piece[ip + 8..ip + 40] };
                             let tail = [&length.to_be_bytes()[..], &[0, 0, 0, protocol]].concat();
                             let all = [addresses, &tail, &piece[transport..]].concat();
                             assert_eq!(slow_sum(&all), 0xffff, "the checksum over everything");
                             if protocol == TCP {
                                 let sequence = 0xffff_fff0_u32.wrapping_add(1000 * i as u32);
-                                assert_eq!(number(transport + 4) << 16 | number(transport + 6), sequence);
+                                assert_eq!(
+                                    number(transport + 4) << 16 | number(transport + 6),
+                                    sequence
+                                );
                                 let last = i + 1 == count;
                                 assert_eq!(piece[transport + 13] & (TCP_FIN | TCP_PSH) != 0, last);
                                 assert_eq!(piece[transport + 13] & TCP_CWR != 0, i == 0);
@@ -297,7 +318,8 @@ mod tests {
     #[test]
     fn headers_that_do_not_match_their_frame_are_refused() {
         let (header, frame) = large(true, TCP, false, 5000);
-        let refused = |header: Header, frame: &[u8]| Plain::default().load(&packet(header, frame)).is_none();
+        let refused =
+            |header: Header, frame: &[u8]| Plain::default().load(&packet(header, frame)).is_none();
         assert!(!refused(header, &frame));
         assert!(refused(Header { gso_type: flag::GSO_TCPV6, ..header }, &frame));
         assert!(refused(Header { gso_type: flag::GSO_UDP, ..header }, &frame));
@@ -312,7 +334,9 @@ mod tests {
         let mut x = 1_u64;
         for _ in 0..20_000 {
             let mut next = || {
-                x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                x = x
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1_442_695_040_888_963_407);
                 (x >> 33) as usize
             };
             let mut bytes = frame[..14 + next() % 200].to_vec();

@@ -15,7 +15,8 @@ use super::pcap::Capture;
 use super::port::{Drop as DropReason, Port, Queue, Sent};
 use crate::lock;
 
-/// The next frame of the transmit ring: entries taken, and once they are whole, what its header said.
+/// The next frame of the transmit ring: entries taken, and once they are whole, what its header
+/// said.
 #[derive(Default)]
 struct Chain {
     entries: Vec<Entry>,
@@ -63,7 +64,19 @@ impl Pair {
         capture: Option<Arc<Capture>>,
     ) -> Pair {
         let chain = Chain { entries: Vec::with_capacity(CHAIN_MAX), ..Chain::default() };
-        Pair { port, index, tx, queue, memory, counters, capture, chain, waiting: false, moved: false, until: None }
+        Pair {
+            port,
+            index,
+            tx,
+            queue,
+            memory,
+            counters,
+            capture,
+            chain,
+            waiting: false,
+            moved: false,
+            until: None,
+        }
     }
 
     /// Sends at most `budget` frames; returns how many went.
@@ -120,16 +133,25 @@ impl Pair {
         Ok(taken)
     }
 
-    /// Takes the next frame from the ring, or the one that had to wait; `parts` gets what follows its Ethernet header.
-    fn next<'v>(&mut self, view: &'v View<'_>, parts: &mut Vec<DriverSlice<'v>>) -> Result<Next, Status> {
+    /// Takes the next frame from the ring, or the one that had to wait; `parts` gets what follows
+    /// its Ethernet header.
+    fn next<'v>(
+        &mut self,
+        view: &'v View<'_>,
+        parts: &mut Vec<DriverSlice<'v>>,
+    ) -> Result<Next, Status> {
         while self.chain.entries.last().is_none_or(|last| last.flags & NEXT != 0) {
             let Some(entry) = self.tx.ring.take()? else { return Ok(Next::Nothing) };
             self.chain.bytes = self.chain.bytes.saturating_add(entry.len as usize);
-            if entry.len == 0 || self.chain.entries.len() == CHAIN_MAX || self.chain.bytes > FRAME_MAX {
+            if entry.len == 0
+                || self.chain.entries.len() == CHAIN_MAX
+                || self.chain.bytes > FRAME_MAX
+            {
                 return Err(Status::BAD_LENGTH);
             }
             self.chain.entries.push(entry);
-            // A part of a frame is progress too: what it was armed for has come, and the task must not sleep before it has armed again.
+            // A part of a frame is progress too: what it was armed for has come, and the task must
+            // not sleep before it has armed again.
             self.moved = true;
         }
         const HEAD: usize = HEADER_BYTES + ETH_BYTES;
@@ -166,7 +188,8 @@ impl Task for Pair {
         let memory = self.memory.clone();
         let view = memory.view();
         let sent = self.transmit(&view, budget);
-        // Even if this driver broke the protocol: what went before is in others' hands, and they wait for it.
+        // Even if this driver broke the protocol: what went before is in others' hands, and they
+        // wait for it.
         self.queue.flush();
         let sent = sent?;
         if sent != 0 {
@@ -185,7 +208,9 @@ impl Task for Pair {
     }
 
     fn arm(&mut self) -> Result<Armed, Status> {
-        let rx = lock(&self.port.lanes[usize::from(self.index)].rx).as_mut().map_or(Armed::Waiting, |rx| rx.arm());
+        let rx = lock(&self.port.lanes[usize::from(self.index)].rx)
+            .as_mut()
+            .map_or(Armed::Waiting, |rx| rx.arm());
         // While a frame waits for the back end, more frames would be no news.
         let tx = if self.waiting { self.queue.arm() } else { self.tx.ring.arm(0) };
         Ok(if tx == Armed::Missed { tx } else { rx })

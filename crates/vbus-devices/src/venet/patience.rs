@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 /// What a driver gains in patience with each buffer that it posts.
 const PATIENCE_PER_BUFFER: Duration = Duration::from_millis(1);
 
-/// How long senders wait for a driver's buffers before its frames are dropped instead. Waiting uses it up, posting buffers restores it, so
-/// that a driver that posts hardly any holds a sender for no longer than `max` and a little per buffer.
+/// How long senders wait for a driver's buffers before its frames are dropped instead. Waiting uses
+/// it up, posting buffers restores it, so that a driver that posts hardly any holds a sender for no
+/// longer than `max` and a little per buffer.
 #[derive(Debug)]
 pub struct Patience {
     left: Duration,
@@ -32,7 +33,8 @@ impl Patience {
             self.left = self.left.saturating_sub(since.elapsed());
         }
         if self.left < self.max {
-            let gain = PATIENCE_PER_BUFFER.saturating_mul(u32::try_from(buffers).unwrap_or(u32::MAX));
+            let gain =
+                PATIENCE_PER_BUFFER.saturating_mul(u32::try_from(buffers).unwrap_or(u32::MAX));
             self.left = (self.left + gain).min(self.max);
         }
     }

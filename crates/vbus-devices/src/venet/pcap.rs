@@ -1,7 +1,8 @@
-//! A capture file (the classic pcap format, microseconds, Ethernet) of what a driver sends and receives.
+//! A capture file (the classic pcap format, microseconds, Ethernet) of what a driver sends and
+//! receives.
 //!
-//! The tasks put records into a bounded buffer; a thread of its own writes them out. Records that find the buffer full are counted and left
-//! out: a slow disk costs records, never frames.
+//! The tasks put records into a bounded buffer; a thread of its own writes them out. Records that
+//! find the buffer full are counted and left out: a slow disk costs records, never frames.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -56,13 +57,22 @@ impl Capture {
         file.write_all(&head)?;
         let shared = Arc::new(Shared::default());
         let (theirs, path) = (shared.clone(), path.to_owned());
-        let thread = std::thread::Builder::new().name("vbus-pcap".into()).stack_size(128 << 10).spawn(move || {
-            if let Err(error) = theirs.write_out(&mut file) {
-                tracing::error!(path = %path.display(), %error, "the capture ends");
-            }
-        })?;
+        let thread = std::thread::Builder::new()
+            .name("vbus-pcap".into())
+            .stack_size(128 << 10)
+            .spawn(move || {
+                if let Err(error) = theirs.write_out(&mut file) {
+                    tracing::error!(path = %path.display(), %error, "the capture ends");
+                }
+            })?;
         let snap = usize::try_from(snap).unwrap_or(usize::MAX);
-        Ok(Capture { shared, snap, thread: Some(thread), records: Counter::default(), left_out: Counter::default() })
+        Ok(Capture {
+            shared,
+            snap,
+            thread: Some(thread),
+            records: Counter::default(),
+            left_out: Counter::default(),
+        })
     }
 
     /// Records a frame.
@@ -79,7 +89,12 @@ impl Capture {
             return;
         }
         let first = buffer.bytes.is_empty();
-        for word in [seconds, now.subsec_micros(), u32::try_from(kept).unwrap_or(0), u32::try_from(len).unwrap_or(0)] {
+        for word in [
+            seconds,
+            now.subsec_micros(),
+            u32::try_from(kept).unwrap_or(0),
+            u32::try_from(len).unwrap_or(0),
+        ] {
             buffer.bytes.extend_from_slice(&word.to_le_bytes());
         }
         packet.append_to(&mut buffer.bytes, kept);

@@ -41,14 +41,15 @@ pub trait Queue: Send {
     /// The poll's last frame has been sent: push out what was gathered.
     fn flush(&mut self) {}
 
-    /// Moves at most `budget` frames to the driver, whose memory `view` shows. Returns how many. Called in each poll. Not for back ends whose
-    /// frames are brought by others.
+    /// Moves at most `budget` frames to the driver, whose memory `view` shows. Returns how many.
+    /// Called in each poll. Not for back ends whose frames are brought by others.
     fn receive(&mut self, view: &View<'_>, budget: u32) -> Result<u32, Status> {
         let _ = (view, budget);
         Ok(0)
     }
 
-    /// A frame waits, and the task is about to sleep: asks for what will end the wait. [`Armed::Missed`]: it is there already.
+    /// A frame waits, and the task is about to sleep: asks for what will end the wait.
+    /// [`Armed::Missed`]: it is there already.
     fn arm(&mut self) -> Armed {
         Armed::Waiting
     }

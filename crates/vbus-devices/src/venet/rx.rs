@@ -17,15 +17,18 @@ use super::frame::{Body, ETH_BYTES, Header, Mac, Packet};
 use super::patience::Patience;
 use super::pcap::Capture;
 
-/// The least bytes of a receive buffer: what is written in one piece (header and Ethernet header) fits it.
+/// The least bytes of a receive buffer: what is written in one piece (header and Ethernet header)
+/// fits it.
 pub const BUFFER_MIN: u32 = 64;
 
 /// What became of a frame for the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Delivery {
-    /// It is in the driver's buffers (and will be posted), or was dropped and counted for want of them.
+    /// It is in the driver's buffers (and will be posted), or was dropped and counted for want of
+    /// them.
     Done,
-    /// There are too few buffers; try again when the driver has posted some, but not after this moment.
+    /// There are too few buffers; try again when the driver has posted some, but not after this
+    /// moment.
     Wait(Instant),
     /// It would need more buffers than may be chained.
     TooLong,
@@ -89,8 +92,9 @@ impl RxQueue {
         }
     }
 
-    /// Delivers a frame that comes from another device's driver, or from nowhere: this driver's memory is looked at if that is possible at
-    /// once. Features have been seen to. If it finds too few buffers it waits for them if it is `patient`, and is dropped if not. Call
+    /// Delivers a frame that comes from another device's driver, or from nowhere: this driver's
+    /// memory is looked at if that is possible at once. Features have been seen to. If it finds too
+    /// few buffers it waits for them if it is `patient`, and is dropped if not. Call
     /// [`post`](Self::post) after a batch.
     pub fn deliver(&mut self, packet: &Packet<'_>, patient: bool) -> Delivery {
         let memory = self.memory.clone();
@@ -122,9 +126,10 @@ impl RxQueue {
         }
     }
 
-    /// Lets `read` fill the driver's buffers with a frame and the header before it, of at most `longest` bytes together, without a copy.
-    /// Its vector begins with the header and the Ethernet header, which come to us: a frame to an address that `accepts` refuses is
-    /// dropped, and its buffers serve for the next.
+    /// Lets `read` fill the driver's buffers with a frame and the header before it, of at most
+    /// `longest` bytes together, without a copy. Its vector begins with the header and the Ethernet
+    /// header, which come to us: a frame to an address that `accepts` refuses is dropped, and its
+    /// buffers serve for the next.
     pub fn read_in(
         &mut self,
         view: &View<'_>,
@@ -136,7 +141,9 @@ impl RxQueue {
             Gathered::Buffers(count) => count,
             Gathered::TooSmall => CHAIN_MAX,
             // The driver has posted all that it ever will: what fits, fits.
-            Gathered::TooFew if self.ring.held() == self.ring.layout().entries() => self.stash.len().min(CHAIN_MAX),
+            Gathered::TooFew if self.ring.held() == self.ring.layout().entries() => {
+                self.stash.len().min(CHAIN_MAX)
+            }
             Gathered::TooFew => return ReadIn::NoBuffers,
             Gathered::Fault => return ReadIn::Empty,
         };
@@ -144,9 +151,12 @@ impl RxQueue {
         let mut spill = [0; 1];
         let (mut room, mut slots) = (0, 2);
         let received = {
-            let mut vector: [IoSliceMut<'_>; CHAIN_MAX + 2] = std::array::from_fn(|_| IoSliceMut::new(&mut []));
+            let mut vector: [IoSliceMut<'_>; CHAIN_MAX + 2] =
+                std::array::from_fn(|_| IoSliceMut::new(&mut []));
             for (i, entry) in self.stash.iter().take(count).enumerate() {
-                let Ok(slice) = view.slice(entry.addr, u64::from(entry.len), true) else { return ReadIn::Empty };
+                let Ok(slice) = view.slice(entry.addr, u64::from(entry.len), true) else {
+                    return ReadIn::Empty;
+                };
                 room += slice.len();
                 let rest = if i == 0 { slice.split_at(head.len()).1 } else { slice };
                 vector[i + 1] = rest.io_slice_mut();
@@ -160,7 +170,9 @@ impl RxQueue {
             Ok(len) => len,
             Err(error) => return ReadIn::Failed(error),
         };
-        let (Some((front, eth)), true) = (head.split_first_chunk::<HEADER_BYTES>(), len >= head.len()) else {
+        let (Some((front, eth)), true) =
+            (head.split_first_chunk::<HEADER_BYTES>(), len >= head.len())
+        else {
             return ReadIn::Empty;
         };
         let header = Header::parse(front);
@@ -176,8 +188,14 @@ impl RxQueue {
         self.return_read(view, &packet, len).map_or(ReadIn::Empty, |()| ReadIn::Frame)
     }
 
-    /// Gives back the buffers of a frame of `len` bytes (with its header) that is in them but for its headers.
-    fn return_read(&mut self, view: &View<'_>, packet: &Packet<'_>, len: usize) -> Result<(), Status> {
+    /// Gives back the buffers of a frame of `len` bytes (with its header) that is in them but for
+    /// its headers.
+    fn return_read(
+        &mut self,
+        view: &View<'_>,
+        packet: &Packet<'_>,
+        len: usize,
+    ) -> Result<(), Status> {
         let mut rooms = 0;
         let count = 1 + self
             .stash
@@ -189,7 +207,8 @@ impl RxQueue {
             .count();
         let Some(first) = self.stash.front() else { return Err(Status::FAILED) };
         let mut head = [0; HEADER_BYTES + ETH_BYTES];
-        head[..HEADER_BYTES].copy_from_slice(&packet.header.bytes(u16::try_from(count).unwrap_or(u16::MAX)));
+        head[..HEADER_BYTES]
+            .copy_from_slice(&packet.header.bytes(u16::try_from(count).unwrap_or(u16::MAX)));
         head[HEADER_BYTES..].copy_from_slice(&packet.eth);
         view.slice(first.addr, head.len() as u64, true)?.copy_from(&head);
         if let Some(capture) = &self.capture {
@@ -209,13 +228,18 @@ impl RxQueue {
             let filled = left.min(entry.len as usize);
             left -= filled;
             let flags = if i + 1 < count { NEXT } else { 0 };
-            self.ring.give_back(Entry { len: u32::try_from(filled).unwrap_or(entry.len), flags, ..entry });
+            self.ring.give_back(Entry {
+                len: u32::try_from(filled).unwrap_or(entry.len),
+                flags,
+                ..entry
+            });
         }
         self.count(len - HEADER_BYTES);
         Ok(())
     }
 
-    /// Whether a frame of `len` bytes finds buffers now. (Also true if it never will: then its delivery says so.)
+    /// Whether a frame of `len` bytes finds buffers now. (Also true if it never will: then its
+    /// delivery says so.)
     pub fn has_room(&mut self, view: &View<'_>, len: usize) -> bool {
         !matches!(self.gather(view, HEADER_BYTES + len), Gathered::TooFew)
     }
@@ -225,7 +249,8 @@ impl RxQueue {
         self.unposted.1 += bytes as u64;
     }
 
-    /// Takes one more buffer from the ring into the stash. False if there is none, or the driver broke the protocol.
+    /// Takes one more buffer from the ring into the stash. False if there is none, or the driver
+    /// broke the protocol.
     pub fn refill(&mut self) -> bool {
         if self.fault.is_some() {
             return false;
@@ -265,7 +290,13 @@ impl RxQueue {
     }
 
     /// Writes the frame to the first `count` buffers and gives them back.
-    fn fill(&mut self, view: &View<'_>, packet: &Packet<'_>, count: usize, len: usize) -> Result<(), Status> {
+    fn fill(
+        &mut self,
+        view: &View<'_>,
+        packet: &Packet<'_>,
+        count: usize,
+        len: usize,
+    ) -> Result<(), Status> {
         let mut head = [0; HEADER_BYTES + ETH_BYTES];
         let buffers = u16::try_from(count).unwrap_or(u16::MAX);
         head[..HEADER_BYTES].copy_from_slice(&packet.header.bytes(buffers));
@@ -284,7 +315,11 @@ impl RxQueue {
             source.copy(to);
             left -= filled;
             let flags = if i + 1 < count { NEXT } else { 0 };
-            self.ring.give_back(Entry { len: u32::try_from(filled).unwrap_or(entry.len), flags, ..entry });
+            self.ring.give_back(Entry {
+                len: u32::try_from(filled).unwrap_or(entry.len),
+                flags,
+                ..entry
+            });
         }
         Ok(())
     }
@@ -313,16 +348,16 @@ impl RxQueue {
         }
     }
 
-    /// Lets `task` be woken when there are new buffers. `key` tells the waiters apart. The driver rings only after [`arm`](Self::arm): a
-    /// task that polls need not be told.
+    /// Lets `task` be woken when there are new buffers. `key` tells the waiters apart. The driver
+    /// rings only after [`arm`](Self::arm): a task that polls need not be told.
     pub fn wait(&mut self, key: u64, task: &TaskHandle) {
         if self.waiters.iter().all(|(k, _)| *k != key) {
             self.waiters.push((key, task.clone()));
         }
     }
 
-    /// If somebody waits and there are new buffers, wakes all who wait. Returns whether it did. The fault of a driver that broke the
-    /// protocol comes out here, in the poll of its own device.
+    /// If somebody waits and there are new buffers, wakes all who wait. Returns whether it did. The
+    /// fault of a driver that broke the protocol comes out here, in the poll of its own device.
     pub fn serve_waiters(&mut self) -> Result<bool, Status> {
         let woken = !self.waiters.is_empty() && self.refill();
         if woken || self.fault.is_some() {
@@ -333,9 +368,10 @@ impl RxQueue {
         self.fault.map_or(Ok(woken), Err)
     }
 
-    /// If anybody waits, asks the driver to ring when it has posted as many buffers as the waiting frame lacks.
-    /// [`Armed::Missed`]: they are there, and the next delivery succeeds. All who wait are woken then: the buffers are out of the ring, and
-    /// nothing else would tell of them.
+    /// If anybody waits, asks the driver to ring when it has posted as many buffers as the waiting
+    /// frame lacks.
+    /// [`Armed::Missed`]: they are there, and the next delivery succeeds. All who wait are woken
+    /// then: the buffers are out of the ring, and nothing else would tell of them.
     pub fn arm(&mut self) -> Armed {
         if self.waiters.is_empty() {
             return Armed::Waiting;
@@ -348,7 +384,8 @@ impl RxQueue {
                 }
                 return Armed::Missed;
             }
-            // Not even one in spite of the driver's count: it is not honest, and gets no more than that.
+            // Not even one in spite of the driver's count: it is not honest, and gets no more than
+            // that.
             if self.ring.arm(lacking - 1) == Armed::Waiting || !self.refill() {
                 return Armed::Waiting;
             }
@@ -356,7 +393,8 @@ impl RxQueue {
         }
     }
 
-    /// How many buffers the frame that found too few lacks at least, going by the largest one so far.
+    /// How many buffers the frame that found too few lacks at least, going by the largest one so
+    /// far.
     fn lacking(&self) -> u32 {
         let room: usize = self.stash.iter().take(CHAIN_MAX).map(|entry| entry.len as usize).sum();
         if self.stash.len() >= CHAIN_MAX {

@@ -24,8 +24,9 @@ struct Page {
     writer: Writer<Window>,
     region: Region,
     written: Option<(Instant, Value)>,
-    /// The driver asked for an interrupt by an update that brought no more than newer counters. It gets it when the link changes: to be
-    /// woken ten times a second for a statistic costs it more than its frames do.
+    /// The driver asked for an interrupt by an update that brought no more than newer counters. It
+    /// gets it when the link changes: to be woken ten times a second for a statistic costs it more
+    /// than its frames do.
     owed: bool,
 }
 
@@ -42,7 +43,14 @@ pub struct StatusPage {
 
 impl StatusPage {
     pub fn new(mac: Mac, link: Arc<Link>, pairs: Arc<[Arc<PairCounters>]>) -> StatusPage {
-        StatusPage { mac, link, pairs, page: Mutex::default(), awake: AtomicBool::new(false), task: OnceLock::new() }
+        StatusPage {
+            mac,
+            link,
+            pairs,
+            page: Mutex::default(),
+            awake: AtomicBool::new(false),
+            task: OnceLock::new(),
+        }
     }
 
     /// The driver registers the page.
@@ -76,7 +84,8 @@ impl StatusPage {
 
     /// Frames were moved: the page will be brought up to date soon.
     pub fn moved(&self) {
-        // Pairs with the swap of `update`, which sees the counters of whoever left it to somebody else's wake-up.
+        // Pairs with the swap of `update`, which sees the counters of whoever left it to somebody
+        // else's wake-up.
         if !self.awake.swap(true, Ordering::Release) {
             self.wake();
         }

@@ -1,7 +1,8 @@
-//! Back end `stream`: frames over a UNIX socket, each after its length as a big-endian u32. So do QEMU's `-netdev stream` and `passt`.
+//! Back end `stream`: frames over a UNIX socket, each after its length as a big-endian u32. So do
+//! QEMU's `-netdev stream` and `passt`.
 //!
-//! The socket lives while a driver is there. When it ends, the end that connects tries again every second, and the end that listens takes the
-//! next peer.
+//! The socket lives while a driver is there. When it ends, the end that connects tries again every
+//! second, and the end that listens takes the next peer.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
@@ -11,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect, listen,
-    recv, send, socket_with,
+    AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with,
+    bind, connect, listen, recv, send, socket_with,
 };
 use serde_json::{Value, json};
 use vbus_core::memory::View;
@@ -28,7 +29,8 @@ use crate::lock;
 
 /// Bytes of the length before each frame.
 const LENGTH: usize = 4;
-/// The largest frame that a peer may send, as QEMU has it; a greater length is taken for nonsense, and ends the connection.
+/// The largest frame that a peer may send, as QEMU has it; a greater length is taken for nonsense,
+/// and ends the connection.
 const FRAME_MAX: usize = 4096 + 65536;
 /// Bytes that are read from the peer at a time.
 const INPUT: usize = 256 << 10;
@@ -54,11 +56,13 @@ struct StreamCounters {
 impl Stream {
     /// The end that connects to the socket at `path`; it need not be there yet.
     pub fn connecting(path: &Path, link: Arc<Link>) -> Result<Stream, CreateError> {
-        SocketAddrUnix::new(path).map_err(|error| CreateError(format!("connect = {path:?}: {error}")))?;
+        SocketAddrUnix::new(path)
+            .map_err(|error| CreateError(format!("connect = {path:?}: {error}")))?;
         Ok(Stream { path: path.into(), listener: None, link, counters: Arc::default() })
     }
 
-    /// The end that listens at `path`. A socket that is there already, and that nobody listens on, is replaced.
+    /// The end that listens at `path`. A socket that is there already, and that nobody listens on,
+    /// is replaced.
     pub fn listening(path: &Path, link: Arc<Link>) -> Result<Stream, CreateError> {
         let failed = |error: std::io::Error| CreateError(format!("listen = {path:?}: {error}"));
         let listener = listen_at(path).map_err(failed)?;
@@ -75,7 +79,12 @@ impl Drop for Stream {
 }
 
 fn stream_socket() -> rustix::io::Result<OwnedFd> {
-    socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)
+    socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+        None,
+    )
 }
 
 fn listen_at(path: &Path) -> std::io::Result<OwnedFd> {
@@ -104,7 +113,8 @@ impl Backend for Stream {
             Status::FAILED
         };
         let listener = self.listener.as_ref().map(|fd| fd.try_clone()).transpose();
-        let listener = listener.map_err(|error| failed(Errno::from_io_error(&error).unwrap_or(Errno::IO)))?;
+        let listener =
+            listener.map_err(|error| failed(Errno::from_io_error(&error).unwrap_or(Errno::IO)))?;
         let queue = StreamQueue {
             path: self.path.clone(),
             listener,
@@ -141,7 +151,8 @@ struct Peer {
     to: usize,
     /// Bytes of a frame that is not wanted and not yet here.
     skip: usize,
-    /// Whether the task is woken when the socket has room: only while something waits for that, since a peer makes room with each read.
+    /// Whether the task is woken when the socket has room: only while something waits for that,
+    /// since a peer makes room with each read.
     wakes_for_room: bool,
 }
 
@@ -155,7 +166,16 @@ enum Gone {
 impl Peer {
     fn new(socket: OwnedFd) -> Peer {
         let input = vec![0; INPUT].into_boxed_slice();
-        Peer { socket, output: Vec::new(), sent: 0, input, from: 0, to: 0, skip: 0, wakes_for_room: false }
+        Peer {
+            socket,
+            output: Vec::new(),
+            sent: 0,
+            input,
+            from: 0,
+            to: 0,
+            skip: 0,
+            wakes_for_room: false,
+        }
     }
 
     /// Whether there is so much to be sent that frames have to wait.
@@ -173,7 +193,11 @@ impl Peer {
     /// Sends what it can.
     fn flush(&mut self) -> Result<(), Gone> {
         while self.sent < self.output.len() {
-            match send(&self.socket, &self.output[self.sent..], SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
+            match send(
+                &self.socket,
+                &self.output[self.sent..],
+                SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
+            ) {
                 Ok(n) => self.sent += n,
                 Err(Errno::AGAIN) => break,
                 Err(Errno::INTR) => {}
@@ -197,7 +221,9 @@ impl Peer {
         self.to -= self.from;
         self.from = 0;
         loop {
-            match recv(&self.socket, &mut self.input[self.to..], RecvFlags::DONTWAIT).map(|(n, _)| n) {
+            match recv(&self.socket, &mut self.input[self.to..], RecvFlags::DONTWAIT)
+                .map(|(n, _)| n)
+            {
                 Ok(0) => return Err(Gone::Ended),
                 Ok(n) => {
                     let skipped = n.min(self.skip);
@@ -215,9 +241,12 @@ impl Peer {
         }
     }
 
-    /// The next frame's place in the input, if it is whole. A frame longer than `longest` is skipped, which `None` with true says.
+    /// The next frame's place in the input, if it is whole. A frame longer than `longest` is
+    /// skipped, which `None` with true says.
     fn next(&mut self, longest: usize) -> Result<(Option<std::ops::Range<usize>>, bool), Gone> {
-        let Some(length) = self.input[self.from..self.to].first_chunk::<LENGTH>() else { return Ok((None, false)) };
+        let Some(length) = self.input[self.from..self.to].first_chunk::<LENGTH>() else {
+            return Ok((None, false));
+        };
         let len = usize::try_from(u32::from_be_bytes(*length)).unwrap_or(usize::MAX);
         if len == 0 || len > FRAME_MAX {
             return Err(Gone::Nonsense(len));
@@ -296,7 +325,9 @@ impl StreamQueue {
 
     /// Lets the socket wake the task for room, or no longer.
     fn watch_room(&mut self) -> Result<(), Errno> {
-        let (Some(peer), Some(task)) = (&mut self.peer, self.port.lanes[0].task.get()) else { return Ok(()) };
+        let (Some(peer), Some(task)) = (&mut self.peer, self.port.lanes[0].task.get()) else {
+            return Ok(());
+        };
         let wanted = !peer.output.is_empty();
         if wanted != peer.wakes_for_room {
             peer.wakes_for_room = wanted;
@@ -345,7 +376,8 @@ impl StreamQueue {
             }
             let Some(range) = range else {
                 if skipped || peer.fill()? {
-                    // Work as well: a peer that sends nothing but this must not keep the others on the thread waiting.
+                    // Work as well: a peer that sends nothing but this must not keep the others on
+                    // the thread waiting.
                     done += 1;
                     continue;
                 }
@@ -355,7 +387,8 @@ impl StreamQueue {
             match Packet::plain(&peer.input[range]) {
                 None => lane.counters.rx.drops.bad_frame.one(),
                 Some(packet) if !self.port.accepts(packet.destination()) => {}
-                // Here nobody is held up but the peer: its frames wait in the socket for as long as it takes.
+                // Here nobody is held up but the peer: its frames wait in the socket for as long as
+                // it takes.
                 Some(packet) if !rx.has_room(view, packet.len()) => {
                     if let Some(task) = lane.task.get() {
                         rx.wait(self.port.key(0), task);
@@ -378,7 +411,8 @@ impl StreamQueue {
 impl Queue for StreamQueue {
     fn send(&mut self, packet: &Packet<'_>) -> Sent {
         let Some(peer) = &mut self.peer else { return Sent::Dropped(DropReason::NoLink) };
-        // Pushing first: a wait must follow an attempt that found the socket full, or else nothing would end it.
+        // Pushing first: a wait must follow an attempt that found the socket full, or else nothing
+        // would end it.
         if peer.waits() && peer.flush().is_ok() && peer.waits() {
             return Sent::Wait { until: None, moved: false };
         }
@@ -386,7 +420,9 @@ impl Queue for StreamQueue {
             peer.push(packet);
             return Sent::Done { units: 1 };
         }
-        let Some(count) = self.plain.load(packet) else { return Sent::Dropped(DropReason::BadHeader) };
+        let Some(count) = self.plain.load(packet) else {
+            return Sent::Dropped(DropReason::BadHeader);
+        };
         for i in 0..count {
             if let Some(piece) = Packet::plain(self.plain.piece(i)) {
                 peer.push(&piece);
@@ -420,7 +456,8 @@ impl Queue for StreamQueue {
     }
 
     fn arm(&mut self) -> Armed {
-        // A peer that left after the frame began to wait: nothing would end the wait. Sent again, it is dropped.
+        // A peer that left after the frame began to wait: nothing would end the wait. Sent again,
+        // it is dropped.
         if self.peer.is_none() { Armed::Missed } else { Armed::Waiting }
     }
 

@@ -1,7 +1,10 @@
-//! Back end `switch`: a learning switch between the devices of one bus. One copy, from the sender's memory to the receiver's.
+//! Back end `switch`: a learning switch between the devices of one bus. One copy, from the sender's
+//! memory to the receiver's.
 //!
-//! It is no thread and no queue: the task of the sending pair carries each frame into the receiver's buffers. If there are none, the frame
-//! stays in the sender's transmit ring, for as long as the receiver's patience lasts (see `rx`); a frame for several receivers never waits for any of them.
+//! It is no thread and no queue: the task of the sending pair carries each frame into the
+//! receiver's buffers. If there are none, the frame stays in the sender's transmit ring, for as
+//! long as the receiver's patience lasts (see `rx`); a frame for several receivers never waits for
+//! any of them.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -20,7 +23,8 @@ use super::port::{Backend, Link, Port, Queue, Sent};
 use super::rx::{Delivery, RxQueue};
 use crate::lock;
 
-/// The most learned addresses. Beyond it nothing is learned, and frames to unknown addresses go to whoever wants everything.
+/// The most learned addresses. Beyond it nothing is learned, and frames to unknown addresses go to
+/// whoever wants everything.
 const LEARNED_MAX: usize = 4096;
 /// The most addresses learned from one port, so that one driver cannot fill the table for all.
 const LEARNED_PER_PORT: usize = 512;
@@ -79,7 +83,12 @@ impl Switch {
         let mut table = self.write();
         if table.ports.iter().any(|p| p.mac == port.mac) {
             let (switch, mac) = (&self.name, show_mac(port.mac));
-            tracing::warn!(device = port.name, switch, mac, "another device on the switch has the same address");
+            tracing::warn!(
+                device = port.name,
+                switch,
+                mac,
+                "another device on the switch has the same address"
+            );
         }
         // An address that a device has is nobody else's.
         table.learned.remove(&port.mac);
@@ -128,8 +137,11 @@ impl Switch {
     fn targets(&self, mac: Mac, from: u64, now: Instant) -> Vec<Arc<Port>> {
         let table = self.read();
         if !is_group(mac) {
-            let learned = table.learned.get(&mac).filter(|learned| now.duration_since(learned.at) < AGE);
-            let owner = |port: &&Arc<Port>| port.mac == mac || learned.is_some_and(|learned| learned.port == port.id);
+            let learned =
+                table.learned.get(&mac).filter(|learned| now.duration_since(learned.at) < AGE);
+            let owner = |port: &&Arc<Port>| {
+                port.mac == mac || learned.is_some_and(|learned| learned.port == port.id)
+            };
             if let Some(port) = table.ports.iter().find(owner) {
                 let port = Some(port).filter(|port| port.id != from && port.accepts(mac));
                 return port.cloned().into_iter().collect();
@@ -141,7 +153,8 @@ impl Switch {
 
     fn inspect(&self) -> Value {
         let table = self.read();
-        let name = |id: u64| table.ports.iter().find(|port| port.id == id).map(|port| port.name.clone());
+        let name =
+            |id: u64| table.ports.iter().find(|port| port.id == id).map(|port| port.name.clone());
         let ports: Vec<_> = table.ports.iter().map(|port| port.name.clone()).collect();
         let learned: Vec<_> = table
             .learned
@@ -172,14 +185,23 @@ impl Backend for SwitchBackend {
     fn connect(&self, port: &Arc<Port>) -> Result<Vec<Box<dyn Queue>>, Status> {
         self.switch.add(port);
         self.link.set(true);
-        let membership = Membership { switch: self.switch.clone(), port: port.clone(), link: self.link.clone() };
+        let membership =
+            Membership { switch: self.switch.clone(), port: port.clone(), link: self.link.clone() };
         let membership = Arc::new(membership);
         let queue = |index: usize| {
             let route = Route { generation: u64::MAX, to: Mac::default(), targets: Vec::new() };
             let membership = membership.clone();
             let waiting = Waiting { port: port.clone(), index };
             let pieces = Pieces { of: NO_PORT, next: 0, count: 0, plain: Plain::default() };
-            let queue = SwitchQueue { membership, index, route, source: None, touched: Vec::new(), waiting, pieces };
+            let queue = SwitchQueue {
+                membership,
+                index,
+                route,
+                source: None,
+                touched: Vec::new(),
+                waiting,
+                pieces,
+            };
             Box::new(queue) as Box<dyn Queue>
         };
         Ok((0..port.lanes.len()).map(queue).collect())
@@ -230,7 +252,9 @@ struct SwitchQueue {
 impl SwitchQueue {
     fn learn(&mut self, mac: Mac, now: Instant) {
         let port = &self.membership.port;
-        if mac == port.mac || self.source.is_some_and(|(last, at)| last == mac && now.duration_since(at) < REFRESH) {
+        if mac == port.mac
+            || self.source.is_some_and(|(last, at)| last == mac && now.duration_since(at) < REFRESH)
+        {
             return;
         }
         self.membership.switch.learn(mac, port.id, now);
@@ -240,12 +264,14 @@ impl SwitchQueue {
     fn route(&mut self, mac: Mac) {
         let generation = self.membership.switch.generation();
         if self.route.generation != generation || self.route.to != mac {
-            let targets = self.membership.switch.targets(mac, self.membership.port.id, Instant::now());
+            let targets =
+                self.membership.switch.targets(mac, self.membership.port.id, Instant::now());
             self.route = Route { generation, to: mac, targets };
         }
     }
 
-    /// Carries the frame to one port, as it is or in pieces. `patient`: wait for its buffers if need be.
+    /// Carries the frame to one port, as it is or in pieces. `patient`: wait for its buffers if
+    /// need be.
     fn deliver(&mut self, port: &Arc<Port>, packet: &Packet<'_>, patient: bool) -> Sent {
         let lane = &port.lanes[self.index % port.lanes.len()];
         let mut guard = lock(&lane.rx);
@@ -276,7 +302,9 @@ impl SwitchQueue {
             }
             let first = self.pieces.next;
             while self.pieces.next < self.pieces.count {
-                let Some(piece) = Packet::plain(self.pieces.plain.piece(self.pieces.next)) else { break };
+                let Some(piece) = Packet::plain(self.pieces.plain.piece(self.pieces.next)) else {
+                    break;
+                };
                 match self.waiting.deliver(rx, &piece, patient) {
                     Delivery::Done => {}
                     Delivery::TooLong => drops.too_long.one(),
@@ -369,7 +397,9 @@ impl Queue for SwitchQueue {
 
     fn arm(&mut self) -> Armed {
         let [port] = &self.route.targets[..] else { return Armed::Waiting };
-        lock(&port.lanes[self.index % port.lanes.len()].rx).as_mut().map_or(Armed::Waiting, RxQueue::arm)
+        lock(&port.lanes[self.index % port.lanes.len()].rx)
+            .as_mut()
+            .map_or(Armed::Waiting, RxQueue::arm)
     }
 
     fn flush(&mut self) {

@@ -1,5 +1,5 @@
-//! Back end `tap`: a TAP interface of this machine, a queue of it for each queue pair. Frames are read and written straight from and to the
-//! driver's buffers.
+//! Back end `tap`: a TAP interface of this machine, a queue of it for each queue pair. Frames are
+//! read and written straight from and to the driver's buffers.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::sync::Arc;
@@ -27,7 +27,8 @@ pub struct Tap {
 impl Tap {
     /// Attaches to the interface called `name`, or makes it.
     pub fn new(name: &str, queues: u16, mtu: u16, link: Arc<Link>) -> Result<Tap, CreateError> {
-        let failed = |error: Errno| CreateError(format!("tap = {name:?}: {error}; {}", tun::advice(error)));
+        let failed =
+            |error: Errno| CreateError(format!("tap = {name:?}: {error}; {}", tun::advice(error)));
         let (first, name) = Tun::attach(name, queues > 1).map_err(failed)?;
         let mut tuns = vec![Arc::new(first)];
         for _ in 1..queues {
@@ -73,7 +74,8 @@ impl Backend for Tap {
         let longest = if segments { FRAME_MAX } else { HEADER_BYTES + port.mtu + ETH_OVERHEAD };
         let queue = |(index, tun): (usize, &Arc<Tun>)| {
             let (tun, port, session) = (tun.clone(), port.clone(), session.clone());
-            Box::new(TapQueue { tun, port, index, longest, watched: false, _session: session }) as Box<dyn Queue>
+            Box::new(TapQueue { tun, port, index, longest, watched: false, _session: session })
+                as Box<dyn Queue>
         };
         Ok(self.tuns.iter().take(port.lanes.len()).enumerate().map(queue).collect())
     }
@@ -91,7 +93,8 @@ struct Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        // What was left to the last driver must not be left to the next; and without a driver nobody is there.
+        // What was left to the last driver must not be left to the next; and without a driver
+        // nobody is there.
         let _ = self.tun.set_offload(0);
         let _ = self.tun.set_carrier(false);
         self.link.set(false);

@@ -1,4 +1,5 @@
-//! The kernel's TUN/TAP interface: what is asked of it by ioctl (Documentation/networking/tuntap.rst of Linux).
+//! The kernel's TUN/TAP interface: what is asked of it by ioctl
+//! (Documentation/networking/tuntap.rst of Linux).
 #![allow(unsafe_code)] // ioctl.
 
 use std::io::ErrorKind;
@@ -54,7 +55,8 @@ impl Request {
 }
 
 fn update<const OPCODE: Opcode>(fd: &OwnedFd, request: &mut Request) -> io::Result<()> {
-    // SAFETY: every opcode that this is used with takes a pointer to an ifreq, and writes nothing beyond it.
+    // SAFETY: every opcode that this is used with takes a pointer to an ifreq, and writes nothing
+    // beyond it.
     unsafe { ioctl(fd, Updater::<OPCODE, Request>::new(request)) }
 }
 
@@ -71,7 +73,8 @@ pub struct Tun {
 }
 
 impl Tun {
-    /// Attaches a queue to interface `name`, which is made if it is not there (a `%d` in it becomes a number). Returns the interface's name.
+    /// Attaches a queue to interface `name`, which is made if it is not there (a `%d` in it becomes
+    /// a number). Returns the interface's name.
     pub fn attach(name: &str, multi: bool) -> io::Result<(Tun, String)> {
         let open = || {
             let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
@@ -79,7 +82,8 @@ impl Tun {
         };
         let attach = |multi: bool| {
             let fd = open()?;
-            let flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | if multi { IFF_MULTI_QUEUE } else { 0 };
+            let flags =
+                IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | if multi { IFF_MULTI_QUEUE } else { 0 };
             let mut request = Request::new(name, &flags.to_ne_bytes());
             update::<TUNSETIFF>(&fd, &mut request)?;
             let len = request.name.iter().position(|b| *b == 0).unwrap_or(request.name.len());
@@ -99,9 +103,11 @@ impl Tun {
     /// Says what the reader takes: which checksums and segments the kernel may leave to it.
     pub fn set_offload(&self, features: u64) -> io::Result<()> {
         let mut flags = 0;
-        for (feature, bits) in
-            [(F_CSUM, TUN_F_CSUM), (F_TSO, TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN), (F_USO, TUN_F_USO4 | TUN_F_USO6)]
-        {
+        for (feature, bits) in [
+            (F_CSUM, TUN_F_CSUM),
+            (F_TSO, TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN),
+            (F_USO, TUN_F_USO4 | TUN_F_USO6),
+        ] {
             flags |= if features & feature != 0 { bits } else { 0 };
         }
         // SAFETY: the request takes its argument as a number.
@@ -111,7 +117,8 @@ impl Tun {
     /// The features that this kernel can deal with.
     pub fn features(&self) -> u64 {
         let known = [F_CSUM | F_TSO | F_USO, F_CSUM | F_TSO, F_CSUM];
-        let features = known.into_iter().find(|features| self.set_offload(*features).is_ok()).unwrap_or(0);
+        let features =
+            known.into_iter().find(|features| self.set_offload(*features).is_ok()).unwrap_or(0);
         let _ = self.set_offload(0); // Fails only where everything does.
         features
     }
@@ -138,7 +145,12 @@ impl Tun {
 
 /// Sets the interface's MTU and brings it up.
 pub fn configure(name: &str, mtu: u16) -> std::io::Result<()> {
-    let socket = rustix::net::socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
+    let socket = rustix::net::socket_with(
+        AddressFamily::INET,
+        SocketType::DGRAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
     update::<SIOCSIFMTU>(&socket, &mut Request::new(name, &i32::from(mtu).to_ne_bytes()))?;
     let mut request = Request::new(name, &[]);
     update::<SIOCGIFFLAGS>(&socket, &mut request)?;
@@ -157,7 +169,9 @@ pub fn advice(error: Errno) -> &'static str {
         }
         ErrorKind::NotFound => "the kernel has no /dev/net/tun: modprobe tun",
         ErrorKind::ResourceBusy => "another program uses it",
-        ErrorKind::InvalidInput => "there is an interface of that name which is no TAP, or has other queues",
+        ErrorKind::InvalidInput => {
+            "there is an interface of that name which is no TAP, or has other queues"
+        }
         _ => "the kernel refused",
     }
 }

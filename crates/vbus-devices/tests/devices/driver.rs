@@ -1,4 +1,5 @@
-//! A driver in this process: memory of its own, shared with the device as a VM's would be, and the driver's end of the rings.
+//! A driver in this process: memory of its own, shared with the device as a VM's would be, and the
+//! driver's end of the rings.
 
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex};
@@ -37,7 +38,8 @@ impl InterruptSink for Interrupts {
 }
 
 impl Interrupts {
-    /// Waits until `done`, which is asked again after each interrupt. Panics if that never comes to be.
+    /// Waits until `done`, which is asked again after each interrupt. Panics if that never comes to
+    /// be.
     pub fn wait<T>(&self, what: &str, mut done: impl FnMut() -> Option<T>) -> T {
         let end = Instant::now() + PATIENCE;
         loop {
@@ -46,8 +48,9 @@ impl Interrupts {
                 return value;
             }
             let count = self.count.lock().unwrap();
-            let left =
-                end.checked_duration_since(Instant::now()).unwrap_or_else(|| panic!("waited in vain for {what}"));
+            let left = end
+                .checked_duration_since(Instant::now())
+                .unwrap_or_else(|| panic!("waited in vain for {what}"));
             // The upper bound is for what changes without an interrupt.
             let bound = left.min(Duration::from_millis(20));
             drop(self.news.wait_timeout_while(count, bound, |count| *count == before).unwrap());
@@ -104,13 +107,24 @@ pub fn open(endpoint: &Endpoint, memory: &Memory, features: u64) -> Result<(), S
 }
 
 /// REGION_ADD.
-pub fn add(endpoint: &Endpoint, id: u32, addr: u64, len: usize, signal: usize) -> Result<u32, Status> {
+pub fn add(
+    endpoint: &Endpoint,
+    id: u32,
+    addr: u64,
+    len: usize,
+    signal: usize,
+) -> Result<u32, Status> {
     let (len, signal) = (len as u64, Some(signal as u64));
     endpoint.region_add(RegionRequest { id, vector: 0, page_shift: 0, addr, len, signal })
 }
 
 /// CALL with a buffer at address 2048.
-pub fn call(endpoint: &Endpoint, memory: &Memory, function: u32, buffer: &[u8]) -> Result<u64, Status> {
+pub fn call(
+    endpoint: &Endpoint,
+    memory: &Memory,
+    function: u32,
+    buffer: &[u8],
+) -> Result<u64, Status> {
     if !buffer.is_empty() {
         memory.write(2048, buffer);
     }
@@ -161,7 +175,8 @@ pub struct Net {
 const SLOT: usize = 128 << 10;
 
 impl Net {
-    /// A device of class venet on `bus` and a driver that has started on it, with all its buffers posted.
+    /// A device of class venet on `bus` and a driver that has started on it, with all its buffers
+    /// posted.
     pub fn new(bus: &Bus, name: &str, config: Value, shape: Shape) -> Net {
         let endpoint = bus.create(name, "venet", &config).unwrap();
         let mut net = Net::open(&endpoint, shape);
@@ -175,7 +190,9 @@ impl Net {
         endpoint.unmap_all();
         let interrupts = Arc::new(Interrupts::default());
         endpoint.set_interrupt_sink(interrupts.clone());
-        let per_pair = u64::from(shape.entries) * (SLOT as u64 + u64::from(shape.buffer_bytes.max(4096))) + (2 << 20);
+        let per_pair = u64::from(shape.entries)
+            * (SLOT as u64 + u64::from(shape.buffer_bytes.max(4096)))
+            + (2 << 20);
         let mut memory = Memory::new(endpoint, per_pair * u64::from(shape.pairs) + (1 << 20));
         open(endpoint, &memory, shape.features).unwrap();
         let mut pairs = Vec::new();
@@ -183,7 +200,8 @@ impl Net {
             let mut ring = |id, returns| {
                 let layout = Layout::new(shape.entries, returns).unwrap();
                 let addr = memory.alloc(layout.bytes());
-                let end = DriverEnd::create(memory.window(addr, layout.bytes()), layout, 0).unwrap();
+                let end =
+                    DriverEnd::create(memory.window(addr, layout.bytes()), layout, 0).unwrap();
                 let handle = add(endpoint, id, addr, layout.bytes(), ring::SIGNAL_OFFSET).unwrap();
                 (end, addr, handle)
             };
@@ -204,7 +222,8 @@ impl Net {
                 partial: Vec::new(),
             });
         }
-        let mut net = Net { endpoint: endpoint.clone(), memory, interrupts, pairs, shape, status: None };
+        let mut net =
+            Net { endpoint: endpoint.clone(), memory, interrupts, pairs, shape, status: None };
         net.call(abi::CALL_START, &[]).unwrap();
         net
     }
@@ -268,7 +287,8 @@ impl Net {
         }
     }
 
-    /// Puts a frame into the transmit ring in `parts` pieces, without posting it; false if there is no room.
+    /// Puts a frame into the transmit ring in `parts` pieces, without posting it; false if there is
+    /// no room.
     pub fn submit(&mut self, q: usize, header: &[u8; 12], frame: &[u8], parts: usize) -> bool {
         let pair = &mut self.pairs[q];
         if pair.tx.layout().returns() == Returns::Counted {

@@ -21,7 +21,8 @@ struct Random(u64);
 
 impl Random {
     fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.0 =
+            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         let x = self.0;
         (x >> 32) ^ x.rotate_left(23)
     }
@@ -42,7 +43,8 @@ fn be_looked_at(net: &Net) {
     });
 }
 
-/// One life of the hostile driver: opens, then writes at random until the device has had enough of it.
+/// One life of the hostile driver: opens, then writes at random until the device has had enough of
+/// it.
 fn live(endpoint: &Arc<Endpoint>, random: &mut Random) -> Option<Status> {
     let shape = Shape { features: ALL, ..Shape::default() };
     let mut net = Net::open(endpoint, shape);
@@ -50,8 +52,12 @@ fn live(endpoint: &Arc<Endpoint>, random: &mut Random) -> Option<Status> {
     if random.below(2) == 0 {
         net.post_all();
     }
-    let rings = [(net.pairs[0].tx_addr, Returns::Counted), (net.pairs[0].rx_addr, Returns::Entries)]
-        .map(|(addr, returns)| net.memory.window(addr, Layout::new(shape.entries, returns).unwrap().bytes()));
+    let rings =
+        [(net.pairs[0].tx_addr, Returns::Counted), (net.pairs[0].rx_addr, Returns::Entries)].map(
+            |(addr, returns)| {
+                net.memory.window(addr, Layout::new(shape.entries, returns).unwrap().bytes())
+            },
+        );
     for _ in 0..300 {
         match random.below(6) {
             // Anything, anywhere in a ring: entries, counts, arms, the header.
@@ -77,7 +83,11 @@ fn live(endpoint: &Arc<Endpoint>, random: &mut Random) -> Option<Status> {
                 let flags = if random.below(3) == 0 { NEXT } else { 0 };
                 let entry = Entry { addr, len: len as u32, id: 1, flags };
                 let pair = &mut net.pairs[0];
-                let _ = if random.below(4) == 0 { pair.rx.submit(entry) } else { pair.tx.submit(entry) };
+                let _ = if random.below(4) == 0 {
+                    pair.rx.submit(entry)
+                } else {
+                    pair.tx.submit(entry)
+                };
             }
             // Frames with bad headers, to everyone.
             _ => {
@@ -88,7 +98,8 @@ fn live(endpoint: &Arc<Endpoint>, random: &mut Random) -> Option<Status> {
                 header[0] &= 3;
                 header[1] = [0, 1, 4, 5, 0x81, 77][random.below(6)];
                 let to = [A, B, [0xff; 6]][random.below(3)];
-                let mut bytes = frame(to, [H, A, B][random.below(3)], random.next(), 14 + random.below(3000));
+                let mut bytes =
+                    frame(to, [H, A, B][random.below(3)], random.next(), 14 + random.below(3000));
                 bytes[12..14].copy_from_slice(&[8, 0]);
                 if random.below(2) == 0 {
                     bytes[14..].iter_mut().take(60).for_each(|b| *b = random.next() as u8);
@@ -97,7 +108,12 @@ fn live(endpoint: &Arc<Endpoint>, random: &mut Random) -> Option<Status> {
                     // A count that is nonsense by now ends the driver's own end, not ours.
                     let addr = net.pairs[0].rx_buffers;
                     net.memory.write(addr, &[&header[..], &bytes].concat());
-                    let _ = net.pairs[0].tx.submit(Entry { addr, len: 12 + bytes.len() as u32, id: 0, flags: 0 });
+                    let _ = net.pairs[0].tx.submit(Entry {
+                        addr,
+                        len: 12 + bytes.len() as u32,
+                        id: 0,
+                        flags: 0,
+                    });
                 }
             }
         }
@@ -149,14 +165,17 @@ fn it_breaks_nothing_but_its_own_connection() {
     });
     for n in 0..count {
         let wanted = frame(B, A, n, 64 + n as usize % 1400);
-        // What the hostile one sends comes in between. (Of that, what it sends to everyone waits for nobody's buffers: only the frames
-        // of `a` must all be here.)
+        // What the hostile one sends comes in between. (Of that, what it sends to everyone waits
+        // for nobody's buffers: only the frames of `a` must all be here.)
         while b.recv(0) != wanted {}
     }
     let mut a = sender.join().unwrap();
     done.store(true, Ordering::Relaxed);
     let (lives, broken) = hostile.join().unwrap();
-    assert!(broken > lives / 4, "the hostile driver was meant to be caught: {broken} of {lives} times");
+    assert!(
+        broken > lives / 4,
+        "the hostile driver was meant to be caught: {broken} of {lives} times"
+    );
     assert_eq!([a.endpoint.state(), b.endpoint.state()], [State::Open; 2]);
     // And the device serves an honest driver again.
     let mut h = Net::open(&h, Shape::default());
@@ -168,7 +187,8 @@ fn it_breaks_nothing_but_its_own_connection() {
 #[test]
 fn each_fault_has_its_status() {
     let bus = bus(1);
-    let endpoint = bus.create("a", "venet", &json!({ "backend": "null", "source-bytes": 60 })).unwrap();
+    let endpoint =
+        bus.create("a", "venet", &json!({ "backend": "null", "source-bytes": 60 })).unwrap();
     let broken = |net: &mut Net, tx: &[(u64, u32, u16)], rx: &[(u64, u32)]| {
         for &(addr, len, flags) in tx {
             net.pairs[0].tx.submit(Entry { addr, len, id: 0, flags }).unwrap();
@@ -213,7 +233,9 @@ fn what_it_sent_before_its_fault_arrives() {
         net.pairs[0].tx.submit(Entry { addr: 0, len: 0, id: 0, flags: 0 }).unwrap();
         net.kick_tx(0);
         let interrupts = net.interrupts.clone();
-        interrupts.wait("the end of the connection", || matches!(h.state(), State::Broken(_)).then_some(()));
+        interrupts.wait("the end of the connection", || {
+            matches!(h.state(), State::Broken(_)).then_some(())
+        });
         // Counted when it is posted, which is what wakes its receiver.
         assert_eq!(b.counter("/pairs/0/rx/frames"), life);
     }

@@ -92,7 +92,8 @@ fn who_takes_a_large_segment_gets_it_whole() {
 #[test]
 fn who_takes_no_segments_gets_frames() {
     for (features, protocol) in [(0, TCP), (F_CSUM, TCP), (F_CSUM | F_TSO, UDP), (0, UDP)] {
-        let [mut a, mut b] = pair([ALL, features], [Shape::default(), Shape { entries: 8, ..Shape::default() }]);
+        let [mut a, mut b] =
+            pair([ALL, features], [Shape::default(), Shape { entries: 8, ..Shape::default() }]);
         let (header, frame) = large(protocol, 1448, 60_000);
         let whole = &frame[TRANSPORT + if protocol == TCP { 20 } else { 8 }..];
         for _ in 0..3 {
@@ -113,7 +114,8 @@ fn who_takes_no_segments_gets_frames() {
 
 #[test]
 fn a_receiver_with_small_buffers_gets_frames_though_it_would_take_more() {
-    let [mut a, mut b] = pair([ALL, ALL], [Shape::default(), Shape { buffer_bytes: 512, ..Shape::default() }]);
+    let [mut a, mut b] =
+        pair([ALL, ALL], [Shape::default(), Shape { buffer_bytes: 512, ..Shape::default() }]);
     let (header, frame) = large(TCP, 1448, 60_000);
     a.send_with(0, &header, &frame, 1);
     let mut got = Vec::new();

@@ -30,7 +30,9 @@ fn the_status_page_follows() {
     let interrupts = b.endpoint.counters().interrupts.get();
     b.send(0, &frame(A, B, 1, 60));
     b.send(0, &[0; 5]);
-    b.status("the frame sent, and the one dropped", |w| w[word::TX_FRAMES] == 1 && w[word::TX_DROPS] == 1);
+    b.status("the frame sent, and the one dropped", |w| {
+        w[word::TX_FRAMES] == 1 && w[word::TX_DROPS] == 1
+    });
     assert_eq!(b.endpoint.counters().interrupts.get(), interrupts, "counts alone do not interrupt");
     b.endpoint.region_drop(u64::from(handle)).unwrap();
     b.add_status_page();
@@ -79,7 +81,12 @@ fn the_filter_decides_what_comes() {
     burst(&mut a);
     assert_eq!(first(&mut b), B);
     let filter = |flags: u32, addresses: &[[u8; 6]]| {
-        [&flags.to_le_bytes()[..], &(addresses.len() as u32).to_le_bytes(), addresses.as_flattened()].concat()
+        [
+            &flags.to_le_bytes()[..],
+            &(addresses.len() as u32).to_le_bytes(),
+            addresses.as_flattened(),
+        ]
+        .concat()
     };
     b.call(abi::CALL_FILTER, &filter(0, &[GROUP])).unwrap();
     burst(&mut a);
@@ -125,15 +132,25 @@ fn what_is_wrong_with_a_start_is_said() {
         DriverEnd::create(memory.window(addr, layout.bytes()), layout, 0).unwrap();
         add(&endpoint, id, addr, layout.bytes(), signal)
     };
-    assert_eq!(ring(abi::tx(2), Returns::Counted, 8, ring::SIGNAL_OFFSET), Err(Status::BAD_ARGUMENT));
+    assert_eq!(
+        ring(abi::tx(2), Returns::Counted, 8, ring::SIGNAL_OFFSET),
+        Err(Status::BAD_ARGUMENT)
+    );
     assert_eq!(ring(abi::tx(0), Returns::Entries, 8, ring::SIGNAL_OFFSET), Err(Status::BAD_LAYOUT));
-    assert_eq!(ring(abi::tx(0), Returns::Counted, 8192, ring::SIGNAL_OFFSET), Err(Status::BAD_LAYOUT));
+    assert_eq!(
+        ring(abi::tx(0), Returns::Counted, 8192, ring::SIGNAL_OFFSET),
+        Err(Status::BAD_LAYOUT)
+    );
     assert_eq!(ring(abi::tx(0), Returns::Counted, 8, 0), Err(Status::BAD_SIGNAL));
     ring(abi::tx(0), Returns::Counted, 8, ring::SIGNAL_OFFSET).unwrap();
     assert_eq!(ring(abi::tx(0), Returns::Counted, 8, ring::SIGNAL_OFFSET), Err(Status::EXISTS));
     ring(abi::tx(1), Returns::Counted, 8, ring::SIGNAL_OFFSET).unwrap();
     let rx1 = ring(abi::rx(1), Returns::Entries, 8, ring::SIGNAL_OFFSET).unwrap();
-    assert_eq!(call(&endpoint, &memory, abi::CALL_START, &[]), Err(Status::BAD_ARGUMENT), "pair 0 is not whole");
+    assert_eq!(
+        call(&endpoint, &memory, abi::CALL_START, &[]),
+        Err(Status::BAD_ARGUMENT),
+        "pair 0 is not whole"
+    );
     let mut ring = |id, returns| {
         let layout = Layout::new(8, returns).unwrap();
         let addr = memory.alloc(layout.bytes());
@@ -142,7 +159,11 @@ fn what_is_wrong_with_a_start_is_said() {
     };
     let rx0 = ring(abi::rx(0), Returns::Entries).unwrap();
     endpoint.region_drop(u64::from(rx1)).unwrap();
-    assert_eq!(call(&endpoint, &memory, abi::CALL_START, &[]), Err(Status::BAD_ARGUMENT), "pair 1 is not whole");
+    assert_eq!(
+        call(&endpoint, &memory, abi::CALL_START, &[]),
+        Err(Status::BAD_ARGUMENT),
+        "pair 1 is not whole"
+    );
     let mut ring = |id, returns| {
         let layout = Layout::new(8, returns).unwrap();
         let addr = memory.alloc(layout.bytes());

@@ -36,8 +36,9 @@ impl Idler {
         Idler { tid: told.recv().unwrap(), end: Some(end), thread: Some(thread) }
     }
 
-    /// Policy as Linux numbers it, real-time priority, nice value where that has an effect. The kernel reads them one after the other without a
-    /// lock: while somebody changes them, see [`between_changes`].
+    /// Policy as Linux numbers it, real-time priority, nice value where that has an effect. The
+    /// kernel reads them one after the other without a lock: while somebody changes them, see
+    /// [`between_changes`].
     fn class(&self) -> (u32, i32, i32) {
         let stat = std::fs::read_to_string(format!("/proc/self/task/{}/stat", self.tid)).unwrap();
         // Behind the name; the first field there is the third of all.
@@ -48,7 +49,8 @@ impl Idler {
     }
 
     fn renice(&self, nice: i32) {
-        rustix::process::setpriority_process(rustix::process::Pid::from_raw(self.tid), nice).unwrap();
+        rustix::process::setpriority_process(rustix::process::Pid::from_raw(self.tid), nice)
+            .unwrap();
     }
 }
 
@@ -169,7 +171,8 @@ fn read(reports: &Reader<Window>) -> (Report, u32) {
     (report, version)
 }
 
-/// Longer than any test takes: no class ends by itself between a request and the look at what came of it.
+/// Longer than any test takes: no class ends by itself between a request and the look at what came
+/// of it.
 const BOOST_MS: u32 = 60_000;
 
 /// A device for these threads with more settings.
@@ -182,9 +185,10 @@ fn device(bus: &Bus, threads: &[&Idler], more: Value) -> Arc<Endpoint> {
 
 /// What the thread of virtual CPU 0 is, if the device did not change it during the reading.
 ///
-/// Inspecting takes the lock under which the device changes threads and counts its changes. A change at the time of the reading would begin after the
-/// first inspection and end before the second one, which would then count it: no class that the kernel is halfway through setting is taken
-/// for one that was set, however slow this machine is.
+/// Inspecting takes the lock under which the device changes threads and counts its changes. A
+/// change at the time of the reading would begin after the first inspection and end before the
+/// second one, which would then count it: no class that the kernel is halfway through setting is
+/// taken for one that was set, however slow this machine is.
 fn between_changes(endpoint: &Endpoint, idler: &Idler) -> Option<(u32, i32, i32)> {
     let changes = || endpoint.inspect()["device"]["cpus"][0]["changes"].as_u64().unwrap();
     let before = changes();
@@ -210,7 +214,8 @@ fn a_thread_follows_its_page() {
         return;
     }
     let (bus, idlers) = (bus(2), [Idler::start(), Idler::start()]);
-    let endpoint = device(&bus, &[&idlers[0], &idlers[1]], json!({ "priority-max": 30, "nice-min": -5 }));
+    let endpoint =
+        device(&bus, &[&idlers[0], &idlers[1]], json!({ "priority-max": 30, "nice-min": -5 }));
     let mut driver = Driver::open(&endpoint);
     let mut pages = [driver.pages(0), driver.pages(1)];
     let cases = [
@@ -226,7 +231,10 @@ fn a_thread_follows_its_page() {
         for ((class, priority), becomes) in cases {
             let changes = read(&pages[round % 2].reports).0.changes;
             let report = driver.ask(&mut pages[round % 2], class, priority);
-            assert_eq!((report.status, report.class, report.priority), (report::OK, class, priority));
+            assert_eq!(
+                (report.status, report.class, report.priority),
+                (report::OK, class, priority)
+            );
             assert_eq!(idlers[round % 2].class(), becomes, "class {class}");
             assert_eq!(idlers[1 - round % 2].class(), OWN, "the other one is left alone");
             assert_eq!(report.changes, changes + 1, "one call a change");
@@ -251,21 +259,34 @@ fn the_policy_is_kept() {
         return;
     }
     let (bus, idler) = (bus(1), Idler::start());
-    let endpoint = device(&bus, &[&idler], json!({ "priority-max": 5, "allow": ["fifo", "normal"] }));
+    let endpoint =
+        device(&bus, &[&idler], json!({ "priority-max": 5, "allow": ["fifo", "normal"] }));
     let mut driver = Driver::open(&endpoint);
     let mut pages = driver.pages(0);
     let report = driver.ask(&mut pages, abi::CLASS_FIFO, 99);
-    assert_eq!((report.status, report.class, report.priority), (report::IS_CLAMPED, abi::CLASS_FIFO, 5));
+    assert_eq!(
+        (report.status, report.class, report.priority),
+        (report::IS_CLAMPED, abi::CLASS_FIFO, 5)
+    );
     assert_eq!((idler.class(), report.clamped), ((1, 5, 0), 1));
     // What is refused leaves nothing of what was granted before.
     let report = driver.ask(&mut pages, abi::CLASS_RR, 1);
-    assert_eq!((report.status, report.class, report.refused), (report::NOT_ALLOWED, abi::CLASS_NONE, 1));
+    assert_eq!(
+        (report.status, report.class, report.refused),
+        (report::NOT_ALLOWED, abi::CLASS_NONE, 1)
+    );
     assert_eq!(idler.class(), OWN);
     driver.ask(&mut pages, abi::CLASS_FIFO, 2);
     // Among others, Linux's own number of the deadline class.
-    for (class, priority) in [(6, 0), (7, 1), (abi::CLASS_FIFO, 0), (abi::CLASS_FIFO, 100), (abi::CLASS_NORMAL, -21)] {
+    for (class, priority) in
+        [(6, 0), (7, 1), (abi::CLASS_FIFO, 0), (abi::CLASS_FIFO, 100), (abi::CLASS_NORMAL, -21)]
+    {
         let report = driver.ask(&mut pages, class, priority);
-        assert_eq!((report.status, report.class), (report::BAD_REQUEST, abi::CLASS_NONE), "{class} {priority}");
+        assert_eq!(
+            (report.status, report.class),
+            (report::BAD_REQUEST, abi::CLASS_NONE),
+            "{class} {priority}"
+        );
         assert_eq!(idler.class(), OWN);
     }
     let report = driver.ask(&mut pages, abi::CLASS_NORMAL, -3);
@@ -326,7 +347,8 @@ fn a_real_time_class_ends_unless_it_is_renewed() {
     assert!(began.elapsed() >= Duration::from_millis(200));
     assert_eq!((report.class, report.expired, idler.class()), (abi::CLASS_NONE, 1, OWN));
     assert_eq!(report.changes, 2);
-    // The same value again is a new request. It may have ended too by the time that this thread sees it.
+    // The same value again is a new request. It may have ended too by the time that this thread
+    // sees it.
     assert!(driver.ask(&mut pages, abi::CLASS_RR, 4).changes > 2);
     // A normal class has no end.
     let expired = driver.ask(&mut pages, abi::CLASS_NORMAL, 4).expired;
@@ -356,17 +378,27 @@ fn a_thread_uses_no_more_than_its_share_at_a_real_time_class() {
     assert_eq!(granted.status, report::OK);
     driver.ask(&mut pages[1], abi::CLASS_FIFO, 2);
     for round in 1..=2 {
-        let spent = driver.wait(&mut pages[0], "the share to be spent", |report| report.status == report::IS_SPENT);
+        let spent = driver.wait(&mut pages[0], "the share to be spent", |report| {
+            report.status == report::IS_SPENT
+        });
         assert_eq!(spent.class, abi::CLASS_NONE);
         // More, if this thread has slept through a second.
         assert!(spent.expired >= round, "{spent:?}");
-        let again = driver.wait(&mut pages[0], "the next second", |report| report.status == report::OK);
+        let again =
+            driver.wait(&mut pages[0], "the next second", |report| report.status == report::OK);
         assert_eq!(again.class, abi::CLASS_FIFO);
-        assert!(began.elapsed() >= Duration::from_secs(round), "it came back after {:?}", began.elapsed());
+        assert!(
+            began.elapsed() >= Duration::from_secs(round),
+            "it came back after {:?}",
+            began.elapsed()
+        );
     }
     // One that does not run has used nothing.
     let idle = read(&pages[1].reports).0;
-    assert_eq!((idle.status, idle.changes, idle.expired, idler.class()), (report::OK, 1, 0, (1, 2, 0)));
+    assert_eq!(
+        (idle.status, idle.changes, idle.expired, idler.class()),
+        (report::OK, 1, 0, (1, 2, 0))
+    );
     stop.store(true, Ordering::Relaxed);
     spinner.join().unwrap();
 }
@@ -390,7 +422,10 @@ fn the_newest_value_is_not_lost_to_the_rate_limit() {
     assert!(began.elapsed() >= Duration::from_millis(250), "it came after {:?}", began.elapsed());
     // Two, unless this thread took more than a quarter of a second for its requests.
     let most = 1 + began.elapsed().as_millis() as u64 / 250;
-    assert!((2..=most).contains(&report.updates) && report.changes == report.updates, "{report:?}, at most {most}");
+    assert!(
+        (2..=most).contains(&report.updates) && report.changes == report.updates,
+        "{report:?}, at most {most}"
+    );
     assert!(report.limited >= 1, "{report:?}");
     assert_eq!(idler.class(), (1, 50, 0));
 }
@@ -402,8 +437,7 @@ fn a_hostile_driver_passes_neither_policy_nor_rate() {
     }
     const RATE: u64 = 200;
     let (bus, idler) = (bus(2), Idler::start());
-    let config =
-        json!({ "changes": RATE, "priority-max": 3, "nice-min": 2, "allow": ["fifo", "normal"], "boost-ms": 10 });
+    let config = json!({ "changes": RATE, "priority-max": 3, "nice-min": 2, "allow": ["fifo", "normal"], "boost-ms": 10 });
     let endpoint = device(&bus, &[&idler], config);
     let mut driver = Driver::open(&endpoint);
     let mut pages = driver.pages(0);
@@ -416,7 +450,8 @@ fn a_hostile_driver_passes_neither_policy_nor_rate() {
     let mut seen = HashSet::new();
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        let (endpoint, stop, window, handle) = (&endpoint, &stop, pages.window.clone(), pages.handles[0]);
+        let (endpoint, stop, window, handle) =
+            (&endpoint, &stop, pages.window.clone(), pages.handles[0]);
         let (requests, reports) = (&mut pages.requests, &pages.reports);
         scope.spawn(move || {
             let mut word = 1u64;
@@ -435,20 +470,30 @@ fn a_hostile_driver_passes_neither_policy_nor_rate() {
                 if random() % 64 == 0 {
                     // Anywhere in the page, its header and signal too, behind the writer's back.
                     let words = window.words();
-                    words[(random() % words.len() as u64) as usize].store(random(), Ordering::Relaxed);
+                    words[(random() % words.len() as u64) as usize]
+                        .store(random(), Ordering::Relaxed);
                 }
             }
         });
-        // For a while, and until enough has happened to judge by: on a busy machine the device's task seldom runs.
-        let enough =
-            |report: Report| report.updates > RATE && report.clamped > 0 && report.refused > 0 && report.limited > 0;
-        while began.elapsed() < Duration::from_secs(3) || !enough(read(reports).0) && began.elapsed() < PATIENCE {
+        // For a while, and until enough has happened to judge by: on a busy machine the device's
+        // task seldom runs.
+        let enough = |report: Report| {
+            report.updates > RATE && report.clamped > 0 && report.refused > 0 && report.limited > 0
+        };
+        while began.elapsed() < Duration::from_secs(3)
+            || !enough(read(reports).0) && began.elapsed() < PATIENCE
+        {
             let mut class = idler.class();
             if !allowed(class) {
                 // Halfway through a change, or real: that stays until the next change.
-                class = std::iter::repeat_with(|| between_changes(endpoint, &idler)).find_map(|class| class).unwrap();
+                class = std::iter::repeat_with(|| between_changes(endpoint, &idler))
+                    .find_map(|class| class)
+                    .unwrap();
             }
-            assert!(allowed(class) || stop.swap(true, Ordering::Relaxed), "{class:?} passes the policy");
+            assert!(
+                allowed(class) || stop.swap(true, Ordering::Relaxed),
+                "{class:?} passes the policy"
+            );
             seen.insert(class);
         }
         stop.store(true, Ordering::Relaxed);
@@ -491,7 +536,11 @@ fn bad_pages_and_threads_are_refused() {
 }
 
 /// Serves a VMM's socket: sends `greeting`, then answers each line by what `answer` makes of it.
-fn vmm(path: &Path, greeting: &'static str, answer: impl Fn(&str) -> Option<String> + Send + 'static) {
+fn vmm(
+    path: &Path,
+    greeting: &'static str,
+    answer: impl Fn(&str) -> Option<String> + Send + 'static,
+) {
     let listener = UnixListener::bind(path).unwrap();
     std::thread::spawn(move || {
         for stream in listener.incoming() {
@@ -511,8 +560,10 @@ fn vmm(path: &Path, greeting: &'static str, answer: impl Fn(&str) -> Option<Stri
 const GREETING: &str = "{\"QMP\": {\"version\": {}, \"capabilities\": []}}\n";
 
 fn qmp_answer(line: &str, tids: &[i32]) -> Option<String> {
-    let cpus: Vec<_> =
-        (0..).zip(tids).map(|(n, tid)| json!({ "cpu-index": n, "thread-id": tid, "target": "x86_64" })).collect();
+    let cpus: Vec<_> = (0..)
+        .zip(tids)
+        .map(|(n, tid)| json!({ "cpu-index": n, "thread-id": tid, "target": "x86_64" }))
+        .collect();
     Some(match line {
         line if line.contains("qmp_capabilities") => "{\"return\": {}}\n".into(),
         line if line.contains("query-cpus-fast") => {
@@ -536,14 +587,17 @@ fn threads_are_learnt_from_a_vmm() {
         let item = |cpu: usize| json!({ "item": { "cpu": cpu, "thread": tids[cpu] } });
         line.contains("\"cpus\"").then(|| format!("{}\n{}\n{{\"ok\": null}}\n", item(0), item(1)))
     });
-    for config in
-        [json!({ "qmp": qmp, "boost-ms": BOOST_MS }), json!({ "vmm": control, "cpus": 2, "boost-ms": BOOST_MS })]
-    {
+    for config in [
+        json!({ "qmp": qmp, "boost-ms": BOOST_MS }),
+        json!({ "vmm": control, "cpus": 2, "boost-ms": BOOST_MS }),
+    ] {
         let endpoint = bus.create("sched", "sched", &config).unwrap();
         let mut driver = Driver::open(&endpoint);
         let mut pages = [driver.pages(1), driver.pages(0)];
         driver.post(&mut pages[0], abi::CLASS_FIFO, 2);
-        driver.wait(&mut pages[0], "the thread to be known", |report| report.class == abi::CLASS_FIFO);
+        driver.wait(&mut pages[0], "the thread to be known", |report| {
+            report.class == abi::CLASS_FIFO
+        });
         assert_eq!((idlers[1].class(), idlers[0].class()), ((1, 2, 0), OWN));
         driver.post(&mut pages[1], abi::CLASS_RR, 3);
         driver.wait(&mut pages[1], "the class", |report| report.class == abi::CLASS_RR);
@@ -556,7 +610,8 @@ fn threads_are_learnt_from_a_vmm() {
 fn a_vmm_that_lies_harms_nobody() {
     let bus = bus(1);
     let dir = tempfile::tempdir().unwrap();
-    // Threads that are not the VMM's own; ids that are none; no answer at all; nonsense; another answer each time.
+    // Threads that are not the VMM's own; ids that are none; no answer at all; nonsense; another
+    // answer each time.
     let counter = std::sync::atomic::AtomicI32::new(0);
     let idlers = [Idler::start(), Idler::start()];
     let tids = [idlers[0].tid, idlers[1].tid];

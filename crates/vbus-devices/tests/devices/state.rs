@@ -35,7 +35,12 @@ fn get(endpoint: &Endpoint, page: &str) -> Value {
 }
 
 /// A page in the driver's memory.
-fn page(endpoint: &Endpoint, memory: &mut Memory, id: u32, bytes: u32) -> (Window, Result<u32, Status>) {
+fn page(
+    endpoint: &Endpoint,
+    memory: &mut Memory,
+    id: u32,
+    bytes: u32,
+) -> (Window, Result<u32, Status>) {
     let layout = Layout::new(bytes, 4).unwrap();
     let addr = memory.alloc(layout.bytes());
     let window = memory.window(addr, layout.bytes());
@@ -47,7 +52,9 @@ fn page(endpoint: &Endpoint, memory: &mut Memory, id: u32, bytes: u32) -> (Windo
 fn watch(endpoint: &Arc<Endpoint>, page: &str) -> Receiver<Value> {
     let (tx, rx) = channel();
     let (endpoint, request) = (endpoint.clone(), json!({ "op": "watch", "page": page }));
-    std::thread::spawn(move || endpoint.device().control(&request, &mut |answer| tx.send(answer).is_ok()));
+    std::thread::spawn(move || {
+        endpoint.device().control(&request, &mut |answer| tx.send(answer).is_ok())
+    });
     rx
 }
 
@@ -135,7 +142,9 @@ fn a_watch_without_news_ends_with_its_client() {
     assert_eq!(endpoint.inspect()["device"]["pages"][1]["watchers"], 1);
     drop(answers);
     let interrupts = Interrupts::default();
-    interrupts.wait("the watch to end", || (endpoint.inspect()["device"]["pages"][1]["watchers"] == 0).then_some(()));
+    interrupts.wait("the watch to end", || {
+        (endpoint.inspect()["device"]["pages"][1]["watchers"] == 0).then_some(())
+    });
 }
 
 #[test]
@@ -177,9 +186,15 @@ fn requests_that_cannot_be_say_why() {
     let bus = bus(1);
     let endpoint = device(&bus);
     for (request, text) in [
-        (json!({ "op": "get", "page": "x" }), "there is no page \"x\"; there are: setpoint, load, blob"),
+        (
+            json!({ "op": "get", "page": "x" }),
+            "there is no page \"x\"; there are: setpoint, load, blob",
+        ),
         (json!({ "op": "set", "page": "load", "text": "" }), "belongs to the driver"),
-        (json!({ "op": "set", "page": "setpoint", "text": "seventeen letters" }), "holds 16 bytes; the value has 17"),
+        (
+            json!({ "op": "set", "page": "setpoint", "text": "seventeen letters" }),
+            "holds 16 bytes; the value has 17",
+        ),
         (json!({ "op": "set", "page": "setpoint", "hex": "0" }), "two digits a byte"),
         (json!({ "op": "set", "page": "setpoint", "hex": "0g" }), "'g' is no hexadecimal digit"),
         (json!({ "op": "set", "page": "setpoint" }), "either as \"text\" or as \"hex\""),

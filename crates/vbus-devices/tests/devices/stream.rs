@@ -78,7 +78,8 @@ fn neither_side_loses_frames_to_a_slow_one() {
     let shape = Shape { entries: 16, ..Shape::default() };
     let mut a = Net::new(&bus, "a", config("connect", &path), shape);
     let mut peer = accept(&listener);
-    a.interrupts.wait("the link", || (a.endpoint.inspect()["device"]["link"] == true).then_some(()));
+    a.interrupts
+        .wait("the link", || (a.endpoint.inspect()["device"]["link"] == true).then_some(()));
     // More than all buffers on the way hold: each side must be held up by the other.
     let count = 3000;
     let mut writer = peer.try_clone().unwrap();
@@ -133,7 +134,8 @@ fn a_peer_that_goes_is_replaced_by_the_next() {
             peer.write_all(&u32::MAX.to_be_bytes()).unwrap();
             assert_eq!(peer.read(&mut [0; 8]).unwrap(), 0, "the device hangs up");
         } else {
-            // The driver armed before the counts of these frames came; it is still owed its interrupt.
+            // The driver armed before the counts of these frames came; it is still owed its
+            // interrupt.
             a.status("the counts", |w| w[word::TX_FRAMES] == round + 1);
             let interrupts = || a.endpoint.counters().interrupts.get();
             let before = interrupts();
@@ -178,7 +180,8 @@ fn offloads_are_done_before_the_stream() {
     let features = F_CSUM | F_TSO | F_USO;
     let mut a = Net::new(&bus, "a", settings, Shape { features, ..Shape::default() });
     let mut peer = accept(&listener);
-    a.interrupts.wait("the link", || (a.endpoint.inspect()["device"]["link"] == true).then_some(()));
+    a.interrupts
+        .wait("the link", || (a.endpoint.inspect()["device"]["link"] == true).then_some(()));
     for (protocol, bytes) in [(6, 20), (17, 8)] {
         let (header, frame) = large(protocol, 1448, 60_000);
         a.send_with(0, &header, &frame, 2);
@@ -239,9 +242,18 @@ fn a_datagram_passes_through_passt_and_back() {
     };
     let bus = bus(1);
     let mut a = Net::new(&bus, "a", config("connect", &path), Shape::default());
-    a.interrupts.wait("the link", || (a.endpoint.inspect()["device"]["link"] == true).then_some(()));
-    let mut request =
-        [&[0xff; 6][..], &A, &[8, 6, 0, 1, 8, 0, 6, 4, 0, 1], &A, &[10, 77, 0, 2], &[0; 6], &[10, 77, 0, 1]].concat();
+    a.interrupts
+        .wait("the link", || (a.endpoint.inspect()["device"]["link"] == true).then_some(()));
+    let mut request = [
+        &[0xff; 6][..],
+        &A,
+        &[8, 6, 0, 1, 8, 0, 6, 4, 0, 1],
+        &A,
+        &[10, 77, 0, 2],
+        &[0; 6],
+        &[10, 77, 0, 1],
+    ]
+    .concat();
     request.resize(60, 0);
     a.send(0, &request);
     let answer = loop {
@@ -277,9 +289,14 @@ fn a_datagram_passes_through_passt_and_back() {
 /// A UDP datagram from 10.77.0.2 to the gateway, without a checksum of its own.
 fn datagram(gateway: [u8; 6], port: u16, data: &[u8]) -> Vec<u8> {
     let udp = 8 + data.len() as u16;
-    let mut ip =
-        [&[0x45, 0][..], &(20 + udp).to_be_bytes(), &[0, 1, 0, 0, 64, 17, 0, 0, 10, 77, 0, 2, 10, 77, 0, 1]].concat();
-    let sum = ip.chunks(2).fold(0, |sum, pair| sum + (u32::from(pair[0]) << 8 | u32::from(pair[1])));
+    let mut ip = [
+        &[0x45, 0][..],
+        &(20 + udp).to_be_bytes(),
+        &[0, 1, 0, 0, 64, 17, 0, 0, 10, 77, 0, 2, 10, 77, 0, 1],
+    ]
+    .concat();
+    let sum =
+        ip.chunks(2).fold(0, |sum, pair| sum + (u32::from(pair[0]) << 8 | u32::from(pair[1])));
     ip[10..12].copy_from_slice(&(!((sum & 0xffff) + (sum >> 16)) as u16).to_be_bytes());
     let ports = [5555_u16.to_be_bytes(), port.to_be_bytes(), udp.to_be_bytes(), [0, 0]].concat();
     [&gateway[..], &A, &[8, 0], &ip, &ports, data].concat()

@@ -21,7 +21,8 @@ fn config(last: u8) -> serde_json::Value {
 #[test]
 fn frames_go_where_they_are_sent() {
     let bus = bus(2);
-    let [mut a, mut b, mut c] = [1, 2, 3].map(|n| Net::new(&bus, &format!("n{n}"), config(n), Shape::default()));
+    let [mut a, mut b, mut c] =
+        [1, 2, 3].map(|n| Net::new(&bus, &format!("n{n}"), config(n), Shape::default()));
     a.send(0, &frame(B, A, 1, 60));
     assert_eq!(b.recv(0), frame(B, A, 1, 60));
     b.send(0, &frame(BROADCAST, B, 2, 1514));
@@ -78,7 +79,8 @@ fn buffers_of_any_size_will_do() {
     let mut a = Net::new(&bus, "a", config(1), Shape::default());
     let endpoint = bus.create("b", "venet", &config(2)).unwrap();
     let mut b = Net::open(&endpoint, Shape::default());
-    // The first buffer promises that one more like it would do; what comes instead are many small ones, each with a ring of its own.
+    // The first buffer promises that one more like it would do; what comes instead are many small
+    // ones, each with a ring of its own.
     let sizes = [500, 64, 64, 64, 64, 64, 64, 64, 64];
     for n in 0..200 {
         a.send(0, &frame(B, A, n, 1000));
@@ -97,7 +99,8 @@ fn buffers_of_any_size_will_do() {
             (got.len() >= 1012).then_some(())
         });
         assert_eq!(got[12..], frame(B, A, n, 1000));
-        // What is left over of the buffers serves for the next frame: none here, since all nine were needed.
+        // What is left over of the buffers serves for the next frame: none here, since all nine
+        // were needed.
         assert_eq!(b.pairs[0].rx.in_flight(), 0);
     }
 }
@@ -107,8 +110,13 @@ fn a_driver_whose_memory_goes_takes_nobody_with_it() {
     let bus = bus(2);
     let mut a = Net::new(&bus, "a", config(1), Shape::default());
     let mut c = Net::new(&bus, "c", config(3), Shape::default());
-    let endpoint =
-        bus.create("b", "venet", &json!({ "mac": "02:00:00:00:00:02", "switch": "s", "patience-ms": 1 })).unwrap();
+    let endpoint = bus
+        .create(
+            "b",
+            "venet",
+            &json!({ "mac": "02:00:00:00:00:02", "switch": "s", "patience-ms": 1 }),
+        )
+        .unwrap();
     let done = Arc::new(AtomicBool::new(false));
     let (stop, coming) = (done.clone(), endpoint.clone());
     let coming_and_going = std::thread::spawn(move || {
@@ -155,7 +163,8 @@ fn a_receiver_that_is_dead_holds_nobody_for_long() {
     let bus = bus(2);
     let mut a = Net::new(&bus, "a", config(1), Shape::default());
     let mut c = Net::new(&bus, "c", config(3), Shape::default());
-    let endpoint = bus.create("b", "venet", &json!({ "mac": "02:00:00:00:00:02", "switch": "s" })).unwrap();
+    let endpoint =
+        bus.create("b", "venet", &json!({ "mac": "02:00:00:00:00:02", "switch": "s" })).unwrap();
     let mut b = Net::open(&endpoint, Shape::default());
     let begin = Instant::now();
     for n in 0..2000 {

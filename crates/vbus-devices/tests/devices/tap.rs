@@ -1,4 +1,5 @@
-//! The back end `tap`, against this machine's own network stack. Needs CAP_NET_ADMIN; says so and passes without.
+//! The back end `tap`, against this machine's own network stack. Needs CAP_NET_ADMIN; says so and
+//! passes without.
 
 use std::net::{Ipv4Addr, UdpSocket};
 use std::process::Command;
@@ -15,7 +16,8 @@ const UDP: u8 = 17;
 
 /// A driver on a TAP interface, with the interface's name; nothing where that is not allowed.
 fn tap(bus: &Bus, shape: Shape, extra: &Value) -> Option<(Net, String)> {
-    let mut config = json!({ "mac": "02:00:00:00:00:01", "backend": "tap", "queue-pairs": shape.pairs });
+    let mut config =
+        json!({ "mac": "02:00:00:00:00:01", "backend": "tap", "queue-pairs": shape.pairs });
     for (key, value) in extra.as_object().unwrap() {
         config[key] = value.clone();
     }
@@ -34,11 +36,15 @@ fn tap(bus: &Bus, shape: Shape, extra: &Value) -> Option<(Net, String)> {
 }
 
 fn ip(args: &str) {
-    let output = Command::new("ip").args(args.split(' ')).output().expect("iproute2 is there where TAP is tested");
+    let output = Command::new("ip")
+        .args(args.split(' '))
+        .output()
+        .expect("iproute2 is there where TAP is tested");
     assert!(output.status.success(), "ip {args}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// Gives the interface an address, and its network a neighbour: the driver. Each test has a network of its own.
+/// Gives the interface an address, and its network a neighbour: the driver. Each test has a network
+/// of its own.
 fn address(name: &str, net: u8) -> UdpSocket {
     ip(&format!("addr add 10.78.{net}.1/24 dev {name}"));
     ip(&format!("neigh replace 10.78.{net}.2 lladdr 02:00:00:00:00:01 dev {name}"));
@@ -49,20 +55,24 @@ fn address(name: &str, net: u8) -> UdpSocket {
 
 fn mac_of(name: &str) -> [u8; 6] {
     let text = std::fs::read_to_string(format!("/sys/class/net/{name}/address")).unwrap();
-    let bytes: Vec<u8> = text.trim().split(':').map(|part| u8::from_str_radix(part, 16).unwrap()).collect();
+    let bytes: Vec<u8> =
+        text.trim().split(':').map(|part| u8::from_str_radix(part, 16).unwrap()).collect();
     bytes.try_into().unwrap()
 }
 
-/// A UDP datagram from the driver to port 7777 of the interface, in a frame of its own; its checksum is left out.
+/// A UDP datagram from the driver to port 7777 of the interface, in a frame of its own; its
+/// checksum is left out.
 fn datagram(name: &str, net: u8, data: &[u8]) -> Vec<u8> {
     let udp = 8 + data.len() as u16;
     let mut ip = vec![0x45, 0];
     ip.extend((20 + udp).to_be_bytes());
     ip.extend([0, 1, 0, 0, 64, UDP, 0, 0, 10, 78, net, 2, 10, 78, net, 1]);
-    let sum = ip.chunks(2).fold(0, |sum, pair| sum + (u32::from(pair[0]) << 8 | u32::from(pair[1])));
+    let sum =
+        ip.chunks(2).fold(0, |sum, pair| sum + (u32::from(pair[0]) << 8 | u32::from(pair[1])));
     let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
     ip[10..12].copy_from_slice(&sum.to_be_bytes());
-    let ports = [5555_u16.to_be_bytes(), 7777_u16.to_be_bytes(), udp.to_be_bytes(), [0, 0]].concat();
+    let ports =
+        [5555_u16.to_be_bytes(), 7777_u16.to_be_bytes(), udp.to_be_bytes(), [0, 0]].concat();
     [&mac_of(name)[..], &A, &[8, 0], &ip, &ports, data].concat()
 }
 
@@ -100,9 +110,15 @@ fn datagrams_pass_both_ways() {
             next += 1;
         }
     }
-    assert_eq!(std::fs::read_to_string(format!("/sys/class/net/{name}/mtu")).unwrap().trim(), "9000");
+    assert_eq!(
+        std::fs::read_to_string(format!("/sys/class/net/{name}/mtu")).unwrap().trim(),
+        "9000"
+    );
     a.endpoint.close();
-    assert_eq!(std::fs::read_to_string(format!("/sys/class/net/{name}/carrier")).unwrap().trim(), "0");
+    assert_eq!(
+        std::fs::read_to_string(format!("/sys/class/net/{name}/carrier")).unwrap().trim(),
+        "0"
+    );
 }
 
 #[test]
@@ -124,11 +140,14 @@ fn large_datagrams_pass_whole() {
     large[34..38].copy_from_slice(&plain[34..38]);
     large[16..18].copy_from_slice(&20_028_u16.to_be_bytes());
     large[24..26].copy_from_slice(&[0, 0]);
-    let sum = large[14..34].chunks(2).fold(0, |sum, pair| sum + (u32::from(pair[0]) << 8 | u32::from(pair[1])));
+    let sum = large[14..34]
+        .chunks(2)
+        .fold(0, |sum, pair| sum + (u32::from(pair[0]) << 8 | u32::from(pair[1])));
     large[24..26].copy_from_slice(&(!((sum & 0xffff) + (sum >> 16)) as u16).to_be_bytes());
     // The sum over the addresses, as the sender's stack leaves it.
     let pseudo = [&large[26..34], &[0, UDP], &20_008_u16.to_be_bytes()].concat();
-    let sum = pseudo.chunks(2).fold(0, |sum, pair| sum + (u32::from(pair[0]) << 8 | u32::from(pair[1])));
+    let sum =
+        pseudo.chunks(2).fold(0, |sum, pair| sum + (u32::from(pair[0]) << 8 | u32::from(pair[1])));
     large[40..42].copy_from_slice(&((sum & 0xffff) + (sum >> 16)).to_be_bytes()[2..]);
     a.send_with(0, &header, &large, 3);
     let mut got = Vec::new();
@@ -144,13 +163,17 @@ fn large_datagrams_pass_whole() {
 #[test]
 fn the_interface_has_as_many_queues() {
     let bus = bus(2);
-    let Some((mut a, name)) = tap(&bus, Shape { pairs: 2, ..Shape::default() }, &json!({ "tap": "vbustest%d" })) else {
+    let Some((mut a, name)) =
+        tap(&bus, Shape { pairs: 2, ..Shape::default() }, &json!({ "tap": "vbustest%d" }))
+    else {
         return;
     };
     assert!(name.starts_with("vbustest"), "{name}");
     let socket = address(&name, 3);
     let queues = std::fs::read_dir(format!("/sys/class/net/{name}/queues")).unwrap();
-    let rx = queues.filter(|q| q.as_ref().unwrap().file_name().to_string_lossy().starts_with("rx-")).count();
+    let rx = queues
+        .filter(|q| q.as_ref().unwrap().file_name().to_string_lossy().starts_with("rx-"))
+        .count();
     assert_eq!(rx, 2);
     let mut buffer = [0; 2000];
     for q in 0..2 {

@@ -34,7 +34,16 @@ pub struct Rx<H: Hal> {
 impl<H: Hal> Rx<H> {
     pub(super) fn new(ring: DriverEnd<H::Dma>, bell: Bell<H>, buffer_bytes: u32) -> Self {
         let pieces = [Received::default(); CHAIN_MAX];
-        Rx { ring, bell, buffer_bytes, with_device: Default::default(), pieces, count: 0, bytes: 0, whole: false }
+        Rx {
+            ring,
+            bell,
+            buffer_bytes,
+            with_device: Default::default(),
+            pieces,
+            count: 0,
+            bytes: 0,
+            whole: false,
+        }
     }
 
     /// Bytes of each buffer.
@@ -47,9 +56,10 @@ impl<H: Hal> Rx<H> {
         self.ring.space()
     }
 
-    /// Gives buffer `id`, the [`buffer_bytes`](Self::buffer_bytes) at `addr`, to the device. `id` is below the number of entries of the ring
-    /// and not that of a buffer which the device has; which address goes with it is the driver's affair. Visible after [`post`](Self::post) at
-    /// the latest.
+    /// Gives buffer `id`, the [`buffer_bytes`](Self::buffer_bytes) at `addr`, to the device. `id`
+    /// is below the number of entries of the ring and not that of a buffer which the device has;
+    /// which address goes with it is the driver's affair. Visible after [`post`](Self::post) at the
+    /// latest.
     pub fn give(&mut self, id: u16, addr: u64) -> Result<(), Error> {
         let (word, bit) = place(id);
         let free = self.with_device.get_mut(word).filter(|bits| **bits & bit == 0);
@@ -58,12 +68,15 @@ impl<H: Hal> Rx<H> {
         };
         let entry = Entry { addr, len: self.buffer_bytes, id, flags: 0 };
         // As many ids as entries, so there is room.
-        self.ring.submit(entry).map_err(|_| Error::Unsupported("more receive buffers than entries"))?;
+        self.ring
+            .submit(entry)
+            .map_err(|_| Error::Unsupported("more receive buffers than entries"))?;
         *bits |= bit;
         Ok(())
     }
 
-    /// Makes the buffers that were given visible, and wakes the device if it waits for them. Returns whether it rang the doorbell.
+    /// Makes the buffers that were given visible, and wakes the device if it waits for them.
+    /// Returns whether it rang the doorbell.
     pub fn post(&mut self) -> bool {
         let kick = self.ring.post();
         if kick {
@@ -72,16 +85,20 @@ impl<H: Hal> Rx<H> {
         kick
     }
 
-    /// The next frame, in pieces, header first. They belong to the driver from here on, until it [`give`](Self::give)s them again, as
-    /// it can after the next call too.
+    /// The next frame, in pieces, header first. They belong to the driver from here on, until it
+    /// [`give`](Self::give)s them again, as it can after the next call too.
     ///
-    /// An error says that the device broke the protocol: a buffer that it does not have, more bytes than the buffer has, a frame too large.
+    /// An error says that the device broke the protocol: a buffer that it does not have, more bytes
+    /// than the buffer has, a frame too large.
     pub fn receive(&mut self) -> Result<Option<&[Received]>, Error> {
         if self.whole {
             (self.whole, self.count, self.bytes) = (false, 0, 0);
         }
         while !self.whole {
-            let entry = self.ring.reap().map_err(|_| Error::Corrupt("more receive buffers returned than given"))?;
+            let entry = self
+                .ring
+                .reap()
+                .map_err(|_| Error::Corrupt("more receive buffers returned than given"))?;
             let Some(entry) = entry else { return Ok(None) };
             let (word, bit) = place(entry.id);
             let bits = self.with_device.get_mut(word).filter(|bits| **bits & bit != 0);
@@ -89,7 +106,10 @@ impl<H: Hal> Rx<H> {
             if entry.len > self.buffer_bytes || entry.len == 0 {
                 return Err(Error::Corrupt("bad length of a received piece"));
             }
-            let slot = self.pieces.get_mut(self.count).ok_or(Error::Corrupt("a received frame in too many pieces"))?;
+            let slot = self
+                .pieces
+                .get_mut(self.count)
+                .ok_or(Error::Corrupt("a received frame in too many pieces"))?;
             *slot = Received { id: entry.id, len: entry.len };
             self.count += 1;
             self.bytes += entry.len as usize;

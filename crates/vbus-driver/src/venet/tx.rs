@@ -15,7 +15,8 @@ pub struct Piece {
     pub len: u32,
 }
 
-/// Sends frames. They are sent, and their memory comes back, in the order of [`submit`](Self::submit).
+/// Sends frames. They are sent, and their memory comes back, in the order of
+/// [`submit`](Self::submit).
 #[derive(Debug)]
 pub struct Tx<H: Hal> {
     ring: DriverEnd<H::Dma>,
@@ -37,13 +38,17 @@ impl<H: Hal> Tx<H> {
         self.ring.in_flight()
     }
 
-    /// Submits a frame with its header, in 1..=[`CHAIN_MAX`] pieces of 1 byte or more, [`FRAME_MAX`] bytes at most. They must stay as they
-    /// are until they are reclaimed. False, and nothing has happened, if the ring has no room for them now. A device that polls may send the
+    /// Submits a frame with its header, in 1..=[`CHAIN_MAX`] pieces of 1 byte or more,
+    /// [`FRAME_MAX`] bytes at most. They must stay as they are until they are reclaimed. False, and
+    /// nothing has happened, if the ring has no room for them now. A device that polls may send the
     /// frame at once; one that sleeps is woken by [`post`](Self::post).
     pub fn submit(&mut self, pieces: &[Piece]) -> Result<bool, Error> {
         let bytes: u64 = pieces.iter().map(|piece| u64::from(piece.len)).sum();
         let empty = pieces.iter().any(|piece| piece.len == 0);
-        if empty || pieces.len() > CHAIN_MAX || !(HEADER_BYTES as u64 + 1..=FRAME_MAX as u64).contains(&bytes) {
+        if empty
+            || pieces.len() > CHAIN_MAX
+            || !(HEADER_BYTES as u64 + 1..=FRAME_MAX as u64).contains(&bytes)
+        {
             return Err(Error::Unsupported("a frame of that shape"));
         }
         if (self.ring.space() as usize) < pieces.len() {
@@ -58,8 +63,8 @@ impl<H: Hal> Tx<H> {
         Ok(true)
     }
 
-    /// Makes what was submitted visible, and wakes the device if it sleeps. Returns whether it rang the doorbell. Best called once for
-    /// several frames.
+    /// Makes what was submitted visible, and wakes the device if it sleeps. Returns whether it rang
+    /// the doorbell. Best called once for several frames.
     pub fn post(&mut self) -> bool {
         let kick = self.ring.post();
         if kick {
@@ -68,12 +73,16 @@ impl<H: Hal> Tx<H> {
         kick
     }
 
-    /// How many pieces came back since the last call, the oldest first. Costs a look at memory: best called when room gets scarce.
+    /// How many pieces came back since the last call, the oldest first. Costs a look at memory:
+    /// best called when room gets scarce.
     pub fn reclaim(&mut self) -> Result<u32, Error> {
-        self.ring.reap_count().map_err(|_| Error::Corrupt("more transmit entries returned than submitted"))
+        self.ring
+            .reap_count()
+            .map_err(|_| Error::Corrupt("more transmit entries returned than submitted"))
     }
 
-    /// Asks for an interrupt once `after` more pieces than those reclaimed have come back, and one more. Without this, none comes.
+    /// Asks for an interrupt once `after` more pieces than those reclaimed have come back, and one
+    /// more. Without this, none comes.
     pub fn arm(&mut self, after: u32) -> Armed {
         self.ring.arm(after)
     }

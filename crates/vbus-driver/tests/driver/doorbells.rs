@@ -23,7 +23,11 @@ fn the_first_that_can_be_rung_is_taken() {
     let fake = offering(&[MMIO, SINT, PIO, HYPERCALL]);
     let function = Function::probe(fake.clone()).unwrap();
     assert_eq!(function.doorbells_offered().collect::<Vec<_>>(), [MMIO, PIO, HYPERCALL]);
-    assert_eq!(function.doorbells().collect::<Vec<_>>(), [MMIO], "all that this environment can ring");
+    assert_eq!(
+        function.doorbells().collect::<Vec<_>>(),
+        [MMIO],
+        "all that this environment can ring"
+    );
     assert_eq!(function.synthetic_interrupts(), Some(SINT));
     assert_eq!(function.doorbell(), MMIO);
     drop(function);

@@ -1,4 +1,5 @@
-//! A function that does whatever a test wants: registers that can be set, commands that succeed with any value.
+//! A function that does whatever a test wants: registers that can be set, commands that succeed
+//! with any value.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -21,7 +22,8 @@ struct Registers {
     script: BTreeMap<u64, Vec<u32>>,
     memory: Vec<Plain>,
     rung: u32,
-    /// Kinds of doorbell that can be rung, with what each costs, in nanoseconds, one ring after another; the last goes on.
+    /// Kinds of doorbell that can be rung, with what each costs, in nanoseconds, one ring after
+    /// another; the last goes on.
     kinds: BTreeMap<u8, Vec<u64>>,
     /// What was rung by kind and place.
     rings: Vec<(u8, u64)>,
@@ -37,12 +39,30 @@ impl Default for Fake {
     fn default() -> Self {
         let mut registers = Registers::default();
         registers.config.extend([(0, 0x10f5_1af4), (4, 1 << 20), (0x34, 0x40)]);
-        // Vendor-specific, the last, 16 bytes, version 1; registers at 0; MMIO doorbells 4 apart at 0x1000.
-        registers.config.extend([(0x40, 0x0110_0009), (0x44, 0), (0x48, 0x0004_0001), (0x4c, 0x1000)]);
-        registers.bar.extend([(reg::MAGIC, reg::MAGIC_VALUE), (reg::ABI, 0x0001_0001), (reg::CLASS, 1)]);
-        registers.bar.extend([(reg::MAX_REGIONS, 64), (reg::MAX_REGION_BYTES, 1 << 24), (reg::CONFIG_BYTES, 16)]);
+        // Vendor-specific, the last, 16 bytes, version 1; registers at 0; MMIO doorbells 4 apart at
+        // 0x1000.
+        registers.config.extend([
+            (0x40, 0x0110_0009),
+            (0x44, 0),
+            (0x48, 0x0004_0001),
+            (0x4c, 0x1000),
+        ]);
+        registers.bar.extend([
+            (reg::MAGIC, reg::MAGIC_VALUE),
+            (reg::ABI, 0x0001_0001),
+            (reg::CLASS, 1),
+        ]);
+        registers.bar.extend([
+            (reg::MAX_REGIONS, 64),
+            (reg::MAX_REGION_BYTES, 1 << 24),
+            (reg::CONFIG_BYTES, 16),
+        ]);
         // MTU 1500 after the address; one pair of queues, 256 entries.
-        registers.bar.extend([(reg::CONFIG, 2), (reg::CONFIG + 4, 1500 << 16), (reg::CONFIG + 8, 256 << 16 | 1)]);
+        registers.bar.extend([
+            (reg::CONFIG, 2),
+            (reg::CONFIG + 4, 1500 << 16),
+            (reg::CONFIG + 8, 256 << 16 | 1),
+        ]);
         registers.kinds.insert(capability::KIND_MMIO, vec![0]);
         Fake(Rc::new(RefCell::new(registers)))
     }
@@ -118,7 +138,8 @@ impl Hal for Fake {
         let mut registers = self.0.borrow_mut();
         let posted = std::mem::take(&mut registers.posted);
         registers.written.extend(posted);
-        if let Some(values) = registers.script.get_mut(&offset).filter(|values| !values.is_empty()) {
+        if let Some(values) = registers.script.get_mut(&offset).filter(|values| !values.is_empty())
+        {
             return values.remove(0);
         }
         registers.bar.get(&offset).copied().unwrap_or(0)
@@ -135,7 +156,8 @@ impl Hal for Fake {
     fn write64(&self, _offset: u64, _value: u64) {}
 
     fn alloc(&self, bytes: usize) -> Result<Plain, NoMemory> {
-        let words: Vec<Word> = (0..bytes.next_multiple_of(4096) / 8).map(|_| Word::new(0)).collect();
+        let words: Vec<Word> =
+            (0..bytes.next_multiple_of(4096) / 8).map(|_| Word::new(0)).collect();
         let memory = Plain(words.into());
         self.0.borrow_mut().memory.push(memory.clone());
         Ok(memory)

@@ -9,7 +9,12 @@ use crate::local::{Local, bus, until};
 
 fn nic(name: &str) -> (vbus_core::Bus, Local) {
     let bus = bus();
-    let local = Local::new(&bus, name, "venet", &json!({ "backend": "null", "mac": "02:00:00:00:00:07", "mtu": 9000 }));
+    let local = Local::new(
+        &bus,
+        name,
+        "venet",
+        &json!({ "backend": "null", "mac": "02:00:00:00:00:07", "mtu": 9000 }),
+    );
     (bus, local)
 }
 
@@ -72,7 +77,8 @@ fn regions_are_checked_on_both_ends() {
     function.open(0).unwrap();
     let layout = Layout::new(64, Returns::Counted).unwrap();
     DriverEnd::create(memory.clone(), layout, 0).unwrap();
-    let mut add = |id, vector, place, signal| function.region_add(id, vector, &memory, place, signal);
+    let mut add =
+        |id, vector, place, signal| function.region_add(id, vector, &memory, place, signal);
     let good = (0, layout.bytes());
     for (result, status) in [
         (add(77, 0, good, Some(SIGNAL_OFFSET)), Status::BAD_ARGUMENT),
@@ -98,7 +104,10 @@ fn what_the_device_refuses_says_why() {
     assert_eq!(refused(function.call(abi::CALL_START, 0, &mut [])), Status::NOT_OPEN);
     function.open(0).unwrap();
     assert_eq!(refused(function.call(999, 0, &mut [1; 16])), Status::BAD_FUNCTION);
-    assert!(matches!(function.call(1, 0, &mut vec![0; (64 << 10) + 1]), Err(Error::Unsupported(_))));
+    assert!(matches!(
+        function.call(1, 0, &mut vec![0; (64 << 10) + 1]),
+        Err(Error::Unsupported(_))
+    ));
 }
 
 #[test]
@@ -151,13 +160,27 @@ fn a_function_that_is_none_is_refused() {
     assert_eq!(with(&|f| f.set_config(4, 0)), Some(Error::NotVbus));
     // Capabilities that run in a circle.
     assert_eq!(with(&|f| f.set_config(0x40, 0x0010_4005)), Some(Error::NotVbus));
-    assert_eq!(with(&|f| f.set_config(0x40, 0x0210_0009)), Some(Error::Version { lowest: 2, highest: 2 }));
+    assert_eq!(
+        with(&|f| f.set_config(0x40, 0x0210_0009)),
+        Some(Error::Version { lowest: 2, highest: 2 })
+    );
     assert_eq!(with(&|f| f.set_config(0x44, 0x1004)), Some(Error::NotVbus));
-    assert_eq!(with(&|f| f.set_config(0x48, 0x0004_0002)), Some(Error::NoDoorbell), "a port, which this cannot ring");
-    assert_eq!(with(&|f| f.set_config(0x4c, 0x3ffc)), Some(Error::NoDoorbell), "beyond the end of the BAR");
+    assert_eq!(
+        with(&|f| f.set_config(0x48, 0x0004_0002)),
+        Some(Error::NoDoorbell),
+        "a port, which this cannot ring"
+    );
+    assert_eq!(
+        with(&|f| f.set_config(0x4c, 0x3ffc)),
+        Some(Error::NoDoorbell),
+        "beyond the end of the BAR"
+    );
     assert_eq!(with(&|f| f.set_register(0, 0)), Some(Error::NotVbus));
     assert_eq!(with(&|f| f.set_register(0, u32::MAX)), Some(Error::Gone));
-    assert_eq!(with(&|f| f.set_register(4, 0x0003_0002)), Some(Error::Version { lowest: 2, highest: 3 }));
+    assert_eq!(
+        with(&|f| f.set_register(4, 0x0003_0002)),
+        Some(Error::Version { lowest: 2, highest: 3 })
+    );
 }
 
 #[test]
@@ -180,7 +203,11 @@ fn a_region_in_pages_is_registered_by_a_list() {
     let layout = Layout::new(256, Returns::Entries).unwrap();
     let memory = local.alloc(128 << 10).unwrap();
     assert_eq!(memory.page_shift(), 12);
-    assert!(!memory.is_run(0, 8192) && memory.is_run(4096, 4096) && memory.address(0) > memory.address(4096));
+    assert!(
+        !memory.is_run(0, 8192)
+            && memory.is_run(4096, 4096)
+            && memory.address(0) > memory.address(4096)
+    );
     DriverEnd::create(memory.clone(), layout, 0).unwrap();
     function.region_add(abi::rx(0), 0, &memory, (0, 128 << 10), Some(SIGNAL_OFFSET)).unwrap();
     let misplaced = function.region_add(abi::tx(0), 0, &memory, (64, 64 << 10), None);

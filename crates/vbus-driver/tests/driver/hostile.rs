@@ -1,4 +1,5 @@
-//! Devices that return what they should not: an error each time, and no index of ours out of bounds.
+//! Devices that return what they should not: an error each time, and no index of ours out of
+//! bounds.
 
 use vbus_driver::venet::{BUFFER_MIN, CHAIN_MAX, FRAME_MAX, HEADER_BYTES, Nic, Piece, Rx, Tx};
 use vbus_driver::{Dma, Error, Function, State, Status};
@@ -63,7 +64,10 @@ fn an_honest_frame_is_received() {
     assert_eq!(rig.receive(), Ok(None), "it is not whole");
     rig.give_back(|entry| Entry { len: 60, ..entry });
     let frame = rig.rx.receive().unwrap().unwrap().to_vec();
-    assert_eq!(frame.iter().map(|piece| (piece.id, piece.len)).collect::<Vec<_>>(), [(0, BUFFER_MIN), (1, 60)]);
+    assert_eq!(
+        frame.iter().map(|piece| (piece.id, piece.len)).collect::<Vec<_>>(),
+        [(0, BUFFER_MIN), (1, 60)]
+    );
     for piece in frame {
         rig.rx.give(piece.id, 0).unwrap();
     }
@@ -138,7 +142,8 @@ fn more_returns_than_submissions_are_refused() {
     let _ = rig.device_tx.post();
     assert_eq!(rig.tx.reclaim(), Ok(2));
     for seq in [3, 1, u32::MAX] {
-        rig.tx_memory.words()[(SIGNAL_OFFSET + DEVICE_SEQ) / 8].store(u64::from(seq), Ordering::Relaxed);
+        rig.tx_memory.words()[(SIGNAL_OFFSET + DEVICE_SEQ) / 8]
+            .store(u64::from(seq), Ordering::Relaxed);
         corrupt(rig.tx.reclaim());
     }
 }

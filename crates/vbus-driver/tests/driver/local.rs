@@ -1,4 +1,5 @@
-//! An environment in this process: the registers are those of a [`PciFunction`], memory is shared through a file, interrupts are an eventfd.
+//! An environment in this process: the registers are those of a [`PciFunction`], memory is shared
+//! through a file, interrupts are an eventfd.
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -55,9 +56,17 @@ impl Local {
         let memory = MemoryContext::new(Trust::Sealed);
         memory.map(BASE, BYTES, Some((file, 0)), true).unwrap();
         let interrupt = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
-        function.connect_irqs(IrqIndex::Msi, 0, vec![Some(interrupt.try_clone().unwrap())]).unwrap();
+        function
+            .connect_irqs(IrqIndex::Msi, 0, vec![Some(interrupt.try_clone().unwrap())])
+            .unwrap();
         let next = AtomicU64::new(BASE);
-        Local(Arc::new(Inner { function: Mutex::new(function), memory, next, interrupt, page_shift }))
+        Local(Arc::new(Inner {
+            function: Mutex::new(function),
+            memory,
+            next,
+            interrupt,
+            page_shift,
+        }))
     }
 
     /// The function, probed.
@@ -153,7 +162,11 @@ impl Hal for Local {
             return Ok(LocalMemory { window, pages: vec![at], shift: 0 });
         }
         let pages: Vec<u64> = (0..len / page).rev().map(|i| at + i * page).collect();
-        let window = self.0.memory.window_of_pages(&pages, self.0.page_shift.into(), len).map_err(|_| NoMemory)?;
+        let window = self
+            .0
+            .memory
+            .window_of_pages(&pages, self.0.page_shift.into(), len)
+            .map_err(|_| NoMemory)?;
         Ok(LocalMemory { window, pages, shift: self.0.page_shift })
     }
 

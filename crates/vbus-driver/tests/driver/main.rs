@@ -1,4 +1,5 @@
-//! The driver against real devices of a bus, through the registers of their PCI functions, and against devices that are hostile.
+//! The driver against real devices of a bus, through the registers of their PCI functions, and
+//! against devices that are hostile.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 mod doorbells;

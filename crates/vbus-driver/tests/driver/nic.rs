@@ -53,7 +53,10 @@ impl Station {
         self.sending.copy_in(slot, &bytes);
         let pieces: Vec<Piece> = (0..bytes.len())
             .step_by(piece)
-            .map(|at| Piece { addr: self.sending.address(slot + at), len: piece.min(bytes.len() - at) as u32 })
+            .map(|at| Piece {
+                addr: self.sending.address(slot + at),
+                len: piece.min(bytes.len() - at) as u32,
+            })
             .collect();
         assert!(pieces.len() <= CHAIN_MAX);
         assert!(self.tx.submit(&pieces).unwrap());
@@ -150,7 +153,8 @@ fn the_status_page_tells_of_link_and_traffic() {
     }
     until("the statistics", || {
         let (a, b) = (a.nic.status().unwrap(), b.nic.status().unwrap());
-        (a.tx.frames == 10 && a.tx.bytes == 1000 && b.rx.frames == 10 && b.rx.bytes == 1000).then_some(())
+        (a.tx.frames == 10 && a.tx.bytes == 1000 && b.rx.frames == 10 && b.rx.bytes == 1000)
+            .then_some(())
     });
     // The last update is there; the next one brings newer counts, for which nobody is interrupted.
     assert_eq!(a.nic.arm_status(), Armed::Waiting);

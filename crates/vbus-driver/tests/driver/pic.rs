@@ -18,7 +18,8 @@ fn a_value_that_comes_raises_a_line() {
         let request = json!({ "op": "set", "page": "setpoint", "text": text });
         values.device().control(&request, &mut |_| true).unwrap();
     };
-    let (own, messages) = (Local::attach(&bus, "values", 0), Local::new(&bus, "pic0", "pic", &json!({ "cpus": 1 })));
+    let (own, messages) =
+        (Local::attach(&bus, "values", 0), Local::new(&bus, "pic0", "pic", &json!({ "cpus": 1 })));
 
     let mut pages = state::Pages::open(own.probe()).unwrap();
     let setpoint = pages.find("setpoint").unwrap().unwrap();

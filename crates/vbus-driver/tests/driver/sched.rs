@@ -16,15 +16,17 @@ fn requests_are_granted_in_part_and_reported() {
         let _ = ended.recv();
     });
     let bus = bus();
-    // What is asked for below leaves the thread at its own nice value: anything else would need a privilege to be taken back.
-    let config =
-        json!({ "threads": [told.recv().unwrap()], "allow": ["normal", "fifo"], "priority-max": 3, "boost-ms": 700 });
+    // What is asked for below leaves the thread at its own nice value: anything else would need a
+    // privilege to be taken back.
+    let config = json!({ "threads": [told.recv().unwrap()], "allow": ["normal", "fifo"], "priority-max": 3, "boost-ms": 700 });
     let local = Local::new(&bus, "s", "sched", &config);
     let mut cpus = Cpus::open(local.probe()).unwrap();
     let limits = *cpus.limits();
     assert_eq!((limits.cpus, limits.priority_max, limits.nice_min), (1, 3, None));
     assert_eq!((limits.changes, limits.boost_ms), (1000, 700));
-    assert!(limits.allows(Class::Fifo(1)) && limits.allows(Class::Own) && !limits.allows(Class::Idle));
+    assert!(
+        limits.allows(Class::Fifo(1)) && limits.allows(Class::Own) && !limits.allows(Class::Idle)
+    );
     let mut cpu = cpus.cpu(0).unwrap();
     assert!(matches!(cpus.cpu(1), Err(Error::Unsupported(_))));
     assert!(matches!(cpus.cpu(0), Err(Error::Refused { .. })));
@@ -43,13 +45,25 @@ fn requests_are_granted_in_part_and_reported() {
         }
     };
     let report = ask(Class::Normal(0));
-    assert_eq!((report.outcome, report.class, report.changes), (Outcome::Granted, Class::Normal(0), 1));
+    assert_eq!(
+        (report.outcome, report.class, report.changes),
+        (Outcome::Granted, Class::Normal(0), 1)
+    );
     let report = ask(Class::Batch(1));
-    assert_eq!((report.outcome, report.class, report.refused), (Outcome::NotAllowed, Class::Own, 1));
+    assert_eq!(
+        (report.outcome, report.class, report.refused),
+        (Outcome::NotAllowed, Class::Own, 1)
+    );
     let report = ask(Class::Normal(-20));
-    assert_eq!((report.outcome, report.class, report.clamped), (Outcome::Clamped, Class::Normal(0), 1));
+    assert_eq!(
+        (report.outcome, report.class, report.clamped),
+        (Outcome::Clamped, Class::Normal(0), 1)
+    );
     let report = ask(Class::RoundRobin(0));
-    assert_eq!((report.outcome, report.class, report.updates), (Outcome::BadRequest, Class::Own, 4));
+    assert_eq!(
+        (report.outcome, report.class, report.updates),
+        (Outcome::BadRequest, Class::Own, 4)
+    );
     cpus.close();
     drop(cpus);
     assert!(matches!(state::Pages::open(local.probe()), Err(Error::Class(3))));

@@ -1,5 +1,11 @@
-//! Doorbells and interrupts in a real virtual machine. What the KVM at hand lacks is left out, and said.
-#![allow(clippy::unwrap_used, clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a test may panic")]
+//! Doorbells and interrupts in a real virtual machine. What the KVM at hand lacks is left out, and
+//! said.
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a test may panic"
+)]
 
 mod tiny;
 
@@ -45,17 +51,21 @@ fn places() -> [(Kind, Place); 3] {
 
 /// The kinds that there are, the others being said.
 fn kinds(tiny: &Tiny) -> Vec<(Kind, Place)> {
-    let (have, lack): (Vec<_>, Vec<_>) = places().into_iter().partition(|(kind, _)| tiny.kinds.has(*kind));
+    let (have, lack): (Vec<_>, Vec<_>) =
+        places().into_iter().partition(|(kind, _)| tiny.kinds.has(*kind));
     for (kind, _) in lack {
         println!("left out: {kind:?}, which this KVM does not have");
     }
     have
 }
 
-/// Whether rings that have come made exits. No processor does without; a KVM that interprets its guests' code does, and has a few of its own.
+/// Whether rings that have come made exits. No processor does without; a KVM that interprets its
+/// guests' code does, and has a few of its own.
 fn has_exits(cost: &Cost, rings: u64) -> bool {
     if cost.exits < rings {
-        println!("left out: exits, which this KVM does not have: it interprets the code of its guests");
+        println!(
+            "left out: exits, which this KVM does not have: it interprets the code of its guests"
+        );
     }
     cost.exits >= rings
 }
@@ -84,7 +94,9 @@ fn a_ring_is_one_exit_and_none_to_user_space() {
         }
 
         // The same place for the other doorbell; then nowhere.
-        doorbells.place(kind, Some(Place { base: place.base - u64::from(place.stride), ..place })).unwrap();
+        doorbells
+            .place(kind, Some(Place { base: place.base - u64::from(place.stride), ..place }))
+            .unwrap();
         tiny.run(Program::Ring(kind, 3));
         assert_eq!((count(&bell), count(&other)), (0, 3), "{kind:?}");
         doorbells.place(kind, None).unwrap();
@@ -110,7 +122,9 @@ fn a_ring_is_one_exit_and_none_to_user_space() {
 #[test]
 fn places_that_cannot_be_are_refused_and_leave_nothing() {
     let Some(tiny) = machine() else { return };
-    let new = |numbers: &[u32]| Doorbells::new(tiny.vm.clone(), numbers.iter().map(|n| (*n, event())).collect());
+    let new = |numbers: &[u32]| {
+        Doorbells::new(tiny.vm.clone(), numbers.iter().map(|n| (*n, event())).collect())
+    };
     assert!(matches!(new(&[3, 1, 3]), Err(Error::NoPlace(_))));
     assert!(matches!(new(&[1024]), Err(Error::NoPlace(_))));
     let mut doorbells = new(&[0, 1, 7]).unwrap();
@@ -122,7 +136,10 @@ fn places_that_cannot_be_are_refused_and_leave_nothing() {
         (Kind::Hypercall, 0xff_fff9, 1),
     ] {
         let refused = doorbells.place(kind, Some(Place { base, stride }));
-        assert!(matches!(refused, Err(Error::NoPlace(_))), "{kind:?} {base:#x} {stride}: {refused:?}");
+        assert!(
+            matches!(refused, Err(Error::NoPlace(_))),
+            "{kind:?} {base:#x} {stride}: {refused:?}"
+        );
         assert_eq!(doorbells.at(kind), None);
     }
     let mut other = new(&[0]).unwrap();
@@ -130,7 +147,10 @@ fn places_that_cannot_be_are_refused_and_leave_nothing() {
         // Where doorbell 7 would be there is another's: none of them is there then.
         let last = Place { base: place.base + u64::from(place.stride) * 7, ..place };
         other.place(kind, Some(last)).unwrap();
-        assert!(doorbells.place(kind, Some(place)).is_err_and(|error| error.errno() == Some(17)), "{kind:?}");
+        assert!(
+            doorbells.place(kind, Some(place)).is_err_and(|error| error.errno() == Some(17)),
+            "{kind:?}"
+        );
         assert_eq!(doorbells.at(kind), None);
         other.place(kind, Some(place)).unwrap();
         other.place(kind, None).unwrap();
@@ -141,7 +161,10 @@ fn places_that_cannot_be_are_refused_and_leave_nothing() {
     let mut wrong = Doorbells::new(tiny.vm.clone(), vec![(0, file)]).unwrap();
     for (kind, place) in kinds(&tiny) {
         let elsewhere = Place { base: place.base - 64, ..place };
-        assert!(wrong.place(kind, Some(elsewhere)).is_err_and(|error| error.errno() == Some(22)), "{kind:?}");
+        assert!(
+            wrong.place(kind, Some(elsewhere)).is_err_and(|error| error.errno() == Some(22)),
+            "{kind:?}"
+        );
     }
 }
 
@@ -177,7 +200,11 @@ fn messages_come_while_unmasked_and_wait_while_masked() {
     message.forget();
     assert!(!message.is_pending());
     message.unmask().unwrap();
-    assert_eq!(tiny.run(Program::Ring(Kind::Pio, 1)).interrupts, 0, "three and a forgotten one were one");
+    assert_eq!(
+        tiny.run(Program::Ring(Kind::Pio, 1)).interrupts,
+        0,
+        "three and a forgotten one were one"
+    );
 
     let route = message.route();
     assert!(message.set(Route::Sint { vp: 0, sint: 16 }).is_err());

@@ -1,13 +1,17 @@
-//! A virtual machine with one CPU and no firmware, which runs small loops in 64-bit mode and counts what they cost.
-#![allow(unsafe_code, reason = "maps the memory of a virtual machine, and names code that is its, not ours")]
+//! A virtual machine with one CPU and no firmware, which runs small loops in 64-bit mode and counts
+//! what they cost.
+#![allow(
+    unsafe_code,
+    reason = "maps the memory of a virtual machine, and names code that is its, not ours"
+)]
 
 use std::arch::x86_64::__cpuid;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvm_bindings::{
-    CpuId, KVM_CAP_HYPERV_SYNIC2, KVM_IRQCHIP_IOAPIC, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap, kvm_irqchip, kvm_segment,
-    kvm_userspace_memory_region,
+    CpuId, KVM_CAP_HYPERV_SYNIC2, KVM_IRQCHIP_IOAPIC, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap,
+    kvm_irqchip, kvm_segment, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
@@ -17,7 +21,8 @@ use vbus_kvm::{Kinds, Stats, Values, offer_hypercalls};
 pub const MMIO: u64 = 0x1000_0000;
 pub const PORT: u16 = 0xc000;
 pub const CONNECTION: u32 = 0xab_cdef;
-/// The interrupt that the guest counts, and ends by its APIC; and the one that it counts, and that ends by itself.
+/// The interrupt that the guest counts, and ends by its APIC; and the one that it counts, and that
+/// ends by itself.
 pub const VECTOR: u8 = 0x31;
 pub const AUTO_VECTOR: u8 = 0x32;
 /// What a hypercall for a connection that nobody has gets.
@@ -54,7 +59,8 @@ std::arch::global_asm!(
     "xor edx, edx",
     "wrmsr",
     "jmp 9f",
-    // Who the guest is, for hypercalls; the SynIC on; one of its interrupts with a vector, ended by itself.
+    // Who the guest is, for hypercalls; the SynIC on; one of its interrupts with a vector, ended by
+    // itself.
     "tiny_synic:",
     "mov ecx, 0x40000000",
     "mov eax, 1",
@@ -165,7 +171,8 @@ pub enum Program {
 /// What it cost.
 #[derive(Debug)]
 pub struct Cost {
-    /// Exits, without those that the host's own interrupts made, and the one that ended the program.
+    /// Exits, without those that the host's own interrupts made, and the one that ended the
+    /// program.
     pub exits: u64,
     /// Exits to user space, without that one.
     pub user_exits: u64,
@@ -203,7 +210,9 @@ impl Tiny {
         vm.create_irq_chip().unwrap();
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a fresh mapping, which lasts until the process ends.
-        let memory = unsafe { mmap_anonymous(std::ptr::null_mut(), BYTES, protection, MapFlags::PRIVATE) }.unwrap();
+        let memory =
+            unsafe { mmap_anonymous(std::ptr::null_mut(), BYTES, protection, MapFlags::PRIVATE) }
+                .unwrap();
         let memory = memory.cast::<u8>();
         let region = kvm_userspace_memory_region {
             memory_size: BYTES as u64,
@@ -214,13 +223,15 @@ impl Tiny {
         unsafe { vm.set_user_memory_region(region) }.unwrap();
         let vcpu = vm.create_vcpu(0).unwrap();
 
-        let mut leaves = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).unwrap().as_slice().to_vec();
+        let mut leaves =
+            kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).unwrap().as_slice().to_vec();
         if kinds.hypercall {
             offer_hypercalls(&mut leaves, kinds.synic);
         }
         vcpu.set_cpuid2(&CpuId::from_entries(&leaves).unwrap()).unwrap();
         if kinds.synic {
-            vcpu.enable_cap(&kvm_enable_cap { cap: KVM_CAP_HYPERV_SYNIC2, ..Default::default() }).unwrap();
+            vcpu.enable_cap(&kvm_enable_cap { cap: KVM_CAP_HYPERV_SYNIC2, ..Default::default() })
+                .unwrap();
         }
         let stats = Stats::of_vcpu(&vcpu).unwrap();
         let mut tiny = Tiny { kinds, vm: Arc::new(vm), vcpu, stats, memory };
@@ -249,17 +260,24 @@ impl Tiny {
         }
         word(GDT + 8, 0x00af_9b00_0000_ffff);
         word(GDT + 16, 0x00cf_9300_0000_ffff);
-        for (vector, handler) in [(VECTOR, &raw const tiny_interrupt), (AUTO_VECTOR, &raw const tiny_auto_interrupt)] {
+        for (vector, handler) in
+            [(VECTOR, &raw const tiny_interrupt), (AUTO_VECTOR, &raw const tiny_auto_interrupt)]
+        {
             let at = place(handler);
             // An interrupt gate of ring 0, code segment 8.
-            word(IDT + u64::from(vector) * 16, at & 0xffff | 8 << 16 | 0x8e00 << 32 | (at >> 16) << 48);
+            word(
+                IDT + u64::from(vector) * 16,
+                at & 0xffff | 8 << 16 | 0x8e00 << 32 | (at >> 16) << 48,
+            );
         }
     }
 
     fn put(&mut self, at: u64, bytes: &[u8]) {
         assert!(at as usize + bytes.len() <= BYTES);
         // SAFETY: within the mapping, as just checked; the guest is not running.
-        unsafe { self.memory.add(at as usize).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
+        unsafe {
+            self.memory.add(at as usize).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len())
+        };
     }
 
     fn enter_long_mode(&mut self) {
@@ -329,7 +347,9 @@ impl Tiny {
                     registers.r12 = CONNECTION.into();
                 })
             }
-            Program::Wait(count) => self.run_at(&raw const tiny_wait, |registers| registers.rbx = count),
+            Program::Wait(count) => {
+                self.run_at(&raw const tiny_wait, |registers| registers.rbx = count)
+            }
         };
         let after = self.stats();
         let exits = |stats: &Values| stats["exits"] - stats["irq_exits"];
@@ -342,8 +362,17 @@ impl Tiny {
     }
 
     /// Runs `code` to its end; exits to user space, and statuses.
-    fn run_at(&mut self, code: *const u8, set: impl FnOnce(&mut kvm_bindings::kvm_regs)) -> (u64, u64) {
-        let mut registers = kvm_bindings::kvm_regs { rip: place(code), rsp: STACK, rflags: 2, ..Default::default() };
+    fn run_at(
+        &mut self,
+        code: *const u8,
+        set: impl FnOnce(&mut kvm_bindings::kvm_regs),
+    ) -> (u64, u64) {
+        let mut registers = kvm_bindings::kvm_regs {
+            rip: place(code),
+            rsp: STACK,
+            rflags: 2,
+            ..Default::default()
+        };
         set(&mut registers);
         self.vcpu.set_regs(&registers).unwrap();
         let mut user_exits = 0;

@@ -23,7 +23,8 @@ impl Memory for Shared {
     }
 }
 
-/// A kick, as an eventfd would carry it: it is remembered until it is waited for. A wait may also end by itself.
+/// A kick, as an eventfd would carry it: it is remembered until it is waited for. A wait may also
+/// end by itself.
 #[derive(Clone)]
 pub struct Kick(Arc<Notify>);
 
@@ -41,7 +42,8 @@ impl Kick {
     }
 }
 
-/// Explores `model` in full, up to `preemptions` switches of a thread that could have gone on. A lost wake-up shows as a deadlock.
+/// Explores `model` in full, up to `preemptions` switches of a thread that could have gone on. A
+/// lost wake-up shows as a deadlock.
 pub fn check(preemptions: usize, model: impl Fn() + Sync + Send + 'static) {
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = Some(preemptions);
@@ -49,8 +51,13 @@ pub fn check(preemptions: usize, model: impl Fn() + Sync + Send + 'static) {
     builder.check(model);
 }
 
-/// Checks that `model` holds, and fails as soon as any one of `places` is taken out: by a lost wake-up or an assertion of its own.
-pub fn needs(places: &[Place], preemptions: usize, model: impl Fn() + Copy + Sync + Send + 'static) {
+/// Checks that `model` holds, and fails as soon as any one of `places` is taken out: by a lost
+/// wake-up or an assertion of its own.
+pub fn needs(
+    places: &[Place],
+    preemptions: usize,
+    model: impl Fn() + Copy + Sync + Send + 'static,
+) {
     check(preemptions, model);
     for &place in places {
         remove(Some(place));
@@ -61,6 +68,9 @@ pub fn needs(places: &[Place], preemptions: usize, model: impl Fn() + Copy + Syn
         let message = formatted.or(failure.downcast_ref::<&str>().copied()).unwrap_or_default();
         println!("without {place:?}: {message}");
         let expected = ["deadlock", "before", "torn", "out of order"];
-        assert!(expected.iter().any(|e| message.contains(e)), "without {place:?} it failed otherwise: {message}");
+        assert!(
+            expected.iter().any(|e| message.contains(e)),
+            "without {place:?} it failed otherwise: {message}"
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! Devices that raise lines, and processors that sleep: no line may be slept through, and none may be seen before its data.
+//! Devices that raise lines, and processors that sleep: no line may be slept through, and none may
+//! be seen before its data.
 
 use std::sync::Arc;
 
@@ -13,7 +14,8 @@ const LINES: u16 = 8;
 const LOW: u16 = 2;
 const HIGH: u16 = 5;
 
-/// A processor's page as the device has it: the page itself, the processor's interrupt, the messages sent, and what each line is about.
+/// A processor's page as the device has it: the page itself, the processor's interrupt, the
+/// messages sent, and what each line is about.
 #[derive(Clone)]
 struct Target {
     page: Arc<DeviceEnd<Shared>>,
@@ -57,8 +59,8 @@ impl Cpu {
         Cpu { page, target, seen: [0; LINES as usize] }
     }
 
-    /// The handler of the message, up to where `None` allows it to return. With `nest`, the handler of a line waits within until that line's
-    /// data has come: only a message can let it go on.
+    /// The handler of the message, up to where `None` allows it to return. With `nest`, the handler
+    /// of a line waits within until that line's data has come: only a message can let it go on.
     fn interrupt(&mut self, nest: Option<u16>) {
         while let Some(line) = self.page.take() {
             let at = usize::from(line);
@@ -80,7 +82,8 @@ fn data() -> Arc<Vec<AtomicU64>> {
     Arc::new((0..LINES).map(|_| AtomicU64::new(0)).collect())
 }
 
-/// The processor sleeps until `raises` have come, of one device after the other (`together`: of two at a time).
+/// The processor sleeps until `raises` have come, of one device after the other (`together`: of two
+/// at a time).
 fn sleeping(nesting: Nesting, raises: &'static [u16], together: bool) {
     let data = data();
     let mut cpu = Cpu::new(nesting, &data);
@@ -90,7 +93,8 @@ fn sleeping(nesting: Nesting, raises: &'static [u16], together: bool) {
         thread::spawn(move || lines.iter().for_each(|line| target.raise(*line)))
     };
     let (first, second) = raises.split_at(if together { raises.len() / 2 } else { 0 });
-    let others: Vec<_> = [first, second].into_iter().filter(|lines| !lines.is_empty()).map(raise).collect();
+    let others: Vec<_> =
+        [first, second].into_iter().filter(|lines| !lines.is_empty()).map(raise).collect();
     let total = |line: u16| raises.iter().filter(|raised| **raised == line).count() as u64;
     while (0..LINES).any(|line| cpu.seen[usize::from(line)] < total(line)) {
         if wanted == Wanted::Waiting {
@@ -144,7 +148,8 @@ fn unmasking() {
     device.join().unwrap();
 }
 
-/// The line moves from one processor to another after it was raised: one of the two gets it, with its data.
+/// The line moves from one processor to another after it was raised: one of the two gets it, with
+/// its data.
 fn moving() {
     let data = data();
     let (mut old, mut new) = (Cpu::new(Nesting::Flat, &data), Cpu::new(Nesting::Flat, &data));
@@ -174,8 +179,9 @@ fn moving() {
     assert!(moved == (new > 0), "{old} and {new}");
 }
 
-/// Who takes a line back to raise it elsewhere passes on all that its raiser wrote. The second raise is one with the first, if it is early enough,
-/// and then has no fence that would do in place of its release.
+/// Who takes a line back to raise it elsewhere passes on all that its raiser wrote. The second
+/// raise is one with the first, if it is early enough, and then has no fence that would do in place
+/// of its release.
 fn passing_on() {
     let data = data();
     let (old, mut new) = (Cpu::new(Nesting::Flat, &data), Cpu::new(Nesting::Flat, &data));
@@ -233,7 +239,8 @@ fn lines_move_with_their_data() {
 const FENCES: [Place; 2] = [Place::Fence(Fence::Raise), Place::Fence(Fence::Level)];
 const EDGES: [Place; 2] = [Place::Publish(Edge::Line), Place::Observe(Edge::Line)];
 
-// Where each end passes a full fence the model takes it for an acquire and a release as well, so the edges are shown where one does not.
+// Where each end passes a full fence the model takes it for an acquire and a release as well, so
+// the edges are shown where one does not.
 #[test]
 fn sleeping_needs_each_place() {
     needs(&FENCES, 3, || sleeping(Nesting::Flat, &[LOW, HIGH], false));

@@ -23,7 +23,8 @@ enum Calls {
     Batch,
 }
 
-/// `total` entries go through a ring of two. With each the device fills the one buffer that all of them stand for.
+/// `total` entries go through a ring of two. With each the device fills the one buffer that all of
+/// them stand for.
 fn model(returns: Returns, calls: Calls, total: u64) {
     let start = NEAR_WRAP;
     let layout = Layout::new(2, returns).unwrap();
@@ -78,7 +79,11 @@ fn model(returns: Returns, calls: Calls, total: u64) {
             Returns::Counted => reaped += u64::from(driver.reap_count().unwrap()),
             Returns::Entries => {
                 let mut each = |back| {
-                    assert_eq!(back, Entry { len: 2, ..entry(reaped) }, "a return came torn or out of order");
+                    assert_eq!(
+                        back,
+                        Entry { len: 2, ..entry(reaped) },
+                        "a return came torn or out of order"
+                    );
                     reaped += 1;
                 };
                 if calls == Calls::Batch {
@@ -90,7 +95,10 @@ fn model(returns: Returns, calls: Calls, total: u64) {
                 }
             }
         }
-        assert!(buffer.load(Ordering::Relaxed) >= reaped, "a return was seen before what the device wrote");
+        assert!(
+            buffer.load(Ordering::Relaxed) >= reaped,
+            "a return was seen before what the device wrote"
+        );
         if reaped == before && driver.arm(0) == Armed::Waiting {
             interrupt.wait();
         }
@@ -130,8 +138,12 @@ fn counted_returns_need_each_place() {
 
 #[test]
 fn returned_entries_need_each_place() {
-    let places =
-        [Place::Fence(Fence::Post), Place::Fence(Fence::Arm), Place::Publish(Edge::Tag), Place::Observe(Edge::Tag)];
+    let places = [
+        Place::Fence(Fence::Post),
+        Place::Fence(Fence::Arm),
+        Place::Publish(Edge::Tag),
+        Place::Observe(Edge::Tag),
+    ];
     needs(&places, 2, || model(Returns::Entries, Calls::Single, 2));
     needs(&places, 2, || model(Returns::Entries, Calls::Batch, 2));
 }

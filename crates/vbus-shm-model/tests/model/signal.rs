@@ -51,7 +51,10 @@ fn model(style: Style, start: u32, batches: &'static [u32]) {
     loop {
         let seen = rx.seen();
         let count = seen.wrapping_sub(start);
-        assert!(data.load(Ordering::Relaxed) >= u64::from(count), "the post was seen before its data");
+        assert!(
+            data.load(Ordering::Relaxed) >= u64::from(count),
+            "the post was seen before its data"
+        );
         if count == total {
             break;
         }
@@ -94,8 +97,12 @@ fn moderation() {
     check(3, || model(Style::Moderate, NEAR_WRAP, &[1, 2, 1]));
 }
 
-const PLACES: [Place; 4] =
-    [Place::Fence(Fence::Post), Place::Fence(Fence::Arm), Place::Publish(Edge::Seq), Place::Observe(Edge::Seq)];
+const PLACES: [Place; 4] = [
+    Place::Fence(Fence::Post),
+    Place::Fence(Fence::Arm),
+    Place::Publish(Edge::Seq),
+    Place::Observe(Edge::Seq),
+];
 
 #[test]
 fn run_to_completion_needs_each_place() {

@@ -1,4 +1,5 @@
-//! A writer, a reader and a waiter of a state page: no torn value is taken for a whole one, no update is slept through.
+//! A writer, a reader and a waiter of a state page: no torn value is taken for a whole one, no
+//! update is slept through.
 
 use loom::thread;
 use vbus_shm_model::signal::{Armed, End};
@@ -62,7 +63,10 @@ fn waiting(writes: u32) {
     let mut known = NEAR_WRAP;
     while known != NEAR_WRAP.wrapping_add(writes) {
         if let Some(version) = reader.read_if_newer(known, &mut out).unwrap() {
-            assert!(version.wrapping_sub(known) <= writes, "version {version} is older than {known}");
+            assert!(
+                version.wrapping_sub(known) <= writes,
+                "version {version} is older than {known}"
+            );
             assert_eq!(out, value(version.wrapping_sub(NEAR_WRAP)), "version {version} is torn");
             known = version;
         } else if reader.arm_newer(known) == Armed::Waiting {
@@ -121,14 +125,22 @@ fn reader_and_waiter_together() {
 
 #[test]
 fn reading_needs_each_place() {
-    let places =
-        [Place::Fence(Fence::Post), Place::Fence(Fence::Read), Place::Publish(Edge::Seq), Place::Observe(Edge::Seq)];
+    let places = [
+        Place::Fence(Fence::Post),
+        Place::Fence(Fence::Read),
+        Place::Publish(Edge::Seq),
+        Place::Observe(Edge::Seq),
+    ];
     needs(&places, 3, || reading(5));
 }
 
 #[test]
 fn waiting_needs_each_place() {
-    let places =
-        [Place::Fence(Fence::Post), Place::Fence(Fence::Arm), Place::Publish(Edge::Seq), Place::Observe(Edge::Seq)];
+    let places = [
+        Place::Fence(Fence::Post),
+        Place::Fence(Fence::Arm),
+        Place::Publish(Edge::Seq),
+        Place::Observe(Edge::Seq),
+    ];
     needs(&places, 2, || waiting(2));
 }

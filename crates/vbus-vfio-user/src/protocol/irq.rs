@@ -48,7 +48,8 @@ impl<'a> SetIrqs<'a> {
     /// When it is short, or names no or several verbs or kinds of data.
     pub fn parse(body: &'a [u8]) -> Result<Self, Malformed> {
         let mut f = Fields::new(body);
-        let (argsz, flags, index, start, count) = (f.u32()?, f.u32()?, f.u32()?, f.u32()?, f.u32()?);
+        let (argsz, flags, index, start, count) =
+            (f.u32()?, f.u32()?, f.u32()?, f.u32()?, f.u32()?);
         check_argsz(argsz, Self::LEN)?;
         let verb = match flags & 0x38 {
             0x08 => IrqVerb::Mask,

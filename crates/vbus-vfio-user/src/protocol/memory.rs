@@ -72,7 +72,12 @@ impl DmaUnmap {
     pub fn parse(body: &[u8]) -> Result<Self, Malformed> {
         let mut f = Fields::new(body);
         let (argsz, flags) = (f.u32()?, f.u32()?);
-        let unmap = Self { dirty_bitmap: flags & 1 != 0, all: flags & 2 != 0, address: f.u64()?, size: f.u64()? };
+        let unmap = Self {
+            dirty_bitmap: flags & 1 != 0,
+            all: flags & 2 != 0,
+            address: f.u64()?,
+            size: f.u64()?,
+        };
         check_argsz(argsz, Self::LEN)?;
         if flags & !3 != 0 {
             return Err(Malformed::Flags(flags));
@@ -88,8 +93,8 @@ impl DmaUnmap {
     }
 }
 
-/// `DMA_READ` and `DMA_WRITE`, request and reply: the fixed part, with `count` bytes of data after it in the
-/// request of a write and the reply to a read.
+/// `DMA_READ` and `DMA_WRITE`, request and reply: the fixed part, with `count` bytes of data after
+/// it in the request of a write and the reply to a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DmaAccess {
     /// The address as the device knows it.
@@ -123,6 +128,10 @@ impl DmaAccess {
     /// The body, with `data` behind the fixed part.
     #[must_use]
     pub fn body(&self, data: &[u8]) -> Vec<u8> {
-        Body::with_capacity(DMA_ACCESS_LEN + data.len()).u64(self.address).u64(self.count).bytes(data).0
+        Body::with_capacity(DMA_ACCESS_LEN + data.len())
+            .u64(self.address)
+            .u64(self.count)
+            .bytes(data)
+            .0
     }
 }

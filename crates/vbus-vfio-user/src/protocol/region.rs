@@ -1,6 +1,8 @@
 //! Regions of the device: what they are, and access to them.
 
-use super::{Body, Fields, Info, MULTI_WRITE_LEN, Malformed, REGION_ACCESS_LEN, SUB_REGION_LEN, check_argsz};
+use super::{
+    Body, Fields, Info, MULTI_WRITE_LEN, Malformed, REGION_ACCESS_LEN, SUB_REGION_LEN, check_argsz,
+};
 
 /// `DEVICE_GET_REGION_INFO`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,7 +35,14 @@ impl RegionInfo {
     /// The body. No region here can be mapped, so capabilities and file offset are always zero.
     #[must_use]
     pub fn body(&self) -> Vec<u8> {
-        Body::default().u32(self.argsz).u32(self.flags).u32(self.index).u32(0).u64(self.size).u64(0).0
+        Body::default()
+            .u32(self.argsz)
+            .u32(self.flags)
+            .u32(self.index)
+            .u32(0)
+            .u64(self.size)
+            .u64(0)
+            .0
     }
 }
 
@@ -57,7 +66,8 @@ pub struct SubRegion {
 impl SubRegion {
     /// Appends the sub-region to a body that [`Info::body`] began.
     pub fn append_to(&self, body: &mut Vec<u8>) {
-        let entry = Body::default().u64(self.offset).u64(self.size).u32(self.fd_index).u32(self.kind);
+        let entry =
+            Body::default().u64(self.offset).u64(self.size).u32(self.fd_index).u32(self.kind);
         body.extend_from_slice(&entry.u32(self.flags).u32(0).u64(self.datamatch).0);
     }
 
@@ -69,7 +79,8 @@ impl SubRegion {
         let info = Info::parse(body)?;
         let have = (body.len() - Info::LEN) / SUB_REGION_LEN;
         if (info.count as usize) > have {
-            let need = (info.count as usize).saturating_mul(SUB_REGION_LEN).saturating_add(Info::LEN);
+            let need =
+                (info.count as usize).saturating_mul(SUB_REGION_LEN).saturating_add(Info::LEN);
             return Err(Malformed::Short { need, have: body.len() });
         }
         let mut f = Fields::new(&body[Info::LEN..]);
@@ -83,8 +94,8 @@ impl SubRegion {
     }
 }
 
-/// `REGION_READ` and `REGION_WRITE`, request and reply: the fixed part, with `count` bytes of data after it in
-/// the request of a write and the reply to a read.
+/// `REGION_READ` and `REGION_WRITE`, request and reply: the fixed part, with `count` bytes of data
+/// after it in the request of a write and the reply to a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RegionAccess {
     /// Offset in the region, bytes.
@@ -156,15 +167,21 @@ impl<'a> MultiWrite<'a> {
             .collect()
     }
 
-    /// The body of a request. Writes of more than eight bytes are cut off; their senders use `REGION_WRITE`.
+    /// The body of a request. Writes of more than eight bytes are cut off; their senders use
+    /// `REGION_WRITE`.
     #[must_use]
     pub fn body(writes: &[Self]) -> Vec<u8> {
-        let mut body = Body::with_capacity(8 + writes.len() * MULTI_WRITE_LEN).u64(writes.len() as u64);
+        let mut body =
+            Body::with_capacity(8 + writes.len() * MULTI_WRITE_LEN).u64(writes.len() as u64);
         for write in writes {
             let mut data = [0; 8];
             let count = write.data.len().min(8);
             data[..count].copy_from_slice(&write.data[..count]);
-            body = body.u64(write.offset).u32(write.region).u32(u32::try_from(count).unwrap_or(8)).bytes(&data);
+            body = body
+                .u64(write.offset)
+                .u32(write.region)
+                .u32(u32::try_from(count).unwrap_or(8))
+                .bytes(&data);
         }
         body.0
     }

@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use vbus_vfio_user::{
-    DeviceInfo, Errno, IoEventFd, IrqAction, IrqInfo, Mapping, RegionInfo, RemoteMemory, Server, Target,
+    DeviceInfo, Errno, IoEventFd, IrqAction, IrqInfo, Mapping, RegionInfo, RemoteMemory, Server,
+    Target,
 };
 
 /// How long a test waits for something that must happen.
@@ -22,8 +23,8 @@ pub const PATIENCE: Duration = Duration::from_secs(20);
 /// A write here, in region 0, makes the device ask for 8 bytes of the client's memory.
 pub const ASKS: u64 = 3000;
 
-/// Region 0: 4 KiB of memory, of which the last 256 bytes refuse every access. Region 1: write only. Region 6: read
-/// only. Region 7: 256 bytes of configuration space. The others do not exist.
+/// Region 0: 4 KiB of memory, of which the last 256 bytes refuse every access. Region 1: write
+/// only. Region 6: read only. Region 7: 256 bytes of configuration space. The others do not exist.
 pub struct Device {
     pub memory: Vec<u8>,
     pub config: Vec<u8>,
@@ -46,7 +47,9 @@ impl Device {
             maps: BTreeMap::new(),
             irqs: BTreeMap::new(),
             actions: Vec::new(),
-            doorbells: (0..3).map(|_| eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap()).collect(),
+            doorbells: (0..3)
+                .map(|_| eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap())
+                .collect(),
             remote: None,
             resets: 0,
             clients: 0,
@@ -120,7 +123,9 @@ impl Target for Device {
                     }
                 }
             }
-            IrqAction::ConnectMask { .. } | IrqAction::ConnectUnmask { .. } => return Err(Errno::OPNOTSUPP),
+            IrqAction::ConnectMask { .. } | IrqAction::ConnectUnmask { .. } => {
+                return Err(Errno::OPNOTSUPP);
+            }
             IrqAction::Trigger(which) => {
                 for number in &which {
                     if let Some(fd) = self.irqs.get(&(index, *number)) {
@@ -147,7 +152,11 @@ impl Target for Device {
     }
 
     fn dma_unmap(&mut self, address: u64, size: u64) {
-        assert_eq!(self.maps.remove(&address).map(|m| m.size), Some(size), "unmapped what was not mapped");
+        assert_eq!(
+            self.maps.remove(&address).map(|m| m.size),
+            Some(size),
+            "unmapped what was not mapped"
+        );
     }
 
     fn dma_unmap_all(&mut self) {
@@ -207,7 +216,8 @@ impl Bench {
         let path = self.path();
         std::thread::scope(|scope| {
             let thread = scope.spawn(|| {
-                let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| client(&path)));
+                let result =
+                    std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| client(&path)));
                 rustix::io::write(&stop, &1u64.to_ne_bytes()).unwrap();
                 result
             });
@@ -217,7 +227,11 @@ impl Bench {
     }
 
     /// Runs the server until `done`, woken by its own descriptor and by `also`.
-    pub fn until(&mut self, also: Option<BorrowedFd<'_>>, mut done: impl FnMut(&mut Server<Device>) -> bool) {
+    pub fn until(
+        &mut self,
+        also: Option<BorrowedFd<'_>>,
+        mut done: impl FnMut(&mut Server<Device>) -> bool,
+    ) {
         let start = Instant::now();
         while !done(&mut self.server) {
             assert!(start.elapsed() < PATIENCE, "what was waited for does not happen");
@@ -302,7 +316,11 @@ pub fn version() -> Vec<u8> {
 
 impl Raw {
     pub fn connect(bench: &Bench) -> Self {
-        Self { stream: UnixStream::connect(bench.path()).unwrap(), input: Vec::new(), commands: false }
+        Self {
+            stream: UnixStream::connect(bench.path()).unwrap(),
+            input: Vec::new(),
+            commands: false,
+        }
     }
 
     /// Connects and negotiates.
@@ -324,7 +342,9 @@ impl Raw {
         let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(fds.len()))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
         assert!(ancillary.push(SendAncillaryMessage::ScmRights(fds)));
-        let sent = sendmsg(&self.stream, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL).unwrap();
+        let sent =
+            sendmsg(&self.stream, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL)
+                .unwrap();
         assert_eq!(sent, bytes.len());
     }
 
@@ -362,7 +382,12 @@ impl Raw {
                         assert!(self.commands, "a command of the server: {header}");
                         return Some(Seen::Command(header.id, header.command));
                     };
-                    return Some(Seen::Reply(header.id, header.command, error, message[16..].to_vec()));
+                    return Some(Seen::Reply(
+                        header.id,
+                        header.command,
+                        error,
+                        message[16..].to_vec(),
+                    ));
                 }
             }
             let mut chunk = [0; 65536];

@@ -1,9 +1,9 @@
 //! The DSDT: devices and methods, in AML.
 
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, And, Arg, CreateDWordField, Device, EISAName, Else, Equal, IO, If, Interrupt,
-    Local, Memory32Fixed, Method, Name, NotEqual, ONE, Or, Package, PackageBuilder, Path, ResourceTemplate, Return,
-    Scope, Store, Uuid, ZERO,
+    AddressSpace, AddressSpaceCacheable, And, Arg, CreateDWordField, Device, EISAName, Else, Equal,
+    IO, If, Interrupt, Local, Memory32Fixed, Method, Name, NotEqual, ONE, Or, Package,
+    PackageBuilder, Path, ResourceTemplate, Return, Scope, Store, Uuid, ZERO,
 };
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
@@ -12,8 +12,9 @@ use crate::layout;
 
 /// The name of PCI's host bridge interface for [`osc`].
 const PCI_HOST_BRIDGE: &str = "33db4d5b-1ff7-401c-9657-7441c03dd766";
-/// What the guest's kernel may control by itself: native hotplug, power management events, error reports, and the capability as such.
-/// Not the old hotplug controller of conventional PCI (bit 1): there is none.
+/// What the guest's kernel may control by itself: native hotplug, power management events, error
+/// reports, and the capability as such. Not the old hotplug controller of conventional PCI (bit 1):
+/// there is none.
 const GRANTED: u32 = 0b1_1101;
 
 /// The table, for `cpus` virtual CPUs.
@@ -46,7 +47,13 @@ fn host_bridge(aml: &mut Vec<u8>) {
     let (window, window_end) = (layout::PCI_WINDOW as u32, window_end as u32);
     let buses = AddressSpace::new_bus_number(0_u16, layout::BUS_MAX.into());
     let config = IO::new(layout::PCI_CONFIG_PORT, layout::PCI_CONFIG_PORT, 1, 8);
-    let memory = AddressSpace::new_memory(AddressSpaceCacheable::NotCacheable, true, window, window_end, None);
+    let memory = AddressSpace::new_memory(
+        AddressSpaceCacheable::NotCacheable,
+        true,
+        window,
+        window_end,
+        None,
+    );
     let resources = ResourceTemplate::new(vec![&buses, &config, &memory]);
     let ids = (EISAName::new("PNP0A08"), EISAName::new("PNP0A03"));
     let pins = interrupt_pins();
@@ -72,7 +79,8 @@ fn interrupt_pins() -> PackageBuilder {
     let mut table = PackageBuilder::new();
     for device in 0..32_u8 {
         for pin in 0..4_u8 {
-            let (address, pin_number) = ((u32::from(device) << 16) | 0xffff, layout::intx_pin(device, pin));
+            let (address, pin_number) =
+                ((u32::from(device) << 16) | 0xffff, layout::intx_pin(device, pin));
             table.add_element(&Package::new(vec![&address, &pin, &ZERO, &pin_number]));
         }
     }
@@ -81,7 +89,8 @@ fn interrupt_pins() -> PackageBuilder {
 
 /// `_OSC`: the kernel asks for control of PCI Express features, and gets what is in [`GRANTED`].
 ///
-/// Its last argument is a buffer of three words: flags of the call, what the kernel can, what it wants; and it is the answer too.
+/// Its last argument is a buffer of three words: flags of the call, what the kernel can, what it
+/// wants; and it is the answer too.
 fn osc() -> Vec<u8> {
     /// In the first word of the answer: no such interface, no such revision, something was refused.
     const UNKNOWN_INTERFACE: u32 = 1 << 2;
@@ -110,22 +119,30 @@ fn osc() -> Vec<u8> {
     Encoded::new(&Method::new("_OSC".into(), 4, false, children.to_vec())).0
 }
 
-/// What is no device but must not be given to one: configuration space in memory, the ports of power management.
+/// What is no device but must not be given to one: configuration space in memory, the ports of
+/// power management.
 fn motherboard(aml: &mut Vec<u8>) {
     #[allow(clippy::cast_possible_truncation, reason = "below 4 GiB")]
     let config = Memory32Fixed::new(true, layout::ECAM as u32, layout::ECAM_BYTES as u32);
     let ports = IO::new(layout::ACPI_PORTS, layout::ACPI_PORTS, 1, layout::ACPI_PORT_BYTES);
     let resources = ResourceTemplate::new(vec![&config, &ports]);
     let id = EISAName::new("PNP0C02");
-    device(aml, "MBRD", vec![&Name::new("_HID".into(), &id), &Name::new("_CRS".into(), &resources)]);
+    device(
+        aml,
+        "MBRD",
+        vec![&Name::new("_HID".into(), &id), &Name::new("_CRS".into(), &resources)],
+    );
 }
 
 fn serial(aml: &mut Vec<u8>, number: u8, port: u16, pin: u32) {
     let (ports, pin) = (IO::new(port, port, 1, 8), Interrupt::new(true, true, false, false, pin));
     let resources = ResourceTemplate::new(vec![&ports, &pin]);
     let id = EISAName::new("PNP0501");
-    let children: [&dyn Aml; 3] =
-        [&Name::new("_HID".into(), &id), &Name::new("_UID".into(), &number), &Name::new("_CRS".into(), &resources)];
+    let children: [&dyn Aml; 3] = [
+        &Name::new("_HID".into(), &id),
+        &Name::new("_UID".into(), &number),
+        &Name::new("_CRS".into(), &resources),
+    ];
     device(aml, &format!("COM{}", number + 1), children.to_vec());
 }
 

@@ -12,7 +12,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::layout;
 
-/// Where the tables lie: in the last 128 KiB below 1 MiB, where a kernel looks for them if nobody tells it.
+/// Where the tables lie: in the last 128 KiB below 1 MiB, where a kernel looks for them if nobody
+/// tells it.
 pub const TABLES: u64 = 0xe_0000;
 /// Bytes for them.
 const BYTES: u64 = 0x2_0000;
@@ -74,7 +75,8 @@ fn table(signature: &[u8; 4], revision: u8, body: &[u8]) -> Sdt {
     table
 }
 
-/// The firmware's control structure: there is no firmware that would use it, but some kernels want it to be there.
+/// The firmware's control structure: there is no firmware that would use it, but some kernels want
+/// it to be there.
 fn facs() -> [u8; 64] {
     let mut facs = [0; 64];
     facs[..4].copy_from_slice(b"FACS");
@@ -83,11 +85,14 @@ fn facs() -> [u8; 64] {
     facs
 }
 
-/// The fixed hardware: power management ports, reset register, and what a PC has that this machine lacks.
+/// The fixed hardware: power management ports, reset register, and what a PC has that this machine
+/// lacks.
 fn fadt(facs: u64, dsdt: u64) -> Result<Sdt> {
-    /// WBINVD works; C1 works; no sleep button; the reset register is there. No power button *device*: it is the fixed one.
+    /// WBINVD works; C1 works; no sleep button; the reset register is there. No power button
+    /// *device*: it is the fixed one.
     const FLAGS: u32 = 1 | 1 << 2 | 1 << 5 | 1 << 10;
-    /// There are ISA devices (the serial ports); no VGA; no real-time clock. The bit of a keyboard controller is not set.
+    /// There are ISA devices (the serial ports); no VGA; no real-time clock. The bit of a keyboard
+    /// controller is not set.
     const BOOT_ARCHITECTURE: u16 = 1 | 1 << 2 | 1 << 5;
     /// An address of a port: kind, bits, offset, access size (0: any).
     fn port(port: u16, bits: u8) -> [u8; 12] {
@@ -180,7 +185,8 @@ mod tests {
             assert_eq!((sum(&rsdp[..20]), sum(&rsdp)), (0, 0));
             let xsdt = table_at(&ram, u64_at(&rsdp, 24));
             assert_eq!(&xsdt[..4], b"XSDT");
-            let tables: Vec<_> = (36..xsdt.len()).step_by(8).map(|at| table_at(&ram, u64_at(&xsdt, at))).collect();
+            let tables: Vec<_> =
+                (36..xsdt.len()).step_by(8).map(|at| table_at(&ram, u64_at(&xsdt, at))).collect();
             let signatures: Vec<_> = tables.iter().map(|table| table[..4].to_vec()).collect();
             assert_eq!(signatures, [b"FACP", b"APIC", b"MCFG"]);
             assert_eq!(&table_at(&ram, u64_at(&tables[0], 140))[..4], b"DSDT");

@@ -29,12 +29,19 @@ unsafe impl ByteValued for ZeroPage {}
 /// Writes the zero page, command line and initramfs for a kernel loaded from `base` to `end`.
 pub fn prepare(mut info: Info<'_>, base: u64, end: u64, mut header: setup_header) -> Result<Start> {
     let (version, flags) = (header.version, header.xloadflags);
-    ensure!(version >= 0x20c && flags & XLF_KERNEL_64 != 0, "the kernel is too old, or not for 64 bits");
+    ensure!(
+        version >= 0x20c && flags & XLF_KERNEL_64 != 0,
+        "the kernel is too old, or not for 64 bits"
+    );
     info.put_command_line(usize::try_from(header.cmdline_size)?.min(super::COMMAND_LINE_MAX - 1))?;
-    // The kernel unpacks itself from its preferred address on, which may lie above where it was loaded.
+    // The kernel unpacks itself from its preferred address on, which may lie above where it was
+    // loaded.
     let room = (base.max(header.pref_address) + u64::from(header.init_size)).max(end);
     let needed = room.div_ceil(1 << 20);
-    ensure!(room <= info.ram_end(), "the kernel needs at least {needed} MiB of memory: more --memory");
+    ensure!(
+        room <= info.ram_end(),
+        "the kernel needs at least {needed} MiB of memory: more --memory"
+    );
     let limit = u64::from(header.initrd_addr_max) + 1;
     if let Some((at, bytes)) = info.put_initramfs(room, limit)? {
         header.ramdisk_image = u32::try_from(at)?;

@@ -1,6 +1,7 @@
 //! Loads a kernel and everything it wants to find in memory, as its boot protocol says.
 //!
-//! A bzImage is Linux's and begins in 64-bit mode with a "zero page"; an ELF file begins by its PVH note in 32-bit mode with a start info.
+//! A bzImage is Linux's and begins in 64-bit mode with a "zero page"; an ELF file begins by its PVH
+//! note in 32-bit mode with a start info.
 
 mod linux;
 mod pvh;
@@ -50,7 +51,8 @@ impl Image {
     /// Opens the files, which stay open so that the machine can boot again.
     pub fn open(kernel: &Path, initramfs: Option<&Path>, append: &str) -> Result<Image> {
         let open = |path: &Path, what: &str| {
-            let file = File::open(path).with_context(|| format!("cannot open the {what} {}", path.display()))?;
+            let file = File::open(path)
+                .with_context(|| format!("cannot open the {what} {}", path.display()))?;
             ensure!(file.metadata()?.is_file(), "the {what} {} is not a file", path.display());
             Ok::<_, anyhow::Error>((path.to_owned(), file))
         };
@@ -58,7 +60,8 @@ impl Image {
         Ok(Image { kernel: open(kernel, "kernel")?, initramfs, append: append.to_owned() })
     }
 
-    /// Loads it for a machine with `cpus` virtual CPUs: kernel, initramfs, command line, ACPI tables.
+    /// Loads it for a machine with `cpus` virtual CPUs: kernel, initramfs, command line, ACPI
+    /// tables.
     pub fn load(&mut self, ram: &Ram, cpus: u32) -> Result<Start> {
         let map = ram.map();
         let (path, file) = &mut self.kernel;
@@ -80,11 +83,24 @@ impl Image {
         })?;
         let rsdp = acpi::write(map, cpus)?;
         let places = places(ram.bytes());
-        let info = Info { map, rsdp, places: &places, append: &self.append, initramfs: &mut self.initramfs };
+        let info = Info {
+            map,
+            rsdp,
+            places: &places,
+            append: &self.append,
+            initramfs: &mut self.initramfs,
+        };
         match (elf, loaded.pvh_boot_cap, loaded.setup_header) {
-            (true, PvhBootCapability::PvhEntryPresent(entry), _) => pvh::prepare(info, entry.0, loaded.kernel_end),
-            (false, _, Some(header)) => linux::prepare(info, loaded.kernel_load.0, loaded.kernel_end, header),
-            _ => bail!("{} has no PVH note (Linux: CONFIG_PVH), so there is no way to start it", path.display()),
+            (true, PvhBootCapability::PvhEntryPresent(entry), _) => {
+                pvh::prepare(info, entry.0, loaded.kernel_end)
+            }
+            (false, _, Some(header)) => {
+                linux::prepare(info, loaded.kernel_load.0, loaded.kernel_end, header)
+            }
+            _ => bail!(
+                "{} has no PVH note (Linux: CONFIG_PVH), so there is no way to start it",
+                path.display()
+            ),
         }
     }
 }
@@ -109,31 +125,45 @@ impl Info<'_> {
     /// Puts the command line into memory; `max` bytes without its final zero.
     fn put_command_line(&self, max: usize) -> Result<()> {
         let length = self.append.len();
-        ensure!(length <= max, "the kernel's command line has {length} bytes; it takes at most {max}");
+        ensure!(
+            length <= max,
+            "the kernel's command line has {length} bytes; it takes at most {max}"
+        );
         ensure!(!self.append.contains('\0'), "the kernel's command line has a zero byte in it");
         self.map.write_slice(self.append.as_bytes(), GuestAddress(COMMAND_LINE))?;
         Ok(self.map.write_obj(0_u8, GuestAddress(COMMAND_LINE + length as u64))?)
     }
 
-    /// Puts the initramfs as high as it can lie in RAM below 4 GiB, between `above` and `limit`; its address and bytes.
+    /// Puts the initramfs as high as it can lie in RAM below 4 GiB, between `above` and `limit`;
+    /// its address and bytes.
     fn put_initramfs(&mut self, above: u64, limit: u64) -> Result<Option<(u64, u64)>> {
         let ram_end = self.ram_end();
         let Some((path, file)) = self.initramfs else { return Ok(None) };
         let bytes = file.seek(SeekFrom::End(0))?;
         file.rewind()?;
-        let at = limit.min(ram_end).checked_sub(bytes).map(|at| at & !0xfff).filter(|at| *at >= above);
+        let at =
+            limit.min(ram_end).checked_sub(bytes).map(|at| at & !0xfff).filter(|at| *at >= above);
         let at = at.with_context(|| {
             let mib = bytes.div_ceil(1 << 20);
-            format!("no room for the kernel and the initramfs {} ({mib} MiB): more --memory", path.display())
+            format!(
+                "no room for the kernel and the initramfs {} ({mib} MiB): more --memory",
+                path.display()
+            )
         })?;
         // Not more than was counted, even if the file has grown meanwhile.
         let count = usize::try_from(bytes)?;
-        read_exact(self.map, at, file, count).with_context(|| format!("cannot read {}", path.display()))?;
+        read_exact(self.map, at, file, count)
+            .with_context(|| format!("cannot read {}", path.display()))?;
         Ok(Some((at, bytes)))
     }
 }
 
-fn read_exact(map: &GuestMemoryMmap, at: u64, file: &mut impl ReadVolatile, count: usize) -> Result<()> {
+fn read_exact(
+    map: &GuestMemoryMmap,
+    at: u64,
+    file: &mut impl ReadVolatile,
+    count: usize,
+) -> Result<()> {
     Ok(map.read_exact_volatile_from(GuestAddress(at), file, count)?)
 }
 
@@ -184,7 +214,8 @@ mod tests {
 
     fn image(kernel: &[u8], initramfs: Option<&[u8]>, append: &str) -> Image {
         let initramfs = initramfs.map(file);
-        Image::open(file(kernel).path(), initramfs.as_ref().map(|file| file.path()), append).unwrap()
+        Image::open(file(kernel).path(), initramfs.as_ref().map(|file| file.path()), append)
+            .unwrap()
     }
 
     #[test]

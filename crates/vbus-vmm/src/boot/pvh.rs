@@ -1,9 +1,10 @@
-//! The PVH boot protocol: a 32-bit entry that an ELF note names, and a start info (Xen's public/arch-x86/hvm/start_info.h).
+//! The PVH boot protocol: a 32-bit entry that an ELF note names, and a start info (Xen's
+//! public/arch-x86/hvm/start_info.h).
 
 use anyhow::Result;
 use linux_loader::loader::elf::start_info::{
-    XEN_HVM_MEMMAP_TYPE_RAM, XEN_HVM_MEMMAP_TYPE_RESERVED, XEN_HVM_START_MAGIC_VALUE, hvm_memmap_table_entry,
-    hvm_modlist_entry, hvm_start_info,
+    XEN_HVM_MEMMAP_TYPE_RAM, XEN_HVM_MEMMAP_TYPE_RESERVED, XEN_HVM_START_MAGIC_VALUE,
+    hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info,
 };
 use vm_memory::{ByteValued, Bytes, GuestAddress};
 
@@ -30,7 +31,8 @@ macro_rules! raw {
 }
 raw!(hvm_start_info hvm_modlist_entry hvm_memmap_table_entry);
 
-/// Writes the start info, command line and initramfs for a kernel that was loaded up to `end` and begins at `entry`.
+/// Writes the start info, command line and initramfs for a kernel that was loaded up to `end` and
+/// begins at `entry`.
 pub fn prepare(mut info: Info<'_>, entry: u64, end: u64) -> Result<Start> {
     info.put_command_line(COMMAND_LINE_MAX - 1)?;
     let mut start = hvm_start_info {
@@ -45,11 +47,15 @@ pub fn prepare(mut info: Info<'_>, entry: u64, end: u64) -> Result<Start> {
     if let Some((paddr, size)) = info.put_initramfs(end, 1 << 32)? {
         start.nr_modules = 1;
         start.modlist_paddr = MODULES;
-        info.map.write_obj(Raw(hvm_modlist_entry { paddr, size, ..Default::default() }), GuestAddress(MODULES))?;
+        info.map.write_obj(
+            Raw(hvm_modlist_entry { paddr, size, ..Default::default() }),
+            GuestAddress(MODULES),
+        )?;
     }
     for (at, place) in (MEMORY..).step_by(size_of::<hvm_memmap_table_entry>()).zip(info.places) {
         let type_ = if place.ram { XEN_HVM_MEMMAP_TYPE_RAM } else { XEN_HVM_MEMMAP_TYPE_RESERVED };
-        let entry = hvm_memmap_table_entry { addr: place.base, size: place.bytes, type_, reserved: 0 };
+        let entry =
+            hvm_memmap_table_entry { addr: place.base, size: place.bytes, type_, reserved: 0 };
         info.map.write_obj(Raw(entry), GuestAddress(at))?;
     }
     info.map.write_obj(Raw(start), GuestAddress(INFO))?;

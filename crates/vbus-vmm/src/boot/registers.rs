@@ -1,4 +1,5 @@
-//! The first virtual CPU's registers as a boot protocol wants them, with the tables that they point to.
+//! The first virtual CPU's registers as a boot protocol wants them, with the tables that they point
+//! to.
 
 use anyhow::Result;
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
@@ -6,9 +7,11 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 /// The global descriptor table.
 const GDT: u64 = 0x500;
-/// An empty interrupt descriptor table: any exception before the kernel has its own resets the machine.
+/// An empty interrupt descriptor table: any exception before the kernel has its own resets the
+/// machine.
 const IDT: u64 = 0x540;
-/// The page tables of 64-bit mode: one page for each of the two upper levels, then [`GIB`] pages of 2 MiB entries.
+/// The page tables of 64-bit mode: one page for each of the two upper levels, then [`GIB`] pages of
+/// 2 MiB entries.
 const PAGE_TABLES: u64 = 0x9000;
 /// Memory that is mapped one to one, in GiB.
 const GIB: u64 = 4;
@@ -39,7 +42,8 @@ pub struct Start {
 }
 
 impl Start {
-    /// In 64-bit mode at `entry`, memory below 4 GiB mapped one to one, `info` in RSI: Linux's protocol.
+    /// In 64-bit mode at `entry`, memory below 4 GiB mapped one to one, `info` in RSI: Linux's
+    /// protocol.
     pub fn long(map: &GuestMemoryMmap, entry: u64, info: u64) -> Result<Start> {
         let put = |table: u64, index: u64, value: u64| {
             map.write_obj(value, GuestAddress(PAGE_TABLES + table * 0x1000 + index * 8))
@@ -51,14 +55,20 @@ impl Start {
                 put(2 + gib, piece, (gib << 30) | (piece << 21) | PRESENT | LARGE)?;
             }
         }
-        Start { registers: kvm_regs { rip: entry, rsi: info, rflags: FLAGS, ..Default::default() }, long: true }
-            .with_table(map)
+        Start {
+            registers: kvm_regs { rip: entry, rsi: info, rflags: FLAGS, ..Default::default() },
+            long: true,
+        }
+        .with_table(map)
     }
 
     /// In 32-bit mode without paging at `entry`, `info` in EBX: PVH.
     pub fn protected(map: &GuestMemoryMmap, entry: u64, info: u64) -> Result<Start> {
-        Start { registers: kvm_regs { rip: entry, rbx: info, rflags: FLAGS, ..Default::default() }, long: false }
-            .with_table(map)
+        Start {
+            registers: kvm_regs { rip: entry, rbx: info, rflags: FLAGS, ..Default::default() },
+            long: false,
+        }
+        .with_table(map)
     }
 
     /// The ordinary registers.
@@ -70,7 +80,9 @@ impl Start {
     pub fn set_up(&self, system: &mut kvm_sregs) {
         let [code, data, task] = self.segments();
         (system.cs, system.tr) = (code, task);
-        for segment in [&mut system.ds, &mut system.es, &mut system.fs, &mut system.gs, &mut system.ss] {
+        for segment in
+            [&mut system.ds, &mut system.es, &mut system.fs, &mut system.gs, &mut system.ss]
+        {
             *segment = data;
         }
         (system.gdt.base, system.gdt.limit) = (GDT, 5 * 8 - 1);
@@ -98,7 +110,8 @@ impl Start {
             db: 1,
             ..Default::default()
         };
-        let code = kvm_segment { l: u8::from(self.long), db: u8::from(!self.long), ..flat(CODE, 0x10) };
+        let code =
+            kvm_segment { l: u8::from(self.long), db: u8::from(!self.long), ..flat(CODE, 0x10) };
         let task = kvm_segment { limit: 0x67, g: 0, s: 0, db: 0, ..flat(BUSY_TASK, 0x20) };
         [code, flat(DATA, 0x18), task]
     }
@@ -149,8 +162,9 @@ mod tests {
     fn four_gib_are_mapped_one_to_one() {
         let ram = Ram::new(16 << 20).unwrap();
         Start::long(ram.map(), 0, 0).unwrap();
-        let entry =
-            |table: u64, index: u64| ram.map().read_obj::<u64>(GuestAddress((table & !0xfff) + index * 8)).unwrap();
+        let entry = |table: u64, index: u64| {
+            ram.map().read_obj::<u64>(GuestAddress((table & !0xfff) + index * 8)).unwrap()
+        };
         for address in [0, 0x20_0000, 0xdead_beef, 0xffff_ffff_u64] {
             let directory = entry(entry(PAGE_TABLES, 0), address >> 30);
             let page = entry(directory, address >> 21 & 0x1ff);

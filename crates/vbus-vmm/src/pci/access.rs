@@ -1,4 +1,5 @@
-//! Where accesses of the guest come in: configuration space by memory (ECAM) and by ports (CF8), and the BARs.
+//! Where accesses of the guest come in: configuration space by memory (ECAM) and by ports (CF8),
+//! and the BARs.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -44,7 +45,9 @@ impl PciRoot {
                 }
             }
             (1.., 0, 0) => {
-                if let Some(function) = self.slots.iter().find_map(|slot| slot.behind(bus)).flatten() {
+                if let Some(function) =
+                    self.slots.iter().find_map(|slot| slot.behind(bus)).flatten()
+                {
                     function.read_config(register, data);
                 }
             }
@@ -62,7 +65,10 @@ impl PciRoot {
                 }
             }
             (1.., 0, 0) => {
-                let found = self.slots.iter().find_map(|slot| slot.behind(bus).map(|function| (slot, function)));
+                let found = self
+                    .slots
+                    .iter()
+                    .find_map(|slot| slot.behind(bus).map(|function| (slot, function)));
                 if let Some((slot, Some(function))) = found {
                     slot.write_function(&function, register, data);
                 }
@@ -117,7 +123,8 @@ impl BusDevice for ConfigPorts {
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        // The address register takes only all of its bytes at once: others are for ports that a PC has at the same place.
+        // The address register takes only all of its bytes at once: others are for ports that a PC
+        // has at the same place.
         if let (0, Ok(address)) = (offset, <[u8; 4]>::try_from(data)) {
             self.0.address.store(u32::from_le_bytes(address) & 0x80ff_fffc, Ordering::Relaxed);
         } else if let Some(place) = self.place(offset, data.len()) {
@@ -132,14 +139,18 @@ pub(super) struct Window(pub(super) Arc<PciRoot>);
 impl BusDevice for Window {
     fn read(&self, offset: u64, data: &mut [u8]) {
         let address = layout::PCI_WINDOW + offset;
-        if let Some((function, offset)) = self.0.slots.iter().find_map(|slot| slot.at(address, data.len())) {
+        if let Some((function, offset)) =
+            self.0.slots.iter().find_map(|slot| slot.at(address, data.len()))
+        {
             function.read_bar(offset, data);
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
         let address = layout::PCI_WINDOW + offset;
-        if let Some((function, offset)) = self.0.slots.iter().find_map(|slot| slot.at(address, data.len())) {
+        if let Some((function, offset)) =
+            self.0.slots.iter().find_map(|slot| slot.at(address, data.len()))
+        {
             function.write_bar(offset, data);
         }
     }

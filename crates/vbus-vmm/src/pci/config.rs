@@ -1,5 +1,6 @@
-//! The configuration space of a function, as the guest sees it. It is the VMM's own, made of what the server said at first; of what the guest
-//! does with it, only the command register is the server's concern.
+//! The configuration space of a function, as the guest sees it. It is the VMM's own, made of what
+//! the server said at first; of what the guest does with it, only the command register is the
+//! server's concern.
 
 use vbus_shm::abi::{ABI_VERSION, PCI_DEVICE, PCI_VENDOR, capability};
 
@@ -66,7 +67,8 @@ impl Layout {
 }
 
 impl Config {
-    /// The space of a function with these facts and, beside the server's own doorbells, those of `records` (as many as there is room for).
+    /// The space of a function with these facts and, beside the server's own doorbells, those of
+    /// `records` (as many as there is room for).
     pub(super) fn new(facts: &Facts, records: &[Record]) -> Config {
         let mut s = Space::new(256);
         s.set16(0x00, PCI_VENDOR);
@@ -85,7 +87,9 @@ impl Config {
         if facts.msi {
             let at = layout.capability(MSI, 0x05);
             layout.space.set16(at + 2, 1 << 7 | 1 << 8);
-            layout.space.allow(at + 2, &[1, 0, 0xfc, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff]);
+            layout
+                .space
+                .allow(at + 2, &[1, 0, 0xfc, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff]);
             layout.space.allow(at + 16, &[1]);
         }
         if let Some(msix) = facts.msix {
@@ -139,14 +143,16 @@ impl Config {
 
     /// Where BAR0 begins; `None` while the function answers to no address.
     pub(super) fn bar(&self) -> Option<u64> {
-        (self.command() & COMMAND_MEMORY != 0).then(|| u64::from(self.space.get32(BAR0) & !(self.bar_bytes - 1)))
+        (self.command() & COMMAND_MEMORY != 0)
+            .then(|| u64::from(self.space.get32(BAR0) & !(self.bar_bytes - 1)))
     }
 
     /// MSI, if it is enabled.
     pub(super) fn msi(&self) -> Option<Vector> {
         let at = usize::from(MSI);
         (self.msi && self.space.get16(at + 2) & 1 != 0).then(|| Vector {
-            address: u64::from(self.space.get32(at + 8)) << 32 | u64::from(self.space.get32(at + 4)),
+            address: u64::from(self.space.get32(at + 8)) << 32
+                | u64::from(self.space.get32(at + 4)),
             data: u32::from(self.space.get16(at + 12)),
             masked: self.space.get8(at + 16) & 1 != 0,
         })
@@ -226,7 +232,11 @@ mod tests {
             [9, 0x70, 32, 1, 0, 0, 0, 0, 1, 0, 4, 0, 0, 0x10, 0, 0, 2, 0, 1, 0, 0, 0xc0, 0, 0]
         );
         let full = Config::new(&Facts::parse(&space(), 0x4000, &ALL).unwrap(), &[[7; 8]; 9]);
-        assert_eq!((full.space.get8(0x42), full.space.get8(0x70)), (48, 5), "five records, and no more");
+        assert_eq!(
+            (full.space.get8(0x42), full.space.get8(0x70)),
+            (48, 5),
+            "five records, and no more"
+        );
     }
 
     #[test]
@@ -251,7 +261,10 @@ mod tests {
         config.write(0x80, &[0xff; 4]);
         assert_eq!((config.msi(), config.msix()), (None, None));
         config.write(0x72, &[0xff, 0xff]);
-        assert_eq!(config.msi(), Some(Vector { address: 0x5_fee0_1000, data: 0x4031, masked: true }));
+        assert_eq!(
+            config.msi(),
+            Some(Vector { address: 0x5_fee0_1000, data: 0x4031, masked: true })
+        );
         assert_eq!(read32(&config, 0x70) >> 16, 0x181, "64-bit address, mask bit, enabled");
         config.set_msi_pending(true);
         assert_eq!(read32(&config, 0x84), 1);

@@ -1,4 +1,5 @@
-//! The doorbells of a function: which eventfds its server gave for them, and by what else than BAR0 the guest can ring them.
+//! The doorbells of a function: which eventfds its server gave for them, and by what else than BAR0
+//! the guest can ring them.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
@@ -19,18 +20,29 @@ const PORT_STRIDE: u16 = 1;
 const CONNECTIONS: u32 = 1024;
 
 /// The server's eventfds, by doorbell.
-pub(super) fn of_function(eventfds: Vec<IoEventFd>, facts: &Facts) -> Result<Vec<(u32, OwnedFd)>, BadFunction> {
+pub(super) fn of_function(
+    eventfds: Vec<IoEventFd>,
+    facts: &Facts,
+) -> Result<Vec<(u32, OwnedFd)>, BadFunction> {
     let number = |io: IoEventFd| {
         let IoEventFd { fd, offset, size, datamatch } = io;
         let at = offset.checked_sub(u64::from(facts.doorbells));
-        let number = at.filter(|at| at % u64::from(facts.stride) == 0).map(|at| at / u64::from(facts.stride));
-        let number = number.filter(|n| *n < u64::from(facts.doorbell_count)).and_then(|n| u32::try_from(n).ok());
+        let number = at
+            .filter(|at| at % u64::from(facts.stride) == 0)
+            .map(|at| at / u64::from(facts.stride));
+        let number = number
+            .filter(|n| *n < u64::from(facts.doorbell_count))
+            .and_then(|n| u32::try_from(n).ok());
         let Some(number) = number.filter(|_| datamatch.is_none()) else {
-            return Err(BadFunction::Lie(format!("an eventfd for {offset:#x} of BAR0, where there is no doorbell")));
+            return Err(BadFunction::Lie(format!(
+                "an eventfd for {offset:#x} of BAR0, where there is no doorbell"
+            )));
         };
         // 0 stands for writes of any size.
         if size > u64::from(facts.stride) {
-            return Err(BadFunction::Lie(format!("an eventfd for {size} bytes, where doorbell {number} is")));
+            return Err(BadFunction::Lie(format!(
+                "an eventfd for {size} bytes, where doorbell {number} is"
+            )));
         }
         if !is_eventfd(&fd) {
             return Err(BadFunction::Lie(format!("doorbell {number} is no eventfd")));
@@ -50,7 +62,8 @@ fn ports_per_slot(shared: &Shared) -> u16 {
     layout::DOORBELL_PORT_BYTES / u16::from(shared.ports)
 }
 
-/// Puts the doorbells where their place does not depend on the guest: ports and event connections. The records for the capability.
+/// Puts the doorbells where their place does not depend on the guest: ports and event connections.
+/// The records for the capability.
 pub(super) fn back(bells: &mut Doorbells, facts: &Facts, slot: u8, shared: &Shared) -> Vec<Record> {
     let (mut records, numbers) = (Vec::new(), bells.numbers());
     let mut put = |kind, place: Place| match bells.place(kind, Some(place)) {
@@ -87,7 +100,8 @@ impl BusDevice for Ports {
         let each = u64::from(ports_per_slot(&self.0.shared));
         let (slot, number) = (offset / each, offset % each / u64::from(PORT_STRIDE));
         let slot = usize::try_from(slot).ok().and_then(|slot| self.0.slots.get(slot));
-        let function = slot.filter(|_| self.0.shared.backing.pio).and_then(|slot| slot.reachable_function());
+        let function =
+            slot.filter(|_| self.0.shared.backing.pio).and_then(|slot| slot.reachable_function());
         if let (Some(function), Ok(number)) = (function, u32::try_from(number)) {
             function.ring(number);
         }

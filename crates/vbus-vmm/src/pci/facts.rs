@@ -1,5 +1,6 @@
-//! What a server says of its function, read once when it is plugged, and checked: the guest sees a configuration space that is made of these
-//! few facts, and nothing else that the server may say later.
+//! What a server says of its function, read once when it is plugged, and checked: the guest sees a
+//! configuration space that is made of these few facts, and nothing else that the server may say
+//! later.
 
 use vbus_shm::abi::{ABI_VERSION, PCI_DEVICE, PCI_VENDOR, bar0, capability, reg};
 use vbus_vfio_user::{Client, ClientError};
@@ -81,7 +82,10 @@ impl Facts {
     pub(super) fn read(client: &mut Client) -> Result<Facts, BadFunction> {
         let info = client.device_info()?;
         if info.regions < REGIONS || info.irqs <= IRQ_MSIX {
-            return Err(lie(format!("{} regions and {} kinds of interrupt", info.regions, info.irqs)));
+            return Err(lie(format!(
+                "{} regions and {} kinds of interrupt",
+                info.regions, info.irqs
+            )));
         }
         if !info.resettable {
             return Err(lie("it cannot be reset"));
@@ -89,7 +93,9 @@ impl Facts {
         for region in 0..REGION_CONFIG {
             let size = client.region_info(region)?.size;
             if region != REGION_BAR0 && size != 0 {
-                return Err(lie(format!("region {region} of {size:#x} bytes, where BAR0 is the only one")));
+                return Err(lie(format!(
+                    "region {region} of {size:#x} bytes, where BAR0 is the only one"
+                )));
             }
         }
         let bar = client.region_info(REGION_BAR0)?;
@@ -123,14 +129,20 @@ impl Facts {
         }
         facts.doorbell_count = count;
         let end = u64::from(facts.doorbells) + u64::from(facts.stride) * u64::from(count);
-        if end > u64::from(facts.bar) || facts.msix.is_some_and(|msix| msix.overlaps(facts.doorbells.into(), end)) {
+        if end > u64::from(facts.bar)
+            || facts.msix.is_some_and(|msix| msix.overlaps(facts.doorbells.into(), end))
+        {
             return Err(lie(format!("{count} doorbells from {:#x} of BAR0 on", facts.doorbells)));
         }
         Ok(facts)
     }
 
     /// Takes a configuration space apart; `bar` bytes of BAR0.
-    pub(super) fn parse(bytes: &[u8; CONFIG_BYTES], bar: u64, interrupts: &Interrupts) -> Result<Facts, BadFunction> {
+    pub(super) fn parse(
+        bytes: &[u8; CONFIG_BYTES],
+        bar: u64,
+        interrupts: &Interrupts,
+    ) -> Result<Facts, BadFunction> {
         let u16_at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
         let u32_at = |at: usize| u32::from(u16_at(at)) | u32::from(u16_at(at + 2)) << 16;
         let (vendor, device) = (u16_at(0), u16_at(2));
@@ -146,7 +158,9 @@ impl Facts {
         if u32_at(0x10) & 0xf != 0 {
             return Err(lie("BAR0 is not 32-bit memory"));
         }
-        let Some(bar) = u32::try_from(bar).ok().filter(|b| b.is_power_of_two() && (0x1000..=0x40_0000).contains(b))
+        let Some(bar) = u32::try_from(bar)
+            .ok()
+            .filter(|b| b.is_power_of_two() && (0x1000..=0x40_0000).contains(b))
         else {
             return Err(lie(format!("BAR0 of {bar:#x} bytes")));
         };
@@ -213,7 +227,9 @@ impl Facts {
 
     /// The vendor-specific capability, long enough for one record.
     fn vendor(&mut self, bytes: &[u8]) -> Result<(), BadFunction> {
-        let u32_at = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+        let u32_at = |at: usize| {
+            u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+        };
         if bytes[2] < capability::HEADER_BYTES + capability::RECORD_BYTES {
             return Err(lie(format!("vendor-specific capability of {} bytes", bytes[2])));
         }
@@ -232,7 +248,10 @@ impl Facts {
             return Err(lie(format!("registers at {:#x} of BAR0", self.registers)));
         }
         if self.stride == 0 || !self.stride.is_multiple_of(4) || !self.doorbells.is_multiple_of(4) {
-            return Err(lie(format!("doorbells at {:#x} in steps of {}", self.doorbells, self.stride)));
+            return Err(lie(format!(
+                "doorbells at {:#x} in steps of {}",
+                self.doorbells, self.stride
+            )));
         }
         Ok(())
     }
@@ -241,20 +260,25 @@ impl Facts {
 impl Msix {
     /// The MSI-X capability, long enough.
     fn parse(bytes: &[u8], bar: u32, interrupts: u32) -> Result<Msix, BadFunction> {
-        let u32_at = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+        let u32_at = |at: usize| {
+            u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+        };
         let vectors = (u16::from_le_bytes([bytes[2], bytes[3]]) & 0x7ff) + 1;
         let (table, pending) = (u32_at(4), u32_at(8));
         if vectors > bar0::MSIX_MAX || u32::from(vectors) > interrupts {
             return Err(lie(format!("{vectors} MSI-X vectors, {interrupts} interrupts")));
         }
         let msix = Msix { vectors, table, pending };
-        // The low bits name the BAR: 0 is what they must be, and what they do not add to the offset.
+        // The low bits name the BAR: 0 is what they must be, and what they do not add to the
+        // offset.
         let misplaced = (table | pending) & 7 != 0
             || msix.table_end() > u64::from(bar)
             || msix.pending_end() > u64::from(bar)
             || msix.table_end() > u64::from(pending) && msix.pending_end() > u64::from(table);
         if misplaced {
-            return Err(lie(format!("MSI-X table at {table:#x}, pending bits at {pending:#x} of BAR0")));
+            return Err(lie(format!(
+                "MSI-X table at {table:#x}, pending bits at {pending:#x} of BAR0"
+            )));
         }
         Ok(msix)
     }
@@ -344,11 +368,14 @@ pub(super) mod tests {
             ("no endpoint", &[(0x92, 0x42)]),
         ];
         for (message, changes) in cases {
-            let error = parse(|bytes| changes.iter().for_each(|(at, value)| bytes[*at] = *value)).unwrap_err();
+            let error = parse(|bytes| changes.iter().for_each(|(at, value)| bytes[*at] = *value))
+                .unwrap_err();
             assert!(error.contains(message), "{error:?} for {message:?}");
         }
         for size in [0, 0x800, 0x3000, 1 << 23, 1 << 40] {
-            assert!(Facts::parse(&space(), size, &ALL).unwrap_err().to_string().contains("BAR0 of"));
+            assert!(
+                Facts::parse(&space(), size, &ALL).unwrap_err().to_string().contains("BAR0 of")
+            );
         }
     }
 
@@ -367,7 +394,9 @@ pub(super) mod tests {
         for _ in 0..20_000 {
             let _ = parse(|bytes| {
                 for _ in 0..6 {
-                    seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                    seed = seed
+                        .wrapping_mul(6_364_136_223_846_793_005)
+                        .wrapping_add(1_442_695_040_888_963_407);
                     let [at, value, ..] = (seed >> 40).to_le_bytes();
                     bytes[usize::from(at)] = value;
                 }

@@ -1,7 +1,8 @@
 //! A function in a slot: a device of the bus, reached over vfio-user.
 //!
-//! Locks, in the order in which they may be taken: that of the slot, `state`, `client`; `doorbells` last of all. A thread that has the slot's lock
-//! takes none but that of the doorbells, so that a server that is slow holds up only those who access its own function.
+//! Locks, in the order in which they may be taken: that of the slot, `state`, `client`; `doorbells`
+//! last of all. A thread that has the slot's lock takes none but that of the doorbells, so that a
+//! server that is slow holds up only those who access its own function.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -95,8 +96,8 @@ struct State {
 }
 
 impl Function {
-    /// Connects to the server at `socket`, shows it the guest's memory and takes its doorbells and INTx. `slot` is the number of the slot, from 1
-    /// on, `pin` gives the pin of an INTx.
+    /// Connects to the server at `socket`, shows it the guest's memory and takes its doorbells and
+    /// INTx. `slot` is the number of the slot, from 1 on, `pin` gives the pin of an INTx.
     pub(super) fn connect(
         name: &str,
         socket: &Path,
@@ -118,8 +119,10 @@ impl Function {
         let bells = doorbells::of_function(client.io_eventfds(REGION_BAR0)?, &facts)?;
         let mut bells = Doorbells::new(shared.routes.vm().clone(), bells)?;
         let records = doorbells::back(&mut bells, &facts, slot, shared);
-        let connection =
-            client.as_fd().try_clone_to_owned().map_err(|_| ClientError::from(rustix::io::Errno::MFILE))?;
+        let connection = client
+            .as_fd()
+            .try_clone_to_owned()
+            .map_err(|_| ClientError::from(rustix::io::Errno::MFILE))?;
         let state = State {
             config: Config::new(&facts, &records),
             table: Table::new(facts.msix.map_or(0, |msix| msix.vectors)),
@@ -190,7 +193,11 @@ impl Function {
             Err(e) => {
                 // Whoever watches the socket does the rest.
                 if !self.gone.swap(true, Ordering::AcqRel) {
-                    tracing::warn!("{}: connection to {} lost: {e}", self.name, self.socket.display());
+                    tracing::warn!(
+                        "{}: connection to {} lost: {e}",
+                        self.name,
+                        self.socket.display()
+                    );
                 }
                 let _ = rustix::net::shutdown(&self.connection, Shutdown::Both);
                 None
@@ -207,8 +214,8 @@ impl Function {
         self.call(Client::reset);
     }
 
-    /// After a [`reset`](Self::reset), and before one of the interrupt controllers: an INTx that the guest has not ended is forgotten there, and so the
-    /// server must not wait for its end.
+    /// After a [`reset`](Self::reset), and before one of the interrupt controllers: an INTx that
+    /// the guest has not ended is forgotten there, and so the server must not wait for its end.
     pub(super) fn end_intx(&self) {
         if let Some(Intx::Kernel(level)) = &self.intx {
             level.end();
@@ -231,10 +238,14 @@ impl Function {
         if !self.mmio {
             return;
         }
-        let place = at.map(|at| Place { base: at + u64::from(self.facts.doorbells), stride: self.facts.stride });
+        let place = at.map(|at| Place {
+            base: at + u64::from(self.facts.doorbells),
+            stride: self.facts.stride,
+        });
         let mut doorbells = lock(&self.doorbells);
         if let Err(e) = doorbells.place(Kind::Mmio, place) {
-            // The guest has put two things at one address, or KVM has no more room: what is rung comes to user space.
+            // The guest has put two things at one address, or KVM has no more room: what is rung
+            // comes to user space.
             tracing::debug!("{}: doorbells by message: {e}", self.name);
         }
     }
@@ -256,7 +267,8 @@ impl Function {
         state.config.read(offset, data);
         if touches(offset, data.len(), STATUS, 1) {
             let mut status = [0; 2];
-            match self.call(|client| client.region_read(REGION_CONFIG, STATUS as u64, &mut status)) {
+            match self.call(|client| client.region_read(REGION_CONFIG, STATUS as u64, &mut status))
+            {
                 Some(()) => data[STATUS - offset] |= status[0] & STATUS_INTERRUPT,
                 None if self.is_gone() => data.fill(0xff),
                 None => {}
@@ -274,7 +286,8 @@ impl Function {
         let command = state.config.command();
         state.config.write(offset, data);
         if state.config.command() != command {
-            // Waited for: a function that was taken Bus Master from touches no memory any more when the guest goes on.
+            // Waited for: a function that was taken Bus Master from touches no memory any more when
+            // the guest goes on.
             let command = state.config.command().to_le_bytes();
             self.call(|client| client.region_write(REGION_CONFIG, COMMAND as u64, &command));
         }
@@ -286,7 +299,8 @@ impl Function {
         self.bar.store(state.config.bar().unwrap_or(NOWHERE), Ordering::Release);
         self.in_use.store(state.config.in_use(), Ordering::Release);
         let State { config, table, msi, msix } = state;
-        let call = |act: &mut dyn FnMut(&mut Client) -> Result<(), ClientError>| self.call(act).is_some();
+        let call =
+            |act: &mut dyn FnMut(&mut Client) -> Result<(), ClientError>| self.call(act).is_some();
         msi.follow(config.msi().as_slice(), &self.name, &call);
         let vectors: Vec<_> = match config.msix() {
             None => Vec::new(),
@@ -308,7 +322,8 @@ impl Function {
         let within = |first: u32, end: u64, part: fn(usize) -> MsixPart| {
             let first = first as usize;
             let bytes = usize::try_from(end).ok()?.checked_sub(first)?;
-            touches(offset, len, first, bytes).then(|| offset.checked_sub(first).map_or(MsixPart::Edge, part))
+            touches(offset, len, first, bytes)
+                .then(|| offset.checked_sub(first).map_or(MsixPart::Edge, part))
         };
         within(msix.table, msix.table_end(), MsixPart::Table)
             .or_else(|| within(msix.pending, msix.pending_end(), MsixPart::Pending))
@@ -326,7 +341,9 @@ impl Function {
             Some(MsixPart::Pending(at)) => {
                 let state = lock(&self.state);
                 for (at, byte) in (at..).zip(data) {
-                    *byte = (0..8).fold(0, |byte, bit| byte | u8::from(state.msix.is_pending(at * 8 + bit)) << bit);
+                    *byte = (0..8).fold(0, |byte, bit| {
+                        byte | u8::from(state.msix.is_pending(at * 8 + bit)) << bit
+                    });
                 }
             }
             None => {
@@ -370,7 +387,8 @@ impl Function {
             return;
         }
         self.counters.doorbells.fetch_add(1, Ordering::Relaxed);
-        let offset = u64::from(self.facts.doorbells) + u64::from(number) * u64::from(self.facts.stride);
+        let offset =
+            u64::from(self.facts.doorbells) + u64::from(number) * u64::from(self.facts.stride);
         self.call(|client| client.region_post(REGION_BAR0, offset, &1u32.to_le_bytes()));
     }
 }

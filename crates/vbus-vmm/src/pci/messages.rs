@@ -1,5 +1,5 @@
-//! Interrupts of a function that are messages, MSI or MSI-X: eventfds, which the server writes and KVM reads, made and routed as the guest
-//! wants it.
+//! Interrupts of a function that are messages, MSI or MSI-X: eventfds, which the server writes and
+//! KVM reads, made and routed as the guest wants it.
 
 use std::sync::Arc;
 
@@ -10,7 +10,8 @@ use super::Shared;
 use super::config::Vector;
 
 /// Calls the server; false: it is gone, or has refused.
-pub(super) type Call<'a> = &'a dyn Fn(&mut dyn FnMut(&mut Client) -> Result<(), ClientError>) -> bool;
+pub(super) type Call<'a> =
+    &'a dyn Fn(&mut dyn FnMut(&mut Client) -> Result<(), ClientError>) -> bool;
 
 const MASKED: Vector = Vector { address: 0, data: 0, masked: true };
 
@@ -42,7 +43,8 @@ impl Messages {
         } else if self.list.is_empty() && !self.failed {
             self.failed = !self.make(vectors.len(), name, call);
         }
-        let changed = self.list.iter_mut().zip(vectors).filter(|((_, have), vector)| have != *vector);
+        let changed =
+            self.list.iter_mut().zip(vectors).filter(|((_, have), vector)| have != *vector);
         for ((message, have), vector) in changed {
             *have = *vector;
             if let Err(e) = apply(message, vector, self.sints.as_ref()) {

@@ -1,5 +1,5 @@
-//! PCI Express: a host bridge, root ports with hotplug, and behind each of them at most one function, which a vfio-user server (a device of the
-//! bus) is behind.
+//! PCI Express: a host bridge, root ports with hotplug, and behind each of them at most one
+//! function, which a vfio-user server (a device of the bus) is behind.
 //!
 //! ```text
 //!  configuration:  access.rs (ECAM, CF8)  ─▸  host bridge | slot.rs ─▸ port.rs (the root port)
@@ -8,8 +8,9 @@
 //!  in the kernel:  doorbells.rs, messages.rs: eventfds between guest and server, which no thread of this process sees
 //! ```
 //!
-//! What the guest writes may be anything. What a server says is checked when it is plugged ([`facts`]); afterwards it can only answer reads of its
-//! registers. A server that goes away, or does not answer for 5 s, is dropped: the guest reads all ones, and sees its slot empty.
+//! What the guest writes may be anything. What a server says is checked when it is plugged
+//! ([`facts`]); afterwards it can only answer reads of its registers. A server that goes away, or
+//! does not answer for 5 s, is dropped: the guest reads all ones, and sees its slot empty.
 
 mod access;
 mod config;
@@ -43,7 +44,8 @@ use function::Function;
 use slot::Slot;
 use space::Space;
 
-/// The most root ports: the other devices of bus 0, of which the host bridge is one, and the buses behind it.
+/// The most root ports: the other devices of bus 0, of which the host bridge is one, and the buses
+/// behind it.
 pub const PORTS_MAX: u8 = layout::BUS_MAX;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -116,7 +118,9 @@ impl From<BadFunction> for PlugError {
 impl PlugError {
     fn of(self, path: &Path) -> PlugError {
         match self {
-            PlugError::Server { why, .. } => PlugError::Server { socket: path.display().to_string(), why },
+            PlugError::Server { why, .. } => {
+                PlugError::Server { socket: path.display().to_string(), why }
+            }
             other => other,
         }
     }
@@ -129,7 +133,9 @@ pub enum UnplugError {
     #[error("there is no device {0}")]
     Unknown(String),
     /// The guest did not let it go. It still leaves if the guest does so later.
-    #[error("the guest did not let {name} go within {after:?}; it leaves when the guest switches its slot off")]
+    #[error(
+        "the guest did not let {name} go within {after:?}; it leaves when the guest switches its slot off"
+    )]
     Kept {
         /// The device.
         name: String,
@@ -177,8 +183,9 @@ pub struct PciRoot {
 }
 
 impl PciRoot {
-    /// A host bridge with `ports` root ports (1 to [`PORTS_MAX`]) for a virtual machine with these routes and this memory. More than 8 ports share
-    /// pins for INTx. `filter`: system calls of its thread are filtered.
+    /// A host bridge with `ports` root ports (1 to [`PORTS_MAX`]) for a virtual machine with these
+    /// routes and this memory. More than 8 ports share pins for INTx. `filter`: system calls of its
+    /// thread are filtered.
     ///
     /// # Errors
     /// No more threads or descriptors.
@@ -211,14 +218,19 @@ impl PciRoot {
     /// Gives PCI its addresses and ports.
     pub fn attach(self: &Arc<Self>, mmio: &mut Bus, pio: &mut Bus) {
         mmio.add(layout::ECAM, layout::ECAM_BYTES, Arc::new(access::Ecam(self.clone())));
-        mmio.add(layout::PCI_WINDOW, layout::PCI_WINDOW_BYTES, Arc::new(access::Window(self.clone())));
+        mmio.add(
+            layout::PCI_WINDOW,
+            layout::PCI_WINDOW_BYTES,
+            Arc::new(access::Window(self.clone())),
+        );
         pio.add(layout::PCI_CONFIG_PORT.into(), 8, Arc::new(access::ConfigPorts(self.clone())));
         let ports = Arc::new(doorbells::Ports(self.clone()));
         pio.add(layout::DOORBELL_PORTS.into(), layout::DOORBELL_PORT_BYTES.into(), ports);
     }
 
-    /// Plugs the device whose server listens at `socket`, into the first slot that is free. Before the guest looks it finds the device there;
-    /// afterwards it is told, and this does not wait for what it does.
+    /// Plugs the device whose server listens at `socket`, into the first slot that is free. Before
+    /// the guest looks it finds the device there; afterwards it is told, and this does not wait for
+    /// what it does.
     ///
     /// # Errors
     /// See [`PlugError`]. The guest has seen nothing then.
@@ -247,12 +259,15 @@ impl PciRoot {
             return Err(PlugError::Exists(name.to_owned()));
         }
         // Better a slot that the guest is done with than one that it is still about to clear.
-        let mut free = [true, false].into_iter().flat_map(|off| self.slots.iter().map(move |slot| (slot, off)));
+        let mut free = [true, false]
+            .into_iter()
+            .flat_map(|off| self.slots.iter().map(move |slot| (slot, off)));
         let found = free.find(|(slot, off)| slot.expect(name, *off));
         found.map(|(slot, _)| slot).ok_or(PlugError::Full(self.shared.ports))
     }
 
-    /// Asks the guest to let a device go, and waits until it has; the connection to its server is closed then.
+    /// Asks the guest to let a device go, and waits until it has; the connection to its server is
+    /// closed then.
     ///
     /// # Errors
     /// See [`UnplugError`].
@@ -286,8 +301,8 @@ impl PciRoot {
         self.slots.iter().filter_map(plugged).collect()
     }
 
-    /// Back to the state after power-on, for a guest that starts again; no virtual CPU may run meanwhile. Devices stay plugged, but for those that
-    /// the guest had been asked to let go.
+    /// Back to the state after power-on, for a guest that starts again; no virtual CPU may run
+    /// meanwhile. Devices stay plugged, but for those that the guest had been asked to let go.
     pub fn reset(&self) {
         *lock(&self.host_bridge) = host_bridge();
         self.address.store(0, Ordering::Relaxed);

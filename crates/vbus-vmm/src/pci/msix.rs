@@ -31,7 +31,8 @@ impl Table {
     /// Reads 4 or 8 aligned bytes; others are zero, as are those that are not there.
     pub(super) fn read(&self, offset: usize, data: &mut [u8]) {
         data.fill(0);
-        if let Some(bytes) = self.range(offset, data.len()).and_then(|range| self.bytes.get(range)) {
+        if let Some(bytes) = self.range(offset, data.len()).and_then(|range| self.bytes.get(range))
+        {
             data.copy_from_slice(bytes);
         }
     }
@@ -58,7 +59,9 @@ impl Table {
     /// What vector `index`, below [`vectors`](Self::vectors), sends.
     pub(super) fn vector(&self, index: usize) -> Vector {
         let entry = &self.bytes[index * ENTRY..(index + 1) * ENTRY];
-        let word = |at: usize| u32::from_le_bytes([entry[at], entry[at + 1], entry[at + 2], entry[at + 3]]);
+        let word = |at: usize| {
+            u32::from_le_bytes([entry[at], entry[at + 1], entry[at + 2], entry[at + 3]])
+        };
         Vector {
             address: u64::from(word(4)) << 32 | u64::from(word(0)),
             data: word(8),
@@ -89,7 +92,9 @@ mod tests {
     #[test]
     fn what_is_not_aligned_or_not_there() {
         let mut table = Table::new(1);
-        for (offset, len) in [(0, 1), (2, 4), (4, 8), (16, 4), (12, 8), (usize::MAX - 3, 4), (8, 16)] {
+        for (offset, len) in
+            [(0, 1), (2, 4), (4, 8), (16, 4), (12, 8), (usize::MAX - 3, 4), (8, 16)]
+        {
             assert_eq!(table.write(offset, &vec![0xff; len]), None, "{len} at {offset}");
             let mut data = vec![9; len];
             table.read(offset, &mut data);

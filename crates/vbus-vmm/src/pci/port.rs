@@ -1,7 +1,9 @@
-//! A root port: a bridge with a slot behind it, into which one function is plugged while the guest runs.
+//! A root port: a bridge with a slot behind it, into which one function is plugged while the guest
+//! runs.
 //!
-//! The slot has an attention button, a power controller and a power indicator, so that an operating system brings a function in and lets
-//! it go in an orderly way: it is told by the button, and answers by switching the slot's power.
+//! The slot has an attention button, a power controller and a power indicator, so that an operating
+//! system brings a function in and lets it go in an orderly way: it is told by the button, and
+//! answers by switching the slot's power.
 
 use super::space::{Space, touches};
 use crate::layout;
@@ -52,7 +54,8 @@ const STATUS_PRESENCE_CHANGED: u16 = 1 << 3;
 const STATUS_COMMAND_COMPLETED: u16 = 1 << 4;
 const STATUS_PRESENT: u16 = 1 << 6;
 const STATUS_LINK_CHANGED: u16 = 1 << 8;
-/// Attention button, power fault, latch, presence, command completed: each has its enable bit at the same place in Slot Control.
+/// Attention button, power fault, latch, presence, command completed: each has its enable bit at
+/// the same place in Slot Control.
 const STATUS_SAME_PLACE: u16 = 0x1f;
 /// The enable bit of [`STATUS_LINK_CHANGED`].
 const CONTROL_LINK_CHANGED: u16 = 1 << 12;
@@ -74,12 +77,19 @@ pub(super) type Msi = (u64, u32);
 impl RootPort {
     /// The port that is device `device` (1 to 31) on bus 0, with an empty slot of the same number.
     pub(super) fn new(device: u8) -> RootPort {
-        let mut port = RootPort { device, space: Space::new(256), present: false, managed: false, interrupting: false };
+        let mut port = RootPort {
+            device,
+            space: Space::new(256),
+            present: false,
+            managed: false,
+            interrupting: false,
+        };
         port.reset();
         port
     }
 
-    /// Back to what the guest finds when it starts: bus numbers and window set as firmware does, what is plugged switched on.
+    /// Back to what the guest finds when it starts: bus numbers and window set as firmware does,
+    /// what is plugged switched on.
     pub(super) fn reset(&mut self) {
         let mut s = Space::new(256);
         s.set32(0x00, 0x000c_1b36);
@@ -134,7 +144,8 @@ impl RootPort {
         self.space.read(offset, data);
     }
 
-    /// Does a write of the guest. What follows from it shows in the other methods; a hotplug interrupt that becomes due is returned.
+    /// Does a write of the guest. What follows from it shows in the other methods; a hotplug
+    /// interrupt that becomes due is returned.
     pub(super) fn write(&mut self, offset: usize, data: &[u8]) -> Option<Msi> {
         self.space.write(offset, data);
         if touches(offset, data.len(), SLOT_CONTROL, 2) {
@@ -161,9 +172,11 @@ impl RootPort {
         let due = due && control & CONTROL_INTERRUPTS != 0 && self.space.get16(MSI + 2) & 1 != 0;
         let began = due && !self.interrupting;
         self.interrupting = due;
-        // One message each time that it becomes due: not before all that is due was cleared there is another.
+        // One message each time that it becomes due: not before all that is due was cleared there
+        // is another.
         began.then(|| {
-            let address = u64::from(self.space.get32(MSI + 8)) << 32 | u64::from(self.space.get32(MSI + 4));
+            let address =
+                u64::from(self.space.get32(MSI + 8)) << 32 | u64::from(self.space.get32(MSI + 4));
             (address, u32::from(self.space.get16(MSI + 12)))
         })
     }
@@ -225,12 +238,14 @@ impl RootPort {
         (first < last).then_some((first, last))
     }
 
-    /// Puts a function into the slot. Before the guest looks after the slot it finds the function switched on; afterwards it is told.
+    /// Puts a function into the slot. Before the guest looks after the slot it finds the function
+    /// switched on; afterwards it is told.
     pub(super) fn insert(&mut self) -> Option<Msi> {
         self.present = true;
         self.space.assign16(SLOT_STATUS, STATUS_PRESENT, true);
         if self.managed {
-            // The button, for presence alone does not interrupt a guest that relies on the button, as Linux does.
+            // The button, for presence alone does not interrupt a guest that relies on the button,
+            // as Linux does.
             self.event(STATUS_PRESENCE_CHANGED | STATUS_BUTTON);
             return self.update();
         }
@@ -450,7 +465,10 @@ mod tests {
         }
         for (at, (was, is)) in before.iter().zip(port.space.bytes()).enumerate() {
             let by_itself = matches!(at, SLOT_STATUS | 0x5b | LINK_STATUS | 0x53);
-            assert!(by_itself || (was ^ is) & !port.space.writable_bits()[at] == 0, "offset {at:#x}");
+            assert!(
+                by_itself || (was ^ is) & !port.space.writable_bits()[at] == 0,
+                "offset {at:#x}"
+            );
         }
         port.reset();
         assert_eq!(port.space.bytes(), before);

@@ -10,11 +10,14 @@ use super::port::{Msi, RootPort, window};
 use super::{UnplugError, lock};
 use crate::layout;
 
-/// How long the guest may take to let a function go. Linux waits 5 s after the button in case it is pressed again; an emulated machine is slow.
+/// How long the guest may take to let a function go. Linux waits 5 s after the button in case it is
+/// pressed again; an emulated machine is slow.
 const PATIENCE: Duration = Duration::from_secs(25);
-/// When the button is pressed again, if the guest has not shown that it saw it: it ignores the button while it brings the function in.
+/// When the button is pressed again, if the guest has not shown that it saw it: it ignores the
+/// button while it brings the function in.
 const PRESS_AGAIN: Duration = Duration::from_secs(6);
-/// More than closing a function can take: an access of the guest to it may wait for the server until then.
+/// More than closing a function can take: an access of the guest to it may wait for the server
+/// until then.
 const CLOSING: Duration = Duration::from_secs(8);
 
 /// A root port.
@@ -60,15 +63,20 @@ impl Inner {
         self.function().filter(|_| self.port.link_up() && !self.port.holds_reset())
     }
 
-    /// Lets the place of BAR0 follow from all registers that it depends on, those of the bridges too.
+    /// Lets the place of BAR0 follow from all registers that it depends on, those of the bridges
+    /// too.
     fn settle(&mut self) {
         let root = layout::PCI_WINDOW..layout::PCI_WINDOW + layout::PCI_WINDOW_BYTES;
-        let place = self.reachable().and_then(|function| function.bar()).and_then(|(first, bytes)| {
-            let last = first + bytes - 1;
-            let (window_first, window_last) = self.port.window()?;
-            let passes = first >= window_first && last <= window_last && root.contains(&first) && root.contains(&last);
-            passes.then_some((first, last))
-        });
+        let place =
+            self.reachable().and_then(|function| function.bar()).and_then(|(first, bytes)| {
+                let last = first + bytes - 1;
+                let (window_first, window_last) = self.port.window()?;
+                let passes = first >= window_first
+                    && last <= window_last
+                    && root.contains(&first)
+                    && root.contains(&last);
+                passes.then_some((first, last))
+            });
         self.place = place;
         if let Some(function) = self.function() {
             function.put(place.map(|(first, _)| first));
@@ -87,14 +95,20 @@ impl Inner {
 
 impl Slot {
     pub(super) fn new(number: u8, routes: Arc<Routes>) -> Slot {
-        let inner = Inner { port: RootPort::new(number), occupant: Occupant::None, leaving: false, place: None };
+        let inner = Inner {
+            port: RootPort::new(number),
+            occupant: Occupant::None,
+            leaving: false,
+            place: None,
+        };
         Slot { number, routes, inner: Mutex::new(inner), left: Condvar::new() }
     }
 
     fn send(&self, message: Option<Msi>) {
         let Some((address, data)) = message else { return };
         // What no interrupt is the guest may have written, and does not get.
-        let sent = Route::of_message(address, data, None).and_then(|_| self.routes.send(address, data));
+        let sent =
+            Route::of_message(address, data, None).and_then(|_| self.routes.send(address, data));
         if let Err(e) = sent {
             tracing::debug!("slot {}: hotplug interrupt: {e}", self.number);
         }
@@ -143,7 +157,8 @@ impl Slot {
         let taken = if inner.leaving && inner.port.released() { inner.take() } else { None };
         drop(inner);
         self.send(message);
-        // Without power, or held in reset. What was taken out is not worth it: its server does so when the connection ends.
+        // Without power, or held in reset. What was taken out is not worth it: its server does so
+        // when the connection ends.
         if let Some(function) = lost.filter(|_| taken.is_none()) {
             function.reset(0);
         }
@@ -160,13 +175,19 @@ impl Slot {
     pub(super) fn wait_closed(&self) {
         let closing = |inner: &mut Inner| matches!(inner.occupant, Occupant::Closing(_));
         let inner = lock(&self.inner);
-        drop(self.left.wait_timeout_while(inner, CLOSING, closing).unwrap_or_else(|e| e.into_inner()));
+        drop(
+            self.left
+                .wait_timeout_while(inner, CLOSING, closing)
+                .unwrap_or_else(|e| e.into_inner()),
+        );
     }
 
-    /// Reserves the slot for a function. `off`: only if the guest has the slot switched off, or does not look after it.
+    /// Reserves the slot for a function. `off`: only if the guest has the slot switched off, or
+    /// does not look after it.
     pub(super) fn expect(&self, name: &str, off: bool) -> bool {
         let mut inner = lock(&self.inner);
-        let free = matches!(inner.occupant, Occupant::None) && !(off && inner.port.managed() && !inner.port.released());
+        let free = matches!(inner.occupant, Occupant::None)
+            && !(off && inner.port.managed() && !inner.port.released());
         if free {
             inner.occupant = Occupant::Expected(name.to_owned());
         }
@@ -208,14 +229,17 @@ impl Slot {
     /// The function, the bus that it is on, and whether the guest has it switched on.
     pub(super) fn occupant(&self) -> Option<(Arc<Function>, u8, bool)> {
         let inner = lock(&self.inner);
-        inner.function().map(|function| (function.clone(), inner.port.secondary(), inner.port.link_up()))
+        inner
+            .function()
+            .map(|function| (function.clone(), inner.port.secondary(), inner.port.link_up()))
     }
 
     /// Asks the guest to let the function `name` go, and waits until it has.
     pub(super) fn unplug(&self, name: &str) -> Result<(), UnplugError> {
         let missing = || UnplugError::Unknown(name.to_owned());
         let mut inner = lock(&self.inner);
-        let function = inner.function().filter(|function| function.name == name).ok_or_else(missing)?.clone();
+        let function =
+            inner.function().filter(|function| function.name == name).ok_or_else(missing)?.clone();
         if inner.port.released() || !inner.port.managed() && !function.in_use() {
             let taken = inner.take();
             drop(inner);
@@ -234,7 +258,8 @@ impl Slot {
             let until = deadline.min(Instant::now() + PRESS_AGAIN);
             loop {
                 let same = inner.function().is_some_and(|now| Arc::ptr_eq(now, &function));
-                let closing = matches!(&inner.occupant, Occupant::Closing(closing) if closing == name);
+                let closing =
+                    matches!(&inner.occupant, Occupant::Closing(closing) if closing == name);
                 if !same && !closing {
                     return Ok(());
                 }
@@ -257,7 +282,8 @@ impl Slot {
         }
     }
 
-    /// Takes the function out without asking: its server has gone. The guest is told that there is nothing any more.
+    /// Takes the function out without asking: its server has gone. The guest is told that there is
+    /// nothing any more.
     pub(super) fn vanish(&self, function: &Arc<Function>) -> bool {
         let mut inner = lock(&self.inner);
         if !inner.function().is_some_and(|now| Arc::ptr_eq(now, function)) {

@@ -86,7 +86,8 @@ impl Space {
     pub(super) fn write(&mut self, offset: usize, data: &[u8]) {
         for (at, byte) in (offset..).zip(data) {
             let Some(have) = self.bytes.get_mut(at) else { return };
-            *have = (*have & !self.writable[at] | byte & self.writable[at]) & !(byte & self.clearable[at]);
+            *have = (*have & !self.writable[at] | byte & self.writable[at])
+                & !(byte & self.clearable[at]);
         }
     }
 }

@@ -1,4 +1,5 @@
-//! All of PCI against a KVM and servers, honest and not, with a guest that is played by the test. Without /dev/kvm these say so and pass.
+//! All of PCI against a KVM and servers, honest and not, with a guest that is played by the test.
+//! Without /dev/kvm these say so and pass.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod fake;
@@ -57,7 +58,8 @@ fn a_cold_device_is_found_where_firmware_would_put_it() {
     assert_eq!(word, [1, 0x80]);
 
     // All of the guest's memory is the server's to use.
-    let maps: Vec<_> = fake.with(|device| device.maps.iter().map(|m| (m.address, m.size)).collect());
+    let maps: Vec<_> =
+        fake.with(|device| device.maps.iter().map(|m| (m.address, m.size)).collect());
     assert_eq!(maps, guest.ram.iter().map(|r| (r.base, r.bytes)).collect::<Vec<_>>());
 
     let bar = u64::from(guest.config32(1, 0x10));
@@ -106,11 +108,18 @@ fn the_window_of_each_bridge_is_part_of_the_way() {
     assert!(!there(0x10_0000) && !in_kernel());
     // Other numbers for the buses: one behind another, and none.
     guest.write(0, 1, 0x19, &[9, 12]);
-    assert_eq!((guest.config32(9, 0), guest.config32(1, 0), guest.config32(10, 0)), (0x10f5_1af4, u32::MAX, u32::MAX));
+    assert_eq!(
+        (guest.config32(9, 0), guest.config32(1, 0), guest.config32(10, 0)),
+        (0x10f5_1af4, u32::MAX, u32::MAX)
+    );
     assert_eq!(guest.root.list()[0].address, "0000:09:00.0");
     guest.root.reset();
     assert_eq!((guest.config32(1, 0), u64::from(guest.config32(1, 0x10))), (0x10f5_1af4, bar));
-    assert_eq!(fake.with(|device| (device.command, device.resets)), (0, 2), "one reset when plugged, one now");
+    assert_eq!(
+        fake.with(|device| (device.command, device.resets)),
+        (0, 2),
+        "one reset when plugged, one now"
+    );
 }
 
 #[test]
@@ -160,7 +169,8 @@ fn doorbells_of_each_kind_and_what_comes_to_user_space() {
     assert_eq!(records[0], (1, 4, 0x1000));
     assert_eq!(records[1], (2, 1, 0xc000));
     assert_eq!(records[2], (0x81, 16, 0xfed8_0000));
-    // No virtual CPU runs here, so all of them come to user space, as when KVM has no room: none is lost.
+    // No virtual CPU runs here, so all of them come to user space, as when KVM has no room: none is
+    // lost.
     let bar = u64::from(guest.config32(1, 0x10));
     guest.set_command(1, MEMORY_AND_MASTER);
     guest.mmio.write(bar + 0x1004, &[0]);
@@ -234,7 +244,12 @@ fn msix_is_the_vmms_own() {
     until("vector 5", || apic.takes(0x55));
     assert_eq!(guest.memory32(bar + 0x3000), 0);
     // The server has seen nothing of the table.
-    assert!(fake.with(|device| device.writes.iter().all(|(region, at, _)| *region != 0 || *at < 0x2000)));
+    assert!(
+        fake.with(|device| device
+            .writes
+            .iter()
+            .all(|(region, at, _)| *region != 0 || *at < 0x2000))
+    );
     guest.write(1, 0, 0x8a, &[0, 0]);
     assert!(!fake.interrupt(IRQ_MSIX, 3));
 }
@@ -245,12 +260,16 @@ fn the_pin_is_a_level_whose_end_is_an_eventfd() {
     let fake = Fake::start();
     guest.root.plug("fake0", &fake.path).unwrap();
     assert_eq!(guest.config32(1, 0x3c) >> 8, 1, "INTA");
-    assert!(fake.with(|device| device.irqs.contains_key(&(IRQ_INTX, 0)) && device.unmask.is_some()));
+    assert!(
+        fake.with(|device| device.irqs.contains_key(&(IRQ_INTX, 0)) && device.unmask.is_some())
+    );
     assert_eq!(guest.command(1), 0);
     fake.with(|device| device.interrupt_status = true);
     assert_eq!(guest.config32(1, 4) >> 16, 0x18);
     // A reset forgets what the guest has not ended; the device must not wait for it.
-    let ended = || fake.with(|device| rustix::io::read(device.unmask.as_ref().unwrap(), &mut [0; 8]).is_ok());
+    let ended = || {
+        fake.with(|device| rustix::io::read(device.unmask.as_ref().unwrap(), &mut [0; 8]).is_ok())
+    };
     assert!(fake.interrupt(IRQ_INTX, 0));
     assert!(!ended(), "nobody has ended it");
     guest.root.reset();
@@ -272,7 +291,9 @@ fn the_pin_goes_through_an_io_apic_in_this_process() {
     // Level-triggered, to local APIC 0.
     set(ENTRY + 1, 0);
     set(ENTRY, 0x61 | 1 << 15);
-    let ended = || fake.with(|device| rustix::io::read(device.unmask.as_ref().unwrap(), &mut [0; 8]).is_ok());
+    let ended = || {
+        fake.with(|device| rustix::io::read(device.unmask.as_ref().unwrap(), &mut [0; 8]).is_ok())
+    };
     for _ in 0..2 {
         assert!(fake.interrupt(IRQ_INTX, 0));
         until("INTx", || apic.takes(0x61));
@@ -301,7 +322,9 @@ fn a_server_that_dies_leaves_an_empty_slot() {
     assert_eq!(guest.config32(1, 0), u32::MAX);
     // The bus comes back.
     let fake = Fake::start();
-    until("the guest has switched the slot off", || guest.config16(0, 1, SLOT_CONTROL) & 0x0700 == 0x0700);
+    until("the guest has switched the slot off", || {
+        guest.config16(0, 1, SLOT_CONTROL) & 0x0700 == 0x0700
+    });
     guest.root.plug("fake0", &fake.path).unwrap();
     until("the guest has brought it in", || guest.config32(1, 0) == 0x10f5_1af4);
     driver.stop();

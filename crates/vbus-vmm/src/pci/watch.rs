@@ -1,4 +1,5 @@
-//! Notices that a server has gone, so that the guest need not find out by an access; and passes INTx on, where the kernel does not.
+//! Notices that a server has gone, so that the guest need not find out by an access; and passes
+//! INTx on, where the kernel does not.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::mpsc::channel;
@@ -40,14 +41,22 @@ pub(super) fn start(root: &Arc<PciRoot>, filter: bool) -> Result<()> {
 /// Waits until something happens. False: the root is gone.
 fn watch(root: &Weak<PciRoot>, wake: &OwnedFd) -> bool {
     let functions: Vec<_> = match root.upgrade() {
-        Some(root) => root.slots.iter().filter_map(|slot| Some((slot.number, slot.occupant()?.0))).collect(),
+        Some(root) => {
+            root.slots.iter().filter_map(|slot| Some((slot.number, slot.occupant()?.0))).collect()
+        }
         None => return false,
     };
     let ended = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
     let mut fds = vec![PollFd::new(wake, PollFlags::IN)];
-    fds.extend(functions.iter().map(|(_, function)| PollFd::from_borrowed_fd(function.connection(), PollFlags::RDHUP)));
+    fds.extend(
+        functions
+            .iter()
+            .map(|(_, function)| PollFd::from_borrowed_fd(function.connection(), PollFlags::RDHUP)),
+    );
     let sources: Vec<_> = functions.iter().filter_map(|(_, function)| function.intx()).collect();
-    fds.extend(sources.iter().map(|source| PollFd::from_borrowed_fd(source.assert(), PollFlags::IN)));
+    fds.extend(
+        sources.iter().map(|source| PollFd::from_borrowed_fd(source.assert(), PollFlags::IN)),
+    );
     if poll(&mut fds, None).is_err() {
         return true;
     }

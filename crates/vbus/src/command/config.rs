@@ -35,7 +35,9 @@ pub fn run(command: &Command) -> Result<()> {
             .map_err(|error| source.device_error(number, &error.to_string()))?;
     }
     if *json {
-        emit_json(&json!({ "ok": true, "devices": config.devices.iter().map(|d| &d.name).collect::<Vec<_>>() }));
+        emit_json(
+            &json!({ "ok": true, "devices": config.devices.iter().map(|d| &d.name).collect::<Vec<_>>() }),
+        );
     } else {
         emit(&format!("{}: good, {} devices\n", file.display(), config.devices.len()));
     }

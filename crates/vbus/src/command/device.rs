@@ -14,9 +14,11 @@ use crate::{Place, config, plug, rundir};
 /// Commands.
 #[derive(clap::Subcommand, Debug)]
 pub enum Command {
-    /// Add a device to the bus, and plug it into a running QEMU with --qmp, or into a running vbus-vmm with --vmm
+    /// Add a device to the bus, and plug it into a running QEMU with --qmp, or into a running
+    /// vbus-vmm with --vmm
     Add(Add),
-    /// Take a device off the bus, after unplugging it from a running QEMU with --qmp, or from a running vbus-vmm with --vmm
+    /// Take a device off the bus, after unplugging it from a running QEMU with --qmp, or from a
+    /// running vbus-vmm with --vmm
     Remove(Remove),
     /// List the devices
     List {
@@ -84,7 +86,9 @@ enum Free {
 impl Free {
     fn find(into: &Into, name: &str, port: Option<&str>) -> Result<Free> {
         match &into.machine {
-            Machine { qmp: Some(qmp), .. } => Ok(Free::Qemu(plug::Slot::find(qmp, into.patience(), port)?)),
+            Machine { qmp: Some(qmp), .. } => {
+                Ok(Free::Qemu(plug::Slot::find(qmp, into.patience(), port)?))
+            }
             Machine { vmm: Some(vmm), .. } => {
                 let mut vmm = Vmm::connect(vmm, into.patience())?;
                 vmm.check_free(name)?;
@@ -155,11 +159,15 @@ pub fn run(command: &Command) -> Result<()> {
         Command::Remove(args) => remove(args),
         Command::List { place, json } => list(place, *json),
         Command::Show { name, place, json } => {
-            let device = Client::connect(place.dir.as_deref())?.ask(&json!({ "op": "show", "name": name }))?;
+            let device = Client::connect(place.dir.as_deref())?
+                .ask(&json!({ "op": "show", "name": name }))?;
             if *json {
                 emit_json(&device);
             } else {
-                let rows: Vec<_> = flatten(&device).into_iter().map(|(key, value)| vec![key, plain(value)]).collect();
+                let rows: Vec<_> = flatten(&device)
+                    .into_iter()
+                    .map(|(key, value)| vec![key, plain(value)])
+                    .collect();
                 let head = vec![bold(text(&device, "name"))];
                 emit(&columns(&[vec![head], rows].concat()));
             }
@@ -185,7 +193,11 @@ fn list(place: &Place, json: bool) -> Result<()> {
     if json {
         let short = |d: &Value| {
             let keys = ["name", "class", "state", "fault", "connected", "socket"];
-            Value::Object(keys.iter().map(|k| ((*k).to_owned(), d.get(*k).cloned().unwrap_or_default())).collect())
+            Value::Object(
+                keys.iter()
+                    .map(|k| ((*k).to_owned(), d.get(*k).cloned().unwrap_or_default()))
+                    .collect(),
+            )
         };
         emit_json(&devices.iter().map(short).collect());
         return Ok(());
@@ -218,17 +230,24 @@ fn add(args: &Add) -> Result<()> {
     }
     // Whether it can be plugged is found out before the bus has it.
     let mut free = Free::find(&args.into, &args.name, args.port.as_deref())?;
-    let request = json!({ "op": "add", "name": args.name, "class": args.class, "settings": settings });
+    let request =
+        json!({ "op": "add", "name": args.name, "class": args.class, "settings": settings });
     let device = client.ask(&request)?;
     let socket = rundir::socket(client.dir(), &args.name);
     if let Err(error) = free.plug(&args.name, &socket) {
         let undone = client.ask(&json!({ "op": "remove", "name": args.name, "force": true }));
-        let fate = if undone.is_ok() { "it was taken off the bus again" } else { "it is still on the bus" };
+        let fate = if undone.is_ok() {
+            "it was taken off the bus again"
+        } else {
+            "it is still on the bus"
+        };
         return Err(error).with_context(|| format!("cannot plug {:?}; {fate}", args.name));
     }
     if args.json {
         let port = if let Free::Qemu(slot) = &free { Some(slot.port()) } else { None };
-        emit_json(&json!({ "name": args.name, "class": args.class, "socket": device.get("socket"), "port": port }));
+        emit_json(
+            &json!({ "name": args.name, "class": args.class, "socket": device.get("socket"), "port": port }),
+        );
     } else {
         let place = match free {
             Free::Nowhere => format!("at {}", socket.display()),
@@ -246,14 +265,18 @@ fn remove(args: &Remove) -> Result<()> {
     client.ask(&json!({ "op": "show", "name": args.name }))?;
     let (socket, patience) = (rundir::socket(client.dir(), &args.name), args.into.patience());
     let unplugged = match &args.into.machine {
-        Machine { qmp: Some(qmp), .. } => plug::unplug(qmp, patience, &args.name, &socket).map(|()| true),
+        Machine { qmp: Some(qmp), .. } => {
+            plug::unplug(qmp, patience, &args.name, &socket).map(|()| true)
+        }
         Machine { vmm: Some(vmm), .. } => {
             Vmm::connect(vmm, patience).and_then(|mut vmm| vmm.unplug(&socket)).map(|()| true)
         }
         _ => Ok(false),
     };
-    let unplugged = unplugged.with_context(|| format!("cannot unplug {:?}; it stays on the bus", args.name))?;
-    // Once the machine says that the device is gone, so is its connection; but the bus may not have seen the end of it yet.
+    let unplugged =
+        unplugged.with_context(|| format!("cannot unplug {:?}; it stays on the bus", args.name))?;
+    // Once the machine says that the device is gone, so is its connection; but the bus may not have
+    // seen the end of it yet.
     let force = args.force || unplugged;
     client.ask(&json!({ "op": "remove", "name": args.name, "force": force }))?;
     if args.json {

@@ -42,7 +42,9 @@ pub fn run(args: &Args) -> Result<()> {
         }
         chosen
     };
-    if args.memory.is_empty() || !args.memory.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'.') {
+    if args.memory.is_empty()
+        || !args.memory.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'.')
+    {
         bail!("--memory is a size, such as 512M or 2G");
     }
     let ports = chosen.len() + usize::from(args.spare_ports);
@@ -53,7 +55,10 @@ pub fn run(args: &Args) -> Result<()> {
         );
     }
     let mut options: Vec<[String; 2]> = vec![
-        ["-object".into(), format!("memory-backend-memfd,id=vbus-memory,size={},share=on", args.memory)],
+        [
+            "-object".into(),
+            format!("memory-backend-memfd,id=vbus-memory,size={},share=on", args.memory),
+        ],
         ["-machine".into(), "q35,memory-backend=vbus-memory".into()],
         ["-m".into(), args.memory.clone()],
     ];
@@ -68,7 +73,8 @@ pub fn run(args: &Args) -> Result<()> {
     if args.json {
         emit_json(&json!(options.concat()));
     } else {
-        let lines: Vec<String> = options.iter().map(|[option, value]| format!("{option} {}", quoted(value))).collect();
+        let lines: Vec<String> =
+            options.iter().map(|[option, value]| format!("{option} {}", quoted(value))).collect();
         emit(&format!("{}\n", lines.join(" \\\n")));
     }
     Ok(())

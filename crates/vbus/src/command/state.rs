@@ -77,7 +77,9 @@ pub fn run(command: &Command) -> Result<()> {
     match command {
         Command::List { device, common } => {
             let mut pages = Value::Null;
-            let mut item = |mut value: Value| pages = value.get_mut("pages").map(Value::take).unwrap_or_default();
+            let mut item = |mut value: Value| {
+                pages = value.get_mut("pages").map(Value::take).unwrap_or_default()
+            };
             ask(common, device, &json!({ "op": "list" }), &mut item)?;
             if common.json {
                 emit_json(&pages);
@@ -92,7 +94,9 @@ pub fn run(command: &Command) -> Result<()> {
             Ok(())
         }
         Command::Get { device, page, hex, common } => {
-            ask(common, device, &json!({ "op": "get", "page": page }), &mut |value| print(&value, *hex, common.json))
+            ask(common, device, &json!({ "op": "get", "page": page }), &mut |value| {
+                print(&value, *hex, common.json)
+            })
         }
         Command::Set { device, page, value, hex, common } => {
             let value = match value.as_str() {

@@ -43,10 +43,14 @@ pub fn run(args: &Args) -> Result<()> {
     loop {
         let now = Instant::now();
         let mut devices = client.list()?;
-        if let Some(missing) = args.devices.iter().find(|n| !devices.iter().any(|d| text(d, "name") == n.as_str())) {
+        if let Some(missing) =
+            args.devices.iter().find(|n| !devices.iter().any(|d| text(d, "name") == n.as_str()))
+        {
             bail!("no device called {missing:?} is on the bus");
         }
-        devices.retain(|d| args.devices.is_empty() || args.devices.iter().any(|n| n == text(d, "name")));
+        devices.retain(|d| {
+            args.devices.is_empty() || args.devices.iter().any(|n| n == text(d, "name"))
+        });
         if args.json {
             emit_json(&Value::Array(devices));
         } else {
@@ -77,13 +81,24 @@ pub fn run(args: &Args) -> Result<()> {
     }
 }
 
-fn show(device: &Value, before: Option<(Duration, &Before)>, numbers: &mut Before, out: &mut String) {
+fn show(
+    device: &Value,
+    before: Option<(Duration, &Before)>,
+    numbers: &mut Before,
+    out: &mut String,
+) {
     let name = text(device, "name");
     let fault = match text(device, "fault") {
         "-" => String::new(),
         fault => format!(": {fault}"),
     };
-    let _ = writeln!(out, "{} ({}, {}{fault})", bold(name), text(device, "class"), text(device, "state"));
+    let _ = writeln!(
+        out,
+        "{} ({}, {}{fault})",
+        bold(name),
+        text(device, "class"),
+        text(device, "state")
+    );
     for part in ["counters", "device", "connector"] {
         for (path, value) in flatten(device.get(part).unwrap_or(&Value::Null)) {
             if path.is_empty() {

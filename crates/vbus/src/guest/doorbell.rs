@@ -4,7 +4,8 @@ use anyhow::{Result, anyhow};
 use vbus_driver::{Function, Hal};
 use vbus_shm::abi::capability;
 
-/// How often each kind is rung when they are measured: enough to be told apart by, and a few milliseconds at the most.
+/// How often each kind is rung when they are measured: enough to be told apart by, and a few
+/// milliseconds at the most.
 pub const RINGS: u32 = 64;
 
 /// A kind, as a person chooses it.
@@ -25,7 +26,11 @@ impl Choice {
             Choice::Auto if function.doorbells().count() > 1 => {
                 let costs = function.choose_doorbell(RINGS);
                 for cost in costs.iter() {
-                    tracing::debug!("a doorbell by {} takes {} ns", cost.doorbell, cost.nanoseconds);
+                    tracing::debug!(
+                        "a doorbell by {} takes {} ns",
+                        cost.doorbell,
+                        cost.nanoseconds
+                    );
                 }
             }
             Choice::Auto => {}

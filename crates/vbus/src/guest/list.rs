@@ -23,8 +23,11 @@ pub fn run<S: Source>(source: &S, as_json: bool) -> Result<()> {
     } else if rows.is_empty() {
         emit("no functions of a vbus\n");
     } else {
-        let mut table =
-            vec![["FUNCTION", "NAME", "CLASS", "FEATURES", "DOORBELLS", "STATE"].map(String::from).to_vec()];
+        let mut table = vec![
+            ["FUNCTION", "NAME", "CLASS", "FEATURES", "DOORBELLS", "STATE"]
+                .map(String::from)
+                .to_vec(),
+        ];
         table.extend(rows.iter().map(cells));
         emit(&columns(&table));
     }
@@ -68,7 +71,8 @@ fn cells(row: &Value) -> Vec<String> {
     vec![id, name, class, features, doorbells(row), state]
 }
 
-/// The doorbells offered, each with what ringing costs if it can be rung here; the cheapest of several with a star.
+/// The doorbells offered, each with what ringing costs if it can be rung here; the cheapest of
+/// several with a star.
 fn doorbells(row: &Value) -> String {
     let costs = &row["doorbell_ns"];
     let several = costs.as_object().is_some_and(|costs| costs.len() > 1);
@@ -96,7 +100,8 @@ mod tests {
             "doorbells": ["mmio", "pio", "hypercall"], "doorbell": "pio", "doorbell_ns": { "mmio": 43_961, "pio": 28_100 },
         });
         assert_eq!(doorbells(&row), "mmio 43.9 us, *pio 28.1 us, hypercall");
-        let row = json!({ "doorbells": ["mmio"], "doorbell": "mmio", "doorbell_ns": { "mmio": 300 } });
+        let row =
+            json!({ "doorbells": ["mmio"], "doorbell": "mmio", "doorbell_ns": { "mmio": 300 } });
         assert_eq!(doorbells(&row), "mmio 0.3 us");
         assert_eq!(doorbells(&json!({ "error": "gone" })), "-");
     }

@@ -1,4 +1,5 @@
-//! `vbus guest ring`: rings, and does nothing else. For measuring, and for tests of what a driver that rings without end can do.
+//! `vbus guest ring`: rings, and does nothing else. For measuring, and for tests of what a driver
+//! that rings without end can do.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
@@ -11,7 +12,8 @@ use crate::output::{emit, emit_json};
 /// What to ring.
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// Whose doorbell: the name, PCI address or socket of a device, which another process may be driving
+    /// Whose doorbell: the name, PCI address or socket of a device, which another process may be
+    /// driving
     device: String,
     /// How often
     #[arg(long, value_name = "N", default_value_t = 1000)]
@@ -36,7 +38,10 @@ pub fn run<S: Source>(source: &S, args: &Args) -> Result<()> {
             return ring(&mut function, args).context(found.id);
         }
     }
-    anyhow::bail!("there is no device {:?} here; `vbus guest list` shows what there is", args.device)
+    anyhow::bail!(
+        "there is no device {:?} here; `vbus guest list` shows what there is",
+        args.device
+    )
 }
 
 fn ring<H: Hal>(function: &mut Function<H>, args: &Args) -> Result<()> {

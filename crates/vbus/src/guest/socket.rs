@@ -34,7 +34,9 @@ impl Source for SocketSource {
     fn scan(&self) -> Result<Vec<Found>> {
         let found = |path: &Path| Found { id: path.display().to_string(), class: None };
         let dir = match self {
-            SocketSource::One(path) => return Ok(path.exists().then(|| found(path)).into_iter().collect()),
+            SocketSource::One(path) => {
+                return Ok(path.exists().then(|| found(path)).into_iter().collect());
+            }
             SocketSource::Dir(dir) => dir,
         };
         let mut sockets = Vec::new();
@@ -42,7 +44,8 @@ impl Source for SocketSource {
             let path = entry?.path();
             let name = path.file_name().unwrap_or_default();
             let is_socket = path.metadata().is_ok_and(|meta| meta.file_type().is_socket());
-            if is_socket && name != rundir::CONTROL && path.extension().is_some_and(|e| e == "sock") {
+            if is_socket && name != rundir::CONTROL && path.extension().is_some_and(|e| e == "sock")
+            {
                 sockets.push(found(&path));
             }
         }
@@ -58,7 +61,9 @@ impl Source for SocketSource {
                 Err(ClientError::Refused { errno: Errno::BUSY, .. }) if Instant::now() < until => {
                     std::thread::sleep(Duration::from_millis(10));
                 }
-                Err(ClientError::Refused { errno: Errno::BUSY, .. }) => bail!("in use by another driver"),
+                Err(ClientError::Refused { errno: Errno::BUSY, .. }) => {
+                    bail!("in use by another driver")
+                }
                 Err(error) => return Err(error.into()),
             }
         }
@@ -72,8 +77,11 @@ impl Source for SocketSource {
     fn changes(&self) -> Option<OwnedFd> {
         let SocketSource::Dir(dir) = self else { return None };
         let watch = || {
-            let inotify = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
-            let flags = inotify::WatchFlags::CREATE | inotify::WatchFlags::DELETE | inotify::WatchFlags::MOVE;
+            let inotify =
+                inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
+            let flags = inotify::WatchFlags::CREATE
+                | inotify::WatchFlags::DELETE
+                | inotify::WatchFlags::MOVE;
             inotify::add_watch(&inotify, dir, flags).map(|_| inotify)
         };
         watch().inspect_err(|error| tracing::debug!(%error, "no news of {}", dir.display())).ok()

@@ -28,14 +28,17 @@ pub trait Source {
     /// Registers of the function, for looking only.
     fn look(&self, id: &str) -> Result<Self::Hal>;
 
-    /// Takes the function for this process. It is given back when the last clone of the Hal has gone.
+    /// Takes the function for this process. It is given back when the last clone of the Hal has
+    /// gone.
     fn claim(&self, id: &str) -> Result<Claimed<Self::Hal>>;
 
-    /// A descriptor that becomes readable when functions may have come or gone, if there can be such a thing. To be drained by reading.
+    /// A descriptor that becomes readable when functions may have come or gone, if there can be
+    /// such a thing. To be drained by reading.
     fn changes(&self) -> Option<OwnedFd>;
 }
 
-/// The interrupt of a claimed function. It is off until [`enable`](Self::enable)d, and again from when it comes.
+/// The interrupt of a claimed function. It is off until [`enable`](Self::enable)d, and again from
+/// when it comes.
 pub trait Interrupt: Send {
     /// Becomes readable when it comes.
     fn fd(&self) -> BorrowedFd<'_>;
@@ -43,21 +46,22 @@ pub trait Interrupt: Send {
     /// Hangs up when the function has gone. Nothing else is to be made of it.
     fn lifeline(&self) -> BorrowedFd<'_>;
 
-    /// Takes note of one that has come. The function's own acknowledgement has to follow, then a look at the signals, then `enable`.
-    /// An error means that the function has gone.
+    /// Takes note of one that has come. The function's own acknowledgement has to follow, then a
+    /// look at the signals, then `enable`. An error means that the function has gone.
     fn take(&mut self) -> Result<()>;
 
     /// Lets it come. One that is pending comes at once.
     fn enable(&mut self) -> Result<()>;
 }
 
-/// Whether the function `found`, which calls itself `name`, is the one that a person means by `wanted`: its address, the whole path of its
-/// socket, or its name.
+/// Whether the function `found`, which calls itself `name`, is the one that a person means by
+/// `wanted`: its address, the whole path of its socket, or its name.
 pub fn is_meant(found: &Found, name: &str, wanted: &str) -> bool {
     found.id == wanted || found.id.strip_prefix("0000:") == Some(wanted) || name == wanted
 }
 
-/// Claims the one function of `class` that is meant by `wanted`; without `wanted`, the first that is free.
+/// Claims the one function of `class` that is meant by `wanted`; without `wanted`, the first that
+/// is free.
 pub fn claim<S: Source>(
     source: &S,
     class: u16,
@@ -71,7 +75,9 @@ pub fn claim<S: Source>(
             Ok(function) => {
                 let name = function.info().name;
                 let is_class = function.info().class == u32::from(class);
-                if !is_class || wanted.is_some_and(|wanted| !is_meant(&found, name.as_str(), wanted)) {
+                if !is_class
+                    || wanted.is_some_and(|wanted| !is_meant(&found, name.as_str(), wanted))
+                {
                     continue;
                 }
                 // A socket takes one client at a time.
@@ -88,7 +94,9 @@ pub fn claim<S: Source>(
     let which = wanted.map(|wanted| format!(" {wanted:?}")).unwrap_or_default();
     match reason {
         Some(reason) => Err(reason.context(format!("no {class_name} device{which} can be driven"))),
-        None => bail!("there is no {class_name} device{which} here; `vbus guest list` shows what there is"),
+        None => bail!(
+            "there is no {class_name} device{which} here; `vbus guest list` shows what there is"
+        ),
     }
 }
 
@@ -100,8 +108,14 @@ mod tests {
     fn functions_are_meant_by_address_path_or_name() {
         let found = |id: &str| Found { id: id.into(), class: None };
         let pci = found("0000:01:00.0");
-        assert!(["0000:01:00.0", "01:00.0", "nic"].iter().all(|wanted| is_meant(&pci, "nic", wanted)));
-        assert!(["0001:01:00.0", "1:00.0", "ni", ""].iter().all(|wanted| !is_meant(&pci, "nic", wanted)));
+        assert!(
+            ["0000:01:00.0", "01:00.0", "nic"].iter().all(|wanted| is_meant(&pci, "nic", wanted))
+        );
+        assert!(
+            ["0001:01:00.0", "1:00.0", "ni", ""]
+                .iter()
+                .all(|wanted| !is_meant(&pci, "nic", wanted))
+        );
         assert!(is_meant(&found("/run/vbus/a.sock"), "a", "/run/vbus/a.sock"));
         assert!(!is_meant(&found("/run/vbus/a.sock"), "a", "a.sock"));
     }

@@ -61,7 +61,8 @@ enum Command {
     },
 }
 
-/// How a value is printed: without options as text up to the last byte that is not zero, or in hexadecimal if it is no text.
+/// How a value is printed: without options as text up to the last byte that is not zero, or in
+/// hexadecimal if it is no text.
 #[derive(clap::Args, Clone, Copy, Debug)]
 #[group(multiple = false)]
 struct Form {
@@ -100,9 +101,9 @@ impl<H: Hal> Session<H> {
     }
 
     fn find(&mut self, name: &str) -> Result<Description> {
-        self.pages
-            .find(name)?
-            .with_context(|| format!("there is no page {name:?}; `vbus guest state list` shows what there is"))
+        self.pages.find(name)?.with_context(|| {
+            format!("there is no page {name:?}; `vbus guest state list` shows what there is")
+        })
     }
 
     fn list(&mut self, as_json: bool) -> Result<()> {
@@ -110,7 +111,9 @@ impl<H: Hal> Session<H> {
         for number in 0..self.pages.count() {
             let page = self.pages.describe(number)?;
             let owner = if page.owner == Owner::Device { "device" } else { "driver" };
-            rows.push(json!({ "name": page.name.to_string(), "owner": owner, "bytes": page.value_bytes }));
+            rows.push(
+                json!({ "name": page.name.to_string(), "owner": owner, "bytes": page.value_bytes }),
+            );
         }
         if as_json {
             emit_json(&Value::Array(rows));
@@ -118,7 +121,9 @@ impl<H: Hal> Session<H> {
         }
         let keys = ["name", "owner", "bytes"];
         let mut table = vec![keys.map(str::to_uppercase).to_vec()];
-        table.extend(rows.iter().map(|row| keys.map(|key| crate::output::plain(&row[key])).to_vec()));
+        table.extend(
+            rows.iter().map(|row| keys.map(|key| crate::output::plain(&row[key])).to_vec()),
+        );
         emit(&columns(&table));
         Ok(())
     }
@@ -154,7 +159,9 @@ impl<H: Hal> Session<H> {
             let version = reader.read(&mut value)?;
             print(&value, form)?;
             printed += 1;
-            while count.is_none_or(|count| printed < count) && reader.arm_newer(version) == Armed::Waiting {
+            while count.is_none_or(|count| printed < count)
+                && reader.arm_newer(version) == Armed::Waiting
+            {
                 self.sleep()?;
                 if reader.version() != version {
                     break;
@@ -192,7 +199,10 @@ impl<H: Hal> Session<H> {
 fn parse(value: &str, hex: bool) -> Result<Vec<u8>> {
     let bytes = if value == "-" {
         let mut bytes = Vec::new();
-        std::io::stdin().lock().take(u64::from(vbus_shm::state::MAX_VALUE) + 1).read_to_end(&mut bytes)?;
+        std::io::stdin()
+            .lock()
+            .take(u64::from(vbus_shm::state::MAX_VALUE) + 1)
+            .read_to_end(&mut bytes)?;
         bytes
     } else {
         value.as_bytes().to_vec()
@@ -203,7 +213,9 @@ fn parse(value: &str, hex: bool) -> Result<Vec<u8>> {
     let digits: Vec<u8> = bytes.into_iter().filter(|b| !b.is_ascii_whitespace()).collect();
     ensure!(digits.len() % 2 == 0, "an odd number of hexadecimal digits");
     let byte = |pair: &[u8]| {
-        let text = std::str::from_utf8(pair).ok().filter(|text| text.bytes().all(|b| b.is_ascii_hexdigit()));
+        let text = std::str::from_utf8(pair)
+            .ok()
+            .filter(|text| text.bytes().all(|b| b.is_ascii_hexdigit()));
         text.and_then(|text| u8::from_str_radix(text, 16).ok()).context("not a hexadecimal number")
     };
     digits.chunks(2).map(byte).collect()
@@ -223,7 +235,9 @@ fn print(value: &[u8], form: Form) -> Result<()> {
 fn text(value: &[u8], hex: bool) -> String {
     let len = value.iter().rposition(|&b| b != 0).map_or(0, |last| last + 1);
     match std::str::from_utf8(&value[..len]) {
-        Ok(text) if !hex && !text.chars().any(|c| c.is_control() && c != '\n' && c != '\t') => text.to_owned(),
+        Ok(text) if !hex && !text.chars().any(|c| c.is_control() && c != '\n' && c != '\t') => {
+            text.to_owned()
+        }
         _ => value.iter().map(|byte| format!("{byte:02x}")).collect(),
     }
 }
@@ -236,7 +250,9 @@ mod tests {
     fn values_are_read_and_printed() {
         assert_eq!(parse("ab", false).unwrap(), b"ab");
         assert_eq!(parse("00 fF", true).unwrap(), [0, 255]);
-        assert!(parse("0", true).is_err() && parse("+1", true).is_err() && parse("zz", true).is_err());
+        assert!(
+            parse("0", true).is_err() && parse("+1", true).is_err() && parse("zz", true).is_err()
+        );
         assert_eq!(text(b"abc\0\0", false), "abc");
         assert_eq!(text(b"abc\0\0", true), "6162630000");
         assert_eq!(text(&[0xff, 0], false), "ff00");

@@ -1,4 +1,5 @@
-//! What control clients may ask of the bus (`spec/control.md`), and the socket at which they are accepted.
+//! What control clients may ask of the bus (`spec/control.md`), and the socket at which they are
+//! accepted.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -54,10 +55,14 @@ impl Acceptor {
         let path = host.dir().join(CONTROL);
         let listener = vbus_vfio_user::bind_private(&path, BACKLOG).map(UnixListener::from);
         let server = listener.and_then(|listener| Server::new(listener, LIMITS, Control(host)));
-        Ok(Acceptor { server: server.with_context(|| format!("cannot make {}", path.display()))?, path })
+        Ok(Acceptor {
+            server: server.with_context(|| format!("cannot make {}", path.display()))?,
+            path,
+        })
     }
 
-    /// Accepts the next client, if there is one. An error is one of this process, not of the client.
+    /// Accepts the next client, if there is one. An error is one of this process, not of the
+    /// client.
     pub fn next(&self) -> io::Result<()> {
         self.server.accept()
     }

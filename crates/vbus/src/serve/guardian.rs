@@ -1,7 +1,10 @@
-//! The guardian: a process that gives threads their own scheduling class back if the bus is killed (spec/sched.md, "If the bus is killed").
+//! The guardian: a process that gives threads their own scheduling class back if the bus is killed
+//! (spec/sched.md, "If the bus is killed").
 //!
-//! It is started before the first thread is changed, holds the ledger ([`vbus_devices::sched::Ledger`]) as its standard output and the
-//! reading end of a pipe as its standard input, and sleeps in a read of that pipe, to which nobody writes: the pipe ends with the bus.
+//! It is started before the first thread is changed, holds the ledger
+//! ([`vbus_devices::sched::Ledger`]) as its standard output and the reading end of a pipe as its
+//! standard input, and sleeps in a read of that pipe, to which nobody writes: the pipe ends with
+//! the bus.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -36,7 +39,8 @@ struct State {
 
 struct Running {
     child: Child,
-    /// Its other end is the guardian's alone: there is an error on this one once the guardian has ended.
+    /// Its other end is the guardian's alone: there is an error on this one once the guardian has
+    /// ended.
     pipe: OwnedFd,
     since: Instant,
 }
@@ -52,7 +56,9 @@ impl sched::Guardian for Guardian {
                 return Ok(());
             }
             if running.since.elapsed() < PAUSE {
-                return Err(io::Error::other("the guardian has ended; there will be another one in a second"));
+                return Err(io::Error::other(
+                    "the guardian has ended; there will be another one in a second",
+                ));
             }
         }
         if let Some(Running { mut child, .. }) = state.running.take() {
@@ -80,7 +86,9 @@ impl Guardian {
         match ended() {
             Ok(true) => drop(child.wait()),
             Ok(false) => tracing::warn!(process = child.id(), "the guardian does not end"),
-            Err(error) => tracing::warn!(%error, process = child.id(), "cannot wait for the guardian"),
+            Err(error) => {
+                tracing::warn!(%error, process = child.id(), "cannot wait for the guardian")
+            }
         }
     }
 }
@@ -101,13 +109,15 @@ impl Running {
 
     fn is_there(&self) -> bool {
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        poll(&mut [PollFd::new(&self.pipe, PollFlags::empty())], Some(&now)).is_ok_and(|count| count == 0)
+        poll(&mut [PollFd::new(&self.pipe, PollFlags::empty())], Some(&now))
+            .is_ok_and(|count| count == 0)
     }
 }
 
 /// The guardian's own life.
 pub fn run() -> ExitCode {
-    // What is meant for the bus, from a terminal or from who ends all processes of a service, is not for this one: it ends when the bus has.
+    // What is meant for the bus, from a terminal or from who ends all processes of a service, is
+    // not for this one: it ends when the bus has.
     for signal in [SIGINT, SIGTERM, SIGHUP, SIGQUIT] {
         let _ = signal_hook::flag::register(signal, std::sync::Arc::default()); // Caught, and nothing more.
     }

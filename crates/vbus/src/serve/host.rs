@@ -23,7 +23,8 @@ pub struct Host {
     claimed: Claimed,
     bus: Bus,
     guardian: Arc<Guardian>,
-    /// By name. Not locked while a device is made or ended, which may take as long as its back end takes.
+    /// By name. Not locked while a device is made or ended, which may take as long as its back end
+    /// takes.
     served: Mutex<BTreeMap<String, DeviceServer>>,
 }
 
@@ -80,7 +81,8 @@ impl Host {
             ),
             Entry::Occupied(entry) => entry.remove(),
         };
-        // Its socket goes first, and with it the client, so that nobody uses the device any more when it goes.
+        // Its socket goes first, and with it the client, so that nobody uses the device any more
+        // when it goes.
         drop(server);
         self.bus.remove(name)?;
         Ok(())

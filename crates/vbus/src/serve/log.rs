@@ -1,4 +1,5 @@
-//! The log, on standard error. A hostile peer decides how often some lines are due, so their number is bounded.
+//! The log, on standard error. A hostile peer decides how often some lines are due, so their number
+//! is bounded.
 
 use std::io::{self, IsTerminal, Write};
 use std::sync::Mutex;
@@ -12,7 +13,8 @@ const PERIOD: Duration = Duration::from_secs(10);
 /// ... are at most this many.
 const LINES: u32 = 1000;
 
-/// Starts it. `VBUS_LOG` chooses what is in it (`debug`, `vbus_vfio_user=trace`, ...); `info` without it.
+/// Starts it. `VBUS_LOG` chooses what is in it (`debug`, `vbus_vfio_user=trace`, ...); `info`
+/// without it.
 pub fn start() {
     start_with("info");
 }
@@ -22,7 +24,12 @@ pub fn start_with(level: &str) {
     let filter = EnvFilter::try_from_env("VBUS_LOG").unwrap_or_else(|_| EnvFilter::new(level));
     let ansi = io::stderr().is_terminal();
     let bounded = Bounded { state: Mutex::new(State { since: Instant::now(), lines: 0 }) };
-    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(ansi).with_target(false).with_writer(bounded).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(ansi)
+        .with_target(false)
+        .with_writer(bounded)
+        .init();
 }
 
 struct State {
@@ -47,7 +54,11 @@ impl<'a> MakeWriter<'a> for Bounded {
         let mut state = self.state.lock().unwrap_or_else(|e| e.into_inner());
         if state.since.elapsed() >= PERIOD {
             if state.lines > LINES {
-                let _ = writeln!(io::stderr(), "{} lines of the log were left out", state.lines - LINES);
+                let _ = writeln!(
+                    io::stderr(),
+                    "{} lines of the log were left out",
+                    state.lines - LINES
+                );
             }
             *state = State { since: Instant::now(), lines: 0 };
         }

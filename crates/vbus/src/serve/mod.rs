@@ -45,7 +45,8 @@ pub fn run(args: &Args) -> Result<()> {
     };
     raise_descriptor_limit();
     let claimed = Claimed::claim(&rundir::choose(args.place.dir.as_deref()))?;
-    // Before anything is served, so that no signal finds the sockets in place and nobody to remove them.
+    // Before anything is served, so that no signal finds the sockets in place and nobody to remove
+    // them.
     let stop = signals()?;
     let host = Arc::new(Host::start(claimed, &config)?);
     // Who asks before all devices are there waits.
@@ -60,7 +61,10 @@ pub fn run(args: &Args) -> Result<()> {
     tell_ready(args.ready_fd)?;
     loop {
         let (stopped, client) = {
-            let mut fds = [PollFd::new(&stop, PollFlags::IN), PollFd::from_borrowed_fd(accept.as_fd(), PollFlags::IN)];
+            let mut fds = [
+                PollFd::new(&stop, PollFlags::IN),
+                PollFd::from_borrowed_fd(accept.as_fd(), PollFlags::IN),
+            ];
             match poll(&mut fds, None) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(error).context("waiting for clients"),
@@ -71,7 +75,8 @@ pub fn run(args: &Args) -> Result<()> {
             break;
         }
         if client && accept.next().is_err() {
-            // Out of descriptors or threads: the client waits in the backlog, and trying again at once would only burn time.
+            // Out of descriptors or threads: the client waits in the backlog, and trying again at
+            // once would only burn time.
             std::thread::sleep(Duration::from_millis(200));
         }
     }
@@ -94,7 +99,9 @@ fn signals() -> Result<UnixStream> {
 /// A device takes a few descriptors: as many as the system allows.
 fn raise_descriptor_limit() {
     let limit = getrlimit(Resource::Nofile);
-    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
+    if let Err(error) =
+        setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum })
+    {
         tracing::debug!(%error, "the limit of open files stays as it is");
     }
 }
@@ -102,7 +109,8 @@ fn raise_descriptor_limit() {
 /// Tells whoever started us that everything is up: by descriptor, and to systemd.
 fn tell_ready(fd: Option<u32>) -> Result<()> {
     if let Some(fd) = fd {
-        std::fs::write(format!("/proc/self/fd/{fd}"), "READY=1\n").with_context(|| format!("--ready-fd {fd}"))?;
+        std::fs::write(format!("/proc/self/fd/{fd}"), "READY=1\n")
+            .with_context(|| format!("--ready-fd {fd}"))?;
     }
     if let Some(path) = std::env::var_os("NOTIFY_SOCKET") {
         let path = Path::new(&path);

@@ -28,7 +28,8 @@ pub struct Done {
 
 /// Runs a command to its end.
 pub fn run(args: &[&str], dir: &Path) -> Done {
-    let Output { status, stdout, stderr } = vbus().args(args).arg("--dir").arg(dir).output().unwrap();
+    let Output { status, stdout, stderr } =
+        vbus().args(args).arg("--dir").arg(dir).output().unwrap();
     let text = |bytes| String::from_utf8(bytes).unwrap();
     Done { code: status.code(), out: text(stdout), err: text(stderr) }
 }
@@ -46,8 +47,11 @@ impl Served {
     /// Starts one with this configuration.
     pub fn start(config: &str) -> Served {
         let temporary = tempfile::tempdir().unwrap();
-        let (dir, log, file) =
-            (temporary.path().join("bus"), temporary.path().join("log"), temporary.path().join("bus.toml"));
+        let (dir, log, file) = (
+            temporary.path().join("bus"),
+            temporary.path().join("log"),
+            temporary.path().join("bus.toml"),
+        );
         std::fs::write(&file, config).unwrap();
         let mut child = vbus()
             .args(["serve", "--ready-fd", "1", "--config"])
@@ -98,7 +102,8 @@ impl Served {
 
     /// Sends it a signal.
     pub fn signal(&self, signal: rustix::process::Signal) {
-        rustix::process::kill_process(rustix::process::Pid::from_child(&self.child), signal).unwrap();
+        rustix::process::kill_process(rustix::process::Pid::from_child(&self.child), signal)
+            .unwrap();
     }
 
     /// A line of its `/proc/PID/status`, in the numbers that stand there.

@@ -8,7 +8,9 @@ use std::thread::JoinHandle;
 
 use rustix::event::{EventfdFlags, eventfd};
 use vbus_shm::abi::{bar0, reg};
-use vbus_vfio_user::{DeviceInfo, Errno, IoEventFd, IrqAction, IrqInfo, Mapping, RegionInfo, Server, Target};
+use vbus_vfio_user::{
+    DeviceInfo, Errno, IoEventFd, IrqAction, IrqInfo, Mapping, RegionInfo, Server, Target,
+};
 
 use super::super::facts;
 use super::super::lock;
@@ -105,7 +107,9 @@ impl Target for Served {
         match (region, at) {
             (7, 4) => device.command = u16::from_le_bytes([data[0], data[1]]),
             (0, 0x1000..0x2000) => device.rung.push((offset - 0x1000) / 4),
-            (0, _) => device.memory.get_mut(at..at + data.len()).ok_or(Errno::IO)?.copy_from_slice(data),
+            (0, _) => {
+                device.memory.get_mut(at..at + data.len()).ok_or(Errno::IO)?.copy_from_slice(data)
+            }
             _ => {}
         }
         Ok(())
@@ -116,10 +120,13 @@ impl Target for Served {
         match action {
             IrqAction::DisableAll => device.irqs.retain(|(i, _), _| *i != index),
             IrqAction::Connect { start, eventfds } => {
-                let eventfds = (start..).zip(eventfds).filter_map(|(number, fd)| Some(((index, number), fd?)));
+                let eventfds =
+                    (start..).zip(eventfds).filter_map(|(number, fd)| Some(((index, number), fd?)));
                 device.irqs.extend(eventfds);
             }
-            IrqAction::ConnectUnmask { mut eventfds, .. } => device.unmask = eventfds.pop().flatten(),
+            IrqAction::ConnectUnmask { mut eventfds, .. } => {
+                device.unmask = eventfds.pop().flatten()
+            }
             other => panic!("{other:?} is not what this client does"),
         }
         Ok(())

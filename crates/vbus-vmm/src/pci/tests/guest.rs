@@ -48,7 +48,8 @@ impl Guest {
         let ram = Ram::new(16 << 20).unwrap().regions();
         let sints = Some(Sints { base: 0xfed8_0000, stride: 16, processors: 1 });
         let backing = Backing { mmio: true, pio: true, hypercall: false, sints };
-        let root = PciRoot::new(routes, io_apic.clone(), ram.clone(), ports, backing, false).unwrap();
+        let root =
+            PciRoot::new(routes, io_apic.clone(), ram.clone(), ports, backing, false).unwrap();
         let (mut mmio, mut pio) = (Bus::default(), Bus::default());
         chip.attach(&mut mmio);
         root.attach(&mut mmio, &mut pio);

@@ -1,4 +1,5 @@
-//! Servers that lie, keep silent, or flood: a clear error when they are plugged, and nothing worse later.
+//! Servers that lie, keep silent, or flood: a clear error when they are plugged, and nothing worse
+//! later.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixListener;
@@ -44,10 +45,16 @@ fn lies_are_told_apart() {
                 d.config[0x4d] = 0x2c;
             }),
         ),
-        ("doorbell 2 is no eventfd", Box::new(|d| d.io[2].fd = std::fs::File::open("/dev/null").unwrap().into())),
+        (
+            "doorbell 2 is no eventfd",
+            Box::new(|d| d.io[2].fd = std::fs::File::open("/dev/null").unwrap().into()),
+        ),
         ("eventfd for 0x800 of BAR0", Box::new(|d| d.io[1].offset = 0x800)),
         ("eventfd for 0x1002 of BAR0", Box::new(|d| d.io[1].offset = 0x1002)),
-        ("eventfd for 0x1010 of BAR0", Box::new(|d| d.io.push(doorbell(event(), u64::from(DOORBELLS))))),
+        (
+            "eventfd for 0x1010 of BAR0",
+            Box::new(|d| d.io.push(doorbell(event(), u64::from(DOORBELLS)))),
+        ),
         ("eventfd for 0xffffffffffffffff", Box::new(|d| d.io[0].offset = u64::MAX)),
         ("eventfd for 0x1000", Box::new(|d| d.io[0].datamatch = Some(1))),
         ("eventfd for 8 bytes, where doorbell 2 is", Box::new(|d| d.io[2].size = 8)),
@@ -78,7 +85,9 @@ fn fewer_doorbells_than_regions_are_fine() {
 }
 
 /// A server that does `act` with its first client.
-fn raw(act: impl FnOnce(std::os::unix::net::UnixStream) + Send + 'static) -> (tempfile::TempDir, std::path::PathBuf) {
+fn raw(
+    act: impl FnOnce(std::os::unix::net::UnixStream) + Send + 'static,
+) -> (tempfile::TempDir, std::path::PathBuf) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("raw.sock");
     let listener = UnixListener::bind(&path).unwrap();

@@ -1,4 +1,5 @@
-//! Accesses of several CPUs while devices come, go and die: all of it ends, and the last device works.
+//! Accesses of several CPUs while devices come, go and die: all of it ends, and the last device
+//! works.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -25,7 +26,10 @@ fn hammer(guest: &Guest, mut seed: u64, stop: &AtomicBool) {
             3 => guest.write(0, bus, 0x04, &[(bits >> 1 & 1) as u8 * 6, 0]),
             4 => drop(guest.config32(bus, 4)),
             5 => drop(guest.memory32(layout::PCI_WINDOW + (u64::from(bus) << 23 | bits & 0x30ff))),
-            6 => guest.mmio.write(layout::PCI_WINDOW + (u64::from(bus) << 23 | 0x1000 | bits & 0x1ffc), &[1, 0, 0, 0]),
+            6 => guest.mmio.write(
+                layout::PCI_WINDOW + (u64::from(bus) << 23 | 0x1000 | bits & 0x1ffc),
+                &[1, 0, 0, 0],
+            ),
             _ => guest.write(0, bus, SLOT_CONTROL, &[(bits >> 1 & 0xff) as u8, 0x17]),
         }
     }

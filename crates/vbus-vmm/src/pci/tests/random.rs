@@ -17,8 +17,12 @@ struct Access {
 fn access() -> impl Strategy<Value = Access> {
     // Mostly what is there: the port, the function's registers, BAR and window.
     let config = (0u64..3, 0u64..3, prop_oneof![0u64..0x100, 0u64..0x1000]);
-    let config = config.prop_map(|(bus, device, at)| layout::ECAM + (bus << 20 | device << 15 | at));
-    let window = prop_oneof![0u64..0x1000_0000, (0u64..32, 0u64..0x4010).prop_map(|(slot, at)| slot << 23 | at)];
+    let config =
+        config.prop_map(|(bus, device, at)| layout::ECAM + (bus << 20 | device << 15 | at));
+    let window = prop_oneof![
+        0u64..0x1000_0000,
+        (0u64..32, 0u64..0x4010).prop_map(|(slot, at)| slot << 23 | at)
+    ];
     let window = window.prop_map(|at| layout::PCI_WINDOW + at);
     let place = prop_oneof![
         8 => config.prop_map(|at| (false, at)),

@@ -11,7 +11,8 @@ use vbus_driver::venet::{FRAME_MAX, Piece};
 /// The `len` bytes at `offset` for a system call that reads them; cut to the memory.
 pub fn io_slice<D: Dma>(memory: &D, offset: usize, len: usize) -> IoSlice<'_> {
     let (at, len) = bytes(memory, offset, len);
-    // SAFETY: `len` bytes of memory that the borrow keeps. The slice goes to the kernel, no Rust code looks at the bytes.
+    // SAFETY: `len` bytes of memory that the borrow keeps. The slice goes to the kernel, no Rust
+    // code looks at the bytes.
     IoSlice::new(unsafe { std::slice::from_raw_parts(at, len) })
 }
 
@@ -47,7 +48,10 @@ impl<D: Dma> FrameMemory<D> {
     /// Over one run of addresses that holds two frames at least.
     pub fn new(memory: D) -> Result<Self> {
         let bytes = memory.bytes();
-        ensure!(bytes >= 2 * FRAME_MAX && memory.is_run(0, bytes), "no contiguous memory for frames");
+        ensure!(
+            bytes >= 2 * FRAME_MAX && memory.is_run(0, bytes),
+            "no contiguous memory for frames"
+        );
         Ok(FrameMemory { memory, head: 0, tail: 0, ends: VecDeque::new() })
     }
 
@@ -64,7 +68,8 @@ impl<D: Dma> FrameMemory<D> {
             }
             self.head = 0;
         }
-        // Full and empty are told apart by `ends`; here it is not empty, so the head must not reach the tail.
+        // Full and empty are told apart by `ends`; here it is not empty, so the head must not reach
+        // the tail.
         (self.tail.saturating_sub(self.head) >= FRAME_MAX).then_some(self.head)
     }
 

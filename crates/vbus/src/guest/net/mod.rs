@@ -22,9 +22,11 @@ use super::doorbell::Choice;
 use super::signals;
 use super::source::{Claimed, Source, claim};
 
-/// How often the source is scanned although it has no news, and how often a thread's end is looked for.
+/// How often the source is scanned although it has no news, and how often a thread's end is looked
+/// for.
 const TICK: Duration = Duration::from_secs(1);
-/// How long a function that failed is left alone: at first hardly, since one that has just come may not be ready, then longer.
+/// How long a function that failed is left alone: at first hardly, since one that has just come may
+/// not be ready, then longer.
 const AGAIN: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
 /// How long a failure has to last for people to be told.
 const TELL: Duration = Duration::from_secs(1);
@@ -59,7 +61,8 @@ pub struct Options {
     /// The longest to poll in vain before sleeping, in microseconds; 0 to sleep at once
     #[arg(long, value_name = "US", default_value_t = 50)]
     pub poll_us: u32,
-    /// The nice value of the threads that carry frames: the lower, the less they give way to programs that are busy receiving
+    /// The nice value of the threads that carry frames: the lower, the less they give way to
+    /// programs that are busy receiving
     #[arg(long, value_name = "N", default_value_t = -5, allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(-20..=19))]
     pub nice: i32,
 }
@@ -76,7 +79,8 @@ impl Running {
         H: Hal<Dma: Send + Sync> + Send + Sync + 'static,
     {
         let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let (id, options, stopped, done) = (id.to_owned(), options.clone(), stop.try_clone()?, done.try_clone()?);
+        let (id, options, stopped, done) =
+            (id.to_owned(), options.clone(), stop.try_clone()?, done.try_clone()?);
         let serve = move || {
             let result = nic::serve(&id, claimed, &options, &stopped);
             let _ = rustix::io::write(&done, &1u64.to_ne_bytes());
@@ -100,10 +104,19 @@ impl Running {
 pub fn run<S: Source>(source: &S, options: &Options) -> Result<()> {
     let signals = signals::termination()?;
     let done = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-    if options.all { run_all(source, options, &signals, &done) } else { run_one(source, options, &signals, &done) }
+    if options.all {
+        run_all(source, options, &signals, &done)
+    } else {
+        run_one(source, options, &signals, &done)
+    }
 }
 
-fn run_one<S: Source>(source: &S, options: &Options, signals: &OwnedFd, done: &OwnedFd) -> Result<()> {
+fn run_one<S: Source>(
+    source: &S,
+    options: &Options,
+    signals: &OwnedFd,
+    done: &OwnedFd,
+) -> Result<()> {
     let (found, claimed) = claim(source, class::VENET, "venet", options.device.as_deref())?;
     let running = Running::start(&found.id, claimed, options, done)?;
     wait(&[signals, done], None)?;
@@ -111,7 +124,12 @@ fn run_one<S: Source>(source: &S, options: &Options, signals: &OwnedFd, done: &O
     result.with_context(|| found.id)
 }
 
-fn run_all<S: Source>(source: &S, options: &Options, signals: &OwnedFd, done: &OwnedFd) -> Result<()> {
+fn run_all<S: Source>(
+    source: &S,
+    options: &Options,
+    signals: &OwnedFd,
+    done: &OwnedFd,
+) -> Result<()> {
     let changes = source.changes();
     let mut running: BTreeMap<String, Running> = BTreeMap::new();
     let mut failed: BTreeMap<String, Failure> = BTreeMap::new();
@@ -131,7 +149,9 @@ fn run_all<S: Source>(source: &S, options: &Options, signals: &OwnedFd, done: &O
             let Some(nic) = running.remove(&id) else { continue };
             match nic.stop() {
                 Err(error) if error.chain().any(is_other_class) => drop(others.insert(id)),
-                Err(error) if there(&id) => failed.entry(id.clone()).or_default().happened(&id, &error),
+                Err(error) if there(&id) => {
+                    failed.entry(id.clone()).or_default().happened(&id, &error)
+                }
                 // It ended because it went, whatever it met on the way.
                 _ => tracing::info!("{id} has gone"),
             }
@@ -141,12 +161,16 @@ fn run_all<S: Source>(source: &S, options: &Options, signals: &OwnedFd, done: &O
             if waits || running.contains_key(&found.id) || others.contains(&found.id) {
                 continue;
             }
-            let started = source.claim(&found.id).and_then(|claimed| Running::start(&found.id, claimed, options, done));
+            let started = source
+                .claim(&found.id)
+                .and_then(|claimed| Running::start(&found.id, claimed, options, done));
             match started {
                 Ok(nic) => {
                     running.insert(found.id.clone(), nic);
                 }
-                Err(error) => failed.entry(found.id.clone()).or_default().happened(&found.id, &error),
+                Err(error) => {
+                    failed.entry(found.id.clone()).or_default().happened(&found.id, &error)
+                }
             }
         }
         let mut fds = vec![signals, done];
@@ -188,7 +212,10 @@ impl Failure {
     fn happened(&mut self, id: &str, error: &anyhow::Error) {
         let now = Instant::now();
         // One that did well for a while begins anew.
-        let first = self.times.filter(|(_, last)| now - *last < 2 * AGAIN.1).map_or(now, |(first, _)| first);
+        let first = self
+            .times
+            .filter(|(_, last)| now - *last < 2 * AGAIN.1)
+            .map_or(now, |(first, _)| first);
         self.times = Some((first, now));
         let text = format!("{error:#}");
         if now - first >= TELL && self.told != text {

@@ -24,13 +24,15 @@ const RING_ENTRIES: u32 = 256;
 const BUFFER_BYTES: u32 = 16 << 10;
 /// Bytes of the memory from which frames are sent: a huge page.
 const FRAME_BYTES: usize = 2 << 20;
-/// The shortest nap under load, in nanoseconds. Each ends with two switches of threads, which cost more than those of the device's end: under
-/// a translator TCP came in at 1.2 to 2.2 times the rate with 300 us instead of 100. At 10 Gb/s it is 6 segments of 64 KiB.
+/// The shortest nap under load, in nanoseconds. Each ends with two switches of threads, which cost
+/// more than those of the device's end: under a translator TCP came in at 1.2 to 2.2 times the rate
+/// with 300 us instead of 100. At 10 Gb/s it is 6 segments of 64 KiB.
 const NAP_NS: u64 = 300_000;
 /// How often the NIC is looked at even if nothing happens.
 const TICK: Duration = Duration::from_secs(1);
 
-/// Serves the NIC until `stop` becomes readable (then it returns without an error), the function goes or something breaks.
+/// Serves the NIC until `stop` becomes readable (then it returns without an error), the function
+/// goes or something breaks.
 pub fn serve<H>(id: &str, claimed: Claimed<H>, options: &Options, stop: &OwnedFd) -> Result<()>
 where
     H: Hal<Dma: Send + Sync> + Send + Sync + 'static,
@@ -44,7 +46,10 @@ where
     let pairs = options.queue_pairs.clamp(1, config.queue_pairs);
     let mtu = options.mtu.unwrap_or(config.mtu);
     if mtu > config.mtu {
-        bail!("{device} takes frames of {} bytes at most, an MTU of {mtu} is too large", config.mtu);
+        bail!(
+            "{device} takes frames of {} bytes at most, an MTU of {mtu} is too large",
+            config.mtu
+        );
     }
     let mut tap = Tap::create(options.name.as_deref().unwrap_or("vbus%d"), pairs)?;
     let mut nic = Nic::open(function, if options.no_offload { 0 } else { tap.usable() }, 0)?;
@@ -54,9 +59,14 @@ where
     tap.set_mtu(mtu)?;
     tap.set_carrier(false);
 
-    let shared =
-        Shared { stop: AtomicBool::new(false), stopped: event()?, look: event()?, counters: Counters::default() };
-    // With one queue pair its thread takes the interrupts itself; with more of them, this one does, and wakes the others.
+    let shared = Shared {
+        stop: AtomicBool::new(false),
+        stopped: event()?,
+        look: event()?,
+        counters: Counters::default(),
+    };
+    // With one queue pair its thread takes the interrupts itself; with more of them, this one does,
+    // and wakes the others.
     let mut own = Some((interrupt, acknowledger));
     let mut relays = Vec::new();
     let mut queues = Vec::new();
@@ -74,7 +84,8 @@ where
         let buffers = hal.alloc(entries as usize * BUFFER_BYTES as usize).map_err(Error::from)?;
         let frames = FrameMemory::new(hal.alloc(FRAME_BYTES).map_err(Error::from)?)?;
         let pace = Pace::new(u64::from(options.poll_us) * 1000, NAP_NS);
-        let mut queue = Queue { tx, frames, rx, buffers, tap: file, wake, pace, carried: 0, hal: hal.clone() };
+        let mut queue =
+            Queue { tx, frames, rx, buffers, tap: file, wake, pace, carried: 0, hal: hal.clone() };
         queue.fill()?;
         queues.push(queue);
     }
@@ -146,7 +157,8 @@ fn event() -> Result<OwnedFd> {
     eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).context("cannot make an eventfd")
 }
 
-/// Looks after what belongs to the NIC as a whole: link, filter, and whether the device still is there.
+/// Looks after what belongs to the NIC as a whole: link, filter, and whether the device still is
+/// there.
 struct Keeper<H: Hal> {
     nic: Nic<H>,
     tap: Tap,
@@ -173,7 +185,8 @@ impl<H: Hal> Keeper<H> {
             if let Some((interrupt, _)) = &mut own {
                 interrupt.enable()?;
             }
-            let mut fds = vec![PollFd::new(stop, PollFlags::IN), PollFd::new(&shared.look, PollFlags::IN)];
+            let mut fds =
+                vec![PollFd::new(stop, PollFlags::IN), PollFd::new(&shared.look, PollFlags::IN)];
             if let Some((interrupt, _)) = &own {
                 fds.push(PollFd::from_borrowed_fd(interrupt.fd(), PollFlags::IN));
                 fds.push(PollFd::from_borrowed_fd(interrupt.lifeline(), PollFlags::RDHUP));
@@ -227,7 +240,8 @@ impl<H: Hal> Keeper<H> {
             self.link = Some(link);
         }
         let promiscuous = self.tap.is_promiscuous(self.nic.config().mac);
-        // The kernel sorts multicasts out itself; frames for others it only wants when it listens to all.
+        // The kernel sorts multicasts out itself; frames for others it only wants when it listens
+        // to all.
         let filter = FILTER_ALL_MULTICAST | if promiscuous { FILTER_PROMISCUOUS } else { 0 };
         if self.filter != Some(filter) {
             self.nic.filter(filter, &[])?;

@@ -133,15 +133,27 @@ impl<H: Hal> Queue<H> {
             let used = pieces.len();
             for (i, piece) in pieces.iter().enumerate() {
                 given[i] = piece.id;
-                slices[i] = io_slice(&self.buffers, usize::from(piece.id) * size as usize, piece.len as usize);
+                slices[i] = io_slice(
+                    &self.buffers,
+                    usize::from(piece.id) * size as usize,
+                    piece.len as usize,
+                );
             }
             match rustix::io::writev(&self.tap, &slices[..used]) {
                 Ok(len) => {
                     Counters::add(&counters.received, 1);
                     self.carried += (len + FRAME_WEIGHT) as u64;
                 }
-                // A header or a frame that it does not take, an interface that is down, no memory: this frame is lost.
-                Err(Errno::INVAL | Errno::IO | Errno::AGAIN | Errno::NOMEM | Errno::NOBUFS | Errno::MSGSIZE) => {
+                // A header or a frame that it does not take, an interface that is down, no memory:
+                // this frame is lost.
+                Err(
+                    Errno::INVAL
+                    | Errno::IO
+                    | Errno::AGAIN
+                    | Errno::NOMEM
+                    | Errno::NOBUFS
+                    | Errno::MSGSIZE,
+                ) => {
                     Counters::add(&counters.refused, 1);
                 }
                 Err(error) => return Err(error).context("the TAP interface takes no more frames"),
@@ -199,7 +211,8 @@ impl<H: Hal> Queue<H> {
         Counters::add(&counters.doorbells, u64::from(rung));
     }
 
-    /// Where the next frame to be sent can be read to. Takes back what was sent once half of the ring is in flight, or room gets scarce.
+    /// Where the next frame to be sent can be read to. Takes back what was sent once half of the
+    /// ring is in flight, or room gets scarce.
     fn room(&mut self) -> Result<Option<usize>> {
         if self.tx.in_flight() >= self.tx.space() || self.frames.room().is_none() {
             let count = self.tx.reclaim()?;
@@ -218,13 +231,17 @@ impl<H: Hal> Queue<H> {
 
     /// Sleeps until there is something to do.
     fn sleep(&mut self, shared: &Shared) -> Result<()> {
-        // Without room for another frame, the next thing to happen is that frames have been sent: a quarter of them makes it worth while.
+        // Without room for another frame, the next thing to happen is that frames have been sent: a
+        // quarter of them makes it worth while.
         let full = self.room()?.is_none();
         let missed_tx = full && self.tx.arm(self.tx.in_flight() / 4) == Armed::Missed;
         let missed_rx = self.rx.arm(0) == Armed::Missed;
-        // A device may say "missed" and bring nothing, for ever: it gets one more look, not the processor. Room for frames is something:
-        // now it is the interface that has to be waited for.
-        if (missed_tx || missed_rx) && (self.turn(&shared.counters)? || full && self.room()?.is_some()) {
+        // A device may say "missed" and bring nothing, for ever: it gets one more look, not the
+        // processor. Room for frames is something: now it is the interface that has to be waited
+        // for.
+        if (missed_tx || missed_rx)
+            && (self.turn(&shared.counters)? || full && self.room()?.is_some())
+        {
             self.disarm(full);
             return Ok(());
         }
@@ -265,14 +282,16 @@ impl<H: Hal> Queue<H> {
         }
     }
 
-    /// Waits, for an interrupt only without `nap`. Whether one came, and whether the function has gone.
+    /// Waits, for an interrupt only without `nap`. Whether one came, and whether the function has
+    /// gone.
     fn wait(&self, shared: &Shared, for_tap: bool, nap: Option<&Timespec>) -> Result<(bool, bool)> {
         let (wake, lifeline) = match &self.wake {
             Wake::Interrupt(interrupt, _) => (interrupt.fd(), Some(interrupt.lifeline())),
             Wake::Relay(eventfd) => (eventfd.as_fd(), None),
         };
         let tap = if for_tap { PollFlags::IN } else { PollFlags::empty() };
-        let mut fds = vec![PollFd::new(&shared.stopped, PollFlags::IN), PollFd::new(&self.tap, tap)];
+        let mut fds =
+            vec![PollFd::new(&shared.stopped, PollFlags::IN), PollFd::new(&self.tap, tap)];
         if nap.is_none() {
             fds.push(PollFd::from_borrowed_fd(wake, PollFlags::IN));
             fds.extend(lifeline.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::RDHUP)));

@@ -4,12 +4,16 @@
 use rustix::process::{Pid, getpriority_process, setpriority_process};
 use rustix::thread::gettid;
 
-/// Makes the calling thread one that is woken without haste and left alone at its work: SCHED_BATCH, with the nice value `nice`.
+/// Makes the calling thread one that is woken without haste and left alone at its work:
+/// SCHED_BATCH, with the nice value `nice`.
 ///
-/// A driver in the kernel does its work between two instructions of whoever runs. A thread, on a processor that it shares with the program at the other end of
-/// its frames, is switched to and from instead, and for what: each received segment wakes the program, which pushes the thread aside; each sent
-/// one wakes the thread, which pushes the program aside. The nice value stops the first, SCHED_BATCH the second. Under a translator, where a switch
-/// costs some 30 us, TCP came in at 0.75 to 1.4 times the rate of virtio-net instead of 0.46 to 0.57; with the nice value alone sending fell to half.
+/// A driver in the kernel does its work between two instructions of whoever runs. A thread, on a
+/// processor that it shares with the program at the other end of its frames, is switched to and
+/// from instead, and for what: each received segment wakes the program, which pushes the thread
+/// aside; each sent one wakes the thread, which pushes the program aside. The nice value stops the
+/// first, SCHED_BATCH the second. Under a translator, where a switch costs some 30 us, TCP came in
+/// at 0.75 to 1.4 times the rate of virtio-net instead of 0.46 to 0.57; with the nice value alone
+/// sending fell to half.
 ///
 /// Without the permission (CAP_SYS_NICE) the thread stays as it is.
 pub fn take(nice: i32) {

@@ -1,5 +1,6 @@
-//! A BAR, mapped. When its device is unplugged, the kernel takes the mapping away and the next access raises SIGBUS; here it then reads
-//! as all ones instead, as a device that has gone does on any PCI bus.
+//! A BAR, mapped. When its device is unplugged, the kernel takes the mapping away and the next
+//! access raises SIGBUS; here it then reads as all ones instead, as a device that has gone does on
+//! any PCI bus.
 #![allow(unsafe_code)] // Maps device registers, and handles the signal of their disappearance.
 
 use std::fs::File;
@@ -13,7 +14,8 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 /// The most BARs that can be mapped at a time.
 const BARS_MAX: usize = 256;
 
-/// Address and length of each mapped BAR, for the signal handler. An address of 0: free; 1: being set up.
+/// Address and length of each mapped BAR, for the signal handler. An address of 0: free; 1: being
+/// set up.
 static MAPPED: [(AtomicUsize, AtomicUsize); BARS_MAX] =
     [const { (AtomicUsize::new(0), AtomicUsize::new(0)) }; BARS_MAX];
 
@@ -25,7 +27,8 @@ pub struct Bar {
     slot: usize,
 }
 
-// SAFETY: device registers, accessed by aligned volatile reads and writes from any thread, which is what they are for.
+// SAFETY: device registers, accessed by aligned volatile reads and writes from any thread, which is
+// what they are for.
 unsafe impl Send for Bar {}
 // SAFETY: as above.
 unsafe impl Sync for Bar {}
@@ -43,7 +46,14 @@ impl Bar {
         };
         // SAFETY: a fresh mapping at an address of the kernel's choice.
         let mapped = unsafe {
-            mmap(std::ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, resource, 0)
+            mmap(
+                std::ptr::null_mut(),
+                len,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED,
+                resource,
+                0,
+            )
         };
         match mapped.ok().and_then(|base| NonNull::new(base.cast::<u8>())) {
             Some(base) => {
@@ -97,12 +107,15 @@ impl Drop for Bar {
     }
 }
 
-/// Installs the handler, in place of the one that Rust's runtime has for stack overflows (which raise SIGSEGV on Linux).
+/// Installs the handler, in place of the one that Rust's runtime has for stack overflows (which
+/// raise SIGSEGV on Linux).
 fn handle_sigbus() {
-    // SAFETY: all zeros are a valid sigaction without flags and with an empty mask; `on_sigbus` has the signature that SA_SIGINFO asks for.
+    // SAFETY: all zeros are a valid sigaction without flags and with an empty mask; `on_sigbus` has
+    // the signature that SA_SIGINFO asks for.
     let failed = unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
-        action.sa_sigaction = on_sigbus as extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void) as usize;
+        action.sa_sigaction =
+            on_sigbus as extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void) as usize;
         action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
         libc::sigaction(libc::SIGBUS, &action, std::ptr::null_mut()) != 0
     };
@@ -111,7 +124,8 @@ fn handle_sigbus() {
     }
 }
 
-/// The handler. It runs in the middle of anything, so it touches atomics and makes system calls, no more.
+/// The handler. It runs in the middle of anything, so it touches atomics and makes system calls, no
+/// more.
 extern "C" fn on_sigbus(signal: i32, info: *mut libc::siginfo_t, _context: *mut libc::c_void) {
     // SAFETY: the kernel passes a valid siginfo, and that of a SIGBUS has an address.
     let at = unsafe { (*info).si_addr() } as usize;
@@ -120,16 +134,20 @@ extern "C" fn on_sigbus(signal: i32, info: *mut libc::siginfo_t, _context: *mut 
         if base > 1 && (base..base + len).contains(&at) {
             let flags = MapFlags::PRIVATE | MapFlags::FIXED;
             let base = base as *mut u8;
-            // SAFETY: replaces a mapping of ours, which the kernel has emptied, by memory of the same size; then fills that memory.
+            // SAFETY: replaces a mapping of ours, which the kernel has emptied, by memory of the
+            // same size; then fills that memory.
             unsafe {
-                if mmap_anonymous(base.cast(), len, ProtFlags::READ | ProtFlags::WRITE, flags).is_ok() {
+                if mmap_anonymous(base.cast(), len, ProtFlags::READ | ProtFlags::WRITE, flags)
+                    .is_ok()
+                {
                     base.write_bytes(0xff, len);
                     return;
                 }
             }
         }
     }
-    // Not ours: the instruction faults again when this returns, and then ends the program as if there were no handler.
+    // Not ours: the instruction faults again when this returns, and then ends the program as if
+    // there were no handler.
     // SAFETY: resetting a signal's disposition is allowed in a handler.
     unsafe { libc::signal(signal, libc::SIG_DFL) };
 }
@@ -162,9 +180,11 @@ mod tests {
             let (gone, stays) = (file(), file());
             ftruncate(&gone, 0x4000).unwrap();
             ftruncate(&stays, 0x4000).unwrap();
-            let (gone_bar, other) = (Bar::map(&gone, 0x4000).unwrap(), Bar::map(&stays, 0x4000).unwrap());
+            let (gone_bar, other) =
+                (Bar::map(&gone, 0x4000).unwrap(), Bar::map(&stays, 0x4000).unwrap());
             assert_eq!(gone_bar.read::<u32>(0x1000), Some(0));
-            // An access beyond the end of the file raises the same signal as one to a device that was unplugged.
+            // An access beyond the end of the file raises the same signal as one to a device that
+            // was unplugged.
             ftruncate(&gone, 0).unwrap();
             gone_bar.write(0x1000, 1u32);
             assert_eq!(gone_bar.read::<u32>(0), Some(u32::MAX));

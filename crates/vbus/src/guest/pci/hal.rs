@@ -80,7 +80,8 @@ impl Hal for PciHal {
         if doorbell.kind == capability::KIND_MMIO {
             self.write32(place, 1);
         } else if !u16::try_from(place).is_ok_and(port::write) {
-            // The kernel has given this port to another thread, but not to this one: the doorbell is in the BAR, too.
+            // The kernel has given this port to another thread, but not to this one: the doorbell
+            // is in the BAR, too.
             self.write32(bar0::DOORBELLS + u64::from(handle) * bar0::DOORBELL_STRIDE, 1);
         }
     }

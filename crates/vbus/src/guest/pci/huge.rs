@@ -1,4 +1,5 @@
-//! Memory that a device can reach from user space: huge pages, which the kernel keeps where they are, at their physical addresses.
+//! Memory that a device can reach from user space: huge pages, which the kernel keeps where they
+//! are, at their physical addresses.
 #![allow(unsafe_code)] // Maps shared memory.
 
 use std::fs;
@@ -29,7 +30,8 @@ struct Pages {
     addresses: Vec<u64>,
 }
 
-// SAFETY: the mapping belongs to this value and is accessed through atomics and system calls only, which any thread may do.
+// SAFETY: the mapping belongs to this value and is accessed through atomics and system calls only,
+// which any thread may do.
 unsafe impl Send for Pages {}
 // SAFETY: as above.
 unsafe impl Sync for Pages {}
@@ -62,21 +64,31 @@ fn try_map(count: usize) -> Result<NonNull<u8>, Errno> {
     // Shared, so that a child process would not split them from us by copy-on-write.
     let flags = MapFlags::SHARED | MapFlags::HUGETLB | MapFlags::HUGE_2MB | MapFlags::POPULATE;
     // SAFETY: a fresh mapping at an address of the kernel's choice.
-    let base =
-        unsafe { mmap_anonymous(std::ptr::null_mut(), count * PAGE, ProtFlags::READ | ProtFlags::WRITE, flags)? };
+    let base = unsafe {
+        mmap_anonymous(
+            std::ptr::null_mut(),
+            count * PAGE,
+            ProtFlags::READ | ProtFlags::WRITE,
+            flags,
+        )?
+    };
     NonNull::new(base.cast()).ok_or(Errno::NOMEM)
 }
 
 /// Has the kernel set aside `count` more huge pages.
 fn reserve(count: usize) -> Result<()> {
     let read = || -> Result<usize> {
-        let text = fs::read_to_string(NR).with_context(|| format!("this kernel has no huge pages of 2 MiB ({NR})"))?;
+        let text = fs::read_to_string(NR)
+            .with_context(|| format!("this kernel has no huge pages of 2 MiB ({NR})"))?;
         Ok(text.trim().parse()?)
     };
     let mut reserved = RESERVED.lock().unwrap_or_else(PoisonError::into_inner);
     let before = read()?;
     fs::write(NR, (before + count).to_string()).with_context(|| {
-        format!("not enough huge pages, and no permission to reserve them: as root, `echo {} > {NR}`", before + count)
+        format!(
+            "not enough huge pages, and no permission to reserve them: as root, `echo {} > {NR}`",
+            before + count
+        )
     })?;
     let mut after = read()?;
     if after < before + count {
@@ -93,7 +105,9 @@ fn reserve(count: usize) -> Result<()> {
         after.saturating_sub(before),
         before + count,
     );
-    tracing::info!("reserved {count} huge pages of 2 MiB, {after} in all; they are given back at the end");
+    tracing::info!(
+        "reserved {count} huge pages of 2 MiB, {after} in all; they are given back at the end"
+    );
     Ok(())
 }
 
@@ -114,7 +128,8 @@ pub fn give_back() {
 fn physical(base: usize, count: usize) -> Result<Vec<u64>> {
     const PRESENT: u64 = 1 << 63;
     const FRAME: u64 = (1 << 55) - 1;
-    let pagemap = fs::File::open("/proc/self/pagemap").context("/proc/self/pagemap tells physical addresses")?;
+    let pagemap = fs::File::open("/proc/self/pagemap")
+        .context("/proc/self/pagemap tells physical addresses")?;
     let address = |page: usize| {
         let mut entry = [0; 8];
         pagemap.read_exact_at(&mut entry, ((base + page * PAGE) / SMALL_PAGE * 8) as u64)?;
@@ -131,8 +146,8 @@ fn physical(base: usize, count: usize) -> Result<Vec<u64>> {
     (0..count).map(address).collect()
 }
 
-/// The memory of one function. What was allocated from it stays until it goes itself, so that a device that still is open never has memory
-/// which is someone else's.
+/// The memory of one function. What was allocated from it stays until it goes itself, so that a
+/// device that still is open never has memory which is someone else's.
 #[derive(Debug, Default)]
 pub struct Pool(Mutex<Parts>);
 
@@ -175,7 +190,8 @@ pub struct HugeMemory {
 impl Memory for HugeMemory {
     #[inline(always)]
     fn words(&self) -> &[Word] {
-        // SAFETY: within the mapping, which `pages` keeps; aligned to 4096; accessed as atomics and by system calls only.
+        // SAFETY: within the mapping, which `pages` keeps; aligned to 4096; accessed as atomics and
+        // by system calls only.
         unsafe {
             let base = self.pages.base.add(self.offset).cast::<Word>();
             std::slice::from_raw_parts(base.as_ptr(), self.len / size_of::<Word>())

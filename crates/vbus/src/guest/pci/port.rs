@@ -6,10 +6,12 @@ use std::collections::BTreeSet;
 use std::sync::OnceLock;
 use std::sync::atomic::{Ordering, fence};
 
-/// A port that any machine has and that nobody misses: the one for codes of the firmware's progress.
+/// A port that any machine has and that nobody misses: the one for codes of the firmware's
+/// progress.
 const HARMLESS: u16 = 0x80;
 
-/// Whether this process can have ports: it needs CAP_SYS_RAWIO, and a kernel that is not locked down.
+/// Whether this process can have ports: it needs CAP_SYS_RAWIO, and a kernel that is not locked
+/// down.
 pub fn can_have() -> bool {
     static CAN: OnceLock<bool> = OnceLock::new();
     *CAN.get_or_init(|| {
@@ -19,12 +21,14 @@ pub fn can_have() -> bool {
     })
 }
 
-/// Writes a byte to `port`, after everything written to memory before. False: this thread may not, and nothing was written.
+/// Writes a byte to `port`, after everything written to memory before. False: this thread may not,
+/// and nothing was written.
 pub fn write(port: u16) -> bool {
     thread_local! {
         static HAVE: RefCell<BTreeSet<u16>> = const { RefCell::new(BTreeSet::new()) };
     }
-    let may = HAVE.with_borrow_mut(|have| have.contains(&port) || permit(port, true) && have.insert(port));
+    let may = HAVE
+        .with_borrow_mut(|have| have.contains(&port) || permit(port, true) && have.insert(port));
     if may {
         fence(Ordering::SeqCst);
         out(port);
@@ -40,9 +44,11 @@ fn permit(port: u16, allow: bool) -> bool {
 
 #[cfg(target_arch = "x86_64")]
 fn out(port: u16) {
-    // SAFETY: the kernel has given the port to this thread; what is behind it is a doorbell, which touches no memory of this process's own
-    // accord.
-    unsafe { std::arch::asm!("out dx, al", in("dx") port, in("al") 1u8, options(nostack, preserves_flags)) };
+    // SAFETY: the kernel has given the port to this thread; what is behind it is a doorbell, which
+    // touches no memory of this process's own accord.
+    unsafe {
+        std::arch::asm!("out dx, al", in("dx") port, in("al") 1u8, options(nostack, preserves_flags))
+    };
 }
 
 #[cfg(not(target_arch = "x86_64"))]

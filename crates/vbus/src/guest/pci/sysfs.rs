@@ -19,7 +19,8 @@ use crate::guest::source::{Found, Interrupt, Source};
 const DRIVER: &str = "uio_pci_generic";
 const BUS: &str = "/sys/bus/pci";
 
-/// The PCI bus of this machine. Dropping it gives back the huge pages that were reserved, so drop all functions first.
+/// The PCI bus of this machine. Dropping it gives back the huge pages that were reserved, so drop
+/// all functions first.
 #[derive(Debug)]
 pub struct PciSource(());
 
@@ -66,10 +67,14 @@ impl Source for PciSource {
         // Without its memory space on, the function answers nothing. It stays on: it does no harm.
         const MEMORY: u16 = 1 << 1;
         let mut command = [0; 2];
-        config.read_exact_at(&mut command, COMMAND).context("cannot read the configuration space; this needs root")?;
+        config
+            .read_exact_at(&mut command, COMMAND)
+            .context("cannot read the configuration space; this needs root")?;
         let command = u16::from_le_bytes(command);
         if command & MEMORY == 0 {
-            config.write_all_at(&(command | MEMORY).to_le_bytes(), COMMAND).context("cannot switch the function on")?;
+            config
+                .write_all_at(&(command | MEMORY).to_le_bytes(), COMMAND)
+                .context("cannot switch the function on")?;
         }
         let bar = Bar::map(&open(&folder.join("resource0"))?, bar_len()?)?;
         Ok(PciHal::new(bar, config, None))
@@ -93,7 +98,9 @@ impl Source for PciSource {
 
     fn changes(&self) -> Option<OwnedFd> {
         uevent::listen()
-            .inspect_err(|error| tracing::debug!(%error, "no news from the kernel; looking once a second"))
+            .inspect_err(
+                |error| tracing::debug!(%error, "no news from the kernel; looking once a second"),
+            )
             .ok()
     }
 }
@@ -112,8 +119,11 @@ fn read_hex(file: &Path) -> Option<u16> {
 
 fn open(file: &Path) -> Result<File> {
     OpenOptions::new().read(true).write(true).open(file).map_err(|error| {
-        let hint =
-            if error.kind() == std::io::ErrorKind::PermissionDenied { "; driving a function needs root" } else { "" };
+        let hint = if error.kind() == std::io::ErrorKind::PermissionDenied {
+            "; driving a function needs root"
+        } else {
+            ""
+        };
         anyhow::anyhow!("cannot open {}: {error}{hint}", file.display())
     })
 }
@@ -122,7 +132,8 @@ fn write(file: &Path, text: &str) -> Result<()> {
     fs::write(file, text).with_context(|| format!("cannot write {text:?} to {}", file.display()))
 }
 
-/// Device addresses are physical addresses here. Behind an IOMMU that translates they are not, and nothing would arrive.
+/// Device addresses are physical addresses here. Behind an IOMMU that translates they are not, and
+/// nothing would arrive.
 fn check_no_iommu(folder: &Path) -> Result<()> {
     let kind = fs::read_to_string(folder.join("iommu_group/type"));
     match kind.as_deref().map(str::trim) {
@@ -139,7 +150,11 @@ fn bind(id: &str, folder: &Path) -> Result<()> {
     let driver = Path::new(BUS).join("drivers").join(DRIVER);
     if !driver.exists() {
         // Not there, no modprobe, not allowed: the check that follows says so.
-        let _ = Command::new("modprobe").arg(DRIVER).stdin(Stdio::null()).stderr(Stdio::null()).status();
+        let _ = Command::new("modprobe")
+            .arg(DRIVER)
+            .stdin(Stdio::null())
+            .stderr(Stdio::null())
+            .status();
         ensure!(
             driver.exists(),
             "the kernel's driver {DRIVER} is not loaded: `modprobe {DRIVER}` (Debian has it in the ordinary kernel package)"
@@ -161,15 +176,24 @@ fn open_uio(folder: &Path) -> Result<File> {
     let uio = folder.join("uio");
     let entry = fs::read_dir(&uio).ok().and_then(|mut entries| entries.next()).transpose()?;
     let entry = entry.with_context(|| {
-        format!("{} is not there: {DRIVER} has found no interrupt line; see the kernel's log", uio.display())
+        format!(
+            "{} is not there: {DRIVER} has found no interrupt line; see the kernel's log",
+            uio.display()
+        )
     })?;
     let device = Path::new("/dev").join(entry.file_name());
     if !device.exists() {
         let numbers = fs::read_to_string(entry.path().join("dev"))?;
         let (major, minor) = numbers.trim().split_once(':').context("bad device number")?;
         let number = makedev(major.parse()?, minor.parse()?);
-        mknodat(rustix::fs::CWD, &device, FileType::CharacterDevice, Mode::from_raw_mode(0o600), number)
-            .with_context(|| format!("cannot make {}", device.display()))?;
+        mknodat(
+            rustix::fs::CWD,
+            &device,
+            FileType::CharacterDevice,
+            Mode::from_raw_mode(0o600),
+            number,
+        )
+        .with_context(|| format!("cannot make {}", device.display()))?;
     }
     let nonblocking = i32::try_from(OFlags::NONBLOCK.bits())?;
     let file = OpenOptions::new().read(true).write(true).custom_flags(nonblocking).open(&device);

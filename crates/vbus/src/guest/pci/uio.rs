@@ -1,4 +1,5 @@
-//! Interrupts by `/dev/uioN` of `uio_pci_generic`: its handler sets Interrupt Disable and lets the descriptor become readable.
+//! Interrupts by `/dev/uioN` of `uio_pci_generic`: its handler sets Interrupt Disable and lets the
+//! descriptor become readable.
 
 use std::fs::File;
 use std::io::Read;
@@ -24,10 +25,13 @@ pub struct UioInterrupt {
 }
 
 impl UioInterrupt {
-    /// `uio` is the open `/dev/uioN` (non-blocking), `config` the sysfs file of the configuration space. Lets the function access memory.
+    /// `uio` is the open `/dev/uioN` (non-blocking), `config` the sysfs file of the configuration
+    /// space. Lets the function access memory.
     pub fn new(uio: File, config: File) -> Result<UioInterrupt> {
         let command = (MEMORY | MASTER) | INTERRUPT_DISABLE;
-        config.write_all_at(&command.to_le_bytes(), COMMAND).context("cannot write the command register")?;
+        config
+            .write_all_at(&command.to_le_bytes(), COMMAND)
+            .context("cannot write the command register")?;
         Ok(UioInterrupt { uio, config, enabled: false })
     }
 }
@@ -42,7 +46,8 @@ impl Interrupt for UioInterrupt {
     }
 
     fn take(&mut self) -> Result<()> {
-        // The count of interrupts; what matters is that there was one, and that Interrupt Disable is set now.
+        // The count of interrupts; what matters is that there was one, and that Interrupt Disable
+        // is set now.
         let mut count = [0; 4];
         match self.uio.read(&mut count) {
             Ok(n) => ensure!(n == 4, "the function has gone"),
@@ -55,7 +60,9 @@ impl Interrupt for UioInterrupt {
 
     fn enable(&mut self) -> Result<()> {
         if !self.enabled {
-            self.config.write_all_at(&(MEMORY | MASTER).to_le_bytes(), COMMAND).context("the function has gone")?;
+            self.config
+                .write_all_at(&(MEMORY | MASTER).to_le_bytes(), COMMAND)
+                .context("the function has gone")?;
             self.enabled = true;
         }
         Ok(())

@@ -20,9 +20,10 @@ use tasks::{Census, Watched, wanted};
 
 /// Give this machine's virtual CPUs, on the host, the class and priority of what runs on them here.
 ///
-/// Without --pid or --tid that is the highest real-time task that is runnable on each CPU. A look costs little but comes only every --every ms:
-/// a task that runs for less may go unseen, and one that has just become real-time is seen within a second. Where a task must be served at once
-/// when it wakes, name it, or use --sleeping: its CPU then keeps its class also while it sleeps.
+/// Without --pid or --tid that is the highest real-time task that is runnable on each CPU. A look
+/// costs little but comes only every --every ms: a task that runs for less may go unseen, and one
+/// that has just become real-time is seen within a second. Where a task must be served at once when
+/// it wakes, name it, or use --sleeping: its CPU then keeps its class also while it sleeps.
 #[derive(clap::Args, Debug)]
 #[command(args_conflicts_with_subcommands = true)]
 pub struct Args {
@@ -91,14 +92,21 @@ impl<H: Hal> Session<H> {
         let here = possible_cpus();
         let count = here.min(cpus.limits().cpus);
         if count < here {
-            tracing::warn!("this machine has {here} CPUs, the device pages for {count}: the others are left alone");
+            tracing::warn!(
+                "this machine has {here} CPUs, the device pages for {count}: the others are left alone"
+            );
         }
         let pages = (0..count).map(|cpu| cpus.cpu(cpu)).collect::<Result<Vec<_>, _>>()?;
         Ok(Session { cpus, pages, interrupt })
     }
 
     /// Posts what the tasks want, until they have gone, or the device, or a signal comes.
-    fn follow(mut self, mut watched: Watched, every: Duration, teller: Option<Teller>) -> Result<()> {
+    fn follow(
+        mut self,
+        mut watched: Watched,
+        every: Duration,
+        teller: Option<Teller>,
+    ) -> Result<()> {
         go_first();
         let signals = signals::termination()?;
         let limits = *self.cpus.limits();
@@ -109,7 +117,9 @@ impl<H: Hal> Session<H> {
             let now = Instant::now();
             let Some(samples) = watched.samples() else { break };
             let wanted = wanted(&samples, self.pages.len());
-            for (number, ((page, last), class)) in self.pages.iter_mut().zip(&mut posted).zip(wanted).enumerate() {
+            for (number, ((page, last), class)) in
+                self.pages.iter_mut().zip(&mut posted).zip(wanted).enumerate()
+            {
                 if class != last.0 || class.is_real_time() && now >= last.1 + renewal(&limits) {
                     if class != last.0 {
                         tracing::debug!(cpu = number, ?class, "posted");
@@ -144,7 +154,9 @@ impl<H: Hal> Session<H> {
                 PollFd::new(signals, PollFlags::IN),
                 PollFd::from_borrowed_fd(self.interrupt.lifeline(), PollFlags::RDHUP),
             ];
-            fds.extend(teller.map(|teller| PollFd::from_borrowed_fd(teller.as_fd(), PollFlags::IN)));
+            fds.extend(
+                teller.map(|teller| PollFd::from_borrowed_fd(teller.as_fd(), PollFlags::IN)),
+            );
             match poll(&mut fds, Some(&Timespec::try_from(left)?)) {
                 Ok(0) => return Ok(false),
                 Ok(_) => {}
@@ -164,7 +176,8 @@ impl<H: Hal> Session<H> {
     }
 }
 
-/// When a real-time class is posted again, so that it does not end: often enough for one look that comes late.
+/// When a real-time class is posted again, so that it does not end: often enough for one look that
+/// comes late.
 fn renewal(limits: &Limits) -> Duration {
     Duration::from_millis(u64::from(limits.boost_ms / 3).max(1))
 }
@@ -173,10 +186,14 @@ fn renewal(limits: &Limits) -> Duration {
 fn tell(cpu: usize, class: Class, outcome: Outcome) {
     match outcome {
         Outcome::Granted => tracing::debug!(cpu, ?class, "granted"),
-        Outcome::Clamped => tracing::info!(cpu, ?class, "granted at the nearest priority that the host allows"),
+        Outcome::Clamped => {
+            tracing::info!(cpu, ?class, "granted at the nearest priority that the host allows")
+        }
         Outcome::NotAllowed => tracing::warn!(cpu, ?class, "the host does not allow this class"),
         Outcome::NoThread => tracing::warn!(cpu, "the host does not know this CPU's thread yet"),
-        Outcome::Failed => tracing::warn!(cpu, ?class, "the host's kernel refuses; the log of the bus says why"),
+        Outcome::Failed => {
+            tracing::warn!(cpu, ?class, "the host's kernel refuses; the log of the bus says why")
+        }
         Outcome::Expired => tracing::warn!(cpu, ?class, "not renewed in time"),
         Outcome::Spent => tracing::debug!(cpu, ?class, "has used its share of the time"),
         Outcome::BadRequest => tracing::warn!(cpu, ?class, "the device knows no such class"),
@@ -190,14 +207,19 @@ fn possible_cpus() -> u32 {
     last.map_or(1, |last| last.saturating_add(1))
 }
 
-/// Makes this process a real-time one itself, before all others: it must come to its looks and renewals while a real-time task keeps a CPU
-/// busy. Without the privilege it goes on as it is.
+/// Makes this process a real-time one itself, before all others: it must come to its looks and
+/// renewals while a real-time task keeps a CPU busy. Without the privilege it goes on as it is.
 #[allow(unsafe_code)] // There is no safe wrapper for the system call.
 fn go_first() {
     let parameter = libc::sched_param { sched_priority: 99 };
     // SAFETY: the kernel only reads the structure; 0 is the calling thread.
-    let result =
-        unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK, &raw const parameter) };
+    let result = unsafe {
+        libc::sched_setscheduler(
+            0,
+            libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK,
+            &raw const parameter,
+        )
+    };
     if result != 0 {
         let error = std::io::Error::last_os_error();
         tracing::warn!(%error, "cannot become a real-time task: a busy one may keep this one from its work");

@@ -1,4 +1,5 @@
-//! `vbus guest sched show`: from the running `vbus guest sched`, if there is one, for a device has one driver at a time; or else from the device.
+//! `vbus guest sched show`: from the running `vbus guest sched`, if there is one, for a device has
+//! one driver at a time; or else from the device.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{Read, Write};
@@ -41,8 +42,11 @@ impl Teller {
             listener.set_nonblocking(true)?;
             Ok(listener)
         };
-        let listener =
-            bind().inspect_err(|error| tracing::warn!(%error, "`vbus guest sched show` will get no answer")).ok()?;
+        let listener = bind()
+            .inspect_err(
+                |error| tracing::warn!(%error, "`vbus guest sched show` will get no answer"),
+            )
+            .ok()?;
         Some(Teller { listener, name: name.to_owned() })
     }
 
@@ -77,14 +81,18 @@ pub fn run<S: Source>(source: &S, wanted: Option<&str>, as_json: bool) -> Result
         emit_json(&description);
         return Ok(());
     }
-    let keys =
-        ["cpu", "class", "priority", "outcome", "updates", "changes", "clamped", "refused", "limited", "expired"];
+    let keys = [
+        "cpu", "class", "priority", "outcome", "updates", "changes", "clamped", "refused",
+        "limited", "expired",
+    ];
     let mut table = vec![keys.map(str::to_uppercase).to_vec()];
     for row in description["cpus"].as_array().into_iter().flatten() {
         table.push(keys.map(|key| plain(&row[key])).to_vec());
     }
     let limits = &description["limits"];
-    let list = |key: &str| limits[key].as_array().into_iter().flatten().map(plain).collect::<Vec<_>>().join(", ");
+    let list = |key: &str| {
+        limits[key].as_array().into_iter().flatten().map(plain).collect::<Vec<_>>().join(", ")
+    };
     emit(&columns(&table));
     emit(&format!(
         "allowed: {}; highest priority {}, lowest nice {}, {} changes a second; real time: renewed within {} ms, {} % of a processor\n",
@@ -135,8 +143,11 @@ pub fn describe<H: Hal>(limits: &Limits, pages: &[Cpu<H>]) -> Result<Value> {
         (abi::CLASS_FIFO, "fifo"),
         (abi::CLASS_RR, "rr"),
     ];
-    let allow: Vec<_> =
-        classes.iter().filter(|(class, _)| limits.classes & 1 << class != 0).map(|(_, name)| name).collect();
+    let allow: Vec<_> = classes
+        .iter()
+        .filter(|(class, _)| limits.classes & 1 << class != 0)
+        .map(|(_, name)| name)
+        .collect();
     let limits = json!({
         "allow": allow,
         "priority-max": limits.priority_max,

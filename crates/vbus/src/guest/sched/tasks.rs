@@ -75,7 +75,8 @@ pub enum Watched {
 /// A task: process and thread.
 type Id = (u32, u32);
 
-/// The real-time tasks of this machine. To find them takes long, and is left to a thread that is no real-time task itself.
+/// The real-time tasks of this machine. To find them takes long, and is left to a thread that is no
+/// real-time task itself.
 pub struct Census {
     /// Those that sleep, too; but then none of the kernel's own, of which many sleep on each CPU.
     sleeping: bool,
@@ -84,7 +85,8 @@ pub struct Census {
 }
 
 impl Census {
-    /// With or without the tasks that sleep. To be called before the calling thread becomes a real-time task.
+    /// With or without the tasks that sleep. To be called before the calling thread becomes a
+    /// real-time task.
     pub fn new(sleeping: bool) -> Result<Census> {
         let known = take_census(sleeping);
         let newest = Arc::new(Mutex::new(known.clone()));
@@ -107,7 +109,9 @@ impl Census {
             self.known.clone_from(&newest);
         }
         let samples = self.known.iter().filter_map(|id| sample(&path(*id)));
-        samples.filter(|sample| sample.class.is_real_time() && (sample.is_runnable || self.sleeping)).collect()
+        samples
+            .filter(|sample| sample.class.is_real_time() && (sample.is_runnable || self.sleeping))
+            .collect()
     }
 }
 
@@ -118,8 +122,9 @@ fn path((process, thread): Id) -> String {
 /// Looks at all tasks but those of this process.
 fn take_census(sleeping: bool) -> Vec<Id> {
     let processes = numbers("/proc").into_iter().filter(|process| *process != std::process::id());
-    let tasks = processes
-        .flat_map(|process| numbers(&format!("/proc/{process}/task")).into_iter().map(move |thread| (process, thread)));
+    let tasks = processes.flat_map(|process| {
+        numbers(&format!("/proc/{process}/task")).into_iter().map(move |thread| (process, thread))
+    });
     let counts = |sample: Sample| sample.class.is_real_time() && !(sleeping && sample.is_kernel);
     tasks.filter(|id| sample(&path(*id)).is_some_and(counts)).collect()
 }
@@ -128,10 +133,13 @@ impl Watched {
     /// The tasks that count now. None: there will be none any more.
     pub fn samples(&mut self) -> Option<Vec<Sample>> {
         match self {
-            Watched::Thread(thread) => sample(&format!("/proc/{thread}/stat")).map(|sample| vec![sample]),
+            Watched::Thread(thread) => {
+                sample(&format!("/proc/{thread}/stat")).map(|sample| vec![sample])
+            }
             Watched::Process(process) => {
                 let threads = numbers(&format!("/proc/{process}/task")).into_iter();
-                let samples: Vec<_> = threads.filter_map(|thread| sample(&path((*process, thread)))).collect();
+                let samples: Vec<_> =
+                    threads.filter_map(|thread| sample(&path((*process, thread)))).collect();
                 (!samples.is_empty()).then_some(samples)
             }
             Watched::RealTime(census) => Some(census.samples()),
@@ -167,7 +175,15 @@ fn urgency(class: Class) -> (u8, i32) {
 mod tests {
     use super::*;
 
-    fn stat(name: &str, state: char, flags: u32, nice: i32, cpu: u32, priority: u32, policy: u32) -> String {
+    fn stat(
+        name: &str,
+        state: char,
+        flags: u32,
+        nice: i32,
+        cpu: u32,
+        priority: u32,
+        policy: u32,
+    ) -> String {
         // Fields 3 to 41.
         format!(
             "7 ({name}) {state} 1 7 7 0 -1 {flags} 0 0 0 0 0 0 0 0 20 {nice} 1 0 5 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 17 {cpu} {priority} {policy} 0"
@@ -178,9 +194,15 @@ mod tests {
     fn tasks_are_read() {
         let read = |text: &str| parse(text).unwrap();
         let sample = read(&stat("a b) (c", 'R', 0x40, -5, 3, 0, 0));
-        assert_eq!(sample, Sample { cpu: 3, class: Class::Normal(-5), is_runnable: true, is_kernel: false });
+        assert_eq!(
+            sample,
+            Sample { cpu: 3, class: Class::Normal(-5), is_runnable: true, is_kernel: false }
+        );
         let sample = read(&stat("migration/0", 'S', 0x0420_8040, 0, 0, 99, 1));
-        assert_eq!(sample, Sample { cpu: 0, class: Class::Fifo(99), is_runnable: false, is_kernel: true });
+        assert_eq!(
+            sample,
+            Sample { cpu: 0, class: Class::Fifo(99), is_runnable: false, is_kernel: true }
+        );
         assert_eq!(read(&stat("x", 'S', 0, 0, 0, 7, 2)).class, Class::RoundRobin(7));
         assert_eq!(read(&stat("x", 'S', 0, 0, 0, 0, 6)).class, Class::Fifo(99));
         assert!(parse(&stat("x", 'Z', 0, 0, 0, 0, 0)).is_none());

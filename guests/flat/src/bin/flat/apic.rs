@@ -22,7 +22,8 @@ mod reg {
     pub const ID: u32 = 0x02;
     pub const TASK_PRIORITY: u32 = 0x08;
     pub const SPURIOUS: u32 = 0x0f;
-    /// What is sent to other processors; their identity is in the register behind it, or in the upper half.
+    /// What is sent to other processors; their identity is in the register behind it, or in the
+    /// upper half.
     pub const COMMAND: u32 = 0x30;
     pub const COMMAND_TO: u32 = 0x31;
     pub const LINT0: u32 = 0x35;
@@ -68,7 +69,8 @@ pub fn init() {
 pub fn init_processor(number: u32) {
     let x2apic = is_x2apic();
     let base = read_msr(APIC_BASE) | ENABLE;
-    // SAFETY: turns the controller on, in the mode that is remembered. The way from xAPIC to x2APIC mode is by two steps.
+    // SAFETY: turns the controller on, in the mode that is remembered. The way from xAPIC to x2APIC
+    // mode is by two steps.
     unsafe {
         write_msr(APIC_BASE, base);
         if x2apic {
@@ -92,12 +94,14 @@ pub fn reset_others() {
     command(0, ALL_OTHERS | 5 << 8);
 }
 
-/// Has all other processors that wait for it begin in real mode at this address, that of a page below 1 MiB.
+/// Has all other processors that wait for it begin in real mode at this address, that of a page
+/// below 1 MiB.
 pub fn start_others(address: u32) {
     command(0, ALL_OTHERS | 6 << 8 | address >> 12);
 }
 
-/// Of a command: for all processors but this one. Of those that are not fixed vectors: the level is asserted, as it always is.
+/// Of a command: for all processors but this one. Of those that are not fixed vectors: the level is
+/// asserted, as it always is.
 const ALL_OTHERS: u32 = 3 << 18 | 1 << 14;
 
 fn command(to: u32, what: u32) {
@@ -128,7 +132,8 @@ pub fn vector() -> u8 {
     vector
 }
 
-/// Lets the vectors that were handed out since `first` be handed out again; nothing sends them any more.
+/// Lets the vectors that were handed out since `first` be handed out again; nothing sends them any
+/// more.
 pub fn reuse(first: u8) {
     NEXT.store(first, Ordering::Relaxed);
 }

@@ -8,11 +8,13 @@ use crate::hal::{KINDS, kind_name};
 use crate::report::{Failure, Outcome, line};
 use crate::{Setting, clock, mark};
 
-/// Rings the doorbell of a region of the first NIC `count=` times by each kind that is offered, between two marks. Nothing is posted, so the
-/// device looks, finds nothing, and does not interrupt.
+/// Rings the doorbell of a region of the first NIC `count=` times by each kind that is offered,
+/// between two marks. Nothing is posted, so the device looks, finds nothing, and does not
+/// interrupt.
 pub fn run<'a>(setting: &Setting<'a>) -> Outcome<'a> {
     let count = setting.number("count", 2000);
-    let hal = setting.of_class(class::VENET).next().ok_or(Failure::Said("no device of class venet"))?;
+    let hal =
+        setting.of_class(class::VENET).next().ok_or(Failure::Said("no device of class venet"))?;
     for kind in KINDS {
         // Not all are offered everywhere.
         let Ok(function) = hal.with_kind(kind).function() else { continue };

@@ -1,5 +1,5 @@
-//! The first instructions: from PVH's 32-bit entry to Rust in long mode, with 4 GiB mapped to themselves. The other processors come by the same
-//! way, from real mode (`smp.rs` starts them).
+//! The first instructions: from PVH's 32-bit entry to Rust in long mode, with 4 GiB mapped to
+//! themselves. The other processors come by the same way, from real mode (`smp.rs` starts them).
 #![allow(unsafe_code, reason = "there is no Rust yet")]
 
 use core::arch::global_asm;
@@ -31,7 +31,8 @@ global_asm!(
     "shrl $2, %ecx",
     "xorl %eax, %eax",
     "rep stosl",
-    // The tables: one of the fourth level, one of the third, four of the second with pages of 2 MiB.
+    // The tables: one of the fourth level, one of the third, four of the second with pages of 2
+    // MiB.
     "movl $boot_tables + 0x1003, boot_tables",
     "movl $boot_tables + 0x1000, %edi",
     "movl $boot_tables + 0x2003, %eax",
@@ -148,7 +149,8 @@ unsafe extern "C" {
     static trampoline_end: u8;
 }
 
-/// The instructions that another processor begins with in real mode, at the start of any page below 1 MiB.
+/// The instructions that another processor begins with in real mode, at the start of any page below
+/// 1 MiB.
 pub fn trampoline_code() -> &'static [u8] {
     let (from, end) = (&raw const trampoline, &raw const trampoline_end);
     // SAFETY: what is between the two labels, which is never written.

@@ -29,14 +29,22 @@ struct Cell<T>(UnsafeCell<T>);
 // SAFETY: one processor; interrupt handlers do not come here.
 unsafe impl<T> Sync for Cell<T> {}
 
-static KVM_TIME: Cell<KvmTime> =
-    Cell(UnsafeCell::new(KvmTime { version: 0, pad: 0, cycles: 0, time: 0, multiplier: 0, shift: 0, flags: [0; 3] }));
+static KVM_TIME: Cell<KvmTime> = Cell(UnsafeCell::new(KvmTime {
+    version: 0,
+    pad: 0,
+    cycles: 0,
+    time: 0,
+    multiplier: 0,
+    shift: 0,
+    flags: [0; 3],
+}));
 static RATE: Cell<Rate> = Cell(UnsafeCell::new(Rate::NANOSECONDS));
 static BEGAN: AtomicU64 = AtomicU64::new(0);
 
 /// Finds out how fast the counter runs.
 pub fn init() {
-    let rate = if kvm::features().is_some_and(|features| features.clock) { by_kvm() } else { by_timer() };
+    let rate =
+        if kvm::features().is_some_and(|features| features.clock) { by_kvm() } else { by_timer() };
     // SAFETY: nobody else looks at it now.
     unsafe { *RATE.0.get() = rate };
     BEGAN.store(cycles(), Ordering::Relaxed);
@@ -59,11 +67,14 @@ fn rate() -> Rate {
 
 fn by_kvm() -> Rate {
     let time = KVM_TIME.0.get();
-    // SAFETY: the memory is KVM's from the first write of the register to the second, which ends it.
+    // SAFETY: the memory is KVM's from the first write of the register to the second, which ends
+    // it.
     unsafe {
         write_msr(KVM_SYSTEM_TIME, time as u64 | 1);
-        let rate =
-            Rate::kvm((&raw const (*time).multiplier).read_volatile(), (&raw const (*time).shift).read_volatile());
+        let rate = Rate::kvm(
+            (&raw const (*time).multiplier).read_volatile(),
+            (&raw const (*time).shift).read_volatile(),
+        );
         write_msr(KVM_SYSTEM_TIME, 0);
         rate
     }
@@ -74,8 +85,9 @@ fn by_timer() -> Rate {
     const NS: u64 = 20_000_000;
     const TICKS: u64 = 1_193_182 * NS / 1_000_000_000;
     const OUTPUT: u8 = 1 << 5;
-    // The channel's gate off, the loudspeaker too; then mode 0: the output goes up at the end. Nobody can say for how long to wait for a timer
-    // that is not there, but its port then reads as all ones.
+    // The channel's gate off, the loudspeaker too; then mode 0: the output goes up at the end.
+    // Nobody can say for how long to wait for a timer that is not there, but its port then reads as
+    // all ones.
     let gate = in8(0x61) & 0xfc;
     out8(0x61, gate);
     out8(0x43, 0xb0);

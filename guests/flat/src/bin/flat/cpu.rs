@@ -11,14 +11,17 @@ static SLEEPS: AtomicU64 = AtomicU64::new(0);
 pub fn read_msr(register: u32) -> u64 {
     let (low, high): (u32, u32);
     // SAFETY: reads no memory; a fault is reported as what it is.
-    unsafe { asm!("rdmsr", in("ecx") register, out("eax") low, out("edx") high, options(nostack, nomem)) };
+    unsafe {
+        asm!("rdmsr", in("ecx") register, out("eax") low, out("edx") high, options(nostack, nomem))
+    };
     u64::from(high) << 32 | u64::from(low)
 }
 
 /// Writes a model-specific register.
 ///
 /// # Safety
-/// What it does to the processor must be what this program expects of it; what it has it write must be its own memory.
+/// What it does to the processor must be what this program expects of it; what it has it write must
+/// be its own memory.
 pub unsafe fn write_msr(register: u32, value: u64) {
     let (low, high) = (value as u32, (value >> 32) as u32);
     // SAFETY: the caller's promise.
@@ -68,7 +71,8 @@ pub fn cycles() -> u64 {
 /// The flag of a processor that lets interrupts in.
 pub const INTERRUPTS_ON: u32 = 1 << 9;
 
-/// Lets interrupts in, or not. Between two calls that let them in and keep them out, at least one that is pending is taken.
+/// Lets interrupts in, or not. Between two calls that let them in and keep them out, at least one
+/// that is pending is taken.
 pub fn interrupts(on: bool) {
     // SAFETY: handlers run on stacks of their own and change counters only.
     unsafe {
@@ -80,11 +84,13 @@ pub fn interrupts(on: bool) {
     }
 }
 
-/// Sleeps until an interrupt has been taken. To be called with interrupts kept out, which they are again afterwards: what the caller looked
-/// at before cannot change between the look and the sleep without waking it.
+/// Sleeps until an interrupt has been taken. To be called with interrupts kept out, which they are
+/// again afterwards: what the caller looked at before cannot change between the look and the sleep
+/// without waking it.
 pub fn sleep() {
     SLEEPS.fetch_add(1, Ordering::Relaxed);
-    // SAFETY: as in `interrupts`. An interrupt is taken after the instruction behind STI at the earliest.
+    // SAFETY: as in `interrupts`. An interrupt is taken after the instruction behind STI at the
+    // earliest.
     unsafe { asm!("sti", "hlt", "cli", options(nostack)) };
 }
 
@@ -102,7 +108,8 @@ pub fn triple_fault() -> ! {
 
 /// What the processor says of itself.
 pub fn cpuid(leaf: u32) -> CpuidResult {
-    // SAFETY: every processor with long mode has the instruction. (Safe in newer versions of the language's library.)
+    // SAFETY: every processor with long mode has the instruction. (Safe in newer versions of the
+    // language's library.)
     #[allow(unused_unsafe)]
     unsafe {
         __cpuid(leaf)

@@ -55,8 +55,9 @@ impl Block {
         let (key, page) = POOL.0.borrow_mut().take(bytes).ok_or(NoMemory)?;
         let at = (BASE.load(Ordering::Relaxed) + u64::from(page) * PAGE) as *mut u8;
         let bytes = bytes.next_multiple_of(PAGE as usize);
-        // SAFETY: RAM that the table keeps for this block until its last handle has gone. A device that had it before has let go of it. Both ends
-        // access it as atomic words from here on; the slice lives as long as the handles, behind which it is not given out.
+        // SAFETY: RAM that the table keeps for this block until its last handle has gone. A device
+        // that had it before has let go of it. Both ends access it as atomic words from here on;
+        // the slice lives as long as the handles, behind which it is not given out.
         let words = unsafe {
             ptr::write_bytes(at, 0, bytes);
             core::slice::from_raw_parts(at.cast::<Word>(), bytes / WORD)

@@ -1,4 +1,5 @@
-//! The driver's environment here: registers in memory, doorbells of every kind, messages as interrupts.
+//! The driver's environment here: registers in memory, doorbells of every kind, messages as
+//! interrupts.
 #![allow(unsafe_code, reason = "registers of devices")]
 
 use core::sync::atomic::{Ordering, fence};
@@ -18,7 +19,10 @@ const CONFIG_DATA: u16 = 0xcfc;
 
 fn select(address: Address, offset: u16) {
     let Address { bus, device, function } = address;
-    let place = u32::from(bus) << 16 | u32::from(device) << 11 | u32::from(function) << 8 | u32::from(offset & 0xfc);
+    let place = u32::from(bus) << 16
+        | u32::from(device) << 11
+        | u32::from(function) << 8
+        | u32::from(offset & 0xfc);
     cpu::out32(CONFIG_ADDRESS, 1 << 31 | place);
 }
 
@@ -84,17 +88,20 @@ impl FlatHal {
         self.sint.unwrap_or_else(|| apic::message(0, vector))
     }
 
-    /// Has the function interrupt the first processor by messages of the `vectors.len()` vectors: by MSI-X if it has that, else by MSI all on
-    /// the first one.
+    /// Has the function interrupt the first processor by messages of the `vectors.len()` vectors:
+    /// by MSI-X if it has that, else by MSI all on the first one.
     pub fn enable_messages(&self, vectors: &[u8]) -> Option<Messages> {
         self.send_messages(vectors.iter().map(|vector| self.message(*vector)))
     }
 
-    /// Has the function interrupt by these messages: one for each vector by MSI-X if it has that, else the first one for all.
+    /// Has the function interrupt by these messages: one for each vector by MSI-X if it has that,
+    /// else the first one for all.
     pub fn send_messages(&self, messages: impl IntoIterator<Item = Message>) -> Option<Messages> {
         let address = self.found.address;
         let mut messages = messages.into_iter();
-        let Some(found @ Messages::Msix { entries, table, capability }) = pci::find_msix(&ConfigPorts, address) else {
+        let Some(found @ Messages::Msix { entries, table, capability }) =
+            pci::find_msix(&ConfigPorts, address)
+        else {
             return pci::enable_msi(&ConfigPorts, address, messages.next()?);
         };
         for (i, message) in (0..u64::from(entries)).zip(messages) {
@@ -135,7 +142,8 @@ impl Hal for FlatHal {
 
     fn write32(&self, offset: u64, value: u32) {
         fence(Ordering::SeqCst);
-        // SAFETY: as in `read32`; the device writes to memory that the allocator has given the driver.
+        // SAFETY: as in `read32`; the device writes to memory that the allocator has given the
+        // driver.
         unsafe { self.place::<u32>(offset).write_volatile(value) };
     }
 

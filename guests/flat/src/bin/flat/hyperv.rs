@@ -57,7 +57,8 @@ pub fn hypercalls() -> bool {
         && cpuid(FIRST_LEAF + 1).eax == INTERFACE
         && cpuid(FIRST_LEAF + 3).eax & RIGHT_OF_HYPERCALLS != 0;
     if yes {
-        // SAFETY: the page is the hypervisor's from here on. It lies in `.bss`, which is mapped with the right to execute.
+        // SAFETY: the page is the hypervisor's from here on. It lies in `.bss`, which is mapped
+        // with the right to execute.
         unsafe {
             write_msr(GUEST_OS_ID, OPEN_SOURCE);
             write_msr(HYPERCALL, PAGE.0.get() as u64 | ENABLE);
@@ -69,7 +70,8 @@ pub fn hypercalls() -> bool {
 
 /// Signals the event of a connection.
 pub fn signal_event(connection: u64) {
-    // The fast form: what would lie in memory, connection and flag number, is in RDX. The result: nothing to do about an error.
+    // The fast form: what would lie in memory, connection and flag number, is in RDX. The result:
+    // nothing to do about an error.
     // SAFETY: calls the hypervisor's code, which keeps all registers but these.
     unsafe {
         asm!("call {page}", page = in(reg) PAGE.0.get(), in("rcx") SIGNAL_EVENT_FAST, in("rdx") connection, in("r8") 0u64,
@@ -92,7 +94,8 @@ pub fn enable_sint(number: u32, vector: u8) {
     }
 }
 
-/// Takes all synthetic interrupt sources back. Until then KVM ends *every* interrupt of their vectors, wherever it comes from.
+/// Takes all synthetic interrupt sources back. Until then KVM ends *every* interrupt of their
+/// vectors, wherever it comes from.
 pub fn disable_sints() {
     for number in 0..SINTS {
         // SAFETY: as in `enable_sint`.

@@ -10,7 +10,8 @@ use crate::stream::{RECEIVERS_MAX, Rate, Stream};
 use crate::ways::Way;
 use crate::{Setting, apic, clock, cpu, hyperv, kvm, mark, traps};
 
-/// Frames for each receiver before the first mark: the switch learns, and the processors of emulated machines translate.
+/// Frames for each receiver before the first mark: the switch learns, and the processors of
+/// emulated machines translate.
 const WARM: u64 = 10;
 
 impl Way {
@@ -19,7 +20,10 @@ impl Way {
         let vector = apic::vector();
         traps::set_end(vector, self.end());
         if let Way::Sint = self {
-            let record = hal.function()?.synthetic_interrupts().ok_or(Failure::Said("no synthetic interrupts"))?;
+            let record = hal
+                .function()?
+                .synthetic_interrupts()
+                .ok_or(Failure::Said("no synthetic interrupts"))?;
             hyperv::enable_sint(number, vector);
             return Ok((hal.with_messages_at(record.offset(hyperv::processor()), number), vector));
         }
@@ -27,8 +31,9 @@ impl Way {
     }
 }
 
-/// Sends `count=` frames from the first NIC on a switch to the next `receivers=` ones as `rate=` says (several, one after the other), and sleeps
-/// whenever there is nothing to do. Once for each way, and again by the interrupt controller of the bus, if there is one.
+/// Sends `count=` frames from the first NIC on a switch to the next `receivers=` ones as `rate=`
+/// says (several, one after the other), and sleeps whenever there is nothing to do. Once for each
+/// way, and again by the interrupt controller of the bus, if there is one.
 pub fn run<'a>(setting: &Setting<'a>) -> Outcome<'a> {
     let pic = setting.of_class(class::PIC).next();
     let first = setting.on_switch().next().ok_or(Failure::Said("no NIC on a switch"))?;
@@ -66,7 +71,8 @@ fn counts() -> [u64; 3] {
 
 fn rounds<'a>(setting: &Setting<'a>, way: Way, pic: Option<&FlatHal>) -> Outcome<'a> {
     let count = setting.number("count", 2000);
-    let wanted = usize::try_from(setting.number("receivers", 1)).map_or(RECEIVERS_MAX, |n| n.min(RECEIVERS_MAX));
+    let wanted = usize::try_from(setting.number("receivers", 1))
+        .map_or(RECEIVERS_MAX, |n| n.min(RECEIVERS_MAX));
     let mut nics = setting.on_switch();
     let sender = nics.next().ok_or(Failure::Said("no NIC on a switch"))?;
     let mut sender = Station::open(&sender, apic::vector())?;
@@ -74,11 +80,15 @@ fn rounds<'a>(setting: &Setting<'a>, way: Way, pic: Option<&FlatHal>) -> Outcome
     let mut receivers = 0;
     for (place, hal) in stations.iter_mut().zip(nics.take(wanted)) {
         // Messages of a NIC that is routed go nowhere; its vector has to be one all the same.
-        let (hal, vector) = if pic.is_some() { (hal, apic::vector()) } else { way.set_up(&hal, receivers)? };
+        let (hal, vector) =
+            if pic.is_some() { (hal, apic::vector()) } else { way.set_up(&hal, receivers)? };
         *place = Some(Station::open(&hal, vector)?);
         receivers += 1;
     }
-    ensure(receivers as usize == wanted && wanted > 0, "not as many NICs on the switch as receivers=")?;
+    ensure(
+        receivers as usize == wanted && wanted > 0,
+        "not as many NICs on the switch as receivers=",
+    )?;
     let mut lines = match pic {
         Some(hal) => {
             let (hal, vector) = way.set_up(hal, 0)?;

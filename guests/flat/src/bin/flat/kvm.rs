@@ -35,7 +35,8 @@ pub fn features() -> Option<Features> {
     Some(Features { clock: bits & (1 << 3) != 0, pv_eoi: bits & (1 << 6) != 0 })
 }
 
-/// Has KVM tell this processor, by [`traps::pv_eoi`], when an interrupt may be ended by clearing a bit, or not.
+/// Has KVM tell this processor, by [`traps::pv_eoi`], when an interrupt may be ended by clearing a
+/// bit, or not.
 pub fn pv_eoi(on: bool) {
     let word = traps::pv_eoi();
     word.store(0, Ordering::Relaxed);

@@ -20,10 +20,16 @@ pub struct Lines {
 }
 
 impl Lines {
-    /// Opens the controller, whose messages come on `vector`, and routes the queues of station n to line n.
-    pub fn open<'a>(hal: &FlatHal, vector: u8, stations: &[Option<Station>]) -> Result<Lines, Failure<'a>> {
+    /// Opens the controller, whose messages come on `vector`, and routes the queues of station n to
+    /// line n.
+    pub fn open<'a>(
+        hal: &FlatHal,
+        vector: u8,
+        stations: &[Option<Station>],
+    ) -> Result<Lines, Failure<'a>> {
         const LINES: u16 = 32;
-        hal.enable_messages(&[vector]).ok_or(Failure::Said("the interrupt controller has no messages"))?;
+        hal.enable_messages(&[vector])
+            .ok_or(Failure::Said("the interrupt controller has no messages"))?;
         let mut pic = Pic::open(hal.function()?)?;
         let page = pic.cpu(0, LINES, Nesting::Flat, 0)?;
         for (number, station) in (0..).zip(stations.iter().flatten()) {
@@ -36,7 +42,8 @@ impl Lines {
         Ok(lines)
     }
 
-    /// Takes and ends all lines; returns how many. What they stand for is looked at afterwards: every station that waits for something.
+    /// Takes and ends all lines; returns how many. What they stand for is looked at afterwards:
+    /// every station that waits for something.
     pub fn drain(&mut self) -> u64 {
         let mut count = 0;
         while let Some(line) = self.page.take() {
@@ -54,8 +61,9 @@ impl Lines {
     }
 }
 
-/// Has two NICs raise a line each, `count=` times in turn: the masked one is not taken, the unmasked one wakes, and of two that are pending
-/// the more urgent one is taken first. Then the stations interrupt by themselves again.
+/// Has two NICs raise a line each, `count=` times in turn: the masked one is not taken, the
+/// unmasked one wakes, and of two that are pending the more urgent one is taken first. Then the
+/// stations interrupt by themselves again.
 pub fn run<'a>(setting: &Setting<'a>) -> Outcome<'a> {
     let rounds = setting.number("count", 2000).min(200);
     let pic = setting.of_class(class::PIC).next().ok_or(Failure::Said("no device of class pic"))?;
@@ -65,11 +73,14 @@ pub fn run<'a>(setting: &Setting<'a>) -> Outcome<'a> {
     };
     let first = apic::next_vector();
     let mut sender = Station::open(&a, apic::vector())?;
-    let mut stations = [Some(Station::open(&b, apic::vector())?), Some(Station::open(&c, apic::vector())?)];
+    let mut stations =
+        [Some(Station::open(&b, apic::vector())?), Some(Station::open(&c, apic::vector())?)];
     let mut lines = Lines::open(&pic, apic::vector(), &stations)?;
     for number in 0..rounds {
         // Masked, both become pending, and nothing is taken.
-        let both = |page: &mut Controller<FlatHal>| wait_pending(page, 0).and_then(|()| wait_pending(page, 1));
+        let both = |page: &mut Controller<FlatHal>| {
+            wait_pending(page, 0).and_then(|()| wait_pending(page, 1))
+        };
         lines.page.mask(0);
         lines.page.mask(1);
         raise(&mut sender, &mut stations, number)?;
@@ -93,7 +104,10 @@ pub fn run<'a>(setting: &Setting<'a>) -> Outcome<'a> {
             taken.into_iter().for_each(|line| lines.page.end(line));
             taken
         });
-        ensure(taken == [Some(1), Some(0)], "two lines were not taken in the order of their urgency")?;
+        ensure(
+            taken == [Some(1), Some(0)],
+            "two lines were not taken in the order of their urgency",
+        )?;
         ensure(lines.page.take().is_none(), "a line was taken twice")?;
         // Unmasked and drained: the next one wakes.
         collect(&mut stations)?;

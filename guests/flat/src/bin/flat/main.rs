@@ -1,8 +1,12 @@
-//! A guest without an operating system: it boots by PVH, finds the functions of a vbus, drives them with `vbus-driver`, and reports each
-//! result as a line of JSON on the serial port. README.md says how to run it.
+//! A guest without an operating system: it boots by PVH, finds the functions of a vbus, drives them
+//! with `vbus-driver`, and reports each result as a line of JSON on the serial port. README.md says
+//! how to run it.
 #![no_std]
 #![no_main]
-#![allow(clippy::cast_possible_truncation, reason = "usize has 64 bits here, and registers are written in parts")]
+#![allow(
+    clippy::cast_possible_truncation,
+    reason = "usize has 64 bits here, and registers are written in parts"
+)]
 
 mod apic;
 mod bells;
@@ -39,7 +43,8 @@ use vbus_shm::abi::class;
 use crate::hal::{ConfigPorts, FlatHal};
 use crate::report::{Outcome, line};
 
-/// Where BARs are put if no firmware has done so, unless the command line says it (`window=`, `window-bytes=`): that of vbus-vmm.
+/// Where BARs are put if no firmware has done so, unless the command line says it (`window=`,
+/// `window-bytes=`): that of vbus-vmm.
 const WINDOW: u64 = 0xe000_0000;
 const WINDOW_BYTES: u64 = 0x1000_0000;
 
@@ -81,7 +86,8 @@ fn number(words: Words<'_>, key: &str, default: u64) -> u64 {
     }
 }
 
-/// The guest's main program, on its first processor, with paging on and interrupts off. `start_info` is the address that PVH says.
+/// The guest's main program, on its first processor, with paging on and interrupts off.
+/// `start_info` is the address that PVH says.
 pub fn main(start_info: u64) -> ! {
     let start = start::read(start_info);
     traps::init(0);
@@ -98,7 +104,8 @@ pub fn main(start_info: u64) -> ! {
         .end();
 
     let next = number(words, "window", WINDOW);
-    let window = Window { next, end: next.saturating_add(number(words, "window-bytes", WINDOW_BYTES)) };
+    let window =
+        Window { next, end: next.saturating_add(number(words, "window-bytes", WINDOW_BYTES)) };
     let functions = Functions::find(&ConfigPorts, window);
     let name = words.get("doorbell").unwrap_or("mmio");
     let Some(kind) = hal::KINDS.into_iter().find(|kind| hal::kind_name(*kind) == name) else {
@@ -124,7 +131,11 @@ pub fn main(start_info: u64) -> ! {
             line(test).value("ok", false).text("error", error).end();
         }
     }
-    line("done").value("ok", failed == 0).value("failed", failed).value("pages", dma::pages_in_use()).end();
+    line("done")
+        .value("ok", failed == 0)
+        .value("failed", failed)
+        .value("pages", dma::pages_in_use())
+        .end();
     power::off()
 }
 
@@ -150,8 +161,8 @@ struct Kinds<'a>(&'a Function<FlatHal>);
 impl fmt::Display for Kinds<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut between = "";
-        self.0
-            .doorbells_offered()
-            .try_for_each(|doorbell| write!(f, "{}{}", mem::replace(&mut between, " "), hal::kind_name(doorbell.kind)))
+        self.0.doorbells_offered().try_for_each(|doorbell| {
+            write!(f, "{}{}", mem::replace(&mut between, " "), hal::kind_name(doorbell.kind))
+        })
     }
 }

@@ -1,4 +1,5 @@
-//! Marks: a write to a port of vbus-vmm, which notes what KVM has counted until then. Between two marks nothing runs but what is measured.
+//! Marks: a write to a port of vbus-vmm, which notes what KVM has counted until then. Between two
+//! marks nothing runs but what is measured.
 
 use core::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 
@@ -12,7 +13,8 @@ pub fn init(port: u16) {
     PORT.store(port, Ordering::Relaxed);
 }
 
-/// Sets a mark and returns its number. It costs one exit, which is counted between it and the mark before.
+/// Sets a mark and returns its number. It costs one exit, which is counted between it and the mark
+/// before.
 pub fn set() -> u32 {
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     let port = PORT.load(Ordering::Relaxed);
@@ -22,7 +24,8 @@ pub fn set() -> u32 {
     number
 }
 
-/// Sets a mark and returns what `count` says at that same moment: no interrupt is taken between the two.
+/// Sets a mark and returns what `count` says at that same moment: no interrupt is taken between the
+/// two.
 pub fn set_with<T>(count: impl FnOnce() -> T) -> (u32, T) {
     cpu::interrupts(false);
     let counted = count();

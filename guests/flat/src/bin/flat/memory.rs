@@ -1,4 +1,5 @@
-//! The functions that compiled code calls to copy, fill and compare memory: on a system with a C library they are its own.
+//! The functions that compiled code calls to copy, fill and compare memory: on a system with a C
+//! library they are its own.
 #![allow(unsafe_code, reason = "the functions that everything else is compiled to")]
 
 use core::arch::asm;
@@ -27,7 +28,8 @@ unsafe extern "C" fn memmove(to: *mut u8, from: *const u8, n: usize) -> *mut u8 
         // SAFETY: the caller's promise; what is read has not been written over.
         return unsafe { memcpy(to, from, n) };
     }
-    // SAFETY: the caller's promise; from the end on, so what is read has not been written over. `n` is not 0 here.
+    // SAFETY: the caller's promise; from the end on, so what is read has not been written over. `n`
+    // is not 0 here.
     unsafe {
         asm!("std", "rep movsb", "cld", inout("rcx") n => _, inout("rdi") to.add(n - 1) => _,
             inout("rsi") from.add(n - 1) => _, options(nostack));

@@ -44,9 +44,11 @@ pub struct Station {
 }
 
 impl Station {
-    /// Opens a NIC whose interrupts come on `vector`: with MSI-X those of the queues by another message than those of the status page.
+    /// Opens a NIC whose interrupts come on `vector`: with MSI-X those of the queues by another
+    /// message than those of the status page.
     pub fn open<'a>(hal: &FlatHal, vector: u8) -> Result<Station, Failure<'a>> {
-        let messages = hal.enable_messages(&[vector; 2]).ok_or(Failure::Said("the NIC has no messages"))?;
+        let messages =
+            hal.enable_messages(&[vector; 2]).ok_or(Failure::Said("the NIC has no messages"))?;
         let queues = u16::from(messages != Messages::Msi);
         let mut nic = Nic::open(hal.function()?, 0, 0)?;
         let (tx, mut rx) = nic.queue_pair(0, ENTRIES, BUFFER as u32, queues)?;
@@ -83,7 +85,10 @@ impl Station {
     }
 
     /// The next frame, in `out`; its length. `None` if there is none.
-    pub fn try_receive<'a>(&mut self, out: &mut [u8; BUFFER]) -> Result<Option<usize>, Failure<'a>> {
+    pub fn try_receive<'a>(
+        &mut self,
+        out: &mut [u8; BUFFER],
+    ) -> Result<Option<usize>, Failure<'a>> {
         let Some(pieces) = self.rx.receive()? else { return Ok(None) };
         let [piece] = *pieces else { return Err(Failure::Said("a small frame in several pieces")) };
         let at = usize::from(piece.id) * BUFFER;

@@ -1,9 +1,13 @@
-//! The pages of a `pic` for several processors, their handlers, and what must hold each time that a line is taken:
+//! The pages of a `pic` for several processors, their handlers, and what must hold each time that a
+//! line is taken:
 //!
 //! - its processor is one that it leads to, or led to until a move that is still under way;
 //! - it is not masked, and more urgent than all that are in service there;
 //! - no line that was pending before is more urgent.
-#![allow(unsafe_code, reason = "each processor has its own part, in which its handlers interrupt it")]
+#![allow(
+    unsafe_code,
+    reason = "each processor has its own part, in which its handlers interrupt it"
+)]
 
 use core::array;
 use core::cell::UnsafeCell;
@@ -130,8 +134,8 @@ pub struct Pages {
     stop: AtomicBool,
 }
 
-// SAFETY: `own` is used on its processor alone, with interrupts kept out; a place's `station` by who has made the first claim, the sender's by
-// who has made it busy.
+// SAFETY: `own` is used on its processor alone, with interrupts kept out; a place's `station` by
+// who has made the first claim, the sender's by who has made it busy.
 unsafe impl Sync for Pages {}
 
 impl Pages {
@@ -203,7 +207,8 @@ impl Pages {
     /// The NICs, when all is done, with what has come of each; the sender last.
     pub fn into_stations(self) -> (impl Iterator<Item = (Station, Came)>, Station) {
         let came = |place: Place| {
-            let [raised, empty, late] = [place.found, place.empty, place.late].map(AtomicU64::into_inner);
+            let [raised, empty, late] =
+                [place.found, place.empty, place.late].map(AtomicU64::into_inner);
             Some((place.station.into_inner()?, Came { raised, empty, late }))
         };
         (self.places.into_iter().filter_map(came), self.sender.station.into_inner())
@@ -214,7 +219,8 @@ impl Pages {
         self.places[number].station.get_mut().as_mut()
     }
 
-    /// Sends a frame to NIC `number`, if not too many are under way to it, and nobody else is just sending one.
+    /// Sends a frame to NIC `number`, if not too many are under way to it, and nobody else is just
+    /// sending one.
     pub fn send(&self, number: usize) {
         let Sender { station, busy, pauses, count } = &self.sender;
         if busy.swap(true, Ordering::SeqCst) {
@@ -222,7 +228,10 @@ impl Pages {
         }
         let Place { mac, sent, got, .. } = &self.places[number];
         let frame = sent.load(Ordering::Relaxed);
-        if !pauses.load(Ordering::SeqCst) && frame < *count && frame - got.load(Ordering::Acquire) < AHEAD {
+        if !pauses.load(Ordering::SeqCst)
+            && frame < *count
+            && frame - got.load(Ordering::Acquire) < AHEAD
+        {
             // SAFETY: nobody else is at it.
             let station = unsafe { &mut *station.get() };
             if let Err(error) = station.send(*mac, frame, 60) {
@@ -251,7 +260,8 @@ impl Pages {
         self.places[number].got.load(Ordering::Acquire)
     }
 
-    /// Has handlers use these pages while `run` runs. `settle` is to return when every handler that had begun on another processor has ended.
+    /// Has handlers use these pages while `run` runs. `settle` is to return when every handler that
+    /// had begun on another processor has ended.
     pub fn share<T>(&self, run: impl FnOnce() -> T, settle: impl FnOnce()) -> T {
         SHARED.store(ptr::from_ref(self).cast_mut(), Ordering::Release);
         let outcome = run();
@@ -266,7 +276,8 @@ impl Pages {
         lead.compare_exchange(0, station as u8 + 1, Ordering::SeqCst, Ordering::SeqCst).is_ok()
     }
 
-    /// Moves what leads to line `from` by means of `carry`, on processor 0; behind it, nothing is taken there any more.
+    /// Moves what leads to line `from` by means of `carry`, on processor 0; behind it, nothing is
+    /// taken there any more.
     pub fn relocate<T>(&self, from: Line, carry: impl FnOnce() -> T) -> T {
         self.moving.fetch_add(NEXT_MOVE | mark(from.cpu as usize, from.number), Ordering::SeqCst);
         let outcome = carry();
@@ -304,7 +315,8 @@ impl Pages {
         cpu::interrupts(true);
     }
 
-    /// What another processor does: it masks a line for a while, sleeps until a message comes, and so on until it is told to stop.
+    /// What another processor does: it masks a line for a while, sleeps until a message comes, and
+    /// so on until it is told to stop.
     pub fn serve(&self, me: usize) {
         self.arm(me);
         self.serving.fetch_add(1, Ordering::Release);
@@ -328,9 +340,12 @@ impl Pages {
     pub fn mask_one(&self, me: usize) {
         cpu::interrupts(false);
         let first = self.with(me, |own| own.dice.roll(LINES.into())) as u16;
-        let mut lines = (first..LINES).chain(0..first).filter_map(|line| Some((line, self.led_by(me, line)?)));
+        let mut lines =
+            (first..LINES).chain(0..first).filter_map(|line| Some((line, self.led_by(me, line)?)));
         let pauses = self.sender.pauses.load(Ordering::SeqCst);
-        let Some((line, station)) = lines.next().filter(|_| !pauses) else { return cpu::interrupts(true) };
+        let Some((line, station)) = lines.next().filter(|_| !pauses) else {
+            return cpu::interrupts(true);
+        };
         let long = self.with(me, |own| {
             own.masked = Some(line);
             own.tally.masked += 1;
@@ -352,7 +367,8 @@ impl Pages {
         cpu::interrupts(true);
     }
 
-    /// Takes lines, handles and ends them until there are none. With interrupts kept out, as they are again afterwards.
+    /// Takes lines, handles and ends them until there are none. With interrupts kept out, as they
+    /// are again afterwards.
     fn drain(&self, me: usize) {
         while let Some((line, station)) = self.take(me) {
             let nests = self.nesting == Nesting::Nested;
@@ -377,9 +393,12 @@ impl Pages {
         let masked = self.with(me, |own| own.masked);
         // To unmask a line that is not masked changes nothing, and says whether it is pending.
         let pending = |line: &u16| self.with_page(me, |page| page.unmask(*line)) == Wanted::Pending;
-        let looked_at = (0..LINES).rev().filter(|line| self.led_by(me, *line).is_some() && masked != Some(*line));
-        let (count, most) =
-            looked_at.filter(pending).fold((0, None), |(count, most), line| (count + 1, most.or(Some(line))));
+        let looked_at = (0..LINES)
+            .rev()
+            .filter(|line| self.led_by(me, *line).is_some() && masked != Some(*line));
+        let (count, most) = looked_at
+            .filter(pending)
+            .fold((0, None), |(count, most), line| (count + 1, most.or(Some(line))));
         let line = self.with_page(me, Controller::take);
         let after = self.moving.load(Ordering::SeqCst);
         let station = line.map(|line| {
@@ -390,7 +409,10 @@ impl Pages {
             self.with(me, |own| {
                 let in_service = &own.in_service[..own.depth];
                 let higher = in_service.last().is_none_or(|last| *last < line);
-                assert!(higher, "processor {me}: line {line} was taken while {in_service:?} are in service");
+                assert!(
+                    higher,
+                    "processor {me}: line {line} was taken while {in_service:?} are in service"
+                );
                 own.tally.taken += 1;
                 own.tally.nested += u64::from(own.depth > 0);
                 own.tally.chosen += u64::from(count > 1);
@@ -413,7 +435,8 @@ impl Pages {
         usize::from(self.leads[me][usize::from(line)].load(Ordering::SeqCst)).checked_sub(1)
     }
 
-    /// Looks at a NIC, or has the one do it that is at it already: perhaps a handler that this one has interrupted.
+    /// Looks at a NIC, or has the one do it that is at it already: perhaps a handler that this one
+    /// has interrupted.
     fn attend(&self, station: usize) {
         let place = &self.places[station];
         if place.claims.fetch_add(1, Ordering::AcqRel) > 0 {
@@ -424,7 +447,8 @@ impl Pages {
             // SAFETY: the first claim is ours.
             let station = unsafe { &mut *place.station.get() };
             place.look(station.as_mut().expect("a line of a NIC that is not there"));
-            if place.claims.compare_exchange(claims, 0, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+            if place.claims.compare_exchange(claims, 0, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+            {
                 return;
             }
         }
@@ -439,7 +463,9 @@ impl Pages {
             seen
         };
         let (before, roll) = look();
-        let Some(station) = (line + 1..LINES).find_map(|line| self.led_by(me, line)).filter(|_| roll == 0) else {
+        let Some(station) =
+            (line + 1..LINES).find_map(|line| self.led_by(me, line)).filter(|_| roll == 0)
+        else {
             return;
         };
         self.send(station);
@@ -449,7 +475,8 @@ impl Pages {
         }
     }
 
-    /// What this processor has for itself. With interrupts kept out; `f` calls nothing that comes here.
+    /// What this processor has for itself. With interrupts kept out; `f` calls nothing that comes
+    /// here.
     fn with<T>(&self, me: usize, f: impl FnOnce(&mut Own) -> T) -> T {
         // SAFETY: nobody else uses it.
         f(unsafe { &mut *self.processors[me].own.get() })
@@ -477,7 +504,10 @@ impl Place {
             let got = self.got.load(Ordering::Relaxed);
             match station.try_receive(&mut frame) {
                 Ok(Some(_)) => {
-                    assert!(Station::number(&frame) == got as u8, "a frame is missing before frame {got}");
+                    assert!(
+                        Station::number(&frame) == got as u8,
+                        "a frame is missing before frame {got}"
+                    );
                     self.got.store(got + 1, Ordering::Release);
                     any = true;
                 }

@@ -1,8 +1,11 @@
-//! Test `processors`: lines of a `pic` that are raised, masked, and moved between processors all the time.
+//! Test `processors`: lines of a `pic` that are raised, masked, and moved between processors all
+//! the time.
 //!
-//! The first processor sends frames to some NICs, and moves the lines of these from one processor and priority to another. Nobody looks at a
-//! NIC but the handler of its line, and a NIC interrupts once for each time that it is armed, which that handler does: where an interrupt is
-//! lost, a NIC stands still for ever. All else that must hold is looked at in [`crate::pages`], each time that a line is taken.
+//! The first processor sends frames to some NICs, and moves the lines of these from one processor
+//! and priority to another. Nobody looks at a NIC but the handler of its line, and a NIC interrupts
+//! once for each time that it is armed, which that handler does: where an interrupt is lost, a NIC
+//! stands still for ever. All else that must hold is looked at in [`crate::pages`], each time that
+//! a line is taken.
 
 use core::array;
 use core::fmt::{self, Display};
@@ -32,12 +35,13 @@ const BURST: u64 = 16;
 /// The synthetic interrupt source of each processor.
 const SINT: u32 = 0;
 
-/// Carries `count=` frames to each of `receivers=` NICs, by each way in which messages can end, with handlers that are interrupted by more urgent
-/// lines and with ones that are not.
+/// Carries `count=` frames to each of `receivers=` NICs, by each way in which messages can end,
+/// with handlers that are interrupted by more urgent lines and with ones that are not.
 pub fn run<'a>(setting: &Setting<'a>) -> Outcome<'a> {
     let pic = setting.of_class(class::PIC).next().ok_or(Failure::Said("no device of class pic"))?;
     let unused = apic::next_vector();
-    // Vectors of their own for each way, so that it can be counted from outside what was done about each.
+    // Vectors of their own for each way, so that it can be counted from outside what was done about
+    // each.
     let vectors = [(); Way::COUNT].map(|()| [(); CPUS_MAX].map(|()| apic::vector()));
     for (way, vectors) in Way::there(&pic).zip(&vectors) {
         for vector in vectors {
@@ -66,7 +70,8 @@ fn round<'a>(
     nesting: Nesting,
 ) -> Outcome<'a> {
     let count = setting.number("count", 2000);
-    let wanted = usize::try_from(setting.number("receivers", 1)).map_or(STATIONS_MAX, |n| n.min(STATIONS_MAX));
+    let wanted = usize::try_from(setting.number("receivers", 1))
+        .map_or(STATIONS_MAX, |n| n.min(STATIONS_MAX));
     let cpus = smp::count();
     let mut nics = setting.on_switch();
     let sender = nics.next().ok_or(Failure::Said("no NIC on a switch"))?;
@@ -77,7 +82,8 @@ fn round<'a>(
     let stations = pages.stations();
     ensure(stations == wanted && stations > 0, "not as many NICs on the switch as receivers=")?;
 
-    // Every processor makes itself ready for its messages; those of synthetic interrupts go by a number of the hypervisor's.
+    // Every processor makes itself ready for its messages; those of synthetic interrupts go by a
+    // number of the hypervisor's.
     let numbers = [const { AtomicU32::new(0) }; CPUS_MAX];
     everywhere(&|number| match way {
         Way::Msi => {}
@@ -96,14 +102,25 @@ fn round<'a>(
         _ => apic::message(number, vectors[number as usize]),
     };
     let messages = pic.send_messages((0..cpus).map(message));
-    let each = matches!(messages, Some(Messages::Msix { entries, .. }) if u32::from(entries) >= cpus);
-    ensure(each || (messages.is_some() && cpus == 1), "the interrupt controller has no message for each processor")?;
+    let each =
+        matches!(messages, Some(Messages::Msix { entries, .. }) if u32::from(entries) >= cpus);
+    ensure(
+        each || (messages.is_some() && cpus == 1),
+        "the interrupt controller has no message for each processor",
+    )?;
 
     let mut pic = Pic::open(pic.function()?)?;
     for number in 0..cpus {
         pages.set_page(number, pic.cpu(number, LINES, nesting, number as u16)?);
     }
-    let mut traffic = Traffic { count, cpus, routes: [None; STATIONS_MAX], moves: 0, carried: 0, dice: Dice::new(99) };
+    let mut traffic = Traffic {
+        count,
+        cpus,
+        routes: [None; STATIONS_MAX],
+        moves: 0,
+        carried: 0,
+        dice: Dice::new(99),
+    };
     for station in 0..stations {
         let to = Line { cpu: station as u32 % cpus, number: station as u16 };
         ensure(pages.lead(station, to), "a line that is not free")?;
@@ -113,7 +130,8 @@ fn round<'a>(
         ensure(nic.rx.arm(0) == Armed::Waiting, "a frame that nobody has sent")?;
         traffic.routes[station] = Some(route);
     }
-    let before: [_; CPUS_MAX] = array::from_fn(|number| traps::counts(number as u32, vectors[number]));
+    let before: [_; CPUS_MAX] =
+        array::from_fn(|number| traps::counts(number as u32, vectors[number]));
     let serve = |number| pages.serve(number as usize);
     let drive = || {
         pages.arm(0);
@@ -206,8 +224,8 @@ struct Traffic {
 }
 
 impl Traffic {
-    /// Sends frames, some at a time, while lines are moved and masked, and each time waits until all have come: by interrupts alone, since a
-    /// move or a mask would bring a processor to look.
+    /// Sends frames, some at a time, while lines are moved and masked, and each time waits until
+    /// all have come: by interrupts alone, since a move or a mask would bring a processor to look.
     fn carry<'a>(&mut self, pages: &Pages, pic: &mut Pic<FlatHal>) -> Outcome<'a> {
         let began = clock::now();
         while pages.serving() < self.cpus - 1 {
@@ -222,7 +240,9 @@ impl Traffic {
                 let station = self.dice.roll(stations.len() as u64) as usize;
                 // All of them have come to this one, perhaps, and not to others.
                 let wants = |station: &usize| pages.sent(*station) < self.count;
-                let Some(station) = (station..stations.end).chain(0..station).find(wants) else { break };
+                let Some(station) = (station..stations.end).chain(0..station).find(wants) else {
+                    break;
+                };
                 pages.send(station);
                 if self.dice.roll(4) > 0 {
                     self.relocate(pages, pic)?;
@@ -241,7 +261,9 @@ impl Traffic {
     /// Waits until all that was sent has come.
     fn settle<'a>(&self, pages: &Pages, pic: &Pic<FlatHal>) -> Outcome<'a> {
         let began = clock::now();
-        while let Some(station) = (0..pages.stations()).find(|station| pages.got(*station) < pages.sent(*station)) {
+        while let Some(station) =
+            (0..pages.stations()).find(|station| pages.got(*station) < pages.sent(*station))
+        {
             if clock::now() - began > PATIENCE {
                 let to = self.routes[station].map_or(Line { cpu: 0, number: 0 }, |route| route.to);
                 line("processors")
@@ -253,7 +275,8 @@ impl Traffic {
                     .end();
                 return Err(Failure::Said("an interrupt is lost: a NIC stands still"));
             }
-            // A question that takes a moment, in which another processor can have this one's time, if they share it.
+            // A question that takes a moment, in which another processor can have this one's time,
+            // if they share it.
             pic.function().check()?;
         }
         Ok(())
@@ -283,7 +306,9 @@ struct List<I>(I);
 impl<I: Iterator<Item = u64> + Clone> Display for List<I> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut before = "[";
-        self.0.clone().try_for_each(|number| write!(f, "{}{number}", mem::replace(&mut before, ",")))?;
+        self.0
+            .clone()
+            .try_for_each(|number| write!(f, "{}{number}", mem::replace(&mut before, ",")))?;
         f.write_str(if before == "[" { "[]" } else { "]" })
     }
 }

@@ -29,7 +29,8 @@ type Job = &'static (dyn Fn(u32) + Sync);
 
 struct Slot(UnsafeCell<Option<Job>>);
 
-// SAFETY: written by the first processor alone, while no other one is busy; read by those once `JOBS` has gone up.
+// SAFETY: written by the first processor alone, while no other one is busy; read by those once
+// `JOBS` has gone up.
 unsafe impl Sync for Slot {}
 
 static JOB: Slot = Slot(UnsafeCell::new(None));
@@ -38,7 +39,8 @@ static JOBS: AtomicU32 = AtomicU32::new(0);
 /// Processors that have yet to end the last one.
 static BUSY: AtomicU32 = AtomicU32::new(0);
 
-/// Starts the others, so that there are `wanted` in all; returns how many there are. Ends the guest if they do not come.
+/// Starts the others, so that there are `wanted` in all; returns how many there are. Ends the guest
+/// if they do not come.
 pub fn start(wanted: u64) -> u32 {
     let wanted = u32::try_from(wanted).unwrap_or(u32::MAX);
     assert!((1..=CPUS_MAX as u32).contains(&wanted), "cpus={wanted} is none of 1 to {CPUS_MAX}");
@@ -48,9 +50,11 @@ pub fn start(wanted: u64) -> u32 {
     WANTED.store(wanted, Ordering::Relaxed);
     WAKE.store(apic::vector(), Ordering::Relaxed);
     let code = boot::trampoline_code();
-    // SAFETY: memory that only the loader has used, for what has been read already; in the lowest MiB, which is mapped.
+    // SAFETY: memory that only the loader has used, for what has been read already; in the lowest
+    // MiB, which is mapped.
     unsafe { ptr::copy_nonoverlapping(code.as_ptr(), TRAMPOLINE as *mut u8, code.len()) };
-    // As Intel has it: 10 ms behind the reset, and a second start, which only finds somebody if the first one was missed.
+    // As Intel has it: 10 ms behind the reset, and a second start, which only finds somebody if the
+    // first one was missed.
     apic::reset_others();
     pause(10_000_000);
     apic::start_others(TRAMPOLINE);
@@ -93,7 +97,8 @@ pub fn arrive(number: u32) -> ! {
         }
         cpu::interrupts(true);
         done += 1;
-        // SAFETY: it was written before `JOBS` went up, and is not again until this processor is not busy any more.
+        // SAFETY: it was written before `JOBS` went up, and is not again until this processor is
+        // not busy any more.
         if let Some(job) = unsafe { *JOB.0.get() } {
             job(number);
         }
@@ -101,9 +106,11 @@ pub fn arrive(number: u32) -> ! {
     }
 }
 
-/// Has every other processor do `job`, with interrupts let in, and meanwhile does `here`; returns when all have ended.
+/// Has every other processor do `job`, with interrupts let in, and meanwhile does `here`; returns
+/// when all have ended.
 pub fn together<T>(job: &(dyn Fn(u32) + Sync), here: impl FnOnce() -> T) -> T {
-    // SAFETY: nobody has it any more when this function returns. It does not unwind: a panic ends the guest.
+    // SAFETY: nobody has it any more when this function returns. It does not unwind: a panic ends
+    // the guest.
     let job = unsafe { mem::transmute::<&(dyn Fn(u32) + Sync), Job>(job) };
     // SAFETY: nobody is busy.
     unsafe { *JOB.0.get() = Some(job) };

@@ -64,16 +64,25 @@ unsafe extern "C" {
 /// Copies what is of use, for the memory that it lies in will be used for other things.
 pub fn read(address: u64) -> Start {
     let info: StartInfo = at(address).expect("no start info");
-    assert!(info.magic == MAGIC && info.version >= 1, "the start info has no memory map: {:#x}", info.magic);
+    assert!(
+        info.magic == MAGIC && info.version >= 1,
+        "the start info has no memory map: {:#x}",
+        info.magic
+    );
     let mut start = Start { line: [0; COMMAND_LINE_MAX], line_bytes: 0, memory: (0, 0) };
-    while let Some(byte) = at(info.command_line + start.line_bytes as u64).filter(|byte| *byte != 0) {
+    while let Some(byte) = at(info.command_line + start.line_bytes as u64).filter(|byte| *byte != 0)
+    {
         let Some(place) = start.line.get_mut(start.line_bytes) else { break };
         *place = byte;
         start.line_bytes += 1;
     }
     let used = (&raw const image_end) as u64;
     for i in 0..info.memory_map_entries.min(MAP_MAX) {
-        let Some(entry) = at::<MapEntry>(info.memory_map + u64::from(i) * size_of::<MapEntry>() as u64) else { break };
+        let Some(entry) =
+            at::<MapEntry>(info.memory_map + u64::from(i) * size_of::<MapEntry>() as u64)
+        else {
+            break;
+        };
         let end = entry.address.saturating_add(entry.bytes).min(MAPPED);
         let from = entry.address.max(used);
         if entry.kind == RAM && end.saturating_sub(from) > start.memory.1 {

@@ -10,11 +10,13 @@ use crate::{Setting, apic, clock, traps};
 /// Bytes of a value that are looked at.
 const SHOWN: usize = 64;
 
-/// Reads every page of the device and waits for newer values of it, as many as `updates=` says, each announced by a line that someone outside
-/// answers by setting a value; writes every page of the driver.
+/// Reads every page of the device and waits for newer values of it, as many as `updates=` says,
+/// each announced by a line that someone outside answers by setting a value; writes every page of
+/// the driver.
 pub fn run<'a>(setting: &Setting<'a>) -> Outcome<'a> {
     let updates = setting.number("updates", 0);
-    let hal = setting.of_class(class::STATE).next().ok_or(Failure::Said("no device of class state"))?;
+    let hal =
+        setting.of_class(class::STATE).next().ok_or(Failure::Said("no device of class state"))?;
     let vector = apic::vector();
     hal.enable_messages(&[vector]).ok_or(Failure::Said("the device has no messages"))?;
     let mut pages = Pages::open(hal.function()?)?;
@@ -25,7 +27,11 @@ pub fn run<'a>(setting: &Setting<'a>) -> Outcome<'a> {
             let mut writer = pages.writer(&page, 0)?;
             writer.write(b"flat was here");
             pages.finish(writer)?;
-            line("state").value("ok", true).text("page", page.name).text("wrote", "flat was here").end();
+            line("state")
+                .value("ok", true)
+                .text("page", page.name)
+                .text("wrote", "flat was here")
+                .end();
             continue;
         }
         ensure(bytes <= SHOWN, "a page of the device is too large for this test")?;

@@ -27,7 +27,8 @@ const AHEAD: u64 = 16;
 impl Rate {
     /// By its name.
     pub fn new<'a>(name: &str) -> Result<Rate, Failure<'a>> {
-        let rate = [Rate::Trickle, Rate::Burst, Rate::Full].into_iter().find(|rate| rate.name() == name);
+        let rate =
+            [Rate::Trickle, Rate::Burst, Rate::Full].into_iter().find(|rate| rate.name() == name);
         rate.ok_or(Failure::Said("rate= is none of trickle, burst, full"))
     }
 
@@ -67,7 +68,8 @@ impl Stream {
         Stream { rate, receivers, sent: 0, got: [0; RECEIVERS_MAX], drained: 0 }
     }
 
-    /// Sends `count` frames and waits until all have arrived where they go. Calls `drain` after each interrupt, before it looks what has come.
+    /// Sends `count` frames and waits until all have arrived where they go. Calls `drain` after
+    /// each interrupt, before it looks what has come.
     pub fn carry<'a>(
         &mut self,
         count: u64,
@@ -82,7 +84,9 @@ impl Stream {
                     Rate::Trickle => stations.get((self.sent % self.receivers) as usize),
                     _ => None,
                 };
-                let to = to.and_then(Option::as_ref).map_or(BROADCAST, |station| station.nic.config().mac);
+                let to = to
+                    .and_then(Option::as_ref)
+                    .map_or(BROADCAST, |station| station.nic.config().mac);
                 sender.send(to, self.sent, 60)?;
                 self.sent += 1;
             }
@@ -104,11 +108,13 @@ impl Stream {
 
     /// Frames that have not arrived everywhere.
     fn under_way(&self) -> u64 {
-        let missing = |(number, got): (u64, &u64)| self.rate.due(self.sent, number, self.receivers) - got;
+        let missing =
+            |(number, got): (u64, &u64)| self.rate.due(self.sent, number, self.receivers) - got;
         (0..self.receivers).zip(&self.got).map(missing).max().unwrap_or(0)
     }
 
-    /// Takes what has come to receiver `number`. If it waits for more, it asks for an interrupt; whether that was too late.
+    /// Takes what has come to receiver `number`. If it waits for more, it asks for an interrupt;
+    /// whether that was too late.
     fn receive<'a>(&mut self, number: usize, station: &mut Station) -> Result<bool, Failure<'a>> {
         let due = self.rate.due(self.sent, number as u64, self.receivers);
         let mut frame = [0; FRAME];

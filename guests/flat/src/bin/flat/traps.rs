@@ -1,8 +1,10 @@
 //! Exceptions and interrupts.
 //!
-//! Compiled code keeps data below the stack pointer (the *red zone*), so every handler has a stack of its own, by way of the task state
-//! segment. Interrupt handlers are assembly that counts and ends the interrupt: they touch no vector register, and nothing need be saved. What a
-//! test wants done besides ([`set_handler`]) is done with everything saved, on the stack of what was interrupted, behind its red zone.
+//! Compiled code keeps data below the stack pointer (the *red zone*), so every handler has a stack
+//! of its own, by way of the task state segment. Interrupt handlers are assembly that counts and
+//! ends the interrupt: they touch no vector register, and nothing need be saved. What a test wants
+//! done besides ([`set_handler`]) is done with everything saved, on the stack of what was
+//! interrupted, behind its red zone.
 #![allow(unsafe_code, reason = "tables that the processor reads")]
 
 use core::arch::{asm, global_asm};
@@ -63,7 +65,8 @@ static LOCALS: [Local; CPUS_MAX] = [const {
 
 /// [`End`] by vector less [`FIRST`].
 static ENDS: [AtomicU8; COUNT] = [const { AtomicU8::new(End::Automatic as u8) }; COUNT];
-/// What else is done about an interrupt when it has been ended, by vector less [`FIRST`]; null: nothing.
+/// What else is done about an interrupt when it has been ended, by vector less [`FIRST`]; null:
+/// nothing.
 static HANDLERS: [AtomicPtr<()>; COUNT] = [const { AtomicPtr::new(ptr::null_mut()) }; COUNT];
 
 fn local() -> &'static Local {
@@ -91,7 +94,8 @@ pub fn ended_by_register() -> u64 {
     local().by_register.iter().map(|count| count.load(Ordering::Relaxed)).sum()
 }
 
-/// How many interrupts of a vector have come to a processor, and how many of these had to be ended by a register.
+/// How many interrupts of a vector have come to a processor, and how many of these had to be ended
+/// by a register.
 pub fn counts(processor: u32, vector: u8) -> (u64, u64) {
     let (local, at) = (&LOCALS[processor as usize], usize::from(vector - FIRST));
     (local.by_vector[at].load(Ordering::Relaxed), local.by_register[at].load(Ordering::Relaxed))
@@ -107,15 +111,16 @@ pub fn set_end(vector: u8, end: End) {
     ENDS[usize::from(vector - FIRST)].store(end as u8, Ordering::Relaxed);
 }
 
-/// Has `handler` called when an interrupt of the vector has come and been ended, with interrupts kept out, on the stack of what was interrupted;
-/// it may let them in meanwhile.
+/// Has `handler` called when an interrupt of the vector has come and been ended, with interrupts
+/// kept out, on the stack of what was interrupted; it may let them in meanwhile.
 pub fn set_handler(vector: u8, handler: Option<extern "C" fn()>) {
     let handler = handler.map_or(ptr::null_mut(), |handler| handler as *mut ());
     HANDLERS[usize::from(vector - FIRST)].store(handler, Ordering::Release);
 }
 
 global_asm!(
-    // Exceptions: number and error code (0 for those that have none) on the stack, then the handler.
+    // Exceptions: number and error code (0 for those that have none) on the stack, then the
+    // handler.
     ".balign 16",
     "exception_stubs:",
     ".set n, 0",
@@ -178,8 +183,9 @@ global_asm!(
     "pop rax",
     "pop rsi",
     "iretq",
-    // There is a handler, which may be interrupted: it must leave this stack. What is on it (4 registers, and the processor's frame of 5
-    // words, with the stack pointer in the fourth) goes behind the red zone of what was interrupted, and everything that the handler may change.
+    // There is a handler, which may be interrupted: it must leave this stack. What is on it (4
+    // registers, and the processor's frame of 5 words, with the stack pointer in the fourth) goes
+    // behind the red zone of what was interrupted, and everything that the handler may change.
     "4: mov rdx, rsp",
     "mov rsp, [rdx + 56]",
     "sub rsp, 128",
@@ -265,8 +271,8 @@ extern "C" fn exception(frame: &Frame) -> ! {
     power::off()
 }
 
-/// No processor delivers an interrupt while they are kept out; an emulated one may. The frame of the handler that it came into is overwritten then,
-/// so there is nowhere to go back to.
+/// No processor delivers an interrupt while they are kept out; an emulated one may. The frame of
+/// the handler that it came into is overwritten then, so there is nowhere to go back to.
 extern "C" fn kept_out(rip: u64, index: u64) -> ! {
     line("interrupt")
         .value("ok", false)
@@ -281,7 +287,8 @@ extern "C" fn kept_out(rip: u64, index: u64) -> ! {
 
 /// Bytes of a handler's stack.
 const STACK: usize = 16 << 10;
-/// The handlers' stacks: of interrupts, and of exceptions, which can come in the middle of an interrupt.
+/// The handlers' stacks: of interrupts, and of exceptions, which can come in the middle of an
+/// interrupt.
 const STACKS: usize = 2;
 
 /// Offset of the first stack's top in the task state segment.
@@ -307,7 +314,12 @@ unsafe impl Sync for Cell {}
 
 /// By processor.
 static TABLES: [Cell; CPUS_MAX] = [const {
-    Cell(UnsafeCell::new(Tables { stacks: [[0; STACK]; STACKS], idt: [[0; 2]; 256], gdt: [0; 5], tss: [0; TSS_BYTES] }))
+    Cell(UnsafeCell::new(Tables {
+        stacks: [[0; STACK]; STACKS],
+        idt: [[0; 2]; 256],
+        gdt: [0; 5],
+        tss: [0; TSS_BYTES],
+    }))
 }; CPUS_MAX];
 
 /// The model-specific register for the base of GS.
@@ -323,7 +335,11 @@ struct Pointer {
 /// A gate for interrupts (which are kept out in the handler) with stack `stack`, counted from 1.
 fn gate(handler: u64, stack: u64) -> [u64; 2] {
     const PRESENT_INTERRUPT: u64 = 0x8e;
-    let low = handler & 0xffff | CODE << 16 | stack << 32 | PRESENT_INTERRUPT << 40 | (handler >> 16 & 0xffff) << 48;
+    let low = handler & 0xffff
+        | CODE << 16
+        | stack << 32
+        | PRESENT_INTERRUPT << 40
+        | (handler >> 16 & 0xffff) << 48;
     [low, handler >> 32]
 }
 
@@ -334,7 +350,8 @@ pub fn init(number: u32) {
     // SAFETY: nothing else uses GS.
     unsafe { write_msr(GS_BASE, &raw const *local as u64) };
     let tables = TABLES[number as usize].0.get();
-    // SAFETY: called once on each processor, before anything else uses the tables. They never move; the entry of the segment that code runs in stays as it was.
+    // SAFETY: called once on each processor, before anything else uses the tables. They never move;
+    // the entry of the segment that code runs in stays as it was.
     unsafe {
         let tables = &mut *tables;
         for (i, stack) in tables.stacks.iter().enumerate() {
@@ -352,8 +369,14 @@ pub fn init(number: u32) {
         for (i, stub) in interrupt_stubs.iter().enumerate() {
             tables.idt[usize::from(FIRST) + i] = gate(stub.as_ptr() as u64, 1);
         }
-        let gdt = Pointer { limit: (size_of_val(&tables.gdt) - 1) as u16, base: tables.gdt.as_ptr() as u64 };
-        let idt = Pointer { limit: (size_of_val(&tables.idt) - 1) as u16, base: tables.idt.as_ptr() as u64 };
+        let gdt = Pointer {
+            limit: (size_of_val(&tables.gdt) - 1) as u16,
+            base: tables.gdt.as_ptr() as u64,
+        };
+        let idt = Pointer {
+            limit: (size_of_val(&tables.idt) - 1) as u16,
+            base: tables.idt.as_ptr() as u64,
+        };
         asm!("lgdt [{}]", "ltr {:x}", "lidt [{}]", in(reg) &raw const gdt, in(reg) TSS, in(reg) &raw const idt);
     }
 }

@@ -46,8 +46,12 @@ impl Way {
     fn is_there(self, hal: &FlatHal) -> bool {
         match self {
             Way::Msi => true,
-            Way::PvEoi => apic::is_x2apic() && kvm::features().is_some_and(|features| features.pv_eoi),
-            Way::Sint => matches!(hal.function(), Ok(function) if function.synthetic_interrupts().is_some()),
+            Way::PvEoi => {
+                apic::is_x2apic() && kvm::features().is_some_and(|features| features.pv_eoi)
+            }
+            Way::Sint => {
+                matches!(hal.function(), Ok(function) if function.synthetic_interrupts().is_some())
+            }
         }
     }
 }
