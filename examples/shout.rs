@@ -5,7 +5,9 @@ use std::sync::Arc;
 use vbus_core::memory::MemoryContext;
 use vbus_core::shm::ring::{DeviceEnd, DriverEnd, Entry, Layout, Returns, SIGNAL_OFFSET};
 use vbus_core::shm::signal::Armed;
-use vbus_core::{Connection, Device, Identity, Interrupt, Open, Progress, Region, Status, Window};
+use vbus_core::{
+    Connection, Device, ErrorCode, Identity, Interrupt, Open, Progress, Region, Window,
+};
 use vbus_driver::{Dma, Error, Function, Hal};
 
 /// The longest text, in bytes.
@@ -19,7 +21,7 @@ impl Device for Shout {
         Identity::user("shout")
     }
 
-    fn open(&self, open: Open) -> Result<Box<dyn Connection>, Status> {
+    fn open(&self, open: Open) -> Result<Box<dyn Connection>, ErrorCode> {
         Ok(Box::new(Shouting { memory: open.memory, ring: None }))
     }
 }
@@ -30,12 +32,12 @@ struct Shouting {
 }
 
 impl Connection for Shouting {
-    fn region_added(&mut self, region: Region) -> Result<(), Status> {
+    fn region_added(&mut self, region: Region) -> Result<(), ErrorCode> {
         self.ring = Some((DeviceEnd::attach(region.window)?, region.interrupt));
         Ok(())
     }
 
-    fn poll(&mut self, budget: u32) -> Result<Progress, Status> {
+    fn poll(&mut self, budget: u32) -> Result<Progress, ErrorCode> {
         let Some((ring, interrupt)) = &mut self.ring else { return Ok(Progress::Idle) };
         let memory = self.memory.view();
         let mut progress = Progress::Idle;
@@ -43,7 +45,7 @@ impl Connection for Shouting {
             let Some(entry) = ring.take()? else { break };
             let len = entry.len as usize;
             if len > TEXT_MAX {
-                return Err(Status::BAD_LENGTH);
+                return Err(ErrorCode::BAD_LENGTH);
             }
             let mut text = [0; TEXT_MAX];
             memory.read(entry.addr, &mut text[..len])?;
@@ -56,7 +58,7 @@ impl Connection for Shouting {
         Ok(progress)
     }
 
-    fn arm(&mut self) -> Result<Armed, Status> {
+    fn arm(&mut self) -> Result<Armed, ErrorCode> {
         Ok(self.ring.as_mut().map_or(Armed::Waiting, |(ring, _)| ring.arm(0)))
     }
 

@@ -12,8 +12,8 @@ use vbus_core::shm::abi::{bar0, command, reg};
 use vbus_core::shm::ring::DeviceEnd;
 use vbus_core::shm::signal::Armed;
 use vbus_core::{
-    Bus, Connection, Device, Executor, Identity, Interrupt, MemoryContext, Open, Progress, Region,
-    Status, Trust, Tuning, Window,
+    Bus, Connection, Device, ErrorCode, Executor, Identity, Interrupt, MemoryContext, Open,
+    Progress, Region, Trust, Tuning, Window,
 };
 use vbus_pci::{IrqIndex, Options, PciFunction, region};
 
@@ -32,28 +32,28 @@ impl Device for Fuzzed {
         Identity { features: 7, vectors: 4, ..Identity::user("fuzzed") }
     }
 
-    fn open(&self, _open: Open) -> Result<Box<dyn Connection>, Status> {
+    fn open(&self, _open: Open) -> Result<Box<dyn Connection>, ErrorCode> {
         Ok(Box::<Rings>::default())
     }
 }
 
 impl Connection for Rings {
-    fn region_added(&mut self, region: Region) -> Result<(), Status> {
+    fn region_added(&mut self, region: Region) -> Result<(), ErrorCode> {
         self.0.push((region.handle, DeviceEnd::attach(region.window)?, region.interrupt));
         Ok(())
     }
 
-    fn region_dropped(&mut self, handle: u32) -> Result<(), Status> {
+    fn region_dropped(&mut self, handle: u32) -> Result<(), ErrorCode> {
         self.0.retain(|(h, ..)| *h != handle);
         Ok(())
     }
 
-    fn call(&mut self, function: u32, _flags: u32, buffer: &mut [u8]) -> Result<u64, Status> {
+    fn call(&mut self, function: u32, _flags: u32, buffer: &mut [u8]) -> Result<u64, ErrorCode> {
         buffer.reverse();
         Ok(function.into())
     }
 
-    fn poll(&mut self, budget: u32) -> Result<Progress, Status> {
+    fn poll(&mut self, budget: u32) -> Result<Progress, ErrorCode> {
         let mut progress = Progress::Idle;
         for (_, ring, interrupt) in &mut self.0 {
             for _ in 0..budget {
@@ -66,7 +66,7 @@ impl Connection for Rings {
         Ok(progress)
     }
 
-    fn arm(&mut self) -> Result<Armed, Status> {
+    fn arm(&mut self) -> Result<Armed, ErrorCode> {
         let missed = self
             .0
             .iter_mut()
@@ -158,7 +158,7 @@ fuzz_target!(|input: &[u8]| {
     }
     assert_eq!(read32(&mut function, reg::MAGIC), reg::MAGIC_VALUE);
     assert_eq!(run(&mut function, command::CLOSE), 0);
-    assert_eq!(read32(&mut function, reg::STATUS), reg::STATE_CLOSED);
+    assert_eq!(read32(&mut function, reg::CONNECTION), reg::STATE_CLOSED);
     function.unmap_all();
     let file = self::file();
     let memory = MemoryContext::new(Trust::Sealed);

@@ -10,7 +10,7 @@ use crate::endpoint::Doorbell;
 use crate::executor::{Executor, Progress};
 use crate::interrupt::{Interrupt, Router};
 use crate::memory::{MemoryContext, Window};
-use crate::{ConnectionCounters, Status};
+use crate::{ConnectionCounters, ErrorCode};
 
 /// Makes devices of one class from their configuration.
 pub trait DeviceClass: Send + Sync {
@@ -76,7 +76,7 @@ pub trait Device: Send + Sync {
 
     /// A driver opens the device. The connection lives until it is dropped: by the driver's CLOSE,
     /// reset, unplug, or the driver's end.
-    fn open(&self, open: Open) -> Result<Box<dyn Connection>, Status>;
+    fn open(&self, open: Open) -> Result<Box<dyn Connection>, ErrorCode>;
 
     /// The device's own counters and settings, as a JSON object, for `vbus stats` and `vbus device
     /// show`.
@@ -119,12 +119,12 @@ pub struct Open {
 
 /// Ends a connection from one of its own tasks.
 #[derive(Clone)]
-pub struct Fail(pub(crate) Arc<dyn Fn(Status) + Send + Sync>);
+pub struct Fail(pub(crate) Arc<dyn Fn(ErrorCode) + Send + Sync>);
 
 impl Fail {
     /// Ends the connection with `status`, which the driver can read. Not to be called from within a
     /// poll or a method of the connection: those return the status instead.
-    pub fn fail(&self, status: Status) {
+    pub fn fail(&self, status: ErrorCode) {
         (self.0)(status);
     }
 }
@@ -152,30 +152,30 @@ pub struct Region {
 /// [`disarm`](Self::disarm) are those of a [`Task`](crate::Task): the connection is woken by the
 /// doorbells of its regions. An error that `poll` or `arm` returns ends the connection.
 pub trait Connection: Send {
-    /// The driver registers a region. Unknown ids are [`Status::BAD_ARGUMENT`].
-    fn region_added(&mut self, region: Region) -> Result<(), Status>;
+    /// The driver registers a region. Unknown ids are [`ErrorCode::BAD_ARGUMENT`].
+    fn region_added(&mut self, region: Region) -> Result<(), ErrorCode>;
 
     /// The driver drops a region: let go of its window.
-    fn region_dropped(&mut self, handle: u32) -> Result<(), Status> {
+    fn region_dropped(&mut self, handle: u32) -> Result<(), ErrorCode> {
         let _ = handle;
-        Err(Status::DENIED)
+        Err(ErrorCode::DENIED)
     }
 
     /// The driver calls `function`. `buffer` is a copy of the driver's buffer, and is copied back
     /// after success. Returns the call's value.
-    fn call(&mut self, function: u32, flags: u32, buffer: &mut [u8]) -> Result<u64, Status> {
+    fn call(&mut self, function: u32, flags: u32, buffer: &mut [u8]) -> Result<u64, ErrorCode> {
         let _ = (function, flags, buffer);
-        Err(Status::BAD_FUNCTION)
+        Err(ErrorCode::BAD_FUNCTION)
     }
 
     /// Does at most `budget` units of work.
-    fn poll(&mut self, budget: u32) -> Result<Progress, Status> {
+    fn poll(&mut self, budget: u32) -> Result<Progress, ErrorCode> {
         let _ = budget;
         Ok(Progress::Idle)
     }
 
     /// Asks for kicks, before the connection sleeps.
-    fn arm(&mut self) -> Result<Armed, Status> {
+    fn arm(&mut self) -> Result<Armed, ErrorCode> {
         Ok(Armed::Waiting)
     }
 

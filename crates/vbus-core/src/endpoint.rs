@@ -16,20 +16,20 @@ use crate::device::{Connection, Device, Fail, Identity, Open, Region};
 use crate::executor::{Executor, Interest, Progress, Task, TaskHandle};
 use crate::interrupt::{Interrupt, InterruptSink, Outlet, Router};
 use crate::memory::{MapError, MemoryContext, Trust};
-use crate::{ConnectionCounters, Status};
+use crate::{ConnectionCounters, ErrorCode};
 
 /// The most bytes of a region.
 pub const REGION_BYTES_MAX: u64 = 16 << 20;
 
 /// Whether a connection is open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum State {
+pub enum ConnectionState {
     /// None.
     Closed,
     /// One is.
     Open,
     /// It was ended by a fault; the driver must close before it opens again.
-    Broken(Status),
+    Broken(ErrorCode),
 }
 
 /// Arguments of REGION_ADD, checked for form but not for content.
@@ -70,7 +70,7 @@ struct RegionRanges {
 enum Inner {
     Closed,
     Open(OpenConnection),
-    Broken(Status),
+    Broken(ErrorCode),
     Removed,
 }
 
@@ -201,9 +201,9 @@ impl Endpoint {
     pub fn inspect(&self) -> Value {
         self.count_eventfds();
         let (state, fault) = match self.state() {
-            State::Closed => ("closed", None),
-            State::Open => ("open", None),
-            State::Broken(status) => ("broken", Some(status.to_string())),
+            ConnectionState::Closed => ("closed", None),
+            ConnectionState::Open => ("open", None),
+            ConnectionState::Broken(status) => ("broken", Some(status.to_string())),
         };
         json!({
             "name": self.name,
@@ -237,12 +237,12 @@ impl Endpoint {
     }
 
     /// Whether a connection is open.
-    pub fn state(&self) -> State {
+    pub fn state(&self) -> ConnectionState {
         match &*lock(&self.inner) {
-            Inner::Closed => State::Closed,
-            Inner::Open(_) => State::Open,
-            Inner::Broken(status) => State::Broken(*status),
-            Inner::Removed => State::Broken(Status::REMOVED),
+            Inner::Closed => ConnectionState::Closed,
+            Inner::Open(_) => ConnectionState::Open,
+            Inner::Broken(status) => ConnectionState::Broken(*status),
+            Inner::Removed => ConnectionState::Broken(ErrorCode::REMOVED),
         }
     }
 
@@ -266,7 +266,7 @@ impl Endpoint {
     }
 
     /// Unmaps memory of the peer, whole maps only; returns the bytes unmapped. If a region of the
-    /// open connection lies in the range, that connection ends first ([`Status::REVOKED`]). When
+    /// open connection lies in the range, that connection ends first ([`ErrorCode::REVOKED`]). When
     /// this returns, no task touches the memory any more.
     pub fn unmap(&self, start: u64, len: u64) -> u64 {
         self.revoke(|from, to| from < start.saturating_add(len) && start < to);
@@ -289,7 +289,7 @@ impl Endpoint {
                 device = self.name,
                 "memory of a region was unmapped; the connection ends"
             );
-            self.end(&mut inner, Inner::Broken(Status::REVOKED));
+            self.end(&mut inner, Inner::Broken(ErrorCode::REVOKED));
             drop(inner);
             self.wake_driver();
         }
@@ -303,28 +303,33 @@ impl Endpoint {
 
     /// OPEN: the driver has written `handshake.1` at address `handshake.0`, and must have written
     /// it where we read.
-    pub fn open(&self, version: u64, features: u64, handshake: (u64, u64)) -> Result<(), Status> {
+    pub fn open(
+        &self,
+        version: u64,
+        features: u64,
+        handshake: (u64, u64),
+    ) -> Result<(), ErrorCode> {
         self.counters.commands.one();
         let mut inner = lock(&self.inner);
         match &*inner {
             Inner::Closed => {}
-            Inner::Open(_) | Inner::Broken(_) => return Err(Status::ALREADY_OPEN),
-            Inner::Removed => return Err(Status::REMOVED),
+            Inner::Open(_) | Inner::Broken(_) => return Err(ErrorCode::ALREADY_OPEN),
+            Inner::Removed => return Err(ErrorCode::REMOVED),
         }
         if version != u64::from(ABI_VERSION) {
-            return Err(Status::BAD_VERSION);
+            return Err(ErrorCode::BAD_VERSION);
         }
         if features & !self.identity.features != 0 {
-            return Err(Status::BAD_FEATURES);
+            return Err(ErrorCode::BAD_FEATURES);
         }
         if handshake.0 % 8 != 0 {
-            return Err(Status::BAD_ALIGNMENT);
+            return Err(ErrorCode::BAD_ALIGNMENT);
         }
         let mut word = [0; 8];
         self.memory.view().read(handshake.0, &mut word)?;
         if u64::from_le_bytes(word) != handshake.1 {
-            tracing::warn!(device = self.name, "{}", Status::NOT_SHARED);
-            return Err(Status::NOT_SHARED);
+            tracing::warn!(device = self.name, "{}", ErrorCode::NOT_SHARED);
+            return Err(ErrorCode::NOT_SHARED);
         }
         let generation = self.generations.fetch_add(1, Ordering::Relaxed);
         let fail = {
@@ -379,7 +384,7 @@ impl Endpoint {
         self.device.removed();
     }
 
-    fn fail(&self, generation: u64, status: Status) {
+    fn fail(&self, generation: u64, status: ErrorCode) {
         let mut inner = lock(&self.inner);
         if matches!(&*inner, Inner::Open(open) if open.generation == generation) {
             tracing::warn!(device = self.name, %status, "the connection ends by a fault");
@@ -406,31 +411,33 @@ impl Endpoint {
     }
 
     /// REGION_ADD. Returns the handle.
-    pub fn region_add(&self, request: RegionRequest) -> Result<u32, Status> {
+    pub fn region_add(&self, request: RegionRequest) -> Result<u32, ErrorCode> {
         self.counters.commands.one();
         let mut inner = lock(&self.inner);
-        let Inner::Open(open) = &mut *inner else { return Err(Status::NOT_OPEN) };
+        let Inner::Open(open) = &mut *inner else { return Err(ErrorCode::NOT_OPEN) };
         if request.vector >= self.identity.vectors {
-            return Err(Status::BAD_VECTOR);
+            return Err(ErrorCode::BAD_VECTOR);
         }
         if request.len == 0 || request.len > REGION_BYTES_MAX {
-            return Err(Status::BAD_LENGTH);
+            return Err(ErrorCode::BAD_LENGTH);
         }
         if request.addr % 64 != 0 || request.len % 8 != 0 {
-            return Err(Status::BAD_ALIGNMENT);
+            return Err(ErrorCode::BAD_ALIGNMENT);
         }
         let signal_offset = match request.signal {
             None => None,
-            Some(offset) if offset % BLOCK_ALIGN as u64 != 0 => return Err(Status::BAD_ALIGNMENT),
+            Some(offset) if offset % BLOCK_ALIGN as u64 != 0 => {
+                return Err(ErrorCode::BAD_ALIGNMENT);
+            }
             Some(offset)
                 if offset.checked_add(BLOCK_BYTES as u64).is_none_or(|end| end > request.len) =>
             {
-                return Err(Status::BAD_SIGNAL);
+                return Err(ErrorCode::BAD_SIGNAL);
             }
-            Some(offset) => Some(usize::try_from(offset).map_err(|_| Status::BAD_SIGNAL)?),
+            Some(offset) => Some(usize::try_from(offset).map_err(|_| ErrorCode::BAD_SIGNAL)?),
         };
-        let free = open.regions.iter().position(Option::is_none).ok_or(Status::LIMIT)?;
-        let handle = u32::try_from(free).map_err(|_| Status::LIMIT)?;
+        let free = open.regions.iter().position(Option::is_none).ok_or(ErrorCode::LIMIT)?;
+        let handle = u32::try_from(free).map_err(|_| ErrorCode::LIMIT)?;
         let (window, ranges) = match request.page_shift {
             0 => {
                 let window = self.memory.window(request.addr, request.len)?;
@@ -440,16 +447,16 @@ impl Endpoint {
                 let page = 1u64 << shift;
                 let count = request.len.div_ceil(page);
                 if count > command::PAGES_MAX {
-                    return Err(Status::LIMIT);
+                    return Err(ErrorCode::LIMIT);
                 }
                 let mut list =
-                    vec![0u8; usize::try_from(count * 8).map_err(|_| Status::BAD_LENGTH)?];
+                    vec![0u8; usize::try_from(count * 8).map_err(|_| ErrorCode::BAD_LENGTH)?];
                 self.memory.view().read(request.addr, &mut list)?;
                 let pages: Vec<u64> = list.chunks_exact(8).map(le64).collect();
                 let window = self.memory.window_of_pages(&pages, u32::from(shift), request.len)?;
                 (window, pages.iter().map(|&p| (p, p.saturating_add(page))).collect())
             }
-            _ => return Err(Status::BAD_ARGUMENT),
+            _ => return Err(ErrorCode::BAD_ARGUMENT),
         };
         let region = Region {
             id: request.id,
@@ -470,13 +477,14 @@ impl Endpoint {
     }
 
     /// REGION_DROP.
-    pub fn region_drop(&self, handle: u64) -> Result<(), Status> {
+    pub fn region_drop(&self, handle: u64) -> Result<(), ErrorCode> {
         self.counters.commands.one();
         let mut inner = lock(&self.inner);
-        let Inner::Open(open) = &mut *inner else { return Err(Status::NOT_OPEN) };
-        let at = usize::try_from(handle).map_err(|_| Status::NO_REGION)?;
-        let handle = u32::try_from(handle).map_err(|_| Status::NO_REGION)?;
-        let region = open.regions.get_mut(at).filter(|r| r.is_some()).ok_or(Status::NO_REGION)?;
+        let Inner::Open(open) = &mut *inner else { return Err(ErrorCode::NOT_OPEN) };
+        let at = usize::try_from(handle).map_err(|_| ErrorCode::NO_REGION)?;
+        let handle = u32::try_from(handle).map_err(|_| ErrorCode::NO_REGION)?;
+        let region =
+            open.regions.get_mut(at).filter(|r| r.is_some()).ok_or(ErrorCode::NO_REGION)?;
         lock(&open.connection).region_dropped(handle)?;
         *region = None;
         lock(&self.doorbells[at].target).detach();
@@ -484,14 +492,14 @@ impl Endpoint {
     }
 
     /// CALL: copies the buffer in, calls the class, copies it out.
-    pub fn call(&self, function: u32, flags: u32, addr: u64, len: u64) -> Result<u64, Status> {
+    pub fn call(&self, function: u32, flags: u32, addr: u64, len: u64) -> Result<u64, ErrorCode> {
         self.counters.commands.one();
         let inner = lock(&self.inner);
-        let Inner::Open(open) = &*inner else { return Err(Status::NOT_OPEN) };
+        let Inner::Open(open) = &*inner else { return Err(ErrorCode::NOT_OPEN) };
         if len > command::CALL_MAX {
-            return Err(Status::BAD_LENGTH);
+            return Err(ErrorCode::BAD_LENGTH);
         }
-        let mut buffer = vec![0; usize::try_from(len).map_err(|_| Status::BAD_LENGTH)?];
+        let mut buffer = vec![0; usize::try_from(len).map_err(|_| ErrorCode::BAD_LENGTH)?];
         if len > 0 {
             self.memory.view().read(addr, &mut buffer)?;
         }
@@ -589,11 +597,11 @@ fn le64(bytes: &[u8]) -> u64 {
 struct ConnectionTask(SharedConnection);
 
 impl Task for ConnectionTask {
-    fn poll(&mut self, budget: u32) -> Result<Progress, Status> {
+    fn poll(&mut self, budget: u32) -> Result<Progress, ErrorCode> {
         lock(&self.0).poll(budget)
     }
 
-    fn arm(&mut self) -> Result<Armed, Status> {
+    fn arm(&mut self) -> Result<Armed, ErrorCode> {
         lock(&self.0).arm()
     }
 

@@ -22,7 +22,7 @@ use rustix::event::{EventfdFlags, Timespec, eventfd};
 use vbus_shm::signal::Armed;
 use vbus_shm::{Pace, Rest};
 
-use crate::Status;
+use crate::ErrorCode;
 use crate::counter::ConnectionCounters;
 use crate::wake::WakeFlag;
 
@@ -39,11 +39,11 @@ pub enum Progress {
 pub trait Task: Send {
     /// Does at most `budget` units of work (packets, messages) without blocking. An error ends the
     /// task (and what it belongs to).
-    fn poll(&mut self, budget: u32) -> Result<Progress, Status>;
+    fn poll(&mut self, budget: u32) -> Result<Progress, ErrorCode>;
 
     /// Asks for a kick by the next work, before the task sleeps. [`Armed::Missed`]: there is work
     /// already.
-    fn arm(&mut self) -> Result<Armed, Status> {
+    fn arm(&mut self) -> Result<Armed, ErrorCode> {
         Ok(Armed::Waiting)
     }
 
@@ -99,7 +99,7 @@ impl Default for Tuning {
 const NAP_NS: u64 = 100_000;
 
 /// Called when a task's poll failed, on the worker's thread, after the task is gone.
-type OnError = Box<dyn Fn(Status) + Send + Sync>;
+type OnError = Box<dyn Fn(ErrorCode) + Send + Sync>;
 
 struct Body {
     task: Box<dyn Task>,
@@ -294,7 +294,7 @@ impl Worker {
         let slice = std::panic::AssertUnwindSafe(|| body.slice(&self.tuning, &cell.counters));
         let result = std::panic::catch_unwind(slice).unwrap_or_else(|_| {
             tracing::error!("a task panicked; it ends");
-            Err(Status::FAILED)
+            Err(ErrorCode::FAILED)
         });
         match result {
             Ok(Turn { again, busy, deadline }) => {
@@ -332,7 +332,7 @@ struct Turn {
 }
 
 impl Body {
-    fn slice(&mut self, tuning: &Tuning, counters: &ConnectionCounters) -> Result<Turn, Status> {
+    fn slice(&mut self, tuning: &Tuning, counters: &ConnectionCounters) -> Result<Turn, ErrorCode> {
         if std::mem::take(&mut self.asleep) {
             counters.wakeups.one();
             self.task.disarm();
@@ -434,7 +434,7 @@ impl Executor {
         place: usize,
         task: Box<dyn Task>,
         counters: Arc<ConnectionCounters>,
-        on_error: impl Fn(Status) + Send + Sync + 'static,
+        on_error: impl Fn(ErrorCode) + Send + Sync + 'static,
     ) -> TaskHandle {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let worker = &self.workers[place % self.workers.len()];

@@ -4,7 +4,7 @@
 use std::fmt;
 use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
 
-use crate::Status;
+use crate::ErrorCode;
 use crate::bus::Devices;
 use crate::counter::ConnectionCounters;
 
@@ -142,30 +142,30 @@ impl Router {
     /// case that the last one by the old way was not attended to any more.
     ///
     /// # Errors
-    /// [`Status::DENIED`] (no such device, or it may not be routed from here),
-    /// [`Status::NOT_OPEN`], [`Status::BAD_VECTOR`], [`Status::EXISTS`].
+    /// [`ErrorCode::DENIED`] (no such device, or it may not be routed from here),
+    /// [`ErrorCode::NOT_OPEN`], [`ErrorCode::BAD_VECTOR`], [`ErrorCode::EXISTS`].
     pub fn route(
         &self,
         device: &str,
         vector: u16,
         sink: Arc<dyn InterruptSink>,
-    ) -> Result<Route, Status> {
-        let name = self.name.as_deref().ok_or(Status::DENIED)?;
-        let devices = self.devices.upgrade().ok_or(Status::REMOVED)?;
-        let endpoint = devices.get(device).ok_or(Status::DENIED)?;
+    ) -> Result<Route, ErrorCode> {
+        let name = self.name.as_deref().ok_or(ErrorCode::DENIED)?;
+        let devices = self.devices.upgrade().ok_or(ErrorCode::REMOVED)?;
+        let endpoint = devices.get(device).ok_or(ErrorCode::DENIED)?;
         if endpoint.router().as_deref() != Some(name) {
-            return Err(Status::DENIED);
+            return Err(ErrorCode::DENIED);
         }
         if vector >= endpoint.identity().vectors {
-            return Err(Status::BAD_VECTOR);
+            return Err(ErrorCode::BAD_VECTOR);
         }
         let outlet = endpoint.outlet();
         let mut ways = outlet.write();
         ways.count += 1;
         let id = ways.count;
-        let slot = ways.routed.get_mut(usize::from(vector)).ok_or(Status::NOT_OPEN)?;
+        let slot = ways.routed.get_mut(usize::from(vector)).ok_or(ErrorCode::NOT_OPEN)?;
         if slot.is_some() {
-            return Err(Status::EXISTS);
+            return Err(ErrorCode::EXISTS);
         }
         sink.trigger(vector);
         *slot = Some(Way { sink, id });

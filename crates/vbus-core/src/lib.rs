@@ -27,7 +27,7 @@
 //!     fn identity(&self) -> Identity {
 //!         Identity::user("doubler")
 //!     }
-//!     fn open(&self, _: Open) -> Result<Box<dyn Connection>, Status> {
+//!     fn open(&self, _: Open) -> Result<Box<dyn Connection>, ErrorCode> {
 //!         Ok(Box::new(Doubling { ring: None }))
 //!     }
 //! }
@@ -37,12 +37,12 @@
 //! }
 //!
 //! impl Connection for Doubling {
-//!     fn region_added(&mut self, region: Region) -> Result<(), Status> {
+//!     fn region_added(&mut self, region: Region) -> Result<(), ErrorCode> {
 //!         // The header in the region is the driver's: `attach` reads it once and checks it.
 //!         self.ring = Some((DeviceEnd::attach(region.window)?, region.interrupt));
 //!         Ok(())
 //!     }
-//!     fn poll(&mut self, budget: u32) -> Result<Progress, Status> {
+//!     fn poll(&mut self, budget: u32) -> Result<Progress, ErrorCode> {
 //!         let Some((ring, interrupt)) = &mut self.ring else { return Ok(Progress::Idle) };
 //!         let mut progress = Progress::Idle;
 //!         for _ in 0..budget {
@@ -53,7 +53,7 @@
 //!         interrupt.kick(ring.post()); // once for all, and only if the driver sleeps
 //!         Ok(progress)
 //!     }
-//!     fn arm(&mut self) -> Result<Armed, Status> {
+//!     fn arm(&mut self) -> Result<Armed, ErrorCode> {
 //!         Ok(self.ring.as_mut().map_or(Armed::Waiting, |(ring, _)| ring.arm(0)))
 //!     }
 //!     fn disarm(&mut self) {
@@ -65,7 +65,7 @@
 //!
 //! let bus = Bus::new(Executor::start(Tuning::default())?, Vec::new(), Trust::Sealed);
 //! let endpoint = bus.add("double0", Arc::new(Doubler)).unwrap();
-//! assert_eq!(endpoint.state(), State::Closed); // a connector now offers it to drivers
+//! assert_eq!(endpoint.state(), ConnectionState::Closed); // a connector now offers it to drivers
 //! # Ok::<(), std::io::Error>(())
 //! ```
 //!
@@ -78,7 +78,8 @@
 //!   taken away: see [`memory`].
 //! - It runs everything on the few threads of the [`Executor`], polls adaptively, and bounds the
 //!   work of each turn.
-//! - It counts ([`ConnectionCounters`]), and tells the driver why a connection ended ([`Status`]).
+//! - It counts ([`ConnectionCounters`]), and tells the driver why a connection ended
+//!   ([`ErrorCode`]).
 //!
 //! A connector holds the device's [`Endpoint`], which is the whole of its interface.
 
@@ -95,8 +96,8 @@ mod wake;
 pub use bus::{Bus, BusError, DEVICES_MAX, NAME_MAX};
 pub use counter::{ConnectionCounters, Counter};
 pub use device::{Connection, CreateError, Device, DeviceClass, Fail, Identity, Open, Region};
-pub use endpoint::{Doorbell, Endpoint, REGION_BYTES_MAX, RegionRequest, State};
+pub use endpoint::{ConnectionState, Doorbell, Endpoint, REGION_BYTES_MAX, RegionRequest};
 pub use executor::{Executor, Interest, Progress, Task, TaskHandle, Tuning};
 pub use interrupt::{Interrupt, InterruptSink, Route, Router};
 pub use memory::{MapError, MemoryContext, Trust, View, Window};
-pub use vbus_shm::{self as shm, Status};
+pub use vbus_shm::{self as shm, ErrorCode};

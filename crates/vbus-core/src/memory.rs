@@ -19,7 +19,7 @@ use rustix::fs::{SealFlags, fcntl_add_seals, fcntl_get_seals, fstat};
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 use vbus_shm::sync::Word;
 
-use crate::Status;
+use crate::ErrorCode;
 
 /// The most maps of a peer.
 pub const MAPS_MAX: usize = 1024;
@@ -71,14 +71,14 @@ struct Listed {
 }
 
 impl Listed {
-    fn take(pages: usize, peer: &Arc<AtomicUsize>) -> Result<Listed, Status> {
+    fn take(pages: usize, peer: &Arc<AtomicUsize>) -> Result<Listed, ErrorCode> {
         let share = Listed { pages, peer: peer.clone() };
         let peers = peer.fetch_add(pages, Ordering::Relaxed);
         let all = LISTED.fetch_add(pages, Ordering::Relaxed);
         // On refusal the drop gives it back.
         let fits = peers.saturating_add(pages) <= LISTED_PEER_MAX
             && all.saturating_add(pages) <= LISTED_MAX;
-        if fits { Ok(share) } else { Err(Status::LIMIT) }
+        if fits { Ok(share) } else { Err(ErrorCode::LIMIT) }
     }
 }
 
@@ -201,16 +201,16 @@ impl Table {
         addr: u64,
         len: u64,
         write: bool,
-    ) -> Result<(&Arc<Mapping>, NonNull<u8>), Status> {
-        let map = self.find(addr).ok_or(Status::BAD_ADDRESS)?;
+    ) -> Result<(&Arc<Mapping>, NonNull<u8>), ErrorCode> {
+        let map = self.find(addr).ok_or(ErrorCode::BAD_ADDRESS)?;
         let Backing::Mapped { mapping, writable, .. } = &map.backing else {
-            return Err(Status::BAD_ADDRESS);
+            return Err(ErrorCode::BAD_ADDRESS);
         };
         let inside = addr - map.start;
         if len > map.len - inside || (write && !writable) {
-            return Err(Status::BAD_ADDRESS);
+            return Err(ErrorCode::BAD_ADDRESS);
         }
-        let inside = usize::try_from(inside).map_err(|_| Status::BAD_ADDRESS)?;
+        let inside = usize::try_from(inside).map_err(|_| ErrorCode::BAD_ADDRESS)?;
         // SAFETY: inside + len <= the mapping's length.
         Ok((mapping, unsafe { mapping.base.add(inside) }))
     }
@@ -325,23 +325,30 @@ impl MemoryContext {
 
     /// A lasting window on `addr..addr + len`, for reading and writing. `addr` and `len` must be
     /// multiples of 8.
-    pub fn window(&self, addr: u64, len: u64) -> Result<Window, Status> {
+    pub fn window(&self, addr: u64, len: u64) -> Result<Window, ErrorCode> {
         check_words(addr, len)?;
         let view = self.view();
         let (mapping, base) = view.guard.resolve(addr, len, true)?;
-        let len = usize::try_from(len).map_err(|_| Status::BAD_LENGTH)?;
+        let len = usize::try_from(len).map_err(|_| ErrorCode::BAD_LENGTH)?;
         Ok(Window { _mapping: mapping.clone(), base: base.cast(), words: len / 8 })
     }
 
     /// A lasting window on `len` bytes that lie in pages of `1 << shift` bytes at the addresses
     /// `pages`, as if they were contiguous.
-    pub fn window_of_pages(&self, pages: &[u64], shift: u32, len: u64) -> Result<Window, Status> {
-        let page =
-            1usize.checked_shl(shift).filter(|page| *page >= 4096).ok_or(Status::BAD_ARGUMENT)?;
+    pub fn window_of_pages(
+        &self,
+        pages: &[u64],
+        shift: u32,
+        len: u64,
+    ) -> Result<Window, ErrorCode> {
+        let page = 1usize
+            .checked_shl(shift)
+            .filter(|page| *page >= 4096)
+            .ok_or(ErrorCode::BAD_ARGUMENT)?;
         check_words(0, len)?;
-        let total = page.checked_mul(pages.len()).ok_or(Status::BAD_LENGTH)?;
+        let total = page.checked_mul(pages.len()).ok_or(ErrorCode::BAD_LENGTH)?;
         let words =
-            usize::try_from(len).ok().filter(|len| *len <= total).ok_or(Status::BAD_LENGTH)? / 8;
+            usize::try_from(len).ok().filter(|len| *len <= total).ok_or(ErrorCode::BAD_LENGTH)? / 8;
         let listed = Listed::take(pages.len(), &self.listed)?;
         let view = self.view();
         // Reserve the whole range, then lay the pages over it one by one.
@@ -349,20 +356,20 @@ impl MemoryContext {
         let base = unsafe {
             mmap_anonymous(std::ptr::null_mut(), total, ProtFlags::empty(), MapFlags::PRIVATE)
         }
-        .map_err(|_| Status::LIMIT)?;
-        let base = NonNull::new(base.cast::<u8>()).ok_or(Status::FAILED)?;
+        .map_err(|_| ErrorCode::LIMIT)?;
+        let base = NonNull::new(base.cast::<u8>()).ok_or(ErrorCode::FAILED)?;
         let whole = Mapping { base, len: total, _share: Share::Listed(listed) };
         for (i, &addr) in pages.iter().enumerate() {
             if addr % page as u64 != 0 {
-                return Err(Status::BAD_ALIGNMENT);
+                return Err(ErrorCode::BAD_ALIGNMENT);
             }
-            let map = view.guard.find(addr).ok_or(Status::BAD_ADDRESS)?;
+            let map = view.guard.find(addr).ok_or(ErrorCode::BAD_ADDRESS)?;
             let Backing::Mapped { fd, offset, writable: true, .. } = &map.backing else {
-                return Err(Status::BAD_ADDRESS);
+                return Err(ErrorCode::BAD_ADDRESS);
             };
             let inside = addr - map.start;
             if map.len - inside < page as u64 {
-                return Err(Status::BAD_ADDRESS);
+                return Err(ErrorCode::BAD_ADDRESS);
             }
             // SAFETY: the target lies within `whole`, which is ours and which nobody uses yet.
             unsafe {
@@ -375,17 +382,17 @@ impl MemoryContext {
                     offset + inside,
                 )
             }
-            .map_err(|_| Status::BAD_ADDRESS)?;
+            .map_err(|_| ErrorCode::BAD_ADDRESS)?;
         }
         Ok(Window { base: whole.base.cast(), _mapping: Arc::new(whole), words })
     }
 }
 
-fn check_words(addr: u64, len: u64) -> Result<(), Status> {
+fn check_words(addr: u64, len: u64) -> Result<(), ErrorCode> {
     if len == 0 {
-        return Err(Status::BAD_LENGTH);
+        return Err(ErrorCode::BAD_LENGTH);
     }
-    if (addr | len) % 8 != 0 { Err(Status::BAD_ALIGNMENT) } else { Ok(()) }
+    if (addr | len) % 8 != 0 { Err(ErrorCode::BAD_ALIGNMENT) } else { Ok(()) }
 }
 
 /// Makes sure that the file cannot shrink.
@@ -404,20 +411,20 @@ pub struct View<'a> {
 
 impl View<'_> {
     /// The `len` bytes at `addr`, which must lie within one map; `write` if they will be written.
-    pub fn slice(&self, addr: u64, len: u64, write: bool) -> Result<DriverSlice<'_>, Status> {
+    pub fn slice(&self, addr: u64, len: u64, write: bool) -> Result<DriverSlice<'_>, ErrorCode> {
         let (_, base) = self.guard.resolve(addr, len, write)?;
-        let len = usize::try_from(len).map_err(|_| Status::BAD_LENGTH)?;
+        let len = usize::try_from(len).map_err(|_| ErrorCode::BAD_LENGTH)?;
         Ok(DriverSlice { base, len, _view: std::marker::PhantomData })
     }
 
     /// Copies `out.len()` bytes from `addr`, once.
-    pub fn read(&self, addr: u64, out: &mut [u8]) -> Result<(), Status> {
+    pub fn read(&self, addr: u64, out: &mut [u8]) -> Result<(), ErrorCode> {
         self.slice(addr, out.len() as u64, false)?.copy_to(out);
         Ok(())
     }
 
     /// Copies `bytes` to `addr`.
-    pub fn write(&self, addr: u64, bytes: &[u8]) -> Result<(), Status> {
+    pub fn write(&self, addr: u64, bytes: &[u8]) -> Result<(), ErrorCode> {
         self.slice(addr, bytes.len() as u64, true)?.copy_from(bytes);
         Ok(())
     }

@@ -11,8 +11,9 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vbus_core::shm::ring::{DeviceEnd, DriverEnd, Entry, Layout, Returns, SIGNAL_OFFSET};
 use vbus_core::shm::signal::Armed;
 use vbus_core::{
-    Bus, Connection, Device, Endpoint, Executor, Identity, InterruptSink, MapError, MemoryContext,
-    Open, Progress, Region, RegionRequest, State, Status, Task, Trust, Tuning, Window,
+    Bus, Connection, ConnectionState, Device, Endpoint, ErrorCode, Executor, Identity,
+    InterruptSink, MapError, MemoryContext, Open, Progress, Region, RegionRequest, Task, Trust,
+    Tuning, Window,
 };
 
 const SIZE: u64 = 64 << 20;
@@ -32,42 +33,42 @@ impl Device for Doubler {
         Identity { features: 0b11, ..Identity::user("doubler") }
     }
 
-    fn open(&self, _: Open) -> Result<Box<dyn Connection>, Status> {
+    fn open(&self, _: Open) -> Result<Box<dyn Connection>, ErrorCode> {
         Ok(Box::new(Doubling { ring: None }))
     }
 }
 
 impl Connection for Doubling {
-    fn region_added(&mut self, region: Region) -> Result<(), Status> {
+    fn region_added(&mut self, region: Region) -> Result<(), ErrorCode> {
         if region.id != 0 || self.ring.is_some() {
-            return Err(Status::BAD_ARGUMENT);
+            return Err(ErrorCode::BAD_ARGUMENT);
         }
         self.ring = Some((DeviceEnd::attach(region.window.clone())?, region));
         Ok(())
     }
 
-    fn region_dropped(&mut self, _: u32) -> Result<(), Status> {
+    fn region_dropped(&mut self, _: u32) -> Result<(), ErrorCode> {
         self.ring = None;
         Ok(())
     }
 
-    fn call(&mut self, function: u32, flags: u32, buffer: &mut [u8]) -> Result<u64, Status> {
+    fn call(&mut self, function: u32, flags: u32, buffer: &mut [u8]) -> Result<u64, ErrorCode> {
         match function {
             7 => {
                 buffer.reverse();
                 Ok(u64::from(flags))
             }
-            _ => Err(Status::BAD_FUNCTION),
+            _ => Err(ErrorCode::BAD_FUNCTION),
         }
     }
 
-    fn poll(&mut self, budget: u32) -> Result<Progress, Status> {
+    fn poll(&mut self, budget: u32) -> Result<Progress, ErrorCode> {
         let Some((ring, region)) = &mut self.ring else { return Ok(Progress::Idle) };
         let mut progress = Progress::Idle;
         for _ in 0..budget {
             let Some(entry) = ring.take()? else { break };
             if entry.len == 0 {
-                return Err(Status::CORRUPT);
+                return Err(ErrorCode::CORRUPT);
             }
             ring.give_back(Entry { len: entry.len.wrapping_mul(2), ..entry });
             progress = Progress::Busy;
@@ -76,7 +77,7 @@ impl Connection for Doubling {
         Ok(progress)
     }
 
-    fn arm(&mut self) -> Result<Armed, Status> {
+    fn arm(&mut self) -> Result<Armed, ErrorCode> {
         Ok(self.ring.as_mut().map_or(Armed::Waiting, |(ring, _)| ring.arm(0)))
     }
 
@@ -124,7 +125,7 @@ impl Driver {
         Driver { endpoint, mine, interrupts, _bus: bus }
     }
 
-    fn open(&self) -> Result<(), Status> {
+    fn open(&self) -> Result<(), ErrorCode> {
         self.mine.view().write(BASE, &77u64.to_le_bytes()).unwrap();
         self.endpoint.open(1, 0, (BASE, 77))
     }
@@ -173,7 +174,7 @@ fn entries_pass_with_both_ends_sleeping() {
     let counters = driver.endpoint.counters();
     assert!(counters.doorbells.get() > 0 && counters.interrupts.get() > 0, "{counters:?}");
     driver.endpoint.region_drop(u64::from(handle)).unwrap();
-    assert_eq!(driver.endpoint.region_drop(u64::from(handle)), Err(Status::NO_REGION));
+    assert_eq!(driver.endpoint.region_drop(u64::from(handle)), Err(ErrorCode::NO_REGION));
 }
 
 #[test]
@@ -241,8 +242,8 @@ fn a_fault_breaks_the_connection_and_the_next_one_works() {
     let _ = ring.post();
     driver.endpoint.ring(u64::from(handle));
     driver.interrupts.recv_timeout(BOUND).expect("the driver is woken to see the fault");
-    assert_eq!(driver.endpoint.state(), State::Broken(Status::CORRUPT));
-    assert_eq!(driver.open(), Err(Status::ALREADY_OPEN));
+    assert_eq!(driver.endpoint.state(), ConnectionState::Broken(ErrorCode::CORRUPT));
+    assert_eq!(driver.open(), Err(ErrorCode::ALREADY_OPEN));
     driver.endpoint.close();
     driver.open().unwrap();
     let (mut ring, request) = driver.ring(BASE + 4096, 16);
@@ -263,7 +264,7 @@ fn unmapping_a_region_ends_its_connection_and_nothing_else_does() {
     assert_eq!(driver.endpoint.unmap(0x3_0000_0000, 4096), 0);
     driver.exchange(&mut ring, handle, 100);
     assert_eq!(driver.endpoint.unmap(BASE, SIZE), SIZE);
-    assert_eq!(driver.endpoint.state(), State::Broken(Status::REVOKED));
+    assert_eq!(driver.endpoint.state(), ConnectionState::Broken(ErrorCode::REVOKED));
 }
 
 #[test]
@@ -290,38 +291,38 @@ fn commands_name_what_is_wrong() {
     let driver = Driver::new();
     let e = &driver.endpoint;
     let (_, good) = driver.ring(BASE + 4096, 16);
-    assert_eq!(e.region_add(good), Err(Status::NOT_OPEN));
-    assert_eq!(e.call(7, 0, BASE, 8), Err(Status::NOT_OPEN));
-    assert_eq!(e.open(2, 0, (BASE, 0)), Err(Status::BAD_VERSION));
-    assert_eq!(e.open(1, 0b100, (BASE, 0)), Err(Status::BAD_FEATURES));
-    assert_eq!(e.open(1, 0, (BASE + 4, 0)), Err(Status::BAD_ALIGNMENT));
-    assert_eq!(e.open(1, 0, (0, 0)), Err(Status::BAD_ADDRESS));
-    assert_eq!(e.open(1, 0, (BASE, 78)), Err(Status::NOT_SHARED));
+    assert_eq!(e.region_add(good), Err(ErrorCode::NOT_OPEN));
+    assert_eq!(e.call(7, 0, BASE, 8), Err(ErrorCode::NOT_OPEN));
+    assert_eq!(e.open(2, 0, (BASE, 0)), Err(ErrorCode::BAD_VERSION));
+    assert_eq!(e.open(1, 0b100, (BASE, 0)), Err(ErrorCode::BAD_FEATURES));
+    assert_eq!(e.open(1, 0, (BASE + 4, 0)), Err(ErrorCode::BAD_ALIGNMENT));
+    assert_eq!(e.open(1, 0, (0, 0)), Err(ErrorCode::BAD_ADDRESS));
+    assert_eq!(e.open(1, 0, (BASE, 78)), Err(ErrorCode::NOT_SHARED));
     driver.open().unwrap();
-    assert_eq!(driver.open(), Err(Status::ALREADY_OPEN));
+    assert_eq!(driver.open(), Err(ErrorCode::ALREADY_OPEN));
     let bad = |change: fn(&mut RegionRequest), status| {
         let mut request = good;
         change(&mut request);
         assert_eq!(e.region_add(request), Err(status), "{request:?}");
     };
-    bad(|r| r.vector = 1, Status::BAD_VECTOR);
-    bad(|r| r.len = 0, Status::BAD_LENGTH);
-    bad(|r| r.len = u64::MAX - 7, Status::BAD_LENGTH);
-    bad(|r| r.len += 4, Status::BAD_ALIGNMENT);
-    bad(|r| r.addr += 8, Status::BAD_ALIGNMENT);
-    bad(|r| r.addr = 0, Status::BAD_ADDRESS);
-    bad(|r| r.addr = u64::MAX - 63, Status::BAD_ADDRESS);
-    bad(|r| r.addr = BASE + SIZE - 64, Status::BAD_ADDRESS);
-    bad(|r| r.signal = Some(1), Status::BAD_ALIGNMENT);
-    bad(|r| r.signal = Some(r.len - 192), Status::BAD_SIGNAL);
-    bad(|r| r.signal = Some(u64::MAX - 63), Status::BAD_SIGNAL);
-    bad(|r| r.page_shift = 11, Status::BAD_ARGUMENT);
-    bad(|r| r.page_shift = 31, Status::BAD_ARGUMENT);
-    bad(|r| r.id = 1, Status::BAD_ARGUMENT);
-    bad(|r| r.addr += 64, Status::BAD_LAYOUT);
-    assert_eq!(e.call(8, 0, BASE, 8), Err(Status::BAD_FUNCTION));
-    assert_eq!(e.call(7, 0, BASE, 65537), Err(Status::BAD_LENGTH));
-    assert_eq!(e.call(7, 0, 0, 8), Err(Status::BAD_ADDRESS));
+    bad(|r| r.vector = 1, ErrorCode::BAD_VECTOR);
+    bad(|r| r.len = 0, ErrorCode::BAD_LENGTH);
+    bad(|r| r.len = u64::MAX - 7, ErrorCode::BAD_LENGTH);
+    bad(|r| r.len += 4, ErrorCode::BAD_ALIGNMENT);
+    bad(|r| r.addr += 8, ErrorCode::BAD_ALIGNMENT);
+    bad(|r| r.addr = 0, ErrorCode::BAD_ADDRESS);
+    bad(|r| r.addr = u64::MAX - 63, ErrorCode::BAD_ADDRESS);
+    bad(|r| r.addr = BASE + SIZE - 64, ErrorCode::BAD_ADDRESS);
+    bad(|r| r.signal = Some(1), ErrorCode::BAD_ALIGNMENT);
+    bad(|r| r.signal = Some(r.len - 192), ErrorCode::BAD_SIGNAL);
+    bad(|r| r.signal = Some(u64::MAX - 63), ErrorCode::BAD_SIGNAL);
+    bad(|r| r.page_shift = 11, ErrorCode::BAD_ARGUMENT);
+    bad(|r| r.page_shift = 31, ErrorCode::BAD_ARGUMENT);
+    bad(|r| r.id = 1, ErrorCode::BAD_ARGUMENT);
+    bad(|r| r.addr += 64, ErrorCode::BAD_LAYOUT);
+    assert_eq!(e.call(8, 0, BASE, 8), Err(ErrorCode::BAD_FUNCTION));
+    assert_eq!(e.call(7, 0, BASE, 65537), Err(ErrorCode::BAD_LENGTH));
+    assert_eq!(e.call(7, 0, 0, 8), Err(ErrorCode::BAD_ADDRESS));
     driver.mine.view().write(BASE, b"abcd").unwrap();
     assert_eq!(e.call(7, 9, BASE, 4), Ok(9));
     let mut out = [0; 4];
@@ -351,7 +352,7 @@ fn maps_are_checked() {
     assert!(matches!(context.map(0, 4096, Some((copy, 0)), true), Err(MapError::Unsealed)));
     MemoryContext::new(Trust::Any).map(0, 4096, Some((file, 0)), true).unwrap();
     // A buffer lies within one map, even where two meet.
-    assert_eq!(context.view().read(8190, &mut [0; 4]), Err(Status::BAD_ADDRESS));
+    assert_eq!(context.view().read(8190, &mut [0; 4]), Err(ErrorCode::BAD_ADDRESS));
     let sealed = memory();
     context.map(1 << 30, 4096, Some((sealed.try_clone().unwrap(), 0)), true).unwrap();
     assert!(ftruncate(&sealed, 0).is_err(), "a mapped file can shrink no more");
@@ -364,10 +365,10 @@ fn removed_devices_are_gone() {
     assert!(driver._bus.add("doubler", Arc::new(Doubler)).is_err());
     driver._bus.remove("doubler").unwrap();
     assert!(driver._bus.remove("doubler").is_err());
-    assert_eq!(driver.endpoint.state(), State::Broken(Status::REMOVED));
-    assert_eq!(driver.open(), Err(Status::REMOVED));
+    assert_eq!(driver.endpoint.state(), ConnectionState::Broken(ErrorCode::REMOVED));
+    assert_eq!(driver.open(), Err(ErrorCode::REMOVED));
     driver.endpoint.close();
-    assert_eq!(driver.open(), Err(Status::REMOVED));
+    assert_eq!(driver.open(), Err(ErrorCode::REMOVED));
     assert!(driver._bus.add("bad/name", Arc::new(Doubler)).is_err());
 }
 
@@ -375,7 +376,7 @@ fn removed_devices_are_gone() {
 struct Ticker(Arc<AtomicU64>, Sender<()>);
 
 impl Task for Ticker {
-    fn poll(&mut self, _: u32) -> Result<Progress, Status> {
+    fn poll(&mut self, _: u32) -> Result<Progress, ErrorCode> {
         if self.0.fetch_add(1, Ordering::Relaxed) >= 20 {
             let _ = self.1.send(());
         }
@@ -408,7 +409,7 @@ fn deadlines_wake_tasks_and_stop_ends_them() {
 struct Panics;
 
 impl Task for Panics {
-    fn poll(&mut self, _: u32) -> Result<Progress, Status> {
+    fn poll(&mut self, _: u32) -> Result<Progress, ErrorCode> {
         panic!("a fault of this task, which the test wants");
     }
 }
@@ -421,7 +422,7 @@ fn a_task_that_panics_takes_no_other_with_it() {
     executor.spawn(0, Box::new(Panics), Arc::default(), move |status| {
         sender.lock().unwrap().send(status).unwrap()
     });
-    assert_eq!(ended.recv_timeout(BOUND), Ok(Status::FAILED));
+    assert_eq!(ended.recv_timeout(BOUND), Ok(ErrorCode::FAILED));
     let (sender, receiver) = channel();
     executor.spawn(0, Box::new(Ticker(Arc::default(), sender)), Arc::default(), |_| {});
     receiver.recv_timeout(BOUND).expect("the worker goes on");
@@ -433,7 +434,7 @@ fn page_lists_do_not_use_up_the_mappings_of_the_process() {
     let pages: Vec<u64> = vec![BASE; 4096];
     let one = || driver.mine.window_of_pages(&pages, 12, 4096 * 4096);
     let (first, second) = (one().unwrap(), one().unwrap());
-    assert_eq!(one().unwrap_err(), Status::LIMIT);
+    assert_eq!(one().unwrap_err(), ErrorCode::LIMIT);
     drop(first);
     drop((one().unwrap(), second));
     one().unwrap();
@@ -465,8 +466,8 @@ struct Failing {
 }
 
 impl Task for Failing {
-    fn poll(&mut self, _: u32) -> Result<Progress, Status> {
-        Err(Status::FAILED)
+    fn poll(&mut self, _: u32) -> Result<Progress, ErrorCode> {
+        Err(ErrorCode::FAILED)
     }
 }
 

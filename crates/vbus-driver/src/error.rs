@@ -2,7 +2,7 @@
 
 use core::fmt;
 
-use vbus_shm::Status;
+use vbus_shm::ErrorCode;
 
 use crate::hal::NoMemory;
 
@@ -30,10 +30,10 @@ pub enum Error {
         /// The command, as in the specification.
         command: &'static str,
         /// Its answer.
-        status: Status,
+        status: ErrorCode,
     },
     /// The device has ended the connection; close, then open again.
-    Broken(Status),
+    Broken(ErrorCode),
     /// The device returned something that it cannot have meant (said in words); do not go on with
     /// this connection.
     Corrupt(&'static str),

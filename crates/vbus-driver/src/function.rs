@@ -3,10 +3,12 @@
 use core::fmt;
 
 use vbus_shm::Memory;
-use vbus_shm::abi::{ABI_VERSION, PCI_DEVICE, PCI_VENDOR, bar0, capability, command, reg, status};
+use vbus_shm::abi::{
+    ABI_VERSION, PCI_DEVICE, PCI_VENDOR, bar0, capability, command, error_code, reg,
+};
 use vbus_shm::sync::Ordering;
 
-use vbus_shm::Status;
+use vbus_shm::ErrorCode;
 
 use crate::doorbell::{Costs, Doorbell};
 use crate::error::Error;
@@ -88,13 +90,13 @@ impl<const N: usize> fmt::Debug for Name<N> {
 
 /// The state of the connection, as the device sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum State {
+pub enum ConnectionState {
     /// There is none.
     Closed,
     /// It is open.
     Open,
     /// The device has ended it.
-    Broken(Status),
+    Broken(ErrorCode),
 }
 
 impl<H: Hal> Function<H> {
@@ -188,13 +190,13 @@ impl<H: Hal> Function<H> {
 
     /// The state of the connection; one read of a register. Poll it when a device has been silent,
     /// not on a fast path.
-    pub fn state(&self) -> Result<State, Error> {
-        let value = self.hal.read32(self.registers + reg::STATUS);
+    pub fn state(&self) -> Result<ConnectionState, Error> {
+        let value = self.hal.read32(self.registers + reg::CONNECTION);
         match value & 0xff {
             _ if value == GONE => Err(Error::Gone),
-            reg::STATE_CLOSED => Ok(State::Closed),
-            reg::STATE_OPEN => Ok(State::Open),
-            reg::STATE_BROKEN => Ok(State::Broken(Status(value >> 16))),
+            reg::STATE_CLOSED => Ok(ConnectionState::Closed),
+            reg::STATE_OPEN => Ok(ConnectionState::Open),
+            reg::STATE_BROKEN => Ok(ConnectionState::Broken(ErrorCode(value >> 16))),
             _ => Err(Error::Corrupt("unknown state in STATUS")),
         }
     }
@@ -202,9 +204,9 @@ impl<H: Hal> Function<H> {
     /// An error unless the connection that was opened is still there.
     pub fn check(&self) -> Result<(), Error> {
         match self.state()? {
-            State::Open => Ok(()),
-            State::Closed => Err(Error::Broken(Status::NOT_OPEN)),
-            State::Broken(status) => Err(Error::Broken(status)),
+            ConnectionState::Open => Ok(()),
+            ConnectionState::Closed => Err(Error::Broken(ErrorCode::NOT_OPEN)),
+            ConnectionState::Broken(status) => Err(Error::Broken(status)),
         }
     }
 
@@ -212,7 +214,7 @@ impl<H: Hal> Function<H> {
     /// behind is closed first. It may have been another's that is alive: that there is but one
     /// driver is the environment's care.
     pub fn open(&mut self, features: u64) -> Result<(), Error> {
-        if self.state()? != State::Closed {
+        if self.state()? != ConnectionState::Closed {
             self.close();
         }
         let scratch = self.hal.alloc(H::Dma::CONTIGUOUS_MIN)?;
@@ -368,9 +370,9 @@ impl<H: Hal> Function<H> {
         }
         self.hal.write32(self.registers + reg::COMMAND, code);
         match self.hal.read32(self.registers + reg::RESULT) {
-            status::OK => Ok(self.hal.read64(self.registers + reg::VALUE)),
+            error_code::OK => Ok(self.hal.read64(self.registers + reg::VALUE)),
             GONE => Err(Error::Gone),
-            code => Err(Error::Refused { command: name, status: Status(code) }),
+            code => Err(Error::Refused { command: name, status: ErrorCode(code) }),
         }
     }
 }
@@ -415,7 +417,7 @@ impl<H: Hal> Acknowledger<H> {
     }
 }
 
-const NOT_OPEN: Error = Error::Refused { command: "command", status: Status::NOT_OPEN };
+const NOT_OPEN: Error = Error::Refused { command: "command", status: ErrorCode::NOT_OPEN };
 /// The scratch memory holds the largest buffer of a call, the largest page list, and the handshake
 /// word.
 const SCRATCH_BYTES: usize = 64 << 10;

@@ -55,6 +55,6 @@ pub mod venet;
 
 pub use doorbell::{Cost, Costs, Doorbell};
 pub use error::Error;
-pub use function::{Acknowledger, Bell, Function, Info, Name, State};
+pub use function::{Acknowledger, Bell, ConnectionState, Function, Info, Name};
 pub use hal::{Dma, Hal, NoMemory};
-pub use vbus_shm::{Pace, Rest, Status};
+pub use vbus_shm::{ErrorCode, Pace, Rest};

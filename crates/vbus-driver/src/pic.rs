@@ -17,7 +17,7 @@
 //! }
 //! ```
 
-use vbus_shm::Status;
+use vbus_shm::ErrorCode;
 use vbus_shm::abi::{class, pic as abi};
 use vbus_shm::pic::{DriverEnd, LINES_MAX, PAGE_BYTES};
 
@@ -126,7 +126,7 @@ impl<H: Hal> Pic<H> {
         let name = from.device.as_bytes();
         buffer
             .get_mut(abi::NAME_OFFSET..abi::NAME_OFFSET + name.len())
-            .ok_or(Error::Refused { command: "CALL", status: Status::DENIED })?
+            .ok_or(Error::Refused { command: "CALL", status: ErrorCode::DENIED })?
             .copy_from_slice(name);
         self.function.call(function, 0, &mut buffer)
     }

@@ -237,7 +237,7 @@ impl<H: Hal> Cpu<H> {
             u64::from(u32::from_le_bytes(word(at)))
                 | u64::from(u32::from_le_bytes(word(at + 4))) << 32
         };
-        let outcome = match u32::from_le_bytes(word(abi::report::STATUS)) {
+        let outcome = match u32::from_le_bytes(word(abi::report::OUTCOME)) {
             abi::report::OK => Outcome::Granted,
             abi::report::IS_CLAMPED => Outcome::Clamped,
             abi::report::BAD_REQUEST => Outcome::BadRequest,

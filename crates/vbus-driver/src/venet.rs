@@ -45,7 +45,7 @@ pub struct Config {
 
 /// What the device's status page says: link and statistics.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Status {
+pub struct NicStatus {
     /// Whether there is a link.
     pub link: bool,
     /// Frames, bytes and dropped frames from the driver.
@@ -205,7 +205,7 @@ impl<H: Hal> Nic<H> {
     }
 
     /// The newest status, and a mark for [`arm_status`](Self::arm_status).
-    pub fn status(&mut self) -> Result<Status, Error> {
+    pub fn status(&mut self) -> Result<NicStatus, Error> {
         let mut value = [0; status_page::BYTES as usize];
         self.seen = self
             .status
@@ -217,7 +217,7 @@ impl<H: Hal> Nic<H> {
                 .nth(at)
                 .map_or(0, |b| b.iter().rev().fold(0, |n, &b| n << 8 | u64::from(b)))
         };
-        Ok(Status {
+        Ok(NicStatus {
             link: word(status_page::LINK) == 1,
             tx: Traffic {
                 frames: word(status_page::TX_FRAMES),

@@ -9,7 +9,7 @@
 //! ```
 //! use std::sync::Arc;
 //! use vbus_core::shm::abi::{bar0, reg};
-//! use vbus_core::{Bus, Connection, Device, Executor, Identity, Open, Status, Trust, Tuning};
+//! use vbus_core::{Bus, Connection, Device, Executor, Identity, Open, ErrorCode, Trust, Tuning};
 //! use vbus_pci::{Options, PciFunction, region};
 //!
 //! /// A device that does nothing, for whoever opens it.
@@ -18,8 +18,8 @@
 //! struct Use;
 //!
 //! impl Connection for Use {
-//!     fn region_added(&mut self, _: vbus_core::Region) -> Result<(), Status> {
-//!         Err(Status::BAD_ARGUMENT)
+//!     fn region_added(&mut self, _: vbus_core::Region) -> Result<(), ErrorCode> {
+//!         Err(ErrorCode::BAD_ARGUMENT)
 //!     }
 //! }
 //!
@@ -27,7 +27,7 @@
 //!     fn identity(&self) -> Identity {
 //!         Identity::user("nothing")
 //!     }
-//!     fn open(&self, _: Open) -> Result<Box<dyn Connection>, Status> {
+//!     fn open(&self, _: Open) -> Result<Box<dyn Connection>, ErrorCode> {
 //!         Ok(Box::new(Use))
 //!     }
 //! }

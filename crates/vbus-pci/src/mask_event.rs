@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use vbus_core::{Endpoint, Interest, Progress, Status, Task, TaskHandle};
+use vbus_core::{Endpoint, ErrorCode, Interest, Progress, Task, TaskHandle};
 
 use crate::interrupts::{Interrupts, IrqError, IrqIndex};
 
@@ -25,7 +25,7 @@ struct MaskTask {
 }
 
 impl Task for MaskTask {
-    fn poll(&mut self, _budget: u32) -> Result<Progress, Status> {
+    fn poll(&mut self, _budget: u32) -> Result<Progress, ErrorCode> {
         // The eventfd is not read: the watch is edge-triggered, and a read is one more call that
         // the peer could make wait.
         if std::mem::replace(&mut self.watching, true) || written(&self.fd) {

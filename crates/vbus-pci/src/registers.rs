@@ -1,7 +1,7 @@
 //! The register block of BAR0: what the driver reads, and the mailbox.
 
 use vbus_core::shm::abi::{ABI_VERSION, command, reg};
-use vbus_core::{Endpoint, REGION_BYTES_MAX, RegionRequest, State, Status};
+use vbus_core::{ConnectionState, Endpoint, ErrorCode, REGION_BYTES_MAX, RegionRequest};
 
 use crate::interrupts::Interrupts;
 
@@ -60,10 +60,10 @@ impl Registers {
             reg::MAGIC => reg::MAGIC_VALUE,
             reg::ABI => u32::from(ABI_VERSION) << 16 | u32::from(ABI_VERSION),
             reg::CLASS => u32::from(identity.class),
-            reg::STATUS => match context.endpoint.state() {
-                State::Closed => reg::STATE_CLOSED,
-                State::Open => reg::STATE_OPEN,
-                State::Broken(status) => reg::STATE_BROKEN | status.0.min(0xffff) << 16,
+            reg::CONNECTION => match context.endpoint.state() {
+                ConnectionState::Closed => reg::STATE_CLOSED,
+                ConnectionState::Open => reg::STATE_OPEN,
+                ConnectionState::Broken(status) => reg::STATE_BROKEN | status.0.min(0xffff) << 16,
             },
             reg::MAX_REGIONS => identity.regions,
             reg::VECTORS => context.interrupts.vectors(),
@@ -133,7 +133,7 @@ impl Registers {
         }
     }
 
-    fn run(&mut self, number: u32, context: &Context<'_>) -> Result<u64, Status> {
+    fn run(&mut self, number: u32, context: &Context<'_>) -> Result<u64, ErrorCode> {
         let endpoint = context.endpoint;
         let [a0, a1, a2, a3] = self.arguments;
         match number {
@@ -146,7 +146,7 @@ impl Registers {
             command::REGION_ADD => {
                 let bytes = a0.to_le_bytes();
                 if bytes[7] != 0 {
-                    return Err(Status::BAD_ARGUMENT);
+                    return Err(ErrorCode::BAD_ARGUMENT);
                 }
                 let request = RegionRequest {
                     id: half(a0, 0),
@@ -160,7 +160,7 @@ impl Registers {
             }
             command::REGION_DROP => endpoint.region_drop(a0).map(|()| 0),
             command::CALL => endpoint.call(half(a0, 0), half(a0, 4), a1, a2),
-            _ => Err(Status::BAD_COMMAND),
+            _ => Err(ErrorCode::BAD_COMMAND),
         }
     }
 

@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 use proptest::prelude::*;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use vbus_core::shm::abi::{bar0, command, reg, status};
+use vbus_core::shm::abi::{bar0, command, error_code, reg};
 use vbus_core::shm::ring::{DeviceEnd, DriverEnd, Entry, Layout, Returns, SIGNAL_OFFSET};
 use vbus_core::shm::signal::Armed;
 use vbus_core::{
-    Bus, Connection, Device, Executor, Identity, Interrupt, MemoryContext, Open, Progress, Region,
-    Status, Trust, Tuning, Window,
+    Bus, Connection, Device, ErrorCode, Executor, Identity, Interrupt, MemoryContext, Open,
+    Progress, Region, Trust, Tuning, Window,
 };
 use vbus_pci::{IrqIndex, Options, PciFunction, region};
 
@@ -32,34 +32,34 @@ impl Device for Mirror {
         vec![1, 2, 3, 4, 5, 6]
     }
 
-    fn open(&self, _open: Open) -> Result<Box<dyn Connection>, Status> {
+    fn open(&self, _open: Open) -> Result<Box<dyn Connection>, ErrorCode> {
         Ok(Box::new(Mirroring(None)))
     }
 }
 
 impl Connection for Mirroring {
-    fn region_added(&mut self, region: Region) -> Result<(), Status> {
+    fn region_added(&mut self, region: Region) -> Result<(), ErrorCode> {
         self.0 = Some((DeviceEnd::attach(region.window)?, region.interrupt));
         Ok(())
     }
 
-    fn region_dropped(&mut self, _handle: u32) -> Result<(), Status> {
+    fn region_dropped(&mut self, _handle: u32) -> Result<(), ErrorCode> {
         self.0 = None;
         Ok(())
     }
 
-    fn call(&mut self, function: u32, flags: u32, buffer: &mut [u8]) -> Result<u64, Status> {
+    fn call(&mut self, function: u32, flags: u32, buffer: &mut [u8]) -> Result<u64, ErrorCode> {
         buffer.reverse();
         Ok(u64::from(function) << 32 | u64::from(flags))
     }
 
-    fn poll(&mut self, budget: u32) -> Result<Progress, Status> {
+    fn poll(&mut self, budget: u32) -> Result<Progress, ErrorCode> {
         let Some((ring, interrupt)) = &mut self.0 else { return Ok(Progress::Idle) };
         let mut progress = Progress::Idle;
         for _ in 0..budget {
             let Some(entry) = ring.take()? else { break };
             if entry.len != 0 {
-                return Err(Status::CORRUPT);
+                return Err(ErrorCode::CORRUPT);
             }
             ring.give_back(Entry { addr: !entry.addr, ..entry });
             progress = Progress::Busy;
@@ -70,7 +70,7 @@ impl Connection for Mirroring {
         Ok(progress)
     }
 
-    fn arm(&mut self) -> Result<Armed, Status> {
+    fn arm(&mut self) -> Result<Armed, ErrorCode> {
         Ok(self.0.as_mut().map_or(Armed::Waiting, |(ring, _)| ring.arm(0)))
     }
 
@@ -215,42 +215,45 @@ fn registers_tell_what_the_device_is() {
 #[test]
 fn commands_answer_with_a_status_that_names_the_fault() {
     let mut rig = Rig::new(Options::default());
-    assert_eq!(rig.command(99, &[]), Err(status::BAD_COMMAND));
-    assert_eq!(rig.command(command::REGION_ADD, &[0, BASE, 64, u64::MAX]), Err(status::NOT_OPEN));
-    assert_eq!(rig.command(command::CALL, &[0, 0, 0]), Err(status::NOT_OPEN));
+    assert_eq!(rig.command(99, &[]), Err(error_code::BAD_COMMAND));
+    assert_eq!(
+        rig.command(command::REGION_ADD, &[0, BASE, 64, u64::MAX]),
+        Err(error_code::NOT_OPEN)
+    );
+    assert_eq!(rig.command(command::CALL, &[0, 0, 0]), Err(error_code::NOT_OPEN));
     assert_eq!(rig.command(command::CLOSE, &[]), Ok(0));
-    assert_eq!(rig.command(command::OPEN, &[2, 0, BASE, 0]), Err(status::BAD_VERSION));
-    assert_eq!(rig.command(command::OPEN, &[1, 0b10, BASE, 0]), Err(status::BAD_FEATURES));
-    assert_eq!(rig.command(command::OPEN, &[1, 0, BASE + 4, 0]), Err(status::BAD_ALIGNMENT));
-    assert_eq!(rig.command(command::OPEN, &[1, 0, BASE + BYTES, 0]), Err(status::BAD_ADDRESS));
-    assert_eq!(rig.command(command::OPEN, &[1, 0, BASE, 12345]), Err(status::NOT_SHARED));
-    assert_eq!(rig.read32(reg::STATUS), reg::STATE_CLOSED);
+    assert_eq!(rig.command(command::OPEN, &[2, 0, BASE, 0]), Err(error_code::BAD_VERSION));
+    assert_eq!(rig.command(command::OPEN, &[1, 0b10, BASE, 0]), Err(error_code::BAD_FEATURES));
+    assert_eq!(rig.command(command::OPEN, &[1, 0, BASE + 4, 0]), Err(error_code::BAD_ALIGNMENT));
+    assert_eq!(rig.command(command::OPEN, &[1, 0, BASE + BYTES, 0]), Err(error_code::BAD_ADDRESS));
+    assert_eq!(rig.command(command::OPEN, &[1, 0, BASE, 12345]), Err(error_code::NOT_SHARED));
+    assert_eq!(rig.read32(reg::CONNECTION), reg::STATE_CLOSED);
     assert_eq!(rig.open(), Ok(0));
     assert_eq!(
-        (rig.read32(reg::STATUS), rig.read64(reg::FEATURES_ACCEPTED)),
+        (rig.read32(reg::CONNECTION), rig.read64(reg::FEATURES_ACCEPTED)),
         (reg::STATE_OPEN, 0b100)
     );
-    assert_eq!(rig.open(), Err(status::ALREADY_OPEN));
+    assert_eq!(rig.open(), Err(error_code::ALREADY_OPEN));
     let add = |a0, a1, a2, a3| [a0, a1, a2, a3];
     for (arguments, fault) in [
-        (add(1 << 56, BASE, 64, u64::MAX), status::BAD_ARGUMENT),
-        (add(5 << 48, BASE, 64, u64::MAX), status::BAD_ARGUMENT),
-        (add(3 << 32, BASE, 64, u64::MAX), status::BAD_VECTOR),
-        (add(0, BASE, 0, u64::MAX), status::BAD_LENGTH),
-        (add(0, BASE + 8, 64, u64::MAX), status::BAD_ALIGNMENT),
-        (add(0, BASE, 256, 64), status::BAD_SIGNAL),
-        (add(0, u64::MAX - 63, 64, u64::MAX), status::BAD_ADDRESS),
-        (add(0, BASE, 64, u64::MAX), status::BAD_LAYOUT),
+        (add(1 << 56, BASE, 64, u64::MAX), error_code::BAD_ARGUMENT),
+        (add(5 << 48, BASE, 64, u64::MAX), error_code::BAD_ARGUMENT),
+        (add(3 << 32, BASE, 64, u64::MAX), error_code::BAD_VECTOR),
+        (add(0, BASE, 0, u64::MAX), error_code::BAD_LENGTH),
+        (add(0, BASE + 8, 64, u64::MAX), error_code::BAD_ALIGNMENT),
+        (add(0, BASE, 256, 64), error_code::BAD_SIGNAL),
+        (add(0, u64::MAX - 63, 64, u64::MAX), error_code::BAD_ADDRESS),
+        (add(0, BASE, 64, u64::MAX), error_code::BAD_LAYOUT),
     ] {
         assert_eq!(rig.command(command::REGION_ADD, &arguments), Err(fault), "{arguments:x?}");
     }
-    assert_eq!(rig.command(command::REGION_DROP, &[0]), Err(status::NO_REGION));
+    assert_eq!(rig.command(command::REGION_DROP, &[0]), Err(error_code::NO_REGION));
     rig.memory.view().write(BASE + 64, b"abc").unwrap();
     assert_eq!(rig.command(command::CALL, &[7 | 9 << 32, BASE + 64, 3]), Ok(7 << 32 | 9));
     let mut buffer = [0; 3];
     rig.memory.view().read(BASE + 64, &mut buffer).unwrap();
     assert_eq!(&buffer, b"cba");
-    assert_eq!(rig.command(command::CALL, &[0, BASE, 65537]), Err(status::BAD_LENGTH));
+    assert_eq!(rig.command(command::CALL, &[0, BASE, 65537]), Err(error_code::BAD_LENGTH));
     // An argument may come as two halves, in any order.
     rig.write32(reg::ARGUMENT + 4, 0x89ab_cdef);
     rig.write32(reg::ARGUMENT, 0x0123_4567);
@@ -371,8 +374,8 @@ fn a_violation_breaks_the_connection_and_wakes_the_driver() {
         rig.write32(bar0::DOORBELLS + handle * 4, 0);
     }
     wait(&msi);
-    assert_eq!(rig.read32(reg::STATUS), reg::STATE_BROKEN | status::CORRUPT << 16);
-    assert_eq!(rig.open(), Err(status::ALREADY_OPEN));
+    assert_eq!(rig.read32(reg::CONNECTION), reg::STATE_BROKEN | error_code::CORRUPT << 16);
+    assert_eq!(rig.open(), Err(error_code::ALREADY_OPEN));
     assert_eq!(rig.command(command::CLOSE, &[]), Ok(0));
     assert_eq!(rig.open(), Ok(0));
 }
@@ -384,17 +387,17 @@ fn reset_and_the_peers_end_close_the_connection() {
     rig.ring(0);
     rig.function.write(region::CONFIG, 0x10, &0xfeb0_0000u32.to_le_bytes());
     rig.function.reset();
-    assert_eq!((rig.read32(reg::STATUS), rig.read64(reg::ARGUMENT)), (reg::STATE_CLOSED, 0));
+    assert_eq!((rig.read32(reg::CONNECTION), rig.read64(reg::ARGUMENT)), (reg::STATE_CLOSED, 0));
     let mut bar = [0; 4];
     rig.function.read(region::CONFIG, 0x10, &mut bar);
     assert_eq!(bar, [0; 4]);
     assert_eq!(rig.open(), Ok(0), "memory stays over a reset");
     rig.ring(0);
     rig.function.unmap(BASE, BYTES);
-    assert_eq!(rig.read32(reg::STATUS), reg::STATE_BROKEN | status::REVOKED << 16);
+    assert_eq!(rig.read32(reg::CONNECTION), reg::STATE_BROKEN | error_code::REVOKED << 16);
     rig.function.disconnected();
-    assert_eq!(rig.read32(reg::STATUS), reg::STATE_CLOSED);
-    assert_eq!(rig.open(), Err(status::BAD_ADDRESS), "memory goes with the peer");
+    assert_eq!(rig.read32(reg::CONNECTION), reg::STATE_CLOSED);
+    assert_eq!(rig.open(), Err(error_code::BAD_ADDRESS), "memory goes with the peer");
 }
 
 #[test]
@@ -402,9 +405,9 @@ fn a_removed_device_says_so() {
     let mut rig = Rig::new(Options::default());
     rig.open().unwrap();
     rig.bus.remove("m0").unwrap();
-    assert_eq!(rig.read32(reg::STATUS), reg::STATE_BROKEN | status::REMOVED << 16);
+    assert_eq!(rig.read32(reg::CONNECTION), reg::STATE_BROKEN | error_code::REMOVED << 16);
     assert_eq!(rig.command(command::CLOSE, &[]), Ok(0));
-    assert_eq!(rig.open(), Err(status::REMOVED));
+    assert_eq!(rig.open(), Err(error_code::REMOVED));
 }
 
 proptest! {

@@ -87,8 +87,8 @@ pub mod reg {
     /// u32, ro: device class.
     pub const CLASS: u64 = 0x008;
     /// u32, ro: state of the connection: bits 0..8 one of [`STATE_CLOSED`] etc., bits 16..32 the
-    /// [`status`](super::status) that broke it.
-    pub const STATUS: u64 = 0x00c;
+    /// [`error_code`](super::error_code) that broke it.
+    pub const CONNECTION: u64 = 0x00c;
     /// No connection.
     pub const STATE_CLOSED: u32 = 0;
     /// A connection is open.
@@ -117,8 +117,8 @@ pub mod reg {
     pub const ARGUMENT: u64 = 0x080;
     /// u32, wo: a write runs the command ([`command`](super::command)) with the arguments.
     pub const COMMAND: u64 = 0x0a0;
-    /// u32, ro: [`status`](super::status) of the last command; a read returns after the command has
-    /// run.
+    /// u32, ro: [`error_code`](super::error_code) of the last command; a read returns after the
+    /// command has run.
     pub const RESULT: u64 = 0x0a4;
     /// u64, ro: value of the last command.
     pub const VALUE: u64 = 0x0a8;
@@ -163,7 +163,7 @@ pub mod command {
 }
 
 /// Results of commands.
-pub mod status {
+pub mod error_code {
     /// Done.
     pub const OK: u32 = 0;
     /// No such command.
@@ -211,7 +211,7 @@ pub mod status {
     pub const DENIED: u32 = 21;
     /// The device is being removed.
     pub const REMOVED: u32 = 22;
-    /// The first status that is free for classes.
+    /// The first error code that is free for classes.
     pub const CLASS: u32 = 0x100;
 }
 
@@ -390,7 +390,7 @@ pub mod sched {
     /// The value of a report page.
     pub mod report {
         /// u32: what became of the request: [`OK`] and so on.
-        pub const STATUS: usize = 0;
+        pub const OUTCOME: usize = 0;
         /// u32: the class that the thread has by this device.
         pub const CLASS: usize = 4;
         /// i32: and its priority.
@@ -413,22 +413,22 @@ pub mod sched {
         /// Bytes of the value.
         pub const BYTES: u32 = 64;
 
-        /// Status: as requested.
+        /// Outcome: as requested.
         pub const OK: u32 = 0;
-        /// Status: the class requested, at the nearest priority that the policy allows.
+        /// Outcome: the class requested, at the nearest priority that the policy allows.
         pub const IS_CLAMPED: u32 = 1;
-        /// Status: refused, for there is no such class (or it is the deadline class, of which there
-        /// is none here) or no such priority of it.
+        /// Outcome: refused, for there is no such class (or it is the deadline class, of which
+        /// there is none here) or no such priority of it.
         pub const BAD_REQUEST: u32 = 2;
-        /// Status: refused, for the policy does not allow the class.
+        /// Outcome: refused, for the policy does not allow the class.
         pub const NOT_ALLOWED: u32 = 3;
-        /// Status: granted, but no other request came in time.
+        /// Outcome: granted, but no other request came in time.
         pub const HAS_EXPIRED: u32 = 4;
-        /// Status: the device does not know the virtual CPU's thread (yet).
+        /// Outcome: the device does not know the virtual CPU's thread (yet).
         pub const NO_THREAD: u32 = 5;
-        /// Status: refused by the host's kernel; the log of the bus says why.
+        /// Outcome: refused by the host's kernel; the log of the bus says why.
         pub const FAILED: u32 = 6;
-        /// Status: granted, but the thread has used its share of this second's processor time; it
+        /// Outcome: granted, but the thread has used its share of this second's processor time; it
         /// gets the class again in the next.
         pub const IS_SPENT: u32 = 7;
     }
@@ -461,8 +461,8 @@ pub mod pic {
     pub const ROUTE_BYTES: usize = 40;
     /// Where the name is: 32 bytes, filled up with zeros.
     pub const NAME_OFFSET: usize = 8;
-    /// Status: the vector is not routed, or its device's connection has ended.
-    pub const NO_ROUTE: u32 = super::status::CLASS;
+    /// Error code: the vector is not routed, or its device's connection has ended.
+    pub const NO_ROUTE: u32 = super::error_code::CLASS;
 }
 
 const _: () = {

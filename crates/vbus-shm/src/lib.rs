@@ -38,6 +38,7 @@
 
 pub mod abi;
 pub mod copy;
+mod error_code;
 pub mod memory;
 pub mod pace;
 pub mod pic;
@@ -45,10 +46,9 @@ pub mod raw;
 pub mod ring;
 pub mod signal;
 pub mod state;
-mod status;
 pub mod sync;
 mod wide;
 
+pub use error_code::ErrorCode;
 pub use memory::Memory;
 pub use pace::{Pace, Rest};
-pub use status::Status;

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
 use rustix::io::Errno;
-use vbus_core::{Endpoint, Interest, MapError, Progress, Status, Task, TaskHandle};
+use vbus_core::{Endpoint, ErrorCode, Interest, MapError, Progress, Task, TaskHandle};
 use vbus_pci::{INDEX_COUNT, IrqError, IrqIndex, Options, PciFunction, REGION_COUNT};
 
 use crate::server::{Server, Stats};
@@ -95,7 +95,7 @@ struct ServerTask {
 }
 
 impl Task for ServerTask {
-    fn poll(&mut self, budget: u32) -> Result<Progress, Status> {
+    fn poll(&mut self, budget: u32) -> Result<Progress, ErrorCode> {
         let mut work = 0;
         let progress = loop {
             let outcome = self.server.ready(Instant::now());

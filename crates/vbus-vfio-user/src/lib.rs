@@ -10,7 +10,7 @@
 //!
 //! ```
 //! use std::sync::Arc;
-//! use vbus_core::{Bus, Connection, Device, Executor, Identity, Open, Region, Status, Trust, Tuning};
+//! use vbus_core::{Bus, Connection, Device, Executor, Identity, Open, Region, ErrorCode, Trust, Tuning};
 //! use vbus_driver::Function;
 //! use vbus_vfio_user::{DeviceServer, MEMORY_BYTES, Process};
 //!
@@ -23,16 +23,16 @@
 //!     fn identity(&self) -> Identity {
 //!         Identity::user("length")
 //!     }
-//!     fn open(&self, _: Open) -> Result<Box<dyn Connection>, Status> {
+//!     fn open(&self, _: Open) -> Result<Box<dyn Connection>, ErrorCode> {
 //!         Ok(Box::new(Use))
 //!     }
 //! }
 //!
 //! impl Connection for Use {
-//!     fn region_added(&mut self, _: Region) -> Result<(), Status> {
-//!         Err(Status::BAD_ARGUMENT)
+//!     fn region_added(&mut self, _: Region) -> Result<(), ErrorCode> {
+//!         Err(ErrorCode::BAD_ARGUMENT)
 //!     }
-//!     fn call(&mut self, _function: u32, _flags: u32, buffer: &mut [u8]) -> Result<u64, Status> {
+//!     fn call(&mut self, _function: u32, _flags: u32, buffer: &mut [u8]) -> Result<u64, ErrorCode> {
 //!         Ok(buffer.len() as u64)
 //!     }
 //! }

@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vbus_core::{
-    Bus, Connection, Device, Executor, Identity, Open, Region, State, Status, Trust, Tuning,
+    Bus, Connection, ConnectionState, Device, ErrorCode, Executor, Identity, Open, Region, Trust,
+    Tuning,
 };
 use vbus_driver::{Error, Function, Hal};
 use vbus_vfio_user::{Client, ClientError, DeviceServer, Errno, MEMORY_BYTES, Process};
@@ -25,7 +26,7 @@ impl Device for Adder {
         Identity::user("adder")
     }
 
-    fn open(&self, _: Open) -> Result<Box<dyn Connection>, Status> {
+    fn open(&self, _: Open) -> Result<Box<dyn Connection>, ErrorCode> {
         Ok(Box::new(Adding))
     }
 }
@@ -33,19 +34,19 @@ impl Device for Adder {
 struct Adding;
 
 impl Connection for Adding {
-    fn region_added(&mut self, _: Region) -> Result<(), Status> {
+    fn region_added(&mut self, _: Region) -> Result<(), ErrorCode> {
         Ok(())
     }
 
-    fn call(&mut self, function: u32, _: u32, buffer: &mut [u8]) -> Result<u64, Status> {
+    fn call(&mut self, function: u32, _: u32, buffer: &mut [u8]) -> Result<u64, ErrorCode> {
         Ok(buffer.iter().map(|&b| u64::from(b)).sum::<u64>() + u64::from(function))
     }
 
-    fn poll(&mut self, _: u32) -> Result<vbus_core::Progress, Status> {
+    fn poll(&mut self, _: u32) -> Result<vbus_core::Progress, ErrorCode> {
         Ok(vbus_core::Progress::Idle)
     }
 
-    fn arm(&mut self) -> Result<vbus_core::shm::signal::Armed, Status> {
+    fn arm(&mut self) -> Result<vbus_core::shm::signal::Armed, ErrorCode> {
         Ok(vbus_core::shm::signal::Armed::Waiting)
     }
 
@@ -94,7 +95,7 @@ fn a_driver_that_goes_without_a_word_leaves_nothing_behind() {
         assert_eq!(function.call(round, 0, &mut [1, 2, 3]), Ok(u64::from(round) + 6));
         let memory = process.alloc(8192).unwrap();
         function.region_add(0, 0, &memory, (0, 8192), None).unwrap();
-        assert_eq!(endpoint.state(), State::Open);
+        assert_eq!(endpoint.state(), ConnectionState::Open);
         // As a process that is killed: nothing is closed but the socket.
         rustix::net::shutdown(process.socket(), rustix::net::Shutdown::Both).unwrap();
         std::mem::forget(function);

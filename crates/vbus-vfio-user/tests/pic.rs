@@ -16,7 +16,7 @@ use vbus_core::shm::Memory;
 use vbus_core::shm::abi::pic::NO_ROUTE;
 use vbus_core::shm::pic::DriverEnd;
 use vbus_core::{
-    Bus, Connection, Device, Executor, Identity, Interrupt, Open, Region, Status, Trust, Tuning,
+    Bus, Connection, Device, ErrorCode, Executor, Identity, Interrupt, Open, Region, Trust, Tuning,
 };
 use vbus_driver::pic::{Controller, Line, Nesting, Pic, Source, Wanted};
 use vbus_driver::{Error, Function, Hal};
@@ -38,13 +38,13 @@ impl Device for Beeper {
         Identity { regions: VECTORS.into(), vectors: VECTORS, ..Identity::user("beeper") }
     }
 
-    fn open(&self, _: Open) -> Result<Box<dyn Connection>, Status> {
+    fn open(&self, _: Open) -> Result<Box<dyn Connection>, ErrorCode> {
         Ok(Box::new(Beeping(self.0.clone())))
     }
 }
 
 impl Connection for Beeping {
-    fn region_added(&mut self, region: Region) -> Result<(), Status> {
+    fn region_added(&mut self, region: Region) -> Result<(), ErrorCode> {
         self.0.lock().unwrap().push(region.interrupt);
         Ok(())
     }
@@ -149,7 +149,7 @@ fn drain(cpu: &mut Controller<Process>) -> Vec<u16> {
     lines
 }
 
-fn status<T>(result: Result<T, Error>) -> Option<Status> {
+fn status<T>(result: Result<T, Error>) -> Option<ErrorCode> {
     match result {
         Err(Error::Refused { status, .. }) => Some(status),
         Err(error) => panic!("{error}"),
@@ -209,7 +209,7 @@ fn a_line_that_moves_while_it_is_pending_is_not_lost() {
     assert!(setup.own.wait(PATIENCE), "in case that it was pending");
     setup.beep(1);
     assert!(setup.own.wait(PATIENCE));
-    assert_eq!(status(setup.pic.relocate(source(1), to(1, 7))), Some(Status(NO_ROUTE)));
+    assert_eq!(status(setup.pic.relocate(source(1), to(1, 7))), Some(ErrorCode(NO_ROUTE)));
 }
 
 #[test]
@@ -221,15 +221,15 @@ fn a_route_ends_with_either_connection() {
     setup.pic.unroute(source(0)).unwrap();
     assert!(setup.own.wait(PATIENCE), "once for what may have been under way");
     assert!(drain(&mut cpu).is_empty(), "which is not pending any more");
-    assert_eq!(status(setup.pic.unroute(source(0))), Some(Status(NO_ROUTE)));
+    assert_eq!(status(setup.pic.unroute(source(0))), Some(ErrorCode(NO_ROUTE)));
 
     setup.pic.route(source(0), to).unwrap();
     setup.beeper.close();
-    assert_eq!(status(setup.pic.route(source(0), to)), Some(Status::NOT_OPEN));
+    assert_eq!(status(setup.pic.route(source(0), to)), Some(ErrorCode::NOT_OPEN));
     setup.open();
     setup.beep(0);
     assert!(setup.own.wait(PATIENCE), "a new connection, not routed");
-    assert_eq!(status(setup.pic.relocate(source(0), to)), Some(Status(NO_ROUTE)));
+    assert_eq!(status(setup.pic.relocate(source(0), to)), Some(ErrorCode(NO_ROUTE)));
     setup.pic.route(source(0), to).unwrap();
 
     // A connection that breaks raises the line, for its driver to look at its status.
@@ -239,7 +239,7 @@ fn a_route_ends_with_either_connection() {
     wait(&setup.messages[0]);
     assert_eq!(drain(&mut cpu), [1]);
     assert!(setup.beeper.check().is_err());
-    assert_eq!(status(setup.pic.route(source(0), to)), Some(Status::DENIED), "no such device");
+    assert_eq!(status(setup.pic.route(source(0), to)), Some(ErrorCode::DENIED), "no such device");
 
     let mut setup = Setup::new(Some("pic0"));
     let _cpu = setup.cpu(0, Nesting::Nested);
@@ -257,7 +257,7 @@ fn a_driver_gets_what_the_configuration_allows() {
         let _cpu = setup.cpu(0, Nesting::Flat);
         assert_eq!(
             status(setup.pic.route(source(0), Line { cpu: 0, number: 0 })),
-            Some(Status::DENIED),
+            Some(ErrorCode::DENIED),
             "{router:?}"
         );
     }
@@ -265,22 +265,25 @@ fn a_driver_gets_what_the_configuration_allows() {
     let mut route = |device, vector, cpu, number| {
         status(setup.pic.route(Source { device, vector }, Line { cpu, number }))
     };
-    assert_eq!(route("beeper0", 0, 0, 0), Some(Status::NO_REGION), "no page yet");
+    assert_eq!(route("beeper0", 0, 0, 0), Some(ErrorCode::NO_REGION), "no page yet");
     let _cpu = setup.cpu(0, Nesting::Flat);
     let mut route = |device, vector, cpu, number| {
         status(setup.pic.route(Source { device, vector }, Line { cpu, number }))
     };
-    assert_eq!(route("beeper0", 0, 0, LINES), Some(Status::BAD_ARGUMENT), "no such line");
-    assert_eq!(route("beeper0", VECTORS, 0, 0), Some(Status::BAD_VECTOR));
-    assert_eq!(route("pic0", 0, 0, 0), Some(Status::DENIED), "itself");
-    assert_eq!(route("a name that is longer than any name can be", 0, 0, 0), Some(Status::DENIED));
+    assert_eq!(route("beeper0", 0, 0, LINES), Some(ErrorCode::BAD_ARGUMENT), "no such line");
+    assert_eq!(route("beeper0", VECTORS, 0, 0), Some(ErrorCode::BAD_VECTOR));
+    assert_eq!(route("pic0", 0, 0, 0), Some(ErrorCode::DENIED), "itself");
+    assert_eq!(
+        route("a name that is longer than any name can be", 0, 0, 0),
+        Some(ErrorCode::DENIED)
+    );
     assert_eq!(
         (route("beeper0", 0, 0, 3), route("beeper0", 0, 0, 4)),
-        (None, Some(Status::EXISTS))
+        (None, Some(ErrorCode::EXISTS))
     );
-    assert_eq!(status(setup.pic.cpu(0, 8, Nesting::Flat, 0)), Some(Status::EXISTS));
-    assert_eq!(status(setup.pic.cpu(4, 8, Nesting::Flat, 0)), Some(Status::BAD_ARGUMENT));
-    assert_eq!(status(setup.pic.cpu(1, 8, Nesting::Flat, 4)), Some(Status::BAD_VECTOR));
+    assert_eq!(status(setup.pic.cpu(0, 8, Nesting::Flat, 0)), Some(ErrorCode::EXISTS));
+    assert_eq!(status(setup.pic.cpu(4, 8, Nesting::Flat, 0)), Some(ErrorCode::BAD_ARGUMENT));
+    assert_eq!(status(setup.pic.cpu(1, 8, Nesting::Flat, 4)), Some(ErrorCode::BAD_VECTOR));
 }
 
 #[test]
@@ -354,7 +357,7 @@ fn what_is_routed_itself_routes_nothing() {
     let _cpu = setup.cpu(0, Nesting::Flat);
     assert_eq!(
         status(setup.pic.route(source(0), Line { cpu: 0, number: 0 })),
-        Some(Status::DENIED)
+        Some(ErrorCode::DENIED)
     );
 }
 

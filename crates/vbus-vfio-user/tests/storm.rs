@@ -10,8 +10,8 @@ use vbus_core::shm::Memory;
 use vbus_core::shm::abi::bar0;
 use vbus_core::shm::abi::capability::KIND_MMIO;
 use vbus_core::{
-    Bus, Connection, Device, Endpoint, Executor, Identity, Interrupt, Open, Progress, Region,
-    Status, Trust, Tuning, Window,
+    Bus, Connection, Device, Endpoint, ErrorCode, Executor, Identity, Interrupt, Open, Progress,
+    Region, Trust, Tuning, Window,
 };
 use vbus_driver::{Doorbell, Function, Hal};
 use vbus_vfio_user::{DeviceServer, MEMORY_BYTES, Process, ProcessMemory};
@@ -33,18 +33,18 @@ impl Device for Echo {
         Identity::user("echo")
     }
 
-    fn open(&self, _: Open) -> Result<Box<dyn Connection>, Status> {
+    fn open(&self, _: Open) -> Result<Box<dyn Connection>, ErrorCode> {
         Ok(Box::<Echoing>::default())
     }
 }
 
 impl Connection for Echoing {
-    fn region_added(&mut self, region: Region) -> Result<(), Status> {
+    fn region_added(&mut self, region: Region) -> Result<(), ErrorCode> {
         self.0 = Some((region.window, region.interrupt));
         Ok(())
     }
 
-    fn poll(&mut self, _: u32) -> Result<Progress, Status> {
+    fn poll(&mut self, _: u32) -> Result<Progress, ErrorCode> {
         let Some((window, interrupt)) = &self.0 else { return Ok(Progress::Idle) };
         let number = window.words()[0].load(Ordering::Acquire);
         if window.words()[1].load(Ordering::Relaxed) == number {

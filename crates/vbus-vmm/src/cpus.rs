@@ -100,8 +100,8 @@ impl Cpus {
             let (tell, told) = std::sync::mpsc::channel();
             let thread =
                 std::thread::Builder::new().name(format!("vcpu{number}")).spawn(move || {
-                    // What fails is told to who waits below; there is no use in going on without the
-                    // filter.
+                    // What fails is told to who waits below; there is no use in going on without
+                    // the filter.
                     let ready = if filter { seccomp::apply(Thread::Vcpu) } else { Ok(()) };
                     let failed = ready.is_err();
                     let _ = tell.send(ready.map(|()| rustix::thread::gettid()));

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use vbus_core::shm::abi::pic::{
     CALL_MOVE, CALL_ROUTE, CALL_UNROUTE, NAME_OFFSET, NO_ROUTE, ROUTE_BYTES, ROUTES_MAX,
 };
-use vbus_core::{Connection, Region, Route, Router, Status};
+use vbus_core::{Connection, ErrorCode, Region, Route, Router};
 
 use super::page::{Cpu, Line};
 use crate::lock;
@@ -37,31 +37,31 @@ struct Request {
 }
 
 impl Request {
-    fn parse(buffer: &[u8]) -> Result<Request, Status> {
-        let buffer = buffer.first_chunk::<ROUTE_BYTES>().ok_or(Status::BAD_LENGTH)?;
+    fn parse(buffer: &[u8]) -> Result<Request, ErrorCode> {
+        let buffer = buffer.first_chunk::<ROUTE_BYTES>().ok_or(ErrorCode::BAD_LENGTH)?;
         let u16_at = |at: usize| u16::from_le_bytes([buffer[at], buffer[at + 1]]);
         let cpu = u32::from_le_bytes([buffer[4], buffer[5], buffer[6], buffer[7]]);
         let name = buffer[NAME_OFFSET..].split(|b| *b == 0).next().unwrap_or_default();
-        let name = std::str::from_utf8(name).map_err(|_| Status::BAD_ARGUMENT)?;
+        let name = std::str::from_utf8(name).map_err(|_| ErrorCode::BAD_ARGUMENT)?;
         Ok(Request { what: (name.to_owned(), u16_at(0)), line: u16_at(2), cpu })
     }
 }
 
 impl State {
     /// The line that a request names.
-    fn line(&self, request: &Request) -> Result<Arc<Line>, Status> {
-        let cpu = self.cpus.get(&request.cpu).ok_or(Status::NO_REGION)?;
+    fn line(&self, request: &Request) -> Result<Arc<Line>, ErrorCode> {
+        let cpu = self.cpus.get(&request.cpu).ok_or(ErrorCode::NO_REGION)?;
         if request.line >= cpu.lines() {
-            return Err(Status::BAD_ARGUMENT);
+            return Err(ErrorCode::BAD_ARGUMENT);
         }
         Ok(Arc::new(Line { cpu: cpu.clone(), number: request.line }))
     }
 
-    fn route(&mut self, router: &Router, request: Request) -> Result<u64, Status> {
+    fn route(&mut self, router: &Router, request: Request) -> Result<u64, ErrorCode> {
         let line = self.line(&request)?;
         self.routes.retain(|_, routed| routed.route.is_alive());
         if self.routes.len() >= ROUTES_MAX {
-            return Err(Status::LIMIT);
+            return Err(ErrorCode::LIMIT);
         }
         let (device, vector) = &request.what;
         let cpu = line.cpu.clone();
@@ -75,12 +75,12 @@ impl State {
 
     /// The driver changes nothing of the pages for this: a line that is pending on the old one is
     /// taken away there, unless the driver is faster, and raised on the new one.
-    fn relocate(&mut self, request: Request) -> Result<u64, Status> {
+    fn relocate(&mut self, request: Request) -> Result<u64, ErrorCode> {
         let line = self.line(&request)?;
-        let routed = self.routes.get_mut(&request.what).ok_or(Status(NO_ROUTE))?;
+        let routed = self.routes.get_mut(&request.what).ok_or(ErrorCode(NO_ROUTE))?;
         if !routed.route.redirect(line.clone()) {
             self.routes.remove(&request.what);
-            return Err(Status(NO_ROUTE));
+            return Err(ErrorCode(NO_ROUTE));
         }
         if Arc::ptr_eq(&routed.cpu, &line.cpu) && routed.line == request.line {
             return Ok(0);
@@ -97,8 +97,9 @@ impl State {
         Ok(u64::from(moved))
     }
 
-    fn unroute(&mut self, what: &(String, u16)) -> Result<u64, Status> {
-        let Routed { line, cpu, route, .. } = self.routes.remove(what).ok_or(Status(NO_ROUTE))?;
+    fn unroute(&mut self, what: &(String, u16)) -> Result<u64, ErrorCode> {
+        let Routed { line, cpu, route, .. } =
+            self.routes.remove(what).ok_or(ErrorCode(NO_ROUTE))?;
         // The device interrupts by itself once, so what is pending need not stay.
         drop(route);
         if !self.is_shared(&cpu, line) {
@@ -137,32 +138,32 @@ impl PicConnection {
 }
 
 impl Connection for PicConnection {
-    fn region_added(&mut self, region: Region) -> Result<(), Status> {
+    fn region_added(&mut self, region: Region) -> Result<(), ErrorCode> {
         let mut state = lock(&self.state);
         let number = region.id;
         if number >= u32::from(self.cpus) {
-            return Err(Status::BAD_ARGUMENT);
+            return Err(ErrorCode::BAD_ARGUMENT);
         }
         if state.cpus.contains_key(&number) {
-            return Err(Status::EXISTS);
+            return Err(ErrorCode::EXISTS);
         }
         state.cpus.insert(number, Arc::new(Cpu::new(region)?));
         Ok(())
     }
 
-    fn region_dropped(&mut self, handle: u32) -> Result<(), Status> {
+    fn region_dropped(&mut self, handle: u32) -> Result<(), ErrorCode> {
         let mut state = lock(&self.state);
         state.routes.retain(|_, routed| routed.cpu.handle != handle);
         state.cpus.retain(|_, cpu| cpu.handle != handle);
         Ok(())
     }
 
-    fn call(&mut self, function: u32, flags: u32, buffer: &mut [u8]) -> Result<u64, Status> {
+    fn call(&mut self, function: u32, flags: u32, buffer: &mut [u8]) -> Result<u64, ErrorCode> {
         if ![CALL_ROUTE, CALL_UNROUTE, CALL_MOVE].contains(&function) {
-            return Err(Status::BAD_FUNCTION);
+            return Err(ErrorCode::BAD_FUNCTION);
         }
         if flags != 0 {
-            return Err(Status::BAD_ARGUMENT);
+            return Err(ErrorCode::BAD_ARGUMENT);
         }
         let request = Request::parse(buffer)?;
         let mut state = lock(&self.state);

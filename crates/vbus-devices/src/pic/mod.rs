@@ -14,7 +14,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use vbus_core::shm::abi::{class, pic as abi};
 use vbus_core::shm::pic::LINES_MAX;
-use vbus_core::{Connection, CreateError, Device, DeviceClass, Identity, Open, Status};
+use vbus_core::{Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Open};
 
 use crate::lock;
 use connection::{PicConnection, State};
@@ -81,7 +81,7 @@ impl Device for PicDevice {
         area
     }
 
-    fn open(&self, open: Open) -> Result<Box<dyn Connection>, Status> {
+    fn open(&self, open: Open) -> Result<Box<dyn Connection>, ErrorCode> {
         Ok(Box::new(PicConnection::new(self.state.clone(), self.cpus, open.router)))
     }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use vbus_core::shm::pic::DeviceEnd;
-use vbus_core::{Counter, Interrupt, InterruptSink, Region, Status, Window};
+use vbus_core::{Counter, ErrorCode, Interrupt, InterruptSink, Region, Window};
 
 /// A page that the driver has registered.
 pub struct Cpu {
@@ -15,9 +15,9 @@ pub struct Cpu {
 }
 
 impl Cpu {
-    pub fn new(region: Region) -> Result<Cpu, Status> {
+    pub fn new(region: Region) -> Result<Cpu, ErrorCode> {
         if region.signal_offset.is_some() {
-            return Err(Status::BAD_SIGNAL);
+            return Err(ErrorCode::BAD_SIGNAL);
         }
         let page = DeviceEnd::attach(region.window)?;
         let (raised, messages) = Default::default();

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use vbus_core::shm::abi::sched as abi;
 use vbus_core::shm::signal::Armed;
-use vbus_core::{Connection, Open, Progress, Region, Status, Task, TaskHandle};
+use vbus_core::{Connection, ErrorCode, Open, Progress, Region, Task, TaskHandle};
 
 use super::Shared;
 use super::cpu::Cpu;
@@ -33,20 +33,20 @@ impl SchedConnection {
     }
 
     /// What region `id` is: a virtual CPU, and whether it is its page for reports.
-    fn place(&self, id: u32) -> Result<(usize, bool), Status> {
+    fn place(&self, id: u32) -> Result<(usize, bool), ErrorCode> {
         let cpu = id / 2;
         if cpu >= self.device.config.cpus {
-            return Err(Status::BAD_ARGUMENT);
+            return Err(ErrorCode::BAD_ARGUMENT);
         }
         Ok((cpu as usize, id == abi::report_page(cpu)))
     }
 }
 
 impl Connection for SchedConnection {
-    fn region_added(&mut self, region: Region) -> Result<(), Status> {
+    fn region_added(&mut self, region: Region) -> Result<(), ErrorCode> {
         let (cpu, is_report) = self.place(region.id)?;
         let mut state = lock(&self.device.state);
-        let cpu = state.cpus.get_mut(cpu).ok_or(Status::BAD_ARGUMENT)?;
+        let cpu = state.cpus.get_mut(cpu).ok_or(ErrorCode::BAD_ARGUMENT)?;
         if is_report {
             return cpu.show_reports(&region);
         }
@@ -56,7 +56,7 @@ impl Connection for SchedConnection {
         Ok(())
     }
 
-    fn region_dropped(&mut self, handle: u32) -> Result<(), Status> {
+    fn region_dropped(&mut self, handle: u32) -> Result<(), ErrorCode> {
         lock(&self.device.state).cpus.iter_mut().for_each(|cpu| cpu.hide(handle));
         Ok(())
     }
@@ -78,7 +78,7 @@ struct Follow {
 }
 
 impl Task for Follow {
-    fn poll(&mut self, _budget: u32) -> Result<Progress, Status> {
+    fn poll(&mut self, _budget: u32) -> Result<Progress, ErrorCode> {
         let (now, mut busy) = (Instant::now(), false);
         let mut state = lock(&self.device.state);
         let super::State { cpus, lookup } = &mut *state;
@@ -109,7 +109,7 @@ impl Task for Follow {
         Ok(if busy { Progress::Busy } else { Progress::Idle })
     }
 
-    fn arm(&mut self) -> Result<Armed, Status> {
+    fn arm(&mut self) -> Result<Armed, ErrorCode> {
         // Every page, even if one has missed: the task may sleep all the same.
         let missed = lock(&self.device.state)
             .cpus

@@ -8,7 +8,7 @@ use vbus_core::shm::abi::sched as abi;
 use vbus_core::shm::abi::sched::report as word;
 use vbus_core::shm::signal::{Armed, End};
 use vbus_core::shm::state::{Overrun, Reader, SIGNAL_OFFSET, Writer};
-use vbus_core::{Interrupt, Region, Status, Window};
+use vbus_core::{ErrorCode, Interrupt, Region, Window};
 
 use super::config::CLASS_NAMES;
 use super::policy::{BadRequest, Budget, Grant, Policy, Setting, Share, parse};
@@ -64,7 +64,7 @@ pub struct Cpu {
     share: Share,
     /// When the thread may have used its share, or has a new one.
     look_at_share: Option<Instant>,
-    /// [`word::STATUS`].
+    /// [`word::OUTCOME`].
     status: u32,
     counts: Counts,
 }
@@ -100,13 +100,13 @@ impl Cpu {
     }
 
     /// The driver registers the page for its requests.
-    pub fn show_requests(&mut self, region: &Region) -> Result<(), Status> {
+    pub fn show_requests(&mut self, region: &Region) -> Result<(), ErrorCode> {
         if self.requests.is_some() {
-            return Err(Status::EXISTS);
+            return Err(ErrorCode::EXISTS);
         }
         let reader = Reader::attach(checked(region)?, End::Device)?;
         if reader.layout().value_bytes() != abi::request::BYTES as usize {
-            return Err(Status::BAD_LENGTH);
+            return Err(ErrorCode::BAD_LENGTH);
         }
         // A fresh page is at version 0, and its zeros are no request.
         let (looked, wish) = (Instant::now(), Wish::Own);
@@ -116,13 +116,13 @@ impl Cpu {
     }
 
     /// The driver registers the page for reports.
-    pub fn show_reports(&mut self, region: &Region) -> Result<(), Status> {
+    pub fn show_reports(&mut self, region: &Region) -> Result<(), ErrorCode> {
         if self.reports.is_some() {
-            return Err(Status::EXISTS);
+            return Err(ErrorCode::EXISTS);
         }
         let writer = Writer::attach(checked(region)?, End::Device)?;
         if writer.layout().value_bytes() != abi::report::BYTES as usize {
-            return Err(Status::BAD_LENGTH);
+            return Err(ErrorCode::BAD_LENGTH);
         }
         self.reports =
             Some(Reports { handle: region.handle, writer, interrupt: region.interrupt.clone() });
@@ -304,7 +304,7 @@ impl Cpu {
         let version = self.requests.as_ref().map_or(0, |requests| requests.seen);
         let mut value = [0; word::BYTES as usize];
         let words = [
-            (word::STATUS, self.status),
+            (word::OUTCOME, self.status),
             (word::CLASS, setting.class),
             (word::PRIORITY, setting.priority as u32),
             (word::VERSION, version),
@@ -395,10 +395,10 @@ impl Requests {
 }
 
 /// The memory of a page whose signal is where it must be.
-fn checked(region: &Region) -> Result<Window, Status> {
+fn checked(region: &Region) -> Result<Window, ErrorCode> {
     if region.signal_offset == Some(SIGNAL_OFFSET) {
         Ok(region.window.clone())
     } else {
-        Err(Status::BAD_SIGNAL)
+        Err(ErrorCode::BAD_SIGNAL)
     }
 }

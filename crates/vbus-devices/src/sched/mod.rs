@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
 use vbus_core::shm::abi::class;
-use vbus_core::{Connection, CreateError, Device, DeviceClass, Identity, Open, Status};
+use vbus_core::{Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Open};
 
 use crate::lock;
 use config::{Config, Origin};
@@ -156,7 +156,7 @@ impl Device for SchedDevice {
         self.0.config.area()
     }
 
-    fn open(&self, open: Open) -> Result<Box<dyn Connection>, Status> {
+    fn open(&self, open: Open) -> Result<Box<dyn Connection>, ErrorCode> {
         Ok(Box::new(SchedConnection::new(self.0.clone(), &open)))
     }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use vbus_core::shm::abi::state::{CALL_DESCRIBE, DESCRIPTION_BYTES};
 use vbus_core::shm::signal::Armed;
-use vbus_core::{Connection, Open, Progress, Region, Status, Task, TaskHandle};
+use vbus_core::{Connection, ErrorCode, Open, Progress, Region, Task, TaskHandle};
 
 use super::Shared;
 use super::page::Page;
@@ -32,29 +32,29 @@ impl StateConnection {
 }
 
 impl Connection for StateConnection {
-    fn region_added(&mut self, region: Region) -> Result<(), Status> {
-        let number = usize::try_from(region.id).map_err(|_| Status::BAD_ARGUMENT)?;
-        self.device.pages.get(number).ok_or(Status::BAD_ARGUMENT)?.show(&region)?;
+    fn region_added(&mut self, region: Region) -> Result<(), ErrorCode> {
+        let number = usize::try_from(region.id).map_err(|_| ErrorCode::BAD_ARGUMENT)?;
+        self.device.pages.get(number).ok_or(ErrorCode::BAD_ARGUMENT)?.show(&region)?;
         region.doorbell.bind(&self.task);
         Ok(())
     }
 
-    fn region_dropped(&mut self, handle: u32) -> Result<(), Status> {
+    fn region_dropped(&mut self, handle: u32) -> Result<(), ErrorCode> {
         self.device.pages.iter().for_each(|page| page.hide(Some(handle)));
         Ok(())
     }
 
-    fn call(&mut self, function: u32, flags: u32, buffer: &mut [u8]) -> Result<u64, Status> {
+    fn call(&mut self, function: u32, flags: u32, buffer: &mut [u8]) -> Result<u64, ErrorCode> {
         if function != CALL_DESCRIBE {
-            return Err(Status::BAD_FUNCTION);
+            return Err(ErrorCode::BAD_FUNCTION);
         }
         if flags != 0 {
-            return Err(Status::BAD_ARGUMENT);
+            return Err(ErrorCode::BAD_ARGUMENT);
         }
-        let out = buffer.first_chunk_mut::<DESCRIPTION_BYTES>().ok_or(Status::BAD_LENGTH)?;
+        let out = buffer.first_chunk_mut::<DESCRIPTION_BYTES>().ok_or(ErrorCode::BAD_LENGTH)?;
         let number = u32::from_le_bytes([out[0], out[1], out[2], out[3]]);
-        let number = usize::try_from(number).map_err(|_| Status::BAD_ARGUMENT)?;
-        *out = self.device.pages.get(number).ok_or(Status::BAD_ARGUMENT)?.description();
+        let number = usize::try_from(number).map_err(|_| ErrorCode::BAD_ARGUMENT)?;
+        *out = self.device.pages.get(number).ok_or(ErrorCode::BAD_ARGUMENT)?.description();
         Ok(0)
     }
 }
@@ -79,7 +79,7 @@ struct Watch {
 const BYTES_PER_UNIT: u64 = 4096;
 
 impl Task for Watch {
-    fn poll(&mut self, budget: u32) -> Result<Progress, Status> {
+    fn poll(&mut self, budget: u32) -> Result<Progress, ErrorCode> {
         let pages = &self.device.pages;
         let mut left = i64::from(budget);
         let mut progress = Progress::Idle;
@@ -98,7 +98,7 @@ impl Task for Watch {
         Ok(progress)
     }
 
-    fn arm(&mut self) -> Result<Armed, Status> {
+    fn arm(&mut self) -> Result<Armed, ErrorCode> {
         // Every page, even if one has missed: the task may sleep all the same.
         let missed =
             self.device.pages.iter().map(Page::arm).filter(|armed| *armed == Armed::Missed).count();

@@ -15,7 +15,9 @@ use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
 use vbus_core::shm::abi::{class, state as abi};
-use vbus_core::{Connection, CreateError, Device, DeviceClass, Identity, Open, Status, TaskHandle};
+use vbus_core::{
+    Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Open, TaskHandle,
+};
 
 use crate::lock;
 use connection::StateConnection;
@@ -83,7 +85,7 @@ impl Device for StateDevice {
         area
     }
 
-    fn open(&self, open: Open) -> Result<Box<dyn Connection>, Status> {
+    fn open(&self, open: Open) -> Result<Box<dyn Connection>, ErrorCode> {
         Ok(Box::new(StateConnection::new(self.0.clone(), &open)))
     }
 

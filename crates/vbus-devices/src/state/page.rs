@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use vbus_core::shm::abi::state::{DESCRIPTION_BYTES, NAME_MAX, OWNER_DEVICE, OWNER_DRIVER};
 use vbus_core::shm::signal::{Armed, End};
 use vbus_core::shm::state::{Reader, SIGNAL_OFFSET, Writer};
-use vbus_core::{Interrupt, Region, Status, Window};
+use vbus_core::{ErrorCode, Interrupt, Region, Window};
 
 use crate::lock;
 
@@ -90,13 +90,13 @@ impl Page {
 
     /// The driver registers the page. A value of the device's that is there already is written to
     /// it.
-    pub fn show(&self, region: &Region) -> Result<(), Status> {
+    pub fn show(&self, region: &Region) -> Result<(), ErrorCode> {
         let mut inner = lock(&self.inner);
         if inner.shown.is_some() {
-            return Err(Status::EXISTS);
+            return Err(ErrorCode::EXISTS);
         }
         if region.signal_offset != Some(SIGNAL_OFFSET) {
-            return Err(Status::BAD_SIGNAL);
+            return Err(ErrorCode::BAD_SIGNAL);
         }
         let (end, layout) = match self.owner {
             Owner::Device => {
@@ -113,7 +113,7 @@ impl Page {
             }
         };
         if layout.value_bytes() != self.bytes as usize {
-            return Err(Status::BAD_LENGTH);
+            return Err(ErrorCode::BAD_LENGTH);
         }
         inner.shown = Some(Shown { handle: region.handle, end });
         if inner.version != 0 {

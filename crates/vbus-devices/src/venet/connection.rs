@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use vbus_core::shm::abi::venet as abi;
 use vbus_core::shm::ring::{DeviceEnd, Returns, SIGNAL_OFFSET};
-use vbus_core::{Connection, Open, Region, Status, Task, TaskHandle, Window};
+use vbus_core::{Connection, ErrorCode, Open, Region, Task, TaskHandle, Window};
 
 use super::filter::Filter;
 use super::pair::{Pair, TxQueue};
@@ -60,22 +60,22 @@ impl VenetConnection {
     }
 
     /// Serves the rings from here on.
-    fn start(&mut self) -> Result<(), Status> {
+    fn start(&mut self) -> Result<(), ErrorCode> {
         if self.running.is_some() {
-            return Err(Status::DENIED);
+            return Err(ErrorCode::DENIED);
         }
         let count = self.rings.iter().take_while(|rings| rings.tx.is_some()).count();
         let whole = |(i, rings): (usize, &Rings)| {
             rings.tx.is_some() == (i < count) && rings.rx.is_some() == (i < count)
         };
         if count == 0 || !self.rings.iter().enumerate().all(whole) {
-            return Err(Status::BAD_ARGUMENT);
+            return Err(ErrorCode::BAD_ARGUMENT);
         }
         let mut lanes = Vec::with_capacity(count);
         let mut sending = Vec::with_capacity(count);
         for (i, rings) in self.rings[..count].iter().enumerate() {
             let (Some(tx), Some(rx)) = (&rings.tx, &rings.rx) else {
-                return Err(Status::BAD_ARGUMENT);
+                return Err(ErrorCode::BAD_ARGUMENT);
             };
             let tx_ring = attach(tx, Returns::Counted)?;
             let rx_ring = attach(rx, Returns::Entries)?;
@@ -148,31 +148,31 @@ fn spawn(open: &Open, beside: usize, task: Box<dyn Task>) -> TaskHandle {
 }
 
 /// The device's end of the ring in a region.
-fn attach(region: &Region, returns: Returns) -> Result<DeviceEnd<Window>, Status> {
+fn attach(region: &Region, returns: Returns) -> Result<DeviceEnd<Window>, ErrorCode> {
     let ring = DeviceEnd::attach(region.window.clone())?;
     if ring.layout().returns() != returns || ring.layout().entries() > u32::from(RING_MAX) {
-        return Err(Status::BAD_LAYOUT);
+        return Err(ErrorCode::BAD_LAYOUT);
     }
     Ok(ring)
 }
 
 impl Connection for VenetConnection {
-    fn region_added(&mut self, region: Region) -> Result<(), Status> {
+    fn region_added(&mut self, region: Region) -> Result<(), ErrorCode> {
         if region.id == abi::REGION_STATUS {
             return self.status.add(region);
         }
         let is_rx = region.id % 2 == 1;
-        let pair = usize::try_from(region.id / 2).map_err(|_| Status::BAD_ARGUMENT)?;
-        let rings = self.rings.get_mut(pair).ok_or(Status::BAD_ARGUMENT)?;
+        let pair = usize::try_from(region.id / 2).map_err(|_| ErrorCode::BAD_ARGUMENT)?;
+        let rings = self.rings.get_mut(pair).ok_or(ErrorCode::BAD_ARGUMENT)?;
         if self.running.is_some() {
-            return Err(Status::DENIED);
+            return Err(ErrorCode::DENIED);
         }
         let place = if is_rx { &mut rings.rx } else { &mut rings.tx };
         if place.is_some() {
-            return Err(Status::EXISTS);
+            return Err(ErrorCode::EXISTS);
         }
         if region.signal_offset != Some(SIGNAL_OFFSET) {
-            return Err(Status::BAD_SIGNAL);
+            return Err(ErrorCode::BAD_SIGNAL);
         }
         // Checked here, so that the driver learns which ring is wrong; attached at the start.
         attach(&region, if is_rx { Returns::Entries } else { Returns::Counted })?;
@@ -180,12 +180,12 @@ impl Connection for VenetConnection {
         Ok(())
     }
 
-    fn region_dropped(&mut self, handle: u32) -> Result<(), Status> {
+    fn region_dropped(&mut self, handle: u32) -> Result<(), ErrorCode> {
         if self.status.drop_region(handle) {
             return Ok(());
         }
         if self.running.is_some() {
-            return Err(Status::DENIED);
+            return Err(ErrorCode::DENIED);
         }
         for rings in &mut self.rings {
             rings.tx.take_if(|region| region.handle == handle);
@@ -194,12 +194,12 @@ impl Connection for VenetConnection {
         Ok(())
     }
 
-    fn call(&mut self, function: u32, flags: u32, buffer: &mut [u8]) -> Result<u64, Status> {
+    fn call(&mut self, function: u32, flags: u32, buffer: &mut [u8]) -> Result<u64, ErrorCode> {
         if flags != 0 {
-            return Err(Status::BAD_ARGUMENT);
+            return Err(ErrorCode::BAD_ARGUMENT);
         }
         match function {
-            abi::CALL_START if !buffer.is_empty() => return Err(Status::BAD_LENGTH),
+            abi::CALL_START if !buffer.is_empty() => return Err(ErrorCode::BAD_LENGTH),
             abi::CALL_START => self.start()?,
             abi::CALL_FILTER => {
                 *lock(&self.filter) = Filter::parse(buffer)?;
@@ -207,7 +207,7 @@ impl Connection for VenetConnection {
                     self.device.backend.filter_changed(&running.port);
                 }
             }
-            _ => return Err(Status::BAD_FUNCTION),
+            _ => return Err(ErrorCode::BAD_FUNCTION),
         }
         Ok(0)
     }

@@ -1,6 +1,6 @@
 //! Which frames a driver wants.
 
-use vbus_core::Status;
+use vbus_core::ErrorCode;
 use vbus_core::shm::abi::venet::{FILTER_ALL_MULTICAST, FILTER_MAX, FILTER_PROMISCUOUS};
 
 use super::frame::{BROADCAST, Mac, is_group};
@@ -14,17 +14,17 @@ pub struct Filter {
 
 impl Filter {
     /// From the buffer of CALL_FILTER.
-    pub fn parse(buffer: &[u8]) -> Result<Filter, Status> {
-        let (flags, rest) = buffer.split_first_chunk::<4>().ok_or(Status::BAD_LENGTH)?;
-        let (count, rest) = rest.split_first_chunk::<4>().ok_or(Status::BAD_LENGTH)?;
+    pub fn parse(buffer: &[u8]) -> Result<Filter, ErrorCode> {
+        let (flags, rest) = buffer.split_first_chunk::<4>().ok_or(ErrorCode::BAD_LENGTH)?;
+        let (count, rest) = rest.split_first_chunk::<4>().ok_or(ErrorCode::BAD_LENGTH)?;
         let (flags, count) = (u32::from_le_bytes(*flags), u32::from_le_bytes(*count));
         if flags & !(FILTER_PROMISCUOUS | FILTER_ALL_MULTICAST) != 0 {
-            return Err(Status::BAD_ARGUMENT);
+            return Err(ErrorCode::BAD_ARGUMENT);
         }
         if count > FILTER_MAX {
-            return Err(Status::LIMIT);
+            return Err(ErrorCode::LIMIT);
         }
-        let bytes = rest.get(..count as usize * 6).ok_or(Status::BAD_LENGTH)?;
+        let bytes = rest.get(..count as usize * 6).ok_or(ErrorCode::BAD_LENGTH)?;
         let mut addresses = Vec::with_capacity(count as usize);
         for chunk in bytes.chunks_exact(6) {
             let mut mac = Mac::default();
@@ -71,10 +71,10 @@ mod tests {
     #[test]
     fn bad_buffers_are_refused() {
         let parse = |buffer: &[u8]| Filter::parse(buffer).map(|_| ());
-        assert_eq!(parse(&[0; 7]), Err(Status::BAD_LENGTH));
-        assert_eq!(parse(&buffer(4, 0, &[])), Err(Status::BAD_ARGUMENT));
-        assert_eq!(parse(&buffer(0, 2, &[OTHER])), Err(Status::BAD_LENGTH));
-        assert_eq!(parse(&buffer(0, FILTER_MAX + 1, &[OTHER; 65])), Err(Status::LIMIT));
-        assert_eq!(parse(&buffer(0, u32::MAX, &[])), Err(Status::LIMIT));
+        assert_eq!(parse(&[0; 7]), Err(ErrorCode::BAD_LENGTH));
+        assert_eq!(parse(&buffer(4, 0, &[])), Err(ErrorCode::BAD_ARGUMENT));
+        assert_eq!(parse(&buffer(0, 2, &[OTHER])), Err(ErrorCode::BAD_LENGTH));
+        assert_eq!(parse(&buffer(0, FILTER_MAX + 1, &[OTHER; 65])), Err(ErrorCode::LIMIT));
+        assert_eq!(parse(&buffer(0, u32::MAX, &[])), Err(ErrorCode::LIMIT));
     }
 }

@@ -29,7 +29,7 @@ use std::sync::{Arc, Mutex, Weak};
 
 use serde_json::{Value, json};
 use vbus_core::shm::abi::{class, venet as abi};
-use vbus_core::{Connection, CreateError, Device, DeviceClass, Identity, Open, Status};
+use vbus_core::{Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Open};
 
 use crate::lock;
 use config::{Config, Plug, show_mac};
@@ -157,10 +157,10 @@ impl Device for Venet {
         area
     }
 
-    fn open(&self, open: Open) -> Result<Box<dyn Connection>, Status> {
+    fn open(&self, open: Open) -> Result<Box<dyn Connection>, ErrorCode> {
         let needs_csum = open.features & (abi::F_TSO | abi::F_USO) != 0;
         if needs_csum && open.features & abi::F_CSUM == 0 {
-            return Err(Status::BAD_FEATURES);
+            return Err(ErrorCode::BAD_FEATURES);
         }
         Ok(Box::new(VenetConnection::new(self.0.clone(), open)))
     }

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use serde_json::{Value, json};
-use vbus_core::Status;
+use vbus_core::ErrorCode;
 use vbus_core::memory::View;
 use vbus_core::shm::abi::venet::{F_CSUM, F_TSO, F_USO};
 
@@ -27,7 +27,7 @@ impl Backend for Null {
         F_CSUM | F_TSO | F_USO
     }
 
-    fn connect(&self, port: &Arc<Port>) -> Result<Vec<Box<dyn Queue>>, Status> {
+    fn connect(&self, port: &Arc<Port>) -> Result<Vec<Box<dyn Queue>>, ErrorCode> {
         self.link.set(true);
         let queue = |index: usize| {
             let mut frame = vec![0; usize::from(self.source_bytes)];
@@ -66,7 +66,7 @@ impl Queue for NullQueue {
         Sent::Done { units: 1 }
     }
 
-    fn receive(&mut self, view: &View<'_>, budget: u32) -> Result<u32, Status> {
+    fn receive(&mut self, view: &View<'_>, budget: u32) -> Result<u32, ErrorCode> {
         let Some(packet) = Packet::plain(&self.frame) else { return Ok(0) };
         let lane = &self.port.lanes[self.index];
         let Some(rx) = &mut *lock(&lane.rx) else { return Ok(0) };

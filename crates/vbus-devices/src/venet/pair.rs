@@ -7,7 +7,7 @@ use vbus_core::memory::{DriverSlice, View};
 use vbus_core::shm::abi::venet::{CHAIN_MAX, FRAME_MAX, HEADER_BYTES};
 use vbus_core::shm::ring::{DeviceEnd, Entry, NEXT};
 use vbus_core::shm::signal::Armed;
-use vbus_core::{Interrupt, MemoryContext, Progress, Status, Task, Window};
+use vbus_core::{ErrorCode, Interrupt, MemoryContext, Progress, Task, Window};
 
 use super::counters::PairCounters;
 use super::frame::{Body, ETH_BYTES, Header, Packet};
@@ -80,7 +80,7 @@ impl Pair {
     }
 
     /// Sends at most `budget` frames; returns how many went.
-    fn transmit(&mut self, view: &View<'_>, budget: u32) -> Result<u32, Status> {
+    fn transmit(&mut self, view: &View<'_>, budget: u32) -> Result<u32, ErrorCode> {
         let (mut frames, mut bytes, mut taken, mut spent) = (0, 0, 0, 0_u32);
         let mut parts: Vec<DriverSlice<'_>> = Vec::with_capacity(CHAIN_MAX);
         (self.waiting, self.moved, self.until) = (false, false, None);
@@ -139,7 +139,7 @@ impl Pair {
         &mut self,
         view: &'v View<'_>,
         parts: &mut Vec<DriverSlice<'v>>,
-    ) -> Result<Next, Status> {
+    ) -> Result<Next, ErrorCode> {
         while self.chain.entries.last().is_none_or(|last| last.flags & NEXT != 0) {
             let Some(entry) = self.tx.ring.take()? else { return Ok(Next::Nothing) };
             self.chain.bytes = self.chain.bytes.saturating_add(entry.len as usize);
@@ -147,7 +147,7 @@ impl Pair {
                 || self.chain.entries.len() == CHAIN_MAX
                 || self.chain.bytes > FRAME_MAX
             {
-                return Err(Status::BAD_LENGTH);
+                return Err(ErrorCode::BAD_LENGTH);
             }
             self.chain.entries.push(entry);
             // A part of a frame is progress too: what it was armed for has come, and the task must
@@ -184,7 +184,7 @@ impl Pair {
 }
 
 impl Task for Pair {
-    fn poll(&mut self, budget: u32) -> Result<Progress, Status> {
+    fn poll(&mut self, budget: u32) -> Result<Progress, ErrorCode> {
         let memory = self.memory.clone();
         let view = memory.view();
         let sent = self.transmit(&view, budget);
@@ -207,7 +207,7 @@ impl Task for Pair {
         Ok(if sent + received != 0 || woke || self.moved { Progress::Busy } else { Progress::Idle })
     }
 
-    fn arm(&mut self) -> Result<Armed, Status> {
+    fn arm(&mut self) -> Result<Armed, ErrorCode> {
         let rx = lock(&self.port.lanes[usize::from(self.index)].rx)
             .as_mut()
             .map_or(Armed::Waiting, |rx| rx.arm());

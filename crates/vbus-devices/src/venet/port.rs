@@ -7,7 +7,7 @@ use std::time::Instant;
 use serde_json::Value;
 use vbus_core::memory::View;
 use vbus_core::shm::signal::Armed;
-use vbus_core::{Status, TaskHandle};
+use vbus_core::{ErrorCode, TaskHandle};
 
 use super::counters::{PairCounters, TxDrops};
 use super::filter::Filter;
@@ -22,7 +22,7 @@ pub trait Backend: Send + Sync {
     fn features(&self) -> u64;
 
     /// Plugs in a driver that has started. Returns one queue for each lane of the port.
-    fn connect(&self, port: &Arc<Port>) -> Result<Vec<Box<dyn Queue>>, Status>;
+    fn connect(&self, port: &Arc<Port>) -> Result<Vec<Box<dyn Queue>>, ErrorCode>;
 
     /// The port's filter has changed.
     fn filter_changed(&self, port: &Arc<Port>) {
@@ -43,7 +43,7 @@ pub trait Queue: Send {
 
     /// Moves at most `budget` frames to the driver, whose memory `view` shows. Returns how many.
     /// Called in each poll. Not for back ends whose frames are brought by others.
-    fn receive(&mut self, view: &View<'_>, budget: u32) -> Result<u32, Status> {
+    fn receive(&mut self, view: &View<'_>, budget: u32) -> Result<u32, ErrorCode> {
         let _ = (view, budget);
         Ok(0)
     }

@@ -10,7 +10,7 @@ use vbus_core::memory::{DriverSlice, View};
 use vbus_core::shm::abi::venet::{CHAIN_MAX, HEADER_BYTES};
 use vbus_core::shm::ring::{DeviceEnd, Entry, NEXT};
 use vbus_core::shm::signal::Armed;
-use vbus_core::{Interrupt, MemoryContext, Status, TaskHandle, Window};
+use vbus_core::{ErrorCode, Interrupt, MemoryContext, TaskHandle, Window};
 
 use super::counters::PairCounters;
 use super::frame::{Body, ETH_BYTES, Header, Mac, Packet};
@@ -63,7 +63,7 @@ pub struct RxQueue {
     /// Frames and bytes since the last post.
     unposted: (u64, u64),
     waiters: Vec<(u64, TaskHandle)>,
-    fault: Option<Status>,
+    fault: Option<ErrorCode>,
     patience: Patience,
 }
 
@@ -195,7 +195,7 @@ impl RxQueue {
         view: &View<'_>,
         packet: &Packet<'_>,
         len: usize,
-    ) -> Result<(), Status> {
+    ) -> Result<(), ErrorCode> {
         let mut rooms = 0;
         let count = 1 + self
             .stash
@@ -205,7 +205,7 @@ impl RxQueue {
                 rooms < len
             })
             .count();
-        let Some(first) = self.stash.front() else { return Err(Status::FAILED) };
+        let Some(first) = self.stash.front() else { return Err(ErrorCode::FAILED) };
         let mut head = [0; HEADER_BYTES + ETH_BYTES];
         head[..HEADER_BYTES]
             .copy_from_slice(&packet.header.bytes(u16::try_from(count).unwrap_or(u16::MAX)));
@@ -256,7 +256,7 @@ impl RxQueue {
             return false;
         }
         match self.ring.take() {
-            Ok(Some(entry)) if entry.len < BUFFER_MIN => self.fault = Some(Status::BAD_LENGTH),
+            Ok(Some(entry)) if entry.len < BUFFER_MIN => self.fault = Some(ErrorCode::BAD_LENGTH),
             Ok(Some(entry)) => {
                 self.largest = self.largest.max(entry.len);
                 self.stash.push_back(entry);
@@ -296,7 +296,7 @@ impl RxQueue {
         packet: &Packet<'_>,
         count: usize,
         len: usize,
-    ) -> Result<(), Status> {
+    ) -> Result<(), ErrorCode> {
         let mut head = [0; HEADER_BYTES + ETH_BYTES];
         let buffers = u16::try_from(count).unwrap_or(u16::MAX);
         head[..HEADER_BYTES].copy_from_slice(&packet.header.bytes(buffers));
@@ -358,7 +358,7 @@ impl RxQueue {
 
     /// If somebody waits and there are new buffers, wakes all who wait. Returns whether it did. The
     /// fault of a driver that broke the protocol comes out here, in the poll of its own device.
-    pub fn serve_waiters(&mut self) -> Result<bool, Status> {
+    pub fn serve_waiters(&mut self) -> Result<bool, ErrorCode> {
         let woken = !self.waiters.is_empty() && self.refill();
         if woken || self.fault.is_some() {
             for (_, task) in self.waiters.drain(..) {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use vbus_core::shm::abi::venet::status_page as word;
 use vbus_core::shm::signal::End;
 use vbus_core::shm::state::{SIGNAL_OFFSET, Writer};
-use vbus_core::{Progress, Region, Status, Task, TaskHandle, Window};
+use vbus_core::{ErrorCode, Progress, Region, Task, TaskHandle, Window};
 
 use super::counters::PairCounters;
 use super::frame::Mac;
@@ -54,17 +54,17 @@ impl StatusPage {
     }
 
     /// The driver registers the page.
-    pub fn add(&self, region: Region) -> Result<(), Status> {
+    pub fn add(&self, region: Region) -> Result<(), ErrorCode> {
         let mut page = lock(&self.page);
         if page.is_some() {
-            return Err(Status::EXISTS);
+            return Err(ErrorCode::EXISTS);
         }
         let writer = Writer::attach(region.window.clone(), End::Device)?;
         if region.signal_offset.is_some_and(|at| at != SIGNAL_OFFSET) {
-            return Err(Status::BAD_SIGNAL);
+            return Err(ErrorCode::BAD_SIGNAL);
         }
         if writer.layout().value_bytes() < word::BYTES as usize {
-            return Err(Status::BAD_LENGTH);
+            return Err(ErrorCode::BAD_LENGTH);
         }
         *page = Some(Page { handle: region.handle, writer, region, written: None, owed: false });
         drop(page);
@@ -163,7 +163,7 @@ impl StatusTask {
 }
 
 impl Task for StatusTask {
-    fn poll(&mut self, _budget: u32) -> Result<Progress, Status> {
+    fn poll(&mut self, _budget: u32) -> Result<Progress, ErrorCode> {
         self.next = self.page.update();
         Ok(Progress::Idle)
     }

@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use vbus_core::memory::View;
 use vbus_core::shm::abi::venet::{F_CSUM, F_TSO, F_USO};
 use vbus_core::shm::signal::Armed;
-use vbus_core::{Counter, CreateError, Interest, Status};
+use vbus_core::{Counter, CreateError, ErrorCode, Interest};
 
 use super::frame::{ETH_OVERHEAD, Packet};
 use super::offload::Plain;
@@ -107,10 +107,10 @@ impl Backend for Stream {
         F_CSUM | F_TSO | F_USO
     }
 
-    fn connect(&self, port: &Arc<Port>) -> Result<Vec<Box<dyn Queue>>, Status> {
+    fn connect(&self, port: &Arc<Port>) -> Result<Vec<Box<dyn Queue>>, ErrorCode> {
         let failed = |error: Errno| {
             tracing::error!(device = port.name, path = %self.path.display(), %error, "the stream cannot be set up");
-            Status::FAILED
+            ErrorCode::FAILED
         };
         let listener = self.listener.as_ref().map(|fd| fd.try_clone()).transpose();
         let listener =
@@ -277,11 +277,11 @@ struct StreamQueue {
 
 impl StreamQueue {
     /// Sees to it that there is a peer, if there can be one now.
-    fn seek(&mut self) -> Result<(), Status> {
+    fn seek(&mut self) -> Result<(), ErrorCode> {
         let Some(task) = self.port.lanes[0].task.get() else { return Ok(()) };
         let failed = |error: Errno| {
             tracing::error!(device = self.port.name, %error, "cannot watch the stream");
-            Status::FAILED
+            ErrorCode::FAILED
         };
         let socket = match &self.listener {
             Some(listener) => {
@@ -437,7 +437,7 @@ impl Queue for StreamQueue {
         }
     }
 
-    fn receive(&mut self, view: &View<'_>, budget: u32) -> Result<u32, Status> {
+    fn receive(&mut self, view: &View<'_>, budget: u32) -> Result<u32, ErrorCode> {
         if self.peer.is_none() {
             self.seek()?;
         }

@@ -12,7 +12,7 @@ use std::sync::{Arc, RwLock};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use vbus_core::Status;
+use vbus_core::ErrorCode;
 use vbus_core::shm::abi::venet::{F_CSUM, F_TSO, F_USO};
 use vbus_core::shm::signal::Armed;
 
@@ -182,7 +182,7 @@ impl Backend for SwitchBackend {
         F_CSUM | F_TSO | F_USO
     }
 
-    fn connect(&self, port: &Arc<Port>) -> Result<Vec<Box<dyn Queue>>, Status> {
+    fn connect(&self, port: &Arc<Port>) -> Result<Vec<Box<dyn Queue>>, ErrorCode> {
         self.switch.add(port);
         self.link.set(true);
         let membership =

@@ -8,7 +8,7 @@ use rustix::io::{Errno, readv, writev};
 use serde_json::{Value, json};
 use vbus_core::memory::View;
 use vbus_core::shm::abi::venet::{CHAIN_MAX, F_TSO, F_USO, FRAME_MAX, HEADER_BYTES};
-use vbus_core::{CreateError, Interest, Status};
+use vbus_core::{CreateError, ErrorCode, Interest};
 
 use super::frame::{Body, ETH_BYTES, ETH_OVERHEAD, Packet};
 use super::port::{Backend, Drop as DropReason, Link, Port, Queue, Sent};
@@ -56,10 +56,10 @@ impl Backend for Tap {
         self.features
     }
 
-    fn connect(&self, port: &Arc<Port>) -> Result<Vec<Box<dyn Queue>>, Status> {
+    fn connect(&self, port: &Arc<Port>) -> Result<Vec<Box<dyn Queue>>, ErrorCode> {
         let failed = |error: Errno| {
             tracing::error!(device = port.name, tap = self.name, %error, "the TAP interface cannot be set up");
-            Status::FAILED
+            ErrorCode::FAILED
         };
         for (q, tun) in self.tuns.iter().enumerate() {
             if tun.is_multi() {
@@ -113,11 +113,11 @@ struct TapQueue {
 
 impl TapQueue {
     /// Lets the task be woken by the interface. Once the task knows itself.
-    fn watch(&mut self) -> Result<(), Status> {
+    fn watch(&mut self) -> Result<(), ErrorCode> {
         if let (false, Some(task)) = (self.watched, self.port.lanes[self.index].task.get()) {
             task.watch(&self.tun.fd, Interest::ReadWrite).map_err(|error| {
                 tracing::error!(device = self.port.name, %error, "cannot watch the TAP interface");
-                Status::FAILED
+                ErrorCode::FAILED
             })?;
             self.watched = true;
         }
@@ -153,7 +153,7 @@ impl Queue for TapQueue {
         }
     }
 
-    fn receive(&mut self, view: &View<'_>, budget: u32) -> Result<u32, Status> {
+    fn receive(&mut self, view: &View<'_>, budget: u32) -> Result<u32, ErrorCode> {
         self.watch()?;
         let lane = &self.port.lanes[self.index];
         let mut guard = lock(&lane.rx);
@@ -176,7 +176,7 @@ impl Queue for TapQueue {
                 }
                 ReadIn::Failed(error) => {
                     tracing::error!(device = self.port.name, %error, "cannot read from the TAP interface");
-                    return Err(Status::FAILED);
+                    return Err(ErrorCode::FAILED);
                 }
             }
         }

@@ -12,7 +12,7 @@ use vbus_core::shm::abi::venet as abi;
 use vbus_core::shm::ring::{self, DriverEnd, Entry, Layout, NEXT, Returns};
 use vbus_core::shm::signal::{Armed, End};
 use vbus_core::shm::state;
-use vbus_core::{Bus, Endpoint, Executor, InterruptSink, RegionRequest, Status, Tuning, Window};
+use vbus_core::{Bus, Endpoint, ErrorCode, Executor, InterruptSink, RegionRequest, Tuning, Window};
 
 /// How long a test waits for an event that must come.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -101,7 +101,7 @@ impl Memory {
 }
 
 /// OPEN with a good handshake.
-pub fn open(endpoint: &Endpoint, memory: &Memory, features: u64) -> Result<(), Status> {
+pub fn open(endpoint: &Endpoint, memory: &Memory, features: u64) -> Result<(), ErrorCode> {
     memory.write(0, &0x1234_5678_9abc_u64.to_le_bytes());
     endpoint.open(1, features, (0, 0x1234_5678_9abc))
 }
@@ -113,7 +113,7 @@ pub fn add(
     addr: u64,
     len: usize,
     signal: usize,
-) -> Result<u32, Status> {
+) -> Result<u32, ErrorCode> {
     let (len, signal) = (len as u64, Some(signal as u64));
     endpoint.region_add(RegionRequest { id, vector: 0, page_shift: 0, addr, len, signal })
 }
@@ -124,7 +124,7 @@ pub fn call(
     memory: &Memory,
     function: u32,
     buffer: &[u8],
-) -> Result<u64, Status> {
+) -> Result<u64, ErrorCode> {
     if !buffer.is_empty() {
         memory.write(2048, buffer);
     }
@@ -228,7 +228,7 @@ impl Net {
         net
     }
 
-    pub fn call(&mut self, function: u32, buffer: &[u8]) -> Result<u64, Status> {
+    pub fn call(&mut self, function: u32, buffer: &[u8]) -> Result<u64, ErrorCode> {
         call(&self.endpoint, &self.memory, function, buffer)
     }
 

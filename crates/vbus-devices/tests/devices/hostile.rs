@@ -7,7 +7,7 @@ use serde_json::json;
 use vbus_core::shm::Memory as _;
 use vbus_core::shm::abi::venet::{CALL_FILTER, F_CSUM, F_TSO, F_USO, FILTER_PROMISCUOUS};
 use vbus_core::shm::ring::{Entry, Layout, NEXT, Returns};
-use vbus_core::{Endpoint, State, Status};
+use vbus_core::{ConnectionState, Endpoint, ErrorCode};
 
 use crate::driver::{Net, Shape, bus, frame};
 
@@ -39,13 +39,13 @@ fn be_looked_at(net: &Net) {
     net.interrupts.wait("the device to look", || {
         (0..4).for_each(|handle| net.endpoint.ring(handle));
         std::thread::yield_now();
-        (net.endpoint.state() != State::Open || polls() > before + 4).then_some(())
+        (net.endpoint.state() != ConnectionState::Open || polls() > before + 4).then_some(())
     });
 }
 
 /// One life of the hostile driver: opens, then writes at random until the device has had enough of
 /// it.
-fn live(endpoint: &Arc<Endpoint>, random: &mut Random) -> Option<Status> {
+fn live(endpoint: &Arc<Endpoint>, random: &mut Random) -> Option<ErrorCode> {
     let shape = Shape { features: ALL, ..Shape::default() };
     let mut net = Net::open(endpoint, shape);
     let _ = net.call(CALL_FILTER, &[FILTER_PROMISCUOUS as u8, 0, 0, 0, 0, 0, 0, 0]);
@@ -126,7 +126,7 @@ fn live(endpoint: &Arc<Endpoint>, random: &mut Random) -> Option<Status> {
         if random.below(30) == 0 {
             be_looked_at(&net);
         }
-        if let State::Broken(status) = endpoint.state() {
+        if let ConnectionState::Broken(status) = endpoint.state() {
             return Some(status);
         }
     }
@@ -176,7 +176,7 @@ fn it_breaks_nothing_but_its_own_connection() {
         broken > lives / 4,
         "the hostile driver was meant to be caught: {broken} of {lives} times"
     );
-    assert_eq!([a.endpoint.state(), b.endpoint.state()], [State::Open; 2]);
+    assert_eq!([a.endpoint.state(), b.endpoint.state()], [ConnectionState::Open; 2]);
     // And the device serves an honest driver again.
     let mut h = Net::open(&h, Shape::default());
     h.post_all();
@@ -200,24 +200,24 @@ fn each_fault_has_its_status() {
         net.kick_rx(0);
         let interrupts = net.interrupts.clone();
         let status = interrupts.wait("the end of the connection", || match net.endpoint.state() {
-            State::Broken(status) => Some(status),
+            ConnectionState::Broken(status) => Some(status),
             _ => None,
         });
-        assert_eq!(net.call(CALL_FILTER, &[0; 8]), Err(Status::NOT_OPEN));
+        assert_eq!(net.call(CALL_FILTER, &[0; 8]), Err(ErrorCode::NOT_OPEN));
         status
     };
     let check = |tx: &[(u64, u32, u16)], rx: &[(u64, u32)], status| {
         let mut net = Net::open(&endpoint, Shape::default());
         assert_eq!(broken(&mut net, tx, rx), status, "{tx:x?} {rx:x?}");
     };
-    check(&[(1 << 40, 100, 0)], &[], Status::BAD_ADDRESS);
-    check(&[(u64::MAX - 10, 100, 0)], &[], Status::BAD_ADDRESS);
-    check(&[(0, 0, 0)], &[], Status::BAD_LENGTH);
-    check(&[(0, 70_000, 0)], &[], Status::BAD_LENGTH);
-    check(&[(0, u32::MAX, NEXT), (0, u32::MAX, 0)], &[], Status::BAD_LENGTH);
-    check(&[(0, 100, NEXT); 21], &[], Status::BAD_LENGTH);
-    check(&[], &[(1 << 40, 2048)], Status::BAD_ADDRESS);
-    check(&[], &[(0, 63)], Status::BAD_LENGTH);
+    check(&[(1 << 40, 100, 0)], &[], ErrorCode::BAD_ADDRESS);
+    check(&[(u64::MAX - 10, 100, 0)], &[], ErrorCode::BAD_ADDRESS);
+    check(&[(0, 0, 0)], &[], ErrorCode::BAD_LENGTH);
+    check(&[(0, 70_000, 0)], &[], ErrorCode::BAD_LENGTH);
+    check(&[(0, u32::MAX, NEXT), (0, u32::MAX, 0)], &[], ErrorCode::BAD_LENGTH);
+    check(&[(0, 100, NEXT); 21], &[], ErrorCode::BAD_LENGTH);
+    check(&[], &[(1 << 40, 2048)], ErrorCode::BAD_ADDRESS);
+    check(&[], &[(0, 63)], ErrorCode::BAD_LENGTH);
 }
 
 #[test]
@@ -234,7 +234,7 @@ fn what_it_sent_before_its_fault_arrives() {
         net.kick_tx(0);
         let interrupts = net.interrupts.clone();
         interrupts.wait("the end of the connection", || {
-            matches!(h.state(), State::Broken(_)).then_some(())
+            matches!(h.state(), ConnectionState::Broken(_)).then_some(())
         });
         // Counted when it is posted, which is what wakes its receiver.
         assert_eq!(b.counter("/pairs/0/rx/frames"), life);

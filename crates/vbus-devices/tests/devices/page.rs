@@ -1,7 +1,7 @@
 //! What goes with the rings: the status page, the capture, the filter, and what the device refuses.
 
 use serde_json::json;
-use vbus_core::Status;
+use vbus_core::ErrorCode;
 use vbus_core::shm::abi::venet::{self as abi, status_page as word};
 use vbus_core::shm::ring::{self, DriverEnd, Layout, Returns};
 
@@ -97,7 +97,7 @@ fn the_filter_decides_what_comes() {
     b.call(abi::CALL_FILTER, &filter(0, &[])).unwrap();
     burst(&mut a);
     assert_eq!(first(&mut b), B);
-    assert_eq!(b.call(abi::CALL_FILTER, &filter(8, &[])), Err(Status::BAD_ARGUMENT));
+    assert_eq!(b.call(abi::CALL_FILTER, &filter(8, &[])), Err(ErrorCode::BAD_ARGUMENT));
 }
 
 #[test]
@@ -124,7 +124,7 @@ fn what_is_wrong_with_a_start_is_said() {
     settings["queue-pairs"] = json!(2);
     let endpoint = bus.create("a", "venet", &settings).unwrap();
     let mut memory = Memory::new(&endpoint, 1 << 20);
-    assert_eq!(open(&endpoint, &memory, abi::F_TSO), Err(Status::BAD_FEATURES));
+    assert_eq!(open(&endpoint, &memory, abi::F_TSO), Err(ErrorCode::BAD_FEATURES));
     open(&endpoint, &memory, 0).unwrap();
     let mut ring = |id, returns, entries, signal| {
         let layout = Layout::new(entries, returns).unwrap();
@@ -134,21 +134,24 @@ fn what_is_wrong_with_a_start_is_said() {
     };
     assert_eq!(
         ring(abi::tx(2), Returns::Counted, 8, ring::SIGNAL_OFFSET),
-        Err(Status::BAD_ARGUMENT)
+        Err(ErrorCode::BAD_ARGUMENT)
     );
-    assert_eq!(ring(abi::tx(0), Returns::Entries, 8, ring::SIGNAL_OFFSET), Err(Status::BAD_LAYOUT));
+    assert_eq!(
+        ring(abi::tx(0), Returns::Entries, 8, ring::SIGNAL_OFFSET),
+        Err(ErrorCode::BAD_LAYOUT)
+    );
     assert_eq!(
         ring(abi::tx(0), Returns::Counted, 8192, ring::SIGNAL_OFFSET),
-        Err(Status::BAD_LAYOUT)
+        Err(ErrorCode::BAD_LAYOUT)
     );
-    assert_eq!(ring(abi::tx(0), Returns::Counted, 8, 0), Err(Status::BAD_SIGNAL));
+    assert_eq!(ring(abi::tx(0), Returns::Counted, 8, 0), Err(ErrorCode::BAD_SIGNAL));
     ring(abi::tx(0), Returns::Counted, 8, ring::SIGNAL_OFFSET).unwrap();
-    assert_eq!(ring(abi::tx(0), Returns::Counted, 8, ring::SIGNAL_OFFSET), Err(Status::EXISTS));
+    assert_eq!(ring(abi::tx(0), Returns::Counted, 8, ring::SIGNAL_OFFSET), Err(ErrorCode::EXISTS));
     ring(abi::tx(1), Returns::Counted, 8, ring::SIGNAL_OFFSET).unwrap();
     let rx1 = ring(abi::rx(1), Returns::Entries, 8, ring::SIGNAL_OFFSET).unwrap();
     assert_eq!(
         call(&endpoint, &memory, abi::CALL_START, &[]),
-        Err(Status::BAD_ARGUMENT),
+        Err(ErrorCode::BAD_ARGUMENT),
         "pair 0 is not whole"
     );
     let mut ring = |id, returns| {
@@ -161,7 +164,7 @@ fn what_is_wrong_with_a_start_is_said() {
     endpoint.region_drop(u64::from(rx1)).unwrap();
     assert_eq!(
         call(&endpoint, &memory, abi::CALL_START, &[]),
-        Err(Status::BAD_ARGUMENT),
+        Err(ErrorCode::BAD_ARGUMENT),
         "pair 1 is not whole"
     );
     let mut ring = |id, returns| {
@@ -171,9 +174,9 @@ fn what_is_wrong_with_a_start_is_said() {
         add(&endpoint, id, addr, layout.bytes(), ring::SIGNAL_OFFSET)
     };
     ring(abi::rx(1), Returns::Entries).unwrap();
-    assert_eq!(call(&endpoint, &memory, abi::CALL_START, &[0]), Err(Status::BAD_LENGTH));
+    assert_eq!(call(&endpoint, &memory, abi::CALL_START, &[0]), Err(ErrorCode::BAD_LENGTH));
     call(&endpoint, &memory, abi::CALL_START, &[]).unwrap();
-    assert_eq!(call(&endpoint, &memory, abi::CALL_START, &[]), Err(Status::DENIED));
-    assert_eq!(endpoint.region_drop(u64::from(rx0)), Err(Status::DENIED));
-    assert_eq!(call(&endpoint, &memory, 77, &[]), Err(Status::BAD_FUNCTION));
+    assert_eq!(call(&endpoint, &memory, abi::CALL_START, &[]), Err(ErrorCode::DENIED));
+    assert_eq!(endpoint.region_drop(u64::from(rx0)), Err(ErrorCode::DENIED));
+    assert_eq!(call(&endpoint, &memory, 77, &[]), Err(ErrorCode::BAD_FUNCTION));
 }

@@ -15,7 +15,7 @@ use vbus_core::shm::Memory as _;
 use vbus_core::shm::abi::sched::{self as abi, report};
 use vbus_core::shm::signal::{Armed, End};
 use vbus_core::shm::state::{Layout, Reader, SIGNAL_OFFSET, Writer};
-use vbus_core::{Bus, Endpoint, Status, Window};
+use vbus_core::{Bus, Endpoint, ErrorCode, Window};
 
 use crate::driver::{Interrupts, Memory, PATIENCE, add, bus, open};
 
@@ -104,7 +104,7 @@ impl Driver {
         Driver { endpoint: endpoint.clone(), memory, interrupts }
     }
 
-    fn page(&mut self, id: u32, bytes: u32) -> (Window, Result<u32, Status>) {
+    fn page(&mut self, id: u32, bytes: u32) -> (Window, Result<u32, ErrorCode>) {
         let layout = Layout::new(bytes, 4).unwrap();
         let addr = self.memory.alloc(layout.bytes());
         let window = self.memory.window(addr, layout.bytes());
@@ -157,7 +157,7 @@ fn read(reports: &Reader<Window>) -> (Report, u32) {
     let word = |at: usize| u32::from_le_bytes(value[at..at + 4].try_into().unwrap());
     let count = |at: usize| u64::from_le_bytes(value[at..at + 8].try_into().unwrap());
     let report = Report {
-        status: word(report::STATUS),
+        status: word(report::OUTCOME),
         class: word(report::CLASS),
         priority: word(report::PRIORITY) as i32,
         version: word(report::VERSION),
@@ -527,12 +527,15 @@ fn bad_pages_and_threads_are_refused() {
     bus.create("b", "sched", &json!({ "threads": [idlers[1].tid] })).unwrap();
 
     let mut driver = Driver::open(&endpoint);
-    assert_eq!(driver.page(abi::request_page(1), abi::request::BYTES).1, Err(Status::BAD_ARGUMENT));
-    assert_eq!(driver.page(u32::MAX, abi::request::BYTES).1, Err(Status::BAD_ARGUMENT));
-    assert_eq!(driver.page(abi::request_page(0), 8).1, Err(Status::BAD_LENGTH));
-    assert_eq!(driver.page(abi::report_page(0), 128).1, Err(Status::BAD_LENGTH));
+    assert_eq!(
+        driver.page(abi::request_page(1), abi::request::BYTES).1,
+        Err(ErrorCode::BAD_ARGUMENT)
+    );
+    assert_eq!(driver.page(u32::MAX, abi::request::BYTES).1, Err(ErrorCode::BAD_ARGUMENT));
+    assert_eq!(driver.page(abi::request_page(0), 8).1, Err(ErrorCode::BAD_LENGTH));
+    assert_eq!(driver.page(abi::report_page(0), 128).1, Err(ErrorCode::BAD_LENGTH));
     driver.page(abi::request_page(0), abi::request::BYTES).1.unwrap();
-    assert_eq!(driver.page(abi::request_page(0), abi::request::BYTES).1, Err(Status::EXISTS));
+    assert_eq!(driver.page(abi::request_page(0), abi::request::BYTES).1, Err(ErrorCode::EXISTS));
 }
 
 /// Serves a VMM's socket: sends `greeting`, then answers each line by what `answer` makes of it.

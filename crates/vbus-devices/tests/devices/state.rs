@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use vbus_core::shm::abi::state::{CALL_DESCRIBE, CONFIG_BYTES, DESCRIPTION_BYTES, OWNER_DRIVER};
 use vbus_core::shm::signal::{Armed, End};
 use vbus_core::shm::state::{Layout, Reader, SIGNAL_OFFSET, Writer};
-use vbus_core::{Bus, Endpoint, Status, Window};
+use vbus_core::{Bus, Endpoint, ErrorCode, Window};
 
 use crate::driver::{Interrupts, Memory, PATIENCE, add, bus, call, open};
 
@@ -40,7 +40,7 @@ fn page(
     memory: &mut Memory,
     id: u32,
     bytes: u32,
-) -> (Window, Result<u32, Status>) {
+) -> (Window, Result<u32, ErrorCode>) {
     let layout = Layout::new(bytes, 4).unwrap();
     let addr = memory.alloc(layout.bytes());
     let window = memory.window(addr, layout.bytes());
@@ -160,19 +160,19 @@ fn a_page_must_be_as_described() {
     assert_eq!(described[..8], [8, 0, 0, 0, OWNER_DRIVER as u8, 0, 0, 0]);
     assert_eq!(described[8..13], *b"load\0");
     buffer[0] = 3;
-    assert_eq!(call(&endpoint, &memory, CALL_DESCRIBE, &buffer), Err(Status::BAD_ARGUMENT));
-    assert_eq!(call(&endpoint, &memory, CALL_DESCRIBE, &buffer[..63]), Err(Status::BAD_LENGTH));
-    assert_eq!(call(&endpoint, &memory, 9, &[]), Err(Status::BAD_FUNCTION));
+    assert_eq!(call(&endpoint, &memory, CALL_DESCRIBE, &buffer), Err(ErrorCode::BAD_ARGUMENT));
+    assert_eq!(call(&endpoint, &memory, CALL_DESCRIBE, &buffer[..63]), Err(ErrorCode::BAD_LENGTH));
+    assert_eq!(call(&endpoint, &memory, 9, &[]), Err(ErrorCode::BAD_FUNCTION));
 
     let (_, added) = page(&endpoint, &mut memory, 3, 8);
-    assert_eq!(added, Err(Status::BAD_ARGUMENT));
+    assert_eq!(added, Err(ErrorCode::BAD_ARGUMENT));
     let (_, added) = page(&endpoint, &mut memory, 1, 9);
-    assert_eq!(added, Err(Status::BAD_LENGTH));
+    assert_eq!(added, Err(ErrorCode::BAD_LENGTH));
     let addr = memory.alloc(4096);
-    assert_eq!(add(&endpoint, 1, addr, 4096, SIGNAL_OFFSET), Err(Status::BAD_LAYOUT));
+    assert_eq!(add(&endpoint, 1, addr, 4096, SIGNAL_OFFSET), Err(ErrorCode::BAD_LAYOUT));
     let (window, added) = page(&endpoint, &mut memory, 1, 8);
     let (_, again) = page(&endpoint, &mut memory, 1, 8);
-    assert_eq!(again, Err(Status::EXISTS));
+    assert_eq!(again, Err(ErrorCode::EXISTS));
     let _ = Writer::attach(window, End::Driver).unwrap().write(b"kept");
     endpoint.region_drop(u64::from(added.unwrap())).unwrap();
     assert_eq!(get(&endpoint, "load")["text"], "kept");

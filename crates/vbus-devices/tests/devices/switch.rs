@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 use vbus_core::shm::ring::Entry;
-use vbus_core::{State, Status};
+use vbus_core::{ConnectionState, ErrorCode};
 
 const A: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const B: [u8; 6] = [2, 0, 0, 0, 0, 2];
@@ -133,7 +133,11 @@ fn a_driver_whose_memory_goes_takes_nobody_with_it() {
                     coming.unmap(0, u64::MAX);
                 }
             }
-            let state = if lives % 3 == 1 { State::Closed } else { State::Broken(Status::REVOKED) };
+            let state = if lives % 3 == 1 {
+                ConnectionState::Closed
+            } else {
+                ConnectionState::Broken(ErrorCode::REVOKED)
+            };
             assert_eq!(coming.state(), state);
             lives += 1;
         }

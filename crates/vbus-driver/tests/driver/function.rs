@@ -1,7 +1,7 @@
 //! Probe, open, regions, calls.
 
 use serde_json::json;
-use vbus_driver::{Dma, Error, Function, Hal, State, Status, venet};
+use vbus_driver::{ConnectionState, Dma, Error, ErrorCode, Function, Hal, venet};
 use vbus_shm::abi::{capability, class, reg, venet as abi};
 use vbus_shm::ring::{DriverEnd, Layout, Returns, SIGNAL_OFFSET};
 
@@ -18,7 +18,7 @@ fn nic(name: &str) -> (vbus_core::Bus, Local) {
     (bus, local)
 }
 
-fn refused<T>(result: Result<T, Error>) -> Status {
+fn refused<T>(result: Result<T, Error>) -> ErrorCode {
     match result {
         Err(Error::Refused { status, .. }) => status,
         Err(error) => panic!("{error}"),
@@ -35,7 +35,7 @@ fn a_function_tells_what_it_is() {
     assert_eq!((info.class_name.as_str(), info.name.as_str()), ("venet", "nic-with-a-name"));
     assert_eq!((info.vectors, function.doorbell().kind), (1, capability::KIND_MMIO));
     assert_eq!(function.doorbells_offered().count(), 1);
-    assert_eq!(function.state(), Ok(State::Closed));
+    assert_eq!(function.state(), Ok(ConnectionState::Closed));
     let config = venet::config(&function).unwrap();
     assert_eq!((config.mac, config.mtu), ([2, 0, 0, 0, 0, 7], 9000));
     assert!(config.ring_entries.is_power_of_two());
@@ -46,12 +46,15 @@ fn it_opens_with_what_it_offers_and_as_often_as_wanted() {
     let (_bus, local) = nic("n");
     let mut function = local.probe();
     for _ in 0..100 {
-        assert_eq!(refused(function.open(1 << 47)), Status::BAD_FEATURES);
+        assert_eq!(refused(function.open(1 << 47)), ErrorCode::BAD_FEATURES);
         function.open(venet::F_CSUM).unwrap();
-        assert_eq!((function.state(), function.features()), (Ok(State::Open), venet::F_CSUM));
+        assert_eq!(
+            (function.state(), function.features()),
+            (Ok(ConnectionState::Open), venet::F_CSUM)
+        );
         function.check().unwrap();
         function.close();
-        assert_eq!(function.check(), Err(Error::Broken(Status::NOT_OPEN)));
+        assert_eq!(function.check(), Err(Error::Broken(ErrorCode::NOT_OPEN)));
     }
 }
 
@@ -62,10 +65,10 @@ fn a_driver_that_died_is_no_hindrance_and_dropping_closes() {
     dead.open(0).unwrap();
     std::mem::forget(dead);
     let mut function = local.probe();
-    assert_eq!(function.state(), Ok(State::Open));
+    assert_eq!(function.state(), Ok(ConnectionState::Open));
     function.open(0).unwrap();
     drop(function);
-    assert_eq!(local.probe().state(), Ok(State::Closed));
+    assert_eq!(local.probe().state(), Ok(ConnectionState::Closed));
 }
 
 #[test]
@@ -73,7 +76,7 @@ fn regions_are_checked_on_both_ends() {
     let (_bus, local) = nic("n");
     let mut function = local.probe();
     let memory = local.alloc(8192).unwrap();
-    assert_eq!(refused(function.region_add(0, 0, &memory, (0, 8192), None)), Status::NOT_OPEN);
+    assert_eq!(refused(function.region_add(0, 0, &memory, (0, 8192), None)), ErrorCode::NOT_OPEN);
     function.open(0).unwrap();
     let layout = Layout::new(64, Returns::Counted).unwrap();
     DriverEnd::create(memory.clone(), layout, 0).unwrap();
@@ -81,10 +84,10 @@ fn regions_are_checked_on_both_ends() {
         |id, vector, place, signal| function.region_add(id, vector, &memory, place, signal);
     let good = (0, layout.bytes());
     for (result, status) in [
-        (add(77, 0, good, Some(SIGNAL_OFFSET)), Status::BAD_ARGUMENT),
-        (add(abi::tx(0), 99, good, Some(SIGNAL_OFFSET)), Status::BAD_VECTOR),
-        (add(abi::tx(0), 0, (8, 64), Some(SIGNAL_OFFSET)), Status::BAD_ALIGNMENT),
-        (add(abi::tx(0), 0, (0, 128), Some(SIGNAL_OFFSET)), Status::BAD_SIGNAL),
+        (add(77, 0, good, Some(SIGNAL_OFFSET)), ErrorCode::BAD_ARGUMENT),
+        (add(abi::tx(0), 99, good, Some(SIGNAL_OFFSET)), ErrorCode::BAD_VECTOR),
+        (add(abi::tx(0), 0, (8, 64), Some(SIGNAL_OFFSET)), ErrorCode::BAD_ALIGNMENT),
+        (add(abi::tx(0), 0, (0, 128), Some(SIGNAL_OFFSET)), ErrorCode::BAD_SIGNAL),
     ] {
         assert_eq!(refused(result), status);
     }
@@ -94,16 +97,16 @@ fn regions_are_checked_on_both_ends() {
     let handle = add(abi::tx(0), 0, good, Some(SIGNAL_OFFSET)).unwrap();
     assert!(handle < function.info().max_regions);
     function.region_drop(handle).unwrap();
-    assert_eq!(refused(function.region_drop(handle)), Status::NO_REGION);
+    assert_eq!(refused(function.region_drop(handle)), ErrorCode::NO_REGION);
 }
 
 #[test]
 fn what_the_device_refuses_says_why() {
     let (_bus, local) = nic("n");
     let mut function = local.probe();
-    assert_eq!(refused(function.call(abi::CALL_START, 0, &mut [])), Status::NOT_OPEN);
+    assert_eq!(refused(function.call(abi::CALL_START, 0, &mut [])), ErrorCode::NOT_OPEN);
     function.open(0).unwrap();
-    assert_eq!(refused(function.call(999, 0, &mut [1; 16])), Status::BAD_FUNCTION);
+    assert_eq!(refused(function.call(999, 0, &mut [1; 16])), ErrorCode::BAD_FUNCTION);
     assert!(matches!(
         function.call(1, 0, &mut vec![0; (64 << 10) + 1]),
         Err(Error::Unsupported(_))
@@ -117,7 +120,7 @@ fn a_revoked_connection_is_seen_and_can_be_opened_again() {
     nic.function().check().unwrap();
     local.unmap();
     let error = nic.function().check().unwrap_err();
-    assert_eq!(error, Error::Broken(Status::REVOKED));
+    assert_eq!(error, Error::Broken(ErrorCode::REVOKED));
     // The device's interrupt said so, if anybody slept.
     until("the interrupt", || local.interrupted().then_some(()));
     let _ = nic.arm_status();
@@ -135,7 +138,7 @@ fn memory_that_is_not_shared_is_found_out() {
     local.unmap();
     let other = memfd();
     local.map_other(other);
-    assert_eq!(refused(local.probe().open(0)), Status::NOT_SHARED);
+    assert_eq!(refused(local.probe().open(0)), ErrorCode::NOT_SHARED);
 }
 
 fn memfd() -> std::os::fd::OwnedFd {

@@ -2,7 +2,7 @@
 //! bounds.
 
 use vbus_driver::venet::{BUFFER_MIN, CHAIN_MAX, FRAME_MAX, HEADER_BYTES, Nic, Piece, Rx, Tx};
-use vbus_driver::{Dma, Error, Function, State, Status};
+use vbus_driver::{ConnectionState, Dma, Error, ErrorCode, Function};
 use vbus_shm::Memory;
 use vbus_shm::abi::{reg, venet as abi};
 use vbus_shm::ring::{DeviceEnd, Entry, NEXT, SIGNAL_OFFSET};
@@ -177,16 +177,16 @@ fn frames_that_nobody_should_send_are_refused_and_full_rings_say_so() {
 #[test]
 fn registers_that_make_no_sense_are_errors() {
     let mut rig = Rig::new();
-    rig.fake.set_register(reg::STATUS, 9);
+    rig.fake.set_register(reg::CONNECTION, 9);
     corrupt(rig.nic.function().state());
-    rig.fake.set_register(reg::STATUS, reg::STATE_BROKEN | Status::CORRUPT.0 << 16);
-    assert_eq!(rig.nic.function().state(), Ok(State::Broken(Status::CORRUPT)));
-    rig.fake.set_register(reg::STATUS, u32::MAX);
+    rig.fake.set_register(reg::CONNECTION, reg::STATE_BROKEN | ErrorCode::CORRUPT.0 << 16);
+    assert_eq!(rig.nic.function().state(), Ok(ConnectionState::Broken(ErrorCode::CORRUPT)));
+    rig.fake.set_register(reg::CONNECTION, u32::MAX);
     assert_eq!(rig.nic.function().check(), Err(Error::Gone));
     rig.fake.set_register(reg::RESULT, u32::MAX);
     assert_eq!(rig.nic.start(), Err(Error::Gone));
     rig.fake.set_register(reg::RESULT, 0x1234);
-    assert_eq!(rig.nic.start(), Err(Error::Refused { command: "CALL", status: Status(0x1234) }));
+    assert_eq!(rig.nic.start(), Err(Error::Refused { command: "CALL", status: ErrorCode(0x1234) }));
 }
 
 #[test]

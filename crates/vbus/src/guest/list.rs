@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use serde_json::{Map, Value, json};
-use vbus_driver::{Function, Hal, State};
+use vbus_driver::{ConnectionState, Function, Hal};
 
 use super::doorbell;
 use super::source::Source;
@@ -38,9 +38,9 @@ fn describe<H: Hal>(id: &str, function: &mut Function<H>) -> Value {
     let costs = function.choose_doorbell(doorbell::RINGS);
     let info = function.info();
     let state = match function.state() {
-        Ok(State::Closed) => "closed".into(),
-        Ok(State::Open) => "open".into(),
-        Ok(State::Broken(status)) => format!("broken: {status}"),
+        Ok(ConnectionState::Closed) => "closed".into(),
+        Ok(ConnectionState::Open) => "open".into(),
+        Ok(ConnectionState::Broken(status)) => format!("broken: {status}"),
         Err(error) => error.to_string(),
     };
     json!({

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
-use vbus_driver::venet::{FILTER_ALL_MULTICAST, FILTER_PROMISCUOUS, Nic, Status};
+use vbus_driver::venet::{FILTER_ALL_MULTICAST, FILTER_PROMISCUOUS, Nic, NicStatus};
 use vbus_driver::{Acknowledger, Error, Function, Hal, Pace};
 
 use super::Options;
@@ -233,7 +233,7 @@ impl<H: Hal> Keeper<H> {
         if self.nic.arm_status() == vbus_shm::signal::Armed::Missed {
             status = self.nic.status()?;
         }
-        let Status { link, .. } = status;
+        let NicStatus { link, .. } = status;
         if self.link != Some(link) {
             self.tap.set_carrier(link);
             tracing::info!("{}: link {}", self.tap.name(), if link { "up" } else { "down" });

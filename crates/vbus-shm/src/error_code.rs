@@ -1,24 +1,24 @@
-//! Status codes of the mailbox, as an error type.
+//! ErrorCode codes of the mailbox, as an error type.
 
 use core::fmt;
 
-use super::abi::status;
+use super::abi::error_code;
 use super::{pic, ring, state};
 
-/// Why a command failed or a connection ended: a number of [`status`], as the device says it and
-/// the driver reads it.
+/// Why a command failed or a connection ended: a number of [`error_code`], as the device says it
+/// and the driver reads it.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub struct Status(pub u32);
+pub struct ErrorCode(pub u32);
 
-macro_rules! statuses {
+macro_rules! error_codes {
     ($($name:ident: $text:literal,)*) => {
-        impl Status {
-            $(#[doc = $text] pub const $name: Status = Status(status::$name);)*
+        impl ErrorCode {
+            $(#[doc = $text] pub const $name: ErrorCode = ErrorCode(error_code::$name);)*
 
             /// The code in words.
             pub fn text(self) -> Option<&'static str> {
                 match self {
-                    $(Status::$name => Some($text),)*
+                    $(ErrorCode::$name => Some($text),)*
                     _ => None,
                 }
             }
@@ -26,7 +26,7 @@ macro_rules! statuses {
     };
 }
 
-statuses! {
+error_codes! {
     BAD_COMMAND: "no such command",
     BAD_ARGUMENT: "argument out of range",
     NOT_OPEN: "no connection is open",
@@ -51,43 +51,43 @@ statuses! {
     REMOVED: "the device was removed",
 }
 
-impl fmt::Display for Status {
+impl fmt::Display for ErrorCode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.text() {
             Some(text) => f.write_str(text),
-            None => write!(f, "status {:#x}", self.0),
+            None => write!(f, "error {:#x}", self.0),
         }
     }
 }
 
-impl fmt::Debug for Status {
+impl fmt::Debug for ErrorCode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Status({}: {self})", self.0)
+        write!(f, "ErrorCode({}: {self})", self.0)
     }
 }
 
-impl core::error::Error for Status {}
+impl core::error::Error for ErrorCode {}
 
-impl From<ring::Corrupt> for Status {
+impl From<ring::Corrupt> for ErrorCode {
     fn from(_: ring::Corrupt) -> Self {
-        Status::CORRUPT
+        ErrorCode::CORRUPT
     }
 }
 
-impl From<ring::BadRing> for Status {
+impl From<ring::BadRing> for ErrorCode {
     fn from(_: ring::BadRing) -> Self {
-        Status::BAD_LAYOUT
+        ErrorCode::BAD_LAYOUT
     }
 }
 
-impl From<state::BadState> for Status {
+impl From<state::BadState> for ErrorCode {
     fn from(_: state::BadState) -> Self {
-        Status::BAD_LAYOUT
+        ErrorCode::BAD_LAYOUT
     }
 }
 
-impl From<pic::BadPage> for Status {
+impl From<pic::BadPage> for ErrorCode {
     fn from(_: pic::BadPage) -> Self {
-        Status::BAD_LAYOUT
+        ErrorCode::BAD_LAYOUT
     }
 }
