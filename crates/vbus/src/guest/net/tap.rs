@@ -135,9 +135,8 @@ impl Tap {
     pub fn set_carrier(&self, up: bool) {
         let Ok(queue) = self.queue() else { return };
         // SAFETY: TUNSETCARRIER reads an int.
-        if let Err(error) =
-            unsafe { ioctl(queue, Setter::<TUNSETCARRIER, i32>::new(i32::from(up))) }
-        {
+        let set = unsafe { ioctl(queue, Setter::<TUNSETCARRIER, i32>::new(i32::from(up))) };
+        if let Err(error) = set {
             tracing::debug!(%error, "TUNSETCARRIER");
         }
     }
