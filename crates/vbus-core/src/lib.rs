@@ -89,6 +89,7 @@ mod device;
 mod endpoint;
 mod executor;
 mod interrupt;
+mod lock;
 pub mod memory;
 mod sync;
 mod wake;
@@ -99,5 +100,6 @@ pub use device::{Connection, CreateError, Device, DeviceClass, Fail, Identity, O
 pub use endpoint::{ConnectionState, Doorbell, Endpoint, REGION_BYTES_MAX, RegionRequest};
 pub use executor::{Executor, Interest, Progress, Task, TaskHandle, Tuning};
 pub use interrupt::{Interrupt, InterruptSink, Route, Router};
+pub use lock::lock;
 pub use memory::{MapError, MemoryContext, Trust, View, Window};
 pub use vbus_shm::{self as shm, ErrorCode};

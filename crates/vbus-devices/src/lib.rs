@@ -1,6 +1,6 @@
 //! The device classes of vbus: [`venet`], an Ethernet controller, [`state`], named values,
-//! [`sched`], the priority of virtual CPUs, and [`pic`], an interrupt controller for the others. A
-//! bus makes devices of them from their settings:
+//! and [`pic`], an interrupt controller for the other devices. (The class `sched` has a crate of its
+//! own.) A bus makes devices of them from their settings:
 //!
 //! ```
 //! use serde_json::json;
@@ -22,7 +22,6 @@
 //! ```
 
 pub mod pic;
-pub mod sched;
 pub mod state;
 pub mod venet;
 
@@ -30,21 +29,5 @@ use vbus_core::DeviceClass;
 
 /// All classes of this crate.
 pub fn classes() -> Vec<Box<dyn DeviceClass>> {
-    classes_with(sched::SchedClass::new())
-}
-
-/// All classes of this crate, with a `sched` that is made otherwise than by
-/// [`SchedClass::new`](sched::SchedClass::new).
-pub fn classes_with(sched: sched::SchedClass) -> Vec<Box<dyn DeviceClass>> {
-    vec![
-        Box::new(venet::VenetClass::new()),
-        Box::new(state::StateClass),
-        Box::new(sched),
-        Box::new(pic::PicClass),
-    ]
-}
-
-/// Takes a lock that a panic may have poisoned: one task's panic must not take the others with it.
-fn lock<T: ?Sized>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|e| e.into_inner())
+    vec![Box::new(venet::VenetClass::new()), Box::new(state::StateClass), Box::new(pic::PicClass)]
 }

@@ -11,7 +11,7 @@ use vbus_core::shm::abi::pic::{
 use vbus_core::{Connection, ErrorCode, Region, Route, Router};
 
 use super::page::{Cpu, Line};
-use crate::lock;
+use vbus_core::lock;
 
 /// What a connection has made so far. Ended routes stay until they are looked at.
 #[derive(Default)]

@@ -16,8 +16,8 @@ use vbus_core::shm::abi::{class, pic as abi};
 use vbus_core::shm::pic::LINES_MAX;
 use vbus_core::{Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Open};
 
-use crate::lock;
 use connection::{PicConnection, State};
+use vbus_core::lock;
 
 /// The class of interrupt controllers.
 pub struct PicClass;

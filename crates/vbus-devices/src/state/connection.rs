@@ -8,7 +8,7 @@ use vbus_core::{Connection, ErrorCode, Open, Progress, Region, Task, TaskHandle}
 
 use super::Shared;
 use super::page::Page;
-use crate::lock;
+use vbus_core::lock;
 
 /// A connection. Its task reads the pages that are watched; it sleeps while there are none.
 pub struct StateConnection {

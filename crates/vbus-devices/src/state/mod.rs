@@ -19,9 +19,9 @@ use vbus_core::{
     Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Open, TaskHandle,
 };
 
-use crate::lock;
 use connection::StateConnection;
 use page::Page;
+use vbus_core::lock;
 
 /// The class of devices with state pages.
 pub struct StateClass;

@@ -10,7 +10,7 @@ use vbus_core::shm::signal::{Armed, End};
 use vbus_core::shm::state::{Reader, SIGNAL_OFFSET, Writer};
 use vbus_core::{ErrorCode, Interrupt, Region, Window};
 
-use crate::lock;
+use vbus_core::lock;
 
 /// Which end writes a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -13,7 +13,7 @@ use super::port::{Lane, Port};
 use super::rx::RxQueue;
 use super::status::{StatusPage, StatusTask};
 use super::{RING_MAX, Shared};
-use crate::lock;
+use vbus_core::lock;
 
 /// A number for each port of this program.
 static NEXT_PORT: AtomicU64 = AtomicU64::new(1);

@@ -31,7 +31,6 @@ use serde_json::{Value, json};
 use vbus_core::shm::abi::{class, venet as abi};
 use vbus_core::{Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Open};
 
-use crate::lock;
 use config::{Config, Plug, show_mac};
 use connection::VenetConnection;
 use counters::PairCounters;
@@ -41,6 +40,7 @@ use port::{Backend, Link};
 use stream::Stream;
 use switch::{Switch, SwitchBackend};
 use tap::Tap;
+use vbus_core::lock;
 
 /// The most entries of a ring.
 const RING_MAX: u16 = 4096;

@@ -11,7 +11,7 @@ use vbus_core::shm::abi::venet::{F_CSUM, F_TSO, F_USO};
 use super::frame::Packet;
 use super::port::{Backend, Link, Port, Queue, Sent};
 use super::rx::Delivery;
-use crate::lock;
+use vbus_core::lock;
 
 /// Experimental EtherType (IEEE 802): no protocol stack takes these frames for its own.
 const ETHERTYPE: [u8; 2] = [0x88, 0xb5];

@@ -13,7 +13,7 @@ use super::counters::PairCounters;
 use super::frame::{Body, ETH_BYTES, Header, Packet};
 use super::pcap::Capture;
 use super::port::{Drop as DropReason, Port, Queue, Sent};
-use crate::lock;
+use vbus_core::lock;
 
 /// The next frame of the transmit ring: entries taken, and once they are whole, what its header
 /// said.

@@ -14,7 +14,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use vbus_core::Counter;
 
 use super::frame::Packet;
-use crate::lock;
+use vbus_core::lock;
 
 const MAGIC: u32 = 0xa1b2_c3d4;
 const VERSION: [u16; 2] = [2, 4];

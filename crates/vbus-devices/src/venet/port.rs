@@ -14,7 +14,7 @@ use super::filter::Filter;
 use super::frame::{Mac, Packet};
 use super::rx::RxQueue;
 use super::status::StatusPage;
-use crate::lock;
+use vbus_core::lock;
 
 /// What a device can be plugged into: the settings of one device's back end.
 pub trait Backend: Send + Sync {

@@ -12,7 +12,7 @@ use vbus_core::{ErrorCode, Progress, Region, Task, TaskHandle, Window};
 use super::counters::PairCounters;
 use super::frame::Mac;
 use super::port::Link;
-use crate::lock;
+use vbus_core::lock;
 
 /// The least time between two updates that only bring newer counters.
 const INTERVAL: Duration = Duration::from_millis(100);

@@ -25,7 +25,7 @@ use super::frame::{ETH_OVERHEAD, Packet};
 use super::offload::Plain;
 use super::port::{Backend, Drop as DropReason, Link, Port, Queue, Sent};
 use super::rx::Delivery;
-use crate::lock;
+use vbus_core::lock;
 
 /// Bytes of the length before each frame.
 const LENGTH: usize = 4;

@@ -21,7 +21,7 @@ use super::frame::{Mac, Packet, flag, is_group};
 use super::offload::Plain;
 use super::port::{Backend, Link, Port, Queue, Sent};
 use super::rx::{Delivery, RxQueue};
-use crate::lock;
+use vbus_core::lock;
 
 /// The most learned addresses. Beyond it nothing is learned, and frames to unknown addresses go to
 /// whoever wants everything.

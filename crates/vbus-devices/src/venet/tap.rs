@@ -14,7 +14,7 @@ use super::frame::{Body, ETH_BYTES, ETH_OVERHEAD, Packet};
 use super::port::{Backend, Drop as DropReason, Link, Port, Queue, Sent};
 use super::rx::ReadIn;
 use super::tun::{self, Tun};
-use crate::lock;
+use vbus_core::lock;
 
 /// The settings.
 pub struct Tap {

@@ -24,7 +24,9 @@ const BYTES: u64 = 64 << 20;
 /// A bus with all classes.
 pub fn bus() -> Bus {
     let executor = Executor::start(Tuning { workers: 2, ..Tuning::default() }).unwrap();
-    Bus::new(executor, vbus_devices::classes(), Trust::Sealed)
+    let mut classes = vbus_devices::classes();
+    classes.push(Box::new(vbus_sched::SchedClass::new()));
+    Bus::new(executor, classes, Trust::Sealed)
 }
 
 /// See the module.

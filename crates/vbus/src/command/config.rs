@@ -29,7 +29,9 @@ pub fn run(command: &Command) -> Result<()> {
     let (config, source) = config::read(file)?;
     // The classes know their own settings: make the devices, on a bus that nobody sees.
     let executor = Executor::start(Tuning { workers: 1, ..config.tuning })?;
-    let bus = Bus::new(executor, vbus_devices::classes(), config.trust);
+    let mut classes = vbus_devices::classes();
+    classes.push(Box::new(vbus_sched::SchedClass::new()));
+    let bus = Bus::new(executor, classes, config.trust);
     for (number, spec) in config.devices.iter().enumerate() {
         bus.create(&spec.name, &spec.class, &spec.settings)
             .map_err(|error| source.device_error(number, &error.to_string()))?;

@@ -2,7 +2,7 @@
 //! (spec/sched.md, "If the bus is killed").
 //!
 //! It is started before the first thread is changed, holds the ledger
-//! ([`vbus_devices::sched::Ledger`]) as its standard output and the reading end of a pipe as its
+//! ([`vbus_sched::Ledger`]) as its standard output and the reading end of a pipe as its
 //! standard input, and sleeps in a read of that pipe, to which nobody writes: the pipe ends with
 //! the bus.
 
@@ -18,7 +18,6 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
-use vbus_devices::sched;
 
 /// The hidden command.
 pub const COMMAND: &str = "guardian";
@@ -45,7 +44,7 @@ struct Running {
     since: Instant,
 }
 
-impl sched::Guardian for Guardian {
+impl vbus_sched::Guardian for Guardian {
     fn attend(&self, ledger: BorrowedFd<'_>) -> io::Result<()> {
         let mut state = self.0.lock().unwrap_or_else(|e| e.into_inner());
         if state.stopped {
@@ -128,9 +127,9 @@ pub fn run() -> ExitCode {
         return ExitCode::FAILURE;
     }
     let ledger = io::stdout().as_fd().try_clone_to_owned().map(File::from);
-    match ledger.and_then(|ledger| sched::put_back(&ledger)) {
-        Ok(sched::Outcome { restored: 0, left: 0, failed: 0 }) => ExitCode::SUCCESS,
-        Ok(sched::Outcome { restored, left, failed }) => {
+    match ledger.and_then(|ledger| vbus_sched::put_back(&ledger)) {
+        Ok(vbus_sched::Outcome { restored: 0, left: 0, failed: 0 }) => ExitCode::SUCCESS,
+        Ok(vbus_sched::Outcome { restored, left, failed }) => {
             eprintln!(
                 "the bus was killed: {restored} threads got their scheduling class back, {left} had ended or another one, {failed} failed"
             );

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 use vbus_core::{Bus, Endpoint, Executor};
-use vbus_devices::sched::{Ledger, SchedClass};
+use vbus_sched::{Ledger, SchedClass};
 use vbus_vfio_user::DeviceServer;
 
 use super::guardian::Guardian;
@@ -34,7 +34,8 @@ impl Host {
         let executor = Executor::start(config.tuning).context("starting the event loop")?;
         let guardian = Arc::new(Guardian::default());
         let ledger = Ledger::new(guardian.clone()).context("making a file in memory")?;
-        let classes = vbus_devices::classes_with(SchedClass::guarded(ledger));
+        let mut classes = vbus_devices::classes();
+        classes.push(Box::new(SchedClass::guarded(ledger)));
         let bus = Bus::new(executor, classes, config.trust);
         Ok(Host { claimed, bus, guardian, served: Mutex::default() })
     }

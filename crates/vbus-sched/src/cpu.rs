@@ -10,9 +10,9 @@ use vbus_core::shm::signal::{Armed, End};
 use vbus_core::shm::state::{Overrun, Reader, SIGNAL_OFFSET, Writer};
 use vbus_core::{ErrorCode, Interrupt, Region, Window};
 
-use super::config::CLASS_NAMES;
-use super::policy::{BadRequest, Budget, Grant, Policy, Setting, Share, parse};
-use super::thread::Thread;
+use crate::config::CLASS_NAMES;
+use crate::policy::{BadRequest, Budget, Grant, Policy, Setting, Share, parse};
+use crate::thread::Thread;
 
 /// What the device counts for a virtual CPU, over the device's life.
 #[derive(Clone, Copy, Debug, Default)]

@@ -11,10 +11,10 @@ use std::time::Duration;
 use rustix::io::Errno;
 use rustix::process::{Pid, getpriority_process};
 
-use super::attributes::{self, Attributes};
-use super::ledger::{Entry, Ledger, Note};
-use super::policy::Setting;
-use crate::lock;
+use crate::attributes::{self, Attributes};
+use crate::ledger::{Entry, Ledger, Note};
+use crate::policy::Setting;
+use vbus_core::lock;
 
 /// The threads that devices of this process have to do with, so that no two of them take each
 /// other's settings for the thread's own.

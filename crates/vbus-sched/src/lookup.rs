@@ -14,8 +14,8 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde_json::Value;
 use vbus_core::{Interest, TaskHandle};
 
-use super::config::Origin;
-use super::thread::{Claims, Thread};
+use crate::config::Origin;
+use crate::thread::{Claims, Thread};
 
 /// How long a VMM may take for its answers.
 const PATIENCE: Duration = Duration::from_secs(10);

@@ -9,7 +9,7 @@ use vbus_core::shm::signal::{Armed, End};
 use vbus_core::shm::state::{Layout, Reader, SIGNAL_OFFSET, Writer};
 use vbus_core::{Bus, Endpoint, ErrorCode, Window};
 
-use crate::driver::{Interrupts, Memory, PATIENCE, add, bus, call, open};
+use crate::driver::{Interrupts, Memory, TIMEOUT, add, bus, call, open};
 
 fn device(bus: &Bus) -> Arc<Endpoint> {
     let config = json!({ "pages": [
@@ -61,7 +61,7 @@ fn watch(endpoint: &Arc<Endpoint>, page: &str) -> Receiver<Value> {
 /// The next answer that is not a probe.
 fn next(answers: &Receiver<Value>) -> Value {
     loop {
-        match answers.recv_timeout(PATIENCE).expect("the watch goes on") {
+        match answers.recv_timeout(TIMEOUT).expect("the watch goes on") {
             Value::Null => {}
             value => return value,
         }
@@ -130,7 +130,7 @@ fn what_a_driver_wrote_is_watched_and_stays_when_it_goes() {
         endpoint.unmap_all();
     }
     bus.remove("s").unwrap();
-    while answers.recv_timeout(PATIENCE).is_ok() {}
+    while answers.recv_timeout(TIMEOUT).is_ok() {}
 }
 
 #[test]

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use vbus_core::Bus;
 use vbus_core::shm::abi::venet::{F_CSUM, F_TSO, F_USO};
 
-use crate::driver::{Net, PATIENCE, Shape, bus, frame};
+use crate::driver::{Net, Shape, TIMEOUT, bus, frame};
 use crate::offloads::{large, payload};
 
 const A: [u8; 6] = [2, 0, 0, 0, 0, 1];
@@ -49,7 +49,7 @@ fn address(name: &str, net: u8) -> UdpSocket {
     ip(&format!("addr add 10.78.{net}.1/24 dev {name}"));
     ip(&format!("neigh replace 10.78.{net}.2 lladdr 02:00:00:00:00:01 dev {name}"));
     let socket = UdpSocket::bind((Ipv4Addr::new(10, 78, net, 1), 7777)).unwrap();
-    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket.set_read_timeout(Some(TIMEOUT)).unwrap();
     socket
 }
 

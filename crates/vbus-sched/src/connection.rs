@@ -5,20 +5,19 @@ use std::time::Instant;
 
 use vbus_core::shm::abi::sched as abi;
 use vbus_core::shm::signal::Armed;
-use vbus_core::{Connection, ErrorCode, Open, Progress, Region, Task, TaskHandle};
+use vbus_core::{Connection, ErrorCode, Open, Progress, Region, Task, TaskHandle, lock};
 
-use super::Shared;
-use super::cpu::Cpu;
-use crate::lock;
+use crate::cpu::Cpu;
+use crate::cpus::{Cpus, State};
 
 /// A connection. Its task follows the request pages.
 pub struct SchedConnection {
-    device: Arc<Shared>,
+    device: Arc<Cpus>,
     task: TaskHandle,
 }
 
 impl SchedConnection {
-    pub fn new(device: Arc<Shared>, open: &Open) -> SchedConnection {
+    pub fn new(device: Arc<Cpus>, open: &Open) -> SchedConnection {
         device.begin();
         let (fail, watcher) = (open.fail.clone(), Arc::new(OnceLock::new()));
         let follow = Follow { device: device.clone(), watcher: watcher.clone(), deadline: None };
@@ -71,7 +70,7 @@ impl Drop for SchedConnection {
 
 /// The task that follows the request pages.
 struct Follow {
-    device: Arc<Shared>,
+    device: Arc<Cpus>,
     /// The task itself, to be woken by a VMM's answer.
     watcher: Arc<OnceLock<TaskHandle>>,
     deadline: Option<Instant>,
@@ -81,7 +80,7 @@ impl Task for Follow {
     fn poll(&mut self, _budget: u32) -> Result<Progress, ErrorCode> {
         let (now, mut busy) = (Instant::now(), false);
         let mut state = lock(&self.device.state);
-        let super::State { cpus, lookup } = &mut *state;
+        let State { cpus, lookup } = &mut *state;
         self.deadline = None;
         let mut not_after = |at: Instant| {
             self.deadline = Some(self.deadline.map_or(at, |deadline| deadline.min(at)))

@@ -17,8 +17,8 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::attributes::{self, Attributes};
-use crate::lock;
+use crate::attributes::{self, Attributes};
+use vbus_core::lock;
 
 /// Bytes of a slot: an entry in JSON, filled up with spaces; zeros, if there is none.
 const SLOT: usize = 1024;
@@ -217,7 +217,7 @@ fn put_back_one(line: &Line) -> Result<bool, Errno> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sched::policy::Setting;
+    use crate::policy::Setting;
     use vbus_core::shm::abi::sched as abi;
 
     struct Nobody;

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use vbus_core::shm::abi::venet::status_page as word;
 use vbus_core::shm::abi::venet::{F_CSUM, F_TSO, F_USO};
 
-use crate::driver::{Net, PATIENCE, Shape, bus, frame};
+use crate::driver::{Net, Shape, TIMEOUT, bus, frame};
 use crate::offloads::{large, payload};
 
 const A: [u8; 6] = [2, 0, 0, 0, 0, 1];
@@ -36,8 +36,8 @@ fn read_frame(peer: &mut UnixStream) -> Vec<u8> {
 
 fn accept(listener: &UnixListener) -> UnixStream {
     let peer = listener.accept().unwrap().0;
-    peer.set_read_timeout(Some(PATIENCE)).unwrap();
-    peer.set_write_timeout(Some(PATIENCE)).unwrap();
+    peer.set_read_timeout(Some(TIMEOUT)).unwrap();
+    peer.set_write_timeout(Some(TIMEOUT)).unwrap();
     peer
 }
 
@@ -123,7 +123,7 @@ fn a_peer_that_goes_is_replaced_by_the_next() {
     for round in 0..3 {
         a.status("no link", |w| w[word::LINK] == 0);
         let mut peer = UnixStream::connect(&path).unwrap();
-        peer.set_read_timeout(Some(PATIENCE)).unwrap();
+        peer.set_read_timeout(Some(TIMEOUT)).unwrap();
         a.status("the link", |w| w[word::LINK] == 1);
         write_frame(&mut peer, &frame(A, PEER, round, 100));
         assert_eq!(a.recv(0), frame(A, PEER, round, 100));
@@ -220,7 +220,7 @@ fn passt(path: &Path) -> Result<Child, String> {
         if let Some(status) = child.try_wait().map_err(|e| e.to_string())? {
             return Err(format!("passt ended with {status}"));
         }
-        if begin.elapsed() > PATIENCE {
+        if begin.elapsed() > TIMEOUT {
             let _ = child.kill();
             return Err("passt made no socket".into());
         }
@@ -266,7 +266,7 @@ fn a_datagram_passes_through_passt_and_back() {
     assert_eq!(answer[28..32], [10, 77, 0, 1], "from the gateway");
     // To passt's guests, the gateway is this machine.
     let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
-    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket.set_read_timeout(Some(TIMEOUT)).unwrap();
     let gateway: [u8; 6] = answer[22..28].try_into().unwrap();
     let data = frame(A, PEER, 1, 700);
     a.send(0, &datagram(gateway, socket.local_addr().unwrap().port(), &data));

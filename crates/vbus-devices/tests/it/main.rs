@@ -5,7 +5,6 @@ mod driver;
 mod hostile;
 mod offloads;
 mod page;
-mod sched;
 mod state;
 mod stream;
 mod switch;

@@ -17,7 +17,13 @@ use vbus_core::shm::signal::{Armed, End};
 use vbus_core::shm::state::{Layout, Reader, SIGNAL_OFFSET, Writer};
 use vbus_core::{Bus, Endpoint, ErrorCode, Window};
 
-use crate::driver::{Interrupts, Memory, PATIENCE, add, bus, open};
+use vbus_sched::SchedClass;
+use vbus_test_driver::{Interrupts, Memory, TIMEOUT, add, open};
+
+/// A bus with this class.
+fn bus(workers: usize) -> Bus {
+    vbus_test_driver::bus(workers, vec![Box::new(SchedClass::new())])
+}
 
 /// A thread that does nothing until it is dropped.
 struct Idler {
@@ -481,7 +487,7 @@ fn a_hostile_driver_passes_neither_policy_nor_rate() {
             report.updates > RATE && report.clamped > 0 && report.refused > 0 && report.limited > 0
         };
         while began.elapsed() < Duration::from_secs(3)
-            || !enough(read(reports).0) && began.elapsed() < PATIENCE
+            || !enough(read(reports).0) && began.elapsed() < TIMEOUT
         {
             let mut class = idler.class();
             if !allowed(class) {
@@ -642,7 +648,7 @@ fn a_vmm_that_lies_harms_nobody() {
         let mut pages = [driver.pages(0), driver.pages(1)];
         let report = driver.ask(&mut pages[0], abi::CLASS_FIFO, 2);
         assert_eq!((report.status, report.class), (report::NO_THREAD, abi::CLASS_NONE), "{name}");
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + TIMEOUT;
         loop {
             let value = endpoint.inspect()["device"]["lookup"].clone();
             if value.as_str().is_some_and(|text| text.contains(complaint)) {

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use vbus_core::CreateError;
 use vbus_core::shm::abi::sched as abi;
 
-use super::policy::Policy;
+use crate::policy::Policy;
 
 /// The names of the classes, by number.
 pub const CLASS_NAMES: [&str; 6] = ["none", "normal", "batch", "idle", "fifo", "rr"];

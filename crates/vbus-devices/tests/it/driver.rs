@@ -1,134 +1,18 @@
-//! A driver in this process: memory of its own, shared with the device as a VM's would be, and the
-//! driver's end of the rings.
+//! A driver of venet in this process, and the driver's end of its rings.
 
-use std::os::fd::OwnedFd;
-use std::sync::{Arc, Condvar, Mutex};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
 
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use serde_json::Value;
-use vbus_core::memory::{MemoryContext, Trust};
 use vbus_core::shm::abi::venet as abi;
 use vbus_core::shm::ring::{self, DriverEnd, Entry, Layout, NEXT, Returns};
 use vbus_core::shm::signal::{Armed, End};
 use vbus_core::shm::state;
-use vbus_core::{Bus, Endpoint, ErrorCode, Executor, InterruptSink, RegionRequest, Tuning, Window};
-
-/// How long a test waits for an event that must come.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+use vbus_core::{Bus, Endpoint, ErrorCode, Window};
+pub use vbus_test_driver::{Interrupts, Memory, TIMEOUT, add, call, open};
 
 /// A bus with the classes of this crate.
 pub fn bus(workers: usize) -> Bus {
-    let executor = Executor::start(Tuning { workers, ..Tuning::default() }).unwrap();
-    Bus::new(executor, vbus_devices::classes(), Trust::Sealed)
-}
-
-/// Interrupts as events that one can wait for.
-#[derive(Default)]
-pub struct Interrupts {
-    count: Mutex<u64>,
-    news: Condvar,
-}
-
-impl InterruptSink for Interrupts {
-    fn trigger(&self, _vector: u16) {
-        *self.count.lock().unwrap() += 1;
-        self.news.notify_all();
-    }
-}
-
-impl Interrupts {
-    /// Waits until `done`, which is asked again after each interrupt. Panics if that never comes to
-    /// be.
-    pub fn wait<T>(&self, what: &str, mut done: impl FnMut() -> Option<T>) -> T {
-        let end = Instant::now() + PATIENCE;
-        loop {
-            let before = *self.count.lock().unwrap();
-            if let Some(value) = done() {
-                return value;
-            }
-            let count = self.count.lock().unwrap();
-            let left = end
-                .checked_duration_since(Instant::now())
-                .unwrap_or_else(|| panic!("waited in vain for {what}"));
-            // The upper bound is for what changes without an interrupt.
-            let bound = left.min(Duration::from_millis(20));
-            drop(self.news.wait_timeout_while(count, bound, |count| *count == before).unwrap());
-        }
-    }
-}
-
-/// Memory that a driver shares with its device.
-pub struct Memory {
-    pub context: MemoryContext,
-    next: u64,
-    len: u64,
-}
-
-impl Memory {
-    /// Fresh memory at address 0, mapped for the device behind `endpoint`.
-    pub fn new(endpoint: &Endpoint, len: u64) -> Memory {
-        let fd = memfd_create("driver", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
-        ftruncate(&fd, len).unwrap();
-        let copy = || -> OwnedFd { fd.try_clone().unwrap() };
-        endpoint.map(0, len, Some((copy(), 0)), true).unwrap();
-        let context = MemoryContext::new(Trust::Sealed);
-        context.map(0, len, Some((copy(), 0)), true).unwrap();
-        Memory { context, next: 4096, len }
-    }
-
-    /// Memory for something of `len` bytes; address 0 is never given out.
-    pub fn alloc(&mut self, len: usize) -> u64 {
-        let at = self.next;
-        self.next += (len as u64).next_multiple_of(4096);
-        assert!(self.next <= self.len, "the driver's memory is used up");
-        at
-    }
-
-    pub fn window(&self, addr: u64, len: usize) -> Window {
-        self.context.window(addr, len as u64).unwrap()
-    }
-
-    pub fn write(&self, addr: u64, bytes: &[u8]) {
-        self.context.view().write(addr, bytes).unwrap();
-    }
-
-    pub fn read(&self, addr: u64, len: usize) -> Vec<u8> {
-        let mut bytes = vec![0; len];
-        self.context.view().read(addr, &mut bytes).unwrap();
-        bytes
-    }
-}
-
-/// OPEN with a good handshake.
-pub fn open(endpoint: &Endpoint, memory: &Memory, features: u64) -> Result<(), ErrorCode> {
-    memory.write(0, &0x1234_5678_9abc_u64.to_le_bytes());
-    endpoint.open(1, features, (0, 0x1234_5678_9abc))
-}
-
-/// REGION_ADD.
-pub fn add(
-    endpoint: &Endpoint,
-    id: u32,
-    addr: u64,
-    len: usize,
-    signal: usize,
-) -> Result<u32, ErrorCode> {
-    let (len, signal) = (len as u64, Some(signal as u64));
-    endpoint.region_add(RegionRequest { id, vector: 0, page_shift: 0, addr, len, signal })
-}
-
-/// CALL with a buffer at address 2048.
-pub fn call(
-    endpoint: &Endpoint,
-    memory: &Memory,
-    function: u32,
-    buffer: &[u8],
-) -> Result<u64, ErrorCode> {
-    if !buffer.is_empty() {
-        memory.write(2048, buffer);
-    }
-    endpoint.call(function, 0, 2048, buffer.len() as u64)
+    vbus_test_driver::bus(workers, vbus_devices::classes())
 }
 
 /// The shape of a driver.

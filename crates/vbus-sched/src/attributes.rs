@@ -8,7 +8,7 @@ use rustix::process::{Pid, setpriority_process};
 use serde::{Deserialize, Serialize};
 use vbus_core::shm::abi::sched as abi;
 
-use super::policy::Setting;
+use crate::policy::Setting;
 
 /// What `sched_getattr` and `sched_setattr` take, in its first form, which every kernel knows.
 #[repr(C)]

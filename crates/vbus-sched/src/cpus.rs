@@ -1,0 +1,83 @@
+//! All virtual CPUs of a device, with the threads that stand for them.
+
+use std::sync::{Arc, Mutex};
+
+use serde_json::{Value, json};
+use vbus_core::lock;
+
+use crate::config::{Config, Origin};
+use crate::cpu::Cpu;
+use crate::ledger::Ledger;
+use crate::lookup::Lookup;
+use crate::thread::{self, Claims, Thread};
+
+/// What a device and its connection both use.
+pub struct Cpus {
+    pub config: Config,
+    pub state: Mutex<State>,
+    /// The threads that the settings name, while no connection is open.
+    threads: Mutex<Vec<Option<Thread>>>,
+    ledger: Option<Arc<Ledger>>,
+}
+
+/// The virtual CPUs, and the search for their threads.
+pub struct State {
+    pub cpus: Vec<Cpu>,
+    pub lookup: Option<Lookup>,
+}
+
+impl Cpus {
+    /// Virtual CPUs by `config`. `threads` are those that the settings name.
+    pub fn new(config: Config, threads: Vec<Option<Thread>>, claims: &Claims) -> Cpus {
+        let cpus = (0..config.cpus).map(|_| Cpu::new(&config.policy)).collect();
+        let lookup = Lookup::new(&config.origin, claims);
+        Cpus {
+            config,
+            state: Mutex::new(State { cpus, lookup }),
+            threads: Mutex::new(threads),
+            ledger: claims.ledger().cloned(),
+        }
+    }
+
+    /// A connection begins.
+    pub fn begin(&self) {
+        let mut state = lock(&self.state);
+        for (cpu, thread) in state.cpus.iter_mut().zip(&mut *lock(&self.threads)) {
+            if let Some(thread) = thread.take() {
+                cpu.give_thread(thread);
+            }
+        }
+        if let Some(lookup) = &mut state.lookup {
+            lookup.reset();
+        }
+    }
+
+    /// A connection has ended. When this returns, every thread has its own class again.
+    pub fn end(&self) {
+        let mut state = lock(&self.state);
+        let threads: Vec<_> = state.cpus.iter_mut().map(Cpu::close).collect();
+        if let Some(lookup) = &mut state.lookup {
+            lookup.reset();
+        }
+        if let Origin::Threads(_) = self.config.origin {
+            *lock(&self.threads) = threads;
+        }
+    }
+    /// Policy, virtual CPUs and errors, for people.
+    pub fn inspect(&self) -> Value {
+        // Reads a file: not under the lock that the pages' task needs.
+        let privileged = thread::is_privileged();
+        let state = lock(&self.state);
+        let cpus: Vec<_> =
+            state.cpus.iter().enumerate().filter_map(|(number, cpu)| cpu.inspect(number)).collect();
+        let mut value =
+            json!({ "policy": self.config.inspect(), "privileged": privileged, "cpus": cpus });
+        if let Some(error) = state.lookup.as_ref().and_then(Lookup::error) {
+            value["lookup"] = error.into();
+        }
+        if let Some(error) = self.ledger.as_ref().and_then(|ledger| ledger.error()) {
+            value["guardian"] = error.into();
+        }
+        value
+    }
+}

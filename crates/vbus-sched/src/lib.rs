@@ -1,0 +1,132 @@
+//! `sched`: the scheduling class of virtual CPUs' threads (spec/sched.md).
+//!
+//! The guest has one state page for each virtual CPU. The driver writes there the scheduling class
+//! and priority of the task that runs on the virtual CPU now. The device gives the host thread of
+//! the virtual CPU the same class, as far as the host's policy allows. It reports in a second page
+//! what it did.
+//!
+//! `cpus` holds all virtual CPUs of a device, `cpu` serves the pages of one. Only `thread` changes
+//! a thread. `lookup` asks the VMM which threads its virtual CPUs are. `ledger` notes what was
+//! changed, so that another process can undo it if this process is killed.
+//!
+//! ```
+//! use serde_json::json;
+//! use vbus_core::{Bus, Executor, Trust, Tuning};
+//! use vbus_sched::SchedClass;
+//!
+//! let classes = vec![Box::new(SchedClass::new()) as Box<dyn vbus_core::DeviceClass>];
+//! let bus = Bus::new(Executor::start(Tuning::default())?, classes, Trust::Sealed);
+//! // QEMU's QMP socket tells which threads the virtual CPUs are.
+//! let settings = json!({ "qmp": "/run/vm/qmp.sock", "cpus": 4, "allow": ["normal", "fifo"] });
+//! let sched = bus.create("sched", "sched", &settings).unwrap();
+//! assert_eq!(sched.inspect()["device"]["cpus"], json!([]));
+//! # Ok::<(), std::io::Error>(())
+//! ```
+
+mod attributes;
+mod config;
+mod connection;
+mod cpu;
+mod cpus;
+mod ledger;
+mod lookup;
+mod policy;
+mod thread;
+
+use std::sync::Arc;
+
+use serde_json::Value;
+use vbus_core::shm::abi::class;
+use vbus_core::{Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Open};
+
+use config::{Config, Origin};
+use connection::SchedConnection;
+use cpus::Cpus;
+pub use ledger::{Guardian, Ledger, Outcome, put_back};
+use thread::{Claims, Thread};
+
+/// The class of devices that set the scheduling class of virtual CPUs' threads.
+#[derive(Default)]
+pub struct SchedClass {
+    claims: Claims,
+}
+
+impl SchedClass {
+    /// The class, without a ledger: if this process is killed, the threads keep the scheduling
+    /// class that they have at that moment. See [`guarded`](SchedClass::guarded).
+    pub fn new() -> SchedClass {
+        SchedClass::default()
+    }
+
+    /// The class, with a ledger: its devices note in `ledger` each change before they make it.
+    pub fn guarded(ledger: Arc<Ledger>) -> SchedClass {
+        SchedClass { claims: Claims::noted_in(ledger) }
+    }
+}
+
+impl DeviceClass for SchedClass {
+    fn name(&self) -> &'static str {
+        "sched"
+    }
+
+    fn help(&self) -> &'static str {
+        "Priority of virtual CPUs. qmp = SOCKET (of QEMU), vmm = SOCKET (control socket of vbus-vmm) or threads = [ID, ...]; cpus (64), \
+         allow = [\"normal\", \"batch\", \"idle\", \"fifo\", \"rr\"], priority-max (10), nice-min (the thread's own), changes (1000 a second), boost-ms (500), boost-share (90 %)."
+    }
+
+    fn create(&self, name: &str, config: &Value) -> Result<Arc<dyn Device>, CreateError> {
+        let tells_time = thread::tells_time();
+        let config = Config::parse(config, tells_time)?;
+        if !tells_time {
+            tracing::warn!(
+                device = name,
+                "this kernel does not tell how much time a thread has used (CONFIG_SCHED_INFO): \"boost-share\" is 100, no bound"
+            );
+        }
+        // Threads that are named by their ids are taken now, while they are the ones that are
+        // meant.
+        let mut threads = Vec::new();
+        if let Origin::Threads(tids) = &config.origin {
+            for tid in tids {
+                let thread = Thread::take_any(*tid, &self.claims);
+                threads.push(Some(
+                    thread.map_err(|error| CreateError(format!("\"threads\": {error}")))?,
+                ));
+            }
+        }
+        if !thread::is_privileged() {
+            tracing::warn!(
+                device = name,
+                "without CAP_SYS_NICE the kernel refuses most changes, and may refuse to take back the others"
+            );
+        }
+        Ok(Arc::new(SchedDevice(Arc::new(Cpus::new(config, threads, &self.claims)))))
+    }
+}
+
+struct SchedDevice(Arc<Cpus>);
+
+impl Device for SchedDevice {
+    fn identity(&self) -> Identity {
+        Identity {
+            class: class::SCHED,
+            class_name: "sched",
+            pci_class: 0x08_80_00,
+            features: 0,
+            regions: self.0.config.cpus * 2,
+            vectors: 1,
+        }
+    }
+
+    fn config(&self) -> Vec<u8> {
+        self.0.config.area()
+    }
+
+    fn open(&self, open: Open) -> Result<Box<dyn Connection>, ErrorCode> {
+        Ok(Box::new(SchedConnection::new(self.0.clone(), &open)))
+    }
+
+    fn inspect(&self) -> Value {
+        self.0.inspect()
+    }
+}
