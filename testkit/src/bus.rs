@@ -17,6 +17,11 @@ use crate::process::Process;
 /// How long `vbus serve` may take to answer its first command.
 const START: Duration = Duration::from_secs(20);
 
+/// A device in a bus's configuration.
+pub fn device(name: &str, class: &str, settings: &str) -> String {
+    format!("[[device]]\nname = \"{name}\"\nclass = \"{class}\"\n{settings}\n")
+}
+
 /// What some NICs counted, together.
 #[derive(Clone, Copy, Default)]
 pub struct Traffic {

@@ -21,7 +21,9 @@ const PING: Duration = Duration::from_secs(5);
 pub struct Output {
     /// Its exit code; 128 + the signal if one ended it.
     pub code: i32,
+    /// What it wrote to standard output.
     pub stdout: String,
+    /// What it wrote to standard error.
     pub stderr: String,
 }
 

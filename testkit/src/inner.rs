@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use super::rig::Rig;
 use crate::guest::{Guest, Running};
 use crate::machine::{KERNEL_WORDS, vfio_user};
+use crate::rig::Rig;
 
 /// How long L2 may take to boot: 7 to 13 s with the processor to itself.
 pub const BOOT: Duration = Duration::from_secs(150);
@@ -40,8 +40,11 @@ pub enum Vmm {
 pub struct Spec {
     /// Names its sockets and logs.
     pub name: &'static str,
+    /// Who runs it.
     pub vmm: Vmm,
+    /// Its virtual CPUs.
     pub cpus: u32,
+    /// Its memory in MiB.
     pub memory_mib: u32,
     /// More words for the VMM's command line.
     pub args: String,

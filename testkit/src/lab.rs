@@ -3,17 +3,13 @@
 
 use std::fmt;
 use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use serde_json::json;
 
 use crate::initramfs::{self, Archive};
 use crate::kit::{Kit, qemu_version};
-use crate::machine::Machine;
 use crate::process::RunDir;
 use crate::workspace;
 
@@ -77,8 +73,9 @@ pub struct Lab {
 }
 
 impl Lab {
-    /// Fetches the kit, builds the guests' programs and finds out which accelerator works.
-    pub fn new(options: &Options) -> Result<Self> {
+    /// Fetches the kit and builds the guests' programs. Guests run under TCG, whatever `options`
+    /// say: [`trial::open`](crate::trial::open) also chooses the accelerator.
+    pub fn prepare(options: &Options) -> Result<Self> {
         let complete =
             options.qemu.is_some() && options.kernel.is_some() && options.initramfs.is_some();
         let target = workspace::target();
@@ -134,16 +131,6 @@ impl Lab {
             (None, Some(kit)) => kit.qemu_version().to_owned(),
             _ => qemu_version(lab.qemu())?,
         };
-        let (accel, why) = match options.accel {
-            Some(accel) => (accel, "as asked for".to_owned()),
-            None => lab.choose_accel(&target)?,
-        };
-        lab.accel = accel;
-        eprintln!(
-            "guests: QEMU {} with {accel} ({why}), Linux {}",
-            lab.qemu_version,
-            lab.kernel_version()
-        );
         Ok(lab)
     }
 
@@ -222,6 +209,11 @@ impl Lab {
         &self.initramfs
     }
 
+    /// Lets the guests run by this accelerator.
+    pub fn set_accel(&mut self, accel: Accel) {
+        self.accel = accel;
+    }
+
     /// What carries the guests' instructions out.
     pub fn accel(&self) -> Accel {
         self.accel
@@ -232,54 +224,6 @@ impl Lab {
         let dir = self.dir.path().join(name);
         fs::create_dir_all(&dir)?;
         Ok(Scene { lab: self, dir })
-    }
-
-    /// KVM if a guest boots with it, and why or why not.
-    ///
-    /// A /dev/kvm that can be opened proves nothing (it may be emulated, or lack what Linux needs),
-    /// so a guest is booted; the answer is kept until the host boots again.
-    fn choose_accel(&mut self, target: &Path) -> Result<(Accel, String)> {
-        let Ok(device) = fs::metadata("/dev/kvm") else {
-            return Ok((Accel::Tcg, "there is no /dev/kvm".into()));
-        };
-        if let Err(error) = fs::File::options().read(true).write(true).open("/dev/kvm") {
-            return Ok((Accel::Tcg, format!("/dev/kvm cannot be opened: {error}")));
-        }
-        let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-        let key = format!(
-            "{} {:x} {} {}",
-            boot.trim(),
-            device.rdev(),
-            self.qemu_version,
-            self.kernel_version()
-        );
-        let cache = target.join("xtask/accel.json");
-        let known = fs::read(&cache)
-            .ok()
-            .and_then(|bytes| serde_json::from_slice::<serde_json::Value>(&bytes).ok());
-        let works = match known
-            .filter(|known| known["key"] == key)
-            .and_then(|known| known["kvm"].as_bool())
-        {
-            Some(works) => works,
-            None => {
-                eprintln!(
-                    "guests: trying /dev/kvm with a guest, for {} s at most",
-                    KVM_TRIAL.as_secs()
-                );
-                self.accel = Accel::Kvm;
-                let trial = Machine::new("kvm").start(&self.scene("trial")?);
-                let works = trial.is_ok_and(|vm| vm.guest.wait_boot(1, KVM_TRIAL).is_ok());
-                fs::create_dir_all(target.join("xtask"))?;
-                fs::write(&cache, json!({"key": key, "kvm": works}).to_string())?;
-                works
-            }
-        };
-        Ok(if works {
-            (Accel::Kvm, "a guest boots with /dev/kvm".into())
-        } else {
-            (Accel::Tcg, "no guest boots with this /dev/kvm".into())
-        })
     }
 }
 
@@ -310,9 +254,6 @@ impl Scene<'_> {
         Ok(saved)
     }
 }
-
-/// How long a guest may take to boot under KVM before it counts as broken: 1 s where it works.
-const KVM_TRIAL: Duration = Duration::from_secs(12);
 
 /// Decompresses a module by the kit's busybox, or by the machine's xz.
 fn unxz(kit: Option<&Kit>, path: &Path) -> Result<Vec<u8>> {

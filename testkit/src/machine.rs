@@ -20,7 +20,9 @@ pub const BOOT: Duration = Duration::from_secs(90);
 pub struct Machine {
     /// Names its sockets and logs.
     pub name: String,
+    /// Its memory in MiB.
     pub memory_mib: u32,
+    /// Its virtual CPUs.
     pub cpus: u32,
     /// Whether the devices get memory that is the guest's (`share=on`).
     pub share: bool,

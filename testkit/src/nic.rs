@@ -54,8 +54,11 @@ impl Nic {
 
 /// Round-trip times in milliseconds.
 pub struct Ping {
+    /// The shortest.
     pub min: f64,
+    /// The mean.
     pub avg: f64,
+    /// The longest.
     pub max: f64,
 }
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-use crate::bus::Bus;
+use crate::bus::{Bus, device};
 use crate::guest::Guest;
 use crate::lab::Scene;
 use crate::machine::{Machine, Vm};
@@ -33,8 +33,11 @@ pub struct Spec {
 /// A bus, two guests, and a driver in each.
 pub struct Pair {
     // Dropped in this order: the drivers' handles, the guests, then the bus.
+    /// The driver of each guest.
     pub nics: Vec<Nic>,
+    /// The guests.
     pub vms: Vec<Vm>,
+    /// The bus that serves both.
     pub bus: Bus,
 }
 
@@ -85,9 +88,4 @@ impl Pair {
     pub fn transfer_back(&self, port: u16, bytes: u64) -> Result<()> {
         nic::transfer(self.b(), self.a(), ADDRESS[0], port, bytes, u64::from(port), TRANSFER)
     }
-}
-
-/// A device in a bus's configuration.
-pub fn device(name: &str, class: &str, settings: &str) -> String {
-    format!("[[device]]\nname = \"{name}\"\nclass = \"{class}\"\n{settings}\n")
 }

@@ -6,9 +6,14 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use serde_json::{Value, json};
 
+/// Figures that scenarios have measured, by name.
+pub type Figures = serde_json::Map<String, Value>;
+
 /// How a test ended.
 pub enum Outcome {
+    /// All that it checks holds.
     Passed,
+    /// Something does not hold, and what.
     Failed(String),
     /// Not run, with the reason.
     Skipped(String),
@@ -27,6 +32,7 @@ impl fmt::Display for Skip {
 impl std::error::Error for Skip {}
 
 /// The tests of one run.
+#[derive(Debug)]
 pub struct Report {
     began: Instant,
     tests: Vec<Value>,
@@ -35,12 +41,14 @@ pub struct Report {
     skipped: u64,
 }
 
-impl Report {
+impl Default for Report {
     /// An empty report; the time counts from here.
-    pub fn new() -> Self {
+    fn default() -> Self {
         Self { began: Instant::now(), tests: Vec::new(), passed: 0, failed: 0, skipped: 0 }
     }
+}
 
+impl Report {
     /// Runs one test and enters how it ended.
     pub fn run(&mut self, name: &str, test: impl FnOnce() -> Result<Outcome>) {
         eprintln!("---- {name}");

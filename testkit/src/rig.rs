@@ -337,3 +337,21 @@ fn script(command: &Command) -> String {
     text.push_str(&format!("exec {} \"$@\"\n", words.join(" ")));
     text
 }
+
+impl std::str::FromStr for File {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (source, target) = match text.split_once('=') {
+            Some((source, target)) => {
+                (PathBuf::from(source), target.trim_start_matches('/').to_owned())
+            }
+            None => {
+                let source = PathBuf::from(text);
+                let name = source.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                (source, format!("root/{name}"))
+            }
+        };
+        Ok(Self { source, target })
+    }
+}

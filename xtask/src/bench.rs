@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 
-use crate::workspace;
+use testkit::workspace;
 
 /// What to measure, and how to say it.
 #[derive(clap::Args)]

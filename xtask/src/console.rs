@@ -8,7 +8,7 @@ use std::thread;
 use anyhow::{Context, Result, ensure};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 
-use crate::process::run_dirs;
+use testkit::process::run_dirs;
 
 /// Control and ], as telnet has it.
 const LEAVE: u8 = 0x1d;

@@ -5,10 +5,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 
-use crate::bus::{Bus, Traffic};
-use crate::lab::{Lab, Options, Scene};
-use crate::machine::{Machine, Vm};
-use crate::nic::{self, Nic, Ping};
+use testkit::bus::{Bus, Traffic};
+use testkit::lab::{Options, Scene};
+use testkit::machine::{Machine, Vm};
+use testkit::nic::{self, Nic, Ping};
+use testkit::trial;
 
 /// The whole bus of the demo; the second NIC is plugged while the guests run.
 const CONFIG: &str = r#"
@@ -65,7 +66,7 @@ struct Figures {
 /// Runs the demo; false if anything fell short.
 pub fn run(args: &Args) -> Result<bool> {
     let began = Instant::now();
-    let lab = Lab::new(&args.guests).inspect_err(|error| {
+    let lab = trial::open(&args.guests).inspect_err(|error| {
         if args.json {
             let seconds = round(began.elapsed().as_secs_f64());
             println!("{}", json!({"ok": false, "error": format!("{error:#}"), "seconds": seconds}));

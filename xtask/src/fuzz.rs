@@ -10,9 +10,9 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 
-use crate::process::tail;
-use crate::report::{Outcome, Report};
-use crate::workspace;
+use testkit::process::tail;
+use testkit::report::{Outcome, Report};
+use testkit::workspace;
 
 /// Counters on every edge and tables of comparisons, as libFuzzer reads them.
 const FLAGS: &str = "--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \

@@ -1,29 +1,18 @@
 //! Kits, images, demo, tests and benchmarks of vbus: `cargo xtask --help`.
 
 mod bench;
-mod bus;
 mod console;
 mod demo;
-mod flat;
 mod fuzz;
-mod guest;
-mod initramfs;
-mod kit;
 mod kvm;
-mod lab;
-mod machine;
-mod nic;
-mod process;
-mod qmp;
-mod report;
 mod test;
-mod vm;
-mod workspace;
 
 use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use testkit::kit::Kit;
+use testkit::workspace;
 
 /// Kits, images, demo, tests and benchmarks of vbus
 #[derive(Parser)]
@@ -72,7 +61,7 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Result<bool> {
     match command {
         Command::Kit { mirror } => {
-            let kit = kit::Kit::get(&workspace::target(), mirror.as_deref())?;
+            let kit = Kit::get(&workspace::target(), mirror.as_deref())?;
             println!("{}", kit.root().display());
             Ok(true)
         }

@@ -10,9 +10,13 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use serde_json::Value;
 
-use crate::lab::Options;
-use crate::report::{Outcome, Report};
-use crate::{fuzz, kvm, vm, workspace};
+use testkit::lab::Options;
+use testkit::report::{Outcome, Report};
+use testkit::rig::Clock;
+use testkit::scenarios::SCENARIOS;
+use testkit::{runner, workspace};
+
+use crate::fuzz;
 
 /// The tests that cargo runs: unit, property, model (loom) and process tests, and the examples in
 /// documentation.
@@ -48,12 +52,7 @@ pub fn run(args: &Args) -> Result<bool> {
     };
     let fuzz_targets: Vec<_> =
         fuzz::targets()?.into_iter().filter(|name| wanted(&format!("fuzz::{name}"))).collect();
-    let scenarios: Vec<_> =
-        vm::SCENARIOS.iter().filter(|scenario| wanted(&format!("vm::{}", scenario.name))).collect();
-    let on_kvm: Vec<_> = kvm::SCENARIOS
-        .iter()
-        .filter(|scenario| wanted(&format!("kvm::{}", scenario.name)))
-        .collect();
+    let scenarios: Vec<_> = SCENARIOS.iter().filter(|scenario| wanted(scenario.name)).collect();
     if args.list {
         if wanted(CARGO) {
             println!("{CARGO:28} unit, property, model and process tests");
@@ -67,24 +66,17 @@ pub fn run(args: &Args) -> Result<bool> {
             println!("{:28} a short run of this fuzz target", format!("fuzz::{name}"));
         }
         for scenario in &scenarios {
-            println!("{:28} {}", format!("vm::{}", scenario.name), scenario.about);
-        }
-        for scenario in &on_kvm {
-            println!("{:28} {}", format!("kvm::{}", scenario.name), scenario.about);
+            println!("{:28} {}", scenario.name, scenario.about);
         }
         return Ok(true);
     }
     anyhow::ensure!(
-        wanted(CARGO)
-            || wanted(LOST)
-            || !fuzz_targets.is_empty()
-            || !scenarios.is_empty()
-            || !on_kvm.is_empty(),
+        wanted(CARGO) || wanted(LOST) || !fuzz_targets.is_empty() || !scenarios.is_empty(),
         "no test is called {}; `cargo xtask test --list` names them",
         args.names.join(" or ")
     );
 
-    let mut report = Report::new();
+    let mut report = Report::default();
     if wanted(CARGO) {
         cargo_tests(&mut report)?;
     }
@@ -95,11 +87,10 @@ pub fn run(args: &Args) -> Result<bool> {
         fuzz::run(&mut report, &fuzz_targets, args.fuzz_seconds);
     }
     if !scenarios.is_empty() {
-        vm::run(&mut report, &scenarios, &args.guests);
-    }
-    if !on_kvm.is_empty() {
-        let figures = kvm::run_scenarios(&mut report, &on_kvm, &args.guests, kvm::Clock::Time);
-        eprintln!("kvm: {}", Value::Object(figures));
+        let figures = runner::run(&mut report, &scenarios, &args.guests, Clock::Time);
+        if !figures.is_empty() {
+            eprintln!("kvm: {}", Value::Object(figures));
+        }
     }
     Ok(report.finish(args.json))
 }

@@ -6,11 +6,11 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
-use super::Figures;
-use super::inner::{Inner, InnerBus, Spec};
 use super::net::{self, exchange};
-use super::rig::Rig;
-use crate::vm::device;
+use crate::bus::device;
+use crate::inner::{Inner, InnerBus, Spec};
+use crate::report::Figures;
+use crate::rig::Rig;
 
 /// The environment variable with the number that a run's accesses follow from, for other streams
 /// than those of every run.

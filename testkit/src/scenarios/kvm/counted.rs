@@ -4,9 +4,9 @@
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
-use super::Figures;
 use super::flat;
-use super::rig::{Clock, Rig};
+use crate::report::Figures;
+use crate::rig::{Clock, Rig};
 
 /// How far the figures of two runs may be apart, of 1.
 const APART: f64 = 0.01;

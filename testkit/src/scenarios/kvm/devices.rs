@@ -3,13 +3,13 @@
 
 use anyhow::{Context, Result, ensure};
 
-use super::Figures;
-use super::inner::{Inner, InnerBus, Spec};
 use super::net::{self, EXCHANGE, OUTER, TRANSFER};
-use super::rig::Rig;
+use crate::bus::device;
 use crate::guest::Running;
+use crate::inner::{Inner, InnerBus, Spec};
 use crate::nic::{self, Nic};
-use crate::vm::device;
+use crate::report::Figures;
+use crate::rig::Rig;
 
 /// Settings of the NIC `net` as `vbus device add` takes them; the same as [`net::bus`] has in its
 /// configuration.

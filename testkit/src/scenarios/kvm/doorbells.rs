@@ -6,12 +6,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use super::Figures;
-use super::inner::{Inner, InnerBus, Spec};
 use super::net::{self, bus, exchange};
-use super::rig::Rig;
 use crate::guest::{Guest, Running};
+use crate::inner::{Inner, InnerBus, Spec};
 use crate::nic::{self, Nic};
+use crate::report::Figures;
+use crate::rig::Rig;
 
 /// A device besides the NIC, to make noise at.
 const VALUES: &str = r#"

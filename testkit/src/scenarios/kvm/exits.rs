@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
 
-use super::rig::Rig;
 use crate::report::Skip;
+use crate::rig::Rig;
 
 /// Trace point, keys to count by and which events to count.
 const COUNTED: [(&str, &str, &str); 3] = [

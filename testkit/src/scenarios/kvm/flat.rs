@@ -10,10 +10,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use super::Figures;
-use super::inner::InnerBus;
-use super::rig::Rig;
 use crate::flat::{Report, device_names, devices, with_receivers};
+use crate::inner::InnerBus;
+use crate::report::Figures;
+use crate::rig::Rig;
 
 /// Where the guest sets its marks: vbus-vmm's.
 const MARK_PORT: u16 = 0x610;

@@ -5,14 +5,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use super::Figures;
 use super::config::{check_driver, open_files};
 use super::devices::{endless, stop};
-use super::inner::{Inner, InnerBus, Spec};
 use super::net::{self, EXCHANGE};
-use super::rig::Rig;
+use crate::bus::device;
 use crate::guest::Running;
-use crate::vm::device;
+use crate::inner::{Inner, InnerBus, Spec};
+use crate::report::Figures;
+use crate::rig::Rig;
 
 /// What must come of a lie.
 #[derive(Clone, Copy)]

@@ -4,9 +4,9 @@ use std::time::Instant;
 
 use anyhow::{Result, ensure};
 
-use super::Figures;
-use super::inner::{Spec, Vmm};
-use super::rig::Rig;
+use crate::inner::{Spec, Vmm};
+use crate::report::Figures;
+use crate::rig::Rig;
 
 /// A guest boots under QEMU, runs commands, and powers off.
 pub fn harness(rig: &Rig, _: &mut Figures) -> Result<()> {

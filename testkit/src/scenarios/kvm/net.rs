@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use serde_json::json;
 
-use super::Figures;
 use super::exits::Trace;
-use super::inner::{InnerBus, Spec, Vmm};
-use super::rig::Rig;
+use crate::bus::device;
 use crate::guest::Guest;
+use crate::inner::{InnerBus, Spec, Vmm};
 use crate::nic::{self, Nic};
-use crate::vm::device;
+use crate::report::Figures;
+use crate::rig::Rig;
 
 /// The address of L1 on the wire.
 pub const OUTER: &str = "10.0.0.254";

@@ -4,12 +4,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use super::Figures;
-use super::inner::{Inner, InnerBus, Spec};
-use super::rig::Rig;
+use crate::bus::device;
 use crate::guest::Running;
+use crate::inner::{Inner, InnerBus, Spec};
 use crate::nic;
-use crate::vm::device;
+use crate::report::Figures;
+use crate::rig::Rig;
 
 /// Devices: as many as there are pins for them, and two more.
 const DEVICES: usize = PINS + 2;

@@ -11,12 +11,12 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use super::Figures;
 use super::exits::{ByVector, Ends};
 use super::flat::{Run, number, rounded, start_bus};
-use super::inner::InnerBus;
-use super::rig::Rig;
 use crate::flat::{device_names, with_processors};
+use crate::inner::InnerBus;
+use crate::report::Figures;
+use crate::rig::Rig;
 
 const CPUS: u32 = 2;
 const NICS: u32 = 4;

@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use super::Figures;
-use super::inner::{Inner, InnerBus, Spec};
-use super::rig::Rig;
+use crate::bus::device;
+use crate::inner::{Inner, InnerBus, Spec};
 use crate::nic;
-use crate::vm::device;
+use crate::report::Figures;
+use crate::rig::Rig;
 
 const LIMIT: Duration = Duration::from_secs(120);
 /// Tasks of L1 that compete with the virtual CPU for its processor.

@@ -7,11 +7,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use super::pair::{ADDRESS, TRANSFER, device};
 use crate::bus::Bus;
+use crate::bus::device;
 use crate::lab::Scene;
 use crate::machine::{Machine, Vm};
 use crate::nic::{self, Nic};
+use crate::pair::{ADDRESS, TRANSFER};
 use crate::process::Process;
 use crate::report::Skip;
 

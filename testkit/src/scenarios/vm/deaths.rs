@@ -5,12 +5,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail, ensure};
 use serde_json::json;
 
-use super::pair::{ADDRESS, Pair, Spec, TRANSFER, device};
 use crate::bus::Bus;
+use crate::bus::device;
 use crate::guest::Running;
 use crate::lab::Scene;
 use crate::machine::Machine;
 use crate::nic::{self, Nic};
+use crate::pair::{ADDRESS, Pair, Spec, TRANSFER};
 
 const MIB: u64 = 1 << 20;
 

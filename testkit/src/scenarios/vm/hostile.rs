@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 
-use super::pair::{Pair, Spec, TRANSFER, device};
+use crate::bus::device;
+use crate::pair::{Pair, Spec, TRANSFER};
 use serde_json::Value;
 
 use crate::bus::Bus;
@@ -56,7 +57,7 @@ pub fn scribbler(scene: &Scene) -> Result<()> {
     // The bus lives, and serves the hostile guest's device to an honest driver again.
     pair.transfer_back(6000, 32 << 20)?;
     nic::Nic::up(&hostile.guest, "net-c", "vbus0", "10.0.0.3/24", "")?;
-    nic::ping(&hostile.guest, super::pair::ADDRESS[0], 3).map(drop)
+    nic::ping(&hostile.guest, crate::pair::ADDRESS[0], 3).map(drop)
 }
 
 /// Memory of the guest given with `share=off` is found out and named as the fault.

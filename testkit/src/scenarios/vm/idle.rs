@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 
-use super::pair::device;
 use crate::bus::Bus;
+use crate::bus::device;
 use crate::lab::Scene;
 
 const DEVICES: usize = 64;

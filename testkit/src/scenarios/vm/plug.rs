@@ -4,11 +4,11 @@ use std::os::unix::net::UnixStream;
 
 use anyhow::{Context, Result, ensure};
 
-use super::pair::{ADDRESS, Pair, Spec};
 use crate::bus::Bus;
 use crate::lab::Scene;
 use crate::machine::Machine;
 use crate::nic::{self, Nic};
+use crate::pair::{ADDRESS, Pair, Spec};
 
 const CYCLES: u32 = 20;
 
@@ -42,7 +42,7 @@ pub fn cycles(scene: &Scene) -> Result<()> {
         let began = std::time::Instant::now();
         pair.bus.run(&["device", "remove", "extra", "--qmp", &qmp])?;
         unplugs.push(began.elapsed().as_millis());
-        let ended = nic.driver.wait(super::pair::TRANSFER)?;
+        let ended = nic.driver.wait(crate::pair::TRANSFER)?;
         ensure!(
             !nic.interface.is_empty() && ended.code != 101,
             "cycle {cycle}: the driver panicked: {}",

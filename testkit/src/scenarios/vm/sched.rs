@@ -10,8 +10,8 @@ use rustix::process::setpriority_process;
 use rustix::thread::{CpuSet, Pid};
 use serde_json::{Value, json};
 
-use super::pair::device;
 use crate::bus::Bus;
+use crate::bus::device;
 use crate::guest::Running;
 use crate::lab::Scene;
 use crate::machine::{Machine, Vm};

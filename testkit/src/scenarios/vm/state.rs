@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use super::pair::device;
 use crate::bus::Bus;
+use crate::bus::device;
 use crate::lab::Scene;
 use crate::machine::Machine;
 use crate::nic;

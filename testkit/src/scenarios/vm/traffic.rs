@@ -2,9 +2,9 @@
 
 use anyhow::{Result, bail};
 
-use super::pair::{ADDRESS, Pair, Spec};
 use crate::lab::Scene;
 use crate::nic;
+use crate::pair::{ADDRESS, Pair, Spec};
 
 /// Bytes in each direction of one scenario. With four scenarios this makes more than 1 GiB.
 const BYTES: u64 = 144 << 20;

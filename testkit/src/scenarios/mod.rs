@@ -1,0 +1,209 @@
+//! The scenarios: one table of all of them. `vm::` are in whole guests under QEMU, `kvm::` beside a
+//! real KVM.
+
+mod kvm;
+mod vm;
+
+use crate::lab::Scene;
+use crate::report::Figures;
+use crate::rig::Rig;
+use crate::scenario::{Scenario, Test};
+
+/// All scenarios; of each kind the quick and basic ones come first.
+///
+/// This is a table and a runner of ours, since a scenario may find out only while it runs that the
+/// machine lacks something, may measure figures, and may share its L1 with the scenario before it.
+pub const SCENARIOS: &[Scenario] = &[
+    in_guests("vm::boot", "a guest boots, runs commands, and powers off", vm::harness::boot),
+    in_guests("vm::reboot", "a guest is reset and reboots by itself", vm::harness::reboot),
+    in_guests(
+        "vm::two_guests",
+        "two guests under QEMU's own virtio-net: the test of the tests",
+        vm::harness::two_guests,
+    ),
+    in_guests(
+        "vm::traffic",
+        "1 queue pair, MTU 1500, offloads; data checked by hash",
+        vm::traffic::plain,
+    ),
+    in_guests("vm::traffic_mtu_9000", "the same with an MTU of 9000", vm::traffic::jumbo),
+    in_guests(
+        "vm::traffic_two_pairs",
+        "the same with 2 queue pairs and 2 CPUs",
+        vm::traffic::two_pairs,
+    ),
+    in_guests("vm::traffic_no_offloads", "the same without offloads", vm::traffic::no_offloads),
+    in_guests(
+        "vm::few_kicks",
+        "under load fewer than 5 doorbells and 5 interrupts per 1,000 packets",
+        vm::traffic::few_kicks,
+    ),
+    in_guests(
+        "vm::stream",
+        "the stream back end against QEMU's netdev and virtio-net",
+        vm::backends::stream,
+    ),
+    in_guests(
+        "vm::passt",
+        "the stream back end against passt, to the host and back",
+        vm::backends::passt,
+    ),
+    in_guests(
+        "vm::tap",
+        "TCP to the host by TAP, against QEMU's virtio-net in the same guest",
+        vm::backends::tap,
+    ),
+    in_guests(
+        "vm::idle_64",
+        "64 idle devices: memory, threads, processor time",
+        vm::idle::many_devices,
+    ),
+    in_guests("vm::state", "state pages from and to the host, up to 1 MiB", vm::state::pages),
+    in_guests(
+        "vm::plug_cycles",
+        "20 times plug, use and unplug beside traffic on another NIC",
+        vm::plug::cycles,
+    ),
+    in_guests(
+        "vm::plug_all",
+        "one driver follows NICs that come and go, and their links",
+        vm::plug::follow,
+    ),
+    in_guests("vm::kill_guest", "kill -9 of a guest in mid-traffic", vm::deaths::guest),
+    in_guests("vm::kill_driver", "kill -9 of the driver in mid-traffic", vm::deaths::driver),
+    in_guests("vm::kill_bus", "kill -9 of the bus in mid-traffic", vm::deaths::bus),
+    in_guests("vm::reset_guest", "a guest is reset in mid-traffic", vm::deaths::reboot),
+    in_guests("vm::reopen", "the driver is opened 100 times, without a leak", vm::deaths::reopen),
+    in_guests(
+        "vm::hostile_guest",
+        "random writes of one guest beside the traffic of two others",
+        vm::hostile::scribbler,
+    ),
+    in_guests(
+        "vm::flat",
+        "a guest without an operating system: MSI and MSI-X, frames and state pages",
+        vm::flat::drives_devices,
+    ),
+    in_guests(
+        "vm::sched",
+        "virtual CPUs' threads follow a guest's real-time tasks, and are given back",
+        vm::sched::follows,
+    ),
+    in_guests(
+        "vm::sched_kill_bus",
+        "kill -9 of the bus: the threads are given back all the same",
+        vm::sched::bus_killed,
+    ),
+    in_guests(
+        "vm::sched_latency",
+        "how late a guest's real-time task wakes under load, with and without sched",
+        vm::sched::latency,
+    ),
+    in_guests("vm::share_off", "memory that is not shared is found out", vm::hostile::share_off),
+    beside_kvm(
+        "kvm::harness",
+        "QEMU boots a guest on the rig's KVM: the test of the tests",
+        kvm::linux::harness,
+    ),
+    beside_kvm(
+        "kvm::flat",
+        "a guest without an operating system drives devices by each kind of doorbell",
+        kvm::flat::drives_devices,
+    ),
+    beside_kvm(
+        "kvm::doorbells",
+        "one exit for a ring of each kind, and none to user space",
+        kvm::flat::doorbells,
+    ),
+    beside_kvm(
+        "kvm::interrupts",
+        "exits of an interrupt, by how it ends and with pic",
+        kvm::flat::interrupts,
+    ),
+    beside_kvm(
+        "kvm::pic_cpus",
+        "pic on two CPUs: lines raised, masked and moved all the time, none lost, urgent ones first",
+        kvm::processors::pic,
+    ),
+    beside_kvm(
+        "kvm::connector",
+        "vbus-kvm by itself: doorbells, messages, levels, their routes and exits",
+        kvm::doorbells::connector,
+    ),
+    beside_kvm(
+        "kvm::counted",
+        "by a clock that counts instructions, figures repeat within 1 %",
+        kvm::counted::repeats,
+    ),
+    beside_kvm(
+        "kvm::boot",
+        "Linux boots in vbus-vmm, with 1 and 2 CPUs, full and split irqchip",
+        kvm::linux::boot,
+    ),
+    beside_kvm(
+        "kvm::traffic",
+        "TCP both ways with 2 CPUs, interrupts that move, reboot",
+        kvm::devices::traffic,
+    ),
+    beside_kvm(
+        "kvm::plug_cycles",
+        "20 times plug, use and unplug beside traffic on another NIC",
+        kvm::devices::plug_cycles,
+    ),
+    beside_kvm(
+        "kvm::shared_pins",
+        "ten devices with INTx on eight pins: each interrupt arrives",
+        kvm::pins::shared,
+    ),
+    beside_kvm(
+        "kvm::config_writes",
+        "random writes of configuration spaces, beside traffic on another NIC",
+        kvm::config::writes,
+    ),
+    beside_kvm(
+        "kvm::liars",
+        "servers that lie about a device that is plugged, beside traffic on a NIC",
+        kvm::liars::lie,
+    ),
+    beside_kvm(
+        "kvm::deaths",
+        "the bus dies under a guest and comes back; the VMM dies",
+        kvm::devices::deaths,
+    ),
+    beside_kvm(
+        "kvm::doorbell_kinds",
+        "Linux is offered doorbells by memory and by port, and takes the cheaper",
+        kvm::doorbells::kinds,
+    ),
+    beside_kvm(
+        "kvm::doorbell_storm",
+        "Linux rings without end: its other devices and the bus go on",
+        kvm::doorbells::storm,
+    ),
+    beside_kvm(
+        "kvm::sched",
+        "how late a real-time task of the guest wakes under load, with and without sched",
+        kvm::sched::latency,
+    ),
+    beside_kvm(
+        "kvm::against_virtio",
+        "exits and interrupts of the same traffic, beside QEMU's virtio-net",
+        kvm::net::against_virtio,
+    ),
+];
+
+const fn in_guests(
+    name: &'static str,
+    about: &'static str,
+    test: fn(&Scene) -> anyhow::Result<()>,
+) -> Scenario {
+    Scenario { name, about, test: Test::InGuests(test) }
+}
+
+const fn beside_kvm(
+    name: &'static str,
+    about: &'static str,
+    test: fn(&Rig, &mut Figures) -> anyhow::Result<()>,
+) -> Scenario {
+    Scenario { name, about, test: Test::BesideKvm(test) }
+}

@@ -1,0 +1,80 @@
+//! Which accelerator the guests run by: KVM, if a guest boots with it.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::time::Duration;
+
+use anyhow::Result;
+use serde_json::{Value, json};
+
+use crate::lab::{Accel, Lab, Options};
+use crate::machine::Machine;
+use crate::workspace;
+
+/// How long a guest may take to boot under KVM before it counts as broken: 1 s where it works.
+const KVM_TRIAL: Duration = Duration::from_secs(12);
+
+/// Fetches the kit, builds the guests' programs and finds out which accelerator works.
+///
+/// # Errors
+/// If the kit cannot be fetched, a program does not build, or an option names what is not there.
+pub fn open(options: &Options) -> Result<Lab> {
+    let mut lab = Lab::prepare(options)?;
+    let (accel, why) = match options.accel {
+        Some(accel) => (accel, "as asked for".to_owned()),
+        None => choose(&mut lab)?,
+    };
+    lab.set_accel(accel);
+    eprintln!(
+        "guests: QEMU {} with {accel} ({why}), Linux {}",
+        lab.qemu_version(),
+        lab.kernel_version()
+    );
+    Ok(lab)
+}
+
+/// KVM if a guest boots with it, and why or why not.
+///
+/// A /dev/kvm that can be opened proves nothing: it may be emulated, or lack what Linux needs. So a
+/// guest is booted. The answer is kept until the host boots again.
+fn choose(lab: &mut Lab) -> Result<(Accel, String)> {
+    let Ok(device) = fs::metadata("/dev/kvm") else {
+        return Ok((Accel::Tcg, "there is no /dev/kvm".into()));
+    };
+    if let Err(error) = fs::File::options().read(true).write(true).open("/dev/kvm") {
+        return Ok((Accel::Tcg, format!("/dev/kvm cannot be opened: {error}")));
+    }
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let key = format!(
+        "{} {:x} {} {}",
+        boot.trim(),
+        device.rdev(),
+        lab.qemu_version(),
+        lab.kernel_version()
+    );
+    let folder = workspace::target().join("xtask");
+    let cache = folder.join("accel.json");
+    let known =
+        fs::read(&cache).ok().and_then(|bytes| serde_json::from_slice::<Value>(&bytes).ok());
+    let known = known.filter(|known| known["key"] == key);
+    let works = match known.and_then(|known| known["kvm"].as_bool()) {
+        Some(works) => works,
+        None => {
+            eprintln!(
+                "guests: trying /dev/kvm with a guest, for {} s at most",
+                KVM_TRIAL.as_secs()
+            );
+            lab.set_accel(Accel::Kvm);
+            let trial = Machine::new("kvm").start(&lab.scene("trial")?);
+            let works = trial.is_ok_and(|vm| vm.guest.wait_boot(1, KVM_TRIAL).is_ok());
+            fs::create_dir_all(&folder)?;
+            fs::write(&cache, json!({"key": key, "kvm": works}).to_string())?;
+            works
+        }
+    };
+    Ok(if works {
+        (Accel::Kvm, "a guest boots with /dev/kvm".into())
+    } else {
+        (Accel::Tcg, "no guest boots with this /dev/kvm".into())
+    })
+}
