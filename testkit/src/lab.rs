@@ -58,7 +58,7 @@ impl fmt::Display for Accel {
     }
 }
 
-/// Everything that a [`Machine`] needs to start.
+/// Everything that a [`Machine`](crate::machine::Machine) needs to start.
 pub struct Lab {
     kit: Option<Kit>,
     options: Options,
