@@ -1,4 +1,4 @@
-//! Whether a task is queued: the one lock-free protocol of the event loop. `tests/wake_model.rs`
+//! Whether a task is queued: the one lock-free protocol of the event loop. `tests/it/wake_model.rs`
 //! compiles this file over a model checker.
 
 use super::sync::{AtomicBool, Order};

@@ -1,5 +1,4 @@
 //! Endpoints with a small device, driven through memory that is really mapped, without a connector.
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};

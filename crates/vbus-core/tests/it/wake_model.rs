@@ -1,8 +1,7 @@
 //! The event loop's wake-up under a model checker: nothing that was written before a wake-up is
 //! left unseen, and the model fails when either ordering is taken out.
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-#[path = "../src/wake.rs"]
+#[path = "../../src/wake.rs"]
 mod wake;
 
 mod sync {
