@@ -77,7 +77,7 @@ pub fn shout<H: Hal>(hal: H, text: &str, wait: impl FnOnce()) -> Result<String, 
     let (memory, buffer) = (hal.alloc(layout.bytes())?, hal.alloc(TEXT_MAX)?);
     let mut ring =
         DriverEnd::create(memory.clone(), layout, 0).expect("the memory is large enough");
-    let bell = function.region_add(0, 0, &memory, (0, layout.bytes()), Some(SIGNAL_OFFSET))?;
+    let region = function.region_add(0, 0, &memory, (0, layout.bytes()), Some(SIGNAL_OFFSET))?;
     let mut bytes = text.as_bytes()[..text.len().min(TEXT_MAX)].to_vec();
     buffer.copy_in(0, &bytes);
     let len = u32::try_from(bytes.len()).expect("at most TEXT_MAX");
@@ -85,7 +85,7 @@ pub fn shout<H: Hal>(hal: H, text: &str, wait: impl FnOnce()) -> Result<String, 
         .expect("the ring is empty");
     let armed = ring.arm(0);
     if ring.post() {
-        function.ring(bell);
+        function.ring(region.handle());
     }
     if armed == Armed::Waiting {
         wait();

@@ -13,6 +13,7 @@ use vbus_shm::ErrorCode;
 use crate::doorbell::{Costs, Doorbell};
 use crate::error::Error;
 use crate::hal::{Dma, Hal};
+use crate::regions::RegionTable;
 
 /// How often a config area that changes while it is read is read again.
 const CONFIG_TRIES: u32 = 8;
@@ -23,7 +24,10 @@ const CAPABILITIES_MAX: u32 = 48;
 const GONE: u32 = u32::MAX;
 
 /// A function of the bus, probed. While it is open it has a connection, which dropping it closes.
-/// Memory that was registered with it must be kept until then; it is the device's.
+///
+/// The function keeps a clone of all memory that is registered with the device, until REGION_DROP
+/// or CLOSE has run: no order in which a driver drops its values frees memory that the device may
+/// still write.
 #[derive(Debug)]
 pub struct Function<H: Hal> {
     hal: H,
@@ -32,8 +36,37 @@ pub struct Function<H: Hal> {
     registers: u64,
     doorbell: Doorbell,
     info: Info,
-    /// Of an open connection: buffer of calls, page lists, and the handshake word.
-    scratch: Option<H::Dma>,
+    connection: Option<Connection<H>>,
+    /// Connections that were opened: tells a [`Region`] of an earlier one.
+    opens: u32,
+}
+
+/// What an open connection holds.
+#[derive(Debug)]
+struct Connection<H: Hal> {
+    /// Buffer of calls, page lists, and the handshake word.
+    scratch: H::Dma,
+    /// The memory of all regions.
+    regions: H::Regions,
+}
+
+/// A region of the open connection: what [`Function::region_drop`] takes. A value that is dropped
+/// changes nothing: the region stays registered, and its memory allocated, until the connection
+/// closes.
+#[derive(Debug)]
+pub struct Region {
+    handle: u32,
+    /// Where the function keeps its memory.
+    place: usize,
+    /// Of which connection.
+    connection: u32,
+}
+
+impl Region {
+    /// The number of the region, which is also that of its doorbell.
+    pub fn handle(&self) -> u32 {
+        self.handle
+    }
 }
 
 /// What a function says of itself.
@@ -126,7 +159,7 @@ impl<H: Hal> Function<H> {
         };
         let doorbell =
             usable(&hal, capability, info.max_regions).next().ok_or(Error::NoDoorbell)?;
-        Ok(Function { hal, capability, registers, doorbell, info, scratch: None })
+        Ok(Function { hal, capability, registers, doorbell, info, connection: None, opens: 0 })
     }
 
     /// What the function says of itself.
@@ -221,29 +254,37 @@ impl<H: Hal> Function<H> {
         if !scratch.is_run(0, H::Dma::CONTIGUOUS_MIN) || H::Dma::CONTIGUOUS_MIN < SCRATCH_BYTES {
             return Err(Error::NoMemory);
         }
+        let regions = H::Regions::new(self.info.max_regions as usize)?;
         // Different each time, so that a stale word elsewhere is not taken for it.
         let value =
             scratch.address(0) ^ self.hal.now().rotate_left(20) ^ u64::from_le_bytes(*b"vbus-drv");
         scratch.copy_in(0, &value.to_le_bytes());
-        self.command(
-            "OPEN",
-            command::OPEN,
-            [u64::from(ABI_VERSION), features, scratch.address(0), value],
-        )?;
-        self.scratch = Some(scratch);
+        let arguments = [u64::from(ABI_VERSION), features, scratch.address(0), value];
+        self.connection = Some(Connection { scratch, regions });
+        self.opens = self.opens.wrapping_add(1);
+        if let Err(error) = self.command("OPEN", command::OPEN, arguments) {
+            // Whatever the device made of it: nothing is open afterwards.
+            self.close();
+            return Err(error);
+        }
         Ok(())
     }
 
     /// Whether [`open`](Self::open) succeeded and [`close`](Self::close) has not followed. The
     /// device may have ended the connection all the same.
     pub fn is_open(&self) -> bool {
-        self.scratch.is_some()
+        self.connection.is_some()
     }
 
-    /// Closes the connection. The device has let go of all memory when this returns.
+    /// Closes the connection. The device has let go of all memory when this returns. If the device
+    /// does not confirm that (it breaks the protocol), the memory of the connection is never given
+    /// back.
     pub fn close(&mut self) {
-        let _ = self.command("CLOSE", command::CLOSE, [0; 4]);
-        self.scratch = None;
+        let result = self.command("CLOSE", command::CLOSE, [0; 4]);
+        let connection = self.connection.take();
+        if !matches!(result, Ok(_) | Err(Error::Gone)) {
+            core::mem::forget(connection);
+        }
     }
 
     /// Features of the open connection.
@@ -253,7 +294,7 @@ impl<H: Hal> Function<H> {
 
     /// Registers the `len` bytes at `offset` of `dma` as the class's region `id`, with its signal
     /// block at byte `signal` of the region, if there is one. Interrupts for it come on `vector`.
-    /// Returns its handle, for [`ring`](Self::ring).
+    /// The function keeps a clone of `dma` until the region is dropped or the connection closed.
     ///
     /// `offset` must be a multiple of 64 and `len` of 8; a region that is not contiguous has to
     /// begin with a page.
@@ -264,8 +305,10 @@ impl<H: Hal> Function<H> {
         dma: &H::Dma,
         (offset, len): (usize, usize),
         signal: Option<usize>,
-    ) -> Result<u32, Error> {
-        let scratch = self.scratch.as_ref().ok_or(NOT_OPEN)?;
+    ) -> Result<Region, Error> {
+        let Some(Connection { scratch, regions }) = &mut self.connection else {
+            return Err(NOT_OPEN);
+        };
         if len == 0 || offset.checked_add(len).is_none_or(|end| end > dma.bytes()) {
             return Err(Error::Unsupported("a region outside of its memory"));
         }
@@ -284,39 +327,55 @@ impl<H: Hal> Function<H> {
             }
             (dma.page_shift(), scratch.address(0))
         };
+        let place = regions
+            .insert(dma.clone())
+            .ok_or(Error::Unsupported("more regions than this driver has room for"))?;
         let selector = u64::from(id) | u64::from(vector) << 32 | u64::from(shift) << 48;
         let signal = signal.map_or(command::NO_SIGNAL, |offset| offset as u64);
-        let handle = self.command(
-            "REGION_ADD",
-            command::REGION_ADD,
-            [selector, address, len as u64, signal],
-        )?;
-        u32::try_from(handle)
+        let arguments = [selector, address, len as u64, signal];
+        let added = self.command("REGION_ADD", command::REGION_ADD, arguments);
+        if matches!(added, Err(Error::Refused { .. })) {
+            self.forget_region(place);
+        }
+        // On all other errors the device may have the region, and its memory stays.
+        let handle = u32::try_from(added?)
             .ok()
             .filter(|handle| *handle < self.info.max_regions)
-            .ok_or(Error::Corrupt("handle of a region is out of range"))
+            .ok_or(Error::Corrupt("handle of a region is out of range"))?;
+        Ok(Region { handle, place, connection: self.opens })
     }
 
     /// Drops a region. The device has let go of its memory when this returns without an error.
-    pub fn region_drop(&mut self, handle: u32) -> Result<(), Error> {
-        self.command("REGION_DROP", command::REGION_DROP, [u64::from(handle), 0, 0, 0]).map(drop)
+    /// After an error the region, with its memory, stays until the connection closes.
+    pub fn region_drop(&mut self, region: Region) -> Result<(), Error> {
+        if self.connection.is_none() || region.connection != self.opens {
+            return Err(NOT_OPEN);
+        }
+        let arguments = [u64::from(region.handle), 0, 0, 0];
+        self.command("REGION_DROP", command::REGION_DROP, arguments)?;
+        self.forget_region(region.place);
+        Ok(())
+    }
+
+    /// Lets go of the memory of a region that the device does not have (any more).
+    fn forget_region(&mut self, place: usize) {
+        if let Some(connection) = &mut self.connection {
+            connection.regions.remove(place);
+        }
     }
 
     /// Calls the class's `function`. The device gets a copy of `buffer`, at most
     /// [`command::CALL_MAX`] bytes, and its answer replaces it.
     pub fn call(&mut self, function: u32, flags: u32, buffer: &mut [u8]) -> Result<u64, Error> {
-        let scratch = self.scratch.as_ref().ok_or(NOT_OPEN)?;
+        let Some(Connection { scratch, .. }) = &self.connection else { return Err(NOT_OPEN) };
         if buffer.len() > SCRATCH_BYTES {
             return Err(Error::Unsupported("a call with so large a buffer"));
         }
         scratch.copy_in(0, buffer);
         let selector = u64::from(function) | u64::from(flags) << 32;
-        let value = self.command(
-            "CALL",
-            command::CALL,
-            [selector, scratch.address(0), buffer.len() as u64, 0],
-        )?;
-        if let Some(scratch) = &self.scratch {
+        let arguments = [selector, scratch.address(0), buffer.len() as u64, 0];
+        let value = self.command("CALL", command::CALL, arguments)?;
+        if let Some(Connection { scratch, .. }) = &self.connection {
             scratch.copy_out(0, buffer);
         }
         Ok(value)

@@ -8,6 +8,7 @@ use vbus_shm::sync::Ordering;
 use vbus_shm::{Memory, copy};
 
 use crate::doorbell::Doorbell;
+use crate::regions::RegionTable;
 
 /// The environment's part of a driver: registers, memory that the device can reach, doorbells,
 /// time.
@@ -19,6 +20,10 @@ use crate::doorbell::Doorbell;
 pub trait Hal: Clone + fmt::Debug {
     /// Memory that the device can reach.
     type Dma: Dma;
+
+    /// Where a [`Function`](crate::Function) keeps the memory of its regions:
+    /// [`FixedTable`](crate::FixedTable), or `HeapTable` (with the crate's feature `alloc`).
+    type Regions: RegionTable<Self::Dma>;
 
     /// Reads 4 bytes at `offset` of the function's configuration space; `offset` is a multiple of 4
     /// below 256.
@@ -42,10 +47,10 @@ pub trait Hal: Clone + fmt::Debug {
 
     /// Allocates `bytes` (more than 0) of zeroed memory that the device can reach, at an address
     /// that is a multiple of 4096 at both ends. Up to [`Dma::CONTIGUOUS_MIN`] bytes are contiguous
-    /// for the device. It may be used for other things once the last clone of it has gone, so a
-    /// driver keeps it until the device has let go of it: until its region was dropped or the
-    /// connection closed. An environment whose memory could then become someone else's altogether
-    /// keeps it until the last clone of the Hal has gone too.
+    /// for the device. It may be used for other things once the last clone of it has gone. A
+    /// [`Function`](crate::Function) keeps a clone of what is registered, until the device has let
+    /// go of it. An environment whose memory could then become someone else's altogether keeps it
+    /// until the last clone of the Hal has gone too.
     fn alloc(&self, bytes: usize) -> Result<Self::Dma, NoMemory>;
 
     /// Whether doorbells of this kind ([`capability::KIND_MMIO`] etc.) can be rung here. May be

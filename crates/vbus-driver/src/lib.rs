@@ -37,24 +37,31 @@
 //!     while tx.reclaim()? == 0 {
 //!         nic.function().check()?;
 //!     }
-//!     // Before the memory of rings and frame goes.
+//!     // Before the frame's memory goes. That of the rings the function keeps itself.
 //!     nic.close();
 //!     Ok(())
 //! }
 //! ```
-#![cfg_attr(not(test), no_std)]
+#![no_std]
+
+#[cfg(feature = "alloc")]
+extern crate alloc;
 
 mod doorbell;
 mod error;
 mod function;
 mod hal;
 pub mod pic;
+mod regions;
 pub mod sched;
 pub mod state;
 pub mod venet;
 
 pub use doorbell::{Cost, Costs, Doorbell};
 pub use error::Error;
-pub use function::{Acknowledger, Bell, ConnectionState, Function, Info, Name};
+pub use function::{Acknowledger, Bell, ConnectionState, Function, Info, Name, Region};
 pub use hal::{Dma, Hal, NoMemory};
+#[cfg(feature = "alloc")]
+pub use regions::HeapTable;
+pub use regions::{FixedTable, RegionTable};
 pub use vbus_shm::{ErrorCode, Pace, Rest};

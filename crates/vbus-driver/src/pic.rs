@@ -23,7 +23,7 @@ use vbus_shm::pic::{DriverEnd, LINES_MAX, PAGE_BYTES};
 
 pub use vbus_shm::pic::{Nesting, Wanted};
 
-use crate::{Error, Function, Hal};
+use crate::{Error, Function, Hal, Region};
 
 /// An interrupt controller with an open connection.
 #[derive(Debug)]
@@ -90,13 +90,13 @@ impl<H: Hal> Pic<H> {
         let memory = self.function.hal().alloc(PAGE_BYTES)?;
         let page = DriverEnd::create(memory.clone(), lines, nesting)
             .map_err(|_| Error::Unsupported("an interrupt page with so many lines"))?;
-        let handle = self.function.region_add(number, vector, &memory, (0, PAGE_BYTES), None)?;
-        Ok(Controller { page, number, handle })
+        let region = self.function.region_add(number, vector, &memory, (0, PAGE_BYTES), None)?;
+        Ok(Controller { page, number, region })
     }
 
     /// Ends a processor: what is routed to it interrupts by itself again.
     pub fn remove(&mut self, cpu: Controller<H>) -> Result<(), Error> {
-        self.function.region_drop(cpu.handle)
+        self.function.region_drop(cpu.region)
     }
 
     /// Lets an interrupt of another device raise a line, until that device's connection ends, or
@@ -144,7 +144,7 @@ impl<H: Hal> Pic<H> {
 pub struct Controller<H: Hal> {
     page: DriverEnd<H::Dma>,
     number: u32,
-    handle: u32,
+    region: Region,
 }
 
 impl<H: Hal> Controller<H> {

@@ -4,7 +4,7 @@ use vbus_shm::abi::{class, sched as abi};
 use vbus_shm::signal::{Armed, End};
 use vbus_shm::state::{self, Layout, Overrun, SIGNAL_OFFSET};
 
-use crate::{Bell, Error, Function, Hal};
+use crate::{Bell, Error, Function, Hal, Region};
 
 /// A class, and the priority within it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -175,20 +175,20 @@ impl<H: Hal> Cpus<H> {
         if cpu >= self.limits.cpus {
             return Err(Error::Unsupported("a virtual CPU that has no pages"));
         }
-        let (memory, handle) = self.register(abi::request_page(cpu), abi::request::BYTES)?;
+        let (memory, region) = self.register(abi::request_page(cpu), abi::request::BYTES)?;
         let requests = state::Writer::attach(memory, End::Driver).map_err(|_| LAYOUT)?;
         let (memory, _) = self.register(abi::report_page(cpu), abi::report::BYTES)?;
         let reports = state::Reader::attach(memory, End::Driver).map_err(|_| LAYOUT)?;
-        Ok(Cpu { requests, bell: self.function.bell(handle), reports })
+        Ok(Cpu { requests, bell: self.function.bell(region.handle()), reports })
     }
 
-    fn register(&mut self, id: u32, bytes: u32) -> Result<(H::Dma, u32), Error> {
+    fn register(&mut self, id: u32, bytes: u32) -> Result<(H::Dma, Region), Error> {
         let layout = Layout::new(bytes, state::DEFAULT_SLOTS).map_err(|_| LAYOUT)?;
         let memory = self.function.hal().alloc(layout.bytes())?;
         layout.format(&memory, 0).map_err(|_| LAYOUT)?;
-        let handle =
+        let region =
             self.function.region_add(id, 0, &memory, (0, layout.bytes()), Some(SIGNAL_OFFSET))?;
-        Ok((memory, handle))
+        Ok((memory, region))
     }
 
     /// Closes the connection: every thread has its own class again when this returns.

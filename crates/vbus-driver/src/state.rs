@@ -4,7 +4,7 @@ use vbus_shm::abi::{class, state as abi};
 use vbus_shm::signal::{Armed, End};
 use vbus_shm::state::{self, Layout, MAX_VALUE, Overrun, SIGNAL_OFFSET};
 
-use crate::{Bell, Error, Function, Hal, Name};
+use crate::{Bell, Error, Function, Hal, Name, Region};
 
 /// Which end writes a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,21 +92,27 @@ impl<H: Hal> Pages<H> {
 
     /// Registers memory for a page that the device writes. Interrupts come on `vector`.
     pub fn reader(&mut self, page: &Description, vector: u16) -> Result<Reader<H>, Error> {
-        let (memory, _) = self.register(page, Owner::Device, vector)?;
+        let (memory, region) = self.register(page, Owner::Device, vector)?;
         let inner = state::Reader::attach(memory, End::Driver).map_err(|_| LAYOUT)?;
-        Ok(Reader { inner })
+        Ok(Reader { inner, region })
+    }
+
+    /// Ends a reader: its page can be read anew. A reader that is just dropped leaves its page
+    /// registered until the connection closes.
+    pub fn release(&mut self, reader: Reader<H>) -> Result<(), Error> {
+        self.function.region_drop(reader.region)
     }
 
     /// Registers memory for a page that the driver writes.
     pub fn writer(&mut self, page: &Description, vector: u16) -> Result<Writer<H>, Error> {
-        let (memory, handle) = self.register(page, Owner::Driver, vector)?;
+        let (memory, region) = self.register(page, Owner::Driver, vector)?;
         let inner = state::Writer::attach(memory, End::Driver).map_err(|_| LAYOUT)?;
-        Ok(Writer { inner, bell: self.function.bell(handle), handle })
+        Ok(Writer { inner, bell: self.function.bell(region.handle()), region })
     }
 
     /// Ends a writer. The device has seen its last value when this returns.
     pub fn finish(&mut self, writer: Writer<H>) -> Result<(), Error> {
-        self.function.region_drop(writer.handle)
+        self.function.region_drop(writer.region)
     }
 
     fn register(
@@ -114,7 +120,7 @@ impl<H: Hal> Pages<H> {
         page: &Description,
         owner: Owner,
         vector: u16,
-    ) -> Result<(H::Dma, u32), Error> {
+    ) -> Result<(H::Dma, Region), Error> {
         if page.owner != owner {
             return Err(Error::Unsupported(match owner {
                 Owner::Device => "reading a page that the driver itself writes",
@@ -125,9 +131,9 @@ impl<H: Hal> Pages<H> {
         let memory = self.function.hal().alloc(layout.bytes())?;
         layout.format(&memory, 0).map_err(|_| LAYOUT)?;
         let place = (0, layout.bytes());
-        let handle =
+        let region =
             self.function.region_add(page.number, vector, &memory, place, Some(SIGNAL_OFFSET))?;
-        Ok((memory, handle))
+        Ok((memory, region))
     }
 }
 
@@ -137,6 +143,7 @@ const LAYOUT: Error = Error::Unsupported("a state page of that size");
 #[derive(Debug)]
 pub struct Reader<H: Hal> {
     inner: state::Reader<H::Dma>,
+    region: Region,
 }
 
 impl<H: Hal> Reader<H> {
@@ -171,7 +178,7 @@ impl<H: Hal> Reader<H> {
 pub struct Writer<H: Hal> {
     inner: state::Writer<H::Dma>,
     bell: Bell<H>,
-    handle: u32,
+    region: Region,
 }
 
 impl<H: Hal> Writer<H> {

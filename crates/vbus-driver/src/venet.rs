@@ -20,7 +20,7 @@ pub use vbus_shm::abi::venet::{
     FRAME_MAX, HEADER_BYTES,
 };
 
-use crate::{Error, Function, Hal};
+use crate::{Bell, Error, Function, Hal};
 
 /// The most entries of a ring that this driver makes.
 pub const RING_MAX: u32 = 1024;
@@ -150,10 +150,10 @@ impl<H: Hal> Nic<H> {
         {
             return Err(Error::Unsupported("so many queue pairs or entries, or so small buffers"));
         }
-        let (ring, handle) = self.ring(venet::tx(q), entries, Returns::Counted, vector)?;
-        let tx = Tx::new(ring, self.function.bell(handle));
-        let (ring, handle) = self.ring(venet::rx(q), entries, Returns::Entries, vector)?;
-        let rx = Rx::new(ring, self.function.bell(handle), buffer_bytes);
+        let (ring, bell) = self.ring(venet::tx(q), entries, Returns::Counted, vector)?;
+        let tx = Tx::new(ring, bell);
+        let (ring, bell) = self.ring(venet::rx(q), entries, Returns::Entries, vector)?;
+        let rx = Rx::new(ring, bell, buffer_bytes);
         Ok((tx, rx))
     }
 
@@ -163,19 +163,19 @@ impl<H: Hal> Nic<H> {
         entries: u32,
         returns: Returns,
         vector: u16,
-    ) -> Result<(DriverEnd<H::Dma>, u32), Error> {
+    ) -> Result<(DriverEnd<H::Dma>, Bell<H>), Error> {
         let layout =
             Layout::new(entries, returns).map_err(|_| Error::Unsupported("a ring of that size"))?;
         let memory = self.function.hal().alloc(layout.bytes())?;
         let ring = DriverEnd::create(memory.clone(), layout, 0).map_err(|_| Error::NoMemory)?;
-        let handle = self.function.region_add(
+        let region = self.function.region_add(
             id,
             vector,
             &memory,
             (0, layout.bytes()),
             Some(SIGNAL_OFFSET),
         )?;
-        Ok((ring, handle))
+        Ok((ring, self.function.bell(region.handle())))
     }
 
     /// Lets the device serve the queues.

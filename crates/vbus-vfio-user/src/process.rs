@@ -15,7 +15,7 @@ use vbus_core::shm::Memory;
 use vbus_core::shm::abi::{bar0, capability};
 use vbus_core::shm::sync::{Ordering, Word};
 use vbus_core::{MemoryContext, Trust, Window};
-use vbus_driver::{Dma, Doorbell, Hal, NoMemory};
+use vbus_driver::{Dma, Doorbell, Hal, HeapTable, NoMemory};
 
 use crate::client::{Client, ClientError};
 
@@ -149,6 +149,7 @@ impl Process {
 
 impl Hal for Process {
     type Dma = ProcessMemory;
+    type Regions = HeapTable<ProcessMemory>;
 
     fn config_read32(&self, offset: u16) -> u32 {
         let mut bytes = GONE.to_le_bytes();

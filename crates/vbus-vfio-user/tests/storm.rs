@@ -69,7 +69,8 @@ impl Driver {
         let mut function = Function::probe(process.clone()).unwrap();
         function.open(0).unwrap();
         let memory = process.alloc(4096).unwrap();
-        let handle = function.region_add(0, 0, &memory, (0, 64), None).unwrap();
+        let region = function.region_add(0, 0, &memory, (0, 64), None).unwrap();
+        let handle = region.handle();
         Driver { function, memory, handle }
     }
 

@@ -1,13 +1,14 @@
 //! A function that does whatever a test wants: registers that can be set, commands that succeed
-//! with any value.
+//! with any value. It knows which memory is registered with it, and panics when a driver frees
+//! such memory.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 
-use vbus_driver::{Dma, Doorbell, Hal, NoMemory};
+use vbus_driver::{Dma, Doorbell, FixedTable, Hal, NoMemory};
 use vbus_shm::Memory;
-use vbus_shm::abi::{capability, reg};
+use vbus_shm::abi::{capability, command, error_code, reg};
 use vbus_shm::sync::Word;
 
 /// See the module. Clones are the same function.
@@ -20,7 +21,14 @@ struct Registers {
     bar: BTreeMap<u64, u32>,
     /// What each read of a register gives in turn, before `bar` does.
     script: BTreeMap<u64, Vec<u32>>,
-    memory: Vec<Plain>,
+    memory: Vec<Weak<Block>>,
+    /// The regions that the device has: address by handle.
+    regions: Rc<RefCell<BTreeMap<u32, u64>>>,
+    arguments: BTreeMap<u64, u64>,
+    /// Commands that are refused, with what.
+    refused: BTreeMap<u32, u32>,
+    /// The results of commands that a test has set once and for all.
+    forced: bool,
     rung: u32,
     /// Kinds of doorbell that can be rung, with what each costs, in nanoseconds, one ring after
     /// another; the last goes on.
@@ -94,9 +102,21 @@ impl Fake {
         self.0.borrow_mut().config.insert(offset, value);
     }
 
-    /// Sets a register.
+    /// Sets a register. RESULT and VALUE stay so whatever the commands.
     pub fn set_register(&self, offset: u64, value: u32) {
-        self.0.borrow_mut().bar.insert(offset, value);
+        let mut registers = self.0.borrow_mut();
+        registers.forced |= matches!(offset, reg::RESULT | reg::VALUE);
+        registers.bar.insert(offset, value);
+    }
+
+    /// Lets a command fail with `code` from now on; with 0 it succeeds again.
+    pub fn refuse(&self, number: u32, code: u32) {
+        self.0.borrow_mut().refused.insert(number, code);
+    }
+
+    /// How many regions the device has.
+    pub fn regions(&self) -> usize {
+        self.0.borrow().regions.borrow().len()
     }
 
     /// Sets what the next reads of a register give.
@@ -104,9 +124,14 @@ impl Fake {
         self.0.borrow_mut().script.insert(offset, values.to_vec());
     }
 
-    /// The memory that was allocated, in order.
+    /// The memory that was allocated, in order. It must not have been freed.
     pub fn memory(&self, n: usize) -> Plain {
-        self.0.borrow().memory[n].clone()
+        Plain(self.0.borrow().memory[n].upgrade().expect("memory that is still in use"))
+    }
+
+    /// How much of the memory that was allocated is still in use.
+    pub fn in_use(&self) -> usize {
+        self.0.borrow().memory.iter().filter(|block| block.strong_count() > 0).count()
     }
 
     /// Where writes have had their effect, in order.
@@ -126,8 +151,34 @@ impl std::fmt::Debug for Fake {
     }
 }
 
+impl Registers {
+    /// Runs a command.
+    fn run(&mut self, number: u32) {
+        let result = self.refused.get(&number).copied().unwrap_or(error_code::OK);
+        let mut value = 0;
+        if result == error_code::OK {
+            let argument = |n: u64| self.arguments.get(&(reg::ARGUMENT + 8 * n)).copied();
+            let mut regions = self.regions.borrow_mut();
+            match number {
+                command::REGION_ADD => {
+                    value = (0..).find(|handle| !regions.contains_key(handle)).unwrap();
+                    regions.insert(value, argument(1).unwrap());
+                }
+                command::REGION_DROP => drop(regions.remove(&(argument(0).unwrap() as u32))),
+                command::CLOSE => regions.clear(),
+                _ => {}
+            }
+        }
+        if !self.forced {
+            self.bar.insert(reg::RESULT, result);
+            self.bar.insert(reg::VALUE, value);
+        }
+    }
+}
+
 impl Hal for Fake {
     type Dma = Plain;
+    type Regions = FixedTable<Plain, 8>;
 
     fn config_read32(&self, offset: u16) -> u32 {
         assert!(offset % 4 == 0 && offset < 256, "{offset:#x}");
@@ -149,18 +200,26 @@ impl Hal for Fake {
         u64::from(self.read32(offset)) | u64::from(self.read32(offset + 4)) << 32
     }
 
-    fn write32(&self, offset: u64, _value: u32) {
-        self.0.borrow_mut().posted.push(offset);
+    fn write32(&self, offset: u64, value: u32) {
+        let mut registers = self.0.borrow_mut();
+        registers.posted.push(offset);
+        if offset == reg::COMMAND {
+            registers.run(value);
+        }
     }
 
-    fn write64(&self, _offset: u64, _value: u64) {}
+    fn write64(&self, offset: u64, value: u64) {
+        self.0.borrow_mut().arguments.insert(offset, value);
+    }
 
     fn alloc(&self, bytes: usize) -> Result<Plain, NoMemory> {
         let words: Vec<Word> =
             (0..bytes.next_multiple_of(4096) / 8).map(|_| Word::new(0)).collect();
-        let memory = Plain(words.into());
-        self.0.borrow_mut().memory.push(memory.clone());
-        Ok(memory)
+        let mut registers = self.0.borrow_mut();
+        let address = 0x10_0000 * (registers.memory.len() as u64 + 1);
+        let memory = Rc::new(Block { words, address, regions: registers.regions.clone() });
+        registers.memory.push(Rc::downgrade(&memory));
+        Ok(Plain(memory))
     }
 
     fn can_ring(&self, kind: u8) -> bool {
@@ -183,11 +242,27 @@ impl Hal for Fake {
 
 /// Memory of this process.
 #[derive(Clone, Debug)]
-pub struct Plain(Rc<[Word]>);
+pub struct Plain(Rc<Block>);
+
+#[derive(Debug)]
+struct Block {
+    words: Vec<Word>,
+    address: u64,
+    /// Of the device.
+    regions: Rc<RefCell<BTreeMap<u32, u64>>>,
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        let end = self.address + 8 * self.words.len() as u64;
+        let early = self.regions.borrow().values().any(|at| (self.address..end).contains(at));
+        assert!(!early || std::thread::panicking(), "memory is freed that the device still has");
+    }
+}
 
 impl Memory for Plain {
     fn words(&self) -> &[Word] {
-        &self.0
+        &self.0.words
     }
 }
 
@@ -197,6 +272,6 @@ impl Dma for Plain {
     }
 
     fn address(&self, offset: usize) -> u64 {
-        0x1000 + offset as u64
+        self.0.address + offset as u64
     }
 }

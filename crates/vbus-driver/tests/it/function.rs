@@ -94,10 +94,15 @@ fn regions_are_checked_on_both_ends() {
     for place in [(0, 8200), (8192, 8), (usize::MAX, 8), (0, 0)] {
         assert!(matches!(add(abi::tx(0), 0, place, None), Err(Error::Unsupported(_))), "{place:?}");
     }
-    let handle = add(abi::tx(0), 0, good, Some(SIGNAL_OFFSET)).unwrap();
-    assert!(handle < function.info().max_regions);
-    function.region_drop(handle).unwrap();
-    assert_eq!(refused(function.region_drop(handle)), ErrorCode::NO_REGION);
+    let region = add(abi::tx(0), 0, good, Some(SIGNAL_OFFSET)).unwrap();
+    assert!(region.handle() < function.info().max_regions);
+    function.region_drop(region).unwrap();
+    // A region of an earlier connection names nothing in this one.
+    let stale = function.region_add(abi::tx(0), 0, &memory, good, Some(SIGNAL_OFFSET)).unwrap();
+    function.close();
+    function.open(0).unwrap();
+    function.region_add(abi::tx(0), 0, &memory, good, Some(SIGNAL_OFFSET)).unwrap();
+    assert_eq!(refused(function.region_drop(stale)), ErrorCode::NOT_OPEN);
 }
 
 #[test]

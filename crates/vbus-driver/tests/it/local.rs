@@ -10,7 +10,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use serde_json::Value;
 use vbus_core::{Bus, Executor, MemoryContext, Trust, Tuning, Window};
-use vbus_driver::{Dma, Function, Hal, NoMemory};
+use vbus_driver::{Dma, FixedTable, Function, Hal, NoMemory};
 use vbus_pci::{IrqIndex, Options, PciFunction, region};
 use vbus_shm::Memory;
 use vbus_shm::sync::Word;
@@ -130,6 +130,7 @@ impl std::fmt::Debug for Local {
 
 impl Hal for Local {
     type Dma = LocalMemory;
+    type Regions = FixedTable<LocalMemory, 64>;
 
     fn config_read32(&self, offset: u16) -> u32 {
         u32::from_le_bytes(self.read(region::CONFIG, u64::from(offset)))

@@ -8,6 +8,7 @@ mod function;
 mod hostile;
 mod local;
 mod nic;
+mod ownership;
 mod pages;
 mod pic;
 mod sched;

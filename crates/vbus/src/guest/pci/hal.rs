@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use rustix::time::{ClockId, clock_gettime};
-use vbus_driver::{Doorbell, Hal, NoMemory};
+use vbus_driver::{Doorbell, Hal, HeapTable, NoMemory};
 use vbus_shm::abi::{bar0, capability};
 
 use super::bar::Bar;
@@ -34,6 +34,7 @@ impl PciHal {
 
 impl Hal for PciHal {
     type Dma = HugeMemory;
+    type Regions = HeapTable<HugeMemory>;
 
     fn config_read32(&self, offset: u16) -> u32 {
         let mut word = [0xff; 4];

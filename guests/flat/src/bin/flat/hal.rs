@@ -5,7 +5,7 @@
 use core::sync::atomic::{Ordering, fence};
 
 use flat::pci::{self, Address, Config, Found, Message, Messages};
-use vbus_driver::{Doorbell, Error, Function, Hal, NoMemory};
+use vbus_driver::{Doorbell, Error, FixedTable, Function, Hal, NoMemory};
 use vbus_shm::abi::capability::{KIND_HYPERCALL, KIND_MMIO, KIND_PIO};
 
 use crate::dma::Block;
@@ -121,6 +121,7 @@ impl FlatHal {
 
 impl Hal for FlatHal {
     type Dma = Block;
+    type Regions = FixedTable<Block, 64>;
 
     fn config_read32(&self, offset: u16) -> u32 {
         ConfigPorts.read(self.found.address, offset)

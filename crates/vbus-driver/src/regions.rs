@@ -1,0 +1,77 @@
+//! Where a function keeps the memory of its regions. The environment chooses the form, since this
+//! crate does not allocate.
+
+use core::fmt;
+
+use crate::hal::NoMemory;
+
+/// A table of memory that is registered with a device
+/// ([`Hal::Regions`](crate::Hal::Regions)). What is inserted stays until it is removed or the
+/// table is dropped.
+pub trait RegionTable<D>: Sized + fmt::Debug {
+    /// An empty table. `regions`: the most regions that the device takes. The table may have room
+    /// for fewer; the driver then has no more.
+    fn new(regions: usize) -> Result<Self, NoMemory>;
+
+    /// Keeps `memory`, and returns its place; `None` if there is no room.
+    fn insert(&mut self, memory: D) -> Option<usize>;
+
+    /// Drops what is kept at `place`.
+    fn remove(&mut self, place: usize);
+}
+
+/// A table with room for `N` regions, within the [`Function`](crate::Function) itself.
+#[derive(Debug)]
+pub struct FixedTable<D, const N: usize>([Option<D>; N]);
+
+impl<D: fmt::Debug, const N: usize> RegionTable<D> for FixedTable<D, N> {
+    fn new(_regions: usize) -> Result<Self, NoMemory> {
+        Ok(FixedTable([const { None }; N]))
+    }
+
+    fn insert(&mut self, memory: D) -> Option<usize> {
+        insert(&mut self.0, memory)
+    }
+
+    fn remove(&mut self, place: usize) {
+        remove(&mut self.0, place);
+    }
+}
+
+/// A table on the heap that grows up to the number of regions that the device takes.
+#[cfg(feature = "alloc")]
+#[derive(Debug)]
+pub struct HeapTable<D> {
+    slots: alloc::vec::Vec<Option<D>>,
+    max: usize,
+}
+
+#[cfg(feature = "alloc")]
+impl<D: fmt::Debug> RegionTable<D> for HeapTable<D> {
+    fn new(regions: usize) -> Result<Self, NoMemory> {
+        Ok(HeapTable { slots: alloc::vec::Vec::new(), max: regions })
+    }
+
+    fn insert(&mut self, memory: D) -> Option<usize> {
+        if self.slots.len() < self.max && self.slots.iter().all(Option::is_some) {
+            self.slots.push(None);
+        }
+        insert(&mut self.slots, memory)
+    }
+
+    fn remove(&mut self, place: usize) {
+        remove(&mut self.slots, place);
+    }
+}
+
+fn insert<D>(slots: &mut [Option<D>], memory: D) -> Option<usize> {
+    let place = slots.iter().position(Option::is_none)?;
+    slots[place] = Some(memory);
+    Some(place)
+}
+
+fn remove<D>(slots: &mut [Option<D>], place: usize) {
+    if let Some(slot) = slots.get_mut(place) {
+        *slot = None;
+    }
+}

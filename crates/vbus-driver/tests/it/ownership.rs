@@ -1,0 +1,149 @@
+//! Memory that is registered with the device is not freed before the device has let go of it,
+//! whatever a driver drops, and in whatever order. The [`Fake`] panics when it is.
+
+use vbus_driver::pic::{Nesting, Pic};
+use vbus_driver::sched::Cpus;
+use vbus_driver::state::Pages;
+use vbus_driver::venet::{BUFFER_MIN, Nic};
+use vbus_driver::{Error, ErrorCode, Function, Hal};
+use vbus_shm::abi::{command, error_code, pic, reg, sched, state};
+
+use crate::fake::Fake;
+
+fn of_class(class: u32, config: &[u32]) -> (Fake, Function<Fake>) {
+    let fake = Fake::default();
+    fake.set_register(reg::CLASS, class);
+    fake.set_register(reg::CONFIG_BYTES, 4 * config.len() as u32);
+    for (at, word) in (reg::CONFIG..).step_by(4).zip(config) {
+        fake.set_register(at, *word);
+    }
+    let function = Function::probe(fake.clone()).unwrap();
+    (fake, function)
+}
+
+/// A state device whose pages all have 64 bytes and are the device's.
+fn pages() -> (Fake, Pages<Fake>) {
+    let (fake, function) = of_class(2, &[4, 0]);
+    let pages = Pages::open(function).unwrap();
+    (fake, pages)
+}
+
+/// Describes a page as the device would: the fake leaves the buffer of a call as it is.
+fn description(number: u32) -> vbus_driver::state::Description {
+    let owner = vbus_driver::state::Owner::Device;
+    let name = vbus_driver::Name([b'a'; state::NAME_MAX]);
+    vbus_driver::state::Description { number, name, value_bytes: 64, owner }
+}
+
+#[test]
+fn a_reader_that_is_dropped_leaves_its_page_with_the_device() {
+    let (fake, mut pages) = pages();
+    drop(pages.reader(&description(0), 0).unwrap());
+    assert_eq!((fake.regions(), fake.in_use()), (1, 2), "scratch memory and the page");
+    let reader = pages.reader(&description(1), 0).unwrap();
+    assert_eq!(fake.regions(), 2);
+    pages.release(reader).unwrap();
+    assert_eq!((fake.regions(), fake.in_use()), (1, 2), "given back when the device has let go");
+    drop(pages);
+    assert_eq!((fake.regions(), fake.in_use()), (0, 0), "and the rest with the connection");
+}
+
+#[test]
+fn a_nic_and_its_queues_are_dropped_in_any_order() {
+    for queues_first in [true, false] {
+        let fake = Fake::default();
+        let mut nic = Nic::open(Function::probe(fake.clone()).unwrap(), 0, 0).unwrap();
+        let queues = nic.queue_pair(0, 32, BUFFER_MIN, 0).unwrap();
+        assert_eq!(fake.regions(), 3);
+        if queues_first {
+            drop(queues);
+            assert_eq!((fake.regions(), fake.in_use()), (3, 4));
+            drop(nic);
+        } else {
+            drop(nic);
+            drop(queues);
+        }
+        assert_eq!((fake.regions(), fake.in_use()), (0, 0));
+    }
+}
+
+#[test]
+fn an_error_on_the_way_frees_nothing_that_is_registered() {
+    // The status page is registered, the queue pair's second ring refused: the first ring stays.
+    let fake = Fake::default();
+    let mut nic = Nic::open(Function::probe(fake.clone()).unwrap(), 0, 0).unwrap();
+    let tx = nic.queue_pair(0, 32, BUFFER_MIN, 0).unwrap();
+    fake.refuse(command::REGION_ADD, error_code::LIMIT);
+    let refused = Error::Refused { command: "REGION_ADD", status: ErrorCode::LIMIT };
+    assert_eq!(nic.queue_pair(0, 32, BUFFER_MIN, 0).unwrap_err(), refused);
+    assert_eq!((fake.regions(), fake.in_use()), (3, 4), "what was refused is free again");
+    drop((tx, nic));
+    // The device answers what cannot be: it may have the region all the same.
+    let fake = Fake::default();
+    let mut function = Function::probe(fake.clone()).unwrap();
+    function.open(0).unwrap();
+    fake.set_register(reg::VALUE, 99);
+    let memory = fake.alloc(4096).unwrap();
+    let answer = function.region_add(0, 0, &memory, (0, 4096), None);
+    assert!(matches!(answer, Err(Error::Corrupt(_))), "{answer:?}");
+    drop(memory);
+    assert_eq!((fake.regions(), fake.in_use()), (1, 2));
+    drop(function);
+    assert_eq!((fake.regions(), fake.in_use()), (0, 0));
+}
+
+#[test]
+fn pages_of_processors_stay_as_long_as_the_device_has_them() {
+    let (fake, function) = of_class(3, &[2, u32::MAX, 99, 0, 100, 100, 100]);
+    assert_eq!(sched::CONFIG_BYTES, 28);
+    let mut cpus = Cpus::open(function).unwrap();
+    drop(cpus.cpu(0).unwrap());
+    assert_eq!((fake.regions(), fake.in_use()), (2, 3));
+    let kept = cpus.cpu(1).unwrap();
+    drop(cpus);
+    assert_eq!((fake.regions(), fake.in_use()), (0, 2), "the driver's own use of it goes on");
+    drop(kept);
+
+    let (fake, function) = of_class(4, &[2, 256]);
+    assert_eq!(pic::CONFIG_BYTES, 8);
+    let mut pic = Pic::open(function).unwrap();
+    drop(pic.cpu(0, 8, Nesting::Flat, 0).unwrap());
+    let removed = pic.cpu(1, 8, Nesting::Flat, 0).unwrap();
+    assert_eq!((fake.regions(), fake.in_use()), (2, 3));
+    pic.remove(removed).unwrap();
+    assert_eq!((fake.regions(), fake.in_use()), (1, 2));
+    drop(pic);
+    assert_eq!((fake.regions(), fake.in_use()), (0, 0));
+}
+
+#[test]
+fn memory_of_a_device_that_does_not_close_is_never_given_back() {
+    let fake = Fake::default();
+    let mut function = Function::probe(fake.clone()).unwrap();
+    function.open(0).unwrap();
+    let memory = fake.alloc(4096).unwrap();
+    function.region_add(0, 0, &memory, (0, 4096), None).unwrap();
+    drop(memory);
+    fake.refuse(command::CLOSE, error_code::FAILED);
+    function.close();
+    assert!(!function.is_open());
+    drop(function);
+    assert_eq!((fake.regions(), fake.in_use()), (1, 2));
+}
+
+#[test]
+fn a_table_that_is_full_says_so_and_changes_nothing() {
+    let fake = Fake::default();
+    let mut function = Function::probe(fake.clone()).unwrap();
+    function.open(0).unwrap();
+    let memory = fake.alloc(4096).unwrap();
+    let mut regions = Vec::new();
+    for id in 0..8 {
+        regions.push(function.region_add(id, 0, &memory, (0, 4096), None).unwrap());
+    }
+    let full = function.region_add(8, 0, &memory, (0, 4096), None);
+    assert!(matches!(full, Err(Error::Unsupported(_))), "{full:?}");
+    assert_eq!(fake.regions(), 8);
+    function.region_drop(regions.remove(3)).unwrap();
+    function.region_add(8, 0, &memory, (0, 4096), None).unwrap();
+}
