@@ -1,7 +1,5 @@
-//! vbus-shm's own sources, compiled again with one thing changed: what does it cost, what does it
-//! bring?
+//! vbus-shm's own sources, compiled again with one thing changed: what does it cost, and what does
+//! it bring?
 
 #[allow(dead_code)]
 pub mod nofence;
-#[allow(dead_code)]
-pub mod two_arrays;

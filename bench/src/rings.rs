@@ -2,6 +2,7 @@
 
 mod crates;
 mod oneway;
+mod packed;
 mod slots;
 mod split;
 mod vbus;
@@ -76,7 +77,7 @@ fn run<A: Driver, B: Device>(
 type Run = fn(usize, usize, usize, Wait) -> f64;
 
 /// What is measured: its name, and a run with a fresh pair of ends.
-const CONTENDERS: [(&str, Run); 9] = [
+const CONTENDERS: [(&str, Run); 12] = [
     // By the calls that are for the batch.
     ("vbus", |batch, window, total, wait| match batch {
         1 => run(vbus::single::pair(), batch, window, total, wait),
@@ -88,13 +89,22 @@ const CONTENDERS: [(&str, Run); 9] = [
     ("vbus_counted", |batch, window, total, wait| {
         run(vbus::counted::pair(), batch, window, total, wait)
     }),
-    ("vbus_two_arrays", |batch, window, total, wait| {
-        run(vbus::two_arrays::pair(), batch, window, total, wait)
-    }),
     ("vbus_nofence", |batch, window, total, wait| {
         run(vbus::nofence::pair(), batch, window, total, wait)
     }),
     ("virtio_hand", |batch, window, total, wait| run(split::pair(), batch, window, total, wait)),
+    ("packed_each", |batch, window, total, wait| {
+        run(packed::pair::<{ packed::EACH }, false>(), batch, window, total, wait)
+    }),
+    ("packed_each_events", |batch, window, total, wait| {
+        run(packed::pair::<{ packed::EACH }, true>(), batch, window, total, wait)
+    }),
+    ("packed_batch", |batch, window, total, wait| {
+        run(packed::pair::<{ packed::BATCH }, false>(), batch, window, total, wait)
+    }),
+    ("packed_batch_events", |batch, window, total, wait| {
+        run(packed::pair::<{ packed::BATCH }, true>(), batch, window, total, wait)
+    }),
     ("virtio_crates", |batch, window, total, wait| run(crates::pair(), batch, window, total, wait)),
     ("slots_two_arrays", |batch, window, total, wait| {
         run(slots::two_arrays(), batch, window, total, wait)
@@ -142,8 +152,8 @@ pub fn by_devices(samples: &mut Samples) {
     }
 }
 
-fn best(mut run: impl FnMut(Wait) -> f64) -> f64 {
-    Wait::BOTH.into_iter().map(|wait| run(wait)).fold(f64::INFINITY, f64::min)
+fn best(run: impl FnMut(Wait) -> f64) -> f64 {
+    Wait::BOTH.into_iter().map(run).fold(f64::INFINITY, f64::min)
 }
 
 /// Nanoseconds per entry in batches of 16 when one pair of threads serves `devices` rings in turn.

@@ -1,13 +1,15 @@
-//! The crates: `virtio-drivers` on the driver's end, `virtio-queue` on the device's.
+//! The crates: `virtio-drivers` on the driver's end, `virtio-queue` on the device's. The driver's
+//! end is the transmit queue of the crate's network driver, since its queues are private.
 
 use std::cell::Cell;
 use std::ptr::NonNull;
 
-use virtio_drivers::queue::VirtQueue;
+use virtio_drivers::device::net::VirtIONetRaw;
 use virtio_drivers::transport::{DeviceStatus, DeviceType, InterruptStatus, Transport};
 use virtio_drivers::{BufferDirection, Hal, PAGE_SIZE, PhysAddr};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use zerocopy::FromBytes;
 
 use super::{Device, Driver, ENTRIES};
 
@@ -17,6 +19,8 @@ thread_local! {
     // Where the next ring's memory is, and the next free page in it. Page 0 stays free: an address
     // of 0 means failure.
     static ARENA: Cell<(usize, usize)> = const { Cell::new((0, 1)) };
+    // Where the transmit queue's three parts are.
+    static QUEUE: Cell<[PhysAddr; 3]> = const { Cell::new([0; 3]) };
 }
 
 pub struct Pages;
@@ -47,11 +51,14 @@ unsafe impl Hal for Pages {
     unsafe fn unshare(_: PhysAddr, _: NonNull<[u8]>, _: BufferDirection) {}
 }
 
-/// A transport that does nothing but remember where the queue is.
-#[derive(Default)]
-struct Addresses([u64; 3]);
+/// The number of a network device's transmit queue.
+const TRANSMIT: u16 = 1;
 
-impl Transport for Addresses {
+/// A transport that does nothing but remember where the transmit queue is. Its configuration space
+/// is all zeros.
+pub struct Nowhere;
+
+impl Transport for Nowhere {
     fn device_type(&self) -> DeviceType {
         DeviceType::Network
     }
@@ -73,13 +80,15 @@ impl Transport for Addresses {
     }
     fn queue_set(
         &mut self,
-        _: u16,
+        queue: u16,
         _: u32,
         descriptors: PhysAddr,
         driver: PhysAddr,
         device: PhysAddr,
     ) {
-        self.0 = [descriptors, driver, device];
+        if queue == TRANSMIT {
+            QUEUE.set([descriptors, driver, device]);
+        }
     }
     fn queue_unset(&mut self, _: u16) {}
     fn queue_used(&mut self, _: u16) -> bool {
@@ -91,8 +100,8 @@ impl Transport for Addresses {
     fn read_config_generation(&self) -> u32 {
         0
     }
-    fn read_config_space<T>(&self, _: usize) -> virtio_drivers::Result<T> {
-        Err(virtio_drivers::Error::Unsupported)
+    fn read_config_space<T: FromBytes>(&self, _: usize) -> virtio_drivers::Result<T> {
+        Ok(T::new_zeroed())
     }
     fn write_config_space<T>(&mut self, _: usize, _: T) -> virtio_drivers::Result<()> {
         Err(virtio_drivers::Error::Unsupported)
@@ -100,7 +109,7 @@ impl Transport for Addresses {
 }
 
 pub struct Near {
-    queue: VirtQueue<Pages, ENTRIES>,
+    driver: VirtIONetRaw<Pages, Nowhere, ENTRIES>,
     buffers: &'static [[u8; 16]],
     of_token: Vec<usize>,
     number: usize,
@@ -118,17 +127,17 @@ pub fn pair() -> (Near, Far) {
     memory.write_slice(&vec![0; MEMORY], GuestAddress(0)).expect("touching every page");
     let base = memory.get_host_address(GuestAddress(0)).expect("it begins there");
     ARENA.set((base as usize, 1));
-    let mut transport = Addresses::default();
-    let driver = VirtQueue::new(&mut transport, 0, false, false).expect("a queue");
+    let driver = VirtIONetRaw::new(Nowhere).expect("a driver");
+    let [descriptors, available, used] = QUEUE.get();
     let mut queue = Queue::new(ENTRIES as u16).expect("a queue");
-    queue.try_set_desc_table_address(GuestAddress(transport.0[0])).expect("aligned");
-    queue.try_set_avail_ring_address(GuestAddress(transport.0[1])).expect("aligned");
-    queue.try_set_used_ring_address(GuestAddress(transport.0[2])).expect("aligned");
+    queue.try_set_desc_table_address(GuestAddress(descriptors)).expect("aligned");
+    queue.try_set_avail_ring_address(GuestAddress(available)).expect("aligned");
+    queue.try_set_used_ring_address(GuestAddress(used)).expect("aligned");
     queue.set_ready(true);
     assert!(queue.is_valid(memory));
     // SAFETY: the arena's second half, which nobody writes.
     let buffers = unsafe { std::slice::from_raw_parts(base.add(MEMORY / 2).cast(), ENTRIES) };
-    (Near { queue: driver, buffers, of_token: vec![0; ENTRIES], number: 0 }, Far { queue, memory })
+    (Near { driver, buffers, of_token: vec![0; ENTRIES], number: 0 }, Far { queue, memory })
 }
 
 impl Driver for Near {
@@ -139,11 +148,10 @@ impl Driver for Near {
             let buffer = &self.buffers[self.number % ENTRIES];
             sum += buffer.as_ptr() as u64 & 0xffff_ffff;
             // SAFETY: nobody writes the buffers.
-            let token = unsafe { self.queue.add(&[buffer], &mut []) }.expect("there is room");
+            let token = unsafe { self.driver.transmit_begin(buffer) }.expect("there is room");
             self.of_token[token as usize] = self.number % ENTRIES;
             self.number += 1;
         }
-        std::hint::black_box(self.queue.should_notify());
         sum
     }
 
@@ -151,12 +159,11 @@ impl Driver for Near {
     fn reap(&mut self, max: usize) -> (usize, u64) {
         let mut sum = 0;
         for n in 0..max {
-            let Some(token) = self.queue.peek_used() else { return (n, sum) };
+            let Some(token) = self.driver.poll_transmit() else { return (n, sum) };
             let buffer = &self.buffers[self.of_token[token as usize]];
             // SAFETY: the buffer that was added under this token.
-            sum += u64::from(
-                unsafe { self.queue.pop_used(token, &[buffer], &mut []) }.expect("it is there"),
-            );
+            let length = unsafe { self.driver.transmit_complete(token, buffer) };
+            sum += length.expect("it is there") as u64;
         }
         (max, sum)
     }

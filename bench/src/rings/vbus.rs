@@ -119,9 +119,6 @@ pub mod real {
 pub mod single {
     ends!(vbus_shm, singly);
 }
-pub mod two_arrays {
-    ends!(crate::ablation::two_arrays, batches);
-}
 pub mod nofence {
     ends!(crate::ablation::nofence, batches);
 }
