@@ -9,13 +9,15 @@
 //! leaves nothing behind that a later run could take for a kit.
 
 use std::fs::{self, File};
-use std::io::IsTerminal;
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::{Deserialize, Serialize};
+
+use crate::progress::Progress;
 
 /// Changes when the contents of the kit do: an older kit is then fetched again.
 const EDITION: u32 = 1;
@@ -175,33 +177,46 @@ fn fetch(dir: &Path, mirror: Option<&str>) -> Result<Stamp> {
         }
         None => bail!("this machine runs {}, not Debian.\n{WITHOUT_KIT}", field("PRETTY_NAME")),
     };
-    eprintln!(
-        "kit: fetching QEMU, a kernel and tools from {mirror} ({}), about 90 MB",
-        suites.join(", ")
+    let place = dir.parent().unwrap_or(dir);
+    let place = place.strip_prefix(crate::workspace::root()).unwrap_or(place).display();
+    let mut progress = Progress::begin(
+        "kit",
+        &format!(
+            "QEMU, a Linux kernel and tools for the guests come into {place}; nothing is \
+             installed on this system.\nkit: reading which packages {mirror} has ({})",
+            suites.join(", ")
+        ),
     );
     let apt = Apt::new(dir, &mirror, &suites)?;
-    apt.run("apt-get", &["update"], None)?;
+    apt.run("apt-get", &["update"], None, &mut progress)?;
+    drop(progress);
 
     let backports = suites.last().copied().unwrap_or_default();
     let mut install = vec!["install", "--yes", "--download-only", "--target-release", backports];
     install.extend(PACKAGES);
-    apt.run("apt-get", &install, None)?;
     // The kernel alone: its dependencies would make the initramfs of an installed system.
+    let kernel = ["download", &apt.kernel_package()?];
+    let (number, bytes) = apt.sizes(&install)?;
+    let (kernels, kernel_bytes) = apt.sizes(&kernel)?;
+    let (number, megabytes) = (number + kernels, (bytes + kernel_bytes) / 1_000_000);
+    let work = format!("downloading {number} packages, {megabytes} MB, into {place}");
+    let mut progress = Progress::begin("kit", &work);
+    apt.run("apt-get", &install, None, &mut progress)?;
     let archives = dir.join("cache/archives");
-    apt.run("apt-get", &["download", &apt.kernel_package()?], Some(&archives))?;
+    apt.run("apt-get", &kernel, Some(&archives), &mut progress)?;
+    drop(progress);
 
     let root = dir.join("root");
     let mut files: Vec<PathBuf> =
         fs::read_dir(&archives)?.map(|e| Ok(e?.path())).collect::<Result<_>>()?;
     files.retain(|path| path.extension().is_some_and(|e| e == "deb"));
     files.sort();
-    let terminal = std::io::stderr().is_terminal();
+    let work = format!("unpacking {} packages into {place}/root", files.len());
+    let mut progress = Progress::begin("kit", &work);
     let mut packages = Vec::new();
     for (done, file) in files.iter().enumerate() {
         let name = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        if terminal {
-            eprint!("\r\x1b[Kkit: unpacking {}/{} {name}", done + 1, files.len());
-        }
+        progress.at(&format!("{} of {}: {name}", done + 1, files.len()));
         let status = Command::new("dpkg-deb")
             .arg("--extract")
             .arg(file)
@@ -209,13 +224,13 @@ fn fetch(dir: &Path, mirror: Option<&str>) -> Result<Stamp> {
             .stdin(Stdio::null())
             .status();
         ensure!(
-            status.context("cannot run dpkg-deb")?.success(),
+            status.with_context(|| format!("cannot run dpkg-deb.\n{WITHOUT_KIT}"))?.success(),
             "dpkg-deb could not unpack {}",
             file.display()
         );
         packages.push(name);
     }
-    eprintln!("{}kit: unpacked {} packages", if terminal { "\r\x1b[K" } else { "" }, files.len());
+    drop(progress);
     prune(&root)?;
 
     let kernel = fs::read_dir(root.join("usr/lib/modules"))
@@ -351,35 +366,60 @@ impl Apt {
         command
     }
 
-    /// Runs a program of apt; what it says is progress on a terminal and goes to a log otherwise.
-    fn run(&self, program: &str, args: &[&str], folder: Option<&Path>) -> Result<()> {
+    /// Runs a program of apt. All that it says goes to a log: its words are those of an
+    /// installation, and this is none.
+    fn run(
+        &self,
+        program: &str,
+        args: &[&str],
+        folder: Option<&Path>,
+        progress: &mut Progress,
+    ) -> Result<()> {
         let mut command = self.command(program);
-        command.args(args);
+        // Lines of the form "dlstatus:3:12.5:Retrieving file 3 of 99 (8s remaining)".
+        command.args(["-q=2", "-o", "APT::Status-Fd=1"]).args(args);
         if let Some(folder) = folder {
             command.current_dir(folder);
         }
-        let terminal = std::io::stderr().is_terminal();
-        if terminal {
-            command.args(["-q=0"]).stdout(std::io::stderr());
-        } else {
-            let log = File::options().create(true).append(true).open(&self.log)?;
-            command.args(["-q=2"]).stderr(log.try_clone()?).stdout(log);
-            eprintln!("kit: {program} {}", args[0]);
+        let mut log = File::options().create(true).append(true).open(&self.log)?;
+        command.stderr(log.try_clone()?).stdout(Stdio::piped());
+        let mut child =
+            command.spawn().with_context(|| format!("cannot run {program}.\n{WITHOUT_KIT}"))?;
+        let output = child.stdout.take().context("apt has no output")?;
+        for line in BufReader::new(output).split(b'\n') {
+            let line = String::from_utf8_lossy(&line?).into_owned();
+            match line.strip_prefix("dlstatus:").and_then(|rest| rest.splitn(3, ':').nth(2)) {
+                Some(status) => progress.at(&status.replace("Retrieving file", "file")),
+                None => writeln!(log, "{line}")?,
+            }
         }
-        let status =
-            command.status().with_context(|| format!("cannot run {program}.\n{WITHOUT_KIT}"))?;
+        let status = child.wait()?;
         if !status.success() {
             let said = fs::read_to_string(&self.log).unwrap_or_default();
             let errors: Vec<&str> =
                 said.lines().filter(|l| l.starts_with("E:") || l.starts_with("Err:")).collect();
-            bail!(
-                "{program} {} failed ({status}).\n{}\nThe mirror must carry Debian's trixie and trixie-backports; \
-                 --mirror URL names another.",
-                args.join(" "),
-                errors.join("\n")
-            );
+            return Err(apt_failed(program, args, status, &errors.join("\n")));
         }
         Ok(())
+    }
+
+    /// How many packages an `apt-get` with these arguments would download, and how many bytes.
+    fn sizes(&self, args: &[&str]) -> Result<(usize, u64)> {
+        let output = self
+            .command("apt-get")
+            .args(["-q=2", "--print-uris"])
+            .args(args)
+            .output()
+            .with_context(|| format!("cannot run apt-get.\n{WITHOUT_KIT}"))?;
+        if !output.status.success() {
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            return Err(apt_failed("apt-get", args, output.status, said.trim()));
+        }
+        // Lines of the form "'URI' FILE BYTES HASH".
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let sizes = text.lines().filter(|line| line.starts_with('\''));
+        let sizes = sizes.filter_map(|line| line.split_whitespace().nth(2)?.parse::<u64>().ok());
+        Ok(sizes.fold((0, 0), |(number, sum), bytes| (number + 1, sum + bytes)))
     }
 
     /// The package that holds the newest cloud kernel itself.
@@ -390,4 +430,13 @@ impl Apt {
             text.lines().find_map(|line| line.trim().strip_prefix("Depends: ")).map(str::to_owned);
         package.with_context(|| format!("the mirror has no {KERNEL_PACKAGE}"))
     }
+}
+
+/// The error of a program of apt that did not succeed.
+fn apt_failed(program: &str, args: &[&str], status: ExitStatus, said: &str) -> anyhow::Error {
+    anyhow!(
+        "{program} {} failed ({status}).\n{said}\nThe mirror must carry Debian's trixie and \
+         trixie-backports; --mirror URL names another.",
+        args.join(" ")
+    )
 }

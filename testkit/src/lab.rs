@@ -40,6 +40,63 @@ pub struct Options {
     pub as_built: bool,
 }
 
+impl Options {
+    /// Whether what they name is there and works, which takes no time: so it is known before
+    /// anything is fetched or built.
+    ///
+    /// # Errors
+    /// One that names the option, its value, and what to do.
+    fn check(&self) -> Result<()> {
+        if let Some(qemu) = &self.qemu {
+            let works = qemu_version(Command::new(qemu));
+            works.with_context(|| {
+                format!(
+                    "--qemu {}: it must be a qemu-system-x86_64 of version 11 or newer; without \
+                     --qemu the kit's is used",
+                    qemu.display()
+                )
+            })?;
+        }
+        for (option, path) in
+            [("kernel", &self.kernel), ("modules", &self.modules), ("initramfs", &self.initramfs)]
+        {
+            let Some(path) = path else { continue };
+            let is_it = if option == "modules" { path.is_dir() } else { path.is_file() };
+            let what = if option == "modules" { "folder" } else { "file" };
+            ensure!(
+                is_it,
+                "--{option} {}: there is no such {what}; without --{option} the kit's is used",
+                path.display()
+            );
+        }
+        if self.accel == Some(Accel::Kvm) {
+            if let Some(why) = kvm_is_missing() {
+                bail!(
+                    "--accel kvm: {why}; leave --accel out to use KVM only where a guest boots \
+                     with it, or take --accel tcg, which is slower and works anywhere"
+                );
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Why KVM cannot be used here, if /dev/kvm cannot even be opened.
+pub fn kvm_is_missing() -> Option<String> {
+    let error = fs::File::options().read(true).write(true).open("/dev/kvm").err()?;
+    Some(match error.kind() {
+        std::io::ErrorKind::NotFound => {
+            "there is no /dev/kvm (no processor with virtualization, or kvm_intel or kvm_amd is \
+             not loaded)"
+                .into()
+        }
+        std::io::ErrorKind::PermissionDenied => {
+            "/dev/kvm may not be opened by this user (on Debian the group kvm may)".into()
+        }
+        _ => format!("/dev/kvm cannot be opened: {error}"),
+    })
+}
+
 /// What carries the guests' instructions out.
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Accel {
@@ -76,6 +133,7 @@ impl Lab {
     /// Fetches the kit and builds the guests' programs. Guests run under TCG, whatever `options`
     /// say: [`trial::open`](crate::trial::open) also chooses the accelerator.
     pub fn prepare(options: &Options) -> Result<Self> {
+        options.check()?;
         let complete =
             options.qemu.is_some() && options.kernel.is_some() && options.initramfs.is_some();
         let target = workspace::target();
@@ -86,7 +144,6 @@ impl Lab {
             own.clone().or_else(|| kit.as_ref().map(get)).context("neither given nor in a kit")
         };
         let kernel = from_kit(&options.kernel, Kit::kernel)?;
-        ensure!(kernel.exists(), "there is no kernel {}", kernel.display());
 
         let mut archive = Archive::default();
         let mut base = Vec::new();

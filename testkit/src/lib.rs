@@ -22,7 +22,7 @@
 //!
 //! | module | what it answers |
 //! |---|---|
-//! | [`workspace`], [`process`], [`report`] | where are we, what runs, what became of it? |
+//! | [`workspace`], [`process`], [`progress`], [`report`] | where are we, what runs, how far, what became of it? |
 //! | [`kit`], [`initramfs`] | what are the guests made of? |
 //! | [`lab`], [`qmp`], [`guest`] | what do all guests share; how do we speak to one? |
 //! | [`machine`], [`trial`], [`bus`] | one guest, with KVM or without; one bus |
@@ -41,6 +41,7 @@ pub mod machine;
 pub mod nic;
 pub mod pair;
 pub mod process;
+pub mod progress;
 pub mod qmp;
 pub mod report;
 pub mod rig;

@@ -157,7 +157,8 @@ impl Machine {
         let began = Instant::now();
         let mut process =
             Process::start(command, &format!("QEMU of guest {}", self.name), &logs.0)?;
-        let control = Qmp::new(control.accept(&mut process)?)?;
+        let control = Qmp::new(control.accept(&mut process)?)
+            .map_err(|error| process.complaint(&format!("does not start: {error:#}")))?;
         let guest = Guest::new(&self.name, agent.accept(&mut process)?)?;
         Ok(Vm { guest, process, control, began, qmp, console, log: logs.1 })
     }

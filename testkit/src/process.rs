@@ -185,14 +185,34 @@ impl Drop for RunDir {
     }
 }
 
-/// The folders of all runs, and whether their process is alive.
-fn all_run_dirs(parent: &Path) -> Vec<(PathBuf, bool)> {
+/// Lets SIGINT, SIGTERM and SIGHUP remove the folders of this run before they end it. Its processes
+/// end with it in any case.
+pub fn clean_up_on_signals() -> Result<()> {
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+    let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP])
+        .context("cannot wait for signals")?;
+    thread::spawn(move || {
+        for signal in &mut signals {
+            let own = std::process::id().to_string();
+            for (path, process) in all_run_dirs(&std::env::temp_dir()) {
+                if process == own {
+                    let _ = fs::remove_dir_all(path);
+                }
+            }
+            let _ = signal_hook::low_level::emulate_default_handler(signal);
+        }
+    });
+    Ok(())
+}
+
+/// The folders of all runs, and the id of the process that made each.
+fn all_run_dirs(parent: &Path) -> Vec<(PathBuf, String)> {
     let mut dirs = Vec::new();
     for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
         let name: OsString = entry.file_name();
         let Some(rest) = name.to_str().and_then(|name| name.strip_prefix(PREFIX)) else { continue };
-        let alive = rest.split('-').next().is_some_and(|pid| Path::new("/proc").join(pid).exists());
-        dirs.push((entry.path(), alive));
+        let process = rest.split('-').next().unwrap_or_default().to_owned();
+        dirs.push((entry.path(), process));
     }
     dirs
 }
@@ -200,13 +220,18 @@ fn all_run_dirs(parent: &Path) -> Vec<(PathBuf, bool)> {
 /// The folders of the runs that go on now.
 pub fn run_dirs() -> Vec<PathBuf> {
     let dirs = all_run_dirs(&std::env::temp_dir());
-    dirs.into_iter().filter(|(_, alive)| *alive).map(|(path, _)| path).collect()
+    dirs.into_iter().filter(|(_, process)| is_alive(process)).map(|(path, _)| path).collect()
+}
+
+/// Whether there is a process of this id.
+fn is_alive(process: &str) -> bool {
+    !process.is_empty() && Path::new("/proc").join(process).exists()
 }
 
 /// Removes the folders of runs whose process is gone.
 fn sweep(parent: &Path) {
-    for (path, alive) in all_run_dirs(parent) {
-        if !alive {
+    for (path, process) in all_run_dirs(parent) {
+        if !is_alive(&process) {
             let _ = fs::remove_dir_all(path);
         }
     }

@@ -4,10 +4,10 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use crate::lab::{Accel, Lab, Options};
+use crate::lab::{Accel, Lab, Options, kvm_is_missing};
 use crate::machine::Machine;
 use crate::workspace;
 
@@ -21,8 +21,21 @@ const KVM_TRIAL: Duration = Duration::from_secs(12);
 pub fn open(options: &Options) -> Result<Lab> {
     let mut lab = Lab::prepare(options)?;
     let (accel, why) = match options.accel {
-        Some(accel) => (accel, "as asked for".to_owned()),
-        None => choose(&mut lab)?,
+        Some(Accel::Tcg) => (Accel::Tcg, "as asked for".to_owned()),
+        Some(Accel::Kvm) => {
+            ensure!(
+                boots(&mut lab)?,
+                "--accel kvm: no guest boots with this /dev/kvm within {} s; leave --accel out, or \
+                 take --accel tcg, which is slower and works anywhere",
+                KVM_TRIAL.as_secs()
+            );
+            (Accel::Kvm, "as asked for".to_owned())
+        }
+        None => match kvm_is_missing() {
+            Some(why) => (Accel::Tcg, why),
+            None if boots(&mut lab)? => (Accel::Kvm, "a guest boots with /dev/kvm".into()),
+            None => (Accel::Tcg, "no guest boots with this /dev/kvm".into()),
+        },
     };
     lab.set_accel(accel);
     eprintln!(
@@ -33,17 +46,12 @@ pub fn open(options: &Options) -> Result<Lab> {
     Ok(lab)
 }
 
-/// KVM if a guest boots with it, and why or why not.
+/// Whether a guest boots with /dev/kvm.
 ///
 /// A /dev/kvm that can be opened proves nothing: it may be emulated, or lack what Linux needs. So a
 /// guest is booted. The answer is kept until the host boots again.
-fn choose(lab: &mut Lab) -> Result<(Accel, String)> {
-    let Ok(device) = fs::metadata("/dev/kvm") else {
-        return Ok((Accel::Tcg, "there is no /dev/kvm".into()));
-    };
-    if let Err(error) = fs::File::options().read(true).write(true).open("/dev/kvm") {
-        return Ok((Accel::Tcg, format!("/dev/kvm cannot be opened: {error}")));
-    }
+fn boots(lab: &mut Lab) -> Result<bool> {
+    let device = fs::metadata("/dev/kvm").context("no /dev/kvm")?;
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let key = format!(
         "{} {:x} {} {}",
@@ -57,24 +65,14 @@ fn choose(lab: &mut Lab) -> Result<(Accel, String)> {
     let known =
         fs::read(&cache).ok().and_then(|bytes| serde_json::from_slice::<Value>(&bytes).ok());
     let known = known.filter(|known| known["key"] == key);
-    let works = match known.and_then(|known| known["kvm"].as_bool()) {
-        Some(works) => works,
-        None => {
-            eprintln!(
-                "guests: trying /dev/kvm with a guest, for {} s at most",
-                KVM_TRIAL.as_secs()
-            );
-            lab.set_accel(Accel::Kvm);
-            let trial = Machine::new("kvm").start(&lab.scene("trial")?);
-            let works = trial.is_ok_and(|vm| vm.guest.wait_boot(1, KVM_TRIAL).is_ok());
-            fs::create_dir_all(&folder)?;
-            fs::write(&cache, json!({"key": key, "kvm": works}).to_string())?;
-            works
-        }
-    };
-    Ok(if works {
-        (Accel::Kvm, "a guest boots with /dev/kvm".into())
-    } else {
-        (Accel::Tcg, "no guest boots with this /dev/kvm".into())
-    })
+    if let Some(works) = known.and_then(|known| known["kvm"].as_bool()) {
+        return Ok(works);
+    }
+    eprintln!("guests: trying /dev/kvm with a guest, for {} s at most", KVM_TRIAL.as_secs());
+    lab.set_accel(Accel::Kvm);
+    let trial = Machine::new("kvm").start(&lab.scene("trial")?);
+    let works = trial.is_ok_and(|vm| vm.guest.wait_boot(1, KVM_TRIAL).is_ok());
+    fs::create_dir_all(&folder)?;
+    fs::write(&cache, json!({"key": key, "kvm": works}).to_string())?;
+    Ok(works)
 }

@@ -71,9 +71,9 @@ fn build_static<const N: usize>(packages: [&str; N], as_built: bool) -> Result<[
     let programs = dir.join(GUEST_TARGET).join("release");
     let programs = packages.map(|name| programs.join(name));
     if !(as_built && programs.iter().all(|path| path.exists())) {
-        eprintln!("build: {}", packages.join(", "));
+        eprintln!("build: {} for the guests, linked statically", packages.join(", "));
         let status = cargo()
-            .args(["build", "--quiet", "--release", "--target", GUEST_TARGET, "--target-dir"])
+            .args(["build", "--release", "--target", GUEST_TARGET, "--target-dir"])
             .arg(&dir)
             .args(packages.iter().flat_map(|name| ["--package", name]))
             .env("RUSTFLAGS", "-C target-feature=+crt-static")
@@ -94,18 +94,9 @@ pub fn build_kvm_tests(as_built: bool) -> Result<PathBuf> {
     // What cargo calls them differs from build to build.
     let program = dir.join("vbus-kvm-tests");
     if !(as_built && program.exists()) {
-        eprintln!("build: tests of vbus-kvm");
+        eprintln!("build: the tests of vbus-kvm");
         let output = cargo()
-            .args([
-                "test",
-                "--quiet",
-                "--release",
-                "--no-run",
-                "--package",
-                "vbus-kvm",
-                "--test",
-                "kvm",
-            ])
+            .args(["test", "--release", "--no-run", "--package", "vbus-kvm", "--test", "kvm"])
             .args(["--message-format", "json", "--target", GUEST_TARGET, "--target-dir"])
             .arg(&dir)
             .env("RUSTFLAGS", "-C target-feature=+crt-static")
@@ -134,11 +125,11 @@ pub fn build_flat(as_built: bool) -> Result<PathBuf> {
     let dir = target().join("flat");
     let image = dir.join(GUEST_TARGET).join("release/flat");
     if !(as_built && image.exists()) {
-        eprintln!("build: flat");
+        eprintln!("build: guests/flat, the guest without an operating system");
         let status = cargo()
             // Where the flags are that it needs, in place of any others.
             .current_dir(root().join("guests/flat"))
-            .args(["build", "--quiet", "--release", "--target-dir"])
+            .args(["build", "--release", "--target-dir"])
             .arg(&dir)
             .env_remove("RUSTFLAGS")
             .env_remove("CARGO_ENCODED_RUSTFLAGS")

@@ -45,7 +45,7 @@ pub struct Args {
     #[arg(long)]
     keep: bool,
     /// Seconds of iperf3 in each direction
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=3600))]
     seconds: u32,
     #[command(flatten)]
     guests: Options,

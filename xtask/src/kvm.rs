@@ -51,7 +51,7 @@ pub struct Args {
     #[arg(long)]
     counted: bool,
     /// Seconds that a command may take
-    #[arg(long, default_value_t = 600)]
+    #[arg(long, default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     limit: u64,
     #[command(flatten)]
     guests: Options,

@@ -12,6 +12,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use testkit::kit::Kit;
+use testkit::process::clean_up_on_signals;
 use testkit::workspace;
 
 /// Kits, images, demo, tests and benchmarks of vbus
@@ -47,7 +48,8 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    match run(Cli::parse().command) {
+    let command = Cli::parse().command;
+    match clean_up_on_signals().and_then(|()| run(command)) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {

@@ -39,7 +39,7 @@ pub struct Args {
     #[arg(long)]
     json: bool,
     /// Seconds that each fuzz target runs
-    #[arg(long, default_value_t = 15)]
+    #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u32).range(1..=86_400))]
     fuzz_seconds: u32,
     #[command(flatten)]
     guests: Options,
