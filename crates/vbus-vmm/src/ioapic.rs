@@ -98,7 +98,7 @@ impl State {
         }
         let number = usize::from(self.select.checked_sub(ENTRIES)? / 2);
         let entry = &mut self.pins.get_mut(number)?.entry;
-        *entry = if self.select.is_multiple_of(2) {
+        *entry = if self.select % 2 == 0 {
             *entry & !0xffff_ffff | *entry & READ_ONLY | u64::from(value) & !READ_ONLY
         } else {
             *entry & 0xffff_ffff | u64::from(value) << 32

@@ -362,10 +362,9 @@ impl Pump {
     }
 
     fn accept(&mut self) {
-        if let Remote::Unix { listener, client } = &mut self.remote
-            && let Ok((socket, _)) = listener.accept()
-            && socket.set_nonblocking(true).is_ok()
-        {
+        let Remote::Unix { listener, client } = &mut self.remote else { return };
+        let Ok((socket, _)) = listener.accept() else { return };
+        if socket.set_nonblocking(true).is_ok() {
             *client = Some(socket);
         }
     }

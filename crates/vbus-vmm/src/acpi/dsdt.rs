@@ -1,170 +1,126 @@
-//! The DSDT: devices and methods, in AML.
+//! The DSDT: the devices of the machine and their methods, in AML.
 
-use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, And, Arg, CreateDWordField, Device, EISAName, Else, Equal,
-    IO, If, Interrupt, Local, Memory32Fixed, Method, Name, NotEqual, ONE, Or, Package,
-    PackageBuilder, Path, ResourceTemplate, Return, Scope, Store, Uuid, ZERO,
+use super::aml::{
+    Term, and, argument, bus_numbers, device, dword_field, edge_interrupt, eisa_id, equal,
+    give_back, integer, local, memory, memory_window, method, name, not_equal, or, otherwise,
+    package, ports, resources, store, string, uuid, when,
 };
-use acpi_tables::sdt::Sdt;
-use acpi_tables::{Aml, AmlSink};
-
 use crate::layout;
 
-/// The name of PCI's host bridge interface for [`osc`].
+/// The UUID of the PCI host bridge interface of [`osc`].
 const PCI_HOST_BRIDGE: &str = "33db4d5b-1ff7-401c-9657-7441c03dd766";
-/// What the guest's kernel may control by itself: native hotplug, power management events, error
-/// reports, and the capability as such. Not the old hotplug controller of conventional PCI (bit 1):
-/// there is none.
+/// The features of PCI Express that the guest's kernel may control: native hotplug, power
+/// management events, error reports, and the PCI Express capability. The machine has no controller
+/// for the hotplug of conventional PCI (bit 1).
 const GRANTED: u32 = 0b1_1101;
 
-/// The table, for `cpus` virtual CPUs.
-pub fn table(cpus: u32) -> Sdt {
-    let mut aml = Vec::new();
-    // S5, "soft off", is entered with type 0. There are no other sleep states.
-    let types = Package::new(vec![&ZERO, &ZERO, &ZERO, &ZERO]);
-    Name::new("_S5_".into(), &types).to_aml_bytes(&mut aml);
-    host_bridge(&mut aml);
-    motherboard(&mut aml);
+/// Returns the body of the table, for `cpus` virtual CPUs.
+pub fn body(cpus: u32) -> Vec<u8> {
+    let zero = integer(0);
+    // A write of sleep type 0 enters S5, "soft off". The machine has no other sleep state.
+    let sleep_types = package(&[zero.clone(), zero.clone(), zero.clone(), zero]);
+    let mut aml = name("_S5_", &sleep_types);
+    aml.extend(host_bridge());
+    aml.extend(motherboard());
     for (number, (port, pin)) in (0..).zip(layout::SERIAL) {
-        serial(&mut aml, number, port, pin);
+        aml.extend(serial(number, port, pin));
     }
     for cpu in 0..cpus {
-        processor(&mut aml, cpu);
+        aml.extend(processor(cpu));
     }
-    super::table(b"DSDT", 2, &aml)
+    aml
 }
 
-/// A device below the root of the system bus.
-fn device(aml: &mut Vec<u8>, name: &str, children: Vec<&dyn Aml>) {
-    let device = Device::new(name.into(), children);
-    Scope::new("\\_SB_".into(), vec![&device]).to_aml_bytes(aml);
-}
-
-/// PCI Express: buses, the window for BARs, interrupt pins, native hotplug.
-fn host_bridge(aml: &mut Vec<u8>) {
+/// Describes PCI Express: bus numbers, the window for BARs, interrupt pins, native hotplug.
+fn host_bridge() -> Term {
     let window_end = layout::PCI_WINDOW + (layout::PCI_WINDOW_BYTES - 1);
-    #[allow(clippy::cast_possible_truncation, reason = "below 4 GiB")]
-    let (window, window_end) = (layout::PCI_WINDOW as u32, window_end as u32);
-    let buses = AddressSpace::new_bus_number(0_u16, layout::BUS_MAX.into());
-    let config = IO::new(layout::PCI_CONFIG_PORT, layout::PCI_CONFIG_PORT, 1, 8);
-    let memory = AddressSpace::new_memory(
-        AddressSpaceCacheable::NotCacheable,
-        true,
-        window,
-        window_end,
-        None,
-    );
-    let resources = ResourceTemplate::new(vec![&buses, &config, &memory]);
-    let ids = (EISAName::new("PNP0A08"), EISAName::new("PNP0A03"));
-    let pins = interrupt_pins();
-    let osc = Encoded(osc());
+    #[allow(clippy::cast_possible_truncation, reason = "the window is below 4 GiB")]
+    let window = memory_window(layout::PCI_WINDOW as u32, window_end as u32);
+    let config = ports(layout::PCI_CONFIG_PORT, 8);
     device(
-        aml,
         "PCI0",
-        vec![
-            &Name::new("_HID".into(), &ids.0),
-            &Name::new("_CID".into(), &ids.1),
-            &Name::new("_UID".into(), &ZERO),
-            &Name::new("_SEG".into(), &ZERO),
-            &Name::new("_BBN".into(), &ZERO),
-            &Name::new("_CRS".into(), &resources),
-            &Name::new("_PRT".into(), &pins),
-            &osc,
+        &[
+            name("_HID", &eisa_id(b"PNP0A08")),
+            name("_CID", &eisa_id(b"PNP0A03")),
+            name("_UID", &integer(0)),
+            name("_SEG", &integer(0)),
+            name("_BBN", &integer(0)),
+            name("_CRS", &resources(&[bus_numbers(layout::BUS_MAX), config, window])),
+            name("_PRT", &interrupt_pins()),
+            osc(),
         ],
-    );
+    )
 }
 
-/// Which pin of the I/O APIC each INTx of each device of bus 0 is.
-fn interrupt_pins() -> PackageBuilder {
-    let mut table = PackageBuilder::new();
-    for device in 0..32_u8 {
-        for pin in 0..4_u8 {
-            let (address, pin_number) =
-                ((u32::from(device) << 16) | 0xffff, layout::intx_pin(device, pin));
-            table.add_element(&Package::new(vec![&address, &pin, &ZERO, &pin_number]));
-        }
-    }
-    table
+/// Maps each INTx pin of each device of bus 0 to a pin of the I/O APIC.
+fn interrupt_pins() -> Term {
+    let route = |device: u8, pin: u8| {
+        let address = u32::from(device) << 16 | 0xffff;
+        let io_apic_pin = layout::intx_pin(device, pin);
+        package(&[address, pin.into(), 0, io_apic_pin].map(integer))
+    };
+    let routes = (0..32).flat_map(|device| (0..4).map(move |pin| route(device, pin)));
+    package(&routes.collect::<Vec<_>>())
 }
 
-/// `_OSC`: the kernel asks for control of PCI Express features, and gets what is in [`GRANTED`].
+/// `_OSC`: the kernel asks for control of PCI Express features, and gets those in [`GRANTED`].
 ///
-/// Its last argument is a buffer of three words: flags of the call, what the kernel can, what it
-/// wants; and it is the answer too.
-fn osc() -> Vec<u8> {
-    /// In the first word of the answer: no such interface, no such revision, something was refused.
+/// The last argument is a buffer of three words: the flags of the call, the features that the
+/// kernel supports, the features that it wants to control. The method returns the same buffer.
+fn osc() -> Term {
+    /// Bits of the answer's first word: the interface is unknown, the revision is unknown, a feature
+    /// was refused.
     const UNKNOWN_INTERFACE: u32 = 1 << 2;
     const UNKNOWN_REVISION: u32 = 1 << 3;
     const REFUSED: u32 = 1 << 4;
-    let (interface, revision, buffer) = (Arg(0), Arg(1), Arg(3));
-    let (flags, wanted, granted) = (Path::new("CDW1"), Path::new("CDW3"), Local(0));
-    let bridge = Uuid::new(PCI_HOST_BRIDGE);
-    let refuse = |bits: u32| Encoded::new(&Or::new(&flags, &flags, &bits));
-    let body = Encoded::new(&If::new(
-        &Equal::new(&interface, &bridge),
-        vec![
-            &CreateDWordField::new(&wanted, &buffer, &8_u8),
-            &And::new(&granted, &wanted, &GRANTED),
-            &If::new(&NotEqual::new(&granted, &wanted), vec![&refuse(REFUSED)]),
-            &If::new(&NotEqual::new(&revision, &ONE), vec![&refuse(UNKNOWN_REVISION)]),
-            &Store::new(&wanted, &granted),
+    const FLAGS: &str = "CDW1";
+    const WANTED: &str = "CDW3";
+    let (interface, revision, buffer) = (argument(0), argument(1), argument(3));
+    let (flags, wanted, granted) = (FLAGS.as_bytes(), WANTED.as_bytes(), local(0));
+    let set_flag = |bits: u32| or(flags, &integer(bits), flags);
+    let handle = [
+        dword_field(&buffer, 8, WANTED),
+        and(wanted, &integer(GRANTED), &granted),
+        when(&not_equal(&granted, wanted), &[set_flag(REFUSED)]),
+        when(&not_equal(&revision, &integer(1)), &[set_flag(UNKNOWN_REVISION)]),
+        store(&granted, wanted),
+    ];
+    method(
+        "_OSC",
+        4,
+        &[
+            dword_field(&buffer, 0, FLAGS),
+            when(&equal(&interface, &uuid(PCI_HOST_BRIDGE)), &handle),
+            otherwise(&[set_flag(UNKNOWN_INTERFACE)]),
+            give_back(&buffer),
         ],
-    ));
-    let children: [&dyn Aml; 4] = [
-        &CreateDWordField::new(&flags, &buffer, &ZERO),
-        &body,
-        &Encoded::new(&Else::new(vec![&refuse(UNKNOWN_INTERFACE)])),
-        &Return::new(&buffer),
-    ];
-    Encoded::new(&Method::new("_OSC".into(), 4, false, children.to_vec())).0
+    )
 }
 
-/// What is no device but must not be given to one: configuration space in memory, the ports of
-/// power management.
-fn motherboard(aml: &mut Vec<u8>) {
-    #[allow(clippy::cast_possible_truncation, reason = "below 4 GiB")]
-    let config = Memory32Fixed::new(true, layout::ECAM as u32, layout::ECAM_BYTES as u32);
-    let ports = IO::new(layout::ACPI_PORTS, layout::ACPI_PORTS, 1, layout::ACPI_PORT_BYTES);
-    let resources = ResourceTemplate::new(vec![&config, &ports]);
-    let id = EISAName::new("PNP0C02");
+/// Reserves the addresses that belong to no device but must not be given to one: the PCI
+/// configuration space in memory, and the ports of power management.
+fn motherboard() -> Term {
+    #[allow(clippy::cast_possible_truncation, reason = "the ECAM is below 4 GiB")]
+    let config = memory(layout::ECAM as u32, layout::ECAM_BYTES as u32);
+    let ports = ports(layout::ACPI_PORTS, layout::ACPI_PORT_BYTES);
     device(
-        aml,
         "MBRD",
-        vec![&Name::new("_HID".into(), &id), &Name::new("_CRS".into(), &resources)],
-    );
+        &[name("_HID", &eisa_id(b"PNP0C02")), name("_CRS", &resources(&[config, ports]))],
+    )
 }
 
-fn serial(aml: &mut Vec<u8>, number: u8, port: u16, pin: u32) {
-    let (ports, pin) = (IO::new(port, port, 1, 8), Interrupt::new(true, true, false, false, pin));
-    let resources = ResourceTemplate::new(vec![&ports, &pin]);
-    let id = EISAName::new("PNP0501");
-    let children: [&dyn Aml; 3] = [
-        &Name::new("_HID".into(), &id),
-        &Name::new("_UID".into(), &number),
-        &Name::new("_CRS".into(), &resources),
-    ];
-    device(aml, &format!("COM{}", number + 1), children.to_vec());
+fn serial(number: u8, port: u16, pin: u32) -> Term {
+    device(
+        &format!("COM{}", number + 1),
+        &[
+            name("_HID", &eisa_id(b"PNP0501")),
+            name("_UID", &integer(number.into())),
+            name("_CRS", &resources(&[ports(port, 8), edge_interrupt(pin)])),
+        ],
+    )
 }
 
-fn processor(aml: &mut Vec<u8>, cpu: u32) {
-    let id = "ACPI0007";
-    let children: [&dyn Aml; 2] = [&Name::new("_HID".into(), &id), &Name::new("_UID".into(), &cpu)];
-    device(aml, &format!("C{cpu:03X}"), children.to_vec());
-}
-
-/// AML that is encoded already.
-struct Encoded(Vec<u8>);
-
-impl Encoded {
-    fn new(aml: &dyn Aml) -> Encoded {
-        let mut bytes = Vec::new();
-        aml.to_aml_bytes(&mut bytes);
-        Encoded(bytes)
-    }
-}
-
-impl Aml for Encoded {
-    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
-        sink.vec(&self.0);
-    }
+fn processor(cpu: u32) -> Term {
+    let id = string("ACPI0007");
+    device(&format!("C{cpu:03X}"), &[name("_HID", &id), name("_UID", &integer(cpu))])
 }

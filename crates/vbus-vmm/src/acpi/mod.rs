@@ -1,12 +1,8 @@
-//! The ACPI tables: what the guest's kernel is told about CPUs, interrupts, PCI and power.
+//! The ACPI tables: they tell the guest's kernel about CPUs, interrupts, PCI and power.
 
+mod aml;
 mod dsdt;
 
-use acpi_tables::Aml;
-use acpi_tables::mcfg::MCFG;
-use acpi_tables::rsdp::Rsdp;
-use acpi_tables::sdt::Sdt;
-use acpi_tables::xsdt::XSDT;
 use anyhow::{Result, ensure};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -21,30 +17,31 @@ const BYTES: u64 = 0x2_0000;
 const OEM: [u8; 6] = *b"VBUS  ";
 const OEM_TABLE: [u8; 8] = *b"VBUSVMM ";
 const OEM_REVISION: u32 = 1;
+/// The program that made the tables.
+const CREATOR: [u8; 4] = *b"VBUS";
+const CREATOR_REVISION: u32 = 1;
+/// Bytes of the header of every table but the RSDP and the FACS.
+const HEADER_BYTES: usize = 36;
 
 /// An I/O APIC's or local APIC's place, where every PC has it.
 const LOCAL_APIC: u32 = 0xfee0_0000;
 /// The I/O APIC's.
 pub const IO_APIC: u32 = 0xfec0_0000;
 
-/// Writes the tables for `cpus` virtual CPUs into memory; where the first, the RSDP, lies.
+/// Writes the tables for `cpus` virtual CPUs into memory. Returns the address of the first one, the
+/// RSDP.
 pub fn write(map: &GuestMemoryMmap, cpus: u32) -> Result<u64> {
-    // The RSDP comes first, and each table after those that it names.
-    let mut put = Writer { map, next: TABLES + 64 };
-    let facs = put.bytes(&facs(), 64)?;
-    let dsdt = put.bytes(dsdt::table(cpus).as_slice(), 8)?;
-    let fadt = put.bytes(fadt(facs, dsdt)?.as_slice(), 8)?;
-    let madt = put.bytes(madt(cpus)?.as_slice(), 8)?;
-    let mut mcfg = MCFG::new(OEM, OEM_TABLE, OEM_REVISION);
-    mcfg.add_ecam(layout::ECAM, 0, 0, layout::BUS_MAX);
-    let mcfg = put.aml(&mcfg)?;
-    let mut xsdt = XSDT::new(OEM, OEM_TABLE, OEM_REVISION);
-    for table in [fadt, madt, mcfg] {
-        xsdt.add_entry(table);
-    }
-    let xsdt = put.aml(&xsdt)?;
-    put.next = TABLES;
-    put.aml(&Rsdp::new(OEM, xsdt))
+    // The RSDP comes first. Each other table comes after those that it names.
+    let mut writer = Writer { map, next: TABLES + 64 };
+    let facs = writer.write(&facs(), 64)?;
+    let dsdt = writer.write(&table(b"DSDT", 2, &dsdt::body(cpus)), 8)?;
+    let fadt = writer.write(&fadt(facs, dsdt)?, 8)?;
+    let madt = writer.write(&madt(cpus)?, 8)?;
+    let mcfg = writer.write(&mcfg(), 8)?;
+    let entries = [fadt, madt, mcfg].map(u64::to_le_bytes).concat();
+    let xsdt = writer.write(&table(b"XSDT", 1, &entries), 8)?;
+    writer.next = TABLES;
+    writer.write(&rsdp(xsdt), 8)
 }
 
 /// Puts tables into memory one behind another.
@@ -54,25 +51,59 @@ struct Writer<'a> {
 }
 
 impl Writer<'_> {
-    fn bytes(&mut self, bytes: &[u8], alignment: u64) -> Result<u64> {
+    /// Writes a table to the next address of this alignment, and returns the address.
+    fn write(&mut self, table: &[u8], alignment: u64) -> Result<u64> {
         let at = self.next.next_multiple_of(alignment);
-        self.next = at + bytes.len() as u64;
+        self.next = at + table.len() as u64;
         ensure!(self.next <= TABLES + BYTES, "too many virtual CPUs for the ACPI tables");
-        self.map.write_slice(bytes, GuestAddress(at))?;
+        self.map.write_slice(table, GuestAddress(at))?;
         Ok(at)
-    }
-
-    fn aml(&mut self, table: &dyn Aml) -> Result<u64> {
-        let mut bytes = Vec::new();
-        table.to_aml_bytes(&mut bytes);
-        self.bytes(&bytes, 8)
     }
 }
 
-fn table(signature: &[u8; 4], revision: u8, body: &[u8]) -> Sdt {
-    let mut table = Sdt::new(*signature, 36, revision, OEM, OEM_TABLE, OEM_REVISION);
-    table.append_slice(body);
+/// The byte that makes the sum of `bytes` and itself 0.
+fn checksum(bytes: &[u8]) -> u8 {
+    bytes.iter().fold(0_u8, |sum, byte| sum.wrapping_sub(*byte))
+}
+
+/// Makes a table: the header of 36 bytes that every table has, and `body`.
+fn table(signature: &[u8; 4], revision: u8, body: &[u8]) -> Vec<u8> {
+    let mut table = signature.to_vec();
+    let bytes = u32::try_from(HEADER_BYTES + body.len()).unwrap_or(u32::MAX);
+    table.extend(bytes.to_le_bytes());
+    table.extend([revision, 0]);
+    table.extend(OEM);
+    table.extend(OEM_TABLE);
+    table.extend(OEM_REVISION.to_le_bytes());
+    table.extend(CREATOR);
+    table.extend(CREATOR_REVISION.to_le_bytes());
+    table.extend_from_slice(body);
+    table[9] = checksum(&table);
     table
+}
+
+/// The root pointer, from which a kernel finds the XSDT and so all other tables.
+fn rsdp(xsdt: u64) -> Vec<u8> {
+    const BYTES: u32 = 36;
+    let mut rsdp = b"RSD PTR \0".to_vec();
+    rsdp.extend(OEM);
+    // Revision 2, and no RSDT.
+    rsdp.extend([2, 0, 0, 0, 0]);
+    rsdp[8] = checksum(&rsdp);
+    rsdp.extend(BYTES.to_le_bytes());
+    rsdp.extend(xsdt.to_le_bytes());
+    rsdp.extend([0; 4]);
+    rsdp[32] = checksum(&rsdp);
+    rsdp
+}
+
+/// Says where PCI Express configuration space is in memory.
+fn mcfg() -> Vec<u8> {
+    let mut body = vec![0; 8];
+    body.extend(layout::ECAM.to_le_bytes());
+    // Segment 0, the buses from 0 to the last one.
+    body.extend([0, 0, 0, layout::BUS_MAX, 0, 0, 0, 0]);
+    table(b"MCFG", 1, &body)
 }
 
 /// The firmware's control structure: there is no firmware that would use it, but some kernels want
@@ -87,7 +118,7 @@ fn facs() -> [u8; 64] {
 
 /// The fixed hardware: power management ports, reset register, and what a PC has that this machine
 /// lacks.
-fn fadt(facs: u64, dsdt: u64) -> Result<Sdt> {
+fn fadt(facs: u64, dsdt: u64) -> Result<Vec<u8>> {
     /// WBINVD works; C1 works; no sleep button; the reset register is there. No power button
     /// *device*: it is the fixed one.
     const FLAGS: u32 = 1 | 1 << 2 | 1 << 5 | 1 << 10;
@@ -100,33 +131,33 @@ fn fadt(facs: u64, dsdt: u64) -> Result<Sdt> {
         address[4..6].copy_from_slice(&port.to_le_bytes());
         address
     }
-    let mut fadt = Sdt::new(*b"FACP", 276, 6, OEM, OEM_TABLE, OEM_REVISION);
-    fadt.write_u32(36, u32::try_from(facs)?);
-    fadt.write_u32(40, u32::try_from(dsdt)?);
-    // An "enterprise server".
-    fadt.write_u8(45, 4);
-    fadt.write_u16(46, u16::try_from(layout::SCI)?);
-    fadt.write_u32(56, layout::PM1_EVENT.into());
-    fadt.write_u32(64, layout::PM1_CONTROL.into());
-    fadt.write_u8(88, 4);
-    fadt.write_u8(89, 2);
-    // No C2 and C3: their latencies are above the highest that is allowed.
-    fadt.write_u16(96, 0xfff);
-    fadt.write_u16(98, 0xfff);
-    fadt.write_u16(109, BOOT_ARCHITECTURE);
-    fadt.write_u32(112, FLAGS);
-    fadt.write_bytes(116, &port(layout::RESET_PORT, 8));
-    fadt.write_u8(128, layout::RESET_VALUE);
+    let mut fadt = [0; 276];
+    let mut put = |at: usize, value: &[u8]| fadt[at..at + value.len()].copy_from_slice(value);
+    put(36, &u32::try_from(facs)?.to_le_bytes());
+    put(40, &u32::try_from(dsdt)?.to_le_bytes());
+    // The preferred profile: "enterprise server".
+    put(45, &[4]);
+    put(46, &u16::try_from(layout::SCI)?.to_le_bytes());
+    put(56, &u32::from(layout::PM1_EVENT).to_le_bytes());
+    put(64, &u32::from(layout::PM1_CONTROL).to_le_bytes());
+    put(88, &[4, 2]);
+    // Latencies above the highest that is allowed: the machine has neither C2 nor C3.
+    put(96, &0xfff_u16.to_le_bytes());
+    put(98, &0xfff_u16.to_le_bytes());
+    put(109, &BOOT_ARCHITECTURE.to_le_bytes());
+    put(112, &FLAGS.to_le_bytes());
+    put(116, &port(layout::RESET_PORT, 8));
+    put(128, &[layout::RESET_VALUE]);
     // The minor revision: 6.0.
-    fadt.write_u8(131, 0);
-    fadt.write_u64(140, dsdt);
-    fadt.write_bytes(148, &port(layout::PM1_EVENT, 32));
-    fadt.write_bytes(172, &port(layout::PM1_CONTROL, 16));
-    Ok(fadt)
+    put(131, &[0]);
+    put(140, &dsdt.to_le_bytes());
+    put(148, &port(layout::PM1_EVENT, 32));
+    put(172, &port(layout::PM1_CONTROL, 16));
+    Ok(table(b"FACP", 6, &fadt[HEADER_BYTES..]))
 }
 
 /// The APICs.
-fn madt(cpus: u32) -> Result<Sdt> {
+fn madt(cpus: u32) -> Result<Vec<u8>> {
     /// There are 8259s as well: they are in the kernel's irqchip, and harmless without.
     const PC_AT: u32 = 1;
     /// Active high, level.

@@ -52,7 +52,7 @@ pub fn prepare(mut info: Info<'_>, base: u64, end: u64, mut header: setup_header
     let mut page = boot_params { hdr: header, acpi_rsdp_addr: info.rsdp, ..Default::default() };
     for (entry, place) in page.e820_table.iter_mut().zip(info.places) {
         let kind = if place.ram { E820_RAM } else { E820_RESERVED };
-        *entry = boot_e820_entry { addr: place.base, size: place.bytes, r#type: kind };
+        *entry = boot_e820_entry { addr: place.base, size: place.bytes, type_: kind };
     }
     page.e820_entries = u8::try_from(info.places.len())?;
     info.map.write_obj(ZeroPage(page), GuestAddress(INFO))?;

@@ -3,7 +3,6 @@
 
 use anyhow::Result;
 use linux_loader::loader::elf::start_info::{
-    XEN_HVM_MEMMAP_TYPE_RAM, XEN_HVM_MEMMAP_TYPE_RESERVED, XEN_HVM_START_MAGIC_VALUE,
     hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info,
 };
 use vm_memory::{ByteValued, Bytes, GuestAddress};
@@ -14,8 +13,13 @@ use super::{COMMAND_LINE, COMMAND_LINE_MAX, INFO, Info};
 /// Where the list of modules lies, and the map of memory behind it.
 const MODULES: u64 = INFO + 0x100;
 const MEMORY: u64 = INFO + 0x200;
+/// "xEn3" with bit 7 of its first byte set: the mark of a start info.
+const MAGIC: u32 = 0x336e_c578;
 /// The version that has a map of memory.
 const VERSION: u32 = 1;
+/// Kinds of memory in the map.
+const RAM: u32 = 1;
+const RESERVED: u32 = 2;
 
 /// One of the protocol's structures, to be written as bytes.
 #[repr(transparent)]
@@ -36,7 +40,7 @@ raw!(hvm_start_info hvm_modlist_entry hvm_memmap_table_entry);
 pub fn prepare(mut info: Info<'_>, entry: u64, end: u64) -> Result<Start> {
     info.put_command_line(COMMAND_LINE_MAX - 1)?;
     let mut start = hvm_start_info {
-        magic: XEN_HVM_START_MAGIC_VALUE,
+        magic: MAGIC,
         version: VERSION,
         cmdline_paddr: COMMAND_LINE,
         rsdp_paddr: info.rsdp,
@@ -53,7 +57,7 @@ pub fn prepare(mut info: Info<'_>, entry: u64, end: u64) -> Result<Start> {
         )?;
     }
     for (at, place) in (MEMORY..).step_by(size_of::<hvm_memmap_table_entry>()).zip(info.places) {
-        let type_ = if place.ram { XEN_HVM_MEMMAP_TYPE_RAM } else { XEN_HVM_MEMMAP_TYPE_RESERVED };
+        let type_ = if place.ram { RAM } else { RESERVED };
         let entry =
             hvm_memmap_table_entry { addr: place.base, size: place.bytes, type_, reserved: 0 };
         info.map.write_obj(Raw(entry), GuestAddress(at))?;

@@ -78,9 +78,8 @@ pub(super) fn back(bells: &mut Doorbells, facts: &Facts, slot: u8, shared: &Shar
     if shared.backing.hypercall && facts.doorbell_count == numbers {
         put(Kind::Hypercall, Place { base: (u32::from(slot) * CONNECTIONS).into(), stride: 1 });
     }
-    if let Some(sints) = shared.backing.sints
-        && let Ok(base) = u32::try_from(sints.base)
-    {
+    let sints = shared.backing.sints;
+    if let Some((sints, Ok(base))) = sints.map(|sints| (sints, u32::try_from(sints.base))) {
         let mut record = [0; capability::RECORD_BYTES as usize];
         record[0] = capability::KIND_SINT;
         record[2..4].copy_from_slice(&sints.stride.to_le_bytes());

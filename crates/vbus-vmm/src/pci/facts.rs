@@ -244,10 +244,10 @@ impl Facts {
         self.stride = u16::from_le_bytes([bytes[record + 2], bytes[record + 3]]);
         self.doorbells = u32_at(record + 4);
         let registers_end = u64::from(self.registers) + 0x1000;
-        if !self.registers.is_multiple_of(0x1000) || registers_end > u64::from(self.bar) {
+        if self.registers % 0x1000 != 0 || registers_end > u64::from(self.bar) {
             return Err(lie(format!("registers at {:#x} of BAR0", self.registers)));
         }
-        if self.stride == 0 || !self.stride.is_multiple_of(4) || !self.doorbells.is_multiple_of(4) {
+        if self.stride == 0 || self.stride % 4 != 0 || self.doorbells % 4 != 0 {
             return Err(lie(format!(
                 "doorbells at {:#x} in steps of {}",
                 self.doorbells, self.stride

@@ -51,7 +51,7 @@ impl Table {
     }
 
     fn range(&self, offset: usize, len: usize) -> Option<Range<usize>> {
-        let aligned = matches!(len, 4 | 8) && offset.is_multiple_of(len);
+        let aligned = matches!(len, 4 | 8) && offset % len == 0;
         let end = offset.checked_add(len).filter(|end| aligned && *end <= self.bytes.len())?;
         Some(offset..end)
     }
