@@ -6,7 +6,7 @@ use crate::lab::{Lab, Options, Scene};
 use crate::report::{Figures, Outcome, Report, Skip};
 use crate::rig::{Clock, Rig};
 use crate::scenario::{Scenario, Test};
-use crate::{trial, workspace};
+use crate::trial;
 
 /// How often a scenario is tried whose machines the emulation loses. It has lost many before guests
 /// were kept off L1's first processor (see [`Rig::guest_processor`]), and has other ways to do so:
@@ -35,9 +35,6 @@ pub fn run(
             match scenario.test {
                 Test::InGuests(test) => in_guests(lab, scenario, test),
                 Test::BesideKvm(test) => {
-                    if let Some(why) = workspace::too_old_for_vmm() {
-                        return Ok(Outcome::Skipped(why));
-                    }
                     let mut tries = 0;
                     loop {
                         tries += 1;

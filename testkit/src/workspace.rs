@@ -41,23 +41,6 @@ pub fn build_programs(as_built: bool) -> Result<Programs> {
     Ok(Programs { vbus, agent })
 }
 
-/// The oldest Rust (1.x) that `vbus-vmm` can be built with, as its manifest says; the other crates
-/// are content with less.
-const VMM_RUST: u32 = 90;
-
-/// Why `vbus-vmm` cannot be built by this Rust, if it cannot.
-pub fn too_old_for_vmm() -> Option<String> {
-    let output = Command::new(std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()))
-        .arg("--version")
-        .output();
-    let text = String::from_utf8_lossy(&output.ok()?.stdout).into_owned();
-    let version = text.split_whitespace().nth(1)?;
-    let minor: u32 = version.strip_prefix("1.")?.split('.').next()?.parse().ok()?;
-    (minor < VMM_RUST).then(|| {
-        format!("vbus-vmm needs Rust 1.{VMM_RUST} for the crates of rust-vmm; this is {version}")
-    })
-}
-
 /// Builds `vbus-vmm`; `as_built` takes it as it was built last.
 pub fn build_vmm(as_built: bool) -> Result<PathBuf> {
     let [vmm] = build_static(["vbus-vmm"], as_built)?;

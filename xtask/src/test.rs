@@ -101,17 +101,8 @@ fn cargo_tests(report: &mut Report) -> Result<()> {
     eprintln!("---- {CARGO} test --workspace");
     let logs = workspace::logs()?;
     let log = logs.join("cargo-test.log");
-    let without_vmm = workspace::too_old_for_vmm();
-    if let Some(why) = &without_vmm {
-        report.enter(
-            &format!("{CARGO}::vbus-vmm"),
-            &Outcome::Skipped(why.clone()),
-            began.elapsed(),
-        );
-    }
     let mut cargo = workspace::cargo()
         .args(["test", "--workspace", "--no-fail-fast"])
-        .args(without_vmm.iter().flat_map(|_| ["--exclude", "vbus-vmm"]))
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()
