@@ -205,10 +205,10 @@ fn find(dir: &Path, files: &mut Vec<std::path::PathBuf>) -> Result<()> {
     Ok(())
 }
 
-/// Adds `/init`, the agent and the program under test.
-pub fn add_ours(archive: &mut Archive, agent: &Path, vbus: &Path) -> Result<()> {
+/// Adds `/init`, the agent, and the program that drives devices.
+pub fn add_ours(archive: &mut Archive, agent: &Path, guest: &Path) -> Result<()> {
     archive.file("init", 0o755, INIT.as_bytes())?;
-    for (name, path) in [("guest-agent", agent), ("vbus", vbus)] {
+    for (name, path) in [("guest-agent", agent), ("vbus-guest", guest)] {
         let contents = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
         archive.file(&format!("bin/{name}"), 0o755, &contents)?;
     }

@@ -165,7 +165,7 @@ impl Lab {
                 unxz(kit.as_ref(), path)
             })?;
         }
-        initramfs::add_ours(&mut archive, &programs.agent, &programs.vbus)?;
+        initramfs::add_ours(&mut archive, &programs.agent, &programs.guest)?;
         // An archive of the user's may be compressed; the kernel wants the next one aligned.
         base.resize(base.len().next_multiple_of(4), 0);
         base.extend(archive.finish()?);

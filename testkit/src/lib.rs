@@ -12,7 +12,7 @@
 //! let scene = lab.scene("example")?;
 //! let bus = Bus::start(&scene, &device("net0", "venet", "backend = \"null\""))?;
 //! let vm = Machine::new("a").device(bus.socket("net0")).boot(&scene)?;
-//! assert!(vm.guest.ok("vbus guest list")?.contains("net0"));
+//! assert!(vm.guest.ok("vbus-guest list")?.contains("net0"));
 //! # Ok(())
 //! # }
 //! ```

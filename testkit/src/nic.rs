@@ -1,4 +1,4 @@
-//! A venet NIC in a guest: `vbus guest net` as a running command, and traffic over the interface it
+//! A venet NIC in a guest: `vbus-guest net` as a running command, and traffic over the interface it
 //! makes.
 
 use std::thread;
@@ -20,7 +20,7 @@ pub fn prepare(guest: &Guest) -> Result<()> {
 
 /// A driver that runs, with its interface up.
 pub struct Nic {
-    /// `vbus guest net`.
+    /// `vbus-guest net`.
     pub driver: Running,
     /// The name of the interface.
     pub interface: String,
@@ -36,13 +36,13 @@ impl Nic {
         address: &str,
         options: &str,
     ) -> Result<Self> {
-        let command = format!("exec vbus guest net {device} --name {interface} {options}");
+        let command = format!("exec vbus-guest net {device} --name {interface} {options}");
         let driver = guest.start(&command)?;
         let until = Instant::now() + BOOT;
         while guest.run(&format!("test -e /sys/class/net/{interface}"))?.code != 0 {
             if !driver.runs() || Instant::now() > until {
                 let (out, err) = driver.said();
-                bail!("vbus guest net {device} makes no interface {interface}:\n{out}{err}");
+                bail!("vbus-guest net {device} makes no interface {interface}:\n{out}{err}");
             }
             thread::sleep(Duration::from_millis(20));
         }

@@ -24,7 +24,7 @@ pub const TRANSFER: Duration = Duration::from_secs(240);
 pub struct Spec {
     /// More lines for both devices in the bus's configuration.
     pub device: &'static str,
-    /// More words for `vbus guest net`.
+    /// More words for `vbus-guest net`.
     pub driver: &'static str,
     /// Virtual CPUs in each guest; 0 counts as 1.
     pub cpus: u32,

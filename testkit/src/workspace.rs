@@ -27,8 +27,10 @@ pub fn cargo() -> Command {
 
 /// The programs under test, linked statically since a guest has none of the host's libraries.
 pub struct Programs {
-    /// Serves the bus on the host, and drives its devices in the guests.
+    /// Serves the bus on the host.
     pub vbus: PathBuf,
+    /// Drives the devices in the guests.
+    pub guest: PathBuf,
     /// Runs commands in the guests.
     pub agent: PathBuf,
 }
@@ -37,8 +39,8 @@ const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// Builds the programs; `as_built` takes them as they were built last.
 pub fn build_programs(as_built: bool) -> Result<Programs> {
-    let [vbus, agent] = build_static(["vbus", "guest-agent"], as_built)?;
-    Ok(Programs { vbus, agent })
+    let [vbus, guest, agent] = build_static(["vbus", "vbus-guest", "guest-agent"], as_built)?;
+    Ok(Programs { vbus, guest, agent })
 }
 
 /// Builds `vbus-vmm`; `as_built` takes it as it was built last.

@@ -129,7 +129,7 @@ fn perform(args: &Args, scene: &Scene, figures: &mut Figures) -> Result<()> {
         eprintln!(
             "guest {name}: up after {:.1} s, and finds\n{}",
             vm.age().as_secs_f32(),
-            vm.guest.ok("vbus guest list")?.trim_end()
+            vm.guest.ok("vbus-guest list")?.trim_end()
         );
     }
 
@@ -175,14 +175,14 @@ fn share_state(bus: &Bus, vms: &[Vm]) -> Result<()> {
         let device = format!("values-{name}");
         let value = format!("point-{name}");
         bus.run(&["state", "set", &device, "setpoint", &value])?;
-        let read = vm.guest.ok("vbus guest state get setpoint")?;
+        let read = vm.guest.ok("vbus-guest state get setpoint")?;
         ensure!(
             read.trim_end_matches(['\0', '\n']) == value,
             "guest {name} reads {read:?}, not {value:?}"
         );
     }
     let watch = bus.watch("values-b", "heartbeat")?;
-    vms[1].guest.ok("vbus guest state set heartbeat alive-b")?;
+    vms[1].guest.ok("vbus-guest state set heartbeat alive-b")?;
     watch.wait_for("alive-b", Duration::from_secs(20))?;
     eprintln!(
         "state: written on the host, read in both guests; written in guest b, watched on the host"
@@ -208,7 +208,7 @@ fn plug(bus: &Bus, vms: &mut [Vm], figures: &mut Figures) -> Result<()> {
             "--qmp",
             &qmp,
         ])?;
-        vm.guest.ok(&format!("until vbus guest list | grep -q {name}; do sleep 0.02; done"))?;
+        vm.guest.ok(&format!("until vbus-guest list | grep -q {name}; do sleep 0.02; done"))?;
         figures.plug = Some(began.elapsed());
         nics.push(Nic::up(&vm.guest, name, "vbus1", &format!("{address}/24"), "")?);
     }

@@ -7,11 +7,16 @@ use anyhow::{Context, Result};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::low_level::pipe;
 
-/// Becomes readable on SIGINT or SIGTERM, which then do not end the program by themselves.
+/// A descriptor that becomes readable on the first SIGINT or SIGTERM. From now on these signals do
+/// not end the process by themselves.
+///
+/// # Errors
+/// The process has no more descriptors.
 pub fn termination() -> Result<OwnedFd> {
-    let (reader, writer) = UnixStream::pair()?;
+    let (reader, writer) = UnixStream::pair().context("making a socket pair")?;
     for signal in [SIGINT, SIGTERM] {
-        pipe::register(signal, writer.try_clone()?).context("cannot watch for signals")?;
+        let writer = writer.try_clone().context("duplicating a socket")?;
+        pipe::register(signal, writer).context("catching signals")?;
     }
     Ok(reader.into())
 }

@@ -11,8 +11,8 @@ use rustix::fs::inotify;
 use rustix::io::Errno;
 use vbus_vfio_user::{ClientError, Process};
 
-use super::source::{Found, Interrupt, Source};
-use crate::rundir;
+use crate::source::{Found, Interrupt, Source};
+use vbus_cli::rundir;
 
 /// Memory that a device can reach; taken from the system as it is used.
 const MEMORY_BYTES: u64 = 256 << 20;

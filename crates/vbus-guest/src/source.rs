@@ -95,7 +95,7 @@ pub fn claim<S: Source>(
     match reason {
         Some(reason) => Err(reason.context(format!("no {class_name} device{which} can be driven"))),
         None => bail!(
-            "there is no {class_name} device{which} here; `vbus guest list` shows what there is"
+            "there is no {class_name} device{which} here; `vbus-guest list` shows what there is"
         ),
     }
 }

@@ -7,7 +7,15 @@ use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Value, json};
 use vbus_control::Connection;
 
-use crate::rundir::{self, CONTROL};
+use vbus_cli::rundir::{self, CONTROL};
+
+/// Where the bus is.
+#[derive(clap::Args, Clone, Debug)]
+pub struct BusDir {
+    /// Directory of the bus's sockets [default: $XDG_RUNTIME_DIR/vbus, or else /tmp/vbus-UID]
+    #[arg(long = "dir", value_name = "DIR")]
+    pub dir: Option<PathBuf>,
+}
 
 /// A connection to a running bus.
 pub struct Client {

@@ -14,7 +14,7 @@ use super::bar::Bar;
 use super::hal::PciHal;
 use super::uio::{COMMAND, UioInterrupt};
 use super::{huge, uevent};
-use crate::guest::source::{Found, Interrupt, Source};
+use crate::source::{Found, Interrupt, Source};
 
 const DRIVER: &str = "uio_pci_generic";
 const BUS: &str = "/sys/bus/pci";

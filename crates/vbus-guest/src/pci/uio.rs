@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::guest::source::Interrupt;
+use crate::source::Interrupt;
 
 /// Offset of the command register in the configuration space.
 pub const COMMAND: u64 = 4;

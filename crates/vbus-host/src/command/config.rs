@@ -4,10 +4,11 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use serde_json::json;
-use vbus_core::{Bus, Executor, Tuning};
+use vbus_core::{Bus, DeviceClass, Executor, Tuning};
+use vbus_sched::SchedClass;
 
-use crate::config;
-use crate::output::{emit, emit_json};
+use crate::{classes, config};
+use vbus_cli::output::{emit, emit_json};
 
 /// Commands.
 #[derive(clap::Subcommand, Debug)]
@@ -23,15 +24,13 @@ pub enum Command {
     },
 }
 
-/// Runs one.
-pub fn run(command: &Command) -> Result<()> {
+/// Runs one. `more` classes stand beside those of vbus.
+pub fn run(command: &Command, more: Vec<Box<dyn DeviceClass>>) -> Result<()> {
     let Command::Check { file, json } = command;
     let (config, source) = config::read(file)?;
     // The classes know their own settings: make the devices, on a bus that nobody sees.
     let executor = Executor::start(Tuning { workers: 1, ..config.tuning })?;
-    let mut classes = vbus_devices::classes();
-    classes.push(Box::new(vbus_sched::SchedClass::new()));
-    let bus = Bus::new(executor, classes, config.trust);
+    let bus = Bus::new(executor, classes::all(SchedClass::new(), more)?, config.trust);
     for (number, spec) in config.devices.iter().enumerate() {
         bus.create(&spec.name, &spec.class, &spec.settings)
             .map_err(|error| source.device_error(number, &error.to_string()))?;

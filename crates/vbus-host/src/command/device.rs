@@ -6,10 +6,12 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value, json};
 
-use crate::client::{Client, text};
-use crate::output::{bold, columns, emit, emit_json, flatten, plain};
+use crate::client::{BusDir, Client, text};
 use crate::vmm::Vmm;
-use crate::{Place, config, plug, rundir};
+use vbus_cli::output::{bold, columns, emit, emit_json, flatten, plain};
+use vbus_cli::rundir;
+
+use crate::{config, plug};
 
 /// Commands.
 #[derive(clap::Subcommand, Debug)]
@@ -23,7 +25,7 @@ pub enum Command {
     /// List the devices
     List {
         #[command(flatten)]
-        place: Place,
+        bus: BusDir,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -33,7 +35,7 @@ pub enum Command {
         /// Its name
         name: String,
         #[command(flatten)]
-        place: Place,
+        bus: BusDir,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -41,7 +43,7 @@ pub enum Command {
     /// List the classes of which devices can be made
     Classes {
         #[command(flatten)]
-        place: Place,
+        bus: BusDir,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -124,7 +126,7 @@ pub struct Add {
     #[arg(long, value_name = "ID", requires = "qmp")]
     port: Option<String>,
     #[command(flatten)]
-    place: Place,
+    bus: BusDir,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -141,7 +143,7 @@ pub struct Remove {
     #[arg(long, conflicts_with = "machine")]
     force: bool,
     #[command(flatten)]
-    place: Place,
+    bus: BusDir,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -157,10 +159,10 @@ pub fn run(command: &Command) -> Result<()> {
     match command {
         Command::Add(args) => add(args),
         Command::Remove(args) => remove(args),
-        Command::List { place, json } => list(place, *json),
-        Command::Show { name, place, json } => {
-            let device = Client::connect(place.dir.as_deref())?
-                .ask(&json!({ "op": "show", "name": name }))?;
+        Command::List { bus, json } => list(bus, *json),
+        Command::Show { name, bus, json } => {
+            let device =
+                Client::connect(bus.dir.as_deref())?.ask(&json!({ "op": "show", "name": name }))?;
             if *json {
                 emit_json(&device);
             } else {
@@ -173,8 +175,8 @@ pub fn run(command: &Command) -> Result<()> {
             }
             Ok(())
         }
-        Command::Classes { place, json } => {
-            let info = Client::connect(place.dir.as_deref())?.ask(&json!({ "op": "info" }))?;
+        Command::Classes { bus, json } => {
+            let info = Client::connect(bus.dir.as_deref())?.ask(&json!({ "op": "info" }))?;
             let classes = info.get("classes").cloned().unwrap_or_default();
             if *json {
                 emit_json(&classes);
@@ -188,8 +190,8 @@ pub fn run(command: &Command) -> Result<()> {
     }
 }
 
-fn list(place: &Place, json: bool) -> Result<()> {
-    let devices = Client::connect(place.dir.as_deref())?.list()?;
+fn list(bus: &BusDir, json: bool) -> Result<()> {
+    let devices = Client::connect(bus.dir.as_deref())?.list()?;
     if json {
         let short = |d: &Value| {
             let keys = ["name", "class", "state", "fault", "connected", "socket"];
@@ -221,7 +223,7 @@ fn list(place: &Place, json: bool) -> Result<()> {
 }
 
 fn add(args: &Add) -> Result<()> {
-    let mut client = Client::connect(args.place.dir.as_deref())?;
+    let mut client = Client::connect(args.bus.dir.as_deref())?;
     let mut settings = Map::new();
     for (key, value) in &args.settings {
         if settings.insert(key.clone(), value.clone()).is_some() {
@@ -260,7 +262,7 @@ fn add(args: &Add) -> Result<()> {
 }
 
 fn remove(args: &Remove) -> Result<()> {
-    let mut client = Client::connect(args.place.dir.as_deref())?;
+    let mut client = Client::connect(args.bus.dir.as_deref())?;
     // An unknown name is an error before anything is unplugged.
     client.ask(&json!({ "op": "show", "name": args.name }))?;
     let (socket, patience) = (rundir::socket(client.dir(), &args.name), args.into.patience());

@@ -3,9 +3,9 @@
 use anyhow::{Result, bail};
 use serde_json::{Value, json};
 
-use crate::client::{Client, text};
-use crate::output::{emit, emit_json};
-use crate::{Place, plug};
+use crate::client::{BusDir, Client, text};
+use crate::plug;
+use vbus_cli::output::{emit, emit_json};
 
 /// Arguments.
 #[derive(clap::Args, Debug)]
@@ -19,7 +19,7 @@ pub struct Args {
     #[arg(long, value_name = "COUNT", default_value_t = 4, value_parser = clap::value_parser!(u16).range(0..=64))]
     spare_ports: u16,
     #[command(flatten)]
-    place: Place,
+    bus: BusDir,
     /// Print JSON: an array of arguments
     #[arg(long)]
     json: bool,
@@ -27,7 +27,7 @@ pub struct Args {
 
 /// Runs it.
 pub fn run(args: &Args) -> Result<()> {
-    let mut client = Client::connect(args.place.dir.as_deref())?;
+    let mut client = Client::connect(args.bus.dir.as_deref())?;
     let devices = client.list()?;
     let free = |d: &&Value| d.get("connected").and_then(Value::as_bool) != Some(true);
     let chosen: Vec<&Value> = if args.devices.is_empty() {

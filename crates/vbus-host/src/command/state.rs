@@ -5,15 +5,14 @@ use std::io::Read;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use crate::Place;
-use crate::client::{Client, text};
-use crate::output::{columns, emit, emit_json, plain};
+use crate::client::{BusDir, Client, text};
+use vbus_cli::output::{columns, emit, emit_json, plain};
 
 /// Which bus, and how to print.
 #[derive(clap::Args, Debug)]
 pub struct Common {
     #[command(flatten)]
-    place: Place,
+    bus: BusDir,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -133,7 +132,7 @@ pub fn run(command: &Command) -> Result<()> {
 }
 
 fn ask(common: &Common, device: &str, request: &Value, item: &mut dyn FnMut(Value)) -> Result<()> {
-    Client::connect(common.place.dir.as_deref())?.device(device, request, item)
+    Client::connect(common.bus.dir.as_deref())?.device(device, request, item)
 }
 
 /// The value as text if it is text, and otherwise, or if that is wanted, in hexadecimal.

@@ -8,9 +8,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 use serde_json::Value;
 
-use crate::Place;
-use crate::client::{Client, text};
-use crate::output::{bold, emit, emit_json, flatten, plain};
+use crate::client::{BusDir, Client, text};
+use vbus_cli::output::{bold, emit, emit_json, flatten, plain};
 
 /// Arguments.
 #[derive(clap::Args, Debug)]
@@ -18,7 +17,7 @@ pub struct Args {
     /// Only these devices
     devices: Vec<String>,
     #[command(flatten)]
-    place: Place,
+    bus: BusDir,
     /// Print JSON: a line with an array of all devices; with --watch one each time
     #[arg(long)]
     json: bool,
@@ -35,7 +34,7 @@ type Before = HashMap<(String, String), f64>;
 
 /// Runs it.
 pub fn run(args: &Args) -> Result<()> {
-    let mut client = Client::connect(args.place.dir.as_deref())?;
+    let mut client = Client::connect(args.bus.dir.as_deref())?;
     if !(0.05..=86400.0).contains(&args.interval) {
         bail!("--interval must be from 0.05 to 86400 seconds");
     }

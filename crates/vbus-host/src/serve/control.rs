@@ -14,7 +14,7 @@ use vbus_control::{Client, Handler, Limits, Server};
 
 use super::host::Host;
 use crate::config::DeviceSpec;
-use crate::rundir::CONTROL;
+use vbus_cli::rundir::CONTROL;
 
 /// What clients may cost. A line holds the largest state page in JSON.
 const LIMITS: Limits = Limits { clients: 32, line: 4 << 20 };

@@ -7,13 +7,14 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
-use vbus_core::{Bus, Endpoint, Executor};
+use vbus_core::{Bus, DeviceClass, Endpoint, Executor};
 use vbus_sched::{Ledger, SchedClass};
 use vbus_vfio_user::DeviceServer;
 
 use super::guardian::Guardian;
+use crate::classes;
 use crate::config::{Config, DeviceSpec};
-use crate::rundir::Claimed;
+use vbus_cli::rundir::Claimed;
 
 /// A name that a device cannot have: its socket would be the control socket.
 const RESERVED: &str = "control";
@@ -29,13 +30,16 @@ pub struct Host {
 }
 
 impl Host {
-    /// An empty bus.
-    pub fn start(claimed: Claimed, config: &Config) -> Result<Host> {
+    /// An empty bus whose devices are of the classes of vbus or of `more`.
+    pub fn start(
+        claimed: Claimed,
+        config: &Config,
+        more: Vec<Box<dyn DeviceClass>>,
+    ) -> Result<Host> {
         let executor = Executor::start(config.tuning).context("starting the event loop")?;
         let guardian = Arc::new(Guardian::default());
         let ledger = Ledger::new(guardian.clone()).context("making a file in memory")?;
-        let mut classes = vbus_devices::classes();
-        classes.push(Box::new(SchedClass::guarded(ledger)));
+        let classes = classes::all(SchedClass::guarded(ledger), more)?;
         let bus = Bus::new(executor, classes, config.trust);
         Ok(Host { claimed, bus, guardian, served: Mutex::default() })
     }

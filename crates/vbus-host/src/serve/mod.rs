@@ -3,10 +3,9 @@
 mod control;
 pub mod guardian;
 mod host;
-pub mod log;
 
 use std::os::fd::AsFd;
-use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,11 +13,14 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use vbus_cli::signals;
+use vbus_core::DeviceClass;
 
+use crate::client::BusDir;
 use crate::config::{self, Config};
-use crate::rundir::{self, Claimed};
 use host::Host;
+use vbus_cli::log;
+use vbus_cli::rundir::{self, Claimed};
 
 /// Arguments of `vbus serve`.
 #[derive(clap::Args, Debug)]
@@ -27,14 +29,14 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     #[command(flatten)]
-    place: crate::Place,
+    bus: BusDir,
     /// Write a line to this file descriptor once everything is up.
     #[arg(long, value_name = "FD")]
     ready_fd: Option<u32>,
 }
 
-/// Serves until SIGINT or SIGTERM.
-pub fn run(args: &Args) -> Result<()> {
+/// Serves until SIGINT or SIGTERM, with `classes` beside those of vbus.
+pub fn run(args: &Args, classes: Vec<Box<dyn DeviceClass>>) -> Result<()> {
     log::start();
     let (config, source) = match &args.config {
         Some(path) => {
@@ -44,11 +46,11 @@ pub fn run(args: &Args) -> Result<()> {
         None => (Config::default(), None),
     };
     raise_descriptor_limit();
-    let claimed = Claimed::claim(&rundir::choose(args.place.dir.as_deref()))?;
+    let claimed = Claimed::claim(&rundir::choose(args.bus.dir.as_deref()))?;
     // Before anything is served, so that no signal finds the sockets in place and nobody to remove
     // them.
-    let stop = signals()?;
-    let host = Arc::new(Host::start(claimed, &config)?);
+    let stop = signals::termination()?;
+    let host = Arc::new(Host::start(claimed, &config, classes)?);
     // Who asks before all devices are there waits.
     let accept = control::Acceptor::bind(host.clone())?;
     for (number, spec) in config.devices.iter().enumerate() {
@@ -84,16 +86,6 @@ pub fn run(args: &Args) -> Result<()> {
     drop(accept);
     host.stop();
     Ok(())
-}
-
-/// Becomes readable by the first SIGINT or SIGTERM.
-fn signals() -> Result<UnixStream> {
-    let (read, write) = UnixStream::pair().context("making a socket pair")?;
-    for signal in [SIGINT, SIGTERM] {
-        let write = write.try_clone().context("duplicating a socket")?;
-        signal_hook::low_level::pipe::register(signal, write).context("catching signals")?;
-    }
-    Ok(read)
 }
 
 /// A device takes a few descriptors: as many as the system allows.

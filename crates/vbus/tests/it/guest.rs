@@ -1,14 +1,10 @@
-//! `vbus guest` in a plain process: devices over their sockets, without a VM and without root.
-
-#![allow(clippy::unwrap_used)]
-
-mod support;
+//! `vbus-guest` in a plain process: devices over their sockets, without a VM and without root.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, ChildStdout, Stdio};
 
+use crate::support::{Served, vbus_guest};
 use serde_json::json;
-use support::{Served, vbus};
 
 const CONFIG: &str = r#"
 [[device]]
@@ -34,8 +30,13 @@ struct Lines {
 
 impl Lines {
     fn start(bus: &Served, args: &[&str]) -> Lines {
-        let mut child =
-            vbus().args(args).arg("--dir").arg(&bus.dir).stdout(Stdio::piped()).spawn().unwrap();
+        let mut child = vbus_guest()
+            .args(args)
+            .arg("--dir")
+            .arg(&bus.dir)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap());
         Lines { child, lines }
     }
@@ -57,13 +58,13 @@ impl Drop for Lines {
 #[test]
 fn the_devices_of_a_bus_are_listed() {
     let bus = Served::start(CONFIG);
-    let list = bus.json(&["guest", "list"]);
+    let list = bus.guest().json(&["list"]);
     let names: Vec<_> =
         list.as_array().unwrap().iter().map(|f| [&f["name"], &f["class"], &f["state"]]).collect();
     assert_eq!(names, [["net-a", "venet", "closed"], ["values", "state", "closed"]]);
     assert_eq!((&list[0]["doorbells"], &list[0]["doorbell"]), (&json!(["mmio"]), &json!("mmio")));
     assert!(list[0]["doorbell_ns"]["mmio"].as_u64().unwrap() > 0, "{list}");
-    let table = bus.good(&["guest", "list"]);
+    let table = bus.guest().good(&["list"]);
     assert_eq!(table.lines().count(), 3, "{table}");
     assert!(table.starts_with("FUNCTION"), "{table}");
 }
@@ -71,43 +72,43 @@ fn the_devices_of_a_bus_are_listed() {
 #[test]
 fn a_doorbell_is_rung_as_often_as_asked_for() {
     let bus = Served::start(CONFIG);
-    let rung = bus.json(&["guest", "ring", "values", "--count", "5000", "--handle", "0"]);
+    let rung = bus.guest().json(&["ring", "values", "--count", "5000", "--handle", "0"]);
     assert_eq!(
         [&rung["doorbell"], &rung["count"], &rung["handle"]],
         [&json!("mmio"), &json!(5000), &json!(0)]
     );
-    assert!(bus.good(&["guest", "ring", "net-a"]).contains("1000 times by mmio"));
-    let done = bus.run(&["guest", "ring", "values", "--handle", "1024"]);
+    assert!(bus.guest().good(&["ring", "net-a"]).contains("1000 times by mmio"));
+    let done = bus.guest().run(&["ring", "values", "--handle", "1024"]);
     assert!(done.code == Some(1) && done.err.contains("doorbells 0 to"), "{}", done.err);
-    let done = bus.run(&["guest", "ring", "values", "--doorbell", "pio"]);
+    let done = bus.guest().run(&["ring", "values", "--doorbell", "pio"]);
     assert!(done.code == Some(1) && done.err.contains("no such doorbells"), "{}", done.err);
 }
 
 #[test]
 fn values_pass_both_ways_and_stay() {
     let bus = Served::start(CONFIG);
-    let list = bus.json(&["guest", "state", "list"]);
+    let list = bus.guest().json(&["state", "list"]);
     assert_eq!(list[1], json!({ "name": "load", "owner": "driver", "bytes": 64 }));
-    assert_eq!(bus.good(&["guest", "state", "get", "setpoint"]), "20\n");
+    assert_eq!(bus.guest().good(&["state", "get", "setpoint"]), "20\n");
     bus.good(&["state", "set", "values", "setpoint", "42"]);
-    assert_eq!(bus.good(&["guest", "state", "get", "setpoint"]), "42\n");
+    assert_eq!(bus.guest().good(&["state", "get", "setpoint"]), "42\n");
     assert_eq!(
-        bus.good(&["guest", "state", "get", "setpoint", "--hex"]),
+        bus.guest().good(&["state", "get", "setpoint", "--hex"]),
         format!("3432{}\n", "00".repeat(14))
     );
-    bus.good(&["guest", "state", "set", "load", "busy"]);
+    bus.guest().good(&["state", "set", "load", "busy"]);
     assert_eq!(bus.good(&["state", "get", "values", "load"]), "busy\n");
-    bus.good(&["guest", "state", "set", "load", "--hex", "ff 00"]);
+    bus.guest().good(&["state", "set", "load", "--hex", "ff 00"]);
     assert_eq!(bus.good(&["state", "get", "values", "load"]), format!("ff{}\n", "00".repeat(63)));
     let big = "x".repeat(100_000);
-    bus.good(&["guest", "state", "set", "big", &big]);
+    bus.guest().good(&["state", "set", "big", &big]);
     assert_eq!(bus.good(&["state", "get", "values", "big"]).trim_end(), big);
 }
 
 #[test]
 fn a_watch_follows_the_host() {
     let bus = Served::start(CONFIG);
-    let mut watch = Lines::start(&bus, &["guest", "state", "watch", "setpoint", "--count", "4"]);
+    let mut watch = Lines::start(&bus, &["state", "watch", "setpoint", "--count", "4"]);
     assert_eq!(watch.next(), "20");
     for value in ["one", "two", "three"] {
         bus.good(&["state", "set", "values", "setpoint", value]);
@@ -119,28 +120,28 @@ fn a_watch_follows_the_host() {
 #[test]
 fn one_driver_at_a_time_and_errors_say_what_to_do() {
     let bus = Served::start(CONFIG);
-    let mut watch = Lines::start(&bus, &["guest", "state", "watch", "setpoint"]);
+    let mut watch = Lines::start(&bus, &["state", "watch", "setpoint"]);
     assert_eq!(watch.next(), "20");
     let fails = |args: &[&str], text: &str| {
-        let done = bus.run(args);
+        let done = bus.guest().run(args);
         assert_eq!(done.code, Some(1), "{args:?}");
         assert!(done.err.contains(text), "{args:?}: {}", done.err);
     };
-    fails(&["guest", "state", "get", "setpoint"], "in use");
+    fails(&["state", "get", "setpoint"], "in use");
     drop(watch);
-    fails(&["guest", "state", "get", "nothing"], "no page \"nothing\"");
-    fails(&["guest", "state", "get", "load"], "the driver itself writes");
-    fails(&["guest", "state", "set", "setpoint", "1"], "the device writes");
-    fails(&["guest", "state", "set", "load", &"x".repeat(65)], "has 64 bytes, this one has 65");
-    fails(&["guest", "state", "set", "load", "--hex", "0"], "odd number");
-    fails(&["guest", "state", "--device", "other", "list"], "no state device \"other\"");
-    assert_eq!(bus.good(&["guest", "state", "--device", "values", "get", "setpoint"]), "20\n");
+    fails(&["state", "get", "nothing"], "no page \"nothing\"");
+    fails(&["state", "get", "load"], "the driver itself writes");
+    fails(&["state", "set", "setpoint", "1"], "the device writes");
+    fails(&["state", "set", "load", &"x".repeat(65)], "has 64 bytes, this one has 65");
+    fails(&["state", "set", "load", "--hex", "0"], "odd number");
+    fails(&["state", "--device", "other", "list"], "no state device \"other\"");
+    assert_eq!(bus.guest().good(&["state", "--device", "values", "get", "setpoint"]), "20\n");
 }
 
 #[test]
 fn the_end_of_the_bus_ends_a_watch() {
     let mut bus = Served::start(CONFIG);
-    let mut watch = Lines::start(&bus, &["guest", "state", "watch", "setpoint"]);
+    let mut watch = Lines::start(&bus, &["state", "watch", "setpoint"]);
     assert_eq!(watch.next(), "20");
     bus.child.kill().unwrap();
     assert_eq!(watch.next(), "", "there is nothing more to come");

@@ -1,14 +1,10 @@
-//! `vbus guest net --all` in a plain process: NICs come to a bus and go while it runs. Its
+//! `vbus-guest net --all` in a plain process: NICs come to a bus and go while it runs. Its
 //! interfaces are TAP, so this needs root.
-
-#![allow(clippy::unwrap_used)]
-
-mod support;
 
 use std::fs::File;
 use std::process::Child;
 
-use support::{Served, vbus, wait_until};
+use crate::support::{Served, vbus_guest, wait_until};
 
 /// Ended with the test.
 struct Driver(Child);
@@ -36,7 +32,7 @@ fn a_driver_takes_what_comes_and_lets_go_of_what_goes() {
         bus.good(&["device", "add", name, "--class", "venet", "--set", "backend=null"])
     };
     let mut driver =
-        Driver(vbus().args(["guest", "net", "--all", "--dir"]).arg(&bus.dir).spawn().unwrap());
+        Driver(vbus_guest().args(["net", "--all", "--dir"]).arg(&bus.dir).spawn().unwrap());
     add("net0");
     wait_until("the first NIC is driven", || state(&bus, "net0") == "open");
     add("net1");

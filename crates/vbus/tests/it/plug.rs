@@ -1,17 +1,13 @@
 //! `vbus device add|remove --qmp` against a QEMU that says what the test wants. Real ones are in
 //! the VM tests.
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
-
-mod support;
-
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread::JoinHandle;
 
+use crate::support::{Served, wait_until};
 use serde_json::{Value, json};
-use support::{Served, wait_until};
 
 const CONFIG: &str = "[[device]]\nname = \"net0\"\nclass = \"venet\"\nbackend = \"switch\"\n";
 
@@ -96,7 +92,7 @@ fn serve(
     Ok(())
 }
 
-fn add(bus: &Served, qmp: &str) -> support::Done {
+fn add(bus: &Served, qmp: &str) -> crate::support::Done {
     bus.run(&["device", "add", "net1", "--class", "venet", "--set", "backend=null", "--qmp", qmp])
 }
 

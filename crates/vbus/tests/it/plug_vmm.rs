@@ -1,16 +1,12 @@
 //! `vbus device add|remove --vmm` against a vbus-vmm that says what the test wants. The real one is
 //! in the tests with KVM.
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
-
-mod support;
-
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, channel};
 
+use crate::support::{Done, Served, wait_until};
 use serde_json::{Value, json};
-use support::{Done, Served, wait_until};
 
 const CONFIG: &str = "[[device]]\nname = \"net0\"\nclass = \"venet\"\nbackend = \"switch\"\n";
 

@@ -1,16 +1,13 @@
-//! `vbus guest sched` against a bus whose virtual CPUs are threads of this test.
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
+//! `vbus-guest sched` against a bus whose virtual CPUs are threads of this test.
 #![allow(unsafe_code)] // There is no safe wrapper for sched_setscheduler.
-
-mod support;
 
 use std::process::{Child, Stdio};
 use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 
+use crate::support::{Served, vbus_guest, wait_until};
 use rustix::process::{Pid, Signal};
 use serde_json::Value;
-use support::{Served, vbus, wait_until};
 
 /// A thread that sleeps until it is dropped.
 struct Sleeper {
@@ -79,8 +76,8 @@ impl Stage {
     }
 
     fn follow(&self, args: &[&str]) -> Child {
-        let mut command = vbus();
-        command.args(["guest", "sched"]).args(args).arg("--dir").arg(&self.bus.dir);
+        let mut command = vbus_guest();
+        command.arg("sched").args(args).arg("--dir").arg(&self.bus.dir);
         command.stderr(Stdio::null()).spawn().unwrap()
     }
 
@@ -117,12 +114,12 @@ fn a_task_is_followed_shown_and_let_go() {
     std::thread::sleep(std::time::Duration::from_millis(800));
     stage.wait_boosted((1, 5));
     let is_boosted = |cpu: &&Value| cpu["class"] == "fifo";
-    let shown = stage.bus.json(&["guest", "sched", "show"]);
+    let shown = stage.bus.guest().json(&["sched", "show"]);
     let cpu = shown["cpus"].as_array().unwrap().iter().find(is_boosted).unwrap();
     assert_eq!((&cpu["priority"], &cpu["outcome"]), (&5.into(), &"clamped".into()));
     assert!(cpu["updates"].as_u64() >= Some(4), "it was renewed: {cpu}");
     assert_eq!(cpu["expired"], 0);
-    let table = stage.bus.good(&["guest", "sched", "show"]);
+    let table = stage.bus.guest().good(&["sched", "show"]);
     assert!(table.starts_with("CPU") && table.contains("highest priority 5"), "{table}");
     let shown = stage.bus.json(&["device", "show", "cpus"]);
     let cpu = shown["device"]["cpus"].as_array().unwrap().iter().find(is_boosted).unwrap();
@@ -134,7 +131,7 @@ fn a_task_is_followed_shown_and_let_go() {
     assert!(driver.wait().unwrap().success());
     assert!(cpus.iter().all(|cpu| cpu.class() == (0, 0)));
     // Without a driver the device itself is asked.
-    let shown = bus.json(&["guest", "sched", "show"]);
+    let shown = bus.guest().json(&["sched", "show"]);
     assert!(shown["cpus"].as_array().unwrap().iter().any(|cpu| cpu["changes"].as_u64() >= Some(2)));
 }
 
@@ -258,7 +255,7 @@ fn a_guardian_that_was_killed_has_a_successor() {
             None => end(driver),
         }
         stage.wait_own();
-        assert!(began.elapsed() < support::PATIENCE, "there is no other guardian");
+        assert!(began.elapsed() < crate::support::PATIENCE, "there is no other guardian");
     };
     stage.bus.signal(Signal::KILL);
     stage.bus.child.wait().unwrap();

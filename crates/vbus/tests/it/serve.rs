@@ -1,15 +1,11 @@
 //! `vbus serve` as a process: what it makes, refuses, bears and leaves behind.
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
-
-mod support;
-
 use std::io::Write;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::time::Duration;
 
+use crate::support::{PATIENCE, Served, exchange, run, vbus, wait_until};
 use rustix::process::Signal;
 use serde_json::Value;
-use support::{PATIENCE, Served, exchange, run, vbus, wait_until};
 
 const TWO: &str = r#"
 [bus]
@@ -262,4 +258,11 @@ fn a_connection_to_a_device_counts_as_use() {
     assert!(bus.bad(&["device", "remove", "net0"]).contains("--force"));
     bus.good(&["device", "remove", "net0", "--force"]);
     assert_eq!(bus.json(&["device", "list"]).as_array().unwrap().len(), 1);
+}
+
+#[test]
+fn vbus_guest_says_which_program_drives_devices() {
+    let done = vbus().args(["guest", "net", "--all", "--help"]).output().unwrap();
+    let err = String::from_utf8(done.stderr).unwrap();
+    assert!(done.status.code() == Some(1) && err.contains("`vbus-guest`"), "{err}");
 }

@@ -1,12 +1,8 @@
 //! `vbus state` against a bus with a state device.
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
-
-mod support;
-
 use std::io::{BufRead, BufReader};
 use std::process::Stdio;
 
-use support::{Served, vbus, wait_until};
+use crate::support::{Served, vbus, wait_until};
 
 const CONFIG: &str = r#"
 [[device]]

@@ -88,7 +88,7 @@ fn streams(rig: &Rig, bus: &InnerBus, inner: &Inner, seed: u64) -> Result<()> {
     let files = open_files(rig, inner)?;
 
     let watch =
-        inner.guest.start(&format!("exec vbus guest state watch setpoint --device {VICTIM}"))?;
+        inner.guest.start(&format!("exec vbus-guest state watch setpoint --device {VICTIM}"))?;
     watch.wait_for("whole", LIMIT)?;
     stream(rig, inner, seed, FUNCTION).context("nonsense for a function")?;
     inner.control(&format!(r#"{{"op":"unplug","name":"{VICTIM}"}}"#))?;
@@ -176,14 +176,14 @@ fn plug_victim(bus: &InnerBus, inner: &Inner) -> Result<()> {
     )?;
     let found = inner
         .guest
-        .start(&format!("until vbus guest list | grep -q {VICTIM}; do sleep 0.05; done"))?;
+        .start(&format!("until vbus-guest list | grep -q {VICTIM}; do sleep 0.05; done"))?;
     found.ok(LIMIT).map(drop).context("the guest does not find what is plugged in")
 }
 
 /// A driver of the state device `name` sees its page `setpoint` change to `value`.
 pub(super) fn check_driver(bus: &InnerBus, inner: &Inner, name: &str, value: &str) -> Result<()> {
     let watch =
-        inner.guest.start(&format!("exec vbus guest state watch setpoint --device {name}"))?;
+        inner.guest.start(&format!("exec vbus-guest state watch setpoint --device {name}"))?;
     // Its first value, whatever that is: the driver is there.
     watch.wait_for("\n", LIMIT)?;
     bus.run(&format!("state set {name} setpoint {value}"))?;

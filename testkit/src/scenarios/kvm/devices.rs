@@ -38,7 +38,7 @@ pub fn traffic(rig: &Rig, _: &mut Figures) -> Result<()> {
     let spec = Spec { cpus: 2, ..Spec::new("linux") };
     let inner =
         spec.device("net", &bus.socket("net")).device("values", &bus.socket("values")).boot(rig)?;
-    let found = inner.guest.ok("vbus guest list")?;
+    let found = inner.guest.ok("vbus-guest list")?;
     ensure!(found.contains("net") && found.contains("values"), "the guest finds\n{found}");
     eprintln!("{}", found.trim());
     let nic = net::nic(&inner.guest)?;
@@ -141,7 +141,7 @@ pub fn plug_cycles(rig: &Rig, _: &mut Figures) -> Result<()> {
                 "device add {name} --class venet --set backend=null --vmm {control}"
             ))?;
         }
-        until(&inner, &format!("[ $(vbus guest list | grep -c extra) = {TOGETHER} ]"))?;
+        until(&inner, &format!("[ $(vbus-guest list | grep -c extra) = {TOGETHER} ]"))?;
         let mut extras = Vec::new();
         for (n, name) in (1..).zip(&names) {
             let extra =
@@ -184,7 +184,7 @@ pub fn deaths(rig: &Rig, _: &mut Figures) -> Result<()> {
     let streams = endless(rig, &inner)?;
     first.kill()?;
     drop(first);
-    until(&inner, "[ -z \"$(vbus guest list 2>/dev/null | grep net)\" ]")
+    until(&inner, "[ -z \"$(vbus-guest list 2>/dev/null | grep net)\" ]")
         .context("the NIC does not leave")?;
     let ended = nic.driver.wait(TRANSFER)?;
     ensure!(ended.code != 101, "the driver panicked: {}", ended.stderr);
@@ -193,7 +193,7 @@ pub fn deaths(rig: &Rig, _: &mut Figures) -> Result<()> {
     let bus = InnerBus::start(rig, "")?;
     bus.run(&format!("{ADD_NET} --vmm {}", inner.control_socket()))?;
     net::address_tap(rig)?;
-    until(&inner, "vbus guest list | grep -q net").context("the NIC does not come back")?;
+    until(&inner, "vbus-guest list | grep -q net").context("the NIC does not come back")?;
     let nic = net::nic(&inner.guest)?;
     net::exchange(rig, &inner.guest, EXCHANGE)?;
 

@@ -72,7 +72,7 @@ pub fn kinds(rig: &Rig, figures: &mut Figures) -> Result<()> {
         let before = (rig.kvm_stat("exits")?, rung(&bus, "values")?);
         let rings = inner
             .guest
-            .ok(&format!("vbus guest ring values --count {RINGS} --doorbell {kind} --json"))?;
+            .ok(&format!("vbus-guest ring values --count {RINGS} --doorbell {kind} --json"))?;
         let rings: Value = serde_json::from_str(&rings)?;
         ensure!(rings["doorbell"] == kind, "rang by {rings}");
         let (exits, rung) = (rig.kvm_stat("exits")? - before.0, rung(&bus, "values")? - before.1);
@@ -108,7 +108,7 @@ pub fn kinds(rig: &Rig, figures: &mut Figures) -> Result<()> {
     for device in list(&inner.guest)? {
         ensure!(device["doorbells"] == json!(["mmio"]), "offered: {device}");
     }
-    let refused = inner.guest.run("vbus guest ring values --doorbell pio")?;
+    let refused = inner.guest.run("vbus-guest ring values --doorbell pio")?;
     ensure!(
         refused.code == 1 && refused.stderr.contains("no such doorbells"),
         "{}",
@@ -135,13 +135,13 @@ fn blow(rig: &Rig, bus: &InnerBus, inner: &Inner, figures: &mut Figures) -> Resu
     let guest = &inner.guest;
     let _nic = net::nic(guest)?;
     exchange(rig, guest, MIB)?;
-    let watch = guest.start("exec vbus guest state watch setpoint")?;
+    let watch = guest.start("exec vbus-guest state watch setpoint")?;
     watch.wait_for("calm", LIMIT)?;
 
     let before = (works(bus)?, rung(bus, "net")? + rung(bus, "values")?, Instant::now());
     // The lowest handles are in use: the NIC's status page and rings, the watched page.
     let ring = |device: &str, options: &str| {
-        guest.start(&format!("exec vbus guest ring {device} --count 1000000000000 {options}"))
+        guest.start(&format!("exec vbus-guest ring {device} --count 1000000000000 {options}"))
     };
     let storms = [
         ring("net", "--doorbell pio --handle 1")?,
@@ -183,9 +183,9 @@ fn blow(rig: &Rig, bus: &InnerBus, inner: &Inner, figures: &mut Figures) -> Resu
     exchange(rig, guest, MIB).context("after the storm")
 }
 
-/// `vbus guest list` in the guest.
+/// `vbus-guest list` in the guest.
 fn list(guest: &Guest) -> Result<Vec<Value>> {
-    let text = guest.ok("vbus guest list --json")?;
+    let text = guest.ok("vbus-guest list --json")?;
     let devices: Vec<Value> =
         serde_json::from_str(&text).with_context(|| format!("no list: {text}"))?;
     ensure!(

@@ -158,7 +158,7 @@ fn all(rig: &Rig, bus: &InnerBus, inner: &Inner) -> Result<()> {
     for (liar, works) in &liars {
         if *works {
             let found = inner.guest.start(&format!(
-                "until vbus guest list | grep -q '{}'; do sleep 0.1; done",
+                "until vbus-guest list | grep -q '{}'; do sleep 0.1; done",
                 liar.name
             ))?;
             found.ok(LIMIT).with_context(|| format!("the guest does not find {}", liar.name))?;
@@ -189,7 +189,7 @@ fn all(rig: &Rig, bus: &InnerBus, inner: &Inner) -> Result<()> {
         .control(&json!({ "op": "plug", "name": name, "socket": bus.socket(name) }).to_string())?;
     inner
         .guest
-        .start(&format!("until vbus guest list | grep -q '{name}'; do sleep 0.1; done"))?
+        .start(&format!("until vbus-guest list | grep -q '{name}'; do sleep 0.1; done"))?
         .ok(LIMIT)?;
     check_driver(bus, inner, name, "honest")?;
 

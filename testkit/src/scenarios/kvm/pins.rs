@@ -54,7 +54,7 @@ fn interrupts(
 ) -> Result<()> {
     nic::prepare(&inner.guest)?;
     let watch = |name: &String| {
-        inner.guest.start(&format!("exec vbus guest state watch setpoint --device {name}"))
+        inner.guest.start(&format!("exec vbus-guest state watch setpoint --device {name}"))
     };
     let watches = names.iter().map(watch).collect::<Result<Vec<Running>>>()?;
     // What was last set; then each waits for its interrupt.

@@ -74,7 +74,7 @@ pub fn latency(rig: &Rig, figures: &mut Figures) -> Result<()> {
     nic::prepare(&inner.guest)?;
 
     let task = inner.guest.start("exec guest-agent fifo 20 taskset 2 sleep 1000")?;
-    let driver = inner.guest.start("exec vbus guest sched --sleeping")?;
+    let driver = inner.guest.start("exec vbus-guest sched --sleeping")?;
     wait_class(rig, &bus, "fifo 20", "20 1").with_context(|| format!("{:?}", driver.said()))?;
     let shown: Value = serde_json::from_str(&bus.run("device show cpus --json")?)?;
     let thread = |cpu: usize| shown["device"]["cpus"][cpu]["thread"].as_u64().context("no thread");
@@ -99,7 +99,7 @@ pub fn latency(rig: &Rig, figures: &mut Figures) -> Result<()> {
     let mut rounds = Vec::new();
     for _ in 0..ROUNDS {
         let without = measure(&inner)?;
-        let driver = inner.guest.start("exec vbus guest sched --sleeping")?;
+        let driver = inner.guest.start("exec vbus-guest sched --sleeping")?;
         let with = measure(&inner)?;
         driver.kill()?;
         driver.wait(LIMIT)?;

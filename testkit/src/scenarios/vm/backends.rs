@@ -105,7 +105,7 @@ pub fn passt(scene: &Scene) -> Result<()> {
     Ok(())
 }
 
-/// In one guest and run, TCP to and from the host through `vbus guest net` on TAP is at least half
+/// In one guest and run, TCP to and from the host through `vbus-guest net` on TAP is at least half
 /// as fast as through QEMU's own virtio-net on TAP, each way.
 pub fn tap(scene: &Scene) -> Result<()> {
     const ROUNDS: usize = 5;

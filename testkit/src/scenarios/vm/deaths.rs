@@ -71,7 +71,7 @@ pub fn bus(scene: &Scene) -> Result<()> {
         vm.control.forget_events();
         vm.unplug("dev0")?;
         vm.guest.ok(
-            "until [ -z \"$(vbus guest list 2>/dev/null | grep net-)\" ]; do sleep 0.05; done",
+            "until [ -z \"$(vbus-guest list 2>/dev/null | grep net-)\" ]; do sleep 0.05; done",
         )?;
     }
     for nic in pair.nics.drain(..) {
@@ -83,7 +83,7 @@ pub fn bus(scene: &Scene) -> Result<()> {
     pair.bus = Bus::start(scene, &config)?;
     for (vm, name) in pair.vms.iter_mut().zip(["net-a", "net-b"]) {
         vm.plug("again", 1, &pair.bus.socket(name))?;
-        vm.guest.ok("until vbus guest list | grep -q net-; do sleep 0.05; done")?;
+        vm.guest.ok("until vbus-guest list | grep -q net-; do sleep 0.05; done")?;
     }
     for at in 0..2 {
         let nic = pair.driver(at, "")?;

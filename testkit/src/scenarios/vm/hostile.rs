@@ -26,7 +26,7 @@ pub fn scribbler(scene: &Scene) -> Result<()> {
     // Each round a fresh driver is driven mad; it may notice and end, or be ended.
     let script = format!(
         "n=0; total=0; while [ $n -lt {ROUNDS} ]; do n=$((n+1)); \
-         vbus guest net --name vbus0 >/tmp/net.log 2>&1 & pid=$!; \
+         vbus-guest net --name vbus0 >/tmp/net.log 2>&1 & pid=$!; \
          i=0; until [ -e /sys/class/net/vbus0 ] || [ $i -gt 100 ]; do i=$((i+1)); sleep 0.05; done; \
          ip addr add 10.0.0.3/24 dev vbus0; ip link set vbus0 up; ping -i 0.01 10.0.0.1 >/dev/null & ping=$!; \
          what=memory; [ $((n%2)) = 0 ] && what=all; w=$(guest-agent scribble $pid 40000 $n $what) && total=$((total+w)); \
@@ -67,7 +67,7 @@ pub fn share_off(scene: &Scene) -> Result<()> {
     machine.share = false;
     let vm = machine.boot(scene)?;
     nic::prepare(&vm.guest)?;
-    let output = vm.guest.run_for("vbus guest net --name vbus0", TRANSFER)?;
+    let output = vm.guest.run_for("vbus-guest net --name vbus0", TRANSFER)?;
     ensure!(output.code != 0, "the driver works although the memory is not shared");
     ensure!(
         output.stderr.contains("share=on"),

@@ -36,7 +36,7 @@ pub fn cycles(scene: &Scene) -> Result<()> {
             "--qmp",
             &qmp,
         ])?;
-        pair.a().ok("until vbus guest list | grep -q extra; do sleep 0.02; done")?;
+        pair.a().ok("until vbus-guest list | grep -q extra; do sleep 0.02; done")?;
         plugs.push(began.elapsed().as_millis());
         let nic = Nic::up(&pair.vms[0].guest, "extra", "vbus1", "10.0.1.1/24", "")?;
         let began = std::time::Instant::now();
@@ -60,7 +60,7 @@ pub fn cycles(scene: &Scene) -> Result<()> {
     pair.transfer(5001, 16 << 20)
 }
 
-/// One `vbus guest net --all` serves whatever is plugged in, follows its link, and lets go of what
+/// One `vbus-guest net --all` serves whatever is plugged in, follows its link, and lets go of what
 /// is unplugged.
 pub fn follow(scene: &Scene) -> Result<()> {
     const INTERFACE: &str = "/sys/class/net/vbus0";
@@ -68,7 +68,7 @@ pub fn follow(scene: &Scene) -> Result<()> {
     let vm = Machine::new("a").boot(scene)?;
     nic::prepare(&vm.guest)?;
     let qmp = vm.qmp_socket().display().to_string();
-    let driver = vm.guest.start("exec vbus guest net --all --up")?;
+    let driver = vm.guest.start("exec vbus-guest net --all --up")?;
     let until = |what: &str| vm.guest.ok(&format!("until {what}; do sleep 0.02; done"));
     for cycle in 0..3 {
         let stream = scene.dir().join(format!("stream-{cycle}"));

@@ -123,11 +123,11 @@ pub fn follows(scene: &Scene) -> Result<()> {
 
     // A task that is named, asleep though it is; on another CPU; and its end.
     let (task, pid) = stage.task(1, 20)?;
-    let driver = guest.start(&format!("exec vbus guest sched --pid {pid}"))?;
+    let driver = guest.start(&format!("exec vbus-guest sched --pid {pid}"))?;
     stage.wait("a task of priority 20 on CPU 1", [OWN, fifo(20)])?;
     std::thread::sleep(BOOST * 2);
     ensure!(stage.class(1)? == fifo(20), "it is not kept up: {:?}", stage.class(1)?);
-    let shown: Value = serde_json::from_str(&guest.ok("vbus guest sched show --json")?)?;
+    let shown: Value = serde_json::from_str(&guest.ok("vbus-guest sched show --json")?)?;
     let cpu = &shown["cpus"][1];
     ensure!(
         cpu["class"] == "fifo" && cpu["priority"] == 20 && cpu["outcome"] == "granted",
@@ -141,13 +141,13 @@ pub fn follows(scene: &Scene) -> Result<()> {
     // The most urgent of those that sleep, no higher than the bus allows. A driver that hangs keeps
     // nothing, nor does one that is killed.
     let tasks = [stage.task(0, 5)?, stage.task(1, 7)?, stage.task(1, 80)?];
-    let driver = guest.start("exec vbus guest sched --sleeping")?;
+    let driver = guest.start("exec vbus-guest sched --sleeping")?;
     stage.wait("three tasks", [fifo(5), fifo(HIGHEST)])?;
     tasks[2].0.kill()?;
     stage.wait("the most urgent has ended", [fifo(5), fifo(7)])?;
-    guest.ok("killall -STOP vbus")?;
+    guest.ok("killall -STOP vbus-guest")?;
     let took = stage.wait("the driver hangs", [OWN, OWN])?;
-    guest.ok("killall -CONT vbus")?;
+    guest.ok("killall -CONT vbus-guest")?;
     stage.wait("the driver goes on", [fifo(5), fifo(7)])?;
     driver.kill()?;
     let code = driver.wait(LIMIT)?.code;
@@ -162,7 +162,7 @@ pub fn follows(scene: &Scene) -> Result<()> {
     }
 
     // One that runs is seen without --sleeping too.
-    let driver = guest.start("exec vbus guest sched")?;
+    let driver = guest.start("exec vbus-guest sched")?;
     let busy = guest.start("exec guest-agent fifo 9 taskset 2 guest-agent spin")?;
     stage.wait("a busy task on CPU 1", [OWN, fifo(9)])?;
     busy.kill()?;
@@ -189,16 +189,16 @@ pub fn follows(scene: &Scene) -> Result<()> {
     // A guest that is reset, and then the bus, which ends in good order.
     let socket = stage.bus.socket("cpus");
     stage.vm.plug("again", 1, &socket)?;
-    guest.ok("until vbus guest list | grep -q cpus; do sleep 0.05; done")?;
+    guest.ok("until vbus-guest list | grep -q cpus; do sleep 0.05; done")?;
     stage.task(0, 6)?;
-    guest.start("exec vbus guest sched --sleeping")?;
+    guest.start("exec vbus-guest sched --sleeping")?;
     stage.wait("the device is back", [fifo(6), OWN])?;
     stage.vm.reset()?;
     stage.wait("the guest was reset", [OWN, OWN])?;
     stage.vm.wait_boot(2)?;
     nic::prepare(&stage.vm.guest)?;
     stage.task(0, 6)?;
-    guest.start("exec vbus guest sched --sleeping")?;
+    guest.start("exec vbus-guest sched --sleeping")?;
     stage.wait("the guest is back", [fifo(6), OWN])?;
     let status = stage.bus.process.terminate(LIMIT)?;
     ensure!(status.success(), "the bus ended with {status}");
@@ -216,7 +216,7 @@ pub fn bus_killed(scene: &Scene) -> Result<()> {
     let mut stage = Stage::set_with(scene, Duration::from_secs(60))?;
     let guest = stage.vm.guest.clone();
     let _tasks = [stage.task(0, 6)?, stage.task(1, 7)?];
-    let driver = guest.start("exec vbus guest sched --sleeping")?;
+    let driver = guest.start("exec vbus-guest sched --sleeping")?;
     stage.wait("two tasks", [fifo(6), fifo(7)])?;
     stage.bus.process.kill()?;
     let took = stage.wait("the bus was killed", [OWN, OWN])?;
@@ -287,7 +287,7 @@ pub fn latency(scene: &Scene) -> Result<()> {
     let mut ratios = Vec::new();
     for _ in 0..ROUNDS {
         let without = measure()?;
-        let driver = guest.start("exec vbus guest sched --sleeping")?;
+        let driver = guest.start("exec vbus-guest sched --sleeping")?;
         let with = measure()?;
         driver.kill()?;
         driver.wait(LIMIT)?;

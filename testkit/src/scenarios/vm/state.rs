@@ -27,7 +27,7 @@ pub fn pages(scene: &Scene) -> Result<()> {
 
     // A watcher in the guest may miss values, never the newest one.
     bus.run(&["state", "set", "values", "setpoint", "before"])?;
-    let watch = vm.guest.start("exec vbus guest state watch setpoint")?;
+    let watch = vm.guest.start("exec vbus-guest state watch setpoint")?;
     watch.wait_for("before", LIMIT)?;
     for n in 0..50 {
         bus.run(&["state", "set", "values", "setpoint", &format!("value-{n}-")])?;
@@ -38,7 +38,7 @@ pub fn pages(scene: &Scene) -> Result<()> {
 
     let watch = bus.watch("values", "heartbeat")?;
     for n in 0..5 {
-        vm.guest.ok(&format!("vbus guest state set heartbeat beat-{n}-"))?;
+        vm.guest.ok(&format!("vbus-guest state set heartbeat beat-{n}-"))?;
         watch.wait_for(&format!("beat-{n}-"), LIMIT)?;
     }
 
@@ -53,7 +53,7 @@ pub fn pages(scene: &Scene) -> Result<()> {
     let mut set = bus.command(&["state", "set", "values", "large", "-"]);
     let output = set.stdin(File::open(&file)?).output().context("cannot run vbus")?;
     ensure!(output.status.success(), "vbus state set: {}", String::from_utf8_lossy(&output.stderr));
-    let sum = vm.guest.ok(&format!("vbus guest state get large | head -c {LARGE} | sha256sum"))?;
+    let sum = vm.guest.ok(&format!("vbus-guest state get large | head -c {LARGE} | sha256sum"))?;
     let expected = scene.lab.busybox().arg("sha256sum").arg(&file).output()?;
     let expected = String::from_utf8_lossy(&expected.stdout).into_owned();
     let hash = |line: &str| line.split(' ').next().unwrap_or("").to_owned();

@@ -48,7 +48,7 @@ fn take<H: Hal>(function: &mut Function<H>, kind: u8) -> Result<()> {
         anyhow!(if offered {
             "this process may not write to I/O ports (it needs CAP_SYS_RAWIO, and a kernel that is not locked down)"
         } else {
-            "the device has no such doorbells; `vbus guest list` shows what it has"
+            "the device has no such doorbells; `vbus-guest list` shows what it has"
         })
     })
 }

@@ -1,12 +1,12 @@
-//! `vbus guest list`: the functions that are here.
+//! `vbus-guest list`: the functions that are here.
 
 use anyhow::Result;
 use serde_json::{Map, Value, json};
 use vbus_driver::{ConnectionState, Function, Hal};
 
-use super::doorbell;
-use super::source::Source;
-use crate::output::{columns, emit, emit_json};
+use crate::doorbell;
+use vbus_cli::output::{columns, emit, emit_json};
+use vbus_guest::Source;
 
 /// Prints them.
 pub fn run<S: Source>(source: &S, as_json: bool) -> Result<()> {

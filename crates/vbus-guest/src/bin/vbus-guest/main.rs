@@ -1,28 +1,27 @@
-//! `vbus guest`: the driver's end, in a virtual machine or in a plain process.
+//! The program `vbus-guest`: the driver's end, in a virtual machine or in a plain process.
 
 mod doorbell;
 mod list;
 mod net;
-mod pci;
 mod ring;
 mod sched;
-mod signals;
-mod socket;
-mod source;
 mod state;
 
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use anyhow::Result;
+use clap::Parser;
+use vbus_cli::log;
+use vbus_guest::{PciSource, SocketSource, Source};
 
-use crate::serve::log;
-use pci::PciSource;
-use socket::SocketSource;
-use source::Source;
-
-/// Drive the devices of a bus: those on this machine's PCI bus, or those behind sockets.
-#[derive(clap::Args, Debug)]
-pub struct Args {
+/// Drive the devices of a vbus: those on this machine's PCI bus, or those behind sockets.
+///
+/// Inside a virtual machine it drives the functions of the PCI bus, as root. With --dir or --socket
+/// a plain process is the driver: no virtual machine, no root.
+#[derive(Parser, Debug)]
+#[command(version, max_term_width = 100)]
+struct Args {
     #[command(flatten)]
     from: From,
     #[command(subcommand)]
@@ -60,8 +59,11 @@ enum Command {
     Sched(sched::Args),
 }
 
-/// Runs it.
-pub fn run(args: &Args) -> Result<()> {
+fn main() -> ExitCode {
+    vbus_cli::exit(run(&Args::parse()))
+}
+
+fn run(args: &Args) -> Result<()> {
     let from = &args.from;
     match (&from.socket, &from.dir) {
         (Some(path), _) => run_on(&SocketSource::One(path.clone()), &args.command),

@@ -1,13 +1,13 @@
-//! `vbus guest ring`: rings, and does nothing else. For measuring, and for tests of what a driver
+//! `vbus-guest ring`: rings, and does nothing else. For measuring, and for tests of what a driver
 //! that rings without end can do.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use vbus_driver::{Function, Hal};
 
-use super::doorbell::Choice;
-use super::source::{Source, is_meant};
-use crate::output::{emit, emit_json};
+use crate::doorbell::Choice;
+use vbus_cli::output::{emit, emit_json};
+use vbus_guest::{Source, is_meant};
 
 /// What to ring.
 #[derive(clap::Args, Debug)]
@@ -39,7 +39,7 @@ pub fn run<S: Source>(source: &S, args: &Args) -> Result<()> {
         }
     }
     anyhow::bail!(
-        "there is no device {:?} here; `vbus guest list` shows what there is",
+        "there is no device {:?} here; `vbus-guest list` shows what there is",
         args.device
     )
 }

@@ -1,4 +1,4 @@
-//! `vbus guest state`: the pages of a state device.
+//! `vbus-guest state`: the pages of a state device.
 
 use std::io::{Read, Write};
 
@@ -11,8 +11,8 @@ use vbus_driver::{Acknowledger, Function, Hal};
 use vbus_shm::abi::class;
 use vbus_shm::signal::Armed;
 
-use super::source::{Interrupt, Source, claim};
-use crate::output::{columns, emit, emit_json};
+use vbus_cli::output::{columns, emit, emit_json};
+use vbus_guest::{Interrupt, Source, claim};
 
 /// What to do, and with which device.
 #[derive(clap::Args, Debug)]
@@ -102,7 +102,7 @@ impl<H: Hal> Session<H> {
 
     fn find(&mut self, name: &str) -> Result<Description> {
         self.pages.find(name)?.with_context(|| {
-            format!("there is no page {name:?}; `vbus guest state list` shows what there is")
+            format!("there is no page {name:?}; `vbus-guest state list` shows what there is")
         })
     }
 
@@ -122,7 +122,7 @@ impl<H: Hal> Session<H> {
         let keys = ["name", "owner", "bytes"];
         let mut table = vec![keys.map(str::to_uppercase).to_vec()];
         table.extend(
-            rows.iter().map(|row| keys.map(|key| crate::output::plain(&row[key])).to_vec()),
+            rows.iter().map(|row| keys.map(|key| vbus_cli::output::plain(&row[key])).to_vec()),
         );
         emit(&columns(&table));
         Ok(())

@@ -1,10 +1,10 @@
 //! A real `vbus serve` in a directory of its own, ended with the test.
-#![allow(dead_code, reason = "no test uses all of it")]
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -12,9 +12,35 @@ use serde_json::Value;
 /// Longer than anything takes, even where many share a processor.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// The program.
+/// The program `vbus`.
 pub fn vbus() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_vbus"));
+    program(Path::new(env!("CARGO_BIN_EXE_vbus")))
+}
+
+/// The program `vbus-guest`. It belongs to another package, so cargo is asked to build it (it
+/// mostly is built already) and to say where it is.
+pub fn vbus_guest() -> Command {
+    static PATH: OnceLock<PathBuf> = OnceLock::new();
+    program(PATH.get_or_init(|| {
+        let mut cargo = Command::new(env!("CARGO"));
+        cargo.args(["build", "--quiet", "--package", "vbus-guest", "--bin", "vbus-guest"]);
+        cargo.args(["--message-format", "json"]).current_dir(env!("CARGO_MANIFEST_DIR"));
+        if !cfg!(debug_assertions) {
+            cargo.arg("--release");
+        }
+        let output = cargo.stderr(Stdio::inherit()).output().unwrap();
+        assert!(output.status.success(), "vbus-guest does not build");
+        let messages = String::from_utf8(output.stdout).unwrap();
+        let executable = |line: &str| {
+            let message: Value = serde_json::from_str(line).ok()?;
+            Some(PathBuf::from(message["executable"].as_str()?))
+        };
+        messages.lines().find_map(executable).expect("cargo names the program")
+    }))
+}
+
+fn program(path: &Path) -> Command {
+    let mut command = Command::new(path);
     command.env_remove("NOTIFY_SOCKET").env("VBUS_LOG", "info").stdin(Stdio::null());
     command
 }
@@ -28,10 +54,42 @@ pub struct Done {
 
 /// Runs a command to its end.
 pub fn run(args: &[&str], dir: &Path) -> Done {
-    let Output { status, stdout, stderr } =
-        vbus().args(args).arg("--dir").arg(dir).output().unwrap();
-    let text = |bytes| String::from_utf8(bytes).unwrap();
-    Done { code: status.code(), out: text(stdout), err: text(stderr) }
+    Caller { program: vbus, dir }.run(args)
+}
+
+/// One of the programs, for the bus in a directory.
+pub struct Caller<'a> {
+    program: fn() -> Command,
+    dir: &'a Path,
+}
+
+impl Caller<'_> {
+    /// Runs a command against the bus.
+    pub fn run(&self, args: &[&str]) -> Done {
+        let Output { status, stdout, stderr } =
+            (self.program)().args(args).arg("--dir").arg(self.dir).output().unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        Done { code: status.code(), out: text(stdout), err: text(stderr) }
+    }
+
+    /// Runs a command that must succeed, and returns what it printed.
+    pub fn good(&self, args: &[&str]) -> String {
+        let done = self.run(args);
+        assert_eq!(done.code, Some(0), "{args:?}: {}", done.err);
+        done.out
+    }
+
+    /// Likewise, as JSON.
+    pub fn json(&self, args: &[&str]) -> Value {
+        serde_json::from_str(&self.good(&[args, &["--json"]].concat())).unwrap()
+    }
+
+    /// Runs a command that must fail, and returns what it complained of.
+    pub fn bad(&self, args: &[&str]) -> String {
+        let done = self.run(args);
+        assert_eq!(done.code, Some(1), "{args:?}: {}", done.out);
+        done.err
+    }
 }
 
 /// A bus that is up.
@@ -68,28 +126,34 @@ impl Served {
         Served { child, dir, log, _temporary: temporary }
     }
 
-    /// Runs a command against it.
+    /// The program `vbus` for this bus.
+    fn caller(&self) -> Caller<'_> {
+        Caller { program: vbus, dir: &self.dir }
+    }
+
+    /// The program `vbus-guest` for this bus.
+    pub fn guest(&self) -> Caller<'_> {
+        Caller { program: vbus_guest, dir: &self.dir }
+    }
+
+    /// [`Caller::run`] of `vbus`.
     pub fn run(&self, args: &[&str]) -> Done {
-        run(args, &self.dir)
+        self.caller().run(args)
     }
 
-    /// Runs a command that must succeed, and returns what it printed.
+    /// [`Caller::good`] of `vbus`.
     pub fn good(&self, args: &[&str]) -> String {
-        let done = self.run(args);
-        assert_eq!(done.code, Some(0), "{args:?}: {}", done.err);
-        done.out
+        self.caller().good(args)
     }
 
-    /// Likewise, as JSON.
+    /// [`Caller::json`] of `vbus`.
     pub fn json(&self, args: &[&str]) -> Value {
-        serde_json::from_str(&self.good(&[args, &["--json"]].concat())).unwrap()
+        self.caller().json(args)
     }
 
-    /// Runs a command that must fail, and returns what it complained of.
+    /// [`Caller::bad`] of `vbus`.
     pub fn bad(&self, args: &[&str]) -> String {
-        let done = self.run(args);
-        assert_eq!(done.code, Some(1), "{args:?}: {}", done.out);
-        done.err
+        self.caller().bad(args)
     }
 
     /// A connection to its control socket.

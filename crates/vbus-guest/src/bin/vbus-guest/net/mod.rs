@@ -1,9 +1,9 @@
-//! `vbus guest net`: NICs of the bus as TAP interfaces of this machine.
+//! `vbus-guest net`: NICs of the bus as TAP interfaces of this machine.
 
 mod frames;
 mod nic;
+mod priority;
 mod queue;
-mod standing;
 mod tap;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -18,9 +18,9 @@ use rustix::io::Errno;
 use vbus_driver::Hal;
 use vbus_shm::abi::class;
 
-use super::doorbell::Choice;
-use super::signals;
-use super::source::{Claimed, Source, claim};
+use crate::doorbell::Choice;
+use vbus_cli::signals;
+use vbus_guest::{Claimed, Source, claim};
 
 /// How often the source is scanned although it has no news, and how often a thread's end is looked
 /// for.

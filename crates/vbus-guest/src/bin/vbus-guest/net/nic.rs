@@ -13,10 +13,10 @@ use vbus_driver::{Acknowledger, Error, Function, Hal, Pace};
 
 use super::Options;
 use super::frames::FrameMemory;
+use super::priority;
 use super::queue::{Counters, Queue, Shared, Wake};
-use super::standing;
 use super::tap::{Tap, mac_text};
-use crate::guest::source::{Claimed, Interrupt};
+use vbus_guest::{Claimed, Interrupt};
 
 /// Entries of each ring.
 const RING_ENTRIES: u32 = 256;
@@ -95,7 +95,7 @@ where
     if options.up {
         keeper.tap.set_up()?;
     }
-    crate::output::emit(&format!(
+    vbus_cli::output::emit(&format!(
         "{}: {device} ({id}), address {}, MTU {mtu}, {pairs} queue pair{}, offloads {features:#x}\n",
         keeper.tap.name(),
         mac_text(config.mac),
@@ -108,7 +108,7 @@ where
             .map(|mut queue| {
                 let (shared, nice) = (&shared, options.nice);
                 scope.spawn(move || {
-                    standing::take(nice);
+                    priority::take(nice);
                     let result = queue.run(shared);
                     let _ = rustix::io::write(&shared.look, &1u64.to_ne_bytes());
                     (result, queue)

@@ -12,7 +12,7 @@ use vbus_driver::{Acknowledger, Dma, Hal, Pace, Rest};
 use vbus_shm::signal::Armed;
 
 use super::frames::{FrameMemory, io_slice};
-use crate::guest::source::Interrupt;
+use vbus_guest::Interrupt;
 
 /// Frames of one direction before it is the other's turn.
 const BUDGET: u32 = 64;

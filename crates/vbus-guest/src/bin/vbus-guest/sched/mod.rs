@@ -1,4 +1,4 @@
-//! `vbus guest sched`: tells the host which class and priority run on each CPU.
+//! `vbus-guest sched`: tells the host which class and priority run on each CPU.
 
 mod show;
 mod tasks;
@@ -13,10 +13,10 @@ use vbus_driver::sched::{Class, Cpu, Cpus, Limits, Outcome};
 use vbus_driver::{Function, Hal};
 use vbus_shm::abi::class;
 
-use super::signals;
-use super::source::{Interrupt, Source, claim};
 use show::Teller;
 use tasks::{Census, Watched, wanted};
+use vbus_cli::signals;
+use vbus_guest::{Interrupt, Source, claim};
 
 /// Give this machine's virtual CPUs, on the host, the class and priority of what runs on them here.
 ///

@@ -1,4 +1,4 @@
-//! `vbus guest sched show`: from the running `vbus guest sched`, if there is one, for a device has
+//! `vbus-guest sched show`: from the running `vbus-guest sched`, if there is one, for a device has
 //! one driver at a time; or else from the device.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -15,8 +15,8 @@ use vbus_driver::sched::{Class, Cpu, Limits, Outcome};
 use vbus_shm::abi::{class, sched as abi};
 
 use super::Session;
-use crate::guest::source::{Found, Source, claim, is_meant};
-use crate::output::{columns, emit, emit_json, plain};
+use vbus_cli::output::{columns, emit, emit_json, plain};
+use vbus_guest::{Found, Source, claim, is_meant};
 
 /// How long a driver that runs may take to answer; it looks after this between two of its looks.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -44,7 +44,7 @@ impl Teller {
         };
         let listener = bind()
             .inspect_err(
-                |error| tracing::warn!(%error, "`vbus guest sched show` will get no answer"),
+                |error| tracing::warn!(%error, "`vbus-guest sched show` will get no answer"),
             )
             .ok()?;
         Some(Teller { listener, name: name.to_owned() })

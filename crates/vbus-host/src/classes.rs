@@ -1,0 +1,26 @@
+//! The classes of which the program can make devices.
+
+use anyhow::{Result, ensure};
+use vbus_core::DeviceClass;
+use vbus_sched::SchedClass;
+
+/// The classes of vbus, with `sched` as the one of that name, and `more` classes.
+///
+/// # Errors
+/// Two classes have one name.
+pub fn all(
+    sched: SchedClass,
+    more: Vec<Box<dyn DeviceClass>>,
+) -> Result<Vec<Box<dyn DeviceClass>>> {
+    let mut classes = vbus_devices::classes();
+    classes.push(Box::new(sched));
+    for class in more {
+        let name = class.name();
+        ensure!(
+            classes.iter().all(|known| known.name() != name),
+            "there are two classes called {name:?}; give the one of this program another name"
+        );
+        classes.push(class);
+    }
+    Ok(classes)
+}

@@ -1,0 +1,11 @@
+//! The programs `vbus` and `vbus-guest`, run as a user runs them.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod guest;
+mod hotplug;
+mod plug;
+mod plug_vmm;
+mod sched;
+mod serve;
+mod state;
+mod support;
