@@ -15,7 +15,7 @@ use vbus_core::{
     Bus, Connection, Device, ErrorCode, Executor, Identity, Interrupt, MemoryContext, Open,
     Progress, Region, Trust, Tuning, Window,
 };
-use vbus_pci::{IrqIndex, Options, PciFunction, region};
+use vbus_pci::{IrqIndex, Options, PciFunction, device_function, region};
 
 /// Where the memory is, and how large. Small numbers of the input are likely to hit it.
 const BASE: u64 = 0x1000;
@@ -112,13 +112,13 @@ fn open(function: &mut PciFunction, memory: &MemoryContext) {
 fuzz_target!(|input: &[u8]| {
     let Some((&flags, steps)) = input.split_first() else { return };
     let endpoint = BUS.add("fuzzed", Arc::new(Fuzzed)).expect("a free name");
-    let mut function =
-        PciFunction::new(endpoint, Options { msix: flags & 1 != 0, express: flags & 2 != 0 });
+    let options = Options { msix: flags & 1 != 0, express: flags & 2 != 0 };
+    let mut function = device_function(endpoint.clone(), options);
     let (file, memory) = (file(), MemoryContext::new(Trust::Sealed));
     memory
         .map(BASE, BYTES, Some((file.try_clone().expect("a descriptor"), 0)), true)
         .expect("mapped");
-    function.map(BASE, BYTES, Some((file, 0)), true).expect("mapped");
+    endpoint.map(BASE, BYTES, Some((file, 0)), true).expect("mapped");
     if flags & 4 != 0 {
         open(&mut function, &memory);
     }
@@ -152,20 +152,20 @@ fuzz_target!(|input: &[u8]| {
             }
             13 => drop(function.mask_irq(IrqIndex::Intx, action & 16 == 0)),
             14 if action & 16 == 0 => function.reset(),
-            14 => drop(function.unmap(u64::from(*low) << 12, u64::from(*high) << 12)),
+            14 => drop(endpoint.unmap(u64::from(*low) << 12, u64::from(*high) << 12)),
             _ => drop(memory.view().write(BASE + offset % BYTES & !7, &value)),
         }
     }
     assert_eq!(read32(&mut function, reg::MAGIC), reg::MAGIC_VALUE);
     assert_eq!(run(&mut function, command::CLOSE), 0);
     assert_eq!(read32(&mut function, reg::CONNECTION), reg::STATE_CLOSED);
-    function.unmap_all();
+    endpoint.unmap_all();
     let file = self::file();
     let memory = MemoryContext::new(Trust::Sealed);
     memory
         .map(BASE, BYTES, Some((file.try_clone().expect("a descriptor"), 0)), true)
         .expect("mapped");
-    function.map(BASE, BYTES, Some((file, 0)), true).expect("mapped");
+    endpoint.map(BASE, BYTES, Some((file, 0)), true).expect("mapped");
     open(&mut function, &memory);
     drop(function);
     BUS.remove("fuzzed").expect("added above");

@@ -1,296 +1,427 @@
-//! The configuration space: what it holds, and which bits of it a driver may write.
+//! The configuration space of a function with a header of type 0: how it is laid out, and what a
+//! driver has set up in it.
 
-use vbus_core::Identity;
-use vbus_core::shm::abi::{self, bar0, capability};
+use crate::list::capability;
+use crate::msix::{MsiMessage, MsixLayout};
+use crate::register::{
+    BAR0, CACHE_LINE, CAPABILITIES, COMMAND, COMMAND_INTX_DISABLE, COMMAND_MASTER, COMMAND_MEMORY,
+    DEVICE, INTERRUPT_LINE, INTERRUPT_PIN, REVISION, STATUS, STATUS_CAPABILITIES, SUBSYSTEM,
+    VENDOR,
+};
+use crate::space::Space;
 
-use crate::Options;
+/// Number of BARs in a header of type 0.
+const BARS: usize = 6;
 
-/// Bytes of a conventional function's configuration space.
-const CONVENTIONAL_BYTES: usize = 256;
-/// Bytes of a PCI Express function's configuration space.
-const EXPRESS_BYTES: usize = 4096;
+/// MSI control: the function is enabled to send messages.
+const MSI_ENABLE: u16 = 1;
+/// MSI control: addresses have 64 bits.
+const MSI_64_BIT: u16 = 1 << 7;
+/// MSI control: vectors can be masked one by one.
+const MSI_MASKABLE: u16 = 1 << 8;
+const MSIX_MASK: u16 = 1 << 14;
+const MSIX_ENABLE: u16 = 1 << 15;
 
-const COMMAND: usize = 0x04;
-const STATUS: usize = 0x06;
-const BAR0: usize = 0x10;
-const SUBSYSTEM: usize = 0x2c;
-const CAPABILITIES: usize = 0x34;
-const INTERRUPT_LINE: usize = 0x3c;
-const INTERRUPT_PIN: usize = 0x3d;
-
-const COMMAND_MEMORY: u16 = 1 << 1;
-const COMMAND_MASTER: u16 = 1 << 2;
-const COMMAND_INTX_DISABLE: u16 = 1 << 10;
-const STATUS_INTERRUPT: u8 = 1 << 3;
-const STATUS_CAPABILITIES: u16 = 1 << 4;
-
-/// Where each capability lies, if the function has it.
-mod at {
-    /// Vendor-specific, 16 bytes, and room for four more records, which a VMM may add.
-    pub const VENDOR: u8 = 0x40;
-    /// MSI, 14 bytes.
-    pub const MSI: u8 = 0x70;
-    /// MSI-X, 12 bytes.
-    pub const MSIX: u8 = 0x80;
-    /// PCI Express, 60 bytes.
-    pub const EXPRESS: u8 = 0x90;
+/// What a header says of a function.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Header {
+    /// Vendor id.
+    pub vendor: u16,
+    /// Device id.
+    pub device: u16,
+    /// Revision.
+    pub revision: u8,
+    /// Class code: three bytes, the base class in bits 16 to 23.
+    pub class: u32,
+    /// Vendor id of the subsystem.
+    pub subsystem_vendor: u16,
+    /// Id of the subsystem.
+    pub subsystem: u16,
+    /// 1 to 4 for INTA to INTD, 0 for no INTx.
+    pub interrupt_pin: u8,
 }
 
-/// The space, with its write masks. Everything that is not written here is zero and stays so.
-pub(crate) struct ConfigSpace {
-    bytes: Vec<u8>,
-    /// The bits that a driver may write.
-    mask: Vec<u8>,
-    reset: Vec<u8>,
+#[derive(Clone, Copy, Debug)]
+struct Msi {
+    at: usize,
+    maskable: bool,
 }
 
-/// Lays out a space.
-struct Layout {
-    bytes: Vec<u8>,
-    mask: Vec<u8>,
+#[derive(Clone, Copy, Debug)]
+struct Msix {
+    at: usize,
+    layout: MsixLayout,
+}
+
+/// Lays out a configuration space.
+///
+/// The methods panic where a structure does not fit into the space, or overlaps another: the caller
+/// chooses the places, nobody outside does.
+#[derive(Debug)]
+pub struct Builder {
+    space: Space,
     /// Where the offset of the next capability goes.
     link: usize,
+    /// The first byte that no capability has.
+    free: usize,
+    bars: [u32; BARS],
+    msi: Option<Msi>,
+    msix: Option<Msix>,
 }
 
-impl Layout {
-    fn set(&mut self, at: usize, value: &[u8]) {
-        self.bytes[at..at + value.len()].copy_from_slice(value);
+impl Builder {
+    /// Begins a space of `bytes` bytes ([`CONVENTIONAL_BYTES`](crate::CONVENTIONAL_BYTES) or
+    /// [`EXPRESS_BYTES`](crate::EXPRESS_BYTES)) with this header.
+    ///
+    /// A driver may write Memory Space, Bus Master and Interrupt Disable of the command register;
+    /// cache line size, latency timer and interrupt line take any value and mean nothing.
+    #[must_use]
+    pub fn new(bytes: usize, header: &Header) -> Builder {
+        assert!(bytes >= crate::CONVENTIONAL_BYTES && header.interrupt_pin <= 4);
+        let mut s = Space::new(bytes);
+        s.set16(VENDOR, header.vendor);
+        s.set16(DEVICE, header.device);
+        s.allow(COMMAND, &(COMMAND_MEMORY | COMMAND_MASTER | COMMAND_INTX_DISABLE).to_le_bytes());
+        s.set32(REVISION, header.class << 8 | u32::from(header.revision));
+        s.allow(CACHE_LINE, &[0xff, 0xff]);
+        s.set16(SUBSYSTEM, header.subsystem_vendor);
+        s.set16(SUBSYSTEM + 2, header.subsystem);
+        s.allow(INTERRUPT_LINE, &[0xff]);
+        s.set8(INTERRUPT_PIN, header.interrupt_pin);
+        let bars = [0; BARS];
+        Builder { space: s, link: CAPABILITIES, free: 0x40, bars, msi: None, msix: None }
     }
 
-    fn writable(&mut self, at: usize, mask: &[u8]) {
-        self.mask[at..at + mask.len()].copy_from_slice(mask);
+    /// BAR `number`: 32-bit memory, not prefetchable, of `size` bytes: a power of two, 16 at least.
+    #[must_use]
+    pub fn bar(mut self, number: usize, size: u32) -> Builder {
+        assert!(size.is_power_of_two() && size >= 16, "a BAR of {size:#x} bytes");
+        self.space.allow(BAR0 + 4 * number, &(!(size - 1)).to_le_bytes());
+        self.bars[number] = size;
+        self
     }
 
-    /// Begins the capability `id` at `at` and links it.
-    fn capability(&mut self, at: u8, id: u8) -> usize {
-        self.bytes[self.link] = at;
-        self.bytes[usize::from(at)] = id;
-        self.link = usize::from(at) + 1;
-        usize::from(at)
-    }
-
-    fn header(&mut self, identity: &Identity) {
-        self.set(0x00, &abi::PCI_VENDOR.to_le_bytes());
-        self.set(0x02, &abi::PCI_DEVICE.to_le_bytes());
-        self.writable(
-            COMMAND,
-            &(COMMAND_MEMORY | COMMAND_MASTER | COMMAND_INTX_DISABLE).to_le_bytes(),
+    /// Begins the capability `id` of `bytes` bytes at `at` and links it.
+    fn capability(&mut self, at: u8, id: u8, bytes: usize) -> usize {
+        let start = usize::from(at);
+        assert!(
+            start % 4 == 0 && start >= self.free && start + bytes <= crate::CONVENTIONAL_BYTES,
+            "a capability of {bytes} bytes at {at:#x}"
         );
-        self.set(STATUS, &STATUS_CAPABILITIES.to_le_bytes());
-        // Revision, then the class code's three bytes.
-        let revision_and_class = identity.pci_class << 8 | u32::from(abi::ABI_VERSION & 0xff);
-        self.set(0x08, &revision_and_class.to_le_bytes());
-        // Cache line size and latency timer: kept for whoever writes them, without a meaning.
-        self.writable(0x0c, &[0xff, 0xff]);
-        let size = u32::try_from(bar0::SIZE).unwrap_or(u32::MAX);
-        self.writable(BAR0, &(!(size - 1)).to_le_bytes());
-        self.set(SUBSYSTEM, &abi::PCI_VENDOR.to_le_bytes());
-        self.set(SUBSYSTEM + 2, &identity.class.to_le_bytes());
-        self.writable(INTERRUPT_LINE, &[0xff]);
-        self.set(INTERRUPT_PIN, &[1]);
+        self.free = start + bytes;
+        self.space.set8(self.link, at);
+        self.space.set8(start, id);
+        self.link = start + 1;
+        self.space.set16(STATUS, STATUS_CAPABILITIES);
+        start
     }
 
-    fn vendor(&mut self) {
-        let at = self.capability(at::VENDOR, 0x09);
-        self.set(at + 2, &[capability::HEADER_BYTES + capability::RECORD_BYTES]);
-        self.set(at + usize::from(capability::VERSION), &abi::ABI_VERSION.to_le_bytes()[..1]);
-        self.set(at + usize::from(capability::REGISTERS), &bar0::REGISTERS.to_le_bytes()[..4]);
-        let record = at + usize::from(capability::HEADER_BYTES);
-        self.set(record, &[capability::KIND_MMIO]);
-        self.set(record + 2, &bar0::DOORBELL_STRIDE.to_le_bytes()[..2]);
-        self.set(record + 4, &bar0::DOORBELLS.to_le_bytes()[..4]);
+    /// A vendor-specific capability. `content` is what follows id and link; its first byte is the
+    /// capability's length in bytes, by the standard, and is written here.
+    #[must_use]
+    pub fn vendor(mut self, at: u8, content: &[u8]) -> Builder {
+        let len = content.len() + 2;
+        let at = self.capability(at, capability::VENDOR, len);
+        self.space.set(at + 2, content);
+        self.space.set8(at + 2, u8::try_from(len).unwrap_or(u8::MAX));
+        self
     }
 
-    fn msi(&mut self) {
-        let at = self.capability(at::MSI, 0x05);
-        // Control: one vector, 64-bit address, no mask bits. The enable bit may be written.
-        self.set(at + 2, &(1u16 << 7).to_le_bytes());
-        self.writable(at + 2, &1u16.to_le_bytes());
-        self.writable(at + 4, &0xffff_fffcu32.to_le_bytes());
-        self.writable(at + 8, &u32::MAX.to_le_bytes());
-        self.writable(at + 12, &u16::MAX.to_le_bytes());
+    /// MSI with one vector and a 64-bit address: 14 bytes, or 24 with a mask bit and a pending bit.
+    #[must_use]
+    pub fn msi(mut self, at: u8, maskable: bool) -> Builder {
+        let at = self.capability(at, capability::MSI, if maskable { 24 } else { 14 });
+        self.space.set16(at + 2, MSI_64_BIT | if maskable { MSI_MASKABLE } else { 0 });
+        self.space.allow(at + 2, &MSI_ENABLE.to_le_bytes());
+        self.space.allow(at + 4, &[0xfc, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff]);
+        if maskable {
+            // The 16 bits above the data belong to an extension that is not offered here; drivers
+            // write them together with the data.
+            self.space.allow(at + 14, &[0xff, 0xff, 1]);
+        }
+        self.msi = Some(Msi { at, maskable });
+        self
     }
 
-    fn msix(&mut self, vectors: u16) {
-        let at = self.capability(at::MSIX, 0x11);
-        self.set(at + 2, &(vectors - 1).to_le_bytes());
-        // Function Mask and MSI-X Enable.
-        self.writable(at + 2, &(3u16 << 14).to_le_bytes());
-        // The low three bits name the BAR: 0.
-        self.set(at + 4, &bar0::MSIX_TABLE.to_le_bytes()[..4]);
-        self.set(at + 8, &bar0::MSIX_PBA.to_le_bytes()[..4]);
+    /// MSI-X, 12 bytes, with table and pending bits where `layout` says.
+    #[must_use]
+    pub fn msix(mut self, at: u8, layout: MsixLayout) -> Builder {
+        let at = self.capability(at, capability::MSIX, 12);
+        assert!((1..=2048).contains(&layout.vectors) && (layout.table | layout.pending) & 7 == 0);
+        self.space.set16(at + 2, layout.vectors - 1);
+        self.space.allow(at + 2, &(MSIX_MASK | MSIX_ENABLE).to_le_bytes());
+        self.space.set32(at + 4, layout.table | u32::from(layout.table_bar));
+        self.space.set32(at + 8, layout.pending | u32::from(layout.pending_bar));
+        self.msix = Some(Msix { at, layout });
+        self
     }
 
-    fn express(&mut self) {
-        let at = self.capability(at::EXPRESS, 0x10);
-        // Version 2, endpoint.
-        self.set(at + 0x02, &2u16.to_le_bytes());
+    /// PCI Express, 60 bytes: version 2, an endpoint without function-level reset.
+    #[must_use]
+    pub fn express(mut self, at: u8) -> Builder {
+        let at = self.capability(at, capability::EXPRESS, 60);
+        self.space.set16(at + 0x02, 2);
         // Device: payloads of 128 bytes, role-based error reporting. All of the control register
         // but the reset bit may be written.
-        self.set(at + 0x04, &(1u32 << 15).to_le_bytes());
-        self.writable(at + 0x08, &0x7fffu16.to_le_bytes());
+        self.space.set32(at + 0x04, 1 << 15);
+        self.space.allow(at + 0x08, &0x7fffu16.to_le_bytes());
         // Link: 2.5 GT/s, one lane, as capability and as status. Control: ASPM, read completion
         // boundary, common clock, extended synch.
-        self.set(at + 0x0c, &0x0000_0011u32.to_le_bytes());
-        self.writable(at + 0x10, &0x00cbu16.to_le_bytes());
-        self.set(at + 0x12, &0x0011u16.to_le_bytes());
+        self.space.set32(at + 0x0c, 0x11);
+        self.space.allow(at + 0x10, &0x00cbu16.to_le_bytes());
+        self.space.set16(at + 0x12, 0x11);
+        self
     }
+
+    /// The space, as it is after power-on.
+    #[must_use]
+    pub fn build(self) -> ConfigSpace {
+        let Builder { space, bars, msi, msix, .. } = self;
+        ConfigSpace { power_on: space.clone(), space, bars, msi, msix }
+    }
+}
+
+/// The configuration space of a function.
+#[derive(Clone, Debug)]
+pub struct ConfigSpace {
+    space: Space,
+    power_on: Space,
+    /// Bytes of each BAR; 0: there is none.
+    bars: [u32; BARS],
+    msi: Option<Msi>,
+    msix: Option<Msix>,
 }
 
 impl ConfigSpace {
-    pub(crate) fn new(identity: &Identity, options: Options, msix_vectors: u16) -> ConfigSpace {
-        let size = if options.express { EXPRESS_BYTES } else { CONVENTIONAL_BYTES };
-        let mut layout = Layout { bytes: vec![0; size], mask: vec![0; size], link: CAPABILITIES };
-        layout.header(identity);
-        layout.vendor();
-        layout.msi();
-        if msix_vectors > 0 {
-            layout.msix(msix_vectors);
-        }
-        if options.express {
-            layout.express();
-        }
-        let Layout { bytes, mask, .. } = layout;
-        ConfigSpace { reset: bytes.clone(), bytes, mask }
+    /// Bytes of the space.
+    pub fn size(&self) -> usize {
+        self.space.bytes().len()
     }
 
-    pub(crate) fn size(&self) -> u64 {
-        self.bytes.len() as u64
+    /// All bytes, as the driver reads them.
+    pub fn bytes(&self) -> &[u8] {
+        self.space.bytes()
     }
 
     /// Back to the values of power-on.
-    pub(crate) fn reset(&mut self) {
-        self.bytes.copy_from_slice(&self.reset);
+    pub fn reset(&mut self) {
+        self.space.clone_from(&self.power_on);
     }
 
-    /// Reads; places beyond the end read zeros. `pending`: Interrupt Status as it is now.
-    pub(crate) fn read(&self, offset: u64, data: &mut [u8], pending: bool) {
-        let start = usize::try_from(offset).unwrap_or(usize::MAX);
-        for (i, byte) in data.iter_mut().enumerate() {
-            let at = start.saturating_add(i);
-            *byte = self.bytes.get(at).copied().unwrap_or(0);
-            if at == STATUS && pending {
-                *byte |= STATUS_INTERRUPT;
-            }
+    /// Reads for the driver; beyond the end there are zeros. Interrupt Status is the caller's to
+    /// add.
+    pub fn read(&self, offset: usize, data: &mut [u8]) {
+        self.space.read(offset, data);
+    }
+
+    /// Writes for the driver: those bits that it may write, and nothing beyond the end.
+    pub fn write(&mut self, offset: usize, data: &[u8]) {
+        self.space.write(offset, data);
+    }
+
+    /// The command register.
+    pub fn command(&self) -> u16 {
+        self.space.get16(COMMAND)
+    }
+
+    /// The interrupt pin: 1 to 4 for INTA to INTD, 0 for no INTx.
+    pub fn interrupt_pin(&self) -> u8 {
+        self.space.get8(INTERRUPT_PIN)
+    }
+
+    /// Bytes of a BAR; 0 for one that the function does not have.
+    pub fn bar_size(&self, number: usize) -> u32 {
+        self.bars.get(number).copied().unwrap_or(0)
+    }
+
+    /// Where a BAR begins, while the driver has enabled Memory Space.
+    pub fn bar(&self, number: usize) -> Option<u64> {
+        let size = self.bar_size(number);
+        (size > 0 && self.command() & COMMAND_MEMORY != 0)
+            .then(|| u64::from(self.space.get32(BAR0 + 4 * number) & !(size - 1)))
+    }
+
+    /// Places a BAR, as firmware does. The low bits of `address` are left out.
+    ///
+    /// # Panics
+    /// If `number` is above 5.
+    pub fn place_bar(&mut self, number: usize, address: u32) {
+        let size = self.bars[number];
+        let address = if size > 0 { address & !(size - 1) } else { 0 };
+        self.space.set32(BAR0 + 4 * number, address);
+    }
+
+    /// Whether the function has MSI.
+    pub fn has_msi(&self) -> bool {
+        self.msi.is_some()
+    }
+
+    /// The message of MSI, if MSI is enabled.
+    pub fn msi(&self) -> Option<MsiMessage> {
+        let Msi { at, maskable } = self.msi?;
+        (self.space.get16(at + 2) & MSI_ENABLE != 0).then(|| MsiMessage {
+            address: u64::from(self.space.get32(at + 8)) << 32
+                | u64::from(self.space.get32(at + 4)),
+            data: u32::from(self.space.get16(at + 12)),
+            masked: maskable && self.space.get8(at + 16) & 1 != 0,
+        })
+    }
+
+    /// Shows in a maskable MSI whether its message is held back.
+    pub fn set_msi_pending(&mut self, pending: bool) {
+        if let Some(Msi { at, maskable: true }) = self.msi {
+            self.space.set8(at + 20, u8::from(pending));
         }
     }
 
-    /// Writes what may be written of it.
-    pub(crate) fn write(&mut self, offset: u64, data: &[u8]) {
-        let start = usize::try_from(offset).unwrap_or(usize::MAX);
-        for (i, byte) in data.iter().enumerate() {
-            let at = start.saturating_add(i);
-            let (Some(have), Some(mask)) = (self.bytes.get_mut(at), self.mask.get(at)) else {
-                return;
-            };
-            *have = *have & !mask | byte & mask;
-        }
+    /// Where the structures of MSI-X lie, if the function has it.
+    pub fn msix_layout(&self) -> Option<MsixLayout> {
+        self.msix.map(|msix| msix.layout)
     }
 
-    /// The driver forbids INTx.
-    pub(crate) fn intx_disabled(&self) -> bool {
-        let command = u16::from_le_bytes([self.bytes[COMMAND], self.bytes[COMMAND + 1]]);
-        command & COMMAND_INTX_DISABLE != 0
-    }
-
-    /// The driver lets the device access memory.
-    pub(crate) fn bus_master(&self) -> bool {
-        let command = u16::from_le_bytes([self.bytes[COMMAND], self.bytes[COMMAND + 1]]);
-        command & COMMAND_MASTER != 0
+    /// Whether MSI-X is enabled, and then whether the function as a whole is masked.
+    pub fn msix(&self) -> Option<bool> {
+        let control = self.space.get16(self.msix?.at + 2);
+        (control & MSIX_ENABLE != 0).then_some(control & MSIX_MASK != 0)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use alloc::vec::Vec;
 
-    fn space(options: Options) -> ConfigSpace {
-        let identity =
-            Identity { class: 7, pci_class: 0x02_00_00, vectors: 5, ..Identity::user("test") };
-        ConfigSpace::new(&identity, options, if options.msix { 5 } else { 0 })
+    use super::*;
+    use crate::list::capabilities;
+
+    const LAYOUT: MsixLayout =
+        MsixLayout { vectors: 5, table_bar: 0, table: 0x2000, pending_bar: 2, pending: 0x3000 };
+
+    fn header() -> Header {
+        Header {
+            vendor: 0x1af4,
+            device: 0x10f5,
+            revision: 1,
+            class: 0x02_00_00,
+            subsystem_vendor: 0x1af4,
+            subsystem: 7,
+            interrupt_pin: 1,
+        }
     }
 
-    fn read32(space: &ConfigSpace, offset: u64) -> u32 {
+    fn space() -> ConfigSpace {
+        Builder::new(256, &header())
+            .bar(0, 0x4000)
+            .vendor(0x40, &[0, 1, 2, 3])
+            .msi(0x48, true)
+            .msix(0x60, LAYOUT)
+            .express(0x70)
+            .build()
+    }
+
+    fn read32(space: &ConfigSpace, at: usize) -> u32 {
         let mut data = [0; 4];
-        space.read(offset, &mut data, false);
+        space.read(at, &mut data);
         u32::from_le_bytes(data)
     }
 
-    fn capabilities(space: &ConfigSpace) -> Vec<(u8, u8)> {
-        let mut list = Vec::new();
-        let mut at = space.bytes[CAPABILITIES];
-        while at != 0 {
-            assert!(at >= 0x40 && at % 4 == 0 && list.len() < 48);
-            list.push((space.bytes[usize::from(at)], at));
-            at = space.bytes[usize::from(at) + 1];
-        }
-        list
+    fn write32(space: &mut ConfigSpace, at: usize, value: u32) {
+        space.write(at, &value.to_le_bytes());
     }
 
     #[test]
-    fn header_says_what_it_is() {
-        let space = space(Options::default());
+    fn a_header_says_what_the_function_is() {
+        let space = space();
         assert_eq!(read32(&space, 0), 0x10f5_1af4);
+        assert_eq!(read32(&space, 4), 0x0010_0000);
         assert_eq!(read32(&space, 8), 0x0200_0001);
         assert_eq!(read32(&space, 0x2c), 0x0007_1af4);
-        assert_eq!(read32(&space, 4), 0x0010_0000);
-        assert_eq!(space.bytes[INTERRUPT_PIN], 1);
-        assert_eq!(space.size(), 256);
+        assert_eq!((space.interrupt_pin(), space.size()), (1, 256));
+        let bare = Builder::new(4096, &Header::default()).build();
+        assert_eq!((read32(&bare, 4), read32(&bare, 0x34), bare.size()), (0, 0, 4096));
     }
 
     #[test]
-    fn capability_lists_are_well_formed() {
-        let ids = |o| capabilities(&space(o)).into_iter().map(|(id, _)| id).collect::<Vec<_>>();
-        assert_eq!(ids(Options::default()), [0x09, 0x05]);
-        assert_eq!(ids(Options { msix: true, express: false }), [0x09, 0x05, 0x11]);
-        assert_eq!(ids(Options { msix: true, express: true }), [0x09, 0x05, 0x11, 0x10]);
-        assert_eq!(ids(Options { msix: false, express: true }), [0x09, 0x05, 0x10]);
-        assert_eq!(space(Options { msix: false, express: true }).size(), 4096);
-        assert_eq!(
-            read32(&space(Options { msix: true, express: false }), u64::from(at::MSIX)) >> 16,
-            4,
-            "one less than the vectors"
-        );
+    fn capabilities_are_linked_in_order() {
+        let space = space();
+        let list: Result<Vec<_>, _> = capabilities(space.bytes()).collect();
+        let expected = [
+            (capability::VENDOR, 0x40),
+            (capability::MSI, 0x48),
+            (capability::MSIX, 0x60),
+            (capability::EXPRESS, 0x70),
+        ];
+        assert_eq!(list.unwrap_or_default(), expected);
+        assert_eq!(space.bytes()[0x40..0x46], [9, 0x48, 6, 1, 2, 3]);
+        let layout = space.bytes()[0x60..0x6c].try_into().ok().map(MsixLayout::parse);
+        assert_eq!(layout, Some(LAYOUT));
+        assert_eq!(space.msix_layout(), Some(LAYOUT));
     }
 
     #[test]
-    fn sizing_the_bar_gives_16_kib() {
-        let mut space = space(Options::default());
+    fn a_bar_is_sized_placed_and_enabled() {
+        let mut space = space();
         space.write(0x10, &[0xff; 24]);
         assert_eq!(read32(&space, 0x10), 0xffff_c000);
-        for bar in 1..6 {
-            assert_eq!(read32(&space, 0x10 + bar * 4), 0);
+        for number in 1..6 {
+            assert_eq!((read32(&space, 0x10 + number * 4), space.bar(number)), (0, None));
         }
-        space.write(0x10, &0xfeb1_2345u32.to_le_bytes());
-        assert_eq!(read32(&space, 0x10), 0xfeb1_0000);
+        write32(&mut space, 0x10, 0xe123_7567);
+        assert_eq!(space.bar(0), None);
+        space.write(COMMAND, &[2]);
+        assert_eq!(space.bar(0), Some(0xe123_4000));
         space.reset();
-        assert_eq!(read32(&space, 0x10), 0);
+        assert_eq!((space.bar(0), read32(&space, 0x10), space.command()), (None, 0, 0));
+        space.place_bar(0, 0xe800_0010);
+        assert_eq!(read32(&space, 0x10), 0xe800_0000);
+    }
+
+    #[test]
+    fn messages() {
+        let mut space = space();
+        write32(&mut space, 0x4c, 0xfee0_1003);
+        write32(&mut space, 0x50, 5);
+        space.write(0x54, &[0x31, 0x40, 0xff, 0xff]);
+        space.write(0x58, &[0xff; 4]);
+        assert_eq!((space.msi(), space.msix()), (None, None));
+        space.write(0x4a, &[0xff, 0xff]);
+        let message = MsiMessage { address: 0x5_fee0_1000, data: 0x4031, masked: true };
+        assert_eq!(space.msi(), Some(message));
+        assert_eq!(read32(&space, 0x48) >> 16, 0x181, "64-bit address, mask bit, enabled");
+        space.set_msi_pending(true);
+        assert_eq!(read32(&space, 0x5c), 1);
+        space.write(0x62, &[0xff, 0xff]);
+        assert_eq!(space.msix(), Some(true));
+        assert_eq!(read32(&space, 0x60) >> 16, 0xc004, "five vectors, enabled, masked");
+        space.write(0x63, &[0x80]);
+        assert_eq!(space.msix(), Some(false));
+        let mut simple = Builder::new(256, &header()).msi(0x40, false).build();
+        simple.write(0x40, &[0xff; 24]);
+        assert_eq!(simple.msi().map(|message| message.masked), Some(false));
+        simple.set_msi_pending(true);
+        assert_eq!(read32(&simple, 0x54), 0);
     }
 
     #[test]
     fn only_what_may_be_written_is() {
-        let mut space = space(Options { msix: true, express: true });
-        let before: Vec<u8> = space.bytes.clone();
-        space.write(0, &[0xff; 4096]);
-        for (at, (was, is)) in before.iter().zip(&space.bytes).enumerate() {
-            assert_eq!(was ^ is, space.mask[at] & !was, "offset {at:#x}");
+        let mut space = space();
+        let before = space.bytes().to_vec();
+        for at in 0..260 {
+            space.write(at, &[0xff; 8]);
         }
-        assert_eq!(read32(&space, 4), 0x0010_0406);
-        space.write(u64::MAX - 1, &[0xff; 8]);
-        space.write(254, &[0xff; 8]);
-    }
-
-    #[test]
-    fn status_shows_a_pending_interrupt_in_any_access() {
-        let space = space(Options::default());
-        let mut byte = [0];
-        space.read(6, &mut byte, true);
-        assert_eq!(byte, [0x18]);
-        let mut all = [0; 256];
-        space.read(0, &mut all, true);
-        assert_eq!(all[6], 0x18);
-        let mut word = [0; 2];
-        space.read(5, &mut word, true);
-        assert_eq!(word, [0, 0x18]);
+        let writable = [
+            0x04..0x06,
+            0x0c..0x0e,
+            0x10..0x14,
+            0x3c..0x3d,
+            0x4a..0x59,
+            0x63..0x64,
+            0x78..0x7a,
+            0x80..0x81,
+        ];
+        for (at, (was, is)) in before.iter().zip(space.bytes()).enumerate() {
+            assert!(was == is || writable.iter().any(|r| r.contains(&at)), "offset {at:#x}");
+        }
+        assert_eq!(space.command(), 0x406);
+        space.write(usize::MAX - 1, &[0xff; 8]);
     }
 }

@@ -1,35 +1,112 @@
-//! The MSI-X table: which message each vector sends, as the guest has written it.
+//! MSI-X: where table and pending bits lie, and which message each vector sends, as the driver has
+//! written it.
 
-use std::ops::Range;
-
-use super::config::Vector;
+use alloc::vec;
+use alloc::vec::Vec;
+use core::ops::Range;
 
 const ENTRY: usize = 16;
 const CONTROL: usize = 12;
 
-/// The table, in the memory of BAR0 that the VMM keeps for itself.
-pub(super) struct Table {
+/// One message interrupt, as the driver has set it up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MsiMessage {
+    /// Where the message is written to.
+    pub address: u64,
+    /// What is written.
+    pub data: u32,
+    /// The function holds the message back.
+    pub masked: bool,
+}
+
+/// Where the structures of MSI-X lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MsixLayout {
+    /// Number of vectors, 1 to 2048.
+    pub vectors: u16,
+    /// The BAR that the table lies in.
+    pub table_bar: u8,
+    /// Offset of the table there, a multiple of 8.
+    pub table: u32,
+    /// The BAR that the pending bits lie in.
+    pub pending_bar: u8,
+    /// Offset of the pending bits there, a multiple of 8.
+    pub pending: u32,
+}
+
+impl MsixLayout {
+    /// Takes apart the first 12 bytes of a capability. The result may be anything that the bits can
+    /// say: the places are not checked against BARs.
+    pub fn parse(bytes: &[u8; 12]) -> MsixLayout {
+        let word = |at: usize| {
+            u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+        };
+        let (table, pending) = (word(4), word(8));
+        MsixLayout {
+            vectors: (u16::from_le_bytes([bytes[2], bytes[3]]) & 0x7ff) + 1,
+            table_bar: (table & 7) as u8,
+            table: table & !7,
+            pending_bar: (pending & 7) as u8,
+            pending: pending & !7,
+        }
+    }
+
+    /// The bytes of the table, in [`table_bar`](Self::table_bar).
+    pub fn table_range(&self) -> Range<u64> {
+        let start = u64::from(self.table);
+        start..start + u64::from(self.vectors) * ENTRY as u64
+    }
+
+    /// The bytes of the pending bits, in [`pending_bar`](Self::pending_bar).
+    pub fn pending_range(&self) -> Range<u64> {
+        let start = u64::from(self.pending);
+        start..start + u64::from(self.vectors).div_ceil(64) * 8
+    }
+}
+
+/// Reads pending bits: `data` are the bytes from `offset` of the structure on, and `is_pending`
+/// tells of a vector whether its message is held back. Takes accesses of 4 or 8 aligned bytes, all
+/// others read zeros.
+pub fn read_pending_bits(offset: usize, data: &mut [u8], is_pending: impl Fn(usize) -> bool) {
+    data.fill(0);
+    if !aligned(offset, data.len()) {
+        return;
+    }
+    for (at, byte) in (offset..).zip(data) {
+        *byte = (0..8).fold(0, |byte, bit| byte | u8::from(is_pending(at * 8 + bit)) << bit);
+    }
+}
+
+fn aligned(offset: usize, len: usize) -> bool {
+    matches!(len, 4 | 8) && offset % len == 0
+}
+
+/// The table, as the driver has written it.
+#[derive(Clone, Debug)]
+pub struct MsixTable {
     bytes: Vec<u8>,
 }
 
-impl Table {
+impl MsixTable {
     /// All vectors masked, as after power-on.
-    pub(super) fn new(vectors: u16) -> Table {
+    pub fn new(vectors: u16) -> MsixTable {
         let mut bytes = vec![0; usize::from(vectors) * ENTRY];
         bytes.chunks_exact_mut(ENTRY).for_each(|entry| entry[CONTROL] = 1);
-        Table { bytes }
+        MsixTable { bytes }
     }
 
-    pub(super) fn reset(&mut self) {
-        *self = Table::new(u16::try_from(self.vectors()).unwrap_or(0));
+    /// As after power-on.
+    pub fn reset(&mut self) {
+        *self = MsixTable::new(u16::try_from(self.vectors()).unwrap_or(0));
     }
 
-    pub(super) fn vectors(&self) -> usize {
+    /// Number of vectors.
+    pub fn vectors(&self) -> usize {
         self.bytes.len() / ENTRY
     }
 
-    /// Reads 4 or 8 aligned bytes; others are zero, as are those that are not there.
-    pub(super) fn read(&self, offset: usize, data: &mut [u8]) {
+    /// Reads 4 or 8 aligned bytes. Other accesses read zeros, and so do bytes beyond the table.
+    pub fn read(&self, offset: usize, data: &mut [u8]) {
         data.fill(0);
         if let Some(bytes) = self.range(offset, data.len()).and_then(|range| self.bytes.get(range))
         {
@@ -37,8 +114,9 @@ impl Table {
         }
     }
 
-    /// Writes 4 or 8 aligned bytes, other writes are lost. The vector that may have changed by it.
-    pub(super) fn write(&mut self, offset: usize, data: &[u8]) -> Option<usize> {
+    /// Writes 4 or 8 aligned bytes; other writes are lost. Returns the vector that the write may have
+    /// changed.
+    pub fn write(&mut self, offset: usize, data: &[u8]) -> Option<usize> {
         let range = self.range(offset, data.len())?;
         self.bytes.get_mut(range)?.copy_from_slice(data);
         let entry = offset / ENTRY;
@@ -51,18 +129,21 @@ impl Table {
     }
 
     fn range(&self, offset: usize, len: usize) -> Option<Range<usize>> {
-        let aligned = matches!(len, 4 | 8) && offset % len == 0;
+        let aligned = aligned(offset, len);
         let end = offset.checked_add(len).filter(|end| aligned && *end <= self.bytes.len())?;
         Some(offset..end)
     }
 
-    /// What vector `index`, below [`vectors`](Self::vectors), sends.
-    pub(super) fn vector(&self, index: usize) -> Vector {
+    /// What vector `index` sends.
+    ///
+    /// # Panics
+    /// If `index` is not below [`vectors`](Self::vectors).
+    pub fn message(&self, index: usize) -> MsiMessage {
         let entry = &self.bytes[index * ENTRY..(index + 1) * ENTRY];
         let word = |at: usize| {
             u32::from_le_bytes([entry[at], entry[at + 1], entry[at + 2], entry[at + 3]])
         };
-        Vector {
+        MsiMessage {
             address: u64::from(word(4)) << 32 | u64::from(word(0)),
             data: word(8),
             masked: entry[CONTROL] & 1 != 0,
@@ -75,23 +156,53 @@ mod tests {
     use super::*;
 
     #[test]
+    fn pending_bits() {
+        let mut data = [9; 8];
+        read_pending_bits(0, &mut data, |vector| matches!(vector, 0 | 9 | 63));
+        assert_eq!(data, [1, 2, 0, 0, 0, 0, 0, 0x80]);
+        read_pending_bits(8, &mut data[..4], |vector| vector == 64 + 31);
+        assert_eq!(data[..4], [0, 0, 0, 0x80]);
+        read_pending_bits(2, &mut data[..4], |_| true);
+        assert_eq!(data[..4], [0; 4]);
+    }
+
+    #[test]
+    fn a_layout_is_parsed_and_knows_its_ends() {
+        let bytes = [0x11, 0, 0x40, 0xf8, 2, 0x20, 0, 0, 5, 0x30, 0, 0];
+        let layout = MsixLayout::parse(&bytes);
+        let expected = MsixLayout {
+            vectors: 65,
+            table_bar: 2,
+            table: 0x2000,
+            pending_bar: 5,
+            pending: 0x3000,
+        };
+        assert_eq!(layout, expected);
+        assert_eq!(layout.table_range(), 0x2000..0x2410);
+        assert_eq!(layout.pending_range(), 0x3000..0x3010);
+    }
+
+    #[test]
     fn entries() {
-        let mut table = Table::new(3);
-        assert_eq!(table.vector(2), Vector { address: 0, data: 0, masked: true });
+        let mut table = MsixTable::new(3);
+        assert_eq!(table.message(2), MsiMessage { address: 0, data: 0, masked: true });
         assert_eq!(table.write(32, &0x0000_0005_fee0_1003u64.to_le_bytes()), Some(2));
         assert_eq!(table.write(40, &[0x31, 0, 0, 0]), Some(2));
         assert_eq!(table.write(44, &[0xfe, 0xff, 0xff, 0xff]), Some(2));
-        assert_eq!(table.vector(2), Vector { address: 0x5_fee0_1000, data: 0x31, masked: false });
+        assert_eq!(
+            table.message(2),
+            MsiMessage { address: 0x5_fee0_1000, data: 0x31, masked: false }
+        );
         let mut data = [9; 8];
         table.read(40, &mut data);
         assert_eq!(data, [0x31, 0, 0, 0, 0, 0, 0, 0]);
         table.reset();
-        assert_eq!(table.vector(2), Vector { address: 0, data: 0, masked: true });
+        assert_eq!(table.message(2), MsiMessage { address: 0, data: 0, masked: true });
     }
 
     #[test]
     fn what_is_not_aligned_or_not_there() {
-        let mut table = Table::new(1);
+        let mut table = MsixTable::new(1);
         for (offset, len) in
             [(0, 1), (2, 4), (4, 8), (16, 4), (12, 8), (usize::MAX - 3, 4), (8, 16)]
         {
@@ -100,6 +211,6 @@ mod tests {
             table.read(offset, &mut data);
             assert!(data.iter().all(|b| *b == 0));
         }
-        assert_eq!(table.vector(0), Vector { address: 0, data: 0, masked: true });
+        assert_eq!(table.message(0), MsiMessage { address: 0, data: 0, masked: true });
     }
 }

@@ -1,8 +1,14 @@
-//! Bytes of a configuration space, and which of their bits the guest may change.
+//! Bytes of a configuration space, and which of their bits a driver may change.
 
-/// A configuration space. What is not said to be writable stays as it is, whatever the guest does.
-#[derive(Clone)]
-pub(super) struct Space {
+use alloc::vec;
+use alloc::vec::Vec;
+
+/// Bytes with write masks. A bit that nobody made writable stays as it is, whatever the driver does.
+///
+/// The methods that a device uses for its own part (`get`, `set`, `allow`) panic beyond the end;
+/// [`read`](Self::read) and [`write`](Self::write), which the driver decides about, do not.
+#[derive(Clone, Debug)]
+pub struct Space {
     bytes: Vec<u8>,
     /// Bits that take the value written.
     writable: Vec<u8>,
@@ -12,88 +18,99 @@ pub(super) struct Space {
 
 impl Space {
     /// All zeros, read-only.
-    pub(super) fn new(bytes: usize) -> Space {
+    pub fn new(bytes: usize) -> Space {
         Space::from_bytes(vec![0; bytes])
     }
 
     /// These bytes, read-only.
-    pub(super) fn from_bytes(bytes: Vec<u8>) -> Space {
+    pub fn from_bytes(bytes: Vec<u8>) -> Space {
         Space { writable: vec![0; bytes.len()], clearable: vec![0; bytes.len()], bytes }
     }
 
-    #[cfg(test)]
-    pub(super) fn bytes(&self) -> &[u8] {
+    /// All bytes, as the driver reads them.
+    pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }
 
-    #[cfg(test)]
-    pub(super) fn writable_bits(&self) -> &[u8] {
+    /// The bits that take the value written.
+    pub fn writable_bits(&self) -> &[u8] {
         &self.writable
     }
 
-    pub(super) fn get8(&self, at: usize) -> u8 {
+    /// The byte at `at`.
+    pub fn get8(&self, at: usize) -> u8 {
         self.bytes[at]
     }
 
-    pub(super) fn get16(&self, at: usize) -> u16 {
+    /// The 16-bit register at `at`.
+    pub fn get16(&self, at: usize) -> u16 {
         u16::from_le_bytes([self.bytes[at], self.bytes[at + 1]])
     }
 
-    pub(super) fn get32(&self, at: usize) -> u32 {
+    /// The 32-bit register at `at`.
+    pub fn get32(&self, at: usize) -> u32 {
         u32::from(self.get16(at)) | u32::from(self.get16(at + 2)) << 16
     }
 
-    pub(super) fn set(&mut self, at: usize, value: &[u8]) {
+    /// Sets the bytes from `at` on.
+    pub fn set(&mut self, at: usize, value: &[u8]) {
         self.bytes[at..at + value.len()].copy_from_slice(value);
     }
 
-    pub(super) fn set8(&mut self, at: usize, value: u8) {
+    /// Sets the byte at `at`.
+    pub fn set8(&mut self, at: usize, value: u8) {
         self.set(at, &[value]);
     }
 
-    pub(super) fn set16(&mut self, at: usize, value: u16) {
+    /// Sets the 16-bit register at `at`.
+    pub fn set16(&mut self, at: usize, value: u16) {
         self.set(at, &value.to_le_bytes());
     }
 
-    pub(super) fn set32(&mut self, at: usize, value: u32) {
+    /// Sets the 32-bit register at `at`.
+    pub fn set32(&mut self, at: usize, value: u32) {
         self.set(at, &value.to_le_bytes());
     }
 
     /// Sets or clears bits of a 16-bit register, for the device's own part.
-    pub(super) fn assign16(&mut self, at: usize, bits: u16, on: bool) {
+    pub fn assign16(&mut self, at: usize, bits: u16, on: bool) {
         let value = self.get16(at);
         self.set16(at, if on { value | bits } else { value & !bits });
     }
 
-    /// Lets the guest write the bits of `mask` from `at` on.
-    pub(super) fn allow(&mut self, at: usize, mask: &[u8]) {
+    /// Lets the driver write the bits of `mask` from `at` on.
+    pub fn allow(&mut self, at: usize, mask: &[u8]) {
         self.writable[at..at + mask.len()].copy_from_slice(mask);
     }
 
-    /// Lets the guest clear the bits of `mask` at `at` by writing 1.
-    pub(super) fn allow_clearing(&mut self, at: usize, mask: u16) {
+    /// Lets the driver clear the bits of `mask` at `at` by writing 1.
+    pub fn allow_clearing(&mut self, at: usize, mask: u16) {
         self.clearable[at..at + 2].copy_from_slice(&mask.to_le_bytes());
     }
 
-    /// Reads for the guest; beyond the end there are zeros.
-    pub(super) fn read(&self, offset: usize, data: &mut [u8]) {
-        for (at, byte) in (offset..).zip(data) {
-            *byte = self.bytes.get(at).copied().unwrap_or(0);
+    /// Reads for the driver; beyond the end there are zeros.
+    pub fn read(&self, offset: usize, data: &mut [u8]) {
+        data.fill(0);
+        for (byte, have) in data.iter_mut().zip(self.bytes.get(offset..).unwrap_or_default()) {
+            *byte = *have;
         }
     }
 
-    /// Writes for the guest: what it may.
-    pub(super) fn write(&mut self, offset: usize, data: &[u8]) {
-        for (at, byte) in (offset..).zip(data) {
-            let Some(have) = self.bytes.get_mut(at) else { return };
-            *have = (*have & !self.writable[at] | byte & self.writable[at])
+    /// Writes for the driver: those bits that it may write, and nothing beyond the end.
+    pub fn write(&mut self, offset: usize, data: &[u8]) {
+        for (i, byte) in data.iter().enumerate() {
+            let Some(at) = offset.checked_add(i).filter(|at| *at < self.bytes.len()) else {
+                return;
+            };
+            let have = self.bytes[at];
+            self.bytes[at] = (have & !self.writable[at] | byte & self.writable[at])
                 & !(byte & self.clearable[at]);
         }
     }
 }
 
 /// Whether an access of `len` bytes at `offset` touches any of the `bytes` from `at` on.
-pub(super) fn touches(offset: usize, len: usize, at: usize, bytes: usize) -> bool {
+pub fn touches(offset: usize, len: usize, at: usize, bytes: usize) -> bool {
     offset < at + bytes && at < offset.saturating_add(len)
 }
 

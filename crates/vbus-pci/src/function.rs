@@ -1,86 +1,132 @@
-//! The function: regions, resets, and what the connector needs besides.
+//! A PCI function of any kind: configuration space, interrupts, and a handler for each BAR.
+//!
+//! Nothing here knows a register of vbus. What a BAR is for, its [`BarHandler`] knows.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use vbus_core::shm::abi::bar0;
-use vbus_core::{Endpoint, MapError};
+use vbus_core::Executor;
+use vbus_pci_config::register::{COMMAND_INTX_DISABLE, COMMAND_MASTER, STATUS, STATUS_INTERRUPT};
+use vbus_pci_config::{ConfigSpace, MsixLayout, MsixTable, read_pending_bits};
 
-use crate::Options;
-use crate::config::ConfigSpace;
 use crate::interrupts::{Interrupts, IrqError, IrqIndex, check};
 use crate::mask_event::MaskEvent;
-use crate::registers::{Context, Registers};
 
 /// Number of regions of a PCI function in VFIO's numbering: six BARs, ROM, configuration space,
 /// VGA.
 pub const REGION_COUNT: u32 = 9;
+/// Number of BARs; they are the regions from 0 on.
+const BAR_COUNT: usize = 6;
 
 /// The regions that a function has, in VFIO's numbering; the others have no bytes.
 pub mod region {
-    /// BAR 0.
+    /// BAR 0. The other BARs follow.
     pub const BAR0: u32 = 0;
     /// The configuration space.
     pub const CONFIG: u32 = 7;
 }
 
-const PAGE: u64 = 0x1000;
-
-/// An eventfd that rings a doorbell.
+/// An eventfd whose write stands for a write to a BAR.
 #[derive(Debug)]
-pub struct DoorbellFd {
-    /// Where the doorbell is in BAR0.
+pub struct IoEventFd {
+    /// The offset in the BAR.
     pub offset: u64,
-    /// Bytes of the write that rings it.
-    pub size: u64,
-    /// The eventfd; always the same one for the same doorbell.
+    /// The eventfd; always the same one for the same offset.
     pub fd: Arc<OwnedFd>,
 }
 
-/// A device on the bus as a PCI function.
+/// What a BAR does.
+///
+/// The calls come one at a time. Offsets lie within the BAR, and accesses of the structures of
+/// MSI-X do not come here; size, alignment and end of an access are whatever the peer chose, so
+/// `offset + data.len()` may be beyond the BAR. A handler never waits for the driver.
+pub trait BarHandler: Send {
+    /// Reads from `offset` on. `data` is zero before: a place without a meaning reads zero.
+    fn read(&mut self, offset: u64, data: &mut [u8]);
+
+    /// Writes from `offset` on.
+    fn write(&mut self, offset: u64, data: &[u8]);
+
+    /// Goes back to the state after power-on. The device touches none of the driver's memory when
+    /// this returns.
+    fn reset(&mut self);
+
+    /// The driver has taken Bus Master from the function. The device touches none of the driver's
+    /// memory when this returns.
+    fn bus_master_cleared(&mut self) {}
+
+    /// Eventfds that stand for writes to this BAR, for a peer that can have them written without a
+    /// call of [`write`](Self::write).
+    ///
+    /// # Errors
+    /// When the process has no more descriptors.
+    fn io_eventfds(&mut self) -> rustix::io::Result<Vec<IoEventFd>> {
+        Ok(Vec::new())
+    }
+}
+
+struct Msix {
+    layout: MsixLayout,
+    /// As the driver wrote it. It is kept for the driver to read; the connector, which knows where
+    /// messages go, has its own.
+    table: MsixTable,
+}
+
+/// A PCI function.
 ///
 /// Any region, offset, size and value is fine: what makes no sense reads zeros and writes nothing.
-/// The methods are called one at a time, by the connector. Commands of the mailbox run within the
-/// write; none of them waits for the driver.
+/// The methods are called one at a time, by the connector.
 pub struct PciFunction {
-    endpoint: Arc<Endpoint>,
     config: ConfigSpace,
-    registers: Registers,
+    bars: [Option<Box<dyn BarHandler>>; BAR_COUNT],
     interrupts: Arc<Interrupts>,
+    msix: Option<Msix>,
+    executor: Arc<Executor>,
+    place: usize,
     /// What unmasks INTx, and what masks it.
     mask_events: [Option<MaskEvent>; 2],
-    /// The MSI-X table as written. It is kept for the driver to read; the connector, which knows
-    /// where messages go, has its own.
-    msix_table: Vec<u8>,
 }
 
 impl PciFunction {
-    /// Makes a function of the device, and has its interrupts come here.
-    pub fn new(endpoint: Arc<Endpoint>, options: Options) -> PciFunction {
-        let vectors =
-            if options.msix { endpoint.identity().vectors.clamp(1, bar0::MSIX_MAX) } else { 0 };
-        let interrupts = Arc::new(Interrupts::new(vectors));
-        endpoint.set_interrupt_sink(interrupts.clone());
+    /// A function with this configuration space, as it is after power-on, and with the interrupts
+    /// made for it ([`Interrupts::of`]). Its BARs do nothing until they have handlers. It watches
+    /// eventfds on the event loop `executor`, at `place`.
+    pub fn new(
+        config: ConfigSpace,
+        interrupts: Arc<Interrupts>,
+        executor: Arc<Executor>,
+        place: usize,
+    ) -> PciFunction {
+        let msix = config
+            .msix_layout()
+            .map(|layout| Msix { layout, table: MsixTable::new(layout.vectors) });
         PciFunction {
-            config: ConfigSpace::new(endpoint.identity(), options, vectors),
-            registers: Registers::default(),
+            config,
+            bars: Default::default(),
             interrupts,
+            msix,
+            executor,
+            place,
             mask_events: Default::default(),
-            msix_table: msix_table(vectors),
-            endpoint,
         }
     }
 
-    /// The device.
-    pub fn endpoint(&self) -> &Arc<Endpoint> {
-        &self.endpoint
+    /// Lets `handler` be what BAR `number` does.
+    ///
+    /// # Panics
+    /// If the configuration space has no such BAR.
+    #[must_use]
+    pub fn with_bar(mut self, number: usize, handler: Box<dyn BarHandler>) -> PciFunction {
+        assert!(self.config.bar_size(number) > 0, "there is no BAR {number}");
+        self.bars[number] = Some(handler);
+        self
     }
 
     /// Bytes of a region; 0 for those that the function does not have.
     pub fn region_size(&self, region: u32) -> u64 {
-        match region {
-            region::BAR0 => bar0::SIZE,
-            region::CONFIG => self.config.size(),
+        match (region, bar_number(region)) {
+            (region::CONFIG, _) => self.config.size() as u64,
+            (_, Some(number)) => u64::from(self.config.bar_size(number)),
             _ => 0,
         }
     }
@@ -88,85 +134,76 @@ impl PciFunction {
     /// Reads from a region.
     pub fn read(&mut self, region: u32, offset: u64, data: &mut [u8]) {
         data.fill(0);
-        match region {
-            region::CONFIG => self.config.read(offset, data, self.interrupts.status()),
-            region::BAR0 => self.read_bar0(offset, data),
+        match (region, bar_number(region)) {
+            (region::CONFIG, _) => {
+                let Ok(offset) = usize::try_from(offset) else { return };
+                self.config.read(offset, data);
+                let status = STATUS.checked_sub(offset).and_then(|at| data.get_mut(at));
+                if let Some(status) = status.filter(|_| self.interrupts.status()) {
+                    *status |= STATUS_INTERRUPT.to_le_bytes()[0];
+                }
+            }
+            (_, Some(number)) => self.read_bar(number, offset, data),
             _ => {}
         }
     }
 
     /// Writes to a region.
     pub fn write(&mut self, region: u32, offset: u64, data: &[u8]) {
-        match region {
-            region::CONFIG => {
-                let was_master = self.config.bus_master();
+        match (region, bar_number(region)) {
+            (region::CONFIG, _) => {
+                let Ok(offset) = usize::try_from(offset) else { return };
+                let before = self.config.command();
                 self.config.write(offset, data);
-                if was_master && !self.config.bus_master() {
+                let command = self.config.command();
+                if before & !command & COMMAND_MASTER != 0 {
                     // So a kernel takes a device from a driver that died or was unbound: memory
                     // must be let go of before this returns.
-                    self.endpoint.close();
-                    self.interrupts.clear();
+                    self.handlers().for_each(|handler| handler.bus_master_cleared());
                 }
-                self.interrupts.set_disabled(self.config.intx_disabled());
+                self.interrupts.set_disabled(command & COMMAND_INTX_DISABLE != 0);
             }
-            region::BAR0 => self.write_bar0(offset, data),
+            (_, Some(number)) => self.write_bar(number, offset, data),
             _ => {}
         }
     }
 
-    fn read_bar0(&mut self, offset: u64, data: &mut [u8]) {
-        if !aligned(offset, data.len()) {
+    fn handlers(&mut self) -> impl Iterator<Item = &mut Box<dyn BarHandler>> {
+        self.bars.iter_mut().flatten()
+    }
+
+    fn read_bar(&mut self, number: usize, offset: u64, data: &mut [u8]) {
+        if offset >= u64::from(self.config.bar_size(number)) {
             return;
         }
-        for (at, word) in (offset..).step_by(4).zip(data.chunks_exact_mut(4)) {
-            let value = match at {
-                0..bar0::DOORBELLS => {
-                    let context =
-                        Context { endpoint: &self.endpoint, interrupts: &self.interrupts };
-                    self.registers.read(at, &context)
+        match self.msix.as_ref().and_then(|msix| msix.part(number, offset)) {
+            Some(MsixPart::Table(at)) => self.msix.iter().for_each(|m| m.table.read(at, data)),
+            Some(MsixPart::Pending(at)) => {
+                read_pending_bits(at, data, |vector| self.interrupts.msix_pending(vector));
+            }
+            None => {
+                if let Some(handler) = &mut self.bars[number] {
+                    handler.read(offset, data);
                 }
-                bar0::MSIX_TABLE..bar0::MSIX_PBA => {
-                    let bytes =
-                        within(at, bar0::MSIX_TABLE).and_then(|at| self.msix_table.get(at..at + 4));
-                    bytes.map_or(0, |b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-                }
-                bar0::MSIX_PBA..bar0::SIZE => within(at, bar0::MSIX_PBA).map_or(0, |at| {
-                    u32::from_le_bytes(
-                        [0, 1, 2, 3].map(|i| self.interrupts.msix_pending_byte(at + i)),
-                    )
-                }),
-                _ => 0,
-            };
-            word.copy_from_slice(&value.to_le_bytes());
+            }
         }
     }
 
-    fn write_bar0(&mut self, offset: u64, data: &[u8]) {
-        if (bar0::DOORBELLS..bar0::DOORBELLS + PAGE).contains(&offset) {
-            if matches!(data.len(), 1..=8) {
-                self.endpoint.ring((offset - bar0::DOORBELLS) / bar0::DOORBELL_STRIDE);
+    fn write_bar(&mut self, number: usize, offset: u64, data: &[u8]) {
+        if offset >= u64::from(self.config.bar_size(number)) {
+            return;
+        }
+        match self.msix.as_ref().and_then(|msix| msix.part(number, offset)) {
+            Some(MsixPart::Table(at)) => {
+                if let Some(msix) = &mut self.msix {
+                    let _ = msix.table.write(at, data);
+                }
             }
-            return;
-        }
-        if !aligned(offset, data.len()) {
-            return;
-        }
-        for (at, word) in (offset..).step_by(4).zip(data.chunks_exact(4)) {
-            let value = u32::from_le_bytes([word[0], word[1], word[2], word[3]]);
-            match at {
-                0..bar0::DOORBELLS => {
-                    let context =
-                        Context { endpoint: &self.endpoint, interrupts: &self.interrupts };
-                    self.registers.write(at, value, &context);
+            Some(MsixPart::Pending(_)) => {}
+            None => {
+                if let Some(handler) = &mut self.bars[number] {
+                    handler.write(offset, data);
                 }
-                bar0::MSIX_TABLE..bar0::MSIX_PBA => {
-                    let place = within(at, bar0::MSIX_TABLE)
-                        .and_then(|at| self.msix_table.get_mut(at..at + 4));
-                    if let Some(place) = place {
-                        place.copy_from_slice(word);
-                    }
-                }
-                _ => {}
             }
         }
     }
@@ -209,8 +246,9 @@ impl PciFunction {
         // The old one first: both could be the same eventfd, which can be watched once only.
         *place = None;
         if let Some(eventfd) = eventfd {
+            let interrupts = self.interrupts.clone();
             *place =
-                Some(MaskEvent::start(&self.endpoint, self.interrupts.clone(), eventfd, masked)?);
+                Some(MaskEvent::start(&self.executor, self.place, interrupts, eventfd, masked)?);
         }
         Ok(())
     }
@@ -241,65 +279,30 @@ impl PciFunction {
         self.interrupts.loopback(index, number)
     }
 
-    /// The peer offers memory; see [`Endpoint::map`].
-    ///
-    /// # Errors
-    /// See [`MapError`].
-    pub fn map(
-        &self,
-        start: u64,
-        len: u64,
-        file: Option<(OwnedFd, u64)>,
-        writable: bool,
-    ) -> Result<(), MapError> {
-        self.endpoint.map(start, len, file, writable)
-    }
-
-    /// The peer takes memory back; when this returns, the device does not touch it any more. See
-    /// [`Endpoint::unmap`].
-    pub fn unmap(&self, start: u64, len: u64) -> u64 {
-        self.endpoint.unmap(start, len)
-    }
-
-    /// The peer takes all memory back.
-    pub fn unmap_all(&self) {
-        self.endpoint.unmap_all();
-    }
-
-    /// An eventfd for each doorbell that the device can have.
+    /// Eventfds that stand for writes to the BAR that is region `region`.
     ///
     /// # Errors
     /// When the process has no more descriptors.
-    pub fn doorbells(&self) -> rustix::io::Result<Vec<DoorbellFd>> {
-        let fd = |handle: u32| {
-            let fd = self.endpoint.doorbell_eventfd(handle)?;
-            let offset = bar0::DOORBELLS + u64::from(handle) * bar0::DOORBELL_STRIDE;
-            Ok(DoorbellFd { offset, size: bar0::DOORBELL_STRIDE, fd })
-        };
-        (0..self.endpoint.identity().regions.min(bar0::DOORBELL_COUNT)).map(fd).collect()
+    pub fn io_eventfds(&mut self, region: u32) -> rustix::io::Result<Vec<IoEventFd>> {
+        let handler = bar_number(region).and_then(|number| self.bars[number].as_mut());
+        handler.map_or(Ok(Vec::new()), |handler| handler.io_eventfds())
     }
 
-    /// Back to the state after power-on: the connection is closed, the configuration space reset,
-    /// no interrupt pending. The peer's memory and the connected eventfds stay.
+    /// Back to the state after power-on: the handlers are reset, the configuration space too, no
+    /// interrupt is pending. The connected eventfds stay.
     pub fn reset(&mut self) {
-        self.endpoint.close();
+        self.handlers().for_each(|handler| handler.reset());
         self.config.reset();
-        self.registers.reset();
-        self.msix_table = msix_table(self.msix_vectors());
+        self.msix.iter_mut().for_each(|msix| msix.table.reset());
         self.interrupts.clear();
         self.interrupts.set_disabled(false);
     }
 
-    /// The peer is gone: as [`reset`](Self::reset), and its memory and eventfds go too.
+    /// The peer is gone: as [`reset`](Self::reset), and its eventfds go too.
     pub fn disconnected(&mut self) {
         self.reset();
         self.mask_events = Default::default();
         self.interrupts.disconnect_all();
-        self.endpoint.unmap_all();
-    }
-
-    fn msix_vectors(&self) -> u16 {
-        u16::try_from(self.msix_table.len() / 16).unwrap_or(0)
     }
 }
 
@@ -309,18 +312,24 @@ impl Drop for PciFunction {
     }
 }
 
-/// After power-on every vector is masked.
-fn msix_table(vectors: u16) -> Vec<u8> {
-    let mut table = vec![0; usize::from(vectors) * 16];
-    table.chunks_exact_mut(16).for_each(|entry| entry[12] = 1);
-    table
+/// What of MSI-X an access begins in, and the offset there.
+enum MsixPart {
+    Table(usize),
+    Pending(usize),
 }
 
-/// Whether an access is one of those that registers take: 4 or 8 aligned bytes.
-fn aligned(offset: u64, len: usize) -> bool {
-    matches!(len, 4 | 8) && offset % len as u64 == 0
+impl Msix {
+    fn part(&self, bar: usize, offset: u64) -> Option<MsixPart> {
+        let within = |in_bar: u8, range: std::ops::Range<u64>| {
+            let inside = usize::from(in_bar) == bar && range.contains(&offset);
+            inside.then(|| usize::try_from(offset - range.start).ok()).flatten()
+        };
+        let MsixLayout { table_bar, pending_bar, .. } = self.layout;
+        let table = within(table_bar, self.layout.table_range()).map(MsixPart::Table);
+        table.or_else(|| within(pending_bar, self.layout.pending_range()).map(MsixPart::Pending))
+    }
 }
 
-fn within(offset: u64, start: u64) -> Option<usize> {
-    usize::try_from(offset.checked_sub(start)?).ok()
+fn bar_number(region: u32) -> Option<usize> {
+    usize::try_from(region).ok().filter(|number| *number < BAR_COUNT)
 }

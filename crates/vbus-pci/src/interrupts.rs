@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use rustix::fs::OFlags;
 use vbus_core::InterruptSink;
+use vbus_pci_config::ConfigSpace;
 
 /// Number of interrupt indexes of a PCI function in VFIO's numbering: INTx, MSI, MSI-X, error,
 /// request.
@@ -130,20 +131,32 @@ pub(crate) fn check(fd: OwnedFd) -> Result<Arc<OwnedFd>, IrqError> {
     Ok(Arc::new(fd))
 }
 
-/// The interrupts of one function.
+/// The interrupts of one function: where a device's vectors become writes of eventfds.
 ///
 /// The lock is held for a few instructions, and for the eventfd's write with INTx only; it is never
-/// held while the endpoint is called.
-pub(crate) struct Interrupts {
+/// held while the device is called.
+pub struct Interrupts {
+    /// The function has an INTx pin.
+    intx: bool,
+    /// The function has MSI.
+    msi: bool,
     state: Mutex<State>,
 }
 
 impl Interrupts {
-    /// `msix_vectors`: 0 without the capability.
-    pub(crate) fn new(msix_vectors: u16) -> Interrupts {
-        let n = usize::from(msix_vectors);
-        let state = State { msix: vec![None; n], msix_pending: vec![false; n], ..State::default() };
-        Interrupts { state: Mutex::new(state) }
+    /// The interrupts that a function with this configuration space has.
+    pub fn of(config: &ConfigSpace) -> Interrupts {
+        let vectors = config.msix_layout().map_or(0, |layout| usize::from(layout.vectors));
+        Interrupts::new(config.interrupt_pin() != 0, config.has_msi(), vectors)
+    }
+
+    fn new(intx: bool, msi: bool, msix_vectors: usize) -> Interrupts {
+        let state = State {
+            msix: vec![None; msix_vectors],
+            msix_pending: vec![false; msix_vectors],
+            ..State::default()
+        };
+        Interrupts { intx, msi, state: Mutex::new(state) }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -153,13 +166,14 @@ impl Interrupts {
     /// How many interrupts an index has.
     pub(crate) fn count(&self, index: IrqIndex) -> u32 {
         match index {
-            IrqIndex::Intx | IrqIndex::Msi => 1,
+            IrqIndex::Intx => u32::from(self.intx),
+            IrqIndex::Msi => u32::from(self.msi),
             IrqIndex::Msix => u32::try_from(self.lock().msix.len()).unwrap_or(u32::MAX),
         }
     }
 
     /// Vectors that the driver can tell apart now.
-    pub(crate) fn vectors(&self) -> u32 {
+    pub fn vectors(&self) -> u32 {
         let state = self.lock();
         if state.msix_connected > 0 {
             u32::try_from(state.msix.len()).unwrap_or(u32::MAX)
@@ -268,7 +282,7 @@ impl Interrupts {
     }
 
     /// Triggered and not acknowledged.
-    pub(crate) fn pending(&self) -> bool {
+    pub fn pending(&self) -> bool {
         self.lock().pending
     }
 
@@ -281,22 +295,20 @@ impl Interrupts {
     }
 
     /// The driver takes INTx back.
-    pub(crate) fn acknowledge(&self) {
+    pub fn acknowledge(&self) {
         self.lock().pending = false;
     }
 
     /// Forgets what is pending, after a reset.
-    pub(crate) fn clear(&self) {
+    pub fn clear(&self) {
         let mut state = self.lock();
         state.pending = false;
         state.msix_pending.fill(false);
     }
 
-    /// Byte `at` of the MSI-X pending bits.
-    pub(crate) fn msix_pending_byte(&self, at: usize) -> u8 {
-        let state = self.lock();
-        let bits = state.msix_pending.iter().skip(at.saturating_mul(8)).take(8);
-        bits.enumerate().fold(0, |byte, (i, &pending)| byte | u8::from(pending) << i)
+    /// Whether the message of MSI-X vector `vector` waits for its eventfd.
+    pub(crate) fn msix_pending(&self, vector: usize) -> bool {
+        self.lock().msix_pending.get(vector).copied().unwrap_or(false)
     }
 }
 
@@ -357,9 +369,14 @@ mod tests {
         }
     }
 
+    /// The pending bits of the first vectors.
+    fn pending_byte(irqs: &Interrupts) -> u8 {
+        (0..8).fold(0, |byte, vector| byte | u8::from(irqs.msix_pending(vector)) << vector)
+    }
+
     #[test]
     fn intx_is_a_level() {
-        let irqs = Interrupts::new(0);
+        let irqs = Interrupts::new(true, true, 0);
         irqs.trigger(0);
         assert!(irqs.pending());
         let (ours, theirs) = pair();
@@ -382,7 +399,7 @@ mod tests {
 
     #[test]
     fn interrupt_disable_holds_intx_back_but_not_its_status() {
-        let irqs = Interrupts::new(0);
+        let irqs = Interrupts::new(true, true, 0);
         let (ours, theirs) = pair();
         irqs.connect(IrqIndex::Intx, 0, vec![Some(theirs)]).unwrap();
         irqs.set_disabled(true);
@@ -398,7 +415,7 @@ mod tests {
 
     #[test]
     fn messages_replace_the_level() {
-        let irqs = Interrupts::new(2);
+        let irqs = Interrupts::new(true, true, 2);
         irqs.trigger(0);
         let (intx, fd) = pair();
         irqs.set_disabled(true);
@@ -419,10 +436,10 @@ mod tests {
         irqs.trigger(1);
         irqs.trigger(0);
         irqs.trigger(9);
-        assert_eq!((taken(&msi), taken(&msix), irqs.msix_pending_byte(0)), (0, 1, 1));
+        assert_eq!((taken(&msi), taken(&msix), pending_byte(&irqs)), (0, 1, 1));
         let (first, fd) = pair();
         irqs.connect(IrqIndex::Msix, 0, vec![Some(fd)]).unwrap();
-        assert_eq!((taken(&first), irqs.msix_pending_byte(0)), (1, 0));
+        assert_eq!((taken(&first), pending_byte(&irqs)), (1, 0));
         irqs.disconnect_all();
         irqs.trigger(0);
         assert!(irqs.pending());
@@ -431,7 +448,7 @@ mod tests {
 
     #[test]
     fn nothing_is_lost_while_a_vmm_adds_a_vector() {
-        let irqs = Interrupts::new(3);
+        let irqs = Interrupts::new(true, true, 3);
         let connect = |count: usize| {
             let (ours, theirs): (Vec<_>, Vec<_>) =
                 (0..count).map(|_| pair()).map(|(a, b)| (a, Some(b))).unzip();
@@ -441,7 +458,7 @@ mod tests {
         let first = connect(1);
         irqs.trigger(0);
         irqs.trigger(1);
-        assert_eq!((taken(&first[0]), irqs.msix_pending_byte(0)), (1, 0b10));
+        assert_eq!((taken(&first[0]), pending_byte(&irqs)), (1, 0b10));
         irqs.disconnect(IrqIndex::Msix);
         let second = connect(2);
         assert_eq!((taken(&second[0]), taken(&second[1])), (0, 1), "pending since before");
@@ -451,12 +468,12 @@ mod tests {
         assert!(taken(&third[0]) > 0, "while nothing was connected");
         assert!(!irqs.pending());
         irqs.clear();
-        assert_eq!(irqs.msix_pending_byte(0), 0);
+        assert_eq!(pending_byte(&irqs), 0);
     }
 
     #[test]
     fn only_eventfds_are_taken() {
-        let irqs = Interrupts::new(2);
+        let irqs = Interrupts::new(true, true, 2);
         let (pipe, _end) = rustix::pipe::pipe().unwrap();
         assert_eq!(irqs.connect(IrqIndex::Msi, 0, vec![Some(pipe)]), Err(IrqError::NotEventfd));
         let blocking = eventfd(0, EventfdFlags::CLOEXEC).unwrap();

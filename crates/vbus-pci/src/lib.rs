@@ -1,16 +1,17 @@
-//! A vbus device as a PCI function: configuration space, capabilities, BAR0 with the register
-//! block, interrupts.
+//! PCI functions for a connector to serve, and the vbus device as one of them.
 //!
-//! [`PciFunction`] is all of it, for a connector to serve: it turns accesses to regions into
-//! operations of the device's [`Endpoint`](vbus_core::Endpoint), and the device's interrupts into
-//! writes of the eventfds that the connector was given. What the driver sees is specified in
-//! `spec/pci.md`.
+//! [`PciFunction`] is a function of any kind: a configuration space
+//! ([`vbus_pci_config::ConfigSpace`]), interrupts as writes of the eventfds that the connector was
+//! given ([`Interrupts`]: INTx, MSI, MSI-X), and a [`BarHandler`] for each BAR.
+//!
+//! [`RegisterBlock`] is the handler that makes such a function a device of vbus: registers and
+//! doorbells in BAR0. [`device_function`] puts both together; spec/pci.md says what a driver finds.
 //!
 //! ```
 //! use std::sync::Arc;
 //! use vbus_core::shm::abi::{bar0, reg};
 //! use vbus_core::{Bus, Connection, Device, Executor, Identity, Open, ErrorCode, Trust, Tuning};
-//! use vbus_pci::{Options, PciFunction, region};
+//! use vbus_pci::{Options, device_function, region};
 //!
 //! /// A device that does nothing, for whoever opens it.
 //! struct Nothing;
@@ -34,7 +35,7 @@
 //!
 //! let bus = Bus::new(Executor::start(Tuning::default())?, Vec::new(), Trust::Sealed);
 //! let endpoint = bus.add("nothing0", Arc::new(Nothing)).unwrap();
-//! let mut function = PciFunction::new(endpoint, Options::default());
+//! let mut function = device_function(endpoint, Options::default());
 //!
 //! // A driver's first looks: vendor and device in the configuration space, then the magic number in BAR 0.
 //! let mut word = [0; 4];
@@ -45,14 +46,15 @@
 //! # Ok::<(), std::io::Error>(())
 //! ```
 
-mod config;
 mod function;
 mod interrupts;
 mod mask_event;
-mod registers;
+mod register_block;
 
-pub use function::{DoorbellFd, PciFunction, REGION_COUNT, region};
-pub use interrupts::{INDEX_COUNT, IrqError, IrqIndex};
+pub use function::{BarHandler, IoEventFd, PciFunction, REGION_COUNT, region};
+pub use interrupts::{INDEX_COUNT, Interrupts, IrqError, IrqIndex};
+pub use register_block::{RegisterBlock, device_function};
+pub use vbus_pci_config;
 
 /// What a function has beyond what every function has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -1,11 +1,11 @@
-//! Masking and unmasking of INTx by eventfd. Unmasking is the end of the interrupt: so KVM tells of
-//! it without the VMM.
+//! Masking and unmasking of INTx by eventfd. Unmasking is the end of the interrupt: with an eventfd
+//! KVM reports it without the VMM.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use vbus_core::{Endpoint, ErrorCode, Interest, Progress, Task, TaskHandle};
+use vbus_core::{ErrorCode, Executor, Interest, Progress, Task, TaskHandle};
 
 use crate::interrupts::{Interrupts, IrqError, IrqIndex};
 
@@ -46,15 +46,16 @@ fn written(fd: &OwnedFd) -> bool {
 }
 
 impl MaskEvent {
-    /// Watches `fd` on the device's own event loop.
+    /// Watches `fd` on the event loop, at `place`.
     pub(crate) fn start(
-        endpoint: &Endpoint,
+        executor: &Arc<Executor>,
+        place: usize,
         interrupts: Arc<Interrupts>,
         fd: Arc<OwnedFd>,
         masked: bool,
     ) -> Result<MaskEvent, IrqError> {
         let task = Box::new(MaskTask { interrupts, fd: fd.clone(), masked, watching: false });
-        let task = endpoint.executor().spawn(endpoint.place(), task, Arc::default(), |_| {});
+        let task = executor.spawn(place, task, Arc::default(), |_| {});
         if let Err(errno) = task.watch(&fd, Interest::Read) {
             task.stop();
             return Err(IrqError::Os(errno));

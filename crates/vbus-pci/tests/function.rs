@@ -12,10 +12,10 @@ use vbus_core::shm::abi::{bar0, command, error_code, reg};
 use vbus_core::shm::ring::{DeviceEnd, DriverEnd, Entry, Layout, Returns, SIGNAL_OFFSET};
 use vbus_core::shm::signal::Armed;
 use vbus_core::{
-    Bus, Connection, Device, ErrorCode, Executor, Identity, Interrupt, MemoryContext, Open,
-    Progress, Region, Trust, Tuning, Window,
+    Bus, Connection, Device, Endpoint, ErrorCode, Executor, Identity, Interrupt, MemoryContext,
+    Open, Progress, Region, Trust, Tuning, Window,
 };
-use vbus_pci::{IrqIndex, Options, PciFunction, region};
+use vbus_pci::{IrqIndex, Options, PciFunction, device_function, region};
 
 /// Gives back each entry with its `addr` inverted, and calls it a violation if it has a length; a
 /// call reverses its buffer.
@@ -87,6 +87,7 @@ const BYTES: u64 = 0x10_0000;
 /// The function, and the memory as its driver sees it.
 struct Rig {
     function: PciFunction,
+    endpoint: Arc<Endpoint>,
     memory: MemoryContext,
     bus: Bus,
 }
@@ -101,12 +102,13 @@ impl Rig {
     fn new(options: Options) -> Rig {
         let executor = Executor::start(Tuning { workers: 1, ..Tuning::default() }).unwrap();
         let bus = Bus::new(executor, Vec::new(), Trust::Sealed);
-        let function = PciFunction::new(bus.add("m0", Arc::new(Mirror)).unwrap(), options);
+        let endpoint = bus.add("m0", Arc::new(Mirror)).unwrap();
+        let function = device_function(endpoint.clone(), options);
         let file = memory_file();
         let memory = MemoryContext::new(Trust::Sealed);
         memory.map(BASE, BYTES, Some((file.try_clone().unwrap(), 0)), true).unwrap();
-        function.map(BASE, BYTES, Some((file, 0)), true).unwrap();
-        Rig { function, memory, bus }
+        endpoint.map(BASE, BYTES, Some((file, 0)), true).unwrap();
+        Rig { function, endpoint, memory, bus }
     }
 
     fn read32(&mut self, offset: u64) -> u32 {
@@ -276,9 +278,9 @@ fn a_ring_goes_round_with_each_kind_of_interrupt() {
     assert_eq!(exchange(&mut rig, &mut ring, handle, &msix, 4), !4);
     rig.function.disconnect_irqs(IrqIndex::Msix);
     // And without the connector's part in it, through the doorbell's eventfd.
-    let doorbells = rig.function.doorbells().unwrap();
+    let doorbells = rig.function.io_eventfds(region::BAR0).unwrap();
     let bell = &doorbells[usize::try_from(handle).unwrap()];
-    assert_eq!((bell.offset, bell.size, doorbells.len()), (bar0::DOORBELLS + handle * 4, 4, 8));
+    assert_eq!((bell.offset, doorbells.len()), (bar0::DOORBELLS + handle * 4, 8));
     ring.submit(Entry { addr: 6, len: 0, id: 5, flags: 0 }).unwrap();
     assert_eq!(ring.arm(0), Armed::Waiting);
     if ring.post() {
@@ -393,9 +395,10 @@ fn reset_and_the_peers_end_close_the_connection() {
     assert_eq!(bar, [0; 4]);
     assert_eq!(rig.open(), Ok(0), "memory stays over a reset");
     rig.ring(0);
-    rig.function.unmap(BASE, BYTES);
+    rig.endpoint.unmap(BASE, BYTES);
     assert_eq!(rig.read32(reg::CONNECTION), reg::STATE_BROKEN | error_code::REVOKED << 16);
     rig.function.disconnected();
+    rig.endpoint.unmap_all();
     assert_eq!(rig.read32(reg::CONNECTION), reg::STATE_CLOSED);
     assert_eq!(rig.open(), Err(error_code::BAD_ADDRESS), "memory goes with the peer");
 }

@@ -1,5 +1,5 @@
-//! A device of the bus, served: the adapter between the [`Server`] and a [`PciFunction`], and its
-//! place on the event loop.
+//! A device of the bus, served: the adapter between the [`Server`] on one side, and the device's
+//! function and memory on the other, and its place on the event loop.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -9,7 +9,9 @@ use std::time::Instant;
 
 use rustix::io::Errno;
 use vbus_core::{Endpoint, ErrorCode, Interest, MapError, Progress, Task, TaskHandle};
-use vbus_pci::{INDEX_COUNT, IrqError, IrqIndex, Options, PciFunction, REGION_COUNT};
+use vbus_pci::{
+    INDEX_COUNT, IrqError, IrqIndex, Options, PciFunction, REGION_COUNT, device_function,
+};
 
 use crate::server::{Server, Stats};
 use crate::target::{DeviceInfo, IoEventFd, IrqAction, IrqInfo, Mapping, RegionInfo, Target};
@@ -51,7 +53,7 @@ impl DeviceServer {
         let executor = endpoint.executor().clone();
         let place = endpoint.place();
         let name = endpoint.name().to_owned();
-        let server = Server::bind(path, name, PciFunction::new(endpoint, options))?;
+        let server = Server::bind(path, name, Served::new(endpoint, options))?;
         let ready = server.as_fd().try_clone_to_owned()?;
         // Its errors are its clients'; it never fails, so nobody need be told.
         let seen = Arc::<Mutex<Seen>>::default();
@@ -90,7 +92,7 @@ impl Drop for DeviceServer {
 }
 
 struct ServerTask {
-    server: Server<PciFunction>,
+    server: Server<Served>,
     seen: Arc<Mutex<Seen>>,
 }
 
@@ -121,13 +123,25 @@ impl Task for ServerTask {
     }
 }
 
-impl Target for PciFunction {
+/// What a client reaches: the device's function, and the memory that the client lends the device.
+struct Served {
+    function: PciFunction,
+    endpoint: Arc<Endpoint>,
+}
+
+impl Served {
+    fn new(endpoint: Arc<Endpoint>, options: Options) -> Served {
+        Served { function: device_function(endpoint.clone(), options), endpoint }
+    }
+}
+
+impl Target for Served {
     fn device_info(&self) -> DeviceInfo {
         DeviceInfo { resettable: true, regions: REGION_COUNT, irqs: INDEX_COUNT }
     }
 
     fn region_info(&self, region: u32) -> RegionInfo {
-        let size = self.region_size(region);
+        let size = self.function.region_size(region);
         RegionInfo { size, readable: size > 0, writable: size > 0 }
     }
 
@@ -135,7 +149,7 @@ impl Target for PciFunction {
         let Some(index) = IrqIndex::from_number(index) else { return IrqInfo::default() };
         let intx = index == IrqIndex::Intx;
         IrqInfo {
-            count: self.irq_count(index),
+            count: self.function.irq_count(index),
             maskable: intx,
             automasked: intx,
             fixed_size: !intx,
@@ -143,12 +157,12 @@ impl Target for PciFunction {
     }
 
     fn read(&mut self, region: u32, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
-        PciFunction::read(self, region, offset, data);
+        self.function.read(region, offset, data);
         Ok(())
     }
 
     fn write(&mut self, region: u32, offset: u64, data: &[u8]) -> Result<(), Errno> {
-        PciFunction::write(self, region, offset, data);
+        self.function.write(region, offset, data);
         Ok(())
     }
 
@@ -156,23 +170,27 @@ impl Target for PciFunction {
         let index = IrqIndex::from_number(index).ok_or(Errno::INVAL)?;
         let done = match action {
             IrqAction::DisableAll => {
-                self.disconnect_irqs(index);
+                self.function.disconnect_irqs(index);
                 Ok(())
             }
-            IrqAction::Connect { start, eventfds } => self.connect_irqs(index, start, eventfds),
+            IrqAction::Connect { start, eventfds } => {
+                self.function.connect_irqs(index, start, eventfds)
+            }
             // An index that can be masked has one interrupt.
             IrqAction::ConnectMask { eventfds, .. } => {
-                self.connect_mask(index, true, eventfds.into_iter().next().flatten())
+                self.function.connect_mask(index, true, eventfds.into_iter().next().flatten())
             }
             IrqAction::ConnectUnmask { eventfds, .. } => {
-                self.connect_mask(index, false, eventfds.into_iter().next().flatten())
+                self.function.connect_mask(index, false, eventfds.into_iter().next().flatten())
             }
             IrqAction::Trigger(numbers) => {
-                numbers.iter().try_for_each(|&n| self.trigger_irq(index, n))
+                numbers.iter().try_for_each(|&n| self.function.trigger_irq(index, n))
             }
-            IrqAction::Mask(numbers) => numbers.iter().try_for_each(|_| self.mask_irq(index, true)),
+            IrqAction::Mask(numbers) => {
+                numbers.iter().try_for_each(|_| self.function.mask_irq(index, true))
+            }
             IrqAction::Unmask(numbers) => {
-                numbers.iter().try_for_each(|_| self.mask_irq(index, false))
+                numbers.iter().try_for_each(|_| self.function.mask_irq(index, false))
             }
         };
         done.map_err(|error| match error {
@@ -183,8 +201,8 @@ impl Target for PciFunction {
 
     fn dma_map(&mut self, mapping: Mapping) -> Result<(), Errno> {
         let Mapping { address, size, writable, memory, .. } = mapping;
-        self.map(address, size, memory, writable).map_err(|error| {
-            tracing::warn!(device = self.endpoint().name(), %error, "memory at {address:#x} cannot be used");
+        self.endpoint.map(address, size, memory, writable).map_err(|error| {
+            tracing::warn!(device = self.endpoint.name(), %error, "memory at {address:#x} cannot be used");
             match error {
                 MapError::Range(..) | MapError::FileTooSmall | MapError::Unsealed => Errno::INVAL,
                 MapError::Overlap(..) => Errno::EXIST,
@@ -195,38 +213,42 @@ impl Target for PciFunction {
     }
 
     fn dma_unmap(&mut self, address: u64, size: u64) {
-        self.unmap(address, size);
+        self.endpoint.unmap(address, size);
     }
 
     fn dma_unmap_all(&mut self) {
-        self.unmap_all();
+        self.endpoint.unmap_all();
     }
 
     fn reset(&mut self) -> Result<(), Errno> {
-        PciFunction::reset(self);
+        self.function.reset();
         Ok(())
     }
 
     fn io_eventfds(&mut self, region: u32) -> Vec<IoEventFd> {
-        if region != vbus_pci::region::BAR0 {
-            return Vec::new();
-        }
-        let doorbells = self.doorbells().unwrap_or_else(|error| {
-            tracing::warn!(device = self.endpoint().name(), %error, "no eventfds for the doorbells");
+        let eventfds = self.function.io_eventfds(region).unwrap_or_else(|error| {
+            tracing::warn!(device = self.endpoint.name(), %error, "no eventfds for the doorbells");
             Vec::new()
         });
-        let duplicate = |doorbell: &vbus_pci::DoorbellFd| {
+        let duplicate = |eventfd: &vbus_pci::IoEventFd| {
             Some(IoEventFd {
-                fd: doorbell.fd.try_clone().ok()?,
-                offset: doorbell.offset,
+                fd: eventfd.fd.try_clone().ok()?,
+                offset: eventfd.offset,
                 size: 0,
                 datamatch: None,
             })
         };
-        doorbells.iter().filter_map(duplicate).collect()
+        eventfds.iter().filter_map(duplicate).collect()
     }
 
     fn disconnected(&mut self) {
-        PciFunction::disconnected(self);
+        self.function.disconnected();
+        self.endpoint.unmap_all();
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        self.disconnected();
     }
 }

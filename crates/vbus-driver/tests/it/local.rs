@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use serde_json::Value;
-use vbus_core::{Bus, Executor, MemoryContext, Trust, Tuning, Window};
+use vbus_core::{Bus, Endpoint, Executor, MemoryContext, Trust, Tuning, Window};
 use vbus_driver::{Dma, FixedTable, Function, Hal, NoMemory};
-use vbus_pci::{IrqIndex, Options, PciFunction, region};
+use vbus_pci::{IrqIndex, Options, PciFunction, device_function, region};
 use vbus_shm::Memory;
 use vbus_shm::sync::Word;
 
@@ -34,6 +34,7 @@ pub fn bus() -> Bus {
 pub struct Local(Arc<Inner>);
 
 struct Inner {
+    endpoint: Arc<Endpoint>,
     function: Mutex<PciFunction>,
     memory: MemoryContext,
     next: AtomicU64,
@@ -51,10 +52,11 @@ impl Local {
 
     /// An environment for the device `name`, with memory that is contiguous or in pages.
     pub fn attach(bus: &Bus, name: &str, page_shift: u8) -> Local {
-        let function = PciFunction::new(bus.get(name).unwrap(), Options::default());
+        let endpoint = bus.get(name).unwrap();
+        let function = device_function(endpoint.clone(), Options::default());
         let file = memfd_create("driver", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
         ftruncate(&file, BYTES).unwrap();
-        function.map(BASE, BYTES, Some((file.try_clone().unwrap(), 0)), true).unwrap();
+        endpoint.map(BASE, BYTES, Some((file.try_clone().unwrap(), 0)), true).unwrap();
         let memory = MemoryContext::new(Trust::Sealed);
         memory.map(BASE, BYTES, Some((file, 0)), true).unwrap();
         let interrupt = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
@@ -63,6 +65,7 @@ impl Local {
             .unwrap();
         let next = AtomicU64::new(BASE);
         Local(Arc::new(Inner {
+            endpoint,
             function: Mutex::new(function),
             memory,
             next,
@@ -78,12 +81,12 @@ impl Local {
 
     /// Takes the device's memory away.
     pub fn unmap(&self) {
-        self.0.function.lock().unwrap().unmap_all();
+        self.0.endpoint.unmap_all();
     }
 
     /// Gives the device other memory at the same addresses.
     pub fn map_other(&self, file: OwnedFd) {
-        self.0.function.lock().unwrap().map(BASE, BYTES, Some((file, 0)), true).unwrap();
+        self.0.endpoint.map(BASE, BYTES, Some((file, 0)), true).unwrap();
     }
 
     /// Whether an interrupt has come since the last time; takes it.
@@ -107,6 +110,12 @@ impl Local {
         let mut bytes = [0; N];
         self.access(|function| function.read(region, offset, &mut bytes));
         bytes
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.endpoint.unmap_all();
     }
 }
 

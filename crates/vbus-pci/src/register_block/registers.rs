@@ -7,7 +7,7 @@ use crate::interrupts::Interrupts;
 
 /// What the driver wrote, and the last answers.
 #[derive(Default)]
-pub(crate) struct Registers {
+pub(super) struct Registers {
     arguments: [u64; 4],
     result: u32,
     value: u64,
@@ -17,7 +17,7 @@ pub(crate) struct Registers {
 }
 
 /// Where registers take their values from.
-pub(crate) struct Context<'a> {
+pub(super) struct Context<'a> {
     pub endpoint: &'a Endpoint,
     pub interrupts: &'a Interrupts,
 }
@@ -45,7 +45,7 @@ fn inside(offset: u64, start: u64, len: u64) -> Option<usize> {
 impl Registers {
     /// As after power-on. The generation goes on, so that a driver that held on to an old one
     /// notices.
-    pub(crate) fn reset(&mut self) {
+    pub(super) fn reset(&mut self) {
         *self = Registers {
             generation: self.generation,
             config: std::mem::take(&mut self.config),
@@ -54,7 +54,7 @@ impl Registers {
     }
 
     /// Reads the word at `offset`, a multiple of 4 in the register page.
-    pub(crate) fn read(&mut self, offset: u64, context: &Context<'_>) -> u32 {
+    pub(super) fn read(&mut self, offset: u64, context: &Context<'_>) -> u32 {
         let identity = context.endpoint.identity();
         match offset {
             reg::MAGIC => reg::MAGIC_VALUE,
@@ -106,7 +106,7 @@ impl Registers {
 
     /// Writes the word at `offset`, a multiple of 4 in the register page. A write of
     /// [`reg::COMMAND`] returns when the command has run.
-    pub(crate) fn write(&mut self, offset: u64, value: u32, context: &Context<'_>) {
+    pub(super) fn write(&mut self, offset: u64, value: u32, context: &Context<'_>) {
         match offset {
             reg::COMMAND => {
                 let done = self.run(value, context);

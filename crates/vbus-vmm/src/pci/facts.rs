@@ -2,6 +2,9 @@
 //! configuration space that is made of these few facts, and nothing else that the server may say
 //! later.
 
+use std::ops::Range;
+
+use vbus_pci_config::{MsixLayout, capabilities, capability as id, register};
 use vbus_shm::abi::{ABI_VERSION, PCI_DEVICE, PCI_VENDOR, bar0, capability, reg};
 use vbus_vfio_user::{Client, ClientError};
 
@@ -15,9 +18,6 @@ pub(super) const IRQ_MSIX: u32 = 2;
 
 /// The part of a configuration space that is looked at.
 const CONFIG_BYTES: usize = 256;
-/// The most capabilities that it has room for.
-const CAPABILITIES_MAX: usize = 48;
-const MSIX_ENTRY_BYTES: u64 = 16;
 
 /// Why a server's function is not plugged.
 #[derive(Debug, thiserror::Error)]
@@ -40,14 +40,6 @@ fn lie(what: impl Into<String>) -> BadFunction {
     BadFunction::Lie(what.into())
 }
 
-/// Where MSI-X is in BAR0.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Msix {
-    pub(super) vectors: u16,
-    pub(super) table: u32,
-    pub(super) pending: u32,
-}
-
 /// A function, as its server describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Facts {
@@ -64,7 +56,8 @@ pub(super) struct Facts {
     /// INTA to INTD: 1 to 4; 0: no INTx.
     pub(super) pin: u8,
     pub(super) msi: bool,
-    pub(super) msix: Option<Msix>,
+    /// Table and pending bits are in BAR0.
+    pub(super) msix: Option<MsixLayout>,
     pub(super) express: bool,
     /// The most doorbells that there will be.
     pub(super) doorbell_count: u32,
@@ -130,7 +123,7 @@ impl Facts {
         facts.doorbell_count = count;
         let end = u64::from(facts.doorbells) + u64::from(facts.stride) * u64::from(count);
         if end > u64::from(facts.bar)
-            || facts.msix.is_some_and(|msix| msix.overlaps(facts.doorbells.into(), end))
+            || facts.msix.is_some_and(|msix| overlaps(&msix, &(facts.doorbells.into()..end)))
         {
             return Err(lie(format!("{count} doorbells from {:#x} of BAR0 on", facts.doorbells)));
         }
@@ -145,17 +138,17 @@ impl Facts {
     ) -> Result<Facts, BadFunction> {
         let u16_at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
         let u32_at = |at: usize| u32::from(u16_at(at)) | u32::from(u16_at(at + 2)) << 16;
-        let (vendor, device) = (u16_at(0), u16_at(2));
+        let (vendor, device) = (u16_at(register::VENDOR), u16_at(register::DEVICE));
         if (vendor, device) != (PCI_VENDOR, PCI_DEVICE) {
             return Err(BadFunction::Foreign(vendor, device));
         }
-        if u16::from(bytes[8]) != ABI_VERSION {
-            return Err(BadFunction::Version(bytes[8]));
+        if u16::from(bytes[register::REVISION]) != ABI_VERSION {
+            return Err(BadFunction::Version(bytes[register::REVISION]));
         }
-        if bytes[0x0e] != 0 {
-            return Err(lie(format!("header type {:#x}", bytes[0x0e])));
+        if bytes[register::HEADER_TYPE] != 0 {
+            return Err(lie(format!("header type {:#x}", bytes[register::HEADER_TYPE])));
         }
-        if u32_at(0x10) & 0xf != 0 {
+        if u32_at(register::BAR0) & 0xf != 0 {
             return Err(lie("BAR0 is not 32-bit memory"));
         }
         let Some(bar) = u32::try_from(bar)
@@ -165,13 +158,13 @@ impl Facts {
             return Err(lie(format!("BAR0 of {bar:#x} bytes")));
         };
         let mut facts = Facts {
-            class: u32_at(0x08),
-            subsystem: u32_at(0x2c),
+            class: u32_at(register::REVISION),
+            subsystem: u32_at(register::SUBSYSTEM),
             bar,
             registers: 0,
             doorbells: 0,
             stride: 0,
-            pin: if interrupts.intx > 0 { bytes[0x3d] } else { 0 },
+            pin: if interrupts.intx > 0 { bytes[register::INTERRUPT_PIN] } else { 0 },
             msi: false,
             msix: None,
             express: false,
@@ -180,35 +173,27 @@ impl Facts {
         if facts.pin > 4 {
             return Err(lie(format!("interrupt pin {}", facts.pin)));
         }
-        let mut at = if u16_at(0x06) & 1 << 4 != 0 { usize::from(bytes[0x34]) } else { 0 };
-        let mut seen = 0;
-        while at != 0 {
-            if at < 0x40 || at % 4 != 0 || at + 4 > CONFIG_BYTES {
-                return Err(lie(format!("a capability at {at:#x}")));
-            }
-            seen += 1;
-            if seen > CAPABILITIES_MAX {
-                return Err(lie("a list of capabilities without an end"));
-            }
-            let (id, rest) = (bytes[at], &bytes[at..]);
+        for found in capabilities(bytes) {
+            let (id, at) = found.map_err(|e| lie(e.to_string()))?;
+            let rest = &bytes[at..];
             let long_enough = |len: usize| {
                 let short = || lie(format!("capability {id:#x} at {at:#x} does not fit"));
                 rest.len().checked_sub(len).ok_or_else(short).map(drop)
             };
             match id {
-                0x09 if facts.stride == 0 => {
+                id::VENDOR if facts.stride == 0 => {
                     long_enough(usize::from(capability::HEADER_BYTES + capability::RECORD_BYTES))?;
                     facts.vendor(rest)?;
                 }
-                0x05 => {
+                id::MSI => {
                     long_enough(14)?;
                     facts.msi = interrupts.msi > 0;
                 }
-                0x11 if facts.msix.is_none() => {
+                id::MSIX if facts.msix.is_none() => {
                     long_enough(12)?;
-                    facts.msix = Some(Msix::parse(rest, facts.bar, interrupts.msix)?);
+                    facts.msix = Some(msix(rest, facts.bar, interrupts.msix)?);
                 }
-                0x10 => {
+                id::EXPRESS => {
                     long_enough(60)?;
                     if u16_at(at + 2) >> 4 & 0xf != 0 {
                         return Err(lie("it is no endpoint"));
@@ -217,7 +202,6 @@ impl Facts {
                 }
                 other => tracing::debug!("capability {other:#x} at {at:#x} is not passed on"),
             }
-            at = usize::from(bytes[at + 1]);
         }
         if facts.stride == 0 {
             return Err(lie("there is no capability that says where the registers are"));
@@ -257,44 +241,33 @@ impl Facts {
     }
 }
 
-impl Msix {
-    /// The MSI-X capability, long enough.
-    fn parse(bytes: &[u8], bar: u32, interrupts: u32) -> Result<Msix, BadFunction> {
-        let u32_at = |at: usize| {
-            u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
-        };
-        let vectors = (u16::from_le_bytes([bytes[2], bytes[3]]) & 0x7ff) + 1;
-        let (table, pending) = (u32_at(4), u32_at(8));
-        if vectors > bar0::MSIX_MAX || u32::from(vectors) > interrupts {
-            return Err(lie(format!("{vectors} MSI-X vectors, {interrupts} interrupts")));
-        }
-        let msix = Msix { vectors, table, pending };
-        // The low bits name the BAR: 0 is what they must be, and what they do not add to the
-        // offset.
-        let misplaced = (table | pending) & 7 != 0
-            || msix.table_end() > u64::from(bar)
-            || msix.pending_end() > u64::from(bar)
-            || msix.table_end() > u64::from(pending) && msix.pending_end() > u64::from(table);
-        if misplaced {
-            return Err(lie(format!(
-                "MSI-X table at {table:#x}, pending bits at {pending:#x} of BAR0"
-            )));
-        }
-        Ok(msix)
+/// The MSI-X capability, long enough.
+fn msix(bytes: &[u8], bar: u32, interrupts: u32) -> Result<MsixLayout, BadFunction> {
+    let layout = bytes.first_chunk().map(MsixLayout::parse);
+    let layout = layout.ok_or_else(|| lie("an MSI-X capability that is cut off"))?;
+    let MsixLayout { vectors, table_bar, table, pending_bar, pending } = layout;
+    if vectors > bar0::MSIX_MAX || u32::from(vectors) > interrupts {
+        return Err(lie(format!("{vectors} MSI-X vectors, {interrupts} interrupts")));
     }
+    let (table_range, pending_range) = (layout.table_range(), layout.pending_range());
+    let misplaced = table_bar != 0
+        || pending_bar != 0
+        || table_range.end > u64::from(bar)
+        || pending_range.end > u64::from(bar)
+        || table_range.end > pending_range.start && pending_range.end > table_range.start;
+    if misplaced {
+        return Err(lie(format!(
+            "MSI-X table at {table:#x} of BAR{table_bar}, pending bits at {pending:#x} of \
+             BAR{pending_bar}"
+        )));
+    }
+    Ok(layout)
+}
 
-    pub(super) fn table_end(&self) -> u64 {
-        u64::from(self.table) + u64::from(self.vectors) * MSIX_ENTRY_BYTES
-    }
-
-    pub(super) fn pending_end(&self) -> u64 {
-        u64::from(self.pending) + u64::from(self.vectors).div_ceil(64) * 8
-    }
-
-    fn overlaps(&self, first: u64, end: u64) -> bool {
-        first < self.table_end() && u64::from(self.table) < end
-            || first < self.pending_end() && u64::from(self.pending) < end
-    }
+/// Whether the MSI-X structures have a byte in `range` of BAR0.
+fn overlaps(msix: &MsixLayout, range: &Range<u64>) -> bool {
+    let meet = |other: Range<u64>| range.start < other.end && other.start < range.end;
+    meet(msix.table_range()) || meet(msix.pending_range())
 }
 
 #[cfg(test)]
@@ -303,6 +276,8 @@ pub(super) mod tests {
 
     use super::*;
 
+    const LAYOUT: MsixLayout =
+        MsixLayout { vectors: 8, table_bar: 0, table: 0x2000, pending_bar: 0, pending: 0x3000 };
     pub(in super::super) const ALL: Interrupts = Interrupts { intx: 1, msi: 1, msix: 8 };
 
     /// The configuration space of a function with MSI-X, as a server gives it.
@@ -331,7 +306,7 @@ pub(super) mod tests {
         let facts = parse(|_| ()).unwrap();
         assert_eq!((facts.class, facts.subsystem, facts.bar), (0x0200_0001, 0x0001_1af4, 0x4000));
         assert_eq!((facts.registers, facts.doorbells, facts.stride, facts.pin), (0, 0x1000, 4, 1));
-        assert_eq!(facts.msix, Some(Msix { vectors: 8, table: 0x2000, pending: 0x3000 }));
+        assert_eq!(facts.msix, Some(LAYOUT));
         assert!(facts.msi && facts.express);
         assert_eq!(parse(|b| b[0x71] = 0).unwrap().msix, None);
     }
@@ -361,7 +336,7 @@ pub(super) mod tests {
             ("in steps of 6", &[(0x4a, 6)]),
             ("9 MSI-X vectors", &[(0x82, 8)]),
             ("2048 MSI-X vectors", &[(0x82, 0xff), (0x83, 7)]),
-            ("MSI-X table at 0x2001", &[(0x84, 1)]),
+            ("MSI-X table at 0x2000 of BAR1", &[(0x84, 1)]),
             ("MSI-X table at 0x3f90", &[(0x84, 0x90), (0x85, 0x3f)]),
             ("pending bits at 0xff003000", &[(0x8b, 0xff)]),
             ("pending bits at 0x2040", &[(0x88, 0x40), (0x89, 0x20)]),

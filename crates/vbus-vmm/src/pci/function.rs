@@ -4,6 +4,7 @@
 //! last of all. A thread that has the slot's lock takes none but that of the doorbells, so that a
 //! server that is slow holds up only those who access its own function.
 
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -11,13 +12,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rustix::net::Shutdown;
 use vbus_kvm::{Doorbells, Kind, Level, Place};
+use vbus_pci_config::register::{COMMAND, STATUS, STATUS_INTERRUPT};
+use vbus_pci_config::{ConfigSpace, MsixTable, read_pending_bits, touches};
 use vbus_vfio_user::{Client, ClientError};
 
-use super::config::{COMMAND, Config, STATUS, STATUS_INTERRUPT};
+use super::config::{config_space, in_use};
 use super::facts::{Facts, IRQ_INTX, IRQ_MSI, IRQ_MSIX, REGION_BAR0};
 use super::messages::Messages;
-use super::msix::Table;
-use super::space::touches;
 use super::{PlugError, Shared, doorbells, lock};
 use crate::ioapic::Source;
 
@@ -89,8 +90,8 @@ impl Intx {
 }
 
 struct State {
-    config: Config,
-    table: Table,
+    config: ConfigSpace,
+    table: MsixTable,
     msi: Messages,
     msix: Messages,
 }
@@ -124,8 +125,8 @@ impl Function {
             .try_clone_to_owned()
             .map_err(|_| ClientError::from(rustix::io::Errno::MFILE))?;
         let state = State {
-            config: Config::new(&facts, &records),
-            table: Table::new(facts.msix.map_or(0, |msix| msix.vectors)),
+            config: config_space(&facts, &records),
+            table: MsixTable::new(facts.msix.map_or(0, |msix| msix.vectors)),
             msi: Messages::new(IRQ_MSI, shared),
             msix: Messages::new(IRQ_MSIX, shared),
         };
@@ -208,7 +209,8 @@ impl Function {
     /// Back to the state after power-on, with BAR0 at `bar`; the server's function likewise.
     pub(super) fn reset(&self, bar: u32) {
         let mut state = lock(&self.state);
-        state.config.reset(bar);
+        state.config.reset();
+        state.config.place_bar(0, bar);
         state.table.reset();
         self.follow(&mut state);
         self.call(Client::reset);
@@ -269,7 +271,7 @@ impl Function {
             let mut status = [0; 2];
             match self.call(|client| client.region_read(REGION_CONFIG, STATUS as u64, &mut status))
             {
-                Some(()) => data[STATUS - offset] |= status[0] & STATUS_INTERRUPT,
+                Some(()) => data[STATUS - offset] |= status[0] & STATUS_INTERRUPT.to_le_bytes()[0],
                 None if self.is_gone() => data.fill(0xff),
                 None => {}
             }
@@ -296,8 +298,8 @@ impl Function {
 
     /// Makes interrupts and BAR what the configuration space says.
     fn follow(&self, state: &mut State) {
-        self.bar.store(state.config.bar().unwrap_or(NOWHERE), Ordering::Release);
-        self.in_use.store(state.config.in_use(), Ordering::Release);
+        self.bar.store(state.config.bar(0).unwrap_or(NOWHERE), Ordering::Release);
+        self.in_use.store(in_use(&state.config), Ordering::Release);
         let State { config, table, msi, msix } = state;
         let call =
             |act: &mut dyn FnMut(&mut Client) -> Result<(), ClientError>| self.call(act).is_some();
@@ -306,7 +308,7 @@ impl Function {
             None => Vec::new(),
             Some(all_masked) => (0..table.vectors())
                 .map(|index| {
-                    let mut vector = table.vector(index);
+                    let mut vector = table.message(index);
                     vector.masked |= all_masked;
                     vector
                 })
@@ -319,14 +321,14 @@ impl Function {
     fn msix_part(&self, offset: u64, len: usize) -> Option<MsixPart> {
         let msix = self.facts.msix?;
         let offset = usize::try_from(offset).ok()?;
-        let within = |first: u32, end: u64, part: fn(usize) -> MsixPart| {
-            let first = first as usize;
-            let bytes = usize::try_from(end).ok()?.checked_sub(first)?;
+        let within = |range: Range<u64>, part: fn(usize) -> MsixPart| {
+            let first = usize::try_from(range.start).ok()?;
+            let bytes = usize::try_from(range.end - range.start).ok()?;
             touches(offset, len, first, bytes)
                 .then(|| offset.checked_sub(first).map_or(MsixPart::Edge, part))
         };
-        within(msix.table, msix.table_end(), MsixPart::Table)
-            .or_else(|| within(msix.pending, msix.pending_end(), MsixPart::Pending))
+        within(msix.table_range(), MsixPart::Table)
+            .or_else(|| within(msix.pending_range(), MsixPart::Pending))
     }
 
     /// Reads BAR0; `data` lies within it, and holds all ones before.
@@ -340,11 +342,7 @@ impl Function {
             Some(MsixPart::Table(at)) => lock(&self.state).table.read(at, data),
             Some(MsixPart::Pending(at)) => {
                 let state = lock(&self.state);
-                for (at, byte) in (at..).zip(data) {
-                    *byte = (0..8).fold(0, |byte, bit| {
-                        byte | u8::from(state.msix.is_pending(at * 8 + bit)) << bit
-                    });
-                }
+                read_pending_bits(at, data, |vector| state.msix.is_pending(vector));
             }
             None => {
                 let mut bytes = [0; 8];

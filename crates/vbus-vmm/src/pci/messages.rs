@@ -4,16 +4,16 @@
 use std::sync::Arc;
 
 use vbus_kvm::{Error, Message, Route, Routes, Sints};
+use vbus_pci_config::MsiMessage;
 use vbus_vfio_user::{Client, ClientError};
 
 use super::Shared;
-use super::config::Vector;
 
 /// Calls the server; false: it is gone, or has refused.
 pub(super) type Call<'a> =
     &'a dyn Fn(&mut dyn FnMut(&mut Client) -> Result<(), ClientError>) -> bool;
 
-const MASKED: Vector = Vector { address: 0, data: 0, masked: true };
+const MASKED: MsiMessage = MsiMessage { address: 0, data: 0, masked: true };
 
 /// The messages of one kind. There are some while the guest has that kind enabled.
 pub(super) struct Messages {
@@ -21,7 +21,7 @@ pub(super) struct Messages {
     index: u32,
     routes: Arc<Routes>,
     sints: Option<Sints>,
-    list: Vec<(Message, Vector)>,
+    list: Vec<(Message, MsiMessage)>,
     /// The guest wants them and they cannot be had: tried once.
     failed: bool,
 }
@@ -33,7 +33,7 @@ impl Messages {
     }
 
     /// Makes them these: none, when the guest has the kind disabled.
-    pub(super) fn follow(&mut self, vectors: &[Vector], name: &str, call: Call<'_>) {
+    pub(super) fn follow(&mut self, vectors: &[MsiMessage], name: &str, call: Call<'_>) {
         if !self.list.is_empty() && self.list.len() != vectors.len() {
             call(&mut |client| client.disable_irqs(self.index));
             self.list.clear();
@@ -84,7 +84,7 @@ impl Messages {
 }
 
 /// Lets a message be what the guest says.
-fn apply(message: &mut Message, vector: &Vector, sints: Option<&Sints>) -> Result<(), Error> {
+fn apply(message: &mut Message, vector: &MsiMessage, sints: Option<&Sints>) -> Result<(), Error> {
     if vector.masked {
         return message.mask();
     }

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!  configuration:  access.rs (ECAM, CF8)  ─▸  host bridge | slot.rs ─▸ port.rs (the root port)
-//!  memory:         access.rs (BARs)       ─▸  slot.rs     └▸ function.rs ─▸ config.rs, msix.rs: what the VMM keeps itself
+//!  memory:         access.rs (BARs)       ─▸  slot.rs     └▸ function.rs ─▸ config.rs: what the VMM keeps itself
 //!  ports:          doorbells.rs           ─▸  slot.rs             └▸ the server, by message
 //!  in the kernel:  doorbells.rs, messages.rs: eventfds between guest and server, which no thread of this process sees
 //! ```
@@ -18,10 +18,8 @@ mod doorbells;
 mod facts;
 mod function;
 mod messages;
-mod msix;
 mod port;
 mod slot;
-mod space;
 #[cfg(test)]
 mod tests;
 mod watch;
@@ -33,6 +31,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 use vbus_kvm::{Routes, Sints};
+use vbus_pci_config::Space;
 use vbus_vfio_user::ClientError;
 
 use crate::bus::Bus;
@@ -42,7 +41,6 @@ use crate::memory::RamRegion;
 pub use facts::BadFunction;
 use function::Function;
 use slot::Slot;
-use space::Space;
 
 /// The most root ports: the other devices of bus 0, of which the host bridge is one, and the buses
 /// behind it.

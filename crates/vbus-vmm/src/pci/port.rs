@@ -5,21 +5,20 @@
 //! system brings a function in and lets it go in an orderly way: it is told by the button, and
 //! answers by switching the slot's power.
 
-use super::space::{Space, touches};
+use vbus_pci_config::register::{
+    COMMAND, COMMAND_INTX_DISABLE, COMMAND_MASTER, COMMAND_MEMORY, INTERRUPT_LINE,
+};
+use vbus_pci_config::{Space, touches};
+
 use crate::layout;
 
-const COMMAND: usize = 0x04;
 const PRIMARY: usize = 0x18;
 const SECONDARY: usize = 0x19;
 const SUBORDINATE: usize = 0x1a;
 const MEMORY_BASE: usize = 0x20;
 const MEMORY_LIMIT: usize = 0x22;
-const INTERRUPT_LINE: usize = 0x3c;
 const BRIDGE_CONTROL: usize = 0x3e;
 
-const COMMAND_MEMORY: u16 = 1 << 1;
-const COMMAND_MASTER: u16 = 1 << 2;
-const COMMAND_INTX_DISABLE: u16 = 1 << 10;
 const BRIDGE_RESET: u16 = 1 << 6;
 
 /// The PCI Express capability, 60 bytes.

@@ -1,0 +1,207 @@
+//! What makes a PCI function one of vbus: BAR0 with registers and doorbells, and the
+//! vendor-specific capability that says where they are. See spec/pci.md.
+
+mod registers;
+
+use std::sync::Arc;
+
+use vbus_core::shm::abi::{self, bar0, capability};
+use vbus_core::{Endpoint, Identity};
+use vbus_pci_config::{
+    Builder, CONVENTIONAL_BYTES, ConfigSpace, EXPRESS_BYTES, Header, MsixLayout,
+};
+
+use crate::Options;
+use crate::function::{BarHandler, IoEventFd, PciFunction};
+use crate::interrupts::Interrupts;
+use registers::{Context, Registers};
+
+const PAGE: u64 = 0x1000;
+
+/// Where each capability lies, if the function has it.
+mod at {
+    /// Vendor-specific, 16 bytes, and room for four more records, which a VMM may add.
+    pub const VENDOR: u8 = 0x40;
+    /// MSI, 14 bytes.
+    pub const MSI: u8 = 0x70;
+    /// MSI-X, 12 bytes.
+    pub const MSIX: u8 = 0x80;
+    /// PCI Express, 60 bytes.
+    pub const EXPRESS: u8 = 0x90;
+}
+
+/// The device as a PCI function of vbus. The device's interrupts go to the function from now on.
+///
+/// The function ends the device's connection when it is reset, disconnected or dropped. The peer's
+/// memory is not the function's concern: whoever serves it maps and unmaps that memory at the
+/// endpoint.
+pub fn device_function(endpoint: Arc<Endpoint>, options: Options) -> PciFunction {
+    let config = config_space(endpoint.identity(), options);
+    let interrupts = Arc::new(Interrupts::of(&config));
+    endpoint.set_interrupt_sink(interrupts.clone());
+    let (executor, place) = (endpoint.executor().clone(), endpoint.place());
+    let block = RegisterBlock::new(endpoint, interrupts.clone());
+    PciFunction::new(config, interrupts, executor, place).with_bar(0, Box::new(block))
+}
+
+fn config_space(identity: &Identity, options: Options) -> ConfigSpace {
+    let header = Header {
+        vendor: abi::PCI_VENDOR,
+        device: abi::PCI_DEVICE,
+        revision: (abi::ABI_VERSION & 0xff) as u8,
+        class: identity.pci_class,
+        subsystem_vendor: abi::PCI_VENDOR,
+        subsystem: identity.class,
+        interrupt_pin: 1,
+    };
+    let bytes = if options.express { EXPRESS_BYTES } else { CONVENTIONAL_BYTES };
+    let mut builder = Builder::new(bytes, &header)
+        .bar(0, u32::try_from(bar0::SIZE).unwrap_or(0))
+        .vendor(at::VENDOR, &vendor_capability())
+        .msi(at::MSI, false);
+    if options.msix {
+        let layout = MsixLayout {
+            vectors: identity.vectors.clamp(1, bar0::MSIX_MAX),
+            table_bar: 0,
+            table: u32::try_from(bar0::MSIX_TABLE).unwrap_or(0),
+            pending_bar: 0,
+            pending: u32::try_from(bar0::MSIX_PBA).unwrap_or(0),
+        };
+        builder = builder.msix(at::MSIX, layout);
+    }
+    if options.express {
+        builder = builder.express(at::EXPRESS);
+    }
+    builder.build()
+}
+
+/// The vendor-specific capability after its id and link.
+fn vendor_capability() -> Vec<u8> {
+    let mut bytes = vec![0; usize::from(capability::HEADER_BYTES + capability::RECORD_BYTES)];
+    let mut set = |at: u8, value: &[u8]| {
+        let at = usize::from(at);
+        bytes[at..at + value.len()].copy_from_slice(value);
+    };
+    set(capability::VERSION, &abi::ABI_VERSION.to_le_bytes()[..1]);
+    set(capability::REGISTERS, &bar0::REGISTERS.to_le_bytes()[..4]);
+    let record = capability::HEADER_BYTES;
+    set(record, &[capability::KIND_MMIO]);
+    set(record + 2, &bar0::DOORBELL_STRIDE.to_le_bytes()[..2]);
+    set(record + 4, &bar0::DOORBELLS.to_le_bytes()[..4]);
+    bytes.split_off(2)
+}
+
+/// BAR0 of a function of vbus: registers and doorbells of one device.
+///
+/// Commands of the mailbox run within the write.
+pub struct RegisterBlock {
+    endpoint: Arc<Endpoint>,
+    interrupts: Arc<Interrupts>,
+    registers: Registers,
+}
+
+impl RegisterBlock {
+    /// The registers and doorbells of the device; `interrupts` are those of its function.
+    pub fn new(endpoint: Arc<Endpoint>, interrupts: Arc<Interrupts>) -> RegisterBlock {
+        RegisterBlock { endpoint, interrupts, registers: Registers::default() }
+    }
+
+    fn close(&mut self) {
+        self.endpoint.close();
+        self.interrupts.clear();
+    }
+}
+
+impl BarHandler for RegisterBlock {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        if !aligned(offset, data.len()) || offset >= bar0::DOORBELLS {
+            return;
+        }
+        let context = Context { endpoint: &self.endpoint, interrupts: &self.interrupts };
+        for (at, word) in (offset..).step_by(4).zip(data.chunks_exact_mut(4)) {
+            word.copy_from_slice(&self.registers.read(at, &context).to_le_bytes());
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        if (bar0::DOORBELLS..bar0::DOORBELLS + PAGE).contains(&offset) {
+            if matches!(data.len(), 1..=8) {
+                self.endpoint.ring((offset - bar0::DOORBELLS) / bar0::DOORBELL_STRIDE);
+            }
+            return;
+        }
+        if !aligned(offset, data.len()) || offset >= bar0::DOORBELLS {
+            return;
+        }
+        let context = Context { endpoint: &self.endpoint, interrupts: &self.interrupts };
+        for (at, word) in (offset..).step_by(4).zip(data.chunks_exact(4)) {
+            let value = u32::from_le_bytes([word[0], word[1], word[2], word[3]]);
+            self.registers.write(at, value, &context);
+        }
+    }
+
+    fn reset(&mut self) {
+        self.close();
+        self.registers.reset();
+    }
+
+    fn bus_master_cleared(&mut self) {
+        self.close();
+    }
+
+    fn io_eventfds(&mut self) -> rustix::io::Result<Vec<IoEventFd>> {
+        let doorbell = |handle: u32| {
+            let offset = bar0::DOORBELLS + u64::from(handle) * bar0::DOORBELL_STRIDE;
+            Ok(IoEventFd { offset, fd: self.endpoint.doorbell_eventfd(handle)? })
+        };
+        (0..self.endpoint.identity().regions.min(bar0::DOORBELL_COUNT)).map(doorbell).collect()
+    }
+}
+
+/// Whether an access is one of those that registers take: 4 or 8 aligned bytes.
+fn aligned(offset: u64, len: usize) -> bool {
+    matches!(len, 4 | 8) && offset % len as u64 == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use vbus_pci_config::capabilities;
+
+    use super::*;
+
+    fn space(options: Options) -> ConfigSpace {
+        let identity =
+            Identity { class: 7, pci_class: 0x02_00_00, vectors: 5, ..Identity::user("test") };
+        config_space(&identity, options)
+    }
+
+    #[test]
+    fn the_header_says_that_it_is_vbus() {
+        let space = space(Options::default());
+        assert_eq!(space.bytes()[..12], [0xf4, 0x1a, 0xf5, 0x10, 0, 0, 0x10, 0, 1, 0, 0, 2]);
+        assert_eq!(space.bytes()[0x2c..0x30], [0xf4, 0x1a, 7, 0]);
+        assert_eq!((space.interrupt_pin(), space.size(), space.bar_size(0)), (1, 256, 0x4000));
+    }
+
+    #[test]
+    fn each_option_has_its_capability_at_its_place() {
+        let list = |msix, express| -> Vec<_> {
+            let space = space(Options { msix, express });
+            let list: Result<_, _> = capabilities(space.bytes()).collect();
+            list.unwrap_or_default()
+        };
+        assert_eq!(list(false, false), [(9, 0x40), (5, 0x70)]);
+        assert_eq!(list(true, false), [(9, 0x40), (5, 0x70), (0x11, 0x80)]);
+        assert_eq!(list(false, true), [(9, 0x40), (5, 0x70), (0x10, 0x90)]);
+        assert_eq!(list(true, true), [(9, 0x40), (5, 0x70), (0x11, 0x80), (0x10, 0x90)]);
+        assert_eq!(space(Options { msix: false, express: true }).size(), 4096);
+        assert_eq!(space(Options { msix: true, express: false }).bytes()[0x82], 4);
+    }
+
+    #[test]
+    fn the_vendor_capability_is_that_of_the_specification() {
+        let space = space(Options::default());
+        let expected = [9, 0x70, 16, 1, 0, 0, 0, 0, 1, 0, 4, 0, 0, 0x10, 0, 0];
+        assert_eq!(space.bytes()[0x40..0x50], expected);
+    }
+}
