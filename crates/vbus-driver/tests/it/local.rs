@@ -115,6 +115,7 @@ impl Local {
 
 impl Drop for Inner {
     fn drop(&mut self) {
+        self.function.get_mut().unwrap().disconnected();
         self.endpoint.unmap_all();
     }
 }
