@@ -25,9 +25,18 @@ pub fn write(samples: &Samples, directory: &Path) -> std::io::Result<()> {
         if series.iter().all(|(_, points)| points.is_empty()) {
             return Ok(());
         }
-        std::fs::write(directory.join(file), svg(title, x, "ns", &series))
+        let title = format!("{title} (cores {})", samples.place().name());
+        std::fs::write(directory.join(file), svg(&title, x, "ns", &series))
     };
-    let batches = ["vbus", "vbus_counted", "virtio_hand", "virtio_crates", "floor", "rtrb_one_way"];
+    let batches = [
+        "vbus",
+        "vbus_counted",
+        "packed_hand",
+        "virtio_hand",
+        "virtio_crates",
+        "floor",
+        "rtrb_one_way",
+    ];
     let points = |prefix: &str, names: &[&str]| {
         names.iter().map(|name| series(samples, prefix, name)).collect()
     };
@@ -59,7 +68,11 @@ pub fn write(samples: &Samples, directory: &Path) -> std::io::Result<()> {
 fn series(samples: &Samples, prefix: &str, name: &str) -> Series {
     let point = |key: &String| {
         let (x, end) = key.strip_prefix(prefix)?.split_once('/')?;
-        if end == name { Some((x.parse().ok()?, samples.of(key)?)) } else { None }
+        if end == name {
+            Some((x.parse().ok()?, samples.of(key, Some(samples.place()))?))
+        } else {
+            None
+        }
     };
     let mut points: Vec<(f64, Spread)> = samples.figures.keys().filter_map(point).collect();
     points.sort_by(|a, b| a.0.total_cmp(&b.0));

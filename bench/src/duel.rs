@@ -2,6 +2,7 @@
 
 use std::hint::{black_box, spin_loop};
 use std::sync::Barrier;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Instant;
 
 use rustix::thread::{CpuSet, sched_setaffinity};
@@ -38,16 +39,24 @@ impl Wait {
 /// Runs `near` on core 0 and `far` on core 1, begun together, and returns the nanoseconds that
 /// `near` took.
 pub fn duel(near: impl FnOnce() + Send, far: impl FnOnce() + Send) -> f64 {
-    let start = &Barrier::new(2);
+    let (there, ready) = (&Barrier::new(2), &AtomicU32::new(0));
+    // The thread that a barrier wakes comes late by as much as a whole run may take. So both look
+    // at a word until the other one is there.
+    let start = move |core| {
+        pin(core);
+        there.wait();
+        ready.fetch_add(1, Ordering::AcqRel);
+        while ready.load(Ordering::Acquire) < 2 {
+            spin_loop();
+        }
+    };
     std::thread::scope(|scope| {
         scope.spawn(move || {
-            pin(1);
-            start.wait();
+            start(1);
             far();
         });
         let near = scope.spawn(move || {
-            pin(0);
-            start.wait();
+            start(0);
             let begun = Instant::now();
             near();
             nanoseconds(begun)
@@ -73,4 +82,23 @@ pub fn time(count: u32, mut work: impl FnMut()) -> f64 {
         best = best.min(nanoseconds(begun) / f64::from(count));
     }
     best
+}
+
+/// Nanoseconds until a word that one core writes is seen by the other: half a round trip.
+pub fn hand_over(trips: u64, wait: Wait) -> f64 {
+    /// A cache line of its own, and the one beside it, which the processor may fetch too.
+    #[repr(align(128))]
+    struct Line(AtomicU64);
+    let word = &Line(AtomicU64::new(0));
+    let turn = |first: u64| {
+        move || {
+            for n in 0..trips {
+                while word.0.load(Ordering::Acquire) != 2 * n + first {
+                    wait.relax();
+                }
+                word.0.store(2 * n + first + 1, Ordering::Release);
+            }
+        }
+    };
+    duel(turn(0), turn(1)) / (2 * trips) as f64
 }

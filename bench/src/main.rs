@@ -1,5 +1,4 @@
-//! The measures of vbus against their peers, in one run: `vbus-bench [--json] [--quick] [--out
-//! DIRECTORY]`.
+//! The measures of vbus against their peers, in one run: see [`USAGE`].
 //!
 //! Every group of measures runs in several processes, since where a process's memory lies has its
 //! part in what it costs; and within a process in several rounds, each of which has a run of every
@@ -16,11 +15,18 @@ mod rings;
 mod samples;
 mod signals;
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 
-use samples::Samples;
+use samples::{Figures, Samples};
+
+const USAGE: &str = "\
+usage: vbus-bench [--json] [--quick] [--realtime] [--only GROUP] [--out DIRECTORY]
+  --json           close with one line of JSON
+  --quick          fewer processes and rounds
+  --realtime       measure with real-time priority (chrt), for a machine with other work
+  --only GROUP     rings, pages, signals, lines, sizes, readers or devices
+  --out DIRECTORY  where the charts go";
 
 /// A group of measures.
 type Group = (&'static str, fn(&mut Samples));
@@ -45,17 +51,18 @@ fn main() -> ExitCode {
         }
         _ => {}
     }
-    let (mut json, mut quick, mut only) = (false, false, None);
+    let (mut json, mut quick, mut realtime, mut only) = (false, false, false, None);
     let mut directory = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../target/bench"));
     let mut arguments = arguments.into_iter();
     while let Some(argument) = arguments.next() {
         match (argument.as_str(), &mut arguments) {
             ("--json", _) => json = true,
             ("--quick", _) => quick = true,
+            ("--realtime", _) => realtime = true,
             ("--only", rest) => only = rest.next(),
             ("--out", rest) => directory = rest.next().unwrap_or_default().into(),
             _ => {
-                eprintln!("usage: vbus-bench [--json] [--quick] [--only GROUP] [--out DIRECTORY]");
+                eprintln!("{USAGE}");
                 return ExitCode::from(2);
             }
         }
@@ -67,7 +74,7 @@ fn main() -> ExitCode {
             GROUPS.iter().filter(|(group, _)| only.as_ref().is_none_or(|only| only == group))
         {
             eprintln!("process {process} of {processes}: {group}");
-            match run(group, rounds) {
+            match run(group, rounds, realtime) {
                 Ok(figures) => samples.extend(figures),
                 Err(error) => {
                     eprintln!("the measures of {group} failed: {error}");
@@ -100,17 +107,21 @@ fn sample(group: &str, rounds: &str) -> ExitCode {
 }
 
 /// Takes the samples of one group in a process of its own.
-fn run(
-    group: &str,
-    rounds: usize,
-) -> Result<BTreeMap<String, Vec<f64>>, Box<dyn std::error::Error>> {
+fn run(group: &str, rounds: usize, realtime: bool) -> Result<Figures, Box<dyn std::error::Error>> {
     let program = std::env::current_exe()?;
-    let rounds = rounds.to_string();
-    let child =
-        Command::new(program).args(["--sample", group, &rounds]).stdout(Stdio::piped()).spawn()?;
+    let mut command = Command::new(if realtime { Path::new("chrt") } else { &program });
+    if realtime {
+        command.args(["--fifo", "50"]).arg(&program);
+    }
+    command.args(["--sample", group, &rounds.to_string()]).stdout(Stdio::piped());
+    let child = command.spawn().map_err(|error| match realtime {
+        true => format!("cannot run chrt, which --realtime needs (package util-linux): {error}"),
+        false => error.to_string(),
+    })?;
     let output = child.wait_with_output()?;
     if !output.status.success() {
-        return Err(format!("the process ended with {}", output.status).into());
+        let hint = if realtime { " (--realtime needs root or CAP_SYS_NICE)" } else { "" };
+        return Err(format!("the process ended with {}{hint}", output.status).into());
     }
     let text = String::from_utf8(output.stdout)?;
     Ok(serde_json::from_str(text.lines().last().unwrap_or_default())?)

@@ -3,7 +3,7 @@
 
 use serde_json::{Map, Value};
 
-use crate::samples::{Samples, Spread};
+use crate::samples::{Place, Samples, Spread};
 
 /// Key of the report, the peer's figure, vbus's.
 const RATIOS: [(&str, &str, &str); 17] = [
@@ -43,32 +43,79 @@ const FIGURES: [(&str, &str); 5] = [
     ("line_ns_of_16", "lines/of_16/nested"),
 ];
 
-/// Prints every figure and every ratio, and returns the report: the medians by key.
-pub fn report(samples: &Samples) -> Value {
-    println!(
-        "{:40} {:>10} {:>22}",
-        "nanoseconds (kicks, reads per 1,000)", "median", "half of them within"
-    );
-    for name in samples.figures.keys() {
-        if let Some(spread) = samples.of(name) {
-            line(name, spread);
+/// Columns of the ring's figures for which there is a ratio to the packed queue.
+const PACKED_COLUMNS: [&str; 4] = ["b1", "b16", "b64", "pingpong"];
+
+/// What follows "ring_vs_packed_hand_COLUMN" in the key, the packed queue's figure, vbus's.
+const PACKED_FORMS: [(&str, &str, &str); 2] =
+    [("", "packed_hand", "vbus"), ("_counted", "packed_hand", "vbus_counted")];
+
+/// What a line of the tables says.
+enum Source {
+    Figure(String),
+    /// The peer's figure, and vbus's.
+    Ratio(String, String),
+}
+
+impl Source {
+    fn of(&self, samples: &Samples, place: Option<Place>) -> Option<Spread> {
+        match self {
+            Source::Figure(name) => samples.of(name, place),
+            Source::Ratio(peer, ours) => samples.ratio(peer, ours, place),
         }
     }
-    println!(
-        "\n{:40} {:>10} {:>22}",
-        "ratios: above 1, vbus is the faster", "median", "half of them within"
-    );
+}
+
+/// Prints every figure and every ratio, and returns the report: the medians by key. A key is of all
+/// rounds; a key with `_near` or `_far` behind it is of the rounds with the cores at that place.
+pub fn report(samples: &Samples) -> Value {
     let mut report = Map::new();
-    let ratios = RATIOS.map(|(key, peer, ours)| (key, samples.ratio(peer, ours)));
-    let figures = FIGURES.map(|(key, figure)| (key, samples.of(figure)));
-    for (key, spread) in ratios.into_iter().chain(figures) {
-        let Some(spread) = spread else { continue };
-        line(key, spread);
-        report.insert(key.into(), Value::from((spread.median * 1000.0).round() / 1000.0));
+    let mut add = |key: String, median: f64| {
+        report.insert(key, Value::from((median * 1000.0).round() / 1000.0));
+    };
+    let all = samples.figures.keys().map(|name| (name.clone(), Source::Figure(name.clone())));
+    print(samples, "nanoseconds (kicks, reads per 1,000)", &all.collect::<Vec<_>>());
+    let ratio = |(key, peer, ours): (String, String, String)| (key, Source::Ratio(peer, ours));
+    let packed = PACKED_COLUMNS.into_iter().flat_map(|column| {
+        PACKED_FORMS.map(|(suffix, peer, ours)| {
+            let figure = |name| format!("ring/{column}/{name}");
+            (format!("ring_vs_packed_hand_{column}{suffix}"), figure(peer), figure(ours))
+        })
+    });
+    let ratios = RATIOS.map(|(key, peer, ours)| (key.into(), peer.into(), ours.into()));
+    let ratios: Vec<_> = ratios.into_iter().chain(packed).map(ratio).collect();
+    print(samples, "ratios: above 1, vbus is the faster", &ratios);
+    let figures = FIGURES.map(|(key, name)| (key.to_string(), Source::Figure(name.into())));
+    for (key, source) in ratios.iter().chain(&figures) {
+        if let Some(spread) = source.of(samples, None) {
+            add(key.clone(), spread.median);
+        }
+    }
+    for place in Place::BOTH {
+        let Some(spread) = samples.hand_over(place) else { continue };
+        add(format!("hand_over_ns_{}", place.name()), spread.median);
+        for (key, source) in ratios.iter().filter(|(key, _)| key.starts_with("ring_")) {
+            if let Some(spread) = source.of(samples, Some(place)) {
+                add(format!("{key}_{}", place.name()), spread.median);
+            }
+        }
     }
     Value::Object(report)
 }
 
-fn line(name: &str, Spread { low, median, high }: Spread) {
-    println!("{name:40} {median:10.2} {low:12.2}..{high:.2}");
+/// Prints a table for each place that the cores were at.
+fn print(samples: &Samples, title: &str, lines: &[(String, Source)]) {
+    for place in Place::BOTH {
+        let Some(Spread { low, median, high }) = samples.hand_over(place) else { continue };
+        println!(
+            "\ncores {}: a cache line's hand-over takes {median:.0} ns ({low:.0}..{high:.0})",
+            place.name()
+        );
+        println!("{title:40} {:>10} {:>22}", "median", "half of them within");
+        for (name, source) in lines {
+            if let Some(Spread { low, median, high }) = source.of(samples, Some(place)) {
+                println!("{name:40} {median:10.2} {low:12.2}..{high:.2}");
+            }
+        }
+    }
 }

@@ -7,7 +7,7 @@ mod slots;
 mod split;
 mod vbus;
 
-use crate::duel::{Wait, duel};
+use crate::duel::{Wait, duel, hand_over};
 use crate::region::Region;
 use crate::samples::{Round, Samples};
 
@@ -119,7 +119,7 @@ const CONTENDERS: [(&str, Run); 12] = [
 pub fn sample(samples: &mut Samples) {
     for batch in BATCHES {
         samples.rounds(|round| {
-            contenders(round, &format!("b{batch}"), |run, wait| run(batch, ENTRIES, 1 << 15, wait));
+            contenders(round, &format!("b{batch}"), |run, wait| run(batch, ENTRIES, 1 << 16, wait));
             round.add(
                 format!("ring/b{batch}/rtrb_one_way"),
                 best(|wait| oneway::rtrb(batch, 1 << 16, wait)),
@@ -128,21 +128,27 @@ pub fn sample(samples: &mut Samples) {
     }
     samples.rounds(|round| {
         contenders(round, "pingpong", |run, wait| run(1, 1, 1 << 12, wait));
-        round.add("ring/pingpong/line".into(), best(|wait| oneway::line(1 << 12, wait)));
+        round.add("ring/pingpong/line".into(), best(|wait| 2.0 * hand_over(1 << 12, wait)));
     });
 }
 
-/// A round of all contenders. The floor is the better of the two forms of bare slots.
+/// What is the better of two contenders.
+const BETTER: [(&str, [&str; 2]); 3] = [
+    ("floor", ["slots_two_arrays", "slots_in_place"]),
+    ("packed_hand_polling", ["packed_each", "packed_batch"]),
+    ("packed_hand", ["packed_each_events", "packed_batch_events"]),
+];
+
+/// A round of all contenders.
 fn contenders(round: &mut Round<'_>, column: &str, one: impl Fn(Run, Wait) -> f64) {
-    let mut floor = f64::INFINITY;
-    for (name, run) in CONTENDERS {
-        let figure = best(|wait| one(run, wait));
+    let figures = CONTENDERS.map(|(name, run)| (name, best(|wait| one(run, wait))));
+    let better = BETTER.map(|(name, of)| {
+        let of = figures.iter().filter(|(name, _)| of.contains(name));
+        (name, of.map(|(_, figure)| *figure).fold(f64::INFINITY, f64::min))
+    });
+    for (name, figure) in figures.into_iter().chain(better) {
         round.add(format!("ring/{column}/{name}"), figure);
-        if name.starts_with("slots") {
-            floor = floor.min(figure);
-        }
     }
-    round.add(format!("ring/{column}/floor"), floor);
 }
 
 /// What a round of many devices costs: "devices/N".

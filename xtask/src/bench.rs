@@ -13,7 +13,10 @@ pub struct Args {
     /// Fewer processes and rounds: for a first look
     #[arg(long)]
     quick: bool,
-    /// Measure this group only: rings, pages, signals, sizes, readers or devices
+    /// Measure with real-time priority, for a machine that has other work: needs root, and chrt
+    #[arg(long)]
+    realtime: bool,
+    /// Measure this group only: rings, pages, signals, lines, sizes, readers or devices
     #[arg(long, value_name = "GROUP")]
     only: Option<String>,
 }
@@ -26,7 +29,8 @@ pub fn run(args: &Args) -> Result<bool> {
         .args(["run", "--quiet", "--release", "--locked", "--"])
         .arg("--out")
         .arg(workspace::target().join("bench"));
-    command.args(args.json.then_some("--json")).args(args.quick.then_some("--quick"));
+    let options = [(args.json, "--json"), (args.quick, "--quick"), (args.realtime, "--realtime")];
+    command.args(options.into_iter().filter(|(wanted, _)| *wanted).map(|(_, option)| option));
     if let Some(group) = &args.only {
         command.args(["--only", group]);
     }

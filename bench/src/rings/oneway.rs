@@ -1,8 +1,6 @@
-//! For orientation: rtrb, one way, and the bare hand-over of a cache line.
+//! For orientation: rtrb, one way.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
-use super::{ENTRIES, pages};
+use super::ENTRIES;
 use crate::duel::{Wait, duel};
 
 type Entry = [u64; 2];
@@ -38,21 +36,4 @@ pub fn rtrb(batch: usize, total: usize, wait: Wait) -> f64 {
         assert_eq!(sum, (total as u64) * (total as u64 - 1) / 2);
     };
     duel(near, far) / total as f64
-}
-
-/// Nanoseconds per round trip of one word.
-pub fn line(total: usize, wait: Wait) -> f64 {
-    // SAFETY: zeroed pages that stay mapped; one word, atomic.
-    let word: &'static AtomicU64 = unsafe { &*pages().pointer().cast() };
-    let turn = |first: u64| {
-        move || {
-            for n in 0..total as u64 {
-                while word.load(Ordering::Acquire) != 2 * n + first {
-                    wait.relax();
-                }
-                word.store(2 * n + first + 1, Ordering::Release);
-            }
-        }
-    };
-    duel(turn(0), turn(1)) / total as f64
 }
