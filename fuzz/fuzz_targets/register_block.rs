@@ -12,7 +12,7 @@ use vbus_core::shm::abi::{bar0, command, reg};
 use vbus_core::shm::ring::DeviceEnd;
 use vbus_core::shm::signal::Armed;
 use vbus_core::{
-    Bus, Connection, Device, ErrorCode, Executor, Identity, Interrupt, MemoryContext, Open,
+    Access, Bus, Connection, Device, ErrorCode, Executor, Identity, Interrupt, MemoryContext, Open,
     Progress, Region, Trust, Tuning, Window,
 };
 use vbus_pci::{IrqIndex, Options, PciFunction, device_function, region};
@@ -116,9 +116,9 @@ fuzz_target!(|input: &[u8]| {
     let mut function = device_function(endpoint.clone(), options);
     let (file, memory) = (file(), MemoryContext::new(Trust::Sealed));
     memory
-        .map(BASE, BYTES, Some((file.try_clone().expect("a descriptor"), 0)), true)
+        .map(BASE, BYTES, Some((file.try_clone().expect("a descriptor"), 0)), Access::BOTH)
         .expect("mapped");
-    endpoint.map(BASE, BYTES, Some((file, 0)), true).expect("mapped");
+    endpoint.map(BASE, BYTES, Some((file, 0)), Access::BOTH).expect("mapped");
     if flags & 4 != 0 {
         open(&mut function, &memory);
     }
@@ -163,9 +163,9 @@ fuzz_target!(|input: &[u8]| {
     let file = self::file();
     let memory = MemoryContext::new(Trust::Sealed);
     memory
-        .map(BASE, BYTES, Some((file.try_clone().expect("a descriptor"), 0)), true)
+        .map(BASE, BYTES, Some((file.try_clone().expect("a descriptor"), 0)), Access::BOTH)
         .expect("mapped");
-    endpoint.map(BASE, BYTES, Some((file, 0)), true).expect("mapped");
+    endpoint.map(BASE, BYTES, Some((file, 0)), Access::BOTH).expect("mapped");
     open(&mut function, &memory);
     drop(function);
     BUS.remove("fuzzed").expect("added above");

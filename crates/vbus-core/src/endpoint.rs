@@ -15,7 +15,7 @@ use crate::bus::Devices;
 use crate::device::{Connection, Device, Fail, Identity, Open, Region};
 use crate::executor::{Executor, Interest, Progress, Task, TaskHandle};
 use crate::interrupt::{Interrupt, InterruptSink, Outlet, Router};
-use crate::memory::{MapError, MemoryContext, Trust};
+use crate::memory::{Access, MapError, MemoryContext, Trust};
 use crate::{ConnectionCounters, ErrorCode};
 
 /// The most bytes of a region.
@@ -254,15 +254,20 @@ impl Endpoint {
         }
     }
 
+    /// The memory of the peer.
+    pub fn memory(&self) -> &Arc<MemoryContext> {
+        &self.memory
+    }
+
     /// Maps memory of the peer; see [`MemoryContext::map`].
     pub fn map(
         &self,
         start: u64,
         len: u64,
         file: Option<(OwnedFd, u64)>,
-        writable: bool,
+        access: Access,
     ) -> Result<(), MapError> {
-        self.memory.map(start, len, file, writable)
+        self.memory.map(start, len, file, access)
     }
 
     /// Unmaps memory of the peer, whole maps only; returns the bytes unmapped. If a region of the
@@ -501,7 +506,10 @@ impl Endpoint {
         }
         let mut buffer = vec![0; usize::try_from(len).map_err(|_| ErrorCode::BAD_LENGTH)?];
         if len > 0 {
-            self.memory.view().read(addr, &mut buffer)?;
+            let view = self.memory.view();
+            // Before the class acts: the answer must find its place afterwards.
+            view.slice(addr, len, true)?;
+            view.read(addr, &mut buffer)?;
         }
         let value = lock(&open.connection).call(function, flags, &mut buffer)?;
         if len > 0 {

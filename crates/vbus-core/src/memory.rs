@@ -2,24 +2,29 @@
 //!
 //! A [`MemoryContext`] holds the maps of one connector's peer. A device sees two forms of it:
 //!
-//! - a [`View`], for buffers whose addresses come with each request: looked up and used while the
-//!   view is held, which is as long as one poll. Unmapping waits for all views to go.
-//! - a [`Window`], for a region that stays: it keeps its mapping alive until dropped. A region
-//!   whose memory is unmapped ends its connection first, and with that drops its windows.
+//! - a [`View`], for buffers whose addresses come with each request. A view is a snapshot of the
+//!   maps. Taking one never waits, also under another view. Unmapping waits until no view has the
+//!   maps that it takes away, so a view is held for one poll at most.
+//! - a [`Window`], for a region that stays. A window keeps its mapping alive until it is dropped.
+//!   Unmapping memory of a region ends the connection first, and that drops its windows.
+//!
+//! A range may cross from one map into the next if they adjoin: an IOMMU maps page by page.
 #![allow(unsafe_code)] // Maps the driver's memory and copies to and from it while the driver may write it.
 
 use std::fmt;
 use std::io::{IoSlice, IoSliceMut};
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Condvar, Mutex};
 
 use rustix::fs::{SealFlags, fcntl_add_seals, fcntl_get_seals, fstat};
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+use vbus_shm::ErrorCode;
 use vbus_shm::sync::Word;
 
-use crate::ErrorCode;
+use crate::lock::lock;
 
 /// The most maps of a peer.
 pub const MAPS_MAX: usize = 1024;
@@ -158,22 +163,42 @@ impl Drop for Mapping {
     }
 }
 
-/// What lies behind a mapped range.
-enum Backing {
-    Mapped {
-        mapping: Arc<Mapping>,
-        fd: OwnedFd,
-        offset: u64,
-        writable: bool,
-    },
-    /// Announced without a file: another device's BAR, a ROM.
-    Unreachable,
+/// What the peer lets the device do with a map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Access {
+    /// The device may read.
+    pub read: bool,
+    /// The device may write.
+    pub write: bool,
 }
 
+impl Access {
+    /// Only reading.
+    pub const READ: Access = Access { read: true, write: false };
+    /// Only writing.
+    pub const WRITE: Access = Access { read: false, write: true };
+    /// Reading and writing.
+    pub const BOTH: Access = Access { read: true, write: true };
+
+    fn allows(self, wanted: Access) -> bool {
+        (self.read || !wanted.read) && (self.write || !wanted.write)
+    }
+}
+
+/// A mapped part of a file.
+struct MappedFile {
+    mapping: Arc<Mapping>,
+    fd: OwnedFd,
+    offset: u64,
+    access: Access,
+}
+
+#[derive(Clone)]
 struct Map {
     start: u64,
     len: u64,
-    backing: Backing,
+    /// `None`: announced without a file (another device's BAR, a ROM), or for no access.
+    file: Option<Arc<MappedFile>>,
 }
 
 impl Map {
@@ -183,36 +208,61 @@ impl Map {
 }
 
 /// Ordered by address, without overlaps.
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Table {
     maps: Vec<Map>,
 }
 
+/// A part of a range that lies within one map.
+struct Run<'t> {
+    file: &'t Arc<MappedFile>,
+    /// Offset in the map, in bytes.
+    inside: usize,
+    len: usize,
+}
+
+impl Run<'_> {
+    fn base(&self) -> NonNull<u8> {
+        // SAFETY: a run lies within its map, and so within the mapping.
+        unsafe { self.file.mapping.base.add(self.inside) }
+    }
+}
+
 impl Table {
-    /// The map that holds `addr`.
-    fn find(&self, addr: u64) -> Option<&Map> {
+    /// The first run of `addr..addr + len`: what lies within the map that holds `addr`.
+    fn run(&self, addr: u64, len: usize, access: Access) -> Result<Run<'_>, ErrorCode> {
         let at = self.maps.partition_point(|map| map.end() <= addr);
-        self.maps.get(at).filter(|map| map.start <= addr)
+        let map =
+            self.maps.get(at).filter(|map| map.start <= addr).ok_or(ErrorCode::BAD_ADDRESS)?;
+        let file = map.file.as_ref().filter(|file| file.access.allows(access));
+        let file = file.ok_or(ErrorCode::BAD_ADDRESS)?;
+        let inside = addr - map.start;
+        let room = usize::try_from(map.len - inside).unwrap_or(usize::MAX);
+        let inside = usize::try_from(inside).map_err(|_| ErrorCode::BAD_ADDRESS)?;
+        Ok(Run { file, inside, len: len.min(room) })
     }
 
-    /// The mapped pointer for `addr..addr + len`, which must lie within one map.
-    fn resolve(
+    /// Calls `each` with the runs of `addr..addr + len`, in order, until one fails. Returns how
+    /// many there are. The whole range must be mapped for `access`.
+    fn runs(
         &self,
-        addr: u64,
-        len: u64,
-        write: bool,
-    ) -> Result<(&Arc<Mapping>, NonNull<u8>), ErrorCode> {
-        let map = self.find(addr).ok_or(ErrorCode::BAD_ADDRESS)?;
-        let Backing::Mapped { mapping, writable, .. } = &map.backing else {
-            return Err(ErrorCode::BAD_ADDRESS);
-        };
-        let inside = addr - map.start;
-        if len > map.len - inside || (write && !writable) {
-            return Err(ErrorCode::BAD_ADDRESS);
+        mut addr: u64,
+        mut len: usize,
+        access: Access,
+        mut each: impl FnMut(Run<'_>) -> Result<(), ErrorCode>,
+    ) -> Result<usize, ErrorCode> {
+        let mut count = 0;
+        loop {
+            let run = self.run(addr, len, access)?;
+            let covered = run.len;
+            each(run)?;
+            count += 1;
+            len -= covered;
+            if len == 0 {
+                return Ok(count);
+            }
+            addr = addr.checked_add(covered as u64).ok_or(ErrorCode::BAD_ADDRESS)?;
         }
-        let inside = usize::try_from(inside).map_err(|_| ErrorCode::BAD_ADDRESS)?;
-        // SAFETY: inside + len <= the mapping's length.
-        Ok((mapping, unsafe { mapping.base.add(inside) }))
     }
 }
 
@@ -228,16 +278,27 @@ pub enum Trust {
 
 /// The memory of one connector's peer.
 pub struct MemoryContext {
-    table: RwLock<Table>,
+    /// Locked for a few instructions at a time; a view locks it when it begins and when it ends.
+    state: Mutex<State>,
+    /// A view has ended while somebody waited for that.
+    ended: Condvar,
     trust: Trust,
     /// Pages of it that are mapped one by one.
     listed: Arc<AtomicUsize>,
 }
 
+#[derive(Default)]
+struct State {
+    /// Views have clones. It is changed in place if there are none, and else copied first.
+    table: Arc<Table>,
+    /// How many wait for views to end.
+    waiting: usize,
+}
+
 impl fmt::Debug for MemoryContext {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("MemoryContext")
-            .field("maps", &self.view().guard.maps.len())
+            .field("maps", &lock(&self.state).table.maps.len())
             .finish_non_exhaustive()
     }
 }
@@ -245,26 +306,31 @@ impl fmt::Debug for MemoryContext {
 impl MemoryContext {
     /// No memory yet.
     pub fn new(trust: Trust) -> MemoryContext {
-        MemoryContext { table: RwLock::default(), trust, listed: Arc::default() }
+        MemoryContext {
+            state: Mutex::default(),
+            ended: Condvar::new(),
+            trust,
+            listed: Arc::default(),
+        }
     }
 
-    /// Maps `len` bytes of `file` (descriptor, offset) at address `start` of the driver's memory;
-    /// without a file the range is remembered as unreachable. The file must be sealed against
-    /// shrinking, or get sealed here (see [`Trust`]).
+    /// Maps `len` bytes of `file` (descriptor, offset) at address `start` of the driver's memory,
+    /// for `access`. Without a file, or for no access at all, the range is remembered as
+    /// unreachable. The file must be sealed against shrinking, or get sealed here (see [`Trust`]).
     pub fn map(
         &self,
         start: u64,
         len: u64,
         file: Option<(OwnedFd, u64)>,
-        writable: bool,
+        access: Access,
     ) -> Result<(), MapError> {
         let bad_range = || MapError::Range(start, len);
         if len == 0 || start.checked_add(len).is_none() {
             return Err(bad_range());
         }
         let bytes = usize::try_from(len).map_err(|_| bad_range())?;
-        let backing = match file {
-            None => Backing::Unreachable,
+        let file = match file.filter(|_| access.read || access.write) {
+            None => None,
             Some((fd, offset)) => {
                 if (start | len | offset) % PAGE != 0 {
                     return Err(bad_range());
@@ -276,51 +342,63 @@ impl MemoryContext {
                 if offset.checked_add(len).is_none_or(|end| end > size) {
                     return Err(MapError::FileTooSmall);
                 }
-                let mapping = Arc::new(Mapping::file(&fd, offset, bytes, writable)?);
-                Backing::Mapped { mapping, fd, offset, writable }
+                let mapping = Arc::new(Mapping::file(&fd, offset, bytes, access.write)?);
+                Some(Arc::new(MappedFile { mapping, fd, offset, access }))
             }
         };
-        let mut table = self.table.write().unwrap_or_else(|e| e.into_inner());
-        let at = table.maps.partition_point(|map| map.end() <= start);
-        if table.maps.get(at).is_some_and(|next| next.start < start + len) {
+        let mut state = lock(&self.state);
+        let at = state.table.maps.partition_point(|map| map.end() <= start);
+        if state.table.maps.get(at).is_some_and(|next| next.start < start + len) {
             return Err(MapError::Overlap(start, len));
         }
-        if table.maps.len() >= MAPS_MAX {
+        if state.table.maps.len() >= MAPS_MAX {
             return Err(MapError::Limit);
         }
-        table.maps.insert(at, Map { start, len, backing });
+        Arc::make_mut(&mut state.table).maps.insert(at, Map { start, len, file });
         Ok(())
     }
 
-    /// Takes away the maps that lie within `start..start + len`, after all views have gone. Returns
-    /// how many bytes that were; 0 if the range cuts a map in two or holds none, and then nothing
-    /// has changed. Connections with regions in the range must be closed before.
+    /// Takes away the maps that lie within `start..start + len`, and waits until no view has them.
+    /// Returns how many bytes that were; 0 if the range cuts a map in two or holds none, and then
+    /// nothing has changed. Connections with regions in the range must be closed before.
     pub(crate) fn unmap(&self, start: u64, len: u64) -> u64 {
         let Some(end) = start.checked_add(len) else { return 0 };
-        let mut table = self.table.write().unwrap_or_else(|e| e.into_inner());
-        let first = table.maps.partition_point(|map| map.end() <= start);
-        let last = table.maps.partition_point(|map| map.start < end);
-        if first >= last || table.maps[first].start < start || table.maps[last - 1].end() > end {
+        self.take(|maps| {
+            let first = maps.partition_point(|map| map.end() <= start);
+            let last = maps.partition_point(|map| map.start < end);
+            let whole = first < last && maps[first].start >= start && maps[last - 1].end() <= end;
+            if whole { first..last } else { 0..0 }
+        })
+    }
+
+    /// Takes away all maps, and waits until no view has them.
+    pub(crate) fn unmap_all(&self) {
+        self.take(|maps| 0..maps.len());
+    }
+
+    fn take(&self, which: impl FnOnce(&[Map]) -> Range<usize>) -> u64 {
+        let mut state = lock(&self.state);
+        let range = which(&state.table.maps);
+        if range.is_empty() {
             return 0;
         }
-        table.maps.drain(first..last).map(|map| map.len).sum()
+        let taken: Vec<Map> = Arc::make_mut(&mut state.table).maps.drain(range).collect();
+        // Views that began before have copies of the table, and so of these maps. Each view ends
+        // under the lock, so that the last one finds somebody waiting.
+        state.waiting += 1;
+        while taken.iter().flat_map(|map| &map.file).any(|file| Arc::strong_count(file) > 1) {
+            state = self.ended.wait(state).unwrap_or_else(|e| e.into_inner());
+        }
+        state.waiting -= 1;
+        drop(state);
+        // Only now, outside of the lock, the kernel unmaps.
+        taken.iter().map(|map| map.len).sum()
     }
 
-    /// Takes away all maps, after all views have gone.
-    pub(crate) fn unmap_all(&self) {
-        self.table.write().unwrap_or_else(|e| e.into_inner()).maps.clear();
-    }
-
-    /// A look at the memory as it is now. Hold it for one poll at most: unmapping waits for it.
+    /// A look at the memory as it is now. Never waits. Hold it for one poll at most: unmapping
+    /// waits for it.
     pub fn view(&self) -> View<'_> {
-        View { guard: self.table.read().unwrap_or_else(|e| e.into_inner()) }
-    }
-
-    /// A look, if it can be had at once. For the memory of *another* device's peer, while holding a
-    /// view of one's own: waiting there could close a circle of two devices that wait for each
-    /// other and two connectors that unmap.
-    pub fn try_view(&self) -> Option<View<'_>> {
-        self.table.try_read().ok().map(|guard| View { guard })
+        View { table: Some(lock(&self.state).table.clone()), context: self }
     }
 
     /// A lasting window on `addr..addr + len`, for reading and writing. `addr` and `len` must be
@@ -328,9 +406,22 @@ impl MemoryContext {
     pub fn window(&self, addr: u64, len: u64) -> Result<Window, ErrorCode> {
         check_words(addr, len)?;
         let view = self.view();
-        let (mapping, base) = view.guard.resolve(addr, len, true)?;
-        let len = usize::try_from(len).map_err(|_| ErrorCode::BAD_LENGTH)?;
-        Ok(Window { _mapping: mapping.clone(), base: base.cast(), words: len / 8 })
+        let bytes = usize::try_from(len).map_err(|_| ErrorCode::BAD_LENGTH)?;
+        let run = view.table().run(addr, bytes, Access::BOTH)?;
+        if run.len == bytes {
+            let base = run.base().cast();
+            return Ok(Window { _mapping: run.file.mapping.clone(), base, words: bytes / 8 });
+        }
+        // Maps that adjoin: their pages are mapped anew, side by side.
+        let end = addr.checked_add(len).and_then(|end| end.checked_next_multiple_of(PAGE));
+        let first = addr - addr % PAGE;
+        let pages = end.ok_or(ErrorCode::BAD_ADDRESS)? - first;
+        let pages = usize::try_from(pages).map_err(|_| ErrorCode::BAD_LENGTH)?;
+        let whole = self.assemble(&view, &[first], pages)?;
+        let skip = usize::try_from(addr - first).map_err(|_| ErrorCode::BAD_ADDRESS)?;
+        // SAFETY: `skip` is less than a page, and `whole` has all pages of the range.
+        let base = unsafe { whole.base.add(skip) }.cast();
+        Ok(Window { base, _mapping: Arc::new(whole), words: bytes / 8 })
     }
 
     /// A lasting window on `len` bytes that lie in pages of `1 << shift` bytes at the addresses
@@ -343,48 +434,56 @@ impl MemoryContext {
     ) -> Result<Window, ErrorCode> {
         let page = 1usize
             .checked_shl(shift)
-            .filter(|page| *page >= 4096)
+            .filter(|page| *page as u64 >= PAGE)
             .ok_or(ErrorCode::BAD_ARGUMENT)?;
         check_words(0, len)?;
         let total = page.checked_mul(pages.len()).ok_or(ErrorCode::BAD_LENGTH)?;
         let words =
             usize::try_from(len).ok().filter(|len| *len <= total).ok_or(ErrorCode::BAD_LENGTH)? / 8;
-        let listed = Listed::take(pages.len(), &self.listed)?;
-        let view = self.view();
-        // Reserve the whole range, then lay the pages over it one by one.
+        if pages.iter().any(|addr| addr % page as u64 != 0) {
+            return Err(ErrorCode::BAD_ALIGNMENT);
+        }
+        let whole = self.assemble(&self.view(), pages, page)?;
+        Ok(Window { base: whole.base.cast(), _mapping: Arc::new(whole), words })
+    }
+
+    /// Maps the `each` bytes (whole pages) at each of the addresses `starts`, one after another.
+    fn assemble(&self, view: &View<'_>, starts: &[u64], each: usize) -> Result<Mapping, ErrorCode> {
+        let table = view.table();
+        let mut count = 0;
+        for &start in starts {
+            count += table.runs(start, each, Access::BOTH, |_| Ok(()))?;
+        }
+        let listed = Listed::take(count, &self.listed)?;
+        let len = each.checked_mul(starts.len()).ok_or(ErrorCode::BAD_LENGTH)?;
+        // Reserve the whole range, then lay the runs over it one by one.
         // SAFETY: a fresh mapping at an address of the kernel's choice.
         let base = unsafe {
-            mmap_anonymous(std::ptr::null_mut(), total, ProtFlags::empty(), MapFlags::PRIVATE)
+            mmap_anonymous(std::ptr::null_mut(), len, ProtFlags::empty(), MapFlags::PRIVATE)
         }
         .map_err(|_| ErrorCode::LIMIT)?;
         let base = NonNull::new(base.cast::<u8>()).ok_or(ErrorCode::FAILED)?;
-        let whole = Mapping { base, len: total, _share: Share::Listed(listed) };
-        for (i, &addr) in pages.iter().enumerate() {
-            if addr % page as u64 != 0 {
-                return Err(ErrorCode::BAD_ALIGNMENT);
-            }
-            let map = view.guard.find(addr).ok_or(ErrorCode::BAD_ADDRESS)?;
-            let Backing::Mapped { fd, offset, writable: true, .. } = &map.backing else {
-                return Err(ErrorCode::BAD_ADDRESS);
-            };
-            let inside = addr - map.start;
-            if map.len - inside < page as u64 {
-                return Err(ErrorCode::BAD_ADDRESS);
-            }
-            // SAFETY: the target lies within `whole`, which is ours and which nobody uses yet.
-            unsafe {
-                mmap(
-                    whole.base.add(i * page).as_ptr().cast(),
-                    page,
-                    ProtFlags::READ | ProtFlags::WRITE,
-                    MapFlags::SHARED | MapFlags::FIXED,
-                    fd,
-                    offset + inside,
-                )
-            }
-            .map_err(|_| ErrorCode::BAD_ADDRESS)?;
+        let whole = Mapping { base, len, _share: Share::Listed(listed) };
+        let mut at = 0;
+        for &start in starts {
+            table.runs(start, each, Access::BOTH, |run| {
+                // SAFETY: the target lies within `whole`, which is ours and which nobody uses yet.
+                unsafe {
+                    mmap(
+                        whole.base.add(at).as_ptr().cast(),
+                        run.len,
+                        ProtFlags::READ | ProtFlags::WRITE,
+                        MapFlags::SHARED | MapFlags::FIXED,
+                        &run.file.fd,
+                        run.file.offset + run.inside as u64,
+                    )
+                }
+                .map_err(|_| ErrorCode::BAD_ADDRESS)?;
+                at += run.len;
+                Ok(())
+            })?;
         }
-        Ok(Window { base: whole.base.cast(), _mapping: Arc::new(whole), words })
+        Ok(whole)
     }
 }
 
@@ -406,15 +505,41 @@ fn seal(fd: &OwnedFd) -> Result<(), MapError> {
 
 /// A look at a peer's memory; see [`MemoryContext::view`].
 pub struct View<'a> {
-    guard: RwLockReadGuard<'a, Table>,
+    /// `None` only while it is dropped.
+    table: Option<Arc<Table>>,
+    context: &'a MemoryContext,
 }
 
+impl Drop for View<'_> {
+    fn drop(&mut self) {
+        let state = lock(&self.context.state);
+        // Under the lock: who waits counts the tables that have its maps.
+        self.table = None;
+        if state.waiting > 0 {
+            self.context.ended.notify_all();
+        }
+    }
+}
+
+/// A table without maps.
+static EMPTY: Table = Table { maps: Vec::new() };
+
 impl View<'_> {
-    /// The `len` bytes at `addr`, which must lie within one map; `write` if they will be written.
+    fn table(&self) -> &Table {
+        self.table.as_deref().unwrap_or(&EMPTY)
+    }
+
+    /// The `len` bytes at `addr`, all of which must be mapped: for writing if `write`, else for
+    /// reading.
     pub fn slice(&self, addr: u64, len: u64, write: bool) -> Result<DriverSlice<'_>, ErrorCode> {
-        let (_, base) = self.guard.resolve(addr, len, write)?;
+        let access = if write { Access::WRITE } else { Access::READ };
         let len = usize::try_from(len).map_err(|_| ErrorCode::BAD_LENGTH)?;
-        Ok(DriverSlice { base, len, _view: std::marker::PhantomData })
+        let table = self.table();
+        let run = table.run(addr, len, access)?;
+        if run.len < len {
+            table.runs(addr, len, access, |_| Ok(()))?;
+        }
+        Ok(DriverSlice { base: run.base(), run: run.len, len, addr, table })
     }
 
     /// Copies `out.len()` bytes from `addr`, once.
@@ -431,12 +556,16 @@ impl View<'_> {
 }
 
 /// Bytes of the driver's memory. The driver may write them at any time, so they are copied, or
-/// passed to system calls; never borrowed.
+/// passed to system calls; never borrowed. They lie in one piece or in several
+/// ([`pieces`](Self::pieces)).
 #[derive(Clone, Copy)]
 pub struct DriverSlice<'a> {
     base: NonNull<u8>,
+    /// Bytes at `base`; what follows is found in the table.
+    run: usize,
     len: usize,
-    _view: std::marker::PhantomData<&'a ()>,
+    addr: u64,
+    table: &'a Table,
 }
 
 // SAFETY: a pointer into a mapping that the view keeps; used by raw copies and system calls only.
@@ -456,48 +585,98 @@ impl<'a> DriverSlice<'a> {
     /// Splits at byte `mid`, which is cut to the length.
     pub fn split_at(self, mid: usize) -> (DriverSlice<'a>, DriverSlice<'a>) {
         let mid = mid.min(self.len);
-        // SAFETY: mid <= len.
-        let rest = unsafe { self.base.add(mid) };
-        (DriverSlice { len: mid, ..self }, DriverSlice { base: rest, len: self.len - mid, ..self })
+        let front = DriverSlice { run: self.run.min(mid), len: mid, ..self };
+        (front, self.skip(mid))
+    }
+
+    /// Without its first `count` bytes, which it has.
+    fn skip(self, count: usize) -> DriverSlice<'a> {
+        let (addr, len) = (self.addr.wrapping_add(count as u64), self.len - count);
+        if count < self.run || len == 0 {
+            // SAFETY: count <= run.
+            let base = unsafe { self.base.add(count.min(self.run)) };
+            return DriverSlice { base, run: self.run - count.min(self.run), len, addr, ..self };
+        }
+        // All of it was looked up when the slice was made, and the view's table does not change.
+        match self.table.run(addr, len, Access { read: false, write: false }) {
+            Ok(run) => DriverSlice { base: run.base(), run: run.len, len, addr, ..self },
+            Err(_) => DriverSlice { run: 0, len: 0, ..self },
+        }
+    }
+
+    /// Its pieces, in order: each lies in one run of this process's memory. There is more than one
+    /// only where the peer's maps meet.
+    pub fn pieces(&self) -> impl Iterator<Item = DriverSlice<'a>> + use<'a> {
+        let mut rest = *self;
+        std::iter::from_fn(move || {
+            let (piece, after) = rest.split_at(rest.run);
+            rest = after;
+            (!piece.is_empty()).then_some(piece)
+        })
     }
 
     /// Copies to `out`; as many bytes as the shorter one has.
     pub fn copy_to(&self, out: &mut [u8]) -> usize {
-        let len = self.len.min(out.len());
-        // SAFETY: both ranges are valid for len bytes; they may overlap no Rust object but `out`.
-        unsafe { copy(self.base.as_ptr(), out.as_mut_ptr(), len) };
-        len
+        let mut at = 0;
+        for piece in self.pieces() {
+            let to = &mut out[at..];
+            let len = piece.len.min(to.len());
+            // SAFETY: both ranges are valid for len bytes; they may overlap no Rust object but
+            // `out`.
+            unsafe { copy(piece.base.as_ptr(), to.as_mut_ptr(), len) };
+            at += len;
+        }
+        at
     }
 
     /// Copies from `bytes`; as many bytes as the shorter one has.
     pub fn copy_from(&self, bytes: &[u8]) -> usize {
-        let len = self.len.min(bytes.len());
-        // SAFETY: as in copy_to.
-        unsafe { copy(bytes.as_ptr(), self.base.as_ptr(), len) };
-        len
+        let mut at = 0;
+        for piece in self.pieces() {
+            let from = &bytes[at..];
+            let len = piece.len.min(from.len());
+            // SAFETY: as in copy_to.
+            unsafe { copy(from.as_ptr(), piece.base.as_ptr(), len) };
+            at += len;
+        }
+        at
     }
 
     /// Copies from another driver's memory; as many bytes as the shorter one has.
     pub fn copy_from_driver(&self, from: DriverSlice<'_>) -> usize {
-        let len = self.len.min(from.len);
-        // SAFETY: both ranges are valid for len bytes. They may even overlap: then the result is
-        // garbage, which is the peer's own doing.
-        unsafe { copy(from.base.as_ptr(), self.base.as_ptr(), len) };
-        len
+        let total = self.len.min(from.len);
+        let (mut to, mut from) = (*self, from);
+        let mut left = total;
+        while left > 0 {
+            let len = left.min(to.run).min(from.run);
+            if len == 0 {
+                break;
+            }
+            // SAFETY: both ranges are valid for len bytes. They may even overlap: then the result
+            // is garbage, which is the peer's own doing.
+            unsafe { copy(from.base.as_ptr(), to.base.as_ptr(), len) };
+            (to, from, left) = (to.skip(len), from.skip(len), left - len);
+        }
+        total - left
     }
 
-    /// For the vector of a system call that reads the driver's memory. The bytes must not be looked
-    /// at by Rust code.
-    pub fn io_slice(&self) -> IoSlice<'a> {
-        // SAFETY: valid for 'a. The contents are read by the kernel only.
-        IoSlice::new(unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.len) })
+    /// For the vector of a system call that reads the driver's memory, one for each of the
+    /// [`pieces`](Self::pieces). The bytes must not be looked at by Rust code.
+    pub fn io_slices(&self) -> impl Iterator<Item = IoSlice<'a>> + use<'a> {
+        self.pieces().map(|piece| {
+            // SAFETY: valid for 'a. The contents are read by the kernel only.
+            IoSlice::new(unsafe { std::slice::from_raw_parts(piece.base.as_ptr(), piece.len) })
+        })
     }
 
-    /// For the vector of a system call that writes the driver's memory. The bytes must not be
-    /// looked at by Rust code.
-    pub fn io_slice_mut(&self) -> IoSliceMut<'a> {
-        // SAFETY: valid for 'a. The contents are written by the kernel only.
-        IoSliceMut::new(unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr(), self.len) })
+    /// For the vector of a system call that writes the driver's memory, one for each of the
+    /// [`pieces`](Self::pieces). The bytes must not be looked at by Rust code.
+    pub fn io_slices_mut(&self) -> impl Iterator<Item = IoSliceMut<'a>> + use<'a> {
+        self.pieces().map(|piece| {
+            // SAFETY: valid for 'a. The contents are written by the kernel only.
+            let bytes = unsafe { std::slice::from_raw_parts_mut(piece.base.as_ptr(), piece.len) };
+            IoSliceMut::new(bytes)
+        })
     }
 }
 

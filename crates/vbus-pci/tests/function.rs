@@ -12,8 +12,8 @@ use vbus_core::shm::abi::{bar0, command, error_code, reg};
 use vbus_core::shm::ring::{DeviceEnd, DriverEnd, Entry, Layout, Returns, SIGNAL_OFFSET};
 use vbus_core::shm::signal::Armed;
 use vbus_core::{
-    Bus, Connection, Device, Endpoint, ErrorCode, Executor, Identity, Interrupt, MemoryContext,
-    Open, Progress, Region, Trust, Tuning, Window,
+    Access, Bus, Connection, Device, Endpoint, ErrorCode, Executor, Identity, Interrupt,
+    MemoryContext, Open, Progress, Region, Trust, Tuning, Window,
 };
 use vbus_pci::{IrqIndex, Options, PciFunction, device_function, region};
 
@@ -106,8 +106,8 @@ impl Rig {
         let function = device_function(endpoint.clone(), options);
         let file = memory_file();
         let memory = MemoryContext::new(Trust::Sealed);
-        memory.map(BASE, BYTES, Some((file.try_clone().unwrap(), 0)), true).unwrap();
-        endpoint.map(BASE, BYTES, Some((file, 0)), true).unwrap();
+        memory.map(BASE, BYTES, Some((file.try_clone().unwrap(), 0)), Access::BOTH).unwrap();
+        endpoint.map(BASE, BYTES, Some((file, 0)), Access::BOTH).unwrap();
         Rig { function, endpoint, memory, bus }
     }
 

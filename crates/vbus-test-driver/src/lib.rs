@@ -39,7 +39,8 @@ use std::time::{Duration, Instant};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vbus_core::memory::{MemoryContext, Trust};
 use vbus_core::{
-    Bus, DeviceClass, Endpoint, ErrorCode, Executor, InterruptSink, RegionRequest, Tuning, Window,
+    Access, Bus, DeviceClass, Endpoint, ErrorCode, Executor, InterruptSink, RegionRequest, Tuning,
+    Window,
 };
 
 /// How long a test waits for an event that must come.
@@ -100,9 +101,9 @@ impl Memory {
         let fd = memfd_create("driver", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
         ftruncate(&fd, len).unwrap();
         let copy = || -> OwnedFd { fd.try_clone().unwrap() };
-        endpoint.map(0, len, Some((copy(), 0)), true).unwrap();
+        endpoint.map(0, len, Some((copy(), 0)), Access::BOTH).unwrap();
         let context = MemoryContext::new(Trust::Sealed);
-        context.map(0, len, Some((copy(), 0)), true).unwrap();
+        context.map(0, len, Some((copy(), 0)), Access::BOTH).unwrap();
         Memory { context, next: 4096, len }
     }
 

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
 use rustix::io::Errno;
-use vbus_core::{Endpoint, ErrorCode, Interest, MapError, Progress, Task, TaskHandle};
+use vbus_core::{Access, Endpoint, ErrorCode, Interest, MapError, Progress, Task, TaskHandle};
 use vbus_pci::{
     INDEX_COUNT, IrqError, IrqIndex, Options, PciFunction, REGION_COUNT, device_function,
 };
@@ -200,8 +200,9 @@ impl Target for Served {
     }
 
     fn dma_map(&mut self, mapping: Mapping) -> Result<(), Errno> {
-        let Mapping { address, size, writable, memory, .. } = mapping;
-        self.endpoint.map(address, size, memory, writable).map_err(|error| {
+        let Mapping { address, size, readable, writable, memory } = mapping;
+        let access = Access { read: readable, write: writable };
+        self.endpoint.map(address, size, memory, access).map_err(|error| {
             tracing::warn!(device = self.endpoint.name(), %error, "memory at {address:#x} cannot be used");
             match error {
                 MapError::Range(..) | MapError::FileTooSmall | MapError::Unsealed => Errno::INVAL,

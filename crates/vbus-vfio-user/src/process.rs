@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use vbus_core::shm::Memory;
 use vbus_core::shm::abi::{bar0, capability};
 use vbus_core::shm::sync::{Ordering, Word};
-use vbus_core::{MemoryContext, Trust, Window};
+use vbus_core::{Access, MemoryContext, Trust, Window};
 use vbus_driver::{Dma, Doorbell, Hal, HeapTable, NoMemory};
 
 use crate::client::{Client, ClientError};
@@ -64,7 +64,7 @@ impl Process {
         fcntl_add_seals(&file, SealFlags::SHRINK)?;
         client.dma_map(file.as_fd(), 0, BASE, memory_bytes)?;
         let memory = MemoryContext::new(Trust::Sealed);
-        memory.map(BASE, memory_bytes, Some((file, 0)), true).map_err(|_| Errno::NOMEM)?;
+        memory.map(BASE, memory_bytes, Some((file, 0)), Access::BOTH).map_err(|_| Errno::NOMEM)?;
 
         let interrupt = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         client.connect_irqs(vbus_pci::IrqIndex::Msi as u32, 0, &[interrupt.as_fd()])?;

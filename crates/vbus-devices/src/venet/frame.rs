@@ -1,12 +1,16 @@
 //! A frame on its way through the device: the header before it, its Ethernet header, the rest.
 
 use vbus_core::memory::DriverSlice;
-use vbus_core::shm::abi::venet::{F_CSUM, F_TSO, F_USO, HEADER_BYTES};
+use vbus_core::shm::abi::venet::{CHAIN_MAX, F_CSUM, F_TSO, F_USO, FRAME_MAX, HEADER_BYTES};
 
 /// Bytes of an Ethernet header without tags.
 pub const ETH_BYTES: usize = 14;
 /// Bytes that a frame may have beyond its MTU: the Ethernet header and one VLAN tag.
 pub const ETH_OVERHEAD: usize = ETH_BYTES + 4;
+
+/// The most pieces of a frame in this process's memory: its buffers, and one more wherever the
+/// driver's maps meet within one.
+pub const PIECES_MAX: usize = FRAME_MAX.div_ceil(4096) + 2 * CHAIN_MAX;
 
 /// A MAC address.
 pub type Mac = [u8; 6];

@@ -13,7 +13,7 @@ use vbus_core::shm::signal::Armed;
 use vbus_core::{ErrorCode, Interrupt, MemoryContext, TaskHandle, Window};
 
 use super::counters::PairCounters;
-use super::frame::{Body, ETH_BYTES, Header, Mac, Packet};
+use super::frame::{Body, ETH_BYTES, Header, Mac, PIECES_MAX, Packet};
 use super::patience::Patience;
 use super::pcap::Capture;
 
@@ -98,10 +98,7 @@ impl RxQueue {
     /// [`post`](Self::post) after a batch.
     pub fn deliver(&mut self, packet: &Packet<'_>, patient: bool) -> Delivery {
         let memory = self.memory.clone();
-        match memory.try_view() {
-            Some(view) => self.deliver_in(&view, packet, patient),
-            None => self.starve(patient), // Memory is being mapped or unmapped just now.
-        }
+        self.deliver_in(&memory.view(), packet, patient)
     }
 
     /// Delivers a frame through a view of this driver's memory.
@@ -151,16 +148,24 @@ impl RxQueue {
         let mut spill = [0; 1];
         let (mut room, mut slots) = (0, 2);
         let received = {
-            let mut vector: [IoSliceMut<'_>; CHAIN_MAX + 2] =
+            let mut vector: [IoSliceMut<'_>; PIECES_MAX + 2] =
                 std::array::from_fn(|_| IoSliceMut::new(&mut []));
             for (i, entry) in self.stash.iter().take(count).enumerate() {
                 let Ok(slice) = view.slice(entry.addr, u64::from(entry.len), true) else {
                     return ReadIn::Empty;
                 };
+                // No more than the frame needs, so that its pieces are counted.
+                let slice = slice.split_at(longest.saturating_sub(room)).0;
                 room += slice.len();
                 let rest = if i == 0 { slice.split_at(head.len()).1 } else { slice };
-                vector[i + 1] = rest.io_slice_mut();
-                slots = i + 3;
+                for piece in rest.io_slices_mut() {
+                    let Some(slot) = vector.get_mut(slots - 1).filter(|_| slots < PIECES_MAX + 2)
+                    else {
+                        return ReadIn::Empty;
+                    };
+                    *slot = piece;
+                    slots += 1;
+                }
             }
             vector[0] = IoSliceMut::new(&mut head);
             vector[slots - 1] = IoSliceMut::new(&mut spill);

@@ -6,11 +6,11 @@ use std::sync::Arc;
 
 use rustix::io::{Errno, readv, writev};
 use serde_json::{Value, json};
-use vbus_core::memory::View;
-use vbus_core::shm::abi::venet::{CHAIN_MAX, F_TSO, F_USO, FRAME_MAX, HEADER_BYTES};
+use vbus_core::memory::{DriverSlice, View};
+use vbus_core::shm::abi::venet::{F_TSO, F_USO, FRAME_MAX, HEADER_BYTES};
 use vbus_core::{CreateError, ErrorCode, Interest};
 
-use super::frame::{Body, ETH_BYTES, ETH_OVERHEAD, Packet};
+use super::frame::{Body, ETH_BYTES, ETH_OVERHEAD, PIECES_MAX, Packet};
 use super::port::{Backend, Drop as DropReason, Link, Port, Queue, Sent};
 use super::rx::ReadIn;
 use super::tun::{self, Tun};
@@ -130,7 +130,7 @@ impl Queue for TapQueue {
         let mut head = [0; HEADER_BYTES + ETH_BYTES];
         head[..HEADER_BYTES].copy_from_slice(&packet.header.bytes(0));
         head[HEADER_BYTES..].copy_from_slice(&packet.eth);
-        let mut vector = [IoSlice::new(&[]); CHAIN_MAX + 1];
+        let mut vector = [IoSlice::new(&[]); PIECES_MAX + 1];
         vector[0] = IoSlice::new(&head);
         let mut count = 1;
         match packet.body {
@@ -139,8 +139,9 @@ impl Queue for TapQueue {
                 count += 1;
             }
             Body::Driver(parts) => {
-                for (to, part) in vector[1..].iter_mut().zip(parts) {
-                    *to = part.io_slice();
+                let slices = parts.iter().flat_map(DriverSlice::io_slices);
+                for (to, slice) in vector[1..].iter_mut().zip(slices) {
+                    *to = slice;
                     count += 1;
                 }
             }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use serde_json::Value;
-use vbus_core::{Bus, Endpoint, Executor, MemoryContext, Trust, Tuning, Window};
+use vbus_core::{Access, Bus, Endpoint, Executor, MemoryContext, Trust, Tuning, Window};
 use vbus_driver::{Dma, FixedTable, Function, Hal, NoMemory};
 use vbus_pci::{IrqIndex, Options, PciFunction, device_function, region};
 use vbus_shm::Memory;
@@ -56,9 +56,9 @@ impl Local {
         let function = device_function(endpoint.clone(), Options::default());
         let file = memfd_create("driver", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
         ftruncate(&file, BYTES).unwrap();
-        endpoint.map(BASE, BYTES, Some((file.try_clone().unwrap(), 0)), true).unwrap();
+        endpoint.map(BASE, BYTES, Some((file.try_clone().unwrap(), 0)), Access::BOTH).unwrap();
         let memory = MemoryContext::new(Trust::Sealed);
-        memory.map(BASE, BYTES, Some((file, 0)), true).unwrap();
+        memory.map(BASE, BYTES, Some((file, 0)), Access::BOTH).unwrap();
         let interrupt = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
         function
             .connect_irqs(IrqIndex::Msi, 0, vec![Some(interrupt.try_clone().unwrap())])
@@ -86,7 +86,7 @@ impl Local {
 
     /// Gives the device other memory at the same addresses.
     pub fn map_other(&self, file: OwnedFd) {
-        self.0.endpoint.map(BASE, BYTES, Some((file, 0)), true).unwrap();
+        self.0.endpoint.map(BASE, BYTES, Some((file, 0)), Access::BOTH).unwrap();
     }
 
     /// Whether an interrupt has come since the last time; takes it.
