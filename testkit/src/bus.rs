@@ -9,6 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use serde::Deserialize;
 use serde_json::Value;
 
 use crate::lab::Scene;
@@ -53,49 +54,27 @@ impl Traffic {
     }
 }
 
-/// A running bus; it ends when this is dropped.
-pub struct Bus {
-    /// `vbus serve`.
-    pub process: Process,
+/// A device of a bus, as `vbus device list` tells of it.
+#[derive(Debug, Deserialize)]
+pub struct BusDevice {
+    /// Its name.
+    pub name: String,
+    /// Its vfio-user socket.
+    pub socket: PathBuf,
+    /// Whether a VMM or a process uses it.
+    pub connected: bool,
+}
+
+/// Asks a running bus, whoever started it.
+pub struct BusClient {
     program: PathBuf,
     dir: PathBuf,
 }
 
-impl Bus {
-    /// Serves the bus that `config` describes, in a folder of the scene.
-    pub fn start(scene: &Scene, config: &str) -> Result<Self> {
-        let (program, dir) = (scene.lab.vbus(), scene.dir());
-        let file = dir.join("bus.toml");
-        fs::write(&file, config)?;
-        let folder = dir.join("bus");
-        let mut command = Command::new(program);
-        command.arg("serve").arg("--config").arg(&file).arg("--dir").arg(&folder);
-        let process = Process::start(command, "vbus serve", &dir.join("bus.log"))?;
-        let mut bus = Self { process, program: program.to_owned(), dir: folder };
-        let until = Instant::now() + START;
-        loop {
-            match bus.run(&["device", "list"]) {
-                Ok(_) => return Ok(bus),
-                Err(error) if Instant::now() > until => {
-                    return Err(bus.process.complaint(&format!("gives no answer: {error:#}")));
-                }
-                Err(_) => {}
-            }
-            if let Some(status) = bus.process.ended()? {
-                return Err(bus.process.complaint(&format!("ended at once ({status})")));
-            }
-            thread::sleep(Duration::from_millis(20));
-        }
-    }
-
-    /// The folder of its sockets.
-    pub fn dir(&self) -> &Path {
-        &self.dir
-    }
-
-    /// The vfio-user socket of a device.
-    pub fn socket(&self, device: &str) -> PathBuf {
-        self.dir.join(format!("{device}.sock"))
+impl BusClient {
+    /// Asks the bus in the folder `dir` by the program `vbus`.
+    pub fn new(program: &Path, dir: &Path) -> Self {
+        Self { program: program.to_owned(), dir: dir.to_owned() }
     }
 
     /// `vbus ARGS --dir DIR`, not run yet.
@@ -120,6 +99,72 @@ impl Bus {
             said.trim()
         );
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// The devices on the bus.
+    pub fn devices(&self) -> Result<Vec<BusDevice>> {
+        serde_json::from_str(&self.run(&["device", "list", "--json"])?)
+            .context("vbus device list --json printed no list of devices")
+    }
+}
+
+/// A running bus; it ends when this is dropped.
+pub struct Bus {
+    /// `vbus serve`.
+    pub process: Process,
+    client: BusClient,
+}
+
+impl Bus {
+    /// Serves the bus that `config` describes, in a folder of the scene.
+    pub fn start(scene: &Scene, config: &str) -> Result<Self> {
+        let (program, dir) = (scene.lab.vbus(), scene.dir());
+        let file = dir.join("bus.toml");
+        fs::write(&file, config)?;
+        let folder = dir.join("bus");
+        let mut command = Command::new(program);
+        command.arg("serve").arg("--config").arg(&file).arg("--dir").arg(&folder);
+        let process = Process::start(command, "vbus serve", &dir.join("bus.log"))?;
+        let mut bus = Self { process, client: BusClient::new(program, &folder) };
+        let until = Instant::now() + START;
+        loop {
+            match bus.run(&["device", "list"]) {
+                Ok(_) => return Ok(bus),
+                Err(error) if Instant::now() > until => {
+                    return Err(bus.process.complaint(&format!("gives no answer: {error:#}")));
+                }
+                Err(_) => {}
+            }
+            if let Some(status) = bus.process.ended()? {
+                return Err(bus.process.complaint(&format!("ended at once ({status})")));
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// What asks it.
+    pub fn client(&self) -> &BusClient {
+        &self.client
+    }
+
+    /// The folder of its sockets.
+    pub fn dir(&self) -> &Path {
+        &self.client.dir
+    }
+
+    /// The vfio-user socket of a device.
+    pub fn socket(&self, device: &str) -> PathBuf {
+        self.client.dir.join(format!("{device}.sock"))
+    }
+
+    /// `vbus ARGS --dir DIR`, not run yet.
+    pub fn command(&self, args: &[&str]) -> Command {
+        self.client.command(args)
+    }
+
+    /// Runs `vbus ARGS --dir DIR`, which has to succeed; returns what it printed.
+    pub fn run(&self, args: &[&str]) -> Result<String> {
+        self.client.run(args)
     }
 
     /// Runs `vbus state watch`.

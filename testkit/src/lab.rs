@@ -1,6 +1,7 @@
 //! What all guests of one run share: QEMU, kernel, initramfs, accelerator, and a folder for sockets
 //! and logs.
 
+use std::ffi::OsString;
 use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -41,6 +42,23 @@ pub struct Options {
 }
 
 impl Options {
+    /// The words for a command line that say the same, but for `--as-built` and `--mirror`.
+    pub fn words(&self) -> Vec<OsString> {
+        let mut words = Vec::new();
+        for (option, path) in [
+            ("--qemu", &self.qemu),
+            ("--kernel", &self.kernel),
+            ("--modules", &self.modules),
+            ("--initramfs", &self.initramfs),
+        ] {
+            words.extend(path.iter().flat_map(|path| [option.into(), path.clone().into()]));
+        }
+        words.extend(
+            self.accel.iter().flat_map(|accel| ["--accel".into(), accel.to_string().into()]),
+        );
+        words
+    }
+
     /// Whether what they name is there and works, which takes no time: so it is known before
     /// anything is fetched or built.
     ///
@@ -191,6 +209,11 @@ impl Lab {
         Ok(lab)
     }
 
+    /// What it was opened with.
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
     /// QEMU, with what has to stand first on its command line.
     pub fn qemu(&self) -> Command {
         match (&self.options.qemu, &self.kit) {
@@ -295,6 +318,19 @@ impl Scene<'_> {
     /// The folder for sockets and logs.
     pub fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// Writes the lab's root file system with the files of `archive` besides; returns its path.
+    pub fn extend_initramfs(&self, archive: Archive) -> Result<PathBuf> {
+        let base = self.lab.initramfs();
+        let mut bytes =
+            fs::read(base).with_context(|| format!("cannot read {}", base.display()))?;
+        // The kernel unpacks one archive behind the other, and wants the next one aligned.
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        bytes.extend(archive.finish()?);
+        let path = self.dir.join("initramfs");
+        fs::write(&path, bytes).with_context(|| format!("cannot write {}", path.display()))?;
+        Ok(path)
     }
 
     /// Copies the logs to where they outlive the run; returns that folder.

@@ -23,7 +23,7 @@
 //! | module | what it answers |
 //! |---|---|
 //! | [`workspace`], [`process`], [`progress`], [`report`] | where are we, what runs, how far, what became of it? |
-//! | [`kit`], [`initramfs`] | what are the guests made of? |
+//! | [`kit`], [`initramfs`], [`put`] | what are the guests made of? |
 //! | [`lab`], [`qmp`], [`guest`] | what do all guests share; how do we speak to one? |
 //! | [`machine`], [`trial`], [`bus`] | one guest, with KVM or without; one bus |
 //! | [`nic`], [`pair`], [`flat`] | what many scenarios begin with |
@@ -42,6 +42,7 @@ pub mod nic;
 pub mod pair;
 pub mod process;
 pub mod progress;
+pub mod put;
 pub mod qmp;
 pub mod report;
 pub mod rig;

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::guest::Guest;
 use crate::lab::{Accel, Scene};
-use crate::process::{Process, tail};
+use crate::process::{Process, command_line, tail};
 use crate::qmp::Qmp;
 
 /// How long a guest may take to boot: seconds as a rule, more where many share a CPU.
@@ -154,13 +154,13 @@ impl Machine {
         }
         command.args(&self.args);
 
-        let began = Instant::now();
+        let (began, command_line) = (Instant::now(), command_line(&command));
         let mut process =
             Process::start(command, &format!("QEMU of guest {}", self.name), &logs.0)?;
         let control = Qmp::new(control.accept(&mut process)?)
             .map_err(|error| process.complaint(&format!("does not start: {error:#}")))?;
         let guest = Guest::new(&self.name, agent.accept(&mut process)?)?;
-        Ok(Vm { guest, process, control, began, qmp, console, log: logs.1 })
+        Ok(Vm { guest, process, control, command_line, began, qmp, console, log: logs.1 })
     }
 }
 
@@ -189,6 +189,8 @@ pub struct Vm {
     pub process: Process,
     /// QEMU's control channel, ours alone.
     pub control: Qmp,
+    /// The line for a shell that started QEMU.
+    pub command_line: String,
     began: Instant,
     qmp: PathBuf,
     console: PathBuf,

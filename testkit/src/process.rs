@@ -1,6 +1,6 @@
 //! Processes that end with us, and the folder that their sockets and logs live in.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::DirBuilderExt;
@@ -134,6 +134,30 @@ fn die_with_parent(command: &mut Command) {
             Ok(())
         });
     }
+}
+
+/// A command as a line for a shell, with the variables that it sets in the environment.
+pub fn command_line(command: &Command) -> String {
+    let quoted = |text: &OsStr| {
+        let text = text.to_string_lossy().into_owned();
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-_=+:,./@%".contains(c);
+        if !text.is_empty() && text.chars().all(plain) {
+            text
+        } else {
+            format!("'{}'", text.replace('\'', "'\\''"))
+        }
+    };
+    let mut words = Vec::new();
+    let set: Vec<_> = command.get_envs().filter_map(|(name, value)| Some((name, value?))).collect();
+    if !set.is_empty() {
+        words.push("env".to_owned());
+        words.extend(
+            set.iter().map(|(name, value)| format!("{}={}", name.to_string_lossy(), quoted(value))),
+        );
+    }
+    words.push(quoted(command.get_program()));
+    words.extend(command.get_args().map(quoted));
+    words.join(" ")
 }
 
 /// The last lines of a log, indented, for an error message; empty if there is nothing.

@@ -1,7 +1,6 @@
 //! L1: a Linux with a real KVM, and our programs.
 
 use std::cell::Cell;
-use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
@@ -16,7 +15,8 @@ use crate::initramfs::{self, Archive};
 use crate::kit::Kit;
 use crate::lab::{Accel, Lab, Scene};
 use crate::machine::{BOOT, Machine, Processor, Vm};
-use crate::process::Process;
+use crate::process::{Process, command_line};
+use crate::put::Put;
 use crate::report::Skip;
 
 /// By what L1's time goes.
@@ -27,16 +27,6 @@ pub enum Clock {
     /// By the instructions carried out on the only CPU, so that figures repeat. Always under
     /// emulation.
     Instructions,
-}
-
-/// A file to bring along.
-#[derive(Clone)]
-pub struct File {
-    /// Where it is on the host.
-    pub source: PathBuf,
-    /// Where it will be, without the leading `/`. On the host itself only what is in `root/` can be
-    /// had.
-    pub target: String,
 }
 
 /// How long L1 may say nothing before it counts as hung. It answers within a millisecond unless it
@@ -68,7 +58,7 @@ enum Place {
 
 impl<'a> Rig<'a> {
     /// Starts L1 and waits until its agent answers.
-    pub fn start(scene: Scene<'a>, clock: Clock, files: &[File]) -> Result<Self> {
+    pub fn start(scene: Scene<'a>, clock: Clock, files: &[Put]) -> Result<Self> {
         let (guest, place) = if clock == Clock::Time && scene.lab.accel() == Accel::Kvm {
             let (guest, agent) = start_on_host(&scene, files)?;
             (guest, Place::Host(agent))
@@ -192,7 +182,7 @@ impl<'a> Rig<'a> {
 }
 
 /// The machine with emulated SVM.
-fn machine(scene: &Scene, clock: Clock, files: &[File]) -> Result<Machine> {
+fn machine(scene: &Scene, clock: Clock, files: &[Put]) -> Result<Machine> {
     let lab = scene.lab;
     let mut archive = Archive::default();
     lab.add_modules(&mut archive, &MODULES)?;
@@ -204,14 +194,9 @@ fn machine(scene: &Scene, clock: Clock, files: &[File]) -> Result<Machine> {
     archive.file("l2/initramfs", 0o644, &read(lab.initramfs())?)?;
     archive.file("l2/flat", 0o644, &read(&lab.flat()?)?)?;
     for file in files {
-        archive.file(&file.target, 0o755, &read(&file.source)?)?;
+        file.add_to(&mut archive)?;
     }
-    // The kernel unpacks one archive behind the other.
-    let mut bytes = read(lab.initramfs())?;
-    bytes.resize(bytes.len().next_multiple_of(4), 0);
-    bytes.extend(archive.finish()?);
-    let initramfs = scene.dir().join("initramfs");
-    fs::write(&initramfs, bytes)?;
+    let initramfs = scene.extend_initramfs(archive)?;
 
     let mut machine = Machine::new("l1");
     if let Some(kit) = lab.kit() {
@@ -251,7 +236,7 @@ fn qemu_archive(kit: &Kit) -> Result<Vec<u8>> {
 }
 
 /// An agent on the host, root in user, network and mount name spaces of its own.
-fn start_on_host(scene: &Scene, files: &[File]) -> Result<(Guest, Process)> {
+fn start_on_host(scene: &Scene, files: &[Put]) -> Result<(Guest, Process)> {
     let lab = scene.lab;
     let (root, l2, bin) =
         (scene.dir().join("root"), scene.dir().join("l2"), scene.dir().join("bin"));
@@ -285,8 +270,8 @@ fn start_on_host(scene: &Scene, files: &[File]) -> Result<(Guest, Process)> {
             .strip_prefix("root/")
             .with_context(|| format!("/{} is the host's", file.target))?;
         let target = root.join(name);
-        fs::copy(&file.source, &target)
-            .with_context(|| format!("cannot read {}", file.source.display()))?;
+        fs::write(&target, file.read()?)
+            .with_context(|| format!("cannot write {}", target.display()))?;
         fs::set_permissions(&target, fs::Permissions::from_mode(0o755))?;
     }
 
@@ -326,32 +311,5 @@ fn start_on_host(scene: &Scene, files: &[File]) -> Result<(Guest, Process)> {
 
 /// A shell script that runs `command` with the arguments it is given.
 fn script(command: &Command) -> String {
-    let quote = |text: &OsStr| format!("'{}'", text.to_string_lossy().replace('\'', "'\\''"));
-    let mut text = "#!/bin/sh\n".to_owned();
-    for (name, value) in command.get_envs() {
-        let value = quote(value.unwrap_or_default());
-        text.push_str(&format!("export {}={value}\n", name.to_string_lossy()));
-    }
-    let words: Vec<String> =
-        std::iter::once(command.get_program()).chain(command.get_args()).map(quote).collect();
-    text.push_str(&format!("exec {} \"$@\"\n", words.join(" ")));
-    text
-}
-
-impl std::str::FromStr for File {
-    type Err = std::convert::Infallible;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let (source, target) = match text.split_once('=') {
-            Some((source, target)) => {
-                (PathBuf::from(source), target.trim_start_matches('/').to_owned())
-            }
-            None => {
-                let source = PathBuf::from(text);
-                let name = source.file_name().unwrap_or_default().to_string_lossy().into_owned();
-                (source, format!("root/{name}"))
-            }
-        };
-        Ok(Self { source, target })
-    }
+    format!("#!/bin/sh\nexec {} \"$@\"\n", command_line(command))
 }

@@ -1,8 +1,9 @@
-//! `cargo xtask console`: this terminal on the console of a guest that `demo --keep` left running.
+//! `cargo xtask console`: this terminal on the console of a guest that runs: of `cargo xtask guest`, or of `cargo
+//! xtask demo --keep`.
 
 use std::io::{IsTerminal, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::thread;
 
 use anyhow::{Context, Result, ensure};
@@ -35,13 +36,19 @@ pub fn run(guest: &str) -> Result<()> {
     let names: Vec<&str> = known.iter().map(|(name, _)| name.as_str()).collect();
     let (_, path) = known.iter().rev().find(|(name, _)| name == guest).with_context(|| {
         format!(
-            "no guest {guest} is running (there are: {}); `cargo xtask demo --keep` starts two",
+            "no guest {guest} is running (there are: {}); `cargo xtask guest` starts one, `cargo xtask demo --keep` two",
             names.join(", ")
         )
     })?;
+    ensure!(std::io::stdin().is_terminal(), "standard input is no terminal");
+    attach(guest, path)
+}
+
+/// Joins this terminal and the console behind the socket `path` until either ends or the user
+/// leaves.
+pub fn attach(guest: &str, path: &Path) -> Result<()> {
     let mut socket = UnixStream::connect(path)
         .with_context(|| format!("cannot connect to {}", path.display()))?;
-    ensure!(std::io::stdin().is_terminal(), "standard input is no terminal");
     eprintln!("guest {guest}; control and ] leaves");
     let _raw = RawMode::enter()?;
 

@@ -5,17 +5,19 @@
 //! our programs on its PATH, `/dev/kvm`, and in `$L2` the kernel and root file system for guests.
 //! That Linux is called L1, and the guests in it L2.
 
-use std::io::Write;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use serde_json::Value;
 use testkit::lab::Options;
+use testkit::put::Put;
 use testkit::report::Report;
-use testkit::rig::{Clock, File, Rig};
+use testkit::rig::{Clock, Rig};
 use testkit::scenario::Scenario;
 use testkit::scenarios::SCENARIOS;
 use testkit::{runner, trial};
+
+use crate::shell;
 
 /// What the names of the scenarios beside KVM begin with; on the command line it may be left out.
 const PREFIX: &str = "kvm::";
@@ -45,7 +47,7 @@ pub struct Args {
     json: bool,
     /// Bring a file along, as an executable in /root, which is first on the PATH; or to PATH
     #[arg(long, value_name = "FILE[=PATH]")]
-    put: Vec<File>,
+    put: Vec<Put>,
     /// One CPU and a clock that counts instructions: slower, and nearly the same figures from run
     /// to run
     #[arg(long)]
@@ -65,6 +67,8 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<bool> {
     let clock = if args.counted { Clock::Instructions } else { Clock::Time };
     if !args.command.is_empty() {
+        // What cannot be brought along is known before anything is built.
+        args.put.iter().try_for_each(|put| put.read().map(drop))?;
         let lab = trial::open(&args.guests)?;
         let rig = Rig::start(lab.scene("kvm")?, clock, &args.put)?;
         eprintln!("kvm: {}", rig.describe()?);
@@ -109,33 +113,13 @@ pub fn run(args: &Args) -> Result<bool> {
 
 /// Runs one shell command with our standard input, output and error.
 fn command(rig: &Rig, command: &str, limit: Duration) -> Result<bool> {
-    let running = std::sync::Arc::new(rig.guest.start(command)?);
-    let input = std::sync::Arc::clone(&running);
-    std::thread::spawn(move || {
-        let mut piece = [0; 1024];
-        while let Ok(length @ 1..) = std::io::Read::read(&mut std::io::stdin(), &mut piece) {
-            if input.input(&piece[..length]).is_err() {
-                return;
-            }
-        }
-        let _ = input.input(&[]);
-    });
-    let code = running.stream(limit, |out, err| {
-        let (mut stdout, mut stderr) = (std::io::stdout(), std::io::stderr());
-        let written = stdout
-            .write_all(out)
-            .and_then(|()| stdout.flush())
-            .and_then(|()| stderr.write_all(err));
-        written.is_ok()
-    });
-    match code {
+    match shell::run(&rig.guest, command, limit) {
         Ok(0) => Ok(true),
         Ok(code) => {
             eprintln!("kvm: the command ended with {code}");
             Ok(false)
         }
         Err(error) => {
-            let _ = running.kill();
             let logs = rig.save_logs()?;
             Err(error.context(format!("logs: {}", logs.display())))
         }

@@ -4,12 +4,14 @@ mod bench;
 mod console;
 mod demo;
 mod fuzz;
+mod guest;
 mod kvm;
+mod shell;
 mod test;
 
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use testkit::kit::Kit;
 use testkit::process::clean_up_on_signals;
@@ -35,9 +37,23 @@ enum Command {
     Demo(demo::Args),
     /// Measure vbus against its peers
     Bench(bench::Args),
-    /// Put this terminal on the console of a guest of `demo --keep`
+    /// Start a Linux guest on a running bus, or on one of its own
+    Guest(guest::Args),
+    /// Run the kit's QEMU
+    ///
+    /// Its libraries and firmware come with it, so it runs whatever is installed here. `vbus
+    /// qemu-args` prints the words that give a machine the devices of a bus.
+    Qemu {
+        /// The Debian mirror to fetch the kit from, in place of the one in apt's configuration
+        #[arg(long, value_name = "URL")]
+        mirror: Option<String>,
+        /// QEMU's own words: `cargo xtask qemu -- --version`
+        #[arg(last = true, required = true, value_name = "QEMU-ARGS")]
+        args: Vec<std::ffi::OsString>,
+    },
+    /// Put this terminal on the console of a guest that runs
     Console {
-        /// `a` or `b`
+        /// The guest's name: `guest`, or `a` and `b` of `demo --keep`
         guest: String,
     },
     /// Run what needs a real KVM: all of it, those whose name begins with one of NAMES, or a
@@ -69,6 +85,13 @@ fn run(command: Command) -> Result<bool> {
         }
         Command::Demo(args) => demo::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Guest(args) => guest::run(&args),
+        Command::Qemu { mirror, args } => {
+            use std::os::unix::process::CommandExt;
+            let mut qemu = Kit::get(&workspace::target(), mirror.as_deref())?.qemu();
+            // It takes our place, and has the terminal and the signals to itself.
+            Err(qemu.args(args).exec()).context("cannot run the kit's QEMU")
+        }
         Command::Console { guest } => console::run(&guest).map(|()| true),
         Command::Kvm(args) => kvm::run(&args),
         Command::Test(args) => test::run(&args),

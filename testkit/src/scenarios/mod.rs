@@ -17,6 +17,11 @@ pub const SCENARIOS: &[Scenario] = &[
     in_guests("vm::boot", "a guest boots, runs commands, and powers off", vm::harness::boot),
     in_guests("vm::reboot", "a guest is reset and reboots by itself", vm::harness::reboot),
     in_guests(
+        "vm::guest_command",
+        "cargo xtask guest: a device, a program of one's own, a command",
+        vm::command::guest,
+    ),
+    in_guests(
         "vm::two_guests",
         "two guests under QEMU's own virtio-net: the test of the tests",
         vm::harness::two_guests,

@@ -1,6 +1,7 @@
 //! Scenarios in whole virtual machines: stock Linux guests under stock QEMU.
 
 pub(super) mod backends;
+pub(super) mod command;
 pub(super) mod deaths;
 pub(super) mod flat;
 pub(super) mod harness;

@@ -1,0 +1,51 @@
+//! `cargo xtask guest`, as a user has it.
+
+use std::process::{Output, Stdio};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::bus::{Bus, device};
+use crate::lab::Scene;
+use crate::workspace;
+
+/// A guest on a running bus gets the device that was named and the program that was put, runs a
+/// command, and hands on its output and how it ended; a program that it cannot run is refused.
+pub fn guest(scene: &Scene) -> Result<()> {
+    let pages =
+        r#"pages = [{ name = "setpoint", bytes = 64, owner = "device", initial = "ready" }]"#;
+    let config = [device("net0", "venet", "backend = \"null\""), device("values", "state", pages)];
+    let bus = Bus::start(scene, &config.concat())?;
+    let xtask_guest = |words: &[&str]| -> Result<Output> {
+        let mut command = workspace::cargo();
+        command.args(["run", "--quiet", "--package", "xtask", "--", "guest", "--as-built"]);
+        command.arg("--dir").arg(bus.dir()).args(scene.lab.options().words()).args(words);
+        command.stdin(Stdio::null()).output().context("cannot run cargo")
+    };
+    let put = format!("{}=root/tried", scene.lab.agent().display());
+
+    // The agent says how to use it, and ends with 2.
+    let command = "tried; echo ended with $?; vbus guest list; vbus guest state get setpoint";
+    let output = xtask_guest(&["--device", "values", "--put", &put, "--run", command])?;
+    let (out, err) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    ensure!(output.status.success(), "xtask guest ended with {}:\n{out}{err}", output.status);
+    ensure!(
+        out.contains("ended with 2") && out.contains("values") && out.contains("ready"),
+        "the command said\n{out}{err}"
+    );
+    ensure!(!out.contains("net0"), "the guest has a device that was not named:\n{out}");
+    let socket = bus.socket("values").display().to_string();
+    let line = err.lines().find(|line| line.contains("-kernel") && line.contains(&socket));
+    ensure!(line.is_some(), "QEMU's command line is not told:\n{err}");
+
+    let output = xtask_guest(&["--run", "exit 3"])?;
+    let err = String::from_utf8_lossy(&output.stderr);
+    ensure!(!output.status.success() && err.contains("ended with 3"), "{}\n{err}", output.status);
+
+    // This program is linked dynamically.
+    let own = std::env::current_exe()?.display().to_string();
+    let output = xtask_guest(&["--put", &own, "--run", "true"])?;
+    let err = String::from_utf8_lossy(&output.stderr);
+    ensure!(!output.status.success() && err.contains("crt-static"), "{}\n{err}", output.status);
+    Ok(())
+}
