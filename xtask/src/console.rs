@@ -49,7 +49,7 @@ pub fn run(guest: &str) -> Result<()> {
 pub fn attach(guest: &str, path: &Path) -> Result<()> {
     let mut socket = UnixStream::connect(path)
         .with_context(|| format!("cannot connect to {}", path.display()))?;
-    eprintln!("guest {guest}; control and ] leaves");
+    eprintln!("the console of guest {guest}; control and ] leaves");
     let _raw = RawMode::enter()?;
 
     let mut output = socket.try_clone()?;
