@@ -107,6 +107,17 @@ impl Doorbell {
             endpoint.bind(self.handle, task);
         }
     }
+
+    /// Wakes what the doorbell wakes, as if the driver had rung it: for a thread of the device's
+    /// own that has finished something. Does not block, and does nothing once the region is
+    /// dropped.
+    pub fn wake(&self) {
+        let Some(endpoint) = self.endpoint.upgrade() else { return };
+        let Some(slot) = endpoint.doorbells.get(self.handle as usize) else { return };
+        if let Some(task) = &lock(&slot.target).task {
+            task.wake();
+        }
+    }
 }
 
 /// A device on the bus, with what its connectors need. At most one connection is open at a time.

@@ -2,6 +2,10 @@
 //! neither PCI nor KVM nor QEMU.
 //!
 //! # Writing a device
+//! If the driver sends bytes and the device answers with bytes, write a [`service`]: one function,
+//! and the ring, the buffers and the signals are handled for you. The rest of this section is about
+//! every other form.
+//!
 //! A device is written against two traits, and a third if configurations are to make it:
 //!
 //! 1. [`Device`] is what sits on the [`Bus`]. It says what it is ([`Identity`]) and opens
@@ -73,6 +77,21 @@
 //! [`View`] at the beginning of the poll, let it go at its end. A device with several queues spawns
 //! a [`Task`] for each on the [`Executor`] and binds the region's [`Doorbell`] to it.
 //!
+//! # Class numbers
+//! A class has a number and a name ([`Identity`]). Numbers below
+//! [`class::USER`](vbus_shm::abi::class::USER) (0x8000) are those of the specification. All other
+//! classes may share the number [`class::USER`](vbus_shm::abi::class::USER), which
+//! [`Identity::user`] gives: their drivers tell them by name. Choose a number of your own from
+//! there to 0xffff where a driver has to find the class without reading the name; the number is
+//! also the PCI subsystem id.
+//!
+//! # What may block
+//! [`Connection::poll`], `arm`, `disarm`, `call`, `region_added` and `region_dropped` must not
+//! block: they run on a worker or in the way of a virtual CPU, and all devices of that worker wait
+//! with them. [`Device::control`] may block, and so may [`DeviceClass::create`]. A device that must
+//! block gives the work to a thread of its own, which calls [`Doorbell::wake`] when it has
+//! finished; [`service`] does that for you.
+//!
 //! # What the bus does for a device
 //! - It checks what the driver says of its regions, and never lets a device touch memory that was
 //!   taken away: see [`memory`].
@@ -91,6 +110,7 @@ mod executor;
 mod interrupt;
 mod lock;
 pub mod memory;
+pub mod service;
 mod sync;
 mod wake;
 

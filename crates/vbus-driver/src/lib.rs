@@ -53,6 +53,7 @@ mod function;
 mod hal;
 pub mod pic;
 mod regions;
+pub mod requests;
 pub mod sched;
 pub mod state;
 pub mod venet;

@@ -465,6 +465,22 @@ pub mod pic {
     pub const NO_ROUTE: u32 = super::error_code::CLASS;
 }
 
+/// Request and response, the form that a class of one's own may have (spec/service.md).
+pub mod service {
+    /// Config area: u32, the most bytes of a request.
+    pub const CONFIG_REQUEST_MAX: usize = 0;
+    /// Config area: u32, the most bytes of a response.
+    pub const CONFIG_RESPONSE_MAX: usize = 4;
+    /// Config area: where the class's own bytes begin.
+    pub const CONFIG_OWN: usize = 8;
+    /// Id of the one region: the ring with the buffers behind it.
+    pub const REGION: u32 = 0;
+    /// The most bytes of a request or a response.
+    pub const BYTES_MAX: u32 = 1 << 20;
+    /// A buffer begins at a multiple of this many bytes of the region.
+    pub const BUFFER_ALIGN: usize = 8;
+}
+
 const _: () = {
     use reg::{ARGUMENT, CLASS_NAME, COMMAND, CONFIG, CONFIG_MAX, FEATURES, NAME, VALUE};
     assert!(

@@ -11,4 +11,5 @@ mod nic;
 mod ownership;
 mod pages;
 mod pic;
+mod requests;
 mod sched;

@@ -1,0 +1,478 @@
+//! Request and response, the most common shape of a device: the driver sends bytes, the device
+//! answers with bytes (spec/service.md). A class is one function; the ring, the buffers, the
+//! budget of a poll and the signals are handled here. The driver's half is
+//! `vbus_driver::requests`.
+//!
+//! ```
+//! use vbus_core::service::{self, Service, Sizes};
+//! use vbus_core::{ErrorCode, Identity};
+//!
+//! /// Gives each text back in capital letters.
+//! struct Shout;
+//!
+//! impl Service for Shout {
+//!     fn identity(&self) -> Identity {
+//!         Identity::user("shout")
+//!     }
+//!     fn sizes(&self) -> Sizes {
+//!         Sizes { request: 4096, response: 4096 }
+//!     }
+//!     fn answer(&self, request: &[u8], response: &mut Vec<u8>) -> Result<(), ErrorCode> {
+//!         response.extend(request.iter().map(u8::to_ascii_uppercase));
+//!         Ok(())
+//!     }
+//! }
+//!
+//! let device = service::device(Shout)?; // for `Bus::add`, or from `DeviceClass::create`
+//! # let _ = device;
+//! # Ok::<(), vbus_core::CreateError>(())
+//! ```
+//!
+//! # A class that must block
+//! A poll must not block: it runs on a thread that serves other devices too. A class whose answers
+//! take time (it reads a file, asks a server, waits for a lock) says how many threads of its own it
+//! needs ([`Service::threads`]). Its requests then go to these threads, the poll goes on, and a
+//! thread that has an answer wakes the connection, which hands the answer to the driver. A device
+//! that is not a service can do the same by hand: give the work to a thread with a clone of the
+//! region's [`Doorbell`], and let the thread call [`Doorbell::wake`].
+
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+
+use serde_json::Value;
+use vbus_shm::abi::service as abi;
+use vbus_shm::ring::{DeviceEnd, Entry, Returns};
+use vbus_shm::signal::Armed;
+use vbus_shm::{Memory, copy};
+
+use crate::ErrorCode;
+use crate::device::{Connection, CreateError, Device, Identity, Open, Region};
+use crate::endpoint::Doorbell;
+use crate::executor::Progress;
+use crate::interrupt::Interrupt;
+use crate::memory::Window;
+
+/// The most requests of a connection that the threads of a class have at a time. The others wait in
+/// the ring.
+const JOBS_MAX: usize = 64;
+/// Bytes that count as one unit of a poll's budget.
+const UNIT_BYTES: usize = 16 << 10;
+const WORD: usize = 8;
+
+/// A class of the form request and response.
+pub trait Service: Send + Sync + 'static {
+    /// What the device is.
+    fn identity(&self) -> Identity;
+
+    /// How large requests and responses can be.
+    fn sizes(&self) -> Sizes;
+
+    /// The class's own part of the config area, at most [`CONFIG_OWN_MAX`] bytes. The driver may
+    /// read it at any time.
+    fn config(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    /// Answers a request, which has at most [`Sizes::request`] bytes: appends the response, at most
+    /// [`Sizes::response`] bytes, to `response`, which is empty. `request` is a private copy: the
+    /// driver cannot change it any more.
+    ///
+    /// An error is the driver's result of this one request; the connection goes on.
+    /// [`ErrorCode`]s from [`vbus_shm::abi::error_code::CLASS`] on are the class's own.
+    ///
+    /// Without [`threads`](Self::threads) of its own it must not block.
+    fn answer(&self, request: &[u8], response: &mut Vec<u8>) -> Result<(), ErrorCode>;
+
+    /// Threads on which [`answer`](Self::answer) runs, all connections together; it may then
+    /// block, and requests are answered in any order. 0: it runs within the poll, in order.
+    fn threads(&self) -> usize {
+        0
+    }
+
+    /// As [`Device::inspect`].
+    fn inspect(&self) -> Value {
+        Value::Object(serde_json::Map::new())
+    }
+
+    /// As [`Device::control`].
+    fn control(&self, request: &Value, reply: &mut dyn FnMut(Value) -> bool) -> Result<(), String> {
+        let _ = (request, reply);
+        Err("this device takes no requests".into())
+    }
+}
+
+/// The most bytes of a service's own part of the config area.
+pub const CONFIG_OWN_MAX: usize = vbus_shm::abi::reg::CONFIG_MAX - abi::CONFIG_OWN;
+
+/// The most bytes of requests and of responses, each 1..=[`abi::BYTES_MAX`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    /// Of a request.
+    pub request: u32,
+    /// Of a response.
+    pub response: u32,
+}
+
+impl Sizes {
+    /// Bytes that a buffer must have: the response takes the place of its request.
+    fn buffer(self) -> usize {
+        (self.request.max(self.response) as usize).next_multiple_of(abi::BUFFER_ALIGN)
+    }
+}
+
+/// Makes a device of a service.
+///
+/// # Errors
+/// A size of [`Service::sizes`] is out of its range, or [`Service::config`] is too long.
+pub fn device<S: Service>(service: S) -> Result<Arc<dyn Device>, CreateError> {
+    let sizes = service.sizes();
+    for (what, bytes) in [("request", sizes.request), ("response", sizes.response)] {
+        if !(1..=abi::BYTES_MAX).contains(&bytes) {
+            return Err(CreateError(format!(
+                "a {what} of this class has at most {bytes} bytes, which must be from 1 to {}",
+                abi::BYTES_MAX
+            )));
+        }
+    }
+    let own = service.config().len();
+    if own > CONFIG_OWN_MAX {
+        return Err(CreateError(format!(
+            "this class's own part of the config area has {own} bytes, but at most {CONFIG_OWN_MAX} fit"
+        )));
+    }
+    let service = Arc::new(service);
+    let pool = (service.threads() > 0).then(|| Arc::new(Pool::default()));
+    Ok(Arc::new(ServiceDevice { service, sizes, pool }))
+}
+
+struct ServiceDevice<S> {
+    service: Arc<S>,
+    sizes: Sizes,
+    /// The threads of a class that blocks.
+    pool: Option<Arc<Pool>>,
+}
+
+impl<S: Service> Device for ServiceDevice<S> {
+    fn identity(&self) -> Identity {
+        self.service.identity()
+    }
+
+    fn config(&self) -> Vec<u8> {
+        let mut area =
+            [self.sizes.request.to_le_bytes(), self.sizes.response.to_le_bytes()].concat();
+        area.extend(self.service.config().into_iter().take(CONFIG_OWN_MAX));
+        area
+    }
+
+    fn open(&self, _: Open) -> Result<Box<dyn Connection>, ErrorCode> {
+        if let Some(pool) = &self.pool {
+            pool.start(&self.service)?;
+        }
+        Ok(Box::new(Answering {
+            service: self.service.clone(),
+            sizes: self.sizes,
+            jobs: self.pool.clone().map(Jobs::new),
+            ring: None,
+            request: Vec::new(),
+            response: Vec::new(),
+        }))
+    }
+
+    fn inspect(&self) -> Value {
+        self.service.inspect()
+    }
+
+    fn control(&self, request: &Value, reply: &mut dyn FnMut(Value) -> bool) -> Result<(), String> {
+        self.service.control(request, reply)
+    }
+
+    fn removed(&self) {
+        if let Some(pool) = &self.pool {
+            pool.end();
+        }
+    }
+}
+
+impl<S> Drop for ServiceDevice<S> {
+    fn drop(&mut self) {
+        if let Some(pool) = &self.pool {
+            pool.end();
+        }
+    }
+}
+
+/// An open connection.
+struct Answering<S> {
+    service: Arc<S>,
+    sizes: Sizes,
+    jobs: Option<Jobs>,
+    ring: Option<Ring>,
+    /// Used again and again.
+    request: Vec<u8>,
+    response: Vec<u8>,
+}
+
+struct Ring {
+    end: DeviceEnd<Window>,
+    /// The whole region: the ring, and the buffers behind it.
+    window: Window,
+    interrupt: Interrupt,
+    doorbell: Doorbell,
+}
+
+impl<S: Service> Connection for Answering<S> {
+    fn region_added(&mut self, region: Region) -> Result<(), ErrorCode> {
+        if region.id != abi::REGION {
+            return Err(ErrorCode::BAD_ARGUMENT);
+        }
+        if self.ring.is_some() {
+            return Err(ErrorCode::EXISTS);
+        }
+        let end = DeviceEnd::attach(region.window.clone())?;
+        // The response's length comes back in the entry.
+        if end.layout().returns() != Returns::Entries {
+            return Err(ErrorCode::BAD_LAYOUT);
+        }
+        let Region { window, interrupt, doorbell, .. } = region;
+        self.ring = Some(Ring { end, window, interrupt, doorbell });
+        Ok(())
+    }
+
+    fn poll(&mut self, budget: u32) -> Result<Progress, ErrorCode> {
+        let Some(ring) = &mut self.ring else { return Ok(Progress::Idle) };
+        let mut left = budget as usize;
+        let mut progress = Progress::Idle;
+        if let Some(jobs) = &mut self.jobs {
+            for Answer { entry, result } in jobs.collect(left) {
+                let result = result.as_deref().map_err(|code| *code);
+                left = left.saturating_sub(ring.finish(self.sizes, entry, result));
+                progress = Progress::Busy;
+            }
+        }
+        while left > 0 && self.jobs.as_ref().is_none_or(|jobs| jobs.have_room()) {
+            let Some(entry) = ring.end.take()? else { break };
+            progress = Progress::Busy;
+            left = left.saturating_sub(1 + entry.len as usize / UNIT_BYTES);
+            ring.copy_in(self.sizes, entry, &mut self.request)?;
+            match &mut self.jobs {
+                Some(jobs) => {
+                    jobs.give(entry, std::mem::take(&mut self.request), &ring.doorbell);
+                }
+                None => {
+                    self.response.clear();
+                    let result = self.service.answer(&self.request, &mut self.response);
+                    let result = result.map(|()| self.response.as_slice());
+                    left = left.saturating_sub(ring.finish(self.sizes, entry, result));
+                }
+            }
+        }
+        ring.interrupt.kick(ring.end.post());
+        Ok(progress)
+    }
+
+    fn arm(&mut self) -> Result<Armed, ErrorCode> {
+        let Some(ring) = &mut self.ring else { return Ok(Armed::Waiting) };
+        // While the threads have all that they may have, the next news are an answer of theirs,
+        // which wakes this connection: new requests have to wait anyway.
+        if self.jobs.as_ref().is_some_and(|jobs| !jobs.have_room()) {
+            return Ok(Armed::Waiting);
+        }
+        Ok(ring.end.arm(0))
+    }
+
+    fn disarm(&mut self) {
+        if let Some(ring) = &mut self.ring {
+            ring.end.disarm();
+        }
+    }
+}
+
+impl Ring {
+    /// Copies the request of an entry, which the driver has made, out of the shared memory.
+    fn copy_in(&self, sizes: Sizes, entry: Entry, request: &mut Vec<u8>) -> Result<(), ErrorCode> {
+        if entry.len > sizes.request {
+            return Err(ErrorCode::BAD_LENGTH);
+        }
+        if entry.flags != 0 {
+            return Err(ErrorCode::BAD_ARGUMENT);
+        }
+        let at = usize::try_from(entry.addr).map_err(|_| ErrorCode::BAD_ADDRESS)?;
+        if at % abi::BUFFER_ALIGN != 0 {
+            return Err(ErrorCode::BAD_ALIGNMENT);
+        }
+        // The whole buffer has to lie behind the ring, since the response goes there too.
+        let end = at.checked_add(sizes.buffer()).ok_or(ErrorCode::BAD_ADDRESS)?;
+        if at < self.end.layout().bytes() || end > self.window.bytes() {
+            return Err(ErrorCode::BAD_ADDRESS);
+        }
+        request.clear();
+        request.resize(entry.len as usize, 0);
+        copy::load(&self.window.words()[at / WORD..end / WORD], request);
+        Ok(())
+    }
+
+    /// Puts the response into the buffer of its request and gives the entry back. Returns the units
+    /// of a poll's budget that it took.
+    fn finish(&mut self, sizes: Sizes, entry: Entry, result: Result<&[u8], ErrorCode>) -> usize {
+        let result = match result {
+            Ok(response) if response.len() > sizes.response as usize => {
+                tracing::error!(
+                    "a response of {} bytes; this class promised at most {}",
+                    response.len(),
+                    sizes.response
+                );
+                Err(ErrorCode::FAILED)
+            }
+            result => result,
+        };
+        let (response, status) = match result {
+            Ok(response) => (response, 0),
+            Err(code) => (&[][..], u64::from(code.0)),
+        };
+        // Checked when the request was copied, and the region cannot change meanwhile.
+        let at = usize::try_from(entry.addr).unwrap_or(usize::MAX) / WORD;
+        let words = response.len().div_ceil(WORD);
+        if let Some(buffer) = self.window.words().get(at..).and_then(|rest| rest.get(..words)) {
+            copy::store(buffer, response);
+        }
+        let len = u32::try_from(response.len()).unwrap_or(0);
+        self.end.give_back(Entry { addr: status, len, id: entry.id, flags: 0 });
+        1 + response.len() / UNIT_BYTES
+    }
+}
+
+/// The response to a request, or why there is none.
+struct Answer {
+    entry: Entry,
+    result: Result<Vec<u8>, ErrorCode>,
+}
+
+/// The requests of one connection that the threads have.
+struct Jobs {
+    pool: Arc<Pool>,
+    done: Arc<Mutex<VecDeque<Answer>>>,
+    /// Given to the threads and not collected.
+    count: usize,
+}
+
+impl Jobs {
+    fn new(pool: Arc<Pool>) -> Jobs {
+        Jobs { pool, done: Arc::default(), count: 0 }
+    }
+
+    fn have_room(&self) -> bool {
+        self.count < JOBS_MAX
+    }
+
+    fn give(&mut self, entry: Entry, request: Vec<u8>, doorbell: &Doorbell) {
+        self.count += 1;
+        let job = Job { entry, request, done: self.done.clone(), doorbell: doorbell.clone() };
+        lock(&self.pool.queue).jobs.push_back(job);
+        self.pool.news.notify_one();
+    }
+
+    /// The answers that there are, at most `max`.
+    fn collect(&mut self, max: usize) -> Vec<Answer> {
+        let mut done = lock(&self.done);
+        let count = done.len().min(max);
+        self.count -= count;
+        done.drain(..count).collect()
+    }
+}
+
+impl Drop for Jobs {
+    fn drop(&mut self) {
+        // Nobody waits for these answers any more. A thread that has one of the requests under way
+        // finishes it, and its answer is lost.
+        lock(&self.pool.queue).jobs.retain(|job| !Arc::ptr_eq(&job.done, &self.done));
+    }
+}
+
+/// A request on its way to a thread.
+struct Job {
+    entry: Entry,
+    request: Vec<u8>,
+    done: Arc<Mutex<VecDeque<Answer>>>,
+    doorbell: Doorbell,
+}
+
+/// The threads of a device, and what they have to do. They are the device's: however often a driver
+/// opens and closes it, there are no more of them.
+#[derive(Default)]
+struct Pool {
+    queue: Mutex<Queue>,
+    news: Condvar,
+}
+
+#[derive(Default)]
+struct Queue {
+    jobs: VecDeque<Job>,
+    started: bool,
+    ended: bool,
+}
+
+impl Pool {
+    /// Starts the threads, once.
+    fn start<S: Service>(self: &Arc<Pool>, service: &Arc<S>) -> Result<(), ErrorCode> {
+        let mut queue = lock(&self.queue);
+        if queue.started {
+            return Ok(());
+        }
+        for number in 0..service.threads() {
+            let (pool, service) = (self.clone(), service.clone());
+            let thread = std::thread::Builder::new().name("vbus-service".into());
+            if let Err(error) = thread.spawn(move || pool.work(&*service)) {
+                if number == 0 {
+                    tracing::error!(%error, "cannot start a thread for requests");
+                    return Err(ErrorCode::FAILED);
+                }
+                tracing::warn!(%error, "only {number} threads for requests");
+                break;
+            }
+        }
+        queue.started = true;
+        Ok(())
+    }
+
+    /// Lets the threads end, each once it has answered what it is at.
+    fn end(&self) {
+        let mut queue = lock(&self.queue);
+        queue.ended = true;
+        queue.jobs.clear();
+        drop(queue);
+        self.news.notify_all();
+    }
+
+    fn next(&self) -> Option<Job> {
+        let mut queue = lock(&self.queue);
+        loop {
+            if queue.ended {
+                return None;
+            }
+            if let Some(job) = queue.jobs.pop_front() {
+                return Some(job);
+            }
+            queue = self.news.wait(queue).unwrap_or_else(|e| e.into_inner());
+        }
+    }
+
+    fn work<S: Service>(&self, service: &S) {
+        while let Some(Job { entry, request, done, doorbell }) = self.next() {
+            let answer = || {
+                let mut response = Vec::new();
+                service.answer(&request, &mut response).map(|()| response)
+            };
+            let result = catch_unwind(AssertUnwindSafe(answer)).unwrap_or_else(|_| {
+                tracing::error!("a request made this class panic");
+                Err(ErrorCode::FAILED)
+            });
+            lock(&done).push_back(Answer { entry, result });
+            doorbell.wake();
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
