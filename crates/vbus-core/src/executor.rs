@@ -436,20 +436,52 @@ impl Executor {
         counters: Arc<ConnectionCounters>,
         on_error: impl Fn(ErrorCode) + Send + Sync + 'static,
     ) -> TaskHandle {
-        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        let worker = &self.workers[place % self.workers.len()];
-        let pace =
-            Pace::new(u64::try_from(self.tuning().poll_max.as_nanos()).unwrap_or(u64::MAX), NAP_NS);
-        let body = Body { task, pace, asleep: false, timer: None };
-        let cell = Arc::new(Cell {
-            id,
-            worker: Arc::downgrade(worker),
+        let cell = self.cell(place, counters, on_error);
+        self.begin(place, cell, task)
+    }
+
+    /// Runs the task that `make` returns, like [`spawn`](Self::spawn). `make` is given the task's
+    /// own handle, with which it can watch descriptors. An error of `make` is returned, and then
+    /// nothing runs.
+    pub fn spawn_with<E>(
+        &self,
+        place: usize,
+        counters: Arc<ConnectionCounters>,
+        on_error: impl Fn(ErrorCode) + Send + Sync + 'static,
+        make: impl FnOnce(&TaskHandle) -> Result<Box<dyn Task>, E>,
+    ) -> Result<TaskHandle, E> {
+        let cell = self.cell(place, counters, on_error);
+        let task = make(&TaskHandle(cell.clone()))?;
+        Ok(self.begin(place, cell, task))
+    }
+
+    fn worker(&self, place: usize) -> &Arc<Worker> {
+        &self.workers[place % self.workers.len()]
+    }
+
+    /// A task to be.
+    fn cell(
+        &self,
+        place: usize,
+        counters: Arc<ConnectionCounters>,
+        on_error: impl Fn(ErrorCode) + Send + Sync + 'static,
+    ) -> Arc<Cell> {
+        Arc::new(Cell {
+            id: self.next_id.fetch_add(1, Ordering::Relaxed),
+            worker: Arc::downgrade(self.worker(place)),
             queued: WakeFlag::new(),
-            body: Mutex::new(Some(body)),
+            body: Mutex::new(None),
             on_error: Box::new(on_error),
             counters,
-        });
-        lock(&worker.tasks).insert(id, cell.clone());
+        })
+    }
+
+    fn begin(&self, place: usize, cell: Arc<Cell>, task: Box<dyn Task>) -> TaskHandle {
+        let pace =
+            Pace::new(u64::try_from(self.tuning().poll_max.as_nanos()).unwrap_or(u64::MAX), NAP_NS);
+        *lock(&cell.body) = Some(Body { task, pace, asleep: false, timer: None });
+        // A wake-up before this moment finds no such task, and is made up for here.
+        lock(&self.worker(place).tasks).insert(cell.id, cell.clone());
         let handle = TaskHandle(cell);
         handle.wake();
         handle

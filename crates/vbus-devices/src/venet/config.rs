@@ -10,15 +10,15 @@ use serde_json::Value;
 use vbus_core::CreateError;
 use vbus_core::shm::abi::venet::{F_CSUM, F_TSO, F_USO, QUEUE_PAIRS_MAX};
 
-use super::frame::{Mac, is_group};
+use vbus_net::{Mac, Medium, is_group, parse_mac};
 
 /// The least MTU: what IPv4 needs.
 const MTU_MIN: u16 = 68;
-/// The largest MTU: with its Ethernet header and a tag it is the largest frame.
-const MTU_MAX: u16 = 65_517;
+/// The largest MTU. With an Ethernet header and two tags such a frame still has 65535 bytes.
+const MTU_MAX: u16 = 65_513;
 
-/// The most that senders may be told to wait: an hour, which is for tests.
-const PATIENCE_MS_MAX: u64 = 3_600_000;
+/// The longest that senders may be made to wait: an hour, which is for tests.
+const BACKPRESSURE_MS_MAX: u64 = 3_600_000;
 
 /// What the device is plugged into.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -65,22 +65,7 @@ struct Raw {
     csum: Option<bool>,
     tso: Option<bool>,
     uso: Option<bool>,
-    patience_ms: Option<u64>,
-}
-
-/// What one device is plugged into, with what that takes.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Plug {
-    /// The switch of this name.
-    Switch(String),
-    /// The TAP interface of this name; `%d` in it is a number that the kernel chooses.
-    Tap(String),
-    /// The socket at this path, as the end that connects.
-    Connect(PathBuf),
-    /// The socket at this path, as the end that listens.
-    Listen(PathBuf),
-    /// Nothing; frames of so many bytes come out of it without end, unless 0.
-    Null(u16),
+    backpressure_ms: Option<u64>,
 }
 
 /// The settings, checked.
@@ -93,13 +78,13 @@ pub struct Config {
     /// The most queue pairs.
     pub queue_pairs: u16,
     /// What it is plugged into.
-    pub plug: Plug,
-    /// Where frames are recorded, and how many bytes of each.
+    pub medium: Medium,
+    /// The file in which frames are recorded, and how many bytes of each.
     pub pcap: Option<(PathBuf, u32)>,
     /// Features that may be offered.
     pub features: u64,
-    /// How long senders wait for the driver's buffers.
-    pub patience: Duration,
+    /// How long senders may be made to wait for the driver's buffers.
+    pub backpressure: Duration,
 }
 
 fn bad(text: impl fmt::Display) -> CreateError {
@@ -141,30 +126,32 @@ impl Config {
         belongs(raw.connect.is_some(), "connect", BackendKind::Stream)?;
         belongs(raw.listen.is_some(), "listen", BackendKind::Stream)?;
         belongs(raw.source_bytes.is_some(), "source-bytes", BackendKind::Null)?;
-        let plug = match raw.backend {
-            BackendKind::Switch => Plug::Switch(raw.switch.unwrap_or_else(|| "default".into())),
-            BackendKind::Tap => Plug::Tap(tap_name(raw.tap)?),
+        let medium = match raw.backend {
+            BackendKind::Switch => Medium::Switch(raw.switch.unwrap_or_else(|| "default".into())),
+            BackendKind::Tap => Medium::Tap(tap_name(raw.tap)?),
             BackendKind::Stream => match (raw.connect, raw.listen) {
-                (Some(path), None) => Plug::Connect(path),
-                (None, Some(path)) => Plug::Listen(path),
+                (Some(path), None) => Medium::Connect(path),
+                (None, Some(path)) => Medium::Listen(path),
                 _ => {
                     return Err(bad(
                         "backend \"stream\" needs either connect = PATH or listen = PATH",
                     ));
                 }
             },
-            BackendKind::Null => Plug::Null(source(raw.source_bytes.unwrap_or(0), mtu)?),
+            BackendKind::Null => Medium::Null(source(raw.source_bytes.unwrap_or(0), mtu)?),
         };
         if raw.snap_length.is_some() && raw.pcap.is_none() {
             return Err(bad("snap-length needs pcap = FILE"));
         }
-        let patience = raw.patience_ms.unwrap_or(50);
-        if patience > PATIENCE_MS_MAX {
-            return Err(bad(format!("patience-ms is {patience}; use 0 to {PATIENCE_MS_MAX}")));
+        let backpressure = raw.backpressure_ms.unwrap_or(50);
+        if backpressure > BACKPRESSURE_MS_MAX {
+            return Err(bad(format!(
+                "backpressure-ms is {backpressure}; use 0 to {BACKPRESSURE_MS_MAX}"
+            )));
         }
         let snap = raw.snap_length.unwrap_or(u32::from(u16::MAX));
-        // A stream carries plain frames: offloads would be undone here, one by one. They are there
-        // for who asks for them.
+        // A stream carries plain frames: the device would have to undo the offloads of each. They
+        // are on only if the settings ask for them.
         let or_default = |given: Option<bool>| given.unwrap_or(!stream);
         let csum = or_default(raw.csum);
         let mut features = 0;
@@ -179,13 +166,13 @@ impl Config {
             features |= if on && csum { feature } else { 0 };
         }
         Ok(Config {
-            mac: raw.mac.as_deref().map_or_else(|| Ok(random_mac()), parse_mac)?,
+            mac: raw.mac.as_deref().map_or_else(|| Ok(random_mac()), device_mac)?,
             mtu,
             queue_pairs,
-            plug,
+            medium,
             pcap: raw.pcap.map(|path| (path, snap)),
             features,
-            patience: Duration::from_millis(patience),
+            backpressure: Duration::from_millis(backpressure),
         })
     }
 }
@@ -211,20 +198,10 @@ fn source(bytes: u16, mtu: u16) -> Result<u16, CreateError> {
     Ok(bytes)
 }
 
-fn parse_mac(text: &str) -> Result<Mac, CreateError> {
-    let wrong = || bad(format!("mac = {text:?} is no address; write it like 02:00:00:00:00:01"));
-    let mut mac = Mac::default();
-    let mut parts = text.split(':');
-    for byte in &mut mac {
-        let part = parts
-            .next()
-            .filter(|p| p.len() == 2 && p.bytes().all(|b| b.is_ascii_hexdigit()))
-            .ok_or_else(wrong)?;
-        *byte = u8::from_str_radix(part, 16).map_err(|_| wrong())?;
-    }
-    if parts.next().is_some() || mac == Mac::default() {
-        return Err(wrong());
-    }
+fn device_mac(text: &str) -> Result<Mac, CreateError> {
+    let mac = parse_mac(text).filter(|mac| *mac != Mac::default()).ok_or_else(|| {
+        bad(format!("mac = {text:?} is no address; write it like 02:00:00:00:00:01"))
+    })?;
     if is_group(mac) {
         return Err(bad(format!(
             "mac = {text:?} is a multicast address: its first byte must be even"
@@ -239,26 +216,22 @@ fn random_mac() -> Mac {
     [0x02, random[0], random[1], random[2], random[3], random[4]]
 }
 
-/// An address in its usual writing.
-pub fn show_mac(mac: Mac) -> String {
-    mac.map(|b| format!("{b:02x}")).join(":")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use serde_json::json;
+    use vbus_net::show_mac;
 
     #[test]
     fn defaults() {
         let config = Config::parse(&Value::Null).unwrap();
         assert_eq!(
-            (config.mtu, config.queue_pairs, config.plug),
-            (1500, 1, Plug::Switch("default".into()))
+            (config.mtu, config.queue_pairs, config.medium),
+            (1500, 1, Medium::Switch("default".into()))
         );
         assert_eq!((config.mac[0], config.features), (2, F_CSUM | F_TSO | F_USO));
         let stream = Config::parse(&json!({"backend": "stream", "connect": "/x"})).unwrap();
-        assert_eq!((stream.plug, stream.features), (Plug::Connect("/x".into()), 0));
+        assert_eq!((stream.medium, stream.features), (Medium::Connect("/x".into()), 0));
         let config = Config::parse(&json!({"mac": "02:00:00:00:00:0A", "uso": false})).unwrap();
         assert_eq!(
             (show_mac(config.mac), config.features),
@@ -271,7 +244,7 @@ mod tests {
     fn errors_say_what_to_write() {
         for (config, text) in [
             (json!({"mtuu": 1500}), "unknown field `mtuu`"),
-            (json!({"mtu": 67}), "mtu is 67; use 68 to 65517"),
+            (json!({"mtu": 67}), "mtu is 67; use 68 to 65513"),
             (json!({"mtu": 70000}), "70000"),
             (json!({"queue-pairs": 17}), "use 1 to 16"),
             (json!({"backend": "bridge"}), "unknown variant `bridge`, expected one of `switch`"),
@@ -285,7 +258,7 @@ mod tests {
             (json!({"backend": "null", "source-bytes": 13}), "source-bytes is 13"),
             (json!({"tso": true, "csum": false}), "need csum"),
             (json!({"snap-length": 64}), "needs pcap"),
-            (json!({"patience-ms": u64::MAX}), "use 0 to 3600000"),
+            (json!({"backpressure-ms": u64::MAX}), "use 0 to 3600000"),
             (json!([]), "invalid"),
         ] {
             let error = Config::parse(&config).unwrap_err().to_string();

@@ -1,24 +1,22 @@
-//! What a driver opens: its regions, the calls START and FILTER, and the tasks that follow.
+//! What a driver opens: its regions, its calls, and the tasks that serve it.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex};
 
 use vbus_core::shm::abi::venet as abi;
 use vbus_core::shm::ring::{DeviceEnd, Returns, SIGNAL_OFFSET};
-use vbus_core::{Connection, ErrorCode, Open, Region, Task, TaskHandle, Window};
+use vbus_core::{Connection, ErrorCode, Open, Region, Task, TaskHandle, Window, lock};
+use vbus_net::{Filter, Offloads, Plug, Port, SharedSink, Steering};
 
-use super::filter::Filter;
-use super::pair::{Pair, TxQueue};
-use super::port::{Lane, Port};
-use super::rx::RxQueue;
-use super::status::{StatusPage, StatusTask};
-use super::{RING_MAX, Shared};
-use vbus_core::lock;
+use super::calls;
+use super::device::{RING_MAX, VenetDevice, offloads};
+use super::news::{News, Pending};
+use super::pages::{Pages, PagesTask};
+use super::pair::{Pair, PairTask, Rx};
+use super::rx::{Receiver, RxQueue, RxSlot};
+use super::tx::TxQueue;
 
-/// A number for each port of this program.
-static NEXT_PORT: AtomicU64 = AtomicU64::new(1);
-
-/// The rings of one queue pair, before the start.
+/// The rings of one queue pair.
 #[derive(Default)]
 struct Rings {
     tx: Option<Region>,
@@ -27,36 +25,34 @@ struct Rings {
 
 /// A connection.
 pub struct VenetConnection {
-    device: Arc<Shared>,
+    device: Arc<VenetDevice>,
     open: Open,
     rings: Vec<Rings>,
-    filter: Arc<Mutex<Filter>>,
-    status: Arc<StatusPage>,
-    status_task: TaskHandle,
+    filter: Arc<Filter>,
+    pages: Arc<Pages>,
+    pages_task: TaskHandle,
+    news: News,
     running: Option<Running>,
 }
 
+/// A connection that has started.
 struct Running {
-    port: Arc<Port>,
-    tasks: Vec<TaskHandle>,
+    plug: Arc<dyn Plug>,
+    receiver: Arc<Receiver>,
+    pairs: Vec<(Arc<Mutex<Pair>>, TaskHandle)>,
 }
 
 impl VenetConnection {
-    pub fn new(device: Arc<Shared>, open: Open) -> VenetConnection {
-        let status =
-            Arc::new(StatusPage::new(device.config.mac, device.link.clone(), device.pairs.clone()));
-        let status_task = spawn(&open, 0, Box::new(StatusTask::new(status.clone())));
-        status.set_task(status_task.clone());
+    pub fn new(device: Arc<VenetDevice>, open: Open) -> VenetConnection {
+        let filter = Arc::new(Filter::new(device.config.mac));
+        let pending = Pending::default();
+        let (link, pairs) = (device.link.clone(), device.pairs.clone());
+        let pages = Arc::new(Pages::new(filter.clone(), link, pairs, pending.clone()));
+        let pages_task = spawn(&open, 0, Box::new(PagesTask::new(pages.clone())));
+        device.link.observe(Some(pages_task.clone()));
         let rings = device.pairs.iter().map(|_| Rings::default()).collect();
-        VenetConnection {
-            device,
-            open,
-            rings,
-            filter: Arc::default(),
-            status,
-            status_task,
-            running: None,
-        }
+        let news = News::new(pending, pages_task.clone());
+        VenetConnection { device, open, rings, filter, pages, pages_task, news, running: None }
     }
 
     /// Serves the rings from here on.
@@ -71,72 +67,118 @@ impl VenetConnection {
         if count == 0 || !self.rings.iter().enumerate().all(whole) {
             return Err(ErrorCode::BAD_ARGUMENT);
         }
-        let mut lanes = Vec::with_capacity(count);
-        let mut sending = Vec::with_capacity(count);
-        for (i, rings) in self.rings[..count].iter().enumerate() {
-            let (Some(tx), Some(rx)) = (&rings.tx, &rings.rx) else {
-                return Err(ErrorCode::BAD_ARGUMENT);
-            };
-            let tx_ring = attach(tx, Returns::Counted)?;
-            let rx_ring = attach(rx, Returns::Entries)?;
-            let counters = self.device.pairs[i].clone();
-            let queue = RxQueue::new(
-                rx_ring,
-                rx.interrupt.clone(),
-                self.open.memory.clone(),
-                counters.clone(),
-                self.device.capture.clone(),
-                self.device.config.patience,
-            );
-            lanes.push(Lane {
-                index: u16::try_from(i).unwrap_or(u16::MAX),
-                rx: Mutex::new(Some(queue)),
-                task: OnceLock::new(),
-                counters,
-            });
-            sending.push((
-                TxQueue { ring: tx_ring, interrupt: tx.interrupt.clone() },
-                tx.doorbell.clone(),
-                rx.doorbell.clone(),
-            ));
-        }
-        let port = Arc::new(Port {
-            id: NEXT_PORT.fetch_add(1, Ordering::Relaxed),
-            name: self.device.name.clone(),
-            mac: self.device.config.mac,
+        let queues = u16::try_from(count).map_err(|_| ErrorCode::BAD_ARGUMENT)?;
+        let (tx_offloads, rx_offloads) = offloads(self.open.features);
+        let receiver = Arc::new(Receiver {
             mtu: usize::from(self.device.config.mtu),
-            features: self.open.features,
             filter: self.filter.clone(),
-            lanes,
-            status: self.status.clone(),
+            offloads: AtomicU64::new(rx_offloads.bits()),
+            backpressure: self.device.config.backpressure,
+            news: self.news.clone(),
         });
-        let queues = self.device.backend.connect(&port)?;
-        let mut tasks = Vec::with_capacity(count);
-        for (i, ((tx, tx_doorbell, rx_doorbell), queue)) in
-            sending.into_iter().zip(queues).enumerate()
-        {
-            let lane = &port.lanes[i];
-            let memory = self.open.memory.clone();
-            let capture = self.device.capture.clone();
-            let pair = Pair::new(
-                port.clone(),
-                lane.index,
-                tx,
-                queue,
-                memory,
-                lane.counters.clone(),
-                capture,
-            );
-            let task = spawn(&self.open, i, Box::new(pair));
-            let _ = lane.task.set(task.clone()); // Set once, here.
-            // Which also wakes the task, so that it sees its own handle.
-            tx_doorbell.bind(&task);
-            rx_doorbell.bind(&task);
-            tasks.push(task);
+        let backend = &self.device.backend;
+        let rx: Vec<Rx> = (self.rings.iter())
+            .map(|_| match backend.shares_sinks() {
+                true => Rx::Shared(Arc::default()),
+                false => Rx::Own(RxSlot::default()),
+            })
+            .collect();
+        let lanes = rx.iter().filter_map(|rx| match rx {
+            Rx::Shared(slot) => Some(slot.clone() as SharedSink),
+            Rx::Own(_) => None,
+        });
+        let shared = (self.filter.clone(), Arc::new(Steering::new(queues)));
+        let (name, config) = (&self.device.name, &self.device.config);
+        let port = Port::new(name, config.mtu, config.queue_pairs, shared, lanes.collect());
+        let plug = backend.plug(Arc::new(port))?;
+        plug.set_queues(queues)?;
+        plug.set_rx_offloads(rx_offloads)?;
+        let mut running = Running { plug, receiver, pairs: Vec::new() };
+        for (i, rx) in rx.into_iter().enumerate() {
+            if let Err(error) = self.spawn_pair(&mut running, i, rx, tx_offloads) {
+                running.stop();
+                return Err(error);
+            }
         }
-        self.running = Some(Running { port, tasks });
-        self.status.wake();
+        for i in 0..count {
+            if let Err(error) = self.serve(&running, i) {
+                running.stop();
+                return Err(error);
+            }
+        }
+        self.running = Some(running);
+        self.pages_task.wake();
         Ok(())
+    }
+
+    /// Makes pair `i`, without rings, and its task.
+    fn spawn_pair(
+        &self,
+        running: &mut Running,
+        i: usize,
+        rx: Rx,
+        tx_offloads: Offloads,
+    ) -> Result<(), ErrorCode> {
+        let index = u16::try_from(i).map_err(|_| ErrorCode::BAD_ARGUMENT)?;
+        let (open, mut made) = (&self.open, None);
+        let fail = open.fail.clone();
+        let (place, counters) = (open.place.wrapping_add(i), open.counters.clone());
+        let task = open.executor.spawn_with(
+            place,
+            counters,
+            move |error| fail.fail(error),
+            |task| {
+                let queue = running.plug.queue(index, task)?;
+                let (memory, receiver) = (open.memory.clone(), running.receiver.clone());
+                let counters = self.device.pairs[i].clone();
+                let pair = Pair::new(rx, queue, memory, receiver, tx_offloads, counters);
+                let pair = Arc::new(Mutex::new(pair));
+                made = Some(pair.clone());
+                Ok::<_, ErrorCode>(Box::new(PairTask(pair)) as Box<dyn Task>)
+            },
+        )?;
+        running.pairs.extend(made.map(|pair| (pair, task)));
+        Ok(())
+    }
+
+    /// Lets the running pair `i` serve the rings that it has.
+    fn serve(&self, running: &Running, i: usize) -> Result<(), ErrorCode> {
+        let (Some((pair, task)), Some(rings)) = (running.pairs.get(i), self.rings.get(i)) else {
+            return Err(ErrorCode::BAD_ARGUMENT);
+        };
+        if let Some(region) = &rings.tx {
+            let ring = attach(region, Returns::Counted)?;
+            lock(pair).set_tx(Some(TxQueue::new(ring, region.interrupt.clone())));
+            // Wakes the task too.
+            region.doorbell.bind(task);
+        }
+        if let Some(region) = &rings.rx {
+            let ring = attach(region, Returns::Entries)?;
+            let queue = RxQueue::new(
+                ring,
+                region.interrupt.clone(),
+                self.open.memory.clone(),
+                running.receiver.clone(),
+                self.device.pairs[i].clone(),
+                task.clone(),
+            );
+            lock(pair).set_rx(Some(queue));
+            region.doorbell.bind(task);
+        }
+        Ok(())
+    }
+}
+
+impl Running {
+    /// Afterwards nobody holds a window on the driver's memory: neither the tasks, nor the receive
+    /// rings that other devices deliver to.
+    fn stop(self) {
+        for (pair, task) in &self.pairs {
+            task.stop();
+            let mut pair = lock(pair);
+            pair.set_tx(None);
+            pair.set_rx(None);
+        }
     }
 }
 
@@ -144,7 +186,7 @@ impl VenetConnection {
 fn spawn(open: &Open, beside: usize, task: Box<dyn Task>) -> TaskHandle {
     let fail = open.fail.clone();
     let place = open.place.wrapping_add(beside);
-    open.executor.spawn(place, task, open.counters.clone(), move |status| fail.fail(status))
+    open.executor.spawn(place, task, open.counters.clone(), move |error| fail.fail(error))
 }
 
 /// The device's end of the ring in a region.
@@ -159,7 +201,9 @@ fn attach(region: &Region, returns: Returns) -> Result<DeviceEnd<Window>, ErrorC
 impl Connection for VenetConnection {
     fn region_added(&mut self, region: Region) -> Result<(), ErrorCode> {
         if region.id == abi::REGION_STATUS {
-            return self.status.add(region);
+            self.pages.add(region)?;
+            self.pages_task.wake();
+            return Ok(());
         }
         let is_rx = region.id % 2 == 1;
         let pair = usize::try_from(region.id / 2).map_err(|_| ErrorCode::BAD_ARGUMENT)?;
@@ -181,7 +225,7 @@ impl Connection for VenetConnection {
     }
 
     fn region_dropped(&mut self, handle: u32) -> Result<(), ErrorCode> {
-        if self.status.drop_region(handle) {
+        if self.pages.drop_region(handle) {
             return Ok(());
         }
         if self.running.is_some() {
@@ -202,9 +246,9 @@ impl Connection for VenetConnection {
             abi::CALL_START if !buffer.is_empty() => return Err(ErrorCode::BAD_LENGTH),
             abi::CALL_START => self.start()?,
             abi::CALL_FILTER => {
-                *lock(&self.filter) = Filter::parse(buffer)?;
+                self.filter.set_addresses(calls::filter(buffer)?);
                 if let Some(running) = &self.running {
-                    self.device.backend.filter_changed(&running.port);
+                    running.plug.filter_changed();
                 }
             }
             _ => return Err(ErrorCode::BAD_FUNCTION),
@@ -214,18 +258,13 @@ impl Connection for VenetConnection {
 }
 
 impl Drop for VenetConnection {
-    /// Afterwards nobody holds a window on the driver's memory: tasks first, then the rings that
-    /// others deliver to, then the status page.
+    /// Afterwards nobody holds a window on the driver's memory.
     fn drop(&mut self) {
         if let Some(running) = self.running.take() {
-            for task in &running.tasks {
-                task.stop();
-            }
-            for lane in &running.port.lanes {
-                drop(lock(&lane.rx).take());
-            }
+            running.stop();
         }
-        self.status_task.stop();
-        self.status.close();
+        self.device.link.observe(None);
+        self.pages_task.stop();
+        self.pages.close();
     }
 }

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use serde::{Serialize, Serializer};
 use vbus_core::Counter;
+use vbus_net::{RxDrop, TxDrop};
 
 /// A number that goes up and down.
 #[derive(Debug, Default)]
@@ -54,6 +55,15 @@ pub struct TxDrops {
 }
 
 impl TxDrops {
+    /// Counts a frame that the back end dropped.
+    pub fn count(&self, reason: TxDrop) {
+        match reason {
+            TxDrop::BadFrame => self.bad_header.one(),
+            TxDrop::NoLink => self.no_link.one(),
+            TxDrop::Refused => self.refused.one(),
+        }
+    }
+
     /// All reasons.
     pub fn sum(&self) -> u64 {
         [&self.short, &self.bad_header, &self.no_link, &self.refused]
@@ -92,6 +102,15 @@ pub struct RxDrops {
 }
 
 impl RxDrops {
+    /// Counts a frame.
+    pub fn count(&self, reason: RxDrop) {
+        match reason {
+            RxDrop::NoBuffers => self.no_buffers.one(),
+            RxDrop::TooLong => self.too_long.one(),
+            RxDrop::BadFrame => self.bad_frame.one(),
+        }
+    }
+
     /// All reasons.
     pub fn sum(&self) -> u64 {
         [&self.no_buffers, &self.too_long, &self.bad_frame].into_iter().map(Counter::get).sum()

@@ -1,235 +1,219 @@
 //! A queue pair's task: the driver's frames to the back end, the back end's frames to the driver.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use vbus_core::memory::{DriverSlice, View};
-use vbus_core::shm::abi::venet::{CHAIN_MAX, FRAME_MAX, HEADER_BYTES};
-use vbus_core::shm::ring::{DeviceEnd, Entry, NEXT};
 use vbus_core::shm::signal::Armed;
-use vbus_core::{ErrorCode, Interrupt, MemoryContext, Progress, Task, Window};
+use vbus_core::{ErrorCode, MemoryContext, Progress, Task, lock};
+use vbus_net::{Body, CHAIN_MAX, Offloads, Packet, Queue, Sent};
 
 use super::counters::PairCounters;
-use super::frame::{Body, ETH_BYTES, Header, Packet};
-use super::pcap::Capture;
-use super::port::{Drop as DropReason, Port, Queue, Sent};
-use vbus_core::lock;
+use super::rx::{Lent, Receiver, RxQueue, RxSlot};
+use super::tx::{Next, TxQueue};
 
-/// The next frame of the transmit ring: entries taken, and once they are whole, what its header
-/// said.
-#[derive(Default)]
-struct Chain {
-    entries: Vec<Entry>,
-    bytes: usize,
-    head: Option<(Header, [u8; ETH_BYTES])>,
+/// The receive ring of a pair, while there is one.
+pub enum Rx {
+    /// Only the pair's own task delivers to it.
+    Own(RxSlot),
+    /// Other devices deliver to it.
+    Shared(Arc<Mutex<RxSlot>>),
 }
 
-/// The transmit ring.
-pub struct TxQueue {
-    pub ring: DeviceEnd<Window>,
-    pub interrupt: Interrupt,
+impl Rx {
+    fn with<R>(&mut self, work: impl FnOnce(&mut RxQueue) -> R) -> Option<R> {
+        match self {
+            Rx::Own(slot) => slot.0.as_mut().map(work),
+            Rx::Shared(slot) => lock(slot).0.as_mut().map(work),
+        }
+    }
+
+    fn set(&mut self, queue: Option<RxQueue>) {
+        match self {
+            Rx::Own(slot) => slot.0 = queue,
+            Rx::Shared(slot) => lock(slot).0 = queue,
+        }
+    }
 }
 
-/// The task of a queue pair.
+/// A queue pair of a connection that has started. Calls of the driver change it between two polls.
 pub struct Pair {
-    port: Arc<Port>,
-    index: u16,
-    tx: TxQueue,
+    tx: Option<TxQueue>,
+    rx: Rx,
     queue: Box<dyn Queue>,
     memory: Arc<MemoryContext>,
+    receiver: Arc<Receiver>,
+    /// What the driver may leave to the device.
+    tx_offloads: Offloads,
     counters: Arc<PairCounters>,
-    capture: Option<Arc<Capture>>,
-    chain: Chain,
-    /// The chain has to wait for the back end; until when at most.
+    /// The next frame has to wait for the back end; until when at most.
     waiting: bool,
     moved: bool,
     until: Option<Instant>,
 }
 
-/// A frame of the transmit ring that is whole.
-enum Next {
-    Nothing,
-    Ready,
-    Bad(DropReason),
-}
-
 impl Pair {
+    /// A pair without rings.
     pub fn new(
-        port: Arc<Port>,
-        index: u16,
-        tx: TxQueue,
+        rx: Rx,
         queue: Box<dyn Queue>,
         memory: Arc<MemoryContext>,
+        receiver: Arc<Receiver>,
+        tx_offloads: Offloads,
         counters: Arc<PairCounters>,
-        capture: Option<Arc<Capture>>,
     ) -> Pair {
-        let chain = Chain { entries: Vec::with_capacity(CHAIN_MAX), ..Chain::default() };
         Pair {
-            port,
-            index,
-            tx,
+            tx: None,
+            rx,
             queue,
             memory,
+            receiver,
+            tx_offloads,
             counters,
-            capture,
-            chain,
             waiting: false,
             moved: false,
             until: None,
         }
     }
 
+    /// Serves this transmit ring from here on, or none.
+    pub fn set_tx(&mut self, tx: Option<TxQueue>) {
+        self.tx = tx;
+    }
+
+    /// Serves this receive ring from here on, or none.
+    pub fn set_rx(&mut self, rx: Option<RxQueue>) {
+        self.rx.set(rx);
+    }
+
     /// Sends at most `budget` frames; returns how many went.
     fn transmit(&mut self, view: &View<'_>, budget: u32) -> Result<u32, ErrorCode> {
+        (self.waiting, self.moved, self.until) = (false, false, None);
+        let Some(tx) = &mut self.tx else { return Ok(0) };
+        let counters = &self.counters.tx;
         let (mut frames, mut bytes, mut taken, mut spent) = (0, 0, 0, 0_u32);
         let mut parts: Vec<DriverSlice<'_>> = Vec::with_capacity(CHAIN_MAX);
-        (self.waiting, self.moved, self.until) = (false, false, None);
+        tx.took = false;
         while spent < budget {
             parts.clear();
-            let sent = match self.next(view, &mut parts)? {
+            match tx.next(view, &mut parts, self.tx_offloads, self.receiver.mtu)? {
                 Next::Nothing => break,
-                Next::Bad(reason) => Sent::Dropped(reason),
-                Next::Ready => {
-                    let Some((header, eth)) = self.chain.head else { break };
-                    let packet = Packet { header, eth, body: Body::Driver(&parts) };
-                    let sent = self.queue.send(&packet);
-                    if let Sent::Done { .. } = sent {
-                        frames += 1;
-                        bytes += packet.len() as u64;
-                        if let Some(capture) = &self.capture {
-                            capture.record(&packet);
-                        }
-                    }
-                    sent
-                }
-            };
-            match sent {
-                Sent::Done { units } => spent = spent.saturating_add(units.max(1)),
-                Sent::Dropped(reason) => {
-                    self.counters.tx.drops.count(reason);
+                Next::Short => {
+                    counters.drops.short.one();
                     spent += 1;
                 }
-                Sent::Wait { until, moved } => {
-                    self.counters.tx.waits.one();
-                    self.waiting = true;
-                    self.until = until;
-                    self.moved |= moved;
-                    break;
+                Next::BadHeader => {
+                    counters.drops.bad_header.one();
+                    spent += 1;
+                }
+                Next::Frame(header, eth) => {
+                    let packet = Packet { hash: None, header, eth, body: Body::Driver(&parts) };
+                    match self.queue.send(&packet) {
+                        Sent::Done { units } => {
+                            frames += 1;
+                            bytes += packet.bytes() as u64;
+                            spent = spent.saturating_add(units.max(1));
+                        }
+                        Sent::Dropped(reason) => {
+                            counters.drops.count(reason);
+                            spent += 1;
+                        }
+                        Sent::Wait { until, moved } => {
+                            counters.waits.one();
+                            self.waiting = true;
+                            self.until = until;
+                            self.moved = moved;
+                            break;
+                        }
+                    }
                 }
             }
             taken += 1;
-            for entry in self.chain.entries.drain(..) {
-                self.tx.ring.give_back(entry);
-            }
-            self.chain.bytes = 0;
-            self.chain.head = None;
+            tx.done();
         }
+        self.moved |= tx.took;
         if taken != 0 {
-            self.counters.tx.frames.add(frames);
-            self.counters.tx.bytes.add(bytes);
-            self.counters.tx.batches.one();
-            self.counters.tx.ring_fill.set(self.tx.ring.pending());
+            counters.frames.add(frames);
+            counters.bytes.add(bytes);
+            counters.batches.one();
+            counters.ring_fill.set(tx.ring.pending());
         }
         Ok(taken)
     }
 
-    /// Takes the next frame from the ring, or the one that had to wait; `parts` gets what follows
-    /// its Ethernet header.
-    fn next<'v>(
-        &mut self,
-        view: &'v View<'_>,
-        parts: &mut Vec<DriverSlice<'v>>,
-    ) -> Result<Next, ErrorCode> {
-        while self.chain.entries.last().is_none_or(|last| last.flags & NEXT != 0) {
-            let Some(entry) = self.tx.ring.take()? else { return Ok(Next::Nothing) };
-            self.chain.bytes = self.chain.bytes.saturating_add(entry.len as usize);
-            if entry.len == 0
-                || self.chain.entries.len() == CHAIN_MAX
-                || self.chain.bytes > FRAME_MAX
-            {
-                return Err(ErrorCode::BAD_LENGTH);
-            }
-            self.chain.entries.push(entry);
-            // A part of a frame is progress too: what it was armed for has come, and the task must
-            // not sleep before it has armed again.
-            self.moved = true;
-        }
-        const HEAD: usize = HEADER_BYTES + ETH_BYTES;
-        let mut head = [0; HEAD];
-        let mut at = 0;
-        for entry in &self.chain.entries {
-            let slice = view.slice(entry.addr, u64::from(entry.len), false)?;
-            let (front, rest) = slice.split_at(HEAD - at);
-            at += front.copy_to(&mut head[at..]);
-            if !rest.is_empty() {
-                parts.push(rest);
-            }
-        }
-        if at < HEAD {
-            return Ok(Next::Bad(DropReason::Short));
-        }
-        // Once a frame waits, what its header said when it was checked stays what it is sent with.
-        if self.chain.head.is_none() {
-            let (mut front, mut eth) = ([0; HEADER_BYTES], [0; ETH_BYTES]);
-            front.copy_from_slice(&head[..HEADER_BYTES]);
-            eth.copy_from_slice(&head[HEADER_BYTES..]);
-            let mut header = Header::parse(&front);
-            if !header.check(self.chain.bytes - HEADER_BYTES, self.port.features, self.port.mtu) {
-                return Ok(Next::Bad(DropReason::BadHeader));
-            }
-            self.chain.head = Some((header, eth));
-        }
-        Ok(Next::Ready)
-    }
-}
-
-impl Task for Pair {
     fn poll(&mut self, budget: u32) -> Result<Progress, ErrorCode> {
         let memory = self.memory.clone();
         let view = memory.view();
         let sent = self.transmit(&view, budget);
-        // Even if this driver broke the protocol: what went before is in others' hands, and they
-        // wait for it.
+        // Also if this driver broke the protocol: the frames before are in other drivers' buffers,
+        // and those drivers wait for them.
         self.queue.flush();
         let sent = sent?;
-        if sent != 0 {
-            self.tx.interrupt.kick(self.tx.ring.post());
+        if let (Some(tx), true) = (&mut self.tx, sent != 0) {
+            tx.interrupt.kick(tx.ring.post());
         }
-        let received = self.queue.receive(&view, budget)?;
-        let mut woke = false;
-        if let Some(rx) = &mut *lock(&self.port.lanes[usize::from(self.index)].rx) {
+        let received = match &mut self.rx {
+            Rx::Own(RxSlot(Some(queue))) => {
+                self.queue.receive(&mut Lent { queue, view: &view }, budget)?
+            }
+            Rx::Own(_) | Rx::Shared(_) => 0,
+        };
+        let served = self.rx.with(|rx| {
             rx.post();
-            woke = rx.serve_waiters()?;
+            rx.serve_waiters()
+        });
+        let woke = served.transpose()?.unwrap_or(false);
+        if sent != 0 {
+            self.receiver.news.moved();
         }
-        if sent + received != 0 {
-            self.port.status.moved();
-        }
-        Ok(if sent + received != 0 || woke || self.moved { Progress::Busy } else { Progress::Idle })
+        let busy = sent + received != 0 || woke || self.moved;
+        Ok(if busy { Progress::Busy } else { Progress::Idle })
     }
 
-    fn arm(&mut self) -> Result<Armed, ErrorCode> {
-        let rx = lock(&self.port.lanes[usize::from(self.index)].rx)
-            .as_mut()
-            .map_or(Armed::Waiting, |rx| rx.arm());
+    fn arm(&mut self) -> Armed {
+        let rx = self.rx.with(RxQueue::arm).unwrap_or(Armed::Waiting);
         // While a frame waits for the back end, more frames would be no news.
-        let tx = if self.waiting { self.queue.arm() } else { self.tx.ring.arm(0) };
-        Ok(if tx == Armed::Missed { tx } else { rx })
+        let tx = if self.waiting {
+            self.queue.arm()
+        } else {
+            self.tx.as_mut().map_or(Armed::Waiting, |tx| tx.ring.arm(0))
+        };
+        if tx == Armed::Missed { tx } else { rx }
     }
 
     fn disarm(&mut self) {
-        self.tx.ring.disarm();
-        if let Some(rx) = &mut *lock(&self.port.lanes[usize::from(self.index)].rx) {
-            rx.disarm();
+        if let Some(tx) = &mut self.tx {
+            tx.ring.disarm();
         }
+        self.rx.with(RxQueue::disarm);
+    }
+}
+
+/// The task of a pair.
+pub struct PairTask(pub Arc<Mutex<Pair>>);
+
+impl Task for PairTask {
+    fn poll(&mut self, budget: u32) -> Result<Progress, ErrorCode> {
+        lock(&self.0).poll(budget)
+    }
+
+    fn arm(&mut self) -> Result<Armed, ErrorCode> {
+        Ok(lock(&self.0).arm())
+    }
+
+    fn disarm(&mut self) {
+        lock(&self.0).disarm();
     }
 
     fn carried(&self) -> u64 {
         const EACH: u64 = 512;
-        let (tx, rx) = (&self.counters.tx, &self.counters.rx);
+        let pair = lock(&self.0);
+        let (tx, rx) = (&pair.counters.tx, &pair.counters.rx);
         tx.bytes.get() + rx.bytes.get() + EACH * (tx.frames.get() + rx.frames.get())
     }
 
     fn deadline(&self) -> Option<Instant> {
-        [self.until, self.queue.deadline()].into_iter().flatten().min()
+        let pair = lock(&self.0);
+        [pair.until, pair.queue.deadline()].into_iter().flatten().min()
     }
 }

@@ -3,48 +3,46 @@
 use std::collections::VecDeque;
 use std::io::IoSliceMut;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use rustix::io::Errno;
 use vbus_core::memory::{DriverSlice, View};
-use vbus_core::shm::abi::venet::{CHAIN_MAX, HEADER_BYTES};
+use vbus_core::shm::abi::venet::HEADER_BYTES;
 use vbus_core::shm::ring::{DeviceEnd, Entry, NEXT};
 use vbus_core::shm::signal::Armed;
 use vbus_core::{ErrorCode, Interrupt, MemoryContext, TaskHandle, Window};
+use vbus_net::{
+    Body, CHAIN_MAX, Delivery, ETH_BYTES, ETH_OVERHEAD, Filter, Header, Offloads, OnFull,
+    PIECES_MAX, Packet, Read, Reserved, RxDrop, RxSink, Waiter, flag,
+};
 
-use super::counters::PairCounters;
-use super::frame::{Body, ETH_BYTES, Header, Mac, PIECES_MAX, Packet};
-use super::patience::Patience;
-use super::pcap::Capture;
+use super::backpressure::Backpressure;
+use super::counters::{PairCounters, RxCounters};
+use super::news::News;
 
 /// The least bytes of a receive buffer: what is written in one piece (header and Ethernet header)
 /// fits it.
 pub const BUFFER_MIN: u32 = 64;
 
-/// What became of a frame for the driver.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Delivery {
-    /// It is in the driver's buffers (and will be posted), or was dropped and counted for want of
-    /// them.
-    Done,
-    /// There are too few buffers; try again when the driver has posted some, but not after this
-    /// moment.
-    Wait(Instant),
-    /// It would need more buffers than may be chained.
-    TooLong,
+/// What the driver of a connection takes, for all of its receive rings.
+pub struct Receiver {
+    /// The largest frame without its Ethernet header and tags.
+    pub mtu: usize,
+    /// Addresses and VLANs.
+    pub filter: Arc<Filter>,
+    /// The offloads, as bits, which the driver may change at any time. Relaxed: a frame that is
+    /// delivered during the change may still go by the former ones.
+    pub offloads: AtomicU64,
+    /// How long senders may be made to wait for buffers.
+    pub backpressure: Duration,
+    /// Told of frames that were delivered.
+    pub news: News,
 }
 
-/// What came of reading a frame straight into the driver's buffers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ReadIn {
-    /// One was read: it is in the driver's buffers, or was dropped.
-    Frame,
-    /// There may be one, but there are too few buffers.
-    NoBuffers,
-    /// There is none, or the driver broke the protocol.
-    Empty,
-    /// The read failed.
-    Failed(Errno),
+impl Receiver {
+    fn offloads(&self) -> Offloads {
+        Offloads::from_bits(self.offloads.load(Ordering::Relaxed))
+    }
 }
 
 /// The receive ring of a queue pair. Several senders may deliver to it, one at a time.
@@ -52,19 +50,21 @@ pub struct RxQueue {
     ring: DeviceEnd<Window>,
     interrupt: Interrupt,
     memory: Arc<MemoryContext>,
+    receiver: Arc<Receiver>,
     counters: Arc<PairCounters>,
-    capture: Option<Arc<Capture>>,
+    /// The task of this queue pair, which is woken for a fault of the driver.
+    task: TaskHandle,
     /// Buffers taken from the ring and not yet filled.
     stash: VecDeque<Entry>,
     /// Bytes of the largest buffer so far.
     largest: u32,
-    /// Bytes of the last frame that found too few buffers.
+    /// Bytes that the last frame which found too few buffers needs.
     wanted: usize,
     /// Frames and bytes since the last post.
     unposted: (u64, u64),
-    waiters: Vec<(u64, TaskHandle)>,
+    waiters: Vec<Waiter>,
     fault: Option<ErrorCode>,
-    patience: Patience,
+    backpressure: Backpressure,
 }
 
 impl RxQueue {
@@ -72,77 +72,88 @@ impl RxQueue {
         ring: DeviceEnd<Window>,
         interrupt: Interrupt,
         memory: Arc<MemoryContext>,
+        receiver: Arc<Receiver>,
         counters: Arc<PairCounters>,
-        capture: Option<Arc<Capture>>,
-        patience: Duration,
+        task: TaskHandle,
     ) -> RxQueue {
+        let backpressure = Backpressure::new(receiver.backpressure);
         RxQueue {
             ring,
             interrupt,
             memory,
+            receiver,
             counters,
-            capture,
+            task,
             stash: VecDeque::new(),
             largest: BUFFER_MIN,
             wanted: 0,
             unposted: (0, 0),
             waiters: Vec::new(),
             fault: None,
-            patience: Patience::new(patience),
+            backpressure,
         }
     }
 
-    /// Delivers a frame that comes from another device's driver, or from nowhere: this driver's
-    /// memory is looked at if that is possible at once. Features have been seen to. If it finds too
-    /// few buffers it waits for them if it is `patient`, and is dropped if not. Call
-    /// [`post`](Self::post) after a batch.
-    pub fn deliver(&mut self, packet: &Packet<'_>, patient: bool) -> Delivery {
-        let memory = self.memory.clone();
-        self.deliver_in(&memory.view(), packet, patient)
+    fn rx(&self) -> &RxCounters {
+        &self.counters.rx
     }
 
     /// Delivers a frame through a view of this driver's memory.
-    pub fn deliver_in(&mut self, view: &View<'_>, packet: &Packet<'_>, patient: bool) -> Delivery {
-        let len = HEADER_BYTES + packet.len();
+    fn deliver(&mut self, view: &View<'_>, packet: &Packet<'_>, on_full: OnFull) -> Delivery {
+        if let Some(delivery) = self.refuse(packet) {
+            return delivery;
+        }
+        let len = HEADER_BYTES + packet.bytes();
         match self.gather(view, len) {
             Gathered::Buffers(count) => {
-                self.patience.fed(count);
-                if let Err(status) = self.fill(view, packet, count, len) {
-                    self.fault = Some(status);
-                    return Delivery::Done;
+                self.backpressure.fed(count);
+                if let Err(error) = self.fill(view, packet, count, len) {
+                    self.fail(error);
+                    return Delivery::Dropped;
                 }
-                self.count(packet.len());
-                if let Some(capture) = &self.capture {
-                    capture.record(packet);
-                }
-                Delivery::Done
+                self.count(packet.bytes());
+                Delivery::Delivered
             }
-            Gathered::TooFew => self.starve(patient),
-            Gathered::TooSmall => Delivery::TooLong,
-            Gathered::Fault => Delivery::Done,
+            Gathered::TooFew => self.starve(on_full),
+            Gathered::TooMany if packet.header.gso() != flag::GSO_NONE => Delivery::NeedsCut,
+            Gathered::TooMany => self.refused(RxDrop::TooLong),
+            Gathered::Fault => Delivery::Dropped,
         }
     }
 
-    /// Lets `read` fill the driver's buffers with a frame and the header before it, of at most
-    /// `longest` bytes together, without a copy. Its vector begins with the header and the Ethernet
-    /// header, which come to us: a frame to an address that `accepts` refuses is dropped, and its
-    /// buffers serve for the next.
-    pub fn read_in(
-        &mut self,
-        view: &View<'_>,
-        longest: usize,
-        read: &mut dyn FnMut(&mut [IoSliceMut<'_>]) -> Result<usize, Errno>,
-        accepts: impl Fn(Mac) -> bool,
-    ) -> ReadIn {
+    /// What becomes of a frame that this driver does not take as it is.
+    fn refuse(&self, packet: &Packet<'_>) -> Option<Delivery> {
+        if !self.receiver.filter.wants(packet) {
+            return Some(Delivery::Dropped);
+        }
+        if !packet.fits_mtu(self.receiver.mtu) {
+            return Some(self.refused(RxDrop::TooLong));
+        }
+        (!packet.header.fits(self.receiver.offloads())).then_some(Delivery::NeedsCut)
+    }
+
+    fn refused(&self, reason: RxDrop) -> Delivery {
+        self.rx().drops.count(reason);
+        Delivery::Dropped
+    }
+
+    /// The driver broke the protocol: its own task says so, and must be polled for that.
+    fn fail(&mut self, error: ErrorCode) {
+        self.fault = Some(error);
+        self.task.wake();
+    }
+
+    /// Lets `read` fill the driver's buffers, without a copy. A frame that the driver does not take
+    /// is dropped, and its buffers serve for the next.
+    fn reserve(&mut self, view: &View<'_>, read: &mut Read<'_>) -> Reserved {
+        let longest = HEADER_BYTES + self.longest();
         let count = match self.gather(view, longest) {
             Gathered::Buffers(count) => count,
-            Gathered::TooSmall => CHAIN_MAX,
+            Gathered::TooMany => CHAIN_MAX,
             // The driver has posted all that it ever will: what fits, fits.
-            Gathered::TooFew if self.ring.held() == self.ring.layout().entries() => {
-                self.stash.len().min(CHAIN_MAX)
-            }
-            Gathered::TooFew => return ReadIn::NoBuffers,
-            Gathered::Fault => return ReadIn::Empty,
+            Gathered::TooFew if self.holds_all() => self.stash.len().min(CHAIN_MAX),
+            Gathered::TooFew => return Reserved::Full,
+            Gathered::Fault => return Reserved::Nothing,
         };
         let mut head = [0; HEADER_BYTES + ETH_BYTES];
         let mut spill = [0; 1];
@@ -152,18 +163,17 @@ impl RxQueue {
                 std::array::from_fn(|_| IoSliceMut::new(&mut []));
             for (i, entry) in self.stash.iter().take(count).enumerate() {
                 let Ok(slice) = view.slice(entry.addr, u64::from(entry.len), true) else {
-                    return ReadIn::Empty;
+                    return Reserved::Nothing;
                 };
                 // No more than the frame needs, so that its pieces are counted.
                 let slice = slice.split_at(longest.saturating_sub(room)).0;
                 room += slice.len();
                 let rest = if i == 0 { slice.split_at(head.len()).1 } else { slice };
                 for piece in rest.io_slices_mut() {
-                    let Some(slot) = vector.get_mut(slots - 1).filter(|_| slots < PIECES_MAX + 2)
-                    else {
-                        return ReadIn::Empty;
-                    };
-                    *slot = piece;
+                    if slots == vector.len() {
+                        return Reserved::Nothing;
+                    }
+                    vector[slots - 1] = piece;
                     slots += 1;
                 }
             }
@@ -173,32 +183,38 @@ impl RxQueue {
         };
         let len = match received {
             Ok(len) => len,
-            Err(error) => return ReadIn::Failed(error),
+            Err(error) => return Reserved::Failed(error),
         };
         let (Some((front, eth)), true) =
             (head.split_first_chunk::<HEADER_BYTES>(), len >= head.len())
         else {
-            return ReadIn::Empty;
+            return Reserved::Nothing;
         };
-        let header = Header::parse(front);
-        let mut packet = Packet { header, eth: [0; ETH_BYTES], body: Body::Bytes(&[]) };
-        packet.eth.copy_from_slice(eth);
-        if !accepts(packet.destination()) {
-            return ReadIn::Frame;
-        }
         if len > room {
-            self.counters.rx.drops.too_long.one();
-            return ReadIn::Frame;
+            self.refused(RxDrop::TooLong);
+            return Reserved::Frame;
         }
-        self.return_read(view, &packet, len).map_or(ReadIn::Empty, |()| ReadIn::Frame)
+        let returned = self.return_read(view, (Header::parse(front), eth), len);
+        returned.map_or(Reserved::Nothing, |()| Reserved::Frame)
     }
 
-    /// Gives back the buffers of a frame of `len` bytes (with its header) that is in them but for
-    /// its headers.
+    /// Whether the device has all buffers that fit the ring.
+    fn holds_all(&self) -> bool {
+        self.ring.held() == self.ring.layout().entries()
+    }
+
+    fn longest(&self) -> usize {
+        let segments = self.receiver.offloads() & (Offloads::TSO | Offloads::USO);
+        let payload = if segments.is_empty() { self.receiver.mtu } else { 65536 };
+        payload + ETH_OVERHEAD
+    }
+
+    /// Delivers a frame of `len` bytes (with its header) that is in the buffers already, but for
+    /// its headers, if the driver takes it.
     fn return_read(
         &mut self,
         view: &View<'_>,
-        packet: &Packet<'_>,
+        (header, eth): (Header, &[u8]),
         len: usize,
     ) -> Result<(), ErrorCode> {
         let mut rooms = 0;
@@ -210,23 +226,32 @@ impl RxQueue {
                 rooms < len
             })
             .count();
-        let Some(first) = self.stash.front() else { return Err(ErrorCode::FAILED) };
-        let mut head = [0; HEADER_BYTES + ETH_BYTES];
-        head[..HEADER_BYTES]
-            .copy_from_slice(&packet.header.bytes(u16::try_from(count).unwrap_or(u16::MAX)));
-        head[HEADER_BYTES..].copy_from_slice(&packet.eth);
-        view.slice(first.addr, head.len() as u64, true)?.copy_from(&head);
-        if let Some(capture) = &self.capture {
-            let mut parts = Vec::with_capacity(count);
-            let mut left = len;
-            for entry in self.stash.iter().take(count) {
-                let filled = left.min(entry.len as usize);
-                left -= filled;
-                parts.push(view.slice(entry.addr, filled as u64, true)?);
-            }
-            parts[0] = parts[0].split_at(head.len()).1;
-            capture.record(&Packet { body: Body::Driver(&parts), ..*packet });
+        let mut parts = Vec::with_capacity(count);
+        let mut left = len;
+        for entry in self.stash.iter().take(count) {
+            let filled = left.min(entry.len as usize);
+            left -= filled;
+            parts.push(view.slice(entry.addr, filled as u64, true)?);
         }
+        let Some(first) = parts.first_mut() else { return Err(ErrorCode::FAILED) };
+        let mut head = [0; HEADER_BYTES + ETH_BYTES];
+        head[..HEADER_BYTES].copy_from_slice(&header.bytes(u16::try_from(count).unwrap_or(0)));
+        head[HEADER_BYTES..].copy_from_slice(eth);
+        let (front, rest) = first.split_at(head.len());
+        *first = rest;
+        let mut packet =
+            Packet { hash: None, header, eth: [0; ETH_BYTES], body: Body::Driver(&parts) };
+        packet.eth.copy_from_slice(eth);
+        match self.refuse(&packet) {
+            None => {}
+            Some(Delivery::NeedsCut) => {
+                // The driver has changed its offloads while the frame was on its way.
+                self.refused(RxDrop::BadFrame);
+                return Ok(());
+            }
+            Some(_) => return Ok(()),
+        }
+        front.copy_from(&head);
         let mut left = len;
         for i in 0..count {
             let Some(entry) = self.stash.pop_front() else { break };
@@ -243,10 +268,8 @@ impl RxQueue {
         Ok(())
     }
 
-    /// Whether a frame of `len` bytes finds buffers now. (Also true if it never will: then its
-    /// delivery says so.)
-    pub fn has_room(&mut self, view: &View<'_>, len: usize) -> bool {
-        !matches!(self.gather(view, HEADER_BYTES + len), Gathered::TooFew)
+    fn has_room(&mut self, view: &View<'_>, bytes: usize) -> bool {
+        !matches!(self.gather(view, HEADER_BYTES + bytes), Gathered::TooFew) || self.holds_all()
     }
 
     fn count(&mut self, bytes: usize) {
@@ -256,19 +279,19 @@ impl RxQueue {
 
     /// Takes one more buffer from the ring into the stash. False if there is none, or the driver
     /// broke the protocol.
-    pub fn refill(&mut self) -> bool {
+    fn refill(&mut self) -> bool {
         if self.fault.is_some() {
             return false;
         }
         match self.ring.take() {
-            Ok(Some(entry)) if entry.len < BUFFER_MIN => self.fault = Some(ErrorCode::BAD_LENGTH),
+            Ok(Some(entry)) if entry.len < BUFFER_MIN => self.fail(ErrorCode::BAD_LENGTH),
             Ok(Some(entry)) => {
                 self.largest = self.largest.max(entry.len);
                 self.stash.push_back(entry);
                 return true;
             }
             Ok(None) => {}
-            Err(corrupt) => self.fault = Some(corrupt.into()),
+            Err(corrupt) => self.fail(corrupt.into()),
         }
         false
     }
@@ -282,16 +305,17 @@ impl RxQueue {
                 return if self.fault.is_some() { Gathered::Fault } else { Gathered::TooFew };
             }
             let Some(entry) = self.stash.get(count) else { return Gathered::TooFew };
-            if let Err(status) = view.slice(entry.addr, u64::from(entry.len), true) {
-                self.fault = Some(status);
+            let (addr, bytes) = (entry.addr, entry.len);
+            if let Err(error) = view.slice(addr, u64::from(bytes), true) {
+                self.fail(error);
                 return Gathered::Fault;
             }
-            room += entry.len as usize;
+            room += bytes as usize;
             if room >= len {
                 return Gathered::Buffers(count + 1);
             }
         }
-        Gathered::TooSmall
+        Gathered::TooMany
     }
 
     /// Writes the frame to the first `count` buffers and gives them back.
@@ -333,31 +357,40 @@ impl RxQueue {
     pub fn post(&mut self) {
         if self.unposted.0 != 0 {
             let (frames, bytes) = std::mem::take(&mut self.unposted);
-            let rx = &self.counters.rx;
+            let held = self.ring.pending() + u32::try_from(self.stash.len()).unwrap_or(0);
+            let rx = self.rx();
             rx.frames.add(frames);
             rx.bytes.add(bytes);
             rx.batches.one();
-            rx.ring_fill.set(self.ring.pending() + u32::try_from(self.stash.len()).unwrap_or(0));
+            rx.ring_fill.set(held);
             self.interrupt.kick(self.ring.post());
+            self.receiver.news.moved();
         }
     }
 
-    fn starve(&mut self, patient: bool) -> Delivery {
-        self.counters.rx.starved.one();
-        match patient.then(|| self.patience.starve(Instant::now())).flatten() {
-            Some(until) => Delivery::Wait(until),
-            None => {
-                self.counters.rx.drops.no_buffers.one();
-                Delivery::Done
-            }
+    /// What becomes of a frame that finds too few buffers.
+    fn starve(&mut self, on_full: OnFull) -> Delivery {
+        self.rx().starved.one();
+        match on_full {
+            OnFull::Drop => self.refused(RxDrop::NoBuffers),
+            OnFull::Wait if self.holds_all() => self.refused(RxDrop::NoBuffers),
+            OnFull::Wait => Delivery::Full { until: None },
+            OnFull::WaitBounded => match self.backpressure.wait(Instant::now()) {
+                Some(until) => Delivery::Full { until: Some(until) },
+                None => self.refused(RxDrop::NoBuffers),
+            },
         }
     }
 
-    /// Lets `task` be woken when there are new buffers. `key` tells the waiters apart. The driver
-    /// rings only after [`arm`](Self::arm): a task that polls need not be told.
-    pub fn wait(&mut self, key: u64, task: &TaskHandle) {
-        if self.waiters.iter().all(|(k, _)| *k != key) {
-            self.waiters.push((key, task.clone()));
+    fn wait(&mut self, waiter: &Waiter) {
+        if self.waiters.iter().all(|other| other.key != waiter.key) {
+            self.waiters.push(waiter.clone());
+        }
+    }
+
+    fn wake_waiters(&mut self) {
+        for waiter in self.waiters.drain(..) {
+            waiter.task.wake();
         }
     }
 
@@ -366,17 +399,14 @@ impl RxQueue {
     pub fn serve_waiters(&mut self) -> Result<bool, ErrorCode> {
         let woken = !self.waiters.is_empty() && self.refill();
         if woken || self.fault.is_some() {
-            for (_, task) in self.waiters.drain(..) {
-                task.wake();
-            }
+            self.wake_waiters();
         }
         self.fault.map_or(Ok(woken), Err)
     }
 
     /// If anybody waits, asks the driver to ring when it has posted as many buffers as the waiting
-    /// frame lacks.
-    /// [`Armed::Missed`]: they are there, and the next delivery succeeds. All who wait are woken
-    /// then: the buffers are out of the ring, and nothing else would tell of them.
+    /// frame lacks. [`Armed::Missed`]: they are there, and the next delivery succeeds. All who wait
+    /// are woken then: the buffers are out of the ring, and nothing else would tell of them.
     pub fn arm(&mut self) -> Armed {
         if self.waiters.is_empty() {
             return Armed::Waiting;
@@ -384,13 +414,11 @@ impl RxQueue {
         loop {
             let lacking = self.lacking();
             if lacking == 0 || self.fault.is_some() {
-                for (_, task) in self.waiters.drain(..) {
-                    task.wake();
-                }
+                self.wake_waiters();
                 return Armed::Missed;
             }
-            // Not even one in spite of the driver's count: it is not honest, and gets no more than
-            // that.
+            // No buffer although the driver's count says so: the driver is not honest, and is asked
+            // no further.
             if self.ring.arm(lacking - 1) == Armed::Waiting || !self.refill() {
                 return Armed::Waiting;
             }
@@ -412,26 +440,118 @@ impl RxQueue {
     pub fn disarm(&mut self) {
         self.ring.disarm();
     }
-
-    /// Whether the driver broke the protocol: its own device must be polled.
-    pub fn is_faulty(&self) -> bool {
-        self.fault.is_some()
-    }
 }
 
 impl Drop for RxQueue {
     fn drop(&mut self) {
-        for (_, task) in self.waiters.drain(..) {
-            task.wake();
-        }
+        self.wake_waiters();
     }
 }
 
 enum Gathered {
+    /// So many buffers hold the frame.
     Buffers(usize),
+    /// The driver has not posted enough buffers.
     TooFew,
-    TooSmall,
+    /// More buffers than one frame may take.
+    TooMany,
+    /// The driver broke the protocol.
     Fault,
+}
+
+/// A receive queue that is lent to the back end for a poll, with a view of the driver's memory.
+pub struct Lent<'a> {
+    pub queue: &'a mut RxQueue,
+    pub view: &'a View<'a>,
+}
+
+impl RxSink for Lent<'_> {
+    fn deliver(&mut self, packet: &Packet<'_>, on_full: OnFull) -> Delivery {
+        self.queue.deliver(self.view, packet, on_full)
+    }
+
+    fn has_room(&mut self, bytes: usize) -> bool {
+        self.queue.has_room(self.view, bytes)
+    }
+
+    fn reserve(&mut self, read: &mut Read<'_>) -> Reserved {
+        self.queue.reserve(self.view, read)
+    }
+
+    fn longest(&self) -> usize {
+        self.queue.longest()
+    }
+
+    fn post(&mut self) {
+        self.queue.post();
+    }
+
+    fn wait(&mut self, waiter: &Waiter) {
+        self.queue.wait(waiter);
+    }
+
+    fn arm(&mut self) -> Armed {
+        self.queue.arm()
+    }
+
+    fn count_drop(&mut self, reason: RxDrop) {
+        self.queue.refused(reason);
+    }
+}
+
+/// A receive queue that other devices deliver to, while there is a ring. Each call looks at the
+/// driver's memory by itself.
+#[derive(Default)]
+pub struct RxSlot(pub Option<RxQueue>);
+
+impl RxSlot {
+    /// What `work` returns for the queue and a view of its memory; `None` without a ring.
+    fn look<R>(&mut self, work: impl FnOnce(&mut RxQueue, &View<'_>) -> R) -> Option<R> {
+        let queue = self.0.as_mut()?;
+        let memory = queue.memory.clone();
+        Some(work(queue, &memory.view()))
+    }
+}
+
+impl RxSink for RxSlot {
+    fn deliver(&mut self, packet: &Packet<'_>, on_full: OnFull) -> Delivery {
+        let delivery = self.look(|queue, view| queue.deliver(view, packet, on_full));
+        delivery.unwrap_or(Delivery::Dropped)
+    }
+
+    fn has_room(&mut self, bytes: usize) -> bool {
+        self.look(|queue, view| queue.has_room(view, bytes)).unwrap_or(false)
+    }
+
+    fn reserve(&mut self, read: &mut Read<'_>) -> Reserved {
+        self.look(|queue, view| queue.reserve(view, read)).unwrap_or(Reserved::Full)
+    }
+
+    fn longest(&self) -> usize {
+        self.0.as_ref().map_or(0, RxQueue::longest)
+    }
+
+    fn post(&mut self) {
+        if let Some(queue) = &mut self.0 {
+            queue.post();
+        }
+    }
+
+    fn wait(&mut self, waiter: &Waiter) {
+        if let Some(queue) = &mut self.0 {
+            queue.wait(waiter);
+        }
+    }
+
+    fn arm(&mut self) -> Armed {
+        self.0.as_mut().map_or(Armed::Waiting, RxQueue::arm)
+    }
+
+    fn count_drop(&mut self, reason: RxDrop) {
+        if let Some(queue) = &self.0 {
+            queue.refused(reason);
+        }
+    }
 }
 
 /// A frame's body while it is copied out piece by piece.

@@ -136,7 +136,7 @@ fn live(endpoint: &Arc<Endpoint>, random: &mut Random) -> Option<ErrorCode> {
 #[test]
 fn it_breaks_nothing_but_its_own_connection() {
     let bus = bus(2);
-    let config = |n: u8, patience: u32| json!({ "mac": format!("02:00:00:00:00:{n:02x}"), "patience-ms": patience });
+    let config = |n: u8, patience: u32| json!({ "mac": format!("02:00:00:00:00:{n:02x}"), "backpressure-ms": patience });
     let mut a = Net::new(&bus, "a", config(1, 60_000), Shape { features: ALL, ..Shape::default() });
     let mut b = Net::new(&bus, "b", config(2, 60_000), Shape::default());
     let h = bus.create("h", "venet", &config(3, 5)).unwrap();

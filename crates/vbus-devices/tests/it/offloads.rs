@@ -68,7 +68,7 @@ pub fn payload(frame: &[u8], protocol: u8) -> &[u8] {
 
 fn pair(features: [u64; 2], shapes: [Shape; 2]) -> [Net; 2] {
     let bus = bus(2);
-    let config = |n| json!({ "mac": format!("02:00:00:00:00:{n:02x}"), "patience-ms": 60_000 });
+    let config = |n| json!({ "mac": format!("02:00:00:00:00:{n:02x}"), "backpressure-ms": 60_000 });
     let [a, b] = [0, 1].map(|n| {
         let shape = Shape { features: features[n], ..shapes[n] };
         Net::new(&bus, &format!("n{n}"), config(n + 1), shape)

@@ -15,7 +15,7 @@ const C: [u8; 6] = [2, 0, 0, 0, 0, 3];
 const BROADCAST: [u8; 6] = [0xff; 6];
 
 fn config(last: u8) -> serde_json::Value {
-    json!({ "mac": format!("02:00:00:00:00:{last:02x}"), "switch": "s", "patience-ms": 60_000 })
+    json!({ "mac": format!("02:00:00:00:00:{last:02x}"), "switch": "s", "backpressure-ms": 60_000 })
 }
 
 #[test]
@@ -114,7 +114,7 @@ fn a_driver_whose_memory_goes_takes_nobody_with_it() {
         .create(
             "b",
             "venet",
-            &json!({ "mac": "02:00:00:00:00:02", "switch": "s", "patience-ms": 1 }),
+            &json!({ "mac": "02:00:00:00:00:02", "switch": "s", "backpressure-ms": 1 }),
         )
         .unwrap();
     let done = Arc::new(AtomicBool::new(false));

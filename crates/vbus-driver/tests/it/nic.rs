@@ -25,7 +25,7 @@ struct Station {
 
 impl Station {
     fn new(bus: &Bus, last: u8, mtu: u16) -> Station {
-        let config = json!({ "mac": format!("02:00:00:00:00:{last:02x}"), "mtu": mtu, "backend": "switch", "patience-ms": 60_000 });
+        let config = json!({ "mac": format!("02:00:00:00:00:{last:02x}"), "mtu": mtu, "backend": "switch", "backpressure-ms": 60_000 });
         let local = Local::new(bus, &format!("n{last}"), "venet", &config);
         let mut nic = Nic::open(local.probe(), 0, 0).unwrap();
         let (tx, mut rx) = nic.queue_pair(0, ENTRIES, BUFFER as u32, 0).unwrap();

@@ -19,7 +19,7 @@ pub fn scribbler(scene: &Scene) -> Result<()> {
     const ROUNDS: u32 = 25;
     // With patience enough for guests that share two processors: a frame that is dropped all the
     // same is the hostile guest's doing.
-    let pair = Pair::start(scene, Spec { device: "patience-ms = 60000", ..Spec::default() })?;
+    let pair = Pair::start(scene, Spec { device: "backpressure-ms = 60000", ..Spec::default() })?;
     pair.bus.run(&["device", "add", "net-c", "--class", "venet", "--set", "backend=switch"])?;
     let hostile = Machine::new("c").device(pair.bus.socket("net-c")).boot(scene)?;
     nic::prepare(&hostile.guest)?;

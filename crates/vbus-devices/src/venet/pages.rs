@@ -1,59 +1,53 @@
 //! The status page: link, address and counters, from the device to the driver.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use vbus_core::shm::abi::venet::status_page as word;
 use vbus_core::shm::signal::End;
 use vbus_core::shm::state::{SIGNAL_OFFSET, Writer};
-use vbus_core::{ErrorCode, Progress, Region, Task, TaskHandle, Window};
+use vbus_core::{ErrorCode, Progress, Region, Task, Window, lock};
+use vbus_net::{Filter, Link};
 
 use super::counters::PairCounters;
-use super::frame::Mac;
-use super::port::Link;
-use vbus_core::lock;
+use super::news::Pending;
 
 /// The least time between two updates that only bring newer counters.
 const INTERVAL: Duration = Duration::from_millis(100);
 
 type Value = [u64; word::WORDS];
 
+/// A page that the driver has registered.
 struct Page {
-    handle: u32,
     writer: Writer<Window>,
     region: Region,
     written: Option<(Instant, Value)>,
-    /// The driver asked for an interrupt by an update that brought no more than newer counters. It
-    /// gets it when the link changes: to be woken ten times a second for a statistic costs it more
-    /// than its frames do.
+    /// The driver has armed, and was not interrupted for the update that followed because it
+    /// brought only newer counters. It is interrupted when the link changes.
     owed: bool,
 }
 
 /// The status page of a connection. The driver may or may not have registered one.
-pub struct StatusPage {
-    mac: Mac,
+pub struct Pages {
+    filter: Arc<Filter>,
     link: Arc<Link>,
     pairs: Arc<[Arc<PairCounters>]>,
+    pending: Pending,
     page: Mutex<Option<Page>>,
-    /// Whether the task has been told that there is news, and has not slept since.
-    awake: AtomicBool,
-    task: OnceLock<TaskHandle>,
 }
 
-impl StatusPage {
-    pub fn new(mac: Mac, link: Arc<Link>, pairs: Arc<[Arc<PairCounters>]>) -> StatusPage {
-        StatusPage {
-            mac,
-            link,
-            pairs,
-            page: Mutex::default(),
-            awake: AtomicBool::new(false),
-            task: OnceLock::new(),
-        }
+impl Pages {
+    /// No page yet. The address is that of the filter.
+    pub fn new(
+        filter: Arc<Filter>,
+        link: Arc<Link>,
+        pairs: Arc<[Arc<PairCounters>]>,
+        pending: Pending,
+    ) -> Pages {
+        Pages { filter, link, pairs, pending, page: Mutex::default() }
     }
 
-    /// The driver registers the page.
+    /// The driver registers the page; the task is to be woken then.
     pub fn add(&self, region: Region) -> Result<(), ErrorCode> {
         let mut page = lock(&self.page);
         if page.is_some() {
@@ -66,15 +60,13 @@ impl StatusPage {
         if writer.layout().value_bytes() < word::BYTES as usize {
             return Err(ErrorCode::BAD_LENGTH);
         }
-        *page = Some(Page { handle: region.handle, writer, region, written: None, owed: false });
-        drop(page);
-        self.wake();
+        *page = Some(Page { writer, region, written: None, owed: false });
         Ok(())
     }
 
     /// The driver drops region `handle`; true if that was the page.
     pub fn drop_region(&self, handle: u32) -> bool {
-        lock(&self.page).take_if(|page| page.handle == handle).is_some()
+        lock(&self.page).take_if(|page| page.region.handle == handle).is_some()
     }
 
     /// The connection ends.
@@ -82,31 +74,10 @@ impl StatusPage {
         *lock(&self.page) = None;
     }
 
-    /// Frames were moved: the page will be brought up to date soon.
-    pub fn moved(&self) {
-        // Pairs with the swap of `update`, which sees the counters of whoever left it to somebody
-        // else's wake-up.
-        if !self.awake.swap(true, Ordering::Release) {
-            self.wake();
-        }
-    }
-
-    /// The link changed: the page is brought up to date at once.
-    pub fn wake(&self) {
-        if let Some(task) = self.task.get() {
-            task.wake();
-        }
-    }
-
-    pub fn set_task(&self, task: TaskHandle) {
-        let _ = self.task.set(task); // Set once, by the connection that made it.
-        self.wake();
-    }
-
     fn value(&self) -> Value {
         let mut value = [0; word::WORDS];
         let mut mac = [0; 8];
-        mac[..6].copy_from_slice(&self.mac);
+        mac[..6].copy_from_slice(&self.filter.mac());
         value[word::LINK] = u64::from(self.link.is_up());
         value[word::MAC] = u64::from_le_bytes(mac);
         for pair in &*self.pairs {
@@ -124,7 +95,7 @@ impl StatusPage {
     fn update(&self) -> Option<Instant> {
         let mut guard = lock(&self.page);
         let page = guard.as_mut()?;
-        self.awake.swap(false, Ordering::Acquire);
+        self.pending.take();
         let (now, value) = (Instant::now(), self.value());
         let mut link_changed = true;
         if let Some((at, last)) = page.written {
@@ -134,7 +105,7 @@ impl StatusPage {
             let next = at + INTERVAL;
             link_changed = last[word::LINK] != value[word::LINK];
             if !link_changed && now < next {
-                self.awake.store(true, Ordering::Relaxed);
+                self.pending.keep();
                 return Some(next);
             }
         }
@@ -151,20 +122,20 @@ impl StatusPage {
 }
 
 /// Writes the page from time to time.
-pub struct StatusTask {
-    page: Arc<StatusPage>,
+pub struct PagesTask {
+    pages: Arc<Pages>,
     next: Option<Instant>,
 }
 
-impl StatusTask {
-    pub fn new(page: Arc<StatusPage>) -> StatusTask {
-        StatusTask { page, next: None }
+impl PagesTask {
+    pub fn new(pages: Arc<Pages>) -> PagesTask {
+        PagesTask { pages, next: None }
     }
 }
 
-impl Task for StatusTask {
+impl Task for PagesTask {
     fn poll(&mut self, _budget: u32) -> Result<Progress, ErrorCode> {
-        self.next = self.page.update();
+        self.next = self.pages.update();
         Ok(Progress::Idle)
     }
 

@@ -16,16 +16,15 @@ use rustix::net::{
     bind, connect, listen, recv, send, socket_with,
 };
 use serde_json::{Value, json};
-use vbus_core::memory::View;
-use vbus_core::shm::abi::venet::{F_CSUM, F_TSO, F_USO};
 use vbus_core::shm::signal::Armed;
-use vbus_core::{Counter, CreateError, ErrorCode, Interest};
+use vbus_core::{Counter, CreateError, ErrorCode, Interest, TaskHandle};
+use vbus_tap::{Mac, Offloads};
 
-use super::frame::{ETH_OVERHEAD, Packet};
-use super::offload::Plain;
-use super::port::{Backend, Drop as DropReason, Link, Port, Queue, Sent};
-use super::rx::Delivery;
-use vbus_core::lock;
+use crate::backend::{Backend, Plug, Port, Queue, Sent, TxDrop};
+use crate::frame::{ETH_OVERHEAD, Packet};
+use crate::link::Link;
+use crate::offload::Plain;
+use crate::sink::{Delivery, OnFull, RxDrop, RxSink, Waiter};
 
 /// Bytes of the length before each frame.
 const LENGTH: usize = 4;
@@ -39,10 +38,10 @@ const OUTPUT_MAX: usize = 256 << 10;
 /// How long after a failure to connect or to accept the next try comes.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// The settings.
+/// See the module.
 pub struct Stream {
     path: PathBuf,
-    listener: Option<OwnedFd>,
+    listener: Option<Arc<OwnedFd>>,
     link: Arc<Link>,
     counters: Arc<StreamCounters>,
 }
@@ -65,8 +64,8 @@ impl Stream {
     /// is replaced.
     pub fn listening(path: &Path, link: Arc<Link>) -> Result<Stream, CreateError> {
         let failed = |error: std::io::Error| CreateError(format!("listen = {path:?}: {error}"));
-        let listener = listen_at(path).map_err(failed)?;
-        Ok(Stream { path: path.into(), listener: Some(listener), link, counters: Arc::default() })
+        let listener = Some(Arc::new(listen_at(path).map_err(failed)?));
+        Ok(Stream { path: path.into(), listener, link, counters: Arc::default() })
     }
 }
 
@@ -103,30 +102,26 @@ fn listen_at(path: &Path) -> std::io::Result<OwnedFd> {
 }
 
 impl Backend for Stream {
-    fn features(&self) -> u64 {
-        F_CSUM | F_TSO | F_USO
+    fn tx_offloads(&self) -> Offloads {
+        Offloads::ALL
     }
 
-    fn connect(&self, port: &Arc<Port>) -> Result<Vec<Box<dyn Queue>>, ErrorCode> {
-        let failed = |error: Errno| {
-            tracing::error!(device = port.name, path = %self.path.display(), %error, "the stream cannot be set up");
-            ErrorCode::FAILED
-        };
-        let listener = self.listener.as_ref().map(|fd| fd.try_clone()).transpose();
-        let listener =
-            listener.map_err(|error| failed(Errno::from_io_error(&error).unwrap_or(Errno::IO)))?;
-        let queue = StreamQueue {
+    fn rx_offloads(&self) -> Offloads {
+        Offloads::ALL
+    }
+
+    fn steers(&self) -> bool {
+        true // There is one queue.
+    }
+
+    fn plug(&self, port: Arc<Port>) -> Result<Arc<dyn Plug>, ErrorCode> {
+        Ok(Arc::new(StreamPlug {
             path: self.path.clone(),
-            listener,
-            listening: false,
+            listener: self.listener.clone(),
             link: self.link.clone(),
             counters: self.counters.clone(),
-            port: port.clone(),
-            peer: None,
-            retry: None,
-            plain: Plain::default(),
-        };
-        Ok(vec![Box::new(queue)])
+            port,
+        }))
     }
 
     fn inspect(&self) -> Value {
@@ -136,6 +131,40 @@ impl Backend for Stream {
             "connects": self.counters.connects,
             "disconnects": self.counters.disconnects,
         })
+    }
+}
+
+/// A driver's use of the stream.
+struct StreamPlug {
+    path: PathBuf,
+    listener: Option<Arc<OwnedFd>>,
+    link: Arc<Link>,
+    counters: Arc<StreamCounters>,
+    port: Arc<Port>,
+}
+
+impl Plug for StreamPlug {
+    fn queue(&self, index: u16, task: &TaskHandle) -> Result<Box<dyn Queue>, ErrorCode> {
+        if index != 0 {
+            return Err(ErrorCode::BAD_ARGUMENT);
+        }
+        Ok(Box::new(StreamQueue {
+            path: self.path.clone(),
+            listener: self.listener.clone(),
+            listening: false,
+            link: self.link.clone(),
+            counters: self.counters.clone(),
+            waiter: Waiter { key: self.port.key(0), task: task.clone() },
+            port: self.port.clone(),
+            peer: None,
+            retry: None,
+            plain: Plain::default(),
+        }))
+    }
+
+    fn set_mac(&self, mac: Mac) -> bool {
+        self.port.filter.set_mac(mac);
+        true
     }
 }
 
@@ -185,7 +214,7 @@ impl Peer {
 
     fn push(&mut self, frame: &Packet<'_>) {
         // A frame's length fits by far.
-        let len = u32::try_from(frame.len()).unwrap_or(0);
+        let len = u32::try_from(frame.bytes()).unwrap_or(0);
         self.output.extend_from_slice(&len.to_be_bytes());
         frame.append_to(&mut self.output, usize::MAX);
     }
@@ -264,12 +293,13 @@ impl Peer {
 
 struct StreamQueue {
     path: PathBuf,
-    listener: Option<OwnedFd>,
+    listener: Option<Arc<OwnedFd>>,
     /// Whether the listener wakes the task.
     listening: bool,
     link: Arc<Link>,
     counters: Arc<StreamCounters>,
     port: Arc<Port>,
+    waiter: Waiter,
     peer: Option<Peer>,
     retry: Option<Instant>,
     plain: Plain,
@@ -278,7 +308,7 @@ struct StreamQueue {
 impl StreamQueue {
     /// Sees to it that there is a peer, if there can be one now.
     fn seek(&mut self) -> Result<(), ErrorCode> {
-        let Some(task) = self.port.lanes[0].task.get() else { return Ok(()) };
+        let task = &self.waiter.task;
         let failed = |error: Errno| {
             tracing::error!(device = self.port.name, %error, "cannot watch the stream");
             ErrorCode::FAILED
@@ -286,11 +316,11 @@ impl StreamQueue {
         let socket = match &self.listener {
             Some(listener) => {
                 if !self.listening {
-                    task.watch(listener, Interest::Read).map_err(failed)?;
+                    task.watch(&**listener, Interest::Read).map_err(failed)?;
                     self.listening = true;
                 }
                 self.retry = None;
-                match accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+                match accept_with(&**listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
                     Ok(socket) => Some(socket),
                     Err(Errno::AGAIN) => None,
                     Err(error) => {
@@ -317,7 +347,7 @@ impl StreamQueue {
             task.watch(&socket, Interest::Read).map_err(failed)?;
             self.peer = Some(Peer::new(socket));
             self.counters.connects.one();
-            self.set_link(true);
+            self.link.set_carrier(true);
             tracing::info!(device = self.port.name, path = %self.path.display(), "the stream has a peer");
         }
         Ok(())
@@ -325,9 +355,7 @@ impl StreamQueue {
 
     /// Lets the socket wake the task for room, or no longer.
     fn watch_room(&mut self) -> Result<(), Errno> {
-        let (Some(peer), Some(task)) = (&mut self.peer, self.port.lanes[0].task.get()) else {
-            return Ok(());
-        };
+        let (Some(peer), task) = (&mut self.peer, &self.waiter.task) else { return Ok(()) };
         let wanted = !peer.output.is_empty();
         if wanted != peer.wakes_for_room {
             peer.wakes_for_room = wanted;
@@ -337,17 +365,9 @@ impl StreamQueue {
         Ok(())
     }
 
-    fn set_link(&self, up: bool) {
-        if self.link.set(up) {
-            self.port.status.wake();
-        }
-    }
-
     fn part(&mut self, gone: Gone) {
         let Some(peer) = self.peer.take() else { return };
-        if let Some(task) = self.port.lanes[0].task.get() {
-            task.unwatch(&peer.socket);
-        }
+        self.waiter.task.unwatch(&peer.socket);
         let (device, path) = (&self.port.name, self.path.display());
         match gone {
             Gone::Ended => tracing::info!(device, %path, "the stream's peer has gone"),
@@ -358,21 +378,18 @@ impl StreamQueue {
         }
         self.counters.disconnects.one();
         self.retry = Some(Instant::now() + RETRY);
-        self.set_link(false);
+        self.link.set_carrier(false);
     }
 
     /// Delivers frames of the peer until there is none, or no buffer, or the budget is used up.
-    fn deliver(&mut self, view: &View<'_>, budget: u32) -> Result<u32, Gone> {
+    fn deliver(&mut self, sink: &mut dyn RxSink, budget: u32) -> Result<u32, Gone> {
         let Some(peer) = &mut self.peer else { return Ok(0) };
         peer.flush()?;
-        let lane = &self.port.lanes[0];
-        let mut guard = lock(&lane.rx);
-        let Some(rx) = guard.as_mut() else { return Ok(0) };
         let mut done = 0;
         while done < budget {
             let (range, skipped) = peer.next(self.port.mtu + ETH_OVERHEAD)?;
             if skipped {
-                lane.counters.rx.drops.too_long.one();
+                sink.count_drop(RxDrop::TooLong);
             }
             let Some(range) = range else {
                 if skipped || peer.fill()? {
@@ -385,19 +402,12 @@ impl StreamQueue {
             };
             let end = range.end;
             match Packet::plain(&peer.input[range]) {
-                None => lane.counters.rx.drops.bad_frame.one(),
-                Some(packet) if !self.port.accepts(packet.destination()) => {}
-                // Here nobody is held up but the peer: its frames wait in the socket for as long as
-                // it takes.
-                Some(packet) if !rx.has_room(view, packet.len()) => {
-                    if let Some(task) = lane.task.get() {
-                        rx.wait(self.port.key(0), task);
-                    }
-                    break;
-                }
+                None => sink.count_drop(RxDrop::BadFrame),
+                // Only the peer is held up: its frames wait in the socket for as long as it takes.
                 Some(packet) => {
-                    if rx.deliver_in(view, &packet, true) == Delivery::TooLong {
-                        lane.counters.rx.drops.too_long.one();
+                    if let Delivery::Full { .. } = sink.deliver(&packet, OnFull::Wait) {
+                        sink.wait(&self.waiter);
+                        break;
                     }
                 }
             }
@@ -410,18 +420,18 @@ impl StreamQueue {
 
 impl Queue for StreamQueue {
     fn send(&mut self, packet: &Packet<'_>) -> Sent {
-        let Some(peer) = &mut self.peer else { return Sent::Dropped(DropReason::NoLink) };
+        let Some(peer) = &mut self.peer else { return Sent::Dropped(TxDrop::NoLink) };
         // Pushing first: a wait must follow an attempt that found the socket full, or else nothing
         // would end it.
         if peer.waits() && peer.flush().is_ok() && peer.waits() {
             return Sent::Wait { until: None, moved: false };
         }
-        if packet.header.fits(0) {
+        if packet.header.fits(Offloads::NONE) {
             peer.push(packet);
             return Sent::Done { units: 1 };
         }
         let Some(count) = self.plain.load(packet) else {
-            return Sent::Dropped(DropReason::BadHeader);
+            return Sent::Dropped(TxDrop::BadFrame);
         };
         for i in 0..count {
             if let Some(piece) = Packet::plain(self.plain.piece(i)) {
@@ -437,11 +447,11 @@ impl Queue for StreamQueue {
         }
     }
 
-    fn receive(&mut self, view: &View<'_>, budget: u32) -> Result<u32, ErrorCode> {
+    fn receive(&mut self, sink: &mut dyn RxSink, budget: u32) -> Result<u32, ErrorCode> {
         if self.peer.is_none() {
             self.seek()?;
         }
-        let delivered = self.deliver(view, budget).and_then(|count| {
+        let delivered = self.deliver(sink, budget).and_then(|count| {
             self.watch_room().map_err(Gone::Failed)?;
             Ok(count)
         });
@@ -468,14 +478,12 @@ impl Queue for StreamQueue {
 
 impl Drop for StreamQueue {
     fn drop(&mut self) {
-        if let Some(task) = self.port.lanes[0].task.get() {
-            if let Some(listener) = &self.listener {
-                task.unwatch(listener);
-            }
-            if let Some(peer) = &self.peer {
-                task.unwatch(&peer.socket);
-            }
+        if let Some(listener) = &self.listener {
+            self.waiter.task.unwatch(&**listener);
         }
-        self.link.set(false);
+        if let Some(peer) = &self.peer {
+            self.waiter.task.unwatch(&peer.socket);
+        }
+        self.link.set_carrier(false);
     }
 }

@@ -1,8 +1,7 @@
-//! A capture file (the classic pcap format, microseconds, Ethernet) of what a driver sends and
-//! receives.
+//! A capture file in the classic pcap format (microseconds, Ethernet).
 //!
-//! The tasks put records into a bounded buffer; a thread of its own writes them out. Records that
-//! find the buffer full are counted and left out: a slow disk costs records, never frames.
+//! Tasks put records into a bounded buffer, and a thread writes them to the file. Records that find
+//! the buffer full are counted and left out: a slow disk costs records, never frames.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -11,10 +10,9 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use vbus_core::Counter;
+use vbus_core::{Counter, lock};
 
-use super::frame::Packet;
-use vbus_core::lock;
+use crate::frame::Packet;
 
 const MAGIC: u32 = 0xa1b2_c3d4;
 const VERSION: [u16; 2] = [2, 4];
@@ -28,15 +26,16 @@ struct Buffer {
     end: bool,
 }
 
+/// Where tasks put records, and the thread takes them.
 #[derive(Default)]
-struct Shared {
+struct Records {
     buffer: Mutex<Buffer>,
     news: Condvar,
 }
 
 /// A capture file that is being written.
-pub struct Capture {
-    shared: Arc<Shared>,
+pub struct PcapFile {
+    waiting: Arc<Records>,
     snap: usize,
     thread: Option<JoinHandle<()>>,
     /// Frames recorded.
@@ -45,9 +44,9 @@ pub struct Capture {
     pub left_out: Counter,
 }
 
-impl Capture {
+impl PcapFile {
     /// Makes (or overwrites) the file; of each frame the first `snap` bytes are kept.
-    pub fn create(path: &Path, snap: u32) -> io::Result<Capture> {
+    pub fn create(path: &Path, snap: u32) -> io::Result<PcapFile> {
         let mut file = File::create(path)?;
         let mut head = Vec::new();
         head.extend_from_slice(&MAGIC.to_le_bytes());
@@ -55,8 +54,8 @@ impl Capture {
         head.extend_from_slice(&[0; 8]); // Time zone and accuracy: never used.
         head.extend([snap, LINKTYPE_ETHERNET].into_iter().flat_map(u32::to_le_bytes));
         file.write_all(&head)?;
-        let shared = Arc::new(Shared::default());
-        let (theirs, path) = (shared.clone(), path.to_owned());
+        let waiting = Arc::new(Records::default());
+        let (theirs, path) = (waiting.clone(), path.to_owned());
         let thread = std::thread::Builder::new()
             .name("vbus-pcap".into())
             .stack_size(128 << 10)
@@ -66,8 +65,8 @@ impl Capture {
                 }
             })?;
         let snap = usize::try_from(snap).unwrap_or(usize::MAX);
-        Ok(Capture {
-            shared,
+        Ok(PcapFile {
+            waiting,
             snap,
             thread: Some(thread),
             records: Counter::default(),
@@ -77,12 +76,12 @@ impl Capture {
 
     /// Records a frame.
     pub fn record(&self, packet: &Packet<'_>) {
-        let len = packet.len();
+        let len = packet.bytes();
         let kept = len.min(self.snap);
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         // Seconds of the format are 32 bits wide, until 2106.
         let seconds = u32::try_from(now.as_secs()).unwrap_or(u32::MAX);
-        let mut buffer = lock(&self.shared.buffer);
+        let mut buffer = lock(&self.waiting.buffer);
         if buffer.end || buffer.bytes.len() + kept + 16 > BUFFER_MAX {
             drop(buffer);
             self.left_out.one();
@@ -101,12 +100,12 @@ impl Capture {
         drop(buffer);
         self.records.one();
         if first {
-            self.shared.news.notify_one();
+            self.waiting.news.notify_one();
         }
     }
 }
 
-impl Shared {
+impl Records {
     fn write_out(&self, file: &mut File) -> io::Result<()> {
         let mut out = Vec::new();
         loop {
@@ -128,10 +127,10 @@ impl Shared {
     }
 }
 
-impl Drop for Capture {
+impl Drop for PcapFile {
     fn drop(&mut self) {
-        lock(&self.shared.buffer).end = true;
-        self.shared.news.notify_one();
+        lock(&self.waiting.buffer).end = true;
+        self.waiting.news.notify_one();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join(); // It panicked: the file is as complete as it will be.
         }

@@ -1,11 +1,11 @@
-//! What the other side cannot take, done here: checksums filled in, large segments cut into frames.
+//! Undoes offloads for a receiver that does not take them: fills in checksums, and cuts large
+//! segments into frames.
 
-use super::frame::{Header, Packet, flag};
+use crate::frame::{Header, Packet, VLAN, flag};
 
 const ETHERTYPE_AT: usize = 12;
 const IPV4: u16 = 0x0800;
 const IPV6: u16 = 0x86dd;
-const VLAN: [u16; 2] = [0x8100, 0x88a8];
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 const TCP_FIN: u8 = 0x01;
@@ -182,8 +182,10 @@ fn checksum(initial: u64, bytes: &[u8]) -> u16 {
 #[cfg(test)]
 #[allow(clippy::cast_possible_truncation)] // Small numbers.
 mod tests {
-    use super::super::frame::Body;
     use super::*;
+    use vbus_tap::Offloads;
+
+    use crate::frame::Body;
 
     /// A frame with headers of the given kind, payload of `len` bytes, and the checksum field as
     /// Linux leaves it.
@@ -230,7 +232,7 @@ mod tests {
 
     fn packet(header: Header, frame: &[u8]) -> Packet<'_> {
         let (eth, body) = frame.split_first_chunk().unwrap();
-        Packet { header, eth: *eth, body: Body::Bytes(body) }
+        Packet { hash: None, header, eth: *eth, body: Body::Bytes(body) }
     }
 
     /// Adds up as RFC 1071 says, by the letter.
@@ -351,7 +353,7 @@ mod tests {
                 csum_offset: [6, 16, 300][next() % 3],
                 ..header
             };
-            if header.check(bytes.len(), 7, 1500) {
+            if header.check(bytes.len(), Offloads::ALL) {
                 let mut plain = Plain::default();
                 let pieces = plain.load(&packet(header, &bytes)).unwrap_or(0);
                 (0..pieces).for_each(|i| assert!(plain.piece(i).len() <= bytes.len()));

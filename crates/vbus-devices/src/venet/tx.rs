@@ -1,0 +1,107 @@
+//! A transmit ring: frames of the driver, checked one by one.
+
+use vbus_core::memory::{DriverSlice, View};
+use vbus_core::shm::abi::venet::HEADER_BYTES;
+use vbus_core::shm::ring::{DeviceEnd, Entry, NEXT};
+use vbus_core::{ErrorCode, Interrupt, Window};
+use vbus_net::{Body, CHAIN_MAX, ETH_BYTES, FRAME_MAX, Header, Offloads, Packet};
+
+/// The next frame of the transmit ring: its entries, and when they are complete, what its header
+/// said.
+#[derive(Default)]
+struct Chain {
+    entries: Vec<Entry>,
+    bytes: usize,
+    head: Option<(Header, [u8; ETH_BYTES])>,
+}
+
+/// The transmit ring of a queue pair.
+pub struct TxQueue {
+    pub ring: DeviceEnd<Window>,
+    pub interrupt: Interrupt,
+    chain: Chain,
+    /// Whether entries were taken since [`begin`](Self::begin).
+    pub took: bool,
+}
+
+/// What the transmit ring has next.
+pub enum Next {
+    /// No frame that is complete.
+    Nothing,
+    /// A frame.
+    Frame(Header, [u8; ETH_BYTES]),
+    /// A frame that is shorter than an Ethernet header.
+    Short,
+    /// A frame whose header is wrong, or that is too long.
+    BadHeader,
+}
+
+impl TxQueue {
+    pub fn new(ring: DeviceEnd<Window>, interrupt: Interrupt) -> TxQueue {
+        let chain = Chain { entries: Vec::with_capacity(CHAIN_MAX), ..Chain::default() };
+        TxQueue { ring, interrupt, chain, took: false }
+    }
+
+    /// The next frame of the ring, or the one that had to wait. `parts` gets what follows its
+    /// Ethernet header. `offloads` are those that the driver may use.
+    pub fn next<'v>(
+        &mut self,
+        view: &'v View<'_>,
+        parts: &mut Vec<DriverSlice<'v>>,
+        offloads: Offloads,
+        mtu: usize,
+    ) -> Result<Next, ErrorCode> {
+        let chain = &mut self.chain;
+        while chain.entries.last().is_none_or(|last| last.flags & NEXT != 0) {
+            let Some(entry) = self.ring.take()? else { return Ok(Next::Nothing) };
+            chain.bytes = chain.bytes.saturating_add(entry.len as usize);
+            if entry.len == 0 || chain.entries.len() == CHAIN_MAX || chain.bytes > FRAME_MAX {
+                return Err(ErrorCode::BAD_LENGTH);
+            }
+            chain.entries.push(entry);
+            // A part of a frame is progress too: what the ring was armed for has come, and the task
+            // must arm again before it sleeps.
+            self.took = true;
+        }
+        const HEAD: usize = HEADER_BYTES + ETH_BYTES;
+        let mut head = [0; HEAD];
+        let mut at = 0;
+        for entry in &chain.entries {
+            let slice = view.slice(entry.addr, u64::from(entry.len), false)?;
+            let (front, rest) = slice.split_at(HEAD - at);
+            at += front.copy_to(&mut head[at..]);
+            if !rest.is_empty() {
+                parts.push(rest);
+            }
+        }
+        if at < HEAD {
+            return Ok(Next::Short);
+        }
+        // The header is read and checked once. A frame that waits is sent later with the header
+        // that was checked, whatever the driver has written since.
+        if let Some((header, eth)) = chain.head {
+            return Ok(Next::Frame(header, eth));
+        }
+        let (mut front, mut eth) = ([0; HEADER_BYTES], [0; ETH_BYTES]);
+        front.copy_from_slice(&head[..HEADER_BYTES]);
+        eth.copy_from_slice(&head[HEADER_BYTES..]);
+        let mut header = Header::parse(&front);
+        if !header.check(chain.bytes - HEADER_BYTES, offloads) {
+            return Ok(Next::BadHeader);
+        }
+        if !(Packet { hash: None, header, eth, body: Body::Driver(parts) }).fits_mtu(mtu) {
+            return Ok(Next::BadHeader);
+        }
+        chain.head = Some((header, eth));
+        Ok(Next::Frame(header, eth))
+    }
+
+    /// The frame was sent or dropped: gives its entries back.
+    pub fn done(&mut self) {
+        for entry in self.chain.entries.drain(..) {
+            self.ring.give_back(entry);
+        }
+        self.chain.bytes = 0;
+        self.chain.head = None;
+    }
+}

@@ -1,0 +1,253 @@
+//! A decorator around a back end: records the frames that a driver sends and receives in a capture
+//! file.
+
+use std::io::IoSliceMut;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use serde_json::{Value, json};
+use vbus_core::shm::signal::Armed;
+use vbus_core::{CreateError, ErrorCode, TaskHandle, lock};
+use vbus_tap::{HEADER_BYTES, Mac, Offloads};
+
+use crate::backend::{Backend, Plug, Port, Queue, Sent};
+use crate::frame::{Body, ETH_BYTES, FRAME_MAX, Header, Packet};
+use crate::pcap::PcapFile;
+use crate::sink::{Delivery, OnFull, Read, Reserved, RxDrop, RxSink, SharedSink, Waiter};
+
+/// A back end whose frames are recorded as they pass the driver's rings. Frames to the driver are
+/// copied once more than without it.
+pub struct Captured {
+    inner: Box<dyn Backend>,
+    path: PathBuf,
+    file: Arc<PcapFile>,
+}
+
+impl Captured {
+    /// Records what passes `inner` in the file `path`, which is made or overwritten. Of each frame
+    /// it keeps the first `snap` bytes.
+    pub fn new(inner: Box<dyn Backend>, path: &Path, snap: u32) -> Result<Captured, CreateError> {
+        let file = PcapFile::create(path, snap)
+            .map_err(|error| CreateError(format!("pcap = {path:?}: {error}")))?;
+        Ok(Captured { inner, path: path.into(), file: Arc::new(file) })
+    }
+}
+
+impl Backend for Captured {
+    fn tx_offloads(&self) -> Offloads {
+        self.inner.tx_offloads()
+    }
+
+    fn rx_offloads(&self) -> Offloads {
+        self.inner.rx_offloads()
+    }
+
+    fn shares_sinks(&self) -> bool {
+        self.inner.shares_sinks()
+    }
+
+    fn steers(&self) -> bool {
+        self.inner.steers()
+    }
+
+    fn plug(&self, port: Arc<Port>) -> Result<Arc<dyn Plug>, ErrorCode> {
+        let lane = |sink: &SharedSink| -> SharedSink {
+            let (sink, file) = (sink.clone(), self.file.clone());
+            Arc::new(Mutex::new(SharedRecorder { sink, file }))
+        };
+        let lanes = port.lanes.iter().map(lane).collect();
+        let inner = self.inner.plug(Arc::new(port.with_lanes(lanes)))?;
+        Ok(Arc::new(CapturedPlug { inner, file: self.file.clone() }))
+    }
+
+    fn inspect(&self) -> Value {
+        let mut value = self.inner.inspect();
+        value["pcap"] = json!({
+            "file": self.path,
+            "records": self.file.records,
+            "left-out": self.file.left_out,
+        });
+        value
+    }
+}
+
+struct CapturedPlug {
+    inner: Arc<dyn Plug>,
+    file: Arc<PcapFile>,
+}
+
+impl Plug for CapturedPlug {
+    fn queue(&self, index: u16, task: &TaskHandle) -> Result<Box<dyn Queue>, ErrorCode> {
+        let inner = self.inner.queue(index, task)?;
+        Ok(Box::new(CapturedQueue { inner, file: self.file.clone(), buffer: Vec::new() }))
+    }
+
+    fn set_queues(&self, queues: u16) -> Result<(), ErrorCode> {
+        self.inner.set_queues(queues)
+    }
+
+    fn set_rx_offloads(&self, offloads: Offloads) -> Result<(), ErrorCode> {
+        self.inner.set_rx_offloads(offloads)
+    }
+
+    fn set_mac(&self, mac: Mac) -> bool {
+        self.inner.set_mac(mac)
+    }
+
+    fn filter_changed(&self) {
+        self.inner.filter_changed();
+    }
+}
+
+struct CapturedQueue {
+    inner: Box<dyn Queue>,
+    file: Arc<PcapFile>,
+    /// For frames that are read.
+    buffer: Vec<u8>,
+}
+
+impl Queue for CapturedQueue {
+    fn send(&mut self, packet: &Packet<'_>) -> Sent {
+        let sent = self.inner.send(packet);
+        if let Sent::Done { .. } = sent {
+            self.file.record(packet);
+        }
+        sent
+    }
+
+    fn flush(&mut self) {
+        self.inner.flush();
+    }
+
+    fn receive(&mut self, sink: &mut dyn RxSink, budget: u32) -> Result<u32, ErrorCode> {
+        let mut recorder = Recorder { sink, file: &self.file, buffer: &mut self.buffer };
+        self.inner.receive(&mut recorder, budget)
+    }
+
+    fn arm(&mut self) -> Armed {
+        self.inner.arm()
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.inner.deadline()
+    }
+}
+
+/// Delivers to `sink`, and records what it takes.
+fn deliver(
+    sink: &mut dyn RxSink,
+    file: &PcapFile,
+    packet: &Packet<'_>,
+    on_full: OnFull,
+) -> Delivery {
+    let delivery = sink.deliver(packet, on_full);
+    if delivery == Delivery::Delivered {
+        file.record(packet);
+    }
+    delivery
+}
+
+/// A receive queue that is lent for a poll.
+struct Recorder<'a> {
+    sink: &'a mut dyn RxSink,
+    file: &'a PcapFile,
+    buffer: &'a mut Vec<u8>,
+}
+
+impl RxSink for Recorder<'_> {
+    fn deliver(&mut self, packet: &Packet<'_>, on_full: OnFull) -> Delivery {
+        deliver(self.sink, self.file, packet, on_full)
+    }
+
+    fn has_room(&mut self, bytes: usize) -> bool {
+        self.sink.has_room(bytes)
+    }
+
+    /// Reads the frame into memory of its own first: what is in the driver's buffers the driver can
+    /// change before it is recorded.
+    fn reserve(&mut self, read: &mut Read<'_>) -> Reserved {
+        const HEAD: usize = HEADER_BYTES + ETH_BYTES;
+        if !self.sink.has_room(self.sink.longest()) {
+            return Reserved::Full;
+        }
+        self.buffer.resize(FRAME_MAX, 0);
+        let mut head = [0; HEAD];
+        let mut vector = [IoSliceMut::new(&mut head), IoSliceMut::new(self.buffer)];
+        let len = match read(&mut vector) {
+            Ok(len) if len >= HEAD => len,
+            Ok(_) => return Reserved::Nothing,
+            Err(error) => return Reserved::Failed(error),
+        };
+        let (mut front, mut eth) = ([0; HEADER_BYTES], [0; ETH_BYTES]);
+        front.copy_from_slice(&head[..HEADER_BYTES]);
+        eth.copy_from_slice(&head[HEADER_BYTES..]);
+        let body = Body::Bytes(&self.buffer[..(len - HEAD).min(FRAME_MAX)]);
+        let packet = Packet { hash: None, header: Header::parse(&front), eth, body };
+        if deliver(self.sink, self.file, &packet, OnFull::Drop) == Delivery::NeedsCut {
+            // The driver has changed its offloads while the frame was on its way.
+            self.sink.count_drop(RxDrop::BadFrame);
+        }
+        Reserved::Frame
+    }
+
+    fn longest(&self) -> usize {
+        self.sink.longest()
+    }
+
+    fn post(&mut self) {
+        self.sink.post();
+    }
+
+    fn wait(&mut self, waiter: &Waiter) {
+        self.sink.wait(waiter);
+    }
+
+    fn arm(&mut self) -> Armed {
+        self.sink.arm()
+    }
+
+    fn count_drop(&mut self, reason: RxDrop) {
+        self.sink.count_drop(reason);
+    }
+}
+
+/// A receive queue that others deliver to.
+struct SharedRecorder {
+    sink: SharedSink,
+    file: Arc<PcapFile>,
+}
+
+impl RxSink for SharedRecorder {
+    fn deliver(&mut self, packet: &Packet<'_>, on_full: OnFull) -> Delivery {
+        deliver(&mut *lock(&self.sink), &self.file, packet, on_full)
+    }
+
+    fn has_room(&mut self, bytes: usize) -> bool {
+        lock(&self.sink).has_room(bytes)
+    }
+
+    fn reserve(&mut self, _read: &mut Read<'_>) -> Reserved {
+        Reserved::Nothing // Frames come through `deliver` from other devices.
+    }
+
+    fn longest(&self) -> usize {
+        lock(&self.sink).longest()
+    }
+
+    fn post(&mut self) {
+        lock(&self.sink).post();
+    }
+
+    fn wait(&mut self, waiter: &Waiter) {
+        lock(&self.sink).wait(waiter);
+    }
+
+    fn arm(&mut self) -> Armed {
+        lock(&self.sink).arm()
+    }
+
+    fn count_drop(&mut self, reason: RxDrop) {
+        lock(&self.sink).count_drop(reason);
+    }
+}

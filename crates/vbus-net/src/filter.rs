@@ -1,0 +1,197 @@
+//! Which frames a driver wants to receive.
+
+use std::sync::RwLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use vbus_tap::{BROADCAST, Mac, is_group};
+
+use crate::frame::Packet;
+
+/// A bit for each VLAN id: id `n` is bit `n % 64` of word `n / 64`.
+pub type Vlans = [u64; 64];
+
+const VLAN_TAG: u16 = 0x8100;
+/// Set in the word of the address: VLAN ids count.
+const BY_VLAN: u64 = 1 << 48;
+
+/// The receive filter of a driver. Back ends read it while the driver changes it.
+#[derive(Debug)]
+pub struct Filter {
+    /// The driver's address in the low 48 bits, first byte lowest; [`BY_VLAN`]. Frames to this
+    /// address are most of them: no lock is taken for these. The word says all that it means by
+    /// itself, so all accesses are relaxed.
+    own: AtomicU64,
+    rules: RwLock<Rules>,
+}
+
+#[derive(Debug, Default)]
+struct Rules {
+    addresses: Addresses,
+    vlans: Option<Box<Vlans>>,
+}
+
+/// Which addresses pass, besides the driver's own and the broadcast address.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Addresses {
+    /// All addresses.
+    pub promiscuous: bool,
+    /// All multicast addresses.
+    pub all_multicast: bool,
+    /// These addresses.
+    pub listed: Vec<Mac>,
+}
+
+impl Filter {
+    /// A filter that passes frames to `mac` and the broadcast address, of all VLANs.
+    pub fn new(mac: Mac) -> Filter {
+        Filter { own: AtomicU64::new(word(mac)), rules: RwLock::default() }
+    }
+
+    /// The driver's own address.
+    pub fn mac(&self) -> Mac {
+        let mut mac = Mac::default();
+        mac.copy_from_slice(&self.own.load(Ordering::Relaxed).to_le_bytes()[..6]);
+        mac
+    }
+
+    /// Changes the driver's own address.
+    pub fn set_mac(&self, mac: Mac) {
+        let mut rules = self.write();
+        self.set_own(mac, &mut rules);
+    }
+
+    /// Replaces the addresses that pass.
+    pub fn set_addresses(&self, addresses: Addresses) {
+        self.write().addresses = addresses;
+    }
+
+    /// Replaces the VLAN ids that pass; `None`: all. Frames without a tag, and those with a tag of
+    /// id 0, pass always.
+    pub fn set_vlans(&self, vlans: Option<Box<Vlans>>) {
+        let mut rules = self.write();
+        rules.vlans = vlans;
+        self.set_own(self.mac(), &mut rules);
+    }
+
+    /// Whether frames to `mac` pass.
+    pub fn accepts(&self, mac: Mac) -> bool {
+        if mac == self.mac() || mac == BROADCAST {
+            return true;
+        }
+        self.read().addresses.pass(mac)
+    }
+
+    /// Whether the frame passes, by address and VLAN.
+    pub fn wants(&self, packet: &Packet<'_>) -> bool {
+        let to = packet.destination();
+        if self.own.load(Ordering::Relaxed) == word(to) {
+            return true;
+        }
+        let rules = self.read();
+        let by_address = to == self.mac() || to == BROADCAST || rules.addresses.pass(to);
+        by_address && rules.vlans.as_deref().is_none_or(|vlans| in_vlans(packet, vlans))
+    }
+
+    /// Under the lock of the rules, so that address and flag stay together.
+    fn set_own(&self, mac: Mac, rules: &mut Rules) {
+        let flag = if rules.vlans.is_some() { BY_VLAN } else { 0 };
+        self.own.store(word(mac) | flag, Ordering::Relaxed);
+    }
+
+    fn read(&self) -> std::sync::RwLockReadGuard<'_, Rules> {
+        self.rules.read().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn write(&self) -> std::sync::RwLockWriteGuard<'_, Rules> {
+        self.rules.write().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+impl Addresses {
+    fn pass(&self, mac: Mac) -> bool {
+        self.promiscuous || self.all_multicast && is_group(mac) || self.listed.contains(&mac)
+    }
+}
+
+fn word(mac: Mac) -> u64 {
+    let mut bytes = [0; 8];
+    bytes[..6].copy_from_slice(&mac);
+    u64::from_le_bytes(bytes)
+}
+
+fn in_vlans(packet: &Packet<'_>, vlans: &Vlans) -> bool {
+    if packet.ethertype() != VLAN_TAG {
+        return true;
+    }
+    let mut head = [0; 16];
+    if packet.head(&mut head) < head.len() {
+        return true;
+    }
+    let id = usize::from(u16::from_be_bytes([head[14], head[15]]) & 0xfff);
+    id == 0 || vlans[id / 64] >> (id % 64) & 1 != 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OWN: Mac = [2, 0, 0, 0, 0, 1];
+    const GROUP: Mac = [0x33, 0x33, 0, 0, 0, 1];
+    const OTHER: Mac = [2, 0, 0, 0, 0, 9];
+
+    /// What passes of a frame to each of the four addresses.
+    fn passes(filter: &Filter) -> [bool; 4] {
+        [OWN, BROADCAST, GROUP, OTHER].map(|mac| {
+            let frame = [&mac[..], &[0; 20]].concat();
+            let wants = filter.wants(&Packet::plain(&frame).unwrap());
+            assert_eq!(wants, filter.accepts(mac));
+            wants
+        })
+    }
+
+    #[test]
+    fn passes_what_was_asked_for() {
+        let filter = Filter::new(OWN);
+        assert_eq!(passes(&filter), [true, true, false, false]);
+        let listed = |mac| Addresses { listed: vec![mac], ..Addresses::default() };
+        filter.set_addresses(listed(OTHER));
+        assert_eq!(passes(&filter), [true, true, false, true]);
+        filter.set_addresses(listed(GROUP));
+        assert_eq!(passes(&filter), [true, true, true, false]);
+        filter.set_addresses(Addresses { all_multicast: true, ..Addresses::default() });
+        assert_eq!(passes(&filter), [true, true, true, false]);
+        filter.set_addresses(Addresses { promiscuous: true, ..Addresses::default() });
+        assert_eq!(passes(&filter), [true; 4]);
+        filter.set_addresses(Addresses::default());
+        filter.set_mac(OTHER);
+        assert_eq!((filter.mac(), passes(&filter)), (OTHER, [false, true, false, true]));
+    }
+
+    #[test]
+    fn passes_the_vlans_that_were_asked_for() {
+        let filter = Filter::new(OWN);
+        let passes = |tag: &[u8]| {
+            let frame = [&OWN[..], &[2; 6], tag, &[0x88, 0xb5], &[0; 20]].concat();
+            filter.wants(&Packet::plain(&frame).unwrap())
+        };
+        let all = |expected: [bool; 4]| {
+            let tags: [&[u8]; 4] =
+                [&[], &[0x81, 0, 0xe0, 0], &[0x81, 0, 0xe0, 5], &[0x81, 0, 0x0f, 0xff]];
+            assert_eq!(tags.map(passes), expected);
+        };
+        all([true; 4]);
+        let mut vlans = Box::new([0; 64]);
+        filter.set_vlans(Some(vlans.clone()));
+        all([true, true, false, false]);
+        vlans[0] = 1 << 5;
+        filter.set_vlans(Some(vlans.clone()));
+        all([true, true, true, false]);
+        vlans[63] = 1 << 63;
+        filter.set_vlans(Some(vlans));
+        filter.set_mac(OWN);
+        all([true; 4]);
+        assert_eq!(filter.mac(), OWN);
+        filter.set_vlans(None);
+        all([true; 4]);
+    }
+}

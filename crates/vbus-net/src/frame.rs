@@ -1,0 +1,396 @@
+//! A frame on its way between a front and a back end: the header before it, its Ethernet header,
+//! and the rest.
+
+use vbus_core::memory::DriverSlice;
+use vbus_tap::{HEADER_BYTES, Mac, Offloads};
+
+use crate::rss::Hash;
+
+/// Bytes of an Ethernet header without tags.
+pub const ETH_BYTES: usize = 14;
+/// Bytes of a VLAN tag.
+pub const TAG_BYTES: usize = 4;
+/// Bytes that a frame may have beyond its MTU: the Ethernet header and two VLAN tags.
+pub const ETH_OVERHEAD: usize = ETH_BYTES + 2 * TAG_BYTES;
+/// The most bytes of a frame with its header: a segment of 64 KiB, its Ethernet header, two tags.
+pub const FRAME_MAX: usize = HEADER_BYTES + 65536 + ETH_OVERHEAD;
+/// The most buffers that one frame may take.
+pub const CHAIN_MAX: usize = 20;
+/// The most pieces of a frame in this process's memory: its buffers, and one more wherever the
+/// driver's maps meet within one.
+pub const PIECES_MAX: usize = FRAME_MAX.div_ceil(4096) + 2 * CHAIN_MAX;
+
+/// The EtherTypes before a VLAN tag: IEEE 802.1Q, and that of the outer one of two tags, 802.1ad.
+pub const VLAN: [u16; 2] = [0x8100, 0x88a8];
+
+/// Bits and values of the virtio-net header (virtio 1.3, 5.1.6).
+pub mod flag {
+    /// The checksum from `csum_start` on is left to the receiver.
+    pub const NEEDS_CSUM: u8 = 1;
+    /// No segmentation.
+    pub const GSO_NONE: u8 = 0;
+    /// TCP over IPv4.
+    pub const GSO_TCPV4: u8 = 1;
+    /// TCP over IPv6.
+    pub const GSO_TCPV6: u8 = 4;
+    /// UDP, into datagrams.
+    pub const GSO_UDP: u8 = 5;
+    /// Together with one of the above: the CWR flag of TCP is set.
+    pub const GSO_ECN: u8 = 0x80;
+}
+
+/// The most segments that one TCP frame may stand for: 64 KiB in segments of 48 bytes, the least
+/// that Linux sends.
+const TCP_SEGMENTS_MAX: usize = 65536 / 48;
+/// The most datagrams that one UDP frame may stand for: the limit of Linux.
+const UDP_SEGMENTS_MAX: usize = 128;
+
+/// The header before a frame, without its count of buffers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Header {
+    /// [`flag::NEEDS_CSUM`], and other flags from a back end.
+    pub flags: u8,
+    /// One of the `GSO_` values.
+    pub gso_type: u8,
+    /// Bytes of all headers; a hint.
+    pub hdr_len: u16,
+    /// Payload bytes of one segment.
+    pub gso_size: u16,
+    /// Where the checksum begins.
+    pub csum_start: u16,
+    /// Where it is put, from there.
+    pub csum_offset: u16,
+}
+
+impl Header {
+    /// From its bytes.
+    pub fn parse(bytes: &[u8; HEADER_BYTES]) -> Header {
+        let word = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
+        Header {
+            flags: bytes[0],
+            gso_type: bytes[1],
+            hdr_len: word(2),
+            gso_size: word(4),
+            csum_start: word(6),
+            csum_offset: word(8),
+        }
+    }
+
+    /// To its bytes, for a frame in `buffers` buffers.
+    pub fn bytes(&self, buffers: u16) -> [u8; HEADER_BYTES] {
+        let mut bytes = [0; HEADER_BYTES];
+        bytes[0] = self.flags;
+        bytes[1] = self.gso_type;
+        for (at, word) in [
+            (2, self.hdr_len),
+            (4, self.gso_size),
+            (6, self.csum_start),
+            (8, self.csum_offset),
+            (10, buffers),
+        ] {
+            bytes[at..at + 2].copy_from_slice(&word.to_le_bytes());
+        }
+        bytes
+    }
+
+    /// The kind of segmentation, without the congestion bit.
+    pub fn gso(&self) -> u8 {
+        self.gso_type & !flag::GSO_ECN
+    }
+
+    /// The offloads that a receiver needs, to take a frame with this header as it is.
+    pub fn needs(&self) -> Offloads {
+        let segments = match self.gso() {
+            flag::GSO_NONE if self.flags & flag::NEEDS_CSUM == 0 => return Offloads::NONE,
+            flag::GSO_NONE => return Offloads::CSUM,
+            flag::GSO_UDP => Offloads::USO,
+            flag::GSO_TCPV4 => Offloads::TSO4,
+            _ => Offloads::TSO6,
+        };
+        let ecn = self.gso_type & flag::GSO_ECN != 0;
+        Offloads::CSUM | segments | if ecn { Offloads::ECN } else { Offloads::NONE }
+    }
+
+    /// Whether a receiver with these offloads can take a frame with this header as it is.
+    pub fn fits(&self, offloads: Offloads) -> bool {
+        offloads.contains(self.needs())
+    }
+
+    /// Checks the header that a driver with these offloads wrote before a frame of `len` bytes, and
+    /// clears the fields that do not count. False if the frame must not go on. After a check that
+    /// succeeds every number in the header lies within the frame.
+    pub fn check(&mut self, len: usize, offloads: Offloads) -> bool {
+        // What a driver says of the checksum of its own frame is worth nothing.
+        self.flags &= flag::NEEDS_CSUM;
+        if !self.fits(offloads) {
+            return false;
+        }
+        if self.flags == 0 {
+            let plain = self.gso() == flag::GSO_NONE;
+            *self = Header::default();
+            return plain;
+        }
+        let (start, offset) = (usize::from(self.csum_start), usize::from(self.csum_offset));
+        if start < ETH_BYTES || start + offset + 2 > len {
+            return false;
+        }
+        let size = usize::from(self.gso_size);
+        let segments_max = match self.gso() {
+            flag::GSO_NONE => {
+                (self.gso_type, self.gso_size, self.hdr_len) = (0, 0, 0);
+                return true;
+            }
+            flag::GSO_TCPV4 | flag::GSO_TCPV6 if offset == 16 => TCP_SEGMENTS_MAX,
+            flag::GSO_UDP if offset == 6 => UDP_SEGMENTS_MAX,
+            _ => return false,
+        };
+        size != 0
+            && usize::from(self.hdr_len) <= len
+            && (len - start).div_ceil(size) <= segments_max
+    }
+
+    /// Bytes of the largest frame that a frame of `len` bytes with this header stands for: its own,
+    /// or those of a segment with its headers. The header was checked. The transport header of a
+    /// segment counts with the least that it can have, 20 bytes (TCP) or 8 (UDP).
+    pub fn frame_bytes(&self, len: usize) -> usize {
+        let transport = match self.gso() {
+            flag::GSO_NONE => return len,
+            flag::GSO_UDP => 8,
+            _ => 20,
+        };
+        len.min(usize::from(self.csum_start) + transport + usize::from(self.gso_size))
+    }
+}
+
+/// What follows the Ethernet header.
+#[derive(Clone, Copy)]
+pub enum Body<'a> {
+    /// In the sending driver's memory. The driver may write it at any time, so it is copied once,
+    /// and decisions are taken on copies.
+    Driver(&'a [DriverSlice<'a>]),
+    /// Ours.
+    Bytes(&'a [u8]),
+}
+
+impl Body<'_> {
+    /// Bytes.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Body::Driver(parts) => parts.iter().map(DriverSlice::len).sum(),
+            Body::Bytes(bytes) => bytes.len(),
+        }
+    }
+}
+
+/// A frame on its way.
+#[derive(Clone, Copy)]
+pub struct Packet<'a> {
+    /// The receive-side scaling hash, if somebody has computed it for the receiver's key.
+    pub hash: Option<Hash>,
+    /// The header before it, checked.
+    pub header: Header,
+    /// Its Ethernet header, a copy.
+    pub eth: [u8; ETH_BYTES],
+    /// The rest.
+    pub body: Body<'a>,
+}
+
+impl<'a> Packet<'a> {
+    /// A plain frame of our own; `None` if it is shorter than an Ethernet header.
+    pub fn plain(frame: &'a [u8]) -> Option<Packet<'a>> {
+        let (eth, body) = frame.split_first_chunk::<ETH_BYTES>()?;
+        let header = Header::default();
+        Some(Packet { hash: None, header, eth: *eth, body: Body::Bytes(body) })
+    }
+
+    /// Bytes of the frame.
+    pub fn bytes(&self) -> usize {
+        ETH_BYTES + self.body.bytes()
+    }
+
+    /// Where it goes.
+    pub fn destination(&self) -> Mac {
+        mac_at(&self.eth, 0)
+    }
+
+    /// Where it comes from.
+    pub fn source(&self) -> Mac {
+        mac_at(&self.eth, 6)
+    }
+
+    /// The EtherType behind the addresses, which may be that of a VLAN tag.
+    pub fn ethertype(&self) -> u16 {
+        u16::from_be_bytes([self.eth[12], self.eth[13]])
+    }
+
+    /// Copies the frame's first bytes to `out`; returns how many there are, `out.len()` at most.
+    pub fn head(&self, out: &mut [u8]) -> usize {
+        let eth = out.len().min(ETH_BYTES);
+        out[..eth].copy_from_slice(&self.eth[..eth]);
+        let mut at = eth;
+        match self.body {
+            Body::Bytes(bytes) => {
+                let n = bytes.len().min(out.len() - at);
+                out[at..at + n].copy_from_slice(&bytes[..n]);
+                at += n;
+            }
+            Body::Driver(parts) => {
+                for part in parts {
+                    at += part.copy_to(&mut out[at..]);
+                }
+            }
+        }
+        at
+    }
+
+    /// Whether the frame, or each segment that it stands for, is short enough for an MTU of `mtu`
+    /// bytes. A VLAN tag, and a second one behind it, do not count.
+    pub fn fits_mtu(&self, mtu: usize) -> bool {
+        let bytes = self.header.frame_bytes(self.bytes());
+        if bytes <= mtu + ETH_BYTES {
+            return true;
+        }
+        if bytes > mtu + ETH_OVERHEAD {
+            return false;
+        }
+        let mut head = [0; ETH_BYTES + TAG_BYTES];
+        self.head(&mut head);
+        let is_tag = |at: usize| VLAN.contains(&u16::from_be_bytes([head[at], head[at + 1]]));
+        let tags = if !is_tag(12) { 0 } else { 1 + usize::from(is_tag(16)) };
+        bytes <= mtu + ETH_BYTES + tags * TAG_BYTES
+    }
+
+    /// Appends the frame's first `max` bytes to `out`.
+    pub fn append_to(&self, out: &mut Vec<u8>, max: usize) {
+        let mut left = max.min(self.bytes());
+        let eth = left.min(ETH_BYTES);
+        out.extend_from_slice(&self.eth[..eth]);
+        left -= eth;
+        match self.body {
+            Body::Bytes(bytes) => out.extend_from_slice(&bytes[..left]),
+            Body::Driver(parts) => {
+                for part in parts {
+                    let n = part.len().min(left);
+                    let at = out.len();
+                    out.resize(at + n, 0);
+                    part.copy_to(&mut out[at..]);
+                    left -= n;
+                }
+            }
+        }
+    }
+}
+
+fn mac_at(eth: &[u8; ETH_BYTES], at: usize) -> Mac {
+    let mut mac = Mac::default();
+    mac.copy_from_slice(&eth[at..at + 6]);
+    mac
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ALL: Offloads = Offloads::ALL;
+
+    #[test]
+    fn a_header_survives_its_bytes() {
+        let header = Header {
+            flags: 1,
+            gso_type: 4,
+            hdr_len: 0x1234,
+            gso_size: 1448,
+            csum_start: 54,
+            csum_offset: 16,
+        };
+        let bytes = header.bytes(3);
+        assert_eq!(Header::parse(&bytes), header);
+        assert_eq!(bytes[10..], [3, 0]);
+    }
+
+    #[test]
+    fn headers_that_point_outside_their_frame_are_refused() {
+        let good = Header {
+            flags: 1,
+            gso_type: 1,
+            hdr_len: 54,
+            gso_size: 1448,
+            csum_start: 34,
+            csum_offset: 16,
+        };
+        let check = |header: Header, len, offloads| {
+            let mut header = header;
+            header.check(len, offloads)
+        };
+        let csum = Offloads::CSUM;
+        assert!(check(good, 60000, ALL));
+        assert!(!check(good, 60000, csum), "not negotiated");
+        assert!(!check(good, 60000, csum | Offloads::TSO6), "the wrong kind of IP");
+        let ecn = Header { gso_type: flag::GSO_TCPV4 | flag::GSO_ECN, ..good };
+        assert!(check(ecn, 60000, ALL));
+        assert!(!check(ecn, 60000, csum | Offloads::TSO4), "CWR was not negotiated");
+        assert!(!check(good, 51, ALL), "the checksum lies behind the frame");
+        assert!(!check(Header { hdr_len: 60001, ..good }, 60000, ALL));
+        assert!(!check(Header { gso_size: 0, ..good }, 60000, ALL));
+        assert!(
+            !check(Header { gso_size: 1, ..good }, 60000, ALL),
+            "a million segments for one frame"
+        );
+        assert!(!check(Header { csum_offset: 6, ..good }, 60000, ALL));
+        assert!(!check(Header { csum_start: 13, ..good }, 60000, ALL));
+        assert!(!check(Header { csum_start: u16::MAX, csum_offset: u16::MAX, ..good }, 60000, ALL));
+        assert!(!check(Header { gso_type: 3, ..good }, 60000, ALL), "an unknown kind");
+        assert!(!check(Header { flags: 0, ..good }, 60000, ALL), "segmentation without a checksum");
+        assert!(check(Header::default(), 1518, Offloads::NONE));
+        let only_csum = Header { flags: 1, csum_start: 34, csum_offset: 6, ..Header::default() };
+        assert!(!check(only_csum, 100, Offloads::NONE));
+        assert!(check(only_csum, 100, csum));
+    }
+
+    /// A frame of `len` bytes with these tags.
+    fn tagged(tags: usize, len: usize) -> Vec<u8> {
+        let mut frame = vec![2; 12];
+        for tag in VLAN.iter().rev().skip(2 - tags) {
+            frame.extend(tag.to_be_bytes());
+            frame.extend([0, 5]);
+        }
+        frame.extend([0x88, 0xb5]);
+        frame.resize(len, 7);
+        frame
+    }
+
+    #[test]
+    fn tags_do_not_count_for_the_mtu() {
+        for tags in 0..=2 {
+            let longest = 1514 + tags * TAG_BYTES;
+            let fits = |len| Packet::plain(&tagged(tags, len)).unwrap().fits_mtu(1500);
+            assert!(fits(longest), "{tags} tags");
+            assert!(!fits(longest + 1), "{tags} tags");
+        }
+        assert!(Packet::plain(&tagged(0, 14)).unwrap().fits_mtu(68));
+    }
+
+    #[test]
+    fn a_segment_is_as_long_as_the_mtu_allows() {
+        let frame = tagged(0, 30_000);
+        let fits = |gso_type, gso_size| {
+            let header =
+                Header { flags: 1, gso_type, gso_size, csum_start: 34, ..Header::default() };
+            Packet { header, ..Packet::plain(&frame).unwrap() }.fits_mtu(1500)
+        };
+        assert!(fits(flag::GSO_TCPV4, 1460) && !fits(flag::GSO_TCPV4, 1461));
+        assert!(fits(flag::GSO_UDP, 1472) && !fits(flag::GSO_UDP, 1473));
+    }
+
+    #[test]
+    fn the_head_is_the_frame_s_first_bytes() {
+        let frame = tagged(1, 100);
+        let packet = Packet::plain(&frame).unwrap();
+        for len in [0, 13, 14, 50, 100] {
+            let mut head = vec![0; len];
+            assert_eq!(packet.head(&mut head), len);
+            assert_eq!(head, frame[..len]);
+        }
+        assert_eq!(packet.head(&mut [0; 200]), 100);
+    }
+}

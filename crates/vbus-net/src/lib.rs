@@ -1,0 +1,55 @@
+//! Network back ends of vbus: what an Ethernet device is plugged into.
+//!
+//! A *front* is a device that a driver sees (`venet`, in another crate). It makes a [`Backend`]
+//! when it is created, and plugs its driver in when that has started ([`Backend::plug`]). Then each
+//! queue pair of the driver has a [`Queue`], which belongs to the task of that pair:
+//!
+//! - The front gives each frame of the driver to [`Queue::send`].
+//! - The front lends its receive queue, an [`RxSink`], to [`Queue::receive`], which puts frames
+//!   into the driver's buffers. Where other devices bring the frames ([`Backend::shares_sinks`]:
+//!   the switch) the front shares its receive queues instead, each under a lock ([`Port::lanes`]).
+//!
+//! A back end knows neither the front's rings nor its registers. Back ends are the [`Medium`]s
+//! switch, TAP interface, stream socket and null, and [`Captured`], which records what passes
+//! another one.
+//!
+//! ```
+//! use std::sync::Arc;
+//! use vbus_net::{Backend, Link, Medium, Offloads, Switches};
+//!
+//! let (switches, link) = (Switches::default(), Arc::new(Link::default()));
+//! let backend = Medium::Switch("lab".into()).open(&switches, 1, 1500, link.clone()).unwrap();
+//! assert!(backend.shares_sinks() && backend.tx_offloads() == Offloads::ALL);
+//! assert!(!link.is_up()); // until a driver is plugged in
+//! ```
+
+mod backend;
+mod capture;
+mod filter;
+mod frame;
+mod link;
+mod medium;
+mod null;
+mod offload;
+mod pcap;
+pub mod rss;
+mod sink;
+mod steering;
+mod stream;
+mod switch;
+mod tap;
+
+pub use backend::{Backend, Plug, Port, Queue, Sent, TxDrop};
+pub use capture::Captured;
+pub use filter::{Addresses, Filter, Vlans};
+pub use frame::{
+    Body, CHAIN_MAX, ETH_BYTES, ETH_OVERHEAD, FRAME_MAX, Header, PIECES_MAX, Packet, TAG_BYTES,
+    flag,
+};
+pub use link::Link;
+pub use medium::Medium;
+pub use rss::{Hash, Rss};
+pub use sink::{Delivery, OnFull, Read, Reserved, RxDrop, RxSink, SharedSink, Waiter};
+pub use steering::Steering;
+pub use switch::Switches;
+pub use vbus_tap::{BROADCAST, HEADER_BYTES, Mac, Offloads, is_group, parse_mac, show_mac};

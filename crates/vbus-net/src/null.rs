@@ -1,0 +1,110 @@
+//! Back end `null`: frames vanish. With a setting, frames come out of it without end. For
+//! benchmarks.
+
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+use vbus_core::{ErrorCode, TaskHandle};
+use vbus_tap::{Mac, Offloads};
+
+use crate::backend::{Backend, Plug, Port, Queue, Sent};
+use crate::frame::Packet;
+use crate::link::Link;
+use crate::sink::{Delivery, OnFull, RxSink, Waiter};
+
+/// Experimental EtherType (IEEE 802): no protocol stack takes these frames for its own.
+const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
+
+/// See the module.
+pub struct Null {
+    source_bytes: u16,
+    link: Arc<Link>,
+}
+
+impl Null {
+    /// A source of frames of `source_bytes` bytes (at least 14), or of none (0).
+    pub fn new(source_bytes: u16, link: Arc<Link>) -> Null {
+        Null { source_bytes, link }
+    }
+}
+
+impl Backend for Null {
+    fn tx_offloads(&self) -> Offloads {
+        Offloads::ALL
+    }
+
+    fn rx_offloads(&self) -> Offloads {
+        Offloads::ALL
+    }
+
+    fn steers(&self) -> bool {
+        false // Each queue has a source of its own.
+    }
+
+    fn plug(&self, port: Arc<Port>) -> Result<Arc<dyn Plug>, ErrorCode> {
+        self.link.set_carrier(true);
+        Ok(Arc::new(NullPlug { port, source_bytes: self.source_bytes, link: self.link.clone() }))
+    }
+
+    fn inspect(&self) -> Value {
+        json!({ "source-bytes": self.source_bytes })
+    }
+}
+
+struct NullPlug {
+    port: Arc<Port>,
+    source_bytes: u16,
+    link: Arc<Link>,
+}
+
+impl Plug for NullPlug {
+    fn queue(&self, index: u16, task: &TaskHandle) -> Result<Box<dyn Queue>, ErrorCode> {
+        let mut frame = vec![0; usize::from(self.source_bytes)];
+        if frame.len() >= 14 {
+            frame[6] = 2;
+            frame[12..14].copy_from_slice(&ETHERTYPE);
+        }
+        let waiter = Waiter { key: self.port.key(index), task: task.clone() };
+        Ok(Box::new(NullQueue { port: self.port.clone(), index, waiter, frame }))
+    }
+
+    fn set_mac(&self, mac: Mac) -> bool {
+        self.port.filter.set_mac(mac);
+        true
+    }
+}
+
+impl Drop for NullPlug {
+    fn drop(&mut self) {
+        self.link.set_carrier(false);
+    }
+}
+
+struct NullQueue {
+    port: Arc<Port>,
+    index: u16,
+    waiter: Waiter,
+    /// The frame that comes out; empty if none does.
+    frame: Vec<u8>,
+}
+
+impl Queue for NullQueue {
+    fn send(&mut self, _packet: &Packet<'_>) -> Sent {
+        Sent::Done { units: 1 }
+    }
+
+    fn receive(&mut self, sink: &mut dyn RxSink, budget: u32) -> Result<u32, ErrorCode> {
+        if self.frame.is_empty() || self.index >= self.port.steering.queues() {
+            return Ok(0);
+        }
+        self.frame[..6].copy_from_slice(&self.port.filter.mac());
+        let Some(packet) = Packet::plain(&self.frame) else { return Ok(0) };
+        for n in 0..budget {
+            if let Delivery::Full { .. } = sink.deliver(&packet, OnFull::Wait) {
+                sink.wait(&self.waiter);
+                return Ok(n);
+            }
+        }
+        Ok(budget)
+    }
+}

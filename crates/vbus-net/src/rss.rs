@@ -1,0 +1,212 @@
+//! Receive-side scaling: the Toeplitz hash of a frame, and the queue that the hash chooses.
+
+use crate::frame::{Packet, VLAN};
+
+/// Bytes of a key.
+pub const KEY_BYTES: usize = 40;
+
+/// Kinds of frames that are hashed, as bits (virtio 1.3, 5.1.6.5.6.4).
+pub mod kinds {
+    /// IPv4: by the addresses.
+    pub const IPV4: u32 = 1 << 0;
+    /// TCP over IPv4: by addresses and ports.
+    pub const TCPV4: u32 = 1 << 1;
+    /// UDP over IPv4: by addresses and ports.
+    pub const UDPV4: u32 = 1 << 2;
+    /// IPv6: by the addresses.
+    pub const IPV6: u32 = 1 << 3;
+    /// TCP over IPv6: by addresses and ports.
+    pub const TCPV6: u32 = 1 << 4;
+    /// UDP over IPv6: by addresses and ports.
+    pub const UDPV6: u32 = 1 << 5;
+    /// All of them.
+    pub const ALL: u32 = 0x3f;
+}
+
+/// The hash of a frame.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Hash {
+    /// The hash.
+    pub value: u32,
+    /// What was hashed: the number of the bit in [`kinds`], plus one; 0 if the frame is of no kind
+    /// that is hashed, and then `value` is 0.
+    pub kind: u16,
+}
+
+/// Key, kinds and indirection table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rss {
+    kinds: u32,
+    key: [u8; KEY_BYTES],
+    table: Vec<u16>,
+}
+
+/// The most bytes of a frame that the hash depends on: an Ethernet header with two tags, the
+/// longest IPv4 header, and the ports.
+const HEAD_BYTES: usize = 14 + 8 + 60 + 4;
+
+impl Rss {
+    /// Hashes frames of these kinds with `key`. `table` gives the queue for each value of the
+    /// hash's low bits; `None` unless its length is a power of two. With an empty table frames are
+    /// hashed, but no queue is chosen.
+    pub fn new(kinds: u32, key: [u8; KEY_BYTES], table: Vec<u16>) -> Option<Rss> {
+        let fits = table.is_empty() || table.len().is_power_of_two();
+        fits.then_some(Rss { kinds, key, table })
+    }
+
+    /// The queue that `hash` chooses, if there is a table. Frames that are not hashed have hash 0.
+    pub fn queue(&self, hash: Hash) -> Option<u16> {
+        let mask = self.table.len().checked_sub(1)?;
+        self.table.get(hash.value as usize & mask).copied()
+    }
+
+    /// The highest queue that the table names, if there is a table.
+    pub fn highest_queue(&self) -> Option<u16> {
+        self.table.iter().copied().max()
+    }
+
+    /// The hash of a frame.
+    pub fn hash(&self, packet: &Packet<'_>) -> Hash {
+        let mut head = [0; HEAD_BYTES];
+        let len = packet.head(&mut head);
+        self.hash_head(&head[..len]).unwrap_or_default()
+    }
+
+    /// The hash of the frame that begins with `head`; `None` for one that is not hashed.
+    fn hash_head(&self, head: &[u8]) -> Option<Hash> {
+        let word = |at: usize| Some(u16::from_be_bytes([*head.get(at)?, *head.get(at + 1)?]));
+        let mut at = 12;
+        for _ in 0..2 {
+            at += if VLAN.contains(&word(at)?) { 4 } else { 0 };
+        }
+        let ip = at + 2;
+        // Addresses; where the transport header begins; its protocol; the bit of the kind "IP".
+        let (addresses, transport, protocol, bit) = match word(at)? {
+            0x0800 => {
+                let header = usize::from(head.get(ip)? & 15) * 4;
+                // Not even the first of several fragments counts by its ports: the others have
+                // none.
+                let whole = word(ip + 6)? & 0x3fff == 0;
+                let protocol = if whole { *head.get(ip + 9)? } else { 0 };
+                (head.get(ip + 12..ip + 20)?, ip + header.max(20), protocol, 0)
+            }
+            0x86dd => (head.get(ip + 8..ip + 40)?, ip + 40, *head.get(ip + 6)?, 3),
+            _ => return None,
+        };
+        let mut input = [0; 36];
+        input[..addresses.len()].copy_from_slice(addresses);
+        let mut len = addresses.len();
+        let mut kind = bit;
+        let with_ports = match protocol {
+            6 => Some(bit + 1),
+            17 => Some(bit + 2),
+            _ => None,
+        };
+        let with_ports = with_ports.filter(|kind| self.kinds >> kind & 1 != 0);
+        if let (Some(transport_kind), Some(ports)) =
+            (with_ports, head.get(transport..transport + 4))
+        {
+            input[len..len + 4].copy_from_slice(ports);
+            len += 4;
+            kind = transport_kind;
+        } else if self.kinds >> bit & 1 == 0 {
+            return None;
+        }
+        Some(Hash { value: self.toeplitz(&input[..len]), kind: kind + 1 })
+    }
+
+    /// The Toeplitz hash: for each bit of the input that is set, the 32 bits of the key from the
+    /// same place on.
+    fn toeplitz(&self, input: &[u8]) -> u32 {
+        let key = |at: usize| self.key.get(at).copied().unwrap_or(0);
+        let mut window = u32::from_be_bytes([key(0), key(1), key(2), key(3)]);
+        let mut hash = 0;
+        for (i, byte) in input.iter().enumerate() {
+            let next = key(i + 4);
+            for bit in (0..8).rev() {
+                if byte >> bit & 1 != 0 {
+                    hash ^= window;
+                }
+                window = window << 1 | u32::from(next >> bit & 1);
+            }
+        }
+        hash
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The key, addresses and hashes with which Microsoft has RSS verified.
+    const KEY: [u8; KEY_BYTES] = [
+        0x6d, 0x5a, 0x56, 0xda, 0x25, 0x5b, 0x0e, 0xc2, 0x41, 0x67, 0x25, 0x3d, 0x43, 0xa3, 0x8f,
+        0xb0, 0xd0, 0xca, 0x2b, 0xcb, 0xae, 0x7b, 0x30, 0xb4, 0x77, 0xcb, 0x2d, 0xa3, 0x80, 0x30,
+        0xf2, 0x0c, 0x6a, 0x42, 0xb7, 0x3b, 0xbe, 0xac, 0x01, 0xfa,
+    ];
+
+    fn ipv4(tags: usize, protocol: u8, ports: [u16; 2]) -> Vec<u8> {
+        let mut frame = vec![2; 12];
+        frame.extend([0x81, 0, 0, 5].repeat(tags));
+        frame.extend([8, 0, 0x45, 0, 0, 100, 0, 0, 0, 0, 64, protocol, 0, 0]);
+        frame.extend([66, 9, 149, 187, 161, 142, 100, 80]);
+        frame.extend(ports.iter().flat_map(|port| port.to_be_bytes()));
+        frame.extend([0; 40]);
+        frame
+    }
+
+    fn ipv6(protocol: u8, ports: [u16; 2]) -> Vec<u8> {
+        let mut frame = vec![2; 12];
+        frame.extend([0x86, 0xdd, 0x60, 0, 0, 0, 0, 60, protocol, 64]);
+        let words = [0x3ffe_u16, 0x2501, 0x200, 0x1fff, 0, 0, 0, 7, 0x3ffe, 0x2501, 0x200, 3, 0, 0];
+        frame.extend(words.iter().chain(&[0, 1]).flat_map(|word| word.to_be_bytes()));
+        frame.extend(ports.iter().flat_map(|port| port.to_be_bytes()));
+        frame.extend([0; 40]);
+        frame
+    }
+
+    fn hash(kinds: u32, frame: &[u8]) -> (u32, u16) {
+        let rss = Rss::new(kinds, KEY, Vec::new()).unwrap();
+        let hash = rss.hash(&Packet::plain(frame).unwrap());
+        (hash.value, hash.kind)
+    }
+
+    #[test]
+    fn hashes_are_those_of_the_verification_suite() {
+        let ports = [2794, 1766];
+        for tags in 0..=2 {
+            assert_eq!(hash(kinds::ALL, &ipv4(tags, 6, ports)), (0x51cc_c178, 2));
+            assert_eq!(hash(kinds::ALL, &ipv4(tags, 17, ports)), (0x51cc_c178, 3));
+        }
+        assert_eq!(hash(kinds::ALL, &ipv4(0, 1, ports)), (0x323e_8fc2, 1));
+        assert_eq!(hash(kinds::IPV4, &ipv4(0, 6, ports)), (0x323e_8fc2, 1));
+        assert_eq!(hash(kinds::ALL, &ipv6(6, ports)), (0x4020_7d3d, 5));
+        assert_eq!(hash(kinds::ALL, &ipv6(17, ports)), (0x4020_7d3d, 6));
+        assert_eq!(hash(kinds::IPV6, &ipv6(6, ports)), (0x2cc1_8cd5, 4));
+        assert_eq!(hash(kinds::TCPV4, &ipv6(6, ports)), (0, 0), "no kind that is hashed");
+    }
+
+    #[test]
+    fn a_fragment_is_hashed_by_its_addresses() {
+        let mut frame = ipv4(0, 6, [2794, 1766]);
+        frame[20] = 0x20; // More fragments.
+        assert_eq!(hash(kinds::ALL, &frame), (0x323e_8fc2, 1));
+    }
+
+    #[test]
+    fn frames_that_are_cut_short_are_hashed_without_a_panic() {
+        for frame in [ipv4(2, 6, [1, 2]), ipv6(17, [1, 2])] {
+            (14..frame.len()).for_each(|len| _ = hash(kinds::ALL, &frame[..len]));
+        }
+    }
+
+    #[test]
+    fn the_table_gives_the_queue() {
+        let rss = Rss::new(kinds::ALL, KEY, vec![3, 1, 2, 0]).unwrap();
+        let queue = |value| rss.queue(Hash { value, kind: 1 });
+        assert_eq!([0, 1, 2, 3, 7].map(queue), [3, 1, 2, 0, 0].map(Some));
+        assert_eq!(rss.highest_queue(), Some(3));
+        assert!(Rss::new(0, KEY, vec![0; 3]).is_none());
+        assert_eq!(Rss::new(0, KEY, Vec::new()).unwrap().queue(Hash::default()), None);
+    }
+}

@@ -1,0 +1,126 @@
+//! Which of a driver's receive queues a frame goes to.
+
+use std::sync::RwLock;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use crate::frame::Packet;
+use crate::rss::{Hash, Rss};
+
+/// Set in the word of the count: there is a key.
+const BY_HASH: u32 = 1 << 16;
+
+/// How frames are spread over the receive queues of a driver. Senders read it while the driver
+/// changes it.
+#[derive(Debug)]
+pub struct Steering {
+    /// How many queues are in use, and [`BY_HASH`]. The word says all that it means by itself, so
+    /// all accesses are relaxed.
+    queues: AtomicU32,
+    rss: RwLock<Option<Rss>>,
+}
+
+impl Steering {
+    /// Over `queues` queues (at least 1), without hashes.
+    pub fn new(queues: u16) -> Steering {
+        Steering { queues: AtomicU32::new(u32::from(queues.max(1))), rss: RwLock::default() }
+    }
+
+    /// How many queues are in use.
+    pub fn queues(&self) -> u16 {
+        u16::try_from(self.queues.load(Ordering::Relaxed) & !BY_HASH).unwrap_or(1)
+    }
+
+    /// Uses queues 0 to `queues - 1` from here on. False, and nothing changes, if there are none,
+    /// or the indirection table names others.
+    pub fn set_queues(&self, queues: u16) -> bool {
+        let rss = self.rss.write().unwrap_or_else(|e| e.into_inner());
+        let fits = rss.as_ref().and_then(Rss::highest_queue).is_none_or(|highest| highest < queues);
+        if queues == 0 || !fits {
+            return false;
+        }
+        self.set(queues, rss.is_some());
+        true
+    }
+
+    /// Hashes frames from here on, or no longer. False, and nothing changes, if the table names
+    /// queues that are not in use.
+    pub fn set_rss(&self, rss: Option<Rss>) -> bool {
+        let mut current = self.rss.write().unwrap_or_else(|e| e.into_inner());
+        let queues = self.queues();
+        if rss.as_ref().and_then(Rss::highest_queue).is_some_and(|highest| highest >= queues) {
+            return false;
+        }
+        *current = rss;
+        self.set(queues, current.is_some());
+        true
+    }
+
+    /// Under the lock of the key, so that count and flag stay together.
+    fn set(&self, queues: u16, by_hash: bool) {
+        let flag = if by_hash { BY_HASH } else { 0 };
+        self.queues.store(u32::from(queues) | flag, Ordering::Relaxed);
+    }
+
+    /// The hash of a frame; kind 0 without a key.
+    pub fn hash(&self, packet: &Packet<'_>) -> Hash {
+        if self.queues.load(Ordering::Relaxed) & BY_HASH == 0 {
+            return Hash::default();
+        }
+        let rss = self.rss.read().unwrap_or_else(|e| e.into_inner());
+        rss.as_ref().map_or_else(Hash::default, |rss| rss.hash(packet))
+    }
+
+    /// The queue for a frame that queue `sender` of another device sent, and the hash if there is
+    /// a key. Without an indirection table queue q of the sender goes to queue q mod n.
+    pub fn choose(&self, packet: &Packet<'_>, sender: usize) -> (usize, Option<Hash>) {
+        let word = self.queues.load(Ordering::Relaxed);
+        let by_sender = sender % (word & !BY_HASH).max(1) as usize;
+        if word & BY_HASH == 0 {
+            return (by_sender, None);
+        }
+        let rss = self.rss.read().unwrap_or_else(|e| e.into_inner());
+        let Some(rss) = rss.as_ref() else { return (by_sender, None) };
+        let hash = rss.hash(packet);
+        (rss.queue(hash).map_or(by_sender, usize::from), Some(hash))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rss::{KEY_BYTES, kinds};
+
+    fn rss(table: &[u16]) -> Option<Rss> {
+        Rss::new(kinds::ALL, [1; KEY_BYTES], table.to_vec())
+    }
+
+    #[test]
+    fn without_a_key_the_sender_s_queue_decides() {
+        let steering = Steering::new(2);
+        let frame = [0; 60];
+        let packet = Packet::plain(&frame).unwrap();
+        assert_eq!(
+            [0, 1, 2, 5].map(|q| steering.choose(&packet, q)),
+            [0, 1, 0, 1].map(|q| (q, None))
+        );
+        // A key without a table: hashed, but steered as before.
+        assert!(steering.set_rss(rss(&[])));
+        assert_eq!(steering.choose(&packet, 5), (1, Some(Hash::default())));
+    }
+
+    #[test]
+    fn the_table_names_only_queues_in_use() {
+        let steering = Steering::new(2);
+        assert!(!steering.set_rss(rss(&[0, 2])));
+        assert!(steering.set_rss(rss(&[1, 0])));
+        assert!(!steering.set_queues(1), "the table names queue 1");
+        assert!(!steering.set_queues(0));
+        assert!(steering.set_queues(4));
+        assert_eq!(steering.queues(), 4);
+        let packet = [0; 60];
+        let packet = Packet::plain(&packet).unwrap();
+        assert_eq!(steering.choose(&packet, 3).0, 1, "a frame that is not hashed: entry 0");
+        assert!(steering.set_rss(None));
+        assert!(steering.set_queues(1));
+    }
+}

@@ -1,0 +1,221 @@
+//! Back end `tap`: a TAP interface of this machine, with a queue for each queue pair. Frames are
+//! read and written straight from and to the driver's buffers.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::sync::Arc;
+
+use rustix::io::{Errno, readv, writev};
+use serde_json::{Value, json};
+use vbus_core::memory::DriverSlice;
+use vbus_core::{CreateError, ErrorCode, Interest, TaskHandle};
+use vbus_tap::{HEADER_BYTES, Mac, Offloads, Setup, advice, set_mtu, set_up};
+
+use crate::backend::{Backend, Plug, Port, Queue, Sent, TxDrop};
+use crate::frame::{Body, ETH_BYTES, PIECES_MAX, Packet};
+use crate::link::Link;
+use crate::sink::{Reserved, RxSink, Waiter};
+
+/// The interface, with its queues.
+pub struct Tap {
+    name: String,
+    queues: Vec<Arc<vbus_tap::Queue>>,
+    offloads: Offloads,
+    link: Arc<Link>,
+}
+
+impl Tap {
+    /// Attaches `queues` queues to the interface called `name`, or makes the interface. Sets its
+    /// MTU and brings it up.
+    pub fn new(name: &str, queues: u16, mtu: u16, link: Arc<Link>) -> Result<Tap, CreateError> {
+        let failed = |error| CreateError(format!("tap = {name:?}: {error}; {}", advice(error)));
+        let setup = Setup { multi_queue: queues > 1, ..Setup::default() };
+        let (first, name) = vbus_tap::Queue::attach(name, setup).map_err(failed)?;
+        let mut all = vec![Arc::new(first)];
+        for _ in 1..queues {
+            all.push(Arc::new(vbus_tap::Queue::attach(&name, setup).map_err(failed)?.0));
+        }
+        if let Err(error) = set_mtu(&name, mtu).and_then(|()| set_up(&name)) {
+            tracing::warn!(tap = name, mtu, %error, "cannot set the MTU and bring the interface up: do it with `ip link`");
+        }
+        let offloads = all[0].known_offloads();
+        set_carrier(&all[0], false);
+        Ok(Tap { name, queues: all, offloads, link })
+    }
+}
+
+fn set_carrier(queue: &vbus_tap::Queue, up: bool) {
+    if let Err(error) = queue.set_carrier(up) {
+        tracing::debug!(%error, "the carrier of the TAP interface cannot be set");
+    }
+}
+
+impl Backend for Tap {
+    fn tx_offloads(&self) -> Offloads {
+        self.offloads
+    }
+
+    fn rx_offloads(&self) -> Offloads {
+        self.offloads
+    }
+
+    fn steers(&self) -> bool {
+        // The kernel chooses the queue, by the flow of the frame.
+        self.queues.len() == 1
+    }
+
+    fn plug(&self, port: Arc<Port>) -> Result<Arc<dyn Plug>, ErrorCode> {
+        set_carrier(&self.queues[0], true);
+        self.link.set_carrier(true);
+        let (queues, link) = (self.queues.clone(), self.link.clone());
+        Ok(Arc::new(TapPlug { port, queues, link }))
+    }
+
+    fn inspect(&self) -> Value {
+        json!({ "tap": self.name, "queues": self.queues.len() })
+    }
+}
+
+/// A driver's use of the interface.
+struct TapPlug {
+    port: Arc<Port>,
+    queues: Vec<Arc<vbus_tap::Queue>>,
+    link: Arc<Link>,
+}
+
+impl TapPlug {
+    fn failed(&self, error: Errno) -> ErrorCode {
+        tracing::error!(device = self.port.name, %error, "the TAP interface cannot be set up");
+        ErrorCode::FAILED
+    }
+}
+
+impl Plug for TapPlug {
+    fn queue(&self, index: u16, task: &TaskHandle) -> Result<Box<dyn Queue>, ErrorCode> {
+        let queue = self.queues.get(usize::from(index)).ok_or(ErrorCode::BAD_ARGUMENT)?.clone();
+        let waiter = Waiter { key: self.port.key(index), task: task.clone() };
+        let port = self.port.clone();
+        Ok(Box::new(TapQueue { queue, port, index, waiter, watched: false }))
+    }
+
+    fn set_queues(&self, queues: u16) -> Result<(), ErrorCode> {
+        for (index, queue) in self.queues.iter().enumerate() {
+            if queue.is_multi_queue() {
+                let enabled = index < usize::from(queues);
+                queue.set_enabled(enabled).map_err(|error| self.failed(error))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn set_rx_offloads(&self, offloads: Offloads) -> Result<(), ErrorCode> {
+        self.queues[0].set_offloads(offloads).map_err(|error| self.failed(error))
+    }
+
+    fn set_mac(&self, mac: Mac) -> bool {
+        self.port.filter.set_mac(mac);
+        true
+    }
+}
+
+impl Drop for TapPlug {
+    fn drop(&mut self) {
+        // The next driver must not get what was left to this one. And without a driver nobody is
+        // at the other end of the interface.
+        let _ = self.queues[0].set_offloads(Offloads::NONE);
+        set_carrier(&self.queues[0], false);
+        self.link.set_carrier(false);
+    }
+}
+
+struct TapQueue {
+    queue: Arc<vbus_tap::Queue>,
+    port: Arc<Port>,
+    index: u16,
+    waiter: Waiter,
+    watched: bool,
+}
+
+impl TapQueue {
+    /// Lets the interface wake the task while the queue is in use. A queue that the kernel does not
+    /// use reports an error all the time.
+    fn watch(&mut self, wanted: bool) -> Result<(), ErrorCode> {
+        if wanted == self.watched {
+            return Ok(());
+        }
+        if wanted {
+            self.waiter.task.watch(&*self.queue, Interest::ReadWrite).map_err(|error| {
+                tracing::error!(device = self.port.name, %error, "cannot watch the TAP interface");
+                ErrorCode::FAILED
+            })?;
+        } else {
+            self.waiter.task.unwatch(&*self.queue);
+        }
+        self.watched = wanted;
+        Ok(())
+    }
+}
+
+impl Queue for TapQueue {
+    fn send(&mut self, packet: &Packet<'_>) -> Sent {
+        let mut head = [0; HEADER_BYTES + ETH_BYTES];
+        head[..HEADER_BYTES].copy_from_slice(&packet.header.bytes(0));
+        head[HEADER_BYTES..].copy_from_slice(&packet.eth);
+        let mut vector = [IoSlice::new(&[]); PIECES_MAX + 1];
+        vector[0] = IoSlice::new(&head);
+        let mut count = 1;
+        match packet.body {
+            Body::Bytes(bytes) => {
+                vector[1] = IoSlice::new(bytes);
+                count += 1;
+            }
+            Body::Driver(parts) => {
+                let slices = parts.iter().flat_map(DriverSlice::io_slices);
+                for (to, slice) in vector[1..].iter_mut().zip(slices) {
+                    *to = slice;
+                    count += 1;
+                }
+            }
+        }
+        match writev(&*self.queue, &vector[..count]) {
+            Ok(_) => Sent::Done { units: 1 },
+            Err(Errno::AGAIN) => Sent::Wait { until: None, moved: false },
+            // The interface is down, or gone; or the kernel does not use this queue.
+            Err(Errno::IO | Errno::BADFD) => Sent::Dropped(TxDrop::NoLink),
+            Err(_) => Sent::Dropped(TxDrop::Refused),
+        }
+    }
+
+    fn receive(&mut self, sink: &mut dyn RxSink, budget: u32) -> Result<u32, ErrorCode> {
+        let used = self.index < self.port.steering.queues();
+        self.watch(used)?;
+        if !used {
+            return Ok(0);
+        }
+        let mut read = |vector: &mut [IoSliceMut<'_>]| readv(&*self.queue, vector);
+        for n in 0..budget {
+            match sink.reserve(&mut read) {
+                Reserved::Frame => {}
+                Reserved::Full => {
+                    sink.wait(&self.waiter);
+                    return Ok(n);
+                }
+                // Failed with EIO: the interface is down. It becomes readable when it is up again.
+                Reserved::Nothing
+                | Reserved::Failed(Errno::AGAIN | Errno::INTR | Errno::IO | Errno::BADFD) => {
+                    return Ok(n);
+                }
+                Reserved::Failed(error) => {
+                    tracing::error!(device = self.port.name, %error, "cannot read from the TAP interface");
+                    return Err(ErrorCode::FAILED);
+                }
+            }
+        }
+        Ok(budget)
+    }
+}
+
+impl Drop for TapQueue {
+    fn drop(&mut self) {
+        let _ = self.watch(false); // Ending a watch does not fail.
+    }
+}

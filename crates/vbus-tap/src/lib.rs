@@ -1,0 +1,29 @@
+//! TAP interfaces of Linux (Documentation/networking/tuntap.rst): both ends of vbus use them. The
+//! device end plugs a device into one, and the guest's program makes one for each NIC.
+//!
+//! A [`Queue`] is a descriptor. Each read gives a frame, and each write takes one, with a
+//! virtio-net header of [`HEADER_BYTES`] bytes before it, in little-endian byte order.
+//!
+//! ```no_run
+//! use vbus_tap::{Offloads, Queue, Setup};
+//!
+//! let (queue, name) = Queue::attach("tap%d", Setup::default())?;
+//! queue.set_offloads(Offloads::CSUM)?; // frames that are read may lack their checksum
+//! vbus_tap::set_mtu(&name, 9000)?;
+//! vbus_tap::set_up(&name)?;
+//! # Ok::<(), rustix::io::Errno>(())
+//! ```
+
+mod interface;
+mod mac;
+mod offloads;
+mod queue;
+mod request;
+
+pub use interface::{set_mac, set_mtu, set_up};
+pub use mac::{BROADCAST, Mac, is_group, parse_mac, show_mac};
+pub use offloads::Offloads;
+pub use queue::{Queue, Setup, advice};
+
+/// Bytes of the header before each frame (virtio 1.3, 5.1.6, with `num_buffers`).
+pub const HEADER_BYTES: usize = 12;

@@ -1,0 +1,148 @@
+//! A queue of a TAP interface: a descriptor of /dev/net/tun.
+#![allow(unsafe_code)] // ioctl.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::fs::{Mode, OFlags};
+use rustix::io::{self, Errno};
+use rustix::ioctl::{IntegerSetter, Opcode, Setter, ioctl, opcode};
+
+use crate::request::Request;
+use crate::{HEADER_BYTES, Offloads};
+
+const IFF_TAP: u16 = 0x0002;
+const IFF_NAPI: u16 = 0x0010;
+const IFF_MULTI_QUEUE: u16 = 0x0100;
+const IFF_ATTACH_QUEUE: u16 = 0x0200;
+const IFF_DETACH_QUEUE: u16 = 0x0400;
+const IFF_NO_PI: u16 = 0x1000;
+const IFF_VNET_HDR: u16 = 0x4000;
+
+const TUN_F: [(Offloads, usize); 5] = [
+    (Offloads::CSUM, 0x01),
+    (Offloads::TSO4, 0x02),
+    (Offloads::TSO6, 0x04),
+    (Offloads::ECN, 0x08),
+    // The kernel takes UDP segmentation over IPv4 and IPv6 only together.
+    (Offloads::USO, 0x20 | 0x40),
+];
+
+const TUNSETIFF: Opcode = opcode::write::<i32>(b'T', 202);
+const TUNSETOFFLOAD: Opcode = opcode::write::<u32>(b'T', 208);
+const TUNSETVNETHDRSZ: Opcode = opcode::write::<i32>(b'T', 216);
+const TUNSETQUEUE: Opcode = opcode::write::<i32>(b'T', 217);
+const TUNSETVNETLE: Opcode = opcode::write::<i32>(b'T', 220);
+const TUNSETCARRIER: Opcode = opcode::write::<i32>(b'T', 226);
+
+fn set<const OPCODE: Opcode>(fd: &OwnedFd, value: i32) -> io::Result<()> {
+    // SAFETY: every opcode that this is used with takes a pointer to an int.
+    unsafe { ioctl(fd, Setter::<OPCODE, i32>::new(value)) }
+}
+
+/// How an interface is made.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Setup {
+    /// The interface may have several queues.
+    pub multi_queue: bool,
+    /// Frames that are written go up through GRO within the write, and not by way of the kernel's
+    /// backlog. A guest of one CPU receives TCP half as fast again.
+    pub napi: bool,
+}
+
+/// A queue of a TAP interface. The interface goes with its last queue, unless it is persistent.
+#[derive(Debug)]
+pub struct Queue {
+    fd: OwnedFd,
+    multi_queue: bool,
+}
+
+impl Queue {
+    /// Attaches a queue to interface `name` (1 to 15 bytes). The kernel makes the interface if it
+    /// is not there, and replaces a `%d` in its name by a number. Returns the interface's name.
+    ///
+    /// [`advice`] says what an error most likely means.
+    pub fn attach(name: &str, setup: Setup) -> io::Result<(Queue, String)> {
+        match Queue::attach_once(name, setup) {
+            // An interface that was made for several queues takes no other kind.
+            Err(Errno::INVAL) if !setup.multi_queue => {
+                Queue::attach_once(name, Setup { multi_queue: true, ..setup })
+            }
+            other => other,
+        }
+    }
+
+    fn attach_once(name: &str, setup: Setup) -> io::Result<(Queue, String)> {
+        let open = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let fd = rustix::fs::open("/dev/net/tun", open, Mode::empty())?;
+        let mut flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR;
+        flags |= if setup.multi_queue { IFF_MULTI_QUEUE } else { 0 };
+        flags |= if setup.napi { IFF_NAPI } else { 0 };
+        let mut request = Request::new(name, &flags.to_ne_bytes());
+        request.perform::<TUNSETIFF>(&fd)?;
+        set::<TUNSETVNETHDRSZ>(&fd, i32::try_from(HEADER_BYTES).unwrap_or(0))?;
+        set::<TUNSETVNETLE>(&fd, 1)?;
+        Ok((Queue { fd, multi_queue: setup.multi_queue }, request.name()))
+    }
+
+    /// Says what the reader takes: which checksums and segments the kernel may leave to it.
+    /// [`Errno::INVAL`]: this kernel does not know one of them.
+    pub fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
+        let wanted = TUN_F.iter().filter(|(offload, _)| offloads.contains(*offload));
+        let flags = wanted.fold(0, |flags, (_, bits)| flags | bits);
+        // SAFETY: the request takes its argument as a number.
+        unsafe { ioctl(&self.fd, IntegerSetter::<TUNSETOFFLOAD>::new_usize(flags)) }
+    }
+
+    /// The offloads that this kernel knows. Afterwards none is set.
+    pub fn known_offloads(&self) -> Offloads {
+        // USO came with Linux 6.2.
+        let sets = [Offloads::ALL, Offloads::CSUM | Offloads::TSO, Offloads::CSUM];
+        let known = sets.into_iter().find(|set| self.set_offloads(*set).is_ok());
+        let _ = self.set_offloads(Offloads::NONE); // Fails only where every set fails.
+        known.unwrap_or(Offloads::NONE)
+    }
+
+    /// Whether the interface may have several queues.
+    pub fn is_multi_queue(&self) -> bool {
+        self.multi_queue
+    }
+
+    /// Says whether the kernel uses this queue. Only for interfaces of several queues.
+    pub fn set_enabled(&self, enabled: bool) -> io::Result<()> {
+        let flag = if enabled { IFF_ATTACH_QUEUE } else { IFF_DETACH_QUEUE };
+        match Request::new("", &flag.to_ne_bytes()).perform::<TUNSETQUEUE>(&self.fd) {
+            Err(Errno::INVAL) => Ok(()), // The queue is in that state already.
+            other => other,
+        }
+    }
+
+    /// Says whether the interface has a carrier. Kernels before 5.0 refuse; there it always has.
+    pub fn set_carrier(&self, up: bool) -> io::Result<()> {
+        set::<TUNSETCARRIER>(&self.fd, i32::from(up))
+    }
+
+    /// Another descriptor of the same queue.
+    pub fn try_clone(&self) -> std::io::Result<Queue> {
+        Ok(Queue { fd: self.fd.try_clone()?, multi_queue: self.multi_queue })
+    }
+}
+
+impl AsFd for Queue {
+    /// The descriptor, which is non-blocking.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// What an error of [`Queue::attach`] most likely means, and what to do.
+pub fn advice(error: Errno) -> &'static str {
+    match error {
+        Errno::PERM | Errno::ACCESS => {
+            "making or using it needs CAP_NET_ADMIN, or `ip tuntap add ... user NAME` by root first"
+        }
+        Errno::NOENT | Errno::NODEV => "the kernel has no /dev/net/tun: modprobe tun",
+        Errno::BUSY => "another program uses it",
+        Errno::INVAL => "there is an interface of that name which is no TAP, or has other queues",
+        _ => "the kernel refused",
+    }
+}
