@@ -34,6 +34,14 @@ impl Captured {
     }
 }
 
+impl Drop for Captured {
+    /// The file is complete once the device has gone. Senders on a switch may remember a receiver
+    /// for longer.
+    fn drop(&mut self) {
+        self.file.close();
+    }
+}
+
 impl Backend for Captured {
     fn tx_offloads(&self) -> Offloads {
         self.inner.tx_offloads()

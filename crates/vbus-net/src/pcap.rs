@@ -37,7 +37,7 @@ struct Records {
 pub struct PcapFile {
     waiting: Arc<Records>,
     snap: usize,
-    thread: Option<JoinHandle<()>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
     /// Frames recorded.
     pub records: Counter,
     /// Frames left out.
@@ -68,7 +68,7 @@ impl PcapFile {
         Ok(PcapFile {
             waiting,
             snap,
-            thread: Some(thread),
+            thread: Mutex::new(Some(thread)),
             records: Counter::default(),
             left_out: Counter::default(),
         })
@@ -127,12 +127,19 @@ impl Records {
     }
 }
 
-impl Drop for PcapFile {
-    fn drop(&mut self) {
+impl PcapFile {
+    /// Writes out what waits; the file is complete when this returns. Later records are left out.
+    pub fn close(&self) {
         lock(&self.waiting.buffer).end = true;
         self.waiting.news.notify_one();
-        if let Some(thread) = self.thread.take() {
+        if let Some(thread) = lock(&self.thread).take() {
             let _ = thread.join(); // It panicked: the file is as complete as it will be.
         }
+    }
+}
+
+impl Drop for PcapFile {
+    fn drop(&mut self) {
+        self.close();
     }
 }

@@ -260,8 +260,8 @@ pub mod venet {
     /// Bytes of the header before each frame: the virtio-net header {flags u8, gso_type u8, hdr_len
     /// u16, gso_size u16, csum_start u16, csum_offset u16, num_buffers u16}.
     pub const HEADER_BYTES: usize = 12;
-    /// The most bytes of a frame with its header: a 64 KiB segment, its Ethernet header, a tag.
-    pub const FRAME_MAX: usize = HEADER_BYTES + 65536 + 14 + 4;
+    /// The most bytes of a frame with its header: a 64 KiB segment, its Ethernet header, two tags.
+    pub const FRAME_MAX: usize = HEADER_BYTES + 65536 + 14 + 8;
     /// The most entries of one frame.
     pub const CHAIN_MAX: usize = 20;
 

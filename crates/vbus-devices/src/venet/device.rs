@@ -13,6 +13,13 @@ use super::counters::PairCounters;
 /// The most entries of a ring.
 pub const RING_MAX: u16 = 4096;
 
+// The back ends and the ABI mean the same frames.
+const _: () = assert!(
+    abi::HEADER_BYTES == vbus_net::HEADER_BYTES
+        && abi::FRAME_MAX == vbus_net::FRAME_MAX
+        && abi::CHAIN_MAX == vbus_net::CHAIN_MAX
+);
+
 /// A device, for its connection too.
 pub struct VenetDevice {
     pub name: String,
