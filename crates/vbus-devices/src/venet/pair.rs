@@ -13,6 +13,7 @@ use super::rx::{Lent, Receiver, RxQueue, RxSlot};
 use super::tx::{Next, TxQueue};
 
 /// The receive ring of a pair, while there is one.
+#[expect(clippy::large_enum_variant, reason = "one for each pair, and on the way of each frame")]
 pub enum Rx {
     /// Only the pair's own task delivers to it.
     Own(RxSlot),
