@@ -81,7 +81,7 @@ pub fn build_kvm_tests(as_built: bool) -> Result<PathBuf> {
     if !(as_built && program.exists()) {
         eprintln!("build: the tests of vbus-kvm");
         let output = cargo()
-            .args(["test", "--release", "--no-run", "--package", "vbus-kvm", "--test", "kvm"])
+            .args(["test", "--release", "--no-run", "--package", "vbus-kvm", "--test", "it"])
             .args(["--message-format", "json", "--target", GUEST_TARGET, "--target-dir"])
             .arg(&dir)
             .env("RUSTFLAGS", "-C target-feature=+crt-static")

@@ -1,4 +1,4 @@
-//! What a KVM can do.
+//! The features of KVM that vbus uses, as this machine's KVM has them.
 
 use kvm_bindings::{
     KVM_CAP_BINARY_STATS_FD, KVM_CAP_HYPERV, KVM_CAP_HYPERV_EVENTFD, KVM_CAP_HYPERV_SYNIC2,
@@ -7,39 +7,38 @@ use kvm_bindings::{
 };
 use kvm_ioctls::Kvm;
 
-use crate::doorbells::Kind;
+use crate::doorbells::DoorbellKind;
 
-/// The leaf in which KVM names its own features, and the one that is PV EOI.
+/// The CPUID leaf in which KVM lists its paravirtual features, and the bit of PV EOI.
 const KVM_FEATURES: u32 = 0x4000_0001;
 const KVM_FEATURE_PV_EOI: u32 = 1 << 6;
 
-/// What this machine's KVM can do of what vbus has a use for.
+/// The features of KVM that vbus uses, as this machine's KVM has them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Kinds {
-    /// Doorbells as writes of any length to memory, and to ports.
+pub struct Capabilities {
+    /// A write of any length to memory or to a port can ring a doorbell.
     pub ioeventfd: bool,
-    /// Doorbells as hypercalls: HvCallSignalEvent (`KVM_HYPERV_EVENTFD`).
+    /// The hypercall HvCallSignalEvent can ring a doorbell (`KVM_HYPERV_EVENTFD`).
     pub hypercall: bool,
-    /// Interrupts by eventfds.
+    /// An eventfd can raise an interrupt.
     pub irqfd: bool,
-    /// Levels by eventfds, with word of their end.
+    /// An eventfd can assert a level-triggered interrupt, and another one reports its end.
     pub resample: bool,
-    /// How many interrupt routes there can be, those of the pins included; 0: none.
+    /// The most interrupt routes, those of the pins included. 0: KVM has no routing.
     pub routes: u32,
-    /// Interrupts that the virtual CPU's SynIC takes, which end by themselves where the guest wants
-    /// it so (AutoEOI).
+    /// Virtual CPUs can have a SynIC. Its interrupts end by themselves if the guest asks for AutoEOI.
     pub synic: bool,
-    /// The guest can end an interrupt by a store (KVM's paravirtual end of interrupt).
+    /// The guest can end an interrupt by a store to memory (KVM's paravirtual end of interrupt).
     pub pv_eoi: bool,
-    /// The local APICs can be in the kernel without the other interrupt controllers.
+    /// KVM can emulate the local APICs alone, without the other interrupt controllers.
     pub split_irqchip: bool,
-    /// [`Stats`](crate::Stats).
+    /// KVM has binary statistics: [`Stats`](crate::Stats).
     pub stats: bool,
 }
 
-impl Kinds {
-    /// Asks.
-    pub fn probe(kvm: &Kvm) -> Kinds {
+impl Capabilities {
+    /// Asks `kvm` for its features.
+    pub fn probe(kvm: &Kvm) -> Capabilities {
         let has = |capability: u32| kvm.check_extension_raw(capability.into()) > 0;
         let features = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_or(0, |leaves| {
             leaves
@@ -49,7 +48,7 @@ impl Kinds {
                 .map_or(0, |leaf| leaf.eax)
         });
         let routes = kvm.check_extension_raw(KVM_CAP_IRQ_ROUTING.into());
-        Kinds {
+        Capabilities {
             ioeventfd: has(KVM_CAP_IOEVENTFD) && has(KVM_CAP_IOEVENTFD_ANY_LENGTH),
             hypercall: has(KVM_CAP_HYPERV) && has(KVM_CAP_HYPERV_EVENTFD),
             irqfd: has(KVM_CAP_IRQFD),
@@ -62,11 +61,11 @@ impl Kinds {
         }
     }
 
-    /// Whether doorbells of this kind can be had.
-    pub fn has(&self, kind: Kind) -> bool {
+    /// Whether KVM supports doorbells of this kind.
+    pub fn has(&self, kind: DoorbellKind) -> bool {
         match kind {
-            Kind::Mmio | Kind::Pio => self.ioeventfd,
-            Kind::Hypercall => self.hypercall,
+            DoorbellKind::Mmio | DoorbellKind::Pio => self.ioeventfd,
+            DoorbellKind::Hypercall => self.hypercall,
         }
     }
 }

@@ -1,14 +1,14 @@
-//! What CPUID must say for hypercalls and synthetic interrupts, beside KVM's own leaves.
+//! The CPUID leaves that a guest needs for hypercalls and synthetic interrupts.
 
 use kvm_bindings::kvm_cpuid_entry2;
 
-/// The first leaf of a hypervisor, and from one hypervisor's leaves to the next one's.
+/// The first leaf of a hypervisor, and the distance to the first leaf of the next one.
 const FIRST: u32 = 0x4000_0000;
 const STEP: u32 = 0x100;
-/// "Hv#1": KVM looks for it in leaf 0x40000001, and only there.
+/// "Hv#1": KVM looks for this value in leaf 0x40000001 and nowhere else.
 const INTERFACE: u32 = 0x3123_7648;
-/// By this name KVM's Hyper-V interface goes. Systems that know Hyper-V by "Microsoft Hv" take the
-/// VM for one of KVM still.
+/// The name that Linux gives KVM's Hyper-V interface. Systems recognize Hyper-V by the name
+/// "Microsoft Hv", so they still take this machine for one of KVM.
 const VENDOR: &[u8; 12] = b"Linux KVM Hv";
 const KVM: &[u8; 12] = b"KVMKVMKVM\0\0\0";
 
@@ -18,30 +18,32 @@ const SYNIC: u32 = 1 << 2;
 const HYPERCALLS: u32 = 1 << 5;
 const VP_INDEX: u32 = 1 << 6;
 const SIGNAL_EVENTS: u32 = 1 << 5;
-/// How often to spin for a lock before telling the hypervisor: never do.
+/// How often a guest spins for a lock before it tells the hypervisor. With this value it never
+/// tells.
 const SPIN_FOREVER: u32 = u32::MAX;
 
-/// What of KVM's own interface is done by hypercalls, by bits of its features: kicks for spinning
-/// locks (7), interrupts to several processors (11), yielding to a processor (13), which memory is
-/// shared (16), the control of migration that goes with it (17).
+/// The bits of KVM's own features that a guest uses by KVM hypercalls: kicks for spinning locks
+/// (7), interrupts to several processors (11), yielding to a processor (13), the report of shared
+/// memory (16), and the migration control that belongs to it (17).
 const BY_HYPERCALL: u32 = 1 << 7 | 1 << 11 | 1 << 13 | 1 << 16 | 1 << 17;
 
-/// Makes the CPUID leaves of a virtual CPU (those of `KVM_GET_SUPPORTED_CPUID`, or chosen from
-/// them) such that its guest can ring doorbells by hypercalls and, if `synic`, use its synthetic
-/// interrupts (the VMM has to enable `KVM_CAP_HYPERV_SYNIC2` on the virtual CPU for these).
+/// Changes the CPUID leaves of a virtual CPU so that its guest can ring doorbells by hypercalls and,
+/// if `synic`, use synthetic interrupts. `leaves` are those of `KVM_GET_SUPPORTED_CPUID`, or a
+/// choice of them. For synthetic interrupts the VMM must also enable `KVM_CAP_HYPERV_SYNIC2` on the
+/// virtual CPU.
 ///
-/// KVM heeds Hyper-V's registers and hypercalls of those virtual CPUs alone whose leaf 0x40000001
-/// is Hyper-V's, and has no other place for it. So Hyper-V's leaves are put at 0x40000000, with a
-/// name by which nobody takes the machine for Hyper-V, and KVM's are moved to 0x40000100, where
-/// systems that know KVM look as well: Linux is a guest of KVM as before.
+/// KVM accepts Hyper-V registers and hypercalls only from a virtual CPU whose leaf 0x40000001 is
+/// that of Hyper-V. This function therefore puts Hyper-V's leaves at 0x40000000, with a name by
+/// which no system takes the machine for Hyper-V. It moves KVM's leaves to 0x40000100, where systems
+/// that know KVM look as well: Linux remains a guest of KVM.
 ///
-/// Where the SynIC is on, a hypercall for an event connection that nobody has ends as
-/// `KVM_EXIT_HYPERV`, whose `result` is for the VMM to set: 0x12, no such connection. Switching the
-/// SynIC on is told by such an exit too.
+/// If the SynIC is on, a hypercall for an event connection that does not exist ends as
+/// `KVM_EXIT_HYPERV`. The VMM must then set its `result` to 0x12, "no such connection". KVM reports
+/// by the same exit that the guest switched the SynIC on.
 ///
-/// Once a guest has set Hyper-V's register of its identity, which it has to for hypercalls, KVM
-/// takes *all* hypercalls of the virtual machine for Hyper-V's. Features of KVM that are done by
-/// hypercalls would then silently fail, so these are taken out.
+/// A guest must set Hyper-V's identity register before it makes hypercalls. After that KVM takes
+/// *all* hypercalls of the virtual machine for Hyper-V's. The features of KVM that need KVM
+/// hypercalls would silently fail, so this function removes them.
 pub fn offer_hypercalls(leaves: &mut Vec<kvm_cpuid_entry2>, synic: bool) {
     let find = |function| leaves.iter().find(|leaf| leaf.function == function);
     let is_kvm = |leaf: &&kvm_cpuid_entry2| {

@@ -1,31 +1,32 @@
-//! What can go wrong.
+//! The errors of this crate.
 
 use std::io;
 
-/// Why something failed.
+/// An error of this crate.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// KVM, or the system, refused.
+    /// KVM or the operating system refused a call.
     #[error("{what}: {source}")]
     System {
-        /// What was tried.
+        /// The call.
         what: &'static str,
         /// The reason.
         source: io::Error,
     },
-    /// This virtual machine, as it was set up, has no such thing.
+    /// The virtual machine was set up without a part that this needs.
     #[error("this virtual machine has no {0}")]
     Missing(&'static str),
-    /// All routes that KVM has room for are in use.
+    /// All interrupt routes that KVM has room for are in use.
     #[error("all {0} interrupt routes are in use")]
     Routes(u32),
-    /// No interrupt can come of this address and data, or on this pin. A guest can cause it.
+    /// The address and data, the route, or the pin is not that of an interrupt. A guest can cause
+    /// this.
     #[error("not an interrupt: {0}")]
     NoInterrupt(String),
-    /// These doorbells have no place there: numbers or addresses out of range, or the same twice. A
-    /// guest or a device can cause it.
-    #[error("no place for doorbells: {0}")]
-    NoPlace(String),
+    /// The doorbells cannot be there: a number or an address is out of range, or occurs twice. A
+    /// guest or a device can cause this.
+    #[error("doorbells cannot be there: {0}")]
+    BadRange(String),
 }
 
 impl Error {
@@ -37,7 +38,7 @@ impl Error {
         move |error| Error::System { what, source: error.into() }
     }
 
-    /// The errno, if the kernel gave one.
+    /// The errno, if the error came from the kernel.
     pub fn errno(&self) -> Option<i32> {
         match self {
             Error::System { source, .. } => source.raw_os_error(),

@@ -1,4 +1,4 @@
-//! Interrupts that are levels.
+//! INTx in the kernel: a level-triggered interrupt on a pin, by eventfds.
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -6,30 +6,33 @@ use std::sync::Arc;
 use rustix::event::{EventfdFlags, eventfd};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::routes::{Chip, Routes};
+use crate::routes::{IrqChip, Routes};
 use crate::{Error, sys};
 
-/// Two eventfds that make a level on a pin of KVM's I/O APIC (INTx): a write to the one asserts it,
-/// and when the guest ends the interrupt, KVM takes it back and writes the other, whereupon the
-/// device, if it has still something to say, writes the first again. No thread of the VMM is woken.
-/// Any number may share a pin. Dropped: taken back.
+/// Two eventfds that drive a level-triggered interrupt on a pin of KVM's I/O APIC (INTx).
+///
+/// The device writes the *assert* eventfd, and KVM raises the pin. When the guest ends the
+/// interrupt, KVM lowers the pin and writes the *ended* eventfd. A device that still has a reason
+/// to interrupt then writes *assert* again. No thread of the VMM is woken. Several devices may
+/// share a pin. Dropping this value lowers the pin and disconnects the eventfds.
 #[derive(Debug)]
-pub struct Level {
+pub struct IntxIrqfd {
     routes: Arc<Routes>,
     pin: u32,
     assert: EventFd,
     ended: EventFd,
 }
 
-impl Level {
-    /// One on `pin`, connected.
+impl IntxIrqfd {
+    /// Makes both eventfds and connects them to `pin`.
     ///
     /// # Errors
-    /// [`Error::Missing`] if the I/O APIC is not the kernel's: the VMM's own I/O APIC has to do
-    /// this then. [`Error::NoInterrupt`] if it has no such pin. No more descriptors.
-    pub fn new(routes: Arc<Routes>, pin: u32) -> Result<Level, Error> {
-        if routes.chip() != Chip::Kernel {
-            return Err(Error::Missing("I/O APIC in the kernel, whose pins could be levels"));
+    /// [`Error::Missing`] if the I/O APIC is not the kernel's; the VMM's own I/O APIC must then
+    /// handle INTx. [`Error::NoInterrupt`] if the I/O APIC has no such pin. [`Error::System`] if
+    /// the process has no more descriptors, or if KVM refuses.
+    pub fn new(routes: Arc<Routes>, pin: u32) -> Result<IntxIrqfd, Error> {
+        if routes.irqchip() != IrqChip::Kernel {
+            return Err(Error::Missing("I/O APIC in the kernel, which INTx by eventfds needs"));
         }
         if pin >= crate::routes::IOAPIC_PINS {
             return Err(Error::NoInterrupt(format!("pin {pin}")));
@@ -38,37 +41,39 @@ impl Level {
             let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
             eventfd(0, flags).map(sys::as_event).map_err(Error::system("eventfd"))
         };
-        let level = Level { assert: event()?, ended: event()?, pin, routes };
-        level
+        let irqfd = IntxIrqfd { assert: event()?, ended: event()?, pin, routes };
+        irqfd
             .routes
             .vm()
-            .register_irqfd_with_resample(&level.assert, &level.ended, pin)
+            .register_irqfd_with_resample(&irqfd.assert, &irqfd.ended, pin)
             .map_err(Error::kvm("KVM_IRQFD with resample"))?;
-        Ok(level)
+        Ok(irqfd)
     }
 
-    /// What the device writes to assert it.
+    /// The eventfd that the device writes to assert the interrupt.
     pub fn assert(&self) -> BorrowedFd<'_> {
         sys::as_fd(&self.assert)
     }
 
-    /// Tells the device that the interrupt has ended, though no guest has: for a VMM that resets
-    /// KVM's I/O APIC, which forgets what was asserted then. A device that waits for the end would
-    /// assert nothing any more.
-    pub fn end(&self) {
-        // A full counter says it already.
-        let _ = self.ended.write(1);
-    }
-
-    /// Becomes readable when the guest has ended the interrupt (vfio-user: the eventfd of UNMASK).
+    /// The eventfd that becomes readable when the guest has ended the interrupt (vfio-user: the
+    /// eventfd of the action UNMASK).
     pub fn ended(&self) -> BorrowedFd<'_> {
         sys::as_fd(&self.ended)
     }
+
+    /// Tells the device that the interrupt has ended although no guest has ended it.
+    ///
+    /// A VMM calls this before it resets KVM's I/O APIC, which forgets an asserted interrupt. A
+    /// device that went on waiting for the end would assert nothing again.
+    pub fn end(&self) {
+        // A full counter already tells the device.
+        let _ = self.ended.write(1);
+    }
 }
 
-impl Drop for Level {
+impl Drop for IntxIrqfd {
     fn drop(&mut self) {
-        // One that was never registered is refused here, which is as well.
+        // KVM refuses this if registration failed, which does no harm.
         let _ = self.routes.vm().unregister_irqfd(&self.assert, self.pin);
     }
 }

@@ -1,4 +1,4 @@
-//! Interrupts that are messages.
+//! A message-signalled interrupt by an eventfd.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -9,51 +9,51 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::routes::{Route, Routes};
 use crate::{Error, sys};
 
-/// An eventfd, each write to which is an interrupt of its route: MSI, one vector of MSI-X, or a
-/// synthetic interrupt. No thread is woken for it. Dropped: nothing more comes, and its number is
-/// free.
+/// An eventfd that raises the interrupt of its route with each write: MSI, one vector of MSI-X, or
+/// a synthetic interrupt. KVM handles the write; no thread is woken.
 ///
-/// It begins masked. While it is masked the eventfd keeps what is written to it, and unmasking
-/// sends it, as one interrupt: just what MSI-X wants of its pending bits.
+/// The interrupt is masked at first. While it is masked, the eventfd keeps what was written to it.
+/// Unmasking sends that as one interrupt, as MSI-X demands of its pending bits. Dropping this value
+/// stops the interrupt and frees its number.
 #[derive(Debug)]
-pub struct Message {
+pub struct MsiIrqfd {
     routes: Arc<Routes>,
     gsi: u32,
     eventfd: EventFd,
     unmasked: bool,
 }
 
-impl Message {
-    /// One with an eventfd of its own, masked and without a route.
+impl MsiIrqfd {
+    /// Makes an interrupt with a new eventfd. It is masked and has no route.
     ///
     /// # Errors
-    /// No more routes or descriptors.
-    pub fn new(routes: Arc<Routes>) -> Result<Message, Error> {
+    /// [`Error::Routes`] or [`Error::System`] if there are no more routes or descriptors.
+    pub fn new(routes: Arc<Routes>) -> Result<MsiIrqfd, Error> {
         let eventfd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(Error::system("eventfd"))?;
-        Message::with_eventfd(routes, eventfd)
+        MsiIrqfd::with_eventfd(routes, eventfd)
     }
 
-    /// One that comes from `eventfd`, which should be non-blocking and must not be the eventfd of
-    /// another interrupt of this virtual machine.
+    /// Makes an interrupt from `eventfd`, which should be non-blocking. It must not be the eventfd
+    /// of another interrupt of this virtual machine.
     ///
     /// # Errors
-    /// No more routes.
-    pub fn with_eventfd(routes: Arc<Routes>, eventfd: OwnedFd) -> Result<Message, Error> {
+    /// [`Error::Routes`] if there are no more routes.
+    pub fn with_eventfd(routes: Arc<Routes>, eventfd: OwnedFd) -> Result<MsiIrqfd, Error> {
         let gsi = routes.alloc()?;
-        Ok(Message { routes, gsi, eventfd: sys::as_event(eventfd), unmasked: false })
+        Ok(MsiIrqfd { routes, gsi, eventfd: sys::as_event(eventfd), unmasked: false })
     }
 
-    /// What the device writes to.
+    /// The eventfd that the device writes.
     pub fn eventfd(&self) -> BorrowedFd<'_> {
         sys::as_fd(&self.eventfd)
     }
 
-    /// Gives it a route, masked or not. Not one event is lost or doubled: each takes the route
-    /// before or this one.
+    /// Sets the route. The interrupt may be masked or not. No event is lost or doubled: each one
+    /// takes either the former route or this one.
     ///
     /// # Errors
-    /// As [`Routes::set`]; the route is then the one before.
+    /// As [`Routes::set`]. The former route then remains.
     pub fn set(&mut self, route: Route) -> Result<(), Error> {
         self.routes.set(self.gsi, Some(route))
     }
@@ -63,16 +63,17 @@ impl Message {
         self.routes.get(self.gsi)
     }
 
-    /// Lets interrupts come, from those on that are pending.
+    /// Unmasks the interrupt. A pending one is sent at once.
     ///
     /// # Errors
-    /// [`Error::NoInterrupt`] without a route, and what KVM says: it is masked still.
+    /// [`Error::NoInterrupt`] if it has no route. [`Error::System`] if KVM refuses. It is still
+    /// masked then.
     pub fn unmask(&mut self) -> Result<(), Error> {
         if self.unmasked {
             return Ok(());
         }
         if self.route().is_none() {
-            return Err(Error::NoInterrupt("a message without a route".into()));
+            return Err(Error::NoInterrupt("it has no route".into()));
         }
         self.routes
             .vm()
@@ -82,10 +83,10 @@ impl Message {
         Ok(())
     }
 
-    /// Keeps interrupts back. None comes any more when this returns.
+    /// Masks the interrupt. After this returns, KVM raises none until it is unmasked.
     ///
     /// # Errors
-    /// What KVM says: it is not masked.
+    /// [`Error::System`] if KVM refuses. It is not masked then.
     pub fn mask(&mut self) -> Result<(), Error> {
         if self.unmasked {
             self.routes
@@ -97,19 +98,19 @@ impl Message {
         Ok(())
     }
 
-    /// Whether it is masked.
+    /// Whether the interrupt is masked.
     pub fn is_masked(&self) -> bool {
         !self.unmasked
     }
 
-    /// Whether an interrupt waits for being unmasked (MSI-X: its pending bit).
+    /// Whether the interrupt is masked and was signalled since (MSI-X: its pending bit).
     pub fn is_pending(&self) -> bool {
         let mut fds = [PollFd::from_borrowed_fd(self.eventfd(), PollFlags::IN)];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         !self.unmasked && poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
     }
 
-    /// Drops what is pending, as a reset does.
+    /// Drops a pending interrupt, as a reset does.
     pub fn forget(&mut self) {
         if !self.unmasked {
             let _ = rustix::io::read(self.eventfd(), &mut [0; 8]);
@@ -117,7 +118,7 @@ impl Message {
     }
 }
 
-impl Drop for Message {
+impl Drop for MsiIrqfd {
     fn drop(&mut self) {
         if self.mask().is_ok() {
             self.routes.free(self.gsi);
@@ -125,7 +126,7 @@ impl Drop for Message {
     }
 }
 
-impl AsFd for Message {
+impl AsFd for MsiIrqfd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.eventfd()
     }

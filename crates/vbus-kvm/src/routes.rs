@@ -1,4 +1,4 @@
-//! Which interrupt a number stands for (the table behind `KVM_SET_GSI_ROUTING`).
+//! Interrupt routing: the interrupt for which each number (GSI) stands (`KVM_SET_GSI_ROUTING`).
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -13,9 +13,9 @@ use kvm_ioctls::VmFd;
 
 use crate::Error;
 
-/// Synthetic interrupts of one virtual processor.
+/// The number of synthetic interrupts of one virtual processor.
 pub const SINTS: u32 = 16;
-/// Ways to deliver a message, as its data has them.
+/// Delivery modes of a message, as its data encodes them.
 const FIXED: u32 = 0;
 const LOWEST: u32 = 1;
 const NMI: u32 = 4;
@@ -23,60 +23,62 @@ const NMI: u32 = 4;
 pub(crate) const IOAPIC_PINS: u32 = 24;
 const PIC_PINS: u32 = 16;
 
-/// Where the interrupt controllers other than the local APICs are.
+/// Where the interrupt controllers other than the local APICs are emulated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Chip {
-    /// In the kernel (`KVM_CREATE_IRQCHIP`): numbers 0 to 23 are the pins of KVM's I/O APIC, 0 to
-    /// 15 those of its PICs too.
+pub enum IrqChip {
+    /// In the kernel (`KVM_CREATE_IRQCHIP`). Numbers 0 to 23 are the pins of KVM's I/O APIC.
+    /// Numbers 0 to 15 are the pins of its PICs as well.
     Kernel,
-    /// In the VMM (`KVM_CAP_SPLIT_IRQCHIP`): numbers from 0 on are kept for as many pins of its I/O
-    /// APIC, which gives them routes by [`Routes::set`], so that KVM tells it of their ends.
+    /// In the VMM (`KVM_CAP_SPLIT_IRQCHIP`). The first numbers are reserved for the pins of the
+    /// VMM's I/O APIC. It sets their routes by [`Routes::set`], so that KVM reports when the guest
+    /// ends their interrupts.
     Split {
-        /// How many, as KVM was told.
+        /// The number of pins, as given to KVM.
         pins: u32,
     },
 }
 
-impl Chip {
-    /// Numbers that are not for messages.
+impl IrqChip {
+    /// The count of numbers that are not for messages.
     fn pins(self) -> u32 {
         match self {
-            Chip::Kernel => IOAPIC_PINS,
-            Chip::Split { pins } => pins,
+            IrqChip::Kernel => IOAPIC_PINS,
+            IrqChip::Split { pins } => pins,
         }
     }
 }
 
-/// An interrupt that is a message.
+/// The destination of a message-signalled interrupt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Route {
-    /// To the local APICs.
+    /// A message to the local APICs.
     Msi {
-        /// As in the MSI capability or the MSI-X table, or as an I/O APIC would send it.
+        /// The address, as in the MSI capability or the MSI-X table.
         address: u64,
-        /// Likewise.
+        /// The data, as in the MSI capability or the MSI-X table.
         data: u32,
     },
-    /// To one virtual processor's SynIC.
+    /// A synthetic interrupt of one virtual processor's SynIC.
     Sint {
-        /// Its Hyper-V index, which is that of the virtual CPU unless the VMM has set it.
+        /// The Hyper-V index of the processor. It is the virtual CPU's number unless the VMM has
+        /// set another one.
         vp: u32,
-        /// The synthetic interrupt, below [`SINTS`].
+        /// The number of the synthetic interrupt, below [`SINTS`].
         sint: u32,
     },
 }
 
 impl Route {
-    /// What a message of a function means: an MSI if `address` is a local APIC's, a synthetic
-    /// interrupt if it is one of `sints`.
+    /// Finds the destination of a function's message: an MSI if `address` is a local APIC's, a
+    /// synthetic interrupt if `address` is one of `sints`.
     ///
-    /// Of the ways to deliver an MSI a function has those of an interrupt: fixed, lowest priority,
-    /// and NMI. An SMI or an INIT would be the end of the virtual machine, or of what runs in it:
-    /// with some kernels KVM can run it no more.
+    /// A function's MSI may have the delivery modes fixed, lowest priority and NMI. An SMI or an
+    /// INIT could end the virtual machine or the system that runs in it: with some kernels KVM
+    /// could no longer run it.
     ///
     /// # Errors
-    /// [`Error::NoInterrupt`] if it is neither. That is the guest's doing, who may write there what
-    /// it likes.
+    /// [`Error::NoInterrupt`] if the message is neither. A guest can cause this, since it may write
+    /// any address and data.
     pub fn of_message(address: u64, data: u32, sints: Option<&Sints>) -> Result<Route, Error> {
         if let Some(vp) = sints.and_then(|sints| sints.processor(address)) {
             return if data < SINTS {
@@ -85,14 +87,14 @@ impl Route {
                 Err(Error::NoInterrupt(format!("synthetic interrupt {data}")))
             };
         }
-        // The low half is 0xfee00000 and what the local APIC takes the destination from; the high
-        // half is of the destination, too.
+        // The low half is 0xfee00000 plus bits of the destination. The high half is further bits of
+        // the destination.
         if address & 0xfff0_0000 != 0xfee0_0000 {
             return Err(Error::NoInterrupt(format!("a message to {address:#x}")));
         }
         match data >> 8 & 7 {
             FIXED | LOWEST | NMI => Ok(Route::Msi { address, data }),
-            other => Err(Error::NoInterrupt(format!("a message to be delivered in way {other}"))),
+            other => Err(Error::NoInterrupt(format!("a message with delivery mode {other}"))),
         }
     }
 
@@ -114,21 +116,21 @@ impl Route {
     }
 }
 
-/// The lower and the upper half of an address, as KVM takes it.
+/// Splits an address into its lower and its upper half, as KVM takes it.
 fn halves(address: u64) -> (u32, u32) {
     ((address & 0xffff_ffff) as u32, (address >> 32) as u32)
 }
 
-/// The addresses that stand for synthetic interrupts: a message to `base + vp * stride` with data n
-/// raises synthetic interrupt n of virtual processor vp. They are a doorbell record's neighbour in
-/// the capability of a function (`spec/pci.md`).
+/// The message addresses that stand for synthetic interrupts: a message to `base + vp * stride`
+/// with data n raises synthetic interrupt n of virtual processor vp. A function's vendor-specific
+/// capability has a record of them beside its doorbell records (`spec/pci.md`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sints {
-    /// Address for virtual processor 0.
+    /// The address for virtual processor 0.
     pub base: u64,
-    /// From one to the next; not 0.
+    /// The distance from one processor's address to the next. It is not 0.
     pub stride: u16,
-    /// How many virtual processors there are.
+    /// The number of virtual processors.
     pub processors: u32,
 }
 
@@ -140,30 +142,32 @@ impl Sints {
     }
 }
 
-/// The routes of one virtual machine. KVM takes them only all at once, so nobody else may set them.
+/// The interrupt routes of one virtual machine. KVM takes only the whole table, so this value is
+/// its only owner: nothing else may set routes.
 #[derive(Debug)]
 pub struct Routes {
     vm: Arc<VmFd>,
-    chip: Chip,
-    /// The most entries that KVM takes.
+    irqchip: IrqChip,
+    /// The most entries that KVM accepts.
     limit: u32,
     table: Mutex<Table>,
 }
 
-/// Numbers in use, with their route if they have one.
+/// The numbers in use. Each may have a route.
 type Table = BTreeMap<u32, Option<Route>>;
 
 impl Routes {
-    /// The routes of `vm`, which has got its interrupt controllers already: those of the pins.
+    /// Takes over the routes of `vm`, whose interrupt controllers must exist. At first the table has
+    /// the routes of the pins only.
     ///
     /// # Errors
-    /// [`Error::Missing`] without interrupt controllers in the kernel, or routes.
-    pub fn new(vm: Arc<VmFd>, chip: Chip) -> Result<Arc<Routes>, Error> {
+    /// [`Error::Missing`] if the kernel has no interrupt controllers or no routing.
+    pub fn new(vm: Arc<VmFd>, irqchip: IrqChip) -> Result<Arc<Routes>, Error> {
         let limit = u32::try_from(vm.check_extension_raw(KVM_CAP_IRQ_ROUTING.into())).unwrap_or(0);
-        if limit <= chip.pins() + PIC_PINS {
+        if limit <= irqchip.pins() + PIC_PINS {
             return Err(Error::Missing("interrupt routes"));
         }
-        let routes = Routes { vm, chip, limit, table: Mutex::new(Table::new()) };
+        let routes = Routes { vm, irqchip, limit, table: Mutex::new(Table::new()) };
         routes.give(&routes.lock())?;
         Ok(Arc::new(routes))
     }
@@ -173,52 +177,53 @@ impl Routes {
         &self.vm
     }
 
-    /// Sends one message, without a route: to the local APICs at once.
+    /// Sends one message to the local APICs at once, without a route.
     ///
     /// # Errors
-    /// What KVM says, for example that nobody has that address. A guest can cause it.
+    /// [`Error::System`] if KVM refuses, for example because no APIC has that address. A guest can
+    /// cause this.
     pub fn send(&self, address: u64, data: u32) -> Result<(), Error> {
         let (address_lo, address_hi) = halves(address);
         let message = kvm_msi { address_lo, address_hi, data, ..Default::default() };
         self.vm.signal_msi(message).map(drop).map_err(Error::kvm("KVM_SIGNAL_MSI"))
     }
 
-    /// Where the pins are.
-    pub fn chip(&self) -> Chip {
-        self.chip
+    /// Where the interrupt controllers are.
+    pub fn irqchip(&self) -> IrqChip {
+        self.irqchip
     }
 
-    /// A number for a message; it has no route yet.
+    /// Allocates a number for a message. It has no route yet.
     ///
     /// # Errors
-    /// [`Error::Routes`] if there is none left.
+    /// [`Error::Routes`] if no number is left.
     pub fn alloc(&self) -> Result<u32, Error> {
         let mut table = self.lock();
-        let first = self.chip.pins();
-        // The kernel's own PICs have entries too, so that as many numbers are without.
-        let end = self.limit - if self.chip == Chip::Kernel { PIC_PINS } else { 0 };
+        let first = self.irqchip.pins();
+        // The kernel's PICs take entries of the table as well, so fewer numbers can have one.
+        let end = self.limit - if self.irqchip == IrqChip::Kernel { PIC_PINS } else { 0 };
         let free =
             (first..end).find(|gsi| !table.contains_key(gsi)).ok_or(Error::Routes(end - first))?;
         table.insert(free, None);
         Ok(free)
     }
 
-    /// Takes back a number of [`alloc`](Self::alloc), which nothing may use any more.
+    /// Frees a number from [`alloc`](Self::alloc). Nothing may use it any more.
     pub fn free(&self, gsi: u32) {
         let mut table = self.lock();
-        if gsi >= self.chip.pins() && table.remove(&gsi).flatten().is_some() {
-            // A table with an entry less is one that KVM takes; were it not so, the number would
-            // just stay what it was.
+        if gsi >= self.irqchip.pins() && table.remove(&gsi).flatten().is_some() {
+            // KVM accepts a table with one entry less. If it did not, the number would just keep its
+            // route in KVM.
             let _ = self.give(&table);
         }
     }
 
-    /// Gives a number its route, or none: what comes then is lost. Both for numbers of
-    /// [`alloc`](Self::alloc) and, if the chip is split, for the pins.
+    /// Sets or removes the route of a number. An interrupt without a route is lost. The number is
+    /// from [`alloc`](Self::alloc) or, with a split irqchip, that of a pin.
     ///
     /// # Errors
-    /// [`Error::NoInterrupt`] for a number or a route that cannot be one, and what KVM says; the
-    /// number has then the route that it had.
+    /// [`Error::NoInterrupt`] if the number or the route is invalid. [`Error::System`] if KVM
+    /// refuses. The number then keeps its former route.
     pub fn set(&self, gsi: u32, route: Option<Route>) -> Result<(), Error> {
         match route {
             Some(Route::Sint { sint, .. }) if sint >= SINTS => {
@@ -227,7 +232,7 @@ impl Routes {
             _ => {}
         }
         let mut table = self.lock();
-        let is_pin = gsi < self.chip.pins() && self.chip != Chip::Kernel;
+        let is_pin = gsi < self.irqchip.pins() && self.irqchip != IrqChip::Kernel;
         let before = match table.get(&gsi) {
             Some(before) => *before,
             None if is_pin => None,
@@ -251,11 +256,11 @@ impl Routes {
         self.table.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// Gives KVM the table.
+    /// Passes the table to KVM.
     fn give(&self, table: &Table) -> Result<(), Error> {
-        let mut entries = match self.chip {
-            Chip::Kernel => pins(),
-            Chip::Split { .. } => Vec::new(),
+        let mut entries = match self.irqchip {
+            IrqChip::Kernel => pins(),
+            IrqChip::Split { .. } => Vec::new(),
         };
         entries
             .extend(table.iter().filter_map(|(gsi, route)| route.map(|route| route.entry(*gsi))));
@@ -265,7 +270,7 @@ impl Routes {
     }
 }
 
-/// The entries of the kernel's interrupt controllers.
+/// The table entries of the kernel's interrupt controllers.
 fn pins() -> Vec<kvm_irq_routing_entry> {
     let entry = |gsi, irqchip, pin| {
         let mut entry =

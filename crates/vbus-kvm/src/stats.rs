@@ -8,37 +8,36 @@ use rustix::io::pread;
 
 use crate::{Error, sys};
 
-/// The header's bytes, those of a descriptor without its name, and the most of both that is
-/// believed.
+/// Bytes of the header, and of a descriptor without its name. The two limits bound what this
+/// program accepts from the kernel.
 const HEADER_BYTES: usize = 24;
 const DESCRIPTOR_BYTES: usize = 16;
 const NAME_MAX: u32 = 256;
 const COUNT_MAX: u32 = 4096;
 
-/// What KVM counts of one virtual machine or one virtual CPU: exits, interrupts injected, and so
-/// on, by the names that the kernel gives them (`exits`, `irq_exits`, `io_exits`, `mmio_exits`,
-/// `hypercalls`, `halt_exits`, `irq_injections`, ...).
+/// KVM's counters of one virtual machine or one virtual CPU, by the kernel's names: `exits`,
+/// `irq_exits`, `io_exits`, `mmio_exits`, `hypercalls`, `halt_exits`, `irq_injections`, and so on.
 #[derive(Debug)]
 pub struct Stats {
     fd: OwnedFd,
-    /// Names, and where their values are in the file.
+    /// Each counter's name, and the offset of its value in the file.
     names: Vec<(String, u64)>,
 }
 
-/// Values at one moment. Each is right by itself; while the virtual CPU runs, they are not all of
-/// the same moment.
+/// The values of all counters. Each value is exact, but while the virtual CPU runs they are not all
+/// of the same moment.
 pub type Values = BTreeMap<String, u64>;
 
 impl Stats {
-    /// Those of the virtual machine.
+    /// Opens the counters of the virtual machine.
     ///
     /// # Errors
-    /// What the kernel says; before 5.14 it has none.
+    /// [`Error::System`] if the kernel refuses. Linux before 5.14 has no such counters.
     pub fn of_vm(vm: &VmFd) -> Result<Stats, Error> {
         Stats::new(sys::vm_stats(vm).map_err(Error::system("KVM_GET_STATS_FD"))?)
     }
 
-    /// Those of a virtual CPU. They can be read by another thread than the one that runs it.
+    /// Opens the counters of a virtual CPU. Any thread may read them while another one runs the CPU.
     ///
     /// # Errors
     /// As [`of_vm`](Self::of_vm).
@@ -59,7 +58,7 @@ impl Stats {
             read(&fd, &mut descriptor, at)?;
             let values = u16::from_le_bytes([descriptor[6], descriptor[7]]);
             let name = descriptor[DESCRIPTOR_BYTES..].split(|&b| b == 0).next().unwrap_or_default();
-            // Histograms have more than one.
+            // A histogram has more than one value.
             if values == 1 {
                 let value = data + u64::from(u32_at(&descriptor, 8));
                 names.push((String::from_utf8_lossy(name).into_owned(), value));
@@ -68,10 +67,10 @@ impl Stats {
         Ok(Stats { fd, names })
     }
 
-    /// All values now. Histograms are left out.
+    /// Reads all counters, except histograms.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// [`Error::System`] if the kernel refuses.
     pub fn read(&self) -> Result<Values, Error> {
         let value = |(name, at): &(String, u64)| {
             let mut value = [0; 8];
@@ -81,10 +80,10 @@ impl Stats {
         self.names.iter().map(value).collect()
     }
 
-    /// One value now; `None` if this kernel does not count it.
+    /// Reads one counter. Returns `None` if this kernel does not have it.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// [`Error::System`] if the kernel refuses.
     pub fn get(&self, name: &str) -> Result<Option<u64>, Error> {
         let Some((_, at)) = self.names.iter().find(|(n, _)| n == name) else { return Ok(None) };
         let mut value = [0; 8];

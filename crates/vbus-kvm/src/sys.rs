@@ -1,4 +1,4 @@
-//! Calls of KVM that `kvm-ioctls` does not have.
+//! The calls of KVM that `kvm-ioctls` lacks.
 #![allow(unsafe_code, reason = "ioctls")]
 
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
@@ -12,9 +12,9 @@ use vmm_sys_util::ioctl::{ioctl, ioctl_with_ref};
 vmm_sys_util::ioctl_iow_nr!(KVM_HYPERV_EVENTFD, KVMIO, 0xbd, kvm_hyperv_eventfd);
 vmm_sys_util::ioctl_io_nr!(KVM_GET_STATS_FD, KVMIO, 0xce);
 
-/// As the type that `kvm-ioctls` takes. Whether it really is an eventfd is for KVM to see.
+/// Converts a descriptor to the type that `kvm-ioctls` takes. KVM checks whether it is an eventfd.
 pub(crate) fn as_event(fd: OwnedFd) -> EventFd {
-    // SAFETY: the descriptor was owned, and is now by the result.
+    // SAFETY: The descriptor was owned by `fd`, and is now owned by the result.
     unsafe { EventFd::from_raw_fd(fd.into_raw_fd()) }
 }
 
@@ -24,7 +24,7 @@ pub(crate) fn as_fd(event: &EventFd) -> BorrowedFd<'_> {
     unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
 
-/// Lets event connection `id` be `event`, or nothing.
+/// Connects event connection `id` to `event`, or to nothing.
 pub(crate) fn hyperv_eventfd(vm: &VmFd, id: u32, event: Option<&EventFd>) -> Result<(), Errno> {
     let argument = kvm_hyperv_eventfd {
         conn_id: id,
@@ -38,13 +38,13 @@ pub(crate) fn hyperv_eventfd(vm: &VmFd, id: u32, event: Option<&EventFd>) -> Res
     check(result).map(drop)
 }
 
-/// A descriptor of the statistics of the virtual machine.
+/// Opens the statistics of the virtual machine.
 pub(crate) fn vm_stats(vm: &VmFd) -> Result<OwnedFd, Errno> {
     // SAFETY: `vm` is a virtual machine's descriptor; the call takes no argument.
     stats(unsafe { ioctl(vm, KVM_GET_STATS_FD()) })
 }
 
-/// A descriptor of the statistics of the virtual CPU.
+/// Opens the statistics of the virtual CPU.
 pub(crate) fn vcpu_stats(vcpu: &VcpuFd) -> Result<OwnedFd, Errno> {
     // SAFETY: `vcpu` is a virtual CPU's descriptor; the call takes no argument.
     stats(unsafe { ioctl(vcpu, KVM_GET_STATS_FD()) })

@@ -90,7 +90,7 @@ impl Handler for Control {
     fn handle(&self, request: Request, client: &Client<'_>) -> Result<Value> {
         let parts = &*self.0;
         match request {
-            Request::Info => Ok(parts.facts.clone()),
+            Request::Info => Ok(parts.info.clone()),
             Request::Cpus => {
                 for (cpu, thread, ..) in parts.cpus.list() {
                     client.item(json!({ "cpu": cpu, "thread": thread.as_raw_nonzero().get() }))?;

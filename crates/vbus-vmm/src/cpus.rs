@@ -319,8 +319,8 @@ mod tests {
 
     use super::*;
     use crate::bus::BusDevice;
-    use crate::chip::Chip;
     use crate::cpuid::Model;
+    use crate::irqchip::IrqChip;
     use crate::memory::Ram;
 
     /// Where the code of a test lies.
@@ -356,7 +356,7 @@ mod tests {
         let vm = Arc::new(kvm.create_vm().unwrap());
         let ram = Ram::new(16 << 20).unwrap();
         ram.give_to(&vm).unwrap();
-        let _chip = Chip::new(&vm, false).unwrap();
+        let _chip = IrqChip::new(&vm, false).unwrap();
         ram.map().write_slice(code, GuestAddress(CODE)).unwrap();
         let start = Start::protected(ram.map(), CODE, 0).unwrap();
         let (asks, asked) = channel();

@@ -17,7 +17,7 @@ use crate::ioapic::{IO_APIC_BYTES, IoApic};
 use crate::layout;
 
 /// The interrupt controllers of a virtual machine.
-pub struct Chip(Kind);
+pub struct IrqChip(Kind);
 
 enum Kind {
     /// `KVM_CREATE_IRQCHIP`: PICs, I/O APIC, and the PIT, all with their state after a reset.
@@ -28,20 +28,20 @@ enum Kind {
     Test(std::sync::Mutex<std::collections::BTreeSet<u32>>),
 }
 
-impl Chip {
+impl IrqChip {
     /// Makes those of `vm`, before its first virtual CPU.
-    pub fn new(vm: &Arc<VmFd>, split: bool) -> Result<Chip> {
+    pub fn new(vm: &Arc<VmFd>, split: bool) -> Result<IrqChip> {
         let kind = if split {
             let mut cap = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
             cap.args[0] = layout::PINS.into();
             vm.enable_cap(&cap).context("this KVM has no split irqchip")?;
-            let routes = Routes::new(vm.clone(), vbus_kvm::Chip::Split { pins: layout::PINS })?;
+            let routes = Routes::new(vm.clone(), vbus_kvm::IrqChip::Split { pins: layout::PINS })?;
             Kind::Split { io_apic: Arc::new(IoApic::new(routes.clone())), routes }
         } else {
             vm.create_irq_chip().context("this KVM has no irqchip")?;
             let config = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
             vm.create_pit2(config).context("this KVM has no timer")?;
-            let routes = Routes::new(vm.clone(), vbus_kvm::Chip::Kernel)?;
+            let routes = Routes::new(vm.clone(), vbus_kvm::IrqChip::Kernel)?;
             let get = |chip_id| {
                 let mut chip = kvm_irqchip { chip_id, ..Default::default() };
                 vm.get_irqchip(&mut chip).map(|()| chip)
@@ -54,7 +54,7 @@ impl Chip {
                 .context("cannot read the irqchip")?;
             Kind::Kernel { routes, chips, timer: vm.get_pit2().context("cannot read the timer")? }
         };
-        Ok(Chip(kind))
+        Ok(IrqChip(kind))
     }
 
     /// The virtual machine's interrupt routes.
@@ -123,10 +123,10 @@ impl Chip {
 }
 
 #[cfg(test)]
-impl Chip {
+impl IrqChip {
     /// One that remembers levels.
-    pub fn for_tests() -> Chip {
-        Chip(Kind::Test(std::sync::Mutex::default()))
+    pub fn for_tests() -> IrqChip {
+        IrqChip(Kind::Test(std::sync::Mutex::default()))
     }
 
     /// The level of a pin.

@@ -12,11 +12,11 @@ use vbus_kvm::Sints;
 use vbus_kvm::Stats;
 
 use crate::boot::Image;
-use crate::chip::Chip;
 use crate::control;
 use crate::cpuid::Model;
 use crate::cpus::Cpus;
 use crate::exits::Exits;
+use crate::irqchip::IrqChip;
 use crate::layout;
 use crate::marks::Marks;
 use crate::memory::Ram;
@@ -107,10 +107,10 @@ pub struct Parts {
     /// To ask.
     pub asks: Sender<Ask>,
     /// What does not change, for `info`.
-    pub facts: Value,
+    pub info: Value,
     /// What was counted at the guest's marks, if it may set any.
     pub marks: Option<Arc<Marks>>,
-    chip: Arc<Chip>,
+    chip: Arc<IrqChip>,
 }
 
 impl Parts {
@@ -135,7 +135,7 @@ impl Machine {
         vm.set_tss_address(TSS).context("KVM does not take its own pages")?;
         let ram = Ram::new(config.memory.saturating_mul(1 << 20))?;
         ram.give_to(&vm)?;
-        let chip = Arc::new(Chip::new(&vm, config.split)?);
+        let chip = Arc::new(IrqChip::new(&vm, config.split)?);
         let hyperv = config.hypercalls && has_hyperv(&kvm);
 
         let (asks, asked) = channel();
@@ -175,7 +175,7 @@ impl Machine {
             (0..cpus).map(|number| Vcpu::new(&kvm, &vm, number, &model)).collect::<Result<_>>()?;
         let cpus = Cpus::start(vcpus, &Arc::new(buses), &asks, config.filter)?;
         power.set_brake(cpus.brake());
-        let facts = json!({
+        let info = json!({
             "version": env!("CARGO_PKG_VERSION"),
             "pid": std::process::id(),
             "cpus": config.cpus,
@@ -184,7 +184,7 @@ impl Machine {
             "hypercalls": hyperv,
             "slots": config.slots,
         });
-        let parts = Arc::new(Parts { cpus, pci, power, asks: asks.clone(), facts, marks, chip });
+        let parts = Arc::new(Parts { cpus, pci, power, asks: asks.clone(), info, marks, chip });
         if let Some(marks) = &parts.marks {
             marks.set_parts(&parts);
         }
@@ -203,7 +203,7 @@ impl Machine {
             seccomp::apply(Thread::Main)?;
         }
         self.start()?;
-        tell("started", self.parts.facts.clone());
+        tell("started", self.parts.info.clone());
         let end = loop {
             match self.asks.recv().context("every thread has ended")? {
                 Ask::Reset(why) => {
@@ -302,5 +302,5 @@ fn open_kvm(split: bool) -> Result<Kvm> {
 
 /// Whether a guest can ring doorbells by hypercalls, and take interrupts by the SynIC.
 fn has_hyperv(kvm: &Kvm) -> bool {
-    vbus_kvm::Kinds::probe(kvm).has(vbus_kvm::Kind::Hypercall)
+    vbus_kvm::Capabilities::probe(kvm).has(vbus_kvm::DoorbellKind::Hypercall)
 }

@@ -4,12 +4,12 @@
 mod acpi;
 mod boot;
 mod bus;
-mod chip;
 mod control;
 mod cpuid;
 mod cpus;
 mod exits;
 mod ioapic;
+mod irqchip;
 mod layout;
 mod machine;
 mod marks;

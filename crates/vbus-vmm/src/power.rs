@@ -5,8 +5,8 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::bus::{Bus, BusDevice};
-use crate::chip::Chip;
 use crate::cpus::Brake;
+use crate::irqchip::IrqChip;
 use crate::layout;
 use crate::machine::Ask;
 
@@ -23,7 +23,7 @@ const SLEEP_TYPE: u16 = 0b111 << 10;
 /// The registers. All else that is written to their ports is ignored.
 pub struct Power {
     registers: Mutex<Registers>,
-    chip: Arc<Chip>,
+    chip: Arc<IrqChip>,
     asks: Sender<Ask>,
     brake: Mutex<Option<Brake>>,
 }
@@ -36,7 +36,7 @@ struct Registers {
 
 impl Power {
     /// Raises the SCI of `chip`, and asks through `asks` for power-off and reset.
-    pub fn new(chip: Arc<Chip>, asks: Sender<Ask>) -> Arc<Power> {
+    pub fn new(chip: Arc<IrqChip>, asks: Sender<Ask>) -> Arc<Power> {
         Arc::new(Power { registers: Mutex::default(), chip, asks, brake: Mutex::default() })
     }
 
@@ -160,8 +160,8 @@ mod tests {
 
     use super::*;
 
-    fn machine() -> (Bus, Arc<Power>, Arc<Chip>, Receiver<Ask>) {
-        let (chip, (asks, asked)) = (Arc::new(Chip::for_tests()), channel());
+    fn machine() -> (Bus, Arc<Power>, Arc<IrqChip>, Receiver<Ask>) {
+        let (chip, (asks, asked)) = (Arc::new(IrqChip::for_tests()), channel());
         let power = Power::new(chip.clone(), asks);
         let mut pio = Bus::default();
         power.attach(&mut pio);

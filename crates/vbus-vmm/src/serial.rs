@@ -22,7 +22,7 @@ use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, Trigger};
 
 use crate::bus::{Bus, BusDevice};
-use crate::chip::Chip;
+use crate::irqchip::IrqChip;
 use crate::layout;
 use crate::machine::Ask;
 use crate::seccomp::{self, Thread};
@@ -66,7 +66,7 @@ impl FromStr for Target {
 type Uart = Serial<Line, Drained, Output>;
 
 /// A UART's interrupt: an edge on a pin.
-struct Line(Arc<Chip>, u32);
+struct Line(Arc<IrqChip>, u32);
 
 impl Trigger for Line {
     type E = Infallible;
@@ -133,7 +133,7 @@ impl Shared {
 pub struct Port {
     number: usize,
     uart: Mutex<Uart>,
-    chip: Arc<Chip>,
+    chip: Arc<IrqChip>,
     shared: Arc<Shared>,
 }
 
@@ -142,7 +142,7 @@ impl Port {
         self.uart.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn fresh(chip: &Arc<Chip>, number: usize, shared: &Arc<Shared>) -> Uart {
+    fn fresh(chip: &Arc<IrqChip>, number: usize, shared: &Arc<Shared>) -> Uart {
         let line = Line(chip.clone(), layout::SERIAL[number].1);
         Serial::with_events(line, Drained(shared.clone()), Output(shared.clone()))
     }
@@ -190,7 +190,7 @@ impl Running {
     pub fn start(
         number: usize,
         target: &Target,
-        chip: &Arc<Chip>,
+        chip: &Arc<IrqChip>,
         pio: &mut Bus,
         asks: &Sender<Ask>,
         how: How,
@@ -436,7 +436,7 @@ mod tests {
     }
 
     fn machine(target: &Target) -> Machine {
-        let (mut pio, chip) = (Bus::default(), Arc::new(Chip::for_tests()));
+        let (mut pio, chip) = (Bus::default(), Arc::new(IrqChip::for_tests()));
         let how = How { raw: false, filter: false };
         let running = Running::start(0, target, &chip, &mut pio, &channel().0, how).unwrap();
         Machine { pio, running }

@@ -6,7 +6,7 @@ use vbus_pci_config::register::{COMMAND_MASTER, COMMAND_MEMORY};
 use vbus_pci_config::{Builder, CONVENTIONAL_BYTES, ConfigSpace, Header};
 use vbus_shm::abi::{ABI_VERSION, PCI_DEVICE, PCI_VENDOR, capability};
 
-use super::facts::Facts;
+use super::description::Description;
 
 /// Where each capability lies, if the function has it.
 const VENDOR: u8 = 0x40;
@@ -20,11 +20,11 @@ const VENDOR_ROOM: usize = (MSI - VENDOR) as usize;
 /// A doorbell record of the capability.
 pub(super) type Record = [u8; capability::RECORD_BYTES as usize];
 
-/// The space of a function with these facts and, beside the server's own doorbells, those of
+/// The space of a function with these description and, beside the server's own doorbells, those of
 /// `records` (as many as there is room for).
-pub(super) fn config_space(facts: &Facts, records: &[Record]) -> ConfigSpace {
-    let [revision, class @ ..] = facts.class.to_le_bytes();
-    let [vendor_low, vendor_high, id_low, id_high] = facts.subsystem.to_le_bytes();
+pub(super) fn config_space(description: &Description, records: &[Record]) -> ConfigSpace {
+    let [revision, class @ ..] = description.class.to_le_bytes();
+    let [vendor_low, vendor_high, id_low, id_high] = description.subsystem.to_le_bytes();
     let header = Header {
         vendor: PCI_VENDOR,
         device: PCI_DEVICE,
@@ -32,33 +32,33 @@ pub(super) fn config_space(facts: &Facts, records: &[Record]) -> ConfigSpace {
         class: u32::from_le_bytes([class[0], class[1], class[2], 0]),
         subsystem_vendor: u16::from_le_bytes([vendor_low, vendor_high]),
         subsystem: u16::from_le_bytes([id_low, id_high]),
-        interrupt_pin: facts.pin,
+        interrupt_pin: description.pin,
     };
     let mut builder = Builder::new(CONVENTIONAL_BYTES, &header)
-        .bar(0, facts.bar)
-        .vendor(VENDOR, &vendor_capability(facts, records));
-    if facts.msi {
+        .bar(0, description.bar)
+        .vendor(VENDOR, &vendor_capability(description, records));
+    if description.msi {
         builder = builder.msi(MSI, true);
     }
-    if let Some(layout) = facts.msix {
+    if let Some(layout) = description.msix {
         builder = builder.msix(MSIX, layout);
     }
-    if facts.express {
+    if description.express {
         builder = builder.express(EXPRESS);
     }
     builder.build()
 }
 
 /// The vendor-specific capability after its id and link.
-fn vendor_capability(facts: &Facts, records: &[Record]) -> Vec<u8> {
+fn vendor_capability(description: &Description, records: &[Record]) -> Vec<u8> {
     let mut bytes = vec![0; usize::from(capability::HEADER_BYTES)];
     bytes[usize::from(capability::VERSION)] = (ABI_VERSION & 0xff) as u8;
     let registers = usize::from(capability::REGISTERS);
-    bytes[registers..registers + 4].copy_from_slice(&facts.registers.to_le_bytes());
+    bytes[registers..registers + 4].copy_from_slice(&description.registers.to_le_bytes());
     let mut first = [0; capability::RECORD_BYTES as usize];
     first[0] = capability::KIND_MMIO;
-    first[2..4].copy_from_slice(&facts.stride.to_le_bytes());
-    first[4..].copy_from_slice(&facts.doorbells.to_le_bytes());
+    first[2..4].copy_from_slice(&description.stride.to_le_bytes());
+    first[4..].copy_from_slice(&description.doorbells.to_le_bytes());
     for record in std::iter::once(&first).chain(records) {
         if bytes.len() + record.len() <= VENDOR_ROOM {
             bytes.extend_from_slice(record);
@@ -78,11 +78,11 @@ mod tests {
 
     use vbus_pci_config::capabilities;
 
-    use super::super::facts::tests::{ALL, space};
+    use super::super::description::tests::{ALL, space};
     use super::*;
 
     fn config(records: &[Record]) -> ConfigSpace {
-        config_space(&Facts::parse(&space(), 0x4000, &ALL).unwrap(), records)
+        config_space(&Description::parse(&space(), 0x4000, &ALL).unwrap(), records)
     }
 
     #[test]

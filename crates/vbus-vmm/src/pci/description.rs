@@ -1,5 +1,5 @@
 //! What a server says of its function, read once when it is plugged, and checked: the guest sees a
-//! configuration space that is made of these few facts, and nothing else that the server may say
+//! configuration space that is made of these few description, and nothing else that the server may say
 //! later.
 
 use std::ops::Range;
@@ -42,7 +42,7 @@ fn lie(what: impl Into<String>) -> BadFunction {
 
 /// A function, as its server describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Facts {
+pub(super) struct Description {
     /// Revision and class code, as in the configuration space.
     pub(super) class: u32,
     pub(super) subsystem: u32,
@@ -70,9 +70,9 @@ pub(super) struct Interrupts {
     pub(super) msix: u32,
 }
 
-impl Facts {
+impl Description {
     /// Asks the server.
-    pub(super) fn read(client: &mut Client) -> Result<Facts, BadFunction> {
+    pub(super) fn read(client: &mut Client) -> Result<Description, BadFunction> {
         let info = client.device_info()?;
         if info.regions < REGIONS || info.irqs <= IRQ_MSIX {
             return Err(lie(format!(
@@ -106,10 +106,14 @@ impl Facts {
         };
         let mut bytes = [0; CONFIG_BYTES];
         client.region_read(REGION_CONFIG, 0, &mut bytes)?;
-        let mut facts = Facts::parse(&bytes, bar.size, &interrupts)?;
+        let mut description = Description::parse(&bytes, bar.size, &interrupts)?;
         let mut register = |offset: u64| {
             let mut value = [0; 4];
-            client.region_read(REGION_BAR0, u64::from(facts.registers) + offset, &mut value)?;
+            client.region_read(
+                REGION_BAR0,
+                u64::from(description.registers) + offset,
+                &mut value,
+            )?;
             Ok::<u32, ClientError>(u32::from_le_bytes(value))
         };
         let magic = register(reg::MAGIC)?;
@@ -120,14 +124,20 @@ impl Facts {
         if count > bar0::DOORBELL_COUNT {
             return Err(lie(format!("{count} doorbells")));
         }
-        facts.doorbell_count = count;
-        let end = u64::from(facts.doorbells) + u64::from(facts.stride) * u64::from(count);
-        if end > u64::from(facts.bar)
-            || facts.msix.is_some_and(|msix| overlaps(&msix, &(facts.doorbells.into()..end)))
+        description.doorbell_count = count;
+        let end =
+            u64::from(description.doorbells) + u64::from(description.stride) * u64::from(count);
+        if end > u64::from(description.bar)
+            || description
+                .msix
+                .is_some_and(|msix| overlaps(&msix, &(description.doorbells.into()..end)))
         {
-            return Err(lie(format!("{count} doorbells from {:#x} of BAR0 on", facts.doorbells)));
+            return Err(lie(format!(
+                "{count} doorbells from {:#x} of BAR0 on",
+                description.doorbells
+            )));
         }
-        Ok(facts)
+        Ok(description)
     }
 
     /// Takes a configuration space apart; `bar` bytes of BAR0.
@@ -135,7 +145,7 @@ impl Facts {
         bytes: &[u8; CONFIG_BYTES],
         bar: u64,
         interrupts: &Interrupts,
-    ) -> Result<Facts, BadFunction> {
+    ) -> Result<Description, BadFunction> {
         let u16_at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
         let u32_at = |at: usize| u32::from(u16_at(at)) | u32::from(u16_at(at + 2)) << 16;
         let (vendor, device) = (u16_at(register::VENDOR), u16_at(register::DEVICE));
@@ -157,7 +167,7 @@ impl Facts {
         else {
             return Err(lie(format!("BAR0 of {bar:#x} bytes")));
         };
-        let mut facts = Facts {
+        let mut description = Description {
             class: u32_at(register::REVISION),
             subsystem: u32_at(register::SUBSYSTEM),
             bar,
@@ -170,8 +180,8 @@ impl Facts {
             express: false,
             doorbell_count: 0,
         };
-        if facts.pin > 4 {
-            return Err(lie(format!("interrupt pin {}", facts.pin)));
+        if description.pin > 4 {
+            return Err(lie(format!("interrupt pin {}", description.pin)));
         }
         for found in capabilities(bytes) {
             let (id, at) = found.map_err(|e| lie(e.to_string()))?;
@@ -181,32 +191,32 @@ impl Facts {
                 rest.len().checked_sub(len).ok_or_else(short).map(drop)
             };
             match id {
-                id::VENDOR if facts.stride == 0 => {
+                id::VENDOR if description.stride == 0 => {
                     long_enough(usize::from(capability::HEADER_BYTES + capability::RECORD_BYTES))?;
-                    facts.vendor(rest)?;
+                    description.vendor(rest)?;
                 }
                 id::MSI => {
                     long_enough(14)?;
-                    facts.msi = interrupts.msi > 0;
+                    description.msi = interrupts.msi > 0;
                 }
-                id::MSIX if facts.msix.is_none() => {
+                id::MSIX if description.msix.is_none() => {
                     long_enough(12)?;
-                    facts.msix = Some(msix(rest, facts.bar, interrupts.msix)?);
+                    description.msix = Some(msix(rest, description.bar, interrupts.msix)?);
                 }
                 id::EXPRESS => {
                     long_enough(60)?;
                     if u16_at(at + 2) >> 4 & 0xf != 0 {
                         return Err(lie("it is no endpoint"));
                     }
-                    facts.express = true;
+                    description.express = true;
                 }
                 other => tracing::debug!("capability {other:#x} at {at:#x} is not passed on"),
             }
         }
-        if facts.stride == 0 {
+        if description.stride == 0 {
             return Err(lie("there is no capability that says where the registers are"));
         }
-        Ok(facts)
+        Ok(description)
     }
 
     /// The vendor-specific capability, long enough for one record.
@@ -295,19 +305,25 @@ pub(super) mod tests {
         bytes
     }
 
-    fn parse(change: impl FnOnce(&mut [u8])) -> Result<Facts, String> {
+    fn parse(change: impl FnOnce(&mut [u8])) -> Result<Description, String> {
         let mut bytes = space();
         change(&mut bytes);
-        Facts::parse(&bytes, bar0::SIZE, &ALL).map_err(|e| e.to_string())
+        Description::parse(&bytes, bar0::SIZE, &ALL).map_err(|e| e.to_string())
     }
 
     #[test]
     fn an_honest_server() {
-        let facts = parse(|_| ()).unwrap();
-        assert_eq!((facts.class, facts.subsystem, facts.bar), (0x0200_0001, 0x0001_1af4, 0x4000));
-        assert_eq!((facts.registers, facts.doorbells, facts.stride, facts.pin), (0, 0x1000, 4, 1));
-        assert_eq!(facts.msix, Some(LAYOUT));
-        assert!(facts.msi && facts.express);
+        let description = parse(|_| ()).unwrap();
+        assert_eq!(
+            (description.class, description.subsystem, description.bar),
+            (0x0200_0001, 0x0001_1af4, 0x4000)
+        );
+        assert_eq!(
+            (description.registers, description.doorbells, description.stride, description.pin),
+            (0, 0x1000, 4, 1)
+        );
+        assert_eq!(description.msix, Some(LAYOUT));
+        assert!(description.msi && description.express);
         assert_eq!(parse(|b| b[0x71] = 0).unwrap().msix, None);
     }
 
@@ -349,7 +365,10 @@ pub(super) mod tests {
         }
         for size in [0, 0x800, 0x3000, 1 << 23, 1 << 40] {
             assert!(
-                Facts::parse(&space(), size, &ALL).unwrap_err().to_string().contains("BAR0 of")
+                Description::parse(&space(), size, &ALL)
+                    .unwrap_err()
+                    .to_string()
+                    .contains("BAR0 of")
             );
         }
     }
@@ -359,8 +378,8 @@ pub(super) mod tests {
         let none = Interrupts { intx: 0, msi: 0, msix: 0 };
         let mut bytes = space();
         bytes[0x71] = 0;
-        let facts = Facts::parse(&bytes, bar0::SIZE, &none).unwrap();
-        assert_eq!((facts.pin, facts.msi, facts.msix), (0, false, None));
+        let description = Description::parse(&bytes, bar0::SIZE, &none).unwrap();
+        assert_eq!((description.pin, description.msi, description.msix), (0, false, None));
     }
 
     #[test]

@@ -4,12 +4,12 @@
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
-use vbus_kvm::{Doorbells, Kind, Place};
+use vbus_kvm::{DoorbellKind, DoorbellRange, Doorbells};
 use vbus_shm::abi::capability;
 use vbus_vfio_user::IoEventFd;
 
 use super::config::Record;
-use super::facts::{BadFunction, Facts};
+use super::description::{BadFunction, Description};
 use super::{PciRoot, Shared};
 use crate::bus::BusDevice;
 use crate::layout;
@@ -22,16 +22,16 @@ const CONNECTIONS: u32 = 1024;
 /// The server's eventfds, by doorbell.
 pub(super) fn of_function(
     eventfds: Vec<IoEventFd>,
-    facts: &Facts,
+    description: &Description,
 ) -> Result<Vec<(u32, OwnedFd)>, BadFunction> {
     let number = |io: IoEventFd| {
         let IoEventFd { fd, offset, size, datamatch } = io;
-        let at = offset.checked_sub(u64::from(facts.doorbells));
+        let at = offset.checked_sub(u64::from(description.doorbells));
         let number = at
-            .filter(|at| at % u64::from(facts.stride) == 0)
-            .map(|at| at / u64::from(facts.stride));
+            .filter(|at| at % u64::from(description.stride) == 0)
+            .map(|at| at / u64::from(description.stride));
         let number = number
-            .filter(|n| *n < u64::from(facts.doorbell_count))
+            .filter(|n| *n < u64::from(description.doorbell_count))
             .and_then(|n| u32::try_from(n).ok());
         let Some(number) = number.filter(|_| datamatch.is_none()) else {
             return Err(BadFunction::Lie(format!(
@@ -39,7 +39,7 @@ pub(super) fn of_function(
             )));
         };
         // 0 stands for writes of any size.
-        if size > u64::from(facts.stride) {
+        if size > u64::from(description.stride) {
             return Err(BadFunction::Lie(format!(
                 "an eventfd for {size} bytes, where doorbell {number} is"
             )));
@@ -64,19 +64,27 @@ fn ports_per_slot(shared: &Shared) -> u16 {
 
 /// Puts the doorbells where their place does not depend on the guest: ports and event connections.
 /// The records for the capability.
-pub(super) fn back(bells: &mut Doorbells, facts: &Facts, slot: u8, shared: &Shared) -> Vec<Record> {
+pub(super) fn back(
+    bells: &mut Doorbells,
+    description: &Description,
+    slot: u8,
+    shared: &Shared,
+) -> Vec<Record> {
     let (mut records, numbers) = (Vec::new(), bells.numbers());
-    let mut put = |kind, place: Place| match bells.place(kind, Some(place)) {
+    let mut put = |kind, place: DoorbellRange| match bells.set_range(kind, Some(place)) {
         Ok(()) => records.extend(place.record(kind)),
         Err(e) => tracing::warn!("slot {slot} has no doorbells of kind {kind:?}: {e}"),
     };
     // A kind is offered if it rings every doorbell that the device can have.
-    if shared.backing.pio && facts.doorbell_count <= u32::from(ports_per_slot(shared)) {
+    if shared.backing.pio && description.doorbell_count <= u32::from(ports_per_slot(shared)) {
         let base = layout::DOORBELL_PORTS + (u16::from(slot) - 1) * ports_per_slot(shared);
-        put(Kind::Pio, Place { base: base.into(), stride: PORT_STRIDE });
+        put(DoorbellKind::Pio, DoorbellRange { base: base.into(), stride: PORT_STRIDE });
     }
-    if shared.backing.hypercall && facts.doorbell_count == numbers {
-        put(Kind::Hypercall, Place { base: (u32::from(slot) * CONNECTIONS).into(), stride: 1 });
+    if shared.backing.hypercall && description.doorbell_count == numbers {
+        put(
+            DoorbellKind::Hypercall,
+            DoorbellRange { base: (u32::from(slot) * CONNECTIONS).into(), stride: 1 },
+        );
     }
     let sints = shared.backing.sints;
     if let Some((sints, Ok(base))) = sints.map(|sints| (sints, u32::try_from(sints.base))) {

@@ -11,14 +11,14 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rustix::net::Shutdown;
-use vbus_kvm::{Doorbells, Kind, Level, Place};
+use vbus_kvm::{DoorbellKind, DoorbellRange, Doorbells, IntxIrqfd};
 use vbus_pci_config::register::{COMMAND, STATUS, STATUS_INTERRUPT};
 use vbus_pci_config::{ConfigSpace, MsixTable, read_pending_bits, touches};
 use vbus_vfio_user::{Client, ClientError};
 
 use super::config::{config_space, in_use};
-use super::facts::{Facts, IRQ_INTX, IRQ_MSI, IRQ_MSIX, REGION_BAR0};
-use super::messages::Messages;
+use super::description::{Description, IRQ_INTX, IRQ_MSI, IRQ_MSIX, REGION_BAR0};
+use super::msi::MsiVectors;
 use super::{PlugError, Shared, doorbells, lock};
 use crate::ioapic::Source;
 
@@ -43,7 +43,7 @@ pub(super) struct Counters {
 pub(super) struct Function {
     pub(super) name: String,
     pub(super) socket: PathBuf,
-    facts: Facts,
+    description: Description,
     /// A duplicate of the connection's socket, to watch it, and to end the connection.
     connection: OwnedFd,
     client: Mutex<Client>,
@@ -62,14 +62,14 @@ pub(super) struct Function {
 
 /// INTx: a level on a pin of the I/O APIC, wherever that is.
 enum Intx {
-    Kernel(Level),
+    Kernel(IntxIrqfd),
     Here(Source),
 }
 
 impl Intx {
     fn new(shared: &Shared, pin: u32) -> Result<Intx, PlugError> {
         Ok(match &shared.io_apic {
-            None => Intx::Kernel(Level::new(shared.routes.clone(), pin)?),
+            None => Intx::Kernel(IntxIrqfd::new(shared.routes.clone(), pin)?),
             Some(chip) => Intx::Here(chip.source(pin)?),
         })
     }
@@ -92,8 +92,8 @@ impl Intx {
 struct State {
     config: ConfigSpace,
     table: MsixTable,
-    msi: Messages,
-    msix: Messages,
+    msi: MsiVectors,
+    msix: MsiVectors,
 }
 
 impl Function {
@@ -107,33 +107,33 @@ impl Function {
         pin: impl FnOnce(u8) -> u32,
     ) -> Result<Function, PlugError> {
         let mut client = Client::connect(socket)?;
-        let facts = Facts::read(&mut client)?;
+        let description = Description::read(&mut client)?;
         for ram in &shared.ram {
             client.dma_map(ram.file.as_fd(), ram.file_offset, ram.base, ram.bytes)?;
         }
         let mut intx = None;
-        if facts.pin > 0 {
-            let intx = intx.insert(Intx::new(shared, pin(facts.pin - 1))?);
+        if description.pin > 0 {
+            let intx = intx.insert(Intx::new(shared, pin(description.pin - 1))?);
             client.connect_irqs(IRQ_INTX, 0, &[intx.assert()])?;
             client.connect_unmask(IRQ_INTX, 0, intx.ended())?;
         }
-        let bells = doorbells::of_function(client.io_eventfds(REGION_BAR0)?, &facts)?;
+        let bells = doorbells::of_function(client.io_eventfds(REGION_BAR0)?, &description)?;
         let mut bells = Doorbells::new(shared.routes.vm().clone(), bells)?;
-        let records = doorbells::back(&mut bells, &facts, slot, shared);
+        let records = doorbells::back(&mut bells, &description, slot, shared);
         let connection = client
             .as_fd()
             .try_clone_to_owned()
             .map_err(|_| ClientError::from(rustix::io::Errno::MFILE))?;
         let state = State {
-            config: config_space(&facts, &records),
-            table: MsixTable::new(facts.msix.map_or(0, |msix| msix.vectors)),
-            msi: Messages::new(IRQ_MSI, shared),
-            msix: Messages::new(IRQ_MSIX, shared),
+            config: config_space(&description, &records),
+            table: MsixTable::new(description.msix.map_or(0, |msix| msix.vectors)),
+            msi: MsiVectors::new(IRQ_MSI, shared),
+            msix: MsiVectors::new(IRQ_MSIX, shared),
         };
         Ok(Function {
             name: name.to_owned(),
             socket: socket.to_owned(),
-            facts,
+            description,
             connection,
             client: Mutex::new(client),
             gone: AtomicBool::new(false),
@@ -171,8 +171,8 @@ impl Function {
         let _ = rustix::net::shutdown(&self.connection, Shutdown::Both);
         self.put(None);
         let mut doorbells = lock(&self.doorbells);
-        for kind in Kind::ALL {
-            let _ = doorbells.place(kind, None);
+        for kind in DoorbellKind::ALL {
+            let _ = doorbells.set_range(kind, None);
         }
         drop(doorbells);
         let mut state = lock(&self.state);
@@ -232,7 +232,7 @@ impl Function {
     /// Where BAR0 would be, if the port passes it on: first address and length.
     pub(super) fn bar(&self) -> Option<(u64, u64)> {
         let at = self.bar.load(Ordering::Acquire);
-        (at != NOWHERE).then_some((at, u64::from(self.facts.bar)))
+        (at != NOWHERE).then_some((at, u64::from(self.description.bar)))
     }
 
     /// BAR0 answers from `at` on now: the doorbells follow.
@@ -240,12 +240,12 @@ impl Function {
         if !self.mmio {
             return;
         }
-        let place = at.map(|at| Place {
-            base: at + u64::from(self.facts.doorbells),
-            stride: self.facts.stride,
+        let place = at.map(|at| DoorbellRange {
+            base: at + u64::from(self.description.doorbells),
+            stride: self.description.stride,
         });
         let mut doorbells = lock(&self.doorbells);
-        if let Err(e) = doorbells.place(Kind::Mmio, place) {
+        if let Err(e) = doorbells.set_range(DoorbellKind::Mmio, place) {
             // The guest has put two things at one address, or KVM has no more room: what is rung
             // comes to user space.
             tracing::debug!("{}: doorbells by message: {e}", self.name);
@@ -254,7 +254,7 @@ impl Function {
 
     /// Whether the doorbells at an address end in the kernel now.
     pub(super) fn doorbells_in_kernel(&self) -> bool {
-        lock(&self.doorbells).at(Kind::Mmio).is_some()
+        lock(&self.doorbells).range(DoorbellKind::Mmio).is_some()
     }
 
     /// Reads the configuration space.
@@ -319,7 +319,7 @@ impl Function {
 
     /// Which part of the MSI-X structures an access of BAR0 touches, if any.
     fn msix_part(&self, offset: u64, len: usize) -> Option<MsixPart> {
-        let msix = self.facts.msix?;
+        let msix = self.description.msix?;
         let offset = usize::try_from(offset).ok()?;
         let within = |range: Range<u64>, part: fn(usize) -> MsixPart| {
             let first = usize::try_from(range.start).ok()?;
@@ -369,8 +369,9 @@ impl Function {
             }
             Some(MsixPart::Pending(_) | MsixPart::Edge) => {}
             None => {
-                let first = u64::from(self.facts.doorbells);
-                let bytes = u64::from(self.facts.doorbell_count) * u64::from(self.facts.stride);
+                let first = u64::from(self.description.doorbells);
+                let bytes =
+                    u64::from(self.description.doorbell_count) * u64::from(self.description.stride);
                 if offset.checked_sub(first).is_some_and(|at| at < bytes) {
                     self.counters.doorbells.fetch_add(1, Ordering::Relaxed);
                 }
@@ -381,12 +382,12 @@ impl Function {
 
     /// Rings a doorbell that came to user space.
     pub(super) fn ring(&self, number: u32) {
-        if number >= self.facts.doorbell_count {
+        if number >= self.description.doorbell_count {
             return;
         }
         self.counters.doorbells.fetch_add(1, Ordering::Relaxed);
-        let offset =
-            u64::from(self.facts.doorbells) + u64::from(number) * u64::from(self.facts.stride);
+        let offset = u64::from(self.description.doorbells)
+            + u64::from(number) * u64::from(self.description.stride);
         self.call(|client| client.region_post(REGION_BAR0, offset, &1u32.to_le_bytes()));
     }
 }

@@ -2,23 +2,23 @@
 //! function, which a vfio-user server (a device of the bus) is behind.
 //!
 //! ```text
-//!  configuration:  access.rs (ECAM, CF8)  ─▸  host bridge | slot.rs ─▸ port.rs (the root port)
+//!  configuration:  access.rs (ECAM, CF8)  ─▸  host bridge | slot.rs ─▸ root_port.rs (the root port)
 //!  memory:         access.rs (BARs)       ─▸  slot.rs     └▸ function.rs ─▸ config.rs: what the VMM keeps itself
 //!  ports:          doorbells.rs           ─▸  slot.rs             └▸ the server, by message
-//!  in the kernel:  doorbells.rs, messages.rs: eventfds between guest and server, which no thread of this process sees
+//!  in the kernel:  doorbells.rs, msi.rs: eventfds between guest and server, which no thread of this process sees
 //! ```
 //!
 //! What the guest writes may be anything. What a server says is checked when it is plugged
-//! ([`facts`]); afterwards it can only answer reads of its registers. A server that goes away, or
+//! ([`description`]); afterwards it can only answer reads of its registers. A server that goes away, or
 //! does not answer for 5 s, is dropped: the guest reads all ones, and sees its slot empty.
 
 mod access;
 mod config;
+mod description;
 mod doorbells;
-mod facts;
 mod function;
-mod messages;
-mod port;
+mod msi;
+mod root_port;
 mod slot;
 #[cfg(test)]
 mod tests;
@@ -38,7 +38,7 @@ use crate::bus::Bus;
 use crate::ioapic::IoApic;
 use crate::layout;
 use crate::memory::RamRegion;
-pub use facts::BadFunction;
+pub use description::BadFunction;
 use function::Function;
 use slot::Slot;
 

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use vbus_kvm::{Error, Message, Route, Routes, Sints};
+use vbus_kvm::{Error, MsiIrqfd, Route, Routes, Sints};
 use vbus_pci_config::MsiMessage;
 use vbus_vfio_user::{Client, ClientError};
 
@@ -16,20 +16,20 @@ pub(super) type Call<'a> =
 const MASKED: MsiMessage = MsiMessage { address: 0, data: 0, masked: true };
 
 /// The messages of one kind. There are some while the guest has that kind enabled.
-pub(super) struct Messages {
+pub(super) struct MsiVectors {
     /// VFIO's number of the kind.
     index: u32,
     routes: Arc<Routes>,
     sints: Option<Sints>,
-    list: Vec<(Message, MsiMessage)>,
+    list: Vec<(MsiIrqfd, MsiMessage)>,
     /// The guest wants them and they cannot be had: tried once.
     failed: bool,
 }
 
-impl Messages {
-    pub(super) fn new(index: u32, shared: &Shared) -> Messages {
+impl MsiVectors {
+    pub(super) fn new(index: u32, shared: &Shared) -> MsiVectors {
         let (routes, sints) = (shared.routes.clone(), shared.backing.sints);
-        Messages { index, routes, sints, list: Vec::new(), failed: false }
+        MsiVectors { index, routes, sints, list: Vec::new(), failed: false }
     }
 
     /// Makes them these: none, when the guest has the kind disabled.
@@ -55,7 +55,7 @@ impl Messages {
 
     /// Makes `count` of them, masked, and tells the server of all. False: there are none.
     fn make(&mut self, count: usize, name: &str, call: Call<'_>) -> bool {
-        let make = || Ok((Message::new(self.routes.clone())?, MASKED));
+        let make = || Ok((MsiIrqfd::new(self.routes.clone())?, MASKED));
         match std::iter::repeat_with(make).take(count).collect::<Result<_, Error>>() {
             Ok(list) => self.list = list,
             Err(e) => {
@@ -84,7 +84,7 @@ impl Messages {
 }
 
 /// Lets a message be what the guest says.
-fn apply(message: &mut Message, vector: &MsiMessage, sints: Option<&Sints>) -> Result<(), Error> {
+fn apply(message: &mut MsiIrqfd, vector: &MsiMessage, sints: Option<&Sints>) -> Result<(), Error> {
     if vector.masked {
         return message.mask();
     }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use vbus_kvm::{Route, Routes};
 
 use super::function::Function;
-use super::port::{Msi, RootPort, window};
+use super::root_port::{Msi, RootPort, window};
 use super::{UnplugError, lock};
 use crate::layout;
 

@@ -10,10 +10,10 @@ mod random;
 
 use std::time::{Duration, Instant};
 
-use vbus_kvm::Kind;
+use vbus_kvm::DoorbellKind;
 use vbus_shm::abi::reg;
 
-use super::facts::{IRQ_INTX, IRQ_MSI, IRQ_MSIX};
+use super::description::{IRQ_INTX, IRQ_MSI, IRQ_MSIX};
 use fake::Fake;
 use guest::{Guest, SLOT_CONTROL};
 
@@ -180,7 +180,7 @@ fn doorbells_of_each_kind_and_what_comes_to_user_space() {
     guest.memory32(bar);
     assert_eq!(fake.with(|device| device.rung.clone()), [1, 2]);
     assert_eq!(guest.root.list()[0].user_doorbells, 2);
-    assert_eq!(Kind::ALL.len(), 3);
+    assert_eq!(DoorbellKind::ALL.len(), 3);
 }
 
 #[test]
@@ -288,7 +288,7 @@ fn the_pin_goes_through_an_io_apic_in_this_process() {
         guest.mmio.write(crate::acpi::IO_APIC.into(), &[register]);
         guest.mmio.write(u64::from(crate::acpi::IO_APIC) + 0x10, &value.to_le_bytes());
     };
-    // Level-triggered, to local APIC 0.
+    // IntxIrqfd-triggered, to local APIC 0.
     set(ENTRY + 1, 0);
     set(ENTRY, 0x61 | 1 << 15);
     let ended = || {

@@ -12,7 +12,7 @@ use vbus_vfio_user::{
     DeviceInfo, Errno, IoEventFd, IrqAction, IrqInfo, Mapping, RegionInfo, Server, Target,
 };
 
-use super::super::facts;
+use super::super::description;
 use super::super::lock;
 
 /// Doorbells, unless a test says otherwise.
@@ -56,7 +56,7 @@ impl Device {
             info: DeviceInfo { resettable: true, regions: 9, irqs: 5 },
             regions: [0x4000, 0, 0, 0, 0, 0, 0, 256, 0],
             irq_counts: [1, 1, 8, 0, 0],
-            config: facts::tests::space().to_vec(),
+            config: description::tests::space().to_vec(),
             memory,
             io: (0..u64::from(DOORBELLS)).map(|number| doorbell(event(), number)).collect(),
             clients: 0,

@@ -43,7 +43,7 @@ impl Guest {
             }
         };
         let vm = Arc::new(kvm.create_vm().unwrap());
-        let chip = crate::chip::Chip::new(&vm, split).unwrap();
+        let chip = crate::irqchip::IrqChip::new(&vm, split).unwrap();
         let (routes, io_apic) = (chip.routes().clone(), chip.io_apic().cloned());
         let ram = Ram::new(16 << 20).unwrap().regions();
         let sints = Some(Sints { base: 0xfed8_0000, stride: 16, processors: 1 });

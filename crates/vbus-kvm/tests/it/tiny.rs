@@ -15,7 +15,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
-use vbus_kvm::{Kinds, Stats, Values, offer_hypercalls};
+use vbus_kvm::{Capabilities, Stats, Values, offer_hypercalls};
 
 /// Where a doorbell can be rung: outside of the memory, but within what the guest has mapped.
 pub const MMIO: u64 = 0x1000_0000;
@@ -163,7 +163,7 @@ unsafe extern "C" {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Program {
     /// Rings so often.
-    Ring(vbus_kvm::Kind, u64),
+    Ring(vbus_kvm::DoorbellKind, u64),
     /// Waits until so many interrupts have come since the machine was made.
     Wait(u64),
 }
@@ -184,7 +184,7 @@ pub struct Cost {
 
 /// See the module.
 pub struct Tiny {
-    pub kinds: Kinds,
+    pub capabilities: Capabilities,
     pub vm: Arc<VmFd>,
     vcpu: VcpuFd,
     stats: Stats,
@@ -204,7 +204,7 @@ pub fn machine() -> Option<Tiny> {
 
 impl Tiny {
     fn new(kvm: &Kvm) -> Tiny {
-        let kinds = Kinds::probe(kvm);
+        let capabilities = Capabilities::probe(kvm);
         let vm = kvm.create_vm().unwrap();
         vm.set_tss_address(0xfffb_d000).unwrap();
         vm.create_irq_chip().unwrap();
@@ -225,21 +225,23 @@ impl Tiny {
 
         let mut leaves =
             kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).unwrap().as_slice().to_vec();
-        if kinds.hypercall {
-            offer_hypercalls(&mut leaves, kinds.synic);
+        if capabilities.hypercall {
+            offer_hypercalls(&mut leaves, capabilities.synic);
         }
         vcpu.set_cpuid2(&CpuId::from_entries(&leaves).unwrap()).unwrap();
-        if kinds.synic {
+        if capabilities.synic {
             vcpu.enable_cap(&kvm_enable_cap { cap: KVM_CAP_HYPERV_SYNIC2, ..Default::default() })
                 .unwrap();
         }
         let stats = Stats::of_vcpu(&vcpu).unwrap();
-        let mut tiny = Tiny { kinds, vm: Arc::new(vm), vcpu, stats, memory };
+        let mut tiny = Tiny { capabilities, vm: Arc::new(vm), vcpu, stats, memory };
         tiny.lay_out();
         tiny.enter_long_mode();
         tiny.run_at(&raw const tiny_setup, |_| {});
-        if kinds.hypercall {
-            tiny.run_at(&raw const tiny_synic, |registers| registers.rbx = kinds.synic.into());
+        if capabilities.hypercall {
+            tiny.run_at(&raw const tiny_synic, |registers| {
+                registers.rbx = capabilities.synic.into()
+            });
         }
         tiny
     }
@@ -314,7 +316,7 @@ impl Tiny {
     /// Lets a pin's level be interrupt [`VECTOR`].
     pub fn enable_pin(&mut self, pin: u32) {
         let mut chip = self.io_apic();
-        // Level, to APIC 0.
+        // IntxIrqfd, to APIC 0.
         // SAFETY: the I/O APIC's part is the one that was asked for.
         unsafe { chip.chip.ioapic.redirtbl[pin as usize].bits = u64::from(VECTOR) | 1 << 15 };
         self.vm.set_irqchip(&chip).unwrap();
@@ -337,10 +339,10 @@ impl Tiny {
         let (user_exits, statuses) = match program {
             Program::Ring(kind, count) => {
                 let code = match kind {
-                    vbus_kvm::Kind::Mmio => &raw const tiny_mmio,
-                    vbus_kvm::Kind::Pio => &raw const tiny_pio,
-                    vbus_kvm::Kind::Hypercall if is_intel() => &raw const tiny_vmcall,
-                    vbus_kvm::Kind::Hypercall => &raw const tiny_vmmcall,
+                    vbus_kvm::DoorbellKind::Mmio => &raw const tiny_mmio,
+                    vbus_kvm::DoorbellKind::Pio => &raw const tiny_pio,
+                    vbus_kvm::DoorbellKind::Hypercall if is_intel() => &raw const tiny_vmcall,
+                    vbus_kvm::DoorbellKind::Hypercall => &raw const tiny_vmmcall,
                 };
                 self.run_at(code, |registers| {
                     (registers.rbx, registers.rsi, registers.rdx) = (count, MMIO, PORT.into());

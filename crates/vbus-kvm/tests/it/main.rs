@@ -15,7 +15,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use vbus_kvm::{Chip, Doorbells, Error, Kind, Level, Message, Place, Route, Routes};
+use vbus_kvm::{
+    DoorbellKind, DoorbellRange, Doorbells, Error, IntxIrqfd, IrqChip, MsiIrqfd, Route, Routes,
+};
 
 use tiny::{CONNECTION, Cost, MMIO, NO_CONNECTION, PORT, Program, SINT, Tiny, VECTOR, machine};
 
@@ -41,18 +43,18 @@ fn readable(fd: impl AsFd) -> bool {
     poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&patience)).unwrap() == 1
 }
 
-fn places() -> [(Kind, Place); 3] {
+fn places() -> [(DoorbellKind, DoorbellRange); 3] {
     [
-        (Kind::Mmio, Place { base: MMIO, stride: 4 }),
-        (Kind::Pio, Place { base: PORT.into(), stride: 1 }),
-        (Kind::Hypercall, Place { base: CONNECTION.into(), stride: 1 }),
+        (DoorbellKind::Mmio, DoorbellRange { base: MMIO, stride: 4 }),
+        (DoorbellKind::Pio, DoorbellRange { base: PORT.into(), stride: 1 }),
+        (DoorbellKind::Hypercall, DoorbellRange { base: CONNECTION.into(), stride: 1 }),
     ]
 }
 
 /// The kinds that there are, the others being said.
-fn kinds(tiny: &Tiny) -> Vec<(Kind, Place)> {
+fn kinds(tiny: &Tiny) -> Vec<(DoorbellKind, DoorbellRange)> {
     let (have, lack): (Vec<_>, Vec<_>) =
-        places().into_iter().partition(|(kind, _)| tiny.kinds.has(*kind));
+        places().into_iter().partition(|(kind, _)| tiny.capabilities.has(*kind));
     for (kind, _) in lack {
         println!("left out: {kind:?}, which this KVM does not have");
     }
@@ -79,8 +81,8 @@ fn a_ring_is_one_exit_and_none_to_user_space() {
     let mut doorbells = Doorbells::new(tiny.vm.clone(), bells).unwrap();
     assert_eq!(doorbells.numbers(), 2);
     for (kind, place) in kinds(&tiny) {
-        doorbells.place(kind, Some(place)).unwrap();
-        assert_eq!(doorbells.at(kind), Some(place));
+        doorbells.set_range(kind, Some(place)).unwrap();
+        assert_eq!(doorbells.range(kind), Some(place));
         // What the first times cost beyond the ring, page faults and the like, is no matter here.
         tiny.run(Program::Ring(kind, 2));
         count(&bell);
@@ -95,27 +97,30 @@ fn a_ring_is_one_exit_and_none_to_user_space() {
 
         // The same place for the other doorbell; then nowhere.
         doorbells
-            .place(kind, Some(Place { base: place.base - u64::from(place.stride), ..place }))
+            .set_range(
+                kind,
+                Some(DoorbellRange { base: place.base - u64::from(place.stride), ..place }),
+            )
             .unwrap();
         tiny.run(Program::Ring(kind, 3));
         assert_eq!((count(&bell), count(&other)), (0, 3), "{kind:?}");
-        doorbells.place(kind, None).unwrap();
+        doorbells.set_range(kind, None).unwrap();
         let nobodys = tiny.run(Program::Ring(kind, 5));
-        if kind == Kind::Hypercall {
+        if kind == DoorbellKind::Hypercall {
             // With a SynIC the VMM is asked, without one KVM itself answers.
-            let answer = if tiny.kinds.synic { (5, NO_CONNECTION) } else { (0, 3) };
+            let answer = if tiny.capabilities.synic { (5, NO_CONNECTION) } else { (0, 3) };
             assert_eq!((nobodys.user_exits, nobodys.statuses), answer);
         } else {
             assert_eq!(nobodys.user_exits, 5, "{kind:?}");
         }
         assert_eq!((count(&bell), count(&other)), (0, 0), "{kind:?}");
-        doorbells.place(kind, Some(place)).unwrap();
+        doorbells.set_range(kind, Some(place)).unwrap();
     }
     drop(doorbells);
     for (kind, place) in kinds(&tiny) {
         // Others can have the places again.
         let mut next = Doorbells::new(tiny.vm.clone(), vec![(0, event())]).unwrap();
-        next.place(kind, Some(place)).unwrap();
+        next.set_range(kind, Some(place)).unwrap();
     }
 }
 
@@ -125,44 +130,44 @@ fn places_that_cannot_be_are_refused_and_leave_nothing() {
     let new = |numbers: &[u32]| {
         Doorbells::new(tiny.vm.clone(), numbers.iter().map(|n| (*n, event())).collect())
     };
-    assert!(matches!(new(&[3, 1, 3]), Err(Error::NoPlace(_))));
-    assert!(matches!(new(&[1024]), Err(Error::NoPlace(_))));
+    assert!(matches!(new(&[3, 1, 3]), Err(Error::BadRange(_))));
+    assert!(matches!(new(&[1024]), Err(Error::BadRange(_))));
     let mut doorbells = new(&[0, 1, 7]).unwrap();
     for (kind, base, stride) in [
-        (Kind::Mmio, u64::MAX - 6, 1),
-        (Kind::Mmio, MMIO, 0),
-        (Kind::Pio, 0xfff9, 1),
-        (Kind::Pio, 0x1_0000, 1),
-        (Kind::Hypercall, 0xff_fff9, 1),
+        (DoorbellKind::Mmio, u64::MAX - 6, 1),
+        (DoorbellKind::Mmio, MMIO, 0),
+        (DoorbellKind::Pio, 0xfff9, 1),
+        (DoorbellKind::Pio, 0x1_0000, 1),
+        (DoorbellKind::Hypercall, 0xff_fff9, 1),
     ] {
-        let refused = doorbells.place(kind, Some(Place { base, stride }));
+        let refused = doorbells.set_range(kind, Some(DoorbellRange { base, stride }));
         assert!(
-            matches!(refused, Err(Error::NoPlace(_))),
+            matches!(refused, Err(Error::BadRange(_))),
             "{kind:?} {base:#x} {stride}: {refused:?}"
         );
-        assert_eq!(doorbells.at(kind), None);
+        assert_eq!(doorbells.range(kind), None);
     }
     let mut other = new(&[0]).unwrap();
     for (kind, place) in kinds(&tiny) {
         // Where doorbell 7 would be there is another's: none of them is there then.
-        let last = Place { base: place.base + u64::from(place.stride) * 7, ..place };
-        other.place(kind, Some(last)).unwrap();
+        let last = DoorbellRange { base: place.base + u64::from(place.stride) * 7, ..place };
+        other.set_range(kind, Some(last)).unwrap();
         assert!(
-            doorbells.place(kind, Some(place)).is_err_and(|error| error.errno() == Some(17)),
+            doorbells.set_range(kind, Some(place)).is_err_and(|error| error.errno() == Some(17)),
             "{kind:?}"
         );
-        assert_eq!(doorbells.at(kind), None);
-        other.place(kind, Some(place)).unwrap();
-        other.place(kind, None).unwrap();
-        doorbells.place(kind, Some(place)).unwrap();
+        assert_eq!(doorbells.range(kind), None);
+        other.set_range(kind, Some(place)).unwrap();
+        other.set_range(kind, None).unwrap();
+        doorbells.set_range(kind, Some(place)).unwrap();
     }
     // Descriptors that are no eventfds.
     let file: OwnedFd = std::fs::File::open("/dev/null").unwrap().into();
     let mut wrong = Doorbells::new(tiny.vm.clone(), vec![(0, file)]).unwrap();
     for (kind, place) in kinds(&tiny) {
-        let elsewhere = Place { base: place.base - 64, ..place };
+        let elsewhere = DoorbellRange { base: place.base - 64, ..place };
         assert!(
-            wrong.place(kind, Some(elsewhere)).is_err_and(|error| error.errno() == Some(22)),
+            wrong.set_range(kind, Some(elsewhere)).is_err_and(|error| error.errno() == Some(22)),
             "{kind:?}"
         );
     }
@@ -171,8 +176,8 @@ fn places_that_cannot_be_are_refused_and_leave_nothing() {
 #[test]
 fn messages_come_while_unmasked_and_wait_while_masked() {
     let Some(mut tiny) = machine() else { return };
-    let routes = Routes::new(tiny.vm.clone(), Chip::Kernel).unwrap();
-    let mut message = Message::new(routes.clone()).unwrap();
+    let routes = Routes::new(tiny.vm.clone(), IrqChip::Kernel).unwrap();
+    let mut message = MsiIrqfd::new(routes.clone()).unwrap();
     assert!(message.is_masked() && !message.is_pending());
     assert!(matches!(message.unmask(), Err(Error::NoInterrupt(_))), "it has no route");
     message.set(MSI).unwrap();
@@ -187,7 +192,7 @@ fn messages_come_while_unmasked_and_wait_while_masked() {
         write(&message);
     }
     assert!(message.is_pending());
-    assert_eq!(tiny.run(Program::Ring(Kind::Pio, 1)).interrupts, 0);
+    assert_eq!(tiny.run(Program::Ring(DoorbellKind::Pio, 1)).interrupts, 0);
     // To a vector that the guest would not survive, and back: only the last counts.
     message.set(Route::Msi { address: 0xfee0_0000, data: 0x40 }).unwrap();
     message.set(MSI).unwrap();
@@ -201,7 +206,7 @@ fn messages_come_while_unmasked_and_wait_while_masked() {
     assert!(!message.is_pending());
     message.unmask().unwrap();
     assert_eq!(
-        tiny.run(Program::Ring(Kind::Pio, 1)).interrupts,
+        tiny.run(Program::Ring(DoorbellKind::Pio, 1)).interrupts,
         0,
         "three and a forgotten one were one"
     );
@@ -210,7 +215,7 @@ fn messages_come_while_unmasked_and_wait_while_masked() {
     assert!(message.set(Route::Sint { vp: 0, sint: 16 }).is_err());
     assert_eq!(message.route(), route);
     drop(message);
-    let next = Message::new(routes).unwrap();
+    let next = MsiIrqfd::new(routes).unwrap();
     assert_eq!(next.route(), None, "a number comes without the route of the one who had it before");
 }
 
@@ -231,10 +236,10 @@ fn no_message_is_lost_or_doubled_while_it_is_masked_and_moved() {
     // Two ways to say the same: the second one's level bit means nothing with an edge.
     const OTHER: Route = Route::Msi { address: 0xfee0_0000, data: 0x4000 | VECTOR as u32 };
     let Some(mut tiny) = machine() else { return };
-    let routes = Routes::new(tiny.vm.clone(), Chip::Kernel).unwrap();
+    let routes = Routes::new(tiny.vm.clone(), IrqChip::Kernel).unwrap();
     // Another's routes change meanwhile, and with them the whole table.
-    let mut neighbour = Message::new(routes.clone()).unwrap();
-    let mut message = Message::new(routes).unwrap();
+    let mut neighbour = MsiIrqfd::new(routes.clone()).unwrap();
+    let mut message = MsiIrqfd::new(routes).unwrap();
     message.set(MSI).unwrap();
     message.unmask().unwrap();
     let (counter, event) = (tiny.counter(), message.eventfd().try_clone_to_owned().unwrap());
@@ -269,14 +274,14 @@ fn no_message_is_lost_or_doubled_while_it_is_masked_and_moved() {
         });
         tiny.run(Program::Wait(EVENTS));
     });
-    assert_eq!(tiny.run(Program::Ring(Kind::Pio, 5)).interrupts, 0);
+    assert_eq!(tiny.run(Program::Ring(DoorbellKind::Pio, 5)).interrupts, 0);
     assert_eq!(tiny.interrupts(), EVENTS);
 }
 
 #[test]
 fn there_are_as_many_messages_as_kvm_has_room_for() {
     let Some(tiny) = machine() else { return };
-    let routes = Routes::new(tiny.vm.clone(), Chip::Kernel).unwrap();
+    let routes = Routes::new(tiny.vm.clone(), IrqChip::Kernel).unwrap();
     let mut numbers = Vec::new();
     let error = loop {
         match routes.alloc() {
@@ -285,7 +290,7 @@ fn there_are_as_many_messages_as_kvm_has_room_for() {
         }
     };
     assert!(matches!(error, Error::Routes(_)), "{error}");
-    assert_eq!(numbers.len() as u32, tiny.kinds.routes - 24 - 16);
+    assert_eq!(numbers.len() as u32, tiny.capabilities.routes - 24 - 16);
     // All of them with a route at once. Setting is slow, since each sets all.
     for number in numbers.iter().step_by(97).chain(numbers.last()) {
         routes.set(*number, Some(MSI)).unwrap();
@@ -301,23 +306,23 @@ fn there_are_as_many_messages_as_kvm_has_room_for() {
 fn rings_become_interrupts_within_the_kernel() {
     const RINGS: u64 = 200;
     let Some(mut tiny) = machine() else { return };
-    let routes = Routes::new(tiny.vm.clone(), Chip::Kernel).unwrap();
+    let routes = Routes::new(tiny.vm.clone(), IrqChip::Kernel).unwrap();
     let sint = Route::Sint { vp: 0, sint: SINT };
     let mut ways = vec![("MSI", MSI, 2)];
-    if tiny.kinds.synic {
+    if tiny.capabilities.synic {
         // No end of the interrupt.
         ways.push(("SINT", sint, 1));
     } else {
         println!("left out: synthetic interrupts, which this KVM does not have");
     }
     for (name, route, exits_each) in ways {
-        let mut message = Message::new(routes.clone()).unwrap();
+        let mut message = MsiIrqfd::new(routes.clone()).unwrap();
         message.set(route).unwrap();
         message.unmask().unwrap();
         let bell = message.eventfd().try_clone_to_owned().unwrap();
         let mut doorbells = Doorbells::new(tiny.vm.clone(), vec![(0, bell)]).unwrap();
         for (kind, place) in kinds(&tiny) {
-            doorbells.place(kind, Some(place)).unwrap();
+            doorbells.set_range(kind, Some(place)).unwrap();
             tiny.run(Program::Ring(kind, 2));
             let cost = tiny.run(Program::Ring(kind, RINGS));
             println!("{kind:?}, {name}: {cost:?} for {RINGS} rings");
@@ -338,14 +343,14 @@ fn rings_become_interrupts_within_the_kernel() {
 fn a_level_is_taken_back_and_told_of_when_it_ends() {
     const PIN: u32 = 20;
     let Some(mut tiny) = machine() else { return };
-    if !tiny.kinds.resample {
+    if !tiny.capabilities.resample {
         println!("skipped: this KVM has no levels by eventfds");
         return;
     }
-    let routes = Routes::new(tiny.vm.clone(), Chip::Kernel).unwrap();
-    assert!(matches!(Level::new(routes.clone(), 24), Err(Error::NoInterrupt(_))));
-    let one = Level::new(routes.clone(), PIN).unwrap();
-    let two = Level::new(routes.clone(), PIN).unwrap();
+    let routes = Routes::new(tiny.vm.clone(), IrqChip::Kernel).unwrap();
+    assert!(matches!(IntxIrqfd::new(routes.clone(), 24), Err(Error::NoInterrupt(_))));
+    let one = IntxIrqfd::new(routes.clone(), PIN).unwrap();
+    let two = IntxIrqfd::new(routes.clone(), PIN).unwrap();
     let asserted = |tiny: &Tiny| tiny.is_asserted(PIN);
     assert!(!asserted(&tiny));
     write(one.assert());
@@ -368,7 +373,7 @@ fn a_level_is_taken_back_and_told_of_when_it_ends() {
     drop(one);
     assert!(!asserted(&tiny), "nobody's is");
     // The pin can be had again.
-    drop(Level::new(routes, PIN).unwrap());
+    drop(IntxIrqfd::new(routes, PIN).unwrap());
 }
 
 /// Waits for what another thread of the kernel does.
@@ -387,7 +392,7 @@ fn pins_of_a_split_chip_are_routes_like_messages() {
         println!("skipped: no KVM here");
         return;
     };
-    if !vbus_kvm::Kinds::probe(&kvm).split_irqchip {
+    if !vbus_kvm::Capabilities::probe(&kvm).split_irqchip {
         println!("skipped: this KVM has no split interrupt controllers");
         return;
     }
@@ -395,7 +400,7 @@ fn pins_of_a_split_chip_are_routes_like_messages() {
     let mut split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
     split.args[0] = PINS.into();
     vm.enable_cap(&split).unwrap();
-    let routes = Routes::new(vm, Chip::Split { pins: PINS }).unwrap();
+    let routes = Routes::new(vm, IrqChip::Split { pins: PINS }).unwrap();
     assert_eq!(routes.alloc().unwrap(), PINS, "numbers of messages begin behind the pins");
     routes.set(3, Some(MSI)).unwrap();
     assert_eq!(routes.get(3), Some(MSI));
@@ -403,7 +408,7 @@ fn pins_of_a_split_chip_are_routes_like_messages() {
     assert_eq!(routes.get(3), None);
     assert!(routes.set(PINS + 7, Some(MSI)).is_err(), "nobody has this number");
     // The kernel has no pins here.
-    assert!(matches!(Level::new(routes, 3), Err(Error::Missing(_))));
+    assert!(matches!(IntxIrqfd::new(routes, 3), Err(Error::Missing(_))));
 }
 
 #[test]
@@ -413,14 +418,14 @@ fn routes_need_an_interrupt_controller() {
         return;
     };
     let vm = Arc::new(kvm.create_vm().unwrap());
-    assert!(Routes::new(vm, Chip::Kernel).is_err());
+    assert!(Routes::new(vm, IrqChip::Kernel).is_err());
 }
 
 #[test]
 fn statistics_have_names() {
     let Some(mut tiny) = machine() else { return };
     let before = tiny.stats();
-    tiny.run(Program::Ring(Kind::Pio, 10));
+    tiny.run(Program::Ring(DoorbellKind::Pio, 10));
     let after = tiny.stats();
     assert!(after["exits"] >= before["exits"] + 11, "{after:?}");
     let vm = vbus_kvm::Stats::of_vm(&tiny.vm).unwrap();
