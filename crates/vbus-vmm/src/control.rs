@@ -1,4 +1,4 @@
-//! What control clients may ask of the machine (`spec/vmm.md`), and the thread that accepts them.
+//! The requests of control clients (`spec/vmm.md`), and the thread that accepts clients.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,41 +11,43 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use vbus_control::{Client, Handler, Limits, Server};
 
-use crate::machine::{Ask, Parts};
+use crate::components::Components;
+use crate::counters::VcpuCounters;
+use crate::events::VmEvent;
 use crate::seccomp::{self, Thread};
 
-/// What clients may cost.
+/// Limits on the cost of clients.
 const LIMITS: Limits = Limits { clients: 16, line: 64 << 10 };
-/// After an error of this process's own.
+/// The pause after an error of this process's own, such as a lack of descriptors.
 const PAUSE: Duration = Duration::from_millis(200);
 
-/// What a client may ask for.
+/// A request of a client.
 #[derive(Deserialize)]
 #[serde(tag = "op", rename_all = "kebab-case", deny_unknown_fields)]
 enum Request {
-    /// Version, process, what the machine is made of.
+    /// Shows the version, the process and the configuration.
     Info,
-    /// The virtual CPUs with their threads.
+    /// Lists the virtual CPUs with their threads.
     Cpus,
-    /// KVM's counters and this program's own.
+    /// Shows the counters of KVM and of this program.
     Stats,
-    /// What [`Stats`](Self::Stats) was at each mark.
+    /// Shows the [`Stats`](Self::Stats) of the moment of each mark.
     Marks,
-    /// The devices.
+    /// Lists the devices.
     Devices,
     /// Plugs a device.
     Plug { name: String, socket: PathBuf },
-    /// Asks the guest to let a device go; answered when it has.
+    /// Asks the guest to release a device. The answer comes when the guest has done it.
     Unplug { name: String },
     /// Presses the power button.
     PowerButton,
     /// Resets the machine.
     Reset,
-    /// Ends it.
+    /// Ends the machine.
     Quit,
 }
 
-/// The socket, which is removed when this is dropped.
+/// The socket. Dropping this value removes it.
 pub struct Socket(PathBuf);
 
 impl Drop for Socket {
@@ -54,11 +56,11 @@ impl Drop for Socket {
     }
 }
 
-/// Makes the socket and serves it from a thread.
-pub fn start(path: &Path, parts: &Arc<Parts>, filter: bool) -> Result<Socket> {
+/// Makes the socket and starts a thread that serves it.
+pub fn start(path: &Path, components: &Arc<Components>, filter: bool) -> Result<Socket> {
     let listener = crate::socket::listen(path)?;
     let socket = Socket(path.to_owned());
-    let server = Server::new(listener, LIMITS, Control(parts.clone()))?;
+    let server = Server::new(listener, LIMITS, Control(components.clone()))?;
     let (tell, told) = channel();
     std::thread::Builder::new().name("control".into()).spawn(move || {
         let ready = if filter { seccomp::apply(Thread::Control) } else { Ok(()) };
@@ -81,53 +83,57 @@ fn accept(server: &Server<Control>) {
     }
 }
 
-/// Answers clients.
-struct Control(Arc<Parts>);
+/// Answers the requests of clients.
+struct Control(Arc<Components>);
 
 impl Handler for Control {
     type Request = Request;
 
     fn handle(&self, request: Request, client: &Client<'_>) -> Result<Value> {
-        let parts = &*self.0;
+        let components = &*self.0;
         match request {
-            Request::Info => Ok(parts.info.clone()),
+            Request::Info => Ok(components.info.clone()),
             Request::Cpus => {
-                for (cpu, thread, ..) in parts.cpus.list() {
+                for (cpu, thread) in components.cpus.threads() {
                     client.item(json!({ "cpu": cpu, "thread": thread.as_raw_nonzero().get() }))?;
                 }
                 Ok(Value::Null)
             }
             Request::Stats => {
-                parts.counters().into_iter().try_for_each(|counters| client.item(counters))?;
+                let mut counters = components.counters.iter().map(VcpuCounters::to_json);
+                counters.try_for_each(|counters| client.item(counters))?;
                 Ok(Value::Null)
             }
             Request::Marks => {
-                let marks = parts.marks.as_ref().context("there are no marks without --marks")?;
+                let marks = components
+                    .marks
+                    .as_ref()
+                    .context("this machine keeps no marks: start it with --marks")?;
                 marks.list().into_iter().try_for_each(|mark| client.item(mark))?;
                 Ok(Value::Null)
             }
             Request::Devices => {
-                for device in parts.pci.list() {
+                for device in components.pci.list() {
                     client.item(serde_json::to_value(device)?)?;
                 }
                 Ok(Value::Null)
             }
             Request::Plug { name, socket } => {
-                parts.pci.plug(&name, &socket)?;
+                components.pci.plug(&name, &socket)?;
                 Ok(Value::Null)
             }
             Request::Unplug { name } => {
-                parts.pci.unplug(&name)?;
+                components.pci.unplug(&name)?;
                 Ok(Value::Null)
             }
-            Request::PowerButton => Ok(json!({ "heard": parts.power.press() })),
-            Request::Reset => ask(parts, Ask::Reset("by a control client".into())),
-            Request::Quit => ask(parts, Ask::Quit),
+            Request::PowerButton => Ok(json!({ "heard": components.power.press() })),
+            Request::Reset => send(components, VmEvent::Reset("by a control client".into())),
+            Request::Quit => send(components, VmEvent::Quit),
         }
     }
 }
 
-fn ask(parts: &Parts, ask: Ask) -> Result<Value> {
-    parts.asks.send(ask).map_err(|_| anyhow!("the machine is about to end"))?;
+fn send(components: &Components, event: VmEvent) -> Result<Value> {
+    components.events.send(event).map_err(|_| anyhow!("the machine is about to end"))?;
     Ok(Value::Null)
 }

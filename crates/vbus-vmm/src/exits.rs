@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 
 /// A reason for which a virtual CPU's thread came back from KVM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum ExitKind {
     /// A read of a port.
     PioRead,
     /// A write to one.
@@ -23,25 +23,25 @@ pub enum Kind {
     Other,
 }
 
-impl Kind {
-    const ALL: [(Kind, &'static str); 7] = [
-        (Kind::PioRead, "pio_read"),
-        (Kind::PioWrite, "pio_write"),
-        (Kind::MmioRead, "mmio_read"),
-        (Kind::MmioWrite, "mmio_write"),
-        (Kind::IoapicEoi, "ioapic_eoi"),
-        (Kind::Interrupted, "interrupted"),
-        (Kind::Other, "other"),
+impl ExitKind {
+    const ALL: [(ExitKind, &'static str); 7] = [
+        (ExitKind::PioRead, "pio_read"),
+        (ExitKind::PioWrite, "pio_write"),
+        (ExitKind::MmioRead, "mmio_read"),
+        (ExitKind::MmioWrite, "mmio_write"),
+        (ExitKind::IoapicEoi, "ioapic_eoi"),
+        (ExitKind::Interrupted, "interrupted"),
+        (ExitKind::Other, "other"),
     ];
 }
 
 /// The counters of one virtual CPU, whose thread alone counts; anybody may read.
 #[derive(Default)]
-pub struct Exits([AtomicU64; Kind::ALL.len()]);
+pub struct Exits([AtomicU64; ExitKind::ALL.len()]);
 
 impl Exits {
     /// Counts one exit.
-    pub fn count(&self, kind: Kind) {
+    pub fn count(&self, kind: ExitKind) {
         let counter = &self.0[kind as usize];
         // One writer: no read-modify-write is needed.
         counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
@@ -50,7 +50,7 @@ impl Exits {
     /// All counters by name, and their sum as `total`.
     pub fn to_json(&self) -> Map<String, Value> {
         let counts =
-            Kind::ALL.map(|(kind, name)| (name, self.0[kind as usize].load(Ordering::Relaxed)));
+            ExitKind::ALL.map(|(kind, name)| (name, self.0[kind as usize].load(Ordering::Relaxed)));
         let total: u64 = counts.iter().map(|(_, count)| count).sum();
         counts
             .into_iter()
@@ -67,11 +67,11 @@ mod tests {
     #[test]
     fn names_and_kinds_are_in_the_same_order() {
         let exits = Exits::default();
-        for (at, (kind, name)) in Kind::ALL.into_iter().enumerate() {
+        for (at, (kind, name)) in ExitKind::ALL.into_iter().enumerate() {
             assert_eq!(kind as usize, at, "{name}");
             exits.count(kind);
         }
-        exits.count(Kind::Interrupted);
+        exits.count(ExitKind::Interrupted);
         let json = exits.to_json();
         assert_eq!((&json["interrupted"], &json["total"]), (&2.into(), &8.into()));
     }

@@ -1,21 +1,22 @@
-//! The machine: everything put together, and its life from the first start over resets to its end.
+//! The machine: it puts all components together, and lives from the first start over resets to its
+//! end.
 
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, channel};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use kvm_ioctls::{Cap, Kvm};
 use serde_json::{Value, json};
-use vbus_kvm::Sints;
-use vbus_kvm::Stats;
+use vbus_kvm::{Capabilities, DoorbellKind, Sints};
 
 use crate::boot::Image;
+use crate::components::Components;
 use crate::control;
 use crate::cpuid::Model;
 use crate::cpus::Cpus;
-use crate::exits::Exits;
+use crate::events::{EventSender, VmEvent};
 use crate::irqchip::IrqChip;
 use crate::layout;
 use crate::marks::Marks;
@@ -23,134 +24,105 @@ use crate::memory::Ram;
 use crate::pci::{Backing, PciRoot};
 use crate::power::Power;
 use crate::seccomp::{self, Thread};
-use crate::serial::{How, Running, Target};
+use crate::serial::{AttachedPort, SerialOptions, Target};
 use crate::vcpu::{Buses, Vcpu};
+use crate::vcpu_gate::VcpuGate;
 
-/// Where KVM may put three pages of its own, for old processors of Intel.
+/// The address where KVM may put three pages of its own, which old processors of Intel need.
 const TSS: usize = 0xfffb_d000;
-/// KVM's version; there has never been another since Linux 2.6.22.
+/// KVM's API version. It has not changed since Linux 2.6.22.
 const API: i32 = 12;
 
-/// What is wanted.
+/// The configuration of a machine.
 pub struct Config {
-    /// What to boot.
+    /// The kernel, its initramfs and its command line.
     pub image: Image,
-    /// Virtual CPUs.
+    /// The number of virtual CPUs.
     pub cpus: u32,
-    /// Memory in MiB.
+    /// The size of memory in MiB.
     pub memory: u64,
-    /// What COM1 and COM2 lead to.
+    /// The other ends of COM1 and COM2.
     pub serial: Vec<Target>,
-    /// The I/O APIC in this process.
+    /// The I/O APIC is in this process (a split irqchip).
     pub split: bool,
-    /// Devices that are there from the beginning: name and socket.
+    /// Names and sockets of the devices that are plugged at the start.
     pub devices: Vec<(String, PathBuf)>,
-    /// Slots for devices.
+    /// The number of slots for devices.
     pub slots: u8,
     /// Doorbells in BARs end in the kernel.
     pub mmio: bool,
-    /// Doorbells by ports.
+    /// The guest may ring doorbells by ports.
     pub pio: bool,
-    /// KVM's Hyper-V part, if it has one.
+    /// The guest may ring doorbells by hypercalls, if KVM has them.
     pub hypercalls: bool,
-    /// The control socket.
+    /// The path of the control socket.
     pub control: Option<PathBuf>,
     /// The guest may set marks.
     pub marks: bool,
-    /// Filters of system calls.
+    /// Filters restrict the system calls of every thread.
     pub filter: bool,
     /// Standard input is a terminal in raw mode.
     pub raw: bool,
 }
 
-/// What is asked of the machine, by the guest or from outside.
-pub enum Ask {
-    /// To begin anew; who asks.
-    Reset(String),
-    /// To end: the guest has powered off.
-    PowerOff,
-    /// To end at once.
-    Quit,
-    /// To end: it cannot go on.
-    Fail(anyhow::Error),
-}
-
 /// Why the machine has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// The guest has powered off.
+    /// The guest has powered the machine off.
     PowerOff,
-    /// From outside.
+    /// A signal, a key or a control client has ended the machine.
     Quit,
 }
 
 /// The machine.
 pub struct Machine {
-    parts: Arc<Parts>,
+    components: Arc<Components>,
+    irqchip: Arc<IrqChip>,
     ram: Ram,
     image: Image,
-    serial: Vec<Running>,
-    asks: Receiver<Ask>,
+    serial: Vec<AttachedPort>,
+    events: Receiver<VmEvent>,
     filter: bool,
-    /// Removes the control socket.
+    /// Removes the control socket when it is dropped.
     control: Option<control::Socket>,
 }
 
-/// What control clients reach too.
-pub struct Parts {
-    /// The virtual CPUs.
-    pub cpus: Cpus,
-    /// PCI, with the devices.
-    pub pci: Arc<PciRoot>,
-    /// The power button.
-    pub power: Arc<Power>,
-    /// To ask.
-    pub asks: Sender<Ask>,
-    /// What does not change, for `info`.
-    pub info: Value,
-    /// What was counted at the guest's marks, if it may set any.
-    pub marks: Option<Arc<Marks>>,
-    chip: Arc<IrqChip>,
-}
-
-impl Parts {
-    /// What KVM and this program have counted of each virtual CPU.
-    pub fn counters(&self) -> Vec<Value> {
-        let of = |(cpu, _, exits, stats): (usize, _, &Exits, Option<&Stats>)| {
-            // A KVM without statistics (before Linux 5.14) has none to show.
-            let kvm = stats.and_then(|stats| stats.read().ok());
-            json!({ "cpu": cpu, "user_exits": exits.to_json(), "kvm": kvm })
-        };
-        self.cpus.list().map(of).collect()
-    }
-}
-
 impl Machine {
-    /// Makes it; nothing runs yet. The second part is a way to ask for its end.
-    pub fn new(config: Config) -> Result<(Machine, Sender<Ask>)> {
+    /// Makes the machine. Nothing runs yet. The second value sends events to it.
+    ///
+    /// # Errors
+    /// KVM is missing or lacks a feature, a value of `config` is out of range, or a device cannot be
+    /// plugged. The error says which.
+    pub fn new(config: Config) -> Result<(Machine, EventSender)> {
         let kvm = open_kvm(config.split)?;
         let (cpus, most) = (config.cpus, layout::CPUS_MAX.min(u32::try_from(kvm.get_max_vcpus())?));
         ensure!((1..=most).contains(&cpus), "there can be 1 to {most} virtual CPUs, not {cpus}");
         let vm = Arc::new(kvm.create_vm().context("KVM makes no virtual machine")?);
-        vm.set_tss_address(TSS).context("KVM does not take its own pages")?;
+        vm.set_tss_address(TSS).context("KVM does not take the address of its own pages")?;
         let ram = Ram::new(config.memory.saturating_mul(1 << 20))?;
         ram.give_to(&vm)?;
-        let chip = Arc::new(IrqChip::new(&vm, config.split)?);
+        let irqchip = Arc::new(IrqChip::new(&vm, config.split)?);
         let hyperv = config.hypercalls && has_hyperv(&kvm);
 
-        let (asks, asked) = channel();
-        let mut buses = Buses { io_apic: chip.io_apic().cloned(), ..Default::default() };
-        chip.attach(&mut buses.mmio);
-        let power = Power::new(chip.clone(), asks.clone());
+        let model = Model::new(&kvm, cpus, hyperv)?;
+        let vcpus: Vec<_> =
+            (0..cpus).map(|number| Vcpu::new(&kvm, &vm, number, &model)).collect::<Result<_>>()?;
+        let counters: Arc<[_]> = vcpus.iter().map(Vcpu::counters).collect();
+
+        let (sender, events) = channel();
+        let gate = VcpuGate::new();
+        let mut buses = Buses { io_apic: irqchip.io_apic().cloned(), ..Default::default() };
+        irqchip.attach(&mut buses.mmio);
+        let power = Power::new(irqchip.clone(), gate.clone(), sender.clone());
         power.attach(&mut buses.pio);
-        let marks = config.marks.then(Arc::<Marks>::default);
+        let marks = config.marks.then(|| Marks::new(counters.clone()));
         if let Some(marks) = &marks {
             marks.attach(&mut buses.pio);
         }
-        let how = How { raw: config.raw, filter: config.filter };
+        let options = SerialOptions { raw: config.raw, filter: config.filter };
         let serial = config.serial.iter().enumerate();
         let serial = serial.map(|(number, target)| {
-            Running::start(number, target, &chip, &mut buses.pio, &asks, how)
+            AttachedPort::start(number, target, &irqchip, &mut buses.pio, &sender, options)
         });
         let serial = serial.collect::<Result<Vec<_>>>()?;
 
@@ -158,8 +130,8 @@ impl Machine {
         let sints = Some(sints).filter(|_| hyperv);
         let backing = Backing { mmio: config.mmio, pio: config.pio, hypercall: hyperv, sints };
         let pci = PciRoot::new(
-            chip.routes().clone(),
-            chip.io_apic().cloned(),
+            irqchip.routes().clone(),
+            irqchip.io_apic().cloned(),
             ram.regions(),
             config.slots,
             backing,
@@ -170,11 +142,7 @@ impl Machine {
             pci.plug(name, socket).with_context(|| format!("cannot plug {name}"))?;
         }
 
-        let model = Model::new(&kvm, cpus, hyperv)?;
-        let vcpus =
-            (0..cpus).map(|number| Vcpu::new(&kvm, &vm, number, &model)).collect::<Result<_>>()?;
-        let cpus = Cpus::start(vcpus, &Arc::new(buses), &asks, config.filter)?;
-        power.set_brake(cpus.brake());
+        let cpus = Cpus::start(vcpus, &Arc::new(buses), gate, &sender, config.filter)?;
         let info = json!({
             "version": env!("CARGO_PKG_VERSION"),
             "pid": std::process::id(),
@@ -184,77 +152,88 @@ impl Machine {
             "hypercalls": hyperv,
             "slots": config.slots,
         });
-        let parts = Arc::new(Parts { cpus, pci, power, asks: asks.clone(), info, marks, chip });
-        if let Some(marks) = &parts.marks {
-            marks.set_parts(&parts);
-        }
-        let control =
-            config.control.map(|path| control::start(&path, &parts, config.filter)).transpose()?;
-        let filter = config.filter;
-        Ok((
-            Machine { parts, ram, image: config.image, serial, asks: asked, filter, control },
-            asks,
-        ))
+        let events_of_clients = sender.clone();
+        let components = Arc::new(Components {
+            cpus,
+            counters,
+            pci,
+            power,
+            marks,
+            events: events_of_clients,
+            info,
+        });
+        let control = config
+            .control
+            .map(|path| control::start(&path, &components, config.filter))
+            .transpose()?;
+        let (image, filter) = (config.image, config.filter);
+        let machine = Machine { components, irqchip, ram, image, serial, events, filter, control };
+        Ok((machine, sender))
     }
 
-    /// Runs until its end. `tell` hears of what happens on the way.
-    pub fn run(mut self, tell: &dyn Fn(&str, Value)) -> Result<End> {
+    /// Runs the machine until it ends. `report` is called for each reset, at the start and at the
+    /// end.
+    ///
+    /// # Errors
+    /// The machine could not go on.
+    pub fn run(mut self, report: &dyn Fn(&str, Value)) -> Result<End> {
         if self.filter {
             seccomp::apply(Thread::Main)?;
         }
         self.start()?;
-        tell("started", self.parts.info.clone());
+        report("started", self.components.info.clone());
         let end = loop {
-            match self.asks.recv().context("every thread has ended")? {
-                Ask::Reset(why) => {
-                    self.parts.cpus.hold()?;
-                    // What else was asked for meanwhile has come true; but for an end.
-                    let end = self.asks.try_iter().find(|ask| !matches!(ask, Ask::Reset(_)));
+            match self.events.recv().context("every thread has ended")? {
+                VmEvent::Reset(why) => {
+                    self.components.cpus.hold()?;
+                    // This reset covers the events that have arrived meanwhile, except an end.
+                    let end =
+                        self.events.try_iter().find(|event| !matches!(event, VmEvent::Reset(_)));
                     if let Some(end) = end {
-                        let _ = self.parts.asks.send(end);
+                        let _ = self.components.events.send(end);
                     }
                     self.start()?;
-                    tell("reset", json!({ "why": why }));
+                    report("reset", json!({ "why": why }));
                 }
-                Ask::PowerOff => break Ok(End::PowerOff),
-                Ask::Quit => break Ok(End::Quit),
-                Ask::Fail(error) => break Err(error),
+                VmEvent::PowerOff => break Ok(End::PowerOff),
+                VmEvent::Quit => break Ok(End::Quit),
+                VmEvent::Fail(error) => break Err(error),
             }
         };
-        // A device that does not answer must not keep the machine from its end.
-        if let Err(error) = self.parts.cpus.hold() {
+        // A device that does not answer must not keep the machine from ending.
+        if let Err(error) = self.components.cpus.hold() {
             tracing::warn!("{error:#}");
         }
         let exits: Vec<_> =
-            self.parts.cpus.list().map(|(_, _, exits, _)| exits.to_json()).collect();
+            self.components.counters.iter().map(|counters| counters.exits().to_json()).collect();
         if let Ok(end) = end {
             let how = if end == End::PowerOff { "power-off" } else { "quit" };
-            let marks = self.parts.marks.as_ref().map(|marks| marks.list());
-            tell(how, json!({ "user_exits": exits, "marks": marks }));
+            let marks = self.components.marks.as_ref().map(|marks| marks.list());
+            report(how, json!({ "user_exits": exits, "marks": marks }));
         }
         drop(self.control.take());
         end
     }
 
-    /// Brings everything into the state after a reset, loads the kernel, and lets the virtual CPUs
-    /// run, which are held.
+    /// Puts every component into the state after a reset, loads the kernel, and lets the virtual
+    /// CPUs run, which must be held.
     fn start(&mut self) -> Result<()> {
-        let parts = &self.parts;
-        parts.power.reset();
-        parts.pci.reset();
-        parts.marks.iter().for_each(|marks| marks.reset());
-        self.serial.iter().for_each(|running| running.port.reset());
-        parts.chip.reset()?;
+        let components = &self.components;
+        components.power.reset();
+        components.pci.reset();
+        components.marks.iter().for_each(|marks| marks.reset());
+        self.serial.iter().for_each(|attached| attached.port.reset());
+        self.irqchip.reset()?;
         self.ram.clear()?;
-        let count = u32::try_from(parts.cpus.list().count())?;
+        let count = u32::try_from(components.cpus.count())?;
         let start = self.image.load(&self.ram, count)?;
-        parts.cpus.reset(&start)?;
-        parts.cpus.run();
+        components.cpus.reset(&start)?;
+        components.cpus.run();
         Ok(())
     }
 }
 
-/// Opens /dev/kvm, if it has what this program needs.
+/// Opens /dev/kvm and checks that it has all features that this program needs.
 fn open_kvm(split: bool) -> Result<Kvm> {
     let kvm = Kvm::new().map_err(|error| {
         let error = io::Error::from(error);
@@ -300,7 +279,7 @@ fn open_kvm(split: bool) -> Result<Kvm> {
     Ok(kvm)
 }
 
-/// Whether a guest can ring doorbells by hypercalls, and take interrupts by the SynIC.
+/// Whether a guest can ring doorbells by hypercalls and take interrupts by the SynIC.
 fn has_hyperv(kvm: &Kvm) -> bool {
-    vbus_kvm::Capabilities::probe(kvm).has(vbus_kvm::DoorbellKind::Hypercall)
+    Capabilities::probe(kvm).has(DoorbellKind::Hypercall)
 }

@@ -4,9 +4,12 @@
 mod acpi;
 mod boot;
 mod bus;
+mod components;
 mod control;
+mod counters;
 mod cpuid;
 mod cpus;
+mod events;
 mod exits;
 mod ioapic;
 mod irqchip;
@@ -21,12 +24,12 @@ mod serial;
 mod socket;
 mod terminal;
 mod vcpu;
+mod vcpu_gate;
 
 use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::mpsc::Sender;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, ValueEnum};
@@ -36,7 +39,8 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use tracing_subscriber::EnvFilter;
 
 use crate::boot::Image;
-use crate::machine::{Ask, Config, Machine};
+use crate::events::{EventSender, VmEvent};
+use crate::machine::{Config, Machine};
 use crate::seccomp::Thread;
 use crate::serial::Target;
 use crate::terminal::Raw;
@@ -164,8 +168,8 @@ fn run(cli: Cli) -> Result<()> {
         raw: raw.is_some(),
     };
     let filter = config.filter;
-    let (machine, asks) = Machine::new(config)?;
-    end_on_signals(signals, asks, filter)?;
+    let (machine, events) = Machine::new(config)?;
+    end_on_signals(signals, events, filter)?;
     let json = cli.json;
     machine.run(&|event, more| tell(json, event, more))?;
     drop(raw);
@@ -235,14 +239,14 @@ fn signals() -> Result<UnixStream> {
 }
 
 /// Asks for the machine's end at each of `signals`.
-fn end_on_signals(mut signals: UnixStream, asks: Sender<Ask>, filter: bool) -> Result<()> {
+fn end_on_signals(mut signals: UnixStream, events: EventSender, filter: bool) -> Result<()> {
     std::thread::Builder::new().name("signals".into()).spawn(move || {
         if let Err(error) = if filter { seccomp::apply(Thread::Signals) } else { Ok(()) } {
-            let _ = asks.send(Ask::Fail(error));
+            let _ = events.send(VmEvent::Fail(error));
             return;
         }
         while signals.read_exact(&mut [0]).is_ok() {
-            let _ = asks.send(Ask::Quit);
+            let _ = events.send(VmEvent::Quit);
         }
     })?;
     Ok(())

@@ -1,43 +1,42 @@
-//! Marks: a guest that measures says where it begins and ends, and what was counted until then is
-//! kept (`--marks`).
+//! Marks: a guest that measures marks the beginning and the end of a measurement, and this program
+//! keeps the counters of that moment (`--marks`).
 
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde_json::{Value, json};
 
 use crate::bus::{Bus, BusDevice};
+use crate::counters::VcpuCounters;
 use crate::layout;
-use crate::machine::Parts;
 
 /// The most marks that are kept.
 const MARKS_MAX: usize = 4096;
 
-/// The marks that a guest has set since it was started: writes of 4 bytes to [`layout::MARK_PORT`].
-/// What is written is the mark's number.
-#[derive(Default)]
+/// The marks that the guest has set since the last reset. The guest sets a mark by a write of 4
+/// bytes to [`layout::MARK_PORT`]. The value is the mark's number.
 pub struct Marks {
     set: Mutex<Vec<Value>>,
-    parts: OnceLock<Weak<Parts>>,
+    counters: Arc<[VcpuCounters]>,
 }
 
 impl Marks {
+    /// Keeps `counters` at each mark.
+    pub fn new(counters: Arc<[VcpuCounters]>) -> Arc<Marks> {
+        Arc::new(Marks { set: Mutex::default(), counters })
+    }
+
     /// Puts the port onto `pio`.
     pub fn attach(self: &Arc<Self>, pio: &mut Bus) {
-        pio.add(layout::MARK_PORT.into(), 4, Arc::new(Port(self.clone())));
+        pio.add(layout::MARK_PORT.into(), 4, Arc::new(MarkPort(self.clone())));
     }
 
-    /// Whose counters are kept. Once, before the machine runs.
-    pub fn set_parts(&self, parts: &Arc<Parts>) {
-        let _ = self.parts.set(Arc::downgrade(parts));
-    }
-
-    /// As after a reset: there are none.
+    /// Removes all marks, as at a reset.
     pub fn reset(&self) {
         self.lock().clear();
     }
 
-    /// All of them in the order in which they were set, with the counters of all virtual CPUs as
-    /// they were in the exit of that write.
+    /// All marks in the order in which the guest set them. Each has the counters of all virtual CPUs
+    /// as they were in the exit of the guest's write.
     pub fn list(&self) -> Vec<Value> {
         self.lock().clone()
     }
@@ -46,9 +45,9 @@ impl Marks {
         self.set.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn mark(&self, number: u32) {
-        let Some(parts) = self.parts.get().and_then(Weak::upgrade) else { return };
-        let mark = json!({ "mark": number, "cpus": parts.counters() });
+    fn set(&self, number: u32) {
+        let counters: Vec<_> = self.counters.iter().map(VcpuCounters::to_json).collect();
+        let mark = json!({ "mark": number, "cpus": counters });
         let mut set = self.lock();
         if set.len() < MARKS_MAX {
             set.push(mark);
@@ -57,14 +56,14 @@ impl Marks {
 }
 
 /// The port.
-struct Port(Arc<Marks>);
+struct MarkPort(Arc<Marks>);
 
-impl BusDevice for Port {
+impl BusDevice for MarkPort {
     fn read(&self, _: u64, _: &mut [u8]) {}
 
     fn write(&self, _: u64, data: &[u8]) {
         if let Ok(number) = data.try_into() {
-            self.0.mark(u32::from_le_bytes(number));
+            self.0.set(u32::from_le_bytes(number));
         }
     }
 }

@@ -1,14 +1,13 @@
 //! Power: the ACPI registers that switch the machine off and carry the power button, and the
 //! registers that reset it.
 
-use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::bus::{Bus, BusDevice};
-use crate::cpus::Brake;
+use crate::events::{EventSender, VmEvent};
 use crate::irqchip::IrqChip;
 use crate::layout;
-use crate::machine::Ask;
+use crate::vcpu_gate::VcpuGate;
 
 /// PM1 status and enable: the power button was pressed.
 const POWER_BUTTON: u16 = 1 << 8;
@@ -23,9 +22,9 @@ const SLEEP_TYPE: u16 = 0b111 << 10;
 /// The registers. All else that is written to their ports is ignored.
 pub struct Power {
     registers: Mutex<Registers>,
-    chip: Arc<IrqChip>,
-    asks: Sender<Ask>,
-    brake: Mutex<Option<Brake>>,
+    irqchip: Arc<IrqChip>,
+    events: EventSender,
+    gate: Arc<VcpuGate>,
 }
 
 #[derive(Default)]
@@ -35,9 +34,10 @@ struct Registers {
 }
 
 impl Power {
-    /// Raises the SCI of `chip`, and asks through `asks` for power-off and reset.
-    pub fn new(chip: Arc<IrqChip>, asks: Sender<Ask>) -> Arc<Power> {
-        Arc::new(Power { registers: Mutex::default(), chip, asks, brake: Mutex::default() })
+    /// The registers raise the SCI of `irqchip`. When the guest asks for power-off or reset, they
+    /// close `gate`, so that the asking CPU stops, and send an event to `events`.
+    pub fn new(irqchip: Arc<IrqChip>, gate: Arc<VcpuGate>, events: EventSender) -> Arc<Power> {
+        Arc::new(Power { registers: Mutex::default(), irqchip, events, gate })
     }
 
     /// Puts the registers onto `pio`.
@@ -48,11 +48,6 @@ impl Power {
             Arc::new(Acpi(self.clone())),
         );
         pio.add(layout::KEYBOARD_PORT.into(), 1, Arc::new(Keyboard(self.clone())));
-    }
-
-    /// What stops a CPU that has asked for its own end.
-    pub fn set_brake(&self, brake: Brake) {
-        *self.brake.lock().unwrap_or_else(PoisonError::into_inner) = Some(brake);
     }
 
     /// Presses the power button: an orderly guest powers off soon after. False if the guest does
@@ -77,14 +72,13 @@ impl Power {
 
     /// The SCI is level-triggered, and high as long as something is enabled and true.
     fn update(&self, registers: &Registers) {
-        self.chip.set(layout::SCI, registers.status & registers.enable != 0);
+        self.irqchip.set(layout::SCI, registers.status & registers.enable != 0);
     }
 
-    fn ask(&self, ask: Ask) {
-        if let Some(brake) = &*self.brake.lock().unwrap_or_else(PoisonError::into_inner) {
-            brake.close();
-        }
-        let _ = self.asks.send(ask);
+    fn send(&self, event: VmEvent) {
+        self.gate.close();
+        // The receiver is gone only if the machine is about to end.
+        let _ = self.events.send(event);
     }
 
     /// One byte of the ACPI ports; they may be accessed in any size.
@@ -109,9 +103,11 @@ impl Power {
             1 => registers.status &= !high,
             2 => registers.enable = registers.enable & 0xff00 | low & GLOBAL,
             3 => registers.enable = registers.enable & 0x00ff | high & POWER_BUTTON,
-            5 if high & SLEEP != 0 && high & SLEEP_TYPE == 0 => return self.ask(Ask::PowerOff),
+            5 if high & SLEEP != 0 && high & SLEEP_TYPE == 0 => {
+                return self.send(VmEvent::PowerOff);
+            }
             8 if value == layout::RESET_VALUE => {
-                return self.ask(Ask::Reset("by the guest".into()));
+                return self.send(VmEvent::Reset("by the guest".into()));
             }
             _ => return,
         }
@@ -148,7 +144,7 @@ impl BusDevice for Keyboard {
 
     fn write(&self, _: u64, data: &[u8]) {
         if data == [0xfe] {
-            self.0.ask(Ask::Reset("by the guest".into()));
+            self.0.send(VmEvent::Reset("by the guest".into()));
         }
     }
 }
@@ -160,12 +156,12 @@ mod tests {
 
     use super::*;
 
-    fn machine() -> (Bus, Arc<Power>, Arc<IrqChip>, Receiver<Ask>) {
-        let (chip, (asks, asked)) = (Arc::new(IrqChip::for_tests()), channel());
-        let power = Power::new(chip.clone(), asks);
+    fn machine() -> (Bus, Arc<Power>, Arc<IrqChip>, Receiver<VmEvent>) {
+        let (irqchip, (sender, events)) = (Arc::new(IrqChip::for_tests()), channel());
+        let power = Power::new(irqchip.clone(), VcpuGate::new(), sender);
         let mut pio = Bus::default();
         power.attach(&mut pio);
-        (pio, power, chip, asked)
+        (pio, power, irqchip, events)
     }
 
     fn read_u16(pio: &Bus, port: u16) -> u16 {
@@ -176,32 +172,32 @@ mod tests {
 
     #[test]
     fn the_button_interrupts_until_it_is_acknowledged() {
-        let (pio, power, chip, _asked) = machine();
+        let (pio, power, irqchip, _events) = machine();
         assert!(!power.press());
-        assert!(!chip.level(layout::SCI));
+        assert!(!irqchip.level(layout::SCI));
         pio.write(u64::from(layout::PM1_EVENT) + 2, &POWER_BUTTON.to_le_bytes());
-        assert!(chip.level(layout::SCI));
+        assert!(irqchip.level(layout::SCI));
         assert_eq!(read_u16(&pio, layout::PM1_EVENT), POWER_BUTTON);
         pio.write(layout::PM1_EVENT.into(), &POWER_BUTTON.to_le_bytes());
-        assert!(!chip.level(layout::SCI));
+        assert!(!irqchip.level(layout::SCI));
         assert!(power.press());
         power.reset();
-        assert!(!chip.level(layout::SCI));
+        assert!(!irqchip.level(layout::SCI));
         assert_eq!(read_u16(&pio, layout::PM1_CONTROL), SCI_ENABLE);
     }
 
     #[test]
     fn power_off_and_reset_are_asked_for() {
-        let (pio, _power, _chip, asked) = machine();
+        let (pio, _power, _irqchip, events) = machine();
         pio.write(layout::PM1_CONTROL.into(), &(SLEEP | 5 << 10).to_le_bytes());
         pio.write(layout::RESET_PORT.into(), &[0]);
         pio.write(layout::KEYBOARD_PORT.into(), &[0xd1]);
-        assert!(asked.try_recv().is_err());
+        assert!(events.try_recv().is_err());
         pio.write(layout::PM1_CONTROL.into(), &(SLEEP | SCI_ENABLE).to_le_bytes());
-        assert!(matches!(asked.try_recv(), Ok(Ask::PowerOff)));
+        assert!(matches!(events.try_recv(), Ok(VmEvent::PowerOff)));
         pio.write(layout::RESET_PORT.into(), &[layout::RESET_VALUE]);
-        assert!(matches!(asked.try_recv(), Ok(Ask::Reset(_))));
+        assert!(matches!(events.try_recv(), Ok(VmEvent::Reset(_))));
         pio.write(layout::KEYBOARD_PORT.into(), &[0xfe]);
-        assert!(matches!(asked.try_recv(), Ok(Ask::Reset(_))));
+        assert!(matches!(events.try_recv(), Ok(VmEvent::Reset(_))));
     }
 }

@@ -12,7 +12,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -22,9 +22,9 @@ use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, Trigger};
 
 use crate::bus::{Bus, BusDevice};
+use crate::events::{EventSender, VmEvent};
 use crate::irqchip::IrqChip;
 use crate::layout;
-use crate::machine::Ask;
 use crate::seccomp::{self, Thread};
 use crate::terminal::{Escape, Escaped};
 
@@ -32,7 +32,7 @@ use crate::terminal::{Escape, Escaped};
 const QUEUE_MAX: usize = 1 << 20;
 /// Ports that a guest's UART has.
 const PORTS: u64 = 8;
-/// How long the last output may take to be taken.
+/// SerialOptions long the last output may take to be taken.
 const LAST: Duration = Duration::from_secs(1);
 
 /// Where a serial port leads to.
@@ -78,7 +78,7 @@ impl Trigger for Line {
 }
 
 /// Tells the thread that the guest has taken all that was there.
-struct Drained(Arc<Shared>);
+struct Drained(Arc<OutputQueue>);
 
 impl SerialEvents for Drained {
     fn buffer_read(&self) {}
@@ -90,7 +90,7 @@ impl SerialEvents for Drained {
 }
 
 /// What the guest writes into.
-struct Output(Arc<Shared>);
+struct Output(Arc<OutputQueue>);
 
 impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
@@ -112,13 +112,13 @@ impl Write for Output {
 }
 
 /// Between the virtual CPUs and the port's thread.
-struct Shared {
+struct OutputQueue {
     queue: Mutex<VecDeque<u8>>,
     event: OwnedFd,
     end: AtomicBool,
 }
 
-impl Shared {
+impl OutputQueue {
     fn queue(&self) -> MutexGuard<'_, VecDeque<u8>> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -130,26 +130,26 @@ impl Shared {
 }
 
 /// A port.
-pub struct Port {
+pub struct SerialPort {
     number: usize,
     uart: Mutex<Uart>,
-    chip: Arc<IrqChip>,
-    shared: Arc<Shared>,
+    irqchip: Arc<IrqChip>,
+    output: Arc<OutputQueue>,
 }
 
-impl Port {
+impl SerialPort {
     fn uart(&self) -> MutexGuard<'_, Uart> {
         self.uart.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn fresh(chip: &Arc<IrqChip>, number: usize, shared: &Arc<Shared>) -> Uart {
-        let line = Line(chip.clone(), layout::SERIAL[number].1);
-        Serial::with_events(line, Drained(shared.clone()), Output(shared.clone()))
+    fn fresh(irqchip: &Arc<IrqChip>, number: usize, output: &Arc<OutputQueue>) -> Uart {
+        let line = Line(irqchip.clone(), layout::SERIAL[number].1);
+        Serial::with_events(line, Drained(output.clone()), Output(output.clone()))
     }
 
     /// As after a reset; what was written is still on its way.
     pub fn reset(&self) {
-        *self.uart() = Port::fresh(&self.chip, self.number, &self.shared);
+        *self.uart() = SerialPort::fresh(&self.irqchip, self.number, &self.output);
     }
 
     /// Gives the guest as much of `input` as it takes; how much that was.
@@ -160,7 +160,7 @@ impl Port {
     }
 }
 
-impl BusDevice for Port {
+impl BusDevice for SerialPort {
     fn read(&self, offset: u64, data: &mut [u8]) {
         // Wider accesses reach the first register; the rest stays as it is.
         if let (Ok(offset), [first, ..]) = (u8::try_from(offset), data) {
@@ -177,58 +177,58 @@ impl BusDevice for Port {
 }
 
 /// A port with its thread; the last output is written when this is dropped.
-pub struct Running {
+pub struct AttachedPort {
     /// The port.
-    pub port: Arc<Port>,
+    pub port: Arc<SerialPort>,
     ended: Receiver<()>,
     path: Option<PathBuf>,
 }
 
-impl Running {
+impl AttachedPort {
     /// Puts port `number` (0: COM1) onto `pio` and joins it to `target`. `terminal`: standard input
     /// is a terminal in raw mode.
     pub fn start(
         number: usize,
         target: &Target,
-        chip: &Arc<IrqChip>,
+        irqchip: &Arc<IrqChip>,
         pio: &mut Bus,
-        asks: &Sender<Ask>,
-        how: How,
-    ) -> Result<Running> {
+        events: &EventSender,
+        options: SerialOptions,
+    ) -> Result<AttachedPort> {
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let shared =
-            Arc::new(Shared { queue: Mutex::default(), event, end: AtomicBool::new(false) });
-        let uart = Mutex::new(Port::fresh(chip, number, &shared));
-        let port = Arc::new(Port { number, uart, chip: chip.clone(), shared });
+        let output =
+            Arc::new(OutputQueue { queue: Mutex::default(), event, end: AtomicBool::new(false) });
+        let uart = Mutex::new(SerialPort::fresh(irqchip, number, &output));
+        let port = Arc::new(SerialPort { number, uart, irqchip: irqchip.clone(), output });
         pio.add(layout::SERIAL[number].0.into(), PORTS, port.clone());
-        let (remote, path) = Remote::open(target, how.raw)?;
+        let (remote, path) = Remote::open(target, options.raw)?;
         let mut pump =
-            Pump { port: port.clone(), remote, input: VecDeque::new(), asks: asks.clone() };
+            Pump { port: port.clone(), remote, input: VecDeque::new(), events: events.clone() };
         let (tell, ended) = channel();
         std::thread::Builder::new().name(format!("serial{number}")).spawn(move || {
-            match if how.filter { seccomp::apply(Thread::Serial) } else { Ok(()) } {
+            match if options.filter { seccomp::apply(Thread::Serial) } else { Ok(()) } {
                 Ok(()) => pump.run(),
-                Err(error) => drop(pump.asks.send(Ask::Fail(error))),
+                Err(error) => drop(pump.events.send(VmEvent::Fail(error))),
             }
             let _ = tell.send(());
         })?;
-        Ok(Running { port, ended, path })
+        Ok(AttachedPort { port, ended, path })
     }
 }
 
 /// What else a port's thread has to know.
 #[derive(Clone, Copy)]
-pub struct How {
+pub struct SerialOptions {
     /// Standard input is a terminal in raw mode.
     pub raw: bool,
     /// With a filter of system calls.
     pub filter: bool,
 }
 
-impl Drop for Running {
+impl Drop for AttachedPort {
     fn drop(&mut self) {
-        self.port.shared.end.store(true, Ordering::Release);
-        self.port.shared.wake();
+        self.port.output.end.store(true, Ordering::Release);
+        self.port.output.wake();
         // Whoever takes nothing is not waited for.
         let _ = self.ended.recv_timeout(LAST);
         if let Some(path) = &self.path {
@@ -296,20 +296,20 @@ impl Remote {
 
 /// What a port's thread does.
 struct Pump {
-    port: Arc<Port>,
+    port: Arc<SerialPort>,
     remote: Remote,
     /// Read, but not yet taken by the guest.
     input: VecDeque<u8>,
-    asks: Sender<Ask>,
+    events: EventSender,
 }
 
 impl Pump {
     fn run(&mut self) {
         loop {
-            let end = self.port.shared.end.load(Ordering::Acquire);
-            let output = !self.port.shared.queue().is_empty();
+            let end = self.port.output.end.load(Ordering::Acquire);
+            let output = !self.port.output.queue().is_empty();
             if matches!(self.remote, Remote::None) {
-                self.port.shared.queue().clear();
+                self.port.output.queue().clear();
             }
             if end && (!output || self.remote.sink().is_none()) {
                 return;
@@ -332,7 +332,7 @@ impl Pump {
     /// Waits for the guest or the other end: input, room for output, a caller.
     fn wait(&self, output: bool) -> io::Result<(bool, bool, bool)> {
         let nothing = PollFlags::empty();
-        let event = &self.port.shared.event;
+        let event = &self.port.output.event;
         let mut fds = vec![PollFd::new(event, PollFlags::IN)];
         // An end that has nothing to give or to take is not looked at: its hang-up would be seen
         // again and again.
@@ -382,7 +382,7 @@ impl Pump {
                             match escape.next(*byte) {
                                 Escaped::Input(byte) => self.input.push_back(byte),
                                 Escaped::Nothing => {}
-                                Escaped::Quit => drop(self.asks.send(Ask::Quit)),
+                                Escaped::Quit => drop(self.events.send(VmEvent::Quit)),
                             }
                         }
                     }
@@ -395,7 +395,7 @@ impl Pump {
     }
 
     fn write(&mut self) {
-        let mut queue = self.port.shared.queue();
+        let mut queue = self.port.output.queue();
         let (bytes, _) = queue.as_slices();
         let mut piece = [0; 4096];
         let count = bytes.len().min(piece.len());
@@ -406,7 +406,7 @@ impl Pump {
         // queue that was full has lost the same bytes.
         match rustix::io::write(sink, &piece[..count]) {
             Ok(written) => {
-                queue = self.port.shared.queue();
+                queue = self.port.output.queue();
                 let written = written.min(queue.len());
                 queue.drain(..written);
             }
@@ -430,19 +430,20 @@ mod tests {
     const LINE_STATUS: u64 = COM1 + 5;
 
     /// A machine with a serial port and nothing else.
-    struct Machine {
+    struct Fixture {
         pio: Bus,
-        running: Running,
+        attached: AttachedPort,
     }
 
-    fn machine(target: &Target) -> Machine {
-        let (mut pio, chip) = (Bus::default(), Arc::new(IrqChip::for_tests()));
-        let how = How { raw: false, filter: false };
-        let running = Running::start(0, target, &chip, &mut pio, &channel().0, how).unwrap();
-        Machine { pio, running }
+    fn fixture(target: &Target) -> Fixture {
+        let (mut pio, irqchip) = (Bus::default(), Arc::new(IrqChip::for_tests()));
+        let options = SerialOptions { raw: false, filter: false };
+        let attached =
+            AttachedPort::start(0, target, &irqchip, &mut pio, &channel().0, options).unwrap();
+        Fixture { pio, attached }
     }
 
-    impl Machine {
+    impl Fixture {
         fn write(&self, bytes: &[u8]) {
             bytes.iter().for_each(|byte| self.pio.write(COM1, &[*byte]));
         }
@@ -473,11 +474,11 @@ mod tests {
     fn a_socket_carries_both_ways_and_keeps_what_came_before() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("console");
-        let machine = machine(&Target::Unix(path.clone()));
-        machine.write(b"early ");
+        let fixture = fixture(&Target::Unix(path.clone()));
+        fixture.write(b"early ");
         for turn in 0..2 {
             let mut client = UnixStream::connect(&path).unwrap();
-            machine.write(b"hello");
+            fixture.write(b"hello");
             let expected: &[u8] = if turn == 0 { b"early hello" } else { b"hello" };
             let mut heard = vec![0; expected.len()];
             client.read_exact(&mut heard).unwrap();
@@ -485,10 +486,10 @@ mod tests {
             // More than the UART holds at a time.
             let typed: Vec<u8> = (0..=255).cycle().take(1000).collect();
             client.write_all(&typed).unwrap();
-            assert_eq!(machine.read(1000), typed);
+            assert_eq!(fixture.read(1000), typed);
             drop(client);
         }
-        drop(machine);
+        drop(fixture);
         assert!(!path.exists());
     }
 
@@ -497,12 +498,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
         std::fs::write(&path, "older").unwrap();
-        let machine = machine(&Target::File(path.clone()));
+        let fixture = fixture(&Target::File(path.clone()));
         let text: Vec<u8> = (b' '..=b'~').cycle().take(100_000).collect();
-        machine.write(&text);
+        fixture.write(&text);
         // Nothing is lost by a reset either.
-        machine.running.port.reset();
-        drop(machine);
+        fixture.attached.port.reset();
+        drop(fixture);
         assert_eq!(std::fs::read(&path).unwrap(), text);
     }
 
@@ -510,11 +511,11 @@ mod tests {
     fn what_nobody_takes_is_bounded() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("console");
-        let machine = machine(&Target::Unix(path.clone()));
-        machine.write(b"lost");
-        machine.write(&vec![b'x'; QUEUE_MAX]);
-        assert_eq!(machine.running.port.shared.queue().len(), QUEUE_MAX);
-        assert_eq!(machine.running.port.shared.queue()[0], b'x');
+        let fixture = fixture(&Target::Unix(path.clone()));
+        fixture.write(b"lost");
+        fixture.write(&vec![b'x'; QUEUE_MAX]);
+        assert_eq!(fixture.attached.port.output.queue().len(), QUEUE_MAX);
+        assert_eq!(fixture.attached.port.output.queue()[0], b'x');
     }
 
     #[test]

@@ -13,8 +13,9 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 
 use crate::boot::Start;
 use crate::bus::Bus;
+use crate::counters::VcpuCounters;
 use crate::cpuid::Model;
-use crate::exits::{Exits, Kind};
+use crate::exits::{ExitKind, Exits};
 use crate::ioapic::IoApic;
 
 /// Status of a Hyper-V hypercall: there is no such connection.
@@ -43,8 +44,8 @@ pub struct Buses {
 
 /// Why a virtual CPU does not go on at once.
 pub enum Pause {
-    /// Somebody wants it to stop.
-    Asked,
+    /// The machine holds its virtual CPUs.
+    Held,
     /// The guest broke itself beyond an exception: a reset, on a PC.
     TripleFault,
 }
@@ -76,14 +77,14 @@ impl Vcpu {
         Ok(Vcpu { number, fd, fresh, exits: Arc::default() })
     }
 
-    /// KVM's descriptor of it.
+    /// KVM's descriptor of the CPU.
     pub fn fd(&self) -> &VcpuFd {
         &self.fd
     }
 
-    /// Its counters.
-    pub fn exits(&self) -> &Arc<Exits> {
-        &self.exits
+    /// The CPU's counters.
+    pub fn counters(&self) -> VcpuCounters {
+        VcpuCounters::new(self.number, self.exits.clone(), &self.fd)
     }
 
     /// Puts it into the state after a reset: `start` for the first CPU, waiting for the others. It
@@ -95,7 +96,7 @@ impl Vcpu {
             .with_context(|| format!("cannot reset virtual CPU {}", self.number))
     }
 
-    /// Runs until there is a reason to pause. If that is [`Pause::Asked`], every exit is finished.
+    /// Runs until there is a reason to pause. If that is [`Pause::Held`], every exit is finished.
     ///
     /// After each exit, and before it is finished, it calls `between`.
     pub fn run(&mut self, buses: &Buses, between: &dyn Fn()) -> Result<Pause> {
@@ -104,8 +105,8 @@ impl Vcpu {
                 Ok(exit) => exit,
                 Err(error) => match io::Error::from(error).kind() {
                     io::ErrorKind::Interrupted => {
-                        self.exits.count(Kind::Interrupted);
-                        return Ok(Pause::Asked);
+                        self.exits.count(ExitKind::Interrupted);
+                        return Ok(Pause::Held);
                     }
                     // KVM: "try again", as after an INIT.
                     io::ErrorKind::WouldBlock => continue,
@@ -118,37 +119,37 @@ impl Vcpu {
             let kind = match exit {
                 VcpuExit::IoIn(port, data) => {
                     buses.pio.read(port.into(), data);
-                    Kind::PioRead
+                    ExitKind::PioRead
                 }
                 VcpuExit::IoOut(port, data) => {
                     buses.pio.write(port.into(), data);
-                    Kind::PioWrite
+                    ExitKind::PioWrite
                 }
                 VcpuExit::MmioRead(address, data) => {
                     buses.mmio.read(address, data);
-                    Kind::MmioRead
+                    ExitKind::MmioRead
                 }
                 VcpuExit::MmioWrite(address, data) => {
                     buses.mmio.write(address, data);
-                    Kind::MmioWrite
+                    ExitKind::MmioWrite
                 }
                 VcpuExit::IoapicEoi(vector) => {
                     if let Some(io_apic) = &buses.io_apic {
                         io_apic.end(vector);
                     }
-                    Kind::IoapicEoi
+                    ExitKind::IoapicEoi
                 }
                 VcpuExit::Shutdown => {
-                    self.exits.count(Kind::Other);
+                    self.exits.count(ExitKind::Other);
                     return Ok(Pause::TripleFault);
                 }
                 VcpuExit::Hyperv => {
                     // The SynIC's pages were moved, into which nobody here looks; or it is a
                     // hypercall for a connection that nobody has, and this is its status.
                     self.fd.get_kvm_run().__bindgen_anon_1.hyperv.u.hcall.result = NO_CONNECTION;
-                    Kind::Other
+                    ExitKind::Other
                 }
-                VcpuExit::IrqWindowOpen => Kind::Other,
+                VcpuExit::IrqWindowOpen => ExitKind::Other,
                 VcpuExit::FailEntry(reason, _) => {
                     bail!(
                         "virtual CPU {}: the processor refuses its state ({reason:#x})",

@@ -1,0 +1,30 @@
+//! The components of a machine that control clients reach while it runs.
+
+use std::sync::Arc;
+
+use serde_json::Value;
+
+use crate::counters::VcpuCounters;
+use crate::cpus::Cpus;
+use crate::events::EventSender;
+use crate::marks::Marks;
+use crate::pci::PciRoot;
+use crate::power::Power;
+
+/// The components.
+pub struct Components {
+    /// The virtual CPUs.
+    pub cpus: Cpus,
+    /// The counters of the virtual CPUs, by number.
+    pub counters: Arc<[VcpuCounters]>,
+    /// PCI with its devices.
+    pub pci: Arc<PciRoot>,
+    /// The power button and the power management registers.
+    pub power: Arc<Power>,
+    /// The marks that the guest has set, if it may set any (`--marks`).
+    pub marks: Option<Arc<Marks>>,
+    /// Sends events to the main thread.
+    pub events: EventSender,
+    /// The answer to the control request `info`, which never changes.
+    pub info: Value,
+}
