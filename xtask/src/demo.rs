@@ -1,5 +1,6 @@
 //! `cargo xtask demo`: two Linux guests on one bus, and everything that the bus can do for them.
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
@@ -10,6 +11,8 @@ use testkit::lab::{Options, Scene};
 use testkit::machine::{Machine, Vm};
 use testkit::nic::{self, Nic, Ping};
 use testkit::trial;
+
+use crate::picture::Transcript;
 
 /// The whole bus of the demo; the second NIC is plugged while the guests run.
 const CONFIG: &str = r#"
@@ -47,6 +50,9 @@ pub struct Args {
     /// Seconds of iperf3 in each direction
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=3600))]
     seconds: u32,
+    /// Draw what the demo says, as a picture of a terminal
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
     #[command(flatten)]
     guests: Options,
 }
@@ -74,13 +80,24 @@ pub fn run(args: &Args) -> Result<bool> {
     })?;
     let scene = lab.scene("demo")?;
     let mut figures = Figures::default();
-    let result = perform(args, &scene, &mut figures);
+    let said = Transcript::default();
+    // It has been said, with the reasons.
+    said.keep(&format!(
+        "guests: QEMU {} with {}, Linux {}",
+        lab.qemu_version(),
+        lab.accel(),
+        lab.kernel_version()
+    ));
+    let result = perform(args, &scene, &said, &mut figures);
     let ok = result.is_ok();
     if let Err(error) = &result {
         eprintln!("demo: FAILED: {error:#}");
         eprintln!("demo: logs are in {}", scene.save_logs()?.display());
     } else {
-        eprintln!("demo: all of it worked, in {:.0} s", began.elapsed().as_secs_f32());
+        said.say(&format!("demo: all of it worked, in {:.0} s", began.elapsed().as_secs_f32()));
+        if let Some(file) = &args.svg {
+            said.save("cargo xtask demo", file)?;
+        }
     }
     if args.json {
         let ping = figures.ping.as_ref().map(|p| json!({"min": p.min, "avg": p.avg, "max": p.max}));
@@ -110,9 +127,9 @@ fn round(value: f64) -> f64 {
     (value * 10.0).round() / 10.0
 }
 
-fn perform(args: &Args, scene: &Scene, figures: &mut Figures) -> Result<()> {
+fn perform(args: &Args, scene: &Scene, said: &Transcript, figures: &mut Figures) -> Result<()> {
     let bus = Bus::start(scene, CONFIG)?;
-    eprintln!("bus:\n{}", bus.run(&["device", "list"])?.trim_end());
+    said.say(&format!("bus:\n{}", bus.run(&["device", "list"])?.trim_end()));
     let mut vms = Vec::new();
     for name in ["a", "b"] {
         let machine = Machine::new(name);
@@ -126,11 +143,11 @@ fn perform(args: &Args, scene: &Scene, figures: &mut Figures) -> Result<()> {
     for (vm, name) in vms.iter().zip(["a", "b"]) {
         vm.wait_boot(1)?;
         nic::prepare(&vm.guest)?;
-        eprintln!(
+        said.say(&format!(
             "guest {name}: up after {:.1} s, and finds\n{}",
             vm.age().as_secs_f32(),
             vm.guest.ok("vbus-guest list")?.trim_end()
-        );
+        ));
     }
 
     let mut nics = Vec::new();
@@ -139,29 +156,33 @@ fn perform(args: &Args, scene: &Scene, figures: &mut Figures) -> Result<()> {
     }
     let (a, b) = (&vms[0].guest, &vms[1].guest);
     let ping = nic::ping(a, ADDRESS[1], 10)?;
-    eprintln!("ping a to b: min {:.2}, avg {:.2}, max {:.2} ms", ping.min, ping.avg, ping.max);
+    said.say(&format!(
+        "ping a to b: min {:.2}, avg {:.2}, max {:.2} ms",
+        ping.min, ping.avg, ping.max
+    ));
     figures.ping = Some(ping);
     for (way, from, to, address, figure) in [
         ("a to b", a, b, ADDRESS[1], &mut figures.a_to_b),
         ("b to a", b, a, ADDRESS[0], &mut figures.b_to_a),
     ] {
         let mbps = nic::iperf(from, to, address, args.seconds)?;
-        eprintln!("TCP {way}: {mbps:.0} Mb/s");
+        said.say(&format!("TCP {way}: {mbps:.0} Mb/s"));
         ensure!(mbps > 0.0, "no data went {way}");
         *figure = Some(mbps);
     }
 
-    share_state(&bus, &vms)?;
+    share_state(&bus, &vms, said)?;
     figures.state_ok = true;
-    plug(&bus, &mut vms, figures)?;
+    plug(&bus, &mut vms, said, figures)?;
 
     figures.traffic = bus.traffic(&["net-a", "net-b"])?;
     let (Traffic { packets, doorbells, interrupts, drops }, per) =
         (figures.traffic, figures.traffic.kicks_per_1000());
-    eprintln!(
-        "counters: {packets} packets, {doorbells} doorbells and {interrupts} interrupts, which is {:.1} and {:.1} for 1,000 packets; {drops} dropped",
+    said.say(&format!(
+        "counters: {packets} packets, {drops} of them dropped; for 1,000 packets {:.1} doorbells and \
+         {:.1} interrupts ({doorbells} and {interrupts})",
         per.0, per.1
-    );
+    ));
     if args.keep {
         keep(scene, &bus, &vms)?;
     }
@@ -170,7 +191,7 @@ fn perform(args: &Args, scene: &Scene, figures: &mut Figures) -> Result<()> {
 
 /// A page that the host writes is read in both guests; one that a guest writes is watched on the
 /// host.
-fn share_state(bus: &Bus, vms: &[Vm]) -> Result<()> {
+fn share_state(bus: &Bus, vms: &[Vm], said: &Transcript) -> Result<()> {
     for (vm, name) in vms.iter().zip(["a", "b"]) {
         let device = format!("values-{name}");
         let value = format!("point-{name}");
@@ -184,14 +205,14 @@ fn share_state(bus: &Bus, vms: &[Vm]) -> Result<()> {
     let watch = bus.watch("values-b", "heartbeat")?;
     vms[1].guest.ok("vbus-guest state set heartbeat alive-b")?;
     watch.wait_for("alive-b", Duration::from_secs(20))?;
-    eprintln!(
-        "state: written on the host, read in both guests; written in guest b, watched on the host"
+    said.say(
+        "state: written on the host, read in both guests; written in guest b, watched on the host",
     );
     Ok(())
 }
 
 /// A second NIC comes to each guest, carries a stream, and goes.
-fn plug(bus: &Bus, vms: &mut [Vm], figures: &mut Figures) -> Result<()> {
+fn plug(bus: &Bus, vms: &mut [Vm], said: &Transcript, figures: &mut Figures) -> Result<()> {
     const ADDRESSES: [&str; 2] = ["10.0.1.1", "10.0.1.2"];
     let mut nics = Vec::new();
     for (vm, (name, address)) in vms.iter().zip(["extra-a", "extra-b"].into_iter().zip(ADDRESSES)) {
@@ -229,11 +250,11 @@ fn plug(bus: &Bus, vms: &mut [Vm], figures: &mut Figures) -> Result<()> {
         vm.guest.ok("until [ ! -e /sys/class/net/vbus1 ]; do sleep 0.02; done")?;
     }
     let ms = |time: Option<Duration>| time.unwrap_or_default().as_secs_f64() * 1e3;
-    eprintln!(
+    said.say(&format!(
         "a second NIC: plugged in {:.0} ms, used, unplugged in {:.0} ms",
         ms(figures.plug),
         ms(figures.unplug)
-    );
+    ));
     Ok(())
 }
 

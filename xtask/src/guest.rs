@@ -42,11 +42,11 @@ Examples:
   cargo xtask guest                                   a bus of its own, and a shell in the guest
   cargo xtask guest --dir /tmp/bus                    a bus that runs already: `vbus serve --dir /tmp/bus`
   cargo xtask guest --dir /tmp/bus --device net0      one of its devices
-  cargo xtask guest --run 'vbus guest list'           one command, then the guest ends
+  cargo xtask guest --run 'vbus-guest list'           one command, then the guest ends
   cargo xtask guest --put target/x86_64-unknown-linux-gnu/release/mine --run 'mine --help'
 
-In the guest you are root, and `vbus` is on the PATH: vbus guest list, vbus guest net net0 --up,
-vbus guest state get setpoint. Files of --put are in /root, which is first on the PATH. On the
+In the guest you are root, and `vbus-guest` is on the PATH: vbus-guest list, vbus-guest net net0 --up,
+vbus-guest state get setpoint. Files of --put are in /root, which is first on the PATH. On the
 console, control and ] leaves, which ends the guest; so does `poweroff -f`.
 
 A program of --put has to be linked statically:

@@ -6,6 +6,7 @@ mod demo;
 mod fuzz;
 mod guest;
 mod kvm;
+mod picture;
 mod shell;
 mod test;
 

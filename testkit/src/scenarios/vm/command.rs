@@ -24,7 +24,7 @@ pub fn guest(scene: &Scene) -> Result<()> {
     let put = format!("{}=root/tried", scene.lab.agent().display());
 
     // The agent says how to use it, and ends with 2.
-    let command = "tried; echo ended with $?; vbus guest list; vbus guest state get setpoint";
+    let command = "tried; echo ended with $?; vbus-guest list; vbus-guest state get setpoint";
     let output = xtask_guest(&["--device", "values", "--put", &put, "--run", command])?;
     let (out, err) =
         (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));

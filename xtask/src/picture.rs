@@ -1,0 +1,134 @@
+//! What a command has said, as a picture of a terminal: an SVG file.
+
+use std::cell::RefCell;
+use std::fmt::Write;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+/// What is said to the user, line by line, and kept.
+#[derive(Default)]
+pub struct Transcript(RefCell<Vec<String>>);
+
+impl Transcript {
+    /// Prints a text to standard error, and keeps it.
+    pub fn say(&self, text: &str) {
+        eprintln!("{text}");
+        self.keep(text);
+    }
+
+    /// Keeps a text that was said elsewhere.
+    pub fn keep(&self, text: &str) {
+        self.0.borrow_mut().extend(text.lines().map(str::to_owned));
+    }
+
+    /// Draws all that was said, below the command that was typed.
+    pub fn save(&self, command: &str, file: &Path) -> Result<()> {
+        std::fs::write(file, svg(command, &self.0.borrow()))
+            .with_context(|| format!("cannot write {}", file.display()))
+    }
+}
+
+/// The size of a character on the picture, and the edge around all of them, in pixels.
+const WIDTH: f64 = 8.4;
+const HEIGHT: usize = 20;
+const EDGE: usize = 20;
+/// The bar with the three buttons.
+const BAR: usize = 32;
+/// Longer lines are wrapped: as a terminal would.
+const COLUMNS: usize = 100;
+
+/// A terminal with `command` behind a prompt, and `lines` below it. What stands before the first
+/// `: ` of a line is its topic, and is set off.
+fn svg(command: &str, lines: &[String]) -> String {
+    let wrapped: Vec<(bool, String)> = lines.iter().flat_map(|line| wrap(line)).collect();
+    let columns = wrapped.iter().map(|(_, line)| line.chars().count()).max().unwrap_or(0);
+    let columns = columns.max(command.chars().count() + 2);
+    let width = (columns as f64 * WIDTH).ceil() + 2.0 * EDGE as f64;
+    let height = BAR + EDGE + (wrapped.len() + 1) * HEIGHT;
+    let mut out = format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" \
+         viewBox=\"0 0 {width} {height}\" role=\"img\">\n\
+         <title>What `{0}` says</title>\n\
+         <rect width=\"{width}\" height=\"{height}\" rx=\"8\" fill=\"#1b1f27\"/>\n",
+        escaped(command)
+    );
+    for (n, colour) in ["#ff5f57", "#febc2e", "#28c840"].iter().enumerate() {
+        let x = EDGE + n * 20;
+        let _ = writeln!(out, "<circle cx=\"{x}\" cy=\"{}\" r=\"6\" fill=\"{colour}\"/>", BAR / 2);
+    }
+    out.push_str(
+        "<g font-family=\"ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', \
+         monospace\" font-size=\"14\" fill=\"#d6dbe5\" xml:space=\"preserve\">\n",
+    );
+    let first = BAR + HEIGHT - 4;
+    text(&mut out, 0, first, "#7ee787", "$ ");
+    text(&mut out, 2, first, "#ffffff", command);
+    for (n, (begins, line)) in wrapped.iter().enumerate() {
+        let y = first + (n + 1) * HEIGHT;
+        // Only a word or two are a topic: "bus: ", "guest a: ".
+        let topic = line.find(": ").map_or(line.len(), |at| at + 1);
+        let topic = if *begins && topic <= 16 && line[..topic].ends_with(':') { topic } else { 0 };
+        text(&mut out, 0, y, "#79c0ff", &line[..topic]);
+        text(&mut out, line[..topic].chars().count(), y, "", &line[topic..]);
+    }
+    out.push_str("</g>\n</svg>\n");
+    out
+}
+
+/// A piece of text at a column. Its length is given, so that any font keeps the columns.
+fn text(out: &mut String, column: usize, y: usize, colour: &str, piece: &str) {
+    let indent = piece.chars().take_while(|c| *c == ' ').count();
+    let piece = piece.trim();
+    if piece.is_empty() {
+        return;
+    }
+    let x = EDGE as f64 + (column + indent) as f64 * WIDTH;
+    let length = piece.chars().count() as f64 * WIDTH;
+    let fill = if colour.is_empty() { String::new() } else { format!(" fill=\"{colour}\"") };
+    let _ = writeln!(
+        out,
+        "<text x=\"{x:.1}\" y=\"{y}\" textLength=\"{length:.1}\"{fill}>{}</text>",
+        escaped(piece)
+    );
+}
+
+/// A line in pieces that fit, at spaces as far as there are any; whether each begins the line.
+fn wrap(line: &str) -> Vec<(bool, String)> {
+    let mut pieces = Vec::new();
+    let mut rest: Vec<char> = line.chars().collect();
+    while rest.len() > COLUMNS {
+        let at = rest[..COLUMNS].iter().rposition(|c| *c == ' ').filter(|at| *at > COLUMNS / 2);
+        let (piece, more) = rest.split_at(at.unwrap_or(COLUMNS));
+        let more: String = more.iter().collect();
+        pieces.push(piece.iter().collect());
+        rest = format!("    {}", more.trim_start()).chars().collect();
+    }
+    pieces.push(rest.into_iter().collect::<String>());
+    pieces.into_iter().enumerate().map(|(n, piece)| (n == 0, piece)).collect()
+}
+
+/// Text for XML, where no character may end an element.
+fn escaped(text: &str) -> String {
+    let text = text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
+    // XML has no control characters; a terminal shows none either.
+    text.replace(|c: char| c.is_control(), "").replace('"', "&quot;")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_escaped_wrapped_and_placed() {
+        let lines = ["bus: a < b & c".to_owned(), "word ".repeat(30), String::new()];
+        let picture = svg("run <it>", &lines);
+        assert!(picture.contains(">bus:</text>"), "{picture}");
+        assert!(picture.contains(">a &lt; b &amp; c</text>"), "{picture}");
+        assert!(picture.contains("run &lt;it&gt;"), "{picture}");
+        // Of 150 characters at most 100 stand in one line; the empty line has its room.
+        assert_eq!(wrap(&lines[1]).len(), 2);
+        assert!(wrap(&lines[1]).iter().all(|(_, piece)| piece.chars().count() <= COLUMNS));
+        assert!(picture.contains(&format!("height=\"{}\"", BAR + EDGE + 5 * HEIGHT)), "{picture}");
+    }
+}
