@@ -17,12 +17,11 @@ use std::time::Instant;
 use libfuzzer_sys::fuzz_target;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
-use vbus_vfio_user::protocol::{HEADER_LEN, Header, Kind};
-use vbus_vfio_user::session::{Answer, Session};
-use vbus_vfio_user::socket::{Received, Receiver, Source};
-use vbus_vfio_user::{
-    DeviceInfo, Errno, IoEventFd, IrqAction, IrqInfo, Mapping, RegionInfo, RemoteMemory, Server,
-    Target,
+use vfio_user_protocol::message::{HEADER_LEN, Header, Kind};
+use vfio_user_protocol::session::{Answer, Session};
+use vfio_user_protocol::socket::{Received, Receiver, Source};
+use vfio_user_protocol::{
+    DeviceInfo, Errno, IoEventFd, IrqAction, IrqInfo, Mapping, RegionInfo, Server, Target,
 };
 
 const REGION: u64 = 4096;
@@ -32,7 +31,6 @@ const IRQS: u32 = 20;
 struct Device {
     maps: BTreeMap<u64, u64>,
     irqs: Vec<Option<OwnedFd>>,
-    remote: Option<RemoteMemory>,
     connected: bool,
 }
 
@@ -49,25 +47,22 @@ impl Device {
 
 impl Target for Device {
     fn device_info(&self) -> DeviceInfo {
-        DeviceInfo { resettable: true, regions: 9, irqs: 5 }
+        DeviceInfo::PCI
     }
 
     fn region_info(&self, region: u32) -> RegionInfo {
         assert!(region < 9);
         match region {
-            0 | 7 => RegionInfo { size: REGION, readable: true, writable: true },
+            0 | 7 => RegionInfo::read_write(REGION),
             _ => RegionInfo::default(),
         }
     }
 
     fn irq_info(&self, index: u32) -> IrqInfo {
         assert!(index < 5);
-        IrqInfo {
-            count: if index == 2 { IRQS } else { 1 },
-            maskable: true,
-            automasked: false,
-            fixed_size: false,
-        }
+        let mut info = IrqInfo::intx();
+        info.count = if index == 2 { IRQS } else { 1 };
+        info
     }
 
     fn read(&mut self, region: u32, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
@@ -78,12 +73,7 @@ impl Target for Device {
 
     fn write(&mut self, region: u32, offset: u64, data: &[u8]) -> Result<(), Errno> {
         self.check(region, offset, data.len());
-        match (offset, &self.remote) {
-            (0, Some(remote)) => remote.read(offset, data.len(), |_| ()),
-            (8, Some(remote)) => remote.write(offset, data.to_vec(), |_| ()),
-            (16, _) => Err(Errno::IO),
-            _ => Ok(()),
-        }
+        if offset == 16 { Err(Errno::IO) } else { Ok(()) }
     }
 
     fn set_irqs(&mut self, index: u32, action: IrqAction) -> Result<(), Errno> {
@@ -99,6 +89,7 @@ impl Target for Device {
             IrqAction::Trigger(which) | IrqAction::Mask(which) | IrqAction::Unmask(which) => {
                 assert!(which.iter().all(|&n| n < count));
             }
+            other => panic!("{other:?}"),
         }
         Ok(())
     }
@@ -112,7 +103,7 @@ impl Target for Device {
             self.maps.range(..end).next_back().is_none_or(|(start, len)| start + len <= address)
         );
         self.maps.insert(address, size);
-        assert!(self.maps.len() <= 512);
+        assert!(self.maps.len() <= 65535);
         Ok(())
     }
 
@@ -130,12 +121,12 @@ impl Target for Device {
 
     fn io_eventfds(&mut self, region: u32) -> Vec<IoEventFd> {
         let fds = if region == 0 { descriptors(3) } else { Vec::new() };
-        fds.into_iter().map(|fd| IoEventFd { fd, offset: 0, size: 4, datamatch: Some(1) }).collect()
+        fds.into_iter().map(|fd| IoEventFd::new(fd, 0)).collect()
     }
 
-    fn connected(&mut self, memory: RemoteMemory) {
+    fn connected(&mut self) {
         assert!(!self.connected);
-        (self.connected, self.remote) = (true, Some(memory));
+        self.connected = true;
     }
 
     fn disconnected(&mut self) {
@@ -233,6 +224,7 @@ fn session_alone(pieces: &[Piece]) {
                 assert!(!(posted && reply.is_some()));
                 return;
             }
+            other => panic!("{other:?}"),
         }
     }
 }
@@ -267,7 +259,7 @@ fn whole_server(server: &mut Server<Device>, pieces: &[Piece]) {
 
 thread_local! {
     static SERVER: RefCell<Server<Device>> = {
-        let path = std::env::temp_dir().join(format!("vbus-fuzz-{}.sock", std::process::id()));
+        let path = std::env::temp_dir().join(format!("vfio-user-fuzz-{}.sock", std::process::id()));
         RefCell::new(Server::bind(path, "fuzz", Device::default()).expect("a server"))
     };
 }

@@ -163,7 +163,7 @@ fn cargo_tests(report: &mut Report) -> Result<()> {
 /// Runs the test of [`LOST`].
 fn lost_interrupts() -> Result<Outcome> {
     let output = workspace::cargo()
-        .args(["test", "--quiet", "--release", "--package", "vbus-vfio-user", "--test", "pic"])
+        .args(["test", "--quiet", "--release", "--package", "vbus-vfio-user", "--test", "it"])
         .args(["--", "--nocapture", "ten_million"])
         .stderr(Stdio::inherit())
         .output()

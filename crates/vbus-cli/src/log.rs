@@ -13,7 +13,7 @@ const PERIOD: Duration = Duration::from_secs(10);
 /// ... are at most this many.
 const LINES: u32 = 1000;
 
-/// Starts it. `VBUS_LOG` chooses what is in it (`debug`, `vbus_vfio_user=trace`, ...); `info`
+/// Starts it. `VBUS_LOG` chooses what is in it (`debug`, `vfio_user_protocol=trace`, ...); `info`
 /// without it.
 pub fn start() {
     start_with("info");

@@ -121,5 +121,5 @@ pub use endpoint::{ConnectionState, Doorbell, Endpoint, REGION_BYTES_MAX, Region
 pub use executor::{Executor, Interest, Progress, Task, TaskHandle, Tuning};
 pub use interrupt::{Interrupt, InterruptSink, Route, Router};
 pub use lock::lock;
-pub use memory::{Access, MapError, MemoryContext, Trust, View, Window};
+pub use memory::{Access, MAPS_MAX, MapError, MemoryContext, Trust, View, Window};
 pub use vbus_shm::{self as shm, ErrorCode};

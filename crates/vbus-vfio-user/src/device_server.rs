@@ -9,12 +9,10 @@ use std::time::Instant;
 
 use rustix::io::Errno;
 use vbus_core::{Access, Endpoint, ErrorCode, Interest, MapError, Progress, Task, TaskHandle};
-use vbus_pci::{
-    INDEX_COUNT, IrqError, IrqIndex, Options, PciFunction, REGION_COUNT, device_function,
+use vbus_pci::{IrqError, IrqIndex, Options, PciFunction, device_function};
+use vfio_user_protocol::{
+    DeviceInfo, IoEventFd, IrqAction, IrqInfo, Mapping, RegionInfo, Server, Stats, Target,
 };
-
-use crate::server::{Server, Stats};
-use crate::target::{DeviceInfo, IoEventFd, IrqAction, IrqInfo, Mapping, RegionInfo, Target};
 
 /// A device's socket, served until this is dropped. Dropping it disconnects the client and removes
 /// the socket.
@@ -137,22 +135,19 @@ impl Served {
 
 impl Target for Served {
     fn device_info(&self) -> DeviceInfo {
-        DeviceInfo { resettable: true, regions: REGION_COUNT, irqs: INDEX_COUNT }
+        DeviceInfo::PCI
     }
 
     fn region_info(&self, region: u32) -> RegionInfo {
         let size = self.function.region_size(region);
-        RegionInfo { size, readable: size > 0, writable: size > 0 }
+        RegionInfo::new(size, size > 0, size > 0)
     }
 
     fn irq_info(&self, index: u32) -> IrqInfo {
-        let Some(index) = IrqIndex::from_number(index) else { return IrqInfo::default() };
-        let intx = index == IrqIndex::Intx;
-        IrqInfo {
-            count: self.function.irq_count(index),
-            maskable: intx,
-            automasked: intx,
-            fixed_size: !intx,
+        match IrqIndex::from_number(index) {
+            Some(index @ IrqIndex::Intx) if self.function.irq_count(index) > 0 => IrqInfo::intx(),
+            Some(IrqIndex::Intx) | None => IrqInfo::default(),
+            Some(index) => IrqInfo::messages(self.function.irq_count(index)),
         }
     }
 
@@ -192,6 +187,8 @@ impl Target for Served {
             IrqAction::Unmask(numbers) => {
                 numbers.iter().try_for_each(|_| self.function.mask_irq(index, false))
             }
+            // What a later version of the protocol may bring.
+            _ => return Err(Errno::OPNOTSUPP),
         };
         done.map_err(|error| match error {
             IrqError::NoSuch | IrqError::NotMaskable | IrqError::NotEventfd => Errno::INVAL,
@@ -199,8 +196,12 @@ impl Target for Served {
         })
     }
 
+    fn max_dma_maps(&self) -> u32 {
+        u32::try_from(vbus_core::MAPS_MAX).unwrap_or(u32::MAX)
+    }
+
     fn dma_map(&mut self, mapping: Mapping) -> Result<(), Errno> {
-        let Mapping { address, size, readable, writable, memory } = mapping;
+        let Mapping { address, size, readable, writable, memory, .. } = mapping;
         let access = Access { read: readable, write: writable };
         self.endpoint.map(address, size, memory, access).map_err(|error| {
             tracing::warn!(device = self.endpoint.name(), %error, "memory at {address:#x} cannot be used");
@@ -232,12 +233,7 @@ impl Target for Served {
             Vec::new()
         });
         let duplicate = |eventfd: &vbus_pci::IoEventFd| {
-            Some(IoEventFd {
-                fd: eventfd.fd.try_clone().ok()?,
-                offset: eventfd.offset,
-                size: 0,
-                datamatch: None,
-            })
+            Some(IoEventFd::new(eventfd.fd.try_clone().ok()?, eventfd.offset))
         };
         eventfds.iter().filter_map(duplicate).collect()
     }

@@ -1,12 +1,13 @@
-//! The vfio-user connector of vbus: a server for VMMs, a client for plain processes.
+//! Where vfio-user and the bus meet.
 //!
-//! [`Server`] offers one device function, anything that implements [`Target`], on a UNIX socket to
-//! one client at a time. It never blocks and belongs to no event loop: watch its descriptor, call
-//! [`Server::ready`]. [`DeviceServer`] offers a device of the bus so, on the device's event loop.
-//! [`Client`] is the other end, and [`Process`] the environment of a driver over it, for programs
-//! that drive a device without a VM.
+//! [`DeviceServer`] serves a device of the bus to a VMM, or to any other client: it is the
+//! [`Target`](vfio_user_protocol::Target) of a [`Server`](vfio_user_protocol::Server) on the
+//! device's own event loop. [`Process`] is the other side without a VM: the environment
+//! ([`Hal`](vbus_driver::Hal)) of a driver in a plain process, over a
+//! [`Client`](vfio_user_protocol::Client).
 //!
-//! What the server offers and refuses, command by command, is in `spec/vfio-user.md`.
+//! The protocol itself is the crate `vfio_user_protocol`. What the server offers and refuses,
+//! command by command, is in `spec/vfio-user.md`.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -49,25 +50,9 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
-mod bus;
-mod client;
-mod listen;
+mod device_server;
 mod process;
-pub mod protocol;
-mod refuse;
-mod remote;
-mod server;
-pub mod session;
-mod shared;
-pub mod socket;
-mod target;
-pub mod version;
 
-pub use bus::DeviceServer;
-pub use client::{Client, ClientError};
-pub use listen::bind_private;
+pub use device_server::DeviceServer;
 pub use process::{MEMORY_BYTES, Process, ProcessMemory};
-pub use remote::{BadReply, RemoteMemory};
-pub use rustix::io::Errno;
-pub use server::{Outcome, Server, Stats, Timeouts};
-pub use target::{DeviceInfo, IoEventFd, IrqAction, IrqInfo, Mapping, RegionInfo, Target};
+pub use vfio_user_protocol::{ClientError, Errno, bind_private};

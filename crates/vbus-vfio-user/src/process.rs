@@ -17,7 +17,7 @@ use vbus_core::shm::sync::{Ordering, Word};
 use vbus_core::{Access, MemoryContext, Trust, Window};
 use vbus_driver::{Dma, Doorbell, Hal, HeapTable, NoMemory};
 
-use crate::client::{Client, ClientError};
+use vfio_user_protocol::{Client, ClientError, pci};
 
 /// Memory that a process shares with its device, unless it asks for more or less: it is taken from
 /// the system only when used.
@@ -67,9 +67,9 @@ impl Process {
         memory.map(BASE, memory_bytes, Some((file, 0)), Access::BOTH).map_err(|_| Errno::NOMEM)?;
 
         let interrupt = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        client.connect_irqs(vbus_pci::IrqIndex::Msi as u32, 0, &[interrupt.as_fd()])?;
+        client.connect_irqs(pci::IRQ_MSI, 0, &[interrupt.as_fd()])?;
         let mut doorbells = Vec::new();
-        for io in client.io_eventfds(vbus_pci::region::BAR0)? {
+        for io in client.io_eventfds(pci::REGION_BAR0)? {
             let place = io.offset.checked_sub(bar0::DOORBELLS).map(|at| at / bar0::DOORBELL_STRIDE);
             let Some(handle) = place.filter(|at| *at < u64::from(bar0::DOORBELL_COUNT)) else {
                 continue;
@@ -101,7 +101,7 @@ impl Process {
         let new = |_| eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let fds = (0..count).map(new).collect::<Result<Vec<_>, _>>()?;
         let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
-        lock(&self.0.client).connect_irqs(vbus_pci::IrqIndex::Msix as u32, 0, &borrowed)?;
+        lock(&self.0.client).connect_irqs(pci::IRQ_MSIX, 0, &borrowed)?;
         Ok(fds)
     }
 
@@ -143,7 +143,7 @@ impl Process {
 
     fn write(&self, offset: u64, bytes: &[u8]) {
         // A function that has gone takes writes and loses them.
-        let _ = lock(&self.0.client).region_post(vbus_pci::region::BAR0, offset, bytes);
+        let _ = lock(&self.0.client).region_post(pci::REGION_BAR0, offset, bytes);
     }
 }
 
@@ -153,19 +153,19 @@ impl Hal for Process {
 
     fn config_read32(&self, offset: u16) -> u32 {
         let mut bytes = GONE.to_le_bytes();
-        self.read(vbus_pci::region::CONFIG, u64::from(offset), &mut bytes);
+        self.read(pci::REGION_CONFIG, u64::from(offset), &mut bytes);
         u32::from_le_bytes(bytes)
     }
 
     fn read32(&self, offset: u64) -> u32 {
         let mut bytes = [0; 4];
-        self.read(vbus_pci::region::BAR0, offset, &mut bytes);
+        self.read(pci::REGION_BAR0, offset, &mut bytes);
         u32::from_le_bytes(bytes)
     }
 
     fn read64(&self, offset: u64) -> u64 {
         let mut bytes = [0; 8];
-        self.read(vbus_pci::region::BAR0, offset, &mut bytes);
+        self.read(pci::REGION_BAR0, offset, &mut bytes);
         u64::from_le_bytes(bytes)
     }
 

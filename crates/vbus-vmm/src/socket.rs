@@ -8,9 +8,9 @@ use anyhow::{Context, Result};
 /// Clients that wait to be accepted.
 const BACKLOG: i32 = 16;
 
-/// Listens on `path` as [`vbus_vfio_user::bind_private`] does.
+/// Listens on `path` as [`vfio_user_protocol::bind_private`] does.
 pub fn listen(path: &Path) -> Result<UnixListener> {
-    let socket = vbus_vfio_user::bind_private(path, BACKLOG);
+    let socket = vfio_user_protocol::bind_private(path, BACKLOG);
     socket
         .map(UnixListener::from)
         .with_context(|| format!("cannot make the socket {}", path.display()))

@@ -1,9 +1,8 @@
-//! The client end, for programs that drive a device without a VM.
+//! The client end: for VMMs, and for programs that drive a device without a VM.
 //!
-//! Calls wait for the server's reply; the posted ones ([`Client::region_post`]) do not. Requests of
-//! the server for memory ([`crate::RemoteMemory`] on its side) are answered from the descriptors
-//! given to [`Client::dma_map`], while a call waits for its reply and in
-//! [`Client::serve_requests`].
+//! A call waits for the server's reply, and a posted one ([`Client::region_post`]) does not. The
+//! device reaches memory by the descriptors that [`Client::dma_map`] gives it; what the server asks
+//! of the client by message is refused.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -11,27 +10,27 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::sockopt::{self, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
-use crate::protocol::{
-    self, DEVICE_RESETS, DMA_ACCESS_LEN, DmaMap, DmaUnmap, HEADER_LEN, Header, Info, IrqData,
-    IrqVerb, Kind, Malformed, MultiWrite, RegionAccess, SetIrqs, SubRegion, Version, command,
+use crate::message::{
+    self, DEVICE_RESETS, DmaMap, DmaUnmap, HEADER_LEN, Header, Info, IrqData, IrqVerb, Kind,
+    Malformed, MultiWrite, REGION_ACCESS_LEN, RegionAccess, SetIrqs, SubRegion, Version, command,
     command_name,
 };
-use crate::shared::SharedMemory;
 use crate::socket::{Broken, Message, Received, Receiver, Sender, SocketSource, Source};
 use crate::target::{DeviceInfo, IoEventFd, IrqInfo, RegionInfo};
 use crate::version::{self, Agreed, Disagreement, KERNEL_MSG_FDS, MAX_TRANSFER};
 
 /// How long a call waits for the server, as QEMU does: from its beginning to the last byte of the
 /// reply, whatever else comes in between.
-const PATIENCE: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = Duration::from_secs(5);
 /// The most eventfds of one region: more than any function has doorbells.
 const MAX_IO_EVENTFDS: usize = 1024;
 
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ClientError {
     /// No connection.
     #[error("connecting to {path}: {errno}")]
@@ -50,8 +49,8 @@ pub enum ClientError {
         errno: Errno,
     },
     /// No reply in time. The connection cannot be used any more.
-    #[error("no reply to {0} in {PATIENCE:?}")]
-    Late(&'static str),
+    #[error("no reply to {0} in {TIMEOUT:?}")]
+    Timeout(&'static str),
     /// The server has gone.
     #[error("the server closed the connection")]
     Closed,
@@ -93,7 +92,6 @@ pub struct Client {
     /// else.
     failed: bool,
     agreed: Agreed,
-    shared: SharedMemory,
 }
 
 impl Client {
@@ -109,7 +107,7 @@ impl Client {
             socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
                 .map_err(failed)?;
         let address = SocketAddrUnix::new(path).map_err(failed)?;
-        set_socket_timeout(&socket, Timeout::Send, Some(PATIENCE)).map_err(failed)?;
+        set_socket_timeout(&socket, sockopt::Timeout::Send, Some(TIMEOUT)).map_err(failed)?;
         connect(&socket, &address).map_err(failed)?;
         Self::negotiate(socket)
     }
@@ -119,8 +117,13 @@ impl Client {
     /// # Errors
     /// Like [`Client::connect`]. Sending has the socket's own time-out.
     pub fn negotiate(socket: OwnedFd) -> Result<Self, ClientError> {
-        let agreed =
-            Agreed { minor: 0, peer_fds: 0, peer_transfer: MAX_TRANSFER, write_multiple: false };
+        let agreed = Agreed {
+            minor: 0,
+            peer_fds: 0,
+            peer_transfer: MAX_TRANSFER,
+            max_dma_maps: 0,
+            write_multiple: false,
+        };
         let mut client = Self {
             socket,
             receiver: Receiver::default(),
@@ -128,7 +131,6 @@ impl Client {
             next_id: 0,
             failed: false,
             agreed,
-            shared: SharedMemory::default(),
         };
         let reply = client.call(command::VERSION, &version::proposal(), &[])?;
         let version =
@@ -180,19 +182,20 @@ impl Client {
         result
     }
 
-    /// Waits for the reply to a command; answers the server's own requests meanwhile.
+    /// Waits for the reply to a command; refuses the server's own requests meanwhile.
     fn reply(&mut self, id: u16, number: u16) -> Result<Message, ClientError> {
         let name = command_name(number);
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         loop {
-            let message = self.receive(deadline)?.ok_or(ClientError::Late(name))?;
+            let message = self.receive(deadline)?.ok_or(ClientError::Timeout(name))?;
             // A server that asks without end answers nothing either.
             if Instant::now() >= deadline {
-                return Err(ClientError::Late(name));
+                return Err(ClientError::Timeout(name));
             }
             let header = message.header;
             match header.kind {
-                Kind::Command { no_reply } => self.answer(message, no_reply)?,
+                Kind::Command { no_reply: true } => {}
+                Kind::Command { no_reply: false } => self.refuse(header)?,
                 Kind::Reply { .. } if (header.id, header.command) != (id, number) => {
                     return Err(ClientError::Mismatch(header, name));
                 }
@@ -202,40 +205,6 @@ impl Client {
                     let errno = errno.map_or(Errno::IO, Errno::from_raw_os_error);
                     return Err(ClientError::Refused { command: name, errno });
                 }
-            }
-        }
-    }
-
-    /// Answers requests of the server that have arrived or arrive within `wait`; returns how many.
-    ///
-    /// # Errors
-    /// When the connection fails, or something other than a request arrives.
-    pub fn serve_requests(&mut self, wait: Duration) -> Result<u32, ClientError> {
-        self.guarded(|client| client.requests(wait))
-    }
-
-    fn requests(&mut self, wait: Duration) -> Result<u32, ClientError> {
-        let end = Instant::now() + wait;
-        let mut served = 0;
-        loop {
-            // What has begun is waited for as an answer is.
-            let begun = self.receiver.within_message();
-            match self.receive(if begun { end + PATIENCE } else { end })? {
-                None if begun => return Err(ClientError::Late("any command")),
-                None if !self.receiver.within_message() => return Ok(served),
-                None => {}
-                Some(message) => match message.header.kind {
-                    Kind::Command { no_reply } => {
-                        self.answer(message, no_reply)?;
-                        served += 1;
-                        if Instant::now() >= end {
-                            return Ok(served);
-                        }
-                    }
-                    Kind::Reply { .. } => {
-                        return Err(ClientError::Mismatch(message.header, "any command"));
-                    }
-                },
             }
         }
     }
@@ -256,9 +225,9 @@ impl Client {
             .iter()
             .map(|fd| fd.try_clone_to_owned().map_err(|_| Errno::MFILE))
             .collect::<Result<_, _>>()?;
-        self.sender.push(protocol::message(id, number, Kind::Command { no_reply }, body), fds);
+        self.sender.push(message::message(id, number, Kind::Command { no_reply }, body), fds);
         self.sender.flush_all(self.socket.as_fd()).map_err(|e| match e {
-            Errno::AGAIN => ClientError::Late(command_name(number)),
+            Errno::AGAIN => ClientError::Timeout(command_name(number)),
             Errno::PIPE | Errno::CONNRESET => ClientError::Closed,
             e => e.into(),
         })?;
@@ -267,8 +236,8 @@ impl Client {
 
     /// The next message; `None` when it is not whole at the deadline.
     fn receive(&mut self, deadline: Instant) -> Result<Option<Message>, ClientError> {
-        let mut source = Patient { socket: self.socket.as_fd(), deadline };
-        let max = HEADER_LEN + DMA_ACCESS_LEN + MAX_TRANSFER;
+        let mut source = UntilDeadline { socket: self.socket.as_fd(), deadline };
+        let max = HEADER_LEN + REGION_ACCESS_LEN + MAX_TRANSFER;
         match self.receiver.next(&mut source, max, KERNEL_MSG_FDS)? {
             Received::Message(message) => Ok(Some(message)),
             Received::Nothing => Ok(None),
@@ -276,23 +245,12 @@ impl Client {
         }
     }
 
-    /// Answers a request of the server.
-    fn answer(&mut self, message: Message, no_reply: bool) -> Result<(), ClientError> {
-        let Header { id, command: number, .. } = message.header;
-        let result = match number {
-            _ if !message.fds.is_empty() => Err(Errno::INVAL),
-            command::DMA_READ => self.shared.read(&message.body),
-            command::DMA_WRITE => self.shared.write(&message.body),
-            _ => Err(Errno::NOSYS),
-        };
-        if !no_reply {
-            let error = result.as_ref().err().map(|e| e.raw_os_error().unsigned_abs());
-            let bytes =
-                protocol::message(id, number, Kind::Reply { error }, &result.unwrap_or_default());
-            self.sender.push(bytes, Vec::new());
-            self.sender.flush_all(self.socket.as_fd())?;
-        }
-        Ok(())
+    /// Refuses a request of the server.
+    fn refuse(&mut self, Header { id, command, .. }: Header) -> Result<(), ClientError> {
+        let error = Some(Errno::NOSYS.raw_os_error().unsigned_abs());
+        let reply = message::message(id, command, Kind::Reply { error }, &[]);
+        self.sender.push(reply, Vec::new());
+        Ok(self.sender.flush_all(self.socket.as_fd())?)
     }
 
     /// What the device has.
@@ -318,9 +276,9 @@ impl Client {
     /// # Errors
     /// See [`Client::device_info`].
     pub fn region_info(&mut self, region: u32) -> Result<RegionInfo, ClientError> {
-        let request = protocol::RegionInfo { argsz: 32, flags: 0, index: region, size: 0 };
+        let request = message::RegionInfo { argsz: 32, flags: 0, index: region, size: 0 };
         let reply = self.call(command::DEVICE_GET_REGION_INFO, &request.body(), &[])?;
-        let info = protocol::RegionInfo::parse(&reply.body)
+        let info = message::RegionInfo::parse(&reply.body)
             .map_err(|e| ClientError::Malformed("DEVICE_GET_REGION_INFO", e))?;
         Ok(RegionInfo {
             size: info.size,
@@ -345,7 +303,7 @@ impl Client {
     }
 
     /// Offers memory to the device: `size` bytes from `offset` on of what `memory` stands for, at
-    /// `address`. The device may read and write it, and maps it if it can.
+    /// `address`. The device may read and write it.
     ///
     /// # Errors
     /// See [`Client::device_info`].
@@ -356,37 +314,8 @@ impl Client {
         address: u64,
         size: u64,
     ) -> Result<(), ClientError> {
-        self.map(memory, offset, address, size, &[memory])
-    }
-
-    /// Offers memory without giving its descriptor away: the device reaches it by message.
-    ///
-    /// # Errors
-    /// See [`Client::device_info`].
-    pub fn dma_map_remote(
-        &mut self,
-        memory: BorrowedFd<'_>,
-        offset: u64,
-        address: u64,
-        size: u64,
-    ) -> Result<(), ClientError> {
-        self.map(memory, offset, address, size, &[])
-    }
-
-    fn map(
-        &mut self,
-        memory: BorrowedFd<'_>,
-        offset: u64,
-        address: u64,
-        size: u64,
-        fds: &[BorrowedFd<'_>],
-    ) -> Result<(), ClientError> {
-        let file_offset = if fds.is_empty() { 0 } else { offset };
-        let map = DmaMap { readable: true, writable: true, offset: file_offset, address, size };
-        let memory = memory.try_clone_to_owned().map_err(|_| Errno::MFILE)?;
-        self.call(command::DMA_MAP, &map.body(), fds)?;
-        self.shared.add(address, size, memory, offset);
-        Ok(())
+        let map = DmaMap { readable: true, writable: true, offset, address, size };
+        self.call(command::DMA_MAP, &map.body(), &[memory]).map(drop)
     }
 
     /// Takes memory back. The device no longer touches it when this returns.
@@ -395,9 +324,7 @@ impl Client {
     /// See [`Client::device_info`].
     pub fn dma_unmap(&mut self, address: u64, size: u64) -> Result<(), ClientError> {
         let unmap = DmaUnmap { all: false, dirty_bitmap: false, address, size };
-        self.call(command::DMA_UNMAP, &unmap.body(), &[])?;
-        self.shared.remove(address);
-        Ok(())
+        self.call(command::DMA_UNMAP, &unmap.body(), &[]).map(drop)
     }
 
     /// Takes all memory back.
@@ -406,9 +333,7 @@ impl Client {
     /// See [`Client::device_info`].
     pub fn dma_unmap_all(&mut self) -> Result<(), ClientError> {
         let unmap = DmaUnmap { all: true, dirty_bitmap: false, address: 0, size: 0 };
-        self.call(command::DMA_UNMAP, &unmap.body(), &[])?;
-        self.shared.clear();
-        Ok(())
+        self.call(command::DMA_UNMAP, &unmap.body(), &[]).map(drop)
     }
 
     fn access(&self, region: u32, offset: u64, count: usize) -> Result<RegionAccess, ClientError> {
@@ -589,12 +514,12 @@ impl Client {
 }
 
 /// The socket, waited for until a deadline.
-struct Patient<'a> {
+struct UntilDeadline<'a> {
     socket: BorrowedFd<'a>,
     deadline: Instant,
 }
 
-impl Source for Patient<'_> {
+impl Source for UntilDeadline<'_> {
     fn recv(&mut self, buf: &mut [u8], fds: &mut Vec<OwnedFd>) -> Result<usize, Errno> {
         loop {
             let mut source =

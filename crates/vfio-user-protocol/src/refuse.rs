@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use rustix::io::Errno;
 
-use crate::protocol::{self, HEADER_LEN, Header, Kind};
+use crate::message::{self, HEADER_LEN, Header, Kind};
 use crate::socket::Sender;
 
 /// A client to be refused, until its `VERSION` is there and answered.
@@ -39,7 +39,7 @@ impl Refused {
         if let Ok(Header { id, command, .. }) = Header::parse(&self.head) {
             let error = Some(Errno::BUSY.raw_os_error().unsigned_abs());
             let mut sender = Sender::default();
-            sender.push(protocol::message(id, command, Kind::Reply { error }, &[]), Vec::new());
+            sender.push(message::message(id, command, Kind::Reply { error }, &[]), Vec::new());
             let _ = sender.flush(self.socket.as_fd());
             // A close with unread data would look like a failure and not like an end.
             let _ = rustix::io::read(&self.socket, &mut [0; 4096]);

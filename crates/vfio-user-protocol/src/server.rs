@@ -13,9 +13,7 @@ use rustix::net::{SocketFlags, accept_with};
 use tracing::{debug, info, warn};
 
 use crate::listen::{self, SocketFile};
-use crate::protocol::Kind;
 use crate::refuse::Refused;
-use crate::remote::Outbound;
 use crate::session::{Answer, Session};
 use crate::socket::{Message, Received, Receiver, Sender, SocketSource};
 use crate::target::Target;
@@ -33,8 +31,9 @@ const MAX_REFUSED: usize = 4;
 /// How long no connection is accepted after the process ran out of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
-/// How long a client may take. QEMU's own patience is 5 s.
+/// How long a client may take. QEMU itself waits 5 s for a reply.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct Timeouts {
     /// From the connection to the end of its `VERSION`.
     pub handshake: Duration,
@@ -42,19 +41,18 @@ pub struct Timeouts {
     pub message: Duration,
     /// From a reply that the socket does not take to the moment when it takes some of it.
     pub reply: Duration,
-    /// From a request of ours (`DMA_READ`, `DMA_WRITE`) to its answer.
-    pub request: Duration,
 }
 
 impl Default for Timeouts {
     fn default() -> Self {
         let five = Duration::from_secs(5);
-        Self { handshake: Duration::from_secs(2), message: five, reply: five, request: five }
+        Self { handshake: Duration::from_secs(2), message: five, reply: five }
     }
 }
 
 /// What a server has seen since it started.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Stats {
     /// Clients that were agreed with.
     pub clients: u64,
@@ -70,6 +68,7 @@ pub struct Stats {
 
 /// What a call of [`Server::ready`] did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Outcome {
     /// How much was done: 1 for each message handled, 1 more for each KiB of it, and 1 for each
     /// client accepted.
@@ -88,7 +87,6 @@ struct Connection {
     receiver: Receiver,
     sender: Sender,
     session: Session,
-    outbound: Outbound,
     /// When the agreement must be there; `None` once it is.
     agree_by: Option<Instant>,
     /// When the message that has begun must be whole.
@@ -124,7 +122,6 @@ pub struct Server<T: Target> {
 }
 
 const LISTENER: u64 = 0;
-const WAKE: u64 = 1;
 
 impl<T: Target> Server<T> {
     /// Listens at `path` for clients of `target`. `name` is the device's name in the log.
@@ -145,7 +142,7 @@ impl<T: Target> Server<T> {
             listener,
             paused_until: None,
             epoll,
-            next_token: WAKE + 1,
+            next_token: LISTENER,
             connections: 0,
             client: None,
             refused: Vec::new(),
@@ -198,9 +195,7 @@ impl<T: Target> Server<T> {
     /// When [`Server::ready`] has to be called even if the descriptor stays quiet.
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {
-        let client = self.client.iter().flat_map(|c| {
-            [c.agree_by, c.message_by, c.reply_by, c.outbound.deadline(self.timeouts.request)]
-        });
+        let client = self.client.iter().flat_map(|c| [c.agree_by, c.message_by, c.reply_by]);
         let refused = self.refused.iter().map(|r| Some(r.until));
         client.chain(refused).chain([self.paused_until]).flatten().min()
     }
@@ -216,11 +211,6 @@ impl<T: Target> Server<T> {
             for event in &*events {
                 match event.data.u64() {
                     LISTENER => accept = true,
-                    WAKE => {
-                        if let Some(client) = &self.client {
-                            client.outbound.clear_wake();
-                        }
-                    }
                     token if Some(token) == client => work += self.serve(now),
                     token => self.refuse(token),
                 }
@@ -231,7 +221,6 @@ impl<T: Target> Server<T> {
                 more = accepted == ACCEPTS_PER_CALL;
             }
         }
-        self.send_requests(now);
         self.expire(now);
         Outcome { work, connected: self.is_connected(), more: more || work >= WORK_PER_CALL }
     }
@@ -330,8 +319,6 @@ impl<T: Target> Server<T> {
             }
             return Ok(());
         }
-        let outbound = Outbound::new()?;
-        epoll::add(&self.epoll, outbound.wake(), EventData::new_u64(WAKE), EventFlags::IN)?;
         debug!(device = self.name, "client {number} connects");
         self.client = Some(Connection {
             socket,
@@ -340,7 +327,6 @@ impl<T: Target> Server<T> {
             receiver: Receiver::default(),
             sender: Sender::default(),
             session: Session::default(),
-            outbound,
             agree_by: Some(now + self.timeouts.handshake),
             message_by: None,
             reply_by: None,
@@ -404,15 +390,6 @@ impl<T: Target> Server<T> {
     /// Handles a message. `false`: the connection has ended.
     fn handle(&mut self, message: Message, now: Instant) -> bool {
         let Some(client) = &mut self.client else { return false };
-        if let Kind::Reply { error } = message.header.kind {
-            return match client.outbound.complete(message.header, error, &message.body) {
-                Ok(()) => true,
-                Err(e) => {
-                    self.fail(&e.to_string());
-                    false
-                }
-            };
-        }
         match client.session.handle(&mut self.target, &self.name, message) {
             Answer::Silence => {}
             Answer::Reply(bytes, fds) => client.sender.push(bytes, fds),
@@ -421,7 +398,7 @@ impl<T: Target> Server<T> {
                 client.sender.push(bytes, Vec::new());
                 self.stats.clients += 1;
                 info!(device = self.name, "client {} connected", client.number);
-                self.target.connected(client.outbound.handle());
+                self.target.connected();
             }
             Answer::End(reply, violation) => {
                 if let Some(bytes) = reply {
@@ -440,38 +417,16 @@ impl<T: Target> Server<T> {
     }
 
     /// Sends what is queued. `false`: the socket failed.
-    fn flush(client: &mut Connection, now: Instant, patience: Duration) -> bool {
+    fn flush(client: &mut Connection, now: Instant, timeout: Duration) -> bool {
         match client.sender.flush(client.socket.as_fd()) {
             Ok(_) if client.sender.is_empty() => client.reply_by = None,
             Ok(0) => {
-                client.reply_by.get_or_insert(now + patience);
+                client.reply_by.get_or_insert(now + timeout);
             }
-            Ok(_) => client.reply_by = Some(now + patience),
+            Ok(_) => client.reply_by = Some(now + timeout),
             Err(_) => return false,
         }
         true
-    }
-
-    /// Requests of ours, as long as no answer of ours waits to be sent.
-    fn send_requests(&mut self, now: Instant) {
-        loop {
-            let Some(client) = &mut self.client else { return };
-            let Some(agreed) = client.session.agreed() else { return };
-            if !client.sender.is_empty() {
-                break;
-            }
-            let (session, max) = (&client.session, agreed.peer_transfer);
-            let next = client
-                .outbound
-                .next_message(now, max, |address, size| session.is_mapped(address, size));
-            let Some(bytes) = next else { break };
-            client.sender.push(bytes, Vec::new());
-            if !Self::flush(client, now, self.timeouts.reply) {
-                self.fail("its socket failed");
-                return;
-            }
-        }
-        self.watch();
     }
 
     /// Watches the client's socket for what can be done with it: receiving, unless answers wait to
@@ -507,8 +462,6 @@ impl<T: Target> Server<T> {
             "it began a message and did not end it in time"
         } else if due(client.reply_by) {
             "it does not read the answers"
-        } else if due(client.outbound.deadline(self.timeouts.request)) {
-            "it did not answer a DMA request in time"
         } else {
             return;
         };
@@ -524,11 +477,8 @@ impl<T: Target> Server<T> {
     }
 
     fn drop_client(&mut self) {
-        let Some(mut client) = self.client.take() else { return };
+        let Some(client) = self.client.take() else { return };
         self.stats.failures += client.session.failures();
-        // The target may keep the other end of this one.
-        let _ = epoll::delete(&self.epoll, client.outbound.wake());
-        client.outbound.close();
         if client.session.agreed().is_some() {
             self.target.disconnected();
         }

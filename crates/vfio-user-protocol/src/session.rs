@@ -1,7 +1,8 @@
 //! One client's session: what each command does, and what is answered.
 //!
-//! No input or output happens here: a message goes in, an [`Answer`] comes out. So this is also
-//! what the fuzz target drives.
+//! No input or output happens here: a message goes in, an [`Answer`] comes out. A program with its
+//! own event loop, or its own transport, uses it without the [`Server`](crate::Server); the fuzz
+//! target drives it too.
 //!
 //! A command that is well framed and wrong is answered with an errno, and the session goes on. One
 //! that breaks the protocol's order - anything before `VERSION`, a second `VERSION`, a reply that
@@ -13,16 +14,14 @@ use std::os::fd::OwnedFd;
 
 use rustix::io::Errno;
 
-use crate::protocol::{
+use crate::message::{
     self, DEVICE_IS_PCI, DEVICE_RESETS, DmaMap, DmaUnmap, Feature, Header, Info, IrqData, IrqVerb,
     Kind, Malformed, MultiWrite, REGION_ACCESS_LEN, RegionAccess, SUB_REGION_LEN, SetIrqs,
     SubRegion, Version, command,
 };
 use crate::socket::Message;
 use crate::target::{IrqAction, Mapping, Target};
-use crate::version::{
-    self, Agreed, Disagreement, MAX_DMA_MAPS, MAX_TRANSFER, MAX_VERSION_DATA, PAGE_SIZE,
-};
+use crate::version::{self, Agreed, Disagreement, MAX_TRANSFER, MAX_VERSION_DATA, PAGE_SIZE};
 
 /// Writes in one `REGION_WRITE_MULTI`, at most: each may be a command of the device, and no client
 /// holds up the others on its thread for long. QEMU sends up to 200.
@@ -30,6 +29,7 @@ const MAX_MULTI_WRITES: usize = 256;
 
 /// What follows from a message.
 #[derive(Debug)]
+#[non_exhaustive]
 pub enum Answer {
     /// Nothing is sent: the command was posted.
     Silence,
@@ -44,6 +44,7 @@ pub enum Answer {
 
 /// What a client did that ends its session.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum Violation {
     /// A command before the versions were negotiated.
     #[error("{0} before VERSION")]
@@ -75,7 +76,8 @@ enum Failure {
     IrqRange { index: u32, start: u32, count: u32, have: u32 },
     BadRange(u64, u64),
     Overlap(u64, u64),
-    TooManyMaps,
+    TooManyMaps(usize),
+    NotZero { flags: u32, count: u32 },
     NotMapped(u64, u64),
     Unsupported(&'static str),
     Unknown,
@@ -88,7 +90,7 @@ impl Failure {
     fn errno(&self) -> Errno {
         match self {
             Self::Overlap(..) => Errno::EXIST,
-            Self::TooManyMaps => Errno::NOSPC,
+            Self::TooManyMaps(_) => Errno::NOSPC,
             Self::NotMapped(..) => Errno::NOENT,
             Self::NotAllowed(..) => Errno::PERM,
             Self::Unsupported(_) => Errno::OPNOTSUPP,
@@ -127,7 +129,10 @@ impl fmt::Display for Failure {
             Self::Overlap(address, size) => {
                 write!(f, "{size:#x} bytes at {address:#x} are mapped already")
             }
-            Self::TooManyMaps => write!(f, "{MAX_DMA_MAPS} mappings are the most"),
+            Self::TooManyMaps(most) => write!(f, "{most} mappings are the most"),
+            Self::NotZero { flags, count } => {
+                write!(f, "flags {flags:#x} and count {count} in a request, where both are 0")
+            }
             Self::NotMapped(address, size) => {
                 write!(f, "no mapping of {size:#x} bytes at {address:#x}")
             }
@@ -196,22 +201,7 @@ impl Session {
         } else {
             4 + MAX_VERSION_DATA
         };
-        protocol::HEADER_LEN + body
-    }
-
-    /// Whether `size` bytes at `address` lie within mappings that follow each other without a hole.
-    #[must_use]
-    pub fn is_mapped(&self, address: u64, size: u64) -> bool {
-        let Some(end) = address.checked_add(size) else { return false };
-        let mut at = address;
-        while at < end {
-            match self.maps.range(..=at).next_back() {
-                // Mappings do not overflow.
-                Some((start, len)) if at < start + len => at = start + len,
-                _ => return false,
-            }
-        }
-        true
+        message::HEADER_LEN + body
     }
 
     /// Does what a message asks for. `name` is the device's name in the log.
@@ -225,13 +215,13 @@ impl Session {
         let Kind::Command { no_reply } = header.kind else {
             return Answer::End(None, Violation::Reply(header));
         };
-        let answer = |kind, body: &[u8]| protocol::message(header.id, header.command, kind, body);
+        let answer = |kind, body: &[u8]| message::message(header.id, header.command, kind, body);
         let refusal = |errno: Errno| {
             answer(Kind::Reply { error: Some(errno.raw_os_error().unsigned_abs()) }, &[])
         };
         let done = Kind::Reply { error: None };
         let Some(agreed) = self.agreed else {
-            return match self.version(header, &body) {
+            return match self.version(target.max_dma_maps(), header, &body) {
                 Ok(reply) => Answer::Agreed(answer(done, &reply)),
                 Err((errno, violation)) => {
                     Answer::End((!no_reply).then(|| refusal(errno)), violation)
@@ -256,14 +246,19 @@ impl Session {
         }
     }
 
-    fn version(&mut self, header: Header, body: &[u8]) -> Result<Vec<u8>, (Errno, Violation)> {
+    fn version(
+        &mut self,
+        max_dma_maps: u32,
+        header: Header,
+        body: &[u8],
+    ) -> Result<Vec<u8>, (Errno, Violation)> {
         if header.command != command::VERSION || header.kind != (Kind::Command { no_reply: false })
         {
             return Err((Errno::INVAL, Violation::TooEarly(header)));
         }
         let request = Version::parse(body).map_err(|e| (Errno::INVAL, Violation::Version(e)))?;
-        let (agreed, reply) =
-            version::answer(&request).map_err(|e| (e.errno(), Violation::Disagreement(e)))?;
+        let (agreed, reply) = version::answer(&request, max_dma_maps)
+            .map_err(|e| (e.errno(), Violation::Disagreement(e)))?;
         self.agreed = Some(agreed);
         Ok(reply)
     }
@@ -286,7 +281,7 @@ impl Session {
             command::REGION_WRITE_MULTI => {
                 Err(Failure::Unsupported("REGION_WRITE_MULTI, unless agreed upon,"))
             }
-            command::DMA_MAP => self.dma_map(target, body, &mut fds),
+            command::DMA_MAP => self.dma_map(target, agreed, body, &mut fds),
             command::DMA_UNMAP => self.dma_unmap(target, body),
             command::DEVICE_GET_INFO => device_info(target, body),
             command::DEVICE_GET_REGION_INFO => region_info(target, body),
@@ -313,6 +308,7 @@ impl Session {
     fn dma_map<T: Target + ?Sized>(
         &mut self,
         target: &mut T,
+        agreed: &Agreed,
         body: &[u8],
         fds: &mut Vec<OwnedFd>,
     ) -> Outcome {
@@ -331,8 +327,8 @@ impl Session {
         if self.maps.range(..end).next_back().is_some_and(|(start, len)| start + len > address) {
             return Err(Failure::Overlap(address, size));
         }
-        if self.maps.len() >= MAX_DMA_MAPS {
-            return Err(Failure::TooManyMaps);
+        if self.maps.len() >= agreed.max_dma_maps {
+            return Err(Failure::TooManyMaps(agreed.max_dma_maps));
         }
         let memory = fds.pop().map(|fd| (fd, offset));
         target.dma_map(Mapping { address, size, readable, writable, memory })?;
@@ -372,13 +368,13 @@ fn device_info<T: Target + ?Sized>(target: &mut T, body: &[u8]) -> Outcome {
 }
 
 fn region_info<T: Target + ?Sized>(target: &mut T, body: &[u8]) -> Outcome {
-    let index = protocol::RegionInfo::parse(body)?.index;
+    let index = message::RegionInfo::parse(body)?.index;
     if index >= target.device_info().regions {
         return Err(Failure::NoSuch("region", index));
     }
     let info = target.region_info(index);
     let flags = u32::from(info.readable) | u32::from(info.writable) << 1;
-    Ok(protocol::RegionInfo { argsz: 32, flags, index, size: info.size }.body().into())
+    Ok(message::RegionInfo { argsz: 32, flags, index, size: info.size }.body().into())
 }
 
 fn irq_info<T: Target + ?Sized>(target: &mut T, body: &[u8]) -> Outcome {
@@ -401,6 +397,9 @@ fn region_io_fds<T: Target + ?Sized>(target: &mut T, agreed: &Agreed, body: &[u8
     let request = Info::parse(body)?;
     if request.index >= target.device_info().regions {
         return Err(Failure::NoSuch("region", request.index));
+    }
+    if request.flags != 0 || request.count != 0 {
+        return Err(Failure::NotZero { flags: request.flags, count: request.count });
     }
     // What the client cannot receive is left out: it then writes there by message.
     let mut eventfds = target.io_eventfds(request.index);
@@ -436,7 +435,10 @@ fn set_irqs<T: Target + ?Sized>(target: &mut T, body: &[u8], fds: Vec<OwnedFd>) 
         });
     }
     if (verb, data, start, count) == (IrqVerb::Trigger, IrqData::None, 0, 0) {
-        target.set_irqs(index, IrqAction::DisableAll)?;
+        // An index without interrupts has none to disconnect; the target need not know it.
+        if target.irq_info(index).count > 0 {
+            target.set_irqs(index, IrqAction::DisableAll)?;
+        }
         return Ok(Reply::default());
     }
     let have = target.irq_info(index).count;

@@ -18,7 +18,7 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
-use crate::protocol::{BadHeader, HEADER_LEN, Header};
+use crate::message::{BadHeader, HEADER_LEN, Header};
 use crate::version::KERNEL_MSG_FDS;
 
 /// A body is read in steps of this many bytes, so that memory is taken as data comes and not as
@@ -97,6 +97,7 @@ pub enum Received {
 
 /// Why the byte stream cannot be followed any further.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum Broken {
     /// A header that says nothing sensible.
     #[error(transparent)]

@@ -6,7 +6,7 @@
 use rustix::io::Errno;
 use serde_json::{Map, Value, json};
 
-use crate::protocol::{MAJOR, MINOR, Version};
+use crate::message::{MAJOR, MINOR, Version};
 
 /// Longest version data accepted, in bytes. QEMU sends about 200.
 pub const MAX_VERSION_DATA: usize = 4096;
@@ -22,15 +22,16 @@ pub const KERNEL_MSG_FDS: usize = 253;
 /// it also holds for a client that does not ask.
 pub const MAX_TRANSFER: usize = 1 << 20;
 
-/// DMA mappings of one client. Each may be a memory mapping of this process, which has about 65,000
-/// for all of its devices; QEMU was seen with some 30.
-pub const MAX_DMA_MAPS: usize = 512;
+/// Mappings of one client at the same time, at most: the specification's default for an end that
+/// states no number.
+pub const MAX_DMA_MAPS: u32 = 65535;
 
 /// The smallest page; addresses and sizes of DMA mappings are multiples of it.
 pub const PAGE_SIZE: u64 = 4096;
 
 /// What both ends have agreed upon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Agreed {
     /// Minor version in use.
     pub minor: u16,
@@ -38,6 +39,8 @@ pub struct Agreed {
     pub peer_fds: usize,
     /// Bytes of data that the peer accepts in one message.
     pub peer_transfer: usize,
+    /// Mappings that may be valid at the same time.
+    pub max_dma_maps: usize,
     /// `REGION_WRITE_MULTI` may be used.
     pub write_multiple: bool,
 }
@@ -55,6 +58,7 @@ struct Capabilities {
 
 /// Why a version message cannot be agreed with.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum Disagreement {
     /// Another major version.
     #[error("major version {0}, only {MAJOR} is spoken here")]
@@ -151,11 +155,18 @@ fn limit(value: Option<u64>, default: usize, max: usize) -> usize {
     value.map_or(default, |v| usize::try_from(v).unwrap_or(usize::MAX)).min(max)
 }
 
-/// The server's part: what it agrees to, and the body of its reply.
+/// The number of mappings that a stated or unstated capability means.
+fn maps(value: Option<u64>) -> usize {
+    limit(value, MAX_DMA_MAPS as usize, MAX_DMA_MAPS as usize)
+}
+
+/// The server's part: what it agrees to, and the body of its reply. `max_dma_maps` is the most
+/// mappings that the device takes: it is told to a client that names its own number, and holds for
+/// that client. For a client that names none, the specification's 65535 hold.
 ///
 /// # Errors
 /// When there is nothing to agree upon; the connection then ends.
-pub fn answer(request: &Version<'_>) -> Result<(Agreed, Vec<u8>), Disagreement> {
+pub fn answer(request: &Version<'_>, max_dma_maps: u32) -> Result<(Agreed, Vec<u8>), Disagreement> {
     if request.major != MAJOR {
         return Err(Disagreement::Major(request.major));
     }
@@ -171,7 +182,9 @@ pub fn answer(request: &Version<'_>) -> Result<(Agreed, Vec<u8>), Disagreement> 
     let ours = Capabilities {
         max_msg_fds: theirs.max_msg_fds.map(|_| MAX_MSG_FDS as u64),
         max_data_xfer_size: theirs.max_data_xfer_size.map(|_| MAX_TRANSFER as u64),
-        max_dma_maps: theirs.max_dma_maps.map(|theirs| theirs.min(MAX_DMA_MAPS as u64)),
+        max_dma_maps: theirs
+            .max_dma_maps
+            .map(|theirs| theirs.min(max_dma_maps.min(MAX_DMA_MAPS).into())),
         pgsizes,
         write_multiple: theirs.write_multiple.filter(|&wanted| wanted),
     };
@@ -179,6 +192,7 @@ pub fn answer(request: &Version<'_>) -> Result<(Agreed, Vec<u8>), Disagreement> 
         minor,
         peer_fds: limit(theirs.max_msg_fds, 1, KERNEL_MSG_FDS),
         peer_transfer: limit(theirs.max_data_xfer_size, MAX_TRANSFER, MAX_TRANSFER),
+        max_dma_maps: maps(ours.max_dma_maps),
         write_multiple: ours.write_multiple == Some(true),
     };
     let data = if had_data { encode(asked.then_some(ours)) } else { Vec::new() };
@@ -191,7 +205,7 @@ pub fn proposal() -> Vec<u8> {
     let data = encode(Some(Capabilities {
         max_msg_fds: Some(KERNEL_MSG_FDS as u64),
         max_data_xfer_size: Some(MAX_TRANSFER as u64),
-        max_dma_maps: Some(65535),
+        max_dma_maps: Some(MAX_DMA_MAPS.into()),
         pgsizes: Some(PAGE_SIZE),
         write_multiple: Some(true),
     }));
@@ -214,6 +228,7 @@ pub fn accept(reply: &Version<'_>) -> Result<Agreed, Disagreement> {
         minor: reply.minor,
         peer_fds: limit(theirs.max_msg_fds, 1, KERNEL_MSG_FDS),
         peer_transfer: limit(theirs.max_data_xfer_size, MAX_TRANSFER, MAX_TRANSFER),
+        max_dma_maps: maps(theirs.max_dma_maps),
         write_multiple: theirs.write_multiple == Some(true),
     })
 }
@@ -223,7 +238,7 @@ mod tests {
     use super::*;
 
     fn ask(data: &[u8]) -> Result<(Agreed, Vec<u8>), Disagreement> {
-        answer(&Version { major: 0, minor: 0, data })
+        answer(&Version { major: 0, minor: 0, data }, 512)
     }
 
     /// QEMU's request; its reply buffer has the size of this request, so the reply must not be
@@ -237,7 +252,13 @@ mod tests {
         let (agreed, body) = ask(QEMU).expect("QEMU's proposal is fine");
         assert_eq!(
             agreed,
-            Agreed { minor: 0, peer_fds: 16, peer_transfer: 1 << 20, write_multiple: true }
+            Agreed {
+                minor: 0,
+                peer_fds: 16,
+                peer_transfer: 1 << 20,
+                max_dma_maps: 512,
+                write_multiple: true
+            }
         );
         assert!(body.len() <= QEMU.len() + 4);
         let text = std::str::from_utf8(&body[4..body.len() - 1]).expect("JSON is UTF-8");
@@ -257,16 +278,17 @@ mod tests {
         assert_eq!(&body[4..], b"{\"capabilities\":{}}\0");
         assert!(!agreed.write_multiple);
         assert_eq!((agreed.peer_fds, agreed.peer_transfer), (1, MAX_TRANSFER));
+        assert_eq!(agreed.max_dma_maps, 65535, "what an unstated number means");
     }
 
     #[test]
     fn wrong_versions_and_texts_are_told_apart() {
         assert!(matches!(
-            answer(&Version { major: 1, minor: 0, data: b"" }),
+            answer(&Version { major: 1, minor: 0, data: b"" }, 512),
             Err(Disagreement::Major(1))
         ));
         assert_eq!(
-            answer(&Version { major: 0, minor: 9, data: b"" }).expect("newer minor").0.minor,
+            answer(&Version { major: 0, minor: 9, data: b"" }, 512).expect("newer minor").0.minor,
             MINOR
         );
         for text in [&b"{}"[..], b"{\0}\0", b"{}\0x"] {
@@ -294,10 +316,14 @@ mod tests {
     #[test]
     fn both_ends_agree() {
         let body = proposal();
-        let (server, reply) = answer(&Version::parse(&body).expect("our own")).expect("our own");
+        let request = Version::parse(&body).expect("our own");
+        let (server, reply) = answer(&request, 700).expect("our own");
         let client = accept(&Version::parse(&reply).expect("our own")).expect("our own");
         assert_eq!((client.minor, server.minor), (MINOR, MINOR));
         assert!(client.write_multiple && server.write_multiple);
+        assert_eq!((client.max_dma_maps, server.max_dma_maps), (700, 700));
+        let silent = Version { major: 0, minor: 1, data: b"" };
+        assert_eq!(accept(&silent).expect("no data is legal").max_dma_maps, 65535);
         assert_eq!((client.peer_fds, server.peer_fds), (MAX_MSG_FDS, KERNEL_MSG_FDS));
     }
 }

@@ -1,5 +1,4 @@
 //! A small device, driven through the registers of its function alone.
-#![allow(clippy::unwrap_used)]
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;

@@ -1,6 +1,5 @@
 //! A device of the bus behind its socket, on the event loop: clients that come, crowd, misbehave
 //! and go.
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
@@ -16,7 +15,8 @@ use vbus_core::{
     Tuning,
 };
 use vbus_driver::{Error, Function, Hal};
-use vbus_vfio_user::{Client, ClientError, DeviceServer, Errno, MEMORY_BYTES, Process};
+use vbus_vfio_user::{DeviceServer, MEMORY_BYTES, Process};
+use vfio_user_protocol::{Client, ClientError, Errno};
 
 /// Adds its call's buffer up.
 struct Adder;

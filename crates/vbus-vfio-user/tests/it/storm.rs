@@ -1,6 +1,5 @@
 //! A driver that rings without end harms itself alone: what a ring costs is bounded, and other
 //! devices of the same thread go on.
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

@@ -6,15 +6,8 @@ use std::ops::Range;
 
 use vbus_pci_config::{MsixLayout, capabilities, capability as id, register};
 use vbus_shm::abi::{ABI_VERSION, PCI_DEVICE, PCI_VENDOR, bar0, capability, reg};
-use vbus_vfio_user::{Client, ClientError};
-
-/// VFIO's numbers of regions and of interrupt indexes.
-pub(super) const REGION_BAR0: u32 = 0;
-const REGION_CONFIG: u32 = 7;
-const REGIONS: u32 = 9;
-pub(super) const IRQ_INTX: u32 = 0;
-pub(super) const IRQ_MSI: u32 = 1;
-pub(super) const IRQ_MSIX: u32 = 2;
+use vfio_user_protocol::pci::{IRQ_INTX, IRQ_MSI, IRQ_MSIX, REGION_BAR0, REGION_CONFIG, REGIONS};
+use vfio_user_protocol::{Client, ClientError};
 
 /// The part of a configuration space that is looked at.
 const CONFIG_BYTES: usize = 256;

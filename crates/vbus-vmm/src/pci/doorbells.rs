@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use vbus_kvm::{DoorbellKind, DoorbellRange, Doorbells};
 use vbus_shm::abi::capability;
-use vbus_vfio_user::IoEventFd;
+use vfio_user_protocol::IoEventFd;
 
 use super::config::Record;
 use super::description::{BadFunction, Description};
@@ -25,7 +25,7 @@ pub(super) fn of_function(
     description: &Description,
 ) -> Result<Vec<(u32, OwnedFd)>, BadFunction> {
     let number = |io: IoEventFd| {
-        let IoEventFd { fd, offset, size, datamatch } = io;
+        let IoEventFd { fd, offset, size, datamatch, .. } = io;
         let at = offset.checked_sub(u64::from(description.doorbells));
         let number = at
             .filter(|at| at % u64::from(description.stride) == 0)

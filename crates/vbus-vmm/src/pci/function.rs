@@ -14,16 +14,15 @@ use rustix::net::Shutdown;
 use vbus_kvm::{DoorbellKind, DoorbellRange, Doorbells, IntxIrqfd};
 use vbus_pci_config::register::{COMMAND, STATUS, STATUS_INTERRUPT};
 use vbus_pci_config::{ConfigSpace, MsixTable, read_pending_bits, touches};
-use vbus_vfio_user::{Client, ClientError};
+use vfio_user_protocol::pci::{IRQ_INTX, IRQ_MSI, IRQ_MSIX, REGION_BAR0, REGION_CONFIG};
+use vfio_user_protocol::{Client, ClientError};
 
 use super::config::{config_space, in_use};
-use super::description::{Description, IRQ_INTX, IRQ_MSI, IRQ_MSIX, REGION_BAR0};
+use super::description::Description;
 use super::msi::MsiVectors;
 use super::{PlugError, Shared, doorbells, lock};
 use crate::ioapic::Source;
 
-/// VFIO's number of the configuration space.
-const REGION_CONFIG: u32 = 7;
 /// What [`Function::bar`] holds while there is none.
 const NOWHERE: u64 = u64::MAX;
 

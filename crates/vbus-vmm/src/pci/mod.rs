@@ -32,7 +32,7 @@ use std::time::Duration;
 use serde::Serialize;
 use vbus_kvm::{Routes, Sints};
 use vbus_pci_config::Space;
-use vbus_vfio_user::ClientError;
+use vfio_user_protocol::ClientError;
 
 use crate::bus::Bus;
 use crate::ioapic::IoApic;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use vbus_kvm::{Error, MsiIrqfd, Route, Routes, Sints};
 use vbus_pci_config::MsiMessage;
-use vbus_vfio_user::{Client, ClientError};
+use vfio_user_protocol::{Client, ClientError};
 
 use super::Shared;
 

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use vbus_kvm::DoorbellKind;
 use vbus_shm::abi::reg;
+use vfio_user_protocol::pci::{IRQ_INTX, IRQ_MSI, IRQ_MSIX};
 
-use super::description::{IRQ_INTX, IRQ_MSI, IRQ_MSIX};
 use fake::Fake;
 use guest::{Guest, SLOT_CONTROL};
 

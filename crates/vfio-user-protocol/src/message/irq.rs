@@ -1,6 +1,6 @@
 //! Interrupts: what the client wants of which ones.
 
-use super::{Body, Fields, Malformed, check_argsz};
+use super::fields::{Body, Fields, Malformed, check_argsz};
 
 /// What a `DEVICE_SET_IRQS` does with the interrupts of its range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

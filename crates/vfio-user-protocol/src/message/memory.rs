@@ -1,6 +1,6 @@
-//! Memory that the client shares: mapping, unmapping, and access by message.
+//! `DMA_MAP` and `DMA_UNMAP`: memory that the client shares with the device.
 
-use super::{Body, DMA_ACCESS_LEN, Fields, Malformed, check_argsz};
+use super::fields::{Body, Fields, Malformed, check_argsz};
 
 /// `DMA_MAP`: memory that the device may use from now on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,48 +90,5 @@ impl DmaUnmap {
     pub fn body(&self) -> Vec<u8> {
         let flags = u32::from(self.dirty_bitmap) | u32::from(self.all) << 1;
         Body::default().u32(24).u32(flags).u64(self.address).u64(self.size).0
-    }
-}
-
-/// `DMA_READ` and `DMA_WRITE`, request and reply: the fixed part, with `count` bytes of data after
-/// it in the request of a write and the reply to a read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DmaAccess {
-    /// The address as the device knows it.
-    pub address: u64,
-    /// Bytes.
-    pub count: u64,
-}
-
-impl DmaAccess {
-    /// Takes a body without data apart.
-    ///
-    /// # Errors
-    /// When its length is not that of the fixed part.
-    pub fn parse(body: &[u8]) -> Result<Self, Malformed> {
-        let mut f = Fields::new(body);
-        let access = Self { address: f.u64()?, count: f.u64()? };
-        f.exactly(0)?;
-        Ok(access)
-    }
-
-    /// Takes a body with data apart.
-    ///
-    /// # Errors
-    /// When its length is not that of the fixed part and `count` bytes.
-    pub fn parse_with_data(body: &[u8]) -> Result<(Self, &[u8]), Malformed> {
-        let mut f = Fields::new(body);
-        let access = Self { address: f.u64()?, count: f.u64()? };
-        Ok((access, f.exactly(access.count)?))
-    }
-
-    /// The body, with `data` behind the fixed part.
-    #[must_use]
-    pub fn body(&self, data: &[u8]) -> Vec<u8> {
-        Body::with_capacity(DMA_ACCESS_LEN + data.len())
-            .u64(self.address)
-            .u64(self.count)
-            .bytes(data)
-            .0
     }
 }

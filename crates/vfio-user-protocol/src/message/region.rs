@@ -1,8 +1,15 @@
 //! Regions of the device: what they are, and access to them.
 
-use super::{
-    Body, Fields, Info, MULTI_WRITE_LEN, Malformed, REGION_ACCESS_LEN, SUB_REGION_LEN, check_argsz,
-};
+use super::device::Info;
+use super::fields::{Body, Fields, Malformed, check_argsz};
+
+/// Bytes of a region access's body before its data.
+pub const REGION_ACCESS_LEN: usize = 16;
+/// Bytes of one write in a `REGION_WRITE_MULTI` body.
+const MULTI_WRITE_LEN: usize = 24;
+/// Bytes of one sub-region in a `DEVICE_GET_REGION_IO_FDS` reply, as this crate writes it. A reader
+/// takes entries that are longer, too.
+pub const SUB_REGION_LEN: usize = 40;
 
 /// `DEVICE_GET_REGION_INFO`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,19 +80,30 @@ impl SubRegion {
 
     /// The sub-regions of a reply's body.
     ///
+    /// The length of an entry is that of the array, `argsz - 16`, divided by the count: a later
+    /// minor version may append fields, and these are ignored. (The document has 32 instead of 16
+    /// in that formula, and 40 bytes for an entry; only 16 gives 40.)
+    ///
     /// # Errors
-    /// When the count does not fit into the body.
+    /// When `argsz` gives entries no room for the fields above, or the body ends within the array.
     pub fn parse_all(body: &[u8]) -> Result<Vec<Self>, Malformed> {
         let info = Info::parse(body)?;
-        let have = (body.len() - Info::LEN) / SUB_REGION_LEN;
-        if (info.count as usize) > have {
-            let need =
-                (info.count as usize).saturating_mul(SUB_REGION_LEN).saturating_add(Info::LEN);
-            return Err(Malformed::Short { need, have: body.len() });
+        let count = info.count as usize;
+        if count == 0 {
+            return Ok(Vec::new());
         }
-        let mut f = Fields::new(&body[Info::LEN..]);
-        (0..info.count)
-            .map(|_| {
+        let array = info.argsz as usize - Info::LEN;
+        if array / count < SUB_REGION_LEN {
+            let need = count.saturating_mul(SUB_REGION_LEN).saturating_add(Info::LEN);
+            return Err(Malformed::ArgSize { need, argsz: info.argsz });
+        }
+        let (need, have) = (info.argsz as usize, body.len());
+        let entries = body.get(Info::LEN..need).ok_or(Malformed::Short { need, have })?;
+        entries
+            .chunks_exact(array / count)
+            .take(count)
+            .map(|entry| {
+                let mut f = Fields::new(entry);
                 let (offset, size, fd_index, kind) = (f.u64()?, f.u64()?, f.u32()?, f.u32()?);
                 let (flags, _padding, datamatch) = (f.u32()?, f.u32()?, f.u64()?);
                 Ok(Self { offset, size, fd_index, kind, flags, datamatch })

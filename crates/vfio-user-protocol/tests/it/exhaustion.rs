@@ -1,18 +1,19 @@
-//! A process without a free descriptor: the server pauses, and goes on afterwards. Alone in its
-//! program, because the limit is the process's.
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
-
-mod support;
+//! A process without a free descriptor: the server pauses, and goes on afterwards.
 
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
+use crate::support::{Bench, Raw, Seen, alone, framed, version};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use support::{Bench, Raw, Seen, framed, version};
 
+/// The limit is the process's.
 #[test]
 fn without_descriptors_the_server_pauses_and_goes_on() {
+    alone("exhaustion::without_descriptors_the_server_pauses_and_goes_on", pauses_and_goes_on);
+}
+
+fn pauses_and_goes_on() {
     let mut bench = Bench::new();
     let waiting = UnixStream::connect(bench.path()).unwrap();
     let before = getrlimit(Resource::Nofile);

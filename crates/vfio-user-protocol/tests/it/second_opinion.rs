@@ -1,15 +1,12 @@
 //! The client of the crate `vfio_user`, written by others, against this server.
 //!
 //! That client reads every reply as a success, so what is refused is tested elsewhere.
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
-
-mod support;
 
 use std::os::fd::AsRawFd;
 
+use crate::support::Bench;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use support::Bench;
 use vfio_user::Client;
 
 #[test]

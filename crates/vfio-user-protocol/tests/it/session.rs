@@ -1,19 +1,16 @@
 //! What a well-behaved client gets.
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
-
-mod support;
 
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::Path;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
+use crate::support::{Bench, Device, NO_REPLY, Raw, Seen, TIMEOUT, framed, version};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use support::{Bench, Device, NO_REPLY, PATIENCE, Raw, Seen, framed, version};
-use vbus_vfio_user::protocol::{IrqVerb, MultiWrite};
-use vbus_vfio_user::{Client, ClientError, Errno, RemoteMemory, Server};
+use vfio_user_protocol::message::{IrqVerb, MultiWrite};
+use vfio_user_protocol::{Client, ClientError, Errno, Server};
 
 fn memory(bytes: u64) -> std::os::fd::OwnedFd {
     let memory = memfd_create("test", MemfdFlags::CLOEXEC).unwrap();
@@ -203,128 +200,24 @@ fn memory_is_mapped_and_taken_back() {
     assert!(bench.server.target().maps.is_empty());
 }
 
-/// A server with a client in a thread that answers requests for its memory until the sender is
-/// dropped.
-fn with_remote(act: impl FnOnce(&mut Bench, RemoteMemory)) {
-    let mut bench = Bench::new();
-    let path = bench.path();
-    let (stop, stopped) = channel::<()>();
-    let thread = std::thread::spawn(move || {
-        let file = memory(4 << 20);
-        rustix::io::pwrite(&file, b"from the client", 0x1000).unwrap();
-        let mut client = Client::connect(path).unwrap();
-        client.dma_map_remote(file.as_fd(), 0, 0x10000, 2 << 20).unwrap();
-        client.dma_map_remote(file.as_fd(), 2 << 20, 0x10000 + (2 << 20), 4096).unwrap();
-        while !matches!(stopped.try_recv(), Err(std::sync::mpsc::TryRecvError::Disconnected)) {
-            client.serve_requests(Duration::from_millis(20)).unwrap();
-        }
-        let mut word = [0; 8];
-        rustix::io::pread(&file, &mut word, 0x2000).unwrap();
-        word
-    });
-    bench.until(None, |server| server.target().maps.len() == 2);
-    let remote = bench.server.target().remote.clone().unwrap();
-    act(&mut bench, remote);
-    drop(stop);
-    assert_eq!(&thread.join().unwrap(), b"from the");
-    bench.until_gone();
-}
-
-fn wait_for<R>(bench: &mut Bench, done: &Receiver<R>) -> R {
-    let mut result = None;
-    bench.until(None, |_| {
-        result = result.take().or_else(|| done.try_recv().ok());
-        result.is_some()
-    });
-    result.unwrap()
-}
-
+/// The number of mappings that a client does not state is 65535, whatever the device would state.
 #[test]
-fn memory_without_a_descriptor_is_reached_by_message() {
-    with_remote(|bench, remote| {
-        let (sender, done) = channel();
-        let result = sender.clone();
-        remote.read(0x11000, 15, move |data| drop(result.send(data))).unwrap();
-        assert_eq!(wait_for(bench, &done).unwrap(), b"from the client");
-        // As much as a message holds.
-        let result = sender.clone();
-        remote.read(0x10000, 1 << 20, move |data| drop(result.send(data))).unwrap();
-        let all = wait_for(bench, &done).unwrap();
-        assert_eq!((all.len(), &all[0x1000..0x1008]), (1 << 20, &b"from the"[..]));
-        let (written, answer) = channel();
-        remote
-            .write(0x12000, b"from the device".to_vec(), move |r| written.send(r).unwrap())
-            .unwrap();
-        assert_eq!(wait_for(bench, &answer), Ok(()));
-        let (written, answer) = channel();
-        remote.write(0x20000, vec![7; 1 << 20], move |r| written.send(r).unwrap()).unwrap();
-        assert_eq!(wait_for(bench, &answer), Ok(()));
-        // More than a message holds; not mapped; half mapped.
-        for (address, count, errno) in [
-            (0x10000, (1 << 20) + 1, Errno::MSGSIZE),
-            (0x1000, 16, Errno::FAULT),
-            (0x10000 + (2 << 20) + 4090, 16, Errno::FAULT),
-            (u64::MAX - 3, 16, Errno::FAULT),
-        ] {
-            let result = sender.clone();
-            remote.read(address, count, move |data| drop(result.send(data))).unwrap();
-            assert_eq!(wait_for(bench, &done).map(|_| ()), Err(errno), "{address:#x}");
-        }
-        // Mapped as a whole, but the client has it in two pieces and refuses.
-        let result = sender.clone();
-        remote.read(0x10000 + (2 << 20) - 8, 16, move |data| drop(result.send(data))).unwrap();
-        assert_eq!(wait_for(bench, &done).map(|_| ()), Err(Errno::FAULT));
-    });
-}
-
-#[test]
-fn requests_end_with_the_client() {
+fn an_unstated_number_of_mappings_is_65535() {
     let mut bench = Bench::new();
-    let mut raw = Raw::agreed(&mut bench);
-    raw.send(&framed(1, 2, 0, &bytes![32u32, 3u32, 0u64, 0u64, 0x4000u64]));
-    raw.see(&mut bench);
-    let remote = bench.server.target().remote.clone().unwrap();
-    let (sender, done) = channel();
-    for address in 0..100u64 {
-        let sender = sender.clone();
-        remote.read(address * 8, 8, move |data| drop(sender.send((address, data)))).unwrap();
+    let mut raw = Raw::connect(&bench);
+    raw.send(&framed(1, 1, 0, &[0; 4]));
+    assert_eq!(raw.see(&mut bench), Seen::Reply(1, 1, None, vec![0; 4]));
+    let map = |i: u64| framed(2, 2, NO_REPLY, &bytes![32u32, 3u32, 0u64, i * 4096, 4096u64]);
+    for i in 0..65535 / 257 {
+        let some: Vec<u8> = (i * 257..(i + 1) * 257).flat_map(map).collect();
+        raw.send(&[some, framed(3, 4, 0, &bytes![16u32, 0u32, 0u32, 0u32])].concat());
+        assert!(matches!(raw.see(&mut bench), Seen::Reply(3, 4, None, _)));
     }
-    bench.until(None, |server| {
-        server.ready(Instant::now()).connected && server.deadline().is_some()
-    });
-    drop(raw);
-    bench.until_gone();
-    let results: Vec<_> = done.try_iter().collect();
-    assert_eq!(results.len(), 100);
-    assert!(results.iter().all(|(_, result)| *result == Err(Errno::CONNRESET)));
-    assert_eq!(remote.read(0, 8, |_| panic!("called")), Err(Errno::NOTCONN));
-
-    // A client that does not answer is given up.
-    let mut raw = Raw::agreed(&mut bench);
-    raw.send(&framed(1, 2, 0, &bytes![32u32, 3u32, 0u64, 0u64, 0x4000u64]));
-    raw.see(&mut bench);
-    let remote = bench.server.target().remote.clone().unwrap();
-    let (sender, done) = channel();
-    remote.write(0, vec![1; 8], move |result| sender.send(result).unwrap()).unwrap();
-    bench.until(None, |server| server.deadline().is_some());
-    let deadline = bench.server.deadline().unwrap();
-    bench.server.ready(deadline);
-    assert!(!bench.server.has_client());
-    assert_eq!(done.try_recv(), Ok(Err(Errno::CONNRESET)));
-}
-
-/// A request made while a command is handled is sent after that command's reply: QEMU answers
-/// nothing before.
-#[test]
-fn a_reply_comes_before_a_request_made_meanwhile() {
-    let mut bench = Bench::new();
-    let mut raw = Raw::agreed(&mut bench);
-    raw.send(&framed(1, 2, 0, &bytes![32u32, 3u32, 0u64, 0u64, 0x4000u64]));
-    raw.see(&mut bench);
-    raw.send(&framed(2, 10, 0, &bytes![support::ASKS, 0u32, 4u32, 1u32]));
-    let seen = raw.see_next(&mut bench);
-    assert_eq!(seen, (2, 10, true), "the reply");
-    assert_eq!(raw.see_next(&mut bench).1, 11, "the request");
+    assert_eq!(bench.server.target().maps.len(), 65535);
+    let one_more = bytes![32u32, 3u32, 0u64, 65535u64 * 4096, 4096u64];
+    raw.send(&framed(4, 2, 0, &one_more));
+    let full = Some(Errno::NOSPC.raw_os_error().unsigned_abs());
+    assert_eq!(raw.see(&mut bench), Seen::Reply(4, 2, full, vec![]));
 }
 
 #[test]
@@ -370,7 +263,7 @@ fn clients_come_and_go() {
         bench.until_gone();
         let device = bench.server.target();
         assert_eq!(device.clients, round);
-        assert!(device.maps.is_empty() && device.irqs.is_empty() && device.remote.is_none());
+        assert!(device.maps.is_empty() && device.irqs.is_empty() && !device.connected);
     }
     assert_eq!(bench.server.stats().clients, 100);
     assert_eq!(bench.server.stats().violations, 0);
@@ -385,7 +278,7 @@ fn the_client_notices_the_end_of_the_server() {
     let client = std::thread::spawn(move || {
         let mut client = Client::connect(path).unwrap();
         connected.send(()).unwrap();
-        is_gone.recv_timeout(PATIENCE).unwrap();
+        is_gone.recv_timeout(TIMEOUT).unwrap();
         let start = Instant::now();
         let error = client.region_write(0, 0, &[1]).unwrap_err();
         assert!(error.is_final(), "{error}");
@@ -393,7 +286,7 @@ fn the_client_notices_the_end_of_the_server() {
         assert!(start.elapsed() < Duration::from_secs(4), "without waiting for a time-out");
     });
     bench.until(None, |server| server.is_connected());
-    is_connected.recv_timeout(PATIENCE).unwrap();
+    is_connected.recv_timeout(TIMEOUT).unwrap();
     drop(bench);
     gone.send(()).unwrap();
     client.join().unwrap();

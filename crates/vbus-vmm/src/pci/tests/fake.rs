@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 
 use rustix::event::{EventfdFlags, eventfd};
 use vbus_shm::abi::{bar0, reg};
-use vbus_vfio_user::{
+use vfio_user_protocol::{
     DeviceInfo, Errno, IoEventFd, IrqAction, IrqInfo, Mapping, RegionInfo, Server, Target,
 };
 
@@ -44,7 +44,7 @@ pub(super) fn event() -> OwnedFd {
 }
 
 pub(super) fn doorbell(fd: OwnedFd, number: u64) -> IoEventFd {
-    IoEventFd { fd, offset: bar0::DOORBELLS + 4 * number, size: 0, datamatch: None }
+    IoEventFd::new(fd, bar0::DOORBELLS + 4 * number)
 }
 
 impl Device {
@@ -53,7 +53,7 @@ impl Device {
         memory[..4].copy_from_slice(&reg::MAGIC_VALUE.to_le_bytes());
         memory[0x50..0x54].copy_from_slice(&DOORBELLS.to_le_bytes());
         Device {
-            info: DeviceInfo { resettable: true, regions: 9, irqs: 5 },
+            info: DeviceInfo::PCI,
             regions: [0x4000, 0, 0, 0, 0, 0, 0, 256, 0],
             irq_counts: [1, 1, 8, 0, 0],
             config: description::tests::space().to_vec(),
@@ -82,11 +82,11 @@ impl Target for Served {
 
     fn region_info(&self, region: u32) -> RegionInfo {
         let size = lock(&self.0).regions[region as usize];
-        RegionInfo { size, readable: size > 0, writable: size > 0 }
+        RegionInfo::new(size, size > 0, size > 0)
     }
 
     fn irq_info(&self, index: u32) -> IrqInfo {
-        IrqInfo { count: lock(&self.0).irq_counts[index as usize], ..IrqInfo::default() }
+        IrqInfo::messages(lock(&self.0).irq_counts[index as usize])
     }
 
     fn read(&mut self, region: u32, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
@@ -137,10 +137,6 @@ impl Target for Served {
         Ok(())
     }
 
-    fn dma_unmap(&mut self, _address: u64, _size: u64) {}
-
-    fn dma_unmap_all(&mut self) {}
-
     fn reset(&mut self) -> Result<(), Errno> {
         let device = &mut *lock(&self.0);
         device.resets += 1;
@@ -150,11 +146,15 @@ impl Target for Served {
 
     fn io_eventfds(&mut self, region: u32) -> Vec<IoEventFd> {
         let device = lock(&self.0);
-        let copy = |io: &IoEventFd| IoEventFd { fd: io.fd.try_clone().unwrap(), ..*io };
+        let copy = |io: &IoEventFd| {
+            let mut copy = IoEventFd::new(io.fd.try_clone().unwrap(), io.offset);
+            (copy.size, copy.datamatch) = (io.size, io.datamatch);
+            copy
+        };
         if region == 0 { device.io.iter().map(copy).collect() } else { Vec::new() }
     }
 
-    fn connected(&mut self, _memory: vbus_vfio_user::RemoteMemory) {
+    fn connected(&mut self) {
         lock(&self.0).clients += 1;
     }
 

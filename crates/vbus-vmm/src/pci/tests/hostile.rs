@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixListener;
 use std::time::Instant;
 
-use vbus_vfio_user::IoEventFd;
+use vfio_user_protocol::IoEventFd;
 
 use super::super::PlugError;
 use super::fake::{DOORBELLS, Device, Fake, doorbell, event};
@@ -73,10 +73,15 @@ fn lies_are_told_apart() {
     }
 }
 
+fn sized(mut eventfd: IoEventFd, bytes: u64) -> IoEventFd {
+    eventfd.size = bytes;
+    eventfd
+}
+
 #[test]
 fn fewer_doorbells_than_regions_are_fine() {
     let Some(guest) = Guest::new(1) else { return };
-    let fake = Fake::with_device(|d| d.io = vec![IoEventFd { size: 4, ..doorbell(event(), 3) }]);
+    let fake = Fake::with_device(|d| d.io = vec![sized(doorbell(event(), 3), 4)]);
     guest.root.plug("fake0", &fake.path).unwrap();
     guest.pio.write(0xc001, &[0]);
     guest.set_command(1, 6);

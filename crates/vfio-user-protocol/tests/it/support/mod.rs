@@ -1,6 +1,4 @@
 //! A small device to serve, and a client that says whatever bytes it is told to.
-#![allow(dead_code, missing_docs)] // Each test program uses a part of it.
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::collections::BTreeMap;
 use std::io::{ErrorKind, IoSlice, Read, Write};
@@ -12,16 +10,12 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
-use vbus_vfio_user::{
-    DeviceInfo, Errno, IoEventFd, IrqAction, IrqInfo, Mapping, RegionInfo, RemoteMemory, Server,
-    Target,
+use vfio_user_protocol::{
+    DeviceInfo, Errno, IoEventFd, IrqAction, IrqInfo, Mapping, RegionInfo, Server, Target,
 };
 
 /// How long a test waits for something that must happen.
-pub const PATIENCE: Duration = Duration::from_secs(20);
-
-/// A write here, in region 0, makes the device ask for 8 bytes of the client's memory.
-pub const ASKS: u64 = 3000;
+pub const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Region 0: 4 KiB of memory, of which the last 256 bytes refuse every access. Region 1: write
 /// only. Region 6: read only. Region 7: 256 bytes of configuration space. The others do not exist.
@@ -33,7 +27,8 @@ pub struct Device {
     /// Triggers, masks and unmasks by message, in order: what, index, interrupts.
     pub actions: Vec<(char, u32, Vec<u32>)>,
     pub doorbells: Vec<OwnedFd>,
-    pub remote: Option<RemoteMemory>,
+    pub connected: bool,
+    pub max_dma_maps: u32,
     pub resets: u32,
     pub clients: u32,
     pub writes: u32,
@@ -50,7 +45,8 @@ impl Device {
             doorbells: (0..3)
                 .map(|_| eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap())
                 .collect(),
-            remote: None,
+            connected: false,
+            max_dma_maps: 512,
             resets: 0,
             clients: 0,
             writes: 0,
@@ -60,24 +56,24 @@ impl Device {
 
 impl Target for Device {
     fn device_info(&self) -> DeviceInfo {
-        DeviceInfo { resettable: true, regions: 9, irqs: 5 }
+        DeviceInfo::PCI
     }
 
     fn region_info(&self, region: u32) -> RegionInfo {
         match region {
-            0 => RegionInfo { size: 4096, readable: true, writable: true },
-            1 => RegionInfo { size: 64, readable: false, writable: true },
-            6 => RegionInfo { size: 512, readable: true, writable: false },
-            7 => RegionInfo { size: 256, readable: true, writable: true },
+            0 => RegionInfo::read_write(4096),
+            1 => RegionInfo::new(64, false, true),
+            6 => RegionInfo::new(512, true, false),
+            7 => RegionInfo::read_write(256),
             _ => RegionInfo::default(),
         }
     }
 
     fn irq_info(&self, index: u32) -> IrqInfo {
         match index {
-            0 => IrqInfo { count: 1, maskable: true, automasked: true, fixed_size: false },
-            1 => IrqInfo { count: 4, maskable: false, automasked: false, fixed_size: true },
-            2 => IrqInfo { count: 32, maskable: false, automasked: false, fixed_size: true },
+            0 => IrqInfo::intx(),
+            1 => IrqInfo::messages(4),
+            2 => IrqInfo::messages(32),
             _ => IrqInfo::default(),
         }
     }
@@ -99,12 +95,7 @@ impl Target for Device {
         self.writes += 1;
         match region {
             0 if at + data.len() > 3840 => return Err(Errno::IO),
-            0 => {
-                self.memory[at..at + data.len()].copy_from_slice(data);
-                if let (ASKS, Some(remote)) = (offset, &self.remote) {
-                    let _ = remote.read(0, 8, |_| ());
-                }
-            }
+            0 => self.memory[at..at + data.len()].copy_from_slice(data),
             1 => {}
             7 => self.config[at..at + data.len()].copy_from_slice(data),
             _ => panic!("write to region {region}, which cannot be written"),
@@ -113,6 +104,7 @@ impl Target for Device {
     }
 
     fn set_irqs(&mut self, index: u32, action: IrqAction) -> Result<(), Errno> {
+        assert!(self.irq_info(index).count > 0, "index {index} has no interrupts");
         match action {
             IrqAction::DisableAll => self.irqs.retain(|&(i, _), _| i != index),
             IrqAction::Connect { start, eventfds } => {
@@ -136,8 +128,13 @@ impl Target for Device {
             }
             IrqAction::Mask(which) => self.actions.push(('m', index, which)),
             IrqAction::Unmask(which) => self.actions.push(('u', index, which)),
+            other => panic!("{other:?}"),
         }
         Ok(())
+    }
+
+    fn max_dma_maps(&self) -> u32 {
+        self.max_dma_maps
     }
 
     fn dma_map(&mut self, mapping: Mapping) -> Result<(), Errno> {
@@ -171,23 +168,23 @@ impl Target for Device {
 
     fn io_eventfds(&mut self, region: u32) -> Vec<IoEventFd> {
         let doorbells = if region == 0 { &self.doorbells[..] } else { &[] };
-        let entry = |(fd, number): (&OwnedFd, u64)| IoEventFd {
-            fd: fd.try_clone().unwrap(),
-            offset: 2048 + 4 * number,
-            size: 4,
-            datamatch: (number > 0).then_some(number),
+        let entry = |(fd, number): (&OwnedFd, u64)| {
+            let mut eventfd = IoEventFd::new(fd.try_clone().unwrap(), 2048 + 4 * number);
+            eventfd.size = 4;
+            eventfd.datamatch = (number > 0).then_some(number);
+            eventfd
         };
         doorbells.iter().zip(0..).map(entry).collect()
     }
 
-    fn connected(&mut self, memory: RemoteMemory) {
-        assert!(self.remote.is_none(), "connected twice");
-        self.remote = Some(memory);
+    fn connected(&mut self) {
+        assert!(!self.connected, "connected twice");
+        self.connected = true;
         self.clients += 1;
     }
 
     fn disconnected(&mut self) {
-        assert!(self.remote.take().is_some(), "disconnected without a connection");
+        assert!(std::mem::take(&mut self.connected), "disconnected without a connection");
         self.maps.clear();
         self.irqs.clear();
     }
@@ -195,7 +192,7 @@ impl Target for Device {
 
 /// A folder with the socket of a [`Device`].
 pub struct Bench {
-    pub folder: tempfile::TempDir,
+    _folder: tempfile::TempDir,
     pub server: Server<Device>,
 }
 
@@ -203,7 +200,7 @@ impl Bench {
     pub fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let server = Server::bind(folder.path().join("s"), "test", Device::new()).unwrap();
-        Self { folder, server }
+        Self { _folder: folder, server }
     }
 
     pub fn path(&self) -> PathBuf {
@@ -234,7 +231,7 @@ impl Bench {
     ) {
         let start = Instant::now();
         while !done(&mut self.server) {
-            assert!(start.elapsed() < PATIENCE, "what was waited for does not happen");
+            assert!(start.elapsed() < TIMEOUT, "what was waited for does not happen");
             let mut fds = vec![PollFd::new(&self.server, PollFlags::IN)];
             fds.extend(also.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
             poll(&mut fds, Some(&Timespec { tv_sec: 20, tv_nsec: 0 })).unwrap();
@@ -252,6 +249,23 @@ impl Bench {
     }
 }
 
+/// Runs the test `name` of this program in a process of its own: `test` there, and here a check that
+/// it passed. For what belongs to a process, when other tests run in other threads of this one.
+pub fn alone(name: &str, test: impl FnOnce()) {
+    const ALONE: &str = "VFIO_USER_TEST_ALONE";
+    if std::env::var_os(ALONE).is_some() {
+        return test();
+    }
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args([name, "--exact", "--nocapture"])
+        .env(ALONE, "1")
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && said.contains("1 passed"), "{said}{errors}");
+}
+
 /// Descriptors that this process has open.
 pub fn open_fds() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
@@ -262,8 +276,6 @@ pub fn open_fds() -> usize {
 pub enum Seen {
     /// A reply: id, command, errno of an error, body.
     Reply(u16, u16, Option<u32>, Vec<u8>),
-    /// A command of the server: id, command.
-    Command(u16, u16),
     /// The end of the connection.
     Closed,
 }
@@ -272,7 +284,6 @@ pub enum Seen {
 pub struct Raw {
     pub stream: UnixStream,
     input: Vec<u8>,
-    commands: bool,
 }
 
 pub const NO_REPLY: u32 = 0x10;
@@ -309,18 +320,25 @@ macro_rules! bytes {
 pub fn version() -> Vec<u8> {
     let mut body = bytes![0u16, 0u16];
     body.extend_from_slice(
-        b"{\"capabilities\":{\"max_msg_fds\":16,\"max_data_xfer_size\":1048576,\"write_multiple\":true}}\0",
+        b"{\"capabilities\":{\"max_msg_fds\":16,\"max_data_xfer_size\":1048576,\
+          \"max_dma_maps\":65535,\"write_multiple\":true}}\0",
     );
     body
 }
 
+/// Sends bytes and descriptors by one call.
+pub fn send_with(stream: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
+    let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(fds.len()))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    assert!(ancillary.push(SendAncillaryMessage::ScmRights(fds)));
+    let sent =
+        sendmsg(stream, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL).unwrap();
+    assert_eq!(sent, bytes.len());
+}
+
 impl Raw {
     pub fn connect(bench: &Bench) -> Self {
-        Self {
-            stream: UnixStream::connect(bench.path()).unwrap(),
-            input: Vec::new(),
-            commands: false,
-        }
+        Self { stream: UnixStream::connect(bench.path()).unwrap(), input: Vec::new() }
     }
 
     /// Connects and negotiates.
@@ -339,13 +357,7 @@ impl Raw {
     }
 
     pub fn send_with(&mut self, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
-        let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(fds.len()))];
-        let mut ancillary = SendAncillaryBuffer::new(&mut space);
-        assert!(ancillary.push(SendAncillaryMessage::ScmRights(fds)));
-        let sent =
-            sendmsg(&self.stream, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL)
-                .unwrap();
-        assert_eq!(sent, bytes.len());
+        send_with(&self.stream, bytes, fds);
     }
 
     /// Runs the server until it has answered or closed the connection.
@@ -360,27 +372,14 @@ impl Raw {
         seen.unwrap()
     }
 
-    /// As [`Raw::see`], for commands of the server too: id, command, whether it is a reply.
-    pub fn see_next(&mut self, bench: &mut Bench) -> (u16, u16, bool) {
-        self.commands = true;
-        let seen = self.see(bench);
-        self.commands = false;
-        match seen {
-            Seen::Reply(id, command, ..) => (id, command, true),
-            Seen::Command(id, command) => (id, command, false),
-            Seen::Closed => panic!("closed"),
-        }
-    }
-
     fn parse(&mut self) -> Option<Seen> {
         loop {
             if let Some(header) = self.input.first_chunk::<16>() {
-                let header = vbus_vfio_user::protocol::Header::parse(header).unwrap();
+                let header = vfio_user_protocol::message::Header::parse(header).unwrap();
                 if self.input.len() >= header.size as usize {
                     let message: Vec<u8> = self.input.drain(..header.size as usize).collect();
-                    let vbus_vfio_user::protocol::Kind::Reply { error } = header.kind else {
-                        assert!(self.commands, "a command of the server: {header}");
-                        return Some(Seen::Command(header.id, header.command));
+                    let vfio_user_protocol::message::Kind::Reply { error } = header.kind else {
+                        panic!("a command of the server: {header}");
                     };
                     return Some(Seen::Reply(
                         header.id,
@@ -400,15 +399,4 @@ impl Raw {
             }
         }
     }
-}
-
-/// A handle to the memory of a client that is there no more.
-pub fn any_remote() -> RemoteMemory {
-    static REMOTE: std::sync::OnceLock<RemoteMemory> = std::sync::OnceLock::new();
-    let make = || {
-        let mut bench = Bench::new();
-        let _raw = Raw::agreed(&mut bench);
-        bench.server.target().remote.clone().unwrap()
-    };
-    REMOTE.get_or_init(make).clone()
 }

@@ -1,12 +1,14 @@
-//! A client of a server that does not answer, whatever else it sends, gets its errors in time.
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
+//! A client against servers that are not this crate's: those that do not answer, whatever else they
+//! send, and one of a later version.
 
 use std::io::{Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use vbus_vfio_user::protocol::{Kind, Version, command, message};
-use vbus_vfio_user::{Client, ClientError, version};
+use rustix::event::{EventfdFlags, eventfd};
+use vfio_user_protocol::message::{Kind, Version, command, message};
+use vfio_user_protocol::{Client, ClientError, version};
 
 /// A call's own bound, and room for a machine that has much else to do.
 const BOUND: Duration = Duration::from_secs(15);
@@ -17,7 +19,7 @@ fn agreed() -> (Client, UnixStream) {
     let server = std::thread::spawn(move || {
         let mut request = [0; 4096];
         let len = theirs.read(&mut request).unwrap();
-        let (_, reply) = version::answer(&Version::parse(&request[16..len]).unwrap()).unwrap();
+        let (_, reply) = version::answer(&Version::parse(&request[16..len]).unwrap(), 512).unwrap();
         theirs
             .write_all(&message(0, command::VERSION, Kind::Reply { error: None }, &reply))
             .unwrap();
@@ -49,7 +51,7 @@ fn requests_without_end_are_no_answer() {
     // Not to be answered, so that the client's own socket does not fill.
     let request = message(1, command::DMA_READ, Kind::Command { no_reply: true }, &[0; 16]);
     let error = call(|server| server.write_all(&request));
-    assert!(matches!(error, ClientError::Late("DEVICE_GET_INFO")), "{error}");
+    assert!(matches!(error, ClientError::Timeout("DEVICE_GET_INFO")), "{error}");
 }
 
 #[test]
@@ -60,17 +62,34 @@ fn an_answer_in_single_bytes_is_late() {
         std::thread::sleep(Duration::from_millis(100));
         server.write_all(&[bytes.next().unwrap_or(0)])
     });
-    assert!(matches!(error, ClientError::Late("DEVICE_GET_INFO")), "{error}");
+    assert!(matches!(error, ClientError::Timeout("DEVICE_GET_INFO")), "{error}");
 }
 
+/// Entries of `DEVICE_GET_REGION_IO_FDS` are as long as `argsz` and count say.
 #[test]
-fn a_request_that_begins_and_does_not_end_is_late() {
+fn entries_of_a_later_version_are_longer() {
     let (mut client, mut server) = agreed();
-    server
-        .write_all(&message(1, command::DMA_READ, Kind::Command { no_reply: true }, &[0; 16])[..20])
-        .unwrap();
-    let begun = Instant::now();
-    let error = client.serve_requests(Duration::from_millis(10)).unwrap_err();
-    assert!(matches!(error, ClientError::Late(_)), "{error}");
-    assert!(begun.elapsed() < BOUND);
+    let entry = |offset: u64| {
+        let (size, fd_index, kind, flags, padding, datamatch, more) =
+            (4u64, 0u32, 0u32, 1u32, 0u32, 7u64, [u64::MAX; 3]);
+        bytes![offset, size, fd_index, kind, flags, padding, datamatch, more[0], more[1], more[2]]
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let argsz = 16 + 2 * 64u32;
+            let mut request = [0; 32];
+            server.read_exact(&mut request).unwrap();
+            let kind = Kind::Reply { error: None };
+            let room = bytes![argsz, 0u32, 0u32, 2u32];
+            let number = command::DEVICE_GET_REGION_IO_FDS;
+            server.write_all(&message(1, number, kind, &room)).unwrap();
+            server.read_exact(&mut request).unwrap();
+            let reply = message(2, number, kind, &[room, entry(0x100), entry(0x200)].concat());
+            let fd = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+            crate::support::send_with(&server, &reply, &[fd.as_fd()]);
+        });
+        let found = client.io_eventfds(0).unwrap();
+        let found: Vec<_> = found.iter().map(|e| (e.offset, e.size, e.datamatch)).collect();
+        assert_eq!(found, [(0x100, 4, Some(7)), (0x200, 4, Some(7))]);
+    });
 }

@@ -1,0 +1,4 @@
+//! PCI functions, driven register by register.
+#![allow(missing_docs, clippy::unwrap_used, reason = "a test may panic")]
+
+mod function;

@@ -1,0 +1,86 @@
+//! The vfio-user protocol, both ends.
+//!
+//! [`Server`] offers one PCI function, anything that implements [`Target`], on a UNIX socket to one
+//! client at a time. The client is QEMU (`-device vfio-user-pci`), another VMM, or a program. A
+//! server never blocks and belongs to no event loop: a program watches its descriptor and calls
+//! [`Server::ready`], or lets [`Server::run`] do both. [`Session`](session::Session) is the same
+//! without sockets. [`Client`] is the other end.
+//!
+//! The crate implements version 0.1 of the protocol, as QEMU's `docs/interop/vfio-user.rst` has it.
+//! [`message`] describes each message. Not implemented: regions that the client maps, access to the
+//! client's memory by message (`DMA_READ`, `DMA_WRITE`), migration, and `DEVICE_FEATURE`; each of
+//! them is refused as the protocol provides.
+//!
+//! The other end is not trusted. Whatever it sends, a server does not panic, block, or take memory
+//! without bound: a wrong command gets an errno, and a peer that breaks the protocol loses its
+//! connection, with one line in the log ([`tracing`]).
+//!
+//! ```
+//! use vfio_user_protocol::{
+//!     Client, DeviceInfo, Errno, IrqAction, IrqInfo, RegionInfo, Server, Target, pci,
+//! };
+//!
+//! /// A device of one register, and without a configuration space: enough for a client of one's own.
+//! #[derive(Default)]
+//! struct Register([u8; 8]);
+//!
+//! impl Target for Register {
+//!     fn device_info(&self) -> DeviceInfo {
+//!         DeviceInfo::PCI
+//!     }
+//!     fn region_info(&self, region: u32) -> RegionInfo {
+//!         if region == pci::REGION_BAR0 { RegionInfo::read_write(8) } else { RegionInfo::default() }
+//!     }
+//!     fn irq_info(&self, _: u32) -> IrqInfo {
+//!         IrqInfo::default()
+//!     }
+//!     fn read(&mut self, _: u32, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
+//!         data.copy_from_slice(&self.0[offset as usize..][..data.len()]);
+//!         Ok(())
+//!     }
+//!     fn write(&mut self, _: u32, offset: u64, data: &[u8]) -> Result<(), Errno> {
+//!         self.0[offset as usize..][..data.len()].copy_from_slice(data);
+//!         Ok(())
+//!     }
+//!     fn set_irqs(&mut self, _: u32, _: IrqAction) -> Result<(), Errno> {
+//!         Err(Errno::INVAL)
+//!     }
+//!     fn reset(&mut self) -> Result<(), Errno> {
+//!         self.0 = [0; 8];
+//!         Ok(())
+//!     }
+//!     fn disconnected(&mut self) {}
+//! }
+//!
+//! let folder = tempfile::tempdir()?;
+//! let path = folder.path().join("register.sock");
+//! let mut server = Server::bind(&path, "register", Register::default())?;
+//! let (stop, stopped) = std::os::unix::net::UnixStream::pair()?;
+//! let thread = std::thread::spawn(move || server.run(&stopped));
+//!
+//! let mut client = Client::connect(&path)?;
+//! client.region_write(pci::REGION_BAR0, 2, &[7, 8])?;
+//! let mut data = [0; 4];
+//! client.region_read(pci::REGION_BAR0, 0, &mut data)?;
+//! assert_eq!(data, [0, 0, 7, 8]);
+//!
+//! drop((client, stop));
+//! thread.join().unwrap()?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+mod client;
+mod listen;
+pub mod message;
+mod refuse;
+mod server;
+pub mod session;
+pub mod socket;
+mod target;
+pub mod version;
+
+pub use client::{Client, ClientError};
+pub use listen::bind_private;
+pub use rustix::io::Errno;
+pub use server::{Outcome, Server, Stats, Timeouts};
+pub use target::{DeviceInfo, IoEventFd, IrqAction, IrqInfo, Mapping, RegionInfo, Target, pci};

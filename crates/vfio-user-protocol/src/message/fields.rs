@@ -1,0 +1,120 @@
+//! Integers in byte order of the machine: taken off the front of a body, and put together to one.
+
+/// A body that does not have the form of its command.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Malformed {
+    /// Fewer bytes than the command's fixed part, or than its counts announce.
+    #[error("body of {have} bytes where {need} are needed")]
+    Short {
+        /// Bytes needed.
+        need: usize,
+        /// Bytes there.
+        have: usize,
+    },
+    /// More bytes than the command and its counts account for.
+    #[error("body of {have} bytes where {need} are accounted for")]
+    Long {
+        /// Bytes accounted for.
+        need: usize,
+        /// Bytes there.
+        have: usize,
+    },
+    /// An `argsz` that cannot hold the structure that it describes.
+    #[error("argsz {argsz} below {need}")]
+    ArgSize {
+        /// Bytes needed.
+        need: usize,
+        /// The value found.
+        argsz: u32,
+    },
+    /// A single write of `REGION_WRITE_MULTI` longer than its eight bytes of room.
+    #[error("write of {0} bytes in an entry with room for 8")]
+    MultiWrite(u32),
+    /// Flags that exclude each other, or that the protocol does not know.
+    #[error("flags {0:#x}")]
+    Flags(u32),
+}
+
+/// Reads integers off the front of a byte slice.
+#[derive(Clone, Copy)]
+pub(super) struct Fields<'a> {
+    pub(super) rest: &'a [u8],
+    total: usize,
+}
+
+impl<'a> Fields<'a> {
+    pub(super) fn new(bytes: &'a [u8]) -> Self {
+        Self { rest: bytes, total: bytes.len() }
+    }
+
+    pub(super) fn take<const N: usize>(&mut self) -> Result<[u8; N], Malformed> {
+        match self.rest.split_first_chunk::<N>() {
+            Some((head, rest)) => {
+                self.rest = rest;
+                Ok(*head)
+            }
+            None => {
+                Err(Malformed::Short { need: self.total - self.rest.len() + N, have: self.total })
+            }
+        }
+    }
+
+    pub(super) fn u16(&mut self) -> Result<u16, Malformed> {
+        self.take().map(u16::from_ne_bytes)
+    }
+
+    pub(super) fn u32(&mut self) -> Result<u32, Malformed> {
+        self.take().map(u32::from_ne_bytes)
+    }
+
+    pub(super) fn u64(&mut self) -> Result<u64, Malformed> {
+        self.take().map(u64::from_ne_bytes)
+    }
+
+    /// All that is left, which must be `len` bytes.
+    pub(super) fn exactly(self, len: u64) -> Result<&'a [u8], Malformed> {
+        let fixed = self.total - self.rest.len();
+        let need = usize::try_from(len).unwrap_or(usize::MAX).saturating_add(fixed);
+        match self.total {
+            have if have < need => Err(Malformed::Short { need, have }),
+            have if have > need => Err(Malformed::Long { need, have }),
+            _ => Ok(self.rest),
+        }
+    }
+}
+
+/// Puts a body together; the counterpart of [`Fields`].
+#[derive(Default)]
+pub(super) struct Body(pub(super) Vec<u8>);
+
+impl Body {
+    pub(super) fn with_capacity(bytes: usize) -> Self {
+        Self(Vec::with_capacity(bytes))
+    }
+
+    pub(super) fn u16(mut self, value: u16) -> Self {
+        self.0.extend_from_slice(&value.to_ne_bytes());
+        self
+    }
+
+    pub(super) fn u32(mut self, value: u32) -> Self {
+        self.0.extend_from_slice(&value.to_ne_bytes());
+        self
+    }
+
+    pub(super) fn u64(mut self, value: u64) -> Self {
+        self.0.extend_from_slice(&value.to_ne_bytes());
+        self
+    }
+
+    pub(super) fn bytes(mut self, data: &[u8]) -> Self {
+        self.0.extend_from_slice(data);
+        self
+    }
+}
+
+/// Checks that the `argsz` of a request leaves room for `need` bytes.
+pub(super) fn check_argsz(argsz: u32, need: usize) -> Result<(), Malformed> {
+    if (argsz as usize) < need { Err(Malformed::ArgSize { need, argsz }) } else { Ok(()) }
+}

@@ -1,0 +1,12 @@
+//! Both ends of the protocol, against each other, against bytes, and against another crate.
+#![allow(missing_docs, clippy::unwrap_used, reason = "a test may panic")]
+
+#[macro_use]
+mod support;
+
+mod exhaustion;
+mod foreign_server;
+mod malformed;
+mod parser;
+mod second_opinion;
+mod session;
