@@ -1,5 +1,5 @@
-//! `cargo xtask console`: this terminal on the console of a guest that runs: of `cargo xtask guest`, or of `cargo
-//! xtask demo --keep`.
+//! `cargo xtask console`: this terminal on the console of a guest that runs, one of `cargo xtask
+//! guest` or of `cargo xtask demo --keep`.
 
 use std::io::{IsTerminal, Read, Write};
 use std::os::unix::net::UnixStream;

@@ -3,6 +3,7 @@
 mod bench;
 mod console;
 mod demo;
+mod docs;
 mod fuzz;
 mod guest;
 mod kvm;
@@ -36,6 +37,8 @@ enum Command {
     },
     /// Run two Linux guests on one bus and show what it does
     Demo(demo::Args),
+    /// Check the links of the documents, the length of the README, and that of lines
+    Docs,
     /// Measure vbus against its peers
     Bench(bench::Args),
     /// Start a Linux guest on a running bus, or on one of its own
@@ -85,6 +88,7 @@ fn run(command: Command) -> Result<bool> {
             Ok(true)
         }
         Command::Demo(args) => demo::run(&args),
+        Command::Docs => docs::run(),
         Command::Bench(args) => bench::run(&args),
         Command::Guest(args) => guest::run(&args),
         Command::Qemu { mirror, args } => {

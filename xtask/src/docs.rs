@@ -1,0 +1,302 @@
+//! `cargo xtask docs`: whether the Markdown files hold together. Links lead somewhere, the README
+//! is short, and no line of prose or comment is long.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Component, Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use testkit::workspace;
+
+/// The most words that the README may have: it is read in five minutes.
+const README_WORDS: usize = 1000;
+
+/// The most columns of a line of prose or comment.
+const COLUMNS: usize = 100;
+
+/// Checks all files of the tree; prints what is wrong, and is false if anything is.
+pub fn run() -> Result<bool> {
+    let root = workspace::root();
+    let files = files(root)?;
+    let mut faults = Vec::new();
+    let mut documents = HashMap::new();
+    for path in &files {
+        // What is no text has neither links nor lines.
+        let Ok(text) = fs::read_to_string(root.join(path)) else { continue };
+        match path.extension().and_then(|extension| extension.to_str()) {
+            Some("md") => {
+                documents.insert(path.clone(), Document::parse(&text));
+            }
+            Some("rs") => long_comments(path, &text, "//", &mut faults),
+            Some("toml" | "sh" | "yml") => long_comments(path, &text, "#", &mut faults),
+            None if text.starts_with("#!") => long_comments(path, &text, "#", &mut faults),
+            _ => {}
+        }
+    }
+    for (path, document) in &documents {
+        faults.extend(document.long_lines.iter().map(|line| long(path, *line)));
+        for (line, link) in &document.links {
+            if let Some(why) = broken(root, path, link, &documents) {
+                faults.push(format!(
+                    "{}:{line}: the link {link} leads nowhere: {why}",
+                    path.display()
+                ));
+            }
+        }
+    }
+    if let Some(readme) = documents.get(Path::new("README.md")) {
+        if readme.words > README_WORDS {
+            faults.push(format!("README.md: {} words, of at most {README_WORDS}", readme.words));
+        }
+    }
+    faults.sort();
+    faults.iter().for_each(|fault| println!("{fault}"));
+    let links: usize = documents.values().map(|document| document.links.len()).sum();
+    eprintln!(
+        "docs: {} documents with {links} links, {} files; {} faults",
+        documents.len(),
+        files.len(),
+        faults.len()
+    );
+    Ok(faults.is_empty())
+}
+
+/// The files of the tree, relative to its root: those that git has, and new ones.
+fn files(root: &Path) -> Result<Vec<PathBuf>> {
+    let output = std::process::Command::new("git")
+        .args(["ls-files", "-z", "--cached", "--others", "--exclude-standard"])
+        .current_dir(root)
+        .output()
+        .context("cannot run git")?;
+    ensure!(
+        output.status.success(),
+        "git ls-files failed: {}",
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let mut files: Vec<PathBuf> =
+        text.split('\0').filter(|path| !path.is_empty()).map(PathBuf::from).collect();
+    files.sort();
+    files.dedup();
+    Ok(files)
+}
+
+fn long(path: &Path, line: usize) -> String {
+    format!("{}:{line}: longer than {COLUMNS} columns", path.display())
+}
+
+/// Whether a line is too long. One that is a single word, such as an address, cannot be broken.
+fn is_long(line: &str) -> bool {
+    line.chars().count() > COLUMNS && line.split_whitespace().filter(|w| w.len() > 3).count() > 1
+}
+
+/// Finds comments that are too long, but for tables and code in them.
+fn long_comments(path: &Path, text: &str, mark: &str, faults: &mut Vec<String>) {
+    let mut code = false;
+    for (n, line) in text.lines().enumerate() {
+        let Some(comment) = line.trim_start().strip_prefix(mark) else {
+            code = false;
+            continue;
+        };
+        let comment = comment.trim_start_matches(['/', '!', '#']).trim_start();
+        if comment.starts_with("```") {
+            code = !code;
+        } else if !code && !comment.starts_with('|') && is_long(line) {
+            faults.push(long(path, n + 1));
+        }
+    }
+}
+
+/// What is checked of a Markdown file.
+#[derive(Default)]
+struct Document {
+    /// Words outside of code blocks.
+    words: usize,
+    /// Lines outside of code blocks and tables that are too long.
+    long_lines: Vec<usize>,
+    /// The names that its headings have in links.
+    anchors: Vec<String>,
+    /// Where it leads to, and in which line.
+    links: Vec<(usize, String)>,
+}
+
+impl Document {
+    fn parse(text: &str) -> Self {
+        let mut document = Self::default();
+        let mut fence: Option<String> = None;
+        for (n, line) in text.lines().enumerate() {
+            let trimmed = line.trim_start();
+            let ticks: String = trimmed.chars().take_while(|c| *c == '`' || *c == '~').collect();
+            if let Some(open) = &fence {
+                if ticks.len() >= open.len() && ticks == trimmed.trim_end() {
+                    fence = None;
+                }
+                continue;
+            }
+            if ticks.len() >= 3 {
+                fence = Some(ticks);
+                continue;
+            }
+            let is_table = trimmed.starts_with('|');
+            document.words +=
+                line.split_whitespace().filter(|w| w.chars().any(char::is_alphanumeric)).count();
+            if !is_table && is_long(line) {
+                document.long_lines.push(n + 1);
+            }
+            let level = trimmed.chars().take_while(|c| *c == '#').count();
+            if (1..=6).contains(&level) && trimmed[level..].starts_with(' ') {
+                document.add_anchor(&trimmed[level..]);
+            }
+            document.links.extend(links(line).into_iter().map(|link| (n + 1, link)));
+        }
+        document
+    }
+
+    /// A heading's name in links: GitHub's rule. A second heading of a name gets a number.
+    fn add_anchor(&mut self, heading: &str) {
+        let plain = without_targets(heading.trim().trim_end_matches('#').trim_end());
+        let name: String = plain
+            .to_lowercase()
+            .chars()
+            .filter(|c| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_'))
+            .map(|c| if c == ' ' { '-' } else { c })
+            .collect();
+        let mut unique = name.clone();
+        let mut number = 0;
+        while self.anchors.contains(&unique) {
+            number += 1;
+            unique = format!("{name}-{number}");
+        }
+        self.anchors.push(unique);
+    }
+}
+
+/// A heading without the targets of the links in it.
+fn without_targets(text: &str) -> String {
+    let mut out = String::new();
+    let mut rest = text;
+    while let Some((before, after)) = rest.split_once("](") {
+        out.push_str(before);
+        rest = after.split_once(')').map_or("", |(_, end)| end);
+    }
+    out + rest
+}
+
+/// The targets of the links and pictures in a line, `[text](target)` and `[name]: target`, but for
+/// those in code.
+fn links(line: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    // Every second piece between back ticks is code.
+    let prose: String = line.split('`').step_by(2).collect::<Vec<_>>().join("code");
+    let mut rest = prose.as_str();
+    while let Some((_, after)) = rest.split_once("](") {
+        let target = after.split([')', ' ']).next().unwrap_or_default();
+        found.push(target.trim_matches(['<', '>']).to_owned());
+        rest = after;
+    }
+    if let Some((_, target)) = prose.strip_prefix('[').and_then(|rest| rest.split_once("]: ")) {
+        found.extend(
+            target.split_whitespace().next().map(|t| t.trim_matches(['<', '>']).to_owned()),
+        );
+    }
+    found
+}
+
+/// Why a link of the file `from` leads nowhere, if it does. Addresses elsewhere are not checked.
+fn broken(
+    root: &Path,
+    from: &Path,
+    link: &str,
+    documents: &HashMap<PathBuf, Document>,
+) -> Option<String> {
+    if link.contains("://") || link.starts_with("mailto:") {
+        return None;
+    }
+    let (path, anchor) = link.split_once('#').map_or((link, None), |(p, a)| (p, Some(a)));
+    let target = if path.is_empty() {
+        from.to_owned()
+    } else {
+        let folder = from.parent().unwrap_or(Path::new(""));
+        match normal(&folder.join(path)) {
+            Some(target) => target,
+            None => return Some("that is outside of the tree".into()),
+        }
+    };
+    if !root.join(&target).exists() {
+        return Some(format!("there is no {}", target.display()));
+    }
+    // Only Markdown has headings; of another file an anchor is a line.
+    let (anchor, document) = (anchor?, documents.get(&target)?);
+    (!document.anchors.iter().any(|known| known == anchor))
+        .then(|| format!("{} has no heading #{anchor}", target.display()))
+}
+
+/// A path without `.` and `..`; none if it leads out of the tree.
+fn normal(path: &Path) -> Option<PathBuf> {
+    let mut out = PathBuf::new();
+    for part in path.components() {
+        match part {
+            Component::CurDir => {}
+            Component::ParentDir => {
+                if !out.pop() {
+                    return None;
+                }
+            }
+            Component::Normal(part) => out.push(part),
+            Component::RootDir | Component::Prefix(_) => return None,
+        }
+    }
+    Some(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TEXT: &str = "\
+# A title: `code` & more\n\
+See [one](other.md#part-1), ![two](docs/a.svg) and `[no](link)`.\n\
+[name]: <ref.md>\n\
+```\n\
+[no](fence.md) # no heading\n\
+```\n\
+## Part [1](x.md)\n\
+## Part 1\n\
+| a | [t](table.md) |\n";
+
+    #[test]
+    fn headings_and_links_are_found_outside_of_code() {
+        let document = Document::parse(TEXT);
+        assert_eq!(document.anchors, ["a-title-code--more", "part-1", "part-1-1"]);
+        let links: Vec<_> = document.links.iter().map(|(_, link)| link.as_str()).collect();
+        assert_eq!(links, ["other.md#part-1", "docs/a.svg", "ref.md", "x.md", "table.md"]);
+        assert_eq!(document.links[0].0, 2);
+    }
+
+    #[test]
+    fn a_link_needs_a_file_and_a_heading() {
+        let root = workspace::root();
+        let from = PathBuf::from("docs/x.md");
+        let readme = PathBuf::from("README.md");
+        let documents = HashMap::from([(readme, Document::parse("# Here\n"))]);
+        let broken = |link: &str| broken(root, &from, link, &documents);
+        for good in ["../README.md", "../README.md#here", "../Cargo.toml#L3", "https://a.b/c"] {
+            assert_eq!(broken(good), None, "{good}");
+        }
+        for bad in ["README.md", "../README.md#there", "../../README.md", "/README.md"] {
+            assert!(broken(bad).is_some(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn long_lines_are_found_but_for_tables_and_code() {
+        let long = "word ".repeat(30);
+        let text = format!("{long}\n| {long} |\n```\n{long}\n```\n{}\n", "x".repeat(200));
+        assert_eq!(Document::parse(&text).long_lines, [1]);
+        let mut faults = Vec::new();
+        let code =
+            format!("// {long}\n/// | {long}\n/// ```\n/// {long}\n/// ```\nlet a = \"{long}\";\n");
+        long_comments(Path::new("a.rs"), &code, "//", &mut faults);
+        assert_eq!(faults, ["a.rs:1: longer than 100 columns"]);
+    }
+}
