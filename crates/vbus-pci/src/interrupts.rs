@@ -4,7 +4,7 @@
 //! an eventfd, else MSI if its has, else INTx.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use rustix::fs::OFlags;
 use vbus_core::InterruptSink;
@@ -110,6 +110,8 @@ impl State {
 }
 
 fn signal(fd: &OwnedFd) {
+    #[cfg(test)]
+    tests::BEFORE_WRITE.with_borrow(|before| before.iter().for_each(|before| before()));
     // A full counter is a signal already; any other error is of a connector that broke its own
     // eventfd.
     let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
@@ -133,14 +135,16 @@ pub(crate) fn check(fd: OwnedFd) -> Result<Arc<OwnedFd>, IrqError> {
 
 /// The interrupts of one function: where a device's vectors become writes of eventfds.
 ///
-/// The lock is held for a few instructions, and for the eventfd's write with INTx only; it is never
-/// held while the device is called.
+/// An eventfd is written under the lock, shared for messages, so that triggers of several threads
+/// do not wait for each other. When a connector has disconnected or replaced an eventfd, nobody
+/// writes the old one any more: a message goes where the connector looks, or becomes pending. The
+/// lock is never held while the device is called.
 pub struct Interrupts {
     /// The function has an INTx pin.
     intx: bool,
     /// The function has MSI.
     msi: bool,
-    state: Mutex<State>,
+    state: RwLock<State>,
 }
 
 impl Interrupts {
@@ -156,11 +160,15 @@ impl Interrupts {
             msix_pending: vec![false; msix_vectors],
             ..State::default()
         };
-        Interrupts { intx, msi, state: Mutex::new(state) }
+        Interrupts { intx, msi, state: RwLock::new(state) }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    fn read(&self) -> RwLockReadGuard<'_, State> {
+        self.state.read().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, State> {
+        self.state.write().unwrap_or_else(|e| e.into_inner())
     }
 
     /// How many interrupts an index has.
@@ -168,13 +176,13 @@ impl Interrupts {
         match index {
             IrqIndex::Intx => u32::from(self.intx),
             IrqIndex::Msi => u32::from(self.msi),
-            IrqIndex::Msix => u32::try_from(self.lock().msix.len()).unwrap_or(u32::MAX),
+            IrqIndex::Msix => u32::try_from(self.read().msix.len()).unwrap_or(u32::MAX),
         }
     }
 
     /// Vectors that the driver can tell apart now.
     pub fn vectors(&self) -> u32 {
-        let state = self.lock();
+        let state = self.read();
         if state.msix_connected > 0 {
             u32::try_from(state.msix.len()).unwrap_or(u32::MAX)
         } else {
@@ -195,7 +203,7 @@ impl Interrupts {
         }
         let fds: Vec<_> =
             fds.into_iter().map(|fd| fd.map(check).transpose()).collect::<Result<_, _>>()?;
-        let mut state = self.lock();
+        let mut state = self.write();
         for (at, fd) in (start..).zip(fds) {
             match index {
                 IrqIndex::Intx => {
@@ -221,7 +229,7 @@ impl Interrupts {
 
     /// Disconnects everything of an index.
     pub(crate) fn disconnect(&self, index: IrqIndex) {
-        let mut state = self.lock();
+        let mut state = self.write();
         match index {
             IrqIndex::Intx => {
                 state.intx = None;
@@ -250,7 +258,7 @@ impl Interrupts {
         if index != IrqIndex::Intx {
             return Err(IrqError::NotMaskable);
         }
-        let mut state = self.lock();
+        let mut state = self.write();
         state.masked = masked;
         state.raised &= masked;
         state.update();
@@ -260,86 +268,95 @@ impl Interrupts {
     /// Signals an interrupt's eventfd for the connector's sake, without the device: nothing becomes
     /// pending.
     pub(crate) fn loopback(&self, index: IrqIndex, number: u32) -> Result<(), IrqError> {
-        let state = self.lock();
+        let state = self.read();
         let fd = match index {
-            IrqIndex::Intx if number == 0 => state.intx.clone().filter(|_| !state.masked),
-            IrqIndex::Msi if number == 0 => state.msi.clone(),
-            IrqIndex::Msix => state.msix.get(number as usize).ok_or(IrqError::NoSuch)?.clone(),
+            IrqIndex::Intx if number == 0 => state.intx.as_ref().filter(|_| !state.masked),
+            IrqIndex::Msi if number == 0 => state.msi.as_ref(),
+            IrqIndex::Msix => state.msix.get(number as usize).ok_or(IrqError::NoSuch)?.as_ref(),
             _ => return Err(IrqError::NoSuch),
         };
-        drop(state);
         if let Some(fd) = fd {
-            signal(&fd);
+            signal(fd);
         }
         Ok(())
     }
 
     /// Follows Interrupt Disable.
     pub(crate) fn set_disabled(&self, disabled: bool) {
-        let mut state = self.lock();
+        let mut state = self.write();
         state.disabled = disabled;
         state.update();
     }
 
     /// Triggered and not acknowledged.
     pub fn pending(&self) -> bool {
-        self.lock().pending
+        self.read().pending
     }
 
     /// Interrupt Status: whether the pin is up. A connector may raise it a little after it was told
     /// to, when the driver has acknowledged in the meantime: without the bit nobody would own that
     /// interrupt, and the driver's kernel would be interrupted for ever.
     pub(crate) fn status(&self) -> bool {
-        let state = self.lock();
+        let state = self.read();
         state.pending || state.raised
     }
 
     /// The driver takes INTx back.
     pub fn acknowledge(&self) {
-        self.lock().pending = false;
+        self.write().pending = false;
     }
 
     /// Forgets what is pending, after a reset.
     pub fn clear(&self) {
-        let mut state = self.lock();
+        let mut state = self.write();
         state.pending = false;
         state.msix_pending.fill(false);
     }
 
     /// Whether the message of MSI-X vector `vector` waits for its eventfd.
     pub(crate) fn msix_pending(&self, vector: usize) -> bool {
-        self.lock().msix_pending.get(vector).copied().unwrap_or(false)
+        self.read().msix_pending.get(vector).copied().unwrap_or(false)
+    }
+}
+
+impl State {
+    /// Sends the message of `vector`, if there are messages and it is connected, or if it has none
+    /// to send. False: something has to become pending.
+    fn send(&self, vector: u16) -> bool {
+        let fd = if self.msix_connected > 0 {
+            match self.msix.get(usize::from(vector)) {
+                Some(fd) => fd.as_ref(),
+                None => return true,
+            }
+        } else {
+            self.msi.as_ref()
+        };
+        fd.inspect(|fd| signal(fd)).is_some()
     }
 }
 
 impl InterruptSink for Interrupts {
     fn trigger(&self, vector: u16) {
-        let mut state = self.lock();
-        let fd = if state.msix_connected > 0 {
-            match state.msix.get(usize::from(vector)) {
-                Some(Some(fd)) => fd.clone(),
-                Some(None) => {
-                    state.msix_pending[usize::from(vector)] = true;
-                    return;
-                }
-                None => return,
-            }
-        } else if let Some(fd) = &state.msi {
-            fd.clone()
+        if self.read().send(vector) {
+            return;
+        }
+        let mut state = self.write();
+        // Asked again: a connector may have been faster.
+        if state.send(vector) {
+            return;
+        }
+        if state.msix_connected > 0 {
+            state.msix_pending[usize::from(vector)] = true;
         } else {
             state.pending = true;
             state.update();
-            return;
-        };
-        // Outside of the lock: the write may run the kernel's interrupt injection.
-        drop(state);
-        signal(&fd);
+        }
     }
 }
 
 impl std::fmt::Debug for Interrupts {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let state = self.lock();
+        let state = self.read();
         f.debug_struct("Interrupts")
             .field("intx", &state.intx.as_ref().map(|fd| fd.as_fd()))
             .field("msi", &state.msi.as_ref().map(|fd| fd.as_fd()))
@@ -354,6 +371,15 @@ mod tests {
     use rustix::event::{EventfdFlags, eventfd};
 
     use super::*;
+
+    type Hook = Box<dyn Fn()>;
+
+    std::thread_local! {
+        /// Called by this thread before each write of an eventfd.
+        pub(super) static BEFORE_WRITE: std::cell::RefCell<Option<Hook>> = const {
+            std::cell::RefCell::new(None)
+        };
+    }
 
     fn pair() -> (OwnedFd, OwnedFd) {
         let fd = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap();
@@ -469,6 +495,52 @@ mod tests {
         assert!(!irqs.pending());
         irqs.clear();
         assert_eq!(pending_byte(&irqs), 0);
+    }
+
+    /// No connector can replace an eventfd between the look at it and the write.
+    #[test]
+    fn an_eventfd_is_written_under_the_lock() {
+        let irqs = Arc::new(Interrupts::new(true, true, 1));
+        let writes = std::rc::Rc::new(std::cell::Cell::new(0));
+        let (hooked, count) = (irqs.clone(), writes.clone());
+        BEFORE_WRITE.set(Some(Box::new(move || {
+            assert!(hooked.state.try_write().is_err(), "the lock is free");
+            count.set(count.get() + 1);
+        })));
+        let (intx, theirs) = pair();
+        irqs.connect(IrqIndex::Intx, 0, vec![Some(theirs)]).unwrap();
+        irqs.trigger(0);
+        irqs.acknowledge();
+        let (msi, theirs) = pair();
+        irqs.connect(IrqIndex::Msi, 0, vec![Some(theirs)]).unwrap();
+        irqs.trigger(0);
+        irqs.loopback(IrqIndex::Msi, 0).unwrap();
+        let (msix, theirs) = pair();
+        irqs.connect(IrqIndex::Msix, 0, vec![Some(theirs)]).unwrap();
+        irqs.trigger(0);
+        BEFORE_WRITE.set(None);
+        assert_eq!((taken(&intx), taken(&msi), taken(&msix), writes.get()), (1, 2, 1, 4));
+    }
+
+    /// While a device sends messages, a connector replaces the eventfd again and again. Every
+    /// message is in the eventfd of its time, and none comes to an eventfd that was replaced.
+    #[test]
+    fn no_message_goes_to_an_eventfd_that_was_replaced() {
+        const MESSAGES: u64 = 100_000;
+        let irqs = Interrupts::new(true, true, 1);
+        let (mut ours, theirs) = pair();
+        irqs.connect(IrqIndex::Msix, 0, vec![Some(theirs)]).unwrap();
+        std::thread::scope(|scope| {
+            let sender = scope.spawn(|| (0..MESSAGES).for_each(|_| irqs.trigger(0)));
+            let (mut seen, mut last) = (0, false);
+            while !last {
+                last = sender.is_finished();
+                let (next, theirs) = pair();
+                irqs.connect(IrqIndex::Msix, 0, vec![Some(theirs)]).unwrap();
+                seen += taken(&std::mem::replace(&mut ours, next));
+            }
+            assert_eq!(seen, MESSAGES);
+        });
     }
 
     #[test]

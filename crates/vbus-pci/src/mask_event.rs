@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::retry_on_intr;
 use vbus_core::{ErrorCode, Executor, Interest, Progress, Task, TaskHandle};
 
 use crate::interrupts::{Interrupts, IrqError, IrqIndex};
@@ -42,7 +43,8 @@ impl Task for MaskTask {
 /// Whether the eventfd has been written.
 fn written(fd: &OwnedFd) -> bool {
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&now)).is_ok_and(|n| n > 0)
+    // A look that a signal interrupts is repeated: it says nothing, and the event comes once only.
+    retry_on_intr(|| poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&now))).is_ok_and(|n| n > 0)
 }
 
 impl MaskEvent {

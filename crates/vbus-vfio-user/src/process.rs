@@ -6,7 +6,7 @@ use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
@@ -130,8 +130,14 @@ impl Process {
             PollFd::new(&self.0.interrupt, PollFlags::IN),
             PollFd::new(&self.0.socket, PollFlags::RDHUP | PollFlags::HUP),
         ];
-        let bound = Timespec::try_from(bound).ok();
-        while poll(&mut fds, bound.as_ref()) == Err(Errno::INTR) {}
+        let deadline = Instant::now().checked_add(bound);
+        loop {
+            let left = deadline.map(|end| end.saturating_duration_since(Instant::now()));
+            let left = left.and_then(|left| Timespec::try_from(left).ok());
+            if poll(&mut fds, left.as_ref()) != Err(Errno::INTR) {
+                break;
+            }
+        }
         rustix::io::read(&self.0.interrupt, &mut [0; 8]).is_ok()
     }
 

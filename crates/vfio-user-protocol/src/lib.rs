@@ -72,6 +72,7 @@
 mod client;
 mod listen;
 pub mod message;
+mod poller;
 mod refuse;
 mod server;
 pub mod session;

@@ -1,18 +1,18 @@
 //! The server: a listening socket, one client at a time, time-outs. It never blocks.
 
 use std::io;
-use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use rustix::event::epoll::EventFlags;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{SocketFlags, accept_with};
 use tracing::{debug, info, warn};
 
 use crate::listen::{self, SocketFile};
+use crate::poller::Poller;
 use crate::refuse::Refused;
 use crate::session::{Answer, Session};
 use crate::socket::{Message, Received, Receiver, Sender, SocketSource};
@@ -112,7 +112,7 @@ pub struct Server<T: Target> {
     listener: OwnedFd,
     /// Accepting goes on at this time.
     paused_until: Option<Instant>,
-    epoll: OwnedFd,
+    poller: Poller,
     next_token: u64,
     connections: u64,
     client: Option<Connection>,
@@ -133,15 +133,15 @@ impl<T: Target> Server<T> {
     /// live one), or the system refuses.
     pub fn bind(path: impl AsRef<Path>, name: impl Into<String>, target: T) -> io::Result<Self> {
         let (listener, file) = listen::listen(path.as_ref())?;
-        let epoll = epoll::create(CreateFlags::CLOEXEC)?;
-        epoll::add(&epoll, &listener, EventData::new_u64(LISTENER), EventFlags::IN)?;
+        let poller = Poller::new()?;
+        poller.add(&listener, LISTENER, EventFlags::IN)?;
         Ok(Self {
             target,
             name: name.into(),
             file,
             listener,
             paused_until: None,
-            epoll,
+            poller,
             next_token: LISTENER,
             connections: 0,
             client: None,
@@ -202,24 +202,20 @@ impl<T: Target> Server<T> {
 
     /// Does what there is to do: accepts, receives, handles, answers, and ends what took too long.
     pub fn ready(&mut self, now: Instant) -> Outcome {
-        let mut space = [MaybeUninit::uninit(); 8];
-        let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
-        let (mut work, mut more) = (0, false);
-        if let Ok((events, _)) = epoll::wait(&self.epoll, &mut space, Some(&zero)) {
-            // The client first: its end makes room for the next one.
-            let (mut accept, client) = (false, self.client.as_ref().map(|c| c.token));
-            for event in &*events {
-                match event.data.u64() {
-                    LISTENER => accept = true,
-                    token if Some(token) == client => work += self.serve(now),
-                    token => self.refuse(token),
-                }
+        let (mut work, mut more, mut accept) = (0, false, false);
+        // The client first: its end makes room for the next one.
+        let client = self.client.as_ref().map(|c| c.token);
+        for token in self.poller.ready() {
+            match token {
+                LISTENER => accept = true,
+                token if Some(token) == client => work += self.serve(now),
+                token => self.refuse(token),
             }
-            if accept {
-                let accepted = self.accept(now);
-                work += accepted;
-                more = accepted == ACCEPTS_PER_CALL;
-            }
+        }
+        if accept {
+            let accepted = self.accept(now);
+            work += accepted;
+            more = accepted == ACCEPTS_PER_CALL;
         }
         self.expire(now);
         Outcome { work, connected: self.is_connected(), more: more || work >= WORK_PER_CALL }
@@ -235,7 +231,7 @@ impl<T: Target> Server<T> {
             let timeout = wait.and_then(|d| Timespec::try_from(d).ok());
             let stopped = {
                 let mut fds = [
-                    PollFd::new(&self.epoll, PollFlags::IN),
+                    PollFd::new(&self.poller, PollFlags::IN),
                     PollFd::from_borrowed_fd(stop.as_fd(), PollFlags::IN),
                 ];
                 match poll(&mut fds, timeout.as_ref()) {
@@ -282,20 +278,14 @@ impl<T: Target> Server<T> {
                             "accepting failed, next try in {ACCEPT_PAUSE:?}: {e}"
                         );
                         let quiet = EventFlags::empty();
-                        let _ = epoll::modify(
-                            &self.epoll,
-                            &self.listener,
-                            EventData::new_u64(LISTENER),
-                            quiet,
-                        );
+                        let _ = self.poller.modify(&self.listener, LISTENER, quiet);
                         self.paused_until = Some(now + ACCEPT_PAUSE);
                         return accepted;
                     }
                 };
             accepted += 1;
             let token = self.token();
-            let watched =
-                epoll::add(&self.epoll, &socket, EventData::new_u64(token), EventFlags::IN);
+            let watched = self.poller.add(&socket, token, EventFlags::IN);
             if let Err(e) = watched.and_then(|()| self.admit(socket, token, now)) {
                 warn!(device = self.name, "client cannot be served: {e}");
             }
@@ -435,8 +425,7 @@ impl<T: Target> Server<T> {
         let Some(client) = &mut self.client else { return };
         let wanted = if client.sender.is_empty() { EventFlags::IN } else { EventFlags::OUT };
         if wanted != client.interest {
-            let data = EventData::new_u64(client.token);
-            match epoll::modify(&self.epoll, &client.socket, data, wanted) {
+            match self.poller.modify(&client.socket, client.token, wanted) {
                 Ok(()) => client.interest = wanted,
                 Err(e) => self.fail(&format!("its socket cannot be watched: {e}")),
             }
@@ -446,12 +435,7 @@ impl<T: Target> Server<T> {
     fn expire(&mut self, now: Instant) {
         if self.paused_until.is_some_and(|t| t <= now) {
             self.paused_until = None;
-            let _ = epoll::modify(
-                &self.epoll,
-                &self.listener,
-                EventData::new_u64(LISTENER),
-                EventFlags::IN,
-            );
+            let _ = self.poller.modify(&self.listener, LISTENER, EventFlags::IN);
         }
         self.refused.retain(|r| r.until > now);
         let Some(client) = &self.client else { return };
@@ -487,12 +471,74 @@ impl<T: Target> Server<T> {
 
 impl<T: Target> AsFd for Server<T> {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.epoll.as_fd()
+        self.poller.as_fd()
     }
 }
 
 impl<T: Target> Drop for Server<T> {
     fn drop(&mut self) {
         self.drop_client();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::message::{self, HEADER_LEN, command};
+    use crate::target::{DeviceInfo, IrqAction, IrqInfo, RegionInfo};
+
+    struct Nothing;
+
+    impl Target for Nothing {
+        fn device_info(&self) -> DeviceInfo {
+            DeviceInfo::PCI
+        }
+        fn region_info(&self, _: u32) -> RegionInfo {
+            RegionInfo::default()
+        }
+        fn irq_info(&self, _: u32) -> IrqInfo {
+            IrqInfo::default()
+        }
+        fn read(&mut self, _: u32, _: u64, _: &mut [u8]) -> Result<(), Errno> {
+            Err(Errno::IO)
+        }
+        fn write(&mut self, _: u32, _: u64, _: &[u8]) -> Result<(), Errno> {
+            Err(Errno::IO)
+        }
+        fn set_irqs(&mut self, _: u32, _: IrqAction) -> Result<(), Errno> {
+            Err(Errno::INVAL)
+        }
+        fn reset(&mut self) -> Result<(), Errno> {
+            Ok(())
+        }
+        fn disconnected(&mut self) {}
+    }
+
+    /// An event loop with edge-triggered watches calls `ready` once for an event, and may be
+    /// interrupted by signals at any time.
+    #[test]
+    fn a_call_that_signals_interrupt_does_its_work_all_the_same() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut server = Server::bind(folder.path().join("s"), "test", Nothing).unwrap();
+        let ready = |server: &mut Server<Nothing>| {
+            server.poller.interruptions.set(3);
+            server.ready(Instant::now()).work
+        };
+        let mut client = UnixStream::connect(server.path()).unwrap();
+        assert_eq!(ready(&mut server), 1, "the client is accepted");
+        let kind = message::Kind::Command { no_reply: false };
+        client.write_all(&message::message(5, command::VERSION, kind, &[0; 4])).unwrap();
+        assert_eq!(ready(&mut server), 1, "its message is handled");
+        client.set_nonblocking(true).unwrap();
+        client.read_exact(&mut [0; HEADER_LEN + 4]).unwrap();
+        assert!(server.is_connected());
+        drop(client);
+        ready(&mut server);
+        assert!(!server.has_client(), "its end is seen");
     }
 }

@@ -1,0 +1,80 @@
+//! What a server waits for: one epoll descriptor that holds all its sockets.
+
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::event::Timespec;
+use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
+use rustix::io::Errno;
+
+/// Events that one look at the descriptor takes, at most.
+const EVENTS: usize = 8;
+
+/// A set of watched descriptors, each with a token.
+pub(crate) struct Poller {
+    epoll: OwnedFd,
+    /// So many looks are interrupted by a signal.
+    #[cfg(test)]
+    pub(crate) interruptions: std::cell::Cell<u32>,
+}
+
+impl Poller {
+    pub(crate) fn new() -> Result<Poller, Errno> {
+        Ok(Poller {
+            epoll: epoll::create(CreateFlags::CLOEXEC)?,
+            #[cfg(test)]
+            interruptions: std::cell::Cell::default(),
+        })
+    }
+
+    pub(crate) fn add(&self, fd: impl AsFd, token: u64, interest: EventFlags) -> Result<(), Errno> {
+        epoll::add(&self.epoll, fd, EventData::new_u64(token), interest)
+    }
+
+    pub(crate) fn modify(
+        &self,
+        fd: impl AsFd,
+        token: u64,
+        interest: EventFlags,
+    ) -> Result<(), Errno> {
+        epoll::modify(&self.epoll, fd, EventData::new_u64(token), interest)
+    }
+
+    /// The tokens of what is ready now, some of them if there are many. It does not wait.
+    ///
+    /// A look that a signal interrupts is repeated: whoever watches the epoll descriptor may be
+    /// told of each event once only, so an event that is not taken now might never be taken.
+    pub(crate) fn ready(&self) -> Vec<u64> {
+        loop {
+            let mut space = [MaybeUninit::uninit(); EVENTS];
+            match self.look(&mut space) {
+                Ok(events) => return events.iter().map(|event| event.data.u64()).collect(),
+                Err(Errno::INTR) => {}
+                // Not possible: the descriptor is this value's own, and so is the room for events.
+                Err(error) => {
+                    tracing::error!("epoll_wait: {error}");
+                    return Vec::new();
+                }
+            }
+        }
+    }
+
+    fn look<'a>(
+        &self,
+        space: &'a mut [MaybeUninit<Event>; EVENTS],
+    ) -> Result<&'a mut [Event], Errno> {
+        #[cfg(test)]
+        if let Some(left) = self.interruptions.get().checked_sub(1) {
+            self.interruptions.set(left);
+            return Err(Errno::INTR);
+        }
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        epoll::wait(&self.epoll, space, Some(&now)).map(|(events, _)| events)
+    }
+}
+
+impl AsFd for Poller {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.epoll.as_fd()
+    }
+}
