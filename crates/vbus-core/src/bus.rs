@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use serde_json::Value;
+use vbus_shm::Versions;
 
 use crate::device::{CreateError, Device, DeviceClass};
 use crate::endpoint::Endpoint;
@@ -45,6 +46,7 @@ pub struct Bus {
     executor: Arc<Executor>,
     classes: Vec<Box<dyn DeviceClass>>,
     trust: Trust,
+    versions: Versions,
     devices: Arc<Devices>,
 }
 
@@ -66,7 +68,13 @@ impl Bus {
     /// An empty bus whose devices run on `executor`, and whose peers' memory files are trusted as
     /// `trust` says.
     pub fn new(executor: Arc<Executor>, classes: Vec<Box<dyn DeviceClass>>, trust: Trust) -> Bus {
-        Bus { executor, classes, trust, devices: Arc::default() }
+        let versions = Versions::SUPPORTED;
+        Bus { executor, classes, trust, versions, devices: Arc::default() }
+    }
+
+    /// Lets devices that are added from now on be opened with these versions of the ABI only.
+    pub fn set_versions(&mut self, versions: Versions) {
+        self.versions = versions;
     }
 
     /// The classes.
@@ -102,7 +110,7 @@ impl Bus {
             name,
             device,
             self.executor.clone(),
-            self.trust,
+            (self.trust, self.versions),
             Arc::downgrade(&self.devices),
         );
         let mut devices = self.devices.lock();
@@ -111,6 +119,7 @@ impl Bus {
         }
         devices.insert(name.into(), endpoint.clone());
         drop(devices);
+        endpoint.device().joined(endpoint.notifier());
         tracing::info!(device = name, class = endpoint.identity().class_name, "added");
         Ok(endpoint)
     }

@@ -7,6 +7,7 @@ use vbus_shm::abi::class;
 use vbus_shm::signal::Armed;
 
 use crate::endpoint::Doorbell;
+use crate::events::Notifier;
 use crate::executor::{Executor, Progress};
 use crate::interrupt::{Interrupt, Router};
 use crate::memory::{MemoryContext, Window};
@@ -68,10 +69,17 @@ pub trait Device: Send + Sync {
     /// What it is.
     fn identity(&self) -> Identity;
 
-    /// The class's config area, as the driver may read it at any time (at most
-    /// [`vbus_shm::abi::reg::CONFIG_MAX`] bytes).
+    /// The class's config area as it is when the device joins the bus (at most
+    /// [`vbus_shm::abi::reg::CONFIG_MAX`] bytes). Later changes go to
+    /// [`Notifier::config_changed`].
     fn config(&self) -> Vec<u8> {
         Vec::new()
+    }
+
+    /// The device has joined the bus. `notifier` tells drivers of changes, also while no driver has
+    /// opened the device.
+    fn joined(&self, notifier: Notifier) {
+        let _ = notifier;
     }
 
     /// A driver opens the device. The connection lives until it is dropped: by the driver's CLOSE,
@@ -100,8 +108,15 @@ pub trait Device: Send + Sync {
 
 /// What a new connection is given.
 pub struct Open {
+    /// The version of the ABI that both ends speak.
+    pub version: u16,
     /// The features that the driver accepted: a subset of those offered.
     pub features: u64,
+    /// The device's [incarnation](Notifier::incarnation): not 0. The class's status page is a good
+    /// place for it.
+    pub incarnation: u64,
+    /// Tells the driver of changes.
+    pub notifier: Notifier,
     /// The driver's memory.
     pub memory: Arc<MemoryContext>,
     /// Where tasks of its own can run.

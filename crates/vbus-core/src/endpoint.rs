@@ -8,11 +8,13 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::{ReadWriteFlags, preadv2};
 use serde_json::{Value, json};
-use vbus_shm::abi::{ABI_VERSION, command, reg};
+use vbus_shm::Versions;
+use vbus_shm::abi::{command, event};
 use vbus_shm::signal::{Armed, BLOCK_ALIGN, BLOCK_BYTES};
 
 use crate::bus::Devices;
 use crate::device::{Connection, Device, Fail, Identity, Open, Region};
+use crate::events::{Events, Notifier};
 use crate::executor::{Executor, Interest, Progress, Task, TaskHandle};
 use crate::interrupt::{Interrupt, InterruptSink, Outlet, Router};
 use crate::memory::{Access, MapError, MemoryContext, Trust};
@@ -30,6 +32,26 @@ pub enum ConnectionState {
     Open,
     /// It was ended by a fault; the driver must close before it opens again.
     Broken(ErrorCode),
+}
+
+/// Arguments of OPEN.
+#[derive(Clone, Copy, Debug)]
+pub struct OpenRequest {
+    /// Version of the ABI.
+    pub version: u16,
+    /// Vector of the function's events.
+    pub vector: u16,
+    /// Features: a subset of those offered.
+    pub features: u64,
+    /// Address of the handshake word, and the value that the driver has written there.
+    pub handshake: (u64, u64),
+}
+
+impl OpenRequest {
+    /// Without features, in the highest version that this code speaks, with events on vector 0.
+    pub fn new(handshake: (u64, u64)) -> OpenRequest {
+        OpenRequest { version: Versions::SUPPORTED.highest, vector: 0, features: 0, handshake }
+    }
 }
 
 /// Arguments of REGION_ADD, checked for form but not for content.
@@ -125,8 +147,10 @@ pub struct Endpoint {
     name: String,
     device: Arc<dyn Device>,
     identity: Identity,
+    versions: Versions,
     executor: Arc<Executor>,
     place: usize,
+    events: Arc<Events>,
     memory: Arc<MemoryContext>,
     counters: Arc<ConnectionCounters>,
     outlet: Arc<Outlet>,
@@ -148,20 +172,24 @@ impl Endpoint {
         name: &str,
         device: Arc<dyn Device>,
         executor: Arc<Executor>,
-        trust: Trust,
+        (trust, versions): (Trust, Versions),
         devices: Weak<Devices>,
     ) -> Arc<Endpoint> {
         let identity = device.identity();
         let count = identity.regions as usize;
+        let outlet = Arc::new(Outlet::new());
+        let events = Arc::new(Events::new(device.config(), outlet.clone()));
         Arc::new_cyclic(|this| Endpoint {
             name: name.to_owned(),
             device,
             identity,
+            versions,
+            events,
             place: executor.place(),
             executor,
             memory: Arc::new(MemoryContext::new(trust)),
             counters: Arc::default(),
-            outlet: Arc::new(Outlet::new()),
+            outlet,
             router: OnceLock::new(),
             devices,
             inner: Mutex::new(Inner::Closed),
@@ -186,11 +214,46 @@ impl Endpoint {
         &self.device
     }
 
-    /// The device's config area as it is now, at most [`reg::CONFIG_MAX`] bytes.
-    pub fn config(&self) -> Vec<u8> {
-        let mut config = self.device.config();
-        config.truncate(reg::CONFIG_MAX);
-        config
+    /// The versions of the ABI that the device can be opened with.
+    pub fn versions(&self) -> Versions {
+        self.versions
+    }
+
+    /// The device's config area as it is now, and how often it has changed (from any number on,
+    /// modulo 2^32).
+    pub fn config(&self) -> (Arc<[u8]>, u32) {
+        self.events.config()
+    }
+
+    /// The device's incarnation: not 0.
+    pub fn incarnation(&self) -> u64 {
+        self.events.incarnation()
+    }
+
+    /// The device has lost what its driver told it, or the driver is not the one that told it: the
+    /// virtual machine was restored, say. The connection ends, and the driver finds another
+    /// incarnation.
+    pub fn reincarnate(&self) {
+        let mut inner = lock(&self.inner);
+        if !matches!(*inner, Inner::Removed) {
+            self.end(&mut inner, Inner::Closed);
+        }
+        drop(inner);
+        self.events.reincarnate();
+    }
+
+    /// Pending events of the function: bits of [`event`].
+    pub fn events_pending(&self) -> u32 {
+        self.events.pending()
+    }
+
+    /// The driver has seen these events.
+    pub fn acknowledge_events(&self, events: u32) {
+        self.events.acknowledge(events);
+    }
+
+    pub(crate) fn notifier(&self) -> Notifier {
+        Notifier(self.events.clone())
     }
 
     /// The event loop that the device's tasks run on.
@@ -307,24 +370,13 @@ impl Endpoint {
             );
             self.end(&mut inner, Inner::Broken(ErrorCode::REVOKED));
             drop(inner);
-            self.wake_driver();
+            self.events.raise(event::BROKEN);
         }
     }
 
-    /// The driver may be asleep, waiting for a connection that has ended: lets it look at the
-    /// status.
-    fn wake_driver(&self) {
-        self.outlet.trigger_own(0);
-    }
-
-    /// OPEN: the driver has written `handshake.1` at address `handshake.0`, and must have written
-    /// it where we read.
-    pub fn open(
-        &self,
-        version: u64,
-        features: u64,
-        handshake: (u64, u64),
-    ) -> Result<(), ErrorCode> {
+    /// OPEN.
+    pub fn open(&self, request: OpenRequest) -> Result<(), ErrorCode> {
+        let OpenRequest { version, vector, features, handshake } = request;
         self.counters.commands.one();
         let mut inner = lock(&self.inner);
         match &*inner {
@@ -332,8 +384,11 @@ impl Endpoint {
             Inner::Open(_) | Inner::Broken(_) => return Err(ErrorCode::ALREADY_OPEN),
             Inner::Removed => return Err(ErrorCode::REMOVED),
         }
-        if version != u64::from(ABI_VERSION) {
+        if !self.versions.contains(version) {
             return Err(ErrorCode::BAD_VERSION);
+        }
+        if vector >= self.identity.vectors {
+            return Err(ErrorCode::BAD_VECTOR);
         }
         if features & !self.identity.features != 0 {
             return Err(ErrorCode::BAD_FEATURES);
@@ -357,7 +412,10 @@ impl Endpoint {
             }))
         };
         let connection = self.device.open(Open {
+            version,
             features,
+            incarnation: self.events.incarnation(),
+            notifier: self.notifier(),
             memory: self.memory.clone(),
             executor: self.executor.clone(),
             place: self.place,
@@ -376,6 +434,7 @@ impl Endpoint {
             });
         let regions = (0..self.identity.regions).map(|_| None).collect();
         self.outlet.open(self.identity.vectors);
+        self.events.open(vector);
         *inner = Inner::Open(OpenConnection { connection, task, features, generation, regions });
         self.counters.opens.one();
         tracing::info!(device = self.name, features = format_args!("{features:#x}"), "opened");
@@ -388,6 +447,7 @@ impl Endpoint {
         let mut inner = lock(&self.inner);
         if !matches!(*inner, Inner::Removed) {
             self.end(&mut inner, Inner::Closed);
+            self.events.close();
         }
     }
 
@@ -396,7 +456,7 @@ impl Endpoint {
         let mut inner = lock(&self.inner);
         self.end(&mut inner, Inner::Removed);
         drop(inner);
-        self.wake_driver();
+        self.events.raise(event::REMOVED);
         self.device.removed();
     }
 
@@ -406,7 +466,7 @@ impl Endpoint {
             tracing::warn!(device = self.name, %status, "the connection ends by a fault");
             self.end(&mut inner, Inner::Broken(status));
             drop(inner);
-            self.wake_driver();
+            self.events.raise(event::BROKEN);
         }
     }
 

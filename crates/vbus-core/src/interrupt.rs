@@ -93,11 +93,6 @@ impl Outlet {
         self.write().connector = sink;
     }
 
-    /// By the connector, whatever is routed.
-    pub(crate) fn trigger_own(&self, vector: u16) {
-        self.read().connector.trigger(vector);
-    }
-
     /// A connection begins: its vectors can be routed.
     pub(crate) fn open(&self, vectors: u16) {
         self.write().routed = (0..vectors).map(|_| None).collect();

@@ -106,6 +106,7 @@ mod bus;
 mod counter;
 mod device;
 mod endpoint;
+mod events;
 mod executor;
 mod interrupt;
 mod lock;
@@ -117,9 +118,12 @@ mod wake;
 pub use bus::{Bus, BusError, DEVICES_MAX, NAME_MAX};
 pub use counter::{ConnectionCounters, Counter};
 pub use device::{Connection, CreateError, Device, DeviceClass, Fail, Identity, Open, Region};
-pub use endpoint::{ConnectionState, Doorbell, Endpoint, REGION_BYTES_MAX, RegionRequest};
+pub use endpoint::{
+    ConnectionState, Doorbell, Endpoint, OpenRequest, REGION_BYTES_MAX, RegionRequest,
+};
+pub use events::Notifier;
 pub use executor::{Executor, Interest, Progress, Task, TaskHandle, Tuning};
 pub use interrupt::{Interrupt, InterruptSink, Route, Router};
 pub use lock::lock;
 pub use memory::{Access, MAPS_MAX, MapError, MemoryContext, Trust, View, Window};
-pub use vbus_shm::{self as shm, ErrorCode};
+pub use vbus_shm::{self as shm, ErrorCode, Versions};

@@ -2,22 +2,26 @@
 
 use core::fmt;
 
-use vbus_shm::ErrorCode;
+use vbus_shm::{ErrorCode, Versions};
 
 use crate::hal::NoMemory;
 
 /// Why something failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Error {
     /// The registers do not begin with the magic number, or there is no capability that says where
     /// they are.
     NotVbus,
-    /// The device speaks only these versions of the ABI.
+    /// The capability that says where the registers are has a layout of this version, which this
+    /// driver does not know.
+    Layout(u8),
+    /// No version of the ABI is spoken by both ends.
     Version {
-        /// The lowest.
-        lowest: u16,
-        /// The highest.
-        highest: u16,
+        /// What the device speaks.
+        device: Versions,
+        /// What the driver speaks.
+        driver: Versions,
     },
     /// The device is of another class.
     Class(u32),
@@ -34,6 +38,8 @@ pub enum Error {
     },
     /// The device has ended the connection; close, then open again.
     Broken(ErrorCode),
+    /// The device has begun anew and has lost the connection; close, then open again.
+    Reincarnated,
     /// The device returned something that it cannot have meant (said in words); do not go on with
     /// this connection.
     Corrupt(&'static str),
@@ -53,11 +59,17 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Error::NotVbus => write!(f, "not a vbus function"),
-            Error::Version { lowest, highest } => {
+            Error::Layout(layout) => {
                 write!(
                     f,
-                    "the device speaks versions {lowest} to {highest} of the ABI, this driver does not"
+                    "the layout of the vbus capability has version {layout}, which is unknown"
                 )
+            }
+            Error::Version { device, driver } => {
+                write!(f, "the device speaks {device} of the ABI, the driver {driver}")
+            }
+            Error::Reincarnated => {
+                write!(f, "the device began anew, and has lost this connection; open it again")
             }
             Error::Class(class) => {
                 write!(f, "the device is of class {class}, which this driver is not for")

@@ -3,12 +3,9 @@
 use core::fmt;
 
 use vbus_shm::Memory;
-use vbus_shm::abi::{
-    ABI_VERSION, PCI_DEVICE, PCI_VENDOR, bar0, capability, command, error_code, reg,
-};
+use vbus_shm::abi::{bar0, capability, command, error_code, event, reg};
 use vbus_shm::sync::Ordering;
-
-use vbus_shm::ErrorCode;
+use vbus_shm::{ErrorCode, Versions};
 
 use crate::doorbell::{Costs, Doorbell};
 use crate::error::Error;
@@ -36,6 +33,8 @@ pub struct Function<H: Hal> {
     registers: u64,
     doorbell: Doorbell,
     info: Info,
+    /// The version of the ABI that both ends speak.
+    version: u16,
     connection: Option<Connection<H>>,
     /// Connections that were opened: tells a [`Region`] of an earlier one.
     opens: u32,
@@ -48,6 +47,8 @@ struct Connection<H: Hal> {
     scratch: H::Dma,
     /// The memory of all regions.
     regions: H::Regions,
+    /// Of the device, when the connection was opened.
+    incarnation: u64,
 }
 
 /// A region of the open connection: what [`Function::region_drop`] takes. A value that is dropped
@@ -134,18 +135,21 @@ pub enum ConnectionState {
 
 impl<H: Hal> Function<H> {
     /// Finds out what is behind `hal`, and chooses the doorbell. Changes nothing: several drivers
-    /// may probe one function.
+    /// may probe one function. It is known by the signature in its capability, whatever its ids.
     pub fn probe(hal: H) -> Result<Self, Error> {
+        Self::probe_for(hal, Versions::SUPPORTED)
+    }
+
+    /// As [`probe`](Self::probe), for a driver that speaks other versions of the ABI than this
+    /// crate. The highest that both ends speak is taken.
+    pub fn probe_for(hal: H, versions: Versions) -> Result<Self, Error> {
         let (capability, registers) = find_layout(&hal)?;
         let magic = hal.read32(registers + reg::MAGIC);
         if magic != reg::MAGIC_VALUE {
             return Err(if magic == GONE { Error::Gone } else { Error::NotVbus });
         }
-        let versions = hal.read32(registers + reg::ABI);
-        let (lowest, highest) = ((versions & 0xffff) as u16, (versions >> 16) as u16);
-        if !(lowest..=highest).contains(&ABI_VERSION) {
-            return Err(Error::Version { lowest, highest });
-        }
+        let device = Versions::from_register(hal.read32(registers + reg::ABI));
+        let version = versions.common(device).ok_or(Error::Version { device, driver: versions })?;
         let read = |register| hal.read32(registers + register);
         let info = Info {
             class: read(reg::CLASS),
@@ -159,12 +163,18 @@ impl<H: Hal> Function<H> {
         };
         let doorbell =
             usable(&hal, capability, info.max_regions).next().ok_or(Error::NoDoorbell)?;
-        Ok(Function { hal, capability, registers, doorbell, info, connection: None, opens: 0 })
+        let connection = None;
+        Ok(Function { hal, capability, registers, doorbell, info, version, connection, opens: 0 })
     }
 
     /// What the function says of itself.
     pub fn info(&self) -> &Info {
         &self.info
+    }
+
+    /// The version of the ABI that the connection has, or will have.
+    pub fn version(&self) -> u16 {
+        self.version
     }
 
     /// The environment.
@@ -234,19 +244,61 @@ impl<H: Hal> Function<H> {
         }
     }
 
-    /// An error unless the connection that was opened is still there.
+    /// The device's incarnation as it is now; not 0. It becomes another when the device has lost
+    /// what this driver told it: it began anew, or the virtual machine was restored from a
+    /// snapshot. The connection is then lost, whatever [`state`](Self::state) says.
+    pub fn incarnation(&self) -> Result<u64, Error> {
+        match self.hal.read64(self.registers + reg::INCARNATION) {
+            u64::MAX => Err(Error::Gone),
+            value => Ok(value),
+        }
+    }
+
+    /// An error unless the connection that was opened is still there: [`Error::Reincarnated`] if
+    /// the device has lost it, [`Error::Broken`] if the device has ended it. In both cases the
+    /// driver closes and opens anew.
     pub fn check(&self) -> Result<(), Error> {
-        match self.state()? {
+        let state = self.state()?;
+        if let Some(connection) = &self.connection {
+            if self.incarnation()? != connection.incarnation {
+                return Err(Error::Reincarnated);
+            }
+        }
+        match state {
             ConnectionState::Open => Ok(()),
             ConnectionState::Closed => Err(Error::Broken(ErrorCode::NOT_OPEN)),
             ConnectionState::Broken(status) => Err(Error::Broken(status)),
         }
     }
 
-    /// Opens the connection with a subset of the features offered. One that a dead driver has left
-    /// behind is closed first. It may have been another's that is alive: that there is but one
-    /// driver is the environment's care.
+    /// Takes the pending events of the function. Look at what they are about afterwards, not
+    /// before. They come on the vector given to [`open_with_vector`](Self::open_with_vector); where
+    /// queues share that vector, a driver need only look when an interrupt has brought nothing for
+    /// its queues.
+    pub fn events(&self) -> Result<Events, Error> {
+        let pending = self.hal.read32(self.registers + reg::EVENTS);
+        if pending == GONE {
+            return Err(Error::Gone);
+        }
+        if pending != 0 {
+            self.hal.write32(self.registers + reg::EVENTS_ACK, pending);
+            // The write may be posted: were it still on its way when the driver looks, it could
+            // take back an event that came after the look. A read returns after it has arrived.
+            self.hal.read32(self.registers + reg::EVENTS);
+        }
+        Ok(Events(pending))
+    }
+
+    /// Opens the connection with a subset of the features offered; the function's
+    /// [events](Self::events) come on vector 0. A connection that a dead driver has left behind is
+    /// closed first. It may have been another's that is alive: that there is but one driver is the
+    /// environment's care.
     pub fn open(&mut self, features: u64) -> Result<(), Error> {
+        self.open_with_vector(features, 0)
+    }
+
+    /// As [`open`](Self::open), with the vector of the function's events.
+    pub fn open_with_vector(&mut self, features: u64, vector: u16) -> Result<(), Error> {
         if self.state()? != ConnectionState::Closed {
             self.close();
         }
@@ -259,8 +311,10 @@ impl<H: Hal> Function<H> {
         let value =
             scratch.address(0) ^ self.hal.now().rotate_left(20) ^ u64::from_le_bytes(*b"vbus-drv");
         scratch.copy_in(0, &value.to_le_bytes());
-        let arguments = [u64::from(ABI_VERSION), features, scratch.address(0), value];
-        self.connection = Some(Connection { scratch, regions });
+        let selector = u64::from(self.version) | u64::from(vector) << 32;
+        let arguments = [selector, features, scratch.address(0), value];
+        let incarnation = self.incarnation()?;
+        self.connection = Some(Connection { scratch, regions, incarnation });
         self.opens = self.opens.wrapping_add(1);
         if let Err(error) = self.command("OPEN", command::OPEN, arguments) {
             // Whatever the device made of it: nothing is open afterwards.
@@ -306,7 +360,7 @@ impl<H: Hal> Function<H> {
         (offset, len): (usize, usize),
         signal: Option<usize>,
     ) -> Result<Region, Error> {
-        let Some(Connection { scratch, regions }) = &mut self.connection else {
+        let Some(Connection { scratch, regions, .. }) = &mut self.connection else {
             return Err(NOT_OPEN);
         };
         if len == 0 || offset.checked_add(len).is_none_or(|end| end > dma.bytes()) {
@@ -444,6 +498,46 @@ impl<H: Hal> Drop for Function<H> {
     }
 }
 
+/// Events of the function, apart from its queues. Each says what to look at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Events(u32);
+
+impl Events {
+    fn has(self, bit: u32) -> bool {
+        self.0 & bit != 0
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// The device has ended the connection by a fault: [`Function::check`] says which.
+    pub fn broken(self) -> bool {
+        self.has(event::BROKEN)
+    }
+
+    /// The device is being removed, and has ended the connection.
+    pub fn removed(self) -> bool {
+        self.has(event::REMOVED)
+    }
+
+    /// The config area has changed: [`Function::config`].
+    pub fn config_changed(self) -> bool {
+        self.has(event::CONFIG)
+    }
+
+    /// The class asks the driver to announce itself to others.
+    pub fn announce(self) -> bool {
+        self.has(event::ANNOUNCE)
+    }
+
+    /// The device has lost what its driver told it: [`Function::check`].
+    pub fn reincarnated(self) -> bool {
+        self.has(event::INCARNATION)
+    }
+}
+
 /// Rings one doorbell.
 #[derive(Clone, Debug)]
 pub struct Bell<H> {
@@ -488,9 +582,9 @@ const _: () = {
 
 /// Where vbus's capability is in configuration space, and the registers in BAR 0.
 fn find_layout<H: Hal>(hal: &H) -> Result<(u16, u64), Error> {
-    let (at, version) = find_capability(hal)?;
-    if u16::from(version) != ABI_VERSION {
-        return Err(Error::Version { lowest: version.into(), highest: version.into() });
+    let (at, layout) = find_capability(hal)?;
+    if layout != capability::LAYOUT {
+        return Err(Error::Layout(layout));
     }
     let registers = u64::from(config_u32(hal, at + u16::from(capability::REGISTERS)));
     if registers % 4096 != 0 || registers >= bar0::SIZE {
@@ -499,7 +593,7 @@ fn find_layout<H: Hal>(hal: &H) -> Result<(u16, u64), Error> {
     Ok((at, registers))
 }
 
-/// Offset and version of vbus's capability.
+/// Where vbus's capability is, and the version of its layout.
 fn find_capability<H: Hal>(hal: &H) -> Result<(u16, u8), Error> {
     const STATUS_CAPABILITIES: u32 = 1 << 20;
     const VENDOR_SPECIFIC: u8 = 0x09;
@@ -507,9 +601,7 @@ fn find_capability<H: Hal>(hal: &H) -> Result<(u16, u8), Error> {
     if id == GONE {
         return Err(Error::Gone);
     }
-    if id != u32::from(PCI_VENDOR) | u32::from(PCI_DEVICE) << 16
-        || hal.config_read32(0x04) & STATUS_CAPABILITIES == 0
-    {
+    if hal.config_read32(0x04) & STATUS_CAPABILITIES == 0 {
         return Err(Error::NotVbus);
     }
     let mut at = u16::from(config_u8(hal, 0x34) & !3);
@@ -518,7 +610,8 @@ fn find_capability<H: Hal>(hal: &H) -> Result<(u16, u8), Error> {
             break;
         }
         if config_u8(hal, at) == VENDOR_SPECIFIC
-            && config_u8(hal, at + 2) >= capability::HEADER_BYTES
+            && config_u8(hal, at + 2) > capability::SIGNATURE + 3
+            && config_u32(hal, at + u16::from(capability::SIGNATURE)) == capability::SIGNATURE_VALUE
         {
             return Ok((at, config_u8(hal, at + u16::from(capability::VERSION))));
         }

@@ -60,9 +60,9 @@ pub mod venet;
 
 pub use doorbell::{Cost, Costs, Doorbell};
 pub use error::Error;
-pub use function::{Acknowledger, Bell, ConnectionState, Function, Info, Name, Region};
+pub use function::{Acknowledger, Bell, ConnectionState, Events, Function, Info, Name, Region};
 pub use hal::{Dma, Hal, NoMemory};
 #[cfg(feature = "alloc")]
 pub use regions::HeapTable;
 pub use regions::{FixedTable, RegionTable};
-pub use vbus_shm::{ErrorCode, Pace, Rest};
+pub use vbus_shm::{ErrorCode, Pace, Rest, Versions};

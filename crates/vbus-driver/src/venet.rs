@@ -99,14 +99,14 @@ pub fn config<H: Hal>(function: &Function<H>) -> Result<Config, Error> {
 
 impl<H: Hal> Nic<H> {
     /// Opens the NIC with those of the features `wanted` that it offers and that go together, and
-    /// registers its status page, whose interrupts come on `vector`.
+    /// registers its status page. The interrupts of both that page and the function come on `vector`.
     pub fn open(mut function: Function<H>, wanted: u64, vector: u16) -> Result<Nic<H>, Error> {
         let config = config(&function)?;
         let mut features = wanted & function.info().features & (F_CSUM | F_TSO | F_USO);
         if features & F_CSUM == 0 {
             features = 0;
         }
-        function.open(features)?;
+        function.open_with_vector(features, vector)?;
         let layout =
             state::Layout::new(status_page::BYTES, state::DEFAULT_SLOTS).map_err(|_| LAYOUT)?;
         let page = function.hal().alloc(layout.bytes())?;

@@ -1,12 +1,17 @@
 //! Every number that both ends of vbus must agree on (spec/pci.md, spec/venet.md, spec/state.md,
 //! spec/sched.md). All fields are little-endian.
 
-/// PCI vendor: the one whose range for experiments vbus uses.
+/// PCI vendor id of the devices of this bus: the vendor whose range for experiments vbus uses. A
+/// driver knows a function of vbus by the signature in its [`capability`], not by its ids.
 pub const PCI_VENDOR: u16 = 0x1af4;
-/// PCI device: of the range set aside for experiments. This is the one place that names it.
+/// PCI device id, of the range set aside for experiments. This is the one place that names it.
 pub const PCI_DEVICE: u16 = 0x10f5;
-/// Major version of the ABI; also the PCI revision.
-pub const ABI_VERSION: u16 = 1;
+/// PCI revision. It says nothing; the versions of the ABI are in [`reg::ABI`].
+pub const PCI_REVISION: u8 = 0;
+/// The lowest version of the ABI that this code speaks.
+pub const ABI_LOWEST: u16 = 1;
+/// The highest version of the ABI that this code speaks.
+pub const ABI_HIGHEST: u16 = 1;
 
 /// Device classes: the PCI subsystem id and the register [`reg::CLASS`].
 pub mod class {
@@ -47,11 +52,18 @@ pub mod bar0 {
 /// offsets:
 pub mod capability {
     /// Length without the doorbell records.
-    pub const HEADER_BYTES: u8 = 8;
-    /// u8: [`ABI_VERSION`](super::ABI_VERSION).
+    pub const HEADER_BYTES: u8 = 12;
+    /// u8: version of the layout of this capability, [`LAYOUT`]. A driver that does not know it
+    /// looks at nothing else in the capability.
     pub const VERSION: u8 = 3;
+    /// The layout that is described here.
+    pub const LAYOUT: u8 = 1;
+    /// u32: [`SIGNATURE_VALUE`]. By this a driver knows a function of vbus.
+    pub const SIGNATURE: u8 = 4;
+    /// The value of [`SIGNATURE`]: "vbus".
+    pub const SIGNATURE_VALUE: u32 = super::reg::MAGIC_VALUE;
     /// u32: offset of the registers in BAR 0.
-    pub const REGISTERS: u8 = 4;
+    pub const REGISTERS: u8 = 8;
     /// Bytes of one doorbell record, of which as many follow as fit the length: {kind u8, reserved
     /// u8, stride u16, base u32}.
     pub const RECORD_BYTES: u8 = 8;
@@ -67,7 +79,7 @@ pub mod capability {
     /// virtual processor vp.
     pub const KIND_SINT: u8 = 0x81;
     /// The most records that there is room for.
-    pub const RECORDS_MAX: usize = 5;
+    pub const RECORDS_MAX: usize = 4;
     /// The highest event connection that a hypercall can name.
     pub const CONNECTION_MAX: u32 = 0xff_ffff;
     /// Input value of the hypercall: HvCallSignalEvent with its parameter, the connection, in a
@@ -109,10 +121,18 @@ pub mod reg {
     pub const VECTORS: u64 = 0x054;
     /// u64, ro: the most bytes of a region.
     pub const MAX_REGION_BYTES: u64 = 0x058;
-    /// u32, ro: changes whenever the config area changes.
+    /// u32, ro: counts the changes of the config area.
     pub const CONFIG_GENERATION: u64 = 0x060;
     /// u32, ro: bytes of the config area that have a meaning.
     pub const CONFIG_BYTES: u64 = 0x064;
+    /// u64, ro: not 0, and another value (at random) whenever the device has lost what its driver
+    /// told it: it began anew, or the virtual machine was restored.
+    pub const INCARNATION: u64 = 0x068;
+    /// u32, ro: pending events of the function, bits of [`event`](super::event).
+    pub const EVENTS: u64 = 0x070;
+    /// u32, wo: the events whose bits are set are pending no more. Read something after it, since
+    /// it may be posted, and then look at what the events are about.
+    pub const EVENTS_ACK: u64 = 0x074;
     /// u64 x 4, rw: arguments of the next command.
     pub const ARGUMENT: u64 = 0x080;
     /// u32, wo: a write runs the command ([`command`](super::command)) with the arguments.
@@ -134,9 +154,27 @@ pub mod reg {
     pub const CONFIG_MAX: usize = 0x400;
 }
 
+/// Events of the function itself, apart from its queues. An event says what has changed; what it is
+/// now is read elsewhere.
+pub mod event {
+    /// The device has ended the connection by a fault: see [`reg::CONNECTION`](super::reg).
+    pub const BROKEN: u32 = 1 << 0;
+    /// The device is being removed; it has ended the connection.
+    pub const REMOVED: u32 = 1 << 1;
+    /// The config area has changed.
+    pub const CONFIG: u32 = 1 << 2;
+    /// The class asks its driver to announce itself to others (an Ethernet driver: its addresses).
+    pub const ANNOUNCE: u32 = 1 << 3;
+    /// The device has lost what its driver told it: see [`reg::INCARNATION`](super::reg).
+    pub const INCARNATION: u32 = 1 << 4;
+    /// The command that was in progress has ended: see [`reg::RESULT`](super::reg).
+    pub const COMMAND: u32 = 1 << 5;
+}
+
 /// Commands of the mailbox, with their arguments a0..a3.
 pub mod command {
-    /// Opens the connection. a0: ABI version; a1: features wanted, a subset of those offered; a2:
+    /// Opens the connection. a0: bits 0..16 the version of the ABI, the highest that both ends
+    /// speak; 32..48 the vector of the function's [events](super::event); a1: features wanted, a subset of those offered; a2:
     /// address of the handshake word (8 bytes, aligned); a3: the value that the driver has written
     /// there. The device must find that value, or else the memory is not shared.
     pub const OPEN: u32 = 1;

@@ -47,8 +47,10 @@ pub mod ring;
 pub mod signal;
 pub mod state;
 pub mod sync;
+mod versions;
 mod wide;
 
 pub use error_code::ErrorCode;
 pub use memory::Memory;
 pub use pace::{Pace, Rest};
+pub use versions::Versions;

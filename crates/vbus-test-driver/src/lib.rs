@@ -39,8 +39,8 @@ use std::time::{Duration, Instant};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vbus_core::memory::{MemoryContext, Trust};
 use vbus_core::{
-    Access, Bus, DeviceClass, Endpoint, ErrorCode, Executor, InterruptSink, RegionRequest, Tuning,
-    Window,
+    Access, Bus, DeviceClass, Endpoint, ErrorCode, Executor, InterruptSink, OpenRequest,
+    RegionRequest, Tuning, Window,
 };
 
 /// How long a test waits for an event that must come.
@@ -136,7 +136,7 @@ impl Memory {
 /// OPEN with a good handshake.
 pub fn open(endpoint: &Endpoint, memory: &Memory, features: u64) -> Result<(), ErrorCode> {
     memory.write(0, &0x1234_5678_9abc_u64.to_le_bytes());
-    endpoint.open(1, features, (0, 0x1234_5678_9abc))
+    endpoint.open(OpenRequest { features, ..OpenRequest::new((0, 0x1234_5678_9abc)) })
 }
 
 /// REGION_ADD.

@@ -11,8 +11,8 @@ use vbus_core::shm::ring::{DeviceEnd, DriverEnd, Entry, Layout, Returns, SIGNAL_
 use vbus_core::shm::signal::Armed;
 use vbus_core::{
     Access, Bus, Connection, ConnectionState, Device, Endpoint, ErrorCode, Executor, Identity,
-    InterruptSink, MapError, MemoryContext, Open, Progress, Region, RegionRequest, Task, Trust,
-    Tuning, Window,
+    InterruptSink, MapError, MemoryContext, Open, OpenRequest, Progress, Region, RegionRequest,
+    Task, Trust, Tuning, Window,
 };
 
 const SIZE: u64 = 64 << 20;
@@ -126,7 +126,7 @@ impl Driver {
 
     fn open(&self) -> Result<(), ErrorCode> {
         self.mine.view().write(BASE, &77u64.to_le_bytes()).unwrap();
-        self.endpoint.open(1, 0, (BASE, 77))
+        self.endpoint.open(OpenRequest::new((BASE, 77)))
     }
 
     fn ring(&self, addr: u64, entries: u32) -> (DriverEnd<Window>, RegionRequest) {
@@ -170,8 +170,14 @@ fn entries_pass_with_both_ends_sleeping() {
     let (mut ring, request) = driver.ring(BASE + 4096, 16);
     let handle = driver.endpoint.region_add(request).unwrap();
     driver.exchange(&mut ring, handle, 100_000);
+    // Sooner or later each end has slept.
     let counters = driver.endpoint.counters();
-    assert!(counters.doorbells.get() > 0 && counters.interrupts.get() > 0, "{counters:?}");
+    let end = Instant::now() + BOUND;
+    while counters.doorbells.get() == 0 || counters.interrupts.get() == 0 {
+        assert!(Instant::now() < end, "{counters:?}");
+        std::thread::sleep(Duration::from_millis(1));
+        driver.exchange(&mut ring, handle, 100);
+    }
     driver.endpoint.region_drop(u64::from(handle)).unwrap();
     assert_eq!(driver.endpoint.region_drop(u64::from(handle)), Err(ErrorCode::NO_REGION));
 }
@@ -292,11 +298,18 @@ fn commands_name_what_is_wrong() {
     let (_, good) = driver.ring(BASE + 4096, 16);
     assert_eq!(e.region_add(good), Err(ErrorCode::NOT_OPEN));
     assert_eq!(e.call(7, 0, BASE, 8), Err(ErrorCode::NOT_OPEN));
-    assert_eq!(e.open(2, 0, (BASE, 0)), Err(ErrorCode::BAD_VERSION));
-    assert_eq!(e.open(1, 0b100, (BASE, 0)), Err(ErrorCode::BAD_FEATURES));
-    assert_eq!(e.open(1, 0, (BASE + 4, 0)), Err(ErrorCode::BAD_ALIGNMENT));
-    assert_eq!(e.open(1, 0, (0, 0)), Err(ErrorCode::BAD_ADDRESS));
-    assert_eq!(e.open(1, 0, (BASE, 78)), Err(ErrorCode::NOT_SHARED));
+    let ask = OpenRequest::new((BASE, 0));
+    for (request, error) in [
+        (OpenRequest { version: 2, ..ask }, ErrorCode::BAD_VERSION),
+        (OpenRequest { version: 0, ..ask }, ErrorCode::BAD_VERSION),
+        (OpenRequest { vector: 1, ..ask }, ErrorCode::BAD_VECTOR),
+        (OpenRequest { features: 0b100, ..ask }, ErrorCode::BAD_FEATURES),
+        (OpenRequest::new((BASE + 4, 0)), ErrorCode::BAD_ALIGNMENT),
+        (OpenRequest::new((0, 0)), ErrorCode::BAD_ADDRESS),
+        (OpenRequest::new((BASE, 78)), ErrorCode::NOT_SHARED),
+    ] {
+        assert_eq!(e.open(request), Err(error), "{request:?}");
+    }
     driver.open().unwrap();
     assert_eq!(driver.open(), Err(ErrorCode::ALREADY_OPEN));
     let bad = |change: fn(&mut RegionRequest), status| {

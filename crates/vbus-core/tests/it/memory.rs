@@ -11,7 +11,7 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vbus_core::shm::Memory;
 use vbus_core::{
     Access, Bus, Connection, Device, Endpoint, ErrorCode, Executor, Identity, MemoryContext, Open,
-    Region, RegionRequest, Trust, Tuning,
+    OpenRequest, Region, RegionRequest, Trust, Tuning,
 };
 
 const PAGE: u64 = 4096;
@@ -158,7 +158,7 @@ fn all_that_a_driver_hands_over_may_span_maps() {
         endpoint.map(start, len, Some((fd, offset)), Access::BOTH).unwrap();
     });
     mine.view().write(0, &77u64.to_le_bytes()).unwrap();
-    endpoint.open(1, 0, (0, 77)).unwrap();
+    endpoint.open(OpenRequest::new((0, 77))).unwrap();
     let request =
         RegionRequest { id: 0, vector: 0, page_shift: 0, addr: PAGE - 64, len: 256, signal: None };
     endpoint.region_add(request).unwrap();
@@ -190,7 +190,7 @@ fn a_call_whose_answer_would_find_no_place_does_nothing() {
     let memory = endpoint_memory(&endpoint);
     memory.view().write(0, &77u64.to_le_bytes()).unwrap();
     endpoint.map(PAGE, PAGE, Some((file(1), 0)), Access::READ).unwrap();
-    endpoint.open(1, 0, (0, 77)).unwrap();
+    endpoint.open(OpenRequest::new((0, 77))).unwrap();
     for (addr, len) in [(PAGE, 8), (PAGE - 4, 8), (2 * PAGE, 8)] {
         assert_eq!(endpoint.call(0, 0, addr, len), Err(ErrorCode::BAD_ADDRESS));
     }

@@ -80,8 +80,8 @@ fn a_value_set_before_the_driver_comes_is_there_when_it_does() {
     ask(&endpoint, json!({ "op": "set", "page": "blob", "hex": hex })).unwrap();
     let mut memory = Memory::new(&endpoint, 16 << 20);
     open(&endpoint, &memory, 0).unwrap();
-    assert_eq!(endpoint.config(), [3, 0, 0, 0, 0, 0, 0, 0]);
-    assert_eq!(endpoint.config().len(), CONFIG_BYTES);
+    assert_eq!(endpoint.config().0[..], [3, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(endpoint.config().0.len(), CONFIG_BYTES);
 
     let (window, added) = page(&endpoint, &mut memory, 0, 16);
     added.unwrap();

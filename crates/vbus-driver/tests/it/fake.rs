@@ -47,18 +47,20 @@ impl Default for Fake {
     fn default() -> Self {
         let mut registers = Registers::default();
         registers.config.extend([(0, 0x10f5_1af4), (4, 1 << 20), (0x34, 0x40)]);
-        // Vendor-specific, the last, 16 bytes, version 1; registers at 0; MMIO doorbells 4 apart at
-        // 0x1000.
+        // Vendor-specific, the last, 20 bytes, layout 1; signature; registers at 0; MMIO doorbells 4
+        // apart at 0x1000.
         registers.config.extend([
-            (0x40, 0x0110_0009),
-            (0x44, 0),
-            (0x48, 0x0004_0001),
-            (0x4c, 0x1000),
+            (0x40, 0x0114_0009),
+            (0x44, capability::SIGNATURE_VALUE),
+            (0x48, 0),
+            (0x4c, 0x0004_0001),
+            (0x50, 0x1000),
         ]);
         registers.bar.extend([
             (reg::MAGIC, reg::MAGIC_VALUE),
             (reg::ABI, 0x0001_0001),
             (reg::CLASS, 1),
+            (reg::INCARNATION, 7),
         ]);
         registers.bar.extend([
             (reg::MAX_REGIONS, 64),
@@ -86,7 +88,7 @@ impl Fake {
     pub fn set_records(&self, records: &[Doorbell]) {
         let bytes = u32::from(capability::HEADER_BYTES) + 8 * records.len() as u32;
         self.set_config(0x40, 0x0100_0009 | bytes << 16);
-        for (at, record) in (0x48..).step_by(8).zip(records) {
+        for (at, record) in (0x4c..).step_by(8).zip(records) {
             self.set_config(at, u32::from(record.kind) | u32::from(record.stride) << 16);
             self.set_config(at + 4, record.base);
         }

@@ -1,7 +1,7 @@
 //! Probe, open, regions, calls.
 
 use serde_json::json;
-use vbus_driver::{ConnectionState, Dma, Error, ErrorCode, Function, Hal, venet};
+use vbus_driver::{ConnectionState, Dma, Error, ErrorCode, Function, Hal, Versions, venet};
 use vbus_shm::abi::{capability, class, reg, venet as abi};
 use vbus_shm::ring::{DriverEnd, Layout, Returns, SIGNAL_OFFSET};
 
@@ -163,23 +163,30 @@ fn a_function_that_is_none_is_refused() {
         change(&fake);
         Function::probe(fake).err()
     };
-    assert_eq!(with(&|f| f.set_config(0, 0x1234_1af4)), Some(Error::NotVbus));
+    // Whatever the ids and the revision: the signature counts.
+    assert_eq!(with(&|f| f.set_config(0, 0x1234_5678)), None);
+    assert_eq!(with(&|f| f.set_config(8, 0x0200_0063)), None);
+    assert_eq!(with(&|f| f.set_config(0x44, 0x7375_6275)), Some(Error::NotVbus));
     assert_eq!(with(&|f| f.set_config(0, u32::MAX)), Some(Error::Gone));
     assert_eq!(with(&|f| f.set_config(4, 0)), Some(Error::NotVbus));
     // Capabilities that run in a circle.
     assert_eq!(with(&|f| f.set_config(0x40, 0x0010_4005)), Some(Error::NotVbus));
+    assert_eq!(with(&|f| f.set_config(0x40, 0x0214_0009)), Some(Error::Layout(2)));
+    assert_eq!(with(&|f| f.set_config(0x48, 0x1004)), Some(Error::NotVbus));
+    // Another vendor-specific capability before it is passed over.
+    let foreign = |f: &Fake| {
+        f.set_config(0x34, 0x60);
+        f.set_config(0x60, 0x0210_4009);
+        f.set_config(0x64, 0x1234_5678);
+    };
+    assert_eq!(with(&foreign), None);
     assert_eq!(
-        with(&|f| f.set_config(0x40, 0x0210_0009)),
-        Some(Error::Version { lowest: 2, highest: 2 })
-    );
-    assert_eq!(with(&|f| f.set_config(0x44, 0x1004)), Some(Error::NotVbus));
-    assert_eq!(
-        with(&|f| f.set_config(0x48, 0x0004_0002)),
+        with(&|f| f.set_config(0x4c, 0x0004_0002)),
         Some(Error::NoDoorbell),
         "a port, which this cannot ring"
     );
     assert_eq!(
-        with(&|f| f.set_config(0x4c, 0x3ffc)),
+        with(&|f| f.set_config(0x50, 0x3ffc)),
         Some(Error::NoDoorbell),
         "beyond the end of the BAR"
     );
@@ -187,7 +194,10 @@ fn a_function_that_is_none_is_refused() {
     assert_eq!(with(&|f| f.set_register(0, u32::MAX)), Some(Error::Gone));
     assert_eq!(
         with(&|f| f.set_register(4, 0x0003_0002)),
-        Some(Error::Version { lowest: 2, highest: 3 })
+        Some(Error::Version {
+            device: Versions { lowest: 2, highest: 3 },
+            driver: Versions::SUPPORTED
+        })
     );
 }
 

@@ -5,6 +5,7 @@
 mod doorbells;
 mod fake;
 mod function;
+mod handshake;
 mod hostile;
 mod local;
 mod nic;

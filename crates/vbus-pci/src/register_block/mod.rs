@@ -20,7 +20,7 @@ const PAGE: u64 = 0x1000;
 
 /// Where each capability lies, if the function has it.
 mod at {
-    /// Vendor-specific, 16 bytes, and room for four more records, which a VMM may add.
+    /// Vendor-specific, 20 bytes, and room for three more records, which a VMM may add.
     pub const VENDOR: u8 = 0x40;
     /// MSI, 14 bytes.
     pub const MSI: u8 = 0x70;
@@ -48,7 +48,7 @@ fn config_space(identity: &Identity, options: Options) -> ConfigSpace {
     let header = Header {
         vendor: abi::PCI_VENDOR,
         device: abi::PCI_DEVICE,
-        revision: (abi::ABI_VERSION & 0xff) as u8,
+        revision: abi::PCI_REVISION,
         class: identity.pci_class,
         subsystem_vendor: abi::PCI_VENDOR,
         subsystem: identity.class,
@@ -82,7 +82,8 @@ fn vendor_capability() -> Vec<u8> {
         let at = usize::from(at);
         bytes[at..at + value.len()].copy_from_slice(value);
     };
-    set(capability::VERSION, &abi::ABI_VERSION.to_le_bytes()[..1]);
+    set(capability::VERSION, &[capability::LAYOUT]);
+    set(capability::SIGNATURE, &capability::SIGNATURE_VALUE.to_le_bytes());
     set(capability::REGISTERS, &bar0::REGISTERS.to_le_bytes()[..4]);
     let record = capability::HEADER_BYTES;
     set(record, &[capability::KIND_MMIO]);
@@ -178,7 +179,7 @@ mod tests {
     #[test]
     fn the_header_says_that_it_is_vbus() {
         let space = space(Options::default());
-        assert_eq!(space.bytes()[..12], [0xf4, 0x1a, 0xf5, 0x10, 0, 0, 0x10, 0, 1, 0, 0, 2]);
+        assert_eq!(space.bytes()[..12], [0xf4, 0x1a, 0xf5, 0x10, 0, 0, 0x10, 0, 0, 0, 0, 2]);
         assert_eq!(space.bytes()[0x2c..0x30], [0xf4, 0x1a, 7, 0]);
         assert_eq!((space.interrupt_pin(), space.size(), space.bar_size(0)), (1, 256, 0x4000));
     }
@@ -201,7 +202,8 @@ mod tests {
     #[test]
     fn the_vendor_capability_is_that_of_the_specification() {
         let space = space(Options::default());
-        let expected = [9, 0x70, 16, 1, 0, 0, 0, 0, 1, 0, 4, 0, 0, 0x10, 0, 0];
-        assert_eq!(space.bytes()[0x40..0x50], expected);
+        let expected =
+            [9, 0x70, 20, 1, b'v', b'b', b'u', b's', 0, 0, 0, 0, 1, 0, 4, 0, 0, 0x10, 0, 0];
+        assert_eq!(space.bytes()[0x40..0x54], expected);
     }
 }

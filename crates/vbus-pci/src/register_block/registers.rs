@@ -1,7 +1,9 @@
 //! The register block of BAR0: what the driver reads, and the mailbox.
 
-use vbus_core::shm::abi::{ABI_VERSION, command, reg};
-use vbus_core::{ConnectionState, Endpoint, ErrorCode, REGION_BYTES_MAX, RegionRequest};
+use vbus_core::shm::abi::{command, reg};
+use vbus_core::{
+    ConnectionState, Endpoint, ErrorCode, OpenRequest, REGION_BYTES_MAX, RegionRequest,
+};
 
 use crate::interrupts::Interrupts;
 
@@ -11,9 +13,6 @@ pub(super) struct Registers {
     arguments: [u64; 4],
     result: u32,
     value: u64,
-    generation: u32,
-    /// The config area as the driver last saw it: the generation follows from it.
-    config: Vec<u8>,
 }
 
 /// Where registers take their values from.
@@ -43,14 +42,9 @@ fn inside(offset: u64, start: u64, len: u64) -> Option<usize> {
 }
 
 impl Registers {
-    /// As after power-on. The generation goes on, so that a driver that held on to an old one
-    /// notices.
+    /// As after power-on.
     pub(super) fn reset(&mut self) {
-        *self = Registers {
-            generation: self.generation,
-            config: std::mem::take(&mut self.config),
-            ..Registers::default()
-        };
+        *self = Registers::default();
     }
 
     /// Reads the word at `offset`, a multiple of 4 in the register page.
@@ -58,7 +52,7 @@ impl Registers {
         let identity = context.endpoint.identity();
         match offset {
             reg::MAGIC => reg::MAGIC_VALUE,
-            reg::ABI => u32::from(ABI_VERSION) << 16 | u32::from(ABI_VERSION),
+            reg::ABI => context.endpoint.versions().register(),
             reg::CLASS => u32::from(identity.class),
             reg::CONNECTION => match context.endpoint.state() {
                 ConnectionState::Closed => reg::STATE_CLOSED,
@@ -67,14 +61,9 @@ impl Registers {
             },
             reg::MAX_REGIONS => identity.regions,
             reg::VECTORS => context.interrupts.vectors(),
-            reg::CONFIG_GENERATION => {
-                self.look_at_config(context.endpoint);
-                self.generation
-            }
-            reg::CONFIG_BYTES => {
-                self.look_at_config(context.endpoint);
-                u32::try_from(self.config.len()).unwrap_or(0)
-            }
+            reg::CONFIG_GENERATION => context.endpoint.config().1,
+            reg::CONFIG_BYTES => u32::try_from(context.endpoint.config().0.len()).unwrap_or(0),
+            reg::EVENTS => context.endpoint.events_pending(),
             reg::RESULT => self.result,
             reg::INTERRUPT_PENDING => u32::from(context.interrupts.pending()),
             _ => {
@@ -95,8 +84,9 @@ impl Registers {
                 } else if inside(offset, reg::VALUE, 8).is_some() {
                     half(self.value, offset)
                 } else if let Some(at) = inside(offset, reg::CONFIG, reg::CONFIG_MAX as u64) {
-                    self.look_at_config(context.endpoint);
-                    word(&self.config, at)
+                    word(&context.endpoint.config().0, at)
+                } else if inside(offset, reg::INCARNATION, 8).is_some() {
+                    half(context.endpoint.incarnation(), offset)
                 } else {
                     0
                 }
@@ -122,6 +112,7 @@ impl Registers {
                     "{a0:#x} {a1:#x} {a2:#x} {a3:#x}"
                 );
             }
+            reg::EVENTS_ACK => context.endpoint.acknowledge_events(value),
             reg::INTERRUPT_ACK => context.interrupts.acknowledge(),
             _ => {
                 if let Some(at) = inside(offset, reg::ARGUMENT, 32) {
@@ -137,7 +128,19 @@ impl Registers {
         let endpoint = context.endpoint;
         let [a0, a1, a2, a3] = self.arguments;
         match number {
-            command::OPEN => endpoint.open(a0, a1, (a2, a3)).map(|()| 0),
+            command::OPEN => {
+                let bytes = a0.to_le_bytes();
+                if bytes[2..4] != [0; 2] || bytes[6..] != [0; 2] {
+                    return Err(ErrorCode::BAD_ARGUMENT);
+                }
+                let request = OpenRequest {
+                    version: u16::from_le_bytes([bytes[0], bytes[1]]),
+                    vector: u16::from_le_bytes([bytes[4], bytes[5]]),
+                    features: a1,
+                    handshake: (a2, a3),
+                };
+                endpoint.open(request).map(|()| 0)
+            }
             command::CLOSE => {
                 endpoint.close();
                 context.interrupts.clear();
@@ -161,15 +164,6 @@ impl Registers {
             command::REGION_DROP => endpoint.region_drop(a0).map(|()| 0),
             command::CALL => endpoint.call(half(a0, 0), half(a0, 4), a1, a2),
             _ => Err(ErrorCode::BAD_COMMAND),
-        }
-    }
-
-    /// Takes the config area as it is now, and counts if it is another one.
-    fn look_at_config(&mut self, endpoint: &Endpoint) {
-        let config = endpoint.config();
-        if config != self.config {
-            self.config = config;
-            self.generation = self.generation.wrapping_add(1);
         }
     }
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use proptest::prelude::*;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use vbus_core::shm::abi::{bar0, command, error_code, reg};
+use vbus_core::shm::abi::{bar0, command, error_code, event, reg};
 use vbus_core::shm::ring::{DeviceEnd, DriverEnd, Entry, Layout, Returns, SIGNAL_OFFSET};
 use vbus_core::shm::signal::Armed;
 use vbus_core::{
@@ -401,6 +401,39 @@ fn reset_and_the_peers_end_close_the_connection() {
     rig.endpoint.unmap_all();
     assert_eq!(rig.read32(reg::CONNECTION), reg::STATE_CLOSED);
     assert_eq!(rig.open(), Err(error_code::BAD_ADDRESS), "memory goes with the peer");
+}
+
+#[test]
+fn the_function_has_a_vector_of_its_own() {
+    let mut rig = Rig::new(Options { msix: true, express: false });
+    rig.memory.view().write(BASE, &77u64.to_le_bytes()).unwrap();
+    // The vector is an argument of OPEN, and must be one that the device has.
+    let open = |vector: u64| [1 | vector << 32, 0, BASE, 77];
+    assert_eq!(rig.command(command::OPEN, &open(3)), Err(error_code::BAD_VECTOR));
+    for a0 in [1 | 1 << 16, 1 | 1 << 31, 1 | 1 << 48] {
+        let arguments = [a0, 0, BASE, 77];
+        assert_eq!(rig.command(command::OPEN, &arguments), Err(error_code::BAD_ARGUMENT));
+    }
+    assert_eq!(rig.command(command::OPEN, &open(2)), Ok(0));
+    let (mut ring, handle) = rig.ring(1);
+    let queue = rig.eventfd(IrqIndex::Msix, 1);
+    let own = rig.eventfd(IrqIndex::Msix, 2);
+    // The violation is told on the function's vector, and what it is in two registers.
+    ring.submit(Entry { addr: 0, len: 1, id: 0, flags: 0 }).unwrap();
+    if ring.post() {
+        rig.write32(bar0::DOORBELLS + handle * 4, 0);
+    }
+    assert_eq!(wait(&own), 1);
+    assert!(rustix::io::read(&queue, &mut [0; 8]).is_err(), "not on the queue's");
+    assert_eq!(rig.read32(reg::EVENTS), event::BROKEN);
+    rig.write32(reg::EVENTS_ACK, !event::BROKEN);
+    assert_eq!(rig.read32(reg::EVENTS), event::BROKEN, "only what is named is taken");
+    rig.write32(reg::EVENTS_ACK, event::BROKEN);
+    assert_eq!(rig.read32(reg::EVENTS), 0);
+    assert_ne!(rig.read64(reg::INCARNATION), 0);
+    rig.function.reset();
+    rig.endpoint.reincarnate();
+    assert_eq!(rig.read32(reg::EVENTS), 0, "nobody listens");
 }
 
 #[test]

@@ -4,7 +4,7 @@
 
 use vbus_pci_config::register::{COMMAND_MASTER, COMMAND_MEMORY};
 use vbus_pci_config::{Builder, CONVENTIONAL_BYTES, ConfigSpace, Header};
-use vbus_shm::abi::{ABI_VERSION, PCI_DEVICE, PCI_VENDOR, capability};
+use vbus_shm::abi::capability;
 
 use super::description::Description;
 
@@ -26,8 +26,8 @@ pub(super) fn config_space(description: &Description, records: &[Record]) -> Con
     let [revision, class @ ..] = description.class.to_le_bytes();
     let [vendor_low, vendor_high, id_low, id_high] = description.subsystem.to_le_bytes();
     let header = Header {
-        vendor: PCI_VENDOR,
-        device: PCI_DEVICE,
+        vendor: description.ids.0,
+        device: description.ids.1,
         revision,
         class: u32::from_le_bytes([class[0], class[1], class[2], 0]),
         subsystem_vendor: u16::from_le_bytes([vendor_low, vendor_high]),
@@ -52,7 +52,9 @@ pub(super) fn config_space(description: &Description, records: &[Record]) -> Con
 /// The vendor-specific capability after its id and link.
 fn vendor_capability(description: &Description, records: &[Record]) -> Vec<u8> {
     let mut bytes = vec![0; usize::from(capability::HEADER_BYTES)];
-    bytes[usize::from(capability::VERSION)] = (ABI_VERSION & 0xff) as u8;
+    bytes[usize::from(capability::VERSION)] = capability::LAYOUT;
+    let signature = usize::from(capability::SIGNATURE);
+    bytes[signature..signature + 4].copy_from_slice(&capability::SIGNATURE_VALUE.to_le_bytes());
     let registers = usize::from(capability::REGISTERS);
     bytes[registers..registers + 4].copy_from_slice(&description.registers.to_le_bytes());
     let mut first = [0; capability::RECORD_BYTES as usize];
@@ -92,11 +94,12 @@ mod tests {
         let list: Result<Vec<_>, _> = capabilities(space.bytes()).collect();
         assert_eq!(list.unwrap(), [(0x09, 0x40), (0x05, 0x70), (0x11, 0x88), (0x10, 0x98)]);
         assert_eq!(
-            space.bytes()[0x40..0x58],
-            [9, 0x70, 32, 1, 0, 0, 0, 0, 1, 0, 4, 0, 0, 0x10, 0, 0, 2, 0, 1, 0, 0, 0xc0, 0, 0]
+            space.bytes()[0x40..0x54],
+            [9, 0x70, 36, 1, b'v', b'b', b'u', b's', 0, 0, 0, 0, 1, 0, 4, 0, 0, 0x10, 0, 0]
         );
+        assert_eq!(space.bytes()[0x54..0x64], [2, 0, 1, 0, 0, 0xc0, 0, 0, 3, 3, 3, 3, 3, 3, 3, 3]);
         let full = config(&[[7; 8]; 9]);
-        assert_eq!((full.bytes()[0x42], full.bytes()[0x70]), (48, 5), "five records, and no more");
+        assert_eq!((full.bytes()[0x42], full.bytes()[0x70]), (44, 5), "four records, and no more");
     }
 
     #[test]

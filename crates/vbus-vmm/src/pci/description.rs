@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 use vbus_pci_config::{MsixLayout, capabilities, capability as id, register};
-use vbus_shm::abi::{ABI_VERSION, PCI_DEVICE, PCI_VENDOR, bar0, capability, reg};
+use vbus_shm::abi::{bar0, capability, reg};
 use vfio_user_protocol::pci::{IRQ_INTX, IRQ_MSI, IRQ_MSIX, REGION_BAR0, REGION_CONFIG, REGIONS};
 use vfio_user_protocol::{Client, ClientError};
 
@@ -19,11 +19,16 @@ pub enum BadFunction {
     #[error(transparent)]
     Client(#[from] ClientError),
     /// Another kind of device.
-    #[error("not a vbus device: it is {0:04x}:{1:04x}")]
+    #[error(
+        "not a vbus device: {0:04x}:{1:04x} has no capability that says where the registers are"
+    )]
     Foreign(u16, u16),
-    /// Another version.
-    #[error("it speaks version {0} of the vbus ABI, and this program version {ABI_VERSION}")]
-    Version(u8),
+    /// Its capability has a layout that this program does not know.
+    #[error(
+        "its vbus capability has layout version {0}; this program knows version {known}",
+        known = capability::LAYOUT
+    )]
+    Layout(u8),
     /// Something that it says cannot be.
     #[error("the server contradicts itself: {0}")]
     Lie(String),
@@ -36,6 +41,8 @@ fn lie(what: impl Into<String>) -> BadFunction {
 /// A function, as its server describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Description {
+    /// Vendor and device id.
+    pub ids: (u16, u16),
     /// Revision and class code, as in the configuration space.
     pub(super) class: u32,
     pub(super) subsystem: u32,
@@ -142,12 +149,6 @@ impl Description {
         let u16_at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
         let u32_at = |at: usize| u32::from(u16_at(at)) | u32::from(u16_at(at + 2)) << 16;
         let (vendor, device) = (u16_at(register::VENDOR), u16_at(register::DEVICE));
-        if (vendor, device) != (PCI_VENDOR, PCI_DEVICE) {
-            return Err(BadFunction::Foreign(vendor, device));
-        }
-        if u16::from(bytes[register::REVISION]) != ABI_VERSION {
-            return Err(BadFunction::Version(bytes[register::REVISION]));
-        }
         if bytes[register::HEADER_TYPE] != 0 {
             return Err(lie(format!("header type {:#x}", bytes[register::HEADER_TYPE])));
         }
@@ -161,6 +162,7 @@ impl Description {
             return Err(lie(format!("BAR0 of {bar:#x} bytes")));
         };
         let mut description = Description {
+            ids: (vendor, device),
             class: u32_at(register::REVISION),
             subsystem: u32_at(register::SUBSYSTEM),
             bar,
@@ -185,8 +187,16 @@ impl Description {
             };
             match id {
                 id::VENDOR if description.stride == 0 => {
-                    long_enough(usize::from(capability::HEADER_BYTES + capability::RECORD_BYTES))?;
-                    description.vendor(rest)?;
+                    // Others' capabilities may have this id too.
+                    let signature = usize::from(capability::SIGNATURE);
+                    if rest.get(signature..signature + 4)
+                        == Some(&capability::SIGNATURE_VALUE.to_le_bytes())
+                    {
+                        long_enough(usize::from(
+                            capability::HEADER_BYTES + capability::RECORD_BYTES,
+                        ))?;
+                        description.vendor(rest)?;
+                    }
                 }
                 id::MSI => {
                     long_enough(14)?;
@@ -207,7 +217,7 @@ impl Description {
             }
         }
         if description.stride == 0 {
-            return Err(lie("there is no capability that says where the registers are"));
+            return Err(BadFunction::Foreign(vendor, device));
         }
         Ok(description)
     }
@@ -220,8 +230,9 @@ impl Description {
         if bytes[2] < capability::HEADER_BYTES + capability::RECORD_BYTES {
             return Err(lie(format!("vendor-specific capability of {} bytes", bytes[2])));
         }
-        if u16::from(bytes[usize::from(capability::VERSION)]) != ABI_VERSION {
-            return Err(BadFunction::Version(bytes[usize::from(capability::VERSION)]));
+        let layout = bytes[usize::from(capability::VERSION)];
+        if layout != capability::LAYOUT {
+            return Err(BadFunction::Layout(layout));
         }
         let record = usize::from(capability::HEADER_BYTES);
         if bytes[record] != capability::KIND_MMIO {
@@ -291,7 +302,8 @@ pub(super) mod tests {
         set(0x2c, &[0xf4, 0x1a, 1, 0]);
         set(0x34, &[0x40]);
         set(0x3d, &[1]);
-        set(0x40, &[0x09, 0x70, 16, 1, 0, 0, 0, 0, 1, 0, 4, 0, 0, 0x10, 0, 0]);
+        set(0x40, &[0x09, 0x70, 20, 1, b'v', b'b', b'u', b's', 0, 0, 0, 0]);
+        set(0x4c, &[1, 0, 4, 0, 0, 0x10, 0, 0]);
         set(0x70, &[0x05, 0x80, 0x80, 0]);
         set(0x80, &[0x11, 0x90, 7, 0, 0, 0x20, 0, 0, 0, 0x30, 0, 0]);
         set(0x90, &[0x10, 0, 2, 0]);
@@ -318,13 +330,18 @@ pub(super) mod tests {
         assert_eq!(description.msix, Some(LAYOUT));
         assert!(description.msi && description.express);
         assert_eq!(parse(|b| b[0x71] = 0).unwrap().msix, None);
+        // Its ids and its revision are its own.
+        let description = parse(|b| (b[1], b[8]) = (0x86, 9)).unwrap();
+        assert_eq!((description.ids, description.class & 0xff), ((0x86f4, 0x10f5), 9));
     }
 
     #[test]
     fn each_lie_has_its_name() {
+        // A capability at the end of the space, with the signature.
+        const SHORT: [(usize, u8); 6] =
+            [(0x34, 0xf4), (0xf4, 9), (0xf8, b'v'), (0xf9, b'b'), (0xfa, b'u'), (0xfb, b's')];
         let cases: &[(&str, &[(usize, u8)])] = &[
-            ("is 86f4:10f5", &[(1, 0x86)]),
-            ("version 9", &[(8, 9)]),
+            ("1af4:10f5 has no capability that says", &[(0x44, b'V')]),
             ("header type 0x81", &[(0x0e, 0x81)]),
             ("not 32-bit memory", &[(0x10, 4)]),
             ("interrupt pin 5", &[(0x3d, 5)]),
@@ -334,15 +351,15 @@ pub(super) mod tests {
             ("capability at 0x42", &[(0x34, 0x42)]),
             ("without an end", &[(0x91, 0x40)]),
             ("without an end", &[(0x41, 0x40)]),
-            ("0x9 at 0xf4 does not fit", &[(0x34, 0xf4), (0xf4, 9)]),
+            ("0x9 at 0xf4 does not fit", &SHORT),
             ("0x10 at 0xfc does not fit", &[(0x91, 0xfc), (0xfc, 0x10)]),
             ("capability of 8 bytes", &[(0x42, 8)]),
-            ("version 2", &[(0x43, 2)]),
-            ("registers at 0x4000", &[(0x45, 0x40)]),
-            ("registers at 0x4", &[(0x44, 4)]),
-            ("are of kind 2", &[(0x48, 2)]),
-            ("in steps of 0", &[(0x4a, 0)]),
-            ("in steps of 6", &[(0x4a, 6)]),
+            ("layout version 2", &[(0x43, 2)]),
+            ("registers at 0x4000", &[(0x49, 0x40)]),
+            ("registers at 0x4", &[(0x48, 4)]),
+            ("are of kind 2", &[(0x4c, 2)]),
+            ("in steps of 0", &[(0x4e, 0)]),
+            ("in steps of 6", &[(0x4e, 6)]),
             ("9 MSI-X vectors", &[(0x82, 8)]),
             ("2048 MSI-X vectors", &[(0x82, 0xff), (0x83, 7)]),
             ("MSI-X table at 0x2000 of BAR1", &[(0x84, 1)]),

@@ -105,7 +105,7 @@ impl Guest {
             let first = self.config32(bus, at);
             ((first & 0xff) as u8, (first >> 16) as u16, self.config32(bus, at + 4))
         };
-        (0x48..0x40 + len).step_by(8).map(record).collect()
+        (0x4c..0x40 + len).step_by(8).map(record).collect()
     }
 
     /// A virtual CPU's local APIC, switched on.

@@ -33,7 +33,8 @@ fn lies_are_told_apart() {
         ("configuration space of 0x40 bytes", Box::new(|d| d.regions[7] = 0x40)),
         ("BAR0 of 0x5000 bytes", Box::new(|d| d.regions[0] = 0x5000)),
         ("BAR0 of 0x10000000000 bytes", Box::new(|d| d.regions[0] = 1 << 40)),
-        ("not a vbus device: it is ffff:ffff", Box::new(|d| d.config.fill(0xff))),
+        ("header type 0xff", Box::new(|d| d.config.fill(0xff))),
+        ("not a vbus device: 1af4:10f5", Box::new(|d| d.config[0x44] = 0)),
         ("without an end", Box::new(|d| d.config[0x91] = 0x70)),
         ("8 MSI-X vectors, 1 interrupts", Box::new(|d| d.irq_counts[2] = 1)),
         ("registers that begin with 0x0", Box::new(|d| d.memory[..4].fill(0))),
@@ -42,7 +43,7 @@ fn lies_are_told_apart() {
             "1024 doorbells from 0x2c00",
             Box::new(|d| {
                 d.memory[0x50..0x54].copy_from_slice(&1024u32.to_le_bytes());
-                d.config[0x4d] = 0x2c;
+                d.config[0x51] = 0x2c;
             }),
         ),
         (
