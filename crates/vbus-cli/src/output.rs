@@ -5,13 +5,23 @@ use std::io::{self, IsTerminal, Write};
 
 use serde_json::Value;
 
-/// Writes to standard output. When its reader has gone (`vbus ... | head`), the program ends
-/// without a word.
+/// Writes to standard output. If that fails the program ends: without a word if the reader has gone
+/// (`vbus ... | head`), or else with an error and exit code 1, so that no script takes half of the
+/// output for the whole.
 pub fn emit(text: &str) {
+    emit_bytes(text.as_bytes());
+}
+
+/// As [`emit`], of bytes that need not be text.
+pub fn emit_bytes(bytes: &[u8]) {
     let mut out = io::stdout().lock();
-    if out.write_all(text.as_bytes()).and_then(|()| out.flush()).is_err() {
+    let Err(error) = out.write_all(bytes).and_then(|()| out.flush()) else { return };
+    if error.kind() == io::ErrorKind::BrokenPipe {
         std::process::exit(0);
     }
+    // Standard error may be just as full.
+    let _ = writeln!(io::stderr(), "error: cannot write to standard output: {error}");
+    std::process::exit(1);
 }
 
 /// One line of JSON on standard output.
@@ -31,21 +41,30 @@ pub fn bold(text: &str) -> String {
 
 /// Columns, each as wide as its widest cell; the first row is the heading.
 pub fn columns(rows: &[Vec<String>]) -> String {
+    let lines = aligned(rows);
+    let head = lines.first().map(|line| bold(line) + "\n").unwrap_or_default();
+    head + &lines.iter().skip(1).map(|line| format!("{line}\n")).collect::<String>()
+}
+
+/// Columns as of [`columns`], without a heading.
+pub fn table(rows: &[Vec<String>]) -> String {
+    aligned(rows).iter().map(|line| format!("{line}\n")).collect()
+}
+
+fn aligned(rows: &[Vec<String>]) -> Vec<String> {
     let count = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |i: usize| {
         rows.iter().filter_map(|r| r.get(i)).map(|c| c.chars().count()).max().unwrap_or(0)
     };
     let widths: Vec<usize> = (0..count).map(width).collect();
-    let mut out = String::new();
-    for (number, row) in rows.iter().enumerate() {
+    let line = |row: &Vec<String>| {
         let mut line = String::new();
         for (cell, width) in row.iter().zip(&widths) {
             let _ = write!(line, "{cell:width$}  ");
         }
-        let line = line.trim_end();
-        let _ = writeln!(out, "{}", if number == 0 { bold(line) } else { line.to_owned() });
-    }
-    out
+        line.trim_end().to_owned()
+    };
+    rows.iter().map(line).collect()
 }
 
 /// The members of a JSON value, as paths with dots and what is there; in the order in which they

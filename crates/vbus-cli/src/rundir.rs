@@ -13,7 +13,7 @@ use rustix::process::geteuid;
 /// Name of the control socket in the directory.
 pub const CONTROL: &str = "control.sock";
 /// The longest path of a UNIX socket, in bytes.
-const PATH_MAX: usize = 107;
+const SOCKET_PATH_MAX: usize = 107;
 
 /// The directory to use: the one given, or else `$XDG_RUNTIME_DIR/vbus`, or else `/tmp/vbus-UID`.
 pub fn choose(given: Option<&Path>) -> PathBuf {
@@ -29,6 +29,21 @@ pub fn choose(given: Option<&Path>) -> PathBuf {
 /// The socket of device `name`.
 pub fn socket(dir: &Path, name: &str) -> PathBuf {
     dir.join(format!("{name}.sock"))
+}
+
+/// Checks that `path` is short enough for a UNIX socket.
+///
+/// # Errors
+/// It is not; the text says by how much, and what to do.
+pub fn check_socket_path(path: &Path) -> Result<()> {
+    let len = path.as_os_str().len();
+    ensure!(
+        len <= SOCKET_PATH_MAX,
+        "the path of the socket {} has {len} bytes, and the system allows at most {SOCKET_PATH_MAX}; \
+         use a shorter directory (--dir) or name",
+        path.display()
+    );
+    Ok(())
 }
 
 /// Checks that nobody else can have put sockets there: it is ours (or root's) and only its owner
@@ -62,7 +77,18 @@ pub struct Claimed {
 impl Claimed {
     /// Makes the directory if it is not there (mode 0700), checks whose it is, locks it, and
     /// removes the sockets that a dead bus left.
+    ///
+    /// # Errors
+    /// It cannot be made, belongs to somebody else, is served in already, or has a name that cannot
+    /// be told to a VMM: one that is too long for sockets, or not UTF-8.
     pub fn claim(dir: &Path) -> Result<Claimed> {
+        ensure!(
+            dir.to_str().is_some(),
+            "the name of the directory {} is not UTF-8, so it cannot be written in JSON for a VMM; \
+             choose another --dir",
+            dir.display()
+        );
+        check_socket_path(&dir.join(CONTROL))?;
         let made = DirBuilder::new().mode(0o700).create(dir);
         if let Err(error) = made {
             if error.kind() != std::io::ErrorKind::AlreadyExists {
@@ -101,12 +127,7 @@ impl Claimed {
     /// When the path is too long for a socket.
     pub fn socket(&self, name: &str) -> Result<PathBuf> {
         let path = socket(&self.dir, name);
-        let len = path.as_os_str().len();
-        ensure!(
-            len <= PATH_MAX,
-            "{} is too long for a socket ({len} bytes; {PATH_MAX} can be)",
-            path.display()
-        );
+        check_socket_path(&path)?;
         Ok(path)
     }
 

@@ -94,13 +94,25 @@ impl Bus {
         class: &str,
         config: &Value,
     ) -> Result<Arc<Endpoint>, BusError> {
-        let maker = self.classes().find(|c| c.name() == class).ok_or_else(|| {
-            let names: Vec<_> = self.classes().map(DeviceClass::name).collect();
-            BusError::NoClass(class.into(), names.join(", "))
-        })?;
+        let maker = self.class(class)?;
         self.check_new(name)?;
         let device = maker.create(name, config).map_err(|e| BusError::Create(name.into(), e))?;
         self.add(name, device)
+    }
+
+    /// Checks whether a device of class `class` could be added as `name`, as far as that can be
+    /// told without making it.
+    pub fn check(&self, name: &str, class: &str, config: &Value) -> Result<(), BusError> {
+        let maker = self.class(class)?;
+        self.check_new(name)?;
+        maker.check(name, config).map_err(|e| BusError::Create(name.into(), e))
+    }
+
+    fn class(&self, class: &str) -> Result<&dyn DeviceClass, BusError> {
+        self.classes().find(|c| c.name() == class).ok_or_else(|| {
+            let names: Vec<_> = self.classes().map(DeviceClass::name).collect();
+            BusError::NoClass(class.into(), names.join(", "))
+        })
     }
 
     /// Adds a device as `name`.

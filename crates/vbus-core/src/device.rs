@@ -24,9 +24,18 @@ pub trait DeviceClass: Send + Sync {
     /// Makes a device called `name`. `config` is the object of the device's own settings. The
     /// error's text says what was wrong and what to do.
     fn create(&self, name: &str, config: &Value) -> Result<Arc<dyn Device>, CreateError>;
+
+    /// Checks the settings without making anything, for `vbus config check`. A class whose
+    /// [`create`](Self::create) touches anything outside of this process (a file, a socket, an
+    /// interface) checks here only what it can see without that.
+    fn check(&self, name: &str, config: &Value) -> Result<(), CreateError> {
+        self.create(name, config).map(drop)
+    }
 }
 
-/// Why a device could not be made; the text is for the person who wrote the configuration.
+/// Why a device could not be made; the text is for the person who wrote the configuration. If it is
+/// about one setting it begins with that key in double quotes, as
+/// [`Settings`](crate::settings::Settings) writes it: `vbus` then points at the key's line.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct CreateError(pub String);

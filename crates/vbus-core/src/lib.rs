@@ -112,6 +112,7 @@ mod interrupt;
 mod lock;
 pub mod memory;
 pub mod service;
+pub mod settings;
 mod sync;
 mod wake;
 

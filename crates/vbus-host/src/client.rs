@@ -17,34 +17,42 @@ pub struct BusDir {
     pub dir: Option<PathBuf>,
 }
 
-/// A connection to a running bus.
+/// A running bus. Each request has a connection of its own: between two requests any time may
+/// pass, while the bus disconnects whoever is silent.
 pub struct Client {
-    connection: Connection,
     dir: PathBuf,
 }
 
 impl Client {
-    /// Connects to the bus that serves in `dir` (see [`rundir::choose`]).
+    /// The bus that serves in `dir` (see [`rundir::choose`]).
+    ///
+    /// # Errors
+    /// No bus serves there now.
     pub fn connect(dir: Option<&Path>) -> Result<Client> {
-        let dir = rundir::choose(dir);
+        let client = Client { dir: rundir::choose(dir) };
         let hint = || {
             format!(
                 "start one with `vbus serve --dir {}`, or say where it is with --dir",
-                dir.display()
+                client.dir.display()
             )
         };
-        rundir::check(&dir).with_context(hint)?;
-        let path = dir.join(CONTROL);
-        let socket = UnixStream::connect(&path).map_err(|error| {
+        rundir::check(&client.dir).with_context(hint)?;
+        client.socket().map_err(|error| {
             use std::io::ErrorKind::{ConnectionRefused, NotFound};
-            match error.kind() {
-                NotFound | ConnectionRefused => {
-                    anyhow!("no bus serves in {}; {}", dir.display(), hint())
+            match error.downcast_ref::<std::io::Error>().map(std::io::Error::kind) {
+                Some(NotFound | ConnectionRefused) => {
+                    anyhow!("no bus serves in {}; {}", client.dir.display(), hint())
                 }
-                _ => anyhow!("{}: {error}", path.display()),
+                _ => error,
             }
         })?;
-        Ok(Client { connection: Connection::new(socket, "the bus"), dir })
+        Ok(client)
+    }
+
+    fn socket(&self) -> Result<UnixStream> {
+        let path = self.dir.join(CONTROL);
+        rundir::check_socket_path(&path)?;
+        UnixStream::connect(&path).with_context(|| path.display().to_string())
     }
 
     /// Where the bus has its sockets.
@@ -53,17 +61,18 @@ impl Client {
     }
 
     /// Sends a request and returns its answer.
-    pub fn ask(&mut self, request: &Value) -> Result<Value> {
+    pub fn ask(&self, request: &Value) -> Result<Value> {
         self.stream(request, &mut |_| {})
     }
 
     /// Sends a request and hands each of its answers but the last to `item`.
-    pub fn stream(&mut self, request: &Value, item: &mut dyn FnMut(Value)) -> Result<Value> {
-        self.connection.stream(request, item)
+    pub fn stream(&self, request: &Value, item: &mut dyn FnMut(Value)) -> Result<Value> {
+        let socket = self.socket().context("the bus has gone")?;
+        Connection::new(socket, "the bus").stream(request, item)
     }
 
     /// All devices.
-    pub fn list(&mut self) -> Result<Vec<Value>> {
+    pub fn list(&self) -> Result<Vec<Value>> {
         match self.ask(&json!({ "op": "list" }))? {
             Value::Array(devices) => Ok(devices),
             _ => bail!("the bus answers nonsense"),
@@ -72,16 +81,49 @@ impl Client {
 
     /// A request to a device itself.
     pub fn device(
-        &mut self,
+        &self,
         name: &str,
         request: &Value,
         item: &mut dyn FnMut(Value),
-    ) -> Result<()> {
-        self.stream(&json!({ "op": "device", "name": name, "request": request }), item).map(drop)
+    ) -> Result<Value> {
+        self.stream(&json!({ "op": "device", "name": name, "request": request }), item)
     }
 }
 
 /// The text of a member.
 pub fn text<'a>(value: &'a Value, key: &str) -> &'a str {
     value.get(key).and_then(Value::as_str).unwrap_or("-")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader, Write};
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn a_bus_that_has_ended_the_last_connection_is_asked_by_another_one() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o700)).unwrap();
+        let listener = UnixListener::bind(dir.path().join(CONTROL)).unwrap();
+        let bus = std::thread::spawn(move || {
+            // The first comes with `connect`, which asks nothing.
+            let mut asked = 0;
+            while asked < 2 {
+                let (mut socket, _) = listener.accept().unwrap();
+                let mut line = String::new();
+                if BufReader::new(&socket).read_line(&mut line).unwrap() > 0 {
+                    asked += 1;
+                    socket.write_all(format!("{{\"ok\":{asked}}}\n").as_bytes()).unwrap();
+                }
+            }
+        });
+        let client = Client::connect(Some(dir.path())).unwrap();
+        assert_eq!(client.ask(&json!({ "op": "info" })).unwrap(), 1);
+        assert_eq!(client.ask(&json!({ "op": "info" })).unwrap(), 2);
+        bus.join().unwrap();
+        assert!(client.ask(&json!({ "op": "info" })).unwrap_err().to_string().contains("has gone"));
+    }
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde_json::{Map, Value};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
+use vbus_core::settings::meant;
 use vbus_core::{Trust, Tuning};
 use vbus_pci::Options;
 
@@ -19,6 +20,9 @@ const WORKERS_MAX: u64 = 64;
 const POLL_US_MAX: u64 = 10_000;
 /// The largest budget.
 const BUDGET_MAX: u64 = 4096;
+
+/// A name that a device cannot have: its socket would be the control socket.
+const RESERVED: &str = "control";
 
 /// A bus as configured.
 #[derive(Debug)]
@@ -59,6 +63,11 @@ impl DeviceSpec {
         class: String,
         mut settings: Map<String, Value>,
     ) -> Result<DeviceSpec, String> {
+        if name == RESERVED {
+            return Err(format!(
+                "\"name\" is {RESERVED:?}, but the socket of that name is the bus's own; use another name"
+            ));
+        }
         let mut flag = |key: &str| match settings.remove(key) {
             None => Ok(false),
             Some(Value::Bool(value)) => Ok(value),
@@ -87,11 +96,39 @@ pub struct Source {
     devices: Vec<DevicePlaces>,
 }
 
+/// Where the parts of a device's configuration are.
 #[derive(Debug)]
 struct DevicePlaces {
+    /// The device's name.
+    text: String,
+    /// Where the name is.
     name: Range<usize>,
-    /// Its keys, and its values that are strings.
-    words: Vec<(String, Range<usize>)>,
+    /// Where the class is.
+    class: Range<usize>,
+    /// Its keys: where each stands, or its value if the value is a single one. Keys within lists of
+    /// tables are written as `pages[2].owner`.
+    keys: Vec<(String, Range<usize>)>,
+}
+
+/// Notes where `value`, which stands at `key`, and all within it are.
+fn note(key: &str, value: &Spanned<DeValue<'_>>, keys: &mut Vec<(String, Range<usize>)>) {
+    match value.get_ref() {
+        DeValue::Array(list) => {
+            for (at, item) in list.iter().enumerate() {
+                let key = format!("{key}[{at}]");
+                keys.push((key.clone(), item.span()));
+                note(&key, item, keys);
+            }
+        }
+        DeValue::Table(table) => {
+            for (name, value) in table {
+                let key = format!("{key}.{}", name.get_ref());
+                keys.push((key.clone(), name.span()));
+                note(&key, value, keys);
+            }
+        }
+        _ => {}
+    }
 }
 
 /// What is wrong with a configuration, where. Shown with the line in question.
@@ -160,30 +197,19 @@ impl Source {
     }
 
     /// An error that making the device number `device` of the configuration gave. Points at the
-    /// word that the text quotes first, or else at the device's name.
+    /// setting whose key, in quotes, the text begins with; or else at what it is about.
     pub fn device_error(&self, device: usize, message: &str) -> ConfigError {
         let Some(places) = self.devices.get(device) else { return ConfigError(message.into()) };
-        let quoted = |word: &str| {
-            ['"', '`', '\''].iter().filter_map(|q| message.find(&format!("{q}{word}{q}"))).min()
+        let begins = |words: &str, place: &Range<usize>| {
+            let of_device = message.strip_prefix(words).unwrap_or(message);
+            let key = of_device.strip_prefix('"').and_then(|rest| rest.split_once('"'))?.0;
+            let known = places.keys.iter().find(|(known, _)| known == key);
+            Some(known.map_or(place, |(_, place)| place).clone())
         };
-        let named = places.words.iter().filter(|(_, place)| *place != places.name);
-        let first = named
-            .filter_map(|(word, place)| Some((quoted(word)?, place)))
-            .min_by_key(|(at, _)| *at);
-        self.point(first.map_or(&places.name, |(_, place)| place), &meant(message))
-    }
-}
-
-/// A message of serde about a word that it does not know, with the word that was probably meant
-/// instead of all that there are.
-fn meant(message: &str) -> String {
-    let same = || message.to_owned();
-    let Some((head, list)) = message.split_once(", expected one of ") else { return same() };
-    let Some(word) = head.rsplit('`').nth(1) else { return same() };
-    let known: Vec<&str> = list.split('`').skip(1).step_by(2).collect();
-    match close(word, &known) {
-        Some(close) => format!("{head}; did you mean `{close}`?"),
-        None => same(),
+        let about =
+            if message.starts_with("no device class") { &places.class } else { &places.name };
+        let place = begins(&format!("device {:?}: ", places.text), about);
+        self.point(&place.unwrap_or_else(|| about.clone()), message)
     }
 }
 
@@ -246,19 +272,20 @@ fn bus(table: &DeTable<'_>, config: &mut Config) -> Result<(), Fault> {
 }
 
 fn device(table: &DeTable<'_>, whole: Range<usize>) -> Result<(DeviceSpec, DevicePlaces), Fault> {
-    let (mut name, mut class, mut settings, mut words) = (None, None, Map::new(), Vec::new());
-    let mut name_place = whole.clone();
+    let (mut name, mut class, mut settings, mut keys) = (None, None, Map::new(), Vec::new());
+    let (mut name_place, mut class_place) = (whole.clone(), whole.clone());
     for (key, value) in table {
-        words.push((key.get_ref().to_string(), key.span()));
-        if let Some(text) = value.get_ref().as_str() {
-            words.push((text.to_owned(), value.span()));
-        }
+        keys.push((key.get_ref().to_string(), key.span()));
+        note(key.get_ref(), value, &mut keys);
         match &**key.get_ref() {
             "name" => {
                 name = Some(string(value)?);
                 name_place = value.span();
             }
-            "class" => class = Some(string(value)?),
+            "class" => {
+                class = Some(string(value)?);
+                class_place = value.span();
+            }
             other => {
                 settings.insert(
                     other.to_owned(),
@@ -270,14 +297,16 @@ fn device(table: &DeTable<'_>, whole: Range<usize>) -> Result<(DeviceSpec, Devic
     let missing = |key: &str| (whole.clone(), format!("this device has no {key:?}"));
     let (name, class) =
         (name.ok_or_else(|| missing("name"))?, class.ok_or_else(|| missing("class"))?);
+    let places = DevicePlaces { text: name.clone(), name: name_place, class: class_place, keys };
     let spec = DeviceSpec::new(name, class, settings).map_err(|e| {
-        let place = words
+        let place = places
+            .keys
             .iter()
             .find(|(key, _)| e.starts_with(&format!("{key:?}")))
             .map(|(_, place)| place.clone());
         (place.unwrap_or(whole), e)
     })?;
-    Ok((spec, DevicePlaces { name: name_place, words }))
+    Ok((spec, places))
 }
 
 fn table<'a, 'i>(value: &'a Spanned<DeValue<'i>>, what: &str) -> Result<&'a DeTable<'i>, Fault> {
@@ -335,36 +364,10 @@ fn json(value: &DeValue<'_>) -> Result<Value, String> {
 
 /// "unknown key", with the known key that was probably meant, or all of them.
 fn unknown(key: &str, place: &str, known: &[&str]) -> String {
-    match close(key, known) {
-        Some(close) => format!("unknown key {key:?} {place}; did you mean {close:?}?"),
+    match meant(key, known) {
+        Some(meant) => format!("unknown key {key:?} {place}; did you mean {meant:?}?"),
         None => format!("unknown key {key:?} {place}; there are: {}", known.join(", ")),
     }
-}
-
-/// The known word that is so close to another that it was probably meant.
-fn close<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {
-    let (distance, close) = known.iter().map(|k| (distance(word, k), *k)).min()?;
-    (distance <= 2 && distance < close.len()).then_some(close)
-}
-
-/// Letters to insert, remove, replace or swap with their neighbour to get from one to the other.
-fn distance(a: &str, b: &str) -> usize {
-    let (a, b): (Vec<char>, Vec<char>) = (a.chars().collect(), b.chars().collect());
-    // Distances of each beginning of `a` from each beginning of `b`.
-    let mut rows: Vec<Vec<usize>> = vec![(0..=b.len()).collect()];
-    for i in 0..a.len() {
-        let mut row = vec![i + 1];
-        for j in 0..b.len() {
-            let mut least =
-                (rows[i][j] + usize::from(a[i] != b[j])).min(rows[i][j + 1] + 1).min(row[j] + 1);
-            if i > 0 && j > 0 && a[i] == b[j - 1] && a[i - 1] == b[j] {
-                least = least.min(rows[i - 1][j - 1] + 1);
-            }
-            row.push(least);
-        }
-        rows.push(row);
-    }
-    rows[a.len()][b.len()]
 }
 
 #[cfg(test)]
@@ -389,20 +392,16 @@ mod tests {
         assert_eq!(device.options, Options { msix: true, express: false });
         assert_eq!(device.pic.as_deref(), Some("pic0"));
         assert_eq!(device.settings, json!({ "mtu": 9000, "list": [{ "a": 16 }] }));
-        let error = source.device_error(0, "unknown field `mtu`").to_string();
-        assert!(
-            error.starts_with(
-                "bus.toml:10:1: unknown field `mtu`\n 10 | mtu = 9_000\n    | ^^^\n".trim_end()
-            ),
-            "{error}"
+        let error = |text: &str| source.device_error(0, text).to_string();
+        let mtu = error("device \"n\": \"mtu\" is 9000; use less");
+        assert_eq!(
+            mtu,
+            "bus.toml:10:1: device \"n\": \"mtu\" is 9000; use less\n 10 | mtu = 9_000\n    | ^^^"
         );
-        let error = source
-            .device_error(0, "unknown variant `venet`, expected one of `a`, `vent`")
-            .to_string();
-        assert!(
-            error.starts_with("bus.toml:7:9: unknown variant `venet`; did you mean `vent`?\n"),
-            "{error}"
-        );
+        let nested = error("\"list[0].a\" is 16; use less");
+        assert!(nested.contains("\n 11 | list = [{ a = 0x10 }]\n    |           ^"), "{nested}");
+        let class = error("no device class \"venet\"; there are: mtu");
+        assert!(class.starts_with("bus.toml:7:9: no device class"), "{class}");
         let error = source.device_error(0, "no luck").to_string();
         assert!(error.starts_with("bus.toml:6:8: no luck\n"), "{error}");
         assert!(of("").unwrap().0.devices.is_empty());

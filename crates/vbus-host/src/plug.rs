@@ -146,7 +146,8 @@ fn find(qmp: &mut Qmp, name: &str, socket: &Path) -> Result<String> {
         }
     }
     bail!(
-        "this QEMU has no device of {}; without --qmp it is just taken off the bus",
+        "this QEMU has no device of {}; give the --qmp of the machine that has it. If none has, \
+         leave --qmp out, and the device is only taken off the bus",
         socket.display()
     )
 }

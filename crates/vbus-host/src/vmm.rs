@@ -61,7 +61,8 @@ impl Vmm {
         let device = self.devices()?.into_iter().find(is_ours);
         let Some(device) = device else {
             bail!(
-                "this vbus-vmm has no device of {}; without --vmm it is just taken off the bus",
+                "this vbus-vmm has no device of {}; give the --vmm of the machine that has it. If none \
+                 has, leave --vmm out, and the device is only taken off the bus",
                 socket.display()
             )
         };

@@ -37,6 +37,8 @@ const INPUT: usize = 256 << 10;
 const OUTPUT_MAX: usize = 256 << 10;
 /// How long after a failure to connect or to accept the next try comes.
 const RETRY: Duration = Duration::from_secs(1);
+/// The longest path of a UNIX socket, in bytes.
+const PATH_MAX: usize = 107;
 
 /// See the module.
 pub struct Stream {
@@ -55,15 +57,19 @@ struct StreamCounters {
 impl Stream {
     /// The end that connects to the socket at `path`; it need not be there yet.
     pub fn connecting(path: &Path, link: Arc<Link>) -> Result<Stream, CreateError> {
-        SocketAddrUnix::new(path)
-            .map_err(|error| CreateError(format!("connect = {path:?}: {error}")))?;
+        check_length("connect", path)?;
+        if !path.exists() {
+            tracing::warn!(path = %path.display(), "nothing is at the stream's path yet");
+        }
         Ok(Stream { path: path.into(), listener: None, link, counters: Arc::default() })
     }
 
     /// The end that listens at `path`. A socket that is there already, and that nobody listens on,
     /// is replaced.
     pub fn listening(path: &Path, link: Arc<Link>) -> Result<Stream, CreateError> {
-        let failed = |error: std::io::Error| CreateError(format!("listen = {path:?}: {error}"));
+        check_length("listen", path)?;
+        let failed =
+            |error: std::io::Error| CreateError(format!("\"listen\" is {path:?}: {error}"));
         let listener = Some(Arc::new(listen_at(path).map_err(failed)?));
         Ok(Stream { path: path.into(), listener, link, counters: Arc::default() })
     }
@@ -75,6 +81,18 @@ impl Drop for Stream {
             let _ = std::fs::remove_file(&self.path); // Somebody else was faster.
         }
     }
+}
+
+/// Checks the length of the path that is the setting `key`.
+fn check_length(key: &str, path: &Path) -> Result<(), CreateError> {
+    let bytes = path.as_os_str().len();
+    SocketAddrUnix::new(path).map(drop).map_err(|error| {
+        CreateError(if bytes > PATH_MAX {
+            format!("\"{key}\" is a path of {bytes} bytes; a socket's has at most {PATH_MAX}")
+        } else {
+            format!("\"{key}\" is {path:?}: {error}")
+        })
+    })
 }
 
 fn stream_socket() -> rustix::io::Result<OwnedFd> {
@@ -158,6 +176,7 @@ impl Plug for StreamPlug {
             port: self.port.clone(),
             peer: None,
             retry: None,
+            told: false,
             plain: Plain::default(),
         }))
     }
@@ -302,6 +321,8 @@ struct StreamQueue {
     waiter: Waiter,
     peer: Option<Peer>,
     retry: Option<Instant>,
+    /// Whether the log says that there is no peer.
+    told: bool,
     plain: Plain,
 }
 
@@ -338,13 +359,21 @@ impl StreamQueue {
                 let connected = connect(&socket, &address);
                 self.retry = connected.is_err().then(|| Instant::now() + RETRY);
                 if let Err(error) = connected {
-                    tracing::debug!(device = self.port.name, path = %self.path.display(), %error, "no peer yet");
+                    let (device, path) = (&self.port.name, self.path.display());
+                    if self.told {
+                        tracing::debug!(device, %path, %error, "no peer yet");
+                    } else {
+                        // Once, and not each second.
+                        tracing::warn!(device, %path, %error, "the stream has no peer yet; trying again every second");
+                        self.told = true;
+                    }
                 }
                 connected.is_ok().then_some(socket)
             }
         };
         if let Some(socket) = socket {
             task.watch(&socket, Interest::Read).map_err(failed)?;
+            self.told = false;
             self.peer = Some(Peer::new(socket));
             self.counters.connects.one();
             self.link.set_carrier(true);

@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use serde::Deserialize;
 use serde_json::{Value, json};
 use vbus_core::CreateError;
+use vbus_core::settings::Settings;
 use vbus_core::shm::abi::sched as abi;
 
 use crate::policy::Policy;
@@ -13,52 +13,19 @@ use crate::policy::Policy;
 /// The names of the classes, by number.
 pub const CLASS_NAMES: [&str; 6] = ["none", "normal", "batch", "idle", "fifo", "rr"];
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-struct Raw {
-    threads: Option<Vec<i32>>,
-    qmp: Option<PathBuf>,
-    vmm: Option<PathBuf>,
-    cpus: Option<u32>,
-    #[serde(default = "all")]
-    allow: Vec<Class>,
-    #[serde(default = "ten")]
-    priority_max: i32,
-    nice_min: Option<i32>,
-    #[serde(default = "thousand")]
-    changes: u32,
-    #[serde(default = "half_a_second")]
-    boost_ms: u32,
-    boost_share: Option<u32>,
-}
+/// The classes that can be allowed, by name, with their numbers.
+const CLASSES: [(&str, u32); 5] = [
+    (CLASS_NAMES[abi::CLASS_NORMAL as usize], abi::CLASS_NORMAL),
+    (CLASS_NAMES[abi::CLASS_BATCH as usize], abi::CLASS_BATCH),
+    (CLASS_NAMES[abi::CLASS_IDLE as usize], abi::CLASS_IDLE),
+    (CLASS_NAMES[abi::CLASS_FIFO as usize], abi::CLASS_FIFO),
+    (CLASS_NAMES[abi::CLASS_RR as usize], abi::CLASS_RR),
+];
 
-/// In the order of their numbers, from 1.
-#[derive(Clone, Copy, Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum Class {
-    Normal = abi::CLASS_NORMAL as isize,
-    Batch = abi::CLASS_BATCH as isize,
-    Idle = abi::CLASS_IDLE as isize,
-    Fifo = abi::CLASS_FIFO as isize,
-    Rr = abi::CLASS_RR as isize,
-}
-
-fn all() -> Vec<Class> {
-    vec![Class::Normal, Class::Batch, Class::Idle, Class::Fifo, Class::Rr]
-}
-
-fn ten() -> i32 {
-    10
-}
-
-fn thousand() -> u32 {
-    1000
-}
-
-fn half_a_second() -> u32 {
-    500
-}
-
+/// Highest priority, changes a second, and milliseconds of a boost, if the settings do not say.
+const PRIORITY_MAX: i32 = 10;
+const CHANGES: u32 = 1000;
+const BOOST_MS: u32 = 500;
 /// *Share*, if the settings do not say ...
 const SHARE: u32 = 90;
 /// ... and the share that is none.
@@ -66,7 +33,6 @@ const SHARE_ALL: u32 = 100;
 /// Virtual CPUs with pages, if the settings do not say.
 const CPUS: u32 = 64;
 const CHANGES_MAX: u32 = 100_000;
-const BOOST_MS: std::ops::RangeInclusive<u32> = 10..=60_000;
 
 /// Where the threads of the virtual CPUs are known from.
 #[derive(Clone, Debug)]
@@ -93,11 +59,17 @@ impl Config {
     /// used; if it does not, there is no bound for it, and it is an error to have asked for one.
     pub fn parse(config: &Value, tells_time: bool) -> Result<Config, CreateError> {
         let bad = |text: String| Err(CreateError(text));
-        let raw: Raw = serde_json::from_value(config.clone())
-            .map_err(|error| CreateError(error.to_string()))?;
-        let (origin, implied) = match (raw.threads, raw.qmp, raw.vmm) {
+        let mut settings = Settings::new(config)?;
+        let threads = settings.integers("threads", 1..=i32::MAX)?;
+        let qmp = settings.text("qmp")?.map(PathBuf::from);
+        let vmm = settings.text("vmm")?.map(PathBuf::from);
+        let (origin, implied) = match (threads, qmp, vmm) {
             (Some(threads), None, None) => {
                 let count = u32::try_from(threads.len()).unwrap_or(u32::MAX);
+                if !(1..=abi::CPUS_MAX).contains(&count) {
+                    let text = format!("has {count} ids; give 1 to {}", abi::CPUS_MAX);
+                    return Err(settings.error("threads", text));
+                }
                 (Origin::Threads(threads), count)
             }
             (None, Some(qmp), None) => (Origin::Qmp(qmp), CPUS),
@@ -108,61 +80,41 @@ impl Config {
                     .into());
             }
         };
-        let cpus = raw.cpus.unwrap_or(implied);
-        if cpus == 0 || cpus > abi::CPUS_MAX {
-            return bad(format!("\"cpus\" is {cpus}; use 1 to {}", abi::CPUS_MAX));
+        let cpus = settings.integer("cpus", 1..=abi::CPUS_MAX)?.unwrap_or(implied);
+        if matches!(origin, Origin::Threads(_)) && cpus != implied {
+            let text = format!("is {cpus}, but \"threads\" has {implied}; leave \"cpus\" out");
+            return Err(settings.error("cpus", text));
         }
-        if let Origin::Threads(threads) = &origin {
-            if cpus != implied {
-                return bad(format!(
-                    "\"cpus\" is {cpus}, but \"threads\" has {implied}; leave \"cpus\" out"
-                ));
-            }
-            if let Some(tid) = threads.iter().find(|tid| **tid <= 0) {
-                return bad(format!("\"threads\": {tid} is no thread id"));
-            }
-        }
-        if !(1..=99).contains(&raw.priority_max) {
-            return bad(format!("\"priority-max\" is {}; use 1 to 99", raw.priority_max));
-        }
-        if let Some(nice) = raw.nice_min.filter(|nice| !(-20..=19).contains(nice)) {
-            return bad(format!("\"nice-min\" is {nice}; use -20 to 19"));
-        }
-        if raw.changes == 0 || raw.changes > CHANGES_MAX {
-            return bad(format!("\"changes\" is {}; use 1 to {CHANGES_MAX} a second", raw.changes));
-        }
-        if !BOOST_MS.contains(&raw.boost_ms) {
-            return bad(format!(
-                "\"boost-ms\" is {}; use {} to {}",
-                raw.boost_ms,
-                BOOST_MS.start(),
-                BOOST_MS.end()
-            ));
-        }
-        let share = raw.boost_share.unwrap_or(if tells_time { SHARE } else { SHARE_ALL });
-        if !(1..=SHARE_ALL).contains(&share) {
-            return bad(format!("\"boost-share\" is {share}; use 1 to 100 percent"));
-        }
+        let allow = settings.choices("allow", &CLASSES)?;
+        let allow = allow.unwrap_or_else(|| CLASSES.map(|(_, class)| class).to_vec());
+        let priority_max = settings.integer("priority-max", 1..=99)?.unwrap_or(PRIORITY_MAX);
+        let nice_min = settings.integer("nice-min", -20..=19)?;
+        let changes = settings.integer("changes", 1..=CHANGES_MAX)?.unwrap_or(CHANGES);
+        let boost_ms = settings.integer("boost-ms", 10..=60_000)?.unwrap_or(BOOST_MS);
+        let share = settings.integer("boost-share", 1..=SHARE_ALL)?;
+        let share = share.unwrap_or(if tells_time { SHARE } else { SHARE_ALL });
         if share < SHARE_ALL && !tells_time {
-            return bad(format!(
-                "\"boost-share\" is {share}, but this kernel does not tell how much time a thread has used (/proc/PID/schedstat, \
+            let text = format!(
+                "is {share}, but this kernel does not tell how much time a thread has used (/proc/PID/schedstat, \
                  CONFIG_SCHED_INFO): leave it out, or set it to 100, which is no bound"
-            ));
+            );
+            return Err(settings.error("boost-share", text));
         }
         // Two requests must fit, so that an honest driver can renew what it has.
-        if u64::from(raw.boost_ms) * u64::from(raw.changes) < 2000 {
-            return bad(format!(
-                "with \"changes\" = {} a driver cannot renew its class within \"boost-ms\" = {}: make their product at least 2000",
-                raw.changes, raw.boost_ms
-            ));
+        if u64::from(boost_ms) * u64::from(changes) < 2000 {
+            let text = format!(
+                "is {changes} a second, with which a driver cannot renew its class within \"boost-ms\" = {boost_ms}: \
+                 make their product at least 2000"
+            );
+            return Err(settings.error("changes", text));
         }
-        let classes = raw.allow.iter().fold(0, |bits, class| bits | 1 << *class as u32);
+        settings.finish()?;
         let policy = Policy {
-            classes,
-            priority_max: raw.priority_max,
-            nice_min: raw.nice_min,
-            changes: raw.changes,
-            boost: Duration::from_millis(raw.boost_ms.into()),
+            classes: allow.iter().fold(0, |bits, class| bits | 1 << class),
+            priority_max,
+            nice_min,
+            changes,
+            boost: Duration::from_millis(boost_ms.into()),
             share,
         };
         Ok(Config { origin, cpus, policy })
@@ -211,22 +163,22 @@ mod tests {
         for (config, text) in [
             (json!({}), "give one of: qmp"),
             (json!({ "qmp": "a", "vmm": "b" }), "give one of: qmp"),
-            (json!({ "threads": [] }), "\"cpus\" is 0"),
-            (json!({ "threads": [1, 0] }), "0 is no thread id"),
+            (json!({ "threads": [] }), "\"threads\" has 0 ids; give 1 to 256"),
+            (json!({ "threads": [1, 0] }), "\"threads[1]\" is 0; use a number from 1"),
             (json!({ "threads": [1], "cpus": 2 }), "leave \"cpus\" out"),
-            (json!({ "qmp": "a", "cpus": 257 }), "use 1 to 256"),
+            (json!({ "qmp": "a", "cpus": 257 }), "\"cpus\" is 257; use a number from 1 to 256"),
             (
                 json!({ "qmp": "a", "allow": ["deadline"] }),
-                "unknown variant `deadline`, expected one of `normal`",
+                "\"allow[0]\" is \"deadline\"; use \"normal\" or",
             ),
-            (json!({ "qmp": "a", "priority-max": 0 }), "use 1 to 99"),
-            (json!({ "qmp": "a", "priority-max": 100 }), "use 1 to 99"),
-            (json!({ "qmp": "a", "nice-min": -21 }), "use -20 to 19"),
-            (json!({ "qmp": "a", "changes": 0 }), "use 1 to 100000"),
-            (json!({ "qmp": "a", "boost-ms": 9 }), "use 10 to 60000"),
-            (json!({ "qmp": "a", "boost-share": 0 }), "use 1 to 100 percent"),
+            (json!({ "qmp": "a", "priority-max": 0 }), "use a number from 1 to 99"),
+            (json!({ "qmp": "a", "priority-max": 100 }), "use a number from 1 to 99"),
+            (json!({ "qmp": "a", "nice-min": -21 }), "use a number from -20 to 19"),
+            (json!({ "qmp": "a", "changes": 0 }), "use a number from 1 to 100000"),
+            (json!({ "qmp": "a", "boost-ms": 9 }), "use a number from 10 to 60000"),
+            (json!({ "qmp": "a", "boost-share": 0 }), "use a number from 1 to 100"),
             (json!({ "qmp": "a", "changes": 3 }), "at least 2000"),
-            (json!({ "qmp": "a", "nice": 1 }), "unknown field `nice`"),
+            (json!({ "qmp": "a", "nice": 1 }), "\"nice\" is no setting here"),
         ] {
             let error = Config::parse(&config, true).err().unwrap().to_string();
             assert!(error.contains(text), "{config}: {error}");

@@ -74,6 +74,10 @@ impl DeviceClass for SchedClass {
          allow = [\"normal\", \"batch\", \"idle\", \"fifo\", \"rr\"], priority-max (10), nice-min (the thread's own), changes (1000 a second), boost-ms (500), boost-share (90 %)."
     }
 
+    fn check(&self, _name: &str, config: &Value) -> Result<(), CreateError> {
+        Config::parse(config, thread::tells_time()).map(drop)
+    }
+
     fn create(&self, name: &str, config: &Value) -> Result<Arc<dyn Device>, CreateError> {
         let tells_time = thread::tells_time();
         let config = Config::parse(config, tells_time)?;

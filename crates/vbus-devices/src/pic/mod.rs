@@ -10,8 +10,8 @@ mod page;
 
 use std::sync::{Arc, Mutex};
 
-use serde::Deserialize;
 use serde_json::{Value, json};
+use vbus_core::settings::Settings;
 use vbus_core::shm::abi::{class, pic as abi};
 use vbus_core::shm::pic::LINES_MAX;
 use vbus_core::{Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Open};
@@ -22,16 +22,8 @@ use vbus_core::lock;
 /// The class of interrupt controllers.
 pub struct PicClass;
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Settings {
-    #[serde(default = "cpus_default")]
-    cpus: u16,
-}
-
-fn cpus_default() -> u16 {
-    64
-}
+/// Processors, unless the settings say.
+const CPUS: u16 = 64;
 
 impl DeviceClass for PicClass {
     fn name(&self) -> &'static str {
@@ -43,16 +35,10 @@ impl DeviceClass for PicClass {
     }
 
     fn create(&self, _name: &str, config: &Value) -> Result<Arc<dyn Device>, CreateError> {
-        let settings: Settings = serde_json::from_value(config.clone())
-            .map_err(|error| CreateError(error.to_string()))?;
-        if !(1..=abi::CPUS_MAX).contains(&settings.cpus) {
-            return Err(CreateError(format!(
-                "cpus is {}; use 1 to {}",
-                settings.cpus,
-                abi::CPUS_MAX
-            )));
-        }
-        Ok(Arc::new(PicDevice { cpus: settings.cpus, state: Arc::default() }))
+        let mut settings = Settings::new(config)?;
+        let cpus = settings.integer("cpus", 1..=abi::CPUS_MAX)?.unwrap_or(CPUS);
+        settings.finish()?;
+        Ok(Arc::new(PicDevice { cpus, state: Arc::default() }))
     }
 }
 

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::{Value, json};
 use vbus_core::shm::abi::state::{DESCRIPTION_BYTES, NAME_MAX, OWNER_DEVICE, OWNER_DRIVER};
 use vbus_core::shm::signal::{Armed, End};
@@ -13,7 +13,7 @@ use vbus_core::{ErrorCode, Interrupt, Region, Window};
 use vbus_core::lock;
 
 /// Which end writes a page.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Owner {
     /// The device's: control clients set it.

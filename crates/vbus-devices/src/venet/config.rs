@@ -1,13 +1,12 @@
 //! The settings of a venet device.
 
-use std::fmt;
 use std::hash::{BuildHasher, Hasher};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use serde::Deserialize;
 use serde_json::Value;
 use vbus_core::CreateError;
+use vbus_core::settings::Settings;
 use vbus_core::shm::abi::venet::{F_CSUM, F_TSO, F_USO, QUEUE_PAIRS_MAX};
 
 use vbus_net::{Mac, Medium, is_group, parse_mac};
@@ -21,8 +20,7 @@ const MTU_MAX: u16 = 65_513;
 const BACKPRESSURE_MS_MAX: u64 = 3_600_000;
 
 /// What the device is plugged into.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum BackendKind {
     /// The learning switch of this bus.
     #[default]
@@ -46,27 +44,12 @@ impl BackendKind {
     }
 }
 
-/// As written, before it is checked.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-struct Raw {
-    mac: Option<String>,
-    mtu: Option<u16>,
-    queue_pairs: Option<u16>,
-    #[serde(default)]
-    backend: BackendKind,
-    switch: Option<String>,
-    tap: Option<String>,
-    connect: Option<PathBuf>,
-    listen: Option<PathBuf>,
-    source_bytes: Option<u16>,
-    pcap: Option<PathBuf>,
-    snap_length: Option<u32>,
-    csum: Option<bool>,
-    tso: Option<bool>,
-    uso: Option<bool>,
-    backpressure_ms: Option<u64>,
-}
+const BACKENDS: [(&str, BackendKind); 4] = [
+    ("switch", BackendKind::Switch),
+    ("tap", BackendKind::Tap),
+    ("stream", BackendKind::Stream),
+    ("null", BackendKind::Null),
+];
 
 /// The settings, checked.
 #[derive(Clone, Debug)]
@@ -87,125 +70,117 @@ pub struct Config {
     pub backpressure: Duration,
 }
 
-fn bad(text: impl fmt::Display) -> CreateError {
-    CreateError(text.to_string())
-}
-
 impl Config {
     /// Checks the settings of a device.
     pub fn parse(value: &Value) -> Result<Config, CreateError> {
-        let value =
-            if value.is_null() { Value::Object(serde_json::Map::new()) } else { value.clone() };
-        let raw: Raw = serde_json::from_value(value).map_err(bad)?;
-        let mtu = raw.mtu.unwrap_or(1500);
-        if !(MTU_MIN..=MTU_MAX).contains(&mtu) {
-            return Err(bad(format!("mtu is {mtu}; use {MTU_MIN} to {MTU_MAX}")));
-        }
-        let queue_pairs = raw.queue_pairs.unwrap_or(1);
-        if !(1..=QUEUE_PAIRS_MAX).contains(&queue_pairs) {
-            return Err(bad(format!("queue-pairs is {queue_pairs}; use 1 to {QUEUE_PAIRS_MAX}")));
-        }
-        let stream = matches!(raw.backend, BackendKind::Stream);
+        let mut settings = Settings::new(value)?;
+        let mac = settings.text("mac")?;
+        let mac = mac.map_or_else(|| Ok(random_mac()), |text| device_mac(&settings, &text))?;
+        let mtu = settings.integer("mtu", MTU_MIN..=MTU_MAX)?.unwrap_or(1500);
+        let backend = settings.choice("backend", &BACKENDS)?.unwrap_or_default();
+        let stream = backend == BackendKind::Stream;
+        let queue_pairs = settings.integer("queue-pairs", 1..=QUEUE_PAIRS_MAX)?.unwrap_or(1);
         if stream && queue_pairs != 1 {
-            return Err(bad(
-                "a stream is one socket, and has one queue pair: leave queue-pairs out",
-            ));
+            let text = format!("is {queue_pairs}, but a stream is one socket: leave it out");
+            return Err(settings.error("queue-pairs", text));
         }
-        let belongs = |given: bool, key: &str, kind: BackendKind| {
-            if given && kind != raw.backend {
-                return Err(bad(format!(
-                    "{key} is a setting of backend {:?}, not of {:?}",
-                    kind.name(),
-                    raw.backend.name()
-                )));
-            }
-            Ok(())
-        };
-        belongs(raw.switch.is_some(), "switch", BackendKind::Switch)?;
-        belongs(raw.tap.is_some(), "tap", BackendKind::Tap)?;
-        belongs(raw.connect.is_some(), "connect", BackendKind::Stream)?;
-        belongs(raw.listen.is_some(), "listen", BackendKind::Stream)?;
-        belongs(raw.source_bytes.is_some(), "source-bytes", BackendKind::Null)?;
-        let medium = match raw.backend {
-            BackendKind::Switch => Medium::Switch(raw.switch.unwrap_or_else(|| "default".into())),
-            BackendKind::Tap => Medium::Tap(tap_name(raw.tap)?),
-            BackendKind::Stream => match (raw.connect, raw.listen) {
-                (Some(path), None) => Medium::Connect(path),
-                (None, Some(path)) => Medium::Listen(path),
-                _ => {
-                    return Err(bad(
-                        "backend \"stream\" needs either connect = PATH or listen = PATH",
-                    ));
-                }
-            },
-            BackendKind::Null => Medium::Null(source(raw.source_bytes.unwrap_or(0), mtu)?),
-        };
-        if raw.snap_length.is_some() && raw.pcap.is_none() {
-            return Err(bad("snap-length needs pcap = FILE"));
+        let medium = medium(&mut settings, backend, mtu)?;
+        let pcap = settings.text("pcap")?.map(PathBuf::from);
+        let snap = settings.integer("snap-length", 0..=u32::MAX)?;
+        if snap.is_some() && pcap.is_none() {
+            return Err(settings.error("snap-length", "needs pcap = FILE"));
         }
-        let backpressure = raw.backpressure_ms.unwrap_or(50);
-        if backpressure > BACKPRESSURE_MS_MAX {
-            return Err(bad(format!(
-                "backpressure-ms is {backpressure}; use 0 to {BACKPRESSURE_MS_MAX}"
-            )));
-        }
-        let snap = raw.snap_length.unwrap_or(u32::from(u16::MAX));
+        let backpressure =
+            settings.integer("backpressure-ms", 0..=BACKPRESSURE_MS_MAX)?.unwrap_or(50);
         // A stream carries plain frames: the device would have to undo the offloads of each. They
         // are on only if the settings ask for them.
         let or_default = |given: Option<bool>| given.unwrap_or(!stream);
-        let csum = or_default(raw.csum);
-        let mut features = 0;
-        for (feature, on, given) in [
-            (F_CSUM, csum, None),
-            (F_TSO, or_default(raw.tso), raw.tso),
-            (F_USO, or_default(raw.uso), raw.uso),
-        ] {
+        let csum = or_default(settings.flag("csum")?);
+        let mut features = if csum { F_CSUM } else { 0 };
+        for (key, feature) in [("tso", F_TSO), ("uso", F_USO)] {
+            let given = settings.flag(key)?;
             if given == Some(true) && !csum {
-                return Err(bad("segmentation needs checksums: tso and uso need csum = true"));
+                return Err(settings.error(key, "is true, which needs csum = true"));
             }
-            features |= if on && csum { feature } else { 0 };
+            features |= if or_default(given) && csum { feature } else { 0 };
         }
+        settings.finish()?;
         Ok(Config {
-            mac: raw.mac.as_deref().map_or_else(|| Ok(random_mac()), device_mac)?,
+            mac,
             mtu,
             queue_pairs,
             medium,
-            pcap: raw.pcap.map(|path| (path, snap)),
+            pcap: pcap.map(|path| (path, snap.unwrap_or(u32::from(u16::MAX)))),
             features,
             backpressure: Duration::from_millis(backpressure),
         })
     }
 }
 
-fn tap_name(name: Option<String>) -> Result<String, CreateError> {
+/// What the device is plugged into, by the settings of `backend`; those of the others are errors.
+fn medium(settings: &mut Settings, backend: BackendKind, mtu: u16) -> Result<Medium, CreateError> {
+    let switch = settings.text("switch")?;
+    let tap = settings.text("tap")?;
+    let connect = settings.text("connect")?.map(PathBuf::from);
+    let listen = settings.text("listen")?.map(PathBuf::from);
+    let source = settings.integer("source-bytes", 0..=u16::MAX)?;
+    for (given, key, kind) in [
+        (switch.is_some(), "switch", BackendKind::Switch),
+        (tap.is_some(), "tap", BackendKind::Tap),
+        (connect.is_some(), "connect", BackendKind::Stream),
+        (listen.is_some(), "listen", BackendKind::Stream),
+        (source.is_some(), "source-bytes", BackendKind::Null),
+    ] {
+        if given && kind != backend {
+            let (its, this) = (kind.name(), backend.name());
+            let text = format!("is a setting of backend {its:?}, not of {this:?}");
+            return Err(settings.error(key, text));
+        }
+    }
+    match backend {
+        BackendKind::Switch => Ok(Medium::Switch(switch.unwrap_or_else(|| "default".into()))),
+        BackendKind::Tap => tap_name(settings, tap).map(Medium::Tap),
+        BackendKind::Stream => match (connect, listen) {
+            (Some(path), None) => Ok(Medium::Connect(path)),
+            (None, Some(path)) => Ok(Medium::Listen(path)),
+            _ => Err(settings.error(
+                "backend",
+                "is \"stream\", which needs either connect = PATH or listen = PATH",
+            )),
+        },
+        BackendKind::Null => source_bytes(settings, source.unwrap_or(0), mtu).map(Medium::Null),
+    }
+}
+
+fn tap_name(settings: &Settings, name: Option<String>) -> Result<String, CreateError> {
     let name = name.unwrap_or_else(|| "vbus%d".into());
     // IFNAMSIZ, with its final zero.
     let plain = |b: u8| b.is_ascii_graphic() && b != b'/' && b != b':';
     if name.is_empty() || name.len() > 15 || name == "." || name == ".." || !name.bytes().all(plain)
     {
-        return Err(bad(format!(
-            "tap = {name:?} is no name of an interface: 1 to 15 letters, digits and signs"
-        )));
+        let text =
+            format!("is {name:?}, no name of an interface; use 1 to 15 letters, digits and signs");
+        return Err(settings.error("tap", text));
     }
     Ok(name)
 }
 
-fn source(bytes: u16, mtu: u16) -> Result<u16, CreateError> {
+fn source_bytes(settings: &Settings, bytes: u16, mtu: u16) -> Result<u16, CreateError> {
     let most = u32::from(mtu) + 14;
     if bytes != 0 && (bytes < 14 || u32::from(bytes) > most) {
-        return Err(bad(format!("source-bytes is {bytes}; use 0 (no frames), or 14 to {most}")));
+        let text = format!("is {bytes}; use 0 (no frames), or a number from 14 to {most}");
+        return Err(settings.error("source-bytes", text));
     }
     Ok(bytes)
 }
 
-fn device_mac(text: &str) -> Result<Mac, CreateError> {
+fn device_mac(settings: &Settings, text: &str) -> Result<Mac, CreateError> {
     let mac = parse_mac(text).filter(|mac| *mac != Mac::default()).ok_or_else(|| {
-        bad(format!("mac = {text:?} is no address; write it like 02:00:00:00:00:01"))
+        settings.error("mac", format!("is {text:?}, no address; write it like 02:00:00:00:00:01"))
     })?;
     if is_group(mac) {
-        return Err(bad(format!(
-            "mac = {text:?} is a multicast address: its first byte must be even"
-        )));
+        let text = format!("is {text:?}, a multicast address: make its first byte even");
+        return Err(settings.error("mac", text));
     }
     Ok(mac)
 }
@@ -243,23 +218,26 @@ mod tests {
     #[test]
     fn errors_say_what_to_write() {
         for (config, text) in [
-            (json!({"mtuu": 1500}), "unknown field `mtuu`"),
-            (json!({"mtu": 67}), "mtu is 67; use 68 to 65513"),
-            (json!({"mtu": 70000}), "70000"),
-            (json!({"queue-pairs": 17}), "use 1 to 16"),
-            (json!({"backend": "bridge"}), "unknown variant `bridge`, expected one of `switch`"),
+            (json!({"mtuu": 1500}), "\"mtuu\" is no setting here; did you mean \"mtu\"?"),
+            (json!({"mtu": 67}), "\"mtu\" is 67; use a number from 68 to 65513"),
+            (json!({"mtu": 99999}), "\"mtu\" is 99999; use a number from 68 to 65513"),
+            (json!({"queue-pairs": 17}), "use a number from 1 to 16"),
+            (json!({"backend": "bridge"}), "\"backend\" is \"bridge\"; use \"switch\" or \"tap\""),
             (json!({"mac": "02:00:00:00:00"}), "like 02:00:00:00:00:01"),
             (json!({"mac": "01:00:00:00:00:01"}), "multicast"),
             (json!({"mac": "0x:00:00:00:00:01"}), "no address"),
-            (json!({"tap": "tap0"}), "tap is a setting of backend \"tap\", not of \"switch\""),
+            (json!({"tap": "tap0"}), "\"tap\" is a setting of backend \"tap\", not of \"switch\""),
             (json!({"backend": "tap", "tap": "a/b"}), "no name of an interface"),
             (json!({"backend": "stream"}), "either connect = PATH or listen = PATH"),
-            (json!({"backend": "stream", "connect": "/x", "queue-pairs": 2}), "one queue pair"),
-            (json!({"backend": "null", "source-bytes": 13}), "source-bytes is 13"),
-            (json!({"tso": true, "csum": false}), "need csum"),
+            (
+                json!({"backend": "stream", "connect": "/x", "queue-pairs": 2}),
+                "a stream is one socket",
+            ),
+            (json!({"backend": "null", "source-bytes": 13}), "\"source-bytes\" is 13"),
+            (json!({"tso": true, "csum": false}), "\"tso\" is true, which needs csum = true"),
             (json!({"snap-length": 64}), "needs pcap"),
-            (json!({"backpressure-ms": u64::MAX}), "use 0 to 3600000"),
-            (json!([]), "invalid"),
+            (json!({"backpressure-ms": u64::MAX}), "use a number from 0 to 3600000"),
+            (json!([]), "use a table"),
         ] {
             let error = Config::parse(&config).unwrap_err().to_string();
             assert!(error.contains(text), "{config}: {error}");

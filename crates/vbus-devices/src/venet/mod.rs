@@ -50,6 +50,10 @@ impl DeviceClass for VenetClass {
          backend = \"switch\" (switch = NAME), \"tap\" (tap = INTERFACE), \"stream\" (connect = PATH or listen = PATH), \"null\" (source-bytes)."
     }
 
+    fn check(&self, _name: &str, config: &Value) -> Result<(), CreateError> {
+        Config::parse(config).map(drop)
+    }
+
     fn create(&self, name: &str, config: &Value) -> Result<Arc<dyn Device>, CreateError> {
         let config = Config::parse(config)?;
         let link = Arc::new(Link::default());

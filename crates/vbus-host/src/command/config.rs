@@ -28,11 +28,12 @@ pub enum Command {
 pub fn run(command: &Command, more: Vec<Box<dyn DeviceClass>>) -> Result<()> {
     let Command::Check { file, json } = command;
     let (config, source) = config::read(file)?;
-    // The classes know their own settings: make the devices, on a bus that nobody sees.
+    // The classes check their own settings. No device is made: a bus may be running with this very
+    // configuration, and what it uses is not touched.
     let executor = Executor::start(Tuning { workers: 1, ..config.tuning })?;
     let bus = Bus::new(executor, classes::all(SchedClass::new(), more)?, config.trust);
     for (number, spec) in config.devices.iter().enumerate() {
-        bus.create(&spec.name, &spec.class, &spec.settings)
+        bus.check(&spec.name, &spec.class, &spec.settings)
             .map_err(|error| source.device_error(number, &error.to_string()))?;
     }
     if *json {

@@ -1,5 +1,6 @@
 //! `vbus device`.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -8,7 +9,7 @@ use serde_json::{Map, Value, json};
 
 use crate::client::{BusDir, Client, text};
 use crate::vmm::Vmm;
-use vbus_cli::output::{bold, columns, emit, emit_json, flatten, plain};
+use vbus_cli::output::{bold, columns, emit, emit_json, flatten, plain, table};
 use vbus_cli::rundir;
 
 use crate::{config, plug};
@@ -40,6 +41,20 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Send a device a request of its class, and print what it answers
+    #[command(after_help = REQUEST_HELP)]
+    Request {
+        /// Its name
+        name: String,
+        /// The request, in JSON; - reads it from standard input
+        #[arg(value_name = "JSON")]
+        request: String,
+        #[command(flatten)]
+        bus: BusDir,
+        /// Print each answer as it is: a line of JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// List the classes of which devices can be made
     Classes {
         #[command(flatten)]
@@ -49,6 +64,14 @@ pub enum Command {
         json: bool,
     },
 }
+
+const REQUEST_HELP: &str = "\
+What can be asked for is the class's own matter. A class may answer several times, as long as it
+likes; Ctrl-C ends that. For example, of a device of class state:
+  vbus device request values '{\"op\": \"list\"}'
+  vbus device request values '{\"op\": \"set\", \"page\": \"setpoint\", \"text\": \"42\"}'
+  vbus device request values '{\"op\": \"watch\", \"page\": \"setpoint\"}' --json
+A class of your own answers in its method `Device::control`.";
 
 /// The virtual machine to plug into.
 #[derive(clap::Args, Debug)]
@@ -166,12 +189,30 @@ pub fn run(command: &Command) -> Result<()> {
             if *json {
                 emit_json(&device);
             } else {
-                let rows: Vec<_> = flatten(&device)
-                    .into_iter()
-                    .map(|(key, value)| vec![key, plain(value)])
-                    .collect();
-                let head = vec![bold(text(&device, "name"))];
-                emit(&columns(&[vec![head], rows].concat()));
+                emit(&format!("{}\n{}", bold(text(&device, "name")), show(&device)));
+            }
+            Ok(())
+        }
+        Command::Request { name, request, bus, json } => {
+            let text = if request == "-" {
+                let mut text = String::new();
+                std::io::stdin().read_to_string(&mut text).context("standard input")?;
+                text
+            } else {
+                request.clone()
+            };
+            let request: Value = serde_json::from_str(&text).with_context(|| {
+                format!(
+                    "the request is no JSON: {}; put it in single quotes for the shell",
+                    text.trim_end()
+                )
+            })?;
+            let mut print = |answer: Value| {
+                if *json { emit_json(&answer) } else { emit(&show(&answer)) }
+            };
+            let last = Client::connect(bus.dir.as_deref())?.device(name, &request, &mut print)?;
+            if !last.is_null() {
+                print(last);
             }
             Ok(())
         }
@@ -187,6 +228,16 @@ pub fn run(command: &Command) -> Result<()> {
             }
             Ok(())
         }
+    }
+}
+
+/// A value for people: a line for each of its members.
+fn show(value: &Value) -> String {
+    let rows: Vec<_> =
+        flatten(value).into_iter().map(|(key, value)| vec![key, plain(value)]).collect();
+    match &rows[..] {
+        [only] if only[0].is_empty() => format!("{}\n", only[1]),
+        rows => table(rows),
     }
 }
 
@@ -223,7 +274,7 @@ fn list(bus: &BusDir, json: bool) -> Result<()> {
 }
 
 fn add(args: &Add) -> Result<()> {
-    let mut client = Client::connect(args.bus.dir.as_deref())?;
+    let client = Client::connect(args.bus.dir.as_deref())?;
     let mut settings = Map::new();
     for (key, value) in &args.settings {
         if settings.insert(key.clone(), value.clone()).is_some() {
@@ -262,7 +313,7 @@ fn add(args: &Add) -> Result<()> {
 }
 
 fn remove(args: &Remove) -> Result<()> {
-    let mut client = Client::connect(args.bus.dir.as_deref())?;
+    let client = Client::connect(args.bus.dir.as_deref())?;
     // An unknown name is an error before anything is unplugged.
     client.ask(&json!({ "op": "show", "name": args.name }))?;
     let (socket, patience) = (rundir::socket(client.dir(), &args.name), args.into.patience());

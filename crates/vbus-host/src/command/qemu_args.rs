@@ -27,7 +27,7 @@ pub struct Args {
 
 /// Runs it.
 pub fn run(args: &Args) -> Result<()> {
-    let mut client = Client::connect(args.bus.dir.as_deref())?;
+    let client = Client::connect(args.bus.dir.as_deref())?;
     let devices = client.list()?;
     let free = |d: &&Value| d.get("connected").and_then(Value::as_bool) != Some(true);
     let chosen: Vec<&Value> = if args.devices.is_empty() {
@@ -42,10 +42,22 @@ pub fn run(args: &Args) -> Result<()> {
         }
         chosen
     };
-    if args.memory.is_empty()
-        || !args.memory.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'.')
-    {
-        bail!("--memory is a size, such as 512M or 2G");
+    if chosen.is_empty() {
+        bail!(
+            "{}; add one with `vbus device add`, or free one (`vbus device list` shows who has what)",
+            if devices.is_empty() {
+                "no device is on the bus"
+            } else {
+                "every device of the bus is in use by another machine or driver"
+            }
+        );
+    }
+    if !is_size(&args.memory) {
+        bail!(
+            "--memory is {:?}; use a number with K, M, G or T behind it, such as 512M or 1.5G (a \
+             number alone is in MiB)",
+            args.memory
+        );
     }
     let ports = chosen.len() + usize::from(args.spare_ports);
     if ports > plug::ROOT_PORTS_MAX {
@@ -80,8 +92,30 @@ pub fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
+/// Whether QEMU takes the text for a size of memory: a number above 0, maybe with a fraction, and a
+/// unit.
+fn is_size(text: &str) -> bool {
+    let number = text.strip_suffix(['k', 'K', 'm', 'M', 'g', 'G', 't', 'T']).unwrap_or(text);
+    let (whole, fraction) = number.split_once('.').unwrap_or((number, "0"));
+    let digits = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit());
+    digits(whole) && digits(fraction) && number.bytes().any(|b| (b'1'..=b'9').contains(&b))
+}
+
 /// A word for the shell.
 fn quoted(word: &str) -> String {
     let plain = |b: u8| b.is_ascii_alphanumeric() || b"-_=.,:/".contains(&b);
     if word.bytes().all(plain) { word.into() } else { format!("'{}'", word.replace('\'', r"'\''")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_those_that_qemu_takes() {
+        assert!(["512", "512M", "1G", "1.5g", "0.5T", "64k"].iter().all(|text| is_size(text)));
+        let wrong =
+            ["", "M", "12X", "1GG", "-1G", "0", "0.0G", "1.G", ".5G", "1.2.3G", "1 G", "1G,"];
+        assert!(!wrong.iter().any(|text| is_size(text)));
+    }
 }

@@ -132,7 +132,7 @@ pub fn run(command: &Command) -> Result<()> {
 }
 
 fn ask(common: &Common, device: &str, request: &Value, item: &mut dyn FnMut(Value)) -> Result<()> {
-    Client::connect(common.bus.dir.as_deref())?.device(device, request, item)
+    Client::connect(common.bus.dir.as_deref())?.device(device, request, item).map(drop)
 }
 
 /// The value as text if it is text, and otherwise, or if that is wanted, in hexadecimal.

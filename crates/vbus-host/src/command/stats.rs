@@ -34,7 +34,7 @@ type Before = HashMap<(String, String), f64>;
 
 /// Runs it.
 pub fn run(args: &Args) -> Result<()> {
-    let mut client = Client::connect(args.bus.dir.as_deref())?;
+    let client = Client::connect(args.bus.dir.as_deref())?;
     if !(0.05..=86400.0).contains(&args.interval) {
         bail!("--interval must be from 0.05 to 86400 seconds");
     }

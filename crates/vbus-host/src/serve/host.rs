@@ -16,9 +16,6 @@ use crate::classes;
 use crate::config::{Config, DeviceSpec};
 use vbus_cli::rundir::Claimed;
 
-/// A name that a device cannot have: its socket would be the control socket.
-const RESERVED: &str = "control";
-
 /// The bus and what it is served by.
 pub struct Host {
     claimed: Claimed,
@@ -55,9 +52,6 @@ impl Host {
 
     /// Makes a device and serves it.
     pub fn add(&self, spec: DeviceSpec) -> Result<Arc<Endpoint>> {
-        if spec.name == RESERVED {
-            bail!("a device cannot be called {RESERVED:?}");
-        }
         let path = self.claimed.socket(&spec.name)?;
         let endpoint = self.bus.create(&spec.name, &spec.class, &spec.settings)?;
         if let Some(pic) = &spec.pic {

@@ -22,8 +22,28 @@ use host::Host;
 use vbus_cli::log;
 use vbus_cli::rundir::{self, Claimed};
 
+const HELP: &str = "\
+Environment:
+  VBUS_LOG       what is in the log, on standard error: error, warn, info (without it), debug or
+                 trace; also by crate, such as `info,vbus_vfio_user=debug`
+  NOTIFY_SOCKET  systemd sets it for a service of Type=notify, and is told when the bus is up
+
+A configuration, bus.toml, of a bus with a network card and two values:
+  [[device]]
+  name = \"net0\"
+  class = \"venet\"
+  backend = \"switch\"
+
+  [[device]]
+  name = \"values\"
+  class = \"state\"
+  pages = [{ name = \"setpoint\", bytes = 64, owner = \"device\" },
+           { name = \"load\", bytes = 64, owner = \"driver\" }]
+`vbus config check bus.toml` checks it, `vbus device classes` lists the classes and their settings.";
+
 /// Arguments of `vbus serve`.
 #[derive(clap::Args, Debug)]
+#[command(after_help = HELP)]
 pub struct Args {
     /// The bus as it shall be at the start; without it, an empty one.
     #[arg(long, value_name = "FILE")]

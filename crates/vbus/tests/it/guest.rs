@@ -70,6 +70,24 @@ fn the_devices_of_a_bus_are_listed() {
 }
 
 #[test]
+fn on_a_host_the_list_speaks_of_the_directory_of_a_bus() {
+    if !std::path::Path::new("/sys/bus/pci").exists() {
+        eprintln!("skipped: this machine has no PCI bus");
+        return;
+    }
+    let bus = Served::start("");
+    let place = bus.dir.parent().unwrap().join("vbus");
+    let done = vbus_guest().arg("list").env("XDG_RUNTIME_DIR", &bus.dir).output().unwrap();
+    let out = String::from_utf8(done.stdout).unwrap();
+    assert!(out.contains("on the host of a bus use --dir DIR"), "{out}");
+    std::os::unix::fs::symlink(&bus.dir, &place).unwrap();
+    let done = vbus_guest().arg("list").env("XDG_RUNTIME_DIR", place.parent().unwrap()).output();
+    let out = String::from_utf8(done.unwrap().stdout).unwrap();
+    let hint = format!("a bus serves in {0}: `vbus-guest --dir {0} list`", place.display());
+    assert!(out.contains(&hint), "{out}");
+}
+
+#[test]
 fn a_doorbell_is_rung_as_often_as_asked_for() {
     let bus = Served::start(CONFIG);
     let rung = bus.guest().json(&["ring", "values", "--count", "5000", "--handle", "0"]);

@@ -1,6 +1,7 @@
 //! `vbus serve` as a process: what it makes, refuses, bears and leaves behind.
 use std::io::Write;
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::process::Stdio;
 use std::time::Duration;
 
 use crate::support::{PATIENCE, Served, exchange, run, vbus, wait_until};
@@ -52,7 +53,7 @@ fn devices_come_and_go() {
             .contains("already")
     );
     assert!(bus.bad(&["device", "add", "a/b", "--class", "venet"]).contains("bad device name"));
-    assert!(bus.bad(&["device", "add", "control", "--class", "venet"]).contains("control"));
+    assert!(bus.bad(&["device", "add", "control", "--class", "venet"]).contains("the bus's own"));
     assert!(
         bus.bad(&["device", "add", "x", "--class", "vnet"]).contains("venet"),
         "names the classes that there are"
@@ -85,7 +86,12 @@ fn qemu_args_are_what_qemu_takes() {
     assert_eq!(device["socket"]["path"].as_str(), bus.dir.join("net1.sock").to_str());
     assert!(bus.good(&["qemu-args"]).lines().filter(|l| l.contains("vfio-user-pci")).count() == 2);
     assert!(bus.bad(&["qemu-args", "nope"]).contains("nope"));
-    assert!(bus.bad(&["qemu-args", "--memory", "1G,share=off"]).contains("size"));
+    assert!(bus.bad(&["qemu-args", "--memory", "1G,share=off"]).contains("such as 512M"));
+    assert!(bus.bad(&["qemu-args", "--memory", "12X"]).contains("--memory is \"12X\""));
+    // Nothing to give to a machine is no success.
+    bus.good(&["device", "remove", "net0"]);
+    bus.good(&["device", "remove", "net1"]);
+    assert!(bus.bad(&["qemu-args"]).contains("no device is on the bus"));
 }
 
 #[test]
@@ -100,7 +106,20 @@ fn errors_of_a_configuration_show_the_line() {
         ("\n[[device]]\nname = \"n\"\nclass = \"vnet\"\n", ":4:9: no device class \"vnet\""),
         (
             "[[device]]\nname = \"n\"\nclass = \"venet\"\nbackend = \"null\"\nmut = 9000\n",
-            ":5:1: device \"n\": unknown field `mut`; did you mean `mtu`?\n 5 | mut",
+            ":5:1: device \"n\": \"mut\" is no setting here; did you mean \"mtu\"?\n 5 | mut",
+        ),
+        (
+            "[[device]]\nname = \"n\"\nclass = \"venet\"\nmtu = 99999\n",
+            ":4:1: device \"n\": \"mtu\" is 99999; use a number from 68 to 65513\n 4 | mtu = 99999\n   | ^^^",
+        ),
+        (
+            "[[device]]\nname = \"n\"\nclass = \"state\"\npages = [{ name = \"a\", bytes = 8, owner = \"n\" }]\n",
+            ":4:35: device \"n\": \"pages[0].owner\" is \"n\"; use \"device\" or \"driver\"\n \
+             4 | pages = [{ name = \"a\", bytes = 8, owner = \"n\" }]\n   |                                   ^^^^^",
+        ),
+        (
+            "[[device]]\nname = \"control\"\nclass = \"venet\"\n",
+            ":2:1: \"name\" is \"control\", but",
         ),
         ("[[device]]\nname = \"n\nclass = \"venet\"\n", ":2:"),
     ] {
@@ -164,8 +183,8 @@ fn one_bus_a_directory() {
     let mut next = vbus()
         .args(["serve", "--dir"])
         .arg(&bus.dir)
-        .stdout(std::process::Stdio::null())
-        .stderr(std::process::Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
         .spawn()
         .unwrap();
     wait_until("the next bus", || bus.run(&["device", "list"]).code == Some(0));
@@ -256,8 +275,87 @@ fn a_connection_to_a_device_counts_as_use() {
     client.write_all(&version).unwrap();
     wait_until("the client", || bus.json(&["device", "show", "net0"])["connected"] == true);
     assert!(bus.bad(&["device", "remove", "net0"]).contains("--force"));
+    bus.good(&["device", "remove", "net1"]);
+    assert!(bus.bad(&["qemu-args"]).contains("every device of the bus is in use"));
     bus.good(&["device", "remove", "net0", "--force"]);
-    assert_eq!(bus.json(&["device", "list"]).as_array().unwrap().len(), 1);
+    assert!(bus.json(&["device", "list"]).as_array().unwrap().is_empty());
+}
+
+#[test]
+fn output_that_cannot_be_written_is_a_failure() {
+    let bus = Served::start(TWO);
+    for words in [&["device", "list"][..], &["stats"], &["qemu-args"], &["device", "show", "net0"]]
+    {
+        let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+        let done = vbus().args(words).arg("--dir").arg(&bus.dir).stdout(full).output().unwrap();
+        let err = String::from_utf8(done.stderr).unwrap();
+        assert_eq!(done.status.code(), Some(1), "{words:?}");
+        assert!(err.contains("cannot write to standard output: No space left"), "{words:?}: {err}");
+    }
+    // A reader that has seen enough is none.
+    let mut child =
+        vbus().args(["stats", "--dir"]).arg(&bus.dir).stdout(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn a_directory_whose_name_does_not_serve_is_refused() {
+    use std::os::unix::ffi::OsStrExt;
+    let dir = tempfile::tempdir().unwrap();
+    let long = dir.path().join("x".repeat(100));
+    let done = run(&["serve"], &long);
+    assert_eq!(done.code, Some(1));
+    assert!(done.err.contains("at most 107; use a shorter directory (--dir)"), "{}", done.err);
+    assert!(!long.exists());
+    let strange = dir.path().join(std::ffi::OsStr::from_bytes(b"bus\xff"));
+    let done = run(&["serve"], &strange);
+    assert!(done.code == Some(1) && done.err.contains("is not UTF-8"), "{}", done.err);
+    assert!(run(&["device", "list"], &strange).err.contains("no bus"));
+    // A name that makes the path too long, where the directory does not.
+    let near = dir.path().join("x".repeat(90 - dir.path().as_os_str().len()));
+    let bus = Served::start_in(&near, "");
+    let name = "n".repeat(32);
+    let err = bus.bad(&["device", "add", &name, "--class", "venet"]);
+    assert!(err.contains("use a shorter directory (--dir) or name"), "{err}");
+}
+
+#[test]
+fn a_check_leaves_the_running_bus_alone() {
+    let files = tempfile::tempdir().unwrap();
+    let (pcap, socket) = (files.path().join("frames.pcap"), files.path().join("stream"));
+    let config = format!(
+        "[[device]]\nname = \"a\"\nclass = \"venet\"\nbackend = \"null\"\npcap = {pcap:?}\n\
+         [[device]]\nname = \"b\"\nclass = \"venet\"\nbackend = \"stream\"\nlisten = {socket:?}\n"
+    );
+    let bus = Served::start(&config);
+    std::fs::File::options().append(true).open(&pcap).unwrap().write_all(b"frames").unwrap();
+    let before = (std::fs::read(&pcap).unwrap(), std::fs::metadata(&socket).unwrap().ino());
+    let file = files.path().join("bus.toml");
+    std::fs::write(&file, &config).unwrap();
+    let done = run(&["config", "check", file.to_str().unwrap()], &bus.dir);
+    assert_eq!(done.code, Some(2), "it knows no --dir");
+    let done = vbus().args(["config", "check"]).arg(&file).output().unwrap();
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let after = (std::fs::read(&pcap).unwrap(), std::fs::metadata(&socket).unwrap().ino());
+    assert!(before == after && before.0.ends_with(b"frames"));
+}
+
+#[test]
+fn a_stream_without_a_peer_says_so() {
+    let bus = Served::start(
+        "[[device]]\nname = \"s\"\nclass = \"venet\"\nbackend = \"stream\"\nconnect = \"/nonexistent/peer\"\n",
+    );
+    let log = std::fs::read_to_string(&bus.log).unwrap();
+    assert!(
+        log.contains("nothing is at the stream's path yet") && log.contains("/nonexistent/peer"),
+        "{log}"
+    );
+    let long = format!("connect=/{}", "x".repeat(200));
+    let add = ["device", "add", "t", "--class", "venet", "--set", "backend=stream", "--set", &long];
+    assert!(
+        bus.bad(&add).contains("\"connect\" is a path of 201 bytes; a socket's has at most 107")
+    );
 }
 
 #[test]

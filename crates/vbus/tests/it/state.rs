@@ -43,6 +43,44 @@ fn values_are_set_read_and_listed() {
 }
 
 #[test]
+fn requests_of_the_class_are_sent_as_they_are() {
+    let bus = Served::start(CONFIG);
+    let request = |json: &str| bus.good(&["device", "request", "values", json]);
+    assert!(request(r#"{"op":"set","page":"setpoint","text":"42"}"#).contains("version"));
+    assert!(
+        request(r#"{"op":"get","page":"setpoint"}"#)
+            .lines()
+            .any(|line| { line.split_whitespace().collect::<Vec<_>>() == ["text", "42"] })
+    );
+    let answer = bus.json(&["device", "request", "values", r#"{"op":"get","page":"setpoint"}"#]);
+    assert_eq!(answer["text"], "42");
+    let bad = |name: &str, json: &str| bus.bad(&["device", "request", name, json]);
+    assert!(bad("values", "{op: get}").contains("the request is no JSON"));
+    assert!(bad("values", r#"{"op":"fly"}"#).contains("values: "));
+    assert!(bad("nothing", "{}").contains("nothing"));
+    // Answers come as they are given.
+    let mut watch = vbus()
+        .args(["device", "request", "values", r#"{"op":"watch","page":"setpoint"}"#, "--json"])
+        .arg("--dir")
+        .arg(&bus.dir)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(watch.stdout.take().unwrap()).lines();
+    for value in ["42", "43", "44"] {
+        let answer: serde_json::Value =
+            serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
+        assert_eq!(answer["text"], value);
+        let next = (value.parse::<u32>().unwrap() + 1).to_string();
+        bus.good(&["state", "set", "values", "setpoint", &next]);
+    }
+    watch.kill().unwrap();
+    watch.wait().unwrap();
+    let help = vbus().args(["device", "request", "--help"]).output().unwrap();
+    assert!(String::from_utf8(help.stdout).unwrap().contains("Device::control"));
+}
+
+#[test]
 fn a_watch_sees_the_newest_value_and_ends_with_its_client() {
     let bus = Served::start(CONFIG);
     let quiet = bus.status("Threads");

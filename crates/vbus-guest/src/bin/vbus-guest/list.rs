@@ -8,8 +8,8 @@ use crate::doorbell;
 use vbus_cli::output::{columns, emit, emit_json};
 use vbus_guest::Source;
 
-/// Prints them.
-pub fn run<S: Source>(source: &S, as_json: bool) -> Result<()> {
+/// Prints them; if there are none, `hint` says where there may be some.
+pub fn run<S: Source>(source: &S, as_json: bool, hint: &str) -> Result<()> {
     let mut rows = Vec::new();
     for found in source.scan()? {
         let probed = source.look(&found.id).and_then(|hal| Ok(Function::probe(hal)?));
@@ -21,7 +21,7 @@ pub fn run<S: Source>(source: &S, as_json: bool) -> Result<()> {
     if as_json {
         emit_json(&Value::Array(rows));
     } else if rows.is_empty() {
-        emit("no functions of a vbus\n");
+        emit(&format!("no functions of a vbus here{hint}\n"));
     } else {
         let mut table = vec![
             ["FUNCTION", "NAME", "CLASS", "FEATURES", "DOORBELLS", "STATE"]

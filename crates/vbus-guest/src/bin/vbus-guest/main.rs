@@ -12,7 +12,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
-use vbus_cli::log;
+use vbus_cli::{log, rundir};
 use vbus_guest::{PciSource, SocketSource, Source};
 
 /// Drive the devices of a vbus: those on this machine's PCI bus, or those behind sockets.
@@ -66,15 +66,18 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<()> {
     let from = &args.from;
     match (&from.socket, &from.dir) {
-        (Some(path), _) => run_on(&SocketSource::One(path.clone()), &args.command),
-        (None, Some(dir)) => run_on(&SocketSource::Dir(dir.clone()), &args.command),
-        (None, None) => run_on(&PciSource::new()?, &args.command),
+        (Some(path), _) => {
+            rundir::check_socket_path(path)?;
+            run_on(&SocketSource::One(path.clone()), &args.command, "")
+        }
+        (None, Some(dir)) => run_on(&SocketSource::Dir(dir.clone()), &args.command, ""),
+        (None, None) => run_on(&PciSource::new()?, &args.command, &elsewhere()),
     }
 }
 
-fn run_on<S: Source>(source: &S, command: &Command) -> Result<()> {
+fn run_on<S: Source>(source: &S, command: &Command, hint: &str) -> Result<()> {
     match command {
-        Command::List { json } => list::run(source, *json),
+        Command::List { json } => list::run(source, *json, hint),
         Command::Ring(args) => ring::run(source, args),
         Command::Net(options) => {
             log::start();
@@ -90,4 +93,15 @@ fn run_on<S: Source>(source: &S, command: &Command) -> Result<()> {
             sched::run(source, args)
         }
     }
+}
+
+/// Where functions may be if the PCI bus has none: on a host they are behind the bus's sockets.
+fn elsewhere() -> String {
+    let dir = rundir::choose(None);
+    let bus = if dir.join(rundir::CONTROL).exists() {
+        format!("; a bus serves in {dir}: `vbus-guest --dir {dir} list`", dir = dir.display())
+    } else {
+        "; on the host of a bus use --dir DIR, the directory of its sockets".into()
+    };
+    format!(", on the PCI bus of this machine{bus}")
 }

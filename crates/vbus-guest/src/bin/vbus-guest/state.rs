@@ -1,6 +1,6 @@
 //! `vbus-guest state`: the pages of a state device.
 
-use std::io::{Read, Write};
+use std::io::Read;
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -11,7 +11,7 @@ use vbus_driver::{Acknowledger, Function, Hal};
 use vbus_shm::abi::class;
 use vbus_shm::signal::Armed;
 
-use vbus_cli::output::{columns, emit, emit_json};
+use vbus_cli::output::{columns, emit, emit_bytes, emit_json, plain};
 use vbus_guest::{Interrupt, Source, claim};
 
 /// What to do, and with which device.
@@ -121,9 +121,7 @@ impl<H: Hal> Session<H> {
         }
         let keys = ["name", "owner", "bytes"];
         let mut table = vec![keys.map(str::to_uppercase).to_vec()];
-        table.extend(
-            rows.iter().map(|row| keys.map(|key| vbus_cli::output::plain(&row[key])).to_vec()),
-        );
+        table.extend(rows.iter().map(|row| keys.map(|key| plain(&row[key])).to_vec()));
         emit(&columns(&table));
         Ok(())
     }
@@ -134,7 +132,8 @@ impl<H: Hal> Session<H> {
         let mut value = vec![0; reader.value_bytes()];
         // The device has written the current value before it said that the page is registered.
         reader.read(&mut value)?;
-        print(&value, form)
+        print(&value, form);
+        Ok(())
     }
 
     fn set(&mut self, name: &str, value: &[u8]) -> Result<()> {
@@ -157,7 +156,7 @@ impl<H: Hal> Session<H> {
         let mut printed = 0;
         while count.is_none_or(|count| printed < count) {
             let version = reader.read(&mut value)?;
-            print(&value, form)?;
+            print(&value, form);
             printed += 1;
             while count.is_none_or(|count| printed < count)
                 && reader.arm_newer(version) == Armed::Waiting
@@ -221,14 +220,12 @@ fn parse(value: &str, hex: bool) -> Result<Vec<u8>> {
     digits.chunks(2).map(byte).collect()
 }
 
-fn print(value: &[u8], form: Form) -> Result<()> {
-    let mut out = std::io::stdout().lock();
+fn print(value: &[u8], form: Form) {
     if form.raw {
-        out.write_all(value)?;
+        emit_bytes(value);
     } else {
-        writeln!(out, "{}", text(value, form.hex))?;
+        emit(&format!("{}\n", text(value, form.hex)));
     }
-    Ok(out.flush()?)
 }
 
 /// A value for people.

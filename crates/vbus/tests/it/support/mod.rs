@@ -105,11 +105,17 @@ impl Served {
     /// Starts one with this configuration.
     pub fn start(config: &str) -> Served {
         let temporary = tempfile::tempdir().unwrap();
-        let (dir, log, file) = (
-            temporary.path().join("bus"),
-            temporary.path().join("log"),
-            temporary.path().join("bus.toml"),
-        );
+        let dir = temporary.path().join("bus");
+        Served::start_at(temporary, dir, config)
+    }
+
+    /// Starts one in the directory `dir`.
+    pub fn start_in(dir: &Path, config: &str) -> Served {
+        Served::start_at(tempfile::tempdir().unwrap(), dir.to_owned(), config)
+    }
+
+    fn start_at(temporary: tempfile::TempDir, dir: PathBuf, config: &str) -> Served {
+        let (log, file) = (temporary.path().join("log"), temporary.path().join("bus.toml"));
         std::fs::write(&file, config).unwrap();
         let mut child = vbus()
             .args(["serve", "--ready-fd", "1", "--config"])
