@@ -6,7 +6,7 @@ use vbus_shm_model::signal::{Armed, End};
 use vbus_shm_model::state::{Layout, Reader, Writer};
 use vbus_shm_model::sync::{Edge, Fence, Place};
 
-use super::harness::{Kick, Shared, check, needs};
+use crate::harness::{Kick, Shared, check, needs};
 
 const NEAR_WRAP: u32 = u32::MAX - 1;
 /// Two words, so that a value can be torn.

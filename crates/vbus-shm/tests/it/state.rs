@@ -1,5 +1,4 @@
 //! A state page against a plain cell, and against a peer that writes anything anywhere.
-#![allow(clippy::unwrap_used)] // Of a test as a whole.
 
 use proptest::prelude::*;
 use vbus_shm::signal::{Armed, End};

@@ -1,5 +1,4 @@
 //! A ring against a plain queue, and against a peer that writes anything anywhere.
-#![allow(clippy::unwrap_used)] // Of a test as a whole.
 
 use std::collections::VecDeque;
 

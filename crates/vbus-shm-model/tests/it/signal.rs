@@ -6,7 +6,7 @@ use std::sync::Arc;
 use vbus_shm_model::signal::{Armed, BLOCK_BYTES, End, Receiver, Sender, format};
 use vbus_shm_model::sync::{Edge, Fence, Place};
 
-use super::harness::{Kick, Shared, check, needs};
+use crate::harness::{Kick, Shared, check, needs};
 
 const NEAR_WRAP: u32 = u32::MAX - 1;
 

@@ -1,10 +1,6 @@
 //! The other end in C, in another process, written from the specification alone: every entry and
 //! every value comes across.
 
-#![cfg(target_os = "linux")]
-#![allow(clippy::unwrap_used)] // Of a test as a whole.
-#![allow(unsafe_code)] // Maps memory.
-
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::{Child, Command};

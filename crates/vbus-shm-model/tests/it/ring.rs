@@ -8,7 +8,7 @@ use vbus_shm_model::ring::{DeviceEnd, DriverEnd, Entry, Layout, Returns};
 use vbus_shm_model::signal::Armed;
 use vbus_shm_model::sync::{Edge, Fence, Place};
 
-use super::harness::{Kick, Shared, check, needs};
+use crate::harness::{Kick, Shared, check, needs};
 
 const NEAR_WRAP: u32 = u32::MAX - 1;
 

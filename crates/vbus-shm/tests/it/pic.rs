@@ -1,5 +1,4 @@
 //! An interrupt page against a plain model: sets and a stack.
-#![allow(clippy::unwrap_used)] // Of a test as a whole.
 
 use std::collections::BTreeSet;
 

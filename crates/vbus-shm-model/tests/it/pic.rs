@@ -8,7 +8,7 @@ use loom::thread;
 use vbus_shm_model::pic::{DeviceEnd, DriverEnd, Nesting, PAGE_BYTES, Wanted};
 use vbus_shm_model::sync::{Edge, Fence, Place};
 
-use super::harness::{Kick, Shared, check, needs};
+use crate::harness::{Kick, Shared, check, needs};
 
 const LINES: u16 = 8;
 const LOW: u16 = 2;
