@@ -52,7 +52,7 @@ impl Connection for Shouting {
             memory.read(entry.addr, &mut text[..len])?;
             text.make_ascii_uppercase();
             memory.write(entry.addr, &text[..len])?;
-            ring.give_back(entry);
+            ring.give_back(entry.into());
             progress = Progress::Busy;
         }
         interrupt.kick(ring.post());
@@ -85,7 +85,7 @@ pub fn shout<H: Hal>(hal: H, text: &str, wait: impl FnOnce()) -> Result<String, 
     ring.submit(Entry { addr: buffer.address(0), len, id: 0, flags: 0 })
         .expect("the ring is empty");
     let armed = ring.arm(0);
-    if ring.post() {
+    if ring.post().is_wanted() {
         function.ring(region.handle());
     }
     if armed == Armed::Waiting {

@@ -58,7 +58,7 @@ impl Connection for Rings {
         for (_, ring, interrupt) in &mut self.0 {
             for _ in 0..budget {
                 let Some(entry) = ring.take()? else { break };
-                ring.give_back(entry);
+                ring.give_back(entry.into());
                 progress = Progress::Busy;
             }
             interrupt.kick(ring.post());

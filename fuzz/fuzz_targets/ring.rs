@@ -3,8 +3,8 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use vbus_shm::ring::{DeviceEnd, DriverEnd, Entry, Layout, Returns};
-use vbus_shm::signal::End;
+use vbus_shm::ring::{DeviceEnd, DriverEnd, Entry, Layout, Return, Returns};
+use vbus_shm::signal::end;
 use vbus_shm::state::{self, Reader, Writer};
 use vbus_shm::sync::{Ordering, Word};
 
@@ -20,9 +20,9 @@ fn memory() -> Vec<Word> {
     (0..WORDS).map(|_| Word::new(0)).collect()
 }
 
-/// Counts that start shortly before or after the wrap-around.
-fn count(start: u8) -> u32 {
-    u32::from(start).wrapping_sub(128)
+/// Positions that start shortly before or after the wrap-around.
+fn position(start: u8) -> u64 {
+    u64::from(start).wrapping_sub(128)
 }
 
 /// The steps of an input: a word of memory, what to write there, and what to do afterwards.
@@ -37,10 +37,11 @@ fn steps(input: &[u8]) -> impl Iterator<Item = (usize, u64, u8)> + '_ {
 }
 
 fn ring(shape: u8, start: u8, input: &[u8]) {
-    let returns = if shape & 1 == 0 { Returns::Counted } else { Returns::Entries };
-    let Ok(layout) = Layout::new(2 << (shape >> 1 & 3), returns) else { return };
+    let forms = [Returns::Counted, Returns::Entries, Returns::InOrder];
+    let returns = forms[usize::from(shape) % forms.len()];
+    let Ok(layout) = Layout::new(2 << (shape >> 2 & 3), returns) else { return };
     let memory = memory();
-    let Ok(mut driver) = DriverEnd::create(&memory[..], layout, count(start)) else { return };
+    let Ok(mut driver) = DriverEnd::create(&memory[..], layout, position(start)) else { return };
     let Ok(mut device) = DeviceEnd::attach(&memory[..]) else { return };
     for (word, value, action) in steps(input) {
         if action & 1 == 0 {
@@ -55,25 +56,28 @@ fn ring(shape: u8, start: u8, input: &[u8]) {
             5 => _ = driver.reap(),
             6 => _ = driver.reap_count(),
             7 | 8 => _ = device.take(),
-            9 | 10 => device.give_back(Entry { addr: value, len: 1, id: 2, flags: 3 }),
+            9 | 10 => device.give_back(Return { len: value as u32, id: 2, flags: 3 }),
             11 => _ = device.post(),
             12 => _ = device.arm(after),
             13 => device.disarm(),
             14 => {
                 let entry = Entry { addr: value, len: 1, id: 2, flags: 3 };
-                driver.submit_all(std::iter::repeat_n(entry, after as usize));
-                let (before, mut reaped) = (driver.in_flight(), 0);
-                _ = driver.reap_all(after, |_| reaped += 1);
-                assert!(reaped <= before.min(after));
-                let mut served = 0;
-                _ = device.serve(after, |entry| {
-                    served += 1;
-                    entry
-                });
-                assert!(served <= after);
+                (0..2 * after).for_each(|_| _ = driver.submit(entry));
+                _ = driver.post();
+                while let Ok(Some(entry)) = device.take() {
+                    device.give_back(entry.into());
+                }
+                _ = device.post();
+                let before = driver.in_flight();
+                let reaped = std::iter::from_fn(|| driver.reap().ok().flatten()).take(WORDS);
+                assert!(reaped.count() <= before as usize);
             }
             _ => {
                 if let Ok(other) = DeviceEnd::attach(&memory[..]) {
+                    assert!(other.layout().words() <= WORDS);
+                    device = other;
+                }
+                if let Ok((other, _)) = DeviceEnd::resume(&memory[..]) {
                     assert!(other.layout().words() <= WORDS);
                     device = other;
                 }
@@ -87,11 +91,11 @@ fn ring(shape: u8, start: u8, input: &[u8]) {
 fn page(shape: u8, start: u8, input: &[u8]) {
     let Ok(layout) = state::Layout::new(u32::from(shape) + 1, 4) else { return };
     let memory = memory();
-    if layout.format(&&memory[..], count(start)).is_err() {
+    if layout.format(&&memory[..], position(start)).is_err() {
         return;
     }
-    let Ok(mut writer) = Writer::attach(&memory[..], End::Driver) else { return };
-    let Ok(mut reader) = Reader::attach(&memory[..], End::Device) else { return };
+    let Ok(mut writer) = Writer::attach(&memory[..], end::Driver) else { return };
+    let Ok(mut reader) = Reader::attach(&memory[..], end::Device) else { return };
     let mut out = [0; 256];
     for (word, value, action) in steps(input) {
         if action & 1 == 0 {
@@ -101,15 +105,15 @@ fn page(shape: u8, start: u8, input: &[u8]) {
         match action >> 1 & 7 {
             0 | 1 => _ = writer.write(&out[..len]),
             2 | 3 => _ = reader.read(&mut out[..len]),
-            4 => _ = reader.read_if_newer(u32::from(action), &mut out),
+            4 => _ = reader.read_if_newer(u64::from(action), &mut out),
             5 => _ = reader.arm_newer(writer.version()),
             6 => reader.disarm(),
             _ => {
-                if let Ok(other) = Reader::attach(&memory[..], End::Device) {
+                if let Ok(other) = Reader::attach(&memory[..], end::Device) {
                     assert!(other.layout().words() <= WORDS);
                     reader = other;
                 }
-                if let Ok(other) = Writer::attach(&memory[..], End::Driver) {
+                if let Ok(other) = Writer::attach(&memory[..], end::Driver) {
                     writer = other;
                 }
             }

@@ -4,6 +4,8 @@
 use std::fmt;
 use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
 
+use vbus_shm::signal::{Kick, end};
+
 use crate::ErrorCode;
 use crate::bus::Devices;
 use crate::counter::ConnectionCounters;
@@ -31,15 +33,20 @@ impl Interrupt {
         Interrupt { sink, vector, counters }
     }
 
-    /// Takes the answer of a `post`: interrupts the driver if it asked for a kick, and counts
-    /// either way.
-    pub fn kick(&self, wanted: bool) {
-        if wanted {
-            self.counters.interrupts.one();
-            self.sink.trigger(self.vector);
+    /// Takes what a post returned: interrupts the driver if it asked for a kick, and counts either
+    /// way.
+    pub fn kick(&self, kick: Kick<end::Device>) {
+        if kick.is_wanted() {
+            self.trigger();
         } else {
             self.counters.interrupts_suppressed.one();
         }
+    }
+
+    /// Interrupts the driver, whether or not it asked for that.
+    pub fn trigger(&self) {
+        self.counters.interrupts.one();
+        self.sink.trigger(self.vector);
     }
 }
 

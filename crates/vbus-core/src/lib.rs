@@ -22,7 +22,7 @@
 //!
 //! ```
 //! use std::sync::Arc;
-//! use vbus_core::shm::{ring::{DeviceEnd, Entry}, signal::Armed};
+//! use vbus_core::shm::{ring::{DeviceEnd, Return}, signal::Armed};
 //! use vbus_core::*;
 //!
 //! struct Doubler;
@@ -51,7 +51,7 @@
 //!         let mut progress = Progress::Idle;
 //!         for _ in 0..budget {
 //!             let Some(entry) = ring.take()? else { break };
-//!             ring.give_back(Entry { addr: entry.addr.wrapping_mul(2), ..entry });
+//!             ring.give_back(Return { len: entry.len.wrapping_mul(2), ..entry.into() });
 //!             progress = Progress::Busy;
 //!         }
 //!         interrupt.kick(ring.post()); // once for all, and only if the driver sleeps

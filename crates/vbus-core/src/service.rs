@@ -42,7 +42,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 use serde_json::Value;
 use vbus_shm::abi::service as abi;
-use vbus_shm::ring::{DeviceEnd, Entry, Returns};
+use vbus_shm::ring::{DeviceEnd, Entry, Return, Returns};
 use vbus_shm::signal::Armed;
 use vbus_shm::{Memory, copy};
 
@@ -326,9 +326,9 @@ impl Ring {
             }
             result => result,
         };
-        let (response, status) = match result {
-            Ok(response) => (response, 0),
-            Err(code) => (&[][..], u64::from(code.0)),
+        let (response, len, flags) = match result {
+            Ok(response) => (response, u32::try_from(response.len()).unwrap_or(0), 0),
+            Err(code) => (&[][..], code.0, abi::REFUSED),
         };
         // Checked when the request was copied, and the region cannot change meanwhile.
         let at = usize::try_from(entry.addr).unwrap_or(usize::MAX) / WORD;
@@ -336,8 +336,7 @@ impl Ring {
         if let Some(buffer) = self.window.words().get(at..).and_then(|rest| rest.get(..words)) {
             copy::store(buffer, response);
         }
-        let len = u32::try_from(response.len()).unwrap_or(0);
-        self.end.give_back(Entry { addr: status, len, id: entry.id, flags: 0 });
+        self.end.give_back(Return { len, id: entry.id, flags });
         1 + response.len() / UNIT_BYTES
     }
 }

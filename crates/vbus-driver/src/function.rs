@@ -4,6 +4,8 @@ use core::fmt;
 
 use vbus_shm::Memory;
 use vbus_shm::abi::{bar0, capability, command, error_code, event, reg};
+use vbus_shm::signal::Kick;
+use vbus_shm::signal::end::Driver;
 use vbus_shm::sync::Ordering;
 use vbus_shm::{ErrorCode, Versions};
 
@@ -550,6 +552,14 @@ impl<H: Hal> Bell<H> {
     /// Rings it.
     pub fn ring(&self) {
         self.hal.ring(self.doorbell, self.handle);
+    }
+
+    /// Rings it if a post by this driver asks for that. Returns whether it did.
+    pub fn kick(&self, kick: Kick<Driver>) -> bool {
+        if kick.is_wanted() {
+            self.ring();
+        }
+        kick.is_wanted()
     }
 }
 

@@ -20,8 +20,8 @@
 //! many are under way at a time.
 
 use vbus_shm::ErrorCode;
-use vbus_shm::abi::{error_code, reg, service as abi};
-use vbus_shm::ring::{DriverEnd, Entry, Layout, Returns, SIGNAL_OFFSET};
+use vbus_shm::abi::{reg, service as abi};
+use vbus_shm::ring::{DriverEnd, Entry, Layout, Return, Returns, SIGNAL_OFFSET};
 use vbus_shm::signal::Armed;
 
 use crate::{Bell, Dma, Error, Function, Hal};
@@ -173,9 +173,7 @@ impl<H: Hal> Requests<H> {
 
     /// Tells the device of what was submitted, if it sleeps.
     pub fn post(&mut self) {
-        if self.ring.post() {
-            self.bell.ring();
-        }
+        self.bell.kick(self.ring.post());
     }
 
     /// The next response, if one has come; it is copied to `response`, as much of it as fits.
@@ -185,19 +183,19 @@ impl<H: Hal> Requests<H> {
     /// The device broke the protocol: do not go on with this connection.
     pub fn complete(&mut self, response: &mut [u8]) -> Result<Option<Completion>, Error> {
         let entry = self.ring.reap().map_err(|_| Error::Corrupt("more came back than was sent"))?;
-        let Some(Entry { addr: status, len, id, .. }) = entry else { return Ok(None) };
+        let Some(Return { len, id, flags }) = entry else { return Ok(None) };
         if u32::from(id) >= self.depth || self.under_way & 1 << id == 0 {
             return Err(Error::Corrupt("a response to no request"));
+        }
+        if flags & abi::REFUSED != 0 {
+            self.under_way &= !(1 << id);
+            return Ok(Some(Completion { id, result: Err(ErrorCode(len)) }));
         }
         let len = len as usize;
         if len > self.response_max {
             return Err(Error::Corrupt("a response longer than the device's longest"));
         }
         self.under_way &= !(1 << id);
-        if status != u64::from(error_code::OK) {
-            let code = ErrorCode(u32::try_from(status).unwrap_or(u32::MAX));
-            return Ok(Some(Completion { id, result: Err(code) }));
-        }
         let fits = len.min(response.len());
         self.memory.copy_out(self.buffer(u32::from(id)), &mut response[..fits]);
         Ok(Some(Completion { id, result: Ok(len) }))

@@ -1,7 +1,8 @@
 //! Driver of `sched`: the scheduling class of virtual CPUs' threads (spec/sched.md).
 
 use vbus_shm::abi::{class, sched as abi};
-use vbus_shm::signal::{Armed, End};
+use vbus_shm::signal::Armed;
+use vbus_shm::signal::end::Driver;
 use vbus_shm::state::{self, Layout, Overrun, SIGNAL_OFFSET};
 
 use crate::{Bell, Error, Function, Hal, Region};
@@ -112,7 +113,7 @@ pub struct Report {
     /// What its thread is now.
     pub class: Class,
     /// Number of the newest request that was looked at: see [`Cpu::version`].
-    pub version: u32,
+    pub version: u64,
     /// Requests that were looked at.
     pub updates: u64,
     /// Times that the thread's class was set.
@@ -176,9 +177,9 @@ impl<H: Hal> Cpus<H> {
             return Err(Error::Unsupported("a virtual CPU that has no pages"));
         }
         let (memory, region) = self.register(abi::request_page(cpu), abi::request::BYTES)?;
-        let requests = state::Writer::attach(memory, End::Driver).map_err(|_| LAYOUT)?;
+        let requests = state::Writer::attach(memory, Driver).map_err(|_| LAYOUT)?;
         let (memory, _) = self.register(abi::report_page(cpu), abi::report::BYTES)?;
-        let reports = state::Reader::attach(memory, End::Driver).map_err(|_| LAYOUT)?;
+        let reports = state::Reader::attach(memory, Driver).map_err(|_| LAYOUT)?;
         Ok(Cpu { requests, bell: self.function.bell(region.handle()), reports })
     }
 
@@ -202,9 +203,9 @@ const LAYOUT: Error = Error::Unsupported("a state page of that size");
 /// The pages of a virtual CPU.
 #[derive(Debug)]
 pub struct Cpu<H: Hal> {
-    requests: state::Writer<H::Dma>,
+    requests: state::Writer<H::Dma, Driver>,
     bell: Bell<H>,
-    reports: state::Reader<H::Dma>,
+    reports: state::Reader<H::Dma, Driver>,
 }
 
 impl<H: Hal> Cpu<H> {
@@ -215,18 +216,16 @@ impl<H: Hal> Cpu<H> {
         let mut value = [0; abi::request::BYTES as usize];
         value[abi::request::CLASS..][..4].copy_from_slice(&class.to_le_bytes());
         value[abi::request::PRIORITY..][..4].copy_from_slice(&priority.to_le_bytes());
-        if self.requests.write(&value) {
-            self.bell.ring();
-        }
+        self.bell.kick(self.requests.write(&value));
     }
 
     /// Number of the newest post.
-    pub fn version(&self) -> u32 {
+    pub fn version(&self) -> u64 {
         self.requests.version()
     }
 
     /// The newest report, and its number.
-    pub fn report(&self) -> Result<(Report, u32), Error> {
+    pub fn report(&self) -> Result<(Report, u64), Error> {
         let mut value = [0; abi::report::BYTES as usize];
         let number = self
             .reports
@@ -254,7 +253,7 @@ impl<H: Hal> Cpu<H> {
         let report = Report {
             outcome,
             class,
-            version: u32::from_le_bytes(word(abi::report::VERSION)),
+            version: count(abi::report::VERSION),
             updates: count(abi::report::UPDATES),
             changes: count(abi::report::CHANGES),
             clamped: count(abi::report::CLAMPED),
@@ -266,7 +265,7 @@ impl<H: Hal> Cpu<H> {
     }
 
     /// Asks for an interrupt by the report that follows number `than`.
-    pub fn arm_report(&mut self, than: u32) -> Armed {
+    pub fn arm_report(&mut self, than: u64) -> Armed {
         self.reports.arm_newer(than)
     }
 

@@ -1,7 +1,7 @@
 //! Driver of `state`: named state pages (spec/state.md).
 
 use vbus_shm::abi::{class, state as abi};
-use vbus_shm::signal::{Armed, End};
+use vbus_shm::signal::{Armed, end};
 use vbus_shm::state::{self, Layout, MAX_VALUE, Overrun, SIGNAL_OFFSET};
 
 use crate::{Bell, Error, Function, Hal, Name, Region};
@@ -93,7 +93,7 @@ impl<H: Hal> Pages<H> {
     /// Registers memory for a page that the device writes. Interrupts come on `vector`.
     pub fn reader(&mut self, page: &Description, vector: u16) -> Result<Reader<H>, Error> {
         let (memory, region) = self.register(page, Owner::Device, vector)?;
-        let inner = state::Reader::attach(memory, End::Driver).map_err(|_| LAYOUT)?;
+        let inner = state::Reader::attach(memory, end::Driver).map_err(|_| LAYOUT)?;
         Ok(Reader { inner, region })
     }
 
@@ -106,7 +106,7 @@ impl<H: Hal> Pages<H> {
     /// Registers memory for a page that the driver writes.
     pub fn writer(&mut self, page: &Description, vector: u16) -> Result<Writer<H>, Error> {
         let (memory, region) = self.register(page, Owner::Driver, vector)?;
-        let inner = state::Writer::attach(memory, End::Driver).map_err(|_| LAYOUT)?;
+        let inner = state::Writer::attach(memory, end::Driver).map_err(|_| LAYOUT)?;
         Ok(Writer { inner, bell: self.function.bell(region.handle()), region })
     }
 
@@ -142,7 +142,7 @@ const LAYOUT: Error = Error::Unsupported("a state page of that size");
 /// Reads a page that the device writes.
 #[derive(Debug)]
 pub struct Reader<H: Hal> {
-    inner: state::Reader<H::Dma>,
+    inner: state::Reader<H::Dma, end::Driver>,
     region: Region,
 }
 
@@ -153,17 +153,17 @@ impl<H: Hal> Reader<H> {
     }
 
     /// The version that is current; the device counts up by one with each value.
-    pub fn version(&self) -> u32 {
+    pub fn version(&self) -> u64 {
         self.inner.version()
     }
 
     /// Copies the current value into the front of `out` and returns its version.
-    pub fn read(&self, out: &mut [u8]) -> Result<u32, Error> {
+    pub fn read(&self, out: &mut [u8]) -> Result<u64, Error> {
         self.inner.read(out).map_err(|Overrun| Error::Corrupt("the state page never stands still"))
     }
 
     /// Asks for an interrupt by the value that follows version `than`.
-    pub fn arm_newer(&mut self, than: u32) -> Armed {
+    pub fn arm_newer(&mut self, than: u64) -> Armed {
         self.inner.arm_newer(than)
     }
 
@@ -176,7 +176,7 @@ impl<H: Hal> Reader<H> {
 /// Writes a page that belongs to the driver.
 #[derive(Debug)]
 pub struct Writer<H: Hal> {
-    inner: state::Writer<H::Dma>,
+    inner: state::Writer<H::Dma, end::Driver>,
     bell: Bell<H>,
     region: Region,
 }
@@ -190,8 +190,6 @@ impl<H: Hal> Writer<H> {
     /// Makes `value` current, filled up with zeros or cut to a value's size, and wakes the device
     /// if it waits for it.
     pub fn write(&mut self, value: &[u8]) {
-        if self.inner.write(value) {
-            self.bell.ring();
-        }
+        self.bell.kick(self.inner.write(value));
     }
 }

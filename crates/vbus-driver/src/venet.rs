@@ -10,7 +10,8 @@ mod tx;
 use vbus_shm::abi::class;
 use vbus_shm::abi::venet::{self, status_page};
 use vbus_shm::ring::{DriverEnd, Layout, Returns, SIGNAL_OFFSET};
-use vbus_shm::signal::{Armed, End};
+use vbus_shm::signal::Armed;
+use vbus_shm::signal::end::Driver;
 use vbus_shm::state;
 
 pub use rx::{Received, Rx};
@@ -68,8 +69,8 @@ pub struct Traffic {
 /// A NIC with an open connection.
 #[derive(Debug)]
 pub struct Nic<H: Hal> {
-    status: state::Reader<H::Dma>,
-    seen: u32,
+    status: state::Reader<H::Dma, Driver>,
+    seen: u64,
     config: Config,
     function: Function<H>,
 }
@@ -111,7 +112,7 @@ impl<H: Hal> Nic<H> {
             state::Layout::new(status_page::BYTES, state::DEFAULT_SLOTS).map_err(|_| LAYOUT)?;
         let page = function.hal().alloc(layout.bytes())?;
         layout.format(&page, 0).map_err(|_| Error::NoMemory)?;
-        let status = state::Reader::attach(page.clone(), End::Driver).map_err(|_| LAYOUT)?;
+        let status = state::Reader::attach(page.clone(), Driver).map_err(|_| LAYOUT)?;
         let place = (0, layout.bytes());
         function.region_add(
             venet::REGION_STATUS,

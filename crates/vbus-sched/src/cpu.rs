@@ -6,7 +6,7 @@ use rustix::io::Errno;
 use serde_json::{Value, json};
 use vbus_core::shm::abi::sched as abi;
 use vbus_core::shm::abi::sched::report as word;
-use vbus_core::shm::signal::{Armed, End};
+use vbus_core::shm::signal::{Armed, end};
 use vbus_core::shm::state::{Overrun, Reader, SIGNAL_OFFSET, Writer};
 use vbus_core::{ErrorCode, Interrupt, Region, Window};
 
@@ -38,9 +38,9 @@ enum Wish {
 /// A driver's request page.
 struct Requests {
     handle: u32,
-    reader: Reader<Window>,
+    reader: Reader<Window, end::Device>,
     /// Version that was looked at last.
-    seen: u32,
+    seen: u64,
     wish: Wish,
     /// The latest look.
     looked: Instant,
@@ -51,7 +51,7 @@ struct Requests {
 /// A driver's report page.
 struct Reports {
     handle: u32,
-    writer: Writer<Window>,
+    writer: Writer<Window, end::Device>,
     interrupt: Interrupt,
 }
 
@@ -104,7 +104,7 @@ impl Cpu {
         if self.requests.is_some() {
             return Err(ErrorCode::EXISTS);
         }
-        let reader = Reader::attach(checked(region)?, End::Device)?;
+        let reader = Reader::attach(checked(region)?, end::Device)?;
         if reader.layout().value_bytes() != abi::request::BYTES as usize {
             return Err(ErrorCode::BAD_LENGTH);
         }
@@ -120,7 +120,7 @@ impl Cpu {
         if self.reports.is_some() {
             return Err(ErrorCode::EXISTS);
         }
-        let writer = Writer::attach(checked(region)?, End::Device)?;
+        let writer = Writer::attach(checked(region)?, end::Device)?;
         if writer.layout().value_bytes() != abi::report::BYTES as usize {
             return Err(ErrorCode::BAD_LENGTH);
         }
@@ -307,13 +307,13 @@ impl Cpu {
             (word::OUTCOME, self.status),
             (word::CLASS, setting.class),
             (word::PRIORITY, setting.priority as u32),
-            (word::VERSION, version),
         ];
         for (at, word) in words {
             value[at..at + 4].copy_from_slice(&word.to_le_bytes());
         }
         let Counts { updates, changes, clamped, refused, limited, expired, .. } = self.counts;
         let counts = [
+            (word::VERSION, version),
             (word::UPDATES, updates),
             (word::CHANGES, changes),
             (word::CLAMPED, clamped),

@@ -433,23 +433,23 @@ pub mod sched {
         pub const CLASS: usize = 4;
         /// i32: and its priority.
         pub const PRIORITY: usize = 8;
-        /// u32: version of the request page that was looked at last.
-        pub const VERSION: usize = 12;
+        /// u64: version of the request page that was looked at last. (4 bytes before it are 0.)
+        pub const VERSION: usize = 16;
         /// u64: requests that were looked at.
-        pub const UPDATES: usize = 16;
+        pub const UPDATES: usize = 24;
         /// u64: times that the thread's class was set.
-        pub const CHANGES: usize = 24;
+        pub const CHANGES: usize = 32;
         /// u64: requests that were granted in part.
-        pub const CLAMPED: usize = 32;
+        pub const CLAMPED: usize = 40;
         /// u64: requests that were refused, by the policy or by the host's kernel.
-        pub const REFUSED: usize = 40;
+        pub const REFUSED: usize = 48;
         /// u64: times that a look was put off by the rate limit.
-        pub const LIMITED: usize = 48;
+        pub const LIMITED: usize = 56;
         /// u64: times that a real-time class ended for want of a new request, or because the thread
         /// had used its share of the time.
-        pub const EXPIRED: usize = 56;
+        pub const EXPIRED: usize = 64;
         /// Bytes of the value.
-        pub const BYTES: u32 = 64;
+        pub const BYTES: u32 = 72;
 
         /// Outcome: as requested.
         pub const OK: u32 = 0;
@@ -517,6 +517,8 @@ pub mod service {
     pub const BYTES_MAX: u32 = 1 << 20;
     /// A buffer begins at a multiple of this many bytes of the region.
     pub const BUFFER_ALIGN: usize = 8;
+    /// Flag of a return: the request was refused, and the length is the error code.
+    pub const REFUSED: u16 = 1 << 1;
 }
 
 const _: () = {

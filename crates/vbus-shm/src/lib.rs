@@ -17,7 +17,7 @@
 //! [`sync`].
 //!
 //! ```
-//! use vbus_shm::{ring::{DeviceEnd, DriverEnd, Entry, Layout, Returns}, sync::Word};
+//! use vbus_shm::{ring::{DeviceEnd, DriverEnd, Entry, Layout, Return, Returns}, sync::Word};
 //!
 //! let layout = Layout::new(8, Returns::Entries).unwrap();
 //! let memory: Vec<Word> = (0..layout.words()).map(|_| Word::new(0)).collect();
@@ -25,13 +25,13 @@
 //! let mut device = DeviceEnd::attach(&memory[..]).unwrap();
 //!
 //! driver.submit(Entry { addr: 0x1000, len: 64, id: 7, flags: 0 }).unwrap();
-//! let kick = driver.post(); // nobody has armed yet, so nobody need be woken
-//! assert!(!kick);
+//! let kick = driver.post();
+//! assert!(!kick.is_wanted(), "nobody has armed yet, so nobody need be woken");
 //!
 //! let entry = device.take().unwrap().expect("one entry is there");
 //! assert_eq!((entry.addr, entry.id), (0x1000, 7));
-//! device.give_back(Entry { len: 60, ..entry });
-//! device.post();
+//! device.give_back(Return { len: 60, ..entry.into() });
+//! let _kick = device.post();
 //! assert_eq!(driver.reap().unwrap().expect("it came back").len, 60);
 //! ```
 #![cfg_attr(not(test), no_std)]

@@ -13,6 +13,8 @@
 //! its way already, and the driver's word has one writer.
 
 use super::memory::{Memory, WORD};
+use super::signal::Kick;
+use super::signal::end::Device;
 use super::sync::{Edge, Fence, Ordering, Word, clear_bits, fence, set_bits};
 
 /// First word of the header: "vbuspc" and the layout's version.
@@ -34,14 +36,15 @@ pub const PAGE_BYTES: usize = 256;
 /// The most lines of a page.
 pub const LINES_MAX: u16 = 256;
 
-/// The level's bits 0 to 15: lines from here on want a message. From bit 16 on: the generation.
-pub const GENERATION_SHIFT: u32 = 16;
+/// The level's bits 0 to 8: lines from here on want a message. From bit 9 on: the generation. Its 55
+/// bits do not come round: that would take ten years of nothing but stores of the level.
+pub const GENERATION_SHIFT: u32 = 9;
 
 /// Bits in a word, and so lines.
 const BITS: usize = 64;
 /// Words of a bit for each line.
 const SET: usize = LINES_MAX as usize / BITS;
-/// No generation: they have 48 bits.
+/// No generation: they have 55 bits.
 const NEVER: u64 = u64::MAX;
 
 const _: () = {
@@ -57,6 +60,7 @@ const _: () = {
 
 /// What is wrong with a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum BadPage {
     /// The header does not begin with [`MAGIC`].
     Magic,
@@ -106,16 +110,15 @@ impl<M: Memory> DeviceEnd<M> {
     }
 
     /// Raises `line`; everything written before is visible to the driver when it has taken it.
-    /// Returns whether the driver must be sent a message: at most one for each level that it
-    /// publishes. A line that the page does not have is nothing.
+    /// The kick is the message that the driver must be sent: at most one is wanted for each level
+    /// that it publishes. A line that the page does not have is nothing.
     ///
     /// A line is an edge: raised while pending it is one with what is pending, raised while in
     /// service it is pending again.
     #[inline]
-    #[must_use = "true asks for a message; without it the driver may sleep for ever"]
-    pub fn raise(&self, line: u16) -> bool {
+    pub fn raise(&self, line: u16) -> Kick<Device> {
         if line >= self.lines {
-            return false;
+            return Kick::NONE;
         }
         let words = self.mem.words();
         let (at, bit) = place(PENDING, line);
@@ -123,7 +126,7 @@ impl<M: Memory> DeviceEnd<M> {
         if set_bits(&words[at], bit, Edge::Line) & bit != 0 {
             // Whoever raised it before has asked below, or is about to, and the driver has yet to
             // take it.
-            return false;
+            return Kick::NONE;
         }
         // Store of the bit before loads of level and mask: with the fences of `publish` and
         // `unmask`, one end sees the other's store.
@@ -132,18 +135,18 @@ impl<M: Memory> DeviceEnd<M> {
         // time.
         let level = words[LEVEL / WORD].load(Ordering::Relaxed);
         if u64::from(line) < level & ((1 << GENERATION_SHIFT) - 1) {
-            return false;
+            return Kick::NONE;
         }
         // Pairs with the stores in `DriverEnd::{mask, unmask}`.
         let (at, bit) = place(MASKED, line);
         if words[at].load(Ordering::Relaxed) & bit != 0 {
-            return false;
+            return Kick::NONE;
         }
         // Whose message it is. A generation that has passed since is told in vain; but none stays
         // untold: who finds it told here reads the word of somebody who read that same generation,
         // and sends its message.
         let generation = level >> GENERATION_SHIFT;
-        self.told.swap(generation, Ordering::Relaxed) != generation
+        Kick::new(self.told.swap(generation, Ordering::Relaxed) != generation)
     }
 
     /// Takes a pending line away again, for it is to be raised elsewhere. False: it was not
@@ -374,5 +377,169 @@ fn highest(set: &[u64; SET]) -> Option<u16> {
 }
 
 #[cfg(test)]
-#[path = "pic_tests.rs"]
-mod tests;
+mod tests {
+    use super::*;
+
+    fn memory() -> [Word; PAGE_BYTES / WORD] {
+        core::array::from_fn(|_| Word::new(0))
+    }
+
+    type Page<'a> = (DriverEnd<&'a [Word]>, DeviceEnd<&'a [Word]>);
+
+    fn page(memory: &[Word], lines: u16, nesting: Nesting) -> Page<'_> {
+        let driver = DriverEnd::create(memory, lines, nesting).unwrap();
+        (driver, DeviceEnd::attach(memory).unwrap())
+    }
+
+    #[test]
+    fn a_page_has_to_be_one() {
+        let memory = memory();
+        assert_eq!(DeviceEnd::attach(&memory[..]).unwrap_err(), BadPage::Magic);
+        assert_eq!(
+            DriverEnd::create(&memory[1..], 8, Nesting::Flat).unwrap_err(),
+            BadPage::TooSmall
+        );
+        for lines in [0, 257, u16::MAX] {
+            assert_eq!(
+                DriverEnd::create(&memory[..], lines, Nesting::Flat).unwrap_err(),
+                BadPage::Lines
+            );
+        }
+        let (_, device) = page(&memory, 256, Nesting::Flat);
+        assert_eq!(device.lines(), 256);
+        assert_eq!(DeviceEnd::attach(&memory[..31]).unwrap_err(), BadPage::TooSmall);
+        memory[LINES / WORD].store(1 << 40 | 8, Ordering::Relaxed);
+        assert_eq!(DeviceEnd::attach(&memory[..]).unwrap_err(), BadPage::Lines);
+    }
+
+    #[test]
+    fn one_message_brings_all_in_by_priority() {
+        for nesting in [Nesting::Flat, Nesting::Nested] {
+            let memory = memory();
+            let (mut driver, device) = page(&memory, 200, nesting);
+            assert!(!device.raise(3).is_wanted(), "nothing is wanted yet");
+            assert_eq!(driver.arm(), Wanted::Pending);
+            assert_eq!(driver.take(), Some(3));
+            driver.end(3);
+            assert_eq!(driver.take(), None);
+            assert!(device.raise(70).is_wanted(), "idle");
+            let more = [5, 199, 70, 64, 5].map(|line| device.raise(line).is_wanted());
+            assert_eq!(more, [false; 5], "the message is on its way");
+            for line in [199, 70, 64, 5] {
+                assert_eq!(driver.take(), Some(line));
+                driver.end(line);
+            }
+            assert_eq!(driver.take(), None);
+            assert!(device.raise(0).is_wanted());
+            assert!(!device.raise(200).is_wanted(), "no such line");
+        }
+    }
+
+    #[test]
+    fn urgent_lines_interrupt_others_only_if_nested() {
+        for nesting in [Nesting::Flat, Nesting::Nested] {
+            let memory = memory();
+            let (mut driver, device) = page(&memory, 16, nesting);
+            assert_eq!(driver.arm(), Wanted::Waiting);
+            assert!(device.raise(5).is_wanted());
+            assert_eq!(driver.take(), Some(5));
+            assert!(
+                !device.raise(5).is_wanted(),
+                "in service: pending again, and not more urgent than itself"
+            );
+            assert!(!device.raise(2).is_wanted());
+            assert_eq!(device.raise(9).is_wanted(), nesting == Nesting::Nested);
+            assert!(!device.raise(12).is_wanted(), "one message");
+            // The nested handler, or for flat ones a handler that looks again by itself.
+            assert_eq!(driver.take(), Some(12));
+            assert_eq!(memory[IN_SERVICE / WORD].load(Ordering::Relaxed), 1 << 5 | 1 << 12);
+            driver.end(12);
+            assert_eq!(driver.take(), Some(9));
+            driver.end(9);
+            assert_eq!(driver.take(), None, "the others wait for the end of 5");
+            assert!(!device.raise(4).is_wanted());
+            driver.end(5);
+            for line in [5, 4, 2] {
+                assert_eq!(driver.take(), Some(line));
+                driver.end(line);
+            }
+            assert_eq!(driver.take(), None);
+        }
+    }
+
+    #[test]
+    fn a_masked_line_waits_and_sends_nothing() {
+        let memory = memory();
+        let (mut driver, device) = page(&memory, 8, Nesting::Nested);
+        driver.mask(3);
+        assert_eq!(driver.arm(), Wanted::Waiting);
+        assert!(!device.raise(3).is_wanted());
+        assert_eq!(driver.take(), None);
+        assert_eq!(driver.unmask(3), Wanted::Pending);
+        assert_eq!(driver.take(), Some(3));
+        driver.end(3);
+        assert_eq!((driver.take(), driver.unmask(3)), (None, Wanted::Waiting));
+        assert!(device.raise(3).is_wanted());
+        // Bad numbers are nothing.
+        driver.mask(8);
+        assert_eq!(driver.unmask(u16::MAX), Wanted::Waiting);
+        driver.end(300);
+        assert_eq!(driver.take(), Some(3));
+    }
+
+    #[test]
+    fn a_line_taken_back_is_taken_once() {
+        let memory = memory();
+        let (mut driver, device) = page(&memory, 8, Nesting::Nested);
+        let _ = driver.arm();
+        assert!(device.raise(6).is_wanted());
+        assert!(device.take_back(6));
+        assert!(!device.take_back(6) && !device.take_back(8));
+        assert_eq!(driver.take(), None);
+        assert!(device.raise(6).is_wanted(), "the message before is used up");
+    }
+
+    #[test]
+    fn polling_costs_no_message() {
+        let memory = memory();
+        let (mut driver, device) = page(&memory, 8, Nesting::Flat);
+        let _ = driver.arm();
+        driver.disarm();
+        assert!(!device.raise(7).is_wanted());
+        assert_eq!(driver.arm(), Wanted::Pending);
+    }
+
+    #[test]
+    fn generations_wrap() {
+        let memory = memory();
+        let (mut driver, device) = page(&memory, 8, Nesting::Flat);
+        driver.generation = (1 << 55) - 2;
+        for _ in 0..6 {
+            assert_eq!(driver.arm(), Wanted::Waiting);
+            assert!(device.raise(1).is_wanted() && !device.raise(2).is_wanted());
+            assert_eq!((driver.take(), driver.take()), (Some(2), None));
+            driver.end(2);
+            assert_eq!(driver.take(), Some(1));
+            driver.end(1);
+            assert_eq!(driver.take(), None);
+        }
+    }
+
+    #[test]
+    fn any_word_of_the_peer_is_harmless() {
+        let memory = memory();
+        let (mut driver, device) = page(&memory, 70, Nesting::Nested);
+        for hostile in [0, 7, u64::MAX, 1 << 63, 0xffff, 69 << 32 | 3] {
+            memory.iter().for_each(|word| word.store(hostile, Ordering::Relaxed));
+            let messages = (0..70).filter(|line| device.raise(*line).is_wanted()).count();
+            assert!(messages <= 1, "{hostile:#x} brought {messages} messages");
+            let mut taken = 0;
+            while let Some(line) = driver.take() {
+                assert!(line < 70);
+                driver.end(line);
+                taken += 1;
+            }
+            assert!(taken <= 70);
+        }
+    }
+}

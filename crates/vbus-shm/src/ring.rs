@@ -1,36 +1,60 @@
 //! Ring: every value is kept, in order (spec/shared-memory.md, "Ring").
 //!
-//! One array, whose entries pass back and forth: the driver submits an entry in a slot, the device
-//! returns one in a slot whose submission it has taken (or, where a return carries nothing, only
-//! counts them in its `seq`). Each entry says whose it is and of which lap, so that a poller
-//! touches nothing but the entry's own line. The number of entries in flight never exceeds the
-//! ring's size, which is all the flow control there is.
+//! One array, whose entries pass back and forth: the driver submits an entry in a slot, and the
+//! device marks the slot of a submission that it has taken as returned. Each slot says whose it is
+//! and of which lap, so a poller touches nothing but the slot's own line. The number of entries in
+//! flight never exceeds the ring's size. That is all the flow control there is.
+//!
+//! A batch crosses the cache lines once. [`DriverEnd::submit`] writes entries; the tag of the
+//! oldest is written last, by [`DriverEnd::post`]. The device walks in order, so it sees nothing of
+//! the batch before that tag, and all of it after. How entries come back is the class's choice:
+//!
+//! - [`Returns::Counted`]: the device only counts them in its `seq`.
+//! - [`Returns::InOrder`]: in the order of submission, each with a length. A run of them is one
+//!   tag, and their lengths are packed together: 16 a line.
+//! - [`Returns::Entries`]: in any order, each with a tag of its own.
 
 use super::memory::{Memory, WORD, low, read_u32};
-use super::signal::{self, Armed, BLOCK_BYTES, BadSignal, End, Receiver, Sender};
+use super::signal::end::{Device, Driver};
+use super::signal::{self, Armed, BLOCK_BYTES, BadSignal, Kick, Rx, Tx};
 use super::sync::{Edge, Ordering, Word, observe, publish};
 
 /// First word of the header: "vbusri" and the layout's version.
 pub const MAGIC: u64 = 0x0001_6972_7375_6276;
+/// Where the device's checkpoint is, in bytes: the position and the number of the returns that it
+/// published last, or was about to.
+pub const CHECKPOINT_OFFSET: usize = 64;
 /// Where the signal block is, in bytes.
 pub const SIGNAL_OFFSET: usize = 128;
 /// Where the array of entries is, in bytes.
 pub const ENTRIES_OFFSET: usize = SIGNAL_OFFSET + BLOCK_BYTES;
 /// Bytes of an entry.
 pub const ENTRY_BYTES: usize = 16;
+/// Bytes of a packed length.
+pub const LENGTH_BYTES: usize = 4;
 /// The largest ring, in entries.
 pub const MAX_ENTRIES: u32 = 32768;
+/// The largest length of a return in order.
+pub const MAX_LENGTH: u32 = MORE - 1;
 
 const HEADER_ENTRIES: usize = 1;
 const HEADER_RETURNS: usize = 2;
 const HEADER_START: usize = 3;
+const CHECKPOINT: usize = CHECKPOINT_OFFSET / WORD;
+const SIGNAL: usize = SIGNAL_OFFSET / WORD;
 const ENTRY_WORDS: usize = ENTRY_BYTES / WORD;
+/// Entries in a cache line.
+const LINE: u32 = 4;
+/// Up to so many returns in order are published one by one: their tags are in one line as a rule,
+/// and a run would need the line of the lengths besides.
+const SINGLES: u32 = 4;
 
 const _: () = {
+    assert!(LINE as usize * ENTRY_BYTES == 64);
     assert!(ENTRY_BYTES == 16 && SIGNAL_OFFSET == 128 && ENTRIES_OFFSET == 384);
     assert!(SIGNAL_OFFSET % signal::BLOCK_ALIGN == 0 && ENTRIES_OFFSET % 64 == 0);
-    assert!((HEADER_START + 1) * WORD <= SIGNAL_OFFSET);
-    assert!(MAX_ENTRIES.is_power_of_two() && MAX_ENTRIES <= i32::MAX as u32);
+    assert!((HEADER_START + 1) * WORD <= CHECKPOINT_OFFSET && CHECKPOINT_OFFSET < SIGNAL_OFFSET);
+    assert!(MAX_ENTRIES.is_power_of_two() && MAX_ENTRIES <= 1 << 15);
 };
 
 /// Flag of an entry: the next one belongs to it (scatter-gather).
@@ -43,41 +67,94 @@ pub const RETURNED: u16 = 1 << 14;
 /// The ring's own flags within an entry's second word.
 const MARKS: u64 = ((LAP | RETURNED) as u64) << 48;
 const RETURN: u64 = (RETURNED as u64) << 48;
+/// The bit of a length in order that stands for [`NEXT`].
+const MORE: u32 = 1 << 31;
 
-/// A buffer or a value in flight. `flags` are the user's, except [`NEXT`], which chains, and
-/// [`LAP`] and [`RETURNED`], which are the ring's.
+/// A buffer or a value on its way to the device. `flags` are the user's, except [`NEXT`], which
+/// chains, and [`LAP`] and [`RETURNED`], which are the ring's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Entry {
     /// Address in the driver's memory, or any value.
     pub addr: u64,
     /// Bytes.
     pub len: u32,
-    /// The submitter's name for it; returned as it came.
+    /// The submitter's name for it.
     pub id: u16,
     /// See [`NEXT`].
     pub flags: u16,
 }
 
-impl Entry {
+/// An entry on its way back. Its address is not part of it: the driver knows what it submitted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Return {
+    /// Bytes used, as a rule.
+    pub len: u32,
+    /// The entry's. In order ([`Returns::InOrder`]) it does not come back, and is 0: it is that of
+    /// the oldest entry in flight.
+    pub id: u16,
+    /// See [`NEXT`]. In order, only that comes back.
+    pub flags: u16,
+}
+
+impl From<Entry> for Return {
+    /// The entry as it came.
+    fn from(entry: Entry) -> Return {
+        Return { len: entry.len, id: entry.id, flags: entry.flags }
+    }
+}
+
+impl Return {
     /// The second word: the length in bits 0..32, the id in 32..48, the flags in 48..64.
     #[inline(always)]
     fn tag(self, mark: u64) -> u64 {
         let word = u64::from(self.len) | u64::from(self.id) << 32 | u64::from(self.flags) << 48;
         word & !MARKS | mark
     }
+
+    #[inline(always)]
+    fn from_tag(tag: u64) -> Return {
+        let flags = ((tag & !MARKS) >> 48 & 0xffff) as u16;
+        Return { len: low(tag), id: (tag >> 32 & 0xffff) as u16, flags }
+    }
+
+    /// As a return in order has it: 31 bits of length, one for [`NEXT`].
+    #[inline(always)]
+    fn length(self) -> u32 {
+        let more = if self.flags & NEXT != 0 { MORE } else { 0 };
+        self.len.min(MAX_LENGTH) | more
+    }
+
+    #[inline(always)]
+    fn from_length(length: u32) -> Return {
+        Return { len: length & MAX_LENGTH, id: 0, flags: if length & MORE != 0 { NEXT } else { 0 } }
+    }
 }
 
 /// How the device returns entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Returns {
     /// In order and without content: the device's `seq` counts them.
     Counted,
-    /// Each with an entry, in any order.
+    /// Each with a tag of its own, in any order.
     Entries,
+    /// In order, each with a length and [`NEXT`]: a run of them is one tag.
+    InOrder,
+}
+
+impl Returns {
+    fn number(self) -> u64 {
+        match self {
+            Returns::Counted => 0,
+            Returns::Entries => 1,
+            Returns::InOrder => 2,
+        }
+    }
 }
 
 /// What is wrong with a layout or a ring's header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum BadRing {
     /// The number of entries is not a power of two in 2..=[`MAX_ENTRIES`].
     Entries,
@@ -87,6 +164,8 @@ pub enum BadRing {
     Magic,
     /// The header names an unknown form of return.
     Returns,
+    /// What a device before this one left in the ring does not go together.
+    Checkpoint,
 }
 
 impl From<BadSignal> for BadRing {
@@ -97,10 +176,11 @@ impl From<BadSignal> for BadRing {
 
 /// The peer broke the protocol: the connection is over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Corrupt {
     /// The driver submitted more than the ring holds.
     Overfull,
-    /// The device returned more than it was given.
+    /// The device returned more than it was given, or a run of none.
     Unasked,
 }
 
@@ -134,9 +214,19 @@ impl Layout {
         self.returns
     }
 
+    /// Where the packed lengths begin, in bytes: behind the slots.
+    #[inline(always)]
+    fn lengths_offset(&self) -> usize {
+        ENTRIES_OFFSET + self.entries as usize * ENTRY_BYTES
+    }
+
     /// Bytes of the whole ring: whole cache lines.
     pub fn bytes(&self) -> usize {
-        (ENTRIES_OFFSET + self.entries as usize * ENTRY_BYTES).next_multiple_of(64)
+        let lengths = match self.returns {
+            Returns::InOrder => self.entries as usize * LENGTH_BYTES,
+            Returns::Counted | Returns::Entries => 0,
+        };
+        (self.lengths_offset() + lengths).next_multiple_of(64)
     }
 
     /// Words of the whole ring.
@@ -144,38 +234,64 @@ impl Layout {
         self.bytes() / WORD
     }
 
+    /// Index of position `pos` within the arrays.
+    #[inline(always)]
+    fn index(&self, pos: u64) -> usize {
+        (low(pos) & (self.entries - 1)) as usize
+    }
+
     /// The two words of the slot at position `pos`.
     #[inline(always)]
-    fn slot<'a>(&self, words: &'a [Word], pos: u32) -> &'a [Word] {
-        let at = ENTRIES_OFFSET / WORD + (pos & (self.entries - 1)) as usize * ENTRY_WORDS;
+    fn slot<'a>(&self, words: &'a [Word], pos: u64) -> &'a [Word] {
+        let at = ENTRIES_OFFSET / WORD + self.index(pos) * ENTRY_WORDS;
         &words[at..at + ENTRY_WORDS]
+    }
+
+    /// The word that holds the packed length of position `pos`, and the bit that it begins at.
+    #[inline(always)]
+    fn length<'a>(&self, words: &'a [Word], pos: u64) -> (&'a Word, u32) {
+        (&words[self.lengths_offset() / WORD + self.index(pos) / 2], (low(pos) & 1) * 32)
     }
 
     /// The lap at position `pos`, as a mark. Memory of zeros holds no entry of the first lap.
     #[inline(always)]
-    fn lap(&self, pos: u32) -> u64 {
-        if pos & self.entries == 0 { u64::from(LAP) << 48 } else { 0 }
+    fn lap(&self, pos: u64) -> u64 {
+        if pos & u64::from(self.entries) == 0 { u64::from(LAP) << 48 } else { 0 }
+    }
+
+    /// Reads the header once, and checks it; with the start.
+    fn load(words: &[Word]) -> Result<(Layout, u64), BadRing> {
+        if words.len() * WORD < ENTRIES_OFFSET {
+            return Err(BadRing::TooSmall);
+        }
+        if words[0].load(Ordering::Acquire) != MAGIC {
+            return Err(BadRing::Magic);
+        }
+        let entries = read_u32(&words[HEADER_ENTRIES]).ok_or(BadRing::Entries)?;
+        let number = words[HEADER_RETURNS].load(Ordering::Relaxed);
+        let returns = [Returns::Counted, Returns::Entries, Returns::InOrder]
+            .into_iter()
+            .find(|returns| returns.number() == number)
+            .ok_or(BadRing::Returns)?;
+        let start = words[HEADER_START].load(Ordering::Relaxed);
+        let layout = Layout::new(entries, returns)?;
+        if words.len() < layout.words() {
+            return Err(BadRing::TooSmall);
+        }
+        Ok((layout, start))
     }
 }
 
-/// Reads the entry in `slot` if it bears `mark`.
+/// A difference of two positions of the same ring.
 #[inline(always)]
-fn load(slot: &[Word], mark: u64) -> Option<Entry> {
-    // Pairs with the publication in `store`: the address is visible with its tag.
-    let tag = observe(&slot[1], Edge::Tag);
-    if tag & MARKS != mark {
-        return None;
-    }
-    let addr = slot[0].load(Ordering::Relaxed);
-    let flags = ((tag & !MARKS) >> 48 & 0xffff) as u16;
-    Some(Entry { addr, len: low(tag), id: (tag >> 32 & 0xffff) as u16, flags })
+fn count(to: u64, from: u64) -> u32 {
+    low(to.wrapping_sub(from)) // At most the entries of a ring.
 }
 
+/// Where the entry of position `pos` is within its line.
 #[inline(always)]
-fn store(slot: &[Word], mark: u64, entry: Entry) {
-    slot[0].store(entry.addr, Ordering::Relaxed);
-    // Pairs with `load`.
-    publish(&slot[1], entry.tag(mark), Edge::Tag);
+fn place(pos: u64) -> usize {
+    (low(pos) % LINE) as usize
 }
 
 /// The driver's end: submits, and reaps what comes back.
@@ -183,34 +299,48 @@ fn store(slot: &[Word], mark: u64, entry: Entry) {
 pub struct DriverEnd<M> {
     mem: M,
     layout: Layout,
-    tx: Sender<M>,
-    rx: Receiver<M>,
-    submitted: u32,
-    reaped: u32,
+    tx: Tx<Driver>,
+    rx: Rx<Driver>,
+    submitted: u64,
+    reaped: u64,
+    /// Entries of the run that is being reaped which are still to come.
+    run: u32,
+    /// The entries that are submitted but not posted, so far as they share a line with the oldest
+    /// of them: they are written last.
+    head: [Entry; LINE as usize],
 }
 
-impl<M: Memory + Clone> DriverEnd<M> {
-    /// Formats `mem` as a fresh ring whose counts begin at `start` (0, but for tests of the
+impl<M: Memory> DriverEnd<M> {
+    /// Formats `mem` as a fresh ring whose positions begin at `start` (0, but for tests of the
     /// wrap-around).
-    pub fn create(mem: M, layout: Layout, start: u32) -> Result<Self, BadRing> {
+    pub fn create(mem: M, layout: Layout, start: u64) -> Result<Self, BadRing> {
         let words = mem.words();
         if words.len() < layout.words() {
             return Err(BadRing::TooSmall);
         }
-        for pos in (0..layout.entries).map(|i| start.wrapping_add(i)) {
+        for pos in (0..layout.entries).map(|i| start.wrapping_add(u64::from(i))) {
             // What the lap before would have left.
-            let before = layout.lap(pos.wrapping_sub(layout.entries)) | RETURN;
-            store(layout.slot(words, pos), before, Entry::default());
+            let before = layout.lap(pos.wrapping_sub(u64::from(layout.entries))) | RETURN;
+            let slot = layout.slot(words, pos);
+            slot[0].store(0, Ordering::Relaxed);
+            slot[1].store(before, Ordering::Relaxed);
         }
         signal::format(&mem, SIGNAL_OFFSET, start)?;
         words[HEADER_ENTRIES].store(u64::from(layout.entries), Ordering::Relaxed);
-        words[HEADER_RETURNS]
-            .store(u64::from(layout.returns == Returns::Entries), Ordering::Relaxed);
-        words[HEADER_START].store(u64::from(start), Ordering::Relaxed);
+        words[HEADER_RETURNS].store(layout.returns.number(), Ordering::Relaxed);
+        words[HEADER_START].store(start, Ordering::Relaxed);
+        words[CHECKPOINT].store(checkpoint(start, 0), Ordering::Relaxed);
         words[0].store(MAGIC, Ordering::Release);
-        let tx = Sender::new(mem.clone(), SIGNAL_OFFSET, End::Driver, start)?;
-        let rx = Receiver::new(mem.clone(), SIGNAL_OFFSET, End::Driver)?;
-        Ok(DriverEnd { mem, layout, tx, rx, submitted: start, reaped: start })
+        Ok(DriverEnd {
+            mem,
+            layout,
+            tx: Tx::new(SIGNAL, start),
+            rx: Rx::new(SIGNAL),
+            submitted: start,
+            reaped: start,
+            run: 0,
+            head: [Entry::default(); LINE as usize],
+        })
     }
 
     /// The ring's shape.
@@ -221,110 +351,125 @@ impl<M: Memory + Clone> DriverEnd<M> {
     /// Entries that can be submitted now. Grows when returns are reaped.
     #[inline]
     pub fn space(&self) -> u32 {
-        self.layout.entries - self.submitted.wrapping_sub(self.reaped)
+        self.layout.entries - self.in_flight()
     }
 
-    /// Entries that are with the device, or were returned and not yet reaped.
+    /// Entries that were submitted and not yet reaped.
     #[inline]
     pub fn in_flight(&self) -> u32 {
-        self.submitted.wrapping_sub(self.reaped)
+        count(self.submitted, self.reaped)
     }
 
-    /// Puts an entry into the ring. A device that polls may see it at once; one that sleeps is told
-    /// by [`post`](Self::post).
+    /// Puts an entry into the ring. The device sees it after [`post`](Self::post): call that once
+    /// for a batch.
     #[inline]
     pub fn submit(&mut self, entry: Entry) -> Result<(), Full> {
         if self.space() == 0 {
             return Err(Full);
         }
-        store(
-            self.layout.slot(self.mem.words(), self.submitted),
-            self.layout.lap(self.submitted),
-            entry,
-        );
-        self.submitted = self.submitted.wrapping_add(1);
+        let pos = self.submitted;
+        if pos / u64::from(LINE) == self.tx.posted() / u64::from(LINE) {
+            // The device polls this line: it is written at one go, by `post`.
+            self.head[place(pos)] = entry;
+        } else {
+            let slot = self.layout.slot(self.mem.words(), pos);
+            slot[0].store(entry.addr, Ordering::Relaxed);
+            // The device does not come here before it has seen the oldest tag.
+            slot[1].store(Return::from(entry).tag(self.layout.lap(pos)), Ordering::Relaxed);
+        }
+        self.submitted = pos.wrapping_add(1);
         Ok(())
     }
 
-    /// Puts entries into the ring as long as there is room, and returns how many. For a batch, this
-    /// is the faster way.
+    /// Makes what was submitted since the last post visible to the device.
     #[inline]
-    pub fn submit_all(&mut self, entries: impl IntoIterator<Item = Entry>) -> u32 {
-        let (words, layout, first) = (self.mem.words(), self.layout, self.submitted);
-        let mut pos = first;
-        for entry in entries.into_iter().take(self.space() as usize) {
-            store(layout.slot(words, pos), layout.lap(pos), entry);
-            pos = pos.wrapping_add(1);
+    pub fn post(&mut self) -> Kick<Driver> {
+        let first = self.tx.posted();
+        let n = count(self.submitted, first);
+        if n == 0 {
+            return Kick::NONE;
         }
-        self.submitted = pos;
-        pos.wrapping_sub(first)
-    }
-
-    /// Posts what was submitted since the last post. Returns whether to kick the device.
-    #[inline]
-    #[must_use = "true asks for a kick"]
-    pub fn post(&mut self) -> bool {
-        let n = self.submitted.wrapping_sub(self.tx.posted());
-        n != 0 && self.tx.post(n)
-    }
-
-    /// The next returned entry, of a ring with [`Returns::Entries`].
-    #[inline]
-    pub fn reap(&mut self) -> Result<Option<Entry>, Corrupt> {
-        let mark = self.layout.lap(self.reaped) | RETURN;
-        let Some(entry) = load(self.layout.slot(self.mem.words(), self.reaped), mark) else {
-            return Ok(None);
-        };
-        if self.in_flight() == 0 {
-            return Err(Corrupt::Unasked);
-        }
-        self.reaped = self.reaped.wrapping_add(1);
-        Ok(Some(entry))
-    }
-
-    /// Hands up to `max` returned entries to `each`, of a ring with [`Returns::Entries`], and
-    /// returns how many. For a batch, this is the faster way.
-    #[inline]
-    pub fn reap_all(&mut self, max: u32, mut each: impl FnMut(Entry)) -> Result<u32, Corrupt> {
-        let (words, layout, first) = (self.mem.words(), self.layout, self.reaped);
-        let mut pos = first;
-        let mut outcome = Ok(());
-        while pos.wrapping_sub(first) < max {
-            let Some(entry) = load(layout.slot(words, pos), layout.lap(pos) | RETURN) else {
-                break;
-            };
-            if pos == self.submitted {
-                outcome = Err(Corrupt::Unasked);
+        let (words, layout) = (self.mem.words(), self.layout);
+        let mut i = n.min(LINE - low(first) % LINE);
+        loop {
+            i -= 1;
+            let pos = first.wrapping_add(u64::from(i));
+            let entry = self.head[place(pos)];
+            let (slot, tag) = (layout.slot(words, pos), Return::from(entry).tag(layout.lap(pos)));
+            slot[0].store(entry.addr, Ordering::Relaxed);
+            if i == 0 {
+                // Pairs with the load in `DeviceEnd::take`: all entries of the batch are visible
+                // with the oldest tag.
+                publish(&slot[1], tag, Edge::Tag);
                 break;
             }
-            pos = pos.wrapping_add(1);
-            each(entry);
+            slot[1].store(tag, Ordering::Relaxed);
         }
-        self.reaped = pos;
-        outcome.map(|()| pos.wrapping_sub(first))
+        self.tx.post(words, n)
+    }
+
+    /// The next return, of a ring with [`Returns::Entries`] or [`Returns::InOrder`].
+    #[inline]
+    pub fn reap(&mut self) -> Result<Option<Return>, Corrupt> {
+        let (words, layout, pos) = (self.mem.words(), self.layout, self.reaped);
+        let back = if self.run != 0 {
+            self.run -= 1;
+            // Ordered by the observation of the run's tag.
+            let (word, shift) = layout.length(words, pos);
+            Return::from_length(low(word.load(Ordering::Relaxed) >> shift))
+        } else {
+            // Pairs with the publications in `DeviceEnd`: what the device wrote is visible with its
+            // tag, and so are the lengths of a run.
+            let tag = observe(&layout.slot(words, pos)[1], Edge::Tag);
+            if tag & MARKS != layout.lap(pos) | RETURN {
+                return Ok(None);
+            }
+            let back = Return::from_tag(tag);
+            let run = if layout.returns == Returns::InOrder { u32::from(back.id) } else { 1 };
+            if run == 0 || run > self.in_flight() {
+                return Err(Corrupt::Unasked);
+            }
+            self.run = run - 1;
+            if layout.returns == Returns::InOrder { Return::from_length(back.len) } else { back }
+        };
+        self.reaped = pos.wrapping_add(1);
+        Ok(Some(back))
     }
 
     /// How many entries came back since the last call, oldest first, of a ring with
     /// [`Returns::Counted`].
     #[inline]
     pub fn reap_count(&mut self) -> Result<u32, Corrupt> {
-        let n = self.rx.seen().wrapping_sub(self.reaped);
-        if n > self.in_flight() {
+        let n = self.rx.seen(self.mem.words()).wrapping_sub(self.reaped);
+        if n > u64::from(self.in_flight()) {
             return Err(Corrupt::Unasked);
         }
         self.reaped = self.reaped.wrapping_add(n);
-        Ok(n)
+        Ok(low(n))
     }
 
     /// Asks for a kick after `after` more returns than those reaped (0: by the very next).
     pub fn arm(&mut self, after: u32) -> Armed {
-        self.rx.arm(self.reaped.wrapping_add(after))
+        self.rx.arm(self.mem.words(), self.reaped.wrapping_add(u64::from(after)))
     }
 
     /// Asks for no kick.
     pub fn disarm(&mut self) {
-        self.rx.disarm();
+        self.rx.disarm(self.mem.words());
     }
+}
+
+/// The return of a run of `n` in order, whose first has this length.
+#[inline(always)]
+#[allow(clippy::cast_possible_truncation, reason = "at most the entries of a ring")]
+fn in_order(length: u32, n: u32) -> Return {
+    Return { len: length, id: n as u16, flags: 0 }
+}
+
+/// The checkpoint's word: the count in bits 0..16, the low 48 bits of the position above.
+#[inline(always)]
+fn checkpoint(pos: u64, n: u32) -> u64 {
+    pos << 16 | u64::from(n)
 }
 
 /// The device's end: takes entries, and gives them back.
@@ -332,36 +477,48 @@ impl<M: Memory + Clone> DriverEnd<M> {
 pub struct DeviceEnd<M> {
     mem: M,
     layout: Layout,
-    tx: Sender<M>,
-    rx: Receiver<M>,
-    taken: u32,
-    given: u32,
+    tx: Tx<Device>,
+    rx: Rx<Device>,
+    taken: u64,
+    given: u64,
+    /// Returns before this position have their tags: fewer than `given` only in order.
+    published: u64,
+    /// The lengths of the oldest returns that are not published.
+    staged: [u32; SINGLES as usize],
 }
 
-impl<M: Memory + Clone> DeviceEnd<M> {
+impl<M: Memory> DeviceEnd<M> {
     /// Attaches to a ring that the driver has formatted. The header is read once and checked.
     pub fn attach(mem: M) -> Result<Self, BadRing> {
+        let (layout, start) = Layout::load(mem.words())?;
+        Ok(Self::at(mem, layout, Tx::new(SIGNAL, start), start))
+    }
+
+    fn at(mem: M, layout: Layout, tx: Tx<Device>, given: u64) -> Self {
+        let rx = Rx::new(SIGNAL);
+        DeviceEnd { mem, layout, tx, rx, taken: given, given, published: given, staged: [0; 4] }
+    }
+
+    /// Takes up a ring in place of a device end that has gone at any moment, from what is in the
+    /// memory alone. Entries that were taken and not returned are taken again; returns that the
+    /// driver may have seen are not made again. Returns the end and a kick for what the other one
+    /// had returned without a kick.
+    ///
+    /// A class that returns out of order has to know besides which entries were in flight: see
+    /// [`Ledger`](super::ledger::Ledger).
+    pub fn resume(mem: M) -> Result<(Self, Kick<Device>), BadRing> {
         let words = mem.words();
-        if words.len() * WORD < ENTRIES_OFFSET {
-            return Err(BadRing::TooSmall);
-        }
-        if words[0].load(Ordering::Acquire) != MAGIC {
-            return Err(BadRing::Magic);
-        }
-        let entries = read_u32(&words[HEADER_ENTRIES]).ok_or(BadRing::Entries)?;
-        let returns = match words[HEADER_RETURNS].load(Ordering::Relaxed) {
-            0 => Returns::Counted,
-            1 => Returns::Entries,
-            _ => return Err(BadRing::Returns),
+        let (layout, _) = Layout::load(words)?;
+        let seq = words[SIGNAL + signal::DEVICE_SEQ / WORD].load(Ordering::Relaxed);
+        let given = match layout.returns {
+            // What was not posted, nobody has seen.
+            Returns::Counted => seq,
+            Returns::Entries | Returns::InOrder => published(words, layout, seq)?,
         };
-        let start = low(words[HEADER_START].load(Ordering::Relaxed));
-        let layout = Layout::new(entries, returns)?;
-        if words.len() < layout.words() {
-            return Err(BadRing::TooSmall);
-        }
-        let tx = Sender::new(mem.clone(), SIGNAL_OFFSET, End::Device, start)?;
-        let rx = Receiver::new(mem.clone(), SIGNAL_OFFSET, End::Device)?;
-        Ok(DeviceEnd { mem, layout, tx, rx, taken: start, given: start })
+        // The one before may have been about to sleep.
+        Rx::<Device>::new(SIGNAL).disarm(words);
+        let (tx, kick) = Tx::resume(words, SIGNAL, given);
+        Ok((Self::at(mem, layout, tx, given), kick))
     }
 
     /// The ring's shape.
@@ -372,94 +529,440 @@ impl<M: Memory + Clone> DeviceEnd<M> {
     /// Entries taken and not yet given back.
     #[inline]
     pub fn held(&self) -> u32 {
-        self.taken.wrapping_sub(self.given)
+        count(self.taken, self.given)
     }
 
     /// Entries posted and not yet taken, by the driver's count; at most what the ring holds.
     pub fn pending(&self) -> u32 {
-        let ahead = self.rx.seen().wrapping_sub(self.taken);
+        let ahead = self.rx.seen(self.mem.words()).wrapping_sub(self.taken);
         // What was taken before its post counts as none.
-        if ahead as i32 <= 0 { 0 } else { ahead.min(self.layout.entries) }
+        if ahead >> 63 != 0 { 0 } else { low(ahead.min(u64::from(self.layout.entries))) }
     }
 
     /// The next submitted entry. Its content is the peer's word: check it before use.
     #[inline]
     pub fn take(&mut self) -> Result<Option<Entry>, Corrupt> {
-        let mark = self.layout.lap(self.taken);
-        let Some(entry) = load(self.layout.slot(self.mem.words(), self.taken), mark) else {
+        let (layout, pos) = (self.layout, self.taken);
+        let slot = layout.slot(self.mem.words(), pos);
+        // Pairs with the publication in `DriverEnd::post`: the address is visible with its tag, or
+        // with an older one of the batch.
+        let tag = observe(&slot[1], Edge::Tag);
+        if tag & MARKS != layout.lap(pos) {
             return Ok(None);
-        };
-        if self.held() == self.layout.entries {
+        }
+        if self.held() == layout.entries {
             return Err(Corrupt::Overfull);
         }
-        self.taken = self.taken.wrapping_add(1);
-        Ok(Some(entry))
+        self.taken = pos.wrapping_add(1);
+        let Return { len, id, flags } = Return::from_tag(tag);
+        Ok(Some(Entry { addr: slot[0].load(Ordering::Relaxed), len, id, flags }))
     }
 
-    /// Gives one entry back. In a ring with [`Returns::Counted`] its content is not passed on, and
-    /// it stands for the oldest one held. Without an entry held, nothing happens.
+    /// Gives one entry back; without an entry held, nothing happens. Where returns are counted or
+    /// in order this stands for the oldest entry held: only a length of at most [`MAX_LENGTH`] and
+    /// [`NEXT`] are passed on in order, nothing where returns are counted. The driver sees it after
+    /// [`post`](Self::post) at the latest: call that once for a batch.
     #[inline]
-    pub fn give_back(&mut self, entry: Entry) {
+    pub fn give_back(&mut self, back: Return) {
         if self.held() == 0 {
             return;
         }
-        if self.layout.returns == Returns::Entries {
-            let mark = self.layout.lap(self.given) | RETURN;
-            store(self.layout.slot(self.mem.words(), self.given), mark, entry);
+        let pos = self.given;
+        self.given = pos.wrapping_add(1);
+        match self.layout.returns {
+            Returns::Counted => {}
+            Returns::Entries => {
+                self.publish(pos, 1, back);
+                self.published = self.given;
+            }
+            Returns::InOrder => self.stage(pos, back.length()),
         }
-        self.given = self.given.wrapping_add(1);
     }
 
-    /// Takes up to `max` entries and gives each back at once as `each` makes it; returns how many.
-    /// For a batch, this is the faster way. Entries that are held meanwhile stay held; where
-    /// returns are only counted, these stand for them.
+    /// Keeps the length of a return in order until it is published: the first few here, so that a
+    /// short batch does not touch the array, the others in the array.
     #[inline]
-    pub fn serve(
-        &mut self,
-        max: u32,
-        mut each: impl FnMut(Entry) -> Entry,
-    ) -> Result<u32, Corrupt> {
-        let (words, layout, first) = (self.mem.words(), self.layout, self.taken);
-        let held = self.held();
-        let mut pos = first;
-        let mut outcome = Ok(());
-        while pos.wrapping_sub(first) < max {
-            let Some(entry) = load(layout.slot(words, pos), layout.lap(pos)) else { break };
-            if held == layout.entries {
-                outcome = Err(Corrupt::Overfull);
-                break;
-            }
-            let back = each(entry);
-            if layout.returns == Returns::Entries {
-                let given = pos.wrapping_sub(held);
-                store(layout.slot(words, given), layout.lap(given) | RETURN, back);
-            }
-            pos = pos.wrapping_add(1);
+    fn stage(&mut self, pos: u64, length: u32) {
+        let n = count(pos, self.published);
+        if let Some(place) = self.staged.get_mut(n as usize) {
+            *place = length;
+            return;
         }
-        self.taken = pos;
-        self.given = pos.wrapping_sub(held);
-        outcome.map(|()| pos.wrapping_sub(first))
+        if n == SINGLES {
+            for i in 1..SINGLES {
+                let pos = self.published.wrapping_add(u64::from(i));
+                self.store_length(pos, self.staged[i as usize]);
+            }
+        }
+        self.store_length(pos, length);
     }
 
-    /// Posts what was given back since the last post. Returns whether to kick the driver.
+    #[inline(always)]
+    fn store_length(&self, pos: u64, length: u32) {
+        let (word, shift) = self.layout.length(self.mem.words(), pos);
+        // The other half stays: the driver may be reading it.
+        let other = word.load(Ordering::Relaxed) & !(u64::from(u32::MAX) << shift);
+        word.store(other | u64::from(length) << shift, Ordering::Relaxed);
+    }
+
+    /// Publishes `n` returns from position `pos` on by one tag.
+    #[inline(always)]
+    fn publish(&self, pos: u64, n: u32, back: Return) {
+        let words = self.mem.words();
+        // For `resume`: before the tag, which makes the returns the driver's.
+        words[CHECKPOINT].store(checkpoint(pos, n), Ordering::Relaxed);
+        let tag = back.tag(self.layout.lap(pos) | RETURN);
+        // Pairs with the load in `DriverEnd::reap`. The address is left as it is: until this store
+        // the slot holds the submission, whole.
+        publish(&self.layout.slot(words, pos)[1], tag, Edge::Tag);
+    }
+
+    /// Publishes the returns in order that are not.
     #[inline]
-    #[must_use = "true asks for a kick"]
-    pub fn post(&mut self) -> bool {
-        let n = self.given.wrapping_sub(self.tx.posted());
-        n != 0 && self.tx.post(n)
+    fn publish_staged(&mut self) {
+        let (first, n) = (self.published, count(self.given, self.published));
+        if n > SINGLES {
+            self.publish(first, n, in_order(self.staged[0], n));
+        } else {
+            for (i, length) in (0..n).zip(self.staged) {
+                self.publish(first.wrapping_add(u64::from(i)), 1, in_order(length, 1));
+            }
+        }
+        self.published = self.given;
+    }
+
+    /// Makes what was given back since the last post visible to the driver.
+    #[inline]
+    pub fn post(&mut self) -> Kick<Device> {
+        let n = count(self.given, self.tx.posted());
+        if n == 0 {
+            return Kick::NONE;
+        }
+        if self.layout.returns == Returns::InOrder {
+            self.publish_staged();
+        }
+        self.tx.post(self.mem.words(), n)
     }
 
     /// Asks for a kick after `after` more entries than those taken (0: by the very next).
     pub fn arm(&mut self, after: u32) -> Armed {
-        self.rx.arm(self.taken.wrapping_add(after))
+        self.rx.arm(self.mem.words(), self.taken.wrapping_add(u64::from(after)))
     }
 
     /// Asks for no kick.
     pub fn disarm(&mut self) {
-        self.rx.disarm();
+        self.rx.disarm(self.mem.words());
     }
 }
 
+/// How far a device that has gone had published returns, by its checkpoint: those before that
+/// position for sure, and those that it names if the tag of the first is there. Its `seq` was `seq`.
+fn published(words: &[Word], layout: Layout, seq: u64) -> Result<u64, BadRing> {
+    let word = words[CHECKPOINT].load(Ordering::Relaxed);
+    // It is no more than a ring away from `seq`, so its low bits say which position it is.
+    let behind = (seq << 16).wrapping_sub(word & !0xffff) as i64 >> 16;
+    let pos = seq.wrapping_sub(behind as u64);
+    // Pairs with nothing: the other device's stores are complete. The driver may have submitted
+    // anew.
+    let tag = layout.slot(words, pos)[1].load(Ordering::Relaxed);
+    let still_submitted = tag & MARKS == layout.lap(pos);
+    let n = if still_submitted { 0 } else { word & 0xffff };
+    let given = pos.wrapping_add(n);
+    if given.wrapping_sub(seq) > u64::from(layout.entries) {
+        return Err(BadRing::Checkpoint);
+    }
+    Ok(given)
+}
+
 #[cfg(test)]
-#[path = "ring_tests.rs"]
-mod tests;
+mod tests {
+    use super::*;
+
+    /// Positions around which something could wrap around.
+    const STARTS: [u64; 7] =
+        [0, 3, (1 << 31) - 2, (1 << 32) - 3, (1 << 48) - 2, (1 << 63) - 3, u64::MAX - 1];
+
+    fn memory(layout: Layout) -> Vec<Word> {
+        (0..layout.words()).map(|_| Word::new(0)).collect()
+    }
+
+    fn entry(n: u64) -> Entry {
+        Entry { addr: n, len: 5, id: 6, flags: NEXT }
+    }
+
+    /// What the driver gets of an entry that was given back with this length.
+    fn back(returns: Returns, len: u32) -> Return {
+        let id = if returns == Returns::Entries { 6 } else { 0 };
+        Return { len, id, flags: NEXT }
+    }
+
+    #[test]
+    fn layouts_are_whole_lines() {
+        let bytes = |entries, returns| Layout::new(entries, returns).unwrap().bytes();
+        assert_eq!(bytes(2, Returns::Counted), 448);
+        assert_eq!(bytes(256, Returns::Counted), 384 + 4096);
+        assert_eq!(bytes(256, Returns::Entries), 384 + 4096);
+        assert_eq!(bytes(256, Returns::InOrder), 384 + 4096 + 1024);
+        assert_eq!(bytes(2, Returns::InOrder), 448);
+        for entries in [0, 1, 3, 65536, u32::MAX] {
+            assert_eq!(Layout::new(entries, Returns::Counted), Err(BadRing::Entries));
+        }
+    }
+
+    #[test]
+    fn batches_of_every_size_come_and_go() {
+        for returns in [Returns::Counted, Returns::Entries, Returns::InOrder] {
+            for start in STARTS {
+                let layout = Layout::new(16, returns).unwrap();
+                let memory = memory(layout);
+                let mut driver = DriverEnd::create(&memory[..], layout, start).unwrap();
+                let mut device = DeviceEnd::attach(&memory[..]).unwrap();
+                let (mut sent, mut taken) = (0, 0);
+                for n in (1..=16).chain([5, 16, 16, 3]) {
+                    for _ in 0..n {
+                        assert_eq!(device.take(), Ok(None), "not posted yet");
+                        assert_eq!(driver.submit(entry(sent)), Ok(()));
+                        sent += 1;
+                    }
+                    let _ = driver.post();
+                    for _ in 0..n {
+                        assert_eq!(device.take(), Ok(Some(entry(taken))));
+                        taken += 1;
+                    }
+                    assert_eq!(device.take(), Ok(None));
+                    for i in 0..n {
+                        device.give_back(Return { len: 100 + i, ..entry(0).into() });
+                    }
+                    let _ = device.post();
+                    if returns == Returns::Counted {
+                        assert_eq!(driver.reap_count(), Ok(n));
+                        continue;
+                    }
+                    for i in 0..n {
+                        assert_eq!(driver.reap(), Ok(Some(back(returns, 100 + i))));
+                    }
+                    assert_eq!(driver.reap(), Ok(None));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_run_in_order_dirties_no_slot_but_its_first() {
+        let layout = Layout::new(16, Returns::InOrder).unwrap();
+        let memory = memory(layout);
+        let mut driver = DriverEnd::create(&memory[..], layout, 0).unwrap();
+        let mut device = DeviceEnd::attach(&memory[..]).unwrap();
+        (0..16).for_each(|n| driver.submit(entry(n)).unwrap());
+        let _ = driver.post();
+        let slots = |pos| [0, 1].map(|i| layout.slot(&memory, pos)[i].load(Ordering::Relaxed));
+        let before: Vec<_> = (0..16).map(slots).collect();
+        for len in 0..16 {
+            assert!(device.take().unwrap().is_some());
+            device.give_back(Return { len, ..Return::default() });
+        }
+        let _ = device.post();
+        let changed: Vec<_> = (0..16).filter(|pos| slots(*pos) != before[*pos as usize]).collect();
+        assert_eq!(changed, [0]);
+        // Room comes while the run is being reaped, and its lengths stay.
+        for len in 0..16 {
+            assert_eq!(driver.reap(), Ok(Some(Return { len, id: 0, flags: 0 })));
+            assert_eq!(driver.submit(entry(9)), Ok(()));
+            let _ = driver.post();
+        }
+        assert_eq!((driver.reap(), driver.space()), (Ok(None), 0));
+    }
+
+    #[test]
+    fn lengths_in_order_have_31_bits() {
+        let layout = Layout::new(8, Returns::InOrder).unwrap();
+        let memory = memory(layout);
+        let mut driver = DriverEnd::create(&memory[..], layout, 5).unwrap();
+        let mut device = DeviceEnd::attach(&memory[..]).unwrap();
+        (0..8).for_each(|n| driver.submit(entry(n)).unwrap());
+        let _ = driver.post();
+        let lengths = [0, 1, MAX_LENGTH - 1, MAX_LENGTH, MAX_LENGTH + 1, u32::MAX];
+        for (i, len) in (0..).zip(lengths) {
+            assert!(device.take().unwrap().is_some());
+            device.give_back(Return { len, id: 7, flags: i });
+        }
+        let _ = device.post();
+        for (i, len) in (0..).zip(lengths) {
+            let (len, flags) = (len.min(MAX_LENGTH), i & NEXT);
+            assert_eq!(driver.reap(), Ok(Some(Return { len, id: 0, flags })));
+        }
+    }
+
+    #[test]
+    fn full_is_full_until_reaped() {
+        let layout = Layout::new(4, Returns::Counted).unwrap();
+        let memory = memory(layout);
+        let mut driver = DriverEnd::create(&memory[..], layout, u64::MAX - 1).unwrap();
+        let mut device = DeviceEnd::attach(&memory[..]).unwrap();
+        for n in 0..4 {
+            assert_eq!(driver.submit(entry(n)), Ok(()));
+        }
+        assert_eq!(driver.submit(entry(4)), Err(Full));
+        let _ = driver.post();
+        for n in 0..4 {
+            assert_eq!(device.take(), Ok(Some(entry(n))));
+        }
+        assert_eq!(device.take(), Ok(None));
+        device.give_back(entry(0).into());
+        assert_eq!(driver.reap_count(), Ok(0), "not posted yet");
+        let _ = device.post();
+        assert_eq!((driver.reap_count(), driver.space()), (Ok(1), 1));
+        for _ in 0..10 {
+            device.give_back(entry(0).into());
+        }
+        let _ = device.post();
+        assert_eq!((device.held(), driver.reap_count()), (0, Ok(3)));
+    }
+
+    #[test]
+    fn a_post_that_was_seen_does_not_kick() {
+        let layout = Layout::new(4, Returns::Counted).unwrap();
+        let memory = memory(layout);
+        let mut driver = DriverEnd::create(&memory[..], layout, 0).unwrap();
+        let mut device = DeviceEnd::attach(&memory[..]).unwrap();
+        assert_eq!(device.arm(0), Armed::Waiting);
+        driver.submit(entry(1)).unwrap();
+        assert_eq!(device.pending(), 0);
+        assert!(driver.post().is_wanted());
+        assert_eq!(device.pending(), 1);
+        assert!(device.take().unwrap().is_some());
+        assert_eq!(device.pending(), 0);
+        assert_eq!(device.arm(0), Armed::Waiting);
+        assert!(!driver.post().is_wanted(), "nothing was submitted");
+        driver.submit(entry(2)).unwrap();
+        assert!(driver.post().is_wanted());
+        // Another implementation may publish entries one by one, before their post.
+        memory[SIGNAL].store(0, Ordering::Relaxed);
+        assert!(device.take().unwrap().is_some());
+        assert_eq!(device.pending(), 0, "taken before its post");
+        assert_eq!(device.arm(0), Armed::Waiting);
+    }
+
+    #[test]
+    fn attach_checks_the_header() {
+        let layout = Layout::new(8, Returns::Entries).unwrap();
+        let memory = memory(layout);
+        let attach = || DeviceEnd::attach(&memory[..]).map(|d| d.layout());
+        assert_eq!(attach(), Err(BadRing::Magic));
+        DriverEnd::create(&memory[..], layout, 0).unwrap();
+        assert_eq!(attach(), Ok(layout));
+        for (word, value, error) in [
+            (HEADER_ENTRIES, 9, BadRing::Entries),
+            (HEADER_ENTRIES, 1 << 32 | 8, BadRing::Entries),
+            (HEADER_ENTRIES, 16, BadRing::TooSmall),
+            (HEADER_RETURNS, 3, BadRing::Returns),
+            (HEADER_RETURNS, 2, BadRing::TooSmall),
+        ] {
+            let before = memory[word].swap(value, Ordering::Relaxed);
+            assert_eq!(attach(), Err(error));
+            memory[word].store(before, Ordering::Relaxed);
+        }
+        assert_eq!(DeviceEnd::attach(&memory[..10]).unwrap_err(), BadRing::TooSmall);
+        assert_eq!(DriverEnd::create(&memory[..10], layout, 0).unwrap_err(), BadRing::TooSmall);
+    }
+
+    /// Stores what an honest peer does not: an entry or a return at position `pos`.
+    fn forge(memory: &[Word], layout: Layout, pos: u64, mark: u64, back: Return) {
+        layout.slot(memory, pos)[1].store(back.tag(layout.lap(pos) | mark), Ordering::Relaxed);
+    }
+
+    #[test]
+    fn a_peer_that_sends_too_much_is_corrupt() {
+        let layout = Layout::new(2, Returns::Entries).unwrap();
+        let memory = memory(layout);
+        let mut driver = DriverEnd::create(&memory[..], layout, 0).unwrap();
+        let mut device = DeviceEnd::attach(&memory[..]).unwrap();
+        driver.submit(entry(0)).unwrap();
+        driver.submit(entry(1)).unwrap();
+        let _ = driver.post();
+        assert!(device.take().unwrap().is_some() && device.take().unwrap().is_some());
+        forge(&memory, layout, 2, 0, Return::default());
+        assert_eq!(device.take(), Err(Corrupt::Overfull));
+        assert_eq!(driver.reap(), Ok(None));
+        for pos in 0..2 {
+            forge(&memory, layout, pos, RETURN, Return::default());
+            assert!(driver.reap().unwrap().is_some());
+        }
+        forge(&memory, layout, 2, RETURN, Return::default());
+        assert_eq!(driver.reap(), Err(Corrupt::Unasked));
+    }
+
+    #[test]
+    fn a_run_of_none_or_of_more_than_was_given_is_corrupt() {
+        let layout = Layout::new(4, Returns::InOrder).unwrap();
+        let memory = memory(layout);
+        let mut driver = DriverEnd::create(&memory[..], layout, 0).unwrap();
+        (0..3).for_each(|n| driver.submit(entry(n)).unwrap());
+        let _ = driver.post();
+        for run in [0, 4, u16::MAX] {
+            forge(&memory, layout, 0, RETURN, Return { len: 1, id: run, flags: 0 });
+            assert_eq!(driver.reap(), Err(Corrupt::Unasked), "a run of {run}");
+        }
+        forge(&memory, layout, 0, RETURN, Return { len: 1, id: 3, flags: 0 });
+        let reaped = std::iter::from_fn(|| driver.reap().unwrap()).count();
+        assert_eq!((reaped, driver.in_flight()), (3, 0));
+    }
+
+    #[test]
+    fn a_count_of_more_than_was_given_is_corrupt() {
+        let layout = Layout::new(2, Returns::Counted).unwrap();
+        let memory = memory(layout);
+        let mut driver = DriverEnd::create(&memory[..], layout, 0).unwrap();
+        driver.submit(entry(0)).unwrap();
+        for hostile in [2, u64::MAX, 1 << 31, 1 << 32, 1 << 32 | 1, 1 << 63] {
+            memory[(SIGNAL_OFFSET + signal::DEVICE_SEQ) / WORD].store(hostile, Ordering::Relaxed);
+            assert_eq!(driver.reap_count(), Err(Corrupt::Unasked), "{hostile:#x}");
+        }
+    }
+
+    #[test]
+    fn a_ring_is_taken_up_again() {
+        for returns in [Returns::Counted, Returns::Entries, Returns::InOrder] {
+            for start in STARTS {
+                let layout = Layout::new(8, returns).unwrap();
+                let memory = memory(layout);
+                let mut driver = DriverEnd::create(&memory[..], layout, start).unwrap();
+                let (mut device, kick) = DeviceEnd::resume(&memory[..]).unwrap();
+                assert!(!kick.is_wanted() && device.held() == 0);
+                (0..7).for_each(|n| driver.submit(entry(n)).unwrap());
+                let _ = (driver.post(), driver.arm(0));
+                for n in 0..6 {
+                    assert_eq!(device.take(), Ok(Some(entry(n))));
+                }
+                (0..5).for_each(|_| device.give_back(back(returns, 1)));
+                let _ = device.post(); // Its kick is lost with it.
+                let (mut device, kick) = DeviceEnd::resume(&memory[..]).unwrap();
+                assert!(kick.is_wanted());
+                assert_eq!(device.take(), Ok(Some(entry(5))), "taken, and not returned");
+                assert_eq!(device.take(), Ok(Some(entry(6))));
+                (0..2).for_each(|_| device.give_back(back(returns, 1)));
+                let _ = device.post();
+                let reaped = match returns {
+                    Returns::Counted => driver.reap_count().unwrap() as usize,
+                    _ => std::iter::from_fn(|| driver.reap().unwrap()).count(),
+                };
+                assert_eq!((reaped, driver.in_flight()), (7, 0));
+            }
+        }
+    }
+
+    #[test]
+    fn a_ring_that_does_not_go_together_is_not_taken_up() {
+        let layout = Layout::new(8, Returns::InOrder).unwrap();
+        let memory = memory(layout);
+        DriverEnd::create(&memory[..], layout, 100).unwrap();
+        for word in [0, checkpoint(109, 0), checkpoint(99, 0), checkpoint(100, 9), u64::MAX] {
+            memory[CHECKPOINT].store(word, Ordering::Relaxed);
+            assert_eq!(
+                DeviceEnd::resume(&memory[..]).unwrap_err(),
+                BadRing::Checkpoint,
+                "{word:#x}"
+            );
+        }
+    }
+}

@@ -1,17 +1,20 @@
 //! Signal: who wakes whom, and when (spec/shared-memory.md, "Signal").
 //!
-//! Each direction has two words with one writer each, in lines of their own: the sender's `seq`, a
-//! free-running count of posts, and the receiver's `arm`, a position at which it wants to be
-//! kicked, or nothing. From these two follows all that three shared flags used to say: *dirty* is
-//! "`seq` differs from what I consumed", *pending* is "`seq` has passed `at`". So a burst costs one
-//! kick, and a receiver that polls costs none.
+//! Each direction has two words, each with one writer and in a cache line of its own. The sender
+//! writes `seq`, a free-running count of its posts. The receiver writes `arm`: the position at
+//! which it wants to be kicked, or "not at all". Three facts follow from these two words: there is
+//! news if `seq` differs from what the receiver consumed; a kick was sent if `seq` has passed the
+//! position in `arm`; a burst of posts costs one kick. A receiver that polls costs no kick at all.
 //!
-//! Position `at` is the number of the post that shall kick: a receiver that has consumed everything
-//! up to `seen` arms at `seen`, to be kicked by the very next post, or at `seen + k`, to be kicked
-//! after `k` more (and then it owns the time-out that goes with it).
+//! Position `at` is the number of the post that kicks. A receiver that has consumed everything up
+//! to `seen` arms at `seen`: the very next post kicks. Or it arms at `seen + k`: the post after `k`
+//! more kicks, and the receiver needs a time-out of its own.
 
-use super::memory::{Memory, WORD, low};
-use super::sync::{Edge, Fence, Ordering, fence, observe, publish};
+use core::fmt;
+use core::marker::PhantomData;
+
+use super::memory::{Memory, WORD};
+use super::sync::{Edge, Fence, Ordering, Word, fence, observe, publish};
 
 /// Bytes of a signal block: four lines, for both directions.
 pub const BLOCK_BYTES: usize = 256;
@@ -28,51 +31,221 @@ pub const DEVICE_SEQ: usize = 128;
 /// Offset within the block of the driver's `arm`, for the device's posts.
 pub const DRIVER_ARM: usize = 192;
 
-/// The bit of `arm` that says that a kick is wanted; its position is in bits 0..32.
-pub const ARM_ENABLED: u64 = 1 << 32;
+/// The bit of `arm` that says that a kick is wanted. Bits 0..63 are the low bits of a position.
+pub const ARM_ENABLED: u64 = 1 << 63;
+
+const BLOCK_WORDS: usize = BLOCK_BYTES / WORD;
 
 const _: () = {
-    assert!(size_of::<super::sync::Word>() >= WORD); // A model checker's word is larger.
+    assert!(size_of::<Word>() >= WORD); // A model checker's word is larger.
     assert!(DRIVER_SEQ == 0 && DEVICE_ARM == 64 && DEVICE_SEQ == 128 && DRIVER_ARM == 192);
     assert!(BLOCK_BYTES == DRIVER_ARM + 64 && BLOCK_ALIGN == 64);
 };
 
-/// One end of a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum End {
+/// The two ends of a connection, as types: a sender, a receiver and a [`Kick`] each say by their
+/// type whose they are.
+pub mod end {
+    use super::{DEVICE_ARM, DEVICE_SEQ, DRIVER_ARM, DRIVER_SEQ, WORD};
+
     /// The driver, which owns the memory.
-    Driver,
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    pub struct Driver;
+
     /// The device, to which the memory was registered.
-    Device,
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    pub struct Device;
+
+    /// [`Driver`] or [`Device`].
+    pub trait End: Copy + core::fmt::Debug + sealed::End {
+        /// The other end.
+        type Peer: End<Peer = Self>;
+        /// This end as a value.
+        const SELF: Self;
+        /// Index of the end's `seq` within the words of a signal block.
+        const SEQ: usize;
+        /// Index of the end's `arm` within the words of a signal block.
+        const ARM: usize;
+
+        /// The other end as a value.
+        fn peer(self) -> Self::Peer {
+            Self::Peer::SELF
+        }
+    }
+
+    impl End for Driver {
+        type Peer = Device;
+        const SELF: Self = Driver;
+        const SEQ: usize = DRIVER_SEQ / WORD;
+        const ARM: usize = DRIVER_ARM / WORD;
+    }
+
+    impl End for Device {
+        type Peer = Driver;
+        const SELF: Self = Device;
+        const SEQ: usize = DEVICE_SEQ / WORD;
+        const ARM: usize = DEVICE_ARM / WORD;
+    }
+
+    mod sealed {
+        pub trait End {}
+        impl End for super::Driver {}
+        impl End for super::Device {}
+    }
 }
 
-impl End {
-    /// The other one.
-    pub fn peer(self) -> End {
-        match self {
-            End::Driver => End::Device,
-            End::Device => End::Driver,
-        }
-    }
-
-    fn seq_word(self) -> usize {
-        match self {
-            End::Driver => DRIVER_SEQ / WORD,
-            End::Device => DEVICE_SEQ / WORD,
-        }
-    }
-
-    fn arm_word(self) -> usize {
-        match self {
-            End::Driver => DRIVER_ARM / WORD,
-            End::Device => DEVICE_ARM / WORD,
-        }
-    }
-}
+use end::End;
 
 /// The signal block does not fit its region, or is not aligned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BadSignal;
+
+/// What a post by end `E` asks for: whether the other end must be woken now.
+///
+/// Give it to what wakes that end: the driver's to a doorbell, the device's to an interrupt. A
+/// kick of the wrong end does not fit there, and a kick cannot be used twice.
+///
+/// ```compile_fail
+/// use vbus_shm::signal::{Kick, end};
+/// fn doorbell(_: Kick<end::Driver>) {}
+/// fn interrupted(kick: Kick<end::Device>) {
+///     doorbell(kick); // An interrupt's kick does not ring a doorbell.
+/// }
+/// ```
+#[must_use = "without its kick the other end may sleep for ever"]
+#[derive(PartialEq, Eq)]
+pub struct Kick<E> {
+    wanted: bool,
+    by: PhantomData<E>,
+}
+
+impl<E> Kick<E> {
+    /// The other end need not be woken.
+    pub const NONE: Kick<E> = Kick::new(false);
+
+    #[inline(always)]
+    pub(super) const fn new(wanted: bool) -> Self {
+        Kick { wanted, by: PhantomData }
+    }
+
+    /// Whether the other end must be woken.
+    #[inline(always)]
+    #[must_use]
+    pub fn is_wanted(&self) -> bool {
+        self.wanted
+    }
+
+    /// One kick in place of two: wanted if either is. Only for kicks of the same signal, or of
+    /// signals that wake the same sleeper.
+    #[inline(always)]
+    pub fn or(self, other: Kick<E>) -> Kick<E> {
+        Kick::new(self.wanted | other.wanted)
+    }
+}
+
+impl<E: End> fmt::Debug for Kick<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Kick({:?}, {})", E::SELF, self.wanted)
+    }
+}
+
+/// Position `a` less position `b`. Positions in `arm` have 63 bits, so this is a number of 63 bits
+/// with a sign.
+#[inline(always)]
+#[allow(clippy::cast_possible_wrap, reason = "to a difference with a sign")]
+fn difference(a: u64, b: u64) -> i64 {
+    (a.wrapping_sub(b) << 1) as i64 >> 1
+}
+
+/// The sending half of end `E`, over words that each call is given.
+#[derive(Debug)]
+pub(super) struct Tx<E> {
+    base: usize,
+    seq: u64,
+    end: PhantomData<E>,
+}
+
+impl<E: End> Tx<E> {
+    /// Over the block whose first word is `base`, counting on from `start`.
+    pub(super) fn new(base: usize, start: u64) -> Self {
+        Tx { base, seq: start, end: PhantomData }
+    }
+
+    /// Takes up the half of a sender that has gone, and posts up to `seq` what it had made visible
+    /// without a post.
+    pub(super) fn resume(words: &[Word], base: usize, seq: u64) -> (Self, Kick<E>) {
+        let half = Tx::new(base, seq);
+        let kick = half.repost(words);
+        (half, kick)
+    }
+
+    #[inline(always)]
+    pub(super) fn posted(&self) -> u64 {
+        self.seq
+    }
+
+    /// Stores `seq` anew, and says whether a receiver that armed at any post so far must be woken:
+    /// the sender before may have gone without its kick.
+    fn repost(&self, words: &[Word]) -> Kick<E> {
+        // Pairs with the loads of `seq` in Rx::{seen, arm}.
+        publish(&words[self.base + E::SEQ], self.seq, Edge::Seq);
+        // As in `post`.
+        fence(Fence::Post);
+        // Pairs with the stores of `arm` in Rx::{arm, disarm}.
+        let arm = words[self.base + E::Peer::ARM].load(Ordering::Relaxed);
+        Kick::new(arm & ARM_ENABLED != 0 && difference(arm, self.seq) < 0)
+    }
+
+    #[inline(always)]
+    pub(super) fn post(&mut self, words: &[Word], n: u32) -> Kick<E> {
+        let old = self.seq;
+        self.seq = old.wrapping_add(u64::from(n));
+        // Pairs with the loads of `seq` in Rx::{seen, arm}.
+        publish(&words[self.base + E::SEQ], self.seq, Edge::Seq);
+        // Store of `seq` before load of `arm`: with the fence in `arm`, one of the two ends sees
+        // the other's store.
+        fence(Fence::Post);
+        // Pairs with the stores of `arm` in Rx::{arm, disarm}. Read once: the peer may change it at
+        // any time.
+        let arm = words[self.base + E::Peer::ARM].load(Ordering::Relaxed);
+        let ahead = arm.wrapping_sub(old) & !ARM_ENABLED;
+        Kick::new(arm & ARM_ENABLED != 0 && ahead < u64::from(n))
+    }
+}
+
+/// The receiving half of end `E`, over words that each call is given.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Rx<E> {
+    base: usize,
+    end: PhantomData<E>,
+}
+
+impl<E: End> Rx<E> {
+    /// Over the block whose first word is `base`.
+    pub(super) fn new(base: usize) -> Self {
+        Rx { base, end: PhantomData }
+    }
+
+    #[inline(always)]
+    pub(super) fn seen(self, words: &[Word]) -> u64 {
+        // Pairs with the store of `seq` in Tx::post.
+        observe(&words[self.base + E::Peer::SEQ], Edge::Seq)
+    }
+
+    #[inline]
+    pub(super) fn arm(self, words: &[Word], at: u64) -> Armed {
+        // Pairs with the load of `arm` in Tx::post.
+        words[self.base + E::ARM].store(ARM_ENABLED | at, Ordering::Relaxed);
+        // Store of `arm` before load of `seq`: see `post`.
+        fence(Fence::Arm);
+        if difference(self.seen(words), at) > 0 { Armed::Missed } else { Armed::Waiting }
+    }
+
+    #[inline]
+    pub(super) fn disarm(self, words: &[Word]) {
+        // Pairs with the load of `arm` in Tx::post.
+        words[self.base + E::ARM].store(0, Ordering::Relaxed);
+    }
+}
 
 fn block(mem: &impl Memory, offset: usize) -> Result<usize, BadSignal> {
     let end = offset.checked_add(BLOCK_BYTES).ok_or(BadSignal)?;
@@ -82,66 +255,60 @@ fn block(mem: &impl Memory, offset: usize) -> Result<usize, BadSignal> {
     Ok(offset / WORD)
 }
 
-/// Makes the block at byte `offset` of `mem` a fresh one: both ends count from `start`, nobody is armed. Done by the driver before it
-/// registers the region; a block of zeros is one with `start` 0.
-pub fn format(mem: &impl Memory, offset: usize, start: u32) -> Result<(), BadSignal> {
+/// Makes the block at byte `offset` of `mem` a fresh one: both ends count from `start`, nobody is
+/// armed. The driver does this before it registers the region. A block of zeros is a fresh one with
+/// `start` 0.
+pub fn format(mem: &impl Memory, offset: usize, start: u64) -> Result<(), BadSignal> {
     let base = block(mem, offset)?;
-    let words = &mem.words()[base..base + BLOCK_BYTES / WORD];
+    let words = &mem.words()[base..base + BLOCK_WORDS];
     for word in words {
         word.store(0, Ordering::Relaxed);
     }
-    for end in [End::Driver, End::Device] {
-        words[end.seq_word()].store(u64::from(start), Ordering::Relaxed);
+    for seq in [end::Driver::SEQ, end::Device::SEQ] {
+        words[seq].store(start, Ordering::Relaxed);
     }
     Ok(())
 }
 
-/// The sending half of one direction.
+/// The sending half of one direction: end `E` sends.
 #[derive(Debug)]
-pub struct Sender<M> {
+pub struct Sender<M, E> {
     mem: M,
-    seq_word: usize,
-    arm_word: usize,
-    seq: u32,
+    half: Tx<E>,
 }
 
-impl<M: Memory> Sender<M> {
+impl<M: Memory, E: End> Sender<M, E> {
     /// The half by which `end` sends, over the block at byte `offset` of `mem`, counting on from
     /// `start`: what its `seq` holds now.
-    pub fn new(mem: M, offset: usize, end: End, start: u32) -> Result<Self, BadSignal> {
+    pub fn new(mem: M, offset: usize, end: E, start: u64) -> Result<Self, BadSignal> {
+        let _ = end;
+        let half = Tx::new(block(&mem, offset)?, start);
+        Ok(Sender { mem, half })
+    }
+
+    /// The half by which `end` sends, in place of a sender that has gone at any moment. It counts on
+    /// from the `seq` in memory. The sender before may have gone between a post and its kick, so
+    /// there is a kick here if the receiver is armed for any post so far.
+    pub fn resume(mem: M, offset: usize, end: E) -> Result<(Self, Kick<E>), BadSignal> {
+        let _ = end;
         let base = block(&mem, offset)?;
-        Ok(Sender {
-            mem,
-            seq_word: base + end.seq_word(),
-            arm_word: base + end.peer().arm_word(),
-            seq: start,
-        })
+        let seq = mem.words()[base + E::SEQ].load(Ordering::Relaxed);
+        let (half, kick) = Tx::resume(mem.words(), base, seq);
+        Ok((Sender { mem, half }, kick))
     }
 
     /// Posts so far, as the receiver sees them.
     #[inline]
-    pub fn posted(&self) -> u32 {
-        self.seq
+    pub fn posted(&self) -> u64 {
+        self.half.posted()
     }
 
-    /// Makes `n` more posts visible, after everything written before. Returns whether the receiver
-    /// must be kicked: at most one kick for each position that the receiver arms at. What is
-    /// written after `post` is not seen by a peer that has not yet seen these posts.
+    /// Makes `n` more posts visible, after everything written before. The kick is wanted at most
+    /// once for each position at which the receiver arms. A peer that has not yet seen these posts
+    /// does not see what is written after them.
     #[inline]
-    #[must_use = "true asks for a kick; without it the receiver may sleep for ever"]
-    pub fn post(&mut self, n: u32) -> bool {
-        let old = self.seq;
-        self.seq = old.wrapping_add(n);
-        let words = self.mem.words();
-        // Pairs with the loads of `seq` in Receiver::{seen, arm}.
-        publish(&words[self.seq_word], u64::from(self.seq), Edge::Seq);
-        // Store of `seq` before load of `arm`: with the fence in `arm`, one of the two ends sees
-        // the other's store.
-        fence(Fence::Post);
-        // Pairs with the stores of `arm` in Receiver::{arm, disarm}. Read once: the peer may change
-        // it at any time.
-        let arm = words[self.arm_word].load(Ordering::Relaxed);
-        arm & ARM_ENABLED != 0 && low(arm).wrapping_sub(old) < n
+    pub fn post(&mut self, n: u32) -> Kick<E> {
+        self.half.post(self.mem.words(), n)
     }
 }
 
@@ -151,70 +318,62 @@ impl<M: Memory> Sender<M> {
 pub enum Armed {
     /// The post at the position will kick: it is safe to sleep.
     Waiting,
-    /// It is already there: go on without sleeping. An honest sender's data is visible; if there is
-    /// none, the sender is not honest, and the receiver may sleep all the same (it loses that
-    /// sender's kick only).
+    /// The post is already there: go on without sleeping. An honest sender's data is visible. If
+    /// there is none the sender is not honest, and the receiver may sleep all the same: it loses
+    /// that sender's kick only.
     Missed,
 }
 
-/// The receiving half of one direction.
+/// The receiving half of one direction: end `E` receives.
 #[derive(Debug)]
-pub struct Receiver<M> {
+pub struct Receiver<M, E> {
     mem: M,
-    seq_word: usize,
-    arm_word: usize,
+    half: Rx<E>,
 }
 
-impl<M: Memory> Receiver<M> {
-    /// The half by which `end` receives, over the block at byte `offset` of `mem`.
-    pub fn new(mem: M, offset: usize, end: End) -> Result<Self, BadSignal> {
-        let base = block(&mem, offset)?;
-        Ok(Receiver {
-            mem,
-            seq_word: base + end.peer().seq_word(),
-            arm_word: base + end.arm_word(),
-        })
+impl<M: Memory, E: End> Receiver<M, E> {
+    /// The half by which `end` receives, over the block at byte `offset` of `mem`. A receiver that
+    /// takes the place of another is made in the same way; it finds the posts that the other had
+    /// not consumed.
+    pub fn new(mem: M, offset: usize, end: E) -> Result<Self, BadSignal> {
+        let _ = end;
+        let half = Rx::new(block(&mem, offset)?);
+        Ok(Receiver { mem, half })
     }
 
     /// The sender's count of posts; everything written before them is visible after this call. It
     /// is the peer's word: any value may come.
     #[inline]
-    pub fn seen(&self) -> u32 {
-        // Pairs with the store of `seq` in Sender::post.
-        low(observe(&self.mem.words()[self.seq_word], Edge::Seq))
+    pub fn seen(&self) -> u64 {
+        self.half.seen(self.mem.words())
     }
 
     /// Asks for a kick by post number `at`.
     #[inline]
-    pub fn arm(&mut self, at: u32) -> Armed {
-        let words = self.mem.words();
-        // Pairs with the load of `arm` in Sender::post.
-        words[self.arm_word].store(ARM_ENABLED | u64::from(at), Ordering::Relaxed);
-        // Store of `arm` before load of `seq`: see `post`.
-        fence(Fence::Arm);
-        let passed = self.seen().wrapping_sub(at) as i32 > 0;
-        if passed { Armed::Missed } else { Armed::Waiting }
+    pub fn arm(&mut self, at: u64) -> Armed {
+        self.half.arm(self.mem.words(), at)
     }
 
     /// Asks for no kick. One that is already under way may still come.
     #[inline]
     pub fn disarm(&mut self) {
-        self.mem.words()[self.arm_word].store(0, Ordering::Relaxed);
+        self.half.disarm(self.mem.words());
     }
 }
 
-/// Both halves of one end.
+/// Both halves of end `E`.
 #[derive(Debug)]
-pub struct Signal<M> {
+#[non_exhaustive]
+pub struct Signal<M, E> {
     /// Towards the peer.
-    pub tx: Sender<M>,
+    pub tx: Sender<M, E>,
     /// From the peer.
-    pub rx: Receiver<M>,
+    pub rx: Receiver<M, E>,
 }
 
-impl<M: Memory + Clone> Signal<M> {
+impl<M: Memory + Clone, E: End> Signal<M, E> {
     /// Both halves of `end` over the block at byte `offset` of `mem`, sending from `start`.
-    pub fn new(mem: M, offset: usize, end: End, start: u32) -> Result<Self, BadSignal> {
+    pub fn new(mem: M, offset: usize, end: E, start: u64) -> Result<Self, BadSignal> {
         Ok(Signal {
             tx: Sender::new(mem.clone(), offset, end, start)?,
             rx: Receiver::new(mem, offset, end)?,
@@ -225,32 +384,37 @@ impl<M: Memory + Clone> Signal<M> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sync::Word;
 
-    fn pair(memory: &[Word], start: u32) -> (Sender<&[Word]>, Receiver<&[Word]>) {
+    /// Positions around which something could wrap around.
+    const STARTS: [u64; 6] =
+        [0, (1 << 31) - 2, (1 << 32) - 3, (1 << 63) - 3, u64::MAX - 3, u64::MAX];
+
+    type Pair<'a> = (Sender<&'a [Word], end::Driver>, Receiver<&'a [Word], end::Device>);
+
+    fn pair(memory: &[Word], start: u64) -> Pair<'_> {
         format(&memory, 0, start).unwrap();
         (
-            Sender::new(memory, 0, End::Driver, start).unwrap(),
-            Receiver::new(memory, 0, End::Device).unwrap(),
+            Sender::new(memory, 0, end::Driver, start).unwrap(),
+            Receiver::new(memory, 0, end::Device).unwrap(),
         )
     }
 
-    fn memory() -> [Word; 32] {
+    fn memory() -> [Word; BLOCK_WORDS] {
         core::array::from_fn(|_| Word::new(0))
     }
 
     #[test]
     fn block_must_fit_and_be_aligned() {
         let memory = memory();
-        assert!(Sender::new(&memory[..], 0, End::Driver, 0).is_ok());
+        assert!(Sender::new(&memory[..], 0, end::Driver, 0).is_ok());
         for offset in [8, 64, usize::MAX, usize::MAX - 63] {
             assert_eq!(
-                Sender::new(&memory[..], offset, End::Driver, 0).unwrap_err(),
+                Sender::new(&memory[..], offset, end::Driver, 0).unwrap_err(),
                 BadSignal,
                 "offset {offset}"
             );
             assert_eq!(
-                Receiver::new(&memory[..], offset, End::Driver).unwrap_err(),
+                Receiver::new(&memory[..], offset, end::Driver).unwrap_err(),
                 BadSignal,
                 "offset {offset}"
             );
@@ -259,33 +423,77 @@ mod tests {
 
     #[test]
     fn kicks_once_and_only_at_the_armed_position() {
-        for start in [0, u32::MAX - 3] {
+        for start in STARTS {
             let memory = memory();
             let (mut tx, mut rx) = pair(&memory, start);
-            assert!(!tx.post(1), "nobody has armed");
+            assert!(!tx.post(1).is_wanted(), "nobody has armed");
             assert_eq!(rx.seen(), start.wrapping_add(1));
             assert_eq!(rx.arm(rx.seen()), Armed::Waiting);
-            assert!(tx.post(1));
-            assert!(!tx.post(1), "one kick a position");
+            assert!(tx.post(1).is_wanted());
+            assert!(!tx.post(1).is_wanted(), "one kick a position");
             assert_eq!(rx.arm(rx.seen().wrapping_sub(1)), Armed::Missed);
             assert_eq!(rx.arm(rx.seen().wrapping_add(2)), Armed::Waiting);
-            assert!(!tx.post(2), "two more are let pass");
-            assert!(tx.post(5), "a batch that covers the position");
+            assert!(!tx.post(2).is_wanted(), "two more are let pass");
+            assert!(tx.post(5).is_wanted(), "a batch that covers the position");
             assert_eq!(rx.arm(rx.seen()), Armed::Waiting);
             rx.disarm();
-            assert!(!tx.post(1));
+            assert!(!tx.post(1).is_wanted());
+        }
+    }
+
+    #[test]
+    fn a_receiver_however_far_behind_has_missed_the_post() {
+        for behind in [1, (1 << 31) + 5, (1 << 32) + 1, (1 << 40) + 7, (1 << 62) - 1] {
+            for start in STARTS {
+                let memory = memory();
+                let (_, mut rx) = pair(&memory, start);
+                memory[end::Driver::SEQ].store(start.wrapping_add(behind), Ordering::Relaxed);
+                assert_eq!(rx.arm(start), Armed::Missed, "{behind} posts behind, from {start}");
+            }
+        }
+    }
+
+    #[test]
+    fn no_position_aliases_another() {
+        for ahead in [1 << 31, 1 << 32, 5 << 32, 1 << 62] {
+            for start in STARTS {
+                let memory = memory();
+                let (mut tx, mut rx) = pair(&memory, start);
+                assert_eq!(rx.arm(start.wrapping_add(ahead)), Armed::Waiting);
+                assert!(!tx.post(1).is_wanted(), "{ahead} posts too early");
+                assert!(!tx.post(u32::MAX).is_wanted() || ahead <= u64::from(u32::MAX));
+            }
         }
     }
 
     #[test]
     fn directions_are_apart() {
         let memory = memory();
-        let mut driver = Signal::new(&memory[..], 0, End::Driver, 0).unwrap();
-        let mut device = Signal::new(&memory[..], 0, End::Device, 0).unwrap();
+        let mut driver = Signal::new(&memory[..], 0, end::Driver, 0).unwrap();
+        let mut device = Signal::new(&memory[..], 0, end::Device, 0).unwrap();
         assert_eq!(driver.rx.arm(0), Armed::Waiting);
-        assert!(!driver.tx.post(3));
-        assert!(device.tx.post(1));
+        assert!(!driver.tx.post(3).is_wanted());
+        assert!(device.tx.post(1).is_wanted());
         assert_eq!((driver.rx.seen(), device.rx.seen()), (1, 3));
+    }
+
+    #[test]
+    fn a_sender_that_is_resumed_makes_up_for_a_lost_kick() {
+        for start in STARTS {
+            let memory = memory();
+            let (mut tx, mut rx) = pair(&memory, start);
+            let (_, kick) = Sender::resume(&memory[..], 0, end::Driver).unwrap();
+            assert!(!kick.is_wanted(), "nobody has armed");
+            assert_eq!(rx.arm(start), Armed::Waiting);
+            let (_, kick) = Sender::resume(&memory[..], 0, end::Driver).unwrap();
+            assert!(!kick.is_wanted(), "nothing was posted");
+            let _ = tx.post(1); // Its kick is lost with it.
+            let (mut tx, kick) = Sender::resume(&memory[..], 0, end::Driver).unwrap();
+            assert!(kick.is_wanted());
+            assert_eq!(tx.posted(), start.wrapping_add(1));
+            assert_eq!(rx.arm(rx.seen()), Armed::Waiting);
+            assert!(tx.post(1).is_wanted());
+        }
     }
 
     #[test]
@@ -293,10 +501,10 @@ mod tests {
         let memory = memory();
         let (mut tx, mut rx) = pair(&memory, 7);
         for hostile in [0, 7, u64::MAX, 1 << 32, u64::from(u32::MAX) | ARM_ENABLED, 1 << 63] {
-            memory[DRIVER_SEQ / WORD].store(hostile, Ordering::Relaxed);
+            memory[end::Driver::SEQ].store(hostile, Ordering::Relaxed);
             let _ = rx.arm(rx.seen());
-            memory[DEVICE_ARM / WORD].store(hostile, Ordering::Relaxed);
-            let kicks = (0..100).filter(|_| tx.post(1)).count();
+            memory[end::Device::ARM].store(hostile, Ordering::Relaxed);
+            let kicks = (0..100).filter(|_| tx.post(1).is_wanted()).count();
             assert!(kicks <= 1, "{hostile:#x} brought {kicks} kicks");
         }
     }

@@ -1,13 +1,14 @@
 //! State page: the newest value is always current (spec/shared-memory.md, "State page").
 //!
 //! A header, a signal block, then N slots of the value. The version is the owner's `seq`: writing
-//! fills the slot after the current one and posts. The writer is wait-free and never waits for a
-//! reader; a reader tries again only if the writer came all the way round while it copied, a
-//! bounded number of times. Version 0 of a fresh page is a value of zeros.
+//! fills the slot after the current one and posts. The writer never waits for a reader. A reader
+//! tries again only if the writer came all the way round while it copied, a bounded number of
+//! times. Version 0 of a fresh page is a value of zeros.
 
 use super::copy;
-use super::memory::{Memory, WORD, read_u32};
-use super::signal::{self, Armed, BLOCK_BYTES, BadSignal, End, Receiver, Sender};
+use super::memory::{Memory, WORD, low, read_u32};
+use super::signal::end::End;
+use super::signal::{self, Armed, BLOCK_BYTES, BadSignal, Kick, Rx, Tx};
 use super::sync::{Fence, Ordering, Word, fence};
 
 /// First word of the header: "vbusst" and the layout's version.
@@ -27,6 +28,7 @@ pub const READ_TRIES: u32 = 64;
 /// reads need many tries.
 const READ_BYTES: usize = 64 << 10;
 
+const SIGNAL: usize = SIGNAL_OFFSET / WORD;
 const HEADER_VALUE_BYTES: usize = 1;
 const HEADER_SLOTS: usize = 2;
 
@@ -38,6 +40,7 @@ const _: () = {
 
 /// What is wrong with a layout or a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum BadState {
     /// The value's size is 0 or above [`MAX_VALUE`].
     ValueSize,
@@ -98,16 +101,16 @@ impl Layout {
 
     /// The words of the value in the slot of `version`.
     #[inline(always)]
-    fn slot<'a>(&self, words: &'a [Word], version: u32) -> &'a [Word] {
-        let first =
-            SLOTS_OFFSET / WORD + (version & (self.slots - 1)) as usize * self.slot_words as usize;
+    fn slot<'a>(&self, words: &'a [Word], version: u64) -> &'a [Word] {
+        let slot = (low(version) & (self.slots - 1)) as usize;
+        let first = SLOTS_OFFSET / WORD + slot * self.slot_words as usize;
         &words[first..first + self.value_bytes().div_ceil(WORD)]
     }
 
     /// Writes the header of a fresh page over zeroed memory, with versions counting from `start`.
     /// Done by the driver, which owns the memory, before it registers the region, whichever end
     /// will own the value.
-    pub fn format(self, mem: &impl Memory, start: u32) -> Result<(), BadState> {
+    pub fn format(self, mem: &impl Memory, start: u64) -> Result<(), BadState> {
         let words = mem.words();
         if words.len() < self.words() {
             return Err(BadState::TooSmall);
@@ -139,22 +142,33 @@ impl Layout {
     }
 }
 
-/// The end that owns the value. There is one.
+/// The owner of the value, at end `E`. There is one.
 #[derive(Debug)]
-pub struct Writer<M> {
+pub struct Writer<M, E> {
     mem: M,
     layout: Layout,
-    tx: Sender<M>,
+    tx: Tx<E>,
 }
 
-impl<M: Memory + Clone> Writer<M> {
-    /// The writer of a formatted page. It goes on from the version that the page is at, so a writer
-    /// that was restarted loses nothing.
-    pub fn attach(mem: M, end: End) -> Result<Self, BadState> {
+impl<M: Memory, E: End> Writer<M, E> {
+    /// The writer of a formatted page, going on from the version that the page is at.
+    pub fn attach(mem: M, end: E) -> Result<Self, BadState> {
+        let _ = end;
         let layout = Layout::load(&mem)?;
-        let version = Receiver::new(mem.clone(), SIGNAL_OFFSET, end.peer())?.seen();
-        let tx = Sender::new(mem.clone(), SIGNAL_OFFSET, end, version)?;
-        Ok(Writer { mem, layout, tx })
+        let version = mem.words()[SIGNAL + E::SEQ].load(Ordering::Relaxed);
+        Ok(Writer { mem, layout, tx: Tx::new(SIGNAL, version) })
+    }
+
+    /// A writer in place of one that has gone at any moment. It goes on from the version that the
+    /// page is at: what the other had written but not posted, nobody has seen. The other may have
+    /// gone between a post and its kick, so there is a kick here if the reader is armed for any
+    /// version so far.
+    pub fn resume(mem: M, end: E) -> Result<(Self, Kick<E>), BadState> {
+        let _ = end;
+        let layout = Layout::load(&mem)?;
+        let version = mem.words()[SIGNAL + E::SEQ].load(Ordering::Relaxed);
+        let (tx, kick) = Tx::resume(mem.words(), SIGNAL, version);
+        Ok((Writer { mem, layout, tx }, kick))
     }
 
     /// The page's shape.
@@ -163,32 +177,32 @@ impl<M: Memory + Clone> Writer<M> {
     }
 
     /// The current version.
-    pub fn version(&self) -> u32 {
+    pub fn version(&self) -> u64 {
         self.tx.posted()
     }
 
-    /// Makes `value` current. Shorter values are filled up with zeros, longer ones are cut. Returns
-    /// whether to kick the reader.
-    #[must_use = "true asks for a kick"]
+    /// Makes `value` current. Shorter values are filled up with zeros, longer ones are cut.
     #[inline]
-    pub fn write(&mut self, value: &[u8]) -> bool {
-        let slot = self.layout.slot(self.mem.words(), self.tx.posted().wrapping_add(1));
+    pub fn write(&mut self, value: &[u8]) -> Kick<E> {
+        let words = self.mem.words();
+        let slot = self.layout.slot(words, self.tx.posted().wrapping_add(1));
         // Published by the release in post; kept behind the previous version by its fence.
         if value.len() <= self.layout.value_bytes() {
             copy::store(slot, value);
         } else {
             copy::store(slot, &value[..self.layout.value_bytes()]);
         }
-        self.tx.post(1)
+        self.tx.post(words, 1)
     }
 }
 
-/// A reading end; its value is a copy that was current at some moment during the call.
+/// A reader at end `E`. What it reads is a copy of the value that was current at some moment during
+/// the call.
 #[derive(Debug)]
-pub struct Reader<M> {
+pub struct Reader<M, E> {
     mem: M,
     layout: Layout,
-    rx: Receiver<M>,
+    rx: Rx<E>,
 }
 
 /// The writer came round again and again while we copied. An honest one does that only if this
@@ -196,12 +210,12 @@ pub struct Reader<M> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Overrun;
 
-impl<M: Memory + Clone> Reader<M> {
+impl<M: Memory, E: End> Reader<M, E> {
     /// A reader at `end` of a page that the other end writes.
-    pub fn attach(mem: M, end: End) -> Result<Self, BadState> {
+    pub fn attach(mem: M, end: E) -> Result<Self, BadState> {
+        let _ = end;
         let layout = Layout::load(&mem)?;
-        let rx = Receiver::new(mem.clone(), SIGNAL_OFFSET, end)?;
-        Ok(Reader { mem, layout, rx })
+        Ok(Reader { mem, layout, rx: Rx::new(SIGNAL) })
     }
 
     /// The page's shape.
@@ -210,14 +224,14 @@ impl<M: Memory + Clone> Reader<M> {
     }
 
     /// The current version.
-    pub fn version(&self) -> u32 {
-        self.rx.seen()
+    pub fn version(&self) -> u64 {
+        self.rx.seen(self.mem.words())
     }
 
     /// Copies the current value into the front of `out`, which gets at most a value's bytes, and
     /// returns its version.
     #[inline]
-    pub fn read(&self, out: &mut [u8]) -> Result<u32, Overrun> {
+    pub fn read(&self, out: &mut [u8]) -> Result<u64, Overrun> {
         if out.len() <= self.layout.value_bytes() {
             // Most often the first try does.
             if let Some(version) = self.try_read(out) {
@@ -228,7 +242,7 @@ impl<M: Memory + Clone> Reader<M> {
     }
 
     #[cold]
-    fn read_again(&self, out: &mut [u8]) -> Result<u32, Overrun> {
+    fn read_again(&self, out: &mut [u8]) -> Result<u64, Overrun> {
         let wanted = out.len().min(self.layout.value_bytes());
         (1..self.tries()).find_map(|_| self.try_read(&mut out[..wanted])).ok_or(Overrun)
     }
@@ -240,18 +254,20 @@ impl<M: Memory + Clone> Reader<M> {
     }
 
     #[inline(always)]
-    fn try_read(&self, out: &mut [u8]) -> Option<u32> {
-        let version = self.rx.seen();
-        copy::load(self.layout.slot(self.mem.words(), version), out);
-        // Pairs with the fence in Sender::post: if a word was of the next round, its predecessor's
+    fn try_read(&self, out: &mut [u8]) -> Option<u64> {
+        let words = self.mem.words();
+        let version = self.rx.seen(words);
+        copy::load(self.layout.slot(words, version), out);
+        // Pairs with the fence in Tx::post: if a word was of the next round, its predecessor's
         // `seq` is seen below.
         fence(Fence::Read);
-        (self.rx.seen().wrapping_sub(version) < self.layout.slots - 1).then_some(version)
+        let passed = self.rx.seen(words).wrapping_sub(version);
+        (passed < u64::from(self.layout.slots - 1)).then_some(version)
     }
 
     /// Like [`read`](Self::read), but nothing if the version is still `than`.
-    pub fn read_if_newer(&self, than: u32, out: &mut [u8]) -> Result<Option<u32>, Overrun> {
-        if self.rx.seen() == than {
+    pub fn read_if_newer(&self, than: u64, out: &mut [u8]) -> Result<Option<u64>, Overrun> {
+        if self.version() == than {
             return Ok(None);
         }
         self.read(out).map(Some)
@@ -259,13 +275,13 @@ impl<M: Memory + Clone> Reader<M> {
 
     /// Asks for a kick by the update that follows version `than`. [`Armed::Missed`]: it is there
     /// already.
-    pub fn arm_newer(&mut self, than: u32) -> Armed {
-        self.rx.arm(than)
+    pub fn arm_newer(&mut self, than: u64) -> Armed {
+        self.rx.arm(self.mem.words(), than)
     }
 
     /// Asks for no kick.
     pub fn disarm(&mut self) {
-        self.rx.disarm();
+        self.rx.disarm(self.mem.words());
     }
 }
 
@@ -273,15 +289,15 @@ impl<M: Memory + Clone> Reader<M> {
 /// that has a newer one. For values that are looked at more often than they change: a look then
 /// costs no more than a load of the version.
 #[derive(Debug)]
-pub struct Latest<M, const N: usize> {
-    reader: Reader<M>,
+pub struct Latest<M, E, const N: usize> {
+    reader: Reader<M, E>,
     value: [u8; N],
-    version: u32,
+    version: u64,
 }
 
-impl<M: Memory + Clone, const N: usize> Latest<M, N> {
+impl<M: Memory, E: End, const N: usize> Latest<M, E, N> {
     /// Reads the page for the first time. The value is cut to N bytes, or filled up with zeros.
-    pub fn new(reader: Reader<M>) -> Result<Self, Overrun> {
+    pub fn new(reader: Reader<M, E>) -> Result<Self, Overrun> {
         let mut value = [0; N];
         let version = reader.read(&mut value)?;
         Ok(Latest { reader, value, version })
@@ -305,12 +321,12 @@ impl<M: Memory + Clone, const N: usize> Latest<M, N> {
     }
 
     /// The version of the value that was read last.
-    pub fn version(&self) -> u32 {
+    pub fn version(&self) -> u64 {
         self.version
     }
 
     /// The reader, to arm it.
-    pub fn reader(&mut self) -> &mut Reader<M> {
+    pub fn reader(&mut self) -> &mut Reader<M, E> {
         &mut self.reader
     }
 }
@@ -318,8 +334,9 @@ impl<M: Memory + Clone, const N: usize> Latest<M, N> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::signal::end::{Device, Driver};
 
-    fn memory(layout: Layout, start: u32) -> Vec<Word> {
+    fn memory(layout: Layout, start: u64) -> Vec<Word> {
         let memory: Vec<Word> = (0..layout.words()).map(|_| Word::new(0)).collect();
         layout.format(&&memory[..], start).unwrap();
         memory
@@ -328,23 +345,23 @@ mod tests {
     #[test]
     fn the_latest_value_is_kept() {
         let layout = Layout::new(16, 4).unwrap();
-        let memory = memory(layout, u32::MAX);
-        let mut writer = Writer::attach(&memory[..], End::Device).unwrap();
+        let memory = memory(layout, u64::MAX);
+        let mut writer = Writer::attach(&memory[..], Device).unwrap();
         let mut latest =
-            Latest::<_, 16>::new(Reader::attach(&memory[..], End::Driver).unwrap()).unwrap();
+            Latest::<_, _, 16>::new(Reader::attach(&memory[..], Driver).unwrap()).unwrap();
         assert_eq!(latest.read(), Ok(&[0; 16]));
-        assert_eq!(latest.version(), u32::MAX);
+        assert_eq!(latest.version(), u64::MAX);
         for n in 0..9 {
             let _ = writer.write(&[n; 16]);
             for _ in 0..2 {
                 assert_eq!(latest.read(), Ok(&[n; 16]));
-                assert_eq!(latest.version(), u32::from(n));
+                assert_eq!(latest.version(), u64::from(n));
             }
         }
         let mut short =
-            Latest::<_, 4>::new(Reader::attach(&memory[..], End::Driver).unwrap()).unwrap();
+            Latest::<_, _, 4>::new(Reader::attach(&memory[..], Driver).unwrap()).unwrap();
         let mut long =
-            Latest::<_, 20>::new(Reader::attach(&memory[..], End::Driver).unwrap()).unwrap();
+            Latest::<_, _, 20>::new(Reader::attach(&memory[..], Driver).unwrap()).unwrap();
         assert_eq!(short.read(), Ok(&[8; 4]));
         assert_eq!(long.read().map(|v| (v[15], v[16])), Ok((8, 0)));
     }
@@ -362,18 +379,18 @@ mod tests {
 
     #[test]
     fn the_last_value_is_current_whatever_its_size() {
-        for start in [0, u32::MAX - 2] {
+        for start in [0, u64::MAX - 2] {
             for size in [1_u32, 7, 8, 9, 63, 64, 65, 1000] {
                 let memory = memory(Layout::new(size, 4).unwrap(), start);
-                let mut writer = Writer::attach(&memory[..], End::Device).unwrap();
-                let reader = Reader::attach(&memory[..], End::Driver).unwrap();
+                let mut writer = Writer::attach(&memory[..], Device).unwrap();
+                let reader = Reader::attach(&memory[..], Driver).unwrap();
                 let size = size as usize;
                 let mut out = vec![1; size + 3];
                 assert_eq!(reader.read(&mut out), Ok(start));
                 assert_eq!((&out[..size], &out[size..]), (&vec![0; size][..], &[1; 3][..]));
                 for n in 1..=9_u8 {
                     let _ = writer.write(&vec![n; size]);
-                    assert_eq!(reader.read(&mut out), Ok(start.wrapping_add(u32::from(n))));
+                    assert_eq!(reader.read(&mut out), Ok(start.wrapping_add(u64::from(n))));
                     assert_eq!((&out[..size], &out[size..]), (&vec![n; size][..], &[1; 3][..]));
                 }
             }
@@ -383,8 +400,8 @@ mod tests {
     #[test]
     fn short_values_are_filled_up_and_long_ones_cut() {
         let memory = memory(Layout::new(12, 4).unwrap(), 0);
-        let mut writer = Writer::attach(&memory[..], End::Driver).unwrap();
-        let reader = Reader::attach(&memory[..], End::Device).unwrap();
+        let mut writer = Writer::attach(&memory[..], Driver).unwrap();
+        let reader = Reader::attach(&memory[..], Device).unwrap();
         let mut out = [9; 12];
         for _ in 0..4 {
             let _ = writer.write(&[7; 20]);
@@ -402,27 +419,52 @@ mod tests {
     #[test]
     fn a_writer_that_was_restarted_goes_on() {
         let memory = memory(Layout::new(8, 4).unwrap(), 0);
-        let _ = Writer::attach(&memory[..], End::Driver).unwrap().write(&[1; 8]);
-        let mut writer = Writer::attach(&memory[..], End::Driver).unwrap();
+        let _ = Writer::attach(&memory[..], Driver).unwrap().write(&[1; 8]);
+        let mut writer = Writer::attach(&memory[..], Driver).unwrap();
         assert_eq!(writer.version(), 1);
         let _ = writer.write(&[2; 8]);
         let mut out = [0; 8];
-        assert_eq!(Reader::attach(&memory[..], End::Device).unwrap().read(&mut out), Ok(2));
+        assert_eq!(Reader::attach(&memory[..], Device).unwrap().read(&mut out), Ok(2));
     }
 
     #[test]
     fn waits_for_what_is_newer() {
-        let memory = memory(Layout::new(8, 4).unwrap(), u32::MAX);
-        let mut writer = Writer::attach(&memory[..], End::Driver).unwrap();
-        let mut reader = Reader::attach(&memory[..], End::Device).unwrap();
+        let memory = memory(Layout::new(8, 4).unwrap(), u64::MAX);
+        let mut writer = Writer::attach(&memory[..], Driver).unwrap();
+        let mut reader = Reader::attach(&memory[..], Device).unwrap();
         let mut out = [0; 8];
-        assert_eq!(reader.read_if_newer(u32::MAX, &mut out), Ok(None));
-        assert_eq!(reader.arm_newer(u32::MAX), Armed::Waiting);
-        assert!(writer.write(&[3; 8]));
-        assert_eq!(reader.read_if_newer(u32::MAX, &mut out), Ok(Some(0)));
-        assert_eq!(reader.arm_newer(u32::MAX), Armed::Missed);
+        assert_eq!(reader.read_if_newer(u64::MAX, &mut out), Ok(None));
+        assert_eq!(reader.arm_newer(u64::MAX), Armed::Waiting);
+        assert!(writer.write(&[3; 8]).is_wanted());
+        assert_eq!(reader.read_if_newer(u64::MAX, &mut out), Ok(Some(0)));
+        assert_eq!(reader.arm_newer(u64::MAX), Armed::Missed);
         reader.disarm();
-        assert!(!writer.write(&[4; 8]));
+        assert!(!writer.write(&[4; 8]).is_wanted());
+    }
+
+    #[test]
+    fn a_reader_however_far_behind_has_missed_the_update() {
+        for behind in [(1 << 31) + 5, (1 << 32) + 1, 3 << 32] {
+            let memory = memory(Layout::new(8, 4).unwrap(), 0);
+            let mut reader = Reader::attach(&memory[..], Device).unwrap();
+            memory[SIGNAL + Driver::SEQ].store(behind, Ordering::Relaxed);
+            assert_eq!(reader.arm_newer(0), Armed::Missed, "{behind} updates behind");
+            assert_eq!(reader.read_if_newer(0, &mut [0; 8]), Ok(Some(behind)));
+        }
+    }
+
+    #[test]
+    fn a_writer_that_is_resumed_makes_up_for_a_lost_kick() {
+        let memory = memory(Layout::new(8, 4).unwrap(), 5);
+        let mut reader = Reader::attach(&memory[..], Device).unwrap();
+        let mut writer = Writer::attach(&memory[..], Driver).unwrap();
+        assert_eq!(reader.arm_newer(5), Armed::Waiting);
+        let _ = writer.write(&[1; 8]); // Its kick is lost with it.
+        let (writer, kick) = Writer::resume(&memory[..], Driver).unwrap();
+        assert!(kick.is_wanted());
+        assert_eq!(writer.version(), 6);
+        assert_eq!(reader.arm_newer(6), Armed::Waiting);
+        assert!(!Writer::resume(&memory[..], Driver).unwrap().1.is_wanted());
     }
 
     #[test]
@@ -438,11 +480,11 @@ mod tests {
             (HEADER_SLOTS, 8, BadState::TooSmall),
         ] {
             let before = memory[word].swap(value, Ordering::Relaxed);
-            assert_eq!(Reader::attach(&memory[..], End::Driver).unwrap_err(), error);
-            assert_eq!(Writer::attach(&memory[..], End::Driver).unwrap_err(), error);
+            assert_eq!(Reader::attach(&memory[..], Driver).unwrap_err(), error);
+            assert_eq!(Writer::attach(&memory[..], Driver).unwrap_err(), error);
             memory[word].store(before, Ordering::Relaxed);
         }
-        assert_eq!(Reader::attach(&memory[..40], End::Driver).unwrap_err(), BadState::TooSmall);
+        assert_eq!(Reader::attach(&memory[..40], Driver).unwrap_err(), BadState::TooSmall);
         assert_eq!(layout.format(&&memory[..40], 0), Err(BadState::TooSmall));
     }
 }

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use vbus_core::shm::ring::{DeviceEnd, DriverEnd, Entry, Layout, Returns, SIGNAL_OFFSET};
+use vbus_core::shm::ring::{DeviceEnd, DriverEnd, Entry, Layout, Return, Returns, SIGNAL_OFFSET};
 use vbus_core::shm::signal::Armed;
 use vbus_core::{
     Access, Bus, Connection, ConnectionState, Device, Endpoint, ErrorCode, Executor, Identity,
@@ -69,7 +69,7 @@ impl Connection for Doubling {
             if entry.len == 0 {
                 return Err(ErrorCode::CORRUPT);
             }
-            ring.give_back(Entry { len: entry.len.wrapping_mul(2), ..entry });
+            ring.give_back(Return { len: entry.len.wrapping_mul(2), ..entry.into() });
             progress = Progress::Busy;
         }
         region.interrupt.kick(ring.post());
@@ -147,7 +147,7 @@ impl Driver {
             {
                 sent += 1;
             }
-            if ring.post() {
+            if ring.post().is_wanted() {
                 self.endpoint.ring(u64::from(handle));
             }
             let before = back;
@@ -217,7 +217,7 @@ fn an_eventfd_is_a_doorbell() {
     for round in 1..1000 {
         ring.submit(Entry { len: 5, ..Entry::default() }).unwrap();
         let _ = ring.arm(0);
-        if ring.post() {
+        if ring.post().is_wanted() {
             rustix::io::write(early.as_fd(), &1u64.to_ne_bytes()).unwrap();
             rung += 1;
         }

@@ -33,7 +33,7 @@ impl Cpu {
     pub fn raise(&self, line: u16) {
         self.raised.one();
         let wanted = self.page.raise(line);
-        if wanted {
+        if wanted.is_wanted() {
             self.messages.one();
         }
         self.message.kick(wanted);

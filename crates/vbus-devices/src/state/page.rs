@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::Serialize;
 use serde_json::{Value, json};
 use vbus_core::shm::abi::state::{DESCRIPTION_BYTES, NAME_MAX, OWNER_DEVICE, OWNER_DRIVER};
-use vbus_core::shm::signal::{Armed, End};
+use vbus_core::shm::signal::{Armed, end};
 use vbus_core::shm::state::{Reader, SIGNAL_OFFSET, Writer};
 use vbus_core::{ErrorCode, Interrupt, Region, Window};
 
@@ -50,9 +50,9 @@ struct Shown {
 }
 
 enum PageEnd {
-    Writer(Writer<Window>, Interrupt),
+    Writer(Writer<Window, end::Device>, Interrupt),
     /// With the version of the driver's that was read last.
-    Reader(Reader<Window>, u32),
+    Reader(Reader<Window, end::Device>, u64),
 }
 
 /// A value and its number.
@@ -100,12 +100,12 @@ impl Page {
         }
         let (end, layout) = match self.owner {
             Owner::Device => {
-                let writer = Writer::attach(region.window.clone(), End::Device)?;
+                let writer = Writer::attach(region.window.clone(), end::Device)?;
                 let layout = writer.layout();
                 (PageEnd::Writer(writer, region.interrupt.clone()), layout)
             }
             Owner::Driver => {
-                let reader = Reader::attach(region.window.clone(), End::Device)?;
+                let reader = Reader::attach(region.window.clone(), end::Device)?;
                 let layout = reader.layout();
                 // A fresh page is at version 0, and its zeros are no value: the last one stays
                 // until the driver writes.

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use vbus_core::shm::abi::venet::status_page as word;
-use vbus_core::shm::signal::End;
+use vbus_core::shm::signal::{Kick, end};
 use vbus_core::shm::state::{SIGNAL_OFFSET, Writer};
 use vbus_core::{ErrorCode, Progress, Region, Task, Window, lock};
 use vbus_net::{Filter, Link};
@@ -19,12 +19,12 @@ type Value = [u64; word::WORDS];
 
 /// A page that the driver has registered.
 struct Page {
-    writer: Writer<Window>,
+    writer: Writer<Window, end::Device>,
     region: Region,
     written: Option<(Instant, Value)>,
     /// The driver has armed, and was not interrupted for the update that followed because it
     /// brought only newer counters. It is interrupted when the link changes.
-    owed: bool,
+    owed: Kick<end::Device>,
 }
 
 /// The status page of a connection. The driver may or may not have registered one.
@@ -53,14 +53,14 @@ impl Pages {
         if page.is_some() {
             return Err(ErrorCode::EXISTS);
         }
-        let writer = Writer::attach(region.window.clone(), End::Device)?;
+        let writer = Writer::attach(region.window.clone(), end::Device)?;
         if region.signal_offset.is_some_and(|at| at != SIGNAL_OFFSET) {
             return Err(ErrorCode::BAD_SIGNAL);
         }
         if writer.layout().value_bytes() < word::BYTES as usize {
             return Err(ErrorCode::BAD_LENGTH);
         }
-        *page = Some(Page { writer, region, written: None, owed: false });
+        *page = Some(Page { writer, region, written: None, owed: Kick::NONE });
         Ok(())
     }
 
@@ -114,9 +114,13 @@ impl Pages {
         for (to, word) in bytes.chunks_exact_mut(8).zip(value) {
             to.copy_from_slice(&word.to_le_bytes());
         }
-        page.owed |= page.writer.write(&bytes);
-        let kick = link_changed && std::mem::take(&mut page.owed);
-        page.region.interrupt.kick(kick);
+        let owed = std::mem::replace(&mut page.owed, Kick::NONE).or(page.writer.write(&bytes));
+        if link_changed {
+            page.region.interrupt.kick(owed);
+        } else {
+            page.owed = owed;
+            page.region.interrupt.kick(Kick::NONE);
+        }
         None
     }
 }

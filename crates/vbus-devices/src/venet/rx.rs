@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use vbus_core::memory::{DriverSlice, View};
 use vbus_core::shm::abi::venet::HEADER_BYTES;
-use vbus_core::shm::ring::{DeviceEnd, Entry, NEXT};
+use vbus_core::shm::ring::{DeviceEnd, Entry, NEXT, Return};
 use vbus_core::shm::signal::Armed;
 use vbus_core::{ErrorCode, Interrupt, MemoryContext, TaskHandle, Window};
 use vbus_net::{
@@ -258,10 +258,10 @@ impl RxQueue {
             let filled = left.min(entry.len as usize);
             left -= filled;
             let flags = if i + 1 < count { NEXT } else { 0 };
-            self.ring.give_back(Entry {
+            self.ring.give_back(Return {
                 len: u32::try_from(filled).unwrap_or(entry.len),
+                id: entry.id,
                 flags,
-                ..entry
             });
         }
         self.count(len - HEADER_BYTES);
@@ -344,10 +344,10 @@ impl RxQueue {
             source.copy(to);
             left -= filled;
             let flags = if i + 1 < count { NEXT } else { 0 };
-            self.ring.give_back(Entry {
+            self.ring.give_back(Return {
                 len: u32::try_from(filled).unwrap_or(entry.len),
+                id: entry.id,
                 flags,
-                ..entry
             });
         }
         Ok(())

@@ -99,7 +99,7 @@ impl TxQueue {
     /// The frame was sent or dropped: gives its entries back.
     pub fn done(&mut self) {
         for entry in self.chain.entries.drain(..) {
-            self.ring.give_back(entry);
+            self.ring.give_back(entry.into());
         }
         self.chain.bytes = 0;
         self.chain.head = None;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde_json::Value;
 use vbus_core::shm::abi::venet as abi;
 use vbus_core::shm::ring::{self, DriverEnd, Entry, Layout, NEXT, Returns};
-use vbus_core::shm::signal::{Armed, End};
+use vbus_core::shm::signal::{Armed, end};
 use vbus_core::shm::state;
 use vbus_core::{Bus, Endpoint, ErrorCode, Window};
 pub use vbus_test_driver::{Interrupts, Memory, TIMEOUT, add, call, open};
@@ -52,7 +52,7 @@ pub struct Net {
     pub interrupts: Arc<Interrupts>,
     pub pairs: Vec<Pair>,
     pub shape: Shape,
-    status: Option<state::Reader<Window>>,
+    status: Option<state::Reader<Window, end::Driver>>,
 }
 
 /// Room for one frame that is sent.
@@ -122,7 +122,7 @@ impl Net {
         let addr = self.memory.alloc(layout.bytes());
         let window = self.memory.window(addr, layout.bytes());
         layout.format(&window, 0).unwrap();
-        self.status = Some(state::Reader::attach(window, End::Driver).unwrap());
+        self.status = Some(state::Reader::attach(window, end::Driver).unwrap());
         add(&self.endpoint, abi::REGION_STATUS, addr, layout.bytes(), state::SIGNAL_OFFSET).unwrap()
     }
 
@@ -154,19 +154,23 @@ impl Net {
 
     /// Puts buffer `id` into the receive ring; [`kick_rx`](Self::kick_rx) posts.
     pub fn post_buffer(&mut self, q: usize, id: u16) {
-        let len = self.shape.buffer_bytes;
-        let addr = self.pairs[q].rx_buffers + u64::from(len) * u64::from(id);
+        let (len, addr) = (self.shape.buffer_bytes, self.buffer(q, id));
         self.pairs[q].rx.submit(Entry { addr, len, id, flags: 0 }).unwrap();
     }
 
+    /// Address of receive buffer `id`.
+    fn buffer(&self, q: usize, id: u16) -> u64 {
+        self.pairs[q].rx_buffers + u64::from(self.shape.buffer_bytes) * u64::from(id)
+    }
+
     pub fn kick_rx(&mut self, q: usize) {
-        if self.pairs[q].rx.post() {
+        if self.pairs[q].rx.post().is_wanted() {
             self.endpoint.ring(u64::from(self.pairs[q].rx_handle));
         }
     }
 
     pub fn kick_tx(&mut self, q: usize) {
-        if self.pairs[q].tx.post() {
+        if self.pairs[q].tx.post().is_wanted() {
             self.endpoint.ring(u64::from(self.pairs[q].tx_handle));
         }
     }
@@ -222,7 +226,8 @@ impl Net {
     /// The next frame with its header, if there is one; its buffers are posted again.
     pub fn try_recv(&mut self, q: usize) -> Option<Vec<u8>> {
         while let Some(entry) = self.pairs[q].rx.reap().unwrap() {
-            let bytes = self.memory.read(entry.addr, entry.len as usize);
+            let addr = self.buffer(q, entry.id);
+            let bytes = self.memory.read(addr, entry.len as usize);
             self.pairs[q].partial.extend_from_slice(&bytes);
             self.post_buffer(q, entry.id);
             self.kick_rx(q);

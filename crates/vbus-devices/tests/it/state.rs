@@ -5,7 +5,7 @@ use std::sync::mpsc::{Receiver, channel};
 
 use serde_json::{Value, json};
 use vbus_core::shm::abi::state::{CALL_DESCRIBE, CONFIG_BYTES, DESCRIPTION_BYTES, OWNER_DRIVER};
-use vbus_core::shm::signal::{Armed, End};
+use vbus_core::shm::signal::{Armed, end};
 use vbus_core::shm::state::{Layout, Reader, SIGNAL_OFFSET, Writer};
 use vbus_core::{Bus, Endpoint, ErrorCode, Window};
 
@@ -85,7 +85,7 @@ fn a_value_set_before_the_driver_comes_is_there_when_it_does() {
 
     let (window, added) = page(&endpoint, &mut memory, 0, 16);
     added.unwrap();
-    let mut reader = Reader::attach(window, End::Driver).unwrap();
+    let mut reader = Reader::attach(window, end::Driver).unwrap();
     let mut value = [0; 16];
     assert_eq!((reader.read(&mut value), &value[..5]), (Ok(1), &b"warm\0"[..]));
     assert_eq!(reader.arm_newer(1), Armed::Waiting);
@@ -96,7 +96,7 @@ fn a_value_set_before_the_driver_comes_is_there_when_it_does() {
     let (window, added) = page(&endpoint, &mut memory, 2, 1 << 20);
     added.unwrap();
     let mut value = vec![0; 1 << 20];
-    Reader::attach(window, End::Driver).unwrap().read(&mut value).unwrap();
+    Reader::attach(window, end::Driver).unwrap().read(&mut value).unwrap();
     assert!(value == big, "1 MiB, byte by byte");
     let shown = get(&endpoint, "blob");
     assert_eq!(shown["hex"].as_str(), Some(&*hex));
@@ -115,10 +115,10 @@ fn what_a_driver_wrote_is_watched_and_stays_when_it_goes() {
         open(&endpoint, &memory, 0).unwrap();
         let (window, added) = page(&endpoint, &mut memory, 1, 8);
         let handle = added.unwrap();
-        let mut writer = Writer::attach(window, End::Driver).unwrap();
+        let mut writer = Writer::attach(window, end::Driver).unwrap();
         for n in 0..20 {
             let text = format!("{round}/{n}");
-            if writer.write(text.as_bytes()) {
+            if writer.write(text.as_bytes()).is_wanted() {
                 endpoint.ring(u64::from(handle));
             }
             while next(&answers)["text"] != text {}
@@ -173,7 +173,7 @@ fn a_page_must_be_as_described() {
     let (window, added) = page(&endpoint, &mut memory, 1, 8);
     let (_, again) = page(&endpoint, &mut memory, 1, 8);
     assert_eq!(again, Err(ErrorCode::EXISTS));
-    let _ = Writer::attach(window, End::Driver).unwrap().write(b"kept");
+    let _ = Writer::attach(window, end::Driver).unwrap().write(b"kept");
     endpoint.region_drop(u64::from(added.unwrap())).unwrap();
     assert_eq!(get(&endpoint, "load")["text"], "kept");
     let (_, added) = page(&endpoint, &mut memory, 1, 8);

@@ -78,11 +78,7 @@ impl<H: Hal> Rx<H> {
     /// Makes the buffers that were given visible, and wakes the device if it waits for them.
     /// Returns whether it rang the doorbell.
     pub fn post(&mut self) -> bool {
-        let kick = self.ring.post();
-        if kick {
-            self.bell.ring();
-        }
-        kick
+        self.bell.kick(self.ring.post())
     }
 
     /// The next frame, in pieces, header first. They belong to the driver from here on, until it

@@ -66,11 +66,7 @@ impl<H: Hal> Tx<H> {
     /// Makes what was submitted visible, and wakes the device if it sleeps. Returns whether it rang
     /// the doorbell. Best called once for several frames.
     pub fn post(&mut self) -> bool {
-        let kick = self.ring.post();
-        if kick {
-            self.bell.ring();
-        }
-        kick
+        self.bell.kick(self.ring.post())
     }
 
     /// How many pieces came back since the last call, the oldest first. Costs a look at memory:

@@ -5,7 +5,7 @@ use vbus_driver::venet::{BUFFER_MIN, CHAIN_MAX, FRAME_MAX, HEADER_BYTES, Nic, Pi
 use vbus_driver::{ConnectionState, Dma, Error, ErrorCode, Function};
 use vbus_shm::Memory;
 use vbus_shm::abi::{reg, venet as abi};
-use vbus_shm::ring::{DeviceEnd, Entry, NEXT, SIGNAL_OFFSET};
+use vbus_shm::ring::{DeviceEnd, NEXT, Return, SIGNAL_OFFSET};
 use vbus_shm::signal::DEVICE_SEQ;
 use vbus_shm::sync::Ordering;
 
@@ -42,9 +42,9 @@ impl Rig {
     }
 
     /// The device returns the entry that it took first, changed.
-    fn give_back(&mut self, change: impl FnOnce(Entry) -> Entry) {
+    fn give_back(&mut self, change: impl FnOnce(Return) -> Return) {
         let entry = self.device_rx.take().unwrap().unwrap();
-        self.device_rx.give_back(change(entry));
+        self.device_rx.give_back(change(entry.into()));
     }
 
     fn receive(&mut self) -> Result<Option<usize>, Error> {
@@ -60,9 +60,9 @@ fn corrupt<T: std::fmt::Debug>(result: Result<T, Error>) {
 fn an_honest_frame_is_received() {
     let mut rig = Rig::new();
     assert_eq!(rig.receive(), Ok(None));
-    rig.give_back(|entry| Entry { len: BUFFER_MIN, flags: NEXT, ..entry });
+    rig.give_back(|entry| Return { len: BUFFER_MIN, flags: NEXT, ..entry });
     assert_eq!(rig.receive(), Ok(None), "it is not whole");
-    rig.give_back(|entry| Entry { len: 60, ..entry });
+    rig.give_back(|entry| Return { len: 60, ..entry });
     let frame = rig.rx.receive().unwrap().unwrap().to_vec();
     assert_eq!(
         frame.iter().map(|piece| (piece.id, piece.len)).collect::<Vec<_>>(),
@@ -77,13 +77,13 @@ fn an_honest_frame_is_received() {
 #[test]
 fn buffers_come_back_only_once_and_only_if_given() {
     let mut rig = Rig::new();
-    rig.give_back(|entry| Entry { len: 60, ..entry });
+    rig.give_back(|entry| Return { len: 60, ..entry });
     assert_eq!(rig.receive(), Ok(Some(1)));
-    rig.give_back(|entry| Entry { id: 0, len: 60, ..entry });
+    rig.give_back(|entry| Return { id: 0, len: 60, ..entry });
     corrupt(rig.receive());
     for id in [ENTRIES as u16, 1023, 1024, u16::MAX] {
         let mut rig = Rig::new();
-        rig.give_back(|entry| Entry { id, len: 60, ..entry });
+        rig.give_back(|entry| Return { id, len: 60, ..entry });
         corrupt(rig.receive());
     }
 }
@@ -92,7 +92,7 @@ fn buffers_come_back_only_once_and_only_if_given() {
 fn lengths_are_checked() {
     for len in [0, HEADER_BYTES as u32, BUFFER_MIN + 1, u32::MAX] {
         let mut rig = Rig::new();
-        rig.give_back(|entry| Entry { len, ..entry });
+        rig.give_back(|entry| Return { len, ..entry });
         corrupt(rig.receive());
     }
 }
@@ -102,7 +102,7 @@ fn a_frame_ends_somewhere() {
     let mut rig = Rig::new();
     for n in 0..=CHAIN_MAX {
         // Small enough not to be too large, too many to be a frame.
-        rig.give_back(|entry| Entry { len: 64, flags: NEXT, ..entry });
+        rig.give_back(|entry| Return { len: 64, flags: NEXT, ..entry });
         match rig.receive() {
             Ok(None) if n < CHAIN_MAX => {}
             result => corrupt(result),
@@ -111,7 +111,7 @@ fn a_frame_ends_somewhere() {
     let mut rig = Rig::new();
     for n in 1..=CHAIN_MAX {
         let flags = if n == CHAIN_MAX { 0 } else { NEXT };
-        rig.give_back(|entry| Entry { len: BUFFER_MIN, flags, ..entry });
+        rig.give_back(|entry| Return { len: BUFFER_MIN, flags, ..entry });
     }
     assert!(CHAIN_MAX * BUFFER_MIN as usize > FRAME_MAX);
     corrupt(rig.receive());
@@ -120,7 +120,7 @@ fn a_frame_ends_somewhere() {
 #[test]
 fn the_driver_cannot_give_a_buffer_twice() {
     let mut rig = Rig::new();
-    rig.give_back(|entry| Entry { len: 60, ..entry });
+    rig.give_back(|entry| Return { len: 60, ..entry });
     assert_eq!(rig.receive(), Ok(Some(1)));
     for id in [1, ENTRIES as u16, u16::MAX] {
         assert!(matches!(rig.rx.give(id, 0), Err(Error::Unsupported(_))), "{id}");
@@ -137,7 +137,7 @@ fn more_returns_than_submissions_are_refused() {
     assert_eq!(rig.tx.reclaim(), Ok(0));
     for _ in 0..2 {
         let entry = rig.device_tx.take().unwrap().unwrap();
-        rig.device_tx.give_back(entry);
+        rig.device_tx.give_back(entry.into());
     }
     let _ = rig.device_tx.post();
     assert_eq!(rig.tx.reclaim(), Ok(2));

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vbus_core::shm::abi::{bar0, command, error_code, event, reg};
-use vbus_core::shm::ring::{DeviceEnd, DriverEnd, Entry, Layout, Returns, SIGNAL_OFFSET};
+use vbus_core::shm::ring::{DeviceEnd, DriverEnd, Entry, Layout, Return, Returns, SIGNAL_OFFSET};
 use vbus_core::shm::signal::Armed;
 use vbus_core::{
     Access, Bus, Connection, Device, Endpoint, ErrorCode, Executor, Identity, Interrupt,
@@ -60,7 +60,8 @@ impl Connection for Mirroring {
             if entry.len != 0 {
                 return Err(ErrorCode::CORRUPT);
             }
-            ring.give_back(Entry { addr: !entry.addr, ..entry });
+            // Any 32 bits of the driver come back.
+            ring.give_back(Return { len: !(entry.addr as u32), ..entry.into() });
             progress = Progress::Busy;
         }
         if progress == Progress::Busy {
@@ -175,18 +176,18 @@ fn exchange(
     ring: &mut DriverEnd<Window>,
     handle: u64,
     fd: &OwnedFd,
-    value: u64,
-) -> u64 {
-    ring.submit(Entry { addr: value, len: 0, id: 5, flags: 0 }).unwrap();
+    value: u32,
+) -> u32 {
+    ring.submit(Entry { addr: value.into(), len: 0, id: 5, flags: 0 }).unwrap();
     let armed = ring.arm(0);
-    if ring.post() {
+    if ring.post().is_wanted() {
         rig.write32(bar0::DOORBELLS + handle * bar0::DOORBELL_STRIDE, 0);
     }
     if armed == Armed::Waiting {
         wait(fd);
     }
     rig.write32(reg::INTERRUPT_ACK, 1);
-    ring.reap().unwrap().expect("woken for nothing").addr
+    ring.reap().unwrap().expect("woken for nothing").len
 }
 
 #[test]
@@ -282,11 +283,11 @@ fn a_ring_goes_round_with_each_kind_of_interrupt() {
     assert_eq!((bell.offset, doorbells.len()), (bar0::DOORBELLS + handle * 4, 8));
     ring.submit(Entry { addr: 6, len: 0, id: 5, flags: 0 }).unwrap();
     assert_eq!(ring.arm(0), Armed::Waiting);
-    if ring.post() {
+    if ring.post().is_wanted() {
         rustix::io::write(&bell.fd, &1u64.to_ne_bytes()).unwrap();
     }
     wait(&msi);
-    assert_eq!(ring.reap().unwrap().unwrap().addr, !6);
+    assert_eq!(ring.reap().unwrap().unwrap().len, !6);
     assert_eq!(rig.command(command::REGION_DROP, &[handle]), Ok(0));
 }
 
@@ -298,7 +299,7 @@ fn intx_pends_in_status_and_register_until_acknowledged() {
     let intx = rig.eventfd(IrqIndex::Intx, 0);
     ring.submit(Entry { addr: 1, len: 0, id: 0, flags: 0 }).unwrap();
     assert_eq!(ring.arm(0), Armed::Waiting);
-    if ring.post() {
+    if ring.post().is_wanted() {
         rig.write32(bar0::DOORBELLS + handle * 4, 0);
     }
     wait(&intx);
@@ -333,7 +334,7 @@ fn eventfds_can_be_the_end_of_interrupt_and_mask_it() {
     }
     ring.submit(Entry { addr: 1, len: 0, id: 0, flags: 0 }).unwrap();
     assert_eq!(ring.arm(0), Armed::Waiting);
-    if ring.post() {
+    if ring.post().is_wanted() {
         rig.write32(bar0::DOORBELLS + handle * 4, 0);
     }
     // Not acknowledged, it comes again after each end: once, or twice if the write was there before
@@ -372,7 +373,7 @@ fn a_violation_breaks_the_connection_and_wakes_the_driver() {
     let (mut ring, handle) = rig.ring(0);
     let msi = rig.eventfd(IrqIndex::Msi, 0);
     ring.submit(Entry { addr: 0, len: 1, id: 0, flags: 0 }).unwrap();
-    if ring.post() {
+    if ring.post().is_wanted() {
         rig.write32(bar0::DOORBELLS + handle * 4, 0);
     }
     wait(&msi);

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use vbus_core::shm::Memory as _;
 use vbus_core::shm::abi::sched::{self as abi, report};
-use vbus_core::shm::signal::{Armed, End};
+use vbus_core::shm::signal::{Armed, end};
 use vbus_core::shm::state::{Layout, Reader, SIGNAL_OFFSET, Writer};
 use vbus_core::{Bus, Endpoint, ErrorCode, Window};
 
@@ -75,7 +75,7 @@ struct Report {
     status: u32,
     class: u32,
     priority: i32,
-    version: u32,
+    version: u64,
     updates: u64,
     changes: u64,
     clamped: u64,
@@ -86,9 +86,9 @@ struct Report {
 
 /// A driver's pages of one virtual CPU.
 struct Pages {
-    requests: Writer<Window>,
+    requests: Writer<Window, end::Driver>,
     window: Window,
-    reports: Reader<Window>,
+    reports: Reader<Window, end::Driver>,
     handles: [u32; 2],
 }
 
@@ -121,8 +121,8 @@ impl Driver {
     fn pages(&mut self, cpu: u32) -> Pages {
         let (window, request) = self.page(abi::request_page(cpu), abi::request::BYTES);
         let (memory, report) = self.page(abi::report_page(cpu), report::BYTES);
-        let requests = Writer::attach(window.clone(), End::Driver).unwrap();
-        let reports = Reader::attach(memory, End::Driver).unwrap();
+        let requests = Writer::attach(window.clone(), end::Driver).unwrap();
+        let reports = Reader::attach(memory, end::Driver).unwrap();
         Pages { requests, window, reports, handles: [request.unwrap(), report.unwrap()] }
     }
 
@@ -130,7 +130,7 @@ impl Driver {
         let mut value = [0; abi::request::BYTES as usize];
         value[..4].copy_from_slice(&class.to_le_bytes());
         value[4..8].copy_from_slice(&priority.to_le_bytes());
-        if pages.requests.write(&value) {
+        if pages.requests.write(&value).is_wanted() {
             self.endpoint.ring(u64::from(pages.handles[0]));
         }
     }
@@ -157,7 +157,7 @@ impl Driver {
     }
 }
 
-fn read(reports: &Reader<Window>) -> (Report, u32) {
+fn read(reports: &Reader<Window, end::Driver>) -> (Report, u64) {
     let mut value = [0; report::BYTES as usize];
     let version = reports.read(&mut value).unwrap();
     let word = |at: usize| u32::from_le_bytes(value[at..at + 4].try_into().unwrap());
@@ -166,7 +166,7 @@ fn read(reports: &Reader<Window>) -> (Report, u32) {
         status: word(report::OUTCOME),
         class: word(report::CLASS),
         priority: word(report::PRIORITY) as i32,
-        version: word(report::VERSION),
+        version: count(report::VERSION),
         updates: count(report::UPDATES),
         changes: count(report::CHANGES),
         clamped: count(report::CLAMPED),

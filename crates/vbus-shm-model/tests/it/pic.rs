@@ -31,7 +31,7 @@ impl Target {
     }
 
     fn raise_again(&self, line: u16) {
-        if self.page.raise(line) {
+        if self.page.raise(line).is_wanted() {
             self.messages.fetch_add(1, Ordering::Relaxed);
             self.message.kick();
         }

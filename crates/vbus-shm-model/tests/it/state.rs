@@ -2,20 +2,20 @@
 //! update is slept through.
 
 use loom::thread;
-use vbus_shm_model::signal::{Armed, End};
+use vbus_shm_model::signal::{Armed, end};
 use vbus_shm_model::state::{Layout, Reader, Writer};
 use vbus_shm_model::sync::{Edge, Fence, Place};
 
 use crate::harness::{Kick, Shared, check, needs};
 
-const NEAR_WRAP: u32 = u32::MAX - 1;
+const NEAR_WRAP: u64 = (1 << 63) - 2;
 /// Two words, so that a value can be torn.
 const VALUE: usize = 16;
 
-fn value(count: u32) -> [u8; VALUE] {
+fn value(count: u64) -> [u8; VALUE] {
     let mut value = [0; VALUE];
-    value[..4].copy_from_slice(&count.to_le_bytes());
-    value[8..12].copy_from_slice(&count.to_le_bytes());
+    value[..8].copy_from_slice(&count.to_le_bytes());
+    value[8..].copy_from_slice(&count.to_le_bytes());
     value
 }
 
@@ -27,10 +27,10 @@ fn page() -> Shared {
 }
 
 /// Reads once, in the middle of `writes` writes.
-fn reading(writes: u32) {
+fn reading(writes: u64) {
     let memory = page();
-    let mut writer = Writer::attach(memory.clone(), End::Driver).unwrap();
-    let reader = Reader::attach(memory, End::Device).unwrap();
+    let mut writer = Writer::attach(memory.clone(), end::Driver).unwrap();
+    let reader = Reader::attach(memory, end::Device).unwrap();
     let owner = thread::spawn(move || {
         for count in 1..=writes {
             let _ = writer.write(&value(count));
@@ -44,16 +44,16 @@ fn reading(writes: u32) {
 }
 
 /// Waits until it has read the last of `writes` values; versions never go back.
-fn waiting(writes: u32) {
+fn waiting(writes: u64) {
     let memory = page();
-    let mut writer = Writer::attach(memory.clone(), End::Device).unwrap();
-    let mut reader = Reader::attach(memory, End::Driver).unwrap();
+    let mut writer = Writer::attach(memory.clone(), end::Device).unwrap();
+    let mut reader = Reader::attach(memory, end::Driver).unwrap();
     let kick = Kick::new();
     let owner = thread::spawn({
         let kick = kick.clone();
         move || {
             for count in 1..=writes {
-                if writer.write(&value(count)) {
+                if writer.write(&value(count)).is_wanted() {
                     kick.kick();
                 }
             }
@@ -90,15 +90,15 @@ fn waits_for_the_last_value() {
 fn reader_and_waiter_together() {
     check(3, || {
         let memory = page();
-        let mut writer = Writer::attach(memory.clone(), End::Driver).unwrap();
-        let reader = Reader::attach(memory.clone(), End::Device).unwrap();
-        let mut waiter = Reader::attach(memory, End::Device).unwrap();
+        let mut writer = Writer::attach(memory.clone(), end::Driver).unwrap();
+        let reader = Reader::attach(memory.clone(), end::Device).unwrap();
+        let mut waiter = Reader::attach(memory, end::Device).unwrap();
         let kick = Kick::new();
         let owner = thread::spawn({
             let kick = kick.clone();
             move || {
                 for count in 1..=2 {
-                    if writer.write(&value(count)) {
+                    if writer.write(&value(count)).is_wanted() {
                         kick.kick();
                     }
                 }

@@ -50,28 +50,33 @@ static size_t seq_of(enum end end) { return 128 + (end == DRIVER ? 0 : 128); }
 /* Where the receiver of that end's posts arms. */
 static size_t arm_for(enum end end) { return 128 + (end == DRIVER ? 64 : 192); }
 
-static void post(enum end us, uint32_t *seq, uint32_t n)
+#define ENABLED ((uint64_t)1 << 63)
+
+/* a - b, of positions: modulo 2^63, with a sign. */
+static int64_t difference(uint64_t a, uint64_t b) { return (int64_t)((a - b) << 1) / 2; }
+
+static void post(enum end us, uint64_t *seq, uint32_t n)
 {
-	uint32_t old = *seq;
+	uint64_t old = *seq;
 	*seq = old + n;
 	atomic_store_explicit(&WORD(seq_of(us)), *seq, memory_order_release);
 	atomic_thread_fence(memory_order_seq_cst);
 	uint64_t arm = atomic_load_explicit(&WORD(arm_for(us)), memory_order_relaxed);
-	if ((arm >> 32 & 1) && (uint32_t)((uint32_t)arm - old) < n)
+	if ((arm & ENABLED) && ((arm - old) & ~ENABLED) < n)
 		kick();
 }
 
-static uint32_t seen(enum end them)
+static uint64_t seen(enum end them)
 {
-	return (uint32_t)atomic_load_explicit(&WORD(seq_of(them)), memory_order_acquire);
+	return atomic_load_explicit(&WORD(seq_of(them)), memory_order_acquire);
 }
 
 /* Sleeps until post number `at` of the other end's is there, or it has missed it. */
-static void arm_and_sleep(enum end them, uint32_t at)
+static void arm_and_sleep(enum end them, uint64_t at)
 {
-	atomic_store_explicit(&WORD(arm_for(them)), (uint64_t)1 << 32 | at, memory_order_relaxed);
+	atomic_store_explicit(&WORD(arm_for(them)), ENABLED | at, memory_order_relaxed);
 	atomic_thread_fence(memory_order_seq_cst);
-	if ((int32_t)(seen(them) - at) <= 0)
+	if (difference(seen(them), at) <= 0)
 		wait_for_kick();
 	atomic_store_explicit(&WORD(arm_for(them)), 0, memory_order_relaxed);
 }
@@ -79,89 +84,164 @@ static void arm_and_sleep(enum end them, uint32_t at)
 /* Ring. */
 #define LAP ((uint64_t)1 << 63)
 #define RETURNED ((uint64_t)1 << 62)
+#define MORE ((uint32_t)1 << 31)
+
+enum returns { COUNTED, ENTRIES, IN_ORDER };
 
 static uint32_t entries;
 
-static uint64_t lap(uint32_t pos) { return pos & entries ? 0 : LAP; }
-static size_t slot(uint32_t pos) { return 384 + (size_t)(pos % entries) * 16; }
+static uint64_t lap(uint64_t pos) { return pos & entries ? 0 : LAP; }
+static size_t slot(uint64_t pos) { return 384 + (size_t)(pos % entries) * 16; }
 
-static void put(uint32_t pos, uint64_t mark, uint64_t address, uint64_t tag)
+static void put_tag(uint64_t pos, uint64_t mark, uint64_t tag, memory_order order)
 {
-	atomic_store_explicit(&WORD(slot(pos)), address, memory_order_relaxed);
-	atomic_store_explicit(&WORD(slot(pos) + 8), (tag & ~(LAP | RETURNED)) | mark | lap(pos), memory_order_release);
+	atomic_store_explicit(&WORD(slot(pos) + 8), (tag & ~(LAP | RETURNED)) | mark | lap(pos), order);
 }
 
-static bool get(uint32_t pos, uint64_t mark, uint64_t *address, uint64_t *tag)
+static bool get_tag(uint64_t pos, uint64_t mark, uint64_t *tag)
 {
 	*tag = atomic_load_explicit(&WORD(slot(pos) + 8), memory_order_acquire);
-	if ((*tag & (LAP | RETURNED)) != (mark | lap(pos)))
-		return false;
-	*address = atomic_load_explicit(&WORD(slot(pos)), memory_order_relaxed);
-	return true;
+	return (*tag & (LAP | RETURNED)) == (mark | lap(pos));
 }
 
-/* Takes COUNT entries, and returns each with its address inverted and its length one more. */
-static void device(uint32_t count)
+/* The packed length of a position. Two share a word. */
+static size_t length_at(uint64_t pos) { return 384 + (size_t)entries * 16 + (size_t)(pos % entries) / 2 * 8; }
+
+static void put_length(uint64_t pos, uint32_t length)
+{
+	int shift = pos % 2 ? 32 : 0;
+	uint64_t word = atomic_load_explicit(&WORD(length_at(pos)), memory_order_relaxed);
+	word = (word & ~((uint64_t)UINT32_MAX << shift)) | (uint64_t)length << shift;
+	atomic_store_explicit(&WORD(length_at(pos)), word, memory_order_relaxed);
+}
+
+static uint32_t get_length(uint64_t pos)
+{
+	uint64_t word = atomic_load_explicit(&WORD(length_at(pos)), memory_order_relaxed);
+	return (uint32_t)(word >> (pos % 2 ? 32 : 0));
+}
+
+/* Publishes `n` returns from `pos` on by one tag. */
+static void publish_returns(uint64_t pos, uint32_t n, uint64_t tag)
+{
+	atomic_store_explicit(&WORD(64), pos << 16 | n, memory_order_relaxed);
+	put_tag(pos, RETURNED, tag, memory_order_release);
+}
+
+/* How far the device before us had published returns: its checkpoint tells. */
+static uint64_t published(uint64_t seq)
+{
+	uint64_t word = atomic_load_explicit(&WORD(64), memory_order_relaxed);
+	int64_t behind = (int64_t)((seq << 16) - (word & ~(uint64_t)0xffff)) / 65536;
+	uint64_t pos = seq - (uint64_t)behind;
+	uint64_t tag = atomic_load_explicit(&WORD(slot(pos) + 8), memory_order_relaxed);
+	bool still_submitted = (tag & (LAP | RETURNED)) == lap(pos);
+	uint64_t given = pos + (still_submitted ? 0 : word & 0xffff);
+	if (given - seq > entries)
+		fail("the checkpoint does not go with seq");
+	return given;
+}
+
+/* Takes COUNT entries, and returns each with its length one more, up to five at a time. If it
+ * `dies`, it takes up the ring anew from time to time, as if it had been killed; it then takes some
+ * of the entries again. */
+static void device(uint32_t count, bool dies)
 {
 	if (WORD(0) != 0x0001697273756276)
 		fail("not a ring");
 	entries = (uint32_t)WORD(8);
-	bool counted = WORD(16) == 0;
-	uint32_t taken = (uint32_t)WORD(24), given = taken, posted = taken, done = 0;
-	while (done != count) {
-		uint64_t address, tag;
-		while (get(taken, 0, &address, &tag)) {
+	enum returns returns = (enum returns)WORD(16);
+	uint64_t start = WORD(24), taken = start, given = start, posted = start;
+	for (uint32_t turn = 1; posted - start != count; turn++) {
+		uint64_t tag, first = given;
+		uint32_t lengths[5], n = 0;
+		while (n < 5 && get_tag(taken, 0, &tag)) {
 			if (taken - given == entries)
 				fail("more entries than fit");
-			taken++, done++;
-			if (address != done)
+			taken++;
+			uint64_t address = atomic_load_explicit(&WORD(slot(taken - 1)), memory_order_relaxed);
+			if (address != taken - start)
 				fail("an entry is out of order");
-			if (!counted)
-				put(given, RETURNED, ~address, tag + 1);
+			if (returns == ENTRIES)
+				publish_returns(given, 1, tag + 1);
+			lengths[n++] = (uint32_t)tag + 1;
 			given++;
 		}
+		bool die = dies && turn % 3 == 0;
+		if (returns == IN_ORDER && n) {
+			for (uint32_t i = 1; i < n; i++)
+				put_length(first + i, lengths[i] | MORE);
+			if (die && turn % 2) /* Between the checkpoint and the tag. */
+				atomic_store_explicit(&WORD(64), first << 16 | n, memory_order_relaxed);
+			else
+				publish_returns(first, n, lengths[0] | MORE | (uint64_t)n << 32);
+		}
+		if (die) {
+			posted = atomic_load_explicit(&WORD(seq_of(DEVICE)), memory_order_relaxed);
+			given = taken = returns == COUNTED ? posted : published(posted);
+			/* Whatever was posted last may lack its kick. */
+			atomic_store_explicit(&WORD(seq_of(DEVICE)), given, memory_order_release);
+			posted = given;
+			atomic_thread_fence(memory_order_seq_cst);
+			uint64_t arm = atomic_load_explicit(&WORD(arm_for(DEVICE)), memory_order_relaxed);
+			if ((arm & ENABLED) && difference(arm, posted) < 0)
+				kick();
+			continue;
+		}
 		if (given != posted)
-			post(DEVICE, &posted, given - posted);
+			post(DEVICE, &posted, (uint32_t)(given - posted));
 		else
 			arm_and_sleep(DRIVER, taken);
 	}
 }
 
-/* Makes a ring of 8 entries, sends COUNT of them, and checks what comes back. */
-static void driver(uint32_t count)
+/* Makes a ring of 8 entries, sends COUNT of them, each batch backwards, and checks what comes back. */
+static void driver(uint32_t count, enum returns returns)
 {
-	const uint32_t start = 0u - 5;
+	const uint64_t start = ((uint64_t)1 << 63) - 5;
 	entries = 8;
-	for (uint32_t i = 0; i < entries; i++) {
-		put(start + i, 0, 0, 0);
-		atomic_store(&WORD(slot(start + i) + 8), RETURNED | lap(start + i - entries));
+	for (uint64_t pos = start; pos != start + entries; pos++) {
+		atomic_store(&WORD(slot(pos)), 0);
+		atomic_store(&WORD(slot(pos) + 8), RETURNED | lap(pos - entries));
 	}
-	for (size_t at = 128; at < 384; at += 8)
+	for (size_t at = 64; at < 384; at += 8)
 		WORD(at) = 0;
+	WORD(64) = start << 16;
 	WORD(seq_of(DRIVER)) = WORD(seq_of(DEVICE)) = start;
 	WORD(8) = entries;
-	WORD(16) = 1;
+	WORD(16) = returns;
 	WORD(24) = start;
 	atomic_store(&WORD(0), 0x0001697273756276);
 	kick(); /* It can be attached to. */
 
-	uint32_t submitted = start, reaped = start, posted = start, done = 0;
-	while (done != count) {
-		uint64_t address, tag;
-		while (submitted - reaped < entries && submitted - start < count) {
-			uint32_t number = submitted - start + 1;
-			put(submitted, 0, number, number | (uint64_t)7 << 32 | (uint64_t)1 << 48);
+	uint64_t submitted = start, reaped = start, posted = start;
+	while (reaped - start != count) {
+		uint64_t tag;
+		while (submitted - reaped < entries && submitted - start < count)
 			submitted++;
+		for (uint64_t pos = submitted; pos != posted;) {
+			uint32_t number = (uint32_t)(--pos - start + 1);
+			atomic_store_explicit(&WORD(slot(pos)), number, memory_order_relaxed);
+			/* The oldest tag of the batch, written last, covers the others. */
+			put_tag(pos, 0, number | (uint64_t)7 << 32 | (uint64_t)1 << 48,
+				pos == posted ? memory_order_release : memory_order_relaxed);
 		}
 		if (submitted != posted)
-			post(DRIVER, &posted, submitted - posted);
+			post(DRIVER, &posted, (uint32_t)(submitted - posted));
 		bool any = false;
-		while (get(reaped, RETURNED, &address, &tag)) {
-			if (submitted == reaped)
+		while (get_tag(reaped, RETURNED, &tag)) {
+			uint32_t run = returns == IN_ORDER ? (uint16_t)(tag >> 32) : 1;
+			if (run == 0 || run > submitted - reaped)
 				fail("more returns than entries");
-			reaped++, done++, any = true;
-			if (address != ~(uint64_t)done || (uint32_t)tag != done + 1 || (uint16_t)(tag >> 32) != 7)
-				fail("a return is wrong");
+			for (uint32_t i = 0; i < run; i++) {
+				uint32_t length = i ? get_length(reaped) : (uint32_t)tag;
+				uint32_t number = (uint32_t)(reaped - start + 1);
+				if (returns == IN_ORDER && length != ((number + 1) | MORE))
+					fail("a return in order is wrong");
+				if (returns == ENTRIES && (length != number + 1 || (uint16_t)(tag >> 32) != 7))
+					fail("a return is wrong");
+				reaped++, any = true;
+			}
 		}
 		if (!any)
 			arm_and_sleep(DEVICE, reaped);
@@ -171,9 +251,9 @@ static void driver(uint32_t count)
 /* State page: values of `bytes` bytes, all alike, the low byte of a counter, which itself is in the first four. */
 static uint32_t value_bytes, slots;
 
-static size_t value_at(uint32_t version)
+static size_t value_at(uint64_t version)
 {
-	return 384 + (size_t)((value_bytes + 63) / 64 * 64) * (version % slots);
+	return 384 + (size_t)((value_bytes + 63) / 64 * 64) * (size_t)(version % slots);
 }
 
 static void attach_page(void)
@@ -192,9 +272,11 @@ static void reader(uint32_t count)
 	attach_page();
 	uint64_t copy[512];
 	/* The last value may be there already. */
-	uint32_t known = seen(DRIVER) - 1, counter = 0;
+	uint64_t known = seen(DRIVER) - 1;
+	uint32_t counter = 0;
 	while (counter != count) {
-		uint32_t version, tries = 0;
+		uint64_t version;
+		uint32_t tries = 0;
 		while ((version = seen(DRIVER)) == known)
 			arm_and_sleep(DRIVER, known);
 		do {
@@ -204,14 +286,14 @@ static void reader(uint32_t count)
 			for (uint32_t i = 0; i < value_bytes / 8; i++)
 				copy[i] = atomic_load_explicit(&WORD(value_at(version) + i * 8), memory_order_relaxed);
 			atomic_thread_fence(memory_order_acquire);
-		} while ((uint32_t)(seen(DRIVER) - version) >= slots - 1);
+		} while (seen(DRIVER) - version >= slots - 1);
 		unsigned char *bytes = (unsigned char *)copy;
 		uint32_t read;
 		memcpy(&read, bytes, 4);
 		for (uint32_t i = 4; i < value_bytes; i++)
 			if (bytes[i] != (unsigned char)read)
 				fail("a torn value");
-		if ((int32_t)(read - counter) < 0 || (int32_t)(version - known) <= 0)
+		if ((int32_t)(read - counter) < 0 || (int64_t)(version - known) <= 0)
 			fail("an old value");
 		counter = read;
 		known = version;
@@ -223,7 +305,7 @@ static void writer(uint32_t count)
 {
 	attach_page();
 	uint64_t value[512];
-	uint32_t version = (uint32_t)WORD(seq_of(DEVICE));
+	uint64_t version = WORD(seq_of(DEVICE));
 	for (uint32_t counter = 1; counter <= count; counter++) {
 		memset(value, (int)(counter & 0xff), sizeof value);
 		memcpy(value, &counter, 4);
@@ -247,11 +329,11 @@ static void raise_line(uint32_t line)
 		return;
 	atomic_thread_fence(memory_order_seq_cst);
 	uint64_t level = atomic_load_explicit(&WORD(64), memory_order_relaxed);
-	if (line < (level & 0xffff))
+	if (line < (level & 0x1ff))
 		return;
 	if (atomic_load_explicit(&WORD(96 + line / 64 * 8), memory_order_relaxed) & bit)
 		return;
-	if (atomic_exchange_explicit(&told, level >> 16, memory_order_relaxed) != level >> 16)
+	if (atomic_exchange_explicit(&told, level >> 9, memory_order_relaxed) != level >> 9)
 		kick();
 }
 
@@ -285,7 +367,7 @@ static int scan(int from)
 
 static void publish(uint64_t level)
 {
-	atomic_store_explicit(&WORD(64), ++generation << 16 | level, memory_order_relaxed);
+	atomic_store_explicit(&WORD(64), ++generation << 9 | level, memory_order_relaxed);
 	atomic_thread_fence(memory_order_seq_cst);
 }
 
@@ -352,9 +434,13 @@ int main(int argc, char **argv)
 	to_them = atoi(argv[5]);
 	uint32_t count = (uint32_t)atol(argv[6]);
 	if (!strcmp(argv[1], "device"))
-		device(count);
+		device(count, false);
+	else if (!strcmp(argv[1], "mortal_device"))
+		device(count, true);
 	else if (!strcmp(argv[1], "driver"))
-		driver(count);
+		driver(count, ENTRIES);
+	else if (!strcmp(argv[1], "driver_in_order"))
+		driver(count, IN_ORDER);
 	else if (!strcmp(argv[1], "reader"))
 		reader(count);
 	else if (!strcmp(argv[1], "writer"))

@@ -11,8 +11,9 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap};
 use vbus_shm::pic;
-use vbus_shm::ring::{self, DeviceEnd, DriverEnd, Entry, NEXT, Returns};
-use vbus_shm::signal::{Armed, End};
+use vbus_shm::ring::{self, DeviceEnd, DriverEnd, Entry, NEXT, Return, Returns};
+use vbus_shm::signal::Armed;
+use vbus_shm::signal::end::Driver;
 use vbus_shm::state::{self, Reader, Writer};
 use vbus_shm::sync::{Ordering, Word};
 
@@ -108,12 +109,12 @@ impl Drop for Peer {
     }
 }
 
-fn drive(returns: Returns) {
+fn drive(role: &str, returns: Returns) {
     let layout = ring::Layout::new(16, returns).unwrap();
     let mut driver = None;
     let create =
-        |memory| driver = Some(DriverEnd::create(memory, layout, u32::MAX - 1000).unwrap());
-    let Some(peer) = Peer::start("device", ENTRIES, create) else { return };
+        |memory| driver = Some(DriverEnd::create(memory, layout, (1 << 63) - 1000).unwrap());
+    let Some(peer) = Peer::start(role, ENTRIES, create) else { return };
     let mut driver = driver.unwrap();
     let (mut submitted, mut reaped) = (0, 0);
     while reaped < ENTRIES {
@@ -125,7 +126,7 @@ fn drive(returns: Returns) {
             }
             submitted += 1;
         }
-        if driver.post() {
+        if driver.post().is_wanted() {
             peer.kick();
         }
         let before = reaped;
@@ -133,10 +134,8 @@ fn drive(returns: Returns) {
             reaped += driver.reap_count().unwrap();
         }
         while let Some(back) = driver.reap().unwrap() {
-            assert_eq!(
-                back,
-                Entry { addr: !(u64::from(reaped) + 1), len: reaped + 1, id: 5, flags: NEXT }
-            );
+            let id = if returns == Returns::InOrder { 0 } else { 5 };
+            assert_eq!(back, Return { len: reaped + 1, id, flags: NEXT });
             reaped += 1;
         }
         if reaped == before && driver.arm(0) == Armed::Waiting {
@@ -148,25 +147,53 @@ fn drive(returns: Returns) {
 
 #[test]
 fn a_device_in_c_returns_every_entry() {
-    drive(Returns::Entries);
+    drive("device", Returns::Entries);
 }
 
 #[test]
 fn a_device_in_c_counts_every_entry() {
-    drive(Returns::Counted);
+    drive("device", Returns::Counted);
 }
 
 #[test]
-fn a_driver_in_c_gets_every_entry_back() {
-    let Some(peer) = Peer::start("driver", ENTRIES, |_| {}) else { return };
+fn a_device_in_c_returns_runs_in_order() {
+    drive("device", Returns::InOrder);
+}
+
+#[test]
+fn a_device_in_c_takes_up_the_ring_again_and_again() {
+    for returns in [Returns::Counted, Returns::Entries, Returns::InOrder] {
+        drive("mortal_device", returns);
+    }
+}
+
+fn serve(role: &str) {
+    let Some(peer) = Peer::start(role, ENTRIES, |_| {}) else { return };
     peer.wait();
     let mut device = DeviceEnd::attach(peer.memory).unwrap();
-    let mut done = 0;
+    let (mut done, mut turn) = (0, 0);
     while done < ENTRIES {
-        let answer = |entry: Entry| Entry { addr: !entry.addr, len: entry.len + 1, ..entry };
-        let n = device.serve(5, answer).unwrap();
+        let mut n = 0;
+        while n < 7 {
+            let Some(entry) = device.take().unwrap() else { break };
+            device.give_back(Return { len: entry.len + 1, ..entry.into() });
+            n += 1;
+        }
+        turn += 1;
+        if turn % 3 == 0 {
+            // As if killed. Here returns in order are not yet published, others are.
+            let (resumed, kick) = DeviceEnd::resume(peer.memory).unwrap();
+            device = resumed;
+            if device.layout().returns() == Returns::Entries {
+                done += n;
+            }
+            if kick.is_wanted() {
+                peer.kick();
+            }
+            continue;
+        }
         done += n;
-        if device.post() {
+        if device.post().is_wanted() {
             peer.kick();
         }
         if n == 0 && device.arm(0) == Armed::Waiting {
@@ -174,6 +201,16 @@ fn a_driver_in_c_gets_every_entry_back() {
         }
     }
     peer.end();
+}
+
+#[test]
+fn a_driver_in_c_gets_every_entry_back() {
+    serve("driver");
+}
+
+#[test]
+fn a_driver_in_c_gets_runs_in_order() {
+    serve("driver_in_order");
 }
 
 /// The value number `counter` of the program in C.
@@ -184,15 +221,15 @@ fn value(counter: u32) -> [u8; 200] {
 }
 
 fn page(memory: &'static [Word]) {
-    state::Layout::new(200, 4).unwrap().format(&memory, u32::MAX - 100).unwrap();
+    state::Layout::new(200, 4).unwrap().format(&memory, (1 << 63) - 100).unwrap();
 }
 
 #[test]
 fn a_reader_in_c_sees_whole_values() {
     let Some(peer) = Peer::start("reader", VALUES, page) else { return };
-    let mut writer = Writer::attach(peer.memory, End::Driver).unwrap();
+    let mut writer = Writer::attach(peer.memory, Driver).unwrap();
     for counter in 1..=VALUES {
-        if writer.write(&value(counter)) {
+        if writer.write(&value(counter)).is_wanted() {
             peer.kick();
         }
     }
@@ -202,8 +239,8 @@ fn a_reader_in_c_sees_whole_values() {
 #[test]
 fn a_writer_in_c_is_read_whole() {
     let Some(peer) = Peer::start("writer", VALUES, page) else { return };
-    let mut reader = Reader::attach(peer.memory, End::Driver).unwrap();
-    let (mut known, mut counter, mut out) = (u32::MAX - 100, 0, [0; 200]);
+    let mut reader = Reader::attach(peer.memory, Driver).unwrap();
+    let (mut known, mut counter, mut out) = ((1 << 63) - 100, 0, [0; 200]);
     while counter != VALUES {
         // An overrun is no error here: the other process may have this one's core.
         if let Ok(Some(version)) = reader.read_if_newer(known, &mut out) {
@@ -237,7 +274,7 @@ fn a_driver_in_c_takes_every_line() {
     for counter in 1..=RAISES {
         let (number, about, _) = line(counter);
         peer.memory[about].store(counter.into(), Ordering::Relaxed);
-        if device.raise(number) {
+        if device.raise(number).is_wanted() {
             peer.kick();
         }
         if counter % 3 == 0 {

@@ -98,7 +98,9 @@ proptest! {
             Model { lines, nesting, pending: none(), masked: none(), in_service: none(), level: lines, told: false };
         for op in ops {
             match op {
-                Op::Raise(line) => prop_assert_eq!(device.raise(line), model.raise(line)),
+                Op::Raise(line) => {
+ prop_assert_eq!(device.raise(line).is_wanted(), model.raise(line));
+},
                 Op::TakeBack(line) => prop_assert_eq!(device.take_back(line), model.pending.remove(&line)),
                 Op::Take => prop_assert_eq!(driver.take(), model.take()),
                 Op::End(index) => {

@@ -109,7 +109,7 @@ impl Setup {
     }
 
     fn beep(&self, vector: u16) {
-        self.beeps.lock().unwrap()[usize::from(vector)].kick(true);
+        self.beeps.lock().unwrap()[usize::from(vector)].trigger();
     }
 
     /// A processor, with the spurious message that a fresh route may bring not yet sent.
@@ -507,7 +507,7 @@ fn exchange(total: u64, nesting: Nesting) {
                             .map(|n| n as usize * 2 % usize::from(VECTORS) + half as usize);
                         for vector in vectors.clone() {
                             books.posted[vector].fetch_add(1, Ordering::Relaxed);
-                            beeps[vector].kick(true);
+                            beeps[vector].trigger();
                         }
                         let end = Instant::now() + PATIENCE;
                         for vector in vectors {

@@ -50,7 +50,7 @@ impl Connection for Echoing {
             return Ok(Progress::Idle);
         }
         window.words()[1].store(number, Ordering::Release);
-        interrupt.kick(true);
+        interrupt.trigger();
         Ok(Progress::Busy)
     }
 }
