@@ -762,8 +762,8 @@ mod tests {
             device.give_back(Return { len, ..Return::default() });
         }
         let _ = device.post();
-        let changed: Vec<_> = (0..16).filter(|pos| slots(*pos) != before[*pos as usize]).collect();
-        assert_eq!(changed, [0]);
+        let changed = (0..16).zip(&before).filter(|(pos, before)| slots(*pos) != **before);
+        assert_eq!(changed.map(|(pos, _)| pos).collect::<Vec<_>>(), [0]);
         // Room comes while the run is being reaped, and its lengths stay.
         for len in 0..16 {
             assert_eq!(driver.reap(), Ok(Some(Return { len, id: 0, flags: 0 })));

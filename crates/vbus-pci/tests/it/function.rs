@@ -61,7 +61,7 @@ impl Connection for Mirroring {
                 return Err(ErrorCode::CORRUPT);
             }
             // Any 32 bits of the driver come back.
-            ring.give_back(Return { len: !(entry.addr as u32), ..entry.into() });
+            ring.give_back(Return { len: !u32::try_from(entry.addr).unwrap(), ..entry.into() });
             progress = Progress::Busy;
         }
         if progress == Progress::Busy {
