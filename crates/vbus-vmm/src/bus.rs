@@ -1,23 +1,22 @@
-//! Which device answers to an access of the guest that came to user space.
+//! Finds the device for an access of the guest that came to user space.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// Something that answers to addresses or ports. An access may come from any virtual CPU's thread,
-/// several at a time.
+/// A device with addresses or ports. Threads of several virtual CPUs may access it at the same time.
 pub trait BusDevice: Send + Sync {
-    /// Reads `data.len()` (1 to 8) bytes at `offset` from where the device begins. `data` holds all
-    /// ones before.
+    /// Reads `data.len()` (1 to 8) bytes at `offset` from the device's first address. `data` holds
+    /// all ones before.
     fn read(&self, offset: u64, data: &mut [u8]);
 
-    /// Writes `data.len()` (1 to 8) bytes at `offset` from where the device begins.
+    /// Writes `data.len()` (1 to 8) bytes at `offset` from the device's first address.
     fn write(&self, offset: u64, data: &[u8]);
 }
 
-/// The devices of one space, memory or ports, each with a range of its own.
+/// The devices of one address space, memory or ports. Each device has its own range.
 #[derive(Default)]
 pub struct Bus {
-    /// By first address: length and device.
+    /// Length and device, by first address.
     ranges: BTreeMap<u64, (u64, Arc<dyn BusDevice>)>,
 }
 
@@ -25,7 +24,7 @@ impl Bus {
     /// Gives `device` the `len` addresses from `start` on.
     ///
     /// # Panics
-    /// If some of them are another's: the layout is wrong.
+    /// If another device has some of the addresses. The layout is wrong then.
     pub fn add(&mut self, start: u64, len: u64, device: Arc<dyn BusDevice>) {
         let before = self.ranges.range(..start + len).next_back();
         assert!(
@@ -35,7 +34,7 @@ impl Bus {
         self.ranges.insert(start, (len, device));
     }
 
-    /// Reads; what nobody answers to reads as all ones.
+    /// Reads for the guest. An address without a device reads as all ones.
     pub fn read(&self, address: u64, data: &mut [u8]) {
         data.fill(0xff);
         if let Some((offset, device)) = self.find(address) {
@@ -43,7 +42,7 @@ impl Bus {
         }
     }
 
-    /// Writes; what nobody answers to is lost.
+    /// Writes for the guest. A write to an address without a device is lost.
     pub fn write(&self, address: u64, data: &[u8]) {
         if let Some((offset, device)) = self.find(address) {
             device.write(offset, data);

@@ -1,5 +1,5 @@
-//! What the guest's CPUs say of themselves: what KVM can, less what this machine has not, and its
-//! topology.
+//! The CPUID of the guest's CPUs: the features that KVM supports, without those that this machine
+//! lacks, and the machine's topology.
 
 use anyhow::{Context, Result};
 use kvm_bindings::{
@@ -11,17 +11,16 @@ use kvm_ioctls::{Cap, Kvm};
 const TSC_DEADLINE: u32 = 1 << 24;
 const X2APIC: u32 = 1 << 21;
 const IN_A_VM: u32 = 1 << 31;
-/// Leaf 1, EDX: there may be several CPUs in a package.
+/// Leaf 1, EDX: a package may have several CPUs.
 const MANY: u32 = 1 << 28;
-/// Leaf 0x80000001, ECX: virtual machines in the virtual machine.
+/// Leaf 0x80000001, ECX: AMD's extension for virtual machines.
 const SVM: u32 = 1 << 2;
-/// Leaf 1, ECX: the same of Intel.
+/// Leaf 1, ECX: Intel's extension for virtual machines.
 const VMX: u32 = 1 << 5;
-/// Leaf 0xd of subleaf 1, EAX: state that only the kernel may save.
+/// Leaf 0xd, subleaf 1, EAX: supervisor state.
 const XSAVES: u32 = 1 << 3;
 
-/// The leaves of CPU `cpu` (its number and its APIC's) of `cpus`. `hyperv`: with KVM's Hyper-V
-/// part.
+/// The CPUID leaves of a machine's CPUs.
 pub struct Model {
     entries: Vec<kvm_cpuid_entry2>,
     hyperv: bool,
@@ -29,7 +28,11 @@ pub struct Model {
 }
 
 impl Model {
-    /// Asks `kvm` what it can.
+    /// Makes the leaves for `cpus` CPUs from the features of `kvm`. With `hyperv`, the guest can use
+    /// KVM's Hyper-V interface.
+    ///
+    /// # Errors
+    /// KVM does not list its features.
     pub fn new(kvm: &Kvm, cpus: u32, hyperv: bool) -> Result<Model> {
         let supported = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
@@ -60,16 +63,19 @@ impl Model {
         Model { entries, hyperv, cpus }
     }
 
-    /// Whether KVM's Hyper-V part is on.
+    /// Whether the guest can use KVM's Hyper-V interface.
     pub fn hyperv(&self) -> bool {
         self.hyperv
     }
 
-    /// The leaves of CPU `cpu`.
+    /// The leaves of CPU `cpu`, which is also the number of its APIC.
+    ///
+    /// # Errors
+    /// KVM's interface does not take so many leaves.
     pub fn of(&self, cpu: u32) -> Result<CpuId> {
         let mut entries = self.entries.clone();
         for entry in &mut entries {
-            self.place(entry, cpu);
+            self.set_topology(entry, cpu);
         }
         entries.extend([0, 1, 2].map(|level| self.topology(level, cpu)));
         CpuId::from_entries(&entries)
@@ -77,23 +83,23 @@ impl Model {
             .context("KVM has more CPUID leaves than its interface takes")
     }
 
-    /// Writes into a leaf which CPU it is, and how many there are: one package of single-threaded
+    /// Writes the number of the CPU and the topology into a leaf: one package of single-threaded
     /// cores.
-    fn place(&self, entry: &mut kvm_cpuid_entry2, cpu: u32) {
+    fn set_topology(&self, entry: &mut kvm_cpuid_entry2, cpu: u32) {
         let last = self.cpus - 1;
         match entry.function {
             1 => {
                 entry.ebx = (entry.ebx & 0xffff) | self.cpus.min(255) << 16 | (cpu & 0xff) << 24;
                 entry.edx = if last > 0 { entry.edx | MANY } else { entry.edx & !MANY };
             }
-            // Intel: a cache's sharers, and the cores of the package.
+            // Intel: how many CPUs share a cache, and the cores of the package.
             4 if entry.eax & 0x1f != 0 => {
                 let sharers = if entry.eax >> 5 & 7 >= 3 { last } else { 0 };
                 entry.eax = (entry.eax & 0x3fff) | (sharers & 0xfff) << 14 | last.min(63) << 26;
             }
-            // AMD: the cores of the package, and how many bits of the APIC's number they take.
+            // AMD: the cores of the package, and the number of their bits in the APIC's number.
             0x8000_0008 => entry.ecx = last.min(255) | self.core_bits() << 12,
-            // AMD: a cache's sharers.
+            // AMD: how many CPUs share a cache.
             0x8000_001d if entry.eax & 0x1f != 0 => {
                 let sharers = if entry.eax >> 5 & 7 >= 3 { last } else { 0 };
                 entry.eax = (entry.eax & 0x3fff) | (sharers & 0xfff) << 14;
@@ -104,7 +110,7 @@ impl Model {
         }
     }
 
-    /// Leaf 0xb: threads of a core (one), cores of the package, and no more.
+    /// Leaf 0xb: the threads of a core (one), the cores of the package, and no further level.
     fn topology(&self, level: u32, cpu: u32) -> kvm_cpuid_entry2 {
         let (shift, count, kind) = match level {
             0 => (0, 1, 1),
@@ -123,20 +129,20 @@ impl Model {
         }
     }
 
-    /// How many bits number the CPUs.
+    /// The number of bits that CPU numbers take.
     fn core_bits(&self) -> u32 {
         self.cpus.next_power_of_two().trailing_zeros()
     }
 }
 
-/// Whether a leaf of KVM's is passed on.
+/// Whether a leaf of KVM is passed on to the guest.
 fn keep(entry: &kvm_cpuid_entry2) -> bool {
     match (entry.function, entry.index) {
-        // Topology: this machine has its own. Performance counters, and what would need state that
-        // is not kept: none.
+        // Topology, which this machine has its own of; performance counters; features whose state
+        // this program does not keep.
         (0xa | 0xb | 0x12 | 0x14 | 0x1d | 0x1e | 0x1f | 0x8000_0022 | 0x8000_0026, _) => false,
-        // The state of XSAVE that only the kernel may save, and the tiles of AMX, which a process
-        // must ask its kernel for.
+        // The supervisor state of XSAVE, and the tiles of AMX, for which a process must ask its
+        // kernel.
         (0xd, 8 | 10..=18) => false,
         _ => true,
     }

@@ -8,7 +8,7 @@ use std::mem::offset_of;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use anyhow::{Context, Result};
@@ -19,6 +19,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::boot::Start;
 use crate::events::{EventSender, VmEvent};
+use crate::lock::lock;
 use crate::seccomp::{self, Thread};
 use crate::vcpu::{Buses, Pause, Vcpu};
 use crate::vcpu_gate::VcpuGate;
@@ -114,9 +115,7 @@ impl Cpus {
     /// # Errors
     /// KVM refuses a part of the state.
     pub fn reset(&self, start: &Start) -> Result<()> {
-        self.cpus.iter().try_for_each(|cpu| {
-            cpu.vcpu.lock().unwrap_or_else(PoisonError::into_inner).reset(start)
-        })
+        self.cpus.iter().try_for_each(|cpu| lock(&cpu.vcpu).reset(start))
     }
 
     /// The number of virtual CPUs.
@@ -156,7 +155,7 @@ impl Runner {
     /// Runs the CPU whenever the gate is open, until the thread must end.
     fn run(&self) {
         while self.gate.wait(|| self.page.leave_at_once(false)) {
-            let mut vcpu = self.vcpu.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut vcpu = lock(&self.vcpu);
             let pause = vcpu.run(&self.buses, &|| {
                 // KVM finishes the exit when it is entered once more.
                 if self.gate.is_closed() {

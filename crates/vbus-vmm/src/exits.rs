@@ -1,25 +1,25 @@
-//! What brought virtual CPUs back to user space, counted by kind.
+//! Counters of the exits of virtual CPUs to user space, by kind.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde_json::{Map, Value};
 
-/// A reason for which a virtual CPU's thread came back from KVM.
+/// The reason why a virtual CPU's thread came back from KVM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExitKind {
     /// A read of a port.
     PioRead,
-    /// A write to one.
+    /// A write to a port.
     PioWrite,
-    /// A read of memory that is a device's.
+    /// A read of a device in memory.
     MmioRead,
-    /// A write to it.
+    /// A write to a device in memory.
     MmioWrite,
     /// The end of a level-triggered interrupt of the I/O APIC in this process.
     IoapicEoi,
-    /// A signal, to stop the CPU.
+    /// A signal that stops the CPU.
     Interrupted,
-    /// All others.
+    /// Any other reason.
     Other,
 }
 
@@ -35,7 +35,7 @@ impl ExitKind {
     ];
 }
 
-/// The counters of one virtual CPU, whose thread alone counts; anybody may read.
+/// The counters of one virtual CPU. Only its thread counts. Any thread may read.
 #[derive(Default)]
 pub struct Exits([AtomicU64; ExitKind::ALL.len()]);
 
@@ -43,7 +43,8 @@ impl Exits {
     /// Counts one exit.
     pub fn count(&self, kind: ExitKind) {
         let counter = &self.0[kind as usize];
-        // One writer: no read-modify-write is needed.
+        // There is one writer, so no read-modify-write is needed. No store pairs with this one:
+        // readers want only the number.
         counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
     }
 

@@ -1,35 +1,36 @@
-//! The I/O APIC of a split irqchip: its registers and pins, which become messages to the local
-//! APICs in the kernel.
+//! The I/O APIC of a split irqchip. It turns its pins into messages to the local APICs, which are in
+//! the kernel.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use rustix::event::{EventfdFlags, eventfd};
 use vbus_kvm::{Route, Routes};
 
 use crate::bus::BusDevice;
 use crate::layout;
+use crate::lock::lock;
 
 /// Bytes of its registers.
 pub const IO_APIC_BYTES: u64 = 0x1000;
 
-/// Where its two registers lie: one selects, the other is a window to what was selected.
+/// The offsets of its two registers: the first selects a register, the second accesses it.
 const SELECT: u64 = 0x00;
 const WINDOW: u64 = 0x10;
 
-/// What can be selected.
+/// The registers that can be selected.
 const ID: u8 = 0;
 const VERSION: u8 = 1;
 const ARBITRATION: u8 = 2;
 const ENTRIES: u8 = 0x10;
-/// Version 0x11 of the chip, and its last pin.
+/// Version 0x11 of the I/O APIC, and the number of its last pin.
 const VERSION_VALUE: u32 = 0x11 | (layout::PINS - 1) << 16;
-/// The identity's bits.
+/// The bits of the register ID.
 const ID_BITS: u32 = 0x0f00_0000;
 
-/// Bits of an entry: vector, delivery mode, logical destination, pending (read only), active low,
-/// being serviced (read only), level-triggered, masked, destination.
+/// Bits of a redirection entry: vector, delivery mode, logical destination, serviced (read only),
+/// level-triggered, masked, destination. Bit 12, "pending", is read only too.
 const VECTOR: u64 = 0xff;
 const MODE: u64 = 0x700;
 const LOGICAL: u64 = 1 << 11;
@@ -38,20 +39,20 @@ const READ_ONLY: u64 = 1 << 12 | SERVICED;
 const LEVEL: u64 = 1 << 15;
 const MASKED: u64 = 1 << 16;
 const DESTINATION: u32 = 56;
-/// Delivery mode "external": the PIC's, and there is none.
+/// Delivery mode "external", by which a PIC delivers. There is no PIC.
 const EXTERNAL: u64 = 0x700;
 
-/// The chip.
+/// The I/O APIC.
 pub struct IoApic {
     routes: Arc<Routes>,
     state: Mutex<State>,
 }
 
-/// A device that asserts a pin by an eventfd: it hears by another one of the end of the interrupt,
-/// which takes the pin down, and asserts it again if it has still something to say. Dropped: it
-/// does so no more.
-pub struct Source {
-    chip: Arc<IoApic>,
+/// A device that asserts a pin (INTx) by an eventfd. When the guest ends the interrupt, the I/O APIC
+/// lowers the pin and signals a second eventfd. A device that still has a reason to interrupt then
+/// asserts the pin again. Dropping this value disconnects the device.
+pub struct IntxSource {
+    io_apic: Arc<IoApic>,
     pin: u32,
     assert: OwnedFd,
     ended: Arc<OwnedFd>,
@@ -61,7 +62,7 @@ struct State {
     select: u8,
     id: u32,
     pins: [Pin; layout::PINS as usize],
-    /// Pins with those who hear of their ends.
+    /// Pins, and the eventfds that report the ends of their interrupts.
     sources: Vec<(u32, Arc<OwnedFd>)>,
 }
 
@@ -91,7 +92,7 @@ impl State {
         }
     }
 
-    /// Writes; the pin whose entry has changed.
+    /// Writes the selected register. Returns the pin whose entry has changed.
     fn write(&mut self, value: u32) -> Option<usize> {
         if self.select == ID {
             self.id = value & ID_BITS;
@@ -103,7 +104,7 @@ impl State {
         } else {
             *entry & 0xffff_ffff | u64::from(value) << 32
         };
-        // An edge is serviced at once.
+        // An edge-triggered interrupt is never "being serviced".
         if *entry & LEVEL == 0 {
             *entry &= !SERVICED;
         }
@@ -112,24 +113,24 @@ impl State {
 }
 
 impl Pin {
-    /// What it sends, if it may.
+    /// The message of the pin, unless it is masked.
     fn message(&self) -> Option<(u64, u32)> {
         (self.entry & MASKED == 0).then(|| self.route())?
     }
 
-    /// What it sends while it is not masked.
+    /// The message of the pin, masked or not.
     fn route(&self) -> Option<(u64, u32)> {
         let entry = self.entry;
         if entry & MODE == EXTERNAL {
             return None;
         }
         let address = 0xfee0_0000 | (entry >> DESTINATION) << 12 | (entry & LOGICAL) >> 9;
-        // Asserted; vector, delivery mode and trigger have the same places in a message.
+        // The message is "assert". Vector, delivery mode and trigger mode have the same bits in it.
         let data = entry & (VECTOR | MODE | LEVEL) | 1 << 14;
         Some((address, (data & 0xffff_ffff) as u32))
     }
 
-    /// The message to send now for a level that nobody services yet.
+    /// The message to send now for a high level that no CPU services yet.
     fn due(&mut self) -> Option<(u64, u32)> {
         let due = self.high && self.entry & (LEVEL | SERVICED) == LEVEL;
         let message = self.message().filter(|_| due)?;
@@ -139,7 +140,7 @@ impl Pin {
 }
 
 impl IoApic {
-    /// One whose messages take the routes of the first numbers of `routes`.
+    /// Makes an I/O APIC whose pins have the first numbers of `routes`.
     pub fn new(routes: Arc<Routes>) -> IoApic {
         IoApic { routes, state: Mutex::default() }
     }
@@ -155,15 +156,18 @@ impl IoApic {
         self.send(message);
     }
 
-    /// A source on a pin that no [`set`](Self::set) touches.
-    pub fn source(self: &Arc<Self>, pin: u32) -> io::Result<Source> {
+    /// Connects a device to a pin. [`set`](Self::set) must not be used for this pin.
+    ///
+    /// # Errors
+    /// The process has no more descriptors.
+    pub fn source(self: &Arc<Self>, pin: u32) -> io::Result<IntxSource> {
         let event = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let (assert, ended) = (event()?, Arc::new(event()?));
         self.lock().sources.push((pin, ended.clone()));
-        Ok(Source { chip: self.clone(), pin, assert, ended })
+        Ok(IntxSource { io_apic: self.clone(), pin, assert, ended })
     }
 
-    /// A local APIC has ended the interrupt of a vector.
+    /// Handles the end of the interrupts of a vector, which a local APIC reports.
     pub fn end(&self, vector: u8) {
         let State { pins, sources, .. } = &mut *self.lock();
         for (number, pin) in (0..).zip(pins) {
@@ -178,7 +182,8 @@ impl IoApic {
         }
     }
 
-    /// As after a reset, but for the levels, which are the devices'.
+    /// Puts the registers into the state after a reset. The levels of the pins stay, since devices
+    /// drive them.
     pub fn reset(&self) {
         let mut state = self.lock();
         let high = state.pins.map(|pin| pin.high);
@@ -192,47 +197,47 @@ impl IoApic {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     fn send(&self, message: Option<(u64, u32)>) {
         let Some((address, data)) = message else { return };
-        // A message to a CPU that is not there is lost, as on a PC.
+        // A message to a CPU that does not exist is lost, as on a PC.
         let _ = self.routes.send(address, data);
     }
 }
 
 fn signal(event: &OwnedFd) {
-    // A full count is a signal already.
+    // A full counter already signals.
     let _ = rustix::io::write(event, &1u64.to_ne_bytes());
 }
 
-impl Source {
-    /// What the device writes to assert the pin; somebody has to wait for it, and
-    /// [`take`](Self::take) it.
+impl IntxSource {
+    /// The eventfd that the device writes to assert the pin. A thread must wait for it and then call
+    /// [`take`](Self::take).
     pub fn assert(&self) -> BorrowedFd<'_> {
         self.assert.as_fd()
     }
 
-    /// What becomes readable when the guest has ended the interrupt.
+    /// The eventfd that becomes readable when the guest has ended the interrupt.
     pub fn ended(&self) -> BorrowedFd<'_> {
         self.ended.as_fd()
     }
 
-    /// Asserts the pin, if the device has asked for it.
+    /// Asserts the pin if the device has written its eventfd.
     pub fn take(&self) {
         if rustix::io::read(&self.assert, &mut [0; 8]).is_ok() {
-            self.chip.set(self.pin, true);
+            self.io_apic.set(self.pin, true);
         }
     }
 }
 
-impl Drop for Source {
+impl Drop for IntxSource {
     fn drop(&mut self) {
-        self.chip.lock().sources.retain(|(_, ended)| !Arc::ptr_eq(ended, &self.ended));
-        // The others on the pin say so if they still assert it.
-        self.chip.set(self.pin, false);
-        self.chip
+        self.io_apic.lock().sources.retain(|(_, ended)| !Arc::ptr_eq(ended, &self.ended));
+        // The other devices on the pin assert it again if they still have a reason.
+        self.io_apic.set(self.pin, false);
+        self.io_apic
             .lock()
             .sources
             .iter()
@@ -263,8 +268,8 @@ impl BusDevice for IoApic {
             (WINDOW, &[a, b, c, d]) => {
                 let Some(number) = state.write(u32::from_le_bytes([a, b, c, d])) else { return };
                 let pin = &mut state.pins[number];
-                // The kernel tells of the end of an interrupt only if a pin has its route: also one
-                // that was masked while it was serviced.
+                // The kernel reports the end of an interrupt only if the pin has a route. A pin that
+                // was masked while its interrupt is serviced needs its route, too.
                 let route = pin.route().map(|(address, data)| Route::Msi { address, data });
                 let _ = self.routes.set(u32::try_from(number).unwrap_or(u32::MAX), route);
                 self.send(pin.due());

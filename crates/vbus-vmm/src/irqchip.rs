@@ -1,5 +1,5 @@
-//! The interrupt controllers other than the local APICs: the kernel's, or (split) an I/O APIC in
-//! this process.
+//! The interrupt controllers other than the local APICs. They are the kernel's, or (split irqchip)
+//! an I/O APIC in this process.
 
 use std::sync::Arc;
 
@@ -20,16 +20,19 @@ use crate::layout;
 pub struct IrqChip(Kind);
 
 enum Kind {
-    /// `KVM_CREATE_IRQCHIP`: PICs, I/O APIC, and the PIT, all with their state after a reset.
+    /// `KVM_CREATE_IRQCHIP`: PICs, I/O APIC and PIT, with their states after a reset.
     Kernel { routes: Arc<Routes>, chips: Vec<kvm_irqchip>, timer: kvm_pit_state2 },
-    /// `KVM_CAP_SPLIT_IRQCHIP`: only the local APICs are the kernel's. No PIC, no PIT.
+    /// `KVM_CAP_SPLIT_IRQCHIP`: only the local APICs are the kernel's. There is no PIC and no PIT.
     Split { routes: Arc<Routes>, io_apic: Arc<IoApic> },
     #[cfg(test)]
     Test(std::sync::Mutex<std::collections::BTreeSet<u32>>),
 }
 
 impl IrqChip {
-    /// Makes those of `vm`, before its first virtual CPU.
+    /// Makes the interrupt controllers of `vm`, which must have no virtual CPU yet.
+    ///
+    /// # Errors
+    /// KVM lacks them.
     pub fn new(vm: &Arc<VmFd>, split: bool) -> Result<IrqChip> {
         let kind = if split {
             let mut cap = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
@@ -66,14 +69,14 @@ impl IrqChip {
         }
     }
 
-    /// Puts onto `mmio` what is in this process.
+    /// Puts the I/O APIC onto `mmio`, if it is in this process.
     pub fn attach(&self, mmio: &mut Bus) {
         if let Kind::Split { io_apic, .. } = &self.0 {
             mmio.add(IO_APIC.into(), IO_APIC_BYTES, io_apic.clone());
         }
     }
 
-    /// The I/O APIC in this process, if it is here.
+    /// The I/O APIC, if it is in this process.
     pub fn io_apic(&self) -> Option<&Arc<IoApic>> {
         match &self.0 {
             Kind::Split { io_apic, .. } => Some(io_apic),
@@ -81,15 +84,15 @@ impl IrqChip {
         }
     }
 
-    /// Sets the level of a pin, which has one source.
+    /// Sets the level of a pin. A pin has only one source.
     pub fn set(&self, pin: u32, level: bool) {
         match &self.0 {
-            // Fails only for a pin that is not there.
+            // This fails only for a pin that does not exist.
             Kind::Kernel { routes, .. } => drop(routes.vm().set_irq_line(pin, level)),
             Kind::Split { io_apic, .. } => io_apic.set(pin, level),
             #[cfg(test)]
             Kind::Test(high) => {
-                let mut high = high.lock().unwrap_or_else(|e| e.into_inner());
+                let mut high = crate::lock::lock(high);
                 let _ = if level { high.insert(pin) } else { high.remove(&pin) };
             }
         }
@@ -101,7 +104,10 @@ impl IrqChip {
         self.set(pin, false);
     }
 
-    /// As after a reset.
+    /// Puts the interrupt controllers into the state after a reset.
+    ///
+    /// # Errors
+    /// KVM refuses the state.
     pub fn reset(&self) -> Result<()> {
         match &self.0 {
             Kind::Kernel { routes, chips, timer } => {
@@ -124,7 +130,7 @@ impl IrqChip {
 
 #[cfg(test)]
 impl IrqChip {
-    /// One that remembers levels.
+    /// Interrupt controllers for tests, which remember the levels of their pins.
     pub fn for_tests() -> IrqChip {
         IrqChip(Kind::Test(std::sync::Mutex::default()))
     }
@@ -132,6 +138,6 @@ impl IrqChip {
     /// The level of a pin.
     pub fn level(&self, pin: u32) -> bool {
         let Kind::Test(high) = &self.0 else { unreachable!("only a test asks") };
-        high.lock().unwrap_or_else(|e| e.into_inner()).contains(&pin)
+        crate::lock::lock(high).contains(&pin)
     }
 }

@@ -14,6 +14,7 @@ mod exits;
 mod ioapic;
 mod irqchip;
 mod layout;
+mod lock;
 mod machine;
 mod marks;
 mod memory;

@@ -1,13 +1,14 @@
 //! Marks: a guest that measures marks the beginning and the end of a measurement, and this program
 //! keeps the counters of that moment (`--marks`).
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use serde_json::{Value, json};
 
 use crate::bus::{Bus, BusDevice};
 use crate::counters::VcpuCounters;
 use crate::layout;
+use crate::lock::lock;
 
 /// The most marks that are kept.
 const MARKS_MAX: usize = 4096;
@@ -42,7 +43,7 @@ impl Marks {
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Value>> {
-        self.set.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.set)
     }
 
     fn set(&self, number: u32) {

@@ -1,6 +1,6 @@
-//! The guest's memory: one memfd, mapped here, given to KVM, and shown to the servers of devices;
-//! and a page of firmware, which is nobody's.
-#![allow(unsafe_code, reason = "KVM is told where the memory lies")]
+//! The guest's memory: one memfd, which this process maps, KVM uses, and the servers of devices
+//! share. In addition there is a page of firmware, which no server gets.
+#![allow(unsafe_code, reason = "KVM gets the address of the memory")]
 
 use std::fs::File;
 use std::io;
@@ -16,31 +16,32 @@ use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap, G
 
 use crate::layout;
 
-/// The least memory of a guest, in bytes: the kernel is loaded at 1 MiB, and its tables lie below.
+/// The least memory of a guest in bytes. The kernel is loaded at 1 MiB, and its tables are below.
 pub const RAM_MIN: u64 = 16 << 20;
-/// The most: what 40 bits of physical address and the hole below 4 GiB leave, rounded down.
+/// The most memory of a guest in bytes: what 40 bits of physical address and the hole below 4 GiB
+/// leave, rounded down.
 pub const RAM_MAX: u64 = 512 << 30;
 
-/// Where a processor begins after an INIT, other than one that waits to be started: the last 16
-/// bytes below 4 GiB.
+/// The address at which a processor starts after an INIT, unless it waits to be started: the last
+/// 16 bytes below 4 GiB.
 const FIRST_INSTRUCTION: u64 = 0xffff_fff0;
-/// What is there: it resets the machine, as a PC's firmware would. `mov al, VALUE; mov dx, PORT;
-/// out dx, al; hlt`, in 16-bit mode.
+/// The code at that address. It resets the machine, as a PC's firmware would: `mov al, VALUE;
+/// mov dx, PORT; out dx, al; hlt`, in 16-bit mode.
 const RESET: [u8; 7] = {
     let [low, high] = layout::RESET_PORT.to_le_bytes();
     [0xb0, layout::RESET_VALUE, 0xba, low, high, 0xee, 0xf4]
 };
 
-/// A piece of the guest's memory as a vfio-user server can map it.
+/// A range of the guest's memory that a vfio-user server can map.
 #[derive(Clone, Debug)]
 pub struct RamRegion {
-    /// Where the guest has it.
+    /// Its address in the guest.
     pub base: u64,
-    /// Bytes, whole pages.
+    /// Its size in bytes, which is that of whole pages.
     pub bytes: u64,
-    /// The memory itself: a memfd, sealed against any change of its size.
+    /// The memfd of the memory. Seals forbid any change of its size.
     pub file: Arc<File>,
-    /// Where in the file it begins.
+    /// The offset of the range in the file.
     pub file_offset: u64,
 }
 
@@ -53,7 +54,11 @@ pub struct Ram {
 }
 
 impl Ram {
-    /// Makes memory of `bytes` bytes, whole pages, from [`RAM_MIN`] to [`RAM_MAX`]; all zero.
+    /// Makes `bytes` bytes of memory, all zero. `bytes` is from [`RAM_MIN`] to [`RAM_MAX`], and that
+    /// of whole pages.
+    ///
+    /// # Errors
+    /// `bytes` is out of range, or the memory cannot be mapped.
     pub fn new(bytes: u64) -> Result<Ram> {
         ensure!(
             (RAM_MIN..=RAM_MAX).contains(&bytes),
@@ -64,14 +69,14 @@ impl Ram {
         let make = || -> io::Result<File> {
             let file = memfd_create("guest-ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
             ftruncate(&file, bytes)?;
-            // Without these seals a server could cut the memory off under this process, or refuse
-            // to map it for fear of that.
+            // Without these seals a server could truncate the memory of this process. A server might
+            // also refuse to map memory that could be truncated.
             fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
             Ok(file.into())
         };
         let file = Arc::new(make().context("cannot make the guest's memory")?);
         let ranges = ranges(bytes).map(|(base, bytes, offset)| {
-            // What an address space cannot hold fails to be mapped just below.
+            // If an address space cannot hold the size, the mapping below fails.
             let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
             (GuestAddress(base), bytes, Some(FileOffset::from_arc(file.clone(), offset)))
         });
@@ -89,7 +94,7 @@ impl Ram {
         Ok(self.firmware.write_slice(&RESET, GuestAddress(FIRST_INSTRUCTION))?)
     }
 
-    /// What a server can map.
+    /// The ranges that a server can map.
     pub fn regions(&self) -> Vec<RamRegion> {
         let region = |(base, bytes, file_offset)| RamRegion {
             base,
@@ -100,17 +105,20 @@ impl Ram {
         ranges(self.bytes).map(region).collect()
     }
 
-    /// Its size in bytes.
+    /// The size of the memory in bytes.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// The memory as this process sees it.
+    /// The memory as this process maps it.
     pub fn map(&self) -> &GuestMemoryMmap {
         &self.map
     }
 
-    /// Gives the memory to `vm`, whose virtual CPUs must not run after this `Ram` is gone.
+    /// Gives the memory to `vm`. The virtual CPUs of `vm` must not run after this `Ram` is dropped.
+    ///
+    /// # Errors
+    /// KVM refuses.
     pub fn give_to(&self, vm: &VmFd) -> Result<()> {
         let all = [&self.map, &self.firmware]
             .into_iter()
@@ -132,8 +140,10 @@ impl Ram {
         Ok(())
     }
 
-    /// Makes it all zero again, for a new start, and the firmware what it was, which a guest could
-    /// write too.
+    /// Clears the memory for a new start, and restores the firmware, which the guest can write.
+    ///
+    /// # Errors
+    /// The kernel refuses to clear the memory.
     pub fn clear(&self) -> Result<()> {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         fallocate(&self.file, flags, 0, self.bytes).context("cannot clear the guest's memory")?;
@@ -141,7 +151,7 @@ impl Ram {
     }
 }
 
-/// The pieces of `bytes` bytes of memory: guest address, bytes, offset in the file.
+/// Splits `bytes` bytes of memory into ranges: address in the guest, size, offset in the file.
 pub fn ranges(bytes: u64) -> impl Iterator<Item = (u64, u64, u64)> {
     let low = bytes.min(layout::LOW_RAM_END);
     let high = (bytes > low).then(|| (layout::HIGH_RAM, bytes - low, low));
@@ -168,7 +178,7 @@ mod tests {
         let ram = Ram::new(4 << 30).unwrap();
         let seals = rustix::fs::fcntl_get_seals(&ram.file).unwrap();
         assert!(seals.contains(SealFlags::SHRINK | SealFlags::SEAL));
-        // Both pieces are the same file's, the upper one behind the lower one.
+        // Both ranges are in the same file, the upper one behind the lower one.
         ram.map().write_obj(7_u32, GuestAddress(layout::HIGH_RAM)).unwrap();
         assert_eq!(ram.regions()[1].file_offset, 3 << 30);
         ram.clear().unwrap();

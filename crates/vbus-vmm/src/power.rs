@@ -1,25 +1,26 @@
-//! Power: the ACPI registers that switch the machine off and carry the power button, and the
-//! registers that reset it.
+//! Power management: the ACPI registers of power-off and of the power button, and the registers that
+//! reset the machine.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::bus::{Bus, BusDevice};
 use crate::events::{EventSender, VmEvent};
 use crate::irqchip::IrqChip;
 use crate::layout;
+use crate::lock::lock;
 use crate::vcpu_gate::VcpuGate;
 
 /// PM1 status and enable: the power button was pressed.
 const POWER_BUTTON: u16 = 1 << 8;
-/// PM1 status and enable: the guest wants the global lock, which nobody else takes.
+/// PM1 status and enable: the global lock. No firmware competes for it.
 const GLOBAL: u16 = 1 << 5;
-/// PM1 control: ACPI is on. There is nothing else that could be.
+/// PM1 control: ACPI is on. It cannot be switched off.
 const SCI_ENABLE: u16 = 1;
-/// PM1 control: enter the sleep state of the type in bits 10 to 12.
+/// PM1 control: the guest enters the sleep state whose type is in bits 10 to 12.
 const SLEEP: u16 = 1 << 13;
 const SLEEP_TYPE: u16 = 0b111 << 10;
 
-/// The registers. All else that is written to their ports is ignored.
+/// The power management registers. Writes of other values to their ports are ignored.
 pub struct Power {
     registers: Mutex<Registers>,
     irqchip: Arc<IrqChip>,
@@ -50,8 +51,8 @@ impl Power {
         pio.add(layout::KEYBOARD_PORT.into(), 1, Arc::new(Keyboard(self.clone())));
     }
 
-    /// Presses the power button: an orderly guest powers off soon after. False if the guest does
-    /// not listen to it.
+    /// Presses the power button. An orderly guest then powers off. Returns false if the guest has not
+    /// enabled the button.
     pub fn press(&self) -> bool {
         let mut registers = self.lock();
         registers.status |= POWER_BUTTON;
@@ -59,7 +60,7 @@ impl Power {
         registers.enable & POWER_BUTTON != 0
     }
 
-    /// As after a reset.
+    /// Puts the registers into the state after a reset.
     pub fn reset(&self) {
         let mut registers = self.lock();
         *registers = Registers::default();
@@ -67,10 +68,10 @@ impl Power {
     }
 
     fn lock(&self) -> MutexGuard<'_, Registers> {
-        self.registers.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.registers)
     }
 
-    /// The SCI is level-triggered, and high as long as something is enabled and true.
+    /// Updates the SCI. It is level-triggered, and high as long as an enabled status bit is set.
     fn update(&self, registers: &Registers) {
         self.irqchip.set(layout::SCI, registers.status & registers.enable != 0);
     }
@@ -81,7 +82,7 @@ impl Power {
         let _ = self.events.send(event);
     }
 
-    /// One byte of the ACPI ports; they may be accessed in any size.
+    /// Reads one byte of the ACPI ports. The guest may access them in any size.
     fn read_byte(&self, port: u16) -> u8 {
         let registers = self.lock();
         match port.wrapping_sub(layout::ACPI_PORTS) {
@@ -98,7 +99,7 @@ impl Power {
         let (low, high) = (u16::from(value), u16::from(value) << 8);
         let mut registers = self.lock();
         match port.wrapping_sub(layout::ACPI_PORTS) {
-            // Ones are cleared.
+            // A written 1 clears the bit.
             0 => registers.status &= !low,
             1 => registers.status &= !high,
             2 => registers.enable = registers.enable & 0xff00 | low & GLOBAL,
@@ -115,7 +116,7 @@ impl Power {
     }
 }
 
-/// The ports of [`layout::ACPI_PORTS`].
+/// The ports at [`layout::ACPI_PORTS`].
 struct Acpi(Arc<Power>);
 
 impl BusDevice for Acpi {
@@ -136,7 +137,7 @@ fn port(offset: u64) -> u16 {
     layout::ACPI_PORTS + u16::try_from(offset).unwrap_or(u16::MAX - layout::ACPI_PORTS)
 }
 
-/// The port of [`layout::KEYBOARD_PORT`].
+/// The port [`layout::KEYBOARD_PORT`].
 struct Keyboard(Arc<Power>);
 
 impl BusDevice for Keyboard {

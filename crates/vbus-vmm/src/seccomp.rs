@@ -1,4 +1,4 @@
-//! The system calls that each kind of thread may make. Any other ends the process.
+//! Filters of system calls. Each kind of thread may make some calls; any other ends the process.
 #![allow(unsafe_code, reason = "a signal handler ends the process, and the allocator is set up")]
 
 use std::collections::BTreeMap;
@@ -13,14 +13,14 @@ use vmm_sys_util::signal::register_signal_handler;
 /// The exit code after a forbidden system call: 128 and the number of SIGSYS.
 const EXIT_CODE: i32 = 159;
 
-/// Kinds of threads. A thread has the filter of the one that started it too.
+/// The kinds of threads. A thread also has the filter of the thread that started it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Thread {
-    /// Waits for what is asked of the machine, resets it, ends it.
+    /// Handles events: resets and ends the machine.
     Main,
-    /// Runs a virtual CPU, and the devices at which its exits end.
+    /// Runs a virtual CPU and the devices at which its exits end.
     Vcpu,
-    /// Between a serial port and its other end.
+    /// Carries bytes between a serial port and its other end.
     Serial,
     /// Serves control clients, and plugs devices.
     Control,
@@ -30,8 +30,8 @@ pub enum Thread {
     Signals,
 }
 
-/// Memory, locks, time, waiting, open descriptors and the end: what any thread may need. Memory is
-/// never made executable (see [`rules`]).
+/// The calls that any thread may need: memory, locks, time, waiting, open descriptors, the end. No
+/// thread may make memory executable (see [`rules`]).
 const ALL: [i64; 40] = [
     libc::SYS_brk,
     libc::SYS_clock_gettime,
@@ -75,7 +75,7 @@ const ALL: [i64; 40] = [
     libc::SYS_writev,
 ];
 
-/// What a thread may besides.
+/// Further calls that a kind of thread may make.
 fn more(thread: Thread) -> &'static [i64] {
     match thread {
         Thread::Main => &[libc::SYS_fallocate, libc::SYS_unlink],
@@ -102,16 +102,17 @@ fn more(thread: Thread) -> &'static [i64] {
     }
 }
 
-/// To be called before the first thread is started: bounds the number of the allocator's arenas.
+/// Limits the number of the allocator's arenas. It must be called before the first thread is
+/// started.
 ///
-/// Without a bound of ours, glibc would look for the number of processors once there are more than
-/// eight of them, that is of threads: in a file of the system, which no filter allows.
+/// Without this limit glibc would read the number of processors from a file when the process has
+/// more than eight threads, and no filter allows that.
 pub fn prepare() {
     #[cfg(target_env = "gnu")]
     {
         const ARENAS: libc::c_int = 8;
-        // SAFETY: it changes a number of the allocator's, and nothing has been started yet that it
-        // could race with. It fails for no such value.
+        // SAFETY: The call changes a setting of the allocator. No other thread exists yet that could
+        // race with it. It does not fail for this value.
         unsafe { libc::mallopt(libc::M_ARENA_MAX, ARENAS) };
     }
 }
@@ -124,7 +125,7 @@ pub fn apply(thread: Thread) -> Result<()> {
 }
 
 fn filter(thread: Thread) -> Result<BpfProgram> {
-    // The signal tells which call it was; its handler ends the process.
+    // The signal says which call it was. Its handler ends the process.
     let filter = SeccompFilter::new(
         rules(thread)?,
         SeccompAction::Trap,
@@ -139,7 +140,7 @@ fn rules(thread: Thread) -> Result<BTreeMap<i64, Vec<SeccompRule>>> {
         let op = SeccompCmpOp::MaskedEq(mask);
         SeccompRule::new(vec![SeccompCondition::new(argument, SeccompCmpArgLen::Dword, op, value)?])
     };
-    // KVM's, and for the main thread a terminal's, by the second byte of the number.
+    // The second byte of an ioctl's number tells KVM's calls and, for the main thread, a terminal's.
     let mut ioctls =
         vec![masked(1, 0xff00, 0xae00)?, masked(1, u64::from(u32::MAX), libc::FIONBIO)?];
     if thread == Thread::Main {
@@ -154,9 +155,10 @@ fn rules(thread: Thread) -> Result<BTreeMap<i64, Vec<SeccompRule>>> {
     Ok(rules)
 }
 
-/// Says which system call it was, and ends the process. Only calls that a signal handler may make.
+/// Says which system call it was, and ends the process. It makes only calls that a signal handler
+/// may make.
 extern "C" fn complain(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    /// Where the number of the system call is in the structure, which libc does not name.
+    /// The offset of the system call's number in the structure. libc has no name for the field.
     const NUMBER: usize = 24;
     // SAFETY: The kernel gives a valid structure, which for SIGSYS has the number there.
     let mut number =

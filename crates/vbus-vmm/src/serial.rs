@@ -1,7 +1,7 @@
-//! Serial ports, and what their other end is: this process's terminal, a socket, a file.
+//! Serial ports. The other end of a port is this process's terminal, a socket or a file.
 //!
-//! What the guest writes goes through a queue to a thread of the port, so that no virtual CPU ever
-//! waits for who reads it.
+//! The guest's output goes through a queue to a thread of the port. No virtual CPU ever waits for
+//! the reader at the other end.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -25,27 +25,28 @@ use crate::bus::{Bus, BusDevice};
 use crate::events::{EventSender, VmEvent};
 use crate::irqchip::IrqChip;
 use crate::layout;
+use crate::lock::lock;
 use crate::seccomp::{self, Thread};
 use crate::terminal::{Escape, Escaped};
 
-/// What nobody takes is kept up to so many bytes; then the oldest are lost.
+/// The most bytes of output that wait for a reader. Beyond that the oldest are lost.
 const QUEUE_MAX: usize = 1 << 20;
-/// Ports that a guest's UART has.
+/// The number of I/O ports of a UART.
 const PORTS: u64 = 8;
-/// SerialOptions long the last output may take to be taken.
-const LAST: Duration = Duration::from_secs(1);
+/// How long the reader may take for the last output.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Where a serial port leads to.
+/// The other end of a serial port.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Target {
     /// Standard input and output.
     Stdio,
-    /// Nowhere.
+    /// Nothing.
     None,
-    /// A socket that is made here: whoever connects, one at a time, is told what was written before
-    /// too.
+    /// A socket that this program makes. One client at a time connects, and also gets the output of
+    /// the time before.
     Unix(PathBuf),
-    /// A file, anew; nothing comes from it.
+    /// A file, which is emptied first. It gives no input.
     File(PathBuf),
 }
 
@@ -65,7 +66,7 @@ impl FromStr for Target {
 
 type Uart = Serial<Line, Drained, Output>;
 
-/// A UART's interrupt: an edge on a pin.
+/// The interrupt of a UART, which is an edge on a pin.
 struct Line(Arc<IrqChip>, u32);
 
 impl Trigger for Line {
@@ -77,7 +78,7 @@ impl Trigger for Line {
     }
 }
 
-/// Tells the thread that the guest has taken all that was there.
+/// Tells the thread that the guest has taken all input.
 struct Drained(Arc<OutputQueue>);
 
 impl SerialEvents for Drained {
@@ -89,7 +90,7 @@ impl SerialEvents for Drained {
     }
 }
 
-/// What the guest writes into.
+/// The guest's end of the output queue.
 struct Output(Arc<OutputQueue>);
 
 impl Write for Output {
@@ -111,7 +112,7 @@ impl Write for Output {
     }
 }
 
-/// Between the virtual CPUs and the port's thread.
+/// The output on its way from the virtual CPUs to the port's thread.
 struct OutputQueue {
     queue: Mutex<VecDeque<u8>>,
     event: OwnedFd,
@@ -120,16 +121,16 @@ struct OutputQueue {
 
 impl OutputQueue {
     fn queue(&self) -> MutexGuard<'_, VecDeque<u8>> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.queue)
     }
 
     fn wake(&self) {
-        // Fails only if it is as high as it can be, and then the thread is awake.
+        // The write fails only if the counter is full, and then the thread is awake.
         let _ = rustix::io::write(&self.event, &1_u64.to_ne_bytes());
     }
 }
 
-/// A port.
+/// A serial port.
 pub struct SerialPort {
     number: usize,
     uart: Mutex<Uart>,
@@ -139,7 +140,7 @@ pub struct SerialPort {
 
 impl SerialPort {
     fn uart(&self) -> MutexGuard<'_, Uart> {
-        self.uart.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.uart)
     }
 
     fn fresh(irqchip: &Arc<IrqChip>, number: usize, output: &Arc<OutputQueue>) -> Uart {
@@ -147,12 +148,12 @@ impl SerialPort {
         Serial::with_events(line, Drained(output.clone()), Output(output.clone()))
     }
 
-    /// As after a reset; what was written is still on its way.
+    /// Puts the UART into the state after a reset. Output on its way is not lost.
     pub fn reset(&self) {
         *self.uart() = SerialPort::fresh(&self.irqchip, self.number, &self.output);
     }
 
-    /// Gives the guest as much of `input` as it takes; how much that was.
+    /// Gives the guest as much of `input` as its UART takes, and returns the number of bytes.
     fn enqueue(&self, input: &[u8]) -> usize {
         let mut uart = self.uart();
         let room = uart.fifo_capacity().min(input.len());
@@ -162,7 +163,7 @@ impl SerialPort {
 
 impl BusDevice for SerialPort {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        // Wider accesses reach the first register; the rest stays as it is.
+        // A wider access reaches the first register only. The other bytes stay as they are.
         if let (Ok(offset), [first, ..]) = (u8::try_from(offset), data) {
             *first = self.uart().read(offset);
         }
@@ -170,13 +171,13 @@ impl BusDevice for SerialPort {
 
     fn write(&self, offset: u64, data: &[u8]) {
         if let (Ok(offset), [first, ..]) = (u8::try_from(offset), data) {
-            // Neither the interrupt nor the queue can fail.
+            // Neither the interrupt nor the queue fails.
             let _ = self.uart().write(offset, *first);
         }
     }
 }
 
-/// A port with its thread; the last output is written when this is dropped.
+/// A port with its thread. Dropping this value writes the last output.
 pub struct AttachedPort {
     /// The port.
     pub port: Arc<SerialPort>,
@@ -185,8 +186,10 @@ pub struct AttachedPort {
 }
 
 impl AttachedPort {
-    /// Puts port `number` (0: COM1) onto `pio` and joins it to `target`. `terminal`: standard input
-    /// is a terminal in raw mode.
+    /// Puts port `number` (0: COM1) onto `pio` and connects it to `target`.
+    ///
+    /// # Errors
+    /// `target` cannot be opened, or the process has no more threads or descriptors.
     pub fn start(
         number: usize,
         target: &Target,
@@ -216,12 +219,12 @@ impl AttachedPort {
     }
 }
 
-/// What else a port's thread has to know.
+/// Options of the threads of serial ports.
 #[derive(Clone, Copy)]
 pub struct SerialOptions {
     /// Standard input is a terminal in raw mode.
     pub raw: bool,
-    /// With a filter of system calls.
+    /// A filter restricts the system calls of the thread.
     pub filter: bool,
 }
 
@@ -229,8 +232,8 @@ impl Drop for AttachedPort {
     fn drop(&mut self) {
         self.port.output.end.store(true, Ordering::Release);
         self.port.output.wake();
-        // Whoever takes nothing is not waited for.
-        let _ = self.ended.recv_timeout(LAST);
+        // A reader that takes nothing is not waited for.
+        let _ = self.ended.recv_timeout(DRAIN_TIMEOUT);
         if let Some(path) = &self.path {
             let _ = std::fs::remove_file(path);
         }
@@ -265,7 +268,7 @@ impl Remote {
         })
     }
 
-    /// What input comes from.
+    /// The descriptor that gives input.
     fn source(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Remote::Stdio { input, .. } => input.as_ref().map(AsFd::as_fd),
@@ -274,7 +277,7 @@ impl Remote {
         }
     }
 
-    /// What output goes to.
+    /// The descriptor that takes output.
     fn sink(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Remote::Stdio { .. } => Some(rustix::stdio::stdout()),
@@ -284,7 +287,7 @@ impl Remote {
         }
     }
 
-    /// The end of input, or of both.
+    /// Closes the input, or both directions.
     fn close(&mut self) {
         match self {
             Remote::Stdio { input, .. } => *input = None,
@@ -294,11 +297,11 @@ impl Remote {
     }
 }
 
-/// What a port's thread does.
+/// The work of a port's thread.
 struct Pump {
     port: Arc<SerialPort>,
     remote: Remote,
-    /// Read, but not yet taken by the guest.
+    /// Input that the guest has not taken yet.
     input: VecDeque<u8>,
     events: EventSender,
 }
@@ -329,13 +332,13 @@ impl Pump {
         }
     }
 
-    /// Waits for the guest or the other end: input, room for output, a caller.
+    /// Waits for the guest or for the other end: input, room for output, a new client.
     fn wait(&self, output: bool) -> io::Result<(bool, bool, bool)> {
         let nothing = PollFlags::empty();
         let event = &self.port.output.event;
         let mut fds = vec![PollFd::new(event, PollFlags::IN)];
-        // An end that has nothing to give or to take is not looked at: its hang-up would be seen
-        // again and again.
+        // A descriptor that is not needed now is not polled: its hang-up would wake the thread again
+        // and again.
         let source = self.remote.source().filter(|_| self.input.is_empty());
         let sink = self.remote.sink().filter(|_| output);
         let caller = match &self.remote {
@@ -402,8 +405,8 @@ impl Pump {
         piece[..count].copy_from_slice(&bytes[..count]);
         drop(queue);
         let Some(sink) = self.remote.sink() else { return };
-        // What is written is taken out afterwards: only this thread takes, and from the front; a
-        // queue that was full has lost the same bytes.
+        // The bytes leave the queue after they are written. Only this thread takes bytes, and from
+        // the front. A queue that became full meanwhile has lost the same bytes.
         match rustix::io::write(sink, &piece[..count]) {
             Ok(written) => {
                 queue = self.port.output.queue();
@@ -411,7 +414,7 @@ impl Pump {
                 queue.drain(..written);
             }
             Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {}
-            // A terminal or file that takes no more; nobody is there to be told.
+            // A terminal or a file takes no more output, and no one can be told of it.
             Err(_) if !matches!(self.remote, Remote::Unix { .. }) => self.remote = Remote::None,
             Err(_) => self.remote.close(),
         }
@@ -429,7 +432,7 @@ mod tests {
     const COM1: u64 = layout::SERIAL[0].0 as u64;
     const LINE_STATUS: u64 = COM1 + 5;
 
-    /// A machine with a serial port and nothing else.
+    /// A serial port without a machine.
     struct Fixture {
         pio: Bus,
         attached: AttachedPort,

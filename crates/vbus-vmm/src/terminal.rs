@@ -1,19 +1,21 @@
-//! This process's terminal as the guest's console: raw while the machine runs, and as it was
-//! afterwards.
+//! This process's terminal as the guest's console. It is in raw mode while the machine runs.
 
 use std::io;
 
 use rustix::stdio::stdin;
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcsetattr};
 
-/// The key that begins a command to this program: Ctrl-A.
+/// The key that begins a command to this program, Ctrl-A.
 const COMMAND: u8 = 1;
 
-/// A terminal in raw mode, until it is dropped.
+/// A terminal in raw mode. Dropping this value restores the former mode.
 pub struct Raw(Termios);
 
 impl Raw {
-    /// Makes standard input raw, if it is a terminal.
+    /// Puts standard input into raw mode, if it is a terminal.
+    ///
+    /// # Errors
+    /// The terminal refuses.
     pub fn stdin() -> io::Result<Option<Raw>> {
         if !isatty(stdin()) {
             return Ok(None);
@@ -28,30 +30,30 @@ impl Raw {
 
 impl Drop for Raw {
     fn drop(&mut self) {
-        // The terminal may be gone.
+        // This fails if the terminal is gone.
         let _ = tcsetattr(stdin(), OptionalActions::Now, &self.0);
     }
 }
 
-/// Keys on their way to the guest, but for commands to this program.
+/// Separates commands to this program from the keys for the guest.
 #[derive(Default)]
 pub struct Escape {
     command: bool,
 }
 
-/// What became of a key.
+/// The meaning of a key.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Escaped {
-    /// It is the guest's.
+    /// A key for the guest.
     Input(u8),
-    /// Nothing yet, or nothing at all.
+    /// The begin of a command, or an unknown command.
     Nothing,
-    /// Ctrl-A x: end the program.
+    /// The command that ends the program, Ctrl-A x.
     Quit,
 }
 
 impl Escape {
-    /// The next key.
+    /// Takes the next key.
     pub fn next(&mut self, key: u8) -> Escaped {
         match (std::mem::take(&mut self.command), key) {
             (false, COMMAND) => {

@@ -1,4 +1,4 @@
-//! One virtual CPU: what it is after a reset, and its exits to user space.
+//! One virtual CPU: its state after a reset, and its exits to user space.
 
 use std::io;
 use std::sync::Arc;
@@ -18,35 +18,35 @@ use crate::cpuid::Model;
 use crate::exits::{ExitKind, Exits};
 use crate::ioapic::IoApic;
 
-/// Status of a Hyper-V hypercall: there is no such connection.
+/// The status of a Hyper-V hypercall for an event connection that does not exist.
 const NO_CONNECTION: u64 = 0x12;
 
-/// The time stamp counter: it goes on through a reset.
+/// The time stamp counter, which goes on through a reset.
 const MSR_TSC: u32 = 0x10;
 /// `IA32_MISC_ENABLE` with fast string instructions.
 const MSR_MISC_ENABLE: (u32, u64) = (0x1a0, 1);
-/// Memory is cached unless the page tables say otherwise, as a PC's firmware leaves it.
+/// Memory is cached unless the page tables say otherwise, as a PC's firmware sets it.
 const MSR_MTRR_DEFAULT: (u32, u64) = (0x2ff, 1 << 11 | 6);
-/// The SynIC's registers that KVM does not list: control, its two pages, and its interrupt sources.
+/// The SynIC's registers, which KVM does not list: control, its two pages, and its interrupt sources.
 const SYNIC: [u32; 3] = [0x4000_0080, 0x4000_0082, 0x4000_0083];
 const SYNIC_SOURCES: std::ops::RangeInclusive<u32> = 0x4000_0090..=0x4000_009f;
 
-/// What an access of the guest's ends at.
+/// The devices at which the guest's accesses end.
 #[derive(Default)]
 pub struct Buses {
-    /// Memory.
+    /// Devices in memory.
     pub mmio: Bus,
-    /// Ports.
+    /// Devices at ports.
     pub pio: Bus,
-    /// The I/O APIC in this process: what hears of the ends of interrupts.
+    /// The I/O APIC, if it is in this process. It must learn of the ends of interrupts.
     pub io_apic: Option<Arc<IoApic>>,
 }
 
-/// Why a virtual CPU does not go on at once.
+/// Why a virtual CPU pauses.
 pub enum Pause {
     /// The machine holds its virtual CPUs.
     Held,
-    /// The guest broke itself beyond an exception: a reset, on a PC.
+    /// The guest caused a triple fault, which resets a PC.
     TripleFault,
 }
 
@@ -87,8 +87,11 @@ impl Vcpu {
         VcpuCounters::new(self.number, self.exits.clone(), &self.fd)
     }
 
-    /// Puts it into the state after a reset: `start` for the first CPU, waiting for the others. It
-    /// must not be running, nor have an unfinished exit.
+    /// Puts the CPU into the state after a reset. The first CPU begins at `start`, the others wait to
+    /// be started. The CPU must not be running, nor have an unfinished exit.
+    ///
+    /// # Errors
+    /// KVM refuses a part of the state.
     pub fn reset(&self, start: &Start) -> Result<()> {
         let start = (self.number == 0).then_some(start);
         self.fresh
@@ -96,9 +99,11 @@ impl Vcpu {
             .with_context(|| format!("cannot reset virtual CPU {}", self.number))
     }
 
-    /// Runs until there is a reason to pause. If that is [`Pause::Held`], every exit is finished.
+    /// Runs the CPU until it must pause. If the result is [`Pause::Held`], every exit is finished.
+    /// Calls `between` after the work of each exit, before KVM has finished it.
     ///
-    /// After each exit, and before it is finished, it calls `between`.
+    /// # Errors
+    /// KVM cannot run the CPU any more.
     pub fn run(&mut self, buses: &Buses, between: &dyn Fn()) -> Result<Pause> {
         loop {
             let exit = match self.fd.run() {
@@ -108,7 +113,7 @@ impl Vcpu {
                         self.exits.count(ExitKind::Interrupted);
                         return Ok(Pause::Held);
                     }
-                    // KVM: "try again", as after an INIT.
+                    // KVM says "try again", as after an INIT.
                     io::ErrorKind::WouldBlock => continue,
                     _ => {
                         return Err(error)
@@ -144,8 +149,8 @@ impl Vcpu {
                     return Ok(Pause::TripleFault);
                 }
                 VcpuExit::Hyperv => {
-                    // The SynIC's pages were moved, into which nobody here looks; or it is a
-                    // hypercall for a connection that nobody has, and this is its status.
+                    // Either the guest moved the SynIC's pages, which this program does not use. Or
+                    // it made a hypercall for a connection that does not exist; this is its status.
                     self.fd.get_kvm_run().__bindgen_anon_1.hyperv.u.hcall.result = NO_CONNECTION;
                     ExitKind::Other
                 }
@@ -166,7 +171,7 @@ impl Vcpu {
         }
     }
 
-    /// What went wrong, and where the guest was.
+    /// An error that says what went wrong, and where the guest was.
     fn fault(&self, what: &str) -> anyhow::Error {
         let at =
             self.fd.get_regs().map(|registers| format!("{:#x}", registers.rip)).unwrap_or_default();
@@ -174,7 +179,7 @@ impl Vcpu {
     }
 }
 
-/// The state of a virtual CPU as KVM makes it.
+/// The state of a new virtual CPU, to which a reset brings it back.
 struct Fresh {
     mp_state: kvm_mp_state,
     registers: kvm_regs,
@@ -203,7 +208,7 @@ impl Fresh {
             debug: fd.get_debug_regs()?,
             events: fd.get_vcpu_events()?,
             apic: fd.get_lapic()?,
-            // What cannot be read needs no reset.
+            // A register that cannot be read needs no reset.
             msrs: indices
                 .filter_map(|index| get_msr(fd, index).map(|data| (index, data)))
                 .collect(),
@@ -215,8 +220,8 @@ impl Fresh {
         if let Some(start) = start {
             start.set_up(&mut system);
         }
-        // The APIC's mode is in the special registers, so its own come after them; MSRs come before
-        // the APIC, which has the last word on timers.
+        // The special registers hold the APIC's mode, so the APIC's registers come after them. MSRs
+        // come before the APIC, since its registers decide on timers last.
         fd.set_sregs(&system)?;
         for (index, data) in &self.msrs {
             set_msr(fd, *index, *data);
@@ -238,7 +243,7 @@ fn get_msr(fd: &VcpuFd, index: u32) -> Option<u64> {
     msrs.as_slice().first().filter(|_| read == 1).map(|entry| entry.data)
 }
 
-/// Some MSRs that can be read cannot be written: those have nothing to reset.
+/// Writes an MSR. Some MSRs can be read but not written; they have nothing to reset.
 fn set_msr(fd: &VcpuFd, index: u32, data: u64) {
     if let Ok(msrs) = Msrs::from_entries(&[kvm_msr_entry { index, data, ..Default::default() }]) {
         let _ = fd.set_msrs(&msrs);

@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 
+use crate::lock::lock;
+
 /// How long a virtual CPU may take to come back from an access, to a device too.
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// How long to wait before telling the virtual CPUs again.
@@ -99,6 +101,6 @@ impl VcpuGate {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }

@@ -1,4 +1,4 @@
-//! Linux's 64-bit boot protocol (Documentation/arch/x86/boot.rst of its sources).
+//! Linux's 64-bit boot protocol (Documentation/arch/x86/boot.rst in Linux's sources).
 
 use anyhow::{Result, ensure};
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
@@ -7,26 +7,26 @@ use vm_memory::{ByteValued, Bytes, GuestAddress};
 use super::registers::Start;
 use super::{COMMAND_LINE, INFO, Info};
 
-/// Where the 64-bit entry lies in the kernel.
+/// The offset of the 64-bit entry in the kernel.
 const ENTRY: u64 = 0x200;
-/// `xloadflags`: there is a 64-bit entry.
+/// `xloadflags`: the kernel has a 64-bit entry.
 const XLF_KERNEL_64: u16 = 1;
-/// "Undefined": no boot loader with a number of its own.
+/// "Undefined": a boot loader without a number of its own.
 const LOADER: u8 = 0xff;
 /// Kinds of memory in the map.
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
 
-/// [`boot_params`], to be written as bytes.
+/// [`boot_params`], which is written as bytes.
 #[repr(transparent)]
 #[derive(Clone, Copy, Default)]
 struct ZeroPage(boot_params);
 
 #[allow(unsafe_code, reason = "the structure is the protocol's own bytes")]
-// SAFETY: A packed structure of integers, for which any bytes are valid and which has no padding.
+// SAFETY: It is a packed structure of integers. It has no padding, and any bytes are valid.
 unsafe impl ByteValued for ZeroPage {}
 
-/// Writes the zero page, command line and initramfs for a kernel loaded from `base` to `end`.
+/// Writes zero page, command line and initramfs for a kernel that was loaded from `base` to `end`.
 pub fn prepare(mut info: Info<'_>, base: u64, end: u64, mut header: setup_header) -> Result<Start> {
     let (version, flags) = (header.version, header.xloadflags);
     ensure!(
@@ -34,8 +34,7 @@ pub fn prepare(mut info: Info<'_>, base: u64, end: u64, mut header: setup_header
         "the kernel is too old, or not for 64 bits"
     );
     info.put_command_line(usize::try_from(header.cmdline_size)?.min(super::COMMAND_LINE_MAX - 1))?;
-    // The kernel unpacks itself from its preferred address on, which may lie above where it was
-    // loaded.
+    // The kernel unpacks itself to its preferred address, which may be above its load address.
     let room = (base.max(header.pref_address) + u64::from(header.init_size)).max(end);
     let needed = room.div_ceil(1 << 20);
     ensure!(
@@ -50,11 +49,11 @@ pub fn prepare(mut info: Info<'_>, base: u64, end: u64, mut header: setup_header
     header.type_of_loader = LOADER;
     header.cmd_line_ptr = u32::try_from(COMMAND_LINE)?;
     let mut page = boot_params { hdr: header, acpi_rsdp_addr: info.rsdp, ..Default::default() };
-    for (entry, place) in page.e820_table.iter_mut().zip(info.places) {
-        let kind = if place.ram { E820_RAM } else { E820_RESERVED };
-        *entry = boot_e820_entry { addr: place.base, size: place.bytes, type_: kind };
+    for (entry, range) in page.e820_table.iter_mut().zip(info.memory_map) {
+        let kind = if range.ram { E820_RAM } else { E820_RESERVED };
+        *entry = boot_e820_entry { addr: range.base, size: range.bytes, type_: kind };
     }
-    page.e820_entries = u8::try_from(info.places.len())?;
+    page.e820_entries = u8::try_from(info.memory_map.len())?;
     info.map.write_obj(ZeroPage(page), GuestAddress(INFO))?;
     Start::long(info.map, base + ENTRY, INFO)
 }

@@ -1,7 +1,7 @@
-//! Loads a kernel and everything it wants to find in memory, as its boot protocol says.
+//! Loads a kernel, and everything that its boot protocol puts into memory.
 //!
-//! A bzImage is Linux's and begins in 64-bit mode with a "zero page"; an ELF file begins by its PVH
-//! note in 32-bit mode with a start info.
+//! A bzImage (Linux) starts in 64-bit mode with a "zero page". An ELF file with a PVH note starts in
+//! 32-bit mode with a start info.
 
 mod linux;
 mod pvh;
@@ -22,33 +22,36 @@ use crate::acpi;
 use crate::layout;
 use crate::memory::{self, Ram};
 
-/// Memory from here on is the kernel's.
+/// The first address of the memory into which kernels are loaded.
 const HIGH: u64 = 0x10_0000;
-/// What PVH and Linux are told: the "zero page" or the start info, and its tables.
+/// The address of the "zero page" (Linux) or of the start info and its tables (PVH).
 const INFO: u64 = 0x7000;
-/// The command line.
+/// The address of the command line.
 const COMMAND_LINE: u64 = 0x2_0000;
-/// Bytes of it with its final zero, for a kernel that names no limit of its own.
+/// The most bytes of the command line with its final zero, for a kernel without its own limit.
 const COMMAND_LINE_MAX: usize = 0x1_0000;
-/// Conventional memory ends here; the rest up to [`HIGH`] is no RAM to the guest.
+/// The end of conventional memory. From here to [`HIGH`] the guest has no RAM.
 const LOW_END: u64 = 0xa_0000;
 
-/// What to boot.
+/// A kernel with its initramfs and command line.
 pub struct Image {
     kernel: (PathBuf, File),
     initramfs: Option<(PathBuf, File)>,
     append: String,
 }
 
-/// A piece of the guest's address space, as its kernel is told.
-struct Place {
+/// An entry of the memory map that the kernel gets.
+struct MemoryRange {
     base: u64,
     bytes: u64,
     ram: bool,
 }
 
 impl Image {
-    /// Opens the files, which stay open so that the machine can boot again.
+    /// Opens the files. They stay open, so that the machine can boot again.
+    ///
+    /// # Errors
+    /// A file cannot be opened, or is no regular file.
     pub fn open(kernel: &Path, initramfs: Option<&Path>, append: &str) -> Result<Image> {
         let open = |path: &Path, what: &str| {
             let file = File::open(path)
@@ -60,8 +63,11 @@ impl Image {
         Ok(Image { kernel: open(kernel, "kernel")?, initramfs, append: append.to_owned() })
     }
 
-    /// Loads it for a machine with `cpus` virtual CPUs: kernel, initramfs, command line, ACPI
-    /// tables.
+    /// Loads kernel, initramfs, command line and ACPI tables into the memory of a machine with
+    /// `cpus` virtual CPUs.
+    ///
+    /// # Errors
+    /// The kernel has no known format, or something does not fit into memory.
     pub fn load(&mut self, ram: &Ram, cpus: u32) -> Result<Start> {
         let map = ram.map();
         let (path, file) = &mut self.kernel;
@@ -82,11 +88,11 @@ impl Image {
             )
         })?;
         let rsdp = acpi::write(map, cpus)?;
-        let places = places(ram.bytes());
+        let memory_map = memory_map(ram.bytes());
         let info = Info {
             map,
             rsdp,
-            places: &places,
+            memory_map: &memory_map,
             append: &self.append,
             initramfs: &mut self.initramfs,
         };
@@ -105,24 +111,24 @@ impl Image {
     }
 }
 
-/// What both protocols tell a kernel.
+/// The information for a kernel that both protocols pass on.
 struct Info<'a> {
     map: &'a GuestMemoryMmap,
-    /// Where the ACPI tables begin.
+    /// The address of the first ACPI table, the RSDP.
     rsdp: u64,
-    places: &'a [Place],
+    memory_map: &'a [MemoryRange],
     append: &'a str,
     initramfs: &'a mut Option<(PathBuf, File)>,
 }
 
 impl Info<'_> {
-    /// Where RAM below 4 GiB ends.
+    /// The end of RAM below 4 GiB.
     fn ram_end(&self) -> u64 {
-        let main = self.places.iter().find(|place| place.ram && place.base == HIGH);
-        main.map_or(0, |place| place.base + place.bytes)
+        let main = self.memory_map.iter().find(|range| range.ram && range.base == HIGH);
+        main.map_or(0, |range| range.base + range.bytes)
     }
 
-    /// Puts the command line into memory; `max` bytes without its final zero.
+    /// Puts the command line into memory. It may have `max` bytes without its final zero.
     fn put_command_line(&self, max: usize) -> Result<()> {
         let length = self.append.len();
         ensure!(
@@ -134,8 +140,8 @@ impl Info<'_> {
         Ok(self.map.write_obj(0_u8, GuestAddress(COMMAND_LINE + length as u64))?)
     }
 
-    /// Puts the initramfs as high as it can lie in RAM below 4 GiB, between `above` and `limit`;
-    /// its address and bytes.
+    /// Puts the initramfs into RAM below 4 GiB, as high as possible between `above` and `limit`.
+    /// Returns its address and size.
     fn put_initramfs(&mut self, above: u64, limit: u64) -> Result<Option<(u64, u64)>> {
         let ram_end = self.ram_end();
         let Some((path, file)) = self.initramfs else { return Ok(None) };
@@ -150,7 +156,7 @@ impl Info<'_> {
                 path.display()
             )
         })?;
-        // Not more than was counted, even if the file has grown meanwhile.
+        // Read no more than was counted, even if the file has grown meanwhile.
         let count = usize::try_from(bytes)?;
         read_exact(self.map, at, file, count)
             .with_context(|| format!("cannot read {}", path.display()))?;
@@ -167,19 +173,23 @@ fn read_exact(
     Ok(map.read_exact_volatile_from(GuestAddress(at), file, count)?)
 }
 
-/// The guest's address space as its kernel is told: RAM, and what lies in its holes.
-fn places(ram: u64) -> Vec<Place> {
-    let mut places = vec![Place { base: 0, bytes: LOW_END, ram: true }];
-    places.push(Place { base: acpi::TABLES, bytes: HIGH - acpi::TABLES, ram: false });
+/// The memory map: RAM, and what is in its holes.
+fn memory_map(ram: u64) -> Vec<MemoryRange> {
+    let mut memory_map = vec![MemoryRange { base: 0, bytes: LOW_END, ram: true }];
+    memory_map.push(MemoryRange { base: acpi::TABLES, bytes: HIGH - acpi::TABLES, ram: false });
     for (base, bytes, _) in memory::ranges(ram) {
         let cut = HIGH.saturating_sub(base);
-        places.push(Place { base: base + cut, bytes: bytes - cut, ram: true });
+        memory_map.push(MemoryRange { base: base + cut, bytes: bytes - cut, ram: true });
     }
-    // Linux uses configuration space in memory only where the firmware says that it is not RAM.
-    places.push(Place { base: layout::ECAM, bytes: layout::ECAM_BYTES, ram: false });
-    places.push(Place { base: layout::FIRMWARE, bytes: layout::FIRMWARE_BYTES as u64, ram: false });
-    places.sort_by_key(|place| place.base);
-    places
+    // Linux uses configuration space in memory only if the map says that it is reserved.
+    memory_map.push(MemoryRange { base: layout::ECAM, bytes: layout::ECAM_BYTES, ram: false });
+    memory_map.push(MemoryRange {
+        base: layout::FIRMWARE,
+        bytes: layout::FIRMWARE_BYTES as u64,
+        ram: false,
+    });
+    memory_map.sort_by_key(|range| range.base);
+    memory_map
 }
 
 #[cfg(test)]
@@ -195,7 +205,7 @@ mod tests {
         file
     }
 
-    /// A bzImage that says little: its header, and four bytes of kernel.
+    /// A small bzImage: its header, and four bytes of kernel.
     fn bzimage() -> Vec<u8> {
         let mut image = vec![0; 1024];
         image[0x1f1] = 1;
@@ -221,9 +231,10 @@ mod tests {
     #[test]
     fn places_do_not_overlap() {
         for ram in [16 << 20, 3 << 30, 5 << 30] {
-            let places = places(ram);
-            assert!(places.windows(2).all(|pair| pair[0].base + pair[0].bytes <= pair[1].base));
-            let total: u64 = places.iter().filter(|place| place.ram).map(|place| place.bytes).sum();
+            let memory_map = memory_map(ram);
+            assert!(memory_map.windows(2).all(|pair| pair[0].base + pair[0].bytes <= pair[1].base));
+            let total: u64 =
+                memory_map.iter().filter(|range| range.ram).map(|range| range.bytes).sum();
             assert_eq!(total, ram - (HIGH - LOW_END));
         }
     }
@@ -246,7 +257,7 @@ mod tests {
         assert_eq!((at % 4096, bytes), (0, 5000));
         assert!(at + bytes <= 16 << 20);
         assert_eq!(read(at, 5001), [&[7; 5000][..], &[0]].concat());
-        // The zero page names the ACPI tables and as many pieces of memory as it has.
+        // The zero page has the address of the ACPI tables, and the number of memory ranges.
         assert_eq!(word(0x70), acpi::TABLES);
         assert_eq!(read(INFO + 0x1e8, 1), [5]);
         assert_eq!(&read(acpi::TABLES, 8), b"RSD PTR ");

@@ -1,19 +1,19 @@
-//! The first virtual CPU's registers as a boot protocol wants them, with the tables that they point
-//! to.
+//! The first virtual CPU's registers as a boot protocol demands them, with the tables to which they
+//! point.
 
 use anyhow::Result;
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-/// The global descriptor table.
+/// The address of the global descriptor table.
 const GDT: u64 = 0x500;
-/// An empty interrupt descriptor table: any exception before the kernel has its own resets the
-/// machine.
+/// The address of an empty interrupt descriptor table. Until the kernel has its own table, any
+/// exception resets the machine.
 const IDT: u64 = 0x540;
-/// The page tables of 64-bit mode: one page for each of the two upper levels, then [`GIB`] pages of
-/// 2 MiB entries.
+/// The address of the page tables of 64-bit mode: one page for each of the two upper levels, then
+/// [`GIB`] pages of 2 MiB entries.
 const PAGE_TABLES: u64 = 0x9000;
-/// Memory that is mapped one to one, in GiB.
+/// The memory that is mapped one to one, in GiB.
 const GIB: u64 = 4;
 
 /// Page table bits: present and writable, and a page of 2 MiB.
@@ -26,7 +26,7 @@ const CR0_PG: u64 = 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
 const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
-/// The bit of the flags that is always set.
+/// The bit of the flags register that is always set.
 const FLAGS: u64 = 1 << 1;
 
 /// Types of segment descriptors.
@@ -34,16 +34,16 @@ const DATA: u8 = 0b0011;
 const CODE: u8 = 0b1011;
 const BUSY_TASK: u8 = 0b1011;
 
-/// How the first virtual CPU begins.
+/// The state in which the first virtual CPU starts.
 pub struct Start {
     registers: kvm_regs,
-    /// 64-bit mode with paging, or else 32-bit mode without.
+    /// 64-bit mode with paging. Otherwise 32-bit mode without paging.
     long: bool,
 }
 
 impl Start {
-    /// In 64-bit mode at `entry`, memory below 4 GiB mapped one to one, `info` in RSI: Linux's
-    /// protocol.
+    /// Starts in 64-bit mode at `entry`, with memory below 4 GiB mapped one to one and `info` in
+    /// RSI, as Linux's protocol demands.
     pub fn long(map: &GuestMemoryMmap, entry: u64, info: u64) -> Result<Start> {
         let put = |table: u64, index: u64, value: u64| {
             map.write_obj(value, GuestAddress(PAGE_TABLES + table * 0x1000 + index * 8))
@@ -62,7 +62,7 @@ impl Start {
         .with_table(map)
     }
 
-    /// In 32-bit mode without paging at `entry`, `info` in EBX: PVH.
+    /// Starts in 32-bit mode without paging at `entry`, with `info` in EBX, as PVH demands.
     pub fn protected(map: &GuestMemoryMmap, entry: u64, info: u64) -> Result<Start> {
         Start {
             registers: kvm_regs { rip: entry, rbx: info, rflags: FLAGS, ..Default::default() },
@@ -76,7 +76,7 @@ impl Start {
         &self.registers
     }
 
-    /// Changes `system`, the special registers as after a reset, to what the protocol wants.
+    /// Changes `system`, the special registers after a reset, to the values of the protocol.
     pub fn set_up(&self, system: &mut kvm_sregs) {
         let [code, data, task] = self.segments();
         (system.cs, system.tr) = (code, task);
@@ -98,7 +98,7 @@ impl Start {
         }
     }
 
-    /// Code, data and task segment, with the selectors that Linux's protocol asks for.
+    /// Code, data and task segment, with the selectors of Linux's protocol.
     fn segments(&self) -> [kvm_segment; 3] {
         let flat = |type_, selector| kvm_segment {
             limit: 0xffff_ffff,
@@ -128,7 +128,7 @@ impl Start {
     }
 }
 
-/// A segment as an entry of the table; its base is 0.
+/// Encodes a segment as an entry of the table. Its base is 0.
 fn descriptor(segment: &kvm_segment) -> u64 {
     let limit = u64::from(if segment.g == 1 { segment.limit >> 12 } else { segment.limit });
     let bits = |value: u8, at: u32| u64::from(value) << at;

@@ -1,6 +1,6 @@
-//! What a server says of its function, read once when it is plugged, and checked: the guest sees a
-//! configuration space that is made of these few description, and nothing else that the server may say
-//! later.
+//! A server's description of its function. The VMM reads and checks it once, when the device is
+//! plugged. The guest sees a configuration space that is made from it, and nothing that the server
+//! may say later.
 
 use std::ops::Range;
 
@@ -9,27 +9,27 @@ use vbus_shm::abi::{bar0, capability, reg};
 use vfio_user_protocol::pci::{IRQ_INTX, IRQ_MSI, IRQ_MSIX, REGION_BAR0, REGION_CONFIG, REGIONS};
 use vfio_user_protocol::{Client, ClientError};
 
-/// The part of a configuration space that is looked at.
+/// The part of a configuration space that the VMM reads.
 const CONFIG_BYTES: usize = 256;
 
-/// Why a server's function is not plugged.
+/// Why a server's function cannot be plugged.
 #[derive(Debug, thiserror::Error)]
 pub enum BadFunction {
     /// The connection failed, or the server refused.
     #[error(transparent)]
     Client(#[from] ClientError),
-    /// Another kind of device.
+    /// The function is not of vbus.
     #[error(
         "not a vbus device: {0:04x}:{1:04x} has no capability that says where the registers are"
     )]
     Foreign(u16, u16),
-    /// Its capability has a layout that this program does not know.
+    /// The vbus capability has a layout that this program does not know.
     #[error(
         "its vbus capability has layout version {0}; this program knows version {known}",
         known = capability::LAYOUT
     )]
     Layout(u8),
-    /// Something that it says cannot be.
+    /// The description contradicts itself.
     #[error("the server contradicts itself: {0}")]
     Lie(String),
 }
@@ -42,28 +42,28 @@ fn lie(what: impl Into<String>) -> BadFunction {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Description {
     /// Vendor and device id.
-    pub ids: (u16, u16),
-    /// Revision and class code, as in the configuration space.
+    pub(super) ids: (u16, u16),
+    /// Revision and class code, as one register of the configuration space has them.
     pub(super) class: u32,
     pub(super) subsystem: u32,
-    /// Bytes of BAR0: a power of two.
+    /// The size of BAR0 in bytes, a power of two.
     pub(super) bar: u32,
-    /// Offset of the registers in BAR0.
+    /// The offset of the registers in BAR0.
     pub(super) registers: u32,
-    /// Doorbells in BAR0: offset of the first, and from one to the next.
+    /// The offset of the first doorbell in BAR0, and the distance from one doorbell to the next.
     pub(super) doorbells: u32,
     pub(super) stride: u16,
-    /// INTA to INTD: 1 to 4; 0: no INTx.
+    /// The INTx pin: 1 to 4 for INTA to INTD, or 0 for none.
     pub(super) pin: u8,
     pub(super) msi: bool,
-    /// Table and pending bits are in BAR0.
+    /// Where MSI-X table and pending bits are in BAR0, if the function has MSI-X.
     pub(super) msix: Option<MsixLayout>,
     pub(super) express: bool,
-    /// The most doorbells that there will be.
+    /// The most doorbells that the device can have.
     pub(super) doorbell_count: u32,
 }
 
-/// How many interrupts there are of each kind.
+/// The number of interrupts of each kind.
 pub(super) struct Interrupts {
     pub(super) intx: u32,
     pub(super) msi: u32,
@@ -71,7 +71,7 @@ pub(super) struct Interrupts {
 }
 
 impl Description {
-    /// Asks the server.
+    /// Reads the description from the server.
     pub(super) fn read(client: &mut Client) -> Result<Description, BadFunction> {
         let info = client.device_info()?;
         if info.regions < REGIONS || info.irqs <= IRQ_MSIX {
@@ -187,7 +187,7 @@ impl Description {
             };
             match id {
                 id::VENDOR if description.stride == 0 => {
-                    // Others' capabilities may have this id too.
+                    // Capabilities of other vendors have this id, too.
                     let signature = usize::from(capability::SIGNATURE);
                     if rest.get(signature..signature + 4)
                         == Some(&capability::SIGNATURE_VALUE.to_le_bytes())

@@ -1,5 +1,5 @@
-//! The doorbells of a function: which eventfds its server gave for them, and by what else than BAR0
-//! the guest can ring them.
+//! The doorbells of a function: the eventfds that its server gave, and the ways other than BAR0 by
+//! which the guest can ring them.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
@@ -10,26 +10,29 @@ use vfio_user_protocol::IoEventFd;
 
 use super::config::Record;
 use super::description::{BadFunction, Description};
-use super::{PciRoot, Shared};
-use crate::bus::BusDevice;
+use super::hierarchy::Hierarchy;
+use super::resources::Resources;
+use crate::bus::{Bus, BusDevice};
 use crate::layout;
 
-/// From one port to the next: a write of one byte is enough.
+/// The distance from one port to the next. A write of one byte rings a doorbell.
 const PORT_STRIDE: u16 = 1;
-/// Event connections of each slot: as many as a function can have doorbells.
+/// Event connections of each slot: the most doorbells that a function can have.
 const CONNECTIONS: u32 = 1024;
 
-/// The server's eventfds, by doorbell.
+/// Checks the server's eventfds, and returns them with the numbers of their doorbells.
+///
+/// # Errors
+/// [`BadFunction::Lie`] if one is no eventfd, or is not for a doorbell.
 pub(super) fn of_function(
     eventfds: Vec<IoEventFd>,
     description: &Description,
 ) -> Result<Vec<(u32, OwnedFd)>, BadFunction> {
     let number = |io: IoEventFd| {
         let IoEventFd { fd, offset, size, datamatch, .. } = io;
+        let stride = u64::from(description.stride);
         let at = offset.checked_sub(u64::from(description.doorbells));
-        let number = at
-            .filter(|at| at % u64::from(description.stride) == 0)
-            .map(|at| at / u64::from(description.stride));
+        let number = at.filter(|at| at % stride == 0).map(|at| at / stride);
         let number = number
             .filter(|n| *n < u64::from(description.doorbell_count))
             .and_then(|n| u32::try_from(n).ok());
@@ -38,8 +41,8 @@ pub(super) fn of_function(
                 "an eventfd for {offset:#x} of BAR0, where there is no doorbell"
             )));
         };
-        // 0 stands for writes of any size.
-        if size > u64::from(description.stride) {
+        // Size 0 stands for writes of any size.
+        if size > stride {
             return Err(BadFunction::Lie(format!(
                 "an eventfd for {size} bytes, where doorbell {number} is"
             )));
@@ -57,36 +60,35 @@ fn is_eventfd(fd: &OwnedFd) -> bool {
     link.is_ok_and(|target| target.as_bytes() == b"anon_inode:[eventfd]")
 }
 
-/// Ports of each slot.
-fn ports_per_slot(shared: &Shared) -> u16 {
-    layout::DOORBELL_PORT_BYTES / u16::from(shared.ports)
+/// The number of ports of each slot.
+fn ports_per_slot(ports: u8) -> u16 {
+    layout::DOORBELL_PORT_BYTES / u16::from(ports)
 }
 
-/// Puts the doorbells where their place does not depend on the guest: ports and event connections.
-/// The records for the capability.
-pub(super) fn back(
+/// Connects the doorbells to ports and event connections, which the guest cannot move. Returns the
+/// records for the vendor-specific capability.
+pub(super) fn connect(
     bells: &mut Doorbells,
     description: &Description,
     slot: u8,
-    shared: &Shared,
+    resources: &Resources,
 ) -> Vec<Record> {
     let (mut records, numbers) = (Vec::new(), bells.numbers());
-    let mut put = |kind, place: DoorbellRange| match bells.set_range(kind, Some(place)) {
-        Ok(()) => records.extend(place.record(kind)),
+    let mut connect = |kind, range: DoorbellRange| match bells.set_range(kind, Some(range)) {
+        Ok(()) => records.extend(range.record(kind)),
         Err(e) => tracing::warn!("slot {slot} has no doorbells of kind {kind:?}: {e}"),
     };
-    // A kind is offered if it rings every doorbell that the device can have.
-    if shared.backing.pio && description.doorbell_count <= u32::from(ports_per_slot(shared)) {
-        let base = layout::DOORBELL_PORTS + (u16::from(slot) - 1) * ports_per_slot(shared);
-        put(DoorbellKind::Pio, DoorbellRange { base: base.into(), stride: PORT_STRIDE });
+    // A kind is offered only if it can ring every doorbell that the device can have.
+    let ports = ports_per_slot(resources.ports);
+    if resources.backing.pio && description.doorbell_count <= u32::from(ports) {
+        let base = layout::DOORBELL_PORTS + (u16::from(slot) - 1) * ports;
+        connect(DoorbellKind::Pio, DoorbellRange { base: base.into(), stride: PORT_STRIDE });
     }
-    if shared.backing.hypercall && description.doorbell_count == numbers {
-        put(
-            DoorbellKind::Hypercall,
-            DoorbellRange { base: (u32::from(slot) * CONNECTIONS).into(), stride: 1 },
-        );
+    if resources.backing.hypercall && description.doorbell_count == numbers {
+        let base = (u32::from(slot) * CONNECTIONS).into();
+        connect(DoorbellKind::Hypercall, DoorbellRange { base, stride: 1 });
     }
-    let sints = shared.backing.sints;
+    let sints = resources.backing.sints;
     if let Some((sints, Ok(base))) = sints.map(|sints| (sints, u32::try_from(sints.base))) {
         let mut record = [0; capability::RECORD_BYTES as usize];
         record[0] = capability::KIND_SINT;
@@ -97,18 +99,35 @@ pub(super) fn back(
     records
 }
 
-/// The ports, for what is rung while no eventfd is there: it goes to the server as a message.
-pub(super) struct Ports(pub(super) Arc<PciRoot>);
+/// Gives the doorbells their ports.
+pub(super) fn attach(hierarchy: &Arc<Hierarchy>, resources: &Resources, pio: &mut Bus) {
+    let ports = DoorbellPorts {
+        hierarchy: hierarchy.clone(),
+        per_slot: ports_per_slot(resources.ports).into(),
+        enabled: resources.backing.pio,
+    };
+    let (first, count) = (layout::DOORBELL_PORTS, layout::DOORBELL_PORT_BYTES);
+    pio.add(first.into(), count.into(), Arc::new(ports));
+}
 
-impl BusDevice for Ports {
+/// The ports, for writes that come while KVM has no eventfd there. A write goes to the server as a
+/// message.
+struct DoorbellPorts {
+    hierarchy: Arc<Hierarchy>,
+    /// The number of ports of each slot.
+    per_slot: u64,
+    /// The user wants doorbells by port.
+    enabled: bool,
+}
+
+impl BusDevice for DoorbellPorts {
     fn read(&self, _offset: u64, _data: &mut [u8]) {}
 
     fn write(&self, offset: u64, _data: &[u8]) {
-        let each = u64::from(ports_per_slot(&self.0.shared));
-        let (slot, number) = (offset / each, offset % each / u64::from(PORT_STRIDE));
-        let slot = usize::try_from(slot).ok().and_then(|slot| self.0.slots.get(slot));
-        let function =
-            slot.filter(|_| self.0.shared.backing.pio).and_then(|slot| slot.reachable_function());
+        let number = offset % self.per_slot / u64::from(PORT_STRIDE);
+        let slot = usize::try_from(offset / self.per_slot).ok();
+        let slot = slot.and_then(|slot| self.hierarchy.slots.get(slot));
+        let function = slot.filter(|_| self.enabled).and_then(|slot| slot.reachable_function());
         if let (Some(function), Ok(number)) = (function, u32::try_from(number)) {
             function.ring(number);
         }

@@ -1,8 +1,8 @@
-//! A function in a slot: a device of the bus, reached over vfio-user.
+//! A function in a slot: a device of the bus, which is reached over vfio-user.
 //!
-//! Locks, in the order in which they may be taken: that of the slot, `state`, `client`; `doorbells`
-//! last of all. A thread that has the slot's lock takes none but that of the doorbells, so that a
-//! server that is slow holds up only those who access its own function.
+//! Locks are taken in this order: the slot's lock, `state`, `client`, `doorbells`. A thread that has
+//! the slot's lock takes no other lock than that of the doorbells. A slow server therefore delays
+//! only those who access its own function.
 
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -19,70 +19,75 @@ use vfio_user_protocol::{Client, ClientError};
 
 use super::config::{config_space, in_use};
 use super::description::Description;
+use super::doorbells;
+use super::error::PlugError;
 use super::msi::MsiVectors;
-use super::{PlugError, Shared, doorbells, lock};
-use crate::ioapic::Source;
+use super::resources::Resources;
+use crate::ioapic::IntxSource;
+use crate::lock::lock;
 
-/// What [`Function::bar`] holds while there is none.
+/// The value of [`Function::bar`] while BAR0 has no address.
 const NOWHERE: u64 = u64::MAX;
 
-/// What passed through the VMM's process although it need not, and what has to.
+/// Counters of the accesses that passed through the VMM's process.
 #[derive(Default)]
 pub(super) struct Counters {
     /// Reads and writes of BAR0.
     pub(super) reads: AtomicU64,
     pub(super) writes: AtomicU64,
-    /// Doorbells rung by a message: those of BAR0 (among the writes, too), and by port.
+    /// Doorbells that were rung by a message: by BAR0 (they count as writes, too) and by port.
     pub(super) doorbells: AtomicU64,
     /// Accesses to the configuration space.
     pub(super) config: AtomicU64,
 }
 
-/// A function, plugged.
+/// A function that is plugged.
 pub(super) struct Function {
     pub(super) name: String,
     pub(super) socket: PathBuf,
     description: Description,
-    /// A duplicate of the connection's socket, to watch it, and to end the connection.
+    /// A duplicate of the connection's socket, for watching and for ending the connection.
     connection: OwnedFd,
     client: Mutex<Client>,
-    /// The connection has failed, or was ended.
+    /// The connection has failed or was ended.
     gone: AtomicBool,
     state: Mutex<State>,
-    /// Where BAR0 is by its register and the command register, or [`NOWHERE`].
+    /// The address of BAR0 by its register and the command register, or [`NOWHERE`].
     bar: AtomicU64,
     in_use: AtomicBool,
     doorbells: Mutex<Doorbells>,
-    /// Doorbells at an address end in the kernel.
+    /// Doorbells in BAR0 may end in the kernel.
     mmio: bool,
     intx: Option<Intx>,
     pub(super) counters: Counters,
 }
 
-/// INTx: a level on a pin of the I/O APIC, wherever that is.
+/// INTx: a level-triggered interrupt on a pin of the I/O APIC.
 enum Intx {
+    /// The I/O APIC is the kernel's.
     Kernel(IntxIrqfd),
-    Here(Source),
+    /// The I/O APIC is in this process.
+    Here(IntxSource),
 }
 
 impl Intx {
-    fn new(shared: &Shared, pin: u32) -> Result<Intx, PlugError> {
-        Ok(match &shared.io_apic {
-            None => Intx::Kernel(IntxIrqfd::new(shared.routes.clone(), pin)?),
-            Some(chip) => Intx::Here(chip.source(pin)?),
+    fn new(resources: &Resources, pin: u32) -> Result<Intx, PlugError> {
+        Ok(match &resources.io_apic {
+            None => Intx::Kernel(IntxIrqfd::new(resources.routes.clone(), pin)?),
+            Some(io_apic) => Intx::Here(io_apic.source(pin)?),
         })
     }
 
     fn assert(&self) -> BorrowedFd<'_> {
         match self {
-            Intx::Kernel(level) => level.assert(),
+            Intx::Kernel(irqfd) => irqfd.assert(),
             Intx::Here(source) => source.assert(),
         }
     }
 
     fn ended(&self) -> BorrowedFd<'_> {
         match self {
-            Intx::Kernel(level) => level.ended(),
+            Intx::Kernel(irqfd) => irqfd.ended(),
             Intx::Here(source) => source.ended(),
         }
     }
@@ -96,29 +101,33 @@ struct State {
 }
 
 impl Function {
-    /// Connects to the server at `socket`, shows it the guest's memory and takes its doorbells and
-    /// INTx. `slot` is the number of the slot, from 1 on, `pin` gives the pin of an INTx.
+    /// Connects to the server at `socket`, checks its description, shares the guest's memory with
+    /// it, and takes its doorbells and INTx. `slot` is the number of the slot, from 1 on. `pin`
+    /// gives the I/O APIC's pin of an INTx.
+    ///
+    /// # Errors
+    /// See [`PlugError`].
     pub(super) fn connect(
         name: &str,
         socket: &Path,
         slot: u8,
-        shared: &Shared,
+        resources: &Resources,
         pin: impl FnOnce(u8) -> u32,
     ) -> Result<Function, PlugError> {
         let mut client = Client::connect(socket)?;
         let description = Description::read(&mut client)?;
-        for ram in &shared.ram {
+        for ram in &resources.ram {
             client.dma_map(ram.file.as_fd(), ram.file_offset, ram.base, ram.bytes)?;
         }
         let mut intx = None;
         if description.pin > 0 {
-            let intx = intx.insert(Intx::new(shared, pin(description.pin - 1))?);
+            let intx = intx.insert(Intx::new(resources, pin(description.pin - 1))?);
             client.connect_irqs(IRQ_INTX, 0, &[intx.assert()])?;
             client.connect_unmask(IRQ_INTX, 0, intx.ended())?;
         }
         let bells = doorbells::of_function(client.io_eventfds(REGION_BAR0)?, &description)?;
-        let mut bells = Doorbells::new(shared.routes.vm().clone(), bells)?;
-        let records = doorbells::back(&mut bells, &description, slot, shared);
+        let mut bells = Doorbells::new(resources.routes.vm().clone(), bells)?;
+        let records = doorbells::connect(&mut bells, &description, slot, resources);
         let connection = client
             .as_fd()
             .try_clone_to_owned()
@@ -126,8 +135,8 @@ impl Function {
         let state = State {
             config: config_space(&description, &records),
             table: MsixTable::new(description.msix.map_or(0, |msix| msix.vectors)),
-            msi: MsiVectors::new(IRQ_MSI, shared),
-            msix: MsiVectors::new(IRQ_MSIX, shared),
+            msi: MsiVectors::new(IRQ_MSI, resources),
+            msix: MsiVectors::new(IRQ_MSIX, resources),
         };
         Ok(Function {
             name: name.to_owned(),
@@ -140,19 +149,19 @@ impl Function {
             bar: AtomicU64::new(NOWHERE),
             in_use: AtomicBool::new(false),
             doorbells: Mutex::new(bells),
-            mmio: shared.backing.mmio,
+            mmio: resources.backing.mmio,
             intx,
             counters: Counters::default(),
         })
     }
 
-    /// The connection's socket, to be watched for its end and for nothing else.
+    /// The connection's socket. The caller may only watch it for its end.
     pub(super) fn connection(&self) -> BorrowedFd<'_> {
         self.connection.as_fd()
     }
 
-    /// INTx, if this process has to pass it on.
-    pub(super) fn intx(&self) -> Option<&Source> {
+    /// The source of INTx, if this process has to pass it on.
+    pub(super) fn intx(&self) -> Option<&IntxSource> {
         match &self.intx {
             Some(Intx::Here(source)) => Some(source),
             _ => None,
@@ -164,11 +173,11 @@ impl Function {
         self.gone.load(Ordering::Acquire)
     }
 
-    /// Ends the connection. The server lets go of the guest's memory, the guest reads all ones.
+    /// Ends the connection. The server releases the guest's memory, and the guest reads all ones.
     pub(super) fn close(&self) {
         self.gone.store(true, Ordering::Release);
         let _ = rustix::net::shutdown(&self.connection, Shutdown::Both);
-        self.put(None);
+        self.place_doorbells(None);
         let mut doorbells = lock(&self.doorbells);
         for kind in DoorbellKind::ALL {
             let _ = doorbells.set_range(kind, None);
@@ -179,7 +188,7 @@ impl Function {
         state.msix.clear();
     }
 
-    /// Calls the server. `None`: it refused, or is gone.
+    /// Calls the server. Returns `None` if it refused or is gone.
     fn call<R>(&self, act: impl FnOnce(&mut Client) -> Result<R, ClientError>) -> Option<R> {
         if self.is_gone() {
             return None;
@@ -191,7 +200,7 @@ impl Function {
                 None
             }
             Err(e) => {
-                // Whoever watches the socket does the rest.
+                // The thread that watches the socket does the rest.
                 if !self.gone.swap(true, Ordering::AcqRel) {
                     tracing::warn!(
                         "{}: connection to {} lost: {e}",
@@ -205,7 +214,8 @@ impl Function {
         }
     }
 
-    /// Back to the state after power-on, with BAR0 at `bar`; the server's function likewise.
+    /// Puts the function and the server's part of it into the state after power-on, with BAR0 at
+    /// `bar`.
     pub(super) fn reset(&self, bar: u32) {
         let mut state = lock(&self.state);
         state.config.reset();
@@ -215,43 +225,44 @@ impl Function {
         self.call(Client::reset);
     }
 
-    /// After a [`reset`](Self::reset), and before one of the interrupt controllers: an INTx that
-    /// the guest has not ended is forgotten there, and so the server must not wait for its end.
+    /// Tells the server that its INTx has ended. It belongs between a [`reset`](Self::reset) and the
+    /// reset of the interrupt controllers: they forget an INTx that the guest has not ended, so the
+    /// server must not wait for its end.
     pub(super) fn end_intx(&self) {
-        if let Some(Intx::Kernel(level)) = &self.intx {
-            level.end();
+        if let Some(Intx::Kernel(irqfd)) = &self.intx {
+            irqfd.end();
         }
     }
 
-    /// The guest has enabled something of the function.
+    /// Whether the guest has enabled memory accesses or DMA of the function.
     pub(super) fn in_use(&self) -> bool {
         self.in_use.load(Ordering::Acquire)
     }
 
-    /// Where BAR0 would be, if the port passes it on: first address and length.
+    /// First address and length of BAR0, whether the root port passes its addresses on or not.
     pub(super) fn bar(&self) -> Option<(u64, u64)> {
         let at = self.bar.load(Ordering::Acquire);
         (at != NOWHERE).then_some((at, u64::from(self.description.bar)))
     }
 
-    /// BAR0 answers from `at` on now: the doorbells follow.
-    pub(super) fn put(&self, at: Option<u64>) {
+    /// Moves the doorbells to BAR0 at address `at`, or disconnects them.
+    pub(super) fn place_doorbells(&self, at: Option<u64>) {
         if !self.mmio {
             return;
         }
-        let place = at.map(|at| DoorbellRange {
+        let range = at.map(|at| DoorbellRange {
             base: at + u64::from(self.description.doorbells),
             stride: self.description.stride,
         });
         let mut doorbells = lock(&self.doorbells);
-        if let Err(e) = doorbells.set_range(DoorbellKind::Mmio, place) {
-            // The guest has put two things at one address, or KVM has no more room: what is rung
-            // comes to user space.
+        if let Err(e) = doorbells.set_range(DoorbellKind::Mmio, range) {
+            // The guest has put two functions at one address, or KVM has no more room. The doorbells
+            // then come to user space.
             tracing::debug!("{}: doorbells by message: {e}", self.name);
         }
     }
 
-    /// Whether the doorbells at an address end in the kernel now.
+    /// Whether the doorbells in BAR0 end in the kernel now.
     pub(super) fn doorbells_in_kernel(&self) -> bool {
         lock(&self.doorbells).range(DoorbellKind::Mmio).is_some()
     }
@@ -287,15 +298,15 @@ impl Function {
         let command = state.config.command();
         state.config.write(offset, data);
         if state.config.command() != command {
-            // Waited for: a function that was taken Bus Master from touches no memory any more when
-            // the guest goes on.
+            // This waits for the server. When the guest goes on after it cleared Bus Master, the
+            // function accesses no memory any more.
             let command = state.config.command().to_le_bytes();
             self.call(|client| client.region_write(REGION_CONFIG, COMMAND as u64, &command));
         }
         self.follow(&mut state);
     }
 
-    /// Makes interrupts and BAR what the configuration space says.
+    /// Updates interrupts and BAR from the configuration space.
     fn follow(&self, state: &mut State) {
         self.bar.store(state.config.bar(0).unwrap_or(NOWHERE), Ordering::Release);
         self.in_use.store(in_use(&state.config), Ordering::Release);
@@ -316,7 +327,7 @@ impl Function {
         msix.follow(&vectors, &self.name, &call);
     }
 
-    /// Which part of the MSI-X structures an access of BAR0 touches, if any.
+    /// The part of the MSI-X structures that an access of BAR0 touches, if any.
     fn msix_part(&self, offset: u64, len: usize) -> Option<MsixPart> {
         let msix = self.description.msix?;
         let offset = usize::try_from(offset).ok()?;
@@ -330,7 +341,7 @@ impl Function {
             .or_else(|| within(msix.pending_range(), MsixPart::Pending))
     }
 
-    /// Reads BAR0; `data` lies within it, and holds all ones before.
+    /// Reads BAR0. The access is within BAR0, and `data` holds all ones before.
     pub(super) fn read_bar(&self, offset: u64, data: &mut [u8]) {
         self.counters.reads.fetch_add(1, Ordering::Relaxed);
         if self.is_gone() {
@@ -353,7 +364,7 @@ impl Function {
         }
     }
 
-    /// Writes BAR0; `data` lies within it. It does not wait until the server has done it.
+    /// Writes BAR0. The access is within BAR0. This function does not wait for the server.
     pub(super) fn write_bar(&self, offset: u64, data: &[u8]) {
         self.counters.writes.fetch_add(1, Ordering::Relaxed);
         if self.is_gone() {
@@ -391,11 +402,11 @@ impl Function {
     }
 }
 
-/// What of MSI-X an access of BAR0 begins in, and the offset there.
+/// The MSI-X structure in which an access of BAR0 begins, and the offset in it.
 enum MsixPart {
     Table(usize),
     Pending(usize),
-    /// It begins before: it reads zeros, and writes nothing.
+    /// The access begins before a structure. It reads zeros and writes nothing.
     Edge,
 }
 

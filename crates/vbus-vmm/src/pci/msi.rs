@@ -1,5 +1,5 @@
-//! Interrupts of a function that are messages, MSI or MSI-X: eventfds, which the server writes and
-//! KVM reads, made and routed as the guest wants it.
+//! The message-signalled interrupts of a function, MSI or MSI-X. The server writes eventfds, and KVM
+//! reads them. The VMM makes and routes the eventfds as the guest asks for it.
 
 use std::sync::Arc;
 
@@ -7,32 +7,32 @@ use vbus_kvm::{Error, MsiIrqfd, Route, Routes, Sints};
 use vbus_pci_config::MsiMessage;
 use vfio_user_protocol::{Client, ClientError};
 
-use super::Shared;
+use super::resources::Resources;
 
-/// Calls the server; false: it is gone, or has refused.
+/// Calls the server. Returns false if it is gone or has refused.
 pub(super) type Call<'a> =
     &'a dyn Fn(&mut dyn FnMut(&mut Client) -> Result<(), ClientError>) -> bool;
 
 const MASKED: MsiMessage = MsiMessage { address: 0, data: 0, masked: true };
 
-/// The messages of one kind. There are some while the guest has that kind enabled.
+/// The vectors of one kind, MSI or MSI-X. The list is empty while the guest has the kind disabled.
 pub(super) struct MsiVectors {
-    /// VFIO's number of the kind.
+    /// VFIO's number of the interrupt kind.
     index: u32,
     routes: Arc<Routes>,
     sints: Option<Sints>,
     list: Vec<(MsiIrqfd, MsiMessage)>,
-    /// The guest wants them and they cannot be had: tried once.
+    /// The guest has enabled the kind, but the eventfds could not be made. This is tried once.
     failed: bool,
 }
 
 impl MsiVectors {
-    pub(super) fn new(index: u32, shared: &Shared) -> MsiVectors {
-        let (routes, sints) = (shared.routes.clone(), shared.backing.sints);
+    pub(super) fn new(index: u32, resources: &Resources) -> MsiVectors {
+        let (routes, sints) = (resources.routes.clone(), resources.backing.sints);
         MsiVectors { index, routes, sints, list: Vec::new(), failed: false }
     }
 
-    /// Makes them these: none, when the guest has the kind disabled.
+    /// Updates the list to `vectors`, which is empty when the guest has the kind disabled.
     pub(super) fn follow(&mut self, vectors: &[MsiMessage], name: &str, call: Call<'_>) {
         if !self.list.is_empty() && self.list.len() != vectors.len() {
             call(&mut |client| client.disable_irqs(self.index));
@@ -53,7 +53,8 @@ impl MsiVectors {
         }
     }
 
-    /// Makes `count` of them, masked, and tells the server of all. False: there are none.
+    /// Makes `count` masked vectors and gives their eventfds to the server. Returns false if that
+    /// fails; the list is then empty.
     fn make(&mut self, count: usize, name: &str, call: Call<'_>) -> bool {
         let make = || Ok((MsiIrqfd::new(self.routes.clone())?, MASKED));
         match std::iter::repeat_with(make).take(count).collect::<Result<_, Error>>() {
@@ -72,18 +73,18 @@ impl MsiVectors {
         true
     }
 
-    /// Takes them all away, without a word to the server.
+    /// Removes all vectors without telling the server.
     pub(super) fn clear(&mut self) {
         self.list.clear();
     }
 
-    /// Whether vector `index` waits for being unmasked.
+    /// Whether vector `index` is masked and was signalled since.
     pub(super) fn is_pending(&self, index: usize) -> bool {
         self.list.get(index).is_some_and(|(message, _)| message.is_pending())
     }
 }
 
-/// Lets a message be what the guest says.
+/// Routes and masks a vector as the guest has set it up.
 fn apply(message: &mut MsiIrqfd, vector: &MsiMessage, sints: Option<&Sints>) -> Result<(), Error> {
     if vector.masked {
         return message.mask();

@@ -1,9 +1,9 @@
-//! A root port: a bridge with a slot behind it, into which one function is plugged while the guest
-//! runs.
+//! A root port: a bridge with a slot behind it. One function can be plugged into the slot while the
+//! guest runs.
 //!
-//! The slot has an attention button, a power controller and a power indicator, so that an operating
-//! system brings a function in and lets it go in an orderly way: it is told by the button, and
-//! answers by switching the slot's power.
+//! The slot has an attention button, a power controller and a power indicator. By them an operating
+//! system brings a function in and releases it in an orderly way: the button tells the system, and
+//! the system answers by switching the slot's power.
 
 use vbus_pci_config::register::{
     COMMAND, COMMAND_INTX_DISABLE, COMMAND_MASTER, COMMAND_MEMORY, INTERRUPT_LINE,
@@ -21,7 +21,7 @@ const BRIDGE_CONTROL: usize = 0x3e;
 
 const BRIDGE_RESET: u16 = 1 << 6;
 
-/// The PCI Express capability, 60 bytes.
+/// The offset of the PCI Express capability, 60 bytes.
 const EXPRESS: usize = 0x40;
 const LINK_CONTROL: usize = EXPRESS + 0x10;
 const LINK_STATUS: usize = EXPRESS + 0x12;
@@ -29,12 +29,12 @@ const SLOT_CAPABILITIES: usize = EXPRESS + 0x14;
 const SLOT_CONTROL: usize = EXPRESS + 0x18;
 const SLOT_STATUS: usize = EXPRESS + 0x1a;
 const ROOT_CONTROL: usize = EXPRESS + 0x1c;
-/// The MSI capability, 14 bytes.
+/// The offset of the MSI capability, 14 bytes.
 const MSI: usize = 0x80;
 
 const LINK_DISABLE: u16 = 1 << 4;
 const LINK_ACTIVE: u16 = 1 << 13;
-/// 2.5 GT/s, one lane: as capability and as status.
+/// 2.5 GT/s and one lane, for the capability and for the status.
 const LINK_SPEED: u16 = 0x0011;
 
 /// Attention button, power controller, power indicator, surprise removal, hotplug.
@@ -53,28 +53,28 @@ const STATUS_PRESENCE_CHANGED: u16 = 1 << 3;
 const STATUS_COMMAND_COMPLETED: u16 = 1 << 4;
 const STATUS_PRESENT: u16 = 1 << 6;
 const STATUS_LINK_CHANGED: u16 = 1 << 8;
-/// Attention button, power fault, latch, presence, command completed: each has its enable bit at
-/// the same place in Slot Control.
-const STATUS_SAME_PLACE: u16 = 0x1f;
+/// Attention button, power fault, latch, presence, command completed. Slot Control has the enable
+/// bit of each at the same position.
+const STATUS_WITH_ENABLE: u16 = 0x1f;
 /// The enable bit of [`STATUS_LINK_CHANGED`].
 const CONTROL_LINK_CHANGED: u16 = 1 << 12;
 
-/// What a root port is to the guest.
+/// A root port as the guest sees it.
 pub(super) struct RootPort {
     device: u8,
     space: Space,
     present: bool,
-    /// The guest has written Slot Control: somebody there looks after the slot.
+    /// The guest has written Slot Control, so it manages the slot.
     managed: bool,
-    /// A hotplug interrupt is due, and has been told of.
+    /// A hotplug interrupt is due and was sent.
     interrupting: bool,
 }
 
-/// A message interrupt: address and data.
+/// Address and data of a message-signalled interrupt.
 pub(super) type Msi = (u64, u32);
 
 impl RootPort {
-    /// The port that is device `device` (1 to 31) on bus 0, with an empty slot of the same number.
+    /// The port with device number `device` (1 to 31) on bus 0, and an empty slot of the same number.
     pub(super) fn new(device: u8) -> RootPort {
         let mut port = RootPort {
             device,
@@ -87,14 +87,14 @@ impl RootPort {
         port
     }
 
-    /// Back to what the guest finds when it starts: bus numbers and window set as firmware does,
-    /// what is plugged switched on.
+    /// Puts the port into the state in which a guest finds it at its start. Bus numbers and window
+    /// are set as firmware sets them. A plugged function is switched on.
     pub(super) fn reset(&mut self) {
         let mut s = Space::new(256);
         s.set32(0x00, 0x000c_1b36);
         s.allow(COMMAND, &(COMMAND_MEMORY | COMMAND_MASTER | COMMAND_INTX_DISABLE).to_le_bytes());
         s.set16(COMMAND, COMMAND_MEMORY | COMMAND_MASTER);
-        // Status: there are capabilities. Class: PCI-to-PCI bridge. Header type 1.
+        // Status: the port has capabilities. Class: PCI-to-PCI bridge. Header type 1.
         s.set16(0x06, 1 << 4);
         s.set32(0x08, 0x0604_0000);
         s.allow(0x0c, &[0xff]);
@@ -105,12 +105,13 @@ impl RootPort {
         s.set16(MEMORY_BASE, register(window));
         s.set16(MEMORY_LIMIT, register(window + WINDOW_BYTES - 1));
         s.allow(MEMORY_BASE, &[0xf0, 0xff, 0xf0, 0xff]);
-        // The windows for ports and prefetchable memory are hard-wired to zero: there are none.
+        // The registers of the windows for ports and prefetchable memory are hard-wired to zero: the
+        // port has no such windows.
         s.set8(0x34, 0x40);
         s.allow(INTERRUPT_LINE, &[0xff]);
         s.allow(BRIDGE_CONTROL, &BRIDGE_RESET.to_le_bytes());
         self.express(&mut s);
-        // MSI: one vector, 64-bit address.
+        // MSI with one vector and a 64-bit address.
         s.set(MSI, &[0x05, 0]);
         s.set16(MSI + 2, 1 << 7);
         s.allow(MSI + 2, &[1, 0, 0xfc, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff]);
@@ -126,7 +127,7 @@ impl RootPort {
         // Role-based error reporting; payloads of 128 bytes.
         s.set32(EXPRESS + 0x04, 1 << 15);
         s.allow(EXPRESS + 0x08, &0x7fffu16.to_le_bytes());
-        // The link reports when it is active; port number.
+        // The link reports whether it is active. The port number is the device number.
         s.set32(EXPRESS + 0x0c, u32::from(LINK_SPEED) | 1 << 20 | u32::from(self.device) << 24);
         s.allow(LINK_CONTROL, &0x00d3u16.to_le_bytes());
         s.set16(LINK_STATUS, LINK_SPEED);
@@ -135,7 +136,7 @@ impl RootPort {
         s.set16(SLOT_CONTROL, power);
         s.allow(SLOT_CONTROL, &0x17ffu16.to_le_bytes());
         s.set16(SLOT_STATUS, if self.present { STATUS_PRESENT } else { 0 });
-        s.allow_clearing(SLOT_STATUS, STATUS_SAME_PLACE | STATUS_LINK_CHANGED);
+        s.allow_clearing(SLOT_STATUS, STATUS_WITH_ENABLE | STATUS_LINK_CHANGED);
         s.allow(ROOT_CONTROL, &0x001fu16.to_le_bytes());
     }
 
@@ -143,8 +144,8 @@ impl RootPort {
         self.space.read(offset, data);
     }
 
-    /// Does a write of the guest. What follows from it shows in the other methods; a hotplug
-    /// interrupt that becomes due is returned.
+    /// Writes for the guest. The other methods show the effects. Returns a hotplug interrupt if one
+    /// becomes due.
     pub(super) fn write(&mut self, offset: usize, data: &[u8]) -> Option<Msi> {
         self.space.write(offset, data);
         if touches(offset, data.len(), SLOT_CONTROL, 2) {
@@ -158,7 +159,7 @@ impl RootPort {
         self.space.assign16(SLOT_STATUS, bits, true);
     }
 
-    /// Lets link and interrupt follow from all else.
+    /// Updates link and interrupt from the other registers.
     fn update(&mut self) -> Option<Msi> {
         let up = self.link_wanted();
         if up != self.link_up() {
@@ -166,13 +167,13 @@ impl RootPort {
             self.event(STATUS_LINK_CHANGED);
         }
         let (control, status) = (self.space.get16(SLOT_CONTROL), self.space.get16(SLOT_STATUS));
-        let due = control & status & STATUS_SAME_PLACE != 0
+        let due = control & status & STATUS_WITH_ENABLE != 0
             || control & CONTROL_LINK_CHANGED != 0 && status & STATUS_LINK_CHANGED != 0;
         let due = due && control & CONTROL_INTERRUPTS != 0 && self.space.get16(MSI + 2) & 1 != 0;
         let began = due && !self.interrupting;
         self.interrupting = due;
-        // One message each time that it becomes due: not before all that is due was cleared there
-        // is another.
+        // One message each time that the interrupt becomes due. The next one needs that the guest
+        // has cleared all events first.
         began.then(|| {
             let address =
                 u64::from(self.space.get32(MSI + 8)) << 32 | u64::from(self.space.get32(MSI + 4));
@@ -192,32 +193,33 @@ impl RootPort {
         self.space.get16(SLOT_CONTROL) & CONTROL_INDICATOR
     }
 
-    /// The function in the slot has power and a link.
+    /// Whether the function in the slot has power and a link.
     pub(super) fn link_up(&self) -> bool {
         self.space.get16(LINK_STATUS) & LINK_ACTIVE != 0
     }
 
-    /// The function in the slot is held in reset.
+    /// Whether the bridge holds the function in reset.
     pub(super) fn holds_reset(&self) -> bool {
         self.space.get16(BRIDGE_CONTROL) & BRIDGE_RESET != 0
     }
 
-    /// The guest looks after the slot.
+    /// Whether the guest manages the slot.
     pub(super) fn managed(&self) -> bool {
         self.managed
     }
 
-    /// The guest has switched the slot off, and says so.
+    /// Whether the guest has switched the slot and its power indicator off.
     pub(super) fn released(&self) -> bool {
         self.powered_off() && self.indicator() == INDICATOR_OFF
     }
 
-    /// The guest is about to switch the slot on or off; pressing the button again would stop it.
+    /// Whether the guest is about to switch the slot on or off. Another press of the button would
+    /// stop it.
     pub(super) fn busy(&self) -> bool {
         self.indicator() == INDICATOR_BLINKS
     }
 
-    /// The bus behind the port.
+    /// The number of the bus behind the port.
     pub(super) fn secondary(&self) -> u8 {
         self.space.get8(SECONDARY)
     }
@@ -227,7 +229,7 @@ impl RootPort {
         bus != 0 && (self.secondary()..=self.space.get8(SUBORDINATE)).contains(&bus)
     }
 
-    /// The addresses that the port passes on, first and last; none while it passes none on.
+    /// First and last address that the port passes on, if it passes any on.
     pub(super) fn window(&self) -> Option<(u64, u64)> {
         if self.space.get16(COMMAND) & COMMAND_MEMORY == 0 {
             return None;
@@ -237,14 +239,14 @@ impl RootPort {
         (first < last).then_some((first, last))
     }
 
-    /// Puts a function into the slot. Before the guest looks after the slot it finds the function
-    /// switched on; afterwards it is told.
+    /// Puts a function into the slot. A guest that does not manage the slot yet finds the function
+    /// switched on. Another guest is told.
     pub(super) fn insert(&mut self) -> Option<Msi> {
         self.present = true;
         self.space.assign16(SLOT_STATUS, STATUS_PRESENT, true);
         if self.managed {
-            // The button, for presence alone does not interrupt a guest that relies on the button,
-            // as Linux does.
+            // The button is pressed too, since a guest that relies on the button, as Linux does,
+            // enables no interrupt for presence alone.
             self.event(STATUS_PRESENCE_CHANGED | STATUS_BUTTON);
             return self.update();
         }
@@ -255,7 +257,7 @@ impl RootPort {
         None
     }
 
-    /// The function is in the slot no more.
+    /// Takes the function out of the slot.
     pub(super) fn remove(&mut self) -> Option<Msi> {
         self.present = false;
         self.space.assign16(SLOT_STATUS, STATUS_PRESENT, false);
@@ -268,22 +270,22 @@ impl RootPort {
         None
     }
 
-    /// Presses the attention button: the guest is asked to let the function go.
+    /// Presses the attention button, which asks the guest to release the function.
     pub(super) fn press(&mut self) -> Option<Msi> {
         self.event(STATUS_BUTTON);
         self.update()
     }
 }
 
-/// Bytes of the window that a port has when the guest starts.
+/// Bytes of a port's window when the guest starts.
 const WINDOW_BYTES: u64 = layout::PCI_WINDOW_BYTES / 32;
 
-/// Where that window begins.
+/// The first address of a port's window when the guest starts.
 pub(super) fn window(device: u8) -> u64 {
     layout::PCI_WINDOW + u64::from(device) * WINDOW_BYTES
 }
 
-/// An address as a window register holds it.
+/// Encodes an address as a window register holds it.
 fn register(address: u64) -> u16 {
     u16::try_from(address >> 16 & 0xfff0).unwrap_or(0)
 }

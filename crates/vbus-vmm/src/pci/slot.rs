@@ -1,52 +1,54 @@
-//! A root port with what is in its slot.
+//! A slot: a root port, and the function in it.
 
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use vbus_kvm::{Route, Routes};
 
+use super::error::UnplugError;
 use super::function::Function;
 use super::root_port::{Msi, RootPort, window};
-use super::{UnplugError, lock};
 use crate::layout;
+use crate::lock::lock;
 
-/// How long the guest may take to let a function go. Linux waits 5 s after the button in case it is
-/// pressed again; an emulated machine is slow.
-const PATIENCE: Duration = Duration::from_secs(25);
-/// When the button is pressed again, if the guest has not shown that it saw it: it ignores the
-/// button while it brings the function in.
+/// How long the guest may take to release a function. Linux waits 5 s after the button in case it is
+/// pressed again, and an emulated machine is slow.
+const UNPLUG_TIMEOUT: Duration = Duration::from_secs(25);
+/// The time after which the button is pressed again if the guest has not reacted. A guest ignores
+/// the button while it brings the function in.
 const PRESS_AGAIN: Duration = Duration::from_secs(6);
-/// More than closing a function can take: an access of the guest to it may wait for the server
-/// until then.
-const CLOSING: Duration = Duration::from_secs(8);
+/// More time than closing a function can take. An access of the guest to the function may wait for
+/// the server, and delays the closing.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(8);
 
-/// A root port.
+/// A slot.
 pub(super) struct Slot {
-    /// Its device number on bus 0, and the slot's number: 1 to 31.
+    /// The number of the slot, which is the device number of its root port on bus 0: 1 to 31.
     pub(super) number: u8,
     routes: Arc<Routes>,
     inner: Mutex<Inner>,
-    /// A function has left.
+    /// Signalled when a function has left.
     left: Condvar,
 }
 
 struct Inner {
     port: RootPort,
     occupant: Occupant,
-    /// The guest has been asked to let the function go.
+    /// The guest has been asked to release the function.
     leaving: bool,
-    /// Where BAR0 of the function is in the guest's memory: first and last address.
-    place: Option<(u64, u64)>,
+    /// First and last address of the function's BAR0 in the guest's memory.
+    bar_range: Option<(u64, u64)>,
 }
 
 #[derive(Default)]
 enum Occupant {
     #[default]
     None,
-    /// Someone is about to plug a function of this name.
-    Expected(String),
+    /// A function of this name is about to be plugged.
+    Reserved(String),
     Function(Arc<Function>),
-    /// The function of this name is out of the guest's reach, and its connection is being closed.
+    /// The guest cannot reach the function of this name any more, and its connection is being
+    /// closed.
     Closing(String),
 }
 
@@ -58,16 +60,15 @@ impl Inner {
         }
     }
 
-    /// The guest can access the function.
+    /// The function, if the guest can access it.
     fn reachable(&self) -> Option<&Arc<Function>> {
         self.function().filter(|_| self.port.link_up() && !self.port.holds_reset())
     }
 
-    /// Lets the place of BAR0 follow from all registers that it depends on, those of the bridges
-    /// too.
-    fn settle(&mut self) {
+    /// Updates the range of BAR0 from all registers on which it depends, those of the bridges too.
+    fn update_bar_range(&mut self) {
         let root = layout::PCI_WINDOW..layout::PCI_WINDOW + layout::PCI_WINDOW_BYTES;
-        let place =
+        let range =
             self.reachable().and_then(|function| function.bar()).and_then(|(first, bytes)| {
                 let last = first + bytes - 1;
                 let (window_first, window_last) = self.port.window()?;
@@ -77,18 +78,18 @@ impl Inner {
                     && root.contains(&last);
                 passes.then_some((first, last))
             });
-        self.place = place;
+        self.bar_range = range;
         if let Some(function) = self.function() {
-            function.put(place.map(|(first, _)| first));
+            function.place_doorbells(range.map(|(first, _)| first));
         }
     }
 
-    /// Takes the function out. It is still to be closed.
+    /// Takes the function out of the slot. The caller must close it.
     fn take(&mut self) -> Option<(Arc<Function>, Option<Msi>)> {
         let function = self.function()?.clone();
         self.occupant = Occupant::Closing(function.name.clone());
         self.leaving = false;
-        self.place = None;
+        self.bar_range = None;
         Some((function, self.port.remove()))
     }
 }
@@ -99,14 +100,14 @@ impl Slot {
             port: RootPort::new(number),
             occupant: Occupant::None,
             leaving: false,
-            place: None,
+            bar_range: None,
         };
         Slot { number, routes, inner: Mutex::new(inner), left: Condvar::new() }
     }
 
     fn send(&self, message: Option<Msi>) {
         let Some((address, data)) = message else { return };
-        // What no interrupt is the guest may have written, and does not get.
+        // The guest may have written an address and data that are no interrupt. It gets none then.
         let sent =
             Route::of_message(address, data, None).and_then(|_| self.routes.send(address, data));
         if let Err(e) = sent {
@@ -123,21 +124,23 @@ impl Slot {
         self.left.notify_all();
     }
 
-    /// What the guest can access behind the port, and by which bus.
+    /// `None` if the port does not pass accesses to `bus` on; otherwise the function that the guest
+    /// can access on `bus`, if there is one.
     pub(super) fn behind(&self, bus: u8) -> Option<Option<Arc<Function>>> {
         let inner = lock(&self.inner);
         let leads = inner.port.leads_to(bus);
         leads.then(|| inner.reachable().filter(|_| inner.port.secondary() == bus).cloned())
     }
 
+    /// The function, if the guest can access it.
     pub(super) fn reachable_function(&self) -> Option<Arc<Function>> {
         lock(&self.inner).reachable().cloned()
     }
 
-    /// The function, if its BAR0 has the `len` addresses from `address` on, and the offset in it.
+    /// The function, if its BAR0 has the `len` addresses from `address` on, and the offset in BAR0.
     pub(super) fn at(&self, address: u64, len: usize) -> Option<(Arc<Function>, u64)> {
         let inner = lock(&self.inner);
-        let (first, last) = inner.place?;
+        let (first, last) = inner.bar_range?;
         let within = address >= first && address <= last && last - address + 1 >= len as u64;
         within.then(|| inner.reachable().map(|function| (function.clone(), address - first)))?
     }
@@ -152,13 +155,13 @@ impl Slot {
         let mut inner = lock(&self.inner);
         let before = inner.reachable().cloned();
         let message = inner.port.write(offset, data);
-        inner.settle();
+        inner.update_bar_range();
         let lost = before.filter(|_| inner.reachable().is_none());
         let taken = if inner.leaving && inner.port.released() { inner.take() } else { None };
         drop(inner);
         self.send(message);
-        // Without power, or held in reset. What was taken out is not worth it: its server does so
-        // when the connection ends.
+        // The function lost its power or is held in reset. A function that was taken out needs no
+        // reset: its server resets it when the connection ends.
         if let Some(function) = lost.filter(|_| taken.is_none()) {
             function.reset(0);
         }
@@ -168,7 +171,7 @@ impl Slot {
     /// Writes the function's configuration space.
     pub(super) fn write_function(&self, function: &Function, offset: usize, data: &[u8]) {
         function.write_config(offset, data);
-        lock(&self.inner).settle();
+        lock(&self.inner).update_bar_range();
     }
 
     /// Waits until a function that has been taken out is closed.
@@ -177,38 +180,38 @@ impl Slot {
         let inner = lock(&self.inner);
         drop(
             self.left
-                .wait_timeout_while(inner, CLOSING, closing)
+                .wait_timeout_while(inner, CLOSE_TIMEOUT, closing)
                 .unwrap_or_else(|e| e.into_inner()),
         );
     }
 
-    /// Reserves the slot for a function. `off`: only if the guest has the slot switched off, or
-    /// does not look after it.
-    pub(super) fn expect(&self, name: &str, off: bool) -> bool {
+    /// Reserves the slot for a function. Returns false if the slot is not free. With `off`, a slot
+    /// that the guest manages is free only if the guest has switched it off.
+    pub(super) fn reserve(&self, name: &str, off: bool) -> bool {
         let mut inner = lock(&self.inner);
         let free = matches!(inner.occupant, Occupant::None)
             && !(off && inner.port.managed() && !inner.port.released());
         if free {
-            inner.occupant = Occupant::Expected(name.to_owned());
+            inner.occupant = Occupant::Reserved(name.to_owned());
         }
         free
     }
 
-    /// Gives the reservation up.
-    pub(super) fn expect_no_more(&self) {
+    /// Cancels the reservation.
+    pub(super) fn cancel_reservation(&self) {
         lock(&self.inner).occupant = Occupant::None;
     }
 
-    /// Puts the function in that the slot was reserved for.
+    /// Puts a function into the slot, which must be reserved.
     pub(super) fn insert(&self, function: Arc<Function>) {
         if !lock(&self.inner).port.managed() {
-            // Before the guest looks: where firmware would have put it.
+            // The guest has not looked yet: BAR0 is where firmware would have put it.
             function.reset(self.first_bar());
         }
         let mut inner = lock(&self.inner);
         inner.occupant = Occupant::Function(function);
         let message = inner.port.insert();
-        inner.settle();
+        inner.update_bar_range();
         drop(inner);
         self.send(message);
     }
@@ -217,11 +220,11 @@ impl Slot {
         u32::try_from(window(self.number)).unwrap_or(0)
     }
 
-    /// The name of what is, or is about to be, in the slot.
+    /// The name of the function that is, or is about to be, in the slot.
     pub(super) fn name(&self) -> Option<String> {
         match &lock(&self.inner).occupant {
             Occupant::None => None,
-            Occupant::Expected(name) | Occupant::Closing(name) => Some(name.clone()),
+            Occupant::Reserved(name) | Occupant::Closing(name) => Some(name.clone()),
             Occupant::Function(function) => Some(function.name.clone()),
         }
     }
@@ -234,7 +237,10 @@ impl Slot {
             .map(|function| (function.clone(), inner.port.secondary(), inner.port.link_up()))
     }
 
-    /// Asks the guest to let the function `name` go, and waits until it has.
+    /// Asks the guest to release the function `name`, and waits until it has.
+    ///
+    /// # Errors
+    /// See [`UnplugError`].
     pub(super) fn unplug(&self, name: &str) -> Result<(), UnplugError> {
         let missing = || UnplugError::Unknown(name.to_owned());
         let mut inner = lock(&self.inner);
@@ -247,7 +253,7 @@ impl Slot {
             return Ok(());
         }
         inner.leaving = true;
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + UNPLUG_TIMEOUT;
         loop {
             if inner.port.link_up() && !inner.port.busy() {
                 let message = inner.port.press();
@@ -271,9 +277,12 @@ impl Slot {
             }
             if Instant::now() >= deadline {
                 if inner.port.link_up() {
-                    return Err(UnplugError::Kept { name: name.to_owned(), after: PATIENCE });
+                    return Err(UnplugError::Kept {
+                        name: name.to_owned(),
+                        timeout: UNPLUG_TIMEOUT,
+                    });
                 }
-                // Switched off, only the indicator is not.
+                // The guest has switched the slot off, but not the power indicator.
                 let taken = inner.take();
                 drop(inner);
                 self.close(taken);
@@ -282,8 +291,8 @@ impl Slot {
         }
     }
 
-    /// Takes the function out without asking: its server has gone. The guest is told that there is
-    /// nothing any more.
+    /// Takes the function out without asking the guest, because its server has gone. The guest is
+    /// told that the slot is empty. Returns false if the function is in the slot no more.
     pub(super) fn vanish(&self, function: &Arc<Function>) -> bool {
         let mut inner = lock(&self.inner);
         if !inner.function().is_some_and(|now| Arc::ptr_eq(now, function)) {
@@ -295,19 +304,20 @@ impl Slot {
         true
     }
 
-    /// Back to the state after power-on; what the guest was asked to let go is gone.
+    /// Puts the slot into the state after power-on. A function that the guest was asked to release
+    /// is taken out.
     pub(super) fn reset(&self) {
         let mut inner = lock(&self.inner);
         let taken = if inner.leaving { inner.take() } else { None };
         inner.port.reset();
         let function = inner.function().cloned();
-        inner.place = None;
+        inner.bar_range = None;
         drop(inner);
         self.close(taken);
         if let Some(function) = function {
             function.reset(self.first_bar());
             function.end_intx();
         }
-        lock(&self.inner).settle();
+        lock(&self.inner).update_bar_range();
     }
 }

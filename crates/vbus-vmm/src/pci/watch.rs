@@ -1,53 +1,74 @@
-//! Notices that a server has gone, so that the guest need not find out by an access; and passes
-//! INTx on, where the kernel does not.
+//! The thread that notices when a server has gone, so that the guest need not find out by an access.
+//! It also passes INTx on if the I/O APIC is in this process.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Weak};
 
 use anyhow::{Context, Result};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
-use super::PciRoot;
+use super::hierarchy::Hierarchy;
 use crate::seccomp::{self, Thread};
 
-/// Wakes the watching thread.
-pub(super) struct Watcher(Arc<OwnedFd>);
+/// A handle of the thread. Dropping it ends the thread.
+pub(super) struct Watcher(Arc<Shared>);
+
+struct Shared {
+    wake: OwnedFd,
+    end: AtomicBool,
+}
 
 impl Watcher {
-    pub(super) fn new() -> std::io::Result<Watcher> {
-        Ok(Watcher(Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)))
+    /// Starts the thread, with a filter of system calls or without.
+    pub(super) fn start(hierarchy: &Arc<Hierarchy>, filter: bool) -> Result<Watcher> {
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let shared = Arc::new(Shared { wake, end: AtomicBool::new(false) });
+        let watcher = Watcher(shared.clone());
+        let hierarchy = Arc::downgrade(hierarchy);
+        let (tell, told) = channel();
+        std::thread::Builder::new().name("pci-watch".into()).spawn(move || {
+            let ready = if filter { seccomp::apply(Thread::Watch) } else { Ok(()) };
+            let failed = ready.is_err();
+            let _ = tell.send(ready);
+            while !failed && watch(&hierarchy, &shared) {}
+        })?;
+        told.recv().context("the thread that watches devices has ended at once")??;
+        Ok(watcher)
     }
 
-    /// Has it look again at what is plugged.
+    /// Makes the thread look again at the devices that are plugged.
     pub(super) fn wake(&self) {
-        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+        // The count of this process's own eventfd is never full.
+        let _ = rustix::io::write(&self.0.wake, &1u64.to_ne_bytes());
     }
 }
 
-/// Starts the thread, with a filter of system calls or without; it ends with the root.
-pub(super) fn start(root: &Arc<PciRoot>, filter: bool) -> Result<()> {
-    let (wake, root) = (root.watcher.0.clone(), Arc::downgrade(root));
-    let (tell, told) = channel();
-    std::thread::Builder::new().name("pci-watch".into()).spawn(move || {
-        let ready = if filter { seccomp::apply(Thread::Watch) } else { Ok(()) };
-        let failed = ready.is_err();
-        let _ = tell.send(ready);
-        while !failed && watch(&root, &wake) {}
-    })?;
-    told.recv().context("the thread that watches devices has ended at once")?
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        // Pairs with the load in `watch`.
+        self.0.end.store(true, Ordering::Release);
+        self.wake();
+    }
 }
 
-/// Waits until something happens. False: the root is gone.
-fn watch(root: &Weak<PciRoot>, wake: &OwnedFd) -> bool {
-    let functions: Vec<_> = match root.upgrade() {
-        Some(root) => {
-            root.slots.iter().filter_map(|slot| Some((slot.number, slot.occupant()?.0))).collect()
-        }
+/// Waits until something happens, and handles it. Returns false if the thread must end.
+fn watch(hierarchy: &Weak<Hierarchy>, shared: &Shared) -> bool {
+    // Pairs with the store in `Watcher::drop`.
+    if shared.end.load(Ordering::Acquire) {
+        return false;
+    }
+    let functions: Vec<_> = match hierarchy.upgrade() {
+        Some(hierarchy) => hierarchy
+            .slots
+            .iter()
+            .filter_map(|slot| Some((slot.number, slot.occupant()?.0)))
+            .collect(),
         None => return false,
     };
     let ended = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
-    let mut fds = vec![PollFd::new(wake, PollFlags::IN)];
+    let mut fds = vec![PollFd::new(&shared.wake, PollFlags::IN)];
     fds.extend(
         functions
             .iter()
@@ -60,11 +81,11 @@ fn watch(root: &Weak<PciRoot>, wake: &OwnedFd) -> bool {
     if poll(&mut fds, None).is_err() {
         return true;
     }
-    let _ = rustix::io::read(wake.as_fd(), &mut [0; 8]);
+    let _ = rustix::io::read(shared.wake.as_fd(), &mut [0; 8]);
     sources.iter().for_each(|source| source.take());
-    let Some(root) = root.upgrade() else { return false };
+    let Some(hierarchy) = hierarchy.upgrade() else { return false };
     for ((number, function), fd) in functions.iter().zip(&fds[1..]) {
-        let slot = &root.slots[usize::from(*number) - 1];
+        let slot = &hierarchy.slots[usize::from(*number) - 1];
         if fd.revents().intersects(ended) && slot.vanish(function) {
             tracing::warn!(
                 "{}: its server at {} has gone; slot {number} is empty",

@@ -12,8 +12,8 @@ use vfio_user_protocol::{
     DeviceInfo, Errno, IoEventFd, IrqAction, IrqInfo, Mapping, RegionInfo, Server, Target,
 };
 
+use super::super::super::lock::lock;
 use super::super::description;
-use super::super::lock;
 
 /// Doorbells, unless a test says otherwise.
 pub(super) const DOORBELLS: u32 = 4;

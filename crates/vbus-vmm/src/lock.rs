@@ -1,0 +1,8 @@
+//! How this crate takes a lock.
+
+use std::sync::{Mutex, MutexGuard};
+
+/// Locks `mutex`, also after a thread has panicked with the lock held.
+pub fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
