@@ -1,5 +1,6 @@
-//! What the programs of vbus share: the log, the output for people and for scripts, the signals
-//! that end a program, and the directory in which a bus has its sockets.
+//! The parts that the programs of vbus share: the log, the output for people and for scripts, the
+//! signals that end a program, the limit of descriptors, and the directory in which a bus has its
+//! sockets.
 //!
 //! ```
 //! use std::process::ExitCode;
@@ -15,6 +16,7 @@
 //! }
 //! ```
 
+pub mod limits;
 pub mod log;
 pub mod output;
 pub mod rundir;

@@ -13,10 +13,19 @@ use signal_hook::low_level::pipe;
 /// # Errors
 /// The process has no more descriptors.
 pub fn termination() -> Result<OwnedFd> {
+    descriptor(&[SIGINT, SIGTERM])
+}
+
+/// A descriptor from which each of `signals` can be read as one byte. From now on these signals do
+/// not end the process by themselves.
+///
+/// # Errors
+/// The process has no more descriptors, or one of `signals` cannot be caught.
+pub fn descriptor(signals: &[i32]) -> Result<OwnedFd> {
     let (reader, writer) = UnixStream::pair().context("making a socket pair")?;
-    for signal in [SIGINT, SIGTERM] {
+    for signal in signals {
         let writer = writer.try_clone().context("duplicating a socket")?;
-        pipe::register(signal, writer).context("catching signals")?;
+        pipe::register(*signal, writer).context("catching signals")?;
     }
     Ok(reader.into())
 }

@@ -1,13 +1,13 @@
-//! The protocol of control sockets, both ends of it: how programs talk to a running bus and to
-//! `vbus-vmm` (`spec/control.md`, "The control protocol").
+//! Both ends of the control protocol, by which programs talk to a running bus and to `vbus-vmm`
+//! (`spec/control.md`, "The control protocol").
 //!
-//! A request is one line of JSON. Its answers are lines with one member each: `item`, one of
-//! several; then `ok`, the last one, or `error`, the last one too, with a text for people. What can
-//! be asked for is the [`Handler`]'s matter.
+//! A request is one line of JSON. Each answer is a line with one member. Any number of `item`
+//! answers come first. The last answer is `ok`, or `error` with a text for people. The [`Handler`]
+//! defines the requests.
 //!
-//! A [`Server`] gives each client a thread of its own, and bounds what one may cost: so many
-//! clients, so long a line, so long a silence. Whatever a client does ends at worst its own
-//! connection. A [`Connection`] is the end of a client.
+//! A [`Server`] gives each client its own thread. It limits the number of clients, the length of a
+//! line, and the time that a client may be silent. A client can at worst end its own connection. A
+//! [`Connection`] is the client's end.
 //!
 //! ```
 //! use std::os::unix::net::{UnixListener, UnixStream};

@@ -1,4 +1,4 @@
-//! The end that answers.
+//! The server's end.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -12,44 +12,44 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-/// How long a client may take for its request, and for taking an answer.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a client may take to send a request, and to take an answer.
+const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What clients may cost.
+/// Limits on the cost of clients.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Clients at a time; another one gets an error and is disconnected.
+    /// The most clients at a time. A further client gets an error and is disconnected.
     pub clients: usize,
     /// The longest request, in bytes.
     pub line: u64,
 }
 
-/// What a server is asked, and who answers.
+/// Answers the requests that come to a server.
 pub trait Handler: Send + Sync + 'static {
-    /// What a client may ask for.
+    /// The type of a request.
     type Request: DeserializeOwned;
 
-    /// Answers a request: with its last answer. Those before it go to `client`. Runs in the
-    /// client's own thread.
+    /// Handles a request and returns its last answer. The answers before the last one go to
+    /// `client`. The method runs in the client's own thread.
     ///
     /// # Errors
-    /// Become the answer `error`.
+    /// An error becomes the answer `error`.
     fn handle(&self, request: Self::Request, client: &Client<'_>) -> Result<Value>;
 }
 
-/// Whoever made the request that is being handled.
+/// The client that made the request.
 pub struct Client<'a>(&'a UnixStream);
 
 impl Client<'_> {
     /// Sends one of several answers.
     ///
     /// # Errors
-    /// The client has gone, or takes nothing.
+    /// The client has gone, or does not take the answer within the time-out.
     pub fn item(&self, value: Value) -> io::Result<()> {
         self.answer(&json!({ "item": value }))
     }
 
-    /// Whether the client has closed its end, or sends what nobody asked for.
+    /// Whether the client has closed its end, or has sent something before it got its answer.
     pub fn gone(&self) -> bool {
         let mut fds = [PollFd::new(self.0, PollFlags::IN)];
         poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|n| n > 0)
@@ -61,7 +61,7 @@ impl Client<'_> {
     }
 }
 
-/// Accepts clients, when its descriptor is readable, and serves each from a thread of its own.
+/// Accepts clients when its descriptor is readable. Each client has its own thread.
 pub struct Server<H> {
     listener: UnixListener,
     limits: Limits,
@@ -69,30 +69,30 @@ pub struct Server<H> {
     clients: Arc<AtomicUsize>,
 }
 
-/// Counts a client as long as it is there.
-struct Place(Arc<AtomicUsize>);
+/// Counts a client until it is dropped.
+struct Admission(Arc<AtomicUsize>);
 
-impl Drop for Place {
+impl Drop for Admission {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
 impl<H: Handler> Server<H> {
-    /// On `listener`, which does not block from here on.
+    /// Makes a server on `listener`, and makes `listener` non-blocking.
     ///
     /// # Errors
-    /// What the system says.
+    /// The operating system refuses.
     pub fn new(listener: UnixListener, limits: Limits, handler: H) -> io::Result<Server<H>> {
         listener.set_nonblocking(true)?;
         Ok(Server { listener, limits, handler: Arc::new(handler), clients: Arc::default() })
     }
 
-    /// Accepts the next client, if there is one.
+    /// Accepts the next client, if one waits.
     ///
     /// # Errors
-    /// Those of this process, not of the client: it is out of descriptors or threads. The next
-    /// client waits in the backlog, so trying again at once would only burn time.
+    /// This process is out of descriptors or threads. The next client waits in the backlog, so the
+    /// caller should pause before it tries again.
     pub fn accept(&self) -> io::Result<()> {
         let socket = match self.listener.accept() {
             Ok((socket, _)) => socket,
@@ -107,12 +107,12 @@ impl<H: Handler> Server<H> {
             Err(e) => return Err(e),
         };
         socket.set_nonblocking(false)?;
-        socket.set_read_timeout(Some(PATIENCE))?;
-        socket.set_write_timeout(Some(PATIENCE))?;
+        socket.set_read_timeout(Some(TIMEOUT))?;
+        socket.set_write_timeout(Some(TIMEOUT))?;
         let before = self.clients.fetch_add(1, Ordering::Relaxed);
-        let place = Place(self.clients.clone());
+        let admission = Admission(self.clients.clone());
         if before >= self.limits.clients {
-            // Fits the empty buffer of a fresh socket, so it cannot block.
+            // The text fits the empty buffer of a new socket, so this cannot block.
             let text = format!("more than {} control clients", self.limits.clients);
             let _ = Client(&socket).answer(&json!({ "error": text }));
             return Ok(());
@@ -121,7 +121,7 @@ impl<H: Handler> Server<H> {
         let thread =
             std::thread::Builder::new().name("control-client".into()).stack_size(256 << 10);
         thread.spawn(move || {
-            let _place = place;
+            let _admission = admission;
             serve(&*handler, line_max, &socket);
         })?;
         Ok(())
@@ -134,7 +134,7 @@ impl<H> AsFd for Server<H> {
     }
 }
 
-/// Serves a client until it ends, takes too long, or breaks the form.
+/// Serves a client until it leaves, exceeds the time-out, or breaks the protocol.
 fn serve<H: Handler>(handler: &H, line_max: u64, socket: &UnixStream) {
     let (mut reader, client) = (BufReader::new(socket), Client(socket));
     loop {
@@ -167,7 +167,7 @@ mod tests {
     use super::*;
     use crate::Connection;
 
-    /// Says what it is told, and panics on request.
+    /// Repeats each request, and panics on request.
     struct Echo;
 
     impl Handler for Echo {
@@ -188,7 +188,7 @@ mod tests {
         }
     }
 
-    /// A server of two clients with lines of 100 bytes, which accepts all along.
+    /// A server for two clients and lines of 100 bytes, with a thread that accepts clients.
     struct Setting {
         dir: tempfile::TempDir,
     }
@@ -220,10 +220,11 @@ mod tests {
         connection.stream(&json!(text), &mut |item| panic!("an item: {item}"))
     }
 
-    /// What is left to be read until the other end closes.
+    /// Reads until the other end closes.
     fn rest(mut socket: &UnixStream) -> String {
         let mut bytes = Vec::new();
-        // It may close with something of ours unread, which is an error behind its last byte.
+        // The server may close the socket before it has read everything, which gives an error after
+        // its last byte.
         let _ = socket.read_to_end(&mut bytes);
         String::from_utf8(bytes).unwrap()
     }
@@ -236,7 +237,7 @@ mod tests {
             |honest: &mut Connection| assert_eq!(ask(honest, "hello").unwrap(), json!("hello"));
         check(&mut honest);
         let refused = |answers: &str| answers.contains("more than 2 control clients");
-        // Until the one before it has left its place.
+        // The client before this one may still count.
         let other = |text: &[u8]| loop {
             let socket = setting.connect();
             let _ = (&socket).write_all(text);
@@ -267,7 +268,7 @@ mod tests {
     fn a_client_that_goes_is_noticed_while_it_is_served() {
         let setting = Setting::new();
         for _ in 0..3 {
-            // Two places, and each of those who wait gives its own back.
+            // Only two clients may be there, so each must be noticed when it leaves.
             let socket = setting.connect();
             (&socket).write_all(b"\"wait\"\n").unwrap();
             drop(socket);

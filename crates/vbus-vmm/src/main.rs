@@ -1,5 +1,6 @@
-//! A small virtual machine monitor on KVM, whose devices are those of vbus: for reading, and for
-//! measuring what doorbells and interrupts cost.
+//! A small virtual machine monitor on KVM for the devices of a vbus. It is for reading, and for
+//! measuring the cost of doorbells and interrupts. `spec/vmm.md` describes the machine, its sockets
+//! and its output.
 
 mod acpi;
 mod boot;
@@ -27,17 +28,16 @@ mod terminal;
 mod vcpu;
 mod vcpu_gate;
 
+use std::fs::File;
 use std::io::Read;
-use std::os::unix::net::UnixStream;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, ValueEnum};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use tracing_subscriber::EnvFilter;
 
 use crate::boot::Image;
 use crate::events::{EventSender, VmEvent};
@@ -46,57 +46,56 @@ use crate::seccomp::Thread;
 use crate::serial::Target;
 use crate::terminal::Raw;
 
-/// Runs a kernel in a virtual machine on KVM, with devices of a vbus.
+/// Runs a kernel in a virtual machine on KVM, with devices of a vbus
 ///
-/// The console is the serial port ttyS0 on this terminal; Ctrl-A x ends the machine, and all other
-/// keys are the guest's.
+/// The guest's console ttyS0 is on this terminal. Ctrl-A x ends the machine. All other keys go to
+/// the guest.
 #[derive(Parser)]
 #[command(version, max_term_width = 100, after_help = EXAMPLES)]
 struct Cli {
-    /// Linux (a bzImage as in /boot/vmlinuz), or an ELF file with a PVH note
+    /// The kernel: a Linux bzImage (such as /boot/vmlinuz), or an ELF file with a PVH note
     #[arg(long, value_name = "FILE")]
     kernel: PathBuf,
-    /// The kernel's first file system
+    /// The initramfs, the first file system of the kernel
     #[arg(long, value_name = "FILE")]
     initramfs: Option<PathBuf>,
     /// The kernel's command line
     #[arg(long, value_name = "WORDS", default_value = "console=ttyS0")]
     append: String,
-    /// Virtual CPUs
+    /// Number of virtual CPUs
     #[arg(long, value_name = "N", default_value_t = 1)]
     cpus: u32,
-    /// Memory in MiB
+    /// Size of memory in MiB
     #[arg(long, value_name = "MIB", default_value_t = 512)]
     memory: u64,
-    /// Where serial ports lead to, ttyS0 and, given twice, ttyS1: stdio, none, unix:PATH (a socket
-    /// to connect to), file:PATH
+    /// Other end of the serial port ttyS0 and, given twice, of ttyS1: stdio, none, unix:PATH (this
+    /// program makes the socket, and a client connects to it), or file:PATH
     #[arg(long, value_name = "TARGET", default_values_t = [String::from("stdio")])]
     serial: Vec<String>,
-    /// A device: the socket at which `vbus serve` offers it, and the name to control it by (by
-    /// default that of the socket)
+    /// A device to plug: the socket at which `vbus serve` offers it, and the name for control requests
+    /// (default: the file name of the socket without its extension)
     #[arg(long = "device", value_name = "[NAME=]SOCKET")]
     devices: Vec<String>,
-    /// Slots for devices, those that come later included
+    /// Number of slots for devices, including devices that are plugged later
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u8).range(1..=i64::from(pci::PORTS_MAX)))]
     slots: u8,
-    /// A socket to control the machine by: one request a line, such as {"op":"info"} (see
-    /// spec/vmm.md)
+    /// Make a control socket, which takes one request a line, such as {"op":"info"} (see spec/vmm.md)
     #[arg(long, value_name = "SOCKET")]
     control: Option<PathBuf>,
-    /// Interrupt controllers: all in the kernel, or but the local APICs here
+    /// Where the interrupt controllers are: all in the kernel (full), or only the local APICs (split)
     #[arg(long, value_enum, default_value_t = Irqchip::Full)]
     irqchip: Irqchip,
-    /// Kinds of doorbells that a guest may use, of those that this KVM has
+    /// Kinds of doorbells that the guest may use, if KVM has them
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Doorbell::Mmio, Doorbell::Pio, Doorbell::Hypercall])]
     doorbells: Vec<Doorbell>,
-    /// Keep KVM's counters of exits whenever the guest writes 4 bytes to port 0x610, for the
-    /// control request "marks"
+    /// Keep the counters of exits whenever the guest writes 4 bytes to port 0x610; the control request
+    /// "marks" shows them
     #[arg(long)]
     marks: bool,
-    /// Do not restrict this program's own system calls
+    /// Do not restrict the system calls of this program
     #[arg(long)]
     no_seccomp: bool,
-    /// Tell what happens as lines of JSON, on standard error
+    /// Report events as lines of JSON on standard error
     #[arg(long)]
     json: bool,
 }
@@ -108,7 +107,8 @@ Examples:
   vbus-vmm --kernel vmlinuz --initramfs initramfs.cpio --control vm.sock --serial file:console.log
   echo '{\"op\":\"power-button\"}' | socat - vm.sock
 
-The exit code is 0 after the guest has powered off or the machine was ended on request.";
+The exit code is 0 after the guest powered off, or after the machine was ended on request.
+VBUS_LOG sets the detail of the log on standard error, for example VBUS_LOG=debug.";
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Irqchip {
@@ -126,8 +126,7 @@ enum Doorbell {
 fn main() -> ExitCode {
     seccomp::prepare();
     let cli = Cli::parse();
-    let level = EnvFilter::try_from_env("VBUS_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
-    tracing_subscriber::fmt().with_env_filter(level).with_writer(std::io::stderr).init();
+    vbus_cli::log::start_with("warn");
     let json = cli.json;
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
@@ -143,14 +142,14 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<()> {
-    raise_descriptor_limit();
-    // Before anything is changed that an end would have to undo.
-    let signals = signals()?;
+    vbus_cli::limits::raise_descriptor_limit();
+    // Signals are caught before the program changes anything that it must undo at its end.
+    let signals = vbus_cli::signals::descriptor(&[SIGINT, SIGTERM, SIGHUP])?;
     let serial = targets(&cli.serial)?;
     let devices = cli.devices.iter().map(|word| device(word)).collect::<Result<_>>()?;
     let image = Image::open(&cli.kernel, cli.initramfs.as_deref(), &cli.append)?;
     let stdio = serial.contains(&Target::Stdio);
-    // Restored when the machine has ended, whatever the reason.
+    // Dropping `raw` restores the terminal, also after an error.
     let raw = if stdio { Raw::stdin().context("cannot use this terminal")? } else { None };
     let config = Config {
         image,
@@ -172,37 +171,25 @@ fn run(cli: Cli) -> Result<()> {
     let (machine, events) = Machine::new(config)?;
     end_on_signals(signals, events, filter)?;
     let json = cli.json;
-    machine.run(&|event, more| tell(json, event, more))?;
+    machine.run(&|event, data| report(json, event, data))?;
     drop(raw);
     Ok(())
 }
 
-/// Each doorbell and each interrupt vector of a device is a descriptor; the usual limit is there
-/// for programs that use `select`.
-fn raise_descriptor_limit() {
-    let limit = getrlimit(Resource::Nofile);
-    if let Err(error) =
-        setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum })
-    {
-        tracing::debug!("cannot raise the limit of descriptors: {error}");
-    }
-}
-
-/// A device's name and socket. A path with an equals sign is told from a name by the slash before
-/// it.
+/// Splits a device's name from its socket. If there is a slash before the equals sign, the equals
+/// sign belongs to the path.
 fn device(word: &str) -> Result<(String, PathBuf)> {
     if let Some((name, socket)) = word.split_once('=').filter(|(name, _)| !name.contains('/')) {
         return Ok((name.into(), socket.into()));
     }
     let socket = PathBuf::from(word);
     let name = socket.file_stem().and_then(|name| name.to_str());
-    let name = name.with_context(|| {
-        format!("--device {word}: no name can be made of this; use NAME={word}")
-    })?;
+    let name =
+        name.with_context(|| format!("--device {word}: the path gives no name; use NAME={word}"))?;
     Ok((name.to_owned(), socket))
 }
 
-/// What the serial ports lead to; ttyS1 nowhere, if nothing is said.
+/// The other ends of the serial ports. A port that is not given has none.
 fn targets(words: &[String]) -> Result<Vec<Target>> {
     ensure!(
         words.len() <= layout::SERIAL.len(),
@@ -214,33 +201,23 @@ fn targets(words: &[String]) -> Result<Vec<Target>> {
     };
     let mut targets = words.iter().map(parse).collect::<Result<Vec<Target>>>()?;
     let stdio = targets.iter().filter(|target| **target == Target::Stdio).count();
-    ensure!(stdio <= 1, "only one serial port can have standard input and output");
+    ensure!(stdio <= 1, "only one serial port can be on standard input and output");
     targets.resize(layout::SERIAL.len(), Target::None);
     Ok(targets)
 }
 
-/// Says what has happened, for programs.
-fn tell(json: bool, event: &str, more: Value) {
+/// Reports an event, for programs or in the log.
+fn report(json: bool, event: &str, data: Value) {
     if json {
-        eprintln!("{}", json!({ "event": event, "data": more }));
+        eprintln!("{}", json!({ "event": event, "data": data }));
     } else {
-        tracing::info!("{event} {more}");
+        tracing::info!("{event} {data}");
     }
 }
 
-/// What has a byte for each SIGINT (Ctrl-C where the terminal is not the guest's), SIGTERM and
-/// SIGHUP.
-fn signals() -> Result<UnixStream> {
-    let (reader, writer) = UnixStream::pair()?;
-    for signal in [SIGINT, SIGTERM, SIGHUP] {
-        signal_hook::low_level::pipe::register(signal, writer.try_clone()?)
-            .context("cannot watch for signals")?;
-    }
-    Ok(reader)
-}
-
-/// Asks for the machine's end at each of `signals`.
-fn end_on_signals(mut signals: UnixStream, events: EventSender, filter: bool) -> Result<()> {
+/// Starts a thread that ends the machine at each byte from `signals`.
+fn end_on_signals(signals: OwnedFd, events: EventSender, filter: bool) -> Result<()> {
+    let mut signals = File::from(signals);
     std::thread::Builder::new().name("signals".into()).spawn(move || {
         if let Err(error) = if filter { seccomp::apply(Thread::Signals) } else { Ok(()) } {
             let _ = events.send(VmEvent::Fail(error));

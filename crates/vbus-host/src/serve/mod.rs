@@ -12,7 +12,6 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use vbus_cli::signals;
 use vbus_core::DeviceClass;
 
@@ -65,7 +64,7 @@ pub fn run(args: &Args, classes: Vec<Box<dyn DeviceClass>>) -> Result<()> {
         }
         None => (Config::default(), None),
     };
-    raise_descriptor_limit();
+    vbus_cli::limits::raise_descriptor_limit();
     let claimed = Claimed::claim(&rundir::choose(args.bus.dir.as_deref()))?;
     // Before anything is served, so that no signal finds the sockets in place and nobody to remove
     // them.
@@ -106,16 +105,6 @@ pub fn run(args: &Args, classes: Vec<Box<dyn DeviceClass>>) -> Result<()> {
     drop(accept);
     host.stop();
     Ok(())
-}
-
-/// A device takes a few descriptors: as many as the system allows.
-fn raise_descriptor_limit() {
-    let limit = getrlimit(Resource::Nofile);
-    if let Err(error) =
-        setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum })
-    {
-        tracing::debug!(%error, "the limit of open files stays as it is");
-    }
 }
 
 /// Tells whoever started us that everything is up: by descriptor, and to systemd.

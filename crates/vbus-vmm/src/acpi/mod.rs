@@ -8,10 +8,10 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::layout;
 
-/// Where the tables lie: in the last 128 KiB below 1 MiB, where a kernel looks for them if nobody
-/// tells it.
+/// The address of the tables: the last 128 KiB below 1 MiB, where a kernel looks for them if it
+/// does not get their address.
 pub const TABLES: u64 = 0xe_0000;
-/// Bytes for them.
+/// The bytes that are free for the tables.
 const BYTES: u64 = 0x2_0000;
 
 const OEM: [u8; 6] = *b"VBUS  ";
@@ -23,9 +23,9 @@ const CREATOR_REVISION: u32 = 1;
 /// Bytes of the header of every table but the RSDP and the FACS.
 const HEADER_BYTES: usize = 36;
 
-/// An I/O APIC's or local APIC's place, where every PC has it.
+/// The address of the local APICs, as every PC has it.
 const LOCAL_APIC: u32 = 0xfee0_0000;
-/// The I/O APIC's.
+/// The address of the I/O APIC, as every PC has it.
 pub const IO_APIC: u32 = 0xfec0_0000;
 
 /// Writes the tables for `cpus` virtual CPUs into memory. Returns the address of the first one, the
@@ -106,8 +106,7 @@ fn mcfg() -> Vec<u8> {
     table(b"MCFG", 1, &body)
 }
 
-/// The firmware's control structure: there is no firmware that would use it, but some kernels want
-/// it to be there.
+/// The firmware's control structure. No firmware uses it here, but some kernels demand it.
 fn facs() -> [u8; 64] {
     let mut facs = [0; 64];
     facs[..4].copy_from_slice(b"FACS");
@@ -116,16 +115,16 @@ fn facs() -> [u8; 64] {
     facs
 }
 
-/// The fixed hardware: power management ports, reset register, and what a PC has that this machine
-/// lacks.
+/// The fixed hardware: power management ports, the reset register, and the parts of a PC that this
+/// machine lacks.
 fn fadt(facs: u64, dsdt: u64) -> Result<Vec<u8>> {
-    /// WBINVD works; C1 works; no sleep button; the reset register is there. No power button
-    /// *device*: it is the fixed one.
+    /// WBINVD works, C1 works, there is no sleep button, and there is a reset register. The power
+    /// button is a fixed one, not a device.
     const FLAGS: u32 = 1 | 1 << 2 | 1 << 5 | 1 << 10;
-    /// There are ISA devices (the serial ports); no VGA; no real-time clock. The bit of a keyboard
-    /// controller is not set.
+    /// There are ISA devices (the serial ports), but no VGA and no real-time clock. The bit of a
+    /// keyboard controller is not set.
     const BOOT_ARCHITECTURE: u16 = 1 | 1 << 2 | 1 << 5;
-    /// An address of a port: kind, bits, offset, access size (0: any).
+    /// The address of a port: kind, bits, offset, access size (0: any).
     fn port(port: u16, bits: u8) -> [u8; 12] {
         let mut address = [1, bits, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
         address[4..6].copy_from_slice(&port.to_le_bytes());
@@ -156,9 +155,9 @@ fn fadt(facs: u64, dsdt: u64) -> Result<Vec<u8>> {
     Ok(table(b"FACP", 6, &fadt[HEADER_BYTES..]))
 }
 
-/// The APICs.
+/// The local APICs and the I/O APIC.
 fn madt(cpus: u32) -> Result<Vec<u8>> {
-    /// There are 8259s as well: they are in the kernel's irqchip, and harmless without.
+    /// There are 8259 PICs as well. The kernel's irqchip has them. Without it the bit does no harm.
     const PC_AT: u32 = 1;
     /// Active high, level.
     const SCI_FLAGS: u16 = 0b1101;
@@ -172,7 +171,7 @@ fn madt(cpus: u32) -> Result<Vec<u8>> {
     body.extend([1, 12, 0, 0]);
     body.extend(IO_APIC.to_le_bytes());
     body.extend(0_u32.to_le_bytes());
-    // The SCI is no ISA interrupt, which would be edge-triggered.
+    // The SCI is level-triggered, unlike an ISA interrupt.
     let sci = u8::try_from(layout::SCI)?;
     body.extend([2, 10, 0, sci]);
     body.extend(layout::SCI.to_le_bytes());
@@ -200,7 +199,7 @@ mod tests {
         u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
     }
 
-    /// The table at `at`; its checksum is right.
+    /// Reads the table at `at` and checks its checksum.
     fn table_at(ram: &Ram, at: u64) -> Vec<u8> {
         let header = read(ram, at, 8);
         let table = read(ram, at, u32::from_le_bytes(header[4..].try_into().unwrap()) as usize);

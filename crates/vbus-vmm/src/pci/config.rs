@@ -1,6 +1,5 @@
-//! The configuration space of a function, as the guest sees it. It is the VMM's own, made of what
-//! the server said at first; of what the guest does with it, only the command register is the
-//! server's concern.
+//! The configuration space of a function as the guest sees it. It belongs to the VMM, which makes it
+//! from the server's description. Only the guest's writes of the command register go to the server.
 
 use vbus_pci_config::register::{COMMAND_MASTER, COMMAND_MEMORY};
 use vbus_pci_config::{Builder, CONVENTIONAL_BYTES, ConfigSpace, Header};
@@ -8,20 +7,20 @@ use vbus_shm::abi::capability;
 
 use super::description::Description;
 
-/// Where each capability lies, if the function has it.
+/// The offset of each capability, if the function has it.
 const VENDOR: u8 = 0x40;
-/// With mask bit and pending bit, whatever the server's own has.
+/// MSI has a mask bit and a pending bit here, whether the server's own has them or not.
 const MSI: u8 = 0x70;
 const MSIX: u8 = 0x88;
 const EXPRESS: u8 = 0x98;
-/// Bytes at [`VENDOR`].
+/// The bytes that are free at [`VENDOR`].
 const VENDOR_ROOM: usize = (MSI - VENDOR) as usize;
 
-/// A doorbell record of the capability.
+/// A doorbell record of the vendor-specific capability.
 pub(super) type Record = [u8; capability::RECORD_BYTES as usize];
 
-/// The space of a function with these description and, beside the server's own doorbells, those of
-/// `records` (as many as there is room for).
+/// Makes the configuration space of a function with this description. The vendor-specific
+/// capability has the server's own doorbells and as many of `records` as there is room for.
 pub(super) fn config_space(description: &Description, records: &[Record]) -> ConfigSpace {
     let [revision, class @ ..] = description.class.to_le_bytes();
     let [vendor_low, vendor_high, id_low, id_high] = description.subsystem.to_le_bytes();
@@ -49,7 +48,7 @@ pub(super) fn config_space(description: &Description, records: &[Record]) -> Con
     builder.build()
 }
 
-/// The vendor-specific capability after its id and link.
+/// The content of the vendor-specific capability, without its id and link.
 fn vendor_capability(description: &Description, records: &[Record]) -> Vec<u8> {
     let mut bytes = vec![0; usize::from(capability::HEADER_BYTES)];
     bytes[usize::from(capability::VERSION)] = capability::LAYOUT;
@@ -69,7 +68,7 @@ fn vendor_capability(description: &Description, records: &[Record]) -> Vec<u8> {
     bytes.split_off(2)
 }
 
-/// Whether the guest uses the function.
+/// Whether the guest has enabled memory accesses or DMA of the function.
 pub(super) fn in_use(space: &ConfigSpace) -> bool {
     space.command() & (COMMAND_MEMORY | COMMAND_MASTER) != 0
 }
