@@ -6,6 +6,7 @@ use serde_json::Value;
 use vbus_shm::abi::class;
 use vbus_shm::signal::Armed;
 
+use crate::call::Call;
 use crate::endpoint::Doorbell;
 use crate::events::Notifier;
 use crate::executor::{Executor, Progress};
@@ -186,10 +187,21 @@ pub trait Connection: Send {
     }
 
     /// The driver calls `function`. `buffer` is a copy of the driver's buffer, and is copied back
-    /// after success. Returns the call's value.
+    /// after success. Returns the call's value. Must not block: see
+    /// [`start_call`](Self::start_call).
     fn call(&mut self, function: u32, flags: u32, buffer: &mut [u8]) -> Result<u64, ErrorCode> {
         let _ = (function, flags, buffer);
         Err(ErrorCode::BAD_FUNCTION)
+    }
+
+    /// The driver calls, and the answer may take time: the class keeps `call`, returns, and ends
+    /// the call later, from any thread ([`Call::finish`]). The driver makes no other call meanwhile.
+    /// CLOSE, reset and the end of the connection cancel it. What is not overridden answers at
+    /// once, by [`call`](Self::call).
+    fn start_call(&mut self, mut call: Call) {
+        let (function, flags) = (call.function(), call.flags());
+        let result = self.call(function, flags, call.buffer());
+        call.finish(result);
     }
 
     /// Does at most `budget` units of work.

@@ -13,6 +13,7 @@ use vbus_shm::abi::{command, event};
 use vbus_shm::signal::{Armed, BLOCK_ALIGN, BLOCK_BYTES};
 
 use crate::bus::Devices;
+use crate::call::{Call, Called, PendingCall};
 use crate::device::{Connection, Device, Fail, Identity, Open, Region};
 use crate::events::{Events, Notifier};
 use crate::executor::{Executor, Interest, Progress, Task, TaskHandle};
@@ -83,6 +84,8 @@ struct OpenConnection {
     /// By handle: the driver's range that each region lies in (for page lists, everything from
     /// lowest to highest page).
     regions: Vec<Option<RegionRanges>>,
+    /// The last call that took time.
+    call: Option<PendingCall>,
 }
 
 struct RegionRanges {
@@ -435,7 +438,14 @@ impl Endpoint {
         let regions = (0..self.identity.regions).map(|_| None).collect();
         self.outlet.open(self.identity.vectors);
         self.events.open(vector);
-        *inner = Inner::Open(OpenConnection { connection, task, features, generation, regions });
+        *inner = Inner::Open(OpenConnection {
+            connection,
+            task,
+            features,
+            generation,
+            regions,
+            call: None,
+        });
         self.counters.opens.one();
         tracing::info!(device = self.name, features = format_args!("{features:#x}"), "opened");
         Ok(())
@@ -473,6 +483,13 @@ impl Endpoint {
     /// Ends the open connection, if there is one, with everything that belongs to it.
     fn end(&self, inner: &mut Inner, next: Inner) {
         if let Inner::Open(open) = std::mem::replace(inner, next) {
+            if let Some(call) = &open.call {
+                call.cancel(match *inner {
+                    Inner::Broken(error) => error,
+                    Inner::Removed => ErrorCode::REMOVED,
+                    Inner::Closed | Inner::Open(_) => ErrorCode::NOT_OPEN,
+                });
+            }
             for slot in &self.doorbells {
                 lock(&slot.target).detach();
             }
@@ -567,11 +584,21 @@ impl Endpoint {
         Ok(())
     }
 
-    /// CALL: copies the buffer in, calls the class, copies it out.
-    pub fn call(&self, function: u32, flags: u32, addr: u64, len: u64) -> Result<u64, ErrorCode> {
+    /// CALL: copies the buffer in, calls the class, copies it out when the class has finished. One
+    /// call at a time: another one is [`ErrorCode::IN_PROGRESS`].
+    pub fn call(
+        &self,
+        function: u32,
+        flags: u32,
+        addr: u64,
+        len: u64,
+    ) -> Result<Called, ErrorCode> {
         self.counters.commands.one();
-        let inner = lock(&self.inner);
-        let Inner::Open(open) = &*inner else { return Err(ErrorCode::NOT_OPEN) };
+        let mut inner = lock(&self.inner);
+        let Inner::Open(open) = &mut *inner else { return Err(ErrorCode::NOT_OPEN) };
+        if open.call.as_ref().is_some_and(|call| call.result().is_none()) {
+            return Err(ErrorCode::IN_PROGRESS);
+        }
         if len > command::CALL_MAX {
             return Err(ErrorCode::BAD_LENGTH);
         }
@@ -582,12 +609,16 @@ impl Endpoint {
             view.slice(addr, len, true)?;
             view.read(addr, &mut buffer)?;
         }
-        let value = lock(&open.connection).call(function, flags, &mut buffer)?;
-        if len > 0 {
-            self.memory.view().write(addr, &buffer)?;
+        let (call, pending) =
+            Call::new((function, flags), (addr, buffer), self.memory.clone(), self.events.clone());
+        lock(&open.connection).start_call(call);
+        if let Some(result) = pending.result_or_tell() {
+            let value = result?;
+            open.task.wake();
+            return Ok(Called::Now(value));
         }
-        open.task.wake();
-        Ok(value)
+        open.call = Some(pending.clone());
+        Ok(Called::Later(pending))
     }
 
     /// The driver rings doorbell `handle`; one that belongs to no region does nothing.

@@ -103,6 +103,7 @@
 //! A connector holds the device's [`Endpoint`], which is the whole of its interface.
 
 mod bus;
+mod call;
 mod counter;
 mod device;
 mod endpoint;
@@ -117,6 +118,7 @@ mod sync;
 mod wake;
 
 pub use bus::{Bus, BusError, DEVICES_MAX, NAME_MAX};
+pub use call::{Call, Called, PendingCall};
 pub use counter::{ConnectionCounters, Counter};
 pub use device::{Connection, CreateError, Device, DeviceClass, Fail, Identity, Open, Region};
 pub use endpoint::{

@@ -24,7 +24,7 @@ pub enum Error {
         driver: Versions,
     },
     /// The device is of another class.
-    Class(u32),
+    WrongClass(u32),
     /// None of the offered kinds of doorbell can be used here.
     NoDoorbell,
     /// The function has gone: its registers read as all ones.
@@ -36,6 +36,18 @@ pub enum Error {
         /// Its answer.
         status: ErrorCode,
     },
+    /// The device refused a command for a reason of its class's.
+    Class {
+        /// The command, as in the specification.
+        command: &'static str,
+        /// The class's code.
+        code: ErrorCode,
+        /// What it means.
+        text: &'static str,
+    },
+    /// A command was in progress for so long that the driver has given up. The connection is
+    /// closed; open it again.
+    TimedOut(&'static str),
     /// The device has ended the connection; close, then open again.
     Broken(ErrorCode),
     /// The device has begun anew and has lost the connection; close, then open again.
@@ -71,12 +83,14 @@ impl fmt::Display for Error {
             Error::Reincarnated => {
                 write!(f, "the device began anew, and has lost this connection; open it again")
             }
-            Error::Class(class) => {
+            Error::WrongClass(class) => {
                 write!(f, "the device is of class {class}, which this driver is not for")
             }
             Error::NoDoorbell => write!(f, "the device offers no doorbell that can be rung here"),
             Error::Gone => write!(f, "the device has gone"),
             Error::Refused { command, status } => write!(f, "{command} was refused: {status}"),
+            Error::Class { command, text, .. } => write!(f, "{command} was refused: {text}"),
+            Error::TimedOut(command) => write!(f, "{command} took too long, and was given up"),
             Error::Broken(status) => write!(f, "the device ended the connection: {status}"),
             Error::Corrupt(what) => write!(f, "the device broke the protocol: {what}"),
             Error::NoMemory => write!(f, "no memory that the device can reach"),

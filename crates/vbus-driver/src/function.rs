@@ -40,6 +40,7 @@ pub struct Function<H: Hal> {
     connection: Option<Connection<H>>,
     /// Connections that were opened: tells a [`Region`] of an earlier one.
     opens: u32,
+    class_errors: &'static [(ErrorCode, &'static str)],
 }
 
 /// What an open connection holds.
@@ -165,8 +166,17 @@ impl<H: Hal> Function<H> {
         };
         let doorbell =
             usable(&hal, capability, info.max_regions).next().ok_or(Error::NoDoorbell)?;
-        let connection = None;
-        Ok(Function { hal, capability, registers, doorbell, info, version, connection, opens: 0 })
+        Ok(Function {
+            hal,
+            capability,
+            registers,
+            doorbell,
+            info,
+            version,
+            connection: None,
+            opens: 0,
+            class_errors: &[],
+        })
     }
 
     /// What the function says of itself.
@@ -390,7 +400,7 @@ impl<H: Hal> Function<H> {
         let signal = signal.map_or(command::NO_SIGNAL, |offset| offset as u64);
         let arguments = [selector, address, len as u64, signal];
         let added = self.command("REGION_ADD", command::REGION_ADD, arguments);
-        if matches!(added, Err(Error::Refused { .. })) {
+        if matches!(added, Err(Error::Refused { .. } | Error::Class { .. })) {
             self.forget_region(place);
         }
         // On all other errors the device may have the region, and its memory stays.
@@ -421,7 +431,8 @@ impl<H: Hal> Function<H> {
     }
 
     /// Calls the class's `function`. The device gets a copy of `buffer`, at most
-    /// [`command::CALL_MAX`] bytes, and its answer replaces it.
+    /// [`command::CALL_MAX`] bytes, and its answer replaces it. Waits for a call that takes time by
+    /// [`Hal::pause`].
     pub fn call(&mut self, function: u32, flags: u32, buffer: &mut [u8]) -> Result<u64, Error> {
         let Some(Connection { scratch, .. }) = &self.connection else { return Err(NOT_OPEN) };
         if buffer.len() > SCRATCH_BYTES {
@@ -484,11 +495,38 @@ impl<H: Hal> Function<H> {
             self.hal.write64(self.registers + reg::ARGUMENT + offset, argument);
         }
         self.hal.write32(self.registers + reg::COMMAND, code);
-        match self.hal.read32(self.registers + reg::RESULT) {
-            error_code::OK => Ok(self.hal.read64(self.registers + reg::VALUE)),
-            GONE => Err(Error::Gone),
-            code => Err(Error::Refused { command: name, status: ErrorCode(code) }),
+        let began = self.hal.now();
+        loop {
+            match self.hal.read32(self.registers + reg::RESULT) {
+                error_code::OK => return Ok(self.hal.read64(self.registers + reg::VALUE)),
+                GONE => return Err(Error::Gone),
+                error_code::IN_PROGRESS => {}
+                code => return Err(self.refused(name, ErrorCode(code))),
+            }
+            if !self.hal.pause(self.hal.now().saturating_sub(began)) {
+                // CLOSE ends it. A read returns after that has run: the device does not touch the
+                // buffer of the call any more.
+                self.hal.write32(self.registers + reg::COMMAND, command::CLOSE);
+                self.hal.read32(self.registers + reg::RESULT);
+                return Err(Error::TimedOut(name));
+            }
         }
+    }
+
+    /// The error for a code with which the device answers `command`: with the class's text, if it
+    /// is one of the class's ([`set_class_errors`](Self::set_class_errors)).
+    pub fn refused(&self, command: &'static str, code: ErrorCode) -> Error {
+        let class = self.class_errors.iter().find(|(class, _)| *class == code);
+        match class {
+            Some(&(code, text)) => Error::Class { command, code, text },
+            None => Error::Refused { command, status: code },
+        }
+    }
+
+    /// Names the class's own error codes ([`error_code::CLASS`] and above), with a text for each:
+    /// results of commands with these codes become [`Error::Class`].
+    pub fn set_class_errors(&mut self, errors: &'static [(ErrorCode, &'static str)]) {
+        self.class_errors = errors;
     }
 }
 

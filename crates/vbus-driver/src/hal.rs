@@ -68,7 +68,19 @@ pub trait Hal: Clone + fmt::Debug {
 
     /// Nanoseconds from any fixed moment on; never goes back.
     fn now(&self) -> u64;
+
+    /// Called again and again while a command is in progress, which began `waited` nanoseconds
+    /// ago. An environment that can sleep sleeps a little, or until the function's interrupt
+    /// ([`Function::events`](crate::Function::events)). False: it waits no longer, and the
+    /// connection ends. What is not overridden spins for [`COMMAND_BOUND`].
+    fn pause(&self, waited: u64) -> bool {
+        core::hint::spin_loop();
+        waited < COMMAND_BOUND
+    }
 }
+
+/// How long a command may take, in nanoseconds: a minute.
+pub const COMMAND_BOUND: u64 = 60_000_000_000;
 
 /// Memory that the device can reach, zeroed at first. Clones are handles to the same memory.
 pub trait Dma: Memory + Clone + fmt::Debug {

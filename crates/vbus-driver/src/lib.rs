@@ -11,6 +11,9 @@
 //! some ([`Hal::can_ring`]). A function takes the first that is both, or, if asked
 //! ([`Function::choose_doorbell`]), measures them and takes the cheapest.
 //!
+//! A driver crate needs no other crate of vbus: rings, state pages and signals, with which a class of
+//! one's own is driven, are in [`shm`].
+//!
 //! The device is not trusted: every number it returns is checked before it is used, and a device
 //! that breaks the protocol gets an [`Error`], never an access outside of the memory that the
 //! driver gave it.
@@ -61,8 +64,8 @@ pub mod venet;
 pub use doorbell::{Cost, Costs, Doorbell};
 pub use error::Error;
 pub use function::{Acknowledger, Bell, ConnectionState, Events, Function, Info, Name, Region};
-pub use hal::{Dma, Hal, NoMemory};
+pub use hal::{COMMAND_BOUND, Dma, Hal, NoMemory};
 #[cfg(feature = "alloc")]
 pub use regions::HeapTable;
 pub use regions::{FixedTable, RegionTable};
-pub use vbus_shm::{ErrorCode, Pace, Rest, Versions};
+pub use vbus_shm::{self as shm, ErrorCode, Memory, Pace, Rest, Versions};

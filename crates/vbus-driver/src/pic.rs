@@ -54,7 +54,7 @@ impl<H: Hal> Pic<H> {
     /// Opens it.
     pub fn open(mut function: Function<H>) -> Result<Self, Error> {
         if function.info().class != u32::from(class::PIC) {
-            return Err(Error::Class(function.info().class));
+            return Err(Error::WrongClass(function.info().class));
         }
         let mut area = [0; abi::CONFIG_BYTES];
         function.config(&mut area)?;
@@ -64,6 +64,7 @@ impl<H: Hal> Pic<H> {
         if lines < u32::from(LINES_MAX) {
             return Err(Error::Corrupt("an interrupt controller with too few lines"));
         }
+        function.set_class_errors(ERRORS);
         function.open(0)?;
         Ok(Pic { function, cpus: cpus.min(u32::from(abi::CPUS_MAX)) })
     }
@@ -137,6 +138,9 @@ impl<H: Hal> Pic<H> {
         self.function.close();
     }
 }
+
+const ERRORS: &[(ErrorCode, &str)] =
+    &[(ErrorCode(abi::NO_ROUTE), "the vector is not routed, or its device's connection has ended")];
 
 /// One processor's end of its page. To be used on that processor, with interrupts off, one call at
 /// a time: no call waits, allocates or exits.

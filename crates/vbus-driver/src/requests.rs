@@ -71,7 +71,7 @@ impl<H: Hal> Requests<H> {
         vector: u16,
     ) -> Result<Self, Error> {
         if function.info().class_name.as_str() != class_name {
-            return Err(Error::Class(function.info().class));
+            return Err(Error::WrongClass(function.info().class));
         }
         if !(1..=DEPTH_MAX).contains(&depth) {
             return Err(Error::Unsupported("so many requests at a time"));
@@ -236,7 +236,7 @@ impl<H: Hal> Requests<H> {
         self.post();
         loop {
             if let Some(done) = self.complete(response)? {
-                return done.result.map_err(|status| Error::Refused { command: "request", status });
+                return done.result.map_err(|code| self.function.refused("request", code));
             }
             if self.arm() == Armed::Waiting {
                 if wait() {

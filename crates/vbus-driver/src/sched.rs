@@ -140,7 +140,7 @@ impl<H: Hal> Cpus<H> {
     /// Opens it.
     pub fn open(mut function: Function<H>) -> Result<Self, Error> {
         if function.info().class != u32::from(class::SCHED) {
-            return Err(Error::Class(function.info().class));
+            return Err(Error::WrongClass(function.info().class));
         }
         let mut area = [0; abi::CONFIG_BYTES];
         function.config(&mut area)?;

@@ -39,7 +39,7 @@ impl<H: Hal> Pages<H> {
     /// Opens it.
     pub fn open(mut function: Function<H>) -> Result<Self, Error> {
         if function.info().class != u32::from(class::STATE) {
-            return Err(Error::Class(function.info().class));
+            return Err(Error::WrongClass(function.info().class));
         }
         let mut area = [0; 4];
         function.config(&mut area)?;

@@ -78,7 +78,7 @@ pub struct Nic<H: Hal> {
 /// Reads the config area of a NIC, before or after it is opened.
 pub fn config<H: Hal>(function: &Function<H>) -> Result<Config, Error> {
     if function.info().class != u32::from(class::VENET) {
-        return Err(Error::Class(function.info().class));
+        return Err(Error::WrongClass(function.info().class));
     }
     let mut area = [0; venet::CONFIG_BYTES];
     function.config(&mut area)?;

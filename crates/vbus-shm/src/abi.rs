@@ -137,8 +137,8 @@ pub mod reg {
     pub const ARGUMENT: u64 = 0x080;
     /// u32, wo: a write runs the command ([`command`](super::command)) with the arguments.
     pub const COMMAND: u64 = 0x0a0;
-    /// u32, ro: [`error_code`](super::error_code) of the last command; a read returns after the
-    /// command has run.
+    /// u32, ro: [`error_code`](super::error_code) of the last command. A read returns after the
+    /// command has run, or says [`IN_PROGRESS`](super::error_code::IN_PROGRESS).
     pub const RESULT: u64 = 0x0a4;
     /// u64, ro: value of the last command.
     pub const VALUE: u64 = 0x0a8;
@@ -249,6 +249,9 @@ pub mod error_code {
     pub const DENIED: u32 = 21;
     /// The device is being removed.
     pub const REMOVED: u32 = 22;
+    /// The command is still running. [`event::COMMAND`](super::event::COMMAND) tells when it has
+    /// ended, and RESULT then says how.
+    pub const IN_PROGRESS: u32 = 23;
     /// The first error code that is free for classes.
     pub const CLASS: u32 = 0x100;
 }

@@ -49,6 +49,7 @@ error_codes! {
     REVOKED: "memory of a region was unmapped",
     DENIED: "not allowed",
     REMOVED: "the device was removed",
+    IN_PROGRESS: "a command is in progress",
 }
 
 impl fmt::Display for ErrorCode {

@@ -161,5 +161,5 @@ pub fn call(
     if !buffer.is_empty() {
         memory.write(2048, buffer);
     }
-    endpoint.call(function, 0, 2048, buffer.len() as u64)
+    endpoint.call(function, 0, 2048, buffer.len() as u64)?.now()
 }

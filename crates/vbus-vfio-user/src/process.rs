@@ -15,7 +15,7 @@ use vbus_core::shm::Memory;
 use vbus_core::shm::abi::{bar0, capability};
 use vbus_core::shm::sync::{Ordering, Word};
 use vbus_core::{Access, MemoryContext, Trust, Window};
-use vbus_driver::{Dma, Doorbell, Hal, HeapTable, NoMemory};
+use vbus_driver::{COMMAND_BOUND, Dma, Doorbell, Hal, HeapTable, NoMemory};
 
 use vfio_user_protocol::{Client, ClientError, pci};
 
@@ -215,6 +215,12 @@ impl Hal for Process {
             .unsigned_abs()
             .wrapping_mul(1_000_000_000)
             .wrapping_add(now.tv_nsec.unsigned_abs())
+    }
+
+    fn pause(&self, waited: u64) -> bool {
+        // Short at first, then in proportion: a long command is not asked about too often.
+        std::thread::sleep(Duration::from_nanos((waited / 4).clamp(10_000, 1_000_000)));
+        waited < COMMAND_BOUND
     }
 }
 

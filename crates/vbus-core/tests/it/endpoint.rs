@@ -10,9 +10,9 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vbus_core::shm::ring::{DeviceEnd, DriverEnd, Entry, Layout, Return, Returns, SIGNAL_OFFSET};
 use vbus_core::shm::signal::Armed;
 use vbus_core::{
-    Access, Bus, Connection, ConnectionState, Device, Endpoint, ErrorCode, Executor, Identity,
-    InterruptSink, MapError, MemoryContext, Open, OpenRequest, Progress, Region, RegionRequest,
-    Task, Trust, Tuning, Window,
+    Access, Bus, Called, Connection, ConnectionState, Device, Endpoint, ErrorCode, Executor,
+    Identity, InterruptSink, MapError, MemoryContext, Open, OpenRequest, Progress, Region,
+    RegionRequest, Task, Trust, Tuning, Window,
 };
 
 const SIZE: u64 = 64 << 20;
@@ -297,7 +297,7 @@ fn commands_name_what_is_wrong() {
     let e = &driver.endpoint;
     let (_, good) = driver.ring(BASE + 4096, 16);
     assert_eq!(e.region_add(good), Err(ErrorCode::NOT_OPEN));
-    assert_eq!(e.call(7, 0, BASE, 8), Err(ErrorCode::NOT_OPEN));
+    assert_eq!(e.call(7, 0, BASE, 8).and_then(Called::now), Err(ErrorCode::NOT_OPEN));
     let ask = OpenRequest::new((BASE, 0));
     for (request, error) in [
         (OpenRequest { version: 2, ..ask }, ErrorCode::BAD_VERSION),
@@ -332,11 +332,11 @@ fn commands_name_what_is_wrong() {
     bad(|r| r.page_shift = 31, ErrorCode::BAD_ARGUMENT);
     bad(|r| r.id = 1, ErrorCode::BAD_ARGUMENT);
     bad(|r| r.addr += 64, ErrorCode::BAD_LAYOUT);
-    assert_eq!(e.call(8, 0, BASE, 8), Err(ErrorCode::BAD_FUNCTION));
-    assert_eq!(e.call(7, 0, BASE, 65537), Err(ErrorCode::BAD_LENGTH));
-    assert_eq!(e.call(7, 0, 0, 8), Err(ErrorCode::BAD_ADDRESS));
+    assert_eq!(e.call(8, 0, BASE, 8).and_then(Called::now), Err(ErrorCode::BAD_FUNCTION));
+    assert_eq!(e.call(7, 0, BASE, 65537).and_then(Called::now), Err(ErrorCode::BAD_LENGTH));
+    assert_eq!(e.call(7, 0, 0, 8).and_then(Called::now), Err(ErrorCode::BAD_ADDRESS));
     driver.mine.view().write(BASE, b"abcd").unwrap();
-    assert_eq!(e.call(7, 9, BASE, 4), Ok(9));
+    assert_eq!(e.call(7, 9, BASE, 4).and_then(Called::now), Ok(9));
     let mut out = [0; 4];
     driver.mine.view().read(BASE, &mut out).unwrap();
     assert_eq!(&out, b"dcba");

@@ -10,8 +10,8 @@ use std::time::Duration;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vbus_core::shm::Memory;
 use vbus_core::{
-    Access, Bus, Connection, Device, Endpoint, ErrorCode, Executor, Identity, MemoryContext, Open,
-    OpenRequest, Region, RegionRequest, Trust, Tuning,
+    Access, Bus, Called, Connection, Device, Endpoint, ErrorCode, Executor, Identity,
+    MemoryContext, Open, OpenRequest, Region, RegionRequest, Trust, Tuning,
 };
 
 const PAGE: u64 = 4096;
@@ -168,7 +168,7 @@ fn all_that_a_driver_hands_over_may_span_maps() {
     mine.view().write(5 * PAGE, &list).unwrap();
     endpoint.region_add(request).unwrap();
     mine.view().write(7 * PAGE - 2, b"abcd").unwrap();
-    endpoint.call(0, 0, 7 * PAGE - 2, 4).unwrap();
+    endpoint.call(0, 0, 7 * PAGE - 2, 4).and_then(Called::now).unwrap();
     let mut out = [0; 4];
     mine.view().read(7 * PAGE - 2, &mut out).unwrap();
     assert_eq!(&out, b"dcba");
@@ -192,10 +192,13 @@ fn a_call_whose_answer_would_find_no_place_does_nothing() {
     endpoint.map(PAGE, PAGE, Some((file(1), 0)), Access::READ).unwrap();
     endpoint.open(OpenRequest::new((0, 77))).unwrap();
     for (addr, len) in [(PAGE, 8), (PAGE - 4, 8), (2 * PAGE, 8)] {
-        assert_eq!(endpoint.call(0, 0, addr, len), Err(ErrorCode::BAD_ADDRESS));
+        assert_eq!(
+            endpoint.call(0, 0, addr, len).and_then(Called::now),
+            Err(ErrorCode::BAD_ADDRESS)
+        );
     }
     assert_eq!(calls.load(Ordering::Relaxed), 0, "the class was not called");
-    endpoint.call(0, 0, PAGE - 8, 8).unwrap();
+    endpoint.call(0, 0, PAGE - 8, 8).and_then(Called::now).unwrap();
     assert_eq!(calls.load(Ordering::Relaxed), 1);
 }
 

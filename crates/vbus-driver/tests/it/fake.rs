@@ -25,6 +25,8 @@ struct Registers {
     /// The regions that the device has: address by handle.
     regions: Rc<RefCell<BTreeMap<u32, u64>>>,
     arguments: BTreeMap<u64, u64>,
+    /// Commands that were written, in order.
+    commands: Vec<u32>,
     /// Commands that are refused, with what.
     refused: BTreeMap<u32, u32>,
     /// The results of commands that a test has set once and for all.
@@ -116,6 +118,11 @@ impl Fake {
         self.0.borrow_mut().refused.insert(number, code);
     }
 
+    /// The commands that were written, in order.
+    pub fn commands(&self) -> Vec<u32> {
+        self.0.borrow().commands.clone()
+    }
+
     /// How many regions the device has.
     pub fn regions(&self) -> usize {
         self.0.borrow().regions.borrow().len()
@@ -156,6 +163,7 @@ impl std::fmt::Debug for Fake {
 impl Registers {
     /// Runs a command.
     fn run(&mut self, number: u32) {
+        self.commands.push(number);
         let result = self.refused.get(&number).copied().unwrap_or(error_code::OK);
         let mut value = 0;
         if result == error_code::OK {
@@ -239,6 +247,11 @@ impl Hal for Fake {
 
     fn now(&self) -> u64 {
         self.0.borrow().now
+    }
+
+    fn pause(&self, waited: u64) -> bool {
+        self.0.borrow_mut().now += 1;
+        waited < 3
     }
 }
 

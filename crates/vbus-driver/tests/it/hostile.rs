@@ -223,5 +223,5 @@ fn a_config_area_that_never_rests_is_an_error() {
     assert_eq!((config.queue_pairs, config.ring_entries), (abi::QUEUE_PAIRS_MAX, 1024));
     fake.set_register(reg::CLASS, 2);
     let function = Function::probe(fake).unwrap();
-    assert_eq!(vbus_driver::venet::config(&function), Err(Error::Class(2)));
+    assert_eq!(vbus_driver::venet::config(&function), Err(Error::WrongClass(2)));
 }

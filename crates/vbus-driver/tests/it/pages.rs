@@ -50,7 +50,7 @@ fn pages_are_described_and_found() {
     assert!(matches!(pages.reader(&page, 0), Err(Error::Unsupported(_))));
     drop(pages);
     let function = Local::attach(&bus, "s", 0).probe();
-    assert!(matches!(venet::Nic::open(function, 0, 0), Err(Error::Class(2))));
+    assert!(matches!(venet::Nic::open(function, 0, 0), Err(Error::WrongClass(2))));
 }
 
 #[test]

@@ -62,7 +62,7 @@ fn what_is_no_interrupt_controller_is_refused() {
     let bus = bus();
     let config = json!({ "pages": [{ "name": "p", "bytes": 8, "owner": "device" }] });
     let other = Local::new(&bus, "values", "state", &config);
-    assert_eq!(Pic::open(other.probe()).err(), Some(Error::Class(2)));
+    assert_eq!(Pic::open(other.probe()).err(), Some(Error::WrongClass(2)));
 
     // One with half of the lines.
     let fake = Fake::default();

@@ -255,7 +255,7 @@ fn a_hostile_driver_ends_its_own_connection() {
 fn what_cannot_be_meant_is_refused() {
     let bus = bus();
     let (local, _) = device(&bus, 0, 0);
-    assert!(matches!(Requests::open(local.probe(), "five", 1, 0), Err(Error::Class(_))));
+    assert!(matches!(Requests::open(local.probe(), "five", 1, 0), Err(Error::WrongClass(_))));
     for depth in [0, 65] {
         let opened = Requests::open(local.probe(), "four", depth, 0);
         assert!(matches!(opened, Err(Error::Unsupported(_))));

@@ -66,7 +66,7 @@ fn requests_are_granted_in_part_and_reported() {
     );
     cpus.close();
     drop(cpus);
-    assert!(matches!(state::Pages::open(local.probe()), Err(Error::Class(3))));
+    assert!(matches!(state::Pages::open(local.probe()), Err(Error::WrongClass(3))));
     drop(end);
     thread.join().unwrap();
 }

@@ -3,9 +3,10 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
-use vbus_driver::{Doorbell, Hal, HeapTable, NoMemory};
+use vbus_driver::{COMMAND_BOUND, Doorbell, Hal, HeapTable, NoMemory};
 use vbus_shm::abi::{bar0, capability};
 
 use super::bar::Bar;
@@ -89,6 +90,12 @@ impl Hal for PciHal {
 
     fn now(&self) -> u64 {
         now()
+    }
+
+    fn pause(&self, waited: u64) -> bool {
+        // Short at first, then in proportion: a long command is not asked about too often.
+        std::thread::sleep(Duration::from_nanos((waited / 4).clamp(10_000, 1_000_000)));
+        waited < COMMAND_BOUND
     }
 }
 

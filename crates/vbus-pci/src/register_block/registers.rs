@@ -2,7 +2,8 @@
 
 use vbus_core::shm::abi::{command, reg};
 use vbus_core::{
-    ConnectionState, Endpoint, ErrorCode, OpenRequest, REGION_BYTES_MAX, RegionRequest,
+    Called, ConnectionState, Endpoint, ErrorCode, OpenRequest, PendingCall, REGION_BYTES_MAX,
+    RegionRequest,
 };
 
 use crate::interrupts::Interrupts;
@@ -13,6 +14,8 @@ pub(super) struct Registers {
     arguments: [u64; 4],
     result: u32,
     value: u64,
+    /// The command that is in progress.
+    pending: Option<PendingCall>,
 }
 
 /// Where registers take their values from.
@@ -47,6 +50,22 @@ impl Registers {
         *self = Registers::default();
     }
 
+    /// Takes the answer of the command in progress, if it has ended.
+    fn look_at_pending(&mut self) {
+        if let Some(done) = self.pending.as_ref().and_then(PendingCall::result) {
+            self.answer(done.map(Called::Now));
+        }
+    }
+
+    /// What RESULT and VALUE say from now on.
+    fn answer(&mut self, done: Result<Called, ErrorCode>) {
+        (self.result, self.value, self.pending) = match done {
+            Ok(Called::Now(value)) => (0, value, None),
+            Ok(Called::Later(call)) => (ErrorCode::IN_PROGRESS.0, 0, Some(call)),
+            Err(error) => (error.0, 0, None),
+        };
+    }
+
     /// Reads the word at `offset`, a multiple of 4 in the register page.
     pub(super) fn read(&mut self, offset: u64, context: &Context<'_>) -> u32 {
         let identity = context.endpoint.identity();
@@ -64,7 +83,10 @@ impl Registers {
             reg::CONFIG_GENERATION => context.endpoint.config().1,
             reg::CONFIG_BYTES => u32::try_from(context.endpoint.config().0.len()).unwrap_or(0),
             reg::EVENTS => context.endpoint.events_pending(),
-            reg::RESULT => self.result,
+            reg::RESULT => {
+                self.look_at_pending();
+                self.result
+            }
             reg::INTERRUPT_PENDING => u32::from(context.interrupts.pending()),
             _ => {
                 if let Some(at) = inside(offset, reg::CLASS_NAME, 16) {
@@ -82,6 +104,7 @@ impl Registers {
                 } else if let Some(at) = inside(offset, reg::ARGUMENT, 32) {
                     half(self.arguments[at / 8], offset)
                 } else if inside(offset, reg::VALUE, 8).is_some() {
+                    self.look_at_pending();
                     half(self.value, offset)
                 } else if let Some(at) = inside(offset, reg::CONFIG, reg::CONFIG_MAX as u64) {
                     word(&context.endpoint.config().0, at)
@@ -95,20 +118,23 @@ impl Registers {
     }
 
     /// Writes the word at `offset`, a multiple of 4 in the register page. A write of
-    /// [`reg::COMMAND`] returns when the command has run.
+    /// [`reg::COMMAND`] returns when the command has run, or is in progress. While it is, every
+    /// command but CLOSE is ignored.
     pub(super) fn write(&mut self, offset: u64, value: u32, context: &Context<'_>) {
         match offset {
             reg::COMMAND => {
-                let done = self.run(value, context);
-                (self.result, self.value) = match done {
-                    Ok(value) => (0, value),
-                    Err(status) => (status.0, 0),
-                };
+                self.look_at_pending();
                 let [a0, a1, a2, a3] = self.arguments;
+                let ignored = self.pending.is_some() && value != command::CLOSE;
+                if !ignored {
+                    let done = self.run(value, context);
+                    self.answer(done);
+                }
                 tracing::debug!(
                     device = context.endpoint.name(),
                     command = value,
-                    ?done,
+                    ignored,
+                    result = %ErrorCode(self.result),
                     "{a0:#x} {a1:#x} {a2:#x} {a3:#x}"
                 );
             }
@@ -124,7 +150,7 @@ impl Registers {
         }
     }
 
-    fn run(&mut self, number: u32, context: &Context<'_>) -> Result<u64, ErrorCode> {
+    fn run(&mut self, number: u32, context: &Context<'_>) -> Result<Called, ErrorCode> {
         let endpoint = context.endpoint;
         let [a0, a1, a2, a3] = self.arguments;
         match number {
@@ -139,12 +165,12 @@ impl Registers {
                     features: a1,
                     handshake: (a2, a3),
                 };
-                endpoint.open(request).map(|()| 0)
+                endpoint.open(request).map(|()| Called::Now(0))
             }
             command::CLOSE => {
                 endpoint.close();
                 context.interrupts.clear();
-                Ok(0)
+                Ok(Called::Now(0))
             }
             command::REGION_ADD => {
                 let bytes = a0.to_le_bytes();
@@ -159,9 +185,9 @@ impl Registers {
                     len: a2,
                     signal: (a3 != command::NO_SIGNAL).then_some(a3),
                 };
-                endpoint.region_add(request).map(u64::from)
+                endpoint.region_add(request).map(|handle| Called::Now(handle.into()))
             }
-            command::REGION_DROP => endpoint.region_drop(a0).map(|()| 0),
+            command::REGION_DROP => endpoint.region_drop(a0).map(|()| Called::Now(0)),
             command::CALL => endpoint.call(half(a0, 0), half(a0, 4), a1, a2),
             _ => Err(ErrorCode::BAD_COMMAND),
         }

@@ -197,7 +197,7 @@ fn run_all<S: Source>(
 }
 
 fn is_other_class(error: &(dyn std::error::Error + 'static)) -> bool {
-    matches!(error.downcast_ref(), Some(vbus_driver::Error::Class(_)))
+    matches!(error.downcast_ref(), Some(vbus_driver::Error::WrongClass(_)))
 }
 
 /// A function that cannot be driven.
@@ -268,7 +268,7 @@ mod tests {
     fn other_classes_are_told_from_other_errors() {
         use vbus_driver::Error;
         let is_other = |error: anyhow::Error| error.context("there").chain().any(is_other_class);
-        assert!(is_other(Error::Class(2).into()));
+        assert!(is_other(Error::WrongClass(2).into()));
         assert!(!is_other(Error::Gone.into()) && !is_other(anyhow!("class 2")));
     }
 }

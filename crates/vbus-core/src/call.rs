@@ -1,0 +1,161 @@
+//! A driver's call of the class, which may take its time (spec/pci.md, "Commands that take time").
+
+use std::sync::{Arc, Mutex};
+
+use vbus_shm::ErrorCode;
+use vbus_shm::abi::event;
+
+use crate::events::Events;
+use crate::lock::lock;
+use crate::memory::MemoryContext;
+
+/// A call, from its beginning to its end. Whoever has it can end it, once, from any thread:
+/// [`finish`](Self::finish). A call that is dropped fails with [`ErrorCode::FAILED`].
+#[must_use = "a call that is dropped fails"]
+pub struct Call {
+    shared: Arc<Shared>,
+    function: u32,
+    flags: u32,
+    buffer: Vec<u8>,
+}
+
+/// A call under way, as the connector sees it.
+#[derive(Clone)]
+pub struct PendingCall(Arc<Shared>);
+
+/// What became of a call at once.
+pub enum Called {
+    /// It has ended with this value.
+    Now(u64),
+    /// It goes on; [`event::COMMAND`] tells when it has ended.
+    Later(PendingCall),
+}
+
+struct Shared {
+    state: Mutex<State>,
+    memory: Arc<MemoryContext>,
+    addr: u64,
+    events: Arc<Events>,
+}
+
+enum State {
+    /// `told`: the driver knows that it takes time, and waits for the event.
+    Running {
+        told: bool,
+    },
+    Ended(Result<u64, ErrorCode>),
+}
+
+impl Called {
+    /// The value of a call that has ended.
+    ///
+    /// # Errors
+    /// [`ErrorCode::IN_PROGRESS`] if it goes on.
+    pub fn now(self) -> Result<u64, ErrorCode> {
+        match self {
+            Called::Now(value) => Ok(value),
+            Called::Later(_) => Err(ErrorCode::IN_PROGRESS),
+        }
+    }
+}
+
+impl Call {
+    /// A call with a copy of the driver's buffer, which is at `addr`.
+    pub(crate) fn new(
+        (function, flags): (u32, u32),
+        (addr, buffer): (u64, Vec<u8>),
+        memory: Arc<MemoryContext>,
+        events: Arc<Events>,
+    ) -> (Call, PendingCall) {
+        let state = Mutex::new(State::Running { told: false });
+        let shared = Arc::new(Shared { state, memory, addr, events });
+        (Call { shared: shared.clone(), function, flags, buffer }, PendingCall(shared))
+    }
+
+    /// Which of the class's functions is called.
+    pub fn function(&self) -> u32 {
+        self.function
+    }
+
+    /// The call's flags.
+    pub fn flags(&self) -> u32 {
+        self.flags
+    }
+
+    /// A copy of the driver's buffer; what is in it at the end is the answer.
+    pub fn buffer(&mut self) -> &mut [u8] {
+        &mut self.buffer
+    }
+
+    /// Whether the driver has closed the device meanwhile, or the connection has ended: nobody
+    /// waits for the answer any more.
+    pub fn is_cancelled(&self) -> bool {
+        matches!(*lock(&self.shared.state), State::Ended(_))
+    }
+
+    /// Ends the call. After success the driver finds the buffer's content in its own. A call that
+    /// was cancelled touches nothing of the driver's.
+    pub fn finish(self, result: Result<u64, ErrorCode>) {
+        self.shared.end(|shared| {
+            let value = result?;
+            if !self.buffer.is_empty() {
+                // It was there when the call began, and has been unmapped since.
+                let written = shared.memory.view().write(shared.addr, &self.buffer);
+                written.map_err(|_| ErrorCode::REVOKED)?;
+            }
+            Ok(value)
+        });
+    }
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        self.shared.end(|_| Err(ErrorCode::FAILED));
+    }
+}
+
+impl std::fmt::Debug for Call {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Call").field("function", &self.function).finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    /// Ends the call with what `result` says, unless it has ended.
+    fn end(&self, result: impl FnOnce(&Shared) -> Result<u64, ErrorCode>) {
+        let mut state = lock(&self.state);
+        let State::Running { told } = *state else { return };
+        // Under the lock: who cancels waits for it, and finds the driver's memory at rest.
+        *state = State::Ended(result(self));
+        drop(state);
+        if told {
+            self.events.raise(event::COMMAND);
+        }
+    }
+}
+
+impl PendingCall {
+    /// How it has ended, if it has.
+    pub fn result(&self) -> Option<Result<u64, ErrorCode>> {
+        match *lock(&self.0.state) {
+            State::Running { .. } => None,
+            State::Ended(result) => Some(result),
+        }
+    }
+
+    /// As [`result`](Self::result). If it goes on, its end will be told by an event.
+    pub(crate) fn result_or_tell(&self) -> Option<Result<u64, ErrorCode>> {
+        match &mut *lock(&self.0.state) {
+            State::Running { told } => {
+                *told = true;
+                None
+            }
+            State::Ended(result) => Some(*result),
+        }
+    }
+
+    /// Ends it with `error`. Afterwards the device does not touch the driver's buffer.
+    pub(crate) fn cancel(&self, error: ErrorCode) {
+        self.0.end(|_| Err(error));
+    }
+}

@@ -1,0 +1,168 @@
+//! Calls that take time: the class answers from a thread of its own, and neither the device's
+//! worker nor the access to the register waits for it.
+
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+
+use vbus_core::{
+    Bus, Call, Connection, Device, ErrorCode, Executor, Identity, Open, Region, Trust, Tuning,
+};
+use vbus_driver::{Error, Function, Hal};
+use vbus_shm::abi::{command, error_code, event, reg};
+
+use crate::fake::Fake;
+use crate::local::{Local, until};
+
+/// Hands its calls to the test.
+struct Slow(Mutex<Sender<Call>>);
+struct Opened(Sender<Call>);
+
+impl Device for Slow {
+    fn identity(&self) -> Identity {
+        Identity::user("slow")
+    }
+
+    fn open(&self, _: Open) -> Result<Box<dyn Connection>, ErrorCode> {
+        Ok(Box::new(Opened(self.0.lock().unwrap().clone())))
+    }
+}
+
+impl Connection for Opened {
+    fn region_added(&mut self, _: Region) -> Result<(), ErrorCode> {
+        Ok(())
+    }
+
+    fn start_call(&mut self, call: Call) {
+        self.0.send(call).unwrap();
+    }
+}
+
+fn rig() -> (Bus, Local, Receiver<Call>) {
+    let executor = Executor::start(Tuning { workers: 1, ..Tuning::default() }).unwrap();
+    let bus = Bus::new(executor, Vec::new(), Trust::Sealed);
+    let (sender, calls) = channel();
+    bus.add("slow", Arc::new(Slow(Mutex::new(sender)))).unwrap();
+    let local = Local::attach(&bus, "slow", 0);
+    (bus, local, calls)
+}
+
+#[test]
+fn a_driver_waits_for_a_call_that_takes_time() {
+    let (_bus, local, calls) = rig();
+    let class = std::thread::spawn(move || {
+        for mut call in calls {
+            match call.function() {
+                0 => {
+                    call.buffer().reverse();
+                    call.finish(Ok(7));
+                }
+                1 => call.finish(Err(ErrorCode(0x105))),
+                _ => drop(call),
+            }
+        }
+    });
+    let mut function = local.probe();
+    function.set_class_errors(&[(ErrorCode(0x105), "the tape is at its end")]);
+    function.open(0).unwrap();
+    for _ in 0..100 {
+        let mut buffer = *b"abcde";
+        assert_eq!(function.call(0, 0, &mut buffer), Ok(7));
+        assert_eq!(&buffer, b"edcba");
+    }
+    let error = function.call(1, 0, &mut []).unwrap_err();
+    let code = ErrorCode(0x105);
+    let text = "the tape is at its end";
+    assert_eq!(error, Error::Class { command: "CALL", code, text });
+    assert_eq!(error.to_string(), "CALL was refused: the tape is at its end");
+    // A call that the class forgets fails, and nobody waits for ever.
+    let failed = Error::Refused { command: "CALL", status: ErrorCode::FAILED };
+    assert_eq!(function.call(2, 0, &mut []), Err(failed));
+    drop((function, local, _bus));
+    class.join().unwrap();
+}
+
+/// Writes the arguments of a call of `bytes` at `addr`, and the command.
+fn start(local: &Local, addr: u64, bytes: u64) {
+    for (at, argument) in (reg::ARGUMENT..).step_by(8).zip([0, addr, bytes, 0]) {
+        local.write64(at, argument);
+    }
+    local.write32(reg::COMMAND, command::CALL);
+}
+
+#[test]
+fn the_register_says_that_a_command_is_in_progress_and_an_event_that_it_has_ended() {
+    use vbus_driver::Dma;
+    let (bus, local, calls) = rig();
+    let mut function = local.probe();
+    function.open(0).unwrap();
+    let memory = local.alloc(4096).unwrap();
+    memory.copy_in(0, b"abc");
+    start(&local, memory.address(0), 3);
+    assert_eq!(local.read32(reg::RESULT), error_code::IN_PROGRESS);
+    assert_eq!(local.read64(reg::VALUE), 0);
+    let mut call = calls.recv().unwrap();
+    // Other commands are not run meanwhile.
+    local.write32(reg::COMMAND, command::CALL);
+    local.write32(reg::COMMAND, command::OPEN);
+    assert!(calls.try_recv().is_err());
+    assert_eq!(local.read32(reg::RESULT), error_code::IN_PROGRESS);
+    assert!(!local.interrupted());
+    call.buffer().reverse();
+    call.finish(Ok(9));
+    local.wait_interrupt();
+    assert_eq!(local.read32(reg::EVENTS), event::COMMAND);
+    assert_eq!((local.read32(reg::RESULT), local.read64(reg::VALUE)), (0, 9));
+    let mut bytes = [0; 3];
+    memory.copy_out(0, &mut bytes);
+    assert_eq!(&bytes, b"cba");
+
+    // CLOSE ends it: the class may go on, and touches nothing of the driver's.
+    start(&local, memory.address(0), 3);
+    let mut call = calls.recv().unwrap();
+    assert!(!call.is_cancelled());
+    local.write32(reg::COMMAND, command::CLOSE);
+    assert_eq!(local.read32(reg::RESULT), error_code::OK);
+    assert!(call.is_cancelled());
+    call.buffer().fill(b'x');
+    call.finish(Ok(1));
+    memory.copy_out(0, &mut bytes);
+    assert_eq!((&bytes, local.read32(reg::RESULT)), (b"cba", error_code::OK));
+
+    // So does the end of the connection by the device, and that is told.
+    function.open(0).unwrap();
+    while local.interrupted() {}
+    start(&local, memory.address(0), 3);
+    let call = calls.recv().unwrap();
+    bus.remove("slow").unwrap();
+    local.wait_interrupt();
+    assert_eq!(local.read32(reg::RESULT), error_code::REMOVED);
+    until("the events", || {
+        (local.read32(reg::EVENTS) == event::REMOVED | event::COMMAND).then_some(())
+    });
+    drop(call);
+}
+
+#[test]
+fn an_answer_whose_place_was_unmapped_meanwhile_is_an_error() {
+    use vbus_driver::Dma;
+    let (_bus, local, calls) = rig();
+    let mut function = local.probe();
+    function.open(0).unwrap();
+    let memory = local.alloc(4096).unwrap();
+    start(&local, memory.address(0), 3);
+    let call = calls.recv().unwrap();
+    local.unmap();
+    call.finish(Ok(9));
+    assert_eq!(local.read32(reg::RESULT), error_code::REVOKED);
+}
+
+#[test]
+fn a_driver_gives_up_in_the_end_and_the_device_has_let_go_by_then() {
+    // This fake's commands never end, and its environment waits no longer than three looks.
+    let fake = Fake::default();
+    let mut function = Function::probe(fake.clone()).unwrap();
+    function.open(0).unwrap();
+    fake.refuse(command::CALL, error_code::IN_PROGRESS);
+    assert_eq!(function.call(0, 0, &mut [1]), Err(Error::TimedOut("CALL")));
+    assert_eq!(fake.commands().last(), Some(&command::CLOSE));
+}
