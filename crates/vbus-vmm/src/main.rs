@@ -1,32 +1,4 @@
-//! A small virtual machine monitor on KVM for the devices of a vbus. It is for reading, and for
-//! measuring the cost of doorbells and interrupts. `spec/vmm.md` describes the machine, its sockets
-//! and its output.
-
-mod acpi;
-mod boot;
-mod bus;
-mod components;
-mod control;
-mod counters;
-mod cpuid;
-mod cpus;
-mod events;
-mod exits;
-mod ioapic;
-mod irqchip;
-mod layout;
-mod lock;
-mod machine;
-mod marks;
-mod memory;
-mod pci;
-mod power;
-mod seccomp;
-mod serial;
-mod socket;
-mod terminal;
-mod vcpu;
-mod vcpu_gate;
+//! The program `vbus-vmm`: its options, its signals and its output.
 
 use std::fs::File;
 use std::io::Read;
@@ -38,13 +10,13 @@ use anyhow::{Context, Result, ensure};
 use clap::{Parser, ValueEnum};
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-
-use crate::boot::Image;
-use crate::events::{EventSender, VmEvent};
-use crate::machine::{Config, Machine};
-use crate::seccomp::Thread;
-use crate::serial::Target;
-use crate::terminal::Raw;
+use vbus_vmm::boot::Image;
+use vbus_vmm::events::{EventSender, VmEvent};
+use vbus_vmm::machine::{Config, Machine};
+use vbus_vmm::seccomp::{self, Thread};
+use vbus_vmm::serial::Target;
+use vbus_vmm::terminal::Raw;
+use vbus_vmm::{layout, pci};
 
 /// Runs a kernel in a virtual machine on KVM, with devices of a vbus
 ///

@@ -27,8 +27,6 @@ mod msi;
 mod resources;
 mod root_port;
 mod slot;
-#[cfg(test)]
-mod tests;
 mod watch;
 
 use std::path::{Path, PathBuf};
@@ -38,7 +36,8 @@ use std::sync::{Arc, Mutex};
 use serde::Serialize;
 use vbus_kvm::Routes;
 
-use error::{PlugError, UnplugError};
+pub use description::BadFunction;
+pub use error::{PlugError, UnplugError};
 use function::Function;
 use hierarchy::Hierarchy;
 pub use resources::Backing;

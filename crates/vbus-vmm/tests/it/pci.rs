@@ -1,7 +1,5 @@
-//! All of PCI against a KVM and servers, honest and not, with a guest that is played by the test.
-//! Without /dev/kvm these say so and pass.
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
-
+//! PCI against a KVM and servers, honest and not. The test plays the guest. Without /dev/kvm these
+//! tests say so and pass.
 mod fake;
 mod guest;
 mod hostile;
@@ -285,8 +283,8 @@ fn the_pin_goes_through_an_io_apic_in_this_process() {
     guest.root.plug("fake0", &fake.path).unwrap();
     let apic = guest.local_apic();
     let set = |register: u8, value: u32| {
-        guest.mmio.write(crate::acpi::IO_APIC.into(), &[register]);
-        guest.mmio.write(u64::from(crate::acpi::IO_APIC) + 0x10, &value.to_le_bytes());
+        guest.mmio.write(vbus_vmm::acpi::IO_APIC.into(), &[register]);
+        guest.mmio.write(u64::from(vbus_vmm::acpi::IO_APIC) + 0x10, &value.to_le_bytes());
     };
     // IntxIrqfd-triggered, to local APIC 0.
     set(ENTRY + 1, 0);

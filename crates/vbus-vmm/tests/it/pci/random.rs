@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::fake::Fake;
 use super::guest::Guest;
-use crate::layout;
+use vbus_vmm::layout;
 
 /// An access: where, and what is written (or read, if nothing).
 #[derive(Clone, Debug)]

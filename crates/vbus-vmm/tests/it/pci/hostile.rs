@@ -7,10 +7,10 @@ use std::time::Instant;
 
 use vfio_user_protocol::IoEventFd;
 
-use super::super::PlugError;
 use super::fake::{DOORBELLS, Device, Fake, doorbell, event};
 use super::guest::Guest;
 use super::{TIMEOUT, until};
+use vbus_vmm::pci::PlugError;
 
 fn error(guest: &Guest, change: impl FnOnce(&mut Device)) -> String {
     let fake = Fake::with_device(change);

@@ -3,17 +3,15 @@
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
 use rustix::event::{EventfdFlags, eventfd};
-use vbus_shm::abi::{bar0, reg};
+use vbus_pci_config::{Builder, CONVENTIONAL_BYTES, Header, MsixLayout};
+use vbus_shm::abi::{PCI_DEVICE, PCI_VENDOR, bar0, reg};
 use vfio_user_protocol::{
     DeviceInfo, Errno, IoEventFd, IrqAction, IrqInfo, Mapping, RegionInfo, Server, Target,
 };
-
-use super::super::super::lock::lock;
-use super::super::description;
 
 /// Doorbells, unless a test says otherwise.
 pub(super) const DOORBELLS: u32 = 4;
@@ -56,7 +54,7 @@ impl Device {
             info: DeviceInfo::PCI,
             regions: [0x4000, 0, 0, 0, 0, 0, 0, 256, 0],
             irq_counts: [1, 1, 8, 0, 0],
-            config: description::tests::space().to_vec(),
+            config: config_space(),
             memory,
             io: (0..u64::from(DOORBELLS)).map(|number| doorbell(event(), number)).collect(),
             clients: 0,
@@ -70,6 +68,36 @@ impl Device {
             rung: Vec::new(),
         }
     }
+}
+
+/// The configuration space of a function with MSI-X, as a server of the bus gives it.
+fn config_space() -> Vec<u8> {
+    let header = Header {
+        vendor: PCI_VENDOR,
+        device: PCI_DEVICE,
+        revision: 1,
+        class: 0x02_0000,
+        subsystem_vendor: PCI_VENDOR,
+        subsystem: 1,
+        interrupt_pin: 1,
+    };
+    let layout =
+        MsixLayout { vectors: 8, table_bar: 0, table: 0x2000, pending_bar: 0, pending: 0x3000 };
+    let vendor = [0, 1, b'v', b'b', b'u', b's', 0, 0, 0, 0, 1, 0, 4, 0, 0, 0x10, 0, 0];
+    Builder::new(CONVENTIONAL_BYTES, &header)
+        .bar(0, 0x4000)
+        .vendor(0x40, &vendor)
+        .msi(0x70, false)
+        .msix(0x80, layout)
+        .express(0x90)
+        .build()
+        .bytes()
+        .to_vec()
+}
+
+/// Locks the device, also after a test has panicked with the lock held.
+fn lock(device: &Mutex<Device>) -> MutexGuard<'_, Device> {
+    device.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 /// The device as its server has it.

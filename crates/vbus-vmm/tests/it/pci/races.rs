@@ -9,7 +9,7 @@ use vbus_shm::abi::reg;
 use super::fake::Fake;
 use super::guest::{Guest, SLOT_CONTROL};
 use super::{MEMORY_AND_MASTER, until};
-use crate::layout;
+use vbus_vmm::layout;
 
 const ROUNDS: u32 = 30;
 

@@ -8,11 +8,11 @@ use std::time::Duration;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vbus_kvm::Sints;
 
-use super::super::{Backing, PciRoot};
-use crate::bus::Bus;
-use crate::ioapic::IoApic;
-use crate::layout;
-use crate::memory::{Ram, RamRegion};
+use vbus_vmm::bus::Bus;
+use vbus_vmm::ioapic::IoApic;
+use vbus_vmm::layout;
+use vbus_vmm::memory::{Ram, RamRegion};
+use vbus_vmm::pci::{Backing, PciRoot};
 
 pub(super) const SLOT_CONTROL: u16 = 0x58;
 const SLOT_STATUS: u16 = 0x5a;
@@ -43,7 +43,7 @@ impl Guest {
             }
         };
         let vm = Arc::new(kvm.create_vm().unwrap());
-        let chip = crate::irqchip::IrqChip::new(&vm, split).unwrap();
+        let chip = vbus_vmm::irqchip::IrqChip::new(&vm, split).unwrap();
         let (routes, io_apic) = (chip.routes().clone(), chip.io_apic().cloned());
         let ram = Ram::new(16 << 20).unwrap().regions();
         let sints = Some(Sints { base: 0xfed8_0000, stride: 16, processors: 1 });
