@@ -66,8 +66,9 @@ impl IntxIrqfd {
     /// A VMM calls this before it resets KVM's I/O APIC, which forgets an asserted interrupt. A
     /// device that went on waiting for the end would assert nothing again.
     pub fn end(&self) {
-        // A full counter already tells the device.
-        let _ = self.ended.write(1);
+        // The device may have made the eventfd blocking. This call does not block. It fails only
+        // for something that is no eventfd.
+        let _ = self.routes.signaller().signal(self.ended());
     }
 }
 

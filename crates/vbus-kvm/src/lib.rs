@@ -16,6 +16,8 @@
 //! - [`MsiIrqfd`]: a message-signalled interrupt (MSI, a vector of MSI-X, or a synthetic interrupt
 //!   of KVM's SynIC). It can be routed, masked and unmasked at run time, and no event is lost.
 //! - [`IntxIrqfd`]: a level-triggered interrupt on a pin (INTx).
+//! - [`Signaller`] and [`take_signal`]: they signal and read an eventfd that a device also holds,
+//!   and never block, whatever the device does with it.
 //! - [`offer_hypercalls`]: the CPUID leaves that hypercalls and synthetic interrupts need.
 //! - [`Stats`]: KVM's own counters of exits, by kind. Tests use them to show that the fast path has
 //!   no exit.
@@ -68,6 +70,7 @@ mod error;
 mod intx_irqfd;
 mod msi_irqfd;
 mod routes;
+mod signaller;
 mod stats;
 mod sys;
 
@@ -78,4 +81,5 @@ pub use error::Error;
 pub use intx_irqfd::IntxIrqfd;
 pub use msi_irqfd::MsiIrqfd;
 pub use routes::{IrqChip, Route, Routes, SINTS, Sints};
+pub use signaller::{Signaller, take_signal};
 pub use stats::{Stats, Values};

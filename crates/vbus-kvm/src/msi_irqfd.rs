@@ -7,7 +7,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::routes::{Route, Routes};
-use crate::{Error, sys};
+use crate::{Error, sys, take_signal};
 
 /// An eventfd that raises the interrupt of its route with each write: MSI, one vector of MSI-X, or
 /// a synthetic interrupt. KVM handles the write; no thread is woken.
@@ -113,7 +113,7 @@ impl MsiIrqfd {
     /// Drops a pending interrupt, as a reset does.
     pub fn forget(&mut self) {
         if !self.unmasked {
-            let _ = rustix::io::read(self.eventfd(), &mut [0; 8]);
+            take_signal(self.eventfd());
         }
     }
 }

@@ -11,7 +11,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VmFd;
 
-use crate::Error;
+use crate::{Error, Signaller};
 
 /// The number of synthetic interrupts of one virtual processor.
 pub const SINTS: u32 = 16;
@@ -151,6 +151,7 @@ pub struct Routes {
     /// The most entries that KVM accepts.
     limit: u32,
     table: Mutex<Table>,
+    signaller: Signaller,
 }
 
 /// The numbers in use. Each may have a route.
@@ -161,13 +162,20 @@ impl Routes {
     /// the routes of the pins only.
     ///
     /// # Errors
-    /// [`Error::Missing`] if the kernel has no interrupt controllers or no routing.
+    /// [`Error::Missing`] if the kernel has no interrupt controllers or no routing. Those of
+    /// [`Signaller::new`].
     pub fn new(vm: Arc<VmFd>, irqchip: IrqChip) -> Result<Arc<Routes>, Error> {
         let limit = u32::try_from(vm.check_extension_raw(KVM_CAP_IRQ_ROUTING.into())).unwrap_or(0);
         if limit <= irqchip.pins() + PIC_PINS {
             return Err(Error::Missing("interrupt routes"));
         }
-        let routes = Routes { vm, irqchip, limit, table: Mutex::new(Table::new()) };
+        let routes = Routes {
+            vm,
+            irqchip,
+            limit,
+            table: Mutex::new(Table::new()),
+            signaller: Signaller::new()?,
+        };
         routes.give(&routes.lock())?;
         Ok(Arc::new(routes))
     }
@@ -175,6 +183,11 @@ impl Routes {
     /// The virtual machine.
     pub fn vm(&self) -> &Arc<VmFd> {
         &self.vm
+    }
+
+    /// Signals the eventfds of this virtual machine's interrupts, which devices hold too.
+    pub fn signaller(&self) -> &Signaller {
+        &self.signaller
     }
 
     /// Sends one message to the local APICs at once, without a route.

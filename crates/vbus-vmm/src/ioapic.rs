@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use rustix::event::{EventfdFlags, eventfd};
-use vbus_kvm::{Route, Routes};
+use vbus_kvm::{Route, Routes, take_signal};
 
 use crate::bus::BusDevice;
 use crate::layout;
@@ -175,7 +175,7 @@ impl IoApic {
                 pin.entry &= !SERVICED;
                 for (_, ended) in sources.iter().filter(|(pin, _)| *pin == number) {
                     pin.high = false;
-                    signal(ended);
+                    self.signal(ended);
                 }
                 self.send(pin.due());
             }
@@ -196,6 +196,13 @@ impl IoApic {
         }
     }
 
+    /// Tells a device that its interrupt has ended. The device holds the eventfd too, so an ordinary
+    /// write could block.
+    fn signal(&self, ended: &OwnedFd) {
+        // This fails only for something that is no eventfd.
+        let _ = self.routes.signaller().signal(ended.as_fd());
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         lock(&self.state)
     }
@@ -205,11 +212,6 @@ impl IoApic {
         // A message to a CPU that does not exist is lost, as on a PC.
         let _ = self.routes.send(address, data);
     }
-}
-
-fn signal(event: &OwnedFd) {
-    // A full counter already signals.
-    let _ = rustix::io::write(event, &1u64.to_ne_bytes());
 }
 
 impl IntxSource {
@@ -226,7 +228,7 @@ impl IntxSource {
 
     /// Asserts the pin if the device has written its eventfd.
     pub fn take(&self) {
-        if rustix::io::read(&self.assert, &mut [0; 8]).is_ok() {
+        if take_signal(self.assert.as_fd()) {
             self.io_apic.set(self.pin, true);
         }
     }
@@ -242,7 +244,7 @@ impl Drop for IntxSource {
             .sources
             .iter()
             .filter(|(pin, _)| *pin == self.pin)
-            .for_each(|(_, ended)| signal(ended));
+            .for_each(|(_, ended)| self.io_apic.signal(ended));
     }
 }
 

@@ -32,7 +32,7 @@ pub enum Thread {
 
 /// The calls that any thread may need: memory, locks, time, waiting, open descriptors, the end. No
 /// thread may make memory executable (see [`rules`]).
-const ALL: [i64; 40] = [
+const ALL: [i64; 43] = [
     libc::SYS_brk,
     libc::SYS_clock_gettime,
     libc::SYS_clock_nanosleep,
@@ -49,6 +49,8 @@ const ALL: [i64; 40] = [
     libc::SYS_getpid,
     libc::SYS_getrandom,
     libc::SYS_gettid,
+    libc::SYS_io_getevents,
+    libc::SYS_io_submit,
     libc::SYS_lseek,
     libc::SYS_madvise,
     libc::SYS_mremap,
@@ -57,6 +59,7 @@ const ALL: [i64; 40] = [
     libc::SYS_poll,
     libc::SYS_ppoll,
     libc::SYS_pread64,
+    libc::SYS_preadv2,
     libc::SYS_pwrite64,
     libc::SYS_read,
     libc::SYS_readv,

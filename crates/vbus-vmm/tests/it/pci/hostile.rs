@@ -2,7 +2,9 @@
 //! later.
 
 use std::io::{Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
+use std::sync::mpsc::channel;
 use std::time::Instant;
 
 use vfio_user_protocol::IoEventFd;
@@ -11,6 +13,7 @@ use super::fake::{DOORBELLS, Device, Fake, doorbell, event};
 use super::guest::Guest;
 use super::{TIMEOUT, until};
 use vbus_vmm::pci::PlugError;
+use vfio_user_protocol::pci::IRQ_INTX;
 
 fn error(guest: &Guest, change: impl FnOnce(&mut Device)) -> String {
     let fake = Fake::with_device(change);
@@ -183,4 +186,57 @@ fn a_server_that_does_not_read_is_dropped() {
         }
     });
     assert_eq!(guest.config32(1, 0), u32::MAX);
+}
+
+/// Makes an eventfd blocking and, if `full`, fills its counter: a `write` by anybody then blocks.
+fn block(event: impl AsFd, full: bool) {
+    if full {
+        rustix::io::write(&event, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+    }
+    rustix::fs::fcntl_setfl(&event, rustix::fs::OFlags::empty()).unwrap();
+}
+
+#[test]
+fn eventfds_that_a_server_makes_blocking_stop_nobody() {
+    for split in [false, true] {
+        let Some(guest) = Guest::with_chip(2, split) else { return };
+        let (hostile, honest) = (Fake::start(), Fake::start());
+        guest.root.plug("hostile", &hostile.path).unwrap();
+        guest.root.plug("honest", &honest.path).unwrap();
+        hostile.with(|device| {
+            block(device.unmask.as_ref().unwrap(), true);
+            block(&device.irqs[&(IRQ_INTX, 0)], false);
+        });
+        if let Some(io_apic) = guest.io_apic.clone() {
+            let apic = guest.local_apic();
+            // Pins 17 and 18 are level-triggered, with vectors 0x61 and 0x62.
+            for (pin, vector) in [(17_u8, 0x61_u32), (18, 0x62)] {
+                for (register, value) in [(1, 0), (0, vector | 1 << 15)] {
+                    let select = 0x10 + 2 * pin + register;
+                    guest.mmio.write(vbus_vmm::acpi::IO_APIC.into(), &[select]);
+                    let window = u64::from(vbus_vmm::acpi::IO_APIC) + 0x10;
+                    guest.mmio.write(window, &value.to_le_bytes());
+                }
+            }
+            // The thread that passes INTx on wakes for the one, and does not hang at the other.
+            assert!(honest.interrupt(IRQ_INTX, 0));
+            until("INTx of the honest device", || apic.takes(0x62));
+            assert!(hostile.interrupt(IRQ_INTX, 0));
+            until("INTx of the hostile device", || apic.takes(0x61));
+            let (tell, told) = channel();
+            std::thread::spawn(move || {
+                io_apic.end(0x61);
+                tell.send(())
+            });
+            told.recv_timeout(TIMEOUT).expect("the end of an interrupt is told without waiting");
+        }
+        let (tell, told) = channel();
+        let root = guest.root.clone();
+        std::thread::spawn(move || {
+            root.reset();
+            tell.send(())
+        });
+        told.recv_timeout(TIMEOUT).expect("a reset does not wait for a server's eventfd");
+        guest.root.unplug("hostile").unwrap();
+    }
 }
