@@ -22,7 +22,7 @@
 //!
 //! | module | what it answers |
 //! |---|---|
-//! | [`workspace`], [`process`], [`progress`], [`report`] | where are we, what runs, how far, what became of it? |
+//! | [`workspace`], [`template`], [`process`], [`progress`], [`report`] | where are we, what runs, how far, what became of it? |
 //! | [`kit`], [`initramfs`], [`put`] | what are the guests made of? |
 //! | [`lab`], [`qmp`], [`guest`] | what do all guests share; how do we speak to one? |
 //! | [`machine`], [`trial`], [`bus`] | one guest, with KVM or without; one bus |
@@ -49,5 +49,6 @@ pub mod rig;
 pub mod runner;
 pub mod scenario;
 pub mod scenarios;
+pub mod template;
 pub mod trial;
 pub mod workspace;

@@ -7,19 +7,18 @@
 //! A driver is written once, over any source:
 //!
 //! ```no_run
-//! use vbus_driver::Function;
-//! use vbus_guest::{PciSource, SocketSource, Source, claim};
-//! use vbus_shm::abi::class;
+//! use std::time::Duration;
+//! use vbus_driver::{Function, requests::Requests};
+//! use vbus_guest::{PciSource, SocketSource, Source, USER_CLASS, claim, wait};
 //!
 //! fn drive(source: &impl Source) -> anyhow::Result<()> {
 //!     // The first free function of that class; or the one that is called, say, "echo0".
-//!     let (found, (hal, interrupt)) = claim(source, class::USER, "echo", None)?;
-//!     let mut function = Function::probe(hal)?;
-//!     function.open(0)?;
-//!     println!("{} is open, its name is {}", found.id, function.info().name);
-//!     // Registers regions with `function.region_add`, rings with `function.ring`, and waits for
-//!     // `interrupt.fd()` to become readable.
-//!     # let _ = interrupt;
+//!     let (found, (hal, mut interrupt)) = claim(source, USER_CLASS, "echo", None)?;
+//!     let mut echo = Requests::open(Function::probe(hal)?, "echo", 1, 0)?;
+//!     let mut response = [0; 64];
+//!     let mut wait = || wait(&mut *interrupt, Duration::from_secs(1)).unwrap_or(false);
+//!     let len = echo.call(b"hello", &mut response, &mut wait)?;
+//!     println!("{} answers {:?}", found.id, &response[..len]);
 //!     Ok(())
 //! }
 //!
@@ -37,4 +36,6 @@ mod source;
 
 pub use pci::PciSource;
 pub use socket::SocketSource;
-pub use source::{Claimed, Found, Interrupt, Source, claim, is_meant};
+pub use source::{Claimed, Found, Interrupt, Source, claim, is_meant, wait};
+/// The number of classes of one's own, whose name tells them apart: for [`claim`].
+pub use vbus_shm::abi::class::USER as USER_CLASS;

@@ -1,8 +1,11 @@
 //! Where functions come from: the PCI bus of this machine, or vfio-user sockets.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use vbus_driver::{Function, Hal};
 
 /// A function that a source has.
@@ -54,14 +57,38 @@ pub trait Interrupt: Send {
     fn enable(&mut self) -> Result<()>;
 }
 
+/// Sleeps until the interrupt comes, at most for `bound`, and takes it. False: none came. What the
+/// driver waits for must be armed before; the function's own acknowledgement must follow.
+///
+/// # Errors
+/// The function has gone.
+pub fn wait(interrupt: &mut dyn Interrupt, bound: Duration) -> Result<bool> {
+    interrupt.enable()?;
+    let mut fds = [
+        PollFd::from_borrowed_fd(interrupt.fd(), PollFlags::IN),
+        PollFd::from_borrowed_fd(interrupt.lifeline(), PollFlags::RDHUP),
+    ];
+    match poll(&mut fds, Some(&Timespec::try_from(bound)?)) {
+        Ok(_) | Err(Errno::INTR) => {}
+        Err(error) => return Err(error).context("poll"),
+    }
+    let (came, gone) = (fds[0].revents().contains(PollFlags::IN), !fds[1].revents().is_empty());
+    if came {
+        interrupt.take()?;
+    } else if gone {
+        bail!("the device has gone");
+    }
+    Ok(came)
+}
+
 /// Whether the function `found`, which calls itself `name`, is the one that a person means by
 /// `wanted`: its address, the whole path of its socket, or its name.
 pub fn is_meant(found: &Found, name: &str, wanted: &str) -> bool {
     found.id == wanted || found.id.strip_prefix("0000:") == Some(wanted) || name == wanted
 }
 
-/// Claims the one function of `class` that is meant by `wanted`; without `wanted`, the first that
-/// is free.
+/// Claims the function of `class` and `class_name` that is meant by `wanted`; without `wanted`, the
+/// first that is free.
 pub fn claim<S: Source>(
     source: &S,
     class: u16,
@@ -74,7 +101,9 @@ pub fn claim<S: Source>(
         let claimed = match probed {
             Ok(function) => {
                 let name = function.info().name;
-                let is_class = function.info().class == u32::from(class);
+                let info = function.info();
+                let is_class =
+                    info.class == u32::from(class) && info.class_name.as_str() == class_name;
                 if !is_class
                     || wanted.is_some_and(|wanted| !is_meant(&found, name.as_str(), wanted))
                 {

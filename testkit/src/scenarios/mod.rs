@@ -22,6 +22,11 @@ pub const SCENARIOS: &[Scenario] = &[
         vm::command::guest,
     ),
     in_guests(
+        "vm::new_device",
+        "cargo xtask new-device: a device of one's own, made from nothing, in a real guest",
+        vm::template::new_device,
+    ),
+    in_guests(
         "vm::two_guests",
         "two guests under QEMU's own virtio-net: the test of the tests",
         vm::harness::two_guests,

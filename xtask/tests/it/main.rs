@@ -1,5 +1,8 @@
 //! What `cargo xtask` says about options that cannot work. It says so at once: before it fetches,
-//! builds or starts anything.
+//! builds or starts anything. And `cargo xtask new-device`.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod new_device;
 
 use std::process::Command;
 

@@ -10,4 +10,5 @@ pub(super) mod idle;
 pub(super) mod plug;
 pub(super) mod sched;
 pub(super) mod state;
+pub(super) mod template;
 pub(super) mod traffic;

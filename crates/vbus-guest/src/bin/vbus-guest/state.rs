@@ -1,10 +1,9 @@
 //! `vbus-guest state`: the pages of a state device.
 
 use std::io::Read;
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use vbus_driver::state::{Description, Owner, Pages};
 use vbus_driver::{Acknowledger, Function, Hal};
@@ -12,7 +11,7 @@ use vbus_shm::abi::class;
 use vbus_shm::signal::Armed;
 
 use vbus_cli::output::{columns, emit, emit_bytes, emit_json, plain};
-use vbus_guest::{Interrupt, Source, claim};
+use vbus_guest::{Interrupt, Source, claim, wait};
 
 /// What to do, and with which device.
 #[derive(clap::Args, Debug)]
@@ -174,21 +173,8 @@ impl<H: Hal> Session<H> {
 
     /// Waits for an interrupt, a second at most.
     fn sleep(&mut self) -> Result<()> {
-        self.interrupt.enable()?;
-        let mut fds = [
-            PollFd::from_borrowed_fd(self.interrupt.fd(), PollFlags::IN),
-            PollFd::from_borrowed_fd(self.interrupt.lifeline(), PollFlags::RDHUP),
-        ];
-        match poll(&mut fds, Some(&Timespec { tv_sec: 1, tv_nsec: 0 })) {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(error) => return Err(error).context("poll"),
-        }
-        let (came, gone) = (fds[0].revents().contains(PollFlags::IN), !fds[1].revents().is_empty());
-        if came {
-            self.interrupt.take()?;
+        if wait(&mut *self.interrupt, Duration::from_secs(1))? {
             self.acknowledger.acknowledge();
-        } else if gone {
-            bail!("the device has gone");
         }
         Ok(())
     }

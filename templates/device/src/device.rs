@@ -1,0 +1,86 @@
+//! The device. It gives each text back in capital letters.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde_json::{Value, json};
+use vbus_core::service::{self, Service, Sizes};
+use vbus_core::settings::Settings;
+use vbus_core::{CreateError, Device, DeviceClass, ErrorCode, Identity};
+
+/// Makes devices from their configuration.
+pub struct MyDeviceClass;
+
+impl DeviceClass for MyDeviceClass {
+    fn name(&self) -> &'static str {
+        "my-device"
+    }
+
+    fn help(&self) -> &'static str {
+        "Gives each text back in capital letters. suffix = TEXT (none) follows each."
+    }
+
+    fn create(&self, _name: &str, config: &Value) -> Result<Arc<dyn Device>, CreateError> {
+        let mut settings = Settings::new(config)?;
+        let suffix = settings.text("suffix")?.unwrap_or_default();
+        if suffix.len() > 16 {
+            return Err(settings.error("suffix", "is too long; use at most 16 bytes"));
+        }
+        settings.finish()?;
+        service::device(MyDevice { suffix, count: AtomicU64::new(0) })
+    }
+}
+
+/// One device.
+struct MyDevice {
+    suffix: String,
+    /// Requests so far.
+    count: AtomicU64,
+}
+
+impl Service for MyDevice {
+    fn identity(&self) -> Identity {
+        Identity::user("my-device")
+    }
+
+    fn sizes(&self) -> Sizes {
+        Sizes { request: 4096, response: 4096 + 16 }
+    }
+
+    // Runs where other devices run too, and must not block. If it has to, say in `threads` how
+    // many threads of its own the device needs.
+    fn answer(&self, request: &[u8], response: &mut Vec<u8>) -> Result<(), ErrorCode> {
+        let text = std::str::from_utf8(request).map_err(|_| ErrorCode::BAD_ARGUMENT)?;
+        response.extend(text.to_ascii_uppercase().bytes());
+        response.extend(self.suffix.bytes());
+        self.count.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn inspect(&self) -> Value {
+        json!({ "suffix": self.suffix, "count": self.count.load(Ordering::Relaxed) })
+    }
+
+    fn control(&self, request: &Value, reply: &mut dyn FnMut(Value) -> bool) -> Result<(), String> {
+        match request["op"].as_str() {
+            Some("count") => {
+                reply(json!({ "count": self.count.load(Ordering::Relaxed) }));
+                Ok(())
+            }
+            _ => Err(r#"unknown request; there is: {"op": "count"}"#.into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_are_checked() {
+        let error = |config| MyDeviceClass.check("a", &config).unwrap_err().to_string();
+        assert!(error(json!({ "sufix": "!" })).contains("did you mean \"suffix\"?"));
+        assert!(error(json!({ "suffix": "x".repeat(17) })).contains("at most 16 bytes"));
+        assert!(MyDeviceClass.check("a", &json!({ "suffix": "!" })).is_ok());
+    }
+}

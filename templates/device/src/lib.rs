@@ -1,0 +1,4 @@
+//! A device class for vbus, with its driver.
+
+pub mod device;
+pub mod driver;

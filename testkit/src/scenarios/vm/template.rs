@@ -1,0 +1,27 @@
+//! A device of one's own, from the template, in a real guest.
+
+use anyhow::{Context, Result, ensure};
+
+use crate::lab::Scene;
+use crate::{template, workspace};
+
+/// A crate made from nothing passes its own tests, that in a real guest too.
+pub fn new_device(scene: &Scene) -> Result<()> {
+    let folder = scene.dir().join("first-block");
+    template::new_device("first-block", &folder)?;
+    let output = workspace::cargo()
+        .args(["test", "--quiet", "--offline", "--test", "it", "--", "--include-ignored"])
+        .current_dir(&folder)
+        // Kept from run to run, since most of it are the crates of vbus.
+        .env("CARGO_TARGET_DIR", workspace::target().join("new-device"))
+        .output()
+        .context("cannot run cargo")?;
+    let said = format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    ensure!(output.status.success(), "the tests of a new device fail:\n{said}");
+    ensure!(said.contains("2 passed"), "not both tests ran:\n{said}");
+    Ok(())
+}
