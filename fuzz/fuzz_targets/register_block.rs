@@ -29,7 +29,7 @@ struct Rings(Vec<(u32, DeviceEnd<Window>, Interrupt)>);
 
 impl Device for Fuzzed {
     fn identity(&self) -> Identity {
-        Identity { features: 7, vectors: 4, ..Identity::user("fuzzed") }
+        Identity::user("fuzzed").with_features(7).with_vectors(4)
     }
 
     fn open(&self, _open: Open) -> Result<Box<dyn Connection>, ErrorCode> {

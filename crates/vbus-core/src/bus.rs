@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use serde_json::Value;
 use vbus_shm::Versions;
+use vbus_shm::abi::reg;
 
 use crate::device::{CreateError, Device, DeviceClass};
 use crate::endpoint::Endpoint;
@@ -18,6 +19,7 @@ pub const NAME_MAX: usize = 32;
 
 /// Why a device could not be added or removed.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum BusError {
     /// Not 1 to 32 of `a-z A-Z 0-9 - _ .`, or begins with a dot.
     #[error(
@@ -36,6 +38,9 @@ pub enum BusError {
     /// More than [`DEVICES_MAX`].
     #[error("more than {DEVICES_MAX} devices")]
     Full,
+    /// The device says something of itself that cannot be.
+    #[error("device {0:?} cannot join a bus: {1}")]
+    Identity(String, String),
     /// The class refused.
     #[error("device {0:?}: {1}")]
     Create(String, CreateError),
@@ -118,9 +123,17 @@ impl Bus {
     /// Adds a device as `name`.
     pub fn add(&self, name: &str, device: Arc<dyn Device>) -> Result<Arc<Endpoint>, BusError> {
         self.check_new(name)?;
+        let (identity, config) = (device.identity(), device.config());
+        identity.check().map_err(|what| BusError::Identity(name.into(), what))?;
+        if config.len() > reg::CONFIG_MAX {
+            let what =
+                format!("a config area of {} bytes; at most {}", config.len(), reg::CONFIG_MAX);
+            return Err(BusError::Identity(name.into(), what));
+        }
         let endpoint = Endpoint::new(
             name,
             device,
+            (identity, config),
             self.executor.clone(),
             (self.trust, self.versions),
             Arc::downgrade(&self.devices),

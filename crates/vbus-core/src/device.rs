@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use serde_json::Value;
-use vbus_shm::abi::class;
+use vbus_shm::abi::{bar0, class, feature};
 use vbus_shm::signal::Armed;
 
 use crate::call::Call;
@@ -41,8 +41,10 @@ pub trait DeviceClass: Send + Sync {
 #[error("{0}")]
 pub struct CreateError(pub String);
 
-/// What a device is; fixed for its life.
+/// What a device is; fixed for its life. It is [checked](Identity::check) when the device joins a
+/// bus.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Identity {
     /// Number of the class ([`vbus_shm::abi::class`]); devices of one's own count from
     /// [`class::USER`].
@@ -60,19 +62,81 @@ pub struct Identity {
 }
 
 impl Identity {
-    /// A device of one's own: class [`class::USER`], no features, 8 regions, one vector; PCI class
-    /// "unassigned".
+    /// A device of the class with this number and name, without features, with 8 regions and one
+    /// vector.
+    pub fn new(class: u16, class_name: &'static str, pci_class: u32) -> Identity {
+        Identity { class, class_name, pci_class, features: 0, regions: 8, vectors: 1 }
+    }
+
+    /// A device of one's own: class [`class::USER`], PCI class "unassigned", no features, 8
+    /// regions, one vector.
     pub fn user(class_name: &'static str) -> Identity {
-        Identity {
-            class: class::USER,
-            class_name,
-            pci_class: 0xff_00_00,
-            features: 0,
-            regions: 8,
-            vectors: 1,
+        Identity::new(class::USER, class_name, 0xff_00_00)
+    }
+
+    /// The same with another class number ([`class::USER`] and above are free).
+    #[must_use]
+    pub fn with_class(mut self, class: u16) -> Identity {
+        self.class = class;
+        self
+    }
+
+    /// The same with these features.
+    #[must_use]
+    pub fn with_features(mut self, features: u64) -> Identity {
+        self.features = features;
+        self
+    }
+
+    /// The same with at most so many regions.
+    #[must_use]
+    pub fn with_regions(mut self, regions: u32) -> Identity {
+        self.regions = regions;
+        self
+    }
+
+    /// The same with so many interrupt vectors.
+    #[must_use]
+    pub fn with_vectors(mut self, vectors: u16) -> Identity {
+        self.vectors = vectors;
+        self
+    }
+
+    /// Whether registers and configuration space can say it.
+    ///
+    /// # Errors
+    /// What cannot be said, with the range that could, for the author of the class.
+    pub fn check(&self) -> Result<(), String> {
+        let name = self.class_name;
+        if self.class == 0 {
+            return Err("class number 0; use 0x8000 to 0xffff for a class of your own".into());
         }
+        if !(1..=CLASS_NAME_MAX).contains(&name.len())
+            || !name.bytes().all(|byte| byte.is_ascii_graphic())
+        {
+            return Err(format!(
+                "class name {name:?}; use 1 to {CLASS_NAME_MAX} printable characters of ASCII, \
+                 without spaces"
+            ));
+        }
+        if self.pci_class > 0xff_ffff {
+            return Err(format!("PCI class {:#x}; it has 24 bits", self.pci_class));
+        }
+        if self.features & !feature::CLASS_MASK != 0 {
+            return Err(format!("features {:#x}; bits 48 to 63 are the bus's own", self.features));
+        }
+        if self.regions > bar0::DOORBELL_COUNT {
+            return Err(format!("{} regions; at most {}", self.regions, bar0::DOORBELL_COUNT));
+        }
+        if !(1..=bar0::MSIX_MAX).contains(&self.vectors) {
+            return Err(format!("{} vectors; 1 to {}", self.vectors, bar0::MSIX_MAX));
+        }
+        Ok(())
     }
 }
+
+/// The longest name of a class, in bytes.
+const CLASS_NAME_MAX: usize = 16;
 
 /// A device on the bus. It lives until it is removed; drivers come and go, one at a time.
 pub trait Device: Send + Sync {
@@ -117,6 +181,7 @@ pub trait Device: Send + Sync {
 }
 
 /// What a new connection is given.
+#[non_exhaustive]
 pub struct Open {
     /// The version of the ABI that both ends speak.
     pub version: u16,
@@ -156,6 +221,7 @@ impl Fail {
 
 /// Memory that the driver registered with a connection.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Region {
     /// Which of the class's regions it is.
     pub id: u32,

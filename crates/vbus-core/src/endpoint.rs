@@ -174,14 +174,14 @@ impl Endpoint {
     pub(crate) fn new(
         name: &str,
         device: Arc<dyn Device>,
+        (identity, config): (Identity, Vec<u8>),
         executor: Arc<Executor>,
         (trust, versions): (Trust, Versions),
         devices: Weak<Devices>,
     ) -> Arc<Endpoint> {
-        let identity = device.identity();
         let count = identity.regions as usize;
         let outlet = Arc::new(Outlet::new());
-        let events = Arc::new(Events::new(device.config(), outlet.clone()));
+        let events = Arc::new(Events::new(config, outlet.clone()));
         Arc::new_cyclic(|this| Endpoint {
             name: name.to_owned(),
             device,
@@ -457,8 +457,8 @@ impl Endpoint {
         let mut inner = lock(&self.inner);
         if !matches!(*inner, Inner::Removed) {
             self.end(&mut inner, Inner::Closed);
-            self.events.close();
         }
+        self.events.close();
     }
 
     /// The device leaves the bus: the connection ends, and there will be no other.

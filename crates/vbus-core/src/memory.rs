@@ -34,6 +34,7 @@ pub const PAGE: u64 = 4096;
 
 /// Why a map was refused.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum MapError {
     /// Length 0, or address + length wraps around, or not whole pages.
     #[error("bad range {0:#x}+{1:#x}")]

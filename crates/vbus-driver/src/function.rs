@@ -75,6 +75,7 @@ impl Region {
 
 /// What a function says of itself.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct Info {
     /// [`vbus_shm::abi::class`].
     pub class: u32,

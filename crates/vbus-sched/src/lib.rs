@@ -112,14 +112,7 @@ struct SchedDevice(Arc<Cpus>);
 
 impl Device for SchedDevice {
     fn identity(&self) -> Identity {
-        Identity {
-            class: class::SCHED,
-            class_name: "sched",
-            pci_class: 0x08_80_00,
-            features: 0,
-            regions: self.0.config.cpus * 2,
-            vectors: 1,
-        }
+        Identity::new(class::SCHED, "sched", 0x08_80_00).with_regions(self.0.config.cpus * 2)
     }
 
     fn config(&self) -> Vec<u8> {

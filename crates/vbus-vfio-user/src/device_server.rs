@@ -210,6 +210,7 @@ impl Target for Served {
                 MapError::Overlap(..) => Errno::EXIST,
                 MapError::Limit | MapError::LimitOfAll => Errno::NOSPC,
                 MapError::Os(errno) => errno,
+                _ => Errno::INVAL,
             }
         })
     }

@@ -29,7 +29,7 @@ struct Doubling {
 
 impl Device for Doubler {
     fn identity(&self) -> Identity {
-        Identity { features: 0b11, ..Identity::user("doubler") }
+        Identity::user("doubler").with_features(0b11)
     }
 
     fn open(&self, _: Open) -> Result<Box<dyn Connection>, ErrorCode> {
@@ -503,4 +503,45 @@ fn stopping_a_task_that_fails_just_then_waits_until_it_is_gone() {
         !was_early.recv_timeout(BOUND).unwrap(),
         "stop has returned while the task still held what it holds"
     );
+}
+
+/// A device that says of itself what the test says, and does nothing.
+struct Claims(Identity, usize);
+
+impl Device for Claims {
+    fn identity(&self) -> Identity {
+        self.0.clone()
+    }
+
+    fn config(&self) -> Vec<u8> {
+        vec![0; self.1]
+    }
+
+    fn open(&self, _: Open) -> Result<Box<dyn Connection>, ErrorCode> {
+        Err(ErrorCode::FAILED)
+    }
+}
+
+#[test]
+fn a_device_that_says_what_cannot_be_does_not_join() {
+    let bus = Bus::new(Executor::start(Tuning::default()).unwrap(), Vec::new(), Trust::Sealed);
+    let fine = || Identity::user("claims");
+    let most = fine().with_regions(1024).with_vectors(256).with_features((1 << 48) - 1);
+    bus.add("most", Arc::new(Claims(most, 1024))).unwrap();
+    for (identity, config, says) in [
+        (fine().with_class(0), 0, "class number 0"),
+        (Identity::user(""), 0, "class name"),
+        (Identity::user("seventeen-letters"), 0, "class name"),
+        (Identity::user("caf\u{e9}"), 0, "class name"),
+        (Identity::new(0x8000, "claims", 1 << 24), 0, "PCI class"),
+        (fine().with_features(1 << 48), 0, "features"),
+        (fine().with_regions(1025), 0, "1025 regions"),
+        (fine().with_vectors(0), 0, "0 vectors"),
+        (fine().with_vectors(257), 0, "257 vectors"),
+        (fine(), 1025, "config area of 1025 bytes"),
+    ] {
+        let error = bus.add("claims", Arc::new(Claims(identity, config))).err().unwrap();
+        assert!(error.to_string().contains(says), "{error} for {says}");
+    }
+    assert!(bus.get("claims").is_err());
 }

@@ -50,14 +50,9 @@ struct PicDevice {
 
 impl Device for PicDevice {
     fn identity(&self) -> Identity {
-        Identity {
-            class: class::PIC,
-            class_name: "pic",
-            pci_class: 0x08_80_00,
-            features: 0,
-            regions: u32::from(self.cpus),
-            vectors: self.cpus,
-        }
+        Identity::new(class::PIC, "pic", 0x08_80_00)
+            .with_regions(u32::from(self.cpus))
+            .with_vectors(self.cpus)
     }
 
     fn config(&self) -> Vec<u8> {

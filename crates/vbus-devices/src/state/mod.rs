@@ -68,14 +68,9 @@ struct StateDevice(Arc<Shared>);
 impl Device for StateDevice {
     fn identity(&self) -> Identity {
         let pages = u16::try_from(self.0.pages.len()).unwrap_or(u16::MAX);
-        Identity {
-            class: class::STATE,
-            class_name: "state",
-            pci_class: 0x05_80_00,
-            features: 0,
-            regions: u32::from(pages),
-            vectors: pages,
-        }
+        Identity::new(class::STATE, "state", 0x05_80_00)
+            .with_regions(u32::from(pages))
+            .with_vectors(pages)
     }
 
     fn config(&self) -> Vec<u8> {

@@ -57,14 +57,10 @@ impl VenetDevice {
     /// See [`vbus_core::Device::identity`].
     pub fn identity(&self) -> Identity {
         let pairs = self.config.queue_pairs;
-        Identity {
-            class: class::VENET,
-            class_name: "venet",
-            pci_class: 0x02_00_00,
-            features: self.features(),
-            regions: u32::from(pairs) * 2 + 1,
-            vectors: pairs * 2 + 1,
-        }
+        Identity::new(class::VENET, "venet", 0x02_00_00)
+            .with_features(self.features())
+            .with_regions(u32::from(pairs) * 2 + 1)
+            .with_vectors(pairs * 2 + 1)
     }
 
     /// See [`vbus_core::Device::config`].

@@ -171,8 +171,7 @@ mod tests {
     use super::*;
 
     fn space(options: Options) -> ConfigSpace {
-        let identity =
-            Identity { class: 7, pci_class: 0x02_00_00, vectors: 5, ..Identity::user("test") };
+        let identity = Identity::new(7, "test", 0x02_00_00).with_vectors(5);
         config_space(&identity, options)
     }
 

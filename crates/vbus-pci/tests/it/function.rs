@@ -24,7 +24,7 @@ struct Mirroring(Option<(DeviceEnd<Window>, Interrupt)>);
 
 impl Device for Mirror {
     fn identity(&self) -> Identity {
-        Identity { features: 0b101, vectors: 3, ..Identity::user("mirror") }
+        Identity::user("mirror").with_features(0b101).with_vectors(3)
     }
 
     fn config(&self) -> Vec<u8> {

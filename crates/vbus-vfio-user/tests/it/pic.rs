@@ -35,7 +35,7 @@ struct Beeping(Arc<Mutex<Vec<Interrupt>>>);
 
 impl Device for Beeper {
     fn identity(&self) -> Identity {
-        Identity { regions: VECTORS.into(), vectors: VECTORS, ..Identity::user("beeper") }
+        Identity::user("beeper").with_regions(VECTORS.into()).with_vectors(VECTORS)
     }
 
     fn open(&self, _: Open) -> Result<Box<dyn Connection>, ErrorCode> {
@@ -151,7 +151,7 @@ fn drain(cpu: &mut Controller<Process>) -> Vec<u16> {
 
 fn status<T>(result: Result<T, Error>) -> Option<ErrorCode> {
     match result {
-        Err(Error::Refused { status, .. }) => Some(status),
+        Err(Error::Refused { status: code, .. } | Error::Class { code, .. }) => Some(code),
         Err(error) => panic!("{error}"),
         Ok(_) => None,
     }
