@@ -4,8 +4,53 @@ use std::cell::Cell;
 
 pub use loom::sync::atomic::Ordering;
 
+use crate::mortal::{mortal, one_less};
+
 /// A word of shared memory.
-pub type Word = loom::sync::atomic::AtomicU64;
+#[derive(Debug)]
+pub struct Word(loom::sync::atomic::AtomicU64);
+
+loom::thread_local! {
+    /// Accesses that a thread of the model may still make.
+    static LEFT: Cell<Option<u32>> = Cell::new(None);
+}
+
+/// Runs `life`, which ends before it makes more than `left` accesses: then `None`.
+pub fn live<T>(left: u32, life: impl FnOnce() -> T) -> Option<T> {
+    LEFT.with(|place| place.set(Some(left)));
+    let outcome = mortal(life);
+    LEFT.with(|place| place.set(None));
+    outcome
+}
+
+fn access() {
+    LEFT.with(|left| left.set(one_less(left.get())));
+}
+
+impl Word {
+    /// A word that holds `value`.
+    pub fn new(value: u64) -> Word {
+        Word(loom::sync::atomic::AtomicU64::new(value))
+    }
+
+    /// As of an atomic.
+    pub fn load(&self, order: Ordering) -> u64 {
+        access();
+        self.0.load(order)
+    }
+
+    /// As of an atomic.
+    pub fn store(&self, value: u64, order: Ordering) {
+        access();
+        self.0.store(value, order);
+    }
+
+    /// As of an atomic.
+    pub fn swap(&self, value: u64, order: Ordering) -> u64 {
+        access();
+        self.0.swap(value, order)
+    }
+}
 
 /// As in `vbus-shm`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,7 +133,7 @@ pub fn observe(word: &Word, at: Edge) -> u64 {
 
 /// An exchange with release, or a relaxed one if the place was taken out.
 pub fn set_bits(word: &Word, bits: u64, at: Edge) -> u64 {
-    word.fetch_or(
+    word.0.fetch_or(
         bits,
         if present(Place::Publish(at)) { Ordering::Release } else { Ordering::Relaxed },
     )
@@ -96,7 +141,7 @@ pub fn set_bits(word: &Word, bits: u64, at: Edge) -> u64 {
 
 /// An exchange with acquire, or a relaxed one if the place was taken out.
 pub fn clear_bits(word: &Word, bits: u64, at: Edge) -> u64 {
-    word.fetch_and(
+    word.0.fetch_and(
         !bits,
         if present(Place::Observe(at)) { Ordering::Acquire } else { Ordering::Relaxed },
     )

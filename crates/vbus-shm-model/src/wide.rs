@@ -1,7 +1,7 @@
 //! The same interface as `vbus_shm::wide`, which copies nothing, so that all goes word by word:
 //! loom has to see every access.
 
-use crate::sync::Word;
+use super::sync::Word;
 
 /// Copies nothing.
 pub fn store(_: &[Word], _: &[u8]) -> bool {

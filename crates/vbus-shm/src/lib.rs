@@ -8,7 +8,7 @@
 //! - a [`ring`] keeps every value in flight, in order;
 //! - a [`state`] page keeps the newest value: the last update is always current.
 //!
-//! A fourth, the interrupt page ([`pic`]), tells a processor which of many interrupts are pending
+//! A [`ledger`] goes with a ring whose device returns out of order. A fourth, the interrupt page ([`pic`]), tells a processor which of many interrupts are pending
 //! without an exit for each.
 //!
 //! [`abi`] holds every number that both ends must agree on. The crate has no dependency, does not
@@ -39,6 +39,7 @@
 pub mod abi;
 pub mod copy;
 mod error_code;
+pub mod ledger;
 pub mod memory;
 pub mod pace;
 pub mod pic;

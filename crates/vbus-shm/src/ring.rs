@@ -106,13 +106,13 @@ impl From<Entry> for Return {
 impl Return {
     /// The second word: the length in bits 0..32, the id in 32..48, the flags in 48..64.
     #[inline(always)]
-    fn tag(self, mark: u64) -> u64 {
+    pub(super) fn tag(self, mark: u64) -> u64 {
         let word = u64::from(self.len) | u64::from(self.id) << 32 | u64::from(self.flags) << 48;
         word & !MARKS | mark
     }
 
     #[inline(always)]
-    fn from_tag(tag: u64) -> Return {
+    pub(super) fn from_tag(tag: u64) -> Return {
         let flags = ((tag & !MARKS) >> 48 & 0xffff) as u16;
         Return { len: low(tag), id: (tag >> 32 & 0xffff) as u16, flags }
     }
@@ -182,6 +182,9 @@ pub enum Corrupt {
     Overfull,
     /// The device returned more than it was given, or a run of none.
     Unasked,
+    /// The driver submitted an entry to a ring with a ledger whose id is that of another entry in
+    /// flight, or no number below the ring's size.
+    BadId,
 }
 
 /// No room: as many entries are in flight as the ring holds.
@@ -526,6 +529,22 @@ impl<M: Memory> DeviceEnd<M> {
         self.layout
     }
 
+    /// The position of the next entry to take.
+    pub(super) fn taken(&self) -> u64 {
+        self.taken
+    }
+
+    /// The position of the next return.
+    pub(super) fn given(&self) -> u64 {
+        self.given
+    }
+
+    /// Counts `n` entries as taken, so far as the ring holds them.
+    pub(super) fn skip(&mut self, n: usize) {
+        let room = (self.layout.entries - self.held()) as usize;
+        self.taken = self.taken.wrapping_add(n.min(room) as u64);
+    }
+
     /// Entries taken and not yet given back.
     #[inline]
     pub fn held(&self) -> u32 {
@@ -542,6 +561,14 @@ impl<M: Memory> DeviceEnd<M> {
     /// The next submitted entry. Its content is the peer's word: check it before use.
     #[inline]
     pub fn take(&mut self) -> Result<Option<Entry>, Corrupt> {
+        let entry = self.peek()?;
+        self.taken = self.taken.wrapping_add(u64::from(entry.is_some()));
+        Ok(entry)
+    }
+
+    /// The next submitted entry, which is not taken.
+    #[inline(always)]
+    pub(super) fn peek(&self) -> Result<Option<Entry>, Corrupt> {
         let (layout, pos) = (self.layout, self.taken);
         let slot = layout.slot(self.mem.words(), pos);
         // Pairs with the publication in `DriverEnd::post`: the address is visible with its tag, or
@@ -553,7 +580,6 @@ impl<M: Memory> DeviceEnd<M> {
         if self.held() == layout.entries {
             return Err(Corrupt::Overfull);
         }
-        self.taken = pos.wrapping_add(1);
         let Return { len, id, flags } = Return::from_tag(tag);
         Ok(Some(Entry { addr: slot[0].load(Ordering::Relaxed), len, id, flags }))
     }

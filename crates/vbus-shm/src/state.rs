@@ -333,8 +333,8 @@ impl<M: Memory, E: End, const N: usize> Latest<M, E, N> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::signal::end::{Device, Driver};
     use super::*;
-    use crate::signal::end::{Device, Driver};
 
     fn memory(layout: Layout, start: u64) -> Vec<Word> {
         let memory: Vec<Word> = (0..layout.words()).map(|_| Word::new(0)).collect();

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)] // Of a test as a whole.
 
 mod harness;
+mod kill;
 mod pic;
 mod ring;
 mod signal;

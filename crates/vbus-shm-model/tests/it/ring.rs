@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use loom::sync::atomic::{AtomicU64, Ordering};
+use loom::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use loom::thread;
 use vbus_shm_model::ring::{DeviceEnd, DriverEnd, Entry, Layout, Return, Returns};
 use vbus_shm_model::signal::Armed;
-use vbus_shm_model::sync::{Edge, Fence, Place};
+use vbus_shm_model::sync::{Edge, Fence, Place, live};
 
 use crate::harness::{Kick, Shared, check, needs};
 
@@ -130,6 +130,93 @@ fn batches_of_more_than_a_line() {
     for returns in FORMS {
         check(2, move || Model::new(returns, 8, 5, 5).run());
     }
+}
+
+/// The device of a ring of 8, through which `total` entries go as one batch.
+#[derive(Clone)]
+struct Mortal {
+    memory: Shared,
+    stop: Arc<AtomicBool>,
+    doorbell: Kick,
+    interrupt: Kick,
+}
+
+impl Mortal {
+    fn serve(&self, mut device: DeviceEnd<Shared>) {
+        while !self.stop.load(Ordering::Acquire) {
+            while let Some(entry) = device.take().unwrap() {
+                assert_eq!(entry.len, 1, "an entry came torn or out of order");
+                let back = Return { id: 7, ..back(device.layout().returns(), entry.addr - 100) };
+                device.give_back(back);
+            }
+            if device.post().is_wanted() {
+                self.interrupt.kick();
+            }
+            if device.arm(0) == Armed::Waiting {
+                self.doorbell.wait();
+            }
+        }
+    }
+
+    /// The first device end ends before its access number `accesses`, and another takes the ring up.
+    fn run(returns: Returns, total: u64, accesses: u32) {
+        let layout = Layout::new(8, returns).unwrap();
+        let memory = Shared::new(layout.words());
+        let mut driver = DriverEnd::create(memory.clone(), layout, NEAR_WRAP).unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let there = Mortal { memory, stop, doorbell: Kick::new(), interrupt: Kick::new() };
+        let thread = thread::spawn({
+            let there = there.clone();
+            move || {
+                let first = DeviceEnd::attach(there.memory.clone()).unwrap();
+                if live(accesses, || there.serve(first)).is_none() {
+                    let (second, kick) = DeviceEnd::resume(there.memory.clone()).unwrap();
+                    if kick.is_wanted() {
+                        there.interrupt.kick();
+                    }
+                    there.serve(second);
+                }
+            }
+        });
+        (0..total).for_each(|n| driver.submit(entry(n)).unwrap());
+        if driver.post().is_wanted() {
+            there.doorbell.kick();
+        }
+        let mut reaped = 0;
+        while reaped < total {
+            let before = reaped;
+            if returns == Returns::Counted {
+                reaped += u64::from(driver.reap_count().unwrap());
+            } else {
+                while let Some(one) = driver.reap().unwrap() {
+                    assert_eq!(one, back(returns, reaped), "a return came torn or out of order");
+                    reaped += 1;
+                }
+            }
+            if reaped == before && driver.arm(0) == Armed::Waiting {
+                there.interrupt.wait();
+            }
+        }
+        there.stop.store(true, Ordering::Release);
+        there.doorbell.kick();
+        thread.join().unwrap();
+    }
+}
+
+#[test]
+fn a_device_that_ends_before_any_access_is_resumed() {
+    for returns in FORMS {
+        for total in [2, 5] {
+            for accesses in 0..40 {
+                check(1, move || Mortal::run(returns, total, accesses));
+            }
+        }
+    }
+}
+
+#[test]
+fn resuming_needs_its_fences() {
+    needs(&SLEEP, 2, || Mortal::run(Returns::InOrder, 1, 5));
 }
 
 const SLEEP: [Place; 2] = [Place::Fence(Fence::Post), Place::Fence(Fence::Arm)];

@@ -1,0 +1,314 @@
+//! Device ends, and owners of state pages, that end before any access to shared memory, and others
+//! that take up what they left: a driver sees no return lost or doubled, and sleeps through none.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use proptest::prelude::*;
+use vbus_shm_model::steps::ledger::{self, Ledger};
+use vbus_shm_model::steps::ring::{DeviceEnd, DriverEnd, Entry, Layout, Return, Returns};
+use vbus_shm_model::steps::signal::{Armed, end};
+use vbus_shm_model::steps::state::{self, Reader, Writer};
+use vbus_shm_model::steps::sync::{Word, live};
+
+type Memory<'a> = &'a [Word];
+
+fn memory(words: usize) -> Vec<Word> {
+    (0..words).map(|_| Word::new(0)).collect()
+}
+
+/// What the device answers entry number `n` with.
+fn answer(n: u64) -> u32 {
+    u32::try_from(n).unwrap() * 3 + 1
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Form {
+    Counted,
+    Entries,
+    InOrder,
+    /// Entries in any order.
+    Ledger,
+}
+
+impl Form {
+    fn returns(self) -> Returns {
+        match self {
+            Form::Counted => Returns::Counted,
+            Form::Entries | Form::Ledger => Returns::Entries,
+            Form::InOrder => Returns::InOrder,
+        }
+    }
+}
+
+const FORMS: [Form; 4] = [Form::Counted, Form::Entries, Form::InOrder, Form::Ledger];
+
+#[derive(Clone, Copy, Debug)]
+enum Op {
+    /// The driver submits so many entries, and posts.
+    Submit(u8),
+    /// The driver reaps up to so many.
+    Reap(u8),
+    /// The driver arms, and does nothing else until it is kicked.
+    Sleep,
+    /// The device takes up to so many, gives back up to so many, and posts.
+    Serve(u8, u8),
+}
+
+/// A device end while it lives.
+enum Device<'a> {
+    Plain(DeviceEnd<Memory<'a>>, VecDeque<Entry>),
+    WithLedger(Ledger<Memory<'a>>, VecDeque<Entry>),
+}
+
+impl<'a> Device<'a> {
+    /// Takes up the ring; with whether the driver is to be kicked.
+    fn resume(form: Form, ring: Memory<'a>, ledger: Memory<'a>) -> (Device<'a>, bool) {
+        if form == Form::Ledger {
+            let (device, kick) = Ledger::resume(ring, ledger).unwrap();
+            let held = device.held().map(|held| (held.position, held.entry));
+            let held = held.collect::<BTreeMap<_, _>>().into_values().collect();
+            return (Device::WithLedger(device, held), kick.is_wanted());
+        }
+        let (device, kick) = DeviceEnd::resume(ring).unwrap();
+        (Device::Plain(device, VecDeque::new()), kick.is_wanted())
+    }
+
+    /// Takes, gives back, posts; says whether the driver is to be kicked.
+    fn serve(&mut self, take: u8, give: u8) -> bool {
+        for _ in 0..take {
+            let taken = match self {
+                Device::Plain(device, _) => device.take(),
+                Device::WithLedger(device, _) => device.take(),
+            };
+            let Some(entry) = taken.unwrap() else { break };
+            assert_eq!(u64::from(entry.len), entry.addr ^ 0xff, "the submission is damaged");
+            self.held().push_back(entry);
+        }
+        for _ in 0..give {
+            let next = match self {
+                Device::Plain(_, held) => held.pop_front(),
+                // In some other order.
+                Device::WithLedger(_, held) => {
+                    if give % 2 == 0 {
+                        held.pop_back()
+                    } else {
+                        held.pop_front()
+                    }
+                }
+            };
+            let Some(entry) = next else { break };
+            let back = Return { len: answer(entry.addr), ..entry.into() };
+            match self {
+                Device::Plain(device, _) => device.give_back(back),
+                Device::WithLedger(device, _) => device.give_back(back),
+            }
+        }
+        match self {
+            Device::Plain(device, _) => device.post().is_wanted(),
+            Device::WithLedger(device, _) => device.ring().post().is_wanted(),
+        }
+    }
+
+    fn held(&mut self) -> &mut VecDeque<Entry> {
+        match self {
+            Device::Plain(_, held) | Device::WithLedger(_, held) => held,
+        }
+    }
+}
+
+/// The driver, and what it knows.
+struct Driver<'a> {
+    form: Form,
+    end: DriverEnd<Memory<'a>>,
+    submitted: u64,
+    reaped: u64,
+    /// By id, the number of the entry in flight.
+    in_flight: BTreeMap<u16, u64>,
+    asleep: bool,
+}
+
+impl Driver<'_> {
+    fn submit(&mut self, count: u8) {
+        for _ in 0..count {
+            if self.end.space() == 0 {
+                break;
+            }
+            let id = (0..).find(|id| !self.in_flight.contains_key(id)).unwrap();
+            let addr = self.submitted;
+            let len = u32::try_from(addr ^ 0xff).unwrap();
+            self.end.submit(Entry { addr, len, id, flags: 0 }).unwrap();
+            self.in_flight.insert(id, addr);
+            self.submitted += 1;
+        }
+        let _ = self.end.post(); // The device looks by itself.
+    }
+
+    fn reap(&mut self, count: u8) -> bool {
+        let before = self.reaped;
+        if self.form == Form::Counted {
+            self.reaped += u64::from(self.end.reap_count().unwrap());
+            let reaped = self.reaped;
+            self.in_flight.retain(|_, n| *n >= reaped);
+            return self.reaped != before;
+        }
+        for _ in 0..count {
+            let Some(back) = self.end.reap().unwrap() else { break };
+            let id = match self.form {
+                // Of the oldest.
+                Form::InOrder => *self.in_flight.iter().min_by_key(|(_, n)| **n).unwrap().0,
+                _ => back.id,
+            };
+            let n = self.in_flight.remove(&id).expect("an entry came back twice");
+            assert_eq!(back.len, answer(n), "another entry's return");
+            if self.form != Form::Ledger {
+                assert_eq!(n, self.reaped, "out of order");
+            }
+            self.reaped += 1;
+        }
+        self.reaped != before
+    }
+}
+
+/// Runs `ops`. The device's successive lives may make so many accesses each, and the last one any
+/// number. Returns how many of these lives have ended.
+fn run(form: Form, entries: u32, start: u64, ops: &[Op], lives: &[u32]) -> usize {
+    let layout = Layout::new(entries, form.returns()).unwrap();
+    let (ring, ledger) = (memory(layout.words()), memory(ledger::bytes(entries) / 8));
+    let end = DriverEnd::create(&ring[..], layout, start).unwrap();
+    ledger::format(&&ledger[..], entries).unwrap();
+    let mut driver =
+        Driver { form, end, submitted: 0, reaped: 0, in_flight: BTreeMap::new(), asleep: false };
+    let (mut device, mut ended) = (None, 0);
+    let mut left = lives.first().copied().unwrap_or(u32::MAX);
+
+    let mut serve = |driver: &mut Driver<'_>, take, give| {
+        let before = device.take();
+        let outcome = live(&mut left, || {
+            let (mut end, kick) =
+                before.map_or_else(|| Device::resume(form, &ring, &ledger), |end| (end, false));
+            let kick = kick | end.serve(take, give);
+            (end, kick)
+        });
+        if let Some((end, kick)) = outcome {
+            device = Some(end);
+            driver.asleep &= !kick;
+        } else {
+            // All that it had in its own memory is lost, and a kick that it was about to send.
+            ended += 1;
+            left = lives.get(ended).copied().unwrap_or(u32::MAX);
+        }
+    };
+    for op in ops {
+        match *op {
+            Op::Serve(take, give) => serve(&mut driver, take, give),
+            _ if driver.asleep => {}
+            Op::Submit(count) => driver.submit(count),
+            Op::Reap(count) => drop(driver.reap(count)),
+            Op::Sleep => driver.asleep = driver.end.arm(0) == Armed::Waiting,
+        }
+    }
+    // Everything comes back, whatever is left to be killed.
+    for _ in 0..1000 {
+        if driver.reaped == driver.submitted {
+            break;
+        }
+        serve(&mut driver, 255, 255);
+        if !driver.asleep {
+            driver.reap(255);
+            if driver.reaped != driver.submitted && driver.end.arm(0) == Armed::Waiting {
+                driver.asleep = true;
+            }
+        }
+    }
+    assert_eq!(driver.reaped, driver.submitted, "{form:?}: returns are lost, or slept through");
+    assert_eq!(driver.in_flight.len(), 0);
+    ended
+}
+
+/// Kills one life before each access, and the next before each access of its own.
+#[test]
+fn a_device_killed_at_any_access_loses_and_doubles_nothing() {
+    let ops = [
+        Op::Submit(7),
+        Op::Serve(7, 6),
+        Op::Sleep,
+        Op::Serve(3, 7),
+        Op::Reap(3),
+        Op::Submit(3),
+        Op::Serve(9, 1),
+        Op::Reap(20),
+        Op::Submit(8),
+        Op::Serve(8, 8),
+        Op::Reap(2),
+        Op::Submit(1),
+        Op::Serve(3, 2),
+    ];
+    for form in FORMS {
+        for start in [0, (1 << 47) - 3, (1 << 48) - 3, u64::MAX - 3] {
+            // Until the first life does all there is to do.
+            let mut first = 0;
+            while (0..30).map(|second| run(form, 8, start, &ops, &[first, second])).max() > Some(0)
+            {
+                first += 1;
+            }
+            assert!(first > 40, "{first} accesses");
+        }
+    }
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        3 => (0..10_u8).prop_map(Op::Submit),
+        3 => (0..10_u8).prop_map(Op::Reap),
+        1 => Just(Op::Sleep),
+        5 => (0..10_u8, 0..10_u8).prop_map(|(take, give)| Op::Serve(take, give)),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn whatever_is_killed_nothing_is_lost_or_doubled(
+        log in 1..=4_u32,
+        start in prop_oneof![Just(0), any::<u64>(), (0..20_u64).prop_map(u64::wrapping_neg)],
+        ops in prop::collection::vec(op(), 0..60),
+        lives in prop::collection::vec(0..60_u32, 0..20),
+    ) {
+        for form in FORMS {
+            run(form, 1 << log, start, &ops, &lives);
+        }
+    }
+
+    #[test]
+    fn an_owner_killed_at_any_access_keeps_the_newest_value(
+        lives in prop::collection::vec(0..20_u32, 0..20),
+    ) {
+        let layout = state::Layout::new(40, 4).unwrap();
+        let page = memory(layout.words());
+        layout.format(&&page[..], 0).unwrap();
+        let mut reader = Reader::attach(&page[..], end::Driver).unwrap();
+        let (mut known, mut next) = (0, 1_u8);
+        let mut armed = false;
+        for mut left in lives.into_iter().chain([u32::MAX]) {
+            let written = live(&mut left, || {
+                let (mut writer, kick) = Writer::resume(&page[..], end::Device).unwrap();
+                kick.is_wanted() | writer.write(&[next; 40]).is_wanted()
+            });
+            armed &= written != Some(true);
+            let mut value = [0; 40];
+            let version = reader.read(&mut value).unwrap();
+            prop_assert!(version == known || version == known + 1);
+            if version > known {
+                prop_assert_eq!(value, [next; 40], "a torn value");
+                next = next.wrapping_add(1);
+            } else {
+                prop_assert_eq!(value, [next.wrapping_sub(1); 40], "a value was lost");
+            }
+            if armed {
+                // Nobody has kicked: then the life that posted is over.
+                prop_assert!(written.is_none() || version == known);
+            }
+            known = version;
+            armed = reader.arm_newer(known) == Armed::Waiting;
+        }
+    }
+}
