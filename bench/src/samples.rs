@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::duel::{Wait, hand_over};
+use crate::duel::hand_over;
 
 /// Where the two cores were during a round.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,7 +65,7 @@ impl Samples {
     /// Takes the rounds of one group of figures.
     pub fn rounds(&mut self, mut take: impl FnMut(&mut Round<'_>)) {
         for _ in 0..self.rounds {
-            let hand_over = hand_over(1 << 10, Wait::Spin);
+            let hand_over = hand_over(1 << 10);
             take(&mut Round { hand_over, figures: &mut self.figures });
         }
     }
