@@ -21,13 +21,13 @@ pub fn sample(samples: &mut Samples) {
         for (name, nesting) in [("flat", Nesting::Flat), ("nested", Nesting::Nested)] {
             let (mut driver, device) = page(nesting);
             let one = time(200_000, || {
-                black_box(device.raise(3));
+                let _ = black_box(device.raise(3));
                 drain(&mut driver);
             });
             round.add(format!("lines/one/{name}"), one);
             let group = time(20_000, || {
                 for line in 0..GROUP {
-                    black_box(device.raise(line));
+                    let _ = black_box(device.raise(line));
                 }
                 drain(&mut driver);
             });
@@ -38,7 +38,7 @@ pub fn sample(samples: &mut Samples) {
         round.add(
             "lines/pending".into(),
             time(200_000, || {
-                black_box(device.raise(3));
+                let _ = black_box(device.raise(3));
             }),
         );
         round.add("lines/pingpong/flag".into(), pingpong(false));
@@ -70,7 +70,7 @@ fn pingpong(lines: bool) -> f64 {
     let (message, handled) = &(Line(AtomicU64::new(0)), Line(AtomicU64::new(0)));
     let near = move || {
         for trip in 1..=TRIPS {
-            if !lines || device.raise(3) {
+            if !lines || device.raise(3).is_wanted() {
                 message.0.store(trip, Ordering::Release);
             }
             while handled.0.load(Ordering::Acquire) != trip {}

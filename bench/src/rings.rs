@@ -34,8 +34,29 @@ pub trait Device: Send {
 }
 
 /// Nanoseconds for one entry, there and back, in batches of `batch` with at most `window` in
-/// flight.
+/// flight. The driver looks for returns after each batch.
 fn run<A: Driver, B: Device>(
+    ends: (A, B),
+    batch: usize,
+    window: usize,
+    total: usize,
+    wait: Wait,
+) -> f64 {
+    exchange::<A, B, false>(ends, batch, window, total, wait)
+}
+
+/// The same with a driver that looks for returns when it has no room left.
+fn run_lazy<A: Driver, B: Device>(
+    ends: (A, B),
+    batch: usize,
+    window: usize,
+    total: usize,
+    wait: Wait,
+) -> f64 {
+    exchange::<A, B, true>(ends, batch, window, total, wait)
+}
+
+fn exchange<A: Driver, B: Device, const LAZY: bool>(
     (mut driver, mut device): (A, B),
     batch: usize,
     window: usize,
@@ -50,6 +71,9 @@ fn run<A: Driver, B: Device>(
             if room {
                 expected = expected.wrapping_add(driver.submit(batch));
                 submitted += batch;
+                if LAZY {
+                    continue;
+                }
             }
             let (n, part) = driver.reap(batch);
             reaped += n;
@@ -77,20 +101,37 @@ fn run<A: Driver, B: Device>(
 type Run = fn(usize, usize, usize, Wait) -> f64;
 
 /// What is measured: its name, and a run with a fresh pair of ends.
-const CONTENDERS: [(&str, Run); 12] = [
-    // By the calls that are for the batch.
-    ("vbus", |batch, window, total, wait| match batch {
-        1 => run(vbus::single::pair(), batch, window, total, wait),
-        _ => run(vbus::real::pair(), batch, window, total, wait),
+const CONTENDERS: [(&str, Run); 18] = [
+    ("vbus", |batch, window, total, wait| {
+        run(vbus::real::pair::<{ vbus::ENTRIES_EACH }>(), batch, window, total, wait)
     }),
-    ("vbus_singly", |batch, window, total, wait| {
-        run(vbus::single::pair(), batch, window, total, wait)
+    ("vbus_in_order", |batch, window, total, wait| {
+        run(vbus::real::pair::<{ vbus::IN_ORDER }>(), batch, window, total, wait)
     }),
+    // A sender of packets counts what came back when it needs room. So does its peer.
     ("vbus_counted", |batch, window, total, wait| {
-        run(vbus::counted::pair(), batch, window, total, wait)
+        run_lazy(vbus::real::pair::<{ vbus::COUNTED }>(), batch, window, total, wait)
+    }),
+    ("packed_each_events_lazy", |batch, window, total, wait| {
+        run_lazy(packed::pair::<{ packed::EACH }, true>(), batch, window, total, wait)
+    }),
+    ("packed_batch_events_lazy", |batch, window, total, wait| {
+        run_lazy(packed::pair::<{ packed::BATCH }, true>(), batch, window, total, wait)
     }),
     ("vbus_nofence", |batch, window, total, wait| {
-        run(vbus::nofence::pair(), batch, window, total, wait)
+        run(vbus::nofence::pair::<{ vbus::ENTRIES_EACH }>(), batch, window, total, wait)
+    }),
+    ("vbus_nofence_in_order", |batch, window, total, wait| {
+        run(vbus::nofence::pair::<{ vbus::IN_ORDER }>(), batch, window, total, wait)
+    }),
+    ("vbus_nofence_counted", |batch, window, total, wait| {
+        run_lazy(vbus::nofence::pair::<{ vbus::COUNTED }>(), batch, window, total, wait)
+    }),
+    ("packed_each_lazy", |batch, window, total, wait| {
+        run_lazy(packed::pair::<{ packed::EACH }, false>(), batch, window, total, wait)
+    }),
+    ("packed_batch_lazy", |batch, window, total, wait| {
+        run_lazy(packed::pair::<{ packed::BATCH }, false>(), batch, window, total, wait)
     }),
     ("virtio_hand", |batch, window, total, wait| run(split::pair(), batch, window, total, wait)),
     ("packed_each", |batch, window, total, wait| {
@@ -128,15 +169,17 @@ pub fn sample(samples: &mut Samples) {
     }
     samples.rounds(|round| {
         contenders(round, "pingpong", |run, wait| run(1, 1, 1 << 12, wait));
-        round.add("ring/pingpong/line".into(), best(|wait| 2.0 * hand_over(1 << 12, wait)));
+        round.add("ring/pingpong/line".into(), 2.0 * hand_over(1 << 12));
     });
 }
 
 /// What is the better of two contenders.
-const BETTER: [(&str, [&str; 2]); 3] = [
+const BETTER: [(&str, [&str; 2]); 5] = [
     ("floor", ["slots_two_arrays", "slots_in_place"]),
     ("packed_hand_polling", ["packed_each", "packed_batch"]),
     ("packed_hand", ["packed_each_events", "packed_batch_events"]),
+    ("packed_hand_lazy", ["packed_each_events_lazy", "packed_batch_events_lazy"]),
+    ("packed_hand_polling_lazy", ["packed_each_lazy", "packed_batch_lazy"]),
 ];
 
 /// A round of all contenders.
@@ -195,7 +238,8 @@ fn many(devices: usize) -> f64 {
         All { ends, submitted: 0, reaped: 0 }
     }
     best(|wait| {
-        let (drivers, served): (Vec<_>, Vec<_>) = (0..devices).map(|_| vbus::real::pair()).unzip();
+        let (drivers, served): (Vec<_>, Vec<_>) =
+            (0..devices).map(|_| vbus::real::pair::<{ vbus::ENTRIES_EACH }>()).unzip();
         // Each ring gets its turn with one batch in flight, and a single one as many as it holds.
         let window = if devices == 1 { ENTRIES } else { 16 * devices };
         run(

@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::{read, write};
 use vbus_shm::signal::{
-    ARM_ENABLED, Armed, BLOCK_BYTES, DEVICE_ARM, End, Receiver, Sender, Signal, format,
+    ARM_ENABLED, Armed, BLOCK_BYTES, DEVICE_ARM, Receiver, Sender, Signal, end, format,
 };
+use vbus_shm::sync::Word;
 
 use crate::duel::{nanoseconds, pin};
 use crate::region::Region;
@@ -61,17 +62,17 @@ enum Load {
 
 /// Kicks per 1,000 posts.
 fn kicks(load: Load) -> f64 {
-    let posts: u32 = if load == Load::Idle { 1000 } else { 10_000 };
+    let posts: u64 = if load == Load::Idle { 1000 } else { 10_000 };
     let memory = Region::new(BLOCK_BYTES).words();
     format(&memory, 0, 0).expect("it fits");
-    let mut tx = Sender::new(memory, 0, End::Driver, 0).expect("it fits");
-    let mut rx = Receiver::new(memory, 0, End::Device).expect("it fits");
+    let mut tx = Sender::new(memory, 0, end::Driver, 0).expect("it fits");
+    let mut rx = Receiver::new(memory, 0, end::Device).expect("it fits");
     let (event, start) = (&event(), &Barrier::new(2));
     std::thread::scope(|scope| {
         scope.spawn(move || {
             pin(1);
             start.wait();
-            let (mut taken, mut quiet) = (0_u32, Instant::now());
+            let (mut taken, mut quiet) = (0_u64, Instant::now());
             while taken != posts {
                 let seen = rx.seen();
                 if seen != taken {
@@ -96,21 +97,21 @@ fn kicks(load: Load) -> f64 {
             let mut kicks = 0_u32;
             for post in 0..posts {
                 if load == Load::Idle {
-                    let asleep = ARM_ENABLED | u64::from(post);
+                    let asleep = ARM_ENABLED | post;
                     while memory[DEVICE_ARM / 8].load(Ordering::Relaxed) != asleep {
                         std::hint::spin_loop();
                     }
                 } else {
                     spin(Duration::from_micros(1));
                 }
-                if tx.post(1) {
+                if tx.post(1).is_wanted() {
                     kicks += 1;
                     kick(event);
                 }
             }
             kicks
         });
-        f64::from(sender.join().expect("the sender does not panic")) * 1000.0 / f64::from(posts)
+        f64::from(sender.join().expect("the sender does not panic")) * 1000.0 / posts as f64
     })
 }
 
@@ -120,7 +121,7 @@ enum Mode {
     Vbus,
 }
 
-const BLOCKED_ROUNDS: u32 = 300;
+const BLOCKED_ROUNDS: u64 = 300;
 
 /// What both processes have.
 struct Shared {
@@ -147,9 +148,9 @@ fn blocked(mode: Mode) -> f64 {
             }
         }
         Mode::Vbus => {
-            let mut signal = Signal::new(memory.words(), 0, End::Driver, 0).expect("it fits");
+            let mut signal = Signal::new(memory.words(), 0, end::Driver, 0).expect("it fits");
             for round in 0..BLOCKED_ROUNDS {
-                if signal.tx.post(1) {
+                if signal.tx.post(1).is_wanted() {
                     kick(&shared.to_far);
                 }
                 await_post(&mut signal, round, &shared.to_near);
@@ -158,11 +159,11 @@ fn blocked(mode: Mode) -> f64 {
     }
     let time = nanoseconds(begun);
     assert!(peer.wait().expect("the peer can be waited for").success());
-    time / f64::from(BLOCKED_ROUNDS)
+    time / BLOCKED_ROUNDS as f64
 }
 
 /// Sleeps until post number `at` is there.
-fn await_post(signal: &mut Signal<&'static [vbus_shm::sync::Word]>, at: u32, event: &OwnedFd) {
+fn await_post<E: end::End>(signal: &mut Signal<&[Word], E>, at: u64, event: &OwnedFd) {
     while signal.rx.seen() == at {
         if signal.rx.arm(at) == Armed::Waiting {
             wait(event);
@@ -198,12 +199,12 @@ pub fn peer(arguments: &[String]) {
         }
         return;
     }
-    let mut signal = Signal::new(shared.memory.words(), 0, End::Device, 0).expect("it fits");
+    let mut signal = Signal::new(shared.memory.words(), 0, end::Device, 0).expect("it fits");
     let _ = signal.rx.arm(0);
     kick(&shared.to_near);
     for round in 0..BLOCKED_ROUNDS {
         await_post(&mut signal, round, &shared.to_far);
-        if signal.tx.post(1) {
+        if signal.tx.post(1).is_wanted() {
             kick(&shared.to_near);
         }
     }

@@ -1,6 +1,6 @@
 //! vbus.
 
-use vbus_shm::signal::End;
+use vbus_shm::signal::end;
 use vbus_shm::state::{self, DEFAULT_SLOTS, Layout, Reader, Writer};
 use vbus_shm::sync::Word;
 
@@ -17,12 +17,12 @@ impl<const N: usize> super::Page<N> for Page {
     }
 
     fn writer(&self) -> impl FnMut(&[u64; N]) {
-        let mut writer = Writer::attach(self.0, End::Device).expect("it is formatted");
-        move |value| assert!(!writer.write(bytes(value)), "nobody waits")
+        let mut writer = Writer::attach(self.0, end::Device).expect("it is formatted");
+        move |value| assert!(!writer.write(bytes(value)).is_wanted(), "nobody waits")
     }
 
     fn reader(&self) -> impl FnMut(&mut [u64; N]) -> bool {
-        let reader = Reader::attach(self.0, End::Driver).expect("it is formatted");
+        let reader = Reader::attach(self.0, end::Driver).expect("it is formatted");
         move |out| reader.read(bytes_mut(out)).is_ok()
     }
 }
@@ -42,8 +42,8 @@ impl<const N: usize, const BYTES: usize> super::Page<N> for Latest<BYTES> {
     }
 
     fn reader(&self) -> impl FnMut(&mut [u64; N]) -> bool {
-        let reader = Reader::attach(self.0.0, End::Driver).expect("it is formatted");
-        let mut latest = state::Latest::<_, BYTES>::new(reader).expect("nobody writes yet");
+        let reader = Reader::attach(self.0.0, end::Driver).expect("it is formatted");
+        let mut latest = state::Latest::<_, _, BYTES>::new(reader).expect("nobody writes yet");
         move |out| latest.read().map(|value| bytes_mut(out).copy_from_slice(value)).is_ok()
     }
 }

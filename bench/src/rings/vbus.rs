@@ -1,178 +1,102 @@
-//! vbus, with the signals of both directions.
+//! vbus, by the calls that the drivers and devices of the project use.
 
 use super::{Device, Driver, ENTRIES, pages};
 
-/// By the calls for a batch.
-macro_rules! batches {
-    () => {
-        impl Driver for Near {
-            #[inline]
-            fn submit(&mut self, n: usize) -> u64 {
-                let mut sum = 0;
-                let entries = (0..n).map(|_| {
-                    self.1 += 1;
-                    sum += self.1 & 0xffff_ffff;
-                    Entry { addr: self.1, len: 64, id: 0, flags: 0 }
-                });
-                assert_eq!(self.0.submit_all(entries), n as u32, "there is room");
-                assert!(!self.0.post(), "the device polls");
-                sum
-            }
+/// Entries come back in any order.
+pub const ENTRIES_EACH: u8 = 0;
+/// Entries come back in order, each with a length.
+pub const IN_ORDER: u8 = 1;
+/// Entries come back in order, and are only counted.
+pub const COUNTED: u8 = 2;
 
-            #[inline]
-            fn reap(&mut self, max: usize) -> (usize, u64) {
-                let mut sum = 0;
-                let n = self
-                    .0
-                    .reap_all(max as u32, |entry| sum += u64::from(entry.len))
-                    .expect("an honest device");
-                (n as usize, sum)
-            }
+/// The ends over `$shm`: the crate, or its sources compiled with something changed.
+macro_rules! ends {
+    ($shm:path) => {
+        use super::*;
+        use shm::ring::{DeviceEnd, DriverEnd, Entry, Layout, Return, Returns};
+        use shm::sync::Word;
+        use $shm as shm;
+
+        type Memory = &'static [Word];
+
+        pub struct Near<const BACK: u8> {
+            ring: DriverEnd<Memory>,
+            number: u64,
         }
 
-        impl Device for Far {
-            #[inline]
-            fn serve(&mut self, max: usize) -> usize {
-                let answer = |entry: Entry| Entry { len: entry.addr as u32, ..entry };
-                let n = self.0.serve(max as u32, answer).expect("an honest driver");
-                assert!(!self.0.post(), "the driver polls");
-                n as usize
-            }
+        pub struct Far<const BACK: u8> {
+            ring: DeviceEnd<Memory>,
+            number: u64,
         }
-    };
-}
 
-/// By the calls for single entries.
-macro_rules! singly {
-    () => {
-        impl Driver for Near {
+        pub fn pair<const BACK: u8>() -> (Near<BACK>, Far<BACK>) {
+            let returns = match BACK {
+                ENTRIES_EACH => Returns::Entries,
+                IN_ORDER => Returns::InOrder,
+                _ => Returns::Counted,
+            };
+            let layout = Layout::new(ENTRIES as u32, returns).expect("a valid layout");
+            let memory = pages().words();
+            let ring = DriverEnd::create(memory, layout, 0).expect("it fits");
+            let served = DeviceEnd::attach(memory).expect("it is formatted");
+            (Near { ring, number: 0 }, Far { ring: served, number: 0 })
+        }
+
+        impl<const BACK: u8> Driver for Near<BACK> {
             #[inline]
             fn submit(&mut self, n: usize) -> u64 {
                 let mut sum = 0;
                 for _ in 0..n {
-                    self.1 += 1;
-                    sum += self.1 & 0xffff_ffff;
-                    self.0
-                        .submit(Entry { addr: self.1, len: 64, id: 0, flags: 0 })
-                        .expect("there is room");
+                    self.number += 1;
+                    sum += if BACK == COUNTED { 1 } else { self.number & 0x7fff_ffff };
+                    let entry = Entry { addr: self.number, len: 64, id: 0, flags: 0 };
+                    self.ring.submit(entry).expect("there is room");
                 }
-                assert!(!self.0.post(), "the device polls");
+                assert!(!self.ring.post().is_wanted(), "the device polls");
                 sum
             }
 
             #[inline]
             fn reap(&mut self, max: usize) -> (usize, u64) {
+                if BACK == COUNTED {
+                    let n = self.ring.reap_count().expect("an honest device");
+                    return (n as usize, u64::from(n));
+                }
                 let mut sum = 0;
                 for n in 0..max {
-                    let Some(entry) = self.0.reap().expect("an honest device") else {
+                    let Some(back) = self.ring.reap().expect("an honest device") else {
                         return (n, sum);
                     };
-                    sum += u64::from(entry.len);
+                    sum += u64::from(back.len);
                 }
                 (max, sum)
             }
         }
 
-        impl Device for Far {
+        impl<const BACK: u8> Device for Far<BACK> {
             #[inline]
             fn serve(&mut self, max: usize) -> usize {
                 let mut n = 0;
                 while n < max {
-                    let Some(entry) = self.0.take().expect("an honest driver") else { break };
-                    self.0.give_back(Entry { len: entry.addr as u32, ..entry });
+                    let Some(entry) = self.ring.take().expect("an honest driver") else { break };
+                    if BACK != ENTRIES_EACH {
+                        self.number += 1;
+                        assert_eq!(entry.addr, self.number, "in order");
+                    }
+                    let len = (entry.addr & 0x7fff_ffff) as u32;
+                    self.ring.give_back(Return { len, ..entry.into() });
                     n += 1;
                 }
-                assert!(!self.0.post(), "the driver polls");
+                assert!(!self.ring.post().is_wanted(), "the driver polls");
                 n
             }
         }
     };
 }
 
-/// The ends over `$shm`: the crate, or its sources compiled with something changed.
-macro_rules! ends {
-    ($shm:path, $calls:ident) => {
-        use super::*;
-        use shm::ring::{DeviceEnd, DriverEnd, Entry, Layout, Returns};
-        use shm::sync::Word;
-        use $shm as shm;
-
-        type Memory = &'static [Word];
-
-        pub struct Near(DriverEnd<Memory>, u64);
-        pub struct Far(DeviceEnd<Memory>);
-
-        pub fn pair() -> (Near, Far) {
-            let layout = Layout::new(ENTRIES as u32, Returns::Entries).expect("a valid layout");
-            let memory = pages().words();
-            let driver = DriverEnd::create(memory, layout, 0).expect("it fits");
-            (Near(driver, 0), Far(DeviceEnd::attach(memory).expect("it is formatted")))
-        }
-
-        $calls!();
-    };
-}
-
 pub mod real {
-    ends!(vbus_shm, batches);
-}
-pub mod single {
-    ends!(vbus_shm, singly);
+    ends!(vbus_shm);
 }
 pub mod nofence {
-    ends!(crate::ablation::nofence, batches);
-}
-
-pub mod counted {
-    //! Returns are only counted.
-
-    use vbus_shm::ring::{DeviceEnd, DriverEnd, Entry, Layout, Returns};
-    use vbus_shm::sync::Word;
-
-    use super::*;
-
-    type Memory = &'static [Word];
-
-    pub struct Near(DriverEnd<Memory>, u64);
-    pub struct Far(DeviceEnd<Memory>, u64);
-
-    pub fn pair() -> (Near, Far) {
-        let layout = Layout::new(ENTRIES as u32, Returns::Counted).expect("a valid layout");
-        let memory = pages().words();
-        let driver = DriverEnd::create(memory, layout, 0).expect("it fits");
-        (Near(driver, 0), Far(DeviceEnd::attach(memory).expect("it is formatted"), 0))
-    }
-
-    impl Driver for Near {
-        #[inline]
-        fn submit(&mut self, n: usize) -> u64 {
-            let entries = (0..n).map(|_| {
-                self.1 += 1;
-                Entry { addr: self.1, len: 64, id: 0, flags: 0 }
-            });
-            assert_eq!(self.0.submit_all(entries), n as u32, "there is room");
-            assert!(!self.0.post(), "the device polls");
-            n as u64
-        }
-
-        #[inline]
-        fn reap(&mut self, _max: usize) -> (usize, u64) {
-            let n = self.0.reap_count().expect("an honest device");
-            (n as usize, u64::from(n))
-        }
-    }
-
-    impl Device for Far {
-        #[inline]
-        fn serve(&mut self, max: usize) -> usize {
-            let in_order = |entry: Entry| {
-                self.1 += 1;
-                assert_eq!(entry.addr, self.1, "in order");
-                entry
-            };
-            let n = self.0.serve(max as u32, in_order).expect("an honest driver");
-            assert!(!self.0.post(), "the driver polls");
-            n as usize
-        }
-    }
+    ends!(crate::ablation::nofence);
 }
