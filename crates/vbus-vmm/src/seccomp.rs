@@ -32,7 +32,7 @@ pub enum Thread {
 
 /// The calls that any thread may need: memory, locks, time, waiting, open descriptors, the end. No
 /// thread may make memory executable (see [`rules`]).
-const ALL: [i64; 43] = [
+const ALL: [i64; 44] = [
     libc::SYS_brk,
     libc::SYS_clock_gettime,
     libc::SYS_clock_nanosleep,
@@ -49,6 +49,7 @@ const ALL: [i64; 43] = [
     libc::SYS_getpid,
     libc::SYS_getrandom,
     libc::SYS_gettid,
+    libc::SYS_io_destroy,
     libc::SYS_io_getevents,
     libc::SYS_io_submit,
     libc::SYS_lseek,
@@ -186,6 +187,8 @@ extern "C" fn complain(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc:
 mod tests {
     use std::process::Command;
 
+    use std::os::fd::AsFd;
+
     use super::*;
 
     /// Runs the test `name`, which is not run otherwise, in a process of its own.
@@ -232,9 +235,14 @@ mod tests {
     #[test]
     #[ignore = "its filter stays"]
     fn does_what_it_may() {
+        let signaller = vbus_kvm::Signaller::new().unwrap();
+        let event = rustix::event::eventfd(0, rustix::event::EventfdFlags::empty()).unwrap();
         apply(Thread::Vcpu).unwrap();
         let words: Vec<String> = (0..10_000).map(|n| n.to_string()).collect();
         assert_eq!(words.len(), 10_000);
+        signaller.signal(event.as_fd()).unwrap();
+        assert!(vbus_kvm::take_signal(event.as_fd()));
+        drop(signaller);
     }
 
     #[test]

@@ -1,9 +1,12 @@
-//! The guest's accesses to PCI: configuration space in memory (ECAM) and by ports (CF8), and BARs.
+//! The guest's accesses to PCI that come to user space: configuration space in memory (ECAM) and by
+//! ports (CF8), BARs, and doorbells by port.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use super::doorbells;
 use super::hierarchy::{ConfigAddress, Hierarchy};
+use super::resources::Resources;
 use crate::bus::{Bus, BusDevice};
 use crate::layout;
 
@@ -112,6 +115,41 @@ impl BusDevice for Window {
     fn write(&self, offset: u64, data: &[u8]) {
         if let Some((function, offset)) = self.0.at(layout::PCI_WINDOW + offset, data.len()) {
             function.write_bar(offset, data);
+        }
+    }
+}
+
+/// The ports of doorbells, for writes that come while KVM has no eventfd there. A write goes to the
+/// server as a message.
+pub(super) struct DoorbellPorts {
+    hierarchy: Arc<Hierarchy>,
+    /// The number of ports of each slot.
+    per_slot: u64,
+    /// The user wants doorbells by port.
+    enabled: bool,
+}
+
+impl DoorbellPorts {
+    /// Makes the ports, which are [`layout::DOORBELL_PORTS`] and those after it.
+    pub(super) fn new(hierarchy: &Arc<Hierarchy>, resources: &Resources) -> Arc<DoorbellPorts> {
+        Arc::new(DoorbellPorts {
+            hierarchy: hierarchy.clone(),
+            per_slot: doorbells::ports_per_slot(resources.ports).into(),
+            enabled: resources.backing.pio,
+        })
+    }
+}
+
+impl BusDevice for DoorbellPorts {
+    fn read(&self, _offset: u64, _data: &mut [u8]) {}
+
+    fn write(&self, offset: u64, _data: &[u8]) {
+        let number = offset % self.per_slot / u64::from(doorbells::PORT_STRIDE);
+        let slot = usize::try_from(offset / self.per_slot).ok();
+        let slot = slot.and_then(|slot| self.hierarchy.slots.get(slot));
+        let function = slot.filter(|_| self.enabled).and_then(|slot| slot.reachable_function());
+        if let (Some(function), Ok(number)) = (function, u32::try_from(number)) {
+            function.ring(number);
         }
     }
 }

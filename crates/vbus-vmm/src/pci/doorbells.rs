@@ -2,7 +2,6 @@
 //! which the guest can ring them.
 
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::Arc;
 
 use vbus_kvm::{DoorbellKind, DoorbellRange, Doorbells};
 use vbus_shm::abi::capability;
@@ -10,13 +9,11 @@ use vfio_user_protocol::IoEventFd;
 
 use super::config::Record;
 use super::description::{BadFunction, Description};
-use super::hierarchy::Hierarchy;
 use super::resources::Resources;
-use crate::bus::{Bus, BusDevice};
 use crate::layout;
 
 /// The distance from one port to the next. A write of one byte rings a doorbell.
-const PORT_STRIDE: u16 = 1;
+pub(super) const PORT_STRIDE: u16 = 1;
 /// Event connections of each slot: the most doorbells that a function can have.
 const CONNECTIONS: u32 = 1024;
 
@@ -61,7 +58,7 @@ fn is_eventfd(fd: &OwnedFd) -> bool {
 }
 
 /// The number of ports of each slot.
-fn ports_per_slot(ports: u8) -> u16 {
+pub(super) fn ports_per_slot(ports: u8) -> u16 {
     layout::DOORBELL_PORT_BYTES / u16::from(ports)
 }
 
@@ -97,39 +94,4 @@ pub(super) fn connect(
         records.push(record);
     }
     records
-}
-
-/// Gives the doorbells their ports.
-pub(super) fn attach(hierarchy: &Arc<Hierarchy>, resources: &Resources, pio: &mut Bus) {
-    let ports = DoorbellPorts {
-        hierarchy: hierarchy.clone(),
-        per_slot: ports_per_slot(resources.ports).into(),
-        enabled: resources.backing.pio,
-    };
-    let (first, count) = (layout::DOORBELL_PORTS, layout::DOORBELL_PORT_BYTES);
-    pio.add(first.into(), count.into(), Arc::new(ports));
-}
-
-/// The ports, for writes that come while KVM has no eventfd there. A write goes to the server as a
-/// message.
-struct DoorbellPorts {
-    hierarchy: Arc<Hierarchy>,
-    /// The number of ports of each slot.
-    per_slot: u64,
-    /// The user wants doorbells by port.
-    enabled: bool,
-}
-
-impl BusDevice for DoorbellPorts {
-    fn read(&self, _offset: u64, _data: &mut [u8]) {}
-
-    fn write(&self, offset: u64, _data: &[u8]) {
-        let number = offset % self.per_slot / u64::from(PORT_STRIDE);
-        let slot = usize::try_from(offset / self.per_slot).ok();
-        let slot = slot.and_then(|slot| self.hierarchy.slots.get(slot));
-        let function = slot.filter(|_| self.enabled).and_then(|slot| slot.reachable_function());
-        if let (Some(function), Ok(number)) = (function, u32::try_from(number)) {
-            function.ring(number);
-        }
-    }
 }

@@ -7,7 +7,7 @@
 //!                                                    └▸ function.rs ─▸ the parts that the VMM keeps: config.rs, MSI-X table
 //!                                                                   ─▸ the server, by message
 //!  memory:         access.rs (BARs)       ─▸  hierarchy.rs ─▸ slot.rs ─▸ function.rs
-//!  ports:          doorbells.rs           ─▸  hierarchy.rs ─▸ slot.rs ─▸ function.rs
+//!  ports:          access.rs (doorbells)  ─▸  hierarchy.rs ─▸ slot.rs ─▸ function.rs
 //!  in the kernel:  doorbells.rs, msi.rs: eventfds between guest and server; no thread of this process takes part
 //! ```
 //!
@@ -124,7 +124,9 @@ impl PciRoot {
     pub fn attach(&self, mmio: &mut Bus, pio: &mut Bus) {
         access::attach(&self.hierarchy, mmio);
         pio.add(layout::PCI_CONFIG_PORT.into(), 8, self.config_ports.clone());
-        doorbells::attach(&self.hierarchy, &self.resources, pio);
+        let doorbells = access::DoorbellPorts::new(&self.hierarchy, &self.resources);
+        let (first, count) = (layout::DOORBELL_PORTS, layout::DOORBELL_PORT_BYTES);
+        pio.add(first.into(), count.into(), doorbells);
     }
 
     /// Plugs the device whose server listens at `socket` into the first free slot. A guest that has

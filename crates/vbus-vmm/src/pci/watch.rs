@@ -13,10 +13,13 @@ use super::hierarchy::Hierarchy;
 use crate::seccomp::{self, Thread};
 
 /// A handle of the thread. Dropping it ends the thread.
-pub(super) struct Watcher(Arc<Shared>);
+pub(super) struct Watcher(Arc<Request>);
 
-struct Shared {
+/// What the handle asks of the thread.
+struct Request {
+    /// Look again.
     wake: OwnedFd,
+    /// End.
     end: AtomicBool,
 }
 
@@ -24,15 +27,15 @@ impl Watcher {
     /// Starts the thread, with a filter of system calls or without.
     pub(super) fn start(hierarchy: &Arc<Hierarchy>, filter: bool) -> Result<Watcher> {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let shared = Arc::new(Shared { wake, end: AtomicBool::new(false) });
-        let watcher = Watcher(shared.clone());
+        let request = Arc::new(Request { wake, end: AtomicBool::new(false) });
+        let watcher = Watcher(request.clone());
         let hierarchy = Arc::downgrade(hierarchy);
         let (tell, told) = channel();
         std::thread::Builder::new().name("pci-watch".into()).spawn(move || {
             let ready = if filter { seccomp::apply(Thread::Watch) } else { Ok(()) };
             let failed = ready.is_err();
             let _ = tell.send(ready);
-            while !failed && watch(&hierarchy, &shared) {}
+            while !failed && watch(&hierarchy, &request) {}
         })?;
         told.recv().context("the thread that watches devices has ended at once")??;
         Ok(watcher)
@@ -54,9 +57,9 @@ impl Drop for Watcher {
 }
 
 /// Waits until something happens, and handles it. Returns false if the thread must end.
-fn watch(hierarchy: &Weak<Hierarchy>, shared: &Shared) -> bool {
+fn watch(hierarchy: &Weak<Hierarchy>, request: &Request) -> bool {
     // Pairs with the store in `Watcher::drop`.
-    if shared.end.load(Ordering::Acquire) {
+    if request.end.load(Ordering::Acquire) {
         return false;
     }
     let functions: Vec<_> = match hierarchy.upgrade() {
@@ -68,7 +71,7 @@ fn watch(hierarchy: &Weak<Hierarchy>, shared: &Shared) -> bool {
         None => return false,
     };
     let ended = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
-    let mut fds = vec![PollFd::new(&shared.wake, PollFlags::IN)];
+    let mut fds = vec![PollFd::new(&request.wake, PollFlags::IN)];
     fds.extend(
         functions
             .iter()
@@ -81,7 +84,7 @@ fn watch(hierarchy: &Weak<Hierarchy>, shared: &Shared) -> bool {
     if poll(&mut fds, None).is_err() {
         return true;
     }
-    let _ = rustix::io::read(shared.wake.as_fd(), &mut [0; 8]);
+    let _ = rustix::io::read(request.wake.as_fd(), &mut [0; 8]);
     sources.iter().for_each(|source| source.take());
     let Some(hierarchy) = hierarchy.upgrade() else { return false };
     for ((number, function), fd) in functions.iter().zip(&fds[1..]) {
