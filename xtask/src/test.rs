@@ -102,7 +102,8 @@ fn cargo_tests(report: &mut Report) -> Result<()> {
     let logs = workspace::logs()?;
     let log = logs.join("cargo-test.log");
     let mut cargo = workspace::cargo()
-        .args(["test", "--workspace", "--no-fail-fast"])
+        // With what tests that pass have said: some say there that the machine lacks something.
+        .args(["test", "--workspace", "--no-fail-fast", "--", "--show-output"])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()
@@ -127,7 +128,7 @@ fn cargo_tests(report: &mut Report) -> Result<()> {
             line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" stdout ----"))
         {
             speaks = Some(name.to_owned());
-        } else if line == "failures:" {
+        } else if line == "failures:" || line == "successes:" {
             speaks = None;
         } else if let Some(name) = &speaks {
             let said = said.entry(name.clone()).or_default();
@@ -137,7 +138,14 @@ fn cargo_tests(report: &mut Report) -> Result<()> {
         }
     }
     let status = cargo.wait()?;
-    report.count(passed, skipped);
+    let lacks = skipped_tests(&said, &failures);
+    report.count(passed.saturating_sub(lacks.len() as u64), skipped);
+    skipped += lacks.len() as u64;
+    passed = passed.saturating_sub(lacks.len() as u64);
+    for (name, why) in lacks {
+        let outcome = Outcome::Skipped(why.to_owned());
+        report.enter(&format!("{CARGO}::{name}"), &outcome, began.elapsed());
+    }
     for name in &failures {
         let said = said.get(name).map_or("", String::as_str);
         // Where it panicked and why, on one line, which is what the summary shows.
@@ -153,11 +161,26 @@ fn cargo_tests(report: &mut Report) -> Result<()> {
         report.enter(CARGO, &why, began.elapsed());
     }
     eprintln!(
-        "{CARGO}: {passed} passed, {} failed, {skipped} ignored ({:.0} s)",
+        "{CARGO}: {passed} passed, {} failed, {skipped} skipped ({:.0} s)",
         failures.len(),
         began.elapsed().as_secs_f32()
     );
     Ok(())
+}
+
+/// The tests that passed since they did nothing, and why: their first line says `skipped: REASON`.
+fn skipped_tests<'a>(
+    said: &'a HashMap<String, String>,
+    failures: &[String],
+) -> Vec<(&'a str, &'a str)> {
+    let mut skipped: Vec<_> = said
+        .iter()
+        .filter(|(name, _)| !failures.contains(name))
+        .filter_map(|(name, text)| Some((name.as_str(), text.trim().strip_prefix("skipped: ")?)))
+        .map(|(name, why)| (name, why.lines().next().unwrap_or(why)))
+        .collect();
+    skipped.sort_unstable();
+    skipped
 }
 
 /// Runs the test of [`LOST`].
@@ -178,4 +201,17 @@ fn lost_interrupts() -> Result<Outcome> {
 fn before(text: &str, word: &str) -> u64 {
     let number = text.split(word).next().and_then(|head| head.rsplit(' ').next());
     number.and_then(|number| number.parse().ok()).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_test_that_says_it_is_skipped_is_not_counted_as_passed() {
+        let said = [("a", "skipped: no tun\nmore"), ("b", "all well"), ("c", "skipped: x")];
+        let said = said.map(|(name, text)| (name.to_owned(), text.to_owned())).into();
+        assert_eq!(skipped_tests(&said, &["c".to_owned()]), [("a", "no tun")]);
+        assert_eq!(before("ok. 12 passed; 3 failed", " passed"), 12);
+    }
 }

@@ -1,6 +1,7 @@
 //! Back ends of the NIC that lead out of the bus: QEMU's stream protocol, passt, TAP.
 
-use std::fs::File;
+use std::fs::{self, File};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -65,16 +66,29 @@ pub fn passt(scene: &Scene) -> Result<()> {
         "--no-dhcp-dns",
     ]);
     command.args(["--tcp-ports", &PORT.to_string()]);
-    let mut passt = Process::start(command, "passt", &scene.dir().join("passt.log"))?;
+    let log = scene.dir().join("passt.log");
+    let mut passt = Process::start(command, "passt", &log)?;
     let until = Instant::now() + Duration::from_secs(10);
-    while !socket.exists() {
-        if passt.ended()?.is_some() || Instant::now() > until {
-            return Err(
-                Skip(passt.complaint("does not run here").to_string().replace('\n', " ")).into()
-            );
-        }
+    while !socket.exists() && passt.ended()?.is_none() {
+        ensure!(Instant::now() < until, passt.complaint("makes no socket"));
         std::thread::sleep(Duration::from_millis(10));
     }
+    match through_passt(scene, &socket, PORT) {
+        // It makes its name spaces after its socket, and says why it cannot when it ends.
+        Err(_) if passt.ended()?.is_some_and(|status| !status.success()) => {
+            let said = fs::read_to_string(&log).unwrap_or_default();
+            let reason = said.lines().rfind(|line| line.contains("namespace"));
+            match reason {
+                Some(reason) => Err(Skip(format!("passt does not run here: {reason}")).into()),
+                None => Err(passt.complaint("ended")),
+            }
+        }
+        result => result,
+    }
+}
+
+/// A transfer from the host to a guest behind the passt that has this socket and this port.
+fn through_passt(scene: &Scene, socket: &Path, port: u16) -> Result<()> {
     let bus = Bus::start(
         scene,
         &device(
@@ -85,12 +99,12 @@ pub fn passt(scene: &Scene) -> Result<()> {
     )?;
     let (a, _nic) = guest_with_nic(scene, &bus, &[])?;
     a.guest.ok("ip route add default via 10.0.0.254")?;
-    let receiver = a.guest.start(&format!("guest-agent receive 0.0.0.0:{PORT}"))?;
+    let receiver = a.guest.start(&format!("guest-agent receive 0.0.0.0:{port}"))?;
     a.guest
-        .ok(&format!("until grep -q ':{PORT:04X} [0:]* 0A' /proc/net/tcp; do sleep 0.05; done"))?;
+        .ok(&format!("until grep -q ':{port:04X} [0:]* 0A' /proc/net/tcp; do sleep 0.05; done"))?;
     let bytes = 16 * MIB;
     let sender = Command::new(scene.lab.agent())
-        .args(["send", &format!("127.0.0.1:{PORT}"), &bytes.to_string(), "5"])
+        .args(["send", &format!("127.0.0.1:{port}"), &bytes.to_string(), "5"])
         .stdin(Stdio::null())
         .output()
         .context("cannot run the agent on the host")?;
