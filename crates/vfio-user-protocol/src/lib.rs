@@ -16,18 +16,13 @@
 //! connection, with one line in the log ([`tracing`]).
 //!
 //! ```
-//! use vfio_user_protocol::{
-//!     Client, DeviceInfo, Errno, IrqAction, IrqInfo, RegionInfo, Server, Target, pci,
-//! };
+//! use vfio_user_protocol::{Client, Errno, IrqAction, IrqInfo, RegionInfo, Server, Target, pci};
 //!
 //! /// A device of one register, and without a configuration space: enough for a client of one's own.
 //! #[derive(Default)]
 //! struct Register([u8; 8]);
 //!
 //! impl Target for Register {
-//!     fn device_info(&self) -> DeviceInfo {
-//!         DeviceInfo::PCI
-//!     }
 //!     fn region_info(&self, region: u32) -> RegionInfo {
 //!         if region == pci::REGION_BAR0 { RegionInfo::read_write(8) } else { RegionInfo::default() }
 //!     }
@@ -56,7 +51,7 @@
 //! let path = folder.path().join("register.sock");
 //! let mut server = Server::bind(&path, "register", Register::default())?;
 //! let (stop, stopped) = std::os::unix::net::UnixStream::pair()?;
-//! let thread = std::thread::spawn(move || server.run(&stopped));
+//! let thread = std::thread::spawn(move || server.run_until(&stopped));
 //!
 //! let mut client = Client::connect(&path)?;
 //! client.region_write(pci::REGION_BAR0, 2, &[7, 8])?;

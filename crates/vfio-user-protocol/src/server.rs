@@ -221,29 +221,41 @@ impl<T: Target> Server<T> {
         Outcome { work, connected: self.is_connected(), more: more || work >= WORK_PER_CALL }
     }
 
-    /// Serves until `stop` becomes readable. For tests and small programs without an event loop.
+    /// Serves for ever. For programs without an event loop.
     ///
     /// # Errors
     /// When waiting fails.
-    pub fn run(&mut self, stop: impl AsFd) -> io::Result<()> {
+    pub fn run(&mut self) -> io::Result<()> {
+        loop {
+            self.wait(None)?;
+            self.ready(Instant::now());
+        }
+    }
+
+    /// Serves until `stop` becomes readable. For tests, and for programs without an event loop.
+    ///
+    /// # Errors
+    /// When waiting fails.
+    pub fn run_until(&mut self, stop: impl AsFd) -> io::Result<()> {
+        while !self.wait(Some(stop.as_fd()))? {
+            self.ready(Instant::now());
+        }
+        Ok(())
+    }
+
+    /// Waits until there is something to do; true: until `stop` is readable.
+    fn wait(&self, stop: Option<BorrowedFd<'_>>) -> io::Result<bool> {
         loop {
             let wait = self.deadline().map(|d| d.saturating_duration_since(Instant::now()));
             let timeout = wait.and_then(|d| Timespec::try_from(d).ok());
-            let stopped = {
-                let mut fds = [
-                    PollFd::new(&self.poller, PollFlags::IN),
-                    PollFd::from_borrowed_fd(stop.as_fd(), PollFlags::IN),
-                ];
-                match poll(&mut fds, timeout.as_ref()) {
-                    Err(Errno::INTR) => continue,
-                    other => other?,
-                };
-                !fds[1].revents().is_empty()
-            };
-            if stopped {
-                return Ok(());
+            let stop = stop.map(|stop| PollFd::from_borrowed_fd(stop, PollFlags::IN));
+            let mut fds: Vec<_> =
+                [PollFd::new(&self.poller, PollFlags::IN)].into_iter().chain(stop).collect();
+            match poll(&mut fds, timeout.as_ref()) {
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+                Ok(_) => return Ok(fds.get(1).is_some_and(|stop| !stop.revents().is_empty())),
             }
-            self.ready(Instant::now());
         }
     }
 

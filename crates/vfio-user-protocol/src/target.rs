@@ -201,7 +201,9 @@ impl IoEventFd {
 /// access.
 pub trait Target {
     /// What the device has. Cheap, and the same as long as a client is there.
-    fn device_info(&self) -> DeviceInfo;
+    fn device_info(&self) -> DeviceInfo {
+        DeviceInfo::PCI
+    }
 
     /// A region, by an index below [`DeviceInfo::regions`]. Cheap.
     fn region_info(&self, region: u32) -> RegionInfo;

@@ -109,6 +109,11 @@ pub const SCENARIOS: &[Scenario] = &[
         "how late a guest's real-time task wakes under load, with and without sched",
         vm::sched::latency,
     ),
+    in_guests(
+        "vm::vfio_user_example",
+        "the example of vfio-user-protocol, a device without the bus: its BAR and its interrupt",
+        vm::vfio_user::example,
+    ),
     in_guests("vm::share_off", "memory that is not shared is found out", vm::hostile::share_off),
     beside_kvm(
         "kvm::harness",

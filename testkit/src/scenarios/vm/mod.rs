@@ -12,3 +12,4 @@ pub(super) mod sched;
 pub(super) mod state;
 pub(super) mod template;
 pub(super) mod traffic;
+pub(super) mod vfio_user;

@@ -219,7 +219,7 @@ impl Fake {
         let stop = event();
         let mut server = Server::bind(&path, "fake", Served(device.clone())).unwrap();
         let stopped = stop.try_clone().unwrap();
-        let thread = std::thread::spawn(move || server.run(stopped.as_fd()).unwrap());
+        let thread = std::thread::spawn(move || server.run_until(stopped.as_fd()).unwrap());
         Fake { path, _folder: folder, device, stop, thread: Some(thread) }
     }
 

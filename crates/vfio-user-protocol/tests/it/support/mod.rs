@@ -218,7 +218,7 @@ impl Bench {
                 rustix::io::write(&stop, &1u64.to_ne_bytes()).unwrap();
                 result
             });
-            self.server.run(&stop).unwrap();
+            self.server.run_until(&stop).unwrap();
             thread.join().unwrap().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })
     }
