@@ -1,7 +1,7 @@
 //! The bus: classes, and the devices that are on it.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 
 use serde_json::Value;
 use vbus_shm::Versions;
@@ -10,7 +10,10 @@ use vbus_shm::abi::reg;
 use crate::device::{CreateError, Device, DeviceClass};
 use crate::endpoint::Endpoint;
 use crate::executor::Executor;
+use crate::host::Host;
+use crate::lock::lock;
 use crate::memory::Trust;
+use crate::router::Outlets;
 
 /// The most devices of a bus.
 pub const DEVICES_MAX: usize = 1024;
@@ -52,21 +55,8 @@ pub struct Bus {
     classes: Vec<Box<dyn DeviceClass>>,
     trust: Trust,
     versions: Versions,
-    devices: Arc<Devices>,
-}
-
-/// The devices of a bus, by name.
-#[derive(Default)]
-pub(crate) struct Devices(Mutex<BTreeMap<String, Arc<Endpoint>>>);
-
-impl Devices {
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Endpoint>>> {
-        self.0.lock().unwrap_or_else(|e| e.into_inner())
-    }
-
-    pub(crate) fn get(&self, name: &str) -> Option<Arc<Endpoint>> {
-        self.lock().get(name).cloned()
-    }
+    devices: Mutex<BTreeMap<String, Arc<Endpoint>>>,
+    outlets: Arc<Outlets>,
 }
 
 impl Bus {
@@ -74,7 +64,14 @@ impl Bus {
     /// `trust` says.
     pub fn new(executor: Arc<Executor>, classes: Vec<Box<dyn DeviceClass>>, trust: Trust) -> Bus {
         let versions = Versions::SUPPORTED;
-        Bus { executor, classes, trust, versions, devices: Arc::default() }
+        Bus {
+            executor,
+            classes,
+            trust,
+            versions,
+            devices: Mutex::default(),
+            outlets: Arc::default(),
+        }
     }
 
     /// Lets devices that are added from now on be opened with these versions of the ABI only.
@@ -130,19 +127,17 @@ impl Bus {
                 format!("a config area of {} bytes; at most {}", config.len(), reg::CONFIG_MAX);
             return Err(BusError::Identity(name.into(), what));
         }
-        let endpoint = Endpoint::new(
-            name,
-            device,
-            (identity, config),
-            self.executor.clone(),
-            (self.trust, self.versions),
-            Arc::downgrade(&self.devices),
-        );
-        let mut devices = self.devices.lock();
+        let vectors = identity.vectors;
+        let doorbells = identity.regions as usize;
+        let host = Host::new(name, self.executor.clone(), self.trust, vectors, doorbells);
+        let outlets = Arc::downgrade(&self.outlets);
+        let endpoint = Endpoint::new(host, device, (identity, config), self.versions, outlets);
+        let mut devices = lock(&self.devices);
         if devices.contains_key(name) {
             return Err(BusError::Exists(name.into()));
         }
         devices.insert(name.into(), endpoint.clone());
+        self.outlets.insert(name, endpoint.host().outlet());
         drop(devices);
         endpoint.device().joined(endpoint.notifier());
         tracing::info!(device = name, class = endpoint.identity().class_name, "added");
@@ -158,7 +153,7 @@ impl Bus {
         {
             return Err(BusError::BadName(name.into()));
         }
-        let devices = self.devices.lock();
+        let devices = lock(&self.devices);
         if devices.contains_key(name) {
             return Err(BusError::Exists(name.into()));
         }
@@ -168,7 +163,8 @@ impl Bus {
     /// Takes a device off the bus: its connection ends before this returns.
     pub fn remove(&self, name: &str) -> Result<(), BusError> {
         let endpoint =
-            self.devices.lock().remove(name).ok_or_else(|| BusError::NotFound(name.into()))?;
+            lock(&self.devices).remove(name).ok_or_else(|| BusError::NotFound(name.into()))?;
+        self.outlets.remove(name);
         endpoint.remove();
         tracing::info!(device = name, "removed");
         Ok(())
@@ -176,11 +172,11 @@ impl Bus {
 
     /// The device called `name`.
     pub fn get(&self, name: &str) -> Result<Arc<Endpoint>, BusError> {
-        self.devices.get(name).ok_or_else(|| BusError::NotFound(name.into()))
+        lock(&self.devices).get(name).cloned().ok_or_else(|| BusError::NotFound(name.into()))
     }
 
     /// All devices, by name.
     pub fn devices(&self) -> Vec<Arc<Endpoint>> {
-        self.devices.lock().values().cloned().collect()
+        lock(&self.devices).values().cloned().collect()
     }
 }

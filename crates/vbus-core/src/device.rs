@@ -3,16 +3,18 @@
 use std::sync::Arc;
 
 use serde_json::Value;
+use vbus_shm::ErrorCode;
 use vbus_shm::abi::{bar0, class, feature};
 use vbus_shm::signal::Armed;
 
 use crate::call::Call;
-use crate::endpoint::Doorbell;
+use crate::counter::ConnectionCounters;
+use crate::doorbell::Doorbell;
 use crate::events::Notifier;
 use crate::executor::{Executor, Progress};
-use crate::interrupt::{Interrupt, Router};
+use crate::interrupt::Interrupt;
 use crate::memory::{MemoryContext, Window};
-use crate::{ConnectionCounters, ErrorCode};
+use crate::router::Router;
 
 /// Makes devices of one class from their configuration.
 pub trait DeviceClass: Send + Sync {

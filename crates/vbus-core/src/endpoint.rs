@@ -1,25 +1,24 @@
 //! A device as a connector sees it: open and close, regions, calls, doorbells, memory, interrupts.
 
-use std::io::IoSliceMut;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
+use std::sync::{Arc, Mutex, Weak};
 
-use rustix::event::{EventfdFlags, eventfd};
-use rustix::io::{ReadWriteFlags, preadv2};
 use serde_json::{Value, json};
-use vbus_shm::Versions;
 use vbus_shm::abi::{command, event};
 use vbus_shm::signal::{Armed, BLOCK_ALIGN, BLOCK_BYTES};
+use vbus_shm::{ErrorCode, Versions};
 
-use crate::bus::Devices;
 use crate::call::{Call, Called, PendingCall};
+use crate::counter::ConnectionCounters;
 use crate::device::{Connection, Device, Fail, Identity, Open, Region};
 use crate::events::{Events, Notifier};
-use crate::executor::{Executor, Interest, Progress, Task, TaskHandle};
-use crate::interrupt::{Interrupt, InterruptSink, Outlet, Router};
-use crate::memory::{Access, MapError, MemoryContext, Trust};
-use crate::{ConnectionCounters, ErrorCode};
+use crate::executor::{Executor, Progress, Task, TaskHandle};
+use crate::host::Host;
+use crate::interrupt::InterruptSink;
+use crate::lock::lock;
+use crate::memory::{Access, MapError, MemoryContext};
+use crate::router::{Outlets, Router};
 
 /// The most bytes of a region.
 pub const REGION_BYTES_MAX: u64 = 16 << 20;
@@ -99,112 +98,50 @@ enum Inner {
     Removed,
 }
 
-/// One driver doorbell, numbered by a region's handle.
-#[derive(Default)]
-struct DoorbellSlot {
-    target: Mutex<Target>,
-}
-
-#[derive(Default)]
-struct Target {
-    task: Option<TaskHandle>,
-    /// Made when a connector asks for it: a doorbell that rings without the connector.
-    eventfd: Option<Arc<OwnedFd>>,
-}
-
-/// The driver's doorbell for a region, as its device sees it.
-#[derive(Clone)]
-pub struct Doorbell {
-    endpoint: Weak<Endpoint>,
-    handle: u32,
-}
-
-impl std::fmt::Debug for Doorbell {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("Doorbell").field(&self.handle).finish()
-    }
-}
-
-impl Doorbell {
-    /// Lets the doorbell wake `task` from now on, and wakes it once, in case it rang before.
-    pub fn bind(&self, task: &TaskHandle) {
-        if let Some(endpoint) = self.endpoint.upgrade() {
-            endpoint.bind(self.handle, task);
-        }
-    }
-
-    /// Wakes what the doorbell wakes, as if the driver had rung it: for a thread of the device's
-    /// own that has finished something. Does not block, and does nothing once the region is
-    /// dropped.
-    pub fn wake(&self) {
-        let Some(endpoint) = self.endpoint.upgrade() else { return };
-        let Some(slot) = endpoint.doorbells.get(self.handle as usize) else { return };
-        if let Some(task) = &lock(&slot.target).task {
-            task.wake();
-        }
-    }
-}
-
-/// A device on the bus, with what its connectors need. At most one connection is open at a time.
+/// A device on the bus behind the front of vbus: its commands, its connection, its events. At most
+/// one connection is open at a time. What is not the front's own is the [`Host`]'s.
 pub struct Endpoint {
-    name: String,
+    host: Host,
     device: Arc<dyn Device>,
     identity: Identity,
     versions: Versions,
-    executor: Arc<Executor>,
-    place: usize,
     events: Arc<Events>,
-    memory: Arc<MemoryContext>,
-    counters: Arc<ConnectionCounters>,
-    outlet: Arc<Outlet>,
-    /// The device that may carry this one's interrupts.
-    router: OnceLock<String>,
-    devices: Weak<Devices>,
+    outlets: Weak<Outlets>,
     inner: Mutex<Inner>,
     generations: AtomicU64,
-    doorbells: Vec<DoorbellSlot>,
     this: Weak<Endpoint>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 impl Endpoint {
     pub(crate) fn new(
-        name: &str,
+        host: Host,
         device: Arc<dyn Device>,
         (identity, config): (Identity, Vec<u8>),
-        executor: Arc<Executor>,
-        (trust, versions): (Trust, Versions),
-        devices: Weak<Devices>,
+        versions: Versions,
+        outlets: Weak<Outlets>,
     ) -> Arc<Endpoint> {
-        let count = identity.regions as usize;
-        let outlet = Arc::new(Outlet::new());
-        let events = Arc::new(Events::new(config, outlet.clone()));
+        let events = Arc::new(Events::new(config, host.outlet().clone()));
         Arc::new_cyclic(|this| Endpoint {
-            name: name.to_owned(),
+            host,
             device,
             identity,
             versions,
             events,
-            place: executor.place(),
-            executor,
-            memory: Arc::new(MemoryContext::new(trust)),
-            counters: Arc::default(),
-            outlet,
-            router: OnceLock::new(),
-            devices,
+            outlets,
             inner: Mutex::new(Inner::Closed),
             generations: AtomicU64::new(0),
-            doorbells: (0..count).map(|_| DoorbellSlot::default()).collect(),
             this: this.clone(),
         })
     }
 
-    /// The device's name on its bus.
+    /// What any front needs of the device.
+    pub fn host(&self) -> &Host {
+        &self.host
+    }
+
+    /// As [`Host::name`].
     pub fn name(&self) -> &str {
-        &self.name
+        self.host.name()
     }
 
     /// What the device is.
@@ -259,58 +196,52 @@ impl Endpoint {
         Notifier(self.events.clone())
     }
 
-    /// The event loop that the device's tasks run on.
+    /// As [`Host::executor`].
     pub fn executor(&self) -> &Arc<Executor> {
-        &self.executor
+        self.host.executor()
     }
 
-    /// Where on the event loop the device's tasks run: its connection, and best also its connector.
+    /// As [`Host::place`].
     pub fn place(&self) -> usize {
-        self.place
+        self.host.place()
     }
 
-    /// The counters of the device's connections.
+    /// As [`Host::counters`].
     pub fn counters(&self) -> &Arc<ConnectionCounters> {
-        &self.counters
+        self.host.counters()
     }
 
     /// Names, state, counters, and what the device itself tells.
     pub fn inspect(&self) -> Value {
-        self.count_eventfds();
+        self.host.doorbells().count_eventfds();
         let (state, fault) = match self.state() {
             ConnectionState::Closed => ("closed", None),
             ConnectionState::Open => ("open", None),
             ConnectionState::Broken(status) => ("broken", Some(status.to_string())),
         };
         json!({
-            "name": self.name,
+            "name": self.name(),
             "class": self.identity.class_name,
             "state": state,
             "fault": fault,
-            "counters": &*self.counters,
+            "counters": &**self.counters(),
             "device": self.device.inspect(),
         })
     }
 
-    /// Sets where interrupts go; the last connector wins.
+    /// As [`Host::set_interrupt_sink`].
     pub fn set_interrupt_sink(&self, sink: Arc<dyn InterruptSink>) {
-        self.outlet.set_connector(sink);
+        self.host.set_interrupt_sink(sink);
     }
 
-    /// Lets the device `router` of the same bus carry this one's interrupts, if its driver asks for
-    /// that ([`Router`]); the first one set stays. Whoever drives that device can take them from
-    /// this one's driver.
+    /// As [`Host::set_router`].
     pub fn set_router(&self, router: &str) {
-        let _ = self.router.set(router.to_owned());
+        self.host.set_router(router);
     }
 
-    /// The device that may carry this one's interrupts.
+    /// As [`Host::router`].
     pub fn router(&self) -> Option<String> {
-        self.router.get().cloned()
-    }
-
-    pub(crate) fn outlet(&self) -> &Arc<Outlet> {
-        &self.outlet
+        self.host.router()
     }
 
     /// Whether a connection is open.
@@ -331,9 +262,9 @@ impl Endpoint {
         }
     }
 
-    /// The memory of the peer.
+    /// As [`Host::memory`].
     pub fn memory(&self) -> &Arc<MemoryContext> {
-        &self.memory
+        self.host.memory()
     }
 
     /// Maps memory of the peer; see [`MemoryContext::map`].
@@ -344,7 +275,7 @@ impl Endpoint {
         file: Option<(OwnedFd, u64)>,
         access: Access,
     ) -> Result<(), MapError> {
-        self.memory.map(start, len, file, access)
+        self.memory().map(start, len, file, access)
     }
 
     /// Unmaps memory of the peer, whole maps only; returns the bytes unmapped. If a region of the
@@ -352,13 +283,13 @@ impl Endpoint {
     /// this returns, no task touches the memory any more.
     pub fn unmap(&self, start: u64, len: u64) -> u64 {
         self.revoke(|from, to| from < start.saturating_add(len) && start < to);
-        self.memory.unmap(start, len)
+        self.memory().unmap(start, len)
     }
 
     /// Unmaps all memory of the peer, as [`unmap`](Self::unmap).
     pub fn unmap_all(&self) {
         self.revoke(|_, _| true);
-        self.memory.unmap_all();
+        self.memory().unmap_all();
     }
 
     fn revoke(&self, hit: impl Fn(u64, u64) -> bool) {
@@ -368,7 +299,7 @@ impl Endpoint {
             open.regions.iter().flatten().flat_map(|r| &r.ranges).any(|&(from, to)| hit(from, to));
         if hit {
             tracing::warn!(
-                device = self.name,
+                device = self.name(),
                 "memory of a region was unmapped; the connection ends"
             );
             self.end(&mut inner, Inner::Broken(ErrorCode::REVOKED));
@@ -380,7 +311,7 @@ impl Endpoint {
     /// OPEN.
     pub fn open(&self, request: OpenRequest) -> Result<(), ErrorCode> {
         let OpenRequest { version, vector, features, handshake } = request;
-        self.counters.commands.one();
+        self.counters().commands.one();
         let mut inner = lock(&self.inner);
         match &*inner {
             Inner::Closed => {}
@@ -400,9 +331,9 @@ impl Endpoint {
             return Err(ErrorCode::BAD_ALIGNMENT);
         }
         let mut word = [0; 8];
-        self.memory.view().read(handshake.0, &mut word)?;
+        self.memory().view().read(handshake.0, &mut word)?;
         if u64::from_le_bytes(word) != handshake.1 {
-            tracing::warn!(device = self.name, "{}", ErrorCode::NOT_SHARED);
+            tracing::warn!(device = self.name(), "{}", ErrorCode::NOT_SHARED);
             return Err(ErrorCode::NOT_SHARED);
         }
         let generation = self.generations.fetch_add(1, Ordering::Relaxed);
@@ -419,24 +350,23 @@ impl Endpoint {
             features,
             incarnation: self.events.incarnation(),
             notifier: self.notifier(),
-            memory: self.memory.clone(),
-            executor: self.executor.clone(),
-            place: self.place,
-            counters: self.counters.clone(),
+            memory: self.memory().clone(),
+            executor: self.executor().clone(),
+            place: self.place(),
+            counters: self.counters().clone(),
             fail: fail.clone(),
-            router: Router {
-                name: self.router.get().is_none().then(|| self.name.clone()),
-                devices: self.devices.clone(),
-            },
+            router: Router::new(self.name(), self.router().is_some(), self.outlets.clone()),
         })?;
         let connection: SharedConnection = Arc::new(Mutex::new(connection));
         let task = ConnectionTask(connection.clone());
-        let task =
-            self.executor.spawn(self.place, Box::new(task), self.counters.clone(), move |status| {
-                fail.fail(status)
-            });
+        let task = self.executor().spawn(
+            self.place(),
+            Box::new(task),
+            self.counters().clone(),
+            move |status| fail.fail(status),
+        );
         let regions = (0..self.identity.regions).map(|_| None).collect();
-        self.outlet.open(self.identity.vectors);
+        self.host.outlet().open();
         self.events.open(vector);
         *inner = Inner::Open(OpenConnection {
             connection,
@@ -446,8 +376,8 @@ impl Endpoint {
             regions,
             call: None,
         });
-        self.counters.opens.one();
-        tracing::info!(device = self.name, features = format_args!("{features:#x}"), "opened");
+        self.counters().opens.one();
+        tracing::info!(device = self.name(), features = format_args!("{features:#x}"), "opened");
         Ok(())
     }
 
@@ -473,7 +403,7 @@ impl Endpoint {
     fn fail(&self, generation: u64, status: ErrorCode) {
         let mut inner = lock(&self.inner);
         if matches!(&*inner, Inner::Open(open) if open.generation == generation) {
-            tracing::warn!(device = self.name, %status, "the connection ends by a fault");
+            tracing::warn!(device = self.name(), %status, "the connection ends by a fault");
             self.end(&mut inner, Inner::Broken(status));
             drop(inner);
             self.events.raise(event::BROKEN);
@@ -490,22 +420,20 @@ impl Endpoint {
                     Inner::Closed | Inner::Open(_) => ErrorCode::NOT_OPEN,
                 });
             }
-            for slot in &self.doorbells {
-                lock(&slot.target).detach();
-            }
+            self.host.doorbells().detach_all();
             open.task.stop();
             drop(open.connection);
-            self.outlet.close(!matches!(inner, Inner::Closed));
+            self.host.outlet().close(!matches!(inner, Inner::Closed));
             if matches!(inner, Inner::Broken(_)) {
-                self.counters.broken.one();
+                self.counters().broken.one();
             }
-            tracing::info!(device = self.name, "closed");
+            tracing::info!(device = self.name(), "closed");
         }
     }
 
     /// REGION_ADD. Returns the handle.
     pub fn region_add(&self, request: RegionRequest) -> Result<u32, ErrorCode> {
-        self.counters.commands.one();
+        self.counters().commands.one();
         let mut inner = lock(&self.inner);
         let Inner::Open(open) = &mut *inner else { return Err(ErrorCode::NOT_OPEN) };
         if request.vector >= self.identity.vectors {
@@ -533,7 +461,7 @@ impl Endpoint {
         let handle = u32::try_from(free).map_err(|_| ErrorCode::LIMIT)?;
         let (window, ranges) = match request.page_shift {
             0 => {
-                let window = self.memory.window(request.addr, request.len)?;
+                let window = self.memory().window(request.addr, request.len)?;
                 (window, vec![(request.addr, request.addr + request.len)])
             }
             shift @ 12..=30 => {
@@ -544,9 +472,10 @@ impl Endpoint {
                 }
                 let mut list =
                     vec![0u8; usize::try_from(count * 8).map_err(|_| ErrorCode::BAD_LENGTH)?];
-                self.memory.view().read(request.addr, &mut list)?;
+                self.memory().view().read(request.addr, &mut list)?;
                 let pages: Vec<u64> = list.chunks_exact(8).map(le64).collect();
-                let window = self.memory.window_of_pages(&pages, u32::from(shift), request.len)?;
+                let window =
+                    self.memory().window_of_pages(&pages, u32::from(shift), request.len)?;
                 (window, pages.iter().map(|&p| (p, p.saturating_add(page))).collect())
             }
             _ => return Err(ErrorCode::BAD_ARGUMENT),
@@ -556,12 +485,12 @@ impl Endpoint {
             handle,
             window,
             signal_offset,
-            interrupt: Interrupt::new(self.outlet.clone(), request.vector, self.counters.clone()),
-            doorbell: Doorbell { endpoint: self.this.clone(), handle },
+            interrupt: self.host.interrupt(request.vector),
+            doorbell: self.host.doorbells().doorbell(handle),
         };
-        self.bind(handle, &open.task);
+        region.doorbell.bind(&open.task);
         if let Err(status) = lock(&open.connection).region_added(region) {
-            lock(&self.doorbells[free].target).detach();
+            self.host.doorbells().detach(free);
             return Err(status);
         }
         open.regions[free] = Some(RegionRanges { ranges });
@@ -571,7 +500,7 @@ impl Endpoint {
 
     /// REGION_DROP.
     pub fn region_drop(&self, handle: u64) -> Result<(), ErrorCode> {
-        self.counters.commands.one();
+        self.counters().commands.one();
         let mut inner = lock(&self.inner);
         let Inner::Open(open) = &mut *inner else { return Err(ErrorCode::NOT_OPEN) };
         let at = usize::try_from(handle).map_err(|_| ErrorCode::NO_REGION)?;
@@ -580,7 +509,7 @@ impl Endpoint {
             open.regions.get_mut(at).filter(|r| r.is_some()).ok_or(ErrorCode::NO_REGION)?;
         lock(&open.connection).region_dropped(handle)?;
         *region = None;
-        lock(&self.doorbells[at].target).detach();
+        self.host.doorbells().detach(at);
         Ok(())
     }
 
@@ -593,7 +522,7 @@ impl Endpoint {
         addr: u64,
         len: u64,
     ) -> Result<Called, ErrorCode> {
-        self.counters.commands.one();
+        self.counters().commands.one();
         let mut inner = lock(&self.inner);
         let Inner::Open(open) = &mut *inner else { return Err(ErrorCode::NOT_OPEN) };
         if open.call.as_ref().is_some_and(|call| call.result().is_none()) {
@@ -604,13 +533,17 @@ impl Endpoint {
         }
         let mut buffer = vec![0; usize::try_from(len).map_err(|_| ErrorCode::BAD_LENGTH)?];
         if len > 0 {
-            let view = self.memory.view();
+            let view = self.memory().view();
             // Before the class acts: the answer must find its place afterwards.
             view.slice(addr, len, true)?;
             view.read(addr, &mut buffer)?;
         }
-        let (call, pending) =
-            Call::new((function, flags), (addr, buffer), self.memory.clone(), self.events.clone());
+        let (call, pending) = Call::new(
+            (function, flags),
+            (addr, buffer),
+            self.memory().clone(),
+            self.events.clone(),
+        );
         lock(&open.connection).start_call(call);
         if let Some(result) = pending.result_or_tell() {
             let value = result?;
@@ -623,77 +556,12 @@ impl Endpoint {
 
     /// The driver rings doorbell `handle`; one that belongs to no region does nothing.
     pub fn ring(&self, handle: u64) {
-        let slot = usize::try_from(handle).ok().and_then(|at| self.doorbells.get(at));
-        let Some(slot) = slot else { return };
-        if let Some(task) = &lock(&slot.target).task {
-            self.counters.doorbells.one();
-            task.wake();
-        }
+        self.host.doorbells().ring(handle);
     }
 
-    /// An eventfd that rings doorbell `handle`, for connectors that can have it written without
-    /// their help. Always the same one.
+    /// As [`Doorbells::eventfd`](crate::Doorbells::eventfd).
     pub fn doorbell_eventfd(&self, handle: u32) -> rustix::io::Result<Arc<OwnedFd>> {
-        let slot = self.doorbells.get(handle as usize).ok_or(rustix::io::Errno::NOENT)?;
-        let mut target = lock(&slot.target);
-        if let Some(fd) = &target.eventfd {
-            return Ok(fd.clone());
-        }
-        let fd = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
-        if let Some(task) = &target.task {
-            task.watch(fd.as_fd(), Interest::Read)?;
-        }
-        target.eventfd = Some(fd.clone());
-        Ok(fd)
-    }
-
-    /// Adds to the doorbells counted those that rang by eventfd, which nobody sees one by one: an
-    /// eventfd holds their number until it is read.
-    fn count_eventfds(&self) {
-        for slot in &self.doorbells {
-            let target = lock(&slot.target);
-            let mut rung = [0; 8];
-            // The peer holds the eventfd too, and could make a plain read wait. (Kernels before 5.9
-            // cannot do this one, and do not count.)
-            let read = |fd| {
-                preadv2(fd, &mut [IoSliceMut::new(&mut rung)], u64::MAX, ReadWriteFlags::NOWAIT)
-            };
-            let Some(Ok(_)) = target.eventfd().map(read) else { continue };
-            self.counters.doorbells.add(u64::from_ne_bytes(rung));
-            // A ring whose event has not been collected yet goes unnoticed once the eventfd has
-            // been read.
-            if let Some(task) = &target.task {
-                task.wake();
-            }
-        }
-    }
-
-    fn bind(&self, handle: u32, task: &TaskHandle) {
-        let Some(slot) = self.doorbells.get(handle as usize) else { return };
-        let mut target = lock(&slot.target);
-        target.detach();
-        if let Some(fd) = target.eventfd() {
-            if let Err(error) = task.watch(fd, Interest::Read) {
-                tracing::error!(device = self.name, handle, %error, "cannot watch a doorbell");
-            }
-        }
-        target.task = Some(task.clone());
-        drop(target);
-        task.wake();
-    }
-}
-
-impl Target {
-    fn eventfd(&self) -> Option<BorrowedFd<'_>> {
-        self.eventfd.as_ref().map(|fd| fd.as_fd())
-    }
-
-    fn detach(&mut self) {
-        if let Some(task) = self.task.take() {
-            if let Some(fd) = self.eventfd() {
-                task.unwatch(fd);
-            }
-        }
+        self.host.doorbells().eventfd(handle)
     }
 }
 

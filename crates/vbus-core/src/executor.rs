@@ -20,9 +20,8 @@ use rustix::buffer::spare_capacity;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{EventfdFlags, Timespec, eventfd};
 use vbus_shm::signal::Armed;
-use vbus_shm::{Pace, Rest};
+use vbus_shm::{ErrorCode, Pace, Rest};
 
-use crate::ErrorCode;
 use crate::counter::ConnectionCounters;
 use crate::wake::WakeFlag;
 

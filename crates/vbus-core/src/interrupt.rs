@@ -1,13 +1,13 @@
-//! Interrupts: from the device to the driver, by the device's own connector or through another
-//! device of the bus.
+//! Interrupts: from the device to the driver, by the device's own connector or by a route through
+//! another device of the bus.
 
 use std::fmt;
-use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
+use std::sync::{Arc, OnceLock, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
 
 use vbus_shm::signal::{Kick, end};
 
-use crate::ErrorCode;
-use crate::bus::Devices;
+use vbus_shm::ErrorCode;
+
 use crate::counter::ConnectionCounters;
 
 /// Where interrupts go: what the connector makes of a vector.
@@ -57,7 +57,12 @@ impl fmt::Debug for Interrupt {
 }
 
 /// Where the interrupts of a device go: to its connector, but for the vectors that are routed.
-pub(crate) struct Outlet(RwLock<Ways>);
+pub(crate) struct Outlet {
+    ways: RwLock<Ways>,
+    vectors: u16,
+    /// The device that may carry these interrupts.
+    router: OnceLock<String>,
+}
 
 struct Ways {
     connector: Arc<dyn InterruptSink>,
@@ -80,20 +85,26 @@ impl InterruptSink for NoInterrupts {
 }
 
 impl Outlet {
-    pub(crate) fn new() -> Outlet {
-        Outlet(RwLock::new(Ways {
-            connector: Arc::new(NoInterrupts),
-            routed: Vec::new(),
-            count: 0,
-        }))
+    pub(crate) fn new(vectors: u16) -> Outlet {
+        let connector = Arc::new(NoInterrupts);
+        let ways = RwLock::new(Ways { connector, routed: Vec::new(), count: 0 });
+        Outlet { ways, vectors, router: OnceLock::new() }
+    }
+
+    pub(crate) fn set_router(&self, router: &str) {
+        let _ = self.router.set(router.to_owned()); // The first one stays.
+    }
+
+    pub(crate) fn router(&self) -> Option<&str> {
+        self.router.get().map(String::as_str)
     }
 
     fn read(&self) -> RwLockReadGuard<'_, Ways> {
-        self.0.read().unwrap_or_else(|e| e.into_inner())
+        self.ways.read().unwrap_or_else(|e| e.into_inner())
     }
 
     fn write(&self) -> RwLockWriteGuard<'_, Ways> {
-        self.0.write().unwrap_or_else(|e| e.into_inner())
+        self.ways.write().unwrap_or_else(|e| e.into_inner())
     }
 
     pub(crate) fn set_connector(&self, sink: Arc<dyn InterruptSink>) {
@@ -101,8 +112,30 @@ impl Outlet {
     }
 
     /// A connection begins: its vectors can be routed.
-    pub(crate) fn open(&self, vectors: u16) {
-        self.write().routed = (0..vectors).map(|_| None).collect();
+    pub(crate) fn open(&self) {
+        self.write().routed = (0..self.vectors).map(|_| None).collect();
+    }
+
+    /// Lets `sink` have the interrupts of the open connection on `vector`; see
+    /// [`Router::route`](crate::Router::route).
+    pub(crate) fn route(
+        self: &Arc<Self>,
+        vector: u16,
+        sink: Arc<dyn InterruptSink>,
+    ) -> Result<Route, ErrorCode> {
+        if vector >= self.vectors {
+            return Err(ErrorCode::BAD_VECTOR);
+        }
+        let mut ways = self.write();
+        ways.count += 1;
+        let id = ways.count;
+        let slot = ways.routed.get_mut(usize::from(vector)).ok_or(ErrorCode::NOT_OPEN)?;
+        if slot.is_some() {
+            return Err(ErrorCode::EXISTS);
+        }
+        sink.trigger(vector);
+        *slot = Some(Way { sink, id });
+        Ok(Route { outlet: Arc::downgrade(self), vector, id })
     }
 
     /// The connection has ended, and with it all routes. `tell`: the driver does not know yet, and
@@ -126,52 +159,6 @@ impl InterruptSink for Outlet {
             Some(Some(way)) => way.sink.trigger(vector),
             _ => ways.connector.trigger(vector),
         }
-    }
-}
-
-/// Lets a device carry the interrupts of others on its bus: of those that were made with its name
-/// ([`Endpoint::set_router`](crate::Endpoint::set_router)).
-#[derive(Clone)]
-pub struct Router {
-    /// The device that routes; `None` if it is routed itself, for that could go round in a circle.
-    pub(crate) name: Option<String>,
-    pub(crate) devices: Weak<Devices>,
-}
-
-impl Router {
-    /// Lets `sink` have the interrupts of the open connection of `device` on `vector`, from now
-    /// until the route is dropped or that connection ends. One interrupt goes there at once, in
-    /// case that the last one by the old way was not attended to any more.
-    ///
-    /// # Errors
-    /// [`ErrorCode::DENIED`] (no such device, or it may not be routed from here),
-    /// [`ErrorCode::NOT_OPEN`], [`ErrorCode::BAD_VECTOR`], [`ErrorCode::EXISTS`].
-    pub fn route(
-        &self,
-        device: &str,
-        vector: u16,
-        sink: Arc<dyn InterruptSink>,
-    ) -> Result<Route, ErrorCode> {
-        let name = self.name.as_deref().ok_or(ErrorCode::DENIED)?;
-        let devices = self.devices.upgrade().ok_or(ErrorCode::REMOVED)?;
-        let endpoint = devices.get(device).ok_or(ErrorCode::DENIED)?;
-        if endpoint.router().as_deref() != Some(name) {
-            return Err(ErrorCode::DENIED);
-        }
-        if vector >= endpoint.identity().vectors {
-            return Err(ErrorCode::BAD_VECTOR);
-        }
-        let outlet = endpoint.outlet();
-        let mut ways = outlet.write();
-        ways.count += 1;
-        let id = ways.count;
-        let slot = ways.routed.get_mut(usize::from(vector)).ok_or(ErrorCode::NOT_OPEN)?;
-        if slot.is_some() {
-            return Err(ErrorCode::EXISTS);
-        }
-        sink.trigger(vector);
-        *slot = Some(Way { sink, id });
-        Ok(Route { outlet: Arc::downgrade(outlet), vector, id })
     }
 }
 

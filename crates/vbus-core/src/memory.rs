@@ -103,18 +103,18 @@ const MAPS_ALL_MAX: usize = 24576;
 static MAPS: AtomicUsize = AtomicUsize::new(0);
 
 /// One of the maps that there may be, given back when dropped.
-struct Place;
+struct MapShare;
 
-impl Place {
-    fn take() -> Result<Place, MapError> {
+impl MapShare {
+    fn take() -> Result<MapShare, MapError> {
         let before = MAPS.fetch_add(1, Ordering::Relaxed);
         // On refusal the drop gives it back.
-        let place = Place;
-        if before < MAPS_ALL_MAX { Ok(place) } else { Err(MapError::LimitOfAll) }
+        let share = MapShare;
+        if before < MAPS_ALL_MAX { Ok(share) } else { Err(MapError::LimitOfAll) }
     }
 }
 
-impl Drop for Place {
+impl Drop for MapShare {
     fn drop(&mut self) {
         MAPS.fetch_sub(1, Ordering::Relaxed);
     }
@@ -123,7 +123,7 @@ impl Drop for Place {
 /// What a mapping counts as, for as long as it is there.
 enum Share {
     /// A map of a peer.
-    Map(Place),
+    Map(MapShare),
     /// Pages mapped one by one.
     Listed(#[expect(dead_code, reason = "held for its drop")] Listed),
 }
@@ -143,7 +143,7 @@ unsafe impl Sync for Mapping {}
 
 impl Mapping {
     fn file(fd: &OwnedFd, offset: u64, len: usize, writable: bool) -> Result<Mapping, MapError> {
-        let share = Share::Map(Place::take()?);
+        let share = Share::Map(MapShare::take()?);
         let prot = if writable { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
         // SAFETY: a fresh mapping at an address of the kernel's choice.
         let base = unsafe { mmap(std::ptr::null_mut(), len, prot, MapFlags::SHARED, fd, offset) }?;
@@ -745,16 +745,16 @@ mod tests {
     fn peers_cannot_use_up_the_mappings_of_the_process() {
         /// What Linux allows a process (`vm.max_map_count`).
         const MAPPINGS: usize = 65530;
-        let places: Vec<_> = std::iter::from_fn(|| Place::take().ok()).take(MAPPINGS).collect();
+        let places: Vec<_> = std::iter::from_fn(|| MapShare::take().ok()).take(MAPPINGS).collect();
         assert!(
             places.len() >= 1024 && places.len() + LISTED_MAX + 4096 < MAPPINGS,
             "{}",
             places.len()
         );
-        assert!(matches!(Place::take(), Err(MapError::LimitOfAll)));
+        assert!(matches!(MapShare::take(), Err(MapError::LimitOfAll)));
         drop(places);
         // What one gives back, another may have; and a refusal took none.
-        assert!(Place::take().is_ok());
+        assert!(MapShare::take().is_ok());
         assert_eq!(MAPS.load(Ordering::Relaxed), 0);
     }
 }

@@ -44,11 +44,10 @@ use serde_json::Value;
 use vbus_shm::abi::service as abi;
 use vbus_shm::ring::{DeviceEnd, Entry, Return, Returns};
 use vbus_shm::signal::Armed;
-use vbus_shm::{Memory, copy};
+use vbus_shm::{ErrorCode, Memory, copy};
 
-use crate::ErrorCode;
 use crate::device::{Connection, CreateError, Device, Identity, Open, Region};
-use crate::endpoint::Doorbell;
+use crate::doorbell::Doorbell;
 use crate::executor::Progress;
 use crate::interrupt::Interrupt;
 use crate::memory::Window;

@@ -4,8 +4,6 @@ use core::fmt;
 
 use vbus_shm::{ErrorCode, Versions};
 
-use crate::hal::NoMemory;
-
 /// Why something failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -60,6 +58,10 @@ pub enum Error {
     /// The caller asked for something that the device or the ABI does not have.
     Unsupported(&'static str),
 }
+
+/// There is no (more) memory that the device could reach.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NoMemory;
 
 impl From<NoMemory> for Error {
     fn from(NoMemory: NoMemory) -> Self {

@@ -9,7 +9,8 @@ use vbus_shm::signal::end::Driver;
 use vbus_shm::sync::Ordering;
 use vbus_shm::{ErrorCode, Versions};
 
-use crate::doorbell::{Costs, Doorbell};
+use crate::costs::Costs;
+use crate::doorbell::Doorbell;
 use crate::error::Error;
 use crate::hal::{Dma, Hal};
 use crate::regions::RegionTable;

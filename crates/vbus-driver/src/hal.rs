@@ -8,6 +8,7 @@ use vbus_shm::sync::Ordering;
 use vbus_shm::{Memory, copy};
 
 use crate::doorbell::Doorbell;
+use crate::error::NoMemory;
 use crate::regions::RegionTable;
 
 /// The environment's part of a driver: registers, memory that the device can reach, doorbells,
@@ -128,7 +129,3 @@ pub trait Dma: Memory + Clone + fmt::Debug {
         self.words().get(offset / WORD).map_or(0, |word| word.load(Ordering::Relaxed))
     }
 }
-
-/// There is no (more) memory that the device could reach.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct NoMemory;

@@ -50,6 +50,7 @@
 #[cfg(feature = "alloc")]
 extern crate alloc;
 
+mod costs;
 mod doorbell;
 mod error;
 mod function;
@@ -61,10 +62,11 @@ pub mod sched;
 pub mod state;
 pub mod venet;
 
-pub use doorbell::{Cost, Costs, Doorbell};
-pub use error::Error;
+pub use costs::{Cost, Costs};
+pub use doorbell::Doorbell;
+pub use error::{Error, NoMemory};
 pub use function::{Acknowledger, Bell, ConnectionState, Events, Function, Info, Name, Region};
-pub use hal::{COMMAND_BOUND, Dma, Hal, NoMemory};
+pub use hal::{COMMAND_BOUND, Dma, Hal};
 #[cfg(feature = "alloc")]
 pub use regions::HeapTable;
 pub use regions::{FixedTable, RegionTable};

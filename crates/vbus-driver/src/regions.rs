@@ -3,7 +3,7 @@
 
 use core::fmt;
 
-use crate::hal::NoMemory;
+use crate::error::NoMemory;
 
 /// A table of memory that is registered with a device
 /// ([`Hal::Regions`](crate::Hal::Regions)). What is inserted stays until it is removed or the

@@ -1,0 +1,101 @@
+//! What every front of a device needs, whatever its driver speaks: the peer's memory, a place on the
+//! event loop, interrupts, doorbells, counters. The front of vbus is
+//! [`Endpoint`](crate::Endpoint).
+
+use std::sync::Arc;
+
+use crate::counter::ConnectionCounters;
+use crate::doorbell::Doorbells;
+use crate::executor::Executor;
+use crate::interrupt::{Interrupt, InterruptSink, Outlet};
+use crate::memory::{MemoryContext, Trust};
+
+/// The host's half of a device, apart from what its driver says and how.
+pub struct Host {
+    name: String,
+    executor: Arc<Executor>,
+    place: usize,
+    memory: Arc<MemoryContext>,
+    counters: Arc<ConnectionCounters>,
+    outlet: Arc<Outlet>,
+    doorbells: Arc<Doorbells>,
+}
+
+impl Host {
+    /// A device called `name` with so many interrupt vectors and doorbells, whose tasks run on
+    /// `executor`, and whose peers' memory files are trusted as `trust` says.
+    pub fn new(
+        name: &str,
+        executor: Arc<Executor>,
+        trust: Trust,
+        vectors: u16,
+        doorbells: usize,
+    ) -> Host {
+        let counters: Arc<ConnectionCounters> = Arc::default();
+        Host {
+            name: name.to_owned(),
+            place: executor.place(),
+            executor,
+            memory: Arc::new(MemoryContext::new(trust)),
+            doorbells: Doorbells::new(doorbells, counters.clone()),
+            counters,
+            outlet: Arc::new(Outlet::new(vectors)),
+        }
+    }
+
+    /// The device's name on its bus.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The event loop that the device's tasks run on.
+    pub fn executor(&self) -> &Arc<Executor> {
+        &self.executor
+    }
+
+    /// Where on the event loop the device's tasks run: its connection, and best also its connector.
+    pub fn place(&self) -> usize {
+        self.place
+    }
+
+    /// The memory of the peer.
+    pub fn memory(&self) -> &Arc<MemoryContext> {
+        &self.memory
+    }
+
+    /// The counters of the device's connections.
+    pub fn counters(&self) -> &Arc<ConnectionCounters> {
+        &self.counters
+    }
+
+    /// The doorbells.
+    pub fn doorbells(&self) -> &Arc<Doorbells> {
+        &self.doorbells
+    }
+
+    /// How to interrupt the driver on `vector`.
+    pub fn interrupt(&self, vector: u16) -> Interrupt {
+        Interrupt::new(self.outlet.clone(), vector, self.counters.clone())
+    }
+
+    /// Sets where interrupts go; the last connector wins.
+    pub fn set_interrupt_sink(&self, sink: Arc<dyn InterruptSink>) {
+        self.outlet.set_connector(sink);
+    }
+
+    /// Lets the device `router` of the same bus carry this one's interrupts, if its driver asks for
+    /// that ([`Router`](crate::Router)); the first one set stays. Whoever drives that device can
+    /// take them from this one's driver.
+    pub fn set_router(&self, router: &str) {
+        self.outlet.set_router(router);
+    }
+
+    /// The device that may carry this one's interrupts.
+    pub fn router(&self) -> Option<String> {
+        self.outlet.router().map(str::to_owned)
+    }
+
+    pub(crate) fn outlet(&self) -> &Arc<Outlet> {
+        &self.outlet
+    }
+}

@@ -1,0 +1,65 @@
+//! Devices that carry the interrupts of others of their bus (spec/pci.md, "Interrupts").
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, Weak};
+
+use vbus_shm::ErrorCode;
+
+use crate::interrupt::{InterruptSink, Outlet, Route};
+use crate::lock::lock;
+
+/// Where the interrupts of each device of a bus go, by the device's name.
+#[derive(Default)]
+pub(crate) struct Outlets(Mutex<BTreeMap<String, Weak<Outlet>>>);
+
+impl Outlets {
+    pub(crate) fn insert(&self, name: &str, outlet: &Arc<Outlet>) {
+        lock(&self.0).insert(name.into(), Arc::downgrade(outlet));
+    }
+
+    pub(crate) fn remove(&self, name: &str) {
+        lock(&self.0).remove(name);
+    }
+
+    fn get(&self, name: &str) -> Option<Arc<Outlet>> {
+        lock(&self.0).get(name)?.upgrade()
+    }
+}
+
+/// Lets a device carry the interrupts of others on its bus: of those that were made with its name
+/// ([`Endpoint::set_router`](crate::Endpoint::set_router)).
+#[derive(Clone)]
+pub struct Router {
+    /// The device that routes; `None` if it is routed itself, for that could go round in a circle.
+    name: Option<String>,
+    outlets: Weak<Outlets>,
+}
+
+impl Router {
+    /// That of the device `name`, which is `routed` itself or not.
+    pub(crate) fn new(name: &str, routed: bool, outlets: Weak<Outlets>) -> Router {
+        Router { name: (!routed).then(|| name.into()), outlets }
+    }
+
+    /// Lets `sink` have the interrupts of the open connection of `device` on `vector`, from now
+    /// until the route is dropped or that connection ends. One interrupt goes there at once, in
+    /// case that the last one by the old way was not attended to any more.
+    ///
+    /// # Errors
+    /// [`ErrorCode::DENIED`] (no such device, or it may not be routed from here),
+    /// [`ErrorCode::NOT_OPEN`], [`ErrorCode::BAD_VECTOR`], [`ErrorCode::EXISTS`].
+    pub fn route(
+        &self,
+        device: &str,
+        vector: u16,
+        sink: Arc<dyn InterruptSink>,
+    ) -> Result<Route, ErrorCode> {
+        let name = self.name.as_deref().ok_or(ErrorCode::DENIED)?;
+        let outlets = self.outlets.upgrade().ok_or(ErrorCode::REMOVED)?;
+        let outlet = outlets.get(device).ok_or(ErrorCode::DENIED)?;
+        if outlet.router() != Some(name) {
+            return Err(ErrorCode::DENIED);
+        }
+        outlet.route(vector, sink)
+    }
+}

@@ -1,0 +1,62 @@
+//! What ringing costs, and which kind of doorbell is the cheapest.
+
+use vbus_shm::abi::capability;
+
+use crate::doorbell::Doorbell;
+use crate::hal::Hal;
+
+/// In how many rounds a measurement is done. The kinds take turns, so that a disturbance does not
+/// hit one alone.
+const ROUNDS: u32 = 4;
+
+/// What ringing costs, by one kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cost {
+    /// The kind.
+    pub doorbell: Doorbell,
+    /// Nanoseconds for one ring: those of the best of several rounds.
+    pub nanoseconds: u64,
+}
+
+/// What ringing costs, by each kind that can be rung here.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Costs {
+    list: [Option<Cost>; capability::RECORDS_MAX],
+}
+
+impl Costs {
+    /// Rings doorbell `handle` of each of `doorbells`, each `rings` times at least.
+    pub(crate) fn measure<H: Hal>(
+        hal: &H,
+        doorbells: impl Iterator<Item = Doorbell>,
+        handle: u32,
+        rings: u32,
+    ) -> Costs {
+        let mut costs = Costs::default();
+        for (place, doorbell) in costs.list.iter_mut().zip(doorbells) {
+            *place = Some(Cost { doorbell, nanoseconds: u64::MAX });
+        }
+        let each = rings.div_ceil(ROUNDS).max(1);
+        for _ in 0..ROUNDS {
+            for cost in costs.list.iter_mut().flatten() {
+                let start = hal.now();
+                for _ in 0..each {
+                    hal.ring(cost.doorbell, handle);
+                }
+                let took = hal.now().saturating_sub(start) / u64::from(each);
+                cost.nanoseconds = cost.nanoseconds.min(took);
+            }
+        }
+        costs
+    }
+
+    /// In the function's order.
+    pub fn iter(&self) -> impl Iterator<Item = Cost> + '_ {
+        self.list.iter().flatten().copied()
+    }
+
+    /// The cheapest; the first of those that cost the same.
+    pub fn cheapest(&self) -> Option<Cost> {
+        self.iter().min_by_key(|cost| cost.nanoseconds)
+    }
+}
