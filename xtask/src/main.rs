@@ -7,6 +7,7 @@ mod docs;
 mod fuzz;
 mod guest;
 mod kvm;
+mod man;
 mod new_device;
 mod picture;
 mod shell;
@@ -61,6 +62,8 @@ enum Command {
         /// The guest's name: `guest`, or `a` and `b` of `demo --keep`
         guest: String,
     },
+    /// Make man pages and shell completions of every program
+    Man(man::Args),
     /// Make a crate for a device class of your own, with its driver and tests
     NewDevice(new_device::Args),
     /// Run what needs a real KVM: all of it, those whose name begins with one of NAMES, or a
@@ -101,6 +104,7 @@ fn run(command: Command) -> Result<bool> {
             Err(qemu.args(args).exec()).context("cannot run the kit's QEMU")
         }
         Command::Console { guest } => console::run(&guest).map(|()| true),
+        Command::Man(args) => man::run(&args),
         Command::NewDevice(args) => new_device::run(&args),
         Command::Kvm(args) => kvm::run(&args),
         Command::Test(args) => test::run(&args),

@@ -16,6 +16,7 @@
 //! }
 //! ```
 
+pub mod documents;
 pub mod limits;
 pub mod log;
 pub mod output;

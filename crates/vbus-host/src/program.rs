@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use vbus_cli::documents;
 use vbus_core::DeviceClass;
 
 use crate::{command, serve};
@@ -79,6 +80,10 @@ impl Program {
     /// A program must call this first in its `main` and hand it the process's own arguments:
     /// `serve` may start the program a second time, as the guardian of the class `sched`.
     pub fn run(self) -> ExitCode {
+        let args = std::env::args_os().skip(1);
+        if let Some(made) = documents::make_if_asked(self.command(), args) {
+            return vbus_cli::exit(made);
+        }
         let matches = self.command().get_matches();
         let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
         if let Command::Guardian = cli.command {

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
-use clap::{Parser, ValueEnum};
+use clap::{CommandFactory, Parser, ValueEnum};
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use vbus_vmm::boot::Image;
@@ -97,6 +97,10 @@ enum Doorbell {
 
 fn main() -> ExitCode {
     seccomp::prepare();
+    let args = std::env::args_os().skip(1);
+    if let Some(made) = vbus_cli::documents::make_if_asked(Cli::command(), args) {
+        return vbus_cli::exit(made);
+    }
     let cli = Cli::parse();
     vbus_cli::log::start_with("warn");
     let json = cli.json;

@@ -2,6 +2,7 @@
 //! builds or starts anything. And `cargo xtask new-device`.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+mod man;
 mod new_device;
 
 use std::process::Command;

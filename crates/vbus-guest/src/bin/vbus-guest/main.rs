@@ -11,8 +11,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use clap::Parser;
-use vbus_cli::{log, rundir};
+use clap::{CommandFactory, Parser};
+use vbus_cli::{documents, log, rundir};
 use vbus_guest::{PciSource, SocketSource, Source};
 
 /// Drive the devices of a vbus: those on this machine's PCI bus, or those behind sockets.
@@ -60,7 +60,8 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    vbus_cli::exit(run(&Args::parse()))
+    let documents = documents::make_if_asked(Args::command(), std::env::args_os().skip(1));
+    vbus_cli::exit(documents.unwrap_or_else(|| run(&Args::parse())))
 }
 
 fn run(args: &Args) -> Result<()> {

@@ -1,0 +1,36 @@
+//! `cargo xtask man`: man pages and shell completions of every program.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+use testkit::workspace;
+
+/// The programs, each of the package of its name.
+pub const PROGRAMS: [&str; 3] = ["vbus", "vbus-guest", "vbus-vmm"];
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// The folder to make them in: man/*.1, and completions/ with bash, zsh and fish [default:
+    /// target/documents]
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+}
+
+/// Makes them.
+pub fn run(args: &Args) -> Result<bool> {
+    let dir = match &args.out {
+        Some(out) => std::path::absolute(out)?,
+        None => workspace::target().join("documents"),
+    };
+    for program in PROGRAMS {
+        let status = workspace::cargo()
+            .args(["run", "--quiet", "--package", program, "--bin", program, "--"])
+            .arg("generate-documents")
+            .arg(&dir)
+            .status()
+            .context("cannot run cargo")?;
+        ensure!(status.success(), "{program} cannot make its documents");
+    }
+    println!("{}", dir.display());
+    Ok(true)
+}
