@@ -52,7 +52,6 @@ mod command;
 mod config;
 mod plug;
 mod program;
-mod qmp;
 mod serve;
 mod vmm;
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Value, json};
 
-use crate::qmp::{QemuError, Qmp};
+use vbus_qmp::{QemuError, Qmp};
 
 /// Where QEMU keeps the devices that have an id.
 const PERIPHERAL: &str = "/machine/peripheral";

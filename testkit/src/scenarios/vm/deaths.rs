@@ -68,7 +68,7 @@ pub fn bus(scene: &Scene) -> Result<()> {
     for vm in &mut pair.vms {
         // The first access to a dead device takes QEMU 5 s; then the guest answers again.
         vm.guest.run_for("true", Duration::from_secs(60))?;
-        vm.control.forget_events();
+        vm.control.forget_events()?;
         vm.unplug("dev0")?;
         vm.guest.ok(
             "until [ -z \"$(vbus-guest list 2>/dev/null | grep net-)\" ]; do sleep 0.05; done",
