@@ -122,7 +122,10 @@ fn a_device_that_cannot_be_plugged_is_taken_off_the_bus_again() {
     fails(done, "all 4 slots are taken");
     // One that dies while it is asked, one that talks of something else, one that never answers.
     fails(Vmm::start(vec![], |_| None).add(&bus), "vbus-vmm has gone");
-    fails(Vmm::start(vec![], |_| Some(vec![json!("hello")])).add(&bus), "nonsense");
+    fails(
+        Vmm::start(vec![], |_| Some(vec![json!("hello")])).add(&bus),
+        "something that is no answer",
+    );
     let silent = Vmm::start(vec![], |_| Some(vec![]));
     fails(
         silent.run(
