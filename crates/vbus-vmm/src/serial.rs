@@ -457,7 +457,7 @@ mod tests {
             data[0]
         }
 
-        /// As a guest that polls would read.
+        /// Reads as a guest that polls would.
         fn read(&self, count: usize) -> Vec<u8> {
             let until = Instant::now() + Duration::from_secs(60);
             let mut bytes = Vec::new();
@@ -486,7 +486,7 @@ mod tests {
             let mut heard = vec![0; expected.len()];
             client.read_exact(&mut heard).unwrap();
             assert_eq!(heard, expected);
-            // More than the UART holds at a time.
+            // This is more than the UART holds at a time.
             let typed: Vec<u8> = (0..=255).cycle().take(1000).collect();
             client.write_all(&typed).unwrap();
             assert_eq!(fixture.read(1000), typed);
@@ -504,7 +504,7 @@ mod tests {
         let fixture = fixture(&Target::File(path.clone()));
         let text: Vec<u8> = (b' '..=b'~').cycle().take(100_000).collect();
         fixture.write(&text);
-        // Nothing is lost by a reset either.
+        // A reset loses nothing either.
         fixture.attached.port.reset();
         drop(fixture);
         assert_eq!(std::fs::read(&path).unwrap(), text);

@@ -46,7 +46,7 @@ pub struct Escape {
 pub enum Escaped {
     /// A key for the guest.
     Input(u8),
-    /// The begin of a command, or an unknown command.
+    /// The first key of a command, or an unknown command.
     Nothing,
     /// The command that ends the program, Ctrl-A x.
     Quit,

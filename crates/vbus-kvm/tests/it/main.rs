@@ -1,5 +1,5 @@
-//! Doorbells and interrupts in a real virtual machine. What the KVM at hand lacks is left out, and
-//! said.
+//! Doorbells and interrupts in a real virtual machine. If this machine's KVM lacks a feature, its
+//! tests are skipped and say so.
 #![allow(
     clippy::unwrap_used,
     clippy::cast_possible_truncation,
@@ -27,7 +27,7 @@ fn event() -> OwnedFd {
     eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap()
 }
 
-/// How often the eventfd was written since the last time.
+/// Reads and clears the counter of the eventfd.
 fn count(fd: impl AsFd) -> u64 {
     let mut value = [0; 8];
     rustix::io::read(fd, &mut value).map_or(0, |_| u64::from_ne_bytes(value))
@@ -51,7 +51,7 @@ fn places() -> [(DoorbellKind, DoorbellRange); 3] {
     ]
 }
 
-/// The kinds that there are, the others being said.
+/// The kinds of doorbells that KVM has. The others are printed as skipped.
 fn kinds(tiny: &Tiny) -> Vec<(DoorbellKind, DoorbellRange)> {
     let (have, lack): (Vec<_>, Vec<_>) =
         places().into_iter().partition(|(kind, _)| tiny.capabilities.has(*kind));
@@ -61,8 +61,8 @@ fn kinds(tiny: &Tiny) -> Vec<(DoorbellKind, DoorbellRange)> {
     have
 }
 
-/// Whether rings that have come made exits. No processor does without; a KVM that interprets its
-/// guests' code does, and has a few of its own.
+/// Checks the number of exits for a number of rings. Each ring on a processor costs an exit. A KVM
+/// that interprets its guests' code needs none, and has a few of its own.
 fn has_exits(cost: &Cost, rings: u64) -> bool {
     if cost.exits < rings {
         println!(
@@ -83,7 +83,7 @@ fn a_ring_is_one_exit_and_none_to_user_space() {
     for (kind, place) in kinds(&tiny) {
         doorbells.set_range(kind, Some(place)).unwrap();
         assert_eq!(doorbells.range(kind), Some(place));
-        // What the first times cost beyond the ring, page faults and the like, is no matter here.
+        // The first rings also cost page faults and the like, which do not count here.
         tiny.run(Program::Ring(kind, 2));
         count(&bell);
         let cost = tiny.run(Program::Ring(kind, RINGS));
@@ -95,7 +95,7 @@ fn a_ring_is_one_exit_and_none_to_user_space() {
             assert_eq!(exits, RINGS, "{kind:?}");
         }
 
-        // The same place for the other doorbell; then nowhere.
+        // The other doorbell gets the same address; then the doorbells are disconnected.
         doorbells
             .set_range(
                 kind,
@@ -107,7 +107,7 @@ fn a_ring_is_one_exit_and_none_to_user_space() {
         doorbells.set_range(kind, None).unwrap();
         let nobodys = tiny.run(Program::Ring(kind, 5));
         if kind == DoorbellKind::Hypercall {
-            // With a SynIC the VMM is asked, without one KVM itself answers.
+            // With a SynIC the VMM answers, without one KVM does.
             let answer = if tiny.capabilities.synic { (5, NO_CONNECTION) } else { (0, 3) };
             assert_eq!((nobodys.user_exits, nobodys.statuses), answer);
         } else {
@@ -118,7 +118,7 @@ fn a_ring_is_one_exit_and_none_to_user_space() {
     }
     drop(doorbells);
     for (kind, place) in kinds(&tiny) {
-        // Others can have the places again.
+        // Other doorbells can have the addresses again.
         let mut next = Doorbells::new(tiny.vm.clone(), vec![(0, event())]).unwrap();
         next.set_range(kind, Some(place)).unwrap();
     }
@@ -149,7 +149,7 @@ fn places_that_cannot_be_are_refused_and_leave_nothing() {
     }
     let mut other = new(&[0]).unwrap();
     for (kind, place) in kinds(&tiny) {
-        // Where doorbell 7 would be there is another's: none of them is there then.
+        // Another doorbell is at the address of doorbell 7, so the whole range is refused.
         let last = DoorbellRange { base: place.base + u64::from(place.stride) * 7, ..place };
         other.set_range(kind, Some(last)).unwrap();
         assert!(
@@ -219,7 +219,7 @@ fn messages_come_while_unmasked_and_wait_while_masked() {
     assert_eq!(next.route(), None, "a number comes without the route of the one who had it before");
 }
 
-/// Lets the guest stop waiting when the test has failed.
+/// Ends the guest's waiting when the test has failed.
 struct Release(&'static AtomicU64);
 
 impl Drop for Release {
@@ -233,11 +233,11 @@ impl Drop for Release {
 #[test]
 fn no_message_is_lost_or_doubled_while_it_is_masked_and_moved() {
     const EVENTS: u64 = 400;
-    // Two ways to say the same: the second one's level bit means nothing with an edge.
+    // Two routes with the same meaning: the level bit of the second one has no effect for an edge.
     const OTHER: Route = Route::Msi { address: 0xfee0_0000, data: 0x4000 | VECTOR as u32 };
     let Some(mut tiny) = machine() else { return };
     let routes = Routes::new(tiny.vm.clone(), IrqChip::Kernel).unwrap();
-    // Another's routes change meanwhile, and with them the whole table.
+    // The routes of another interrupt change meanwhile, and with them the whole table.
     let mut neighbour = MsiIrqfd::new(routes.clone()).unwrap();
     let mut message = MsiIrqfd::new(routes).unwrap();
     message.set(MSI).unwrap();
@@ -255,7 +255,7 @@ fn no_message_is_lost_or_doubled_while_it_is_masked_and_moved() {
         scope.spawn(move || {
             let _release = Release(counter);
             for number in 0..EVENTS {
-                // Written by the other thread while this one does its worst.
+                // The other thread writes while this one changes routes and masks.
                 sender.send(()).unwrap();
                 match number % 4 {
                     0 => message.mask().and_then(|()| message.unmask()).unwrap(),
@@ -291,13 +291,13 @@ fn there_are_as_many_messages_as_kvm_has_room_for() {
     };
     assert!(matches!(error, Error::Routes(_)), "{error}");
     assert_eq!(numbers.len() as u32, tiny.capabilities.routes - 24 - 16);
-    // All of them with a route at once. Setting is slow, since each sets all.
+    // All numbers get a route. This is slow, since each call passes the whole table to KVM.
     for number in numbers.iter().step_by(97).chain(numbers.last()) {
         routes.set(*number, Some(MSI)).unwrap();
     }
     routes.free(numbers[5]);
     assert_eq!(routes.alloc().unwrap(), numbers[5]);
-    // Pins are KVM's here.
+    // The pins belong to KVM here.
     assert!(routes.set(3, Some(MSI)).is_err());
     routes.free(3);
 }
@@ -310,7 +310,7 @@ fn rings_become_interrupts_within_the_kernel() {
     let sint = Route::Sint { vp: 0, sint: SINT };
     let mut ways = vec![("MSI", MSI, 2)];
     if tiny.capabilities.synic {
-        // No end of the interrupt.
+        // Nobody has ended the interrupt.
         ways.push(("SINT", sint, 1));
     } else {
         println!("left out: synthetic interrupts, which this KVM does not have");
@@ -332,7 +332,7 @@ fn rings_become_interrupts_within_the_kernel() {
                 continue;
             }
             assert_eq!(cost.interrupts, RINGS, "{kind:?} {name}");
-            // Now and then the processor wants to be told when it can take an interrupt.
+            // The processor may ask for an exit when it can take an interrupt.
             let most = RINGS * exits_each + RINGS / 20;
             assert!((RINGS * exits_each..=most).contains(&cost.exits), "{kind:?} {name}: {cost:?}");
         }
@@ -355,7 +355,7 @@ fn a_level_is_taken_back_and_told_of_when_it_ends() {
     assert!(!asserted(&tiny));
     write(one.assert());
     wait_until(|| asserted(&tiny));
-    // The guest takes it and ends it: both are told.
+    // The guest takes the interrupt and ends it, and both devices learn of the end.
     assert_eq!((count(one.ended()), count(two.ended())), (0, 0));
     tiny.enable_pin(PIN);
     assert_eq!(tiny.run(Program::Wait(1)).interrupts, 1);
@@ -372,11 +372,11 @@ fn a_level_is_taken_back_and_told_of_when_it_ends() {
     assert!(asserted(&tiny), "the other's is still up");
     drop(one);
     assert!(!asserted(&tiny), "nobody's is");
-    // The pin can be had again.
+    // The pin is free again.
     drop(IntxIrqfd::new(routes, PIN).unwrap());
 }
 
-/// Waits for what another thread of the kernel does.
+/// Waits for the work of another thread of the kernel.
 fn wait_until(condition: impl Fn() -> bool) {
     let start = std::time::Instant::now();
     while !condition() {
@@ -407,7 +407,7 @@ fn pins_of_a_split_chip_are_routes_like_messages() {
     routes.set(3, None).unwrap();
     assert_eq!(routes.get(3), None);
     assert!(routes.set(PINS + 7, Some(MSI)).is_err(), "nobody has this number");
-    // The kernel has no pins here.
+    // The kernel has no I/O APIC pins here.
     assert!(matches!(IntxIrqfd::new(routes, 3), Err(Error::Missing(_))));
 }
 

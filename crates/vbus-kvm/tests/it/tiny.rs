@@ -1,5 +1,5 @@
-//! A virtual machine with one CPU and no firmware, which runs small loops in 64-bit mode and counts
-//! what they cost.
+//! A virtual machine with one CPU and no firmware. It runs small loops in 64-bit mode and counts
+//! their exits.
 #![allow(
     unsafe_code,
     reason = "maps the memory of a virtual machine, and names code that is its, not ours"
@@ -17,15 +17,14 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
 use vbus_kvm::{Capabilities, Stats, Values, offer_hypercalls};
 
-/// Where a doorbell can be rung: outside of the memory, but within what the guest has mapped.
+/// The address of doorbells. It is outside of the memory, but the guest has mapped it.
 pub const MMIO: u64 = 0x1000_0000;
 pub const PORT: u16 = 0xc000;
 pub const CONNECTION: u32 = 0xab_cdef;
-/// The interrupt that the guest counts, and ends by its APIC; and the one that it counts, and that
-/// ends by itself.
+/// Two interrupts that the guest counts. It ends the first by its APIC; the second ends by itself.
 pub const VECTOR: u8 = 0x31;
 pub const AUTO_VECTOR: u8 = 0x32;
-/// What a hypercall for a connection that nobody has gets.
+/// The status of a hypercall for an event connection that does not exist.
 pub const NO_CONNECTION: u64 = 0x12;
 /// The synthetic interrupt that has [`AUTO_VECTOR`].
 pub const SINT: u32 = 5;
@@ -48,7 +47,7 @@ std::arch::global_asm!(
     ".global tiny_start, tiny_end, tiny_setup, tiny_synic, tiny_mmio, tiny_pio, tiny_vmmcall, tiny_vmcall, tiny_wait",
     ".global tiny_interrupt, tiny_auto_interrupt",
     "tiny_start:",
-    // The local APIC on, by its registers of x2APIC.
+    // Switch the local APIC on by its x2APIC registers.
     "tiny_setup:",
     "mov ecx, 0x1b",
     "rdmsr",
@@ -59,8 +58,8 @@ std::arch::global_asm!(
     "xor edx, edx",
     "wrmsr",
     "jmp 9f",
-    // Who the guest is, for hypercalls; the SynIC on; one of its interrupts with a vector, ended by
-    // itself.
+    // Set the guest's identity for hypercalls, switch the SynIC on, and give one of its interrupts a
+    // vector that ends by itself.
     "tiny_synic:",
     "mov ecx, 0x40000000",
     "mov eax, 1",
@@ -76,7 +75,7 @@ std::arch::global_asm!(
     "mov eax, {auto} + (1 << 17)",
     "wrmsr",
     "jmp 9f",
-    // rbx times: one ring, at rsi, by dx, or of r12. Then whatever is pending is taken.
+    // Ring rbx times: at address rsi, at port dx, or connection r12. Then take pending interrupts.
     "tiny_mmio:",
     "sti",
     "2: mov dword ptr [rsi], eax",
@@ -109,7 +108,7 @@ std::arch::global_asm!(
     "dec rbx",
     "jnz 2b",
     "jmp 9f",
-    // Until the counter has reached rbx.
+    // Wait until the counter has reached rbx.
     "tiny_wait:",
     "sti",
     "2: pause",
@@ -159,30 +158,30 @@ unsafe extern "C" {
     static tiny_auto_interrupt: u8;
 }
 
-/// What a guest runs.
+/// The program of the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Program {
-    /// Rings so often.
+    /// Rings as often as this.
     Ring(vbus_kvm::DoorbellKind, u64),
-    /// Waits until so many interrupts have come since the machine was made.
+    /// Waits until as many interrupts as this have come since the machine was made.
     Wait(u64),
 }
 
-/// What it cost.
+/// The cost of a program.
 #[derive(Debug)]
 pub struct Cost {
-    /// Exits, without those that the host's own interrupts made, and the one that ended the
+    /// Exits, without those for the host's own interrupts, and without the one that ended the
     /// program.
     pub exits: u64,
-    /// Exits to user space, without that one.
+    /// Exits to user space, without the one that ended the program.
     pub user_exits: u64,
     /// Interrupts that were counted.
     pub interrupts: u64,
-    /// Statuses of hypercalls, all or'ed.
+    /// The bitwise OR of the statuses of all hypercalls.
     pub statuses: u64,
 }
 
-/// See the module.
+/// The virtual machine.
 pub struct Tiny {
     pub capabilities: Capabilities,
     pub vm: Arc<VmFd>,
@@ -191,7 +190,7 @@ pub struct Tiny {
     memory: *mut u8,
 }
 
-/// A machine, or `None` with a reason said, where there is no KVM.
+/// Makes a machine. Without KVM, prints the reason and returns `None`.
 pub fn machine() -> Option<Tiny> {
     match Kvm::new() {
         Ok(kvm) => Some(Tiny::new(&kvm)),
@@ -209,11 +208,10 @@ impl Tiny {
         vm.set_tss_address(0xfffb_d000).unwrap();
         vm.create_irq_chip().unwrap();
         let protection = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a fresh mapping, which lasts until the process ends.
-        let memory =
-            unsafe { mmap_anonymous(std::ptr::null_mut(), BYTES, protection, MapFlags::PRIVATE) }
-                .unwrap();
-        let memory = memory.cast::<u8>();
+        let (anywhere, flags) = (std::ptr::null_mut(), MapFlags::PRIVATE);
+        // SAFETY: A new mapping, which lasts until the process ends.
+        let memory = unsafe { mmap_anonymous(anywhere, BYTES, protection, flags) };
+        let memory = memory.unwrap().cast::<u8>();
         let region = kvm_userspace_memory_region {
             memory_size: BYTES as u64,
             userspace_addr: memory as u64,
@@ -301,7 +299,7 @@ impl Tiny {
         self.counter().load(Ordering::Relaxed)
     }
 
-    /// Where it counts them, for other threads.
+    /// The guest's counter, for other threads.
     pub fn counter(&self) -> &'static AtomicU64 {
         // SAFETY: within the mapping, which lasts, and aligned; the guest writes it as one word.
         unsafe { AtomicU64::from_ptr(self.memory.add(COUNTER as usize).cast()) }
@@ -313,10 +311,10 @@ impl Tiny {
         unsafe { self.io_apic().chip.ioapic.irr & 1 << pin != 0 }
     }
 
-    /// Lets a pin's level be interrupt [`VECTOR`].
+    /// Routes a pin, level-triggered, to interrupt [`VECTOR`].
     pub fn enable_pin(&mut self, pin: u32) {
         let mut chip = self.io_apic();
-        // IntxIrqfd, to APIC 0.
+        // Level-triggered, to APIC 0.
         // SAFETY: the I/O APIC's part is the one that was asked for.
         unsafe { chip.chip.ioapic.redirtbl[pin as usize].bits = u64::from(VECTOR) | 1 << 15 };
         self.vm.set_irqchip(&chip).unwrap();
@@ -363,7 +361,7 @@ impl Tiny {
         }
     }
 
-    /// Runs `code` to its end; exits to user space, and statuses.
+    /// Runs `code` to its end. Returns the number of exits to user space, and the statuses.
     fn run_at(
         &mut self,
         code: *const u8,
@@ -382,7 +380,7 @@ impl Tiny {
             match self.vcpu.run().unwrap() {
                 VcpuExit::IoOut(END_PORT, _) => break,
                 VcpuExit::IoOut(PORT, _) | VcpuExit::MmioWrite(MMIO, _) => user_exits += 1,
-                // That the SynIC was switched on is told, and so is a connection that nobody has.
+                // KVM reports that the SynIC was switched on, or that a connection does not exist.
                 VcpuExit::Hyperv => {
                     user_exits += 1;
                     self.vcpu.get_kvm_run().__bindgen_anon_1.hyperv.u.hcall.result = NO_CONNECTION;
@@ -394,7 +392,7 @@ impl Tiny {
     }
 }
 
-/// Where a label is in the guest.
+/// The address of a label in the guest.
 fn place(label: *const u8) -> u64 {
     // SAFETY: two labels of one section.
     CODE + unsafe { label.offset_from(&raw const tiny_start) } as u64

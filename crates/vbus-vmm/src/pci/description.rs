@@ -140,7 +140,7 @@ impl Description {
         Ok(description)
     }
 
-    /// Takes a configuration space apart; `bar` bytes of BAR0.
+    /// Parses a configuration space. `bar` is the size of BAR0 in bytes.
     pub(super) fn parse(
         bytes: &[u8; CONFIG_BYTES],
         bar: u64,
@@ -222,7 +222,7 @@ impl Description {
         Ok(description)
     }
 
-    /// The vendor-specific capability, long enough for one record.
+    /// Parses the vendor-specific capability, which is long enough for one record.
     fn vendor(&mut self, bytes: &[u8]) -> Result<(), BadFunction> {
         let u32_at = |at: usize| {
             u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
@@ -255,7 +255,7 @@ impl Description {
     }
 }
 
-/// The MSI-X capability, long enough.
+/// Parses the MSI-X capability, which is long enough.
 fn msix(bytes: &[u8], bar: u32, interrupts: u32) -> Result<MsixLayout, BadFunction> {
     let layout = bytes.first_chunk().map(MsixLayout::parse);
     let layout = layout.ok_or_else(|| lie("an MSI-X capability that is cut off"))?;

@@ -18,7 +18,7 @@ use guest::{Guest, SLOT_CONTROL};
 /// How long a test waits for something that must happen.
 const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Waits until it is so.
+/// Waits until `so` returns true.
 fn until(what: &str, mut so: impl FnMut() -> bool) {
     let end = Instant::now() + TIMEOUT;
     while !so() {
@@ -45,7 +45,7 @@ fn a_cold_device_is_found_where_firmware_would_put_it() {
             (1, 0, 0x10f5_1af4)
         ]
     );
-    // By ports, too.
+    // Configuration ports find the same function.
     guest.pio.write(0xcf8, &(1u32 << 31 | 1 << 16).to_le_bytes());
     let mut word = [0; 2];
     guest.pio.read(0xcfe, &mut word);
@@ -55,7 +55,7 @@ fn a_cold_device_is_found_where_firmware_would_put_it() {
     guest.pio.read(0xcfa, &mut word);
     assert_eq!(word, [1, 0x80]);
 
-    // All of the guest's memory is the server's to use.
+    // The server has all of the guest's memory.
     let maps: Vec<_> =
         fake.with(|device| device.maps.iter().map(|m| (m.address, m.size)).collect());
     assert_eq!(maps, guest.ram.iter().map(|r| (r.base, r.bytes)).collect::<Vec<_>>());
@@ -93,18 +93,18 @@ fn the_window_of_each_bridge_is_part_of_the_way() {
     assert!(!there(bar) && !in_kernel());
     guest.write(0, 1, 0x04, &[6, 0]);
     assert!(there(bar) && in_kernel());
-    // BAR and window move; in between they do not fit.
+    // BAR and window move. In between the BAR is outside the window.
     let elsewhere = bar + 0x1000_0000 / 2;
     guest.write(1, 0, 0x10, &u32::try_from(elsewhere).unwrap().to_le_bytes());
     assert!(!there(bar) && !there(elsewhere) && !in_kernel());
     let register = u16::try_from(elsewhere >> 16 & 0xfff0).unwrap().to_le_bytes();
     guest.write(0, 1, 0x20, &[register, register].concat());
     assert!(!there(bar) && there(elsewhere) && in_kernel());
-    // Outside of what the host bridge passes on nothing answers, whatever the port does.
+    // The host bridge passes no other addresses on, whatever the port does.
     guest.write(0, 1, 0x20, &[0, 0, 0xf0, 0xff]);
     guest.write(1, 0, 0x10, &0x10_0000u32.to_le_bytes());
     assert!(!there(0x10_0000) && !in_kernel());
-    // Other numbers for the buses: one behind another, and none.
+    // The buses get other numbers. The bus behind the function's bus has no function.
     guest.write(0, 1, 0x19, &[9, 12]);
     assert_eq!(
         (guest.config32(9, 0), guest.config32(1, 0), guest.config32(10, 0)),
@@ -167,8 +167,8 @@ fn doorbells_of_each_kind_and_what_comes_to_user_space() {
     assert_eq!(records[0], (1, 4, 0x1000));
     assert_eq!(records[1], (2, 1, 0xc000));
     assert_eq!(records[2], (0x81, 16, 0xfed8_0000));
-    // No virtual CPU runs here, so all of them come to user space, as when KVM has no room: none is
-    // lost.
+    // No virtual CPU runs here, so all rings come to user space, as they do when KVM has no more
+    // room. None is lost.
     let bar = u64::from(guest.config32(1, 0x10));
     guest.set_command(1, MEMORY_AND_MASTER);
     guest.mmio.write(bar + 0x1004, &[0]);
@@ -193,17 +193,17 @@ fn messages_reach_the_local_apic() {
     guest.write(1, 0, 0x72, &[1, 0]);
     assert!(fake.interrupt(IRQ_MSI, 0));
     until("MSI", || apic.takes(0x41));
-    // Moved while it is enabled.
+    // The interrupt moves while it is enabled.
     guest.write(1, 0, 0x7c, &0x0042u16.to_le_bytes());
     assert!(fake.interrupt(IRQ_MSI, 0));
     until("MSI, moved", || apic.takes(0x42));
-    // Masked: kept, shown as pending, sent.
+    // A masked interrupt is kept, shown as pending, and sent later.
     guest.write(1, 0, 0x80, &[1, 0, 0, 0]);
     assert!(fake.interrupt(IRQ_MSI, 0));
     assert_eq!((apic.pending(), guest.config32(1, 0x84)), (vec![], 1));
     guest.write(1, 0, 0x80, &[0, 0, 0, 0]);
     until("MSI, unmasked", || apic.takes(0x42));
-    // To nowhere: held back, until it is somewhere again.
+    // An invalid address holds the interrupt back until the address is valid again.
     guest.write(1, 0, 0x74, &0x1000u64.to_le_bytes());
     assert!(fake.interrupt(IRQ_MSI, 0));
     assert!(apic.pending().is_empty());
@@ -228,7 +228,7 @@ fn msix_is_the_vmms_own() {
         guest.mmio.write(table + vector * 16 + 12, &masked.to_le_bytes());
     };
     set(3, 0x53, 0);
-    // Enabled, all masked.
+    // MSI-X is enabled, and all vectors are masked.
     guest.write(1, 0, 0x8a, &[0, 0xc0]);
     assert_eq!(guest.memory32(table + 3 * 16 + 8), 0x53);
     for vector in [3, 5] {
@@ -264,7 +264,8 @@ fn the_pin_is_a_level_whose_end_is_an_eventfd() {
     assert_eq!(guest.command(1), 0);
     fake.with(|device| device.interrupt_status = true);
     assert_eq!(guest.config32(1, 4) >> 16, 0x18);
-    // A reset forgets what the guest has not ended; the device must not wait for it.
+    // A reset forgets an interrupt that the guest has not ended. The device must not wait for its
+    // end.
     let ended = || {
         fake.with(|device| rustix::io::read(device.unmask.as_ref().unwrap(), &mut [0; 8]).is_ok())
     };
@@ -286,7 +287,7 @@ fn the_pin_goes_through_an_io_apic_in_this_process() {
         guest.mmio.write(vbus_vmm::acpi::IO_APIC.into(), &[register]);
         guest.mmio.write(u64::from(vbus_vmm::acpi::IO_APIC) + 0x10, &value.to_le_bytes());
     };
-    // IntxIrqfd-triggered, to local APIC 0.
+    // Level-triggered, to local APIC 0.
     set(ENTRY + 1, 0);
     set(ENTRY, 0x61 | 1 << 15);
     let ended = || {
@@ -300,7 +301,7 @@ fn the_pin_goes_through_an_io_apic_in_this_process() {
         until("the device hears of the end", ended);
     }
     assert!(apic.pending().is_empty());
-    // A device that leaves takes its pin down.
+    // A device that leaves lowers its pin.
     assert!(fake.interrupt(IRQ_INTX, 0));
     until("INTx", || apic.takes(0x61));
     guest.root.unplug("fake0").unwrap();

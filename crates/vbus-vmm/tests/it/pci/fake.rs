@@ -1,4 +1,4 @@
-//! A server of a vbus function whose device does nothing, and keeps what it was told.
+//! A server of a vbus function. Its device does nothing, and records the messages that it gets.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -13,7 +13,7 @@ use vfio_user_protocol::{
     DeviceInfo, Errno, IoEventFd, IrqAction, IrqInfo, Mapping, RegionInfo, Server, Target,
 };
 
-/// Doorbells, unless a test says otherwise.
+/// The number of doorbells, unless a test changes it.
 pub(super) const DOORBELLS: u32 = 4;
 
 pub(super) struct Device {
@@ -196,7 +196,7 @@ impl Target for Served {
     }
 }
 
-/// A server in a thread of its own. Dropped: it dies, as a crash would have it.
+/// A server in its own thread. Dropping this value ends the server as a crash would.
 pub(super) struct Fake {
     pub(super) path: PathBuf,
     _folder: tempfile::TempDir,
@@ -227,7 +227,7 @@ impl Fake {
         act(&mut lock(&self.device))
     }
 
-    /// Interrupts as the device would; false: not connected.
+    /// Interrupts as the device would. Returns false if the interrupt is not connected.
     pub(super) fn interrupt(&self, index: u32, number: u32) -> bool {
         self.with(|device| {
             let fd = device.irqs.get(&(index, number));

@@ -1,4 +1,4 @@
-//! The guest's part: accesses to configuration space, memory and ports, and a driver for the slots.
+//! The guest's part of a test: accesses to configuration space, memory and ports, and a slot driver.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,18 +22,18 @@ pub(super) struct Guest {
     pub(super) ram: Vec<RamRegion>,
     pub(super) mmio: Arc<Bus>,
     pub(super) pio: Arc<Bus>,
-    /// If it is in this process.
+    /// The I/O APIC, if it is in this process.
     pub(super) io_apic: Option<Arc<IoApic>>,
     vm: Arc<VmFd>,
 }
 
 impl Guest {
-    /// `None` where there is no KVM.
+    /// Makes a guest. Returns `None` without /dev/kvm.
     pub(super) fn new(ports: u8) -> Option<Guest> {
         Guest::with_chip(ports, false)
     }
 
-    /// `split`: with the I/O APIC in this process.
+    /// Makes a guest. With `split`, the I/O APIC is in this process.
     pub(super) fn with_chip(ports: u8, split: bool) -> Option<Guest> {
         let kvm = match Kvm::new() {
             Ok(kvm) => kvm,
@@ -70,7 +70,7 @@ impl Guest {
         u16::from_le_bytes(data)
     }
 
-    /// Of device 0 on a bus.
+    /// Reads a register of device 0 on a bus.
     pub(super) fn config32(&self, bus: u8, at: u16) -> u32 {
         self.memory32(Guest::address(bus, 0, at))
     }
@@ -89,7 +89,7 @@ impl Guest {
         u32::from_le_bytes(data)
     }
 
-    /// All that is there: bus, device, vendor and device id.
+    /// All functions: bus, device, vendor and device id.
     pub(super) fn buses(&self) -> Vec<(u8, u8, u32)> {
         let all = (0..=layout::BUS_MAX).flat_map(|bus| (0..32).map(move |device| (bus, device)));
         let id = |(bus, device)| (bus, device, self.memory32(Guest::address(bus, device, 0)));
@@ -108,14 +108,14 @@ impl Guest {
         (0x4c..0x40 + len).step_by(8).map(record).collect()
     }
 
-    /// A virtual CPU's local APIC, switched on.
+    /// The local APIC of a new virtual CPU, switched on.
     pub(super) fn local_apic(&self) -> LocalApic {
         let apic = LocalApic(self.vm.create_vcpu(0).unwrap());
         apic.set(0xf0, 0x1ff);
         apic
     }
 
-    /// Looks after the slots from 1 to `slots`, as an operating system does, in a thread.
+    /// Starts a thread that manages the slots from 1 to `slots`, as an operating system does.
     pub(super) fn slot_driver(&self, slots: u8) -> SlotDriver {
         let (mmio, stop) = (self.mmio.clone(), Arc::new(AtomicBool::new(false)));
         let stopped = stop.clone();
@@ -136,7 +136,7 @@ impl Guest {
     }
 }
 
-/// Does what the slot's events ask for; returns how often.
+/// Handles the events of a slot. Returns how often it has switched the slot on or off.
 fn look_after(mmio: &Bus, slot: u8) -> u32 {
     let read = |at: u16| {
         let mut data = [0; 2];
@@ -160,7 +160,7 @@ fn look_after(mmio: &Bus, slot: u8) -> u32 {
         control(0x300, 0x200);
         control(0x400, 0);
         control(0x300, 0x100);
-        // The link coming up is no news.
+        // The guest caused this link change itself.
         write(SLOT_STATUS, 0x100);
         1
     } else {
@@ -192,7 +192,7 @@ impl LocalApic {
         self.0.set_lapic(&state).unwrap();
     }
 
-    /// The vectors that wait.
+    /// The pending vectors.
     pub(super) fn pending(&self) -> Vec<u8> {
         let state = self.0.get_lapic().unwrap();
         let bit = |vector: &u8| {
@@ -202,7 +202,7 @@ impl LocalApic {
         (0..=255).filter(bit).collect()
     }
 
-    /// Takes the vector, if it waits.
+    /// Takes the vector. Returns false if it is not pending.
     pub(super) fn takes(&self, vector: u8) -> bool {
         if !self.pending().contains(&vector) {
             return false;

@@ -1,5 +1,5 @@
-//! Servers that lie, keep silent, or flood: a clear error when they are plugged, and nothing worse
-//! later.
+//! Servers that lie, keep silent, flood, or block. Plugging fails with a clear error, and nothing
+//! worse happens later.
 
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
@@ -113,7 +113,7 @@ fn silence_nonsense_and_floods_end_in_time() {
         while stream.read(&mut [0; 64]).is_ok_and(|n| n > 0) {}
     });
     let closed = raw(drop);
-    // A byte of an answer each second; and requests without end.
+    // One server sends a byte of an answer each second, another one sends requests without end.
     let dribbling = raw(|mut stream| {
         while stream.write_all(&[16]).is_ok() {
             std::thread::sleep(std::time::Duration::from_secs(1));
@@ -121,7 +121,7 @@ fn silence_nonsense_and_floods_end_in_time() {
     });
     let flooding = raw(|mut stream| {
         let _ = stream.read(&mut [0; 4096]);
-        // DMA_READ, not to be answered, of nothing.
+        // DMA_READ of no bytes, which needs no answer.
         let mut message = [0; 32];
         message[2] = 11;
         message[4] = 32;
@@ -160,7 +160,7 @@ fn a_device_that_stops_answering_is_dropped() {
     guest.set_command(1, 6);
     let bar = u64::from(guest.config32(1, 0x10));
     let begun = Instant::now();
-    // The server's thread hangs as long as this is held.
+    // The server's thread hangs as long as this thread holds the lock.
     fake.with(|_| {
         assert_eq!(guest.memory32(bar), u32::MAX);
         assert_eq!(guest.memory32(bar), u32::MAX, "at once, the second time");
@@ -180,7 +180,7 @@ fn a_server_that_does_not_read_is_dropped() {
     let begun = Instant::now();
     fake.with(|_| {
         while !guest.root.list().is_empty() {
-            // Not waited for, until the socket takes no more.
+            // The write does not wait for the server until the socket is full.
             guest.mmio.write(bar + 0x80, &[0; 8]);
             assert!(begun.elapsed() < TIMEOUT);
         }
@@ -188,7 +188,8 @@ fn a_server_that_does_not_read_is_dropped() {
     assert_eq!(guest.config32(1, 0), u32::MAX);
 }
 
-/// Makes an eventfd blocking and, if `full`, fills its counter: a `write` by anybody then blocks.
+/// Makes an eventfd blocking. An ordinary `read` then blocks if the counter is 0. With `full`, the
+/// counter is full, and an ordinary `write` blocks.
 fn block(event: impl AsFd, full: bool) {
     if full {
         rustix::io::write(&event, &(u64::MAX - 1).to_ne_bytes()).unwrap();
@@ -218,7 +219,8 @@ fn eventfds_that_a_server_makes_blocking_stop_nobody() {
                     guest.mmio.write(window, &value.to_le_bytes());
                 }
             }
-            // The thread that passes INTx on wakes for the one, and does not hang at the other.
+            // The thread that passes INTx on wakes for the honest device, and does not hang at the
+            // hostile one.
             assert!(honest.interrupt(IRQ_INTX, 0));
             until("INTx of the honest device", || apic.takes(0x62));
             assert!(hostile.interrupt(IRQ_INTX, 0));

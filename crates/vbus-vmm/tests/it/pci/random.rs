@@ -1,4 +1,4 @@
-//! Any accesses of the guest: nothing panics, and nothing is touched that is not its to touch.
+//! Random accesses of the guest. Nothing panics, and only the guest's own function changes.
 
 use proptest::prelude::*;
 
@@ -6,7 +6,7 @@ use super::fake::Fake;
 use super::guest::Guest;
 use vbus_vmm::layout;
 
-/// An access: where, and what is written (or read, if nothing).
+/// An access: its address, and the bytes to write, or none for a read.
 #[derive(Clone, Debug)]
 struct Access {
     port: bool,
@@ -15,7 +15,7 @@ struct Access {
 }
 
 fn access() -> impl Strategy<Value = Access> {
-    // Mostly what is there: the port, the function's registers, BAR and window.
+    // Most accesses go to something that exists: the port, the function's registers, BAR, window.
     let config = (0u64..3, 0u64..3, prop_oneof![0u64..0x100, 0u64..0x1000]);
     let config =
         config.prop_map(|(bus, device, at)| layout::ECAM + (bus << 20 | device << 15 | at));
@@ -63,7 +63,7 @@ proptest! {
                 };
                 prop_assert!(fine, "{data:?} at {offset:#x} of region {region}");
             }
-            // Nobody was disconnected for it.
+            // The server was not disconnected.
             prop_assert_eq!(fake.with(|device| device.clients), 1);
         }
         guest.root.reset();
