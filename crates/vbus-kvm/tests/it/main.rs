@@ -193,7 +193,7 @@ fn messages_come_while_unmasked_and_wait_while_masked() {
     }
     assert!(message.is_pending());
     assert_eq!(tiny.run(Program::Ring(DoorbellKind::Pio, 1)).interrupts, 0);
-    // To a vector that the guest would not survive, and back: only the last counts.
+    // The route goes to a vector that would kill the guest, and back: only the last one counts.
     message.set(Route::Msi { address: 0xfee0_0000, data: 0x40 }).unwrap();
     message.set(MSI).unwrap();
     message.unmask().unwrap();
