@@ -26,7 +26,8 @@ pub struct Capabilities {
     pub resample: bool,
     /// The most interrupt routes, those of the pins included. 0: KVM has no routing.
     pub routes: u32,
-    /// Virtual CPUs can have a SynIC. Its interrupts end by themselves if the guest asks for AutoEOI.
+    /// Virtual CPUs can have a SynIC. Its interrupts end by themselves if the guest asks for
+    /// AutoEOI.
     pub synic: bool,
     /// The guest can end an interrupt by a store to memory (KVM's paravirtual end of interrupt).
     pub pv_eoi: bool,

@@ -27,15 +27,15 @@ const SPIN_FOREVER: u32 = u32::MAX;
 /// memory (16), and the migration control that belongs to it (17).
 const BY_HYPERCALL: u32 = 1 << 7 | 1 << 11 | 1 << 13 | 1 << 16 | 1 << 17;
 
-/// Changes the CPUID leaves of a virtual CPU so that its guest can ring doorbells by hypercalls and,
-/// if `synic`, use synthetic interrupts. `leaves` are those of `KVM_GET_SUPPORTED_CPUID`, or a
+/// Changes the CPUID leaves of a virtual CPU so that its guest can ring doorbells by hypercalls
+/// and, if `synic`, use synthetic interrupts. `leaves` are those of `KVM_GET_SUPPORTED_CPUID`, or a
 /// choice of them. For synthetic interrupts the VMM must also enable `KVM_CAP_HYPERV_SYNIC2` on the
 /// virtual CPU.
 ///
 /// KVM accepts Hyper-V registers and hypercalls only from a virtual CPU whose leaf 0x40000001 is
 /// that of Hyper-V. This function therefore puts Hyper-V's leaves at 0x40000000, with a name by
-/// which no system takes the machine for Hyper-V. It moves KVM's leaves to 0x40000100, where systems
-/// that know KVM look as well: Linux remains a guest of KVM.
+/// which no system takes the machine for Hyper-V. It moves KVM's leaves to 0x40000100, where
+/// systems that know KVM look as well: Linux remains a guest of KVM.
 ///
 /// If the SynIC is on, a hypercall for an event connection that does not exist ends as
 /// `KVM_EXIT_HYPERV`. The VMM must then set its `result` to 0x12, "no such connection". KVM reports

@@ -115,8 +115,8 @@ impl Doorbells {
     /// slow: for each doorbell it calls KVM, which waits for the virtual CPUs.
     ///
     /// # Errors
-    /// [`Error::BadRange`] if this kind cannot have the range. [`Error::System`] if KVM refuses, for
-    /// example because something is at an address already. After an error, `kind` has no range.
+    /// [`Error::BadRange`] if this kind cannot have the range. [`Error::System`] if KVM refuses,
+    /// for example because something is at an address already. After an error, `kind` has no range.
     pub fn set_range(
         &mut self,
         kind: DoorbellKind,

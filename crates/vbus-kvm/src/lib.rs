@@ -1,18 +1,18 @@
 //! The KVM connector of vbus. It ends doorbells in eventfds, and lets eventfds raise interrupts,
 //! inside the kernel.
 //!
-//! A device of the bus gives its VMM one eventfd for each doorbell, and takes one for each interrupt
-//! (over vfio-user: `DEVICE_GET_REGION_IO_FDS`, `DEVICE_SET_IRQS`). This crate connects them to a
-//! virtual machine of KVM, so that neither passes through the VMM's process. Any VMM that uses
-//! [`kvm_ioctls`] can use it. The crate knows nothing of PCI, of vfio-user, or of the structure of
-//! the VMM.
+//! A device of the bus gives its VMM one eventfd for each doorbell, and takes one for each
+//! interrupt (over vfio-user: `DEVICE_GET_REGION_IO_FDS`, `DEVICE_SET_IRQS`). This crate connects
+//! them to a virtual machine of KVM, so that neither passes through the VMM's process. Any VMM that
+//! uses [`kvm_ioctls`] can use it. The crate knows nothing of PCI, of vfio-user, or of the
+//! structure of the VMM.
 //!
 //! - [`Capabilities`]: the features of this machine's KVM.
 //! - [`Doorbells`]: all doorbells of one function. They can be [`DoorbellKind::Mmio`],
 //!   [`DoorbellKind::Pio`] and [`DoorbellKind::Hypercall`] at the same time. Each kind has a
 //!   [`DoorbellRange`], which can move as a BAR does.
-//! - [`Routes`]: the virtual machine's table of interrupt routes. KVM takes only the whole table, so
-//!   it has one owner.
+//! - [`Routes`]: the virtual machine's table of interrupt routes. KVM takes only the whole table,
+//!   so it has one owner.
 //! - [`MsiIrqfd`]: a message-signalled interrupt (MSI, a vector of MSI-X, or a synthetic interrupt
 //!   of KVM's SynIC). It can be routed, masked and unmasked at run time, and no event is lost.
 //! - [`IntxIrqfd`]: a level-triggered interrupt on a pin (INTx).
@@ -24,8 +24,8 @@
 //!
 //! `spec/pci.md`, "Doorbell kinds", says what the guest does.
 //!
-//! The example is a function with one doorbell and one interrupt, and a loop between them inside the
-//! kernel. No thread takes part.
+//! The example is a function with one doorbell and one interrupt, and a loop between them inside
+//! the kernel. No thread takes part.
 //!
 //! ```no_run
 //! use std::sync::Arc;

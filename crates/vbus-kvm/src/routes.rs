@@ -158,8 +158,8 @@ pub struct Routes {
 type Table = BTreeMap<u32, Option<Route>>;
 
 impl Routes {
-    /// Takes over the routes of `vm`, whose interrupt controllers must exist. At first the table has
-    /// the routes of the pins only.
+    /// Takes over the routes of `vm`, whose interrupt controllers must exist. At first the table
+    /// has the routes of the pins only.
     ///
     /// # Errors
     /// [`Error::Missing`] if the kernel has no interrupt controllers or no routing. Those of
@@ -225,8 +225,8 @@ impl Routes {
     pub fn free(&self, gsi: u32) {
         let mut table = self.lock();
         if gsi >= self.irqchip.pins() && table.remove(&gsi).flatten().is_some() {
-            // KVM accepts a table with one entry less. If it did not, the number would just keep its
-            // route in KVM.
+            // KVM accepts a table with one entry less. If it did not, the number would just keep
+            // its route in KVM.
             let _ = self.give(&table);
         }
     }

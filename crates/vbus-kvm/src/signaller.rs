@@ -1,11 +1,11 @@
 //! Signals eventfds that another process also holds.
 //!
-//! A peer can clear `O_NONBLOCK` on a shared eventfd and fill its counter. An ordinary `write` would
-//! then block for as long as the peer likes. Linux has no flag for a single write that prevents this
-//! (`RWF_NOWAIT` is not supported for eventfds). But an asynchronous operation (`io_submit`) with
-//! `IOCB_FLAG_RESFD` signals an eventfd inside the kernel at its completion. That signal never
-//! blocks, whatever the peer has done. The operation here is a read of no bytes, which completes at
-//! once.
+//! A peer can clear `O_NONBLOCK` on a shared eventfd and fill its counter. An ordinary `write`
+//! would then block for as long as the peer likes. Linux has no flag for a single write that
+//! prevents this (`RWF_NOWAIT` is not supported for eventfds). But an asynchronous operation
+//! (`io_submit`) with `IOCB_FLAG_RESFD` signals an eventfd inside the kernel at its completion.
+//! That signal never blocks, whatever the peer has done. The operation here is a read of no bytes,
+//! which completes at once.
 #![allow(unsafe_code, reason = "system calls that rustix lacks")]
 
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
@@ -86,9 +86,9 @@ impl Signaller {
         };
         let list = [&raw const operation];
         for _ in 0..TRIES {
-            // SAFETY: The list has one operation, and both are valid for the call. The operation has
-            // no buffer, and it is complete when the call returns, since a read of no bytes of an
-            // empty file waits for nothing.
+            // SAFETY: The list has one operation, and both are valid for the call. The operation
+            // has no buffer, and it is complete when the call returns, since a read of no bytes of
+            // an empty file waits for nothing.
             let result =
                 unsafe { libc::syscall(libc::SYS_io_submit, self.context, 1_usize, list.as_ptr()) };
             self.take_completions();
@@ -103,8 +103,8 @@ impl Signaller {
     /// Takes completions back, so that there is room for further operations.
     fn take_completions(&self) {
         let mut completions = [Completion::default(); 4];
-        // SAFETY: The array has room for as many completions as the call may write. A timeout is not
-        // needed, since the call need not wait for any completion.
+        // SAFETY: The array has room for as many completions as the call may write. A timeout is
+        // not needed, since the call need not wait for any completion.
         unsafe {
             libc::syscall(
                 libc::SYS_io_getevents,
@@ -125,8 +125,8 @@ impl Drop for Signaller {
     }
 }
 
-/// Reads and clears the counter of an eventfd that a peer may have made blocking. Returns whether it
-/// was above 0. The call never blocks.
+/// Reads and clears the counter of an eventfd that a peer may have made blocking. Returns whether
+/// it was above 0. The call never blocks.
 pub fn take_signal(eventfd: BorrowedFd<'_>) -> bool {
     let mut counter = [0; 8];
     let mut buffers = [std::io::IoSliceMut::new(&mut counter)];

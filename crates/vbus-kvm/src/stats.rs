@@ -37,7 +37,8 @@ impl Stats {
         Stats::new(sys::vm_stats(vm).map_err(Error::system("KVM_GET_STATS_FD"))?)
     }
 
-    /// Opens the counters of a virtual CPU. Any thread may read them while another one runs the CPU.
+    /// Opens the counters of a virtual CPU. Any thread may read them while another one runs the
+    /// CPU.
     ///
     /// # Errors
     /// As [`of_vm`](Self::of_vm).

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// A device with addresses or ports. Threads of several virtual CPUs may access it at the same time.
+/// A device with addresses or ports. Threads of several virtual CPUs may access it at the same
+/// time.
 pub trait BusDevice: Send + Sync {
     /// Reads `data.len()` (1 to 8) bytes at `offset` from the device's first address. `data` holds
     /// all ones before.

@@ -28,8 +28,8 @@ pub struct Model {
 }
 
 impl Model {
-    /// Makes the leaves for `cpus` CPUs from the features of `kvm`. With `hyperv`, the guest can use
-    /// KVM's Hyper-V interface.
+    /// Makes the leaves for `cpus` CPUs from the features of `kvm`. With `hyperv`, the guest can
+    /// use KVM's Hyper-V interface.
     ///
     /// # Errors
     /// KVM does not list its features.

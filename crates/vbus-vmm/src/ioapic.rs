@@ -1,5 +1,5 @@
-//! The I/O APIC of a split irqchip. It turns its pins into messages to the local APICs, which are in
-//! the kernel.
+//! The I/O APIC of a split irqchip. It turns its pins into messages to the local APICs, which are
+//! in the kernel.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -48,9 +48,9 @@ pub struct IoApic {
     state: Mutex<State>,
 }
 
-/// A device that asserts a pin (INTx) by an eventfd. When the guest ends the interrupt, the I/O APIC
-/// lowers the pin and signals a second eventfd. A device that still has a reason to interrupt then
-/// asserts the pin again. Dropping this value disconnects the device.
+/// A device that asserts a pin (INTx) by an eventfd. When the guest ends the interrupt, the I/O
+/// APIC lowers the pin and signals a second eventfd. A device that still has a reason to interrupt
+/// then asserts the pin again. Dropping this value disconnects the device.
 pub struct IntxSource {
     io_apic: Arc<IoApic>,
     pin: u32,
@@ -196,8 +196,8 @@ impl IoApic {
         }
     }
 
-    /// Tells a device that its interrupt has ended. The device holds the eventfd too, so an ordinary
-    /// write could block.
+    /// Tells a device that its interrupt has ended. The device holds the eventfd too, so an
+    /// ordinary write could block.
     fn signal(&self, ended: &OwnedFd) {
         // This fails only for something that is no eventfd.
         let _ = self.routes.signaller().signal(ended.as_fd());
@@ -215,8 +215,8 @@ impl IoApic {
 }
 
 impl IntxSource {
-    /// The eventfd that the device writes to assert the pin. A thread must wait for it and then call
-    /// [`take`](Self::take).
+    /// The eventfd that the device writes to assert the pin. A thread must wait for it and then
+    /// call [`take`](Self::take).
     pub fn assert(&self) -> BorrowedFd<'_> {
         self.assert.as_fd()
     }
@@ -270,8 +270,8 @@ impl BusDevice for IoApic {
             (WINDOW, &[a, b, c, d]) => {
                 let Some(number) = state.write(u32::from_le_bytes([a, b, c, d])) else { return };
                 let pin = &mut state.pins[number];
-                // The kernel reports the end of an interrupt only if the pin has a route. A pin that
-                // was masked while its interrupt is serviced needs its route, too.
+                // The kernel reports the end of an interrupt only if the pin has a route. A pin
+                // that was masked while its interrupt is serviced needs its route, too.
                 let route = pin.route().map(|(address, data)| Route::Msi { address, data });
                 let _ = self.routes.set(u32::try_from(number).unwrap_or(u32::MAX), route);
                 self.send(pin.due());

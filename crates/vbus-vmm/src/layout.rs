@@ -58,8 +58,8 @@ pub const SINTS: u64 = 0xfed8_0000;
 /// The distance from one virtual processor's address to the next.
 pub const SINT_STRIDE: u16 = 16;
 
-/// The most virtual CPUs. I/O APIC and messages address a CPU by 8 bits, and the value with all bits
-/// set means every CPU.
+/// The most virtual CPUs. I/O APIC and messages address a CPU by 8 bits, and the value with all
+/// bits set means every CPU.
 pub const CPUS_MAX: u32 = 255;
 
 /// The number of pins of the I/O APIC.

@@ -91,8 +91,8 @@ impl Machine {
     /// Makes the machine. Nothing runs yet. The second value sends events to it.
     ///
     /// # Errors
-    /// KVM is missing or lacks a feature, a value of `config` is out of range, or a device cannot be
-    /// plugged. The error says which.
+    /// KVM is missing or lacks a feature, a value of `config` is out of range, or a device cannot
+    /// be plugged. The error says which.
     pub fn new(config: Config) -> Result<(Machine, EventSender)> {
         let kvm = open_kvm(config.split)?;
         let (cpus, most) = (config.cpus, layout::CPUS_MAX.min(u32::try_from(kvm.get_max_vcpus())?));
@@ -240,7 +240,8 @@ fn open_kvm(split: bool) -> Result<Kvm> {
         match error.kind() {
             io::ErrorKind::NotFound => {
                 anyhow!(
-                    "there is no /dev/kvm: the processor's virtualization is off, or kvm_amd or kvm_intel is not loaded"
+                    "there is no /dev/kvm: the processor's virtualization is off, or kvm_amd or \
+                     kvm_intel is not loaded"
                 )
             }
             io::ErrorKind::PermissionDenied => {

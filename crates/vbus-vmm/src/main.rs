@@ -44,24 +44,26 @@ struct Cli {
     /// program makes the socket, and a client connects to it), or file:PATH
     #[arg(long, value_name = "TARGET", default_values_t = [String::from("stdio")])]
     serial: Vec<String>,
-    /// A device to plug: the socket at which `vbus serve` offers it, and the name for control requests
-    /// (default: the file name of the socket without its extension)
+    /// A device to plug: the socket at which `vbus serve` offers it, and the name for control
+    /// requests (default: the file name of the socket without its extension)
     #[arg(long = "device", value_name = "[NAME=]SOCKET")]
     devices: Vec<String>,
     /// Number of slots for devices, including devices that are plugged later
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u8).range(1..=i64::from(pci::PORTS_MAX)))]
     slots: u8,
-    /// Make a control socket, which takes one request a line, such as {"op":"info"} (see spec/vmm.md)
+    /// Make a control socket, which takes one request a line, such as {"op":"info"} (see
+    /// spec/vmm.md)
     #[arg(long, value_name = "SOCKET")]
     control: Option<PathBuf>,
-    /// Where the interrupt controllers are: all in the kernel (full), or only the local APICs (split)
+    /// Where the interrupt controllers are: all in the kernel (full), or only the local APICs
+    /// (split)
     #[arg(long, value_enum, default_value_t = Irqchip::Full)]
     irqchip: Irqchip,
     /// Kinds of doorbells that the guest may use, if KVM has them
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Doorbell::Mmio, Doorbell::Pio, Doorbell::Hypercall])]
     doorbells: Vec<Doorbell>,
-    /// Keep the counters of exits whenever the guest writes 4 bytes to port 0x610; the control request
-    /// "marks" shows them
+    /// Keep the counters of exits whenever the guest writes 4 bytes to port 0x610; the control
+    /// request "marks" shows them
     #[arg(long)]
     marks: bool,
     /// Do not restrict the system calls of this program

@@ -36,8 +36,8 @@ impl Marks {
         self.lock().clear();
     }
 
-    /// All marks in the order in which the guest set them. Each has the counters of all virtual CPUs
-    /// as they were in the exit of the guest's write.
+    /// All marks in the order in which the guest set them. Each has the counters of all virtual
+    /// CPUs as they were in the exit of the guest's write.
     pub fn list(&self) -> Vec<Value> {
         self.lock().clone()
     }

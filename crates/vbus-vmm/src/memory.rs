@@ -54,8 +54,8 @@ pub struct Ram {
 }
 
 impl Ram {
-    /// Makes `bytes` bytes of memory, all zero. `bytes` is from [`RAM_MIN`] to [`RAM_MAX`], and that
-    /// of whole pages.
+    /// Makes `bytes` bytes of memory, all zero. `bytes` is from [`RAM_MIN`] to [`RAM_MAX`], and
+    /// that of whole pages.
     ///
     /// # Errors
     /// `bytes` is out of range, or the memory cannot be mapped.
@@ -69,8 +69,8 @@ impl Ram {
         let make = || -> io::Result<File> {
             let file = memfd_create("guest-ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
             ftruncate(&file, bytes)?;
-            // Without these seals a server could truncate the memory of this process. A server might
-            // also refuse to map memory that could be truncated.
+            // Without these seals a server could truncate the memory of this process. A server
+            // might also refuse to map memory that could be truncated.
             fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
             Ok(file.into())
         };

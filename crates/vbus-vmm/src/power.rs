@@ -1,5 +1,5 @@
-//! Power management: the ACPI registers of power-off and of the power button, and the registers that
-//! reset the machine.
+//! Power management: the ACPI registers of power-off and of the power button, and the registers
+//! that reset the machine.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -51,8 +51,8 @@ impl Power {
         pio.add(layout::KEYBOARD_PORT.into(), 1, Arc::new(Keyboard(self.clone())));
     }
 
-    /// Presses the power button. An orderly guest then powers off. Returns false if the guest has not
-    /// enabled the button.
+    /// Presses the power button. An orderly guest then powers off. Returns false if the guest has
+    /// not enabled the button.
     pub fn press(&self) -> bool {
         let mut registers = self.lock();
         registers.status |= POWER_BUTTON;

@@ -115,8 +115,8 @@ pub fn prepare() {
     #[cfg(target_env = "gnu")]
     {
         const ARENAS: libc::c_int = 8;
-        // SAFETY: The call changes a setting of the allocator. No other thread exists yet that could
-        // race with it. It does not fail for this value.
+        // SAFETY: The call changes a setting of the allocator. No other thread exists yet that
+        // could race with it. It does not fail for this value.
         unsafe { libc::mallopt(libc::M_ARENA_MAX, ARENAS) };
     }
 }
@@ -144,7 +144,8 @@ fn rules(thread: Thread) -> Result<BTreeMap<i64, Vec<SeccompRule>>> {
         let op = SeccompCmpOp::MaskedEq(mask);
         SeccompRule::new(vec![SeccompCondition::new(argument, SeccompCmpArgLen::Dword, op, value)?])
     };
-    // The second byte of an ioctl's number tells KVM's calls and, for the main thread, a terminal's.
+    // The second byte of an ioctl's number tells KVM's calls and, for the main thread, a
+    // terminal's.
     let mut ioctls =
         vec![masked(1, 0xff00, 0xae00)?, masked(1, u64::from(u32::MAX), libc::FIONBIO)?];
     if thread == Thread::Main {

@@ -337,8 +337,8 @@ impl Pump {
         let nothing = PollFlags::empty();
         let event = &self.port.output.event;
         let mut fds = vec![PollFd::new(event, PollFlags::IN)];
-        // A descriptor that is not needed now is not polled: its hang-up would wake the thread again
-        // and again.
+        // A descriptor that is not needed now is not polled: its hang-up would wake the thread
+        // again and again.
         let source = self.remote.source().filter(|_| self.input.is_empty());
         let sink = self.remote.sink().filter(|_| output);
         let caller = match &self.remote {

@@ -27,7 +27,8 @@ const MSR_TSC: u32 = 0x10;
 const MSR_MISC_ENABLE: (u32, u64) = (0x1a0, 1);
 /// Memory is cached unless the page tables say otherwise, as a PC's firmware sets it.
 const MSR_MTRR_DEFAULT: (u32, u64) = (0x2ff, 1 << 11 | 6);
-/// The SynIC's registers, which KVM does not list: control, its two pages, and its interrupt sources.
+/// The SynIC's registers, which KVM does not list: control, its two pages, and its interrupt
+/// sources.
 const SYNIC: [u32; 3] = [0x4000_0080, 0x4000_0082, 0x4000_0083];
 const SYNIC_SOURCES: std::ops::RangeInclusive<u32> = 0x4000_0090..=0x4000_009f;
 
@@ -87,8 +88,8 @@ impl Vcpu {
         VcpuCounters::new(self.number, self.exits.clone(), &self.fd)
     }
 
-    /// Puts the CPU into the state after a reset. The first CPU begins at `start`, the others wait to
-    /// be started. The CPU must not be running, nor have an unfinished exit.
+    /// Puts the CPU into the state after a reset. The first CPU begins at `start`, the others wait
+    /// to be started. The CPU must not be running, nor have an unfinished exit.
     ///
     /// # Errors
     /// KVM refuses a part of the state.

@@ -53,9 +53,9 @@ impl VcpuGate {
         self.changed.notify_all();
     }
 
-    /// Closes the gate and waits until `threads` threads are at it. `fetch` brings threads back from
-    /// KVM; it is called again and again while some are missing. The lock is held meanwhile, so that
-    /// no thread can pass [`wait`](Self::wait) between the closing and the call.
+    /// Closes the gate and waits until `threads` threads are at it. `fetch` brings threads back
+    /// from KVM; it is called again and again while some are missing. The lock is held meanwhile,
+    /// so that no thread can pass [`wait`](Self::wait) between the closing and the call.
     ///
     /// # Errors
     /// A thread does not come back within 10 s, or `fetch` fails.

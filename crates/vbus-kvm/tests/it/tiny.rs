@@ -58,8 +58,8 @@ std::arch::global_asm!(
     "xor edx, edx",
     "wrmsr",
     "jmp 9f",
-    // Set the guest's identity for hypercalls, switch the SynIC on, and give one of its interrupts a
-    // vector that ends by itself.
+    // Set the guest's identity for hypercalls, switch the SynIC on, and give one of its interrupts
+    // a vector that ends by itself.
     "tiny_synic:",
     "mov ecx, 0x40000000",
     "mov eax, 1",

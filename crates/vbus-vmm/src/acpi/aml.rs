@@ -1,7 +1,7 @@
 //! AML, the byte code of ACPI: the few terms and resource descriptors that the DSDT uses.
 //!
-//! Each function returns one encoded term (ACPI specification 6.5, chapter 20 for the terms, section
-//! 6.4 for the resource descriptors). A list of terms is the terms one after another.
+//! Each function returns one encoded term (ACPI specification 6.5, chapter 20 for the terms,
+//! section 6.4 for the resource descriptors). A list of terms is the terms one after another.
 
 /// An encoded term, or a list of them.
 pub type Term = Vec<u8>;
@@ -28,7 +28,8 @@ fn package_of(opcode: &[u8], body: &[u8]) -> Term {
     if field_bytes == 1 {
         term.push(low_byte(length));
     } else {
-        // The first byte has the lowest 4 bits, and in its upper two the count of bytes that follow.
+        // The first byte has the lowest 4 bits, and in its upper two the count of bytes that
+        // follow.
         term.push(low_byte(field_bytes - 1) << 6 | low_byte(length & 0xf));
         term.extend((0..field_bytes - 1).map(|byte| low_byte(length >> (4 + 8 * byte))));
     }
@@ -69,7 +70,8 @@ pub fn package(elements: &[Term]) -> Term {
     package_of(&[0x12], &join(&[&[count], &elements.concat()]))
 }
 
-/// The integer by which ACPI names a device of this EISA id: three letters, four hexadecimal digits.
+/// The integer by which ACPI names a device of this EISA id: three letters, four hexadecimal
+/// digits.
 pub fn eisa_id(id: &[u8; 7]) -> Term {
     let letter = |at: usize| u32::from(id[at] - b'@');
     let digit = |at: usize| char::from(id[at]).to_digit(16).unwrap_or(0);

@@ -68,8 +68,8 @@ fn interrupt_pins() -> Term {
 /// The last argument is a buffer of three words: the flags of the call, the features that the
 /// kernel supports, the features that it wants to control. The method returns the same buffer.
 fn osc() -> Term {
-    /// Bits of the answer's first word: the interface is unknown, the revision is unknown, a feature
-    /// was refused.
+    /// Bits of the answer's first word: the interface is unknown, the revision is unknown, a
+    /// feature was refused.
     const UNKNOWN_INTERFACE: u32 = 1 << 2;
     const UNKNOWN_REVISION: u32 = 1 << 3;
     const REFUSED: u32 = 1 << 4;

@@ -1,7 +1,7 @@
 //! Loads a kernel, and everything that its boot protocol puts into memory.
 //!
-//! A bzImage (Linux) starts in 64-bit mode with a "zero page". An ELF file with a PVH note starts in
-//! 32-bit mode with a start info.
+//! A bzImage (Linux) starts in 64-bit mode with a "zero page". An ELF file with a PVH note starts
+//! in 32-bit mode with a start info.
 
 mod linux;
 mod pvh;
@@ -83,7 +83,8 @@ impl Image {
         let loaded = loaded.with_context(|| {
             let size = ram.bytes() >> 20;
             format!(
-                "{} is no kernel that fits {size} MiB of memory (an ELF file with a PVH note, or a bzImage)",
+                "{} is no kernel that fits {size} MiB of memory (an ELF file with a PVH note, or a \
+                 bzImage)",
                 path.display()
             )
         })?;

@@ -35,8 +35,8 @@ macro_rules! raw {
 }
 raw!(hvm_start_info hvm_modlist_entry hvm_memmap_table_entry);
 
-/// Writes start info, command line and initramfs for a kernel that was loaded up to `end` and starts
-/// at `entry`.
+/// Writes start info, command line and initramfs for a kernel that was loaded up to `end` and
+/// starts at `entry`.
 pub fn prepare(mut info: Info<'_>, entry: u64, end: u64) -> Result<Start> {
     info.put_command_line(COMMAND_LINE_MAX - 1)?;
     let mut start = hvm_start_info {

@@ -1,5 +1,6 @@
-//! The configuration space of a function as the guest sees it. It belongs to the VMM, which makes it
-//! from the server's description. Only the guest's writes of the command register go to the server.
+//! The configuration space of a function as the guest sees it. It belongs to the VMM, which makes
+//! it from the server's description. Only the guest's writes of the command register go to the
+//! server.
 
 use vbus_pci_config::register::{COMMAND_MASTER, COMMAND_MEMORY};
 use vbus_pci_config::{Builder, CONVENTIONAL_BYTES, ConfigSpace, Header};

@@ -1,8 +1,8 @@
 //! A function in a slot: a device of the bus, which is reached over vfio-user.
 //!
-//! Locks are taken in this order: the slot's lock, `state`, `client`, `doorbells`. A thread that has
-//! the slot's lock takes no other lock than that of the doorbells. A slow server therefore delays
-//! only those who access its own function.
+//! Locks are taken in this order: the slot's lock, `state`, `client`, `doorbells`. A thread that
+//! has the slot's lock takes no other lock than that of the doorbells. A slow server therefore
+//! delays only those who access its own function.
 
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -225,9 +225,9 @@ impl Function {
         self.call(Client::reset);
     }
 
-    /// Tells the server that its INTx has ended. It belongs between a [`reset`](Self::reset) and the
-    /// reset of the interrupt controllers: they forget an INTx that the guest has not ended, so the
-    /// server must not wait for its end.
+    /// Tells the server that its INTx has ended. It belongs between a [`reset`](Self::reset) and
+    /// the reset of the interrupt controllers: they forget an INTx that the guest has not ended, so
+    /// the server must not wait for its end.
     pub(super) fn end_intx(&self) {
         if let Some(Intx::Kernel(irqfd)) = &self.intx {
             irqfd.end();
@@ -256,8 +256,8 @@ impl Function {
         });
         let mut doorbells = lock(&self.doorbells);
         if let Err(e) = doorbells.set_range(DoorbellKind::Mmio, range) {
-            // The guest has put two functions at one address, or KVM has no more room. The doorbells
-            // then come to user space.
+            // The guest has put two functions at one address, or KVM has no more room. The
+            // doorbells then come to user space.
             tracing::debug!("{}: doorbells by message: {e}", self.name);
         }
     }

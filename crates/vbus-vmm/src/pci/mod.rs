@@ -4,11 +4,11 @@
 //! ```text
 //!  configuration:  access.rs (ECAM, CF8)  ─▸  hierarchy.rs (host bridge, slots)
 //!                                               └▸ slot.rs ─▸ root_port.rs
-//!                                                    └▸ function.rs ─▸ the parts that the VMM keeps: config.rs, MSI-X table
+//!                                                    └▸ function.rs ─▸ config.rs, MSI-X table
 //!                                                                   ─▸ the server, by message
 //!  memory:         access.rs (BARs)       ─▸  hierarchy.rs ─▸ slot.rs ─▸ function.rs
 //!  ports:          access.rs (doorbells)  ─▸  hierarchy.rs ─▸ slot.rs ─▸ function.rs
-//!  in the kernel:  doorbells.rs, msi.rs: eventfds between guest and server; no thread of this process takes part
+//!  in the kernel:  doorbells.rs, msi.rs: eventfds between guest and server, without this process
 //! ```
 //!
 //! The guest may write anything. The VMM checks what a server says when it plugs the device
@@ -130,8 +130,8 @@ impl PciRoot {
     }
 
     /// Plugs the device whose server listens at `socket` into the first free slot. A guest that has
-    /// not looked at the slot yet finds the device there. Another guest is told of it. This function
-    /// does not wait for the guest's reaction.
+    /// not looked at the slot yet finds the device there. Another guest is told of it. This
+    /// function does not wait for the guest's reaction.
     ///
     /// # Errors
     /// See [`PlugError`]. The guest has then seen nothing.
@@ -203,8 +203,8 @@ impl PciRoot {
         self.hierarchy.slots.iter().filter_map(plugged).collect()
     }
 
-    /// Puts PCI into the state after power-on, for a guest that starts again. No virtual CPU may run
-    /// meanwhile. Devices stay plugged, except those that the guest had been asked to release.
+    /// Puts PCI into the state after power-on, for a guest that starts again. No virtual CPU may
+    /// run meanwhile. Devices stay plugged, except those that the guest had been asked to release.
     pub fn reset(&self) {
         self.config_ports.reset();
         self.hierarchy.reset();

@@ -1,5 +1,5 @@
-//! The message-signalled interrupts of a function, MSI or MSI-X. The server writes eventfds, and KVM
-//! reads them. The VMM makes and routes the eventfds as the guest asks for it.
+//! The message-signalled interrupts of a function, MSI or MSI-X. The server writes eventfds, and
+//! KVM reads them. The VMM makes and routes the eventfds as the guest asks for it.
 
 use std::sync::Arc;
 

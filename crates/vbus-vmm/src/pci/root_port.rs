@@ -74,7 +74,8 @@ pub(super) struct RootPort {
 pub(super) type Msi = (u64, u32);
 
 impl RootPort {
-    /// The port with device number `device` (1 to 31) on bus 0, and an empty slot of the same number.
+    /// The port with device number `device` (1 to 31) on bus 0, and an empty slot of the same
+    /// number.
     pub(super) fn new(device: u8) -> RootPort {
         let mut port = RootPort {
             device,
@@ -105,8 +106,8 @@ impl RootPort {
         s.set16(MEMORY_BASE, register(window));
         s.set16(MEMORY_LIMIT, register(window + WINDOW_BYTES - 1));
         s.allow(MEMORY_BASE, &[0xf0, 0xff, 0xf0, 0xff]);
-        // The registers of the windows for ports and prefetchable memory are hard-wired to zero: the
-        // port has no such windows.
+        // The registers of the windows for ports and prefetchable memory are hard-wired to zero:
+        // the port has no such windows.
         s.set8(0x34, 0x40);
         s.allow(INTERRUPT_LINE, &[0xff]);
         s.allow(BRIDGE_CONTROL, &BRIDGE_RESET.to_le_bytes());

@@ -11,8 +11,8 @@ use super::root_port::{Msi, RootPort, window};
 use crate::layout;
 use crate::lock::lock;
 
-/// How long the guest may take to release a function. Linux waits 5 s after the button in case it is
-/// pressed again, and an emulated machine is slow.
+/// How long the guest may take to release a function. Linux waits 5 s after the button in case it
+/// is pressed again, and an emulated machine is slow.
 const UNPLUG_TIMEOUT: Duration = Duration::from_secs(25);
 /// The time after which the button is pressed again if the guest has not reacted. A guest ignores
 /// the button while it brings the function in.

@@ -1,5 +1,5 @@
-//! The thread that notices when a server has gone, so that the guest need not find out by an access.
-//! It also passes INTx on if the I/O APIC is in this process.
+//! The thread that notices when a server has gone, so that the guest need not find out by an
+//! access. It also passes INTx on if the I/O APIC is in this process.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,4 +1,5 @@
-//! The guest's part of a test: accesses to configuration space, memory and ports, and a slot driver.
+//! The guest's part of a test: accesses to configuration space, memory and ports, and a slot
+//! driver.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
