@@ -1,9 +1,10 @@
 //! Driver of `venet`, the Ethernet controller (spec/venet.md).
 //!
 //! A [`Nic`] is opened, gets its queue pairs ([`Nic::queue_pair`]), and is started. Queues live
-//! apart from it, each with whichever thread serves it. Frames carry a virtio-net header of
-//! [`HEADER_BYTES`] bytes in front.
+//! apart from it, each with the thread that serves it. A virtio-net header precedes each frame: of
+//! [`HEADER_BYTES`] bytes, or in received frames with [`F_HASH`] of [`HASH_HEADER_BYTES`].
 
+mod pages;
 mod rx;
 mod tx;
 
@@ -14,14 +15,17 @@ use vbus_shm::signal::Armed;
 use vbus_shm::signal::end::Driver;
 use vbus_shm::state;
 
+pub use pages::{Duplex, NicStatus, PairCounters, Traffic};
 pub use rx::{Received, Rx};
 pub use tx::{Piece, Tx};
 pub use vbus_shm::abi::venet::{
-    CHAIN_MAX, F_CSUM, F_TSO, F_USO, FILTER_ALL_MULTICAST, FILTER_MAX, FILTER_PROMISCUOUS,
-    FRAME_MAX, HEADER_BYTES,
+    CHAIN_MAX, F_HASH, F_MAC, F_RSS, F_RX, F_RX_CSUM, F_RX_ECN, F_RX_SHIFT, F_RX_TSO4, F_RX_TSO6,
+    F_RX_USO, F_TX, F_TX_CSUM, F_TX_ECN, F_TX_TSO4, F_TX_TSO6, F_TX_USO, F_VLAN,
+    FILTER_ALL_MULTICAST, FILTER_MAX, FILTER_PROMISCUOUS, FRAME_MAX, HASH_HEADER_BYTES,
+    HEADER_BYTES, RSS_KEY_BYTES, VLAN_MAP_BYTES, counters_page, hash_kind,
 };
 
-use crate::{Bell, Error, Function, Hal};
+use crate::{Bell, Error, Function, Hal, Region};
 
 /// The most entries of a ring that this driver makes.
 pub const RING_MAX: u32 = 1024;
@@ -42,28 +46,22 @@ pub struct Config {
     pub queue_pairs: u16,
     /// The most entries of a ring: a power of two, 32..=[`RING_MAX`].
     pub ring_entries: u32,
+    /// The most entries of an indirection table.
+    pub rss_table_max: u16,
+    /// The kinds of frames that the device can hash.
+    pub hash_kinds: u32,
 }
 
-/// What the device's status page says: link and statistics.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct NicStatus {
-    /// Whether there is a link.
-    pub link: bool,
-    /// Frames, bytes and dropped frames from the driver.
-    pub tx: Traffic,
-    /// Frames, bytes and dropped frames to the driver.
-    pub rx: Traffic,
-}
-
-/// Counters of one direction.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Traffic {
-    /// Frames that passed.
-    pub frames: u64,
-    /// Their bytes, without the headers.
-    pub bytes: u64,
-    /// Frames that did not.
-    pub drops: u64,
+/// How received frames are hashed, and spread over the receive queues.
+#[derive(Clone, Copy, Debug)]
+pub struct Rss<'a> {
+    /// The kinds of frames that are hashed ([`hash_kind`]), some of [`Config::hash_kinds`].
+    pub kinds: u32,
+    /// The key.
+    pub key: [u8; RSS_KEY_BYTES],
+    /// The queue pair for each value of the hash's low bits: a power of two of them, at most
+    /// [`Config::rss_table_max`]. Empty: frames are hashed, but not spread by that.
+    pub table: &'a [u16],
 }
 
 /// A NIC with an open connection.
@@ -71,6 +69,7 @@ pub struct Traffic {
 pub struct Nic<H: Hal> {
     status: state::Reader<H::Dma, Driver>,
     seen: u64,
+    counters: Option<state::Reader<H::Dma, Driver>>,
     config: Config,
     function: Function<H>,
 }
@@ -91,6 +90,9 @@ pub fn config<H: Hal>(function: &Function<H>) -> Result<Config, Error> {
         mtu: u16_at(venet::CONFIG_MTU),
         queue_pairs: u16_at(venet::CONFIG_QUEUE_PAIRS).min(venet::QUEUE_PAIRS_MAX),
         ring_entries: if entries == 0 { 0 } else { 1 << entries.ilog2() },
+        rss_table_max: u16_at(venet::CONFIG_RSS_TABLE_MAX).min(venet::RSS_TABLE_MAX),
+        hash_kinds: u32::from(u16_at(venet::CONFIG_HASH_KINDS))
+            | u32::from(u16_at(venet::CONFIG_HASH_KINDS + 2)) << 16,
     };
     if config.queue_pairs == 0 || config.ring_entries < 32 {
         return Err(Error::Corrupt("the NIC's config area says that it has no queues"));
@@ -103,25 +105,10 @@ impl<H: Hal> Nic<H> {
     /// registers its status page. The interrupts of both that page and the function come on `vector`.
     pub fn open(mut function: Function<H>, wanted: u64, vector: u16) -> Result<Nic<H>, Error> {
         let config = config(&function)?;
-        let mut features = wanted & function.info().features & (F_CSUM | F_TSO | F_USO);
-        if features & F_CSUM == 0 {
-            features = 0;
-        }
+        let features = venet::complete(wanted & function.info().features);
         function.open_with_vector(features, vector)?;
-        let layout =
-            state::Layout::new(status_page::BYTES, state::DEFAULT_SLOTS).map_err(|_| LAYOUT)?;
-        let page = function.hal().alloc(layout.bytes())?;
-        layout.format(&page, 0).map_err(|_| Error::NoMemory)?;
-        let status = state::Reader::attach(page.clone(), Driver).map_err(|_| LAYOUT)?;
-        let place = (0, layout.bytes());
-        function.region_add(
-            venet::REGION_STATUS,
-            vector,
-            &page,
-            place,
-            Some(state::SIGNAL_OFFSET),
-        )?;
-        Ok(Nic { status, seen: 0, config, function })
+        let status = page(&mut function, venet::REGION_STATUS, status_page::BYTES, vector)?;
+        Ok(Nic { status, seen: 0, counters: None, config, function })
     }
 
     /// The device's config area, as it was at the time of opening.
@@ -136,8 +123,8 @@ impl<H: Hal> Nic<H> {
 
     /// Makes queue pair `q` with rings of `entries` entries (a power of two, at most
     /// [`Config::ring_entries`]) and receive buffers of `buffer_bytes` (at least [`BUFFER_MIN`]).
-    /// Its interrupts come on `vector`. To be called for pairs 0, 1, ... before
-    /// [`start`](Self::start).
+    /// Its interrupts come on `vector`. Pairs 0, 1, ... that are there at [`start`](Self::start)
+    /// are in use then. One that is made later is in use from [`set_queues`](Self::set_queues) on.
     pub fn queue_pair(
         &mut self,
         q: u16,
@@ -145,17 +132,51 @@ impl<H: Hal> Nic<H> {
         buffer_bytes: u32,
         vector: u16,
     ) -> Result<(Tx<H>, Rx<H>), Error> {
-        if q >= self.config.queue_pairs
-            || entries > self.config.ring_entries
-            || buffer_bytes < BUFFER_MIN
-        {
-            return Err(Error::Unsupported("so many queue pairs or entries, or so small buffers"));
+        Ok((self.tx(q, entries, vector)?, self.rx(q, entries, buffer_bytes, vector)?))
+    }
+
+    /// Takes a queue pair away. The device touches neither its rings nor its buffers when this
+    /// returns. A pair in use is to be taken out of use first, by [`set_queues`](Self::set_queues).
+    pub fn remove_pair(&mut self, tx: Tx<H>, rx: Rx<H>) -> Result<(), Error> {
+        self.function.region_drop(tx.region)?;
+        self.function.region_drop(rx.region)
+    }
+
+    /// Resets a transmit queue: takes its ring away, and puts a new one of `entries` entries in its
+    /// place. Frames that the device has not taken are not sent. The device does not touch their
+    /// memory when this returns.
+    pub fn reset_tx(&mut self, tx: Tx<H>, entries: u32, vector: u16) -> Result<Tx<H>, Error> {
+        let q = tx.q;
+        self.function.region_drop(tx.region)?;
+        self.tx(q, entries, vector)
+    }
+
+    /// Resets a receive queue: takes its ring away, and puts a new one of `entries` entries in its
+    /// place, without buffers. The device does not touch the former buffers when this returns.
+    pub fn reset_rx(
+        &mut self,
+        rx: Rx<H>,
+        entries: u32,
+        buffer_bytes: u32,
+        vector: u16,
+    ) -> Result<Rx<H>, Error> {
+        let q = rx.q;
+        self.function.region_drop(rx.region)?;
+        self.rx(q, entries, buffer_bytes, vector)
+    }
+
+    fn tx(&mut self, q: u16, entries: u32, vector: u16) -> Result<Tx<H>, Error> {
+        let (ring, bell, region) = self.ring(venet::tx(q), entries, Returns::Counted, vector)?;
+        Ok(Tx::new(q, ring, bell, region))
+    }
+
+    fn rx(&mut self, q: u16, entries: u32, bytes: u32, vector: u16) -> Result<Rx<H>, Error> {
+        if bytes < BUFFER_MIN {
+            return Err(Error::Unsupported("so small receive buffers"));
         }
-        let (ring, bell) = self.ring(venet::tx(q), entries, Returns::Counted, vector)?;
-        let tx = Tx::new(ring, bell);
-        let (ring, bell) = self.ring(venet::rx(q), entries, Returns::Entries, vector)?;
-        let rx = Rx::new(ring, bell, buffer_bytes);
-        Ok((tx, rx))
+        let (ring, bell, region) = self.ring(venet::rx(q), entries, Returns::Entries, vector)?;
+        let hash = self.function.features() & F_HASH != 0;
+        Ok(Rx::new(q, ring, bell, region, bytes, hash))
     }
 
     fn ring(
@@ -164,7 +185,10 @@ impl<H: Hal> Nic<H> {
         entries: u32,
         returns: Returns,
         vector: u16,
-    ) -> Result<(DriverEnd<H::Dma>, Bell<H>), Error> {
+    ) -> Result<(DriverEnd<H::Dma>, Bell<H>, Region), Error> {
+        if id / 2 >= u32::from(self.config.queue_pairs) || entries > self.config.ring_entries {
+            return Err(Error::Unsupported("so many queue pairs or entries"));
+        }
         let layout =
             Layout::new(entries, returns).map_err(|_| Error::Unsupported("a ring of that size"))?;
         let memory = self.function.hal().alloc(layout.bytes())?;
@@ -176,7 +200,7 @@ impl<H: Hal> Nic<H> {
             (0, layout.bytes()),
             Some(SIGNAL_OFFSET),
         )?;
-        Ok((ring, self.function.bell(region.handle())))
+        Ok((ring, self.function.bell(region.handle()), region))
     }
 
     /// Lets the device serve the queues.
@@ -205,32 +229,83 @@ impl<H: Hal> Nic<H> {
         self.function.call(venet::CALL_FILTER, 0, &mut buffer[..used]).map(drop)
     }
 
+    /// Sets the offloads of received frames, a part of the `F_RX_` features that were accepted.
+    /// Frames that were received before may still go by the former ones.
+    pub fn set_offloads(&mut self, features: u64) -> Result<(), Error> {
+        self.function.call(venet::CALL_SET_OFFLOADS, 0, &mut features.to_le_bytes()).map(drop)
+    }
+
+    /// Uses queue pairs 0 to `queues - 1` from here on. They must be there. Others send what is in
+    /// their transmit rings, and receive nothing.
+    pub fn set_queues(&mut self, queues: u16) -> Result<(), Error> {
+        let mut buffer = u32::from(queues).to_le_bytes();
+        self.function.call(venet::CALL_SET_QUEUES, 0, &mut buffer).map(drop)
+    }
+
+    /// Gives the device another address, until the connection closes. Needs [`F_MAC`].
+    pub fn set_mac(&mut self, mut mac: [u8; 6]) -> Result<(), Error> {
+        self.function.call(venet::CALL_SET_MAC, 0, &mut mac).map(drop)
+    }
+
+    /// Hashes received frames, or with `None` no longer. Needs [`F_HASH`] or [`F_RSS`]; a table
+    /// needs [`F_RSS`].
+    pub fn set_rss(&mut self, rss: Option<&Rss<'_>>) -> Result<(), Error> {
+        const FIXED: usize = 8 + RSS_KEY_BYTES;
+        let mut buffer = [0; FIXED + 2 * venet::RSS_TABLE_MAX as usize];
+        let mut used = FIXED;
+        if let Some(rss) = rss {
+            let places = buffer[FIXED..].chunks_exact_mut(2);
+            let Some(entries) = u16::try_from(rss.table.len()).ok().filter(|entries| {
+                *entries <= self.config.rss_table_max && usize::from(*entries) <= places.len()
+            }) else {
+                return Err(Error::Unsupported("so large an indirection table"));
+            };
+            for (place, queue) in places.zip(rss.table) {
+                place.copy_from_slice(&queue.to_le_bytes());
+            }
+            used += 2 * rss.table.len();
+            buffer[..4].copy_from_slice(&rss.kinds.to_le_bytes());
+            buffer[4..6].copy_from_slice(&entries.to_le_bytes());
+            buffer[8..FIXED].copy_from_slice(&rss.key);
+        }
+        self.function.call(venet::CALL_SET_RSS, 0, &mut buffer[..used]).map(drop)
+    }
+
+    /// Lets only tagged frames of these VLAN ids through (id `n` is bit `n % 8` of byte `n / 8`),
+    /// besides those without a tag and of id 0; with `None` all. Needs [`F_VLAN`].
+    pub fn set_vlans(&mut self, ids: Option<&[u8; VLAN_MAP_BYTES]>) -> Result<(), Error> {
+        let mut buffer = [0; 8 + VLAN_MAP_BYTES];
+        let mut used = 8;
+        if let Some(ids) = ids {
+            buffer[0] = 1;
+            buffer[8..].copy_from_slice(ids);
+            used = buffer.len();
+        }
+        self.function.call(venet::CALL_SET_VLANS, 0, &mut buffer[..used]).map(drop)
+    }
+
+    /// Registers the counters page, for [`counters`](Self::counters). It never interrupts.
+    pub fn add_counters(&mut self, vector: u16) -> Result<(), Error> {
+        let bytes = counters_page::BYTES * u32::from(self.config.queue_pairs);
+        self.counters = Some(page(&mut self.function, venet::REGION_COUNTERS, bytes, vector)?);
+        Ok(())
+    }
+
+    /// The counters of queue pair `q`, as the device wrote them last: at most 100 ms ago while
+    /// there is traffic.
+    pub fn counters(&self, q: u16) -> Result<PairCounters, Error> {
+        let reader = self.counters.as_ref().ok_or(Error::Unsupported("no counters page"))?;
+        let mut value = [0; COUNTERS_BYTES];
+        let used = value.len().min(reader.layout().value_bytes());
+        reader.read(&mut value[..used]).map_err(|state::Overrun| NEVER_STILL)?;
+        Ok(pages::counters(&value[..used], q))
+    }
+
     /// The newest status, and a mark for [`arm_status`](Self::arm_status).
     pub fn status(&mut self) -> Result<NicStatus, Error> {
         let mut value = [0; status_page::BYTES as usize];
-        self.seen = self
-            .status
-            .read(&mut value)
-            .map_err(|state::Overrun| Error::Corrupt("the status page never stands still"))?;
-        let word = |at: usize| {
-            value
-                .chunks_exact(8)
-                .nth(at)
-                .map_or(0, |b| b.iter().rev().fold(0, |n, &b| n << 8 | u64::from(b)))
-        };
-        Ok(NicStatus {
-            link: word(status_page::LINK) == 1,
-            tx: Traffic {
-                frames: word(status_page::TX_FRAMES),
-                bytes: word(status_page::TX_BYTES),
-                drops: word(status_page::TX_DROPS),
-            },
-            rx: Traffic {
-                frames: word(status_page::RX_FRAMES),
-                bytes: word(status_page::RX_BYTES),
-                drops: word(status_page::RX_DROPS),
-            },
-        })
+        self.seen = self.status.read(&mut value).map_err(|state::Overrun| NEVER_STILL)?;
+        Ok(pages::status(&value))
     }
 
     /// Whether there is a status newer than the one read last; costs a look at memory.
@@ -250,4 +325,23 @@ impl<H: Hal> Nic<H> {
     }
 }
 
+/// Registers a state page that the device writes.
+fn page<H: Hal>(
+    function: &mut Function<H>,
+    id: u32,
+    bytes: u32,
+    vector: u16,
+) -> Result<state::Reader<H::Dma, Driver>, Error> {
+    let layout = state::Layout::new(bytes, state::DEFAULT_SLOTS).map_err(|_| LAYOUT)?;
+    let memory = function.hal().alloc(layout.bytes())?;
+    layout.format(&memory, 0).map_err(|_| Error::NoMemory)?;
+    let reader = state::Reader::attach(memory.clone(), Driver).map_err(|_| LAYOUT)?;
+    let place = (0, layout.bytes());
+    function.region_add(id, vector, &memory, place, Some(state::SIGNAL_OFFSET))?;
+    Ok(reader)
+}
+
+/// Bytes of the largest counters page.
+const COUNTERS_BYTES: usize = counters_page::BYTES as usize * venet::QUEUE_PAIRS_MAX as usize;
+const NEVER_STILL: Error = Error::Corrupt("a page that never stands still");
 const LAYOUT: Error = Error::Unsupported("a page of that size");

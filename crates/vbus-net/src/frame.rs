@@ -111,6 +111,16 @@ impl Header {
         Offloads::CSUM | segments | if ecn { Offloads::ECN } else { Offloads::NONE }
     }
 
+    /// Whether the checksum is left to the receiver.
+    pub fn leaves_checksum(&self) -> bool {
+        self.flags & flag::NEEDS_CSUM != 0
+    }
+
+    /// Whether segmentation is left to the receiver.
+    pub fn leaves_segmentation(&self) -> bool {
+        self.gso() != flag::GSO_NONE
+    }
+
     /// Whether a receiver with these offloads can take a frame with this header as it is.
     pub fn fits(&self, offloads: Offloads) -> bool {
         offloads.contains(self.needs())

@@ -4,7 +4,7 @@ use std::sync::Mutex;
 
 use vbus_core::{TaskHandle, lock};
 
-/// The link of a device: its back end sets the carrier, people can switch it off, and one task is
+/// The link of a device. Its back end sets the carrier, people can switch it off, and one task is
 /// woken by each change.
 #[derive(Debug, Default)]
 pub struct Link(Mutex<State>);
@@ -13,6 +13,7 @@ pub struct Link(Mutex<State>);
 struct State {
     carrier: bool,
     off: bool,
+    announces: u64,
     observer: Option<TaskHandle>,
 }
 
@@ -38,6 +39,17 @@ impl Link {
         lock(&self.0).off
     }
 
+    /// Asks the driver to announce its addresses to the network, as after a move to another place
+    /// of it.
+    pub fn announce(&self) {
+        self.change(|state| state.announces += 1);
+    }
+
+    /// How often the driver was asked to.
+    pub fn announces(&self) -> u64 {
+        lock(&self.0).announces
+    }
+
     /// Lets `task` be woken by changes, instead of the task before; `None`: no task.
     pub fn observe(&self, task: Option<TaskHandle>) {
         lock(&self.0).observer = task;
@@ -45,9 +57,10 @@ impl Link {
 
     fn change(&self, change: impl FnOnce(&mut State)) {
         let mut state = lock(&self.0);
-        let before = (state.carrier, state.off);
+        let facts = |state: &State| (state.carrier, state.off, state.announces);
+        let before = facts(&state);
         change(&mut state);
-        if before != (state.carrier, state.off) {
+        if before != facts(&state) {
             if let Some(task) = &state.observer {
                 task.wake();
             }

@@ -45,11 +45,11 @@ impl Plain {
         self.cut = None;
         self.pieces = 1;
         let header = &packet.header;
-        if header.gso() != flag::GSO_NONE {
+        if header.leaves_segmentation() {
             let cut = Cut::plan(&self.frame, header)?;
             self.pieces = (self.frame.len() - cut.payload).div_ceil(cut.size).max(1);
             self.cut = Some(cut);
-        } else if header.flags & flag::NEEDS_CSUM != 0 {
+        } else if header.leaves_checksum() {
             let start = usize::from(header.csum_start);
             let sum = checksum(0, self.frame.get(start..)?);
             put(&mut self.frame, start + usize::from(header.csum_offset), sum)?;

@@ -264,13 +264,57 @@ pub mod feature {
 
 /// `venet`: Ethernet (spec/venet.md).
 pub mod venet {
-    /// Feature: the driver may leave checksums to the device, and takes frames with checksums left
-    /// to it.
-    pub const F_CSUM: u64 = 1 << 0;
-    /// Feature: TCP segmentation (IPv4 and IPv6), both ways. Needs [`F_CSUM`].
-    pub const F_TSO: u64 = 1 << 1;
-    /// Feature: UDP segmentation, both ways. Needs [`F_CSUM`].
-    pub const F_USO: u64 = 1 << 2;
+    /// Feature: the driver may leave TCP and UDP checksums to the device.
+    pub const F_TX_CSUM: u64 = 1 << 0;
+    /// Feature: the driver may leave TCP segmentation over IPv4 to the device. Needs
+    /// [`F_TX_CSUM`].
+    pub const F_TX_TSO4: u64 = 1 << 1;
+    /// Feature: the driver may leave TCP segmentation over IPv6 to the device. Needs
+    /// [`F_TX_CSUM`].
+    pub const F_TX_TSO6: u64 = 1 << 2;
+    /// Feature: segments that the driver leaves to the device may have the CWR flag. Needs
+    /// [`F_TX_TSO4`] or [`F_TX_TSO6`].
+    pub const F_TX_ECN: u64 = 1 << 3;
+    /// Feature: the driver may leave UDP segmentation to the device. Needs [`F_TX_CSUM`].
+    pub const F_TX_USO: u64 = 1 << 4;
+    /// The features of frames from the driver.
+    pub const F_TX: u64 = 0x1f;
+    /// Feature: the driver takes frames whose checksum is left to it. Features of frames to the
+    /// driver are those of frames from it, [`F_RX_SHIFT`] bits higher.
+    pub const F_RX_CSUM: u64 = F_TX_CSUM << F_RX_SHIFT;
+    /// Feature: the driver takes segments of TCP over IPv4. Needs [`F_RX_CSUM`].
+    pub const F_RX_TSO4: u64 = F_TX_TSO4 << F_RX_SHIFT;
+    /// Feature: the driver takes segments of TCP over IPv6. Needs [`F_RX_CSUM`].
+    pub const F_RX_TSO6: u64 = F_TX_TSO6 << F_RX_SHIFT;
+    /// Feature: the driver takes segments with the CWR flag. Needs [`F_RX_TSO4`] or [`F_RX_TSO6`].
+    pub const F_RX_ECN: u64 = F_TX_ECN << F_RX_SHIFT;
+    /// Feature: the driver takes segments of UDP. Needs [`F_RX_CSUM`].
+    pub const F_RX_USO: u64 = F_TX_USO << F_RX_SHIFT;
+    /// The features of frames to the driver.
+    pub const F_RX: u64 = F_TX << F_RX_SHIFT;
+    /// See [`F_RX_CSUM`].
+    pub const F_RX_SHIFT: u32 = 8;
+    /// Feature: the header before a frame to the driver has the frame's hash
+    /// ([`HASH_HEADER_BYTES`]).
+    pub const F_HASH: u64 = 1 << 16;
+    /// Feature: the driver may choose the receive queue of a frame by its hash.
+    pub const F_RSS: u64 = 1 << 17;
+    /// Feature: the driver may filter by VLAN id ([`CALL_SET_VLANS`]).
+    pub const F_VLAN: u64 = 1 << 18;
+    /// Feature: the driver may change its address ([`CALL_SET_MAC`]).
+    pub const F_MAC: u64 = 1 << 19;
+
+    /// The features without the offloads that lack another one that they need.
+    pub const fn complete(features: u64) -> u64 {
+        const fn direction(bits: u64) -> u64 {
+            if bits & F_TX_CSUM == 0 {
+                return 0;
+            }
+            if bits & (F_TX_TSO4 | F_TX_TSO6) == 0 { bits & !F_TX_ECN } else { bits }
+        }
+        let rx = direction(features >> F_RX_SHIFT & F_TX) << F_RX_SHIFT;
+        features & !(F_TX | F_RX) | direction(features & F_TX) | rx
+    }
 
     /// Config area: MAC address, 6 bytes.
     pub const CONFIG_MAC: usize = 0;
@@ -280,8 +324,12 @@ pub mod venet {
     pub const CONFIG_QUEUE_PAIRS: usize = 8;
     /// Config area: u16, the most entries of a ring.
     pub const CONFIG_RING_MAX: usize = 10;
+    /// Config area: u16, the most entries of an indirection table.
+    pub const CONFIG_RSS_TABLE_MAX: usize = 12;
+    /// Config area: u32, the kinds of frames that the device can hash, see [`hash_kind`].
+    pub const CONFIG_HASH_KINDS: usize = 16;
     /// Bytes of the config area.
-    pub const CONFIG_BYTES: usize = 16;
+    pub const CONFIG_BYTES: usize = 24;
 
     /// Region id of the transmit ring of queue pair `q`: counted returns. The entries (chained by
     /// NEXT) hold header and frame.
@@ -297,11 +345,16 @@ pub mod venet {
     pub const QUEUE_PAIRS_MAX: u16 = 16;
     /// Region id of the status page: a state page written by the device, see [`status_page`].
     pub const REGION_STATUS: u32 = 0x100;
+    /// Region id of the counters page: a state page written by the device, see [`counters_page`].
+    pub const REGION_COUNTERS: u32 = 0x101;
 
     /// Bytes of the header before each frame: the virtio-net header {flags u8, gso_type u8, hdr_len
     /// u16, gso_size u16, csum_start u16, csum_offset u16, num_buffers u16}.
     pub const HEADER_BYTES: usize = 12;
-    /// The most bytes of a frame with its header: a 64 KiB segment, its Ethernet header, two tags.
+    /// Bytes of the header before each frame to the driver with [`F_HASH`]: the one above, then
+    /// {hash u32, kind u16 ([`hash_kind`]: the number of its bit, plus 1; 0: not hashed), zero u16}.
+    pub const HASH_HEADER_BYTES: usize = HEADER_BYTES + 8;
+    /// The most bytes of a frame with its header (without a hash): a 64 KiB segment, its Ethernet header, two tags.
     pub const FRAME_MAX: usize = HEADER_BYTES + 65536 + 14 + 8;
     /// The most entries of one frame.
     pub const CHAIN_MAX: usize = 20;
@@ -319,29 +372,121 @@ pub mod venet {
     pub const FILTER_ALL_MULTICAST: u32 = 1 << 1;
     /// The most addresses of a filter.
     pub const FILTER_MAX: u32 = 64;
+    /// Call: offloads of frames to the driver, from here on. Buffer: u64, a subset of the `F_RX_`
+    /// features that were accepted.
+    pub const CALL_SET_OFFLOADS: u32 = 3;
+    /// Call: the queue pairs in use, from here on. Buffer: u32, 1 at least.
+    pub const CALL_SET_QUEUES: u32 = 4;
+    /// Call: the device's address, until the connection closes. Buffer: 6 bytes.
+    pub const CALL_SET_MAC: u32 = 5;
+    /// Call: hashes of frames to the driver. Buffer: kinds u32 ([`hash_kind`]), entries u16, zero
+    /// u16, key of [`RSS_KEY_BYTES`] bytes, then the indirection table: `entries` (0, or a power of
+    /// two) queue pairs, each u16.
+    pub const CALL_SET_RSS: u32 = 6;
+    /// Call: the VLAN ids that pass. Buffer: u32, 0: all pass, 1: those of the map pass; zero u32;
+    /// with 1 a map of [`VLAN_MAP_BYTES`] bytes, in which VLAN id `n` is bit `n % 8` of byte
+    /// `n / 8`.
+    pub const CALL_SET_VLANS: u32 = 7;
+    /// Bytes of a key of [`CALL_SET_RSS`].
+    pub const RSS_KEY_BYTES: usize = 40;
+    /// The most entries of any indirection table.
+    pub const RSS_TABLE_MAX: u16 = 128;
+    /// Bytes of the map of [`CALL_SET_VLANS`].
+    pub const VLAN_MAP_BYTES: usize = 512;
 
-    /// The status page's value: u64 words, in this order.
+    /// Kinds of frames that are hashed, as bits.
+    pub mod hash_kind {
+        /// IPv4: by the addresses.
+        pub const IPV4: u32 = 1 << 0;
+        /// TCP over IPv4: by addresses and ports.
+        pub const TCPV4: u32 = 1 << 1;
+        /// UDP over IPv4: by addresses and ports.
+        pub const UDPV4: u32 = 1 << 2;
+        /// IPv6: by the addresses.
+        pub const IPV6: u32 = 1 << 3;
+        /// TCP over IPv6: by addresses and ports.
+        pub const TCPV6: u32 = 1 << 4;
+        /// UDP over IPv6: by addresses and ports.
+        pub const UDPV6: u32 = 1 << 5;
+    }
+
+    /// The status page's value: u64 words, in this order. Words that are not listed are 0.
     pub mod status_page {
-        /// 1: link up.
+        /// Bit 0: link up.
         pub const LINK: usize = 0;
         /// MAC in the low 48 bits, first byte lowest.
         pub const MAC: usize = 1;
+        /// Speed of the link in Mb/s; 0: unknown.
+        pub const SPEED: usize = 2;
+        /// 0: half duplex, 1: full duplex, 2: unknown.
+        pub const DUPLEX: usize = 3;
+        /// How often the driver was asked to announce its addresses to the network.
+        pub const ANNOUNCE: usize = 4;
+        /// The incarnation of the device.
+        pub const INCARNATION: usize = 5;
         /// Frames from the driver.
-        pub const TX_FRAMES: usize = 2;
+        pub const TX_FRAMES: usize = 8;
         /// Bytes from the driver, without headers.
-        pub const TX_BYTES: usize = 3;
+        pub const TX_BYTES: usize = 9;
         /// Frames from the driver that were dropped.
-        pub const TX_DROPS: usize = 4;
+        pub const TX_DROPS: usize = 10;
         /// Frames to the driver.
-        pub const RX_FRAMES: usize = 5;
+        pub const RX_FRAMES: usize = 11;
         /// Bytes to the driver, without headers.
-        pub const RX_BYTES: usize = 6;
-        /// Frames to the driver that were dropped, for want of buffers.
-        pub const RX_DROPS: usize = 7;
-        /// Words of the value.
-        pub const WORDS: usize = 8;
+        pub const RX_BYTES: usize = 12;
+        /// Frames to the driver that were dropped.
+        pub const RX_DROPS: usize = 13;
+        /// Words of the value. Those before [`TX_FRAMES`] interrupt the driver by a change.
+        pub const WORDS: usize = 16;
         /// Bytes of the value.
-        pub const BYTES: u32 = 64;
+        pub const BYTES: u32 = 128;
+    }
+
+    /// The counters page's value: for each queue pair of the device, [`WORDS`](counters_page::WORDS)
+    /// u64 words, in this order. Words that are not listed are 0.
+    pub mod counters_page {
+        /// Frames from the driver that were sent on.
+        pub const TX_FRAMES: usize = 0;
+        /// Their bytes, without headers.
+        pub const TX_BYTES: usize = 1;
+        /// Rounds of the device's poll that sent frames.
+        pub const TX_BATCHES: usize = 2;
+        /// Times that sending stopped because the other side had no room.
+        pub const TX_WAITS: usize = 3;
+        /// Frames whose checksum was left to the device.
+        pub const TX_CSUM: usize = 4;
+        /// Frames whose segmentation was left to the device.
+        pub const TX_SEGMENTS: usize = 5;
+        /// Dropped: shorter than an Ethernet header.
+        pub const TX_DROPS_SHORT: usize = 8;
+        /// Dropped: too long, or the header does not fit the frame or the features accepted.
+        pub const TX_DROPS_HEADER: usize = 9;
+        /// Dropped: no link.
+        pub const TX_DROPS_NO_LINK: usize = 10;
+        /// Dropped: refused by what the device is plugged into.
+        pub const TX_DROPS_REFUSED: usize = 11;
+        /// Frames to the driver.
+        pub const RX_FRAMES: usize = 16;
+        /// Their bytes, without headers.
+        pub const RX_BYTES: usize = 17;
+        /// Posts that made frames visible.
+        pub const RX_BATCHES: usize = 18;
+        /// Times that a frame found too few buffers.
+        pub const RX_STARVED: usize = 19;
+        /// Frames whose checksum was left to the driver.
+        pub const RX_CSUM: usize = 20;
+        /// Frames whose segmentation was left to the driver.
+        pub const RX_SEGMENTS: usize = 21;
+        /// Dropped: too few buffers.
+        pub const RX_DROPS_BUFFERS: usize = 24;
+        /// Dropped: longer than the MTU, or than 20 buffers.
+        pub const RX_DROPS_LONG: usize = 25;
+        /// Dropped: not to be brought into a form that the driver takes.
+        pub const RX_DROPS_BAD: usize = 26;
+        /// Words for each queue pair.
+        pub const WORDS: usize = 32;
+        /// Bytes for each queue pair.
+        pub const BYTES: u32 = 256;
     }
 }
 
@@ -540,4 +685,6 @@ const _: () = {
             && CONFIG + CONFIG_MAX as u64 <= bar0::DOORBELLS
     );
     assert!(venet::status_page::BYTES as usize == venet::status_page::WORDS * 8);
+    assert!(venet::counters_page::BYTES as usize == venet::counters_page::WORDS * 8);
+    assert!(venet::F_TX & venet::F_RX == 0 && (venet::F_TX | venet::F_RX) & venet::F_HASH == 0);
 };

@@ -7,14 +7,17 @@ use std::time::Duration;
 use serde_json::Value;
 use vbus_core::CreateError;
 use vbus_core::settings::Settings;
-use vbus_core::shm::abi::venet::{F_CSUM, F_TSO, F_USO, QUEUE_PAIRS_MAX};
+use vbus_core::shm::abi::venet::QUEUE_PAIRS_MAX;
 
-use vbus_net::{Mac, Medium, is_group, parse_mac};
+use vbus_net::{Mac, Medium, Offloads, is_group, parse_mac};
 
 /// The least MTU: what IPv4 needs.
 const MTU_MIN: u16 = 68;
 /// The largest MTU. With an Ethernet header and two tags such a frame still has 65535 bytes.
 const MTU_MAX: u16 = 65_513;
+
+/// The highest speed that a link can be said to have: a petabit a second.
+const SPEED_MAX: u32 = 1_000_000_000;
 
 /// The longest that senders may be made to wait: an hour, which is for tests.
 const BACKPRESSURE_MS_MAX: u64 = 3_600_000;
@@ -51,6 +54,17 @@ const BACKENDS: [(&str, BackendKind); 4] = [
     ("null", BackendKind::Null),
 ];
 
+/// The duplex mode that the device tells its driver of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Duplex {
+    /// Both ends send at any time.
+    Full,
+    /// One end sends at a time.
+    Half,
+}
+
+const DUPLEX: [(&str, Duplex); 2] = [("full", Duplex::Full), ("half", Duplex::Half)];
+
 /// The settings, checked.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -64,8 +78,14 @@ pub struct Config {
     pub medium: Medium,
     /// The file in which frames are recorded, and how many bytes of each.
     pub pcap: Option<(PathBuf, u32)>,
-    /// Features that may be offered.
-    pub features: u64,
+    /// Offloads that may be offered, in both directions.
+    pub offloads: Offloads,
+    /// Whether the driver may change its address.
+    pub mac_changes: bool,
+    /// What the driver is told of the speed of the link, in Mb/s; 0: nothing.
+    pub speed: u32,
+    /// What the driver is told of the duplex mode, if anything.
+    pub duplex: Option<Duplex>,
     /// How long senders may be made to wait for the driver's buffers.
     pub backpressure: Duration,
 }
@@ -96,13 +116,19 @@ impl Config {
         // are on only if the settings ask for them.
         let or_default = |given: Option<bool>| given.unwrap_or(!stream);
         let csum = or_default(settings.flag("csum")?);
-        let mut features = if csum { F_CSUM } else { 0 };
-        for (key, feature) in [("tso", F_TSO), ("uso", F_USO)] {
+        let mut offloads = if csum { Offloads::CSUM } else { Offloads::NONE };
+        for (key, offload) in [("tso", Offloads::TSO), ("uso", Offloads::USO)] {
             let given = settings.flag(key)?;
             if given == Some(true) && !csum {
                 return Err(settings.error(key, "is true, which needs csum = true"));
             }
-            features |= if or_default(given) && csum { feature } else { 0 };
+            offloads = offloads | if or_default(given) && csum { offload } else { Offloads::NONE };
+        }
+        let mac_changes = settings.flag("mac-changes")?.unwrap_or(true);
+        let speed = settings.integer("speed", 1..=SPEED_MAX)?;
+        let duplex = settings.choice("duplex", &DUPLEX)?;
+        if duplex.is_some() && speed.is_none() {
+            return Err(settings.error("duplex", "needs speed = MBIT_PER_SECOND"));
         }
         settings.finish()?;
         Ok(Config {
@@ -111,7 +137,10 @@ impl Config {
             queue_pairs,
             medium,
             pcap: pcap.map(|path| (path, snap.unwrap_or(u32::from(u16::MAX)))),
-            features,
+            offloads,
+            mac_changes,
+            speed: speed.unwrap_or(0),
+            duplex: duplex.or(speed.map(|_| Duplex::Full)),
             backpressure: Duration::from_millis(backpressure),
         })
     }
@@ -204,15 +233,26 @@ mod tests {
             (config.mtu, config.queue_pairs, config.medium),
             (1500, 1, Medium::Switch("default".into()))
         );
-        assert_eq!((config.mac[0], config.features), (2, F_CSUM | F_TSO | F_USO));
+        assert_eq!((config.mac[0], config.offloads), (2, Offloads::ALL));
         let stream = Config::parse(&json!({"backend": "stream", "connect": "/x"})).unwrap();
-        assert_eq!((stream.medium, stream.features), (Medium::Connect("/x".into()), 0));
+        assert_eq!(
+            (stream.medium, stream.offloads),
+            (Medium::Connect("/x".into()), Offloads::NONE)
+        );
         let config = Config::parse(&json!({"mac": "02:00:00:00:00:0A", "uso": false})).unwrap();
         assert_eq!(
-            (show_mac(config.mac), config.features),
-            ("02:00:00:00:00:0a".into(), F_CSUM | F_TSO)
+            (show_mac(config.mac), config.offloads),
+            ("02:00:00:00:00:0a".into(), Offloads::CSUM | Offloads::TSO)
         );
-        assert_eq!(Config::parse(&json!({"csum": false})).unwrap().features, 0);
+        assert_eq!(Config::parse(&json!({"csum": false})).unwrap().offloads, Offloads::NONE);
+        assert_eq!((config.mac_changes, config.speed, config.duplex), (true, 0, None));
+        let config = Config::parse(&json!({"speed": 10000, "mac-changes": false})).unwrap();
+        assert_eq!(
+            (config.mac_changes, config.speed, config.duplex),
+            (false, 10_000, Some(Duplex::Full))
+        );
+        let config = Config::parse(&json!({"speed": 10, "duplex": "half"})).unwrap();
+        assert_eq!(config.duplex, Some(Duplex::Half));
     }
 
     #[test]
@@ -237,6 +277,9 @@ mod tests {
             (json!({"tso": true, "csum": false}), "\"tso\" is true, which needs csum = true"),
             (json!({"snap-length": 64}), "needs pcap"),
             (json!({"backpressure-ms": u64::MAX}), "use a number from 0 to 3600000"),
+            (json!({"speed": 0}), "use a number from 1 to 1000000000"),
+            (json!({"duplex": "full"}), "needs speed"),
+            (json!({"speed": 10, "duplex": "both"}), "use \"full\" or \"half\""),
             (json!([]), "use a table"),
         ] {
             let error = Config::parse(&config).unwrap_err().to_string();

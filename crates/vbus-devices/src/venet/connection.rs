@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use vbus_core::shm::abi::venet as abi;
 use vbus_core::shm::ring::{DeviceEnd, Returns, SIGNAL_OFFSET};
 use vbus_core::{Connection, ErrorCode, Open, Region, Task, TaskHandle, Window, lock};
-use vbus_net::{Filter, Offloads, Plug, Port, SharedSink, Steering};
+use vbus_net::{Filter, Mac, Offloads, Plug, Port, Rss, SharedSink, Steering};
 
 use super::calls;
 use super::device::{RING_MAX, VenetDevice, offloads};
@@ -28,17 +28,15 @@ pub struct VenetConnection {
     device: Arc<VenetDevice>,
     open: Open,
     rings: Vec<Rings>,
-    filter: Arc<Filter>,
+    receiver: Arc<Receiver>,
     pages: Arc<Pages>,
     pages_task: TaskHandle,
-    news: News,
     running: Option<Running>,
 }
 
 /// A connection that has started.
 struct Running {
     plug: Arc<dyn Plug>,
-    receiver: Arc<Receiver>,
     pairs: Vec<(Arc<Mutex<Pair>>, TaskHandle)>,
 }
 
@@ -46,13 +44,21 @@ impl VenetConnection {
     pub fn new(device: Arc<VenetDevice>, open: Open) -> VenetConnection {
         let filter = Arc::new(Filter::new(device.config.mac));
         let pending = Pending::default();
-        let (link, pairs) = (device.link.clone(), device.pairs.clone());
-        let pages = Arc::new(Pages::new(filter.clone(), link, pairs, pending.clone()));
+        let pages =
+            Arc::new(Pages::new(device.clone(), filter.clone(), pending.clone(), open.incarnation));
         let pages_task = spawn(&open, 0, Box::new(PagesTask::new(pages.clone())));
         device.link.observe(Some(pages_task.clone()));
         let rings = device.pairs.iter().map(|_| Rings::default()).collect();
-        let news = News::new(pending, pages_task.clone());
-        VenetConnection { device, open, rings, filter, pages, pages_task, news, running: None }
+        let receiver = Arc::new(Receiver {
+            mtu: usize::from(device.config.mtu),
+            filter,
+            offloads: AtomicU64::new(offloads(open.features).1.bits()),
+            steering: Arc::new(Steering::new(device.config.queue_pairs)),
+            hash: open.features & abi::F_HASH != 0,
+            backpressure: device.config.backpressure,
+            news: News::new(pending, pages_task.clone()),
+        });
+        VenetConnection { device, open, rings, receiver, pages, pages_task, running: None }
     }
 
     /// Serves the rings from here on.
@@ -68,14 +74,6 @@ impl VenetConnection {
             return Err(ErrorCode::BAD_ARGUMENT);
         }
         let queues = u16::try_from(count).map_err(|_| ErrorCode::BAD_ARGUMENT)?;
-        let (tx_offloads, rx_offloads) = offloads(self.open.features);
-        let receiver = Arc::new(Receiver {
-            mtu: usize::from(self.device.config.mtu),
-            filter: self.filter.clone(),
-            offloads: AtomicU64::new(rx_offloads.bits()),
-            backpressure: self.device.config.backpressure,
-            news: self.news.clone(),
-        });
         let backend = &self.device.backend;
         let rx: Vec<Rx> = (self.rings.iter())
             .map(|_| match backend.shares_sinks() {
@@ -87,21 +85,26 @@ impl VenetConnection {
             Rx::Shared(slot) => Some(slot.clone() as SharedSink),
             Rx::Own(_) => None,
         });
-        let shared = (self.filter.clone(), Arc::new(Steering::new(queues)));
+        if !self.receiver.steering.set_queues(queues) {
+            return Err(ErrorCode::BAD_ARGUMENT);
+        }
+        let shared = (self.receiver.filter.clone(), self.receiver.steering.clone());
         let (name, config) = (&self.device.name, &self.device.config);
         let port = Port::new(name, config.mtu, config.queue_pairs, shared, lanes.collect());
         let plug = backend.plug(Arc::new(port))?;
         plug.set_queues(queues)?;
-        plug.set_rx_offloads(rx_offloads)?;
-        let mut running = Running { plug, receiver, pairs: Vec::new() };
+        plug.set_rx_offloads(self.receiver.offloads())?;
+        let mut running = Running { plug, pairs: Vec::new() };
         for (i, rx) in rx.into_iter().enumerate() {
-            if let Err(error) = self.spawn_pair(&mut running, i, rx, tx_offloads) {
+            if let Err(error) = self.spawn_pair(&mut running, i, rx) {
                 running.stop();
                 return Err(error);
             }
         }
         for i in 0..count {
-            if let Err(error) = self.serve(&running, i) {
+            let served =
+                self.serve(&running, i, false).and_then(|()| self.serve(&running, i, true));
+            if let Err(error) = served {
                 running.stop();
                 return Err(error);
             }
@@ -112,13 +115,7 @@ impl VenetConnection {
     }
 
     /// Makes pair `i`, without rings, and its task.
-    fn spawn_pair(
-        &self,
-        running: &mut Running,
-        i: usize,
-        rx: Rx,
-        tx_offloads: Offloads,
-    ) -> Result<(), ErrorCode> {
+    fn spawn_pair(&self, running: &mut Running, i: usize, rx: Rx) -> Result<(), ErrorCode> {
         let index = u16::try_from(i).map_err(|_| ErrorCode::BAD_ARGUMENT)?;
         let (open, mut made) = (&self.open, None);
         let fail = open.fail.clone();
@@ -129,7 +126,8 @@ impl VenetConnection {
             move |error| fail.fail(error),
             |task| {
                 let queue = running.plug.queue(index, task)?;
-                let (memory, receiver) = (open.memory.clone(), running.receiver.clone());
+                let (memory, receiver) = (open.memory.clone(), self.receiver.clone());
+                let tx_offloads = offloads(open.features).0;
                 let counters = self.device.pairs[i].clone();
                 let pair = Pair::new(rx, queue, memory, receiver, tx_offloads, counters);
                 let pair = Arc::new(Mutex::new(pair));
@@ -141,31 +139,104 @@ impl VenetConnection {
         Ok(())
     }
 
-    /// Lets the running pair `i` serve the rings that it has.
-    fn serve(&self, running: &Running, i: usize) -> Result<(), ErrorCode> {
+    /// Lets the running pair `i` serve its transmit ring, or its receive ring, from here on; none
+    /// if there is none.
+    fn serve(&self, running: &Running, i: usize, is_rx: bool) -> Result<(), ErrorCode> {
         let (Some((pair, task)), Some(rings)) = (running.pairs.get(i), self.rings.get(i)) else {
             return Err(ErrorCode::BAD_ARGUMENT);
         };
-        if let Some(region) = &rings.tx {
-            let ring = attach(region, Returns::Counted)?;
-            lock(pair).set_tx(Some(TxQueue::new(ring, region.interrupt.clone())));
-            // Wakes the task too.
-            region.doorbell.bind(task);
+        let region = if is_rx { &rings.rx } else { &rings.tx };
+        match (region, is_rx) {
+            (None, true) => lock(pair).set_rx(None),
+            (None, false) => lock(pair).set_tx(None),
+            (Some(region), true) => {
+                let queue = RxQueue::new(
+                    attach(region, true)?,
+                    region.interrupt.clone(),
+                    self.open.memory.clone(),
+                    self.receiver.clone(),
+                    self.device.pairs[i].clone(),
+                    task.clone(),
+                );
+                lock(pair).set_rx(Some(queue));
+            }
+            (Some(region), false) => {
+                let queue = TxQueue::new(attach(region, false)?, region.interrupt.clone());
+                lock(pair).set_tx(Some(queue));
+            }
         }
-        if let Some(region) = &rings.rx {
-            let ring = attach(region, Returns::Entries)?;
-            let queue = RxQueue::new(
-                ring,
-                region.interrupt.clone(),
-                self.open.memory.clone(),
-                running.receiver.clone(),
-                self.device.pairs[i].clone(),
-                task.clone(),
-            );
-            lock(pair).set_rx(Some(queue));
-            region.doorbell.bind(task);
+        if let Some(region) = region {
+            region.doorbell.bind(task); // Wakes the task too.
         }
         Ok(())
+    }
+
+    /// The connection, after START.
+    fn running(&self) -> Result<&Running, ErrorCode> {
+        self.running.as_ref().ok_or(ErrorCode::DENIED)
+    }
+
+    /// The driver has accepted one of these features.
+    fn accepted(&self, features: u64) -> Result<(), ErrorCode> {
+        if self.open.features & features != 0 { Ok(()) } else { Err(ErrorCode::DENIED) }
+    }
+
+    /// SET_OFFLOADS. No frame that is delivered after this goes by the former ones.
+    fn set_offloads(&self, offloads: Offloads) -> Result<(), ErrorCode> {
+        self.receiver.set_offloads(offloads);
+        let Some(running) = &self.running else { return Ok(()) };
+        for (pair, _) in &running.pairs {
+            lock(pair).settle();
+        }
+        running.plug.set_rx_offloads(offloads)
+    }
+
+    /// SET_QUEUES.
+    fn set_queues(&self, queues: u16) -> Result<(), ErrorCode> {
+        let running = self.running()?;
+        let used = &self.rings[..usize::from(queues)];
+        let whole = used.iter().all(|rings| rings.tx.is_some() && rings.rx.is_some());
+        if !whole || !self.receiver.steering.set_queues(queues) {
+            return Err(ErrorCode::BAD_ARGUMENT);
+        }
+        running.plug.set_queues(queues)?;
+        for (_, task) in &running.pairs {
+            task.wake(); // Each looks whether it is in use now.
+        }
+        Ok(())
+    }
+
+    /// SET_MAC.
+    fn set_mac(&self, mac: Mac) -> Result<(), ErrorCode> {
+        if !self.running()?.plug.set_mac(mac) {
+            return Err(ErrorCode::EXISTS);
+        }
+        self.pages_task.wake();
+        Ok(())
+    }
+
+    /// SET_RSS.
+    fn set_rss(&self, rss: Option<Rss>) -> Result<(), ErrorCode> {
+        if rss.as_ref().is_some_and(|rss| rss.highest_queue().is_some()) {
+            self.accepted(abi::F_RSS)?;
+        }
+        if self.receiver.steering.set_rss(rss) { Ok(()) } else { Err(ErrorCode::BAD_ARGUMENT) }
+    }
+
+    fn filter_changed(&self) {
+        if let Some(running) = &self.running {
+            running.plug.filter_changed();
+        }
+    }
+
+    /// Region `handle` of a pair, taken: the number of the pair, and whether it is the receive
+    /// ring.
+    fn take_ring(&mut self, handle: u32) -> Option<(usize, bool)> {
+        let mut rings = self.rings.iter_mut().enumerate();
+        rings.find_map(|(i, rings)| {
+            let tx = rings.tx.take_if(|region| region.handle == handle).map(|_| (i, false));
+            tx.or_else(|| rings.rx.take_if(|region| region.handle == handle).map(|_| (i, true)))
+        })
     }
 }
 
@@ -189,9 +260,10 @@ fn spawn(open: &Open, beside: usize, task: Box<dyn Task>) -> TaskHandle {
     open.executor.spawn(place, task, open.counters.clone(), move |error| fail.fail(error))
 }
 
-/// The device's end of the ring in a region.
-fn attach(region: &Region, returns: Returns) -> Result<DeviceEnd<Window>, ErrorCode> {
+/// The device's end of the transmit ring, or the receive ring, in a region.
+fn attach(region: &Region, is_rx: bool) -> Result<DeviceEnd<Window>, ErrorCode> {
     let ring = DeviceEnd::attach(region.window.clone())?;
+    let returns = if is_rx { Returns::Entries } else { Returns::Counted };
     if ring.layout().returns() != returns || ring.layout().entries() > u32::from(RING_MAX) {
         return Err(ErrorCode::BAD_LAYOUT);
     }
@@ -200,7 +272,7 @@ fn attach(region: &Region, returns: Returns) -> Result<DeviceEnd<Window>, ErrorC
 
 impl Connection for VenetConnection {
     fn region_added(&mut self, region: Region) -> Result<(), ErrorCode> {
-        if region.id == abi::REGION_STATUS {
+        if region.id == abi::REGION_STATUS || region.id == abi::REGION_COUNTERS {
             self.pages.add(region)?;
             self.pages_task.wake();
             return Ok(());
@@ -208,9 +280,6 @@ impl Connection for VenetConnection {
         let is_rx = region.id % 2 == 1;
         let pair = usize::try_from(region.id / 2).map_err(|_| ErrorCode::BAD_ARGUMENT)?;
         let rings = self.rings.get_mut(pair).ok_or(ErrorCode::BAD_ARGUMENT)?;
-        if self.running.is_some() {
-            return Err(ErrorCode::DENIED);
-        }
         let place = if is_rx { &mut rings.rx } else { &mut rings.tx };
         if place.is_some() {
             return Err(ErrorCode::EXISTS);
@@ -218,22 +287,19 @@ impl Connection for VenetConnection {
         if region.signal_offset != Some(SIGNAL_OFFSET) {
             return Err(ErrorCode::BAD_SIGNAL);
         }
-        // Checked here, so that the driver learns which ring is wrong; attached at the start.
-        attach(&region, if is_rx { Returns::Entries } else { Returns::Counted })?;
+        // Checked here, so that the driver learns which ring is wrong.
+        attach(&region, is_rx)?;
         *place = Some(region);
-        Ok(())
+        self.running.as_ref().map_or(Ok(()), |running| self.serve(running, pair, is_rx))
     }
 
     fn region_dropped(&mut self, handle: u32) -> Result<(), ErrorCode> {
         if self.pages.drop_region(handle) {
             return Ok(());
         }
-        if self.running.is_some() {
-            return Err(ErrorCode::DENIED);
-        }
-        for rings in &mut self.rings {
-            rings.tx.take_if(|region| region.handle == handle);
-            rings.rx.take_if(|region| region.handle == handle);
+        let taken = self.take_ring(handle);
+        if let (Some((pair, is_rx)), Some(running)) = (taken, &self.running) {
+            self.serve(running, pair, is_rx)?;
         }
         Ok(())
     }
@@ -246,10 +312,27 @@ impl Connection for VenetConnection {
             abi::CALL_START if !buffer.is_empty() => return Err(ErrorCode::BAD_LENGTH),
             abi::CALL_START => self.start()?,
             abi::CALL_FILTER => {
-                self.filter.set_addresses(calls::filter(buffer)?);
-                if let Some(running) = &self.running {
-                    running.plug.filter_changed();
-                }
+                self.receiver.filter.set_addresses(calls::filter(buffer)?);
+                self.filter_changed();
+            }
+            abi::CALL_SET_OFFLOADS => {
+                self.set_offloads(calls::offloads(buffer, self.open.features)?)?;
+            }
+            abi::CALL_SET_QUEUES => {
+                self.set_queues(calls::queues(buffer, self.device.config.queue_pairs)?)?;
+            }
+            abi::CALL_SET_MAC => {
+                self.accepted(abi::F_MAC)?;
+                self.set_mac(calls::mac(buffer)?)?;
+            }
+            abi::CALL_SET_RSS => {
+                self.accepted(abi::F_RSS | abi::F_HASH)?;
+                self.set_rss(calls::rss(buffer)?)?;
+            }
+            abi::CALL_SET_VLANS => {
+                self.accepted(abi::F_VLAN)?;
+                self.receiver.filter.set_vlans(calls::vlans(buffer)?);
+                self.filter_changed();
             }
             _ => return Err(ErrorCode::BAD_FUNCTION),
         }

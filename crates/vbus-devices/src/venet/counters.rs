@@ -32,6 +32,10 @@ pub struct TxCounters {
     pub bytes: Counter,
     /// Polls that sent something.
     pub batches: Counter,
+    /// Frames whose checksum was left to the device.
+    pub csum: Counter,
+    /// Frames whose segmentation was left to the device.
+    pub segments: Counter,
     /// Entries that the ring held after the last poll.
     pub ring_fill: Gauge,
     /// Times that sending stopped because the other side had no room.
@@ -82,6 +86,10 @@ pub struct RxCounters {
     pub bytes: Counter,
     /// Posts that made frames visible.
     pub batches: Counter,
+    /// Frames whose checksum was left to the driver.
+    pub csum: Counter,
+    /// Frames whose segmentation was left to the driver.
+    pub segments: Counter,
     /// Buffers that the driver had posted after the last batch.
     pub ring_fill: Gauge,
     /// Times that a frame found too few buffers.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 use vbus_core::shm::abi::{class, venet as abi};
 use vbus_core::{ErrorCode, Identity};
+use vbus_net::rss::kinds;
 use vbus_net::{Backend, Link, Offloads, show_mac};
 
 use super::config::Config;
@@ -31,27 +32,18 @@ pub struct VenetDevice {
 
 /// The offloads of both directions, from the driver and to it, that stand for `features`.
 pub fn offloads(features: u64) -> (Offloads, Offloads) {
-    let mut offloads = Offloads::NONE;
-    for (feature, of) in
-        [(abi::F_CSUM, Offloads::CSUM), (abi::F_TSO, Offloads::TSO), (abi::F_USO, Offloads::USO)]
-    {
-        offloads = offloads | if features & feature != 0 { of } else { Offloads::NONE };
-    }
-    (offloads, offloads)
+    (Offloads::from_bits(features), Offloads::from_bits(features >> abi::F_RX_SHIFT))
 }
 
 impl VenetDevice {
     fn features(&self) -> u64 {
-        let able = self.backend.tx_offloads() & self.backend.rx_offloads();
-        let mut features = 0;
-        for (feature, of) in [
-            (abi::F_CSUM, Offloads::CSUM),
-            (abi::F_TSO, Offloads::TSO),
-            (abi::F_USO, Offloads::USO),
-        ] {
-            features |= if able.contains(of) { feature } else { 0 };
-        }
-        self.config.features & features
+        let config = &self.config;
+        let tx = (config.offloads & self.backend.tx_offloads()).bits();
+        let rx = (config.offloads & self.backend.rx_offloads()).bits() << abi::F_RX_SHIFT;
+        let mut features = abi::complete(tx | rx) | abi::F_HASH | abi::F_VLAN;
+        features |= if self.backend.steers() { abi::F_RSS } else { 0 };
+        features |= if config.mac_changes { abi::F_MAC } else { 0 };
+        features
     }
 
     /// See [`vbus_core::Device::identity`].
@@ -59,8 +51,8 @@ impl VenetDevice {
         let pairs = self.config.queue_pairs;
         Identity::new(class::VENET, "venet", 0x02_00_00)
             .with_features(self.features())
-            .with_regions(u32::from(pairs) * 2 + 1)
-            .with_vectors(pairs * 2 + 1)
+            .with_regions(u32::from(pairs) * 2 + 2)
+            .with_vectors(pairs * 2 + 2)
     }
 
     /// See [`vbus_core::Device::config`].
@@ -71,13 +63,32 @@ impl VenetDevice {
         area[abi::CONFIG_MTU..][..2].copy_from_slice(&config.mtu.to_le_bytes());
         area[abi::CONFIG_QUEUE_PAIRS..][..2].copy_from_slice(&config.queue_pairs.to_le_bytes());
         area[abi::CONFIG_RING_MAX..][..2].copy_from_slice(&RING_MAX.to_le_bytes());
+        area[abi::CONFIG_RSS_TABLE_MAX..][..2].copy_from_slice(&abi::RSS_TABLE_MAX.to_le_bytes());
+        area[abi::CONFIG_HASH_KINDS..][..4].copy_from_slice(&kinds::ALL.to_le_bytes());
         area
     }
 
     /// Checks the features that a driver wants to use.
     pub fn accepts(&self, features: u64) -> Result<(), ErrorCode> {
-        let (tx, rx) = offloads(features);
-        if tx.is_complete() && rx.is_complete() { Ok(()) } else { Err(ErrorCode::BAD_FEATURES) }
+        if abi::complete(features) == features { Ok(()) } else { Err(ErrorCode::BAD_FEATURES) }
+    }
+
+    /// Requests of people: `{"op": "link", "up": BOOL}` switches the link off or on again, and
+    /// `{"op": "announce"}` asks the driver to announce its addresses.
+    pub fn control(&self, request: &Value) -> Result<Value, String> {
+        match (request["op"].as_str(), request["up"].as_bool()) {
+            (Some("link"), Some(up)) => self.link.set_off(!up),
+            (Some("link"), None) => return Err("link needs \"up\": true or false".into()),
+            (Some("announce"), _) => self.link.announce(),
+            _ => {
+                return Err(
+                    "requests of a venet device: {\"op\": \"link\", \"up\": true or false}, \
+                     {\"op\": \"announce\"}"
+                        .into(),
+                );
+            }
+        }
+        Ok(json!({ "link": self.link.is_up(), "announces": self.link.announces() }))
     }
 
     /// See [`vbus_core::Device::inspect`].
@@ -89,6 +100,7 @@ impl VenetDevice {
             "mtu": self.config.mtu,
             "queue-pairs": self.config.queue_pairs,
             "link": self.link.is_up(),
+            "link-off": self.link.is_off(),
             "backend": backend,
             "pcap": pcap,
             "pairs": self.pairs.iter().map(|pair| json!(&**pair)).collect::<Vec<_>>(),

@@ -3,7 +3,8 @@
 //! The way of a frame from the driver: its doorbell wakes the task of the queue pair (`pair`), which
 //! takes the frame from the transmit ring (`tx`) and hands it to the device's back end. A frame to
 //! the driver comes from the back end through `rx` into the buffers that the driver has posted.
-//! `connection` is what the driver opens, `calls` parses its calls, `pages` writes its status page.
+//! `connection` is what the driver opens, `calls` parses its calls, `pages` writes its status and
+//! counters pages.
 
 mod backpressure;
 mod calls;
@@ -46,7 +47,7 @@ impl DeviceClass for VenetClass {
     }
 
     fn help(&self) -> &'static str {
-        "Ethernet controller. mac, mtu (1500), queue-pairs (1), csum, tso, uso (true), pcap = FILE with snap-length, backpressure-ms (50); \
+        "Ethernet controller. mac, mtu (1500), queue-pairs (1), csum, tso, uso (true), pcap = FILE with snap-length, backpressure-ms (50), mac-changes (true), speed = MBIT_PER_SECOND with duplex; \
          backend = \"switch\" (switch = NAME), \"tap\" (tap = INTERFACE), \"stream\" (connect = PATH or listen = PATH), \"null\" (source-bytes)."
     }
 
@@ -86,5 +87,10 @@ impl Device for Venet {
 
     fn inspect(&self) -> Value {
         self.0.inspect()
+    }
+
+    fn control(&self, request: &Value, reply: &mut dyn FnMut(Value) -> bool) -> Result<(), String> {
+        reply(self.0.control(request)?);
+        Ok(())
     }
 }

@@ -1,86 +1,135 @@
-//! The status page: link, address and counters, from the device to the driver.
+//! The status page (link, address, counters) and the counters page (of each queue pair), from the
+//! device to the driver.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use vbus_core::shm::abi::venet::status_page as word;
+use vbus_core::shm::abi::venet::{REGION_STATUS, counters_page, status_page as word};
 use vbus_core::shm::signal::{Kick, end};
 use vbus_core::shm::state::{SIGNAL_OFFSET, Writer};
 use vbus_core::{ErrorCode, Progress, Region, Task, Window, lock};
-use vbus_net::{Filter, Link};
+use vbus_net::Filter;
 
+use super::config::Duplex;
 use super::counters::PairCounters;
+use super::device::VenetDevice;
 use super::news::Pending;
 
 /// The least time between two updates that only bring newer counters.
 const INTERVAL: Duration = Duration::from_millis(100);
 
-type Value = [u64; word::WORDS];
-
 /// A page that the driver has registered.
 struct Page {
     writer: Writer<Window, end::Device>,
     region: Region,
-    written: Option<(Instant, Value)>,
+    /// What it says.
+    written: Vec<u64>,
     /// The driver has armed, and was not interrupted for the update that followed because it
-    /// brought only newer counters. It is interrupted when the link changes.
+    /// brought only newer counters. It is interrupted by the next change of the link.
     owed: Kick<end::Device>,
 }
 
-/// The status page of a connection. The driver may or may not have registered one.
-pub struct Pages {
-    filter: Arc<Filter>,
-    link: Arc<Link>,
-    pairs: Arc<[Arc<PairCounters>]>,
-    pending: Pending,
-    page: Mutex<Option<Page>>,
-}
-
-impl Pages {
-    /// No page yet. The address is that of the filter.
-    pub fn new(
-        filter: Arc<Filter>,
-        link: Arc<Link>,
-        pairs: Arc<[Arc<PairCounters>]>,
-        pending: Pending,
-    ) -> Pages {
-        Pages { filter, link, pairs, pending, page: Mutex::default() }
-    }
-
-    /// The driver registers the page; the task is to be woken then.
-    pub fn add(&self, region: Region) -> Result<(), ErrorCode> {
-        let mut page = lock(&self.page);
-        if page.is_some() {
-            return Err(ErrorCode::EXISTS);
-        }
+impl Page {
+    /// Checks a region that is to hold `words` words.
+    fn new(region: Region, words: usize) -> Result<Page, ErrorCode> {
         let writer = Writer::attach(region.window.clone(), end::Device)?;
         if region.signal_offset.is_some_and(|at| at != SIGNAL_OFFSET) {
             return Err(ErrorCode::BAD_SIGNAL);
         }
-        if writer.layout().value_bytes() < word::BYTES as usize {
+        if writer.layout().value_bytes() < words * 8 {
             return Err(ErrorCode::BAD_LENGTH);
         }
-        *page = Some(Page { writer, region, written: None, owed: Kick::NONE });
+        Ok(Page { writer, region, written: Vec::new(), owed: Kick::NONE })
+    }
+
+    /// Writes `value`. The driver is interrupted only by an `urgent` update.
+    fn write(&mut self, value: Vec<u64>, urgent: bool) {
+        let bytes: Vec<u8> = value.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let owed = std::mem::replace(&mut self.owed, Kick::NONE).or(self.writer.write(&bytes));
+        self.written = value;
+        if urgent {
+            self.region.interrupt.kick(owed);
+        } else {
+            self.owed = owed;
+            self.region.interrupt.kick(Kick::NONE);
+        }
+    }
+}
+
+#[derive(Default)]
+struct Registered {
+    status: Option<Page>,
+    counters: Option<Page>,
+    /// When counters were written last.
+    at: Option<Instant>,
+}
+
+/// The pages of a connection. The driver may or may not have registered them.
+pub struct Pages {
+    device: Arc<VenetDevice>,
+    filter: Arc<Filter>,
+    pending: Pending,
+    incarnation: u64,
+    registered: Mutex<Registered>,
+}
+
+impl Pages {
+    /// No pages yet. The address is that of the filter.
+    pub fn new(
+        device: Arc<VenetDevice>,
+        filter: Arc<Filter>,
+        pending: Pending,
+        incarnation: u64,
+    ) -> Pages {
+        Pages { device, filter, pending, incarnation, registered: Mutex::default() }
+    }
+
+    /// The driver registers a page. The task is to be woken then.
+    pub fn add(&self, region: Region) -> Result<(), ErrorCode> {
+        let mut registered = lock(&self.registered);
+        let is_status = region.id == REGION_STATUS;
+        let (place, words) = if is_status {
+            (&mut registered.status, word::WORDS)
+        } else {
+            (&mut registered.counters, self.device.pairs.len() * counters_page::WORDS)
+        };
+        if place.is_some() {
+            return Err(ErrorCode::EXISTS);
+        }
+        *place = Some(Page::new(region, words)?);
+        registered.at = None;
         Ok(())
     }
 
-    /// The driver drops region `handle`; true if that was the page.
+    /// The driver drops region `handle`; true if that was a page.
     pub fn drop_region(&self, handle: u32) -> bool {
-        lock(&self.page).take_if(|page| page.region.handle == handle).is_some()
+        let registered = &mut *lock(&self.registered);
+        let drop =
+            |page: &mut Option<Page>| page.take_if(|page| page.region.handle == handle).is_some();
+        drop(&mut registered.status) || drop(&mut registered.counters)
     }
 
     /// The connection ends.
     pub fn close(&self) {
-        *lock(&self.page) = None;
+        *lock(&self.registered) = Registered::default();
     }
 
-    fn value(&self) -> Value {
-        let mut value = [0; word::WORDS];
+    fn status(&self) -> Vec<u64> {
+        let (config, link) = (&self.device.config, &self.device.link);
+        let mut value = vec![0; word::WORDS];
         let mut mac = [0; 8];
         mac[..6].copy_from_slice(&self.filter.mac());
-        value[word::LINK] = u64::from(self.link.is_up());
+        value[word::LINK] = u64::from(link.is_up());
         value[word::MAC] = u64::from_le_bytes(mac);
-        for pair in &*self.pairs {
+        value[word::SPEED] = u64::from(config.speed);
+        value[word::DUPLEX] = match config.duplex {
+            Some(Duplex::Half) => 0,
+            Some(Duplex::Full) => 1,
+            None => 2,
+        };
+        value[word::ANNOUNCE] = link.announces();
+        value[word::INCARNATION] = self.incarnation;
+        for pair in &*self.device.pairs {
             value[word::TX_FRAMES] += pair.tx.frames.get();
             value[word::TX_BYTES] += pair.tx.bytes.get();
             value[word::TX_DROPS] += pair.tx.drops.sum();
@@ -91,41 +140,78 @@ impl Pages {
         value
     }
 
-    /// Writes the page if it is time. Returns when it will be, if there is something to write then.
+    /// Writes the pages if it is time. Returns when it will be, if there is something to write
+    /// then.
     fn update(&self) -> Option<Instant> {
-        let mut guard = lock(&self.page);
-        let page = guard.as_mut()?;
+        let registered = &mut *lock(&self.registered);
+        if registered.status.is_none() && registered.counters.is_none() {
+            return None;
+        }
         self.pending.take();
-        let (now, value) = (Instant::now(), self.value());
-        let mut link_changed = true;
-        if let Some((at, last)) = page.written {
-            if last == value {
-                return None;
-            }
-            let next = at + INTERVAL;
-            link_changed = last[word::LINK] != value[word::LINK];
-            if !link_changed && now < next {
-                self.pending.keep();
-                return Some(next);
+        let now = Instant::now();
+        let status = self.status();
+        let next = registered.at.map(|at| at + INTERVAL).filter(|next| now < *next);
+        let mut later = false;
+        if let Some(page) = &mut registered.status {
+            let link = |value: &[u64]| value.get(..word::TX_FRAMES).map(<[u64]>::to_vec);
+            let urgent = link(&page.written) != link(&status);
+            if urgent || (page.written != status && next.is_none()) {
+                page.write(status, urgent);
+            } else {
+                later |= page.written != status;
             }
         }
-        page.written = Some((now, value));
-        let mut bytes = [0; word::BYTES as usize];
-        for (to, word) in bytes.chunks_exact_mut(8).zip(value) {
-            to.copy_from_slice(&word.to_le_bytes());
+        if let Some(page) = &mut registered.counters {
+            let value: Vec<u64> = self.device.pairs.iter().flat_map(|pair| words(pair)).collect();
+            if page.written != value && next.is_none() {
+                page.write(value, false);
+            } else {
+                later |= page.written != value;
+            }
         }
-        let owed = std::mem::replace(&mut page.owed, Kick::NONE).or(page.writer.write(&bytes));
-        if link_changed {
-            page.region.interrupt.kick(owed);
-        } else {
-            page.owed = owed;
-            page.region.interrupt.kick(Kick::NONE);
+        if later {
+            self.pending.keep();
+            return next;
+        }
+        if next.is_none() {
+            registered.at = Some(now);
         }
         None
     }
 }
 
-/// Writes the page from time to time.
+/// A queue pair's words of the counters page.
+fn words(pair: &PairCounters) -> [u64; counters_page::WORDS] {
+    use counters_page as at;
+    let (tx, rx) = (&pair.tx, &pair.rx);
+    let mut words = [0; at::WORDS];
+    for (at, counter) in [
+        (at::TX_FRAMES, &tx.frames),
+        (at::TX_BYTES, &tx.bytes),
+        (at::TX_BATCHES, &tx.batches),
+        (at::TX_WAITS, &tx.waits),
+        (at::TX_CSUM, &tx.csum),
+        (at::TX_SEGMENTS, &tx.segments),
+        (at::TX_DROPS_SHORT, &tx.drops.short),
+        (at::TX_DROPS_HEADER, &tx.drops.bad_header),
+        (at::TX_DROPS_NO_LINK, &tx.drops.no_link),
+        (at::TX_DROPS_REFUSED, &tx.drops.refused),
+        (at::RX_FRAMES, &rx.frames),
+        (at::RX_BYTES, &rx.bytes),
+        (at::RX_BATCHES, &rx.batches),
+        (at::RX_STARVED, &rx.starved),
+        (at::RX_CSUM, &rx.csum),
+        (at::RX_SEGMENTS, &rx.segments),
+        (at::RX_DROPS_BUFFERS, &rx.drops.no_buffers),
+        (at::RX_DROPS_LONG, &rx.drops.too_long),
+        (at::RX_DROPS_BAD, &rx.drops.bad_frame),
+    ] {
+        words[at] = counter.get();
+    }
+    words
+}
+
+/// Writes the pages from time to time.
 pub struct PagesTask {
     pages: Arc<Pages>,
     next: Option<Instant>,

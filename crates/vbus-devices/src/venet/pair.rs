@@ -87,6 +87,11 @@ impl Pair {
         self.rx.set(rx);
     }
 
+    /// Waits for a delivery under way, so that later ones see what the driver has changed.
+    pub fn settle(&mut self) {
+        self.rx.with(|_| ());
+    }
+
     /// Sends at most `budget` frames; returns how many went.
     fn transmit(&mut self, view: &View<'_>, budget: u32) -> Result<u32, ErrorCode> {
         (self.waiting, self.moved, self.until) = (false, false, None);
@@ -112,6 +117,12 @@ impl Pair {
                     match self.queue.send(&packet) {
                         Sent::Done { units } => {
                             frames += 1;
+                            if header.leaves_checksum() {
+                                counters.csum.one();
+                            }
+                            if header.leaves_segmentation() {
+                                counters.segments.one();
+                            }
                             bytes += packet.bytes() as u64;
                             spent = spent.saturating_add(units.max(1));
                         }

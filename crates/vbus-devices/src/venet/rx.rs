@@ -7,13 +7,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use vbus_core::memory::{DriverSlice, View};
-use vbus_core::shm::abi::venet::HEADER_BYTES;
+use vbus_core::shm::abi::venet::{HASH_HEADER_BYTES, HEADER_BYTES};
 use vbus_core::shm::ring::{DeviceEnd, Entry, NEXT, Return};
 use vbus_core::shm::signal::Armed;
 use vbus_core::{ErrorCode, Interrupt, MemoryContext, TaskHandle, Window};
 use vbus_net::{
-    Body, CHAIN_MAX, Delivery, ETH_BYTES, ETH_OVERHEAD, Filter, Header, Offloads, OnFull,
-    PIECES_MAX, Packet, Read, Reserved, RxDrop, RxSink, Waiter, flag,
+    Body, CHAIN_MAX, Delivery, ETH_BYTES, ETH_OVERHEAD, Filter, Hash, Header, Offloads, OnFull,
+    PIECES_MAX, Packet, Read, Reserved, RxDrop, RxSink, Steering, Waiter,
 };
 
 use super::backpressure::Backpressure;
@@ -23,6 +23,9 @@ use super::news::News;
 /// The least bytes of a receive buffer: what is written in one piece (header and Ethernet header)
 /// fits it.
 pub const BUFFER_MIN: u32 = 64;
+/// The most bytes that are written in one piece.
+const HEAD_MAX: usize = HASH_HEADER_BYTES + ETH_BYTES;
+const _: () = assert!(HEAD_MAX <= BUFFER_MIN as usize);
 
 /// What the driver of a connection takes, for all of its receive rings.
 pub struct Receiver {
@@ -33,6 +36,10 @@ pub struct Receiver {
     /// The offloads, as bits, which the driver may change at any time. Relaxed: a frame that is
     /// delivered during the change may still go by the former ones.
     pub offloads: AtomicU64,
+    /// How a receive queue is chosen, and the key of hashes.
+    pub steering: Arc<Steering>,
+    /// The header before each frame has its hash.
+    pub hash: bool,
     /// How long senders may be made to wait for buffers.
     pub backpressure: Duration,
     /// Told of frames that were delivered.
@@ -40,8 +47,38 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    fn offloads(&self) -> Offloads {
+    /// Bytes of the header before each frame.
+    fn header_bytes(&self) -> usize {
+        if self.hash { HASH_HEADER_BYTES } else { HEADER_BYTES }
+    }
+
+    /// What goes before the rest of a frame in `buffers` buffers, and how many bytes of it: the
+    /// header, and the Ethernet header.
+    fn head(&self, packet: &Packet<'_>, buffers: usize) -> ([u8; HEAD_MAX], usize) {
+        let mut head = [0; HEAD_MAX];
+        let header = packet.header.bytes(u16::try_from(buffers).unwrap_or(u16::MAX));
+        head[..HEADER_BYTES].copy_from_slice(&header);
+        let mut at = HEADER_BYTES;
+        if self.hash {
+            let Hash { value, kind } = packet.hash.unwrap_or_else(|| self.steering.hash(packet));
+            head[at..at + 4].copy_from_slice(&value.to_le_bytes());
+            head[at + 4..at + 6].copy_from_slice(&kind.to_le_bytes());
+            at = HASH_HEADER_BYTES;
+        }
+        head[at..at + ETH_BYTES].copy_from_slice(&packet.eth);
+        (head, at + ETH_BYTES)
+    }
+
+    /// The offloads that the driver takes now.
+    pub fn offloads(&self) -> Offloads {
         Offloads::from_bits(self.offloads.load(Ordering::Relaxed))
+    }
+}
+
+impl Receiver {
+    /// The driver takes these offloads from here on.
+    pub fn set_offloads(&self, offloads: Offloads) {
+        self.offloads.store(offloads.bits(), Ordering::Relaxed);
     }
 }
 
@@ -103,7 +140,7 @@ impl RxQueue {
         if let Some(delivery) = self.refuse(packet) {
             return delivery;
         }
-        let len = HEADER_BYTES + packet.bytes();
+        let len = self.receiver.header_bytes() + packet.bytes();
         match self.gather(view, len) {
             Gathered::Buffers(count) => {
                 self.backpressure.fed(count);
@@ -111,11 +148,11 @@ impl RxQueue {
                     self.fail(error);
                     return Delivery::Dropped;
                 }
-                self.count(packet.bytes());
+                self.count(&packet.header, packet.bytes());
                 Delivery::Delivered
             }
             Gathered::TooFew => self.starve(on_full),
-            Gathered::TooMany if packet.header.gso() != flag::GSO_NONE => Delivery::NeedsCut,
+            Gathered::TooMany if packet.header.leaves_segmentation() => Delivery::NeedsCut,
             Gathered::TooMany => self.refused(RxDrop::TooLong),
             Gathered::Fault => Delivery::Dropped,
         }
@@ -146,7 +183,8 @@ impl RxQueue {
     /// Lets `read` fill the driver's buffers, without a copy. A frame that the driver does not take
     /// is dropped, and its buffers serve for the next.
     fn reserve(&mut self, view: &View<'_>, read: &mut Read<'_>) -> Reserved {
-        let longest = HEADER_BYTES + self.longest();
+        let header_bytes = self.receiver.header_bytes();
+        let longest = header_bytes + self.longest();
         let count = match self.gather(view, longest) {
             Gathered::Buffers(count) => count,
             Gathered::TooMany => CHAIN_MAX,
@@ -168,7 +206,7 @@ impl RxQueue {
                 // No more than the frame needs, so that its pieces are counted.
                 let slice = slice.split_at(longest.saturating_sub(room)).0;
                 room += slice.len();
-                let rest = if i == 0 { slice.split_at(head.len()).1 } else { slice };
+                let rest = if i == 0 { slice.split_at(header_bytes + ETH_BYTES).1 } else { slice };
                 for piece in rest.io_slices_mut() {
                     if slots == vector.len() {
                         return Reserved::Nothing;
@@ -190,6 +228,8 @@ impl RxQueue {
         else {
             return Reserved::Nothing;
         };
+        // As it lies in the buffers.
+        let len = len - HEADER_BYTES + header_bytes;
         if len > room {
             self.refused(RxDrop::TooLong);
             return Reserved::Frame;
@@ -234,13 +274,10 @@ impl RxQueue {
             parts.push(view.slice(entry.addr, filled as u64, true)?);
         }
         let Some(first) = parts.first_mut() else { return Err(ErrorCode::FAILED) };
-        let mut head = [0; HEADER_BYTES + ETH_BYTES];
-        head[..HEADER_BYTES].copy_from_slice(&header.bytes(u16::try_from(count).unwrap_or(0)));
-        head[HEADER_BYTES..].copy_from_slice(eth);
-        let (front, rest) = first.split_at(head.len());
+        let (front, rest) = first.split_at(self.receiver.header_bytes() + ETH_BYTES);
         *first = rest;
-        let mut packet =
-            Packet { hash: None, header, eth: [0; ETH_BYTES], body: Body::Driver(&parts) };
+        let body = Body::Driver(&parts);
+        let mut packet = Packet { hash: None, header, eth: [0; ETH_BYTES], body };
         packet.eth.copy_from_slice(eth);
         match self.refuse(&packet) {
             None => {}
@@ -251,7 +288,8 @@ impl RxQueue {
             }
             Some(_) => return Ok(()),
         }
-        front.copy_from(&head);
+        let (head, head_bytes) = self.receiver.head(&packet, count);
+        front.copy_from(&head[..head_bytes]);
         let mut left = len;
         for i in 0..count {
             let Some(entry) = self.stash.pop_front() else { break };
@@ -264,17 +302,24 @@ impl RxQueue {
                 flags,
             });
         }
-        self.count(len - HEADER_BYTES);
+        self.count(&header, len - self.receiver.header_bytes());
         Ok(())
     }
 
     fn has_room(&mut self, view: &View<'_>, bytes: usize) -> bool {
-        !matches!(self.gather(view, HEADER_BYTES + bytes), Gathered::TooFew) || self.holds_all()
+        !matches!(self.gather(view, self.receiver.header_bytes() + bytes), Gathered::TooFew)
+            || self.holds_all()
     }
 
-    fn count(&mut self, bytes: usize) {
+    fn count(&mut self, header: &Header, bytes: usize) {
         self.unposted.0 += 1;
         self.unposted.1 += bytes as u64;
+        if header.leaves_checksum() {
+            self.rx().csum.one();
+        }
+        if header.leaves_segmentation() {
+            self.rx().segments.one();
+        }
     }
 
     /// Takes one more buffer from the ring into the stash. False if there is none, or the driver
@@ -326,10 +371,7 @@ impl RxQueue {
         count: usize,
         len: usize,
     ) -> Result<(), ErrorCode> {
-        let mut head = [0; HEADER_BYTES + ETH_BYTES];
-        let buffers = u16::try_from(count).unwrap_or(u16::MAX);
-        head[..HEADER_BYTES].copy_from_slice(&packet.header.bytes(buffers));
-        head[HEADER_BYTES..].copy_from_slice(&packet.eth);
+        let (head, head_bytes) = self.receiver.head(packet, count);
         let mut source = Source { body: packet.body, part: 0, at: 0 };
         let mut left = len;
         for i in 0..count {
@@ -337,8 +379,8 @@ impl RxQueue {
             let filled = left.min(entry.len as usize);
             let mut to = view.slice(entry.addr, filled as u64, true)?;
             if i == 0 {
-                let (front, rest) = to.split_at(head.len());
-                front.copy_from(&head);
+                let (front, rest) = to.split_at(head_bytes);
+                front.copy_from(&head[..head_bytes]);
                 to = rest;
             }
             source.copy(to);

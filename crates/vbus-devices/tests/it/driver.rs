@@ -45,6 +45,47 @@ pub struct Pair {
     partial: Vec<u8>,
 }
 
+/// Makes a ring and registers it.
+fn ring(
+    endpoint: &Endpoint,
+    memory: &mut Memory,
+    id: u32,
+    entries: u32,
+) -> (DriverEnd<Window>, u64, u32) {
+    let returns = if id % 2 == 0 { TX_RETURNS } else { RX_RETURNS };
+    let layout = Layout::new(entries, returns).unwrap();
+    let addr = memory.alloc(layout.bytes());
+    let end = DriverEnd::create(memory.window(addr, layout.bytes()), layout, 0).unwrap();
+    let handle = add(endpoint, id, addr, layout.bytes(), ring::SIGNAL_OFFSET).unwrap();
+    (end, addr, handle)
+}
+
+/// How a transmit ring returns entries.
+pub const TX_RETURNS: Returns = Returns::Counted;
+/// How a receive ring returns entries.
+pub const RX_RETURNS: Returns = Returns::Entries;
+
+impl Pair {
+    fn new(endpoint: &Endpoint, memory: &mut Memory, q: u16, shape: Shape) -> Pair {
+        let (tx, tx_addr, tx_handle) = ring(endpoint, memory, abi::tx(q), shape.entries);
+        let (rx, rx_addr, rx_handle) = ring(endpoint, memory, abi::rx(q), shape.entries);
+        let tx_buffers = memory.alloc(SLOT * shape.entries as usize);
+        let rx_buffers = memory.alloc((shape.buffer_bytes * shape.entries) as usize);
+        Pair {
+            tx,
+            rx,
+            tx_addr,
+            rx_addr,
+            tx_handle,
+            rx_handle,
+            tx_buffers,
+            rx_buffers,
+            sent: 0,
+            partial: Vec::new(),
+        }
+    }
+}
+
 /// A venet driver.
 pub struct Net {
     pub endpoint: Arc<Endpoint>,
@@ -77,35 +118,10 @@ impl Net {
         let per_pair = u64::from(shape.entries)
             * (SLOT as u64 + u64::from(shape.buffer_bytes.max(4096)))
             + (2 << 20);
-        let mut memory = Memory::new(endpoint, per_pair * u64::from(shape.pairs) + (1 << 20));
+        // Room for another pair, and for rings that are made later.
+        let mut memory = Memory::new(endpoint, per_pair * (u64::from(shape.pairs) + 1) + (1 << 20));
         open(endpoint, &memory, shape.features).unwrap();
-        let mut pairs = Vec::new();
-        for q in 0..shape.pairs {
-            let mut ring = |id, returns| {
-                let layout = Layout::new(shape.entries, returns).unwrap();
-                let addr = memory.alloc(layout.bytes());
-                let end =
-                    DriverEnd::create(memory.window(addr, layout.bytes()), layout, 0).unwrap();
-                let handle = add(endpoint, id, addr, layout.bytes(), ring::SIGNAL_OFFSET).unwrap();
-                (end, addr, handle)
-            };
-            let (tx, tx_addr, tx_handle) = ring(abi::tx(q), Returns::Counted);
-            let (rx, rx_addr, rx_handle) = ring(abi::rx(q), Returns::Entries);
-            let tx_buffers = memory.alloc(SLOT * shape.entries as usize);
-            let rx_buffers = memory.alloc((shape.buffer_bytes * shape.entries) as usize);
-            pairs.push(Pair {
-                tx,
-                rx,
-                tx_addr,
-                rx_addr,
-                tx_handle,
-                rx_handle,
-                tx_buffers,
-                rx_buffers,
-                sent: 0,
-                partial: Vec::new(),
-            });
-        }
+        let pairs = (0..shape.pairs).map(|q| Pair::new(endpoint, &mut memory, q, shape)).collect();
         let mut net =
             Net { endpoint: endpoint.clone(), memory, interrupts, pairs, shape, status: None };
         net.call(abi::CALL_START, &[]).unwrap();
@@ -114,6 +130,45 @@ impl Net {
 
     pub fn call(&mut self, function: u32, buffer: &[u8]) -> Result<u64, ErrorCode> {
         call(&self.endpoint, &self.memory, function, buffer)
+    }
+
+    /// Makes one more queue pair, with its buffers posted.
+    pub fn add_pair(&mut self) {
+        let q = self.pairs.len();
+        let pair = Pair::new(&self.endpoint, &mut self.memory, q as u16, self.shape);
+        self.pairs.push(pair);
+        self.post_all();
+    }
+
+    /// Drops the receive ring of pair `q`, or the transmit ring.
+    pub fn drop_ring(&mut self, q: usize, is_rx: bool) {
+        let pair = &self.pairs[q];
+        let handle = if is_rx { pair.rx_handle } else { pair.tx_handle };
+        self.endpoint.region_drop(u64::from(handle)).unwrap();
+    }
+
+    /// Makes a ring of `entries` entries in the place of one that was dropped, without buffers.
+    pub fn add_ring(&mut self, q: usize, is_rx: bool, entries: u32) {
+        let id = if is_rx { abi::rx(q as u16) } else { abi::tx(q as u16) };
+        let (end, addr, handle) = ring(&self.endpoint, &mut self.memory, id, entries);
+        let pair = &mut self.pairs[q];
+        if is_rx {
+            (pair.rx, pair.rx_addr, pair.rx_handle) = (end, addr, handle);
+            pair.partial.clear();
+        } else {
+            (pair.tx, pair.tx_addr, pair.tx_handle, pair.sent) = (end, addr, handle, 0);
+        }
+    }
+
+    /// Registers the counters page of a device with `pairs` queue pairs.
+    pub fn add_counters_page(&mut self, pairs: u32) -> state::Reader<Window, end::Driver> {
+        let layout = state::Layout::new(abi::counters_page::BYTES * pairs, 4).unwrap();
+        let addr = self.memory.alloc(layout.bytes());
+        let window = self.memory.window(addr, layout.bytes());
+        layout.format(&window, 0).unwrap();
+        let (id, signal) = (abi::REGION_COUNTERS, state::SIGNAL_OFFSET);
+        add(&self.endpoint, id, addr, layout.bytes(), signal).unwrap();
+        state::Reader::attach(window, end::Driver).unwrap()
     }
 
     /// Registers the status page.
@@ -245,8 +300,14 @@ impl Net {
 
     /// Waits for the next frame and its header.
     pub fn recv_with(&mut self, q: usize) -> ([u8; 12], Vec<u8>) {
+        let (header, frame) = self.recv_header(q);
+        (header[..12].try_into().unwrap(), frame)
+    }
+
+    /// Waits for the next frame and its header, which has a hash if that was negotiated.
+    pub fn recv_header(&mut self, q: usize) -> (Vec<u8>, Vec<u8>) {
         let interrupts = self.interrupts.clone();
-        let frame = interrupts.wait("a frame", || {
+        let mut frame = interrupts.wait("a frame", || {
             if let Some(frame) = self.try_recv(q) {
                 return Some(frame);
             }
@@ -255,7 +316,9 @@ impl Net {
                 Armed::Waiting => None,
             }
         });
-        (frame[..12].try_into().unwrap(), frame[12..].to_vec())
+        let hash = self.shape.features & abi::F_HASH != 0;
+        let rest = frame.split_off(if hash { abi::HASH_HEADER_BYTES } else { abi::HEADER_BYTES });
+        (frame, rest)
     }
 
     /// A counter of the device, by its path in `inspect`.

@@ -1,6 +1,7 @@
 //! The classes of this crate from end to end, against drivers in this process.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)] // A test may panic, and its numbers are small.
 
+mod calls;
 mod driver;
 mod hostile;
 mod offloads;

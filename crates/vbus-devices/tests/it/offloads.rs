@@ -1,11 +1,11 @@
 //! Frames with offloads between drivers that take them and drivers that do not.
 
 use serde_json::json;
-use vbus_core::shm::abi::venet::{F_CSUM, F_TSO, F_USO};
+use vbus_core::shm::abi::venet::{F_RX, F_RX_CSUM, F_RX_TSO4, F_TX};
 
 use crate::driver::{Net, Shape, bus};
 
-const ALL: u64 = F_CSUM | F_TSO | F_USO;
+const ALL: u64 = F_TX | F_RX;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 /// Where the transport header begins: Ethernet, IPv4 without options.
@@ -91,7 +91,8 @@ fn who_takes_a_large_segment_gets_it_whole() {
 
 #[test]
 fn who_takes_no_segments_gets_frames() {
-    for (features, protocol) in [(0, TCP), (F_CSUM, TCP), (F_CSUM | F_TSO, UDP), (0, UDP)] {
+    for (features, protocol) in [(0, TCP), (F_RX_CSUM, TCP), (F_RX_CSUM | F_RX_TSO4, UDP), (0, UDP)]
+    {
         let [mut a, mut b] =
             pair([ALL, features], [Shape::default(), Shape { entries: 8, ..Shape::default() }]);
         let (header, frame) = large(protocol, 1448, 60_000);

@@ -124,7 +124,7 @@ fn what_is_wrong_with_a_start_is_said() {
     settings["queue-pairs"] = json!(2);
     let endpoint = bus.create("a", "venet", &settings).unwrap();
     let mut memory = Memory::new(&endpoint, 1 << 20);
-    assert_eq!(open(&endpoint, &memory, abi::F_TSO), Err(ErrorCode::BAD_FEATURES));
+    assert_eq!(open(&endpoint, &memory, abi::F_TX_TSO4), Err(ErrorCode::BAD_FEATURES));
     open(&endpoint, &memory, 0).unwrap();
     let mut ring = |id, returns, entries, signal| {
         let layout = Layout::new(entries, returns).unwrap();
@@ -177,6 +177,6 @@ fn what_is_wrong_with_a_start_is_said() {
     assert_eq!(call(&endpoint, &memory, abi::CALL_START, &[0]), Err(ErrorCode::BAD_LENGTH));
     call(&endpoint, &memory, abi::CALL_START, &[]).unwrap();
     assert_eq!(call(&endpoint, &memory, abi::CALL_START, &[]), Err(ErrorCode::DENIED));
-    assert_eq!(endpoint.region_drop(u64::from(rx0)), Err(ErrorCode::DENIED));
+    endpoint.region_drop(u64::from(rx0)).unwrap();
     assert_eq!(call(&endpoint, &memory, 77, &[]), Err(ErrorCode::BAD_FUNCTION));
 }

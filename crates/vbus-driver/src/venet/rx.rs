@@ -1,11 +1,11 @@
 //! The receive queue.
 
-use vbus_shm::abi::venet::{CHAIN_MAX, FRAME_MAX, HEADER_BYTES};
+use vbus_shm::abi::venet::{CHAIN_MAX, FRAME_MAX, HASH_HEADER_BYTES, HEADER_BYTES};
 use vbus_shm::ring::{DriverEnd, Entry, NEXT};
 use vbus_shm::signal::Armed;
 
 use super::RING_MAX;
-use crate::{Bell, Error, Hal};
+use crate::{Bell, Error, Hal, Region};
 
 /// Part of a received frame: the first `len` bytes of buffer `id`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -19,9 +19,12 @@ pub struct Received {
 /// Receives frames into the buffers that the driver posts.
 #[derive(Debug)]
 pub struct Rx<H: Hal> {
+    pub(super) q: u16,
+    pub(super) region: Region,
     ring: DriverEnd<H::Dma>,
     bell: Bell<H>,
     buffer_bytes: u32,
+    header_bytes: usize,
     /// A bit for each buffer that is with the device.
     with_device: [u64; RING_MAX as usize / 64],
     /// The frame that is being put together, or was returned last.
@@ -32,9 +35,19 @@ pub struct Rx<H: Hal> {
 }
 
 impl<H: Hal> Rx<H> {
-    pub(super) fn new(ring: DriverEnd<H::Dma>, bell: Bell<H>, buffer_bytes: u32) -> Self {
+    pub(super) fn new(
+        q: u16,
+        ring: DriverEnd<H::Dma>,
+        bell: Bell<H>,
+        region: Region,
+        buffer_bytes: u32,
+        hash: bool,
+    ) -> Self {
         let pieces = [Received::default(); CHAIN_MAX];
         Rx {
+            q,
+            region,
+            header_bytes: if hash { HASH_HEADER_BYTES } else { HEADER_BYTES },
             ring,
             bell,
             buffer_bytes,
@@ -49,6 +62,11 @@ impl<H: Hal> Rx<H> {
     /// Bytes of each buffer.
     pub fn buffer_bytes(&self) -> u32 {
         self.buffer_bytes
+    }
+
+    /// Bytes of the header before each frame.
+    pub fn header_bytes(&self) -> usize {
+        self.header_bytes
     }
 
     /// How many more buffers the ring has room for.
@@ -111,7 +129,9 @@ impl<H: Hal> Rx<H> {
             self.bytes += entry.len as usize;
             self.whole = entry.flags & NEXT == 0;
         }
-        if self.bytes <= HEADER_BYTES || self.bytes > FRAME_MAX {
+        if self.bytes <= self.header_bytes
+            || self.bytes - self.header_bytes > FRAME_MAX - HEADER_BYTES
+        {
             return Err(Error::Corrupt("bad length of a received frame"));
         }
         Ok(Some(&self.pieces[..self.count]))

@@ -4,7 +4,7 @@ use vbus_shm::abi::venet::{CHAIN_MAX, FRAME_MAX, HEADER_BYTES};
 use vbus_shm::ring::{DriverEnd, Entry, NEXT};
 use vbus_shm::signal::Armed;
 
-use crate::{Bell, Error, Hal};
+use crate::{Bell, Error, Hal, Region};
 
 /// A run of the device's addresses that holds part of a frame.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -19,13 +19,15 @@ pub struct Piece {
 /// [`submit`](Self::submit).
 #[derive(Debug)]
 pub struct Tx<H: Hal> {
+    pub(super) q: u16,
+    pub(super) region: Region,
     ring: DriverEnd<H::Dma>,
     bell: Bell<H>,
 }
 
 impl<H: Hal> Tx<H> {
-    pub(super) fn new(ring: DriverEnd<H::Dma>, bell: Bell<H>) -> Self {
-        Tx { ring, bell }
+    pub(super) fn new(q: u16, ring: DriverEnd<H::Dma>, bell: Bell<H>, region: Region) -> Self {
+        Tx { q, region, ring, bell }
     }
 
     /// Pieces that can be submitted now. Grows by [`reclaim`](Self::reclaim).

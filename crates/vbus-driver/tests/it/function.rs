@@ -47,10 +47,10 @@ fn it_opens_with_what_it_offers_and_as_often_as_wanted() {
     let mut function = local.probe();
     for _ in 0..100 {
         assert_eq!(refused(function.open(1 << 47)), ErrorCode::BAD_FEATURES);
-        function.open(venet::F_CSUM).unwrap();
+        function.open(venet::F_TX_CSUM).unwrap();
         assert_eq!(
             (function.state(), function.features()),
-            (Ok(ConnectionState::Open), venet::F_CSUM)
+            (Ok(ConnectionState::Open), venet::F_TX_CSUM)
         );
         function.check().unwrap();
         function.close();

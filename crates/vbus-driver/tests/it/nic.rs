@@ -2,8 +2,12 @@
 
 use serde_json::json;
 use vbus_core::Bus;
-use vbus_driver::venet::{CHAIN_MAX, FRAME_MAX, HEADER_BYTES, Nic, Piece, Rx, Tx};
-use vbus_driver::{Dma, Hal};
+use vbus_driver::venet::{
+    CHAIN_MAX, Duplex, F_HASH, F_MAC, F_RSS, F_RX, F_RX_CSUM, F_RX_TSO4, F_TX, F_TX_CSUM, F_VLAN,
+    FRAME_MAX, HEADER_BYTES, Nic, Piece, Rss, Rx, Tx, VLAN_MAP_BYTES, counters_page, hash_kind,
+};
+use vbus_driver::{Dma, Error, Hal};
+use vbus_shm::ErrorCode;
 use vbus_shm::signal::Armed;
 
 use crate::local::{Local, LocalMemory, bus, until};
@@ -11,6 +15,14 @@ use crate::local::{Local, LocalMemory, bus, until};
 const ENTRIES: u32 = 64;
 const BUFFER: usize = 4096;
 const SLOT: usize = FRAME_MAX.next_multiple_of(64);
+
+/// Gives all buffers to the device.
+fn fill(rx: &mut Rx<Local>, receiving: &LocalMemory) {
+    for id in 0..rx.space() as u16 {
+        rx.give(id, receiving.address(usize::from(id) * BUFFER)).unwrap();
+    }
+    rx.post();
+}
 
 /// A NIC with one queue pair and its buffers.
 struct Station {
@@ -25,15 +37,17 @@ struct Station {
 
 impl Station {
     fn new(bus: &Bus, last: u8, mtu: u16) -> Station {
-        let config = json!({ "mac": format!("02:00:00:00:00:{last:02x}"), "mtu": mtu, "backend": "switch", "backpressure-ms": 60_000 });
+        Station::with(bus, last, mtu, 0)
+    }
+
+    /// With these features, if they are offered.
+    fn with(bus: &Bus, last: u8, mtu: u16, features: u64) -> Station {
+        let config = json!({ "mac": format!("02:00:00:00:00:{last:02x}"), "mtu": mtu, "backend": "switch", "backpressure-ms": 60_000, "queue-pairs": 2, "speed": 1000 });
         let local = Local::new(bus, &format!("n{last}"), "venet", &config);
-        let mut nic = Nic::open(local.probe(), 0, 0).unwrap();
+        let mut nic = Nic::open(local.probe(), features, 0).unwrap();
         let (tx, mut rx) = nic.queue_pair(0, ENTRIES, BUFFER as u32, 0).unwrap();
         let receiving = local.alloc(BUFFER * ENTRIES as usize).unwrap();
-        for id in 0..ENTRIES as u16 {
-            rx.give(id, receiving.address(usize::from(id) * BUFFER)).unwrap();
-        }
-        rx.post();
+        fill(&mut rx, &receiving);
         nic.start().unwrap();
         let sending = local.alloc(SLOT * ENTRIES as usize).unwrap();
         Station { local, nic, tx, rx, sending, receiving, sent: 0 }
@@ -74,7 +88,7 @@ impl Station {
             self.rx.give(piece.id, self.receiving.address(usize::from(piece.id) * BUFFER)).unwrap();
         }
         self.rx.post();
-        Some(frame.split_off(HEADER_BYTES))
+        Some(frame.split_off(self.rx.header_bytes()))
     }
 
     /// The next frame; sleeps until an interrupt brings it.
@@ -202,4 +216,107 @@ fn a_nic_is_opened_again_and_again() {
         assert_eq!(b.receive(), frame(mac(2), 1, n, 60));
         function = nic.close();
     }
+}
+
+fn refused<T: std::fmt::Debug>(result: Result<T, Error>) -> ErrorCode {
+    match result.unwrap_err() {
+        Error::Refused { status, .. } => status,
+        other => panic!("{other}"),
+    }
+}
+
+#[test]
+fn features_come_with_those_that_they_need() {
+    let bus = bus();
+    let a = Station::with(&bus, 1, 1500, F_TX | F_RX_TSO4);
+    assert_eq!(a.nic.function().features(), F_TX);
+    let b = Station::with(&bus, 2, 1500, F_TX & !F_TX_CSUM | F_RX | F_HASH);
+    assert_eq!(b.nic.function().features(), F_RX | F_HASH);
+    assert_eq!((a.rx.header_bytes(), b.rx.header_bytes()), (HEADER_BYTES, HEADER_BYTES + 8));
+}
+
+#[test]
+fn settings_change_while_it_runs() {
+    let bus = bus();
+    let all = F_TX | F_RX | F_HASH | F_RSS | F_VLAN | F_MAC;
+    let mut a = Station::new(&bus, 1, 1500);
+    let mut b = Station::with(&bus, 2, 1500, all);
+    assert_eq!(b.nic.function().features(), all);
+    b.nic.set_offloads(0).unwrap();
+    b.nic.set_offloads(F_RX_CSUM | F_RX_TSO4).unwrap();
+    assert_eq!(refused(b.nic.set_offloads(F_RX_TSO4)), ErrorCode::BAD_ARGUMENT);
+
+    b.nic.set_mac(mac(9)).unwrap();
+    a.send(&frame(mac(2), 1, 1, 60), SLOT);
+    a.send(&frame(mac(9), 1, 2, 60), SLOT);
+    assert_eq!(b.receive(), frame(mac(9), 1, 2, 60));
+    until("the address", || (b.nic.status().unwrap().mac == mac(9)).then_some(()));
+    assert_eq!(refused(b.nic.set_mac(mac(1))), ErrorCode::EXISTS);
+    b.nic.set_mac(mac(2)).unwrap();
+
+    let mut ids = [0; VLAN_MAP_BYTES];
+    ids[0] = 1 << 7;
+    b.nic.set_vlans(Some(&ids)).unwrap();
+    let tagged = |id: u8, n: usize| {
+        let mut frame = frame(mac(2), 1, n, 60);
+        frame.splice(12..12, [0x81, 0, 0, id]);
+        frame
+    };
+    a.send(&tagged(6, 3), SLOT);
+    a.send(&tagged(7, 4), SLOT);
+    assert_eq!(b.receive(), tagged(7, 4));
+    b.nic.set_vlans(None).unwrap();
+    a.send(&tagged(6, 5), SLOT);
+    assert_eq!(b.receive(), tagged(6, 5));
+
+    let status = b.nic.status().unwrap();
+    assert_eq!((status.speed, status.duplex), (Some(1000), Duplex::Full));
+}
+
+#[test]
+fn queues_come_and_go_while_it_runs() {
+    let bus = bus();
+    let mut a = Station::new(&bus, 1, 1500);
+    let mut b = Station::with(&bus, 2, 1500, F_RSS);
+    assert_eq!(refused(b.nic.set_queues(2)), ErrorCode::BAD_ARGUMENT);
+    let (tx, mut rx) = b.nic.queue_pair(1, ENTRIES, BUFFER as u32, 0).unwrap();
+    let buffers = b.local.alloc(BUFFER * ENTRIES as usize).unwrap();
+    fill(&mut rx, &buffers);
+    b.nic.set_queues(2).unwrap();
+    let rss = Rss { kinds: hash_kind::IPV4, key: [3; 40], table: &[1] };
+    b.nic.set_rss(Some(&rss)).unwrap();
+    a.send(&frame(mac(2), 1, 1, 60), SLOT);
+    let pieces = until("a frame of the second pair", || rx.receive().unwrap().map(<[_]>::to_vec));
+    assert_eq!(pieces[0].len, 60 + HEADER_BYTES as u32);
+    assert_eq!(refused(b.nic.set_queues(1)), ErrorCode::BAD_ARGUMENT, "the table names it");
+    b.nic.set_rss(None).unwrap();
+    b.nic.set_queues(1).unwrap();
+    b.nic.remove_pair(tx, rx).unwrap();
+    a.send(&frame(mac(2), 1, 2, 60), SLOT);
+    assert_eq!(b.receive(), frame(mac(2), 1, 2, 60));
+}
+
+#[test]
+fn a_queue_is_reset_while_the_others_run() {
+    let bus = bus();
+    let mut a = Station::new(&bus, 1, 1500);
+    let Station { local, mut nic, tx, rx, sending, receiving, .. } = Station::new(&bus, 2, 1500);
+    nic.add_counters(0).unwrap();
+    let tx = nic.reset_tx(tx, 32, 0).unwrap();
+    let mut rx = nic.reset_rx(rx, 32, BUFFER as u32, 0).unwrap();
+    assert_eq!((tx.space(), rx.space()), (32, 32));
+    fill(&mut rx, &receiving);
+    let mut b = Station { local, nic, tx, rx, sending, receiving, sent: 0 };
+    for n in 0..100 {
+        a.send(&frame(mac(2), 1, n, 60), SLOT);
+        assert_eq!(b.receive(), frame(mac(2), 1, n, 60));
+        b.send(&frame(mac(1), 2, n, 61), SLOT);
+        assert_eq!(a.receive(), frame(mac(1), 2, n, 61));
+    }
+    until("the counters", || {
+        let counters = b.nic.counters(0).unwrap().0;
+        let frames = (counters[counters_page::TX_FRAMES], counters[counters_page::RX_FRAMES]);
+        (frames == (100, 100) && counters[counters_page::RX_BYTES] == 6000).then_some(())
+    });
+    assert_eq!(b.nic.counters(1).unwrap().0[counters_page::RX_FRAMES], 0);
 }

@@ -10,12 +10,13 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use vbus_driver::venet::{FILTER_ALL_MULTICAST, FILTER_PROMISCUOUS, Nic, NicStatus};
 use vbus_driver::{Acknowledger, Error, Function, Hal, Pace};
+use vbus_tap::show_mac;
 
 use super::Options;
 use super::frames::FrameMemory;
 use super::priority;
 use super::queue::{Counters, Queue, Shared, Wake};
-use super::tap::{Tap, mac_text};
+use super::tap::Tap;
 use vbus_guest::{Claimed, Interrupt};
 
 /// Entries of each ring.
@@ -70,7 +71,7 @@ where
     let mut own = Some((interrupt, acknowledger));
     let mut relays = Vec::new();
     let mut queues = Vec::new();
-    for (q, file) in (0..pairs).zip(tap.take_queues()) {
+    for (q, file) in (0..pairs).zip(tap.take_queues()?) {
         let wake = match own.take_if(|_| pairs == 1) {
             Some((interrupt, acknowledger)) => Wake::Interrupt(interrupt, acknowledger),
             None => {
@@ -98,7 +99,7 @@ where
     vbus_cli::output::emit(&format!(
         "{}: {device} ({id}), address {}, MTU {mtu}, {pairs} queue pair{}, offloads {features:#x}\n",
         keeper.tap.name(),
-        mac_text(config.mac),
+        show_mac(config.mac),
         if pairs == 1 { "" } else { "s" },
     ));
 

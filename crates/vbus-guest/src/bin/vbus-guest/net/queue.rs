@@ -1,6 +1,5 @@
 //! One queue pair: frames between the NIC's rings and a queue of the TAP interface.
 
-use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -66,7 +65,7 @@ pub struct Queue<H: Hal> {
     /// Receive buffers, one behind another by number.
     pub buffers: H::Dma,
     /// The interface.
-    pub tap: File,
+    pub tap: vbus_tap::Queue,
     /// What wakes it.
     pub wake: Wake<H>,
     /// How it rests.

@@ -1,0 +1,382 @@
+//! The calls of a driver that has started, each with good arguments and bad ones.
+
+use serde_json::{Value, json};
+use vbus_core::shm::abi::venet::{self as abi, counters_page as at, status_page as word};
+use vbus_core::shm::signal::end::Driver;
+use vbus_core::shm::state::Reader;
+use vbus_core::{Bus, ConnectionState, ErrorCode, Window};
+
+use crate::driver::{Net, Shape, bus, frame, open};
+use crate::offloads::large;
+
+const A: [u8; 6] = [2, 0, 0, 0, 0, 1];
+const B: [u8; 6] = [2, 0, 0, 0, 0, 2];
+const OTHER: [u8; 6] = [2, 0, 0, 0, 0, 9];
+const TCP: u8 = 6;
+
+fn config(n: u8, more: &Value) -> Value {
+    let mut config = json!({ "mac": format!("02:00:00:00:00:{n:02x}"), "backpressure-ms": 60_000 });
+    config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    config
+}
+
+/// Devices 1 and 2, on one switch, with drivers of these shapes.
+fn two(bus: &Bus, more: &Value, shapes: [Shape; 2]) -> [Net; 2] {
+    [Net::new(bus, "a", config(1, more), shapes[0]), Net::new(bus, "b", config(2, more), shapes[1])]
+}
+
+fn features(features: u64) -> Shape {
+    Shape { features, buffer_bytes: 4096, ..Shape::default() }
+}
+
+#[test]
+fn receive_offloads_are_switched_off_and_on_while_running() {
+    let bus = bus(2);
+    let all = abi::F_TX | abi::F_RX;
+    let [mut a, mut b] = two(&bus, &json!({}), [features(all), features(all)]);
+    let (header, frame) = large(TCP, 1448, 20_000);
+    let whole = |a: &mut Net, b: &mut Net| {
+        a.send_with(0, &header, &frame, 2);
+        let (got_header, got) = b.recv_with(0);
+        assert_eq!((got_header[..10].to_vec(), got.len()), (header[..10].to_vec(), frame.len()));
+    };
+    let set = |b: &mut Net, features: u64| b.call(abi::CALL_SET_OFFLOADS, &features.to_le_bytes());
+    whole(&mut a, &mut b);
+    for _ in 0..10 {
+        set(&mut b, 0).unwrap();
+        a.send_with(0, &header, &frame, 2);
+        let mut payload = 0;
+        while payload < 20_000 {
+            let (header, frame) = b.recv_with(0);
+            assert_eq!((header[0], header[1]), (0, 0), "nothing is left to the receiver");
+            payload += frame.len() - 54;
+        }
+        set(&mut b, abi::F_RX_CSUM | abi::F_RX_TSO4).unwrap();
+        whole(&mut a, &mut b);
+    }
+    for bad in [abi::F_RX_TSO4, abi::F_TX_CSUM, abi::F_HASH, 1 << 63] {
+        assert_eq!(set(&mut b, bad), Err(ErrorCode::BAD_ARGUMENT), "{bad:#x}");
+    }
+    assert_eq!(b.call(abi::CALL_SET_OFFLOADS, &[0; 7]), Err(ErrorCode::BAD_LENGTH));
+    whole(&mut a, &mut b);
+}
+
+#[test]
+fn queues_are_added_and_taken_away_while_running() {
+    let bus = bus(2);
+    let shapes = [Shape { pairs: 2, ..Shape::default() }, Shape::default()];
+    let [mut a, mut b] = two(&bus, &json!({ "queue-pairs": 2 }), shapes);
+    let set = |b: &mut Net, queues: u32| b.call(abi::CALL_SET_QUEUES, &queues.to_le_bytes());
+    let mut n = 0;
+    let mut comes_to = |a: &mut Net, b: &mut Net, q: usize| {
+        n += 1;
+        a.send(1, &frame(B, A, n, 100));
+        assert_eq!(b.recv(q), frame(B, A, n, 100));
+    };
+    comes_to(&mut a, &mut b, 0);
+    assert_eq!(set(&mut b, 2), Err(ErrorCode::BAD_ARGUMENT), "pair 1 is not there");
+    b.add_pair();
+    comes_to(&mut a, &mut b, 0);
+    set(&mut b, 2).unwrap();
+    comes_to(&mut a, &mut b, 1);
+    b.send(1, &frame(A, B, 77, 60));
+    assert_eq!(a.recv(1), frame(A, B, 77, 60));
+    set(&mut b, 1).unwrap();
+    comes_to(&mut a, &mut b, 0);
+    for bad in [0, 3, u32::MAX] {
+        assert_eq!(set(&mut b, bad), Err(ErrorCode::BAD_ARGUMENT));
+    }
+    assert_eq!(b.call(abi::CALL_SET_QUEUES, &[1]), Err(ErrorCode::BAD_LENGTH));
+    b.drop_ring(1, true);
+    b.drop_ring(1, false);
+    comes_to(&mut a, &mut b, 0);
+}
+
+#[test]
+fn a_ring_is_taken_out_and_put_back_while_running() {
+    let bus = bus(2);
+    let [mut a, mut b] = two(&bus, &json!({}), [Shape::default(); 2]);
+    for round in 0..20 {
+        let entries = [8, 64, 256][round % 3];
+        a.send(0, &frame(B, A, 1, 100));
+        assert_eq!(b.recv(0), frame(B, A, 1, 100));
+        b.drop_ring(0, true);
+        // Nobody waits for a ring that is not there.
+        a.send(0, &frame(B, A, 2, 100));
+        b.add_ring(0, true, entries.min(64));
+        // The others of the pair were not touched.
+        b.send(0, &frame(A, B, 3, 100));
+        assert_eq!(a.recv(0), frame(A, B, 3, 100));
+        b.post_all();
+        a.send(0, &frame(B, A, 4, 100));
+        let got = b.recv(0);
+        assert!(got == frame(B, A, 4, 100) || got == frame(B, A, 2, 100));
+        if got == frame(B, A, 2, 100) {
+            assert_eq!(b.recv(0), frame(B, A, 4, 100));
+        }
+        b.drop_ring(0, false);
+        b.add_ring(0, false, entries);
+        b.send(0, &frame(A, B, 5, 100));
+        assert_eq!(a.recv(0), frame(A, B, 5, 100));
+    }
+    assert_eq!(b.endpoint.state(), ConnectionState::Open);
+    assert_eq!(b.endpoint.counters().opens.get(), 1);
+}
+
+#[test]
+fn the_address_changes_where_the_settings_allow_it() {
+    let bus = bus(1);
+    let [mut a, mut b] = two(&bus, &json!({}), [features(abi::F_MAC); 2]);
+    b.add_status_page();
+    let burst = |a: &mut Net, b: &mut Net, own: [u8; 6]| {
+        for (n, to) in [B, OTHER].into_iter().enumerate() {
+            a.send(0, &frame(to, A, n as u64, 60));
+        }
+        assert_eq!(b.recv(0)[..6], own);
+    };
+    burst(&mut a, &mut b, B);
+    b.call(abi::CALL_SET_MAC, &OTHER).unwrap();
+    burst(&mut a, &mut b, OTHER);
+    b.status("the address", |w| w[word::MAC] == 0x0900_0000_0002);
+    assert_eq!(b.call(abi::CALL_SET_MAC, &A), Err(ErrorCode::EXISTS), "that is the other's");
+    assert_eq!(b.call(abi::CALL_SET_MAC, &[3, 0, 0, 0, 0, 1]), Err(ErrorCode::BAD_ARGUMENT));
+    assert_eq!(b.call(abi::CALL_SET_MAC, &[0; 6]), Err(ErrorCode::BAD_ARGUMENT));
+    assert_eq!(b.call(abi::CALL_SET_MAC, &[2; 7]), Err(ErrorCode::BAD_LENGTH));
+    burst(&mut a, &mut b, OTHER);
+    // The next driver has the device's own.
+    let endpoint = b.endpoint.clone();
+    let mut b = Net::open(&endpoint, Shape::default());
+    b.post_all();
+    burst(&mut a, &mut b, B);
+    assert_eq!(b.call(abi::CALL_SET_MAC, &OTHER), Err(ErrorCode::DENIED), "not accepted");
+    let fixed = bus.create("c", "venet", &config(3, &json!({ "mac-changes": false }))).unwrap();
+    assert_eq!(fixed.identity().features & abi::F_MAC, 0);
+    assert_eq!(open(&fixed, &b.memory, abi::F_MAC), Err(ErrorCode::BAD_FEATURES));
+}
+
+/// The key with which Microsoft has RSS verified; see the unit tests of the hash.
+const KEY: [u8; 40] = [
+    0x6d, 0x5a, 0x56, 0xda, 0x25, 0x5b, 0x0e, 0xc2, 0x41, 0x67, 0x25, 0x3d, 0x43, 0xa3, 0x8f, 0xb0,
+    0xd0, 0xca, 0x2b, 0xcb, 0xae, 0x7b, 0x30, 0xb4, 0x77, 0xcb, 0x2d, 0xa3, 0x80, 0x30, 0xf2, 0x0c,
+    0x6a, 0x42, 0xb7, 0x3b, 0xbe, 0xac, 0x01, 0xfa,
+];
+
+fn rss(kinds: u32, table: &[u16]) -> Vec<u8> {
+    let entries = (table.len() as u16).to_le_bytes();
+    let table: Vec<u8> = table.iter().flat_map(|queue| queue.to_le_bytes()).collect();
+    [&kinds.to_le_bytes()[..], &entries, &[0; 2], &KEY, &table].concat()
+}
+
+/// A TCP segment over IPv4 to device 2 whose hash is 0x51cc_c178.
+fn hashed(to: [u8; 6]) -> Vec<u8> {
+    let ports = [2794_u16.to_be_bytes(), 1766_u16.to_be_bytes()].concat();
+    let ip = [0x45, 0, 0, 60, 0, 0, 0, 0, 64, TCP, 0, 0, 66, 9, 149, 187, 161, 142, 100, 80];
+    [&to[..], &A, &[8, 0], &ip, &ports, &[0; 36]].concat()
+}
+
+#[test]
+fn the_hash_chooses_the_queue_and_stands_in_the_header() {
+    let bus = bus(2);
+    let shape = Shape { pairs: 4, features: abi::F_RSS | abi::F_HASH, ..Shape::default() };
+    let [mut a, mut b] =
+        two(&bus, &json!({ "queue-pairs": 4 }), [Shape { pairs: 4, ..Shape::default() }, shape]);
+    a.send(2, &hashed(B));
+    let (header, got) = b.recv_header(2);
+    assert_eq!((got, &header[12..]), (hashed(B), &[0; 8][..]), "no key: as before, not hashed");
+    // 0x78 % 8 is entry 0.
+    for queue in [3, 1, 0] {
+        b.call(abi::CALL_SET_RSS, &rss(abi::hash_kind::TCPV4, &[queue, 2, 2, 2, 2, 2, 2, 2]))
+            .unwrap();
+        for q in 0..4 {
+            a.send(q, &hashed(B));
+            let (header, got) = b.recv_header(usize::from(queue));
+            assert_eq!(got, hashed(B));
+            assert_eq!(header[12..], [0x78, 0xc1, 0xcc, 0x51, 2, 0, 0, 0]);
+        }
+    }
+    // Not of a kind that is hashed: entry 0.
+    a.send(3, &frame(B, A, 1, 100));
+    let (header, got) = b.recv_header(0);
+    assert_eq!((got, &header[12..]), (frame(B, A, 1, 100), &[0; 8][..]));
+    let mut call = |buffer: &[u8]| b.call(abi::CALL_SET_RSS, buffer);
+    assert_eq!(call(&rss(1, &[4])), Err(ErrorCode::BAD_ARGUMENT), "there is no such queue");
+    assert_eq!(call(&rss(1, &[0; 3])), Err(ErrorCode::BAD_ARGUMENT));
+    assert_eq!(call(&rss(0x40, &[])), Err(ErrorCode::BAD_ARGUMENT));
+    assert_eq!(call(&rss(1, &[0; 256])), Err(ErrorCode::LIMIT));
+    assert_eq!(call(&rss(1, &[0; 4])[..50]), Err(ErrorCode::BAD_LENGTH));
+    call(&rss(1, &[3])).unwrap();
+    let queues = |b: &mut Net, n: u32| b.call(abi::CALL_SET_QUEUES, &n.to_le_bytes());
+    assert_eq!(queues(&mut b, 3), Err(ErrorCode::BAD_ARGUMENT), "the table names queue 3");
+    b.call(abi::CALL_SET_RSS, &rss(0, &[])).unwrap();
+    queues(&mut b, 3).unwrap();
+    a.send(2, &hashed(B));
+    assert_eq!(b.recv_header(2).0[12..], [0; 8]);
+    // Who accepted neither has no key.
+    assert_eq!(a.call(abi::CALL_SET_RSS, &rss(1, &[])), Err(ErrorCode::DENIED));
+}
+
+#[test]
+fn vlans_are_filtered() {
+    let bus = bus(1);
+    let [mut a, mut b] = two(&bus, &json!({}), [features(0), features(abi::F_VLAN)]);
+    let tagged = |id: u16, seed: u64| {
+        let mut tagged = frame(B, A, seed, 100);
+        let tag = [0x81, 0, (id >> 8) as u8, id as u8];
+        tagged.splice(12..12, tag);
+        tagged
+    };
+    let mut map = vec![0; 8 + abi::VLAN_MAP_BYTES];
+    map[0] = 1;
+    map[8] = 1 << 5;
+    map[8 + 511] = 1 << 7;
+    b.call(abi::CALL_SET_VLANS, &map).unwrap();
+    let ids = [6, 5, 4094, 0, 4095];
+    for (n, id) in ids.into_iter().enumerate() {
+        a.send(0, &tagged(id, n as u64));
+    }
+    a.send(0, &frame(B, A, 9, 100));
+    let expected = [tagged(5, 1), tagged(0, 3), tagged(4095, 4), frame(B, A, 9, 100)];
+    for expected in expected {
+        assert_eq!(b.recv(0), expected);
+    }
+    b.call(abi::CALL_SET_VLANS, &[0; 8]).unwrap();
+    a.send(0, &tagged(6, 1));
+    assert_eq!(b.recv(0), tagged(6, 1));
+    assert_eq!(b.call(abi::CALL_SET_VLANS, &map[..100]), Err(ErrorCode::BAD_LENGTH));
+    assert_eq!(b.call(abi::CALL_SET_VLANS, &[3; 8]), Err(ErrorCode::BAD_ARGUMENT));
+    assert_eq!(a.call(abi::CALL_SET_VLANS, &map), Err(ErrorCode::DENIED));
+}
+
+#[test]
+fn frames_are_as_long_as_the_mtu_and_two_tags() {
+    let bus = bus(1);
+    let [mut a, mut b] = two(&bus, &json!({ "mtu": 1500 }), [features(0); 2]);
+    let tagged = |tags: usize, len: usize| {
+        let mut tagged = frame(B, A, len as u64, len - 4 * tags);
+        tagged.splice(12..12, [0x88, 0xa8, 0, 5, 0x81, 0, 0, 6][8 - 4 * tags..].to_vec());
+        tagged
+    };
+    for tags in 0..=2 {
+        let longest = 1514 + 4 * tags;
+        a.send(0, &tagged(tags, longest + 1));
+        a.send(0, &tagged(tags, longest));
+        assert_eq!(b.recv(0), tagged(tags, longest), "{tags} tags");
+    }
+    assert_eq!(a.counter("/pairs/0/tx/drops/bad_header"), 3);
+    // A neighbour with a larger MTU.
+    let mut c = Net::new(&bus, "c", config(3, &json!({ "mtu": 9000 })), features(abi::F_TX));
+    c.send(0, &frame(B, OTHER, 1, 1515));
+    c.send(0, &frame(B, OTHER, 2, 1514));
+    assert_eq!(b.recv(0), frame(B, OTHER, 2, 1514));
+    assert_eq!(b.counter("/pairs/0/rx/drops/too_long"), 1);
+    let (header, segment) = large(TCP, 8000, 20_000);
+    c.send_with(0, &header, &segment, 2);
+    c.send(0, &frame(B, OTHER, 3, 60));
+    assert_eq!(b.recv(0), frame(B, OTHER, 3, 60), "its segments are too long too");
+    assert_eq!(b.counter("/pairs/0/rx/drops/too_long"), 2);
+}
+
+#[test]
+fn the_status_page_tells_of_the_link() {
+    let bus = bus(1);
+    let more = json!({ "speed": 25_000, "duplex": "half" });
+    let [mut a, mut b] = two(&bus, &json!({}), [features(0); 2]);
+    let mut c = Net::new(&bus, "c", config(3, &more), features(0));
+    c.add_status_page();
+    c.status("speed", |w| (w[word::SPEED], w[word::DUPLEX]) == (25_000, 0));
+    b.add_status_page();
+    b.status("nothing known", |w| (w[word::SPEED], w[word::DUPLEX], w[word::LINK]) == (0, 2, 1));
+    let control = |b: &Net, request: Value| {
+        let mut answer = Value::Null;
+        b.endpoint.device().control(&request, &mut |value| {
+            answer = value;
+            true
+        })?;
+        Ok::<_, String>(answer)
+    };
+    assert_eq!(control(&b, json!({ "op": "announce" })).unwrap()["announces"], 1);
+    b.status("the request to announce", |w| w[word::ANNOUNCE] == 1 && w[word::LINK] == 1);
+    assert_eq!(control(&b, json!({ "op": "link", "up": false })).unwrap()["link"], false);
+    b.status("no link", |w| w[word::LINK] == 0);
+    control(&b, json!({ "op": "link", "up": true })).unwrap();
+    b.status("a link again", |w| w[word::LINK] == 1);
+    assert!(control(&b, json!({ "op": "sing" })).unwrap_err().contains("announce"));
+    assert!(control(&b, json!({ "op": "link" })).unwrap_err().contains("\"up\""));
+    a.send(0, &frame(B, A, 1, 60));
+    assert_eq!(b.recv(0), frame(B, A, 1, 60));
+}
+
+#[test]
+fn the_counters_page_has_each_queue_and_each_reason() {
+    let bus = bus(1);
+    let shape = Shape { pairs: 2, features: abi::F_TX | abi::F_RX, ..Shape::default() };
+    let [mut a, mut b] = two(&bus, &json!({ "queue-pairs": 2 }), [shape; 2]);
+    let (ours, theirs) = (a.add_counters_page(2), b.add_counters_page(2));
+    let (header, segment) = large(TCP, 1448, 9_000);
+    a.send_with(1, &header, &segment, 2);
+    b.recv_with(1);
+    a.send(0, &frame(B, A, 1, 60));
+    b.recv(0);
+    a.send(0, &[0; 5]);
+    a.send_with(0, &[0, 9, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], &frame(B, A, 2, 60), 1);
+    a.send(0, &frame(B, A, 3, 60));
+    b.recv(0);
+    let interrupts = b.interrupts.clone();
+    interrupts.wait("the counters", || {
+        let read = |page: &Reader<Window, Driver>| {
+            let mut bytes = vec![0; 2 * at::BYTES as usize];
+            page.read(&mut bytes).unwrap();
+            let words: Vec<u64> =
+                bytes.chunks_exact(8).map(|b| u64::from_le_bytes(b.try_into().unwrap())).collect();
+            words
+        };
+        let (a, b) = (read(&ours), read(&theirs));
+        let first = (a[at::TX_FRAMES], a[at::TX_DROPS_SHORT], a[at::TX_DROPS_HEADER]) == (2, 1, 1);
+        let a = &a[at::WORDS..];
+        let second = (a[at::TX_FRAMES], a[at::TX_CSUM], a[at::TX_SEGMENTS]) == (1, 1, 1)
+            && a[at::TX_BYTES] == segment.len() as u64;
+        let third = (b[at::RX_FRAMES], b[at::RX_BYTES]) == (2, 120);
+        let b = &b[at::WORDS..];
+        let fourth = (b[at::RX_FRAMES], b[at::RX_CSUM], b[at::RX_SEGMENTS]) == (1, 1, 1);
+        (first && second && third && fourth).then_some(())
+    });
+}
+
+/// Whatever a driver calls with, its connection goes on, and so do those of others.
+#[test]
+fn any_buffer_is_refused_or_obeyed() {
+    let bus = bus(2);
+    let all = abi::F_TX | abi::F_RX | abi::F_HASH | abi::F_RSS | abi::F_VLAN | abi::F_MAC;
+    let shape = Shape { pairs: 2, features: all, ..Shape::default() };
+    let [mut a, mut b] = two(&bus, &json!({ "queue-pairs": 2 }), [Shape::default(); 2]);
+    let mut hostile = Net::new(&bus, "h", config(3, &json!({ "queue-pairs": 2 })), shape);
+    let mut x = 1_u64;
+    let mut random = || {
+        x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        x >> 33
+    };
+    let mut obeyed = 0;
+    for n in 0..3_000 {
+        let function = (random() % 10) as u32;
+        let right = [0, 0, 8, 8, 4, 6, 48, [8, 520][random() as usize % 2], 0, 0];
+        let any = random() as usize % 600;
+        let len = [right[function as usize], any][usize::from(random() % 4 == 0)];
+        let small = random() % 4 != 0;
+        let mut buffer: Vec<u8> =
+            (0..len).map(|_| if small { random() % 8 / 6 } else { random() } as u8).collect();
+        if random() % 4 != 0 {
+            buffer.iter_mut().skip(1).take(3).for_each(|byte| *byte = 0);
+            buffer.iter_mut().skip(4).take(4).for_each(|byte| *byte = 0);
+        }
+        obeyed += u32::from(hostile.call(function, &buffer).is_ok());
+        let flags = random() as u32 | 1;
+        let refused = hostile.endpoint.call(function, flags, 2048, 0);
+        assert!(matches!(refused, Err(ErrorCode::BAD_ARGUMENT)));
+        if n % 50 == 0 {
+            a.send(0, &frame([0xff; 6], A, n, 60));
+            assert_eq!(b.recv(0), frame([0xff; 6], A, n, 60));
+        }
+    }
+    assert!(obeyed > 100, "{obeyed}");
+    assert_eq!(hostile.endpoint.state(), ConnectionState::Open);
+}
