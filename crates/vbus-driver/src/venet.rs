@@ -64,6 +64,14 @@ pub struct Rss<'a> {
     pub table: &'a [u16],
 }
 
+/// A ring that is registered.
+#[derive(Debug)]
+struct Ring<H: Hal> {
+    end: DriverEnd<H::Dma>,
+    bell: Bell<H>,
+    region: Region,
+}
+
 /// A NIC with an open connection.
 #[derive(Debug)]
 pub struct Nic<H: Hal> {
@@ -138,8 +146,8 @@ impl<H: Hal> Nic<H> {
     /// Takes a queue pair away. The device touches neither its rings nor its buffers when this
     /// returns. A pair in use is to be taken out of use first, by [`set_queues`](Self::set_queues).
     pub fn remove_pair(&mut self, tx: Tx<H>, rx: Rx<H>) -> Result<(), Error> {
-        self.function.region_drop(tx.region)?;
-        self.function.region_drop(rx.region)
+        self.function.region_drop(tx.ring.region)?;
+        self.function.region_drop(rx.ring.region)
     }
 
     /// Resets a transmit queue: takes its ring away, and puts a new one of `entries` entries in its
@@ -147,7 +155,7 @@ impl<H: Hal> Nic<H> {
     /// memory when this returns.
     pub fn reset_tx(&mut self, tx: Tx<H>, entries: u32, vector: u16) -> Result<Tx<H>, Error> {
         let q = tx.q;
-        self.function.region_drop(tx.region)?;
+        self.function.region_drop(tx.ring.region)?;
         self.tx(q, entries, vector)
     }
 
@@ -161,22 +169,20 @@ impl<H: Hal> Nic<H> {
         vector: u16,
     ) -> Result<Rx<H>, Error> {
         let q = rx.q;
-        self.function.region_drop(rx.region)?;
+        self.function.region_drop(rx.ring.region)?;
         self.rx(q, entries, buffer_bytes, vector)
     }
 
     fn tx(&mut self, q: u16, entries: u32, vector: u16) -> Result<Tx<H>, Error> {
-        let (ring, bell, region) = self.ring(venet::tx(q), entries, Returns::Counted, vector)?;
-        Ok(Tx::new(q, ring, bell, region))
+        Ok(Tx::new(q, self.ring(venet::tx(q), entries, Returns::Counted, vector)?))
     }
 
     fn rx(&mut self, q: u16, entries: u32, bytes: u32, vector: u16) -> Result<Rx<H>, Error> {
         if bytes < BUFFER_MIN {
             return Err(Error::Unsupported("so small receive buffers"));
         }
-        let (ring, bell, region) = self.ring(venet::rx(q), entries, Returns::Entries, vector)?;
-        let hash = self.function.features() & F_HASH != 0;
-        Ok(Rx::new(q, ring, bell, region, bytes, hash))
+        let ring = self.ring(venet::rx(q), entries, Returns::InOrder, vector)?;
+        Ok(Rx::new(q, ring, bytes, self.function.features() & F_HASH != 0))
     }
 
     fn ring(
@@ -185,7 +191,7 @@ impl<H: Hal> Nic<H> {
         entries: u32,
         returns: Returns,
         vector: u16,
-    ) -> Result<(DriverEnd<H::Dma>, Bell<H>, Region), Error> {
+    ) -> Result<Ring<H>, Error> {
         if id / 2 >= u32::from(self.config.queue_pairs) || entries > self.config.ring_entries {
             return Err(Error::Unsupported("so many queue pairs or entries"));
         }
@@ -200,7 +206,7 @@ impl<H: Hal> Nic<H> {
             (0, layout.bytes()),
             Some(SIGNAL_OFFSET),
         )?;
-        Ok((ring, self.function.bell(region.handle()), region))
+        Ok(Ring { end: ring, bell: self.function.bell(region.handle()), region })
     }
 
     /// Lets the device serve the queues.

@@ -44,8 +44,8 @@ impl VenetConnection {
     pub fn new(device: Arc<VenetDevice>, open: Open) -> VenetConnection {
         let filter = Arc::new(Filter::new(device.config.mac));
         let pending = Pending::default();
-        let pages =
-            Arc::new(Pages::new(device.clone(), filter.clone(), pending.clone(), open.incarnation));
+        let told = (open.incarnation, open.notifier.clone());
+        let pages = Arc::new(Pages::new(device.clone(), filter.clone(), pending.clone(), told));
         let pages_task = spawn(&open, 0, Box::new(PagesTask::new(pages.clone())));
         device.link.observe(Some(pages_task.clone()));
         let rings = device.pairs.iter().map(|_| Rings::default()).collect();
@@ -263,7 +263,7 @@ fn spawn(open: &Open, beside: usize, task: Box<dyn Task>) -> TaskHandle {
 /// The device's end of the transmit ring, or the receive ring, in a region.
 fn attach(region: &Region, is_rx: bool) -> Result<DeviceEnd<Window>, ErrorCode> {
     let ring = DeviceEnd::attach(region.window.clone())?;
-    let returns = if is_rx { Returns::Entries } else { Returns::Counted };
+    let returns = if is_rx { Returns::InOrder } else { Returns::Counted };
     if ring.layout().returns() != returns || ring.layout().entries() > u32::from(RING_MAX) {
         return Err(ErrorCode::BAD_LAYOUT);
     }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use vbus_core::shm::abi::venet::{REGION_STATUS, counters_page, status_page as word};
 use vbus_core::shm::signal::{Kick, end};
 use vbus_core::shm::state::{SIGNAL_OFFSET, Writer};
-use vbus_core::{ErrorCode, Progress, Region, Task, Window, lock};
+use vbus_core::{ErrorCode, Notifier, Progress, Region, Task, Window, lock};
 use vbus_net::Filter;
 
 use super::config::Duplex;
@@ -62,6 +62,8 @@ struct Registered {
     counters: Option<Page>,
     /// When counters were written last.
     at: Option<Instant>,
+    /// The requests to announce that the driver was told of.
+    announces: u64,
 }
 
 /// The pages of a connection. The driver may or may not have registered them.
@@ -70,6 +72,7 @@ pub struct Pages {
     filter: Arc<Filter>,
     pending: Pending,
     incarnation: u64,
+    notifier: Notifier,
     registered: Mutex<Registered>,
 }
 
@@ -79,9 +82,11 @@ impl Pages {
         device: Arc<VenetDevice>,
         filter: Arc<Filter>,
         pending: Pending,
-        incarnation: u64,
+        (incarnation, notifier): (u64, Notifier),
     ) -> Pages {
-        Pages { device, filter, pending, incarnation, registered: Mutex::default() }
+        let announces = device.link.announces();
+        let registered = Mutex::new(Registered { announces, ..Registered::default() });
+        Pages { device, filter, pending, incarnation, notifier, registered }
     }
 
     /// The driver registers a page. The task is to be woken then.
@@ -144,6 +149,10 @@ impl Pages {
     /// then.
     fn update(&self) -> Option<Instant> {
         let registered = &mut *lock(&self.registered);
+        let announces = self.device.link.announces();
+        if std::mem::replace(&mut registered.announces, announces) != announces {
+            self.notifier.announce(); // Also to a driver without a status page.
+        }
         if registered.status.is_none() && registered.counters.is_none() {
             return None;
         }

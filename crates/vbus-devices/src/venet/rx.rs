@@ -298,7 +298,7 @@ impl RxQueue {
             let flags = if i + 1 < count { NEXT } else { 0 };
             self.ring.give_back(Return {
                 len: u32::try_from(filled).unwrap_or(entry.len),
-                id: entry.id,
+                id: 0, // Returns in order have none.
                 flags,
             });
         }
@@ -388,7 +388,7 @@ impl RxQueue {
             let flags = if i + 1 < count { NEXT } else { 0 };
             self.ring.give_back(Return {
                 len: u32::try_from(filled).unwrap_or(entry.len),
-                id: entry.id,
+                id: 0, // Returns in order have none.
                 flags,
             });
         }

@@ -1,5 +1,6 @@
 //! A driver of venet in this process, and the driver's end of its rings.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use serde_json::Value;
@@ -41,6 +42,8 @@ pub struct Pair {
     tx_buffers: u64,
     pub rx_buffers: u64,
     sent: u64,
+    /// The receive buffers that are with the device, in order.
+    order: VecDeque<u16>,
     /// Entries of a frame that is coming in.
     partial: Vec<u8>,
 }
@@ -63,7 +66,7 @@ fn ring(
 /// How a transmit ring returns entries.
 pub const TX_RETURNS: Returns = Returns::Counted;
 /// How a receive ring returns entries.
-pub const RX_RETURNS: Returns = Returns::Entries;
+pub const RX_RETURNS: Returns = Returns::InOrder;
 
 impl Pair {
     fn new(endpoint: &Endpoint, memory: &mut Memory, q: u16, shape: Shape) -> Pair {
@@ -81,6 +84,7 @@ impl Pair {
             tx_buffers,
             rx_buffers,
             sent: 0,
+            order: VecDeque::new(),
             partial: Vec::new(),
         }
     }
@@ -155,6 +159,7 @@ impl Net {
         if is_rx {
             (pair.rx, pair.rx_addr, pair.rx_handle) = (end, addr, handle);
             pair.partial.clear();
+            pair.order.clear();
         } else {
             (pair.tx, pair.tx_addr, pair.tx_handle, pair.sent) = (end, addr, handle, 0);
         }
@@ -211,6 +216,7 @@ impl Net {
     pub fn post_buffer(&mut self, q: usize, id: u16) {
         let (len, addr) = (self.shape.buffer_bytes, self.buffer(q, id));
         self.pairs[q].rx.submit(Entry { addr, len, id, flags: 0 }).unwrap();
+        self.pairs[q].order.push_back(id);
     }
 
     /// Address of receive buffer `id`.
@@ -281,10 +287,11 @@ impl Net {
     /// The next frame with its header, if there is one; its buffers are posted again.
     pub fn try_recv(&mut self, q: usize) -> Option<Vec<u8>> {
         while let Some(entry) = self.pairs[q].rx.reap().unwrap() {
-            let addr = self.buffer(q, entry.id);
+            let id = self.pairs[q].order.pop_front().unwrap();
+            let addr = self.buffer(q, id);
             let bytes = self.memory.read(addr, entry.len as usize);
             self.pairs[q].partial.extend_from_slice(&bytes);
-            self.post_buffer(q, entry.id);
+            self.post_buffer(q, id);
             self.kick_rx(q);
             if entry.flags & NEXT == 0 {
                 return Some(std::mem::take(&mut self.pairs[q].partial));

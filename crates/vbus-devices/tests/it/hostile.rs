@@ -6,10 +6,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use serde_json::json;
 use vbus_core::shm::Memory as _;
 use vbus_core::shm::abi::venet::{CALL_FILTER, F_RX, F_TX, FILTER_PROMISCUOUS};
-use vbus_core::shm::ring::{Entry, Layout, NEXT, Returns};
+use vbus_core::shm::ring::{Entry, Layout, NEXT};
 use vbus_core::{ConnectionState, Endpoint, ErrorCode};
 
-use crate::driver::{Net, Shape, bus, frame};
+use crate::driver::{Net, RX_RETURNS, Shape, TX_RETURNS, bus, frame};
 
 const A: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const B: [u8; 6] = [2, 0, 0, 0, 0, 2];
@@ -52,12 +52,11 @@ fn live(endpoint: &Arc<Endpoint>, random: &mut Random) -> Option<ErrorCode> {
     if random.below(2) == 0 {
         net.post_all();
     }
-    let rings =
-        [(net.pairs[0].tx_addr, Returns::Counted), (net.pairs[0].rx_addr, Returns::Entries)].map(
-            |(addr, returns)| {
-                net.memory.window(addr, Layout::new(shape.entries, returns).unwrap().bytes())
-            },
-        );
+    let rings = [(net.pairs[0].tx_addr, TX_RETURNS), (net.pairs[0].rx_addr, RX_RETURNS)].map(
+        |(addr, returns)| {
+            net.memory.window(addr, Layout::new(shape.entries, returns).unwrap().bytes())
+        },
+    );
     for _ in 0..300 {
         match random.below(6) {
             // Anything, anywhere in a ring: entries, counts, arms, the header.

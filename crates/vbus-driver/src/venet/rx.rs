@@ -1,11 +1,11 @@
 //! The receive queue.
 
 use vbus_shm::abi::venet::{CHAIN_MAX, FRAME_MAX, HASH_HEADER_BYTES, HEADER_BYTES};
-use vbus_shm::ring::{DriverEnd, Entry, NEXT};
+use vbus_shm::ring::{Entry, NEXT};
 use vbus_shm::signal::Armed;
 
-use super::RING_MAX;
-use crate::{Bell, Error, Hal, Region};
+use super::{RING_MAX, Ring};
+use crate::{Error, Hal};
 
 /// Part of a received frame: the first `len` bytes of buffer `id`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -20,13 +20,15 @@ pub struct Received {
 #[derive(Debug)]
 pub struct Rx<H: Hal> {
     pub(super) q: u16,
-    pub(super) region: Region,
-    ring: DriverEnd<H::Dma>,
-    bell: Bell<H>,
+    pub(super) ring: Ring<H>,
     buffer_bytes: u32,
     header_bytes: usize,
     /// A bit for each buffer that is with the device.
     with_device: [u64; RING_MAX as usize / 64],
+    /// The buffers that are with the device, in the order in which it has them: the next to come
+    /// back is at `oldest`.
+    order: [u16; RING_MAX as usize],
+    oldest: usize,
     /// The frame that is being put together, or was returned last.
     pieces: [Received; CHAIN_MAX],
     count: usize,
@@ -35,23 +37,16 @@ pub struct Rx<H: Hal> {
 }
 
 impl<H: Hal> Rx<H> {
-    pub(super) fn new(
-        q: u16,
-        ring: DriverEnd<H::Dma>,
-        bell: Bell<H>,
-        region: Region,
-        buffer_bytes: u32,
-        hash: bool,
-    ) -> Self {
+    pub(super) fn new(q: u16, ring: Ring<H>, buffer_bytes: u32, hash: bool) -> Self {
         let pieces = [Received::default(); CHAIN_MAX];
         Rx {
             q,
-            region,
             header_bytes: if hash { HASH_HEADER_BYTES } else { HEADER_BYTES },
             ring,
-            bell,
             buffer_bytes,
             with_device: Default::default(),
+            order: [0; RING_MAX as usize],
+            oldest: 0,
             pieces,
             count: 0,
             bytes: 0,
@@ -71,7 +66,7 @@ impl<H: Hal> Rx<H> {
 
     /// How many more buffers the ring has room for.
     pub fn space(&self) -> u32 {
-        self.ring.space()
+        self.ring.end.space()
     }
 
     /// Gives buffer `id`, the [`buffer_bytes`](Self::buffer_bytes) at `addr`, to the device. `id`
@@ -81,42 +76,48 @@ impl<H: Hal> Rx<H> {
     pub fn give(&mut self, id: u16, addr: u64) -> Result<(), Error> {
         let (word, bit) = place(id);
         let free = self.with_device.get_mut(word).filter(|bits| **bits & bit == 0);
-        let Some(bits) = free.filter(|_| u32::from(id) < self.ring.layout().entries()) else {
+        let Some(bits) = free.filter(|_| u32::from(id) < self.ring.end.layout().entries()) else {
             return Err(Error::Unsupported("a receive buffer of that number"));
         };
         let entry = Entry { addr, len: self.buffer_bytes, id, flags: 0 };
+        let place = (self.oldest + self.ring.end.in_flight() as usize) % self.order.len();
         // As many ids as entries, so there is room.
         self.ring
+            .end
             .submit(entry)
             .map_err(|_| Error::Unsupported("more receive buffers than entries"))?;
         *bits |= bit;
+        self.order[place] = id;
         Ok(())
     }
 
     /// Makes the buffers that were given visible, and wakes the device if it waits for them.
     /// Returns whether it rang the doorbell.
     pub fn post(&mut self) -> bool {
-        self.bell.kick(self.ring.post())
+        self.ring.bell.kick(self.ring.end.post())
     }
 
     /// The next frame, in pieces, header first. They belong to the driver from here on, until it
     /// [`give`](Self::give)s them again, as it can after the next call too.
     ///
-    /// An error says that the device broke the protocol: a buffer that it does not have, more bytes
-    /// than the buffer has, a frame too large.
+    /// An error says that the device broke the protocol: more buffers than it has, more bytes than a
+    /// buffer has, a frame too large.
     pub fn receive(&mut self) -> Result<Option<&[Received]>, Error> {
         if self.whole {
             (self.whole, self.count, self.bytes) = (false, 0, 0);
         }
         while !self.whole {
-            let entry = self
+            let back = self
                 .ring
+                .end
                 .reap()
                 .map_err(|_| Error::Corrupt("more receive buffers returned than given"))?;
-            let Some(entry) = entry else { return Ok(None) };
-            let (word, bit) = place(entry.id);
-            let bits = self.with_device.get_mut(word).filter(|bits| **bits & bit != 0);
-            *bits.ok_or(Error::Corrupt("a receive buffer returned that was not given"))? &= !bit;
+            let Some(entry) = back else { return Ok(None) };
+            // The ring has checked that as many were given.
+            let id = self.order[self.oldest];
+            self.oldest = (self.oldest + 1) % self.order.len();
+            let (word, bit) = place(id);
+            self.with_device[word] &= !bit;
             if entry.len > self.buffer_bytes || entry.len == 0 {
                 return Err(Error::Corrupt("bad length of a received piece"));
             }
@@ -124,7 +125,7 @@ impl<H: Hal> Rx<H> {
                 .pieces
                 .get_mut(self.count)
                 .ok_or(Error::Corrupt("a received frame in too many pieces"))?;
-            *slot = Received { id: entry.id, len: entry.len };
+            *slot = Received { id, len: entry.len };
             self.count += 1;
             self.bytes += entry.len as usize;
             self.whole = entry.flags & NEXT == 0;
@@ -139,12 +140,12 @@ impl<H: Hal> Rx<H> {
 
     /// Asks for an interrupt once `after` more pieces than those received have come, and one more.
     pub fn arm(&mut self, after: u32) -> Armed {
-        self.ring.arm(after)
+        self.ring.end.arm(after)
     }
 
     /// Asks for none.
     pub fn disarm(&mut self) {
-        self.ring.disarm();
+        self.ring.end.disarm();
     }
 }
 

@@ -1,10 +1,11 @@
 //! The transmit queue.
 
 use vbus_shm::abi::venet::{CHAIN_MAX, FRAME_MAX, HEADER_BYTES};
-use vbus_shm::ring::{DriverEnd, Entry, NEXT};
+use vbus_shm::ring::{Entry, NEXT};
 use vbus_shm::signal::Armed;
 
-use crate::{Bell, Error, Hal, Region};
+use super::Ring;
+use crate::{Error, Hal};
 
 /// A run of the device's addresses that holds part of a frame.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -20,24 +21,22 @@ pub struct Piece {
 #[derive(Debug)]
 pub struct Tx<H: Hal> {
     pub(super) q: u16,
-    pub(super) region: Region,
-    ring: DriverEnd<H::Dma>,
-    bell: Bell<H>,
+    pub(super) ring: Ring<H>,
 }
 
 impl<H: Hal> Tx<H> {
-    pub(super) fn new(q: u16, ring: DriverEnd<H::Dma>, bell: Bell<H>, region: Region) -> Self {
-        Tx { q, region, ring, bell }
+    pub(super) fn new(q: u16, ring: Ring<H>) -> Self {
+        Tx { q, ring }
     }
 
     /// Pieces that can be submitted now. Grows by [`reclaim`](Self::reclaim).
     pub fn space(&self) -> u32 {
-        self.ring.space()
+        self.ring.end.space()
     }
 
     /// Pieces that have been submitted and not reclaimed.
     pub fn in_flight(&self) -> u32 {
-        self.ring.in_flight()
+        self.ring.end.in_flight()
     }
 
     /// Submits a frame with its header, in 1..=[`CHAIN_MAX`] pieces of 1 byte or more,
@@ -53,14 +52,14 @@ impl<H: Hal> Tx<H> {
         {
             return Err(Error::Unsupported("a frame of that shape"));
         }
-        if (self.ring.space() as usize) < pieces.len() {
+        if (self.ring.end.space() as usize) < pieces.len() {
             return Ok(false);
         }
         let last = pieces.len() - 1;
         for (i, piece) in pieces.iter().enumerate() {
             let flags = if i == last { 0 } else { NEXT };
             // There is room, as checked.
-            let _ = self.ring.submit(Entry { addr: piece.addr, len: piece.len, id: 0, flags });
+            let _ = self.ring.end.submit(Entry { addr: piece.addr, len: piece.len, id: 0, flags });
         }
         Ok(true)
     }
@@ -68,13 +67,14 @@ impl<H: Hal> Tx<H> {
     /// Makes what was submitted visible, and wakes the device if it sleeps. Returns whether it rang
     /// the doorbell. Best called once for several frames.
     pub fn post(&mut self) -> bool {
-        self.bell.kick(self.ring.post())
+        self.ring.bell.kick(self.ring.end.post())
     }
 
     /// How many pieces came back since the last call, the oldest first. Costs a look at memory:
     /// best called when room gets scarce.
     pub fn reclaim(&mut self) -> Result<u32, Error> {
         self.ring
+            .end
             .reap_count()
             .map_err(|_| Error::Corrupt("more transmit entries returned than submitted"))
     }
@@ -82,11 +82,11 @@ impl<H: Hal> Tx<H> {
     /// Asks for an interrupt once `after` more pieces than those reclaimed have come back, and one
     /// more. Without this, none comes.
     pub fn arm(&mut self, after: u32) -> Armed {
-        self.ring.arm(after)
+        self.ring.end.arm(after)
     }
 
     /// Asks for none.
     pub fn disarm(&mut self) {
-        self.ring.disarm();
+        self.ring.end.disarm();
     }
 }
