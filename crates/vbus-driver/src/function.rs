@@ -645,29 +645,45 @@ fn find_layout<H: Hal>(hal: &H) -> Result<(u16, u64), Error> {
 
 /// Where vbus's capability is, and the version of its layout.
 fn find_capability<H: Hal>(hal: &H) -> Result<(u16, u8), Error> {
-    const STATUS_CAPABILITIES: u32 = 1 << 20;
-    const VENDOR_SPECIFIC: u8 = 0x09;
-    let id = hal.config_read32(0);
-    if id == GONE {
+    let read = |offset| hal.config_read32(offset);
+    if read(0) == GONE {
         return Err(Error::Gone);
     }
-    if hal.config_read32(0x04) & STATUS_CAPABILITIES == 0 {
-        return Err(Error::NotVbus);
+    signature_at(read)
+        .map(|at| (at, config_u8(hal, at + u16::from(capability::VERSION))))
+        .ok_or(Error::NotVbus)
+}
+
+/// Whether a PCI function is one of vbus, by the signature in its configuration space: for whoever
+/// looks for functions. `config_read32` reads 4 bytes at a multiple of 4 below 256.
+pub fn has_signature(config_read32: impl Fn(u16) -> u32) -> bool {
+    signature_at(config_read32).is_some()
+}
+
+/// Where the capability with the signature is.
+fn signature_at(read: impl Fn(u16) -> u32) -> Option<u16> {
+    const STATUS_CAPABILITIES: u32 = 1 << 20;
+    const VENDOR_SPECIFIC: u8 = 0x09;
+    if read(0) == GONE || read(0x04) & STATUS_CAPABILITIES == 0 {
+        return None;
     }
-    let mut at = u16::from(config_u8(hal, 0x34) & !3);
+    let mut at = (read(0x34) & 0xfc) as u16;
     for _ in 0..CAPABILITIES_MAX {
         if at < 0x40 {
             break;
         }
-        if config_u8(hal, at) == VENDOR_SPECIFIC
-            && config_u8(hal, at + 2) > capability::SIGNATURE + 3
-            && config_u32(hal, at + u16::from(capability::SIGNATURE)) == capability::SIGNATURE_VALUE
+        let [id, next, length, _] = read(at).to_le_bytes();
+        let signature = at + u16::from(capability::SIGNATURE);
+        if id == VENDOR_SPECIFIC
+            && length > capability::SIGNATURE + 3
+            && signature < 256
+            && read(signature) == capability::SIGNATURE_VALUE
         {
-            return Ok((at, config_u8(hal, at + u16::from(capability::VERSION))));
+            return Some(at);
         }
-        at = u16::from(config_u8(hal, at + 1) & !3);
+        at = u16::from(next & !3);
     }
-    Err(Error::NotVbus)
+    None
 }
 
 /// Those doorbells of the capability at `at` that can be rung here, each for `regions` handles.

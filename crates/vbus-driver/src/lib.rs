@@ -65,7 +65,9 @@ pub mod venet;
 pub use costs::{Cost, Costs};
 pub use doorbell::Doorbell;
 pub use error::{Error, NoMemory};
-pub use function::{Acknowledger, Bell, ConnectionState, Events, Function, Info, Name, Region};
+pub use function::{
+    Acknowledger, Bell, ConnectionState, Events, Function, Info, Name, Region, has_signature,
+};
 pub use hal::{COMMAND_BOUND, Dma, Hal};
 #[cfg(feature = "alloc")]
 pub use regions::HeapTable;

@@ -1,7 +1,7 @@
 //! The walk over PCI: which vbus functions there are, behind which bridges, with buses and
 //! addresses given out where firmware has not.
 
-use vbus_shm::abi::{PCI_DEVICE, PCI_VENDOR, bar0};
+use vbus_shm::abi::bar0;
 
 /// The most functions that are kept.
 pub const FUNCTIONS_MAX: usize = 64;
@@ -117,7 +117,7 @@ impl Functions {
         let header = config.read(address, at::HEADER) >> 16 & 0x7f;
         if header == 1 && depth > 0 {
             self.bridge(config, address, depth);
-        } else if id == u32::from(PCI_VENDOR) | u32::from(PCI_DEVICE) << 16 && header == 0 {
+        } else if header == 0 && vbus_driver::has_signature(|offset| config.read(address, offset)) {
             self.vbus(config, address);
         }
     }
@@ -284,6 +284,13 @@ mod tests {
             words: &[(u16, u32)],
         ) -> usize {
             let mut node = Node { bridge, device, function, words: [0; 64] };
+            if words.contains(&(at::ID, VBUS)) {
+                // Capabilities; the only one is that with the signature.
+                node.words[1] = 1 << 20;
+                node.words[0x34 / 4] = 0x40;
+                node.words[0x40 / 4] = 0x0114_0009;
+                node.words[0x44 / 4] = vbus_shm::abi::capability::SIGNATURE_VALUE;
+            }
             for (offset, value) in words {
                 node.words[usize::from(offset / 4)] = *value;
             }

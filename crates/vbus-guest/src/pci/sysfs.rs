@@ -41,6 +41,15 @@ impl Drop for PciSource {
     }
 }
 
+/// Whether the function in this folder has the signature of vbus, as far as it can be read.
+fn has_signature(folder: &Path) -> bool {
+    let Ok(space) = fs::read(folder.join("config")) else { return false };
+    vbus_driver::has_signature(|offset| {
+        let word = space.get(usize::from(offset)..).and_then(|rest| rest.first_chunk());
+        word.map_or(0, |word| u32::from_le_bytes(*word))
+    })
+}
+
 impl Source for PciSource {
     type Hal = PciHal;
 
@@ -49,8 +58,10 @@ impl Source for PciSource {
         for entry in fs::read_dir(format!("{BUS}/devices"))? {
             let entry = entry?;
             let number = |file: &str| read_hex(&entry.path().join(file));
-            // One that goes at this moment is not there.
-            if number("vendor") == Some(PCI_VENDOR) && number("device") == Some(PCI_DEVICE) {
+            // By the signature, whatever its ids. Who may not read so far (only root may) looks at
+            // the ids. One that goes at this moment is not there.
+            let ids = (number("vendor"), number("device"));
+            if has_signature(&entry.path()) || ids == (Some(PCI_VENDOR), Some(PCI_DEVICE)) {
                 found.push(Found {
                     id: entry.file_name().to_string_lossy().into_owned(),
                     class: number("subsystem_device"),
