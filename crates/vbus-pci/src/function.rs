@@ -9,7 +9,7 @@ use vbus_core::Executor;
 use vbus_pci_config::register::{COMMAND_INTX_DISABLE, COMMAND_MASTER, STATUS, STATUS_INTERRUPT};
 use vbus_pci_config::{ConfigSpace, MsixLayout, MsixTable, read_pending_bits};
 
-use crate::interrupts::{Interrupts, IrqError, IrqIndex, check};
+use crate::interrupts::{Interrupts, IrqError, IrqIndex, non_blocking};
 use crate::mask_event::MaskEvent;
 
 /// Number of regions of a PCI function in VFIO's numbering: six BARs, ROM, configuration space,
@@ -214,10 +214,11 @@ impl PciFunction {
     }
 
     /// Connects the interrupts of an index from `start` on to eventfds, or disconnects them
-    /// (`None`): all or, on an error, none.
+    /// (`None`): all or, on an error, none. That the descriptors are eventfds is for the connector
+    /// to check.
     ///
     /// # Errors
-    /// [`IrqError::NoSuch`], [`IrqError::NotEventfd`], [`IrqError::Os`].
+    /// [`IrqError::NoSuch`], [`IrqError::Os`].
     pub fn connect_irqs(
         &self,
         index: IrqIndex,
@@ -231,7 +232,7 @@ impl PciFunction {
     /// other indexes there is nothing to mask.
     ///
     /// # Errors
-    /// [`IrqError::NotMaskable`], [`IrqError::NotEventfd`], [`IrqError::Os`].
+    /// [`IrqError::NotMaskable`], [`IrqError::Os`].
     pub fn connect_mask(
         &mut self,
         index: IrqIndex,
@@ -241,7 +242,7 @@ impl PciFunction {
         if index != IrqIndex::Intx {
             return Err(IrqError::NotMaskable);
         }
-        let eventfd = eventfd.map(check).transpose()?;
+        let eventfd = eventfd.map(non_blocking).transpose()?;
         let place = &mut self.mask_events[usize::from(masked)];
         // The old one first: both could be the same eventfd, which can be watched once only.
         *place = None;

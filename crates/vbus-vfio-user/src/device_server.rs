@@ -191,8 +191,8 @@ impl Target for Served {
             _ => return Err(Errno::OPNOTSUPP),
         };
         done.map_err(|error| match error {
-            IrqError::NoSuch | IrqError::NotMaskable | IrqError::NotEventfd => Errno::INVAL,
             IrqError::Os(errno) => errno,
+            _ => Errno::INVAL,
         })
     }
 

@@ -65,6 +65,7 @@
 //! ```
 
 mod client;
+mod eventfd;
 mod listen;
 pub mod message;
 mod poller;
@@ -76,6 +77,7 @@ mod target;
 pub mod version;
 
 pub use client::{Client, ClientError};
+pub use eventfd::is_eventfd;
 pub use listen::bind_private;
 pub use rustix::io::Errno;
 pub use server::{Outcome, Server, Stats, Timeouts};

@@ -14,6 +14,7 @@ use std::os::fd::OwnedFd;
 
 use rustix::io::Errno;
 
+use crate::eventfd::is_eventfd;
 use crate::message::{
     self, DEVICE_IS_PCI, DEVICE_RESETS, DmaMap, DmaUnmap, Feature, Header, Info, IrqData, IrqVerb,
     Kind, Malformed, MultiWrite, REGION_ACCESS_LEN, RegionAccess, SUB_REGION_LEN, SetIrqs,
@@ -78,6 +79,7 @@ enum Failure {
     Overlap(u64, u64),
     TooManyMaps(usize),
     NotZero { flags: u32, count: u32 },
+    NotEventfd,
     NotMapped(u64, u64),
     Unsupported(&'static str),
     Unknown,
@@ -133,6 +135,7 @@ impl fmt::Display for Failure {
             Self::NotZero { flags, count } => {
                 write!(f, "flags {flags:#x} and count {count} in a request, where both are 0")
             }
+            Self::NotEventfd => write!(f, "a descriptor that is no eventfd"),
             Self::NotMapped(address, size) => {
                 write!(f, "no mapping of {size:#x} bytes at {address:#x}")
             }
@@ -445,6 +448,11 @@ fn set_irqs<T: Target + ?Sized>(target: &mut T, body: &[u8], fds: Vec<OwnedFd>) 
     // This also bounds the vectors below.
     if count == 0 || start.checked_add(count).is_none_or(|end| end > have) {
         return Err(Failure::IrqRange { index, start, count, have });
+    }
+    for fd in &fds {
+        if !is_eventfd(fd)? {
+            return Err(Failure::NotEventfd);
+        }
     }
     let which = || match data {
         IrqData::Bool(bools) => {

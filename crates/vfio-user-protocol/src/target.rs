@@ -106,7 +106,7 @@ impl IrqInfo {
 /// What a client wants of the interrupts of one index (`DEVICE_SET_IRQS`).
 ///
 /// Ranges have been checked against [`Target::irq_info`]. An interrupt number is relative to its
-/// index.
+/// index. The descriptors are eventfds; they may block, until the target makes them non-blocking.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum IrqAction {

@@ -1,11 +1,11 @@
 //! The doorbells of a function: the eventfds that its server gave, and the ways other than BAR0 by
 //! which the guest can ring them.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
 use vbus_kvm::{DoorbellKind, DoorbellRange, Doorbells};
 use vbus_shm::abi::capability;
-use vfio_user_protocol::IoEventFd;
+use vfio_user_protocol::{IoEventFd, is_eventfd};
 
 use super::config::Record;
 use super::description::{BadFunction, Description};
@@ -44,17 +44,12 @@ pub(super) fn of_function(
                 "an eventfd for {size} bytes, where doorbell {number} is"
             )));
         }
-        if !is_eventfd(&fd) {
+        if !is_eventfd(&fd).unwrap_or(false) {
             return Err(BadFunction::Lie(format!("doorbell {number} is no eventfd")));
         }
         Ok((number, fd))
     };
     eventfds.into_iter().map(number).collect()
-}
-
-fn is_eventfd(fd: &OwnedFd) -> bool {
-    let link = rustix::fs::readlink(format!("/proc/self/fd/{}", fd.as_raw_fd()), Vec::new());
-    link.is_ok_and(|target| target.as_bytes() == b"anon_inode:[eventfd]")
 }
 
 /// The number of ports of each slot.

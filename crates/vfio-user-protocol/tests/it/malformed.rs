@@ -414,6 +414,9 @@ fn interrupts(t: &mut Table) {
         f.events(1)
     });
     t.with_fds("SET_IRQS with flags and eventfds", INVAL, (8, set(0x21, 2, 0, 1)), |f| f.events(1));
+    t.with_fds("SET_IRQS with what is no eventfd", INVAL, (8, set(0x24, 2, 0, 2)), |f| {
+        vec![f.events[0].as_fd(), f.memory.as_fd()]
+    });
     t.with_fds("SET_IRQS that the device refuses", NOT_SUPPORTED, (8, set(0x0c, 0, 0, 1)), |f| {
         f.events(1)
     });

@@ -1,0 +1,30 @@
+//! Whether a descriptor from the peer is an eventfd.
+
+use std::os::fd::{AsFd, AsRawFd};
+
+use rustix::io::Errno;
+
+/// Whether a descriptor is an eventfd: of those a write has bounded effects, and cannot block once
+/// the descriptor is non-blocking.
+///
+/// # Errors
+/// When /proc does not tell.
+pub fn is_eventfd(fd: impl AsFd) -> Result<bool, Errno> {
+    let link = format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd());
+    Ok(rustix::fs::readlink(link, Vec::new())?.as_bytes() == b"anon_inode:[eventfd]")
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::event::{EventfdFlags, eventfd};
+
+    use super::*;
+
+    #[test]
+    fn an_eventfd_is_told_from_other_descriptors() {
+        let fd = eventfd(0, EventfdFlags::CLOEXEC).expect("an eventfd");
+        assert_eq!(is_eventfd(&fd), Ok(true));
+        let (pipe, _end) = rustix::pipe::pipe().expect("a pipe");
+        assert_eq!(is_eventfd(&pipe), Ok(false));
+    }
+}
