@@ -5,13 +5,15 @@
 //! and of which lap, so a poller touches nothing but the slot's own line. The number of entries in
 //! flight never exceeds the ring's size. That is all the flow control there is.
 //!
-//! A batch crosses the cache lines once. [`DriverEnd::submit`] writes entries; the tag of the
-//! oldest is written last, by [`DriverEnd::post`]. The device walks in order, so it sees nothing of
-//! the batch before that tag, and all of it after. How entries come back is the class's choice:
+//! Both ends publish each entry at once, oldest first, and signal once for a batch. So the other
+//! end works on a batch's first entries while the last ones are on their way; to publish the oldest
+//! tag last is slower (ablation `slots_oldest_last` of the benchmark). How entries come back is the
+//! class's choice:
 //!
 //! - [`Returns::Counted`]: the device only counts them in its `seq`.
-//! - [`Returns::InOrder`]: in the order of submission, each with a length. A run of them is one
-//!   tag, and their lengths are packed together: 16 a line.
+//! - [`Returns::InOrder`]: in the order of submission, each with a length. A device may return a
+//!   run of them by one tag, with the other lengths packed together. This one does not, since it is
+//!   slower (ablation `slots_runs`).
 //! - [`Returns::Entries`]: in any order, each with a tag of its own.
 
 use super::memory::{Memory, WORD, low, read_u32};
@@ -43,14 +45,8 @@ const HEADER_START: usize = 3;
 const CHECKPOINT: usize = CHECKPOINT_OFFSET / WORD;
 const SIGNAL: usize = SIGNAL_OFFSET / WORD;
 const ENTRY_WORDS: usize = ENTRY_BYTES / WORD;
-/// Entries in a cache line.
-const LINE: u32 = 4;
-/// Up to so many returns in order are published one by one: their tags are in one line as a rule,
-/// and a run would need the line of the lengths besides.
-const SINGLES: u32 = 4;
 
 const _: () = {
-    assert!(LINE as usize * ENTRY_BYTES == 64);
     assert!(ENTRY_BYTES == 16 && SIGNAL_OFFSET == 128 && ENTRIES_OFFSET == 384);
     assert!(SIGNAL_OFFSET % signal::BLOCK_ALIGN == 0 && ENTRIES_OFFSET % 64 == 0);
     assert!((HEADER_START + 1) * WORD <= CHECKPOINT_OFFSET && CHECKPOINT_OFFSET < SIGNAL_OFFSET);
@@ -291,12 +287,6 @@ fn count(to: u64, from: u64) -> u32 {
     low(to.wrapping_sub(from)) // At most the entries of a ring.
 }
 
-/// Where the entry of position `pos` is within its line.
-#[inline(always)]
-fn place(pos: u64) -> usize {
-    (low(pos) % LINE) as usize
-}
-
 /// The driver's end: submits, and reaps what comes back.
 #[derive(Debug)]
 pub struct DriverEnd<M> {
@@ -308,9 +298,6 @@ pub struct DriverEnd<M> {
     reaped: u64,
     /// Entries of the run that is being reaped which are still to come.
     run: u32,
-    /// The entries that are submitted but not posted, so far as they share a line with the oldest
-    /// of them: they are written last.
-    head: [Entry; LINE as usize],
 }
 
 impl<M: Memory> DriverEnd<M> {
@@ -342,7 +329,6 @@ impl<M: Memory> DriverEnd<M> {
             submitted: start,
             reaped: start,
             run: 0,
-            head: [Entry::default(); LINE as usize],
         })
     }
 
@@ -352,67 +338,46 @@ impl<M: Memory> DriverEnd<M> {
     }
 
     /// Entries that can be submitted now. Grows when returns are reaped.
-    #[inline]
+    #[inline(always)]
     pub fn space(&self) -> u32 {
         self.layout.entries - self.in_flight()
     }
 
     /// Entries that were submitted and not yet reaped.
-    #[inline]
+    #[inline(always)]
     pub fn in_flight(&self) -> u32 {
         count(self.submitted, self.reaped)
     }
 
-    /// Puts an entry into the ring. The device sees it after [`post`](Self::post): call that once
-    /// for a batch.
-    #[inline]
+    /// Puts an entry into the ring. A device that polls may see it at once; one that sleeps is told
+    /// by [`post`](Self::post): call that once for a batch.
+    #[inline(always)]
     pub fn submit(&mut self, entry: Entry) -> Result<(), Full> {
         if self.space() == 0 {
             return Err(Full);
         }
         let pos = self.submitted;
-        if pos / u64::from(LINE) == self.tx.posted() / u64::from(LINE) {
-            // The device polls this line: it is written at one go, by `post`.
-            self.head[place(pos)] = entry;
-        } else {
-            let slot = self.layout.slot(self.mem.words(), pos);
-            slot[0].store(entry.addr, Ordering::Relaxed);
-            // The device does not come here before it has seen the oldest tag.
-            slot[1].store(Return::from(entry).tag(self.layout.lap(pos)), Ordering::Relaxed);
-        }
+        let slot = self.layout.slot(self.mem.words(), pos);
+        slot[0].store(entry.addr, Ordering::Relaxed);
+        // Pairs with the load in `DeviceEnd::take`: the address is visible with its tag.
+        publish(&slot[1], Return::from(entry).tag(self.layout.lap(pos)), Edge::Tag);
         self.submitted = pos.wrapping_add(1);
         Ok(())
     }
 
-    /// Makes what was submitted since the last post visible to the device.
-    #[inline]
+    /// Posts what was submitted since the last post.
+    #[inline(always)]
     pub fn post(&mut self) -> Kick<Driver> {
         let first = self.tx.posted();
         let n = count(self.submitted, first);
         if n == 0 {
             return Kick::NONE;
         }
-        let (words, layout) = (self.mem.words(), self.layout);
-        let mut i = n.min(LINE - low(first) % LINE);
-        loop {
-            i -= 1;
-            let pos = first.wrapping_add(u64::from(i));
-            let entry = self.head[place(pos)];
-            let (slot, tag) = (layout.slot(words, pos), Return::from(entry).tag(layout.lap(pos)));
-            slot[0].store(entry.addr, Ordering::Relaxed);
-            if i == 0 {
-                // Pairs with the load in `DeviceEnd::take`: all entries of the batch are visible
-                // with the oldest tag.
-                publish(&slot[1], tag, Edge::Tag);
-                break;
-            }
-            slot[1].store(tag, Ordering::Relaxed);
-        }
-        self.tx.post(words, n)
+        self.tx.post(self.mem.words(), n)
     }
 
     /// The next return, of a ring with [`Returns::Entries`] or [`Returns::InOrder`].
-    #[inline]
+    #[inline(always)]
     pub fn reap(&mut self) -> Result<Option<Return>, Corrupt> {
         let (words, layout, pos) = (self.mem.words(), self.layout, self.reaped);
         let back = if self.run != 0 {
@@ -462,13 +427,6 @@ impl<M: Memory> DriverEnd<M> {
     }
 }
 
-/// The return of a run of `n` in order, whose first has this length.
-#[inline(always)]
-#[allow(clippy::cast_possible_truncation, reason = "at most the entries of a ring")]
-fn in_order(length: u32, n: u32) -> Return {
-    Return { len: length, id: n as u16, flags: 0 }
-}
-
 /// The checkpoint's word: the count in bits 0..16, the low 48 bits of the position above.
 #[inline(always)]
 fn checkpoint(pos: u64, n: u32) -> u64 {
@@ -484,10 +442,6 @@ pub struct DeviceEnd<M> {
     rx: Rx<Device>,
     taken: u64,
     given: u64,
-    /// Returns before this position have their tags: fewer than `given` only in order.
-    published: u64,
-    /// The lengths of the oldest returns that are not published.
-    staged: [u32; SINGLES as usize],
 }
 
 impl<M: Memory> DeviceEnd<M> {
@@ -499,7 +453,7 @@ impl<M: Memory> DeviceEnd<M> {
 
     fn at(mem: M, layout: Layout, tx: Tx<Device>, given: u64) -> Self {
         let rx = Rx::new(SIGNAL);
-        DeviceEnd { mem, layout, tx, rx, taken: given, given, published: given, staged: [0; 4] }
+        DeviceEnd { mem, layout, tx, rx, taken: given, given }
     }
 
     /// Takes up a ring in place of a device end that has gone at any moment, from what is in the
@@ -546,7 +500,7 @@ impl<M: Memory> DeviceEnd<M> {
     }
 
     /// Entries taken and not yet given back.
-    #[inline]
+    #[inline(always)]
     pub fn held(&self) -> u32 {
         count(self.taken, self.given)
     }
@@ -559,7 +513,7 @@ impl<M: Memory> DeviceEnd<M> {
     }
 
     /// The next submitted entry. Its content is the peer's word: check it before use.
-    #[inline]
+    #[inline(always)]
     pub fn take(&mut self) -> Result<Option<Entry>, Corrupt> {
         let entry = self.peek()?;
         self.taken = self.taken.wrapping_add(u64::from(entry.is_some()));
@@ -588,7 +542,7 @@ impl<M: Memory> DeviceEnd<M> {
     /// in order this stands for the oldest entry held: only a length of at most [`MAX_LENGTH`] and
     /// [`NEXT`] are passed on in order, nothing where returns are counted. The driver sees it after
     /// [`post`](Self::post) at the latest: call that once for a batch.
-    #[inline]
+    #[inline(always)]
     pub fn give_back(&mut self, back: Return) {
         if self.held() == 0 {
             return;
@@ -597,75 +551,31 @@ impl<M: Memory> DeviceEnd<M> {
         self.given = pos.wrapping_add(1);
         match self.layout.returns {
             Returns::Counted => {}
-            Returns::Entries => {
-                self.publish(pos, 1, back);
-                self.published = self.given;
-            }
-            Returns::InOrder => self.stage(pos, back.length()),
-        }
-    }
-
-    /// Keeps the length of a return in order until it is published: the first few here, so that a
-    /// short batch does not touch the array, the others in the array.
-    #[inline]
-    fn stage(&mut self, pos: u64, length: u32) {
-        let n = count(pos, self.published);
-        if let Some(place) = self.staged.get_mut(n as usize) {
-            *place = length;
-            return;
-        }
-        if n == SINGLES {
-            for i in 1..SINGLES {
-                let pos = self.published.wrapping_add(u64::from(i));
-                self.store_length(pos, self.staged[i as usize]);
+            Returns::Entries => self.publish(pos, back),
+            Returns::InOrder => {
+                self.publish(pos, Return { len: back.length(), id: 1, flags: 0 });
             }
         }
-        self.store_length(pos, length);
     }
 
+    /// Publishes the return at position `pos`.
     #[inline(always)]
-    fn store_length(&self, pos: u64, length: u32) {
-        let (word, shift) = self.layout.length(self.mem.words(), pos);
-        // The other half stays: the driver may be reading it.
-        let other = word.load(Ordering::Relaxed) & !(u64::from(u32::MAX) << shift);
-        word.store(other | u64::from(length) << shift, Ordering::Relaxed);
-    }
-
-    /// Publishes `n` returns from position `pos` on by one tag.
-    #[inline(always)]
-    fn publish(&self, pos: u64, n: u32, back: Return) {
+    fn publish(&self, pos: u64, back: Return) {
         let words = self.mem.words();
-        // For `resume`: before the tag, which makes the returns the driver's.
-        words[CHECKPOINT].store(checkpoint(pos, n), Ordering::Relaxed);
+        // For `resume`: before the tag, which makes the return the driver's.
+        words[CHECKPOINT].store(checkpoint(pos, 1), Ordering::Relaxed);
         let tag = back.tag(self.layout.lap(pos) | RETURN);
         // Pairs with the load in `DriverEnd::reap`. The address is left as it is: until this store
         // the slot holds the submission, whole.
         publish(&self.layout.slot(words, pos)[1], tag, Edge::Tag);
     }
 
-    /// Publishes the returns in order that are not.
-    #[inline]
-    fn publish_staged(&mut self) {
-        let (first, n) = (self.published, count(self.given, self.published));
-        if n > SINGLES {
-            self.publish(first, n, in_order(self.staged[0], n));
-        } else {
-            for (i, length) in (0..n).zip(self.staged) {
-                self.publish(first.wrapping_add(u64::from(i)), 1, in_order(length, 1));
-            }
-        }
-        self.published = self.given;
-    }
-
     /// Makes what was given back since the last post visible to the driver.
-    #[inline]
+    #[inline(always)]
     pub fn post(&mut self) -> Kick<Device> {
         let n = count(self.given, self.tx.posted());
         if n == 0 {
             return Kick::NONE;
-        }
-        if self.layout.returns == Returns::InOrder {
-            self.publish_staged();
         }
         self.tx.post(self.mem.words(), n)
     }
@@ -745,8 +655,8 @@ mod tests {
                 let mut device = DeviceEnd::attach(&memory[..]).unwrap();
                 let (mut sent, mut taken) = (0, 0);
                 for n in (1..=16).chain([5, 16, 16, 3]) {
+                    assert_eq!(device.take(), Ok(None));
                     for _ in 0..n {
-                        assert_eq!(device.take(), Ok(None), "not posted yet");
                         assert_eq!(driver.submit(entry(sent)), Ok(()));
                         sent += 1;
                     }
@@ -774,22 +684,19 @@ mod tests {
     }
 
     #[test]
-    fn a_run_in_order_dirties_no_slot_but_its_first() {
+    fn a_run_comes_by_one_tag_and_its_lengths_stay() {
         let layout = Layout::new(16, Returns::InOrder).unwrap();
         let memory = memory(layout);
         let mut driver = DriverEnd::create(&memory[..], layout, 0).unwrap();
-        let mut device = DeviceEnd::attach(&memory[..]).unwrap();
         (0..16).for_each(|n| driver.submit(entry(n)).unwrap());
         let _ = driver.post();
-        let slots = |pos| [0, 1].map(|i| layout.slot(&memory, pos)[i].load(Ordering::Relaxed));
-        let before: Vec<_> = (0..16).map(slots).collect();
-        for len in 0..16 {
-            assert!(device.take().unwrap().is_some());
-            device.give_back(Return { len, ..Return::default() });
+        // A device of another make returns all of them at once.
+        for pos in 0..16 {
+            let (word, shift) = layout.length(&memory, pos);
+            word.store(word.load(Ordering::Relaxed) | pos << shift, Ordering::Relaxed);
         }
-        let _ = device.post();
-        let changed = (0..16).zip(&before).filter(|(pos, before)| slots(*pos) != **before);
-        assert_eq!(changed.map(|(pos, _)| pos).collect::<Vec<_>>(), [0]);
+        let first = Return { len: 0, id: 16, flags: 0 };
+        publish(&layout.slot(&memory, 0)[1], first.tag(layout.lap(0) | RETURN), Edge::Tag);
         // Room comes while the run is being reaped, and its lengths stay.
         for len in 0..16 {
             assert_eq!(driver.reap(), Ok(Some(Return { len, id: 0, flags: 0 })));

@@ -124,7 +124,7 @@ fn batches() {
     }
 }
 
-/// Five entries, so that they fill more than a line, and come back in order as a run.
+/// Five entries, so that they fill more than a line.
 #[test]
 fn batches_of_more_than_a_line() {
     for returns in FORMS {
@@ -247,10 +247,9 @@ fn returns_in_order_need_each_place() {
     }
 }
 
-/// The release of a batch's oldest tag covers its other entries, and the lengths of a run: without
-/// it the model fails, although nothing else is taken out.
+/// Likewise in batches of more than a line.
 #[test]
-fn a_batch_needs_the_release_of_its_oldest_tag() {
+fn a_batch_needs_the_release_of_its_tags() {
     for returns in [Returns::Counted, Returns::InOrder] {
         needs(
             &TAGS,
