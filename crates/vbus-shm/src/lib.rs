@@ -8,8 +8,8 @@
 //! - a [`ring`] keeps every value in flight, in order;
 //! - a [`state`] page keeps the newest value: the last update is always current.
 //!
-//! A [`ledger`] goes with a ring whose device returns out of order. A fourth, the interrupt page ([`pic`]), tells a processor which of many interrupts are pending
-//! without an exit for each.
+//! A [`ledger`] goes with a ring whose device returns out of order. An interrupt page ([`pic`])
+//! tells a processor which of many interrupts are pending, without an exit for each.
 //!
 //! [`abi`] holds every number that both ends must agree on. The crate has no dependency, does not
 //! allocate and never panics on what the peer wrote. It also compiles as a module of another crate
