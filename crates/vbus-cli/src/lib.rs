@@ -23,6 +23,7 @@ pub mod output;
 pub mod rundir;
 pub mod signals;
 
+use std::io::Write;
 use std::process::ExitCode;
 
 /// Ends a program: prints the error with all its causes on standard error, and returns the exit
@@ -31,7 +32,8 @@ pub fn exit(result: anyhow::Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            // Standard error may be full, or closed.
+            let _ = writeln!(std::io::stderr(), "error: {error:#}");
             ExitCode::FAILURE
         }
     }

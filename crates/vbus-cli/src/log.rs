@@ -69,10 +69,12 @@ impl<'a> MakeWriter<'a> for Bounded {
 
 impl Write for Line {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        match self {
-            Line::Write => io::stderr().write(bytes),
-            Line::Drop => Ok(bytes.len()),
+        if let Line::Write = self {
+            // A log that cannot be written (a full disk, a reader that has gone) is no reason to
+            // stop serving, and there is nowhere to complain of it.
+            let _ = io::stderr().write_all(bytes);
         }
+        Ok(bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {

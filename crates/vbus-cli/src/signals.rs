@@ -4,16 +4,16 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
 use anyhow::{Context, Result};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::low_level::pipe;
 
-/// A descriptor that becomes readable on the first SIGINT or SIGTERM. From now on these signals do
-/// not end the process by themselves.
+/// A descriptor that becomes readable on the first SIGINT, SIGTERM or SIGHUP (the terminal has
+/// gone). From now on these signals do not end the process by themselves.
 ///
 /// # Errors
 /// The process has no more descriptors.
 pub fn termination() -> Result<OwnedFd> {
-    descriptor(&[SIGINT, SIGTERM])
+    descriptor(&[SIGINT, SIGTERM, SIGHUP])
 }
 
 /// A descriptor from which each of `signals` can be read as one byte. From now on these signals do

@@ -20,7 +20,7 @@ struct Cli {
 
 #[derive(Subcommand, Debug)]
 enum Command {
-    /// Serve a bus, until SIGINT or SIGTERM
+    /// Serve a bus, until SIGINT, SIGTERM or SIGHUP
     Serve(serve::Args),
     /// Add, remove and show the devices of a running bus
     #[command(subcommand)]
@@ -73,8 +73,8 @@ impl Program {
         Cli::command().name(self.name).version(self.version)
     }
 
-    /// Runs the command that the process's arguments name, to its end: for `serve` that is SIGINT
-    /// or SIGTERM. Errors are printed. Returns the exit code: 0; 1 after an error; wrong arguments
+    /// Runs the command that the process's arguments name, to its end: for `serve` that is SIGINT,
+    /// SIGTERM or SIGHUP. Errors are printed. Returns the exit code: 0; 1 after an error; wrong arguments
     /// end the process with 2.
     ///
     /// A program must call this first in its `main` and hand it the process's own arguments:

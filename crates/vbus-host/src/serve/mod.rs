@@ -54,7 +54,7 @@ pub struct Args {
     ready_fd: Option<u32>,
 }
 
-/// Serves until SIGINT or SIGTERM, with `classes` beside those of vbus.
+/// Serves until SIGINT, SIGTERM or SIGHUP, with `classes` beside those of vbus.
 pub fn run(args: &Args, classes: Vec<Box<dyn DeviceClass>>) -> Result<()> {
     log::start();
     let (config, source) = match &args.config {

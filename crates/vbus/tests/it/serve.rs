@@ -149,7 +149,7 @@ fn errors_of_a_configuration_show_the_line() {
 
 #[test]
 fn sockets_are_private_and_are_removed_at_the_end() {
-    for signal in [Signal::TERM, Signal::INT] {
+    for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
         let mut bus = Served::start(TWO);
         assert_eq!(std::fs::metadata(&bus.dir).unwrap().permissions().mode() & 0o777, 0o700);
         let mut names = Vec::new();
@@ -292,6 +292,21 @@ fn output_that_cannot_be_written_is_a_failure() {
         assert_eq!(done.status.code(), Some(1), "{words:?}");
         assert!(err.contains("cannot write to standard output: No space left"), "{words:?}: {err}");
     }
+    // Errors have nowhere to go then, and the exit code says it.
+    let full = || std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let done = vbus().args(["stats", "nothing", "--dir"]).arg(&bus.dir).stderr(full()).status();
+    assert_eq!(done.unwrap().code(), Some(1));
+    // Nor has the log of a bus, which goes on.
+    let dir = bus.dir.with_file_name("other");
+    let mut serve = vbus();
+    serve.arg("serve").arg("--dir").arg(&dir).stderr(full());
+    let mut serve = serve.spawn().unwrap();
+    wait_until("the bus without a log", || run(&["device", "list"], &dir).code == Some(0));
+    let add = ["device", "add", "a", "--class", "venet"];
+    assert_eq!(run(&add, &dir).code, Some(0));
+    let process = rustix::process::Pid::from_child(&serve);
+    rustix::process::kill_process(process, Signal::TERM).unwrap();
+    assert!(serve.wait().unwrap().success());
     // A reader that has seen enough is none.
     let mut child =
         vbus().args(["stats", "--dir"]).arg(&bus.dir).stdout(Stdio::piped()).spawn().unwrap();

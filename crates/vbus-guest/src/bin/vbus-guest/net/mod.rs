@@ -2,6 +2,7 @@
 
 mod frames;
 mod nic;
+mod options;
 mod priority;
 mod queue;
 mod tap;
@@ -12,13 +13,12 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
-use clap::Args;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use vbus_driver::Hal;
 use vbus_shm::abi::class;
 
-use crate::doorbell::Choice;
+pub use options::Options;
 use vbus_cli::signals;
 use vbus_guest::{Claimed, Source, claim};
 
@@ -30,42 +30,6 @@ const TICK: Duration = Duration::from_secs(1);
 const AGAIN: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
 /// How long a failure has to last for people to be told.
 const TELL: Duration = Duration::from_secs(1);
-
-/// How NICs are served.
-#[derive(Args, Clone, Debug)]
-pub struct Options {
-    /// Which NIC: its name, PCI address or socket [default: the first that is free]
-    #[arg(value_name = "DEVICE", conflicts_with = "all")]
-    pub device: Option<String>,
-    /// Name of the interface; a %d in it becomes a number [default: vbus%d]
-    #[arg(long, value_name = "IFACE")]
-    pub name: Option<String>,
-    /// Serve every NIC, also those that come later
-    #[arg(long, conflicts_with = "name")]
-    pub all: bool,
-    /// The most queue pairs to use; each has a thread
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub queue_pairs: u16,
-    /// Leave no checksums and segmentation to the device
-    #[arg(long)]
-    pub no_offload: bool,
-    /// MTU of the interface, at most the device's [default: the device's]
-    #[arg(long, value_name = "BYTES")]
-    pub mtu: Option<u16>,
-    /// Switch the interface on
-    #[arg(long)]
-    pub up: bool,
-    /// How to tell the device of frames
-    #[arg(long, value_enum, value_name = "KIND", default_value_t = Choice::Auto)]
-    pub doorbell: Choice,
-    /// The longest to poll in vain before sleeping, in microseconds; 0 to sleep at once
-    #[arg(long, value_name = "US", default_value_t = 50)]
-    pub poll_us: u32,
-    /// The nice value of the threads that carry frames: the lower, the less they give way to
-    /// programs that are busy receiving
-    #[arg(long, value_name = "N", default_value_t = -5, allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(-20..=19))]
-    pub nice: i32,
-}
 
 /// A NIC that is being served.
 struct Running {

@@ -12,8 +12,8 @@ use vbus_driver::venet::{FILTER_ALL_MULTICAST, FILTER_PROMISCUOUS, Nic, NicStatu
 use vbus_driver::{Acknowledger, Error, Function, Hal, Pace};
 use vbus_tap::show_mac;
 
-use super::Options;
 use super::frames::FrameMemory;
+use super::options::Options;
 use super::priority;
 use super::queue::{Counters, Queue, Shared, Wake};
 use super::tap::Tap;
@@ -91,14 +91,14 @@ where
         queues.push(queue);
     }
     nic.start()?;
-    let mut keeper = Keeper { nic, tap, filter: None, link: None };
-    keeper.look()?;
+    let mut supervisor = Supervisor { nic, tap, filter: None, link: None };
+    supervisor.look()?;
     if options.up {
-        keeper.tap.set_up()?;
+        supervisor.tap.set_up()?;
     }
     vbus_cli::output::emit(&format!(
         "{}: {device} ({id}), address {}, MTU {mtu}, {pairs} queue pair{}, offloads {features:#x}\n",
-        keeper.tap.name(),
+        supervisor.tap.name(),
         show_mac(config.mac),
         if pairs == 1 { "" } else { "s" },
     ));
@@ -117,7 +117,7 @@ where
             })
             .collect();
         let ended = || threads.iter().any(|thread| thread.is_finished());
-        let mut result = keeper.keep(&shared, own, &relays, stop, ended);
+        let mut result = supervisor.watch(&shared, own, &relays, stop, ended);
         shared.stop.store(true, Ordering::Relaxed);
         let _ = rustix::io::write(&shared.stopped, &1u64.to_ne_bytes());
         let mut queues = Vec::new();
@@ -133,9 +133,9 @@ where
         }
         (result, queues)
     });
-    report(keeper.tap.name(), &shared.counters);
+    report(supervisor.tap.name(), &shared.counters);
     // First the device lets go of the memory, then it goes.
-    keeper.nic.close();
+    supervisor.nic.close();
     drop(queues);
     result
 }
@@ -158,18 +158,17 @@ fn event() -> Result<OwnedFd> {
     eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).context("cannot make an eventfd")
 }
 
-/// Looks after what belongs to the NIC as a whole: link, filter, and whether the device still is
-/// there.
-struct Keeper<H: Hal> {
+/// Watches over the NIC as a whole: its link, its filter, and whether the device is still there.
+struct Supervisor<H: Hal> {
     nic: Nic<H>,
     tap: Tap,
     filter: Option<u32>,
     link: Option<bool>,
 }
 
-impl<H: Hal> Keeper<H> {
+impl<H: Hal> Supervisor<H> {
     /// Runs until `stop` becomes readable, a queue has ended, or the device has.
-    fn keep(
+    fn watch(
         &mut self,
         shared: &Shared,
         mut own: Option<(Box<dyn Interrupt>, Acknowledger<H>)>,

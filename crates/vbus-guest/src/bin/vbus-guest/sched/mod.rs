@@ -1,5 +1,6 @@
 //! `vbus-guest sched`: tells the host which class and priority run on each CPU.
 
+mod session;
 mod show;
 mod tasks;
 
@@ -9,14 +10,15 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use vbus_driver::sched::{Class, Cpu, Cpus, Limits, Outcome};
-use vbus_driver::{Function, Hal};
+use vbus_driver::Hal;
+use vbus_driver::sched::{Class, Limits, Outcome};
 use vbus_shm::abi::class;
 
+use session::Session;
 use show::Teller;
 use tasks::{Census, Watched, wanted};
 use vbus_cli::signals;
-use vbus_guest::{Interrupt, Source, claim};
+use vbus_guest::{Source, claim};
 
 /// Give this machine's virtual CPUs, on the host, the class and priority of what runs on them here.
 ///
@@ -79,27 +81,7 @@ pub fn run<S: Source>(source: &S, args: &Args) -> Result<()> {
     session.follow(watched, Duration::from_millis(args.run.every), teller)
 }
 
-/// A device that was opened, with the pages of this machine's CPUs.
-struct Session<H: Hal> {
-    cpus: Cpus<H>,
-    pages: Vec<Cpu<H>>,
-    interrupt: Box<dyn Interrupt>,
-}
-
 impl<H: Hal> Session<H> {
-    fn open(hal: H, interrupt: Box<dyn Interrupt>) -> Result<Self> {
-        let mut cpus = Cpus::open(Function::probe(hal)?)?;
-        let here = possible_cpus();
-        let count = here.min(cpus.limits().cpus);
-        if count < here {
-            tracing::warn!(
-                "this machine has {here} CPUs, the device pages for {count}: the others are left alone"
-            );
-        }
-        let pages = (0..count).map(|cpu| cpus.cpu(cpu)).collect::<Result<Vec<_>, _>>()?;
-        Ok(Session { cpus, pages, interrupt })
-    }
-
     /// Posts what the tasks want, until they have gone, or the device, or a signal comes.
     fn follow(
         mut self,
@@ -198,13 +180,6 @@ fn tell(cpu: usize, class: Class, outcome: Outcome) {
         Outcome::Spent => tracing::debug!(cpu, ?class, "has used its share of the time"),
         Outcome::BadRequest => tracing::warn!(cpu, ?class, "the device knows no such class"),
     }
-}
-
-/// CPUs that this machine may come to have, from the kernel's list of ranges.
-fn possible_cpus() -> u32 {
-    let list = std::fs::read_to_string("/sys/devices/system/cpu/possible").unwrap_or_default();
-    let last = list.trim().rsplit([',', '-']).next().and_then(|last| last.parse::<u32>().ok());
-    last.map_or(1, |last| last.saturating_add(1))
 }
 
 /// Makes this process a real-time one itself, before all others: it must come to its looks and

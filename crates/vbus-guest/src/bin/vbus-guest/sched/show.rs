@@ -14,7 +14,7 @@ use vbus_driver::Hal;
 use vbus_driver::sched::{Class, Cpu, Limits, Outcome};
 use vbus_shm::abi::{class, sched as abi};
 
-use super::Session;
+use super::session::Session;
 use vbus_cli::output::{columns, emit, emit_json, plain};
 use vbus_guest::{Found, Source, claim, is_meant};
 
