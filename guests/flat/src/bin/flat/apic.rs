@@ -5,8 +5,7 @@ use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering, fence};
 
 use flat::pci::Message;
 
-use crate::cpu::{self, cpuid, out8, read_msr, write_msr};
-use crate::smp::CPUS_MAX;
+use crate::cpu::{self, CPUS_MAX, cpuid, out8, read_msr, write_msr};
 use crate::traps::{self, COUNT, End, FIRST, SPURIOUS};
 
 const APIC_BASE: u32 = 0x1b;

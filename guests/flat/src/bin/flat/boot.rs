@@ -4,7 +4,8 @@
 
 use core::arch::global_asm;
 
-use crate::smp::{self, CPUS_MAX};
+use crate::cpu::CPUS_MAX;
+use crate::smp;
 
 /// Bytes of a processor's stack.
 const STACK: usize = 256 << 10;
@@ -143,19 +144,6 @@ global_asm!(
     main = sym entry,
     options(att_syntax),
 );
-
-unsafe extern "C" {
-    static trampoline: u8;
-    static trampoline_end: u8;
-}
-
-/// The instructions that another processor begins with in real mode, at the start of any page below
-/// 1 MiB.
-pub fn trampoline_code() -> &'static [u8] {
-    let (from, end) = (&raw const trampoline, &raw const trampoline_end);
-    // SAFETY: what is between the two labels, which is never written.
-    unsafe { core::slice::from_raw_parts(from, end as usize - from as usize) }
-}
 
 /// What the assembly calls, on each processor. `start_info` is of the first one's.
 extern "C" fn entry(number: u32, start_info: u64) -> ! {

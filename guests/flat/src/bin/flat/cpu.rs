@@ -5,6 +5,9 @@ use core::arch::asm;
 use core::arch::x86_64::{__cpuid, _rdtsc, CpuidResult};
 use core::sync::atomic::{AtomicU64, Ordering};
 
+/// The most processors that take part, the first one included.
+pub const CPUS_MAX: usize = 4;
+
 static SLEEPS: AtomicU64 = AtomicU64::new(0);
 
 /// Reads a model-specific register. One that the processor does not have ends the guest.

@@ -19,9 +19,9 @@ use flat::dice::Dice;
 use vbus_driver::pic::{Controller, Line, Nesting, Wanted};
 use vbus_shm::signal::Armed;
 
+use crate::cpu::CPUS_MAX;
 use crate::hal::FlatHal;
 use crate::net::{FRAME, Station};
-use crate::smp::CPUS_MAX;
 use crate::{clock, cpu, traps};
 
 /// Lines of each page.

@@ -20,11 +20,11 @@ use vbus_driver::pic::{Line, Nesting, Pic, Source};
 use vbus_shm::abi::class;
 use vbus_shm::signal::Armed;
 
+use crate::cpu::CPUS_MAX;
 use crate::hal::FlatHal;
 use crate::net::Station;
 use crate::pages::{Came, LINES, Pages, STATIONS_MAX, Tally};
 use crate::report::{Failure, Outcome, ensure, line};
-use crate::smp::CPUS_MAX;
 use crate::ways::Way;
 use crate::{Setting, apic, clock, hyperv, kvm, pages, smp, traps};
 

@@ -7,10 +7,8 @@ use core::mem;
 use core::ptr;
 use core::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 
-use crate::{apic, boot, clock, cpu, traps};
-
-/// The most processors, the first one included.
-pub const CPUS_MAX: usize = 4;
+use crate::cpu::CPUS_MAX;
+use crate::{apic, clock, cpu, traps};
 
 /// Where another processor begins: memory below 1 MiB in which nothing is that is still of use.
 const TRAMPOLINE: u32 = 0x8000;
@@ -49,7 +47,7 @@ pub fn start(wanted: u64) -> u32 {
     }
     WANTED.store(wanted, Ordering::Relaxed);
     WAKE.store(apic::vector(), Ordering::Relaxed);
-    let code = boot::trampoline_code();
+    let code = trampoline_code();
     // SAFETY: memory that only the loader has used, for what has been read already; in the lowest
     // MiB, which is mapped.
     unsafe { ptr::copy_nonoverlapping(code.as_ptr(), TRAMPOLINE as *mut u8, code.len()) };
@@ -66,6 +64,19 @@ pub fn start(wanted: u64) -> u32 {
         spin_loop();
     }
     wanted
+}
+
+unsafe extern "C" {
+    static trampoline: u8;
+    static trampoline_end: u8;
+}
+
+/// The instructions that another processor begins with in real mode, at the start of any page below
+/// 1 MiB: those that `boot.rs` has between two labels.
+fn trampoline_code() -> &'static [u8] {
+    let (from, end) = (&raw const trampoline, &raw const trampoline_end);
+    // SAFETY: what is between the two labels, which is never written.
+    unsafe { core::slice::from_raw_parts(from, end as usize - from as usize) }
 }
 
 fn pause(ns: u64) {

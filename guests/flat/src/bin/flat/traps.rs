@@ -13,10 +13,9 @@ use core::mem::offset_of;
 use core::ptr;
 use core::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering};
 
-use crate::cpu::{self, write_msr};
+use crate::cpu::{self, CPUS_MAX, write_msr};
 use crate::power;
 use crate::report::line;
-use crate::smp::CPUS_MAX;
 
 /// The first vector of interrupts.
 pub const FIRST: u8 = 32;
