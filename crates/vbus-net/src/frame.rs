@@ -4,8 +4,6 @@
 use vbus_core::memory::DriverSlice;
 use vbus_tap::{HEADER_BYTES, Mac, Offloads};
 
-use crate::rss::Hash;
-
 /// Bytes of an Ethernet header without tags.
 pub const ETH_BYTES: usize = 14;
 /// Bytes of a VLAN tag.
@@ -190,6 +188,16 @@ impl Body<'_> {
             Body::Bytes(bytes) => bytes.len(),
         }
     }
+}
+
+/// The receive-side scaling hash of a frame.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Hash {
+    /// The hash.
+    pub value: u32,
+    /// What was hashed: the number of the bit in [`rss::kinds`](crate::rss::kinds), plus one; 0 if the frame is of no kind
+    /// that is hashed, and then `value` is 0.
+    pub kind: u16,
 }
 
 /// A frame on its way.

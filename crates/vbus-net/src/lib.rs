@@ -43,12 +43,12 @@ pub use backend::{Backend, Plug, Port, Queue, Sent, TxDrop};
 pub use capture::Captured;
 pub use filter::{Addresses, Filter, Vlans};
 pub use frame::{
-    Body, CHAIN_MAX, ETH_BYTES, ETH_OVERHEAD, FRAME_MAX, Header, PIECES_MAX, Packet, TAG_BYTES,
-    flag,
+    Body, CHAIN_MAX, ETH_BYTES, ETH_OVERHEAD, FRAME_MAX, Hash, Header, PIECES_MAX, Packet,
+    TAG_BYTES, flag,
 };
 pub use link::Link;
 pub use medium::Medium;
-pub use rss::{Hash, Rss};
+pub use rss::Rss;
 pub use sink::{Delivery, OnFull, Read, Reserved, RxDrop, RxSink, SharedSink, Waiter};
 pub use steering::Steering;
 pub use switch::Switches;

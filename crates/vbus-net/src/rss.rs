@@ -1,6 +1,6 @@
 //! Receive-side scaling: the Toeplitz hash of a frame, and the queue that the hash chooses.
 
-use crate::frame::{Packet, VLAN};
+use crate::frame::{Hash, Packet, VLAN};
 
 /// Bytes of a key.
 pub const KEY_BYTES: usize = 40;
@@ -21,16 +21,6 @@ pub mod kinds {
     pub const UDPV6: u32 = 1 << 5;
     /// All of them.
     pub const ALL: u32 = 0x3f;
-}
-
-/// The hash of a frame.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Hash {
-    /// The hash.
-    pub value: u32,
-    /// What was hashed: the number of the bit in [`kinds`], plus one; 0 if the frame is of no kind
-    /// that is hashed, and then `value` is 0.
-    pub kind: u16,
 }
 
 /// Key, kinds and indirection table.

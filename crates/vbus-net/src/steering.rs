@@ -3,8 +3,8 @@
 use std::sync::RwLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use crate::frame::Packet;
-use crate::rss::{Hash, Rss};
+use crate::frame::{Hash, Packet};
+use crate::rss::Rss;
 
 /// Set in the word of the count: there is a key.
 const BY_HASH: u32 = 1 << 16;

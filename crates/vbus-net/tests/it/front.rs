@@ -1,0 +1,173 @@
+//! A front of the least kind: its driver is the test, its rings are queues in this process.
+
+use std::collections::VecDeque;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use vbus_core::shm::signal::Armed;
+use vbus_core::{ConnectionCounters, ErrorCode, Executor, Progress, Task, TaskHandle, lock};
+use vbus_net::{
+    Backend, Delivery, Filter, Mac, Offloads, OnFull, Packet, Plug, Port, Queue, Read, Reserved,
+    RxDrop, RxSink, Sent, SharedSink, Steering, Waiter,
+};
+
+/// How long a test waits for a frame that must come.
+const TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A receive queue without offloads, with room for so many frames.
+struct Sink {
+    filter: Arc<Filter>,
+    frames: Sender<Vec<u8>>,
+    room: usize,
+    waiters: Vec<Waiter>,
+}
+
+impl RxSink for Sink {
+    fn deliver(&mut self, packet: &Packet<'_>, on_full: OnFull) -> Delivery {
+        if !self.filter.wants(packet) {
+            return Delivery::Dropped;
+        }
+        if !packet.header.fits(Offloads::NONE) {
+            return Delivery::NeedsCut;
+        }
+        if self.room == 0 {
+            return match on_full {
+                OnFull::Drop => Delivery::Dropped,
+                OnFull::Wait | OnFull::WaitBounded => Delivery::Full { until: None },
+            };
+        }
+        self.room -= 1;
+        let mut bytes = Vec::new();
+        packet.append_to(&mut bytes, usize::MAX);
+        self.frames.send(bytes).unwrap();
+        Delivery::Delivered
+    }
+
+    fn has_room(&mut self, _bytes: usize) -> bool {
+        self.room != 0
+    }
+
+    fn reserve(&mut self, _read: &mut Read<'_>) -> Reserved {
+        Reserved::Nothing // No test here plugs in an interface.
+    }
+
+    fn longest(&self) -> usize {
+        1522
+    }
+
+    fn post(&mut self) {}
+
+    fn wait(&mut self, waiter: &Waiter) {
+        self.waiters.push(waiter.clone());
+    }
+
+    fn arm(&mut self) -> Armed {
+        Armed::Waiting
+    }
+
+    fn count_drop(&mut self, _reason: RxDrop) {}
+}
+
+/// What the task of the one queue pair has.
+struct Pair {
+    queue: Box<dyn Queue>,
+    /// Its own, if the back end does not share it.
+    sink: Option<Sink>,
+    sending: Arc<Mutex<VecDeque<Vec<u8>>>>,
+}
+
+impl Task for Pair {
+    fn poll(&mut self, budget: u32) -> Result<Progress, ErrorCode> {
+        let mut progress = Progress::Idle;
+        loop {
+            let Some(frame) = lock(&self.sending).front().cloned() else { break };
+            if let Sent::Wait { .. } = self.queue.send(&Packet::plain(&frame).unwrap()) {
+                break;
+            }
+            lock(&self.sending).pop_front();
+            progress = Progress::Busy;
+        }
+        self.queue.flush();
+        if let Some(sink) = &mut self.sink {
+            if self.queue.receive(sink, budget)? != 0 {
+                progress = Progress::Busy;
+            }
+        }
+        Ok(progress)
+    }
+
+    fn arm(&mut self) -> Result<Armed, ErrorCode> {
+        let waits = !lock(&self.sending).is_empty();
+        Ok(if waits { self.queue.arm() } else { Armed::Waiting })
+    }
+
+    fn deadline(&self) -> Option<std::time::Instant> {
+        self.queue.deadline()
+    }
+}
+
+/// A device with one queue pair, plugged into a back end.
+pub struct Front {
+    pub plug: Arc<dyn Plug>,
+    task: TaskHandle,
+    sending: Arc<Mutex<VecDeque<Vec<u8>>>>,
+    frames: Receiver<Vec<u8>>,
+    shared: Option<Arc<Mutex<Sink>>>,
+}
+
+impl Front {
+    /// A device of address `mac` whose driver takes `room` frames.
+    pub fn plug(executor: &Executor, backend: &dyn Backend, mac: Mac, room: usize) -> Front {
+        let (filter, steering) = (Arc::new(Filter::new(mac)), Arc::new(Steering::new(1)));
+        let (tell, frames) = channel();
+        let sink = Sink { filter: filter.clone(), frames: tell, room, waiters: Vec::new() };
+        let (mut own, mut shared, mut lanes) = (Some(sink), None, Vec::new());
+        if backend.shares_sinks() {
+            shared = own.take().map(|sink| Arc::new(Mutex::new(sink)));
+            lanes.extend(shared.clone().map(|sink| sink as SharedSink));
+        }
+        let port = Port::new("front", 1500, 1, (filter, steering), lanes);
+        let plug = backend.plug(Arc::new(port)).unwrap();
+        plug.set_queues(1).unwrap();
+        plug.set_rx_offloads(Offloads::NONE).unwrap();
+        let sending = Arc::new(Mutex::new(VecDeque::new()));
+        let counters = Arc::new(ConnectionCounters::default());
+        let fail = |error| panic!("{error}");
+        let make = |task: &TaskHandle| {
+            let queue = plug.queue(0, task)?;
+            let pair = Pair { queue, sink: own.take(), sending: sending.clone() };
+            Ok::<_, ErrorCode>(Box::new(pair) as Box<dyn Task>)
+        };
+        let task = executor.spawn_with(executor.place(), counters, fail, make).unwrap();
+        Front { plug, task, sending, frames, shared }
+    }
+
+    pub fn send(&self, frame: &[u8]) {
+        lock(&self.sending).push_back(frame.to_vec());
+        self.task.wake();
+    }
+
+    /// Waits for the next frame.
+    pub fn receive(&self) -> Vec<u8> {
+        self.frames.recv_timeout(TIMEOUT).expect("a frame")
+    }
+
+    /// Whether no frame has come.
+    pub fn has_none(&self) -> bool {
+        self.frames.try_recv().is_err()
+    }
+
+    /// The driver of a device on a switch takes so many more frames.
+    pub fn add_room(&self, room: usize) {
+        let mut sink = lock(self.shared.as_ref().unwrap());
+        sink.room += room;
+        sink.waiters.drain(..).for_each(|waiter| waiter.task.wake());
+    }
+}
+
+impl Drop for Front {
+    fn drop(&mut self) {
+        self.task.stop();
+    }
+}
