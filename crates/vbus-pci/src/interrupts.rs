@@ -61,7 +61,7 @@ struct State {
     disabled: bool,
     /// Triggered and not acknowledged. INTx only.
     pending: bool,
-    /// Fired, and the connector has not said since that the pin is down again.
+    /// INTx has fired, and the connector has not reported since then that the pin is down.
     raised: bool,
     msi: Option<Arc<OwnedFd>>,
     msix: Vec<Option<Arc<OwnedFd>>>,
@@ -87,9 +87,9 @@ impl State {
         }
     }
 
-    /// From INTx to messages: there is no level any more. What is pending came while nothing was
-    /// connected (a VMM that adds a vector disconnects all of them first), of which vector is not
-    /// known: the driver is told on each.
+    /// The connector has changed from INTx to messages, which have no level. An interrupt that is
+    /// pending came while nothing was connected: a VMM that adds a vector disconnects all of them
+    /// first. Its vector is not known, so the driver gets a message on each vector.
     fn messages_began(&mut self) {
         if !self.messages() || !std::mem::take(&mut self.pending) {
             return;
@@ -110,8 +110,8 @@ impl State {
 fn signal(fd: &OwnedFd) {
     #[cfg(test)]
     tests::BEFORE_WRITE.with_borrow(|before| before.iter().for_each(|before| before()));
-    // A full counter is a signal already; any other error is of a connector that broke its own
-    // eventfd.
+    // If the counter is full, the eventfd is signalled already. Any other error means that the
+    // connector has broken its own eventfd.
     let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
 }
 
@@ -230,7 +230,8 @@ impl Interrupts {
             }
             IrqIndex::Msi => state.msi = None,
             IrqIndex::Msix => {
-                // What is pending stays so: a VMM that adds a vector disconnects all of them first.
+                // Pending vectors stay pending: a VMM that adds a vector disconnects all of them
+                // first.
                 state.msix.fill(None);
                 state.msix_connected = 0;
             }
@@ -257,8 +258,8 @@ impl Interrupts {
         Ok(())
     }
 
-    /// Signals an interrupt's eventfd for the connector's sake, without the device: nothing becomes
-    /// pending.
+    /// Signals an interrupt's eventfd because the connector asks for it. The device has no part in
+    /// it, and nothing becomes pending.
     pub(crate) fn loopback(&self, index: IrqIndex, number: u32) -> Result<(), IrqError> {
         let state = self.read();
         let fd = match index {

@@ -25,7 +25,7 @@ pub struct DeviceServer {
     seen: Arc<Mutex<Seen>>,
 }
 
-/// What the task tells of its server.
+/// The state of the server, as its task last published it.
 #[derive(Clone, Copy, Debug, Default)]
 struct Seen {
     connected: bool,
@@ -53,7 +53,7 @@ impl DeviceServer {
         let name = endpoint.name().to_owned();
         let server = Server::bind(path, name, Served::new(endpoint, options))?;
         let ready = server.as_fd().try_clone_to_owned()?;
-        // Its errors are its clients'; it never fails, so nobody need be told.
+        // The task itself never fails: every error ends a client and no more.
         let seen = Arc::<Mutex<Seen>>::default();
         let task = ServerTask { server, seen: seen.clone() };
         let task = executor.spawn(place, Box::new(task), Arc::default(), |_| {});
@@ -61,7 +61,7 @@ impl DeviceServer {
             task.stop();
             return Err(error.into());
         }
-        // What came between the first poll and the watch.
+        // A client may have come between the first poll and the watch.
         task.wake();
         Ok(DeviceServer { path: path.to_owned(), task, ready, seen })
     }

@@ -23,11 +23,11 @@ use vfio_user_protocol::{Client, ClientError, pci};
 /// the system only when used.
 pub const MEMORY_BYTES: u64 = 64 << 20;
 
-/// Where that memory begins for the device. Any number does; this one is no offset of anything, so
-/// that a mix-up shows.
+/// The address of that memory as the device sees it. It is no valid offset in the memory, so that a
+/// driver that mixes up addresses and offsets fails at once.
 const BASE: u64 = 0x1_0000_0000;
 const PAGE: usize = 4096;
-/// What a function that has gone reads as.
+/// The value of every register of a function that has gone.
 const GONE: u32 = u32::MAX;
 
 /// A device reached over its socket. Clones are handles to the same connection, which ends with the
@@ -148,7 +148,7 @@ impl Process {
     }
 
     fn write(&self, offset: u64, bytes: &[u8]) {
-        // A function that has gone takes writes and loses them.
+        // Writes to a function that has gone are lost, as on a PCI bus.
         let _ = lock(&self.0.client).region_post(pci::REGION_BAR0, offset, bytes);
     }
 }

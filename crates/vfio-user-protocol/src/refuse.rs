@@ -1,5 +1,5 @@
-//! A client that comes while another one is there: its `VERSION` is answered with an error, so that
-//! its user reads why.
+//! A client that connects while another one is served. Its `VERSION` gets an error as reply, so that
+//! its user learns the reason.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Instant;
@@ -9,13 +9,13 @@ use rustix::io::Errno;
 use crate::message::{self, HEADER_LEN, Header, Kind};
 use crate::socket::Sender;
 
-/// A client to be refused, until its `VERSION` is there and answered.
+/// A client that is refused, from its connection to the reply to its `VERSION`.
 pub(crate) struct Refused {
     socket: OwnedFd,
     pub(crate) token: u64,
     head: [u8; HEADER_LEN],
     have: usize,
-    /// When it is closed without an answer.
+    /// The time at which the socket is closed without a reply.
     pub(crate) until: Instant,
 }
 
@@ -24,8 +24,8 @@ impl Refused {
         Self { socket, token, head: [0; HEADER_LEN], have: 0, until }
     }
 
-    /// Reads on, and answers once it is known what. `false`: this is over, and the socket can be
-    /// closed.
+    /// Reads on, and replies once the header of the `VERSION` is there. `false`: the refusal is done,
+    /// and the socket can be closed.
     pub(crate) fn go_on(&mut self) -> bool {
         while self.have < HEADER_LEN {
             match rustix::io::read(&self.socket, &mut self.head[self.have..]) {

@@ -19,8 +19,8 @@ use crate::socket::{Message, Received, Receiver, Sender, SocketSource};
 use crate::target::Target;
 use crate::version::MAX_MSG_FDS;
 
-/// How much one call of [`Server::ready`] handles, at most: a message counts as one, and as one
-/// more for each [`WORK_BYTES`] of it.
+/// The most work that one call of [`Server::ready`] does. A message counts as one, and as one more
+/// for each [`WORK_BYTES`] of its body.
 const WORK_PER_CALL: u32 = 64;
 /// See [`WORK_PER_CALL`].
 const WORK_BYTES: usize = 1024;
@@ -82,7 +82,7 @@ pub struct Outcome {
 struct Connection {
     socket: OwnedFd,
     token: u64,
-    /// The how many-th connection it is, for the log.
+    /// The number of the connection since the start, for the log.
     number: u64,
     receiver: Receiver,
     sender: Sender,
@@ -200,7 +200,8 @@ impl<T: Target> Server<T> {
         client.chain(refused).chain([self.paused_until]).flatten().min()
     }
 
-    /// Does what there is to do: accepts, receives, handles, answers, and ends what took too long.
+    /// Does the work that is due: accepts clients, receives messages, handles them, sends replies, and
+    /// ends a connection that has taken too long.
     pub fn ready(&mut self, now: Instant) -> Outcome {
         let (mut work, mut more, mut accept) = (0, false, false);
         // The client first: its end makes room for the next one.
@@ -259,7 +260,7 @@ impl<T: Target> Server<T> {
         }
     }
 
-    /// Ends the current client's connection, if there is one, for a reason of ours.
+    /// Ends the connection of the current client, if there is one. `why` goes to the log.
     pub fn disconnect(&mut self, why: &str) {
         if self.client.is_some() {
             info!(device = self.name, "client disconnected: {why}");
@@ -272,8 +273,7 @@ impl<T: Target> Server<T> {
         self.next_token
     }
 
-    /// Accepts who waits. Returns how many; there may be more if it is as many as are accepted at
-    /// once.
+    /// Accepts clients that wait, at most [`ACCEPTS_PER_CALL`] of them. Returns how many.
     fn accept(&mut self, now: Instant) -> u32 {
         let mut accepted = 0;
         while accepted < ACCEPTS_PER_CALL {
@@ -352,7 +352,7 @@ impl<T: Target> Server<T> {
                 self.fail("its socket failed");
                 return work;
             }
-            // Answers are not piled up: who does not read them is not heard either.
+            // Replies do not pile up: while some wait to be sent, nothing is received.
             if !client.sender.is_empty() {
                 break;
             }
@@ -457,7 +457,7 @@ impl<T: Target> Server<T> {
         } else if due(client.message_by) {
             "it began a message and did not end it in time"
         } else if due(client.reply_by) {
-            "it does not read the answers"
+            "it does not read the replies"
         } else {
             return;
         };

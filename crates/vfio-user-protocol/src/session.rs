@@ -59,7 +59,7 @@ pub enum Violation {
     /// The version message has no version.
     #[error("VERSION: {0}")]
     Version(#[from] Malformed),
-    /// A reply, where only commands can come.
+    /// A reply. The server sends no commands, so it expects none.
     #[error("reply {0} to no request of ours")]
     Reply(Header),
 }
@@ -404,7 +404,8 @@ fn region_io_fds<T: Target + ?Sized>(target: &mut T, agreed: &Agreed, body: &[u8
     if request.flags != 0 || request.count != 0 {
         return Err(Failure::NotZero { flags: request.flags, count: request.count });
     }
-    // What the client cannot receive is left out: it then writes there by message.
+    // Eventfds beyond the number that the client can receive are left out: the client writes to
+    // their places by message.
     let mut eventfds = target.io_eventfds(request.index);
     eventfds.truncate(agreed.peer_fds);
     let len = Info::LEN + eventfds.len() * SUB_REGION_LEN;
@@ -524,8 +525,8 @@ fn region_write<T: Target + ?Sized>(target: &mut T, body: &[u8]) -> Outcome {
     Ok(access.body(&[]).into())
 }
 
-/// The writes were independent of each other before the client put them together, so all are tried;
-/// the reply tells of the first that failed.
+/// Does every write, also after one has failed: they were independent of each other before the client
+/// put them into one message. The reply has the errno of the first that failed.
 fn write_multi<T: Target + ?Sized>(target: &mut T, body: &[u8]) -> Outcome {
     let writes = MultiWrite::parse_all(body)?;
     if writes.len() > MAX_MULTI_WRITES {

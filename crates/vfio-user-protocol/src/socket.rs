@@ -21,8 +21,8 @@ use rustix::net::{
 use crate::message::{BadHeader, HEADER_LEN, Header};
 use crate::version::KERNEL_MSG_FDS;
 
-/// A body is read in steps of this many bytes, so that memory is taken as data comes and not as
-/// announced.
+/// A body is read in steps of this many bytes. So memory is taken for bytes that have come, and not
+/// for bytes that a header announces.
 const READ_STEP: usize = 64 << 10;
 
 /// Where bytes and descriptors come from: a socket, or in tests a plain slice.
@@ -84,7 +84,7 @@ pub struct Message {
     pub fds: Vec<OwnedFd>,
 }
 
-/// What a look at the source brought.
+/// The result of [`Receiver::next`].
 #[derive(Debug)]
 pub enum Received {
     /// A whole message.
