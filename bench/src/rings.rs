@@ -101,7 +101,7 @@ fn exchange<A: Driver, B: Device, const LAZY: bool>(
 type Run = fn(usize, usize, usize, Wait) -> f64;
 
 /// What is measured: its name, and a run with a fresh pair of ends.
-const CONTENDERS: [(&str, Run); 18] = [
+const CONTENDERS: [(&str, Run); 21] = [
     ("vbus", |batch, window, total, wait| {
         run(vbus::real::pair::<{ vbus::ENTRIES_EACH }>(), batch, window, total, wait)
     }),
@@ -148,10 +148,19 @@ const CONTENDERS: [(&str, Run); 18] = [
     }),
     ("virtio_crates", |batch, window, total, wait| run(crates::pair(), batch, window, total, wait)),
     ("slots_two_arrays", |batch, window, total, wait| {
-        run(slots::two_arrays(), batch, window, total, wait)
+        run(slots::pair::<{ slots::TWO_ARRAYS }>(), batch, window, total, wait)
     }),
     ("slots_in_place", |batch, window, total, wait| {
-        run(slots::in_place(), batch, window, total, wait)
+        run(slots::pair::<{ slots::IN_PLACE }>(), batch, window, total, wait)
+    }),
+    ("slots_fenced", |batch, window, total, wait| {
+        run(slots::pair::<{ slots::FENCED }>(), batch, window, total, wait)
+    }),
+    ("slots_oldest_last", |batch, window, total, wait| {
+        run(slots::pair::<{ slots::OLDEST_LAST }>(), batch, window, total, wait)
+    }),
+    ("slots_runs", |batch, window, total, wait| {
+        run(slots::pair::<{ slots::RUNS }>(), batch, window, total, wait)
     }),
 ];
 

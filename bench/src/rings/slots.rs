@@ -1,7 +1,8 @@
-//! The floor: bare rings of slots, raw pointers, no check, no fence, no signal, in the two forms
-//! that a ring can have.
+//! Bare rings of slots: raw pointers, no check. Without a fence they are the floor, in the two forms
+//! that a ring can have. With the fence of a signal, but no signal, they show what other orders of
+//! writing would bring to a ring that has one.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use super::{Device, Driver, ENTRIES, pages};
 
@@ -46,75 +47,100 @@ fn lap(pos: usize) -> u64 {
     if pos & ENTRIES == 0 { LAP } else { 0 }
 }
 
-pub struct Near<const IN_PLACE: bool> {
+/// Two arrays, each written by one end.
+pub const TWO_ARRAYS: u8 = 0;
+/// One array, whose slots pass back and forth.
+pub const IN_PLACE: u8 = 1;
+/// In place, with a fence for each batch at each end.
+pub const FENCED: u8 = 2;
+/// The same, and a batch is written backwards: its oldest tag comes last.
+pub const OLDEST_LAST: u8 = 3;
+/// As [`FENCED`], but a batch is returned by one tag, without contents.
+pub const RUNS: u8 = 4;
+
+pub struct Near<const FORM: u8> {
     out: Slots,
     back: Slots,
     submitted: usize,
     reaped: usize,
 }
 
-pub struct Far<const IN_PLACE: bool> {
+pub struct Far<const FORM: u8> {
     out: Slots,
     back: Slots,
     taken: usize,
 }
 
-/// Two arrays, each written by one end.
-pub fn two_arrays() -> (Near<false>, Far<false>) {
-    let (out, back) = (Slots::new(), Slots::new());
+pub fn pair<const FORM: u8>() -> (Near<FORM>, Far<FORM>) {
+    let out = Slots::new();
+    let back = if FORM == TWO_ARRAYS { Slots::new() } else { out };
     (Near { out, back, submitted: 0, reaped: 0 }, Far { out, back, taken: 0 })
 }
 
-/// One array, whose slots pass back and forth.
-pub fn in_place() -> (Near<true>, Far<true>) {
-    let both = Slots::new();
-    (
-        Near { out: both, back: both, submitted: 0, reaped: 0 },
-        Far { out: both, back: both, taken: 0 },
-    )
+#[inline(always)]
+fn end_of_batch<const FORM: u8>() {
+    if FORM >= FENCED {
+        fence(Ordering::SeqCst);
+    }
+}
+
+fn returned<const FORM: u8>() -> u64 {
+    if FORM == TWO_ARRAYS { 0 } else { RETURNED }
 }
 
 const LENGTH: u64 = 0xffff_ffff;
 
-impl<const IN_PLACE: bool> Driver for Near<IN_PLACE> {
+impl<const FORM: u8> Driver for Near<FORM> {
     #[inline]
     fn submit(&mut self, n: usize) -> u64 {
         let mut sum = 0;
-        for _ in 0..n {
-            let addr = self.submitted as u64;
+        for i in 0..n {
+            let i = if FORM == OLDEST_LAST { n - 1 - i } else { i };
+            let addr = (self.submitted + i) as u64;
             sum += addr & LENGTH;
-            self.out.put(self.submitted, addr, lap(self.submitted) | 64);
-            self.submitted += 1;
+            self.out.put(self.submitted + i, addr, lap(self.submitted + i) | 64);
         }
-        sum
+        self.submitted += n;
+        end_of_batch::<FORM>();
+        if FORM == RUNS { n as u64 } else { sum }
     }
 
     #[inline]
     fn reap(&mut self, max: usize) -> (usize, u64) {
-        let mut sum = 0;
-        for n in 0..max {
-            let bits = lap(self.reaped) | if IN_PLACE { RETURNED } else { 0 };
-            let Some((_, tag)) = self.back.get(self.reaped, LAP | RETURNED, bits) else {
-                return (n, sum);
-            };
+        let (mut n, mut sum) = (0, 0);
+        while n < max {
+            let bits = lap(self.reaped) | returned::<FORM>();
+            let Some((_, tag)) = self.back.get(self.reaped, LAP | RETURNED, bits) else { break };
             sum += tag & LENGTH;
-            self.reaped += 1;
+            let run = if FORM == RUNS { (tag & LENGTH) as usize } else { 1 };
+            self.reaped += run;
+            n += run;
         }
-        (max, sum)
+        (n, sum)
     }
 }
 
-impl<const IN_PLACE: bool> Device for Far<IN_PLACE> {
+impl<const FORM: u8> Device for Far<FORM> {
     #[inline]
     fn serve(&mut self, max: usize) -> usize {
-        for n in 0..max {
-            let Some((addr, _)) = self.out.get(self.taken, LAP | RETURNED, lap(self.taken)) else {
-                return n;
-            };
-            let tag = lap(self.taken) | if IN_PLACE { RETURNED } else { 0 } | addr & LENGTH;
-            self.back.put(self.taken, addr, tag);
+        let first = self.taken;
+        while self.taken - first < max {
+            let pos = self.taken;
+            let Some((addr, _)) = self.out.get(pos, LAP | RETURNED, lap(pos)) else { break };
+            if FORM != RUNS {
+                self.back.put(pos, addr, lap(pos) | returned::<FORM>() | addr & LENGTH);
+            } else {
+                assert_eq!(addr, pos as u64, "in order");
+            }
             self.taken += 1;
         }
-        max
+        let n = self.taken - first;
+        if n != 0 {
+            if FORM == RUNS {
+                self.back.put(first, 0, lap(first) | RETURNED | n as u64);
+            }
+            end_of_batch::<FORM>();
+        }
+        n
     }
 }

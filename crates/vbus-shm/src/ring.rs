@@ -6,14 +6,14 @@
 //! flight never exceeds the ring's size. That is all the flow control there is.
 //!
 //! Both ends publish each entry at once, oldest first, and signal once for a batch. So the other
-//! end works on a batch's first entries while the last ones are on their way; to publish the oldest
-//! tag last is slower (ablation `slots_oldest_last` of the benchmark). How entries come back is the
-//! class's choice:
+//! end works on a batch's first entries while the last ones are on their way. To publish the oldest
+//! tag last is slower for processors that share no cache (ablation `slots_oldest_last` of the
+//! benchmark). How entries come back is the class's choice:
 //!
 //! - [`Returns::Counted`]: the device only counts them in its `seq`.
 //! - [`Returns::InOrder`]: in the order of submission, each with a length. A device may return a
-//!   run of them by one tag, with the other lengths packed together. This one does not, since it is
-//!   slower (ablation `slots_runs`).
+//!   run of them by one tag, with the other lengths packed together. This one does not: it pays for
+//!   batches of 64 between processors that share a cache, and costs elsewhere (`slots_runs`).
 //! - [`Returns::Entries`]: in any order, each with a tag of its own.
 
 use super::memory::{Memory, WORD, low, read_u32};
