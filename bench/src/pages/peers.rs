@@ -59,6 +59,8 @@ impl<const N: usize> Page<N> for TripleBuffer<N> {
 pub struct Blackboard<const N: usize> {
     name: ServiceName,
     _service: PortFactory<ipc_threadsafe::Service, u64>,
+    // Dropped after what it made.
+    _node: Node<ipc_threadsafe::Service>,
 }
 
 impl<const N: usize> Page<N> for Blackboard<N> {
@@ -67,14 +69,18 @@ impl<const N: usize> Page<N> for Blackboard<N> {
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let name = format!("vbus-bench/{}/{number}", std::process::id());
         let name = ServiceName::new(&name).expect("a valid name");
+        // It would tell at each start that it has no configuration file.
+        set_log_level(LogLevel::Error);
         let node = NodeBuilder::new().create::<ipc_threadsafe::Service>().expect("a node");
         let service =
             node.service_builder(&name).blackboard_creator::<u64>().add::<[u64; N]>(0, [0; N]);
-        Blackboard { name, _service: service.create().expect("a blackboard") }
+        Blackboard { name, _service: service.create().expect("a blackboard"), _node: node }
     }
 
     fn writer(&self) -> impl FnMut(&[u64; N]) {
         // The plain service, whose ports are not shared between threads, is the faster.
+        // It would tell at each start that it has no configuration file.
+        set_log_level(LogLevel::Error);
         let node = NodeBuilder::new().create::<ipc::Service>().expect("a node");
         let service =
             node.service_builder(&self.name).blackboard_opener::<u64>().open().expect("it exists");
@@ -87,6 +93,8 @@ impl<const N: usize> Page<N> for Blackboard<N> {
     }
 
     fn reader(&self) -> impl FnMut(&mut [u64; N]) -> bool {
+        // It would tell at each start that it has no configuration file.
+        set_log_level(LogLevel::Error);
         let node = NodeBuilder::new().create::<ipc::Service>().expect("a node");
         let service =
             node.service_builder(&self.name).blackboard_opener::<u64>().open().expect("it exists");
