@@ -195,8 +195,8 @@ impl Body<'_> {
 pub struct Hash {
     /// The hash.
     pub value: u32,
-    /// What was hashed: the number of the bit in [`rss::kinds`](crate::rss::kinds), plus one; 0 if the frame is of no kind
-    /// that is hashed, and then `value` is 0.
+    /// What was hashed: the number of the bit in [`rss::kinds`](crate::rss::kinds), plus one; 0 if
+    /// the frame is of no kind that is hashed, and then `value` is 0.
     pub kind: u16,
 }
 

@@ -1,4 +1,4 @@
-//! What the kernel knows of a thread's scheduling: read and set.
+//! Reads and sets a thread's scheduling attributes in the kernel.
 #![allow(unsafe_code)] // The two system calls have no safe wrapper.
 
 use std::io;
@@ -28,7 +28,7 @@ pub struct Attributes {
 const BYTES: u32 = 48;
 const _: () = assert!(size_of::<Attributes>() == BYTES as usize);
 
-/// Threads and processes that the thread makes get none of its class.
+/// Threads and processes that the thread makes do not get its class.
 const RESET_ON_FORK: u64 = 1;
 
 const OTHER: u32 = 0;
@@ -37,7 +37,7 @@ const RR: u32 = 2;
 const BATCH: u32 = 3;
 const IDLE: u32 = 5;
 
-/// What thread `tid` is.
+/// The attributes of thread `tid`.
 pub fn get(tid: i32) -> Result<Attributes, Errno> {
     let mut attributes = Attributes::default();
     // SAFETY: the kernel writes at most BYTES bytes to the structure, which has as many.
@@ -46,7 +46,7 @@ pub fn get(tid: i32) -> Result<Attributes, Errno> {
     if result < 0 { Err(last_errno()) } else { Ok(attributes) }
 }
 
-/// Makes thread `tid` that.
+/// Gives thread `tid` these attributes.
 pub fn set(tid: i32, attributes: Attributes) -> Result<(), Errno> {
     let attributes = Attributes { size: BYTES, ..attributes };
     // SAFETY: the kernel only reads the structure, of the size that stands in it.
@@ -59,7 +59,7 @@ fn last_errno() -> Errno {
 }
 
 impl Attributes {
-    /// What `setting` makes of a thread that has been `self`.
+    /// The attributes of a thread that had these, with `setting`.
     pub fn with(self, setting: Setting) -> Attributes {
         let policy = match setting.class {
             abi::CLASS_BATCH => BATCH,
@@ -83,24 +83,25 @@ impl Attributes {
         matches!(self.policy, OTHER | BATCH | IDLE)
     }
 
-    /// Whether setting it sets the nice value too. The other classes keep one that has no effect.
+    /// Whether setting these sets the nice value too. Other classes keep a nice value that has no
+    /// effect.
     fn has_nice(self) -> bool {
         matches!(self.policy, OTHER | BATCH)
     }
 
-    /// Whether a thread that was made `self` is so still; the kernel does not return all fields as
-    /// they were set.
+    /// Whether a thread that was given these attributes has them still. The kernel does not return
+    /// all fields as they were set.
     pub fn is_still(self, now: Attributes) -> bool {
         (self.policy, self.priority) == (now.policy, now.priority)
             && (!self.has_nice() || self.nice == now.nice)
     }
 }
 
-/// Gives thread `tid` its own class back: `own`, and `own_nice`, which counts for classes without
-/// one of their own.
+/// Gives thread `tid` its own class back: `own`, and for classes without a nice value of their own
+/// `own_nice`.
 pub fn put_back(tid: i32, own: Attributes, own_nice: i32) -> Result<(), Errno> {
     match set(tid, own) {
-        // Only who has CAP_SYS_NICE may take that flag back.
+        // Only a process with CAP_SYS_NICE may clear that flag.
         Err(Errno::PERM) => set(tid, Attributes { flags: own.flags | RESET_ON_FORK, ..own })?,
         result => result?,
     }

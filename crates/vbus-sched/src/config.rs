@@ -34,7 +34,7 @@ const SHARE_ALL: u32 = 100;
 const CPUS: u32 = 64;
 const CHANGES_MAX: u32 = 100_000;
 
-/// Where the threads of the virtual CPUs are known from.
+/// Who tells the threads of the virtual CPUs.
 #[derive(Clone, Debug)]
 pub enum Origin {
     /// From the settings, in the order of the virtual CPUs.
@@ -56,7 +56,7 @@ pub struct Config {
 
 impl Config {
     /// Checks the settings. `tells_time`: the kernel tells how much processor time a thread has
-    /// used; if it does not, there is no bound for it, and it is an error to have asked for one.
+    /// used. If it does not, there is no bound, and settings that ask for one are an error.
     pub fn parse(config: &Value, tells_time: bool) -> Result<Config, CreateError> {
         let bad = |text: String| Err(CreateError(text));
         let mut settings = Settings::new(config)?;
@@ -100,7 +100,7 @@ impl Config {
             );
             return Err(settings.error("boost-share", text));
         }
-        // Two requests must fit, so that an honest driver can renew what it has.
+        // Two requests must fit, so that an honest driver can renew its class.
         if u64::from(boost_ms) * u64::from(changes) < 2000 {
             let text = format!(
                 "is {changes} a second, with which a driver cannot renew its class within \"boost-ms\" = {boost_ms}: \

@@ -1,6 +1,7 @@
 //! A driver's use of a `sched` device.
 
-use std::sync::{Arc, OnceLock};
+use std::convert::Infallible;
+use std::sync::Arc;
 use std::time::Instant;
 
 use vbus_core::shm::abi::sched as abi;
@@ -19,19 +20,19 @@ pub struct SchedConnection {
 impl SchedConnection {
     pub fn new(device: Arc<Cpus>, open: &Open) -> SchedConnection {
         device.begin();
-        let (fail, watcher) = (open.fail.clone(), Arc::new(OnceLock::new()));
-        let follow = Follow { device: device.clone(), watcher: watcher.clone(), deadline: None };
-        let task = open.executor.spawn(
-            open.place,
-            Box::new(follow),
-            open.counters.clone(),
-            move |status| fail.fail(status),
-        );
-        let _ = watcher.set(task.clone()); // Set once, here.
+        let fail = open.fail.clone();
+        let follow = |task: &TaskHandle| {
+            let follow = Follow { device: device.clone(), task: task.clone(), deadline: None };
+            Ok::<_, Infallible>(Box::new(follow) as Box<dyn Task>)
+        };
+        let counters = open.counters.clone();
+        let spawned =
+            open.executor.spawn_with(open.place, counters, move |error| fail.fail(error), follow);
+        let Ok(task) = spawned;
         SchedConnection { device, task }
     }
 
-    /// What region `id` is: a virtual CPU, and whether it is its page for reports.
+    /// Which page region `id` is: the number of the virtual CPU, and whether it is the report page.
     fn place(&self, id: u32) -> Result<(usize, bool), ErrorCode> {
         let cpu = id / 2;
         if cpu >= self.device.config.cpus {
@@ -71,8 +72,8 @@ impl Drop for SchedConnection {
 /// The task that follows the request pages.
 struct Follow {
     device: Arc<Cpus>,
-    /// The task itself, to be woken by a VMM's answer.
-    watcher: Arc<OnceLock<TaskHandle>>,
+    /// The task itself, which the VMM's answer wakes.
+    task: TaskHandle,
     deadline: Option<Instant>,
 }
 
@@ -90,12 +91,11 @@ impl Task for Follow {
             busy |= step.busy;
             step.deadline.into_iter().for_each(&mut not_after);
         }
-        // Asked for only when something is wanted, and from when the handle is there, which its own
-        // spawning may come before.
-        if let (Some(lookup), Some(watcher)) = (lookup, self.watcher.get()) {
+        // The VMM is asked only when a thread is wanted.
+        if let Some(lookup) = lookup {
             if lookup.is_talking() || cpus.iter().any(Cpu::wants_thread) {
                 let wanted = |cpu: u32| cpus.get(cpu as usize).is_some_and(Cpu::wants_thread);
-                let found = lookup.poll(now, watcher, &wanted);
+                let found = lookup.poll(now, &self.task, &wanted);
                 busy |= !found.is_empty();
                 for (cpu, thread) in found {
                     if let Some(cpu) = cpus.get_mut(cpu as usize) {
@@ -109,7 +109,7 @@ impl Task for Follow {
     }
 
     fn arm(&mut self) -> Result<Armed, ErrorCode> {
-        // Every page, even if one has missed: the task may sleep all the same.
+        // All pages, also after one has missed: the task may sleep all the same.
         let missed = lock(&self.device.state)
             .cpus
             .iter_mut()

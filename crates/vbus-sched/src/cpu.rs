@@ -1,4 +1,4 @@
-//! One virtual CPU: its pages, its thread, and what was made of the one by the other.
+//! One virtual CPU: its pages and its thread. The request page decides what the thread is.
 
 use std::time::Instant;
 
@@ -14,7 +14,7 @@ use crate::config::CLASS_NAMES;
 use crate::policy::{BadRequest, Budget, Grant, Policy, Setting, Share, parse};
 use crate::thread::Thread;
 
-/// What the device counts for a virtual CPU, over the device's life.
+/// What the device counts for a virtual CPU, over the life of the device.
 #[derive(Clone, Copy, Debug, Default)]
 struct Counts {
     updates: u64,
@@ -26,7 +26,7 @@ struct Counts {
     overruns: u64,
 }
 
-/// What a driver asks for now.
+/// The driver's present request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Wish {
     /// The thread's own class.
@@ -39,12 +39,12 @@ enum Wish {
 struct Requests {
     handle: u32,
     reader: Reader<Window, end::Device>,
-    /// Version that was looked at last.
+    /// The version that the device looked at last.
     seen: u64,
     wish: Wish,
-    /// The latest look.
+    /// When the device looked last.
     looked: Instant,
-    /// There is a newer request, which has to wait for the budget.
+    /// There is a newer request, which waits for the budget.
     put_off: bool,
 }
 
@@ -62,24 +62,24 @@ pub struct Cpu {
     reports: Option<Reports>,
     budget: Budget,
     share: Share,
-    /// When the thread may have used its share, or has a new one.
+    /// When to look at the thread's processor time again.
     look_at_share: Option<Instant>,
     /// [`word::OUTCOME`].
     status: u32,
     counts: Counts,
 }
 
-/// What came of a [`step`](Cpu::step).
+/// The result of a [`step`](Cpu::step).
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Step {
     /// Something was done.
     pub busy: bool,
-    /// When to come again, if nothing else happens.
+    /// When the next step is due, if nothing else happens.
     pub deadline: Option<Instant>,
 }
 
 impl Step {
-    /// Come again at `at`, or sooner.
+    /// The next step is due at `at`, or sooner.
     fn until(&mut self, at: Instant) {
         self.deadline = Some(self.deadline.map_or(at, |deadline| deadline.min(at)));
     }
@@ -130,8 +130,8 @@ impl Cpu {
         Ok(())
     }
 
-    /// The driver drops region `handle`. Without a page for requests there are none: the thread
-    /// gets its own class back.
+    /// The driver drops region `handle`. If that was the request page, the thread gets its own
+    /// class back.
     pub fn hide(&mut self, handle: u32) {
         self.reports.take_if(|reports| reports.handle == handle);
         if self.requests.take_if(|requests| requests.handle == handle).is_some() {
@@ -140,7 +140,7 @@ impl Cpu {
         }
     }
 
-    /// The driver has gone: nothing of its stays, and the thread gets its own class back. Returns
+    /// The driver has gone: its pages are dropped, and the thread gets its own class back. Returns
     /// the thread.
     pub fn close(&mut self) -> Option<Thread> {
         (self.requests, self.reports) = (None, None);
@@ -148,7 +148,7 @@ impl Cpu {
         self.thread.take()
     }
 
-    /// Whether there are requests, and no thread that they could be meant for.
+    /// Whether there is a request page, and its thread is not known.
     pub fn wants_thread(&self) -> bool {
         self.requests.is_some() && self.thread.is_none()
     }
@@ -159,8 +159,8 @@ impl Cpu {
         self.thread = Some(thread);
     }
 
-    /// Looks at the newest request, if there is one and the budget allows it, and sees to it that
-    /// the thread is what it should be.
+    /// Looks at the newest request, if there is one and the budget allows it. Then changes the
+    /// thread, if it is not as it should be.
     pub fn step(&mut self, now: Instant, policy: &Policy) -> Step {
         let mut step = Step::default();
         let Some(requests) = &mut self.requests else { return step };
@@ -209,18 +209,18 @@ impl Cpu {
         step
     }
 
-    /// Whether the thread is of a real-time class by this device.
+    /// Whether this device has given the thread a real-time class.
     fn is_real_time(&self) -> bool {
         self.thread.as_ref().and_then(Thread::setting).is_some_and(Setting::is_real_time)
     }
 
-    /// When the real-time class ends that the thread has.
+    /// When the thread's real-time class ends.
     fn end(&self, policy: &Policy) -> Option<Instant> {
         let requests = self.requests.as_ref().filter(|_| self.is_real_time())?;
         Some(requests.looked + policy.boost)
     }
 
-    /// Settles a request that has not been before, and counts what came of it.
+    /// Obeys a new request, and counts the outcome.
     fn settle_first(&mut self, now: Instant, policy: &Policy) {
         self.settle(now, Some(policy));
         match self.status {
@@ -230,8 +230,8 @@ impl Cpu {
         }
     }
 
-    /// Makes the thread what the present request comes to; without a policy there is none. Keeps
-    /// account of the time of a real-time class.
+    /// Gives the thread what the present request is granted by `policy`; without a policy its own
+    /// class. Accounts for the time at a real-time class.
     fn settle(&mut self, now: Instant, policy: Option<&Policy>) {
         self.account(now);
         let request = self
@@ -273,7 +273,7 @@ impl Cpu {
         self.account(now);
     }
 
-    /// Looks at the processor time that the thread has used, if that matters.
+    /// Reads the processor time that the thread has used, if there is a bound for it.
     fn account(&mut self, now: Instant) {
         let is_real_time = self.is_real_time();
         if let Some(thread) = self.thread.as_ref().filter(|_| self.share.is_bounded()) {
@@ -281,7 +281,7 @@ impl Cpu {
         }
     }
 
-    /// The kernel did not do it: the thread has ended, or must not be changed by this process.
+    /// The kernel refused a change: the thread has ended, or this process may not change it.
     fn fail(&mut self, error: Errno) {
         if error == Errno::SRCH {
             self.thread = None;
@@ -327,8 +327,8 @@ impl Cpu {
         reports.interrupt.kick(reports.writer.write(&value));
     }
 
-    /// Asks the driver to ring with its next request; not while one waits for the budget, which the
-    /// task looks at by itself.
+    /// Asks the driver to ring with its next request. Does not ask while a request waits for the
+    /// budget: the task looks at that one by itself.
     pub fn arm(&mut self) -> Armed {
         match &mut self.requests {
             Some(requests) if !requests.put_off => requests.reader.arm_newer(requests.seen),
@@ -343,7 +343,7 @@ impl Cpu {
         }
     }
 
-    /// Its numbers, if it is, or was, of any use.
+    /// Its state and counters for people, if it is or was in use.
     pub fn inspect(&self, cpu: usize) -> Option<Value> {
         if self.thread.is_none() && self.requests.is_none() && self.counts.updates == 0 {
             return None;
@@ -388,7 +388,7 @@ impl Requests {
                 };
                 counts.updates += 1;
             }
-            // The writer never pauses. The request before stays; there will be another look.
+            // The writer never pauses. The request before stays, and the device looks again later.
             Err(Overrun) => counts.overruns += 1,
         }
     }

@@ -1,11 +1,11 @@
-//! What threads were before they were changed, where another process finds it if this one is
-//! killed.
+//! The ledger: notes what threads were before they were changed. Another process reads it if this
+//! one is killed.
 //!
-//! The ledger is a file in memory, with an entry for each thread that is changed at the moment. It
-//! is written before the thread is changed, and is empty when nothing is. A guardian process holds
-//! the same file; it looks at it only once this process has ended, so that it neither runs before
-//! nor has to be told anything. A slot lies within one page of the file, and so a process that is
-//! killed has written it as a whole or not at all.
+//! The ledger is a file in memory, with an entry for each thread that is changed at the moment. An
+//! entry is written before its thread is changed, and cleared when the thread is put back. A
+//! guardian process holds the same file. It reads the file only after this process has ended, so
+//! nobody has to tell it anything. A slot lies within one page of the file. So a process that is
+//! killed has written a slot as a whole or not at all.
 
 use std::fs::File;
 use std::io;
@@ -24,11 +24,11 @@ use vbus_core::lock;
 const SLOT: usize = 1024;
 const _: () = assert!(4096 % SLOT == 0);
 
-/// Sees to it that there is a process that outlives this one.
+/// Keeps a process that outlives this one.
 pub trait Guardian: Send + Sync {
-    /// Called before a thread's first change. From now on some other process holds `ledger` and
-    /// calls [`put_back`] on it when this one has ended, however that comes. May be called again at
-    /// any time, also from several threads; it may start that process, and must not wait for it.
+    /// Called before a thread's first change. From now on another process holds `ledger`, and calls
+    /// [`put_back`] on it when this process has ended in any way. May be called again at any time,
+    /// also from several threads. It may start that process, and must not wait for it.
     fn attend(&self, ledger: BorrowedFd<'_>) -> io::Result<()>;
 }
 
@@ -41,14 +41,14 @@ pub struct Ledger {
 
 #[derive(Default)]
 struct Slots {
-    /// As many have ever been in use at a time.
+    /// The most slots that have been in use at a time.
     count: u64,
     free: Vec<u64>,
     /// Why there is no guardian.
     error: Option<String>,
 }
 
-/// What is noted of a change that is about to be made.
+/// What the ledger notes of a change that is about to be made.
 #[derive(Clone, Copy)]
 pub struct Entry {
     /// What the thread was at first.
@@ -79,18 +79,18 @@ impl Ledger {
         Ok(Arc::new(Ledger { file, guardian, slots: Mutex::default() }))
     }
 
-    /// Why threads that are changed now would not be put back if this process were killed.
+    /// Why nobody would put threads back if this process were killed now.
     pub fn error(&self) -> Option<String> {
         lock(&self.slots).error.clone()
     }
 
-    /// A place for thread `tid`, which is about to be changed for the first time. None: there is no
-    /// guardian, which the log says once.
+    /// A slot for thread `tid`, which is about to be changed for the first time. `None`: there is
+    /// no guardian, which the log says once.
     pub(super) fn begin(self: &Arc<Self>, tid: i32) -> Option<Note> {
         let start =
             match self.guardian.attend(self.file.as_fd()).and_then(|()| Ok(start_time(tid)?)) {
                 Ok(start) => start,
-                // The thread has just ended, which its change will find out.
+                // The thread has just ended; its change will fail.
                 Err(error) if Errno::from_io_error(&error) == Some(Errno::SRCH) => return None,
                 Err(error) => return self.fail(error.to_string()),
             };
@@ -121,7 +121,7 @@ impl Ledger {
     }
 }
 
-/// The place of a thread in the ledger, until it is dropped.
+/// The slot of a thread in the ledger. Dropping it clears the slot.
 pub struct Note {
     ledger: Arc<Ledger>,
     slot: u64,
@@ -130,8 +130,8 @@ pub struct Note {
 }
 
 impl Note {
-    /// Notes what is about to be done. False: it could not be noted, and what stood there may stand
-    /// no more.
+    /// Notes the change that is about to be made. False: the note failed, and the former entry may
+    /// be lost.
     pub fn write(&self, entry: &Entry) -> bool {
         let Entry { own, own_nice, from, to } = *entry;
         let line = Line { tid: self.tid, start: self.start, own, own_nice, from, to };
@@ -154,8 +154,8 @@ impl Drop for Note {
     }
 }
 
-/// When thread `tid` began, in ticks since the machine's start: its bearer and no other one has
-/// this id and that time.
+/// When thread `tid` began, in ticks since the machine's start. No two threads have the same id and
+/// the same time.
 fn start_time(tid: i32) -> Result<u64, Errno> {
     let stat = std::fs::read_to_string(format!("/proc/{tid}/stat"));
     let stat = stat.map_err(|error| match Errno::from_io_error(&error) {
@@ -174,7 +174,7 @@ fn start_time(tid: i32) -> Result<u64, Errno> {
 pub struct Outcome {
     /// Threads that have their own class again.
     pub restored: u32,
-    /// Threads that had ended, or that somebody else had made something else.
+    /// Threads that had ended, or that somebody else had changed.
     pub left: u32,
     /// Threads that the kernel would not change.
     pub failed: u32,
@@ -206,7 +206,7 @@ pub fn put_back(ledger: &File) -> io::Result<Outcome> {
 
 fn put_back_one(line: &Line) -> Result<bool, Errno> {
     let now = attributes::get(line.tid)?;
-    // After it, so that what was read is this thread's.
+    // After the reading, so that the values are this thread's for sure.
     if start_time(line.tid)? != line.start || !(line.from.is_still(now) || line.to.is_still(now)) {
         return Ok(false);
     }
@@ -259,13 +259,13 @@ mod tests {
     #[test]
     fn other_threads_and_other_settings_are_left_alone() {
         changed(|ledger, mut note, entry| {
-            // The id has a new bearer.
+            // The id belongs to another thread.
             note.start += 1;
             assert!(note.write(&entry));
             let left = Outcome { left: 1, ..Outcome::default() };
             assert_eq!(put_back(&ledger.file).unwrap(), left);
             assert!(entry.to.is_still(attributes::get(note.tid).unwrap()));
-            // Somebody else has made it something else.
+            // Somebody else has changed it.
             note.start -= 1;
             assert!(note.write(&entry));
             let other = entry.own.with(Setting { class: abi::CLASS_BATCH, priority: 9 });

@@ -1,9 +1,9 @@
-//! Asking a VMM which threads its virtual CPUs are.
+//! Asks a VMM which threads its virtual CPUs are.
 //!
-//! The VMM cannot be waited for: while it opens this device it may answer nobody else. So the
-//! questions are asked without blocking, by the connection's task. They are asked twice, and the
-//! threads taken in between: as the second answer is the same and comes from the same process, the
-//! threads that were taken are the ones that it means, not bearers of ids that were given out anew.
+//! The device cannot wait for the VMM: while the VMM opens this device it may answer nobody else.
+//! So the connection's task asks without blocking. It asks twice, and takes the threads in between.
+//! If the second answer is the same, and from the same process, then the threads that were taken
+//! are the ones that the VMM means: no id has passed to another thread meanwhile.
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -19,19 +19,19 @@ use crate::thread::{Claims, Thread};
 
 /// How long a VMM may take for its answers.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long to wait before it is asked again: at first ...
+/// How long to wait before the VMM is asked again: at first ...
 const PAUSE_MIN: Duration = Duration::from_millis(100);
 /// ... and in the end.
 const PAUSE_MAX: Duration = Duration::from_secs(5);
-/// The longest line that is taken, in bytes.
+/// The longest line of an answer, in bytes.
 const LINE_MAX: usize = 1 << 20;
 
-/// What is spoken on the VMM's socket.
+/// The protocol of the VMM's socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Language {
-    /// QEMU's.
+    /// QMP, of QEMU.
     Qmp,
-    /// That of vbus-vmm.
+    /// The control protocol of vbus-vmm.
     Control,
 }
 
@@ -41,7 +41,7 @@ pub struct Lookup {
     language: Language,
     claims: Claims,
     talk: Option<Talk>,
-    /// Not before.
+    /// When the VMM may be asked again.
     next: Option<Instant>,
     pause: Duration,
     /// Why there was no answer the last time.
@@ -59,13 +59,13 @@ struct Talk {
 }
 
 enum Stage {
-    /// QMP: its greeting is to come.
+    /// QMP: waits for the greeting.
     Greeting,
-    /// QMP: negotiation is to end.
+    /// QMP: waits for the end of the negotiation.
     Negotiation,
-    /// The first answer is to come; items so far.
+    /// Waits for the first answer; its items so far.
     First(Vec<(u32, i32)>),
-    /// The second one.
+    /// Waits for the second answer.
     Second(Vec<(u32, i32)>, Vec<(u32, Thread)>, Vec<(u32, i32)>),
 }
 
@@ -105,7 +105,7 @@ impl Lookup {
         self.talk.is_some()
     }
 
-    /// Ends a conversation, and makes a new one possible at once.
+    /// Ends a conversation, so that a new one can begin at once.
     pub fn reset(&mut self) {
         (self.talk, self.next, self.pause, self.error) = (None, None, PAUSE_MIN, None);
     }
@@ -128,8 +128,8 @@ impl Lookup {
             Ok(Some(found)) => {
                 self.talk = None;
                 self.error = None;
-                // If it has not told all that is wanted, there may be more later: a virtual CPU may
-                // be plugged.
+                // If an answer lacks a thread that is wanted, a later one may have it: a virtual
+                // CPU may be plugged.
                 self.pause_until(now);
                 found
             }

@@ -1,4 +1,4 @@
-//! What a request asks for, and what of it the host's policy grants.
+//! What a request asks for, and how much of it the host's policy grants.
 
 use std::time::{Duration, Instant};
 
@@ -17,11 +17,11 @@ impl Setting {
     }
 }
 
-/// A request that is none.
+/// A value that is no request.
 #[derive(Debug, PartialEq, Eq)]
 pub struct BadRequest;
 
-/// Reads the value of a request page. None: the thread's own class.
+/// Reads the value of a request page. `None` is the thread's own class.
 pub fn parse(value: &[u8; abi::request::BYTES as usize]) -> Result<Option<Setting>, BadRequest> {
     let word = |at: usize| [value[at], value[at + 1], value[at + 2], value[at + 3]];
     let class = u32::from_le_bytes(word(abi::request::CLASS));
@@ -47,7 +47,7 @@ pub struct Policy {
     pub priority_max: i32,
     /// The lowest nice value; without it, the thread's own.
     pub nice_min: Option<i32>,
-    /// Requests a second that are looked at, for each virtual CPU.
+    /// How many requests a second the device looks at, for each virtual CPU.
     pub changes: u32,
     /// How long a real-time class lasts without another request.
     pub boost: Duration,
@@ -56,7 +56,7 @@ pub struct Policy {
     pub share: u32,
 }
 
-/// What is granted.
+/// How much of a request is granted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Grant {
     /// All of it.
@@ -85,12 +85,12 @@ impl Policy {
     }
 }
 
-/// A rate limit: in any time T at most `rate * T + burst` times.
+/// A rate limit: in any time T it allows at most `rate * T + burst` times.
 pub struct Budget {
     interval: Duration,
-    /// How far ahead of the rate one may be.
+    /// How far ahead of the rate the times may be.
     ahead: Duration,
-    /// When all would be even again.
+    /// When the times would be even with the rate again.
     even: Option<Instant>,
 }
 
@@ -98,13 +98,13 @@ pub struct Budget {
 const BURST: u32 = 10;
 
 impl Budget {
-    /// `rate` times a second; a tenth of a second's worth at once, but at least one.
+    /// `rate` times a second. After a rest a tenth of a second's worth at once, but at least one.
     pub fn new(rate: u32) -> Budget {
         let interval = Duration::from_secs(1) / rate.max(1);
         Budget { interval, ahead: interval * (burst(rate) - 1), even: None }
     }
 
-    /// Takes one, or says when there will be one.
+    /// Takes one time, or says when there will be one.
     pub fn take(&mut self, now: Instant) -> Result<(), Instant> {
         let even = self.even.map_or(now, |even| even.max(now));
         if even > now + self.ahead {
@@ -115,18 +115,18 @@ impl Budget {
     }
 }
 
-/// How many can be taken at once of a budget with that rate.
+/// How many times a budget with that rate allows at once.
 pub fn burst(rate: u32) -> u32 {
     (rate / BURST).max(1)
 }
 
-/// How much processor time a thread uses at a real-time class, and may use: so much in each window
-/// of a second.
+/// How much processor time a thread uses at real-time classes, and how much it may use in each
+/// window of a second.
 pub struct Share {
     allowed: Duration,
     start: Option<Instant>,
     used: Duration,
-    /// Its processor time when it was last looked at, while it is at a real-time class.
+    /// Its processor time at the last look, while it is at a real-time class.
     mark: Option<Duration>,
 }
 
@@ -145,13 +145,13 @@ impl Share {
         }
     }
 
-    /// Without a bound there is nothing to look at.
+    /// Whether there is a bound at all.
     pub fn is_bounded(&self) -> bool {
         self.allowed < WINDOW
     }
 
-    /// A look: the thread has used `time` so far in its life, and is at a real-time class from now
-    /// on or not.
+    /// A look: the thread has used `time` so far in its life. `real_time` says whether it is at a
+    /// real-time class from now on.
     pub fn look(&mut self, now: Instant, time: Duration, real_time: bool) {
         if let Some(mark) = self.mark {
             self.used += time.saturating_sub(mark);
@@ -160,7 +160,7 @@ impl Share {
         self.roll(now);
     }
 
-    /// It is another thread from now on, at no real-time class.
+    /// Accounts for another thread from now on, which is at no real-time class.
     pub fn forget(&mut self) {
         self.mark = None;
     }
@@ -171,13 +171,14 @@ impl Share {
         }
     }
 
-    /// Whether there is nothing left of this window's.
+    /// Whether the thread has used up this window's share.
     pub fn is_spent(&mut self, now: Instant) -> bool {
         self.roll(now);
         self.is_bounded() && self.used >= self.allowed
     }
 
-    /// When to look again: before it can have used more than it may, or when it may again.
+    /// When to look again: before the thread can have used more than its share, or when it has a
+    /// new share.
     pub fn deadline(&self, now: Instant) -> Option<Instant> {
         let end = self.start.filter(|_| self.is_bounded())? + WINDOW;
         match self.allowed.checked_sub(self.used).filter(|left| !left.is_zero()) {

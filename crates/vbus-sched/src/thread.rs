@@ -1,4 +1,4 @@
-//! A thread of another process: what the kernel says of its scheduling, changed for a while and put
+//! A thread of another process. The device changes its scheduling class for a while, and puts it
 //! back.
 
 use std::collections::HashSet;
@@ -16,17 +16,17 @@ use crate::ledger::{Entry, Ledger, Note};
 use crate::policy::Setting;
 use vbus_core::lock;
 
-/// The threads that devices of this process have to do with, so that no two of them take each
-/// other's settings for the thread's own.
+/// The threads that devices of this process have taken. One thread belongs to one device: two
+/// devices would take each other's settings for the thread's own.
 #[derive(Clone, Default)]
 pub struct Claims {
     taken: Arc<Mutex<HashSet<i32>>>,
-    /// Where it is noted what they were.
+    /// Where the device notes what the threads were.
     ledger: Option<Arc<Ledger>>,
 }
 
 impl Claims {
-    /// What is changed is noted in `ledger` before.
+    /// Each change is noted in `ledger` before it is made.
     pub fn noted_in(ledger: Arc<Ledger>) -> Claims {
         Claims { ledger: Some(ledger), ..Claims::default() }
     }
@@ -40,7 +40,7 @@ impl Claims {
 /// Why a thread could not be taken.
 #[derive(Debug, thiserror::Error)]
 pub enum TakeError {
-    /// There is none.
+    /// There is no such thread.
     #[error("process {process} has no thread {tid}: {source}")]
     Missing {
         /// The process.
@@ -55,22 +55,22 @@ pub enum TakeError {
     Taken(i32),
 }
 
-/// A thread, from when it was found until it is let go, which puts its class back.
+/// A thread that a device has taken. Dropping it puts the thread's class back.
 pub struct Thread {
     tid: i32,
-    /// A file of procfs that was opened for this very thread: reading it fails once the thread has
-    /// ended, also if its id has a new bearer.
+    /// A file of procfs that belongs to this very thread. Reading it fails once the thread has
+    /// ended, also if another thread has its id by then.
     alive: File,
-    /// Likewise: its processor time. Kernels without CONFIG_SCHED_INFO have none.
+    /// A second such file: its processor time. Kernels without CONFIG_SCHED_INFO have none.
     time: Option<File>,
     changed: Option<Changed>,
     claims: Claims,
 }
 
-/// What it was before this device, and what the device made of it.
+/// What the thread was before this device, and what the device made of it.
 struct Changed {
     own: Attributes,
-    /// Its nice value, also if it has no effect in its own class.
+    /// Its nice value, also if that has no effect in its own class.
     own_nice: i32,
     by_us: Attributes,
     setting: Setting,
@@ -78,7 +78,7 @@ struct Changed {
 }
 
 impl Thread {
-    /// Takes thread `tid` of `process`, which must be of that process now.
+    /// Takes thread `tid`, which must belong to `process` now.
     pub fn take(process: i32, tid: i32, claims: &Claims) -> Result<Thread, TakeError> {
         let open = |name| File::open(format!("/proc/{process}/task/{tid}/{name}"));
         let alive = open("comm").map_err(|source| TakeError::Missing { process, tid, source })?;
@@ -89,7 +89,7 @@ impl Thread {
         Ok(Thread { tid, alive, time, changed: None, claims: claims.clone() })
     }
 
-    /// Takes thread `tid`, of whatever process it is.
+    /// Takes thread `tid` of any process.
     pub fn take_any(tid: i32, claims: &Claims) -> Result<Thread, TakeError> {
         let process =
             std::fs::read_to_string(format!("/proc/{tid}/status")).ok().and_then(|status| {
@@ -103,12 +103,12 @@ impl Thread {
         self.tid
     }
 
-    /// What this device has made of it.
+    /// The setting that this device has given it.
     pub fn setting(&self) -> Option<Setting> {
         self.changed.as_ref().map(|changed| changed.setting)
     }
 
-    /// An error if it has ended.
+    /// Fails if the thread has ended.
     pub fn check(&self) -> Result<(), Errno> {
         match self.alive.read_at(&mut [0], 0) {
             Ok(1..) => Ok(()),
@@ -117,7 +117,7 @@ impl Thread {
         }
     }
 
-    /// The processor time that it has used; zero where the kernel does not tell.
+    /// The processor time that the thread has used; zero where the kernel does not tell.
     pub fn time(&self) -> Duration {
         let mut text = [0; 64];
         let length =
@@ -136,16 +136,16 @@ impl Thread {
         }
     }
 
-    /// What it is now, and its nice value.
+    /// Its class and priority now, and its nice value.
     fn look(&self) -> Result<(Attributes, i32), Errno> {
         let (attributes, nice) =
             (attributes::get(self.tid)?, getpriority_process(Pid::from_raw(self.tid))?);
-        // After it, so that what was read is this thread's.
+        // After the reading, so that the values are this thread's for sure.
         self.check()?;
         Ok((attributes, nice))
     }
 
-    /// Makes it `setting`. Returns whether that took a system call.
+    /// Gives the thread `setting`. Returns whether that took a system call.
     pub fn apply(&mut self, setting: Setting) -> Result<bool, Errno> {
         let (own, own_nice, from) = match &self.changed {
             Some(changed) if changed.setting == setting => return Ok(false),
@@ -157,11 +157,10 @@ impl Thread {
             Some(changed) => changed.note.take(),
             None => self.claims.ledger.as_ref().and_then(|ledger| ledger.begin(self.tid)),
         };
-        // If the change fails, the entry of the one before holds too: the thread is still what it
-        // came from.
+        // If the change fails, the entry holds all the same: it names the present setting too.
         let note = note.filter(|note| note.write(&Entry { own, own_nice, from, to: by_us }));
-        // The id could only get a new bearer in the moment between the two, and only once all
-        // others have been given out.
+        // Another thread can get the id only between these two calls, and only after the kernel has
+        // given out all other ids.
         let done = self.check().and_then(|()| attributes::set(self.tid, by_us));
         match (&mut self.changed, done) {
             (_, Ok(())) => self.changed = Some(Changed { own, own_nice, by_us, setting, note }),
@@ -171,10 +170,10 @@ impl Thread {
         done.map(|()| true)
     }
 
-    /// Puts back what it was, unless somebody else has made it something else meanwhile. Returns
+    /// Puts the thread's own class back, unless somebody else has changed it meanwhile. Returns
     /// whether that took a system call.
     pub fn restore(&mut self) -> Result<bool, Errno> {
-        // Its note ends with this call: whatever comes of it, nobody else could do better.
+        // The note ends with this call, also if the call fails: the guardian could do no better.
         let Some(Changed { own, own_nice, by_us, note, .. }) = self.changed.take() else {
             return Ok(false);
         };
@@ -201,14 +200,14 @@ impl Drop for Thread {
 }
 
 /// Whether the kernel tells how much processor time a thread has used. Without CONFIG_SCHED_INFO
-/// the file is not there; where that is only for delay accounting, and this is switched off, it has
-/// zeros. This thread has had a time slice at least.
+/// the file is not there. If that option is there only for delay accounting, which is switched off,
+/// the file has zeros. The calling thread has had at least one time slice.
 pub fn tells_time() -> bool {
     let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
     text.split_ascii_whitespace().any(|number| number != "0")
 }
 
-/// Whether this process may set the class of any thread to any (CAP_SYS_NICE).
+/// Whether this process may give any thread any class (CAP_SYS_NICE).
 pub fn is_privileged() -> bool {
     const SYS_NICE: u32 = 23;
     let status = std::fs::read_to_string("/proc/thread-self/status").unwrap_or_default();

@@ -1,5 +1,5 @@
-//! A driver's use of an interrupt controller: processors come and go, routes are made, moved and
-//! ended.
+//! A driver's use of an interrupt controller. The driver registers and drops processors, and makes,
+//! moves and ends routes.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -13,10 +13,10 @@ use vbus_core::{Connection, ErrorCode, Region, Route, Router};
 use super::page::{Cpu, Line};
 use vbus_core::lock;
 
-/// What a connection has made so far. Ended routes stay until they are looked at.
+/// Processors and routes of a connection. A route that has ended stays until the next look at it.
 #[derive(Default)]
 pub struct State {
-    /// By number; those that the driver has registered.
+    /// The processors that the driver has registered, by number.
     cpus: BTreeMap<u32, Arc<Cpu>>,
     /// By device and vector.
     routes: BTreeMap<(String, u16), Routed>,
@@ -73,8 +73,8 @@ impl State {
         Ok(0)
     }
 
-    /// The driver changes nothing of the pages for this: a line that is pending on the old one is
-    /// taken away there, unless the driver is faster, and raised on the new one.
+    /// The driver changes nothing in the pages for this. If the old line is pending, the device
+    /// takes it back, unless the driver is faster, and raises the new one.
     fn relocate(&mut self, request: Request) -> Result<u64, ErrorCode> {
         let line = self.line(&request)?;
         let routed = self.routes.get_mut(&request.what).ok_or(ErrorCode(NO_ROUTE))?;
@@ -88,8 +88,8 @@ impl State {
         // From here on nothing is raised on the old line for this vector.
         let (old, old_line) = (std::mem::replace(&mut routed.cpu, line.cpu.clone()), routed.line);
         (routed.line, routed.cpu_number) = (request.line, request.cpu);
-        // Whose it is that is pending on a line that several share is not known: then it stays, and
-        // the new line is raised in case.
+        // If several routes share the old line, nobody knows which of them has raised it. Then it
+        // stays pending, and the new line is raised in any case.
         let moved = self.is_shared(&old, old_line) || old.take_back(old_line);
         if moved {
             line.cpu.raise(request.line);
@@ -100,7 +100,7 @@ impl State {
     fn unroute(&mut self, what: &(String, u16)) -> Result<u64, ErrorCode> {
         let Routed { line, cpu, route, .. } =
             self.routes.remove(what).ok_or(ErrorCode(NO_ROUTE))?;
-        // The device interrupts by itself once, so what is pending need not stay.
+        // The device interrupts by itself once, so the line need not stay pending.
         drop(route);
         if !self.is_shared(&cpu, line) {
             cpu.take_back(line);

@@ -1,8 +1,8 @@
 //! `pic`: interrupts without an exit at their end (spec/pic.md).
 //!
 //! The driver shares a page for each of its processors, and routes interrupts of other devices of
-//! the bus to lines of these pages. A route is taken only for a device whose configuration names
-//! this one. It ends with either device's connection; the other device then interrupts by itself
+//! the bus to lines of these pages. Only a device whose configuration names this one can be routed.
+//! A route ends with the connection of either device. The other device then interrupts by itself
 //! again.
 
 mod connection;
@@ -44,7 +44,7 @@ impl DeviceClass for PicClass {
 
 struct PicDevice {
     cpus: u16,
-    /// Of the open connection.
+    /// The connection that is open, if one is.
     state: Arc<Mutex<State>>,
 }
 

@@ -1,4 +1,4 @@
-//! A processor of the driver's: its page, and its interrupt.
+//! A processor of the driver: its page, and its interrupt.
 
 use std::sync::Arc;
 
@@ -29,7 +29,7 @@ impl Cpu {
         self.page.lines()
     }
 
-    /// Raises a line, and interrupts the processor if it must be told.
+    /// Raises a line, and interrupts the processor if that has to be told.
     pub fn raise(&self, line: u16) {
         self.raised.one();
         let wanted = self.page.raise(line);
@@ -39,7 +39,7 @@ impl Cpu {
         self.message.kick(wanted);
     }
 
-    /// Takes a line away again that the driver has not yet taken.
+    /// Takes a line back, if the driver has not taken it.
     pub fn take_back(&self, line: u16) -> bool {
         self.page.take_back(line)
     }

@@ -10,7 +10,7 @@ use super::Shared;
 use super::page::Page;
 use vbus_core::lock;
 
-/// A connection. Its task reads the pages that are watched; it sleeps while there are none.
+/// A connection. Its task reads the pages that clients watch, and sleeps while nobody watches.
 pub struct StateConnection {
     device: Arc<Shared>,
     task: TaskHandle,
@@ -67,7 +67,7 @@ impl Drop for StateConnection {
     }
 }
 
-/// The task that takes over what is watched.
+/// The task that takes over newer values of watched pages.
 struct Watch {
     device: Arc<Shared>,
     /// Where the next poll begins, so that a page that never rests does not keep the others
@@ -99,7 +99,7 @@ impl Task for Watch {
     }
 
     fn arm(&mut self) -> Result<Armed, ErrorCode> {
-        // Every page, even if one has missed: the task may sleep all the same.
+        // All pages, also after one has missed: the task may sleep all the same.
         let missed =
             self.device.pages.iter().map(Page::arm).filter(|armed| *armed == Armed::Missed).count();
         Ok(if missed == 0 { Armed::Waiting } else { Armed::Missed })

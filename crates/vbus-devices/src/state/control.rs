@@ -1,4 +1,4 @@
-//! What control clients ask of a device with state pages (spec/state.md, "Requests").
+//! Requests of control clients (spec/state.md, "Requests").
 
 use std::time::Duration;
 
@@ -54,8 +54,8 @@ pub fn serve(
     Ok(())
 }
 
-/// Replies with the value as it is, then with each newer one (the newest, if they come faster than
-/// the client takes them).
+/// Replies with the present value, then with each newer one. If they come faster than the client
+/// takes them, it gets the newest.
 fn watch(page: &Page, reply: &mut dyn FnMut(Value) -> bool) {
     let mut current = page.current();
     while reply(show(page, &current)) {
@@ -69,7 +69,7 @@ fn watch(page: &Page, reply: &mut dyn FnMut(Value) -> bool) {
     }
 }
 
-/// A client that watches, until it no longer does.
+/// A client that watches a page, until this is dropped.
 struct Watching<'a>(&'a Page);
 
 impl<'a> Watching<'a> {
@@ -85,8 +85,8 @@ impl Drop for Watching<'_> {
     }
 }
 
-/// A value for people and programs: all of its bytes in hexadecimal and, if it is text but for
-/// zeros at its end, that text.
+/// A value for people and programs: all its bytes in hexadecimal, and as text if it is text with
+/// zeros at its end.
 fn show(page: &Page, current: &Current) -> Value {
     let end = current.value.iter().rposition(|b| *b != 0).map_or(0, |last| last + 1);
     let text = std::str::from_utf8(&current.value[..end]).ok();

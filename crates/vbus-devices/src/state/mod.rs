@@ -1,10 +1,9 @@
 //! `state`: named values (spec/state.md).
 //!
-//! A device has pages, each with a name, a size, and an owner. The value of a page that the
-//! device's end owns is set by requests of control clients; the value of one that the driver owns
-//! is read by them. Either way the newest value stays when the driver goes. Nobody pays for a value
-//! that nobody asks for: a page of the driver's is read when a client asks, while one watches, and
-//! when the driver leaves.
+//! A device has pages, each with a name, a size, and an owner. Control clients set the value of a
+//! page that the device owns, and read the value of a page that the driver owns. The newest value
+//! stays when the driver goes. The device reads a driver's page only when it must: when a client
+//! asks, while a client watches, and when the driver leaves.
 
 mod config;
 mod connection;
@@ -41,10 +40,10 @@ impl DeviceClass for StateClass {
     }
 }
 
-/// What a device and its connection have in common.
+/// What a device and its connection both use.
 struct Shared {
     pages: Vec<Page>,
-    /// The task of the open connection, which reads what is watched.
+    /// The task of the open connection, which reads watched pages.
     task: Mutex<Option<TaskHandle>>,
 }
 

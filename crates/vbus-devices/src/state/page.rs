@@ -1,4 +1,4 @@
-//! A page: its newest value, and the driver's memory that shows it while there is a driver.
+//! A page: its newest value, and the driver's memory for it while there is a driver.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
@@ -16,9 +16,9 @@ use vbus_core::lock;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Owner {
-    /// The device's: control clients set it.
+    /// The device: control clients set the value.
     Device,
-    /// The driver's.
+    /// The driver.
     Driver,
 }
 
@@ -28,14 +28,14 @@ pub struct Page {
     pub bytes: u32,
     pub owner: Owner,
     inner: Mutex<Inner>,
-    /// The value is another, or the device is gone.
+    /// Signalled when the value has changed, or the device has gone.
     news: Condvar,
 }
 
 struct Inner {
-    /// The newest value that is known here; a watcher keeps the old one while it writes it out.
+    /// The newest value that the device knows. A watcher keeps an old one while it writes that out.
     value: Arc<[u8]>,
-    /// Values so far.
+    /// How many values there have been.
     version: u64,
     shown: Option<Shown>,
     watchers: u32,
@@ -51,7 +51,7 @@ struct Shown {
 
 enum PageEnd {
     Writer(Writer<Window, end::Device>, Interrupt),
-    /// With the version of the driver's that was read last.
+    /// With the driver's version that the device read last.
     Reader(Reader<Window, end::Device>, u64),
 }
 
@@ -88,8 +88,7 @@ impl Page {
         out
     }
 
-    /// The driver registers the page. A value of the device's that is there already is written to
-    /// it.
+    /// The driver registers the page. If the device owns the page and has a value, it writes that.
     pub fn show(&self, region: &Region) -> Result<(), ErrorCode> {
         let mut inner = lock(&self.inner);
         if inner.shown.is_some() {
@@ -107,7 +106,7 @@ impl Page {
             Owner::Driver => {
                 let reader = Reader::attach(region.window.clone(), end::Device)?;
                 let layout = reader.layout();
-                // A fresh page is at version 0, and its zeros are no value: the last one stays
+                // A fresh page is at version 0, and its zeros are no value. The last value stays
                 // until the driver writes.
                 (PageEnd::Reader(reader, 0), layout)
             }
@@ -122,7 +121,7 @@ impl Page {
         Ok(())
     }
 
-    /// The driver drops region `handle`, or leaves if there is none named: the last value stays.
+    /// The driver drops region `handle`, or with `None` leaves. The last value stays.
     pub fn hide(&self, handle: Option<u32>) {
         let mut inner = lock(&self.inner);
         if inner
@@ -135,8 +134,8 @@ impl Page {
         }
     }
 
-    /// If a driver's page has a newer value, takes it over. Returns whether it had one: also if it
-    /// was overrun, and has to be tried again.
+    /// If a driver's page has a newer value, takes it over. Returns whether it had one, also if the
+    /// read was overrun and has to be tried again.
     fn take_news(&self, inner: &mut MutexGuard<'_, Inner>) -> bool {
         let Some(Shown { end: PageEnd::Reader(reader, seen), .. }) = &mut inner.shown else {
             return false;
@@ -158,15 +157,14 @@ impl Page {
         }
     }
 
-    /// The value as it is now.
+    /// The present value.
     pub fn current(&self) -> Current {
         let mut inner = lock(&self.inner);
         self.take_news(&mut inner);
         Current { value: inner.value.clone(), version: inner.version }
     }
 
-    /// Makes `value` current; what is missing is filled up with zeros. Only for pages of the
-    /// device's.
+    /// Makes `value` the present one, filled up with zeros. Only for pages that the device owns.
     pub fn set(&self, mut value: Vec<u8>) -> Result<u64, String> {
         if self.owner != Owner::Device {
             return Err(format!(
@@ -191,12 +189,12 @@ impl Page {
         Ok(inner.version)
     }
 
-    /// Waits at most `patience` for a value after number `than`.
-    pub fn wait_newer(&self, than: u64, patience: Duration) -> Wait {
+    /// Waits at most `timeout` for a value after number `than`.
+    pub fn wait_newer(&self, than: u64, timeout: Duration) -> Wait {
         let same = |inner: &mut Inner| inner.version == than && !inner.removed;
         let (inner, _) = self
             .news
-            .wait_timeout_while(lock(&self.inner), patience, same)
+            .wait_timeout_while(lock(&self.inner), timeout, same)
             .unwrap_or_else(|error| error.into_inner());
         if inner.removed {
             Wait::Removed
@@ -207,7 +205,7 @@ impl Page {
         }
     }
 
-    /// One more client watches, or (`false`) one less.
+    /// One more client watches, or with `false` one fewer.
     pub fn watch(&self, begins: bool) {
         let mut inner = lock(&self.inner);
         inner.watchers = if begins {
@@ -217,13 +215,13 @@ impl Page {
         };
     }
 
-    /// Takes over a newer value of the driver's if somebody watches.
+    /// Takes over a newer value of the driver, if a client watches.
     pub fn poll(&self) -> bool {
         let mut inner = lock(&self.inner);
         inner.watchers != 0 && self.take_news(&mut inner)
     }
 
-    /// Asks the driver to ring with its next value, if somebody watches.
+    /// Asks the driver to ring with its next value, if a client watches.
     pub fn arm(&self) -> Armed {
         let mut inner = lock(&self.inner);
         let watched = inner.watchers != 0;
@@ -262,7 +260,7 @@ impl Page {
     }
 }
 
-/// What came of waiting.
+/// The result of waiting.
 pub enum Wait {
     Newer(Current),
     Nothing,
@@ -270,7 +268,7 @@ pub enum Wait {
 }
 
 impl Inner {
-    /// Writes a device's value to the driver's memory, if there is any.
+    /// Writes the device's value to the driver's memory, if the driver has registered the page.
     fn write(&mut self) {
         if let Some(Shown { end: PageEnd::Writer(writer, interrupt), .. }) = &mut self.shown {
             interrupt.kick(writer.write(&self.value));

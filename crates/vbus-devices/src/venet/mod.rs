@@ -1,8 +1,9 @@
 //! `venet`: an Ethernet controller (spec/venet.md), in front of the back ends of [`vbus_net`].
 //!
-//! The way of a frame from the driver: its doorbell wakes the task of the queue pair (`pair`), which
-//! takes the frame from the transmit ring (`tx`) and hands it to the device's back end. A frame to
-//! the driver comes from the back end through `rx` into the buffers that the driver has posted.
+//! The way of a frame from the driver: its doorbell wakes the task of the queue pair (`pair`). The
+//! task takes the frame from the transmit ring (`tx`) and hands it to the device's back end. A
+//! frame to the driver comes from the back end through `rx` into the buffers that the driver has
+//! posted.
 //! `connection` is what the driver opens, `calls` parses its calls, `pages` writes its status and
 //! counters pages.
 
