@@ -114,8 +114,8 @@ impl MsixTable {
         }
     }
 
-    /// Writes 4 or 8 aligned bytes; other writes are lost. Returns the vector that the write may have
-    /// changed.
+    /// Writes 4 or 8 aligned bytes; other writes are lost. Returns the vector that the write may
+    /// have changed.
     pub fn write(&mut self, offset: usize, data: &[u8]) -> Option<usize> {
         let range = self.range(offset, data.len())?;
         self.bytes.get_mut(range)?.copy_from_slice(data);

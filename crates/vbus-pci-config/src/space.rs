@@ -3,7 +3,8 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
-/// Bytes with write masks. A bit that nobody made writable stays as it is, whatever the driver does.
+/// Bytes with write masks. A bit that nobody made writable stays as it is, whatever the driver
+/// does.
 ///
 /// The methods that a device uses for its own part (`get`, `set`, `allow`) panic beyond the end;
 /// [`read`](Self::read) and [`write`](Self::write), which the driver decides about, do not.

@@ -115,8 +115,8 @@ fn signal(fd: &OwnedFd) {
     let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
 }
 
-/// Makes an eventfd of the peer non-blocking. A VMM bent on harm can make it blocking again and fill
-/// its count; then it holds up the thread that writes it.
+/// Makes an eventfd of the peer non-blocking. A VMM bent on harm can make it blocking again and
+/// fill its count; then it holds up the thread that writes it.
 pub(crate) fn non_blocking(eventfd: OwnedFd) -> Result<Arc<OwnedFd>, IrqError> {
     let flags = rustix::fs::fcntl_getfl(&eventfd).map_err(IrqError::Os)?;
     if !flags.contains(OFlags::NONBLOCK) {

@@ -18,7 +18,7 @@
 //! ```
 //! use vfio_user_protocol::{Client, Errno, IrqAction, IrqInfo, RegionInfo, Server, Target, pci};
 //!
-//! /// A device of one register, and without a configuration space: enough for a client of one's own.
+//! /// A device of one register, without a configuration space: enough for the client below.
 //! #[derive(Default)]
 //! struct Register([u8; 8]);
 //!

@@ -1,5 +1,5 @@
-//! A client that connects while another one is served. Its `VERSION` gets an error as reply, so that
-//! its user learns the reason.
+//! A client that connects while another one is served. Its `VERSION` gets an error as reply, so
+//! that its user learns the reason.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Instant;
@@ -24,8 +24,8 @@ impl Refused {
         Self { socket, token, head: [0; HEADER_LEN], have: 0, until }
     }
 
-    /// Reads on, and replies once the header of the `VERSION` is there. `false`: the refusal is done,
-    /// and the socket can be closed.
+    /// Reads on, and replies once the header of the `VERSION` is there. `false`: the refusal is
+    /// done, and the socket can be closed.
     pub(crate) fn go_on(&mut self) -> bool {
         while self.have < HEADER_LEN {
             match rustix::io::read(&self.socket, &mut self.head[self.have..]) {

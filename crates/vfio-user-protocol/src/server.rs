@@ -200,8 +200,8 @@ impl<T: Target> Server<T> {
         client.chain(refused).chain([self.paused_until]).flatten().min()
     }
 
-    /// Does the work that is due: accepts clients, receives messages, handles them, sends replies, and
-    /// ends a connection that has taken too long.
+    /// Does the work that is due: accepts clients, receives messages, handles them, sends replies,
+    /// and ends a connection that has taken too long.
     pub fn ready(&mut self, now: Instant) -> Outcome {
         let (mut work, mut more, mut accept) = (0, false, false);
         // The client first: its end makes room for the next one.

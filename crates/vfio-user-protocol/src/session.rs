@@ -525,8 +525,8 @@ fn region_write<T: Target + ?Sized>(target: &mut T, body: &[u8]) -> Outcome {
     Ok(access.body(&[]).into())
 }
 
-/// Does every write, also after one has failed: they were independent of each other before the client
-/// put them into one message. The reply has the errno of the first that failed.
+/// Does every write, also after one has failed: they were independent of each other before the
+/// client put them into one message. The reply has the errno of the first that failed.
 fn write_multi<T: Target + ?Sized>(target: &mut T, body: &[u8]) -> Outcome {
     let writes = MultiWrite::parse_all(body)?;
     if writes.len() > MAX_MULTI_WRITES {
