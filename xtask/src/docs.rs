@@ -14,27 +14,40 @@ const README_WORDS: usize = 1000;
 /// The most columns of a line of prose or comment.
 const COLUMNS: usize = 100;
 
+#[derive(clap::Args)]
+pub struct Args {
+    /// First wrap the lines of prose and comments that are too long
+    #[arg(long)]
+    wrap: bool,
+}
+
 /// Checks all files of the tree; prints what is wrong, and is false if anything is.
-pub fn run() -> Result<bool> {
+pub fn run(args: &Args) -> Result<bool> {
     let root = workspace::root();
     let files = files(root)?;
     let mut faults = Vec::new();
     let mut documents = HashMap::new();
     for path in &files {
         // What is no text has neither links nor lines.
-        let Ok(text) = fs::read_to_string(root.join(path)) else { continue };
-        match path.extension().and_then(|extension| extension.to_str()) {
-            Some("md") => {
-                documents.insert(path.clone(), Document::parse(&text));
+        let Ok(mut text) = fs::read_to_string(root.join(path)) else { continue };
+        let Some(kind) = Kind::of(path, &text) else { continue };
+        if args.wrap {
+            let wrapped = wrap(&text, kind);
+            if wrapped != text {
+                fs::write(root.join(path), &wrapped)
+                    .with_context(|| format!("cannot write {}", path.display()))?;
+                text = wrapped;
             }
-            Some("rs") => long_comments(path, &text, "//", &mut faults),
-            Some("toml" | "sh" | "yml") => long_comments(path, &text, "#", &mut faults),
-            None if text.starts_with("#!") => long_comments(path, &text, "#", &mut faults),
-            _ => {}
         }
+        if kind == Kind::Markdown {
+            documents.insert(path.clone(), Document::parse(&text));
+        }
+        let long = kind.long_lines(&text).into_iter();
+        faults.extend(
+            long.map(|line| format!("{}:{line}: longer than {COLUMNS} columns", path.display())),
+        );
     }
     for (path, document) in &documents {
-        faults.extend(document.long_lines.iter().map(|line| long(path, *line)));
         for (line, link) in &document.links {
             if let Some(why) = broken(root, path, link, &documents) {
                 faults.push(format!(
@@ -81,8 +94,85 @@ fn files(root: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-fn long(path: &Path, line: usize) -> String {
-    format!("{}:{line}: longer than {COLUMNS} columns", path.display())
+/// What a file is made of.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Markdown,
+    /// Code whose comments begin with this.
+    Code(&'static str),
+}
+
+impl Kind {
+    /// By its name or its first line; none if nothing is checked in it.
+    fn of(path: &Path, text: &str) -> Option<Self> {
+        match path.extension().and_then(|extension| extension.to_str()) {
+            Some("md") => Some(Self::Markdown),
+            Some("rs") => Some(Self::Code("//")),
+            Some("toml" | "sh" | "yml") => Some(Self::Code("#")),
+            None if text.starts_with("#!") => Some(Self::Code("#")),
+            _ => None,
+        }
+    }
+
+    /// The lines of prose and comments that are too long, from 1.
+    fn long_lines(self, text: &str) -> Vec<usize> {
+        match self {
+            Self::Markdown => Document::parse(text).long_lines,
+            Self::Code(mark) => long_comments(text, mark),
+        }
+    }
+
+    /// What stands before the words of a line: its indentation, and the mark of a comment.
+    fn margin(self, line: &str) -> &str {
+        let words = match self {
+            Self::Markdown => line.trim_start(),
+            Self::Code(_) => line.trim_start().trim_start_matches(['/', '!', '#']).trim_start(),
+        };
+        &line[..line.len() - words.len()]
+    }
+}
+
+/// How long the mark is with which an item of a list begins, if the words do begin so.
+fn item(words: &str) -> Option<usize> {
+    let (mark, _) = words.split_once(' ')?;
+    let number = mark.strip_suffix('.').is_some_and(|n| n.parse::<u32>().is_ok());
+    (number || matches!(mark, "-" | "*" | "+")).then_some(mark.len() + 1)
+}
+
+/// The text with its long lines broken: what is too much goes to the next line of the paragraph.
+fn wrap(text: &str, kind: Kind) -> String {
+    let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
+    // A line that begins so is no plain part of a paragraph.
+    let special = |words: &str| {
+        item(words).is_some() || words.starts_with(['#', '|', '>']) || words.starts_with("```")
+    };
+    let mut done = 0;
+    loop {
+        let long = kind.long_lines(&(lines.join("\n") + "\n"));
+        let Some(number) = long.into_iter().find(|number| *number > done) else { break };
+        done = number;
+        let line = lines[number - 1].clone();
+        let margin = kind.margin(&line);
+        let hang = item(&line[margin.len()..]).unwrap_or(0);
+        let next_margin = format!("{margin}{}", " ".repeat(hang));
+        let end = line.char_indices().nth(COLUMNS + 1).map_or(line.len(), |(at, _)| at);
+        let mut spaces = line[..end].rmatch_indices(' ').map(|(at, _)| at);
+        let at = spaces.find(|at| *at > next_margin.len() && !special(&line[at + 1..]));
+        let Some(at) = at else { continue };
+        let rest = &line[at + 1..];
+        let next = lines.get(number).filter(|next| {
+            let words = next.strip_prefix(&next_margin).unwrap_or_default();
+            kind.margin(next) == next_margin && !words.is_empty() && !special(words)
+        });
+        match next {
+            Some(next) => {
+                lines[number] = format!("{next_margin}{rest} {}", &next[next_margin.len()..]);
+            }
+            None => lines.insert(number, format!("{next_margin}{rest}")),
+        }
+        lines[number - 1].truncate(at);
+    }
+    lines.join("\n") + if text.ends_with('\n') { "\n" } else { "" }
 }
 
 /// Whether a line is too long. One that is a single word, such as an address, cannot be broken.
@@ -90,9 +180,10 @@ fn is_long(line: &str) -> bool {
     line.chars().count() > COLUMNS && line.split_whitespace().filter(|w| w.len() > 3).count() > 1
 }
 
-/// Finds comments that are too long, but for tables and code in them.
-fn long_comments(path: &Path, text: &str, mark: &str, faults: &mut Vec<String>) {
+/// The comments that are too long, but for tables and code in them: the numbers of their lines.
+fn long_comments(text: &str, mark: &str) -> Vec<usize> {
     let mut code = false;
+    let mut found = Vec::new();
     for (n, line) in text.lines().enumerate() {
         let Some(comment) = line.trim_start().strip_prefix(mark) else {
             code = false;
@@ -102,9 +193,10 @@ fn long_comments(path: &Path, text: &str, mark: &str, faults: &mut Vec<String>) 
         if comment.starts_with("```") {
             code = !code;
         } else if !code && !comment.starts_with('|') && is_long(line) {
-            faults.push(long(path, n + 1));
+            found.push(n + 1);
         }
     }
+    found
 }
 
 /// What is checked of a Markdown file.
@@ -293,10 +385,26 @@ See [one](other.md#part-1), ![two](docs/a.svg) and `[no](link)`.\n\
         let long = "word ".repeat(30);
         let text = format!("{long}\n| {long} |\n```\n{long}\n```\n{}\n", "x".repeat(200));
         assert_eq!(Document::parse(&text).long_lines, [1]);
-        let mut faults = Vec::new();
         let code =
             format!("// {long}\n/// | {long}\n/// ```\n/// {long}\n/// ```\nlet a = \"{long}\";\n");
-        long_comments(Path::new("a.rs"), &code, "//", &mut faults);
-        assert_eq!(faults, ["a.rs:1: longer than 100 columns"]);
+        assert_eq!(long_comments(&code, "//"), [1]);
+    }
+
+    #[test]
+    fn long_lines_are_wrapped_into_their_paragraph() {
+        let long = "word ".repeat(21);
+        let text = format!(
+            "    /// - {long}end\n    ///   and more\n    ///\n    /// {long}end\nfn x() {{}}\n"
+        );
+        let wrapped = wrap(&text, Kind::Code("//"));
+        let lines: Vec<_> = wrapped.lines().collect();
+        assert!(lines.iter().all(|line| line.chars().count() <= COLUMNS), "{wrapped}");
+        assert!(lines[0].starts_with("    /// - word") && lines[1].starts_with("    ///   word"));
+        assert!(lines[1].ends_with("end and more") && lines[2] == "    ///", "{wrapped}");
+        assert_eq!((lines.len(), lines[5]), (6, "fn x() {}"));
+        let words = |text: &str| text.split_whitespace().filter(|w| *w != "///").count();
+        assert_eq!(words(&wrapped), words(&text));
+        // What is short stays as it is.
+        assert_eq!(wrap(TEXT, Kind::Markdown), TEXT);
     }
 }

@@ -40,7 +40,7 @@ enum Command {
     /// Run two Linux guests on one bus and show what it does
     Demo(demo::Args),
     /// Check the links of the documents, the length of the README, and that of lines
-    Docs,
+    Docs(docs::Args),
     /// Measure vbus against its peers
     Bench(bench::Args),
     /// Start a Linux guest on a running bus, or on one of its own
@@ -94,7 +94,7 @@ fn run(command: Command) -> Result<bool> {
             Ok(true)
         }
         Command::Demo(args) => demo::run(&args),
-        Command::Docs => docs::run(),
+        Command::Docs(args) => docs::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Guest(args) => guest::run(&args),
         Command::Qemu { mirror, args } => {
