@@ -52,7 +52,8 @@ pub fn example(scene: &Scene) -> Result<()> {
         guest.ok("echo 1af4 10f0 > /sys/bus/pci/drivers/uio_pci_generic/new_id")?;
         guest.ok("until [ -c /dev/uio0 ]; do sleep 0.02; done")?;
         for count in 1..=3u32 {
-            // A reader of /dev/uio0 waits for an interrupt after its opening, and gets their number.
+            // A reader of /dev/uio0 waits for an interrupt after its opening, and gets their
+            // number.
             let seen = guest.ok(&format!(
                 "exec 3< /dev/uio0; devmem {first:#x} 32 {}; \
                  dd bs=4 count=1 <&3 2> /dev/null | od -An -tu4",
