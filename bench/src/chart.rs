@@ -92,8 +92,10 @@ fn svg(title: &str, x_name: &str, y_name: &str, series: &[Series]) -> String {
     let y =
         |v: f64| HEIGHT - BOTTOM - (v.max(y0) / y0).ln() / (y1 / y0).ln() * (HEIGHT - TOP - BOTTOM);
     let mut out = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{HEIGHT}\" font-family=\"sans-serif\" font-size=\"12\">\n\
-         <rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n<text x=\"{LEFT}\" y=\"26\" font-size=\"15\">{title}</text>\n"
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{HEIGHT}\" \
+         font-family=\"sans-serif\" font-size=\"12\">\n\
+         <rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n\
+         <text x=\"{LEFT}\" y=\"26\" font-size=\"15\">{title}</text>\n"
     );
     let mut tick = y0;
     while tick <= y1 * 1.001 {

@@ -1,6 +1,6 @@
-//! Bare rings of slots: raw pointers, no check. Without a fence they are the floor, in the two forms
-//! that a ring can have. With the fence of a signal, but no signal, they show what other orders of
-//! writing would bring to a ring that has one.
+//! Bare rings of slots: raw pointers, no check. Without a fence they are the floor, in the two
+//! forms that a ring can have. With the fence of a signal, but no signal, they show what other
+//! orders of writing would bring to a ring that has one.
 
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 

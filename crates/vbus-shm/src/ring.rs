@@ -592,7 +592,8 @@ impl<M: Memory> DeviceEnd<M> {
 }
 
 /// How far a device that has gone had published returns, by its checkpoint: those before that
-/// position for sure, and those that it names if the tag of the first is there. Its `seq` was `seq`.
+/// position for sure, and those that it names if the tag of the first is there. The device's `seq`
+/// was `seq`.
 fn published(words: &[Word], layout: Layout, seq: u64) -> Result<u64, BadRing> {
     let word = words[CHECKPOINT].load(Ordering::Relaxed);
     // It is no more than a ring away from `seq`, so its low bits say which position it is.
