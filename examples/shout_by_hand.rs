@@ -1,5 +1,5 @@
-//! The device of [`shout`](crate::shout) with a ring of its own and its driver, by hand: for a class
-//! that needs another form than request and response.
+//! The device of [`shout`](crate::shout) with a ring of its own and its driver, by hand: for a
+//! class that needs another form than request and response.
 
 use std::sync::Arc;
 

@@ -1,5 +1,5 @@
-//! The examples' devices on a bus, and their drivers in a plain process: through the socket, without
-//! a VM.
+//! The examples' devices on a bus, and their drivers in a plain process: through the socket,
+//! without a VM.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::sync::Arc;

@@ -263,9 +263,9 @@ pub trait Connection: Send {
     }
 
     /// The driver calls, and the answer may take time: the class keeps `call`, returns, and ends
-    /// the call later, from any thread ([`Call::finish`]). The driver makes no other call meanwhile.
-    /// CLOSE, reset and the end of the connection cancel it. What is not overridden answers at
-    /// once, by [`call`](Self::call).
+    /// the call later, from any thread ([`Call::finish`]). The driver makes no other call
+    /// meanwhile. CLOSE, reset and the end of the connection cancel it. What is not overridden
+    /// answers at once, by [`call`](Self::call).
     fn start_call(&mut self, mut call: Call) {
         let (function, flags) = (call.function(), call.flags());
         let result = self.call(function, flags, call.buffer());

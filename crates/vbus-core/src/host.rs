@@ -1,5 +1,5 @@
-//! What every front of a device needs, whatever its driver speaks: the peer's memory, a place on the
-//! event loop, interrupts, doorbells, counters. The front of vbus is
+//! What every front of a device needs, whatever its driver speaks: the peer's memory, a place on
+//! the event loop, interrupts, doorbells, counters. The front of vbus is
 //! [`Endpoint`](crate::Endpoint).
 
 use std::sync::Arc;

@@ -1,5 +1,5 @@
-//! The device classes of vbus: [`venet`], an Ethernet controller, [`state`], named values,
-//! and [`pic`], an interrupt controller for the other devices. (The class `sched` has a crate of its
+//! The device classes of vbus: [`venet`], an Ethernet controller, [`state`], named values, and
+//! [`pic`], an interrupt controller for the other devices. (The class `sched` has a crate of its
 //! own.) A bus makes devices of them from their settings:
 //!
 //! ```

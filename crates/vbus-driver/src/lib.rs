@@ -11,8 +11,8 @@
 //! some ([`Hal::can_ring`]). A function takes the first that is both, or, if asked
 //! ([`Function::choose_doorbell`]), measures them and takes the cheapest.
 //!
-//! A driver crate needs no other crate of vbus: rings, state pages and signals, with which a class of
-//! one's own is driven, are in [`shm`].
+//! A driver crate needs no other crate of vbus: rings, state pages and signals, with which a class
+//! of one's own is driven, are in [`shm`].
 //!
 //! The device is not trusted: every number it returns is checked before it is used, and a device
 //! that breaks the protocol gets an [`Error`], never an access outside of the memory that the

@@ -110,7 +110,8 @@ pub fn config<H: Hal>(function: &Function<H>) -> Result<Config, Error> {
 
 impl<H: Hal> Nic<H> {
     /// Opens the NIC with those of the features `wanted` that it offers and that go together, and
-    /// registers its status page. The interrupts of both that page and the function come on `vector`.
+    /// registers its status page. The interrupts of both that page and the function come on
+    /// `vector`.
     pub fn open(mut function: Function<H>, wanted: u64, vector: u16) -> Result<Nic<H>, Error> {
         let config = config(&function)?;
         let features = venet::complete(wanted & function.info().features);

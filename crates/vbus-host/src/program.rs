@@ -74,8 +74,8 @@ impl Program {
     }
 
     /// Runs the command that the process's arguments name, to its end: for `serve` that is SIGINT,
-    /// SIGTERM or SIGHUP. Errors are printed. Returns the exit code: 0; 1 after an error; wrong arguments
-    /// end the process with 2.
+    /// SIGTERM or SIGHUP. Errors are printed. Returns the exit code: 0; 1 after an error; wrong
+    /// arguments end the process with 2.
     ///
     /// A program must call this first in its `main` and hand it the process's own arguments:
     /// `serve` may start the program a second time, as the guardian of the class `sched`.

@@ -174,9 +174,10 @@ pub mod event {
 /// Commands of the mailbox, with their arguments a0..a3.
 pub mod command {
     /// Opens the connection. a0: bits 0..16 the version of the ABI, the highest that both ends
-    /// speak; 32..48 the vector of the function's [events](super::event); a1: features wanted, a subset of those offered; a2:
-    /// address of the handshake word (8 bytes, aligned); a3: the value that the driver has written
-    /// there. The device must find that value, or else the memory is not shared.
+    /// speak; 32..48 the vector of the function's [events](super::event); a1: features wanted, a
+    /// subset of those offered; a2: address of the handshake word (8 bytes, aligned); a3: the value
+    /// that the driver has written there. The device must find that value, or else the memory is
+    /// not shared.
     pub const OPEN: u32 = 1;
     /// Closes it: all regions are dropped; the device touches no memory afterwards. Succeeds
     /// always.
@@ -352,9 +353,11 @@ pub mod venet {
     /// u16, gso_size u16, csum_start u16, csum_offset u16, num_buffers u16}.
     pub const HEADER_BYTES: usize = 12;
     /// Bytes of the header before each frame to the driver with [`F_HASH`]: the one above, then
-    /// {hash u32, kind u16 ([`hash_kind`]: the number of its bit, plus 1; 0: not hashed), zero u16}.
+    /// {hash u32, kind u16 ([`hash_kind`]: the number of its bit, plus 1; 0: not hashed), zero
+    /// u16}.
     pub const HASH_HEADER_BYTES: usize = HEADER_BYTES + 8;
-    /// The most bytes of a frame with its header (without a hash): a 64 KiB segment, its Ethernet header, two tags.
+    /// The most bytes of a frame with its header (without a hash): a 64 KiB segment, its Ethernet
+    /// header, two tags.
     pub const FRAME_MAX: usize = HEADER_BYTES + 65536 + 14 + 8;
     /// The most entries of one frame.
     pub const CHAIN_MAX: usize = 20;
@@ -442,8 +445,8 @@ pub mod venet {
         pub const BYTES: u32 = 128;
     }
 
-    /// The counters page's value: for each queue pair of the device, [`WORDS`](counters_page::WORDS)
-    /// u64 words, in this order. Words that are not listed are 0.
+    /// The counters page's value: for each queue pair of the device,
+    /// [`WORDS`](counters_page::WORDS) u64 words, in this order. Words that are not listed are 0.
     pub mod counters_page {
         /// Frames from the driver that were sent on.
         pub const TX_FRAMES: usize = 0;

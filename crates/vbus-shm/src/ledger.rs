@@ -26,7 +26,8 @@ const RETURNING: usize = RETURNING_OFFSET / WORD;
 const TAG: usize = 0;
 const ADDRESS: usize = 1;
 const POSITION: usize = 2;
-/// The bit of a record's tag that says that its entry is held, and of *returning* that there is one.
+/// The bit of a record's tag that says that its entry is held, and of *returning* that there is
+/// one.
 const HELD: u64 = 1 << 63;
 
 const _: () = {

@@ -36,8 +36,8 @@ pub const PAGE_BYTES: usize = 256;
 /// The most lines of a page.
 pub const LINES_MAX: u16 = 256;
 
-/// The level's bits 0 to 8: lines from here on want a message. From bit 9 on: the generation. Its 55
-/// bits do not come round: that would take ten years of nothing but stores of the level.
+/// The level's bits 0 to 8: lines from here on want a message. From bit 9 on: the generation. Its
+/// 55 bits do not come round: that would take ten years of nothing but stores of the level.
 pub const GENERATION_SHIFT: u32 = 9;
 
 /// Bits in a word, and so lines.

@@ -286,8 +286,8 @@ impl<M: Memory, E: End> Sender<M, E> {
         Ok(Sender { mem, half })
     }
 
-    /// The half by which `end` sends, in place of a sender that has gone at any moment. It counts on
-    /// from the `seq` in memory. The sender before may have gone between a post and its kick, so
+    /// The half by which `end` sends, in place of a sender that has gone at any moment. It counts
+    /// on from the `seq` in memory. The sender before may have gone between a post and its kick, so
     /// there is a kick here if the receiver is armed for any post so far.
     pub fn resume(mem: M, offset: usize, end: E) -> Result<(Self, Kick<E>), BadSignal> {
         let _ = end;

@@ -100,8 +100,8 @@ impl<H: Hal> Rx<H> {
     /// The next frame, in pieces, header first. They belong to the driver from here on, until it
     /// [`give`](Self::give)s them again, as it can after the next call too.
     ///
-    /// An error says that the device broke the protocol: more buffers than it has, more bytes than a
-    /// buffer has, a frame too large.
+    /// An error says that the device broke the protocol: more buffers than it has, more bytes than
+    /// a buffer has, a frame too large.
     pub fn receive(&mut self) -> Result<Option<&[Received]>, Error> {
         if self.whole {
             (self.whole, self.count, self.bytes) = (false, 0, 0);

@@ -49,8 +49,8 @@ impl Default for Fake {
     fn default() -> Self {
         let mut registers = Registers::default();
         registers.config.extend([(0, 0x10f5_1af4), (4, 1 << 20), (0x34, 0x40)]);
-        // Vendor-specific, the last, 20 bytes, layout 1; signature; registers at 0; MMIO doorbells 4
-        // apart at 0x1000.
+        // Vendor-specific, the last, 20 bytes, layout 1; signature; registers at 0; MMIO doorbells
+        // 4 apart at 0x1000.
         registers.config.extend([
             (0x40, 0x0114_0009),
             (0x44, capability::SIGNATURE_VALUE),

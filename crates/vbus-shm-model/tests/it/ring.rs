@@ -158,7 +158,8 @@ impl Mortal {
         }
     }
 
-    /// The first device end ends before its access number `accesses`, and another takes the ring up.
+    /// The first device end ends before its access number `accesses`, and another takes the ring
+    /// up.
     fn run(returns: Returns, total: u64, accesses: u32) {
         let layout = Layout::new(8, returns).unwrap();
         let memory = Shared::new(layout.words());

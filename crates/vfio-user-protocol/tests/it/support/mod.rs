@@ -249,8 +249,9 @@ impl Bench {
     }
 }
 
-/// Runs the test `name` of this program in a process of its own: `test` there, and here a check that
-/// it passed. For what belongs to a process, when other tests run in other threads of this one.
+/// Runs the test `name` of this program in a process of its own: `test` there, and here a check
+/// that it passed. For what belongs to a process, when other tests run in other threads of this
+/// one.
 pub fn alone(name: &str, test: impl FnOnce()) {
     const ALONE: &str = "VFIO_USER_TEST_ALONE";
     if std::env::var_os(ALONE).is_some() {
