@@ -188,6 +188,7 @@ fn machine(scene: &Scene, clock: Clock, files: &[Put]) -> Result<Machine> {
     lab.add_modules(&mut archive, &MODULES)?;
     let read =
         |path: &Path| fs::read(path).with_context(|| format!("cannot read {}", path.display()));
+    archive.file("bin/vbus", 0o755, &read(lab.vbus())?)?;
     archive.file("bin/vbus-vmm", 0o755, &read(&lab.vmm()?)?)?;
     archive.file("bin/vbus-kvm-tests", 0o755, &read(&lab.kvm_tests()?)?)?;
     archive.file("l2/kernel", 0o644, &read(lab.kernel())?)?;
