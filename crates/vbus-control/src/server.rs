@@ -15,6 +15,11 @@ use serde_json::{Value, json};
 /// How long a client may take to send a request, and to take an answer.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
+/// The stack of a client's thread, in bytes. The parser of JSON calls itself for each level that a
+/// request is deep, up to 128 levels; a build without optimization takes more than 1 KiB for one. A
+/// page that is not used costs no memory.
+const STACK: usize = 1 << 20;
+
 /// Limits on the cost of clients.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
@@ -118,8 +123,7 @@ impl<H: Handler> Server<H> {
             return Ok(());
         }
         let (handler, line_max) = (self.handler.clone(), self.limits.line);
-        let thread =
-            std::thread::Builder::new().name("control-client".into()).stack_size(256 << 10);
+        let thread = std::thread::Builder::new().name("control-client".into()).stack_size(STACK);
         thread.spawn(move || {
             let _admission = admission;
             serve(&*handler, line_max, &socket);
@@ -274,5 +278,48 @@ mod tests {
             drop(socket);
         }
         while ask(&mut setting.connection(), "hello").is_err() {}
+    }
+
+    /// Gives back what a request carries, as the request of a device is carried.
+    struct Carry;
+
+    #[derive(serde::Deserialize)]
+    #[serde(tag = "op", rename_all = "kebab-case", deny_unknown_fields)]
+    enum Carried {
+        Device { request: Value },
+    }
+
+    impl Handler for Carry {
+        type Request = Carried;
+
+        fn handle(&self, Carried::Device { request }: Carried, _: &Client<'_>) -> Result<Value> {
+            Ok(request)
+        }
+    }
+
+    #[test]
+    fn a_request_of_any_depth_leaves_the_stack_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        let server = Server::new(listener, Limits { clients: 64, line: 4 << 20 }, Carry).unwrap();
+        std::thread::spawn(move || {
+            loop {
+                poll(&mut [PollFd::new(&server, PollFlags::IN)], None).unwrap();
+                server.accept().unwrap();
+            }
+        });
+        for (open, close) in [("[", "]"), ("{\"a\":", "}")] {
+            for depth in [1, 64, 120, 126, 127, 128, 200_000] {
+                let deep = format!("{}1{}", open.repeat(depth), close.repeat(depth));
+                let line = format!("{{\"op\":\"device\",\"request\":{deep}}}\n");
+                let socket = UnixStream::connect(&path).unwrap();
+                (&socket).write_all(line.as_bytes()).unwrap();
+                let mut answer = String::new();
+                BufReader::new(&socket).read_line(&mut answer).unwrap();
+                let (ok, error) = (format!("{{\"ok\":{deep}}}\n"), "{\"error\":\"not a request");
+                assert!(answer == ok || answer.starts_with(error), "{depth}: {answer:.100}");
+            }
+        }
     }
 }
