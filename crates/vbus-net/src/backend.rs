@@ -71,6 +71,10 @@ pub trait Queue: Send {
     /// Sends a frame of the driver.
     fn send(&mut self, packet: &Packet<'_>) -> Sent;
 
+    /// The frame that has to wait will not be sent again: its ring has gone. The next frame is
+    /// another one.
+    fn forget(&mut self) {}
+
     /// The last frame of a poll has been sent: pushes out what was gathered.
     fn flush(&mut self) {}
 

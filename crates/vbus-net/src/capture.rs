@@ -124,6 +124,10 @@ impl Queue for CapturedQueue {
         sent
     }
 
+    fn forget(&mut self) {
+        self.inner.forget();
+    }
+
     fn flush(&mut self) {
         self.inner.flush();
     }

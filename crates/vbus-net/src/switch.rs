@@ -425,6 +425,11 @@ impl Queue for SwitchQueue {
         sent
     }
 
+    fn forget(&mut self) {
+        self.pieces.of = 0;
+        self.waiting = None;
+    }
+
     fn flush(&mut self) {
         for sink in self.touched.drain(..) {
             lock(&sink).post();

@@ -77,9 +77,12 @@ impl Pair {
         }
     }
 
-    /// Serves this transmit ring from here on, or none.
+    /// Serves this transmit ring from here on, or none. What is left of the former ring, a frame
+    /// that waits or the rest of one, is not sent.
     pub fn set_tx(&mut self, tx: Option<TxQueue>) {
         self.tx = tx;
+        self.queue.forget();
+        (self.waiting, self.moved, self.until) = (false, false, None);
     }
 
     /// Serves this receive ring from here on, or none.

@@ -124,6 +124,27 @@ fn a_ring_is_taken_out_and_put_back_while_running() {
 }
 
 #[test]
+fn a_transmit_ring_takes_its_last_frame_with_it() {
+    let bus = bus(2);
+    let small = Shape { entries: 8, ..Shape::default() };
+    let [mut a, mut b] = two(&bus, &json!({}), [features(abi::F_TX), small]);
+    // The receiver takes no segments, and has buffers for some of the frames that this makes.
+    let (header, segment) = large(TCP, 1448, 60_000);
+    a.send_with(0, &header, &segment, 1);
+    let waits = |a: &Net| (a.counter("/pairs/0/tx/waits") > 0).then_some(());
+    a.interrupts.clone().wait("the wait for buffers", || waits(&a));
+    a.drop_ring(0, false);
+    a.add_ring(0, false, 8);
+    a.send(0, &frame(B, A, 7, 100));
+    let mut before = 0;
+    while b.recv(0) != frame(B, A, 7, 100) {
+        before += 1;
+        assert!(before <= 8, "the frames that were delivered before the ring went");
+    }
+    assert_eq!(b.try_recv(0), None);
+}
+
+#[test]
 fn the_address_changes_where_the_settings_allow_it() {
     let bus = bus(1);
     let [mut a, mut b] = two(&bus, &json!({}), [features(abi::F_MAC); 2]);
