@@ -36,6 +36,7 @@ pub enum ConnectionState {
 
 /// Arguments of OPEN.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct OpenRequest {
     /// Version of the ABI.
     pub version: u16,
@@ -52,17 +53,39 @@ impl OpenRequest {
     pub fn new(handshake: (u64, u64)) -> OpenRequest {
         OpenRequest { version: Versions::SUPPORTED.highest, vector: 0, features: 0, handshake }
     }
+
+    /// The same in this version of the ABI.
+    #[must_use]
+    pub fn with_version(mut self, version: u16) -> OpenRequest {
+        self.version = version;
+        self
+    }
+
+    /// The same with the function's events on this vector.
+    #[must_use]
+    pub fn with_vector(mut self, vector: u16) -> OpenRequest {
+        self.vector = vector;
+        self
+    }
+
+    /// The same with these features.
+    #[must_use]
+    pub fn with_features(mut self, features: u64) -> OpenRequest {
+        self.features = features;
+        self
+    }
 }
 
-/// Arguments of REGION_ADD, checked for form but not for content.
+/// Arguments of REGION_ADD. Their form has been checked, their content has not.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct RegionRequest {
     /// The class's id for it.
     pub id: u32,
     /// Interrupt vector.
     pub vector: u16,
-    /// 0: contiguous at `addr`; else `addr` is that of an array of page addresses, for pages of `1
-    /// << page_shift` bytes.
+    /// 0: the region is contiguous at `addr`. Otherwise `addr` is the address of an array of page
+    /// addresses, and each page has `1 << page_shift` bytes.
     pub page_shift: u8,
     /// Address.
     pub addr: u64,
@@ -70,6 +93,36 @@ pub struct RegionRequest {
     pub len: u64,
     /// Offset of the signal block, if there is one.
     pub signal: Option<u64>,
+}
+
+impl RegionRequest {
+    /// Region `id`: `len` contiguous bytes at `addr`, without a signal block, with interrupts on
+    /// vector 0.
+    pub fn new(id: u32, addr: u64, len: u64) -> RegionRequest {
+        RegionRequest { id, vector: 0, page_shift: 0, addr, len, signal: None }
+    }
+
+    /// The same with interrupts on this vector.
+    #[must_use]
+    pub fn with_vector(mut self, vector: u16) -> RegionRequest {
+        self.vector = vector;
+        self
+    }
+
+    /// The same in pages of `1 << page_shift` bytes: `addr` is the address of the list of their
+    /// addresses. 0: contiguous.
+    #[must_use]
+    pub fn with_page_shift(mut self, page_shift: u8) -> RegionRequest {
+        self.page_shift = page_shift;
+        self
+    }
+
+    /// The same with the signal block at byte `offset` of the region, or without one.
+    #[must_use]
+    pub fn with_signal(mut self, offset: Option<u64>) -> RegionRequest {
+        self.signal = offset;
+        self
+    }
 }
 
 type SharedConnection = Arc<Mutex<Box<dyn Connection>>>;

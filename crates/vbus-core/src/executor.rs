@@ -12,7 +12,7 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -23,6 +23,7 @@ use vbus_shm::signal::Armed;
 use vbus_shm::{ErrorCode, Pace, Rest};
 
 use crate::counter::ConnectionCounters;
+use crate::lock::lock;
 use crate::wake::WakeFlag;
 
 /// What a poll came to.
@@ -168,11 +169,6 @@ impl std::fmt::Debug for TaskHandle {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_tuple("TaskHandle").field(&self.0.id).finish()
     }
-}
-
-/// A panic in a task must not take the others with it: a poisoned lock is taken all the same.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 #[derive(Default)]

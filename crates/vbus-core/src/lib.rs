@@ -112,6 +112,7 @@ mod events;
 mod executor;
 mod host;
 mod interrupt;
+pub mod io_vec;
 mod lock;
 pub mod memory;
 mod router;

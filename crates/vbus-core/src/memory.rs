@@ -12,7 +12,6 @@
 #![allow(unsafe_code)] // Maps the driver's memory and copies to and from it while the driver may write it.
 
 use std::fmt;
-use std::io::{IoSlice, IoSliceMut};
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
@@ -24,6 +23,7 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 use vbus_shm::ErrorCode;
 use vbus_shm::sync::Word;
 
+use crate::io_vec::{IoVec, IoVecMut};
 use crate::lock::lock;
 
 /// The most maps of a peer.
@@ -166,6 +166,7 @@ impl Drop for Mapping {
 
 /// What the peer lets the device do with a map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Access {
     /// The device may read.
     pub read: bool,
@@ -180,6 +181,11 @@ impl Access {
     pub const WRITE: Access = Access { read: false, write: true };
     /// Reading and writing.
     pub const BOTH: Access = Access { read: true, write: true };
+
+    /// Reading if `read`, writing if `write`.
+    pub const fn new(read: bool, write: bool) -> Access {
+        Access { read, write }
+    }
 
     fn allows(self, wanted: Access) -> bool {
         (self.read || !wanted.read) && (self.write || !wanted.write)
@@ -661,23 +667,18 @@ impl<'a> DriverSlice<'a> {
         total - left
     }
 
-    /// For the vector of a system call that reads the driver's memory, one for each of the
-    /// [`pieces`](Self::pieces). The bytes must not be looked at by Rust code.
-    pub fn io_slices(&self) -> impl Iterator<Item = IoSlice<'a>> + use<'a> {
-        self.pieces().map(|piece| {
-            // SAFETY: valid for 'a. The contents are read by the kernel only.
-            IoSlice::new(unsafe { std::slice::from_raw_parts(piece.base.as_ptr(), piece.len) })
-        })
+    /// The bytes for [`writev`](crate::io_vec::writev), which reads them: one vector for each of the
+    /// [`pieces`](Self::pieces).
+    pub fn io_vecs(&self) -> impl Iterator<Item = IoVec<'a>> + use<'a> {
+        // SAFETY: the view keeps the mapping for 'a.
+        self.pieces().map(|piece| unsafe { IoVec::shared(piece.base, piece.len) })
     }
 
-    /// For the vector of a system call that writes the driver's memory, one for each of the
-    /// [`pieces`](Self::pieces). The bytes must not be looked at by Rust code.
-    pub fn io_slices_mut(&self) -> impl Iterator<Item = IoSliceMut<'a>> + use<'a> {
-        self.pieces().map(|piece| {
-            // SAFETY: valid for 'a. The contents are written by the kernel only.
-            let bytes = unsafe { std::slice::from_raw_parts_mut(piece.base.as_ptr(), piece.len) };
-            IoSliceMut::new(bytes)
-        })
+    /// The bytes for [`readv`](crate::io_vec::readv), which writes them: one vector for each of the
+    /// [`pieces`](Self::pieces).
+    pub fn io_vecs_mut(&self) -> impl Iterator<Item = IoVecMut<'a>> + use<'a> {
+        // SAFETY: the view keeps the mapping for 'a. References to its bytes are to atomics only.
+        self.pieces().map(|piece| unsafe { IoVecMut::shared(piece.base, piece.len) })
     }
 }
 

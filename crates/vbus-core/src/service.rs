@@ -38,7 +38,7 @@
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex};
 
 use serde_json::Value;
 use vbus_shm::abi::service as abi;
@@ -50,6 +50,7 @@ use crate::device::{Connection, CreateError, Device, Identity, Open, Region};
 use crate::doorbell::Doorbell;
 use crate::executor::Progress;
 use crate::interrupt::Interrupt;
+use crate::lock::lock;
 use crate::memory::Window;
 
 /// The most requests of a connection that the threads of a class have at a time. The others wait in
@@ -469,8 +470,4 @@ impl Pool {
             doorbell.wake();
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|e| e.into_inner())
 }

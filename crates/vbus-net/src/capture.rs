@@ -1,12 +1,12 @@
 //! A decorator around a back end: records the frames that a driver sends and receives in a capture
 //! file.
 
-use std::io::IoSliceMut;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use serde_json::{Value, json};
+use vbus_core::io_vec::IoVecMut;
 use vbus_core::shm::signal::Armed;
 use vbus_core::{CreateError, ErrorCode, TaskHandle, lock};
 use vbus_tap::{HEADER_BYTES, Mac, Offloads};
@@ -185,7 +185,7 @@ impl RxSink for Recorder<'_> {
         }
         self.buffer.resize(FRAME_MAX, 0);
         let mut head = [0; HEAD];
-        let mut vector = [IoSliceMut::new(&mut head), IoSliceMut::new(self.buffer)];
+        let mut vector = [IoVecMut::new(&mut head), IoVecMut::new(self.buffer)];
         let len = match read(&mut vector) {
             Ok(len) if len >= HEAD => len,
             Ok(_) => return Reserved::Nothing,

@@ -1,11 +1,11 @@
 //! What a front lends to a back end: a receive queue of its driver.
 
-use std::io::IoSliceMut;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use rustix::io::Errno;
 use vbus_core::TaskHandle;
+use vbus_core::io_vec::IoVecMut;
 use vbus_core::shm::signal::Armed;
 
 use crate::frame::Packet;
@@ -49,7 +49,7 @@ pub trait RxSink: Send {
 }
 
 /// Fills a vector with a frame: a read from a descriptor.
-pub type Read<'a> = dyn FnMut(&mut [IoSliceMut<'_>]) -> Result<usize, Errno> + 'a;
+pub type Read<'a> = dyn FnMut(&mut [IoVecMut<'_>]) -> Result<usize, Errno> + 'a;
 
 /// A receive queue that several devices deliver to.
 pub type SharedSink = Arc<Mutex<dyn RxSink>>;

@@ -1,11 +1,11 @@
 //! Back end `tap`: a TAP interface of this machine, with a queue for each queue pair. Frames are
 //! read and written straight from and to the driver's buffers.
 
-use std::io::{IoSlice, IoSliceMut};
 use std::sync::Arc;
 
-use rustix::io::{Errno, readv, writev};
+use rustix::io::Errno;
 use serde_json::{Value, json};
+use vbus_core::io_vec::{IoVec, IoVecMut, readv, writev};
 use vbus_core::memory::DriverSlice;
 use vbus_core::{CreateError, ErrorCode, Interest, TaskHandle};
 use vbus_tap::{HEADER_BYTES, Mac, Offloads, Setup, advice, set_mtu, set_up};
@@ -160,16 +160,16 @@ impl Queue for TapQueue {
         let mut head = [0; HEADER_BYTES + ETH_BYTES];
         head[..HEADER_BYTES].copy_from_slice(&packet.header.bytes(0));
         head[HEADER_BYTES..].copy_from_slice(&packet.eth);
-        let mut vector = [IoSlice::new(&[]); PIECES_MAX + 1];
-        vector[0] = IoSlice::new(&head);
+        let mut vector = [IoVec::EMPTY; PIECES_MAX + 1];
+        vector[0] = IoVec::new(&head);
         let mut count = 1;
         match packet.body {
             Body::Bytes(bytes) => {
-                vector[1] = IoSlice::new(bytes);
+                vector[1] = IoVec::new(bytes);
                 count += 1;
             }
             Body::Driver(parts) => {
-                let slices = parts.iter().flat_map(DriverSlice::io_slices);
+                let slices = parts.iter().flat_map(DriverSlice::io_vecs);
                 for (to, slice) in vector[1..].iter_mut().zip(slices) {
                     *to = slice;
                     count += 1;
@@ -191,7 +191,7 @@ impl Queue for TapQueue {
         if !used {
             return Ok(0);
         }
-        let mut read = |vector: &mut [IoSliceMut<'_>]| readv(&*self.queue, vector);
+        let mut read = |vector: &mut [IoVecMut<'_>]| readv(&*self.queue, vector);
         for n in 0..budget {
             match sink.reserve(&mut read) {
                 Reserved::Frame => {}

@@ -136,7 +136,7 @@ impl Memory {
 /// OPEN with a good handshake.
 pub fn open(endpoint: &Endpoint, memory: &Memory, features: u64) -> Result<(), ErrorCode> {
     memory.write(0, &0x1234_5678_9abc_u64.to_le_bytes());
-    endpoint.open(OpenRequest { features, ..OpenRequest::new((0, 0x1234_5678_9abc)) })
+    endpoint.open(OpenRequest::new((0, 0x1234_5678_9abc)).with_features(features))
 }
 
 /// REGION_ADD.
@@ -148,7 +148,7 @@ pub fn add(
     signal: usize,
 ) -> Result<u32, ErrorCode> {
     let (len, signal) = (len as u64, Some(signal as u64));
-    endpoint.region_add(RegionRequest { id, vector: 0, page_shift: 0, addr, len, signal })
+    endpoint.region_add(RegionRequest::new(id, addr, len).with_signal(signal))
 }
 
 /// CALL with a buffer at address 2048.

@@ -4,11 +4,13 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use rustix::io::Errno;
-use vbus_core::{Access, Endpoint, ErrorCode, Interest, MapError, Progress, Task, TaskHandle};
+use vbus_core::{
+    Access, Endpoint, ErrorCode, Interest, MapError, Progress, Task, TaskHandle, lock,
+};
 use vbus_pci::{IrqError, IrqIndex, Options, PciFunction, device_function};
 use vfio_user_protocol::{
     DeviceInfo, IoEventFd, IrqAction, IrqInfo, Mapping, RegionInfo, Server, Stats, Target,
@@ -30,10 +32,6 @@ pub struct DeviceServer {
 struct Seen {
     connected: bool,
     stats: Stats,
-}
-
-fn lock(seen: &Mutex<Seen>) -> MutexGuard<'_, Seen> {
-    seen.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 impl DeviceServer {
@@ -202,7 +200,7 @@ impl Target for Served {
 
     fn dma_map(&mut self, mapping: Mapping) -> Result<(), Errno> {
         let Mapping { address, size, readable, writable, memory, .. } = mapping;
-        let access = Access { read: readable, write: writable };
+        let access = Access::new(readable, writable);
         self.endpoint.map(address, size, memory, access).map_err(|error| {
             tracing::warn!(device = self.endpoint.name(), %error, "memory at {address:#x} cannot be used");
             match error {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use vbus_core::shm::Memory;
 use vbus_core::shm::abi::{bar0, capability};
 use vbus_core::shm::sync::{Ordering, Word};
-use vbus_core::{Access, MemoryContext, Trust, Window};
+use vbus_core::{Access, MemoryContext, Trust, Window, lock};
 use vbus_driver::{COMMAND_BOUND, Dma, Doorbell, Hal, HeapTable, NoMemory};
 
 use vfio_user_protocol::{Client, ClientError, pci};
@@ -45,10 +45,6 @@ struct Shared {
     /// Free runs of memory: offset and length. What has never been used before is zero; what comes
     /// back is zeroed.
     free: Mutex<BTreeMap<usize, usize>>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 impl Process {

@@ -134,7 +134,7 @@ impl Driver {
         let len = layout.bytes() as u64;
         let ring = DriverEnd::create(self.mine.window(addr, len).unwrap(), layout, 0).unwrap();
         let signal = Some(SIGNAL_OFFSET as u64);
-        (ring, RegionRequest { id: 0, vector: 0, page_shift: 0, addr, len, signal })
+        (ring, RegionRequest::new(0, addr, len).with_signal(signal))
     }
 
     /// Sends `count` entries through and checks what comes back, sleeping whenever there is nothing
@@ -194,14 +194,9 @@ fn scattered_pages_make_one_region() {
     let mut ring = DriverEnd::create(mine, layout, 0).unwrap();
     let list: Vec<u8> = pages.iter().flat_map(|p| p.to_le_bytes()).collect();
     driver.mine.view().write(BASE + 4096, &list).unwrap();
-    let request = RegionRequest {
-        id: 0,
-        vector: 0,
-        page_shift: 12,
-        addr: BASE + 4096,
-        len,
-        signal: Some(SIGNAL_OFFSET as u64),
-    };
+    let request = RegionRequest::new(0, BASE + 4096, len)
+        .with_page_shift(12)
+        .with_signal(Some(SIGNAL_OFFSET as u64));
     let handle = driver.endpoint.region_add(request).unwrap();
     driver.exchange(&mut ring, handle, 10_000);
 }
@@ -300,10 +295,10 @@ fn commands_name_what_is_wrong() {
     assert_eq!(e.call(7, 0, BASE, 8).and_then(Called::now), Err(ErrorCode::NOT_OPEN));
     let ask = OpenRequest::new((BASE, 0));
     for (request, error) in [
-        (OpenRequest { version: 2, ..ask }, ErrorCode::BAD_VERSION),
-        (OpenRequest { version: 0, ..ask }, ErrorCode::BAD_VERSION),
-        (OpenRequest { vector: 1, ..ask }, ErrorCode::BAD_VECTOR),
-        (OpenRequest { features: 0b100, ..ask }, ErrorCode::BAD_FEATURES),
+        (ask.with_version(2), ErrorCode::BAD_VERSION),
+        (ask.with_version(0), ErrorCode::BAD_VERSION),
+        (ask.with_vector(1), ErrorCode::BAD_VECTOR),
+        (ask.with_features(0b100), ErrorCode::BAD_FEATURES),
         (OpenRequest::new((BASE + 4, 0)), ErrorCode::BAD_ALIGNMENT),
         (OpenRequest::new((0, 0)), ErrorCode::BAD_ADDRESS),
         (OpenRequest::new((BASE, 78)), ErrorCode::NOT_SHARED),

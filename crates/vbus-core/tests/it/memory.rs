@@ -8,6 +8,8 @@ use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::io::Errno;
+use vbus_core::io_vec::{IoVec, IoVecMut, readv, writev};
 use vbus_core::shm::Memory;
 use vbus_core::{
     Access, Bus, Called, Connection, Device, Endpoint, ErrorCode, Executor, Identity,
@@ -56,7 +58,7 @@ fn a_buffer_may_span_maps_that_adjoin() {
 
     let slice = view.slice(100, bytes.len() as u64, false).unwrap();
     assert_eq!(slice.pieces().map(|p| p.len()).collect::<Vec<_>>(), [3996, 4096, 4096, 107]);
-    assert_eq!(slice.io_slices().count(), 4);
+    assert_eq!(slice.io_vecs().count(), 4);
     // Split anywhere, the two parts are the whole.
     for mid in [0, 1, 3995, 3996, 3997, 8092, bytes.len() - 1, bytes.len(), usize::MAX] {
         let (front, back) = slice.split_at(mid);
@@ -80,6 +82,38 @@ fn a_buffer_may_span_maps_that_adjoin() {
 }
 
 #[test]
+fn the_kernel_reads_and_writes_a_buffer_in_pieces() {
+    let (reader, writer) = rustix::pipe::pipe().unwrap();
+    let context = scattered(2);
+    let view = context.view();
+    let bytes: Vec<u8> = (0..2000u32).map(|i| (i % 251) as u8).collect();
+    view.write(3000, &bytes).unwrap();
+    let from = view.slice(3000, 2000, false).unwrap();
+    let vector: Vec<_> = [IoVec::new(b"head")].into_iter().chain(from.io_vecs()).collect();
+    assert_eq!(writev(&writer, &vector), Ok(2004));
+
+    let mut head = [0; 4];
+    let to = view.slice(3500, 2000, true).unwrap();
+    let mut vector = vec![IoVecMut::new(&mut head)];
+    vector.extend(to.io_vecs_mut());
+    assert_eq!((vector.len(), readv(&reader, &mut vector)), (3, Ok(2004)));
+    assert_eq!(&head, b"head");
+    let mut out = vec![0; 2000];
+    to.copy_to(&mut out);
+    assert!(out == bytes);
+
+    // Memory that the driver gave for reading is not written.
+    let (file, context) = (file(1), MemoryContext::new(Trust::Sealed));
+    context.map(0, PAGE, Some((file, 0)), Access::READ).unwrap();
+    let view = context.view();
+    let to = view.slice(0, 8, false).unwrap();
+    let mut vector: Vec<_> = to.io_vecs_mut().collect();
+    assert_eq!(writev(&writer, &[IoVec::new(b"8 bytes.")]), Ok(8));
+    assert_eq!(readv(&reader, &mut vector), Err(Errno::FAULT));
+    assert_eq!(readv(&writer, &mut vector), Err(Errno::BADF), "the end for writing");
+}
+
+#[test]
 fn a_window_may_span_maps_that_adjoin() {
     let context = scattered(4);
     let window = context.window(PAGE - 64, 2 * PAGE).unwrap();
@@ -100,7 +134,7 @@ fn a_window_may_span_maps_that_adjoin() {
 #[test]
 fn a_map_allows_what_the_peer_said() {
     let context = MemoryContext::new(Trust::Sealed);
-    let none = Access { read: false, write: false };
+    let none = Access::new(false, false);
     for (start, access) in (0..).step_by(PAGE as usize).zip([Access::READ, Access::WRITE, none]) {
         context.map(start, PAGE, Some((file(1), 0)), access).unwrap();
     }
@@ -159,12 +193,11 @@ fn all_that_a_driver_hands_over_may_span_maps() {
     });
     mine.view().write(0, &77u64.to_le_bytes()).unwrap();
     endpoint.open(OpenRequest::new((0, 77))).unwrap();
-    let request =
-        RegionRequest { id: 0, vector: 0, page_shift: 0, addr: PAGE - 64, len: 256, signal: None };
+    let request = RegionRequest::new(0, PAGE - 64, 256);
     endpoint.region_add(request).unwrap();
     // A list of pages that cross.
     let list = [0, PAGE * 2].map(u64::to_le_bytes).concat();
-    let request = RegionRequest { page_shift: 13, addr: 5 * PAGE, len: 16384, ..request };
+    let request = RegionRequest::new(0, 5 * PAGE, 16384).with_page_shift(13);
     mine.view().write(5 * PAGE, &list).unwrap();
     endpoint.region_add(request).unwrap();
     mine.view().write(7 * PAGE - 2, b"abcd").unwrap();

@@ -1,11 +1,11 @@
 //! A receive ring: frames go from wherever they come into the buffers that the driver posted.
 
 use std::collections::VecDeque;
-use std::io::IoSliceMut;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use vbus_core::io_vec::IoVecMut;
 use vbus_core::memory::{DriverSlice, View};
 use vbus_core::shm::abi::venet::{HASH_HEADER_BYTES, HEADER_BYTES};
 use vbus_core::shm::ring::{DeviceEnd, Entry, NEXT, Return};
@@ -197,8 +197,7 @@ impl RxQueue {
         let mut spill = [0; 1];
         let (mut room, mut slots) = (0, 2);
         let received = {
-            let mut vector: [IoSliceMut<'_>; PIECES_MAX + 2] =
-                std::array::from_fn(|_| IoSliceMut::new(&mut []));
+            let mut vector = [const { IoVecMut::EMPTY }; PIECES_MAX + 2];
             for (i, entry) in self.stash.iter().take(count).enumerate() {
                 let Ok(slice) = view.slice(entry.addr, u64::from(entry.len), true) else {
                     return Reserved::Nothing;
@@ -207,7 +206,7 @@ impl RxQueue {
                 let slice = slice.split_at(longest.saturating_sub(room)).0;
                 room += slice.len();
                 let rest = if i == 0 { slice.split_at(header_bytes + ETH_BYTES).1 } else { slice };
-                for piece in rest.io_slices_mut() {
+                for piece in rest.io_vecs_mut() {
                     if slots == vector.len() {
                         return Reserved::Nothing;
                     }
@@ -215,8 +214,8 @@ impl RxQueue {
                     slots += 1;
                 }
             }
-            vector[0] = IoSliceMut::new(&mut head);
-            vector[slots - 1] = IoSliceMut::new(&mut spill);
+            vector[0] = IoVecMut::new(&mut head);
+            vector[slots - 1] = IoVecMut::new(&mut spill);
             read(&mut vector[..slots])
         };
         let len = match received {

@@ -159,12 +159,10 @@ impl Registers {
                 if bytes[2..4] != [0; 2] || bytes[6..] != [0; 2] {
                     return Err(ErrorCode::BAD_ARGUMENT);
                 }
-                let request = OpenRequest {
-                    version: u16::from_le_bytes([bytes[0], bytes[1]]),
-                    vector: u16::from_le_bytes([bytes[4], bytes[5]]),
-                    features: a1,
-                    handshake: (a2, a3),
-                };
+                let request = OpenRequest::new((a2, a3))
+                    .with_version(u16::from_le_bytes([bytes[0], bytes[1]]))
+                    .with_vector(u16::from_le_bytes([bytes[4], bytes[5]]))
+                    .with_features(a1);
                 endpoint.open(request).map(|()| Called::Now(0))
             }
             command::CLOSE => {
@@ -177,14 +175,10 @@ impl Registers {
                 if bytes[7] != 0 {
                     return Err(ErrorCode::BAD_ARGUMENT);
                 }
-                let request = RegionRequest {
-                    id: half(a0, 0),
-                    vector: u16::from_le_bytes([bytes[4], bytes[5]]),
-                    page_shift: bytes[6],
-                    addr: a1,
-                    len: a2,
-                    signal: (a3 != command::NO_SIGNAL).then_some(a3),
-                };
+                let request = RegionRequest::new(half(a0, 0), a1, a2)
+                    .with_vector(u16::from_le_bytes([bytes[4], bytes[5]]))
+                    .with_page_shift(bytes[6])
+                    .with_signal((a3 != command::NO_SIGNAL).then_some(a3));
                 endpoint.region_add(request).map(|handle| Called::Now(handle.into()))
             }
             command::REGION_DROP => endpoint.region_drop(a0).map(|()| Called::Now(0)),

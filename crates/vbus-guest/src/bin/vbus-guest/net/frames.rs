@@ -1,35 +1,11 @@
 //! Memory for frames, and system calls straight from and to it.
-#![allow(unsafe_code)] // Makes vectors of system calls from shared memory.
 
 use std::collections::VecDeque;
-use std::io::{IoSlice, IoSliceMut};
 
 use anyhow::{Result, ensure};
+use vbus_core::io_vec::IoVecMut;
 use vbus_driver::Dma;
 use vbus_driver::venet::{FRAME_MAX, Piece};
-
-/// The `len` bytes at `offset` for a system call that reads them; cut to the memory.
-pub fn io_slice<D: Dma>(memory: &D, offset: usize, len: usize) -> IoSlice<'_> {
-    let (at, len) = bytes(memory, offset, len);
-    // SAFETY: `len` bytes of memory that the borrow keeps. The slice goes to the kernel, no Rust
-    // code looks at the bytes.
-    IoSlice::new(unsafe { std::slice::from_raw_parts(at, len) })
-}
-
-/// The `len` bytes at `offset` for a system call that writes them; cut to the memory.
-pub fn io_slice_mut<D: Dma>(memory: &D, offset: usize, len: usize) -> IoSliceMut<'_> {
-    let (at, len) = bytes(memory, offset, len);
-    // SAFETY: as above. The words are atomics, so writing them through a shared borrow is allowed.
-    IoSliceMut::new(unsafe { std::slice::from_raw_parts_mut(at, len) })
-}
-
-fn bytes<D: Dma>(memory: &D, offset: usize, len: usize) -> (*mut u8, usize) {
-    let words = memory.words();
-    let whole = size_of_val(words);
-    let offset = offset.min(whole);
-    // SAFETY: offset <= whole.
-    (unsafe { words.as_ptr().cast_mut().cast::<u8>().add(offset) }, len.min(whole - offset))
-}
 
 /// Where frames begin: a cache line.
 const ALIGN: usize = 64;
@@ -74,8 +50,8 @@ impl<D: Dma> FrameMemory<D> {
     }
 
     /// The room at `offset`, for a system call that puts a frame there.
-    pub fn slice(&self, offset: usize) -> IoSliceMut<'_> {
-        io_slice_mut(&self.memory, offset, FRAME_MAX)
+    pub fn vector(&self, offset: usize) -> IoVecMut<'_> {
+        IoVecMut::words(self.memory.words(), offset, FRAME_MAX)
     }
 
     /// Takes the `len` bytes at `offset`, where [`room`](Self::room) was.
@@ -141,7 +117,7 @@ mod tests {
                     assert!(!in_flight.is_empty(), "room when nothing is in flight");
                     continue;
                 };
-                assert_eq!(memory.slice(offset).len(), FRAME_MAX);
+                assert_eq!(memory.vector(offset).len(), FRAME_MAX);
                 let piece = memory.take(offset, len);
                 let (from, to) = (piece.addr, piece.addr + u64::from(piece.len));
                 assert!(in_flight.iter().all(|&(f, t)| to <= f || t <= from));

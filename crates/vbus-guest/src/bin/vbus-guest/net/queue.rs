@@ -6,11 +6,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use anyhow::{Context, Result, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
+use vbus_core::io_vec::{IoVec, readv, writev};
 use vbus_driver::venet::{CHAIN_MAX, HEADER_BYTES, Rx, Tx};
-use vbus_driver::{Acknowledger, Dma, Hal, Pace, Rest};
+use vbus_driver::{Acknowledger, Dma, Hal, Memory, Pace, Rest};
 use vbus_shm::signal::Armed;
 
-use super::frames::{FrameMemory, io_slice};
+use super::frames::FrameMemory;
 use vbus_guest::Interrupt;
 
 /// Frames of one direction before it is the other's turn.
@@ -128,17 +129,17 @@ impl<H: Hal> Queue<H> {
         while count < BUDGET {
             let Some(pieces) = self.rx.receive()? else { break };
             let mut given = [0; CHAIN_MAX];
-            let mut slices = [std::io::IoSlice::new(&[]); CHAIN_MAX];
+            let mut vectors = [IoVec::EMPTY; CHAIN_MAX];
             let used = pieces.len();
             for (i, piece) in pieces.iter().enumerate() {
                 given[i] = piece.id;
-                slices[i] = io_slice(
-                    &self.buffers,
+                vectors[i] = IoVec::words(
+                    self.buffers.words(),
                     usize::from(piece.id) * size as usize,
                     piece.len as usize,
                 );
             }
-            match rustix::io::writev(&self.tap, &slices[..used]) {
+            match writev(&self.tap, &vectors[..used]) {
                 Ok(len) => {
                     Counters::add(&counters.received, 1);
                     self.carried += (len + FRAME_WEIGHT) as u64;
@@ -180,7 +181,7 @@ impl<H: Hal> Queue<H> {
         let mut count = 0;
         while count < BUDGET {
             let Some(offset) = self.room()? else { break };
-            match rustix::io::readv(&self.tap, &mut [self.frames.slice(offset)]) {
+            match readv(&self.tap, &mut [self.frames.vector(offset)]) {
                 Ok(len) if len > HEADER_BYTES => {
                     let piece = self.frames.take(offset, len);
                     if !self.tx.submit(&[piece])? {
