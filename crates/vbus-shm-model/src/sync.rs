@@ -11,11 +11,12 @@ use crate::mortal::{mortal, one_less};
 pub struct Word(loom::sync::atomic::AtomicU64);
 
 loom::thread_local! {
-    /// Accesses that a thread of the model may still make.
+    /// How many accesses and fences a thread of the model may still make.
     static LEFT: Cell<Option<u32>> = Cell::new(None);
 }
 
-/// Runs `life`, which ends before it makes more than `left` accesses: then `None`.
+/// Runs `life` and ends it before its access or fence number `left`, counted from 0. Returns `None`
+/// if it ended `life` early.
 pub fn live<T>(left: u32, life: impl FnOnce() -> T) -> Option<T> {
     LEFT.with(|place| place.set(Some(left)));
     let outcome = mortal(life);
@@ -57,6 +58,8 @@ impl Word {
 pub enum Fence {
     /// In `post`.
     Post,
+    /// In `resume` of a sender.
+    Resume,
     /// In `arm`.
     Arm,
     /// In a state page's `read`.
@@ -106,13 +109,18 @@ fn present(place: Place) -> bool {
     REMOVED.get() != Some(place)
 }
 
-/// A fence at a named place, unless it was taken out.
+/// A fence at a named place, unless the test took it out. A thread can end before it, as before an
+/// access.
 pub fn fence(at: Fence) {
+    access();
     if present(Place::Fence(at)) {
         loom::sync::atomic::fence(match at {
-            Fence::Post | Fence::Arm | Fence::Raise | Fence::Level | Fence::Unmask => {
-                Ordering::SeqCst
-            }
+            Fence::Post
+            | Fence::Resume
+            | Fence::Arm
+            | Fence::Raise
+            | Fence::Level
+            | Fence::Unmask => Ordering::SeqCst,
             Fence::Read => Ordering::Acquire,
         });
     }

@@ -188,8 +188,9 @@ impl<E: End> Tx<E> {
     fn repost(&self, words: &[Word]) -> Kick<E> {
         // Pairs with the loads of `seq` in Rx::{seen, arm}.
         publish(&words[self.base + E::SEQ], self.seq, Edge::Seq);
-        // As in `post`.
-        fence(Fence::Post);
+        // The sender before may have ended between its store of `seq` and its fence, so this end
+        // needs a fence of its own. It does for the new store what the fence in `post` does.
+        fence(Fence::Resume);
         // Pairs with the stores of `arm` in Rx::{arm, disarm}.
         let arm = words[self.base + E::Peer::ARM].load(Ordering::Relaxed);
         Kick::new(arm & ARM_ENABLED != 0 && difference(arm, self.seq) < 0)

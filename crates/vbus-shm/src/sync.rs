@@ -23,6 +23,8 @@ pub type Word = core::sync::atomic::AtomicU64;
 pub enum Fence {
     /// In `post`, between the store of `seq` and the load of `arm`. Full.
     Post,
+    /// In `resume`, between the new store of `seq` and the load of `arm`. Full.
+    Resume,
     /// In `arm`, between the store of `arm` and the load of `seq`. Full.
     Arm,
     /// In a state page's `read`, between the copy and the second look at the version. Acquire.
@@ -54,8 +56,8 @@ pub enum Edge {
 #[inline(always)]
 pub fn fence(at: Fence) {
     match at {
-        Fence::Post | Fence::Arm | Fence::Raise | Fence::Level | Fence::Unmask => {
-            core::sync::atomic::fence(Ordering::SeqCst);
+        Fence::Post | Fence::Resume | Fence::Arm | Fence::Raise | Fence::Level | Fence::Unmask => {
+            core::sync::atomic::fence(Ordering::SeqCst)
         }
         Fence::Read => core::sync::atomic::fence(Ordering::Acquire),
     }

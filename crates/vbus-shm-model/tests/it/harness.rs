@@ -51,8 +51,8 @@ pub fn check(preemptions: usize, model: impl Fn() + Sync + Send + 'static) {
     builder.check(model);
 }
 
-/// Checks that `model` holds, and fails as soon as any one of `places` is taken out: by a lost
-/// wake-up or an assertion of its own.
+/// Checks that `model` holds when it is whole. Then takes out each of `places` alone, and checks that
+/// `model` fails by a lost wake-up or by one of its own assertions.
 pub fn needs(
     places: &[Place],
     preemptions: usize,

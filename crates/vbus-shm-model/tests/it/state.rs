@@ -4,7 +4,7 @@
 use loom::thread;
 use vbus_shm_model::signal::{Armed, end};
 use vbus_shm_model::state::{Layout, Reader, Writer};
-use vbus_shm_model::sync::{Edge, Fence, Place};
+use vbus_shm_model::sync::{Edge, Fence, Place, live};
 
 use crate::harness::{Kick, Shared, check, needs};
 
@@ -36,11 +36,15 @@ fn reading(writes: u64) {
             let _ = writer.write(&value(count));
         }
     });
+    read_once(&reader);
+    owner.join().unwrap();
+}
+
+fn read_once(reader: &Reader<Shared, end::Device>) {
     let mut out = [0; VALUE];
     if let Ok(version) = reader.read(&mut out) {
         assert_eq!(out, value(version.wrapping_sub(NEAR_WRAP)), "version {version} is torn");
     }
-    owner.join().unwrap();
 }
 
 /// Waits until it has read the last of `writes` values; versions never go back.
@@ -59,6 +63,12 @@ fn waiting(writes: u64) {
             }
         }
     });
+    wait_for(&mut reader, writes, &kick);
+    owner.join().unwrap();
+}
+
+/// Reads what is newer until value number `writes` has come, and sleeps in between.
+fn wait_for<E: end::End>(reader: &mut Reader<Shared, E>, writes: u64, kick: &Kick) {
     let mut out = [0; VALUE];
     let mut known = NEAR_WRAP;
     while known != NEAR_WRAP.wrapping_add(writes) {
@@ -73,7 +83,6 @@ fn waiting(writes: u64) {
             kick.wait();
         }
     }
-    owner.join().unwrap();
 }
 
 #[test]
@@ -121,6 +130,70 @@ fn reader_and_waiter_together() {
         owner.join().unwrap();
         other.join().unwrap();
     });
+}
+
+/// An owner of the page that ends before its access or fence number `accesses`. Another takes up
+/// the page, and goes on until `writes` values are written.
+fn mortal_owner(memory: Shared, writes: u64, accesses: u32, kick: &Kick) {
+    let go_on = |mut writer: Writer<Shared, end::Driver>| {
+        while writer.version() != NEAR_WRAP.wrapping_add(writes) {
+            let next = writer.version().wrapping_sub(NEAR_WRAP) + 1;
+            if writer.write(&value(next)).is_wanted() {
+                kick.kick();
+            }
+        }
+    };
+    let first = Writer::attach(memory.clone(), end::Driver).unwrap();
+    if live(accesses, || go_on(first)).is_none() {
+        let (second, wanted) = Writer::resume(memory, end::Driver).unwrap();
+        if wanted.is_wanted() {
+            kick.kick();
+        }
+        go_on(second);
+    }
+}
+
+/// Waits for the last of `writes` values, of an owner that ends and is resumed.
+fn waiting_for_mortals(writes: u64, accesses: u32) {
+    let memory = page();
+    let mut reader = Reader::attach(memory.clone(), end::Device).unwrap();
+    let kick = Kick::new();
+    let owner = thread::spawn({
+        let kick = kick.clone();
+        move || mortal_owner(memory, writes, accesses, &kick)
+    });
+    wait_for(&mut reader, writes, &kick);
+    owner.join().unwrap();
+}
+
+/// Reads once, while an owner ends and another one goes on.
+fn reading_of_mortals(writes: u64, accesses: u32) {
+    let memory = page();
+    let reader = Reader::attach(memory.clone(), end::Device).unwrap();
+    let owner = thread::spawn(move || mortal_owner(memory, writes, accesses, &Kick::new()));
+    read_once(&reader);
+    owner.join().unwrap();
+}
+
+/// The accesses and fences of one write: two words of the value, `seq`, the fence, `arm`.
+const WRITE: u32 = 5;
+
+#[test]
+fn another_owner_resumes_one_that_ended_before_any_access() {
+    for accesses in 0..=2 * WRITE {
+        check(2, move || waiting_for_mortals(2, accesses));
+    }
+    for accesses in 0..=5 * WRITE {
+        check(2, move || reading_of_mortals(5, accesses));
+    }
+}
+
+/// The owner ends between the store of `seq` and the fence of its post.
+#[test]
+fn resuming_a_page_needs_its_fence() {
+    let fence = [Place::Fence(Fence::Resume)];
+    needs(&fence, 2, || waiting_for_mortals(1, 3));
+    needs(&fence, 3, || reading_of_mortals(5, 2 * WRITE + 3));
 }
 
 #[test]

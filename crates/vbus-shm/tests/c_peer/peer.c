@@ -1,6 +1,9 @@
 /* Both ends of vbus's shared memory in C, written from spec/shared-memory.md and spec/pic.md.
  *
- * peer ROLE MEMORY BYTES TO_US TO_THEM COUNT: MEMORY is the descriptor of the region, TO_US and TO_THEM those of the eventfds that carry kicks.
+ * peer ROLE MEMORY BYTES TO_US TO_THEM COUNT
+ *
+ * MEMORY is the descriptor of the region. TO_US and TO_THEM are the descriptors of the eventfds
+ * that carry kicks.
  */
 #include <errno.h>
 #include <poll.h>
@@ -19,6 +22,26 @@ static size_t region_bytes;
 static int to_us, to_them;
 
 #define WORD(offset) (region[(offset) / 8])
+
+static uint64_t load(size_t offset)
+{
+	return atomic_load_explicit(&WORD(offset), memory_order_relaxed);
+}
+
+static uint64_t load_acquire(size_t offset)
+{
+	return atomic_load_explicit(&WORD(offset), memory_order_acquire);
+}
+
+static void store(size_t offset, uint64_t value)
+{
+	atomic_store_explicit(&WORD(offset), value, memory_order_relaxed);
+}
+
+static void store_release(size_t offset, uint64_t value)
+{
+	atomic_store_explicit(&WORD(offset), value, memory_order_release);
+}
 
 static _Noreturn void fail(const char *what)
 {
@@ -59,26 +82,26 @@ static void post(enum end us, uint64_t *seq, uint32_t n)
 {
 	uint64_t old = *seq;
 	*seq = old + n;
-	atomic_store_explicit(&WORD(seq_of(us)), *seq, memory_order_release);
+	store_release(seq_of(us), *seq);
 	atomic_thread_fence(memory_order_seq_cst);
-	uint64_t arm = atomic_load_explicit(&WORD(arm_for(us)), memory_order_relaxed);
+	uint64_t arm = load(arm_for(us));
 	if ((arm & ENABLED) && ((arm - old) & ~ENABLED) < n)
 		kick();
 }
 
 static uint64_t seen(enum end them)
 {
-	return atomic_load_explicit(&WORD(seq_of(them)), memory_order_acquire);
+	return load_acquire(seq_of(them));
 }
 
-/* Sleeps until post number `at` of the other end's is there, or it has missed it. */
+/* Arms at post number `at` of the other end. Sleeps until its kick, unless the post is there. */
 static void arm_and_sleep(enum end them, uint64_t at)
 {
-	atomic_store_explicit(&WORD(arm_for(them)), ENABLED | at, memory_order_relaxed);
+	store(arm_for(them), ENABLED | at);
 	atomic_thread_fence(memory_order_seq_cst);
 	if (difference(seen(them), at) <= 0)
 		wait_for_kick();
-	atomic_store_explicit(&WORD(arm_for(them)), 0, memory_order_relaxed);
+	store(arm_for(them), 0);
 }
 
 /* Ring. */
@@ -95,46 +118,50 @@ static size_t slot(uint64_t pos) { return 384 + (size_t)(pos % entries) * 16; }
 
 static void put_tag(uint64_t pos, uint64_t mark, uint64_t tag, memory_order order)
 {
-	atomic_store_explicit(&WORD(slot(pos) + 8), (tag & ~(LAP | RETURNED)) | mark | lap(pos), order);
+	tag = (tag & ~(LAP | RETURNED)) | mark | lap(pos);
+	atomic_store_explicit(&WORD(slot(pos) + 8), tag, order);
 }
 
 static bool get_tag(uint64_t pos, uint64_t mark, uint64_t *tag)
 {
-	*tag = atomic_load_explicit(&WORD(slot(pos) + 8), memory_order_acquire);
+	*tag = load_acquire(slot(pos) + 8);
 	return (*tag & (LAP | RETURNED)) == (mark | lap(pos));
 }
 
-/* The packed length of a position. Two share a word. */
-static size_t length_at(uint64_t pos) { return 384 + (size_t)entries * 16 + (size_t)(pos % entries) / 2 * 8; }
+/* The word with the length of a position. Two lengths share a word. */
+static size_t length_at(uint64_t pos)
+{
+	return 384 + (size_t)entries * 16 + (size_t)(pos % entries) / 2 * 8;
+}
 
 static void put_length(uint64_t pos, uint32_t length)
 {
 	int shift = pos % 2 ? 32 : 0;
-	uint64_t word = atomic_load_explicit(&WORD(length_at(pos)), memory_order_relaxed);
+	uint64_t word = load(length_at(pos));
 	word = (word & ~((uint64_t)UINT32_MAX << shift)) | (uint64_t)length << shift;
-	atomic_store_explicit(&WORD(length_at(pos)), word, memory_order_relaxed);
+	store(length_at(pos), word);
 }
 
 static uint32_t get_length(uint64_t pos)
 {
-	uint64_t word = atomic_load_explicit(&WORD(length_at(pos)), memory_order_relaxed);
+	uint64_t word = load(length_at(pos));
 	return (uint32_t)(word >> (pos % 2 ? 32 : 0));
 }
 
 /* Publishes `n` returns from `pos` on by one tag. */
 static void publish_returns(uint64_t pos, uint32_t n, uint64_t tag)
 {
-	atomic_store_explicit(&WORD(64), pos << 16 | n, memory_order_relaxed);
+	store(64, pos << 16 | n);
 	put_tag(pos, RETURNED, tag, memory_order_release);
 }
 
-/* How far the device before us had published returns: its checkpoint tells. */
+/* The position up to which the device before this one published returns. Its checkpoint tells. */
 static uint64_t published(uint64_t seq)
 {
-	uint64_t word = atomic_load_explicit(&WORD(64), memory_order_relaxed);
+	uint64_t word = load(64);
 	int64_t behind = (int64_t)((seq << 16) - (word & ~(uint64_t)0xffff)) / 65536;
 	uint64_t pos = seq - (uint64_t)behind;
-	uint64_t tag = atomic_load_explicit(&WORD(slot(pos) + 8), memory_order_relaxed);
+	uint64_t tag = load(slot(pos) + 8);
 	bool still_submitted = (tag & (LAP | RETURNED)) == lap(pos);
 	uint64_t given = pos + (still_submitted ? 0 : word & 0xffff);
 	if (given - seq > entries)
@@ -142,9 +169,21 @@ static uint64_t published(uint64_t seq)
 	return given;
 }
 
-/* Takes COUNT entries, and returns each with its length one more, up to five at a time. If it
- * `dies`, it takes up the ring anew from time to time, as if it had been killed; it then takes some
- * of the entries again. */
+/* Takes the place of a device that ended: stores `given` as our `seq` once more, and makes up for
+ * a kick that may be lost. Returns the new `seq`. */
+static uint64_t resume_posts(uint64_t given)
+{
+	store_release(seq_of(DEVICE), given);
+	atomic_thread_fence(memory_order_seq_cst);
+	uint64_t arm = load(arm_for(DEVICE));
+	if ((arm & ENABLED) && difference(arm, given) < 0)
+		kick();
+	return given;
+}
+
+/* Takes COUNT entries and returns each, up to five at a time. The length of a return is that of the
+ * entry plus one. A device that `dies` loses its own state every third turn, as if it had been
+ * killed. It resumes the ring then, and takes some of the entries again. */
 static void device(uint32_t count, bool dies)
 {
 	if (WORD(0) != 0x0001697273756276)
@@ -159,7 +198,7 @@ static void device(uint32_t count, bool dies)
 			if (taken - given == entries)
 				fail("more entries than fit");
 			taken++;
-			uint64_t address = atomic_load_explicit(&WORD(slot(taken - 1)), memory_order_relaxed);
+			uint64_t address = load(slot(taken - 1));
 			if (address != taken - start)
 				fail("an entry is out of order");
 			if (returns == ENTRIES)
@@ -172,20 +211,14 @@ static void device(uint32_t count, bool dies)
 			for (uint32_t i = 1; i < n; i++)
 				put_length(first + i, lengths[i] | MORE);
 			if (die && turn % 2) /* Between the checkpoint and the tag. */
-				atomic_store_explicit(&WORD(64), first << 16 | n, memory_order_relaxed);
+				store(64, first << 16 | n);
 			else
 				publish_returns(first, n, lengths[0] | MORE | (uint64_t)n << 32);
 		}
 		if (die) {
-			posted = atomic_load_explicit(&WORD(seq_of(DEVICE)), memory_order_relaxed);
+			posted = load(seq_of(DEVICE));
 			given = taken = returns == COUNTED ? posted : published(posted);
-			/* Whatever was posted last may lack its kick. */
-			atomic_store_explicit(&WORD(seq_of(DEVICE)), given, memory_order_release);
-			posted = given;
-			atomic_thread_fence(memory_order_seq_cst);
-			uint64_t arm = atomic_load_explicit(&WORD(arm_for(DEVICE)), memory_order_relaxed);
-			if ((arm & ENABLED) && difference(arm, posted) < 0)
-				kick();
+			posted = resume_posts(given);
 			continue;
 		}
 		if (given != posted)
@@ -195,7 +228,99 @@ static void device(uint32_t count, bool dies)
 	}
 }
 
-/* Makes a ring of 8 entries, sends COUNT of them, each batch backwards, and checks what comes back. */
+/* Ledger, behind the ring. */
+#define HELD ((uint64_t)1 << 63)
+#define LOW_47 (((uint64_t)1 << 47) - 1)
+
+static size_t ledger(void) { return 384 + (size_t)entries * 16; }
+static size_t returning(void) { return ledger() + 64; }
+static size_t record(uint32_t id) { return ledger() + 128 + (size_t)id * 32; }
+
+static bool is_held(uint32_t id)
+{
+	return load(record(id)) & HELD;
+}
+
+/* Resumes the ledger of a ring that was resumed at `given`. Returns how many entries are held. */
+static uint32_t resume_ledger(uint64_t given)
+{
+	uint64_t word = load(returning());
+	uint64_t behind = (given - (word >> 16)) & LOW_47;
+	/* It is before `given` if the difference of 47 bits is above 0, as a number with a sign. */
+	if ((word & HELD) && behind != 0 && behind >> 46 == 0)
+		store(record(word & 0xffff), 0);
+	store(returning(), 0);
+	uint32_t held = 0;
+	for (uint32_t id = 0; id < entries; id++)
+		held += is_held(id);
+	return held;
+}
+
+/* Gives back the entry of `id`. Ends as if killed before step number `steps` of the four. */
+static void give_back_by_ledger(uint32_t id, uint64_t *given, int steps)
+{
+	uint64_t tag = load(record(id));
+	if (steps > 0)
+		store_release(returning(), HELD | (*given & LOW_47) << 16 | id);
+	if (steps > 1)
+		publish_returns((*given)++, 1, tag + 1);
+	if (steps > 2)
+		store(record(id), 0);
+	if (steps > 3)
+		store_release(returning(), 0);
+}
+
+/* Returns COUNT entries out of their order, with a ledger. Every third turn it ends before one of
+ * the steps of a return, as if it had been killed. It resumes ring and ledger from memory alone. */
+static void ledger_device(uint32_t count)
+{
+	entries = (uint32_t)WORD(8);
+	if (WORD(0) != 0x0001697273756276 || WORD(16) != ENTRIES)
+		fail("not a ring with returned entries");
+	if (WORD(ledger()) != 0x0001676c73756276 || WORD(ledger() + 8) != entries)
+		fail("not the ledger of the ring");
+	uint64_t start = WORD(24), taken = start, given = start, posted = start, tag;
+	for (uint32_t turn = 1; posted - start != count; turn++) {
+		while (get_tag(taken, 0, &tag)) {
+			uint32_t id = (uint16_t)(tag >> 32);
+			if (taken - given == entries || id >= entries || is_held(id))
+				fail("a wrong entry");
+			uint64_t address = load(slot(taken));
+			store(record(id) + 8, address);
+			store(record(id) + 16, taken);
+			store_release(record(id), tag | HELD);
+			taken++;
+		}
+		/* Half of the entries, from an id that moves on. The others stay in work. */
+		uint32_t left = (uint32_t)(taken - given + 1) / 2;
+		bool die = turn % 3 == 0;
+		for (uint32_t i = 0; i < entries && left; i++) {
+			uint32_t id = (turn * 5 + i) % entries;
+			if (!is_held(id))
+				continue;
+			uint64_t position = load(record(id) + 16);
+			uint64_t address = load(record(id) + 8);
+			if (address != position - start + 1)
+				fail("the record of another entry");
+			left--;
+			give_back_by_ledger(id, &given, die && !left ? (int)(turn / 3 % 4) : 4);
+		}
+		if (die) {
+			posted = load(seq_of(DEVICE));
+			given = published(posted);
+			store(arm_for(DRIVER), 0);
+			posted = resume_posts(given);
+			taken = given + resume_ledger(given);
+		} else if (given != posted) {
+			post(DEVICE, &posted, (uint32_t)(given - posted));
+		} else {
+			arm_and_sleep(DRIVER, taken);
+		}
+	}
+}
+
+/* Makes a ring of 8 entries, and a ledger behind it if entries are returned. Sends COUNT entries
+ * and checks what comes back. Each batch is written from its last entry to its first. */
 static void driver(uint32_t count, enum returns returns)
 {
 	const uint64_t start = ((uint64_t)1 << 63) - 5;
@@ -211,6 +336,10 @@ static void driver(uint32_t count, enum returns returns)
 	WORD(8) = entries;
 	WORD(16) = returns;
 	WORD(24) = start;
+	if (returns == ENTRIES) {
+		WORD(ledger()) = 0x0001676c73756276;
+		WORD(ledger() + 8) = entries;
+	}
 	atomic_store(&WORD(0), 0x0001697273756276);
 	kick(); /* It can be attached to. */
 
@@ -221,9 +350,9 @@ static void driver(uint32_t count, enum returns returns)
 			submitted++;
 		for (uint64_t pos = submitted; pos != posted;) {
 			uint32_t number = (uint32_t)(--pos - start + 1);
-			atomic_store_explicit(&WORD(slot(pos)), number, memory_order_relaxed);
+			store(slot(pos), number);
 			/* The oldest tag of the batch, written last, covers the others. */
-			put_tag(pos, 0, number | (uint64_t)7 << 32 | (uint64_t)1 << 48,
+			put_tag(pos, 0, number | pos % entries << 32 | (uint64_t)1 << 48,
 				pos == posted ? memory_order_release : memory_order_relaxed);
 		}
 		if (submitted != posted)
@@ -238,7 +367,9 @@ static void driver(uint32_t count, enum returns returns)
 				uint32_t number = (uint32_t)(reaped - start + 1);
 				if (returns == IN_ORDER && length != ((number + 1) | MORE))
 					fail("a return in order is wrong");
-				if (returns == ENTRIES && (length != number + 1 || (uint16_t)(tag >> 32) != 7))
+				if (returns == ENTRIES &&
+				    (length != number + 1 ||
+				     (uint16_t)(tag >> 32) != reaped % entries))
 					fail("a return is wrong");
 				reaped++, any = true;
 			}
@@ -248,7 +379,8 @@ static void driver(uint32_t count, enum returns returns)
 	}
 }
 
-/* State page: values of `bytes` bytes, all alike, the low byte of a counter, which itself is in the first four. */
+/* State page. The first four bytes of a value are a counter. Each other byte is the counter's low
+ * byte. */
 static uint32_t value_bytes, slots;
 
 static size_t value_at(uint64_t version)
@@ -262,8 +394,9 @@ static void attach_page(void)
 		fail("not a state page");
 	value_bytes = (uint32_t)WORD(8);
 	slots = (uint32_t)WORD(16);
-	if (value_bytes % 8 || value_bytes > 4096 || value_at(slots - 1) + value_bytes > region_bytes)
-		fail("not the page that was to be expected");
+	if (value_bytes % 8 || value_bytes > 4096 ||
+	    value_at(slots - 1) + value_bytes > region_bytes)
+		fail("not the state page of the test");
 }
 
 /* Reads until it has seen the value with the counter COUNT. */
@@ -284,7 +417,7 @@ static void reader(uint32_t count)
 				fail("no whole value");
 			version = seen(DRIVER);
 			for (uint32_t i = 0; i < value_bytes / 8; i++)
-				copy[i] = atomic_load_explicit(&WORD(value_at(version) + i * 8), memory_order_relaxed);
+				copy[i] = load(value_at(version) + i * 8);
 			atomic_thread_fence(memory_order_acquire);
 		} while (seen(DRIVER) - version >= slots - 1);
 		unsigned char *bytes = (unsigned char *)copy;
@@ -310,12 +443,13 @@ static void writer(uint32_t count)
 		memset(value, (int)(counter & 0xff), sizeof value);
 		memcpy(value, &counter, 4);
 		for (uint32_t i = 0; i < value_bytes / 8; i++)
-			atomic_store_explicit(&WORD(value_at(version + 1) + i * 8), value[i], memory_order_relaxed);
+			store(value_at(version + 1) + i * 8, value[i]);
 		post(DEVICE, &version, 1);
 	}
 }
 
-/* Interrupt page, at 0. Line l is about the word at 4096 + 8l, and what its handler saw there goes to 8192 + 8l. Lines are raised three at a time. */
+/* Interrupt page, at 0. The raiser of line l writes a counter to 4096 + 8l. The handler of the line
+ * copies it to 8192 + 8l. The raiser raises three lines at a time. */
 #define LINES 100
 
 static _Atomic uint64_t told = UINT64_MAX;
@@ -328,10 +462,10 @@ static void raise_line(uint32_t line)
 	if (atomic_fetch_or_explicit(&WORD(192 + line / 64 * 8), bit, memory_order_release) & bit)
 		return;
 	atomic_thread_fence(memory_order_seq_cst);
-	uint64_t level = atomic_load_explicit(&WORD(64), memory_order_relaxed);
+	uint64_t level = load(64);
 	if (line < (level & 0x1ff))
 		return;
-	if (atomic_load_explicit(&WORD(96 + line / 64 * 8), memory_order_relaxed) & bit)
+	if (load(96 + line / 64 * 8) & bit)
 		return;
 	if (atomic_exchange_explicit(&told, level >> 9, memory_order_relaxed) != level >> 9)
 		kick();
@@ -344,12 +478,12 @@ static void raiser(uint32_t count)
 		fail("not an interrupt page");
 	for (uint32_t counter = 1; counter <= count; counter++) {
 		uint32_t line = line_of(counter);
-		atomic_store_explicit(&WORD(4096 + line * 8), counter, memory_order_relaxed);
+		store(4096 + line * 8, counter);
 		raise_line(line);
 		if (counter % 3 && counter != count)
 			continue;
 		for (uint32_t back = counter; back > 0 && back + 3 > counter; back--)
-			while (atomic_load_explicit(&WORD(8192 + line_of(back) * 8), memory_order_acquire) < back)
+			while (load_acquire(8192 + line_of(back) * 8) < back)
 				sched_yield();
 	}
 }
@@ -360,18 +494,19 @@ static uint64_t in_service[4];
 static int scan(int from)
 {
 	for (int line = LINES - 1; line >= from; line--)
-		if (atomic_load_explicit(&WORD(192 + line / 64 * 8), memory_order_relaxed) >> line % 64 & 1)
+		if (load(192 + line / 64 * 8) >> line % 64 & 1)
 			return line;
 	return -1;
 }
 
 static void publish(uint64_t level)
 {
-	atomic_store_explicit(&WORD(64), ++generation << 9 | level, memory_order_relaxed);
+	store(64, ++generation << 9 | level);
 	atomic_thread_fence(memory_order_seq_cst);
 }
 
-/* Takes a line, nested. None is ever in service when it is called, so the floor is 0. */
+/* Takes a line, with nested handlers. No line is in service when this is called, so any line may be
+ * taken. */
 static int take(void)
 {
 	int line = scan(0), higher;
@@ -388,19 +523,20 @@ static int take(void)
 			break;
 		line = higher;
 	}
-	atomic_fetch_and_explicit(&WORD(192 + line / 64 * 8), ~((uint64_t)1 << line % 64), memory_order_acquire);
+	atomic_fetch_and_explicit(&WORD(192 + line / 64 * 8), ~((uint64_t)1 << line % 64),
+				  memory_order_acquire);
 	in_service[line / 64] |= (uint64_t)1 << line % 64;
-	atomic_store_explicit(&WORD(128 + line / 64 * 8), in_service[line / 64], memory_order_relaxed);
+	store(128 + line / 64 * 8, in_service[line / 64]);
 	return line;
 }
 
 static void end(int line)
 {
 	in_service[line / 64] &= ~((uint64_t)1 << line % 64);
-	atomic_store_explicit(&WORD(128 + line / 64 * 8), in_service[line / 64], memory_order_relaxed);
+	store(128 + line / 64 * 8, in_service[line / 64]);
 }
 
-/* Takes lines until COUNT have been raised. */
+/* Takes lines until it has seen the counter COUNT. */
 static void taker(uint32_t count)
 {
 	WORD(8) = LINES;
@@ -412,12 +548,12 @@ static void taker(uint32_t count)
 		int line;
 		wait_for_kick();
 		while ((line = take()) >= 0) {
-			uint64_t about = atomic_load_explicit(&WORD(4096 + line * 8), memory_order_relaxed);
+			uint64_t about = load(4096 + line * 8);
 			if (about == 0 || (int)line_of((uint32_t)about) != line)
 				fail("a line came before its data");
 			last = about > last ? (uint32_t)about : last;
 			end(line);
-			atomic_store_explicit(&WORD(8192 + line * 8), about, memory_order_release);
+			store_release(8192 + line * 8, about);
 		}
 	}
 }
@@ -437,6 +573,8 @@ int main(int argc, char **argv)
 		device(count, false);
 	else if (!strcmp(argv[1], "mortal_device"))
 		device(count, true);
+	else if (!strcmp(argv[1], "ledger_device"))
+		ledger_device(count);
 	else if (!strcmp(argv[1], "driver"))
 		driver(count, ENTRIES);
 	else if (!strcmp(argv[1], "driver_in_order"))

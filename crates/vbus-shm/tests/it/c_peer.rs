@@ -10,6 +10,7 @@ use std::sync::OnceLock;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap};
+use vbus_shm::ledger::{self, Ledger};
 use vbus_shm::pic;
 use vbus_shm::ring::{self, DeviceEnd, DriverEnd, Entry, NEXT, Return, Returns};
 use vbus_shm::signal::Armed;
@@ -167,6 +168,57 @@ fn a_device_in_c_takes_up_the_ring_again_and_again() {
     }
 }
 
+/// The ledger of a ring of `entries` returned entries. It lies behind the ring in the region.
+fn ledger_behind(memory: &'static [Word], entries: u32) -> &'static [Word] {
+    let ring = ring::Layout::new(entries, Returns::Entries).unwrap();
+    &memory[ring.words()..]
+}
+
+#[test]
+fn a_device_in_c_returns_out_of_order_and_resumes_its_ledger() {
+    const SLOTS: u16 = 16;
+    let layout = ring::Layout::new(SLOTS.into(), Returns::Entries).unwrap();
+    let mut driver = None;
+    let create = |memory| {
+        ledger::format(&ledger_behind(memory, SLOTS.into()), SLOTS.into()).unwrap();
+        driver = Some(DriverEnd::create(memory, layout, (1 << 47) - 1000).unwrap());
+    };
+    let Some(peer) = Peer::start("ledger_device", ENTRIES, create) else { return };
+    let mut driver = driver.unwrap();
+    // By id, the number of the entry in flight.
+    let mut in_flight = [None; SLOTS as usize];
+    let (mut submitted, mut reaped, mut overtakings) = (0, 0, 0);
+    while reaped < ENTRIES {
+        while submitted < ENTRIES {
+            let Some(id) = in_flight.iter().position(Option::is_none) else { break };
+            let entry = Entry {
+                addr: u64::from(submitted) + 1,
+                len: submitted,
+                id: u16::try_from(id).unwrap(),
+                flags: NEXT,
+            };
+            driver.submit(entry).unwrap();
+            in_flight[id] = Some(submitted);
+            submitted += 1;
+        }
+        if driver.post().is_wanted() {
+            peer.kick();
+        }
+        let before = reaped;
+        while let Some(back) = driver.reap().unwrap() {
+            let number = in_flight[usize::from(back.id)].take().expect("an entry came back twice");
+            assert_eq!((back.len, back.flags), (number + 1, NEXT), "the return of another entry");
+            overtakings += u32::from(in_flight.iter().flatten().any(|other| *other < number));
+            reaped += 1;
+        }
+        if reaped == before && driver.arm(0) == Armed::Waiting {
+            peer.wait();
+        }
+    }
+    assert!(overtakings > 0, "all entries came back in order");
+    peer.end();
+}
+
 fn serve(role: &str) {
     let Some(peer) = Peer::start(role, ENTRIES, |_| {}) else { return };
     peer.wait();
@@ -206,6 +258,41 @@ fn serve(role: &str) {
 #[test]
 fn a_driver_in_c_gets_every_entry_back() {
     serve("driver");
+}
+
+#[test]
+fn a_driver_in_c_makes_a_ledger() {
+    let Some(peer) = Peer::start("driver", ENTRIES, |_| {}) else { return };
+    peer.wait();
+    let mut device = Ledger::attach(peer.memory, ledger_behind(peer.memory, 8)).unwrap();
+    let (mut done, mut turn) = (0, 0);
+    while done < ENTRIES {
+        let taken: Vec<_> = std::iter::from_fn(|| device.take().unwrap()).collect();
+        turn += 1;
+        if turn % 3 == 0 {
+            // As if the device had been killed.
+            let ledger = ledger_behind(peer.memory, 8);
+            let (resumed, kick) = Ledger::resume(peer.memory, ledger).unwrap();
+            device = resumed;
+            if kick.is_wanted() {
+                peer.kick();
+            }
+            let mut held: Vec<_> = device.held().collect();
+            held.sort_by_key(|held| held.position);
+            assert_eq!(held.iter().map(|held| held.entry).collect::<Vec<_>>(), taken);
+        }
+        for entry in &taken {
+            device.give_back(Return { len: entry.len + 1, ..(*entry).into() });
+            done += 1;
+        }
+        if device.ring().post().is_wanted() {
+            peer.kick();
+        }
+        if taken.is_empty() && device.ring().arm(0) == Armed::Waiting {
+            peer.wait();
+        }
+    }
+    peer.end();
 }
 
 #[test]
