@@ -164,7 +164,10 @@ impl<H: Hal> Session<H> {
                 if reader.version() != version {
                     break;
                 }
-                self.pages.function().check()?;
+                // The page did not change: the interrupt may have told of an event of the function.
+                if !self.pages.function().events()?.is_empty() {
+                    self.pages.function().check()?;
+                }
             }
             reader.disarm();
         }
