@@ -219,7 +219,7 @@ fn session_alone(pieces: &[Piece]) {
                 assert!(!posted && header.size as usize == bytes.len() && fds.len() <= 9);
                 assert!((header.id, header.command) == (asked.id, asked.command));
             }
-            Answer::Agreed(_) => device.connected = true,
+            Answer::Negotiated(_) => device.connected = true,
             Answer::End(reply, _) => {
                 assert!(!(posted && reply.is_some()));
                 return;

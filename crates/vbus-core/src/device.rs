@@ -198,9 +198,9 @@ pub struct Open {
     pub memory: Arc<MemoryContext>,
     /// Where tasks of its own can run.
     pub executor: Arc<Executor>,
-    /// Where on it the connection runs. A first task of its own does best at the same place,
-    /// further ones at the following places.
-    pub place: usize,
+    /// The index of the worker that runs the connection. A first task of the connection's own does
+    /// best on the same worker, further tasks on the following workers.
+    pub worker: usize,
     /// The connection's counters, for its own tasks.
     pub counters: Arc<ConnectionCounters>,
     /// To be called when a task of its own fails: ends the connection with that status.

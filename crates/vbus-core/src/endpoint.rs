@@ -254,9 +254,9 @@ impl Endpoint {
         self.host.executor()
     }
 
-    /// As [`Host::place`].
-    pub fn place(&self) -> usize {
-        self.host.place()
+    /// As [`Host::worker`].
+    pub fn worker(&self) -> usize {
+        self.host.worker()
     }
 
     /// As [`Host::counters`].
@@ -405,7 +405,7 @@ impl Endpoint {
             notifier: self.notifier(),
             memory: self.memory().clone(),
             executor: self.executor().clone(),
-            place: self.place(),
+            worker: self.worker(),
             counters: self.counters().clone(),
             fail: fail.clone(),
             router: Router::new(self.name(), self.router().is_some(), self.outlets.clone()),
@@ -413,7 +413,7 @@ impl Endpoint {
         let connection: SharedConnection = Arc::new(Mutex::new(connection));
         let task = ConnectionTask(connection.clone());
         let task = self.executor().spawn(
-            self.place(),
+            self.worker(),
             Box::new(task),
             self.counters().clone(),
             move |status| fail.fail(status),

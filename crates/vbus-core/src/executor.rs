@@ -377,7 +377,7 @@ pub struct Executor {
     workers: Vec<Arc<Worker>>,
     threads: Vec<JoinHandle<()>>,
     next_id: AtomicU64,
-    next_place: AtomicUsize,
+    next_index: AtomicUsize,
 }
 
 impl Executor {
@@ -387,7 +387,7 @@ impl Executor {
             workers: Vec::new(),
             threads: Vec::new(),
             next_id: AtomicU64::new(KICK + 1),
-            next_place: AtomicUsize::new(0),
+            next_index: AtomicUsize::new(0),
         };
         for i in 0..tuning.workers.max(1) {
             let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
@@ -416,23 +416,23 @@ impl Executor {
         self.workers[0].tuning
     }
 
-    /// A place for tasks that belong together: the workers in turn.
-    pub fn place(&self) -> usize {
-        self.next_place.fetch_add(1, Ordering::Relaxed)
+    /// A worker index for tasks that belong together. Successive calls go round the workers.
+    pub fn next_worker(&self) -> usize {
+        self.next_index.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Hands `task` to the worker at `place` (any number; equal places share a worker, successive
-    /// ones do not if there are several), and wakes it for the first time. A task that wakes
-    /// another at its own place costs no switch of threads. `on_error` is told when its poll fails.
+    /// Hands `task` to a worker and wakes it for the first time. The worker index may be any number:
+    /// it is taken modulo the number of workers. A task that wakes another task of its own worker
+    /// costs no switch of threads. `on_error` is called when a poll of the task fails.
     pub fn spawn(
         &self,
-        place: usize,
+        worker: usize,
         task: Box<dyn Task>,
         counters: Arc<ConnectionCounters>,
         on_error: impl Fn(ErrorCode) + Send + Sync + 'static,
     ) -> TaskHandle {
-        let cell = self.cell(place, counters, on_error);
-        self.begin(place, cell, task)
+        let cell = self.cell(worker, counters, on_error);
+        self.begin(worker, cell, task)
     }
 
     /// Runs the task that `make` returns, like [`spawn`](Self::spawn). `make` is given the task's
@@ -440,30 +440,30 @@ impl Executor {
     /// nothing runs.
     pub fn spawn_with<E>(
         &self,
-        place: usize,
+        worker: usize,
         counters: Arc<ConnectionCounters>,
         on_error: impl Fn(ErrorCode) + Send + Sync + 'static,
         make: impl FnOnce(&TaskHandle) -> Result<Box<dyn Task>, E>,
     ) -> Result<TaskHandle, E> {
-        let cell = self.cell(place, counters, on_error);
+        let cell = self.cell(worker, counters, on_error);
         let task = make(&TaskHandle(cell.clone()))?;
-        Ok(self.begin(place, cell, task))
+        Ok(self.begin(worker, cell, task))
     }
 
-    fn worker(&self, place: usize) -> &Arc<Worker> {
-        &self.workers[place % self.workers.len()]
+    fn worker(&self, worker: usize) -> &Arc<Worker> {
+        &self.workers[worker % self.workers.len()]
     }
 
     /// A task to be.
     fn cell(
         &self,
-        place: usize,
+        worker: usize,
         counters: Arc<ConnectionCounters>,
         on_error: impl Fn(ErrorCode) + Send + Sync + 'static,
     ) -> Arc<Cell> {
         Arc::new(Cell {
             id: self.next_id.fetch_add(1, Ordering::Relaxed),
-            worker: Arc::downgrade(self.worker(place)),
+            worker: Arc::downgrade(self.worker(worker)),
             queued: WakeFlag::new(),
             body: Mutex::new(None),
             on_error: Box::new(on_error),
@@ -471,12 +471,12 @@ impl Executor {
         })
     }
 
-    fn begin(&self, place: usize, cell: Arc<Cell>, task: Box<dyn Task>) -> TaskHandle {
+    fn begin(&self, worker: usize, cell: Arc<Cell>, task: Box<dyn Task>) -> TaskHandle {
         let pace =
             Pace::new(u64::try_from(self.tuning().poll_max.as_nanos()).unwrap_or(u64::MAX), NAP_NS);
         *lock(&cell.body) = Some(Body { task, pace, asleep: false, timer: None });
         // A wake-up before this moment finds no such task, and is made up for here.
-        lock(&self.worker(place).tasks).insert(cell.id, cell.clone());
+        lock(&self.worker(worker).tasks).insert(cell.id, cell.clone());
         let handle = TaskHandle(cell);
         handle.wake();
         handle

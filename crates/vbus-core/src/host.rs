@@ -1,4 +1,4 @@
-//! What every front of a device needs, whatever its driver speaks: the peer's memory, a place on
+//! What every front of a device needs, whatever its driver speaks: the peer's memory, a worker of
 //! the event loop, interrupts, doorbells, counters. The front of vbus is
 //! [`Endpoint`](crate::Endpoint).
 
@@ -14,7 +14,7 @@ use crate::memory::{MemoryContext, Trust};
 pub struct Host {
     name: String,
     executor: Arc<Executor>,
-    place: usize,
+    worker: usize,
     memory: Arc<MemoryContext>,
     counters: Arc<ConnectionCounters>,
     outlet: Arc<Outlet>,
@@ -34,7 +34,7 @@ impl Host {
         let counters: Arc<ConnectionCounters> = Arc::default();
         Host {
             name: name.to_owned(),
-            place: executor.place(),
+            worker: executor.next_worker(),
             executor,
             memory: Arc::new(MemoryContext::new(trust)),
             doorbells: Doorbells::new(doorbells, counters.clone()),
@@ -53,9 +53,10 @@ impl Host {
         &self.executor
     }
 
-    /// Where on the event loop the device's tasks run: its connection, and best also its connector.
-    pub fn place(&self) -> usize {
-        self.place
+    /// The index of the worker that runs the device's connection. The device's connector does best
+    /// on the same worker.
+    pub fn worker(&self) -> usize {
+        self.worker
     }
 
     /// The memory of the peer.

@@ -33,8 +33,8 @@ impl Costs {
         rings: u32,
     ) -> Costs {
         let mut costs = Costs::default();
-        for (place, doorbell) in costs.list.iter_mut().zip(doorbells) {
-            *place = Some(Cost { doorbell, nanoseconds: u64::MAX });
+        for (slot, doorbell) in costs.list.iter_mut().zip(doorbells) {
+            *slot = Some(Cost { doorbell, nanoseconds: u64::MAX });
         }
         let each = rings.div_ceil(ROUNDS).max(1);
         for _ in 0..ROUNDS {

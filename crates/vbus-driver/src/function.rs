@@ -62,7 +62,7 @@ struct Connection<H: Hal> {
 pub struct Region {
     handle: u32,
     /// Where the function keeps its memory.
-    place: usize,
+    slot: usize,
     /// Of which connection.
     connection: u32,
 }
@@ -395,7 +395,7 @@ impl<H: Hal> Function<H> {
             }
             (dma.page_shift(), scratch.address(0))
         };
-        let place = regions
+        let slot = regions
             .insert(dma.clone())
             .ok_or(Error::Unsupported("more regions than this driver has room for"))?;
         let selector = u64::from(id) | u64::from(vector) << 32 | u64::from(shift) << 48;
@@ -403,14 +403,14 @@ impl<H: Hal> Function<H> {
         let arguments = [selector, address, len as u64, signal];
         let added = self.command("REGION_ADD", command::REGION_ADD, arguments);
         if matches!(added, Err(Error::Refused { .. } | Error::Class { .. })) {
-            self.forget_region(place);
+            self.forget_region(slot);
         }
         // On all other errors the device may have the region, and its memory stays.
         let handle = u32::try_from(added?)
             .ok()
             .filter(|handle| *handle < self.info.max_regions)
             .ok_or(Error::Corrupt("handle of a region is out of range"))?;
-        Ok(Region { handle, place, connection: self.opens })
+        Ok(Region { handle, slot, connection: self.opens })
     }
 
     /// Drops a region. The device has let go of its memory when this returns without an error.
@@ -421,14 +421,14 @@ impl<H: Hal> Function<H> {
         }
         let arguments = [u64::from(region.handle), 0, 0, 0];
         self.command("REGION_DROP", command::REGION_DROP, arguments)?;
-        self.forget_region(region.place);
+        self.forget_region(region.slot);
         Ok(())
     }
 
     /// Lets go of the memory of a region that the device does not have (any more).
-    fn forget_region(&mut self, place: usize) {
+    fn forget_region(&mut self, slot: usize) {
         if let Some(connection) = &mut self.connection {
-            connection.regions.remove(place);
+            connection.regions.remove(slot);
         }
     }
 

@@ -13,11 +13,11 @@ pub trait RegionTable<D>: Sized + fmt::Debug {
     /// for fewer; the driver then has no more.
     fn new(regions: usize) -> Result<Self, NoMemory>;
 
-    /// Keeps `memory`, and returns its place; `None` if there is no room.
+    /// Keeps `memory`, and returns the index of its slot; `None` if there is no room.
     fn insert(&mut self, memory: D) -> Option<usize>;
 
-    /// Drops what is kept at `place`.
-    fn remove(&mut self, place: usize);
+    /// Drops what slot `slot` keeps.
+    fn remove(&mut self, slot: usize);
 }
 
 /// A table with room for `N` regions, within the [`Function`](crate::Function) itself.
@@ -33,8 +33,8 @@ impl<D: fmt::Debug, const N: usize> RegionTable<D> for FixedTable<D, N> {
         insert(&mut self.0, memory)
     }
 
-    fn remove(&mut self, place: usize) {
-        remove(&mut self.0, place);
+    fn remove(&mut self, slot: usize) {
+        remove(&mut self.0, slot);
     }
 }
 
@@ -59,19 +59,19 @@ impl<D: fmt::Debug> RegionTable<D> for HeapTable<D> {
         insert(&mut self.slots, memory)
     }
 
-    fn remove(&mut self, place: usize) {
-        remove(&mut self.slots, place);
+    fn remove(&mut self, slot: usize) {
+        remove(&mut self.slots, slot);
     }
 }
 
 fn insert<D>(slots: &mut [Option<D>], memory: D) -> Option<usize> {
-    let place = slots.iter().position(Option::is_none)?;
-    slots[place] = Some(memory);
-    Some(place)
+    let slot = slots.iter().position(Option::is_none)?;
+    slots[slot] = Some(memory);
+    Some(slot)
 }
 
-fn remove<D>(slots: &mut [Option<D>], place: usize) {
-    if let Some(slot) = slots.get_mut(place) {
-        *slot = None;
+fn remove<D>(slots: &mut [Option<D>], slot: usize) {
+    if let Some(kept) = slots.get_mut(slot) {
+        *kept = None;
     }
 }

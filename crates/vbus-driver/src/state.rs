@@ -130,9 +130,9 @@ impl<H: Hal> Pages<H> {
         let layout = Layout::new(page.value_bytes, state::DEFAULT_SLOTS).map_err(|_| LAYOUT)?;
         let memory = self.function.hal().alloc(layout.bytes())?;
         layout.format(&memory, 0).map_err(|_| LAYOUT)?;
-        let place = (0, layout.bytes());
+        let range = (0, layout.bytes());
         let region =
-            self.function.region_add(page.number, vector, &memory, place, Some(SIGNAL_OFFSET))?;
+            self.function.region_add(page.number, vector, &memory, range, Some(SIGNAL_OFFSET))?;
         Ok((memory, region))
     }
 }

@@ -225,8 +225,8 @@ impl<H: Hal> Nic<H> {
         if addresses.len() > FILTER_MAX as usize {
             flags |= FILTER_ALL_MULTICAST;
         } else {
-            for (place, address) in buffer[FIXED..].chunks_exact_mut(6).zip(addresses) {
-                place.copy_from_slice(address);
+            for (entry, address) in buffer[FIXED..].chunks_exact_mut(6).zip(addresses) {
+                entry.copy_from_slice(address);
                 count += 1;
             }
         }
@@ -261,14 +261,14 @@ impl<H: Hal> Nic<H> {
         let mut buffer = [0; FIXED + 2 * venet::RSS_TABLE_MAX as usize];
         let mut used = FIXED;
         if let Some(rss) = rss {
-            let places = buffer[FIXED..].chunks_exact_mut(2);
+            let table = buffer[FIXED..].chunks_exact_mut(2);
             let Some(entries) = u16::try_from(rss.table.len()).ok().filter(|entries| {
-                *entries <= self.config.rss_table_max && usize::from(*entries) <= places.len()
+                *entries <= self.config.rss_table_max && usize::from(*entries) <= table.len()
             }) else {
                 return Err(Error::Unsupported("so large an indirection table"));
             };
-            for (place, queue) in places.zip(rss.table) {
-                place.copy_from_slice(&queue.to_le_bytes());
+            for (entry, queue) in table.zip(rss.table) {
+                entry.copy_from_slice(&queue.to_le_bytes());
             }
             used += 2 * rss.table.len();
             buffer[..4].copy_from_slice(&rss.kinds.to_le_bytes());
@@ -343,8 +343,8 @@ fn page<H: Hal>(
     let memory = function.hal().alloc(layout.bytes())?;
     layout.format(&memory, 0).map_err(|_| Error::NoMemory)?;
     let reader = state::Reader::attach(memory.clone(), Driver).map_err(|_| LAYOUT)?;
-    let place = (0, layout.bytes());
-    function.region_add(id, vector, &memory, place, Some(state::SIGNAL_OFFSET))?;
+    let range = (0, layout.bytes());
+    function.region_add(id, vector, &memory, range, Some(state::SIGNAL_OFFSET))?;
     Ok(reader)
 }
 

@@ -82,7 +82,7 @@ pub struct PciFunction {
     interrupts: Arc<Interrupts>,
     msix: Option<Msix>,
     executor: Arc<Executor>,
-    place: usize,
+    worker: usize,
     /// What unmasks INTx, and what masks it.
     mask_events: [Option<MaskEvent>; 2],
 }
@@ -90,12 +90,13 @@ pub struct PciFunction {
 impl PciFunction {
     /// A function with this configuration space, as it is after power-on, and with the interrupts
     /// made for it ([`Interrupts::of`]). Its BARs do nothing until they have handlers. It watches
-    /// eventfds on the event loop `executor`, at `place`.
+    /// eventfds on the event loop `executor`, by the worker with index
+    /// `worker`.
     pub fn new(
         config: ConfigSpace,
         interrupts: Arc<Interrupts>,
         executor: Arc<Executor>,
-        place: usize,
+        worker: usize,
     ) -> PciFunction {
         let msix = config
             .msix_layout()
@@ -106,7 +107,7 @@ impl PciFunction {
             interrupts,
             msix,
             executor,
-            place,
+            worker,
             mask_events: Default::default(),
         }
     }
@@ -243,13 +244,13 @@ impl PciFunction {
             return Err(IrqError::NotMaskable);
         }
         let eventfd = eventfd.map(non_blocking).transpose()?;
-        let place = &mut self.mask_events[usize::from(masked)];
+        let slot = &mut self.mask_events[usize::from(masked)];
         // The old one first: both could be the same eventfd, which can be watched once only.
-        *place = None;
+        *slot = None;
         if let Some(eventfd) = eventfd {
             let interrupts = self.interrupts.clone();
-            *place =
-                Some(MaskEvent::start(&self.executor, self.place, interrupts, eventfd, masked)?);
+            *slot =
+                Some(MaskEvent::start(&self.executor, self.worker, interrupts, eventfd, masked)?);
         }
         Ok(())
     }

@@ -48,16 +48,16 @@ fn written(fd: &OwnedFd) -> bool {
 }
 
 impl MaskEvent {
-    /// Watches `fd` on the event loop, at `place`.
+    /// Watches `fd` on the event loop, by the worker with index `worker`.
     pub(crate) fn start(
         executor: &Arc<Executor>,
-        place: usize,
+        worker: usize,
         interrupts: Arc<Interrupts>,
         fd: Arc<OwnedFd>,
         masked: bool,
     ) -> Result<MaskEvent, IrqError> {
         let task = Box::new(MaskTask { interrupts, fd: fd.clone(), masked, watching: false });
-        let task = executor.spawn(place, task, Arc::default(), |_| {});
+        let task = executor.spawn(worker, task, Arc::default(), |_| {});
         if let Err(errno) = task.watch(&fd, Interest::Read) {
             task.stop();
             return Err(IrqError::Os(errno));

@@ -27,7 +27,7 @@ impl SchedConnection {
         };
         let counters = open.counters.clone();
         let spawned =
-            open.executor.spawn_with(open.place, counters, move |error| fail.fail(error), follow);
+            open.executor.spawn_with(open.worker, counters, move |error| fail.fail(error), follow);
         let Ok(task) = spawned;
         SchedConnection { device, task }
     }

@@ -1,5 +1,5 @@
 //! A device of the bus, served: the adapter between the [`Server`] on one side, and the device's
-//! function and memory on the other, and its place on the event loop.
+//! function and memory on the other, and its worker of the event loop.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -47,14 +47,14 @@ impl DeviceServer {
         options: Options,
     ) -> io::Result<DeviceServer> {
         let executor = endpoint.executor().clone();
-        let place = endpoint.place();
+        let worker = endpoint.worker();
         let name = endpoint.name().to_owned();
         let server = Server::bind(path, name, Served::new(endpoint, options))?;
         let ready = server.as_fd().try_clone_to_owned()?;
         // The task itself never fails: every error ends a client and no more.
         let seen = Arc::<Mutex<Seen>>::default();
         let task = ServerTask { server, seen: seen.clone() };
-        let task = executor.spawn(place, Box::new(task), Arc::default(), |_| {});
+        let task = executor.spawn(worker, Box::new(task), Arc::default(), |_| {});
         if let Err(error) = task.watch(&ready, Interest::Read) {
             task.stop();
             return Err(error.into());
@@ -69,7 +69,7 @@ impl DeviceServer {
         &self.path
     }
 
-    /// Whether a client is there and agreed with.
+    /// Whether a client is connected and has negotiated.
     pub fn is_connected(&self) -> bool {
         lock(&self.seen).connected
     }

@@ -66,8 +66,9 @@ impl Process {
         client.connect_irqs(pci::IRQ_MSI, 0, &[interrupt.as_fd()])?;
         let mut doorbells = Vec::new();
         for io in client.io_eventfds(pci::REGION_BAR0)? {
-            let place = io.offset.checked_sub(bar0::DOORBELLS).map(|at| at / bar0::DOORBELL_STRIDE);
-            let Some(handle) = place.filter(|at| *at < u64::from(bar0::DOORBELL_COUNT)) else {
+            let number =
+                io.offset.checked_sub(bar0::DOORBELLS).map(|at| at / bar0::DOORBELL_STRIDE);
+            let Some(handle) = number.filter(|at| *at < u64::from(bar0::DOORBELL_COUNT)) else {
                 continue;
             };
             let handle = usize::try_from(handle).unwrap_or(usize::MAX);

@@ -20,7 +20,7 @@ use crate::message::{
 };
 use crate::socket::{Broken, Message, Received, Receiver, Sender, SocketSource, Source};
 use crate::target::{DeviceInfo, IoEventFd, IrqInfo, RegionInfo};
-use crate::version::{self, Agreed, Disagreement, KERNEL_MSG_FDS, MAX_TRANSFER};
+use crate::version::{self, Disagreement, KERNEL_MSG_FDS, MAX_TRANSFER, Negotiated};
 
 /// How long a call waits for the server, as QEMU does: from its beginning to the last byte of the
 /// reply, whatever else comes in between.
@@ -91,7 +91,7 @@ pub struct Client {
     /// After a final error nothing is sent any more: what comes could be the answer to something
     /// else.
     failed: bool,
-    agreed: Agreed,
+    negotiated: Negotiated,
 }
 
 impl Client {
@@ -117,7 +117,7 @@ impl Client {
     /// # Errors
     /// Like [`Client::connect`]. Sending has the socket's own time-out.
     pub fn negotiate(socket: OwnedFd) -> Result<Self, ClientError> {
-        let agreed = Agreed {
+        let negotiated = Negotiated {
             minor: 0,
             peer_fds: 0,
             peer_transfer: MAX_TRANSFER,
@@ -130,19 +130,19 @@ impl Client {
             sender: Sender::default(),
             next_id: 0,
             failed: false,
-            agreed,
+            negotiated,
         };
         let reply = client.call(command::VERSION, &version::proposal(), &[])?;
         let version =
             Version::parse(&reply.body).map_err(|e| ClientError::Malformed("VERSION", e))?;
-        client.agreed = version::accept(&version)?;
+        client.negotiated = version::accept(&version)?;
         Ok(client)
     }
 
-    /// What was agreed upon with the server.
+    /// What this client and the server have negotiated.
     #[must_use]
-    pub fn agreed(&self) -> &Agreed {
-        &self.agreed
+    pub fn negotiated(&self) -> &Negotiated {
+        &self.negotiated
     }
 
     /// Sends a command and waits for its reply: for what has no method of its own.
@@ -216,7 +216,7 @@ impl Client {
         body: &[u8],
         fds: &[BorrowedFd<'_>],
     ) -> Result<u16, ClientError> {
-        if fds.len() > self.agreed.peer_fds {
+        if fds.len() > self.negotiated.peer_fds {
             return Err(ClientError::TooMuch(command_name(number)));
         }
         let id = self.next_id;
@@ -338,7 +338,7 @@ impl Client {
 
     fn access(&self, region: u32, offset: u64, count: usize) -> Result<RegionAccess, ClientError> {
         match u32::try_from(count) {
-            Ok(bytes) if count <= self.agreed.peer_transfer => {
+            Ok(bytes) if count <= self.negotiated.peer_transfer => {
                 Ok(RegionAccess { offset, region, count: bytes })
             }
             _ => Err(ClientError::TooMuch("region access")),
@@ -394,7 +394,7 @@ impl Client {
     }
 
     /// Does several writes of at most 8 bytes each with one message. Needs
-    /// [`Agreed::write_multiple`](Agreed::write_multiple).
+    /// [`Negotiated::write_multiple`](Negotiated::write_multiple).
     ///
     /// # Errors
     /// See [`Client::device_info`]. The error is that of the first write that failed; the others
@@ -414,7 +414,7 @@ impl Client {
         eventfds: &[BorrowedFd<'_>],
     ) -> Result<(), ClientError> {
         let mut at = start;
-        for fds in eventfds.chunks(self.agreed.peer_fds.max(1)) {
+        for fds in eventfds.chunks(self.negotiated.peer_fds.max(1)) {
             let count =
                 u32::try_from(fds.len()).map_err(|_| ClientError::TooMuch("DEVICE_SET_IRQS"))?;
             self.set_irqs(

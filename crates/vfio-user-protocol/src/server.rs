@@ -54,7 +54,7 @@ impl Default for Timeouts {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Stats {
-    /// Clients that were agreed with.
+    /// Clients whose negotiation succeeded.
     pub clients: u64,
     /// Clients refused because another one was there.
     pub refused: u64,
@@ -73,7 +73,7 @@ pub struct Outcome {
     /// How much was done: 1 for each message handled, 1 more for each KiB of it, and 1 for each
     /// client accepted.
     pub work: u32,
-    /// A client is there and agreed with.
+    /// A client is connected and has negotiated.
     pub connected: bool,
     /// There may be more to do at once. The descriptor stays readable then, too.
     pub more: bool,
@@ -180,13 +180,13 @@ impl<T: Target> Server<T> {
         Stats { failures: self.stats.failures + now, ..self.stats }
     }
 
-    /// Whether a client is there and agreed with.
+    /// Whether a client is connected and has negotiated.
     #[must_use]
     pub fn is_connected(&self) -> bool {
-        self.client.as_ref().is_some_and(|c| c.session.agreed().is_some())
+        self.client.as_ref().is_some_and(|c| c.session.negotiated().is_some())
     }
 
-    /// Whether a client is there, agreed with or not.
+    /// Whether a client is connected. It may not have negotiated yet.
     #[must_use]
     pub fn has_client(&self) -> bool {
         self.client.is_some()
@@ -395,7 +395,7 @@ impl<T: Target> Server<T> {
         match client.session.handle(&mut self.target, &self.name, message) {
             Answer::Silence => {}
             Answer::Reply(bytes, fds) => client.sender.push(bytes, fds),
-            Answer::Agreed(bytes) => {
+            Answer::Negotiated(bytes) => {
                 client.agree_by = None;
                 client.sender.push(bytes, Vec::new());
                 self.stats.clients += 1;
@@ -475,7 +475,7 @@ impl<T: Target> Server<T> {
     fn drop_client(&mut self) {
         let Some(client) = self.client.take() else { return };
         self.stats.failures += client.session.failures();
-        if client.session.agreed().is_some() {
+        if client.session.negotiated().is_some() {
             self.target.disconnected();
         }
     }

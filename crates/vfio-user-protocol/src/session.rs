@@ -22,7 +22,7 @@ use crate::message::{
 };
 use crate::socket::Message;
 use crate::target::{IrqAction, Mapping, Target};
-use crate::version::{self, Agreed, Disagreement, MAX_TRANSFER, MAX_VERSION_DATA, PAGE_SIZE};
+use crate::version::{self, Disagreement, MAX_TRANSFER, MAX_VERSION_DATA, Negotiated, PAGE_SIZE};
 
 /// Writes in one `REGION_WRITE_MULTI`, at most: each may be a command of the device, and no client
 /// holds up the others on its thread for long. QEMU sends up to 200.
@@ -36,8 +36,8 @@ pub enum Answer {
     Silence,
     /// This is sent, with these descriptors.
     Reply(Vec<u8>, Vec<OwnedFd>),
-    /// The first message was agreed with; this is sent.
-    Agreed(Vec<u8>),
+    /// The first message was accepted. The server sends this reply.
+    Negotiated(Vec<u8>),
     /// The session ends, for the reason given, after this was sent (when it is a command that may
     /// be answered).
     End(Option<Vec<u8>>, Violation),
@@ -177,17 +177,17 @@ type Outcome = Result<Reply, Failure>;
 /// The state of one client's session.
 #[derive(Debug, Default)]
 pub struct Session {
-    agreed: Option<Agreed>,
+    negotiated: Option<Negotiated>,
     /// Mappings by address, with their size.
     maps: BTreeMap<u64, u64>,
     failures: u64,
 }
 
 impl Session {
-    /// What was agreed upon; `None` before that.
+    /// What both ends have negotiated. `None` before that.
     #[must_use]
-    pub fn agreed(&self) -> Option<&Agreed> {
-        self.agreed.as_ref()
+    pub fn negotiated(&self) -> Option<&Negotiated> {
+        self.negotiated.as_ref()
     }
 
     /// Commands that failed so far, those without a reply included.
@@ -199,7 +199,7 @@ impl Session {
     /// The longest message that the client may send now, header included, in bytes.
     #[must_use]
     pub fn max_message(&self) -> usize {
-        let body = if self.agreed.is_some() {
+        let body = if self.negotiated.is_some() {
             REGION_ACCESS_LEN + MAX_TRANSFER
         } else {
             4 + MAX_VERSION_DATA
@@ -223,9 +223,9 @@ impl Session {
             answer(Kind::Reply { error: Some(errno.raw_os_error().unsigned_abs()) }, &[])
         };
         let done = Kind::Reply { error: None };
-        let Some(agreed) = self.agreed else {
+        let Some(negotiated) = self.negotiated else {
             return match self.version(target.max_dma_maps(), header, &body) {
-                Ok(reply) => Answer::Agreed(answer(done, &reply)),
+                Ok(reply) => Answer::Negotiated(answer(done, &reply)),
                 Err((errno, violation)) => {
                     Answer::End((!no_reply).then(|| refusal(errno)), violation)
                 }
@@ -234,7 +234,7 @@ impl Session {
         if header.command == command::VERSION {
             return Answer::End((!no_reply).then(|| refusal(Errno::INVAL)), Violation::Again);
         }
-        match self.command(target, &agreed, header.command, &body, fds) {
+        match self.command(target, &negotiated, header.command, &body, fds) {
             Ok(_) if no_reply => Answer::Silence,
             Ok(reply) => Answer::Reply(answer(done, &reply.body), reply.fds),
             Err(failure) => {
@@ -260,16 +260,16 @@ impl Session {
             return Err((Errno::INVAL, Violation::TooEarly(header)));
         }
         let request = Version::parse(body).map_err(|e| (Errno::INVAL, Violation::Version(e)))?;
-        let (agreed, reply) = version::answer(&request, max_dma_maps)
+        let (negotiated, reply) = version::answer(&request, max_dma_maps)
             .map_err(|e| (e.errno(), Violation::Disagreement(e)))?;
-        self.agreed = Some(agreed);
+        self.negotiated = Some(negotiated);
         Ok(reply)
     }
 
     fn command<T: Target + ?Sized>(
         &mut self,
         target: &mut T,
-        agreed: &Agreed,
+        negotiated: &Negotiated,
         number: u16,
         body: &[u8],
         mut fds: Vec<OwnedFd>,
@@ -280,15 +280,15 @@ impl Session {
         match number {
             command::REGION_READ => region_read(target, body),
             command::REGION_WRITE => region_write(target, body),
-            command::REGION_WRITE_MULTI if agreed.write_multiple => write_multi(target, body),
+            command::REGION_WRITE_MULTI if negotiated.write_multiple => write_multi(target, body),
             command::REGION_WRITE_MULTI => {
-                Err(Failure::Unsupported("REGION_WRITE_MULTI, unless agreed upon,"))
+                Err(Failure::Unsupported("REGION_WRITE_MULTI, unless negotiated,"))
             }
-            command::DMA_MAP => self.dma_map(target, agreed, body, &mut fds),
+            command::DMA_MAP => self.dma_map(target, negotiated, body, &mut fds),
             command::DMA_UNMAP => self.dma_unmap(target, body),
             command::DEVICE_GET_INFO => device_info(target, body),
             command::DEVICE_GET_REGION_INFO => region_info(target, body),
-            command::DEVICE_GET_REGION_IO_FDS => region_io_fds(target, agreed, body),
+            command::DEVICE_GET_REGION_IO_FDS => region_io_fds(target, negotiated, body),
             command::DEVICE_GET_IRQ_INFO => irq_info(target, body),
             command::DEVICE_SET_IRQS => set_irqs(target, body, fds),
             command::DEVICE_RESET => {
@@ -311,7 +311,7 @@ impl Session {
     fn dma_map<T: Target + ?Sized>(
         &mut self,
         target: &mut T,
-        agreed: &Agreed,
+        negotiated: &Negotiated,
         body: &[u8],
         fds: &mut Vec<OwnedFd>,
     ) -> Outcome {
@@ -330,8 +330,8 @@ impl Session {
         if self.maps.range(..end).next_back().is_some_and(|(start, len)| start + len > address) {
             return Err(Failure::Overlap(address, size));
         }
-        if self.maps.len() >= agreed.max_dma_maps {
-            return Err(Failure::TooManyMaps(agreed.max_dma_maps));
+        if self.maps.len() >= negotiated.max_dma_maps {
+            return Err(Failure::TooManyMaps(negotiated.max_dma_maps));
         }
         let memory = fds.pop().map(|fd| (fd, offset));
         target.dma_map(Mapping { address, size, readable, writable, memory })?;
@@ -396,7 +396,11 @@ fn irq_info<T: Target + ?Sized>(target: &mut T, body: &[u8]) -> Outcome {
 /// `KVM_IOEVENTFD_FLAG_DATAMATCH`.
 const DATAMATCH: u32 = 1;
 
-fn region_io_fds<T: Target + ?Sized>(target: &mut T, agreed: &Agreed, body: &[u8]) -> Outcome {
+fn region_io_fds<T: Target + ?Sized>(
+    target: &mut T,
+    negotiated: &Negotiated,
+    body: &[u8],
+) -> Outcome {
     let request = Info::parse(body)?;
     if request.index >= target.device_info().regions {
         return Err(Failure::NoSuch("region", request.index));
@@ -407,7 +411,7 @@ fn region_io_fds<T: Target + ?Sized>(target: &mut T, agreed: &Agreed, body: &[u8
     // Eventfds beyond the number that the client can receive are left out: the client writes to
     // their places by message.
     let mut eventfds = target.io_eventfds(request.index);
-    eventfds.truncate(agreed.peer_fds);
+    eventfds.truncate(negotiated.peer_fds);
     let len = Info::LEN + eventfds.len() * SUB_REGION_LEN;
     let (argsz, count) = (u32::try_from(len), u32::try_from(eventfds.len()));
     let (Ok(argsz), Ok(count)) = (argsz, count) else { return Err(Failure::TooMuch(len as u64)) };

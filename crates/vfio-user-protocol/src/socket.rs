@@ -102,7 +102,7 @@ pub enum Broken {
     /// A header that says nothing sensible.
     #[error(transparent)]
     Header(#[from] BadHeader),
-    /// A message longer than agreed.
+    /// A message longer than negotiated.
     #[error("{header}: longer than the limit of {limit} bytes")]
     TooLong {
         /// The header.
@@ -110,7 +110,7 @@ pub enum Broken {
         /// The longest message that is accepted here, in bytes.
         limit: usize,
     },
-    /// More descriptors in one message than agreed.
+    /// More descriptors in one message than negotiated.
     #[error("more than {0} descriptors in one message")]
     Descriptors(usize),
     /// The end of the stream within a message.

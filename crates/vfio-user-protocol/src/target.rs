@@ -266,7 +266,7 @@ pub trait Target {
         Vec::new()
     }
 
-    /// A client has come and agreed on the protocol.
+    /// A client has connected and negotiated.
     fn connected(&mut self) {}
 
     /// The client that [`Target::connected`] told of is gone, in whatever way. The target drops

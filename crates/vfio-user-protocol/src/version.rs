@@ -29,10 +29,10 @@ pub const MAX_DMA_MAPS: u32 = 65535;
 /// The smallest page; addresses and sizes of DMA mappings are multiples of it.
 pub const PAGE_SIZE: u64 = 4096;
 
-/// What both ends have agreed upon.
+/// What both ends have negotiated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Agreed {
+pub struct Negotiated {
     /// Minor version in use.
     pub minor: u16,
     /// Descriptors that the peer accepts in one message.
@@ -56,7 +56,7 @@ struct Capabilities {
     write_multiple: Option<bool>,
 }
 
-/// Why a version message cannot be agreed with.
+/// Why an end cannot accept a version message.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Disagreement {
@@ -166,7 +166,10 @@ fn maps(value: Option<u64>) -> usize {
 ///
 /// # Errors
 /// When there is nothing to agree upon; the connection then ends.
-pub fn answer(request: &Version<'_>, max_dma_maps: u32) -> Result<(Agreed, Vec<u8>), Disagreement> {
+pub fn answer(
+    request: &Version<'_>,
+    max_dma_maps: u32,
+) -> Result<(Negotiated, Vec<u8>), Disagreement> {
     if request.major != MAJOR {
         return Err(Disagreement::Major(request.major));
     }
@@ -188,7 +191,7 @@ pub fn answer(request: &Version<'_>, max_dma_maps: u32) -> Result<(Agreed, Vec<u
         pgsizes,
         write_multiple: theirs.write_multiple.filter(|&wanted| wanted),
     };
-    let agreed = Agreed {
+    let negotiated = Negotiated {
         minor,
         peer_fds: limit(theirs.max_msg_fds, 1, KERNEL_MSG_FDS),
         peer_transfer: limit(theirs.max_data_xfer_size, MAX_TRANSFER, MAX_TRANSFER),
@@ -196,7 +199,7 @@ pub fn answer(request: &Version<'_>, max_dma_maps: u32) -> Result<(Agreed, Vec<u
         write_multiple: ours.write_multiple == Some(true),
     };
     let data = if had_data { encode(asked.then_some(ours)) } else { Vec::new() };
-    Ok((agreed, Version { major: MAJOR, minor, data: &data }.body()))
+    Ok((negotiated, Version { major: MAJOR, minor, data: &data }.body()))
 }
 
 /// The client's proposal: the body of its request.
@@ -216,7 +219,7 @@ pub fn proposal() -> Vec<u8> {
 ///
 /// # Errors
 /// When it is not a possible answer to the proposal.
-pub fn accept(reply: &Version<'_>) -> Result<Agreed, Disagreement> {
+pub fn accept(reply: &Version<'_>) -> Result<Negotiated, Disagreement> {
     if reply.major != MAJOR {
         return Err(Disagreement::Major(reply.major));
     }
@@ -224,7 +227,7 @@ pub fn accept(reply: &Version<'_>) -> Result<Agreed, Disagreement> {
         return Err(Disagreement::Minor(reply.minor));
     }
     let theirs = parse(reply.data)?.flatten().unwrap_or_default();
-    Ok(Agreed {
+    Ok(Negotiated {
         minor: reply.minor,
         peer_fds: limit(theirs.max_msg_fds, 1, KERNEL_MSG_FDS),
         peer_transfer: limit(theirs.max_data_xfer_size, MAX_TRANSFER, MAX_TRANSFER),
@@ -237,7 +240,7 @@ pub fn accept(reply: &Version<'_>) -> Result<Agreed, Disagreement> {
 mod tests {
     use super::*;
 
-    fn ask(data: &[u8]) -> Result<(Agreed, Vec<u8>), Disagreement> {
+    fn ask(data: &[u8]) -> Result<(Negotiated, Vec<u8>), Disagreement> {
         answer(&Version { major: 0, minor: 0, data }, 512)
     }
 
@@ -249,10 +252,10 @@ mod tests {
 
     #[test]
     fn qemu_gets_what_it_understands() {
-        let (agreed, body) = ask(QEMU).expect("QEMU's proposal is fine");
+        let (negotiated, body) = ask(QEMU).expect("QEMU's proposal is fine");
         assert_eq!(
-            agreed,
-            Agreed {
+            negotiated,
+            Negotiated {
                 minor: 0,
                 peer_fds: 16,
                 peer_transfer: 1 << 20,
@@ -273,12 +276,12 @@ mod tests {
     fn nothing_is_offered_that_was_not_proposed() {
         assert_eq!(ask(b"").expect("no data is legal").1, [0; 4]);
         assert_eq!(&ask(b"{}\0").expect("an empty object is legal").1[4..], b"{}\0");
-        let (agreed, body) =
+        let (negotiated, body) =
             ask(b"{\"capabilities\":{\"write_multiple\":false,\"new\":[1]}}\0").expect("legal");
         assert_eq!(&body[4..], b"{\"capabilities\":{}}\0");
-        assert!(!agreed.write_multiple);
-        assert_eq!((agreed.peer_fds, agreed.peer_transfer), (1, MAX_TRANSFER));
-        assert_eq!(agreed.max_dma_maps, 65535, "what an unstated number means");
+        assert!(!negotiated.write_multiple);
+        assert_eq!((negotiated.peer_fds, negotiated.peer_transfer), (1, MAX_TRANSFER));
+        assert_eq!(negotiated.max_dma_maps, 65535, "what an unstated number means");
     }
 
     #[test]

@@ -21,7 +21,7 @@ impl StateConnection {
         let fail = open.fail.clone();
         let watch = Watch { device: device.clone(), next: 0 };
         let task = open.executor.spawn(
-            open.place,
+            open.worker,
             Box::new(watch),
             open.counters.clone(),
             move |status| fail.fail(status),

@@ -119,9 +119,9 @@ impl VenetConnection {
         let index = u16::try_from(i).map_err(|_| ErrorCode::BAD_ARGUMENT)?;
         let (open, mut made) = (&self.open, None);
         let fail = open.fail.clone();
-        let (place, counters) = (open.place.wrapping_add(i), open.counters.clone());
+        let (worker, counters) = (open.worker.wrapping_add(i), open.counters.clone());
         let task = open.executor.spawn_with(
-            place,
+            worker,
             counters,
             move |error| fail.fail(error),
             |task| {
@@ -256,8 +256,8 @@ impl Running {
 /// Runs a task of the connection beside the connection, or `beside` places further on.
 fn spawn(open: &Open, beside: usize, task: Box<dyn Task>) -> TaskHandle {
     let fail = open.fail.clone();
-    let place = open.place.wrapping_add(beside);
-    open.executor.spawn(place, task, open.counters.clone(), move |error| fail.fail(error))
+    let worker = open.worker.wrapping_add(beside);
+    open.executor.spawn(worker, task, open.counters.clone(), move |error| fail.fail(error))
 }
 
 /// The device's end of the transmit ring, or the receive ring, in a region.

@@ -74,20 +74,20 @@ impl<H: Hal> Rx<H> {
     /// which address goes with it is the driver's affair. Visible after [`post`](Self::post) at the
     /// latest.
     pub fn give(&mut self, id: u16, addr: u64) -> Result<(), Error> {
-        let (word, bit) = place(id);
+        let (word, bit) = word_and_bit(id);
         let free = self.with_device.get_mut(word).filter(|bits| **bits & bit == 0);
         let Some(bits) = free.filter(|_| u32::from(id) < self.ring.end.layout().entries()) else {
             return Err(Error::Unsupported("a receive buffer of that number"));
         };
         let entry = Entry { addr, len: self.buffer_bytes, id, flags: 0 };
-        let place = (self.oldest + self.ring.end.in_flight() as usize) % self.order.len();
+        let slot = (self.oldest + self.ring.end.in_flight() as usize) % self.order.len();
         // As many ids as entries, so there is room.
         self.ring
             .end
             .submit(entry)
             .map_err(|_| Error::Unsupported("more receive buffers than entries"))?;
         *bits |= bit;
-        self.order[place] = id;
+        self.order[slot] = id;
         Ok(())
     }
 
@@ -116,7 +116,7 @@ impl<H: Hal> Rx<H> {
             // The ring has checked that as many were given.
             let id = self.order[self.oldest];
             self.oldest = (self.oldest + 1) % self.order.len();
-            let (word, bit) = place(id);
+            let (word, bit) = word_and_bit(id);
             self.with_device[word] &= !bit;
             if entry.len > self.buffer_bytes || entry.len == 0 {
                 return Err(Error::Corrupt("bad length of a received piece"));
@@ -150,6 +150,6 @@ impl<H: Hal> Rx<H> {
 }
 
 /// Word and bit of buffer `id`.
-fn place(id: u16) -> (usize, u64) {
+fn word_and_bit(id: u16) -> (usize, u64) {
     (usize::from(id) / 64, 1 << (id % 64))
 }

@@ -16,7 +16,7 @@ use vbus_shm::Memory;
 use vbus_shm::sync::Word;
 
 /// How long a test waits for an event that must come.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const TIMEOUT: Duration = Duration::from_secs(60);
 
 const BASE: u64 = 0x10_0000_0000;
 const BYTES: u64 = 64 << 20;
@@ -97,7 +97,7 @@ impl Local {
     /// Waits for an interrupt, and takes it.
     pub fn wait_interrupt(&self) {
         let mut fds = [PollFd::new(&self.0.interrupt, PollFlags::IN)];
-        let bound = Timespec::try_from(PATIENCE).unwrap();
+        let bound = Timespec::try_from(TIMEOUT).unwrap();
         assert_eq!(poll(&mut fds, Some(&bound)).unwrap(), 1, "no interrupt came");
         assert!(self.interrupted());
     }
@@ -122,7 +122,7 @@ impl Drop for Inner {
 
 /// Calls `done` until it says something, or panics in the end.
 pub fn until<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + TIMEOUT;
     loop {
         if let Some(value) = done() {
             return value;

@@ -139,7 +139,7 @@ impl Front {
             let pair = Pair { queue, sink: own.take(), sending: sending.clone() };
             Ok::<_, ErrorCode>(Box::new(pair) as Box<dyn Task>)
         };
-        let task = executor.spawn_with(executor.place(), counters, fail, make).unwrap();
+        let task = executor.spawn_with(executor.next_worker(), counters, fail, make).unwrap();
         Front { plug, task, sending, frames, shared }
     }
 

@@ -39,9 +39,9 @@ pub fn device_function(endpoint: Arc<Endpoint>, options: Options) -> PciFunction
     let config = config_space(endpoint.identity(), options);
     let interrupts = Arc::new(Interrupts::of(&config));
     endpoint.set_interrupt_sink(interrupts.clone());
-    let (executor, place) = (endpoint.executor().clone(), endpoint.place());
+    let (executor, worker) = (endpoint.executor().clone(), endpoint.worker());
     let block = RegisterBlock::new(endpoint, interrupts.clone());
-    PciFunction::new(config, interrupts, executor, place).with_bar(0, Box::new(block))
+    PciFunction::new(config, interrupts, executor, worker).with_bar(0, Box::new(block))
 }
 
 fn config_space(identity: &Identity, options: Options) -> ConfigSpace {

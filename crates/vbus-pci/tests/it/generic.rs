@@ -54,8 +54,8 @@ fn function(calls: &Calls) -> (PciFunction, Arc<Interrupts>) {
         .build();
     let interrupts = Arc::new(Interrupts::of(&config));
     let executor = Executor::start(Tuning { workers: 1, ..Tuning::default() }).unwrap();
-    let place = executor.place();
-    let function = PciFunction::new(config, interrupts.clone(), executor, place)
+    let worker = executor.next_worker();
+    let function = PciFunction::new(config, interrupts.clone(), executor, worker)
         .with_bar(0, Box::new(Noting(1, calls.clone())))
         .with_bar(2, Box::new(Noting(2, calls.clone())));
     (function, interrupts)

@@ -23,7 +23,7 @@ use vbus_driver::{Error, Function, Hal};
 use vbus_pci::Options;
 use vbus_vfio_user::{DeviceServer, MEMORY_BYTES, Process};
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 const VECTORS: u16 = 64;
 const LINES: u16 = 200;
 
@@ -130,7 +130,7 @@ fn taken(fd: &OwnedFd) -> bool {
 }
 
 fn wait(fd: &OwnedFd) {
-    let bound = Timespec::try_from(PATIENCE).unwrap();
+    let bound = Timespec::try_from(TIMEOUT).unwrap();
     assert_eq!(
         poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&bound)).unwrap(),
         1,
@@ -174,7 +174,7 @@ fn another_devices_interrupts_come_as_lines() {
     assert_eq!(drain(&mut cpu), [40, 9]);
     assert!(!setup.own.wait(Duration::ZERO), "its own interrupt is silent");
     setup.beep(3);
-    assert!(setup.own.wait(PATIENCE), "a vector that is not routed");
+    assert!(setup.own.wait(TIMEOUT), "a vector that is not routed");
     let shown = setup.bus.get("pic0").unwrap().inspect();
     assert_eq!(shown["device"]["pages"][0]["raised"], 6);
     assert_eq!(shown["device"]["pages"][0]["messages"], 2);
@@ -206,9 +206,9 @@ fn a_line_that_moves_while_it_is_pending_is_not_lost() {
     while setup.own.wait(Duration::ZERO) {}
     let [zero, _one] = cpus;
     setup.pic.remove(zero).unwrap();
-    assert!(setup.own.wait(PATIENCE), "in case that it was pending");
+    assert!(setup.own.wait(TIMEOUT), "in case that it was pending");
     setup.beep(1);
-    assert!(setup.own.wait(PATIENCE));
+    assert!(setup.own.wait(TIMEOUT));
     assert_eq!(status(setup.pic.relocate(source(1), to(1, 7))), Some(ErrorCode(NO_ROUTE)));
 }
 
@@ -219,7 +219,7 @@ fn a_route_ends_with_either_connection() {
     let to = Line { cpu: 0, number: 1 };
     setup.pic.route(source(0), to).unwrap();
     setup.pic.unroute(source(0)).unwrap();
-    assert!(setup.own.wait(PATIENCE), "once for what may have been under way");
+    assert!(setup.own.wait(TIMEOUT), "once for what may have been under way");
     assert!(drain(&mut cpu).is_empty(), "which is not pending any more");
     assert_eq!(status(setup.pic.unroute(source(0))), Some(ErrorCode(NO_ROUTE)));
 
@@ -228,7 +228,7 @@ fn a_route_ends_with_either_connection() {
     assert_eq!(status(setup.pic.route(source(0), to)), Some(ErrorCode::NOT_OPEN));
     setup.open();
     setup.beep(0);
-    assert!(setup.own.wait(PATIENCE), "a new connection, not routed");
+    assert!(setup.own.wait(TIMEOUT), "a new connection, not routed");
     assert_eq!(status(setup.pic.relocate(source(0), to)), Some(ErrorCode(NO_ROUTE)));
     setup.pic.route(source(0), to).unwrap();
 
@@ -245,9 +245,9 @@ fn a_route_ends_with_either_connection() {
     let _cpu = setup.cpu(0, Nesting::Nested);
     setup.pic.route(source(0), to).unwrap();
     setup.pic.close();
-    assert!(setup.own.wait(PATIENCE), "the controller has gone");
+    assert!(setup.own.wait(TIMEOUT), "the controller has gone");
     setup.beep(0);
-    assert!(setup.own.wait(PATIENCE));
+    assert!(setup.own.wait(TIMEOUT));
 }
 
 #[test]
@@ -345,7 +345,7 @@ fn a_driver_that_writes_anything_anywhere_harms_itself_at_most() {
     drop(function);
     while setup.own.wait(Duration::ZERO) {}
     setup.beep(1);
-    assert!(setup.own.wait(PATIENCE));
+    assert!(setup.own.wait(TIMEOUT));
 }
 
 #[test]
@@ -509,7 +509,7 @@ fn exchange(total: u64, nesting: Nesting) {
                             books.posted[vector].fetch_add(1, Ordering::Relaxed);
                             beeps[vector].trigger();
                         }
-                        let end = Instant::now() + PATIENCE;
+                        let end = Instant::now() + TIMEOUT;
                         for vector in vectors {
                             let posted = books.posted[vector].load(Ordering::Relaxed);
                             while books.seen[vector].load(Ordering::Acquire) != posted {

@@ -15,7 +15,7 @@ use vbus_core::{
 use vbus_driver::{Doorbell, Function, Hal};
 use vbus_vfio_user::{DeviceServer, MEMORY_BYTES, Process, ProcessMemory};
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 /// So many at least.
 const ROUND_TRIPS: u64 = 500;
 /// More rings than this are a storm.
@@ -79,7 +79,7 @@ impl Driver {
         words[0].store(number, Ordering::Release);
         self.function.ring(self.handle);
         while words[1].load(Ordering::Acquire) != number {
-            assert!(self.function.hal().wait(PATIENCE), "no answer to {number}");
+            assert!(self.function.hal().wait(TIMEOUT), "no answer to {number}");
         }
     }
 }

@@ -13,8 +13,8 @@ use vfio_user_protocol::{Client, ClientError, version};
 /// A call's own bound, and room for a machine that has much else to do.
 const BOUND: Duration = Duration::from_secs(15);
 
-/// A client that is agreed with, and the server's end of its socket.
-fn agreed() -> (Client, UnixStream) {
+/// A client that has negotiated, and the server's end of its socket.
+fn negotiated() -> (Client, UnixStream) {
     let (ours, mut theirs) = UnixStream::pair().unwrap();
     let server = std::thread::spawn(move || {
         let mut request = [0; 4096];
@@ -31,7 +31,7 @@ fn agreed() -> (Client, UnixStream) {
 
 /// What a call, during which the server does `act` until it fails, ends with.
 fn call(mut act: impl FnMut(&mut UnixStream) -> std::io::Result<()> + Send) -> ClientError {
-    let (mut client, mut server) = agreed();
+    let (mut client, mut server) = negotiated();
     std::thread::scope(|scope| {
         scope.spawn(move || while act(&mut server).is_ok() {});
         let begun = Instant::now();
@@ -68,7 +68,7 @@ fn an_answer_in_single_bytes_is_late() {
 /// Entries of `DEVICE_GET_REGION_IO_FDS` are as long as `argsz` and count say.
 #[test]
 fn entries_of_a_later_version_are_longer() {
-    let (mut client, mut server) = agreed();
+    let (mut client, mut server) = negotiated();
     let entry = |offset: u64| {
         let (size, fd_index, kind, flags, padding, datamatch, more) =
             (4u64, 0u32, 0u32, 1u32, 0u32, 7u64, [u64::MAX; 3]);

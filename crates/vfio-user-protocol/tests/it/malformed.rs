@@ -34,7 +34,7 @@ type Act = Box<dyn Fn(&mut Raw, &Fds)>;
 struct Case {
     name: &'static str,
     /// Negotiate the version first.
-    agreed: bool,
+    negotiated: bool,
     fate: Fate,
     act: Act,
 }
@@ -59,7 +59,7 @@ impl Table {
     fn start(&mut self, name: &'static str, fate: Fate, bytes: Vec<u8>) {
         self.0.push(Case {
             name,
-            agreed: false,
+            negotiated: false,
             fate,
             act: Box::new(move |raw, _| raw.send(&bytes)),
         });
@@ -69,7 +69,7 @@ impl Table {
     fn bytes(&mut self, name: &'static str, fate: Fate, bytes: Vec<u8>) {
         self.0.push(Case {
             name,
-            agreed: true,
+            negotiated: true,
             fate,
             act: Box::new(move |raw, _| raw.send(&bytes)),
         });
@@ -90,7 +90,7 @@ impl Table {
     ) {
         let bytes = framed(1, command, 0, &body);
         let act = Box::new(move |raw: &mut Raw, all: &Fds| raw.send_with(&bytes, &fds(all)));
-        self.0.push(Case { name, agreed: true, fate, act });
+        self.0.push(Case { name, negotiated: true, fate, act });
     }
 }
 
@@ -164,7 +164,7 @@ fn framing(t: &mut Table) {
     );
     t.0.push(Case {
         name: "header a byte at a time",
-        agreed: true,
+        negotiated: true,
         fate: Done,
         act: Box::new(|raw, _| {
             raw.stream.set_nonblocking(false).unwrap();
@@ -178,7 +178,7 @@ fn framing(t: &mut Table) {
     });
     t.0.push(Case {
         name: "end within a header",
-        agreed: true,
+        negotiated: true,
         fate: Ended,
         act: Box::new(|raw, _| {
             raw.send(&[1, 0, 4]);
@@ -187,7 +187,7 @@ fn framing(t: &mut Table) {
     });
     t.0.push(Case {
         name: "end within a body",
-        agreed: true,
+        negotiated: true,
         fate: Ended,
         act: Box::new(|raw, _| {
             raw.send(&framed(1, 4, 0, &bytes![16u32, 0u32, 0u32, 0u32])[..20]);
@@ -436,13 +436,13 @@ fn descriptors(t: &mut Table) {
     t.with_fds("descriptors with RESET", INVAL, (13, vec![]), |f| f.events(3));
     t.0.push(Case {
         name: "a descriptor with VERSION",
-        agreed: false,
+        negotiated: false,
         fate: Done,
         act: Box::new(|raw, f| raw.send_with(&framed(1, 1, 0, &version()), &f.events(1))),
     });
     t.0.push(Case {
         name: "descriptors with every piece of a message",
-        agreed: true,
+        negotiated: true,
         fate: Ended,
         act: Box::new(|raw, f| {
             let bytes = framed(1, 8, 0, &bytes![20u32, 0x24u32, 2u32, 0u32, 20u32]);
@@ -453,7 +453,7 @@ fn descriptors(t: &mut Table) {
     });
     t.0.push(Case {
         name: "descriptors in two pieces of a message, as many as allowed",
-        agreed: true,
+        negotiated: true,
         fate: Done,
         act: Box::new(|raw, f| {
             let bytes = framed(1, 8, 0, &bytes![20u32, 0x24u32, 2u32, 0u32, 16u32]);
@@ -463,7 +463,7 @@ fn descriptors(t: &mut Table) {
     });
     t.0.push(Case {
         name: "descriptors with a message that is never whole",
-        agreed: true,
+        negotiated: true,
         fate: Ended,
         act: Box::new(|raw, f| {
             raw.send_with(&framed(1, 8, 0, &[0; 20])[..18], &f.events(16));
@@ -472,7 +472,7 @@ fn descriptors(t: &mut Table) {
     });
     t.0.push(Case {
         name: "two commands in one piece, the descriptor with the first",
-        agreed: true,
+        negotiated: true,
         fate: Done,
         act: Box::new(|raw, f| {
             let map = |address: u64| bytes![32u32, 3u32, 0u64, address, 4096u64];
@@ -524,7 +524,8 @@ fn every_misdeed() {
     let mut bench = Bench::new();
     let before = open_fds();
     for case in &t.0 {
-        let mut raw = if case.agreed { Raw::agreed(&mut bench) } else { Raw::connect(&bench) };
+        let mut raw =
+            if case.negotiated { Raw::negotiated(&mut bench) } else { Raw::connect(&bench) };
         let violations = bench.server.stats().violations;
         (case.act)(&mut raw, &fds);
         if let Refused(errno) | RefusedAndEnded(errno) = case.fate {
@@ -563,13 +564,13 @@ fn every_misdeed() {
     println!("{} cases", t.0.len());
 
     // Slowness is a misdeed too. Time is what the caller of `ready` says it is.
-    for (name, agreed, bytes) in [
+    for (name, negotiated, bytes) in [
         ("no VERSION at all", false, &b""[..]),
         ("half a VERSION", false, &framed(1, 1, 0, &version())[..30]),
         ("half a header", true, &[1, 0, 4][..]),
         ("half a body", true, &framed(1, 10, 0, &[0; 64])[..40]),
     ] {
-        let mut raw = if agreed { Raw::agreed(&mut bench) } else { Raw::connect(&bench) };
+        let mut raw = if negotiated { Raw::negotiated(&mut bench) } else { Raw::connect(&bench) };
         raw.send(bytes);
         bench.until(None, |server| server.deadline().is_some());
         let violations = bench.server.stats().violations;
@@ -586,7 +587,7 @@ fn every_misdeed() {
     }
 
     // A client that asks and does not read: answers do not pile up, and after a while it is ended.
-    let mut raw = Raw::agreed(&mut bench);
+    let mut raw = Raw::negotiated(&mut bench);
     raw.stream.set_nonblocking(true).unwrap();
     let read = framed(1, 9, 0, &bytes![0u64, 0u32, 3840u32]);
     let mut asked = 0u64;

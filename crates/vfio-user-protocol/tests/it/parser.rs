@@ -170,7 +170,7 @@ proptest! {
             Message { header, body: body.to_vec(), fds: Vec::new() }
         };
         let first = session.handle(&mut device, "test", message(0, 1, 0, &version()));
-        prop_assert!(matches!(first, Answer::Agreed(_)));
+        prop_assert!(matches!(first, Answer::Negotiated(_)));
         device.connected();
         for (number, posted, body) in commands {
             let flags = if posted { 0x10 } else { 0 };
@@ -212,8 +212,8 @@ proptest! {
             data.push(0);
         }
         let request = Version { major, minor, data: &data };
-        if let Ok((agreed, body)) = negotiation::answer(&request, 512) {
-            prop_assert!(agreed.minor <= minor && agreed.peer_fds <= 253 && agreed.peer_transfer <= 1 << 20);
+        if let Ok((negotiated, body)) = negotiation::answer(&request, 512) {
+            prop_assert!(negotiated.minor <= minor && negotiated.peer_fds <= 253 && negotiated.peer_transfer <= 1 << 20);
             let reply = Version::parse(&body).unwrap();
             prop_assert!(reply.minor <= minor && reply.major == 0);
             // QEMU's buffer for the reply is as long as its request. (A name without its value's

@@ -35,7 +35,7 @@ fn the_device_is_described_and_accessed() {
     let mut bench = Bench::new();
     bench.with(|path| {
         let mut client = Client::connect(path).unwrap();
-        assert!(client.agreed().write_multiple);
+        assert!(client.negotiated().write_multiple);
         let info = client.device_info().unwrap();
         assert_eq!((info.regions, info.irqs, info.resettable), (9, 5, true));
         assert_eq!(client.region_info(7).unwrap().size, 256);
@@ -179,7 +179,7 @@ fn a_client_gets_no_more_descriptors_than_it_can_receive() {
 fn memory_is_mapped_and_taken_back() {
     let mut bench = Bench::new();
     let file = memory(1 << 20);
-    let mut raw = Raw::agreed(&mut bench);
+    let mut raw = Raw::negotiated(&mut bench);
     let map = |address: u64, offset: u64| bytes![32u32, 3u32, offset, address, 0x4000u64];
     raw.send_with(&framed(1, 2, 0, &map(0x1000_0000, 0x8000)), &[file.as_fd()]);
     assert_eq!(raw.see(&mut bench), Seen::Reply(1, 2, None, vec![]));
@@ -223,7 +223,7 @@ fn an_unstated_number_of_mappings_is_65535() {
 #[test]
 fn a_second_client_is_refused_and_comes_later() {
     let mut bench = Bench::new();
-    let first = Raw::agreed(&mut bench);
+    let first = Raw::negotiated(&mut bench);
     for id in [7, 8] {
         let mut second = Raw::connect(&bench);
         second.send(&framed(id, 1, 0, &version()));

@@ -343,7 +343,7 @@ impl Raw {
     }
 
     /// Connects and negotiates.
-    pub fn agreed(bench: &mut Bench) -> Self {
+    pub fn negotiated(bench: &mut Bench) -> Self {
         let mut raw = Self::connect(bench);
         raw.send(&framed(900, 1, 0, &version()));
         match raw.see(bench) {
