@@ -31,10 +31,12 @@
 //! The program `vbus-guest` drives the devices of vbus's own classes.
 
 mod pci;
+mod reopen;
 mod socket;
 mod source;
 
 pub use pci::PciSource;
+pub use reopen::keep_open;
 pub use socket::SocketSource;
 pub use source::{Claimed, Found, Interrupt, Source, claim, is_meant, wait};
 /// The number of classes of one's own, whose name tells them apart: for [`claim`].

@@ -86,6 +86,11 @@ impl Source for SocketSource {
         };
         watch().inspect_err(|error| tracing::debug!(%error, "no news of {}", dir.display())).ok()
     }
+
+    fn comes_back(&self) -> bool {
+        // A bus that starts again makes its sockets again.
+        true
+    }
 }
 
 /// The eventfd of a process's device.

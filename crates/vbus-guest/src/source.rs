@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use vbus_driver::{Function, Hal};
+use vbus_driver::{Error, Function, Hal};
 
 /// A function that a source has.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -38,6 +38,9 @@ pub trait Source {
     /// A descriptor that becomes readable when functions may have come or gone, if there can be
     /// such a thing. To be drained by reading.
     fn changes(&self) -> Option<OwnedFd>;
+
+    /// Whether a function that has gone can come back under the same id.
+    fn comes_back(&self) -> bool;
 }
 
 /// The interrupt of a claimed function. It is off until [`enable`](Self::enable)d, and again from
@@ -76,7 +79,7 @@ pub fn wait(interrupt: &mut dyn Interrupt, bound: Duration) -> Result<bool> {
     if came {
         interrupt.take()?;
     } else if gone {
-        bail!("the device has gone");
+        return Err(Error::Gone.into());
     }
     Ok(came)
 }

@@ -114,6 +114,11 @@ impl Source for PciSource {
             )
             .ok()
     }
+
+    fn comes_back(&self) -> bool {
+        // The bus comes back when the VMM plugs it in again, which makes other functions.
+        false
+    }
 }
 
 fn folder(id: &str) -> PathBuf {

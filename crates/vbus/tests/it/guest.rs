@@ -1,9 +1,11 @@
 //! `vbus-guest` in a plain process: devices over their sockets, without a VM and without root.
 
 use std::io::{BufRead, BufReader};
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, ChildStdout, Stdio};
 
-use crate::support::{Served, vbus_guest};
+use crate::support::{Served, vbus_guest, wait_until};
+use rustix::process::Signal;
 use serde_json::json;
 
 const CONFIG: &str = r#"
@@ -157,11 +159,73 @@ fn one_driver_at_a_time_and_errors_say_what_to_do() {
 }
 
 #[test]
-fn the_end_of_the_bus_ends_a_watch() {
+fn a_watch_goes_on_when_a_bus_that_was_killed_starts_again() {
     let mut bus = Served::start(CONFIG);
-    let mut watch = Lines::start(&bus, &["state", "watch", "setpoint"]);
+    let mut watch = Lines::start(&bus, &["state", "watch", "setpoint", "--count", "4"]);
     assert_eq!(watch.next(), "20");
+    bus.good(&["state", "set", "values", "setpoint", "21"]);
+    assert_eq!(watch.next(), "21");
     bus.child.kill().unwrap();
-    assert_eq!(watch.next(), "", "there is nothing more to come");
-    assert_eq!(watch.child.wait().unwrap().code(), Some(1));
+    bus.child.wait().unwrap();
+    let again = Served::start_in(&bus.dir, CONFIG);
+    assert_eq!(watch.next(), "20", "the bus that started again has the initial value");
+    again.good(&["state", "set", "values", "setpoint", "22"]);
+    assert_eq!(watch.next(), "22");
+    assert!(watch.child.wait().unwrap().success());
+}
+
+#[test]
+fn ctrl_c_ends_a_driver_that_waits_for_its_bus() {
+    let mut bus = Served::start(CONFIG);
+    let mut watch = vbus_guest()
+        .args(["state", "watch", "setpoint", "--dir"])
+        .arg(&bus.dir)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut value = String::new();
+    BufReader::new(watch.stdout.take().unwrap()).read_line(&mut value).unwrap();
+    assert_eq!(value, "20\n");
+    bus.child.kill().unwrap();
+    bus.child.wait().unwrap();
+    let mut log = String::new();
+    BufReader::new(watch.stderr.take().unwrap()).read_line(&mut log).unwrap();
+    assert!(log.contains("the device has gone; opening the device again"), "{log}");
+    rustix::process::kill_process(rustix::process::Pid::from_child(&watch), Signal::INT).unwrap();
+    assert_eq!(watch.wait().unwrap().signal(), Some(Signal::INT.as_raw()));
+}
+
+/// Reads a file of the interface's folder in sysfs; empty if there is none.
+fn interface(name: &str, file: &str) -> String {
+    std::fs::read_to_string(format!("/sys/class/net/{name}/{file}")).unwrap_or_default()
+}
+
+#[test]
+fn an_interface_stays_when_a_bus_that_was_killed_starts_again() {
+    let tap = std::fs::File::options().read(true).write(true).open("/dev/net/tun");
+    if tap.is_err() || !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: making an interface needs root and /dev/net/tun");
+        return;
+    }
+    let mut bus = Served::start(CONFIG);
+    let name = format!("vb{}", std::process::id());
+    let mut net = Lines::start(&bus, &["net", "net-a", "--up", "--name", &name]);
+    let line = net.next();
+    assert!(line.starts_with(&name), "{line}");
+    let carrier = |value: &str| interface(&name, "carrier").trim() == value;
+    wait_until("the interface has a carrier", || carrier("1"));
+    let identity = || (interface(&name, "ifindex"), interface(&name, "address"));
+    let before = identity();
+    bus.child.kill().unwrap();
+    bus.child.wait().unwrap();
+    wait_until("the interface loses its carrier", || carrier("0"));
+    let again = Served::start_in(&bus.dir, CONFIG);
+    wait_until("the interface has a carrier again", || carrier("1"));
+    assert_eq!(identity(), before);
+    assert_eq!(again.json(&["device", "show", "net-a"])["state"], "open");
+    rustix::process::kill_process(rustix::process::Pid::from_child(&net.child), Signal::INT)
+        .unwrap();
+    assert!(net.child.wait().unwrap().success());
+    assert!(interface(&name, "ifindex").is_empty(), "the interface goes with its driver");
 }

@@ -9,6 +9,7 @@ mod state;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::Result;
 use clap::{CommandFactory, Parser};
@@ -69,29 +70,32 @@ fn run(args: &Args) -> Result<()> {
     match (&from.socket, &from.dir) {
         (Some(path), _) => {
             rundir::check_socket_path(path)?;
-            run_on(&SocketSource::One(path.clone()), &args.command, "")
+            run_on(SocketSource::One(path.clone()), &args.command, "")
         }
-        (None, Some(dir)) => run_on(&SocketSource::Dir(dir.clone()), &args.command, ""),
-        (None, None) => run_on(&PciSource::new()?, &args.command, &elsewhere()),
+        (None, Some(dir)) => run_on(SocketSource::Dir(dir.clone()), &args.command, ""),
+        (None, None) => run_on(PciSource::new()?, &args.command, &elsewhere()),
     }
 }
 
-fn run_on<S: Source>(source: &S, command: &Command, hint: &str) -> Result<()> {
+fn run_on<S>(source: S, command: &Command, hint: &str) -> Result<()>
+where
+    S: Source + Send + Sync + 'static,
+{
     match command {
-        Command::List { json } => list::run(source, *json, hint),
-        Command::Ring(args) => ring::run(source, args),
+        Command::List { json } => list::run(&source, *json, hint),
+        Command::Ring(args) => ring::run(&source, args),
         Command::Net(options) => {
             log::start();
-            net::run(source, options)
+            net::run(&Arc::new(source), options)
         }
         Command::State(args) => {
             // Not that huge pages come and go, but why they do not.
             log::start_with("warn");
-            state::run(source, args)
+            state::run(&source, args)
         }
         Command::Sched(args) => {
             log::start();
-            sched::run(source, args)
+            sched::run(&source, args)
         }
     }
 }

@@ -11,7 +11,7 @@ use vbus_shm::abi::class;
 use vbus_shm::signal::Armed;
 
 use vbus_cli::output::{columns, emit, emit_bytes, emit_json, plain};
-use vbus_guest::{Interrupt, Source, claim, wait};
+use vbus_guest::{Claimed, Interrupt, Source, claim, keep_open, wait};
 
 /// What to do, and with which device.
 #[derive(clap::Args, Debug)]
@@ -75,13 +75,38 @@ struct Form {
 
 /// Runs it.
 pub fn run<S: Source>(source: &S, args: &Args) -> Result<()> {
-    let (found, (hal, interrupt)) = claim(source, class::STATE, "state", args.device.as_deref())?;
-    let mut session = Session::open(hal, interrupt).with_context(|| found.id)?;
+    let (found, claimed) = claim(source, class::STATE, "state", args.device.as_deref())?;
+    let open = |claimed| Session::open(claimed).with_context(|| found.id.clone());
     match &args.command {
-        Command::List { json } => session.list(*json),
-        Command::Get { page, form } => session.get(page, *form),
-        Command::Set { page, value, hex } => session.set(page, &parse(value, *hex)?),
-        Command::Watch { page, count, form } => session.watch(page, *count, *form),
+        Command::List { json } => open(claimed)?.list(*json),
+        Command::Get { page, form } => open(claimed)?.get(page, *form),
+        Command::Set { page, value, hex } => open(claimed)?.set(page, &parse(value, *hex)?),
+        Command::Watch { page, count, form } => {
+            let mut printer = Printer { form: *form, left: *count, last: None };
+            let watch = |claimed| open(claimed)?.watch(page, &mut printer);
+            keep_open(source, &found.id, claimed, None, watch).map(drop)
+        }
+    }
+}
+
+/// Prints the values of a watch, across all connections that the watch makes.
+struct Printer {
+    form: Form,
+    /// How many values are still to be printed; `None`: no limit.
+    left: Option<u64>,
+    /// The value that was printed last.
+    last: Option<Vec<u8>>,
+}
+
+impl Printer {
+    fn is_done(&self) -> bool {
+        self.left == Some(0)
+    }
+
+    fn print(&mut self, value: &[u8]) {
+        print(value, self.form);
+        self.left = self.left.map(|left| left.saturating_sub(1));
+        self.last = Some(value.to_vec());
     }
 }
 
@@ -93,7 +118,7 @@ struct Session<H: Hal> {
 }
 
 impl<H: Hal> Session<H> {
-    fn open(hal: H, interrupt: Box<dyn Interrupt>) -> Result<Self> {
+    fn open((hal, interrupt): Claimed<H>) -> Result<Self> {
         let function = Function::probe(hal)?;
         let acknowledger = function.acknowledger();
         Ok(Session { pages: Pages::open(function)?, acknowledger, interrupt })
@@ -148,18 +173,17 @@ impl<H: Hal> Session<H> {
         Ok(self.pages.finish(writer)?)
     }
 
-    fn watch(&mut self, name: &str, count: Option<u64>, form: Form) -> Result<()> {
+    fn watch(&mut self, name: &str, printer: &mut Printer) -> Result<()> {
         let page = self.find(name)?;
         let mut reader = self.pages.reader(&page, 0)?;
         let mut value = vec![0; reader.value_bytes()];
-        let mut printed = 0;
-        while count.is_none_or(|count| printed < count) {
-            let version = reader.read(&mut value)?;
-            print(&value, form);
-            printed += 1;
-            while count.is_none_or(|count| printed < count)
-                && reader.arm_newer(version) == Armed::Waiting
-            {
+        let mut version = reader.read(&mut value)?;
+        // A watch that lost its connection has printed the value already if nobody has changed it.
+        if !printer.is_done() && printer.last.as_ref() != Some(&value) {
+            printer.print(&value);
+        }
+        while !printer.is_done() {
+            while reader.arm_newer(version) == Armed::Waiting {
                 self.sleep()?;
                 if reader.version() != version {
                     break;
@@ -170,6 +194,8 @@ impl<H: Hal> Session<H> {
                 }
             }
             reader.disarm();
+            version = reader.read(&mut value)?;
+            printer.print(&value);
         }
         Ok(())
     }

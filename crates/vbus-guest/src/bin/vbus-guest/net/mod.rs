@@ -9,13 +9,13 @@ mod tap;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
-use vbus_driver::Hal;
 use vbus_shm::abi::class;
 
 pub use options::Options;
@@ -38,15 +38,22 @@ struct Running {
 }
 
 impl Running {
-    fn start<H>(id: &str, claimed: Claimed<H>, options: &Options, done: &OwnedFd) -> Result<Running>
+    fn start<S>(
+        source: &Arc<S>,
+        id: &str,
+        claimed: Claimed<S::Hal>,
+        options: &Options,
+        done: &OwnedFd,
+    ) -> Result<Running>
     where
-        H: Hal<Dma: Send + Sync> + Send + Sync + 'static,
+        S: Source + Send + Sync + 'static,
     {
+        let source = Arc::clone(source);
         let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let (id, options, stopped, done) =
             (id.to_owned(), options.clone(), stop.try_clone()?, done.try_clone()?);
         let serve = move || {
-            let result = nic::serve(&id, claimed, &options, &stopped);
+            let result = nic::serve(&*source, &id, claimed, &options, &stopped);
             let _ = rustix::io::write(&done, &1u64.to_ne_bytes());
             result
         };
@@ -65,7 +72,10 @@ impl Running {
 }
 
 /// Serves NICs of `source` until SIGINT or SIGTERM.
-pub fn run<S: Source>(source: &S, options: &Options) -> Result<()> {
+pub fn run<S>(source: &Arc<S>, options: &Options) -> Result<()>
+where
+    S: Source + Send + Sync + 'static,
+{
     let signals = signals::termination()?;
     let done = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
     if options.all {
@@ -75,25 +85,21 @@ pub fn run<S: Source>(source: &S, options: &Options) -> Result<()> {
     }
 }
 
-fn run_one<S: Source>(
-    source: &S,
-    options: &Options,
-    signals: &OwnedFd,
-    done: &OwnedFd,
-) -> Result<()> {
-    let (found, claimed) = claim(source, class::VENET, "venet", options.device.as_deref())?;
-    let running = Running::start(&found.id, claimed, options, done)?;
+fn run_one<S>(source: &Arc<S>, options: &Options, signals: &OwnedFd, done: &OwnedFd) -> Result<()>
+where
+    S: Source + Send + Sync + 'static,
+{
+    let (found, claimed) = claim(&**source, class::VENET, "venet", options.device.as_deref())?;
+    let running = Running::start(source, &found.id, claimed, options, done)?;
     wait(&[signals, done], None)?;
     let result = if running.thread.is_finished() { running.join() } else { running.stop() };
     result.with_context(|| found.id)
 }
 
-fn run_all<S: Source>(
-    source: &S,
-    options: &Options,
-    signals: &OwnedFd,
-    done: &OwnedFd,
-) -> Result<()> {
+fn run_all<S>(source: &Arc<S>, options: &Options, signals: &OwnedFd, done: &OwnedFd) -> Result<()>
+where
+    S: Source + Send + Sync + 'static,
+{
     let changes = source.changes();
     let mut running: BTreeMap<String, Running> = BTreeMap::new();
     let mut failed: BTreeMap<String, Failure> = BTreeMap::new();
@@ -127,7 +133,7 @@ fn run_all<S: Source>(
             }
             let started = source
                 .claim(&found.id)
-                .and_then(|claimed| Running::start(&found.id, claimed, options, done));
+                .and_then(|claimed| Running::start(source, &found.id, claimed, options, done));
             match started {
                 Ok(nic) => {
                     running.insert(found.id.clone(), nic);

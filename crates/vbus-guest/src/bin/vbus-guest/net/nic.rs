@@ -8,16 +8,16 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
-use vbus_driver::venet::{FILTER_ALL_MULTICAST, FILTER_PROMISCUOUS, Nic, NicStatus};
+use vbus_driver::venet::{F_MAC, FILTER_ALL_MULTICAST, FILTER_PROMISCUOUS, Nic, NicStatus};
 use vbus_driver::{Acknowledger, Error, Function, Hal, Pace};
-use vbus_tap::show_mac;
+use vbus_tap::{Mac, show_mac};
 
 use super::frames::FrameMemory;
 use super::options::Options;
 use super::priority;
 use super::queue::{Counters, Queue, Shared, Wake};
 use super::tap::Tap;
-use vbus_guest::{Claimed, Interrupt};
+use vbus_guest::{Claimed, Interrupt, Source, keep_open};
 
 /// Entries of each ring.
 const RING_ENTRIES: u32 = 256;
@@ -32,19 +32,64 @@ const NAP_NS: u64 = 300_000;
 /// How often the NIC is looked at even if nothing happens.
 const TICK: Duration = Duration::from_secs(1);
 
+/// The interface, which stays when the NIC's connection is lost, and how it was set up.
+struct Interface {
+    tap: Tap,
+    /// The NIC's address, which the interface was given.
+    mac: Mac,
+    /// The MTU that the interface was given.
+    mtu: u16,
+    /// Whether the NIC has been opened for it before.
+    was_open: bool,
+}
+
 /// Serves the NIC until `stop` becomes readable (then it returns without an error), the function
-/// goes or something breaks.
-pub fn serve<H>(id: &str, claimed: Claimed<H>, options: &Options, stop: &OwnedFd) -> Result<()>
+/// goes or something breaks. When the connection is lost, the interface stays, without a carrier,
+/// and the NIC is opened again.
+pub fn serve<S: Source>(
+    source: &S,
+    id: &str,
+    claimed: Claimed<S::Hal>,
+    options: &Options,
+    stop: &OwnedFd,
+) -> Result<()> {
+    let mut interface = None;
+    keep_open(source, id, claimed, Some(stop.as_fd()), |claimed| {
+        let result = serve_once(id, claimed, options, &mut interface, stop);
+        if let (Err(_), Some(Interface { tap, .. })) = (&result, &interface) {
+            tap.set_carrier(false);
+        }
+        result
+    })
+    .map(drop)
+}
+
+/// Serves the NIC with one connection. Makes `interface` unless it is there.
+fn serve_once<H>(
+    id: &str,
+    (hal, interrupt): Claimed<H>,
+    options: &Options,
+    interface: &mut Option<Interface>,
+    stop: &OwnedFd,
+) -> Result<()>
 where
     H: Hal<Dma: Send + Sync> + Send + Sync + 'static,
 {
-    let (hal, interrupt) = claimed;
     let mut function = Function::probe(hal.clone())?;
     let device = function.info().name;
     let acknowledger = function.acknowledger();
     let config = vbus_driver::venet::config(&function)?;
     options.doorbell.apply(&mut function)?;
-    let pairs = options.queue_pairs.clamp(1, config.queue_pairs);
+    let pairs = match &*interface {
+        Some(Interface { tap, .. }) => u16::try_from(tap.queue_count())?,
+        None => options.queue_pairs.clamp(1, config.queue_pairs),
+    };
+    if pairs > config.queue_pairs {
+        bail!(
+            "{device} has {} queue pairs now, the interface {pairs}: start `vbus-guest net` again",
+            config.queue_pairs
+        );
+    }
     let mtu = options.mtu.unwrap_or(config.mtu);
     if mtu > config.mtu {
         bail!(
@@ -52,13 +97,28 @@ where
             config.mtu
         );
     }
-    let mut tap = Tap::create(options.name.as_deref().unwrap_or("vbus%d"), pairs)?;
-    let mut nic = Nic::open(function, if options.no_offload { 0 } else { tap.usable() }, 0)?;
+    let Interface { tap, mac, mtu: mtu_before, was_open } = match interface {
+        Some(interface) => interface,
+        None => {
+            let tap = Tap::create(options.name.as_deref().unwrap_or("vbus%d"), pairs)?;
+            tap.set_mac(config.mac)?;
+            tap.set_mtu(mtu)?;
+            interface.insert(Interface { tap, mac: config.mac, mtu, was_open: false })
+        }
+    };
+    let usable = if options.no_offload { 0 } else { tap.usable() };
+    let mut nic = Nic::open(function, usable | F_MAC, 0)?;
     let features = nic.function().features();
-    tap.set_offload(features)?;
-    tap.set_mac(config.mac)?;
-    tap.set_mtu(mtu)?;
     tap.set_carrier(false);
+    tap.set_offload(features)?;
+    // The frames that wait may need offloads that the device does not have any more.
+    tap.discard();
+    // A person may have set another MTU since: only a device that has changed overwrites it.
+    if *mtu_before != mtu {
+        tap.set_mtu(mtu)?;
+        *mtu_before = mtu;
+    }
+    let tap = &*tap;
 
     let shared = Shared {
         stop: AtomicBool::new(false),
@@ -71,7 +131,7 @@ where
     let mut own = Some((interrupt, acknowledger));
     let mut relays = Vec::new();
     let mut queues = Vec::new();
-    for (q, file) in (0..pairs).zip(tap.take_queues()?) {
+    for (q, file) in (0..pairs).zip(tap.queues()?) {
         let wake = match own.take_if(|_| pairs == 1) {
             Some((interrupt, acknowledger)) => Wake::Interrupt(interrupt, acknowledger),
             None => {
@@ -91,17 +151,28 @@ where
         queues.push(queue);
     }
     nic.start()?;
-    let mut supervisor = Supervisor { nic, tap, filter: None, link: None };
-    supervisor.look()?;
-    if options.up {
-        supervisor.tap.set_up()?;
+    // A bus that starts again gives another random address to a NIC that has none in the bus's
+    // configuration. Peers know the interface by the address that it has.
+    if *mac != config.mac && !(features & F_MAC != 0 && nic.set_mac(*mac).is_ok()) {
+        tap.set_mac(config.mac)?;
+        *mac = config.mac;
     }
-    vbus_cli::output::emit(&format!(
-        "{}: {device} ({id}), address {}, MTU {mtu}, {pairs} queue pair{}, offloads {features:#x}\n",
-        supervisor.tap.name(),
-        show_mac(config.mac),
-        if pairs == 1 { "" } else { "s" },
-    ));
+    let mut supervisor = Supervisor { nic, tap, mac: *mac, filter: None, link: None };
+    supervisor.look()?;
+    if !std::mem::replace(was_open, true) {
+        if options.up {
+            tap.set_up()?;
+        }
+        vbus_cli::output::emit(&format!(
+            "{}: {device} ({id}), address {}, MTU {mtu}, {pairs} queue pair{}, offloads {:#x}\n",
+            tap.name(),
+            show_mac(*mac),
+            if pairs == 1 { "" } else { "s" },
+            features & !F_MAC,
+        ));
+    } else {
+        tracing::info!("{}: {device} ({id}) was opened again", tap.name());
+    }
 
     let (result, queues) = thread::scope(|scope| {
         let threads: Vec<_> = queues
@@ -133,7 +204,7 @@ where
         }
         (result, queues)
     });
-    report(supervisor.tap.name(), &shared.counters);
+    report(tap.name(), &shared.counters);
     // First the device lets go of the memory, then it goes.
     supervisor.nic.close();
     drop(queues);
@@ -159,14 +230,16 @@ fn event() -> Result<OwnedFd> {
 }
 
 /// Watches over the NIC as a whole: its link, its filter, and whether the device is still there.
-struct Supervisor<H: Hal> {
+struct Supervisor<'a, H: Hal> {
     nic: Nic<H>,
-    tap: Tap,
+    tap: &'a Tap,
+    /// The NIC's address.
+    mac: Mac,
     filter: Option<u32>,
     link: Option<bool>,
 }
 
-impl<H: Hal> Supervisor<H> {
+impl<H: Hal> Supervisor<'_, H> {
     /// Runs until `stop` becomes readable, a queue has ended, or the device has.
     fn watch(
         &mut self,
@@ -209,7 +282,7 @@ impl<H: Hal> Supervisor<H> {
             }
             if let (Some((interrupt, acknowledger)), Some(flags)) = (&mut own, ready.get(2)) {
                 if ready.get(3).is_some_and(|flags| !flags.is_empty()) {
-                    bail!("the device has gone");
+                    return Err(Error::Gone.into());
                 }
                 if flags.contains(PollFlags::IN) {
                     interrupt.take()?;
@@ -239,7 +312,7 @@ impl<H: Hal> Supervisor<H> {
             tracing::info!("{}: link {}", self.tap.name(), if link { "up" } else { "down" });
             self.link = Some(link);
         }
-        let promiscuous = self.tap.is_promiscuous(self.nic.config().mac);
+        let promiscuous = self.tap.is_promiscuous(self.mac);
         // The kernel sorts multicasts out itself; frames for others it only wants when it listens
         // to all.
         let filter = FILTER_ALL_MULTICAST | if promiscuous { FILTER_PROMISCUOUS } else { 0 };

@@ -8,7 +8,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use vbus_core::io_vec::{IoVec, readv, writev};
 use vbus_driver::venet::{CHAIN_MAX, HEADER_BYTES, Rx, Tx};
-use vbus_driver::{Acknowledger, Dma, Hal, Memory, Pace, Rest};
+use vbus_driver::{Acknowledger, Dma, Error, Hal, Memory, Pace, Rest};
 use vbus_shm::signal::Armed;
 
 use super::frames::FrameMemory;
@@ -265,7 +265,7 @@ impl<H: Hal> Queue<H> {
             }
         }
         if gone {
-            bail!("the device has gone");
+            return Err(Error::Gone.into());
         }
         self.disarm(full);
         if interrupted && !self.turn(&shared.counters)? {

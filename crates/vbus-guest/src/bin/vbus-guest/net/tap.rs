@@ -11,14 +11,15 @@ use vbus_tap::{Mac, Offloads, Queue, Setup, show_mac};
 
 const IFF_PROMISC: u32 = 1 << 8;
 const NODE: &str = "/dev/net/tun";
+/// The most frames that wait in a queue: more than a queue of the kernel holds by default.
+const DISCARD_MAX: usize = 4096;
 
-/// A TAP interface, which goes when this is dropped and no queue is left.
+/// A TAP interface. The kernel removes it when this value and all its queues are dropped.
 #[derive(Debug)]
 pub struct Tap {
     name: String,
-    /// The first queue: the interface is set up through it.
-    first: Queue,
-    others: Vec<Queue>,
+    /// At least one. The interface is set up through the first.
+    queues: Vec<Queue>,
     usable: Offloads,
 }
 
@@ -38,7 +39,7 @@ impl Tap {
                 "cannot make TAP interface {name}: {error}: is the kernel's module `tun` loaded?"
             ),
         };
-        let (first, name) = match Queue::attach(name, setup) {
+        let (first, made) = match Queue::attach(name, setup) {
             Err(Errno::NOENT | Errno::NODEV) => {
                 load_module();
                 Queue::attach(name, setup)
@@ -46,10 +47,10 @@ impl Tap {
             other => other,
         }
         .map_err(failed)?;
-        let others = (1..queues).map(|_| Queue::attach(&name, setup).map(|(queue, _)| queue));
-        let others = others.collect::<Result<_, _>>().map_err(failed)?;
         let usable = first.known_offloads();
-        Ok(Tap { name, first, others, usable })
+        let others = (1..queues).map(|_| Queue::attach(&made, setup).map(|(queue, _)| queue));
+        let queues = std::iter::once(Ok(first)).chain(others).collect::<Result<_, _>>();
+        Ok(Tap { name: made, queues: queues.map_err(failed)?, usable })
     }
 
     /// Its name.
@@ -62,22 +63,38 @@ impl Tap {
         self.usable.bits() | self.usable.bits() << F_RX_SHIFT
     }
 
-    /// Takes the queues, whose descriptors are non-blocking. The interface lives as long as they
-    /// do.
-    pub fn take_queues(&mut self) -> Result<Vec<Queue>> {
-        let first = self.first.try_clone().context("a second descriptor of the TAP interface")?;
-        Ok(std::iter::once(first).chain(self.others.drain(..)).collect())
+    /// The number of queues.
+    pub fn queue_count(&self) -> usize {
+        self.queues.len()
+    }
+
+    /// Handles to the queues. Their descriptors are non-blocking.
+    pub fn queues(&self) -> Result<Vec<Queue>> {
+        let clones = self.queues.iter().map(Queue::try_clone);
+        clones.collect::<Result<_, _>>().context("a second descriptor of the TAP interface")
+    }
+
+    /// Discards the frames that wait in the queues, each of at most [`DISCARD_MAX`].
+    pub fn discard(&self) {
+        for queue in &self.queues {
+            for _ in 0..DISCARD_MAX {
+                // The kernel drops the part of a frame that the buffer has no room for.
+                if rustix::io::read(queue, &mut [0; 64]).is_err() {
+                    break;
+                }
+            }
+        }
     }
 
     /// Says what may be left to the reader of the queues: what a NIC with these features of `venet`
     /// takes from its driver.
     pub fn set_offload(&self, features: u64) -> Result<()> {
-        self.first.set_offloads(Offloads::from_bits(features & F_TX)).context("TUNSETOFFLOAD")
+        self.queues[0].set_offloads(Offloads::from_bits(features & F_TX)).context("TUNSETOFFLOAD")
     }
 
     /// Says whether there is a link. Kernels before 5.0 cannot be told; their link is always up.
     pub fn set_carrier(&self, up: bool) {
-        if let Err(error) = self.first.set_carrier(up) {
+        if let Err(error) = self.queues[0].set_carrier(up) {
             tracing::debug!(%error, "TUNSETCARRIER");
         }
     }

@@ -7,18 +7,18 @@ mod tasks;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use vbus_driver::Hal;
 use vbus_driver::sched::{Class, Limits, Outcome};
+use vbus_driver::{Error, Hal};
 use vbus_shm::abi::class;
 
 use session::Session;
 use show::Teller;
 use tasks::{Census, Watched, wanted};
 use vbus_cli::signals;
-use vbus_guest::{Source, claim};
+use vbus_guest::{Source, claim, keep_open};
 
 /// Give this machine's virtual CPUs, on the host, the class and priority of what runs on them here.
 ///
@@ -70,27 +70,32 @@ pub fn run<S: Source>(source: &S, args: &Args) -> Result<()> {
     if let Some(Command::Show { json }) = args.command {
         return show::run(source, device, json);
     }
-    let watched = match (args.run.tid, args.run.pid) {
+    let mut watched = match (args.run.tid, args.run.pid) {
         (Some(tid), _) => Watched::Thread(tid),
         (None, Some(pid)) => Watched::Process(pid),
         (None, None) => Watched::RealTime(Census::new(args.run.sleeping)?),
     };
-    let (found, (hal, interrupt)) = claim(source, class::SCHED, "sched", device)?;
-    let session = Session::open(hal, interrupt).with_context(|| found.id.clone())?;
-    let teller = Teller::new(&found.id, session.cpus.function().info().name.as_str());
-    session.follow(watched, Duration::from_millis(args.run.every), teller)
+    let (found, claimed) = claim(source, class::SCHED, "sched", device)?;
+    let every = Duration::from_millis(args.run.every);
+    let signals = signals::termination()?;
+    go_first();
+    keep_open(source, &found.id, claimed, Some(signals.as_fd()), |claimed| {
+        let session = Session::open(claimed).with_context(|| found.id.clone())?;
+        let teller = Teller::new(&found.id, session.cpus.function().info().name.as_str());
+        session.follow(&mut watched, every, &signals, teller.as_ref())
+    })
+    .map(drop)
 }
 
 impl<H: Hal> Session<H> {
     /// Posts what the tasks want, until they have gone, or the device, or a signal comes.
     fn follow(
         mut self,
-        mut watched: Watched,
+        watched: &mut Watched,
         every: Duration,
-        teller: Option<Teller>,
+        signals: &OwnedFd,
+        teller: Option<&Teller>,
     ) -> Result<()> {
-        go_first();
-        let signals = signals::termination()?;
         let limits = *self.cpus.limits();
         let mut posted = vec![(Class::Own, Instant::now()); self.pages.len()];
         let mut outcomes = vec![Outcome::Granted; self.pages.len()];
@@ -119,7 +124,7 @@ impl<H: Hal> Session<H> {
                 checked = now;
                 self.cpus.function().check()?;
             }
-            if self.sleep(every, &signals, teller.as_ref())? {
+            if self.sleep(every, signals, teller)? {
                 break;
             }
         }
@@ -149,7 +154,7 @@ impl<H: Hal> Session<H> {
                 return Ok(true);
             }
             if !fds[1].revents().is_empty() {
-                bail!("the device has gone");
+                return Err(Error::Gone.into());
             }
             if let Some(teller) = teller {
                 teller.answer(&show::describe(self.cpus.limits(), &self.pages)?);

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use vbus_driver::sched::{Cpu, Cpus};
 use vbus_driver::{Function, Hal};
-use vbus_guest::Interrupt;
+use vbus_guest::{Claimed, Interrupt};
 
 /// A device that was opened, with the pages of this machine's CPUs.
 pub struct Session<H: Hal> {
@@ -16,8 +16,8 @@ pub struct Session<H: Hal> {
 }
 
 impl<H: Hal> Session<H> {
-    /// Opens the device behind `hal`.
-    pub fn open(hal: H, interrupt: Box<dyn Interrupt>) -> Result<Self> {
+    /// Opens the device that was claimed.
+    pub fn open((hal, interrupt): Claimed<H>) -> Result<Self> {
         let mut cpus = Cpus::open(Function::probe(hal)?)?;
         let here = possible_cpus();
         let count = here.min(cpus.limits().cpus);

@@ -72,8 +72,8 @@ pub fn run<S: Source>(source: &S, wanted: Option<&str>, as_json: bool) -> Result
     let description = match told {
         Some(told) => told,
         None => {
-            let (found, (hal, interrupt)) = claim(source, class::SCHED, "sched", wanted)?;
-            let session = Session::open(hal, interrupt).with_context(|| found.id)?;
+            let (found, claimed) = claim(source, class::SCHED, "sched", wanted)?;
+            let session = Session::open(claimed).with_context(|| found.id)?;
             describe(session.cpus.limits(), &session.pages)?
         }
     };
