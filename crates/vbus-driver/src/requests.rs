@@ -234,16 +234,20 @@ impl<H: Hal> Requests<H> {
         }
         self.submit(request)?;
         self.post();
+        let mut missed = false;
         loop {
             if let Some(done) = self.complete(response)? {
                 return done.result.map_err(|code| self.function.refused("request", code));
             }
-            if self.arm() == Armed::Waiting {
-                if wait() {
-                    self.function.acknowledge();
-                } else {
-                    self.function.check()?;
-                }
+            if missed {
+                // An honest device's response is there once it says so. This one could say so for
+                // ever.
+                return Err(Error::Corrupt("a response that is announced and not there"));
+            }
+            match self.arm() {
+                Armed::Missed => missed = true,
+                Armed::Waiting if wait() => self.function.acknowledge(),
+                Armed::Waiting => self.function.check()?,
             }
             self.disarm();
         }

@@ -1,6 +1,7 @@
 //! Devices that return what they should not: an error each time, and no index of ours out of
 //! bounds.
 
+use vbus_driver::requests::Requests;
 use vbus_driver::venet::{BUFFER_MIN, CHAIN_MAX, FRAME_MAX, HEADER_BYTES, Nic, Piece, Rx, Tx};
 use vbus_driver::{ConnectionState, Dma, Error, ErrorCode, Function};
 use vbus_shm::Memory;
@@ -204,6 +205,20 @@ fn handles_out_of_range_are_errors() {
     fake.set_register(reg::VALUE + 4, 1);
     corrupt(function.region_add(0, 0, &memory, (0, 4096), None));
     assert!(memory.is_run(0, memory.bytes()));
+}
+
+#[test]
+fn a_response_that_is_only_announced_is_an_error() {
+    let fake = Fake::default();
+    fake.set_register(reg::CLASS_NAME, u32::from_le_bytes(*b"four"));
+    fake.set_register(reg::CONFIG, 64);
+    fake.set_register(reg::CONFIG + 4, 64);
+    let function = Function::probe(fake.clone()).unwrap();
+    let mut requests = Requests::open(function, "four", 1, 0).unwrap();
+    // The scratch memory came first.
+    let ring = fake.memory(1);
+    ring.words()[(SIGNAL_OFFSET + DEVICE_SEQ) / 8].store(5, Ordering::Relaxed);
+    corrupt(requests.call(b"hello", &mut [], || panic!("the device says that it has answered")));
 }
 
 #[test]
