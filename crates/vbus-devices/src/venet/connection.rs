@@ -289,8 +289,16 @@ impl Connection for VenetConnection {
         }
         // Checked here, so that the driver learns which ring is wrong.
         attach(&region, is_rx)?;
+        let handle = region.handle;
         *place = Some(region);
-        self.running.as_ref().map_or(Ok(()), |running| self.serve(running, pair, is_rx))
+        let running = self.running.as_ref();
+        let served = running.map_or(Ok(()), |running| self.serve(running, pair, is_rx));
+        if served.is_err() {
+            // The driver has changed the ring since it was checked. It is told that the device does
+            // not have the region.
+            self.take_ring(handle);
+        }
+        served
     }
 
     fn region_dropped(&mut self, handle: u32) -> Result<(), ErrorCode> {

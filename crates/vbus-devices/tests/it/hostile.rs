@@ -2,19 +2,59 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use serde_json::json;
 use vbus_core::shm::Memory as _;
-use vbus_core::shm::abi::venet::{CALL_FILTER, F_RX, F_TX, FILTER_PROMISCUOUS};
-use vbus_core::shm::ring::{Entry, Layout, NEXT};
+use vbus_core::shm::abi::venet::{CALL_FILTER, F_RX, F_TX, FILTER_PROMISCUOUS, tx};
+use vbus_core::shm::ring::{DriverEnd, Entry, Layout, NEXT, SIGNAL_OFFSET};
 use vbus_core::{ConnectionState, Endpoint, ErrorCode};
 
-use crate::driver::{Net, RX_RETURNS, Shape, TX_RETURNS, bus, frame};
+use crate::driver::{Net, RX_RETURNS, Shape, TIMEOUT, TX_RETURNS, add, bus, frame};
 
 const A: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const B: [u8; 6] = [2, 0, 0, 0, 0, 2];
 const H: [u8; 6] = [2, 0, 0, 0, 0, 3];
 const ALL: u64 = F_TX | F_RX;
+
+#[test]
+fn a_ring_that_is_refused_is_not_kept() {
+    let bus = bus(1);
+    let endpoint = bus.create("h", "venet", &json!({ "mac": "02:00:00:00:00:03" })).unwrap();
+    let mut net = Net::open(&endpoint, Shape::default());
+    net.drop_ring(0, false);
+    let layout = Layout::new(64, TX_RETURNS).unwrap();
+    let addr = net.memory.alloc(layout.bytes());
+    let window = net.memory.window(addr, layout.bytes());
+    DriverEnd::create(window.clone(), layout, 0).unwrap();
+    // Another processor changes the header all the time.
+    let magic = window.words()[0].load(Ordering::Relaxed);
+    let done = Arc::new(AtomicBool::new(false));
+    let stop = done.clone();
+    let other = std::thread::spawn(move || {
+        while !stop.load(Ordering::Relaxed) {
+            window.words()[0].fetch_xor(magic, Ordering::Relaxed);
+        }
+    });
+    let (mut taken, mut refused) = (0, 0);
+    let end = Instant::now() + TIMEOUT;
+    // Hardly ever does nothing change between two looks.
+    while taken < 500 || refused < 500 {
+        assert!(Instant::now() < end, "taken {taken} times, refused {refused} times");
+        match add(&endpoint, tx(0), addr, layout.bytes(), SIGNAL_OFFSET) {
+            Ok(handle) => {
+                endpoint.region_drop(u64::from(handle)).unwrap();
+                taken += 1;
+            }
+            Err(error) => {
+                assert_eq!(error, ErrorCode::BAD_LAYOUT);
+                refused += 1;
+            }
+        }
+    }
+    done.store(true, Ordering::Relaxed);
+    other.join().unwrap();
+}
 
 /// A sequence of numbers without rhyme.
 struct Random(u64);
