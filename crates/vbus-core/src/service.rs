@@ -244,7 +244,8 @@ impl<S: Service> Connection for Answering<S> {
         let mut left = budget as usize;
         let mut progress = Progress::Idle;
         if let Some(jobs) = &mut self.jobs {
-            for Answer { entry, result } in jobs.collect(left) {
+            while let Some(Answer { entry, result }) = (left > 0).then(|| jobs.collect()).flatten()
+            {
                 let result = result.as_deref().map_err(|code| *code);
                 left = left.saturating_sub(ring.finish(self.sizes, entry, result));
                 progress = Progress::Busy;
@@ -371,12 +372,11 @@ impl Jobs {
         self.pool.news.notify_one();
     }
 
-    /// The answers that there are, at most `max`.
-    fn collect(&mut self, max: usize) -> Vec<Answer> {
-        let mut done = lock(&self.done);
-        let count = done.len().min(max);
-        self.count -= count;
-        done.drain(..count).collect()
+    /// The next answer that there is.
+    fn collect(&mut self) -> Option<Answer> {
+        let answer = lock(&self.done).pop_front();
+        self.count -= usize::from(answer.is_some());
+        answer
     }
 }
 

@@ -1,9 +1,11 @@
 //! Request and response: the driver's half against the device's.
 
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Barrier, Condvar, Mutex};
+use std::time::Duration;
 
 use vbus_core::service::{self, Service, Sizes};
-use vbus_core::{Bus, Identity};
+use vbus_core::{Bus, Executor, Identity, Progress, Task, Trust, Tuning};
 use vbus_driver::requests::Requests;
 use vbus_driver::{Error, ErrorCode, Function, Hal};
 use vbus_shm::abi::{error_code, service as abi};
@@ -282,4 +284,78 @@ fn what_cannot_be_meant_is_refused() {
     let opened = Requests::open(function("large"), "large", 64, 0);
     assert!(matches!(opened, Err(Error::Unsupported(_))));
     assert!(Requests::open(function("large"), "large", 8, 0).is_ok());
+}
+
+/// Answers as many requests with as much as there can be, once all of them are there.
+struct Big {
+    there: Arc<AtomicUsize>,
+    answers: Arc<Barrier>,
+}
+
+const BIG: usize = 14;
+
+impl Service for Big {
+    fn identity(&self) -> Identity {
+        Identity::user("big")
+    }
+
+    fn sizes(&self) -> Sizes {
+        Sizes { request: 8, response: abi::BYTES_MAX }
+    }
+
+    fn threads(&self) -> usize {
+        BIG
+    }
+
+    fn answer(&self, _: &[u8], response: &mut Vec<u8>) -> Result<(), ErrorCode> {
+        response.resize(abi::BYTES_MAX as usize, 1);
+        self.there.fetch_add(1, Ordering::Relaxed);
+        self.answers.wait();
+        Ok(())
+    }
+}
+
+/// Keeps its worker from all else, from the first pass of both until the second.
+struct Blocker(Arc<Barrier>);
+
+impl Task for Blocker {
+    fn poll(&mut self, _: u32) -> Result<Progress, ErrorCode> {
+        self.0.wait();
+        self.0.wait();
+        Err(ErrorCode::FAILED)
+    }
+}
+
+#[test]
+fn large_answers_are_as_much_work_as_large_requests() {
+    let executor = Executor::start(Tuning { workers: 1, ..Tuning::default() }).unwrap();
+    let bus = Bus::new(executor.clone(), Vec::new(), Trust::Sealed);
+    let (there, answers) = (Arc::<AtomicUsize>::default(), Arc::new(Barrier::new(BIG + 1)));
+    let big = Big { there: there.clone(), answers: answers.clone() };
+    bus.add("big", service::device(big).unwrap()).unwrap();
+    let local = Local::attach(&bus, "big", 0);
+    let mut requests = Requests::open(local.probe(), "big", BIG as u32, 0).unwrap();
+    for _ in 0..BIG {
+        requests.submit(b"request").unwrap().unwrap();
+    }
+    requests.post();
+    until("all requests", || (there.load(Ordering::Relaxed) == BIG).then_some(()));
+    // The answers come while the worker has no time for them.
+    let blocker = Arc::new(Barrier::new(2));
+    executor.spawn(0, Box::new(Blocker(blocker.clone())), Arc::default(), |_| {});
+    blocker.wait();
+    let endpoint = bus.get("big").unwrap();
+    let polls = || endpoint.counters().polls.get();
+    let before = polls();
+    answers.wait();
+    // Answers that are later than this only make more polls.
+    std::thread::sleep(Duration::from_millis(50));
+    blocker.wait();
+    let mut done = 0;
+    until("the answers", || {
+        done += usize::from(requests.complete(&mut []).unwrap().is_some());
+        (done == BIG).then_some(())
+    });
+    // Each is more than a poll's budget. The last poll may not have been counted yet.
+    assert!(polls() - before >= BIG as u64 - 1, "{} polls", polls() - before);
 }
