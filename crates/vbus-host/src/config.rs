@@ -1,6 +1,7 @@
 //! The configuration of a bus: `bus.toml`, and the settings of one device wherever they come from.
 
 use std::fmt;
+use std::io::Read;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -149,11 +150,14 @@ type Fault = (Range<usize>, String);
 /// Reads a configuration file.
 pub fn read(path: &Path) -> Result<(Config, Source), ConfigError> {
     let fail = |what: &dyn fmt::Display| ConfigError(format!("{}: {what}", path.display()));
-    let length = std::fs::metadata(path).map_err(|e| fail(&e))?.len();
-    if length > FILE_MAX {
-        return Err(fail(&format_args!("larger than {FILE_MAX} bytes")));
+    let too_large = format!("larger than {FILE_MAX} bytes");
+    // A file may grow, and what is no file has no length.
+    let mut text = String::new();
+    let file = std::fs::File::open(path).map_err(|e| fail(&e))?;
+    file.take(FILE_MAX + 1).read_to_string(&mut text).map_err(|e| fail(&e))?;
+    if text.len() as u64 > FILE_MAX {
+        return Err(fail(&too_large));
     }
-    let text = std::fs::read_to_string(path).map_err(|e| fail(&e))?;
     parse(path, text)
 }
 
@@ -378,6 +382,12 @@ mod tests {
 
     fn of(text: &str) -> Result<(Config, Source), String> {
         parse(Path::new("bus.toml"), text.into()).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn what_has_no_end_is_too_large() {
+        let error = read(Path::new("/dev/zero")).unwrap_err().to_string();
+        assert_eq!(error, "/dev/zero: larger than 1048576 bytes");
     }
 
     #[test]
