@@ -1,8 +1,9 @@
 //! A device as a connector sees it: open and close, regions, calls, doorbells, memory, interrupts.
 
 use std::os::fd::OwnedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use serde_json::{Value, json};
 use vbus_shm::abi::{command, event};
@@ -398,7 +399,7 @@ impl Endpoint {
                 }
             }))
         };
-        let connection = self.device.open(Open {
+        let open = Open {
             version,
             features,
             incarnation: self.events.incarnation(),
@@ -409,7 +410,8 @@ impl Endpoint {
             counters: self.counters().clone(),
             fail: fail.clone(),
             router: Router::new(self.name(), self.router().is_some(), self.outlets.clone()),
-        })?;
+        };
+        let connection = self.contain(|| self.device.open(open)).ok_or(ErrorCode::FAILED)??;
         let connection: SharedConnection = Arc::new(Mutex::new(connection));
         let task = ConnectionTask(connection.clone());
         let task = self.executor().spawn(
@@ -463,6 +465,24 @@ impl Endpoint {
         }
     }
 
+    /// Lets the class work. A panic of the class must not take its connector along, and with that
+    /// the device's later drivers.
+    fn contain<T>(&self, work: impl FnOnce() -> T) -> Option<T> {
+        let done = catch_unwind(AssertUnwindSafe(work)).ok();
+        if done.is_none() {
+            tracing::error!(device = self.name(), "the class panicked");
+        }
+        done
+    }
+
+    /// The class panicked at a command: the open connection ends.
+    fn panicked(&self, mut inner: MutexGuard<'_, Inner>) -> ErrorCode {
+        self.end(&mut inner, Inner::Broken(ErrorCode::FAILED));
+        drop(inner);
+        self.events.raise(event::BROKEN);
+        ErrorCode::FAILED
+    }
+
     /// Ends the open connection, if there is one, with everything that belongs to it.
     fn end(&self, inner: &mut Inner, next: Inner) {
         if let Inner::Open(open) = std::mem::replace(inner, next) {
@@ -475,7 +495,7 @@ impl Endpoint {
             }
             self.host.doorbells().detach_all();
             open.task.stop();
-            drop(open.connection);
+            self.contain(|| drop(open.connection));
             self.host.outlet().close(!matches!(inner, Inner::Closed));
             if matches!(inner, Inner::Broken(_)) {
                 self.counters().broken.one();
@@ -542,7 +562,10 @@ impl Endpoint {
             doorbell: self.host.doorbells().doorbell(handle),
         };
         region.doorbell.bind(&open.task);
-        if let Err(status) = lock(&open.connection).region_added(region) {
+        let Some(added) = self.contain(|| lock(&open.connection).region_added(region)) else {
+            return Err(self.panicked(inner));
+        };
+        if let Err(status) = added {
             self.host.doorbells().detach(free);
             return Err(status);
         }
@@ -560,7 +583,10 @@ impl Endpoint {
         let handle = u32::try_from(handle).map_err(|_| ErrorCode::NO_REGION)?;
         let region =
             open.regions.get_mut(at).filter(|r| r.is_some()).ok_or(ErrorCode::NO_REGION)?;
-        lock(&open.connection).region_dropped(handle)?;
+        let Some(dropped) = self.contain(|| lock(&open.connection).region_dropped(handle)) else {
+            return Err(self.panicked(inner));
+        };
+        dropped?;
         *region = None;
         self.host.doorbells().detach(at);
         Ok(())
@@ -597,7 +623,9 @@ impl Endpoint {
             self.memory().clone(),
             self.events.clone(),
         );
-        lock(&open.connection).start_call(call);
+        if self.contain(|| lock(&open.connection).start_call(call)).is_none() {
+            return Err(self.panicked(inner));
+        }
         if let Some(result) = pending.result_or_tell() {
             let value = result?;
             open.task.wake();

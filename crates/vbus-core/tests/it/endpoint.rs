@@ -20,7 +20,8 @@ const SIZE: u64 = 64 << 20;
 const BASE: u64 = 0x10_0000;
 const BOUND: Duration = Duration::from_secs(60);
 
-/// Gives back each entry with its length doubled. An entry of length 0 is a fault.
+/// Gives back each entry with its length doubled. An entry of length 0 is a fault. Region 13 and
+/// function 13 make it panic.
 struct Doubler;
 
 struct Doubling {
@@ -39,6 +40,7 @@ impl Device for Doubler {
 
 impl Connection for Doubling {
     fn region_added(&mut self, region: Region) -> Result<(), ErrorCode> {
+        assert_ne!(region.id, 13, "as asked");
         if region.id != 0 || self.ring.is_some() {
             return Err(ErrorCode::BAD_ARGUMENT);
         }
@@ -57,6 +59,7 @@ impl Connection for Doubling {
                 buffer.reverse();
                 Ok(u64::from(flags))
             }
+            13 => panic!("as asked"),
             _ => Err(ErrorCode::BAD_FUNCTION),
         }
     }
@@ -248,6 +251,27 @@ fn a_fault_breaks_the_connection_and_the_next_one_works() {
     driver.open().unwrap();
     let (mut ring, request) = driver.ring(BASE + 4096, 16);
     let handle = driver.endpoint.region_add(request).unwrap();
+    driver.exchange(&mut ring, handle, 100);
+}
+
+#[test]
+fn a_class_that_panics_at_a_command_ends_its_connection_and_no_more() {
+    let driver = Driver::new();
+    let endpoint = &driver.endpoint;
+    for by_call in [true, false] {
+        driver.open().unwrap();
+        let panics = match by_call {
+            true => endpoint.call(13, 0, 0, 0).map(drop),
+            false => endpoint.region_add(RegionRequest::new(13, BASE + 4096, 4096)).map(drop),
+        };
+        assert_eq!(panics, Err(ErrorCode::FAILED));
+        assert_eq!(endpoint.state(), ConnectionState::Broken(ErrorCode::FAILED));
+        driver.interrupts.recv_timeout(BOUND).expect("the driver is told");
+        endpoint.close();
+    }
+    driver.open().unwrap();
+    let (mut ring, request) = driver.ring(BASE + 4096, 16);
+    let handle = endpoint.region_add(request).unwrap();
     driver.exchange(&mut ring, handle, 100);
 }
 
