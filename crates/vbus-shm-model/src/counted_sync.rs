@@ -1,6 +1,6 @@
 //! The same interface as `vbus_shm::sync`, over words that count their accesses.
 //!
-//! One thread runs both ends, so orders do not matter here: the models over loom show those.
+//! One thread runs both ends, so orders do not matter here. The models over loom test the orders.
 
 use std::cell::Cell;
 use std::sync::atomic::AtomicU64;
@@ -10,9 +10,9 @@ pub use std::sync::atomic::Ordering;
 use crate::mortal::{mortal, one_less};
 use crate::sync::{Edge as LoomEdge, Fence as LoomFence};
 
-/// As in `vbus-shm`.
+/// The same as in `vbus-shm`.
 pub type Fence = LoomFence;
-/// As in `vbus-shm`.
+/// The same as in `vbus-shm`.
 pub type Edge = LoomEdge;
 
 thread_local! {
@@ -20,8 +20,8 @@ thread_local! {
     static LEFT: Cell<Option<u32>> = const { Cell::new(None) };
 }
 
-/// Runs `life`, which ends before it makes more than `left` accesses. `None` if it ended in that
-/// way; otherwise those that it made are taken off.
+/// Runs `life` and stops it before it makes more than `left` accesses. Returns `None` if it stopped
+/// `life`. Subtracts the accesses of `life` from `left`.
 pub fn live<T>(left: &mut u32, life: impl FnOnce() -> T) -> Option<T> {
     LEFT.set(Some(*left));
     let outcome = mortal(life);
@@ -43,19 +43,19 @@ impl Word {
         Word(AtomicU64::new(value))
     }
 
-    /// As of an atomic.
+    /// The same as for an atomic.
     pub fn load(&self, order: Ordering) -> u64 {
         access();
         self.0.load(order)
     }
 
-    /// As of an atomic.
+    /// The same as for an atomic.
     pub fn store(&self, value: u64, order: Ordering) {
         access();
         self.0.store(value, order);
     }
 
-    /// As of an atomic.
+    /// The same as for an atomic.
     pub fn swap(&self, value: u64, order: Ordering) -> u64 {
         access();
         self.0.swap(value, order)

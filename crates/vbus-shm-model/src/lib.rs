@@ -1,11 +1,11 @@
 //! The protocols of `vbus-shm` under a model checker.
 //!
-//! The modules are the real sources, compiled a second time over a [`sync`] made of loom's atomics,
-//! in which each named fence, release and acquire can be taken out. The tests show that the
-//! protocols hold in every interleaving and every outcome of the memory model that loom explores,
-//! and that they fail as soon as one of these places is missing.
+//! The modules are the sources of `vbus-shm`, compiled a second time over another [`sync`], which
+//! has loom's atomics. A test can take out each named fence, release and acquire there. The tests
+//! show that the protocols hold in each interleaving and each outcome of the memory model that loom
+//! explores. They also show that a protocol fails when one of its places is missing.
 //!
-//! [`steps`] is the same sources once more, for tests in which an end ends before any access.
+//! [`steps`] has the same sources a third time, for tests in which an end ends before any access.
 
 #![allow(clippy::duplicate_mod, reason = "over other words")]
 

@@ -1,8 +1,8 @@
-//! Ends that end before an access to shared memory, as if their process had been killed.
+//! Ends that stop before an access to shared memory, as if their process had been killed.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
-/// What an end unwinds with that may make no more accesses.
+/// The panic of an end that may make no more accesses.
 struct Killed;
 
 /// Runs `life`. `None` if it was killed.
@@ -14,7 +14,8 @@ pub fn mortal<T>(life: impl FnOnce() -> T) -> Option<T> {
     }
 }
 
-/// The accesses that are left after one more; kills if there is none. `None` is any number.
+/// Counts one access. `left` is how many the end may still make (`None`: any number). Kills the end
+/// if there is none left.
 pub fn one_less(left: Option<u32>) -> Option<u32> {
     match left {
         Some(0) => resume_unwind(Box::new(Killed)),

@@ -1,5 +1,5 @@
-//! The same sources over words that count their accesses, so that an end can be made to end before
-//! any one of them, as if its process had been killed.
+//! The same sources over words that count their accesses. A test can stop an end before any of its
+//! accesses, as if its process had been killed.
 
 #[path = "../../vbus-shm/src/copy.rs"]
 mod copy;

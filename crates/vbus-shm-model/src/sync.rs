@@ -1,4 +1,4 @@
-//! The same interface as `vbus_shm::sync`, over loom, with every place removable.
+//! The same interface as `vbus_shm::sync`, over loom. A test can take out every place.
 
 use std::cell::Cell;
 
@@ -15,8 +15,8 @@ loom::thread_local! {
     static LEFT: Cell<Option<u32>> = Cell::new(None);
 }
 
-/// Runs `life` and ends it before its access or fence number `left`, counted from 0. Returns `None`
-/// if it ended `life` early.
+/// Runs `life` and stops it before its access or fence number `left`, counted from 0. Returns
+/// `None` if it stopped `life`.
 pub fn live<T>(left: u32, life: impl FnOnce() -> T) -> Option<T> {
     LEFT.with(|place| place.set(Some(left)));
     let outcome = mortal(life);
@@ -34,26 +34,26 @@ impl Word {
         Word(loom::sync::atomic::AtomicU64::new(value))
     }
 
-    /// As of an atomic.
+    /// The same as for an atomic.
     pub fn load(&self, order: Ordering) -> u64 {
         access();
         self.0.load(order)
     }
 
-    /// As of an atomic.
+    /// The same as for an atomic.
     pub fn store(&self, value: u64, order: Ordering) {
         access();
         self.0.store(value, order);
     }
 
-    /// As of an atomic.
+    /// The same as for an atomic.
     pub fn swap(&self, value: u64, order: Ordering) -> u64 {
         access();
         self.0.swap(value, order)
     }
 }
 
-/// As in `vbus-shm`.
+/// The same as in `vbus-shm`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fence {
     /// In `post`.
@@ -72,7 +72,7 @@ pub enum Fence {
     Unmask,
 }
 
-/// As in `vbus-shm`.
+/// The same as in `vbus-shm`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Edge {
     /// A signal's `seq`.
@@ -83,7 +83,7 @@ pub enum Edge {
     Line,
 }
 
-/// A place that orders something.
+/// A place in a protocol that needs an order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
     /// A fence.
@@ -95,12 +95,12 @@ pub enum Place {
 }
 
 thread_local! {
-    // Of the test's own thread: loom runs its threads as coroutines of the thread that checks the
-    // model.
+    // It belongs to the test's own thread: loom runs the threads of a model as coroutines of the
+    // thread that checks the model.
     static REMOVED: Cell<Option<Place>> = const { Cell::new(None) };
 }
 
-/// Takes `place` out for what this thread checks from here on; `None` puts it back.
+/// Takes out `place` for all models that this thread checks from now on. `None` puts it back.
 pub fn remove(place: Option<Place>) {
     REMOVED.set(place);
 }

@@ -1,5 +1,5 @@
-//! The same interface as `vbus_shm::wide`, which copies nothing, so that all goes word by word:
-//! loom has to see every access.
+//! The same interface as `vbus_shm::wide`. It copies nothing, so all copies go word by word, and
+//! the models see every access.
 
 use super::sync::Word;
 

@@ -1,12 +1,12 @@
-//! Copies between shared words and plain bytes, which may be torn by the other end at any time but
-//! are never undefined behaviour.
+//! Copies between shared words and plain bytes. The other end may write during a copy. The copy is
+//! torn then, but it is never undefined behaviour.
 
 use super::memory::WORD;
 use super::sync::{Ordering, Word};
 use super::wide;
 
-/// Copies `bytes` into the front of `words`, and zeros into the rest of them. Bytes that do not fit
-/// are left out.
+/// Copies `bytes` to the front of `words`, and fills the rest of `words` with zeros. Leaves out the
+/// bytes for which there are no words.
 #[inline(always)]
 pub fn store(words: &[Word], bytes: &[u8]) {
     if bytes.len() == words.len() * WORD {
@@ -16,8 +16,8 @@ pub fn store(words: &[Word], bytes: &[u8]) {
     }
 }
 
-/// Copies the front of `words` into `out`. Bytes of `out` for which there are no words stay as they
-/// are.
+/// Copies the front of `words` to `out`. The bytes of `out` for which there are no words keep their
+/// values.
 #[inline(always)]
 pub fn load(words: &[Word], out: &mut [u8]) {
     if out.len() % WORD == 0 && out.len() <= words.len() * WORD {
@@ -27,7 +27,7 @@ pub fn load(words: &[Word], out: &mut [u8]) {
     }
 }
 
-/// As many bytes as words.
+/// Stores all of `bytes` in `words`. Both have the same size.
 #[inline(always)]
 fn store_words(words: &[Word], bytes: &[u8]) {
     if !wide::store(words, bytes) {
@@ -39,7 +39,7 @@ fn store_words(words: &[Word], bytes: &[u8]) {
     }
 }
 
-/// As many words as bytes.
+/// Loads all of `words` into `out`. Both have the same size.
 #[inline(always)]
 fn load_words(words: &[Word], out: &mut [u8]) {
     if !wide::load(words, out) {
@@ -54,7 +54,7 @@ fn store_odd(words: &[Word], bytes: &[u8]) {
     let whole = words.len().min(bytes.len() / WORD);
     let ((front, back), (bytes, rest)) = (words.split_at(whole), bytes.split_at(whole * WORD));
     store_words(front, bytes);
-    // At most 7 bytes, or as many as do not fit.
+    // At most 7 bytes are left, or the bytes for which there are no words.
     let mut rest = rest.chunks(WORD);
     for word in back {
         let mut value = [0; WORD];

@@ -1,12 +1,12 @@
-//! ErrorCode codes of the mailbox, as an error type.
+//! The error codes of the ABI as an error type.
 
 use core::fmt;
 
 use super::abi::error_code;
 use super::{pic, ring, state};
 
-/// Why a command failed or a connection ended: a number of [`error_code`], as the device says it
-/// and the driver reads it.
+/// Why a command failed or a connection ended: one of the numbers of [`error_code`]. The device
+/// writes it and the driver reads it.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct ErrorCode(pub u32);
 
@@ -15,7 +15,7 @@ macro_rules! error_codes {
         impl ErrorCode {
             $(#[doc = $text] pub const $name: ErrorCode = ErrorCode(error_code::$name);)*
 
-            /// The code in words.
+            /// What the error code means, in words. `None`: it is not one of this module.
             pub fn text(self) -> Option<&'static str> {
                 match self {
                     $(ErrorCode::$name => Some($text),)*
@@ -34,7 +34,8 @@ error_codes! {
     BAD_VERSION: "ABI version not offered",
     BAD_FEATURES: "features not offered, or not together",
     BAD_ADDRESS: "address outside the memory that the device can reach",
-    NOT_SHARED: "the driver's memory is not shared with the device (QEMU: memory-backend-memfd needs share=on)",
+    NOT_SHARED: "the driver's memory is not shared with the device \
+        (QEMU: memory-backend-memfd needs share=on)",
     BAD_LENGTH: "bad length",
     BAD_ALIGNMENT: "bad alignment",
     BAD_SIGNAL: "the signal block does not fit the region",

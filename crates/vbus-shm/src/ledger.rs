@@ -1,9 +1,10 @@
-//! Ledger: what a device has taken from a ring and not returned (spec/shared-memory.md, "Ledger").
+//! Ledger: the entries that a device has taken from a ring and not returned
+//! (spec/shared-memory.md, "Ledger").
 //!
-//! A device that returns entries out of order overwrites, in the ring, slots of entries that it has
-//! still in work. The ledger keeps these entries in the driver's memory, so that another device end
-//! can take up the ring from memory alone, after this one has ended at any moment. A record is that
-//! of an entry's id, so the ids of entries in flight differ and are below the ring's size.
+//! A device that returns entries out of order overwrites slots of entries that are still in work.
+//! The ledger keeps these entries in the driver's memory. A device end may end at any moment, and
+//! another one then resumes the ring from memory alone. The record of an entry is the one with the
+//! entry's id as its number. So the ids of entries in flight differ and are below the ring's size.
 
 use super::memory::{Memory, WORD, low};
 use super::ring::{BadRing, Corrupt, DeviceEnd, Entry, Layout, Return, Returns};
@@ -13,7 +14,7 @@ use super::sync::{Edge, Ordering, Word, publish};
 
 /// First word of the header: "vbuslg" and the layout's version.
 pub const MAGIC: u64 = 0x0001_676c_7375_6276;
-/// Where the word is, in bytes, that says which entry is being returned.
+/// Offset of the word *returning*, in bytes. It says which entry is being returned.
 pub const RETURNING_OFFSET: usize = 64;
 /// Where the records begin, in bytes.
 pub const RECORDS_OFFSET: usize = 128;
@@ -40,7 +41,7 @@ pub fn bytes(entries: u32) -> usize {
     RECORDS_OFFSET + entries as usize * RECORD_BYTES
 }
 
-/// Makes a fresh ledger over zeroed memory. Done by the driver, before it registers the region.
+/// Makes a fresh ledger over zeroed memory. The driver does this before it registers the region.
 pub fn format(mem: &impl Memory, entries: u32) -> Result<(), BadRing> {
     let words = mem.words();
     if words.len() * WORD < bytes(entries) {
@@ -51,7 +52,7 @@ pub fn format(mem: &impl Memory, entries: u32) -> Result<(), BadRing> {
     Ok(())
 }
 
-/// An entry in work, and its position: who sorts by that has the order of submission.
+/// An entry in work, and its position. The positions tell the order of submission.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Held {
     /// The entry as it was taken.
@@ -75,16 +76,16 @@ impl<M: Memory> Ledger<M> {
         Ok(Ledger { ring, mem })
     }
 
-    /// Takes both up in place of a device end that has gone at any moment. The entries that it held
-    /// are [`held`](Self::held) again: the caller goes on with them, from their beginning. The kick
-    /// is for what was returned without one.
+    /// Resumes ring and ledger in place of a device end that ended at any moment. The entries that
+    /// it held are [`held`](Self::held) by this end. The caller works on them again from their
+    /// beginning. The kick is for returns that were published without a kick.
     pub fn resume(ring: M, mem: M) -> Result<(Self, Kick<Device>), BadRing> {
         let (mut ring, kick) = DeviceEnd::resume(ring)?;
         let layout = ring.layout();
         check(&mem, layout)?;
         let words = mem.words();
         let returning = words[RETURNING].load(Ordering::Relaxed);
-        // Its position has 47 bits, and is no more than a ring away from `given`.
+        // The position in *returning* has 47 bits. It is less than a ring's size away from `given`.
         let behind = (ring.given() << 17).wrapping_sub(returning >> 16 << 17);
         let is_published = behind != 0 && behind >> 63 == 0;
         if returning & HELD != 0 && is_published {
@@ -121,12 +122,11 @@ impl<M: Memory> Ledger<M> {
         })
     }
 
-    /// The next submitted entry; it is in work from here on. Its content is the peer's word: check
-    /// it before use.
+    /// Takes the next submitted entry. It is in work from now on. The driver may have written any
+    /// content: check it before use.
     ///
     /// # Errors
-    /// [`Corrupt::BadId`] if its id is no number below the ring's size, or that of an entry in
-    /// work.
+    /// [`Corrupt::BadId`] if its id is not below the ring's size, or is the id of an entry in work.
     pub fn take(&mut self) -> Result<Option<Entry>, Corrupt> {
         let layout = self.ring.layout();
         let Some(entry) = self.ring.peek()? else { return Ok(None) };
@@ -137,14 +137,14 @@ impl<M: Memory> Ledger<M> {
         }
         record[ADDRESS].store(entry.addr, Ordering::Relaxed);
         record[POSITION].store(self.ring.taken(), Ordering::Relaxed);
-        // Pairs with nothing while this end lives. Another that takes up the ring sees the rest of
-        // the record with this.
+        // Pairs with nothing while this end lives. The next device end reads it in `resume`, and
+        // sees the rest of the record then.
         publish(&record[TAG], Return::from(entry).tag(HELD), Edge::Tag);
         self.ring.skip(1);
         Ok(Some(entry))
     }
 
-    /// Gives back the entry in work whose id `back` names. If there is none, nothing happens.
+    /// Gives back the entry with the id of `back`. If it is not in work, nothing happens.
     pub fn give_back(&mut self, back: Return) {
         let (layout, given) = (self.ring.layout(), self.ring.given());
         let id = u32::from(back.id);
@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn entries_in_work_are_found_again_and_come_back_once() {
+    fn a_resumed_ledger_holds_the_entries_in_work_and_returns_each_once() {
         let (ring, ledger) = fresh();
         let layout = Layout::new(N, Returns::Entries).unwrap();
         let mut driver = DriverEnd::create(&ring[..], layout, u64::MAX - 1).unwrap();
@@ -229,7 +229,7 @@ mod tests {
         let mut held: Vec<_> = device.held().collect();
         held.sort_by_key(|held| held.position.wrapping_sub(u64::MAX - 1));
         assert_eq!(held.iter().map(|held| held.entry).collect::<Vec<_>>(), [entry(2), entry(0)]);
-        assert_eq!(device.take(), Ok(Some(entry(1))), "and not the one that came back");
+        assert_eq!(device.take(), Ok(Some(entry(1))), "the returned entry is not taken again");
         for id in [1, 2, 0] {
             device.give_back(Return { len: 1, id, flags: 0 });
         }
@@ -271,7 +271,7 @@ mod tests {
         }
         let layout = Layout::new(N, Returns::Counted).unwrap();
         DriverEnd::create(&ring[..], layout, 0).unwrap();
-        assert_eq!(attach(&ledger[..]), Err(BadRing::Returns), "it is for returns in any order");
+        assert_eq!(attach(&ledger[..]), Err(BadRing::Returns), "a ledger needs returned entries");
     }
 
     #[test]

@@ -1,20 +1,20 @@
 //! Shared memory of vbus: the ABI's layouts, and both ends of signal, ring, state page and
 //! interrupt page.
 //!
-//! Three separate constructs, because the question "who must be woken?" has nothing to do with the
-//! question "what is kept?":
+//! There are three separate constructs, because "who must be woken?" and "which values are kept?"
+//! are separate questions:
 //!
-//! - a [`signal`] wakes; it stands alone and can be put beside any layout;
+//! - a [`signal`] wakes the other end; it can be put beside any layout;
 //! - a [`ring`] keeps every value in flight, in order;
-//! - a [`state`] page keeps the newest value: the last update is always current.
+//! - a [`state`] page keeps the newest value only.
 //!
-//! A [`ledger`] goes with a ring whose device returns out of order. An interrupt page ([`pic`])
-//! tells a processor which of many interrupts are pending, without an exit for each.
+//! A [`ledger`] belongs to a ring whose device returns entries out of order. An interrupt page
+//! ([`pic`]) tells a processor which of many interrupts are pending, without an exit for each.
 //!
-//! [`abi`] holds every number that both ends must agree on. The crate has no dependency, does not
-//! allocate and never panics on what the peer wrote. It also compiles as a module of another crate
-//! (a Linux driver, a model checker): paths are relative, and the atomics come from the one module
-//! [`sync`].
+//! [`abi`] holds every number that both ends must agree on. The crate has no dependency and does
+//! not allocate. It never panics because of a value that the peer wrote. It also compiles as a
+//! module of another crate (a Linux driver, a model checker): its paths are relative, and all
+//! atomics come from [`sync`].
 //!
 //! ```
 //! use vbus_shm::{ring::{DeviceEnd, DriverEnd, Entry, Layout, Return, Returns}, sync::Word};

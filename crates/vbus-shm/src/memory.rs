@@ -5,8 +5,8 @@ use super::sync::{Ordering, Word};
 /// Bytes in a [`Word`].
 pub const WORD: usize = 8;
 
-/// Memory that both ends see, as words. The slice must be the same one (address and length) at each
-/// call.
+/// Memory that both ends see, as words. Each call must return the same slice: the same address and
+/// length.
 pub trait Memory {
     /// The words, in order of address.
     fn words(&self) -> &[Word];
@@ -19,13 +19,13 @@ impl Memory for &[Word] {
     }
 }
 
-/// The low half of a word: where the layouts keep a 32-bit number, the high half is not looked at.
+/// The low half of a word. The layouts keep a 32-bit number there.
 #[inline(always)]
 pub(super) const fn low(word: u64) -> u32 {
     (word & 0xffff_ffff) as u32
 }
 
-/// A header's word that has to be a 32-bit number, read once.
+/// Reads a header's word once. `None`: it is not a 32-bit number.
 pub(super) fn read_u32(word: &Word) -> Option<u32> {
     u32::try_from(word.load(Ordering::Relaxed)).ok()
 }

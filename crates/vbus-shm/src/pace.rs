@@ -11,15 +11,15 @@ pub enum Rest {
     Sleep,
 }
 
-/// The pace of an adaptive poller. Times are nanoseconds from any fixed moment on. Both ends use
-/// it: the device's tasks in their event loop, the driver's queues in theirs.
+/// The pace of an adaptive poller. Times are nanoseconds since any fixed moment. Both ends use it:
+/// the device's tasks and the driver's queues, each in their event loop.
 ///
-/// - First it polls on for a *window*, which grows while wake-ups come soon after the poller went
-///   to sleep, when polling on would have saved a kick, and shrinks to nothing while they do not.
-///   That keeps the latency of a fast exchange low.
-/// - Then, if much was carried lately, it naps instead of sleeping: a stream comes again soon
-///   enough, and a nap costs neither a kick nor a processor. Naps grow with the time in vain.
-/// - Only then does it arm and sleep.
+/// - First it polls for a *window*. This keeps the latency of a fast exchange low. The window grows
+///   while wake-ups come soon after the poller went to sleep: polling would have saved a kick. It
+///   shrinks to nothing while wake-ups come later.
+/// - Then it naps, if it carried much data lately. More of a stream comes soon, and a nap costs
+///   neither a kick nor a processor. The longer nothing comes, the longer the naps are.
+/// - Then it arms and sleeps.
 #[derive(Clone, Copy, Debug)]
 pub struct Pace {
     max: u64,
@@ -27,28 +27,28 @@ pub struct Pace {
     window: u64,
     idle_since: Option<u64>,
     slept_at: Option<u64>,
-    /// When the load was last measured, and how much had been carried until then.
+    /// The time of the last measurement of the load, and the bytes carried until then.
     measured: (u64, u64),
     loaded_until: u64,
 }
 
-/// The load is measured over at least this long.
+/// The shortest time over which the load is measured.
 const MEASURE_NS: u64 = 1_000_000;
-/// A load from which on naps are worth while, in bytes per [`MEASURE_NS`] (130 Mb/s): an exchange
-/// of small messages back and forth that would suffer from naps stays below it.
+/// The lowest load for which the poller naps, in bytes per [`MEASURE_NS`] (130 Mb/s). An exchange
+/// of small messages would suffer from naps. Its load is below this.
 const LOAD_BYTES: u64 = 16 << 10;
-/// How long naps go on after such a load.
+/// How long the poller naps after such a load.
 const LOAD_HOLDS_NS: u64 = 30_000_000;
 /// The longest nap.
 const NAP_MAX_NS: u64 = 1_000_000;
 
-/// Below this the poller does not poll at all.
+/// The shortest window. The poller does not poll for less.
 const MIN_NS: u64 = 4_000;
 
 impl Pace {
-    /// A poller that polls in vain for at most `max_ns` before it naps or sleeps (0: it sleeps at
-    /// once, always), and whose shortest nap is `nap_ns`, at most 1 ms: what arrives in the
-    /// meantime has to find room, and its sender waits.
+    /// A poller whose window is at most `max_ns` (0: it always sleeps at once) and whose shortest
+    /// nap is `nap_ns`, at most 1 ms. There has to be room for what arrives during a nap, and its
+    /// sender waits for the end of the nap.
     pub fn new(max_ns: u64, nap_ns: u64) -> Pace {
         Pace {
             max: max_ns,
@@ -61,14 +61,14 @@ impl Pace {
         }
     }
 
-    /// There was something to do.
+    /// The poller found something to do.
     #[inline]
     pub fn busy(&mut self) {
         self.idle_since = None;
     }
 
-    /// There was nothing to do. `carried` is what the poller has carried since it began, in bytes,
-    /// of which a small message counts as some hundred; 0 if naps are of no use to it.
+    /// The poller found nothing to do. `carried` is the number of bytes that it has carried since
+    /// it began. A small message counts as some hundred bytes. 0: the poller never naps.
     pub fn rest(&mut self, now: u64, carried: u64) -> Rest {
         let vain = now.saturating_sub(*self.idle_since.get_or_insert(now));
         if vain < self.window {
@@ -90,13 +90,13 @@ impl Pace {
         }
     }
 
-    /// Goes to sleep.
+    /// The poller goes to sleep.
     pub fn sleep(&mut self, now: u64) {
         self.idle_since = None;
         self.slept_at = Some(now);
     }
 
-    /// Was woken by work.
+    /// Work woke the poller.
     pub fn woken(&mut self, now: u64) {
         let Some(slept) = self.slept_at.take() else { return };
         self.window = if now.saturating_sub(slept) <= self.max {
@@ -106,7 +106,7 @@ impl Pace {
         };
     }
 
-    /// The window as it is now.
+    /// The window, in nanoseconds.
     pub fn window(&self) -> u64 {
         self.window
     }
@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_is_napped_through_and_its_end_is_slept_through() {
+    fn the_poller_naps_during_a_stream_and_sleeps_after_it() {
         let mut pace = Pace::new(50_000, 100_000);
         let (mut now, mut carried) = (MS, 0);
         assert_eq!(pace.rest(now, carried), Rest::Sleep);
@@ -156,7 +156,7 @@ mod tests {
             naps += u32::from(matches!(pace.rest(now, carried), Rest::Nap(_)));
         }
         assert!(naps > 90, "{naps}");
-        // It ends: the naps get longer, and there is an end of them.
+        // The stream ends: the naps get longer, and then the poller sleeps.
         let (end, mut count, mut last) = (now, 0, 0);
         pace.busy();
         while let Rest::Nap(nap) = pace.rest(now, carried) {
@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn an_exchange_of_small_messages_is_not_napped_through() {
+    fn the_poller_does_not_nap_during_an_exchange_of_small_messages() {
         let mut pace = Pace::new(50_000, 100_000);
         let (mut now, mut carried) = (MS, 0);
         for _ in 0..1000 {

@@ -1,16 +1,16 @@
-//! Interrupt page: which lines are pending, and whether anybody need be told (spec/pic.md, "The
+//! Interrupt page: which lines are pending, and when the device sends a message (spec/pic.md, "The
 //! page").
 //!
 //! There is a page for each of the driver's processors. A *line* is a number below the page's
-//! count, and also its priority: the higher, the more urgent. The device raises a line by setting
-//! its bit. It sends a message, which costs the driver an interrupt, only if the driver's *level*
-//! says that a line so urgent is wanted now, and at most one for each level that the driver
-//! published. The driver drains the page by priority; taking a line clears its bit, and ending it
-//! is a store.
+//! count. The number is also its priority: a higher line is more urgent. The device sets the bit of
+//! a line to raise it. A message costs the driver an interrupt. So the device sends one only if the
+//! line is not below the driver's *level*, and at most one for each level that the driver
+//! publishes. The driver takes the most urgent line first. It clears the bit of a line to take it,
+//! and ends the line by a store.
 //!
-//! The level carries a count of its own, the *generation*, that goes up with every store. So the
-//! device can tell, by a word that it keeps to itself, whether a message for this very level is on
-//! its way already, and the driver's word has one writer.
+//! The word of the level also holds the *generation*, a count that goes up with every store of the
+//! level. The device keeps the generation of its last message in its own memory. So it knows
+//! whether it sent a message for this level already, and only the driver writes the level.
 
 use super::memory::{Memory, WORD};
 use super::signal::Kick;
@@ -21,30 +21,31 @@ use super::sync::{Edge, Fence, Ordering, Word, clear_bits, fence, set_bits};
 pub const MAGIC: u64 = 0x0001_6370_7375_6276;
 /// Offset of the count of lines.
 pub const LINES: usize = 8;
-/// Offset of the driver's level. It has a line with the masks: what a device looks at when it has
-/// raised a line.
+/// Offset of the driver's level. It shares a cache line with the masks, because a device that has
+/// raised a line reads both.
 pub const LEVEL: usize = 64;
 /// Offset of the driver's masks: a bit for each line.
 pub const MASKED: usize = 96;
-/// Offset of the driver's lines in service: a bit for each. For people who look at a page; no
-/// device needs it.
+/// Offset of the driver's lines in service: a bit for each. They are for people who look at a page.
+/// No device needs them.
 pub const IN_SERVICE: usize = 128;
-/// Offset of the pending lines: a bit for each, set by the device and cleared by the driver.
+/// Offset of the pending lines: a bit for each. The device sets it and the driver clears it.
 pub const PENDING: usize = 192;
 /// Bytes of a page.
 pub const PAGE_BYTES: usize = 256;
 /// The most lines of a page.
 pub const LINES_MAX: u16 = 256;
 
-/// The level's bits 0 to 8: lines from here on want a message. From bit 9 on: the generation. Its
-/// 55 bits do not come round: that would take ten years of nothing but stores of the level.
+/// First bit of the generation in the word of the level. Bits 0 to 8 are the level: lines from
+/// there on want a message. The 55 bits of the generation do not wrap around: that would take ten
+/// years of nothing but stores of the level.
 pub const GENERATION_SHIFT: u32 = 9;
 
-/// Bits in a word, and so lines.
+/// Bits in a word: a bit for each line.
 const BITS: usize = 64;
-/// Words of a bit for each line.
+/// Words that hold a bit for each line.
 const SET: usize = LINES_MAX as usize / BITS;
-/// No generation: they have 55 bits.
+/// A value that no generation has, because generations have 55 bits.
 const NEVER: u64 = u64::MAX;
 
 const _: () = {
@@ -74,24 +75,24 @@ fn check_lines(lines: u64) -> Result<u16, BadPage> {
     u16::try_from(lines).ok().filter(|lines| (1..=LINES_MAX).contains(lines)).ok_or(BadPage::Lines)
 }
 
-/// Where the bit of `line` is in a set at byte `offset`: the word's index, and the bit.
+/// The word index and the bit of `line` in the set of lines at byte `offset`.
 #[inline(always)]
 fn place(offset: usize, line: u16) -> (usize, u64) {
     (offset / WORD + usize::from(line) / BITS, 1 << (usize::from(line) % BITS))
 }
 
-/// The device's end of a page. It is shared by all that raise lines there: its methods take
-/// `&self`.
+/// The device's end of a page. Several threads of the device may raise lines at the same time, so
+/// its methods take `&self`.
 #[derive(Debug)]
 pub struct DeviceEnd<M> {
     mem: M,
     lines: u16,
-    /// The generation that the last message was for. Not in shared memory.
+    /// The generation for which the device sent its last message. It is not in shared memory.
     told: Word,
 }
 
 impl<M: Memory> DeviceEnd<M> {
-    /// The device's end of a page that the driver has made. Its header is read once, and checked.
+    /// Attaches to a page that the driver has made. Reads its header once and checks it.
     pub fn attach(mem: M) -> Result<Self, BadPage> {
         let words = mem.words();
         if words.len() < PAGE_BYTES / WORD {
@@ -104,17 +105,17 @@ impl<M: Memory> DeviceEnd<M> {
         Ok(DeviceEnd { mem, lines, told: Word::new(NEVER) })
     }
 
-    /// Lines of the page.
+    /// The number of lines of the page.
     pub fn lines(&self) -> u16 {
         self.lines
     }
 
-    /// Raises `line`; everything written before is visible to the driver when it has taken it.
-    /// The kick is the message that the driver must be sent: at most one is wanted for each level
-    /// that it publishes. A line that the page does not have is nothing.
+    /// Raises `line`. When the driver takes the line, it sees everything that was written before
+    /// this call. The kick is the message to the driver. It is wanted at most once for each level
+    /// that the driver publishes. If the page does not have `line`, nothing happens.
     ///
-    /// A line is an edge: raised while pending it is one with what is pending, raised while in
-    /// service it is pending again.
+    /// A line is an edge. If it is raised while it is pending, the driver takes it once. If it is
+    /// raised while it is in service, it becomes pending again.
     #[inline]
     pub fn raise(&self, line: u16) -> Kick<Device> {
         if line >= self.lines {
@@ -124,15 +125,15 @@ impl<M: Memory> DeviceEnd<M> {
         let (at, bit) = place(PENDING, line);
         // Pairs with the driver's clear in `DriverEnd::take`.
         if set_bits(&words[at], bit, Edge::Line) & bit != 0 {
-            // Whoever raised it before has asked below, or is about to, and the driver has yet to
-            // take it.
+            // The driver has yet to take the line. The thread that set the bit sends the message,
+            // if one is wanted.
             return Kick::NONE;
         }
-        // Store of the bit before loads of level and mask: with the fences of `publish` and
-        // `unmask`, one end sees the other's store.
+        // Orders the store of the bit before the loads of level and mask. Together with the fences
+        // in `publish` and `unmask` this makes sure that one end sees the other's store.
         fence(Fence::Raise);
-        // Pairs with the store in `DriverEnd::publish`. Read once: the peer may change it at any
-        // time.
+        // Pairs with the store in `DriverEnd::publish`. The device reads the word once, because the
+        // driver may change it at any time.
         let level = words[LEVEL / WORD].load(Ordering::Relaxed);
         if u64::from(line) < level & ((1 << GENERATION_SHIFT) - 1) {
             return Kick::NONE;
@@ -142,33 +143,34 @@ impl<M: Memory> DeviceEnd<M> {
         if words[at].load(Ordering::Relaxed) & bit != 0 {
             return Kick::NONE;
         }
-        // Whose message it is. A generation that has passed since is told in vain; but none stays
-        // untold: who finds it told here reads the word of somebody who read that same generation,
-        // and sends its message.
+        // One thread sends the message of a generation: the one that stores it in `told` first. If
+        // this thread finds its generation there, another thread read the same level and sends the
+        // message. If the driver has published another level since, the message comes in vain.
         let generation = level >> GENERATION_SHIFT;
         Kick::new(self.told.swap(generation, Ordering::Relaxed) != generation)
     }
 
-    /// Takes a pending line away again, for it is to be raised elsewhere. False: it was not
-    /// pending, or the driver was faster and has it.
+    /// Clears the bit of a pending line, so that the device can raise the line on another page.
+    /// Returns false if the line was not pending: nobody raised it, or the driver took it before.
     #[inline]
     pub fn take_back(&self, line: u16) -> bool {
         if line >= self.lines {
             return false;
         }
         let (at, bit) = place(PENDING, line);
-        // Pairs with `raise`, so that what its raiser wrote is visible to who takes the line
-        // elsewhere.
+        // Pairs with `raise`: the caller sees what the raiser of the line wrote, and passes it on
+        // when it raises the line on another page.
         clear_bits(&self.mem.words()[at], bit, Edge::Line) & bit != 0
     }
 }
 
-/// Whether lines may interrupt the handlers of less urgent ones.
+/// Whether a line may interrupt the handler of a less urgent line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Nesting {
-    /// No: handlers run with interrupts off. No message comes until the page is drained.
+    /// No: handlers run with interrupts off. No message comes until the driver has drained the
+    /// page.
     Flat,
-    /// Yes: a line more urgent than all in service sends a message.
+    /// Yes: a line sends a message if it is more urgent than all lines in service.
     Nested,
 }
 
@@ -178,20 +180,20 @@ pub enum Nesting {
 pub enum Wanted {
     /// The next line that is wanted sends a message.
     Waiting,
-    /// One is pending already, perhaps without a message: drain.
+    /// A line is pending already, perhaps without a message. The driver has to drain the page.
     Pending,
 }
 
 /// The driver's end of a page. Its processor calls it with interrupts off, one call at a time.
 ///
-/// Nothing that the device wrote is believed but the pending bits, and those as a hint: a line may
-/// come that nobody raised, and nothing else.
+/// The driver trusts nothing that the device writes. It takes the pending bits as hints: a hostile
+/// device can make it take a line that nobody raised, and can do nothing else.
 #[derive(Debug)]
 pub struct DriverEnd<M> {
     mem: M,
     lines: u16,
     nesting: Nesting,
-    /// As published.
+    /// The level as it was published last.
     level: u16,
     generation: u64,
     masked: [u64; SET],
@@ -199,8 +201,8 @@ pub struct DriverEnd<M> {
 }
 
 impl<M: Memory> DriverEnd<M> {
-    /// Makes a page of `lines` lines (1..=[`LINES_MAX`]) over zeroed memory, which wants nothing
-    /// yet: see [`arm`](Self::arm). Done before the page is registered.
+    /// Makes a page of `lines` lines (1..=[`LINES_MAX`]). The driver does this before it registers
+    /// the page. The page asks for no message until the driver calls [`arm`](Self::arm).
     pub fn create(mem: M, lines: u16, nesting: Nesting) -> Result<Self, BadPage> {
         let words = mem.words();
         if words.len() < PAGE_BYTES / WORD {
@@ -217,22 +219,23 @@ impl<M: Memory> DriverEnd<M> {
         Ok(DriverEnd { mem, lines, nesting, level: lines, generation: 0, masked, in_service })
     }
 
-    /// Lines of the page.
+    /// The number of lines of the page.
     pub fn lines(&self) -> u16 {
         self.lines
     }
 
-    /// Levels published so far: no more messages than that have come.
+    /// How many levels were published so far. An honest device has sent at most as many messages.
     pub fn generation(&self) -> u64 {
         self.generation
     }
 
-    /// Takes the most urgent pending line, if it is more urgent than all in service, and puts it in
-    /// service; everything that its device wrote before raising it is visible. After `None` the
-    /// next such line sends a message: return from the interrupt, or sleep.
+    /// Takes the most urgent pending line and puts it in service, if it is more urgent than all
+    /// lines in service. Everything that the device wrote before it raised the line is visible.
+    /// After `None`, the next such line sends a message: the driver returns from the interrupt, or
+    /// sleeps.
     ///
-    /// Called by the message's handler until it returns `None`, also if it was `None` at once: the
-    /// message is used up.
+    /// The handler of a message calls this until it returns `None`. It calls this at least once,
+    /// because the message is used up.
     #[inline]
     pub fn take(&mut self) -> Option<u16> {
         let floor = self.floor();
@@ -243,29 +246,29 @@ impl<M: Memory> DriverEnd<M> {
                 self.scan(floor)?
             }
         };
-        // At most once for each line.
+        // Each turn finds a higher line, so there are at most as many turns as lines.
         loop {
             let level = if self.nesting == Nesting::Nested { line + 1 } else { self.lines };
             if level != self.level {
                 self.publish(level);
             }
-            // What was raised before that level was seen has sent no message for it: it is taken
-            // here, now.
+            // A device that raised a line before it saw this level sent no message for the level.
+            // So the driver looks for such a line here.
             match self.scan(line + 1) {
                 Some(higher) => line = higher,
                 None => break,
             }
         }
         let (at, bit) = place(PENDING, line);
-        // Pairs with `DeviceEnd::raise`. Whether the bit is still there does not matter: a device
-        // that took it back leaves us with nothing to do.
+        // Pairs with `DeviceEnd::raise`. The bit may be gone, because the device took the line
+        // back. Then the handler finds nothing to do.
         clear_bits(&self.mem.words()[at], bit, Edge::Line);
         self.serve(line, true);
         Some(line)
     }
 
-    /// Ends a line that was taken. Then, before returning from the interrupt, [`take`](Self::take):
-    /// less urgent lines have sent no message.
+    /// Ends a line that was taken. Less urgent lines have sent no message meanwhile, so the driver
+    /// calls [`take`](Self::take) before it returns from the interrupt.
     #[inline]
     pub fn end(&mut self, line: u16) {
         if line < self.lines {
@@ -273,36 +276,37 @@ impl<M: Memory> DriverEnd<M> {
         }
     }
 
-    /// Asks for messages, when the page is registered and when lines were ended outside of a
-    /// message's handler.
+    /// Asks for messages. The driver calls this when it has registered the page, and when it has
+    /// ended a line outside of a message's handler.
     pub fn arm(&mut self) -> Wanted {
         let floor = self.floor();
         self.publish(floor);
         if self.scan(floor).is_some() { Wanted::Pending } else { Wanted::Waiting }
     }
 
-    /// Asks for no messages, until [`arm`](Self::arm) or a `None` of [`take`](Self::take). One that
-    /// is under way may still come.
+    /// Asks for no messages until [`arm`](Self::arm), or until [`take`](Self::take) returns `None`.
+    /// A message that is under way may still come.
     pub fn disarm(&mut self) {
         self.publish(self.lines);
     }
 
-    /// Masks `line`: it can become pending, and is not taken. A message for it may be under way.
+    /// Masks `line`: it can become pending, but [`take`](Self::take) does not take it. A message
+    /// for it may be under way.
     pub fn mask(&mut self, line: u16) {
         self.set_masked(line, true);
     }
 
-    /// Unmasks `line`. *Pending*: it has become so in the meantime, and sent no message.
+    /// Unmasks `line`. [`Wanted::Pending`]: the line became pending meanwhile and sent no message.
     pub fn unmask(&mut self, line: u16) -> Wanted {
         self.set_masked(line, false);
-        // Store of the mask before load of the bit: see `DeviceEnd::raise`.
+        // Orders the store of the mask before the load of the bit: see `DeviceEnd::raise`.
         fence(Fence::Unmask);
         let (at, bit) = place(PENDING, line.min(self.lines - 1));
         let pending = line < self.lines && self.mem.words()[at].load(Ordering::Relaxed) & bit != 0;
         if pending && line >= self.floor() { Wanted::Pending } else { Wanted::Waiting }
     }
 
-    /// The least urgent line that may be taken now: the one above all in service.
+    /// The lowest line that may be taken now: the one above all lines in service.
     #[inline]
     fn floor(&self) -> u16 {
         highest(&self.in_service).map_or(0, |line| line + 1)
@@ -315,7 +319,7 @@ impl<M: Memory> DriverEnd<M> {
         let word = u64::from(level) | self.generation << GENERATION_SHIFT;
         // Pairs with the load in `DeviceEnd::raise`.
         self.mem.words()[LEVEL / WORD].store(word, Ordering::Relaxed);
-        // Store of the level before loads of the bits: see `raise`.
+        // Orders the store of the level before the loads of the bits: see `DeviceEnd::raise`.
         fence(Fence::Level);
     }
 
@@ -330,7 +334,7 @@ impl<M: Memory> DriverEnd<M> {
                 bits &= u64::MAX << (usize::from(from) % BITS);
             }
             if at + 1 == count {
-                // Bits beyond the last line are a device's that means harm.
+                // Only a hostile device sets bits beyond the last line.
                 bits &= u64::MAX >> (count * BITS - usize::from(self.lines));
             }
             if let Some(bit) = bits.checked_ilog2() {
@@ -450,7 +454,7 @@ mod tests {
             assert!(!device.raise(2).is_wanted());
             assert_eq!(device.raise(9).is_wanted(), nesting == Nesting::Nested);
             assert!(!device.raise(12).is_wanted(), "one message");
-            // The nested handler, or for flat ones a handler that looks again by itself.
+            // A nested handler runs now, or the flat handler looks again.
             assert_eq!(driver.take(), Some(12));
             assert_eq!(memory[IN_SERVICE / WORD].load(Ordering::Relaxed), 1 << 5 | 1 << 12);
             driver.end(12);
@@ -480,7 +484,7 @@ mod tests {
         driver.end(3);
         assert_eq!((driver.take(), driver.unmask(3)), (None, Wanted::Waiting));
         assert!(device.raise(3).is_wanted());
-        // Bad numbers are nothing.
+        // Numbers that the page does not have do nothing.
         driver.mask(8);
         assert_eq!(driver.unmask(u16::MAX), Wanted::Waiting);
         driver.end(300);

@@ -1,4 +1,4 @@
-//! From an address to words: the one place of this crate that trusts its caller about memory.
+//! From an address to words. Only this file of the crate trusts its caller about memory.
 #![allow(unsafe_code)] // Shared memory begins as a raw pointer.
 
 use core::ptr::NonNull;
@@ -6,8 +6,8 @@ use core::ptr::NonNull;
 use super::memory::WORD;
 use super::sync::Word;
 
-/// The `bytes` bytes at `at` as words, or `None` where `at` is not aligned to 8. Bytes after the
-/// last whole word are left out.
+/// The `bytes` bytes at `at` as words, or `None` if `at` is not aligned to 8. The slice ends with
+/// the last whole word.
 ///
 /// # Safety
 /// For all of `'a` the memory must stay mapped readable and writable, and this program may access
@@ -18,8 +18,8 @@ pub unsafe fn words<'a>(at: NonNull<u8>, bytes: usize) -> Option<&'a [Word]> {
     if !at.is_aligned() {
         return None;
     }
-    // SAFETY: aligned as checked; mapped and accessed by atomics alone as the caller promises.
-    // `Word` has the size and validity of u64, for which any bytes will do.
+    // SAFETY: `at` is aligned, as checked. The caller promises that the memory is mapped and that
+    // the program accesses it only through atomics. Any 8 bytes are a valid `Word`.
     Some(unsafe { core::slice::from_raw_parts(at.as_ptr(), bytes / WORD) })
 }
 

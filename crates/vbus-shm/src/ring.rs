@@ -1,19 +1,20 @@
 //! Ring: every value is kept, in order (spec/shared-memory.md, "Ring").
 //!
-//! One array, whose entries pass back and forth: the driver submits an entry in a slot, and the
-//! device marks the slot of a submission that it has taken as returned. Each slot says whose it is
-//! and of which lap, so a poller touches nothing but the slot's own line. The number of entries in
-//! flight never exceeds the ring's size. That is all the flow control there is.
+//! A ring has one array of slots. The driver submits an entry in a slot. The device takes it, and
+//! marks a slot as returned. The tag of each slot says which end wrote it and in which lap, so a
+//! poller reads one cache line only. The number of entries in flight never exceeds the ring's size.
+//! There is no other flow control.
 //!
 //! Both ends publish each entry at once, oldest first, and signal once for a batch. So the other
-//! end works on a batch's first entries while the last ones are on their way. To publish the oldest
-//! tag last is slower for processors that share no cache (ablation `slots_oldest_last` of the
-//! benchmark). How entries come back is the class's choice:
+//! end works on the first entries of a batch while this end writes the last ones. It is slower to
+//! publish the oldest tag last if the processors share no cache (`slots_oldest_last` of the
+//! benchmark). The class chooses how entries come back:
 //!
 //! - [`Returns::Counted`]: the device only counts them in its `seq`.
 //! - [`Returns::InOrder`]: in the order of submission, each with a length. A device may return a
-//!   run of them by one tag, with the other lengths packed together. This one does not: it pays for
-//!   batches of 64 between processors that share a cache, and costs elsewhere (`slots_runs`).
+//!   run of them by one tag, with the other lengths packed together. [`DeviceEnd`] does not. Runs
+//!   are faster for batches of 64 between processors that share a cache, and slower elsewhere
+//!   (`slots_runs` of the benchmark).
 //! - [`Returns::Entries`]: in any order, each with a tag of its own.
 
 use super::memory::{Memory, WORD, low, read_u32};
@@ -23,8 +24,8 @@ use super::sync::{Edge, Ordering, Word, observe, publish};
 
 /// First word of the header: "vbusri" and the layout's version.
 pub const MAGIC: u64 = 0x0001_6972_7375_6276;
-/// Where the device's checkpoint is, in bytes: the position and the number of the returns that it
-/// published last, or was about to.
+/// Offset of the device's checkpoint, in bytes. It holds the position and the number of the returns
+/// that the device published last, or that it was about to publish.
 pub const CHECKPOINT_OFFSET: usize = 64;
 /// Where the signal block is, in bytes.
 pub const SIGNAL_OFFSET: usize = 128;
@@ -53,11 +54,11 @@ const _: () = {
     assert!(MAX_ENTRIES.is_power_of_two() && MAX_ENTRIES <= 1 << 15);
 };
 
-/// Flag of an entry: the next one belongs to it (scatter-gather).
+/// Flag of an entry: the next entry belongs to it (scatter-gather).
 pub const NEXT: u16 = 1 << 0;
-/// Flag of an entry, the ring's own: set in every other lap, beginning with the first.
+/// Flag of a slot, the ring's own. It is set in every other lap, beginning with the first.
 pub const LAP: u16 = 1 << 15;
-/// Flag of an entry, the ring's own: the device has written it.
+/// Flag of a slot, the ring's own. It says that the device has written the tag.
 pub const RETURNED: u16 = 1 << 14;
 
 /// The ring's own flags within an entry's second word.
@@ -74,26 +75,26 @@ pub struct Entry {
     pub addr: u64,
     /// Bytes.
     pub len: u32,
-    /// The submitter's name for it.
+    /// The id that the driver chose for it.
     pub id: u16,
     /// See [`NEXT`].
     pub flags: u16,
 }
 
-/// An entry on its way back. Its address is not part of it: the driver knows what it submitted.
+/// An entry on its way back. It has no address, because the driver knows the address.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Return {
-    /// Bytes used, as a rule.
+    /// The bytes that the device used, as a rule.
     pub len: u32,
-    /// The entry's. In order ([`Returns::InOrder`]) it does not come back, and is 0: it is that of
-    /// the oldest entry in flight.
+    /// The id of the entry. With [`Returns::InOrder`] it is 0: the return is always that of the
+    /// oldest entry in flight.
     pub id: u16,
-    /// See [`NEXT`]. In order, only that comes back.
+    /// See [`NEXT`]. With [`Returns::InOrder`] no other flag comes back.
     pub flags: u16,
 }
 
 impl From<Entry> for Return {
-    /// The entry as it came.
+    /// The return of `entry` with its length and its flags as they are.
     fn from(entry: Entry) -> Return {
         Return { len: entry.len, id: entry.id, flags: entry.flags }
     }
@@ -113,7 +114,7 @@ impl Return {
         Return { len: low(tag), id: (tag >> 32 & 0xffff) as u16, flags }
     }
 
-    /// As a return in order has it: 31 bits of length, one for [`NEXT`].
+    /// The 32 bits of a return in order: 31 bits of length, and one bit for [`NEXT`].
     #[inline(always)]
     fn length(self) -> u32 {
         let more = if self.flags & NEXT != 0 { MORE } else { 0 };
@@ -130,11 +131,11 @@ impl Return {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Returns {
-    /// In order and without content: the device's `seq` counts them.
+    /// In order and without content. The device's `seq` counts them.
     Counted,
     /// Each with a tag of its own, in any order.
     Entries,
-    /// In order, each with a length and [`NEXT`]: a run of them is one tag.
+    /// In order, each with a length and [`NEXT`]. One tag may return a run of several.
     InOrder,
 }
 
@@ -160,7 +161,7 @@ pub enum BadRing {
     Magic,
     /// The header names an unknown form of return.
     Returns,
-    /// What a device before this one left in the ring does not go together.
+    /// The checkpoint and the `seq` of the device before this one contradict each other.
     Checkpoint,
 }
 
@@ -176,14 +177,14 @@ impl From<BadSignal> for BadRing {
 pub enum Corrupt {
     /// The driver submitted more than the ring holds.
     Overfull,
-    /// The device returned more than it was given, or a run of none.
+    /// The device returned more entries than were in flight, or a run of 0.
     Unasked,
-    /// The driver submitted an entry to a ring with a ledger whose id is that of another entry in
-    /// flight, or no number below the ring's size.
+    /// The ring has a ledger, and the driver submitted an entry with the id of another entry in
+    /// flight, or with an id that is not below the ring's size.
     BadId,
 }
 
-/// No room: as many entries are in flight as the ring holds.
+/// There is no room: the ring holds no more entries than those in flight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Full;
 
@@ -208,7 +209,7 @@ impl Layout {
         self.entries
     }
 
-    /// How entries come back.
+    /// The form in which entries come back.
     pub fn returns(&self) -> Returns {
         self.returns
     }
@@ -258,7 +259,7 @@ impl Layout {
         if pos & u64::from(self.entries) == 0 { u64::from(LAP) << 48 } else { 0 }
     }
 
-    /// Reads the header once, and checks it; with the start.
+    /// Reads the header once and checks it. Returns the layout and the start.
     fn load(words: &[Word]) -> Result<(Layout, u64), BadRing> {
         if words.len() * WORD < ENTRIES_OFFSET {
             return Err(BadRing::TooSmall);
@@ -296,7 +297,7 @@ pub struct DriverEnd<M> {
     rx: Rx<Driver>,
     submitted: u64,
     reaped: u64,
-    /// Entries of the run that is being reaped which are still to come.
+    /// How many entries of the current run are not reaped yet.
     run: u32,
 }
 
@@ -309,7 +310,7 @@ impl<M: Memory> DriverEnd<M> {
             return Err(BadRing::TooSmall);
         }
         for pos in (0..layout.entries).map(|i| start.wrapping_add(u64::from(i))) {
-            // What the lap before would have left.
+            // The tag that the device would have left in the lap before.
             let before = layout.lap(pos.wrapping_sub(u64::from(layout.entries))) | RETURN;
             let slot = layout.slot(words, pos);
             slot[0].store(0, Ordering::Relaxed);
@@ -349,8 +350,8 @@ impl<M: Memory> DriverEnd<M> {
         count(self.submitted, self.reaped)
     }
 
-    /// Puts an entry into the ring. A device that polls may see it at once; one that sleeps is told
-    /// by [`post`](Self::post): call that once for a batch.
+    /// Puts an entry into the ring. A device that polls may see it at once. Call
+    /// [`post`](Self::post) once after a batch, to wake a device that sleeps.
     #[inline(always)]
     pub fn submit(&mut self, entry: Entry) -> Result<(), Full> {
         if self.space() == 0 {
@@ -365,7 +366,7 @@ impl<M: Memory> DriverEnd<M> {
         Ok(())
     }
 
-    /// Posts what was submitted since the last post.
+    /// Posts the entries that were submitted since the last post.
     #[inline(always)]
     pub fn post(&mut self) -> Kick<Driver> {
         let first = self.tx.posted();
@@ -382,12 +383,12 @@ impl<M: Memory> DriverEnd<M> {
         let (words, layout, pos) = (self.mem.words(), self.layout, self.reaped);
         let back = if self.run != 0 {
             self.run -= 1;
-            // Ordered by the observation of the run's tag.
+            // The acquire load of the run's tag came before this load.
             let (word, shift) = layout.length(words, pos);
             Return::from_length(low(word.load(Ordering::Relaxed) >> shift))
         } else {
-            // Pairs with the publications in `DeviceEnd`: what the device wrote is visible with its
-            // tag, and so are the lengths of a run.
+            // Pairs with the store in `DeviceEnd::publish`. What the device wrote before it is
+            // visible after this load, the lengths of a run included.
             let tag = observe(&layout.slot(words, pos)[1], Edge::Tag);
             if tag & MARKS != layout.lap(pos) | RETURN {
                 return Ok(None);
@@ -404,7 +405,7 @@ impl<M: Memory> DriverEnd<M> {
         Ok(Some(back))
     }
 
-    /// How many entries came back since the last call, oldest first, of a ring with
+    /// How many entries came back since the last call, oldest first. It is for a ring with
     /// [`Returns::Counted`].
     #[inline]
     pub fn reap_count(&mut self) -> Result<u32, Corrupt> {
@@ -416,7 +417,8 @@ impl<M: Memory> DriverEnd<M> {
         Ok(low(n))
     }
 
-    /// Asks for a kick after `after` more returns than those reaped (0: by the very next).
+    /// Asks for a kick by the return that follows `after` more returns (0: by the next return that
+    /// is not reaped).
     pub fn arm(&mut self, after: u32) -> Armed {
         self.rx.arm(self.mem.words(), self.reaped.wrapping_add(u64::from(after)))
     }
@@ -433,7 +435,7 @@ fn checkpoint(pos: u64, n: u32) -> u64 {
     pos << 16 | u64::from(n)
 }
 
-/// The device's end: takes entries, and gives them back.
+/// The device's end. It takes entries and gives them back.
 #[derive(Debug)]
 pub struct DeviceEnd<M> {
     mem: M,
@@ -445,7 +447,7 @@ pub struct DeviceEnd<M> {
 }
 
 impl<M: Memory> DeviceEnd<M> {
-    /// Attaches to a ring that the driver has formatted. The header is read once and checked.
+    /// Attaches to a fresh ring that the driver has formatted. Reads the header once and checks it.
     pub fn attach(mem: M) -> Result<Self, BadRing> {
         let (layout, start) = Layout::load(mem.words())?;
         Ok(Self::at(mem, layout, Tx::new(SIGNAL, start), start))
@@ -456,23 +458,23 @@ impl<M: Memory> DeviceEnd<M> {
         DeviceEnd { mem, layout, tx, rx, taken: given, given }
     }
 
-    /// Takes up a ring in place of a device end that has gone at any moment, from what is in the
-    /// memory alone. Entries that were taken and not returned are taken again; returns that the
-    /// driver may have seen are not made again. Returns the end and a kick for what the other one
-    /// had returned without a kick.
+    /// Resumes a ring in place of a device end that ended at any moment. It needs the region only.
+    /// This end takes again the entries that were taken and not returned. It does not return again
+    /// what the driver may have seen returned. The kick is for returns of the other end that had
+    /// none.
     ///
-    /// A class that returns out of order has to know besides which entries were in flight: see
+    /// A class that returns out of order also has to know which entries were in flight: see
     /// [`Ledger`](super::ledger::Ledger).
     pub fn resume(mem: M) -> Result<(Self, Kick<Device>), BadRing> {
         let words = mem.words();
         let (layout, _) = Layout::load(words)?;
         let seq = words[SIGNAL + signal::DEVICE_SEQ / WORD].load(Ordering::Relaxed);
         let given = match layout.returns {
-            // What was not posted, nobody has seen.
+            // The driver has not seen returns that were not posted.
             Returns::Counted => seq,
             Returns::Entries | Returns::InOrder => published(words, layout, seq)?,
         };
-        // The one before may have been about to sleep.
+        // The end before may have armed in order to sleep.
         Rx::<Device>::new(SIGNAL).disarm(words);
         let (tx, kick) = Tx::resume(words, SIGNAL, given);
         Ok((Self::at(mem, layout, tx, given), kick))
@@ -493,7 +495,7 @@ impl<M: Memory> DeviceEnd<M> {
         self.given
     }
 
-    /// Counts `n` entries as taken, so far as the ring holds them.
+    /// Counts `n` entries as taken, but no more than the ring holds.
     pub(super) fn skip(&mut self, n: usize) {
         let room = (self.layout.entries - self.held()) as usize;
         self.taken = self.taken.wrapping_add(n.min(room) as u64);
@@ -508,11 +510,12 @@ impl<M: Memory> DeviceEnd<M> {
     /// Entries posted and not yet taken, by the driver's count; at most what the ring holds.
     pub fn pending(&self) -> u32 {
         let ahead = self.rx.seen(self.mem.words()).wrapping_sub(self.taken);
-        // What was taken before its post counts as none.
+        // Below 0: the device took entries before their post.
         if ahead >> 63 != 0 { 0 } else { low(ahead.min(u64::from(self.layout.entries))) }
     }
 
-    /// The next submitted entry. Its content is the peer's word: check it before use.
+    /// Takes the next submitted entry. The driver may have written any content: check it before
+    /// use.
     #[inline(always)]
     pub fn take(&mut self) -> Result<Option<Entry>, Corrupt> {
         let entry = self.peek()?;
@@ -520,13 +523,13 @@ impl<M: Memory> DeviceEnd<M> {
         Ok(entry)
     }
 
-    /// The next submitted entry, which is not taken.
+    /// The next submitted entry. It stays in the ring.
     #[inline(always)]
     pub(super) fn peek(&self) -> Result<Option<Entry>, Corrupt> {
         let (layout, pos) = (self.layout, self.taken);
         let slot = layout.slot(self.mem.words(), pos);
-        // Pairs with the publication in `DriverEnd::post`: the address is visible with its tag, or
-        // with an older one of the batch.
+        // Pairs with the store of the tag in `DriverEnd::submit`. The address is visible with its
+        // tag, or with an older tag of the batch.
         let tag = observe(&slot[1], Edge::Tag);
         if tag & MARKS != layout.lap(pos) {
             return Ok(None);
@@ -538,10 +541,10 @@ impl<M: Memory> DeviceEnd<M> {
         Ok(Some(Entry { addr: slot[0].load(Ordering::Relaxed), len, id, flags }))
     }
 
-    /// Gives one entry back; without an entry held, nothing happens. Where returns are counted or
-    /// in order this stands for the oldest entry held: only a length of at most [`MAX_LENGTH`] and
-    /// [`NEXT`] are passed on in order, nothing where returns are counted. The driver sees it after
-    /// [`post`](Self::post) at the latest: call that once for a batch.
+    /// Gives one entry back. If no entry is held, nothing happens. With [`Returns::Counted`] and
+    /// [`Returns::InOrder`] it is the oldest entry held. [`Returns::InOrder`] passes on the length,
+    /// at most [`MAX_LENGTH`], and [`NEXT`]. [`Returns::Counted`] passes on nothing. The driver
+    /// sees the return after [`post`](Self::post) at the latest. Call that once after a batch.
     #[inline(always)]
     pub fn give_back(&mut self, back: Return) {
         if self.held() == 0 {
@@ -562,15 +565,15 @@ impl<M: Memory> DeviceEnd<M> {
     #[inline(always)]
     fn publish(&self, pos: u64, back: Return) {
         let words = self.mem.words();
-        // For `resume`: before the tag, which makes the return the driver's.
+        // `resume` needs this before the tag, which publishes the return.
         words[CHECKPOINT].store(checkpoint(pos, 1), Ordering::Relaxed);
         let tag = back.tag(self.layout.lap(pos) | RETURN);
-        // Pairs with the load in `DriverEnd::reap`. The address is left as it is: until this store
-        // the slot holds the submission, whole.
+        // Pairs with the load in `DriverEnd::reap`. The address stays as it is. So the slot holds
+        // the whole submission until this store.
         publish(&self.layout.slot(words, pos)[1], tag, Edge::Tag);
     }
 
-    /// Makes what was given back since the last post visible to the driver.
+    /// Posts the returns that were given back since the last post.
     #[inline(always)]
     pub fn post(&mut self) -> Kick<Device> {
         let n = count(self.given, self.tx.posted());
@@ -580,7 +583,8 @@ impl<M: Memory> DeviceEnd<M> {
         self.tx.post(self.mem.words(), n)
     }
 
-    /// Asks for a kick after `after` more entries than those taken (0: by the very next).
+    /// Asks for a kick by the entry that follows `after` more entries (0: by the next entry that is
+    /// not taken).
     pub fn arm(&mut self, after: u32) -> Armed {
         self.rx.arm(self.mem.words(), self.taken.wrapping_add(u64::from(after)))
     }
@@ -591,16 +595,16 @@ impl<M: Memory> DeviceEnd<M> {
     }
 }
 
-/// How far a device that has gone had published returns, by its checkpoint: those before that
-/// position for sure, and those that it names if the tag of the first is there. The device's `seq`
-/// was `seq`.
+/// The position up to which a device that ended has published its returns. All returns before the
+/// checkpoint's position are published. The returns that the checkpoint names are published if
+/// their tag is there. `seq` is the `seq` of that device.
 fn published(words: &[Word], layout: Layout, seq: u64) -> Result<u64, BadRing> {
     let word = words[CHECKPOINT].load(Ordering::Relaxed);
-    // It is no more than a ring away from `seq`, so its low bits say which position it is.
+    // The position is at most a ring's size away from `seq`, so its low bits name it.
     let behind = (seq << 16).wrapping_sub(word & !0xffff) as i64 >> 16;
     let pos = seq.wrapping_sub(behind as u64);
     // Pairs with nothing: the other device's stores are complete. The driver may have submitted
-    // anew.
+    // a new entry in this slot.
     let tag = layout.slot(words, pos)[1].load(Ordering::Relaxed);
     let still_submitted = tag & MARKS == layout.lap(pos);
     let n = if still_submitted { 0 } else { word & 0xffff };

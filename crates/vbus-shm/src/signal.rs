@@ -1,14 +1,15 @@
 //! Signal: who wakes whom, and when (spec/shared-memory.md, "Signal").
 //!
-//! Each direction has two words, each with one writer and in a cache line of its own. The sender
+//! Each direction has two words. Each word has one writer and a cache line of its own. The sender
 //! writes `seq`, a free-running count of its posts. The receiver writes `arm`: the position at
-//! which it wants to be kicked, or "not at all". Three facts follow from these two words: there is
-//! news if `seq` differs from what the receiver consumed; a kick was sent if `seq` has passed the
-//! position in `arm`; a burst of posts costs one kick. A receiver that polls costs no kick at all.
+//! which it wants a kick, or "no kick". Three facts follow from these two words. There are new
+//! posts if `seq` differs from the count that the receiver has consumed. A kick was sent if `seq`
+//! has passed the position in `arm`. A burst of posts costs one kick. A receiver that polls costs
+//! no kick at all.
 //!
-//! Position `at` is the number of the post that kicks. A receiver that has consumed everything up
-//! to `seen` arms at `seen`: the very next post kicks. Or it arms at `seen + k`: the post after `k`
-//! more kicks, and the receiver needs a time-out of its own.
+//! Position `at` is the number of the post that kicks. A receiver that has consumed `seen` posts
+//! arms at `seen`: the next post kicks. Or it arms at `seen + k`: `k` posts do not kick, and the
+//! one after them does. Then the receiver needs a time-out of its own.
 
 use core::fmt;
 use core::marker::PhantomData;
@@ -42,8 +43,8 @@ const _: () = {
     assert!(BLOCK_BYTES == DRIVER_ARM + 64 && BLOCK_ALIGN == 64);
 };
 
-/// The two ends of a connection, as types: a sender, a receiver and a [`Kick`] each say by their
-/// type whose they are.
+/// The two ends of a connection, as types. The type of a sender, of a receiver and of a [`Kick`]
+/// names the end that has it.
 pub mod end {
     use super::{DEVICE_ARM, DEVICE_SEQ, DRIVER_ARM, DRIVER_SEQ, WORD};
 
@@ -99,10 +100,10 @@ use end::End;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BadSignal;
 
-/// What a post by end `E` asks for: whether the other end must be woken now.
+/// The result of a post by end `E`: whether the caller must wake the other end now.
 ///
-/// Give it to what wakes that end: the driver's to a doorbell, the device's to an interrupt. A
-/// kick of the wrong end does not fit there, and a kick cannot be used twice.
+/// Give a kick by the driver to a doorbell, and a kick by the device to an interrupt. The types do
+/// not allow the kick of the wrong end, nor the use of a kick twice.
 ///
 /// ```compile_fail
 /// use vbus_shm::signal::{Kick, end};
@@ -134,8 +135,8 @@ impl<E> Kick<E> {
         self.wanted
     }
 
-    /// One kick in place of two: wanted if either is. Only for kicks of the same signal, or of
-    /// signals that wake the same sleeper.
+    /// One kick in place of two. It is wanted if one of the two is wanted. Both must be kicks of
+    /// the same signal, or of signals that wake the same sleeper.
     #[inline(always)]
     pub fn or(self, other: Kick<E>) -> Kick<E> {
         Kick::new(self.wanted | other.wanted)
@@ -148,8 +149,8 @@ impl<E: End> fmt::Debug for Kick<E> {
     }
 }
 
-/// Position `a` less position `b`. Positions in `arm` have 63 bits, so this is a number of 63 bits
-/// with a sign.
+/// Position `a` minus position `b`. Positions in `arm` have 63 bits, so the difference is a number
+/// of 63 bits with a sign.
 #[inline(always)]
 #[allow(clippy::cast_possible_wrap, reason = "to a difference with a sign")]
 fn difference(a: u64, b: u64) -> i64 {
@@ -170,8 +171,8 @@ impl<E: End> Tx<E> {
         Tx { base, seq: start, end: PhantomData }
     }
 
-    /// Takes up the half of a sender that has gone, and posts up to `seq` what it had made visible
-    /// without a post.
+    /// Resumes the half of a sender that ended. Posts, up to `seq`, what that sender made visible
+    /// and did not post.
     pub(super) fn resume(words: &[Word], base: usize, seq: u64) -> (Self, Kick<E>) {
         let half = Tx::new(base, seq);
         let kick = half.repost(words);
@@ -183,8 +184,8 @@ impl<E: End> Tx<E> {
         self.seq
     }
 
-    /// Stores `seq` anew, and says whether a receiver that armed at any post so far must be woken:
-    /// the sender before may have gone without its kick.
+    /// Stores `seq` again. The kick is wanted if the receiver is armed at any post so far, because
+    /// the sender before may have ended without its kick.
     fn repost(&self, words: &[Word]) -> Kick<E> {
         // Pairs with the loads of `seq` in Rx::{seen, arm}.
         publish(&words[self.base + E::SEQ], self.seq, Edge::Seq);
@@ -202,11 +203,11 @@ impl<E: End> Tx<E> {
         self.seq = old.wrapping_add(u64::from(n));
         // Pairs with the loads of `seq` in Rx::{seen, arm}.
         publish(&words[self.base + E::SEQ], self.seq, Edge::Seq);
-        // Store of `seq` before load of `arm`: with the fence in `arm`, one of the two ends sees
-        // the other's store.
+        // Orders the store of `seq` before the load of `arm`. Together with the fence in `arm` this
+        // makes sure that one end sees the other's store.
         fence(Fence::Post);
-        // Pairs with the stores of `arm` in Rx::{arm, disarm}. Read once: the peer may change it at
-        // any time.
+        // Pairs with the stores of `arm` in Rx::{arm, disarm}. This end reads the word once,
+        // because the peer may change it at any time.
         let arm = words[self.base + E::Peer::ARM].load(Ordering::Relaxed);
         let ahead = arm.wrapping_sub(old) & !ARM_ENABLED;
         Kick::new(arm & ARM_ENABLED != 0 && ahead < u64::from(n))
@@ -236,7 +237,7 @@ impl<E: End> Rx<E> {
     pub(super) fn arm(self, words: &[Word], at: u64) -> Armed {
         // Pairs with the load of `arm` in Tx::post.
         words[self.base + E::ARM].store(ARM_ENABLED | at, Ordering::Relaxed);
-        // Store of `arm` before load of `seq`: see `post`.
+        // Orders the store of `arm` before the load of `seq`: see `post`.
         fence(Fence::Arm);
         if difference(self.seen(words), at) > 0 { Armed::Missed } else { Armed::Waiting }
     }
@@ -256,9 +257,9 @@ fn block(mem: &impl Memory, offset: usize) -> Result<usize, BadSignal> {
     Ok(offset / WORD)
 }
 
-/// Makes the block at byte `offset` of `mem` a fresh one: both ends count from `start`, nobody is
-/// armed. The driver does this before it registers the region. A block of zeros is a fresh one with
-/// `start` 0.
+/// Makes the block at byte `offset` of `mem` a fresh one. Both ends count from `start`, and neither
+/// is armed. The driver does this before it registers the region. A block of zeros is a fresh block
+/// with `start` 0.
 pub fn format(mem: &impl Memory, offset: usize, start: u64) -> Result<(), BadSignal> {
     let base = block(mem, offset)?;
     let words = &mem.words()[base..base + BLOCK_WORDS];
@@ -279,16 +280,16 @@ pub struct Sender<M, E> {
 }
 
 impl<M: Memory, E: End> Sender<M, E> {
-    /// The half by which `end` sends, over the block at byte `offset` of `mem`, counting on from
-    /// `start`: what its `seq` holds now.
+    /// The half by which `end` sends, over the block at byte `offset` of `mem`. It counts on from
+    /// `start`, the value of its `seq` now.
     pub fn new(mem: M, offset: usize, end: E, start: u64) -> Result<Self, BadSignal> {
         let _ = end;
         let half = Tx::new(block(&mem, offset)?, start);
         Ok(Sender { mem, half })
     }
 
-    /// The half by which `end` sends, in place of a sender that has gone at any moment. It counts
-    /// on from the `seq` in memory. The sender before may have gone between a post and its kick, so
+    /// The half by which `end` sends, in place of a sender that ended at any moment. It counts on
+    /// from the `seq` in memory. The sender before may have ended between a post and its kick, so
     /// there is a kick here if the receiver is armed for any post so far.
     pub fn resume(mem: M, offset: usize, end: E) -> Result<(Self, Kick<E>), BadSignal> {
         let _ = end;
@@ -304,24 +305,24 @@ impl<M: Memory, E: End> Sender<M, E> {
         self.half.posted()
     }
 
-    /// Makes `n` more posts visible, after everything written before. The kick is wanted at most
-    /// once for each position at which the receiver arms. A peer that has not yet seen these posts
-    /// does not see what is written after them.
+    /// Makes `n` more posts visible. A receiver that sees them sees everything that was written
+    /// before. The kick is wanted at most once for each position at which the receiver arms. A peer
+    /// that has not yet seen these posts does not see what is written after them.
     #[inline]
     pub fn post(&mut self, n: u32) -> Kick<E> {
         self.half.post(self.mem.words(), n)
     }
 }
 
-/// What came of arming.
+/// The result of arming.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use = "a receiver that missed a post must not sleep"]
 pub enum Armed {
-    /// The post at the position will kick: it is safe to sleep.
+    /// The post at the position will kick. The receiver may sleep.
     Waiting,
-    /// The post is already there: go on without sleeping. An honest sender's data is visible. If
-    /// there is none the sender is not honest, and the receiver may sleep all the same: it loses
-    /// that sender's kick only.
+    /// The post is already there, and so is an honest sender's data. The receiver goes on without
+    /// sleeping. If it finds no data the sender is not honest. Then the receiver may sleep anyway:
+    /// it loses no kick but that sender's.
     Missed,
 }
 
@@ -342,20 +343,20 @@ impl<M: Memory, E: End> Receiver<M, E> {
         Ok(Receiver { mem, half })
     }
 
-    /// The sender's count of posts; everything written before them is visible after this call. It
-    /// is the peer's word: any value may come.
+    /// The sender's count of posts. After this call everything is visible that the sender wrote
+    /// before them. The peer may write any value.
     #[inline]
     pub fn seen(&self) -> u64 {
         self.half.seen(self.mem.words())
     }
 
-    /// Asks for a kick by post number `at`.
+    /// Asks for a kick by post number `at`, counted from 0.
     #[inline]
     pub fn arm(&mut self, at: u64) -> Armed {
         self.half.arm(self.mem.words(), at)
     }
 
-    /// Asks for no kick. One that is already under way may still come.
+    /// Asks for no kick. A kick that is already under way may still come.
     #[inline]
     pub fn disarm(&mut self) {
         self.half.disarm(self.mem.words());
@@ -427,15 +428,15 @@ mod tests {
         for start in STARTS {
             let memory = memory();
             let (mut tx, mut rx) = pair(&memory, start);
-            assert!(!tx.post(1).is_wanted(), "nobody has armed");
+            assert!(!tx.post(1).is_wanted(), "the receiver has not armed");
             assert_eq!(rx.seen(), start.wrapping_add(1));
             assert_eq!(rx.arm(rx.seen()), Armed::Waiting);
             assert!(tx.post(1).is_wanted());
-            assert!(!tx.post(1).is_wanted(), "one kick a position");
+            assert!(!tx.post(1).is_wanted(), "the position has had its kick");
             assert_eq!(rx.arm(rx.seen().wrapping_sub(1)), Armed::Missed);
             assert_eq!(rx.arm(rx.seen().wrapping_add(2)), Armed::Waiting);
-            assert!(!tx.post(2).is_wanted(), "two more are let pass");
-            assert!(tx.post(5).is_wanted(), "a batch that covers the position");
+            assert!(!tx.post(2).is_wanted(), "two posts come before the position");
+            assert!(tx.post(5).is_wanted(), "the batch covers the position");
             assert_eq!(rx.arm(rx.seen()), Armed::Waiting);
             rx.disarm();
             assert!(!tx.post(1).is_wanted());
@@ -443,7 +444,7 @@ mod tests {
     }
 
     #[test]
-    fn a_receiver_however_far_behind_has_missed_the_post() {
+    fn a_receiver_at_any_distance_behind_has_missed_the_post() {
         for behind in [1, (1 << 31) + 5, (1 << 32) + 1, (1 << 40) + 7, (1 << 62) - 1] {
             for start in STARTS {
                 let memory = memory();
@@ -455,7 +456,7 @@ mod tests {
     }
 
     #[test]
-    fn no_position_aliases_another() {
+    fn no_position_stands_for_another() {
         for ahead in [1 << 31, 1 << 32, 5 << 32, 1 << 62] {
             for start in STARTS {
                 let memory = memory();
@@ -468,7 +469,7 @@ mod tests {
     }
 
     #[test]
-    fn directions_are_apart() {
+    fn the_two_directions_are_independent() {
         let memory = memory();
         let mut driver = Signal::new(&memory[..], 0, end::Driver, 0).unwrap();
         let mut device = Signal::new(&memory[..], 0, end::Device, 0).unwrap();
@@ -479,7 +480,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sender_that_is_resumed_makes_up_for_a_lost_kick() {
+    fn a_resumed_sender_makes_up_for_a_lost_kick() {
         for start in STARTS {
             let memory = memory();
             let (mut tx, mut rx) = pair(&memory, start);
@@ -488,7 +489,7 @@ mod tests {
             assert_eq!(rx.arm(start), Armed::Waiting);
             let (_, kick) = Sender::resume(&memory[..], 0, end::Driver).unwrap();
             assert!(!kick.is_wanted(), "nothing was posted");
-            let _ = tx.post(1); // Its kick is lost with it.
+            let _ = tx.post(1); // The sender ends here, and its kick is lost.
             let (mut tx, kick) = Sender::resume(&memory[..], 0, end::Driver).unwrap();
             assert!(kick.is_wanted());
             assert_eq!(tx.posted(), start.wrapping_add(1));

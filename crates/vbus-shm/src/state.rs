@@ -1,9 +1,9 @@
 //! State page: the newest value is always current (spec/shared-memory.md, "State page").
 //!
-//! A header, a signal block, then N slots of the value. The version is the owner's `seq`: writing
-//! fills the slot after the current one and posts. The writer never waits for a reader. A reader
-//! tries again only if the writer came all the way round while it copied, a bounded number of
-//! times. Version 0 of a fresh page is a value of zeros.
+//! A page is a header, a signal block, and N slots of the value. The version is the owner's `seq`.
+//! The owner writes the slot after the current one, and then posts. It never waits for a reader. A
+//! reader tries again only if the owner wrote all slots while the reader copied. It tries a bounded
+//! number of times. The first value of a fresh page is all zeros.
 
 use super::copy;
 use super::memory::{Memory, WORD, low, read_u32};
@@ -17,15 +17,15 @@ pub const MAGIC: u64 = 0x0001_7473_7375_6276;
 pub const SIGNAL_OFFSET: usize = 128;
 /// Where slot 0 is, in bytes.
 pub const SLOTS_OFFSET: usize = SIGNAL_OFFSET + BLOCK_BYTES;
-/// Slots unless one asks for more.
+/// The number of slots as a rule.
 pub const DEFAULT_SLOTS: u32 = 4;
 /// The largest value, in bytes.
 pub const MAX_VALUE: u32 = 1 << 20;
-/// How often a reader tries before it gives the writer up as hostile.
+/// How often a reader tries before it gives up a hostile owner.
 pub const READ_TRIES: u32 = 64;
-/// Bytes that a reader may copy in trying, if that makes more tries than [`READ_TRIES`]: small
-/// values are written faster than a cache line comes over from the other core, and many of their
-/// reads need many tries.
+/// Bytes that a reader may copy in all its tries, if this allows more tries than [`READ_TRIES`]. An
+/// owner writes small values faster than a cache line comes from the other core. Many reads of such
+/// values need many tries.
 const READ_BYTES: usize = 64 << 10;
 
 const SIGNAL: usize = SIGNAL_OFFSET / WORD;
@@ -107,9 +107,9 @@ impl Layout {
         &words[first..first + self.value_bytes().div_ceil(WORD)]
     }
 
-    /// Writes the header of a fresh page over zeroed memory, with versions counting from `start`.
-    /// Done by the driver, which owns the memory, before it registers the region, whichever end
-    /// will own the value.
+    /// Writes the header of a fresh page over zeroed memory. Versions count from `start`. The
+    /// driver does this before it registers the region, because the memory belongs to it. Either
+    /// end may be the owner of the value.
     pub fn format(self, mem: &impl Memory, start: u64) -> Result<(), BadState> {
         let words = mem.words();
         if words.len() < self.words() {
@@ -117,7 +117,7 @@ impl Layout {
         }
         words[HEADER_VALUE_BYTES].store(u64::from(self.value_bytes), Ordering::Relaxed);
         words[HEADER_SLOTS].store(u64::from(self.slots), Ordering::Relaxed);
-        // Which also makes `start` the current version, before the first post.
+        // This also makes `start` the current version before the first post.
         signal::format(mem, SIGNAL_OFFSET, start)?;
         words[0].store(MAGIC, Ordering::Release);
         Ok(())
@@ -151,7 +151,7 @@ pub struct Writer<M, E> {
 }
 
 impl<M: Memory, E: End> Writer<M, E> {
-    /// The writer of a formatted page, going on from the version that the page is at.
+    /// The writer of a formatted page. It goes on from the page's current version.
     pub fn attach(mem: M, end: E) -> Result<Self, BadState> {
         let _ = end;
         let layout = Layout::load(&mem)?;
@@ -159,9 +159,9 @@ impl<M: Memory, E: End> Writer<M, E> {
         Ok(Writer { mem, layout, tx: Tx::new(SIGNAL, version) })
     }
 
-    /// A writer in place of one that has gone at any moment. It goes on from the version that the
-    /// page is at: what the other had written but not posted, nobody has seen. The other may have
-    /// gone between a post and its kick, so there is a kick here if the reader is armed for any
+    /// A writer in place of one that ended at any moment. It goes on from the page's current
+    /// version. No reader has seen a value that the other wrote and did not post. The other may
+    /// have ended between a post and its kick, so the kick is wanted if the reader is armed for any
     /// version so far.
     pub fn resume(mem: M, end: E) -> Result<(Self, Kick<E>), BadState> {
         let _ = end;
@@ -181,12 +181,13 @@ impl<M: Memory, E: End> Writer<M, E> {
         self.tx.posted()
     }
 
-    /// Makes `value` current. Shorter values are filled up with zeros, longer ones are cut.
+    /// Makes `value` current. A shorter value is filled up with zeros, and a longer one is cut.
     #[inline]
     pub fn write(&mut self, value: &[u8]) -> Kick<E> {
         let words = self.mem.words();
         let slot = self.layout.slot(words, self.tx.posted().wrapping_add(1));
-        // Published by the release in post; kept behind the previous version by its fence.
+        // The release in `post` publishes the value. The fence in the previous `post` keeps the
+        // value behind the previous version.
         if value.len() <= self.layout.value_bytes() {
             copy::store(slot, value);
         } else {
@@ -196,8 +197,7 @@ impl<M: Memory, E: End> Writer<M, E> {
     }
 }
 
-/// A reader at end `E`. What it reads is a copy of the value that was current at some moment during
-/// the call.
+/// A reader at end `E`. It copies a value that was current at some moment during the call.
 #[derive(Debug)]
 pub struct Reader<M, E> {
     mem: M,
@@ -205,8 +205,8 @@ pub struct Reader<M, E> {
     rx: Rx<E>,
 }
 
-/// The writer came round again and again while we copied. An honest one does that only if this
-/// reader is hardly ever scheduled.
+/// The owner wrote all slots during each try of the reader. An honest owner does this only if the
+/// system hardly ever runs the reader.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Overrun;
 
@@ -228,12 +228,12 @@ impl<M: Memory, E: End> Reader<M, E> {
         self.rx.seen(self.mem.words())
     }
 
-    /// Copies the current value into the front of `out`, which gets at most a value's bytes, and
-    /// returns its version.
+    /// Copies the current value to the front of `out` and returns its version. Copies at most the
+    /// bytes of a value.
     #[inline]
     pub fn read(&self, out: &mut [u8]) -> Result<u64, Overrun> {
         if out.len() <= self.layout.value_bytes() {
-            // Most often the first try does.
+            // The first try succeeds as a rule.
             if let Some(version) = self.try_read(out) {
                 return Ok(version);
             }
@@ -247,7 +247,7 @@ impl<M: Memory, E: End> Reader<M, E> {
         (1..self.tries()).find_map(|_| self.try_read(&mut out[..wanted])).ok_or(Overrun)
     }
 
-    /// How often a read tries: bounded, and so is what it copies.
+    /// How often a read tries. Both the tries and the bytes that they copy are bounded.
     fn tries(&self) -> u32 {
         let tries = READ_BYTES / self.layout.value_bytes().max(WORD);
         READ_TRIES.max(u32::try_from(tries).unwrap_or(READ_TRIES)).min(1024)
@@ -258,14 +258,14 @@ impl<M: Memory, E: End> Reader<M, E> {
         let words = self.mem.words();
         let version = self.rx.seen(words);
         copy::load(self.layout.slot(words, version), out);
-        // Pairs with the fence in Tx::post: if a word was of the next round, its predecessor's
-        // `seq` is seen below.
+        // Pairs with the fence in Tx::post. If the copy has a word of a later value in this slot,
+        // the load below sees the `seq` of the version before that value.
         fence(Fence::Read);
         let passed = self.rx.seen(words).wrapping_sub(version);
         (passed < u64::from(self.layout.slots - 1)).then_some(version)
     }
 
-    /// Like [`read`](Self::read), but nothing if the version is still `than`.
+    /// Like [`read`](Self::read), but returns `None` if the version is still `than`.
     pub fn read_if_newer(&self, than: u64, out: &mut [u8]) -> Result<Option<u64>, Overrun> {
         if self.version() == than {
             return Ok(None);
@@ -273,8 +273,7 @@ impl<M: Memory, E: End> Reader<M, E> {
         self.read(out).map(Some)
     }
 
-    /// Asks for a kick by the update that follows version `than`. [`Armed::Missed`]: it is there
-    /// already.
+    /// Asks for a kick by the version that follows `than`. [`Armed::Missed`]: it is there already.
     pub fn arm_newer(&mut self, than: u64) -> Armed {
         self.rx.arm(self.mem.words(), than)
     }
@@ -285,9 +284,9 @@ impl<M: Memory, E: End> Reader<M, E> {
     }
 }
 
-/// A reader that keeps the newest value of N bytes as its own, and copies from the page only when
-/// that has a newer one. For values that are looked at more often than they change: a look then
-/// costs no more than a load of the version.
+/// A reader that keeps its own copy of the newest value, of N bytes. It copies from the page only
+/// if the page has a newer value. Otherwise a read costs one load of the version. Use it for a
+/// value that you read more often than it changes.
 #[derive(Debug)]
 pub struct Latest<M, E, const N: usize> {
     reader: Reader<M, E>,
@@ -303,7 +302,7 @@ impl<M: Memory, E: End, const N: usize> Latest<M, E, N> {
         Ok(Latest { reader, value, version })
     }
 
-    /// The newest value. After an error it is the one before.
+    /// The newest value. After an error the reader keeps the value before.
     #[inline]
     pub fn read(&mut self) -> Result<&[u8; N], Overrun> {
         if self.reader.version() != self.version {
@@ -343,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn the_latest_value_is_kept() {
+    fn latest_keeps_the_newest_value() {
         let layout = Layout::new(16, 4).unwrap();
         let memory = memory(layout, u64::MAX);
         let mut writer = Writer::attach(&memory[..], Device).unwrap();
@@ -378,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_value_is_current_whatever_its_size() {
+    fn the_last_value_of_any_size_is_current() {
         for start in [0, u64::MAX - 2] {
             for size in [1_u32, 7, 8, 9, 63, 64, 65, 1000] {
                 let memory = memory(Layout::new(size, 4).unwrap(), start);
@@ -398,7 +397,7 @@ mod tests {
     }
 
     #[test]
-    fn short_values_are_filled_up_and_long_ones_cut() {
+    fn short_values_are_filled_up_and_long_values_are_cut() {
         let memory = memory(Layout::new(12, 4).unwrap(), 0);
         let mut writer = Writer::attach(&memory[..], Driver).unwrap();
         let reader = Reader::attach(&memory[..], Device).unwrap();
@@ -417,7 +416,7 @@ mod tests {
     }
 
     #[test]
-    fn a_writer_that_was_restarted_goes_on() {
+    fn a_new_writer_goes_on_from_the_current_version() {
         let memory = memory(Layout::new(8, 4).unwrap(), 0);
         let _ = Writer::attach(&memory[..], Driver).unwrap().write(&[1; 8]);
         let mut writer = Writer::attach(&memory[..], Driver).unwrap();
@@ -428,7 +427,7 @@ mod tests {
     }
 
     #[test]
-    fn waits_for_what_is_newer() {
+    fn a_reader_waits_for_a_newer_version() {
         let memory = memory(Layout::new(8, 4).unwrap(), u64::MAX);
         let mut writer = Writer::attach(&memory[..], Driver).unwrap();
         let mut reader = Reader::attach(&memory[..], Device).unwrap();
@@ -443,7 +442,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reader_however_far_behind_has_missed_the_update() {
+    fn a_reader_at_any_distance_behind_has_missed_the_update() {
         for behind in [(1 << 31) + 5, (1 << 32) + 1, 3 << 32] {
             let memory = memory(Layout::new(8, 4).unwrap(), 0);
             let mut reader = Reader::attach(&memory[..], Device).unwrap();
@@ -454,12 +453,12 @@ mod tests {
     }
 
     #[test]
-    fn a_writer_that_is_resumed_makes_up_for_a_lost_kick() {
+    fn a_resumed_writer_makes_up_for_a_lost_kick() {
         let memory = memory(Layout::new(8, 4).unwrap(), 5);
         let mut reader = Reader::attach(&memory[..], Device).unwrap();
         let mut writer = Writer::attach(&memory[..], Driver).unwrap();
         assert_eq!(reader.arm_newer(5), Armed::Waiting);
-        let _ = writer.write(&[1; 8]); // Its kick is lost with it.
+        let _ = writer.write(&[1; 8]); // The writer ends here, and its kick is lost.
         let (writer, kick) = Writer::resume(&memory[..], Driver).unwrap();
         assert!(kick.is_wanted());
         assert_eq!(writer.version(), 6);

@@ -1,23 +1,22 @@
-//! The atomics that every protocol here is written with, in one place, so that a model checker can
-//! put its own in their stead.
+//! The atomics of all protocols of this crate. They stand in one file, so that a model checker can
+//! put its own atomics in their place.
 //!
-//! Wherever a protocol depends on order, it names the place ([`Fence`], [`Edge`]) instead of an
-//! ordering. The models in `vbus-shm-model` compile the same protocols over a `sync` in which each
-//! place can be taken out, and show that each is needed.
+//! Where a protocol depends on an order, it names the place ([`Fence`], [`Edge`]) and not the
+//! ordering. `vbus-shm-model` compiles the same protocols over another `sync`. A test can take out
+//! each place there. So the tests show that each place is needed.
 
 pub use core::sync::atomic::Ordering;
 
 #[cfg(not(target_endian = "little"))]
 compile_error!(
-    "vbus keeps words of shared memory in the machine's own order, which has to be little-endian"
+    "vbus needs a little-endian machine: words of shared memory are in the machine's own order"
 );
 
-/// A word of shared memory. All shared memory is accessed as aligned little-endian 64-bit words:
-/// one type of access, so no mixed-size races, and a torn value is a wrong value but never
-/// undefined behaviour.
+/// A word of shared memory: 64 bits, aligned, little-endian. All accesses have this one size, so
+/// there are no races of mixed sizes. A torn value is a wrong value, but never undefined behaviour.
 pub type Word = core::sync::atomic::AtomicU64;
 
-/// The places that need a fence, named so that a test can take out one at a time and see the
+/// The places that need a fence. Each has a name, so that a test can take out one fence and see the
 /// protocol fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fence {
@@ -40,13 +39,13 @@ pub enum Fence {
     Unmask,
 }
 
-/// The words by which one end publishes and the other observes: a release store and the acquire
-/// load that reads it.
+/// The words by which one end publishes and the other end observes. One end stores with release,
+/// and the other loads with acquire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Edge {
     /// A signal's `seq`.
     Seq,
-    /// The second word of a ring's entry, with the lap tag.
+    /// The second word of a ring's slot: the tag.
     Tag,
     /// A word of an interrupt page's pending bits.
     Line,
@@ -63,27 +62,27 @@ pub fn fence(at: Fence) {
     }
 }
 
-/// Stores `value` so that whoever [`observe`]s it sees everything written before.
+/// Stores `value`. An end that [`observe`]s the value sees everything that was written before.
 #[inline(always)]
 pub fn publish(word: &Word, value: u64, _at: Edge) {
     word.store(value, Ordering::Release);
 }
 
-/// Loads a word that the other end [`publish`]es.
+/// Loads a word that the other end [`publish`]es, and makes visible what that end wrote before.
 #[inline(always)]
 pub fn observe(word: &Word, _at: Edge) -> u64 {
     word.load(Ordering::Acquire)
 }
 
-/// Sets `bits`, so that whoever [`clear_bits`] them sees everything written before. Returns what
-/// was there.
+/// Sets `bits` and returns the word as it was before. An end that clears them by [`clear_bits`]
+/// sees everything that was written before.
 #[inline(always)]
 pub fn set_bits(word: &Word, bits: u64, _at: Edge) -> u64 {
     word.fetch_or(bits, Ordering::Release)
 }
 
-/// Clears `bits`; everything is visible that was written before they were [set](set_bits). Returns
-/// what was there.
+/// Clears `bits` and returns the word as it was before. Makes visible what the other end wrote
+/// before it [set](set_bits) them.
 #[inline(always)]
 pub fn clear_bits(word: &Word, bits: u64, _at: Edge) -> u64 {
     word.fetch_and(!bits, Ordering::Acquire)

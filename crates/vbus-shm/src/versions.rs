@@ -1,4 +1,4 @@
-//! Versions of the ABI: what each end speaks, and what both do.
+//! Versions of the ABI: those that an end speaks, and the one that both ends speak.
 
 use core::fmt;
 
@@ -14,7 +14,7 @@ pub struct Versions {
 }
 
 impl Versions {
-    /// What this code speaks.
+    /// The versions that this code speaks.
     pub const SUPPORTED: Versions = Versions { lowest: ABI_LOWEST, highest: ABI_HIGHEST };
 
     /// The range that a register holds: the lowest in bits 0..16, the highest in 16..32.

@@ -1,26 +1,26 @@
 //! Wide copies of whole words, where the machine has them.
 //!
-//! Atomic accesses of 64 bits are the widest that the language has, and a third of what a processor
-//! can copy. An `asm!` block is outside of the compiler's sight: it reads shared memory that the
-//! other end may write at the same time as the processor does, torn at worst. So here, and only
-//! here, shared memory is not accessed as [`Word`]s. Portable words do the rest: short copies,
-//! other machines, programs that may not touch vector registers (a kernel), and Miri.
+//! The widest atomic access of the language has 64 bits. Copies by such accesses have a third of
+//! the speed that a processor can reach. The compiler does not see into an `asm!` block. So the
+//! block may read shared memory while the other end writes it: the copy is torn at worst. Only this
+//! file accesses shared memory other than by [`Word`]s. Copies go by words if they are short, on
+//! other machines, in programs that may not use vector registers (a kernel), and under Miri.
 #![allow(unsafe_code)] // See above.
 
 use super::memory::WORD;
 use super::sync::Word;
 
-/// Copies the front of `bytes` to all of `words`, or does nothing and says so. There are at least
-/// as many bytes.
+/// Copies the front of `bytes` to all of `words` and returns true, or does nothing and returns
+/// false. `bytes` is at least as long as `words`.
 #[inline(always)]
 pub fn store(words: &[Word], bytes: &[u8]) -> bool {
     let bytes = &bytes[..words.len() * WORD];
-    // SAFETY: as many bytes both; `words` is memory that may change at any time.
+    // SAFETY: both have `bytes.len()` bytes. `words` is memory that may change at any time.
     unsafe { vector::copy(words.as_ptr().cast_mut().cast(), bytes.as_ptr(), bytes.len()) }
 }
 
-/// Copies all of `words` to the front of `out`, or does nothing and says so. There is room for
-/// them.
+/// Copies all of `words` to the front of `out` and returns true, or does nothing and returns false.
+/// `out` is at least as long as `words`.
 #[inline(always)]
 pub fn load(words: &[Word], out: &mut [u8]) -> bool {
     let out = &mut out[..words.len() * WORD];
@@ -33,12 +33,12 @@ pub fn load(words: &[Word], out: &mut [u8]) -> bool {
 
 #[cfg(not(all(target_arch = "x86_64", target_feature = "sse2", not(miri))))]
 mod vector {
-    /// Copies nothing, and says so.
+    /// Does nothing and returns false.
     pub(super) unsafe fn copy(_: *mut u8, _: *const u8, _: usize) -> bool {
         false
     }
 
-    /// Copies nothing, and says so.
+    /// Does nothing and returns false.
     pub(super) unsafe fn copy_line(_: *mut u8, _: *const u8, _: usize) -> bool {
         false
     }
@@ -52,18 +52,19 @@ mod vector {
 
     /// Bytes of a step of the loop.
     const STEP: usize = 64;
-    /// From here on, vectors are faster. Below, what was written a moment ago in words is also read
-    /// faster in words.
+    /// The smallest copy that is faster by vectors. A smaller value that was written by words a
+    /// moment ago is read faster by words.
     const FROM: usize = 2 * STEP;
 
-    /// Copies all of `bytes` bytes, or does nothing and says so: whole steps from where `to` is
-    /// aligned, then the last 64 as they come, then the first 32. Those come last because a value
-    /// often begins with a counter or a time that was written a moment ago, and a vector cannot be
-    /// read from a word that is still on its way to the cache.
+    /// Copies `bytes` bytes and returns true, or does nothing and returns false. First it copies
+    /// whole steps from the point on where `to` is aligned. Then it copies the last 64 bytes, and
+    /// then the first 32. A value often begins with a counter or a time that was written a moment
+    /// ago. A vector cannot be read from a word that is still on its way to the cache, so the first
+    /// bytes come last.
     ///
     /// # Safety
-    /// `to` is as many bytes that may be written, `from` as many that may be read; they do not
-    /// overlap.
+    /// `to` has at least `bytes` bytes that may be written. `from` has at least `bytes` bytes that
+    /// may be read. They do not overlap.
     #[inline(always)]
     pub(super) unsafe fn copy(to: *mut u8, from: *const u8, bytes: usize) -> bool {
         if bytes < FROM || !avx() {
@@ -71,9 +72,9 @@ mod vector {
         }
         let skip = 32 - to as usize % 32;
         let steps = (bytes - skip) / STEP;
-        // SAFETY: the processor has AVX. The head is 32 bytes and covers `skip`; the loop covers
-        // `steps` of 64 behind `skip`, at least one; the tail lies wholly within, as `bytes` is at
-        // least 64.
+        // SAFETY: the processor has AVX. The head has 32 bytes and covers `skip`. The loop covers
+        // `steps` steps of 64 bytes behind `skip`, at least one. The tail lies wholly within the
+        // copy, because `bytes` is at least 64.
         unsafe {
             asm!(
                 "2:",
@@ -99,27 +100,29 @@ mod vector {
                 steps = inout(reg) steps => _,
                 from_tail = in(reg) from.add(bytes - STEP),
                 to_tail = in(reg) to.add(bytes - STEP),
-                // All of them: vzeroupper clears the upper half of each, and the compiler knows
-                // each by its lower half.
-                out("xmm0") _, out("xmm1") _, out("xmm2") _, out("xmm3") _, out("xmm4") _, out("xmm5") _, out("xmm6") _, out("xmm7") _,
-                out("xmm8") _, out("xmm9") _, out("xmm10") _, out("xmm11") _, out("xmm12") _, out("xmm13") _, out("xmm14") _, out("xmm15") _,
+                // vzeroupper clears the upper half of every register. The compiler names each
+                // register by its lower half.
+                out("xmm0") _, out("xmm1") _, out("xmm2") _, out("xmm3") _,
+                out("xmm4") _, out("xmm5") _, out("xmm6") _, out("xmm7") _,
+                out("xmm8") _, out("xmm9") _, out("xmm10") _, out("xmm11") _,
+                out("xmm12") _, out("xmm13") _, out("xmm14") _, out("xmm15") _,
                 options(nostack),
             );
         }
         true
     }
 
-    /// Copies all of `bytes` bytes if they are 64, or does nothing and says so. Not for what was
-    /// written in words a moment ago.
+    /// Copies `bytes` bytes and returns true if `bytes` is 64. Otherwise does nothing and returns
+    /// false. It is slow for a value that was written by words a moment ago.
     ///
     /// # Safety
-    /// As of [`copy`].
+    /// The same as for [`copy`].
     #[inline(always)]
     pub(super) unsafe fn copy_line(to: *mut u8, from: *const u8, bytes: usize) -> bool {
         if bytes != 64 {
             return false;
         }
-        // SAFETY: 64 bytes both; the target has SSE2.
+        // SAFETY: both have 64 bytes, and the target has SSE2.
         unsafe {
             asm!(
                 "movdqu {a}, [{from}]",
@@ -142,8 +145,8 @@ mod vector {
         true
     }
 
-    /// Whether the processor has AVX and the system keeps its registers. Asked once: the answer
-    /// takes an exit in a virtual machine.
+    /// Whether the processor has AVX and the system keeps its registers. This asks the processor
+    /// once, because the answer takes an exit in a virtual machine.
     #[inline(always)]
     fn avx() -> bool {
         const NO: u8 = 1;
@@ -171,9 +174,15 @@ mod vector {
             return false;
         }
         let kept: u32;
-        // SAFETY: OSXSAVE says that the instruction is there; it only reads register 0.
+        // SAFETY: OSXSAVE says that the processor has the instruction. It only reads register 0.
         unsafe {
-            asm!("xgetbv", in("ecx") 0, out("eax") kept, out("edx") _, options(nomem, nostack, preserves_flags))
+            asm!(
+                "xgetbv",
+                in("ecx") 0,
+                out("eax") kept,
+                out("edx") _,
+                options(nomem, nostack, preserves_flags),
+            );
         }
         kept & XMM_AND_YMM == XMM_AND_YMM
     }

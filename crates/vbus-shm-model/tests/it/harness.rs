@@ -1,4 +1,4 @@
-//! What the models share: memory, a kick, and running a model whole or crippled.
+//! The parts that all models use: memory, kicks, and checks of a model whole or without a place.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -23,8 +23,8 @@ impl Memory for Shared {
     }
 }
 
-/// A kick, as an eventfd would carry it: it is remembered until it is waited for. A wait may also
-/// end by itself.
+/// A kick as an eventfd carries it. It lasts until a thread waits for it. A wait may also end
+/// without a kick.
 #[derive(Clone)]
 pub struct Kick(Arc<Notify>);
 
@@ -42,8 +42,8 @@ impl Kick {
     }
 }
 
-/// Explores `model` in full, up to `preemptions` switches of a thread that could have gone on. A
-/// lost wake-up shows as a deadlock.
+/// Explores all executions of `model` with up to `preemptions` preemptions: switches away from a
+/// thread that could go on. A lost kick shows as a deadlock.
 pub fn check(preemptions: usize, model: impl Fn() + Sync + Send + 'static) {
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = Some(preemptions);
@@ -51,8 +51,8 @@ pub fn check(preemptions: usize, model: impl Fn() + Sync + Send + 'static) {
     builder.check(model);
 }
 
-/// Checks that `model` holds when it is whole. Then takes out each of `places` alone, and checks that
-/// `model` fails by a lost wake-up or by one of its own assertions.
+/// Checks that `model` holds when it is whole. Then takes out each of `places` alone, and checks
+/// that `model` fails by a lost wake-up or by one of its own assertions.
 pub fn needs(
     places: &[Place],
     preemptions: usize,

@@ -1,5 +1,5 @@
-//! Device ends, and owners of state pages, that end before any access to shared memory, and others
-//! that take up what they left: a driver sees no return lost or doubled, and sleeps through none.
+//! Device ends and owners of state pages that end before any access to shared memory. Another end
+//! resumes what they left. The driver sees no return lost or doubled, and misses no kick.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -16,7 +16,7 @@ fn memory(words: usize) -> Vec<Word> {
     (0..words).map(|_| Word::new(0)).collect()
 }
 
-/// What the device answers entry number `n` with.
+/// The length that the device returns with entry number `n`.
 fn answer(n: u64) -> u32 {
     u32::try_from(n).unwrap() * 3 + 1
 }
@@ -26,7 +26,7 @@ enum Form {
     Counted,
     Entries,
     InOrder,
-    /// Entries in any order.
+    /// Entries in any order, with a ledger.
     Ledger,
 }
 
@@ -44,13 +44,13 @@ const FORMS: [Form; 4] = [Form::Counted, Form::Entries, Form::InOrder, Form::Led
 
 #[derive(Clone, Copy, Debug)]
 enum Op {
-    /// The driver submits so many entries, and posts.
+    /// The driver submits this many entries and posts.
     Submit(u8),
-    /// The driver reaps up to so many.
+    /// The driver reaps up to this many returns.
     Reap(u8),
-    /// The driver arms, and does nothing else until it is kicked.
+    /// The driver arms. It does nothing else until a kick comes.
     Sleep,
-    /// The device takes up to so many, gives back up to so many, and posts.
+    /// The device takes entries up to the first number, gives back up to the second, and posts.
     Serve(u8, u8),
 }
 
@@ -61,7 +61,7 @@ enum Device<'a> {
 }
 
 impl<'a> Device<'a> {
-    /// Takes up the ring; with whether the driver is to be kicked.
+    /// Resumes the ring. Returns the end, and whether a kick of the driver is wanted.
     fn resume(form: Form, ring: Memory<'a>, ledger: Memory<'a>) -> (Device<'a>, bool) {
         if form == Form::Ledger {
             let (device, kick) = Ledger::resume(ring, ledger).unwrap();
@@ -73,7 +73,7 @@ impl<'a> Device<'a> {
         (Device::Plain(device, VecDeque::new()), kick.is_wanted())
     }
 
-    /// Takes, gives back, posts; says whether the driver is to be kicked.
+    /// Takes, gives back and posts. Returns whether a kick of the driver is wanted.
     fn serve(&mut self, take: u8, give: u8) -> bool {
         for _ in 0..take {
             let taken = match self {
@@ -87,7 +87,7 @@ impl<'a> Device<'a> {
         for _ in 0..give {
             let next = match self {
                 Device::Plain(_, held) => held.pop_front(),
-                // In some other order.
+                // Out of order half of the time.
                 Device::WithLedger(_, held) => {
                     if give % 2 == 0 {
                         held.pop_back()
@@ -116,7 +116,7 @@ impl<'a> Device<'a> {
     }
 }
 
-/// The driver, and what it knows.
+/// The driver and its own memory.
 struct Driver<'a> {
     form: Form,
     end: DriverEnd<Memory<'a>>,
@@ -140,7 +140,7 @@ impl Driver<'_> {
             self.in_flight.insert(id, addr);
             self.submitted += 1;
         }
-        let _ = self.end.post(); // The device looks by itself.
+        let _ = self.end.post(); // The device polls.
     }
 
     fn reap(&mut self, count: u8) -> bool {
@@ -154,12 +154,12 @@ impl Driver<'_> {
         for _ in 0..count {
             let Some(back) = self.end.reap().unwrap() else { break };
             let id = match self.form {
-                // Of the oldest.
+                // It is the return of the oldest entry.
                 Form::InOrder => *self.in_flight.iter().min_by_key(|(_, n)| **n).unwrap().0,
                 _ => back.id,
             };
             let n = self.in_flight.remove(&id).expect("an entry came back twice");
-            assert_eq!(back.len, answer(n), "another entry's return");
+            assert_eq!(back.len, answer(n), "the return of another entry");
             if self.form != Form::Ledger {
                 assert_eq!(n, self.reaped, "out of order");
             }
@@ -169,8 +169,8 @@ impl Driver<'_> {
     }
 }
 
-/// Runs `ops`. The device's successive lives may make so many accesses each, and the last one any
-/// number. Returns how many of these lives have ended.
+/// Runs `ops`. Device end number `i` ends before its access number `lives[i]`, counted from 0. The
+/// one after the last of `lives` does not end. Returns how many ends have ended.
 fn run(form: Form, entries: u32, start: u64, ops: &[Op], lives: &[u32]) -> usize {
     let layout = Layout::new(entries, form.returns()).unwrap();
     let (ring, ledger) = (memory(layout.words()), memory(ledger::bytes(entries) / 8));
@@ -193,7 +193,7 @@ fn run(form: Form, entries: u32, start: u64, ops: &[Op], lives: &[u32]) -> usize
             device = Some(end);
             driver.asleep &= !kick;
         } else {
-            // All that it had in its own memory is lost, and a kick that it was about to send.
+            // The end's own memory is lost, and so is a kick that it was about to send.
             ended += 1;
             left = lives.get(ended).copied().unwrap_or(u32::MAX);
         }
@@ -207,7 +207,7 @@ fn run(form: Form, entries: u32, start: u64, ops: &[Op], lives: &[u32]) -> usize
             Op::Sleep => driver.asleep = driver.end.arm(0) == Armed::Waiting,
         }
     }
-    // Everything comes back, whatever is left to be killed.
+    // Everything comes back, even if more device ends are to be killed.
     for _ in 0..1000 {
         if driver.reaped == driver.submitted {
             break;
@@ -220,12 +220,12 @@ fn run(form: Form, entries: u32, start: u64, ops: &[Op], lives: &[u32]) -> usize
             }
         }
     }
-    assert_eq!(driver.reaped, driver.submitted, "{form:?}: returns are lost, or slept through");
+    assert_eq!(driver.reaped, driver.submitted, "{form:?}: returns or a kick are lost");
     assert_eq!(driver.in_flight.len(), 0);
     ended
 }
 
-/// Kills one life before each access, and the next before each access of its own.
+/// Kills the first device end before each of its accesses, and the second before each of its own.
 #[test]
 fn a_device_killed_at_any_access_loses_and_doubles_nothing() {
     let ops = [
@@ -245,7 +245,7 @@ fn a_device_killed_at_any_access_loses_and_doubles_nothing() {
     ];
     for form in FORMS {
         for start in [0, (1 << 47) - 3, (1 << 48) - 3, u64::MAX - 3] {
-            // Until the first life does all there is to do.
+            // Until the first device end does all the work.
             let mut first = 0;
             while (0..30).map(|second| run(form, 8, start, &ops, &[first, second])).max() > Some(0)
             {
@@ -304,7 +304,7 @@ proptest! {
                 prop_assert_eq!(value, [next.wrapping_sub(1); 40], "a value was lost");
             }
             if armed {
-                // Nobody has kicked: then the life that posted is over.
+                // No kick came. So the owner wrote nothing, or it ended after its post.
                 prop_assert!(written.is_none() || version == known);
             }
             known = version;

@@ -1,5 +1,5 @@
-//! Every model, whole and with each of its places taken out.
-#![allow(clippy::unwrap_used)] // Of a test as a whole.
+//! Checks each model whole, and sees it fail without each of its places.
+#![allow(clippy::unwrap_used)] // A failed unwrap fails its test.
 
 mod harness;
 mod kill;

@@ -1,5 +1,5 @@
-//! Devices that raise lines, and processors that sleep: no line may be slept through, and none may
-//! be seen before its data.
+//! Devices that raise lines, and processors that sleep. A processor must not sleep while a line is
+//! pending, and must see the data of a line with the line.
 
 use std::sync::Arc;
 
@@ -14,8 +14,8 @@ const LINES: u16 = 8;
 const LOW: u16 = 2;
 const HIGH: u16 = 5;
 
-/// A processor's page as the device has it: the page itself, the processor's interrupt, the
-/// messages sent, and what each line is about.
+/// What the device has of a processor: its page, its interrupt, the count of messages, and the data
+/// of each line.
 #[derive(Clone)]
 struct Target {
     page: Arc<DeviceEnd<Shared>>,
@@ -42,7 +42,7 @@ impl Target {
 struct Cpu {
     page: DriverEnd<Shared>,
     target: Target,
-    /// By line: how often it was raised, as far as its handler saw.
+    /// For each line, its data as the handler saw it last: how often the line was raised.
     seen: [u64; LINES as usize],
 }
 
@@ -59,8 +59,8 @@ impl Cpu {
         Cpu { page, target, seen: [0; LINES as usize] }
     }
 
-    /// The handler of the message, up to where `None` allows it to return. With `nest`, the handler
-    /// of a line waits within until that line's data has come: only a message can let it go on.
+    /// The handler of the message. It returns when `take` returns `None`. With `nest`, the handler
+    /// of a lower line waits for the data of line `nest`. Only a message can end that wait.
     fn interrupt(&mut self, nest: Option<u16>) {
         while let Some(line) = self.page.take() {
             let at = usize::from(line);
@@ -82,8 +82,8 @@ fn data() -> Arc<Vec<AtomicU64>> {
     Arc::new((0..LINES).map(|_| AtomicU64::new(0)).collect())
 }
 
-/// The processor sleeps until `raises` have come, of one device after the other (`together`: of two
-/// at a time).
+/// The processor sleeps until all of `raises` have come. One device raises them all. With
+/// `together`, two devices raise one half each at the same time.
 fn sleeping(nesting: Nesting, raises: &'static [u16], together: bool) {
     let data = data();
     let mut cpu = Cpu::new(nesting, &data);
@@ -127,7 +127,7 @@ fn nested() {
     device.join().unwrap();
 }
 
-/// The line is masked at first; whoever unmasks it looks whether it has become pending.
+/// The line is masked at first. The processor unmasks it and looks whether it became pending.
 fn unmasking() {
     let data = data();
     let mut cpu = Cpu::new(Nesting::Nested, &data);
@@ -148,8 +148,8 @@ fn unmasking() {
     device.join().unwrap();
 }
 
-/// The line moves from one processor to another after it was raised: one of the two gets it, with
-/// its data.
+/// The line moves from one processor to another after it was raised. One of the two takes it, and
+/// sees its data.
 fn moving() {
     let data = data();
     let (mut old, mut new) = (Cpu::new(Nesting::Flat, &data), Cpu::new(Nesting::Flat, &data));
@@ -158,7 +158,7 @@ fn moving() {
         let (old, new) = (old.target.clone(), new.target.clone());
         move || {
             old.raise(LOW);
-            // By another thread of the device, as it were: it has not seen the data.
+            // This stands for another thread of the device, which has not seen the data.
             if old.page.take_back(LOW) {
                 new.raise_again(LOW);
                 true
@@ -167,7 +167,7 @@ fn moving() {
             }
         }
     });
-    // A spurious message is taken by the old processor at any time.
+    // A spurious message may come to the old processor at any time.
     old.interrupt(None);
     let moved = device.join().unwrap();
     let cpu = if moved { &mut new } else { &mut old };
@@ -179,9 +179,9 @@ fn moving() {
     assert!(moved == (new > 0), "{old} and {new}");
 }
 
-/// Who takes a line back to raise it elsewhere passes on all that its raiser wrote. The second
-/// raise is one with the first, if it is early enough, and then has no fence that would do in place
-/// of its release.
+/// A thread that takes a line back and raises it on another page passes on all that the raiser
+/// wrote. If the bit is still set, the second raise sets it again and passes no fence. Then only
+/// the release of its store publishes its data.
 fn passing_on() {
     let data = data();
     let (old, mut new) = (Cpu::new(Nesting::Flat, &data), Cpu::new(Nesting::Flat, &data));
@@ -205,7 +205,7 @@ fn passing_on() {
 }
 
 #[test]
-fn nothing_is_slept_through() {
+fn no_processor_sleeps_while_a_line_is_pending() {
     for nesting in [Nesting::Flat, Nesting::Nested] {
         check(4, move || sleeping(nesting, &[LOW, HIGH], false));
         check(3, move || sleeping(nesting, &[HIGH, LOW, LOW], false));
@@ -226,7 +226,7 @@ fn urgent_lines_interrupt_handlers() {
 }
 
 #[test]
-fn unmasking_looks_again() {
+fn unmasking_finds_a_pending_line() {
     check(4, unmasking);
 }
 
@@ -239,8 +239,8 @@ fn lines_move_with_their_data() {
 const FENCES: [Place; 2] = [Place::Fence(Fence::Raise), Place::Fence(Fence::Level)];
 const EDGES: [Place; 2] = [Place::Publish(Edge::Line), Place::Observe(Edge::Line)];
 
-// Where each end passes a full fence the model takes it for an acquire and a release as well, so
-// the edges are shown where one does not.
+// A full fence is also an acquire and a release in the model. So a test of the edges needs an end
+// that passes no full fence.
 #[test]
 fn sleeping_needs_each_place() {
     needs(&FENCES, 3, || sleeping(Nesting::Flat, &[LOW, HIGH], false));

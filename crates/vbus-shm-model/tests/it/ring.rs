@@ -1,4 +1,4 @@
-//! A driver and a device over a ring, each asleep whenever it has nothing to do.
+//! A driver and a device over a ring. Each sleeps when it has nothing to do.
 
 use std::sync::Arc;
 
@@ -24,15 +24,14 @@ fn answer(n: u64) -> u32 {
     2 + u32::try_from(n).unwrap()
 }
 
-/// What the driver gets of the `n`th return.
+/// The `n`th return as the driver sees it.
 pub fn back(returns: Returns, n: u64) -> Return {
     let id = if returns == Returns::InOrder { 0 } else { 7 };
     Return { len: answer(n), id, flags: 0 }
 }
 
-/// A model: `total` entries go through a ring of `entries`, of which the driver posts up to `batch`
-/// at a time, and the device likewise. With each the device fills the one buffer that all of them
-/// stand for.
+/// A model: `total` entries go through a ring of `entries`. Each end posts up to `batch` entries at
+/// a time. All entries stand for one buffer. The device writes the buffer with each entry.
 #[derive(Clone, Copy)]
 struct Model {
     returns: Returns,
@@ -144,7 +143,7 @@ enum Device {
     WithLedger(Ledger<Shared>),
 }
 
-/// What the device of a ring of 8 has, and its successors have after it.
+/// The memory and the kicks of a device of a ring of 8. The next device end gets the same.
 #[derive(Clone)]
 struct Mortal {
     ring: Shared,
@@ -255,7 +254,7 @@ impl Mortal {
                     let oldest = u16::try_from(reaped.len()).unwrap();
                     let id = if form.has_ledger { one.id } else { oldest };
                     assert_eq!(one.len, answer(id.into()), "a return came torn or out of order");
-                    assert!(!reaped.contains(&id), "a return came before, and came again");
+                    assert!(!reaped.contains(&id), "an entry came back twice");
                     reaped.push(id);
                 }
             }

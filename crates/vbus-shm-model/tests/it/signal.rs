@@ -1,4 +1,4 @@
-//! A sender and a receiver that sleeps: no post may be slept through.
+//! A sender, and a receiver that sleeps. The receiver must not sleep while a post is there.
 
 use loom::sync::atomic::{AtomicU64, Ordering};
 use loom::thread;
@@ -8,21 +8,22 @@ use vbus_shm_model::sync::{Edge, Fence, Place};
 
 use crate::harness::{Kick, Shared, check, needs};
 
-/// Just below the end of the positions that `arm` has room for, and of those that `seq` has.
+/// Just below the wrap-around of the positions in `arm`, and of those in `seq`.
 const NEAR_WRAP: [u64; 2] = [(1 << 63) - 2, u64::MAX - 1];
 
-/// What a receiver does between two looks at `seq`.
+/// What a receiver does between two loads of `seq`.
 #[derive(Clone, Copy)]
 enum Style {
-    /// Stays armed while it works: run to completion, then arm and sleep.
+    /// Stays armed while it works. When it has no more work it arms and sleeps.
     RunToCompletion,
-    /// Disarms on waking, looks again without a kick, then arms and sleeps.
+    /// Disarms when it wakes up, polls, then arms and sleeps.
     DisarmAndPoll,
-    /// Arms for the last post only, disarms and arms again while posts come in.
+    /// Disarms and arms again while posts come. Its second position is the last post.
     Moderate,
 }
 
-/// Posts of `batches`, each kept in a word of its own that has to be visible with it.
+/// The sender makes posts of `batches`. Before each post it writes the total to a word. The
+/// receiver must see that word with the post.
 fn model(style: Style, start: u64, batches: &'static [u32]) {
     let memory = Shared::new(BLOCK_BYTES / 8);
     format(&memory, 0, start).unwrap();

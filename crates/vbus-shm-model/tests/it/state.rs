@@ -1,5 +1,5 @@
-//! A writer, a reader and a waiter of a state page: no torn value is taken for a whole one, no
-//! update is slept through.
+//! A writer, a reader and a waiter of a state page. No reader takes a torn value for a whole one,
+//! and no waiter sleeps while a newer version is there.
 
 use loom::thread;
 use vbus_shm_model::signal::{Armed, end};
@@ -26,7 +26,7 @@ fn page() -> Shared {
     memory
 }
 
-/// Reads once, in the middle of `writes` writes.
+/// Reads once, while the writer writes `writes` values.
 fn reading(writes: u64) {
     let memory = page();
     let mut writer = Writer::attach(memory.clone(), end::Driver).unwrap();
@@ -67,7 +67,7 @@ fn waiting(writes: u64) {
     owner.join().unwrap();
 }
 
-/// Reads what is newer until value number `writes` has come, and sleeps in between.
+/// Reads each newer value until value number `writes` has come. Sleeps while there is none.
 fn wait_for<E: end::End>(reader: &mut Reader<Shared, E>, writes: u64, kick: &Kick) {
     let mut out = [0; VALUE];
     let mut known = NEAR_WRAP;
@@ -132,8 +132,8 @@ fn reader_and_waiter_together() {
     });
 }
 
-/// An owner of the page that ends before its access or fence number `accesses`. Another takes up
-/// the page, and goes on until `writes` values are written.
+/// An owner of the page ends before its access or fence number `accesses`. Another owner resumes
+/// the page and goes on until `writes` values are written.
 fn mortal_owner(memory: Shared, writes: u64, accesses: u32, kick: &Kick) {
     let go_on = |mut writer: Writer<Shared, end::Driver>| {
         while writer.version() != NEAR_WRAP.wrapping_add(writes) {

@@ -1,5 +1,5 @@
-//! The other end in C, in another process, written from the specification alone: every entry and
-//! every value comes across.
+//! Tests with the other end in C, in another process. Its author wrote it from the specification
+//! alone. Every entry and every value reaches the other end.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
@@ -22,13 +22,13 @@ const REGION: usize = 16384;
 const ENTRIES: u32 = 20_000;
 const VALUES: u32 = 20_000;
 
-/// The compiled program, or nothing where there is no C compiler.
+/// The compiled program, or `None` if there is no C compiler.
 fn program() -> Option<&'static PathBuf> {
     static PROGRAM: OnceLock<Option<PathBuf>> = OnceLock::new();
     let build = || {
         let directory = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
-        // Another process may run these tests at the same time: what it runs is replaced, never
-        // written to.
+        // Another process may run these tests at the same time. So this test replaces the program
+        // and never writes to it.
         let (fresh, program) =
             (directory.join(format!("c_peer-{}", std::process::id())), directory.join("c_peer"));
         let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/c_peer/peer.c");
@@ -58,18 +58,18 @@ struct Peer {
 }
 
 impl Peer {
-    /// Starts it in `role` over a region that `prepare` has made ready.
+    /// Starts the program in C in `role`, over a region that `prepare` has made ready.
     fn start(role: &str, count: u32, prepare: impl FnOnce(&'static [Word])) -> Option<Peer> {
         let program = program()?;
-        // All without CLOEXEC: the child inherits them.
+        // None of the descriptors has CLOEXEC, so the child inherits them.
         let file = memfd_create("c_peer", MemfdFlags::empty()).unwrap();
         ftruncate(&file, REGION as u64).unwrap();
         let protection = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: at an address of the kernel's choice.
+        // SAFETY: the kernel chooses the address.
         let at =
             unsafe { mmap(std::ptr::null_mut(), REGION, protection, MapFlags::SHARED, &file, 0) }
                 .unwrap();
-        // SAFETY: never unmapped, and accessed through the slice alone.
+        // SAFETY: nothing unmaps the memory. This process accesses it through the slice only.
         let memory =
             unsafe { vbus_shm::raw::words(NonNull::new(at.cast()).unwrap(), REGION) }.unwrap();
         prepare(memory);
@@ -104,7 +104,7 @@ impl Peer {
 
 impl Drop for Peer {
     fn drop(&mut self) {
-        // Only where the test fails is there anything left to end.
+        // The child is still running only if the test failed.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -162,7 +162,7 @@ fn a_device_in_c_returns_runs_in_order() {
 }
 
 #[test]
-fn a_device_in_c_takes_up_the_ring_again_and_again() {
+fn a_device_in_c_resumes_the_ring_again_and_again() {
     for returns in [Returns::Counted, Returns::Entries, Returns::InOrder] {
         drive("mortal_device", returns);
     }
@@ -233,7 +233,8 @@ fn serve(role: &str) {
         }
         turn += 1;
         if turn % 3 == 0 {
-            // As if killed. Returns are published, but those that are only counted are not.
+            // As if the device had been killed. Its returns are published by then, unless they are
+            // counted.
             let (resumed, kick) = DeviceEnd::resume(peer.memory).unwrap();
             device = resumed;
             if device.layout().returns() != Returns::Counted {
@@ -300,7 +301,7 @@ fn a_driver_in_c_gets_returns_in_order() {
     serve("driver_in_order");
 }
 
-/// The value number `counter` of the program in C.
+/// Value number `counter`, as the program in C writes it.
 fn value(counter: u32) -> [u8; 200] {
     let mut value = [counter.to_le_bytes()[0]; 200];
     value[..4].copy_from_slice(&counter.to_le_bytes());
@@ -329,7 +330,7 @@ fn a_writer_in_c_is_read_whole() {
     let mut reader = Reader::attach(peer.memory, Driver).unwrap();
     let (mut known, mut counter, mut out) = ((1 << 63) - 100, 0, [0; 200]);
     while counter != VALUES {
-        // An overrun is no error here: the other process may have this one's core.
+        // An overrun is no error here: both processes may share one core.
         if let Ok(Some(version)) = reader.read_if_newer(known, &mut out) {
             let read = u32::from_le_bytes([out[0], out[1], out[2], out[3]]);
             assert_eq!(out, value(read), "a torn value");
@@ -342,11 +343,11 @@ fn a_writer_in_c_is_read_whole() {
     peer.end();
 }
 
-/// Interrupts.
+/// How often the device raises a line.
 const RAISES: u32 = 30_000;
 
-/// What the program in C raises for number `counter`: the line, and the words that say what it is
-/// about and what its handler saw.
+/// The line that the device raises with number `counter`, the index of the word to which it writes
+/// that number, and the index of the word to which the line's handler copies it.
 fn line(counter: u32) -> (u16, usize, usize) {
     let line = counter * 7 % 100;
     (u16::try_from(line).unwrap(), 512 + line as usize, 1024 + line as usize)

@@ -1,5 +1,5 @@
-//! Both ends of each layout against plain models, against a hostile peer, and against a peer in C.
-#![allow(clippy::unwrap_used)] // Of a test as a whole.
+//! Tests both ends of each layout with plain models, with a hostile peer, and with a peer in C.
+#![allow(clippy::unwrap_used)] // A failed unwrap fails its test.
 
 #[cfg(target_os = "linux")]
 #[allow(unsafe_code)] // Maps memory.

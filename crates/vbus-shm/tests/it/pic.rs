@@ -11,7 +11,7 @@ enum Op {
     Raise(u16),
     TakeBack(u16),
     Take,
-    /// The line in service with this index, from the most urgent on.
+    /// The line in service with this index. 0 is the most urgent one.
     End(usize),
     Mask(u16),
     Unmask(u16),
@@ -32,14 +32,14 @@ fn op(lines: u16) -> impl Strategy<Value = Op> {
     ]
 }
 
-/// The page as it should be.
+/// The state that the page should have.
 struct Model {
     lines: u16,
     nesting: Nesting,
     pending: BTreeSet<u16>,
     masked: BTreeSet<u16>,
     in_service: BTreeSet<u16>,
-    /// The least urgent line that a message is wanted for, unless one was sent since.
+    /// The lowest line that wants a message, unless the device has sent one for this level.
     level: u16,
     told: bool,
 }
@@ -85,23 +85,34 @@ impl Model {
 
 proptest! {
     #[test]
-    fn a_page_is_as_the_model(
+    fn a_page_behaves_like_the_model(
         (lines, nested, ops) in (1..=256_u16, any::<bool>())
-            .prop_flat_map(|(lines, nested)| (Just(lines), Just(nested), prop::collection::vec(op(lines), 0..200)))
+            .prop_flat_map(|(lines, nested)| {
+                (Just(lines), Just(nested), prop::collection::vec(op(lines), 0..200))
+            })
     ) {
         let memory: Vec<Word> = (0..PAGE_BYTES / 8).map(|_| Word::new(0)).collect();
         let nesting = if nested { Nesting::Nested } else { Nesting::Flat };
         let mut driver = DriverEnd::create(&memory[..], lines, nesting).unwrap();
         let device = DeviceEnd::attach(&memory[..]).unwrap();
         let none = BTreeSet::new;
-        let mut model =
-            Model { lines, nesting, pending: none(), masked: none(), in_service: none(), level: lines, told: false };
+        let mut model = Model {
+            lines,
+            nesting,
+            pending: none(),
+            masked: none(),
+            in_service: none(),
+            level: lines,
+            told: false,
+        };
         for op in ops {
             match op {
                 Op::Raise(line) => {
- prop_assert_eq!(device.raise(line).is_wanted(), model.raise(line));
+                    prop_assert_eq!(device.raise(line).is_wanted(), model.raise(line));
 },
-                Op::TakeBack(line) => prop_assert_eq!(device.take_back(line), model.pending.remove(&line)),
+                Op::TakeBack(line) => {
+                    prop_assert_eq!(device.take_back(line), model.pending.remove(&line));
+                }
                 Op::Take => prop_assert_eq!(driver.take(), model.take()),
                 Op::End(index) => {
                     if let Some(line) = model.in_service.iter().rev().nth(index).copied() {
@@ -131,7 +142,7 @@ proptest! {
     }
 
     #[test]
-    fn a_page_that_anybody_writes_is_harmless(
+    fn any_words_in_a_page_are_harmless(
         lines in 1..=256_u16,
         writes in prop::collection::vec((0..PAGE_BYTES / 8, any::<u64>(), 0..300_u16), 0..100),
     ) {

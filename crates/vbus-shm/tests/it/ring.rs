@@ -1,4 +1,4 @@
-//! A ring against a plain queue, and against a peer that writes anything anywhere.
+//! Compares a ring with a plain queue, and tests it with a peer that writes anything anywhere.
 
 use std::collections::VecDeque;
 
@@ -11,14 +11,14 @@ use vbus_shm::sync::{Ordering, Word};
 
 #[derive(Clone, Copy, Debug)]
 enum Op {
-    /// So many entries like this one.
+    /// Submits this many entries like this one.
     Submit(u8, Entry),
     DriverPost,
     DriverArm(u32),
     DriverDisarm,
     Reap,
     Take,
-    /// So many.
+    /// Takes or gives back this many.
     GiveBack(u8),
     DevicePost,
     DeviceArm(u32),
@@ -26,7 +26,7 @@ enum Op {
 }
 
 fn entry() -> impl Strategy<Value = Entry> {
-    // Every bit but the ring's own.
+    // Any flags except the ring's own.
     (any::<u64>(), any::<u32>(), any::<u16>(), 0..0x4000_u16)
         .prop_map(|(addr, len, id, flags)| Entry { addr, len, id, flags })
 }
@@ -53,7 +53,7 @@ fn layout() -> impl Strategy<Value = Layout> {
     (1..=5_u32, returns).prop_map(|(log, returns)| Layout::new(1 << log, returns).unwrap())
 }
 
-/// Starts around the points where something could wrap around.
+/// Starts near the points where a number could wrap around.
 pub fn start() -> impl Strategy<Value = u64> {
     let edges = prop_oneof![
         Just(0),
@@ -66,7 +66,7 @@ pub fn start() -> impl Strategy<Value = u64> {
     (edges, 0..40_u64).prop_map(|(edge, before): (u64, u64)| edge.wrapping_sub(before))
 }
 
-/// What decides on a kick, in numbers that never wrap around.
+/// The rule for a kick, in numbers that never wrap around.
 #[derive(Default)]
 struct Kicks {
     posted: u64,
@@ -80,7 +80,7 @@ impl Kicks {
     }
 }
 
-/// What the driver gets of a return.
+/// The part of a return that reaches the driver.
 fn passed_on(returns: Returns, back: Return) -> Return {
     match returns {
         Returns::InOrder => {
@@ -122,7 +122,7 @@ fn behaves_like_a_queue(layout: Layout, start: u64, ops: Vec<Op>) -> Result<(), 
             }
             Op::GiveBack(n) => {
                 for _ in 0..n {
-                    // Out of order where order need not be kept.
+                    // Out of order, if this form of returns allows it.
                     let one = match returns {
                         Returns::Entries => held.pop_back(),
                         _ => held.pop_front(),
@@ -179,7 +179,7 @@ fn behaves_like_a_queue(layout: Layout, start: u64, ops: Vec<Op>) -> Result<(), 
     Ok(())
 }
 
-/// A write of the peer's: anything, with a liking for what is almost right.
+/// A write by the peer. It is any value, and often one that is almost right.
 fn hostile() -> impl Strategy<Value = (usize, u64)> {
     let value = prop_oneof![
         any::<u64>(),
@@ -194,12 +194,16 @@ fn hostile() -> impl Strategy<Value = (usize, u64)> {
 
 proptest! {
     #[test]
-    fn is_a_queue(layout in layout(), start in start(), ops in prop::collection::vec(op(), 0..200)) {
+    fn a_ring_behaves_like_a_queue(
+        layout in layout(),
+        start in start(),
+        ops in prop::collection::vec(op(), 0..200),
+    ) {
         behaves_like_a_queue(layout, start, ops)?;
     }
 
     #[test]
-    fn survives_a_hostile_peer(
+    fn a_ring_survives_a_hostile_peer(
         layout in layout(),
         start in start(),
         steps in prop::collection::vec((hostile(), op()), 1..200),
@@ -217,7 +221,7 @@ proptest! {
                 Op::DriverArm(after) => drop(driver.arm(after)),
                 Op::DriverDisarm => driver.disarm(),
                 Op::Reap => {
-                    // However full of returns the ring looks, no more come out than went in.
+                    // The driver never reaps more returns than it submitted entries.
                     let before = driver.in_flight();
                     let count =
                         std::iter::from_fn(|| driver.reap().ok().flatten()).take(100).count();

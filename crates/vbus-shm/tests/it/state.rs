@@ -1,4 +1,4 @@
-//! A state page against a plain cell, and against a peer that writes anything anywhere.
+//! Compares a state page with a plain cell, and tests it with a peer that writes anything anywhere.
 
 use proptest::prelude::*;
 use vbus_shm::signal::Armed;
@@ -121,7 +121,7 @@ fn survives<E: End>(
 
 proptest! {
     #[test]
-    fn is_a_cell_of_either_end(
+    fn a_page_of_either_owner_behaves_like_a_cell(
         layout in layout(),
         start in start(),
         ops in prop::collection::vec(op(), 0..100),
@@ -131,7 +131,7 @@ proptest! {
     }
 
     #[test]
-    fn survives_a_hostile_peer(
+    fn a_page_survives_a_hostile_peer(
         layout in layout(),
         steps in prop::collection::vec((any::<prop::sample::Index>(), any::<u64>(), op()), 1..100),
     ) {
@@ -140,7 +140,10 @@ proptest! {
     }
 
     #[test]
-    fn any_header_is_refused_or_fits(header in prop::array::uniform2(prop_oneof![any::<u64>(), 0..64_u64]), words in 0..200_usize) {
+    fn any_header_is_refused_or_fits(
+        header in prop::array::uniform2(prop_oneof![any::<u64>(), 0..64_u64]),
+        words in 0..200_usize,
+    ) {
         let memory: Vec<Word> = (0..words).map(|_| Word::new(0)).collect();
         for (word, value) in memory.iter().zip([vbus_shm::state::MAGIC].into_iter().chain(header)) {
             word.store(value, Ordering::Relaxed);
@@ -152,9 +155,10 @@ proptest! {
     }
 }
 
-/// A writer that comes round during each try: the reader gives up, after a bounded number of them.
+/// The writer writes all slots during each try. The reader gives up after a bounded number of
+/// tries.
 #[test]
-fn a_writer_that_never_stands_still_cannot_hold_a_reader() {
+fn a_reader_gives_up_a_writer_that_never_stops() {
     use std::sync::atomic::AtomicBool;
     let layout = Layout::new(1 << 16, 4).unwrap();
     let memory: Vec<Word> = (0..layout.words()).map(|_| Word::new(0)).collect();
