@@ -1,4 +1,4 @@
-//! The bus: classes, and the devices that are on it.
+//! The bus: its classes and its devices.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -24,27 +24,27 @@ pub const NAME_MAX: usize = 32;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BusError {
-    /// Not 1 to 32 of `a-z A-Z 0-9 - _ .`, or begins with a dot.
+    /// The name does not have 1 to 32 characters of `a-z A-Z 0-9 - _ .`, or it begins with a dot.
     #[error(
         "bad device name {0:?}: use 1 to {NAME_MAX} letters, digits, '-', '_' and '.', not beginning with '.'"
     )]
     BadName(String),
-    /// There is one of that name.
+    /// A device of that name is on the bus.
     #[error("a device called {0:?} is on the bus already")]
     Exists(String),
-    /// There is none.
+    /// No device of that name is on the bus.
     #[error("no device called {0:?} is on the bus")]
     NotFound(String),
     /// No such class.
     #[error("no device class {0:?}; there are: {1}")]
     NoClass(String, String),
-    /// More than [`DEVICES_MAX`].
+    /// The bus has [`DEVICES_MAX`] devices.
     #[error("more than {DEVICES_MAX} devices")]
     Full,
-    /// The device says something of itself that cannot be.
+    /// The device's identity is invalid.
     #[error("device {0:?} cannot join a bus: {1}")]
     Identity(String, String),
-    /// The class refused.
+    /// The class could not make the device.
     #[error("device {0:?}: {1}")]
     Create(String, CreateError),
 }
@@ -60,8 +60,8 @@ pub struct Bus {
 }
 
 impl Bus {
-    /// An empty bus whose devices run on `executor`, and whose peers' memory files are trusted as
-    /// `trust` says.
+    /// An empty bus. Its devices run on `executor`. `trust` says which memory files their peers may
+    /// hand over.
     pub fn new(executor: Arc<Executor>, classes: Vec<Box<dyn DeviceClass>>, trust: Trust) -> Bus {
         let versions = Versions::SUPPORTED;
         Bus {
@@ -74,7 +74,8 @@ impl Bus {
         }
     }
 
-    /// Lets devices that are added from now on be opened with these versions of the ABI only.
+    /// Restricts the versions of the ABI that drivers can open devices with. It holds for devices
+    /// that are added later.
     pub fn set_versions(&mut self, versions: Versions) {
         self.versions = versions;
     }
@@ -102,8 +103,8 @@ impl Bus {
         self.add(name, device)
     }
 
-    /// Checks whether a device of class `class` could be added as `name`, as far as that can be
-    /// told without making it.
+    /// Checks whether [`create`](Self::create) could add a device of class `class` as `name`. It
+    /// makes no device, so it does not find every error.
     pub fn check(&self, name: &str, class: &str, config: &Value) -> Result<(), BusError> {
         let maker = self.class(class)?;
         self.check_new(name)?;
@@ -160,7 +161,7 @@ impl Bus {
         if devices.len() >= DEVICES_MAX { Err(BusError::Full) } else { Ok(()) }
     }
 
-    /// Takes a device off the bus: its connection ends before this returns.
+    /// Takes a device off the bus. Its connection has ended when this returns.
     pub fn remove(&self, name: &str) -> Result<(), BusError> {
         let endpoint =
             lock(&self.devices).remove(name).ok_or_else(|| BusError::NotFound(name.into()))?;

@@ -1,4 +1,4 @@
-//! A driver's call of the class, which may take its time (spec/pci.md, "Commands that take time").
+//! A driver's call of the class, which may take time (spec/pci.md, "Commands that take time").
 
 use std::sync::{Arc, Mutex};
 
@@ -9,8 +9,8 @@ use crate::events::Events;
 use crate::lock::lock;
 use crate::memory::MemoryContext;
 
-/// A call, from its beginning to its end. Whoever has it can end it, once, from any thread:
-/// [`finish`](Self::finish). A call that is dropped fails with [`ErrorCode::FAILED`].
+/// A call that the class has to answer. The class ends it with [`finish`](Self::finish), from any
+/// thread. A call that is dropped fails with [`ErrorCode::FAILED`].
 #[must_use = "a call that is dropped fails"]
 pub struct Call {
     shared: Arc<Shared>,
@@ -23,11 +23,11 @@ pub struct Call {
 #[derive(Clone)]
 pub struct PendingCall(Arc<Shared>);
 
-/// What became of a call at once.
+/// The state of a call when its command returns.
 pub enum Called {
-    /// It has ended with this value.
+    /// The call has ended with this value.
     Now(u64),
-    /// It goes on; [`event::COMMAND`] tells when it has ended.
+    /// The call goes on. [`event::COMMAND`] tells the driver when it has ended.
     Later(PendingCall),
 }
 
@@ -39,7 +39,7 @@ struct Shared {
 }
 
 enum State {
-    /// `told`: the driver knows that it takes time, and waits for the event.
+    /// `told`: the driver knows that the call takes time and waits for the event.
     Running {
         told: bool,
     },
@@ -50,7 +50,7 @@ impl Called {
     /// The value of a call that has ended.
     ///
     /// # Errors
-    /// [`ErrorCode::IN_PROGRESS`] if it goes on.
+    /// [`ErrorCode::IN_PROGRESS`] if the call goes on.
     pub fn now(self) -> Result<u64, ErrorCode> {
         match self {
             Called::Now(value) => Ok(value),
@@ -72,7 +72,7 @@ impl Call {
         (Call { shared: shared.clone(), function, flags, buffer }, PendingCall(shared))
     }
 
-    /// Which of the class's functions is called.
+    /// The number of the class's function.
     pub fn function(&self) -> u32 {
         self.function
     }
@@ -82,24 +82,24 @@ impl Call {
         self.flags
     }
 
-    /// A copy of the driver's buffer; what is in it at the end is the answer.
+    /// A copy of the driver's buffer. Its content at the end of the call is the answer.
     pub fn buffer(&mut self) -> &mut [u8] {
         &mut self.buffer
     }
 
-    /// Whether the driver has closed the device meanwhile, or the connection has ended: nobody
-    /// waits for the answer any more.
+    /// Whether the driver has closed the device or the connection has ended. Nobody waits for the
+    /// answer then.
     pub fn is_cancelled(&self) -> bool {
         matches!(*lock(&self.shared.state), State::Ended(_))
     }
 
-    /// Ends the call. After success the driver finds the buffer's content in its own. A call that
-    /// was cancelled touches nothing of the driver's.
+    /// Ends the call. After success the buffer is copied to the driver's buffer. A cancelled call
+    /// does not touch the driver's memory.
     pub fn finish(self, result: Result<u64, ErrorCode>) {
         self.shared.end(|shared| {
             let value = result?;
             if !self.buffer.is_empty() {
-                // It was there when the call began, and has been unmapped since.
+                // The buffer was mapped when the call began. The peer has unmapped it since.
                 let written = shared.memory.view().write(shared.addr, &self.buffer);
                 written.map_err(|_| ErrorCode::REVOKED)?;
             }
@@ -121,11 +121,12 @@ impl std::fmt::Debug for Call {
 }
 
 impl Shared {
-    /// Ends the call with what `result` says, unless it has ended.
+    /// Ends the call with the result that `result` returns, unless the call has ended.
     fn end(&self, result: impl FnOnce(&Shared) -> Result<u64, ErrorCode>) {
         let mut state = lock(&self.state);
         let State::Running { told } = *state else { return };
-        // Under the lock: who cancels waits for it, and finds the driver's memory at rest.
+        // Under the lock: a thread that cancels waits for it. Afterwards nobody touches the
+        // driver's memory.
         *state = State::Ended(result(self));
         drop(state);
         if told {
@@ -135,7 +136,7 @@ impl Shared {
 }
 
 impl PendingCall {
-    /// How it has ended, if it has.
+    /// The result, if the call has ended.
     pub fn result(&self) -> Option<Result<u64, ErrorCode>> {
         match *lock(&self.0.state) {
             State::Running { .. } => None,
@@ -143,7 +144,7 @@ impl PendingCall {
         }
     }
 
-    /// As [`result`](Self::result). If it goes on, its end will be told by an event.
+    /// As [`result`](Self::result). If the call goes on, its end raises [`event::COMMAND`].
     pub(crate) fn result_or_tell(&self) -> Option<Result<u64, ErrorCode>> {
         match &mut *lock(&self.0.state) {
             State::Running { told } => {
@@ -154,7 +155,7 @@ impl PendingCall {
         }
     }
 
-    /// Ends it with `error`. Afterwards the device does not touch the driver's buffer.
+    /// Ends the call with `error`. Afterwards the device does not touch the driver's buffer.
     pub(crate) fn cancel(&self, error: ErrorCode) {
         self.0.end(|_| Err(error));
     }

@@ -1,11 +1,11 @@
-//! Counters that anyone may read while they run.
+//! Counters that any thread may read at any time.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::{Serialize, Serializer};
 
-/// A count of events. Relaxed: it orders nothing, and a reader may see one counter newer than
-/// another.
+/// A count of events. All accesses are relaxed: they order nothing, so a reader may see one counter
+/// newer than another.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
 
@@ -32,13 +32,13 @@ impl Serialize for Counter {
     }
 }
 
-/// What a device's connections did, summed over the device's life. Classes add their own (see
+/// What a device's connections did, over the device's life. Classes add their own counters (see
 /// [`Device::inspect`](crate::Device::inspect)).
 #[derive(Debug, Default, Serialize)]
 pub struct ConnectionCounters {
     /// Connections opened.
     pub opens: Counter,
-    /// Connections that ended by a fault, the driver's or the device's.
+    /// Connections that ended by a fault of the driver or the device.
     pub broken: Counter,
     /// Commands of the mailbox.
     pub commands: Counter,
@@ -52,6 +52,6 @@ pub struct ConnectionCounters {
     pub wakeups: Counter,
     /// Polls that found work.
     pub polls: Counter,
-    /// Polls that found none.
+    /// Polls that found no work.
     pub polls_empty: Counter,
 }

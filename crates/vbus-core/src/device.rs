@@ -18,38 +18,38 @@ use crate::router::Router;
 
 /// Makes devices of one class from their configuration.
 pub trait DeviceClass: Send + Sync {
-    /// The name by which a configuration asks for the class, at most 16 bytes of ASCII.
+    /// The name of the class in configurations, at most 16 bytes of ASCII.
     fn name(&self) -> &'static str;
 
-    /// A line that says what it is and what its configuration takes, for people.
+    /// One line for people: what the class is, and what its configuration takes.
     fn help(&self) -> &'static str;
 
     /// Makes a device called `name`. `config` is the object of the device's own settings. The
-    /// error's text says what was wrong and what to do.
+    /// error's text says what is wrong and what to do.
     fn create(&self, name: &str, config: &Value) -> Result<Arc<dyn Device>, CreateError>;
 
-    /// Checks the settings without making anything, for `vbus config check`. A class whose
+    /// Checks the settings and makes nothing, for `vbus config check`. A class whose
     /// [`create`](Self::create) touches anything outside of this process (a file, a socket, an
-    /// interface) checks here only what it can see without that.
+    /// interface) overrides this and checks only what it can see without that.
     fn check(&self, name: &str, config: &Value) -> Result<(), CreateError> {
         self.create(name, config).map(drop)
     }
 }
 
-/// Why a device could not be made; the text is for the person who wrote the configuration. If it is
-/// about one setting it begins with that key in double quotes, as
-/// [`Settings`](crate::settings::Settings) writes it: `vbus` then points at the key's line.
+/// Why a device could not be made. The text is for the person who wrote the configuration. A text
+/// about one setting begins with that key in double quotes, as
+/// [`Settings`](crate::settings::Settings) writes it. `vbus` then points at the key's line.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct CreateError(pub String);
 
-/// What a device is; fixed for its life. It is [checked](Identity::check) when the device joins a
-/// bus.
+/// What a device is. It does not change. The bus [checks](Identity::check) it when the device
+/// joins.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Identity {
-    /// Number of the class ([`vbus_shm::abi::class`]); devices of one's own count from
-    /// [`class::USER`].
+    /// Number of the class ([`vbus_shm::abi::class`]). Numbers from [`class::USER`] on are free for
+    /// other classes.
     pub class: u16,
     /// Name of the class, as the driver reads it; at most 16 bytes of ASCII.
     pub class_name: &'static str,
@@ -59,7 +59,7 @@ pub struct Identity {
     pub features: u64,
     /// The most regions of a connection, at most [`vbus_shm::abi::bar0::DOORBELL_COUNT`].
     pub regions: u32,
-    /// Interrupt vectors that the device can make use of, 1..=256.
+    /// Interrupt vectors that the device can use, 1..=256.
     pub vectors: u16,
 }
 
@@ -70,8 +70,8 @@ impl Identity {
         Identity { class, class_name, pci_class, features: 0, regions: 8, vectors: 1 }
     }
 
-    /// A device of one's own: class [`class::USER`], PCI class "unassigned", no features, 8
-    /// regions, one vector.
+    /// A device of a class outside the specification: class [`class::USER`], PCI class
+    /// "unassigned", no features, 8 regions, one vector.
     pub fn user(class_name: &'static str) -> Identity {
         Identity::new(class::USER, class_name, 0xff_00_00)
     }
@@ -90,24 +90,24 @@ impl Identity {
         self
     }
 
-    /// The same with at most so many regions.
+    /// The same with at most `regions` regions.
     #[must_use]
     pub fn with_regions(mut self, regions: u32) -> Identity {
         self.regions = regions;
         self
     }
 
-    /// The same with so many interrupt vectors.
+    /// The same with `vectors` interrupt vectors.
     #[must_use]
     pub fn with_vectors(mut self, vectors: u16) -> Identity {
         self.vectors = vectors;
         self
     }
 
-    /// Whether registers and configuration space can say it.
+    /// Checks that registers and configuration space can hold the identity.
     ///
     /// # Errors
-    /// What cannot be said, with the range that could, for the author of the class.
+    /// The field that is out of range, and its range, for the author of the class.
     pub fn check(&self) -> Result<(), String> {
         let name = self.class_name;
         if self.class == 0 {
@@ -140,7 +140,7 @@ impl Identity {
 /// The longest name of a class, in bytes.
 const CLASS_NAME_MAX: usize = 16;
 
-/// A device on the bus. It lives until it is removed; drivers come and go, one at a time.
+/// A device on the bus. It lives until it is removed. Drivers come and go, one at a time.
 pub trait Device: Send + Sync {
     /// What it is.
     fn identity(&self) -> Identity;
@@ -152,14 +152,14 @@ pub trait Device: Send + Sync {
         Vec::new()
     }
 
-    /// The device has joined the bus. `notifier` tells drivers of changes, also while no driver has
-    /// opened the device.
+    /// The bus calls this when the device has joined it. `notifier` tells drivers of changes. The
+    /// device may use it at any time, also while no driver has opened the device.
     fn joined(&self, notifier: Notifier) {
         let _ = notifier;
     }
 
-    /// A driver opens the device. The connection lives until it is dropped: by the driver's CLOSE,
-    /// reset, unplug, or the driver's end.
+    /// A driver opens the device. The connection is dropped after the driver's CLOSE, a reset, an
+    /// unplug, or the driver's end.
     fn open(&self, open: Open) -> Result<Box<dyn Connection>, ErrorCode>;
 
     /// The device's own counters and settings, as a JSON object, for `vbus stats` and `vbus device
@@ -168,42 +168,44 @@ pub trait Device: Send + Sync {
         Value::Object(serde_json::Map::new())
     }
 
-    /// Handles a request of a control client (`vbus state set`, ...). Each answer goes to `reply`;
-    /// once it returns false the client has gone, and the request must end; a null is not sent, and
-    /// only asks whether the client is still there. May block; it has a thread of its own. The
-    /// error's text is for the person who asked.
+    /// Handles a request of a control client (`vbus state set`, ...). The device passes each answer
+    /// to `reply`. `reply` returns false once the client has gone; the device must then end the
+    /// request. `reply` does not send a null: a null only asks whether the client is still there.
+    /// The method may block, because it runs on its own thread. The error's text is for the person
+    /// who asked.
     fn control(&self, request: &Value, reply: &mut dyn FnMut(Value) -> bool) -> Result<(), String> {
         let _ = (request, reply);
         Err("this device takes no requests".into())
     }
 
-    /// The device has left the bus: its connection has ended, and there will be no other. Requests
+    /// The device has left the bus. Its connection has ended, and there will be no other. Requests
     /// that wait must end.
     fn removed(&self) {}
 }
 
-/// What a new connection is given.
+/// What a new connection gets.
 #[non_exhaustive]
 pub struct Open {
     /// The version of the ABI that both ends speak.
     pub version: u16,
     /// The features that the driver accepted: a subset of those offered.
     pub features: u64,
-    /// The device's [incarnation](Notifier::incarnation): not 0. The class's status page is a good
-    /// place for it.
+    /// The device's [incarnation](Notifier::incarnation), not 0. A class with a status page
+    /// publishes it there.
     pub incarnation: u64,
     /// Tells the driver of changes.
     pub notifier: Notifier,
     /// The driver's memory.
     pub memory: Arc<MemoryContext>,
-    /// Where tasks of its own can run.
+    /// The event loop, where the connection can run tasks of its own.
     pub executor: Arc<Executor>,
     /// The index of the worker that runs the connection. A first task of the connection's own does
     /// best on the same worker, further tasks on the following workers.
     pub worker: usize,
     /// The connection's counters, for its own tasks.
     pub counters: Arc<ConnectionCounters>,
-    /// To be called when a task of its own fails: ends the connection with that status.
+    /// The connection calls it when one of its own tasks fails. It ends the connection with that
+    /// error code.
     pub fail: Fail,
     /// For a device that carries the interrupts of others.
     pub router: Router,
@@ -214,10 +216,10 @@ pub struct Open {
 pub struct Fail(pub(crate) Arc<dyn Fn(ErrorCode) + Send + Sync>);
 
 impl Fail {
-    /// Ends the connection with `status`, which the driver can read. Not to be called from within a
-    /// poll or a method of the connection: those return the status instead.
-    pub fn fail(&self, status: ErrorCode) {
-        (self.0)(status);
+    /// Ends the connection with the error code `code`, which the driver can read. Do not call it
+    /// from within a poll or a method of the connection: those return the error code instead.
+    pub fn fail(&self, code: ErrorCode) {
+        (self.0)(code);
     }
 }
 
@@ -225,47 +227,49 @@ impl Fail {
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Region {
-    /// Which of the class's regions it is.
+    /// The class's id of the region.
     pub id: u32,
-    /// Its handle: the number of its doorbell.
+    /// The handle of the region: the number of its doorbell.
     pub handle: u32,
     /// The memory.
     pub window: Window,
-    /// Where its signal block is, in bytes; checked to lie within the window.
+    /// Offset of the signal block in the window, in bytes. The whole block lies within the window.
     pub signal_offset: Option<usize>,
-    /// How to interrupt the driver for this region.
+    /// Interrupts the driver for this region.
     pub interrupt: Interrupt,
-    /// The driver's doorbell for this region. Unless bound to another task it wakes the connection.
+    /// The driver's doorbell for this region. It wakes the connection, unless the connection binds
+    /// it to another task.
     pub doorbell: Doorbell,
 }
 
 /// An open connection: one driver's use of the device.
 ///
-/// Its methods are called one at a time. [`poll`](Self::poll), [`arm`](Self::arm) and
-/// [`disarm`](Self::disarm) are those of a [`Task`](crate::Task): the connection is woken by the
-/// doorbells of its regions. An error that `poll` or `arm` returns ends the connection.
+/// The bus calls its methods one at a time. [`poll`](Self::poll), [`arm`](Self::arm) and
+/// [`disarm`](Self::disarm) are the methods of a [`Task`](crate::Task). The doorbells of its
+/// regions wake the connection. An error that `poll` or `arm` returns ends the connection.
 pub trait Connection: Send {
-    /// The driver registers a region. Unknown ids are [`ErrorCode::BAD_ARGUMENT`].
+    /// The driver registers a region. The connection refuses an unknown id with
+    /// [`ErrorCode::BAD_ARGUMENT`].
     fn region_added(&mut self, region: Region) -> Result<(), ErrorCode>;
 
-    /// The driver drops a region: let go of its window.
+    /// The driver drops a region. The connection must drop all clones of its window.
     fn region_dropped(&mut self, handle: u32) -> Result<(), ErrorCode> {
         let _ = handle;
         Err(ErrorCode::DENIED)
     }
 
-    /// The driver calls `function`. `buffer` is a copy of the driver's buffer, and is copied back
-    /// after success. Returns the call's value. Must not block: see
+    /// The driver calls `function`. `buffer` is a copy of the driver's buffer. The bus copies it
+    /// back after success. Returns the call's value. Must not block: see
     /// [`start_call`](Self::start_call).
     fn call(&mut self, function: u32, flags: u32, buffer: &mut [u8]) -> Result<u64, ErrorCode> {
         let _ = (function, flags, buffer);
         Err(ErrorCode::BAD_FUNCTION)
     }
 
-    /// The driver calls, and the answer may take time: the class keeps `call`, returns, and ends
+    /// The driver calls, and the answer may take time. The class keeps `call`, returns, and ends
     /// the call later, from any thread ([`Call::finish`]). The driver makes no other call
-    /// meanwhile. CLOSE, reset and the end of the connection cancel it. What is not overridden
-    /// answers at once, by [`call`](Self::call).
+    /// meanwhile. CLOSE, reset and the end of the connection cancel the call. The provided method
+    /// answers at once, with [`call`](Self::call).
     fn start_call(&mut self, mut call: Call) {
         let (function, flags) = (call.function(), call.flags());
         let result = self.call(function, flags, call.buffer());

@@ -1,4 +1,4 @@
-//! The doorbells of one device: what the driver rings, and whom each wakes.
+//! The doorbells of one device. The driver rings them. Each wakes a task.
 
 use std::fmt;
 use std::io::IoSliceMut;
@@ -21,12 +21,12 @@ pub struct Doorbells {
 #[derive(Default)]
 struct Target {
     task: Option<TaskHandle>,
-    /// Made when a connector asks for it: a doorbell that rings without the connector.
+    /// Made when a connector asks for it. A write to it rings the doorbell without the connector.
     eventfd: Option<Arc<OwnedFd>>,
 }
 
 impl Doorbells {
-    /// `count` doorbells, which wake nobody. Rings are counted in `counters`.
+    /// `count` doorbells that wake no task yet. `counters` counts the rings.
     pub fn new(count: usize, counters: Arc<ConnectionCounters>) -> Arc<Doorbells> {
         let slots = (0..count).map(|_| Mutex::default()).collect();
         Arc::new(Doorbells { slots, counters })
@@ -37,7 +37,7 @@ impl Doorbells {
         Doorbell { doorbells: self.clone(), number }
     }
 
-    /// The driver rings doorbell `number`. One that is bound to no task does nothing.
+    /// Rings doorbell `number`, for the driver. A doorbell that is bound to no task does nothing.
     pub fn ring(&self, number: u64) {
         let slot = usize::try_from(number).ok().and_then(|at| self.slots.get(at));
         let Some(slot) = slot else { return };
@@ -47,8 +47,8 @@ impl Doorbells {
         }
     }
 
-    /// An eventfd that rings doorbell `number`, for connectors that can have it written without
-    /// their help. Always the same one.
+    /// An eventfd that rings doorbell `number`, for connectors whose peer can write it directly.
+    /// Each call returns the same eventfd.
     pub fn eventfd(&self, number: u32) -> rustix::io::Result<Arc<OwnedFd>> {
         let slot = self.slots.get(number as usize).ok_or(rustix::io::Errno::NOENT)?;
         let mut target = lock(slot);
@@ -63,35 +63,34 @@ impl Doorbells {
         Ok(fd)
     }
 
-    /// Adds to the doorbells counted those that rang by eventfd, which nobody sees one by one: an
-    /// eventfd holds their number until it is read.
+    /// Counts the rings that came by eventfd. Nobody sees these one by one: an eventfd holds their
+    /// number until somebody reads it.
     pub fn count_eventfds(&self) {
         for slot in &self.slots {
             let target = lock(slot);
             let mut rung = [0; 8];
-            // The peer holds the eventfd too, and could make a plain read wait. (Kernels before 5.9
-            // cannot do this one, and do not count.)
+            // The peer holds the eventfd too and could make a plain read block. Kernels before 5.9
+            // refuse this read: these rings are then not counted.
             let read = |fd| {
                 preadv2(fd, &mut [IoSliceMut::new(&mut rung)], u64::MAX, ReadWriteFlags::NOWAIT)
             };
             let Some(Ok(_)) = target.eventfd().map(read) else { continue };
             self.counters.doorbells.add(u64::from_ne_bytes(rung));
-            // A ring whose event has not been collected yet goes unnoticed once the eventfd has
-            // been read.
+            // The read hides a ring whose event the worker has not collected yet. So wake the task.
             if let Some(task) = &target.task {
                 task.wake();
             }
         }
     }
 
-    /// Lets doorbell `number` wake nobody any more.
+    /// Unbinds doorbell `number`: it wakes no task any more.
     pub fn detach(&self, number: usize) {
         if let Some(slot) = self.slots.get(number) {
             lock(slot).detach();
         }
     }
 
-    /// Lets no doorbell wake anybody any more.
+    /// Unbinds all doorbells.
     pub fn detach_all(&self) {
         self.slots.iter().for_each(|slot| lock(slot).detach());
     }
@@ -119,7 +118,8 @@ pub struct Doorbell {
 }
 
 impl Doorbell {
-    /// Lets the doorbell wake `task` from now on, and wakes it once, in case it rang before.
+    /// Binds the doorbell to `task`. It also wakes the task once, because the doorbell may have
+    /// rung before.
     pub fn bind(&self, task: &TaskHandle) {
         let Some(slot) = self.doorbells.slots.get(self.number as usize) else { return };
         let mut target = lock(slot);
@@ -134,8 +134,8 @@ impl Doorbell {
         task.wake();
     }
 
-    /// Wakes what the doorbell wakes, as if the driver had rung it: for a thread of the device's
-    /// own that has finished something. Does not block, and does nothing once the region is
+    /// Wakes the task that the doorbell wakes, as if the driver had rung it. A device's own thread
+    /// calls this when it has finished something. Does not block. Does nothing once the region is
     /// dropped.
     pub fn wake(&self) {
         let Some(slot) = self.doorbells.slots.get(self.number as usize) else { return };

@@ -27,11 +27,11 @@ pub const REGION_BYTES_MAX: u64 = 16 << 20;
 /// Whether a connection is open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ConnectionState {
-    /// None.
+    /// No connection is open.
     Closed,
-    /// One is.
+    /// A connection is open.
     Open,
-    /// It was ended by a fault; the driver must close before it opens again.
+    /// A fault ended it. The driver must close the device before it opens it again.
     Broken(ErrorCode),
 }
 
@@ -132,10 +132,9 @@ struct OpenConnection {
     connection: SharedConnection,
     task: TaskHandle,
     features: u64,
-    /// Tells it from those before, of which a task may still be about to report a fault.
+    /// Tells this connection from earlier ones. A task of an earlier one may still report a fault.
     generation: u64,
-    /// By handle: the driver's range that each region lies in (for page lists, everything from
-    /// lowest to highest page).
+    /// By handle: the driver's addresses that each region has.
     regions: Vec<Option<RegionRanges>>,
     /// The last call that took time.
     call: Option<PendingCall>,
@@ -152,8 +151,8 @@ enum Inner {
     Removed,
 }
 
-/// A device on the bus behind the front of vbus: its commands, its connection, its events. At most
-/// one connection is open at a time. What is not the front's own is the [`Host`]'s.
+/// A device on the bus with the front of vbus: commands, a connection, events. At most one
+/// connection is open at a time. The [`Host`] has what every front needs.
 pub struct Endpoint {
     host: Host,
     device: Arc<dyn Device>,
@@ -188,7 +187,7 @@ impl Endpoint {
         })
     }
 
-    /// What any front needs of the device.
+    /// The part of the device that every front needs.
     pub fn host(&self) -> &Host {
         &self.host
     }
@@ -213,20 +212,19 @@ impl Endpoint {
         self.versions
     }
 
-    /// The device's config area as it is now, and how often it has changed (from any number on,
-    /// modulo 2^32).
+    /// The device's config area as it is now, and its generation. Each change adds one to the
+    /// generation, modulo 2^32. The first generation may be any number.
     pub fn config(&self) -> (Arc<[u8]>, u32) {
         self.events.config()
     }
 
-    /// The device's incarnation: not 0.
+    /// The device's incarnation, not 0.
     pub fn incarnation(&self) -> u64 {
         self.events.incarnation()
     }
 
-    /// The device has lost what its driver told it, or the driver is not the one that told it: the
-    /// virtual machine was restored, say. The connection ends, and the driver finds another
-    /// incarnation.
+    /// Ends the connection and changes the incarnation. A connector calls this when the device has
+    /// lost what its driver told it, for example after the virtual machine was restored.
     pub fn reincarnate(&self) {
         let mut inner = lock(&self.inner);
         if !matches!(*inner, Inner::Removed) {
@@ -236,12 +234,12 @@ impl Endpoint {
         self.events.reincarnate();
     }
 
-    /// Pending events of the function: bits of [`event`].
+    /// The pending events of the function: bits of [`event`].
     pub fn events_pending(&self) -> u32 {
         self.events.pending()
     }
 
-    /// The driver has seen these events.
+    /// Takes these events back, because the driver has seen them.
     pub fn acknowledge_events(&self, events: u32) {
         self.events.acknowledge(events);
     }
@@ -265,13 +263,13 @@ impl Endpoint {
         self.host.counters()
     }
 
-    /// Names, state, counters, and what the device itself tells.
+    /// Name, class, state, counters, and what [`Device::inspect`] tells.
     pub fn inspect(&self) -> Value {
         self.host.doorbells().count_eventfds();
         let (state, fault) = match self.state() {
             ConnectionState::Closed => ("closed", None),
             ConnectionState::Open => ("open", None),
-            ConnectionState::Broken(status) => ("broken", Some(status.to_string())),
+            ConnectionState::Broken(code) => ("broken", Some(code.to_string())),
         };
         json!({
             "name": self.name(),
@@ -303,12 +301,12 @@ impl Endpoint {
         match &*lock(&self.inner) {
             Inner::Closed => ConnectionState::Closed,
             Inner::Open(_) => ConnectionState::Open,
-            Inner::Broken(status) => ConnectionState::Broken(*status),
+            Inner::Broken(code) => ConnectionState::Broken(*code),
             Inner::Removed => ConnectionState::Broken(ErrorCode::REMOVED),
         }
     }
 
-    /// Features of the open connection; 0 without one.
+    /// Features of the open connection. 0 if none is open.
     pub fn features_accepted(&self) -> u64 {
         match &*lock(&self.inner) {
             Inner::Open(open) => open.features,
@@ -332,7 +330,7 @@ impl Endpoint {
         self.memory().map(start, len, file, access)
     }
 
-    /// Unmaps memory of the peer, whole maps only; returns the bytes unmapped. If a region of the
+    /// Unmaps memory of the peer, whole maps only. Returns the number of bytes. If a region of the
     /// open connection lies in the range, that connection ends first ([`ErrorCode::REVOKED`]). When
     /// this returns, no task touches the memory any more.
     pub fn unmap(&self, start: u64, len: u64) -> u64 {
@@ -393,9 +391,9 @@ impl Endpoint {
         let generation = self.generations.fetch_add(1, Ordering::Relaxed);
         let fail = {
             let this = self.this.clone();
-            Fail(Arc::new(move |status| {
+            Fail(Arc::new(move |code| {
                 if let Some(endpoint) = this.upgrade() {
-                    endpoint.fail(generation, status);
+                    endpoint.fail(generation, code);
                 }
             }))
         };
@@ -418,7 +416,7 @@ impl Endpoint {
             self.worker(),
             Box::new(task),
             self.counters().clone(),
-            move |status| fail.fail(status),
+            move |code| fail.fail(code),
         );
         let regions = (0..self.identity.regions).map(|_| None).collect();
         self.host.outlet().open();
@@ -436,8 +434,8 @@ impl Endpoint {
         Ok(())
     }
 
-    /// CLOSE, reset, and the driver's end: afterwards the device holds nothing of the driver's
-    /// memory, and may be opened again.
+    /// Closes the connection, for CLOSE, a reset, or the driver's end. Afterwards the device holds
+    /// nothing of the driver's memory, and a driver may open it again.
     pub fn close(&self) {
         let mut inner = lock(&self.inner);
         if !matches!(*inner, Inner::Removed) {
@@ -446,7 +444,7 @@ impl Endpoint {
         self.events.close();
     }
 
-    /// The device leaves the bus: the connection ends, and there will be no other.
+    /// The device leaves the bus. The connection ends, and there will be no other.
     pub(crate) fn remove(&self) {
         let mut inner = lock(&self.inner);
         self.end(&mut inner, Inner::Removed);
@@ -455,18 +453,18 @@ impl Endpoint {
         self.device.removed();
     }
 
-    fn fail(&self, generation: u64, status: ErrorCode) {
+    fn fail(&self, generation: u64, code: ErrorCode) {
         let mut inner = lock(&self.inner);
         if matches!(&*inner, Inner::Open(open) if open.generation == generation) {
-            tracing::warn!(device = self.name(), %status, "the connection ends by a fault");
-            self.end(&mut inner, Inner::Broken(status));
+            tracing::warn!(device = self.name(), error = %code, "a fault ends the connection");
+            self.end(&mut inner, Inner::Broken(code));
             drop(inner);
             self.events.raise(event::BROKEN);
         }
     }
 
-    /// Lets the class work. A panic of the class must not take its connector along, and with that
-    /// the device's later drivers.
+    /// Runs `work`, a method of the class. Returns `None` if it panicked. A panic of the class must
+    /// not end the connector: the device would then have no later drivers.
     fn contain<T>(&self, work: impl FnOnce() -> T) -> Option<T> {
         let done = catch_unwind(AssertUnwindSafe(work)).ok();
         if done.is_none() {
@@ -475,7 +473,7 @@ impl Endpoint {
         done
     }
 
-    /// The class panicked at a command: the open connection ends.
+    /// The class panicked during a command. Ends the open connection.
     fn panicked(&self, mut inner: MutexGuard<'_, Inner>) -> ErrorCode {
         self.end(&mut inner, Inner::Broken(ErrorCode::FAILED));
         drop(inner);
@@ -483,7 +481,7 @@ impl Endpoint {
         ErrorCode::FAILED
     }
 
-    /// Ends the open connection, if there is one, with everything that belongs to it.
+    /// Ends the open connection, if there is one, and everything that belongs to it.
     fn end(&self, inner: &mut Inner, next: Inner) {
         if let Inner::Open(open) = std::mem::replace(inner, next) {
             if let Some(call) = &open.call {
@@ -565,9 +563,9 @@ impl Endpoint {
         let Some(added) = self.contain(|| lock(&open.connection).region_added(region)) else {
             return Err(self.panicked(inner));
         };
-        if let Err(status) = added {
+        if let Err(code) = added {
             self.host.doorbells().detach(free);
-            return Err(status);
+            return Err(code);
         }
         open.regions[free] = Some(RegionRanges { ranges });
         open.task.wake();
@@ -592,8 +590,8 @@ impl Endpoint {
         Ok(())
     }
 
-    /// CALL: copies the buffer in, calls the class, copies it out when the class has finished. One
-    /// call at a time: another one is [`ErrorCode::IN_PROGRESS`].
+    /// CALL. Copies the buffer in, calls the class, and copies the buffer out when the class has
+    /// finished. While a call goes on, another call fails with [`ErrorCode::IN_PROGRESS`].
     pub fn call(
         &self,
         function: u32,
@@ -613,7 +611,7 @@ impl Endpoint {
         let mut buffer = vec![0; usize::try_from(len).map_err(|_| ErrorCode::BAD_LENGTH)?];
         if len > 0 {
             let view = self.memory().view();
-            // Before the class acts: the answer must find its place afterwards.
+            // Checked before the class acts: the answer must be writable afterwards.
             view.slice(addr, len, true)?;
             view.read(addr, &mut buffer)?;
         }
@@ -635,7 +633,7 @@ impl Endpoint {
         Ok(Called::Later(pending))
     }
 
-    /// The driver rings doorbell `handle`; one that belongs to no region does nothing.
+    /// Rings doorbell `handle`, for the driver. A doorbell that belongs to no region does nothing.
     pub fn ring(&self, handle: u64) {
         self.host.doorbells().ring(handle);
     }
@@ -652,7 +650,7 @@ fn le64(bytes: &[u8]) -> u64 {
     u64::from_le_bytes(b)
 }
 
-/// The connection as a task: its lock is shared with the calls.
+/// The connection as a task. It shares its lock with the calls.
 struct ConnectionTask(SharedConnection);
 
 impl Task for ConnectionTask {

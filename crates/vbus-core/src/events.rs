@@ -1,5 +1,5 @@
-//! What a device tells its driver apart from queues: events, the config area, and in which
-//! incarnation it is (spec/pci.md, "Events").
+//! What a device tells its driver outside its queues: events, the config area, and the incarnation
+//! (spec/pci.md, "Events").
 
 use std::sync::{Arc, Mutex};
 
@@ -9,7 +9,7 @@ use vbus_shm::abi::{event, reg};
 use crate::interrupt::{InterruptSink, Outlet};
 use crate::lock::lock;
 
-/// The events of one device, and what they are about.
+/// The events of one device, and the state that they tell of.
 pub(crate) struct Events {
     state: Mutex<State>,
     outlet: Arc<Outlet>,
@@ -18,7 +18,7 @@ pub(crate) struct Events {
 struct State {
     /// Bits of [`event`].
     pending: u32,
-    /// Where the driver wants to be told; `None`: there is no driver.
+    /// The vector of the events. `None`: no driver has opened the device.
     vector: Option<u16>,
     config: Arc<[u8]>,
     generation: u32,
@@ -37,27 +37,27 @@ impl Events {
         Events { state: Mutex::new(state), outlet }
     }
 
-    /// A driver has opened the device, and wants to be told on `vector`.
+    /// A driver has opened the device and wants its events on `vector`.
     pub(crate) fn open(&self, vector: u16) {
         let mut state = lock(&self.state);
         (state.pending, state.vector) = (0, Some(vector));
     }
 
-    /// There is no driver any more.
+    /// The driver has closed the device or has gone.
     pub(crate) fn close(&self) {
         let mut state = lock(&self.state);
         (state.pending, state.vector) = (0, None);
     }
 
-    /// Makes events pending. What they are about has changed before. The driver is interrupted by
-    /// each that was not pending.
+    /// Makes events pending. The caller has changed the state that they tell of before. Interrupts
+    /// the driver if one of them was not pending.
     pub(crate) fn raise(&self, events: u32) {
         self.change(|state| state.raise(events));
     }
 
     fn change(&self, change: impl FnOnce(&mut State) -> Option<u16>) {
         let vector = change(&mut lock(&self.state));
-        // Outside of the lock: the connector does what it likes.
+        // Outside of the lock: the connector may take locks of its own.
         if let Some(vector) = vector {
             self.outlet.trigger(vector);
         }
@@ -81,7 +81,7 @@ impl Events {
         lock(&self.state).incarnation
     }
 
-    /// The device has lost what its driver told it.
+    /// The device has lost everything that its driver told it.
     pub(crate) fn reincarnate(&self) {
         self.change(|state| {
             let before = state.incarnation;
@@ -94,7 +94,7 @@ impl Events {
 }
 
 impl State {
-    /// Makes events pending; returns the vector that is to be triggered.
+    /// Makes events pending. Returns the vector to trigger, if one of them was not pending.
     fn raise(&mut self, events: u32) -> Option<u16> {
         let vector = self.vector?;
         let new = events & !self.pending;
@@ -103,11 +103,11 @@ impl State {
     }
 }
 
-/// A number that is not 0 and that nobody had before.
+/// A random number that is not 0.
 fn incarnation() -> u64 {
     let mut bytes = [0; 8];
     loop {
-        // Fails only if interrupted early in the machine's life.
+        // `getrandom` fails only if a signal interrupts it early in the machine's life.
         if getrandom(&mut bytes, GetRandomFlags::empty()).is_ok() && bytes != [0; 8] {
             return u64::from_ne_bytes(bytes);
         }
@@ -119,31 +119,32 @@ fn area(mut config: Vec<u8>) -> Arc<[u8]> {
     config.into()
 }
 
-/// By this a device tells its driver what changes, from any thread. Clones are the same.
+/// A device's handle to tell its driver of changes, from any thread. Clones are handles to the same
+/// device.
 #[derive(Clone)]
 pub struct Notifier(pub(crate) Arc<Events>);
 
 impl Notifier {
-    /// The config area is `config` from now on (at most [`reg::CONFIG_MAX`] bytes). Each call
-    /// counts as a change.
+    /// Replaces the config area by `config` (at most [`reg::CONFIG_MAX`] bytes). Each call counts
+    /// as a change.
     pub fn config_changed(&self, config: Vec<u8>) {
         let config = area(config);
         self.0.change(|state| {
-            // Together, under the lock: a driver that reads one generation before and after the
-            // area has read one area.
+            // Both change under the lock. A driver that reads the same generation before and after
+            // the area has read one area.
             state.config = config;
             state.generation = state.generation.wrapping_add(1);
             state.raise(event::CONFIG)
         });
     }
 
-    /// Asks the driver to announce itself to others; what that means the class says.
+    /// Asks the driver to announce itself to others. The class defines what that means.
     pub fn announce(&self) {
         self.0.raise(event::ANNOUNCE);
     }
 
-    /// The incarnation of the device, for a class that puts it where its driver sees it without an
-    /// access to registers.
+    /// The incarnation of the device. A class can publish it in shared memory: its driver then
+    /// needs no register access to see it.
     pub fn incarnation(&self) -> u64 {
         self.0.incarnation()
     }

@@ -1,11 +1,11 @@
 //! The event loop: a few worker threads that run many tasks.
 //!
-//! A task belongs to one worker. It sleeps until it is woken: by a [`TaskHandle`] (a doorbell), by
-//! a file descriptor that it watches, or by its deadline. Awake, it is polled with a budget, in
-//! turn with the worker's other tasks. When a poll finds nothing, the task goes on being polled for
-//! a *window* before it arms its signals and sleeps again. The window adapts ([`Pace`]), so a busy
-//! device costs its driver no doorbell and an idle one costs no time. Between polls that find
-//! nothing the worker yields its processor to whoever wants it.
+//! A task belongs to one worker. It sleeps until a [`TaskHandle`] (a doorbell), a file descriptor
+//! that it watches, or its deadline wakes it. The worker polls its awake tasks in turn, each with a
+//! budget. When a poll finds nothing, the task goes on being polled for a *window* before it arms
+//! its signals and sleeps again. The window adapts ([`Pace`]): a busy device costs its driver no
+//! doorbell, and an idle device costs no time. Between polls that find nothing the worker yields
+//! its processor to other threads.
 #![allow(unsafe_code)] // Epoll takes raw event buffers.
 
 use std::cmp::Reverse;
@@ -26,49 +26,52 @@ use crate::counter::ConnectionCounters;
 use crate::lock::lock;
 use crate::wake::WakeFlag;
 
-/// What a poll came to.
+/// The result of a poll.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {
-    /// Something was done; there may be more.
+    /// The poll did some work. There may be more.
     Busy,
-    /// There was nothing to do.
+    /// The poll found no work.
     Idle,
 }
 
-/// Something that is polled by a worker.
+/// Work that a worker polls.
 pub trait Task: Send {
     /// Does at most `budget` units of work (packets, messages) without blocking. An error ends the
-    /// task (and what it belongs to).
+    /// task and, by `on_error`, what the task belongs to.
     fn poll(&mut self, budget: u32) -> Result<Progress, ErrorCode>;
 
-    /// Asks for a kick by the next work, before the task sleeps. [`Armed::Missed`]: there is work
-    /// already.
+    /// Asks the peer for a kick with the next work. The worker calls it before the task sleeps.
+    /// [`Armed::Missed`]: there is work already.
     fn arm(&mut self) -> Result<Armed, ErrorCode> {
         Ok(Armed::Waiting)
     }
 
-    /// Asks for no kick; called when the task is woken, before the first poll.
+    /// Asks the peer for no kick. The worker calls it when the task is woken, before the first
+    /// poll.
     fn disarm(&mut self) {}
 
-    /// When the task wants to be polled even if nobody wakes it. Asked before it sleeps.
+    /// When the worker must poll the task even if nobody wakes it. The worker asks before the task
+    /// sleeps.
     fn deadline(&self) -> Option<Instant> {
         None
     }
 
-    /// What the task has carried since it began, in bytes, of which a small message counts as some
-    /// hundred: under load it is polled by a timer instead of armed (see [`Pace`]). 0: never.
+    /// How many bytes the task has carried since it began. A small message counts as some hundred
+    /// bytes. Under load the worker polls the task by a timer instead of arming it (see [`Pace`]).
+    /// A task that always returns 0 is never polled by a timer.
     fn carried(&self) -> u64 {
         0
     }
 
-    /// Whether polling on after an empty poll can be of use. A task that only waits for descriptors
-    /// says no.
+    /// Whether it is useful to poll again after an empty poll. A task that only waits for
+    /// descriptors returns false.
     fn adaptive(&self) -> bool {
         true
     }
 }
 
-/// What a watched descriptor must become for the task to be woken.
+/// Which readiness of a watched descriptor wakes the task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Interest {
     /// Readable, or closed by the peer.
@@ -80,11 +83,12 @@ pub enum Interest {
 /// How an executor runs its tasks.
 #[derive(Clone, Copy, Debug)]
 pub struct Tuning {
-    /// Threads. They exist from the start, and sleep when there is nothing to do.
+    /// Number of worker threads. They exist from the start, and sleep when there is nothing to do.
     pub workers: usize,
-    /// Units of work a task may do before it is another's turn.
+    /// Units of work that a task may do before it is another task's turn.
     pub budget: u32,
-    /// The longest that a task is polled in vain before it sleeps. Zero: never.
+    /// How long a task is polled without finding work before it sleeps, at most. Zero: it sleeps at
+    /// once.
     pub poll_max: Duration,
 }
 
@@ -95,17 +99,17 @@ impl Default for Tuning {
     }
 }
 
-/// The shortest nap of a task under load, in nanoseconds.
+/// The shortest time between two polls by a timer, in nanoseconds.
 const NAP_NS: u64 = 100_000;
 
-/// Called when a task's poll failed, on the worker's thread, after the task is gone.
+/// Called on the worker's thread when a task's poll has failed and the task has been dropped.
 type OnError = Box<dyn Fn(ErrorCode) + Send + Sync>;
 
 struct Body {
     task: Box<dyn Task>,
     pace: Pace,
     asleep: bool,
-    /// The earliest timer that is set for the task.
+    /// The earliest timer that runs for the task.
     timer: Option<Instant>,
 }
 
@@ -118,13 +122,13 @@ struct Cell {
     counters: Arc<ConnectionCounters>,
 }
 
-/// A handle to a task. Clones are the same task; it ends by [`stop`](Self::stop) or by its own
-/// error, not by dropping handles.
+/// A handle to a task. Clones are handles to the same task. The task ends by [`stop`](Self::stop)
+/// or by its own error, not when handles are dropped.
 #[derive(Clone)]
 pub struct TaskHandle(Arc<Cell>);
 
 impl TaskHandle {
-    /// Wakes the task if it sleeps. From any thread; does not block.
+    /// Wakes the task if it sleeps. Any thread may call it. It does not block.
     pub fn wake(&self) {
         if self.0.queued.raise() {
             if let Some(worker) = self.0.worker.upgrade() {
@@ -133,10 +137,10 @@ impl TaskHandle {
         }
     }
 
-    /// Wakes the task whenever `fd` becomes ready. Edge-triggered: a task reads (or writes) until
-    /// the descriptor would block before it reports [`Progress::Idle`]; an eventfd need not be read
-    /// at all. Unwatch before closing: a copy of the descriptor in another process would keep the
-    /// watch alive.
+    /// Wakes the task whenever `fd` becomes ready. The watch is edge-triggered: a task must read
+    /// (or write) until the descriptor would block before it reports [`Progress::Idle`]. It need
+    /// not read an eventfd at all. Call [`unwatch`](Self::unwatch) before the descriptor is closed:
+    /// a copy of the descriptor in another process would keep the watch alive.
     pub fn watch(&self, fd: impl AsFd, interest: Interest) -> rustix::io::Result<()> {
         let worker = self.0.worker.upgrade().ok_or(rustix::io::Errno::SHUTDOWN)?;
         let flags = match interest {
@@ -155,7 +159,8 @@ impl TaskHandle {
         }
     }
 
-    /// Ends the task: waits for a poll under way, then drops it. Not from within the task itself.
+    /// Ends the task: waits until a running poll has returned, then drops the task. The task itself
+    /// must not call it.
     pub fn stop(&self) {
         let body = lock(&self.0.body).take();
         if let Some(worker) = self.0.worker.upgrade() {
@@ -180,7 +185,7 @@ struct Queue {
 
 struct Worker {
     epoll: OwnedFd,
-    /// Written to wake the worker from `epoll_wait`.
+    /// A write to it wakes the worker from `epoll_wait`.
     kick: OwnedFd,
     queue: Mutex<Queue>,
     tasks: Mutex<HashMap<u64, Arc<Cell>>>,
@@ -188,7 +193,7 @@ struct Worker {
     tuning: Tuning,
 }
 
-/// The id that stands for the worker's own kick.
+/// The id of the worker's own eventfd in epoll events.
 const KICK: u64 = 0;
 
 impl Worker {
@@ -202,7 +207,7 @@ impl Worker {
     }
 
     fn kick(&self) {
-        // Full counter: the worker is woken already.
+        // It fails only if the counter is full: the worker has been woken already.
         let _ = rustix::io::write(&self.kick, &1u64.to_ne_bytes());
     }
 
@@ -233,7 +238,7 @@ impl Worker {
         }
     }
 
-    /// Collects events; if `sleep`, waits for them until the next deadline.
+    /// Collects events. If `sleep`, waits for them until the next deadline.
     fn wait(&self, events: &mut Vec<epoll::Event>, sleep: bool) {
         let timeout = match sleep {
             false => Some(Duration::ZERO),
@@ -243,7 +248,7 @@ impl Worker {
         };
         let timeout = timeout.and_then(|t| Timespec::try_from(t).ok());
         events.clear();
-        // An error here is EINTR: the next round waits again.
+        // The only error here is EINTR. The next round waits again.
         let _ = epoll::wait(&self.epoll, spare_capacity(events), timeout.as_ref());
         if sleep {
             lock(&self.queue).sleeping = false;
@@ -271,7 +276,7 @@ impl Worker {
     }
 
     fn wake_id(&self, id: u64) {
-        // Gone since: an event of a task that was stopped.
+        // The task may have been stopped since its event.
         let cell = lock(&self.tasks).get(&id).cloned();
         if let Some(cell) = cell {
             TaskHandle(cell).wake();
@@ -280,12 +285,12 @@ impl Worker {
 
     /// One task's turn.
     fn slice(&self, cell: Arc<Cell>) -> Progress {
-        // From here on a wake queues the task again, so that none is lost between its poll and its
-        // sleep.
+        // From here on a wake-up queues the task again. So none is lost between the task's poll and
+        // its sleep.
         cell.queued.lower();
         let mut guard = lock(&cell.body);
         let Some(body) = guard.as_mut() else { return Progress::Idle };
-        // A panic is a fault of the device, and must not take the worker's other tasks with it.
+        // A panic is a fault of the device. The worker's other tasks must go on.
         let slice = std::panic::AssertUnwindSafe(|| body.slice(&self.tuning, &cell.counters));
         let result = std::panic::catch_unwind(slice).unwrap_or_else(|_| {
             tracing::error!("a task panicked; it ends");
@@ -294,7 +299,7 @@ impl Worker {
         match result {
             Ok(Turn { again, busy, deadline }) => {
                 if let Some(at) = deadline {
-                    // A timer that fires early costs one empty poll; a timer for each sleep would
+                    // A timer that fires early costs one empty poll. A timer for each sleep would
                     // cost memory without bound.
                     if body.timer.is_none_or(|set| at < set || set <= Instant::now()) {
                         body.timer = Some(at);
@@ -307,13 +312,13 @@ impl Worker {
                 }
                 if busy { Progress::Busy } else { Progress::Idle }
             }
-            Err(status) => {
-                // Under the lock: who stops the task meanwhile waits until it holds nothing any
-                // more.
+            Err(code) => {
+                // Under the lock: a thread that stops the task now waits until the task holds
+                // nothing any more.
                 *guard = None;
                 drop(guard);
                 lock(&self.tasks).remove(&cell.id);
-                (cell.on_error)(status);
+                (cell.on_error)(code);
                 Progress::Busy
             }
         }
@@ -352,8 +357,8 @@ impl Body {
             }
         }
         if self.task.arm()? == Armed::Missed {
-            // A dishonest peer can say so for ever; it gets one more poll, and if that is empty
-            // too, the task sleeps all the same.
+            // A hostile peer can cause this again and again. The task gets one more poll. If that
+            // finds nothing either, the task sleeps.
             if self.task.poll(tuning.budget)? == Progress::Busy {
                 self.task.disarm();
                 self.pace.busy();
@@ -372,7 +377,7 @@ fn now() -> u64 {
     now.tv_sec.unsigned_abs().wrapping_mul(1_000_000_000).wrapping_add(now.tv_nsec.unsigned_abs())
 }
 
-/// The workers. Dropping it stops them.
+/// The event loop: a set of workers. Dropping it stops the workers.
 pub struct Executor {
     workers: Vec<Arc<Worker>>,
     threads: Vec<JoinHandle<()>>,
@@ -402,7 +407,7 @@ impl Executor {
                 tuning,
             });
             let run = worker.clone();
-            // 256 KiB: tasks keep their buffers on the heap.
+            // 256 KiB are enough: tasks keep their buffers on the heap.
             let thread =
                 std::thread::Builder::new().name(format!("vbus-{i}")).stack_size(256 << 10);
             executor.threads.push(thread.spawn(move || run.run())?);
@@ -435,9 +440,9 @@ impl Executor {
         self.begin(worker, cell, task)
     }
 
-    /// Runs the task that `make` returns, like [`spawn`](Self::spawn). `make` is given the task's
-    /// own handle, with which it can watch descriptors. An error of `make` is returned, and then
-    /// nothing runs.
+    /// Runs the task that `make` returns, like [`spawn`](Self::spawn). `make` gets the task's own
+    /// handle and can watch descriptors with it. If `make` fails, its error is returned and nothing
+    /// runs.
     pub fn spawn_with<E>(
         &self,
         worker: usize,
@@ -454,7 +459,7 @@ impl Executor {
         &self.workers[worker % self.workers.len()]
     }
 
-    /// A task to be.
+    /// The cell of a task that does not run yet.
     fn cell(
         &self,
         worker: usize,
@@ -475,7 +480,7 @@ impl Executor {
         let pace =
             Pace::new(u64::try_from(self.tuning().poll_max.as_nanos()).unwrap_or(u64::MAX), NAP_NS);
         *lock(&cell.body) = Some(Body { task, pace, asleep: false, timer: None });
-        // A wake-up before this moment finds no such task, and is made up for here.
+        // A wake-up before this moment found no task. The wake-up below makes up for it.
         lock(&self.worker(worker).tasks).insert(cell.id, cell.clone());
         let handle = TaskHandle(cell);
         handle.wake();
@@ -491,7 +496,7 @@ impl Drop for Executor {
         }
         let me = std::thread::current().id();
         for thread in self.threads.drain(..) {
-            // The last handle may be dropped by a task: a worker does not wait for itself.
+            // A task may drop the last handle of the executor: a worker does not wait for itself.
             if thread.thread().id() != me {
                 let _ = thread.join();
             }

@@ -1,5 +1,5 @@
-//! What every front of a device needs, whatever its driver speaks: the peer's memory, a worker of
-//! the event loop, interrupts, doorbells, counters. The front of vbus is
+//! What every front of a device needs, whatever protocol its driver uses: the peer's memory, a
+//! worker of the event loop, interrupts, doorbells, counters. The front of vbus is
 //! [`Endpoint`](crate::Endpoint).
 
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use crate::executor::Executor;
 use crate::interrupt::{Interrupt, InterruptSink, Outlet};
 use crate::memory::{MemoryContext, Trust};
 
-/// The host's half of a device, apart from what its driver says and how.
+/// The host's half of a device: everything that does not depend on the driver's protocol.
 pub struct Host {
     name: String,
     executor: Arc<Executor>,
@@ -22,8 +22,8 @@ pub struct Host {
 }
 
 impl Host {
-    /// A device called `name` with so many interrupt vectors and doorbells, whose tasks run on
-    /// `executor`, and whose peers' memory files are trusted as `trust` says.
+    /// A device called `name` with `vectors` interrupt vectors and `doorbells` doorbells. Its tasks
+    /// run on `executor`. `trust` says which memory files its peers may hand over.
     pub fn new(
         name: &str,
         executor: Arc<Executor>,
@@ -79,19 +79,19 @@ impl Host {
         Interrupt::new(self.outlet.clone(), vector, self.counters.clone())
     }
 
-    /// Sets where interrupts go; the last connector wins.
+    /// Sets the sink of the interrupts. The last call counts.
     pub fn set_interrupt_sink(&self, sink: Arc<dyn InterruptSink>) {
         self.outlet.set_connector(sink);
     }
 
-    /// Lets the device `router` of the same bus carry this one's interrupts, if its driver asks for
-    /// that ([`Router`](crate::Router)); the first one set stays. Whoever drives that device can
-    /// take them from this one's driver.
+    /// Lets the device `router` of the same bus carry this device's interrupts, if the router's
+    /// driver asks for that ([`Router`](crate::Router)). The first call counts. The router's driver
+    /// can take the interrupts away from this device's driver.
     pub fn set_router(&self, router: &str) {
         self.outlet.set_router(router);
     }
 
-    /// The device that may carry this one's interrupts.
+    /// The name of the device that may carry this device's interrupts.
     pub fn router(&self) -> Option<String> {
         self.outlet.router().map(str::to_owned)
     }

@@ -1,5 +1,5 @@
-//! Interrupts: from the device to the driver, by the device's own connector or by a route through
-//! another device of the bus.
+//! Interrupts from the device to the driver. The device's connector delivers them, or another
+//! device of the bus routes them.
 
 use std::fmt;
 use std::sync::{Arc, OnceLock, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
@@ -10,7 +10,7 @@ use vbus_shm::ErrorCode;
 
 use crate::counter::ConnectionCounters;
 
-/// Where interrupts go: what the connector makes of a vector.
+/// Delivers interrupts, for example as a connector.
 pub trait InterruptSink: Send + Sync {
     /// Delivers an interrupt on `vector`. Never blocks.
     fn trigger(&self, vector: u16);
@@ -33,8 +33,8 @@ impl Interrupt {
         Interrupt { sink, vector, counters }
     }
 
-    /// Takes what a post returned: interrupts the driver if it asked for a kick, and counts either
-    /// way.
+    /// Takes the kick that a post returned. Interrupts the driver if the driver asked for a kick.
+    /// Counts the kick or its absence.
     pub fn kick(&self, kick: Kick<end::Device>) {
         if kick.is_wanted() {
             self.trigger();
@@ -43,7 +43,7 @@ impl Interrupt {
         }
     }
 
-    /// Interrupts the driver, whether or not it asked for that.
+    /// Interrupts the driver, whether or not the driver asked for a kick.
     pub fn trigger(&self) {
         self.counters.interrupts.one();
         self.sink.trigger(self.vector);
@@ -56,7 +56,8 @@ impl fmt::Debug for Interrupt {
     }
 }
 
-/// Where the interrupts of a device go: to its connector, but for the vectors that are routed.
+/// Where the interrupts of a device go: each routed vector to its route's sink, all others to the
+/// connector.
 pub(crate) struct Outlet {
     ways: RwLock<Ways>,
     vectors: u16,
@@ -66,15 +67,15 @@ pub(crate) struct Outlet {
 
 struct Ways {
     connector: Arc<dyn InterruptSink>,
-    /// Of an open connection, by vector.
+    /// The routes of an open connection, by vector.
     routed: Vec<Option<Way>>,
-    /// Routes so far.
+    /// Number of routes made so far.
     count: u64,
 }
 
 struct Way {
     sink: Arc<dyn InterruptSink>,
-    /// Tells it from those before.
+    /// Tells this route from earlier routes of the vector.
     id: u64,
 }
 
@@ -92,7 +93,7 @@ impl Outlet {
     }
 
     pub(crate) fn set_router(&self, router: &str) {
-        let _ = self.router.set(router.to_owned()); // The first one stays.
+        let _ = self.router.set(router.to_owned()); // The first call counts.
     }
 
     pub(crate) fn router(&self) -> Option<&str> {
@@ -111,12 +112,12 @@ impl Outlet {
         self.write().connector = sink;
     }
 
-    /// A connection begins: its vectors can be routed.
+    /// A connection begins. From now on its vectors can be routed.
     pub(crate) fn open(&self) {
         self.write().routed = (0..self.vectors).map(|_| None).collect();
     }
 
-    /// Lets `sink` have the interrupts of the open connection on `vector`; see
+    /// Sends the interrupts of the open connection on `vector` to `sink`; see
     /// [`Router::route`](crate::Router::route).
     pub(crate) fn route(
         self: &Arc<Self>,
@@ -138,12 +139,12 @@ impl Outlet {
         Ok(Route { outlet: Arc::downgrade(self), vector, id })
     }
 
-    /// The connection has ended, and with it all routes. `tell`: the driver does not know yet, and
-    /// may wait for any of them.
+    /// The connection has ended, and so all routes end. `tell`: the driver does not know that yet
+    /// and may wait for any routed vector, so each gets a last interrupt.
     pub(crate) fn close(&self, tell: bool) {
         let mut ways = self.write();
         let routed = std::mem::take(&mut ways.routed);
-        // Still locked: once a route has ended nobody uses its sink any more.
+        // Still under the lock: once a route has ended nobody uses its sink any more.
         for (vector, way) in (0..).zip(&routed) {
             if let Some(way) = way.as_ref().filter(|_| tell) {
                 way.sink.trigger(vector);
@@ -162,8 +163,8 @@ impl InterruptSink for Outlet {
     }
 }
 
-/// A vector of another device that is routed, until this is dropped. Then that device interrupts by
-/// its own connector again, once at once.
+/// A routed vector of another device. When this is dropped, that device's connector delivers the
+/// vector again, and delivers one interrupt at once.
 pub struct Route {
     outlet: Weak<Outlet>,
     vector: u16,
@@ -171,7 +172,7 @@ pub struct Route {
 }
 
 impl Route {
-    /// Calls `change` with the place of the route, unless it has ended.
+    /// Calls `change` with the route's slot and the connector, unless the route has ended.
     fn with<T>(
         &self,
         change: impl FnOnce(&mut Option<Way>, &Arc<dyn InterruptSink>) -> T,
@@ -183,13 +184,13 @@ impl Route {
         slot.as_ref().is_some_and(|way| way.id == self.id).then(|| change(slot, connector))
     }
 
-    /// Whether the routed device's connection still is that of the route.
+    /// Whether the routed device still has the connection that the route was made for.
     pub fn is_alive(&self) -> bool {
         self.with(|_, _| ()).is_some()
     }
 
-    /// Lets `sink` have the interrupts from now on. When this returns, the sink before is not used
-    /// any more. False: the route has ended.
+    /// Sends the interrupts to `sink` from now on. When this returns, nobody uses the former sink
+    /// any more. Returns false if the route has ended.
     pub fn redirect(&self, sink: Arc<dyn InterruptSink>) -> bool {
         self.with(|slot, _| *slot = Some(Way { sink, id: self.id })).is_some()
     }

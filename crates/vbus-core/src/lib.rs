@@ -2,23 +2,23 @@
 //! neither PCI nor KVM nor QEMU.
 //!
 //! # Writing a device
-//! If the driver sends bytes and the device answers with bytes, write a [`service`]: one function,
-//! and the ring, the buffers and the signals are handled for you. The rest of this section is about
-//! every other form.
+//! If the driver sends bytes and the device answers with bytes, write a [`service`]. You write one
+//! function, and `service` handles the ring, the buffers and the signals. The rest of this section
+//! is about all other devices.
 //!
-//! A device is written against two traits, and a third if configurations are to make it:
+//! A device implements two traits, and a third if configurations shall make it:
 //!
-//! 1. [`Device`] is what sits on the [`Bus`]. It says what it is ([`Identity`]) and opens
-//!    connections.
-//! 2. [`Connection`] is one driver's use of it. It is given the driver's memory region by region,
-//!    is called, and is polled when the driver kicks. Dropping it closes it: the driver closed, was
-//!    reset, unplugged, killed, or broke the protocol.
-//! 3. [`DeviceClass`] makes devices from a configuration, for `vbus serve`.
+//! 1. A [`Device`] sits on the [`Bus`]. It says what it is ([`Identity`]) and opens connections.
+//! 2. A [`Connection`] is one driver's use of the device. It gets the driver's memory region by
+//!    region. The bus passes the driver's calls to it, and polls it when the driver kicks. The bus
+//!    drops it when the driver closes the device, is reset, unplugged or killed, or breaks the
+//!    protocol.
+//! 3. A [`DeviceClass`] makes devices from a configuration, for `vbus serve`.
 //!
-//! The usual device has a ring in its region: [`poll`](Connection::poll) takes what is there and
-//! gives it back, [`arm`](Connection::arm) asks for a kick before the connection sleeps,
-//! [`disarm`](Connection::disarm) saves the driver its doorbells while it is polled. This one
-//! returns each value doubled:
+//! The usual device has a ring in its region. [`poll`](Connection::poll) takes entries and gives
+//! them back. [`arm`](Connection::arm) asks for a kick before the connection sleeps.
+//! [`disarm`](Connection::disarm) saves the driver its doorbells while the connection is polled.
+//! This device returns each value doubled:
 //!
 //! ```
 //! use std::sync::Arc;
@@ -73,34 +73,33 @@
 //! # Ok::<(), std::io::Error>(())
 //! ```
 //!
-//! Buffers whose addresses come with each entry are reached through [`Open::memory`]: take a
-//! [`View`] at the beginning of the poll, let it go at its end. A device with several queues spawns
-//! a [`Task`] for each on the [`Executor`] and binds the region's [`Doorbell`] to it.
+//! A device reaches buffers whose addresses come with each entry through [`Open::memory`]: take a
+//! [`View`] at the beginning of the poll and drop it at the end. A device with several queues
+//! spawns a [`Task`] for each on the [`Executor`] and binds the region's [`Doorbell`] to it.
 //!
 //! # Class numbers
-//! A class has a number and a name ([`Identity`]). Numbers below
-//! [`class::USER`](vbus_shm::abi::class::USER) (0x8000) are those of the specification. All other
-//! classes may share the number [`class::USER`](vbus_shm::abi::class::USER), which
-//! [`Identity::user`] gives: their drivers tell them by name. Choose a number of your own from
-//! there to 0xffff where a driver has to find the class without reading the name; the number is
-//! also the PCI subsystem id.
+//! A class has a number and a name ([`Identity`]). The specification has the numbers below
+//! [`class::USER`](vbus_shm::abi::class::USER) (0x8000). All other classes may share the number
+//! [`class::USER`](vbus_shm::abi::class::USER), which [`Identity::user`] gives: their drivers tell
+//! them by name. Choose a number of your own from there to 0xffff if a driver has to find the class
+//! without reading the name. The number is also the PCI subsystem id.
 //!
 //! # What may block
 //! [`Connection::poll`], `arm`, `disarm`, `call`, `region_added` and `region_dropped` must not
-//! block: they run on a worker or in the way of a virtual CPU, and all devices of that worker wait
-//! with them. [`Device::control`] may block, and so may [`DeviceClass::create`]. A device that must
-//! block gives the work to a thread of its own, which calls [`Doorbell::wake`] when it has
-//! finished; [`service`] does that for you.
+//! block. They run on a worker, or a virtual CPU waits for them, and all devices of that worker
+//! wait with them. [`Device::control`] may block, and so may [`DeviceClass::create`]. A device that
+//! must block gives the work to a thread of its own. That thread calls [`Doorbell::wake`] when it
+//! has finished. [`service`] does that for you.
 //!
 //! # What the bus does for a device
-//! - It checks what the driver says of its regions, and never lets a device touch memory that was
+//! - It checks what the driver says of its regions. It never lets a device touch memory that was
 //!   taken away: see [`memory`].
 //! - It runs everything on the few threads of the [`Executor`], polls adaptively, and bounds the
 //!   work of each turn.
 //! - It counts ([`ConnectionCounters`]), and tells the driver why a connection ended
 //!   ([`ErrorCode`]).
 //!
-//! A connector holds the device's [`Endpoint`], which is the whole of its interface.
+//! A connector holds the device's [`Endpoint`], and needs nothing else of this crate.
 
 mod bus;
 mod call;

@@ -1,12 +1,13 @@
-//! The driver's memory: what a connector maps for a device, and how a device reaches it.
+//! The driver's memory. A connector maps it for a device, and the device reaches it through views
+//! and windows.
 //!
 //! A [`MemoryContext`] holds the maps of one connector's peer. A device sees two forms of it:
 //!
 //! - a [`View`], for buffers whose addresses come with each request. A view is a snapshot of the
 //!   maps. Taking one never waits, also under another view. Unmapping waits until no view has the
-//!   maps that it takes away, so a view is held for one poll at most.
+//!   maps that it takes away. So a device must not hold a view for longer than one poll.
 //! - a [`Window`], for a region that stays. A window keeps its mapping alive until it is dropped.
-//!   Unmapping memory of a region ends the connection first, and that drops its windows.
+//!   Unmapping memory of a region first ends the connection, which drops its windows.
 //!
 //! A range may cross from one map into the next if they adjoin: an IOMMU maps page by page.
 #![allow(unsafe_code)] // Maps the driver's memory and copies to and from it while the driver may write it.
@@ -26,32 +27,32 @@ use vbus_shm::sync::Word;
 use crate::io_vec::{IoVec, IoVecMut};
 use crate::lock::lock;
 
-/// The most maps of a peer.
+/// The most maps that a peer can have.
 pub const MAPS_MAX: usize = 1024;
 
-/// Maps with a file begin and end at multiples of this.
+/// A map with a file begins and ends at a multiple of this many bytes.
 pub const PAGE: u64 = 4096;
 
-/// Why a map was refused.
+/// Why the bus refused a map.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum MapError {
-    /// Length 0, or address + length wraps around, or not whole pages.
+    /// The length is 0, address + length wraps around, or the range is not whole pages.
     #[error("bad range {0:#x}+{1:#x}")]
     Range(u64, u64),
-    /// Overlaps an existing map.
+    /// The range overlaps an existing map.
     #[error("{0:#x}+{1:#x} overlaps an existing map")]
     Overlap(u64, u64),
-    /// More than [`MAPS_MAX`].
+    /// The peer has [`MAPS_MAX`] maps.
     #[error("more than {MAPS_MAX} maps")]
     Limit,
-    /// The peers together have as many as a process can have.
+    /// All peers together have as many maps as the bus allows.
     #[error("all peers together have more than {MAPS_ALL_MAX} maps")]
     LimitOfAll,
-    /// The file is smaller than the map says.
+    /// The file ends before the map does.
     #[error("the file ends before the map does")]
     FileTooSmall,
-    /// The file could shrink under us, which would kill the bus at the next access.
+    /// The peer could shrink the file. The bus would die at the next access.
     #[error(
         "the memory's file cannot be sealed against shrinking; use memory-backend-memfd, or let the bus trust this peer's memory files"
     )]
@@ -61,16 +62,16 @@ pub enum MapError {
     Os(#[from] rustix::io::Errno),
 }
 
-/// The most pages, over all peers, that are mapped one by one for page lists. The kernel allows a
-/// process 65530 mappings in all, and a process that has used them up cannot even allocate.
+/// The most pages of all peers that are mapped one by one for page lists. The kernel allows a
+/// process 65530 mappings. A process that has used them up cannot even allocate memory.
 const LISTED_MAX: usize = 32768;
-/// The most of them for one peer.
+/// The most pages of one peer that are mapped one by one.
 const LISTED_PEER_MAX: usize = 8192;
 
-/// Pages that are mapped one by one.
+/// Number of pages that are mapped one by one, of all peers.
 static LISTED: AtomicUsize = AtomicUsize::new(0);
 
-/// A share of the pages that may be mapped one by one, given back when dropped.
+/// A share of the pages that may be mapped one by one. Dropping it gives the share back.
 struct Listed {
     pages: usize,
     peer: Arc<AtomicUsize>,
@@ -95,14 +96,14 @@ impl Drop for Listed {
     }
 }
 
-/// The most maps over all peers. Together with [`LISTED_MAX`] it leaves some thousands of mappings
-/// for the process itself.
+/// The most maps of all peers. Together with [`LISTED_MAX`] it leaves some thousands of mappings to
+/// the process itself.
 const MAPS_ALL_MAX: usize = 24576;
 
-/// Maps of all peers.
+/// Number of maps of all peers.
 static MAPS: AtomicUsize = AtomicUsize::new(0);
 
-/// One of the maps that there may be, given back when dropped.
+/// The right to one map. Dropping it gives the right back.
 struct MapShare;
 
 impl MapShare {
@@ -120,7 +121,7 @@ impl Drop for MapShare {
     }
 }
 
-/// What a mapping counts as, for as long as it is there.
+/// The limit that a mapping counts against while it exists.
 enum Share {
     /// A map of a peer.
     Map(MapShare),
@@ -164,7 +165,7 @@ impl Drop for Mapping {
     }
 }
 
-/// What the peer lets the device do with a map.
+/// How the peer lets the device access a map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Access {
@@ -204,7 +205,8 @@ struct MappedFile {
 struct Map {
     start: u64,
     len: u64,
-    /// `None`: announced without a file (another device's BAR, a ROM), or for no access.
+    /// `None`: the peer announced the range without a file (another device's BAR, a ROM), or for no
+    /// access.
     file: Option<Arc<MappedFile>>,
 }
 
@@ -236,7 +238,7 @@ impl Run<'_> {
 }
 
 impl Table {
-    /// The first run of `addr..addr + len`: what lies within the map that holds `addr`.
+    /// The first run of `addr..addr + len`: the part within the map that has `addr`.
     fn run(&self, addr: u64, len: usize, access: Access) -> Result<Run<'_>, ErrorCode> {
         let at = self.maps.partition_point(|map| map.end() <= addr);
         let map =
@@ -249,8 +251,8 @@ impl Table {
         Ok(Run { file, inside, len: len.min(room) })
     }
 
-    /// Calls `each` with the runs of `addr..addr + len`, in order, until one fails. Returns how
-    /// many there are. The whole range must be mapped for `access`.
+    /// Calls `each` with the runs of `addr..addr + len`, in order, until one call fails. Returns
+    /// the number of runs. The whole range must be mapped for `access`.
     fn runs(
         &self,
         mut addr: u64,
@@ -273,32 +275,33 @@ impl Table {
     }
 }
 
-/// Whether the files that a peer hands over for its memory may be of a kind that could shrink.
+/// Which files a peer may hand over for its memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Trust {
     /// Only files that are, or can be, sealed against shrinking.
     #[default]
     Sealed,
-    /// Any file. A peer that truncates it kills the bus.
+    /// Any file. A peer that truncates its file kills the bus.
     Any,
 }
 
 /// The memory of one connector's peer.
 pub struct MemoryContext {
-    /// Locked for a few instructions at a time; a view locks it when it begins and when it ends.
+    /// Locked for a few instructions at a time. A view locks it when it begins and when it ends.
     state: Mutex<State>,
-    /// A view has ended while somebody waited for that.
+    /// Notified when a view ends while a thread waits for that.
     ended: Condvar,
     trust: Trust,
-    /// Pages of it that are mapped one by one.
+    /// Number of this peer's pages that are mapped one by one.
     listed: Arc<AtomicUsize>,
 }
 
 #[derive(Default)]
 struct State {
-    /// Views have clones. It is changed in place if there are none, and else copied first.
+    /// Each view has a clone. With no view the table is changed in place, otherwise it is copied
+    /// first.
     table: Arc<Table>,
-    /// How many wait for views to end.
+    /// Number of threads that wait for views to end.
     waiting: usize,
 }
 
@@ -322,8 +325,9 @@ impl MemoryContext {
     }
 
     /// Maps `len` bytes of `file` (descriptor, offset) at address `start` of the driver's memory,
-    /// for `access`. Without a file, or for no access at all, the range is remembered as
-    /// unreachable. The file must be sealed against shrinking, or get sealed here (see [`Trust`]).
+    /// for `access`. Without a file, or for no access at all, the context records the range as
+    /// unreachable. The file must be sealed against shrinking, or this call seals it (see
+    /// [`Trust`]).
     pub fn map(
         &self,
         start: u64,
@@ -366,8 +370,8 @@ impl MemoryContext {
     }
 
     /// Takes away the maps that lie within `start..start + len`, and waits until no view has them.
-    /// Returns how many bytes that were; 0 if the range cuts a map in two or holds none, and then
-    /// nothing has changed. Connections with regions in the range must be closed before.
+    /// Returns the number of bytes. If the range cuts a map in two or has no map, it returns 0 and
+    /// changes nothing. The caller must have closed connections with regions in the range.
     pub(crate) fn unmap(&self, start: u64, len: u64) -> u64 {
         let Some(end) = start.checked_add(len) else { return 0 };
         self.take(|maps| {
@@ -390,20 +394,20 @@ impl MemoryContext {
             return 0;
         }
         let taken: Vec<Map> = Arc::make_mut(&mut state.table).maps.drain(range).collect();
-        // Views that began before have copies of the table, and so of these maps. Each view ends
-        // under the lock, so that the last one finds somebody waiting.
+        // Views that began before have clones of the table, and so of these maps. Each view ends
+        // under the lock, so the last view sees that this thread waits.
         state.waiting += 1;
         while taken.iter().flat_map(|map| &map.file).any(|file| Arc::strong_count(file) > 1) {
             state = self.ended.wait(state).unwrap_or_else(|e| e.into_inner());
         }
         state.waiting -= 1;
         drop(state);
-        // Only now, outside of the lock, the kernel unmaps.
+        // The kernel unmaps only here, outside of the lock.
         taken.iter().map(|map| map.len).sum()
     }
 
-    /// A look at the memory as it is now. Never waits. Hold it for one poll at most: unmapping
-    /// waits for it.
+    /// A snapshot of the memory. It never waits. Hold it for one poll at most: unmapping waits for
+    /// it.
     pub fn view(&self) -> View<'_> {
         View { table: Some(lock(&self.state).table.clone()), context: self }
     }
@@ -419,7 +423,7 @@ impl MemoryContext {
             let base = run.base().cast();
             return Ok(Window { _mapping: run.file.mapping.clone(), base, words: bytes / 8 });
         }
-        // Maps that adjoin: their pages are mapped anew, side by side.
+        // The range crosses maps. Map their pages again, side by side.
         let end = addr.checked_add(len).and_then(|end| end.checked_next_multiple_of(PAGE));
         let first = addr - addr % PAGE;
         let pages = end.ok_or(ErrorCode::BAD_ADDRESS)? - first;
@@ -501,7 +505,7 @@ fn check_words(addr: u64, len: u64) -> Result<(), ErrorCode> {
     if (addr | len) % 8 != 0 { Err(ErrorCode::BAD_ALIGNMENT) } else { Ok(()) }
 }
 
-/// Makes sure that the file cannot shrink.
+/// Seals the file against shrinking, unless it is sealed.
 fn seal(fd: &OwnedFd) -> Result<(), MapError> {
     let seals = fcntl_get_seals(fd).map_err(|_| MapError::Unsealed)?;
     if seals.contains(SealFlags::SHRINK) {
@@ -510,9 +514,9 @@ fn seal(fd: &OwnedFd) -> Result<(), MapError> {
     fcntl_add_seals(fd, SealFlags::SHRINK).map_err(|_| MapError::Unsealed)
 }
 
-/// A look at a peer's memory; see [`MemoryContext::view`].
+/// A snapshot of a peer's memory; see [`MemoryContext::view`].
 pub struct View<'a> {
-    /// `None` only while it is dropped.
+    /// `None` only while the view is dropped.
     table: Option<Arc<Table>>,
     context: &'a MemoryContext,
 }
@@ -520,7 +524,7 @@ pub struct View<'a> {
 impl Drop for View<'_> {
     fn drop(&mut self) {
         let state = lock(&self.context.state);
-        // Under the lock: who waits counts the tables that have its maps.
+        // Under the lock: a thread that waits counts the tables that have its maps.
         self.table = None;
         if state.waiting > 0 {
             self.context.ended.notify_all();
@@ -536,7 +540,7 @@ impl View<'_> {
         self.table.as_deref().unwrap_or(&EMPTY)
     }
 
-    /// The `len` bytes at `addr`, all of which must be mapped: for writing if `write`, else for
+    /// The `len` bytes at `addr`. All of them must be mapped, for writing if `write`, else for
     /// reading.
     pub fn slice(&self, addr: u64, len: u64, write: bool) -> Result<DriverSlice<'_>, ErrorCode> {
         let access = if write { Access::WRITE } else { Access::READ };
@@ -562,13 +566,13 @@ impl View<'_> {
     }
 }
 
-/// Bytes of the driver's memory. The driver may write them at any time, so they are copied, or
-/// passed to system calls; never borrowed. They lie in one piece or in several
+/// Bytes of the driver's memory. The driver may write them at any time. So they can be copied, or
+/// passed to system calls, but never borrowed. They lie in one piece or in several
 /// ([`pieces`](Self::pieces)).
 #[derive(Clone, Copy)]
 pub struct DriverSlice<'a> {
     base: NonNull<u8>,
-    /// Bytes at `base`; what follows is found in the table.
+    /// Number of bytes at `base`. The table has the rest.
     run: usize,
     len: usize,
     addr: u64,
@@ -589,14 +593,14 @@ impl<'a> DriverSlice<'a> {
         self.len == 0
     }
 
-    /// Splits at byte `mid`, which is cut to the length.
+    /// Splits at byte `mid`. A `mid` beyond the length is cut to the length.
     pub fn split_at(self, mid: usize) -> (DriverSlice<'a>, DriverSlice<'a>) {
         let mid = mid.min(self.len);
         let front = DriverSlice { run: self.run.min(mid), len: mid, ..self };
         (front, self.skip(mid))
     }
 
-    /// Without its first `count` bytes, which it has.
+    /// The slice without its first `count` bytes. It must have that many.
     fn skip(self, count: usize) -> DriverSlice<'a> {
         let (addr, len) = (self.addr.wrapping_add(count as u64), self.len - count);
         if count < self.run || len == 0 {
@@ -604,15 +608,16 @@ impl<'a> DriverSlice<'a> {
             let base = unsafe { self.base.add(count.min(self.run)) };
             return DriverSlice { base, run: self.run - count.min(self.run), len, addr, ..self };
         }
-        // All of it was looked up when the slice was made, and the view's table does not change.
+        // The whole range was looked up when the slice was made, and the view's table does not
+        // change.
         match self.table.run(addr, len, Access { read: false, write: false }) {
             Ok(run) => DriverSlice { base: run.base(), run: run.len, len, addr, ..self },
             Err(_) => DriverSlice { run: 0, len: 0, ..self },
         }
     }
 
-    /// Its pieces, in order: each lies in one run of this process's memory. There is more than one
-    /// only where the peer's maps meet.
+    /// The pieces of the slice, in order. Each is contiguous in this process's memory. A slice has
+    /// more than one piece only if it crosses from one map into the next.
     pub fn pieces(&self) -> impl Iterator<Item = DriverSlice<'a>> + use<'a> {
         let mut rest = *self;
         std::iter::from_fn(move || {
@@ -622,7 +627,7 @@ impl<'a> DriverSlice<'a> {
         })
     }
 
-    /// Copies to `out`; as many bytes as the shorter one has.
+    /// Copies to `out`, as many bytes as the shorter one has. Returns that number.
     pub fn copy_to(&self, out: &mut [u8]) -> usize {
         let mut at = 0;
         for piece in self.pieces() {
@@ -636,7 +641,7 @@ impl<'a> DriverSlice<'a> {
         at
     }
 
-    /// Copies from `bytes`; as many bytes as the shorter one has.
+    /// Copies from `bytes`, as many bytes as the shorter one has. Returns that number.
     pub fn copy_from(&self, bytes: &[u8]) -> usize {
         let mut at = 0;
         for piece in self.pieces() {
@@ -649,7 +654,8 @@ impl<'a> DriverSlice<'a> {
         at
     }
 
-    /// Copies from another driver's memory; as many bytes as the shorter one has.
+    /// Copies from another driver's memory, as many bytes as the shorter one has. Returns that
+    /// number.
     pub fn copy_from_driver(&self, from: DriverSlice<'_>) -> usize {
         let total = self.len.min(from.len);
         let (mut to, mut from) = (*self, from);
@@ -659,8 +665,8 @@ impl<'a> DriverSlice<'a> {
             if len == 0 {
                 break;
             }
-            // SAFETY: both ranges are valid for len bytes. They may even overlap: then the result
-            // is garbage, which is the peer's own doing.
+            // SAFETY: both ranges are valid for len bytes. They may overlap, if the peer maps its
+            // memory so. The result is then garbage in the peer's own memory.
             unsafe { copy(from.base.as_ptr(), to.base.as_ptr(), len) };
             (to, from, left) = (to.skip(len), from.skip(len), left - len);
         }
@@ -682,9 +688,9 @@ impl<'a> DriverSlice<'a> {
     }
 }
 
-/// Copies bytes that another process may be writing. On x86-64 by an instruction that the compiler
-/// cannot look into, so that a race gives torn bytes and nothing else; elsewhere through volatile
-/// bytes.
+/// Copies bytes that another process may be writing. On x86-64 it uses an instruction that the
+/// compiler cannot look into, so a race gives torn bytes and nothing else. On other machines it
+/// copies volatile bytes.
 ///
 /// # Safety
 /// `from` must be readable and `to` writable for `len` bytes.
@@ -702,7 +708,7 @@ unsafe fn copy(from: *const u8, to: *mut u8, len: usize) {
     }
 }
 
-/// A lasting window on a region of the driver's memory, as words; see [`MemoryContext::window`].
+/// A lasting mapping of a region of the driver's memory, as words; see [`MemoryContext::window`].
 /// Clones share the mapping.
 #[derive(Clone)]
 pub struct Window {
@@ -754,7 +760,7 @@ mod tests {
         );
         assert!(matches!(MapShare::take(), Err(MapError::LimitOfAll)));
         drop(places);
-        // What one gives back, another may have; and a refusal took none.
+        // A share that is given back can be taken again, and a refusal took none.
         assert!(MapShare::take().is_ok());
         assert_eq!(MAPS.load(Ordering::Relaxed), 0);
     }

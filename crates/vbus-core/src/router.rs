@@ -1,4 +1,4 @@
-//! Devices that carry the interrupts of others of their bus (spec/pci.md, "Interrupts").
+//! Devices that carry the interrupts of other devices on their bus (spec/pci.md, "Interrupts").
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, Weak};
@@ -26,27 +26,28 @@ impl Outlets {
     }
 }
 
-/// Lets a device carry the interrupts of others on its bus: of those that were made with its name
-/// ([`Endpoint::set_router`](crate::Endpoint::set_router)).
+/// Lets a device carry the interrupts of other devices on its bus. Each of those devices must name
+/// it ([`Endpoint::set_router`](crate::Endpoint::set_router)).
 #[derive(Clone)]
 pub struct Router {
-    /// The device that routes; `None` if it is routed itself, for that could go round in a circle.
+    /// The name of the device that routes. `None` if another device routes its interrupts: routes
+    /// could then form a circle.
     name: Option<String>,
     outlets: Weak<Outlets>,
 }
 
 impl Router {
-    /// That of the device `name`, which is `routed` itself or not.
+    /// The router of the device `name`. `routed`: another device may route its interrupts.
     pub(crate) fn new(name: &str, routed: bool, outlets: Weak<Outlets>) -> Router {
         Router { name: (!routed).then(|| name.into()), outlets }
     }
 
-    /// Lets `sink` have the interrupts of the open connection of `device` on `vector`, from now
-    /// until the route is dropped or that connection ends. One interrupt goes there at once, in
-    /// case that the last one by the old way was not attended to any more.
+    /// Sends the interrupts of the open connection of `device` on `vector` to `sink`, until the
+    /// route is dropped or that connection ends. `sink` gets one interrupt at once, because the
+    /// driver may have missed the last one on the old path.
     ///
     /// # Errors
-    /// [`ErrorCode::DENIED`] (no such device, or it may not be routed from here),
+    /// [`ErrorCode::DENIED`] (there is no such device, or it does not name this router),
     /// [`ErrorCode::NOT_OPEN`], [`ErrorCode::BAD_VECTOR`], [`ErrorCode::EXISTS`].
     pub fn route(
         &self,

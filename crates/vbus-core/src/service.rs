@@ -1,7 +1,6 @@
 //! Request and response, the most common shape of a device: the driver sends bytes, the device
-//! answers with bytes (spec/service.md). A class is one function; the ring, the buffers, the
-//! budget of a poll and the signals are handled here. The driver's half is
-//! `vbus_driver::requests`.
+//! answers with bytes (spec/service.md). A class is one function. This module handles the ring, the
+//! buffers, the budget of a poll and the signals. The driver's half is `vbus_driver::requests`.
 //!
 //! ```
 //! use vbus_core::service::{self, Service, Sizes};
@@ -53,10 +52,10 @@ use crate::interrupt::Interrupt;
 use crate::lock::lock;
 use crate::memory::Window;
 
-/// The most requests of a connection that the threads of a class have at a time. The others wait in
-/// the ring.
+/// The most requests of a connection that the threads of a class have at a time. Further requests
+/// wait in the ring.
 const JOBS_MAX: usize = 64;
-/// Bytes that count as one unit of a poll's budget.
+/// So many bytes count as one unit of a poll's budget.
 const UNIT_BYTES: usize = 16 << 10;
 const WORD: usize = 8;
 
@@ -65,7 +64,7 @@ pub trait Service: Send + Sync + 'static {
     /// What the device is.
     fn identity(&self) -> Identity;
 
-    /// How large requests and responses can be.
+    /// The largest request and the largest response.
     fn sizes(&self) -> Sizes;
 
     /// The class's own part of the config area, at most [`CONFIG_OWN_MAX`] bytes. The driver may
@@ -78,14 +77,15 @@ pub trait Service: Send + Sync + 'static {
     /// [`Sizes::response`] bytes, to `response`, which is empty. `request` is a private copy: the
     /// driver cannot change it any more.
     ///
-    /// An error is the driver's result of this one request; the connection goes on.
+    /// An error goes to the driver as the result of this one request. The connection goes on.
     /// [`ErrorCode`]s from [`vbus_shm::abi::error_code::CLASS`] on are the class's own.
     ///
     /// Without [`threads`](Self::threads) of its own it must not block.
     fn answer(&self, request: &[u8], response: &mut Vec<u8>) -> Result<(), ErrorCode>;
 
-    /// Threads on which [`answer`](Self::answer) runs, all connections together; it may then
-    /// block, and requests are answered in any order. 0: it runs within the poll, in order.
+    /// The number of threads that run [`answer`](Self::answer), for all connections together. It
+    /// may then block, and requests are answered in any order. 0: it runs within the poll, in the
+    /// order of the requests.
     fn threads(&self) -> usize {
         0
     }
@@ -105,7 +105,7 @@ pub trait Service: Send + Sync + 'static {
 /// The most bytes of a service's own part of the config area.
 pub const CONFIG_OWN_MAX: usize = vbus_shm::abi::reg::CONFIG_MAX - abi::CONFIG_OWN;
 
-/// The most bytes of requests and of responses, each 1..=[`abi::BYTES_MAX`].
+/// The most bytes of a request and of a response, each 1..=[`abi::BYTES_MAX`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {
     /// Of a request.
@@ -115,7 +115,7 @@ pub struct Sizes {
 }
 
 impl Sizes {
-    /// Bytes that a buffer must have: the response takes the place of its request.
+    /// The bytes of a buffer. The response overwrites its request.
     fn buffer(self) -> usize {
         (self.request.max(self.response) as usize).next_multiple_of(abi::BUFFER_ALIGN)
     }
@@ -208,7 +208,7 @@ struct Answering<S> {
     sizes: Sizes,
     jobs: Option<Jobs>,
     ring: Option<Ring>,
-    /// Used again and again.
+    /// The buffers of requests and responses, kept from poll to poll.
     request: Vec<u8>,
     response: Vec<u8>,
 }
@@ -274,8 +274,8 @@ impl<S: Service> Connection for Answering<S> {
 
     fn arm(&mut self) -> Result<Armed, ErrorCode> {
         let Some(ring) = &mut self.ring else { return Ok(Armed::Waiting) };
-        // While the threads have all that they may have, the next news are an answer of theirs,
-        // which wakes this connection: new requests have to wait anyway.
+        // The threads have as many requests as they may have. New requests must wait. The next
+        // answer of a thread wakes this connection.
         if self.jobs.as_ref().is_some_and(|jobs| !jobs.have_room()) {
             return Ok(Armed::Waiting);
         }
@@ -290,7 +290,8 @@ impl<S: Service> Connection for Answering<S> {
 }
 
 impl Ring {
-    /// Copies the request of an entry, which the driver has made, out of the shared memory.
+    /// Copies the request of an entry out of the shared memory. The driver wrote the entry, so all
+    /// of it is checked.
     fn copy_in(&self, sizes: Sizes, entry: Entry, request: &mut Vec<u8>) -> Result<(), ErrorCode> {
         if entry.len > sizes.request {
             return Err(ErrorCode::BAD_LENGTH);
@@ -302,7 +303,7 @@ impl Ring {
         if at % abi::BUFFER_ALIGN != 0 {
             return Err(ErrorCode::BAD_ALIGNMENT);
         }
-        // The whole buffer has to lie behind the ring, since the response goes there too.
+        // The whole buffer has to lie behind the ring, because the response goes there too.
         let end = at.checked_add(sizes.buffer()).ok_or(ErrorCode::BAD_ADDRESS)?;
         if at < self.end.layout().bytes() || end > self.window.bytes() {
             return Err(ErrorCode::BAD_ADDRESS);
@@ -314,7 +315,7 @@ impl Ring {
     }
 
     /// Puts the response into the buffer of its request and gives the entry back. Returns the units
-    /// of a poll's budget that it took.
+    /// of a poll's budget that this took.
     fn finish(&mut self, sizes: Sizes, entry: Entry, result: Result<&[u8], ErrorCode>) -> usize {
         let result = match result {
             Ok(response) if response.len() > sizes.response as usize => {
@@ -331,7 +332,7 @@ impl Ring {
             Ok(response) => (response, u32::try_from(response.len()).unwrap_or(0), 0),
             Err(code) => (&[][..], code.0, abi::REFUSED),
         };
-        // Checked when the request was copied, and the region cannot change meanwhile.
+        // `copy_in` has checked the address, and the region cannot change meanwhile.
         let at = usize::try_from(entry.addr).unwrap_or(usize::MAX) / WORD;
         let words = response.len().div_ceil(WORD);
         if let Some(buffer) = self.window.words().get(at..).and_then(|rest| rest.get(..words)) {
@@ -342,17 +343,17 @@ impl Ring {
     }
 }
 
-/// The response to a request, or why there is none.
+/// The response to a request, or the error code of its refusal.
 struct Answer {
     entry: Entry,
     result: Result<Vec<u8>, ErrorCode>,
 }
 
-/// The requests of one connection that the threads have.
+/// The requests of one connection that the class's threads have.
 struct Jobs {
     pool: Arc<Pool>,
     done: Arc<Mutex<VecDeque<Answer>>>,
-    /// Given to the threads and not collected.
+    /// Number of requests that were given to the threads and not collected.
     count: usize,
 }
 
@@ -372,7 +373,7 @@ impl Jobs {
         self.pool.news.notify_one();
     }
 
-    /// The next answer that there is.
+    /// Takes the next answer that is ready.
     fn collect(&mut self) -> Option<Answer> {
         let answer = lock(&self.done).pop_front();
         self.count -= usize::from(answer.is_some());
@@ -382,8 +383,8 @@ impl Jobs {
 
 impl Drop for Jobs {
     fn drop(&mut self) {
-        // Nobody waits for these answers any more. A thread that has one of the requests under way
-        // finishes it, and its answer is lost.
+        // Nobody waits for these answers any more. A thread that is answering one of the requests
+        // finishes it, and its answer is dropped.
         lock(&self.pool.queue).jobs.retain(|job| !Arc::ptr_eq(&job.done, &self.done));
     }
 }
@@ -396,8 +397,8 @@ struct Job {
     doorbell: Doorbell,
 }
 
-/// The threads of a device, and what they have to do. They are the device's: however often a driver
-/// opens and closes it, there are no more of them.
+/// The threads of a device, and their queue of requests. The threads belong to the device: their
+/// number does not grow when drivers open and close the device.
 #[derive(Default)]
 struct Pool {
     queue: Mutex<Queue>,
@@ -412,7 +413,7 @@ struct Queue {
 }
 
 impl Pool {
-    /// Starts the threads, once.
+    /// Starts the threads, unless they have been started.
     fn start<S: Service>(self: &Arc<Pool>, service: &Arc<S>) -> Result<(), ErrorCode> {
         let mut queue = lock(&self.queue);
         if queue.started {
@@ -434,7 +435,7 @@ impl Pool {
         Ok(())
     }
 
-    /// Lets the threads end, each once it has answered what it is at.
+    /// Ends the threads. A thread that is answering a request finishes it first.
     fn end(&self) {
         let mut queue = lock(&self.queue);
         queue.ended = true;
@@ -463,7 +464,7 @@ impl Pool {
                 service.answer(&request, &mut response).map(|()| response)
             };
             let result = catch_unwind(AssertUnwindSafe(answer)).unwrap_or_else(|_| {
-                tracing::error!("a request made this class panic");
+                tracing::error!("the class panicked while it answered a request");
                 Err(ErrorCode::FAILED)
             });
             lock(&done).push_back(Answer { entry, result });

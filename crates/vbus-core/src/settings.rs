@@ -1,5 +1,4 @@
-//! Reads the settings of a device, and says what is wrong with them: an error names the key, its
-//! value, and what to write instead.
+//! Reads the settings of a device. An error names the key, its value, and what to write instead.
 //!
 //! ```
 //! use serde_json::json;
@@ -14,7 +13,7 @@
 //! # Ok::<(), vbus_core::CreateError>(())
 //! ```
 //!
-//! The text of each error begins with the key in quotes: by it `vbus` finds the line of the
+//! The text of each error begins with the key in quotes. `vbus` uses it to find the line of the
 //! configuration file. A key within a list of tables is written `pages[2].owner`.
 
 use std::fmt;
@@ -27,14 +26,14 @@ use crate::CreateError;
 /// The longest value that an error repeats.
 const SHOWN_MAX: usize = 60;
 
-/// The settings of a device, or a table within them. Reading a key takes it out;
-/// [`finish`](Self::finish) complains of what is left.
+/// The settings of a device, or a table within them. Reading a key removes it.
+/// [`finish`](Self::finish) reports the keys that are left.
 #[derive(Debug)]
 pub struct Settings {
     left: Map<String, Value>,
-    /// What stands before a key in errors: empty, or such as `pages[2].`.
+    /// The text before a key in errors: empty, or for example `pages[2].`.
     prefix: String,
-    /// The keys that were asked for.
+    /// The keys that the class has asked for.
     known: Vec<&'static str>,
 }
 
@@ -42,7 +41,7 @@ impl Settings {
     /// The settings `value`: an object, or null for none.
     ///
     /// # Errors
-    /// It is something else.
+    /// `value` is something else.
     pub fn new(value: &Value) -> Result<Settings, CreateError> {
         let left = match value {
             Value::Null => Map::new(),
@@ -65,7 +64,7 @@ impl Settings {
     /// The number at `key`, if it is there.
     ///
     /// # Errors
-    /// It is no integer, or none in `range`.
+    /// The value is no integer, or it is outside `range`.
     pub fn integer<T>(
         &mut self,
         key: &'static str,
@@ -81,7 +80,7 @@ impl Settings {
     /// The list of numbers at `key`, if it is there.
     ///
     /// # Errors
-    /// It is no list, or one of its values is no integer in `range`.
+    /// The value is no list, or one of its items is no integer in `range`.
     pub fn integers<T>(
         &mut self,
         key: &'static str,
@@ -101,7 +100,7 @@ impl Settings {
     /// Whether `key` is true or false, if it is there.
     ///
     /// # Errors
-    /// It is neither.
+    /// The value is neither.
     pub fn flag(&mut self, key: &'static str) -> Result<Option<bool>, CreateError> {
         let Some(value) = self.take(key) else { return Ok(None) };
         value
@@ -113,7 +112,7 @@ impl Settings {
     /// The text at `key`, if it is there.
     ///
     /// # Errors
-    /// It is no text.
+    /// The value is no text.
     pub fn text(&mut self, key: &'static str) -> Result<Option<String>, CreateError> {
         match self.take(key) {
             None => Ok(None),
@@ -124,10 +123,10 @@ impl Settings {
         }
     }
 
-    /// What stands for the word at `key`, if it is there.
+    /// The choice that the word at `key` names, if the key is there.
     ///
     /// # Errors
-    /// It is none of the words.
+    /// The value is none of the words.
     pub fn choice<T: Copy>(
         &mut self,
         key: &'static str,
@@ -137,10 +136,10 @@ impl Settings {
         self.chosen(key, &value, choices).map(Some)
     }
 
-    /// What stands for each word of the list at `key`, if it is there.
+    /// The choice for each word of the list at `key`, if the key is there.
     ///
     /// # Errors
-    /// It is no list, or one of its values is none of the words.
+    /// The value is no list, or one of its items is none of the words.
     pub fn choices<T: Copy>(
         &mut self,
         key: &'static str,
@@ -155,7 +154,7 @@ impl Settings {
     /// The tables of the list at `key`, if it is there.
     ///
     /// # Errors
-    /// It is no list of tables.
+    /// The value is no list of tables.
     pub fn tables(&mut self, key: &'static str) -> Result<Option<Vec<Settings>>, CreateError> {
         let Some(list) = self.list(key, "tables, such as [{ name = \"a\" }]")? else {
             return Ok(None);
@@ -173,10 +172,10 @@ impl Settings {
         list.into_iter().enumerate().map(item).collect::<Result<_, _>>().map(Some)
     }
 
-    /// The value that a reading of `key` gave.
+    /// The value of a key that must be there. `value` is the result of reading `key`.
     ///
     /// # Errors
-    /// It gave none; `write` says what to write.
+    /// There is no value. `write` says what to write.
     pub fn required<T>(&self, key: &str, value: Option<T>, write: &str) -> Result<T, CreateError> {
         value.ok_or_else(|| self.error(key, format_args!("is missing; write {write}")))
     }
@@ -184,7 +183,7 @@ impl Settings {
     /// Ends the reading.
     ///
     /// # Errors
-    /// A key is left that nobody asked for.
+    /// The settings have a key that nobody asked for.
     pub fn finish(self) -> Result<(), CreateError> {
         let Some(key) = self.left.keys().next() else { return Ok(()) };
         let known = &self.known;
@@ -256,7 +255,7 @@ fn shown(value: &Value) -> String {
     }
 }
 
-/// The known word that is so close to another one that it was probably meant.
+/// The known word that `word` is probably a misspelling of, if there is one.
 pub fn meant<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {
     let distance = |known: &&'a str| strsim::osa_distance(word, known);
     let close = known.iter().min_by_key(|known| distance(known))?;

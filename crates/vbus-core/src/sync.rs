@@ -1,4 +1,4 @@
-//! The atomics of [`wake`](super::wake), where a model checker can put its own.
+//! The atomics of [`wake`](super::wake). A model checker replaces this file with its own.
 
 pub use std::sync::atomic::AtomicBool;
 
@@ -6,9 +6,9 @@ use std::sync::atomic::Ordering;
 
 /// The named orderings.
 pub enum Order {
-    /// Of `WakeFlag::raise`.
+    /// The ordering of `WakeFlag::raise`.
     Raise,
-    /// Of `WakeFlag::lower`.
+    /// The ordering of `WakeFlag::lower`.
     Lower,
 }
 

@@ -1,11 +1,11 @@
-//! Whether a task is queued: the one lock-free protocol of the event loop. `tests/it/wake_model.rs`
-//! compiles this file over a model checker.
+//! Whether a task is queued. This is the only lock-free protocol of the event loop.
+//! `tests/it/wake_model.rs` compiles this file with the atomics of a model checker.
 
 use super::sync::{AtomicBool, Order};
 
-/// Raised by whoever wakes the task, lowered by the worker before it polls. A wake-up that finds
-/// the flag raised need not queue the task, because the poll that will follow the flag's lowering
-/// sees everything written before that wake-up.
+/// A waker raises the flag. The worker lowers it before it polls the task. A waker that finds the
+/// flag raised need not queue the task: the worker will lower the flag and poll, and that poll sees
+/// everything that the waker wrote before.
 pub struct WakeFlag(AtomicBool);
 
 impl WakeFlag {
@@ -14,17 +14,17 @@ impl WakeFlag {
         WakeFlag(AtomicBool::new(false))
     }
 
-    /// Raises it; true if the caller must queue the task.
+    /// Raises the flag. Returns true if the caller must queue the task.
     pub fn raise(&self) -> bool {
-        // Release: what was written before is seen by the poll after `lower`, which reads this
-        // store or one that follows it.
+        // Release: pairs with the exchange in `lower`, which reads this store or a later one. The
+        // poll after `lower` so sees what the waker wrote before.
         !self.0.swap(true, Order::Raise.get())
     }
 
-    /// Lowers it, before a poll.
+    /// Lowers the flag, before a poll.
     pub fn lower(&self) {
-        // An exchange, not a store: pairs with `raise`, whose value it reads, so that the poll sees
-        // what the waker wrote; a plain store would also let the poll's reads run ahead of it.
+        // An exchange, not a store: it reads the value of `raise` and so pairs with it. A plain
+        // store would pair with nothing, and the poll's reads could run ahead of it.
         self.0.swap(false, Order::Lower.get());
     }
 }
