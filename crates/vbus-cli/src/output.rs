@@ -41,14 +41,20 @@ pub fn bold(text: &str) -> String {
 
 /// Columns, each as wide as its widest cell; the first row is the heading.
 pub fn columns(rows: &[Vec<String>]) -> String {
-    let lines = aligned(rows);
-    let head = lines.first().map(|line| bold(line) + "\n").unwrap_or_default();
-    head + &lines.iter().skip(1).map(|line| format!("{line}\n")).collect::<String>()
+    match aligned(rows).split_first() {
+        Some((heading, rest)) => bold(heading) + "\n" + &ended(rest),
+        None => String::new(),
+    }
 }
 
 /// Columns as of [`columns`], without a heading.
 pub fn table(rows: &[Vec<String>]) -> String {
-    aligned(rows).iter().map(|line| format!("{line}\n")).collect()
+    ended(&aligned(rows))
+}
+
+/// `lines` as one text, each with its line end.
+fn ended(lines: &[String]) -> String {
+    lines.iter().flat_map(|line| [line.as_str(), "\n"]).collect()
 }
 
 fn aligned(rows: &[Vec<String>]) -> Vec<String> {
