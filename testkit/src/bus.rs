@@ -18,15 +18,15 @@ use crate::process::Process;
 /// How long `vbus serve` may take to answer its first command.
 const START: Duration = Duration::from_secs(20);
 
-/// A device in a bus's configuration.
+/// The lines for a device in a bus's configuration.
 pub fn device(name: &str, class: &str, settings: &str) -> String {
     format!("[[device]]\nname = \"{name}\"\nclass = \"{class}\"\n{settings}\n")
 }
 
-/// What some NICs counted, together.
+/// The summed counters of some NICs.
 #[derive(Clone, Copy, Default)]
 pub struct Traffic {
-    /// Frames from the drivers; one of 64 KiB, to be segmented later, counts as one.
+    /// Frames from the drivers. A frame of 64 KiB that is segmented later counts as one.
     pub packets: u64,
     /// Doorbells that the drivers rang.
     pub doorbells: u64,
@@ -37,7 +37,7 @@ pub struct Traffic {
 }
 
 impl Traffic {
-    /// What has come since `before`.
+    /// The difference to the earlier counters `before`.
     pub fn since(self, before: Self) -> Self {
         Self {
             packets: self.packets - before.packets,
@@ -54,7 +54,7 @@ impl Traffic {
     }
 }
 
-/// A device of a bus, as `vbus device list` tells of it.
+/// A device of a bus, as `vbus device list` prints it.
 #[derive(Debug, Deserialize)]
 pub struct BusDevice {
     /// Its name.
@@ -65,14 +65,14 @@ pub struct BusDevice {
     pub connected: bool,
 }
 
-/// Asks a running bus, whoever started it.
+/// A client of a running bus. Anybody may have started the bus.
 pub struct BusClient {
     program: PathBuf,
     dir: PathBuf,
 }
 
 impl BusClient {
-    /// Asks the bus in the folder `dir` by the program `vbus`.
+    /// A client that uses the program `vbus` on the bus in the folder `dir`.
     pub fn new(program: &Path, dir: &Path) -> Self {
         Self { program: program.to_owned(), dir: dir.to_owned() }
     }
@@ -108,7 +108,7 @@ impl BusClient {
     }
 }
 
-/// A running bus; it ends when this is dropped.
+/// A running bus. Dropping it ends the process.
 pub struct Bus {
     /// `vbus serve`.
     pub process: Process,
@@ -142,7 +142,7 @@ impl Bus {
         }
     }
 
-    /// What asks it.
+    /// The client of this bus.
     pub fn client(&self) -> &BusClient {
         &self.client
     }
@@ -239,8 +239,8 @@ impl Bus {
     /// The processor time that it has used so far.
     pub fn cpu_time(&self) -> Result<Duration> {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.process.id()))?;
-        // Behind the name, which may hold spaces: state is field 3, user and system time are fields
-        // 14 and 15, in ticks.
+        // The name may contain spaces, so the fields are counted after it. The state is field 3.
+        // User and system time, in ticks, are fields 14 and 15.
         let fields: Vec<&str> = stat.rsplit(") ").next().unwrap_or("").split(' ').collect();
         let ticks: u64 =
             fields.iter().skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();

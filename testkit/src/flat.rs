@@ -1,5 +1,4 @@
-//! The guest without an operating system (guests/flat), seen from outside: what it reports, line by
-//! line.
+//! The guest without an operating system (guests/flat): its devices, and the lines that it reports.
 
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
@@ -11,7 +10,8 @@ fn device(name: &str, class: &str, settings: &str) -> String {
     format!("[[device]]\nname = \"{name}\"\nclass = \"{class}\"\n{settings}\n")
 }
 
-/// The devices that its tests look for, as a bus's configuration. `more` are lines for all of them.
+/// A bus's configuration with the devices that the guest's tests look for. Each device gets
+/// the lines `more` too.
 pub fn devices(more: &str) -> String {
     let device = |name: &str, class: &str, settings: &str| {
         device(name, class, &format!("{settings}\n{more}"))
@@ -29,7 +29,8 @@ pub fn devices(more: &str) -> String {
     .concat()
 }
 
-/// A NIC that sends and so many that receive, whose interrupts can be routed.
+/// A configuration with one NIC that sends and `receivers` NICs that receive. The interrupt
+/// controller can route the receivers' interrupts.
 pub fn with_receivers(receivers: u32) -> String {
     let routed = "backend = \"switch\"\npic = \"pic\"";
     let mut config = device("sender", "venet", "backend = \"switch\"") + &device("pic", "pic", "");
@@ -37,29 +38,29 @@ pub fn with_receivers(receivers: u32) -> String {
     config
 }
 
-/// The same, with a message of the interrupt controller for each of so many processors.
+/// The same, and the interrupt controller has one message for each of `processors` processors.
 pub fn with_processors(processors: u32, receivers: u32) -> String {
     let alone = device("pic", "pic", "");
     let each = device("pic", "pic", &format!("cpus = {processors}\nmsix = true"));
     with_receivers(receivers).replace(&alone, &each)
 }
 
-/// The names of the devices of a configuration that was made here, in its order.
+/// The names of the devices of a configuration from this module, in its order.
 pub fn device_names(config: &str) -> Vec<&str> {
-    // The pages of a state device have their names within a line.
+    // A page's name is never at the beginning of a line.
     config
         .lines()
         .filter_map(|line| line.strip_prefix("name = \"").and_then(|rest| rest.strip_suffix('"')))
         .collect()
 }
 
-/// The objects of a report.
+/// The JSON objects that the guest has reported.
 #[derive(Default)]
 pub struct Report(Vec<Value>);
 
 impl Report {
-    /// Takes lines until the last one, which says that all went well. `waiting` is called whenever
-    /// the guest waits for something.
+    /// Reads lines until the one that says that all tests passed. Calls `waiting` whenever the
+    /// guest waits for something.
     pub fn read(
         lines: &Receiver<String>,
         limit: Duration,
@@ -78,13 +79,13 @@ impl Report {
         }
     }
 
-    /// Takes one line; whether it was the last.
+    /// Takes one line. Returns whether it was the last.
     pub fn take(
         &mut self,
         line: &str,
         mut waiting: impl FnMut(&Value) -> Result<()>,
     ) -> Result<bool> {
-        // Firmware has its say on the same port.
+        // The firmware prints to the same port.
         let Ok(object) = serde_json::from_str::<Value>(line.trim()) else { return Ok(false) };
         let done = object["test"] == "done";
         self.0.push(object);
@@ -94,7 +95,7 @@ impl Report {
             waiting(object)?;
         }
         if done {
-            // Whatever was opened has been closed, and has given its memory back.
+            // The guest has closed all that it opened, so it must have all memory back.
             ensure!(object["pages"] == 0, "the guest did not get all of its memory back: {object}");
         }
         Ok(done)

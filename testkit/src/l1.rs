@@ -1,4 +1,4 @@
-//! L1: a Linux with a real KVM, and our programs.
+//! L1: a Linux with a real KVM and with our programs.
 
 use std::cell::Cell;
 use std::fs;
@@ -14,49 +14,48 @@ use crate::guest::Guest;
 use crate::initramfs::{self, Archive};
 use crate::kit::Kit;
 use crate::lab::{Accel, Lab, Scene};
-use crate::machine::{BOOT, Machine, Processor, Vm};
 use crate::process::{Process, command_line};
 use crate::put::Put;
 use crate::report::Skip;
+use crate::vm::{BOOT, Processor, Vm, VmSpec};
 
-/// By what L1's time goes.
+/// What L1's clock follows.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Clock {
-    /// By the host's, on two CPUs.
+    /// The host's clock. L1 has two CPUs.
     Time,
-    /// By the instructions carried out on the only CPU, so that figures repeat. Always under
-    /// emulation.
+    /// The count of instructions that the only CPU has executed: figures repeat from run to run.
+    /// L1 is always emulated then.
     Instructions,
 }
 
-/// How long L1 may say nothing before it counts as hung. It answers within a millisecond unless it
-/// has no processor.
+/// How long L1 may be silent before it counts as hung. It answers within a millisecond if it gets
+/// processor time.
 const SILENCE: Duration = Duration::from_secs(90);
 
-/// The modules that make a machine with SVM a KVM host, and the one for files brought along on a
-/// disk.
+/// The kernel modules for L1: KVM on AMD's SVM, and the disk from which L1 reads QEMU.
 const MODULES: [&str; 2] = ["kvm_amd", "virtio_blk"];
 
-/// A running L1.
-pub struct Rig<'a> {
+/// A running L1. Dropping it ends it.
+pub struct L1<'a> {
     /// Runs commands in it.
     pub guest: Guest,
     scene: Scene<'a>,
     place: Place,
     clock: Clock,
-    /// A guest in L1 hung or was lost, see [`Rig::hung`].
-    inner_hung: Cell<bool>,
+    /// Whether an L2 hung or was lost; see [`L1::hung`].
+    l2_hung: Cell<bool>,
 }
 
-/// Where L1 is.
+/// Where L1 runs.
 enum Place {
-    /// In a machine of its own.
-    Machine(#[expect(dead_code, reason = "it lives as long as the rig")] Box<Vm>),
-    /// On the host, in name spaces of its own.
-    Host(#[expect(dead_code, reason = "it lives as long as the rig")] Process),
+    /// In a virtual machine of its own.
+    Vm(#[expect(dead_code, reason = "it lives as long as L1")] Box<Vm>),
+    /// On the host, in namespaces of its own.
+    Host(#[expect(dead_code, reason = "it lives as long as L1")] Process),
 }
 
-impl<'a> Rig<'a> {
+impl<'a> L1<'a> {
     /// Starts L1 and waits until its agent answers.
     pub fn start(scene: Scene<'a>, clock: Clock, files: &[Put]) -> Result<Self> {
         let (guest, place) = if clock == Clock::Time && scene.lab.accel() == Accel::Kvm {
@@ -64,109 +63,108 @@ impl<'a> Rig<'a> {
             (guest, Place::Host(agent))
         } else {
             let vm = machine(&scene, clock, files)?.start(&scene)?;
-            (vm.guest.clone(), Place::Machine(Box::new(vm)))
+            (vm.guest.clone(), Place::Vm(Box::new(vm)))
         };
         guest.wait_boot(1, BOOT)?;
         guest.watch(SILENCE);
         guest.ok("test -c /dev/kvm").context("no /dev/kvm came up")?;
-        if let Place::Machine(_) = place {
-            // The first virtual machine and the last one patch code of the scheduler, from which
-            // Linux on two emulated processors dies now and then ("Oops: int3"). With one that
-            // stays, no other is the first or the last.
+        if let Place::Vm(_) = place {
+            // Linux patches code of its scheduler when the first virtual machine starts and when
+            // the last one ends. On two emulated processors it sometimes dies of that
+            // ("Oops: int3"). The virtual machine that `hold-kvm` keeps prevents both.
             guest.start("exec guest-agent hold-kvm")?.wait_for("held", BOOT)?;
         }
-        let rig = Self { guest, scene, place, clock, inner_hung: Cell::new(false) };
-        rig.guest.ok(&format!("mkdir -p {}", rig.run_dir()))?;
-        Ok(rig)
+        let l1 = Self { guest, scene, place, clock, l2_hung: Cell::new(false) };
+        l1.guest.ok(&format!("mkdir -p {}", l1.run_dir()))?;
+        Ok(l1)
     }
 
     /// The folder in L1 for sockets and logs.
     pub fn run_dir(&self) -> String {
         match self.place {
-            Place::Machine(_) => "/run/vbus".into(),
+            Place::Vm(_) => "/run/vbus".into(),
             Place::Host(_) => self.scene.dir().join("run").display().to_string(),
         }
     }
 
-    /// The folder in L1 with the kernel and the root file system of its guests, and the guest
-    /// without an operating system.
+    /// The folder in L1 that holds the L2's kernel (`kernel`), its root file system (`initramfs`),
+    /// and the guest without an operating system (`flat`).
     pub fn l2_dir(&self) -> String {
         match self.place {
-            Place::Machine(_) => "/l2".into(),
+            Place::Vm(_) => "/l2".into(),
             Place::Host(_) => self.scene.dir().join("l2").display().to_string(),
         }
     }
 
-    /// Puts QEMU in its place in L1, if it is not there yet.
+    /// Unpacks QEMU in L1, if L1 does not have it yet.
     pub fn unpack_qemu(&self) -> Result<()> {
         let unpack = "command -v qemu-system-x86_64 >/dev/null || (cd / && cpio -idu < /dev/vda)";
         self.guest.ok(unpack).map(drop).context("L1 has no QEMU")
     }
 
-    /// A counter of KVM, summed over all guests of L1.
+    /// A counter of L1's KVM, summed over all of its guests.
     pub fn kvm_stat(&self, name: &str) -> Result<u64> {
         let debug = "/sys/kernel/debug";
         let mounted = format!("[ -d {debug}/kvm ] || mount -t debugfs debugfs {debug}");
         if self.guest.run(&mounted)?.code != 0 {
-            return Err(Skip(
-                "the statistics of this KVM are not to be had: that takes root".into(),
-            )
-            .into());
+            return Err(Skip("only root can read the statistics of this KVM".into()).into());
         }
         let text = self.guest.ok(&format!("cat {debug}/kvm/{name}"))?;
         text.trim().parse().with_context(|| format!("KVM's counter {name} is {text:?}"))
     }
 
-    /// What stands before a program on its command line that runs virtual CPUs.
+    /// The command prefix for a program that runs virtual CPUs in L1.
     ///
-    /// It keeps them off the first processor of an emulated L1. QEMU 11 has a flag there, bit 7 of
-    /// `hflags2` (IGNNE), that every processor clears when it loads the state of its FPU, so at
-    /// each change of tasks: `cpu_clear_ignne` takes it out of the *first* processor's word, and
-    /// not atomically. If that one just enters or leaves a guest, what VMRUN or #VMEXIT has changed
-    /// in the same word is lost. Seen, in a debugger: L1 with nested paging left on, whose next
-    /// fetch is a second #VMEXIT that puts L1's own registers in the place of the guest's; and a
-    /// guest with nested paging off. It ends in a triple fault, or in whatever is at the wrong
-    /// address. Guests under load were lost in one of ten runs.
+    /// It keeps the program off the first processor of an emulated L1, because of a fault in QEMU
+    /// 11. Every emulated processor calls `cpu_clear_ignne` when it loads its FPU state, which
+    /// happens at each task switch. That function clears bit 7 (IGNNE) of `hflags2` of the *first*
+    /// processor, and the update is not atomic. If the first processor enters or leaves a guest at
+    /// that moment, the update that VMRUN or #VMEXIT made to the same word is lost.
+    ///
+    /// A debugger showed two results. L1 ran on with nested paging: its next fetch caused a second
+    /// #VMEXIT, which replaced the guest's registers by L1's. Or a guest ran without nested paging.
+    /// Both end in a triple fault or in code at a wrong address. One of ten runs under load lost
+    /// its guest in this way.
     pub fn guest_processor(&self) -> &'static str {
         match self.place {
-            Place::Machine(_) if self.clock == Clock::Time => "taskset 2 ",
+            Place::Vm(_) if self.clock == Clock::Time => "taskset 2 ",
             _ => "",
         }
     }
 
-    /// Whether L1 or a guest in it has hung, or begun anew by itself: a fault of the emulation as a
-    /// rule, and no result of a test.
+    /// Whether L1 or an L2 has hung, or L1 has rebooted by itself. The emulation causes this as a
+    /// rule; it is no result of a test.
     pub fn hung(&self) -> bool {
-        self.inner_hung.get() || self.guest.hung() || self.guest.boots() > 1
+        self.l2_hung.get() || self.guest.hung() || self.guest.boots() > 1
     }
 
-    /// Notes that a guest in L1 hung, or that the emulated processor has lost it by a triple fault.
+    /// Notes that an L2 hung, or that the emulated processor lost it in a triple fault.
     pub fn note_hang(&self) {
-        self.inner_hung.set(true);
+        self.l2_hung.set(true);
     }
 
-    /// The lab that it was started from.
+    /// The lab that L1 was started from.
     pub fn lab(&self) -> &'a Lab {
         self.scene.lab
     }
 
-    /// A line about what this is.
+    /// One line that says which KVM and which Linux this is.
     pub fn describe(&self) -> Result<String> {
         let kernel = self.guest.ok("uname -r")?;
         let place = match self.place {
-            Place::Machine(_) => "QEMU's emulated SVM",
+            Place::Vm(_) => "QEMU's emulated SVM",
             Place::Host(_) => "the host's own KVM",
         };
         Ok(format!("{place}, Linux {}", kernel.trim()))
     }
 
-    /// Whether L1 is a machine of QEMU's own making, and not the host.
+    /// Whether L1 is a virtual machine with emulated SVM. Otherwise it is this host.
     pub fn is_emulated(&self) -> bool {
-        matches!(self.place, Place::Machine(_))
+        matches!(self.place, Place::Vm(_))
     }
 
-    /// Copies the logs, those in L1 too if it answers, to where they outlive the run; returns that
-    /// folder.
+    /// Copies the logs to a folder that outlives the run, and returns that folder. The logs inside
+    /// L1 are among them if L1 answers.
     pub fn save_logs(&self) -> Result<PathBuf> {
         let list =
             self.guest.run(&format!("cd {} && ls *.log", self.run_dir())).unwrap_or_default();
@@ -181,8 +179,8 @@ impl<'a> Rig<'a> {
     }
 }
 
-/// The machine with emulated SVM.
-fn machine(scene: &Scene, clock: Clock, files: &[Put]) -> Result<Machine> {
+/// The virtual machine with emulated SVM.
+fn machine(scene: &Scene, clock: Clock, files: &[Put]) -> Result<VmSpec> {
     let lab = scene.lab;
     let mut archive = Archive::default();
     lab.add_modules(&mut archive, &MODULES)?;
@@ -199,7 +197,7 @@ fn machine(scene: &Scene, clock: Clock, files: &[Put]) -> Result<Machine> {
     }
     let initramfs = scene.extend_initramfs(archive)?;
 
-    let mut machine = Machine::new("l1");
+    let mut machine = VmSpec::new("l1");
     if let Some(kit) = lab.kit() {
         let disk = scene.dir().join("qemu.cpio");
         fs::write(&disk, qemu_archive(kit)?)?;
@@ -212,7 +210,7 @@ fn machine(scene: &Scene, clock: Clock, files: &[Put]) -> Result<Machine> {
     machine.slots = 0;
     machine.share = false;
     machine.initramfs = Some(initramfs);
-    // The kernel hands words that it does not know to init as its environment.
+    // The kernel puts words that it does not know into the environment of init.
     machine.append = "L2=/l2 oops=panic".into();
     (machine.cpus, machine.processor) = match clock {
         Clock::Time => (2, Processor::Svm),
@@ -221,7 +219,8 @@ fn machine(scene: &Scene, clock: Clock, files: &[Put]) -> Result<Machine> {
     Ok(machine)
 }
 
-/// QEMU with its libraries and firmware, on a disk of its own since only some scenarios need it.
+/// An archive of QEMU with its libraries and firmware. It is on a disk, not in the root file
+/// system, because only some scenarios need it.
 fn qemu_archive(kit: &Kit) -> Result<Vec<u8>> {
     let mut archive = Archive::default();
     initramfs::add_program(&mut archive, kit, "qemu-system-x86_64")?;
@@ -231,12 +230,13 @@ fn qemu_archive(kit: &Kit) -> Result<Vec<u8>> {
         archive.file(&format!("usr/share/{firmware}"), 0o644, &bytes)?;
     }
     let mut bytes = archive.finish()?;
-    // A disk is made of sectors.
+    // A disk consists of whole sectors.
     bytes.resize(bytes.len().next_multiple_of(512), 0);
     Ok(bytes)
 }
 
-/// An agent on the host, root in user, network and mount name spaces of its own.
+/// Starts an agent on the host. It is root in user, network, mount and process namespaces of its
+/// own.
 fn start_on_host(scene: &Scene, files: &[Put]) -> Result<(Guest, Process)> {
     let lab = scene.lab;
     let (root, l2, bin) =
@@ -244,7 +244,7 @@ fn start_on_host(scene: &Scene, files: &[Put]) -> Result<(Guest, Process)> {
     for dir in [&root, &l2, &bin] {
         fs::create_dir_all(dir)?;
     }
-    // The applets of busybox come first, so that commands mean the same as in a machine.
+    // Busybox comes first on the PATH: commands mean the same as in a virtual machine.
     let mut busybox = lab.busybox();
     let installed =
         busybox.args(["--install", "-s"]).arg(&bin).status().context("cannot run busybox")?;
@@ -278,8 +278,8 @@ fn start_on_host(scene: &Scene, files: &[Put]) -> Result<(Guest, Process)> {
 
     let socket = scene.dir().join("agent");
     let listener = UnixListener::bind(&socket)?;
-    // The agent ends with its socket, and with it, since it is the first of their name space, all
-    // that it has started.
+    // The agent ends when its socket closes. It is the first process of its namespace, so the
+    // kernel then ends all processes that it has started.
     let mut command = lab.busybox();
     command.args(["unshare", "-n", "-m", "-p", "-f", "--mount-proc"]);
     if !rustix::process::geteuid().is_root() {
@@ -310,7 +310,7 @@ fn start_on_host(scene: &Scene, files: &[Put]) -> Result<(Guest, Process)> {
     Ok((guest, process))
 }
 
-/// A shell script that runs `command` with the arguments it is given.
+/// A shell script that runs `command` with the script's own arguments added.
 fn script(command: &Command) -> String {
     format!("#!/bin/sh\nexec {} \"$@\"\n", command_line(command))
 }

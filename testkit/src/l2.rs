@@ -8,39 +8,39 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::guest::{Guest, Running};
-use crate::machine::{KERNEL_WORDS, vfio_user};
-use crate::rig::Rig;
+use crate::l1::L1;
+use crate::vm::{KERNEL_WORDS, vfio_user};
 
-/// How long L2 may take to boot: 7 to 13 s with the processor to itself.
+/// How long an L2 may take to boot. Alone on its processor it needs 7 to 13 s.
 pub const BOOT: Duration = Duration::from_secs(150);
 
-/// How long L2 may say nothing before it counts as hung.
+/// How long an L2 may be silent before it counts as hung.
 const SILENCE: Duration = Duration::from_secs(180);
 
-/// How long a process in L1 may take to end when it is killed.
+/// How long a process in L1 may take to end after SIGKILL.
 const KILL: Duration = Duration::from_secs(30);
 
-/// How long a request to a VMM may take: an unplugging waits for the guest.
+/// How long a request to a VMM may take. An unplug request waits for the guest.
 const CONTROL: Duration = Duration::from_secs(120);
 
 /// How long `vbus serve` may take to start.
 const START: Duration = Duration::from_secs(30);
 
-/// Who runs the guest.
+/// The program that runs the guest.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Vmm {
     /// `vbus-vmm`.
     Vbus,
-    /// QEMU of the kit.
+    /// The kit's QEMU.
     Qemu,
 }
 
-/// What a guest in L1 is made of.
+/// The description of an L2.
 #[derive(Clone)]
-pub struct Spec {
-    /// Names its sockets and logs.
+pub struct L2Spec {
+    /// The name of its sockets and logs.
     pub name: &'static str,
-    /// Who runs it.
+    /// The program that runs it.
     pub vmm: Vmm,
     /// Its virtual CPUs.
     pub cpus: u32,
@@ -48,11 +48,11 @@ pub struct Spec {
     pub memory_mib: u32,
     /// More words for the VMM's command line.
     pub args: String,
-    /// More words for the kernel's.
+    /// More words for the kernel's command line.
     pub append: &'static str,
 }
 
-impl Spec {
+impl L2Spec {
     /// A guest of `vbus-vmm` with one CPU.
     pub fn new(name: &'static str) -> Self {
         Self { name, vmm: Vmm::Vbus, cpus: 1, memory_mib: 384, args: String::new(), append: "" }
@@ -66,7 +66,7 @@ impl Spec {
         self
     }
 
-    /// Adds a device of the bus that is there at boot.
+    /// Adds a device of the bus that is present at boot.
     #[must_use]
     pub fn device(self, name: &str, socket: &str) -> Self {
         let words = match self.vmm {
@@ -82,11 +82,11 @@ impl Spec {
         self.args(&words)
     }
 
-    fn command(&self, rig: &Rig) -> String {
+    fn command(&self, l1: &L1) -> String {
         let Self { name, cpus, memory_mib: memory, args, append, .. } = self;
-        let (run, l2) = (rig.run_dir(), rig.l2_dir());
+        let (run, l2) = (l1.run_dir(), l1.l2_dir());
         let common = format!("{KERNEL_WORDS} {append}");
-        let place = rig.guest_processor();
+        let place = l1.guest_processor();
         match self.vmm {
             Vmm::Vbus => format!(
                 "VBUS_LOG=info exec {place}vbus-vmm --kernel {l2}/kernel --initramfs {l2}/initramfs --append '{common}' --cpus {cpus} \
@@ -106,51 +106,51 @@ impl Spec {
     }
 
     /// Starts the guest and waits until its agent answers.
-    pub fn boot<'a>(&self, rig: &'a Rig<'a>) -> Result<Inner<'a>> {
-        let inner = self.start(rig)?;
-        inner.wait_boot(1)?;
-        Ok(inner)
+    pub fn boot<'a>(&self, l1: &'a L1<'a>) -> Result<L2<'a>> {
+        let l2 = self.start(l1)?;
+        l2.wait_boot(1)?;
+        Ok(l2)
     }
 
     /// Starts the guest.
-    pub fn start<'a>(&self, rig: &'a Rig<'a>) -> Result<Inner<'a>> {
+    pub fn start<'a>(&self, l1: &'a L1<'a>) -> Result<L2<'a>> {
         if self.vmm == Vmm::Qemu {
-            rig.unpack_qemu()?;
+            l1.unpack_qemu()?;
         }
-        let (run, name) = (rig.run_dir(), self.name);
-        rig.guest.ok(&format!("rm -f {run}/{name}.agent {run}/{name}.control"))?;
-        let vmm = rig.guest.start(&self.command(rig))?;
-        // Connected long before the guest's kernel has booted, so that nothing is lost of what its
-        // agent says.
-        let port = rig.guest.tunnel(&format!("exec guest-agent join {run}/{name}.agent"))?;
+        let (run, name) = (l1.run_dir(), self.name);
+        l1.guest.ok(&format!("rm -f {run}/{name}.agent {run}/{name}.control"))?;
+        let vmm = l1.guest.start(&self.command(l1))?;
+        // The test connects long before the guest's kernel has booted: no output of the agent is
+        // lost.
+        let port = l1.guest.tunnel(&format!("exec guest-agent join {run}/{name}.agent"))?;
         let guest = Guest::new(name, port)?;
-        Ok(Inner { guest, vmm, rig, name, watched: Cell::new(false), ended: false })
+        Ok(L2 { guest, vmm, l1, name, watched: Cell::new(false), ended: false })
     }
 }
 
-/// A guest in L1; it ends when this is dropped.
-pub struct Inner<'a> {
+/// A running L2. Dropping it ends its VMM.
+pub struct L2<'a> {
     /// Runs commands in it.
     pub guest: Guest,
     /// Its VMM.
     pub vmm: Running,
-    rig: &'a Rig<'a>,
+    l1: &'a L1<'a>,
     name: &'static str,
-    /// It has booted, and is watched for silence.
+    /// Whether it has booted and is watched for silence.
     watched: Cell<bool>,
-    /// It was told to end.
+    /// Whether the test has told it to end.
     ended: bool,
 }
 
-impl Inner<'_> {
-    /// Waits until the guest has booted `times` times; from then on it is watched for silence.
+impl L2<'_> {
+    /// Waits until the guest has booted `times` times. Then the watch for silence begins.
     pub fn wait_boot(&self, times: u32) -> Result<()> {
         let until = Instant::now() + BOOT;
         while let Err(error) = self.guest.wait_boot(times, Duration::from_secs(1)) {
             if Instant::now() > until || !self.vmm.runs() {
-                let (rig, run) = (&self.rig.guest, self.rig.run_dir());
+                let (l1, run) = (&self.l1.guest, self.l1.run_dir());
                 let console =
-                    rig.run(&format!("tail -n 20 {run}/{}.console.log", self.name))?.stdout;
+                    l1.run(&format!("tail -n 20 {run}/{}.console.log", self.name))?.stdout;
                 let (out, err) = self.vmm.said();
                 return Err(error.context(format!("its console:\n{console}\nits VMM:\n{out}{err}")));
             }
@@ -163,7 +163,7 @@ impl Inner<'_> {
 
     /// The control socket of its VMM, in L1.
     pub fn control_socket(&self) -> String {
-        format!("{}/{}.control", self.rig.run_dir(), self.name)
+        format!("{}/{}.control", self.l1.run_dir(), self.name)
     }
 
     /// Sends a request, JSON without a `'`, to the control socket of its VMM; returns the items of
@@ -173,7 +173,7 @@ impl Inner<'_> {
     /// If there is no answer, or the request is refused: the text is that of the refusal.
     pub fn control(&self, request: &str) -> Result<(Vec<Value>, Value)> {
         let command = format!("echo '{request}' | guest-agent join {}", self.control_socket());
-        let answers = self.rig.guest.start(&command)?.ok(CONTROL)?;
+        let answers = self.l1.guest.start(&command)?.ok(CONTROL)?;
         let mut items = Vec::new();
         for line in answers.lines() {
             let mut answer: Value =
@@ -211,17 +211,17 @@ impl Inner<'_> {
     }
 }
 
-impl Drop for Inner<'_> {
+impl Drop for L2<'_> {
     fn drop(&mut self) {
         let (out, err) = self.vmm.said();
-        let fell = self.rig.is_emulated() && err.contains("triple fault");
-        // What has failed waited less long than it takes to know that a guest hangs.
+        let fell = self.l1.is_emulated() && err.contains("triple fault");
+        // A failed wait is shorter than the time after which a silent guest counts as hung.
         let hangs =
             || !self.ended && self.watched.get() && self.vmm.runs() && !self.guest.answers();
         if fell || self.guest.hung() || hangs() {
-            self.rig.note_hang();
+            self.l1.note_hang();
         }
-        // After an end that was asked for there is nothing to tell.
+        // If the test asked for the end, there is nothing to report.
         let state = if self.vmm.runs() { "runs" } else { "has ended by itself" };
         if !self.ended {
             eprintln!("the VMM of {} {state}; it said:\n{out}{err}", self.name);
@@ -233,25 +233,25 @@ impl Drop for Inner<'_> {
     }
 }
 
-/// `vbus serve` in L1; it ends when this is dropped.
-pub struct InnerBus<'a> {
-    rig: &'a Rig<'a>,
+/// `vbus serve` in L1. Dropping it ends the process.
+pub struct L1Bus<'a> {
+    l1: &'a L1<'a>,
     dir: String,
     process: Running,
 }
 
-impl<'a> InnerBus<'a> {
+impl<'a> L1Bus<'a> {
     /// Serves the bus that `config` describes.
-    pub fn start(rig: &'a Rig<'a>, config: &str) -> Result<Self> {
-        let run = rig.run_dir();
+    pub fn start(l1: &'a L1<'a>, config: &str) -> Result<Self> {
+        let run = l1.run_dir();
         let dir = format!("{run}/bus");
         ensure!(!config.contains('\''), "the configuration goes through a shell in quotes");
-        rig.guest.ok(&format!("echo '{config}' > {run}/bus.toml"))?;
+        l1.guest.ok(&format!("echo '{config}' > {run}/bus.toml"))?;
         let process =
-            rig.guest.start(&format!("exec vbus serve --config {run}/bus.toml --dir {dir}"))?;
-        let bus = Self { rig, dir, process };
+            l1.guest.start(&format!("exec vbus serve --config {run}/bus.toml --dir {dir}"))?;
+        let bus = Self { l1, dir, process };
         let until = Instant::now() + START;
-        while rig.guest.run(&format!("vbus device list --dir {}", bus.dir))?.code != 0 {
+        while l1.guest.run(&format!("vbus device list --dir {}", bus.dir))?.code != 0 {
             if !bus.process.runs() || Instant::now() > until {
                 let (out, err) = bus.process.said();
                 bail!("vbus serve gives no answer:\n{out}{err}");
@@ -272,12 +272,12 @@ impl<'a> InnerBus<'a> {
 
     /// Runs `vbus WORDS --dir DIR`, which has to succeed; returns what it printed.
     pub fn run(&self, words: &str) -> Result<String> {
-        self.rig.guest.ok(&format!("vbus {words} --dir {}", self.dir))
+        self.l1.guest.ok(&format!("vbus {words} --dir {}", self.dir))
     }
 
     /// Starts `vbus WORDS --dir DIR` and returns at once.
     pub fn spawn(&self, words: &str) -> Result<Running> {
-        self.rig.guest.start(&format!("vbus {words} --dir {}", self.dir))
+        self.l1.guest.start(&format!("vbus {words} --dir {}", self.dir))
     }
 
     /// What it has said so far, on standard output and error.
@@ -292,7 +292,7 @@ impl<'a> InnerBus<'a> {
     }
 }
 
-impl Drop for InnerBus<'_> {
+impl Drop for L1Bus<'_> {
     fn drop(&mut self) {
         // Fails only if L1 has ended.
         let _ = self.kill();

@@ -42,7 +42,7 @@ pub struct Options {
 }
 
 impl Options {
-    /// The words for a command line that say the same, but for `--as-built` and `--mirror`.
+    /// The same options as words of a command line, without `--as-built` and `--mirror`.
     pub fn words(&self) -> Vec<OsString> {
         let mut words = Vec::new();
         for (option, path) in [
@@ -59,8 +59,8 @@ impl Options {
         words
     }
 
-    /// Whether what they name is there and works, which takes no time: so it is known before
-    /// anything is fetched or built.
+    /// Checks that the files exist and that QEMU and KVM work. This takes no time, so it runs
+    /// before anything is fetched or built.
     ///
     /// # Errors
     /// One that names the option, its value, and what to do.
@@ -99,7 +99,7 @@ impl Options {
     }
 }
 
-/// Why KVM cannot be used here, if /dev/kvm cannot even be opened.
+/// Why /dev/kvm cannot be opened; `None` if it can.
 pub fn kvm_is_missing() -> Option<String> {
     let error = fs::File::options().read(true).write(true).open("/dev/kvm").err()?;
     Some(match error.kind() {
@@ -115,10 +115,10 @@ pub fn kvm_is_missing() -> Option<String> {
     })
 }
 
-/// What carries the guests' instructions out.
+/// What executes the guests' instructions.
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Accel {
-    /// The processor, by /dev/kvm.
+    /// The processor, through /dev/kvm.
     Kvm,
     /// QEMU's translator.
     Tcg,
@@ -133,7 +133,7 @@ impl fmt::Display for Accel {
     }
 }
 
-/// Everything that a [`Machine`](crate::machine::Machine) needs to start.
+/// What all guests of one run share. A [`VmSpec`](crate::vm::VmSpec) needs it to start.
 pub struct Lab {
     kit: Option<Kit>,
     options: Options,
@@ -148,8 +148,8 @@ pub struct Lab {
 }
 
 impl Lab {
-    /// Fetches the kit and builds the guests' programs. Guests run under TCG, whatever `options`
-    /// say: [`trial::open`](crate::trial::open) also chooses the accelerator.
+    /// Fetches the kit and builds the guests' programs. The lab's accelerator is TCG, whatever
+    /// `options` say. [`trial::open`](crate::trial::open) also chooses the accelerator.
     pub fn prepare(options: &Options) -> Result<Self> {
         options.check()?;
         let complete =
@@ -175,7 +175,7 @@ impl Lab {
         let modules = match (&options.kernel, &options.modules, &kit) {
             (_, Some(own), _) => Some(own.clone()),
             (None, None, Some(kit)) => Some(kit.modules()),
-            // Those of the kit would not fit another kernel.
+            // The kit's modules do not fit another kernel.
             _ => None,
         };
         if let Some(modules) = &modules {
@@ -184,7 +184,8 @@ impl Lab {
             })?;
         }
         initramfs::add_ours(&mut archive, &programs.agent, &programs.guest)?;
-        // An archive of the user's may be compressed; the kernel wants the next one aligned.
+        // The user's archive may be compressed. The kernel expects the next archive at a multiple
+        // of four.
         base.resize(base.len().next_multiple_of(4), 0);
         base.extend(archive.finish()?);
         let initramfs = dir.path().join("initramfs");
@@ -209,12 +210,12 @@ impl Lab {
         Ok(lab)
     }
 
-    /// What it was opened with.
+    /// The options with which it was opened.
     pub fn options(&self) -> &Options {
         &self.options
     }
 
-    /// QEMU, with what has to stand first on its command line.
+    /// QEMU, with the words that must come first on its command line.
     pub fn qemu(&self) -> Command {
         match (&self.options.qemu, &self.kit) {
             (None, Some(kit)) => kit.qemu(),
@@ -222,43 +223,43 @@ impl Lab {
         }
     }
 
-    /// A program of the kit, or of the machine if there is no kit.
+    /// A program of the kit, or this machine's own if there is no kit.
     pub fn program(&self, name: &str) -> Command {
         self.kit.as_ref().map_or_else(|| Command::new(name), |kit| kit.command(name))
     }
 
-    /// The kit's busybox, or the machine's if there is no kit.
+    /// The kit's busybox, or this machine's own if there is no kit.
     pub fn busybox(&self) -> Command {
         Command::new(self.kit.as_ref().map_or_else(|| PathBuf::from("busybox"), Kit::busybox))
     }
 
-    /// The guests' agent, which also runs on the host.
+    /// The program `guest-agent`. It runs in the guests, and also on the host.
     pub fn agent(&self) -> &Path {
         &self.agent
     }
 
-    /// The guest without an operating system, built now.
+    /// Builds the guest without an operating system and returns its path.
     pub fn flat(&self) -> Result<PathBuf> {
         workspace::build_flat(self.options.as_built)
     }
 
-    /// The tests of vbus-kvm, built now.
+    /// Builds the tests of vbus-kvm and returns their path.
     pub fn kvm_tests(&self) -> Result<PathBuf> {
         workspace::build_kvm_tests(self.options.as_built)
     }
 
-    /// The program `vbus-vmm`, built now.
+    /// Builds the program `vbus-vmm` and returns its path.
     pub fn vmm(&self) -> Result<PathBuf> {
         workspace::build_vmm(self.options.as_built)
     }
 
-    /// The kit, if anything comes from it.
+    /// The kit, unless the options replace all of it.
     pub fn kit(&self) -> Option<&Kit> {
         self.kit.as_ref()
     }
 
-    /// Adds modules of the guests' kernel to an archive, to be loaded at boot; built-in ones are no
-    /// error.
+    /// Adds modules of the guests' kernel to an archive. The guest loads them at boot. A module
+    /// that is built into the kernel is no error.
     pub fn add_modules(&self, archive: &mut Archive, names: &[&str]) -> Result<()> {
         let Some(modules) = &self.modules else { return Ok(()) };
         initramfs::add_modules(archive, modules, names, |path| unxz(self.kit.as_ref(), path))
@@ -289,17 +290,17 @@ impl Lab {
         &self.initramfs
     }
 
-    /// Lets the guests run by this accelerator.
+    /// Sets the accelerator of all guests that start from now on.
     pub fn set_accel(&mut self, accel: Accel) {
         self.accel = accel;
     }
 
-    /// What carries the guests' instructions out.
+    /// What executes the guests' instructions.
     pub fn accel(&self) -> Accel {
         self.accel
     }
 
-    /// A folder of its own for the sockets and logs of the guests that run together.
+    /// Makes a scene: a folder of its own for sockets and logs.
     pub fn scene(&self, name: &str) -> Result<Scene<'_>> {
         let dir = self.dir.path().join(name);
         fs::create_dir_all(&dir)?;
@@ -307,9 +308,9 @@ impl Lab {
     }
 }
 
-/// Guests that run together, and what serves them.
+/// The folder for the sockets and logs of guests that run together, and the lab that they use.
 pub struct Scene<'a> {
-    /// What they run with.
+    /// What the guests share.
     pub lab: &'a Lab,
     dir: PathBuf,
 }
@@ -320,12 +321,12 @@ impl Scene<'_> {
         &self.dir
     }
 
-    /// Writes the lab's root file system with the files of `archive` besides; returns its path.
+    /// Writes a root file system, the lab's with the files of `archive` added. Returns its path.
     pub fn extend_initramfs(&self, archive: Archive) -> Result<PathBuf> {
         let base = self.lab.initramfs();
         let mut bytes =
             fs::read(base).with_context(|| format!("cannot read {}", base.display()))?;
-        // The kernel unpacks one archive behind the other, and wants the next one aligned.
+        // The kernel unpacks one archive after the other. Each must begin at a multiple of four.
         bytes.resize(bytes.len().next_multiple_of(4), 0);
         bytes.extend(archive.finish()?);
         let path = self.dir.join("initramfs");
@@ -333,7 +334,7 @@ impl Scene<'_> {
         Ok(path)
     }
 
-    /// Copies the logs to where they outlive the run; returns that folder.
+    /// Copies the logs to a folder that outlives the run, and returns that folder.
     pub fn save_logs(&self) -> Result<PathBuf> {
         let name = self.dir.file_name().context("a scene has a name")?;
         let saved = workspace::logs()?.join(name);
@@ -348,7 +349,7 @@ impl Scene<'_> {
     }
 }
 
-/// Decompresses a module by the kit's busybox, or by the machine's xz.
+/// Decompresses a module with the kit's busybox, or with this machine's xzcat.
 fn unxz(kit: Option<&Kit>, path: &Path) -> Result<Vec<u8>> {
     let mut command = match kit {
         Some(kit) => {

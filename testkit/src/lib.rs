@@ -1,43 +1,60 @@
 //! What the tests of vbus need to run real guests on any machine: a kit with QEMU and a stock
-//! kernel, machines, buses, and the scenarios that join them.
+//! kernel, virtual machines, buses, and the scenarios that use them.
 //!
 //! A scenario is a function. It gets a [`Scene`](lab::Scene), starts a bus and guests in it, and
 //! runs commands in the guests:
 //!
 //! ```no_run
-//! use testkit::{bus::{Bus, device}, lab::Options, machine::Machine, trial};
+//! use testkit::{bus::{Bus, device}, lab::Options, trial, vm::VmSpec};
 //!
 //! # fn main() -> anyhow::Result<()> {
 //! let lab = trial::open(&Options::default())?;
 //! let scene = lab.scene("example")?;
 //! let bus = Bus::start(&scene, &device("net0", "venet", "backend = \"null\""))?;
-//! let vm = Machine::new("a").device(bus.socket("net0")).boot(&scene)?;
+//! let vm = VmSpec::new("a").device(bus.socket("net0")).boot(&scene)?;
 //! assert!(vm.guest.ok("vbus-guest list")?.contains("net0"));
 //! # Ok(())
 //! # }
 //! ```
 //!
-//! [`scenarios::SCENARIOS`] lists the scenarios, and [`runner::run`] runs them. The modules, each
-//! of which uses only those above it:
+//! [`scenarios::SCENARIOS`] lists the scenarios, and [`runner::run`] runs them. The words of this
+//! crate:
+//!
+//! | word | what it is |
+//! |---|---|
+//! | kit | the files fetched from Debian: QEMU, a kernel, busybox, iperf3 ([`kit::Kit`]) |
+//! | lab | what all guests of one run share: kit, programs, accelerator ([`lab::Lab`]) |
+//! | scene | the folder with the sockets and logs of one scenario ([`lab::Scene`]) |
+//! | scenario | a test in real guests ([`scenario::Scenario`]) |
+//! | VM | a virtual machine under QEMU: described ([`vm::VmSpec`]) or running ([`vm::Vm`]) |
+//! | guest | the system inside a VM, reached through its agent ([`guest::Guest`]) |
+//! | agent | the program `guest-agent`, which runs in each guest |
+//! | L1 | a Linux with a real KVM: a VM with emulated SVM, or this host ([`l1::L1`]) |
+//! | L2 | a guest on the KVM of an L1 ([`l2::L2Spec`], [`l2::L2`]) |
+//! | bus | `vbus serve` on the host ([`bus::Bus`]) or in an L1 ([`l2::L1Bus`]) |
+//! | pair | two guests whose NICs are on one switch ([`pair::Pair`]) |
+//!
+//! The modules. Each one uses only those above it:
 //!
 //! | module | what it answers |
 //! |---|---|
-//! | [`workspace`], [`template`], [`process`], [`progress`], [`report`] | where are we, what runs, how far, what became of it? |
+//! | [`workspace`], [`template`] | where is the workspace, and how is it built? |
+//! | [`process`], [`progress`], [`report`] | what runs, how far is it, how did it end? |
 //! | [`kit`], [`initramfs`], [`put`] | what are the guests made of? |
-//! | [`lab`], [`qmp`], [`guest`] | what do all guests share; how do we speak to one? |
-//! | [`machine`], [`trial`], [`bus`] | one guest, with KVM or without; one bus |
-//! | [`nic`], [`pair`], [`flat`] | what many scenarios begin with |
-//! | [`rig`], [`inner`] | a Linux with a real KVM, and a guest in it |
+//! | [`lab`], [`qmp`], [`guest`] | what do all guests share, and how does a test speak to one? |
+//! | [`vm`], [`trial`], [`bus`] | one VM, with KVM or without; one bus |
+//! | [`nic`], [`pair`], [`flat`] | what many scenarios start with |
+//! | [`l1`], [`l2`] | a Linux with a real KVM, and a guest in it |
 //! | [`scenario`], [`scenarios`], [`runner`] | the tests |
 
 pub mod bus;
 pub mod flat;
 pub mod guest;
 pub mod initramfs;
-pub mod inner;
 pub mod kit;
+pub mod l1;
+pub mod l2;
 pub mod lab;
-pub mod machine;
 pub mod nic;
 pub mod pair;
 pub mod process;
@@ -45,10 +62,10 @@ pub mod progress;
 pub mod put;
 pub mod qmp;
 pub mod report;
-pub mod rig;
 pub mod runner;
 pub mod scenario;
 pub mod scenarios;
 pub mod template;
 pub mod trial;
+pub mod vm;
 pub mod workspace;

@@ -1,5 +1,4 @@
-//! A venet NIC in a guest: `vbus-guest net` as a running command, and traffic over the interface it
-//! makes.
+//! A venet NIC in a guest: the running driver `vbus-guest net`, and traffic over its interface.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -8,12 +7,12 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::guest::{Guest, Running};
-use crate::machine::BOOT;
+use crate::vm::BOOT;
 
 /// Huge pages of 2 MiB that a guest keeps for the rings and buffers of its drivers.
 const HUGE_PAGES: u32 = 40;
 
-/// Sets a fresh guest up for the driver.
+/// Prepares a freshly booted guest for the driver.
 pub fn prepare(guest: &Guest) -> Result<()> {
     guest.ok(&format!("echo {HUGE_PAGES} > /proc/sys/vm/nr_hugepages")).map(drop)
 }
@@ -27,8 +26,8 @@ pub struct Nic {
 }
 
 impl Nic {
-    /// Starts the driver of the NIC called `device`, makes its interface `interface`, and gives
-    /// that an address.
+    /// Starts the driver of the NIC `device` and waits for its interface `interface`. Then sets the
+    /// interface's address.
     pub fn up(
         guest: &Guest,
         device: &str,
@@ -62,9 +61,9 @@ pub struct Ping {
     pub max: f64,
 }
 
-/// Pings `address` `count` times, after a few that do not count; a lost packet is an error.
+/// Pings `address` `count` times, after a few pings that do not count. A lost packet is an error.
 pub fn ping(guest: &Guest, address: &str, count: u32) -> Result<Ping> {
-    // The first ones find the address, and run code that a translator has not seen yet.
+    // The first pings resolve the address and run code that QEMU has not translated yet.
     guest.start(&format!("ping -c 5 -i 0.1 -w 30 {address}"))?.ok(BOOT)?;
     let text =
         guest.start(&format!("ping -c {count} -i 0.2 -w {} {address}", count + 30))?.ok(BOOT)?;
@@ -76,8 +75,8 @@ pub fn ping(guest: &Guest, address: &str, count: u32) -> Result<Ping> {
     Ok(Ping { min, avg, max })
 }
 
-/// Megabits per second of TCP from `from` to the guest `to` at `address`, as the receiver counts
-/// them.
+/// Measures TCP from `from` to the guest `to` at `address`, in megabits per second, as the receiver
+/// counts them.
 pub fn iperf(from: &Guest, to: &Guest, address: &str, seconds: u32) -> Result<f64> {
     let server = to.start("iperf3 --server --one-off")?;
     wait_port(to, 5201)?;
@@ -92,7 +91,7 @@ pub fn iperf(from: &Guest, to: &Guest, address: &str, seconds: u32) -> Result<f6
     Ok(bits.with_context(|| format!("iperf3 counted nothing: {}", result["error"]))? / 1e6)
 }
 
-/// Sends `bytes` bytes from `from` to the guest `to` at `address`; both ends must agree on their
+/// Sends `bytes` bytes from `from` to the guest `to` at `address`. Both ends must compute the same
 /// hash.
 pub fn transfer(
     from: &Guest,
@@ -119,7 +118,7 @@ pub fn transfer(
 
 /// Waits until something listens on a TCP port of the guest.
 pub fn wait_port(guest: &Guest, port: u16) -> Result<()> {
-    // State 0A is LISTEN; the port stands in hexadecimal behind the address.
+    // State 0A is LISTEN. The port is in hexadecimal after the address.
     let listens = format!("cat /proc/net/tcp /proc/net/tcp6 | grep -q ':{port:04X} [0:]* 0A'");
     guest.ok(&format!("until {listens}; do sleep 0.05; done")).map(drop)
 }

@@ -1,4 +1,4 @@
-//! Two guests on one switch, each with a NIC: where most scenarios begin.
+//! Two guests on one switch, each with a NIC. Most scenarios start with them.
 
 use std::time::Duration;
 
@@ -7,8 +7,8 @@ use anyhow::Result;
 use crate::bus::{Bus, device};
 use crate::guest::Guest;
 use crate::lab::Scene;
-use crate::machine::{Machine, Vm};
 use crate::nic::{self, Nic};
+use crate::vm::{Vm, VmSpec};
 
 /// The addresses of the two guests.
 pub const ADDRESS: [&str; 2] = ["10.0.0.1", "10.0.0.2"];
@@ -16,12 +16,12 @@ pub const ADDRESS: [&str; 2] = ["10.0.0.1", "10.0.0.2"];
 /// The names of their NICs.
 const NAME: [&str; 2] = ["net-a", "net-b"];
 
-/// How long a transfer may take, whatever else goes on on this machine.
+/// How long a transfer may take on a busy machine.
 pub const TRANSFER: Duration = Duration::from_secs(240);
 
-/// What a pair is made of.
+/// The description of a pair.
 #[derive(Clone, Copy, Default)]
-pub struct Spec {
+pub struct PairSpec {
     /// More lines for both devices in the bus's configuration.
     pub device: &'static str,
     /// More words for `vbus-guest net`.
@@ -32,7 +32,7 @@ pub struct Spec {
 
 /// A bus, two guests, and a driver in each.
 pub struct Pair {
-    // Dropped in this order: the drivers' handles, the guests, then the bus.
+    // Rust drops these in order: the drivers' handles, the guests, then the bus.
     /// The driver of each guest.
     pub nics: Vec<Nic>,
     /// The guests.
@@ -43,14 +43,14 @@ pub struct Pair {
 
 impl Pair {
     /// Boots the guests and starts their drivers.
-    pub fn start(scene: &Scene, spec: Spec) -> Result<Self> {
+    pub fn start(scene: &Scene, spec: PairSpec) -> Result<Self> {
         let config: String = ["net-a", "net-b"]
             .map(|name| device(name, "venet", &format!("backend = \"switch\"\n{}", spec.device)))
             .concat();
         let bus = Bus::start(scene, &config)?;
         let mut vms = Vec::new();
         for name in ["a", "b"] {
-            let mut machine = Machine::new(name).device(bus.socket(&format!("net-{name}")));
+            let mut machine = VmSpec::new(name).device(bus.socket(&format!("net-{name}")));
             machine.cpus = spec.cpus.max(1);
             vms.push(machine.start(scene)?);
         }
@@ -79,12 +79,12 @@ impl Pair {
         &self.vms[1].guest
     }
 
-    /// Sends bytes from a to b, checked by hash.
+    /// Sends bytes from a to b and compares the hashes.
     pub fn transfer(&self, port: u16, bytes: u64) -> Result<()> {
         nic::transfer(self.a(), self.b(), ADDRESS[1], port, bytes, u64::from(port), TRANSFER)
     }
 
-    /// Sends bytes from b to a, checked by hash.
+    /// Sends bytes from b to a and compares the hashes.
     pub fn transfer_back(&self, port: u16, bytes: u64) -> Result<()> {
         nic::transfer(self.b(), self.a(), ADDRESS[0], port, bytes, u64::from(port), TRANSFER)
     }

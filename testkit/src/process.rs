@@ -1,4 +1,4 @@
-//! Processes that end with us, and the folder that their sockets and logs live in.
+//! Child processes that end with this process, and the folder of their sockets and logs.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use rustix::process::{Pid, Signal, kill_process};
 
-/// A process of ours, killed when this is dropped or when we die in any other way.
+/// A child process. It is killed when this is dropped, and when this process dies in any way.
 pub struct Process {
     child: Child,
     name: String,
@@ -21,16 +21,16 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts `command`; what it says goes to `log`.
+    /// Starts `command`. Its output goes to `log`.
     ///
-    /// To be called on a thread that lives as long as the process shall: the kernel takes the end
-    /// of the thread that started a process for the end of its parent.
+    /// Call it on a thread that lives at least as long as the process: when the thread that started
+    /// a process ends, the kernel kills the process.
     pub fn start(mut command: Command, name: &str, log: &Path) -> Result<Self> {
         command.stdout(log_file(log)?);
         Self::spawn(command, name, log)
     }
 
-    /// As [`start`](Self::start), with its standard output apart: it comes line by line.
+    /// Like [`start`](Self::start), but its standard output comes line by line from the receiver.
     pub fn start_with_lines(
         mut command: Command,
         name: &str,
@@ -83,7 +83,7 @@ impl Process {
         }
     }
 
-    /// Asks the process to end (SIGTERM), and waits for it.
+    /// Asks the process to end (SIGTERM) and waits for its end.
     pub fn terminate(&mut self, limit: Duration) -> Result<ExitStatus> {
         self.signal(Signal::TERM)?;
         self.wait(limit)
@@ -124,7 +124,8 @@ fn log_file(log: &Path) -> Result<File> {
         .with_context(|| format!("cannot write {}", log.display()))
 }
 
-#[allow(unsafe_code)] // Between fork and exec only calls that are safe in a signal handler are allowed.
+// Between fork and exec only calls that are safe in a signal handler are allowed.
+#[allow(unsafe_code)]
 fn die_with_parent(command: &mut Command) {
     use std::os::unix::process::CommandExt;
     // SAFETY: the closure makes one system call and neither allocates nor takes a lock.
@@ -136,7 +137,7 @@ fn die_with_parent(command: &mut Command) {
     }
 }
 
-/// A command as a line for a shell, with the variables that it sets in the environment.
+/// A command as one line for a shell, with the environment variables that it sets.
 pub fn command_line(command: &Command) -> String {
     let quoted = |text: &OsStr| {
         let text = text.to_string_lossy().into_owned();
@@ -160,7 +161,7 @@ pub fn command_line(command: &Command) -> String {
     words.join(" ")
 }
 
-/// The last lines of a log, indented, for an error message; empty if there is nothing.
+/// The last lines of a log, indented, for an error message. Empty if the log is empty.
 pub fn tail(log: &Path) -> String {
     let text = String::from_utf8_lossy(&fs::read(log).unwrap_or_default()).into_owned();
     let lines: Vec<&str> = text.lines().collect();
@@ -172,9 +173,11 @@ pub fn tail(log: &Path) -> String {
     }
 }
 
-/// A folder for sockets and logs, private to us and gone after us.
+/// A folder for sockets and logs. Only this user can read it, and it is removed when this is
+/// dropped.
 ///
-/// In the system's folder for temporary files, since the path of a socket has at most 107 bytes.
+/// It is in the system's folder for temporary files, because the path of a socket has at most 107
+/// bytes.
 pub struct RunDir {
     path: PathBuf,
 }
@@ -182,7 +185,7 @@ pub struct RunDir {
 const PREFIX: &str = "vbus-xtask-";
 
 impl RunDir {
-    /// Makes the folder, and removes those of runs that were killed.
+    /// Makes the folder. Also removes the folders of runs that were killed.
     pub fn new() -> Result<Self> {
         let parent = std::env::temp_dir();
         sweep(&parent);
@@ -209,8 +212,8 @@ impl Drop for RunDir {
     }
 }
 
-/// Lets SIGINT, SIGTERM and SIGHUP remove the folders of this run before they end it. Its processes
-/// end with it in any case.
+/// Removes the folders of this run when SIGINT, SIGTERM or SIGHUP ends it. The kernel ends its
+/// child processes in any case.
 pub fn clean_up_on_signals() -> Result<()> {
     use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
     let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP])
@@ -229,7 +232,7 @@ pub fn clean_up_on_signals() -> Result<()> {
     Ok(())
 }
 
-/// The folders of all runs, and the id of the process that made each.
+/// The folders of all runs, each with the id of the process that made it.
 fn all_run_dirs(parent: &Path) -> Vec<(PathBuf, String)> {
     let mut dirs = Vec::new();
     for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
@@ -241,13 +244,13 @@ fn all_run_dirs(parent: &Path) -> Vec<(PathBuf, String)> {
     dirs
 }
 
-/// The folders of the runs that go on now.
+/// The folders of the runs whose process is alive.
 pub fn run_dirs() -> Vec<PathBuf> {
     let dirs = all_run_dirs(&std::env::temp_dir());
     dirs.into_iter().filter(|(_, process)| is_alive(process)).map(|(path, _)| path).collect()
 }
 
-/// Whether there is a process of this id.
+/// Whether a process with this id exists.
 fn is_alive(process: &str) -> bool {
     !process.is_empty() && Path::new("/proc").join(process).exists()
 }

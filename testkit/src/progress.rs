@@ -1,5 +1,5 @@
-//! How far long work has come, on standard error: on a terminal one line that is written anew,
-//! elsewhere plain lines now and then.
+//! Shows the progress of long work on standard error. On a terminal it rewrites one line; elsewhere
+//! it prints a plain line now and then.
 
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 /// The least time between two plain lines.
 const PLAIN: Duration = Duration::from_secs(5);
 
-/// The least time between two changes of a line on a terminal.
+/// The least time between two updates of the line on a terminal.
 const MOVING: Duration = Duration::from_millis(50);
 
-/// The progress of one piece of work. Dropping it removes the line that moves.
+/// The progress of one piece of work. Dropping it clears the line on the terminal.
 pub struct Progress {
     topic: &'static str,
     terminal: bool,
@@ -18,16 +18,16 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Says what begins now: `TOPIC: WORK`, at once and as a line of its own.
+    /// Prints `TOPIC: WORK` at once, as a line of its own.
     pub fn begin(topic: &'static str, work: &str) -> Self {
         eprintln!("{topic}: {work}");
         Self { topic, terminal: std::io::stderr().is_terminal(), shown: None }
     }
 
-    /// Says how far it has come. What follows too soon on what was said before is not shown.
+    /// Shows how far the work has come. A call too soon after the last update shows nothing.
     pub fn at(&mut self, how_far: &str) {
         let pause = if self.terminal { MOVING } else { PLAIN };
-        // The first plain line has to wait too: what takes no time needs no line.
+        // The first plain line waits too: short work needs no line.
         let since = *self.shown.get_or_insert_with(|| {
             let now = Instant::now();
             if self.terminal { now.checked_sub(pause).unwrap_or(now) } else { now }
@@ -37,10 +37,10 @@ impl Progress {
         }
         self.shown = Some(Instant::now());
         if self.terminal {
-            // To the first column, and what stood there is cleared; a long line must not wrap.
+            // This goes to the first column and clears the line. A long line must not wrap.
             let line: String = format!("{}:   {how_far}", self.topic).chars().take(79).collect();
             eprint!("\r\x1b[K{line}");
-            // Standard error has no buffer, so there is nothing that could fail here.
+            // Standard error has no buffer, so the flush has nothing to do.
             let _ = std::io::stderr().flush();
         } else {
             eprintln!("{}:   {how_far}", self.topic);

@@ -1,4 +1,4 @@
-//! Files that are brought along into a guest.
+//! Files that a user puts into a guest (`--put`).
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::initramfs::Archive;
 
-/// A file to bring along into a guest, where it can be executed. As text: `FILE`, which goes into
+/// A file to put into a guest, where it is executable. Its text form is `FILE`, which goes into
 /// `/root` under its own name, or `FILE=PATH`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Put {
@@ -22,8 +22,8 @@ impl Put {
     /// The contents of the file.
     ///
     /// # Errors
-    /// If it cannot be read, or is a program that cannot run in a guest: one for another processor,
-    /// or one that is linked dynamically.
+    /// The file cannot be read, or it is a program that cannot run in a guest: a program for
+    /// another processor, or one that is linked dynamically.
     pub fn read(&self) -> Result<Vec<u8>> {
         let path = &self.source;
         ensure!(!self.target.is_empty(), "--put {}: this names no file", path.display());
@@ -68,8 +68,8 @@ const PT_INTERP: u32 = 3;
 /// The machine of an ELF file for x86-64.
 const EM_X86_64: u16 = 62;
 
-/// Whether a guest can run this: anything that is no ELF file (a script, data), or a program for
-/// x86-64 without a dynamic loader.
+/// Checks that a guest can run this file. An ELF file must be for x86-64 and must name no dynamic
+/// loader. Any other file (a script, data) passes.
 fn check_program(bytes: &[u8]) -> Result<()> {
     if !bytes.starts_with(b"\x7fELF") {
         return Ok(());
@@ -77,8 +77,8 @@ fn check_program(bytes: &[u8]) -> Result<()> {
     let half = |at: usize| Some(u16::from_le_bytes(bytes.get(at..at + 2)?.try_into().ok()?));
     let word = |at: usize| Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
     let long = |at: usize| Some(u64::from_le_bytes(bytes.get(at..at + 8)?.try_into().ok()?));
-    // Of the file's header: class (64 bits) and byte order (little), the machine, where the program
-    // headers are, their size, and how many.
+    // The ELF header holds the class (64 bits) and the byte order (little), the machine, and the
+    // offset, size and number of the program headers.
     ensure!(
         bytes.get(4..6) == Some(&[2, 1]) && half(18) == Some(EM_X86_64),
         "it is a program for another processor; the guests are x86-64 machines"

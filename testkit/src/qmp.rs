@@ -1,4 +1,4 @@
-//! QEMU's control channel, as scenarios use it: each call has a time of its own.
+//! QEMU's control channel for scenarios. Each call has its own time limit.
 
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde_json::Value;
 
-/// How long QEMU may take to answer: a device that says nothing holds it for 5 s.
+/// How long QEMU may take to answer. A device that does not respond blocks QEMU for 5 s.
 const ANSWER: Duration = Duration::from_secs(20);
 
 /// A connection to one QEMU.
@@ -24,8 +24,8 @@ impl Qmp {
         self.0.run(command, arguments).with_context(|| command.to_owned())
     }
 
-    /// Waits for an event `name`, one that came since the last look included, that `wanted`
-    /// accepts; returns its data. Events before it are forgotten.
+    /// Waits for an event `name` that `wanted` accepts, and returns its data. An event that came
+    /// before this call also counts. Earlier events are dropped.
     pub fn wait_event(
         &mut self,
         name: &str,
@@ -41,7 +41,7 @@ impl Qmp {
         }
     }
 
-    /// Forgets the events that came so far.
+    /// Drops the events that came so far.
     pub fn forget_events(&mut self) -> Result<()> {
         self.0.set_timeout(ANSWER);
         self.0.forget_events()

@@ -1,4 +1,4 @@
-//! What became of each test: a line as it ends, a summary, and the same as JSON.
+//! Reports how each test ended: one line a test, a summary, and the same as JSON.
 
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -11,15 +11,16 @@ pub type Figures = serde_json::Map<String, Value>;
 
 /// How a test ended.
 pub enum Outcome {
-    /// All that it checks holds.
+    /// All checks hold.
     Passed,
-    /// Something does not hold, and what.
+    /// A check does not hold. The text says which.
     Failed(String),
-    /// Not run, with the reason.
+    /// The test did not run. The text is the reason.
     Skipped(String),
 }
 
-/// Why a scenario cannot run on this machine: an error that is none.
+/// The reason why a scenario cannot run on this machine. It travels as an error, but the test does
+/// not fail.
 #[derive(Debug)]
 pub struct Skip(pub String);
 
@@ -42,14 +43,14 @@ pub struct Report {
 }
 
 impl Default for Report {
-    /// An empty report; the time counts from here.
+    /// An empty report. Its time starts now.
     fn default() -> Self {
         Self { began: Instant::now(), tests: Vec::new(), passed: 0, failed: 0, skipped: 0 }
     }
 }
 
 impl Report {
-    /// Runs one test and enters how it ended.
+    /// Runs one test and records how it ended.
     pub fn run(&mut self, name: &str, test: impl FnOnce() -> Result<Outcome>) {
         eprintln!("---- {name}");
         let began = Instant::now();
@@ -57,7 +58,7 @@ impl Report {
         self.enter(name, &outcome, began.elapsed());
     }
 
-    /// Enters a test that ran elsewhere.
+    /// Records a test that ran elsewhere.
     pub fn enter(&mut self, name: &str, outcome: &Outcome, took: Duration) {
         let seconds = took.as_secs_f64();
         let (word, detail) = match outcome {
@@ -77,13 +78,13 @@ impl Report {
         );
     }
 
-    /// Adds tests that are only counted.
+    /// Adds to the numbers of passed and skipped tests, without names.
     pub fn count(&mut self, passed: u64, skipped: u64) {
         self.passed += passed;
         self.skipped += skipped;
     }
 
-    /// Prints what failed and was skipped; true if nothing failed.
+    /// Prints the tests that failed or were skipped. Returns true if none failed.
     pub fn show_failures(&self) -> bool {
         for word in ["skipped", "FAILED"] {
             for test in self.tests.iter().filter(|test| test["outcome"] == word) {
@@ -95,12 +96,13 @@ impl Report {
         self.failed == 0
     }
 
-    /// How many tests ended how.
+    /// The numbers of passed, failed and skipped tests.
     pub fn summary(&self) -> String {
         format!("{} passed, {} failed, {} skipped", self.passed, self.failed, self.skipped)
     }
 
-    /// Prints what failed and was skipped and the final line; true if nothing failed.
+    /// Prints the tests that failed or were skipped, and the final line. Returns true if none
+    /// failed.
     pub fn finish(&self, as_json: bool) -> bool {
         self.show_failures();
         let seconds = self.began.elapsed().as_secs_f64();
@@ -119,7 +121,7 @@ impl Report {
     }
 }
 
-/// To thousandths: more digits mean nothing.
+/// Rounds to thousandths.
 fn round(seconds: f64) -> f64 {
     (seconds * 1000.0).round() / 1000.0
 }

@@ -1,22 +1,22 @@
-//! Runs scenarios one after the other, and enters how they end in a report.
+//! Runs scenarios one after the other and reports how each ended.
 
 use anyhow::{Result, anyhow};
 
+use crate::l1::{Clock, L1};
 use crate::lab::{Lab, Options, Scene};
 use crate::report::{Figures, Outcome, Report, Skip};
-use crate::rig::{Clock, Rig};
 use crate::scenario::{Scenario, Test};
 use crate::trial;
 
-/// How often a scenario is tried whose machines the emulation loses. It has lost many before guests
-/// were kept off L1's first processor (see [`Rig::guest_processor`]), and has other ways to do so:
-/// beside two busy loops, the guest of `doorbell_storm` fell silent in one of five runs since.
+/// How often the runner tries a scenario that fails because the emulation lost a guest. Most losses
+/// ended when guests were kept off L1's first processor (see [`L1::guest_processor`]), but not all:
+/// beside two busy loops, the guest of `doorbell_storm` fell silent in one of five runs.
 const TRIES: u32 = 5;
 
 /// Runs scenarios one after the other; returns the figures that they measured.
 ///
-/// The scenarios beside KVM share one L1 as long as they succeed. A scenario during which L1 or a
-/// guest in it was lost (see [`Rig::hung`]) runs again, in another L1; the figure `retries` counts
+/// The scenarios beside KVM share one L1 as long as they succeed. If L1 or an L2 was lost during a
+/// scenario (see [`L1::hung`]), the scenario runs again in another L1. The figure `retries` counts
 /// these runs.
 pub fn run(
     report: &mut Report,
@@ -26,7 +26,7 @@ pub fn run(
 ) -> Figures {
     let mut figures = Figures::new();
     let lab = trial::open(options);
-    let mut rig = None;
+    let mut l1 = None;
     let mut retries = 0;
     for scenario in scenarios {
         report.run(scenario.name, || {
@@ -39,11 +39,11 @@ pub fn run(
                     loop {
                         tries += 1;
                         let name = format!("{}-{tries}", folder(scenario));
-                        match attempt(lab, clock, &mut rig, &name, test, &mut figures) {
+                        match attempt(lab, clock, &mut l1, &name, test, &mut figures) {
                             Ok(outcome) => return Ok(outcome),
                             Err(Failed { error, hung: true }) if tries < TRIES => {
                                 eprintln!(
-                                    "{}: a machine was lost, not by the test; it is tried again: \
+                                    "{}: the emulation lost a guest, so the scenario runs again: \
                                      {error:#}",
                                     scenario.name
                                 );
@@ -86,35 +86,35 @@ fn in_guests(lab: &Lab, scenario: &Scenario, test: fn(&Scene) -> Result<()>) -> 
 /// How one attempt at a scenario failed.
 struct Failed {
     error: anyhow::Error,
-    /// Since L1 or a guest in it hung.
+    /// Whether L1 or an L2 hung.
     hung: bool,
 }
 
-/// Runs a scenario in the L1 that there is, or in a fresh one, which gets `name`. No L1 outlives a
-/// failure.
+/// Runs a scenario in the running L1. If there is none, starts one called `name`. A failure ends
+/// the L1.
 fn attempt<'a>(
     lab: &'a Lab,
     clock: Clock,
-    rig: &mut Option<Rig<'a>>,
+    l1: &mut Option<L1<'a>>,
     name: &str,
-    test: fn(&Rig, &mut Figures) -> Result<()>,
+    test: fn(&L1, &mut Figures) -> Result<()>,
     figures: &mut Figures,
 ) -> Result<Outcome, Failed> {
-    let running = match rig.take() {
+    let running = match l1.take() {
         Some(running) => running,
         None => {
-            let started = lab.scene(name).and_then(|scene| Rig::start(scene, clock, &[]));
-            // A Linux that does not come up is one that hangs.
+            let started = lab.scene(name).and_then(|scene| L1::start(scene, clock, &[]));
+            // An L1 that does not boot counts as hung.
             started.map_err(|error| Failed { error, hung: true })?
         }
     };
     match test(&running, figures) {
         Ok(()) => {
-            *rig = Some(running);
+            *l1 = Some(running);
             Ok(Outcome::Passed)
         }
         Err(error) if error.is::<Skip>() => {
-            *rig = Some(running);
+            *l1 = Some(running);
             Ok(Outcome::Skipped(error.to_string()))
         }
         Err(error) => {

@@ -2,9 +2,9 @@
 
 use anyhow::Result;
 
+use crate::l1::L1;
 use crate::lab::Scene;
 use crate::report::Figures;
-use crate::rig::Rig;
 
 /// One test in real guests.
 pub struct Scenario {
@@ -16,11 +16,11 @@ pub struct Scenario {
     pub test: Test,
 }
 
-/// What a scenario does, by what it needs. A [`Skip`](crate::report::Skip) as its error says that
+/// A scenario's code, by what it needs. It returns a [`Skip`](crate::report::Skip) as its error if
 /// this machine lacks something.
 pub enum Test {
     /// It starts guests under QEMU.
     InGuests(fn(&Scene) -> Result<()>),
-    /// It starts guests on the KVM of an L1, and may measure figures.
-    BesideKvm(fn(&Rig, &mut Figures) -> Result<()>),
+    /// It starts guests on the KVM of an L1. It may measure figures.
+    BesideKvm(fn(&L1, &mut Figures) -> Result<()>),
 }

@@ -1,5 +1,5 @@
-//! Makes a crate for a device of one's own from the folder `templates/device`, which is a crate of
-//! the workspace itself: what is in it compiles, and its tests pass.
+//! Makes a crate for a new device class from the folder `templates/device`. That folder is a crate of
+//! the workspace: it compiles, and its tests pass.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,9 +14,9 @@ const FORMS: [&str; 3] = ["my-device", "my_device", "MyDevice"];
 const ROOT: &str = "../..";
 /// The most bytes of a class's name.
 const NAME_MAX: usize = 16;
-/// Classes that there are.
+/// The classes of vbus itself.
 const TAKEN: [&str; 4] = ["venet", "state", "sched", "pic"];
-/// Words that no crate can be called by.
+/// Words that cannot be the name of a crate.
 const WORDS: [&str; 12] = [
     "test", "core", "std", "alloc", "self", "super", "crate", "static", "loop", "match", "move",
     "type",
@@ -25,7 +25,7 @@ const WORDS: [&str; 12] = [
 /// Checks the name of a new device class.
 ///
 /// # Errors
-/// No crate or no class can have that name; the text says which can.
+/// The name does not fit a crate or a class. The text says which names fit.
 pub fn check_name(name: &str) -> Result<()> {
     let fits = name.starts_with(|c: char| c.is_ascii_lowercase())
         && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
@@ -42,11 +42,11 @@ pub fn check_name(name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Makes the crate `name` in the folder `path`, which must not be there yet, or be empty. Returns
-/// the files that were made.
+/// Makes the crate `name` in the folder `path`, which must be missing or empty. Returns the files
+/// that it made.
 ///
 /// # Errors
-/// The name is none; the folder is in use or cannot be written to.
+/// The name does not fit, the folder is not empty, or a file cannot be written.
 pub fn new_device(name: &str, path: &Path) -> Result<Vec<PathBuf>> {
     check_name(name)?;
     let is_free = match fs::read_dir(path) {
@@ -80,13 +80,13 @@ pub fn new_device(name: &str, path: &Path) -> Result<Vec<PathBuf>> {
         let relative = filled(relative.to_str().context("a name that is not UTF-8")?);
         let mut text = filled(&text);
         if relative == "Cargo.toml" {
-            // So that cargo looks for no workspace in the folders above.
+            // With this table cargo looks for no workspace in the folders above.
             text.push_str("\n[workspace]\n");
         }
         write(&path.join(&relative), &text)?;
         made.push(path.join(relative));
     }
-    // The same versions as here: nothing has to be fetched, and what was tested is what is built.
+    // The new crate uses the versions that were tested here, and cargo need not fetch others.
     let lock = fs::read_to_string(workspace::root().join("Cargo.lock"))?;
     write(&path.join("Cargo.lock"), &lock)?;
     write(&path.join(".gitignore"), "target/\n")?;

@@ -1,4 +1,4 @@
-//! Which accelerator the guests run by: KVM, if a guest boots with it.
+//! Chooses the guests' accelerator: KVM if a guest boots with it, otherwise TCG.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -8,16 +8,17 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use crate::lab::{Accel, Lab, Options, kvm_is_missing};
-use crate::machine::Machine;
+use crate::vm::VmSpec;
 use crate::workspace;
 
-/// How long a guest may take to boot under KVM before it counts as broken: 1 s where it works.
+/// How long a guest may take to boot under KVM before KVM counts as broken. A working KVM needs
+/// 1 s.
 const KVM_TRIAL: Duration = Duration::from_secs(12);
 
 /// Fetches the kit, builds the guests' programs and finds out which accelerator works.
 ///
 /// # Errors
-/// If the kit cannot be fetched, a program does not build, or an option names what is not there.
+/// The kit cannot be fetched, a program does not build, or an option names a missing file.
 pub fn open(options: &Options) -> Result<Lab> {
     let mut lab = Lab::prepare(options)?;
     let (accel, why) = match options.accel {
@@ -48,8 +49,8 @@ pub fn open(options: &Options) -> Result<Lab> {
 
 /// Whether a guest boots with /dev/kvm.
 ///
-/// A /dev/kvm that can be opened proves nothing: it may be emulated, or lack what Linux needs. So a
-/// guest is booted. The answer is kept until the host boots again.
+/// A /dev/kvm that can be opened proves nothing: it may be emulated, or lack what Linux needs. So
+/// this function boots a guest. It keeps the answer in a file until the host reboots.
 fn boots(lab: &mut Lab) -> Result<bool> {
     let device = fs::metadata("/dev/kvm").context("no /dev/kvm")?;
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
@@ -70,7 +71,7 @@ fn boots(lab: &mut Lab) -> Result<bool> {
     }
     eprintln!("guests: trying /dev/kvm with a guest, for {} s at most", KVM_TRIAL.as_secs());
     lab.set_accel(Accel::Kvm);
-    let trial = Machine::new("kvm").start(&lab.scene("trial")?);
+    let trial = VmSpec::new("kvm").start(&lab.scene("trial")?);
     let works = trial.is_ok_and(|vm| vm.guest.wait_boot(1, KVM_TRIAL).is_ok());
     fs::create_dir_all(&folder)?;
     fs::write(&cache, json!({"key": key, "kvm": works}).to_string())?;

@@ -1,4 +1,5 @@
-//! A guest machine: QEMU's command line, and a running one with its control channel and agent.
+//! A virtual machine under QEMU: its description, and the running machine with its control channel
+//! and its agent.
 
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -12,51 +13,50 @@ use crate::lab::{Accel, Scene};
 use crate::process::{Process, command_line, tail};
 use crate::qmp::Qmp;
 
-/// How long a guest may take to boot: seconds as a rule, more where many share a CPU.
+/// How long a guest may take to boot. It needs a few seconds, and more where many share a CPU.
 pub const BOOT: Duration = Duration::from_secs(90);
 
-/// What a machine is made of. The defaults suit most tests.
+/// The description of a virtual machine. The defaults suit most tests.
 #[derive(Clone)]
-pub struct Machine {
-    /// Names its sockets and logs.
+pub struct VmSpec {
+    /// The name of its sockets and logs.
     pub name: String,
     /// Its memory in MiB.
     pub memory_mib: u32,
     /// Its virtual CPUs.
     pub cpus: u32,
-    /// Whether the devices get memory that is the guest's (`share=on`).
+    /// Whether the devices can map the guest's memory (`share=on`).
     pub share: bool,
-    /// PCIe root ports, for a device each: `slot0` and so on.
+    /// The number of PCIe root ports, `slot0` and so on. Each takes one device.
     pub slots: usize,
-    /// vfio-user sockets of the devices that are there at boot; the first in `slot0`, with the id
-    /// `dev0`.
+    /// The vfio-user sockets of the devices that are present at boot. The first is in `slot0` and
+    /// has the id `dev0`.
     pub devices: Vec<PathBuf>,
     /// More words for QEMU's command line.
     pub args: Vec<String>,
-    /// More words for the kernel's.
+    /// More words for the kernel's command line.
     pub append: String,
-    /// What carries its instructions out.
+    /// What executes its instructions.
     pub processor: Processor,
     /// A root file system in place of the lab's.
     pub initramfs: Option<PathBuf>,
 }
 
-/// What carries a machine's instructions out.
+/// What executes a virtual machine's instructions.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Processor {
-    /// What the lab has chosen.
+    /// The lab's accelerator.
     Lab,
-    /// QEMU's translator with AMD's SVM, so that the guest has a KVM of its own. A thread for each
-    /// CPU: taking turns on one, they would lose the guests of that KVM at the first turn that
-    /// falls on an injected interrupt.
+    /// QEMU's translator with AMD's SVM: the guest has a KVM of its own. Each CPU has a thread of
+    /// its own. With one thread for all CPUs QEMU loses a guest of that KVM when it switches CPUs
+    /// while an interrupt is being injected.
     Svm,
-    /// The same on one thread and by a clock that counts instructions, so that a run can be
-    /// repeated.
+    /// The same on one thread, with a clock that counts instructions: a run can be repeated.
     CountedSvm,
 }
 
-impl Machine {
-    /// A machine with the defaults.
+impl VmSpec {
+    /// A virtual machine with the defaults.
     pub fn new(name: &str) -> Self {
         Self {
             name: name.to_owned(),
@@ -72,7 +72,7 @@ impl Machine {
         }
     }
 
-    /// Adds a device that is there at boot.
+    /// Adds a device that is present at boot.
     #[must_use]
     pub fn device(mut self, socket: impl Into<PathBuf>) -> Self {
         self.devices.push(socket.into());
@@ -86,14 +86,14 @@ impl Machine {
         self
     }
 
-    /// Starts the machine and waits until its agent answers.
+    /// Starts the virtual machine and waits until its agent answers.
     pub fn boot(&self, scene: &Scene) -> Result<Vm> {
         let vm = self.start(scene)?;
         vm.wait_boot(1)?;
         Ok(vm)
     }
 
-    /// Starts the machine.
+    /// Starts the virtual machine.
     pub fn start(&self, scene: &Scene) -> Result<Vm> {
         let lab = scene.lab;
         let path = |suffix: &str| scene.dir().join(format!("{}.{suffix}", self.name));
@@ -106,8 +106,8 @@ impl Machine {
         let memory = self.memory_mib;
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-name", &self.name]);
         command.args(["-M", "q35,memory-backend=ram,vmport=off,hpet=off"]);
-        // Where there can be but one CPU the translator makes several steps of a locked
-        // instruction, and no fence (spec/vfio-user.md).
+        // If a machine can only have one CPU, the translator splits a locked instruction into
+        // several steps and leaves out the fence (spec/vfio-user.md). So maxcpus is at least 2.
         let smp = format!("{},maxcpus={}", self.cpus, self.cpus.max(2));
         command.args(["-m", &format!("{memory}M"), "-smp", &smp]);
         command
@@ -164,32 +164,32 @@ impl Machine {
     }
 }
 
-/// The CPU that QEMU's translator runs Linux fastest on: older than "fast" string instructions,
-/// which it carries out byte by byte (`-cpu max` moves a quarter of the data over TCP), and than
-/// SMAP, five-level paging and AVX state.
+/// The CPU model on which QEMU's translator runs Linux fastest. It has no "fast" string
+/// instructions: the translator executes those byte by byte, and TCP with `-cpu max` is four times
+/// slower. It also has no SMAP, five-level paging or AVX state.
 const TCG_CPU: &str = "Nehalem";
 
-/// The CPU with SVM; without the "fast" string instructions, for the same reason.
+/// The CPU model with SVM. It has no "fast" string instructions either.
 const SVM_CPU: &str = "max,erms=off,fsrm=off";
 
-/// The kernel's command line, without what only slows a guest that lives for seconds.
+/// The kernel's command line. It turns off what only slows down a guest that lives for seconds.
 pub const KERNEL_WORDS: &str = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr audit=0 lsm= nowatchdog \
     cryptomgr.notests=1 tsc=reliable no_timer_check";
 
-/// A device of the bus behind the root port `port`, as QEMU wants it said.
+/// QEMU's arguments for a device of the bus behind the root port `port`.
 pub fn vfio_user(id: &str, port: &str, socket: &Path) -> Value {
     json!({"driver": "vfio-user-pci", "id": id, "bus": port, "socket": {"type": "unix", "path": socket}})
 }
 
-/// A running machine; it ends when this is dropped.
+/// A running virtual machine. Dropping it ends QEMU.
 pub struct Vm {
     /// Runs commands in the guest.
     pub guest: Guest,
     /// QEMU.
     pub process: Process,
-    /// QEMU's control channel, ours alone.
+    /// QEMU's control channel. Only the test uses it.
     pub control: Qmp,
-    /// The line for a shell that started QEMU.
+    /// The shell command that starts QEMU in the same way.
     pub command_line: String,
     began: Instant,
     qmp: PathBuf,
@@ -205,7 +205,7 @@ impl Vm {
             .map_err(|error| anyhow::anyhow!("{error:#}{}", tail(&self.log)))
     }
 
-    /// Since QEMU was started.
+    /// The time since QEMU was started.
     pub fn age(&self) -> Duration {
         self.began.elapsed()
     }
@@ -225,7 +225,7 @@ impl Vm {
         self.control.execute("device_add", vfio_user(id, &format!("slot{slot}"), socket)).map(drop)
     }
 
-    /// Unplugs a device and waits until the guest has let go of it.
+    /// Unplugs a device and waits until the guest has released it.
     pub fn unplug(&mut self, id: &str) -> Result<Duration> {
         let began = Instant::now();
         self.control.execute("device_del", json!({"id": id}))?;
@@ -234,7 +234,7 @@ impl Vm {
         Ok(began.elapsed())
     }
 
-    /// Resets the machine, as its button would.
+    /// Resets the virtual machine, as a reset button does.
     pub fn reset(&mut self) -> Result<()> {
         self.control.execute("system_reset", json!({})).map(drop)
     }
@@ -248,7 +248,7 @@ impl Vm {
     }
 }
 
-/// A socket that QEMU connects to, so that nothing it says first is lost.
+/// A socket that QEMU connects to. It exists before QEMU, so no early output is lost.
 struct Listener {
     path: PathBuf,
     listener: UnixListener,
@@ -263,7 +263,7 @@ impl Listener {
         Ok(Self { path, listener })
     }
 
-    /// Waits for QEMU; its end is an error.
+    /// Waits until QEMU connects. If QEMU ends first, that is an error.
     fn accept(&self, process: &mut Process) -> Result<UnixStream> {
         use rustix::event::{PollFd, PollFlags, Timespec, poll};
         let until = Instant::now() + Duration::from_secs(30);

@@ -1,4 +1,4 @@
-//! The workspace: where it is, and the programs built from it.
+//! The workspace: where it is, and how its programs are built.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -7,13 +7,13 @@ use anyhow::{Context, Result, ensure};
 
 /// The root of the workspace.
 pub fn root() -> &'static Path {
-    // This crate lies one folder below it.
+    // This crate is one folder below it.
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     here.parent().unwrap_or(here)
 }
 
-/// The folder `target` of the workspace: the kit and what is built for the guests, wherever cargo
-/// builds otherwise.
+/// The workspace's own folder `target`. It holds the kit and the guests' programs, even if cargo
+/// builds everything else in another folder.
 pub fn target() -> PathBuf {
     root().join("target")
 }
@@ -25,7 +25,8 @@ pub fn cargo() -> Command {
     command
 }
 
-/// The programs under test, linked statically since a guest has none of the host's libraries.
+/// The programs under test. They are linked statically, because a guest has no libraries of the
+/// host.
 pub struct Programs {
     /// Serves the bus on the host.
     pub vbus: PathBuf,
@@ -37,20 +38,20 @@ pub struct Programs {
 
 const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// Builds the programs; `as_built` takes them as they were built last.
+/// Builds the programs. With `as_built` it takes the last build, if there is one.
 pub fn build_programs(as_built: bool) -> Result<Programs> {
     let [vbus, guest, agent] = build_static(["vbus", "vbus-guest", "guest-agent"], as_built)?;
     Ok(Programs { vbus, guest, agent })
 }
 
-/// Builds `vbus-vmm`; `as_built` takes it as it was built last.
+/// Builds `vbus-vmm`. With `as_built` it takes the last build, if there is one.
 pub fn build_vmm(as_built: bool) -> Result<PathBuf> {
     let [vmm] = build_static(["vbus-vmm"], as_built)?;
     Ok(vmm)
 }
 
-/// Builds programs, each of the package of its name, in a folder of their own so that the flags
-/// disturb no other build.
+/// Builds programs, each from the package of its name. The target folder is their own: their flags
+/// would force rebuilds in another one.
 fn build_static<const N: usize>(packages: [&str; N], as_built: bool) -> Result<[PathBuf; N]> {
     let dir = target().join("guest");
     let programs = dir.join(GUEST_TARGET).join("release");
@@ -63,7 +64,7 @@ fn build_static<const N: usize>(packages: [&str; N], as_built: bool) -> Result<[
             .args(packages.iter().flat_map(|name| ["--package", name]))
             .env("RUSTFLAGS", "-C target-feature=+crt-static")
             .env_remove("CARGO_ENCODED_RUSTFLAGS")
-            // What lies in a guest's memory is copied at each of its boots.
+            // Each boot copies these programs into the guest's memory.
             .env("CARGO_PROFILE_RELEASE_STRIP", "debuginfo")
             .status()
             .context("cannot run cargo")?;
@@ -72,11 +73,11 @@ fn build_static<const N: usize>(packages: [&str; N], as_built: bool) -> Result<[
     Ok(programs)
 }
 
-/// Builds the tests of vbus-kvm, linked like the programs; `as_built` takes them as they were built
-/// last.
+/// Builds the tests of vbus-kvm and links them statically. With `as_built` it takes the last build,
+/// if there is one.
 pub fn build_kvm_tests(as_built: bool) -> Result<PathBuf> {
     let dir = target().join("guest");
-    // What cargo calls them differs from build to build.
+    // Cargo's own name for them changes from build to build.
     let program = dir.join("vbus-kvm-tests");
     if !(as_built && program.exists()) {
         eprintln!("build: the tests of vbus-kvm");
@@ -105,14 +106,15 @@ pub fn build_kvm_tests(as_built: bool) -> Result<PathBuf> {
     Ok(program)
 }
 
-/// Builds the guest without an operating system; `as_built` takes it as it was built last.
+/// Builds the guest without an operating system. With `as_built` it takes the last build, if there
+/// is one.
 pub fn build_flat(as_built: bool) -> Result<PathBuf> {
     let dir = target().join("flat");
     let image = dir.join(GUEST_TARGET).join("release/flat");
     if !(as_built && image.exists()) {
         eprintln!("build: guests/flat, the guest without an operating system");
         let status = cargo()
-            // Where the flags are that it needs, in place of any others.
+            // Its flags are in that folder's .cargo/config.toml. They replace all others.
             .current_dir(root().join("guests/flat"))
             .args(["build", "--release", "--target-dir"])
             .arg(&dir)
@@ -126,7 +128,7 @@ pub fn build_flat(as_built: bool) -> Result<PathBuf> {
     Ok(image)
 }
 
-/// The folder for logs that outlive a run.
+/// Makes the folder for logs that outlive a run, and returns it.
 pub fn logs() -> Result<PathBuf> {
     let dir = target().join("xtask/logs");
     std::fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;

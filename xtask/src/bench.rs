@@ -1,16 +1,17 @@
-//! The measures of `bench/`, a workspace of its own with the peers that it measures against.
+//! `cargo xtask bench` runs `bench/`, a workspace of its own with vbus's peers among its
+//! dependencies.
 
 use anyhow::{Context, Result};
 
 use testkit::workspace;
 
-/// What to measure, and how to say it.
+/// What to measure, and how to print it.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Close with one line of JSON: ratios above 1 mean that vbus is the faster
+    /// Print one JSON object as the last line; a ratio above 1 means that vbus is faster
     #[arg(long)]
     json: bool,
-    /// Fewer processes and rounds: for a first look
+    /// Use fewer processes and rounds, for a first look
     #[arg(long)]
     quick: bool,
     /// Measure with real-time priority, for a machine that has other work: needs root, and chrt

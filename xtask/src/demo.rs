@@ -8,9 +8,9 @@ use serde_json::{Value, json};
 
 use testkit::bus::{Bus, Traffic};
 use testkit::lab::{Options, Scene};
-use testkit::machine::{Machine, Vm};
 use testkit::nic::{self, Nic, Ping};
 use testkit::trial;
+use testkit::vm::{Vm, VmSpec};
 
 use crate::picture::Transcript;
 
@@ -132,7 +132,7 @@ fn perform(args: &Args, scene: &Scene, said: &Transcript, figures: &mut Figures)
     said.say(&format!("bus:\n{}", bus.run(&["device", "list"])?.trim_end()));
     let mut vms = Vec::new();
     for name in ["a", "b"] {
-        let machine = Machine::new(name);
+        let machine = VmSpec::new(name);
         vms.push(
             machine
                 .device(bus.socket(&format!("net-{name}")))

@@ -9,8 +9,8 @@ use anyhow::{Context, Result, ensure};
 use testkit::bus::{Bus, BusClient};
 use testkit::initramfs::Archive;
 use testkit::lab::Options;
-use testkit::machine::{Machine, Vm};
 use testkit::put::Put;
+use testkit::vm::{Vm, VmSpec};
 use testkit::{nic, trial};
 
 use crate::{console, shell};
@@ -133,7 +133,7 @@ pub fn run(args: &Args) -> Result<bool> {
     };
     let client = BusClient::new(lab.vbus(), &dir);
 
-    let mut machine = Machine::new(&args.name);
+    let mut machine = VmSpec::new(&args.name);
     (machine.memory_mib, machine.cpus) = (args.memory, args.cpus);
     machine.devices = choose(&client, &args.devices)?;
     ensure!(

@@ -1,38 +1,39 @@
-//! `cargo xtask kvm`: what needs a real KVM, on any machine.
+//! `cargo xtask kvm` runs on any machine what needs a real KVM.
 //!
-//! The KVM is the host's own if a guest boots with it, else that of a stock Linux with `kvm_amd` in
-//! a machine whose SVM QEMU emulates. Either way the scenarios see the same: a shell as root with
-//! our programs on its PATH, `/dev/kvm`, and in `$L2` the kernel and root file system for guests.
-//! That Linux is called L1, and the guests in it L2.
+//! If a guest boots with the host's own KVM, that KVM is used. Otherwise it is the KVM of a stock
+//! Linux (`kvm_amd`) in a virtual machine whose SVM QEMU emulates. That Linux is called L1, and its
+//! guests L2. In both cases a scenario sees the same: a root shell with our programs on its PATH,
+//! `/dev/kvm`, and the guests' kernel and root file system in the folder `$L2`.
 
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use serde_json::Value;
+use testkit::l1::{Clock, L1};
 use testkit::lab::Options;
 use testkit::put::Put;
 use testkit::report::Report;
-use testkit::rig::{Clock, Rig};
 use testkit::scenario::Scenario;
 use testkit::scenarios::SCENARIOS;
 use testkit::{runner, trial};
 
 use crate::shell;
 
-/// What the names of the scenarios beside KVM begin with; on the command line it may be left out.
+/// The beginning of these scenarios' names. On the command line it may be left out.
 const PREFIX: &str = "kvm::";
 
-/// How to use it by hand.
+/// The text at the end of `--help`.
 const HELP: &str = "\
-A command of your own sees a Linux with /dev/kvm, vbus, vbus-vmm and guest-agent on its PATH, busybox, and a kernel and
-root file system for guests in $L2/kernel and $L2/initramfs:
+A command of your own runs in a Linux with /dev/kvm. It finds vbus, vbus-vmm, guest-agent and
+busybox on its PATH, and a kernel and root file system for guests in $L2/kernel and $L2/initramfs:
   cargo xtask kvm -- 'ls -l /dev/kvm; vbus-vmm --help'
   cargo xtask kvm --as-built --put target/guest/x86_64-unknown-linux-gnu/release/try -- try
   cargo xtask kvm -- sh        reads commands from standard input
-A program brought along with --put has to be linked statically:
-  RUSTFLAGS='-C target-feature=+crt-static' cargo build --release --target x86_64-unknown-linux-gnu -p PACKAGE
-Where QEMU emulates SVM, what runs virtual CPUs has to stand behind `taskset 2`: on the first processor it loses guests now and then.
-Console and logs of a run that failed are in target/xtask/logs/kvm*.";
+A program that you bring with --put must be linked statically:
+  RUSTFLAGS='-C target-feature=+crt-static' cargo build --release \\
+    --target x86_64-unknown-linux-gnu -p PACKAGE
+Where QEMU emulates SVM, start a VMM with `taskset 2`: on the first processor QEMU sometimes loses
+a guest. A failed run leaves its console and logs in target/xtask/logs/kvm*.";
 
 #[derive(clap::Args)]
 #[command(after_help = HELP)]
@@ -45,11 +46,12 @@ pub struct Args {
     /// Print one JSON object as the last line: the figures
     #[arg(long)]
     json: bool,
-    /// Bring a file along, as an executable in /root, which is first on the PATH; or to PATH
+    /// Copy a file into /root, which is first on the command's PATH, or to the path PATH; the copy
+    /// is executable
     #[arg(long, value_name = "FILE[=PATH]")]
     put: Vec<Put>,
-    /// One CPU and a clock that counts instructions: slower, and nearly the same figures from run
-    /// to run
+    /// Use one CPU and a clock that counts instructions: it is slower, but the figures hardly
+    /// change from run to run
     #[arg(long)]
     counted: bool,
     /// Seconds that a command may take
@@ -57,22 +59,22 @@ pub struct Args {
     limit: u64,
     #[command(flatten)]
     guests: Options,
-    /// Run this as a shell command beside the KVM, in place of the scenarios; `sh` reads commands
-    /// from standard input
+    /// Run this shell command there, in place of the scenarios; `sh` reads commands from standard
+    /// input
     #[arg(last = true, value_name = "COMMAND")]
     command: Vec<String>,
 }
 
-/// Runs the chosen scenarios or the command; false if one failed.
+/// Runs the chosen scenarios or the command. Returns false if one failed.
 pub fn run(args: &Args) -> Result<bool> {
     let clock = if args.counted { Clock::Instructions } else { Clock::Time };
     if !args.command.is_empty() {
-        // What cannot be brought along is known before anything is built.
+        // A wrong --put is reported before anything is built.
         args.put.iter().try_for_each(|put| put.read().map(drop))?;
         let lab = trial::open(&args.guests)?;
-        let rig = Rig::start(lab.scene("kvm")?, clock, &args.put)?;
-        eprintln!("kvm: {}", rig.describe()?);
-        return command(&rig, &args.command.join(" "), Duration::from_secs(args.limit));
+        let l1 = L1::start(lab.scene("kvm")?, clock, &args.put)?;
+        eprintln!("kvm: {}", l1.describe()?);
+        return command(&l1, &args.command.join(" "), Duration::from_secs(args.limit));
     }
     let wanted = |scenario: &&Scenario| {
         let name = scenario.name.strip_prefix(PREFIX);
@@ -112,15 +114,15 @@ pub fn run(args: &Args) -> Result<bool> {
 }
 
 /// Runs one shell command with our standard input, output and error.
-fn command(rig: &Rig, command: &str, limit: Duration) -> Result<bool> {
-    match shell::run(&rig.guest, command, limit) {
+fn command(l1: &L1, command: &str, limit: Duration) -> Result<bool> {
+    match shell::run(&l1.guest, command, limit) {
         Ok(0) => Ok(true),
         Ok(code) => {
             eprintln!("kvm: the command ended with {code}");
             Ok(false)
         }
         Err(error) => {
-            let logs = rig.save_logs()?;
+            let logs = l1.save_logs()?;
             Err(error.context(format!("logs: {}", logs.display())))
         }
     }

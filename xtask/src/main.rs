@@ -39,7 +39,7 @@ enum Command {
     },
     /// Run two Linux guests on one bus and show what it does
     Demo(demo::Args),
-    /// Check the links of the documents, the length of the README, and that of lines
+    /// Check the documents: their links, the length of the README, and the length of lines
     Docs(docs::Args),
     /// Measure vbus against its peers
     Bench(bench::Args),
@@ -47,27 +47,27 @@ enum Command {
     Guest(guest::Args),
     /// Run the kit's QEMU
     ///
-    /// Its libraries and firmware come with it, so it runs whatever is installed here. `vbus
-    /// qemu-args` prints the words that give a machine the devices of a bus.
+    /// The kit has QEMU's libraries and firmware, so nothing has to be installed here. `vbus
+    /// qemu-args` prints the QEMU options that give a guest the devices of a bus.
     Qemu {
         /// The Debian mirror to fetch the kit from, in place of the one in apt's configuration
         #[arg(long, value_name = "URL")]
         mirror: Option<String>,
-        /// QEMU's own words: `cargo xtask qemu -- --version`
+        /// QEMU's own options: `cargo xtask qemu -- --version`
         #[arg(last = true, required = true, value_name = "QEMU-ARGS")]
         args: Vec<std::ffi::OsString>,
     },
-    /// Put this terminal on the console of a guest that runs
+    /// Connect this terminal to the console of a running guest
     Console {
         /// The guest's name: `guest`, or `a` and `b` of `demo --keep`
         guest: String,
     },
-    /// Make man pages and shell completions of every program
+    /// Write the man pages and shell completions of every program
     Man(man::Args),
     /// Make a crate for a device class of your own, with its driver and tests
     NewDevice(new_device::Args),
-    /// Run what needs a real KVM: all of it, those whose name begins with one of NAMES, or a
-    /// command of your own
+    /// Run the scenarios that need a real KVM: all, or those whose name begins with one of NAMES; or
+    /// run a command of your own there
     Kvm(kvm::Args),
     /// Run the tests: all, or those whose name begins with one of NAMES
     Test(test::Args),
@@ -85,7 +85,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Runs a command; false means that it did its work and that something fell short.
+/// Runs a command. False means that the command ran to its end and found a failure.
 fn run(command: Command) -> Result<bool> {
     match command {
         Command::Kit { mirror } => {
@@ -100,7 +100,7 @@ fn run(command: Command) -> Result<bool> {
         Command::Qemu { mirror, args } => {
             use std::os::unix::process::CommandExt;
             let mut qemu = Kit::get(&workspace::target(), mirror.as_deref())?.qemu();
-            // It takes our place, and has the terminal and the signals to itself.
+            // QEMU replaces this process: the terminal and the signals are QEMU's alone.
             Err(qemu.args(args).exec()).context("cannot run the kit's QEMU")
         }
         Command::Console { guest } => console::run(&guest).map(|()| true),

@@ -1,22 +1,22 @@
-//! `cargo xtask man`: man pages and shell completions of every program.
+//! `cargo xtask man` writes the man pages and shell completions of every program.
 
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use testkit::workspace;
 
-/// The programs, each of the package of its name.
+/// The programs. Each is in the package of its name.
 pub const PROGRAMS: [&str; 3] = ["vbus", "vbus-guest", "vbus-vmm"];
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// The folder to make them in: man/*.1, and completions/ with bash, zsh and fish [default:
+    /// The folder to write to: man/*.1, and completions/ for bash, zsh and fish [default:
     /// target/documents]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
 }
 
-/// Makes them.
+/// Writes the documents.
 pub fn run(args: &Args) -> Result<bool> {
     let dir = match &args.out {
         Some(out) => std::path::absolute(out)?,

@@ -1,11 +1,11 @@
-//! `cargo xtask new-device`: a crate for a device of one's own.
+//! `cargo xtask new-device` makes a crate for a new device class.
 
 use std::path::PathBuf;
 
 use anyhow::Result;
 use testkit::template;
 
-/// How to go on.
+/// The text at the end of `--help`.
 const HELP: &str = "\
 The crate has a device and its driver that work, a program that serves the device (all of `vbus`,
 with this class), a program that drives it in a guest or in a plain process, and tests of both. Its
@@ -25,7 +25,7 @@ pub struct Args {
     path: Option<PathBuf>,
 }
 
-/// Makes it.
+/// Makes the crate.
 pub fn run(args: &Args) -> Result<bool> {
     let path = args.path.clone().unwrap_or_else(|| PathBuf::from(&args.name));
     for file in template::new_device(&args.name, &path)? {

@@ -1,5 +1,4 @@
-//! `cargo xtask test`: every test there is, in order, and one line at the end that says how many
-//! passed.
+//! `cargo xtask test` runs every test in order. Its last line says how many passed.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -10,9 +9,9 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use serde_json::Value;
 
+use testkit::l1::Clock;
 use testkit::lab::Options;
 use testkit::report::{Outcome, Report};
-use testkit::rig::Clock;
 use testkit::scenarios::SCENARIOS;
 use testkit::{runner, workspace};
 
@@ -22,10 +21,11 @@ use crate::fuzz;
 /// documentation.
 const CARGO: &str = "cargo";
 
-/// How many bytes of a failed test's output are shown; all of it is in the log.
+/// How many bytes of a failed test's output are shown. The log has all of it.
 const SAID_MAX: usize = 2048;
 
-/// Ten million interrupts by an interrupt controller: a test that there is only in a release build.
+/// The test that sends ten million interrupts through an interrupt controller. It exists only in a
+/// release build.
 const LOST: &str = "lost_interrupts";
 
 #[derive(clap::Args)]
@@ -45,7 +45,7 @@ pub struct Args {
     guests: Options,
 }
 
-/// Runs the chosen tests; false if one failed.
+/// Runs the chosen tests. Returns false if one failed.
 pub fn run(args: &Args) -> Result<bool> {
     let wanted = |name: &str| {
         args.names.is_empty() || args.names.iter().any(|prefix| name.starts_with(prefix))
@@ -59,7 +59,7 @@ pub fn run(args: &Args) -> Result<bool> {
         }
         if wanted(LOST) {
             println!(
-                "{LOST:28} of ten million interrupts by pic, masked and moved, none is lost (a release build)"
+                "{LOST:28} pic loses none of ten million interrupts that are masked and moved (release build)"
             );
         }
         for name in &fuzz_targets {
@@ -95,14 +95,14 @@ pub fn run(args: &Args) -> Result<bool> {
     Ok(report.finish(args.json))
 }
 
-/// Runs `cargo test` and takes the numbers from what it prints.
+/// Runs `cargo test` and reads the numbers from its output.
 fn cargo_tests(report: &mut Report) -> Result<()> {
     let began = Instant::now();
     eprintln!("---- {CARGO} test --workspace");
     let logs = workspace::logs()?;
     let log = logs.join("cargo-test.log");
     let mut cargo = workspace::cargo()
-        // With what tests that pass have said: some say there that the machine lacks something.
+        // The output of passed tests is shown too: a test says there what this machine lacks.
         .args(["test", "--workspace", "--no-fail-fast", "--", "--show-output"])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -110,8 +110,8 @@ fn cargo_tests(report: &mut Report) -> Result<()> {
         .context("cannot run cargo")?;
     let mut copy = File::create(&log)?;
     let (mut passed, mut skipped) = (0, 0);
-    // Names, and what each test that failed had to say, which cargo prints when the others of its
-    // program have ended.
+    // The names of the failed tests, and the output of each test. Cargo prints that output after
+    // all tests of a program have ended.
     let (mut failures, mut said, mut speaks) = (Vec::new(), HashMap::<String, String>::new(), None);
     for line in BufReader::new(cargo.stdout.take().context("no output")?).lines() {
         let line = line?;
@@ -148,7 +148,7 @@ fn cargo_tests(report: &mut Report) -> Result<()> {
     }
     for name in &failures {
         let said = said.get(name).map_or("", String::as_str);
-        // Where it panicked and why, on one line, which is what the summary shows.
+        // The summary shows one line: where the test panicked, and why.
         let end =
             said.find(" panicked at ").map_or(said, |at| &said[at + 1..]).replacen(":\n", ": ", 1);
         let end = end.split("\nstack backtrace:").next().unwrap_or_default().trim();
@@ -168,7 +168,8 @@ fn cargo_tests(report: &mut Report) -> Result<()> {
     Ok(())
 }
 
-/// The tests that passed since they did nothing, and why: their first line says `skipped: REASON`.
+/// The tests that did nothing, each with its reason. The first line of their output is
+/// `skipped: REASON`.
 fn skipped_tests<'a>(
     said: &'a HashMap<String, String>,
     failures: &[String],
@@ -197,7 +198,7 @@ fn lost_interrupts() -> Result<Outcome> {
     Ok(Outcome::Passed)
 }
 
-/// The number that stands before `word`.
+/// The number before `word`.
 fn before(text: &str, word: &str) -> u64 {
     let number = text.split(word).next().and_then(|head| head.rsplit(' ').next());
     number.and_then(|number| number.parse().ok()).unwrap_or(0)

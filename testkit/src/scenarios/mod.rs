@@ -1,39 +1,39 @@
-//! The scenarios: one table of all of them. `vm::` are in whole guests under QEMU, `kvm::` beside a
-//! real KVM.
+//! The table of all scenarios. Those in `vm::` run guests under QEMU; those in `kvm::` run guests on
+//! the KVM of an L1.
 
 mod kvm;
 mod vm;
 
+use crate::l1::L1;
 use crate::lab::Scene;
 use crate::report::Figures;
-use crate::rig::Rig;
 use crate::scenario::{Scenario, Test};
 
-/// All scenarios; of each kind the quick and basic ones come first.
+/// All scenarios. In each group the quick and basic ones come first.
 ///
-/// This is a table and a runner of ours, since a scenario may find out only while it runs that the
-/// machine lacks something, may measure figures, and may share its L1 with the scenario before it.
+/// Rust's own test harness does not suit them. A scenario can find out only while it runs that this
+/// machine lacks something. It can measure figures. It shares its L1 with the scenario before it.
 pub const SCENARIOS: &[Scenario] = &[
     in_guests("vm::boot", "a guest boots, runs commands, and powers off", vm::harness::boot),
     in_guests("vm::reboot", "a guest is reset and reboots by itself", vm::harness::reboot),
     in_guests(
         "vm::guest_command",
-        "cargo xtask guest: a device, a program of one's own, a command",
+        "cargo xtask guest: a device, a program of the user's, a command",
         vm::command::guest,
     ),
     in_guests(
         "vm::new_device",
-        "cargo xtask new-device: a device of one's own, made from nothing, in a real guest",
+        "cargo xtask new-device: a new crate's device works in a real guest",
         vm::template::new_device,
     ),
     in_guests(
         "vm::two_guests",
-        "two guests under QEMU's own virtio-net: the test of the tests",
+        "two guests with QEMU's own virtio-net: this tests the test kit",
         vm::harness::two_guests,
     ),
     in_guests(
         "vm::traffic",
-        "1 queue pair, MTU 1500, offloads; data checked by hash",
+        "1 queue pair, MTU 1500, offloads; the hash of the data is right",
         vm::traffic::plain,
     ),
     in_guests("vm::traffic_mtu_9000", "the same with an MTU of 9000", vm::traffic::jumbo),
@@ -60,7 +60,7 @@ pub const SCENARIOS: &[Scenario] = &[
     ),
     in_guests(
         "vm::tap",
-        "TCP to the host by TAP, against QEMU's virtio-net in the same guest",
+        "TCP to the host over TAP, and over QEMU's virtio-net in the same guest",
         vm::backends::tap,
     ),
     in_guests(
@@ -114,10 +114,14 @@ pub const SCENARIOS: &[Scenario] = &[
         "the example of vfio-user-protocol, a device without the bus: its BAR and its interrupt",
         vm::vfio_user::example,
     ),
-    in_guests("vm::share_off", "memory that is not shared is found out", vm::hostile::share_off),
+    in_guests(
+        "vm::share_off",
+        "the driver reports guest memory that is not shared",
+        vm::hostile::share_off,
+    ),
     beside_kvm(
         "kvm::harness",
-        "QEMU boots a guest on the rig's KVM: the test of the tests",
+        "QEMU boots a guest on the KVM of L1: this tests the test kit",
         kvm::linux::harness,
     ),
     beside_kvm(
@@ -218,7 +222,7 @@ const fn in_guests(
 const fn beside_kvm(
     name: &'static str,
     about: &'static str,
-    test: fn(&Rig, &mut Figures) -> anyhow::Result<()>,
+    test: fn(&L1, &mut Figures) -> anyhow::Result<()>,
 ) -> Scenario {
     Scenario { name, about, test: Test::BesideKvm(test) }
 }

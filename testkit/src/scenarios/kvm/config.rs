@@ -8,9 +8,9 @@ use serde_json::json;
 
 use super::net::{self, exchange};
 use crate::bus::device;
-use crate::inner::{Inner, InnerBus, Spec};
+use crate::l1::L1;
+use crate::l2::{L1Bus, L2, L2Spec};
 use crate::report::Figures;
-use crate::rig::Rig;
 
 /// The environment variable with the number that a run's accesses follow from, for other streams
 /// than those of every run.
@@ -51,7 +51,7 @@ const PORT: &str = "00:02.0";
 /// guest begins anew. The third has interrupts by message of any kind, which kill a kernel, and all
 /// ways at once; whatever is left of the guest is reset. Beside the first two the other NIC carries
 /// traffic that is checked.
-pub fn writes(rig: &Rig, _: &mut Figures) -> Result<()> {
+pub fn writes(l1: &L1, _: &mut Figures) -> Result<()> {
     let seed = match std::env::var(SEED) {
         Ok(text) => {
             text.parse().with_context(|| format!("{SEED} is {text:?}, which is no number"))?
@@ -61,20 +61,19 @@ pub fn writes(rig: &Rig, _: &mut Figures) -> Result<()> {
     let run = |seed| {
         let pages =
             "pages = [{ name = \"setpoint\", bytes = 64, owner = \"device\", initial = \"calm\" }]";
-        let bus = net::bus(rig, &device(VICTIM, "state", pages))?;
+        let bus = net::bus(l1, &device(VICTIM, "state", pages))?;
         // So that the kernel lets even root at configuration space in memory.
-        let spec = Spec { append: "iomem=relaxed", ..Spec::new("nonsense") };
-        let inner =
-            spec.device(NET, &bus.socket(NET)).device(VICTIM, &bus.socket(VICTIM)).boot(rig)?;
-        streams(rig, &bus, &inner, seed)?;
-        inner.power_off()
+        let spec = L2Spec { append: "iomem=relaxed", ..L2Spec::new("nonsense") };
+        let l2 = spec.device(NET, &bus.socket(NET)).device(VICTIM, &bus.socket(VICTIM)).boot(l1)?;
+        streams(l1, &bus, &l2, seed)?;
+        l2.power_off()
     };
     eprintln!("seed {seed}");
     run(seed).with_context(|| format!("seed {seed}; again with {SEED}={seed}"))
 }
 
-fn streams(rig: &Rig, bus: &InnerBus, inner: &Inner, seed: u64) -> Result<()> {
-    let (devices, _) = inner.control(DEVICES)?;
+fn streams(l1: &L1, bus: &L1Bus, l2: &L2, seed: u64) -> Result<()> {
+    let (devices, _) = l2.control(DEVICES)?;
     let victim = devices.iter().find(|device| device["name"] == VICTIM);
     let address = victim.map(|device| &device["address"]);
     ensure!(
@@ -82,32 +81,32 @@ fn streams(rig: &Rig, bus: &InnerBus, inner: &Inner, seed: u64) -> Result<()> {
         "the devices are elsewhere: {devices:?}"
     );
 
-    let nic = net::nic(&inner.guest)?;
-    exchange(rig, &inner.guest, BYTES)?;
-    check_driver(bus, inner, VICTIM, "whole")?;
-    let files = open_files(rig, inner)?;
+    let nic = net::nic(&l2.guest)?;
+    exchange(l1, &l2.guest, BYTES)?;
+    check_driver(bus, l2, VICTIM, "whole")?;
+    let files = open_files(l1, l2)?;
 
     let watch =
-        inner.guest.start(&format!("exec vbus-guest state watch setpoint --device {VICTIM}"))?;
+        l2.guest.start(&format!("exec vbus-guest state watch setpoint --device {VICTIM}"))?;
     watch.wait_for("whole", LIMIT)?;
-    stream(rig, inner, seed, FUNCTION).context("nonsense for a function")?;
-    inner.control(&format!(r#"{{"op":"unplug","name":"{VICTIM}"}}"#))?;
+    stream(l1, l2, seed, FUNCTION).context("nonsense for a function")?;
+    l2.control(&format!(r#"{{"op":"unplug","name":"{VICTIM}"}}"#))?;
     let ended = watch.wait(LIMIT)?;
     ensure!(ended.code != PANIC, "the driver panicked: {}", ended.stderr);
-    plug_victim(bus, inner)?;
-    check_driver(bus, inner, VICTIM, "mended")?;
+    plug_victim(bus, l2)?;
+    check_driver(bus, l2, VICTIM, "mended")?;
 
-    stream(rig, inner, seed + 1, &format!("{FUNCTION} {PORT}"))
+    stream(l1, l2, seed + 1, &format!("{FUNCTION} {PORT}"))
         .context("nonsense for a function and its port")?;
     ensure!(nic.driver.runs(), "the driver of the other NIC has ended: {:?}", nic.driver.said());
-    begin_anew(rig, bus, inner, "renewed").context("after the second stream")?;
+    begin_anew(l1, bus, l2, "renewed").context("after the second stream")?;
 
     // Something to interrupt for, also when there is no kernel any more to end an interrupt.
-    let pings = rig.guest.start(&format!("exec ping -q -i 0.05 {}", net::INNER))?;
+    let pings = l1.guest.start(&format!("exec ping -q -i 0.05 {}", net::INNER))?;
     let command =
         format!("exec guest-agent nonsense {} {ACCESSES} wild {FUNCTION} {PORT}", seed + 2);
     // It ends; or the kernel does, and then nobody will ever say so.
-    match inner.guest.start(&command)?.wait(WILD) {
+    match l2.guest.start(&command)?.wait(WILD) {
         Ok(end) => eprintln!(
             "the third stream ended with {}: {}{}",
             end.code,
@@ -116,12 +115,12 @@ fn streams(rig: &Rig, bus: &InnerBus, inner: &Inner, seed: u64) -> Result<()> {
         ),
         Err(_) => eprintln!("the third stream has left no kernel to tell of it"),
     }
-    begin_anew(rig, bus, inner, "reborn").context("after the third stream")?;
+    begin_anew(l1, bus, l2, "reborn").context("after the third stream")?;
     pings.kill()?;
 
-    let now = open_files(rig, inner)?;
+    let now = open_files(l1, l2)?;
     ensure!(now <= files + FILES_MORE, "vbus-vmm has {now} files open, {files} before");
-    for (who, (out, err)) in [("vbus-vmm", inner.vmm.said()), ("vbus serve", bus.said())] {
+    for (who, (out, err)) in [("vbus-vmm", l2.vmm.said()), ("vbus serve", bus.said())] {
         ensure!(
             !err.contains("panicked") && out.len() + err.len() < LOG_MAX,
             "{who} says {out}{err}"
@@ -131,14 +130,13 @@ fn streams(rig: &Rig, bus: &InnerBus, inner: &Inner, seed: u64) -> Result<()> {
 }
 
 /// Random accesses of `functions`, beside which the other NIC carries traffic.
-fn stream(rig: &Rig, inner: &Inner, seed: u64, functions: &str) -> Result<()> {
+fn stream(l1: &L1, l2: &L2, seed: u64, functions: &str) -> Result<()> {
     let command = format!("exec guest-agent nonsense {seed} {ACCESSES} tame {functions}");
-    let stream = inner.guest.start(&command)?;
+    let stream = l2.guest.start(&command)?;
     stream.wait_for("begun", LIMIT)?;
     let mut exchanges = 0;
     while stream.runs() {
-        exchange(rig, &inner.guest, BYTES)
-            .with_context(|| format!("beside {:?}", stream.said()))?;
+        exchange(l1, &l2.guest, BYTES).with_context(|| format!("beside {:?}", stream.said()))?;
         exchanges += 1;
     }
     let said = stream.ok(LIMIT)?;
@@ -147,43 +145,40 @@ fn stream(rig: &Rig, inner: &Inner, seed: u64, functions: &str) -> Result<()> {
         said.trim_start_matches("begun").trim()
     );
     ensure!(exchanges > 0, "the stream was over before there was traffic");
-    exchange(rig, &inner.guest, BYTES).context("afterwards")?;
-    inner.control(DEVICES).map(drop)
+    exchange(l1, &l2.guest, BYTES).context("afterwards")?;
+    l2.control(DEVICES).map(drop)
 }
 
 /// The guest is reset, and has two devices that work.
-fn begin_anew(rig: &Rig, bus: &InnerBus, inner: &Inner, value: &str) -> Result<()> {
-    let boots = inner.guest.boots();
-    inner.control(r#"{"op":"reset"}"#)?;
-    inner.wait_boot(boots + 1)?;
-    let (devices, _) = inner.control(DEVICES)?;
+fn begin_anew(l1: &L1, bus: &L1Bus, l2: &L2, value: &str) -> Result<()> {
+    let boots = l2.guest.boots();
+    l2.control(r#"{"op":"reset"}"#)?;
+    l2.wait_boot(boots + 1)?;
+    let (devices, _) = l2.control(DEVICES)?;
     ensure!(
         devices.iter().any(|device| device["name"] == NET),
         "the other NIC is gone: {devices:?}"
     );
     if !devices.iter().any(|device| device["name"] == VICTIM) {
-        plug_victim(bus, inner)?;
+        plug_victim(bus, l2)?;
     }
-    let _nic = net::nic(&inner.guest)?;
-    exchange(rig, &inner.guest, BYTES)?;
-    check_driver(bus, inner, VICTIM, value)
+    let _nic = net::nic(&l2.guest)?;
+    exchange(l1, &l2.guest, BYTES)?;
+    check_driver(bus, l2, VICTIM, value)
 }
 
 /// Plugs the victim in and waits until the guest has it.
-fn plug_victim(bus: &InnerBus, inner: &Inner) -> Result<()> {
-    inner.control(
-        &json!({ "op": "plug", "name": VICTIM, "socket": bus.socket(VICTIM) }).to_string(),
-    )?;
-    let found = inner
+fn plug_victim(bus: &L1Bus, l2: &L2) -> Result<()> {
+    l2.control(&json!({ "op": "plug", "name": VICTIM, "socket": bus.socket(VICTIM) }).to_string())?;
+    let found = l2
         .guest
         .start(&format!("until vbus-guest list | grep -q {VICTIM}; do sleep 0.05; done"))?;
     found.ok(LIMIT).map(drop).context("the guest does not find what is plugged in")
 }
 
 /// A driver of the state device `name` sees its page `setpoint` change to `value`.
-pub(super) fn check_driver(bus: &InnerBus, inner: &Inner, name: &str, value: &str) -> Result<()> {
-    let watch =
-        inner.guest.start(&format!("exec vbus-guest state watch setpoint --device {name}"))?;
+pub(super) fn check_driver(bus: &L1Bus, l2: &L2, name: &str, value: &str) -> Result<()> {
+    let watch = l2.guest.start(&format!("exec vbus-guest state watch setpoint --device {name}"))?;
     // Its first value, whatever that is: the driver is there.
     watch.wait_for("\n", LIMIT)?;
     bus.run(&format!("state set {name} setpoint {value}"))?;
@@ -193,8 +188,8 @@ pub(super) fn check_driver(bus: &InnerBus, inner: &Inner, name: &str, value: &st
 }
 
 /// How many files the VMM has open.
-pub(super) fn open_files(rig: &Rig, inner: &Inner) -> Result<u64> {
-    let (_, facts) = inner.control(r#"{"op":"info"}"#)?;
-    let count = rig.guest.ok(&format!("ls /proc/{}/fd | wc -l", facts["pid"]))?;
+pub(super) fn open_files(l1: &L1, l2: &L2) -> Result<u64> {
+    let (_, facts) = l2.control(r#"{"op":"info"}"#)?;
+    let count = l1.guest.ok(&format!("ls /proc/{}/fd | wc -l", facts["pid"]))?;
     count.trim().parse().with_context(|| format!("{count} files"))
 }

@@ -1,26 +1,26 @@
-//! The rig on one processor by a clock that counts instructions: what was measured once is measured
+//! L1 on one processor with a clock that counts instructions: what was measured once is measured
 //! again.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
 use super::flat;
+use crate::l1::{Clock, L1};
 use crate::report::Figures;
-use crate::rig::{Clock, Rig};
 
 /// How far the figures of two runs may be apart, of 1.
 const APART: f64 = 0.01;
 
 /// What a doorbell takes, in two machines of their own: the nanoseconds are the same, nearly.
-pub fn repeats(rig: &Rig, figures: &mut Figures) -> Result<()> {
+pub fn repeats(l1: &L1, figures: &mut Figures) -> Result<()> {
     let run = |number: u32| -> Result<Figures> {
-        let scene = rig.lab().scene(&format!("kvm-counted-{number}"))?;
-        let counted = Rig::start(scene, Clock::Instructions, &[])?;
+        let scene = l1.lab().scene(&format!("kvm-counted-{number}"))?;
+        let counted = L1::start(scene, Clock::Instructions, &[])?;
         let mut figures = Figures::new();
         let measured = flat::doorbells(&counted, &mut figures);
         if measured.is_err() {
             if counted.hung() {
-                rig.note_hang();
+                l1.note_hang();
             }
             eprintln!("logs: {}", counted.save_logs()?.display());
         }

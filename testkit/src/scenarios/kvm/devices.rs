@@ -6,73 +6,73 @@ use anyhow::{Context, Result, ensure};
 use super::net::{self, EXCHANGE, OUTER, TRANSFER};
 use crate::bus::device;
 use crate::guest::Running;
-use crate::inner::{Inner, InnerBus, Spec};
+use crate::l1::L1;
+use crate::l2::{L1Bus, L2, L2Spec};
 use crate::nic::{self, Nic};
 use crate::report::Figures;
-use crate::rig::Rig;
 
 /// Settings of the NIC `net` as `vbus device add` takes them; the same as [`net::bus`] has in its
 /// configuration.
 const ADD_NET: &str = "device add net --class venet --set backend=tap --set tap=vbus-tap";
 
 /// Bytes from the guest to L1 without end, and who takes them.
-pub(super) fn endless(rig: &Rig, inner: &Inner) -> Result<(Running, Running)> {
-    let receiver = rig.guest.start("guest-agent receive 0.0.0.0:5000")?;
-    nic::wait_port(&rig.guest, 5000)?;
-    let sender = inner.guest.start(&format!("guest-agent send {OUTER}:5000 1000000000000 3"))?;
+pub(super) fn endless(l1: &L1, l2: &L2) -> Result<(Running, Running)> {
+    let receiver = l1.guest.start("guest-agent receive 0.0.0.0:5000")?;
+    nic::wait_port(&l1.guest, 5000)?;
+    let sender = l2.guest.start(&format!("guest-agent send {OUTER}:5000 1000000000000 3"))?;
     Ok((sender, receiver))
 }
 
 /// Waits until `command` succeeds in the guest.
-fn until(inner: &Inner, command: &str) -> Result<()> {
-    let waiting = inner.guest.start(&format!("until {command}; do sleep 0.05; done"))?;
+fn until(l2: &L2, command: &str) -> Result<()> {
+    let waiting = l2.guest.start(&format!("until {command}; do sleep 0.05; done"))?;
     waiting.ok(TRANSFER).map(drop)
 }
 
 /// Two CPUs: the guest finds its devices, exchanges data checked by hash, while its interrupts move
 /// to and fro, and again after a reboot.
-pub fn traffic(rig: &Rig, _: &mut Figures) -> Result<()> {
+pub fn traffic(l1: &L1, _: &mut Figures) -> Result<()> {
     let pages =
         "pages = [{ name = \"setpoint\", bytes = 64, owner = \"device\", initial = \"hello\" }]";
-    let bus = net::bus(rig, &device("values", "state", pages))?;
-    let spec = Spec { cpus: 2, ..Spec::new("linux") };
-    let inner =
-        spec.device("net", &bus.socket("net")).device("values", &bus.socket("values")).boot(rig)?;
-    let found = inner.guest.ok("vbus-guest list")?;
+    let bus = net::bus(l1, &device("values", "state", pages))?;
+    let spec = L2Spec { cpus: 2, ..L2Spec::new("linux") };
+    let l2 =
+        spec.device("net", &bus.socket("net")).device("values", &bus.socket("values")).boot(l1)?;
+    let found = l2.guest.ok("vbus-guest list")?;
     ensure!(found.contains("net") && found.contains("values"), "the guest finds\n{found}");
     eprintln!("{}", found.trim());
-    let nic = net::nic(&inner.guest)?;
-    net::exchange(rig, &inner.guest, EXCHANGE)?;
+    let nic = net::nic(&l2.guest)?;
+    net::exchange(l1, &l2.guest, EXCHANGE)?;
 
-    move_interrupts(&inner)?;
-    move_under_stream(rig, &inner)?;
-    net::exchange(rig, &inner.guest, EXCHANGE)?;
+    move_interrupts(&l2)?;
+    move_under_stream(l1, &l2)?;
+    net::exchange(l1, &l2.guest, EXCHANGE)?;
     ensure!(nic.driver.runs(), "the driver has ended: {:?}", nic.driver.said());
 
-    inner.guest.start("reboot -f")?;
-    inner.wait_boot(2)?;
-    let _nic = net::nic(&inner.guest)?;
-    net::exchange(rig, &inner.guest, EXCHANGE)?;
-    inner.power_off()
+    l2.guest.start("reboot -f")?;
+    l2.wait_boot(2)?;
+    let _nic = net::nic(&l2.guest)?;
+    net::exchange(l1, &l2.guest, EXCHANGE)?;
+    l2.power_off()
 }
 
 /// The number that the guest has given the NIC's interrupt.
-fn interrupt_number(inner: &Inner) -> Result<String> {
+fn interrupt_number(l2: &L2) -> Result<String> {
     // "21:   10   20  IO-APIC ...": the counts of the CPUs in their order.
-    let line = inner.guest.ok("grep uio /proc/interrupts")?;
+    let line = l2.guest.ok("grep uio /proc/interrupts")?;
     line.trim().split(':').next().map(str::to_owned).context("no interrupt of the NIC")
 }
 
 /// Moves the NIC's interrupt to and fro while a stream leaves the guest, which must not stand
 /// still. It has few interrupts, since both ends poll, but each of them that is lost would end it.
-fn move_under_stream(rig: &Rig, inner: &Inner) -> Result<()> {
+fn move_under_stream(l1: &L1, l2: &L2) -> Result<()> {
     const MOVES: u32 = 20;
     const BETWEEN: u64 = 8 * net::MIB;
-    let number = interrupt_number(inner)?;
-    let (sender, receiver) = endless(rig, inner)?;
+    let number = interrupt_number(l2)?;
+    let (sender, receiver) = endless(l1, l2)?;
     for step in 0..MOVES {
-        inner.guest.ok(&format!("echo {} > /proc/irq/{number}/smp_affinity", 1 << (step % 2)))?;
-        net::pass(rig, BETWEEN)
+        l2.guest.ok(&format!("echo {} > /proc/irq/{number}/smp_affinity", 1 << (step % 2)))?;
+        net::pass(l1, BETWEEN)
             .with_context(|| format!("after move {step} of interrupt {number}"))?;
     }
     ensure!(sender.runs() && receiver.runs(), "the stream has ended: {:?}", sender.said());
@@ -81,10 +81,10 @@ fn move_under_stream(rig: &Rig, inner: &Inner) -> Result<()> {
 
 /// Moves the NIC's interrupt to the other CPU and waits until it is taken there, several times. The
 /// traffic is one packet at a time, for each of which the NIC interrupts.
-fn move_interrupts(inner: &Inner) -> Result<()> {
+fn move_interrupts(l2: &L2) -> Result<()> {
     const MOVES: u32 = 6;
-    let number = interrupt_number(inner)?;
-    let pings = inner.guest.start(&format!("ping -q -i 0.05 {OUTER}"))?;
+    let number = interrupt_number(l2)?;
+    let pings = l2.guest.start(&format!("ping -q -i 0.05 {OUTER}"))?;
     for step in 0..MOVES {
         let cpu = step % 2;
         let count = format!("$(awk '$1 == \"{number}:\" {{print ${}}}' /proc/interrupts)", cpu + 2);
@@ -92,12 +92,12 @@ fn move_interrupts(inner: &Inner) -> Result<()> {
             "echo {} > /proc/irq/{number}/smp_affinity && n={count} && until [ {count} -gt $((n + 3)) ]; do sleep 0.02; done",
             1 << cpu
         );
-        let moved = inner.guest.start(&moves)?.ok(TRANSFER);
+        let moved = l2.guest.start(&moves)?.ok(TRANSFER);
         moved.with_context(|| format!("interrupt {number} is not taken on CPU {cpu}"))?;
     }
     ensure!(pings.runs(), "the pings have ended: {:?}", pings.said());
     // SIGINT, so that it tells of what was lost.
-    inner.guest.ok("kill -INT $(pidof ping)")?;
+    l2.guest.ok("kill -INT $(pidof ping)")?;
     let told = pings.wait(TRANSFER)?.stdout;
     // "100 packets transmitted, 99 packets received": some are on their way when it ends.
     let count = |n: usize| {
@@ -125,15 +125,15 @@ pub(super) fn stop(sender: &Running, receiver: &Running) -> Result<()> {
 
 /// Twenty times a NIC is plugged, driven and unplugged, four at once, while a stream runs over
 /// another one.
-pub fn plug_cycles(rig: &Rig, _: &mut Figures) -> Result<()> {
+pub fn plug_cycles(l1: &L1, _: &mut Figures) -> Result<()> {
     // Linux takes 5 s to answer the button of a slot, so they are unplugged together.
     const ROUNDS: u32 = 5;
     const TOGETHER: u32 = 4;
-    let bus = net::bus(rig, "")?;
-    let inner = Spec::new("linux").device("net", &bus.socket("net")).boot(rig)?;
-    let nic = net::nic(&inner.guest)?;
-    let (sender, receiver) = endless(rig, &inner)?;
-    let control = inner.control_socket();
+    let bus = net::bus(l1, "")?;
+    let l2 = L2Spec::new("linux").device("net", &bus.socket("net")).boot(l1)?;
+    let nic = net::nic(&l2.guest)?;
+    let (sender, receiver) = endless(l1, &l2)?;
+    let control = l2.control_socket();
     for round in 0..ROUNDS {
         let names: Vec<String> = (0..TOGETHER).map(|n| format!("extra{n}")).collect();
         for name in &names {
@@ -141,11 +141,11 @@ pub fn plug_cycles(rig: &Rig, _: &mut Figures) -> Result<()> {
                 "device add {name} --class venet --set backend=null --vmm {control}"
             ))?;
         }
-        until(&inner, &format!("[ $(vbus-guest list | grep -c extra) = {TOGETHER} ]"))?;
+        until(&l2, &format!("[ $(vbus-guest list | grep -c extra) = {TOGETHER} ]"))?;
         let mut extras = Vec::new();
         for (n, name) in (1..).zip(&names) {
             let extra =
-                Nic::up(&inner.guest, name, &format!("vbus{n}"), &format!("10.0.{n}.1/24"), "")?;
+                Nic::up(&l2.guest, name, &format!("vbus{n}"), &format!("10.0.{n}.1/24"), "")?;
             extras.push((name, extra));
         }
         let removals = extras
@@ -169,42 +169,42 @@ pub fn plug_cycles(rig: &Rig, _: &mut Figures) -> Result<()> {
         );
     }
     stop(&sender, &receiver)?;
-    net::exchange(rig, &inner.guest, EXCHANGE)?;
+    net::exchange(l1, &l2.guest, EXCHANGE)?;
     ensure!(nic.driver.runs(), "the driver has ended: {:?}", nic.driver.said());
-    inner.power_off()
+    l2.power_off()
 }
 
 /// The bus is killed under traffic: the guest lives on, and its NIC comes back with the next bus.
 /// Then the VMM is killed, and the bus serves the next guest, which has a split interrupt
 /// controller.
-pub fn deaths(rig: &Rig, _: &mut Figures) -> Result<()> {
-    let first = net::bus(rig, "")?;
-    let inner = Spec::new("linux").device("net", &first.socket("net")).boot(rig)?;
-    let nic = net::nic(&inner.guest)?;
-    let streams = endless(rig, &inner)?;
+pub fn deaths(l1: &L1, _: &mut Figures) -> Result<()> {
+    let first = net::bus(l1, "")?;
+    let l2 = L2Spec::new("linux").device("net", &first.socket("net")).boot(l1)?;
+    let nic = net::nic(&l2.guest)?;
+    let streams = endless(l1, &l2)?;
     first.kill()?;
     drop(first);
-    until(&inner, "[ -z \"$(vbus-guest list 2>/dev/null | grep net)\" ]")
+    until(&l2, "[ -z \"$(vbus-guest list 2>/dev/null | grep net)\" ]")
         .context("the NIC does not leave")?;
     let ended = nic.driver.wait(TRANSFER)?;
     ensure!(ended.code != 101, "the driver panicked: {}", ended.stderr);
     stop(&streams.0, &streams.1)?;
 
-    let bus = InnerBus::start(rig, "")?;
-    bus.run(&format!("{ADD_NET} --vmm {}", inner.control_socket()))?;
-    net::address_tap(rig)?;
-    until(&inner, "vbus-guest list | grep -q net").context("the NIC does not come back")?;
-    let nic = net::nic(&inner.guest)?;
-    net::exchange(rig, &inner.guest, EXCHANGE)?;
+    let bus = L1Bus::start(l1, "")?;
+    bus.run(&format!("{ADD_NET} --vmm {}", l2.control_socket()))?;
+    net::address_tap(l1)?;
+    until(&l2, "vbus-guest list | grep -q net").context("the NIC does not come back")?;
+    let nic = net::nic(&l2.guest)?;
+    net::exchange(l1, &l2.guest, EXCHANGE)?;
 
-    let (_sender, receiver) = endless(rig, &inner)?;
-    inner.kill()?;
+    let (_sender, receiver) = endless(l1, &l2)?;
+    l2.kill()?;
     receiver.kill()?;
     drop(nic);
     // Its INTx passes through the VMM's own I/O APIC.
     let next =
-        Spec::new("next").args("--irqchip split").device("net", &bus.socket("net")).boot(rig)?;
+        L2Spec::new("next").args("--irqchip split").device("net", &bus.socket("net")).boot(l1)?;
     let _nic = net::nic(&next.guest)?;
-    net::exchange(rig, &next.guest, EXCHANGE)?;
+    net::exchange(l1, &next.guest, EXCHANGE)?;
     next.power_off()
 }

@@ -8,10 +8,10 @@ use serde_json::{Value, json};
 
 use super::net::{self, bus, exchange};
 use crate::guest::{Guest, Running};
-use crate::inner::{Inner, InnerBus, Spec};
+use crate::l1::L1;
+use crate::l2::{L1Bus, L2, L2Spec};
 use crate::nic::{self, Nic};
 use crate::report::Figures;
-use crate::rig::Rig;
 
 /// A device besides the NIC, to make noise at.
 const VALUES: &str = r#"
@@ -31,12 +31,12 @@ const LIMIT: Duration = Duration::from_secs(120);
 
 /// The tests of vbus-kvm, of which a KVM that is none of a processor's can run a part only: here
 /// all of them, and nothing is left out.
-pub fn connector(rig: &Rig, _: &mut Figures) -> Result<()> {
-    let said = rig
+pub fn connector(l1: &L1, _: &mut Figures) -> Result<()> {
+    let said = l1
         .guest
         .start(&format!(
             "exec {}vbus-kvm-tests --nocapture --test-threads=1",
-            rig.guest_processor()
+            l1.guest_processor()
         ))?
         .ok(LIMIT)?;
     ensure!(
@@ -51,13 +51,13 @@ pub fn connector(rig: &Rig, _: &mut Figures) -> Result<()> {
 
 /// The kinds that the guest is offered are those that the VMM was told to have; each ring is one
 /// exit, of which the VMM hears nothing; and the cheapest is taken.
-pub fn kinds(rig: &Rig, figures: &mut Figures) -> Result<()> {
-    let bus = bus(rig, VALUES)?;
-    let spec = Spec::new("kinds")
+pub fn kinds(l1: &L1, figures: &mut Figures) -> Result<()> {
+    let bus = bus(l1, VALUES)?;
+    let spec = L2Spec::new("kinds")
         .device("net", &bus.socket("net"))
         .device("values", &bus.socket("values"));
-    let inner = spec.boot(rig)?;
-    for device in list(&inner.guest)? {
+    let l2 = spec.boot(l1)?;
+    for device in list(&l2.guest)? {
         ensure!(device["doorbells"] == json!(["mmio", "pio", "hypercall"]), "offered: {device}");
         let cost = |kind: &str| {
             device["doorbell_ns"][kind].as_u64().with_context(|| format!("no cost: {device}"))
@@ -69,20 +69,20 @@ pub fn kinds(rig: &Rig, figures: &mut Figures) -> Result<()> {
         }
     }
     for kind in ["mmio", "pio"] {
-        let before = (rig.kvm_stat("exits")?, rung(&bus, "values")?);
-        let rings = inner
+        let before = (l1.kvm_stat("exits")?, rung(&bus, "values")?);
+        let rings = l2
             .guest
             .ok(&format!("vbus-guest ring values --count {RINGS} --doorbell {kind} --json"))?;
         let rings: Value = serde_json::from_str(&rings)?;
         ensure!(rings["doorbell"] == kind, "rang by {rings}");
-        let (exits, rung) = (rig.kvm_stat("exits")? - before.0, rung(&bus, "values")? - before.1);
+        let (exits, rung) = (l1.kvm_stat("exits")? - before.0, rung(&bus, "values")? - before.1);
         ensure!(rung == RINGS, "{rung} of {RINGS} rings by {kind} came to the device");
         ensure!(exits >= RINGS, "{exits} exits for {RINGS} rings");
     }
-    nic::prepare(&inner.guest)?;
+    nic::prepare(&l2.guest)?;
     for kind in ["pio", "mmio"] {
         let nic = Nic::up(
-            &inner.guest,
+            &l2.guest,
             "net",
             "vbus0",
             &format!("{}/24", net::INNER),
@@ -93,48 +93,48 @@ pub fn kinds(rig: &Rig, figures: &mut Figures) -> Result<()> {
             "{:?}",
             nic.driver.said()
         );
-        exchange(rig, &inner.guest, MIB).with_context(|| format!("with doorbells by {kind}"))?;
+        exchange(l1, &l2.guest, MIB).with_context(|| format!("with doorbells by {kind}"))?;
         nic.driver.kill()?;
         nic.driver.wait(LIMIT)?;
     }
-    check_silence(&inner)?;
-    inner.power_off()?;
+    check_silence(&l2)?;
+    l2.power_off()?;
 
     // Another choice of the VMM's user.
-    let inner = Spec::new("kinds")
+    let l2 = L2Spec::new("kinds")
         .device("values", &bus.socket("values"))
         .args("--doorbells mmio")
-        .boot(rig)?;
-    for device in list(&inner.guest)? {
+        .boot(l1)?;
+    for device in list(&l2.guest)? {
         ensure!(device["doorbells"] == json!(["mmio"]), "offered: {device}");
     }
-    let refused = inner.guest.run("vbus-guest ring values --doorbell pio")?;
+    let refused = l2.guest.run("vbus-guest ring values --doorbell pio")?;
     ensure!(
         refused.code == 1 && refused.stderr.contains("no such doorbells"),
         "{}",
         refused.stderr
     );
-    inner.power_off()
+    l2.power_off()
 }
 
 /// Every function's doorbells are rung without end, by every kind that user space can: those in use
 /// and those that nobody uses. The NIC carries its traffic all the same, the state device its
 /// values; the VMM hears nothing of it; and the bus does no more than its share.
-pub fn storm(rig: &Rig, figures: &mut Figures) -> Result<()> {
-    let bus = bus(rig, VALUES)?;
-    let spec = Spec { cpus: 2, ..Spec::new("storm") };
-    let inner =
-        spec.device("net", &bus.socket("net")).device("values", &bus.socket("values")).boot(rig)?;
-    let outcome = blow(rig, &bus, &inner, figures);
+pub fn storm(l1: &L1, figures: &mut Figures) -> Result<()> {
+    let bus = bus(l1, VALUES)?;
+    let spec = L2Spec { cpus: 2, ..L2Spec::new("storm") };
+    let l2 =
+        spec.device("net", &bus.socket("net")).device("values", &bus.socket("values")).boot(l1)?;
+    let outcome = blow(l1, &bus, &l2, figures);
     // A guest that fell over has its VMM say why.
-    outcome.with_context(|| format!("vbus-vmm says {:?}", inner.vmm.said()))?;
-    inner.power_off()
+    outcome.with_context(|| format!("vbus-vmm says {:?}", l2.vmm.said()))?;
+    l2.power_off()
 }
 
-fn blow(rig: &Rig, bus: &InnerBus, inner: &Inner, figures: &mut Figures) -> Result<()> {
-    let guest = &inner.guest;
+fn blow(l1: &L1, bus: &L1Bus, l2: &L2, figures: &mut Figures) -> Result<()> {
+    let guest = &l2.guest;
     let _nic = net::nic(guest)?;
-    exchange(rig, guest, MIB)?;
+    exchange(l1, guest, MIB)?;
     let watch = guest.start("exec vbus-guest state watch setpoint")?;
     watch.wait_for("calm", LIMIT)?;
 
@@ -149,7 +149,7 @@ fn blow(rig: &Rig, bus: &InnerBus, inner: &Inner, figures: &mut Figures) -> Resu
         ring("values", "--doorbell pio --handle 0")?,
         ring("values", "--doorbell mmio")?,
     ];
-    exchange(rig, guest, MIB).context("during the storm")?;
+    exchange(l1, guest, MIB).context("during the storm")?;
     for value in ["gusty", "wild", "roaring"] {
         bus.run(&format!("state set values setpoint {value}"))?;
         watch.wait_for(value, LIMIT).context("during the storm")?;
@@ -178,9 +178,9 @@ fn blow(rig: &Rig, bus: &InnerBus, inner: &Inner, figures: &mut Figures) -> Resu
     // Each could have been a poll in vain and one with work. Those that come while the bus is at it
     // are none.
     ensure!(works < rings, "{works} polls for {rings} rings");
-    check_silence(inner)?;
+    check_silence(l2)?;
     // After it, all is as it was.
-    exchange(rig, guest, MIB).context("after the storm")
+    exchange(l1, guest, MIB).context("after the storm")
 }
 
 /// `vbus-guest list` in the guest.
@@ -196,7 +196,7 @@ fn list(guest: &Guest) -> Result<Vec<Value>> {
 }
 
 /// How often a device's doorbells have been rung.
-fn rung(bus: &InnerBus, device: &str) -> Result<u64> {
+fn rung(bus: &L1Bus, device: &str) -> Result<u64> {
     let shown: Value = serde_json::from_str(&bus.run(&format!("device show {device} --json"))?)?;
     shown["counters"]["doorbells"]
         .as_u64()
@@ -204,7 +204,7 @@ fn rung(bus: &InnerBus, device: &str) -> Result<u64> {
 }
 
 /// How often the bus has looked after its devices' connections.
-fn works(bus: &InnerBus) -> Result<u64> {
+fn works(bus: &L1Bus) -> Result<u64> {
     let mut polls = 0;
     for device in ["net", "values"] {
         let shown: Value =
@@ -218,8 +218,8 @@ fn works(bus: &InnerBus) -> Result<u64> {
 }
 
 /// Sees that no doorbell has come to the VMM.
-fn check_silence(inner: &Inner) -> Result<()> {
-    let (devices, _) = inner.control(r#"{"op":"devices"}"#)?;
+fn check_silence(l2: &L2) -> Result<()> {
+    let (devices, _) = l2.control(r#"{"op":"devices"}"#)?;
     for device in &devices {
         ensure!(device["user_doorbells"] == 0, "doorbells came to vbus-vmm: {device}");
         ensure!(device["doorbells_in_kernel"] == true, "not in the kernel: {device}");

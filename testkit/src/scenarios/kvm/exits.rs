@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
 
+use crate::l1::L1;
 use crate::report::Skip;
-use crate::rig::Rig;
 
 /// Trace point, keys to count by and which events to count.
 const COUNTED: [(&str, &str, &str); 3] = [
@@ -21,17 +21,17 @@ const COUNTED: [(&str, &str, &str); 3] = [
 const APART: [(u64, u64); 5] = [(0x60, 2), (0x72, 2), (1, 1), (10, 1), (52, 1)];
 
 /// Exits are counted from here on, until [`Trace::finish`].
-pub struct Trace<'a>(&'a Rig<'a>);
+pub struct Trace<'a>(&'a L1<'a>);
 
 impl<'a> Trace<'a> {
     /// Begins to count.
-    pub fn start(rig: &'a Rig<'a>) -> Result<Self> {
-        mount(rig)?;
+    pub fn start(l1: &'a L1<'a>) -> Result<Self> {
+        mount(l1)?;
         let set = COUNTED.map(|(event, keys, condition)| {
             trigger(event, &format!("hist:keys={keys} {condition}"))
         });
-        rig.guest.ok(&set.join(" && "))?;
-        Ok(Self(rig))
+        l1.guest.ok(&set.join(" && "))?;
+        Ok(Self(l1))
     }
 
     /// Ends counting; returns how many exits there were, but for those to the guest's timer (the
@@ -63,7 +63,7 @@ impl<'a> Trace<'a> {
 }
 
 /// Ends of interrupts, counted from here on until [`Ends::finish`].
-pub struct Ends<'a>(&'a Rig<'a>);
+pub struct Ends<'a>(&'a L1<'a>);
 
 /// How often each vector was ended, by the CPU's local APIC and the vector.
 pub type ByVector = BTreeMap<(u64, u64), u64>;
@@ -74,10 +74,10 @@ const ENDED: [&str; 2] = ["kvm_eoi", "kvm_pv_eoi"];
 
 impl<'a> Ends<'a> {
     /// Begins to count.
-    pub fn start(rig: &'a Rig<'a>) -> Result<Self> {
-        mount(rig)?;
-        rig.guest.ok(&ENDED.map(|event| trigger(event, BY_VECTOR)).join(" && "))?;
-        Ok(Self(rig))
+    pub fn start(l1: &'a L1<'a>) -> Result<Self> {
+        mount(l1)?;
+        l1.guest.ok(&ENDED.map(|event| trigger(event, BY_VECTOR)).join(" && "))?;
+        Ok(Self(l1))
     }
 
     /// Ends counting; returns the exits by which interrupts were ended, and the ends by KVM's bit
@@ -109,9 +109,9 @@ impl<'a> Ends<'a> {
 const BY_VECTOR: &str = "hist:keys=apicid,vector";
 
 /// Makes the trace points readable, if they are not yet.
-fn mount(rig: &Rig) -> Result<()> {
+fn mount(l1: &L1) -> Result<()> {
     let mounted = "T=/sys/kernel/tracing; { [ -d $T/events ] || mount -t tracefs tracefs $T; } && [ -d $T/events/kvm ]";
-    if rig.guest.run(mounted)?.code != 0 {
+    if l1.guest.run(mounted)?.code != 0 {
         return Err(
             Skip("the trace points of this KVM are not to be had: that takes root".into()).into()
         );

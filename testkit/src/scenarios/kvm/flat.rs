@@ -11,9 +11,9 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use crate::flat::{Report, device_names, devices, with_receivers};
-use crate::inner::InnerBus;
+use crate::l1::L1;
+use crate::l2::L1Bus;
 use crate::report::Figures;
-use crate::rig::Rig;
 
 /// Where the guest sets its marks: vbus-vmm's.
 const MARK_PORT: u16 = 0x610;
@@ -31,24 +31,24 @@ pub(super) struct Run {
 }
 
 /// Serves the bus of a run.
-pub(super) fn start_bus<'a>(rig: &'a Rig<'a>, config: &str) -> Result<InnerBus<'a>> {
+pub(super) fn start_bus<'a>(l1: &'a L1<'a>, config: &str) -> Result<L1Bus<'a>> {
     // Devices that sleep at once: each doorbell and each interrupt counts.
-    InnerBus::start(rig, &format!("[bus]\npoll-us = 0\n{config}"))
+    L1Bus::start(l1, &format!("[bus]\npoll-us = 0\n{config}"))
 }
 
 impl Run {
     /// Boots the guest with all devices of the bus that `config` describes, and waits until it has
     /// powered off.
-    fn new(rig: &Rig, config: &str, words: &str, irqchip: &str) -> Result<Self> {
-        let bus = start_bus(rig, config)?;
-        Self::on(rig, &bus, &device_names(config), words, &format!("--irqchip {irqchip}"), 1)
+    fn new(l1: &L1, config: &str, words: &str, irqchip: &str) -> Result<Self> {
+        let bus = start_bus(l1, config)?;
+        Self::on(l1, &bus, &device_names(config), words, &format!("--irqchip {irqchip}"), 1)
     }
 
     /// Boots the guest with `cpus` CPUs and these devices of a bus, and waits until it has powered
     /// off. `args` are for `vbus-vmm`.
     pub(super) fn on(
-        rig: &Rig,
-        bus: &InnerBus<'_>,
+        l1: &L1,
+        bus: &L1Bus<'_>,
         names: &[&str],
         words: &str,
         args: &str,
@@ -56,15 +56,15 @@ impl Run {
     ) -> Result<Self> {
         let devices: String =
             names.iter().map(|name| format!(" --device {}", bus.socket(name))).collect();
-        let (l2, slots, place) = (rig.l2_dir(), names.len(), rig.guest_processor());
-        let vmm = rig.guest.start(&format!(
+        let (l2, slots, place) = (l1.l2_dir(), names.len(), l1.guest_processor());
+        let vmm = l1.guest.start(&format!(
             "exec {place}vbus-vmm --kernel {l2}/flat --append '{words} cpus={cpus} marks={MARK_PORT}' --cpus {cpus} \
              --memory 64 --slots {slots} {args} --marks --json{devices}"
         ))?;
         let end = vmm.wait_talking(SILENCE).inspect_err(|_| {
             // What says nothing that long does not even wait: its processors stand still.
-            if rig.is_emulated() {
-                rig.note_hang();
+            if l1.is_emulated() {
+                l1.note_hang();
             }
         })?;
         let (events, said): (Vec<_>, Vec<_>) =
@@ -74,9 +74,9 @@ impl Run {
         // came while they were kept out is one that the emulated SVM has delivered a second time,
         // as `stop` and `cont` on QEMU's control channel have it do.
         if said.contains("no reply to")
-            || (rig.is_emulated() && end.stdout.contains("\"kept-out\":true"))
+            || (l1.is_emulated() && end.stdout.contains("\"kept-out\":true"))
         {
-            rig.note_hang();
+            l1.note_hang();
         }
         let mut report = Report::default();
         let mut done = false;
@@ -144,8 +144,8 @@ pub(super) fn rounded(value: f64) -> Value {
 }
 
 /// Every kind of doorbell costs one exit, which ends in the kernel.
-pub fn doorbells(rig: &Rig, figures: &mut Figures) -> Result<()> {
-    let run = Run::new(rig, &devices(""), "test=list,doorbells count=2000", "full")?;
+pub fn doorbells(l1: &L1, figures: &mut Figures) -> Result<()> {
+    let run = Run::new(l1, &devices(""), "test=list,doorbells count=2000", "full")?;
     let mut user = 0;
     for kind in ["mmio", "pio", "hypercall"] {
         let round = run.report.find("doorbells", "kind", kind)?;
@@ -166,14 +166,14 @@ pub fn doorbells(rig: &Rig, figures: &mut Figures) -> Result<()> {
 /// What an interrupt costs besides the doorbell that led to it and the guest's sleep: an exit at
 /// its end, and none with KVM's bit in memory, with synthetic interrupts, or with `pic`. With 1, 4
 /// and 16 devices, one at a time, all at a time, and as fast as they can.
-pub fn interrupts(rig: &Rig, figures: &mut Figures) -> Result<()> {
+pub fn interrupts(l1: &L1, figures: &mut Figures) -> Result<()> {
     let mut table = Vec::new();
     for receivers in [1, 4, 16] {
         let words = format!(
             "test=interrupts count={} receivers={receivers} rate=trickle,burst,full",
             800 / receivers.min(4)
         );
-        let run = Run::new(rig, &with_receivers(receivers), &words, "full")?;
+        let run = Run::new(l1, &with_receivers(receivers), &words, "full")?;
         for round in run.report.of("interrupts") {
             let cost = Cost::new(&run, round)?;
             eprintln!("{receivers:2} devices: {cost}");
@@ -284,14 +284,14 @@ impl fmt::Display for Cost<'_> {
 
 /// The guest drives NICs, state pages and `pic` by every kind of doorbell, with interrupt
 /// controllers in the kernel and out of it.
-pub fn drives_devices(rig: &Rig, _: &mut Figures) -> Result<()> {
+pub fn drives_devices(l1: &L1, _: &mut Figures) -> Result<()> {
     const FRAMES: u64 = 500;
     for (kind, irqchip, msix) in
         [("mmio", "full", false), ("pio", "split", true), ("hypercall", "full", true)]
     {
         let settings = if msix { "msix = true" } else { "" };
         let words = format!("test=list,state,venet,pic,interrupts count={FRAMES} doorbell={kind}");
-        let run = Run::new(rig, &devices(settings), &words, irqchip)?;
+        let run = Run::new(l1, &devices(settings), &words, irqchip)?;
         for back_end in ["switch", "null"] {
             let frames = &run.report.find("venet", "back-end", back_end)?["frames"];
             ensure!(*frames == FRAMES, "{kind}: {frames} frames");

@@ -10,9 +10,9 @@ use super::devices::{endless, stop};
 use super::net::{self, EXCHANGE};
 use crate::bus::device;
 use crate::guest::Running;
-use crate::inner::{Inner, InnerBus, Spec};
+use crate::l1::L1;
+use crate::l2::{L1Bus, L2, L2Spec};
 use crate::report::Figures;
-use crate::rig::Rig;
 
 /// What must come of a lie.
 #[derive(Clone, Copy)]
@@ -85,18 +85,17 @@ struct Liar {
 
 impl Liar {
     /// Serves the device of the bus that is called like the lie.
-    fn start(rig: &Rig, bus: &InnerBus, name: &'static str) -> Result<Self> {
-        let socket = format!("{}/lie-{name}.sock", rig.run_dir());
-        let running = rig
+    fn start(l1: &L1, bus: &L1Bus, name: &'static str) -> Result<Self> {
+        let socket = format!("{}/lie-{name}.sock", l1.run_dir());
+        let running = l1
             .guest
             .start(&format!("exec guest-agent lie {socket} {} {name}", bus.socket(name)))?;
         running.wait_for("listens", LIMIT)?;
         Ok(Self { name, socket, running })
     }
 
-    fn plug(&self, inner: &Inner) -> Result<()> {
-        inner
-            .control(&json!({ "op": "plug", "name": self.name, "socket": self.socket }).to_string())
+    fn plug(&self, l2: &L2) -> Result<()> {
+        l2.control(&json!({ "op": "plug", "name": self.name, "socket": self.socket }).to_string())
             .map(drop)
     }
 
@@ -115,26 +114,26 @@ impl Drop for Liar {
 
 /// Each lie, told when a device is plugged into a running guest or later, has its own clear end;
 /// beside it a NIC carries a stream without a pause.
-pub fn lie(rig: &Rig, _: &mut Figures) -> Result<()> {
+pub fn lie(l1: &L1, _: &mut Figures) -> Result<()> {
     let pages =
         "pages = [{ name = \"setpoint\", bytes = 64, owner = \"device\", initial = \"true\" }]";
     let devices: String = LIES.iter().map(|(name, _)| device(name, "state", pages)).collect();
-    let bus = net::bus(rig, &devices)?;
-    let spec = Spec::new("lies").args(&format!("--slots {SLOTS}"));
-    let inner = spec.device("net", &bus.socket("net")).boot(rig)?;
-    all(rig, &bus, &inner)?;
-    inner.power_off()
+    let bus = net::bus(l1, &devices)?;
+    let spec = L2Spec::new("lies").args(&format!("--slots {SLOTS}"));
+    let l2 = spec.device("net", &bus.socket("net")).boot(l1)?;
+    all(l1, &bus, &l2)?;
+    l2.power_off()
 }
 
-fn all(rig: &Rig, bus: &InnerBus, inner: &Inner) -> Result<()> {
-    let nic = net::nic(&inner.guest)?;
-    net::exchange(rig, &inner.guest, EXCHANGE)?;
-    let stream = endless(rig, inner)?;
-    let files = open_files(rig, inner)?;
+fn all(l1: &L1, bus: &L1Bus, l2: &L2) -> Result<()> {
+    let nic = net::nic(&l2.guest)?;
+    net::exchange(l1, &l2.guest, EXCHANGE)?;
+    let stream = endless(l1, l2)?;
+    let files = open_files(l1, l2)?;
     for (name, fate) in LIES {
         let Refused(why) = fate else { continue };
-        let liar = Liar::start(rig, bus, name)?;
-        match liar.plug(inner) {
+        let liar = Liar::start(l1, bus, name)?;
+        match liar.plug(l2) {
             Ok(()) => bail!("{name} is believed"),
             Err(error) => {
                 ensure!(format!("{error:#}").contains(why), "{name}: {error:#}, and not {why}")
@@ -142,31 +141,31 @@ fn all(rig: &Rig, bus: &InnerBus, inner: &Inner) -> Result<()> {
         }
         liar.running.wait_for("lies", LIMIT).with_context(|| format!("{name} was never told"))?;
         liar.end()?;
-        ensure!(plugged(inner)? == ["net"], "{name} has changed what is plugged");
+        ensure!(plugged(l2)? == ["net"], "{name} has changed what is plugged");
     }
-    let now = open_files(rig, inner)?;
+    let now = open_files(l1, l2)?;
     ensure!(now <= files + 2, "vbus-vmm has {now} files open, {files} before");
 
     // The others at once: Linux takes 5 s to bring a device in.
     let mut liars = Vec::new();
     for (name, fate) in LIES.iter().filter(|(_, fate)| !matches!(fate, Refused(_))) {
-        let liar = Liar::start(rig, bus, name)?;
-        liar.plug(inner).with_context(|| format!("{name} is to be plugged"))?;
+        let liar = Liar::start(l1, bus, name)?;
+        liar.plug(l2).with_context(|| format!("{name} is to be plugged"))?;
         liars.push((liar, matches!(fate, Works)));
     }
     let mut left = vec!["net"];
     for (liar, works) in &liars {
         if *works {
-            let found = inner.guest.start(&format!(
+            let found = l2.guest.start(&format!(
                 "until vbus-guest list | grep -q '{}'; do sleep 0.1; done",
                 liar.name
             ))?;
             found.ok(LIMIT).with_context(|| format!("the guest does not find {}", liar.name))?;
-            check_driver(bus, inner, liar.name, "honest")
+            check_driver(bus, l2, liar.name, "honest")
                 .with_context(|| format!("with {}", liar.name))?;
             left.push(liar.name);
         } else {
-            wait_plugged(inner, |names| !names.iter().any(|name| name == liar.name))
+            wait_plugged(l2, |names| !names.iter().any(|name| name == liar.name))
                 .with_context(|| format!("{} is not dropped", liar.name))?;
         }
         liar.running
@@ -179,25 +178,23 @@ fn all(rig: &Rig, bus: &InnerBus, inner: &Inner) -> Result<()> {
             ensure!(refusals == TOUCHES, "memory was refused {refusals} times: {said:?}");
         }
     }
-    ensure!(plugged(inner)? == left, "left are {:?}", plugged(inner)?);
+    ensure!(plugged(l2)? == left, "left are {:?}", plugged(l2)?);
     liars.iter().try_for_each(|(liar, _)| liar.end())?;
-    wait_plugged(inner, |names| names == ["net"]).context("after all servers have gone")?;
+    wait_plugged(l2, |names| names == ["net"]).context("after all servers have gone")?;
 
     // The slots that they were in are good for an honest one.
     let name = LIES[0].0;
-    inner
-        .control(&json!({ "op": "plug", "name": name, "socket": bus.socket(name) }).to_string())?;
-    inner
-        .guest
+    l2.control(&json!({ "op": "plug", "name": name, "socket": bus.socket(name) }).to_string())?;
+    l2.guest
         .start(&format!("until vbus-guest list | grep -q '{name}'; do sleep 0.1; done"))?
         .ok(LIMIT)?;
-    check_driver(bus, inner, name, "honest")?;
+    check_driver(bus, l2, name, "honest")?;
 
     ensure!(stream.0.runs() && stream.1.runs(), "the stream has ended: {:?}", stream.0.said());
     stop(&stream.0, &stream.1)?;
-    net::exchange(rig, &inner.guest, EXCHANGE)?;
+    net::exchange(l1, &l2.guest, EXCHANGE)?;
     ensure!(nic.driver.runs(), "the driver of the NIC has ended: {:?}", nic.driver.said());
-    let (out, err) = inner.vmm.said();
+    let (out, err) = l2.vmm.said();
     ensure!(!err.contains("panicked") && out.len() + err.len() < LOG_MAX, "it has said too much");
     Ok(())
 }
@@ -206,8 +203,8 @@ fn all(rig: &Rig, bus: &InnerBus, inner: &Inner) -> Result<()> {
 const TOUCHES: usize = 10;
 
 /// The names of the devices.
-fn plugged(inner: &Inner) -> Result<Vec<String>> {
-    let (devices, _) = inner.control(r#"{"op":"devices"}"#)?;
+fn plugged(l2: &L2) -> Result<Vec<String>> {
+    let (devices, _) = l2.control(r#"{"op":"devices"}"#)?;
     let mut names: Vec<_> = devices
         .iter()
         .filter_map(|device: &Value| device["name"].as_str().map(str::to_owned))
@@ -217,10 +214,10 @@ fn plugged(inner: &Inner) -> Result<Vec<String>> {
     Ok(names)
 }
 
-fn wait_plugged(inner: &Inner, right: impl Fn(&[String]) -> bool) -> Result<()> {
+fn wait_plugged(l2: &L2, right: impl Fn(&[String]) -> bool) -> Result<()> {
     let until = Instant::now() + LIMIT;
     loop {
-        let names = plugged(inner)?;
+        let names = plugged(l2)?;
         if right(&names) {
             return Ok(());
         }

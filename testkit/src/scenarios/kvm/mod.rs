@@ -1,4 +1,4 @@
-//! Scenarios beside a real KVM, in an L1 ([`Rig`](crate::rig::Rig)).
+//! Scenarios on a real KVM, in an [`L1`](crate::l1::L1).
 
 pub(super) mod config;
 pub(super) mod counted;

@@ -9,10 +9,10 @@ use serde_json::json;
 use super::exits::Trace;
 use crate::bus::device;
 use crate::guest::Guest;
-use crate::inner::{InnerBus, Spec, Vmm};
+use crate::l1::L1;
+use crate::l2::{L1Bus, L2Spec, Vmm};
 use crate::nic::{self, Nic};
 use crate::report::Figures;
-use crate::rig::Rig;
 
 /// The address of L1 on the wire.
 pub const OUTER: &str = "10.0.0.254";
@@ -31,16 +31,16 @@ pub const TRANSFER: Duration = Duration::from_secs(240);
 pub const TAP: &str = "vbus-tap";
 
 /// A bus with the NIC `net`, whose other end is L1's interface [`TAP`], and `more` devices.
-pub fn bus<'a>(rig: &'a Rig<'a>, more: &str) -> Result<InnerBus<'a>> {
+pub fn bus<'a>(l1: &'a L1<'a>, more: &str) -> Result<L1Bus<'a>> {
     let net = device("net", "venet", &format!("backend = \"tap\"\ntap = \"{TAP}\""));
-    let bus = InnerBus::start(rig, &(net + more))?;
-    address_tap(rig)?;
+    let bus = L1Bus::start(l1, &(net + more))?;
+    address_tap(l1)?;
     Ok(bus)
 }
 
 /// Gives L1's end of the wire its address.
-pub fn address_tap(rig: &Rig) -> Result<()> {
-    rig.guest.ok(&format!("ip addr add {OUTER}/24 dev {TAP} && ip link set {TAP} up")).map(drop)
+pub fn address_tap(l1: &L1) -> Result<()> {
+    l1.guest.ok(&format!("ip addr add {OUTER}/24 dev {TAP} && ip link set {TAP} up")).map(drop)
 }
 
 /// Starts the driver of `net` in the guest.
@@ -50,9 +50,9 @@ pub fn nic(guest: &Guest) -> Result<Nic> {
 }
 
 /// Sends bytes from the guest to L1 and back, checked by hash.
-pub fn exchange(rig: &Rig, guest: &Guest, bytes: u64) -> Result<()> {
-    nic::transfer(guest, &rig.guest, OUTER, 5001, bytes, 1, TRANSFER)?;
-    nic::transfer(&rig.guest, guest, INNER, 5002, bytes, 2, TRANSFER)
+pub fn exchange(l1: &L1, guest: &Guest, bytes: u64) -> Result<()> {
+    nic::transfer(guest, &l1.guest, OUTER, 5001, bytes, 1, TRANSFER)?;
+    nic::transfer(&l1.guest, guest, INNER, 5002, bytes, 2, TRANSFER)
 }
 
 /// What some traffic has cost: exits that it led to, see [`Trace`], and interrupts of the NIC that
@@ -67,23 +67,23 @@ struct Cost {
 
 impl Cost {
     /// Counts while `bytes` go through the middle of a stream, out of the guest or into it.
-    fn of(rig: &Rig, guest: &Guest, interface: &str, out: bool, bytes: u64) -> Result<Self> {
+    fn of(l1: &L1, guest: &Guest, interface: &str, out: bool, bytes: u64) -> Result<Self> {
         let (from, to, address) =
-            if out { (guest, &rig.guest, OUTER) } else { (&rig.guest, guest, INNER) };
+            if out { (guest, &l1.guest, OUTER) } else { (&l1.guest, guest, INNER) };
         let port = if out { 5003 } else { 5004 };
         let receiver = to.start(&format!("exec guest-agent receive 0.0.0.0:{port}"))?;
         nic::wait_port(to, port)?;
         let sender =
             from.start(&format!("exec guest-agent send {address}:{port} 1000000000000 3"))?;
         // What runs once only, and what the translators see for the first time.
-        pass(rig, 2 * MIB)?;
-        let before = (interrupts(guest)?, packets(guest, interface)?, passed(rig)?);
-        let trace = Trace::start(rig)?;
-        let began = passed(rig)?;
-        pass(rig, bytes)?;
-        let (exits, traced) = (trace.finish()?, passed(rig)? - began);
+        pass(l1, 2 * MIB)?;
+        let before = (interrupts(guest)?, packets(guest, interface)?, passed(l1)?);
+        let trace = Trace::start(l1)?;
+        let began = passed(l1)?;
+        pass(l1, bytes)?;
+        let (exits, traced) = (trace.finish()?, passed(l1)? - began);
         let (after, all) =
-            ((interrupts(guest)?, packets(guest, interface)?), passed(rig)? - before.2);
+            ((interrupts(guest)?, packets(guest, interface)?), passed(l1)? - before.2);
         for running in [sender, receiver] {
             running.kill()?;
             running.wait(TRANSFER)?;
@@ -103,16 +103,16 @@ impl Cost {
 }
 
 /// Bytes that have passed L1's end of the wire, both ways.
-fn passed(rig: &Rig) -> Result<u64> {
+fn passed(l1: &L1) -> Result<u64> {
     let counters =
-        rig.guest.ok(&format!("cd /sys/class/net/{TAP}/statistics && cat rx_bytes tx_bytes"))?;
+        l1.guest.ok(&format!("cd /sys/class/net/{TAP}/statistics && cat rx_bytes tx_bytes"))?;
     Ok(counters.split_whitespace().filter_map(|word| word.parse::<u64>().ok()).sum())
 }
 
 /// Waits until so many more have passed.
-pub fn pass(rig: &Rig, bytes: u64) -> Result<()> {
-    let (until, limit) = (passed(rig)? + bytes, Instant::now() + TRANSFER);
-    while passed(rig)? < until {
+pub fn pass(l1: &L1, bytes: u64) -> Result<()> {
+    let (until, limit) = (passed(l1)? + bytes, Instant::now() + TRANSFER);
+    while passed(l1)? < until {
         ensure!(
             Instant::now() < limit,
             "{bytes} bytes do not pass within {} s",
@@ -142,31 +142,31 @@ fn packets(guest: &Guest, interface: &str) -> Result<u64> {
 
 /// The same traffic through the NIC of the bus and through QEMU's virtio-net on TAP: what it costs
 /// in exits and interrupts.
-pub fn against_virtio(rig: &Rig, figures: &mut Figures) -> Result<()> {
+pub fn against_virtio(l1: &L1, figures: &mut Figures) -> Result<()> {
     const BYTES: u64 = 16 * MIB;
-    let both = |rig: &Rig, guest: &Guest, interface: &str| -> Result<[Cost; 2]> {
+    let both = |l1: &L1, guest: &Guest, interface: &str| -> Result<[Cost; 2]> {
         Ok([
-            Cost::of(rig, guest, interface, true, BYTES)?,
-            Cost::of(rig, guest, interface, false, BYTES)?,
+            Cost::of(l1, guest, interface, true, BYTES)?,
+            Cost::of(l1, guest, interface, false, BYTES)?,
         ])
     };
     let ours = {
-        let bus = bus(rig, "")?;
-        let inner = Spec::new("venet").device("net", &bus.socket("net")).boot(rig)?;
-        let _nic = nic(&inner.guest)?;
-        let costs = both(rig, &inner.guest, "vbus0")?;
-        inner.power_off()?;
+        let bus = bus(l1, "")?;
+        let l2 = L2Spec::new("venet").device("net", &bus.socket("net")).boot(l1)?;
+        let _nic = nic(&l2.guest)?;
+        let costs = both(l1, &l2.guest, "vbus0")?;
+        l2.power_off()?;
         costs
     };
     let theirs = {
         let netdev = format!("-netdev tap,id=net,ifname={TAP},script=no,downscript=no,vhost=off");
-        let spec = Spec { vmm: Vmm::Qemu, ..Spec::new("virtio") };
-        let inner =
-            spec.args(&format!("{netdev} -device virtio-net-pci,netdev=net,romfile=")).boot(rig)?;
-        address_tap(rig)?;
-        inner.guest.ok(&format!("ip addr add {INNER}/24 dev eth0 && ip link set eth0 up"))?;
-        let costs = both(rig, &inner.guest, "eth0")?;
-        inner.power_off()?;
+        let spec = L2Spec { vmm: Vmm::Qemu, ..L2Spec::new("virtio") };
+        let l2 =
+            spec.args(&format!("{netdev} -device virtio-net-pci,netdev=net,romfile=")).boot(l1)?;
+        address_tap(l1)?;
+        l2.guest.ok(&format!("ip addr add {INNER}/24 dev eth0 && ip link set eth0 up"))?;
+        let costs = both(l1, &l2.guest, "eth0")?;
+        l2.power_off()?;
         costs
     };
     let all = json!({

@@ -6,10 +6,10 @@ use anyhow::{Context, Result, ensure};
 
 use crate::bus::device;
 use crate::guest::Running;
-use crate::inner::{Inner, InnerBus, Spec};
+use crate::l1::L1;
+use crate::l2::{L1Bus, L2, L2Spec};
 use crate::nic;
 use crate::report::Figures;
-use crate::rig::Rig;
 
 /// Devices: as many as there are pins for them, and two more.
 const DEVICES: usize = PINS + 2;
@@ -22,46 +22,40 @@ const LIMIT: Duration = Duration::from_secs(120);
 
 /// Ten devices: each one's interrupts arrive, of those that share a pin too, one at a time and all
 /// at once, with the I/O APIC in the kernel and in the VMM.
-pub fn shared(rig: &Rig, _: &mut Figures) -> Result<()> {
+pub fn shared(l1: &L1, _: &mut Figures) -> Result<()> {
     let pages =
         "pages = [{ name = \"setpoint\", bytes = 64, owner = \"device\", initial = \"first\" }]";
     let names: Vec<String> = (1..=DEVICES).map(|number| format!("device{number}")).collect();
-    let bus = InnerBus::start(
-        rig,
+    let bus = L1Bus::start(
+        l1,
         &names.iter().map(|name| device(name, "state", pages)).collect::<String>(),
     )?;
     for irqchip in ["full", "split"] {
-        let spec = Spec::new("pins").args(&format!("--irqchip {irqchip} --slots {DEVICES}"));
+        let spec = L2Spec::new("pins").args(&format!("--irqchip {irqchip} --slots {DEVICES}"));
         let spec = names.iter().fold(spec, |spec, name| spec.device(name, &bus.socket(name)));
-        let inner = spec.boot(rig)?;
-        let outcome = interrupts(rig, &bus, &inner, &names, irqchip);
-        outcome.with_context(|| format!("{irqchip}: {}", lines(&inner).unwrap_or_default()))?;
-        inner.power_off()?;
+        let l2 = spec.boot(l1)?;
+        let outcome = interrupts(l1, &bus, &l2, &names, irqchip);
+        outcome.with_context(|| format!("{irqchip}: {}", lines(&l2).unwrap_or_default()))?;
+        l2.power_off()?;
     }
     Ok(())
 }
 
-fn lines(inner: &Inner) -> Result<String> {
-    inner.guest.ok("grep uio /proc/interrupts")
+fn lines(l2: &L2) -> Result<String> {
+    l2.guest.ok("grep uio /proc/interrupts")
 }
 
-fn interrupts(
-    rig: &Rig,
-    bus: &InnerBus,
-    inner: &Inner,
-    names: &[String],
-    irqchip: &str,
-) -> Result<()> {
-    nic::prepare(&inner.guest)?;
+fn interrupts(l1: &L1, bus: &L1Bus, l2: &L2, names: &[String], irqchip: &str) -> Result<()> {
+    nic::prepare(&l2.guest)?;
     let watch = |name: &String| {
-        inner.guest.start(&format!("exec vbus-guest state watch setpoint --device {name}"))
+        l2.guest.start(&format!("exec vbus-guest state watch setpoint --device {name}"))
     };
     let watches = names.iter().map(watch).collect::<Result<Vec<Running>>>()?;
     // What was last set; then each waits for its interrupt.
     watches.iter().try_for_each(|watch| watch.wait_for("\n", LIMIT))?;
 
     // A line for each pin, which names the driver of each of its devices.
-    let lines = lines(inner)?;
+    let lines = lines(l2)?;
     let drivers: Vec<usize> =
         lines.lines().map(|line| line.matches("uio_pci_generic").count()).collect();
     ensure!(
@@ -76,7 +70,7 @@ fn interrupts(
             let sets = names.iter().map(|name| {
                 format!("vbus state set {name} setpoint {} --dir $DIR & ", value(name))
             });
-            rig.guest
+            l1.guest
                 .start(&format!("DIR={}; {}wait", bus.dir(), sets.collect::<String>()))?
                 .ok(LIMIT)?;
         }

@@ -14,9 +14,9 @@ use serde_json::Value;
 use super::exits::{ByVector, Ends};
 use super::flat::{Run, number, rounded, start_bus};
 use crate::flat::{device_names, with_processors};
-use crate::inner::InnerBus;
+use crate::l1::L1;
+use crate::l2::L1Bus;
 use crate::report::Figures;
-use crate::rig::Rig;
 
 const CPUS: u32 = 2;
 const NICS: u32 = 4;
@@ -29,12 +29,12 @@ const FEW: f64 = 0.1;
 /// Two CPUs with a page each; NICs whose lines move between them while frames come; messages that
 /// end by the register, by KVM's bit in memory and by themselves; handlers that more urgent lines
 /// interrupt, and others.
-pub fn pic(rig: &Rig, figures: &mut Figures) -> Result<()> {
+pub fn pic(l1: &L1, figures: &mut Figures) -> Result<()> {
     let config = with_processors(CPUS, NICS);
-    let bus = start_bus(rig, &config)?;
-    let ends = Ends::start(rig)?;
+    let bus = start_bus(l1, &config)?;
+    let ends = Ends::start(l1)?;
     let words = format!("test=processors count={FRAMES} receivers={NICS}");
-    let run = Run::on(rig, &bus, &device_names(&config), &words, "", CPUS);
+    let run = Run::on(l1, &bus, &device_names(&config), &words, "", CPUS);
     let (exits, by_bit) = ends.finish()?;
     let run = run?;
 
@@ -56,7 +56,7 @@ pub fn pic(rig: &Rig, figures: &mut Figures) -> Result<()> {
         let counted =
             ways.get(way).with_context(|| format!("no round with {way}:\n{}", run.report))?;
         eprintln!("{way}: {counted:?}");
-        counted.check(way, !rig.is_emulated())?;
+        counted.check(way, !l1.is_emulated())?;
         let per = counted.exits as f64 / counted.messages as f64;
         figures.insert(format!("pic_cpus_eoi_exits_per_message_{way}"), rounded(per));
     }
@@ -177,7 +177,7 @@ impl<'a> Round<'a> {
 }
 
 /// How often each NIC interrupted in all, as the bus counts it.
-fn interrupts(bus: &InnerBus<'_>) -> Result<Vec<u64>> {
+fn interrupts(bus: &L1Bus<'_>) -> Result<Vec<u64>> {
     let stats: Value = serde_json::from_str(&bus.run("stats --json")?)
         .context("vbus stats --json printed no JSON")?;
     let of = |nic| {

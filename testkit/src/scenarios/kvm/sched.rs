@@ -6,10 +6,10 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::bus::device;
-use crate::inner::{Inner, InnerBus, Spec};
+use crate::l1::L1;
+use crate::l2::{L1Bus, L2, L2Spec};
 use crate::nic;
 use crate::report::Figures;
-use crate::rig::Rig;
 
 const LIMIT: Duration = Duration::from_secs(120);
 /// Tasks of L1 that compete with the virtual CPU for its processor.
@@ -24,7 +24,7 @@ const LEAST: f64 = 1.5;
 
 /// The class of the thread of virtual CPU 1, as the bus has set it, and as L1's kernel has it:
 /// policy and real-time priority.
-fn class(rig: &Rig, bus: &InnerBus) -> Result<(String, String)> {
+fn class(l1: &L1, bus: &L1Bus) -> Result<(String, String)> {
     let shown: Value = serde_json::from_str(&bus.run("device show cpus --json")?)?;
     let cpu = shown["device"]["cpus"].as_array().into_iter().flatten().find(|cpu| cpu["cpu"] == 1);
     let Some(thread) = cpu.and_then(|cpu| cpu["thread"].as_u64()) else {
@@ -36,14 +36,14 @@ fn class(rig: &Rig, bus: &InnerBus) -> Result<(String, String)> {
         cpu.map_or(&Value::Null, |cpu| &cpu["priority"])
     );
     // Behind the name; the first field there is the third of all.
-    let has = rig.guest.ok(&format!("sed 's/.*) //' /proc/{thread}/stat | cut -d ' ' -f 38,39"))?;
+    let has = l1.guest.ok(&format!("sed 's/.*) //' /proc/{thread}/stat | cut -d ' ' -f 38,39"))?;
     Ok((set, has.trim().to_owned()))
 }
 
-fn wait_class(rig: &Rig, bus: &InnerBus, set: &str, priority_and_policy: &str) -> Result<()> {
+fn wait_class(l1: &L1, bus: &L1Bus, set: &str, priority_and_policy: &str) -> Result<()> {
     let began = Instant::now();
     loop {
-        let now = class(rig, bus)?;
+        let now = class(l1, bus)?;
         if now == (set.to_owned(), priority_and_policy.to_owned()) {
             return Ok(());
         }
@@ -55,10 +55,10 @@ fn wait_class(rig: &Rig, bus: &InnerBus, set: &str, priority_and_policy: &str) -
 }
 
 /// Median and mean, in microseconds, by which a real-time task on CPU 1 wakes late.
-fn measure(inner: &Inner) -> Result<(f64, f64)> {
+fn measure(l2: &L2) -> Result<(f64, f64)> {
     let command =
         format!("exec guest-agent fifo 50 taskset 2 guest-agent latency {PERIOD_US} {TIMES}");
-    let figures: Value = serde_json::from_str(&inner.guest.start(&command)?.ok(LIMIT * 3)?)?;
+    let figures: Value = serde_json::from_str(&l2.guest.start(&command)?.ok(LIMIT * 3)?)?;
     let figure =
         |key: &str| figures[key].as_f64().with_context(|| format!("no {key} in {figures}"));
     Ok((figure("median")?, figure("mean")?))
@@ -66,41 +66,41 @@ fn measure(inner: &Inner) -> Result<(f64, f64)> {
 
 /// The threads that `vbus-vmm` tells of follow the guest's tasks; and under load in L1 a real-time
 /// task of the guest, which is busy besides, wakes the sooner for it.
-pub fn latency(rig: &Rig, figures: &mut Figures) -> Result<()> {
-    let settings = format!("vmm = \"{}/linux.control\"\npriority-max = 30", rig.run_dir());
-    let bus = InnerBus::start(rig, &device("cpus", "sched", &settings))?;
-    let spec = Spec { cpus: 2, ..Spec::new("linux") }.device("cpus", &bus.socket("cpus"));
-    let inner = spec.boot(rig)?;
-    nic::prepare(&inner.guest)?;
+pub fn latency(l1: &L1, figures: &mut Figures) -> Result<()> {
+    let settings = format!("vmm = \"{}/linux.control\"\npriority-max = 30", l1.run_dir());
+    let bus = L1Bus::start(l1, &device("cpus", "sched", &settings))?;
+    let spec = L2Spec { cpus: 2, ..L2Spec::new("linux") }.device("cpus", &bus.socket("cpus"));
+    let l2 = spec.boot(l1)?;
+    nic::prepare(&l2.guest)?;
 
-    let task = inner.guest.start("exec guest-agent fifo 20 taskset 2 sleep 1000")?;
-    let driver = inner.guest.start("exec vbus-guest sched --sleeping")?;
-    wait_class(rig, &bus, "fifo 20", "20 1").with_context(|| format!("{:?}", driver.said()))?;
+    let task = l2.guest.start("exec guest-agent fifo 20 taskset 2 sleep 1000")?;
+    let driver = l2.guest.start("exec vbus-guest sched --sleeping")?;
+    wait_class(l1, &bus, "fifo 20", "20 1").with_context(|| format!("{:?}", driver.said()))?;
     let shown: Value = serde_json::from_str(&bus.run("device show cpus --json")?)?;
     let thread = |cpu: usize| shown["device"]["cpus"][cpu]["thread"].as_u64().context("no thread");
     let (first, second) = (thread(0)?, thread(1)?);
     task.kill()?;
-    wait_class(rig, &bus, "none 0", "0 0")?;
+    wait_class(l1, &bus, "none 0", "0 0")?;
     driver.kill()?;
     driver.wait(LIMIT)?;
 
     // The virtual CPU and its rivals have one processor, all else the other.
-    let processors = rig.guest.ok("nproc")?;
+    let processors = l1.guest.ok("nproc")?;
     if processors.trim() == "1" {
         bail!("L1 has one processor");
     }
-    rig.guest.ok(&format!(
+    l1.guest.ok(&format!(
         "for task in /proc/$(awk '/^Tgid/ {{print $2}}' /proc/{first}/status)/task/*; do taskset -p 1 ${{task##*/}}; done; taskset -p 2 {second}"
     ))?;
     let rivals: Vec<_> = (0..RIVALS)
-        .map(|_| rig.guest.start("exec taskset 2 guest-agent spin"))
+        .map(|_| l1.guest.start("exec taskset 2 guest-agent spin"))
         .collect::<Result<_>>()?;
-    let busy = inner.guest.start("exec taskset 2 guest-agent spin")?;
+    let busy = l2.guest.start("exec taskset 2 guest-agent spin")?;
     let mut rounds = Vec::new();
     for _ in 0..ROUNDS {
-        let without = measure(&inner)?;
-        let driver = inner.guest.start("exec vbus-guest sched --sleeping")?;
-        let with = measure(&inner)?;
+        let without = measure(&l2)?;
+        let driver = l2.guest.start("exec vbus-guest sched --sleeping")?;
+        let with = measure(&l2)?;
         driver.kill()?;
         driver.wait(LIMIT)?;
         eprintln!(
@@ -126,5 +126,5 @@ pub fn latency(rig: &Rig, figures: &mut Figures) -> Result<()> {
         median >= LEAST,
         "the median is {median:.1} times as good with sched, less than {LEAST}"
     );
-    inner.power_off()
+    l2.power_off()
 }

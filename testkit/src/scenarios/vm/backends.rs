@@ -11,17 +11,17 @@ use serde_json::Value;
 use crate::bus::Bus;
 use crate::bus::device;
 use crate::lab::Scene;
-use crate::machine::{Machine, Vm};
 use crate::nic::{self, Nic};
 use crate::pair::{ADDRESS, TRANSFER};
 use crate::process::Process;
 use crate::report::Skip;
+use crate::vm::{Vm, VmSpec};
 
 const MIB: u64 = 1 << 20;
 
 /// A guest with one NIC of the bus, its driver running.
 fn guest_with_nic(scene: &Scene, bus: &Bus, more: &[&str]) -> Result<(Vm, Nic)> {
-    let vm = Machine::new("a").device(bus.socket("net")).args(more).boot(scene)?;
+    let vm = VmSpec::new("a").device(bus.socket("net")).args(more).boot(scene)?;
     nic::prepare(&vm.guest)?;
     let nic = Nic::up(&vm.guest, "net", "vbus0", &format!("{}/24", ADDRESS[0]), "")?;
     Ok((vm, nic))
@@ -38,7 +38,7 @@ pub fn stream(scene: &Scene) -> Result<()> {
     let (a, _nic) = guest_with_nic(scene, &bus, &[])?;
     let netdev =
         format!("stream,id=net,server=off,reconnect-ms=100,addr.type=unix,addr.path={socket}");
-    let b = Machine::new("b")
+    let b = VmSpec::new("b")
         .args(&["-netdev", &netdev, "-device", "virtio-net-pci,netdev=net,romfile="])
         .boot(scene)?;
     b.guest.ok(&format!("ip addr add {}/24 dev eth0 && ip link set eth0 up", ADDRESS[1]))?;

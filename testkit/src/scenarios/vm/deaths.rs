@@ -9,9 +9,9 @@ use crate::bus::Bus;
 use crate::bus::device;
 use crate::guest::Running;
 use crate::lab::Scene;
-use crate::machine::Machine;
 use crate::nic::{self, Nic};
-use crate::pair::{ADDRESS, Pair, Spec, TRANSFER};
+use crate::pair::{ADDRESS, Pair, PairSpec, TRANSFER};
+use crate::vm::VmSpec;
 
 const MIB: u64 = 1 << 20;
 
@@ -28,12 +28,12 @@ fn endless(pair: &Pair) -> Result<(Running, Running)> {
 
 /// `kill -9` of a guest: the bus cleans up and serves the next one, the other guest goes on.
 pub fn guest(scene: &Scene) -> Result<()> {
-    let mut pair = Pair::start(scene, Spec::default())?;
+    let mut pair = Pair::start(scene, PairSpec::default())?;
     endless(&pair)?;
     pair.vms[1].process.kill()?;
     pair.nics.truncate(1);
     drop(pair.vms.pop());
-    let next = Machine::new("b").device(pair.bus.socket("net-b")).boot(scene)?;
+    let next = VmSpec::new("b").device(pair.bus.socket("net-b")).boot(scene)?;
     nic::prepare(&next.guest)?;
     pair.vms.push(next);
     let nic = pair.driver(1, "")?;
@@ -44,7 +44,7 @@ pub fn guest(scene: &Scene) -> Result<()> {
 
 /// `kill -9` of the driver process: the device is free again, and a new driver takes it.
 pub fn driver(scene: &Scene) -> Result<()> {
-    let mut pair = Pair::start(scene, Spec::default())?;
+    let mut pair = Pair::start(scene, PairSpec::default())?;
     for round in 0..3 {
         let (sender, receiver) = endless(&pair)?;
         let nic = pair.nics.remove(0);
@@ -62,7 +62,7 @@ pub fn driver(scene: &Scene) -> Result<()> {
 
 /// `kill -9` of the bus: both guests survive, and the devices come back after unplug and plug.
 pub fn bus(scene: &Scene) -> Result<()> {
-    let mut pair = Pair::start(scene, Spec::default())?;
+    let mut pair = Pair::start(scene, PairSpec::default())?;
     endless(&pair)?;
     pair.bus.process.kill()?;
     for vm in &mut pair.vms {
@@ -94,7 +94,7 @@ pub fn bus(scene: &Scene) -> Result<()> {
 
 /// A guest resets itself in the middle of traffic; its device works again in the fresh kernel.
 pub fn reboot(scene: &Scene) -> Result<()> {
-    let mut pair = Pair::start(scene, Spec::default())?;
+    let mut pair = Pair::start(scene, PairSpec::default())?;
     endless(&pair)?;
     pair.vms[0].reset()?;
     pair.nics.remove(0);
@@ -112,7 +112,7 @@ pub fn reopen(scene: &Scene) -> Result<()> {
     const TIMES: u32 = 100;
     const GROWTH_KIB: u64 = 4096;
     let bus = Bus::start(scene, &device("net", "venet", "backend = \"null\""))?;
-    let vm = Machine::new("a").device(bus.socket("net")).boot(scene)?;
+    let vm = VmSpec::new("a").device(bus.socket("net")).boot(scene)?;
     nic::prepare(&vm.guest)?;
     let (mut files, mut memory) = (0, 0);
     for time in 0..TIMES {

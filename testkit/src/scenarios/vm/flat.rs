@@ -7,8 +7,8 @@ use anyhow::{Result, ensure};
 use crate::bus::Bus;
 use crate::flat::{Report, device_names, devices};
 use crate::lab::{Accel, Scene};
-use crate::machine::vfio_user;
 use crate::process::Process;
+use crate::vm::vfio_user;
 
 /// It boots in a second, and its tests take two.
 const LIMIT: Duration = Duration::from_secs(90);

@@ -5,12 +5,12 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 
 use crate::lab::Scene;
-use crate::machine::{BOOT, Machine};
+use crate::vm::{BOOT, VmSpec};
 
 /// A guest boots to its agent with everything that the driver needs, runs commands side by side,
 /// and powers off.
 pub fn boot(scene: &Scene) -> Result<()> {
-    let vm = Machine::new("a").boot(scene)?;
+    let vm = VmSpec::new("a").boot(scene)?;
     eprintln!("booted in {:.1} s", vm.age().as_secs_f32());
     let guest = &vm.guest;
     for module in ["uio_pci_generic", "tun"] {
@@ -38,7 +38,7 @@ pub fn boot(scene: &Scene) -> Result<()> {
 
 /// A reset brings the guest up again, with a fresh agent behind the same channel.
 pub fn reboot(scene: &Scene) -> Result<()> {
-    let mut vm = Machine::new("a").boot(scene)?;
+    let mut vm = VmSpec::new("a").boot(scene)?;
     vm.guest.ok("touch /tmp/before")?;
     let waiting = vm.guest.start("sleep 1000")?;
     vm.reset()?;
@@ -58,7 +58,7 @@ pub fn two_guests(scene: &Scene) -> Result<()> {
     let machine = |name: &str, server: &str, last: &str| {
         let netdev = format!("stream,id=net,server={server},addr.type=unix,addr.path={socket}");
         let device = format!("virtio-net-pci,netdev=net,romfile=,mac=02:00:00:00:00:{last}");
-        Machine::new(name).args(&["-netdev", &netdev, "-device", &device])
+        VmSpec::new(name).args(&["-netdev", &netdev, "-device", &device])
     };
     let a = machine("a", "on", "01").start(scene)?;
     let b = machine("b", "off", "02").start(scene)?;

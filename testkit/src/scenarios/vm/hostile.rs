@@ -5,13 +5,13 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 
 use crate::bus::device;
-use crate::pair::{Pair, Spec, TRANSFER};
+use crate::pair::{Pair, PairSpec, TRANSFER};
 use serde_json::Value;
 
 use crate::bus::Bus;
 use crate::lab::Scene;
-use crate::machine::Machine;
 use crate::nic;
+use crate::vm::VmSpec;
 
 /// A guest writes at random over registers, doorbells, rings and buffers of its NIC; the traffic of
 /// two others loses nothing.
@@ -19,9 +19,10 @@ pub fn scribbler(scene: &Scene) -> Result<()> {
     const ROUNDS: u32 = 25;
     // With patience enough for guests that share two processors: a frame that is dropped all the
     // same is the hostile guest's doing.
-    let pair = Pair::start(scene, Spec { device: "backpressure-ms = 60000", ..Spec::default() })?;
+    let pair =
+        Pair::start(scene, PairSpec { device: "backpressure-ms = 60000", ..PairSpec::default() })?;
     pair.bus.run(&["device", "add", "net-c", "--class", "venet", "--set", "backend=switch"])?;
-    let hostile = Machine::new("c").device(pair.bus.socket("net-c")).boot(scene)?;
+    let hostile = VmSpec::new("c").device(pair.bus.socket("net-c")).boot(scene)?;
     nic::prepare(&hostile.guest)?;
     // Each round a fresh driver is driven mad; it may notice and end, or be ended.
     let script = format!(
@@ -63,7 +64,7 @@ pub fn scribbler(scene: &Scene) -> Result<()> {
 /// Memory of the guest given with `share=off` is found out and named as the fault.
 pub fn share_off(scene: &Scene) -> Result<()> {
     let bus = Bus::start(scene, &device("net", "venet", "backend = \"null\""))?;
-    let mut machine = Machine::new("a").device(bus.socket("net"));
+    let mut machine = VmSpec::new("a").device(bus.socket("net"));
     machine.share = false;
     let vm = machine.boot(scene)?;
     nic::prepare(&vm.guest)?;

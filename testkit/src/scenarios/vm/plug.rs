@@ -6,16 +6,16 @@ use anyhow::{Context, Result, ensure};
 
 use crate::bus::Bus;
 use crate::lab::Scene;
-use crate::machine::Machine;
 use crate::nic::{self, Nic};
-use crate::pair::{ADDRESS, Pair, Spec};
+use crate::pair::{ADDRESS, Pair, PairSpec};
+use crate::vm::VmSpec;
 
 const CYCLES: u32 = 20;
 
 /// Twenty times a second NIC is plugged, driven and unplugged, while a stream runs over the first
 /// one.
 pub fn cycles(scene: &Scene) -> Result<()> {
-    let pair = Pair::start(scene, Spec::default())?;
+    let pair = Pair::start(scene, PairSpec::default())?;
     let qmp = pair.vms[0].qmp_socket().display().to_string();
     let stream = pair.b().start("guest-agent receive 0.0.0.0:5000")?;
     pair.b().ok("until grep -q ':1388 [0:]* 0A' /proc/net/tcp; do sleep 0.05; done")?;
@@ -65,7 +65,7 @@ pub fn cycles(scene: &Scene) -> Result<()> {
 pub fn follow(scene: &Scene) -> Result<()> {
     const INTERFACE: &str = "/sys/class/net/vbus0";
     let bus = Bus::start(scene, "")?;
-    let vm = Machine::new("a").boot(scene)?;
+    let vm = VmSpec::new("a").boot(scene)?;
     nic::prepare(&vm.guest)?;
     let qmp = vm.qmp_socket().display().to_string();
     let driver = vm.guest.start("exec vbus-guest net --all --up")?;

@@ -14,10 +14,10 @@ use crate::bus::Bus;
 use crate::bus::device;
 use crate::guest::Running;
 use crate::lab::Scene;
-use crate::machine::{Machine, Vm};
 use crate::nic;
 use crate::process::Process;
 use crate::report::Skip;
+use crate::vm::{Vm, VmSpec};
 
 const LIMIT: Duration = Duration::from_secs(60);
 /// The highest priority that the bus gives.
@@ -56,7 +56,7 @@ impl Stage {
                 Skip("setting the class of QEMU's threads needs CAP_SYS_NICE".into()).into()
             );
         }
-        let mut machine = Machine::new("a").device(bus.socket("cpus"));
+        let mut machine = VmSpec::new("a").device(bus.socket("cpus"));
         machine.cpus = 2;
         let mut vm = machine.boot(scene)?;
         ensure!(vm.qmp_socket() == qmp, "QEMU listens at {}", vm.qmp_socket().display());

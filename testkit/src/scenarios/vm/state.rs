@@ -8,8 +8,8 @@ use anyhow::{Context, Result, ensure};
 use crate::bus::Bus;
 use crate::bus::device;
 use crate::lab::Scene;
-use crate::machine::Machine;
 use crate::nic;
+use crate::vm::VmSpec;
 
 /// The largest page there can be.
 const LARGE: usize = 1 << 20;
@@ -22,7 +22,7 @@ pub fn pages(scene: &Scene) -> Result<()> {
             {{ name = "large", bytes = {LARGE}, owner = "device" }}]"#
     );
     let bus = Bus::start(scene, &device("values", "state", &settings.replace('\n', "")))?;
-    let vm = Machine::new("a").device(bus.socket("values")).boot(scene)?;
+    let vm = VmSpec::new("a").device(bus.socket("values")).boot(scene)?;
     nic::prepare(&vm.guest)?;
 
     // A watcher in the guest may miss values, never the newest one.

@@ -4,14 +4,14 @@ use anyhow::{Result, bail};
 
 use crate::lab::Scene;
 use crate::nic;
-use crate::pair::{ADDRESS, Pair, Spec};
+use crate::pair::{ADDRESS, Pair, PairSpec};
 
 /// Bytes in each direction of one scenario. With four scenarios this makes more than 1 GiB.
 const BYTES: u64 = 144 << 20;
 
 /// Moves data both ways after `check`, a command in guest a, has seen that its interface is what
 /// the scenario says.
-fn run(scene: &Scene, spec: Spec, check: &str) -> Result<()> {
+fn run(scene: &Scene, spec: PairSpec, check: &str) -> Result<()> {
     let pair = Pair::start(scene, spec)?;
     let ping = nic::ping(pair.a(), ADDRESS[1], 5)?;
     eprintln!("ping: min {:.2}, avg {:.2}, max {:.2} ms", ping.min, ping.avg, ping.max);
@@ -34,14 +34,14 @@ fn run(scene: &Scene, spec: Spec, check: &str) -> Result<()> {
 
 /// One queue pair, MTU 1500, offloads.
 pub fn plain(scene: &Scene) -> Result<()> {
-    run(scene, Spec::default(), "ethtool -k vbus0 | grep -q 'tcp-segmentation-offload: on'")
+    run(scene, PairSpec::default(), "ethtool -k vbus0 | grep -q 'tcp-segmentation-offload: on'")
 }
 
 /// MTU 9000.
 pub fn jumbo(scene: &Scene) -> Result<()> {
     run(
         scene,
-        Spec { device: "mtu = 9000", ..Spec::default() },
+        PairSpec { device: "mtu = 9000", ..PairSpec::default() },
         "[ $(cat /sys/class/net/vbus0/mtu) = 9000 ] && ping -c 3 -w 30 -s 8900 10.0.0.2",
     )
 }
@@ -50,7 +50,7 @@ pub fn jumbo(scene: &Scene) -> Result<()> {
 pub fn two_pairs(scene: &Scene) -> Result<()> {
     run(
         scene,
-        Spec { device: "queue-pairs = 2", driver: "--queue-pairs 2", cpus: 2 },
+        PairSpec { device: "queue-pairs = 2", driver: "--queue-pairs 2", cpus: 2 },
         "test -d /sys/class/net/vbus0/queues/tx-1",
     )
 }
@@ -59,7 +59,7 @@ pub fn two_pairs(scene: &Scene) -> Result<()> {
 pub fn no_offloads(scene: &Scene) -> Result<()> {
     run(
         scene,
-        Spec { device: "csum = false\ntso = false\nuso = false", ..Spec::default() },
+        PairSpec { device: "csum = false\ntso = false\nuso = false", ..PairSpec::default() },
         "ethtool -k vbus0 | grep -q 'tcp-segmentation-offload: off'",
     )
 }
@@ -70,7 +70,7 @@ pub fn few_kicks(scene: &Scene) -> Result<()> {
     const MOST: f64 = 5.0;
     // An end whose processor is taken away by others is not under load: it counts when none is.
     const ROUNDS: usize = 3;
-    let pair = Pair::start(scene, Spec::default())?;
+    let pair = Pair::start(scene, PairSpec::default())?;
     let mut rounds = Vec::new();
     while rounds.len() < ROUNDS {
         let before = pair.bus.traffic(&["net-a", "net-b"])?;

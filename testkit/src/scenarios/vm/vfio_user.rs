@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 
 use crate::lab::Scene;
-use crate::machine::Machine;
 use crate::process::Process;
+use crate::vm::VmSpec;
 use crate::workspace;
 
 /// How long the example may take to make its socket.
@@ -35,7 +35,7 @@ pub fn example(scene: &Scene) -> Result<()> {
         std::thread::sleep(Duration::from_millis(10));
     }
     for name in ["a", "b"] {
-        let vm = Machine::new(name).device(&socket).boot(scene)?;
+        let vm = VmSpec::new(name).device(&socket).boot(scene)?;
         let guest = &vm.guest;
         let read = |file: &str| guest.ok(&format!("cat {FUNCTION}/{file}"));
         let identity = [read("vendor")?, read("device")?, read("class")?].concat();
