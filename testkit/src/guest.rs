@@ -1,4 +1,4 @@
-//! Commands in a guest, through its agent (`xtask/agent`) on a serial port of its own.
+//! Commands in a guest, through its agent (`testkit/agent`) on a serial port of its own.
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -10,16 +10,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-/// How long a command may take if the caller says nothing else.
+/// How long a command may take if the caller sets no limit.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// How often a guest that is watched is asked for a sign of life.
+/// How often the watch pings a guest.
 const PING: Duration = Duration::from_secs(5);
 
-/// What a command left behind.
+/// The result of a command.
 #[derive(Clone, Debug, Default)]
 pub struct Output {
-    /// Its exit code; 128 + the signal if one ended it.
+    /// Its exit code, or 128 + the signal that ended it.
     pub code: i32,
     /// What it wrote to standard output.
     pub stdout: String,
@@ -27,7 +27,7 @@ pub struct Output {
     pub stderr: String,
 }
 
-/// A guest that runs commands.
+/// A guest. It runs commands through its agent.
 #[derive(Clone)]
 pub struct Guest {
     name: String,
@@ -37,10 +37,10 @@ pub struct Guest {
 
 #[derive(Default)]
 struct State {
-    /// How often the agent has come up.
+    /// How often the agent has started.
     boots: u32,
     closed: bool,
-    /// The agent answered no more, see [`Guest::watch`].
+    /// Whether the agent has stopped answering; see [`Guest::watch`].
     silent: bool,
     /// How many frames have come.
     frames: u64,
@@ -56,7 +56,7 @@ struct Heard {
 }
 
 impl Guest {
-    /// Speaks to the agent at the other end of `port`.
+    /// A guest whose agent is at the other end of `port`.
     pub fn new(name: &str, port: UnixStream) -> Result<Self> {
         let reader = BufReader::new(port.try_clone()?);
         let state: Arc<(Mutex<State>, Condvar)> = Arc::default();
@@ -76,10 +76,10 @@ impl Guest {
         Ok(guest)
     }
 
-    /// From now on, takes the guest for hung once its agent has said nothing for `silence`, though
-    /// it was asked.
+    /// Watches the guest from now on. If its agent does not answer pings for `silence`, the guest
+    /// counts as hung.
     ///
-    /// What waits for the guest then fails at once.
+    /// Every wait for a hung guest fails at once.
     pub fn watch(&self, silence: Duration) {
         let guest = self.clone();
         thread::spawn(move || {
@@ -106,24 +106,24 @@ impl Guest {
         });
     }
 
-    /// Whether the guest hung, as [`Guest::watch`] found.
+    /// Whether [`Guest::watch`] has found that the guest hangs.
     pub fn hung(&self) -> bool {
         lock(&self.state.0).silent
     }
 
-    /// Waits until the agent says something, anything, or it is certain that it does not: whoever
-    /// has waited for something else in vain learns so whether the guest hangs. For a guest under
-    /// [`Guest::watch`], which bounds the wait.
+    /// Waits until the agent sends any frame, and returns whether it did. A caller whose wait for
+    /// something else has failed learns so whether the guest hangs. [`Guest::watch`] bounds the
+    /// wait, so the guest must be watched.
     pub fn answers(&self) -> bool {
         let before = lock(&self.state.0).frames;
         self.frame("ping\n").is_ok()
             && self.wait(Duration::MAX, |state| (state.frames > before).then_some(())).is_ok()
     }
 
-    /// Starts a command and returns its standard input and output as a stream, for a guest inside
-    /// the guest.
+    /// Starts a command and returns its standard input and output as a stream. A test reaches an L2
+    /// in this way.
     ///
-    /// The stream ends with the command.
+    /// The stream ends when the command ends.
     pub fn tunnel(&self, command: &str) -> Result<UnixStream> {
         let running = Arc::new(self.start(command)?);
         let (ours, theirs) = UnixStream::pair()?;
@@ -158,8 +158,8 @@ impl Guest {
 
     /// Starts a shell command and returns at once.
     ///
-    /// A command ends when its output is closed, so what it leaves in the background needs a
-    /// redirection of its own.
+    /// A command counts as ended when its output is closed. So redirect the output of a process
+    /// that it leaves in the background.
     pub fn start(&self, command: &str) -> Result<Running> {
         let id = {
             let mut state = lock(&self.state.0);
@@ -173,17 +173,17 @@ impl Guest {
         Ok(running)
     }
 
-    /// Runs a shell command to its end, for a minute at most.
+    /// Runs a shell command to its end. It may take a minute.
     pub fn run(&self, command: &str) -> Result<Output> {
         self.run_for(command, LIMIT)
     }
 
-    /// Runs a shell command to its end, for `limit` at most.
+    /// Runs a shell command to its end. It may take `limit`.
     pub fn run_for(&self, command: &str, limit: Duration) -> Result<Output> {
         self.start(command)?.wait(limit)
     }
 
-    /// Runs a shell command that has to succeed; returns what it printed.
+    /// Runs a shell command that must succeed, and returns its standard output.
     pub fn ok(&self, command: &str) -> Result<String> {
         self.start(command)?.ok(LIMIT)
     }
@@ -194,7 +194,7 @@ impl Guest {
             .with_context(|| format!("the machine of guest {} is gone", self.name))
     }
 
-    /// Waits for `check` of the state, or until the channel closes.
+    /// Waits until `check` of the state returns a value, or until the channel closes.
     fn wait<T>(
         &self,
         limit: Duration,
@@ -223,7 +223,7 @@ impl State {
         match words[..] {
             ["hello"] => {
                 self.boots += 1;
-                // What ran before a reboot says no more.
+                // A command from before a reboot sends nothing more.
                 for heard in self.commands.values_mut() {
                     heard.code.get_or_insert(255);
                 }
@@ -245,7 +245,7 @@ impl State {
     }
 }
 
-/// A command that runs in a guest. It goes on if this is dropped.
+/// A command that runs in a guest. It continues to run if this is dropped.
 pub struct Running {
     guest: Guest,
     id: u64,
@@ -253,14 +253,14 @@ pub struct Running {
 }
 
 impl Running {
-    /// Waits for the end of the command; one that takes longer than `limit` is killed, and that is
+    /// Waits for the end of the command. If it takes longer than `limit`, it is killed, and that is
     /// an error.
     pub fn wait(&self, limit: Duration) -> Result<Output> {
         self.guest.wait(limit, |state| self.ended(state)).map_err(|error| self.give_up(error))
     }
 
-    /// Waits for the end of the command; one that says nothing for `silence` is killed, and that is
-    /// an error.
+    /// Waits for the end of the command. If it prints nothing for `silence`, it is killed, and that
+    /// is an error.
     pub fn wait_talking(&self, silence: Duration) -> Result<Output> {
         let mut heard = 0;
         loop {
@@ -285,14 +285,14 @@ impl Running {
         heard.code.map(|code| Output { code, stdout: text(&heard.out), stderr: text(&heard.err) })
     }
 
-    /// Kills the command, for which `error` says why; tells what it has said.
+    /// Kills the command because of `error`. Returns the error with the command's output.
     fn give_up(&self, error: anyhow::Error) -> anyhow::Error {
         let _ = self.kill();
         let (out, err) = self.said();
         error.context(format!("guest {}: {}\n{out}{err}", self.guest.name, self.command))
     }
 
-    /// Waits for the command to succeed; returns what it printed.
+    /// Waits until the command succeeds, and returns its standard output.
     pub fn ok(&self, limit: Duration) -> Result<String> {
         let output = self.wait(limit)?;
         if output.code != 0 {
@@ -308,7 +308,7 @@ impl Running {
         Ok(output.stdout)
     }
 
-    /// What the command has said so far, on standard output and error.
+    /// The command's standard output and error so far.
     pub fn said(&self) -> (String, String) {
         let state = lock(&self.guest.state.0);
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
@@ -319,10 +319,10 @@ impl Running {
             .unwrap_or_default()
     }
 
-    /// Hands what the command says to `sink`, standard output and error, as it comes; returns its
-    /// exit code.
+    /// Passes the command's standard output and error to `sink` as they come. Returns the exit
+    /// code.
     ///
-    /// Nothing of it is kept. Ends early, with the code 255, if `sink` returns false.
+    /// The output is not kept. If `sink` returns false, this ends early with the code 255.
     pub fn stream(
         &self,
         limit: Duration,
@@ -376,7 +376,7 @@ impl Running {
         }
     }
 
-    /// Whether it runs still.
+    /// Whether the command still runs.
     pub fn runs(&self) -> bool {
         lock(&self.guest.state.0).commands.get(&self.id).is_some_and(|heard| heard.code.is_none())
     }
@@ -411,7 +411,7 @@ fn decode(hex: &str) -> Vec<u8> {
 mod tests {
     use super::*;
 
-    /// An agent that answers so many pings and then hangs.
+    /// An agent that answers a number of pings and then hangs.
     fn agent(port: UnixStream, mut pings: u32) -> thread::JoinHandle<()> {
         thread::spawn(move || {
             let mut writer = port.try_clone().unwrap();
@@ -436,7 +436,7 @@ mod tests {
             guest.wait_boot(1, LIMIT).unwrap();
             guest.watch(SILENCE);
             let began = Instant::now();
-            // A command that does not end: only the watch can say that nothing comes any more.
+            // The command does not end. Only the watch can find that the agent is silent.
             let limit = if hangs { LIMIT } else { SILENCE * 3 };
             let error = guest.run_for("sleep 1000", limit).unwrap_err();
             assert_eq!(guest.hung(), hangs, "{error:#}");

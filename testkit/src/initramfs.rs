@@ -11,7 +11,7 @@ use crate::kit::Kit;
 
 /// An archive in the "newc" format of cpio, built in memory.
 ///
-/// The kernel unpacks several archives put one behind another as one.
+/// The kernel unpacks several archives in a row as if they were one.
 #[derive(Default)]
 pub struct Archive {
     bytes: Vec<u8>,
@@ -20,7 +20,7 @@ pub struct Archive {
 }
 
 impl Archive {
-    /// Adds a regular file; folders on the way to it are added with it.
+    /// Adds a regular file and the folders above it.
     pub fn file(&mut self, path: &str, mode: u32, contents: &[u8]) -> Result<()> {
         self.parents(path)?;
         self.entry(path, 0o100_000 | mode, contents)
@@ -32,7 +32,7 @@ impl Archive {
         self.entry(path, 0o120_777, target.as_bytes())
     }
 
-    /// Adds a folder, once.
+    /// Adds a folder, unless the archive has it.
     pub fn folder(&mut self, path: &str) -> Result<()> {
         self.parents(path)?;
         if self.folders.insert(path.to_owned()) {
@@ -79,7 +79,7 @@ impl Archive {
     }
 }
 
-/// The modules that a guest loads at boot, each with what it depends on.
+/// The modules that a guest loads at boot. Those that they depend on are loaded too.
 pub const MODULES: [&str; 3] = ["uio_pci_generic", "tun", "virtio_net"];
 
 /// Adds busybox, iperf3 and ethtool with their libraries, and the kernel's modules.
@@ -89,7 +89,8 @@ pub fn add_userland(archive: &mut Archive, kit: &Kit) -> Result<()> {
     for program in ["iperf3", "ethtool"] {
         add_program(archive, kit, program)?;
     }
-    // What no list of libraries names: libc loads it when a thread is cancelled, as iperf3 does.
+    // No list of libraries names this one. libc loads it when a program cancels a thread, and
+    // iperf3 does.
     let unwinder = "libgcc_s.so.1";
     archive.file(
         &format!("lib/x86_64-linux-gnu/{unwinder}"),
@@ -99,7 +100,7 @@ pub fn add_userland(archive: &mut Archive, kit: &Kit) -> Result<()> {
     Ok(())
 }
 
-/// Adds a dynamically linked program of the kit with every library it loads.
+/// Adds a dynamically linked program of the kit and every library that it loads.
 pub fn add_program(archive: &mut Archive, kit: &Kit, program: &str) -> Result<()> {
     let path =
         [kit.root().join("usr/bin"), kit.root().join("usr/sbin")].map(|dir| dir.join(program));
@@ -136,10 +137,10 @@ pub fn add_program(archive: &mut Archive, kit: &Kit, program: &str) -> Result<()
     Ok(())
 }
 
-/// Adds the modules `names` and what they depend on, in the order to load them in, as
-/// `/modules/NN-NAME.ko`.
+/// Adds the modules `names` and those that they depend on as `/modules/NN-NAME.ko`. The numbers NN
+/// give the order in which to load them.
 ///
-/// `unxz` decompresses a module; Debian's are compressed by xz.
+/// `unxz` decompresses a module: Debian compresses modules with xz.
 pub fn add_modules(
     archive: &mut Archive,
     modules: &Path,
@@ -171,7 +172,7 @@ fn add_module(
         let file = path.file_name().unwrap_or_default().to_string_lossy().replace('-', "_");
         file.strip_prefix(name).is_some_and(|rest| rest == ".ko" || rest == ".ko.xz")
     };
-    // One that is not there is built in, or the guest will say what it misses.
+    // A missing module is built into the kernel. If it is not, the guest reports what it lacks.
     let Some(path) = files.iter().find(is_it) else { return Ok(()) };
     let module =
         if path.extension().is_some_and(|e| e == "xz") { unxz(path)? } else { fs::read(path)? };
@@ -221,8 +222,8 @@ pub fn add_ours(archive: &mut Archive, agent: &Path, guest: &Path) -> Result<()>
     archive.file("etc/hosts", 0o644, b"127.0.0.1 localhost\n")
 }
 
-/// What the guest does before the host takes over. `console=ttyS0` is for people, `ttyS1` for the
-/// agent.
+/// The guest's init: it prepares the system and starts the agent. People use `ttyS0` as the
+/// console; the agent uses `ttyS1`.
 const INIT: &str = r"#!/bin/busybox sh
 export PATH=/root:/bin:/sbin HOME=/root TERM=vt100
 /bin/busybox --install -s /bin

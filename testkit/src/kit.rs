@@ -1,12 +1,13 @@
-//! The kit: everything that a guest needs and the machine may lack, in `target/kit`.
+//! The kit in `target/kit`: all files that a guest needs and that this machine may lack.
 //!
-//! QEMU 11 with its whole closure of libraries (libc and loader too, so that it runs on an older
-//! system), a stock Debian cloud kernel with its modules, a static busybox, iperf3, passt and
-//! ethtool. The packages are fetched with an apt configuration and an empty dpkg status of their
-//! own and unpacked into one folder: nothing is installed, and no root is needed.
+//! It has QEMU 11 with all of its libraries, a stock Debian cloud kernel with its modules, a static
+//! busybox, iperf3, passt and ethtool. libc and its loader are among the libraries, so QEMU also
+//! runs on an older system. apt downloads the packages with a configuration and an empty dpkg
+//! status of the kit's own, and they are unpacked into one folder. Nothing is installed, and no
+//! root is needed.
 //!
-//! The folder appears under its final name only when it is complete, so that an interrupted fetch
-//! leaves nothing behind that a later run could take for a kit.
+//! The folder gets its final name only when it is complete. So a later run never takes the rest of
+//! an interrupted download for a kit.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
@@ -19,20 +20,21 @@ use serde::{Deserialize, Serialize};
 
 use crate::progress::Progress;
 
-/// Changes when the contents of the kit do: an older kit is then fetched again.
+/// The edition of the kit's contents. A kit of another edition is fetched again.
 const EDITION: u32 = 1;
 
-/// What is taken from Debian, apart from the kernel.
+/// The Debian packages of the kit, apart from the kernel.
 const PACKAGES: [&str; 5] = ["qemu-system-x86", "busybox-static", "iperf3", "passt", "ethtool"];
 
 /// The package that depends on the newest cloud kernel.
 const KERNEL_PACKAGE: &str = "linux-image-cloud-amd64";
 
-/// What to do on a machine that the kit cannot be fetched for.
-const WITHOUT_KIT: &str = "The kit is made of Debian packages, by apt. On another distribution pass your own:\n  \
+/// The advice for a machine that cannot fetch the kit.
+const WITHOUT_KIT: &str = "\
+    apt makes the kit from Debian packages. On another distribution pass your own files:\n  \
     --qemu PATH        a qemu-system-x86_64 of version 11 or newer\n  \
-    --kernel PATH      a Linux kernel (bzImage) with its modules in --modules DIR, or built in:\n                     \
-    uio, uio_pci_generic, tun, virtio_net\n  \
+    --kernel PATH      a Linux kernel (bzImage) with its modules in --modules DIR, or built in:\n\
+    \x20                    uio, uio_pci_generic, tun, virtio_net\n  \
     --initramfs PATH   a cpio archive with /bin/busybox, and iperf3 on its PATH\n\
     or, where apt and Debian's archive keyring are installed: --mirror URL of a Debian mirror";
 
@@ -42,7 +44,7 @@ pub struct Kit {
     stamp: Stamp,
 }
 
-/// What a kit consists of; the file `stamp.json` in it.
+/// The versions in a kit: the contents of its file `stamp.json`.
 #[derive(Serialize, Deserialize)]
 struct Stamp {
     edition: u32,
@@ -59,7 +61,7 @@ impl Kit {
     pub fn get(target: &Path, mirror: Option<&str>) -> Result<Self> {
         let dir = target.join("kit");
         fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
-        // Two runs at once: the second waits, and then finds the kit of the first.
+        // If two runs start at once, the second waits and then finds the kit of the first.
         let lock = File::create(dir.join("lock"))?;
         rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive)?;
         let root = dir.join("root");
@@ -138,7 +140,7 @@ impl Kit {
     /// QEMU with its modules and firmware folders.
     pub fn qemu(&self) -> Command {
         let mut command = self.command("qemu-system-x86_64");
-        // Otherwise it would load the modules of a QEMU that is installed on the machine.
+        // Without this, QEMU would load the modules of a QEMU that is installed on this machine.
         command.env("QEMU_MODULE_DIR", self.libraries().join("qemu"));
         for dir in ["usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu"] {
             command.arg("-L").arg(self.root.join(dir));
@@ -194,7 +196,7 @@ fn fetch(dir: &Path, mirror: Option<&str>) -> Result<Stamp> {
     let backports = suites.last().copied().unwrap_or_default();
     let mut install = vec!["install", "--yes", "--download-only", "--target-release", backports];
     install.extend(PACKAGES);
-    // The kernel alone: its dependencies would make the initramfs of an installed system.
+    // Only the kernel's own package: its dependencies make the initramfs of an installed system.
     let kernel = ["download", &apt.kernel_package()?];
     let (number, bytes) = apt.sizes(&install)?;
     let (kernels, kernel_bytes) = apt.sizes(&kernel)?;
@@ -247,7 +249,7 @@ fn fetch(dir: &Path, mirror: Option<&str>) -> Result<Stamp> {
     Ok(kit.stamp)
 }
 
-/// Asks QEMU for its version, and whether it can do what vbus needs of it.
+/// Asks QEMU for its version, and checks that QEMU has the device that vbus needs.
 pub fn qemu_version(mut qemu: Command) -> Result<String> {
     let name = format!("{:?}", qemu.get_program());
     let output = qemu
@@ -270,17 +272,17 @@ pub fn qemu_version(mut qemu: Command) -> Result<String> {
     Ok(version.with_context(|| format!("QEMU says no version: {text}"))?.to_owned())
 }
 
-/// The suites that carry QEMU 11, the one to prefer last.
+/// The suites with QEMU 11. apt prefers the last one.
 fn suites(codename: &str) -> Vec<&str> {
     match codename {
         "bookworm" | "trixie" => vec!["trixie", "trixie-backports"],
-        // Anything later has it in its own suite; testing and sid may not say their name.
+        // A later release has QEMU 11 in its own suite. testing and sid may have no codename.
         "" => vec!["sid"],
         later => vec![later],
     }
 }
 
-/// The Debian mirror that the machine's own apt uses.
+/// The Debian mirror in this machine's apt configuration.
 fn machine_mirror(codename: &str) -> Result<String> {
     let output = Command::new("apt-get")
         .args([
@@ -304,7 +306,7 @@ fn machine_mirror(codename: &str) -> Result<String> {
         })
 }
 
-/// Drops what no guest and no QEMU reads: half of the size.
+/// Removes the files that no guest and no QEMU reads. They are half of the kit.
 fn prune(root: &Path) -> Result<()> {
     for unused in [
         "usr/share/doc",
@@ -319,7 +321,7 @@ fn prune(root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// An apt that knows only the kit's folder.
+/// An apt that uses only the kit's folder.
 struct Apt {
     config: PathBuf,
     log: PathBuf,
@@ -331,7 +333,7 @@ impl Apt {
             fs::create_dir_all(dir.join(sub))?;
         }
         let keyring = Path::new("/usr/share/keyrings/debian-archive-keyring.gpg");
-        // Without the keyring's own file apt falls back on the keys that the machine trusts.
+        // Without a keyring file apt uses the keys that this machine trusts.
         let signed = if keyring.exists() {
             format!(" signed-by={}", keyring.display())
         } else {
@@ -366,8 +368,8 @@ impl Apt {
         command
     }
 
-    /// Runs a program of apt. All that it says goes to a log: its words are those of an
-    /// installation, and this is none.
+    /// Runs a program of apt. Its output goes to a log, because it reads like an installation, and
+    /// nothing is installed here.
     fn run(
         &self,
         program: &str,
@@ -432,7 +434,7 @@ impl Apt {
     }
 }
 
-/// The error of a program of apt that did not succeed.
+/// The error for a program of apt that failed.
 fn apt_failed(program: &str, args: &[&str], status: ExitStatus, said: &str) -> anyhow::Error {
     anyhow!(
         "{program} {} failed ({status}).\n{said}\nThe mirror must carry Debian's trixie and \

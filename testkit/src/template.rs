@@ -1,5 +1,5 @@
-//! Makes a crate for a new device class from the folder `templates/device`. That folder is a crate of
-//! the workspace: it compiles, and its tests pass.
+//! Makes a crate for a new device class from the folder `templates/device`. That folder is a crate
+//! of the workspace: it compiles, and its tests pass.
 
 use std::fs;
 use std::path::{Path, PathBuf};

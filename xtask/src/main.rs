@@ -66,8 +66,8 @@ enum Command {
     Man(man::Args),
     /// Make a crate for a device class of your own, with its driver and tests
     NewDevice(new_device::Args),
-    /// Run the scenarios that need a real KVM: all, or those whose name begins with one of NAMES; or
-    /// run a command of your own there
+    /// Run the scenarios that need a real KVM: all, or those whose name begins with one of NAMES;
+    /// or run a command of your own there
     Kvm(kvm::Args),
     /// Run the tests: all, or those whose name begins with one of NAMES
     Test(test::Args),

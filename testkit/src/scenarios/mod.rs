@@ -1,5 +1,5 @@
-//! The table of all scenarios. Those in `vm::` run guests under QEMU; those in `kvm::` run guests on
-//! the KVM of an L1.
+//! The table of all scenarios. Those in `vm::` run guests under QEMU; those in `kvm::` run guests
+//! on the KVM of an L1.
 
 mod kvm;
 mod vm;

@@ -1,5 +1,5 @@
-//! A guest that writes nonsense into the configuration spaces of one device, of the root port above
-//! it, and of functions that are not there.
+//! A hostile guest writes random values into the configuration spaces of one device, of the root
+//! port above it, and of functions that do not exist.
 
 use std::time::Duration;
 
@@ -12,45 +12,45 @@ use crate::l1::L1;
 use crate::l2::{L1Bus, L2, L2Spec};
 use crate::report::Figures;
 
-/// The environment variable with the number that a run's accesses follow from, for other streams
-/// than those of every run.
+/// The environment variable with the seed of a run's accesses. Without it every run is the same.
 const SEED: &str = "VBUS_SEED";
-/// That number without it: what fails once fails again.
+/// The seed without the variable: a failure repeats.
 const USUAL: u64 = 77;
 /// Accesses of each kind of stream.
 const ACCESSES: u32 = 4000;
-/// How long a stream may take, and anything else that the guest does meanwhile.
+/// How long a stream may take, and everything else that the guest does meanwhile.
 const LIMIT: Duration = Duration::from_secs(240);
-/// How long the stream may take that can kill the kernel: shorter than what its silence is borne
-/// for.
+/// How long the stream that can kill the kernel may take. It is shorter than the silence after
+/// which the guest counts as hung.
 const WILD: Duration = Duration::from_secs(60);
 /// Bytes each way of an exchange beside a stream.
 const BYTES: u64 = 1 << 20;
-/// The most that the VMM, or the bus, may have said at the end.
+/// The most bytes that the VMM or the bus may have printed at the end.
 const LOG_MAX: usize = 32 << 10;
 
-/// Files that the VMM may have open at the end beside those that it had at first: a client of its
-/// control socket has some.
+/// How many more files the VMM may have open at the end than at the beginning. Clients of its
+/// control socket use some.
 const FILES_MORE: u64 = 4;
 
-/// Exit code of a program of ours that has panicked.
+/// The exit code of a Rust program that has panicked.
 const PANIC: i32 = 101;
 /// A request for the list of devices.
 const DEVICES: &str = r#"{"op":"devices"}"#;
 
-/// The device that is not touched: in the first slot.
+/// The device that no access touches. It is in the first slot.
 const NET: &str = "net";
-/// The device whose configuration space is.
+/// The device whose configuration space gets the accesses.
 const VICTIM: &str = "victim";
-/// Its function and its root port, as the firmware's numbers are: in the second slot.
+/// The addresses of its function and its root port as the firmware numbers them. It is in the
+/// second slot.
 const FUNCTION: &str = "02:00.0";
 const PORT: &str = "00:02.0";
 
-/// Three streams of random accesses, each worse than the one before. After the first, to the victim
-/// alone, it is unplugged and plugged in again. The second is to its root port too; after it, the
-/// guest begins anew. The third has interrupts by message of any kind, which kill a kernel, and all
-/// ways at once; whatever is left of the guest is reset. Beside the first two the other NIC carries
-/// traffic that is checked.
+/// Three streams of random accesses, each worse than the one before. The first goes to the victim
+/// alone; then the victim is unplugged and plugged again. The second also goes to its root port;
+/// then the guest is reset. The third uses all ways of access at once and sends message interrupts
+/// of any kind, which kill a kernel; then the guest is reset. During the first two streams the
+/// other NIC carries traffic, and both ends compare the hash.
 pub fn writes(l1: &L1, _: &mut Figures) -> Result<()> {
     let seed = match std::env::var(SEED) {
         Ok(text) => {
@@ -62,7 +62,7 @@ pub fn writes(l1: &L1, _: &mut Figures) -> Result<()> {
         let pages =
             "pages = [{ name = \"setpoint\", bytes = 64, owner = \"device\", initial = \"calm\" }]";
         let bus = net::bus(l1, &device(VICTIM, "state", pages))?;
-        // So that the kernel lets even root at configuration space in memory.
+        // Without this the kernel does not let root map configuration space.
         let spec = L2Spec { append: "iomem=relaxed", ..L2Spec::new("nonsense") };
         let l2 = spec.device(NET, &bus.socket(NET)).device(VICTIM, &bus.socket(VICTIM)).boot(l1)?;
         streams(l1, &bus, &l2, seed)?;
@@ -101,11 +101,11 @@ fn streams(l1: &L1, bus: &L1Bus, l2: &L2, seed: u64) -> Result<()> {
     ensure!(nic.driver.runs(), "the driver of the other NIC has ended: {:?}", nic.driver.said());
     begin_anew(l1, bus, l2, "renewed").context("after the second stream")?;
 
-    // Something to interrupt for, also when there is no kernel any more to end an interrupt.
+    // These pings cause interrupts, even when no kernel is left to end one.
     let pings = l1.guest.start(&format!("exec ping -q -i 0.05 {}", net::INNER))?;
     let command =
         format!("exec guest-agent nonsense {} {ACCESSES} wild {FUNCTION} {PORT}", seed + 2);
-    // It ends; or the kernel does, and then nobody will ever say so.
+    // The stream ends. Or the kernel dies, and then no end is ever reported.
     match l2.guest.start(&command)?.wait(WILD) {
         Ok(end) => eprintln!(
             "the third stream ended with {}: {}{}",
@@ -129,7 +129,7 @@ fn streams(l1: &L1, bus: &L1Bus, l2: &L2, seed: u64) -> Result<()> {
     Ok(())
 }
 
-/// Random accesses of `functions`, beside which the other NIC carries traffic.
+/// Makes random accesses to `functions` while the other NIC carries traffic.
 fn stream(l1: &L1, l2: &L2, seed: u64, functions: &str) -> Result<()> {
     let command = format!("exec guest-agent nonsense {seed} {ACCESSES} tame {functions}");
     let stream = l2.guest.start(&command)?;
@@ -149,7 +149,7 @@ fn stream(l1: &L1, l2: &L2, seed: u64, functions: &str) -> Result<()> {
     l2.control(DEVICES).map(drop)
 }
 
-/// The guest is reset, and has two devices that work.
+/// Resets the guest and checks that its two devices work.
 fn begin_anew(l1: &L1, bus: &L1Bus, l2: &L2, value: &str) -> Result<()> {
     let boots = l2.guest.boots();
     l2.control(r#"{"op":"reset"}"#)?;
@@ -179,7 +179,7 @@ fn plug_victim(bus: &L1Bus, l2: &L2) -> Result<()> {
 /// A driver of the state device `name` sees its page `setpoint` change to `value`.
 pub(super) fn check_driver(bus: &L1Bus, l2: &L2, name: &str, value: &str) -> Result<()> {
     let watch = l2.guest.start(&format!("exec vbus-guest state watch setpoint --device {name}"))?;
-    // Its first value, whatever that is: the driver is there.
+    // The first value shows that the driver runs, whatever the value is.
     watch.wait_for("\n", LIMIT)?;
     bus.run(&format!("state set {name} setpoint {value}"))?;
     watch.wait_for(value, LIMIT).with_context(|| format!("{name} does not become {value}"))?;

@@ -1,5 +1,4 @@
-//! L1 on one processor with a clock that counts instructions: what was measured once is measured
-//! again.
+//! L1 on one processor with a clock that counts instructions: figures repeat.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
@@ -8,10 +7,10 @@ use super::flat;
 use crate::l1::{Clock, L1};
 use crate::report::Figures;
 
-/// How far the figures of two runs may be apart, of 1.
+/// The largest relative difference between the figures of two runs.
 const APART: f64 = 0.01;
 
-/// What a doorbell takes, in two machines of their own: the nanoseconds are the same, nearly.
+/// Measures a doorbell in two separate virtual machines. The nanoseconds are nearly the same.
 pub fn repeats(l1: &L1, figures: &mut Figures) -> Result<()> {
     let run = |number: u32| -> Result<Figures> {
         let scene = l1.lab().scene(&format!("kvm-counted-{number}"))?;

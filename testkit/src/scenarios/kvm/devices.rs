@@ -1,5 +1,5 @@
-//! Devices of the bus in a Linux guest of `vbus-vmm`: traffic, moving interrupts, plugging, and
-//! what dies.
+//! Devices of the bus in a Linux guest of `vbus-vmm`: traffic, moving interrupts, plugging, and a
+//! bus or a VMM that is killed.
 
 use anyhow::{Context, Result, ensure};
 
@@ -15,7 +15,7 @@ use crate::report::Figures;
 /// configuration.
 const ADD_NET: &str = "device add net --class venet --set backend=tap --set tap=vbus-tap";
 
-/// Bytes from the guest to L1 without end, and who takes them.
+/// Starts an endless stream from the guest to L1. Returns its sender and its receiver.
 pub(super) fn endless(l1: &L1, l2: &L2) -> Result<(Running, Running)> {
     let receiver = l1.guest.start("guest-agent receive 0.0.0.0:5000")?;
     nic::wait_port(&l1.guest, 5000)?;
@@ -29,8 +29,8 @@ fn until(l2: &L2, command: &str) -> Result<()> {
     waiting.ok(TRANSFER).map(drop)
 }
 
-/// Two CPUs: the guest finds its devices, exchanges data checked by hash, while its interrupts move
-/// to and fro, and again after a reboot.
+/// A guest with two CPUs finds its devices and exchanges data while its interrupts move between the
+/// CPUs, and again after a reboot. Both ends compare the hash.
 pub fn traffic(l1: &L1, _: &mut Figures) -> Result<()> {
     let pages =
         "pages = [{ name = \"setpoint\", bytes = 64, owner = \"device\", initial = \"hello\" }]";
@@ -63,8 +63,8 @@ fn interrupt_number(l2: &L2) -> Result<String> {
     line.trim().split(':').next().map(str::to_owned).context("no interrupt of the NIC")
 }
 
-/// Moves the NIC's interrupt to and fro while a stream leaves the guest, which must not stand
-/// still. It has few interrupts, since both ends poll, but each of them that is lost would end it.
+/// Moves the NIC's interrupt between the CPUs while a stream leaves the guest. The stream must not
+/// stop. It has few interrupts, because both ends poll, but one lost interrupt would stop it.
 fn move_under_stream(l1: &L1, l2: &L2) -> Result<()> {
     const MOVES: u32 = 20;
     const BETWEEN: u64 = 8 * net::MIB;
@@ -79,8 +79,8 @@ fn move_under_stream(l1: &L1, l2: &L2) -> Result<()> {
     stop(&sender, &receiver)
 }
 
-/// Moves the NIC's interrupt to the other CPU and waits until it is taken there, several times. The
-/// traffic is one packet at a time, for each of which the NIC interrupts.
+/// Moves the NIC's interrupt to the other CPU several times, and waits each time until that CPU
+/// takes it. The traffic is one packet at a time, and the NIC interrupts for each.
 fn move_interrupts(l2: &L2) -> Result<()> {
     const MOVES: u32 = 6;
     let number = interrupt_number(l2)?;
@@ -96,10 +96,10 @@ fn move_interrupts(l2: &L2) -> Result<()> {
         moved.with_context(|| format!("interrupt {number} is not taken on CPU {cpu}"))?;
     }
     ensure!(pings.runs(), "the pings have ended: {:?}", pings.said());
-    // SIGINT, so that it tells of what was lost.
+    // After SIGINT ping prints how many packets it lost.
     l2.guest.ok("kill -INT $(pidof ping)")?;
     let told = pings.wait(TRANSFER)?.stdout;
-    // "100 packets transmitted, 99 packets received": some are on their way when it ends.
+    // "100 packets transmitted, 99 packets received": a packet may be under way at the end.
     let count = |n: usize| {
         told.lines()
             .find(|line| line.contains("transmitted"))?
@@ -114,7 +114,7 @@ fn move_interrupts(l2: &L2) -> Result<()> {
     Ok(())
 }
 
-/// Ends such a stream.
+/// Ends an endless stream.
 pub(super) fn stop(sender: &Running, receiver: &Running) -> Result<()> {
     for running in [sender, receiver] {
         running.kill()?;
@@ -123,10 +123,10 @@ pub(super) fn stop(sender: &Running, receiver: &Running) -> Result<()> {
     Ok(())
 }
 
-/// Twenty times a NIC is plugged, driven and unplugged, four at once, while a stream runs over
-/// another one.
+/// NICs are plugged, used and unplugged twenty times, four at once, while a stream runs over
+/// another NIC.
 pub fn plug_cycles(l1: &L1, _: &mut Figures) -> Result<()> {
-    // Linux takes 5 s to answer the button of a slot, so they are unplugged together.
+    // Linux answers an unplug request after 5 s, so the test unplugs them together.
     const ROUNDS: u32 = 5;
     const TOGETHER: u32 = 4;
     let bus = net::bus(l1, "")?;
@@ -174,7 +174,7 @@ pub fn plug_cycles(l1: &L1, _: &mut Figures) -> Result<()> {
     l2.power_off()
 }
 
-/// The bus is killed under traffic: the guest lives on, and its NIC comes back with the next bus.
+/// The bus is killed under traffic: the guest runs on, and its NIC comes back with the next bus.
 /// Then the VMM is killed, and the bus serves the next guest, which has a split interrupt
 /// controller.
 pub fn deaths(l1: &L1, _: &mut Figures) -> Result<()> {

@@ -1,4 +1,4 @@
-//! Servers that lie to `vbus-vmm` about a device, while it runs a guest that has honest ones.
+//! Hostile servers that lie to `vbus-vmm` about a device. Its guest also has honest devices.
 
 use std::time::{Duration, Instant};
 
@@ -14,14 +14,14 @@ use crate::l1::L1;
 use crate::l2::{L1Bus, L2, L2Spec};
 use crate::report::Figures;
 
-/// What must come of a lie.
+/// The expected result of a lie.
 #[derive(Clone, Copy)]
 enum Fate {
-    /// Plugging fails, with an error that says this.
+    /// Plugging fails with an error that contains this text.
     Refused(&'static str),
-    /// The device works: what is said is of no consequence.
+    /// The device works: the lie has no effect.
     Works,
-    /// The device is taken from the guest, once that looks at it.
+    /// The VMM unplugs the device when the guest accesses it.
     Dropped,
 }
 use Fate::{Dropped, Refused, Works};
@@ -69,14 +69,14 @@ const LIES: &[(&str, Fate)] = &[
     ("late-cut", Dropped),
 ];
 
-/// Root ports: for the NIC, and for all devices that are plugged.
+/// Root ports: one for the NIC, and one for each device that is plugged.
 const SLOTS: u32 = 12;
 /// How long anything may take.
 const LIMIT: Duration = Duration::from_secs(240);
-/// The most that the VMM may have said at the end.
+/// The most bytes that the VMM may have printed at the end.
 const LOG_MAX: usize = 32 << 10;
 
-/// A lying server in L1; it ends when this is dropped.
+/// A lying server in L1. Dropping it ends the process.
 struct Liar {
     name: &'static str,
     socket: String,
@@ -84,7 +84,7 @@ struct Liar {
 }
 
 impl Liar {
-    /// Serves the device of the bus that is called like the lie.
+    /// Serves the device of the bus that has the name of the lie.
     fn start(l1: &L1, bus: &L1Bus, name: &'static str) -> Result<Self> {
         let socket = format!("{}/lie-{name}.sock", l1.run_dir());
         let running = l1
@@ -112,8 +112,8 @@ impl Drop for Liar {
     }
 }
 
-/// Each lie, told when a device is plugged into a running guest or later, has its own clear end;
-/// beside it a NIC carries a stream without a pause.
+/// A server lies when its device is plugged into a running guest, or later. Each lie has its
+/// expected result. Meanwhile a NIC carries a stream without a pause.
 pub fn lie(l1: &L1, _: &mut Figures) -> Result<()> {
     let pages =
         "pages = [{ name = \"setpoint\", bytes = 64, owner = \"device\", initial = \"true\" }]";
@@ -146,7 +146,7 @@ fn all(l1: &L1, bus: &L1Bus, l2: &L2) -> Result<()> {
     let now = open_files(l1, l2)?;
     ensure!(now <= files + 2, "vbus-vmm has {now} files open, {files} before");
 
-    // The others at once: Linux takes 5 s to bring a device in.
+    // The others are plugged at once: Linux takes 5 s to bring a device in.
     let mut liars = Vec::new();
     for (name, fate) in LIES.iter().filter(|(_, fate)| !matches!(fate, Refused(_))) {
         let liar = Liar::start(l1, bus, name)?;
@@ -182,7 +182,7 @@ fn all(l1: &L1, bus: &L1Bus, l2: &L2) -> Result<()> {
     liars.iter().try_for_each(|(liar, _)| liar.end())?;
     wait_plugged(l2, |names| names == ["net"]).context("after all servers have gone")?;
 
-    // The slots that they were in are good for an honest one.
+    // An honest device works in a slot in which a lying one was.
     let name = LIES[0].0;
     l2.control(&json!({ "op": "plug", "name": name, "socket": bus.socket(name) }).to_string())?;
     l2.guest
@@ -199,7 +199,7 @@ fn all(l1: &L1, bus: &L1Bus, l2: &L2) -> Result<()> {
     Ok(())
 }
 
-/// How often the lie `memory` asks for memory: five places, to be read and written.
+/// How often the lie `memory` asks for memory: it reads and writes at five addresses.
 const TOUCHES: usize = 10;
 
 /// The names of the devices.
@@ -209,7 +209,7 @@ fn plugged(l2: &L2) -> Result<Vec<String>> {
         .iter()
         .filter_map(|device: &Value| device["name"].as_str().map(str::to_owned))
         .collect();
-    // As they were plugged, whatever their slots.
+    // In the order in which they were plugged, not by slot.
     names.sort_by_key(|name| LIES.iter().position(|(lie, _)| lie == name).map_or(0, |at| at + 1));
     Ok(names)
 }

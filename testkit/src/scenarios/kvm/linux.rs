@@ -18,8 +18,8 @@ pub fn harness(l1: &L1, _: &mut Figures) -> Result<()> {
     l2.power_off()
 }
 
-/// Linux boots in `vbus-vmm` with one and two CPUs, with interrupt controllers in the kernel and
-/// out of it, and powers off.
+/// Linux boots in `vbus-vmm` and powers off: with one and two CPUs, and with the interrupt
+/// controllers in the kernel and outside of it.
 pub fn boot(l1: &L1, _: &mut Figures) -> Result<()> {
     for (cpus, irqchip) in [(1, "full"), (2, "split")] {
         let spec = L2Spec { cpus, ..L2Spec::new("linux") }.args(&format!("--irqchip {irqchip}"));

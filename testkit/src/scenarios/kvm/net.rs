@@ -1,4 +1,4 @@
-//! The NIC of the bus in a guest on KVM: traffic to L1 by TAP, and what it costs beside QEMU's
+//! The NIC of the bus in a guest on KVM: traffic to L1 over TAP, and its cost compared with QEMU's
 //! virtio-net.
 
 use std::time::{Duration, Instant};
@@ -21,10 +21,10 @@ pub const INNER: &str = "10.0.0.1";
 
 pub const MIB: u64 = 1 << 20;
 
-/// Bytes each way of an exchange that only has to work.
+/// Bytes each way of an exchange that is not measured.
 pub const EXCHANGE: u64 = 4 * MIB;
 
-/// How long a transfer may take: two emulated processors share the work.
+/// How long a transfer may take. Two emulated processors share the work.
 pub const TRANSFER: Duration = Duration::from_secs(240);
 
 /// The interface of L1 at the other end of the guest's NIC.
@@ -49,14 +49,14 @@ pub fn nic(guest: &Guest) -> Result<Nic> {
     Nic::up(guest, "net", "vbus0", &format!("{INNER}/24"), "")
 }
 
-/// Sends bytes from the guest to L1 and back, checked by hash.
+/// Sends bytes from the guest to L1 and back. Both ends compare the hash.
 pub fn exchange(l1: &L1, guest: &Guest, bytes: u64) -> Result<()> {
     nic::transfer(guest, &l1.guest, OUTER, 5001, bytes, 1, TRANSFER)?;
     nic::transfer(&l1.guest, guest, INNER, 5002, bytes, 2, TRANSFER)
 }
 
-/// What some traffic has cost: exits that it led to, see [`Trace`], and interrupts of the NIC that
-/// the guest has taken, each per MiB and per packet of the guest's network stack.
+/// The cost of some traffic: the exits that it caused (see [`Trace`]), and the NIC's interrupts
+/// that the guest has taken. Each is per MiB and per packet of the guest's network stack.
 #[derive(Clone, Copy, Debug, serde::Serialize)]
 struct Cost {
     exits_per_mib: f64,
@@ -75,7 +75,7 @@ impl Cost {
         nic::wait_port(to, port)?;
         let sender =
             from.start(&format!("exec guest-agent send {address}:{port} 1000000000000 3"))?;
-        // What runs once only, and what the translators see for the first time.
+        // The beginning does not count: some code runs only once, and QEMU translates new code.
         pass(l1, 2 * MIB)?;
         let before = (interrupts(guest)?, packets(guest, interface)?, passed(l1)?);
         let trace = Trace::start(l1)?;
@@ -91,7 +91,7 @@ impl Cost {
         let (mib, packets) = (all as f64 / MIB as f64, (after.1 - before.1) as f64);
         let exits_per_mib = exits as f64 / (traced as f64 / MIB as f64);
         let interrupts = (after.0 - before.0) as f64;
-        // To thousandths: more digits mean nothing.
+        // Round to thousandths.
         let rounded = |value: f64| (value * 1000.0).round() / 1000.0;
         Ok(Self {
             exits_per_mib: rounded(exits_per_mib),
@@ -102,14 +102,14 @@ impl Cost {
     }
 }
 
-/// Bytes that have passed L1's end of the wire, both ways.
+/// The bytes that have passed L1's end of the wire in both directions.
 fn passed(l1: &L1) -> Result<u64> {
     let counters =
         l1.guest.ok(&format!("cd /sys/class/net/{TAP}/statistics && cat rx_bytes tx_bytes"))?;
     Ok(counters.split_whitespace().filter_map(|word| word.parse::<u64>().ok()).sum())
 }
 
-/// Waits until so many more have passed.
+/// Waits until `bytes` more bytes have passed.
 pub fn pass(l1: &L1, bytes: u64) -> Result<()> {
     let (until, limit) = (passed(l1)? + bytes, Instant::now() + TRANSFER);
     while passed(l1)? < until {
@@ -123,8 +123,8 @@ pub fn pass(l1: &L1, bytes: u64) -> Result<()> {
     Ok(())
 }
 
-/// Interrupts of the NIC so far: by a name of the driver of virtio-net's queues, or of the device
-/// that is driven from user space.
+/// The NIC's interrupts so far. /proc/interrupts has them under the name of virtio-net's queues, or
+/// of the device that a user-space driver drives.
 fn interrupts(guest: &Guest) -> Result<u64> {
     let lines = guest.ok("grep -E 'virtio[0-9]+-(in|out)put|uio' /proc/interrupts")?;
     // "24:   10   20  PCI-MSI ...": a count for each CPU.
@@ -140,8 +140,8 @@ fn packets(guest: &Guest, interface: &str) -> Result<u64> {
     Ok(counters.split_whitespace().filter_map(|word| word.parse::<u64>().ok()).sum())
 }
 
-/// The same traffic through the NIC of the bus and through QEMU's virtio-net on TAP: what it costs
-/// in exits and interrupts.
+/// Measures the exits and interrupts of the same traffic through the NIC of the bus and through
+/// QEMU's virtio-net on TAP.
 pub fn against_virtio(l1: &L1, figures: &mut Figures) -> Result<()> {
     const BYTES: u64 = 16 * MIB;
     let both = |l1: &L1, guest: &Guest, interface: &str| -> Result<[Cost; 2]> {

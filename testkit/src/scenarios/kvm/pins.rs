@@ -1,4 +1,4 @@
-//! More devices than there are pins for INTx: two of them share each of some pins.
+//! More devices than pins for INTx, so some pins have two devices.
 
 use std::time::Duration;
 
@@ -11,17 +11,17 @@ use crate::l2::{L1Bus, L2, L2Spec};
 use crate::nic;
 use crate::report::Figures;
 
-/// Devices: as many as there are pins for them, and two more.
+/// The number of devices: two more than there are pins.
 const DEVICES: usize = PINS + 2;
-/// Pins that INTx has (`spec/vmm.md`).
+/// The number of pins for INTx (`spec/vmm.md`).
 const PINS: usize = 8;
 /// How often each device interrupts.
 const ROUNDS: u32 = 8;
-/// How long an interrupt may take to come, and anything else.
+/// How long an interrupt or anything else may take.
 const LIMIT: Duration = Duration::from_secs(120);
 
-/// Ten devices: each one's interrupts arrive, of those that share a pin too, one at a time and all
-/// at once, with the I/O APIC in the kernel and in the VMM.
+/// The interrupts of ten devices arrive, also of those that share a pin: one at a time and all at
+/// once, with the I/O APIC in the kernel and in the VMM.
 pub fn shared(l1: &L1, _: &mut Figures) -> Result<()> {
     let pages =
         "pages = [{ name = \"setpoint\", bytes = 64, owner = \"device\", initial = \"first\" }]";
@@ -51,7 +51,7 @@ fn interrupts(l1: &L1, bus: &L1Bus, l2: &L2, names: &[String], irqchip: &str) ->
         l2.guest.start(&format!("exec vbus-guest state watch setpoint --device {name}"))
     };
     let watches = names.iter().map(watch).collect::<Result<Vec<Running>>>()?;
-    // What was last set; then each waits for its interrupt.
+    // Each watcher first prints the last value. Then it waits for its interrupt.
     watches.iter().try_for_each(|watch| watch.wait_for("\n", LIMIT))?;
 
     // A line for each pin, which names the driver of each of its devices.

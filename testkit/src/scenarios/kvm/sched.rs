@@ -14,12 +14,12 @@ use crate::report::Figures;
 const LIMIT: Duration = Duration::from_secs(120);
 /// Tasks of L1 that compete with the virtual CPU for its processor.
 const RIVALS: u32 = 2;
-/// Of the guest's real-time task: how often it wakes, and how many times.
+/// The period of the guest's real-time task, and how often it wakes.
 const PERIOD_US: u32 = 10_000;
 const TIMES: u32 = 200;
 const ROUNDS: usize = 3;
-/// How much sooner it must wake, by the median; measured 2.5 to 12 times where L1's own processors
-/// were shared with others.
+/// The least factor by which the median lateness must fall. Measured: 2.5 to 12, where other work
+/// shared L1's processors.
 const LEAST: f64 = 1.5;
 
 /// The class of the thread of virtual CPU 1, as the bus has set it, and as L1's kernel has it:
@@ -54,7 +54,7 @@ fn wait_class(l1: &L1, bus: &L1Bus, set: &str, priority_and_policy: &str) -> Res
     }
 }
 
-/// Median and mean, in microseconds, by which a real-time task on CPU 1 wakes late.
+/// The median and mean lateness of a real-time task on CPU 1, in microseconds.
 fn measure(l2: &L2) -> Result<(f64, f64)> {
     let command =
         format!("exec guest-agent fifo 50 taskset 2 guest-agent latency {PERIOD_US} {TIMES}");
@@ -64,8 +64,8 @@ fn measure(l2: &L2) -> Result<(f64, f64)> {
     Ok((figure("median")?, figure("mean")?))
 }
 
-/// The threads that `vbus-vmm` tells of follow the guest's tasks; and under load in L1 a real-time
-/// task of the guest, which is busy besides, wakes the sooner for it.
+/// The threads that `vbus-vmm` reports follow the guest's tasks. Under load in L1, a real-time task
+/// of the busy guest wakes earlier with `sched` than without.
 pub fn latency(l1: &L1, figures: &mut Figures) -> Result<()> {
     let settings = format!("vmm = \"{}/linux.control\"\npriority-max = 30", l1.run_dir());
     let bus = L1Bus::start(l1, &device("cpus", "sched", &settings))?;
@@ -84,7 +84,7 @@ pub fn latency(l1: &L1, figures: &mut Figures) -> Result<()> {
     driver.kill()?;
     driver.wait(LIMIT)?;
 
-    // The virtual CPU and its rivals have one processor, all else the other.
+    // The virtual CPU and its rivals share one processor. All else runs on the other.
     let processors = l1.guest.ok("nproc")?;
     if processors.trim() == "1" {
         bail!("L1 has one processor");

@@ -27,7 +27,7 @@ fn guest_with_nic(scene: &Scene, bus: &Bus, more: &[&str]) -> Result<(Vm, Nic)> 
     Ok((vm, nic))
 }
 
-/// One guest on the stream back end, the other on a virtio-net of QEMU with the other end of the
+/// One guest has the stream back end. The other has QEMU's virtio-net at the other end of the
 /// stream.
 pub fn stream(scene: &Scene) -> Result<()> {
     let socket = scene.dir().join("stream").display().to_string();
@@ -47,8 +47,8 @@ pub fn stream(scene: &Scene) -> Result<()> {
     nic::transfer(&b.guest, &a.guest, ADDRESS[0], 5002, 32 * MIB, 2, TRANSFER)
 }
 
-/// The guest reaches a port of the host, and the host one of the guest, through passt: networking
-/// without root.
+/// Through passt, which needs no root, the guest reaches a port of the host, and the host reaches a
+/// port of the guest.
 pub fn passt(scene: &Scene) -> Result<()> {
     const PORT: u16 = 15_201;
     let socket = scene.dir().join("passt");
@@ -74,7 +74,7 @@ pub fn passt(scene: &Scene) -> Result<()> {
         std::thread::sleep(Duration::from_millis(10));
     }
     match through_passt(scene, &socket, PORT) {
-        // It makes its name spaces after its socket, and says why it cannot when it ends.
+        // passt makes its namespaces after its socket. If it cannot, it ends and says why.
         Err(_) if passt.ended()?.is_some_and(|status| !status.success()) => {
             let said = fs::read_to_string(&log).unwrap_or_default();
             let reason = said.lines().rfind(|line| line.contains("namespace"));
@@ -87,7 +87,7 @@ pub fn passt(scene: &Scene) -> Result<()> {
     }
 }
 
-/// A transfer from the host to a guest behind the passt that has this socket and this port.
+/// Transfers data from the host to a guest through the passt with this socket and this port.
 fn through_passt(scene: &Scene, socket: &Path, port: u16) -> Result<()> {
     let bus = Bus::start(
         scene,
@@ -119,8 +119,8 @@ fn through_passt(scene: &Scene, socket: &Path, port: u16) -> Result<()> {
     Ok(())
 }
 
-/// In one guest and run, TCP to and from the host through `vbus-guest net` on TAP is at least half
-/// as fast as through QEMU's own virtio-net on TAP, each way.
+/// TCP between host and guest through `vbus-guest net` on TAP is at least half as fast, each way,
+/// as through QEMU's own virtio-net on TAP. Both are measured in one guest and one run.
 pub fn tap(scene: &Scene) -> Result<()> {
     const ROUNDS: usize = 5;
     const LEAST: f64 = 0.5;
@@ -164,7 +164,7 @@ pub fn tap(scene: &Scene) -> Result<()> {
         Ok(bits.with_context(|| format!("iperf3 counted nothing: {}", result["error"]))? / 1e6)
     };
     for (direction, way) in [("out", ""), ("in", "--reverse")] {
-        // By turns, so that whatever else runs on this machine hits both.
+        // The two take turns, so that other work on this machine slows both.
         let mut rounds = Vec::new();
         for _ in 0..ROUNDS {
             rounds.push((figure("10.0.0.254", way)?, figure("10.0.9.254", way)?));
@@ -183,7 +183,7 @@ pub fn tap(scene: &Scene) -> Result<()> {
     Ok(())
 }
 
-/// `ip` on the host, by the kit's busybox: a machine may have no iproute2.
+/// Runs `ip` of the kit's busybox on the host, which may have no iproute2.
 fn host_ip(scene: &Scene, args: &[&str]) -> Result<()> {
     let output = scene.lab.busybox().arg("ip").args(args).output().context("cannot run busybox")?;
     ensure!(

@@ -1,4 +1,4 @@
-//! `cargo xtask guest`, as a user has it.
+//! `cargo xtask guest`, as a user runs it.
 
 use std::process::{Output, Stdio};
 
@@ -8,8 +8,9 @@ use crate::bus::{Bus, device};
 use crate::lab::Scene;
 use crate::workspace;
 
-/// A guest on a running bus gets the device that was named and the program that was put, runs a
-/// command, and hands on its output and how it ended; a program that it cannot run is refused.
+/// A guest on a running bus gets the device of `--device` and the program of `--put`. It runs a
+/// command, whose output and exit code come back. `--put` refuses a program that a guest cannot
+/// run.
 pub fn guest(scene: &Scene) -> Result<()> {
     let pages =
         r#"pages = [{ name = "setpoint", bytes = 64, owner = "device", initial = "ready" }]"#;
@@ -23,7 +24,7 @@ pub fn guest(scene: &Scene) -> Result<()> {
     };
     let put = format!("{}=root/tried", scene.lab.agent().display());
 
-    // The agent says how to use it, and ends with 2.
+    // Without arguments the agent prints its usage and ends with 2.
     let command = "tried; echo ended with $?; vbus-guest list; vbus-guest state get setpoint";
     let output = xtask_guest(&["--device", "values", "--put", &put, "--run", command])?;
     let (out, err) =
@@ -42,7 +43,7 @@ pub fn guest(scene: &Scene) -> Result<()> {
     let err = String::from_utf8_lossy(&output.stderr);
     ensure!(!output.status.success() && err.contains("ended with 3"), "{}\n{err}", output.status);
 
-    // A system's shell is linked dynamically.
+    // The system's shell is linked dynamically.
     let output = xtask_guest(&["--put", "/bin/sh", "--run", "true"])?;
     let err = String::from_utf8_lossy(&output.stderr);
     ensure!(!output.status.success() && err.contains("crt-static"), "{}\n{err}", output.status);

@@ -1,4 +1,4 @@
-//! What each side does when another is killed in the middle of traffic.
+//! One side is killed in the middle of traffic, and the others go on.
 
 use std::time::{Duration, Instant};
 
@@ -15,18 +15,18 @@ use crate::vm::VmSpec;
 
 const MIB: u64 = 1 << 20;
 
-/// A stream from a to b without an end.
+/// An endless stream from a to b.
 fn endless(pair: &Pair) -> Result<(Running, Running)> {
     let receiver = pair.b().start("guest-agent receive 0.0.0.0:5000")?;
     pair.b().ok("until grep -q ':1388 [0:]* 0A' /proc/net/tcp; do sleep 0.05; done")?;
     let sender =
         pair.a().start(&format!("guest-agent send {}:5000 1000000000000 3", ADDRESS[1]))?;
-    // Well under way: 8 MiB have come.
+    // The stream runs: 8 MiB have arrived.
     pair.b().ok("until [ $(cat /sys/class/net/vbus0/statistics/rx_bytes) -gt 8388608 ]; do sleep 0.05; done")?;
     Ok((sender, receiver))
 }
 
-/// `kill -9` of a guest: the bus cleans up and serves the next one, the other guest goes on.
+/// `kill -9` of a guest: the bus cleans up and serves the next guest, and the other guest goes on.
 pub fn guest(scene: &Scene) -> Result<()> {
     let mut pair = Pair::start(scene, PairSpec::default())?;
     endless(&pair)?;
@@ -106,8 +106,8 @@ pub fn reboot(scene: &Scene) -> Result<()> {
     pair.vms[0].control.execute("query-status", json!({})).map(drop)
 }
 
-/// The driver is opened and closed a hundred times; the bus then has what it had before, in files
-/// and in memory.
+/// A driver opens and closes the device a hundred times. The bus then has as many open files and as
+/// much memory as before.
 pub fn reopen(scene: &Scene) -> Result<()> {
     const TIMES: u32 = 100;
     const GROWTH_KIB: u64 = 4096;
@@ -120,7 +120,7 @@ pub fn reopen(scene: &Scene) -> Result<()> {
         nic.driver.kill()?;
         nic.driver.wait(TRANSFER)?;
         vm.guest.ok("until [ ! -e /sys/class/net/vbus0 ]; do sleep 0.01; done")?;
-        // The first ones fill caches.
+        // The first rounds fill caches.
         if time == 9 {
             (files, memory) = (bus.open_files()?, bus.resident_kib()?);
         }

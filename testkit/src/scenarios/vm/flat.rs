@@ -1,4 +1,4 @@
-//! The guest without an operating system under QEMU: `vbus-driver` needs none.
+//! The guest without an operating system under QEMU: `vbus-driver` needs no operating system.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use crate::lab::{Accel, Scene};
 use crate::process::Process;
 use crate::vm::vfio_user;
 
-/// It boots in a second, and its tests take two.
+/// How long the guest may take. It boots in a second, and its tests take two.
 const LIMIT: Duration = Duration::from_secs(90);
 const FRAMES: u64 = 2000;
 const UPDATES: u64 = 5;
@@ -25,9 +25,9 @@ pub fn drives_devices(scene: &Scene) -> Result<()> {
         let mut command = scene.lab.qemu();
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
         command.args(["-M", "q35,memory-backend=ram,vmport=off,hpet=off", "-m", "128M"]);
-        // QEMU's translator carries locked instructions out in several steps where there can be but
-        // one CPU. The device that sets bits in `pic`'s page at the same time, from another
-        // process, is like another CPU.
+        // If a machine can only have one CPU, QEMU's translator executes a locked instruction in
+        // several steps. The device is like another CPU: it sets bits in `pic`'s page at the same
+        // time, from another process.
         command.args(["-smp", "1,maxcpus=2"]);
         command.args([
             "-object",
@@ -77,8 +77,8 @@ pub fn drives_devices(scene: &Scene) -> Result<()> {
             let frames = &report.find("venet", "back-end", back_end)?["frames"];
             ensure!(*frames == FRAMES, "{frames} frames");
         }
-        // Each frame is one interrupt, or with the controller of the bus one line, but for what
-        // merged or was seen before it came.
+        // Each frame raises one interrupt, or one line of the bus's controller. There are fewer if
+        // interrupts merged or if the guest saw a frame before its interrupt.
         for round in report.of("interrupts") {
             let lines = if round["pic"] == true { &round["lines"] } else { &round["interrupts"] };
             let lines = lines.as_u64().unwrap_or(0);

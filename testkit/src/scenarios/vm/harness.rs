@@ -1,4 +1,4 @@
-//! Tests of the tests: what the other scenarios take for granted about their guests.
+//! Tests of the test kit: what all other scenarios expect of their guests.
 
 use std::time::Duration;
 
@@ -7,8 +7,7 @@ use anyhow::{Result, ensure};
 use crate::lab::Scene;
 use crate::vm::{BOOT, VmSpec};
 
-/// A guest boots to its agent with everything that the driver needs, runs commands side by side,
-/// and powers off.
+/// A guest boots, has everything that the driver needs, runs commands side by side, and powers off.
 pub fn boot(scene: &Scene) -> Result<()> {
     let vm = VmSpec::new("a").boot(scene)?;
     eprintln!("booted in {:.1} s", vm.age().as_secs_f32());
@@ -19,7 +18,7 @@ pub fn boot(scene: &Scene) -> Result<()> {
     let pages = guest.ok("echo 32 > /proc/sys/vm/nr_hugepages; cat /proc/sys/vm/nr_hugepages")?;
     ensure!(pages.trim() == "32", "of 32 huge pages the guest has {pages}");
 
-    // Exit codes, both outputs, bytes that are no text, and a longer command beside short ones.
+    // Exit codes, both outputs, bytes that are not text, and a long command beside short ones.
     let slow = guest.start("read line; echo got $line")?;
     let output = guest.run("echo out; echo err >&2; exit 3")?;
     ensure!(
@@ -36,7 +35,7 @@ pub fn boot(scene: &Scene) -> Result<()> {
     vm.power_off()
 }
 
-/// A reset brings the guest up again, with a fresh agent behind the same channel.
+/// After a reset the guest boots again, and its new agent uses the same channel.
 pub fn reboot(scene: &Scene) -> Result<()> {
     let mut vm = VmSpec::new("a").boot(scene)?;
     vm.guest.ok("touch /tmp/before")?;
@@ -68,7 +67,7 @@ pub fn two_guests(scene: &Scene) -> Result<()> {
     }
     a.guest.ok("ping -c 3 -i 0.2 -w 20 10.0.0.2")?;
     let receiver = b.guest.start("guest-agent receive 0.0.0.0:5000")?;
-    // The port is open as soon as it is in the kernel's table.
+    // The port is open when it is in the kernel's table.
     b.guest.ok("until grep -q :1388 /proc/net/tcp; do sleep 0.1; done")?;
     let sent = a.guest.start(&format!("guest-agent send 10.0.0.2:5000 {BYTES} 7"))?.ok(BOOT)?;
     let received = receiver.ok(BOOT)?;

@@ -1,4 +1,4 @@
-//! Guests that mean harm, and memory that is not what it seems.
+//! Hostile guests, and guest memory that is not shared.
 
 use std::time::Duration;
 
@@ -13,18 +13,18 @@ use crate::lab::Scene;
 use crate::nic;
 use crate::vm::VmSpec;
 
-/// A guest writes at random over registers, doorbells, rings and buffers of its NIC; the traffic of
-/// two others loses nothing.
+/// A guest writes random values over the registers, doorbells, rings and buffers of its NIC. Two
+/// other guests lose no traffic.
 pub fn scribbler(scene: &Scene) -> Result<()> {
     const ROUNDS: u32 = 25;
-    // With patience enough for guests that share two processors: a frame that is dropped all the
-    // same is the hostile guest's doing.
+    // The timeout is long enough for guests that share two processors. If a frame is dropped all
+    // the same, the hostile guest is the cause.
     let pair =
         Pair::start(scene, PairSpec { device: "backpressure-ms = 60000", ..PairSpec::default() })?;
     pair.bus.run(&["device", "add", "net-c", "--class", "venet", "--set", "backend=switch"])?;
     let hostile = VmSpec::new("c").device(pair.bus.socket("net-c")).boot(scene)?;
     nic::prepare(&hostile.guest)?;
-    // Each round a fresh driver is driven mad; it may notice and end, or be ended.
+    // Each round disturbs a new driver. The driver may notice and end, or the test ends it.
     let script = format!(
         "n=0; total=0; while [ $n -lt {ROUNDS} ]; do n=$((n+1)); \
          vbus-guest net --name vbus0 >/tmp/net.log 2>&1 & pid=$!; \
@@ -55,13 +55,13 @@ pub fn scribbler(scene: &Scene) -> Result<()> {
         device["counters"]["broken"].as_u64() > Some(0),
         "no write broke a connection, so the test tests nothing"
     );
-    // The bus lives, and serves the hostile guest's device to an honest driver again.
+    // The bus still runs, and an honest driver can use the hostile guest's device again.
     pair.transfer_back(6000, 32 << 20)?;
     nic::Nic::up(&hostile.guest, "net-c", "vbus0", "10.0.0.3/24", "")?;
     nic::ping(&hostile.guest, crate::pair::ADDRESS[0], 3).map(drop)
 }
 
-/// Memory of the guest given with `share=off` is found out and named as the fault.
+/// If the guest's memory has `share=off`, the driver reports that as the cause.
 pub fn share_off(scene: &Scene) -> Result<()> {
     let bus = Bus::start(scene, &device("net", "venet", "backend = \"null\""))?;
     let mut machine = VmSpec::new("a").device(bus.socket("net"));

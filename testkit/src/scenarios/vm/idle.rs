@@ -1,4 +1,4 @@
-//! What a bus costs that has nothing to do.
+//! The cost of an idle bus.
 
 use std::time::Duration;
 
@@ -10,11 +10,10 @@ use crate::lab::Scene;
 
 const DEVICES: usize = 64;
 const MOST_KIB: u64 = 64 * 1024;
-/// How long the bus is watched doing nothing. A time to measure over, not one to wait for
-/// something.
+/// How long the test measures the idle bus.
 const WATCHED: Duration = Duration::from_secs(3);
-/// What may be used in that time, in clock ticks of 10 ms: none, but one for what a measurement
-/// itself sets off.
+/// The processor time that the bus may use in that time, in clock ticks of 10 ms. The measurement
+/// itself may cause one tick.
 const MOST_CPU: Duration = Duration::from_millis(10);
 
 /// 64 idle devices take less than 64 MiB, no thread each, and no processor time.
@@ -35,7 +34,7 @@ pub fn many_devices(scene: &Scene) -> Result<()> {
     ensure!(threads < DEVICES as u64 / 2, "{threads} threads for {DEVICES} devices");
     ensure!(used <= MOST_CPU, "{} ms of processor time while idle", used.as_millis());
 
-    // Asked to end, it ends well and leaves no socket behind.
+    // After SIGTERM the bus ends without an error and leaves no socket.
     let status = bus.process.terminate(Duration::from_secs(10))?;
     ensure!(status.success(), "the bus ended with {status}");
     let left = std::fs::read_dir(bus.dir()).map_or(0, Iterator::count);

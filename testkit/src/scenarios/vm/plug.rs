@@ -12,14 +12,13 @@ use crate::vm::VmSpec;
 
 const CYCLES: u32 = 20;
 
-/// Twenty times a second NIC is plugged, driven and unplugged, while a stream runs over the first
-/// one.
+/// A second NIC is plugged, used and unplugged twenty times while a stream runs over the first NIC.
 pub fn cycles(scene: &Scene) -> Result<()> {
     let pair = Pair::start(scene, PairSpec::default())?;
     let qmp = pair.vms[0].qmp_socket().display().to_string();
     let stream = pair.b().start("guest-agent receive 0.0.0.0:5000")?;
     pair.b().ok("until grep -q ':1388 [0:]* 0A' /proc/net/tcp; do sleep 0.05; done")?;
-    // It ends when the test ends it, so that it runs during every cycle.
+    // The test ends the stream, so it runs during every cycle.
     let sender =
         pair.a().start(&format!("guest-agent send {}:5000 1000000000000 3", ADDRESS[1]))?;
     let (mut plugs, mut unplugs) = (Vec::new(), Vec::new());
@@ -60,8 +59,8 @@ pub fn cycles(scene: &Scene) -> Result<()> {
     pair.transfer(5001, 16 << 20)
 }
 
-/// One `vbus-guest net --all` serves whatever is plugged in, follows its link, and lets go of what
-/// is unplugged.
+/// One `vbus-guest net --all` drives every NIC that is plugged, follows its link, and releases it
+/// when it is unplugged.
 pub fn follow(scene: &Scene) -> Result<()> {
     const INTERFACE: &str = "/sys/class/net/vbus0";
     let bus = Bus::start(scene, "")?;
@@ -79,7 +78,7 @@ pub fn follow(scene: &Scene) -> Result<()> {
                 .concat(),
         )?;
         until(&format!("[ -e {INTERFACE} ]"))?;
-        // Twice each way: the second change finds the driver with an older one behind it.
+        // Each change happens twice: at the second one the driver has handled one before.
         for _ in 0..2 {
             let peer = UnixStream::connect(&stream).context("the NIC's stream")?;
             until(&format!("[ \"$(cat {INTERFACE}/carrier)\" = 1 ]"))?;

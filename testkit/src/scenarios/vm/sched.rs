@@ -22,7 +22,7 @@ use crate::vm::{Vm, VmSpec};
 const LIMIT: Duration = Duration::from_secs(60);
 /// The highest priority that the bus gives.
 const HIGHEST: u32 = 30;
-/// How long a real-time class lasts that nobody renews.
+/// How long a real-time class lasts if the driver does not renew it.
 const BOOST: Duration = Duration::from_millis(600);
 
 /// A thread's class, as Linux numbers it, its real-time priority and its nice value.
@@ -32,7 +32,7 @@ const fn fifo(priority: u32) -> Class {
     (1, priority, 0)
 }
 
-/// A guest with two virtual CPUs, whose threads the bus learns from QEMU.
+/// A guest with two virtual CPUs. The bus asks QEMU for their threads.
 struct Stage {
     bus: Bus,
     vm: Vm,
@@ -72,7 +72,7 @@ impl Stage {
         Ok(Stage { bus, vm, threads })
     }
 
-    /// What the thread of virtual CPU `cpu` is.
+    /// The class of the thread of virtual CPU `cpu`.
     fn class(&self, cpu: usize) -> Result<Class> {
         let path = format!("/proc/{}/task/{}/stat", self.vm.process.id(), self.threads[cpu]);
         let stat = fs::read_to_string(Path::new(&path)).with_context(|| format!("no {path}"))?;
@@ -82,7 +82,7 @@ impl Stage {
         Ok((field(41).parse()?, field(40).parse()?, field(19).parse()?))
     }
 
-    /// Waits until the threads are of these classes.
+    /// Waits until the threads have these classes.
     fn wait(&self, what: &str, classes: [Class; 2]) -> Result<Duration> {
         let began = Instant::now();
         loop {
@@ -98,7 +98,7 @@ impl Stage {
         }
     }
 
-    /// A task of the guest that sleeps on CPU `cpu`, of the class FIFO.
+    /// Starts a task of the class FIFO in the guest. It sleeps on CPU `cpu`.
     fn task(&self, cpu: usize, priority: u32) -> Result<(Running, String)> {
         let mask = 1 << cpu;
         let command =
@@ -106,7 +106,7 @@ impl Stage {
         let task = self.vm.guest.start(&command)?;
         task.wait_for("\n", LIMIT)?;
         let pid = task.said().0.trim().to_owned();
-        // It has moved to its CPU once it is what it shall be.
+        // When the task runs its command, it has moved to its CPU.
         self.vm
             .guest
             .ok(&format!("until grep -q '(sleep)' /proc/{pid}/stat; do sleep 0.05; done"))?;
@@ -114,14 +114,14 @@ impl Stage {
     }
 }
 
-/// The threads follow the guest's tasks, within the policy, and get their own class back however it
-/// ends.
+/// The threads follow the guest's tasks within the policy. They get their own class back, however
+/// the driver, the guest or the bus ends.
 pub fn follows(scene: &Scene) -> Result<()> {
     let mut stage = Stage::set(scene)?;
     let guest = stage.vm.guest.clone();
     stage.wait("at first", [OWN, OWN])?;
 
-    // A task that is named, asleep though it is; on another CPU; and its end.
+    // A task that the driver names follows even asleep; then on another CPU; then it ends.
     let (task, pid) = stage.task(1, 20)?;
     let driver = guest.start(&format!("exec vbus-guest sched --pid {pid}"))?;
     stage.wait("a task of priority 20 on CPU 1", [OWN, fifo(20)])?;
@@ -138,8 +138,8 @@ pub fn follows(scene: &Scene) -> Result<()> {
     driver.ok(LIMIT).context("the end of the task is not the driver's")?;
     stage.wait("the task has ended", [OWN, OWN])?;
 
-    // The most urgent of those that sleep, no higher than the bus allows. A driver that hangs keeps
-    // nothing, nor does one that is killed.
+    // The most urgent sleeping task counts, up to the bus's highest priority. If the driver hangs
+    // or is killed, the thread loses its class.
     let tasks = [stage.task(0, 5)?, stage.task(1, 7)?, stage.task(1, 80)?];
     let driver = guest.start("exec vbus-guest sched --sleeping")?;
     stage.wait("three tasks", [fifo(5), fifo(HIGHEST)])?;
@@ -161,7 +161,7 @@ pub fn follows(scene: &Scene) -> Result<()> {
         task.kill()?;
     }
 
-    // One that runs is seen without --sleeping too.
+    // Without --sleeping the driver sees a running task.
     let driver = guest.start("exec vbus-guest sched")?;
     let busy = guest.start("exec guest-agent fifo 9 taskset 2 guest-agent spin")?;
     stage.wait("a busy task on CPU 1", [OWN, fifo(9)])?;
@@ -170,7 +170,7 @@ pub fn follows(scene: &Scene) -> Result<()> {
     let busy = guest.start("exec guest-agent fifo 9 taskset 2 guest-agent spin")?;
     stage.wait("another one", [OWN, fifo(9)])?;
 
-    // The device goes while it has an effect.
+    // The device is unplugged while a thread has a class from it.
     stage.vm.unplug("dev0")?;
     ensure!(
         [stage.class(0)?, stage.class(1)?] == [OWN, OWN],
@@ -186,7 +186,7 @@ pub fn follows(scene: &Scene) -> Result<()> {
         ended.stderr
     );
 
-    // A guest that is reset, and then the bus, which ends in good order.
+    // The guest is reset. Then the bus ends after SIGTERM.
     let socket = stage.bus.socket("cpus");
     stage.vm.plug("again", 1, &socket)?;
     guest.ok("until vbus-guest list | grep -q cpus; do sleep 0.05; done")?;
@@ -210,8 +210,7 @@ pub fn follows(scene: &Scene) -> Result<()> {
     Ok(())
 }
 
-/// `kill -9` of the bus: the threads get their own class back, and not because it would have ended
-/// by itself.
+/// `kill -9` of the bus: the threads get their own class back, before the class would have expired.
 pub fn bus_killed(scene: &Scene) -> Result<()> {
     let mut stage = Stage::set_with(scene, Duration::from_secs(60))?;
     let guest = stage.vm.guest.clone();
@@ -230,21 +229,21 @@ pub fn bus_killed(scene: &Scene) -> Result<()> {
 
 /// Tasks of the host that compete with the virtual CPU for its processor.
 const RIVALS: usize = 2;
-/// Of the guest's real-time task: how often it wakes, and how many times.
+/// The period of the guest's real-time task, and how often it wakes.
 const PERIOD_US: u32 = 10_000;
 const TIMES: u32 = 250;
 const ROUNDS: usize = 3;
-/// How much sooner it must wake, by the median: measured 30 to 120 times. The mean, measured 17 to
-/// 100 times, suffers from the 50 ms of each second that Linux keeps from real-time tasks, for the
-/// guest is never idle.
+/// The least factor by which the median lateness must fall. Measured: 30 to 120. The mean falls by
+/// 17 to 100 only: Linux withholds 50 ms of each second from real-time tasks, and this guest is
+/// never idle.
 const LEAST: f64 = 4.0;
 
-/// Where a virtual CPU shares its processor with tasks of the host, a real-time task of the guest
-/// wakes the sooner for `sched`.
+/// A virtual CPU shares its processor with tasks of the host. With `sched` a real-time task of the
+/// guest wakes earlier than without.
 ///
-/// The guest is busy with an ordinary task as well, as the host is; QEMU's other threads, on which
-/// the timers of an emulated guest depend, have the host's other processors, and those that are no
-/// virtual CPUs the lowest nice value there.
+/// The guest also runs an ordinary busy task. QEMU's other threads run on the host's other
+/// processors, because the timers of an emulated guest depend on them. Those that are no virtual
+/// CPUs have the lowest nice value there.
 pub fn latency(scene: &Scene) -> Result<()> {
     let stage = Stage::set(scene)?;
     let guest = stage.vm.guest.clone();
@@ -283,7 +282,7 @@ pub fn latency(scene: &Scene) -> Result<()> {
             |key: &str| figures[key].as_f64().with_context(|| format!("no {key} in {figures}"));
         Ok((figure("median")?, figure("mean")?))
     };
-    // By turns, so that whatever else runs on this machine hits both.
+    // The two take turns, so that other work on this machine slows both.
     let mut ratios = Vec::new();
     for _ in 0..ROUNDS {
         let without = measure()?;
@@ -313,7 +312,7 @@ pub fn latency(scene: &Scene) -> Result<()> {
     Ok(())
 }
 
-/// Lets a thread run on these processors only.
+/// Restricts a thread to these processors.
 fn pin(thread: u64, processors: &[usize]) -> Result<()> {
     let mut set = CpuSet::new();
     processors.iter().for_each(|cpu| set.set(*cpu));

@@ -11,11 +11,11 @@ use crate::lab::Scene;
 use crate::nic;
 use crate::vm::VmSpec;
 
-/// The largest page there can be.
+/// The size of the largest page.
 const LARGE: usize = 1 << 20;
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// Values go either way, the newest one wins, and a page may have 1 MiB.
+/// Values go both ways, the newest value wins, and a page of 1 MiB works.
 pub fn pages(scene: &Scene) -> Result<()> {
     let settings = format!(
         r#"pages = [{{ name = "setpoint", bytes = 64, owner = "device" }}, {{ name = "heartbeat", bytes = 64, owner = "driver" }},
@@ -25,7 +25,7 @@ pub fn pages(scene: &Scene) -> Result<()> {
     let vm = VmSpec::new("a").device(bus.socket("values")).boot(scene)?;
     nic::prepare(&vm.guest)?;
 
-    // A watcher in the guest may miss values, never the newest one.
+    // A watcher in the guest may miss values, but never the newest one.
     bus.run(&["state", "set", "values", "setpoint", "before"])?;
     let watch = vm.guest.start("exec vbus-guest state watch setpoint")?;
     watch.wait_for("before", LIMIT)?;

@@ -1,11 +1,11 @@
-//! A device of one's own, from the template, in a real guest.
+//! A new crate from the device template, tested in a real guest.
 
 use anyhow::{Context, Result, ensure};
 
 use crate::lab::Scene;
 use crate::{template, workspace};
 
-/// A crate made from nothing passes its own tests, that in a real guest too.
+/// A new crate passes its own tests, also the one in a real guest.
 pub fn new_device(scene: &Scene) -> Result<()> {
     let folder = scene.dir().join("first-block");
     template::new_device("first-block", &folder)?;

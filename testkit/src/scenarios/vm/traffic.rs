@@ -1,4 +1,4 @@
-//! Data between two guests, checked end to end by hash, in every shape that the NIC has.
+//! Data between two guests in every mode of the NIC. Both ends compare the hash.
 
 use anyhow::{Result, bail};
 
@@ -6,11 +6,10 @@ use crate::lab::Scene;
 use crate::nic;
 use crate::pair::{ADDRESS, Pair, PairSpec};
 
-/// Bytes in each direction of one scenario. With four scenarios this makes more than 1 GiB.
+/// Bytes in each direction of one scenario. Four scenarios move more than 1 GiB.
 const BYTES: u64 = 144 << 20;
 
-/// Moves data both ways after `check`, a command in guest a, has seen that its interface is what
-/// the scenario says.
+/// Moves data both ways. First the command `check` in guest a must confirm the mode of the NIC.
 fn run(scene: &Scene, spec: PairSpec, check: &str) -> Result<()> {
     let pair = Pair::start(scene, spec)?;
     let ping = nic::ping(pair.a(), ADDRESS[1], 5)?;
@@ -55,7 +54,7 @@ pub fn two_pairs(scene: &Scene) -> Result<()> {
     )
 }
 
-/// No offloads: every packet at its own size with its own checksum.
+/// No offloads: every packet has its final size and its checksum.
 pub fn no_offloads(scene: &Scene) -> Result<()> {
     run(
         scene,
@@ -64,11 +63,11 @@ pub fn no_offloads(scene: &Scene) -> Result<()> {
     )
 }
 
-/// Under load there are next to no kicks: fewer than 5 doorbells and 5 interrupts for 1,000
-/// packets.
+/// Under load there are fewer than 5 doorbells and fewer than 5 interrupts per 1,000 packets.
 pub fn few_kicks(scene: &Scene) -> Result<()> {
     const MOST: f64 = 5.0;
-    // An end whose processor is taken away by others is not under load: it counts when none is.
+    // If other work takes an end's processor away, that end is not under load. One undisturbed try
+    // suffices.
     const ROUNDS: usize = 3;
     let pair = Pair::start(scene, PairSpec::default())?;
     let mut rounds = Vec::new();

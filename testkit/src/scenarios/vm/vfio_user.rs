@@ -1,4 +1,4 @@
-//! A vfio-user device that has nothing to do with the bus: the example of the protocol's crate.
+//! A vfio-user device without the bus: the example of the protocol's crate.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use crate::workspace;
 
 /// How long the example may take to make its socket.
 const START: Duration = Duration::from_secs(30);
-/// Where the device is: behind the first root port.
+/// The device's address, behind the first root port.
 const FUNCTION: &str = "/sys/bus/pci/devices/0000:01:00.0";
 
 /// The example `square` of vfio-user-protocol under stock QEMU: a guest finds the device, reads and
@@ -52,8 +52,8 @@ pub fn example(scene: &Scene) -> Result<()> {
         guest.ok("echo 1af4 10f0 > /sys/bus/pci/drivers/uio_pci_generic/new_id")?;
         guest.ok("until [ -c /dev/uio0 ]; do sleep 0.02; done")?;
         for count in 1..=3u32 {
-            // A reader of /dev/uio0 waits for an interrupt after its opening, and gets their
-            // number.
+            // A reader of /dev/uio0 waits for an interrupt that comes after it has opened the file.
+            // It reads the number of interrupts.
             let seen = guest.ok(&format!(
                 "exec 3< /dev/uio0; devmem {first:#x} 32 {}; \
                  dd bs=4 count=1 <&3 2> /dev/null | od -An -tu4",
@@ -64,7 +64,7 @@ pub fn example(scene: &Scene) -> Result<()> {
             let read = guest.ok(&format!("devmem {:#x} 32", first + 4))?;
             ensure!(read.trim() == format!("0x{square:08X}"), "{square:#x} reads as {read:?}");
             guest.ok(&format!("devmem {:#x} 32 0", first + 8))?;
-            // Interrupt Disable, which the driver sets at each interrupt, off again.
+            // The driver sets Interrupt Disable at each interrupt. This clears it.
             guest.ok(&format!(
                 "printf '\\006\\000' | dd of={FUNCTION}/config bs=2 seek=2 conv=notrunc 2> /dev/null"
             ))?;
