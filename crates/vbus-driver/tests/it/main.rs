@@ -2,6 +2,7 @@
 //! against devices that are hostile.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
+mod anything;
 mod calls;
 mod doorbells;
 mod fake;
