@@ -33,6 +33,12 @@ pub trait Backend: Send + Sync {
     /// end can.
     fn steers(&self) -> bool;
 
+    /// The device has the address `mac` by its settings: no driver of another device gets it
+    /// ([`Plug::set_mac`]), whether or not this one's is there. Called once, first of all.
+    fn reserve(&self, mac: Mac) {
+        let _ = mac;
+    }
+
     /// Plugs in a driver that has started. Dropping the plug and its queues unplugs it.
     fn plug(&self, port: Arc<Port>) -> Result<Arc<dyn Plug>, ErrorCode>;
 
@@ -59,7 +65,7 @@ pub trait Plug: Send + Sync {
     }
 
     /// Gives the port the address `mac`, also in its filter. False, and nothing changes, if
-    /// another device has that address.
+    /// another device has that address, or is to have it.
     fn set_mac(&self, mac: Mac) -> bool;
 
     /// The port's filter has changed.

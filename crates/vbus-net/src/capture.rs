@@ -59,6 +59,10 @@ impl Backend for Captured {
         self.inner.steers()
     }
 
+    fn reserve(&self, mac: Mac) {
+        self.inner.reserve(mac);
+    }
+
     fn plug(&self, port: Arc<Port>) -> Result<Arc<dyn Plug>, ErrorCode> {
         let lane = |sink: &SharedSink| -> SharedSink {
             let (sink, file) = (sink.clone(), self.file.clone());

@@ -8,7 +8,7 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
+use std::sync::{Arc, Mutex, OnceLock, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -63,6 +63,8 @@ pub struct Switch {
 struct Table {
     ports: Vec<Arc<Port>>,
     learned: HashMap<Mac, Learned>,
+    /// The addresses that devices have by their settings, whether or not a driver is there.
+    reserved: Vec<Mac>,
 }
 
 struct Learned {
@@ -122,10 +124,12 @@ impl Switch {
         self.changed();
     }
 
-    /// Gives `port` the address `mac`, unless another port has it.
-    fn set_mac(&self, port: &Port, mac: Mac) -> bool {
+    /// Gives `port`, whose address by the settings is `own`, the address `mac`, unless another
+    /// port has it, or another device is to have it.
+    fn set_mac(&self, port: &Port, own: Option<Mac>, mac: Mac) -> bool {
         let mut table = self.write();
-        if table.owner(mac).is_some_and(|owner| owner.id() != port.id()) {
+        let is_others = own != Some(mac) && table.reserved.contains(&mac);
+        if is_others || table.owner(mac).is_some_and(|owner| owner.id() != port.id()) {
             return false;
         }
         table.learned.remove(&mac);
@@ -214,12 +218,22 @@ impl Switch {
 pub struct SwitchBackend {
     switch: Arc<Switch>,
     link: Arc<Link>,
+    /// The device's address by the settings.
+    own: OnceLock<Mac>,
 }
 
 impl SwitchBackend {
     /// A device on `switch`. It has a link while a driver has started.
     pub fn new(switch: Arc<Switch>, link: Arc<Link>) -> SwitchBackend {
-        SwitchBackend { switch, link }
+        SwitchBackend { switch, link, own: OnceLock::new() }
+    }
+}
+
+impl Drop for SwitchBackend {
+    fn drop(&mut self) {
+        let reserved = &mut self.switch.write().reserved;
+        let at = self.own.get().and_then(|own| reserved.iter().position(|mac| mac == own));
+        at.map(|at| reserved.swap_remove(at));
     }
 }
 
@@ -240,10 +254,17 @@ impl Backend for SwitchBackend {
         true
     }
 
+    fn reserve(&self, mac: Mac) {
+        if self.own.set(mac).is_ok() {
+            self.switch.write().reserved.push(mac);
+        }
+    }
+
     fn plug(&self, port: Arc<Port>) -> Result<Arc<dyn Plug>, ErrorCode> {
         self.switch.add(&port);
         self.link.set_carrier(true);
-        let member = Member { switch: self.switch.clone(), port, link: self.link.clone() };
+        let (switch, link) = (self.switch.clone(), self.link.clone());
+        let member = Member { switch, port, own: self.own.get().copied(), link };
         Ok(Arc::new(SwitchPlug(Arc::new(member))))
     }
 
@@ -256,6 +277,8 @@ impl Backend for SwitchBackend {
 struct Member {
     switch: Arc<Switch>,
     port: Arc<Port>,
+    /// The device's address by the settings.
+    own: Option<Mac>,
     link: Arc<Link>,
 }
 
@@ -283,7 +306,7 @@ impl Plug for SwitchPlug {
     }
 
     fn set_mac(&self, mac: Mac) -> bool {
-        self.0.switch.set_mac(&self.0.port, mac)
+        self.0.switch.set_mac(&self.0.port, self.0.own, mac)
     }
 
     fn filter_changed(&self) {

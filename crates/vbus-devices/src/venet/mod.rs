@@ -61,6 +61,7 @@ impl DeviceClass for VenetClass {
         let link = Arc::new(Link::default());
         let (queues, mtu) = (config.queue_pairs, config.mtu);
         let mut backend = config.medium.open(&self.switches, queues, mtu, link.clone())?;
+        backend.reserve(config.mac);
         if let Some((path, snap)) = &config.pcap {
             backend = Box::new(Captured::new(backend, path, *snap)?);
         }

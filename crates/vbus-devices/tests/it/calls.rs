@@ -145,6 +145,20 @@ fn a_transmit_ring_takes_its_last_frame_with_it() {
 }
 
 #[test]
+fn the_address_of_a_device_without_a_driver_is_nobody_else_s() {
+    let bus = bus(1);
+    let mut a = Net::new(&bus, "a", config(1, &json!({})), features(abi::F_MAC));
+    drop(bus.create("b", "venet", &config(2, &json!({}))).unwrap());
+    let mut set = |mac: [u8; 6]| a.call(abi::CALL_SET_MAC, &mac);
+    assert_eq!(set(B), Err(ErrorCode::EXISTS));
+    for mac in [OTHER, A, A, OTHER] {
+        set(mac).unwrap();
+    }
+    bus.remove("b").unwrap();
+    set(B).unwrap();
+}
+
+#[test]
 fn the_address_changes_where_the_settings_allow_it() {
     let bus = bus(1);
     let [mut a, mut b] = two(&bus, &json!({}), [features(abi::F_MAC); 2]);
