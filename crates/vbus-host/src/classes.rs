@@ -1,13 +1,13 @@
-//! The classes of which the program can make devices.
+//! The device classes of the program.
 
 use anyhow::{Result, ensure};
 use vbus_core::DeviceClass;
 use vbus_sched::SchedClass;
 
-/// The classes of vbus, with `sched` as the one of that name, and `more` classes.
+/// Returns the classes of vbus, with `sched` as the class of that name, followed by `more`.
 ///
 /// # Errors
-/// Two classes have one name.
+/// Two classes have the same name.
 pub fn all(
     sched: SchedClass,
     more: Vec<Box<dyn DeviceClass>>,

@@ -1,4 +1,5 @@
-//! A running bus as `vbus device`, `vbus state` and the others see it: by its control socket.
+//! The client of a running bus, over its control socket. `vbus device`, `vbus state` and the other
+//! commands use it.
 
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -17,14 +18,14 @@ pub struct BusDir {
     pub dir: Option<PathBuf>,
 }
 
-/// A running bus. Each request has a connection of its own: between two requests any time may
-/// pass, while the bus disconnects whoever is silent.
+/// A running bus. Each request has its own connection, because the bus disconnects a client that is
+/// silent, and any time may pass between two requests.
 pub struct Client {
     dir: PathBuf,
 }
 
 impl Client {
-    /// The bus that serves in `dir` (see [`rundir::choose`]).
+    /// Connects to the bus that serves in `dir` (see [`rundir::choose`]).
     ///
     /// # Errors
     /// No bus serves there now.
@@ -32,7 +33,7 @@ impl Client {
         let client = Client { dir: rundir::choose(dir) };
         let hint = || {
             format!(
-                "start one with `vbus serve --dir {}`, or say where it is with --dir",
+                "start one with `vbus serve --dir {}`, or name its directory with --dir",
                 client.dir.display()
             )
         };
@@ -55,7 +56,7 @@ impl Client {
         UnixStream::connect(&path).with_context(|| path.display().to_string())
     }
 
-    /// Where the bus has its sockets.
+    /// The directory of the bus's sockets.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
@@ -65,21 +66,21 @@ impl Client {
         self.stream(request, &mut |_| {})
     }
 
-    /// Sends a request and hands each of its answers but the last to `item`.
+    /// Sends a request, passes each answer except the last to `item`, and returns the last.
     pub fn stream(&self, request: &Value, item: &mut dyn FnMut(Value)) -> Result<Value> {
         let socket = self.socket().context("the bus has gone")?;
         Connection::new(socket, "the bus").stream(request, item)
     }
 
-    /// All devices.
+    /// Asks the bus for all devices.
     pub fn list(&self) -> Result<Vec<Value>> {
         match self.ask(&json!({ "op": "list" }))? {
             Value::Array(devices) => Ok(devices),
-            _ => bail!("the bus answers nonsense"),
+            _ => bail!("the bus sent an answer that is no list of devices"),
         }
     }
 
-    /// A request to a device itself.
+    /// Sends `request` to the device `name` itself.
     pub fn device(
         &self,
         name: &str,
@@ -90,7 +91,7 @@ impl Client {
     }
 }
 
-/// The text of a member.
+/// The text of the member `key`, or "-" if `value` has none.
 pub fn text<'a>(value: &'a Value, key: &str) -> &'a str {
     value.get(key).and_then(Value::as_str).unwrap_or("-")
 }
@@ -104,12 +105,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_bus_that_has_ended_the_last_connection_is_asked_by_another_one() {
+    fn each_request_has_its_own_connection() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o700)).unwrap();
         let listener = UnixListener::bind(dir.path().join(CONTROL)).unwrap();
         let bus = std::thread::spawn(move || {
-            // The first comes with `connect`, which asks nothing.
+            // The first connection is that of `connect`, which sends no request.
             let mut asked = 0;
             while asked < 2 {
                 let (mut socket, _) = listener.accept().unwrap();

@@ -1,4 +1,5 @@
-//! The configuration of a bus: `bus.toml`, and the settings of one device wherever they come from.
+//! The configuration of a bus: the file `bus.toml`, and the settings of one device from the file or
+//! the command line.
 
 use std::fmt;
 use std::io::Read;
@@ -22,17 +23,17 @@ const POLL_US_MAX: u64 = 10_000;
 /// The largest budget.
 const BUDGET_MAX: u64 = 4096;
 
-/// A name that a device cannot have: its socket would be the control socket.
+/// No device can have this name, because its socket would be the control socket.
 const RESERVED: &str = "control";
 
-/// A bus as configured.
+/// The configuration of a bus.
 #[derive(Debug)]
 pub struct Config {
-    /// How its tasks run.
+    /// How the bus runs its tasks.
     pub tuning: Tuning,
-    /// Which memory files it takes from its peers.
+    /// Which memory files the bus accepts from its peers.
     pub trust: Trust,
-    /// Its first devices.
+    /// The devices that the bus makes at its start.
     pub devices: Vec<DeviceSpec>,
 }
 
@@ -42,23 +43,23 @@ impl Default for Config {
     }
 }
 
-/// A device as configured.
+/// The configuration of a device.
 #[derive(Clone, Debug)]
 pub struct DeviceSpec {
     /// Its name on the bus.
     pub name: String,
     /// Its class.
     pub class: String,
-    /// What its PCI function has.
+    /// The options of its PCI function.
     pub options: Options,
-    /// The device of the bus that may carry its interrupts.
+    /// The device of class pic that may carry its interrupts.
     pub pic: Option<String>,
-    /// The class's own settings, an object.
+    /// The class's own settings, a JSON object.
     pub settings: Value,
 }
 
 impl DeviceSpec {
-    /// Takes the keys that every device has out of `settings` and leaves the class's own.
+    /// Removes the keys that every device has from `settings`. The others are the class's own.
     pub fn new(
         name: String,
         class: String,
@@ -66,7 +67,7 @@ impl DeviceSpec {
     ) -> Result<DeviceSpec, String> {
         if name == RESERVED {
             return Err(format!(
-                "\"name\" is {RESERVED:?}, but the socket of that name is the bus's own; use another name"
+                "\"name\" is {RESERVED:?}, but the bus itself uses the socket of that name; use another name"
             ));
         }
         let mut flag = |key: &str| match settings.remove(key) {
@@ -88,16 +89,16 @@ impl DeviceSpec {
     }
 }
 
-/// A configuration file's text, to point into it.
+/// The text of a configuration file. Errors point to places in it.
 #[derive(Debug)]
 pub struct Source {
     path: PathBuf,
     text: String,
-    /// For each device of the configuration, where it is and where its keys are.
+    /// The places of each device in the text.
     devices: Vec<DevicePlaces>,
 }
 
-/// Where the parts of a device's configuration are.
+/// Where the parts of a device's configuration are in the text.
 #[derive(Debug)]
 struct DevicePlaces {
     /// The device's name.
@@ -106,12 +107,12 @@ struct DevicePlaces {
     name: Range<usize>,
     /// Where the class is.
     class: Range<usize>,
-    /// Its keys: where each stands, or its value if the value is a single one. Keys within lists of
-    /// tables are written as `pages[2].owner`.
+    /// Its keys and the place of each. A key within a list of tables is written as
+    /// `pages[2].owner`.
     keys: Vec<(String, Range<usize>)>,
 }
 
-/// Notes where `value`, which stands at `key`, and all within it are.
+/// Adds the places of everything within `value`, the value of `key`, to `keys`.
 fn note(key: &str, value: &Spanned<DeValue<'_>>, keys: &mut Vec<(String, Range<usize>)>) {
     match value.get_ref() {
         DeValue::Array(list) => {
@@ -132,7 +133,7 @@ fn note(key: &str, value: &Spanned<DeValue<'_>>, keys: &mut Vec<(String, Range<u
     }
 }
 
-/// What is wrong with a configuration, where. Shown with the line in question.
+/// A fault of a configuration. Its text has the place and shows the line.
 #[derive(Debug)]
 pub struct ConfigError(String);
 
@@ -144,7 +145,7 @@ impl fmt::Display for ConfigError {
 
 impl std::error::Error for ConfigError {}
 
-/// A fault and the bytes of the text that it is about.
+/// A fault: the bytes of the text that it is about, and a description.
 type Fault = (Range<usize>, String);
 
 /// Reads a configuration file.
@@ -174,8 +175,8 @@ fn parse(path: &Path, text: String) -> Result<(Config, Source), ConfigError> {
 }
 
 impl Source {
-    /// An error at a place of the text: file, line, column, the line itself, and a mark under what
-    /// is meant.
+    /// Makes an error about the bytes `span` of the text. It has the file, the line number, the
+    /// column, the line itself, and a mark under the bytes.
     fn point(&self, span: &Range<usize>, message: &str) -> ConfigError {
         let mut start = span.start.min(self.text.len());
         while !self.text.is_char_boundary(start) {
@@ -200,8 +201,9 @@ impl Source {
         ))
     }
 
-    /// An error that making the device number `device` of the configuration gave. Points at the
-    /// setting whose key, in quotes, the text begins with; or else at what it is about.
+    /// Makes an error from `message`, which says why device number `device` of the configuration
+    /// could not be made. If `message` begins with a key in quotes, the error points to that
+    /// setting. Otherwise it points to the device's class or name.
     pub fn device_error(&self, device: usize, message: &str) -> ConfigError {
         let Some(places) = self.devices.get(device) else { return ConfigError(message.into()) };
         let begins = |words: &str, place: &Range<usize>| {
@@ -227,7 +229,7 @@ fn fill(text: &str, config: &mut Config, places: &mut Vec<DevicePlaces>) -> Resu
                 let DeValue::Array(devices) = value.get_ref() else {
                     return Err((
                         key.span(),
-                        "a device begins with [[device]], in double brackets".into(),
+                        "a device begins with [[device]], with double brackets".into(),
                     ));
                 };
                 for entry in devices.iter() {
@@ -314,10 +316,7 @@ fn device(table: &DeTable<'_>, whole: Range<usize>) -> Result<(DeviceSpec, Devic
 }
 
 fn table<'a, 'i>(value: &'a Spanned<DeValue<'i>>, what: &str) -> Result<&'a DeTable<'i>, Fault> {
-    value
-        .get_ref()
-        .as_table()
-        .ok_or_else(|| (value.span(), format!("{what} must be a table, with keys of its own")))
+    value.get_ref().as_table().ok_or_else(|| (value.span(), format!("{what} must be a table")))
 }
 
 fn string(value: &Spanned<DeValue<'_>>) -> Result<String, Fault> {
@@ -325,7 +324,7 @@ fn string(value: &Spanned<DeValue<'_>>) -> Result<String, Fault> {
         .get_ref()
         .as_str()
         .map(str::to_owned)
-        .ok_or_else(|| (value.span(), "must be a string, in quotes".into()))
+        .ok_or_else(|| (value.span(), "must be a string in quotes".into()))
 }
 
 fn number(value: &Spanned<DeValue<'_>>, least: u64, most: u64) -> Result<u64, Fault> {
@@ -334,7 +333,8 @@ fn number(value: &Spanned<DeValue<'_>>, least: u64, most: u64) -> Result<u64, Fa
     number.ok_or_else(|| (value.span(), format!("must be a number from {least} to {most}")))
 }
 
-/// A value of the command line: as in the file, or else just a string.
+/// Parses a value of the command line as in the configuration file. A text that is no value there
+/// is a string.
 pub fn setting(text: &str) -> Value {
     let parsed = DeValue::parse(text).ok().and_then(|value| json(value.get_ref()).ok());
     parsed.unwrap_or_else(|| Value::String(text.into()))
@@ -346,7 +346,7 @@ fn json(value: &DeValue<'_>) -> Result<Value, String> {
         DeValue::Boolean(value) => Value::Bool(*value),
         DeValue::Integer(digits) => i64::from_str_radix(digits.as_str(), digits.radix())
             .map(Value::from)
-            .map_err(|_| format!("{digits} is too large a number"))?,
+            .map_err(|_| format!("{digits} is too large for a number"))?,
         DeValue::Float(digits) => {
             let float: f64 =
                 digits.as_str().parse().map_err(|_| format!("{digits} is not a number"))?;
@@ -366,11 +366,12 @@ fn json(value: &DeValue<'_>) -> Result<Value, String> {
     })
 }
 
-/// "unknown key", with the known key that was probably meant, or all of them.
+/// The message for an unknown key. It names the known key that is most like it, or else all known
+/// keys.
 fn unknown(key: &str, place: &str, known: &[&str]) -> String {
     match meant(key, known) {
         Some(meant) => format!("unknown key {key:?} {place}; did you mean {meant:?}?"),
-        None => format!("unknown key {key:?} {place}; there are: {}", known.join(", ")),
+        None => format!("unknown key {key:?} {place}; the known keys are: {}", known.join(", ")),
     }
 }
 
@@ -430,7 +431,7 @@ mod tests {
             ),
             (
                 "[bus]\nzzz = 1\n",
-                "bus.toml:2:1: unknown key \"zzz\" for the bus; there are: workers, poll-us, budget, trust-memory",
+                "bus.toml:2:1: unknown key \"zzz\" for the bus; the known keys are: workers, poll-us, budget, trust-memory",
             ),
             (
                 "[bus]\nworkers = 0\n",

@@ -1,10 +1,10 @@
-//! The program that serves a vbus, as a library call: an author of device classes gives their
-//! classes and gets the whole of `vbus` with them: command line, configuration file, sockets,
-//! control socket, lock of the directory, signals, log, clean-up, and the commands that control a
-//! running bus.
+//! The program that serves a vbus, as a library. An author of device classes passes the classes to
+//! [`Program`] and gets the whole program `vbus` with them: command line, configuration file,
+//! sockets, control socket, lock of the directory, signals, log, clean-up, and the commands that
+//! control a running bus.
 //!
-//! The `main` of such a program. Its class `echo` stands beside those of vbus in `bus.toml`, in
-//! `device add` and in `device classes`:
+//! This is the `main` of such a program. Users name its class `echo` in `bus.toml` and in `device
+//! add`, like the classes of vbus:
 //!
 //! ```no_run
 //! use std::process::ExitCode;
@@ -18,7 +18,7 @@
 //!         "echo"
 //!     }
 //!     fn help(&self) -> &'static str {
-//!         "gives back what it is sent; no settings"
+//!         "Sends back each request; no settings."
 //!     }
 //!     fn create(
 //!         &self,
@@ -43,8 +43,8 @@
 //! }
 //! ```
 //!
-//! `echo-host serve --config bus.toml` then serves the bus, and `vbus` or `echo-host` control it.
-//! `vbus_core` says how a class and its devices are written.
+//! `echo-host serve --config bus.toml` serves the bus. Both `vbus` and `echo-host` can control it.
+//! The documentation of `vbus_core` shows how to write a class and its devices.
 
 mod classes;
 mod client;

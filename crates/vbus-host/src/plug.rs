@@ -1,4 +1,4 @@
-//! Plugging a device of the bus into a running QEMU, and unplugging it.
+//! Plugs a device of the bus into a running QEMU, and unplugs it.
 
 use std::path::Path;
 use std::time::Duration;
@@ -8,21 +8,21 @@ use serde_json::{Value, json};
 
 use vbus_qmp::{QemuError, Qmp};
 
-/// Where QEMU keeps the devices that have an id.
+/// The path of QEMU's devices that have an id.
 const PERIPHERAL: &str = "/machine/peripheral";
 const ROOT_PORT: &str = "child<pcie-root-port>";
 const VFIO_USER: &str = "child<vfio-user-pci>";
 
-/// Id of the root port number `number`, as `vbus qemu-args` names them.
+/// The id that `vbus qemu-args` gives to root port number `number`.
 pub fn root_port_id(number: usize) -> String {
     format!("vbus-port{number}")
 }
 
-/// The most root ports that [`root_port`] has a place for.
+/// The most root ports that [`root_port`] can place.
 pub const ROOT_PORTS_MAX: usize = 8 * 22;
 
-/// The `-device` of a root port. Eight share a slot of q35's bus, so that many fit, from slot 8 on,
-/// so that they keep clear of others.
+/// The value of `-device` for a root port. Eight root ports share a slot of q35's bus, so that many
+/// fit. They begin at slot 8, because other devices use the slots below.
 pub fn root_port(number: usize) -> String {
     let (slot, function) = (8 + number / 8, number % 8);
     let first = if function == 0 { ",multifunction=on" } else { "" };
@@ -32,12 +32,12 @@ pub fn root_port(number: usize) -> String {
     )
 }
 
-/// QEMU's id of the device `name`. It begins with a letter whatever the name is.
+/// QEMU's id of the device `name`. It always begins with a letter, as QEMU requires.
 fn device_id(name: &str) -> String {
     format!("vbus-{name}")
 }
 
-/// The `-device` of a device of the bus, and the arguments of `device_add`.
+/// The value of `-device` for a device of the bus, which is also the arguments of `device_add`.
 pub fn device(name: &str, socket: &Path, port: &str) -> Value {
     json!({
         "driver": "vfio-user-pci",
@@ -54,7 +54,7 @@ pub struct Slot {
 }
 
 impl Slot {
-    /// Finds a root port with nothing in it, or sees to it that `port` is one.
+    /// Finds an empty root port. With `port`, checks that this one is empty.
     pub fn find(qmp: &Path, patience: Duration, port: Option<&str>) -> Result<Slot> {
         let mut qmp = Qmp::connect(qmp, patience)?;
         let ports = peripherals(&mut qmp, ROOT_PORT)?;
@@ -89,21 +89,21 @@ impl Slot {
         &self.port
     }
 
-    /// Plugs the device in.
+    /// Plugs the device into the root port.
     pub fn plug(&mut self, name: &str, socket: &Path) -> Result<()> {
         self.qmp.run("device_add", device(name, socket, &self.port)).map(drop)
     }
 }
 
-/// Unplugs the device that QEMU has from `socket`: asks the guest for it, and waits until it is
-/// gone.
+/// Unplugs the device that QEMU has from `socket`. QEMU asks the guest to release it; this function
+/// waits until the guest has done so.
 pub fn unplug(qmp: &Path, patience: Duration, name: &str, socket: &Path) -> Result<()> {
     let mut qmp = Qmp::connect(qmp, patience)?;
     let id = find(&mut qmp, name, socket)?;
     match qmp.run("device_del", json!({ "id": id })) {
         Ok(_) => {}
-        // Asked for before, by somebody else or by an attempt that was given up: it will still
-        // come.
+        // Somebody else, or an earlier attempt that timed out, has asked for it before. The event
+        // will still come.
         Err(error) if under_way(&error) => {}
         Err(error) => return Err(error),
     }
@@ -114,12 +114,12 @@ pub fn unplug(qmp: &Path, patience: Duration, name: &str, socket: &Path) -> Resu
             Some("DEVICE_UNPLUG_GUEST_ERROR" | "MEM_UNPLUG_ERROR") if device == Some(&id) => {
                 bail!("the guest refuses to release it")
             }
-            Some("SHUTDOWN") => bail!("the machine shut down meanwhile"),
+            Some("SHUTDOWN") => bail!("the machine shut down before it released the device"),
             _ => {}
         }
     }
     Err(anyhow!("the guest did not release it within {} s", patience.as_secs())).context(
-        "a guest that is not up yet, or has no PCI hotplug, never does; it may still do so later, then remove the device again",
+        "a guest that has not booted yet, or has no PCI hotplug, cannot release it; if the guest releases it later, remove the device again",
     )
 }
 
@@ -136,7 +136,7 @@ fn find(qmp: &mut Qmp, name: &str, socket: &Path) -> Result<String> {
     if devices.contains(&ours) {
         return Ok(ours);
     }
-    // Plugged by somebody else, by an id of their own: then the socket tells.
+    // Somebody else may have plugged the device, with another id. The socket identifies it.
     for id in devices {
         let path = format!("{PERIPHERAL}/{id}");
         let value =
@@ -147,23 +147,23 @@ fn find(qmp: &mut Qmp, name: &str, socket: &Path) -> Result<String> {
     }
     bail!(
         "this QEMU has no device of {}; give the --qmp of the machine that has it. If none has, \
-         leave --qmp out, and the device is only taken off the bus",
+         omit --qmp: then vbus only removes the device from the bus",
         socket.display()
     )
 }
 
-/// Ids of all devices of a type.
+/// The ids of all devices of the type `kind`.
 fn peripherals(qmp: &mut Qmp, kind: &str) -> Result<Vec<String>> {
     let list = qmp.run("qom-list", json!({ "path": PERIPHERAL }))?;
     let mut ids: Vec<String> =
         names(&list).filter(|(_, k)| *k == kind).map(|(name, _)| name.to_owned()).collect();
-    // QEMU's own order is that of a hash table. Shorter ones first, so that port10 comes after
-    // port9.
+    // QEMU lists them in the order of a hash table. Shorter ids come first here, so that port10
+    // follows port9.
     ids.sort_by(|a, b| (a.len(), a).cmp(&(b.len(), b)));
     Ok(ids)
 }
 
-/// Names and types of a `qom-list`.
+/// The names and types in the answer to `qom-list`.
 fn names(list: &Value) -> impl Iterator<Item = (&str, &str)> {
     list.as_array()
         .into_iter()

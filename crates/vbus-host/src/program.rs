@@ -1,4 +1,4 @@
-//! The program: its command line, and which command runs.
+//! The program: its command line, and the dispatch of its commands.
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -20,7 +20,7 @@ struct Cli {
 
 #[derive(Subcommand, Debug)]
 enum Command {
-    /// Serve a bus, until SIGINT, SIGTERM or SIGHUP
+    /// Serve a bus until SIGINT, SIGTERM or SIGHUP
     Serve(serve::Args),
     /// Add, remove and show the devices of a running bus
     #[command(subcommand)]
@@ -30,25 +30,25 @@ enum Command {
     State(command::state::Command),
     /// Show every counter of every device
     Stats(command::stats::Args),
-    /// Print what to put on QEMU's command line for this bus
+    /// Print the options that QEMU needs to use the devices of this bus
     QemuArgs(command::qemu_args::Args),
-    /// Look at configuration files
+    /// Check configuration files
     #[command(subcommand)]
     Config(command::config::Command),
-    /// What `vbus serve` starts, and nobody else
+    /// Restore scheduling classes after the bus was killed; `vbus serve` starts this itself
     #[command(name = serve::guardian::COMMAND, hide = true)]
     Guardian,
-    /// Says which program drives devices
+    /// Print which program drives devices
     #[command(hide = true, disable_help_flag = true)]
     Guest {
-        /// What this command took when it still did.
+        /// Arguments of the former command, which are ignored
         #[arg(allow_hyphen_values = true, trailing_var_arg = true)]
         rest: Vec<OsString>,
     },
 }
 
-/// A program that serves a bus, with classes of its own beside those of vbus. It has all commands
-/// of `vbus`.
+/// A program that serves a bus. It has all commands and all device classes of `vbus`, and can have
+/// more classes.
 pub struct Program {
     name: &'static str,
     version: &'static str,
@@ -56,29 +56,28 @@ pub struct Program {
 }
 
 impl Program {
-    /// A program called `name`, as help and errors call it, of version `version`.
+    /// Makes a program with this name and version. Its help and its errors show them.
     pub fn new(name: &'static str, version: &'static str) -> Program {
         Program { name, version, classes: Vec::new() }
     }
 
-    /// Adds a class of devices. Its name must differ from those of the other classes, or else
-    /// [`run`](Self::run) fails.
+    /// Adds a device class. If two classes have the same name, [`run`](Self::run) fails.
     pub fn class(mut self, class: impl DeviceClass + 'static) -> Program {
         self.classes.push(Box::new(class));
         self
     }
 
-    /// The command line, for help pages and completions.
+    /// The definition of the command line, for man pages and completions.
     pub fn command(&self) -> clap::Command {
         Cli::command().name(self.name).version(self.version)
     }
 
-    /// Runs the command that the process's arguments name, to its end: for `serve` that is SIGINT,
-    /// SIGTERM or SIGHUP. Errors are printed. Returns the exit code: 0; 1 after an error; wrong
-    /// arguments end the process with 2.
+    /// Runs the command that the process's arguments name, and prints its error. `serve` runs until
+    /// SIGINT, SIGTERM or SIGHUP. Returns the exit code: 0 after success, 1 after an error. Wrong
+    /// arguments end the process with exit code 2.
     ///
-    /// A program must call this first in its `main` and hand it the process's own arguments:
-    /// `serve` may start the program a second time, as the guardian of the class `sched`.
+    /// A program must call this first in its `main`, because `serve` may start the program a second
+    /// time, as the guardian of the class `sched`.
     pub fn run(self) -> ExitCode {
         let args = std::env::args_os().skip(1);
         if let Some(made) = documents::make_if_asked(self.command(), args) {
@@ -102,8 +101,8 @@ impl Program {
             Command::Config(command) => command::config::run(command, self.classes),
             Command::Guardian => Ok(()),
             Command::Guest { .. } => bail!(
-                "devices are driven by a program of their own now: run `vbus-guest` with the same words \
-                 in place of `vbus guest`"
+                "the program `vbus-guest` drives devices now: run `vbus-guest` with the same arguments \
+                 instead of `vbus guest`"
             ),
         }
     }

@@ -1,5 +1,5 @@
-//! Plugging a device of the bus into a running `vbus-vmm`, and unplugging it: by its control socket
-//! (spec/vmm.md).
+//! Plugs a device of the bus into a running `vbus-vmm`, and unplugs it, over the control socket of
+//! `vbus-vmm` (spec/vmm.md).
 
 use std::io::ErrorKind;
 use std::os::unix::net::UnixStream;
@@ -16,7 +16,8 @@ use crate::client::text;
 pub struct Vmm(Connection);
 
 impl Vmm {
-    /// Connects to the control socket `path`. No request is waited for longer than `patience`.
+    /// Connects to the control socket `path`. Each request fails when its answer takes longer than
+    /// `patience`.
     pub fn connect(path: &Path, patience: Duration) -> Result<Vmm> {
         let socket = UnixStream::connect(path)
             .with_context(|| format!("cannot reach vbus-vmm at {}", path.display()))?;
@@ -26,15 +27,14 @@ impl Vmm {
         Ok(Vmm(Connection::new(socket, "vbus-vmm")))
     }
 
-    /// The devices that are plugged: their names, and the sockets that they were plugged by.
+    /// The devices that are plugged: the name and the socket of each.
     fn devices(&mut self) -> Result<Vec<Value>> {
         let mut devices = Vec::new();
         self.0.stream(&json!({ "op": "devices" }), &mut |device| devices.push(device))?;
         Ok(devices)
     }
 
-    /// Sees to it that a device called `name` can be plugged, as far as that can be told
-    /// beforehand.
+    /// Checks that no device called `name` is plugged yet.
     pub fn check_free(&mut self, name: &str) -> Result<()> {
         if self.devices()?.iter().any(|device| text(device, "name") == name) {
             bail!("this vbus-vmm has a device {name:?} already");
@@ -42,17 +42,17 @@ impl Vmm {
         Ok(())
     }
 
-    /// Plugs the device in.
+    /// Plugs the device.
     pub fn plug(&mut self, name: &str, socket: &Path) -> Result<()> {
-        // It may run in another directory.
+        // `vbus-vmm` may run in another directory.
         let socket = std::path::absolute(socket)?;
         self.0
             .stream(&json!({ "op": "plug", "name": name, "socket": socket }), &mut |_| {})
             .map(drop)
     }
 
-    /// Unplugs the device that is plugged from `socket`: asks the guest for it, and waits until it
-    /// is gone.
+    /// Unplugs the device that `vbus-vmm` has from `socket`. `vbus-vmm` asks the guest to release
+    /// it; this method waits until the guest has done so.
     pub fn unplug(&mut self, socket: &Path) -> Result<()> {
         let ours = socket.canonicalize().context("the device has no socket")?;
         let is_ours = |device: &Value| {
@@ -62,7 +62,7 @@ impl Vmm {
         let Some(device) = device else {
             bail!(
                 "this vbus-vmm has no device of {}; give the --vmm of the machine that has it. If none \
-                 has, leave --vmm out, and the device is only taken off the bus",
+                 has, omit --vmm: then vbus only removes the device from the bus",
                 socket.display()
             )
         };

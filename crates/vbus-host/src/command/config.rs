@@ -13,9 +13,9 @@ use vbus_cli::output::{emit, emit_json};
 /// Commands.
 #[derive(clap::Subcommand, Debug)]
 pub enum Command {
-    /// Check a configuration without serving it
+    /// Check a configuration file without serving the bus
     Check {
-        /// The configuration
+        /// The configuration file
         #[arg(value_name = "FILE")]
         file: PathBuf,
         /// Print JSON
@@ -24,12 +24,12 @@ pub enum Command {
     },
 }
 
-/// Runs one. `more` classes stand beside those of vbus.
+/// Runs a command. `more` are the classes that the program has beside those of vbus.
 pub fn run(command: &Command, more: Vec<Box<dyn DeviceClass>>) -> Result<()> {
     let Command::Check { file, json } = command;
     let (config, source) = config::read(file)?;
-    // The classes check their own settings. No device is made: a bus may be running with this very
-    // configuration, and what it uses is not touched.
+    // The classes check their own settings without making a device: a bus may run with this
+    // configuration at the same time and must not be disturbed.
     let executor = Executor::start(Tuning { workers: 1, ..config.tuning })?;
     let bus = Bus::new(executor, classes::all(SchedClass::new(), more)?, config.trust);
     for (number, spec) in config.devices.iter().enumerate() {

@@ -17,11 +17,11 @@ use crate::{config, plug};
 /// Commands.
 #[derive(clap::Subcommand, Debug)]
 pub enum Command {
-    /// Add a device to the bus, and plug it into a running QEMU with --qmp, or into a running
-    /// vbus-vmm with --vmm
+    /// Add a device to the bus. With --qmp, also plug it into a running QEMU; with --vmm, into a
+    /// running vbus-vmm
     Add(Add),
-    /// Take a device off the bus, after unplugging it from a running QEMU with --qmp, or from a
-    /// running vbus-vmm with --vmm
+    /// Remove a device from the bus. With --qmp, first unplug it from a running QEMU; with --vmm,
+    /// from a running vbus-vmm
     Remove(Remove),
     /// List the devices
     List {
@@ -31,9 +31,9 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Show all that there is to tell of a device
+    /// Show the state and the counters of a device
     Show {
-        /// Its name
+        /// The name of the device
         name: String,
         #[command(flatten)]
         bus: BusDir,
@@ -41,21 +41,21 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Send a device a request of its class, and print what it answers
+    /// Send a device a request of its class, and print the answers
     #[command(after_help = REQUEST_HELP)]
     Request {
-        /// Its name
+        /// The name of the device
         name: String,
         /// The request, in JSON; - reads it from standard input
         #[arg(value_name = "JSON")]
         request: String,
         #[command(flatten)]
         bus: BusDir,
-        /// Print each answer as it is: a line of JSON
+        /// Print each answer as a line of JSON
         #[arg(long)]
         json: bool,
     },
-    /// List the classes of which devices can be made
+    /// List the device classes and their settings
     Classes {
         #[command(flatten)]
         bus: BusDir,
@@ -66,24 +66,24 @@ pub enum Command {
 }
 
 const REQUEST_HELP: &str = "\
-What can be asked for is the class's own matter. A class may answer several times, as long as it
-likes; Ctrl-C ends that. For example, of a device of class state:
+Each class defines its own requests. A device may answer a request several times, and without end;
+Ctrl-C ends the command. Examples for a device of class state:
   vbus device request values '{\"op\": \"list\"}'
   vbus device request values '{\"op\": \"set\", \"page\": \"setpoint\", \"text\": \"42\"}'
   vbus device request values '{\"op\": \"watch\", \"page\": \"setpoint\"}' --json
-A class of your own answers in its method `Device::control`.";
+Your own class answers requests in its method `Device::control`.";
 
 /// The virtual machine to plug into.
 #[derive(clap::Args, Debug)]
 struct Into {
     #[command(flatten)]
     machine: Machine,
-    /// Give up after that many seconds
+    /// Give up after this many seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 30, requires = "machine")]
     timeout: u64,
 }
 
-/// How it is reached.
+/// The socket of the virtual machine.
 #[derive(clap::Args, Debug)]
 #[group(id = "machine", multiple = false)]
 struct Machine {
@@ -101,7 +101,7 @@ impl Into {
     }
 }
 
-/// A free place in a virtual machine, if one is meant.
+/// A free place in the virtual machine that the command line names, if it names one.
 enum Free {
     Nowhere,
     Qemu(plug::Slot),
@@ -137,15 +137,15 @@ impl Free {
 pub struct Add {
     /// The name of the new device
     name: String,
-    /// Its class
+    /// The class of the new device
     #[arg(long)]
     class: String,
-    /// A setting of its class, as in the configuration file; strings need no quotes
+    /// A setting of the class, as in the configuration file; strings need no quotes
     #[arg(long = "set", value_name = "KEY=VALUE", value_parser = key_value)]
     settings: Vec<(String, Value)>,
     #[command(flatten)]
     into: Into,
-    /// The root port to plug it into, by its id; without it, the first that is free
+    /// The id of the root port to plug the device into [default: the first free one]
     #[arg(long, value_name = "ID", requires = "qmp")]
     port: Option<String>,
     #[command(flatten)]
@@ -162,7 +162,7 @@ pub struct Remove {
     name: String,
     #[command(flatten)]
     into: Into,
-    /// Remove it even while a virtual machine or a driver process uses it
+    /// Remove the device even while a virtual machine or a driver process uses it
     #[arg(long, conflicts_with = "machine")]
     force: bool,
     #[command(flatten)]
@@ -177,7 +177,7 @@ fn key_value(argument: &str) -> Result<(String, Value), String> {
     Ok((key.into(), config::setting(value)))
 }
 
-/// Runs one.
+/// Runs a command.
 pub fn run(command: &Command) -> Result<()> {
     match command {
         Command::Add(args) => add(args),
@@ -203,7 +203,7 @@ pub fn run(command: &Command) -> Result<()> {
             };
             let request: Value = serde_json::from_str(&text).with_context(|| {
                 format!(
-                    "the request is no JSON: {}; put it in single quotes for the shell",
+                    "the request is not JSON: {}; put it in single quotes for the shell",
                     text.trim_end()
                 )
             })?;
@@ -231,7 +231,7 @@ pub fn run(command: &Command) -> Result<()> {
     }
 }
 
-/// A value for people: a line for each of its members.
+/// Formats a value for people: one line for each of its members.
 fn show(value: &Value) -> String {
     let rows: Vec<_> =
         flatten(value).into_iter().map(|(key, value)| vec![key, plain(value)]).collect();
@@ -281,7 +281,7 @@ fn add(args: &Add) -> Result<()> {
             bail!("{key:?} is set twice");
         }
     }
-    // Whether it can be plugged is found out before the bus has it.
+    // Check that the machine has a free place before the device is added to the bus.
     let mut free = Free::find(&args.into, &args.name, args.port.as_deref())?;
     let request =
         json!({ "op": "add", "name": args.name, "class": args.class, "settings": settings });
@@ -290,7 +290,7 @@ fn add(args: &Add) -> Result<()> {
     if let Err(error) = free.plug(&args.name, &socket) {
         let undone = client.ask(&json!({ "op": "remove", "name": args.name, "force": true }));
         let fate = if undone.is_ok() {
-            "it was taken off the bus again"
+            "vbus removed it from the bus again"
         } else {
             "it is still on the bus"
         };
@@ -314,7 +314,7 @@ fn add(args: &Add) -> Result<()> {
 
 fn remove(args: &Remove) -> Result<()> {
     let client = Client::connect(args.bus.dir.as_deref())?;
-    // An unknown name is an error before anything is unplugged.
+    // Check the name before anything is unplugged.
     client.ask(&json!({ "op": "show", "name": args.name }))?;
     let (socket, patience) = (rundir::socket(client.dir(), &args.name), args.into.patience());
     let unplugged = match &args.into.machine {
@@ -328,8 +328,7 @@ fn remove(args: &Remove) -> Result<()> {
     };
     let unplugged =
         unplugged.with_context(|| format!("cannot unplug {:?}; it stays on the bus", args.name))?;
-    // Once the machine says that the device is gone, so is its connection; but the bus may not have
-    // seen the end of it yet.
+    // The machine has closed its connection by now, but the bus may not have noticed that yet.
     let force = args.force || unplugged;
     client.ask(&json!({ "op": "remove", "name": args.name, "force": force }))?;
     if args.json {

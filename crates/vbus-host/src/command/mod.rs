@@ -1,4 +1,4 @@
-//! The commands that talk to a running bus.
+//! The commands other than `vbus serve`.
 
 pub mod config;
 pub mod device;

@@ -10,12 +10,12 @@ use vbus_cli::output::{emit, emit_json};
 /// Arguments.
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// The devices that the machine shall have; without any, all that no other machine uses
+    /// The devices that the machine gets [default: all devices that nobody uses]
     devices: Vec<String>,
-    /// Size of the machine's memory, as for -m
+    /// The size of the machine's memory, as for QEMU's -m
     #[arg(long, default_value = "1G")]
     memory: String,
-    /// Empty root ports besides, for devices that are plugged later
+    /// The number of further, empty root ports, for devices that are plugged later
     #[arg(long, value_name = "COUNT", default_value_t = 4, value_parser = clap::value_parser!(u16).range(0..=64))]
     spare_ports: u16,
     #[command(flatten)]
@@ -44,7 +44,7 @@ pub fn run(args: &Args) -> Result<()> {
     };
     if chosen.is_empty() {
         bail!(
-            "{}; add one with `vbus device add`, or free one (`vbus device list` shows who has what)",
+            "{}; add one with `vbus device add`, or stop the user of one (`vbus device list` shows which are in use)",
             if devices.is_empty() {
                 "no device is on the bus"
             } else {
@@ -54,7 +54,7 @@ pub fn run(args: &Args) -> Result<()> {
     }
     if !is_size(&args.memory) {
         bail!(
-            "--memory is {:?}; use a number with K, M, G or T behind it, such as 512M or 1.5G (a \
+            "--memory is {:?}; use a number followed by K, M, G or T, such as 512M or 1.5G (a \
              number alone is in MiB)",
             args.memory
         );
@@ -62,7 +62,7 @@ pub fn run(args: &Args) -> Result<()> {
     let ports = chosen.len() + usize::from(args.spare_ports);
     if ports > plug::ROOT_PORTS_MAX {
         bail!(
-            "a machine has room for {} root ports, not {ports}; name the devices that it shall have",
+            "a machine has room for {} root ports, not {ports}; name fewer devices, or lower --spare-ports",
             plug::ROOT_PORTS_MAX
         );
     }
@@ -92,8 +92,8 @@ pub fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Whether QEMU takes the text for a size of memory: a number above 0, maybe with a fraction, and a
-/// unit.
+/// Whether QEMU accepts the text as a size of memory: a number above 0, with an optional fraction
+/// and an optional unit.
 fn is_size(text: &str) -> bool {
     let number = text.strip_suffix(['k', 'K', 'm', 'M', 'g', 'G', 't', 'T']).unwrap_or(text);
     let (whole, fraction) = number.split_once('.').unwrap_or((number, "0"));
@@ -101,7 +101,7 @@ fn is_size(text: &str) -> bool {
     digits(whole) && digits(fraction) && number.bytes().any(|b| (b'1'..=b'9').contains(&b))
 }
 
-/// A word for the shell.
+/// Quotes a word for the shell if it needs quotes.
 fn quoted(word: &str) -> String {
     let plain = |b: u8| b.is_ascii_alphanumeric() || b"-_=.,:/".contains(&b);
     if word.bytes().all(plain) { word.into() } else { format!("'{}'", word.replace('\'', r"'\''")) }
@@ -112,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_are_those_that_qemu_takes() {
+    fn sizes_are_checked_as_qemu_does() {
         assert!(["512", "512M", "1G", "1.5g", "0.5T", "64k"].iter().all(|text| is_size(text)));
         let wrong =
             ["", "M", "12X", "1GG", "-1G", "0", "0.0G", "1.G", ".5G", "1.2.3G", "1 G", "1G,"];

@@ -1,4 +1,4 @@
-//! `vbus state`: the pages of a state device, from the bus's end.
+//! `vbus state`: reads, writes and watches the pages of a state device at the device's end.
 
 use std::io::Read;
 
@@ -40,7 +40,7 @@ pub enum Command {
         #[command(flatten)]
         common: Common,
     },
-    /// Write a page that this end owns
+    /// Write a page that the device owns
     Set {
         /// The device
         device: String,
@@ -48,19 +48,19 @@ pub enum Command {
         page: String,
         /// The value; - reads it from standard input
         value: String,
-        /// The value is written in hexadecimal digits
+        /// The value is given in hexadecimal digits
         #[arg(long)]
         hex: bool,
         #[command(flatten)]
         common: Common,
     },
-    /// Print the value of a page, and each that follows
+    /// Print the value of a page, and each later value
     Watch {
         /// The device
         device: String,
         /// The page
         page: String,
-        /// End after so many values
+        /// End after this many values
         #[arg(long, value_name = "N")]
         count: Option<u64>,
         /// Print all bytes in hexadecimal, even if they are text
@@ -71,7 +71,7 @@ pub enum Command {
     },
 }
 
-/// Runs one.
+/// Runs a command.
 pub fn run(command: &Command) -> Result<()> {
     match command {
         Command::List { device, common } => {
@@ -135,7 +135,7 @@ fn ask(common: &Common, device: &str, request: &Value, item: &mut dyn FnMut(Valu
     Client::connect(common.bus.dir.as_deref())?.device(device, request, item).map(drop)
 }
 
-/// The value as text if it is text, and otherwise, or if that is wanted, in hexadecimal.
+/// Prints the value as text if it is text and `hex` is false, otherwise in hexadecimal.
 fn print(value: &Value, hex: bool, json: bool) {
     match value.get("text").and_then(Value::as_str).filter(|_| !hex) {
         _ if json => emit_json(value),

@@ -14,22 +14,22 @@ use vbus_cli::output::{bold, emit, emit_json, flatten, plain};
 /// Arguments.
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// Only these devices
+    /// The devices to show [default: all]
     devices: Vec<String>,
     #[command(flatten)]
     bus: BusDir,
-    /// Print JSON: a line with an array of all devices; with --watch one each time
+    /// Print JSON: one line with an array of the devices; with --watch, one line each time
     #[arg(long)]
     json: bool,
-    /// Go on, with rates per second
+    /// Show the counters again and again, with rates per second
     #[arg(long)]
     watch: bool,
-    /// Seconds between two looks
+    /// The seconds between two readings
     #[arg(long, value_name = "SECONDS", default_value_t = 1.0, requires = "watch")]
     interval: f64,
 }
 
-/// Numbers of the last look, by device and path.
+/// The numbers of the last reading, by device and path.
 type Before = HashMap<(String, String), f64>;
 
 /// Runs it.
@@ -55,7 +55,7 @@ pub fn run(args: &Args) -> Result<()> {
         } else {
             let mut screen = String::new();
             if args.watch && std::io::stdout().is_terminal() {
-                // Home, and clear what is below.
+                // Move the cursor to the top, and clear the screen.
                 screen.push_str("\x1b[H\x1b[J");
             }
             let mut numbers = Before::new();

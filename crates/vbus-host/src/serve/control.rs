@@ -1,5 +1,4 @@
-//! What control clients may ask of the bus (`spec/control.md`), and the socket at which they are
-//! accepted.
+//! The requests of control clients to the bus (`spec/control.md`), and the control socket.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -16,41 +15,41 @@ use super::host::Host;
 use crate::config::DeviceSpec;
 use vbus_cli::rundir::CONTROL;
 
-/// What clients may cost. A line holds the largest state page in JSON.
+/// The limits on clients. The largest state page, in JSON, fits in a line.
 const LIMITS: Limits = Limits { clients: 32, line: 4 << 20 };
-/// Clients that wait to be accepted.
+/// The most clients that wait to be accepted.
 const BACKLOG: i32 = 16;
 
-/// What a client may ask for.
+/// A request of a client.
 #[derive(Deserialize)]
 #[serde(tag = "op", rename_all = "kebab-case", deny_unknown_fields)]
 enum Request {
-    /// Version, process, directory, classes.
+    /// Returns the version, the process, the directory and the classes.
     Info,
-    /// All devices with everything there is to tell.
+    /// Returns all devices with their state and counters.
     List,
-    /// One device likewise.
+    /// Returns one device with its state and counters.
     Show { name: String },
     /// Adds a device.
     Add { name: String, class: String, settings: Map<String, Value> },
-    /// Removes one.
+    /// Removes a device.
     Remove {
         name: String,
         #[serde(default)]
         force: bool,
     },
-    /// A request to a device itself.
+    /// Passes a request to a device.
     Device { name: String, request: Value },
 }
 
-/// Accepts clients. Dropping it removes the socket.
+/// Accepts clients. Its drop removes the socket.
 pub struct Acceptor {
     server: Server<Control>,
     path: PathBuf,
 }
 
 impl Acceptor {
-    /// Makes the control socket of `host`, with mode 0600 from the first moment on.
+    /// Makes the control socket of `host`. It has mode 0600 from the beginning.
     pub fn bind(host: Arc<Host>) -> Result<Acceptor> {
         let path = host.dir().join(CONTROL);
         let listener = vbus_vfio_user::bind_private(&path, BACKLOG).map(UnixListener::from);
@@ -61,7 +60,7 @@ impl Acceptor {
         })
     }
 
-    /// Accepts the next client, if there is one. An error is one of this process, not of the
+    /// Accepts the next client, if one waits. An error is a fault of this process, not of the
     /// client.
     pub fn next(&self) -> io::Result<()> {
         self.server.accept()
@@ -80,7 +79,7 @@ impl Drop for Acceptor {
     }
 }
 
-/// Answers clients.
+/// Answers the requests of clients.
 struct Control(Arc<Host>);
 
 impl Handler for Control {

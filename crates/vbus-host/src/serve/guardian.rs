@@ -1,10 +1,10 @@
-//! The guardian: a process that gives threads their own scheduling class back if the bus is killed
+//! The guardian: a process that restores the scheduling class of threads if the bus is killed
 //! (spec/sched.md, "If the bus is killed").
 //!
-//! It is started before the first thread is changed, holds the ledger
-//! ([`vbus_sched::Ledger`]) as its standard output and the reading end of a pipe as its
-//! standard input, and sleeps in a read of that pipe, to which nobody writes: the pipe ends with
-//! the bus.
+//! The bus starts the guardian before it changes the first thread. The guardian's standard output
+//! is the ledger ([`vbus_sched::Ledger`]), and its standard input is the reading end of a pipe.
+//! Nobody writes to the pipe. The guardian sleeps in a read of it until the bus ends, which closes
+//! the other end.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -19,14 +19,14 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 
-/// The hidden command.
+/// The name of the hidden command.
 pub const COMMAND: &str = "guardian";
-/// One that has ended is followed by another one, but not sooner after the start of the last one.
+/// The least time between the starts of two guardians.
 const PAUSE: Duration = Duration::from_secs(1);
-/// How long it may take to end, at the end of the bus.
+/// How long the bus waits for the guardian to end.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Starts the process when it is needed, and ends it with the bus.
+/// Starts the guardian when it is needed, and ends it with the bus.
 #[derive(Default)]
 pub struct Guardian(Mutex<State>);
 
@@ -38,8 +38,8 @@ struct State {
 
 struct Running {
     child: Child,
-    /// Its other end is the guardian's alone: there is an error on this one once the guardian has
-    /// ended.
+    /// The writing end of the pipe. Only the guardian has the reading end, so a poll of this end
+    /// reports an error once the guardian has ended.
     pipe: OwnedFd,
     since: Instant,
 }
@@ -56,12 +56,12 @@ impl vbus_sched::Guardian for Guardian {
             }
             if running.since.elapsed() < PAUSE {
                 return Err(io::Error::other(
-                    "the guardian has ended; there will be another one in a second",
+                    "the guardian has ended; the bus starts another one in a second",
                 ));
             }
         }
         if let Some(Running { mut child, .. }) = state.running.take() {
-            // It has closed its end of the pipe, and so is as good as gone.
+            // It has closed its end of the pipe, so it has ended or ends at once.
             let _ = child.wait();
             tracing::warn!("the guardian has ended; starting another one");
         }
@@ -71,7 +71,7 @@ impl vbus_sched::Guardian for Guardian {
 }
 
 impl Guardian {
-    /// Ends it, when no thread is changed any more.
+    /// Ends the guardian. The bus calls this when it has restored all threads.
     pub fn stop(&self) {
         let mut state = self.0.lock().unwrap_or_else(|e| e.into_inner());
         state.stopped = true;
@@ -95,7 +95,7 @@ impl Guardian {
 impl Running {
     fn start(ledger: BorrowedFd<'_>) -> io::Result<Running> {
         let (read, pipe) = pipe_with(PipeFlags::CLOEXEC)?;
-        // This very program, also if its file has been replaced.
+        // This program itself, even if its file has been replaced.
         let child = Command::new("/proc/self/exe")
             .arg0("vbus")
             .arg(COMMAND)
@@ -113,14 +113,15 @@ impl Running {
     }
 }
 
-/// The guardian's own life.
+/// Runs the guardian.
 pub fn run() -> ExitCode {
-    // What is meant for the bus, from a terminal or from who ends all processes of a service, is
-    // not for this one: it ends when the bus has.
+    // A terminal or a service manager may send these signals to all processes of the bus. The
+    // guardian ignores them, because it must outlive the bus.
     for signal in [SIGINT, SIGTERM, SIGHUP, SIGQUIT] {
-        let _ = signal_hook::flag::register(signal, std::sync::Arc::default()); // Caught, and nothing more.
+        let _ = signal_hook::flag::register(signal, std::sync::Arc::default());
     }
-    let _ = rustix::process::setsid(); // Fails for who calls it by hand.
+    // This fails if a person started the command by hand, which does no harm.
+    let _ = rustix::process::setsid();
     let _ = rustix::thread::set_name(c"vbus-guardian");
     if let Err(error) = wait() {
         eprintln!("error: the guardian cannot wait for the end of the bus: {error}");
@@ -131,7 +132,7 @@ pub fn run() -> ExitCode {
         Ok(vbus_sched::Outcome { restored: 0, left: 0, failed: 0 }) => ExitCode::SUCCESS,
         Ok(vbus_sched::Outcome { restored, left, failed }) => {
             eprintln!(
-                "the bus was killed: {restored} threads got their scheduling class back, {left} had ended or another one, {failed} failed"
+                "the bus was killed: {restored} threads got their scheduling class back, {left} had ended or had changed their class, {failed} failed"
             );
             if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
         }
@@ -142,7 +143,7 @@ pub fn run() -> ExitCode {
     }
 }
 
-/// Returns once the other end of the pipe is closed.
+/// Waits until the other end of the pipe is closed.
 fn wait() -> io::Result<()> {
     let mut pipe = io::stdin().lock();
     loop {

@@ -1,4 +1,4 @@
-//! The bus with its sockets: what is on the one has one of the others.
+//! The bus with its sockets. Each device of the bus has a socket.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -16,18 +16,18 @@ use crate::classes;
 use crate::config::{Config, DeviceSpec};
 use vbus_cli::rundir::Claimed;
 
-/// The bus and what it is served by.
+/// The bus and the servers of its devices.
 pub struct Host {
     claimed: Claimed,
     bus: Bus,
     guardian: Arc<Guardian>,
-    /// By name. Not locked while a device is made or ended, which may take as long as its back end
-    /// takes.
+    /// The server of each device, by the device's name. It is not locked while a device is made or
+    /// removed, because a back end may take long for that.
     served: Mutex<BTreeMap<String, DeviceServer>>,
 }
 
 impl Host {
-    /// An empty bus whose devices are of the classes of vbus or of `more`.
+    /// Starts an empty bus that has the classes of vbus and `more`.
     pub fn start(
         claimed: Claimed,
         config: &Config,
@@ -41,7 +41,7 @@ impl Host {
         Ok(Host { claimed, bus, guardian, served: Mutex::default() })
     }
 
-    /// Where the sockets are.
+    /// The directory of the sockets.
     pub fn dir(&self) -> &Path {
         self.claimed.path()
     }
@@ -50,7 +50,7 @@ impl Host {
         self.served.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// Makes a device and serves it.
+    /// Makes a device and starts its server.
     pub fn add(&self, spec: DeviceSpec) -> Result<Arc<Endpoint>> {
         let path = self.claimed.socket(&spec.name)?;
         let endpoint = self.bus.create(&spec.name, &spec.class, &spec.settings)?;
@@ -69,19 +69,19 @@ impl Host {
         }
     }
 
-    /// Takes a device away. Without `force` not while a client is connected to it.
+    /// Removes a device. Without `force` this fails while a client is connected to the device.
     pub fn remove(&self, name: &str, force: bool) -> Result<()> {
         self.bus.get(name)?;
         let server = match self.lock().entry(name.to_owned()) {
-            Entry::Vacant(_) => bail!("{name:?} is being added or removed just now"),
+            Entry::Vacant(_) => bail!("{name:?} is being added or removed at the moment"),
             Entry::Occupied(entry) if !force && entry.get().is_connected() => bail!(
-                "{name:?} is in use by a virtual machine or a driver process; unplug it there first (--qmp SOCKET does both), or \
+                "{name:?} is in use by a virtual machine or a driver process; unplug it first (--qmp SOCKET does both), or \
                  use --force"
             ),
             Entry::Occupied(entry) => entry.remove(),
         };
-        // Its socket goes first, and with it the client, so that nobody uses the device any more
-        // when it goes.
+        // The server ends first, and disconnects the client, so that nobody uses the device when
+        // the bus removes it.
         drop(server);
         self.bus.remove(name)?;
         Ok(())
@@ -92,7 +92,7 @@ impl Host {
         Ok(self.bus.get(name)?)
     }
 
-    /// All that can be told of all devices, or of one.
+    /// The state and the counters of the device `name`, or of all devices.
     pub fn inspect(&self, name: Option<&str>) -> Result<Vec<Value>> {
         let endpoints = match name {
             Some(name) => vec![self.bus.get(name)?],
@@ -122,12 +122,12 @@ impl Host {
         value
     }
 
-    /// The classes, with what they say of themselves.
+    /// The name and the help text of each class.
     pub fn classes(&self) -> Value {
         self.bus.classes().map(|c| json!({ "name": c.name(), "help": c.help() })).collect()
     }
 
-    /// Stops serving, and empties the bus.
+    /// Ends all servers, and removes all devices.
     pub fn stop(&self) {
         let served = std::mem::take(&mut *self.lock());
         for (name, server) in served {

@@ -1,4 +1,4 @@
-//! `vbus serve`: the bus, a vfio-user socket for each device, the control socket.
+//! `vbus serve`: runs the bus, with a vfio-user socket for each device and a control socket.
 
 mod control;
 pub mod guardian;
@@ -23,11 +23,12 @@ use vbus_cli::rundir::{self, Claimed};
 
 const HELP: &str = "\
 Environment:
-  VBUS_LOG       what is in the log, on standard error: error, warn, info (without it), debug or
-                 trace; also by crate, such as `info,vbus_vfio_user=debug`
-  NOTIFY_SOCKET  systemd sets it for a service of Type=notify, and is told when the bus is up
+  VBUS_LOG       the level of the log, on standard error: error, warn, info (the default), debug
+                 or trace; also for each crate, such as `info,vbus_vfio_user=debug`
+  NOTIFY_SOCKET  systemd sets it for a service of Type=notify; vbus reports there that the bus is
+                 up
 
-A configuration, bus.toml, of a bus with a network card and two values:
+An example of bus.toml, with a network card and a device of two state pages:
   [[device]]
   name = \"net0\"
   class = \"venet\"
@@ -38,23 +39,25 @@ A configuration, bus.toml, of a bus with a network card and two values:
   class = \"state\"
   pages = [{ name = \"setpoint\", bytes = 64, owner = \"device\" },
            { name = \"load\", bytes = 64, owner = \"driver\" }]
-`vbus config check bus.toml` checks it, `vbus device classes` lists the classes and their settings.";
+`vbus config check bus.toml` checks the file. `vbus device classes` lists the classes of a running
+bus and their settings.";
 
 /// Arguments of `vbus serve`.
 #[derive(clap::Args, Debug)]
 #[command(after_help = HELP)]
 pub struct Args {
-    /// The bus as it shall be at the start; without it, an empty one.
+    /// The configuration file with the first devices [default: a bus without devices]
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     #[command(flatten)]
     bus: BusDir,
-    /// Write a line to this file descriptor once everything is up.
+    /// Write the line READY=1 to this file descriptor once the bus is up
     #[arg(long, value_name = "FD")]
     ready_fd: Option<u32>,
 }
 
-/// Serves until SIGINT, SIGTERM or SIGHUP, with `classes` beside those of vbus.
+/// Serves a bus until SIGINT, SIGTERM or SIGHUP. `classes` are the classes that the program has
+/// beside those of vbus.
 pub fn run(args: &Args, classes: Vec<Box<dyn DeviceClass>>) -> Result<()> {
     log::start();
     let (config, source) = match &args.config {
@@ -66,11 +69,11 @@ pub fn run(args: &Args, classes: Vec<Box<dyn DeviceClass>>) -> Result<()> {
     };
     vbus_cli::limits::raise_descriptor_limit();
     let claimed = Claimed::claim(&rundir::choose(args.bus.dir.as_deref()))?;
-    // Before anything is served, so that no signal finds the sockets in place and nobody to remove
-    // them.
+    // Signals are caught before the first socket is made, so that no signal ends the process and
+    // leaves sockets behind.
     let stop = signals::termination()?;
     let host = Arc::new(Host::start(claimed, &config, classes)?);
-    // Who asks before all devices are there waits.
+    // A client that connects before all devices are made waits in the backlog.
     let accept = control::Acceptor::bind(host.clone())?;
     for (number, spec) in config.devices.iter().enumerate() {
         host.add(spec.clone()).map_err(|error| match &source {
@@ -96,8 +99,8 @@ pub fn run(args: &Args, classes: Vec<Box<dyn DeviceClass>>) -> Result<()> {
             break;
         }
         if client && accept.next().is_err() {
-            // Out of descriptors or threads: the client waits in the backlog, and trying again at
-            // once would only burn time.
+            // This process has no more descriptors or threads. The client waits in the backlog. An
+            // attempt without a pause would only take processor time.
             std::thread::sleep(Duration::from_millis(200));
         }
     }
@@ -107,7 +110,7 @@ pub fn run(args: &Args, classes: Vec<Box<dyn DeviceClass>>) -> Result<()> {
     Ok(())
 }
 
-/// Tells whoever started us that everything is up: by descriptor, and to systemd.
+/// Reports that the bus is up: to the descriptor `fd`, and to systemd.
 fn tell_ready(fd: Option<u32>) -> Result<()> {
     if let Some(fd) = fd {
         std::fs::write(format!("/proc/self/fd/{fd}"), "READY=1\n")

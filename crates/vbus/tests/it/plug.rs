@@ -149,13 +149,13 @@ fn a_device_is_plugged_into_the_first_free_port_once_it_is_on_the_bus() {
 }
 
 #[test]
-fn a_device_that_cannot_be_plugged_is_taken_off_the_bus_again() {
+fn a_device_that_cannot_be_plugged_is_removed_from_the_bus_again() {
     let bus = Served::start(CONFIG);
     let qemu = Qemu::start(|_, _| failed("Bus 'p2' does not support hotplugging"));
     let done = add(&bus, qemu.path());
     assert_eq!(done.code, Some(1));
     assert!(
-        done.err.contains("does not support hotplugging") && done.err.contains("off the bus again"),
+        done.err.contains("does not support hotplugging") && done.err.contains("from the bus again"),
         "{}",
         done.err
     );

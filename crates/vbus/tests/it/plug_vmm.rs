@@ -110,7 +110,7 @@ fn a_device_is_plugged_once_it_is_on_the_bus() {
 }
 
 #[test]
-fn a_device_that_cannot_be_plugged_is_taken_off_the_bus_again() {
+fn a_device_that_cannot_be_plugged_is_removed_from_the_bus_again() {
     let bus = Served::start(CONFIG);
     let fails = |done: Done, text: &str| {
         assert!(done.code == Some(1) && done.err.contains(text), "{text}: {}", done.err);
@@ -118,7 +118,7 @@ fn a_device_that_cannot_be_plugged_is_taken_off_the_bus_again() {
     };
     let full = Vmm::start(vec![], |_| Some(vec![json!({ "error": "all 4 slots are taken" })]));
     let done = full.add(&bus);
-    assert!(done.err.contains("off the bus again"), "{}", done.err);
+    assert!(done.err.contains("from the bus again"), "{}", done.err);
     fails(done, "all 4 slots are taken");
     // One that dies while it is asked, one that talks of something else, one that never answers.
     fails(Vmm::start(vec![], |_| None).add(&bus), "vbus-vmm has gone");

@@ -53,7 +53,7 @@ fn devices_come_and_go() {
             .contains("already")
     );
     assert!(bus.bad(&["device", "add", "a/b", "--class", "venet"]).contains("bad device name"));
-    assert!(bus.bad(&["device", "add", "control", "--class", "venet"]).contains("the bus's own"));
+    assert!(bus.bad(&["device", "add", "control", "--class", "venet"]).contains("the bus itself"));
     assert!(
         bus.bad(&["device", "add", "x", "--class", "vnet"]).contains("venet"),
         "names the classes that there are"

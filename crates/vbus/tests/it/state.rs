@@ -55,7 +55,7 @@ fn requests_of_the_class_are_sent_as_they_are() {
     let answer = bus.json(&["device", "request", "values", r#"{"op":"get","page":"setpoint"}"#]);
     assert_eq!(answer["text"], "42");
     let bad = |name: &str, json: &str| bus.bad(&["device", "request", name, json]);
-    assert!(bad("values", "{op: get}").contains("the request is no JSON"));
+    assert!(bad("values", "{op: get}").contains("the request is not JSON"));
     assert!(bad("values", r#"{"op":"fly"}"#).contains("values: "));
     assert!(bad("nothing", "{}").contains("nothing"));
     // Answers come as they are given.
