@@ -1,4 +1,5 @@
-//! Man pages and shell completions, made by the programs themselves from their command lines.
+//! Man pages and shell completions. Each program makes them from the definition of its command
+//! line.
 
 use std::ffi::OsString;
 use std::fs;
@@ -15,11 +16,9 @@ pub const COMMAND: &str = "generate-documents";
 pub const SHELLS: [(Shell, &str); 3] =
     [(Shell::Bash, "bash"), (Shell::Zsh, "zsh"), (Shell::Fish, "fish")];
 
-/// Makes the documents of the program with the command line `command`, if that is what `args`, the
-/// words behind the program's name, ask for. A program calls this before it parses its arguments.
-///
-/// # Returns
-/// `None`: `args` ask for something else.
+/// Makes the documents of the program with the command line `command`, if `args` ask for them.
+/// `args` are the arguments after the program's name. A program calls this before it parses them.
+/// Returns `None` if `args` ask for something else.
 pub fn make_if_asked(
     command: Command,
     args: impl IntoIterator<Item = OsString>,

@@ -1,5 +1,5 @@
-//! The log, on standard error. A hostile peer decides how often some lines are due, so their number
-//! is bounded.
+//! The log, on standard error. The number of its lines is bounded, because a hostile peer can cause
+//! some of them as often as it likes.
 
 use std::io::{self, IsTerminal, Write};
 use std::sync::Mutex;
@@ -8,18 +8,18 @@ use std::time::{Duration, Instant};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
 
-/// Lines in any such time ...
+/// In each period of this length ...
 const PERIOD: Duration = Duration::from_secs(10);
-/// ... are at most this many.
+/// ... the log has at most this many lines.
 const LINES: u32 = 1000;
 
-/// Starts it. `VBUS_LOG` chooses what is in it (`debug`, `vfio_user_protocol=trace`, ...); `info`
-/// without it.
+/// Starts the log. The environment variable `VBUS_LOG` sets its level (`debug`,
+/// `vfio_user_protocol=trace`, ...). The default is `info`.
 pub fn start() {
     start_with("info");
 }
 
-/// Starts it; without `VBUS_LOG`, `level` chooses what is in it.
+/// Starts the log. `level` is its level without `VBUS_LOG`.
 pub fn start_with(level: &str) {
     let filter = EnvFilter::try_from_env("VBUS_LOG").unwrap_or_else(|_| EnvFilter::new(level));
     let ansi = io::stderr().is_terminal();
@@ -41,7 +41,7 @@ struct Bounded {
     state: Mutex<State>,
 }
 
-/// Writes one event, or nothing.
+/// The writer of one event. It writes the event or drops it.
 enum Line {
     Write,
     Drop,
@@ -54,11 +54,8 @@ impl<'a> MakeWriter<'a> for Bounded {
         let mut state = self.state.lock().unwrap_or_else(|e| e.into_inner());
         if state.since.elapsed() >= PERIOD {
             if state.lines > LINES {
-                let _ = writeln!(
-                    io::stderr(),
-                    "{} lines of the log were left out",
-                    state.lines - LINES
-                );
+                let _ =
+                    writeln!(io::stderr(), "{} lines of the log were omitted", state.lines - LINES);
             }
             *state = State { since: Instant::now(), lines: 0 };
         }
@@ -70,8 +67,8 @@ impl<'a> MakeWriter<'a> for Bounded {
 impl Write for Line {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if let Line::Write = self {
-            // A log that cannot be written (a full disk, a reader that has gone) is no reason to
-            // stop serving, and there is nowhere to complain of it.
+            // The program goes on when it cannot write its log, because the disk is full or the
+            // reader has gone. There is nowhere else to report that.
             let _ = io::stderr().write_all(bytes);
         }
         Ok(bytes.len())

@@ -1,18 +1,18 @@
-//! What goes to the terminal: plain text, columns, colour only where a person looks.
+//! The output of commands: plain text and columns. It has colour only on a terminal.
 
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
 
 use serde_json::Value;
 
-/// Writes to standard output. If that fails the program ends: without a word if the reader has gone
-/// (`vbus ... | head`), or else with an error and exit code 1, so that no script takes half of the
-/// output for the whole.
+/// Writes to standard output. If that fails, the program ends. If the reader has gone (`vbus ... |
+/// head`), it ends silently. Otherwise it ends with an error and exit code 1, so that no script
+/// takes a part of the output for the whole.
 pub fn emit(text: &str) {
     emit_bytes(text.as_bytes());
 }
 
-/// As [`emit`], of bytes that need not be text.
+/// Writes bytes, which need not be text, as [`emit`] does.
 pub fn emit_bytes(bytes: &[u8]) {
     let mut out = io::stdout().lock();
     let Err(error) = out.write_all(bytes).and_then(|()| out.flush()) else { return };
@@ -24,22 +24,22 @@ pub fn emit_bytes(bytes: &[u8]) {
     std::process::exit(1);
 }
 
-/// One line of JSON on standard output.
+/// Writes one line of JSON to standard output.
 pub fn emit_json(value: &Value) {
     emit(&format!("{value}\n"));
 }
 
-/// Whether a person looks at standard output and wants colour.
+/// Whether standard output is a terminal and the user wants colour.
 pub fn colour() -> bool {
     io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty())
 }
 
-/// `text` in bold, if there is colour.
+/// Returns `text` in bold if the output has colour.
 pub fn bold(text: &str) -> String {
     if colour() { format!("\x1b[1m{text}\x1b[0m") } else { text.into() }
 }
 
-/// Columns, each as wide as its widest cell; the first row is the heading.
+/// Formats rows as columns, each as wide as its widest cell. The first row is the heading.
 pub fn columns(rows: &[Vec<String>]) -> String {
     match aligned(rows).split_first() {
         Some((heading, rest)) => bold(heading) + "\n" + &ended(rest),
@@ -47,7 +47,7 @@ pub fn columns(rows: &[Vec<String>]) -> String {
     }
 }
 
-/// Columns as of [`columns`], without a heading.
+/// Formats rows as [`columns`] does, without a heading.
 pub fn table(rows: &[Vec<String>]) -> String {
     ended(&aligned(rows))
 }
@@ -73,8 +73,8 @@ fn aligned(rows: &[Vec<String>]) -> Vec<String> {
     rows.iter().map(line).collect()
 }
 
-/// The members of a JSON value, as paths with dots and what is there; in the order in which they
-/// stand.
+/// Returns the members of a JSON value at all depths, each as its path with dots and its value, in
+/// the order of the value.
 pub fn flatten(value: &Value) -> Vec<(String, &Value)> {
     fn walk<'a>(prefix: &str, value: &'a Value, out: &mut Vec<(String, &'a Value)>) {
         let join =
@@ -94,7 +94,7 @@ pub fn flatten(value: &Value) -> Vec<(String, &Value)> {
     out
 }
 
-/// A JSON value as a person writes it: strings without quotes.
+/// Formats a JSON value for people: strings have no quotes, and null is "-".
 pub fn plain(value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),

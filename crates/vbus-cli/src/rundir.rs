@@ -1,4 +1,4 @@
-//! The directory of a bus: where its sockets are.
+//! The directory of a bus, which has its sockets.
 
 use std::fs::DirBuilder;
 use std::os::fd::OwnedFd;
@@ -10,12 +10,12 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
 use rustix::process::geteuid;
 
-/// Name of the control socket in the directory.
+/// The name of the control socket in the directory.
 pub const CONTROL: &str = "control.sock";
 /// The longest path of a UNIX socket, in bytes.
 const SOCKET_PATH_MAX: usize = 107;
 
-/// The directory to use: the one given, or else `$XDG_RUNTIME_DIR/vbus`, or else `/tmp/vbus-UID`.
+/// Chooses the directory: `given`, or else `$XDG_RUNTIME_DIR/vbus`, or else `/tmp/vbus-UID`.
 pub fn choose(given: Option<&Path>) -> PathBuf {
     if let Some(dir) = given {
         return std::path::absolute(dir).unwrap_or_else(|_| dir.to_owned());
@@ -26,7 +26,7 @@ pub fn choose(given: Option<&Path>) -> PathBuf {
     }
 }
 
-/// The socket of device `name`.
+/// The path of the socket of device `name`.
 pub fn socket(dir: &Path, name: &str) -> PathBuf {
     dir.join(format!("{name}.sock"))
 }
@@ -34,7 +34,7 @@ pub fn socket(dir: &Path, name: &str) -> PathBuf {
 /// Checks that `path` is short enough for a UNIX socket.
 ///
 /// # Errors
-/// It is not; the text says by how much, and what to do.
+/// The path is too long. The text has its length, the limit, and what to do.
 pub fn check_socket_path(path: &Path) -> Result<()> {
     let len = path.as_os_str().len();
     ensure!(
@@ -46,8 +46,8 @@ pub fn check_socket_path(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Checks that nobody else can have put sockets there: it is ours (or root's) and only its owner
-/// may write to it.
+/// Checks that no other user can have put sockets into `dir`: it belongs to this user or to root,
+/// and only its owner may write to it.
 pub fn check(dir: &Path) -> Result<()> {
     let meta =
         std::fs::symlink_metadata(dir).with_context(|| format!("no bus in {}", dir.display()))?;
@@ -67,20 +67,21 @@ pub fn check(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A directory that this process serves in. No other one can as long as this value lives.
+/// A directory in which this process serves a bus. No other process can serve there while this
+/// value exists.
 pub struct Claimed {
     dir: PathBuf,
-    /// Holds the lock.
+    /// The open directory, which holds the lock.
     _lock: OwnedFd,
 }
 
 impl Claimed {
-    /// Makes the directory if it is not there (mode 0700), checks whose it is, locks it, and
+    /// Makes the directory with mode 0700 if it does not exist, checks its owner, locks it, and
     /// removes the sockets that a dead bus left.
     ///
     /// # Errors
-    /// It cannot be made, belongs to somebody else, is served in already, or has a name that cannot
-    /// be told to a VMM: one that is too long for sockets, or not UTF-8.
+    /// The directory cannot be made, belongs to another user, or has a bus already. Or its name is
+    /// not UTF-8, which JSON for a VMM requires, or too long for sockets.
     pub fn claim(dir: &Path) -> Result<Claimed> {
         ensure!(
             dir.to_str().is_some(),
@@ -124,7 +125,7 @@ impl Claimed {
     /// The socket of device `name`.
     ///
     /// # Errors
-    /// When the path is too long for a socket.
+    /// The path is too long for a socket.
     pub fn socket(&self, name: &str) -> Result<PathBuf> {
         let path = socket(&self.dir, name);
         check_socket_path(&path)?;

@@ -1,10 +1,11 @@
 //! The guest's side of vbus on Linux: finds the functions of a vbus and drives them from user
-//! space. In a virtual machine they are functions of the PCI bus ([`PciSource`]: sysfs,
-//! `uio_pci_generic`, huge pages; it needs root). A plain process drives them over their vfio-user
-//! sockets ([`SocketSource`]), without a virtual machine and without root. Both are a [`Source`],
-//! and give a [`Hal`](vbus_driver::Hal) and an [`Interrupt`] for each function.
+//! space. In a virtual machine they are functions of the PCI bus ([`PciSource`]). That source uses
+//! sysfs, `uio_pci_generic` and huge pages, and needs root. A plain process drives them over their
+//! vfio-user sockets ([`SocketSource`]), without a virtual machine and without root. Both
+//! implement [`Source`], which gives a [`Hal`](vbus_driver::Hal) and an [`Interrupt`] for each
+//! function.
 //!
-//! A driver is written once, over any source:
+//! One driver works with any source:
 //!
 //! ```no_run
 //! use std::time::Duration;
@@ -12,7 +13,8 @@
 //! use vbus_guest::{PciSource, SocketSource, Source, USER_CLASS, claim, wait};
 //!
 //! fn drive(source: &impl Source) -> anyhow::Result<()> {
-//!     // The first free function of that class; or the one that is called, say, "echo0".
+//!     // `None` takes the first free function of the class; `Some("echo0")` takes the one of that
+// name.
 //!     let (found, (hal, mut interrupt)) = claim(source, USER_CLASS, "echo", None)?;
 //!     let mut echo = Requests::open(Function::probe(hal)?, "echo", 1, 0)?;
 //!     let mut response = [0; 64];
@@ -39,5 +41,6 @@ pub use pci::PciSource;
 pub use reopen::keep_open;
 pub use socket::SocketSource;
 pub use source::{Claimed, Found, Interrupt, Source, claim, is_meant, wait};
-/// The number of classes of one's own, whose name tells them apart: for [`claim`].
+/// The class number of all classes outside of vbus, for [`claim`]. The class's name tells them
+/// apart.
 pub use vbus_shm::abi::class::USER as USER_CLASS;

@@ -1,4 +1,5 @@
-//! Functions behind vfio-user sockets: this process is the "guest", without a VM and without root.
+//! Functions behind vfio-user sockets. This process takes the place of a guest, without a virtual
+//! machine and without root.
 
 use std::fs;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -14,17 +15,17 @@ use vbus_vfio_user::{ClientError, Process};
 use crate::source::{Found, Interrupt, Source};
 use vbus_cli::rundir;
 
-/// Memory that a device can reach; taken from the system as it is used.
+/// The bytes of memory that a device can reach. The system allocates a page when it is first used.
 const MEMORY_BYTES: u64 = 256 << 20;
-/// A server that has just lost a client may take this long to notice.
+/// How long a server may take to notice that it has lost a client.
 const BUSY: Duration = Duration::from_secs(1);
 
-/// Sockets.
+/// The vfio-user sockets of devices.
 #[derive(Debug)]
 pub enum SocketSource {
-    /// This one.
+    /// One socket.
     One(PathBuf),
-    /// Those of a bus's directory.
+    /// The sockets in the directory of a bus.
     Dir(PathBuf),
 }
 
@@ -84,7 +85,7 @@ impl Source for SocketSource {
                 | inotify::WatchFlags::MOVE;
             inotify::add_watch(&inotify, dir, flags).map(|_| inotify)
         };
-        watch().inspect_err(|error| tracing::debug!(%error, "no news of {}", dir.display())).ok()
+        watch().inspect_err(|error| tracing::debug!(%error, "cannot watch {}", dir.display())).ok()
     }
 
     fn comes_back(&self) -> bool {
@@ -93,7 +94,7 @@ impl Source for SocketSource {
     }
 }
 
-/// The eventfd of a process's device.
+/// The interrupt of a device behind a socket: an eventfd.
 struct ProcessInterrupt(Process);
 
 impl Interrupt for ProcessInterrupt {
@@ -113,7 +114,8 @@ impl Interrupt for ProcessInterrupt {
     }
 
     fn enable(&mut self) -> Result<()> {
-        // A message: it comes whenever the device was asked for it.
+        // The eventfd is always enabled: the device writes it whenever the driver has armed a
+        // signal.
         Ok(())
     }
 }

@@ -1,4 +1,4 @@
-//! Where functions come from: the PCI bus of this machine, or vfio-user sockets.
+//! The sources of functions: the PCI bus of this machine, or vfio-user sockets.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::Duration;
@@ -13,55 +13,58 @@ use vbus_driver::{Error, Function, Hal};
 pub struct Found {
     /// Its address on the PCI bus, or the path of its socket.
     pub id: String,
-    /// Its class, where that can be known without touching it.
+    /// The number of its class, if the source knows it without an access to the function.
     pub class: Option<u16>,
 }
 
-/// A function that was claimed: how to drive it, and its interrupt.
+/// A claimed function: its Hal and its interrupt.
 pub type Claimed<H> = (H, Box<dyn Interrupt>);
 
 /// A place that has functions.
 pub trait Source {
-    /// How they are driven.
+    /// The Hal of the functions.
     type Hal: Hal<Dma: Send + Sync> + Send + Sync + 'static;
 
-    /// The functions that are there now, in a fixed order.
+    /// The functions that exist now, in a fixed order.
     fn scan(&self) -> Result<Vec<Found>>;
 
-    /// Registers of the function, for looking only.
+    /// Gives access to the registers of the function without claiming it. The caller only reads.
     fn look(&self, id: &str) -> Result<Self::Hal>;
 
-    /// Takes the function for this process. It is given back when the last clone of the Hal has
-    /// gone.
+    /// Claims the function for this process, until the last clone of the Hal is dropped.
     fn claim(&self, id: &str) -> Result<Claimed<Self::Hal>>;
 
-    /// A descriptor that becomes readable when functions may have come or gone, if there can be
-    /// such a thing. To be drained by reading.
+    /// A descriptor that becomes readable when functions may have come or gone, if the source has
+    /// one. The caller reads it until it is empty.
     fn changes(&self) -> Option<OwnedFd>;
 
     /// Whether a function that has gone can come back under the same id.
     fn comes_back(&self) -> bool;
 }
 
-/// The interrupt of a claimed function. It is off until [`enable`](Self::enable)d, and again from
-/// when it comes.
+/// The interrupt of a claimed function. It is disabled at first, and becomes disabled each time it
+/// comes. [`enable`](Self::enable) enables it.
 pub trait Interrupt: Send {
-    /// Becomes readable when it comes.
+    /// A descriptor that becomes readable when the interrupt comes.
     fn fd(&self) -> BorrowedFd<'_>;
 
-    /// Hangs up when the function has gone. Nothing else is to be made of it.
+    /// A descriptor that hangs up when the function has gone. Use it for nothing else.
     fn lifeline(&self) -> BorrowedFd<'_>;
 
-    /// Takes note of one that has come. The function's own acknowledgement has to follow, then a
-    /// look at the signals, then `enable`. An error means that the function has gone.
+    /// Takes the interrupt that has come. Afterwards the driver acknowledges it at the function,
+    /// looks at the signals, and calls `enable`, in this order.
+    ///
+    /// # Errors
+    /// The function has gone.
     fn take(&mut self) -> Result<()>;
 
-    /// Lets it come. One that is pending comes at once.
+    /// Enables the interrupt. A pending interrupt comes at once.
     fn enable(&mut self) -> Result<()>;
 }
 
-/// Sleeps until the interrupt comes, at most for `bound`, and takes it. False: none came. What the
-/// driver waits for must be armed before; the function's own acknowledgement must follow.
+/// Sleeps until the interrupt comes, at most for `bound`, and takes it. Returns false if none came.
+/// The driver arms the signals that it waits for before this call, and acknowledges the interrupt
+/// at the function afterwards.
 ///
 /// # Errors
 /// The function has gone.
@@ -84,14 +87,17 @@ pub fn wait(interrupt: &mut dyn Interrupt, bound: Duration) -> Result<bool> {
     Ok(came)
 }
 
-/// Whether the function `found`, which calls itself `name`, is the one that a person means by
-/// `wanted`: its address, the whole path of its socket, or its name.
+/// Whether `wanted`, given by a person, names the function `found`, whose device has the name
+/// `name`. It can be the function's address, the whole path of its socket, or that name.
 pub fn is_meant(found: &Found, name: &str, wanted: &str) -> bool {
     found.id == wanted || found.id.strip_prefix("0000:") == Some(wanted) || name == wanted
 }
 
-/// Claims the function of `class` and `class_name` that is meant by `wanted`; without `wanted`, the
-/// first that is free.
+/// Claims the function of `class` and `class_name` that `wanted` names (see [`is_meant`]). Without
+/// `wanted`, it claims the first free function of the class.
+///
+/// # Errors
+/// There is no such function, or none can be claimed. The text gives the reason.
 pub fn claim<S: Source>(
     source: &S,
     class: u16,
@@ -137,7 +143,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn functions_are_meant_by_address_path_or_name() {
+    fn an_address_a_path_or_a_name_names_a_function() {
         let found = |id: &str| Found { id: id.into(), class: None };
         let pci = found("0000:01:00.0");
         assert!(

@@ -1,5 +1,5 @@
 //! A client of QEMU's machine protocol, QMP: lines of JSON on a UNIX socket. It runs one command at
-//! a time and keeps the events that come in between.
+//! a time, and keeps the events that arrive meanwhile.
 //!
 //! ```no_run
 //! use std::time::Duration;
@@ -27,47 +27,47 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
-/// The longest line that is taken.
+/// The longest line that the client accepts, in bytes.
 const LINE_MAX: usize = 16 << 20;
-/// How long QEMU may take to greet: it serves one client at a time, and lets others wait without a
-/// word.
+/// How long QEMU may take to send its greeting. QEMU serves one client at a time. Other clients
+/// wait without an answer.
 const GREETING: Duration = Duration::from_secs(5);
 
 /// A failure that QEMU itself reported.
 #[derive(Debug, thiserror::Error)]
 #[error("QEMU: {description}")]
 pub struct QemuError {
-    /// `DeviceNotFound`, `GenericError`, ...
+    /// QEMU's class of the error: `DeviceNotFound`, `GenericError`, ...
     pub class: String,
-    /// In words.
+    /// QEMU's description of the error.
     pub description: String,
 }
 
 /// A connection to one QEMU, ready for commands.
 pub struct Qmp {
     reader: BufReader<UnixStream>,
-    /// Of a line that has not come to its end yet.
+    /// The first part of a line whose end has not arrived yet.
     partial: Vec<u8>,
     deadline: Instant,
     events: VecDeque<Value>,
 }
 
 impl Qmp {
-    /// Connects to the socket `path`. All that is done with the connection must end within
-    /// `timeout`, unless [`set_timeout`](Self::set_timeout) gives more.
+    /// Connects to the socket `path`. All commands on the connection together must end within
+    /// `timeout`, unless [`set_timeout`](Self::set_timeout) gives more time.
     ///
     /// # Errors
-    /// Nobody listens there; QEMU does not greet, since it serves another client; or it is no QEMU.
+    /// Nobody listens there, QEMU serves another client, or the other end is not QEMU.
     pub fn connect(path: &Path, timeout: Duration) -> Result<Qmp> {
         let socket = UnixStream::connect(path)
             .with_context(|| format!("cannot reach QEMU at {}", path.display()))?;
         Qmp::over(socket, timeout).with_context(|| format!("the QMP socket {}", path.display()))
     }
 
-    /// As [`connect`](Self::connect), over a socket that is connected.
+    /// Makes a connection as [`connect`](Self::connect) does, over a connected socket.
     ///
     /// # Errors
-    /// Likewise.
+    /// QEMU serves another client, or the other end is not QEMU.
     pub fn over(socket: UnixStream, timeout: Duration) -> Result<Qmp> {
         socket.set_write_timeout(Some(timeout.max(Duration::from_millis(1))))?;
         let now = Instant::now();
@@ -80,12 +80,12 @@ impl Qmp {
         let greeting = qmp.line(qmp.deadline.min(now + GREETING)).context(
             "no greeting; does another client hold this QMP socket? (QEMU can have several)",
         )?;
-        ensure!(greeting.get("QMP").is_some(), "what answers is no QEMU");
+        ensure!(greeting.get("QMP").is_some(), "the other end is not QEMU");
         qmp.run("qmp_capabilities", json!({}))?;
         Ok(qmp)
     }
 
-    /// Gives all that follows this time from now on.
+    /// Sets the time, from now on, within which all later commands must end.
     pub fn set_timeout(&mut self, timeout: Duration) {
         self.deadline = Instant::now() + timeout;
     }
@@ -93,7 +93,8 @@ impl Qmp {
     /// Runs a command and returns its value.
     ///
     /// # Errors
-    /// [`QemuError`] if QEMU refuses it; QEMU has gone, or does not answer in time.
+    /// [`QemuError`] if QEMU refuses the command. Another error if QEMU has gone, or does not
+    /// answer in time.
     pub fn run(&mut self, command: &str, arguments: Value) -> Result<Value> {
         let mut line = json!({ "execute": command, "arguments": arguments }).to_string();
         line.push('\n');
@@ -114,10 +115,11 @@ impl Qmp {
         }
     }
 
-    /// The next event, also one that came before; `None` once the time is up.
+    /// Returns the oldest event that it has kept, or waits for the next. Returns `None` once the
+    /// time is up.
     ///
     /// # Errors
-    /// QEMU has gone, or sends nonsense.
+    /// QEMU has gone, or sends a line that is not JSON.
     pub fn event(&mut self) -> Result<Option<Value>> {
         loop {
             if let Some(event) = self.events.pop_front() {
@@ -134,12 +136,12 @@ impl Qmp {
         }
     }
 
-    /// Forgets the events that came so far. The connection goes on.
+    /// Discards the events that have arrived so far.
     ///
     /// # Errors
-    /// As of [`run`](Self::run).
+    /// Those of [`run`](Self::run).
     pub fn forget_events(&mut self) -> Result<()> {
-        // Events come before the answer to whatever is asked after them.
+        // QEMU sends earlier events before the answer to a later command.
         self.run("query-version", json!({}))?;
         self.events.clear();
         Ok(())
@@ -151,7 +153,7 @@ impl Qmp {
         }
     }
 
-    /// The next line. One that comes in part before `deadline` is not lost.
+    /// Returns the next line. Keeps a part of a line that arrived before `deadline`.
     fn line(&mut self, deadline: Instant) -> Result<Value> {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -172,7 +174,7 @@ impl Qmp {
             }
         }
         serde_json::from_slice(&std::mem::take(&mut self.partial))
-            .context("QEMU sends what is not JSON")
+            .context("QEMU sends a line that is not JSON")
     }
 }
 
@@ -183,7 +185,7 @@ mod tests {
 
     const LONG: Duration = Duration::from_secs(60);
 
-    /// A QEMU that writes `lines` at once.
+    /// Takes the place of a QEMU that writes `lines` at once.
     fn qemu(lines: &[Value]) -> (UnixStream, UnixStream) {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         for line in lines {
@@ -193,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn events_are_kept_whatever_comes_between() {
+    fn events_are_kept_while_commands_run() {
         let event = |name: &str| json!({ "event": name, "data": {} });
         let done = json!({ "return": {} });
         let (socket, _theirs) = qemu(&[
@@ -216,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_said() {
+    fn an_error_says_what_is_wrong() {
         let complaint = |lines: &[Value], hang_up: bool, timeout: Duration| {
             let (socket, theirs) = qemu(lines);
             let theirs = (!hang_up).then_some(theirs);
@@ -229,7 +231,7 @@ mod tests {
             complaint(&[], false, Duration::from_millis(1)).contains("does another client hold")
         );
         assert!(complaint(&[], true, LONG).contains("QEMU has gone"));
-        assert!(complaint(&[json!({ "hello": 1 })], true, LONG).contains("is no QEMU"));
+        assert!(complaint(&[json!({ "hello": 1 })], true, LONG).contains("is not QEMU"));
         let refusal = json!({ "error": { "class": "GenericError", "desc": "no" } });
         assert!(complaint(&[greeting, refusal], false, LONG).ends_with("QEMU: no"));
     }

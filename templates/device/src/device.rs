@@ -1,4 +1,4 @@
-//! The device. It gives each text back in capital letters.
+//! The device. It answers each text with the same text in capital letters.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -8,7 +8,7 @@ use vbus_core::service::{self, Service, Sizes};
 use vbus_core::settings::Settings;
 use vbus_core::{CreateError, Device, DeviceClass, ErrorCode, Identity};
 
-/// Makes devices from their configuration.
+/// The class. It makes devices from their settings.
 pub struct MyDeviceClass;
 
 impl DeviceClass for MyDeviceClass {
@@ -17,7 +17,7 @@ impl DeviceClass for MyDeviceClass {
     }
 
     fn help(&self) -> &'static str {
-        "Gives each text back in capital letters. suffix = TEXT (none) follows each."
+        "Answers each text in capital letters, followed by suffix = TEXT (default: none)."
     }
 
     fn create(&self, _name: &str, config: &Value) -> Result<Arc<dyn Device>, CreateError> {
@@ -34,7 +34,7 @@ impl DeviceClass for MyDeviceClass {
 /// One device.
 struct MyDevice {
     suffix: String,
-    /// Requests so far.
+    /// The number of requests so far.
     count: AtomicU64,
 }
 
@@ -47,8 +47,8 @@ impl Service for MyDevice {
         Sizes { request: 4096, response: 4096 + 16 }
     }
 
-    // Runs where other devices run too, and must not block. If it has to, say in `threads` how
-    // many threads of its own the device needs.
+    // This runs in a thread that other devices share, so it must not block. A device that has to
+    // block implements `threads`, which gives it that many threads of its own.
     fn answer(&self, request: &[u8], response: &mut Vec<u8>) -> Result<(), ErrorCode> {
         let text = std::str::from_utf8(request).map_err(|_| ErrorCode::BAD_ARGUMENT)?;
         response.extend(text.to_ascii_uppercase().bytes());
@@ -67,7 +67,7 @@ impl Service for MyDevice {
                 reply(json!({ "count": self.count.load(Ordering::Relaxed) }));
                 Ok(())
             }
-            _ => Err(r#"unknown request; there is: {"op": "count"}"#.into()),
+            _ => Err(r#"unknown request; the known one is {"op": "count"}"#.into()),
         }
     }
 }

@@ -1,9 +1,9 @@
-//! The driver: in a guest, or in a plain process.
+//! The driver. It works in a guest and in a plain process.
 
 use vbus_driver::requests::Requests;
 use vbus_driver::{Error, Function, Hal};
 
-/// A device that was opened.
+/// An open device.
 pub struct MyDevice<H: Hal> {
     requests: Requests<H>,
 }
@@ -15,8 +15,8 @@ impl<H: Hal> MyDevice<H> {
         Ok(MyDevice { requests })
     }
 
-    /// Has the device answer `text`. `wait` sleeps until an interrupt comes, and says whether one
-    /// came.
+    /// Sends `text` to the device and returns the answer. `wait` sleeps until an interrupt comes,
+    /// and returns whether one came.
     pub fn ask(&mut self, text: &str, wait: impl FnMut() -> bool) -> Result<String, Error> {
         let mut response = vec![0; self.requests.response_max()];
         let len = self.requests.call(text.as_bytes(), &mut response, wait)?;

@@ -1,6 +1,6 @@
-//! A BAR, mapped. When its device is unplugged, the kernel takes the mapping away and the next
-//! access raises SIGBUS; here it then reads as all ones instead, as a device that has gone does on
-//! any PCI bus.
+//! A mapped BAR. When its device is unplugged, the kernel removes the mapping, and the next access
+//! raises SIGBUS. The handler in this file then maps memory of all ones instead, because a device
+//! that has gone reads as all ones on any PCI bus.
 #![allow(unsafe_code)] // Maps device registers, and handles the signal of their disappearance.
 
 use std::fs::File;
@@ -11,11 +11,11 @@ use std::sync::atomic::{AtomicUsize, Ordering, fence};
 use anyhow::{Context, Result, bail};
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
-/// The most BARs that can be mapped at a time.
+/// The most BARs that this process can map at a time.
 const BARS_MAX: usize = 256;
 
-/// Address and length of each mapped BAR, for the signal handler. An address of 0: free; 1: being
-/// set up.
+/// The address and the length of each mapped BAR, for the signal handler. An address of 0 means
+/// that the entry is free, 1 that a BAR is being mapped.
 static MAPPED: [(AtomicUsize, AtomicUsize); BARS_MAX] =
     [const { (AtomicUsize::new(0), AtomicUsize::new(0)) }; BARS_MAX];
 
@@ -27,8 +27,8 @@ pub struct Bar {
     slot: usize,
 }
 
-// SAFETY: device registers, accessed by aligned volatile reads and writes from any thread, which is
-// what they are for.
+// SAFETY: the mapping has device registers. All accesses are aligned volatile reads and writes,
+// which the device takes from any thread.
 unsafe impl Send for Bar {}
 // SAFETY: as above.
 unsafe impl Sync for Bar {}
@@ -75,21 +75,22 @@ impl Bar {
         if offset % align_of::<T>() != 0 || end > self.len {
             return None;
         }
-        // SAFETY: within the mapping, as just checked.
+        // SAFETY: the check above has shown that it is within the mapping.
         Some(unsafe { self.base.add(offset) }.cast())
     }
 
-    /// Reads 4 or 8 bytes; `None` outside of the BAR.
+    /// Reads 4 or 8 bytes at `offset`. Returns `None` if they are unaligned or outside of the BAR.
     pub fn read<T: Copy>(&self, offset: u64) -> Option<T> {
         let at = self.at::<T>(offset)?;
         // SAFETY: mapped and aligned; `T` is u32 or u64, for which any bytes will do.
         let value = unsafe { at.read_volatile() };
-        // What the device did before is visible after the read.
+        // All that the device wrote before it answered is visible after the read.
         fence(Ordering::Acquire);
         Some(value)
     }
 
-    /// Writes 4 or 8 bytes, after everything written to memory before; nothing outside of the BAR.
+    /// Writes 4 or 8 bytes at `offset`, after all earlier writes to memory. Does nothing if they
+    /// are unaligned or outside of the BAR.
     pub fn write<T: Copy>(&self, offset: u64, value: T) {
         if let Some(at) = self.at::<T>(offset) {
             fence(Ordering::SeqCst);
@@ -102,13 +103,13 @@ impl Bar {
 impl Drop for Bar {
     fn drop(&mut self) {
         MAPPED[self.slot].0.store(0, Ordering::Release);
-        // SAFETY: mapped by us; nothing borrows from it.
+        // SAFETY: this value made the mapping, and nothing borrows from it.
         let _ = unsafe { munmap(self.base.as_ptr().cast(), self.len) };
     }
 }
 
-/// Installs the handler, in place of the one that Rust's runtime has for stack overflows (which
-/// raise SIGSEGV on Linux).
+/// Installs the handler. It replaces that of Rust's runtime for stack overflows, which raise
+/// SIGSEGV rather than SIGBUS on Linux.
 fn handle_sigbus() {
     // SAFETY: all zeros are a valid sigaction without flags and with an empty mask; `on_sigbus` has
     // the signature that SA_SIGINFO asks for.
@@ -120,12 +121,11 @@ fn handle_sigbus() {
         libc::sigaction(libc::SIGBUS, &action, std::ptr::null_mut()) != 0
     };
     if failed {
-        tracing::warn!("no handler for SIGBUS: unplugging a device in use will end this program");
+        tracing::warn!("cannot handle SIGBUS: this program will end if its device is unplugged");
     }
 }
 
-/// The handler. It runs in the middle of anything, so it touches atomics and makes system calls, no
-/// more.
+/// The handler of SIGBUS. It may interrupt any code, so it only uses atomics and system calls.
 extern "C" fn on_sigbus(signal: i32, info: *mut libc::siginfo_t, _context: *mut libc::c_void) {
     // SAFETY: the kernel passes a valid siginfo, and that of a SIGBUS has an address.
     let at = unsafe { (*info).si_addr() } as usize;
@@ -134,8 +134,8 @@ extern "C" fn on_sigbus(signal: i32, info: *mut libc::siginfo_t, _context: *mut 
         if base > 1 && (base..base + len).contains(&at) {
             let flags = MapFlags::PRIVATE | MapFlags::FIXED;
             let base = base as *mut u8;
-            // SAFETY: replaces a mapping of ours, which the kernel has emptied, by memory of the
-            // same size; then fills that memory.
+            // SAFETY: this replaces our own mapping, which the kernel has emptied, with memory of
+            // the same size, and then fills that memory.
             unsafe {
                 if mmap_anonymous(base.cast(), len, ProtFlags::READ | ProtFlags::WRITE, flags)
                     .is_ok()
@@ -146,8 +146,8 @@ extern "C" fn on_sigbus(signal: i32, info: *mut libc::siginfo_t, _context: *mut 
             }
         }
     }
-    // Not ours: the instruction faults again when this returns, and then ends the program as if
-    // there were no handler.
+    // The address is not in a BAR. The instruction faults again when this function returns, and
+    // that ends the program as if there were no handler.
     // SAFETY: resetting a signal's disposition is allowed in a handler.
     unsafe { libc::signal(signal, libc::SIG_DFL) };
 }
@@ -173,9 +173,9 @@ mod tests {
     }
 
     #[test]
-    fn what_the_kernel_takes_away_reads_as_all_ones() {
+    fn a_bar_without_its_device_reads_as_all_ones() {
         let file = || File::from(memfd_create("bar", MemfdFlags::CLOEXEC).unwrap());
-        // Several times, since a handler could be good for one fault only.
+        // Several times, because a wrong handler could work for one fault only.
         for _ in 0..3 {
             let (gone, stays) = (file(), file());
             ftruncate(&gone, 0x4000).unwrap();

@@ -1,4 +1,4 @@
-//! The driver's environment on the PCI bus of a Linux machine.
+//! The Hal for a function on the PCI bus of a Linux machine.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -13,7 +13,7 @@ use super::bar::Bar;
 use super::huge::{HugeMemory, Pool};
 use super::port;
 
-/// A function by its mapped BAR, its configuration space in sysfs, and huge pages.
+/// Drives a function through its mapped BAR, its configuration space in sysfs, and huge pages.
 #[derive(Clone, Debug)]
 pub struct PciHal(Arc<Inner>);
 
@@ -22,12 +22,13 @@ struct Inner {
     bar: Bar,
     config: File,
     pool: Pool,
-    /// Holds the lock that says whose the function is.
+    /// The open file that holds the lock of the function.
     _claim: Option<File>,
 }
 
 impl PciHal {
-    /// Puts it together. `claim` is an open file that stays open as long as this.
+    /// Makes the Hal of a function. `claim` is a file that stays open until the last clone is
+    /// dropped.
     pub fn new(bar: Bar, config: File, claim: Option<File>) -> PciHal {
         PciHal(Arc::new(Inner { bar, config, pool: Pool::default(), _claim: claim }))
     }
@@ -72,7 +73,7 @@ impl Hal for PciHal {
         match kind {
             capability::KIND_MMIO => true,
             capability::KIND_PIO => port::can_have(),
-            // Only for kernels.
+            // The other kinds are for kernels only.
             _ => false,
         }
     }
@@ -82,8 +83,8 @@ impl Hal for PciHal {
         if doorbell.kind == capability::KIND_MMIO {
             self.write32(place, 1);
         } else if !u16::try_from(place).is_ok_and(port::write) {
-            // The kernel has given this port to another thread, but not to this one: the doorbell
-            // is in the BAR, too.
+            // The kernel did not permit the port for this thread, although it has for another one.
+            // The same doorbell is also in the BAR.
             self.write32(bar0::DOORBELLS + u64::from(handle) * bar0::DOORBELL_STRIDE, 1);
         }
     }
@@ -93,7 +94,7 @@ impl Hal for PciHal {
     }
 
     fn pause(&self, waited: u64) -> bool {
-        // Short at first, then in proportion: a long command is not asked about too often.
+        // The pause grows with the time waited, so that a long command is not polled too often.
         std::thread::sleep(Duration::from_nanos((waited / 4).clamp(10_000, 1_000_000)));
         waited < COMMAND_BOUND
     }

@@ -1,5 +1,5 @@
-//! Memory that a device can reach from user space: huge pages, which the kernel keeps where they
-//! are, at their physical addresses.
+//! Memory of a process that a device can reach: huge pages. The kernel never moves them to other
+//! physical addresses.
 #![allow(unsafe_code)] // Maps shared memory.
 
 use std::fs;
@@ -14,13 +14,13 @@ use vbus_driver::Dma;
 use vbus_shm::Memory;
 use vbus_shm::sync::Word;
 
-/// Pages are of `1 << PAGE_SHIFT` bytes: 2 MiB.
+/// A huge page has `1 << PAGE_SHIFT` bytes: 2 MiB.
 const PAGE_SHIFT: u8 = 21;
 const PAGE: usize = 1 << PAGE_SHIFT;
 const SMALL_PAGE: usize = 4096;
 const NR: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 
-/// How many pages we had the kernel reserve, to be undone at the end.
+/// The number of huge pages that the kernel reserved for this process. [`give_back`] undoes it.
 static RESERVED: Mutex<usize> = Mutex::new(0);
 
 /// Some huge pages, contiguous in this process.
@@ -30,8 +30,8 @@ struct Pages {
     addresses: Vec<u64>,
 }
 
-// SAFETY: the mapping belongs to this value and is accessed through atomics and system calls only,
-// which any thread may do.
+// SAFETY: the mapping belongs to this value. All accesses are atomics and system calls, which any
+// thread may use.
 unsafe impl Send for Pages {}
 // SAFETY: as above.
 unsafe impl Sync for Pages {}
@@ -46,7 +46,7 @@ impl Pages {
             other => other,
         };
         let base = base.with_context(|| format!("cannot map {count} huge pages of 2 MiB"))?;
-        // From here on the mapping has an owner.
+        // This value owns the mapping, so an error below unmaps it.
         let mut pages = Pages { base, addresses: vec![0; count] };
         pages.addresses = physical(base.as_ptr() as usize, count)?;
         Ok(pages)
@@ -55,13 +55,13 @@ impl Pages {
 
 impl Drop for Pages {
     fn drop(&mut self) {
-        // SAFETY: mapped by us; every borrower holds the Arc that this value is in.
+        // SAFETY: this value made the mapping, and every borrower holds an Arc of this value.
         let _ = unsafe { munmap(self.base.as_ptr().cast(), self.addresses.len() * PAGE) };
     }
 }
 
 fn try_map(count: usize) -> Result<NonNull<u8>, Errno> {
-    // Shared, so that a child process would not split them from us by copy-on-write.
+    // The mapping is shared, because copy-on-write after a fork could move a private one.
     let flags = MapFlags::SHARED | MapFlags::HUGETLB | MapFlags::HUGE_2MB | MapFlags::POPULATE;
     // SAFETY: a fresh mapping at an address of the kernel's choice.
     let base = unsafe {
@@ -75,7 +75,7 @@ fn try_map(count: usize) -> Result<NonNull<u8>, Errno> {
     NonNull::new(base.cast()).ok_or(Errno::NOMEM)
 }
 
-/// Has the kernel set aside `count` more huge pages.
+/// Makes the kernel reserve `count` more huge pages.
 fn reserve(count: usize) -> Result<()> {
     let read = || -> Result<usize> {
         let text = fs::read_to_string(NR)
@@ -92,7 +92,7 @@ fn reserve(count: usize) -> Result<()> {
     })?;
     let mut after = read()?;
     if after < before + count {
-        // Free memory may only be scattered.
+        // The free memory may be scattered. The kernel can compact it.
         let _ = fs::write("/proc/sys/vm/compact_memory", "1");
         let _ = fs::write(NR, (before + count).to_string());
         after = read()?;
@@ -105,13 +105,11 @@ fn reserve(count: usize) -> Result<()> {
         after.saturating_sub(before),
         before + count,
     );
-    tracing::info!(
-        "reserved {count} huge pages of 2 MiB, {after} in all; they are given back at the end"
-    );
+    tracing::info!("reserved {count} huge pages of 2 MiB, {after} in all, until this program ends");
     Ok(())
 }
 
-/// Gives back the huge pages that were reserved. To be called when no function is claimed any more.
+/// Gives the reserved huge pages back to the kernel. The caller must have dropped all functions.
 pub fn give_back() {
     let mut reserved = RESERVED.lock().unwrap_or_else(PoisonError::into_inner);
     if *reserved > 0 {
@@ -124,12 +122,12 @@ pub fn give_back() {
     }
 }
 
-/// Physical addresses of `count` huge pages mapped and present at `base`.
+/// The physical addresses of the `count` huge pages that are mapped and present at `base`.
 fn physical(base: usize, count: usize) -> Result<Vec<u64>> {
     const PRESENT: u64 = 1 << 63;
     const FRAME: u64 = (1 << 55) - 1;
     let pagemap = fs::File::open("/proc/self/pagemap")
-        .context("/proc/self/pagemap tells physical addresses")?;
+        .context("cannot read physical addresses from /proc/self/pagemap")?;
     let address = |page: usize| {
         let mut entry = [0; 8];
         pagemap.read_exact_at(&mut entry, ((base + page * PAGE) / SMALL_PAGE * 8) as u64)?;
@@ -146,21 +144,22 @@ fn physical(base: usize, count: usize) -> Result<Vec<u64>> {
     (0..count).map(address).collect()
 }
 
-/// The memory of one function. What was allocated from it stays until it goes itself, so that a
-/// device that still is open never has memory which is someone else's.
+/// The memory of one function. It keeps every allocation until it is dropped itself, so that an
+/// open device never has memory that belongs to somebody else.
 #[derive(Debug, Default)]
 pub struct Pool(Mutex<Parts>);
 
 #[derive(Debug, Default)]
 struct Parts {
     all: Vec<Arc<Pages>>,
-    /// Small allocations share a page, up to here.
+    /// The bytes in use of the page `small`.
     used: usize,
+    /// The page that small allocations share.
     small: Option<Arc<Pages>>,
 }
 
 impl Pool {
-    /// Allocates `bytes`, rounded up to 4 KiB, zeroed.
+    /// Allocates `bytes` of zeroed memory, rounded up to a multiple of 4 KiB.
     pub fn alloc(&self, bytes: usize) -> Result<HugeMemory> {
         let len = bytes.max(1).next_multiple_of(SMALL_PAGE);
         let mut parts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -179,7 +178,7 @@ impl Pool {
     }
 }
 
-/// Memory in huge pages.
+/// An allocation in huge pages.
 #[derive(Clone, Debug)]
 pub struct HugeMemory {
     pages: Arc<Pages>,
@@ -190,8 +189,8 @@ pub struct HugeMemory {
 impl Memory for HugeMemory {
     #[inline(always)]
     fn words(&self) -> &[Word] {
-        // SAFETY: within the mapping, which `pages` keeps; aligned to 4096; accessed as atomics and
-        // by system calls only.
+        // SAFETY: the range is within the mapping, which `pages` keeps, and is aligned to 4096. All
+        // accesses are atomics and system calls.
         unsafe {
             let base = self.pages.base.add(self.offset).cast::<Word>();
             std::slice::from_raw_parts(base.as_ptr(), self.len / size_of::<Word>())

@@ -1,5 +1,5 @@
-//! Functions on the PCI bus of this Linux machine, driven from user space with what a stock kernel
-//! has: sysfs, `uio_pci_generic`, huge pages.
+//! Functions on the PCI bus of this Linux machine. A process drives them from user space with the
+//! means of a stock kernel: sysfs, `uio_pci_generic`, huge pages.
 
 mod bar;
 mod hal;

@@ -1,4 +1,4 @@
-//! Writes to I/O ports by a process: the kernel allows them port by port, and thread by thread.
+//! Writes to I/O ports by a process. The kernel permits each port to each thread separately.
 #![allow(unsafe_code)] // Asks the kernel for ports, and writes to those that it has given.
 
 use std::cell::RefCell;
@@ -6,11 +6,10 @@ use std::collections::BTreeSet;
 use std::sync::OnceLock;
 use std::sync::atomic::{Ordering, fence};
 
-/// A port that any machine has and that nobody misses: the one for codes of the firmware's
-/// progress.
+/// A port that every machine has and that does no harm: firmware reports its progress there.
 const HARMLESS: u16 = 0x80;
 
-/// Whether this process can have ports: it needs CAP_SYS_RAWIO, and a kernel that is not locked
+/// Whether this process can use ports. It needs CAP_SYS_RAWIO, and a kernel that is not locked
 /// down.
 pub fn can_have() -> bool {
     static CAN: OnceLock<bool> = OnceLock::new();
@@ -21,8 +20,8 @@ pub fn can_have() -> bool {
     })
 }
 
-/// Writes a byte to `port`, after everything written to memory before. False: this thread may not,
-/// and nothing was written.
+/// Writes a byte to `port`, after all earlier writes to memory. Returns false, and writes nothing,
+/// if the kernel does not permit the port to this thread.
 pub fn write(port: u16) -> bool {
     thread_local! {
         static HAVE: RefCell<BTreeSet<u16>> = const { RefCell::new(BTreeSet::new()) };
@@ -38,14 +37,14 @@ pub fn write(port: u16) -> bool {
 
 #[cfg(target_arch = "x86_64")]
 fn permit(port: u16, allow: bool) -> bool {
-    // SAFETY: changes which ports this thread may use, no memory.
+    // SAFETY: this changes which ports the thread may use, and no memory.
     unsafe { libc::ioperm(port.into(), 1, allow.into()) == 0 }
 }
 
 #[cfg(target_arch = "x86_64")]
 fn out(port: u16) {
-    // SAFETY: the kernel has given the port to this thread; what is behind it is a doorbell, which
-    // touches no memory of this process's own accord.
+    // SAFETY: the kernel permits the port to this thread. Behind it is a doorbell, which does not
+    // access the memory of this process by itself.
     unsafe {
         std::arch::asm!("out dx, al", in("dx") port, in("al") 1u8, options(nostack, preserves_flags))
     };
@@ -64,13 +63,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ports_are_written_just_when_the_kernel_allows_it() {
-        // With the right it must not fault; without, nothing may happen.
+    fn a_port_is_written_exactly_when_the_kernel_permits_it() {
+        // With the permission, the write must not fault. Without it, nothing may happen.
         assert_eq!(write(HARMLESS), can_have());
         let other = std::thread::spawn(|| write(HARMLESS));
         assert_eq!(other.join().unwrap(), can_have());
         if !can_have() {
-            println!("this process can have no ports");
+            println!("this process cannot use ports");
         }
     }
 }

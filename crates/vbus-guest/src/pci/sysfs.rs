@@ -19,13 +19,16 @@ use crate::source::{Found, Interrupt, Source};
 const DRIVER: &str = "uio_pci_generic";
 const BUS: &str = "/sys/bus/pci";
 
-/// The PCI bus of this machine. Dropping it gives back the huge pages that were reserved, so drop
+/// The PCI bus of this machine. Its drop gives the reserved huge pages back to the kernel, so drop
 /// all functions first.
 #[derive(Debug)]
 pub struct PciSource(());
 
 impl PciSource {
-    /// There is one.
+    /// Checks that this machine has a PCI bus.
+    ///
+    /// # Errors
+    /// sysfs shows no PCI bus.
     pub fn new() -> Result<PciSource> {
         ensure!(
             Path::new(BUS).exists(),
@@ -41,7 +44,8 @@ impl Drop for PciSource {
     }
 }
 
-/// Whether the function in this folder has the signature of vbus, as far as it can be read.
+/// Whether the function in this folder of sysfs has the signature of vbus. False if the process may
+/// not read that part of the configuration space.
 fn has_signature(folder: &Path) -> bool {
     let Ok(space) = fs::read(folder.join("config")) else { return false };
     vbus_driver::has_signature(|offset| {
@@ -58,8 +62,9 @@ impl Source for PciSource {
         for entry in fs::read_dir(format!("{BUS}/devices"))? {
             let entry = entry?;
             let number = |file: &str| read_hex(&entry.path().join(file));
-            // By the signature, whatever its ids. Who may not read so far (only root may) looks at
-            // the ids. One that goes at this moment is not there.
+            // The signature identifies a function, whatever its ids are. Only root can read the
+            // signature; for other users the ids decide. Files that cannot be read belong to a
+            // function that is going at this moment.
             let ids = (number("vendor"), number("device"));
             if has_signature(&entry.path()) || ids == (Some(PCI_VENDOR), Some(PCI_DEVICE)) {
                 found.push(Found {
@@ -75,7 +80,8 @@ impl Source for PciSource {
     fn look(&self, id: &str) -> Result<PciHal> {
         let folder = folder(id);
         let config = open(&folder.join("config"))?;
-        // Without its memory space on, the function answers nothing. It stays on: it does no harm.
+        // The function only answers while its memory space is enabled. It stays enabled, which
+        // does no harm.
         const MEMORY: u16 = 1 << 1;
         let mut command = [0; 2];
         config
@@ -85,7 +91,7 @@ impl Source for PciSource {
         if command & MEMORY == 0 {
             config
                 .write_all_at(&(command | MEMORY).to_le_bytes(), COMMAND)
-                .context("cannot switch the function on")?;
+                .context("cannot enable the function's memory space")?;
         }
         let bar = Bar::map(&open(&folder.join("resource0"))?, bar_len()?)?;
         Ok(PciHal::new(bar, config, None))
@@ -94,7 +100,7 @@ impl Source for PciSource {
     fn claim(&self, id: &str) -> Result<(PciHal, Box<dyn Interrupt>)> {
         let folder = folder(id);
         let resource = open(&folder.join("resource0"))?;
-        // Two drivers for one function would take its connection from one another.
+        // Two drivers of one function would close each other's connection.
         if flock(&resource, FlockOperation::NonBlockingLockExclusive).is_err() {
             bail!("in use by another process");
         }
@@ -110,13 +116,13 @@ impl Source for PciSource {
     fn changes(&self) -> Option<OwnedFd> {
         uevent::listen()
             .inspect_err(
-                |error| tracing::debug!(%error, "no news from the kernel; looking once a second"),
+                |error| tracing::debug!(%error, "no messages of the kernel; looking once a second"),
             )
             .ok()
     }
 
     fn comes_back(&self) -> bool {
-        // The bus comes back when the VMM plugs it in again, which makes other functions.
+        // A device comes back when the VMM plugs it in again, which makes another function.
         false
     }
 }
@@ -148,8 +154,8 @@ fn write(file: &Path, text: &str) -> Result<()> {
     fs::write(file, text).with_context(|| format!("cannot write {text:?} to {}", file.display()))
 }
 
-/// Device addresses are physical addresses here. Behind an IOMMU that translates they are not, and
-/// nothing would arrive.
+/// Checks that no IOMMU translates the function's addresses. This driver gives physical addresses
+/// to the device, which would not reach memory behind such an IOMMU.
 fn check_no_iommu(folder: &Path) -> Result<()> {
     let kind = fs::read_to_string(folder.join("iommu_group/type"));
     match kind.as_deref().map(str::trim) {
@@ -161,11 +167,11 @@ fn check_no_iommu(folder: &Path) -> Result<()> {
     }
 }
 
-/// Binds the function to `uio_pci_generic`, away from whatever driver it has.
+/// Unbinds the function from its present driver, and binds it to `uio_pci_generic`.
 fn bind(id: &str, folder: &Path) -> Result<()> {
     let driver = Path::new(BUS).join("drivers").join(DRIVER);
     if !driver.exists() {
-        // Not there, no modprobe, not allowed: the check that follows says so.
+        // The check below reports a failure of modprobe, whatever its reason.
         let _ = Command::new("modprobe")
             .arg(DRIVER)
             .stdin(Stdio::null())
@@ -187,7 +193,7 @@ fn bind(id: &str, folder: &Path) -> Result<()> {
     write(&driver.join("bind"), id)
 }
 
-/// Opens `/dev/uioN` of the function; makes the node if nobody else has.
+/// Opens `/dev/uioN` of the function, and makes the node if it does not exist.
 fn open_uio(folder: &Path) -> Result<File> {
     let uio = folder.join("uio");
     let entry = fs::read_dir(&uio).ok().and_then(|mut entries| entries.next()).transpose()?;

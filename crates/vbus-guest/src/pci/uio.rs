@@ -1,5 +1,5 @@
-//! Interrupts by `/dev/uioN` of `uio_pci_generic`: its handler sets Interrupt Disable and lets the
-//! descriptor become readable.
+//! Interrupts through `/dev/uioN` of `uio_pci_generic`. The kernel's handler sets Interrupt Disable
+//! and makes the descriptor readable.
 
 use std::fs::File;
 use std::io::Read;
@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::source::Interrupt;
 
-/// Offset of the command register in the configuration space.
+/// The offset of the command register in the configuration space.
 pub const COMMAND: u64 = 4;
 const MEMORY: u16 = 1 << 1;
 const MASTER: u16 = 1 << 2;
@@ -25,8 +25,8 @@ pub struct UioInterrupt {
 }
 
 impl UioInterrupt {
-    /// `uio` is the open `/dev/uioN` (non-blocking), `config` the sysfs file of the configuration
-    /// space. Lets the function access memory.
+    /// Makes the interrupt, and permits the function to access memory. `uio` is the open
+    /// `/dev/uioN`, non-blocking. `config` is the sysfs file of the configuration space.
     pub fn new(uio: File, config: File) -> Result<UioInterrupt> {
         let command = (MEMORY | MASTER) | INTERRUPT_DISABLE;
         config
@@ -46,8 +46,8 @@ impl Interrupt for UioInterrupt {
     }
 
     fn take(&mut self) -> Result<()> {
-        // The count of interrupts; what matters is that there was one, and that Interrupt Disable
-        // is set now.
+        // The kernel gives the number of interrupts, which does not matter: there was one, and
+        // Interrupt Disable is set now.
         let mut count = [0; 4];
         match self.uio.read(&mut count) {
             Ok(n) => ensure!(n == 4, "the function has gone"),
@@ -71,7 +71,7 @@ impl Interrupt for UioInterrupt {
 
 impl Drop for UioInterrupt {
     fn drop(&mut self) {
-        // Without bus mastering the device lets go of memory, should it still have any.
+        // The device releases all memory when bus mastering is disabled.
         let _ = self.config.write_all_at(&(MEMORY | INTERRUPT_DISABLE).to_le_bytes(), COMMAND);
     }
 }

@@ -1,4 +1,4 @@
-//! `vbus-guest` in a plain process: devices over their sockets, without a VM and without root.
+//! `vbus-guest` in a plain process, which drives devices over their sockets.
 
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::ExitStatusExt;
@@ -24,7 +24,7 @@ pages = [
 ]
 "#;
 
-/// A command that goes on printing lines.
+/// A running command that prints lines.
 struct Lines {
     child: Child,
     lines: BufReader<ChildStdout>,
@@ -72,7 +72,7 @@ fn the_devices_of_a_bus_are_listed() {
 }
 
 #[test]
-fn on_a_host_the_list_speaks_of_the_directory_of_a_bus() {
+fn on_a_host_the_list_names_the_directory_of_a_bus() {
     if !std::path::Path::new("/sys/bus/pci").exists() {
         eprintln!("skipped: this machine has no PCI bus");
         return;
@@ -90,7 +90,7 @@ fn on_a_host_the_list_speaks_of_the_directory_of_a_bus() {
 }
 
 #[test]
-fn a_doorbell_is_rung_as_often_as_asked_for() {
+fn ring_rings_a_doorbell_as_often_as_asked() {
     let bus = Served::start(CONFIG);
     let rung = bus.guest().json(&["ring", "values", "--count", "5000", "--handle", "0"]);
     assert_eq!(
@@ -105,7 +105,7 @@ fn a_doorbell_is_rung_as_often_as_asked_for() {
 }
 
 #[test]
-fn values_pass_both_ways_and_stay() {
+fn values_pass_in_both_directions() {
     let bus = Served::start(CONFIG);
     let list = bus.guest().json(&["state", "list"]);
     assert_eq!(list[1], json!({ "name": "load", "owner": "driver", "bytes": 64 }));

@@ -1,12 +1,12 @@
-//! `vbus-guest net --all` in a plain process: NICs come to a bus and go while it runs. Its
-//! interfaces are TAP, so this needs root.
+//! `vbus-guest net --all` in a plain process, while NICs come to a bus and go. It makes TAP
+//! interfaces, so this test needs root.
 
 use std::fs::File;
 use std::process::Child;
 
 use crate::support::{Served, vbus_guest, wait_until};
 
-/// Ended with the test.
+/// A driver process, which ends with the test.
 struct Driver(Child);
 
 impl Drop for Driver {
@@ -21,10 +21,10 @@ fn state(bus: &Served, name: &str) -> String {
 }
 
 #[test]
-fn a_driver_takes_what_comes_and_lets_go_of_what_goes() {
+fn a_driver_follows_nics_that_come_and_go() {
     let tap = File::options().read(true).write(true).open("/dev/net/tun");
     if tap.is_err() || !rustix::process::geteuid().is_root() {
-        eprintln!("not run: interfaces cannot be made here, which needs root and /dev/net/tun");
+        eprintln!("skipped: making an interface needs root and /dev/net/tun");
         return;
     }
     let bus = Served::start("");
@@ -64,7 +64,7 @@ fn a_driver_takes_what_comes_and_lets_go_of_what_goes() {
     )
     .unwrap();
     assert!(driver.0.wait().unwrap().success(), "the driver ends well");
-    wait_until("all is let go of", || {
+    wait_until("the driver has closed its connections", || {
         state(&bus, "net0") == "closed" && state(&bus, "net1") == "closed"
     });
 }

@@ -155,7 +155,8 @@ fn a_device_that_cannot_be_plugged_is_removed_from_the_bus_again() {
     let done = add(&bus, qemu.path());
     assert_eq!(done.code, Some(1));
     assert!(
-        done.err.contains("does not support hotplugging") && done.err.contains("from the bus again"),
+        done.err.contains("does not support hotplugging")
+            && done.err.contains("from the bus again"),
         "{}",
         done.err
     );

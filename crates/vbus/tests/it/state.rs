@@ -43,7 +43,7 @@ fn values_are_set_read_and_listed() {
 }
 
 #[test]
-fn requests_of_the_class_are_sent_as_they_are() {
+fn requests_reach_the_device_unchanged() {
     let bus = Served::start(CONFIG);
     let request = |json: &str| bus.good(&["device", "request", "values", json]);
     assert!(request(r#"{"op":"set","page":"setpoint","text":"42"}"#).contains("version"));
@@ -58,7 +58,7 @@ fn requests_of_the_class_are_sent_as_they_are() {
     assert!(bad("values", "{op: get}").contains("the request is not JSON"));
     assert!(bad("values", r#"{"op":"fly"}"#).contains("values: "));
     assert!(bad("nothing", "{}").contains("nothing"));
-    // Answers come as they are given.
+    // The program prints each answer as soon as the device gives it.
     let mut watch = vbus()
         .args(["device", "request", "values", r#"{"op":"watch","page":"setpoint"}"#, "--json"])
         .arg("--dir")

@@ -1,5 +1,5 @@
-//! Drives a device of this class: the first on the PCI bus of this machine (as root), or the one at
-//! a socket.
+//! Drives a device of this class: the first one on the PCI bus of this machine, which needs root,
+//! or the one at a socket.
 
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ fn main() -> Result<()> {
 fn run(source: &impl Source, text: &str) -> Result<()> {
     let (_, (hal, mut interrupt)) = claim(source, USER_CLASS, "my-device", None)?;
     let mut device = MyDevice::open(hal)?;
-    // An error of the wait says that the function has gone, which `ask` then finds by itself.
+    // If the function has gone, `wait` returns an error. `ask` then finds that out by itself.
     let answer =
         device.ask(text, || wait(&mut *interrupt, Duration::from_secs(1)).unwrap_or(false))?;
     println!("{answer}");

@@ -1,4 +1,4 @@
-//! Serves a bus with devices of this class beside those of vbus, and controls it.
+//! Serves a bus with this class and the classes of vbus, and controls it.
 
 use std::process::ExitCode;
 

@@ -1,14 +1,14 @@
-//! The device, served by its program, and its driver: in a process, and in a real guest.
+//! Tests of the device and its driver, with the driver in a process and in a real guest.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-/// The folder of vbus, whose kit makes guests.
+/// The folder of vbus. Its kit makes guests.
 const VBUS: &str = "../..";
 
-/// `my-device-host serve`, ended with the test.
+/// A running `my-device-host serve`, which ends with the test.
 struct Served {
     child: Child,
     folder: tempfile::TempDir,
@@ -74,7 +74,7 @@ fn a_guest_drives_the_device() {
     let target = "x86_64-unknown-linux-gnu";
     let folder = Path::new(env!("CARGO_BIN_EXE_my-device-guest")).parent().expect("a folder");
     let folder = folder.join("static");
-    // The guest has none of this machine's libraries.
+    // The guest does not have this machine's libraries.
     output(
         Command::new(env!("CARGO"))
             .args(["build", "--release", "--bin", "my-device-guest", "--target", target])

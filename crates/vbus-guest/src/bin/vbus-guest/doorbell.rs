@@ -1,17 +1,17 @@
-//! Which kind of doorbell a command rings.
+//! The kind of doorbell that a command uses.
 
 use anyhow::{Result, anyhow};
 use vbus_driver::{Function, Hal};
 use vbus_shm::abi::capability;
 
-/// How often each kind is rung when they are measured: enough to be told apart by, and a few
-/// milliseconds at the most.
+/// The number of rings with which the cost of each kind is measured. The costs of the kinds differ
+/// clearly with it, and it takes at most a few milliseconds.
 pub const RINGS: u32 = 64;
 
-/// A kind, as a person chooses it.
+/// The choice on the command line.
 #[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Choice {
-    /// Whichever costs least here
+    /// The cheapest kind on this machine
     Auto,
     /// A write to the function's memory
     Mmio,
@@ -20,7 +20,7 @@ pub enum Choice {
 }
 
 impl Choice {
-    /// Lets `function` ring by it, before it has regions.
+    /// Makes `function` use this kind. The function must not have regions yet.
     pub fn apply<H: Hal>(self, function: &mut Function<H>) -> Result<()> {
         match self {
             Choice::Auto if function.doorbells().count() > 1 => {

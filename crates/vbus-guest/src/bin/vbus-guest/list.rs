@@ -1,4 +1,4 @@
-//! `vbus-guest list`: the functions that are here.
+//! `vbus-guest list`: lists the functions of the source.
 
 use anyhow::Result;
 use serde_json::{Map, Value, json};
@@ -8,7 +8,7 @@ use crate::doorbell;
 use vbus_cli::output::{columns, emit, emit_json};
 use vbus_guest::Source;
 
-/// Prints them; if there are none, `hint` says where there may be some.
+/// Prints the functions. If there are none, prints `hint`, which says where there may be some.
 pub fn run<S: Source>(source: &S, as_json: bool, hint: &str) -> Result<()> {
     let mut rows = Vec::new();
     for found in source.scan()? {
@@ -40,7 +40,7 @@ fn describe<H: Hal>(id: &str, function: &mut Function<H>) -> Value {
     let state = match function.state() {
         Ok(ConnectionState::Closed) => "closed".into(),
         Ok(ConnectionState::Open) => "open".into(),
-        Ok(ConnectionState::Broken(status)) => format!("broken: {status}"),
+        Ok(ConnectionState::Broken(error_code)) => format!("broken: {error_code}"),
         Err(error) => error.to_string(),
     };
     json!({
@@ -59,7 +59,7 @@ fn describe<H: Hal>(id: &str, function: &mut Function<H>) -> Value {
     })
 }
 
-/// A row for people.
+/// The row of the table for people.
 fn cells(row: &Value) -> Vec<String> {
     let text = |key: &str| match &row[key] {
         Value::String(text) => text.clone(),
@@ -71,8 +71,8 @@ fn cells(row: &Value) -> Vec<String> {
     vec![id, name, class, features, doorbells(row), state]
 }
 
-/// The doorbells offered, each with what ringing costs if it can be rung here; the cheapest of
-/// several with a star.
+/// The kinds of doorbell that the function offers, each with its cost if this process can ring it.
+/// The cheapest of several has a star.
 fn doorbells(row: &Value) -> String {
     let costs = &row["doorbell_ns"];
     let several = costs.as_object().is_some_and(|costs| costs.len() > 1);
@@ -95,7 +95,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_doorbell_to_take_is_marked() {
+    fn the_cheapest_doorbell_is_marked() {
         let row = json!({
             "doorbells": ["mmio", "pio", "hypercall"], "doorbell": "pio", "doorbell_ns": { "mmio": 43_961, "pio": 28_100 },
         });

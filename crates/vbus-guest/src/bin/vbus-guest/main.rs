@@ -1,4 +1,4 @@
-//! The program `vbus-guest`: the driver's end, in a virtual machine or in a plain process.
+//! The program `vbus-guest`: drives devices in a virtual machine or from a plain process.
 
 mod doorbell;
 mod list;
@@ -18,8 +18,8 @@ use vbus_guest::{PciSource, SocketSource, Source};
 
 /// Drive the devices of a vbus: those on this machine's PCI bus, or those behind sockets.
 ///
-/// Inside a virtual machine it drives the functions of the PCI bus, as root. With --dir or --socket
-/// a plain process is the driver: no virtual machine, no root.
+/// In a virtual machine it drives the functions of the PCI bus, and needs root. With --dir or
+/// --socket it drives devices from a plain process, without a virtual machine and without root.
 #[derive(Parser, Debug)]
 #[command(version, max_term_width = 100)]
 struct Args {
@@ -29,34 +29,34 @@ struct Args {
     command: Command,
 }
 
-/// Where functions come from, if not from the PCI bus.
+/// The source of the functions, if it is not the PCI bus.
 #[derive(clap::Args, Debug)]
 #[group(multiple = false)]
 struct From {
-    /// The device at this vfio-user socket, without a virtual machine
+    /// Drive the device at this vfio-user socket, without a virtual machine
     #[arg(long, value_name = "PATH", global = true)]
     socket: Option<PathBuf>,
-    /// The devices of the bus in this directory, without a virtual machine
+    /// Drive the devices of the bus in this directory, without a virtual machine
     #[arg(long, value_name = "DIR", global = true, conflicts_with = "socket")]
     dir: Option<PathBuf>,
 }
 
 #[derive(clap::Subcommand, Debug)]
 enum Command {
-    /// List the functions that are here
+    /// List the functions of vbus on this machine, or behind the sockets
     List {
-        /// As JSON
+        /// Print JSON
         #[arg(long)]
         json: bool,
     },
-    /// Ring a doorbell of a device, for measuring
+    /// Ring a doorbell of a device, to measure its cost
     #[command(hide = true)]
     Ring(ring::Args),
-    /// Make NICs of the bus network interfaces of this machine
+    /// Make a network interface of this machine for a NIC of the bus
     Net(net::Options),
     /// Read, write and watch the pages of a state device
     State(state::Args),
-    /// Let the host know which class and priority run on each CPU
+    /// Tell the host the scheduling class and priority of each CPU's task
     Sched(sched::Args),
 }
 
@@ -89,7 +89,7 @@ where
             net::run(&Arc::new(source), options)
         }
         Command::State(args) => {
-            // Not that huge pages come and go, but why they do not.
+            // At this level the log has the failures to reserve huge pages, but not the successes.
             log::start_with("warn");
             state::run(&source, args)
         }
@@ -100,7 +100,8 @@ where
     }
 }
 
-/// Where functions may be if the PCI bus has none: on a host they are behind the bus's sockets.
+/// The hint for a PCI bus without functions of vbus. On a host, the functions are behind the
+/// sockets of a bus.
 fn elsewhere() -> String {
     let dir = rundir::choose(None);
     let bus = if dir.join(rundir::CONTROL).exists() {

@@ -1,5 +1,5 @@
-//! `vbus-guest ring`: rings, and does nothing else. For measuring, and for tests of what a driver
-//! that rings without end can do.
+//! `vbus-guest ring`: rings a doorbell, and does nothing else. It is for measurements, and for
+//! tests with a driver that rings without end.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
@@ -9,19 +9,20 @@ use crate::doorbell::Choice;
 use vbus_cli::output::{emit, emit_json};
 use vbus_guest::{Source, is_meant};
 
-/// What to ring.
+/// The arguments of `vbus-guest ring`.
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// Whose doorbell: the name, PCI address or socket of a device, which another process may be
-    /// driving
+    /// The name, PCI address or socket of the device; another process may drive it at the same
+    /// time
     device: String,
-    /// How often
+    /// The number of rings
     #[arg(long, value_name = "N", default_value_t = 1000)]
     count: u64,
-    /// Which doorbell: the handle of a region [default: the highest, which hardly any region has]
+    /// The number of the doorbell: the handle of a region [default: the highest, which hardly any
+    /// region has]
     #[arg(long, value_name = "N")]
     handle: Option<u32>,
-    /// By what
+    /// The kind of doorbell
     #[arg(long, value_enum, value_name = "KIND", default_value_t = Choice::Auto)]
     doorbell: Choice,
     /// Print JSON
@@ -29,7 +30,7 @@ pub struct Args {
     json: bool,
 }
 
-/// Runs it.
+/// Runs the command.
 pub fn run<S: Source>(source: &S, args: &Args) -> Result<()> {
     for found in source.scan()? {
         let probed = source.look(&found.id).and_then(|hal| Ok(Function::probe(hal)?));

@@ -1,4 +1,4 @@
-//! `vbus-guest state`: the pages of a state device.
+//! `vbus-guest state`: reads, writes and watches the pages of a state device at the driver's end.
 
 use std::io::Read;
 use std::time::Duration;
@@ -13,10 +13,10 @@ use vbus_shm::signal::Armed;
 use vbus_cli::output::{columns, emit, emit_bytes, emit_json, plain};
 use vbus_guest::{Claimed, Interrupt, Source, claim, keep_open, wait};
 
-/// What to do, and with which device.
+/// The arguments of `vbus-guest state`.
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// Which state device: its name, PCI address or socket [default: the first that is free]
+    /// The name, PCI address or socket of the state device [default: the first free one]
     #[arg(long, value_name = "DEVICE", global = true)]
     device: Option<String>,
     #[command(subcommand)]
@@ -27,32 +27,32 @@ pub struct Args {
 enum Command {
     /// List the pages
     List {
-        /// As JSON
+        /// Print JSON
         #[arg(long)]
         json: bool,
     },
-    /// Print the value of a page that the other end writes
+    /// Print the value of a page that the device writes
     Get {
         /// The page
         page: String,
         #[command(flatten)]
         form: Form,
     },
-    /// Write a page that this end writes
+    /// Write a page that the driver writes
     Set {
         /// The page
         page: String,
         /// The value; - reads it from standard input
         value: String,
-        /// The value is written in hexadecimal digits
+        /// The value is given in hexadecimal digits
         #[arg(long)]
         hex: bool,
     },
-    /// Print the value of a page, and each that follows
+    /// Print the value of a page, and each later value; goes on when the bus starts again
     Watch {
         /// The page
         page: String,
-        /// End after so many values
+        /// End after this many values
         #[arg(long, value_name = "N")]
         count: Option<u64>,
         #[command(flatten)]
@@ -60,20 +60,20 @@ enum Command {
     },
 }
 
-/// How a value is printed: without options as text up to the last byte that is not zero, or in
+/// The form of a printed value. Without options it is text up to the last byte that is not zero, or
 /// hexadecimal if it is no text.
 #[derive(clap::Args, Clone, Copy, Debug)]
 #[group(multiple = false)]
 struct Form {
-    /// All bytes, in hexadecimal
+    /// Print all bytes, in hexadecimal
     #[arg(long)]
     hex: bool,
-    /// All bytes, as they are
+    /// Print all bytes, unchanged
     #[arg(long)]
     raw: bool,
 }
 
-/// Runs it.
+/// Runs the command.
 pub fn run<S: Source>(source: &S, args: &Args) -> Result<()> {
     let (found, claimed) = claim(source, class::STATE, "state", args.device.as_deref())?;
     let open = |claimed| Session::open(claimed).with_context(|| found.id.clone());
@@ -110,7 +110,7 @@ impl Printer {
     }
 }
 
-/// A state device that was opened.
+/// An open state device.
 struct Session<H: Hal> {
     pages: Pages<H>,
     acknowledger: Acknowledger<H>,
@@ -154,7 +154,7 @@ impl<H: Hal> Session<H> {
         let page = self.find(name)?;
         let reader = self.pages.reader(&page, 0)?;
         let mut value = vec![0; reader.value_bytes()];
-        // The device has written the current value before it said that the page is registered.
+        // The device has written the current value before it answered that the page is registered.
         reader.read(&mut value)?;
         print(&value, form);
         Ok(())
@@ -200,7 +200,7 @@ impl<H: Hal> Session<H> {
         Ok(())
     }
 
-    /// Waits for an interrupt, a second at most.
+    /// Waits for an interrupt, at most for a second.
     fn sleep(&mut self) -> Result<()> {
         if wait(&mut *self.interrupt, Duration::from_secs(1))? {
             self.acknowledger.acknowledge();
@@ -209,7 +209,7 @@ impl<H: Hal> Session<H> {
     }
 }
 
-/// The bytes of a value as it was given.
+/// The bytes of a value from the command line.
 fn parse(value: &str, hex: bool) -> Result<Vec<u8>> {
     let bytes = if value == "-" {
         let mut bytes = Vec::new();
@@ -243,7 +243,7 @@ fn print(value: &[u8], form: Form) {
     }
 }
 
-/// A value for people.
+/// Formats a value for people.
 fn text(value: &[u8], hex: bool) -> String {
     let len = value.iter().rposition(|&b| b != 0).map_or(0, |last| last + 1);
     match std::str::from_utf8(&value[..len]) {

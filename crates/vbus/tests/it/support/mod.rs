@@ -1,4 +1,4 @@
-//! A real `vbus serve` in a directory of its own, ended with the test.
+//! Runs a real `vbus serve` in its own directory, and ends it with the test.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-/// Longer than anything takes, even where many share a processor.
+/// A generous bound for any wait, even on a loaded machine.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The program `vbus`.
@@ -17,8 +17,8 @@ pub fn vbus() -> Command {
     program(Path::new(env!("CARGO_BIN_EXE_vbus")))
 }
 
-/// The program `vbus-guest`. It belongs to another package, so cargo is asked to build it (it
-/// mostly is built already) and to say where it is.
+/// The program `vbus-guest`. It belongs to another package, so this asks cargo to build it and to
+/// name its path.
 pub fn vbus_guest() -> Command {
     static PATH: OnceLock<PathBuf> = OnceLock::new();
     program(PATH.get_or_init(|| {
@@ -45,19 +45,19 @@ fn program(path: &Path) -> Command {
     command
 }
 
-/// What a command printed and how it ended.
+/// The output and the exit code of a command.
 pub struct Done {
     pub code: Option<i32>,
     pub out: String,
     pub err: String,
 }
 
-/// Runs a command to its end.
+/// Runs a command and waits for its end.
 pub fn run(args: &[&str], dir: &Path) -> Done {
     Caller { program: vbus, dir }.run(args)
 }
 
-/// One of the programs, for the bus in a directory.
+/// Runs one of the programs for the bus in a directory.
 pub struct Caller<'a> {
     program: fn() -> Command,
     dir: &'a Path,
@@ -72,19 +72,19 @@ impl Caller<'_> {
         Done { code: status.code(), out: text(stdout), err: text(stderr) }
     }
 
-    /// Runs a command that must succeed, and returns what it printed.
+    /// Runs a command that must succeed, and returns its output.
     pub fn good(&self, args: &[&str]) -> String {
         let done = self.run(args);
         assert_eq!(done.code, Some(0), "{args:?}: {}", done.err);
         done.out
     }
 
-    /// Likewise, as JSON.
+    /// Runs a command that must succeed, and returns its output as JSON.
     pub fn json(&self, args: &[&str]) -> Value {
         serde_json::from_str(&self.good(&[args, &["--json"]].concat())).unwrap()
     }
 
-    /// Runs a command that must fail, and returns what it complained of.
+    /// Runs a command that must fail, and returns its error message.
     pub fn bad(&self, args: &[&str]) -> String {
         let done = self.run(args);
         assert_eq!(done.code, Some(1), "{args:?}: {}", done.out);
@@ -92,24 +92,24 @@ impl Caller<'_> {
     }
 }
 
-/// A bus that is up.
+/// A running bus.
 pub struct Served {
     pub child: Child,
     pub dir: PathBuf,
     pub log: PathBuf,
-    /// Removed last.
+    /// The temporary folder. It is the last field, so it is removed last.
     _temporary: tempfile::TempDir,
 }
 
 impl Served {
-    /// Starts one with this configuration.
+    /// Starts a bus with this configuration.
     pub fn start(config: &str) -> Served {
         let temporary = tempfile::tempdir().unwrap();
         let dir = temporary.path().join("bus");
         Served::start_at(temporary, dir, config)
     }
 
-    /// Starts one in the directory `dir`.
+    /// Starts a bus in the directory `dir`.
     pub fn start_in(dir: &Path, config: &str) -> Served {
         Served::start_at(tempfile::tempdir().unwrap(), dir.to_owned(), config)
     }
@@ -162,7 +162,7 @@ impl Served {
         self.caller().bad(args)
     }
 
-    /// A connection to its control socket.
+    /// Connects to its control socket.
     pub fn control(&self) -> UnixStream {
         let socket = UnixStream::connect(self.dir.join("control.sock")).unwrap();
         socket.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -170,13 +170,13 @@ impl Served {
         socket
     }
 
-    /// Sends it a signal.
+    /// Sends a signal to the bus.
     pub fn signal(&self, signal: rustix::process::Signal) {
         rustix::process::kill_process(rustix::process::Pid::from_child(&self.child), signal)
             .unwrap();
     }
 
-    /// A line of its `/proc/PID/status`, in the numbers that stand there.
+    /// The number in the line `key` of its `/proc/PID/status`.
     pub fn status(&self, key: &str) -> u64 {
         let text = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
         let line = text.lines().find_map(|l| l.strip_prefix(key)).unwrap();
@@ -202,7 +202,7 @@ pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
 
 /// Sends bytes and reads one line.
 pub fn exchange(socket: &mut UnixStream, bytes: &[u8]) -> String {
-    // The bus may have refused before it took everything.
+    // The bus may have refused the request before it read all of it.
     let _ = socket.write_all(bytes);
     let mut line = Vec::new();
     let mut byte = [0];

@@ -1,4 +1,4 @@
-//! Memory for frames, and system calls straight from and to it.
+//! Memory for frames. System calls read and write it directly.
 
 use std::collections::VecDeque;
 
@@ -7,21 +7,21 @@ use vbus_core::io_vec::IoVecMut;
 use vbus_driver::Dma;
 use vbus_driver::venet::{FRAME_MAX, Piece};
 
-/// Where frames begin: a cache line.
+/// The alignment of frames: a cache line.
 const ALIGN: usize = 64;
 
-/// Memory of which frames of any size are taken and given back in the same order.
+/// Memory for frames of any size. Frames are given back in the order in which they were taken.
 #[derive(Debug)]
 pub struct FrameMemory<D> {
     memory: D,
     head: usize,
     tail: usize,
-    /// Where each frame ends that has not been given back, oldest first.
+    /// The end of each frame that has not been given back, oldest first.
     ends: VecDeque<usize>,
 }
 
 impl<D: Dma> FrameMemory<D> {
-    /// Over one run of addresses that holds two frames at least.
+    /// Uses `memory`, which must be one run of addresses with room for at least two frames.
     pub fn new(memory: D) -> Result<Self> {
         let bytes = memory.bytes();
         ensure!(
@@ -31,10 +31,11 @@ impl<D: Dma> FrameMemory<D> {
         Ok(FrameMemory { memory, head: 0, tail: 0, ends: VecDeque::new() })
     }
 
-    /// Where the next frame can be put, up to [`FRAME_MAX`] bytes of it, if there is room.
+    /// The offset for the next frame, with room for [`FRAME_MAX`] bytes. `None` if there is no
+    /// room.
     pub fn room(&mut self) -> Option<usize> {
         if self.ends.is_empty() {
-            // Begin at the front again: it is in the cache.
+            // Begin at the front again, because that part is in the cache.
             (self.head, self.tail) = (0, 0);
             return Some(0);
         }
@@ -44,24 +45,23 @@ impl<D: Dma> FrameMemory<D> {
             }
             self.head = 0;
         }
-        // Full and empty are told apart by `ends`; here it is not empty, so the head must not reach
-        // the tail.
+        // Here `ends` is not empty. The head must not reach the tail, which would look like empty.
         (self.tail.saturating_sub(self.head) >= FRAME_MAX).then_some(self.head)
     }
 
-    /// The room at `offset`, for a system call that puts a frame there.
+    /// The room at `offset`, for a system call that writes a frame there.
     pub fn vector(&self, offset: usize) -> IoVecMut<'_> {
         IoVecMut::words(self.memory.words(), offset, FRAME_MAX)
     }
 
-    /// Takes the `len` bytes at `offset`, where [`room`](Self::room) was.
+    /// Takes the `len` bytes at `offset`, which [`room`](Self::room) returned.
     pub fn take(&mut self, offset: usize, len: usize) -> Piece {
         self.head = (offset + len).next_multiple_of(ALIGN);
         self.ends.push_back(self.head);
         Piece { addr: self.memory.address(offset), len: u32::try_from(len).unwrap_or(0) }
     }
 
-    /// Gives back the oldest `count` frames.
+    /// Gives the oldest `count` frames back.
     pub fn give_back(&mut self, count: u32) {
         for _ in 0..count {
             if let Some(end) = self.ends.pop_front() {

@@ -1,4 +1,4 @@
-//! `vbus-guest net`: NICs of the bus as TAP interfaces of this machine.
+//! `vbus-guest net`: makes a TAP interface of this machine for each NIC of the bus.
 
 mod frames;
 mod nic;
@@ -22,16 +22,15 @@ pub use options::Options;
 use vbus_cli::signals;
 use vbus_guest::{Claimed, Source, claim};
 
-/// How often the source is scanned although it has no news, and how often a thread's end is looked
-/// for.
+/// The longest time between two scans of the source. A scan also finds threads that have ended.
 const TICK: Duration = Duration::from_secs(1);
-/// How long a function that failed is left alone: at first hardly, since one that has just come may
-/// not be ready, then longer.
+/// The shortest and the longest pause after a failure of a function. The first pause is short,
+/// because a function that has just come may not be ready. Later pauses are longer.
 const AGAIN: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
-/// How long a failure has to last for people to be told.
+/// A failure that lasts longer than this is logged.
 const TELL: Duration = Duration::from_secs(1);
 
-/// A NIC that is being served.
+/// The thread that serves a NIC.
 struct Running {
     stop: OwnedFd,
     thread: JoinHandle<Result<()>>,
@@ -103,7 +102,7 @@ where
     let changes = source.changes();
     let mut running: BTreeMap<String, Running> = BTreeMap::new();
     let mut failed: BTreeMap<String, Failure> = BTreeMap::new();
-    // Devices that turned out to be no NICs, where that cannot be known beforehand.
+    // Devices of other classes. Some sources know the class only once the device was opened.
     let mut others: BTreeSet<String> = BTreeSet::new();
     loop {
         let found = source.scan()?;
@@ -122,7 +121,7 @@ where
                 Err(error) if there(&id) => {
                     failed.entry(id.clone()).or_default().happened(&id, &error)
                 }
-                // It ended because it went, whatever it met on the way.
+                // The thread ended because the device has gone. Its error does not matter.
                 _ => tracing::info!("{id} has gone"),
             }
         }
@@ -154,7 +153,7 @@ where
             let _ = rustix::io::read(done, &mut [0; 8]);
         }
         if let (Some(changes), Some(true)) = (&changes, ready.get(2)) {
-            // What the news are does not matter: the next scan tells.
+            // The messages do not matter: the next scan finds the changes.
             while rustix::io::read(changes, &mut [0; 4096]).is_ok_and(|n| n > 0) {}
         }
     }
@@ -170,18 +169,19 @@ fn is_other_class(error: &(dyn std::error::Error + 'static)) -> bool {
     matches!(error.downcast_ref(), Some(vbus_driver::Error::WrongClass(_)))
 }
 
-/// A function that cannot be driven.
+/// The failures of a function that cannot be driven.
 #[derive(Default)]
 struct Failure {
-    /// The first time and the last.
+    /// The times of the first failure and of the last.
     times: Option<(Instant, Instant)>,
+    /// The text that was logged last.
     told: String,
 }
 
 impl Failure {
     fn happened(&mut self, id: &str, error: &anyhow::Error) {
         let now = Instant::now();
-        // One that did well for a while begins anew.
+        // After a time without failures, the count begins again.
         let first = self
             .times
             .filter(|(_, last)| now - *last < 2 * AGAIN.1)
@@ -194,14 +194,14 @@ impl Failure {
         }
     }
 
-    /// How long it is still left alone.
+    /// The time until the next attempt.
     fn wait(&self) -> Duration {
         let Some((first, last)) = self.times else { return Duration::ZERO };
         (last - first).clamp(AGAIN.0, AGAIN.1).saturating_sub(last.elapsed())
     }
 }
 
-/// Waits until one of `fds` is readable; says which.
+/// Waits until one of `fds` is readable, at most for `timeout`. Returns which are readable.
 fn wait(fds: &[&OwnedFd], timeout: Option<Duration>) -> Result<Vec<bool>> {
     let mut polled: Vec<_> = fds.iter().map(|fd| PollFd::new(*fd, PollFlags::IN)).collect();
     let timeout = timeout.map(Timespec::try_from).transpose()?;
@@ -217,25 +217,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_failure_is_left_alone_for_longer_and_longer() {
+    fn the_pause_after_a_failure_grows() {
         let mut failure = Failure::default();
         assert_eq!(failure.wait(), Duration::ZERO);
         failure.happened("f", &anyhow!("no"));
         assert!(failure.wait() <= AGAIN.0);
         let back = |by: Duration| Instant::now().checked_sub(by).unwrap();
-        // It began 3 s ago and is still so.
+        // The failures began 3 s ago and have gone on.
         failure.times = Some((back(Duration::from_secs(3)), back(Duration::from_secs(1))));
         failure.happened("f", &anyhow!("no"));
         assert!(failure.wait() > Duration::from_millis(1500) && failure.wait() <= AGAIN.1);
         assert_eq!(failure.told, "no");
-        // It did well for a minute in between.
+        // There was no failure for a minute in between.
         failure.times = Some((back(Duration::from_secs(90)), back(Duration::from_secs(60))));
         failure.happened("f", &anyhow!("no"));
         assert!(failure.wait() <= AGAIN.0);
     }
 
     #[test]
-    fn other_classes_are_told_from_other_errors() {
+    fn a_device_of_another_class_is_told_from_other_errors() {
         use vbus_driver::Error;
         let is_other = |error: anyhow::Error| error.context("there").chain().any(is_other_class);
         assert!(is_other(Error::WrongClass(2).into()));

@@ -1,4 +1,4 @@
-//! One NIC: from a claimed function to an interface with its queues, and back.
+//! Serves one NIC: opens it, makes its interface, and runs its queues.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,17 +19,17 @@ use super::queue::{Counters, Queue, Shared, Wake};
 use super::tap::Tap;
 use vbus_guest::{Claimed, Interrupt, Source, keep_open};
 
-/// Entries of each ring.
+/// The entries of each ring.
 const RING_ENTRIES: u32 = 256;
-/// Bytes of a receive buffer: a segment of 64 KiB takes five, an ordinary frame one.
+/// The bytes of a receive buffer. A segment of 64 KiB takes five buffers, an ordinary frame one.
 const BUFFER_BYTES: u32 = 16 << 10;
-/// Bytes of the memory from which frames are sent: a huge page.
+/// The bytes of the memory for frames to send: one huge page.
 const FRAME_BYTES: usize = 2 << 20;
-/// The shortest nap under load, in nanoseconds. Each ends with two switches of threads, which cost
-/// more than those of the device's end: under a translator TCP came in at 1.2 to 2.2 times the rate
-/// with 300 us instead of 100. At 10 Gb/s it is 6 segments of 64 KiB.
+/// The shortest nap under load, in nanoseconds. Each nap ends with two switches of threads. They
+/// cost more here than at the device's end: under a translator, the rate of received TCP with 300
+/// us was 1.2 to 2.2 times that with 100 us. At 10 Gb/s, 300 us are 6 segments of 64 KiB.
 const NAP_NS: u64 = 300_000;
-/// How often the NIC is looked at even if nothing happens.
+/// The longest time between two looks at the NIC.
 const TICK: Duration = Duration::from_secs(1);
 
 /// The interface, which stays when the NIC's connection is lost, and how it was set up.
@@ -43,9 +43,9 @@ struct Interface {
     was_open: bool,
 }
 
-/// Serves the NIC until `stop` becomes readable (then it returns without an error), the function
-/// goes or something breaks. When the connection is lost, the interface stays, without a carrier,
-/// and the NIC is opened again.
+/// Serves the NIC until `stop` becomes readable, the function goes, or something fails. It returns
+/// without an error only for `stop`. When the connection is lost, the interface stays, without a
+/// carrier, and the NIC is opened again.
 pub fn serve<S: Source>(
     source: &S,
     id: &str,
@@ -126,8 +126,8 @@ where
         look: event()?,
         counters: Counters::default(),
     };
-    // With one queue pair its thread takes the interrupts itself; with more of them, this one does,
-    // and wakes the others.
+    // With one queue pair, its thread takes the interrupts itself. With several, this thread takes
+    // them and wakes the others.
     let mut own = Some((interrupt, acknowledger));
     let mut relays = Vec::new();
     let mut queues = Vec::new();
@@ -194,7 +194,7 @@ where
         let mut queues = Vec::new();
         for thread in threads {
             match thread.join() {
-                // What the device says of itself explains what its queues ran into.
+                // The device's own error explains the errors of its queues, so it comes first.
                 Ok((ended, queue)) => {
                     result = result.and(ended);
                     queues.push(queue);
@@ -205,7 +205,7 @@ where
         (result, queues)
     });
     report(tap.name(), &shared.counters);
-    // First the device lets go of the memory, then it goes.
+    // The device must release the memory of the queues before they are dropped.
     supervisor.nic.close();
     drop(queues);
     result
@@ -229,7 +229,7 @@ fn event() -> Result<OwnedFd> {
     eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).context("cannot make an eventfd")
 }
 
-/// Watches over the NIC as a whole: its link, its filter, and whether the device is still there.
+/// Watches the NIC as a whole: its link, its filter, and whether its connection is still open.
 struct Supervisor<'a, H: Hal> {
     nic: Nic<H>,
     tap: &'a Tap,
@@ -240,7 +240,7 @@ struct Supervisor<'a, H: Hal> {
 }
 
 impl<H: Hal> Supervisor<'_, H> {
-    /// Runs until `stop` becomes readable, a queue has ended, or the device has.
+    /// Runs until `stop` becomes readable, a queue ends, or the connection ends.
     fn watch(
         &mut self,
         shared: &Shared,
@@ -287,7 +287,8 @@ impl<H: Hal> Supervisor<'_, H> {
                 if flags.contains(PollFlags::IN) {
                     interrupt.take()?;
                     acknowledger.acknowledge();
-                    // It was for some of them: each looks for itself, and then it may come again.
+                    // The interrupt does not say for which queue it is, so each queue looks.
+                    // Then the interrupt is enabled again.
                     for relay in relays {
                         let _ = rustix::io::write(relay.as_fd(), &1u64.to_ne_bytes());
                     }
@@ -299,7 +300,7 @@ impl<H: Hal> Supervisor<'_, H> {
         }
     }
 
-    /// Brings the interface up to date with the NIC, and the other way round.
+    /// Applies the NIC's link to the interface, and the interface's filter to the NIC.
     fn look(&mut self) -> Result<()> {
         self.nic.function().check()?;
         let mut status = self.nic.status()?;
@@ -313,8 +314,8 @@ impl<H: Hal> Supervisor<'_, H> {
             self.link = Some(link);
         }
         let promiscuous = self.tap.is_promiscuous(self.mac);
-        // The kernel sorts multicasts out itself; frames for others it only wants when it listens
-        // to all.
+        // The kernel filters multicasts itself. It wants frames for other addresses only when it
+        // listens to all.
         let filter = FILTER_ALL_MULTICAST | if promiscuous { FILTER_PROMISCUOUS } else { 0 };
         if self.filter != Some(filter) {
             self.nic.filter(filter, &[])?;

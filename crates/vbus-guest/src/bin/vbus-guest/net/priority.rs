@@ -1,21 +1,21 @@
-//! How a queue's thread stands among the guest's other threads.
+//! The scheduling class and nice value of a queue's thread.
 #![allow(unsafe_code)] // Calls the kernel's scheduler.
 
 use rustix::process::{Pid, getpriority_process, setpriority_process};
 use rustix::thread::gettid;
 
-/// Makes the calling thread one that is woken without haste and left alone at its work:
-/// SCHED_BATCH, with the nice value `nice`.
+/// Gives the calling thread the class SCHED_BATCH and the nice value `nice`. Other threads then
+/// preempt it less, and it preempts other threads less.
 ///
-/// A driver in the kernel does its work between two instructions of whoever runs. A thread, on a
-/// processor that it shares with the program at the other end of its frames, is switched to and
-/// from instead, and for what: each received segment wakes the program, which pushes the thread
-/// aside; each sent one wakes the thread, which pushes the program aside. The nice value stops the
-/// first, SCHED_BATCH the second. Under a translator, where a switch costs some 30 us, TCP came in
-/// at 0.75 to 1.4 times the rate of virtio-net instead of 0.46 to 0.57; with the nice value alone
-/// sending fell to half.
+/// A driver in the kernel works between two instructions of the running program, without a switch
+/// of threads. This thread may share its processor with the program that sends and receives the
+/// frames. Then each received segment wakes the program, which preempts the thread, and each sent
+/// segment wakes the thread, which preempts the program. The nice value prevents the first,
+/// SCHED_BATCH the second. Under a translator, where a switch costs some 30 us, the rate of
+/// received TCP was 0.75 to 1.4 times that of virtio-net with both, and 0.46 to 0.57 times without.
+/// With the nice value alone, the rate of sent TCP fell to half.
 ///
-/// Without the permission (CAP_SYS_NICE) the thread stays as it is.
+/// Without the permission (CAP_SYS_NICE) the thread keeps its class and nice value.
 pub fn take(nice: i32) {
     let me = Pid::from_raw(gettid().as_raw_nonzero().get());
     let param = libc::sched_param { sched_priority: 0 };
@@ -26,7 +26,7 @@ pub fn take(nice: i32) {
     if let Err(error) = setpriority_process(me, nice) {
         let stays = getpriority_process(me).unwrap_or(0);
         tracing::info!(
-            "no permission for nice value {nice} ({error}): it stays {stays}, and receives more slowly beside busy programs"
+            "no permission for nice value {nice} ({error}): it stays {stays}, and frames are received more slowly while programs are busy"
         );
     }
 }

@@ -14,30 +14,31 @@ use vbus_shm::signal::Armed;
 use super::frames::FrameMemory;
 use vbus_guest::Interrupt;
 
-/// Frames of one direction before it is the other's turn.
+/// The most frames of one direction before the other direction has its turn.
 const BUDGET: u32 = 64;
-/// Frames submitted before the device is told of them; it can begin while the next are being read.
+/// The number of frames after which the device is notified. It can begin while the queue reads the
+/// next frames.
 const POST_EACH: u32 = 16;
 
-/// What a frame weighs besides its bytes, for the pace.
+/// The bytes that the pace counts for each frame besides its own.
 const FRAME_WEIGHT: usize = 512;
 
-/// What a queue counts; for people.
+/// The counters of all queues, for people.
 #[derive(Debug, Default)]
 pub struct Counters {
     /// Frames sent to the device.
     pub sent: AtomicU64,
-    /// Frames received from it.
+    /// Frames received from the device.
     pub received: AtomicU64,
     /// Received frames that the kernel did not take.
     pub refused: AtomicU64,
     /// Doorbells rung.
     pub doorbells: AtomicU64,
-    /// Times it looked again after a nap.
+    /// Naps.
     pub naps: AtomicU64,
-    /// Times it went to sleep.
+    /// Sleeps.
     pub sleeps: AtomicU64,
-    /// Times an interrupt (or the one who takes them) woke it.
+    /// Interrupts that woke a queue, directly or by a relay.
     pub interrupts: AtomicU64,
 }
 
@@ -49,48 +50,48 @@ impl Counters {
 
 /// What wakes a queue besides its interface.
 pub enum Wake<H: Hal> {
-    /// The function's interrupt: there is but this queue.
+    /// The function's interrupt. There is only this queue.
     Interrupt(Box<dyn Interrupt>, Acknowledger<H>),
-    /// An eventfd, written by whoever takes the interrupt for all queues.
+    /// An eventfd. The thread that takes the interrupt for all queues writes it.
     Relay(OwnedFd),
 }
 
-/// A queue pair with all that it needs.
+/// A queue pair with its memory and its queue of the interface.
 pub struct Queue<H: Hal> {
-    /// Sends.
+    /// The transmit ring.
     pub tx: Tx<H>,
-    /// Frames that are being sent.
+    /// The memory of the frames that are being sent.
     pub frames: FrameMemory<H::Dma>,
-    /// Receives.
+    /// The receive ring.
     pub rx: Rx<H>,
-    /// Receive buffers, one behind another by number.
+    /// The receive buffers, in the order of their numbers.
     pub buffers: H::Dma,
-    /// The interface.
+    /// The queue of the interface.
     pub tap: vbus_tap::Queue,
-    /// What wakes it.
+    /// What wakes the queue.
     pub wake: Wake<H>,
-    /// How it rests.
+    /// Decides whether the queue polls, naps or sleeps.
     pub pace: Pace,
-    /// What it has carried, as [`Pace`] wants it told.
+    /// The bytes carried, as [`Pace`] counts them.
     pub carried: u64,
-    /// The environment, for its clock.
+    /// The Hal, for its clock.
     pub hal: H,
 }
 
-/// What a queue shares with the thread that watches over the NIC.
+/// What the queues share with the thread that watches the NIC.
 pub struct Shared {
-    /// Says that the queues are to end.
+    /// True when the queues must end.
     pub stop: AtomicBool,
-    /// Becomes readable, and stays so, when they are to end.
+    /// Becomes readable, and stays readable, when the queues must end.
     pub stopped: OwnedFd,
-    /// Written when an interrupt came that was for none of the queues.
+    /// A queue writes this eventfd when an interrupt came that was not for its frames.
     pub look: OwnedFd,
-    /// Counters of all queues.
+    /// The counters of all queues.
     pub counters: Counters,
 }
 
 impl<H: Hal> Queue<H> {
-    /// Hands all receive buffers to the device. To be called once, before [`run`](Self::run).
+    /// Gives all receive buffers to the device. Call it once, before [`run`](Self::run).
     pub fn fill(&mut self) -> Result<()> {
         for id in 0..u16::try_from(self.rx.space())? {
             let address = self.buffers.address(usize::from(id) * self.rx.buffer_bytes() as usize);
@@ -100,7 +101,7 @@ impl<H: Hal> Queue<H> {
         Ok(())
     }
 
-    /// Moves frames until it is told to stop, or something is broken.
+    /// Moves frames until [`Shared::stop`] is true or an error occurs.
     pub fn run(&mut self, shared: &Shared) -> Result<()> {
         while !shared.stop.load(Ordering::Relaxed) {
             if self.turn(&shared.counters)? {
@@ -116,7 +117,7 @@ impl<H: Hal> Queue<H> {
         Ok(())
     }
 
-    /// Moves what there is, both ways; whether there was anything.
+    /// Moves the frames that wait, in both directions. Returns whether there were any.
     fn turn(&mut self, counters: &Counters) -> Result<bool> {
         let received = self.receive(counters)?;
         let sent = self.send(counters)?;
@@ -144,8 +145,8 @@ impl<H: Hal> Queue<H> {
                     Counters::add(&counters.received, 1);
                     self.carried += (len + FRAME_WEIGHT) as u64;
                 }
-                // A header or a frame that it does not take, an interface that is down, no memory:
-                // this frame is lost.
+                // The kernel refuses the header or the frame, the interface is down, or there is no
+                // memory. This frame is lost.
                 Err(
                     Errno::INVAL
                     | Errno::IO
@@ -211,8 +212,8 @@ impl<H: Hal> Queue<H> {
         Counters::add(&counters.doorbells, u64::from(rung));
     }
 
-    /// Where the next frame to be sent can be read to. Takes back what was sent once half of the
-    /// ring is in flight, or room gets scarce.
+    /// The offset to which the next frame to send can be read. Reclaims the frames that were sent
+    /// when half of the ring is in flight or there is no room.
     fn room(&mut self) -> Result<Option<usize>> {
         if self.tx.in_flight() >= self.tx.space() || self.frames.room().is_none() {
             let count = self.tx.reclaim()?;
@@ -221,7 +222,7 @@ impl<H: Hal> Queue<H> {
         Ok(if self.tx.space() > 0 { self.frames.room() } else { None })
     }
 
-    /// Sleeps for a while without asking for an interrupt; frames of the interface end it.
+    /// Sleeps for this time without an interrupt. Frames of the interface end the sleep.
     fn nap(&mut self, shared: &Shared, nanoseconds: u64) -> Result<()> {
         Counters::add(&shared.counters.naps, 1);
         let for_tap = self.room()?.is_some();
@@ -231,14 +232,14 @@ impl<H: Hal> Queue<H> {
 
     /// Sleeps until there is something to do.
     fn sleep(&mut self, shared: &Shared) -> Result<()> {
-        // Without room for another frame, the next thing to happen is that frames have been sent: a
-        // quarter of them makes it worth while.
+        // Without room for another frame, the queue waits until a quarter of the frames in flight
+        // have been sent.
         let full = self.room()?.is_none();
         let missed_tx = full && self.tx.arm(self.tx.in_flight() / 4) == Armed::Missed;
         let missed_rx = self.rx.arm(0) == Armed::Missed;
-        // A device may say "missed" and bring nothing, for ever: it gets one more look, not the
-        // processor. Room for frames is something: now it is the interface that has to be waited
-        // for.
+        // A faulty device may report "missed" forever and bring nothing. It gets one more turn, so
+        // that it cannot take the whole processor. New room for frames also counts as a result: the
+        // queue must wait for the interface then.
         if (missed_tx || missed_rx)
             && (self.turn(&shared.counters)? || full && self.room()?.is_some())
         {
@@ -269,7 +270,7 @@ impl<H: Hal> Queue<H> {
         }
         self.disarm(full);
         if interrupted && !self.turn(&shared.counters)? {
-            // For the status page, then, or because the device ended the connection.
+            // The interrupt was for the status page, or the device has ended the connection.
             let _ = rustix::io::write(&shared.look, &1u64.to_ne_bytes());
         }
         Ok(())
@@ -282,8 +283,8 @@ impl<H: Hal> Queue<H> {
         }
     }
 
-    /// Waits, for an interrupt only without `nap`. Whether one came, and whether the function has
-    /// gone.
+    /// Waits for `stopped`, for the interface, and, without `nap`, for an interrupt. Returns
+    /// whether an interrupt came, and whether the function has gone.
     fn wait(&self, shared: &Shared, for_tap: bool, nap: Option<&Timespec>) -> Result<(bool, bool)> {
         let (wake, lifeline) = match &self.wake {
             Wake::Interrupt(interrupt, _) => (interrupt.fd(), Some(interrupt.lifeline())),

@@ -1,4 +1,4 @@
-//! A TAP interface of this machine's kernel, as the other end of a NIC.
+//! The TAP interface of a NIC.
 
 use std::fs;
 use std::process::{Command, Stdio};
@@ -24,16 +24,17 @@ pub struct Tap {
 }
 
 impl Tap {
-    /// Makes an interface with `queues` queues (at least 1). A `%d` in `name` becomes the first
-    /// free number.
+    /// Makes an interface with `queues` queues, at least 1. `%d` in `name` becomes the first free
+    /// number.
     pub fn create(name: &str, queues: u16) -> Result<Tap> {
         ensure!(
             (1..16).contains(&name.len()),
-            "an interface's name has 1 to 15 bytes, {name:?} has not"
+            "the name of an interface must have 1 to 15 bytes, but {name:?} has {}",
+            name.len()
         );
         let setup = Setup { multi_queue: queues > 1, napi: true };
         let failed = |error| match error {
-            Errno::BUSY => anyhow!("interface {name} is there already"),
+            Errno::BUSY => anyhow!("an interface {name} exists already"),
             Errno::PERM | Errno::ACCESS => anyhow!("making a TAP interface needs CAP_NET_ADMIN"),
             error => anyhow!(
                 "cannot make TAP interface {name}: {error}: is the kernel's module `tun` loaded?"
@@ -53,7 +54,7 @@ impl Tap {
         Ok(Tap { name: made, queues: queues.map_err(failed)?, usable })
     }
 
-    /// Its name.
+    /// The name of the interface.
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -86,37 +87,37 @@ impl Tap {
         }
     }
 
-    /// Says what may be left to the reader of the queues: what a NIC with these features of `venet`
-    /// takes from its driver.
+    /// Tells the kernel which offloads the frames that it sends may need: those that a NIC with
+    /// these features of `venet` accepts from its driver.
     pub fn set_offload(&self, features: u64) -> Result<()> {
         self.queues[0].set_offloads(Offloads::from_bits(features & F_TX)).context("TUNSETOFFLOAD")
     }
 
-    /// Says whether there is a link. Kernels before 5.0 cannot be told; their link is always up.
+    /// Sets the carrier. Kernels before 5.0 cannot; their carrier is always on.
     pub fn set_carrier(&self, up: bool) {
         if let Err(error) = self.queues[0].set_carrier(up) {
             tracing::debug!(%error, "TUNSETCARRIER");
         }
     }
 
-    /// Sets the interface's address.
+    /// Sets the address of the interface.
     pub fn set_mac(&self, mac: Mac) -> Result<()> {
-        vbus_tap::set_mac(&self.name, mac).context("the kernel does not take the NIC's address")
+        vbus_tap::set_mac(&self.name, mac).context("the kernel does not accept the NIC's address")
     }
 
-    /// Sets the largest frame without its header.
+    /// Sets the MTU: the bytes of the largest frame without its header.
     pub fn set_mtu(&self, mtu: u16) -> Result<()> {
         vbus_tap::set_mtu(&self.name, mtu)
-            .with_context(|| format!("the kernel does not take an MTU of {mtu}"))
+            .with_context(|| format!("the kernel does not accept an MTU of {mtu}"))
     }
 
-    /// Switches the interface on.
+    /// Sets the interface up.
     pub fn set_up(&self) -> Result<()> {
-        vbus_tap::set_up(&self.name).context("cannot switch the interface on")
+        vbus_tap::set_up(&self.name).context("cannot set the interface up")
     }
 
-    /// Whether frames for others are wanted too: the interface listens to all frames, is part of a
-    /// bridge, or was given another address than the NIC's.
+    /// Whether the interface needs frames for other addresses than `mac`, the NIC's. It does when
+    /// it is promiscuous, is part of a bridge, or has another address.
     pub fn is_promiscuous(&self, mac: Mac) -> bool {
         let read = |file: &str| {
             fs::read_to_string(format!("/sys/class/net/{}/{file}", self.name)).unwrap_or_default()
@@ -128,7 +129,7 @@ impl Tap {
     }
 }
 
-/// Loads the kernel's module, and makes its node where nobody else does.
+/// Loads the kernel's module `tun`, and makes its node if it does not exist.
 fn load_module() {
     let _ = Command::new("modprobe").arg("tun").stdin(Stdio::null()).stderr(Stdio::null()).status();
     let _ = fs::create_dir_all("/dev/net");

@@ -1,4 +1,4 @@
-//! `vbus-guest sched`: tells the host which class and priority run on each CPU.
+//! `vbus-guest sched`: tells the host the scheduling class and priority of each CPU's task.
 
 mod session;
 mod show;
@@ -20,16 +20,18 @@ use tasks::{Census, Watched, wanted};
 use vbus_cli::signals;
 use vbus_guest::{Source, claim, keep_open};
 
-/// Give this machine's virtual CPUs, on the host, the class and priority of what runs on them here.
+/// Give the threads of this machine's virtual CPUs, on the host, the scheduling class and priority
+/// of the tasks that run on the CPUs.
 ///
-/// Without --pid or --tid that is the highest real-time task that is runnable on each CPU. A look
-/// costs little but comes only every --every ms: a task that runs for less may go unseen, and one
-/// that has just become real-time is seen within a second. Where a task must be served at once when
-/// it wakes, name it, or use --sleeping: its CPU then keeps its class also while it sleeps.
+/// Without --pid or --tid, the runnable real-time task with the highest priority decides for each
+/// CPU. vbus-guest looks at the tasks every --every ms. It may miss a task that runs for a shorter
+/// time. It finds a task that has become real-time within a second. If a task must run at once when
+/// it wakes, name it with --pid or --tid, or use --sleeping: its CPU then keeps its class while the
+/// task sleeps.
 #[derive(clap::Args, Debug)]
 #[command(args_conflicts_with_subcommands = true)]
 pub struct Args {
-    /// Which sched device: its name, PCI address or socket [default: the first that is free]
+    /// The name, PCI address or socket of the sched device [default: the first free one]
     #[arg(long, value_name = "DEVICE", global = true)]
     device: Option<String>,
     #[command(flatten)]
@@ -40,31 +42,31 @@ pub struct Args {
 
 #[derive(clap::Args, Debug)]
 struct Run {
-    /// Only the threads of this process, whether they run or sleep; ends with them
+    /// Watch only the threads of this process, running or sleeping, and end when they end
     #[arg(long, value_name = "PID", conflicts_with_all = ["tid", "sleeping"])]
     pid: Option<u32>,
-    /// Only this thread, likewise
+    /// Watch only this thread, running or sleeping, and end when it ends
     #[arg(long, value_name = "TID", conflicts_with = "sleeping")]
     tid: Option<u32>,
-    /// Real-time tasks that sleep, too, other than the kernel's own
+    /// Also watch sleeping real-time tasks, except those of the kernel
     #[arg(long)]
     sleeping: bool,
-    /// Look every so many milliseconds
+    /// The milliseconds between two looks at the tasks
     #[arg(long, value_name = "MS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=10_000))]
     every: u64,
 }
 
 #[derive(clap::Subcommand, Debug)]
 enum Command {
-    /// Show what the host has made of it
+    /// Show the classes that the host has granted
     Show {
-        /// As JSON
+        /// Print JSON
         #[arg(long)]
         json: bool,
     },
 }
 
-/// Runs it.
+/// Runs the command.
 pub fn run<S: Source>(source: &S, args: &Args) -> Result<()> {
     let device = args.device.as_deref();
     if let Some(Command::Show { json }) = args.command {
@@ -88,7 +90,10 @@ pub fn run<S: Source>(source: &S, args: &Args) -> Result<()> {
 }
 
 impl<H: Hal> Session<H> {
-    /// Posts what the tasks want, until they have gone, or the device, or a signal comes.
+    /// Posts the classes of the tasks until the tasks have ended or a signal comes.
+    ///
+    /// # Errors
+    /// The connection was lost, or the device has gone.
     fn follow(
         mut self,
         watched: &mut Watched,
@@ -119,7 +124,7 @@ impl<H: Hal> Session<H> {
                     tell(number, last.0, outcome);
                 }
             }
-            // One read of a register, which leaves the virtual machine: not every time.
+            // This reads a register, which costs an exit of the virtual machine, so not every time.
             if now >= checked + Duration::from_secs(1) {
                 checked = now;
                 self.cpus.function().check()?;
@@ -132,7 +137,8 @@ impl<H: Hal> Session<H> {
         Ok(())
     }
 
-    /// Waits for the next look, and answers who asks meanwhile. True: a signal has come.
+    /// Waits until the next look, and answers `vbus-guest sched show` meanwhile. Returns true if a
+    /// signal has come.
     fn sleep(&self, every: Duration, signals: &OwnedFd, teller: Option<&Teller>) -> Result<bool> {
         let end = Instant::now() + every;
         loop {
@@ -163,13 +169,13 @@ impl<H: Hal> Session<H> {
     }
 }
 
-/// When a real-time class is posted again, so that it does not end: often enough for one look that
-/// comes late.
+/// The time after which a real-time class is posted again, so that it does not expire even if one
+/// look comes late.
 fn renewal(limits: &Limits) -> Duration {
     Duration::from_millis(u64::from(limits.boost_ms / 3).max(1))
 }
 
-/// A line for the log when the host begins to do other than was asked.
+/// Logs a new outcome of a class that was posted.
 fn tell(cpu: usize, class: Class, outcome: Outcome) {
     match outcome {
         Outcome::Granted => tracing::debug!(cpu, ?class, "granted"),
@@ -187,12 +193,12 @@ fn tell(cpu: usize, class: Class, outcome: Outcome) {
     }
 }
 
-/// Makes this process a real-time one itself, before all others: it must come to its looks and
-/// renewals while a real-time task keeps a CPU busy. Without the privilege it goes on as it is.
+/// Makes this process a real-time task of the highest priority, so that it can look and renew while
+/// a real-time task keeps a CPU busy. Without the privilege the process keeps its class.
 #[allow(unsafe_code)] // There is no safe wrapper for the system call.
 fn go_first() {
     let parameter = libc::sched_param { sched_priority: 99 };
-    // SAFETY: the kernel only reads the structure; 0 is the calling thread.
+    // SAFETY: the kernel only reads the structure. 0 means the calling thread.
     let result = unsafe {
         libc::sched_setscheduler(
             0,
@@ -202,6 +208,6 @@ fn go_first() {
     };
     if result != 0 {
         let error = std::io::Error::last_os_error();
-        tracing::warn!(%error, "cannot become a real-time task: a busy one may keep this one from its work");
+        tracing::warn!(%error, "cannot become a real-time task: a busy real-time task may delay this program");
     }
 }

@@ -1,5 +1,5 @@
-//! `vbus-guest sched show`: from the running `vbus-guest sched`, if there is one, for a device has
-//! one driver at a time; or else from the device.
+//! `vbus-guest sched show`. A device has one driver at a time, so this command asks the running
+//! `vbus-guest sched`. If none runs, it opens the device itself.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{Read, Write};
@@ -18,24 +18,24 @@ use super::session::Session;
 use vbus_cli::output::{columns, emit, emit_json, plain};
 use vbus_guest::{Found, Source, claim, is_meant};
 
-/// How long a driver that runs may take to answer; it looks after this between two of its looks.
+/// How long a running driver may take to answer. It answers between two looks at its tasks.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// The abstract socket of the driver of function `id`.
+/// The address of the abstract socket at which the driver of function `id` answers.
 fn address(id: &str) -> std::io::Result<SocketAddr> {
     let mut hasher = DefaultHasher::new();
     id.hash(&mut hasher);
     SocketAddr::from_abstract_name(format!("vbus-guest-sched-{:016x}", hasher.finish()))
 }
 
-/// Tells others what the host has made of it, while this process drives the device.
+/// Answers `vbus-guest sched show` while this process drives the device.
 pub struct Teller {
     listener: UnixListener,
     name: String,
 }
 
 impl Teller {
-    /// For function `id`, which calls itself `name`.
+    /// Listens for function `id`, whose device has the name `name`.
     pub fn new(id: &str, name: &str) -> Option<Teller> {
         let bind = || -> std::io::Result<UnixListener> {
             let listener = UnixListener::bind_addr(&address(id)?)?;
@@ -50,11 +50,12 @@ impl Teller {
         Some(Teller { listener, name: name.to_owned() })
     }
 
-    /// Answers those who have asked.
+    /// Answers all clients that wait.
     pub fn answer(&self, description: &Value) {
         while let Ok((mut stream, _)) = self.listener.accept() {
             let answer = json!({ "name": self.name, "device": description }).to_string();
-            // Fits the empty buffer of a fresh socket; whoever has gone needs no answer.
+            // The answer fits the empty buffer of a new socket. An error means that the client has
+            // gone.
             let _ = stream.set_nonblocking(true).and_then(|()| stream.write_all(answer.as_bytes()));
         }
     }
@@ -66,7 +67,7 @@ impl AsFd for Teller {
     }
 }
 
-/// Runs it.
+/// Runs the command.
 pub fn run<S: Source>(source: &S, wanted: Option<&str>, as_json: bool) -> Result<()> {
     let told = source.scan()?.iter().find_map(|found| ask(found, wanted));
     let description = match told {
@@ -106,7 +107,7 @@ pub fn run<S: Source>(source: &S, wanted: Option<&str>, as_json: bool) -> Result
     Ok(())
 }
 
-/// Asks the driver of `found`, if one runs and it is that of the device that is wanted.
+/// Asks the driver of `found`. Returns `None` if none runs, or if `wanted` names another device.
 fn ask(found: &Found, wanted: Option<&str>) -> Option<Value> {
     let mut stream = UnixStream::connect_addr(&address(&found.id).ok()?).ok()?;
     stream.set_read_timeout(Some(PATIENCE)).ok()?;
@@ -117,7 +118,7 @@ fn ask(found: &Found, wanted: Option<&str>) -> Option<Value> {
     wanted.is_none_or(|wanted| is_meant(found, name, wanted)).then(|| answer["device"].take())
 }
 
-/// What the device grants, and what it says of each CPU.
+/// The limits of the device, and its report for each CPU.
 pub fn describe<H: Hal>(limits: &Limits, pages: &[Cpu<H>]) -> Result<Value> {
     let mut cpus = Vec::new();
     for (number, page) in pages.iter().enumerate() {

@@ -1,4 +1,4 @@
-//! Tasks of this machine, as /proc tells of them: their class, and the CPU that they are on.
+//! The tasks of this machine, from /proc: their scheduling class, and their CPU.
 
 use std::fs;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -7,28 +7,31 @@ use std::time::Duration;
 use anyhow::Result;
 use vbus_driver::sched::Class;
 
-/// How often all tasks are looked at for such as have become real-time ones.
+/// The time between two searches for real-time tasks among all tasks.
 const CENSUS: Duration = Duration::from_secs(1);
 
-/// What a task is at the moment.
+/// The present state of a task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sample {
-    /// The CPU that it runs on, or ran on last.
+    /// The CPU that the task runs on, or ran on last.
     pub cpu: u32,
+    /// Its scheduling class.
     pub class: Class,
-    /// It runs, or waits for nothing but the CPU.
+    /// Whether the task runs, or waits only for the CPU.
     is_runnable: bool,
+    /// Whether it is a thread of the kernel.
     is_kernel: bool,
 }
 
-/// Reads `/proc/.../stat`. None: there is no such task any more, or none that runs again.
+/// Reads `/proc/.../stat`. Returns `None` if the task does not exist any more or has ended.
 fn sample(path: &str) -> Option<Sample> {
     parse(&fs::read_to_string(path).ok()?)
 }
 
 fn parse(stat: &str) -> Option<Sample> {
     const KERNEL_THREAD: u64 = 0x0020_0000;
-    // Behind the name, which may hold anything. The first field there is the third of all.
+    // The name may have any characters, so the search begins at its end. The first field after the
+    // name is the third of the line.
     let fields: Vec<&str> = stat.rsplit_once(") ")?.1.split_ascii_whitespace().collect();
     let field = |number: usize| fields.get(number - 3)?.parse::<i64>().ok();
     let number = |number: usize| i32::try_from(field(number)?).ok();
@@ -43,9 +46,9 @@ fn parse(stat: &str) -> Option<Sample> {
         2 => Class::RoundRobin(priority),
         3 => Class::Batch(nice),
         5 => Class::Idle,
-        // Deadline: before every task with a priority.
+        // SCHED_DEADLINE goes before every task with a priority.
         6 => Class::Fifo(99),
-        // One of the kernel's own, or one that is unknown here.
+        // A class of the kernel itself, or an unknown one.
         _ => Class::Own,
     };
     Some(Sample {
@@ -56,37 +59,38 @@ fn parse(stat: &str) -> Option<Sample> {
     })
 }
 
-/// The numbers in a folder of procfs.
+/// The entries of a folder of procfs that are numbers.
 fn numbers(folder: &str) -> Vec<u32> {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
 }
 
-/// The tasks that count.
+/// The tasks that decide the class of each CPU.
 pub enum Watched {
-    /// This one.
+    /// One thread.
     Thread(u32),
-    /// All threads of this process.
+    /// All threads of one process.
     Process(u32),
-    /// All real-time tasks but our own.
+    /// All real-time tasks except those of this process.
     RealTime(Census),
 }
 
-/// A task: process and thread.
+/// A task: the numbers of its process and of its thread.
 type Id = (u32, u32);
 
-/// The real-time tasks of this machine. To find them takes long, and is left to a thread that is no
-/// real-time task itself.
+/// The real-time tasks of this machine. A search takes long, so a thread that is not a real-time
+/// task does it.
 pub struct Census {
-    /// Those that sleep, too; but then none of the kernel's own, of which many sleep on each CPU.
+    /// Whether tasks that sleep count. Then threads of the kernel do not count, because many of
+    /// them sleep on each CPU.
     sleeping: bool,
     newest: Arc<Mutex<Vec<Id>>>,
     known: Vec<Id>,
 }
 
 impl Census {
-    /// With or without the tasks that sleep. To be called before the calling thread becomes a
-    /// real-time task.
+    /// Starts the searches. `sleeping` says whether tasks that sleep count. Call this before the
+    /// calling thread becomes a real-time task, because the new thread inherits its class.
     pub fn new(sleeping: bool) -> Result<Census> {
         let known = take_census(sleeping);
         let newest = Arc::new(Mutex::new(known.clone()));
@@ -104,7 +108,7 @@ impl Census {
     }
 
     fn samples(&mut self) -> Vec<Sample> {
-        // Not waited for: its holder may have to wait for the CPU.
+        // Do not wait for the lock: the thread that holds it may have to wait for the CPU.
         if let Ok(newest) = self.newest.try_lock() {
             self.known.clone_from(&newest);
         }
@@ -119,7 +123,7 @@ fn path((process, thread): Id) -> String {
     format!("/proc/{process}/task/{thread}/stat")
 }
 
-/// Looks at all tasks but those of this process.
+/// Finds the real-time tasks among all tasks except those of this process.
 fn take_census(sleeping: bool) -> Vec<Id> {
     let processes = numbers("/proc").into_iter().filter(|process| *process != std::process::id());
     let tasks = processes.flat_map(|process| {
@@ -130,7 +134,7 @@ fn take_census(sleeping: bool) -> Vec<Id> {
 }
 
 impl Watched {
-    /// The tasks that count now. None: there will be none any more.
+    /// The present state of the tasks that count. Returns `None` once they have all ended.
     pub fn samples(&mut self) -> Option<Vec<Sample>> {
         match self {
             Watched::Thread(thread) => {
@@ -147,7 +151,7 @@ impl Watched {
     }
 }
 
-/// What each of `cpus` CPUs should be, by the most urgent of the tasks on it.
+/// The class of each of `cpus` CPUs: that of the most urgent task on it.
 pub fn wanted(samples: &[Sample], cpus: usize) -> Vec<Class> {
     let mut wanted = vec![Class::Own; cpus];
     for sample in samples {
@@ -160,7 +164,7 @@ pub fn wanted(samples: &[Sample], cpus: usize) -> Vec<Class> {
     wanted
 }
 
-/// Greater for what goes first.
+/// A class that goes first has a greater urgency.
 fn urgency(class: Class) -> (u8, i32) {
     match class {
         Class::Own => (0, 0),
