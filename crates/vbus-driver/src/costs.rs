@@ -1,31 +1,31 @@
-//! What ringing costs, and which kind of doorbell is the cheapest.
+//! Measures the cost of ringing each kind of doorbell.
 
 use vbus_shm::abi::capability;
 
 use crate::doorbell::Doorbell;
 use crate::hal::Hal;
 
-/// In how many rounds a measurement is done. The kinds take turns, so that a disturbance does not
-/// hit one alone.
+/// Number of rounds of a measurement. The kinds take turns, so that a disturbance does not hit one
+/// kind alone.
 const ROUNDS: u32 = 4;
 
-/// What ringing costs, by one kind.
+/// The cost of ringing one kind of doorbell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cost {
     /// The kind.
     pub doorbell: Doorbell,
-    /// Nanoseconds for one ring: those of the best of several rounds.
+    /// Nanoseconds for one ring, in the best of several rounds.
     pub nanoseconds: u64,
 }
 
-/// What ringing costs, by each kind that can be rung here.
+/// The cost of ringing each kind of doorbell that this environment can ring.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Costs {
     list: [Option<Cost>; capability::RECORDS_MAX],
 }
 
 impl Costs {
-    /// Rings doorbell `handle` of each of `doorbells`, each `rings` times at least.
+    /// Rings doorbell `handle` of each kind at least `rings` times.
     pub(crate) fn measure<H: Hal>(
         hal: &H,
         doorbells: impl Iterator<Item = Doorbell>,
@@ -50,12 +50,12 @@ impl Costs {
         costs
     }
 
-    /// In the function's order.
+    /// The costs, in the function's order of the kinds.
     pub fn iter(&self) -> impl Iterator<Item = Cost> + '_ {
         self.list.iter().flatten().copied()
     }
 
-    /// The cheapest; the first of those that cost the same.
+    /// The cheapest kind. Of kinds that cost the same, the first.
     pub fn cheapest(&self) -> Option<Cost> {
         self.iter().min_by_key(|cost| cost.nanoseconds)
     }

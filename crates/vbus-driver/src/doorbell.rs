@@ -1,4 +1,4 @@
-//! Doorbells: which kinds a function offers, and where each is.
+//! The kinds of doorbell that a function offers, and their addresses.
 
 use core::fmt;
 
@@ -11,19 +11,19 @@ const PORT_MAX: u64 = 0xffff;
 pub struct Doorbell {
     /// [`capability::KIND_MMIO`] etc.
     pub kind: u8,
-    /// From the place of one doorbell to that of the next.
+    /// Distance from one doorbell to the next, in the unit of `base`.
     pub stride: u16,
-    /// Place of doorbell 0: an offset in BAR 0, an I/O port, a connection number.
+    /// Address of doorbell 0: an offset in BAR 0, an I/O port, or a connection number.
     pub base: u32,
 }
 
 impl Doorbell {
-    /// The place of doorbell `handle`.
+    /// The address of doorbell `handle`, in the unit of `base`.
     pub fn offset(&self, handle: u32) -> u64 {
         u64::from(self.base) + u64::from(self.stride) * u64::from(handle)
     }
 
-    /// What its kind is called.
+    /// The name of the kind.
     pub fn name(&self) -> &'static str {
         match self.kind {
             capability::KIND_MMIO => "mmio",
@@ -33,8 +33,8 @@ impl Doorbell {
         }
     }
 
-    /// Whether it is one of a doorbell, of a kind that this crate knows, with a place for each of
-    /// `regions` handles.
+    /// Whether the record is a doorbell of a kind that this crate knows, with a valid address for
+    /// each of `regions` handles.
     pub(crate) fn is_sound(&self, regions: u32) -> bool {
         let last = self.offset(regions.saturating_sub(1));
         self.stride > 0

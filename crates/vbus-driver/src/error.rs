@@ -8,58 +8,57 @@ use vbus_shm::{ErrorCode, Versions};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Error {
-    /// The registers do not begin with the magic number, or there is no capability that says where
-    /// they are.
+    /// The registers do not begin with the magic number, or the function has no vbus capability.
     NotVbus,
-    /// The capability that says where the registers are has a layout of this version, which this
-    /// driver does not know.
+    /// The vbus capability has a layout of this version, which this driver does not know.
     Layout(u8),
-    /// No version of the ABI is spoken by both ends.
+    /// The device and the driver have no version of the ABI in common.
     Version {
-        /// What the device speaks.
+        /// The device's versions.
         device: Versions,
-        /// What the driver speaks.
+        /// The driver's versions.
         driver: Versions,
     },
     /// The device is of another class.
     WrongClass(u32),
-    /// None of the offered kinds of doorbell can be used here.
+    /// This environment can ring none of the offered kinds of doorbell.
     NoDoorbell,
     /// The function has gone: its registers read as all ones.
     Gone,
     /// The device refused a command.
     Refused {
-        /// The command, as in the specification.
+        /// The command's name in the specification.
         command: &'static str,
-        /// Its answer.
-        status: ErrorCode,
+        /// The device's error code.
+        code: ErrorCode,
     },
-    /// The device refused a command for a reason of its class's.
+    /// The device refused a command with an error code of its class.
     Class {
-        /// The command, as in the specification.
+        /// The command's name in the specification.
         command: &'static str,
         /// The class's code.
         code: ErrorCode,
         /// What it means.
         text: &'static str,
     },
-    /// A command was in progress for so long that the driver has given up. The connection is
-    /// closed; open it again.
+    /// A command took too long, and the driver has given up. The connection is closed. Open it
+    /// again.
     TimedOut(&'static str),
-    /// The device has ended the connection; close, then open again.
+    /// The device has ended the connection with this error code. Close it, then open it again.
     Broken(ErrorCode),
-    /// The device has begun anew and has lost the connection; close, then open again.
+    /// The device has another incarnation and has lost the connection. Close it, then open it
+    /// again.
     Reincarnated,
-    /// The device returned something that it cannot have meant (said in words); do not go on with
-    /// this connection.
+    /// The device returned an invalid value, which the text describes. Do not go on with this
+    /// connection.
     Corrupt(&'static str),
-    /// No memory that the device can reach.
+    /// There is no free memory that the device can reach.
     NoMemory,
     /// The caller asked for something that the device or the ABI does not have.
     Unsupported(&'static str),
 }
 
-/// There is no (more) memory that the device could reach.
+/// There is no free memory that the device can reach.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NoMemory;
 
@@ -74,28 +73,32 @@ impl fmt::Display for Error {
         match self {
             Error::NotVbus => write!(f, "not a vbus function"),
             Error::Layout(layout) => {
-                write!(
-                    f,
-                    "the layout of the vbus capability has version {layout}, which is unknown"
-                )
+                write!(f, "the vbus capability has the unknown layout version {layout}")
             }
             Error::Version { device, driver } => {
-                write!(f, "the device speaks {device} of the ABI, the driver {driver}")
+                write!(f, "the device speaks {device} of the ABI, the driver speaks {driver}")
             }
             Error::Reincarnated => {
-                write!(f, "the device began anew, and has lost this connection; open it again")
+                write!(
+                    f,
+                    "the device restarted or was restored and lost the connection; open again"
+                )
             }
             Error::WrongClass(class) => {
-                write!(f, "the device is of class {class}, which this driver is not for")
+                write!(f, "the device has class {class}, and this driver is for another class")
             }
-            Error::NoDoorbell => write!(f, "the device offers no doorbell that can be rung here"),
+            Error::NoDoorbell => {
+                write!(f, "the device offers no doorbell that this driver can ring")
+            }
             Error::Gone => write!(f, "the device has gone"),
-            Error::Refused { command, status } => write!(f, "{command} was refused: {status}"),
+            Error::Refused { command, code } => write!(f, "{command} was refused: {code}"),
             Error::Class { command, text, .. } => write!(f, "{command} was refused: {text}"),
-            Error::TimedOut(command) => write!(f, "{command} took too long, and was given up"),
-            Error::Broken(status) => write!(f, "the device ended the connection: {status}"),
+            Error::TimedOut(command) => {
+                write!(f, "{command} took too long; the driver gave up and closed the connection")
+            }
+            Error::Broken(code) => write!(f, "the device ended the connection: {code}"),
             Error::Corrupt(what) => write!(f, "the device broke the protocol: {what}"),
-            Error::NoMemory => write!(f, "no memory that the device can reach"),
+            Error::NoMemory => write!(f, "there is no free memory that the device can reach"),
             Error::Unsupported(what) => write!(f, "not supported: {what}"),
         }
     }

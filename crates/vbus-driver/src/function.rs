@@ -15,23 +15,24 @@ use crate::error::Error;
 use crate::hal::{Dma, Hal};
 use crate::regions::RegionTable;
 
-/// How often a config area that changes while it is read is read again.
+/// How often the driver tries to read a config area that changes during the read.
 const CONFIG_TRIES: u32 = 8;
-/// The most capabilities that a configuration space of 256 bytes has room for.
+/// The most capabilities that fit a configuration space of 256 bytes.
 const CAPABILITIES_MAX: u32 = 48;
 
-/// What a register reads as when the function has gone.
+/// The value of every register when the function has gone.
 const GONE: u32 = u32::MAX;
 
-/// A function of the bus, probed. While it is open it has a connection, which dropping it closes.
+/// A function of the bus that was probed. While it is open it has a connection. Dropping the
+/// function closes the connection.
 ///
 /// The function keeps a clone of all memory that is registered with the device, until REGION_DROP
-/// or CLOSE has run: no order in which a driver drops its values frees memory that the device may
-/// still write.
+/// or CLOSE has run. So a driver may drop its values in any order: it never frees memory that the
+/// device may still write.
 #[derive(Debug)]
 pub struct Function<H: Hal> {
     hal: H,
-    /// Where vbus's capability is.
+    /// Offset of the vbus capability in configuration space.
     capability: u16,
     registers: u64,
     doorbell: Doorbell,
@@ -39,7 +40,7 @@ pub struct Function<H: Hal> {
     /// The version of the ABI that both ends speak.
     version: u16,
     connection: Option<Connection<H>>,
-    /// Connections that were opened: tells a [`Region`] of an earlier one.
+    /// Number of connections opened so far. It tells a [`Region`] of an earlier connection.
     opens: u32,
     class_errors: &'static [(ErrorCode, &'static str)],
 }
@@ -51,30 +52,29 @@ struct Connection<H: Hal> {
     scratch: H::Dma,
     /// The memory of all regions.
     regions: H::Regions,
-    /// Of the device, when the connection was opened.
+    /// The device's incarnation when the connection was opened.
     incarnation: u64,
 }
 
-/// A region of the open connection: what [`Function::region_drop`] takes. A value that is dropped
-/// changes nothing: the region stays registered, and its memory allocated, until the connection
-/// closes.
+/// A region of the open connection, for [`Function::region_drop`]. Dropping the value changes
+/// nothing: the region stays registered, and its memory allocated, until the connection closes.
 #[derive(Debug)]
 pub struct Region {
     handle: u32,
-    /// Where the function keeps its memory.
+    /// The slot of the function's table that keeps its memory.
     slot: usize,
-    /// Of which connection.
+    /// Number of the connection that the region belongs to.
     connection: u32,
 }
 
 impl Region {
-    /// The number of the region, which is also that of its doorbell.
+    /// The handle of the region. It is also the number of its doorbell.
     pub fn handle(&self) -> u32 {
         self.handle
     }
 }
 
-/// What a function says of itself.
+/// What a function's registers say of it.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct Info {
@@ -96,13 +96,13 @@ pub struct Info {
     pub config_bytes: usize,
 }
 
-/// A short text that a device gave: bytes up to the first zero.
+/// A short text from a device: the bytes up to the first zero.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Name<const N: usize>(pub [u8; N]);
 
 impl<const N: usize> Name<N> {
-    /// The text, up to the first byte that is not UTF-8. It may hold control characters;
-    /// [`Display`](fmt::Display) shows none.
+    /// The text, up to the first byte that is not UTF-8. It may hold control characters.
+    /// [`Display`](fmt::Display) replaces them.
     pub fn as_str(&self) -> &str {
         let bytes = self.0.split(|&b| b == 0).next().unwrap_or_default();
         match core::str::from_utf8(bytes) {
@@ -139,14 +139,15 @@ pub enum ConnectionState {
 }
 
 impl<H: Hal> Function<H> {
-    /// Finds out what is behind `hal`, and chooses the doorbell. Changes nothing: several drivers
-    /// may probe one function. It is known by the signature in its capability, whatever its ids.
+    /// Reads the registers behind `hal`, and chooses the kind of doorbell. It changes nothing:
+    /// several drivers may probe one function. It recognizes a vbus function by the signature in
+    /// its capability, whatever the function's ids.
     pub fn probe(hal: H) -> Result<Self, Error> {
         Self::probe_for(hal, Versions::SUPPORTED)
     }
 
     /// As [`probe`](Self::probe), for a driver that speaks other versions of the ABI than this
-    /// crate. The highest that both ends speak is taken.
+    /// crate. The connection uses the highest version that both ends speak.
     pub fn probe_for(hal: H, versions: Versions) -> Result<Self, Error> {
         let (capability, registers) = find_layout(&hal)?;
         let magic = hal.read32(registers + reg::MAGIC);
@@ -186,7 +187,7 @@ impl<H: Hal> Function<H> {
         &self.info
     }
 
-    /// The version of the ABI that the connection has, or will have.
+    /// The version of the ABI that both ends speak.
     pub fn version(&self) -> u16 {
         self.version
     }
@@ -196,39 +197,40 @@ impl<H: Hal> Function<H> {
         &self.hal
     }
 
-    /// The kind of doorbell that is used.
+    /// The kind of doorbell that this function uses.
     pub fn doorbell(&self) -> Doorbell {
         self.doorbell
     }
 
-    /// The kinds of doorbell that the function offers, in its order, whether known or not.
+    /// The kinds of doorbell that the function offers, in its order. This crate may not know all of
+    /// them.
     pub fn doorbells_offered(&self) -> impl Iterator<Item = Doorbell> + '_ {
         records(&self.hal, self.capability)
             .filter(|record| record.kind < capability::KIND_NOT_DOORBELL)
     }
 
-    /// The kinds of those that can be rung here.
+    /// The offered kinds of doorbell that this environment can ring.
     pub fn doorbells(&self) -> impl Iterator<Item = Doorbell> + '_ {
         usable(&self.hal, self.capability, self.info.max_regions)
     }
 
-    /// Takes this kind ([`capability::KIND_MMIO`] etc.) from now on. A [`Bell`] that there is
-    /// already keeps its own.
+    /// Uses this kind ([`capability::KIND_MMIO`] etc.) from now on. A [`Bell`] made before keeps
+    /// its kind.
     pub fn use_doorbell(&mut self, kind: u8) -> Result<(), Error> {
         let found = self.doorbells().find(|doorbell| doorbell.kind == kind);
         self.doorbell = found.ok_or(Error::NoDoorbell)?;
         Ok(())
     }
 
-    /// Measures what ringing costs, with `rings` rings by each kind that can be rung here, of a
-    /// doorbell that no region of this function has unless it has as many as it can. Before any
-    /// region was added it wakes nobody. Takes no kind: see
+    /// Measures the cost of ringing, with `rings` rings of each kind that this environment can
+    /// ring. It rings the doorbell of the last possible region. Before the driver has added
+    /// regions, these rings wake nobody. It does not change the kind in use: see
     /// [`choose_doorbell`](Self::choose_doorbell).
     pub fn doorbell_costs(&self, rings: u32) -> Costs {
         Costs::measure(&self.hal, self.doorbells(), self.info.max_regions.saturating_sub(1), rings)
     }
 
-    /// Measures as [`doorbell_costs`](Self::doorbell_costs) does, and takes the cheapest kind from
+    /// Measures as [`doorbell_costs`](Self::doorbell_costs) does, and uses the cheapest kind from
     /// now on.
     pub fn choose_doorbell(&mut self, rings: u32) -> Costs {
         let costs = self.doorbell_costs(rings);
@@ -238,15 +240,15 @@ impl<H: Hal> Function<H> {
         costs
     }
 
-    /// Where messages for synthetic interrupts go, if the VMM has such a place: the
-    /// [`offset`](Doorbell::offset) of virtual processor n is the address of a message, of MSI or
-    /// MSI-X, whose data is the number of the interrupt.
+    /// The addresses of synthetic interrupts, if the VMM has them. The [`offset`](Doorbell::offset)
+    /// of virtual processor n is the address of an MSI or MSI-X message. The message's data is the
+    /// number of the interrupt.
     pub fn synthetic_interrupts(&self) -> Option<Doorbell> {
         records(&self.hal, self.capability).find(|record| record.kind == capability::KIND_SINT)
     }
 
-    /// The state of the connection; one read of a register. Poll it when a device has been silent,
-    /// not on a fast path.
+    /// The state of the connection. It costs one read of a register. Look at it when a device has
+    /// been silent, not on a fast path.
     pub fn state(&self) -> Result<ConnectionState, Error> {
         let value = self.hal.read32(self.registers + reg::CONNECTION);
         match value & 0xff {
@@ -254,13 +256,13 @@ impl<H: Hal> Function<H> {
             reg::STATE_CLOSED => Ok(ConnectionState::Closed),
             reg::STATE_OPEN => Ok(ConnectionState::Open),
             reg::STATE_BROKEN => Ok(ConnectionState::Broken(ErrorCode(value >> 16))),
-            _ => Err(Error::Corrupt("unknown state in STATUS")),
+            _ => Err(Error::Corrupt("an unknown state in the register CONNECTION")),
         }
     }
 
-    /// The device's incarnation as it is now; not 0. It becomes another when the device has lost
-    /// what this driver told it: it began anew, or the virtual machine was restored from a
-    /// snapshot. The connection is then lost, whatever [`state`](Self::state) says.
+    /// The device's incarnation, not 0. It changes when the device has lost what this driver told
+    /// it: the device restarted, or the virtual machine was restored from a snapshot. The
+    /// connection is then lost, whatever [`state`](Self::state) says.
     pub fn incarnation(&self) -> Result<u64, Error> {
         match self.hal.read64(self.registers + reg::INCARNATION) {
             u64::MAX => Err(Error::Gone),
@@ -268,9 +270,9 @@ impl<H: Hal> Function<H> {
         }
     }
 
-    /// An error unless the connection that was opened is still there: [`Error::Reincarnated`] if
-    /// the device has lost it, [`Error::Broken`] if the device has ended it. In both cases the
-    /// driver closes and opens anew.
+    /// Checks that the open connection still exists. The error is [`Error::Reincarnated`] if the
+    /// device has lost it, and [`Error::Broken`] if the device has ended it. In both cases the
+    /// driver closes the function and opens it again.
     pub fn check(&self) -> Result<(), Error> {
         let state = self.state()?;
         if let Some(connection) = &self.connection {
@@ -281,14 +283,14 @@ impl<H: Hal> Function<H> {
         match state {
             ConnectionState::Open => Ok(()),
             ConnectionState::Closed => Err(Error::Broken(ErrorCode::NOT_OPEN)),
-            ConnectionState::Broken(status) => Err(Error::Broken(status)),
+            ConnectionState::Broken(code) => Err(Error::Broken(code)),
         }
     }
 
-    /// Takes the pending events of the function. Look at what they are about afterwards, not
-    /// before. They come on the vector given to [`open_with_vector`](Self::open_with_vector); where
-    /// queues share that vector, a driver need only look when an interrupt has brought nothing for
-    /// its queues.
+    /// Takes the pending events of the function. Look at the state that they tell of afterwards,
+    /// not before. Events interrupt on the vector of [`open_with_vector`](Self::open_with_vector).
+    /// If queues share that vector, call this only when an interrupt has brought nothing for the
+    /// queues.
     pub fn events(&self) -> Result<Events, Error> {
         let pending = self.hal.read32(self.registers + reg::EVENTS);
         if pending == GONE {
@@ -296,22 +298,22 @@ impl<H: Hal> Function<H> {
         }
         if pending != 0 {
             self.hal.write32(self.registers + reg::EVENTS_ACK, pending);
-            // The write may be posted: were it still on its way when the driver looks, it could
-            // take back an event that came after the look. A read returns after it has arrived.
+            // The write may be posted. If it arrived after the driver's look, it could take back an
+            // event that came in between. A read returns only after the write has arrived.
             self.hal.read32(self.registers + reg::EVENTS);
         }
         Ok(Events(pending))
     }
 
-    /// Opens the connection with a subset of the features offered; the function's
-    /// [events](Self::events) come on vector 0. A connection that a dead driver has left behind is
-    /// closed first. It may have been another's that is alive: that there is but one driver is the
-    /// environment's care.
+    /// Opens the connection with a subset of the offered features. The function's
+    /// [events](Self::events) interrupt on vector 0. It first closes a connection that a dead
+    /// driver left open. It cannot see whether that driver is alive: the environment must make sure
+    /// that there is only one driver.
     pub fn open(&mut self, features: u64) -> Result<(), Error> {
         self.open_with_vector(features, 0)
     }
 
-    /// As [`open`](Self::open), with the vector of the function's events.
+    /// As [`open`](Self::open), with events on `vector`.
     pub fn open_with_vector(&mut self, features: u64, vector: u16) -> Result<(), Error> {
         if self.state()? != ConnectionState::Closed {
             self.close();
@@ -321,7 +323,7 @@ impl<H: Hal> Function<H> {
             return Err(Error::NoMemory);
         }
         let regions = H::Regions::new(self.info.max_regions as usize)?;
-        // Different each time, so that a stale word elsewhere is not taken for it.
+        // The value differs each time, so that an old word elsewhere does not match it.
         let value =
             scratch.address(0) ^ self.hal.now().rotate_left(20) ^ u64::from_le_bytes(*b"vbus-drv");
         scratch.copy_in(0, &value.to_le_bytes());
@@ -331,7 +333,7 @@ impl<H: Hal> Function<H> {
         self.connection = Some(Connection { scratch, regions, incarnation });
         self.opens = self.opens.wrapping_add(1);
         if let Err(error) = self.command("OPEN", command::OPEN, arguments) {
-            // Whatever the device made of it: nothing is open afterwards.
+            // The device may have opened the connection: close it.
             self.close();
             return Err(error);
         }
@@ -339,14 +341,14 @@ impl<H: Hal> Function<H> {
     }
 
     /// Whether [`open`](Self::open) succeeded and [`close`](Self::close) has not followed. The
-    /// device may have ended the connection all the same.
+    /// device may have ended the connection meanwhile.
     pub fn is_open(&self) -> bool {
         self.connection.is_some()
     }
 
     /// Closes the connection. The device has let go of all memory when this returns. If the device
-    /// does not confirm that (it breaks the protocol), the memory of the connection is never given
-    /// back.
+    /// does not confirm that, it breaks the protocol. The memory of the connection is then never
+    /// freed.
     pub fn close(&mut self) {
         let result = self.command("CLOSE", command::CLOSE, [0; 4]);
         let connection = self.connection.take();
@@ -360,12 +362,13 @@ impl<H: Hal> Function<H> {
         self.hal.read64(self.registers + reg::FEATURES_ACCEPTED) & self.info.features
     }
 
-    /// Registers the `len` bytes at `offset` of `dma` as the class's region `id`, with its signal
-    /// block at byte `signal` of the region, if there is one. Interrupts for it come on `vector`.
-    /// The function keeps a clone of `dma` until the region is dropped or the connection closed.
+    /// Registers the `len` bytes at `offset` of `dma` as the class's region `id`. `signal` is the
+    /// offset of the signal block in the region, if there is one. The region's interrupts come on
+    /// `vector`. The function keeps a clone of `dma` until the region is dropped or the connection
+    /// is closed.
     ///
-    /// `offset` must be a multiple of 64 and `len` of 8; a region that is not contiguous has to
-    /// begin with a page.
+    /// `offset` must be a multiple of 64, and `len` a multiple of 8. A region that is not
+    /// contiguous must begin at the beginning of a page.
     pub fn region_add(
         &mut self,
         id: u32,
@@ -387,7 +390,7 @@ impl<H: Hal> Function<H> {
             let count = len.div_ceil(page);
             if offset % page != 0 || count > PAGES_MAX {
                 return Err(Error::Unsupported(
-                    "a region of too many pages, or not beginning with one",
+                    "a region that has too many pages or does not begin with a page",
                 ));
             }
             for (i, word) in scratch.words().iter().take(count).enumerate() {
@@ -405,11 +408,11 @@ impl<H: Hal> Function<H> {
         if matches!(added, Err(Error::Refused { .. } | Error::Class { .. })) {
             self.forget_region(slot);
         }
-        // On all other errors the device may have the region, and its memory stays.
+        // After any other error the device may have the region, so its memory stays.
         let handle = u32::try_from(added?)
             .ok()
             .filter(|handle| *handle < self.info.max_regions)
-            .ok_or(Error::Corrupt("handle of a region is out of range"))?;
+            .ok_or(Error::Corrupt("the handle of a region is out of range"))?;
         Ok(Region { handle, slot, connection: self.opens })
     }
 
@@ -425,7 +428,7 @@ impl<H: Hal> Function<H> {
         Ok(())
     }
 
-    /// Lets go of the memory of a region that the device does not have (any more).
+    /// Drops the memory of a region that the device does not have.
     fn forget_region(&mut self, slot: usize) {
         if let Some(connection) = &mut self.connection {
             connection.regions.remove(slot);
@@ -433,8 +436,8 @@ impl<H: Hal> Function<H> {
     }
 
     /// Calls the class's `function`. The device gets a copy of `buffer`, at most
-    /// [`command::CALL_MAX`] bytes, and its answer replaces it. Waits for a call that takes time by
-    /// [`Hal::pause`].
+    /// [`command::CALL_MAX`] bytes. The device's answer replaces the buffer. If the call takes
+    /// time, it waits with [`Hal::pause`].
     pub fn call(&mut self, function: u32, flags: u32, buffer: &mut [u8]) -> Result<u64, Error> {
         let Some(Connection { scratch, .. }) = &self.connection else { return Err(NOT_OPEN) };
         if buffer.len() > SCRATCH_BYTES {
@@ -468,15 +471,17 @@ impl<H: Hal> Function<H> {
             }
             before = after;
         }
-        Err(Error::Corrupt("the config area never stands still"))
+        Err(Error::Corrupt("the config area changes during every read"))
     }
 
-    /// Takes the pending interrupt back (INTx). Before looking at the signals, not after.
+    /// Acknowledges the pending interrupt (INTx). Call it before you look at the signals, not
+    /// after.
     pub fn acknowledge(&self) {
         self.acknowledger().acknowledge();
     }
 
-    /// Something that acknowledges interrupts, for whoever waits for them apart from the function.
+    /// A handle that acknowledges interrupts, for a thread that waits for them without the
+    /// function.
     pub fn acknowledger(&self) -> Acknowledger<H> {
         Acknowledger { hal: self.hal.clone(), register: self.registers + reg::INTERRUPT_ACK }
     }
@@ -486,8 +491,7 @@ impl<H: Hal> Function<H> {
         self.hal.ring(self.doorbell, handle);
     }
 
-    /// Something that rings the doorbell of one region, for a queue that lives apart from the
-    /// function.
+    /// A handle that rings the doorbell of one region, for a queue that runs without the function.
     pub fn bell(&self, handle: u32) -> Bell<H> {
         Bell { hal: self.hal.clone(), doorbell: self.doorbell, handle }
     }
@@ -506,8 +510,8 @@ impl<H: Hal> Function<H> {
                 code => return Err(self.refused(name, ErrorCode(code))),
             }
             if !self.hal.pause(self.hal.now().saturating_sub(began)) {
-                // CLOSE ends it. A read returns after that has run: the device does not touch the
-                // buffer of the call any more.
+                // CLOSE ends the command. The read returns after CLOSE has run. The device then
+                // does not touch the buffer of the call any more.
                 self.hal.write32(self.registers + reg::COMMAND, command::CLOSE);
                 self.hal.read32(self.registers + reg::RESULT);
                 return Err(Error::TimedOut(name));
@@ -515,18 +519,18 @@ impl<H: Hal> Function<H> {
         }
     }
 
-    /// The error for a code with which the device answers `command`: with the class's text, if it
-    /// is one of the class's ([`set_class_errors`](Self::set_class_errors)).
+    /// The error for an error code that the device returned for `command`. It has the class's text
+    /// if the error code is one of the class ([`set_class_errors`](Self::set_class_errors)).
     pub fn refused(&self, command: &'static str, code: ErrorCode) -> Error {
         let class = self.class_errors.iter().find(|(class, _)| *class == code);
         match class {
             Some(&(code, text)) => Error::Class { command, code, text },
-            None => Error::Refused { command, status: code },
+            None => Error::Refused { command, code },
         }
     }
 
-    /// Names the class's own error codes ([`error_code::CLASS`] and above), with a text for each:
-    /// results of commands with these codes become [`Error::Class`].
+    /// Sets the class's own error codes ([`error_code::CLASS`] and above), with a text for each. A
+    /// command that the device refuses with such a code fails with [`Error::Class`].
     pub fn set_class_errors(&mut self, errors: &'static [(ErrorCode, &'static str)]) {
         self.class_errors = errors;
     }
@@ -540,7 +544,7 @@ impl<H: Hal> Drop for Function<H> {
     }
 }
 
-/// Events of the function, apart from its queues. Each says what to look at.
+/// Events of the function, outside its queues. Each tells the driver what to look at.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Events(u32);
 
@@ -554,17 +558,17 @@ impl Events {
         self.0 == 0
     }
 
-    /// The device has ended the connection by a fault: [`Function::check`] says which.
+    /// A fault has ended the connection. [`Function::check`] returns its error code.
     pub fn broken(self) -> bool {
         self.has(event::BROKEN)
     }
 
-    /// The device is being removed, and has ended the connection.
+    /// The device leaves the bus and has ended the connection.
     pub fn removed(self) -> bool {
         self.has(event::REMOVED)
     }
 
-    /// The config area has changed: [`Function::config`].
+    /// The config area has changed. Read it with [`Function::config`].
     pub fn config_changed(self) -> bool {
         self.has(event::CONFIG)
     }
@@ -574,7 +578,8 @@ impl Events {
         self.has(event::ANNOUNCE)
     }
 
-    /// The device has lost what its driver told it: [`Function::check`].
+    /// The device has lost what its driver told it. [`Function::check`] fails with
+    /// [`Error::Reincarnated`].
     pub fn reincarnated(self) -> bool {
         self.has(event::INCARNATION)
     }
@@ -594,7 +599,7 @@ impl<H: Hal> Bell<H> {
         self.hal.ring(self.doorbell, self.handle);
     }
 
-    /// Rings it if a post by this driver asks for that. Returns whether it did.
+    /// Rings the doorbell if the kick of a post asks for that. Returns whether it rang.
     pub fn kick(&self, kick: Kick<Driver>) -> bool {
         if kick.is_wanted() {
             self.ring();
@@ -620,7 +625,7 @@ impl<H: Hal> Acknowledger<H> {
     }
 }
 
-const NOT_OPEN: Error = Error::Refused { command: "command", status: ErrorCode::NOT_OPEN };
+const NOT_OPEN: Error = Error::Refused { command: "command", code: ErrorCode::NOT_OPEN };
 /// The scratch memory holds the largest buffer of a call, the largest page list, and the handshake
 /// word.
 const SCRATCH_BYTES: usize = 64 << 10;

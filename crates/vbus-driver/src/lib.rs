@@ -1,22 +1,23 @@
 //! The driver end of vbus, for any environment: a kernel, a process in a guest, a plain process
 //! beside the bus.
 //!
-//! The environment implements [`Hal`]; over it [`Function`] probes, opens and calls a device, and
-//! [`venet`], [`state`] and [`sched`] drive the classes that come with vbus. Waiting is the
-//! environment's own: it knows its interrupts, threads and descriptors. What a waiting driver does
-//! is always the same: arm each signal it waits for; sleep unless one of them was missed; on
-//! waking, acknowledge the interrupt ([`Function::acknowledge`]) *before* it looks at the signals.
+//! The environment implements [`Hal`]. With it [`Function`] probes, opens and calls a device, and
+//! [`venet`], [`state`] and [`sched`] drive the classes of vbus. The environment waits in its own
+//! way, because it knows its interrupts, threads and descriptors. A driver that waits does three
+//! things. It arms each signal that it waits for. It sleeps, unless one of the signals was missed.
+//! When it wakes, it acknowledges the interrupt ([`Function::acknowledge`]) *before* it looks at
+//! the signals.
 //!
-//! A doorbell can be rung in several ways, of which the VMM offers some and the environment can do
-//! some ([`Hal::can_ring`]). A function takes the first that is both, or, if asked
-//! ([`Function::choose_doorbell`]), measures them and takes the cheapest.
+//! There are several kinds of doorbell. The VMM offers some of them, and the environment can ring
+//! some of them ([`Hal::can_ring`]). A function takes the first kind that is offered and can be
+//! rung. [`Function::choose_doorbell`] measures all such kinds and takes the cheapest.
 //!
-//! A driver crate needs no other crate of vbus: rings, state pages and signals, with which a class
-//! of one's own is driven, are in [`shm`].
+//! A driver crate needs no other crate of vbus. For a class of your own, [`shm`] has rings, state
+//! pages and signals.
 //!
-//! The device is not trusted: every number it returns is checked before it is used, and a device
-//! that breaks the protocol gets an [`Error`], never an access outside of the memory that the
-//! driver gave it.
+//! This crate does not trust the device. It checks every number that the device returns before it
+//! uses the number. If a device breaks the protocol, the driver gets an [`Error`], and this crate
+//! accesses no memory outside the driver's own.
 //!
 //! ```
 //! use vbus_driver::venet::{HEADER_BYTES, Nic, Piece};

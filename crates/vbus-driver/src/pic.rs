@@ -1,8 +1,8 @@
 //! Driver of `pic`: an interrupt controller whose state is shared (spec/pic.md).
 //!
 //! [`Pic`] registers a page for each processor and routes interrupts of other devices to lines. A
-//! [`Controller`] is one processor's page: the handler of its message takes lines from it and ends
-//! them, by loads and stores alone.
+//! [`Controller`] is one processor's page. The handler of the processor's message takes lines from
+//! it and ends them, with loads and stores alone.
 //!
 //! ```
 //! use vbus_driver::pic::Controller;
@@ -32,7 +32,7 @@ pub struct Pic<H: Hal> {
     cpus: u32,
 }
 
-/// An interrupt of another device: what a route is for.
+/// An interrupt of another device: the source of a route.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Source<'a> {
     /// The device's name on the bus ([`Info::name`](crate::Info::name)).
@@ -41,12 +41,12 @@ pub struct Source<'a> {
     pub vector: u16,
 }
 
-/// A line of a processor's page: where a route leads.
+/// A line of a processor's page: the target of a route.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Line {
     /// The processor's number, as of [`Pic::cpu`].
     pub cpu: u32,
-    /// The line, which is also its priority: the higher, the more urgent.
+    /// The line. Its number is its priority: a higher line is more urgent.
     pub number: u16,
 }
 
@@ -69,7 +69,7 @@ impl<H: Hal> Pic<H> {
         Ok(Pic { function, cpus: cpus.min(u32::from(abi::CPUS_MAX)) })
     }
 
-    /// Processors that there can be.
+    /// The most processors that the device takes.
     pub fn cpus(&self) -> u32 {
         self.cpus
     }
@@ -80,7 +80,7 @@ impl<H: Hal> Pic<H> {
     }
 
     /// Registers a page of `lines` lines (1..=256) for processor `number`, whose messages come on
-    /// `vector`. It wants nothing yet: see [`Controller::arm`].
+    /// `vector`. It asks for no messages yet: see [`Controller::arm`].
     pub fn cpu(
         &mut self,
         number: u32,
@@ -95,26 +95,27 @@ impl<H: Hal> Pic<H> {
         Ok(Controller { page, number, region })
     }
 
-    /// Ends a processor: what is routed to it interrupts by itself again.
+    /// Drops a processor's page. Interrupts that were routed to it come from their own devices
+    /// again.
     pub fn remove(&mut self, cpu: Controller<H>) -> Result<(), Error> {
         self.function.region_drop(cpu.region)
     }
 
-    /// Lets an interrupt of another device raise a line, until that device's connection ends, or
-    /// this. The device must be open, and the bus's configuration has to allow it. The line is
-    /// raised once at once.
+    /// Lets an interrupt of another device raise a line, until that device's connection or this
+    /// connection ends. The device must be open, and the bus's configuration must allow the route.
+    /// The line is raised once at once.
     pub fn route(&mut self, from: Source<'_>, to: Line) -> Result<(), Error> {
         self.call(abi::CALL_ROUTE, from, to).map(drop)
     }
 
-    /// Lets it come by the device's own interrupt again; one comes at once.
+    /// Ends a route: the interrupt comes from its own device again. One comes at once.
     pub fn unroute(&mut self, from: Source<'_>) -> Result<(), Error> {
         self.call(abi::CALL_UNROUTE, from, Line { cpu: 0, number: 0 }).map(drop)
     }
 
-    /// Lets it raise another line from now on, of the same processor or another. If the old line is
-    /// pending, the new one is raised instead; says so. The old processor may have the line in
-    /// service at this moment, and goes on with it.
+    /// Lets the interrupt raise another line from now on, of the same or another processor. If the
+    /// old line is pending, the new line is raised instead, and this returns true. The old
+    /// processor may have the line in service at this moment, and goes on with it.
     pub fn relocate(&mut self, from: Source<'_>, to: Line) -> Result<bool, Error> {
         Ok(self.call(abi::CALL_MOVE, from, to)? != 0)
     }
@@ -127,13 +128,13 @@ impl<H: Hal> Pic<H> {
         let name = from.device.as_bytes();
         buffer
             .get_mut(abi::NAME_OFFSET..abi::NAME_OFFSET + name.len())
-            .ok_or(Error::Refused { command: "CALL", status: ErrorCode::DENIED })?
+            .ok_or(Error::Refused { command: "CALL", code: ErrorCode::DENIED })?
             .copy_from_slice(name);
         self.function.call(function, 0, &mut buffer)
     }
 
-    /// Closes the connection: everything that is routed interrupts by itself again, and the device
-    /// has let go of all pages.
+    /// Closes the connection. Routed interrupts come from their own devices again. The device has
+    /// let go of all pages when this returns.
     pub fn close(&mut self) {
         self.function.close();
     }
@@ -142,8 +143,8 @@ impl<H: Hal> Pic<H> {
 const ERRORS: &[(ErrorCode, &str)] =
     &[(ErrorCode(abi::NO_ROUTE), "the vector is not routed, or its device's connection has ended")];
 
-/// One processor's end of its page. To be used on that processor, with interrupts off, one call at
-/// a time: no call waits, allocates or exits.
+/// One processor's end of its page. Use it on that processor, with interrupts off, one call at a
+/// time. No call waits, allocates, or leaves the virtual machine.
 #[derive(Debug)]
 pub struct Controller<H: Hal> {
     page: DriverEnd<H::Dma>,
@@ -157,44 +158,44 @@ impl<H: Hal> Controller<H> {
         self.number
     }
 
-    /// Takes the most urgent line that is pending, not masked, and more urgent than those in
-    /// service. Called by the message's handler until it returns `None`; after that the next line
-    /// sends a message. A handler that must not be held by a device that raises without end stops
-    /// earlier, and comes back by an interrupt of its own making.
+    /// Takes the most urgent line that is pending, not masked, and more urgent than the lines in
+    /// service. The message's handler calls it until it returns `None`. After that the next line
+    /// sends a message. A device could raise lines without end. A handler that must not be held by
+    /// that stops earlier and raises an interrupt for itself.
     #[inline]
     pub fn take(&mut self) -> Option<u16> {
         self.page.take()
     }
 
-    /// Ends a line. Then [`take`](Self::take) again before the interrupt returns, or, elsewhere,
-    /// [`arm`](Self::arm).
+    /// Ends a line. In a handler, call [`take`](Self::take) again before the interrupt returns.
+    /// Elsewhere, call [`arm`](Self::arm).
     #[inline]
     pub fn end(&mut self, line: u16) {
         self.page.end(line);
     }
 
-    /// Asks for messages: at first, and after lines were ended outside of a handler. *Pending*:
-    /// call the handler now.
+    /// Asks for messages. Call it at the beginning, and after lines were ended outside a handler.
+    /// *Pending*: call the handler now.
     pub fn arm(&mut self) -> Wanted {
         self.page.arm()
     }
 
-    /// Asks for none, until [`arm`](Self::arm) or a `None` of [`take`](Self::take).
+    /// Asks for no messages, until [`arm`](Self::arm) or until [`take`](Self::take) returns `None`.
     pub fn disarm(&mut self) {
         self.page.disarm();
     }
 
-    /// Masks a line: it can become pending, and is not taken.
+    /// Masks a line. It can become pending, but [`take`](Self::take) does not return it.
     pub fn mask(&mut self, line: u16) {
         self.page.mask(line);
     }
 
-    /// Unmasks a line. *Pending*: it has become so, without a message; call the handler now.
+    /// Unmasks a line. *Pending*: the line became pending without a message. Call the handler now.
     pub fn unmask(&mut self, line: u16) -> Wanted {
         self.page.unmask(line)
     }
 
-    /// Levels that the page has published: as many messages can have come.
+    /// Number of levels that the page has published. At most that many messages have come.
     pub fn generation(&self) -> u64 {
         self.page.generation()
     }

@@ -1,22 +1,21 @@
-//! Where a function keeps the memory of its regions. The environment chooses the form, since this
-//! crate does not allocate.
+//! Tables in which a function keeps the memory of its regions. The environment chooses the table,
+//! because this crate does not allocate.
 
 use core::fmt;
 
 use crate::error::NoMemory;
 
-/// A table of memory that is registered with a device
-/// ([`Hal::Regions`](crate::Hal::Regions)). What is inserted stays until it is removed or the
-/// table is dropped.
+/// A table of memory that is registered with a device ([`Hal::Regions`](crate::Hal::Regions)). An
+/// entry stays until it is removed or the table is dropped.
 pub trait RegionTable<D>: Sized + fmt::Debug {
-    /// An empty table. `regions`: the most regions that the device takes. The table may have room
-    /// for fewer; the driver then has no more.
+    /// An empty table. `regions` is the most regions that the device takes. The table may have room
+    /// for fewer. The driver can then register only that many.
     fn new(regions: usize) -> Result<Self, NoMemory>;
 
-    /// Keeps `memory`, and returns the index of its slot; `None` if there is no room.
+    /// Keeps `memory` and returns the index of its slot. `None` if the table is full.
     fn insert(&mut self, memory: D) -> Option<usize>;
 
-    /// Drops what slot `slot` keeps.
+    /// Drops the memory in slot `slot`.
     fn remove(&mut self, slot: usize);
 }
 
@@ -38,7 +37,7 @@ impl<D: fmt::Debug, const N: usize> RegionTable<D> for FixedTable<D, N> {
     }
 }
 
-/// A table on the heap that grows up to the number of regions that the device takes.
+/// A table on the heap. It grows up to the number of regions that the device takes.
 #[cfg(feature = "alloc")]
 #[derive(Debug)]
 pub struct HeapTable<D> {

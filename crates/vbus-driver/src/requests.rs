@@ -1,4 +1,4 @@
-//! Driver of any class of the form request and response (spec/service.md): it sends bytes, and
+//! Driver of any class with requests and responses (spec/service.md). The driver sends bytes, and
 //! the device answers with bytes. The device's half is `vbus_core::service`.
 //!
 //! ```
@@ -29,10 +29,10 @@ use crate::{Bell, Dma, Error, Function, Hal};
 /// The most requests under way.
 pub const DEPTH_MAX: u32 = 64;
 
-/// A device of the form request and response, with an open connection.
+/// A device with requests and responses, with an open connection.
 ///
-/// Its buffers lie in one region with the ring, and so in memory that the function keeps until the
-/// device has let go of it.
+/// Its buffers and its ring are one region. The function keeps that memory until the device has let
+/// go of it.
 #[derive(Debug)]
 pub struct Requests<H: Hal> {
     function: Function<H>,
@@ -42,7 +42,7 @@ pub struct Requests<H: Hal> {
     request_max: usize,
     response_max: usize,
     depth: u32,
-    /// Where the first buffer is, and bytes from one to the next.
+    /// Offset of the first buffer, and bytes from one buffer to the next.
     buffers: (usize, usize),
     /// A bit for each id whose request is under way.
     under_way: u64,
@@ -51,9 +51,9 @@ pub struct Requests<H: Hal> {
 /// A response, or the end of a request without one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Completion {
-    /// What [`Requests::submit`] called the request.
+    /// The id that [`Requests::submit`] returned.
     pub id: u16,
-    /// Bytes of the response; or why the device refused the request.
+    /// Bytes of the response, or the error code with which the device refused the request.
     pub result: Result<usize, ErrorCode>,
 }
 
@@ -62,8 +62,8 @@ impl<H: Hal> Requests<H> {
     /// to [`DEPTH_MAX`]. Interrupts come on `vector`.
     ///
     /// # Errors
-    /// The device is of another class, cannot be opened, or describes itself in a way that cannot
-    /// be meant; or there is no memory.
+    /// The device is of another class, it cannot be opened, its config area is invalid, or there is
+    /// no memory.
     pub fn open(
         mut function: Function<H>,
         class_name: &str,
@@ -81,7 +81,7 @@ impl<H: Hal> Requests<H> {
         let [request_max, response_max] = [abi::CONFIG_REQUEST_MAX, abi::CONFIG_RESPONSE_MAX]
             .map(|at| u32::from_le_bytes([area[at], area[at + 1], area[at + 2], area[at + 3]]));
         if ![request_max, response_max].iter().all(|bytes| (1..=abi::BYTES_MAX).contains(bytes)) {
-            return Err(Error::Corrupt("requests or responses of an impossible size"));
+            return Err(Error::Corrupt("an impossible size of requests or responses"));
         }
         function.open(0)?;
 
@@ -145,8 +145,8 @@ impl<H: Hal> Requests<H> {
         self.depth - self.under_way.count_ones()
     }
 
-    /// Gives a request to the device; a device that sleeps sees it after [`post`](Self::post).
-    /// Returns its id, or `None` if as many as there can be are under way.
+    /// Gives a request to the device. A device that sleeps sees it after [`post`](Self::post).
+    /// Returns the request's id, or `None` if `depth` requests are under way.
     ///
     /// # Errors
     /// The request is longer than [`request_max`](Self::request_max).
@@ -166,23 +166,28 @@ impl<H: Hal> Requests<H> {
             flags: 0,
         };
         // The ring has an entry for each id.
-        self.ring.submit(entry).map_err(|_| Error::Corrupt("more came back than was sent"))?;
+        self.ring
+            .submit(entry)
+            .map_err(|_| Error::Corrupt("the device returned too many requests"))?;
         self.under_way |= 1 << id;
         Ok(Some(entry.id))
     }
 
-    /// Tells the device of what was submitted, if it sleeps.
+    /// Wakes the device for submitted requests, if it sleeps.
     pub fn post(&mut self) {
         self.bell.kick(self.ring.post());
     }
 
-    /// The next response, if one has come; it is copied to `response`, as much of it as fits.
+    /// Takes the next response, if one has come. Copies as much of it to `response` as fits.
     /// Responses may come in another order than the requests.
     ///
     /// # Errors
-    /// The device broke the protocol: do not go on with this connection.
+    /// The device broke the protocol. Do not go on with this connection.
     pub fn complete(&mut self, response: &mut [u8]) -> Result<Option<Completion>, Error> {
-        let entry = self.ring.reap().map_err(|_| Error::Corrupt("more came back than was sent"))?;
+        let entry = self
+            .ring
+            .reap()
+            .map_err(|_| Error::Corrupt("the device returned too many requests"))?;
         let Some(Return { len, id, flags }) = entry else { return Ok(None) };
         if u32::from(id) >= self.depth || self.under_way & 1 << id == 0 {
             return Err(Error::Corrupt("a response to no request"));
@@ -193,7 +198,7 @@ impl<H: Hal> Requests<H> {
         }
         let len = len as usize;
         if len > self.response_max {
-            return Err(Error::Corrupt("a response longer than the device's longest"));
+            return Err(Error::Corrupt("a response longer than the announced maximum"));
         }
         self.under_way &= !(1 << id);
         let fits = len.min(response.len());
@@ -201,8 +206,8 @@ impl<H: Hal> Requests<H> {
         Ok(Some(Completion { id, result: Ok(len) }))
     }
 
-    /// Asks for an interrupt by the next response, before the driver sleeps. [`Armed::Missed`]: one
-    /// has come already.
+    /// Asks for an interrupt by the next response. Call it before the driver sleeps.
+    /// [`Armed::Missed`]: a response has come already.
     pub fn arm(&mut self) -> Armed {
         self.ring.arm(0)
     }
@@ -212,17 +217,17 @@ impl<H: Hal> Requests<H> {
         self.ring.disarm();
     }
 
-    /// Sends a request and waits for its response, which is copied to `response`, as much of it as
-    /// fits. Returns the bytes of the whole response.
+    /// Sends a request and waits for its response. Copies as much of it to `response` as fits.
+    /// Returns the number of bytes of the whole response.
     ///
-    /// `wait` sleeps until the function's interrupt comes and returns true; false if none came
-    /// within the time that it has: then the connection is checked, and the wait goes on. The
-    /// interrupt is acknowledged here.
+    /// `wait` sleeps until the function's interrupt comes, and then returns true. If no interrupt
+    /// came in a time of its choice, it returns false: this method then checks the connection and
+    /// waits again. This method acknowledges the interrupt.
     ///
     /// # Errors
-    /// [`Error::Refused`] with the class's own code if the device refuses the request: the
-    /// connection goes on. Other requests are under way; the request is too long; the device has
-    /// gone, ended the connection, or broke the protocol.
+    /// [`Error::Refused`] with the class's own error code if the device refuses the request: the
+    /// connection goes on. Other errors: other requests are under way, the request is too long, or
+    /// the device has gone, ended the connection, or broke the protocol.
     pub fn call(
         &mut self,
         request: &[u8],

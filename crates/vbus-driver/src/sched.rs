@@ -7,20 +7,20 @@ use vbus_shm::state::{self, Layout, Overrun, SIGNAL_OFFSET};
 
 use crate::{Bell, Error, Function, Hal, Region};
 
-/// A class, and the priority within it.
+/// A scheduling class, and the priority within it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Class {
-    /// What the thread has without this device.
+    /// The class that the thread has without this device.
     Own,
     /// Time-sharing, with a nice value of -20..=19.
     Normal(i32),
-    /// Time-sharing for batch work, likewise.
+    /// Time-sharing for batch work, with a nice value of -20..=19.
     Batch(i32),
-    /// Only when nothing else runs.
+    /// The thread runs only when no other thread wants to.
     Idle,
     /// Real time, first in, first out, with a priority of 1..=99.
     Fifo(i32),
-    /// Real time, round robin, likewise.
+    /// Real time, round robin, with a priority of 1..=99.
     RoundRobin(i32),
 }
 
@@ -56,76 +56,76 @@ impl Class {
     }
 }
 
-/// What the device grants at most.
+/// The most that the device grants.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Virtual CPUs that have pages.
     pub cpus: u32,
     /// Bit n: class number n ([`abi`]) is allowed.
     pub classes: u32,
-    /// The highest real-time priority; higher ones are lowered to it.
+    /// The highest real-time priority. The device lowers higher priorities to it.
     pub priority_max: u32,
-    /// The lowest nice value, if it is not the thread's own.
+    /// The lowest nice value. `None`: the thread's own nice value is the lowest.
     pub nice_min: Option<i32>,
-    /// Posts a second that are looked at, for each virtual CPU. Of those that come faster, the
-    /// newest is.
+    /// How many posts a second the device looks at, for each virtual CPU. Of posts that come
+    /// faster, it looks at the newest.
     pub changes: u32,
-    /// Milliseconds after the last post by which a real-time class ends.
+    /// Milliseconds after the last post until a real-time class ends.
     pub boost_ms: u32,
-    /// Percent of a second's processor time that a thread may use at a real-time class.
+    /// Percent of each second's processor time that a thread may use in a real-time class.
     pub share: u32,
 }
 
 impl Limits {
-    /// Whether the class is allowed, at whatever priority.
+    /// Whether the class is allowed at some priority.
     pub fn allows(&self, class: Class) -> bool {
         self.classes & 1 << class.numbers().0 != 0 || class == Class::Own
     }
 }
 
-/// What became of the newest request that the device has looked at.
+/// The outcome of the newest request that the device has looked at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// It was granted.
+    /// The device granted the request.
     Granted,
-    /// The class was granted, at the nearest priority that is allowed.
+    /// The device granted the class, at the nearest allowed priority.
     Clamped,
-    /// It is none.
+    /// The request is malformed.
     BadRequest,
     /// The class is not allowed.
     NotAllowed,
-    /// It was granted, but no other came in time.
+    /// The device granted the class, but no other request came in time.
     Expired,
-    /// The device does not know the virtual CPU's thread, or not yet.
+    /// The device does not know the virtual CPU's thread (yet).
     NoThread,
     /// The host's kernel refused.
     Failed,
-    /// It was granted, but the thread has used its share of this second; it gets the class again in
-    /// the next.
+    /// The device granted the class, but the thread has used its share of this second. It gets the
+    /// class again in the next second.
     Spent,
 }
 
-/// What the device says of a virtual CPU.
+/// The device's report on a virtual CPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Report {
-    /// What became of the newest request.
+    /// The outcome of the newest request.
     pub outcome: Outcome,
-    /// What its thread is now.
+    /// The thread's class now.
     pub class: Class,
-    /// Number of the newest request that was looked at: see [`Cpu::version`].
+    /// Number of the newest request that the device has looked at: see [`Cpu::version`].
     pub version: u64,
-    /// Requests that were looked at.
+    /// Requests that the device has looked at.
     pub updates: u64,
-    /// Times that the thread's class was set.
+    /// How often the device has set the thread's class.
     pub changes: u64,
-    /// Requests granted in part.
+    /// Requests that the device granted at another priority.
     pub clamped: u64,
-    /// Requests refused.
+    /// Requests that the device refused.
     pub refused: u64,
-    /// Times that a look was put off by the rate limit.
+    /// How often the rate limit put off a look.
     pub limited: u64,
-    /// Times that a real-time class ended for want of another request, or because the thread had
-    /// used its share.
+    /// How often a real-time class ended, because no other request came in time or because the
+    /// thread had used its share.
     pub expired: u64,
 }
 
@@ -160,7 +160,7 @@ impl<H: Hal> Cpus<H> {
         Ok(Cpus { function, limits })
     }
 
-    /// What the device grants at most.
+    /// The most that the device grants.
     pub fn limits(&self) -> &Limits {
         &self.limits
     }
@@ -192,7 +192,7 @@ impl<H: Hal> Cpus<H> {
         Ok((memory, region))
     }
 
-    /// Closes the connection: every thread has its own class again when this returns.
+    /// Closes the connection. Every thread has its own class again when this returns.
     pub fn close(&mut self) {
         self.function.close();
     }
@@ -209,8 +209,8 @@ pub struct Cpu<H: Hal> {
 }
 
 impl<H: Hal> Cpu<H> {
-    /// Says what runs on the virtual CPU now: a store, and a doorbell if the device sleeps. Of
-    /// posts in quick succession, the device may look at the newest only.
+    /// Posts the class of what runs on the virtual CPU now. It costs a store, and a doorbell if the
+    /// device sleeps. Of posts in quick succession, the device may look at the newest only.
     pub fn post(&mut self, class: Class) {
         let (class, priority) = class.numbers();
         let mut value = [0; abi::request::BYTES as usize];
@@ -230,7 +230,7 @@ impl<H: Hal> Cpu<H> {
         let number = self
             .reports
             .read(&mut value)
-            .map_err(|Overrun| Error::Corrupt("the report page never stands still"))?;
+            .map_err(|Overrun| Error::Corrupt("the report page changes during every read"))?;
         let word = |at: usize| [value[at], value[at + 1], value[at + 2], value[at + 3]];
         let count = |at: usize| {
             u64::from(u32::from_le_bytes(word(at)))
@@ -245,11 +245,11 @@ impl<H: Hal> Cpu<H> {
             abi::report::NO_THREAD => Outcome::NoThread,
             abi::report::FAILED => Outcome::Failed,
             abi::report::IS_SPENT => Outcome::Spent,
-            _ => return Err(Error::Corrupt("a report of an unknown status")),
+            _ => return Err(Error::Corrupt("a report with an unknown outcome")),
         };
         let priority = i32::from_le_bytes(word(abi::report::PRIORITY));
         let class = Class::from_numbers(u32::from_le_bytes(word(abi::report::CLASS)), priority)
-            .ok_or(Error::Corrupt("a report of an unknown class"))?;
+            .ok_or(Error::Corrupt("a report with an unknown class"))?;
         let report = Report {
             outcome,
             class,
@@ -264,12 +264,12 @@ impl<H: Hal> Cpu<H> {
         Ok((report, number))
     }
 
-    /// Asks for an interrupt by the report that follows number `than`.
+    /// Asks for an interrupt by the first report after number `than`.
     pub fn arm_report(&mut self, than: u64) -> Armed {
         self.reports.arm_newer(than)
     }
 
-    /// Asks for none.
+    /// Asks for no interrupt.
     pub fn disarm_report(&mut self) {
         self.reports.disarm();
     }

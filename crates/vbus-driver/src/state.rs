@@ -15,7 +15,7 @@ pub enum Owner {
     Driver,
 }
 
-/// What the device says of a page.
+/// The device's description of a page.
 #[derive(Clone, Copy, Debug)]
 pub struct Description {
     /// Its number.
@@ -70,11 +70,11 @@ impl<H: Hal> Pages<H> {
         let owner = match u32_at(4) {
             abi::OWNER_DEVICE => Owner::Device,
             abi::OWNER_DRIVER => Owner::Driver,
-            _ => return Err(Error::Corrupt("a state page of an unknown owner")),
+            _ => return Err(Error::Corrupt("a state page with an unknown owner")),
         };
         let value_bytes = u32_at(0);
         if !(1..=MAX_VALUE).contains(&value_bytes) {
-            return Err(Error::Corrupt("a state page of an impossible size"));
+            return Err(Error::Corrupt("a state page with an impossible size"));
         }
         Ok(Description { number, name: Name(name), value_bytes, owner })
     }
@@ -97,8 +97,8 @@ impl<H: Hal> Pages<H> {
         Ok(Reader { inner, region })
     }
 
-    /// Ends a reader: its page can be read anew. A reader that is just dropped leaves its page
-    /// registered until the connection closes.
+    /// Ends a reader. Another reader of its page can then be made. Dropping a reader leaves its
+    /// page registered until the connection closes.
     pub fn release(&mut self, reader: Reader<H>) -> Result<(), Error> {
         self.function.region_drop(reader.region)
     }
@@ -152,22 +152,24 @@ impl<H: Hal> Reader<H> {
         self.inner.layout().value_bytes()
     }
 
-    /// The version that is current; the device counts up by one with each value.
+    /// The current version. The device adds one with each value.
     pub fn version(&self) -> u64 {
         self.inner.version()
     }
 
     /// Copies the current value into the front of `out` and returns its version.
     pub fn read(&self, out: &mut [u8]) -> Result<u64, Error> {
-        self.inner.read(out).map_err(|Overrun| Error::Corrupt("the state page never stands still"))
+        self.inner
+            .read(out)
+            .map_err(|Overrun| Error::Corrupt("the state page changes during every read"))
     }
 
-    /// Asks for an interrupt by the value that follows version `than`.
+    /// Asks for an interrupt by the first value after version `than`.
     pub fn arm_newer(&mut self, than: u64) -> Armed {
         self.inner.arm_newer(than)
     }
 
-    /// Asks for none.
+    /// Asks for no interrupt.
     pub fn disarm(&mut self) {
         self.inner.disarm();
     }
@@ -187,8 +189,8 @@ impl<H: Hal> Writer<H> {
         self.inner.layout().value_bytes()
     }
 
-    /// Makes `value` current, filled up with zeros or cut to a value's size, and wakes the device
-    /// if it waits for it.
+    /// Makes `value` the current value, and wakes the device if it waits for a value. A short value
+    /// is filled up with zeros, a long value is cut.
     pub fn write(&mut self, value: &[u8]) {
         self.bell.kick(self.inner.write(value));
     }

@@ -1,8 +1,8 @@
 //! Driver of `venet`, the Ethernet controller (spec/venet.md).
 //!
 //! A [`Nic`] is opened, gets its queue pairs ([`Nic::queue_pair`]), and is started. Queues live
-//! apart from it, each with the thread that serves it. A virtio-net header precedes each frame: of
-//! [`HEADER_BYTES`] bytes, or in received frames with [`F_HASH`] of [`HASH_HEADER_BYTES`].
+//! apart from it, each with the thread that serves it. A virtio-net header precedes each frame. It
+//! has [`HEADER_BYTES`] bytes, or [`HASH_HEADER_BYTES`] bytes in received frames with [`F_HASH`].
 
 mod pages;
 mod rx;
@@ -35,10 +35,10 @@ pub const BUFFER_MIN: u32 = 4096;
 const _: () =
     assert!(BUFFER_MIN as usize * CHAIN_MAX >= FRAME_MAX && RING_MAX as usize > CHAIN_MAX);
 
-/// What the device says of itself.
+/// The contents of the device's config area.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// Its address.
+    /// The device's MAC address.
     pub mac: [u8; 6],
     /// The largest frame without its Ethernet header, in bytes.
     pub mtu: u16,
@@ -52,7 +52,7 @@ pub struct Config {
     pub hash_kinds: u32,
 }
 
-/// How received frames are hashed, and spread over the receive queues.
+/// How the device hashes received frames and spreads them over the receive queues.
 #[derive(Clone, Copy, Debug)]
 pub struct Rss<'a> {
     /// The kinds of frames that are hashed ([`hash_kind`]), some of [`Config::hash_kinds`].
@@ -60,7 +60,8 @@ pub struct Rss<'a> {
     /// The key.
     pub key: [u8; RSS_KEY_BYTES],
     /// The queue pair for each value of the hash's low bits: a power of two of them, at most
-    /// [`Config::rss_table_max`]. Empty: frames are hashed, but not spread by that.
+    /// [`Config::rss_table_max`]. Empty: the device hashes frames, but does not spread them by the
+    /// hash.
     pub table: &'a [u16],
 }
 
@@ -103,15 +104,15 @@ pub fn config<H: Hal>(function: &Function<H>) -> Result<Config, Error> {
             | u32::from(u16_at(venet::CONFIG_HASH_KINDS + 2)) << 16,
     };
     if config.queue_pairs == 0 || config.ring_entries < 32 {
-        return Err(Error::Corrupt("the NIC's config area says that it has no queues"));
+        return Err(Error::Corrupt("the NIC's config area has no queue pairs, or too small rings"));
     }
     Ok(config)
 }
 
 impl<H: Hal> Nic<H> {
-    /// Opens the NIC with those of the features `wanted` that it offers and that go together, and
-    /// registers its status page. The interrupts of both that page and the function come on
-    /// `vector`.
+    /// Opens the NIC and registers its status page. It accepts the features of `wanted` that the
+    /// NIC offers and that can be combined. The interrupts of the status page and the function's
+    /// events come on `vector`.
     pub fn open(mut function: Function<H>, wanted: u64, vector: u16) -> Result<Nic<H>, Error> {
         let config = config(&function)?;
         let features = venet::complete(wanted & function.info().features);
@@ -120,7 +121,7 @@ impl<H: Hal> Nic<H> {
         Ok(Nic { status, seen: 0, counters: None, config, function })
     }
 
-    /// The device's config area, as it was at the time of opening.
+    /// The device's config area, as it was when the NIC was opened.
     pub fn config(&self) -> &Config {
         &self.config
     }
@@ -308,24 +309,24 @@ impl<H: Hal> Nic<H> {
         Ok(pages::counters(&value[..used], q))
     }
 
-    /// The newest status, and a mark for [`arm_status`](Self::arm_status).
+    /// Reads the newest status, and notes its version for [`arm_status`](Self::arm_status).
     pub fn status(&mut self) -> Result<NicStatus, Error> {
         let mut value = [0; status_page::BYTES as usize];
         self.seen = self.status.read(&mut value).map_err(|state::Overrun| NEVER_STILL)?;
         Ok(pages::status(&value))
     }
 
-    /// Whether there is a status newer than the one read last; costs a look at memory.
+    /// Whether there is a newer status than the one read last. It reads shared memory.
     pub fn status_is_newer(&self) -> bool {
         self.status.version() != self.seen
     }
 
-    /// Asks for an interrupt by the status that follows the one read last.
+    /// Asks for an interrupt by the first status after the one read last.
     pub fn arm_status(&mut self) -> Armed {
         self.status.arm_newer(self.seen)
     }
 
-    /// Closes the connection and gives the function back. Its queues are of no more use.
+    /// Closes the connection and gives the function back. The NIC's queues can no longer be used.
     pub fn close(mut self) -> Function<H> {
         self.function.close();
         self.function
@@ -350,5 +351,5 @@ fn page<H: Hal>(
 
 /// Bytes of the largest counters page.
 const COUNTERS_BYTES: usize = counters_page::BYTES as usize * venet::QUEUE_PAIRS_MAX as usize;
-const NEVER_STILL: Error = Error::Corrupt("a page that never stands still");
+const NEVER_STILL: Error = Error::Corrupt("a page that changes during every read");
 const LAYOUT: Error = Error::Unsupported("a page of that size");

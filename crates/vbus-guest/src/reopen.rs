@@ -65,7 +65,7 @@ pub fn keep_open<S: Source, T>(
 fn is_lost(error: &anyhow::Error, comes_back: bool) -> bool {
     error.chain().any(|cause| match cause.downcast_ref() {
         Some(Error::Reincarnated) => true,
-        Some(Error::Broken(code) | Error::Refused { status: code, .. })
+        Some(Error::Broken(code) | Error::Refused { code, .. })
             if [ErrorCode::NOT_OPEN, ErrorCode::REVOKED].contains(code) =>
         {
             true

@@ -331,10 +331,10 @@ fn commands_name_what_is_wrong() {
     }
     driver.open().unwrap();
     assert_eq!(driver.open(), Err(ErrorCode::ALREADY_OPEN));
-    let bad = |change: fn(&mut RegionRequest), status| {
+    let bad = |change: fn(&mut RegionRequest), code| {
         let mut request = good;
         change(&mut request);
-        assert_eq!(e.region_add(request), Err(status), "{request:?}");
+        assert_eq!(e.region_add(request), Err(code), "{request:?}");
     };
     bad(|r| r.vector = 1, ErrorCode::BAD_VECTOR);
     bad(|r| r.len = 0, ErrorCode::BAD_LENGTH);
@@ -448,8 +448,8 @@ fn a_task_that_panics_takes_no_other_with_it() {
     let executor = Executor::start(Tuning { workers: 1, ..Tuning::default() }).unwrap();
     let (sender, ended) = channel();
     let sender = Mutex::new(sender);
-    executor.spawn(0, Box::new(Panics), Arc::default(), move |status| {
-        sender.lock().unwrap().send(status).unwrap()
+    executor.spawn(0, Box::new(Panics), Arc::default(), move |code| {
+        sender.lock().unwrap().send(code).unwrap()
     });
     assert_eq!(ended.recv_timeout(BOUND), Ok(ErrorCode::FAILED));
     let (sender, receiver) = channel();

@@ -1,4 +1,4 @@
-//! What the device's pages say.
+//! The contents of the device's pages.
 
 use vbus_shm::abi::venet::{counters_page, status_page};
 
@@ -7,16 +7,16 @@ use vbus_shm::abi::venet::{counters_page, status_page};
 pub struct NicStatus {
     /// Whether there is a link.
     pub link: bool,
-    /// The device's address now.
+    /// The device's current MAC address.
     pub mac: [u8; 6],
-    /// Speed of the link in Mb/s, if it is known.
+    /// Speed of the link in Mb/s, if the device knows it.
     pub speed: Option<u32>,
     /// Duplex mode of the link.
     pub duplex: Duplex,
     /// How often the driver was asked to announce its addresses to the network. After a change it
     /// sends gratuitous ARP replies and neighbour advertisements.
     pub announces: u64,
-    /// The incarnation of the device.
+    /// The device's incarnation.
     pub incarnation: u64,
     /// Frames, bytes and dropped frames from the driver.
     pub tx: Traffic,
@@ -41,9 +41,9 @@ pub enum Duplex {
 pub struct Traffic {
     /// Frames that passed.
     pub frames: u64,
-    /// Their bytes, without the headers.
+    /// Bytes of these frames, without the headers.
     pub bytes: u64,
-    /// Frames that did not.
+    /// Frames that were dropped.
     pub drops: u64,
 }
 
@@ -51,7 +51,7 @@ pub struct Traffic {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PairCounters(pub [u64; counters_page::WORDS]);
 
-/// The little-endian word number `at` of a page's value; 0 behind its end.
+/// Word number `at` of a page's value, little-endian. 0 behind its end.
 fn word(value: &[u8], at: usize) -> u64 {
     let bytes = value.chunks_exact(8).nth(at).unwrap_or_default();
     bytes.iter().rev().fold(0, |word, &byte| word << 8 | u64::from(byte))

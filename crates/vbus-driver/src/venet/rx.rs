@@ -10,7 +10,7 @@ use crate::{Error, Hal};
 /// Part of a received frame: the first `len` bytes of buffer `id`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Received {
-    /// The buffer, as the driver called it.
+    /// The driver's id of the buffer.
     pub id: u16,
     /// Bytes in it.
     pub len: u32,
@@ -23,13 +23,13 @@ pub struct Rx<H: Hal> {
     pub(super) ring: Ring<H>,
     buffer_bytes: u32,
     header_bytes: usize,
-    /// A bit for each buffer that is with the device.
+    /// A bit for each buffer that the device has.
     with_device: [u64; RING_MAX as usize / 64],
-    /// The buffers that are with the device, in the order in which it has them: the next to come
-    /// back is at `oldest`.
+    /// The ids of the buffers that the device has, in the order of [`give`](Self::give). The buffer
+    /// that comes back next is at `oldest`.
     order: [u16; RING_MAX as usize],
     oldest: usize,
-    /// The frame that is being put together, or was returned last.
+    /// The pieces of the frame that is incomplete, or that was returned last.
     pieces: [Received; CHAIN_MAX],
     count: usize,
     bytes: usize,
@@ -70,9 +70,9 @@ impl<H: Hal> Rx<H> {
     }
 
     /// Gives buffer `id`, the [`buffer_bytes`](Self::buffer_bytes) at `addr`, to the device. `id`
-    /// is below the number of entries of the ring and not that of a buffer which the device has;
-    /// which address goes with it is the driver's affair. Visible after [`post`](Self::post) at the
-    /// latest.
+    /// must be below the number of entries of the ring, and the device must not have a buffer of
+    /// that id. The driver chooses the address of each id. The device sees the buffer after
+    /// [`post`](Self::post) at the latest.
     pub fn give(&mut self, id: u16, addr: u64) -> Result<(), Error> {
         let (word, bit) = word_and_bit(id);
         let free = self.with_device.get_mut(word).filter(|bits| **bits & bit == 0);
@@ -81,7 +81,7 @@ impl<H: Hal> Rx<H> {
         };
         let entry = Entry { addr, len: self.buffer_bytes, id, flags: 0 };
         let slot = (self.oldest + self.ring.end.in_flight() as usize) % self.order.len();
-        // As many ids as entries, so there is room.
+        // There are as many ids as entries, so there is room.
         self.ring
             .end
             .submit(entry)
@@ -91,17 +91,17 @@ impl<H: Hal> Rx<H> {
         Ok(())
     }
 
-    /// Makes the buffers that were given visible, and wakes the device if it waits for them.
-    /// Returns whether it rang the doorbell.
+    /// Makes the given buffers visible, and wakes the device if it waits for buffers. Returns
+    /// whether it rang the doorbell.
     pub fn post(&mut self) -> bool {
         self.ring.bell.kick(self.ring.end.post())
     }
 
-    /// The next frame, in pieces, header first. They belong to the driver from here on, until it
-    /// [`give`](Self::give)s them again, as it can after the next call too.
+    /// The next frame, in pieces, header first. The buffers belong to the driver from now on. It
+    /// may [`give`](Self::give) them again at any time, also after the next call.
     ///
-    /// An error says that the device broke the protocol: more buffers than it has, more bytes than
-    /// a buffer has, a frame too large.
+    /// An error says that the device broke the protocol: it returned more buffers than it has, more
+    /// bytes than a buffer has, or too large a frame.
     pub fn receive(&mut self) -> Result<Option<&[Received]>, Error> {
         if self.whole {
             (self.whole, self.count, self.bytes) = (false, 0, 0);
@@ -113,7 +113,7 @@ impl<H: Hal> Rx<H> {
                 .reap()
                 .map_err(|_| Error::Corrupt("more receive buffers returned than given"))?;
             let Some(entry) = back else { return Ok(None) };
-            // The ring has checked that as many were given.
+            // The ring has checked that the device has this many buffers.
             let id = self.order[self.oldest];
             self.oldest = (self.oldest + 1) % self.order.len();
             let (word, bit) = word_and_bit(id);
@@ -138,12 +138,12 @@ impl<H: Hal> Rx<H> {
         Ok(Some(&self.pieces[..self.count]))
     }
 
-    /// Asks for an interrupt once `after` more pieces than those received have come, and one more.
+    /// Asks for an interrupt when `after` + 1 more pieces have come than were received.
     pub fn arm(&mut self, after: u32) -> Armed {
         self.ring.end.arm(after)
     }
 
-    /// Asks for none.
+    /// Asks for no interrupt.
     pub fn disarm(&mut self) {
         self.ring.end.disarm();
     }

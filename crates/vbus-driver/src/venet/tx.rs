@@ -7,7 +7,7 @@ use vbus_shm::signal::Armed;
 use super::Ring;
 use crate::{Error, Hal};
 
-/// A run of the device's addresses that holds part of a frame.
+/// Contiguous bytes, by the device's addresses, that hold part of a frame.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Piece {
     /// Its address.
@@ -16,7 +16,7 @@ pub struct Piece {
     pub len: u32,
 }
 
-/// Sends frames. They are sent, and their memory comes back, in the order of
+/// Sends frames. The device sends frames, and returns their memory, in the order of
 /// [`submit`](Self::submit).
 #[derive(Debug)]
 pub struct Tx<H: Hal> {
@@ -29,7 +29,7 @@ impl<H: Hal> Tx<H> {
         Tx { q, ring }
     }
 
-    /// Pieces that can be submitted now. Grows by [`reclaim`](Self::reclaim).
+    /// How many pieces can be submitted now. [`reclaim`](Self::reclaim) makes more room.
     pub fn space(&self) -> u32 {
         self.ring.end.space()
     }
@@ -40,9 +40,9 @@ impl<H: Hal> Tx<H> {
     }
 
     /// Submits a frame with its header, in 1..=[`CHAIN_MAX`] pieces of 1 byte or more,
-    /// [`FRAME_MAX`] bytes at most. They must stay as they are until they are reclaimed. False, and
-    /// nothing has happened, if the ring has no room for them now. A device that polls may send the
-    /// frame at once; one that sleeps is woken by [`post`](Self::post).
+    /// [`FRAME_MAX`] bytes at most. The bytes must not change until the pieces are reclaimed.
+    /// Returns false and does nothing if the ring has no room for the pieces now. A device that
+    /// polls may send the frame at once. [`post`](Self::post) wakes a device that sleeps.
     pub fn submit(&mut self, pieces: &[Piece]) -> Result<bool, Error> {
         let bytes: u64 = pieces.iter().map(|piece| u64::from(piece.len)).sum();
         let empty = pieces.iter().any(|piece| piece.len == 0);
@@ -58,20 +58,20 @@ impl<H: Hal> Tx<H> {
         let last = pieces.len() - 1;
         for (i, piece) in pieces.iter().enumerate() {
             let flags = if i == last { 0 } else { NEXT };
-            // There is room, as checked.
+            // There is room: the space was checked above.
             let _ = self.ring.end.submit(Entry { addr: piece.addr, len: piece.len, id: 0, flags });
         }
         Ok(true)
     }
 
-    /// Makes what was submitted visible, and wakes the device if it sleeps. Returns whether it rang
-    /// the doorbell. Best called once for several frames.
+    /// Makes submitted frames visible, and wakes the device if it sleeps. Returns whether it rang
+    /// the doorbell. Call it once for several frames.
     pub fn post(&mut self) -> bool {
         self.ring.bell.kick(self.ring.end.post())
     }
 
-    /// How many pieces came back since the last call, the oldest first. Costs a look at memory:
-    /// best called when room gets scarce.
+    /// How many pieces came back since the last call, the oldest first. It reads shared memory:
+    /// call it when there is little room left.
     pub fn reclaim(&mut self) -> Result<u32, Error> {
         self.ring
             .end
@@ -79,13 +79,13 @@ impl<H: Hal> Tx<H> {
             .map_err(|_| Error::Corrupt("more transmit entries returned than submitted"))
     }
 
-    /// Asks for an interrupt once `after` more pieces than those reclaimed have come back, and one
-    /// more. Without this, none comes.
+    /// Asks for an interrupt when `after` + 1 more pieces have come back than were reclaimed.
+    /// Without this call no interrupt comes.
     pub fn arm(&mut self, after: u32) -> Armed {
         self.ring.end.arm(after)
     }
 
-    /// Asks for none.
+    /// Asks for no interrupt.
     pub fn disarm(&mut self) {
         self.ring.end.disarm();
     }

@@ -75,7 +75,7 @@ fn a_driver_waits_for_a_call_that_takes_time() {
     assert_eq!(error, Error::Class { command: "CALL", code, text });
     assert_eq!(error.to_string(), "CALL was refused: the tape is at its end");
     // A call that the class forgets fails, and nobody waits for ever.
-    let failed = Error::Refused { command: "CALL", status: ErrorCode::FAILED };
+    let failed = Error::Refused { command: "CALL", code: ErrorCode::FAILED };
     assert_eq!(function.call(2, 0, &mut []), Err(failed));
     drop((function, local, _bus));
     class.join().unwrap();

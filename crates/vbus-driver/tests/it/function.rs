@@ -20,7 +20,7 @@ fn nic(name: &str) -> (vbus_core::Bus, Local) {
 
 fn refused<T>(result: Result<T, Error>) -> ErrorCode {
     match result {
-        Err(Error::Refused { status, .. }) => status,
+        Err(Error::Refused { code, .. }) => code,
         Err(error) => panic!("{error}"),
         Ok(_) => panic!("not refused"),
     }
@@ -83,13 +83,13 @@ fn regions_are_checked_on_both_ends() {
     let mut add =
         |id, vector, place, signal| function.region_add(id, vector, &memory, place, signal);
     let good = (0, layout.bytes());
-    for (result, status) in [
+    for (result, code) in [
         (add(77, 0, good, Some(SIGNAL_OFFSET)), ErrorCode::BAD_ARGUMENT),
         (add(abi::tx(0), 99, good, Some(SIGNAL_OFFSET)), ErrorCode::BAD_VECTOR),
         (add(abi::tx(0), 0, (8, 64), Some(SIGNAL_OFFSET)), ErrorCode::BAD_ALIGNMENT),
         (add(abi::tx(0), 0, (0, 128), Some(SIGNAL_OFFSET)), ErrorCode::BAD_SIGNAL),
     ] {
-        assert_eq!(refused(result), status);
+        assert_eq!(refused(result), code);
     }
     for place in [(0, 8200), (8192, 8), (usize::MAX, 8), (0, 0)] {
         assert!(matches!(add(abi::tx(0), 0, place, None), Err(Error::Unsupported(_))), "{place:?}");

@@ -85,7 +85,7 @@ fn the_highest_version_that_both_speak_is_taken() {
     assert_eq!(error, Error::Version { device: range(1, 2), driver: range(3, 3) });
     assert_eq!(
         error.to_string(),
-        "the device speaks versions 1 to 2 of the ABI, the driver version 3"
+        "the device speaks versions 1 to 2 of the ABI, the driver speaks version 3"
     );
 }
 

@@ -188,7 +188,7 @@ fn registers_that_make_no_sense_are_errors() {
     rig.fake.set_register(reg::RESULT, u32::MAX);
     assert_eq!(rig.nic.start(), Err(Error::Gone));
     rig.fake.set_register(reg::RESULT, 0x1234);
-    assert_eq!(rig.nic.start(), Err(Error::Refused { command: "CALL", status: ErrorCode(0x1234) }));
+    assert_eq!(rig.nic.start(), Err(Error::Refused { command: "CALL", code: ErrorCode(0x1234) }));
 }
 
 #[test]

@@ -220,7 +220,7 @@ fn a_nic_is_opened_again_and_again() {
 
 fn refused<T: std::fmt::Debug>(result: Result<T, Error>) -> ErrorCode {
     match result.unwrap_err() {
-        Error::Refused { status, .. } => status,
+        Error::Refused { code, .. } => code,
         other => panic!("{other}"),
     }
 }

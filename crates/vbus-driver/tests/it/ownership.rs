@@ -74,7 +74,7 @@ fn an_error_on_the_way_frees_nothing_that_is_registered() {
     let mut nic = Nic::open(Function::probe(fake.clone()).unwrap(), 0, 0).unwrap();
     let tx = nic.queue_pair(0, 32, BUFFER_MIN, 0).unwrap();
     fake.refuse(command::REGION_ADD, error_code::LIMIT);
-    let refused = Error::Refused { command: "REGION_ADD", status: ErrorCode::LIMIT };
+    let refused = Error::Refused { command: "REGION_ADD", code: ErrorCode::LIMIT };
     assert_eq!(nic.queue_pair(0, 32, BUFFER_MIN, 0).unwrap_err(), refused);
     assert_eq!((fake.regions(), fake.in_use()), (3, 4), "what was refused is free again");
     drop((tx, nic));

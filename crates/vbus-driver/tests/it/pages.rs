@@ -43,10 +43,7 @@ fn pages_are_described_and_found() {
     let page = pages.find("load").unwrap().unwrap();
     assert_eq!((page.number, page.value_bytes, page.owner), (1, 64, Owner::Driver));
     assert!(pages.find("nothing").unwrap().is_none());
-    assert!(matches!(
-        pages.describe(4),
-        Err(Error::Refused { status: ErrorCode::BAD_ARGUMENT, .. })
-    ));
+    assert!(matches!(pages.describe(4), Err(Error::Refused { code: ErrorCode::BAD_ARGUMENT, .. })));
     assert!(matches!(pages.reader(&page, 0), Err(Error::Unsupported(_))));
     drop(pages);
     let function = Local::attach(&bus, "s", 0).probe();

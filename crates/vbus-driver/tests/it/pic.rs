@@ -78,5 +78,5 @@ fn what_is_no_interrupt_controller_is_refused() {
     assert!(matches!(pic.cpu(0, 0, Nesting::Flat, 0), Err(Error::Unsupported(_))));
     let long = Source { device: "a name that is longer than any name can be", vector: 0 };
     let refused = pic.route(long, Line { cpu: 0, number: 0 });
-    assert!(matches!(refused, Err(Error::Refused { status: ErrorCode::DENIED, .. })));
+    assert!(matches!(refused, Err(Error::Refused { code: ErrorCode::DENIED, .. })));
 }

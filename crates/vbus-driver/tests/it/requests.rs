@@ -115,7 +115,7 @@ fn a_call_gets_its_response_whatever_its_length() {
         assert_eq!(&short, b"cba");
         // The device refuses, in the class's own words; fails; and goes on.
         let refused = |result| match result {
-            Err(Error::Refused { status, .. }) => status,
+            Err(Error::Refused { code, .. }) => code,
             other => panic!("{other:?}"),
         };
         let class = refused(requests.call(&[], &mut short, waits(&local)));
@@ -242,7 +242,7 @@ fn a_hostile_driver_ends_its_own_connection() {
     let mut add = |id, layout| {
         DriverEnd::create(memory.clone(), layout, 0).unwrap();
         match function.region_add(id, 0, &memory, (0, bytes), Some(SIGNAL_OFFSET)) {
-            Err(Error::Refused { status, .. }) => Some(status),
+            Err(Error::Refused { code, .. }) => Some(code),
             _ => None,
         }
     };

@@ -151,7 +151,7 @@ fn drain(cpu: &mut Controller<Process>) -> Vec<u16> {
 
 fn status<T>(result: Result<T, Error>) -> Option<ErrorCode> {
     match result {
-        Err(Error::Refused { status: code, .. } | Error::Class { code, .. }) => Some(code),
+        Err(Error::Refused { code, .. } | Error::Class { code, .. }) => Some(code),
         Err(error) => panic!("{error}"),
         Ok(_) => None,
     }
