@@ -1,5 +1,5 @@
-//! `cargo xtask console`: this terminal on the console of a guest that runs, one of `cargo xtask
-//! guest` or of `cargo xtask demo --keep`.
+//! `cargo xtask console` connects this terminal to the console of a running guest: one of `cargo
+//! xtask guest` or of `cargo xtask demo --keep`.
 
 use std::io::{IsTerminal, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -11,10 +11,10 @@ use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 
 use testkit::process::run_dirs;
 
-/// Control and ], as telnet has it.
+/// Control and ], as in telnet.
 const LEAVE: u8 = 0x1d;
 
-/// The console sockets of the guests that run now, by guest.
+/// The console sockets of the running guests, by guest.
 fn sockets() -> Vec<(String, PathBuf)> {
     let mut found = Vec::new();
     for run in run_dirs() {
@@ -30,7 +30,7 @@ fn sockets() -> Vec<(String, PathBuf)> {
     found
 }
 
-/// Joins this terminal and the console of `guest` until either ends or the user leaves.
+/// Connects this terminal to the console of `guest` until either ends or the user leaves.
 pub fn run(guest: &str) -> Result<()> {
     let known = sockets();
     let names: Vec<&str> = known.iter().map(|(name, _)| name.as_str()).collect();
@@ -44,7 +44,7 @@ pub fn run(guest: &str) -> Result<()> {
     attach(guest, path)
 }
 
-/// Joins this terminal and the console behind the socket `path` until either ends or the user
+/// Connects this terminal to the console behind the socket `path` until either ends or the user
 /// leaves.
 pub fn attach(guest: &str, path: &Path) -> Result<()> {
     let mut socket = UnixStream::connect(path)
@@ -62,7 +62,7 @@ pub fn attach(guest: &str, path: &Path) -> Result<()> {
                 break;
             }
         }
-        // Ends the loop below.
+        // This ends the loop below.
         let _ = input.shutdown(std::net::Shutdown::Both);
     });
     let mut buffer = [0; 4096];
@@ -74,7 +74,7 @@ pub fn attach(guest: &str, path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The terminal passes every key on as it is; undone when this is dropped.
+/// Raw mode: the terminal passes every key on. Dropping this restores the terminal.
 struct RawMode(Termios);
 
 impl RawMode {

@@ -1,4 +1,4 @@
-//! `cargo xtask demo`: two Linux guests on one bus, and everything that the bus can do for them.
+//! `cargo xtask demo` runs two Linux guests on one bus and shows what the bus does for them.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use testkit::vm::{Vm, VmSpec};
 
 use crate::picture::Transcript;
 
-/// The whole bus of the demo; the second NIC is plugged while the guests run.
+/// The demo's bus at the start. The demo plugs a second NIC into each guest while they run.
 const CONFIG: &str = r#"
 [[device]]
 name = "net-a"
@@ -44,20 +44,20 @@ pub struct Args {
     /// Print one JSON object as the last line
     #[arg(long)]
     json: bool,
-    /// Leave bus and guests running, with consoles, until a key ends them
+    /// Keep the bus and the guests running, with consoles, until a key is pressed
     #[arg(long)]
     keep: bool,
     /// Seconds of iperf3 in each direction
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=3600))]
     seconds: u32,
-    /// Draw what the demo says, as a picture of a terminal
+    /// Draw the demo's output as a picture of a terminal
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
     #[command(flatten)]
     guests: Options,
 }
 
-/// What was measured. A field stays empty if the demo did not come to it.
+/// The measured figures. A field stays empty if the demo fails before it.
 #[derive(Default)]
 struct Figures {
     ping: Option<Ping>,
@@ -69,7 +69,7 @@ struct Figures {
     traffic: Traffic,
 }
 
-/// Runs the demo; false if anything fell short.
+/// Runs the demo. Returns false if a part of it failed.
 pub fn run(args: &Args) -> Result<bool> {
     let began = Instant::now();
     let lab = trial::open(&args.guests).inspect_err(|error| {
@@ -81,7 +81,7 @@ pub fn run(args: &Args) -> Result<bool> {
     let scene = lab.scene("demo")?;
     let mut figures = Figures::default();
     let said = Transcript::default();
-    // It has been said, with the reasons.
+    // `open` has already printed this, with the reason for the accelerator.
     said.keep(&format!(
         "guests: QEMU {} with {}, Linux {}",
         lab.qemu_version(),
@@ -122,7 +122,7 @@ pub fn run(args: &Args) -> Result<bool> {
     Ok(ok)
 }
 
-/// To tenths.
+/// Rounds to tenths.
 fn round(value: f64) -> f64 {
     (value * 10.0).round() / 10.0
 }
@@ -189,8 +189,7 @@ fn perform(args: &Args, scene: &Scene, said: &Transcript, figures: &mut Figures)
     Ok(())
 }
 
-/// A page that the host writes is read in both guests; one that a guest writes is watched on the
-/// host.
+/// Both guests read a page that the host writes. The host watches a page that a guest writes.
 fn share_state(bus: &Bus, vms: &[Vm], said: &Transcript) -> Result<()> {
     for (vm, name) in vms.iter().zip(["a", "b"]) {
         let device = format!("values-{name}");
@@ -211,7 +210,7 @@ fn share_state(bus: &Bus, vms: &[Vm], said: &Transcript) -> Result<()> {
     Ok(())
 }
 
-/// A second NIC comes to each guest, carries a stream, and goes.
+/// Plugs a second NIC into each guest, sends a stream over it, and unplugs it.
 fn plug(bus: &Bus, vms: &mut [Vm], said: &Transcript, figures: &mut Figures) -> Result<()> {
     const ADDRESSES: [&str; 2] = ["10.0.1.1", "10.0.1.2"];
     let mut nics = Vec::new();
@@ -272,7 +271,7 @@ fn keep(scene: &Scene, bus: &Bus, vms: &[Vm]) -> Result<()> {
     }
     eprintln!("Enter ends them.");
     while std::io::stdin().read_line(&mut String::new())? == 0 {
-        // There is nobody at a keyboard: on until we are killed, and the guests with us.
+        // There is no keyboard: wait until a signal ends this process and the guests.
         std::thread::park();
     }
     Ok(())

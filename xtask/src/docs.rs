@@ -1,5 +1,5 @@
-//! `cargo xtask docs`: whether the Markdown files hold together. Links lead somewhere, the README
-//! is short, and no line of prose or comment is long.
+//! `cargo xtask docs` checks the documents: each link has a target, the README is short, and no
+//! line of prose or comment is too long.
 
 use std::collections::HashMap;
 use std::fs;
@@ -8,10 +8,10 @@ use std::path::{Component, Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use testkit::workspace;
 
-/// The most words that the README may have: it is read in five minutes.
+/// The most words in the README. A reader needs five minutes for it.
 const README_WORDS: usize = 1000;
 
-/// The most columns of a line of prose or comment.
+/// The most columns in a line of prose or comment.
 const COLUMNS: usize = 100;
 
 #[derive(clap::Args)]
@@ -21,14 +21,14 @@ pub struct Args {
     wrap: bool,
 }
 
-/// Checks all files of the tree; prints what is wrong, and is false if anything is.
+/// Checks all files of the tree. Prints each fault, and returns false if there is one.
 pub fn run(args: &Args) -> Result<bool> {
     let root = workspace::root();
     let files = files(root)?;
     let mut faults = Vec::new();
     let mut documents = HashMap::new();
     for path in &files {
-        // What is no text has neither links nor lines.
+        // A file that is not text has no links and no lines.
         let Ok(mut text) = fs::read_to_string(root.join(path)) else { continue };
         let Some(kind) = Kind::of(path, &text) else { continue };
         if args.wrap {
@@ -74,7 +74,7 @@ pub fn run(args: &Args) -> Result<bool> {
     Ok(faults.is_empty())
 }
 
-/// The files of the tree, relative to its root: those that git has, and new ones.
+/// The files of the tree, relative to its root: those in git, and new ones.
 fn files(root: &Path) -> Result<Vec<PathBuf>> {
     let output = std::process::Command::new("git")
         .args(["ls-files", "-z", "--cached", "--others", "--exclude-standard"])
@@ -94,16 +94,16 @@ fn files(root: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// What a file is made of.
+/// The kind of a file.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Markdown,
-    /// Code whose comments begin with this.
+    /// Code. Its comments begin with this text.
     Code(&'static str),
 }
 
 impl Kind {
-    /// By its name or its first line; none if nothing is checked in it.
+    /// The kind by the file's name or first line; none if nothing is checked in it.
     fn of(path: &Path, text: &str) -> Option<Self> {
         match path.extension().and_then(|extension| extension.to_str()) {
             Some("md") => Some(Self::Markdown),
@@ -114,7 +114,7 @@ impl Kind {
         }
     }
 
-    /// The lines of prose and comments that are too long, from 1.
+    /// The numbers, from 1, of the lines of prose and comments that are too long.
     fn long_lines(self, text: &str) -> Vec<usize> {
         match self {
             Self::Markdown => Document::parse(text).long_lines,
@@ -122,7 +122,7 @@ impl Kind {
         }
     }
 
-    /// What stands before the words of a line: its indentation, and the mark of a comment.
+    /// The beginning of a line before its words: the indentation and the mark of a comment.
     fn margin(self, line: &str) -> &str {
         let words = match self {
             Self::Markdown => line.trim_start(),
@@ -132,17 +132,17 @@ impl Kind {
     }
 }
 
-/// How long the mark is with which an item of a list begins, if the words do begin so.
+/// The length of the mark of a list item, or none if the words begin with no mark.
 fn item(words: &str) -> Option<usize> {
     let (mark, _) = words.split_once(' ')?;
     let number = mark.strip_suffix('.').is_some_and(|n| n.parse::<u32>().is_ok());
     (number || matches!(mark, "-" | "*" | "+")).then_some(mark.len() + 1)
 }
 
-/// The text with its long lines broken: what is too much goes to the next line of the paragraph.
+/// Breaks the long lines of a text. The rest of a line goes to the next line of its paragraph.
 fn wrap(text: &str, kind: Kind) -> String {
     let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
-    // A line that begins so is no plain part of a paragraph.
+    // A line with such a beginning is no plain line of a paragraph.
     let special = |words: &str| {
         item(words).is_some() || words.starts_with(['#', '|', '>']) || words.starts_with("```")
     };
@@ -175,12 +175,12 @@ fn wrap(text: &str, kind: Kind) -> String {
     lines.join("\n") + if text.ends_with('\n') { "\n" } else { "" }
 }
 
-/// Whether a line is too long. One that is a single word, such as an address, cannot be broken.
+/// Whether a line is too long. A single word, such as an address, cannot be broken and passes.
 fn is_long(line: &str) -> bool {
     line.chars().count() > COLUMNS && line.split_whitespace().filter(|w| w.len() > 3).count() > 1
 }
 
-/// The comments that are too long, but for tables and code in them: the numbers of their lines.
+/// The line numbers of comments that are too long. Tables and code in comments do not count.
 fn long_comments(text: &str, mark: &str) -> Vec<usize> {
     let mut code = false;
     let mut found = Vec::new();
@@ -199,16 +199,16 @@ fn long_comments(text: &str, mark: &str) -> Vec<usize> {
     found
 }
 
-/// What is checked of a Markdown file.
+/// The checked parts of a Markdown file.
 #[derive(Default)]
 struct Document {
-    /// Words outside of code blocks.
+    /// The number of words outside of code blocks.
     words: usize,
-    /// Lines outside of code blocks and tables that are too long.
+    /// The lines that are too long, outside of code blocks and tables.
     long_lines: Vec<usize>,
-    /// The names that its headings have in links.
+    /// The names of its headings in links.
     anchors: Vec<String>,
-    /// Where it leads to, and in which line.
+    /// Its links: the target and the line number of each.
     links: Vec<(usize, String)>,
 }
 
@@ -244,7 +244,7 @@ impl Document {
         document
     }
 
-    /// A heading's name in links: GitHub's rule. A second heading of a name gets a number.
+    /// A heading's name in links, by GitHub's rule. A second heading with a name gets a number.
     fn add_anchor(&mut self, heading: &str) {
         let plain = without_targets(heading.trim().trim_end_matches('#').trim_end());
         let name: String = plain
@@ -274,11 +274,11 @@ fn without_targets(text: &str) -> String {
     out + rest
 }
 
-/// The targets of the links and pictures in a line, `[text](target)` and `[name]: target`, but for
-/// those in code.
+/// The targets of the links and pictures in a line, `[text](target)` and `[name]: target`. Code
+/// does not count.
 fn links(line: &str) -> Vec<String> {
     let mut found = Vec::new();
-    // Every second piece between back ticks is code.
+    // Every second piece between backticks is code.
     let prose: String = line.split('`').step_by(2).collect::<Vec<_>>().join("code");
     let mut rest = prose.as_str();
     while let Some((_, after)) = rest.split_once("](") {
@@ -294,7 +294,7 @@ fn links(line: &str) -> Vec<String> {
     found
 }
 
-/// Why a link of the file `from` leads nowhere, if it does. Addresses elsewhere are not checked.
+/// Why a link of the file `from` has no target; none if it has one. Web addresses are not checked.
 fn broken(
     root: &Path,
     from: &Path,
@@ -317,13 +317,13 @@ fn broken(
     if !root.join(&target).exists() {
         return Some(format!("there is no {}", target.display()));
     }
-    // Only Markdown has headings; of another file an anchor is a line.
+    // Only Markdown has headings. An anchor in another file is a line.
     let (anchor, document) = (anchor?, documents.get(&target)?);
     (!document.anchors.iter().any(|known| known == anchor))
         .then(|| format!("{} has no heading #{anchor}", target.display()))
 }
 
-/// A path without `.` and `..`; none if it leads out of the tree.
+/// The path without `.` and `..`; none if it leaves the tree.
 fn normal(path: &Path) -> Option<PathBuf> {
     let mut out = PathBuf::new();
     for part in path.components() {
@@ -404,7 +404,7 @@ See [one](other.md#part-1), ![two](docs/a.svg) and `[no](link)`.\n\
         assert_eq!((lines.len(), lines[5]), (6, "fn x() {}"));
         let words = |text: &str| text.split_whitespace().filter(|w| *w != "///").count();
         assert_eq!(words(&wrapped), words(&text));
-        // What is short stays as it is.
+        // A short line stays as it is.
         assert_eq!(wrap(TEXT, Kind::Markdown), TEXT);
     }
 }

@@ -1,8 +1,7 @@
 //! Short runs of the fuzz targets in `fuzz/`, with the ordinary stable compiler.
 //!
-//! `cargo fuzz` wants a nightly compiler for its sanitizers. Coverage-guided fuzzing itself does
-//! not: the flags below are those that it passes, less the sanitizer, and libFuzzer comes with the
-//! crate `libfuzzer-sys` as C++ source.
+//! `cargo fuzz` needs a nightly compiler only for its sanitizers. The flags below are those of
+//! `cargo fuzz` without the sanitizer. The crate `libfuzzer-sys` contains libFuzzer as C++ source.
 
 use std::fs;
 use std::path::PathBuf;
@@ -14,14 +13,14 @@ use testkit::process::tail;
 use testkit::report::{Outcome, Report};
 use testkit::workspace;
 
-/// Counters on every edge and tables of comparisons, as libFuzzer reads them.
+/// The flags for a counter on every edge and for the tables of comparisons that libFuzzer reads.
 const FLAGS: &str = "--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
     -Cllvm-args=-sanitizer-coverage-trace-compares -Ccodegen-units=1 -Cdebug-assertions -Coverflow-checks";
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// An input on which a target takes longer than this counts as a hang.
+/// If a target takes longer than this for an input, that counts as a hang.
 const HANG_SECONDS: u32 = 5;
 
 fn folder() -> PathBuf {
@@ -42,7 +41,7 @@ pub fn targets() -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// Builds the targets and runs each for some seconds, beginning with its corpus.
+/// Builds the targets and runs each for some seconds. A run begins with the target's corpus.
 pub fn run(report: &mut Report, names: &[String], seconds: u32) {
     let built = build(names);
     for name in names {
@@ -54,7 +53,7 @@ pub fn run(report: &mut Report, names: &[String], seconds: u32) {
     }
 }
 
-/// Builds the targets; a reason if that is impossible here.
+/// Builds the targets. Returns a reason if this machine cannot build them.
 fn build(names: &[String]) -> Result<Option<String>> {
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
     let version = Command::new(&compiler)
@@ -83,8 +82,8 @@ fn binaries() -> PathBuf {
 }
 
 fn run_one(name: &str, seconds: u32) -> Result<Outcome> {
-    // What a run finds goes into a folder that is not in the repository; the corpus that is there
-    // is only read.
+    // New inputs go into a folder outside of the repository. The run only reads the corpus in the
+    // repository.
     let found = binaries().join("corpus").join(name);
     let artifacts = binaries().join("artifacts").join(name);
     fs::create_dir_all(&found)?;

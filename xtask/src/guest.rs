@@ -1,4 +1,4 @@
-//! `cargo xtask guest`: a Linux guest on a bus, to try a device or a driver in.
+//! `cargo xtask guest` starts a Linux guest on a bus, in which a user tries a device or a driver.
 
 use std::fs;
 use std::io::IsTerminal;
@@ -15,7 +15,7 @@ use testkit::{nic, trial};
 
 use crate::{console, shell};
 
-/// The bus of a guest that is given none.
+/// The bus of a guest without --dir and --config.
 const BUS: &str = r#"[[device]]
 name = "net0"
 class = "venet"
@@ -27,16 +27,16 @@ class = "state"
 pages = [{ name = "setpoint", bytes = 64, owner = "device" }, { name = "heartbeat", bytes = 64, owner = "driver" }]
 "#;
 
-/// Root ports that stay empty, for devices that are plugged while the guest runs.
+/// The number of empty root ports, for devices that are plugged while the guest runs.
 const SPARE_PORTS: usize = 4;
 
-/// The most devices that a guest gets: root ports are functions of q35's first bus.
+/// The most devices of a guest. Root ports are functions of q35's first bus, which limits them.
 const DEVICES_MAX: usize = 20;
 
-/// How long a guest whose terminal leaves may take to end.
+/// How long the guest may take to end after its terminal has left.
 const END: Duration = Duration::from_secs(10);
 
-/// How to use it.
+/// The text at the end of `--help`.
 const HELP: &str = "\
 Examples:
   cargo xtask guest                                   a bus of its own, and a shell in the guest
@@ -49,24 +49,25 @@ In the guest you are root, and `vbus-guest` is on the PATH: vbus-guest list, vbu
 vbus-guest state get setpoint. Files of --put are in /root, which is first on the PATH. On the
 console, control and ] leaves, which ends the guest; so does `poweroff -f`.
 
-A program of --put has to be linked statically:
+A program that you bring with --put must be linked statically:
   RUSTFLAGS='-C target-feature=+crt-static' cargo build --release --target x86_64-unknown-linux-gnu";
 
 #[derive(clap::Args)]
 #[command(after_help = HELP)]
 pub struct Args {
-    /// The folder of a running bus (the --dir of `vbus serve`); without it a bus is started for the
-    /// guest, and ends with it
+    /// The folder of a running bus (the --dir of `vbus serve`); without it the guest gets a bus of
+    /// its own, which ends with the guest
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
-    /// The configuration of the bus that is started; by default a NIC `net0` and a state device
+    /// The configuration of the guest's own bus; by default it has a NIC `net0` and a state device
     /// `values`
     #[arg(long, value_name = "FILE", conflicts_with = "dir")]
     config: Option<PathBuf>,
-    /// A device of the bus that the guest gets, again for more; by default all that nobody uses
+    /// Give the guest this device of the bus; repeat it for more; by default the guest gets all
+    /// devices that nobody uses
     #[arg(long = "device", value_name = "NAME")]
     devices: Vec<String>,
-    /// A file that the guest gets, as an executable in /root, or at PATH
+    /// Copy a file into the guest, into /root or to the path PATH; the copy is executable
     #[arg(long, value_name = "FILE[=PATH]")]
     put: Vec<Put>,
     /// Run this shell command in the guest, with the standard input, output and error of this one,
@@ -79,17 +80,17 @@ pub struct Args {
     /// Virtual CPUs
     #[arg(long, value_name = "COUNT", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     cpus: u32,
-    /// Names the guest, for `cargo xtask console NAME`
+    /// The guest's name, for `cargo xtask console NAME`
     #[arg(long, default_value = "guest", value_parser = name)]
     name: String,
     #[command(flatten)]
     guests: Options,
-    /// More words for QEMU's command line
+    /// More options for QEMU's command line
     #[arg(last = true, value_name = "QEMU-ARGS")]
     qemu_args: Vec<String>,
 }
 
-/// A name that sockets and QEMU's own names can be made of.
+/// Parses a guest's name. It must fit into the names of sockets and into QEMU's own names.
 fn name(text: &str) -> Result<String, String> {
     let fits = (1..=32).contains(&text.len())
         && text.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_');
@@ -100,9 +101,9 @@ fn name(text: &str) -> Result<String, String> {
     }
 }
 
-/// Runs the guest to its end; false if the command of `--run` failed.
+/// Runs the guest to its end. Returns false if the command of `--run` failed.
 pub fn run(args: &Args) -> Result<bool> {
-    // All that can be known before anything is fetched or built.
+    // These checks come before anything is fetched or built.
     let mut archive = Archive::default();
     for put in &args.put {
         put.add_to(&mut archive)?;
@@ -122,7 +123,7 @@ pub fn run(args: &Args) -> Result<bool> {
 
     let lab = trial::open(&args.guests)?;
     let scene = lab.scene(&args.name)?;
-    // A bus of its own outlives the guest.
+    // The guest's own bus must live longer than the guest.
     let (_own, dir) = match &args.dir {
         Some(dir) => (None, std::path::absolute(dir)?),
         None => {
@@ -157,7 +158,7 @@ pub fn run(args: &Args) -> Result<bool> {
     })
 }
 
-/// The sockets of the devices that were named, or of all that nobody uses.
+/// The sockets of the devices of --device, or of all devices that nobody uses.
 fn choose(client: &BusClient, names: &[String]) -> Result<Vec<PathBuf>> {
     let devices = client.devices()?;
     if names.is_empty() {
@@ -178,7 +179,7 @@ fn choose(client: &BusClient, names: &[String]) -> Result<Vec<PathBuf>> {
     names.iter().map(socket).collect()
 }
 
-/// Says what can be done from outside while the guest runs.
+/// Prints what the user can do from outside while the guest runs.
 fn tell(vm: &Vm, vbus: &Path, dir: &Path) {
     let (vbus, dir, qmp) = (vbus.display(), dir.display(), vm.qmp_socket().display());
     eprintln!(
@@ -189,7 +190,7 @@ fn tell(vm: &Vm, vbus: &Path, dir: &Path) {
     );
 }
 
-/// Runs the command, or the console, or waits until the guest powers off.
+/// Runs the command or the console, or waits until the guest powers off.
 fn used(args: &Args, mut vm: Vm) -> Result<bool> {
     if let Some(command) = &args.run {
         let code = shell::run(&vm.guest, command, Duration::MAX)?;
@@ -200,7 +201,7 @@ fn used(args: &Args, mut vm: Vm) -> Result<bool> {
     }
     if std::io::stdin().is_terminal() {
         console::attach(&args.name, vm.console_socket())?;
-        // Either has ended: the guest by itself, or the user left.
+        // The guest has ended, or the user has left the console.
         let _ = vm.process.terminate(END);
         return Ok(true);
     }

@@ -1,4 +1,4 @@
-//! What a command has said, as a picture of a terminal: an SVG file.
+//! Draws the output of a command as a picture of a terminal, in an SVG file.
 
 use std::cell::RefCell;
 use std::fmt::Write;
@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-/// What is said to the user, line by line, and kept.
+/// The lines that a command prints to the user, kept for the picture.
 #[derive(Default)]
 pub struct Transcript(RefCell<Vec<String>>);
 
@@ -17,12 +17,12 @@ impl Transcript {
         self.keep(text);
     }
 
-    /// Keeps a text that was said elsewhere.
+    /// Keeps a text that other code has printed.
     pub fn keep(&self, text: &str) {
         self.0.borrow_mut().extend(text.lines().map(str::to_owned));
     }
 
-    /// Draws all that was said, below the command that was typed.
+    /// Draws all lines below the command.
     pub fn save(&self, command: &str, file: &Path) -> Result<()> {
         std::fs::write(file, svg(command, &self.0.borrow()))
             .with_context(|| format!("cannot write {}", file.display()))
@@ -33,13 +33,13 @@ impl Transcript {
 const WIDTH: f64 = 8.4;
 const HEIGHT: usize = 20;
 const EDGE: usize = 20;
-/// The bar with the three buttons.
+/// The height of the bar with the three buttons.
 const BAR: usize = 32;
-/// Longer lines are wrapped: as a terminal would.
+/// The most columns. Longer lines wrap, as in a terminal.
 const COLUMNS: usize = 100;
 
-/// A terminal with `command` behind a prompt, and `lines` below it. What stands before the first
-/// `: ` of a line is its topic, and is set off.
+/// A terminal with `command` after a prompt, and `lines` below it. The text before the first `: `
+/// of a line is its topic, in another colour.
 fn svg(command: &str, lines: &[String]) -> String {
     let wrapped: Vec<(bool, String)> = lines.iter().flat_map(|line| wrap(line)).collect();
     let columns = wrapped.iter().map(|(_, line)| line.chars().count()).max().unwrap_or(0);
@@ -66,7 +66,7 @@ fn svg(command: &str, lines: &[String]) -> String {
     text(&mut out, 2, first, "#ffffff", command);
     for (n, (begins, line)) in wrapped.iter().enumerate() {
         let y = first + (n + 1) * HEIGHT;
-        // Only a word or two are a topic: "bus: ", "guest a: ".
+        // A topic has one or two words: "bus: ", "guest a: ".
         let topic = line.find(": ").map_or(line.len(), |at| at + 1);
         let topic = if *begins && topic <= 16 && line[..topic].ends_with(':') { topic } else { 0 };
         text(&mut out, 0, y, "#79c0ff", &line[..topic]);
@@ -76,7 +76,7 @@ fn svg(command: &str, lines: &[String]) -> String {
     out
 }
 
-/// A piece of text at a column. Its length is given, so that any font keeps the columns.
+/// A piece of text at a column. The SVG states its length, so every font keeps the columns.
 fn text(out: &mut String, column: usize, y: usize, colour: &str, piece: &str) {
     let indent = piece.chars().take_while(|c| *c == ' ').count();
     let piece = piece.trim();
@@ -93,7 +93,8 @@ fn text(out: &mut String, column: usize, y: usize, colour: &str, piece: &str) {
     );
 }
 
-/// A line in pieces that fit, at spaces as far as there are any; whether each begins the line.
+/// Splits a line into pieces that fit, at spaces where possible. Each piece says whether it begins
+/// the line.
 fn wrap(line: &str) -> Vec<(bool, String)> {
     let mut pieces = Vec::new();
     let mut rest: Vec<char> = line.chars().collect();
@@ -108,10 +109,10 @@ fn wrap(line: &str) -> Vec<(bool, String)> {
     pieces.into_iter().enumerate().map(|(n, piece)| (n == 0, piece)).collect()
 }
 
-/// Text for XML, where no character may end an element.
+/// Escapes text for XML.
 fn escaped(text: &str) -> String {
     let text = text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
-    // XML has no control characters; a terminal shows none either.
+    // XML allows no control characters, and a terminal shows none.
     text.replace(|c: char| c.is_control(), "").replace('"', "&quot;")
 }
 

@@ -1,4 +1,4 @@
-//! A command in a guest, with our standard input, output and error.
+//! Runs a command in a guest with this process's standard input, output and error.
 
 use std::io::{Read, Write};
 use std::sync::Arc;
@@ -7,10 +7,10 @@ use std::time::Duration;
 use anyhow::Result;
 use testkit::guest::Guest;
 
-/// Runs a shell command to its end; returns its exit code.
+/// Runs a shell command to its end and returns its exit code.
 ///
 /// # Errors
-/// If the guest is lost, or the command takes longer than `limit`: then it is killed.
+/// The guest is lost, or the command takes longer than `limit`. In the second case it is killed.
 pub fn run(guest: &Guest, command: &str, limit: Duration) -> Result<i32> {
     let running = Arc::new(guest.start(command)?);
     let input = Arc::clone(&running);

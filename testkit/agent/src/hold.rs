@@ -1,4 +1,4 @@
-//! A virtual machine of KVM that does nothing, as long as this program runs.
+//! Keeps an idle virtual machine of KVM while this program runs.
 #![allow(unsafe_code)] // The standard library has no ioctl.
 
 use std::fs::File;
@@ -12,10 +12,10 @@ unsafe extern "C" {
     fn ioctl(fd: i32, request: u64, ...) -> i32;
 }
 
-/// Makes it, says so, and keeps it until the end.
+/// Makes the virtual machine, prints `held`, and keeps it until this program ends.
 pub fn hold() -> io::Result<()> {
     let kvm = File::options().read(true).write(true).open("/dev/kvm")?;
-    // SAFETY: Takes a number, and makes a descriptor.
+    // SAFETY: the call takes a number and returns a descriptor. It touches no memory.
     if unsafe { ioctl(kvm.as_raw_fd(), CREATE_VM, 0u64) } < 0 {
         return Err(io::Error::last_os_error());
     }

@@ -1,4 +1,4 @@
-//! Standard input and output joined to a UNIX socket, byte by byte as they come.
+//! Joins standard input and output to a UNIX socket and passes each byte on at once.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long the socket may take to appear: who makes it may just have been started.
+/// How long the socket may take to appear: its owner may just have started.
 const APPEAR: Duration = Duration::from_secs(30);
 
 /// Connects to `path` and passes bytes on until both directions have ended.
@@ -22,7 +22,7 @@ pub fn join(path: &str) -> io::Result<()> {
         }
     };
     let writer = socket.try_clone()?;
-    // Unbuffered: `Stdin` and `Stdout` wait for more or for the end of a line.
+    // Files have no buffer. `Stdin` and `Stdout` wait for more bytes or for the end of a line.
     let input = File::from(io::stdin().as_fd().try_clone_to_owned()?);
     let output = File::from(io::stdout().as_fd().try_clone_to_owned()?);
     thread::spawn(move || {

@@ -1,5 +1,5 @@
-//! How late a task wakes that sleeps until a given time; real-time tasks, and such as only use
-//! processor time, for it to compete with.
+//! Measures how late a sleeping task wakes. Also starts real-time tasks, and busy tasks that
+//! compete with them.
 #![allow(unsafe_code)] // This program has the standard library alone, which has nothing for a task's class.
 
 use std::ffi::c_int;
@@ -11,11 +11,10 @@ use std::time::{Duration, Instant};
 
 use crate::stream::number;
 
-/// Sleeps `count` times for `period` microseconds, and prints by how much it was late, in
-/// microseconds, as JSON.
+/// Sleeps `count` times for `period` microseconds. Prints how late it woke, in microseconds, as
+/// JSON.
 ///
-/// Each time is reckoned from the one before, so that a late one does not make those after it
-/// early.
+/// The wake-up times are multiples of the period, so a late wake-up does not shift the next ones.
 pub fn latency(period: &str, count: &str) -> io::Result<()> {
     let (period, count) = (Duration::from_micros(number(period)?.max(1)), number(count)?);
     let mut late = Vec::new();
@@ -24,7 +23,7 @@ pub fn latency(period: &str, count: &str) -> io::Result<()> {
         due += period;
         sleep(due.saturating_duration_since(Instant::now()));
         late.push(due.elapsed());
-        // Those that are over meanwhile were not slept through, and do not count.
+        // Wake-up times that have passed meanwhile do not count: the task did not sleep for them.
         while due + period < Instant::now() {
             due += period;
         }
@@ -43,7 +42,7 @@ pub fn latency(period: &str, count: &str) -> io::Result<()> {
     Ok(())
 }
 
-/// Computes for ever.
+/// Uses processor time for ever.
 pub fn spin() -> ! {
     loop {
         std::hint::spin_loop();
@@ -51,8 +50,8 @@ pub fn spin() -> ! {
 }
 
 unsafe extern "C" {
-    /// Of the C library, which the standard library links: sets the class of a task, 0 for the
-    /// calling one.
+    /// A function of the C library, which the standard library links. It sets the class of a task;
+    /// task 0 is the caller.
     fn sched_setscheduler(pid: c_int, policy: c_int, parameter: *const c_int) -> c_int;
 }
 
@@ -60,7 +59,7 @@ unsafe extern "C" {
 pub fn fifo(priority: &str, command: &[&str]) -> io::Result<()> {
     const FIFO: c_int = 1;
     let priority = c_int::try_from(number(priority)?).unwrap_or(0);
-    // SAFETY: the parameter is a structure of one int, and is only read.
+    // SAFETY: the parameter is a structure of one int, and the function only reads it.
     if unsafe { sched_setscheduler(0, FIFO, &raw const priority) } != 0 {
         return Err(io::Error::last_os_error());
     }

@@ -1,7 +1,5 @@
-//! A hostile vfio-user server: an honest one's answers, of which one is made a lie.
-//!
-//! It stands between a client and the server of a device, and passes messages on with their
-//! descriptors.
+//! A hostile vfio-user server. It stands between a client and the honest server of a device, and
+//! passes their messages on with the descriptors. It turns one answer of the server into a lie.
 #![allow(unsafe_code)] // The standard library sends no descriptors.
 
 use std::ffi::{c_int, c_void};
@@ -12,7 +10,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::ptr::{null_mut, read_unaligned, write_unaligned};
 
-/// Numbers of commands.
+/// The numbers of commands.
 const DMA_MAP: u16 = 2;
 const GET_INFO: u16 = 4;
 const GET_REGION_INFO: u16 = 5;
@@ -23,7 +21,7 @@ const DMA_READ: u16 = 11;
 const DMA_WRITE: u16 = 12;
 
 const HEADER: usize = 16;
-/// Flags of a header.
+/// The flags in a header.
 const REPLY: u32 = 1;
 const NO_REPLY: u32 = 1 << 4;
 const ERROR: u32 = 1 << 5;
@@ -77,14 +75,14 @@ fn with_parts(
 
 /// Sends bytes with descriptors, at most [`FDS`].
 fn send(socket: &UnixStream, bytes: &[u8], fds: &[RawFd]) -> io::Result<()> {
-    // Words, so that it is aligned.
+    // An array of words is aligned.
     let mut control = [0u64; (CONTROL_HEADER + 4 * FDS).div_ceil(8)];
     let length = if fds.is_empty() { 0 } else { CONTROL_HEADER + 4 * fds.len() };
     control[0] = length as u64;
     // SOL_SOCKET, SCM_RIGHTS.
     control[1] = 1 | 1 << 32;
     for (at, fd) in fds.iter().enumerate() {
-        // SAFETY: Within the array, which has room for [`FDS`].
+        // SAFETY: this is inside the array, which has room for [`FDS`] descriptors.
         unsafe {
             write_unaligned(
                 control.as_mut_ptr().cast::<u8>().add(CONTROL_HEADER + 4 * at).cast(),
@@ -93,7 +91,7 @@ fn send(socket: &UnixStream, bytes: &[u8], fds: &[RawFd]) -> io::Result<()> {
         };
     }
     let room = length.next_multiple_of(8);
-    // SAFETY: Everything that the kernel is told of lives on.
+    // SAFETY: all memory in the message outlives the call.
     let sent = with_parts(
         (bytes.as_ptr().cast_mut(), bytes.len()),
         (control.as_mut_ptr(), room),
@@ -103,12 +101,12 @@ fn send(socket: &UnixStream, bytes: &[u8], fds: &[RawFd]) -> io::Result<()> {
     rest.write_all(&bytes[sent.0..])
 }
 
-/// Receives exactly `bytes`, and the descriptors that come with them; false at the end of the
-/// stream.
+/// Receives exactly `bytes` and the descriptors that come with them. Returns false at the end of
+/// the stream.
 fn receive(socket: &UnixStream, mut bytes: &mut [u8], fds: &mut Vec<OwnedFd>) -> io::Result<bool> {
     while !bytes.is_empty() {
         let mut control = [0u64; (CONTROL_HEADER + 4 * FDS).div_ceil(8)];
-        // SAFETY: As above.
+        // SAFETY: as above.
         let received = with_parts(
             (bytes.as_mut_ptr(), bytes.len()),
             (control.as_mut_ptr(), size_of_val(&control)),
@@ -120,7 +118,8 @@ fn receive(socket: &UnixStream, mut bytes: &mut [u8], fds: &mut Vec<OwnedFd>) ->
         if received.1 > CONTROL_HEADER {
             let count = usize::try_from(control[0]).unwrap_or(0).saturating_sub(CONTROL_HEADER) / 4;
             for at in 0..count.min(FDS) {
-                // SAFETY: The kernel has written so many descriptors there, which are nobody's yet.
+                // SAFETY: the kernel has written this many new descriptors there. Nobody owns them
+                // yet.
                 fds.push(unsafe {
                     let fd =
                         control.as_ptr().cast::<u8>().add(CONTROL_HEADER + 4 * at).cast::<RawFd>();
@@ -133,7 +132,7 @@ fn receive(socket: &UnixStream, mut bytes: &mut [u8], fds: &mut Vec<OwnedFd>) ->
     Ok(true)
 }
 
-/// A message, header and all.
+/// A message with its header.
 struct Message {
     bytes: Vec<u8>,
     fds: Vec<OwnedFd>,
@@ -153,7 +152,7 @@ impl Message {
 
     fn send(&self, socket: &UnixStream) -> io::Result<()> {
         let fds: Vec<RawFd> = self.fds.iter().map(AsRawFd::as_raw_fd).collect();
-        // Those that do not fit go with the second half.
+        // Descriptors that do not fit go with the second half.
         let (first, rest) = fds.split_at(fds.len().min(FDS));
         let half = if rest.is_empty() { self.bytes.len() } else { HEADER };
         send(socket, &self.bytes[..half], first)?;
@@ -164,7 +163,7 @@ impl Message {
         u16::from_le_bytes([self.bytes[2], self.bytes[3]])
     }
 
-    /// A number of 32 bits; the body begins at [`HEADER`].
+    /// A number of 32 bits. The body begins at [`HEADER`].
     fn word(&self, at: usize) -> u32 {
         let bytes = self.bytes.get(at..at + 4).and_then(|bytes| bytes.try_into().ok());
         bytes.map_or(0, u32::from_le_bytes)
@@ -176,14 +175,14 @@ impl Message {
         }
     }
 
-    /// Makes the body `length` bytes, and says so.
+    /// Sets the length of the body, also in the header.
     fn resize(&mut self, length: usize) {
         self.bytes.resize(HEADER + length, 0xee);
         let size = u32::try_from(self.bytes.len()).unwrap_or(u32::MAX);
         self.put(4, &size.to_le_bytes());
     }
 
-    /// Makes an error of it.
+    /// Turns the message into an error.
     fn refuse(&mut self, error: u32) {
         self.resize(0);
         self.put(8, &(REPLY | ERROR).to_le_bytes());
@@ -198,30 +197,30 @@ impl Message {
     }
 }
 
-/// What is to be done with an answer.
+/// What happens to an answer.
 enum Act {
-    /// It is sent, as it is now.
+    /// The server sends it as it is now.
     Send,
-    /// It is not.
+    /// The server does not send it.
     Keep,
-    /// So many bytes of it are, and then the connection ends.
+    /// The server sends this many bytes of it and closes the connection.
     Cut(usize),
-    /// In its place there are questions without end.
+    /// The server sends endless requests in its place.
     Ask,
-    /// The client is asked to read and write memory first, which it has not given: address and
-    /// length.
+    /// The server first asks the client to read and write memory that the client has not shared:
+    /// address and length.
     Touch(&'static [(u64, u32)]),
 }
 
-/// Makes `reply`, which answers `command`, the lie that is called `name`; `late`: all that is asked
-/// for when a device is plugged has been answered. None: there is no such lie.
+/// Turns `reply`, the answer to `command`, into the lie `name`. `late` means that the server has
+/// answered everything that a client asks when a device is plugged. None: there is no such lie.
 fn falsify(
     name: &str,
     command: &Message,
     reply: &mut Message,
     late: bool,
 ) -> io::Result<Option<Act>> {
-    // Of what a question is about: the third word of most.
+    // Most requests have the index of their subject in the third word.
     let (asked, index) = (command.command(), command.word(HEADER + 8));
     let bar = asked == GET_REGION_INFO && index == 0;
     let read = asked == REGION_READ && late == name.starts_with("late-");
@@ -236,8 +235,8 @@ fn falsify(
             reply.put(HEADER + 4, &3u32.to_le_bytes());
             reply.put(SIZE, &u64::MAX.to_le_bytes());
         }
-        // BAR0 can be mapped, says the flag: two parts of it, far behind the end of the file that
-        // comes along.
+        // The flag says that BAR0 can be mapped: two parts of it, far after the end of the file
+        // that comes with the answer.
         "bar-mapped" if bar => {
             reply.resize(32 + 48);
             reply.put(HEADER, &80u32.to_le_bytes());
@@ -288,8 +287,8 @@ fn falsify(
         "cut-body" if asked == GET_INFO => act = Act::Cut(HEADER + 3),
         "cut" if asked == GET_INFO => act = Act::Cut(0),
         "late-cut" if read => act = Act::Cut(HEADER + 3),
-        // After the client has given its memory: in no memory, across the end of some, and around
-        // the end of all.
+        // The client has shared its memory. These ranges are outside of it, across the end of a
+        // part of it, and around the end of the address space.
         "memory" if asked == GET_IO_FDS && reply.bytes.len() > HEADER + 16 => {
             act = Act::Touch(&[
                 (1 << 40, 64),
@@ -304,7 +303,7 @@ fn falsify(
     Ok(Some(act))
 }
 
-/// A question of the server's: it reads or writes `length` bytes of the client's memory.
+/// A request of the server: it reads or writes `length` bytes of the client's memory.
 fn question(command: u16, flags: u32, address: u64, length: u32) -> Message {
     let mut message = Message { bytes: vec![0; HEADER], fds: Vec::new() };
     let data = if command == DMA_WRITE { usize::try_from(length).unwrap_or(0).min(64) } else { 0 };
@@ -317,8 +316,8 @@ fn question(command: u16, flags: u32, address: u64, length: u32) -> Message {
     message
 }
 
-/// Serves the first client of `socket` as the server at `server` does, but for the lie `name`, and
-/// until an end is made of it. Prints when it listens, and when it has lied.
+/// Serves the first client of `socket` like the server at `server`, but with the lie `name`. Runs
+/// until it is killed. Prints a line when it listens and a line when it has lied.
 pub fn lie(socket: &str, server: &str, name: &str) -> io::Result<()> {
     let _ = fs::remove_file(socket);
     let listener = UnixListener::bind(socket)?;
@@ -333,7 +332,7 @@ pub fn lie(socket: &str, server: &str, name: &str) -> io::Result<()> {
         }
         let Some(mut reply) = Message::receive(&server)? else { break };
         let act = falsify(name, &command, &mut reply, late)?;
-        // It is asked twice, for the length first.
+        // The client asks twice: the first time for the length.
         late |= command.command() == GET_IO_FDS && reply.bytes.len() > HEADER + 16;
         if act.is_some() {
             println!("lies");
@@ -347,7 +346,7 @@ pub fn lie(socket: &str, server: &str, name: &str) -> io::Result<()> {
                 break;
             }
             Act::Ask => {
-                // Until the client has had enough.
+                // This ends when the client closes the connection.
                 while question(DMA_READ, NO_REPLY, 0, 4096).send(&client).is_ok() {}
             }
             Act::Touch(places) => {
@@ -367,7 +366,7 @@ pub fn lie(socket: &str, server: &str, name: &str) -> io::Result<()> {
             }
         }
     }
-    // Its own end is the end of the connection; whoever started it makes it.
+    // This process keeps the connection open until the client closes it or the starter kills it.
     let mut rest = Vec::new();
     let _ = (&client).read_to_end(&mut rest);
     Ok(())

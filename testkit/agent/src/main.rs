@@ -1,16 +1,18 @@
-//! Runs inside the test guests, on `std` alone so that it builds in seconds and links statically.
+//! `guest-agent` runs inside the test guests. It uses only `std`: it builds in seconds and links
+//! statically.
 //!
 //! - `guest-agent serve PORT` runs commands for the host, over a serial port or a UNIX socket;
-//! - `guest-agent join SOCKET` joins a socket to its standard input and output: a way to the port
-//!   of a guest inside the guest;
-//! - `guest-agent send|receive` moves a stream over TCP and prints its hash on either end;
-//! - `guest-agent latency PERIOD COUNT` measures how late it wakes, `guest-agent spin` is a task
-//!   for it to compete with;
-//! - `guest-agent hold-kvm` keeps a virtual machine that does nothing;
+//! - `guest-agent join SOCKET` joins a socket to its standard input and output: a test reaches the
+//!   agent of an L2 through it;
+//! - `guest-agent send|receive` moves a stream over TCP, and each end prints the hash;
+//! - `guest-agent latency PERIOD COUNT` measures how late it wakes;
+//! - `guest-agent spin` uses processor time for ever;
+//! - `guest-agent hold-kvm` keeps an idle virtual machine;
 //! - `guest-agent fifo PRIORITY COMMAND` runs a command as a real-time task;
-//! - `guest-agent scribble` writes at random over what a driver shares with its device;
-//! - `guest-agent nonsense` reads and writes configuration spaces at random;
-//! - `guest-agent lie` serves a device of another vfio-user server, and tells a lie of it.
+//! - `guest-agent scribble` writes random values over the memory that a driver shares with its
+//!   device;
+//! - `guest-agent nonsense` makes random accesses to configuration spaces;
+//! - `guest-agent lie` serves the device of another vfio-user server, with a lie about it.
 
 mod hold;
 mod join;
@@ -42,7 +44,10 @@ fn main() -> ExitCode {
         ["scribble", pid, count, seed, what] => scribble::scribble(pid, count, seed, what == "all"),
         _ => {
             eprintln!(
-                "usage: guest-agent serve PORT | join SOCKET | send ADDRESS:PORT BYTES SEED | receive ADDRESS:PORT | latency MICROSECONDS COUNT | hold-kvm | spin | fifo PRIORITY COMMAND | scribble PID COUNT SEED all|memory | nonsense SEED COUNT tame|wild FUNCTION... | lie SOCKET SERVER NAME"
+                "usage: guest-agent serve PORT | join SOCKET | send ADDRESS:PORT BYTES SEED | \
+                 receive ADDRESS:PORT | latency MICROSECONDS COUNT | hold-kvm | spin | \
+                 fifo PRIORITY COMMAND | scribble PID COUNT SEED all|memory | \
+                 nonsense SEED COUNT tame|wild FUNCTION... | lie SOCKET SERVER NAME"
             );
             return ExitCode::from(2);
         }

@@ -1,8 +1,9 @@
-//! A hostile guest: random writes over everything that a running driver shares with its device.
+//! A hostile guest: it writes random values over all memory that a running driver shares with its
+//! device.
 //!
-//! They go through `/proc/PID/mem` of the driver, into its mappings of the function's BAR
-//! (registers, doorbells, interrupt table) and of the memory that the device reads and writes
-//! (rings, state pages, buffers).
+//! It writes through `/proc/PID/mem` of the driver. The targets are the driver's mappings of the
+//! function's BAR (registers, doorbells, interrupt table) and of the memory that the device reads
+//! and writes (rings, state pages, buffers).
 
 use std::fs::{self, File};
 use std::io;
@@ -11,13 +12,13 @@ use std::os::unix::fs::FileExt;
 
 use crate::stream::number;
 
-/// The beginning of each mapping gets half of the writes: that is where indices and descriptors
-/// are.
+/// The size of the beginning of each mapping. Half of the writes go there, because indices and
+/// descriptors are there.
 const DENSE: u64 = 16 * 1024;
 
-/// Writes `count` values derived from `seed`, or until the driver ends; prints how many it wrote.
-/// Leaves the BAR alone unless `registers`: a write there soon closes the device, and then it looks
-/// at no ring any more.
+/// Writes `count` values that follow from `seed`, or stops when the driver ends. Prints how many it
+/// wrote. It writes to the BAR only with `registers`: such a write soon closes the device, and a
+/// closed device reads no ring.
 pub fn scribble(pid: &str, count: &str, seed: &str, registers: bool) -> io::Result<()> {
     let (count, mut state) =
         (number(count)?, number(seed)?.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
@@ -48,7 +49,7 @@ pub fn scribble(pid: &str, count: &str, seed: &str, registers: bool) -> io::Resu
             2 => 1 << random(32),
             _ => u32::try_from(random(1 << 32)).unwrap_or(0),
         };
-        // A driver that noticed and ended has no memory any more.
+        // If the driver has noticed the damage and ended, its memory is gone.
         if memory.write_all_at(&value.to_le_bytes(), range.start + offset).is_err() {
             break;
         }
@@ -58,7 +59,7 @@ pub fn scribble(pid: &str, count: &str, seed: &str, registers: bool) -> io::Resu
     Ok(())
 }
 
-/// The address ranges that a driver maps from huge pages, and from a BAR if `registers`.
+/// The address ranges that a driver maps from huge pages, and with `registers` from a BAR.
 fn mappings(maps: &str, registers: bool) -> Vec<Range<u64>> {
     let mut ranges = Vec::new();
     for line in maps.lines() {

@@ -1,17 +1,16 @@
-//! Commands for the host: one line a frame, over a serial port in raw mode.
+//! Runs commands for the host. Each line on a serial port in raw mode is one frame.
 //!
 //! | frame | direction | meaning |
 //! |---|---|---|
-//! | `hello` | to the host | the agent is up; sent once, so a second one means that the guest was rebooted |
-//! | `ping` | to the guest | answered with `pong`, whatever else goes on |
+//! | `hello` | to the host | the agent has started; a second one means a reboot |
+//! | `ping` | to the guest | the agent answers `pong` at once |
 //! | `run ID HEX` | to the guest | start `/bin/sh -c` with the command HEX |
-//! | `input ID HEX` | to the guest | write to its standard input; an empty HEX closes it |
+//! | `input ID HEX` | to the guest | write to the command's input; an empty HEX closes it |
 //! | `kill ID` | to the guest | SIGKILL to the process group of the command |
-//! | `out ID HEX`, `err ID HEX` | to the host | a piece of its output |
-//! | `end ID CODE` | to the host | it has ended, and all its output was sent; 128 + the signal if one ended it |
+//! | `out ID HEX`, `err ID HEX` | to the host | a piece of the command's output |
+//! | `end ID CODE` | to the host | it has ended, after all output; CODE may be 128 + signal |
 //!
-//! Data is hexadecimal, so that nothing that a command prints can look like a frame. Commands run
-//! side by side.
+//! Data is hexadecimal: no output of a command can look like a frame. Commands run side by side.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -24,24 +23,24 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
-/// Bytes of output in one frame.
+/// The most bytes of output in one frame.
 const PIECE: usize = 2048;
 
-/// The commands that run, by id: process group and standard input.
+/// The running commands by id: process group and standard input.
 type Running = Arc<Mutex<HashMap<String, (u32, Option<ChildStdin>)>>>;
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The port, shared by everyone who has something to say.
+/// The port. All threads that send frames share it.
 #[derive(Clone)]
 struct Port(Arc<Mutex<File>>);
 
 impl Port {
     fn say(&self, frame: &str) {
         let mut port = lock(&self.0);
-        // The host is gone if this fails, and with it whoever could be told.
+        // If this fails, the host is gone, and nobody is left to tell.
         let _ = port.write_all(format!("{frame}\n").as_bytes());
     }
 }
@@ -79,7 +78,7 @@ pub fn serve(path: &str) -> io::Result<()> {
             },
             ["input", id, hex] => {
                 if let Some((_, Some(stdin))) = lock(&running).get_mut(id) {
-                    // A command that reads no further is its own affair.
+                    // A command may stop reading its input.
                     let _ = stdin.write_all(&decode(hex));
                 }
             }
@@ -102,13 +101,13 @@ pub fn serve(path: &str) -> io::Result<()> {
 }
 
 fn start(command: &str) -> io::Result<Child> {
-    // A process group of its own, so that `kill` reaches its children too.
+    // `kill` ends the whole process group, so the command's children end too.
     let mut shell = Command::new("/bin/sh");
     shell.args(["-c", command]).process_group(0);
     shell.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()
 }
 
-/// Passes on what a command says until it ends; returns how it ended.
+/// Sends a command's output to the host until it ends. Returns its exit code.
 fn follow(id: &str, mut child: Child, port: &Port) -> i32 {
     let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
     let reader = stderr.map(|stream| {

@@ -1,4 +1,4 @@
-//! A stream over TCP whose two ends must agree on a hash: any byte lost, changed or out of place
+//! A stream over TCP. Both ends must compute the same hash: a lost, changed or misplaced byte
 //! shows.
 
 use std::io::{self, Read, Write};
@@ -6,13 +6,13 @@ use std::net::{TcpListener, TcpStream};
 
 const BLOCK: usize = 64 * 1024;
 
-/// A 64-bit hash that is cheap where a guest's CPU is emulated: one multiplication for eight bytes.
+/// A 64-bit hash. It is cheap on an emulated CPU: one multiplication for eight bytes.
 ///
-/// Not against an adversary. Every step is a bijection of the state, so a single changed word
-/// always changes the result, and the rotation makes the order count.
+/// It does not resist an adversary. Every step is a bijection of the state, so a single changed
+/// word always changes the result. The rotation makes the result depend on the order.
 struct Hash {
     state: u64,
-    /// Bytes that do not fill a word yet.
+    /// The last bytes, fewer than a word.
     rest: Vec<u8>,
     length: u64,
 }
@@ -56,13 +56,13 @@ impl Hash {
     }
 }
 
-/// A decimal number of the command line.
+/// Parses a decimal number from the command line.
 pub fn number(text: &str) -> io::Result<u64> {
     text.parse().map_err(|_| io::Error::other(format!("{text} is not a number")))
 }
 
-/// Sends `bytes` bytes that follow from `seed`, waits until the other end has read them all, and
-/// prints length and hash.
+/// Sends `bytes` bytes that follow from `seed` and waits until the other end has read them all.
+/// Prints the length and the hash.
 pub fn send(address: &str, bytes: &str, seed: &str) -> io::Result<()> {
     let (bytes, seed) = (number(bytes)?, number(seed)?);
     let mut stream = TcpStream::connect(address)?;
@@ -70,7 +70,7 @@ pub fn send(address: &str, bytes: &str, seed: &str) -> io::Result<()> {
     let mut block = vec![0u8; BLOCK];
     while sent < bytes {
         for word in block.chunks_exact_mut(8) {
-            // xorshift64: never zero, so no block repeats within any run that fits into a test.
+            // xorshift64 has a period of 2^64 - 1, so no block repeats in a test.
             state ^= state << 13;
             state ^= state >> 7;
             state ^= state << 17;
@@ -93,8 +93,8 @@ pub fn send(address: &str, bytes: &str, seed: &str) -> io::Result<()> {
     }
 }
 
-/// Takes one connection on `address`, reads it to its end, answers with length and hash, and prints
-/// them.
+/// Accepts one connection on `address` and reads it to its end. Sends back the length and the hash,
+/// and prints them.
 pub fn receive(address: &str) -> io::Result<()> {
     let listener = TcpListener::bind(address)?;
     let (mut stream, _) = listener.accept()?;
