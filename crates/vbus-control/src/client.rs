@@ -34,16 +34,16 @@ impl Connection {
         // The server may have answered although the request was not sent completely.
         let sent = self.reader.get_mut().write_all(format!("{request}\n").as_bytes());
         loop {
-            let mut line = String::new();
-            let read = self
-                .reader
-                .read_line(&mut line)
+            let mut line = Vec::new();
+            self.reader
+                .read_until(b'\n', &mut line)
                 .with_context(|| format!("{peer} does not answer"))?;
-            if read == 0 {
+            // A server that ends in the middle of a line leaves a part of it behind.
+            if line.last() != Some(&b'\n') {
                 sent.with_context(|| format!("{peer} has gone"))?;
                 bail!("{peer} has gone");
             }
-            let mut answer: Value = serde_json::from_str(&line)
+            let mut answer: Value = serde_json::from_slice(&line)
                 .with_context(|| format!("{peer} sent something that is no answer"))?;
             if let Some(error) = answer.get("error").and_then(Value::as_str) {
                 bail!("{error}");
@@ -54,5 +54,29 @@ impl Connection {
                 (None, None) => bail!("{peer} sent something that is no answer"),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a client says of a server that sends `bytes` and ends.
+    fn error_after(bytes: &[u8]) -> String {
+        let (client, mut server) = UnixStream::pair().unwrap();
+        server.write_all(bytes).unwrap();
+        server.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut connection = Connection::new(client, "the echo");
+        connection.stream(&Value::Null, &mut drop).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_server_that_ends_within_a_line_has_gone() {
+        // The third lacks nothing except its end; the last ends within a character.
+        for part in [&b""[..], br#"{"o"#, br#"{"ok":1}"#, b"{\"ok\":\"\xc3"] {
+            assert_eq!(error_after(part), "the echo has gone", "{part:?}");
+        }
+        assert_eq!(error_after(b"{\"item\":1}\n{"), "the echo has gone");
+        assert_eq!(error_after(b"hello\n"), "the echo sent something that is no answer");
     }
 }
