@@ -1,6 +1,6 @@
 //! The device classes of vbus: [`venet`], an Ethernet controller, [`state`], named values, and
 //! [`pic`], an interrupt controller for the other devices. (The class `sched` has a crate of its
-//! own.) A bus makes devices of them from their settings:
+//! own.) A bus creates devices from their settings:
 //!
 //! ```
 //! use serde_json::json;
@@ -16,7 +16,11 @@
 //! values.device().control(&set, &mut |_| true).unwrap();
 //! let mut text = None;
 //! let get = json!({ "op": "get", "page": "setpoint" });
-//! values.device().control(&get, &mut |value| { text = Some(value["text"].clone()); true }).unwrap();
+//! let mut reply = |value: serde_json::Value| {
+//!     text = Some(value["text"].clone());
+//!     true
+//! };
+//! values.device().control(&get, &mut reply).unwrap();
 //! assert_eq!(text, Some(json!("42")));
 //! # Ok::<(), std::io::Error>(())
 //! ```
@@ -27,7 +31,7 @@ pub mod venet;
 
 use vbus_core::DeviceClass;
 
-/// All classes of this crate.
+/// The device classes of this crate.
 pub fn classes() -> Vec<Box<dyn DeviceClass>> {
     vec![Box::new(venet::VenetClass::new()), Box::new(state::StateClass), Box::new(pic::PicClass)]
 }

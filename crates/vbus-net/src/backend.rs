@@ -1,4 +1,4 @@
-//! What a device is plugged into, as a front sees it.
+//! The interface between a front and a back end.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,27 +14,28 @@ use crate::frame::Packet;
 use crate::sink::{RxSink, SharedSink};
 use crate::steering::Steering;
 
-/// What a device can be plugged into: a switch, an interface, a socket. It lives as long as the
-/// device.
+/// A back end: a switch, an interface or a socket that a device is plugged into. It lives as long
+/// as the device.
 pub trait Backend: Send + Sync {
-    /// The offloads that it can deal with in frames of the driver.
+    /// The offloads that the back end supports in frames from the driver.
     fn tx_offloads(&self) -> Offloads;
 
-    /// The offloads that it can leave to the driver in frames to it.
+    /// The offloads that the back end can leave to the driver in frames to the driver.
     fn rx_offloads(&self) -> Offloads;
 
-    /// Whether other devices deliver frames to this one's receive queues. A front then shares them
-    /// ([`Port::lanes`]); otherwise it lends them in each [`Queue::receive`].
+    /// Whether other devices deliver frames to this device's receive queues. The front then shares
+    /// the queues ([`Port::lanes`]). Otherwise it lends a queue in each call of [`Queue::receive`].
     fn shares_sinks(&self) -> bool {
         false
     }
 
-    /// Whether it can choose a receive queue by a hash ([`Steering`]). With one queue every back
-    /// end can.
+    /// Whether the back end can choose a receive queue by a hash ([`Steering`]). With one queue
+    /// every back end can.
     fn steers(&self) -> bool;
 
-    /// The device has the address `mac` by its settings: no driver of another device gets it
-    /// ([`Plug::set_mac`]), whether or not this one's is there. Called once, first of all.
+    /// Reserves the address `mac`, which the device has by its settings. No driver of another
+    /// device can get it ([`Plug::set_mac`]), even while this device has no driver. The front
+    /// calls this once, before any other method.
     fn reserve(&self, mac: Mac) {
         let _ = mac;
     }
@@ -46,26 +47,27 @@ pub trait Backend: Send + Sync {
     fn inspect(&self) -> Value;
 }
 
-/// A driver's place in a back end.
+/// A driver's connection to a back end.
 pub trait Plug: Send + Sync {
-    /// Queue `index` of the port, for the task that will serve it. To be called once for each.
+    /// Returns queue `index` of the port, for the task that will serve it. The front calls this
+    /// once for each queue.
     fn queue(&self, index: u16, task: &TaskHandle) -> Result<Box<dyn Queue>, ErrorCode>;
 
-    /// The driver uses queues 0 to `queues - 1`; to be called at the start too.
+    /// The driver uses queues 0 to `queues - 1`. The front calls this also at the start.
     fn set_queues(&self, queues: u16) -> Result<(), ErrorCode> {
         let _ = queues;
         Ok(())
     }
 
-    /// The driver takes these offloads in frames to it; to be called at the start too. Sinks check
-    /// each frame by themselves.
+    /// The driver accepts these offloads in frames to it. The front calls this also at the start.
+    /// Each sink checks every frame nevertheless.
     fn set_rx_offloads(&self, offloads: Offloads) -> Result<(), ErrorCode> {
         let _ = offloads;
         Ok(())
     }
 
-    /// Gives the port the address `mac`, also in its filter. False, and nothing changes, if
-    /// another device has that address, or is to have it.
+    /// Gives the port the address `mac`, also in its filter. Returns false and changes nothing if
+    /// another device has that address, or has reserved it.
     fn set_mac(&self, mac: Mac) -> bool;
 
     /// The port's filter has changed.
@@ -77,47 +79,47 @@ pub trait Queue: Send {
     /// Sends a frame of the driver.
     fn send(&mut self, packet: &Packet<'_>) -> Sent;
 
-    /// The frame that has to wait will not be sent again: its ring has gone. The next frame is
-    /// another one.
+    /// The waiting frame will not be sent again, because its ring is gone. The next frame is a new
+    /// one.
     fn forget(&mut self) {}
 
-    /// The last frame of a poll has been sent: pushes out what was gathered.
+    /// Called after the last frame of a poll: sends the frames that the queue has gathered.
     fn flush(&mut self) {}
 
     /// Moves at most `budget` frames to the driver, through its receive queue. Returns how many.
-    /// Called in each poll, unless [`Backend::shares_sinks`].
+    /// The front calls this in each poll, unless [`Backend::shares_sinks`].
     fn receive(&mut self, sink: &mut dyn RxSink, budget: u32) -> Result<u32, ErrorCode> {
         let _ = (sink, budget);
         Ok(0)
     }
 
-    /// A frame waits to be sent, and the task is about to sleep: asks for what will end the wait.
-    /// [`Armed::Missed`]: it is there already.
+    /// Called when a frame waits to be sent and the task is about to sleep: makes sure that the end
+    /// of the wait will wake the task. [`Armed::Missed`]: the wait has ended already.
     fn arm(&mut self) -> Armed {
         Armed::Waiting
     }
 
-    /// When it wants to be polled even if nothing happens.
+    /// The time at which the queue needs a poll even if no event comes.
     fn deadline(&self) -> Option<Instant> {
         None
     }
 }
 
-/// What became of a frame that was sent.
+/// The result of sending a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sent {
-    /// It is on its way.
+    /// The back end has accepted the frame.
     Done {
-        /// How many frames of work it was.
+        /// The work done, in frames.
         units: u32,
     },
-    /// It was dropped.
+    /// The back end dropped the frame.
     Dropped(TxDrop),
-    /// It has to wait: to be sent again when the task is woken, or at a certain moment.
+    /// The frame has to wait. The front sends it again when the task is woken, or at `until`.
     Wait {
-        /// That moment, if there is one.
+        /// The time at which the wait ends at the latest, if there is one.
         until: Option<Instant>,
-        /// Whether a part of it went on, so that it is another wait than the one before.
+        /// Whether the back end sent a part of the frame, so that this wait is a new one.
         moved: bool,
     },
 }
@@ -125,17 +127,17 @@ pub enum Sent {
 /// Why a back end dropped a frame of the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TxDrop {
-    /// Its content does not match its header.
+    /// The frame's content does not match its header.
     BadFrame,
     /// There is no link.
     NoLink,
-    /// The back end refused it.
+    /// The back end refused the frame.
     Refused,
 }
 
-/// A driver that has started, as its back end sees it.
+/// A port: a driver that has started, as its back end sees it.
 pub struct Port {
-    /// Tells ports apart, for the life of the program.
+    /// Unique among all ports in the life of the program.
     id: u64,
     /// Name of the device.
     pub name: String,
@@ -143,20 +145,20 @@ pub struct Port {
     pub mtu: usize,
     /// The most queue pairs of the driver.
     pub queues: u16,
-    /// What the driver wants to receive, with its address.
+    /// The frames that the driver wants to receive, and its address.
     pub filter: Arc<Filter>,
-    /// Which receive queue a frame goes to.
+    /// Chooses the receive queue of a frame.
     pub steering: Arc<Steering>,
-    /// The receive queues by number, if the back end shares them; else none. Whoever holds the lock
-    /// of one waits for nothing else.
+    /// The receive queues by number, if the back end shares them; otherwise empty. A holder of one
+    /// lock must not wait for anything else.
     pub lanes: Vec<SharedSink>,
 }
 
-/// A number for each port of this program. Relaxed: the number alone counts.
+/// The number of the next port. Relaxed: only the number matters.
 static NEXT_PORT: AtomicU64 = AtomicU64::new(1);
 
 impl Port {
-    /// The port of device `name`.
+    /// Makes the port of device `name`.
     pub fn new(
         name: &str,
         mtu: u16,
@@ -168,17 +170,17 @@ impl Port {
         Port { id, name: name.into(), mtu: usize::from(mtu), queues, filter, steering, lanes }
     }
 
-    /// A number that no other port of this program has or will have; not 0.
+    /// A number, not 0, that no other port of this program ever has.
     pub fn id(&self) -> u64 {
         self.id
     }
 
-    /// A number that tells queue `index` of this port from all others.
+    /// A number that no queue but `index` of this port has.
     pub fn key(&self, index: u16) -> u64 {
         self.id << 16 | u64::from(index)
     }
 
-    /// The same port, whose receive queues are reached by others.
+    /// A copy of this port with other receive queues.
     pub(crate) fn with_lanes(&self, lanes: Vec<SharedSink>) -> Port {
         Port {
             id: self.id,

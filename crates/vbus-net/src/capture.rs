@@ -16,8 +16,8 @@ use crate::frame::{Body, ETH_BYTES, FRAME_MAX, Header, Packet};
 use crate::pcap::PcapFile;
 use crate::sink::{Delivery, OnFull, Read, Reserved, RxDrop, RxSink, SharedSink, Waiter};
 
-/// A back end whose frames are recorded as they pass the driver's rings. Frames to the driver are
-/// copied once more than without it.
+/// A back end that records frames as they pass the driver's rings. It copies each frame to the
+/// driver once more than the inner back end does.
 pub struct Captured {
     inner: Box<dyn Backend>,
     path: PathBuf,
@@ -25,8 +25,8 @@ pub struct Captured {
 }
 
 impl Captured {
-    /// Records what passes `inner` in the file `path`, which is made or overwritten. Of each frame
-    /// it keeps the first `snap` bytes.
+    /// Records the frames that pass `inner` in the file `path`. Creates or overwrites the file. The
+    /// file gets the first `snap` bytes of each frame.
     pub fn new(inner: Box<dyn Backend>, path: &Path, snap: u32) -> Result<Captured, CreateError> {
         let file = PcapFile::create(path, snap)
             .map_err(|error| CreateError(format!("pcap = {path:?}: {error}")))?;
@@ -35,8 +35,8 @@ impl Captured {
 }
 
 impl Drop for Captured {
-    /// The file is complete once the device has gone. Senders on a switch may remember a receiver
-    /// for longer.
+    /// The file is complete once the device is gone, although senders on a switch may hold a
+    /// receiver for longer.
     fn drop(&mut self) {
         self.file.close();
     }
@@ -115,7 +115,7 @@ impl Plug for CapturedPlug {
 struct CapturedQueue {
     inner: Box<dyn Queue>,
     file: Arc<PcapFile>,
-    /// For frames that are read.
+    /// Memory for frames that `reserve` reads.
     buffer: Vec<u8>,
 }
 
@@ -150,7 +150,7 @@ impl Queue for CapturedQueue {
     }
 }
 
-/// Delivers to `sink`, and records what it takes.
+/// Delivers to `sink`, and records the frames that it accepts.
 fn deliver(
     sink: &mut dyn RxSink,
     file: &PcapFile,
@@ -164,7 +164,7 @@ fn deliver(
     delivery
 }
 
-/// A receive queue that is lent for a poll.
+/// Records in front of a receive queue that the front lends for a poll.
 struct Recorder<'a> {
     sink: &'a mut dyn RxSink,
     file: &'a PcapFile,
@@ -180,8 +180,8 @@ impl RxSink for Recorder<'_> {
         self.sink.has_room(bytes)
     }
 
-    /// Reads the frame into memory of its own first: what is in the driver's buffers the driver can
-    /// change before it is recorded.
+    /// Reads the frame into its own memory first. In the driver's buffers, the driver could change
+    /// the frame before it is recorded.
     fn reserve(&mut self, read: &mut Read<'_>) -> Reserved {
         const HEAD: usize = HEADER_BYTES + ETH_BYTES;
         if !self.sink.has_room(self.sink.longest()) {
@@ -201,7 +201,7 @@ impl RxSink for Recorder<'_> {
         let body = Body::Bytes(&self.buffer[..(len - HEAD).min(FRAME_MAX)]);
         let packet = Packet { hash: None, header: Header::parse(&front), eth, body };
         if deliver(self.sink, self.file, &packet, OnFull::Drop) == Delivery::NeedsCut {
-            // The driver has changed its offloads while the frame was on its way.
+            // The driver changed its offloads after the frame was sent.
             self.sink.count_drop(RxDrop::BadFrame);
         }
         Reserved::Frame
@@ -228,7 +228,7 @@ impl RxSink for Recorder<'_> {
     }
 }
 
-/// A receive queue that others deliver to.
+/// Records in front of a receive queue that other devices deliver to.
 struct SharedRecorder {
     sink: SharedSink,
     file: Arc<PcapFile>,
@@ -244,7 +244,7 @@ impl RxSink for SharedRecorder {
     }
 
     fn reserve(&mut self, _read: &mut Read<'_>) -> Reserved {
-        Reserved::Nothing // Frames come through `deliver` from other devices.
+        Reserved::Nothing // Other devices bring frames through `deliver`.
     }
 
     fn longest(&self) -> usize {

@@ -11,15 +11,15 @@ use crate::frame::Packet;
 pub type Vlans = [u64; 64];
 
 const VLAN_TAG: u16 = 0x8100;
-/// Set in the word of the address: VLAN ids count.
+/// A flag in the word of the address: the filter checks VLAN ids.
 const BY_VLAN: u64 = 1 << 48;
 
 /// The receive filter of a driver. Back ends read it while the driver changes it.
 #[derive(Debug)]
 pub struct Filter {
-    /// The driver's address in the low 48 bits, first byte lowest; [`BY_VLAN`]. Frames to this
-    /// address are most of them: no lock is taken for these. The word says all that it means by
-    /// itself, so all accesses are relaxed.
+    /// The driver's address in the low 48 bits, first byte lowest, and the flag [`BY_VLAN`]. Most
+    /// frames go to this address, and need no lock. The word depends on no other memory, so all
+    /// accesses are relaxed.
     own: AtomicU64,
     rules: RwLock<Rules>,
 }
@@ -30,7 +30,7 @@ struct Rules {
     vlans: Option<Box<Vlans>>,
 }
 
-/// Which addresses pass, besides the driver's own and the broadcast address.
+/// The addresses that pass, besides the driver's own and the broadcast address.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Addresses {
     /// All addresses.
@@ -42,7 +42,7 @@ pub struct Addresses {
 }
 
 impl Filter {
-    /// A filter that passes frames to `mac` and the broadcast address, of all VLANs.
+    /// Makes a filter that passes frames of all VLANs to `mac` and to the broadcast address.
     pub fn new(mac: Mac) -> Filter {
         Filter { own: AtomicU64::new(word(mac)), rules: RwLock::default() }
     }
@@ -65,8 +65,8 @@ impl Filter {
         self.write().addresses = addresses;
     }
 
-    /// Replaces the VLAN ids that pass; `None`: all. Frames without a tag, and those with a tag of
-    /// id 0, pass always.
+    /// Replaces the VLAN ids that pass; `None`: all. Frames without a tag, or with a tag of id 0,
+    /// always pass.
     pub fn set_vlans(&self, vlans: Option<Box<Vlans>>) {
         let mut rules = self.write();
         rules.vlans = vlans;
@@ -81,7 +81,7 @@ impl Filter {
         self.read().addresses.pass(mac)
     }
 
-    /// Whether the frame passes, by address and VLAN.
+    /// Whether the frame passes: its address and its VLAN must both pass.
     pub fn wants(&self, packet: &Packet<'_>) -> bool {
         let to = packet.destination();
         if self.own.load(Ordering::Relaxed) == word(to) {
@@ -92,7 +92,7 @@ impl Filter {
         by_address && rules.vlans.as_deref().is_none_or(|vlans| in_vlans(packet, vlans))
     }
 
-    /// Under the lock of the rules, so that address and flag stay together.
+    /// The caller holds the lock of the rules, so that address and flag stay consistent.
     fn set_own(&self, mac: Mac, rules: &mut Rules) {
         let flag = if rules.vlans.is_some() { BY_VLAN } else { 0 };
         self.own.store(word(mac) | flag, Ordering::Relaxed);
@@ -139,7 +139,7 @@ mod tests {
     const GROUP: Mac = [0x33, 0x33, 0, 0, 0, 1];
     const OTHER: Mac = [2, 0, 0, 0, 0, 9];
 
-    /// What passes of a frame to each of the four addresses.
+    /// Whether a frame to each of the four addresses passes.
     fn passes(filter: &Filter) -> [bool; 4] {
         [OWN, BROADCAST, GROUP, OTHER].map(|mac| {
             let frame = [&mac[..], &[0; 20]].concat();
@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn passes_what_was_asked_for() {
+    fn listed_addresses_pass() {
         let filter = Filter::new(OWN);
         assert_eq!(passes(&filter), [true, true, false, false]);
         let listed = |mac| Addresses { listed: vec![mac], ..Addresses::default() };
@@ -168,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn passes_the_vlans_that_were_asked_for() {
+    fn listed_vlans_pass() {
         let filter = Filter::new(OWN);
         let passes = |tag: &[u8]| {
             let frame = [&OWN[..], &[2; 6], tag, &[0x88, 0xb5], &[0; 20]].concat();

@@ -1,5 +1,5 @@
-//! A frame on its way between a front and a back end: the header before it, its Ethernet header,
-//! and the rest.
+//! A frame between a front and a back end: the virtio-net header, the Ethernet header, and the
+//! body.
 
 use vbus_core::memory::DriverSlice;
 use vbus_tap::{HEADER_BYTES, Mac, Offloads};
@@ -8,22 +8,23 @@ use vbus_tap::{HEADER_BYTES, Mac, Offloads};
 pub const ETH_BYTES: usize = 14;
 /// Bytes of a VLAN tag.
 pub const TAG_BYTES: usize = 4;
-/// Bytes that a frame may have beyond its MTU: the Ethernet header and two VLAN tags.
+/// Bytes that a frame may have in addition to its MTU: the Ethernet header and two VLAN tags.
 pub const ETH_OVERHEAD: usize = ETH_BYTES + 2 * TAG_BYTES;
-/// The most bytes of a frame with its header: a segment of 64 KiB, its Ethernet header, two tags.
+/// The most bytes of a frame with its virtio-net header: a segment of 64 KiB, an Ethernet header
+/// and two tags.
 pub const FRAME_MAX: usize = HEADER_BYTES + 65536 + ETH_OVERHEAD;
-/// The most buffers that one frame may take.
+/// The most buffers that one frame may use.
 pub const CHAIN_MAX: usize = 20;
-/// The most pieces of a frame in this process's memory: its buffers, and one more wherever the
-/// driver's maps meet within one.
+/// The most pieces of a frame in this process's memory. A buffer is one piece, or two if a boundary
+/// between two mappings of the driver's memory lies in it.
 pub const PIECES_MAX: usize = FRAME_MAX.div_ceil(4096) + 2 * CHAIN_MAX;
 
-/// The EtherTypes before a VLAN tag: IEEE 802.1Q, and that of the outer one of two tags, 802.1ad.
+/// The EtherTypes of VLAN tags: IEEE 802.1Q, and 802.1ad for the outer one of two tags.
 pub const VLAN: [u16; 2] = [0x8100, 0x88a8];
 
 /// Bits and values of the virtio-net header (virtio 1.3, 5.1.6).
 pub mod flag {
-    /// The checksum from `csum_start` on is left to the receiver.
+    /// The sender leaves the checksum from `csum_start` on to the receiver.
     pub const NEEDS_CSUM: u8 = 1;
     /// No segmentation.
     pub const GSO_NONE: u8 = 0;
@@ -31,37 +32,37 @@ pub mod flag {
     pub const GSO_TCPV4: u8 = 1;
     /// TCP over IPv6.
     pub const GSO_TCPV6: u8 = 4;
-    /// UDP, into datagrams.
+    /// UDP: cut into datagrams.
     pub const GSO_UDP: u8 = 5;
-    /// Together with one of the above: the CWR flag of TCP is set.
+    /// Combined with a TCP value: the CWR flag is set.
     pub const GSO_ECN: u8 = 0x80;
 }
 
-/// The most segments that one TCP frame may stand for: 64 KiB in segments of 48 bytes, the least
-/// that Linux sends.
+/// The most segments of one TCP frame: 64 KiB in segments of 48 bytes, the smallest that Linux
+/// sends.
 const TCP_SEGMENTS_MAX: usize = 65536 / 48;
-/// The most datagrams that one UDP frame may stand for: the limit of Linux.
+/// The most datagrams of one UDP frame: the limit of Linux.
 const UDP_SEGMENTS_MAX: usize = 128;
 
-/// The header before a frame, without its count of buffers.
+/// The virtio-net header before a frame, without its number of buffers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Header {
     /// [`flag::NEEDS_CSUM`], and other flags from a back end.
     pub flags: u8,
     /// One of the `GSO_` values.
     pub gso_type: u8,
-    /// Bytes of all headers; a hint.
+    /// Bytes of all headers. Only a hint.
     pub hdr_len: u16,
     /// Payload bytes of one segment.
     pub gso_size: u16,
-    /// Where the checksum begins.
+    /// The offset at which the checksummed bytes begin.
     pub csum_start: u16,
-    /// Where it is put, from there.
+    /// The offset of the checksum field, from `csum_start`.
     pub csum_offset: u16,
 }
 
 impl Header {
-    /// From its bytes.
+    /// Parses a header.
     pub fn parse(bytes: &[u8; HEADER_BYTES]) -> Header {
         let word = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
         Header {
@@ -74,7 +75,7 @@ impl Header {
         }
     }
 
-    /// To its bytes, for a frame in `buffers` buffers.
+    /// The bytes of the header, for a frame in `buffers` buffers.
     pub fn bytes(&self, buffers: u16) -> [u8; HEADER_BYTES] {
         let mut bytes = [0; HEADER_BYTES];
         bytes[0] = self.flags;
@@ -96,7 +97,7 @@ impl Header {
         self.gso_type & !flag::GSO_ECN
     }
 
-    /// The offloads that a receiver needs, to take a frame with this header as it is.
+    /// The offloads that a receiver must accept to get a frame with this header as it is.
     pub fn needs(&self) -> Offloads {
         let segments = match self.gso() {
             flag::GSO_NONE if self.flags & flag::NEEDS_CSUM == 0 => return Offloads::NONE,
@@ -109,26 +110,26 @@ impl Header {
         Offloads::CSUM | segments | if ecn { Offloads::ECN } else { Offloads::NONE }
     }
 
-    /// Whether the checksum is left to the receiver.
+    /// Whether the sender leaves the checksum to the receiver.
     pub fn leaves_checksum(&self) -> bool {
         self.flags & flag::NEEDS_CSUM != 0
     }
 
-    /// Whether segmentation is left to the receiver.
+    /// Whether the sender leaves segmentation to the receiver.
     pub fn leaves_segmentation(&self) -> bool {
         self.gso() != flag::GSO_NONE
     }
 
-    /// Whether a receiver with these offloads can take a frame with this header as it is.
+    /// Whether a receiver with these offloads can get a frame with this header as it is.
     pub fn fits(&self, offloads: Offloads) -> bool {
         offloads.contains(self.needs())
     }
 
     /// Checks the header that a driver with these offloads wrote before a frame of `len` bytes, and
-    /// clears the fields that do not count. False if the frame must not go on. After a check that
-    /// succeeds every number in the header lies within the frame.
+    /// clears the fields that have no meaning. Returns false if the frame must be dropped. After a
+    /// successful check every offset in the header lies within the frame.
     pub fn check(&mut self, len: usize, offloads: Offloads) -> bool {
-        // What a driver says of the checksum of its own frame is worth nothing.
+        // A driver's claim that its own checksum is good proves nothing.
         self.flags &= flag::NEEDS_CSUM;
         if !self.fits(offloads) {
             return false;
@@ -157,9 +158,9 @@ impl Header {
             && (len - start).div_ceil(size) <= segments_max
     }
 
-    /// Bytes of the largest frame that a frame of `len` bytes with this header stands for: its own,
-    /// or those of a segment with its headers. The header was checked. The transport header of a
-    /// segment counts with the least that it can have, 20 bytes (TCP) or 8 (UDP).
+    /// Bytes of the largest frame on the wire: `len`, or with segmentation the bytes of one segment
+    /// with its headers. The header was checked. The transport header of a segment counts as its
+    /// least size, 20 bytes (TCP) or 8 (UDP).
     pub fn frame_bytes(&self, len: usize) -> usize {
         let transport = match self.gso() {
             flag::GSO_NONE => return len,
@@ -170,18 +171,18 @@ impl Header {
     }
 }
 
-/// What follows the Ethernet header.
+/// The bytes after the Ethernet header.
 #[derive(Clone, Copy)]
 pub enum Body<'a> {
-    /// In the sending driver's memory. The driver may write it at any time, so it is copied once,
-    /// and decisions are taken on copies.
+    /// In the sending driver's memory. The driver may write it at any time. So the receiver copies
+    /// it once, and every decision uses a copy.
     Driver(&'a [DriverSlice<'a>]),
-    /// Ours.
+    /// In this process's memory.
     Bytes(&'a [u8]),
 }
 
 impl Body<'_> {
-    /// Bytes.
+    /// Its length in bytes.
     pub fn bytes(&self) -> usize {
         match self {
             Body::Driver(parts) => parts.iter().map(DriverSlice::len).sum(),
@@ -195,26 +196,26 @@ impl Body<'_> {
 pub struct Hash {
     /// The hash.
     pub value: u32,
-    /// What was hashed: the number of the bit in [`rss::kinds`](crate::rss::kinds), plus one; 0 if
-    /// the frame is of no kind that is hashed, and then `value` is 0.
+    /// The kind of the hashed frame: the number of its bit in [`rss::kinds`](crate::rss::kinds),
+    /// plus one. 0: the frame is not hashed, and `value` is 0.
     pub kind: u16,
 }
 
-/// A frame on its way.
+/// A frame between a front and a back end.
 #[derive(Clone, Copy)]
 pub struct Packet<'a> {
-    /// The receive-side scaling hash, if somebody has computed it for the receiver's key.
+    /// The receive-side scaling hash, if it has been computed with the receiver's key.
     pub hash: Option<Hash>,
-    /// The header before it, checked.
+    /// The checked virtio-net header.
     pub header: Header,
-    /// Its Ethernet header, a copy.
+    /// A copy of the Ethernet header.
     pub eth: [u8; ETH_BYTES],
     /// The rest.
     pub body: Body<'a>,
 }
 
 impl<'a> Packet<'a> {
-    /// A plain frame of our own; `None` if it is shorter than an Ethernet header.
+    /// A plain frame in this process's memory. `None`: it is shorter than an Ethernet header.
     pub fn plain(frame: &'a [u8]) -> Option<Packet<'a>> {
         let (eth, body) = frame.split_first_chunk::<ETH_BYTES>()?;
         let header = Header::default();
@@ -226,22 +227,22 @@ impl<'a> Packet<'a> {
         ETH_BYTES + self.body.bytes()
     }
 
-    /// Where it goes.
+    /// The destination address.
     pub fn destination(&self) -> Mac {
         mac_at(&self.eth, 0)
     }
 
-    /// Where it comes from.
+    /// The source address.
     pub fn source(&self) -> Mac {
         mac_at(&self.eth, 6)
     }
 
-    /// The EtherType behind the addresses, which may be that of a VLAN tag.
+    /// The EtherType after the addresses. It may be that of a VLAN tag.
     pub fn ethertype(&self) -> u16 {
         u16::from_be_bytes([self.eth[12], self.eth[13]])
     }
 
-    /// Copies the frame's first bytes to `out`; returns how many there are, `out.len()` at most.
+    /// Copies the frame's first bytes to `out`. Returns how many it copied, `out.len()` at most.
     pub fn head(&self, out: &mut [u8]) -> usize {
         let eth = out.len().min(ETH_BYTES);
         out[..eth].copy_from_slice(&self.eth[..eth]);
@@ -261,8 +262,8 @@ impl<'a> Packet<'a> {
         at
     }
 
-    /// Whether the frame, or each segment that it stands for, is short enough for an MTU of `mtu`
-    /// bytes. A VLAN tag, and a second one behind it, do not count.
+    /// Whether the frame, or each segment that it will be cut into, fits an MTU of `mtu` bytes. Up
+    /// to two VLAN tags do not count.
     pub fn fits_mtu(&self, mtu: usize) -> bool {
         let bytes = self.header.frame_bytes(self.bytes());
         if bytes <= mtu + ETH_BYTES {

@@ -1,17 +1,18 @@
-//! Network back ends of vbus: what an Ethernet device is plugged into.
+//! Network back ends of vbus. An Ethernet device is plugged into one of them.
 //!
-//! A *front* is a device that a driver sees (`venet`, in another crate). It makes a [`Backend`]
-//! when it is created, and plugs its driver in when that has started ([`Backend::plug`]). Then each
-//! queue pair of the driver has a [`Queue`], which belongs to the task of that pair:
+//! A *front* is a device that a driver sees (`venet`, in another crate). The front makes a
+//! [`Backend`] when it is created. When its driver has started, the front plugs the driver in
+//! ([`Backend::plug`]). Then each queue pair of the driver has a [`Queue`], which belongs to the
+//! task of that pair:
 //!
 //! - The front gives each frame of the driver to [`Queue::send`].
 //! - The front lends its receive queue, an [`RxSink`], to [`Queue::receive`], which puts frames
-//!   into the driver's buffers. Where other devices bring the frames ([`Backend::shares_sinks`]:
-//!   the switch) the front shares its receive queues instead, each under a lock ([`Port::lanes`]).
+//!   into the driver's buffers. If other devices bring the frames ([`Backend::shares_sinks`]: the
+//!   switch), the front shares its receive queues instead, each under a lock ([`Port::lanes`]).
 //!
-//! A back end knows neither the front's rings nor its registers. Back ends are the [`Medium`]s
-//! switch, TAP interface, stream socket and null, and [`Captured`], which records what passes
-//! another one.
+//! A back end knows neither the front's rings nor its registers. The back ends are the [`Medium`]s
+//! (switch, TAP interface, stream socket and null) and [`Captured`], which records the frames that
+//! pass another back end.
 //!
 //! ```
 //! use std::sync::Arc;

@@ -1,11 +1,11 @@
-//! Whether a device has a link.
+//! The link of a device: up or down.
 
 use std::sync::Mutex;
 
 use vbus_core::{TaskHandle, lock};
 
-/// The link of a device. Its back end sets the carrier, people can switch it off, and one task is
-/// woken by each change.
+/// The link of a device. The back end sets the carrier. A control client can switch the link off.
+/// Each change wakes one task.
 #[derive(Debug, Default)]
 pub struct Link(Mutex<State>);
 
@@ -18,13 +18,13 @@ struct State {
 }
 
 impl Link {
-    /// Whether there is a carrier, and nobody has switched the link off.
+    /// Whether there is a carrier and the link is not switched off.
     pub fn is_up(&self) -> bool {
         let state = lock(&self.0);
         state.carrier && !state.off
     }
 
-    /// The back end says whether there is a carrier.
+    /// The back end sets the carrier.
     pub fn set_carrier(&self, carrier: bool) {
         self.change(|state| state.carrier = carrier);
     }
@@ -34,33 +34,33 @@ impl Link {
         self.change(|state| state.off = off);
     }
 
-    /// Whether somebody has switched the link off.
+    /// Whether a control client has switched the link off.
     pub fn is_off(&self) -> bool {
         lock(&self.0).off
     }
 
-    /// Asks the driver to announce its addresses to the network, as after a move to another place
-    /// of it.
+    /// Asks the driver to announce its addresses to the network, as after a migration to another
+    /// host.
     pub fn announce(&self) {
         self.change(|state| state.announces += 1);
     }
 
-    /// How often the driver was asked to.
+    /// How often the driver has been asked to announce its addresses.
     pub fn announces(&self) -> u64 {
         lock(&self.0).announces
     }
 
-    /// Lets `task` be woken by changes, instead of the task before; `None`: no task.
+    /// Each change wakes `task` from now on, instead of the former task. `None`: no task.
     pub fn observe(&self, task: Option<TaskHandle>) {
         lock(&self.0).observer = task;
     }
 
     fn change(&self, change: impl FnOnce(&mut State)) {
         let mut state = lock(&self.0);
-        let facts = |state: &State| (state.carrier, state.off, state.announces);
-        let before = facts(&state);
+        let observed = |state: &State| (state.carrier, state.off, state.announces);
+        let before = observed(&state);
         change(&mut state);
-        if before != facts(&state) {
+        if before != observed(&state) {
             if let Some(task) = &state.observer {
                 task.wake();
             }

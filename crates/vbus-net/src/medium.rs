@@ -1,4 +1,4 @@
-//! The kinds of back ends, as settings name them.
+//! The kinds of back ends that settings can choose.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -12,24 +12,25 @@ use crate::stream::Stream;
 use crate::switch::{SwitchBackend, Switches};
 use crate::tap::Tap;
 
-/// What a device is plugged into.
+/// A kind of back end with its settings.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Medium {
-    /// The switch of this name.
+    /// The switch with this name.
     Switch(String),
-    /// The TAP interface of this name; the kernel replaces a `%d` in it by a number.
+    /// The TAP interface with this name. The kernel replaces a `%d` in it by a number.
     Tap(String),
     /// The stream socket at this path, as the end that connects.
     Connect(PathBuf),
     /// The stream socket at this path, as the end that listens.
     Listen(PathBuf),
-    /// Nothing. Frames of so many bytes (14 or more) come out of it without end; 0: none.
+    /// No network. The value is the size of the frames (14 bytes or more) that the back end
+    /// generates without end; 0: none.
     Null(u16),
 }
 
 impl Medium {
-    /// Makes the back end for a device of `queues` queue pairs and this MTU. It says in `link`
-    /// whether there is a carrier. The error's text begins with the setting at fault.
+    /// Makes the back end for a device with `queues` queue pairs and this MTU. The back end sets
+    /// the carrier of `link`. The error's text begins with the setting at fault.
     pub fn open(
         &self,
         switches: &Switches,

@@ -1,5 +1,5 @@
-//! Back end `null`: frames vanish. With a setting, frames come out of it without end. For
-//! benchmarks.
+//! Back end `null`: it drops all frames of the driver. With `source-bytes` it generates frames
+//! without end. For benchmarks.
 
 use std::sync::Arc;
 
@@ -12,17 +12,17 @@ use crate::frame::Packet;
 use crate::link::Link;
 use crate::sink::{Delivery, OnFull, RxSink, Waiter};
 
-/// Experimental EtherType (IEEE 802): no protocol stack takes these frames for its own.
+/// Experimental EtherType (IEEE 802). No protocol stack handles these frames.
 const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
 
-/// See the module.
+/// The back end; see the module.
 pub struct Null {
     source_bytes: u16,
     link: Arc<Link>,
 }
 
 impl Null {
-    /// A source of frames of `source_bytes` bytes (at least 14), or of none (0).
+    /// Makes a source of frames of `source_bytes` bytes (at least 14; 0: no frames).
     pub fn new(source_bytes: u16, link: Arc<Link>) -> Null {
         Null { source_bytes, link }
     }
@@ -84,7 +84,7 @@ struct NullQueue {
     port: Arc<Port>,
     index: u16,
     waiter: Waiter,
-    /// The frame that comes out; empty if none does.
+    /// The frame that the source generates; empty if it generates none.
     frame: Vec<u8>,
 }
 

@@ -1,4 +1,4 @@
-//! Undoes offloads for a receiver that does not take them: fills in checksums, and cuts large
+//! Undoes offloads for a receiver that does not accept them: fills in checksums, and cuts large
 //! segments into frames.
 
 use crate::frame::{Header, Packet, VLAN, flag};
@@ -12,7 +12,7 @@ const TCP_FIN: u8 = 0x01;
 const TCP_PSH: u8 = 0x08;
 const TCP_CWR: u8 = 0x80;
 
-/// A frame with offloads, being turned into plain frames. Its buffers are kept for the next one.
+/// Turns a frame with offloads into plain frames. Keeps its buffers for the next frame.
 #[derive(Default)]
 pub struct Plain {
     frame: Vec<u8>,
@@ -21,7 +21,7 @@ pub struct Plain {
     pieces: usize,
 }
 
-/// How a large segment is cut: offsets into the frame.
+/// How to cut a large segment, as offsets into the frame.
 #[derive(Clone, Copy)]
 struct Cut {
     /// IP header.
@@ -30,15 +30,15 @@ struct Cut {
     /// TCP or UDP header.
     transport: usize,
     protocol: u8,
-    /// First payload byte.
+    /// The first payload byte.
     payload: usize,
-    /// Payload bytes of a frame.
+    /// Payload bytes of each plain frame.
     size: usize,
 }
 
 impl Plain {
-    /// Copies the frame (whose header was checked against its length). Returns how many plain
-    /// frames come of it; `None` if its content does not match its header.
+    /// Copies the frame. Its header was checked against its length. Returns the number of plain
+    /// frames; `None` if the frame's content does not match its header.
     pub fn load(&mut self, packet: &Packet<'_>) -> Option<usize> {
         self.frame.clear();
         packet.append_to(&mut self.frame, usize::MAX);
@@ -65,7 +65,7 @@ impl Plain {
         self.piece.clear();
         self.piece.extend_from_slice(&self.frame[..cut.payload]);
         self.piece.extend_from_slice(&self.frame[from..to]);
-        // Every offset was checked against the frame's headers, which each piece has whole.
+        // Every offset was checked against the frame's headers. Each piece has all of them.
         let _ = cut.finish(&mut self.piece, i, i + 1 == self.pieces);
         &self.piece
     }
@@ -110,7 +110,7 @@ impl Cut {
         })
     }
 
-    /// Brings the headers of piece `i` up to date.
+    /// Updates the headers of piece `i`.
     fn finish(&self, piece: &mut [u8], i: usize, last: bool) -> Option<()> {
         let Cut { ip, transport, .. } = *self;
         let length = u16::try_from(piece.len() - transport).ok()?;
@@ -155,7 +155,7 @@ fn put(bytes: &mut [u8], at: usize, value: u16) -> Option<()> {
     Some(())
 }
 
-/// The sum of 16-bit words, not yet folded.
+/// The unfolded sum of the 16-bit words.
 fn sum(bytes: &[u8]) -> u64 {
     let mut words = bytes.chunks_exact(4);
     let mut sum: u64 =
@@ -166,8 +166,8 @@ fn sum(bytes: &[u8]) -> u64 {
     sum
 }
 
-/// The Internet checksum (RFC 1071) of `bytes` on top of `initial`; never 0, which UDP takes for
-/// "none".
+/// The Internet checksum (RFC 1071) of `bytes`, added to `initial`. It is never 0, because 0 means
+/// "none" in UDP.
 fn checksum(initial: u64, bytes: &[u8]) -> u16 {
     let mut sum = initial + sum(bytes);
     while sum > 0xffff {
@@ -235,7 +235,7 @@ mod tests {
         Packet { hash: None, header, eth: *eth, body: Body::Bytes(body) }
     }
 
-    /// Adds up as RFC 1071 says, by the letter.
+    /// The plain algorithm of RFC 1071.
     fn slow_sum(bytes: &[u8]) -> u32 {
         let mut sum = 0;
         for pair in bytes.chunks(2) {
@@ -332,7 +332,7 @@ mod tests {
             frame[at] = value;
             assert!(refused(header, &frame), "byte {at} = {value:#x}");
         }
-        // Whatever bytes and whatever header: no panic.
+        // No bytes and no header cause a panic.
         let mut x = 1_u64;
         for _ in 0..20_000 {
             let mut next = || {

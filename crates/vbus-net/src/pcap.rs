@@ -1,7 +1,7 @@
 //! A capture file in the classic pcap format (microseconds, Ethernet).
 //!
-//! Tasks put records into a bounded buffer, and a thread writes them to the file. Records that find
-//! the buffer full are counted and left out: a slow disk costs records, never frames.
+//! Tasks put records into a bounded buffer, and a thread writes them to the file. If the buffer is
+//! full, the task counts the record and drops it. So a slow disk loses records, never frames.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -17,7 +17,7 @@ use crate::frame::Packet;
 const MAGIC: u32 = 0xa1b2_c3d4;
 const VERSION: [u16; 2] = [2, 4];
 const LINKTYPE_ETHERNET: u32 = 1;
-/// Bytes that wait for the disk at most.
+/// The most bytes that wait for the disk.
 const BUFFER_MAX: usize = 4 << 20;
 
 #[derive(Default)]
@@ -26,7 +26,7 @@ struct Buffer {
     end: bool,
 }
 
-/// Where tasks put records, and the thread takes them.
+/// The buffer between the tasks, which put records in, and the thread, which takes them out.
 #[derive(Default)]
 struct Records {
     buffer: Mutex<Buffer>,
@@ -40,12 +40,12 @@ pub struct PcapFile {
     thread: Mutex<Option<JoinHandle<()>>>,
     /// Frames recorded.
     pub records: Counter,
-    /// Frames left out.
+    /// Frames not recorded.
     pub left_out: Counter,
 }
 
 impl PcapFile {
-    /// Makes (or overwrites) the file; of each frame the first `snap` bytes are kept.
+    /// Creates or overwrites the file. It gets the first `snap` bytes of each frame.
     pub fn create(path: &Path, snap: u32) -> io::Result<PcapFile> {
         let mut file = File::create(path)?;
         let mut head = Vec::new();
@@ -79,7 +79,7 @@ impl PcapFile {
         let len = packet.bytes();
         let kept = len.min(self.snap);
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        // Seconds of the format are 32 bits wide, until 2106.
+        // The format has 32 bits for seconds, which last until 2106.
         let seconds = u32::try_from(now.as_secs()).unwrap_or(u32::MAX);
         let mut buffer = lock(&self.waiting.buffer);
         if buffer.end || buffer.bytes.len() + kept + 16 > BUFFER_MAX {
@@ -128,12 +128,13 @@ impl Records {
 }
 
 impl PcapFile {
-    /// Writes out what waits; the file is complete when this returns. Later records are left out.
+    /// Writes out the waiting records. The file is complete when this returns. Later records are
+    /// ignored.
     pub fn close(&self) {
         lock(&self.waiting.buffer).end = true;
         self.waiting.news.notify_one();
         if let Some(thread) = lock(&self.thread).take() {
-            let _ = thread.join(); // It panicked: the file is as complete as it will be.
+            let _ = thread.join(); // If the thread panicked, the file cannot be completed.
         }
     }
 }

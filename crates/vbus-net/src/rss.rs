@@ -31,14 +31,14 @@ pub struct Rss {
     table: Vec<u16>,
 }
 
-/// The most bytes of a frame that the hash depends on: an Ethernet header with two tags, the
-/// longest IPv4 header, and the ports.
+/// The most bytes of a frame that affect the hash: an Ethernet header with two tags, the longest
+/// IPv4 header, and the ports.
 const HEAD_BYTES: usize = 14 + 8 + 60 + 4;
 
 impl Rss {
     /// Hashes frames of these kinds with `key`. `table` gives the queue for each value of the
-    /// hash's low bits; `None` unless its length is a power of two. With an empty table frames are
-    /// hashed, but no queue is chosen.
+    /// hash's low bits. Its length must be a power of two, or else the result is `None`. It may
+    /// also be empty: then frames are hashed, but the hash chooses no queue.
     pub fn new(kinds: u32, key: [u8; KEY_BYTES], table: Vec<u16>) -> Option<Rss> {
         let fits = table.is_empty() || table.len().is_power_of_two();
         fits.then_some(Rss { kinds, key, table })
@@ -70,12 +70,13 @@ impl Rss {
             at += if VLAN.contains(&word(at)?) { 4 } else { 0 };
         }
         let ip = at + 2;
-        // Addresses; where the transport header begins; its protocol; the bit of the kind "IP".
+        // The addresses, the offset of the transport header, its protocol, and the bit of the kind
+        // "IP".
         let (addresses, transport, protocol, bit) = match word(at)? {
             0x0800 => {
                 let header = usize::from(head.get(ip)? & 15) * 4;
-                // Not even the first of several fragments counts by its ports: the others have
-                // none.
+                // Even the first of several fragments is hashed without ports, because the others
+                // have none.
                 let whole = word(ip + 6)? & 0x3fff == 0;
                 let protocol = if whole { *head.get(ip + 9)? } else { 0 };
                 (head.get(ip + 12..ip + 20)?, ip + header.max(20), protocol, 0)
@@ -105,8 +106,8 @@ impl Rss {
         Some(Hash { value: self.toeplitz(&input[..len]), kind: kind + 1 })
     }
 
-    /// The Toeplitz hash: for each bit of the input that is set, the 32 bits of the key from the
-    /// same place on.
+    /// The Toeplitz hash: for each set bit of the input, an exclusive-or with the 32 bits of the
+    /// key that begin at the same bit.
     fn toeplitz(&self, input: &[u8]) -> u32 {
         let key = |at: usize| self.key.get(at).copied().unwrap_or(0);
         let mut window = u32::from_be_bytes([key(0), key(1), key(2), key(3)]);
@@ -128,7 +129,7 @@ impl Rss {
 mod tests {
     use super::*;
 
-    /// The key, addresses and hashes with which Microsoft has RSS verified.
+    /// The key, addresses and hashes of Microsoft's RSS verification suite.
     const KEY: [u8; KEY_BYTES] = [
         0x6d, 0x5a, 0x56, 0xda, 0x25, 0x5b, 0x0e, 0xc2, 0x41, 0x67, 0x25, 0x3d, 0x43, 0xa3, 0x8f,
         0xb0, 0xd0, 0xca, 0x2b, 0xcb, 0xae, 0x7b, 0x30, 0xb4, 0x77, 0xcb, 0x2d, 0xa3, 0x80, 0x30,
@@ -179,7 +180,7 @@ mod tests {
     #[test]
     fn a_fragment_is_hashed_by_its_addresses() {
         let mut frame = ipv4(0, 6, [2794, 1766]);
-        frame[20] = 0x20; // More fragments.
+        frame[20] = 0x20; // The flag "more fragments".
         assert_eq!(hash(kinds::ALL, &frame), (0x323e_8fc2, 1));
     }
 

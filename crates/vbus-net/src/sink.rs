@@ -1,4 +1,4 @@
-//! What a front lends to a back end: a receive queue of its driver.
+//! The receive queue of a driver, which a front lends to a back end or shares with it.
 
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -10,38 +10,39 @@ use vbus_core::shm::signal::Armed;
 
 use crate::frame::Packet;
 
-/// A receive queue, in the hands of a back end. The queue counts what happens to the frames, and
-/// leaves out those that its driver's filter refuses.
+/// A receive queue as a back end uses it. The queue counts the frames, and ignores those that its
+/// driver's filter refuses.
 ///
-/// A fault of the driver (a buffer outside of its memory, say) ends the driver's connection from
-/// within the front. To the back end the frame is then delivered.
+/// If the driver breaks the protocol (for instance with a buffer outside of its memory), the front
+/// ends the driver's connection. The back end then sees the frame as delivered.
 pub trait RxSink: Send {
-    /// Delivers a frame into the driver's buffers. `on_full` says what becomes of it if there are
-    /// too few. The driver sees frames after [`post`](Self::post) at the latest.
+    /// Delivers a frame into the driver's buffers. `on_full` decides what happens if there are too
+    /// few. The driver sees the frame after the next [`post`](Self::post) at the latest.
     fn deliver(&mut self, packet: &Packet<'_>, on_full: OnFull) -> Delivery;
 
-    /// Whether a frame of `bytes` bytes finds buffers now. Also true if it never will, so that its
-    /// delivery says so.
+    /// Whether a frame of `bytes` bytes finds buffers now. Also true if the frame can never be
+    /// delivered: `deliver` then reports that.
     fn has_room(&mut self, bytes: usize) -> bool;
 
-    /// Reserves buffers for the longest frame that the driver takes, and lets `read` fill them,
-    /// without a copy of our own. The vector that `read` is given begins with the virtio-net header
-    /// and the Ethernet header. `read` returns how many bytes it put there.
+    /// Reserves buffers for the longest frame that the driver accepts, and lets `read` fill them
+    /// without another copy. The vector that `read` gets begins with the virtio-net header and the
+    /// Ethernet header. `read` returns how many bytes it wrote.
     fn reserve(&mut self, read: &mut Read<'_>) -> Reserved;
 
-    /// Bytes of the longest frame that the driver takes, with segmentation if it accepts that.
+    /// Bytes of the longest frame that the driver accepts, with segmentation if it accepts that.
     fn longest(&self) -> usize;
 
-    /// Makes delivered frames visible to the driver, and interrupts it if it asked for that. To be
-    /// called once after several frames.
+    /// Makes delivered frames visible to the driver, and interrupts it if it asked for that. One
+    /// call after several frames is enough.
     fn post(&mut self);
 
-    /// Lets the waiter's task be woken once, when there are new buffers. The driver rings for
-    /// buffers only after [`arm`](Self::arm); a task that polls need not be told.
+    /// Registers a waiter: its task is woken once, when there are new buffers. The driver rings for
+    /// buffers only after [`arm`](Self::arm), because a task that polls needs no doorbell.
     fn wait(&mut self, waiter: &Waiter);
 
-    /// If somebody waits, asks the driver to ring when it has posted as many buffers as the waiting
-    /// frame lacks. [`Armed::Missed`]: they are there already, and all who wait have been woken.
+    /// If a task waits, asks the driver to ring when it has posted as many buffers as the waiting
+    /// frame lacks. [`Armed::Missed`]: the buffers are there already, and all waiters have been
+    /// woken.
     fn arm(&mut self) -> Armed;
 
     /// Counts a frame that could not be delivered.
@@ -54,44 +55,45 @@ pub type Read<'a> = dyn FnMut(&mut [IoVecMut<'_>]) -> Result<usize, Errno> + 'a;
 /// A receive queue that several devices deliver to.
 pub type SharedSink = Arc<Mutex<dyn RxSink>>;
 
-/// What becomes of a frame that finds too few buffers.
+/// What happens to a frame that finds too few buffers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnFull {
-    /// It is dropped and counted.
+    /// The queue drops and counts the frame.
     Drop,
-    /// The sender waits, as long as the receiver's backpressure budget lasts. Without any left, the
-    /// frame is dropped and counted.
+    /// The sender waits while the receiver's backpressure budget lasts. When the budget is used up,
+    /// the queue drops and counts the frame.
     WaitBounded,
     /// The sender waits as long as it takes.
     Wait,
 }
 
-/// What became of a frame.
+/// The result of delivering a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Delivery {
-    /// It is in the driver's buffers.
+    /// The frame is in the driver's buffers.
     Delivered,
-    /// The driver does not want it, or it was dropped and counted.
+    /// The driver does not want the frame, or the queue dropped and counted it.
     Dropped,
-    /// There are too few buffers; nothing has changed. The frame is to be delivered again when the
-    /// task is woken (see [`RxSink::wait`]), or at this moment at the latest.
+    /// There are too few buffers, and nothing has changed. The sender delivers the frame again when
+    /// its task is woken (see [`RxSink::wait`]), or at `until` at the latest.
     Full {
-        /// When the sender's wait ends.
+        /// The time at which the sender's wait ends.
         until: Option<Instant>,
     },
-    /// The driver does not take the frame as it is: an offload that it did not accept, or too many
-    /// buffers for one frame. To be cut into plain frames. Never said of a plain frame.
+    /// The driver cannot get the frame as it is: it did not accept an offload, or the frame needs
+    /// too many buffers. The sender must cut the frame into plain frames. A plain frame never has
+    /// this result.
     NeedsCut,
 }
 
-/// What became of reserved buffers.
+/// The result of reserving buffers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reserved {
-    /// A frame was read, and delivered or dropped.
+    /// `read` has read a frame, and the queue has delivered or dropped it.
     Frame,
-    /// There are too few buffers; nothing was read.
+    /// There are too few buffers. `read` was not called.
     Full,
-    /// There was nothing to read, or nobody to read it for.
+    /// There was nothing to read, or there is no receive queue.
     Nothing,
     /// `read` failed.
     Failed(Errno),
@@ -104,14 +106,14 @@ pub enum RxDrop {
     NoBuffers,
     /// It is longer than the MTU or the buffers of the driver allow.
     TooLong,
-    /// It could not be brought into a form that the driver takes.
+    /// It could not be converted to a form that the driver accepts.
     BadFrame,
 }
 
 /// A task that waits for buffers.
 #[derive(Clone, Debug)]
 pub struct Waiter {
-    /// Tells waiters apart.
+    /// Unique among waiters.
     pub key: u64,
     /// The task to wake.
     pub task: TaskHandle,

@@ -1,4 +1,4 @@
-//! Which of a driver's receive queues a frame goes to.
+//! Steering: chooses which of a driver's receive queues a frame goes to.
 
 use std::sync::RwLock;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -6,32 +6,32 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use crate::frame::{Hash, Packet};
 use crate::rss::Rss;
 
-/// Set in the word of the count: there is a key.
+/// A flag in the word of the count: there is a key.
 const BY_HASH: u32 = 1 << 16;
 
-/// How frames are spread over the receive queues of a driver. Senders read it while the driver
-/// changes it.
+/// Spreads frames over the receive queues of a driver. Senders may use it while the driver changes
+/// it.
 #[derive(Debug)]
 pub struct Steering {
-    /// How many queues are in use, and [`BY_HASH`]. The word says all that it means by itself, so
-    /// all accesses are relaxed.
+    /// The number of queues in use, and the flag [`BY_HASH`]. The word depends on no other memory,
+    /// so all accesses are relaxed.
     queues: AtomicU32,
     rss: RwLock<Option<Rss>>,
 }
 
 impl Steering {
-    /// Over `queues` queues (at least 1), without hashes.
+    /// Steers over `queues` queues (at least 1), without hashes.
     pub fn new(queues: u16) -> Steering {
         Steering { queues: AtomicU32::new(u32::from(queues.max(1))), rss: RwLock::default() }
     }
 
-    /// How many queues are in use.
+    /// The number of queues in use.
     pub fn queues(&self) -> u16 {
         u16::try_from(self.queues.load(Ordering::Relaxed) & !BY_HASH).unwrap_or(1)
     }
 
-    /// Uses queues 0 to `queues - 1` from here on. False, and nothing changes, if there are none,
-    /// or the indirection table names others.
+    /// Uses queues 0 to `queues - 1` from now on. Returns false and changes nothing if `queues` is
+    /// 0 or the indirection table names other queues.
     pub fn set_queues(&self, queues: u16) -> bool {
         let rss = self.rss.write().unwrap_or_else(|e| e.into_inner());
         let fits = rss.as_ref().and_then(Rss::highest_queue).is_none_or(|highest| highest < queues);
@@ -42,8 +42,8 @@ impl Steering {
         true
     }
 
-    /// Hashes frames from here on, or no longer. False, and nothing changes, if the table names
-    /// queues that are not in use.
+    /// Sets the key and the table; `None`: no hashes. Returns false and changes nothing if the
+    /// table names queues that are not in use.
     pub fn set_rss(&self, rss: Option<Rss>) -> bool {
         let mut current = self.rss.write().unwrap_or_else(|e| e.into_inner());
         let queues = self.queues();
@@ -55,7 +55,7 @@ impl Steering {
         true
     }
 
-    /// Under the lock of the key, so that count and flag stay together.
+    /// The caller holds the lock of the key, so that count and flag stay consistent.
     fn set(&self, queues: u16, by_hash: bool) {
         let flag = if by_hash { BY_HASH } else { 0 };
         self.queues.store(u32::from(queues) | flag, Ordering::Relaxed);
@@ -70,8 +70,9 @@ impl Steering {
         rss.as_ref().map_or_else(Hash::default, |rss| rss.hash(packet))
     }
 
-    /// The queue for a frame that queue `sender` of another device sent, and the hash if there is
-    /// a key. Without an indirection table queue q of the sender goes to queue q mod n.
+    /// Chooses the queue for a frame from queue `sender` of another device. Returns the hash too if
+    /// there is a key. Without an indirection table, frames of the sender's queue q go to queue q
+    /// mod n.
     pub fn choose(&self, packet: &Packet<'_>, sender: usize) -> (usize, Option<Hash>) {
         let word = self.queues.load(Ordering::Relaxed);
         let by_sender = sender % (word & !BY_HASH).max(1) as usize;
@@ -103,7 +104,7 @@ mod tests {
             [0, 1, 2, 5].map(|q| steering.choose(&packet, q)),
             [0, 1, 0, 1].map(|q| (q, None))
         );
-        // A key without a table: hashed, but steered as before.
+        // With a key but no table, frames are hashed but steered as before.
         assert!(steering.set_rss(rss(&[])));
         assert_eq!(steering.choose(&packet, 5), (1, Some(Hash::default())));
     }

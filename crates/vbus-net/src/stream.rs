@@ -1,8 +1,8 @@
-//! Back end `stream`: frames over a UNIX socket, each after its length as a big-endian u32. So do
-//! QEMU's `-netdev stream` and `passt`.
+//! Back end `stream`: frames over a UNIX socket. The length of each frame precedes it as a
+//! big-endian u32. QEMU's `-netdev stream` and `passt` use the same protocol.
 //!
-//! The socket lives while a driver is there. When it ends, the end that connects tries again every
-//! second, and the end that listens takes the next peer.
+//! The connection lives while the driver has started. When it ends, the end that connects tries
+//! again every second, and the end that listens accepts the next peer.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
@@ -28,19 +28,18 @@ use crate::sink::{Delivery, OnFull, RxDrop, RxSink, Waiter};
 
 /// Bytes of the length before each frame.
 const LENGTH: usize = 4;
-/// The largest frame that a peer may send, as QEMU has it; a greater length is taken for nonsense,
-/// and ends the connection.
+/// The largest frame that a peer may send, as in QEMU. A greater length ends the connection.
 const FRAME_MAX: usize = 4096 + 65536;
-/// Bytes that are read from the peer at a time.
+/// Bytes that the task reads from the peer at a time.
 const INPUT: usize = 256 << 10;
-/// Bytes for the peer beyond which frames wait in the driver's ring.
+/// When this many bytes wait for the peer, further frames wait in the driver's ring.
 const OUTPUT_MAX: usize = 256 << 10;
-/// How long after a failure to connect or to accept the next try comes.
+/// The pause after a failure to connect or to accept.
 const RETRY: Duration = Duration::from_secs(1);
 /// The longest path of a UNIX socket, in bytes.
 const PATH_MAX: usize = 107;
 
-/// See the module.
+/// The back end; see the module.
 pub struct Stream {
     path: PathBuf,
     listener: Option<Arc<OwnedFd>>,
@@ -55,7 +54,7 @@ struct StreamCounters {
 }
 
 impl Stream {
-    /// The end that connects to the socket at `path`; it need not be there yet.
+    /// Makes the end that connects to the socket at `path`. The socket need not exist yet.
     pub fn connecting(path: &Path, link: Arc<Link>) -> Result<Stream, CreateError> {
         check_length("connect", path)?;
         if !path.exists() {
@@ -64,8 +63,8 @@ impl Stream {
         Ok(Stream { path: path.into(), listener: None, link, counters: Arc::default() })
     }
 
-    /// The end that listens at `path`. A socket that is there already, and that nobody listens on,
-    /// is replaced.
+    /// Makes the end that listens at `path`. It replaces a socket that exists already and has no
+    /// listener.
     pub fn listening(path: &Path, link: Arc<Link>) -> Result<Stream, CreateError> {
         check_length("listen", path)?;
         let failed =
@@ -78,17 +77,19 @@ impl Stream {
 impl Drop for Stream {
     fn drop(&mut self) {
         if self.listener.is_some() {
-            let _ = std::fs::remove_file(&self.path); // Somebody else was faster.
+            let _ = std::fs::remove_file(&self.path); // Another process may have removed it.
         }
     }
 }
 
-/// Checks the length of the path that is the setting `key`.
+/// Checks the length of the path in the setting `key`.
 fn check_length(key: &str, path: &Path) -> Result<(), CreateError> {
     let bytes = path.as_os_str().len();
     SocketAddrUnix::new(path).map(drop).map_err(|error| {
         CreateError(if bytes > PATH_MAX {
-            format!("\"{key}\" is a path of {bytes} bytes; a socket's has at most {PATH_MAX}")
+            format!(
+                "\"{key}\" is a path of {bytes} bytes; the path of a socket has at most {PATH_MAX}"
+            )
         } else {
             format!("\"{key}\" is {path:?}: {error}")
         })
@@ -113,7 +114,7 @@ fn listen_at(path: &Path) -> std::io::Result<OwnedFd> {
     }
     let socket = stream_socket()?;
     bind(&socket, &address)?;
-    // Before anybody can connect.
+    // Set the mode before a peer can connect.
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
     listen(&socket, 1)?;
     Ok(socket)
@@ -190,21 +191,21 @@ impl Plug for StreamPlug {
 /// A connected peer.
 struct Peer {
     socket: OwnedFd,
-    /// What is to be sent, from `sent` on.
+    /// Bytes for the peer. Those before `sent` have been sent.
     output: Vec<u8>,
     sent: usize,
-    /// What was received and not yet delivered: `from..to`.
+    /// Received bytes. Those in `from..to` are not delivered yet.
     input: Box<[u8]>,
     from: usize,
     to: usize,
-    /// Bytes of a frame that is not wanted and not yet here.
+    /// Bytes still to come of a frame that is skipped.
     skip: usize,
-    /// Whether the task is woken when the socket has room: only while something waits for that,
-    /// since a peer makes room with each read.
+    /// Whether room in the socket wakes the task. That is so only while bytes wait for room,
+    /// because each read of the peer makes room.
     wakes_for_room: bool,
 }
 
-/// Why a peer is gone.
+/// Why the connection to a peer ended.
 enum Gone {
     Ended,
     Nonsense(usize),
@@ -226,19 +227,19 @@ impl Peer {
         }
     }
 
-    /// Whether there is so much to be sent that frames have to wait.
+    /// Whether so many bytes wait for the peer that frames have to wait.
     fn waits(&self) -> bool {
         self.output.len() - self.sent > OUTPUT_MAX
     }
 
     fn push(&mut self, frame: &Packet<'_>) {
-        // A frame's length fits by far.
+        // A frame is much shorter than 4 GiB.
         let len = u32::try_from(frame.bytes()).unwrap_or(0);
         self.output.extend_from_slice(&len.to_be_bytes());
         frame.append_to(&mut self.output, usize::MAX);
     }
 
-    /// Sends what it can.
+    /// Sends as many bytes as the socket takes.
     fn flush(&mut self) -> Result<(), Gone> {
         while self.sent < self.output.len() {
             match send(
@@ -263,7 +264,7 @@ impl Peer {
         Ok(())
     }
 
-    /// Receives more. False if there is nothing now.
+    /// Receives more bytes. Returns false if there are none now.
     fn fill(&mut self) -> Result<bool, Gone> {
         self.input.copy_within(self.from..self.to, 0);
         self.to -= self.from;
@@ -276,7 +277,7 @@ impl Peer {
                 Ok(n) => {
                     let skipped = n.min(self.skip);
                     self.skip -= skipped;
-                    // Skipping only goes on while nothing else is there.
+                    // While it skips, the buffer holds no other bytes.
                     self.from += skipped;
                     self.to += n;
                     return Ok(true);
@@ -289,8 +290,8 @@ impl Peer {
         }
     }
 
-    /// The next frame's place in the input, if it is whole. A frame longer than `longest` is
-    /// skipped, which `None` with true says.
+    /// The range of the next frame in the input, if the frame is complete. A frame longer than
+    /// `longest` is skipped: the result is then `None` and true.
     fn next(&mut self, longest: usize) -> Result<(Option<std::ops::Range<usize>>, bool), Gone> {
         let Some(length) = self.input[self.from..self.to].first_chunk::<LENGTH>() else {
             return Ok((None, false));
@@ -321,13 +322,13 @@ struct StreamQueue {
     waiter: Waiter,
     peer: Option<Peer>,
     retry: Option<Instant>,
-    /// Whether the log says that there is no peer.
+    /// Whether the log has reported that there is no peer.
     told: bool,
     plain: Plain,
 }
 
 impl StreamQueue {
-    /// Sees to it that there is a peer, if there can be one now.
+    /// Connects to a peer or accepts one, if that is possible now.
     fn seek(&mut self) -> Result<(), ErrorCode> {
         let task = &self.waiter.task;
         let failed = |error: Errno| {
@@ -345,8 +346,10 @@ impl StreamQueue {
                     Ok(socket) => Some(socket),
                     Err(Errno::AGAIN) => None,
                     Err(error) => {
-                        // Out of descriptors, say: who waits in the backlog does not ring again.
-                        tracing::debug!(device = self.port.name, %error, "cannot accept the stream's peer now");
+                        // For instance, the process has no free descriptor. A peer in the backlog
+                        // causes no second event.
+                        let device = &self.port.name;
+                        tracing::debug!(device, %error, "cannot accept the stream's peer now");
                         self.retry = Some(Instant::now() + RETRY);
                         None
                     }
@@ -363,8 +366,9 @@ impl StreamQueue {
                     if self.told {
                         tracing::debug!(device, %path, %error, "no peer yet");
                     } else {
-                        // Once, and not each second.
-                        tracing::warn!(device, %path, %error, "the stream has no peer yet; trying again every second");
+                        // Log this once, not every second.
+                        let text = "the stream has no peer yet; trying again every second";
+                        tracing::warn!(device, %path, %error, "{text}");
                         self.told = true;
                     }
                 }
@@ -377,12 +381,13 @@ impl StreamQueue {
             self.peer = Some(Peer::new(socket));
             self.counters.connects.one();
             self.link.set_carrier(true);
-            tracing::info!(device = self.port.name, path = %self.path.display(), "the stream has a peer");
+            let (device, path) = (&self.port.name, self.path.display());
+            tracing::info!(device, %path, "the stream has a peer");
         }
         Ok(())
     }
 
-    /// Lets the socket wake the task for room, or no longer.
+    /// Starts or stops the watch for room in the socket.
     fn watch_room(&mut self) -> Result<(), Errno> {
         let (Some(peer), task) = (&mut self.peer, &self.waiter.task) else { return Ok(()) };
         let wanted = !peer.output.is_empty();
@@ -401,7 +406,7 @@ impl StreamQueue {
         match gone {
             Gone::Ended => tracing::info!(device, %path, "the stream's peer has gone"),
             Gone::Nonsense(len) => {
-                tracing::warn!(device, %path, len, "the stream's peer announced a frame of no possible length")
+                tracing::warn!(device, %path, len, "the stream's peer sent a bad frame length")
             }
             Gone::Failed(error) => tracing::warn!(device, %path, %error, "the stream failed"),
         }
@@ -410,7 +415,8 @@ impl StreamQueue {
         self.link.set_carrier(false);
     }
 
-    /// Delivers frames of the peer until there is none, or no buffer, or the budget is used up.
+    /// Delivers frames of the peer until there is none, there are too few buffers, or the budget is
+    /// used up.
     fn deliver(&mut self, sink: &mut dyn RxSink, budget: u32) -> Result<u32, Gone> {
         let Some(peer) = &mut self.peer else { return Ok(0) };
         peer.flush()?;
@@ -422,8 +428,8 @@ impl StreamQueue {
             }
             let Some(range) = range else {
                 if skipped || peer.fill()? {
-                    // Work as well: a peer that sends nothing but this must not keep the others on
-                    // the thread waiting.
+                    // Skipping counts as work: a peer that sends only such frames must not keep
+                    // other tasks of the thread waiting.
                     done += 1;
                     continue;
                 }
@@ -432,7 +438,8 @@ impl StreamQueue {
             let end = range.end;
             match Packet::plain(&peer.input[range]) {
                 None => sink.count_drop(RxDrop::BadFrame),
-                // Only the peer is held up: its frames wait in the socket for as long as it takes.
+                // The wait delays only the peer. Its frames wait in the socket, without a limit of
+                // time.
                 Some(packet) => {
                     if let Delivery::Full { .. } = sink.deliver(&packet, OnFull::Wait) {
                         sink.wait(&self.waiter);
@@ -450,8 +457,8 @@ impl StreamQueue {
 impl Queue for StreamQueue {
     fn send(&mut self, packet: &Packet<'_>) -> Sent {
         let Some(peer) = &mut self.peer else { return Sent::Dropped(TxDrop::NoLink) };
-        // Pushing first: a wait must follow an attempt that found the socket full, or else nothing
-        // would end it.
+        // Push first: a wait must follow an attempt that found the socket full. Otherwise nothing
+        // would end the wait.
         if peer.waits() && peer.flush().is_ok() && peer.waits() {
             return Sent::Wait { until: None, moved: false };
         }
@@ -488,15 +495,15 @@ impl Queue for StreamQueue {
             Ok(count) => Ok(count),
             Err(gone) => {
                 self.part(gone);
-                // The listener may have the next peer waiting already.
+                // The next peer may wait at the listener already.
                 Ok(u32::from(self.listener.is_some()))
             }
         }
     }
 
     fn arm(&mut self) -> Armed {
-        // A peer that left after the frame began to wait: nothing would end the wait. Sent again,
-        // it is dropped.
+        // If the peer left after the frame began to wait, nothing would end the wait. So the task
+        // sends the frame again, and it is dropped.
         if self.peer.is_none() { Armed::Missed } else { Armed::Waiting }
     }
 

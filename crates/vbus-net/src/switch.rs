@@ -1,9 +1,9 @@
-//! Back end `switch`: a learning switch between the devices of one bus. Each frame is copied once,
+//! Back end `switch`: a learning switch between the devices of one bus. It copies each frame once,
 //! from the sender's memory to the receiver's.
 //!
 //! The switch has neither a thread nor a queue. The task of the sending pair carries each frame
-//! into the receiver's buffers. If there are none, the frame stays in the sender's transmit ring,
-//! as long as the receiver's backpressure budget lasts. A frame for several receivers never waits
+//! into the receiver's buffers. If there are no buffers, the frame stays in the sender's transmit
+//! ring while the receiver's backpressure budget lasts. A frame to several receivers never waits
 //! for any of them.
 
 use std::collections::HashMap;
@@ -22,22 +22,22 @@ use crate::link::Link;
 use crate::offload::Plain;
 use crate::sink::{Delivery, OnFull, RxDrop, SharedSink, Waiter};
 
-/// The most learned addresses. Beyond it nothing is learned, and frames to unknown addresses go to
-/// whoever wants everything.
+/// The most learned addresses. When the table is full, the switch learns no more. Frames to unknown
+/// addresses go to every port whose filter passes them.
 const LEARNED_MAX: usize = 4096;
 /// The most addresses learned from one port, so that one driver cannot fill the table for all.
 const LEARNED_PER_PORT: usize = 512;
-/// How long an address is remembered after its last frame.
+/// How long the switch remembers an address after its last frame.
 const AGE: Duration = Duration::from_secs(300);
 /// How often a sender refreshes its addresses in the table.
 const REFRESH: Duration = Duration::from_secs(1);
 
-/// The switches of a bus, by name. All network classes of the bus share one of these.
+/// The switches of a bus, by name. All network classes of the bus share them.
 #[derive(Default)]
 pub struct Switches(Mutex<HashMap<String, Weak<Switch>>>);
 
 impl Switches {
-    /// The switch called `name`. It lives as long as a device is on it.
+    /// Returns the switch called `name`. It lives as long as a device is on it.
     pub fn get(&self, name: &str) -> Arc<Switch> {
         let mut switches = lock(&self.0);
         switches.retain(|_, switch| switch.strong_count() != 0);
@@ -50,11 +50,11 @@ impl Switches {
     }
 }
 
-/// A switch. Devices share it by its name.
+/// A switch. Devices that name it share it.
 pub struct Switch {
     name: String,
     table: RwLock<Table>,
-    /// Changes whenever what a sender remembers of the table may be wrong.
+    /// The generation. It changes whenever a route that a sender has cached may be wrong.
     generation: AtomicU64,
     flooded: AtomicU64,
 }
@@ -117,7 +117,7 @@ impl Switch {
                 "another device on the switch has the same address"
             );
         }
-        // An address that a device has is nobody else's.
+        // An address of a device cannot be learned from another port.
         table.learned.remove(&mac);
         table.ports.push(port.clone());
         drop(table);
@@ -147,7 +147,7 @@ impl Switch {
         self.changed();
     }
 
-    /// Remembers that `mac` is behind port `id`.
+    /// Learns that `mac` is behind port `id`.
     fn learn(&self, mac: Mac, id: u64, now: Instant) {
         let mut table = self.write();
         if is_group(mac) || table.owner(mac).is_some() {
@@ -223,7 +223,7 @@ pub struct SwitchBackend {
 }
 
 impl SwitchBackend {
-    /// A device on `switch`. It has a link while a driver has started.
+    /// Puts a device on `switch`. Its link is up while its driver has started.
     pub fn new(switch: Arc<Switch>, link: Arc<Link>) -> SwitchBackend {
         SwitchBackend { switch, link, own: OnceLock::new() }
     }
@@ -273,7 +273,7 @@ impl Backend for SwitchBackend {
     }
 }
 
-/// A port on the switch, until its plug and its queues are gone.
+/// A port on the switch. It leaves the switch when its plug and its queues have been dropped.
 struct Member {
     switch: Arc<Switch>,
     port: Arc<Port>,
@@ -314,7 +314,8 @@ impl Plug for SwitchPlug {
     }
 }
 
-/// Where frames to one address go, as long as the switch has the same generation.
+/// A cached route: the ports that frames to one address go to. It is valid for one generation of
+/// the switch.
 struct Route {
     generation: u64,
     to: Mac,
@@ -325,21 +326,22 @@ struct SwitchQueue {
     member: Arc<Member>,
     index: usize,
     waiter: Waiter,
-    /// Of the last frame.
+    /// The route of the last frame.
     route: Route,
-    /// The last foreign source address, and when the table was told of it.
+    /// The last source address that is not the port's own, and when the sender last refreshed it in
+    /// the table.
     source: Option<(Mac, Instant)>,
     /// Receive queues that got frames since the last flush.
     touched: Vec<SharedSink>,
-    /// The receive queue that the frame which waits lacks buffers of.
+    /// The receive queue whose buffers the waiting frame lacks.
     waiting: Option<SharedSink>,
     pieces: Pieces,
 }
 
-/// The plain frames of the frame that is being sent, where its receiver cannot take it as it is.
+/// The plain frames of the current frame, for a receiver that cannot get it as it is.
 #[derive(Default)]
 struct Pieces {
-    /// The port that they are for; 0: none.
+    /// The port that the pieces are for; 0: none.
     of: u64,
     next: usize,
     count: usize,
@@ -347,7 +349,7 @@ struct Pieces {
 }
 
 impl Pieces {
-    /// Cuts the frame for port `of`; false if it cannot be cut.
+    /// Cuts the frame for port `of`. Returns false if it cannot be cut.
     fn cut(&mut self, packet: &Packet<'_>, of: u64) -> bool {
         let count = self.plain.load(packet);
         (self.of, self.next, self.count) = (of, 0, count.unwrap_or(0));
@@ -373,7 +375,7 @@ impl SwitchQueue {
         }
     }
 
-    /// Carries the frame to one port, as it is or in pieces.
+    /// Delivers the frame to one port, as it is or in pieces.
     fn deliver(&mut self, port: &Port, packet: &Packet<'_>, on_full: OnFull) -> Sent {
         let (lane, hash) = port.steering.choose(packet, self.index);
         let Some(lane) = port.lanes.get(lane) else { return Sent::Done { units: 1 } };
@@ -428,7 +430,7 @@ impl Queue for SwitchQueue {
         self.route(packet.destination());
         let targets = std::mem::take(&mut self.route.targets);
         let sent = match &targets[..] {
-            [] => Sent::Done { units: 1 }, // Nobody wants it.
+            [] => Sent::Done { units: 1 }, // No port wants it.
             [port] => self.deliver(port, packet, OnFull::WaitBounded),
             many => {
                 let mut all = 0_u32;

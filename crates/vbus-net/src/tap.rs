@@ -1,5 +1,5 @@
-//! Back end `tap`: a TAP interface of this machine, with a queue for each queue pair. Frames are
-//! read and written straight from and to the driver's buffers.
+//! Back end `tap`: a TAP interface of this machine, with a queue for each queue pair. The kernel
+//! reads and writes the driver's buffers directly.
 
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ use crate::frame::{Body, ETH_BYTES, PIECES_MAX, Packet};
 use crate::link::Link;
 use crate::sink::{Reserved, RxSink, Waiter};
 
-/// The interface, with its queues.
+/// The back end: an interface with its queues.
 pub struct Tap {
     name: String,
     queues: Vec<Arc<vbus_tap::Queue>>,
@@ -24,8 +24,8 @@ pub struct Tap {
 }
 
 impl Tap {
-    /// Attaches `queues` queues to the interface called `name`, or makes the interface. Sets its
-    /// MTU and brings it up.
+    /// Attaches `queues` queues to the interface called `name`, and creates it if it does not
+    /// exist. Sets its MTU and brings it up.
     pub fn new(name: &str, queues: u16, mtu: u16, link: Arc<Link>) -> Result<Tap, CreateError> {
         let failed = |error| CreateError(format!("tap = {name:?}: {error}; {}", advice(error)));
         let setup = Setup { multi_queue: queues > 1, ..Setup::default() };
@@ -35,7 +35,8 @@ impl Tap {
             all.push(Arc::new(vbus_tap::Queue::attach(&name, setup).map_err(failed)?.0));
         }
         if let Err(error) = set_mtu(&name, mtu).and_then(|()| set_up(&name)) {
-            tracing::warn!(tap = name, mtu, %error, "cannot set the MTU and bring the interface up: do it with `ip link`");
+            let text = "cannot set the MTU and bring the interface up: do it with `ip link`";
+            tracing::warn!(tap = name, mtu, %error, "{text}");
         }
         let offloads = all[0].known_offloads();
         set_carrier(&all[0], false);
@@ -59,7 +60,7 @@ impl Backend for Tap {
     }
 
     fn steers(&self) -> bool {
-        // The kernel chooses the queue, by the flow of the frame.
+        // The kernel chooses the queue by the flow of the frame.
         self.queues.len() == 1
     }
 
@@ -119,8 +120,8 @@ impl Plug for TapPlug {
 
 impl Drop for TapPlug {
     fn drop(&mut self) {
-        // The next driver must not get what was left to this one. And without a driver nobody is
-        // at the other end of the interface.
+        // Reset the offloads, because the next driver may not accept those of this one. Take the
+        // carrier down, because there is no driver.
         let _ = self.queues[0].set_offloads(Offloads::NONE);
         set_carrier(&self.queues[0], false);
         self.link.set_carrier(false);
@@ -136,8 +137,8 @@ struct TapQueue {
 }
 
 impl TapQueue {
-    /// Lets the interface wake the task while the queue is in use. A queue that the kernel does not
-    /// use reports an error all the time.
+    /// Watches the interface while the queue is in use. A queue that the kernel does not use
+    /// reports an error all the time.
     fn watch(&mut self, wanted: bool) -> Result<(), ErrorCode> {
         if wanted == self.watched {
             return Ok(());
@@ -179,7 +180,7 @@ impl Queue for TapQueue {
         match writev(&*self.queue, &vector[..count]) {
             Ok(_) => Sent::Done { units: 1 },
             Err(Errno::AGAIN) => Sent::Wait { until: None, moved: false },
-            // The interface is down, or gone; or the kernel does not use this queue.
+            // The interface is down or gone, or the kernel does not use this queue.
             Err(Errno::IO | Errno::BADFD) => Sent::Dropped(TxDrop::NoLink),
             Err(_) => Sent::Dropped(TxDrop::Refused),
         }
@@ -199,13 +200,14 @@ impl Queue for TapQueue {
                     sink.wait(&self.waiter);
                     return Ok(n);
                 }
-                // Failed with EIO: the interface is down. It becomes readable when it is up again.
+                // EIO: the interface is down. It becomes readable when it is up again.
                 Reserved::Nothing
                 | Reserved::Failed(Errno::AGAIN | Errno::INTR | Errno::IO | Errno::BADFD) => {
                     return Ok(n);
                 }
                 Reserved::Failed(error) => {
-                    tracing::error!(device = self.port.name, %error, "cannot read from the TAP interface");
+                    let device = &self.port.name;
+                    tracing::error!(device, %error, "cannot read from the TAP interface");
                     return Err(ErrorCode::FAILED);
                 }
             }
@@ -216,6 +218,6 @@ impl Queue for TapQueue {
 
 impl Drop for TapQueue {
     fn drop(&mut self) {
-        let _ = self.watch(false); // Ending a watch does not fail.
+        let _ = self.watch(false); // The end of a watch cannot fail.
     }
 }

@@ -1,4 +1,4 @@
-//! What is set on an interface as a whole, through any socket.
+//! Settings of a whole interface, made through a socket.
 
 use std::os::fd::OwnedFd;
 
@@ -17,7 +17,7 @@ const SIOCSIFFLAGS: Opcode = 0x8914;
 const SIOCSIFMTU: Opcode = 0x8922;
 const SIOCSIFHWADDR: Opcode = 0x8924;
 
-/// Interfaces are set up through a socket of any kind. A kernel without IPv4 has UNIX sockets.
+/// A socket of any kind can set an interface up. A kernel without IPv4 still has UNIX sockets.
 fn socket() -> io::Result<OwnedFd> {
     let open = |family| socket_with(family, SocketType::DGRAM, SocketFlags::CLOEXEC, None);
     open(AddressFamily::INET).or_else(|_| open(AddressFamily::UNIX))
@@ -35,7 +35,7 @@ pub fn set_mac(name: &str, mac: Mac) -> io::Result<()> {
     Request::new(name, &value).perform::<SIOCSIFHWADDR>(socket()?)
 }
 
-/// Brings interface `name` up, if it is down. Only then needs CAP_NET_ADMIN.
+/// Brings interface `name` up if it is down. Only a change needs CAP_NET_ADMIN.
 pub fn set_up(name: &str) -> io::Result<()> {
     let socket = socket()?;
     let mut request = Request::new(name, &[]);

@@ -1,8 +1,8 @@
-//! TAP interfaces of Linux (Documentation/networking/tuntap.rst): both ends of vbus use them. The
+//! TAP interfaces of Linux (Documentation/networking/tuntap.rst). Both ends of vbus use them: the
 //! device end plugs a device into one, and the guest's program makes one for each NIC.
 //!
-//! A [`Queue`] is a descriptor. Each read gives a frame, and each write takes one, with a
-//! virtio-net header of [`HEADER_BYTES`] bytes before it, in little-endian byte order.
+//! A [`Queue`] is a file descriptor. Each read gives one frame, and each write takes one. A
+//! virtio-net header of [`HEADER_BYTES`] bytes, in little-endian byte order, precedes the frame.
 //!
 //! ```no_run
 //! use vbus_tap::{Offloads, Queue, Setup};

@@ -6,7 +6,7 @@ pub type Mac = [u8; 6];
 /// The broadcast address.
 pub const BROADCAST: Mac = [0xff; 6];
 
-/// Whether the address is that of a group: a multicast or the broadcast address.
+/// Whether the address is a group address: a multicast address or the broadcast address.
 pub fn is_group(mac: Mac) -> bool {
     mac[0] & 1 != 0
 }

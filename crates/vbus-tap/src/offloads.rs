@@ -1,10 +1,10 @@
-//! Offloads of one direction.
+//! The offloads of one direction.
 
 use std::fmt;
 use std::ops::{BitAnd, BitOr};
 
-/// A set of offloads. It says what a sender may leave to the receiver of its frames: checksums,
-/// and the cutting of large segments into frames.
+/// A set of offloads. An offload is work that a sender may leave to the receiver of its frames:
+/// checksums, and cutting large segments into frames.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
 pub struct Offloads(u32);
 
@@ -27,7 +27,7 @@ impl Offloads {
     /// All of them.
     pub const ALL: Offloads = Offloads(Self::CSUM.0 | Self::TSO.0 | Self::USO.0);
 
-    /// The set of the bits 0 to 4 (checksums, TSO4, TSO6, ECN, USO); higher bits are left out.
+    /// The set given by bits 0 to 4 (checksums, TSO4, TSO6, ECN, USO). Higher bits are ignored.
     pub const fn from_bits(bits: u64) -> Offloads {
         // At most 0x1f.
         #[allow(clippy::cast_possible_truncation)]

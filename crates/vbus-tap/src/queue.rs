@@ -44,12 +44,13 @@ fn set<const OPCODE: Opcode>(fd: &OwnedFd, value: i32) -> io::Result<()> {
 pub struct Setup {
     /// The interface may have several queues.
     pub multi_queue: bool,
-    /// Frames that are written go up through GRO within the write, and not by way of the kernel's
-    /// backlog. A guest of one CPU receives TCP half as fast again.
+    /// A written frame passes GRO within the write call, not through the kernel's backlog. A guest
+    /// with one CPU then receives TCP 1.5 times as fast.
     pub napi: bool,
 }
 
-/// A queue of a TAP interface. The interface goes with its last queue, unless it is persistent.
+/// A queue of a TAP interface. The kernel removes the interface with its last queue, unless it is
+/// persistent.
 #[derive(Debug)]
 pub struct Queue {
     fd: OwnedFd,
@@ -57,13 +58,14 @@ pub struct Queue {
 }
 
 impl Queue {
-    /// Attaches a queue to interface `name` (1 to 15 bytes). The kernel makes the interface if it
-    /// is not there, and replaces a `%d` in its name by a number. Returns the interface's name.
+    /// Attaches a queue to interface `name` (1 to 15 bytes). The kernel creates the interface if it
+    /// does not exist, and replaces a `%d` in its name by a number. Returns the queue and the
+    /// interface's name.
     ///
     /// [`advice`] says what an error most likely means.
     pub fn attach(name: &str, setup: Setup) -> io::Result<(Queue, String)> {
         match Queue::attach_once(name, setup) {
-            // An interface that was made for several queues takes no other kind.
+            // An interface that was created with several queues needs the flag for several queues.
             Err(Errno::INVAL) if !setup.multi_queue => {
                 Queue::attach_once(name, Setup { multi_queue: true, ..setup })
             }
@@ -84,8 +86,8 @@ impl Queue {
         Ok((Queue { fd, multi_queue: setup.multi_queue }, request.name()))
     }
 
-    /// Says what the reader takes: which checksums and segments the kernel may leave to it.
-    /// [`Errno::INVAL`]: this kernel does not know one of them.
+    /// Tells the kernel which checksums and segments it may leave to the reader. [`Errno::INVAL`]:
+    /// this kernel does not know one of the offloads.
     pub fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
         let wanted = TUN_F.iter().filter(|(offload, _)| offloads.contains(*offload));
         let flags = wanted.fold(0, |flags, (_, bits)| flags | bits);
@@ -93,12 +95,12 @@ impl Queue {
         unsafe { ioctl(&self.fd, IntegerSetter::<TUNSETOFFLOAD>::new_usize(flags)) }
     }
 
-    /// The offloads that this kernel knows. Afterwards none is set.
+    /// Returns the offloads that this kernel knows. After this call none is set.
     pub fn known_offloads(&self) -> Offloads {
         // USO came with Linux 6.2.
         let sets = [Offloads::ALL, Offloads::CSUM | Offloads::TSO, Offloads::CSUM];
         let known = sets.into_iter().find(|set| self.set_offloads(*set).is_ok());
-        let _ = self.set_offloads(Offloads::NONE); // Fails only where every set fails.
+        let _ = self.set_offloads(Offloads::NONE); // It fails only if every set fails.
         known.unwrap_or(Offloads::NONE)
     }
 
@@ -107,7 +109,7 @@ impl Queue {
         self.multi_queue
     }
 
-    /// Says whether the kernel uses this queue. Only for interfaces of several queues.
+    /// Enables or disables this queue in the kernel. The interface must have several queues.
     pub fn set_enabled(&self, enabled: bool) -> io::Result<()> {
         let flag = if enabled { IFF_ATTACH_QUEUE } else { IFF_DETACH_QUEUE };
         match Request::new("", &flag.to_ne_bytes()).perform::<TUNSETQUEUE>(&self.fd) {
@@ -116,7 +118,8 @@ impl Queue {
         }
     }
 
-    /// Says whether the interface has a carrier. Kernels before 5.0 refuse; there it always has.
+    /// Sets the carrier of the interface. Kernels before 5.0 refuse; there the carrier is always
+    /// on.
     pub fn set_carrier(&self, up: bool) -> io::Result<()> {
         set::<TUNSETCARRIER>(&self.fd, i32::from(up))
     }
@@ -138,11 +141,15 @@ impl AsFd for Queue {
 pub fn advice(error: Errno) -> &'static str {
     match error {
         Errno::PERM | Errno::ACCESS => {
-            "making or using it needs CAP_NET_ADMIN, or `ip tuntap add ... user NAME` by root first"
+            "you need CAP_NET_ADMIN, or root must first run `ip tuntap add ... user NAME`"
         }
-        Errno::NOENT | Errno::NODEV => "the kernel has no /dev/net/tun: modprobe tun",
+        Errno::NOENT | Errno::NODEV => {
+            "the kernel has no /dev/net/tun: load it with `modprobe tun`"
+        }
         Errno::BUSY => "another program uses it",
-        Errno::INVAL => "there is an interface of that name which is no TAP, or has other queues",
+        Errno::INVAL => {
+            "an interface of that name exists, but is not a TAP interface or has other queues"
+        }
         _ => "the kernel refused",
     }
 }

@@ -25,7 +25,7 @@ impl Request {
         request
     }
 
-    /// The name, which the kernel may have written.
+    /// The name. The kernel may have changed it.
     pub fn name(&self) -> String {
         let len = self.name.iter().position(|b| *b == 0).unwrap_or(self.name.len());
         String::from_utf8_lossy(&self.name[..len]).into_owned()

@@ -13,12 +13,13 @@ use vbus_core::{Connection, ErrorCode, Region, Route, Router};
 use super::page::{Cpu, Line};
 use vbus_core::lock;
 
-/// Processors and routes of a connection. A route that has ended stays until the next look at it.
+/// The processors and routes of a connection. A route that has ended stays here until the next
+/// ROUTE or MOVE removes it.
 #[derive(Default)]
 pub struct State {
     /// The processors that the driver has registered, by number.
     cpus: BTreeMap<u32, Arc<Cpu>>,
-    /// By device and vector.
+    /// The routes, by device and vector.
     routes: BTreeMap<(String, u16), Routed>,
 }
 
@@ -73,8 +74,8 @@ impl State {
         Ok(0)
     }
 
-    /// The driver changes nothing in the pages for this. If the old line is pending, the device
-    /// takes it back, unless the driver is faster, and raises the new one.
+    /// Serves MOVE. The driver changes nothing in the pages for this. If the old line is pending,
+    /// the device clears it and raises the new line, unless the driver takes the old line first.
     fn relocate(&mut self, request: Request) -> Result<u64, ErrorCode> {
         let line = self.line(&request)?;
         let routed = self.routes.get_mut(&request.what).ok_or(ErrorCode(NO_ROUTE))?;
@@ -85,11 +86,11 @@ impl State {
         if Arc::ptr_eq(&routed.cpu, &line.cpu) && routed.line == request.line {
             return Ok(0);
         }
-        // From here on nothing is raised on the old line for this vector.
+        // From here on this vector does not raise the old line.
         let (old, old_line) = (std::mem::replace(&mut routed.cpu, line.cpu.clone()), routed.line);
         (routed.line, routed.cpu_number) = (request.line, request.cpu);
-        // If several routes share the old line, nobody knows which of them has raised it. Then it
-        // stays pending, and the new line is raised in any case.
+        // If several routes share the old line, the device cannot tell which of them raised it. The
+        // old line then stays pending, and the device raises the new line in any case.
         let moved = self.is_shared(&old, old_line) || old.take_back(old_line);
         if moved {
             line.cpu.raise(request.line);
@@ -100,7 +101,8 @@ impl State {
     fn unroute(&mut self, what: &(String, u16)) -> Result<u64, ErrorCode> {
         let Routed { line, cpu, route, .. } =
             self.routes.remove(what).ok_or(ErrorCode(NO_ROUTE))?;
-        // The device interrupts by itself once, so the line need not stay pending.
+        // Dropping the route makes the other device send its own interrupt once, so the line need
+        // not stay pending.
         drop(route);
         if !self.is_shared(&cpu, line) {
             cpu.take_back(line);
@@ -108,17 +110,20 @@ impl State {
         Ok(0)
     }
 
-    /// Whether a route leads to this line.
+    /// Whether another route leads to this line.
     fn is_shared(&self, cpu: &Arc<Cpu>, line: u16) -> bool {
         self.routes.values().any(|routed| routed.line == line && Arc::ptr_eq(&routed.cpu, cpu))
     }
 
     pub fn inspect(&self) -> Value {
         let pages = self.cpus.iter().map(|(number, cpu)| {
-            json!({ "cpu": number, "lines": cpu.lines(), "raised": cpu.raised, "messages": cpu.messages })
+            let (raised, messages) = (&cpu.raised, &cpu.messages);
+            json!({ "cpu": number, "lines": cpu.lines(), "raised": raised, "messages": messages })
         });
-        let routes = self.routes.iter().filter(|(_, routed)| routed.route.is_alive()).map(|((device, vector), routed)| {
-            json!({ "device": device, "vector": vector, "line": routed.line, "cpu": routed.cpu_number })
+        let alive = self.routes.iter().filter(|(_, routed)| routed.route.is_alive());
+        let routes = alive.map(|((device, vector), routed)| {
+            let (line, cpu) = (routed.line, routed.cpu_number);
+            json!({ "device": device, "vector": vector, "line": line, "cpu": cpu })
         });
         json!({ "pages": pages.collect::<Vec<_>>(), "routes": routes.collect::<Vec<_>>() })
     }

@@ -1,9 +1,9 @@
-//! `pic`: interrupts without an exit at their end (spec/pic.md).
+//! `pic`: an interrupt controller that ends interrupts without a VM exit (spec/pic.md).
 //!
-//! The driver shares a page for each of its processors, and routes interrupts of other devices of
-//! the bus to lines of these pages. Only a device whose configuration names this one can be routed.
-//! A route ends with the connection of either device. The other device then interrupts by itself
-//! again.
+//! The driver shares a page for each of its processors. It routes interrupts of other devices of
+//! the bus to lines of these pages. The driver can route only devices whose configuration names
+//! this device (`pic = NAME`). A route ends with the connection of either device. If the connection
+//! of the `pic` ends, the other device uses its own interrupt again.
 
 mod connection;
 mod page;
@@ -22,7 +22,7 @@ use vbus_core::lock;
 /// The class of interrupt controllers.
 pub struct PicClass;
 
-/// Processors, unless the settings say.
+/// The default number of processors.
 const CPUS: u16 = 64;
 
 impl DeviceClass for PicClass {
@@ -31,7 +31,8 @@ impl DeviceClass for PicClass {
     }
 
     fn help(&self) -> &'static str {
-        "Interrupt controller for other devices of the bus, those with pic = NAME. cpus = 1 to 256 (64). Give it msix = true: a vector for each processor."
+        "Interrupt controller for the devices of the bus that have pic = NAME. \
+         cpus = 1 to 256 (64). Set msix = true to give each processor a vector of its own."
     }
 
     fn create(&self, _name: &str, config: &Value) -> Result<Arc<dyn Device>, CreateError> {
@@ -44,7 +45,7 @@ impl DeviceClass for PicClass {
 
 struct PicDevice {
     cpus: u16,
-    /// The connection that is open, if one is.
+    /// The state of the open connection; empty without one.
     state: Arc<Mutex<State>>,
 }
 

@@ -1,4 +1,4 @@
-//! A processor of the driver: its page, and its interrupt.
+//! A processor of the driver, with its page and its interrupt.
 
 use std::sync::Arc;
 
@@ -24,12 +24,12 @@ impl Cpu {
         Ok(Cpu { handle: region.handle, page, message: region.interrupt, raised, messages })
     }
 
-    /// Lines of the page.
+    /// The number of lines of the page.
     pub fn lines(&self) -> u16 {
         self.page.lines()
     }
 
-    /// Raises a line, and interrupts the processor if that has to be told.
+    /// Raises a line, and interrupts the processor if the page asks for that.
     pub fn raise(&self, line: u16) {
         self.raised.one();
         let wanted = self.page.raise(line);
@@ -39,7 +39,7 @@ impl Cpu {
         self.message.kick(wanted);
     }
 
-    /// Takes a line back, if the driver has not taken it.
+    /// Clears a pending line. Returns false if the driver has taken the line already.
     pub fn take_back(&self, line: u16) -> bool {
         self.page.take_back(line)
     }

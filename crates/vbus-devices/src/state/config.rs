@@ -38,7 +38,8 @@ fn page(mut settings: Settings, names: &mut HashSet<String>) -> Result<Page, Cre
         return Err(settings.error("name", text));
     }
     if !names.insert(name.clone()) {
-        return Err(settings.error("name", format!("is {name:?}, as another page's; use another")));
+        return Err(settings
+            .error("name", format!("is {name:?}, which another page has; use another name")));
     }
     let bytes = settings.integer("bytes", 1..=MAX_VALUE)?;
     let bytes = settings.required("bytes", bytes, &format!("bytes = 1 to {MAX_VALUE}"))?;
@@ -72,14 +73,16 @@ mod tests {
             (json!({ "pages": [page("a", (1 << 20) + 1)] }), "use a number from 1 to 1048576"),
             (
                 json!({ "pages": [page("a", 1), page("a", 2)] }),
-                "\"pages[1].name\" is \"a\", as another page's",
+                "\"pages[1].name\" is \"a\", which another page has",
             ),
             (
                 json!({ "pages": [{ "name": "a", "bytes": 1, "owner": "guest" }] }),
                 "\"pages[0].owner\" is \"guest\"; use \"device\" or \"driver\"",
             ),
             (
-                json!({ "pages": [{ "name": "a", "bytes": 1, "owner": "device", "initial": "ab" }] }),
+                json!({ "pages": [
+                    { "name": "a", "bytes": 1, "owner": "device", "initial": "ab" },
+                ] }),
                 "\"pages[0].initial\" has 2 bytes, but the page has 1",
             ),
             (

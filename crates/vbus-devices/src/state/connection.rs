@@ -6,18 +6,18 @@ use vbus_core::shm::abi::state::{CALL_DESCRIBE, DESCRIPTION_BYTES};
 use vbus_core::shm::signal::Armed;
 use vbus_core::{Connection, ErrorCode, Open, Progress, Region, Task, TaskHandle};
 
-use super::Shared;
+use super::StatePages;
 use super::page::Page;
 use vbus_core::lock;
 
 /// A connection. Its task reads the pages that clients watch, and sleeps while nobody watches.
 pub struct StateConnection {
-    device: Arc<Shared>,
+    device: Arc<StatePages>,
     task: TaskHandle,
 }
 
 impl StateConnection {
-    pub fn new(device: Arc<Shared>, open: &Open) -> StateConnection {
+    pub fn new(device: Arc<StatePages>, open: &Open) -> StateConnection {
         let fail = open.fail.clone();
         let watch = Watch { device: device.clone(), next: 0 };
         let task = open.executor.spawn(
@@ -69,13 +69,13 @@ impl Drop for StateConnection {
 
 /// The task that takes over newer values of watched pages.
 struct Watch {
-    device: Arc<Shared>,
-    /// Where the next poll begins, so that a page that never rests does not keep the others
-    /// waiting.
+    device: Arc<StatePages>,
+    /// The page at which the next poll begins. It moves on, so that a page that changes all the
+    /// time does not keep the others waiting.
     next: usize,
 }
 
-/// Bytes of values that are copied for one unit of the budget.
+/// Bytes of values that the task copies for one unit of the budget.
 const BYTES_PER_UNIT: u64 = 4096;
 
 impl Task for Watch {
@@ -99,7 +99,7 @@ impl Task for Watch {
     }
 
     fn arm(&mut self) -> Result<Armed, ErrorCode> {
-        // All pages, also after one has missed: the task may sleep all the same.
+        // Arm every page, even after one has missed: the task may sleep nevertheless.
         let missed =
             self.device.pages.iter().map(Page::arm).filter(|armed| *armed == Armed::Missed).count();
         Ok(if missed == 0 { Armed::Waiting } else { Armed::Missed })

@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::Shared;
+use super::StatePages;
 use super::page::{Current, Page, Wait};
 
 /// How often a watch asks whether its client is still there.
@@ -22,7 +22,7 @@ enum Request {
 
 /// Serves one request.
 pub fn serve(
-    device: &Shared,
+    device: &StatePages,
     request: &Value,
     reply: &mut dyn FnMut(Value) -> bool,
 ) -> Result<(), String> {
@@ -39,7 +39,7 @@ pub fn serve(
             let value = match (text, hex) {
                 (Some(text), None) => text.into_bytes(),
                 (None, Some(hex)) => from_hex(&hex)?,
-                _ => return Err("a value is given either as \"text\" or as \"hex\"".into()),
+                _ => return Err("give the value either as \"text\" or as \"hex\"".into()),
             };
             let version = page.set(value)?;
             reply(json!({ "page": page.name, "version": version }));
@@ -54,8 +54,8 @@ pub fn serve(
     Ok(())
 }
 
-/// Replies with the present value, then with each newer one. If they come faster than the client
-/// takes them, it gets the newest.
+/// Replies with the current value, then with each newer one. If values come faster than the client
+/// reads them, the client gets the newest.
 fn watch(page: &Page, reply: &mut dyn FnMut(Value) -> bool) {
     let mut current = page.current();
     while reply(show(page, &current)) {
@@ -69,7 +69,7 @@ fn watch(page: &Page, reply: &mut dyn FnMut(Value) -> bool) {
     }
 }
 
-/// A client that watches a page, until this is dropped.
+/// Counts a client that watches a page. Dropping it ends the watch.
 struct Watching<'a>(&'a Page);
 
 impl<'a> Watching<'a> {
@@ -85,8 +85,8 @@ impl Drop for Watching<'_> {
     }
 }
 
-/// A value for people and programs: all its bytes in hexadecimal, and as text if it is text with
-/// zeros at its end.
+/// A value in JSON: all its bytes in hexadecimal, and also as text if the value is text with zeros
+/// at its end.
 fn show(page: &Page, current: &Current) -> Value {
     let end = current.value.iter().rposition(|b| *b != 0).map_or(0, |last| last + 1);
     let text = std::str::from_utf8(&current.value[..end]).ok();
@@ -108,10 +108,10 @@ fn to_hex(bytes: &[u8]) -> String {
 fn from_hex(text: &str) -> Result<Vec<u8>, String> {
     let digit = |b: u8| {
         let value = char::from(b).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
-        value.ok_or_else(|| format!("{:?} is no hexadecimal digit", char::from(b)))
+        value.ok_or_else(|| format!("{:?} is not a hexadecimal digit", char::from(b)))
     };
     if text.len() % 2 != 0 {
-        return Err("a value in hexadecimal has two digits a byte".into());
+        return Err("a hexadecimal value needs two digits for each byte".into());
     }
     text.as_bytes().chunks_exact(2).map(|pair| Ok(digit(pair[0])? << 4 | digit(pair[1])?)).collect()
 }

@@ -1,9 +1,9 @@
 //! `state`: named values (spec/state.md).
 //!
 //! A device has pages, each with a name, a size, and an owner. Control clients set the value of a
-//! page that the device owns, and read the value of a page that the driver owns. The newest value
-//! stays when the driver goes. The device reads a driver's page only when it must: when a client
-//! asks, while a client watches, and when the driver leaves.
+//! page that the device owns, and read the value of a page that the driver owns. The device keeps
+//! the newest value when the driver goes. The device reads a driver's page only when it must: when
+//! a client asks, while a client watches, and when the driver leaves.
 
 mod config;
 mod connection;
@@ -31,23 +31,24 @@ impl DeviceClass for StateClass {
     }
 
     fn help(&self) -> &'static str {
-        "Named values. pages = [{ name = NAME, bytes = 1 to 1048576, owner = \"device\" or \"driver\", initial = TEXT (optional) }, ...]."
+        "Named values. pages = [{ name = NAME, bytes = 1 to 1048576, \
+         owner = \"device\" or \"driver\", initial = TEXT (optional) }, ...]."
     }
 
     fn create(&self, _name: &str, config: &Value) -> Result<Arc<dyn Device>, CreateError> {
         let pages = config::parse(config)?;
-        Ok(Arc::new(StateDevice(Arc::new(Shared { pages, task: Mutex::default() }))))
+        Ok(Arc::new(StateDevice(Arc::new(StatePages { pages, task: Mutex::default() }))))
     }
 }
 
-/// What a device and its connection both use.
-struct Shared {
+/// The pages of a device. The device and its connection share them.
+struct StatePages {
     pages: Vec<Page>,
     /// The task of the open connection, which reads watched pages.
     task: Mutex<Option<TaskHandle>>,
 }
 
-impl Shared {
+impl StatePages {
     fn page(&self, name: &str) -> Result<&Page, String> {
         self.pages.iter().find(|page| page.name == name).ok_or_else(|| {
             let names: Vec<_> = self.pages.iter().map(|page| page.name.as_str()).collect();
@@ -62,7 +63,7 @@ impl Shared {
     }
 }
 
-struct StateDevice(Arc<Shared>);
+struct StateDevice(Arc<StatePages>);
 
 impl Device for StateDevice {
     fn identity(&self) -> Identity {

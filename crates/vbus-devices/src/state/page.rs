@@ -1,4 +1,5 @@
-//! A page: its newest value, and the driver's memory for it while there is a driver.
+//! A page: its newest value, and the driver's memory of the page while the driver has registered
+//! it.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
@@ -28,14 +29,15 @@ pub struct Page {
     pub bytes: u32,
     pub owner: Owner,
     inner: Mutex<Inner>,
-    /// Signalled when the value has changed, or the device has gone.
+    /// Notified when the value has changed, or when the device has left the bus.
     news: Condvar,
 }
 
 struct Inner {
-    /// The newest value that the device knows. A watcher keeps an old one while it writes that out.
+    /// The newest value that the device knows. A watcher keeps its reference to an older value
+    /// while it writes that value out.
     value: Arc<[u8]>,
-    /// How many values there have been.
+    /// The number of values that the page has had.
     version: u64,
     shown: Option<Shown>,
     watchers: u32,
@@ -51,11 +53,11 @@ struct Shown {
 
 enum PageEnd {
     Writer(Writer<Window, end::Device>, Interrupt),
-    /// With the driver's version that the device read last.
+    /// The reader, and the page version that the device read last.
     Reader(Reader<Window, end::Device>, u64),
 }
 
-/// A value and its number.
+/// A value and its version.
 pub struct Current {
     pub value: Arc<[u8]>,
     pub version: u64,
@@ -106,8 +108,8 @@ impl Page {
             Owner::Driver => {
                 let reader = Reader::attach(region.window.clone(), end::Device)?;
                 let layout = reader.layout();
-                // A fresh page is at version 0, and its zeros are no value. The last value stays
-                // until the driver writes.
+                // A new page is at version 0, and its zeros are not a value. The device keeps the
+                // last value until the driver writes one.
                 (PageEnd::Reader(reader, 0), layout)
             }
         };
@@ -121,7 +123,7 @@ impl Page {
         Ok(())
     }
 
-    /// The driver drops region `handle`, or with `None` leaves. The last value stays.
+    /// The driver drops region `handle`, or leaves (`None`). The device keeps the last value.
     pub fn hide(&self, handle: Option<u32>) {
         let mut inner = lock(&self.inner);
         if inner
@@ -134,8 +136,8 @@ impl Page {
         }
     }
 
-    /// If a driver's page has a newer value, takes it over. Returns whether it had one, also if the
-    /// read was overrun and has to be tried again.
+    /// Takes over a newer value from the driver's page. Returns whether the page had one. It also
+    /// returns true if the read was overrun and has to be tried again.
     fn take_news(&self, inner: &mut MutexGuard<'_, Inner>) -> bool {
         let Some(Shown { end: PageEnd::Reader(reader, seen), .. }) = &mut inner.shown else {
             return false;
@@ -157,14 +159,15 @@ impl Page {
         }
     }
 
-    /// The present value.
+    /// The current value.
     pub fn current(&self) -> Current {
         let mut inner = lock(&self.inner);
         self.take_news(&mut inner);
         Current { value: inner.value.clone(), version: inner.version }
     }
 
-    /// Makes `value` the present one, filled up with zeros. Only for pages that the device owns.
+    /// Makes `value`, filled up with zeros, the current value. Returns its version. The page must
+    /// be one that the device owns.
     pub fn set(&self, mut value: Vec<u8>) -> Result<u64, String> {
         if self.owner != Owner::Device {
             return Err(format!(
@@ -189,7 +192,7 @@ impl Page {
         Ok(inner.version)
     }
 
-    /// Waits at most `timeout` for a value after number `than`.
+    /// Waits at most `timeout` for a value newer than version `than`.
     pub fn wait_newer(&self, than: u64, timeout: Duration) -> Wait {
         let same = |inner: &mut Inner| inner.version == than && !inner.removed;
         let (inner, _) = self
@@ -205,7 +208,7 @@ impl Page {
         }
     }
 
-    /// One more client watches, or with `false` one fewer.
+    /// Counts one more client that watches, or one fewer if `begins` is false.
     pub fn watch(&self, begins: bool) {
         let mut inner = lock(&self.inner);
         inner.watchers = if begins {
@@ -221,7 +224,7 @@ impl Page {
         inner.watchers != 0 && self.take_news(&mut inner)
     }
 
-    /// Asks the driver to ring with its next value, if a client watches.
+    /// If a client watches, arms the page: the driver rings the doorbell with its next value.
     pub fn arm(&self) -> Armed {
         let mut inner = lock(&self.inner);
         let watched = inner.watchers != 0;
@@ -240,7 +243,7 @@ impl Page {
         }
     }
 
-    /// The device leaves the bus: nobody waits for a value any more.
+    /// The device leaves the bus. Every wait for a value ends.
     pub fn remove(&self) {
         lock(&self.inner).removed = true;
         self.news.notify_all();
@@ -268,7 +271,7 @@ pub enum Wait {
 }
 
 impl Inner {
-    /// Writes the device's value to the driver's memory, if the driver has registered the page.
+    /// Writes the device's value to the driver's memory if the driver has registered the page.
     fn write(&mut self) {
         if let Some(Shown { end: PageEnd::Writer(writer, interrupt), .. }) = &mut self.shown {
             interrupt.kick(writer.write(&self.value));

@@ -1,13 +1,14 @@
-//! How long senders wait for a driver that posts too few buffers.
+//! Backpressure: how long senders wait for a driver that posts too few buffers.
 
 use std::time::{Duration, Instant};
 
-/// What the budget gains with each buffer that the driver posts.
+/// The time that each buffer used by a frame adds to the budget.
 const GAIN_PER_BUFFER: Duration = Duration::from_millis(1);
 
-/// The time that senders may still be made to wait for a driver's buffers, before its frames are
-/// dropped instead. Waiting uses the budget up, and each buffer restores a little: a driver that
-/// posts hardly any buffers holds a sender up for `max`, and 1 ms for each buffer.
+/// A time budget: how long senders may still wait for a driver's buffers. When it is used up, the
+/// device drops the driver's frames instead. Waiting uses the budget. Each buffer that a frame uses
+/// adds 1 ms. So a driver that posts few buffers delays a sender by at most `max`, and 1 ms for
+/// each buffer.
 #[derive(Debug)]
 pub struct Backpressure {
     left: Duration,
@@ -21,14 +22,14 @@ impl Backpressure {
         Backpressure { left: max, max, since: None }
     }
 
-    /// A sender waits for buffers: until the returned moment at most. `None`: the budget is used
-    /// up.
+    /// A sender waits for buffers. Returns the time at which the wait must end. `None`: the budget
+    /// is used up.
     pub fn wait(&mut self, now: Instant) -> Option<Instant> {
         let until = *self.since.get_or_insert(now) + self.left;
         (now < until).then_some(until)
     }
 
-    /// A frame has found its buffers, so many.
+    /// A frame has used `buffers` buffers.
     pub fn fed(&mut self, buffers: usize) {
         if let Some(since) = self.since.take() {
             self.left = self.left.saturating_sub(since.elapsed());

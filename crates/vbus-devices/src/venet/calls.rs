@@ -1,4 +1,4 @@
-//! The buffers of calls, parsed.
+//! Parses the buffers of calls.
 
 use vbus_core::ErrorCode;
 use vbus_core::shm::abi::venet::{
@@ -10,7 +10,7 @@ use vbus_net::{Addresses, Mac, Offloads, Vlans, is_group};
 
 const _: () = assert!(RSS_KEY_BYTES == rss::KEY_BYTES && VLAN_MAP_BYTES == size_of::<Vlans>());
 
-/// Takes `N` bytes from the front.
+/// Takes `N` bytes from the front of the buffer.
 fn take<const N: usize>(buffer: &mut &[u8]) -> Result<[u8; N], ErrorCode> {
     let (front, rest) = buffer.split_first_chunk::<N>().ok_or(ErrorCode::BAD_LENGTH)?;
     *buffer = rest;
@@ -25,12 +25,12 @@ fn u16_from(buffer: &mut &[u8]) -> Result<u16, ErrorCode> {
     take(buffer).map(u16::from_le_bytes)
 }
 
-/// The buffer ends here.
+/// Checks that the buffer ends here.
 fn end(buffer: &[u8]) -> Result<(), ErrorCode> {
     if buffer.is_empty() { Ok(()) } else { Err(ErrorCode::BAD_LENGTH) }
 }
 
-/// SET_OFFLOADS, of a driver that accepted `features`.
+/// Parses SET_OFFLOADS from a driver that accepted `features`.
 pub fn offloads(mut buffer: &[u8], features: u64) -> Result<Offloads, ErrorCode> {
     let wanted = take(&mut buffer).map(u64::from_le_bytes)?;
     end(buffer)?;
@@ -39,7 +39,7 @@ pub fn offloads(mut buffer: &[u8], features: u64) -> Result<Offloads, ErrorCode>
     if accepted && complete(wanted) == wanted { Ok(offloads) } else { Err(ErrorCode::BAD_ARGUMENT) }
 }
 
-/// SET_QUEUES, of a device with `pairs` queue pairs.
+/// Parses SET_QUEUES for a device with `pairs` queue pairs.
 pub fn queues(mut buffer: &[u8], pairs: u16) -> Result<u16, ErrorCode> {
     let queues = u32_from(&mut buffer)?;
     end(buffer)?;
@@ -47,14 +47,14 @@ pub fn queues(mut buffer: &[u8], pairs: u16) -> Result<u16, ErrorCode> {
     queues.ok_or(ErrorCode::BAD_ARGUMENT)
 }
 
-/// SET_MAC.
+/// Parses SET_MAC.
 pub fn mac(mut buffer: &[u8]) -> Result<Mac, ErrorCode> {
     let mac: Mac = take(&mut buffer)?;
     end(buffer)?;
     if mac == Mac::default() || is_group(mac) { Err(ErrorCode::BAD_ARGUMENT) } else { Ok(mac) }
 }
 
-/// SET_RSS; `None`: no hashes.
+/// Parses SET_RSS. `None`: the driver wants no hashes.
 pub fn rss(mut buffer: &[u8]) -> Result<Option<Rss>, ErrorCode> {
     let kinds = u32_from(&mut buffer)?;
     let entries = u16_from(&mut buffer)?;
@@ -77,7 +77,7 @@ pub fn rss(mut buffer: &[u8]) -> Result<Option<Rss>, ErrorCode> {
     Rss::new(kinds, key, table).map(Some).ok_or(ErrorCode::BAD_ARGUMENT)
 }
 
-/// SET_VLANS; `None`: all pass.
+/// Parses SET_VLANS. `None`: all frames pass.
 pub fn vlans(mut buffer: &[u8]) -> Result<Option<Box<Vlans>>, ErrorCode> {
     let on = u32_from(&mut buffer)?;
     let zero = u32_from(&mut buffer)?;
@@ -96,7 +96,7 @@ pub fn vlans(mut buffer: &[u8]) -> Result<Option<Box<Vlans>>, ErrorCode> {
     Ok(Some(vlans))
 }
 
-/// FILTER.
+/// Parses FILTER.
 pub fn filter(mut buffer: &[u8]) -> Result<Addresses, ErrorCode> {
     let flags = u32_from(&mut buffer)?;
     let count = u32_from(&mut buffer)?;
@@ -177,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_is_one_device_s() {
+    fn an_address_is_that_of_one_device() {
         assert_eq!(mac(&OTHER), Ok(OTHER));
         assert_eq!(mac(&GROUP), Err(ErrorCode::BAD_ARGUMENT));
         assert_eq!(mac(&[0; 6]), Err(ErrorCode::BAD_ARGUMENT));

@@ -11,28 +11,29 @@ use vbus_core::shm::abi::venet::QUEUE_PAIRS_MAX;
 
 use vbus_net::{Mac, Medium, Offloads, is_group, parse_mac};
 
-/// The least MTU: what IPv4 needs.
+/// The least MTU, in bytes. IPv4 needs it.
 const MTU_MIN: u16 = 68;
-/// The largest MTU. With an Ethernet header and two tags such a frame still has 65535 bytes.
+/// The largest MTU, in bytes. With an Ethernet header and two tags, a frame of this MTU has 65535
+/// bytes.
 const MTU_MAX: u16 = 65_513;
 
-/// The highest speed that a link can be said to have: a petabit a second.
+/// The highest speed of a link that the settings may give, in Mb/s: a petabit a second.
 const SPEED_MAX: u32 = 1_000_000_000;
 
-/// The longest that senders may be made to wait: an hour, which is for tests.
+/// The largest backpressure budget, in milliseconds: an hour. Tests use it.
 const BACKPRESSURE_MS_MAX: u64 = 3_600_000;
 
-/// What the device is plugged into.
+/// The back end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum BackendKind {
-    /// The learning switch of this bus.
+    /// A learning switch of this bus.
     #[default]
     Switch,
     /// A TAP interface of this machine.
     Tap,
-    /// A UNIX socket with length-prefixed frames.
+    /// A UNIX stream socket with length-prefixed frames.
     Stream,
-    /// Nothing: frames vanish.
+    /// No network: the device drops all frames.
     Null,
 }
 
@@ -54,12 +55,12 @@ const BACKENDS: [(&str, BackendKind); 4] = [
     ("null", BackendKind::Null),
 ];
 
-/// The duplex mode that the device tells its driver of.
+/// The duplex mode that the device reports to its driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Duplex {
-    /// Both ends send at any time.
+    /// Full duplex: both ends can send at the same time.
     Full,
-    /// One end sends at a time.
+    /// Half duplex: one end sends at a time.
     Half,
 }
 
@@ -68,25 +69,25 @@ const DUPLEX: [(&str, Duplex); 2] = [("full", Duplex::Full), ("half", Duplex::Ha
 /// The settings, checked.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// The device's address.
+    /// The device's MAC address.
     pub mac: Mac,
-    /// The largest frame without its Ethernet header.
+    /// The MTU: bytes of the largest frame without its Ethernet header and tags.
     pub mtu: u16,
     /// The most queue pairs.
     pub queue_pairs: u16,
     /// What it is plugged into.
     pub medium: Medium,
-    /// The file in which frames are recorded, and how many bytes of each.
+    /// The capture file, and the bytes of each frame that it keeps.
     pub pcap: Option<(PathBuf, u32)>,
-    /// Offloads that may be offered, in both directions.
+    /// The offloads that the device may offer, in both directions.
     pub offloads: Offloads,
-    /// Whether the driver may change its address.
+    /// Whether the driver may change the device's address.
     pub mac_changes: bool,
-    /// What the driver is told of the speed of the link, in Mb/s; 0: nothing.
+    /// The link speed that the device reports to the driver, in Mb/s; 0: unknown.
     pub speed: u32,
-    /// What the driver is told of the duplex mode, if anything.
+    /// The duplex mode that the device reports to the driver; `None`: unknown.
     pub duplex: Option<Duplex>,
-    /// How long senders may be made to wait for the driver's buffers.
+    /// The backpressure budget: how long senders may wait for the driver's buffers.
     pub backpressure: Duration,
 }
 
@@ -112,8 +113,8 @@ impl Config {
         }
         let backpressure =
             settings.integer("backpressure-ms", 0..=BACKPRESSURE_MS_MAX)?.unwrap_or(50);
-        // A stream carries plain frames: the device would have to undo the offloads of each. They
-        // are on only if the settings ask for them.
+        // A stream carries plain frames, so the device would have to undo the offloads of each
+        // frame. They are on only if the settings ask for them.
         let or_default = |given: Option<bool>| given.unwrap_or(!stream);
         let csum = or_default(settings.flag("csum")?);
         let mut offloads = if csum { Offloads::CSUM } else { Offloads::NONE };
@@ -183,12 +184,13 @@ fn medium(settings: &mut Settings, backend: BackendKind, mtu: u16) -> Result<Med
 
 fn tap_name(settings: &Settings, name: Option<String>) -> Result<String, CreateError> {
     let name = name.unwrap_or_else(|| "vbus%d".into());
-    // IFNAMSIZ, with its final zero.
+    // IFNAMSIZ is 16 bytes with the final zero.
     let plain = |b: u8| b.is_ascii_graphic() && b != b'/' && b != b':';
     if name.is_empty() || name.len() > 15 || name == "." || name == ".." || !name.bytes().all(plain)
     {
-        let text =
-            format!("is {name:?}, no name of an interface; use 1 to 15 letters, digits and signs");
+        let text = format!(
+            "is {name:?}, not the name of an interface; use 1 to 15 letters, digits and signs"
+        );
         return Err(settings.error("tap", text));
     }
     Ok(name)
@@ -205,7 +207,10 @@ fn source_bytes(settings: &Settings, bytes: u16, mtu: u16) -> Result<u16, Create
 
 fn device_mac(settings: &Settings, text: &str) -> Result<Mac, CreateError> {
     let mac = parse_mac(text).filter(|mac| *mac != Mac::default()).ok_or_else(|| {
-        settings.error("mac", format!("is {text:?}, no address; write it like 02:00:00:00:00:01"))
+        settings.error(
+            "mac",
+            format!("is {text:?}, not a MAC address; write it like 02:00:00:00:00:01"),
+        )
     })?;
     if is_group(mac) {
         let text = format!("is {text:?}, a multicast address: make its first byte even");
@@ -265,9 +270,9 @@ mod tests {
             (json!({"backend": "bridge"}), "\"backend\" is \"bridge\"; use \"switch\" or \"tap\""),
             (json!({"mac": "02:00:00:00:00"}), "like 02:00:00:00:00:01"),
             (json!({"mac": "01:00:00:00:00:01"}), "multicast"),
-            (json!({"mac": "0x:00:00:00:00:01"}), "no address"),
+            (json!({"mac": "0x:00:00:00:00:01"}), "not a MAC address"),
             (json!({"tap": "tap0"}), "\"tap\" is a setting of backend \"tap\", not of \"switch\""),
-            (json!({"backend": "tap", "tap": "a/b"}), "no name of an interface"),
+            (json!({"backend": "tap", "tap": "a/b"}), "not the name of an interface"),
             (json!({"backend": "stream"}), "either connect = PATH or listen = PATH"),
             (
                 json!({"backend": "stream", "connect": "/x", "queue-pairs": 2}),

@@ -1,4 +1,4 @@
-//! What a driver opens: its regions, its calls, and the tasks that serve it.
+//! A driver's connection to a venet device: its regions, its calls, and the tasks that serve it.
 
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
@@ -34,7 +34,7 @@ pub struct VenetConnection {
     running: Option<Running>,
 }
 
-/// A connection that has started.
+/// The state of a connection after START.
 struct Running {
     plug: Arc<dyn Plug>,
     pairs: Vec<(Arc<Mutex<Pair>>, TaskHandle)>,
@@ -139,8 +139,8 @@ impl VenetConnection {
         Ok(())
     }
 
-    /// Lets the running pair `i` serve its transmit ring, or its receive ring, from here on; none
-    /// if there is none.
+    /// Gives the running pair `i` its transmit ring or its receive ring. The pair has no such ring
+    /// if the driver has registered none.
     fn serve(&self, running: &Running, i: usize, is_rx: bool) -> Result<(), ErrorCode> {
         let (Some((pair, task)), Some(rings)) = (running.pairs.get(i), self.rings.get(i)) else {
             return Err(ErrorCode::BAD_ARGUMENT);
@@ -166,22 +166,22 @@ impl VenetConnection {
             }
         }
         if let Some(region) = region {
-            region.doorbell.bind(task); // Wakes the task too.
+            region.doorbell.bind(task); // It also wakes the task.
         }
         Ok(())
     }
 
-    /// The connection, after START.
+    /// The state after START; DENIED before it.
     fn running(&self) -> Result<&Running, ErrorCode> {
         self.running.as_ref().ok_or(ErrorCode::DENIED)
     }
 
-    /// The driver has accepted one of these features.
+    /// Fails with DENIED unless the driver has accepted one of these features.
     fn accepted(&self, features: u64) -> Result<(), ErrorCode> {
         if self.open.features & features != 0 { Ok(()) } else { Err(ErrorCode::DENIED) }
     }
 
-    /// SET_OFFLOADS. No frame that is delivered after this goes by the former ones.
+    /// SET_OFFLOADS. The device delivers no frame by the old offloads after this returns.
     fn set_offloads(&self, offloads: Offloads) -> Result<(), ErrorCode> {
         self.receiver.set_offloads(offloads);
         let Some(running) = &self.running else { return Ok(()) };
@@ -201,7 +201,7 @@ impl VenetConnection {
         }
         running.plug.set_queues(queues)?;
         for (_, task) in &running.pairs {
-            task.wake(); // Each looks whether it is in use now.
+            task.wake(); // Each checks whether it is in use now.
         }
         Ok(())
     }
@@ -229,8 +229,8 @@ impl VenetConnection {
         }
     }
 
-    /// Region `handle` of a pair, taken: the number of the pair, and whether it is the receive
-    /// ring.
+    /// Takes region `handle` out of its pair. Returns the number of the pair, and whether the
+    /// region is the receive ring.
     fn take_ring(&mut self, handle: u32) -> Option<(usize, bool)> {
         let mut rings = self.rings.iter_mut().enumerate();
         rings.find_map(|(i, rings)| {
@@ -241,8 +241,8 @@ impl VenetConnection {
 }
 
 impl Running {
-    /// Afterwards nobody holds a window on the driver's memory: neither the tasks, nor the receive
-    /// rings that other devices deliver to.
+    /// After this, neither the tasks nor the receive rings that other devices deliver to hold a
+    /// window on the driver's memory.
     fn stop(self) {
         for (pair, task) in &self.pairs {
             task.stop();
@@ -253,14 +253,14 @@ impl Running {
     }
 }
 
-/// Runs a task of the connection beside the connection, or `beside` places further on.
+/// Runs a task at the connection's place on the executor, or `beside` places after it.
 fn spawn(open: &Open, beside: usize, task: Box<dyn Task>) -> TaskHandle {
     let fail = open.fail.clone();
     let worker = open.worker.wrapping_add(beside);
     open.executor.spawn(worker, task, open.counters.clone(), move |error| fail.fail(error))
 }
 
-/// The device's end of the transmit ring, or the receive ring, in a region.
+/// Attaches the device's end of the transmit or receive ring in a region.
 fn attach(region: &Region, is_rx: bool) -> Result<DeviceEnd<Window>, ErrorCode> {
     let ring = DeviceEnd::attach(region.window.clone())?;
     let returns = if is_rx { Returns::InOrder } else { Returns::Counted };
@@ -287,7 +287,7 @@ impl Connection for VenetConnection {
         if region.signal_offset != Some(SIGNAL_OFFSET) {
             return Err(ErrorCode::BAD_SIGNAL);
         }
-        // Checked here, so that the driver learns which ring is wrong.
+        // Check the ring here, so that the driver learns which one is wrong.
         attach(&region, is_rx)?;
         let handle = region.handle;
         *place = Some(region);
@@ -349,7 +349,7 @@ impl Connection for VenetConnection {
 }
 
 impl Drop for VenetConnection {
-    /// Afterwards nobody holds a window on the driver's memory.
+    /// After this, no task holds a window on the driver's memory.
     fn drop(&mut self) {
         if let Some(running) = self.running.take() {
             running.stop();

@@ -1,4 +1,4 @@
-//! What a queue pair counts, over the life of its device.
+//! The counters of a queue pair, over the life of its device.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -11,7 +11,7 @@ use vbus_net::{RxDrop, TxDrop};
 pub struct Gauge(AtomicU32);
 
 impl Gauge {
-    /// What it is now.
+    /// Sets the present value.
     pub fn set(&self, value: u32) {
         self.0.store(value, Ordering::Relaxed);
     }
@@ -36,7 +36,7 @@ pub struct TxCounters {
     pub csum: Counter,
     /// Frames whose segmentation was left to the device.
     pub segments: Counter,
-    /// Entries that the ring held after the last poll.
+    /// Entries in the ring after the last poll.
     pub ring_fill: Gauge,
     /// Times that sending stopped because the other side had no room.
     pub waits: Counter,
@@ -47,10 +47,10 @@ pub struct TxCounters {
 /// Why frames from the driver were dropped.
 #[derive(Debug, Default, Serialize)]
 pub struct TxDrops {
-    /// Shorter than an Ethernet header.
+    /// The frame is shorter than an Ethernet header.
     pub short: Counter,
-    /// Longer than the MTU allows, or a header that does not fit its frame or the features
-    /// accepted.
+    /// The frame is longer than the MTU allows, or its header does not fit the frame or the
+    /// accepted features.
     pub bad_header: Counter,
     /// The back end has no link.
     pub no_link: Counter,
@@ -68,7 +68,7 @@ impl TxDrops {
         }
     }
 
-    /// All reasons.
+    /// The sum over all reasons.
     pub fn sum(&self) -> u64 {
         [&self.short, &self.bad_header, &self.no_link, &self.refused]
             .into_iter()
@@ -103,9 +103,9 @@ pub struct RxCounters {
 pub struct RxDrops {
     /// The driver had no buffers for too long.
     pub no_buffers: Counter,
-    /// The driver's buffers are too small: the frame would need more of them than may be chained.
+    /// The frame is longer than the MTU, or would need more buffers than the device may chain.
     pub too_long: Counter,
-    /// A frame that could not be brought into a form that the driver takes.
+    /// The device could not convert the frame to a form that the driver accepts.
     pub bad_frame: Counter,
 }
 
@@ -119,7 +119,7 @@ impl RxDrops {
         }
     }
 
-    /// All reasons.
+    /// The sum over all reasons.
     pub fn sum(&self) -> u64 {
         [&self.no_buffers, &self.too_long, &self.bad_frame].into_iter().map(Counter::get).sum()
     }

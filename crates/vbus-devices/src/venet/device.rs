@@ -1,4 +1,4 @@
-//! A venet device: what the bus and people see of it.
+//! A venet device as the bus and control clients see it.
 
 use std::sync::Arc;
 
@@ -14,14 +14,14 @@ use super::counters::PairCounters;
 /// The most entries of a ring.
 pub const RING_MAX: u16 = 4096;
 
-// The back ends and the ABI mean the same frames.
+// The back ends and the ABI agree on the frames.
 const _: () = assert!(
     abi::HEADER_BYTES == vbus_net::HEADER_BYTES
         && abi::FRAME_MAX == vbus_net::FRAME_MAX
         && abi::CHAIN_MAX == vbus_net::CHAIN_MAX
 );
 
-/// A device, for its connection too.
+/// A device. Its connection shares it.
 pub struct VenetDevice {
     pub name: String,
     pub config: Config,
@@ -30,7 +30,7 @@ pub struct VenetDevice {
     pub pairs: Arc<[Arc<PairCounters>]>,
 }
 
-/// The offloads of both directions, from the driver and to it, that stand for `features`.
+/// The offloads in `features`: first those from the driver, then those to the driver.
 pub fn offloads(features: u64) -> (Offloads, Offloads) {
     (Offloads::from_bits(features), Offloads::from_bits(features >> abi::F_RX_SHIFT))
 }
@@ -73,8 +73,8 @@ impl VenetDevice {
         if abi::complete(features) == features { Ok(()) } else { Err(ErrorCode::BAD_FEATURES) }
     }
 
-    /// Requests of people: `{"op": "link", "up": BOOL}` switches the link off or on again, and
-    /// `{"op": "announce"}` asks the driver to announce its addresses.
+    /// Serves requests of control clients: `{"op": "link", "up": BOOL}` switches the link off or on
+    /// again, and `{"op": "announce"}` asks the driver to announce its addresses.
     pub fn control(&self, request: &Value) -> Result<Value, String> {
         match (request["op"].as_str(), request["up"].as_bool()) {
             (Some("link"), Some(up)) => self.link.set_off(!up),

@@ -1,11 +1,10 @@
 //! `venet`: an Ethernet controller (spec/venet.md), in front of the back ends of [`vbus_net`].
 //!
-//! The way of a frame from the driver: its doorbell wakes the task of the queue pair (`pair`). The
-//! task takes the frame from the transmit ring (`tx`) and hands it to the device's back end. A
-//! frame to the driver comes from the back end through `rx` into the buffers that the driver has
-//! posted.
-//! `connection` is what the driver opens, `calls` parses its calls, `pages` writes its status and
-//! counters pages.
+//! How a frame from the driver travels: the doorbell wakes the task of the queue pair (`pair`). The
+//! task takes the frame from the transmit ring (`tx`) and gives it to the device's back end. The
+//! back end puts a frame to the driver through `rx` into the buffers that the driver has posted.
+//! `connection` serves the driver's connection, `calls` parses the calls, and `pages` writes the
+//! status page and the counters page.
 
 mod backpressure;
 mod calls;
@@ -36,7 +35,7 @@ pub struct VenetClass {
 }
 
 impl VenetClass {
-    /// A class without switches: each is made for the first device on it.
+    /// The class, without switches. The first device on a switch creates it.
     pub fn new() -> VenetClass {
         VenetClass::default()
     }
@@ -48,8 +47,11 @@ impl DeviceClass for VenetClass {
     }
 
     fn help(&self) -> &'static str {
-        "Ethernet controller. mac, mtu (1500), queue-pairs (1), csum, tso, uso (true), pcap = FILE with snap-length, backpressure-ms (50), mac-changes (true), speed = MBIT_PER_SECOND with duplex; \
-         backend = \"switch\" (switch = NAME), \"tap\" (tap = INTERFACE), \"stream\" (connect = PATH or listen = PATH), \"null\" (source-bytes)."
+        "Ethernet controller. mac, mtu (1500), queue-pairs (1), csum, tso, uso (true), \
+         pcap = FILE with snap-length, backpressure-ms (50), mac-changes (true), \
+         speed = MBIT_PER_SECOND with duplex; \
+         backend = \"switch\" (switch = NAME), \"tap\" (tap = INTERFACE), \
+         \"stream\" (connect = PATH or listen = PATH), \"null\" (source-bytes)."
     }
 
     fn check(&self, _name: &str, config: &Value) -> Result<(), CreateError> {

@@ -1,28 +1,29 @@
-//! Tells the task of the pages that counters have moved.
+//! Tells the task of the pages that counters have changed.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use vbus_core::TaskHandle;
 
-/// Whether there is news that the task has not looked at.
+/// Whether counters have changed since the task last read them.
 #[derive(Clone, Debug, Default)]
 pub struct Pending(Arc<AtomicBool>);
 
 impl Pending {
-    /// The task looks from here on. Pairs with the swap of [`News::moved`]: the task sees the
-    /// counters of everybody who found the flag set and left the wake-up to others.
+    /// Clears the flag; the task reads the counters after this. Pairs with the swap in
+    /// [`News::moved`]: if a sender found the flag set and did not wake the task, the task sees
+    /// that sender's counters.
     pub fn take(&self) {
         self.0.swap(false, Ordering::Acquire);
     }
 
-    /// The task will look again by itself.
+    /// Sets the flag: the task will read the counters again without a wake-up.
     pub fn keep(&self) {
         self.0.store(true, Ordering::Relaxed);
     }
 }
 
-/// For everybody who moves frames.
+/// Whoever moves frames calls this to wake the task of the pages.
 #[derive(Clone, Debug)]
 pub struct News {
     pending: Pending,
@@ -30,12 +31,12 @@ pub struct News {
 }
 
 impl News {
-    /// Wakes `task`, which looks at `pending`.
+    /// Wakes `task`, which reads `pending`.
     pub fn new(pending: Pending, task: TaskHandle) -> News {
         News { pending, task }
     }
 
-    /// Frames were moved.
+    /// The caller has moved frames.
     pub fn moved(&self) {
         // Pairs with the swap of `Pending::take`.
         if !self.pending.0.swap(true, Ordering::Release) {

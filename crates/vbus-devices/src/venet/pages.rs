@@ -1,5 +1,5 @@
-//! The status page (link, address, counters) and the counters page (of each queue pair), from the
-//! device to the driver.
+//! The status page (link, address, counters) and the counters page (counters of each queue pair).
+//! The device writes both for the driver.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -15,22 +15,22 @@ use super::counters::PairCounters;
 use super::device::VenetDevice;
 use super::news::Pending;
 
-/// The least time between two updates that only bring newer counters.
+/// The least time between two updates that change only counters.
 const INTERVAL: Duration = Duration::from_millis(100);
 
 /// A page that the driver has registered.
 struct Page {
     writer: Writer<Window, end::Device>,
     region: Region,
-    /// What it says.
+    /// Its present value.
     written: Vec<u64>,
-    /// The driver has armed, and was not interrupted for the update that followed because it
-    /// brought only newer counters. It is interrupted by the next change of the link.
+    /// The driver armed, and the device did not interrupt it for the next update, because that
+    /// changed only counters. The next urgent update interrupts the driver.
     owed: Kick<end::Device>,
 }
 
 impl Page {
-    /// Checks a region that is to hold `words` words.
+    /// Attaches a page of `words` words in `region`. Fails if the region is not such a page.
     fn new(region: Region, words: usize) -> Result<Page, ErrorCode> {
         let writer = Writer::attach(region.window.clone(), end::Device)?;
         if region.signal_offset.is_some_and(|at| at != SIGNAL_OFFSET) {
@@ -42,7 +42,7 @@ impl Page {
         Ok(Page { writer, region, written: Vec::new(), owed: Kick::NONE })
     }
 
-    /// Writes `value`. The driver is interrupted only by an `urgent` update.
+    /// Writes `value`. Only an `urgent` update interrupts the driver.
     fn write(&mut self, value: Vec<u64>, urgent: bool) {
         let bytes: Vec<u8> = value.iter().flat_map(|word| word.to_le_bytes()).collect();
         let owed = std::mem::replace(&mut self.owed, Kick::NONE).or(self.writer.write(&bytes));
@@ -60,13 +60,13 @@ impl Page {
 struct Registered {
     status: Option<Page>,
     counters: Option<Page>,
-    /// When counters were written last.
+    /// When the device last wrote the counters.
     at: Option<Instant>,
-    /// The requests to announce that the driver was told of.
+    /// How many requests to announce the device has passed to the driver.
     announces: u64,
 }
 
-/// The pages of a connection. The driver may or may not have registered them.
+/// The pages of a connection. The driver may have registered none, one or both.
 pub struct Pages {
     device: Arc<VenetDevice>,
     filter: Arc<Filter>,
@@ -77,7 +77,7 @@ pub struct Pages {
 }
 
 impl Pages {
-    /// No pages yet. The address is that of the filter.
+    /// Makes the state without pages. The status page gets the address of the filter.
     pub fn new(
         device: Arc<VenetDevice>,
         filter: Arc<Filter>,
@@ -89,7 +89,7 @@ impl Pages {
         Pages { device, filter, pending, incarnation, notifier, registered }
     }
 
-    /// The driver registers a page. The task is to be woken then.
+    /// The driver registers a page. The caller must then wake the task.
     pub fn add(&self, region: Region) -> Result<(), ErrorCode> {
         let mut registered = lock(&self.registered);
         let is_status = region.id == REGION_STATUS;
@@ -106,7 +106,7 @@ impl Pages {
         Ok(())
     }
 
-    /// The driver drops region `handle`; true if that was a page.
+    /// The driver drops region `handle`. Returns whether that was a page.
     pub fn drop_region(&self, handle: u32) -> bool {
         let registered = &mut *lock(&self.registered);
         let drop =
@@ -145,13 +145,13 @@ impl Pages {
         value
     }
 
-    /// Writes the pages if it is time. Returns when it will be, if there is something to write
-    /// then.
+    /// Writes the pages if an update is due. Returns when the next update is due, if one is
+    /// pending.
     fn update(&self) -> Option<Instant> {
         let registered = &mut *lock(&self.registered);
         let announces = self.device.link.announces();
         if std::mem::replace(&mut registered.announces, announces) != announces {
-            self.notifier.announce(); // Also to a driver without a status page.
+            self.notifier.announce(); // A driver without a status page needs it too.
         }
         if registered.status.is_none() && registered.counters.is_none() {
             return None;
@@ -189,7 +189,7 @@ impl Pages {
     }
 }
 
-/// A queue pair's words of the counters page.
+/// The words of one queue pair in the counters page.
 fn words(pair: &PairCounters) -> [u64; counters_page::WORDS] {
     use counters_page as at;
     let (tx, rx) = (&pair.tx, &pair.rx);
@@ -220,7 +220,7 @@ fn words(pair: &PairCounters) -> [u64; counters_page::WORDS] {
     words
 }
 
-/// Writes the pages from time to time.
+/// The task that writes the pages.
 pub struct PagesTask {
     pages: Arc<Pages>,
     next: Option<Instant>,

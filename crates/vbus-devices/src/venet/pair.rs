@@ -1,4 +1,5 @@
-//! A queue pair's task: the driver's frames to the back end, the back end's frames to the driver.
+//! A queue pair's task. It moves the driver's frames to the back end, and the back end's frames to
+//! the driver.
 
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -13,7 +14,10 @@ use super::rx::{Lent, Receiver, RxQueue, RxSlot};
 use super::tx::{Next, TxQueue};
 
 /// The receive ring of a pair, while there is one.
-#[expect(clippy::large_enum_variant, reason = "one for each pair, and on the way of each frame")]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there is one for each pair, and every frame passes it"
+)]
 pub enum Rx {
     /// Only the pair's own task delivers to it.
     Own(RxSlot),
@@ -44,10 +48,10 @@ pub struct Pair {
     queue: Box<dyn Queue>,
     memory: Arc<MemoryContext>,
     receiver: Arc<Receiver>,
-    /// What the driver may leave to the device.
+    /// The offloads that the driver may leave to the device.
     tx_offloads: Offloads,
     counters: Arc<PairCounters>,
-    /// The next frame has to wait for the back end; until when at most.
+    /// Whether the next frame waits for the back end; `until` is the time at which the wait ends.
     waiting: bool,
     moved: bool,
     until: Option<Instant>,
@@ -77,25 +81,25 @@ impl Pair {
         }
     }
 
-    /// Serves this transmit ring from here on, or none. What is left of the former ring, a frame
-    /// that waits or the rest of one, is not sent.
+    /// Sets the transmit ring; `None`: the pair has none from now on. The pair does not send the
+    /// waiting frame, or the rest of a frame, of the former ring.
     pub fn set_tx(&mut self, tx: Option<TxQueue>) {
         self.tx = tx;
         self.queue.forget();
         (self.waiting, self.moved, self.until) = (false, false, None);
     }
 
-    /// Serves this receive ring from here on, or none.
+    /// Sets the receive ring; `None`: the pair has none from now on.
     pub fn set_rx(&mut self, rx: Option<RxQueue>) {
         self.rx.set(rx);
     }
 
-    /// Waits for a delivery under way, so that later ones see what the driver has changed.
+    /// Waits until a running delivery has ended. Later deliveries see what the driver has changed.
     pub fn settle(&mut self) {
         self.rx.with(|_| ());
     }
 
-    /// Sends at most `budget` frames; returns how many went.
+    /// Sends frames with at most `budget` units of work. Returns the units that it used.
     fn transmit(&mut self, view: &View<'_>, budget: u32) -> Result<u32, ErrorCode> {
         (self.waiting, self.moved, self.until) = (false, false, None);
         let Some(tx) = &mut self.tx else { return Ok(0) };
@@ -160,8 +164,8 @@ impl Pair {
         let memory = self.memory.clone();
         let view = memory.view();
         let sent = self.transmit(&view, budget);
-        // Also if this driver broke the protocol: the frames before are in other drivers' buffers,
-        // and those drivers wait for them.
+        // Flush even if this driver broke the protocol: its earlier frames are in other drivers'
+        // buffers, and those drivers wait for them.
         self.queue.flush();
         let sent = sent?;
         if let (Some(tx), true) = (&mut self.tx, sent != 0) {
@@ -187,7 +191,7 @@ impl Pair {
 
     fn arm(&mut self) -> Armed {
         let rx = self.rx.with(RxQueue::arm).unwrap_or(Armed::Waiting);
-        // While a frame waits for the back end, more frames would be no news.
+        // While a frame waits for the back end, the task need not know of more frames.
         let tx = if self.waiting {
             self.queue.arm()
         } else {

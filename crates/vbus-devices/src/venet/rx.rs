@@ -1,4 +1,4 @@
-//! A receive ring: frames go from wherever they come into the buffers that the driver posted.
+//! A receive ring. It puts frames into the buffers that the driver posted.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -20,29 +20,29 @@ use super::backpressure::Backpressure;
 use super::counters::{PairCounters, RxCounters};
 use super::news::News;
 
-/// The least bytes of a receive buffer: what is written in one piece (header and Ethernet header)
-/// fits it.
+/// The least bytes of a receive buffer. The header and the Ethernet header, which the device writes
+/// in one piece, fit in it.
 pub const BUFFER_MIN: u32 = 64;
-/// The most bytes that are written in one piece.
+/// The most bytes that the device writes in one piece.
 const HEAD_MAX: usize = HASH_HEADER_BYTES + ETH_BYTES;
 const _: () = assert!(HEAD_MAX <= BUFFER_MIN as usize);
 
-/// What the driver of a connection takes, for all of its receive rings.
+/// Which frames the driver of a connection accepts. All its receive rings share this.
 pub struct Receiver {
     /// The largest frame without its Ethernet header and tags.
     pub mtu: usize,
-    /// Addresses and VLANs.
+    /// The filter of addresses and VLANs.
     pub filter: Arc<Filter>,
-    /// The offloads, as bits, which the driver may change at any time. Relaxed: a frame that is
-    /// delivered during the change may still go by the former ones.
+    /// The offloads, as bits. The driver may change them at any time. Relaxed: a frame that is
+    /// delivered during the change may still use the old ones.
     pub offloads: AtomicU64,
-    /// How a receive queue is chosen, and the key of hashes.
+    /// Chooses the receive queue of a frame, and holds the key of the hash.
     pub steering: Arc<Steering>,
-    /// The header before each frame has its hash.
+    /// Whether the header before each frame has its hash.
     pub hash: bool,
-    /// How long senders may be made to wait for buffers.
+    /// The backpressure budget.
     pub backpressure: Duration,
-    /// Told of frames that were delivered.
+    /// Told when frames have been delivered.
     pub news: News,
 }
 
@@ -52,8 +52,8 @@ impl Receiver {
         if self.hash { HASH_HEADER_BYTES } else { HEADER_BYTES }
     }
 
-    /// What goes before the rest of a frame in `buffers` buffers, and how many bytes of it: the
-    /// header, and the Ethernet header.
+    /// The header and the Ethernet header of a frame in `buffers` buffers, and their length in
+    /// bytes.
     fn head(&self, packet: &Packet<'_>, buffers: usize) -> ([u8; HEAD_MAX], usize) {
         let mut head = [0; HEAD_MAX];
         let header = packet.header.bytes(u16::try_from(buffers).unwrap_or(u16::MAX));
@@ -69,33 +69,33 @@ impl Receiver {
         (head, at + ETH_BYTES)
     }
 
-    /// The offloads that the driver takes now.
+    /// The offloads that the driver accepts now.
     pub fn offloads(&self) -> Offloads {
         Offloads::from_bits(self.offloads.load(Ordering::Relaxed))
     }
 }
 
 impl Receiver {
-    /// The driver takes these offloads from here on.
+    /// Sets the offloads that the driver accepts from now on.
     pub fn set_offloads(&self, offloads: Offloads) {
         self.offloads.store(offloads.bits(), Ordering::Relaxed);
     }
 }
 
-/// The receive ring of a queue pair. Several senders may deliver to it, one at a time.
+/// The receive ring of a queue pair. Several senders may deliver to it, but only one at a time.
 pub struct RxQueue {
     ring: DeviceEnd<Window>,
     interrupt: Interrupt,
     memory: Arc<MemoryContext>,
     receiver: Arc<Receiver>,
     counters: Arc<PairCounters>,
-    /// The task of this queue pair, which is woken for a fault of the driver.
+    /// The task of this queue pair. The queue wakes it if the driver breaks the protocol.
     task: TaskHandle,
     /// Buffers taken from the ring and not yet filled.
     stash: VecDeque<Entry>,
     /// Bytes of the largest buffer so far.
     largest: u32,
-    /// Bytes that the last frame which found too few buffers needs.
+    /// Bytes of the last frame that found too few buffers.
     wanted: usize,
     /// Frames and bytes since the last post.
     unposted: (u64, u64),
@@ -158,7 +158,8 @@ impl RxQueue {
         }
     }
 
-    /// What becomes of a frame that this driver does not take as it is.
+    /// Checks a frame against what the driver accepts. Returns the outcome if the frame cannot be
+    /// delivered as it is.
     fn refuse(&self, packet: &Packet<'_>) -> Option<Delivery> {
         if !self.receiver.filter.wants(packet) {
             return Some(Delivery::Dropped);
@@ -174,21 +175,22 @@ impl RxQueue {
         Delivery::Dropped
     }
 
-    /// The driver broke the protocol: its own task says so, and must be polled for that.
+    /// The driver broke the protocol. Wakes the pair's own task, which reports the error when it is
+    /// polled.
     fn fail(&mut self, error: ErrorCode) {
         self.fault = Some(error);
         self.task.wake();
     }
 
-    /// Lets `read` fill the driver's buffers, without a copy. A frame that the driver does not take
-    /// is dropped, and its buffers serve for the next.
+    /// Lets `read` fill the driver's buffers, without a copy. If the driver does not accept the
+    /// frame, the device drops it and uses the buffers for the next one.
     fn reserve(&mut self, view: &View<'_>, read: &mut Read<'_>) -> Reserved {
         let header_bytes = self.receiver.header_bytes();
         let longest = header_bytes + self.longest();
         let count = match self.gather(view, longest) {
             Gathered::Buffers(count) => count,
             Gathered::TooMany => CHAIN_MAX,
-            // The driver has posted all that it ever will: what fits, fits.
+            // The driver cannot post more buffers. The frame gets the bytes that fit.
             Gathered::TooFew if self.holds_all() => self.stash.len().min(CHAIN_MAX),
             Gathered::TooFew => return Reserved::Full,
             Gathered::Fault => return Reserved::Nothing,
@@ -202,7 +204,8 @@ impl RxQueue {
                 let Ok(slice) = view.slice(entry.addr, u64::from(entry.len), true) else {
                     return Reserved::Nothing;
                 };
-                // No more than the frame needs, so that its pieces are counted.
+                // Offer only the bytes that the frame can need, so that the pieces are counted for
+                // it alone.
                 let slice = slice.split_at(longest.saturating_sub(room)).0;
                 room += slice.len();
                 let rest = if i == 0 { slice.split_at(header_bytes + ETH_BYTES).1 } else { slice };
@@ -227,7 +230,7 @@ impl RxQueue {
         else {
             return Reserved::Nothing;
         };
-        // As it lies in the buffers.
+        // The layout of the frame in the buffers.
         let len = len - HEADER_BYTES + header_bytes;
         if len > room {
             self.refused(RxDrop::TooLong);
@@ -237,7 +240,7 @@ impl RxQueue {
         returned.map_or(Reserved::Nothing, |()| Reserved::Frame)
     }
 
-    /// Whether the device has all buffers that fit the ring.
+    /// Whether the device holds as many buffers as the ring has entries.
     fn holds_all(&self) -> bool {
         self.ring.held() == self.ring.layout().entries()
     }
@@ -248,8 +251,8 @@ impl RxQueue {
         payload + ETH_OVERHEAD
     }
 
-    /// Delivers a frame of `len` bytes (with its header) that is in the buffers already, but for
-    /// its headers, if the driver takes it.
+    /// Delivers a frame of `len` bytes (with its header), if the driver accepts it. The frame is in
+    /// the buffers already, except for its headers.
     fn return_read(
         &mut self,
         view: &View<'_>,
@@ -281,7 +284,7 @@ impl RxQueue {
         match self.refuse(&packet) {
             None => {}
             Some(Delivery::NeedsCut) => {
-                // The driver has changed its offloads while the frame was on its way.
+                // The driver changed its offloads after the frame was sent.
                 self.refused(RxDrop::BadFrame);
                 return Ok(());
             }
@@ -321,8 +324,8 @@ impl RxQueue {
         }
     }
 
-    /// Takes one more buffer from the ring into the stash. False if there is none, or the driver
-    /// broke the protocol.
+    /// Takes one more buffer from the ring into the stash. Returns false if there is none, or if
+    /// the driver broke the protocol.
     fn refill(&mut self) -> bool {
         if self.fault.is_some() {
             return false;
@@ -340,7 +343,8 @@ impl RxQueue {
         false
     }
 
-    /// Makes sure that the front of the stash holds `len` bytes; says in how many buffers.
+    /// Fills the stash until the buffers at its front hold `len` bytes. Returns how many buffers
+    /// that takes.
     fn gather(&mut self, view: &View<'_>, len: usize) -> Gathered {
         let mut room = 0;
         for count in 0..CHAIN_MAX {
@@ -362,7 +366,7 @@ impl RxQueue {
         Gathered::TooMany
     }
 
-    /// Writes the frame to the first `count` buffers and gives them back.
+    /// Writes the frame to the first `count` buffers and returns them to the driver.
     fn fill(
         &mut self,
         view: &View<'_>,
@@ -394,7 +398,7 @@ impl RxQueue {
         Ok(())
     }
 
-    /// Makes the delivered frames visible, and wakes the driver if it wants that.
+    /// Makes the delivered frames visible, and interrupts the driver if it has armed.
     pub fn post(&mut self) {
         if self.unposted.0 != 0 {
             let (frames, bytes) = std::mem::take(&mut self.unposted);
@@ -409,7 +413,7 @@ impl RxQueue {
         }
     }
 
-    /// What becomes of a frame that finds too few buffers.
+    /// Decides about a frame that finds too few buffers: it waits or is dropped.
     fn starve(&mut self, on_full: OnFull) -> Delivery {
         self.rx().starved.one();
         match on_full {
@@ -435,8 +439,8 @@ impl RxQueue {
         }
     }
 
-    /// If somebody waits and there are new buffers, wakes all who wait. Returns whether it did. The
-    /// fault of a driver that broke the protocol comes out here, in the poll of its own device.
+    /// Wakes all waiters if there are new buffers. Returns whether it did. If the driver broke the
+    /// protocol, returns that error: the caller is the poll of its own device.
     pub fn serve_waiters(&mut self) -> Result<bool, ErrorCode> {
         let woken = !self.waiters.is_empty() && self.refill();
         if woken || self.fault.is_some() {
@@ -445,9 +449,10 @@ impl RxQueue {
         self.fault.map_or(Ok(woken), Err)
     }
 
-    /// If anybody waits, asks the driver to ring when it has posted as many buffers as the waiting
-    /// frame lacks. [`Armed::Missed`]: they are there, and the next delivery succeeds. All who wait
-    /// are woken then: the buffers are out of the ring, and nothing else would tell of them.
+    /// If a sender waits, asks the driver to ring when it has posted as many buffers as the waiting
+    /// frame lacks. [`Armed::Missed`]: the buffers are there, and the next delivery succeeds. Then
+    /// this call has woken all waiters, because it took the buffers out of the ring and nothing
+    /// else would wake them.
     pub fn arm(&mut self) -> Armed {
         if self.waiters.is_empty() {
             return Armed::Waiting;
@@ -458,8 +463,8 @@ impl RxQueue {
                 self.wake_waiters();
                 return Armed::Missed;
             }
-            // No buffer although the driver's count says so: the driver is not honest, and is asked
-            // no further.
+            // The driver's count says that there is a buffer, but there is none. The driver is
+            // hostile or broken, so the loop ends.
             if self.ring.arm(lacking - 1) == Armed::Waiting || !self.refill() {
                 return Armed::Waiting;
             }
@@ -467,8 +472,8 @@ impl RxQueue {
         }
     }
 
-    /// How many buffers the frame that found too few lacks at least, going by the largest one so
-    /// far.
+    /// The least number of buffers that the waiting frame lacks, if each is as large as the largest
+    /// buffer so far.
     fn lacking(&self) -> u32 {
         let room: usize = self.stash.iter().take(CHAIN_MAX).map(|entry| entry.len as usize).sum();
         if self.stash.len() >= CHAIN_MAX {
@@ -490,17 +495,18 @@ impl Drop for RxQueue {
 }
 
 enum Gathered {
-    /// So many buffers hold the frame.
+    /// This many buffers hold the frame.
     Buffers(usize),
     /// The driver has not posted enough buffers.
     TooFew,
-    /// More buffers than one frame may take.
+    /// The frame needs more buffers than one frame may use.
     TooMany,
     /// The driver broke the protocol.
     Fault,
 }
 
-/// A receive queue that is lent to the back end for a poll, with a view of the driver's memory.
+/// A receive queue that the front lends to the back end for one poll, with a view of the driver's
+/// memory.
 pub struct Lent<'a> {
     pub queue: &'a mut RxQueue,
     pub view: &'a View<'a>,
@@ -540,13 +546,13 @@ impl RxSink for Lent<'_> {
     }
 }
 
-/// A receive queue that other devices deliver to, while there is a ring. Each call looks at the
-/// driver's memory by itself.
+/// A receive queue that other devices deliver to; `None` while there is no ring. Each call takes
+/// its own view of the driver's memory.
 #[derive(Default)]
 pub struct RxSlot(pub Option<RxQueue>);
 
 impl RxSlot {
-    /// What `work` returns for the queue and a view of its memory; `None` without a ring.
+    /// Calls `work` with the queue and a view of the driver's memory. `None`: there is no ring.
     fn look<R>(&mut self, work: impl FnOnce(&mut RxQueue, &View<'_>) -> R) -> Option<R> {
         let queue = self.0.as_mut()?;
         let memory = queue.memory.clone();
@@ -595,7 +601,7 @@ impl RxSink for RxSlot {
     }
 }
 
-/// A frame's body while it is copied out piece by piece.
+/// The body of a frame, while the device copies it piece by piece.
 struct Source<'a> {
     body: Body<'a>,
     part: usize,
@@ -603,7 +609,7 @@ struct Source<'a> {
 }
 
 impl Source<'_> {
-    /// Fills `to` with what comes next.
+    /// Fills `to` with the next bytes.
     fn copy(&mut self, mut to: DriverSlice<'_>) {
         while !to.is_empty() {
             let copied = match self.body {

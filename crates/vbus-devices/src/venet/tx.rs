@@ -1,4 +1,4 @@
-//! A transmit ring: frames of the driver, checked one by one.
+//! A transmit ring. It checks each frame of the driver.
 
 use vbus_core::memory::{DriverSlice, View};
 use vbus_core::shm::abi::venet::HEADER_BYTES;
@@ -6,8 +6,7 @@ use vbus_core::shm::ring::{DeviceEnd, Entry, NEXT};
 use vbus_core::{ErrorCode, Interrupt, Window};
 use vbus_net::{Body, CHAIN_MAX, ETH_BYTES, FRAME_MAX, Header, Offloads, Packet};
 
-/// The next frame of the transmit ring: its entries, and when they are complete, what its header
-/// said.
+/// The next frame of the transmit ring: its entries and, once they are complete, its header.
 #[derive(Default)]
 struct Chain {
     entries: Vec<Entry>,
@@ -20,19 +19,19 @@ pub struct TxQueue {
     pub ring: DeviceEnd<Window>,
     pub interrupt: Interrupt,
     chain: Chain,
-    /// Whether entries were taken since [`begin`](Self::begin).
+    /// Whether the device took entries since [`begin`](Self::begin).
     pub took: bool,
 }
 
-/// What the transmit ring has next.
+/// What the transmit ring holds next.
 pub enum Next {
-    /// No frame that is complete.
+    /// No complete frame.
     Nothing,
     /// A frame.
     Frame(Header, [u8; ETH_BYTES]),
     /// A frame that is shorter than an Ethernet header.
     Short,
-    /// A frame whose header is wrong, or that is too long.
+    /// A frame with a wrong header, or a frame that is too long.
     BadHeader,
 }
 
@@ -42,8 +41,8 @@ impl TxQueue {
         TxQueue { ring, interrupt, chain, took: false }
     }
 
-    /// The next frame of the ring, or the one that had to wait. `parts` gets what follows its
-    /// Ethernet header. `offloads` are those that the driver may use.
+    /// Returns the next frame of the ring, or the frame that had to wait. `parts` gets the bytes
+    /// after its Ethernet header. `offloads` are those that the driver may use.
     pub fn next<'v>(
         &mut self,
         view: &'v View<'_>,
@@ -59,8 +58,8 @@ impl TxQueue {
                 return Err(ErrorCode::BAD_LENGTH);
             }
             chain.entries.push(entry);
-            // A part of a frame is progress too: what the ring was armed for has come, and the task
-            // must arm again before it sleeps.
+            // A part of a frame is progress too. The driver has rung for it, so the task must arm
+            // again before it sleeps.
             self.took = true;
         }
         const HEAD: usize = HEADER_BYTES + ETH_BYTES;
@@ -77,8 +76,8 @@ impl TxQueue {
         if at < HEAD {
             return Ok(Next::Short);
         }
-        // The header is read and checked once. A frame that waits is sent later with the header
-        // that was checked, whatever the driver has written since.
+        // The device reads and checks the header once. A frame that waits keeps the checked header,
+        // whatever the driver writes later.
         if let Some((header, eth)) = chain.head {
             return Ok(Next::Frame(header, eth));
         }
@@ -96,7 +95,7 @@ impl TxQueue {
         Ok(Next::Frame(header, eth))
     }
 
-    /// The frame was sent or dropped: gives its entries back.
+    /// The frame was sent or dropped: returns its entries to the driver.
     pub fn done(&mut self) {
         for entry in self.chain.entries.drain(..) {
             self.ring.give_back(entry.into());

@@ -165,8 +165,8 @@ fn live(endpoint: &Arc<Endpoint>, random: &mut Random) -> Option<ErrorCode> {
         if random.below(30) == 0 {
             be_looked_at(&net);
         }
-        if let ConnectionState::Broken(status) = endpoint.state() {
-            return Some(status);
+        if let ConnectionState::Broken(code) = endpoint.state() {
+            return Some(code);
         }
     }
     None
@@ -175,7 +175,10 @@ fn live(endpoint: &Arc<Endpoint>, random: &mut Random) -> Option<ErrorCode> {
 #[test]
 fn it_breaks_nothing_but_its_own_connection() {
     let bus = bus(2);
-    let config = |n: u8, patience: u32| json!({ "mac": format!("02:00:00:00:00:{n:02x}"), "backpressure-ms": patience });
+    let config = |n: u8, backpressure_ms: u32| {
+        let mac = format!("02:00:00:00:00:{n:02x}");
+        json!({ "mac": mac, "backpressure-ms": backpressure_ms })
+    };
     let mut a = Net::new(&bus, "a", config(1, 60_000), Shape { features: ALL, ..Shape::default() });
     let mut b = Net::new(&bus, "b", config(2, 60_000), Shape::default());
     let h = bus.create("h", "venet", &config(3, 5)).unwrap();
@@ -238,16 +241,16 @@ fn each_fault_has_its_status() {
         net.kick_tx(0);
         net.kick_rx(0);
         let interrupts = net.interrupts.clone();
-        let status = interrupts.wait("the end of the connection", || match net.endpoint.state() {
-            ConnectionState::Broken(status) => Some(status),
+        let code = interrupts.wait("the end of the connection", || match net.endpoint.state() {
+            ConnectionState::Broken(code) => Some(code),
             _ => None,
         });
         assert_eq!(net.call(CALL_FILTER, &[0; 8]), Err(ErrorCode::NOT_OPEN));
-        status
+        code
     };
-    let check = |tx: &[(u64, u32, u16)], rx: &[(u64, u32)], status| {
+    let check = |tx: &[(u64, u32, u16)], rx: &[(u64, u32)], code| {
         let mut net = Net::open(&endpoint, Shape::default());
-        assert_eq!(broken(&mut net, tx, rx), status, "{tx:x?} {rx:x?}");
+        assert_eq!(broken(&mut net, tx, rx), code, "{tx:x?} {rx:x?}");
     };
     check(&[(1 << 40, 100, 0)], &[], ErrorCode::BAD_ADDRESS);
     check(&[(u64::MAX - 10, 100, 0)], &[], ErrorCode::BAD_ADDRESS);

@@ -1,4 +1,4 @@
-//! A front of the least kind: its driver is the test, its rings are queues in this process.
+//! A minimal front. The test is its driver, and its rings are queues in this process.
 
 use std::collections::VecDeque;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -15,7 +15,7 @@ use vbus_net::{
 /// How long a test waits for a frame that must come.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A receive queue without offloads, with room for so many frames.
+/// A receive queue without offloads, with room for a number of frames.
 struct Sink {
     filter: Arc<Filter>,
     frames: Sender<Vec<u8>>,
@@ -49,7 +49,7 @@ impl RxSink for Sink {
     }
 
     fn reserve(&mut self, _read: &mut Read<'_>) -> Reserved {
-        Reserved::Nothing // No test here plugs in an interface.
+        Reserved::Nothing // No test here uses a TAP interface.
     }
 
     fn longest(&self) -> usize {
@@ -69,10 +69,10 @@ impl RxSink for Sink {
     fn count_drop(&mut self, _reason: RxDrop) {}
 }
 
-/// What the task of the one queue pair has.
+/// The state of the task of the only queue pair.
 struct Pair {
     queue: Box<dyn Queue>,
-    /// Its own, if the back end does not share it.
+    /// The receive queue, if the back end does not share it.
     sink: Option<Sink>,
     sending: Arc<Mutex<VecDeque<Vec<u8>>>>,
 }
@@ -117,7 +117,7 @@ pub struct Front {
 }
 
 impl Front {
-    /// A device of address `mac` whose driver takes `room` frames.
+    /// Plugs in a device with address `mac` and a driver with room for `room` frames.
     pub fn plug(executor: &Executor, backend: &dyn Backend, mac: Mac, room: usize) -> Front {
         let (filter, steering) = (Arc::new(Filter::new(mac)), Arc::new(Steering::new(1)));
         let (tell, frames) = channel();
@@ -158,7 +158,7 @@ impl Front {
         self.frames.try_recv().is_err()
     }
 
-    /// The driver of a device on a switch takes so many more frames.
+    /// Adds room for `room` frames to the driver of a device on a switch.
     pub fn add_room(&self, room: usize) {
         let mut sink = lock(self.shared.as_ref().unwrap());
         sink.room += room;

@@ -1,4 +1,5 @@
-//! The back ends behind a front that is not `venet`: what a second front has to do, and no more.
+//! The back ends behind a minimal front that is not `venet`. It shows what a second front has to
+//! do.
 #![allow(clippy::unwrap_used)] // A test may panic.
 
 mod front;

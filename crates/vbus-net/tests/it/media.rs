@@ -1,4 +1,4 @@
-//! Frames through each medium that needs no privilege.
+//! Frames through each medium that needs no privileges.
 
 use std::sync::Arc;
 
@@ -34,7 +34,7 @@ fn a_switch_keeps_frames_until_the_receiver_has_room() {
         assert_eq!(b.receive(), frame(B, A, n), "in order, none lost");
     }
     assert!(b.has_none());
-    assert!(!b.plug.set_mac(A), "that is the other's address");
+    assert!(!b.plug.set_mac(A), "the other device has that address");
     drop(b);
     assert!(links[0].is_up());
 }
@@ -47,7 +47,8 @@ fn two_streams_are_two_ends_of_a_cable() {
     let (a, b) = (open(Medium::Listen(path.clone())), open(Medium::Connect(path)));
     let a = Front::plug(&executor, &*a, A, usize::MAX);
     let b = Front::plug(&executor, &*b, B, usize::MAX);
-    // Frames to no peer are dropped: the first that arrives shows that there is one.
+    // The stream drops frames while there is no peer. The first frame that arrives shows that there
+    // is one.
     let mut n = 0;
     while a.has_none() {
         n += 1;
@@ -58,11 +59,11 @@ fn two_streams_are_two_ends_of_a_cable() {
     a.send(&frame(A, A, 8));
     a.send(&frame(B, A, 9));
     assert_eq!(b.receive(), frame(B, A, 7));
-    assert_eq!(b.receive(), frame(B, A, 9), "the filter is the receiver's");
+    assert_eq!(b.receive(), frame(B, A, 9), "the receiver's filter decides");
 }
 
 #[test]
-fn a_source_is_recorded_whatever_the_front() {
+fn the_capture_records_a_source_behind_any_front() {
     let (executor, switches, dir) = (executor(), Switches::default(), tempfile::tempdir().unwrap());
     let path = dir.path().join("null.pcap");
     let null = Medium::Null(60).open(&switches, 1, 1500, Arc::default()).unwrap();

@@ -369,7 +369,8 @@ fn a_stream_without_a_peer_says_so() {
     let long = format!("connect=/{}", "x".repeat(200));
     let add = ["device", "add", "t", "--class", "venet", "--set", "backend=stream", "--set", &long];
     assert!(
-        bus.bad(&add).contains("\"connect\" is a path of 201 bytes; a socket's has at most 107")
+        bus.bad(&add)
+            .contains("\"connect\" is a path of 201 bytes; the path of a socket has at most 107")
     );
 }
 
