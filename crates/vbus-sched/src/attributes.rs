@@ -10,7 +10,8 @@ use vbus_core::shm::abi::sched as abi;
 
 use crate::policy::Setting;
 
-/// What `sched_getattr` and `sched_setattr` take, in its first form, which every kernel knows.
+/// The argument of `sched_getattr` and `sched_setattr`, in its first version, which every kernel
+/// knows.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attributes {
@@ -28,7 +29,7 @@ pub struct Attributes {
 const BYTES: u32 = 48;
 const _: () = assert!(size_of::<Attributes>() == BYTES as usize);
 
-/// Threads and processes that the thread makes do not get its class.
+/// Threads and processes that the thread creates do not inherit its class.
 const RESET_ON_FORK: u64 = 1;
 
 const OTHER: u32 = 0;
@@ -37,10 +38,10 @@ const RR: u32 = 2;
 const BATCH: u32 = 3;
 const IDLE: u32 = 5;
 
-/// The attributes of thread `tid`.
+/// Reads the attributes of thread `tid`.
 pub fn get(tid: i32) -> Result<Attributes, Errno> {
     let mut attributes = Attributes::default();
-    // SAFETY: the kernel writes at most BYTES bytes to the structure, which has as many.
+    // SAFETY: the kernel writes at most BYTES bytes to the structure, which has BYTES bytes.
     let result =
         unsafe { libc::syscall(libc::SYS_sched_getattr, tid, &raw mut attributes, BYTES, 0) };
     if result < 0 { Err(last_errno()) } else { Ok(attributes) }
@@ -49,7 +50,7 @@ pub fn get(tid: i32) -> Result<Attributes, Errno> {
 /// Gives thread `tid` these attributes.
 pub fn set(tid: i32, attributes: Attributes) -> Result<(), Errno> {
     let attributes = Attributes { size: BYTES, ..attributes };
-    // SAFETY: the kernel only reads the structure, of the size that stands in it.
+    // SAFETY: the kernel only reads the structure. Its first field is its size.
     let result = unsafe { libc::syscall(libc::SYS_sched_setattr, tid, &raw const attributes, 0) };
     if result < 0 { Err(last_errno()) } else { Ok(()) }
 }
@@ -59,7 +60,7 @@ fn last_errno() -> Errno {
 }
 
 impl Attributes {
-    /// The attributes of a thread that had these, with `setting`.
+    /// These attributes, changed to `setting`.
     pub fn with(self, setting: Setting) -> Attributes {
         let policy = match setting.class {
             abi::CLASS_BATCH => BATCH,
@@ -73,7 +74,7 @@ impl Attributes {
             attributes.priority = setting.priority.unsigned_abs();
         } else {
             attributes.nice = setting.priority;
-            // From Linux 6.12 on, the length of its time slice.
+            // Since Linux 6.12 this is the length of the time slice.
             attributes.runtime = if self.is_fair() { self.runtime } else { 0 };
         }
         attributes
@@ -83,25 +84,25 @@ impl Attributes {
         matches!(self.policy, OTHER | BATCH | IDLE)
     }
 
-    /// Whether setting these sets the nice value too. Other classes keep a nice value that has no
-    /// effect.
+    /// Whether setting these attributes sets the nice value too. The other classes keep a nice
+    /// value, but it has no effect.
     fn has_nice(self) -> bool {
         matches!(self.policy, OTHER | BATCH)
     }
 
-    /// Whether a thread that was given these attributes has them still. The kernel does not return
-    /// all fields as they were set.
+    /// Whether a thread that was given these attributes still has them; `now` are its present ones.
+    /// The kernel does not return all fields as they were set.
     pub fn is_still(self, now: Attributes) -> bool {
         (self.policy, self.priority) == (now.policy, now.priority)
             && (!self.has_nice() || self.nice == now.nice)
     }
 }
 
-/// Gives thread `tid` its own class back: `own`, and for classes without a nice value of their own
-/// `own_nice`.
+/// Restores the own class of thread `tid`: `own`, and also `own_nice` if that class has no nice
+/// value in effect.
 pub fn put_back(tid: i32, own: Attributes, own_nice: i32) -> Result<(), Errno> {
     match set(tid, own) {
-        // Only a process with CAP_SYS_NICE may clear that flag.
+        // Only a process with CAP_SYS_NICE may clear this flag.
         Err(Errno::PERM) => set(tid, Attributes { flags: own.flags | RESET_ON_FORK, ..own })?,
         result => result?,
     }

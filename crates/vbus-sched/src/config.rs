@@ -10,10 +10,10 @@ use vbus_core::shm::abi::sched as abi;
 
 use crate::policy::Policy;
 
-/// The names of the classes, by number.
+/// The names of the scheduling classes, by number.
 pub const CLASS_NAMES: [&str; 6] = ["none", "normal", "batch", "idle", "fifo", "rr"];
 
-/// The classes that can be allowed, by name, with their numbers.
+/// The classes that a policy can allow, with their numbers.
 const CLASSES: [(&str, u32); 5] = [
     (CLASS_NAMES[abi::CLASS_NORMAL as usize], abi::CLASS_NORMAL),
     (CLASS_NAMES[abi::CLASS_BATCH as usize], abi::CLASS_BATCH),
@@ -22,19 +22,19 @@ const CLASSES: [(&str, u32); 5] = [
     (CLASS_NAMES[abi::CLASS_RR as usize], abi::CLASS_RR),
 ];
 
-/// Highest priority, changes a second, and milliseconds of a boost, if the settings do not say.
+/// The defaults of `priority-max`, `changes` and `boost-ms`.
 const PRIORITY_MAX: i32 = 10;
 const CHANGES: u32 = 1000;
 const BOOST_MS: u32 = 500;
-/// *Share*, if the settings do not say ...
+/// The default of `boost-share`, in percent ...
 const SHARE: u32 = 90;
-/// ... and the share that is none.
+/// ... and the value that means no limit.
 const SHARE_ALL: u32 = 100;
-/// Virtual CPUs with pages, if the settings do not say.
+/// The default of `cpus`.
 const CPUS: u32 = 64;
 const CHANGES_MAX: u32 = 100_000;
 
-/// Who tells the threads of the virtual CPUs.
+/// How the device learns the threads of the virtual CPUs.
 #[derive(Clone, Debug)]
 pub enum Origin {
     /// From the settings, in the order of the virtual CPUs.
@@ -55,8 +55,9 @@ pub struct Config {
 }
 
 impl Config {
-    /// Checks the settings. `tells_time`: the kernel tells how much processor time a thread has
-    /// used. If it does not, there is no bound, and settings that ask for one are an error.
+    /// Checks the settings. `tells_time`: the kernel reports how much processor time a thread has
+    /// used. If it does not, there is no limit on the share, and settings that ask for a limit are
+    /// an error.
     pub fn parse(config: &Value, tells_time: bool) -> Result<Config, CreateError> {
         let bad = |text: String| Err(CreateError(text));
         let mut settings = Settings::new(config)?;
@@ -75,9 +76,11 @@ impl Config {
             (None, Some(qmp), None) => (Origin::Qmp(qmp), CPUS),
             (None, None, Some(vmm)) => (Origin::Vmm(vmm), CPUS),
             _ => {
-                return bad("where are the virtual CPUs' threads? give one of: qmp = SOCKET (of QEMU), vmm = SOCKET (control socket \
-                     of vbus-vmm), threads = [ID, ...]"
-                    .into());
+                return bad(
+                    "where are the virtual CPUs' threads? give one of: qmp = SOCKET (of QEMU), \
+                     vmm = SOCKET (control socket of vbus-vmm), threads = [ID, ...]"
+                        .into(),
+                );
             }
         };
         let cpus = settings.integer("cpus", 1..=abi::CPUS_MAX)?.unwrap_or(implied);
@@ -95,15 +98,15 @@ impl Config {
         let share = share.unwrap_or(if tells_time { SHARE } else { SHARE_ALL });
         if share < SHARE_ALL && !tells_time {
             let text = format!(
-                "is {share}, but this kernel does not tell how much time a thread has used (/proc/PID/schedstat, \
-                 CONFIG_SCHED_INFO): leave it out, or set it to 100, which is no bound"
+                "is {share}, but this kernel does not report how much time a thread has used \
+                 (/proc/PID/schedstat, CONFIG_SCHED_INFO): leave it out, or set it to 100"
             );
             return Err(settings.error("boost-share", text));
         }
-        // Two requests must fit, so that an honest driver can renew its class.
+        // Two requests must fit in a boost, so that an honest driver can renew its class.
         if u64::from(boost_ms) * u64::from(changes) < 2000 {
             let text = format!(
-                "is {changes} a second, with which a driver cannot renew its class within \"boost-ms\" = {boost_ms}: \
+                "is {changes}, too few to renew a class within \"boost-ms\" = {boost_ms} ms; \
                  make their product at least 2000"
             );
             return Err(settings.error("changes", text));
@@ -186,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn a_share_that_cannot_be_kept_is_refused_or_not_promised() {
+    fn a_share_that_the_kernel_cannot_measure_is_refused() {
         let share = |config: Value| Config::parse(&config, false).map(|config| config.policy.share);
         assert_eq!(share(json!({ "qmp": "a" })).unwrap(), 100);
         assert_eq!(share(json!({ "qmp": "a", "boost-share": 100 })).unwrap(), 100);
@@ -196,7 +199,14 @@ mod tests {
 
     #[test]
     fn the_driver_reads_the_policy() {
-        let config = json!({ "qmp": "a", "cpus": 4, "allow": ["rr", "idle"], "priority-max": 30, "changes": 200, "boost-ms": 50 });
+        let config = json!({
+            "qmp": "a",
+            "cpus": 4,
+            "allow": ["rr", "idle"],
+            "priority-max": 30,
+            "changes": 200,
+            "boost-ms": 50,
+        });
         let config = Config::parse(&config, true).unwrap();
         let words: Vec<u32> = config
             .area()

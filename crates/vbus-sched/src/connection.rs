@@ -32,7 +32,8 @@ impl SchedConnection {
         SchedConnection { device, task }
     }
 
-    /// Which page region `id` is: the number of the virtual CPU, and whether it is the report page.
+    /// The page that region `id` holds: the number of the virtual CPU, and whether the page is the
+    /// report page.
     fn place(&self, id: u32) -> Result<(usize, bool), ErrorCode> {
         let cpu = id / 2;
         if cpu >= self.device.config.cpus {
@@ -72,7 +73,7 @@ impl Drop for SchedConnection {
 /// The task that follows the request pages.
 struct Follow {
     device: Arc<Cpus>,
-    /// The task itself, which the VMM's answer wakes.
+    /// The task's own handle. The VMM's answer wakes the task.
     task: TaskHandle,
     deadline: Option<Instant>,
 }
@@ -91,7 +92,7 @@ impl Task for Follow {
             busy |= step.busy;
             step.deadline.into_iter().for_each(&mut not_after);
         }
-        // The VMM is asked only when a thread is wanted.
+        // The task asks the VMM only when a thread is wanted.
         if let Some(lookup) = lookup {
             if lookup.is_talking() || cpus.iter().any(Cpu::wants_thread) {
                 let wanted = |cpu: u32| cpus.get(cpu as usize).is_some_and(Cpu::wants_thread);
@@ -109,7 +110,7 @@ impl Task for Follow {
     }
 
     fn arm(&mut self) -> Result<Armed, ErrorCode> {
-        // All pages, also after one has missed: the task may sleep all the same.
+        // Arm every page, even after one has missed: the task may sleep nevertheless.
         let missed = lock(&self.device.state)
             .cpus
             .iter_mut()

@@ -1,4 +1,5 @@
-//! One virtual CPU: its pages and its thread. The request page decides what the thread is.
+//! One virtual CPU: its pages and its thread. The request page decides the scheduling class of the
+//! thread.
 
 use std::time::Instant;
 
@@ -14,7 +15,7 @@ use crate::config::CLASS_NAMES;
 use crate::policy::{BadRequest, Budget, Grant, Policy, Setting, Share, parse};
 use crate::thread::Thread;
 
-/// What the device counts for a virtual CPU, over the life of the device.
+/// The counts for one virtual CPU, over the life of the device.
 #[derive(Clone, Copy, Debug, Default)]
 struct Counts {
     updates: u64,
@@ -44,7 +45,7 @@ struct Requests {
     wish: Wish,
     /// When the device looked last.
     looked: Instant,
-    /// There is a newer request, which waits for the budget.
+    /// Whether a newer request waits for the budget.
     put_off: bool,
 }
 
@@ -62,24 +63,24 @@ pub struct Cpu {
     reports: Option<Reports>,
     budget: Budget,
     share: Share,
-    /// When to look at the thread's processor time again.
+    /// When to read the thread's processor time again.
     look_at_share: Option<Instant>,
     /// [`word::OUTCOME`].
-    status: u32,
+    outcome: u32,
     counts: Counts,
 }
 
 /// The result of a [`step`](Cpu::step).
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Step {
-    /// Something was done.
+    /// Whether the step did any work.
     pub busy: bool,
-    /// When the next step is due, if nothing else happens.
+    /// When the next step is due if no event comes.
     pub deadline: Option<Instant>,
 }
 
 impl Step {
-    /// The next step is due at `at`, or sooner.
+    /// Makes the next step due at `at` at the latest.
     fn until(&mut self, at: Instant) {
         self.deadline = Some(self.deadline.map_or(at, |deadline| deadline.min(at)));
     }
@@ -94,12 +95,12 @@ impl Cpu {
             budget: Budget::new(policy.changes),
             share: Share::new(policy.share),
             look_at_share: None,
-            status: word::OK,
+            outcome: word::OK,
             counts: Counts::default(),
         }
     }
 
-    /// The driver registers the page for its requests.
+    /// The driver registers the request page.
     pub fn show_requests(&mut self, region: &Region) -> Result<(), ErrorCode> {
         if self.requests.is_some() {
             return Err(ErrorCode::EXISTS);
@@ -108,14 +109,14 @@ impl Cpu {
         if reader.layout().value_bytes() != abi::request::BYTES as usize {
             return Err(ErrorCode::BAD_LENGTH);
         }
-        // A fresh page is at version 0, and its zeros are no request.
+        // A new page is at version 0, and its zeros are not a request.
         let (looked, wish) = (Instant::now(), Wish::Own);
         let handle = region.handle;
         self.requests = Some(Requests { handle, reader, seen: 0, wish, looked, put_off: false });
         Ok(())
     }
 
-    /// The driver registers the page for reports.
+    /// The driver registers the report page.
     pub fn show_reports(&mut self, region: &Region) -> Result<(), ErrorCode> {
         if self.reports.is_some() {
             return Err(ErrorCode::EXISTS);
@@ -130,8 +131,8 @@ impl Cpu {
         Ok(())
     }
 
-    /// The driver drops region `handle`. If that was the request page, the thread gets its own
-    /// class back.
+    /// The driver drops region `handle`. If that was the request page, the device restores the
+    /// thread's own class.
     pub fn hide(&mut self, handle: u32) {
         self.reports.take_if(|reports| reports.handle == handle);
         if self.requests.take_if(|requests| requests.handle == handle).is_some() {
@@ -140,27 +141,27 @@ impl Cpu {
         }
     }
 
-    /// The driver has gone: its pages are dropped, and the thread gets its own class back. Returns
-    /// the thread.
+    /// The driver has gone: drops its pages and restores the thread's own class. Returns the
+    /// thread.
     pub fn close(&mut self) -> Option<Thread> {
         (self.requests, self.reports) = (None, None);
         self.settle(Instant::now(), None);
         self.thread.take()
     }
 
-    /// Whether there is a request page, and its thread is not known.
+    /// Whether there is a request page whose thread is not known.
     pub fn wants_thread(&self) -> bool {
         self.requests.is_some() && self.thread.is_none()
     }
 
-    /// The thread was found.
+    /// Sets the thread of this virtual CPU.
     pub fn give_thread(&mut self, thread: Thread) {
         self.share.forget();
         self.thread = Some(thread);
     }
 
-    /// Looks at the newest request, if there is one and the budget allows it. Then changes the
-    /// thread, if it is not as it should be.
+    /// Reads the newest request, if there is one and the budget allows it. Then changes the thread
+    /// if its class is not the granted one.
     pub fn step(&mut self, now: Instant, policy: &Policy) -> Step {
         let mut step = Step::default();
         let Some(requests) = &mut self.requests else { return step };
@@ -178,16 +179,16 @@ impl Cpu {
                     step.deadline = Some(at);
                 }
             }
-        } else if self.status == word::NO_THREAD && self.thread.is_some() {
+        } else if self.outcome == word::NO_THREAD && self.thread.is_some() {
             step.busy = true;
             self.settle_first(now, policy);
         }
         if self.look_at_share.is_some_and(|at| at <= now) {
-            let before = self.status;
+            let before = self.outcome;
             self.settle(now, Some(policy));
-            step.busy |= self.status != before;
+            step.busy |= self.outcome != before;
             self.counts.expired +=
-                u64::from(self.status == word::IS_SPENT && before != word::IS_SPENT);
+                u64::from(self.outcome == word::IS_SPENT && before != word::IS_SPENT);
         }
         if let Some(end) = self.end(policy) {
             if end <= now {
@@ -201,7 +202,7 @@ impl Cpu {
         self.look_at_share = self
             .share
             .deadline(now)
-            .filter(|_| self.is_real_time() || self.status == word::IS_SPENT);
+            .filter(|_| self.is_real_time() || self.outcome == word::IS_SPENT);
         self.look_at_share.into_iter().for_each(|at| step.until(at));
         if step.busy {
             self.report();
@@ -214,24 +215,24 @@ impl Cpu {
         self.thread.as_ref().and_then(Thread::setting).is_some_and(Setting::is_real_time)
     }
 
-    /// When the thread's real-time class ends.
+    /// When the thread's real-time class ends, if it has one.
     fn end(&self, policy: &Policy) -> Option<Instant> {
         let requests = self.requests.as_ref().filter(|_| self.is_real_time())?;
         Some(requests.looked + policy.boost)
     }
 
-    /// Obeys a new request, and counts the outcome.
+    /// Applies a new request, and counts the outcome.
     fn settle_first(&mut self, now: Instant, policy: &Policy) {
         self.settle(now, Some(policy));
-        match self.status {
+        match self.outcome {
             word::IS_CLAMPED => self.counts.clamped += 1,
             word::BAD_REQUEST | word::NOT_ALLOWED => self.counts.refused += 1,
             _ => {}
         }
     }
 
-    /// Gives the thread what the present request is granted by `policy`; without a policy its own
-    /// class. Accounts for the time at a real-time class.
+    /// Gives the thread the part of the present request that `policy` grants; without a policy, its
+    /// own class. Accounts for the time at a real-time class.
     fn settle(&mut self, now: Instant, policy: Option<&Policy>) {
         self.account(now);
         let request = self
@@ -241,10 +242,10 @@ impl Cpu {
             .map(|(requests, policy)| (requests.wish, requests.looked, policy));
         let Some(thread) = &mut self.thread else {
             let is_for_thread = request.is_some_and(|(wish, ..)| wish != Wish::Own);
-            self.status = if is_for_thread { word::NO_THREAD } else { word::OK };
+            self.outcome = if is_for_thread { word::NO_THREAD } else { word::OK };
             return;
         };
-        let (status, setting) = match request {
+        let (outcome, setting) = match request {
             Some((Wish::This(wish), looked, policy)) => match thread
                 .own_nice()
                 .map(|nice| policy.judge(wish, nice))
@@ -269,11 +270,11 @@ impl Cpu {
             Ok(changed) => self.counts.changes += u64::from(changed),
             Err(error) => return self.fail(error),
         }
-        self.status = status;
+        self.outcome = outcome;
         self.account(now);
     }
 
-    /// Reads the processor time that the thread has used, if there is a bound for it.
+    /// Reads the processor time that the thread has used, if there is a limit on it.
     fn account(&mut self, now: Instant) {
         let is_real_time = self.is_real_time();
         if let Some(thread) = self.thread.as_ref().filter(|_| self.share.is_bounded()) {
@@ -281,19 +282,20 @@ impl Cpu {
         }
     }
 
-    /// The kernel refused a change: the thread has ended, or this process may not change it.
+    /// Handles a refused change: the thread has ended, or this process may not change it.
     fn fail(&mut self, error: Errno) {
         if error == Errno::SRCH {
             self.thread = None;
-            self.status = word::NO_THREAD;
+            self.outcome = word::NO_THREAD;
             return;
         }
-        if self.status != word::FAILED {
+        if self.outcome != word::FAILED {
             let tid = self.thread.as_ref().map(Thread::tid);
-            tracing::warn!(thread = tid, %error, "cannot set a thread's scheduling class; CAP_SYS_NICE does it");
+            let text = "cannot set a thread's scheduling class; vbus needs CAP_SYS_NICE";
+            tracing::warn!(thread = tid, %error, "{text}");
         }
         self.counts.refused += 1;
-        self.status = word::FAILED;
+        self.outcome = word::FAILED;
     }
 
     /// Writes the report page.
@@ -304,7 +306,7 @@ impl Cpu {
         let version = self.requests.as_ref().map_or(0, |requests| requests.seen);
         let mut value = [0; word::BYTES as usize];
         let words = [
-            (word::OUTCOME, self.status),
+            (word::OUTCOME, self.outcome),
             (word::CLASS, setting.class),
             (word::PRIORITY, setting.priority as u32),
         ];
@@ -328,7 +330,7 @@ impl Cpu {
     }
 
     /// Asks the driver to ring with its next request. Does not ask while a request waits for the
-    /// budget: the task looks at that one by itself.
+    /// budget, because the task reads that one by a timer.
     pub fn arm(&mut self) -> Armed {
         match &mut self.requests {
             Some(requests) if !requests.put_off => requests.reader.arm_newer(requests.seen),
@@ -343,7 +345,7 @@ impl Cpu {
         }
     }
 
-    /// Its state and counters for people, if it is or was in use.
+    /// Its state and counters, if it is or was in use.
     pub fn inspect(&self, cpu: usize) -> Option<Value> {
         if self.thread.is_none() && self.requests.is_none() && self.counts.updates == 0 {
             return None;
@@ -356,7 +358,7 @@ impl Cpu {
             "thread": self.thread.as_ref().map(Thread::tid),
             "class": class,
             "priority": setting.map_or(0, |setting| setting.priority),
-            "status": STATUS_NAMES[self.status as usize],
+            "outcome": OUTCOME_NAMES[self.outcome as usize],
             "updates": updates,
             "changes": changes,
             "clamped": clamped,
@@ -368,8 +370,8 @@ impl Cpu {
     }
 }
 
-/// The names of the statuses, by number.
-const STATUS_NAMES: [&str; 8] =
+/// The names of the outcomes, by number.
+const OUTCOME_NAMES: [&str; 8] =
     ["ok", "clamped", "bad request", "not allowed", "expired", "no thread", "failed", "spent"];
 
 impl Requests {
@@ -388,13 +390,13 @@ impl Requests {
                 };
                 counts.updates += 1;
             }
-            // The writer never pauses. The request before stays, and the device looks again later.
+            // The writer never pauses. The former request stays, and the device reads again later.
             Err(Overrun) => counts.overruns += 1,
         }
     }
 }
 
-/// The memory of a page whose signal is where it must be.
+/// The memory of a page. Fails unless the region's signal block is at its place.
 fn checked(region: &Region) -> Result<Window, ErrorCode> {
     if region.signal_offset == Some(SIGNAL_OFFSET) {
         Ok(region.window.clone())

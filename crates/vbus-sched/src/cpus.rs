@@ -1,4 +1,4 @@
-//! All virtual CPUs of a device, with the threads that stand for them.
+//! All virtual CPUs of a device, with their threads.
 
 use std::sync::{Arc, Mutex};
 
@@ -11,7 +11,7 @@ use crate::ledger::Ledger;
 use crate::lookup::Lookup;
 use crate::thread::{self, Claims, Thread};
 
-/// What a device and its connection both use.
+/// The virtual CPUs of a device. The device and its connection share them.
 pub struct Cpus {
     pub config: Config,
     pub state: Mutex<State>,
@@ -27,7 +27,7 @@ pub struct State {
 }
 
 impl Cpus {
-    /// Virtual CPUs by `config`. `threads` are those that the settings name.
+    /// Makes the virtual CPUs that `config` describes. `threads` are those that the settings name.
     pub fn new(config: Config, threads: Vec<Option<Thread>>, claims: &Claims) -> Cpus {
         let cpus = (0..config.cpus).map(|_| Cpu::new(&config.policy)).collect();
         let lookup = Lookup::new(&config.origin, claims);
@@ -63,9 +63,9 @@ impl Cpus {
             *lock(&self.threads) = threads;
         }
     }
-    /// Policy, virtual CPUs and errors, for people.
+    /// Policy, virtual CPUs and errors, as JSON.
     pub fn inspect(&self) -> Value {
-        // Reads a file: not under the lock that the pages' task needs.
+        // This reads a file, so it must not hold the lock that the task needs.
         let privileged = thread::is_privileged();
         let state = lock(&self.state);
         let cpus: Vec<_> =

@@ -1,11 +1,11 @@
-//! The ledger: notes what threads were before they were changed. Another process reads it if this
-//! one is killed.
+//! The ledger: records the attributes that threads had before the device changed them. Another
+//! process reads the ledger if this one is killed.
 //!
-//! The ledger is a file in memory, with an entry for each thread that is changed at the moment. An
-//! entry is written before its thread is changed, and cleared when the thread is put back. A
-//! guardian process holds the same file. It reads the file only after this process has ended, so
-//! nobody has to tell it anything. A slot lies within one page of the file. So a process that is
-//! killed has written a slot as a whole or not at all.
+//! The ledger is a file in memory, with an entry for each thread whose class is changed at the
+//! moment. The device writes an entry before it changes the thread, and clears the entry when it
+//! has restored the thread. A guardian process holds the same file. It reads the file only after
+//! this process has ended, so the two exchange no messages. A slot lies within one page of the
+//! file. So a process that is killed has written a slot completely or not at all.
 
 use std::fs::File;
 use std::io;
@@ -20,15 +20,16 @@ use serde::{Deserialize, Serialize};
 use crate::attributes::{self, Attributes};
 use vbus_core::lock;
 
-/// Bytes of a slot: an entry in JSON, filled up with spaces; zeros, if there is none.
+/// Bytes of a slot. It holds an entry in JSON, filled up with spaces, or zeros.
 const SLOT: usize = 1024;
 const _: () = assert!(4096 % SLOT == 0);
 
-/// Keeps a process that outlives this one.
+/// Runs a process that outlives this one and restores the threads.
 pub trait Guardian: Send + Sync {
-    /// Called before a thread's first change. From now on another process holds `ledger`, and calls
-    /// [`put_back`] on it when this process has ended in any way. May be called again at any time,
-    /// also from several threads. It may start that process, and must not wait for it.
+    /// The ledger calls this before a thread's first change. After the call, another process holds
+    /// `ledger`, and calls [`put_back`] on it when this process has ended in any way. The ledger
+    /// may call this again at any time, also from several threads. The call may start the other
+    /// process, but must not wait for it.
     fn attend(&self, ledger: BorrowedFd<'_>) -> io::Result<()>;
 }
 
@@ -41,29 +42,29 @@ pub struct Ledger {
 
 #[derive(Default)]
 struct Slots {
-    /// The most slots that have been in use at a time.
+    /// The highest number of slots that have been in use at the same time.
     count: u64,
     free: Vec<u64>,
     /// Why there is no guardian.
     error: Option<String>,
 }
 
-/// What the ledger notes of a change that is about to be made.
+/// The record of a change that the device is about to make.
 #[derive(Clone, Copy)]
 pub struct Entry {
-    /// What the thread was at first.
+    /// The thread's own attributes.
     pub own: Attributes,
-    /// Its nice value, also if it has no effect in its own class.
+    /// The thread's own nice value, even if it has no effect in its class.
     pub own_nice: i32,
-    /// What it is now ...
+    /// The setting that the thread has now ...
     pub from: Attributes,
-    /// ... and will be.
+    /// ... and the one that it is about to get.
     pub to: Attributes,
 }
 
-/// An entry as it stands in the file.
+/// An entry as the file holds it.
 #[derive(Serialize, Deserialize)]
-struct Line {
+struct Record {
     tid: i32,
     start: u64,
     own: Attributes,
@@ -73,24 +74,24 @@ struct Line {
 }
 
 impl Ledger {
-    /// An empty one, which `guardian` is to look after.
+    /// Makes an empty ledger for `guardian`.
     pub fn new(guardian: Arc<dyn Guardian>) -> io::Result<Arc<Ledger>> {
         let file = File::from(memfd_create("vbus-sched", MemfdFlags::CLOEXEC)?);
         Ok(Arc::new(Ledger { file, guardian, slots: Mutex::default() }))
     }
 
-    /// Why nobody would put threads back if this process were killed now.
+    /// Why no guardian would restore threads if this process were killed now.
     pub fn error(&self) -> Option<String> {
         lock(&self.slots).error.clone()
     }
 
-    /// A slot for thread `tid`, which is about to be changed for the first time. `None`: there is
-    /// no guardian, which the log says once.
+    /// Takes a slot for thread `tid` before its first change. `None`: there is no guardian; the log
+    /// says so once.
     pub(super) fn begin(self: &Arc<Self>, tid: i32) -> Option<Note> {
         let start =
             match self.guardian.attend(self.file.as_fd()).and_then(|()| Ok(start_time(tid)?)) {
                 Ok(start) => start,
-                // The thread has just ended; its change will fail.
+                // The thread has just ended, so the change will fail.
                 Err(error) if Errno::from_io_error(&error) == Some(Errno::SRCH) => return None,
                 Err(error) => return self.fail(error.to_string()),
             };
@@ -109,7 +110,7 @@ impl Ledger {
         if slots.error.as_ref() != Some(&error) {
             tracing::warn!(
                 error,
-                "no guardian: if this process is killed, threads keep the class that they have then"
+                "there is no guardian: if this process is killed, threads keep their present class"
             );
         }
         slots.error = Some(error);
@@ -130,13 +131,13 @@ pub struct Note {
 }
 
 impl Note {
-    /// Notes the change that is about to be made. False: the note failed, and the former entry may
-    /// be lost.
+    /// Records the change that is about to be made. Returns false if that failed; the former entry
+    /// may then be lost.
     pub fn write(&self, entry: &Entry) -> bool {
         let Entry { own, own_nice, from, to } = *entry;
-        let line = Line { tid: self.tid, start: self.start, own, own_nice, from, to };
+        let record = Record { tid: self.tid, start: self.start, own, own_nice, from, to };
         let mut bytes = [b' '; SLOT];
-        let written = serde_json::to_writer(&mut bytes[..], &line).map_err(io::Error::from);
+        let written = serde_json::to_writer(&mut bytes[..], &record).map_err(io::Error::from);
         match written.and_then(|()| self.ledger.write(self.slot, &bytes)) {
             Ok(()) => true,
             Err(error) => self.ledger.fail::<()>(error.to_string()).is_some(),
@@ -146,7 +147,7 @@ impl Note {
 
 impl Drop for Note {
     fn drop(&mut self) {
-        // Room that has been written before can be written again.
+        // Bytes of the file that were written before can be written again.
         if let Err(error) = self.ledger.write(self.slot, &[0; SLOT]) {
             tracing::warn!(%error, "cannot clear a thread's entry");
         }
@@ -154,36 +155,37 @@ impl Drop for Note {
     }
 }
 
-/// When thread `tid` began, in ticks since the machine's start. No two threads have the same id and
-/// the same time.
+/// The start time of thread `tid`, in ticks since boot. No two threads have the same id and the
+/// same start time.
 fn start_time(tid: i32) -> Result<u64, Errno> {
     let stat = std::fs::read_to_string(format!("/proc/{tid}/stat"));
     let stat = stat.map_err(|error| match Errno::from_io_error(&error) {
         None | Some(Errno::NOENT) => Errno::SRCH,
         Some(errno) => errno,
     })?;
-    // Behind the name, which may hold anything; the first field there is the third of all.
+    // Parse after the thread's name, which may contain anything. The first field there is field 3.
     let field = stat
         .rsplit_once(") ")
         .and_then(|(_, fields)| fields.split_ascii_whitespace().nth(22 - 3)?.parse().ok());
     field.ok_or(Errno::SRCH)
 }
 
-/// What [`put_back`] has done.
+/// The result of [`put_back`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Outcome {
-    /// Threads that have their own class again.
+pub struct RestoreCounts {
+    /// Threads whose own class was restored.
     pub restored: u32,
-    /// Threads that had ended, or that somebody else had changed.
+    /// Threads that had ended, or that another program had changed.
     pub left: u32,
-    /// Threads that the kernel would not change.
+    /// Threads that the kernel refused to change.
     pub failed: u32,
 }
 
-/// Gives every thread in `ledger` its own class back, unless it has ended or somebody else has
-/// given it another one. For the guardian, once the process that wrote it has ended.
-pub fn put_back(ledger: &File) -> io::Result<Outcome> {
-    let mut outcome = Outcome::default();
+/// Restores the own class of every thread in `ledger`, unless the thread has ended or another
+/// program has changed its class. The guardian calls this after the process that wrote the ledger
+/// has ended.
+pub fn put_back(ledger: &File) -> io::Result<RestoreCounts> {
+    let mut outcome = RestoreCounts::default();
     let mut bytes = [0; SLOT];
     for slot in 0.. {
         match ledger.read_exact_at(&mut bytes, slot * SLOT as u64) {
@@ -194,8 +196,8 @@ pub fn put_back(ledger: &File) -> io::Result<Outcome> {
         if bytes[0] == 0 {
             continue;
         }
-        let line = serde_json::from_slice::<Line>(&bytes).map_err(|_| Errno::INVAL);
-        match line.and_then(|line| put_back_one(&line)) {
+        let record = serde_json::from_slice::<Record>(&bytes).map_err(|_| Errno::INVAL);
+        match record.and_then(|record| put_back_one(&record)) {
             Ok(true) => outcome.restored += 1,
             Ok(false) | Err(Errno::SRCH) => outcome.left += 1,
             Err(_) => outcome.failed += 1,
@@ -204,13 +206,15 @@ pub fn put_back(ledger: &File) -> io::Result<Outcome> {
     Ok(outcome)
 }
 
-fn put_back_one(line: &Line) -> Result<bool, Errno> {
-    let now = attributes::get(line.tid)?;
-    // After the reading, so that the values are this thread's for sure.
-    if start_time(line.tid)? != line.start || !(line.from.is_still(now) || line.to.is_still(now)) {
+fn put_back_one(record: &Record) -> Result<bool, Errno> {
+    let now = attributes::get(record.tid)?;
+    // Check after the reads: the values are then certainly this thread's.
+    if start_time(record.tid)? != record.start
+        || !(record.from.is_still(now) || record.to.is_still(now))
+    {
         return Ok(false);
     }
-    attributes::put_back(line.tid, line.own, line.own_nice)?;
+    attributes::put_back(record.tid, record.own, record.own_nice)?;
     Ok(true)
 }
 
@@ -228,8 +232,9 @@ mod tests {
         }
     }
 
-    /// On a thread of its own, for it changes that: lowers its priority, which everybody may, and
-    /// hands over its ledger, its note, and what it was.
+    /// Runs `test` on a thread of its own, because this changes the thread. Lowers the thread's
+    /// priority, which needs no privileges, and passes its ledger, its note and its former
+    /// attributes.
     fn changed(test: impl FnOnce(&Arc<Ledger>, Note, Entry) + Send + 'static) {
         let thread = std::thread::spawn(|| {
             let tid = rustix::thread::gettid().as_raw_nonzero().get();
@@ -246,26 +251,26 @@ mod tests {
     }
 
     #[test]
-    fn what_was_noted_is_put_back_once_and_only_once() {
+    fn recorded_attributes_are_restored_exactly_once() {
         changed(|ledger, note, entry| {
             let outcome = put_back(&ledger.file).unwrap();
-            assert_eq!(outcome, Outcome { restored: 1, ..Outcome::default() });
+            assert_eq!(outcome, RestoreCounts { restored: 1, ..RestoreCounts::default() });
             assert!(entry.own.is_still(attributes::get(note.tid).unwrap()));
             drop(note);
-            assert_eq!(put_back(&ledger.file).unwrap(), Outcome::default());
+            assert_eq!(put_back(&ledger.file).unwrap(), RestoreCounts::default());
         });
     }
 
     #[test]
-    fn other_threads_and_other_settings_are_left_alone() {
+    fn other_threads_and_other_settings_do_not_change() {
         changed(|ledger, mut note, entry| {
             // The id belongs to another thread.
             note.start += 1;
             assert!(note.write(&entry));
-            let left = Outcome { left: 1, ..Outcome::default() };
+            let left = RestoreCounts { left: 1, ..RestoreCounts::default() };
             assert_eq!(put_back(&ledger.file).unwrap(), left);
             assert!(entry.to.is_still(attributes::get(note.tid).unwrap()));
-            // Somebody else has changed it.
+            // Another program has changed it.
             note.start -= 1;
             assert!(note.write(&entry));
             let other = entry.own.with(Setting { class: abi::CLASS_BATCH, priority: 9 });

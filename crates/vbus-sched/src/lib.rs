@@ -2,12 +2,12 @@
 //!
 //! The guest has one state page for each virtual CPU. The driver writes there the scheduling class
 //! and priority of the task that runs on the virtual CPU now. The device gives the host thread of
-//! the virtual CPU the same class, as far as the host's policy allows. It reports in a second page
-//! what it did.
+//! the virtual CPU the same class, as far as the host's policy allows. It reports the outcome in a
+//! second page.
 //!
 //! `cpus` holds all virtual CPUs of a device, `cpu` serves the pages of one. Only `thread` changes
-//! a thread. `lookup` asks the VMM which threads its virtual CPUs are. `ledger` notes what was
-//! changed, so that another process can undo it if this process is killed.
+//! a thread. `lookup` asks the VMM for the threads of its virtual CPUs. `ledger` records the
+//! changes, so that another process can undo them if this process is killed.
 //!
 //! ```
 //! use serde_json::json;
@@ -16,7 +16,7 @@
 //!
 //! let classes = vec![Box::new(SchedClass::new()) as Box<dyn vbus_core::DeviceClass>];
 //! let bus = Bus::new(Executor::start(Tuning::default())?, classes, Trust::Sealed);
-//! // QEMU's QMP socket tells which threads the virtual CPUs are.
+//! // The device asks QEMU by QMP for the threads of the virtual CPUs.
 //! let settings = json!({ "qmp": "/run/vm/qmp.sock", "cpus": 4, "allow": ["normal", "fifo"] });
 //! let sched = bus.create("sched", "sched", &settings).unwrap();
 //! assert_eq!(sched.inspect()["device"]["cpus"], json!([]));
@@ -42,7 +42,7 @@ use vbus_core::{Connection, CreateError, Device, DeviceClass, ErrorCode, Identit
 use config::{Config, Origin};
 use connection::SchedConnection;
 use cpus::Cpus;
-pub use ledger::{Guardian, Ledger, Outcome, put_back};
+pub use ledger::{Guardian, Ledger, RestoreCounts, put_back};
 use thread::{Claims, Thread};
 
 /// The class of devices that set the scheduling class of virtual CPUs' threads.
@@ -52,13 +52,14 @@ pub struct SchedClass {
 }
 
 impl SchedClass {
-    /// The class, without a ledger: if this process is killed, the threads keep the scheduling
+    /// Makes the class without a ledger. If this process is killed, the threads keep the scheduling
     /// class that they have at that moment. See [`guarded`](SchedClass::guarded).
     pub fn new() -> SchedClass {
         SchedClass::default()
     }
 
-    /// The class, with a ledger: its devices note in `ledger` each change before they make it.
+    /// Makes the class with a ledger. Its devices record each change in `ledger` before they make
+    /// it.
     pub fn guarded(ledger: Arc<Ledger>) -> SchedClass {
         SchedClass { claims: Claims::noted_in(ledger) }
     }
@@ -70,8 +71,10 @@ impl DeviceClass for SchedClass {
     }
 
     fn help(&self) -> &'static str {
-        "Priority of virtual CPUs. qmp = SOCKET (of QEMU), vmm = SOCKET (control socket of vbus-vmm) or threads = [ID, ...]; cpus (64), \
-         allow = [\"normal\", \"batch\", \"idle\", \"fifo\", \"rr\"], priority-max (10), nice-min (the thread's own), changes (1000 a second), boost-ms (500), boost-share (90 %)."
+        "Scheduling class of virtual CPUs. qmp = SOCKET (of QEMU), \
+         vmm = SOCKET (control socket of vbus-vmm) or threads = [ID, ...]; cpus (64), \
+         allow = [\"normal\", \"batch\", \"idle\", \"fifo\", \"rr\"], priority-max (10), \
+         nice-min (the thread's own), changes (1000 a second), boost-ms (500), boost-share (90 %)."
     }
 
     fn check(&self, _name: &str, config: &Value) -> Result<(), CreateError> {
@@ -84,11 +87,11 @@ impl DeviceClass for SchedClass {
         if !tells_time {
             tracing::warn!(
                 device = name,
-                "this kernel does not tell how much time a thread has used (CONFIG_SCHED_INFO): \"boost-share\" is 100, no bound"
+                "the kernel does not report how much time a thread has used (CONFIG_SCHED_INFO): \
+                 \"boost-share\" is 100 (no limit)"
             );
         }
-        // Threads that are named by their ids are taken now, while they are the ones that are
-        // meant.
+        // Take threads with ids in the settings now: later another thread could have the id.
         let mut threads = Vec::new();
         if let Origin::Threads(tids) = &config.origin {
             for tid in tids {
@@ -101,7 +104,8 @@ impl DeviceClass for SchedClass {
         if !thread::is_privileged() {
             tracing::warn!(
                 device = name,
-                "without CAP_SYS_NICE the kernel refuses most changes, and may refuse to take back the others"
+                "without CAP_SYS_NICE the kernel refuses most changes, \
+                 and may refuse to undo the others"
             );
         }
         Ok(Arc::new(SchedDevice(Arc::new(Cpus::new(config, threads, &self.claims)))))

@@ -1,9 +1,9 @@
-//! Asks a VMM which threads its virtual CPUs are.
+//! Asks a VMM for the threads of its virtual CPUs.
 //!
-//! The device cannot wait for the VMM: while the VMM opens this device it may answer nobody else.
-//! So the connection's task asks without blocking. It asks twice, and takes the threads in between.
-//! If the second answer is the same, and from the same process, then the threads that were taken
-//! are the ones that the VMM means: no id has passed to another thread meanwhile.
+//! The device cannot wait for the VMM: while the VMM opens this device, it may answer no other
+//! client. So the connection's task asks without blocking. It asks twice, and takes the threads
+//! between the two answers. If the second answer is the same, and from the same process, then the
+//! task has taken the threads that the VMM means: no id has passed to another thread meanwhile.
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -17,11 +17,11 @@ use vbus_core::{Interest, TaskHandle};
 use crate::config::Origin;
 use crate::thread::{Claims, Thread};
 
-/// How long a VMM may take for its answers.
+/// The time limit for a VMM's answers.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long to wait before the VMM is asked again: at first ...
+/// The pause before the task asks the VMM again: at first ...
 const PAUSE_MIN: Duration = Duration::from_millis(100);
-/// ... and in the end.
+/// ... and at most.
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 /// The longest line of an answer, in bytes.
 const LINE_MAX: usize = 1 << 20;
@@ -35,16 +35,16 @@ enum Language {
     Control,
 }
 
-/// A VMM that can be asked.
+/// The search for the threads of a VMM.
 pub struct Lookup {
     path: PathBuf,
     language: Language,
     claims: Claims,
     talk: Option<Talk>,
-    /// When the VMM may be asked again.
+    /// When the task may ask the VMM again.
     next: Option<Instant>,
     pause: Duration,
-    /// Why there was no answer the last time.
+    /// Why the last attempt failed.
     error: Option<String>,
 }
 
@@ -63,7 +63,7 @@ enum Stage {
     Greeting,
     /// QMP: waits for the end of the negotiation.
     Negotiation,
-    /// Waits for the first answer; its items so far.
+    /// Waits for the first answer. Holds its items so far.
     First(Vec<(u32, i32)>),
     /// Waits for the second answer.
     Second(Vec<(u32, i32)>, Vec<(u32, Thread)>, Vec<(u32, i32)>),
@@ -76,7 +76,7 @@ impl Drop for Talk {
 }
 
 impl Lookup {
-    /// For the VMM of `origin`, if that names one.
+    /// Makes the search for the VMM that `origin` names. `None`: it names no VMM.
     pub fn new(origin: &Origin, claims: &Claims) -> Option<Lookup> {
         let (path, language) = match origin {
             Origin::Threads(_) => return None,
@@ -95,28 +95,28 @@ impl Lookup {
         })
     }
 
-    /// Why there was no answer the last time.
+    /// Why the last attempt failed.
     pub fn error(&self) -> Option<&str> {
         self.error.as_deref()
     }
 
-    /// Whether an answer is awaited.
+    /// Whether the task waits for an answer.
     pub fn is_talking(&self) -> bool {
         self.talk.is_some()
     }
 
-    /// Ends a conversation, so that a new one can begin at once.
+    /// Ends the conversation, so that a new one can begin at once.
     pub fn reset(&mut self) {
         (self.talk, self.next, self.pause, self.error) = (None, None, PAUSE_MIN, None);
     }
 
-    /// When to come again, if nothing else happens.
+    /// When to poll again if no event comes.
     pub fn deadline(&self) -> Option<Instant> {
         self.talk.as_ref().map(|talk| talk.until).or(self.next)
     }
 
-    /// Goes on asking. `wanted` says which virtual CPUs' threads are wanted; `watcher` is woken
-    /// when there is an answer.
+    /// Continues the search. `wanted` selects the virtual CPUs whose threads are wanted. An answer
+    /// wakes `watcher`.
     pub fn poll(
         &mut self,
         now: Instant,
@@ -128,7 +128,7 @@ impl Lookup {
             Ok(Some(found)) => {
                 self.talk = None;
                 self.error = None;
-                // If an answer lacks a thread that is wanted, a later one may have it: a virtual
+                // If an answer lacks a wanted thread, a later answer may have it, because a virtual
                 // CPU may be plugged.
                 self.pause_until(now);
                 found
@@ -210,7 +210,7 @@ impl Talk {
     }
 
     fn say(&mut self, line: &str) -> Result<(), String> {
-        // Fits the buffer of a socket whose peer has answered everything so far.
+        // The line fits the socket's buffer, because the peer has answered everything so far.
         self.socket.write_all(line.as_bytes()).map_err(|error| format!("cannot be asked: {error}"))
     }
 
@@ -221,7 +221,7 @@ impl Talk {
         })
     }
 
-    /// The next whole line, if it is there.
+    /// The next complete line, if there is one.
     fn line(&mut self) -> Result<Option<Value>, String> {
         loop {
             if let Some(end) = self.input.iter().position(|byte| *byte == b'\n') {
@@ -244,7 +244,7 @@ impl Talk {
         }
     }
 
-    /// Takes a line. Returns the threads once they are known.
+    /// Processes a line of the VMM. Returns the threads once they are known.
     fn hear(
         &mut self,
         line: &Value,
@@ -298,10 +298,11 @@ impl Talk {
     }
 }
 
-/// The most virtual CPUs of an answer.
+/// The most virtual CPUs in an answer.
 const CPUS_MAX: usize = 4096;
 
-/// Takes virtual CPUs and threads from a line of the answer; true if that was the last.
+/// Collects virtual CPUs and threads from a line of the answer. Returns true if that was the last
+/// line.
 fn collect(cpus: &mut Vec<(u32, i32)>, line: &Value, language: Language) -> bool {
     let number = |item: &Value, key: &str| item.get(key).and_then(Value::as_u64);
     let mut take = |item: &Value, cpu: &str, thread: &str| {
@@ -312,7 +313,7 @@ fn collect(cpus: &mut Vec<(u32, i32)>, line: &Value, language: Language) -> bool
         }
     };
     match language {
-        // Events may come in between.
+        // QMP events may come between the answers.
         Language::Qmp => {
             let Some(items) = line.get("return").and_then(Value::as_array) else { return false };
             items.iter().for_each(|item| take(item, "cpu-index", "thread-id"));

@@ -1,4 +1,4 @@
-//! What a request asks for, and how much of it the host's policy grants.
+//! Requests, and the part of a request that the host's policy grants.
 
 use std::time::{Duration, Instant};
 
@@ -17,11 +17,11 @@ impl Setting {
     }
 }
 
-/// A value that is no request.
+/// A value that is not a valid request.
 #[derive(Debug, PartialEq, Eq)]
 pub struct BadRequest;
 
-/// Reads the value of a request page. `None` is the thread's own class.
+/// Parses the value of a request page. `None` is the thread's own class.
 pub fn parse(value: &[u8; abi::request::BYTES as usize]) -> Result<Option<Setting>, BadRequest> {
     let word = |at: usize| [value[at], value[at + 1], value[at + 2], value[at + 3]];
     let class = u32::from_le_bytes(word(abi::request::CLASS));
@@ -41,34 +41,34 @@ pub fn parse(value: &[u8; abi::request::BYTES as usize]) -> Result<Option<Settin
 /// What the host allows the driver.
 #[derive(Clone, Debug)]
 pub struct Policy {
-    /// Bit n: class n.
+    /// The allowed classes: bit n is class n.
     pub classes: u32,
     /// The highest real-time priority, 1..=99.
     pub priority_max: i32,
-    /// The lowest nice value; without it, the thread's own.
+    /// The lowest nice value; `None`: the thread's own.
     pub nice_min: Option<i32>,
-    /// How many requests a second the device looks at, for each virtual CPU.
+    /// How many requests a second the device reads, for each virtual CPU.
     pub changes: u32,
     /// How long a real-time class lasts without another request.
     pub boost: Duration,
-    /// How much of a second's processor time a thread may use at a real-time class, in percent;
-    /// 100: all of it.
+    /// The share of a second's processor time that a thread may use at a real-time class, in
+    /// percent; 100: no limit.
     pub share: u32,
 }
 
-/// How much of a request is granted.
+/// The part of a request that the policy grants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Grant {
-    /// All of it.
+    /// The whole request.
     Whole(Setting),
-    /// The class, with the nearest priority that is allowed.
+    /// The class, with the nearest allowed priority.
     Clamped(Setting),
-    /// Nothing: the class is not allowed.
+    /// Nothing: the policy does not allow the class.
     Refused,
 }
 
 impl Policy {
-    /// Judges a request for a thread whose own nice value is `own_nice`.
+    /// Decides about a request for a thread whose own nice value is `own_nice`.
     pub fn judge(&self, wish: Setting, own_nice: i32) -> Grant {
         if self.classes & 1 << wish.class == 0 {
             return Grant::Refused;
@@ -85,26 +85,27 @@ impl Policy {
     }
 }
 
-/// A rate limit: in any time T it allows at most `rate * T + burst` times.
+/// A rate limit: in any time T it allows at most `rate * T + burst` uses.
 pub struct Budget {
     interval: Duration,
-    /// How far ahead of the rate the times may be.
+    /// How far the uses may be ahead of the rate.
     ahead: Duration,
-    /// When the times would be even with the rate again.
+    /// When the uses will be even with the rate again.
     even: Option<Instant>,
 }
 
-/// The burst, as a part of a second.
+/// The burst is this part of a second's uses.
 const BURST: u32 = 10;
 
 impl Budget {
-    /// `rate` times a second. After a rest a tenth of a second's worth at once, but at least one.
+    /// Allows `rate` uses a second. After a rest it allows the uses of a tenth of a second at once,
+    /// but at least one.
     pub fn new(rate: u32) -> Budget {
         let interval = Duration::from_secs(1) / rate.max(1);
         Budget { interval, ahead: interval * (burst(rate) - 1), even: None }
     }
 
-    /// Takes one time, or says when there will be one.
+    /// Takes one use, or returns when the next one will be allowed.
     pub fn take(&mut self, now: Instant) -> Result<(), Instant> {
         let even = self.even.map_or(now, |even| even.max(now));
         if even > now + self.ahead {
@@ -115,27 +116,27 @@ impl Budget {
     }
 }
 
-/// How many times a budget with that rate allows at once.
+/// How many uses a budget with this rate allows at once.
 pub fn burst(rate: u32) -> u32 {
     (rate / BURST).max(1)
 }
 
-/// How much processor time a thread uses at real-time classes, and how much it may use in each
+/// Measures the processor time that a thread uses at real-time classes, and limits it in each
 /// window of a second.
 pub struct Share {
     allowed: Duration,
     start: Option<Instant>,
     used: Duration,
-    /// Its processor time at the last look, while it is at a real-time class.
+    /// The thread's processor time at the last reading, while it is at a real-time class.
     mark: Option<Duration>,
 }
 
 const WINDOW: Duration = Duration::from_secs(1);
-/// Looks are no closer together.
+/// The least time between two readings.
 const LOOK_MIN: Duration = Duration::from_millis(1);
 
 impl Share {
-    /// `percent` of a processor.
+    /// Makes a share of `percent` of a processor.
     pub fn new(percent: u32) -> Share {
         Share {
             allowed: WINDOW * percent.min(100) / 100,
@@ -145,13 +146,13 @@ impl Share {
         }
     }
 
-    /// Whether there is a bound at all.
+    /// Whether there is a limit at all.
     pub fn is_bounded(&self) -> bool {
         self.allowed < WINDOW
     }
 
-    /// A look: the thread has used `time` so far in its life. `real_time` says whether it is at a
-    /// real-time class from now on.
+    /// Takes a reading: the thread has used `time` so far in its life. `real_time`: the thread is
+    /// at a real-time class from now on.
     pub fn look(&mut self, now: Instant, time: Duration, real_time: bool) {
         if let Some(mark) = self.mark {
             self.used += time.saturating_sub(mark);
@@ -160,7 +161,7 @@ impl Share {
         self.roll(now);
     }
 
-    /// Accounts for another thread from now on, which is at no real-time class.
+    /// Starts to account for another thread, which is not at a real-time class.
     pub fn forget(&mut self) {
         self.mark = None;
     }
@@ -177,8 +178,8 @@ impl Share {
         self.is_bounded() && self.used >= self.allowed
     }
 
-    /// When to look again: before the thread can have used more than its share, or when it has a
-    /// new share.
+    /// When the next reading is due: before the thread can have used more than its share, or when a
+    /// new window begins.
     pub fn deadline(&self, now: Instant) -> Option<Instant> {
         let end = self.start.filter(|_| self.is_bounded())? + WINDOW;
         match self.allowed.checked_sub(self.used).filter(|left| !left.is_zero()) {
@@ -192,7 +193,7 @@ impl Share {
 mod tests {
     use super::*;
 
-    /// A thread that runs whenever it may: how much of ten seconds it has at a real-time class.
+    /// How much of ten seconds a thread that always wants to run spends at a real-time class.
     fn greedy(percent: u32, idle_first: Duration) -> Duration {
         let (mut share, start) = (Share::new(percent), Instant::now());
         let (mut now, mut time, mut real_time) = (start, Duration::ZERO, Duration::ZERO);
@@ -233,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_real_time_does_not_count() {
+    fn time_at_other_classes_does_not_count() {
         let (mut share, now) = (Share::new(50), Instant::now());
         let at = |ms| Duration::from_millis(ms);
         share.look(now, at(1000), true);
@@ -269,8 +270,8 @@ mod tests {
         good(abi::CLASS_IDLE, 0);
         bad(abi::CLASS_IDLE, 1);
         bad(abi::CLASS_NONE, 1);
-        // The number after the last, where one might look for the deadline class; and Linux's own
-        // number of it is out of range too.
+        // The number after the last class, where a reader might expect the deadline class. Linux's
+        // own number of that class is out of range too.
         [abi::CLASS_RR + 1, 7, u32::MAX].into_iter().for_each(|class| bad(class, 0));
         for at in 8..16 {
             let mut value = request(abi::CLASS_FIFO, 1);
@@ -306,18 +307,18 @@ mod tests {
     }
 
     #[test]
-    fn a_budget_holds_over_any_time_and_is_all_there_again_after_a_rest() {
+    fn a_budget_limits_any_period_and_recovers_after_a_rest() {
         for rate in [1, 7, 10, 1000] {
             let (mut budget, start) = (Budget::new(rate), Instant::now());
             let (mut now, mut taken) = (start, 0);
-            // As fast as it can, for ten seconds.
+            // Take as fast as possible, for ten seconds.
             while now < start + Duration::from_secs(10) {
                 match budget.take(now) {
                     Ok(()) => taken += 1,
                     Err(at) => {
                         assert!(
                             at > now && at <= now + budget.interval,
-                            "what is there is given at once"
+                            "the budget gives all its uses at once"
                         );
                         now = at;
                     }

@@ -1,5 +1,5 @@
-//! A thread of another process. The device changes its scheduling class for a while, and puts it
-//! back.
+//! A thread of another process. The device changes its scheduling class for a while, and then
+//! restores it.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -16,17 +16,17 @@ use crate::ledger::{Entry, Ledger, Note};
 use crate::policy::Setting;
 use vbus_core::lock;
 
-/// The threads that devices of this process have taken. One thread belongs to one device: two
-/// devices would take each other's settings for the thread's own.
+/// The threads that devices of this process have taken. A thread can belong to only one device: two
+/// devices would mistake each other's settings for the thread's own.
 #[derive(Clone, Default)]
 pub struct Claims {
     taken: Arc<Mutex<HashSet<i32>>>,
-    /// Where the device notes what the threads were.
+    /// The ledger in which the device records the threads' own attributes.
     ledger: Option<Arc<Ledger>>,
 }
 
 impl Claims {
-    /// Each change is noted in `ledger` before it is made.
+    /// The device records each change in `ledger` before it makes the change.
     pub fn noted_in(ledger: Arc<Ledger>) -> Claims {
         Claims { ledger: Some(ledger), ..Claims::default() }
     }
@@ -37,7 +37,7 @@ impl Claims {
     }
 }
 
-/// Why a thread could not be taken.
+/// Why the device could not take a thread.
 #[derive(Debug, thiserror::Error)]
 pub enum TakeError {
     /// There is no such thread.
@@ -47,7 +47,7 @@ pub enum TakeError {
         process: i32,
         /// The thread.
         tid: i32,
-        /// What the system says.
+        /// The error of the system.
         source: io::Error,
     },
     /// Another device has it.
@@ -55,22 +55,22 @@ pub enum TakeError {
     Taken(i32),
 }
 
-/// A thread that a device has taken. Dropping it puts the thread's class back.
+/// A thread that a device has taken. Dropping it restores the thread's class.
 pub struct Thread {
     tid: i32,
-    /// A file of procfs that belongs to this very thread. Reading it fails once the thread has
-    /// ended, also if another thread has its id by then.
+    /// A procfs file of exactly this thread. A read fails once the thread has ended, even if
+    /// another thread has the same id by then.
     alive: File,
-    /// A second such file: its processor time. Kernels without CONFIG_SCHED_INFO have none.
+    /// The procfs file with its processor time. Kernels without CONFIG_SCHED_INFO have none.
     time: Option<File>,
     changed: Option<Changed>,
     claims: Claims,
 }
 
-/// What the thread was before this device, and what the device made of it.
+/// The thread's own attributes, and those that the device has set.
 struct Changed {
     own: Attributes,
-    /// Its nice value, also if that has no effect in its own class.
+    /// Its own nice value, even if that has no effect in its own class.
     own_nice: i32,
     by_us: Attributes,
     setting: Setting,
@@ -103,7 +103,7 @@ impl Thread {
         self.tid
     }
 
-    /// The setting that this device has given it.
+    /// The setting that this device has given the thread, if any.
     pub fn setting(&self) -> Option<Setting> {
         self.changed.as_ref().map(|changed| changed.setting)
     }
@@ -117,18 +117,18 @@ impl Thread {
         }
     }
 
-    /// The processor time that the thread has used; zero where the kernel does not tell.
+    /// The processor time that the thread has used; zero if the kernel does not report it.
     pub fn time(&self) -> Duration {
         let mut text = [0; 64];
         let length =
             self.time.as_ref().and_then(|file| file.read_at(&mut text, 0).ok()).unwrap_or(0);
-        // Nanoseconds on a processor, nanoseconds waiting for one, time slices.
+        // The fields: nanoseconds on a processor, nanoseconds of waiting for one, time slices.
         let first =
             std::str::from_utf8(&text[..length]).ok().and_then(|text| text.split(' ').next());
         Duration::from_nanos(first.and_then(|number| number.parse().ok()).unwrap_or(0))
     }
 
-    /// Its nice value without this device.
+    /// The thread's own nice value, without this device.
     pub fn own_nice(&self) -> Result<i32, Errno> {
         match &self.changed {
             Some(changed) => Ok(changed.own_nice),
@@ -136,16 +136,16 @@ impl Thread {
         }
     }
 
-    /// Its class and priority now, and its nice value.
+    /// Reads its present class, priority and nice value.
     fn look(&self) -> Result<(Attributes, i32), Errno> {
         let (attributes, nice) =
             (attributes::get(self.tid)?, getpriority_process(Pid::from_raw(self.tid))?);
-        // After the reading, so that the values are this thread's for sure.
+        // Check after the reads: the values are then certainly this thread's.
         self.check()?;
         Ok((attributes, nice))
     }
 
-    /// Gives the thread `setting`. Returns whether that took a system call.
+    /// Gives the thread `setting`. Returns whether that needed a system call.
     pub fn apply(&mut self, setting: Setting) -> Result<bool, Errno> {
         let (own, own_nice, from) = match &self.changed {
             Some(changed) if changed.setting == setting => return Ok(false),
@@ -157,10 +157,11 @@ impl Thread {
             Some(changed) => changed.note.take(),
             None => self.claims.ledger.as_ref().and_then(|ledger| ledger.begin(self.tid)),
         };
-        // If the change fails, the entry holds all the same: it names the present setting too.
+        // If the change fails, the entry is still correct, because it names the present setting
+        // too.
         let note = note.filter(|note| note.write(&Entry { own, own_nice, from, to: by_us }));
         // Another thread can get the id only between these two calls, and only after the kernel has
-        // given out all other ids.
+        // used all other ids.
         let done = self.check().and_then(|()| attributes::set(self.tid, by_us));
         match (&mut self.changed, done) {
             (_, Ok(())) => self.changed = Some(Changed { own, own_nice, by_us, setting, note }),
@@ -170,10 +171,10 @@ impl Thread {
         done.map(|()| true)
     }
 
-    /// Puts the thread's own class back, unless somebody else has changed it meanwhile. Returns
-    /// whether that took a system call.
+    /// Restores the thread's own class, unless another program has changed it meanwhile. Returns
+    /// whether that needed a system call.
     pub fn restore(&mut self) -> Result<bool, Errno> {
-        // The note ends with this call, also if the call fails: the guardian could do no better.
+        // The note ends with this call, even if the call fails: the guardian would fail too.
         let Some(Changed { own, own_nice, by_us, note, .. }) = self.changed.take() else {
             return Ok(false);
         };
@@ -193,15 +194,16 @@ impl Thread {
 impl Drop for Thread {
     fn drop(&mut self) {
         if let Err(error) = self.restore() {
-            tracing::error!(thread = self.tid, %error, "cannot put a thread's scheduling class back");
+            let thread = self.tid;
+            tracing::error!(thread, %error, "cannot restore a thread's scheduling class");
         }
         lock(&self.claims.taken).remove(&self.tid);
     }
 }
 
-/// Whether the kernel tells how much processor time a thread has used. Without CONFIG_SCHED_INFO
-/// the file is not there. If that option is there only for delay accounting, which is switched off,
-/// the file has zeros. The calling thread has had at least one time slice.
+/// Whether the kernel reports how much processor time a thread has used. Without CONFIG_SCHED_INFO
+/// the file does not exist. If the kernel has that option only for delay accounting, and this is
+/// switched off, the file has zeros. The calling thread has had at least one time slice.
 pub fn tells_time() -> bool {
     let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
     text.split_ascii_whitespace().any(|number| number != "0")

@@ -1,5 +1,6 @@
 //! The classes of this crate from end to end, against drivers in this process.
-#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)] // A test may panic, and its numbers are small.
+// A test may panic, and its numbers are small.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 mod calls;
 mod driver;

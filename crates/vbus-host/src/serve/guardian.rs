@@ -129,8 +129,8 @@ pub fn run() -> ExitCode {
     }
     let ledger = io::stdout().as_fd().try_clone_to_owned().map(File::from);
     match ledger.and_then(|ledger| vbus_sched::put_back(&ledger)) {
-        Ok(vbus_sched::Outcome { restored: 0, left: 0, failed: 0 }) => ExitCode::SUCCESS,
-        Ok(vbus_sched::Outcome { restored, left, failed }) => {
+        Ok(vbus_sched::RestoreCounts { restored: 0, left: 0, failed: 0 }) => ExitCode::SUCCESS,
+        Ok(vbus_sched::RestoreCounts { restored, left, failed }) => {
             eprintln!(
                 "the bus was killed: {restored} threads got their scheduling class back, {left} had ended or had changed their class, {failed} failed"
             );

@@ -1,4 +1,4 @@
-//! The class of threads: real ones, of this process, in the place of virtual CPUs.
+//! The class `sched` with real threads of this process in the place of virtual CPUs.
 
 use std::collections::HashSet;
 use std::io::{BufRead, BufReader, Write};
@@ -20,7 +20,7 @@ use vbus_core::{Bus, Endpoint, ErrorCode, Window};
 use vbus_sched::SchedClass;
 use vbus_test_driver::{Interrupts, Memory, TIMEOUT, add, open};
 
-/// A bus with this class.
+/// Makes a bus with this class.
 fn bus(workers: usize) -> Bus {
     vbus_test_driver::bus(workers, vec![Box::new(SchedClass::new())])
 }
@@ -42,9 +42,9 @@ impl Idler {
         Idler { tid: told.recv().unwrap(), end: Some(end), thread: Some(thread) }
     }
 
-    /// Policy as Linux numbers it, real-time priority, nice value where that has an effect. The
-    /// kernel reads them one after the other without a lock: while somebody changes them, see
-    /// [`between_changes`].
+    /// The policy by Linux's number, the real-time priority, and the nice value if it has an
+    /// effect. The kernel reads them one after the other without a lock. If the device may change
+    /// them meanwhile, use [`between_changes`].
     fn class(&self) -> (u32, i32, i32) {
         let stat = std::fs::read_to_string(format!("/proc/self/task/{}/stat", self.tid)).unwrap();
         // Behind the name; the first field there is the third of all.
@@ -69,10 +69,10 @@ impl Drop for Idler {
 
 const OWN: (u32, i32, i32) = (0, 0, 0);
 
-/// What a report page says.
+/// The value of a report page.
 #[derive(Clone, Copy, Debug, Default)]
 struct Report {
-    status: u32,
+    outcome: u32,
     class: u32,
     priority: i32,
     version: u64,
@@ -149,7 +149,7 @@ impl Driver {
         })
     }
 
-    /// Posts, and waits until the device has looked at it.
+    /// Posts a request, and waits until the device has read it.
     fn ask(&self, pages: &mut Pages, class: u32, priority: i32) -> Report {
         self.post(pages, class, priority);
         let version = pages.requests.version();
@@ -163,7 +163,7 @@ fn read(reports: &Reader<Window, end::Driver>) -> (Report, u64) {
     let word = |at: usize| u32::from_le_bytes(value[at..at + 4].try_into().unwrap());
     let count = |at: usize| u64::from_le_bytes(value[at..at + 8].try_into().unwrap());
     let report = Report {
-        status: word(report::OUTCOME),
+        outcome: word(report::OUTCOME),
         class: word(report::CLASS),
         priority: word(report::PRIORITY) as i32,
         version: count(report::VERSION),
@@ -177,11 +177,10 @@ fn read(reports: &Reader<Window, end::Driver>) -> (Report, u64) {
     (report, version)
 }
 
-/// Longer than any test takes: no class ends by itself between a request and the look at what came
-/// of it.
+/// Longer than any test: no class ends between a request and the check of its outcome.
 const BOOST_MS: u32 = 60_000;
 
-/// A device for these threads with more settings.
+/// Makes a device for these threads with more settings.
 fn device(bus: &Bus, threads: &[&Idler], more: Value) -> Arc<Endpoint> {
     let threads: Vec<_> = threads.iter().map(|thread| thread.tid).collect();
     let mut config = json!({ "threads": threads, "boost-ms": BOOST_MS });
@@ -189,12 +188,12 @@ fn device(bus: &Bus, threads: &[&Idler], more: Value) -> Arc<Endpoint> {
     bus.create("sched", "sched", &config).unwrap()
 }
 
-/// What the thread of virtual CPU 0 is, if the device did not change it during the reading.
+/// The class of virtual CPU 0's thread. `None`: the device may have changed it during the reading.
 ///
-/// Inspecting takes the lock under which the device changes threads and counts its changes. A
-/// change at the time of the reading would begin after the first inspection and end before the
-/// second one, which would then count it: no class that the kernel is halfway through setting is
-/// taken for one that was set, however slow this machine is.
+/// `inspect` takes the lock under which the device changes threads and counts its changes. A change
+/// during the reading begins after the first inspection and ends before the second one, whose count
+/// then differs. So a test never sees a class that the kernel has set only in part, however slow
+/// the machine is.
 fn between_changes(endpoint: &Endpoint, idler: &Idler) -> Option<(u32, i32, i32)> {
     let changes = || endpoint.inspect()["device"]["cpus"][0]["changes"].as_u64().unwrap();
     let before = changes();
@@ -202,12 +201,13 @@ fn between_changes(endpoint: &Endpoint, idler: &Idler) -> Option<(u32, i32, i32)
     (changes() == before).then_some(class)
 }
 
-/// Whether this process may give a thread a real-time class and take it back; says so if not.
+/// Whether this process may give a thread a real-time class and restore it. Prints the reason if
+/// not.
 fn permitted() -> bool {
     let (bus, idler) = (bus(1), Idler::start());
     let mut driver = Driver::open(&device(&bus, &[&idler], json!({})));
     let mut pages = driver.pages(0);
-    let permitted = driver.ask(&mut pages, abi::CLASS_FIFO, 1).status == report::OK;
+    let permitted = driver.ask(&mut pages, abi::CLASS_FIFO, 1).outcome == report::OK;
     if !permitted {
         eprintln!("skipped: this process may not give threads a real-time class (CAP_SYS_NICE)");
     }
@@ -238,19 +238,19 @@ fn a_thread_follows_its_page() {
             let changes = read(&pages[round % 2].reports).0.changes;
             let report = driver.ask(&mut pages[round % 2], class, priority);
             assert_eq!(
-                (report.status, report.class, report.priority),
+                (report.outcome, report.class, report.priority),
                 (report::OK, class, priority)
             );
             assert_eq!(idlers[round % 2].class(), becomes, "class {class}");
-            assert_eq!(idlers[1 - round % 2].class(), OWN, "the other one is left alone");
+            assert_eq!(idlers[1 - round % 2].class(), OWN, "the other thread does not change");
             assert_eq!(report.changes, changes + 1, "one call a change");
         }
     }
-    // The same once more costs no call.
+    // The same request again needs no system call.
     let before = driver.ask(&mut pages[0], abi::CLASS_FIFO, 3);
     let after = driver.ask(&mut pages[0], abi::CLASS_FIFO, 3);
     assert_eq!((after.changes, after.updates), (before.changes, before.updates + 1));
-    // The thread's children get none of it.
+    // The thread's children do not inherit the class.
     let inspected = endpoint.inspect();
     let cpus = &inspected["device"]["cpus"];
     assert_eq!(cpus[0]["class"], "fifo");
@@ -260,7 +260,7 @@ fn a_thread_follows_its_page() {
 }
 
 #[test]
-fn the_policy_is_kept() {
+fn the_policy_limits_requests() {
     if !permitted() {
         return;
     }
@@ -271,36 +271,36 @@ fn the_policy_is_kept() {
     let mut pages = driver.pages(0);
     let report = driver.ask(&mut pages, abi::CLASS_FIFO, 99);
     assert_eq!(
-        (report.status, report.class, report.priority),
+        (report.outcome, report.class, report.priority),
         (report::IS_CLAMPED, abi::CLASS_FIFO, 5)
     );
     assert_eq!((idler.class(), report.clamped), ((1, 5, 0), 1));
-    // What is refused leaves nothing of what was granted before.
+    // A refused request also ends the former grant.
     let report = driver.ask(&mut pages, abi::CLASS_RR, 1);
     assert_eq!(
-        (report.status, report.class, report.refused),
+        (report.outcome, report.class, report.refused),
         (report::NOT_ALLOWED, abi::CLASS_NONE, 1)
     );
     assert_eq!(idler.class(), OWN);
     driver.ask(&mut pages, abi::CLASS_FIFO, 2);
-    // Among others, Linux's own number of the deadline class.
+    // They include Linux's own number of the deadline class.
     for (class, priority) in
         [(6, 0), (7, 1), (abi::CLASS_FIFO, 0), (abi::CLASS_FIFO, 100), (abi::CLASS_NORMAL, -21)]
     {
         let report = driver.ask(&mut pages, class, priority);
         assert_eq!(
-            (report.status, report.class),
+            (report.outcome, report.class),
             (report::BAD_REQUEST, abi::CLASS_NONE),
             "{class} {priority}"
         );
         assert_eq!(idler.class(), OWN);
     }
     let report = driver.ask(&mut pages, abi::CLASS_NORMAL, -3);
-    assert_eq!((report.status, report.priority, idler.class()), (report::IS_CLAMPED, 0, OWN));
+    assert_eq!((report.outcome, report.priority, idler.class()), (report::IS_CLAMPED, 0, OWN));
 }
 
 #[test]
-fn what_was_there_is_put_back() {
+fn the_own_class_is_restored() {
     if !permitted() {
         return;
     }
@@ -326,7 +326,7 @@ fn what_was_there_is_put_back() {
     boosted();
     endpoint.unmap_all();
     assert_eq!(idler.class(), OWN, "when the memory goes");
-    // Unless somebody else has meddled with it.
+    // Not if another program has changed the class.
     let (driver, mut pages) = boosted();
     driver.ask(&mut pages, abi::CLASS_NORMAL, 5);
     idler.renice(7);
@@ -349,12 +349,12 @@ fn a_real_time_class_ends_unless_it_is_renewed() {
     let mut pages = driver.pages(0);
     let began = Instant::now();
     driver.ask(&mut pages, abi::CLASS_RR, 4);
-    let report = driver.wait(&mut pages, "the end", |report| report.status == report::HAS_EXPIRED);
+    let report = driver.wait(&mut pages, "the end", |report| report.outcome == report::HAS_EXPIRED);
     assert!(began.elapsed() >= Duration::from_millis(200));
     assert_eq!((report.class, report.expired, idler.class()), (abi::CLASS_NONE, 1, OWN));
     assert_eq!(report.changes, 2);
-    // The same value again is a new request. It may have ended too by the time that this thread
-    // sees it.
+    // The same value again is a new request. Its grant may have ended too before this thread sees
+    // it.
     assert!(driver.ask(&mut pages, abi::CLASS_RR, 4).changes > 2);
     // A normal class has no end.
     let expired = driver.ask(&mut pages, abi::CLASS_NORMAL, 4).expired;
@@ -376,22 +376,23 @@ fn a_thread_uses_no_more_than_its_share_at_a_real_time_class() {
             std::hint::spin_loop();
         }
     });
-    let config = json!({ "threads": [told.recv().unwrap(), idler.tid], "boost-ms": BOOST_MS, "boost-share": 20 });
+    let threads = [told.recv().unwrap(), idler.tid];
+    let config = json!({ "threads": threads, "boost-ms": BOOST_MS, "boost-share": 20 });
     let mut driver = Driver::open(&bus.create("sched", "sched", &config).unwrap());
     let mut pages = [driver.pages(0), driver.pages(1)];
     let began = Instant::now();
     let granted = driver.ask(&mut pages[0], abi::CLASS_FIFO, 2);
-    assert_eq!(granted.status, report::OK);
+    assert_eq!(granted.outcome, report::OK);
     driver.ask(&mut pages[1], abi::CLASS_FIFO, 2);
     for round in 1..=2 {
         let spent = driver.wait(&mut pages[0], "the share to be spent", |report| {
-            report.status == report::IS_SPENT
+            report.outcome == report::IS_SPENT
         });
         assert_eq!(spent.class, abi::CLASS_NONE);
-        // More, if this thread has slept through a second.
+        // The count is higher if this thread has slept for a second.
         assert!(spent.expired >= round, "{spent:?}");
         let again =
-            driver.wait(&mut pages[0], "the next second", |report| report.status == report::OK);
+            driver.wait(&mut pages[0], "the next second", |report| report.outcome == report::OK);
         assert_eq!(again.class, abi::CLASS_FIFO);
         assert!(
             began.elapsed() >= Duration::from_secs(round),
@@ -399,10 +400,10 @@ fn a_thread_uses_no_more_than_its_share_at_a_real_time_class() {
             began.elapsed()
         );
     }
-    // One that does not run has used nothing.
+    // A thread that does not run has used nothing.
     let idle = read(&pages[1].reports).0;
     assert_eq!(
-        (idle.status, idle.changes, idle.expired, idler.class()),
+        (idle.outcome, idle.changes, idle.expired, idler.class()),
         (report::OK, 1, 0, (1, 2, 0))
     );
     stop.store(true, Ordering::Relaxed);
@@ -420,13 +421,13 @@ fn the_newest_value_is_not_lost_to_the_rate_limit() {
     let mut pages = driver.pages(0);
     let began = Instant::now();
     driver.ask(&mut pages, abi::CLASS_FIFO, 1);
-    // The budget is used up; of these only the last one counts, and nobody rings for it later.
+    // The budget is used up. Only the last request counts, and no doorbell follows it.
     for priority in 2..=50 {
         driver.post(&mut pages, abi::CLASS_FIFO, priority);
     }
     let report = driver.wait(&mut pages, "the newest value", |report| report.priority == 50);
     assert!(began.elapsed() >= Duration::from_millis(250), "it came after {:?}", began.elapsed());
-    // Two, unless this thread took more than a quarter of a second for its requests.
+    // There are two, unless this thread needed more than a quarter of a second for its requests.
     let most = 1 + began.elapsed().as_millis() as u64 / 250;
     assert!(
         (2..=most).contains(&report.updates) && report.changes == report.updates,
@@ -443,7 +444,13 @@ fn a_hostile_driver_passes_neither_policy_nor_rate() {
     }
     const RATE: u64 = 200;
     let (bus, idler) = (bus(2), Idler::start());
-    let config = json!({ "changes": RATE, "priority-max": 3, "nice-min": 2, "allow": ["fifo", "normal"], "boost-ms": 10 });
+    let config = json!({
+        "changes": RATE,
+        "priority-max": 3,
+        "nice-min": 2,
+        "allow": ["fifo", "normal"],
+        "boost-ms": 10,
+    });
     let endpoint = device(&bus, &[&idler], config);
     let mut driver = Driver::open(&endpoint);
     let mut pages = driver.pages(0);
@@ -474,15 +481,16 @@ fn a_hostile_driver_passes_neither_policy_nor_rate() {
                 let _ = requests.write(&value);
                 endpoint.ring(u64::from(handle));
                 if random() % 64 == 0 {
-                    // Anywhere in the page, its header and signal too, behind the writer's back.
+                    // Write anywhere in the page, also to its header and signal, without the
+                    // writer.
                     let words = window.words();
                     words[(random() % words.len() as u64) as usize]
                         .store(random(), Ordering::Relaxed);
                 }
             }
         });
-        // For a while, and until enough has happened to judge by: on a busy machine the device's
-        // task seldom runs.
+        // Repeat for a while, and until enough has happened: on a busy machine the device's task
+        // seldom runs.
         let enough = |report: Report| {
             report.updates > RATE && report.clamped > 0 && report.refused > 0 && report.limited > 0
         };
@@ -491,7 +499,7 @@ fn a_hostile_driver_passes_neither_policy_nor_rate() {
         {
             let mut class = idler.class();
             if !allowed(class) {
-                // Halfway through a change, or real: that stays until the next change.
+                // The class may be half set. If it is real, it stays until the next change.
                 class = std::iter::repeat_with(|| between_changes(endpoint, &idler))
                     .find_map(|class| class)
                     .unwrap();
@@ -511,7 +519,7 @@ fn a_hostile_driver_passes_neither_policy_nor_rate() {
     // Each change belongs to an update, or to the end of a real-time class.
     assert!(report.changes <= report.updates + report.expired, "{report:?}");
     assert!(report.clamped > 0 && report.refused > 0 && report.limited > 0, "{report:?}");
-    assert!(seen.len() > 2, "the thread was changed all along");
+    assert!(seen.len() > 2, "the device changed the thread all the time");
     endpoint.close();
     assert_eq!(idler.class(), OWN);
 }
@@ -527,7 +535,7 @@ fn bad_pages_and_threads_are_refused() {
     assert!(refused("b", &[idlers[1].tid; 2]).contains("belongs to another"));
     let gone = Idler::start().tid;
     assert!(refused("b", &[gone]).contains(&format!("no thread {gone}")));
-    // After a device that could not be made, and after one that was removed, its threads are free.
+    // A device that could not be created, or that was removed, frees its threads.
     bus.create("b", "sched", &json!({ "threads": [idlers[1].tid] })).unwrap();
     bus.remove("b").unwrap();
     bus.create("b", "sched", &json!({ "threads": [idlers[1].tid] })).unwrap();
@@ -544,7 +552,7 @@ fn bad_pages_and_threads_are_refused() {
     assert_eq!(driver.page(abi::request_page(0), abi::request::BYTES).1, Err(ErrorCode::EXISTS));
 }
 
-/// Serves a VMM's socket: sends `greeting`, then answers each line by what `answer` makes of it.
+/// Serves a VMM's socket: sends `greeting`, then answers each line with the result of `answer`.
 fn vmm(
     path: &Path,
     greeting: &'static str,
@@ -583,7 +591,7 @@ fn qmp_answer(line: &str, tids: &[i32]) -> Option<String> {
 }
 
 #[test]
-fn threads_are_learnt_from_a_vmm() {
+fn a_vmm_names_the_threads() {
     if !permitted() {
         return;
     }
@@ -619,8 +627,8 @@ fn threads_are_learnt_from_a_vmm() {
 fn a_vmm_that_lies_harms_nobody() {
     let bus = bus(1);
     let dir = tempfile::tempdir().unwrap();
-    // Threads that are not the VMM's own; ids that are none; no answer at all; nonsense; another
-    // answer each time.
+    // Threads of other processes, invalid ids, no answer, nonsense, and a different answer each
+    // time.
     let counter = std::sync::atomic::AtomicI32::new(0);
     let idlers = [Idler::start(), Idler::start()];
     let tids = [idlers[0].tid, idlers[1].tid];
@@ -647,7 +655,7 @@ fn a_vmm_that_lies_harms_nobody() {
         let mut driver = Driver::open(&endpoint);
         let mut pages = [driver.pages(0), driver.pages(1)];
         let report = driver.ask(&mut pages[0], abi::CLASS_FIFO, 2);
-        assert_eq!((report.status, report.class), (report::NO_THREAD, abi::CLASS_NONE), "{name}");
+        assert_eq!((report.outcome, report.class), (report::NO_THREAD, abi::CLASS_NONE), "{name}");
         let end = Instant::now() + TIMEOUT;
         loop {
             let value = endpoint.inspect()["device"]["lookup"].clone();
@@ -674,6 +682,6 @@ fn a_thread_that_ended_is_not_mistaken_for_another() {
     driver.ask(&mut pages, abi::CLASS_FIFO, 2);
     drop(idler);
     let report = driver.ask(&mut pages, abi::CLASS_FIFO, 3);
-    assert_eq!((report.status, report.class), (report::NO_THREAD, abi::CLASS_NONE));
+    assert_eq!((report.outcome, report.class), (report::NO_THREAD, abi::CLASS_NONE));
     endpoint.close();
 }

@@ -123,7 +123,7 @@ fn a_task_is_followed_shown_and_let_go() {
     assert!(table.starts_with("CPU") && table.contains("highest priority 5"), "{table}");
     let shown = stage.bus.json(&["device", "show", "cpus"]);
     let cpu = shown["device"]["cpus"].as_array().unwrap().iter().find(is_boosted).unwrap();
-    assert_eq!((&cpu["priority"], &cpu["status"]), (&5.into(), &"clamped".into()));
+    assert_eq!((&cpu["priority"], &cpu["outcome"]), (&5.into(), &"clamped".into()));
     assert_eq!(shown["device"]["policy"]["priority-max"], 5);
     // With the task ends its driver, and that well.
     let Stage { bus, cpus, task } = stage;
