@@ -1,4 +1,4 @@
-//! How the guest is linked: nothing of a C library, at fixed addresses, by its own script.
+//! Links the guest: without a C library, at fixed addresses, with its own linker script.
 
 fn main() {
     let here = std::env::var("CARGO_MANIFEST_DIR").unwrap_or_default();

@@ -1,5 +1,5 @@
-//! Which pages of an arena are in use, and by how many handles: all that a driver needs of an
-//! allocator.
+//! The allocator's table: which pages of an arena are in use, and by how many handles. A driver
+//! needs no other allocator.
 
 /// Bytes of a page.
 pub const PAGE: u64 = 4096;
@@ -11,7 +11,7 @@ pub const BLOCKS_MAX: usize = 256;
 struct Block {
     page: u32,
     pages: u32,
-    /// Handles to it; 0: this place in the table is free.
+    /// The number of handles to it; 0: this entry of the table is free.
     users: u32,
 }
 
@@ -22,12 +22,12 @@ pub struct Blocks {
     blocks: [Block; BLOCKS_MAX],
 }
 
-/// A block, by its place in the table.
+/// A block, by its index in the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Key(u8);
 
 impl Blocks {
-    /// An arena of `pages` pages, none in use.
+    /// Makes an arena of `pages` free pages.
     pub const fn new(pages: u32) -> Blocks {
         Blocks { pages, blocks: [Block { page: 0, pages: 0, users: 0 }; BLOCKS_MAX] }
     }
@@ -37,7 +37,7 @@ impl Blocks {
     pub fn take(&mut self, bytes: usize) -> Option<(Key, u32)> {
         let pages = u32::try_from((bytes as u64).div_ceil(PAGE)).ok().filter(|pages| *pages > 0)?;
         let place = self.blocks.iter().position(|block| block.users == 0)?;
-        // The first gap is at the beginning, or behind a block.
+        // The first gap is at the beginning, or after a block.
         let begins = self.used().map(|block| block.page + block.pages);
         let page = begins.chain([0]).filter(|page| self.is_free(*page, pages)).min()?;
         self.blocks[place] = Block { page, pages, users: 1 };
@@ -49,12 +49,12 @@ impl Blocks {
         self.blocks[usize::from(key.0)].users += 1;
     }
 
-    /// Counts one handle less; the block is free after the last.
+    /// Counts one handle fewer. After the last one the block is free.
     pub fn release(&mut self, key: Key) {
         self.blocks[usize::from(key.0)].users -= 1;
     }
 
-    /// Pages in use.
+    /// The number of pages in use.
     pub fn in_use(&self) -> u32 {
         self.used().map(|block| block.pages).sum()
     }
@@ -87,7 +87,7 @@ mod tests {
         assert_eq!((at, blocks.in_use()), (4, 5));
         blocks.share(b);
         blocks.release(b);
-        // Too large for the gaps there are.
+        // The block is too large for every gap.
         assert_eq!(blocks.take(6 * 4096), None);
         blocks.release(b);
         let (_, at) = blocks.take(2 * 4096).unwrap();
@@ -100,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_is_refused() {
+    fn impossible_sizes_are_refused() {
         let mut blocks = Blocks::new(1000);
         assert_eq!(blocks.take(0), None);
         assert_eq!(blocks.take(usize::MAX), None);

@@ -1,16 +1,16 @@
-//! Choices that need not be good ones, and are the same in each run.
+//! Pseudo-random numbers of low quality. They are the same in each run.
 
-/// A small generator of numbers.
+/// A small generator of pseudo-random numbers.
 pub struct Dice(u64);
 
 impl Dice {
-    /// One of many.
+    /// Makes the generator for a seed.
     pub fn new(seed: u64) -> Dice {
-        // Never 0, from which no other number would follow.
+        // The state must not be 0, or all numbers would be 0.
         Dice(0x9e37_79b9_7f4a_7c15 ^ (seed & 0xff_ffff) << 7)
     }
 
-    /// A number below `sides`, which is more than 0.
+    /// Returns a number below `sides`, which must not be 0.
     pub fn roll(&mut self, sides: u64) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
@@ -24,7 +24,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_side_comes_up_and_every_seed_is_another() {
+    fn every_side_comes_up_and_seeds_differ() {
         let rolls = |seed| {
             let mut dice = Dice::new(seed);
             (0..64).map(|_| dice.roll(4)).collect::<Vec<_>>()

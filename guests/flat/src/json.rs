@@ -1,10 +1,11 @@
-//! The guest's report: one JSON object a line.
+//! The guest's report: one JSON object on each line.
 
 use core::fmt::{self, Display, Write};
 
 /// Writes one object with the fields that are added, then ends the line.
 ///
-/// Nothing is kept back: a guest that dies in the middle of a line shows how far it came.
+/// It writes without a buffer. So if the guest dies in the middle of a line, the line shows how far
+/// it came.
 pub struct Line<W: Write> {
     out: W,
     first: bool,
@@ -13,7 +14,7 @@ pub struct Line<W: Write> {
 impl<W: Write> Line<W> {
     /// Begins an object.
     pub fn new(mut out: W) -> Self {
-        // Nobody could be told of an error.
+        // There is no way to report an error.
         let _ = out.write_char('{');
         Line { out, first: true }
     }
@@ -47,7 +48,7 @@ impl<W: Write> Line<W> {
     }
 }
 
-/// Escapes what passes through.
+/// Escapes the text that passes through.
 struct Escaped<'a, W: Write>(&'a mut W);
 
 impl<W: Write> Write for Escaped<'_, W> {

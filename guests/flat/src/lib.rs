@@ -1,5 +1,5 @@
-//! What of the guest needs no bare machine: its command line, its memory, its walk over PCI, its
-//! report. Tested on the host.
+//! The parts of the guest that need no bare machine: its command line, its memory, its walk over
+//! PCI, and its report. Their tests run on the host.
 #![cfg_attr(not(test), no_std)]
 
 pub mod blocks;

@@ -1,16 +1,16 @@
-//! The walk over PCI: which vbus functions there are, behind which bridges, with buses and
-//! addresses given out where firmware has not.
+//! The walk over PCI: finds the vbus functions, also behind bridges, and assigns the buses and
+//! addresses that firmware has not assigned.
 
 use vbus_shm::abi::bar0;
 
-/// The most functions that are kept.
+/// The most functions that the walk records.
 pub const FUNCTIONS_MAX: usize = 64;
-/// How deep bridges may be nested.
+/// The most levels of nested bridges.
 const DEPTH_MAX: u32 = 8;
 /// The alignment of a bridge's window.
 const WINDOW: u64 = 1 << 20;
 
-/// Places in configuration space.
+/// Offsets in configuration space.
 mod at {
     pub const ID: u16 = 0x00;
     pub const COMMAND: u16 = 0x04;
@@ -45,33 +45,33 @@ impl core::fmt::Display for Address {
     }
 }
 
-/// Access to configuration space, by 4 aligned bytes.
+/// Access to configuration space, in aligned units of 4 bytes.
 pub trait Config {
-    /// Reads; all ones if there is no such function.
+    /// Reads 4 bytes; all ones if there is no such function.
     fn read(&self, address: Address, offset: u16) -> u32;
-    /// Writes.
+    /// Writes 4 bytes.
     fn write(&self, address: Address, offset: u16, value: u32);
 }
 
 /// A vbus function, ready to be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Found {
-    /// Where it is.
+    /// Its bus, device and function number.
     pub address: Address,
     /// The address of its BAR 0.
     pub bar: u64,
 }
 
-/// Addresses for BARs that have none.
+/// A range of addresses for BARs that have none.
 #[derive(Clone, Copy, Debug)]
 pub struct Window {
-    /// The next one that is free.
+    /// The next free address.
     pub next: u64,
-    /// The first one beyond.
+    /// The first address after the range.
     pub end: u64,
 }
 
-/// What a walk found.
+/// The functions that a walk found.
 #[derive(Debug)]
 pub struct Functions {
     found: [Option<Found>; FUNCTIONS_MAX],
@@ -81,8 +81,8 @@ pub struct Functions {
 }
 
 impl Functions {
-    /// Walks over all buses from 0 on. Bridges and BARs that firmware has set up stay as they are;
-    /// others are set up from `window`, and with bus numbers that follow the highest.
+    /// Walks over all buses from 0 on. Keeps bridges and BARs that firmware has set up. Sets up the
+    /// others with addresses from `window` and with bus numbers after the highest one.
     pub fn find(config: &impl Config, window: Window) -> Functions {
         let mut functions =
             Functions { found: [None; FUNCTIONS_MAX], count: 0, window, last_bus: 0 };
@@ -129,7 +129,7 @@ impl Functions {
         if fresh {
             let Some(next) = self.last_bus.checked_add(1) else { return };
             secondary = next;
-            // Everything beyond, until it is known what there is.
+            // All bus numbers from here on, until the walk has found the buses behind this bridge.
             let numbers = u32::from(address.bus) | u32::from(secondary) << 8 | 0xff << 16;
             config.write(address, at::BUSES, buses & 0xff00_0000 | numbers);
         }
@@ -146,7 +146,7 @@ impl Functions {
             self.window.next = before;
         } else {
             self.window.next = self.window.next.next_multiple_of(WINDOW);
-            // Bits 20 to 31 of the first address, and of the last one 16 bits above.
+            // Bits 20 to 31 of the first address. 16 bits higher: those of the last address.
             let base = (start >> 16 & 0xfff0) as u32;
             let limit = ((self.window.next - 1) >> 16 & 0xfff0) as u32;
             config.write(address, at::WINDOW, base | limit << 16);
@@ -180,30 +180,30 @@ impl Functions {
 /// A message that a function sends as its interrupt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Message {
-    /// Where to, below 4 GiB.
+    /// The address, below 4 GiB.
     pub address: u32,
-    /// What.
+    /// The data.
     pub data: u32,
 }
 
 /// How a function interrupts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Messages {
-    /// One message for all.
+    /// One message for all vectors.
     Msi,
-    /// As many as this, from a table at this offset of BAR 0, which is to be filled before
+    /// MSI-X: a number of messages in a table in BAR 0. The caller fills the table before
     /// [`enable_msix`].
     Msix {
-        /// Entries.
+        /// The number of entries.
         entries: u16,
-        /// Offset in BAR 0.
+        /// The offset of the table in BAR 0.
         table: u64,
-        /// Where the capability is.
+        /// The offset of the capability.
         capability: u16,
     },
 }
 
-/// Sets `message` as the function's only one, if it has MSI.
+/// If the function has MSI, sets `message` as its only message.
 pub fn enable_msi(config: &impl Config, address: Address, message: Message) -> Option<Messages> {
     let at = capability(config, address, 0x05)?;
     let control = config.read(address, at);
@@ -213,12 +213,12 @@ pub fn enable_msi(config: &impl Config, address: Address, message: Message) -> O
         config.write(address, at + 8, 0);
     }
     config.write(address, at + if wide { 12 } else { 8 }, message.data);
-    // One message of those it could have, then enabled.
+    // Select one message, then enable MSI.
     config.write(address, at, control & !(0x70 << 16) | 1 << 16);
     Some(Messages::Msi)
 }
 
-/// What the function has of MSI-X, if its table is in BAR 0.
+/// The function's MSI-X, if it has MSI-X with its table in BAR 0.
 pub fn find_msix(config: &impl Config, address: Address) -> Option<Messages> {
     let at = capability(config, address, 0x11)?;
     let table = config.read(address, at + 4);
@@ -236,7 +236,7 @@ pub fn enable_msix(config: &impl Config, address: Address, capability: u16) {
     config.write(address, capability, control | 1 << 31);
 }
 
-/// The place of the capability with this id.
+/// The offset of the capability with this id.
 fn capability(config: &impl Config, address: Address, id: u8) -> Option<u16> {
     let mut at = (config.read(address, at::CAPABILITIES) & 0xfc) as u16;
     for _ in 0..48 {
@@ -262,7 +262,7 @@ mod tests {
     const VBUS: u32 = 0x10f5_1af4;
     const WINDOW_AT: Window = Window { next: 0xe000_0000, end: 0xe010_0000 * 4 };
 
-    /// A function, and the bridge that it is behind.
+    /// A function, and the bridge in front of it.
     struct Node {
         bridge: Option<usize>,
         device: u8,
@@ -270,7 +270,7 @@ mod tests {
         words: [u32; 64],
     }
 
-    /// Functions that are reached as the numbers of their bridges say.
+    /// Functions that the bus numbers of their bridges make reachable.
     #[derive(Default)]
     struct Machine(RefCell<Vec<Node>>);
 
@@ -285,7 +285,7 @@ mod tests {
         ) -> usize {
             let mut node = Node { bridge, device, function, words: [0; 64] };
             if words.contains(&(at::ID, VBUS)) {
-                // Capabilities; the only one is that with the signature.
+                // The only capability is the one with the signature.
                 node.words[1] = 1 << 20;
                 node.words[0x34 / 4] = 0x40;
                 node.words[0x40 / 4] = 0x0114_0009;
@@ -334,7 +334,7 @@ mod tests {
         fn write(&self, address: Address, offset: u16, value: u32) {
             let node = self.find(address).unwrap();
             let mut value = value;
-            // BARs are as small as a device's.
+            // BARs are as small as those of a device.
             if offset == at::BAR0 {
                 value &= !0x3fff;
             }
@@ -449,7 +449,7 @@ mod tests {
         assert_eq!(find_msix(&machine, address(0, 1)), Some(msix));
         enable_msix(&machine, address(0, 1), 0x80);
         assert_eq!(machine.word(node, 0x80), 0x8003_0011);
-        // A list that goes round, and none.
+        // One list with a loop, and one empty list.
         machine.0.borrow_mut()[node].words[0x40 / 4] = 0x4009;
         assert_eq!(enable_msi(&machine, address(0, 1), message), None);
         assert_eq!(find_msix(&machine, address(0, 2)), None);

@@ -5,14 +5,14 @@
 pub struct Words<'a>(pub &'a str);
 
 impl<'a> Words<'a> {
-    /// The value of the last word with this key: what is added to a command line wins.
+    /// The value of the last word with this key. So a word that is appended to a command line wins.
     pub fn get(&self, key: &str) -> Option<&'a str> {
         let mut words = self.0.split_ascii_whitespace();
         words.rfind(|word| is(word, key)).map(|word| &word[key.len() + 1..])
     }
 
     /// The value as a number, decimal or with 0x in front; `default` if there is none. An error
-    /// names what is no number.
+    /// contains the text that is not a number.
     pub fn number(&self, key: &str, default: u64) -> Result<u64, &'a str> {
         let Some(text) = self.get(key) else { return Ok(default) };
         let number = match text.strip_prefix("0x") {
@@ -48,7 +48,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_number_is_named() {
+    fn an_error_names_the_text_that_is_not_a_number() {
         for text in ["", "x", "-1", "0x", "18446744073709551616"] {
             assert_eq!(Words(&format!("count={text}")).number("count", 1), Err(text));
         }

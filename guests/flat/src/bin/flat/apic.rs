@@ -1,4 +1,4 @@
-//! The local interrupt controller: where messages arrive, and how they are ended.
+//! The local APIC: it receives messages and ends them.
 #![allow(unsafe_code, reason = "registers of the interrupt controller")]
 
 use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering, fence};
@@ -13,16 +13,16 @@ const ENABLE: u64 = 1 << 11;
 const ENABLE_X2APIC: u64 = 1 << 10;
 /// The xAPIC's registers.
 const XAPIC: u64 = 0xfee0_0000;
-/// Where messages go to.
+/// The addresses of messages.
 const MESSAGES: u32 = 0xfee0_0000;
 
-/// Registers, by their number in x2APIC mode: 16 bytes each in xAPIC mode.
+/// Register numbers of x2APIC mode. In xAPIC mode each register takes 16 bytes.
 mod reg {
     pub const ID: u32 = 0x02;
     pub const TASK_PRIORITY: u32 = 0x08;
     pub const SPURIOUS: u32 = 0x0f;
-    /// What is sent to other processors; their identity is in the register behind it, or in the
-    /// upper half.
+    /// The interrupt command register. The target's APIC id is in the next register (xAPIC), or in
+    /// the upper half (x2APIC).
     pub const COMMAND: u32 = 0x30;
     pub const COMMAND_TO: u32 = 0x31;
     pub const LINT0: u32 = 0x35;
@@ -37,12 +37,12 @@ fn read(register: u32) -> u32 {
     if is_x2apic() {
         return read_msr(0x800 + register) as u32;
     }
-    // SAFETY: a register of the xAPIC, which is there and mapped.
+    // SAFETY: a register of the xAPIC, which exists and is mapped.
     unsafe { ((XAPIC + u64::from(register) * 16) as *const u32).read_volatile() }
 }
 
 fn write(register: u32, value: u32) {
-    // SAFETY: a register of the interrupt controller: it changes no memory.
+    // SAFETY: a register of the local APIC. The write changes no memory.
     unsafe {
         if is_x2apic() {
             write_msr(0x800 + register, u64::from(value));
@@ -52,10 +52,10 @@ fn write(register: u32, value: u32) {
     }
 }
 
-/// Takes that of the first processor into use, and the old interrupt controllers out of use.
+/// Enables the local APIC of the first processor, and disables the old interrupt controllers.
 pub fn init() {
     X2APIC.store(cpuid(1).ecx & (1 << 21) != 0, Ordering::Relaxed);
-    // The two 8259: all their lines masked.
+    // Mask all lines of the two 8259.
     out8(0x21, 0xff);
     out8(0xa1, 0xff);
     init_processor(0);
@@ -64,12 +64,12 @@ pub fn init() {
     }
 }
 
-/// Takes that of this processor into use, whose number is said.
+/// Enables the local APIC of this processor, which has number `number`.
 pub fn init_processor(number: u32) {
     let x2apic = is_x2apic();
     let base = read_msr(APIC_BASE) | ENABLE;
-    // SAFETY: turns the controller on, in the mode that is remembered. The way from xAPIC to x2APIC
-    // mode is by two steps.
+    // SAFETY: enables the local APIC in the recorded mode. The change from xAPIC to x2APIC mode
+    // needs two steps.
     unsafe {
         write_msr(APIC_BASE, base);
         if x2apic {
@@ -88,25 +88,24 @@ pub fn send(processor: u32, vector: u8) {
     command(id(processor), u32::from(vector));
 }
 
-/// Has all other processors reset themselves, and wait for [`start_others`].
+/// Resets all other processors. They then wait for [`start_others`].
 pub fn reset_others() {
     command(0, ALL_OTHERS | 5 << 8);
 }
 
-/// Has all other processors that wait for it begin in real mode at this address, that of a page
-/// below 1 MiB.
+/// Starts all waiting processors in real mode at this address, which is that of a page below 1 MiB.
 pub fn start_others(address: u32) {
     command(0, ALL_OTHERS | 6 << 8 | address >> 12);
 }
 
-/// Of a command: for all processors but this one. Of those that are not fixed vectors: the level is
-/// asserted, as it always is.
+/// Bits of a command. The first: all processors but this one. The second: the level, which is
+/// always asserted in commands without a fixed vector.
 const ALL_OTHERS: u32 = 3 << 18 | 1 << 14;
 
 fn command(to: u32, what: u32) {
     if is_x2apic() {
         fence(Ordering::SeqCst);
-        // SAFETY: no more than `write` does.
+        // SAFETY: as in `write`.
         unsafe { write_msr(0x800 + reg::COMMAND, u64::from(to) << 32 | u64::from(what)) };
     } else {
         write(reg::COMMAND_TO, to << 24);
@@ -114,35 +113,34 @@ fn command(to: u32, what: u32) {
     }
 }
 
-/// Whether it is in x2APIC mode.
+/// Whether the local APIC is in x2APIC mode.
 pub fn is_x2apic() -> bool {
     X2APIC.load(Ordering::Relaxed)
 }
 
-/// How an interrupt is ended that nothing special is done for.
+/// How an ordinary interrupt is ended.
 pub fn by_register() -> End {
     if is_x2apic() { End::X2apic } else { End::Xapic }
 }
 
-/// A vector that nobody uses yet. There are enough: each test begins with a few.
+/// Returns an unused vector. There are enough, because each test needs only a few.
 pub fn vector() -> u8 {
     let vector = NEXT.fetch_add(1, Ordering::Relaxed);
     assert!(usize::from(vector - FIRST) < COUNT - 1, "no vector is left");
     vector
 }
 
-/// Lets the vectors that were handed out since `first` be handed out again; nothing sends them any
-/// more.
+/// Frees the vectors from `first` on. The caller makes sure that no device sends them any more.
 pub fn reuse(first: u8) {
     NEXT.store(first, Ordering::Relaxed);
 }
 
-/// The next vector that [`vector`] hands out.
+/// The vector that [`vector`] returns next.
 pub fn next_vector() -> u8 {
     NEXT.load(Ordering::Relaxed)
 }
 
-/// The identity of a processor's.
+/// The APIC id of a processor.
 pub fn id(processor: u32) -> u32 {
     IDS[processor as usize].load(Ordering::Relaxed)
 }

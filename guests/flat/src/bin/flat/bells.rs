@@ -1,4 +1,4 @@
-//! Test `doorbells`: what a ring of each kind costs.
+//! Test `doorbells`: the cost of each kind of doorbell.
 
 use vbus_driver::Doorbell;
 use vbus_driver::venet::Nic;
@@ -8,18 +8,18 @@ use crate::hal::{KINDS, kind_name};
 use crate::report::{Failure, Outcome, line};
 use crate::{Setting, clock, mark};
 
-/// Rings the doorbell of a region of the first NIC `count=` times by each kind that is offered,
-/// between two marks. Nothing is posted, so the device looks, finds nothing, and does not
-/// interrupt.
+/// Rings the doorbell of a region of the first NIC `count=` times by each kind that the device
+/// offers, between two marks. The driver has posted nothing, so the device polls the ring, finds
+/// nothing, and does not interrupt.
 pub fn run<'a>(setting: &Setting<'a>) -> Outcome<'a> {
     let count = setting.number("count", 2000);
     let hal =
         setting.of_class(class::VENET).next().ok_or(Failure::Said("no device of class venet"))?;
     for kind in KINDS {
-        // Not all are offered everywhere.
+        // A device does not offer every kind.
         let Ok(function) = hal.with_kind(kind).function() else { continue };
         let mut nic = Nic::open(function, 0, 0)?;
-        // Its handle is that of the first region after the status page's.
+        // Its handle follows the handle of the status page.
         nic.queue_pair(0, 32, 4096, 0)?;
         let Doorbell { base, stride, .. } = nic.function().doorbell();
         let bell = nic.function().bell(HANDLE);
@@ -47,6 +47,6 @@ pub fn run<'a>(setting: &Setting<'a>) -> Outcome<'a> {
     Ok(())
 }
 
-/// The lowest handle that is free once the status page has the first.
+/// The lowest free handle, because the status page has the first one.
 const HANDLE: u32 = 1;
 const _: () = assert!(venet::REGION_STATUS != venet::tx(0));

@@ -1,5 +1,5 @@
-//! The first instructions: from PVH's 32-bit entry to Rust in long mode, with 4 GiB mapped to
-//! themselves. The other processors come by the same way, from real mode (`smp.rs` starts them).
+//! The first instructions: from PVH's 32-bit entry to Rust in long mode, with an identity map of 4
+//! GiB. The other processors take the same way from real mode (`smp.rs` starts them).
 #![allow(unsafe_code, reason = "there is no Rust yet")]
 
 use core::arch::global_asm;
@@ -11,7 +11,7 @@ use crate::smp;
 const STACK: usize = 256 << 10;
 
 global_asm!(
-    // Tells the loader the entry: note of type 18 (PHYS32_ENTRY), owner "Xen".
+    // Tell the loader the entry: a note of type 18 (PHYS32_ENTRY) and owner "Xen".
     ".pushsection .note.pvh, \"a\", @note",
     ".balign 4",
     ".long 4, 4, 18",
@@ -22,18 +22,19 @@ global_asm!(
     ".pushsection .boot, \"ax\"",
     ".code32",
     ".global pvh_entry",
-    // Protected mode with flat segments, paging and interrupts off. EBX: the start info.
+    // The processor is in protected mode with flat segments, with paging and interrupts off. EBX
+    // has the start info.
     "pvh_entry:",
     "cld",
-    // After a reset what was there before is still in memory.
+    // After a reset, memory still has its former content.
     "movl $bss_start, %edi",
     "movl $bss_end, %ecx",
     "subl %edi, %ecx",
     "shrl $2, %ecx",
     "xorl %eax, %eax",
     "rep stosl",
-    // The tables: one of the fourth level, one of the third, four of the second with pages of 2
-    // MiB.
+    // The page tables: one of the fourth level, one of the third, and four of the second with pages
+    // of 2 MiB.
     "movl $boot_tables + 0x1003, boot_tables",
     "movl $boot_tables + 0x1000, %edi",
     "movl $boot_tables + 0x2003, %eax",
@@ -45,7 +46,7 @@ global_asm!(
     "movl $boot_tables + 0x2000, %edi",
     "movl $0x83, %eax",
     "movl $2048, %ecx",
-    // The last GiB has the registers of devices: not cached.
+    // The last GiB has the registers of devices, and is not cached.
     "2: cmpl $0xc0000000, %eax",
     "jb 3f",
     "orl $0x18, %eax",
@@ -53,7 +54,7 @@ global_asm!(
     "addl $0x200000, %eax",
     "addl $8, %edi",
     "loop 2b",
-    // From here on all processors: PAE, and SSE as compiled code wants it: FXSR, exceptions.
+    // All processors run this: enable PAE, and SSE as compiled code needs it (FXSR, exceptions).
     "enter_long_mode:",
     "movl %cr4, %eax",
     "orl $0x620, %eax",
@@ -65,7 +66,7 @@ global_asm!(
     "orl $0x100, %eax",
     "wrmsr",
     "movl %cr0, %eax",
-    // With the caches on, which INIT leaves off.
+    // Switch the caches on, which INIT leaves off.
     "andl $~0x60000004, %eax",
     "orl $0x80000003, %eax",
     "movl %eax, %cr0",
@@ -79,7 +80,7 @@ global_asm!(
     "xorl %eax, %eax",
     "movl %eax, %fs",
     "movl %eax, %gs",
-    // The processor's number, in order of arrival; those for whom there is no stack stay here.
+    // The processor's number, in order of arrival. A processor without a stack stays here.
     "movl $1, %edi",
     "lock xaddl %edi, boot_processors",
     "cmpl ${cpus}, %edi",
@@ -95,7 +96,7 @@ global_asm!(
     "hlt",
     "jmp 5b",
     //
-    // Where another processor arrives from real mode: flat segments are still missing.
+    // Another processor arrives here from real mode, without flat segments.
     ".code32",
     "other_protected:",
     "cld",
@@ -107,7 +108,8 @@ global_asm!(
     ".code64",
     ".popsection",
     //
-    // What it begins with; copied to a page below 1 MiB, whose number is in CS.
+    // Another processor begins with this code, copied to a page below 1 MiB. CS has the number of
+    // the page.
     ".pushsection .rodata, \"a\", @progbits",
     ".code16",
     ".global trampoline, trampoline_end",
@@ -129,7 +131,7 @@ global_asm!(
     //
     ".pushsection .rodata, \"a\", @progbits",
     ".balign 8",
-    // Code of 64 bits, data, code of 32 bits.
+    // 64-bit code, data, 32-bit code.
     "boot_gdt: .quad 0, 0x00af9a000000ffff, 0x00cf92000000ffff, 0x00cf9a000000ffff",
     ".popsection",
     //
@@ -145,7 +147,7 @@ global_asm!(
     options(att_syntax),
 );
 
-/// What the assembly calls, on each processor. `start_info` is of the first one's.
+/// The assembly calls this on each processor. Only the first processor has a `start_info`.
 extern "C" fn entry(number: u32, start_info: u64) -> ! {
     match number {
         0 => crate::main(start_info),

@@ -9,10 +9,10 @@ use flat::rate::Rate;
 use crate::cpu::{cycles, in8, out8, write_msr};
 use crate::kvm;
 
-/// KVM's register for the address of its clock's parameters.
+/// KVM's register with the address of its clock's parameters.
 const KVM_SYSTEM_TIME: u32 = 0x4b56_4d01;
 
-/// What KVM tells of its clock.
+/// The parameters of KVM's clock.
 #[repr(C, align(64))]
 struct KvmTime {
     version: u32,
@@ -26,7 +26,7 @@ struct KvmTime {
 
 struct Cell<T>(UnsafeCell<T>);
 
-// SAFETY: one processor; interrupt handlers do not come here.
+// SAFETY: only one processor uses it, and no interrupt handler does.
 unsafe impl<T> Sync for Cell<T> {}
 
 static KVM_TIME: Cell<KvmTime> = Cell(UnsafeCell::new(KvmTime {
@@ -41,11 +41,11 @@ static KVM_TIME: Cell<KvmTime> = Cell(UnsafeCell::new(KvmTime {
 static RATE: Cell<Rate> = Cell(UnsafeCell::new(Rate::NANOSECONDS));
 static BEGAN: AtomicU64 = AtomicU64::new(0);
 
-/// Finds out how fast the counter runs.
+/// Measures the rate of the cycle counter.
 pub fn init() {
     let rate =
         if kvm::features().is_some_and(|features| features.clock) { by_kvm() } else { by_timer() };
-    // SAFETY: nobody else looks at it now.
+    // SAFETY: nothing else accesses it now.
     unsafe { *RATE.0.get() = rate };
     BEGAN.store(cycles(), Ordering::Relaxed);
 }
@@ -67,8 +67,7 @@ fn rate() -> Rate {
 
 fn by_kvm() -> Rate {
     let time = KVM_TIME.0.get();
-    // SAFETY: the memory is KVM's from the first write of the register to the second, which ends
-    // it.
+    // SAFETY: KVM owns the memory from the first write of the register to the second one.
     unsafe {
         write_msr(KVM_SYSTEM_TIME, time as u64 | 1);
         let rate = Rate::kvm(
@@ -80,14 +79,13 @@ fn by_kvm() -> Rate {
     }
 }
 
-/// By the second channel of the old timer, which runs at 1,193,182 Hz: it counts 20 ms down.
+/// Measures by the second channel of the old timer. It runs at 1,193,182 Hz and counts 20 ms down.
 fn by_timer() -> Rate {
     const NS: u64 = 20_000_000;
     const TICKS: u64 = 1_193_182 * NS / 1_000_000_000;
     const OUTPUT: u8 = 1 << 5;
-    // The channel's gate off, the loudspeaker too; then mode 0: the output goes up at the end.
-    // Nobody can say for how long to wait for a timer that is not there, but its port then reads as
-    // all ones.
+    // Switch the channel's gate and the loudspeaker off. Then select mode 0: the output rises at
+    // the end. If there is no timer, its port reads as all ones.
     let gate = in8(0x61) & 0xfc;
     out8(0x61, gate);
     out8(0x43, 0xb0);

@@ -1,4 +1,4 @@
-//! Memory that devices can reach: a part of the largest run of RAM, handed out in pages.
+//! Memory that devices can reach: a part of the largest run of RAM, allocated in pages.
 #![allow(unsafe_code, reason = "hands out memory")]
 
 use core::cell::RefCell;
@@ -12,19 +12,19 @@ use vbus_shm::Memory;
 use vbus_shm::memory::WORD;
 use vbus_shm::sync::Word;
 
-/// The most that is handed out.
+/// The most bytes that this allocator uses.
 const BYTES_MAX: u64 = 64 << 20;
 
 struct Pool(RefCell<Blocks>);
 
-// SAFETY: one processor; interrupt handlers do not come here.
+// SAFETY: only one processor uses it, and no interrupt handler does.
 unsafe impl Sync for Pool {}
 
 static POOL: Pool = Pool(RefCell::new(Blocks::new(0)));
 static BASE: AtomicU64 = AtomicU64::new(0);
 static BYTES: AtomicU64 = AtomicU64::new(0);
 
-/// Takes the memory, an address and a length, into use: nothing else is in it.
+/// Sets the memory, by address and length. Nothing else may use it.
 pub fn init((address, bytes): (u64, u64)) {
     let base = address.next_multiple_of(PAGE);
     let bytes = bytes.saturating_sub(base - address).min(BYTES_MAX) / PAGE * PAGE;
@@ -33,12 +33,12 @@ pub fn init((address, bytes): (u64, u64)) {
     *POOL.0.borrow_mut() = Blocks::new((bytes / PAGE) as u32);
 }
 
-/// Bytes that can be handed out.
+/// Bytes that can be allocated.
 pub fn bytes() -> u64 {
     BYTES.load(Ordering::Relaxed)
 }
 
-/// Pages that are in use.
+/// The number of pages in use.
 pub fn pages_in_use() -> u32 {
     POOL.0.borrow().in_use()
 }
@@ -50,14 +50,14 @@ pub struct Block {
 }
 
 impl Block {
-    /// A block of at least `bytes` bytes, in whole pages, zeroed.
+    /// Allocates a zeroed block of at least `bytes` bytes, in whole pages.
     pub fn new(bytes: usize) -> Result<Block, NoMemory> {
         let (key, page) = POOL.0.borrow_mut().take(bytes).ok_or(NoMemory)?;
         let at = (BASE.load(Ordering::Relaxed) + u64::from(page) * PAGE) as *mut u8;
         let bytes = bytes.next_multiple_of(PAGE as usize);
-        // SAFETY: RAM that the table keeps for this block until its last handle has gone. A device
-        // that had it before has let go of it. Both ends access it as atomic words from here on;
-        // the slice lives as long as the handles, behind which it is not given out.
+        // SAFETY: the table reserves this RAM for the block until its last handle is dropped. A
+        // device that used it before has released it. Both ends access it as atomic words from here
+        // on. The slice lives as long as the handles, and only they give it out.
         let words = unsafe {
             ptr::write_bytes(at, 0, bytes);
             core::slice::from_raw_parts(at.cast::<Word>(), bytes / WORD)
@@ -99,7 +99,7 @@ impl Dma for Block {
     }
 
     fn address(&self, offset: usize) -> u64 {
-        // Addresses are mapped to themselves.
+        // Virtual and physical addresses are equal.
         self.words.as_ptr() as u64 + offset as u64
     }
 }

@@ -1,5 +1,5 @@
-//! The driver's environment here: registers in memory, doorbells of every kind, messages as
-//! interrupts.
+//! The driver's environment in this guest: registers in memory, doorbells of every kind, and
+//! messages as interrupts.
 #![allow(unsafe_code, reason = "registers of devices")]
 
 use core::sync::atomic::{Ordering, fence};
@@ -51,12 +51,12 @@ pub fn kind_name(kind: u8) -> &'static str {
     }
 }
 
-/// A function, the kind of doorbell that is to be used with it, and where its messages go.
+/// A function, the kind of doorbell to use with it, and the target of its messages.
 #[derive(Clone, Debug)]
 pub struct FlatHal {
     found: Found,
     kind: u8,
-    /// The message to a synthetic interrupt source; else they are for the local APIC.
+    /// The message to a synthetic interrupt source; `None`: messages go to the local APIC.
     sint: Option<Message>,
 }
 
@@ -78,7 +78,7 @@ impl FlatHal {
         Ok(function)
     }
 
-    /// Has messages go to synthetic interrupt source `number`, by this address.
+    /// Sends messages to synthetic interrupt source `number`, at this address.
     pub fn with_messages_at(&self, address: u64, number: u32) -> FlatHal {
         let sint = u32::try_from(address).ok().map(|address| Message { address, data: number });
         FlatHal { sint, ..self.clone() }
@@ -88,14 +88,14 @@ impl FlatHal {
         self.sint.unwrap_or_else(|| apic::message(0, vector))
     }
 
-    /// Has the function interrupt the first processor by messages of the `vectors.len()` vectors:
-    /// by MSI-X if it has that, else by MSI all on the first one.
+    /// Makes the function interrupt the first processor by messages on these vectors. Uses MSI-X if
+    /// the function has it; otherwise MSI, with all messages on the first vector.
     pub fn enable_messages(&self, vectors: &[u8]) -> Option<Messages> {
         self.send_messages(vectors.iter().map(|vector| self.message(*vector)))
     }
 
-    /// Has the function interrupt by these messages: one for each vector by MSI-X if it has that,
-    /// else the first one for all.
+    /// Makes the function interrupt by these messages. With MSI-X each vector has a message of its
+    /// own; otherwise the first message serves all.
     pub fn send_messages(&self, messages: impl IntoIterator<Item = Message>) -> Option<Messages> {
         let address = self.found.address;
         let mut messages = messages.into_iter();
@@ -128,7 +128,7 @@ impl Hal for FlatHal {
     }
 
     fn read32(&self, offset: u64) -> u32 {
-        // SAFETY: a register of the function, mapped; the driver stays within the BAR.
+        // SAFETY: a mapped register of the function. The driver stays within the BAR.
         let value = unsafe { self.place::<u32>(offset).read_volatile() };
         fence(Ordering::Acquire);
         value
@@ -143,7 +143,7 @@ impl Hal for FlatHal {
 
     fn write32(&self, offset: u64, value: u32) {
         fence(Ordering::SeqCst);
-        // SAFETY: as in `read32`; the device writes to memory that the allocator has given the
+        // SAFETY: as in `read32`. The device writes only to memory that the allocator has given the
         // driver.
         unsafe { self.place::<u32>(offset).write_volatile(value) };
     }

@@ -1,4 +1,4 @@
-//! Hypercalls of Hyper-V's interface, which KVM has as well: one of them signals an event.
+//! Hypercalls of Hyper-V's interface, which KVM offers too. One of them signals an event.
 #![allow(unsafe_code, reason = "a hypercall is code that the hypervisor writes")]
 
 use core::arch::asm;
@@ -20,21 +20,21 @@ const PROCESSOR: u32 = 0x4000_0002;
 const SYNIC_CONTROL: u32 = 0x4000_0080;
 const SINT0: u32 = 0x4000_0090;
 const ENABLE: u64 = 1;
-/// Of a synthetic interrupt source: its interrupts end by themselves.
+/// A bit of a synthetic interrupt source: AutoEOI, its interrupts end automatically.
 const AUTO_END: u64 = 1 << 17;
-/// Of one: it interrupts nobody.
+/// A bit of a synthetic interrupt source: it is masked.
 const MASKED: u64 = 1 << 16;
 
-/// How many synthetic interrupt sources there are.
+/// The number of synthetic interrupt sources.
 const SINTS: u32 = 16;
 
-/// An identity of the open kind (bit 63), of no system that has a number.
+/// A guest identity: open source (bit 63), and no known operating system.
 const OPEN_SOURCE: u64 = 1 << 63 | 0x7f << 56;
 
-/// Signal an event, its connection in a register.
+/// Signal an event, with its connection in a register.
 const SIGNAL_EVENT_FAST: u64 = 0x5d | 1 << 16;
 
-/// The page that the hypervisor puts its instruction in.
+/// The page into which the hypervisor puts its hypercall instruction.
 #[repr(C, align(4096))]
 struct Page(UnsafeCell<[u8; 4096]>);
 
@@ -47,7 +47,7 @@ const UNKNOWN: u8 = 0;
 const NO: u8 = 1;
 const YES: u8 = 2;
 
-/// Whether there are hypercalls of this interface; they are taken into use by the first question.
+/// Whether there are hypercalls of this interface. The first call enables them.
 pub fn hypercalls() -> bool {
     let ready = READY.load(Ordering::Relaxed);
     if ready != UNKNOWN {
@@ -57,8 +57,8 @@ pub fn hypercalls() -> bool {
         && cpuid(FIRST_LEAF + 1).eax == INTERFACE
         && cpuid(FIRST_LEAF + 3).eax & RIGHT_OF_HYPERCALLS != 0;
     if yes {
-        // SAFETY: the page is the hypervisor's from here on. It lies in `.bss`, which is mapped
-        // with the right to execute.
+        // SAFETY: the hypervisor owns the page from here on. The page is in `.bss`, which is mapped
+        // as executable.
         unsafe {
             write_msr(GUEST_OS_ID, OPEN_SOURCE);
             write_msr(HYPERCALL, PAGE.0.get() as u64 | ENABLE);
@@ -70,9 +70,9 @@ pub fn hypercalls() -> bool {
 
 /// Signals the event of a connection.
 pub fn signal_event(connection: u64) {
-    // The fast form: what would lie in memory, connection and flag number, is in RDX. The result:
-    // nothing to do about an error.
-    // SAFETY: calls the hypervisor's code, which keeps all registers but these.
+    // The fast form has connection and flag number in RDX, not in memory. The caller cannot handle
+    // an error, so the result is ignored. SAFETY: calls the hypervisor's code, which keeps all
+    // registers but these.
     unsafe {
         asm!("call {page}", page = in(reg) PAGE.0.get(), in("rcx") SIGNAL_EVENT_FAST, in("rdx") connection, in("r8") 0u64,
             out("rax") _);
@@ -84,18 +84,18 @@ pub fn processor() -> u32 {
     read_msr(PROCESSOR) as u32
 }
 
-/// Has synthetic interrupt source `number` raise `vector`, whose interrupts end by themselves.
+/// Makes synthetic interrupt source `number` raise `vector` with AutoEOI.
 pub fn enable_sint(number: u32, vector: u8) {
     assert!(number < SINTS, "no such synthetic interrupt source");
-    // SAFETY: an interrupt with a handler; no page for messages or events is enabled.
+    // SAFETY: the interrupt has a handler, and no page for messages or events is enabled.
     unsafe {
         write_msr(SYNIC_CONTROL, ENABLE);
         write_msr(SINT0 + number, u64::from(vector) | AUTO_END);
     }
 }
 
-/// Takes all synthetic interrupt sources back. Until then KVM ends *every* interrupt of their
-/// vectors, wherever it comes from.
+/// Disables all synthetic interrupt sources. While they are enabled, KVM ends *every* interrupt of
+/// their vectors, from any source.
 pub fn disable_sints() {
     for number in 0..SINTS {
         // SAFETY: as in `enable_sint`.

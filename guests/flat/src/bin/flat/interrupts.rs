@@ -1,4 +1,4 @@
-//! Test `interrupts`: what an interrupt costs, by how it arrives and how it is ended.
+//! Test `interrupts`: the cost of an interrupt, by how it arrives and how it is ended.
 
 use vbus_shm::abi::class;
 
@@ -10,12 +10,12 @@ use crate::stream::{RECEIVERS_MAX, Rate, Stream};
 use crate::ways::Way;
 use crate::{Setting, apic, clock, cpu, hyperv, kvm, mark, traps};
 
-/// Frames for each receiver before the first mark: the switch learns, and the processors of
-/// emulated machines translate.
+/// Frames for each receiver before the first mark, so that the switch learns addresses, and
+/// emulated processors translate the code.
 const WARM: u64 = 10;
 
 impl Way {
-    /// Has the messages of `hal` arrive this way, on a vector of their own, which is returned.
+    /// Makes the messages of `hal` arrive this way, on a vector of their own. Returns the vector.
     fn set_up<'a>(self, hal: &FlatHal, number: u32) -> Result<(FlatHal, u8), Failure<'a>> {
         let vector = apic::vector();
         traps::set_end(vector, self.end());
@@ -31,9 +31,9 @@ impl Way {
     }
 }
 
-/// Sends `count=` frames from the first NIC on a switch to the next `receivers=` ones as `rate=`
-/// says (several, one after the other), and sleeps whenever there is nothing to do. Once for each
-/// way, and again by the interrupt controller of the bus, if there is one.
+/// Sends `count=` frames from the first NIC on a switch to the next `receivers=` ones at each rate
+/// in `rate=`, and sleeps whenever there is nothing to do. Does this once for each way, and again
+/// by the interrupt controller of the bus, if there is one.
 pub fn run<'a>(setting: &Setting<'a>) -> Outcome<'a> {
     let pic = setting.of_class(class::PIC).next();
     let first = setting.on_switch().next().ok_or(Failure::Said("no NIC on a switch"))?;
@@ -64,7 +64,7 @@ fn one_way<'a>(setting: &Setting<'a>, way: Way, pic: Option<&FlatHal>) -> Outcom
     outcome
 }
 
-/// What is counted.
+/// The present counts.
 fn counts() -> [u64; 3] {
     [traps::taken(), traps::ended_by_register(), cpu::sleeps()]
 }
@@ -79,7 +79,7 @@ fn rounds<'a>(setting: &Setting<'a>, way: Way, pic: Option<&FlatHal>) -> Outcome
     let mut stations = [const { None }; RECEIVERS_MAX];
     let mut receivers = 0;
     for (place, hal) in stations.iter_mut().zip(nics.take(wanted)) {
-        // Messages of a NIC that is routed go nowhere; its vector has to be one all the same.
+        // A routed NIC sends no messages, but it needs a valid vector nevertheless.
         let (hal, vector) =
             if pic.is_some() { (hal, apic::vector()) } else { way.set_up(&hal, receivers)? };
         *place = Some(Station::open(&hal, vector)?);

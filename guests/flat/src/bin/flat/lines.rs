@@ -20,7 +20,7 @@ pub struct Lines {
 }
 
 impl Lines {
-    /// Opens the controller, whose messages come on `vector`, and routes the queues of station n to
+    /// Opens the controller with its messages on `vector`, and routes the queues of station n to
     /// line n.
     pub fn open<'a>(
         hal: &FlatHal,
@@ -42,8 +42,8 @@ impl Lines {
         Ok(lines)
     }
 
-    /// Takes and ends all lines; returns how many. What they stand for is looked at afterwards:
-    /// every station that waits for something.
+    /// Takes and ends all lines. Returns how many. The caller then checks every station that waits
+    /// for something.
     pub fn drain(&mut self) -> u64 {
         let mut count = 0;
         while let Some(line) = self.page.take() {
@@ -53,7 +53,7 @@ impl Lines {
         count
     }
 
-    /// Lets the stations interrupt by themselves again.
+    /// Ends the routes: the stations use their own interrupts again.
     pub fn close<'a>(mut self) -> Outcome<'a> {
         self.pic.remove(self.page)?;
         self.pic.close();
@@ -61,9 +61,9 @@ impl Lines {
     }
 }
 
-/// Has two NICs raise a line each, `count=` times in turn: the masked one is not taken, the
-/// unmasked one wakes, and of two that are pending the more urgent one is taken first. Then the
-/// stations interrupt by themselves again.
+/// Makes two NICs raise a line each, `count=` times in turn. Checks that the driver takes no masked
+/// line, that an unmasked line wakes the processor, and that the driver takes the more urgent of
+/// two pending lines first. Then the stations use their own interrupts again.
 pub fn run<'a>(setting: &Setting<'a>) -> Outcome<'a> {
     let rounds = setting.number("count", 2000).min(200);
     let pic = setting.of_class(class::PIC).next().ok_or(Failure::Said("no device of class pic"))?;
@@ -77,7 +77,7 @@ pub fn run<'a>(setting: &Setting<'a>) -> Outcome<'a> {
         [Some(Station::open(&b, apic::vector())?), Some(Station::open(&c, apic::vector())?)];
     let mut lines = Lines::open(&pic, apic::vector(), &stations)?;
     for number in 0..rounds {
-        // Masked, both become pending, and nothing is taken.
+        // While both lines are masked, both become pending, and the driver takes neither.
         let both = |page: &mut Controller<FlatHal>| {
             wait_pending(page, 0).and_then(|()| wait_pending(page, 1))
         };
@@ -86,14 +86,14 @@ pub fn run<'a>(setting: &Setting<'a>) -> Outcome<'a> {
         raise(&mut sender, &mut stations, number)?;
         both(&mut lines.page)?;
         ensure(lines.page.take().is_none(), "a masked line was taken")?;
-        // The less urgent one alone, then the other one.
+        // Unmask the less urgent line alone, then the other one.
         for line in [0, 1] {
-            ensure(lines.page.unmask(line) == Wanted::Pending, "a line is pending no more")?;
+            ensure(lines.page.unmask(line) == Wanted::Pending, "a line is not pending any more")?;
             ensure(lines.page.take() == Some(line), "an unmasked line was not taken")?;
             lines.page.end(line);
         }
         collect(&mut stations)?;
-        // Both: the more urgent one first.
+        // Unmask both: the driver takes the more urgent one first.
         lines.page.mask(0);
         lines.page.mask(1);
         raise(&mut sender, &mut stations, number)?;
@@ -109,7 +109,7 @@ pub fn run<'a>(setting: &Setting<'a>) -> Outcome<'a> {
             "two lines were not taken in the order of their urgency",
         )?;
         ensure(lines.page.take().is_none(), "a line was taken twice")?;
-        // Unmasked and drained: the next one wakes.
+        // Both are unmasked and drained: the next line wakes the processor.
         collect(&mut stations)?;
         let before = traps::taken();
         raise(&mut sender, &mut stations, number)?;
@@ -132,7 +132,7 @@ pub fn run<'a>(setting: &Setting<'a>) -> Outcome<'a> {
     Ok(())
 }
 
-/// Has every station interrupt for a frame.
+/// Makes every station interrupt for a frame.
 fn raise<'a>(sender: &mut Station, stations: &mut [Option<Station>], number: u64) -> Outcome<'a> {
     for station in stations.iter_mut().flatten() {
         ensure(station.rx.arm(0) == Armed::Waiting, "a frame that nobody has sent")?;
@@ -140,7 +140,7 @@ fn raise<'a>(sender: &mut Station, stations: &mut [Option<Station>], number: u64
     sender.send(BROADCAST, number, 60)
 }
 
-/// Takes the frame of every station, which has come before its line was raised.
+/// Takes the frame of every station. The frame has arrived before its line was raised.
 fn collect<'a>(stations: &mut [Option<Station>]) -> Outcome<'a> {
     let mut frame = [0; FRAME];
     for station in stations.iter_mut().flatten() {

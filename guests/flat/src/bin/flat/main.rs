@@ -43,26 +43,26 @@ use vbus_shm::abi::class;
 use crate::hal::{ConfigPorts, FlatHal};
 use crate::report::{Outcome, line};
 
-/// Where BARs are put if no firmware has done so, unless the command line says it (`window=`,
-/// `window-bytes=`): that of vbus-vmm.
+/// The default of `window=` and `window-bytes=`: the addresses for BARs that firmware has not
+/// placed. They are those of vbus-vmm.
 const WINDOW: u64 = 0xe000_0000;
 const WINDOW_BYTES: u64 = 0x1000_0000;
 
-/// What runs if the command line does not say.
+/// The default of `test=`.
 const TESTS: &str = "list,state,venet";
 
-/// What every test gets.
+/// The input of every test.
 pub struct Setting<'a> {
     /// The command line.
     words: Words<'a>,
-    /// The functions that were found.
+    /// The functions that the walk has found.
     functions: &'a Functions,
-    /// The kind of doorbell that is used (`doorbell=`).
+    /// The kind of doorbell that the tests ring (`doorbell=`).
     kind: u8,
 }
 
 impl Setting<'_> {
-    /// A number of the command line; one that is none ends the guest.
+    /// A number of the command line. A text that is not a number ends the guest.
     pub fn number(&self, key: &str, default: u64) -> u64 {
         number(self.words, key, default)
     }
@@ -82,12 +82,12 @@ impl Setting<'_> {
 fn number(words: Words<'_>, key: &str, default: u64) -> u64 {
     match words.number(key, default) {
         Ok(number) => number,
-        Err(text) => panic!("{key}={text} is no number"),
+        Err(text) => panic!("{key}={text} is not a number"),
     }
 }
 
 /// The guest's main program, on its first processor, with paging on and interrupts off.
-/// `start_info` is the address that PVH says.
+/// `start_info` is the address that PVH passes.
 pub fn main(start_info: u64) -> ! {
     let start = start::read(start_info);
     traps::init(0);
@@ -109,9 +109,9 @@ pub fn main(start_info: u64) -> ! {
     let functions = Functions::find(&ConfigPorts, window);
     let name = words.get("doorbell").unwrap_or("mmio");
     let Some(kind) = hal::KINDS.into_iter().find(|kind| hal::kind_name(*kind) == name) else {
-        panic!("doorbell={name} is no kind of doorbell");
+        panic!("doorbell={name} is not a kind of doorbell");
     };
-    mark::init(u16::try_from(number(words, "marks", 0)).expect("marks= is no port"));
+    mark::init(u16::try_from(number(words, "marks", 0)).expect("marks= is not a port"));
     let setting = Setting { words, functions: &functions, kind };
 
     let mut failed = 0;
@@ -139,7 +139,7 @@ pub fn main(start_info: u64) -> ! {
     power::off()
 }
 
-/// Reports what there is.
+/// Reports the functions.
 fn list<'a>(setting: &Setting<'a>) -> Outcome<'a> {
     for found in setting.functions.iter() {
         let function = FlatHal::new(found).function()?;

@@ -1,5 +1,5 @@
-//! Marks: a write to a port of vbus-vmm, which notes what KVM has counted until then. Between two
-//! marks nothing runs but what is measured.
+//! Marks. A mark is a write to a port of vbus-vmm, which then records KVM's counters. Only the
+//! measured code runs between two marks.
 
 use core::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 
@@ -8,13 +8,12 @@ use crate::cpu;
 static PORT: AtomicU16 = AtomicU16::new(0);
 static NEXT: AtomicU32 = AtomicU32::new(1);
 
-/// Where marks are written; 0: nowhere.
+/// The port of marks; 0: none.
 pub fn init(port: u16) {
     PORT.store(port, Ordering::Relaxed);
 }
 
-/// Sets a mark and returns its number. It costs one exit, which is counted between it and the mark
-/// before.
+/// Sets a mark and returns its number. It costs one exit, which counts before the mark.
 pub fn set() -> u32 {
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     let port = PORT.load(Ordering::Relaxed);
@@ -24,8 +23,7 @@ pub fn set() -> u32 {
     number
 }
 
-/// Sets a mark and returns what `count` says at that same moment: no interrupt is taken between the
-/// two.
+/// Sets a mark and calls `count`. The processor takes no interrupt between the two.
 pub fn set_with<T>(count: impl FnOnce() -> T) -> (u32, T) {
     cpu::interrupts(false);
     let counted = count();

@@ -1,16 +1,16 @@
-//! The functions that compiled code calls to copy, fill and compare memory: on a system with a C
-//! library they are its own.
+//! The functions that compiled code calls to copy, fill and compare memory. On other systems the C
+//! library has them.
 #![allow(unsafe_code, reason = "the functions that everything else is compiled to")]
 
 use core::arch::asm;
 
-/// Copies `n` bytes; the places do not overlap.
+/// Copies `n` bytes. The ranges must not overlap.
 ///
 /// # Safety
 /// `to` can be written and `from` read, for `n` bytes.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, n: usize) -> *mut u8 {
-    // SAFETY: the caller's promise. The direction flag is clear, always.
+    // SAFETY: the caller's promise. The direction flag is always clear.
     unsafe {
         asm!("rep movsq", "mov rcx, {rest}", "rep movsb", rest = in(reg) n % 8,
             inout("rcx") n / 8 => _, inout("rdi") to => _, inout("rsi") from => _, options(nostack, preserves_flags));
@@ -18,18 +18,18 @@ unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, n: usize) -> *mut u8 {
     to
 }
 
-/// Copies `n` bytes; the places may overlap.
+/// Copies `n` bytes. The ranges may overlap.
 ///
 /// # Safety
 /// As for [`memcpy`].
 #[unsafe(no_mangle)]
 unsafe extern "C" fn memmove(to: *mut u8, from: *const u8, n: usize) -> *mut u8 {
     if (to as usize).wrapping_sub(from as usize) >= n {
-        // SAFETY: the caller's promise; what is read has not been written over.
+        // SAFETY: the caller's promise. The copy reads each byte before it overwrites it.
         return unsafe { memcpy(to, from, n) };
     }
-    // SAFETY: the caller's promise; from the end on, so what is read has not been written over. `n`
-    // is not 0 here.
+    // SAFETY: the caller's promise. The copy runs from the end, so it reads each byte before it
+    // overwrites it. `n` is not 0 here.
     unsafe {
         asm!("std", "rep movsb", "cld", inout("rcx") n => _, inout("rdi") to.add(n - 1) => _,
             inout("rsi") from.add(n - 1) => _, options(nostack));
@@ -44,7 +44,7 @@ unsafe extern "C" fn memmove(to: *mut u8, from: *const u8, n: usize) -> *mut u8 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn memset(to: *mut u8, byte: i32, n: usize) -> *mut u8 {
     let bytes = u64::from(byte as u8) * 0x0101_0101_0101_0101;
-    // SAFETY: the caller's promise. The direction flag is clear, always.
+    // SAFETY: the caller's promise. The direction flag is always clear.
     unsafe {
         asm!("rep stosq", "mov rcx, {rest}", "rep stosb", rest = in(reg) n % 8,
             inout("rcx") n / 8 => _, inout("rdi") to => _, in("rax") bytes, options(nostack, preserves_flags));

@@ -14,18 +14,19 @@ use crate::{Setting, apic, clock, traps};
 
 const ENTRIES: u32 = 64;
 const BUFFER: usize = 4096;
-/// Room for a frame that is received.
+/// Bytes of a receive buffer.
 pub const FRAME: usize = BUFFER;
-/// The largest frame that is sent here, with its header.
+/// Bytes of the largest frame of these tests, with its header.
 const SLOT: usize = 2048;
 const _: () = assert!(SLOT <= BUFFER && BUFFER <= FRAME_MAX);
 
-/// How long the device may be silent, in nanoseconds, before it is asked whether it is there still.
+/// After this time without an interrupt, in nanoseconds, the driver checks whether the device still
+/// exists.
 const PATIENCE: u64 = 1_000_000_000;
 
 /// EtherType for experiments.
 const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
-/// Bytes of addresses and type.
+/// Bytes of an Ethernet header.
 const FRONT: usize = 14;
 const SIZES: [usize; 6] = [60, 64, 128, 777, 1500, 1514];
 
@@ -39,13 +40,13 @@ pub struct Station {
     sending: Block,
     receiving: Block,
     sent: usize,
-    /// Doorbells rung.
+    /// The number of doorbells that it has rung.
     pub rung: u64,
 }
 
 impl Station {
-    /// Opens a NIC whose interrupts come on `vector`: with MSI-X those of the queues by another
-    /// message than those of the status page.
+    /// Opens a NIC with its interrupts on `vector`. With MSI-X the queues and the status page have
+    /// different messages.
     pub fn open<'a>(hal: &FlatHal, vector: u8) -> Result<Station, Failure<'a>> {
         let messages =
             hal.enable_messages(&[vector; 2]).ok_or(Failure::Said("the NIC has no messages"))?;
@@ -62,17 +63,18 @@ impl Station {
         Ok(Station { nic, tx, rx, queues, sending, receiving, sent: 0, rung: 0 })
     }
 
-    /// Sends a frame of `len` bytes, and waits for room first.
+    /// Waits for room, then sends a frame of `len` bytes.
     pub fn send<'a>(&mut self, to: [u8; 6], number: u64, len: usize) -> Outcome<'a> {
         let mut asked = clock::now();
         while self.tx.space() == 0 {
             if self.tx.reclaim()? == 0 && clock::now() - asked > PATIENCE {
-                // Not oftener: it costs an exit to user space, and those are counted.
+                // Check no more often, because a check costs an exit to user space, and the tests
+                // count exits.
                 self.nic.function().check()?;
                 asked = clock::now();
             }
         }
-        // A slot for each entry of the ring, so this one's last frame has been sent.
+        // There is a slot for each entry of the ring, so the last frame of this slot has been sent.
         let slot = self.sent % ENTRIES as usize * SLOT;
         self.sent += 1;
         let mut bytes = [0; SLOT];
@@ -84,7 +86,7 @@ impl Station {
         Ok(())
     }
 
-    /// The next frame, in `out`; its length. `None` if there is none.
+    /// Copies the next frame to `out`. Returns its length; `None` if there is no frame.
     pub fn try_receive<'a>(
         &mut self,
         out: &mut [u8; BUFFER],
@@ -100,7 +102,7 @@ impl Station {
         Ok(Some(len - HEADER_BYTES))
     }
 
-    /// The next frame, in `out`; sleeps until an interrupt brings it. Its length.
+    /// Sleeps until an interrupt brings a frame, and copies it to `out`. Returns its length.
     pub fn receive<'a>(&mut self, out: &mut [u8; BUFFER]) -> Result<usize, Failure<'a>> {
         loop {
             let before = traps::taken();
@@ -117,7 +119,7 @@ impl Station {
 }
 
 impl Station {
-    /// The low byte of the number that a frame was sent with.
+    /// The low byte of the frame's number.
     pub fn number(frame: &[u8; FRAME]) -> u8 {
         frame[FRONT]
     }
@@ -134,7 +136,7 @@ fn frame(out: &mut [u8], to: [u8; 6], from: [u8; 6], number: u64) {
     }
 }
 
-/// Runs both parts, each if its devices are there.
+/// Runs the two parts whose devices exist.
 pub fn run<'a>(setting: &Setting<'a>) -> Outcome<'a> {
     let count = setting.number("count", 2000);
     let mut nics = setting.on_switch();
@@ -156,7 +158,7 @@ pub fn is_on_switch(hal: &FlatHal) -> bool {
     hal.function().is_ok_and(|function| !function.info().name.as_str().starts_with("source"))
 }
 
-/// Frames to and fro, all sizes, each looked at.
+/// Sends frames of all sizes to and fro, and checks each one.
 fn between<'a>(a: &FlatHal, b: &FlatHal, count: u64) -> Outcome<'a> {
     let first = apic::next_vector();
     let (mut a, mut b) = (Station::open(a, apic::vector())?, Station::open(b, apic::vector())?);
@@ -169,7 +171,7 @@ fn between<'a>(a: &FlatHal, b: &FlatHal, count: u64) -> Outcome<'a> {
         from.send(to_mac, number, len)?;
         let received = to.receive(&mut got)?;
         frame(&mut expected[..len], to_mac, from_mac, number);
-        ensure(got[..received] == expected[..len], "a frame arrived as another one")?;
+        ensure(got[..received] == expected[..len], "a frame has arrived with other content")?;
     }
     line("venet")
         .value("ok", true)
@@ -186,7 +188,7 @@ fn between<'a>(a: &FlatHal, b: &FlatHal, count: u64) -> Outcome<'a> {
     Ok(())
 }
 
-/// Frames from a source that has one whenever there is a buffer.
+/// Receives frames from a source that sends one whenever there is a buffer.
 fn from_source<'a>(hal: &FlatHal, count: u64) -> Outcome<'a> {
     let first = apic::next_vector();
     let mut station = Station::open(hal, apic::vector())?;
@@ -196,7 +198,7 @@ fn from_source<'a>(hal: &FlatHal, count: u64) -> Outcome<'a> {
     for _ in 0..count {
         let len = station.receive(&mut got)?;
         let right = len >= FRONT && got[..6] == mac && got[12..FRONT] == ETHERTYPE;
-        ensure(right, "a frame of the source that is not its own")?;
+        ensure(right, "a frame of the source has wrong content")?;
     }
     line("venet")
         .value("ok", true)

@@ -1,13 +1,13 @@
-//! The end: the machine is powered off.
+//! Powers the machine off.
 
 use crate::cpu;
 
 /// The control register of ACPI's power management, on q35 and in vbus-vmm.
 const PM1_CONTROL: u16 = 0x604;
-/// Enter the sleeping state whose type is 0, which on both is S5.
+/// Enter the sleeping state of type 0, which is S5 on both machines.
 const SLEEP: u16 = 1 << 13;
 
-/// Powers the machine off. One that cannot be is reset.
+/// Powers the machine off, or resets it if that fails.
 pub fn off() -> ! {
     cpu::out16(PM1_CONTROL, SLEEP);
     cpu::triple_fault()

@@ -11,7 +11,7 @@ const SERIAL: u16 = 0x3f8;
 const LINE_STATUS: u16 = SERIAL + 5;
 const EMPTY: u8 = 1 << 5;
 
-/// The serial port. Its speed is left as it is: a virtual one has none.
+/// The serial port. The guest does not set its speed, because a virtual port has none.
 pub struct Serial;
 
 impl Write for Serial {
@@ -35,7 +35,7 @@ pub enum Failure<'a> {
     Driver(vbus_driver::Error),
     /// No test has this name.
     Unknown(&'a str),
-    /// In words.
+    /// Another reason, in words.
     Said(&'static str),
 }
 
@@ -55,10 +55,10 @@ impl Display for Failure<'_> {
     }
 }
 
-/// How a test ends.
+/// The result of a test.
 pub type Outcome<'a> = Result<(), Failure<'a>>;
 
-/// An error in words, unless `condition` holds.
+/// Fails with `text` unless `condition` holds.
 pub fn ensure<'a>(condition: bool, text: &'static str) -> Outcome<'a> {
     if condition { Ok(()) } else { Err(Failure::Said(text)) }
 }

@@ -1,4 +1,4 @@
-//! The other processors: how they are started, and given something to do.
+//! The other processors: starts them and gives them jobs.
 #![allow(unsafe_code, reason = "the first instructions of a processor are put where it finds them")]
 
 use core::cell::UnsafeCell;
@@ -10,49 +10,49 @@ use core::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 use crate::cpu::CPUS_MAX;
 use crate::{apic, clock, cpu, traps};
 
-/// Where another processor begins: memory below 1 MiB in which nothing is that is still of use.
+/// The start address of another processor: unused memory below 1 MiB.
 const TRAMPOLINE: u32 = 0x8000;
-/// How long the others may take to arrive, in nanoseconds.
+/// How long the others may take to start, in nanoseconds.
 const PATIENCE: u64 = 60_000_000_000;
 
-/// Processors, without the first one, that have arrived.
+/// The number of processors that have started, without the first one.
 static ARRIVED: AtomicU32 = AtomicU32::new(0);
-/// Processors in all that take part.
+/// The number of processors in use.
 static WANTED: AtomicU32 = AtomicU32::new(1);
 /// The vector that wakes them.
 static WAKE: AtomicU8 = AtomicU8::new(0);
 
-/// What the others do, given their numbers.
+/// The job of the others. It gets the number of the processor.
 type Job = &'static (dyn Fn(u32) + Sync);
 
 struct Slot(UnsafeCell<Option<Job>>);
 
-// SAFETY: written by the first processor alone, while no other one is busy; read by those once
+// SAFETY: only the first processor writes it, while no other one is busy. The others read it after
 // `JOBS` has gone up.
 unsafe impl Sync for Slot {}
 
 static JOB: Slot = Slot(UnsafeCell::new(None));
-/// Jobs so far.
+/// The number of jobs so far.
 static JOBS: AtomicU32 = AtomicU32::new(0);
-/// Processors that have yet to end the last one.
+/// The number of processors that have not finished the last job.
 static BUSY: AtomicU32 = AtomicU32::new(0);
 
-/// Starts the others, so that there are `wanted` in all; returns how many there are. Ends the guest
-/// if they do not come.
+/// Starts the others, so that `wanted` processors run. Returns their number. Ends the guest if they
+/// do not start.
 pub fn start(wanted: u64) -> u32 {
     let wanted = u32::try_from(wanted).unwrap_or(u32::MAX);
-    assert!((1..=CPUS_MAX as u32).contains(&wanted), "cpus={wanted} is none of 1 to {CPUS_MAX}");
+    assert!((1..=CPUS_MAX as u32).contains(&wanted), "cpus={wanted} must be 1 to {CPUS_MAX}");
     if wanted == 1 {
         return 1;
     }
     WANTED.store(wanted, Ordering::Relaxed);
     WAKE.store(apic::vector(), Ordering::Relaxed);
     let code = trampoline_code();
-    // SAFETY: memory that only the loader has used, for what has been read already; in the lowest
-    // MiB, which is mapped.
+    // SAFETY: only the loader has used this memory, for data that the guest has read already. The
+    // lowest MiB is mapped.
     unsafe { ptr::copy_nonoverlapping(code.as_ptr(), TRAMPOLINE as *mut u8, code.len()) };
-    // As Intel has it: 10 ms behind the reset, and a second start, which only finds somebody if the
-    // first one was missed.
+    // Intel's sequence: wait 10 ms after the reset, and send a second start, which has an effect
+    // only if a processor missed the first one.
     apic::reset_others();
     pause(10_000_000);
     apic::start_others(TRAMPOLINE);
@@ -60,7 +60,7 @@ pub fn start(wanted: u64) -> u32 {
     apic::start_others(TRAMPOLINE);
     let began = clock::now();
     while ARRIVED.load(Ordering::Acquire) < wanted - 1 {
-        assert!(clock::now() - began < PATIENCE, "of {wanted} processors some do not start");
+        assert!(clock::now() - began < PATIENCE, "some of {wanted} processors do not start");
         spin_loop();
     }
     wanted
@@ -71,11 +71,11 @@ unsafe extern "C" {
     static trampoline_end: u8;
 }
 
-/// The instructions that another processor begins with in real mode, at the start of any page below
-/// 1 MiB: those that `boot.rs` has between two labels.
+/// The first instructions of another processor in real mode, for the start of any page below 1 MiB.
+/// `boot.rs` has them between two labels.
 fn trampoline_code() -> &'static [u8] {
     let (from, end) = (&raw const trampoline, &raw const trampoline_end);
-    // SAFETY: what is between the two labels, which is never written.
+    // SAFETY: the bytes between the two labels. Nothing writes them.
     unsafe { core::slice::from_raw_parts(from, end as usize - from as usize) }
 }
 
@@ -86,15 +86,15 @@ fn pause(ns: u64) {
     }
 }
 
-/// How many processors take part.
+/// The number of processors in use.
 pub fn count() -> u32 {
     WANTED.load(Ordering::Relaxed)
 }
 
-/// The life of another processor.
+/// The main loop of another processor.
 pub fn arrive(number: u32) -> ! {
     while number >= count() {
-        // More than were asked for.
+        // This processor is not needed.
         cpu::sleep();
     }
     traps::init(number);
@@ -108,8 +108,8 @@ pub fn arrive(number: u32) -> ! {
         }
         cpu::interrupts(true);
         done += 1;
-        // SAFETY: it was written before `JOBS` went up, and is not again until this processor is
-        // not busy any more.
+        // SAFETY: the first processor wrote it before `JOBS` went up, and does not write it again
+        // while this processor is busy.
         if let Some(job) = unsafe { *JOB.0.get() } {
             job(number);
         }
@@ -117,13 +117,13 @@ pub fn arrive(number: u32) -> ! {
     }
 }
 
-/// Has every other processor do `job`, with interrupts let in, and meanwhile does `here`; returns
+/// Runs `job` on every other processor, with interrupts enabled, and `here` on this one. Returns
 /// when all have ended.
 pub fn together<T>(job: &(dyn Fn(u32) + Sync), here: impl FnOnce() -> T) -> T {
-    // SAFETY: nobody has it any more when this function returns. It does not unwind: a panic ends
-    // the guest.
+    // SAFETY: no processor uses the job when this function returns. It does not unwind, because a
+    // panic ends the guest.
     let job = unsafe { mem::transmute::<&(dyn Fn(u32) + Sync), Job>(job) };
-    // SAFETY: nobody is busy.
+    // SAFETY: no processor is busy.
     unsafe { *JOB.0.get() = Some(job) };
     BUSY.store(count() - 1, Ordering::Relaxed);
     JOBS.fetch_add(1, Ordering::Release);

@@ -1,16 +1,16 @@
-//! What the loader says by PVH: the command line, and where memory is.
+//! The information that the loader passes by PVH: the command line, and the map of memory.
 #![allow(unsafe_code, reason = "structures that the loader has put into memory")]
 
 use core::ptr::NonNull;
 
-/// A value of memory's type in the map: it can be used.
+/// The type of usable memory in the map.
 const RAM: u32 = 1;
 const MAGIC: u32 = 0x336e_c578;
 /// The longest command line, as for Linux.
 const COMMAND_LINE_MAX: usize = 2048;
-/// The most entries of the memory map that are looked at.
+/// The most entries of the memory map that the guest reads.
 const MAP_MAX: u32 = 128;
-/// Where paging ends.
+/// The end of the mapped addresses.
 const MAPPED: u64 = 1 << 32;
 
 #[repr(C)]
@@ -37,11 +37,11 @@ struct MapEntry {
     reserved: u32,
 }
 
-/// What the guest was given.
+/// The information from the loader.
 pub struct Start {
     line: [u8; COMMAND_LINE_MAX],
     line_bytes: usize,
-    /// The largest run of memory below 4 GiB that nothing is in: address and bytes.
+    /// The largest free run of memory below 4 GiB: address and bytes.
     pub memory: (u64, u64),
 }
 
@@ -61,7 +61,7 @@ unsafe extern "C" {
     static image_end: u8;
 }
 
-/// Copies what is of use, for the memory that it lies in will be used for other things.
+/// Copies the information, because the guest will use its memory for other things.
 pub fn read(address: u64) -> Start {
     let info: StartInfo = at(address).expect("no start info");
     assert!(
@@ -95,6 +95,7 @@ pub fn read(address: u64) -> Start {
 /// The value at an address that the loader gave; `None` at 0.
 fn at<T: Copy>(address: u64) -> Option<T> {
     let place = NonNull::new(address as *mut T).filter(|_| address < MAPPED)?;
-    // SAFETY: mapped, and the loader has put plain data there; any bytes will do.
+    // SAFETY: the address is mapped, and the loader has put plain data there. Any bytes are a valid
+    // value.
     Some(unsafe { place.read_unaligned() })
 }

@@ -1,4 +1,4 @@
-//! Test `state`: pages of either owner.
+//! Test `state`: pages of both owners.
 
 use vbus_driver::state::{Owner, Pages};
 use vbus_shm::abi::class;
@@ -7,12 +7,12 @@ use vbus_shm::signal::Armed;
 use crate::report::{Failure, Outcome, ensure, line};
 use crate::{Setting, apic, clock, traps};
 
-/// Bytes of a value that are looked at.
+/// The most bytes of a value that the test reads.
 const SHOWN: usize = 64;
 
-/// Reads every page of the device and waits for newer values of it, as many as `updates=` says,
-/// each announced by a line that someone outside answers by setting a value; writes every page of
-/// the driver.
+/// Reads every page of the device, and waits for `updates=` newer values of each. A line of the
+/// report announces each wait, and a program outside answers it by setting a value. Writes every
+/// page of the driver.
 pub fn run<'a>(setting: &Setting<'a>) -> Outcome<'a> {
     let updates = setting.number("updates", 0);
     let hal =
@@ -49,7 +49,7 @@ pub fn run<'a>(setting: &Setting<'a>) -> Outcome<'a> {
                 pages.function().acknowledge();
             }
             let newer = reader.read(&mut value)?;
-            ensure(newer != version, "an interrupt, and no newer value")?;
+            ensure(newer != version, "an interrupt came without a newer value")?;
             version = newer;
             line("state")
                 .value("ok", true)

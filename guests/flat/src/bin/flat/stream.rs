@@ -10,26 +10,26 @@ use crate::{apic, traps};
 pub const RECEIVERS_MAX: usize = 16;
 const BROADCAST: [u8; 6] = [0xff; 6];
 
-/// How frames follow one another.
+/// How fast frames follow one another.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Rate {
-    /// Each goes to one receiver, by turns, when the last one has arrived.
+    /// Each frame goes to one receiver, by turns, when the last frame has arrived.
     Trickle,
-    /// Each goes to all receivers, when the last one has arrived everywhere.
+    /// Each frame goes to all receivers, when the last frame has arrived everywhere.
     Burst,
-    /// Each goes to all receivers, as many under way as [`AHEAD`].
+    /// Each frame goes to all receivers, with [`AHEAD`] frames in flight.
     Full,
 }
 
-/// Frames under way at full rate: a quarter of what the rings hold.
+/// Frames in flight at full rate: a quarter of the rings' entries.
 const AHEAD: u64 = 16;
 
 impl Rate {
-    /// By its name.
+    /// Parses the name of a rate.
     pub fn new<'a>(name: &str) -> Result<Rate, Failure<'a>> {
         let rate =
             [Rate::Trickle, Rate::Burst, Rate::Full].into_iter().find(|rate| rate.name() == name);
-        rate.ok_or(Failure::Said("rate= is none of trickle, burst, full"))
+        rate.ok_or(Failure::Said("rate= must be trickle, burst or full"))
     }
 
     fn name(self) -> &'static str {
@@ -58,18 +58,18 @@ pub struct Stream {
     sent: u64,
     /// Frames that each receiver has got.
     got: [u64; RECEIVERS_MAX],
-    /// The sum of what `drain` has returned.
+    /// The sum of the results of `drain`.
     pub drained: u64,
 }
 
 impl Stream {
-    /// No frame yet.
+    /// Makes a stream before its first frame.
     pub fn new(rate: Rate, receivers: u64) -> Stream {
         Stream { rate, receivers, sent: 0, got: [0; RECEIVERS_MAX], drained: 0 }
     }
 
-    /// Sends `count` frames and waits until all have arrived where they go. Calls `drain` after
-    /// each interrupt, before it looks what has come.
+    /// Sends `count` frames and waits until all receivers have got theirs. After each interrupt,
+    /// calls `drain` before it checks for frames.
     pub fn carry<'a>(
         &mut self,
         count: u64,
@@ -98,7 +98,7 @@ impl Stream {
             }
             match self.under_way() {
                 0 if self.sent == end => return Ok(()),
-                // There is something to be sent, or perhaps something that has come meanwhile.
+                // There is a frame to send, or perhaps a frame has arrived meanwhile.
                 n if n < self.rate.window() && self.sent < end => {}
                 _ if missed => {}
                 _ => apic::wait(before),
@@ -106,15 +106,15 @@ impl Stream {
         }
     }
 
-    /// Frames that have not arrived everywhere.
+    /// The number of frames that have not arrived everywhere.
     fn under_way(&self) -> u64 {
         let missing =
             |(number, got): (u64, &u64)| self.rate.due(self.sent, number, self.receivers) - got;
         (0..self.receivers).zip(&self.got).map(missing).max().unwrap_or(0)
     }
 
-    /// Takes what has come to receiver `number`. If it waits for more, it asks for an interrupt;
-    /// whether that was too late.
+    /// Takes the frames of receiver `number`. If the receiver waits for more, asks for an
+    /// interrupt. Returns whether that was too late.
     fn receive<'a>(&mut self, number: usize, station: &mut Station) -> Result<bool, Failure<'a>> {
         let due = self.rate.due(self.sent, number as u64, self.receivers);
         let mut frame = [0; FRAME];
@@ -122,7 +122,7 @@ impl Stream {
             if station.try_receive(&mut frame)?.is_none() {
                 return Ok(station.rx.arm(0) != Armed::Waiting);
             }
-            // None is lost, and none comes twice.
+            // No frame is lost, and none comes twice.
             let expected = match self.rate {
                 Rate::Trickle => self.got[number] * self.receivers + number as u64,
                 _ => self.got[number],

@@ -1,10 +1,10 @@
 //! Exceptions and interrupts.
 //!
-//! Compiled code keeps data below the stack pointer (the *red zone*), so every handler has a stack
-//! of its own, by way of the task state segment. Interrupt handlers are assembly that counts and
-//! ends the interrupt: they touch no vector register, and nothing need be saved. What a test wants
-//! done besides ([`set_handler`]) is done with everything saved, on the stack of what was
-//! interrupted, behind its red zone.
+//! Compiled code keeps data below the stack pointer (the *red zone*). So every handler has a stack
+//! of its own, from the task state segment. Interrupt handlers are assembly that counts and ends
+//! the interrupt. They use no vector register, so they need not save the vector registers. A
+//! handler of a test ([`set_handler`]) runs on the interrupted code's stack, beyond its red zone,
+//! with all registers saved.
 #![allow(unsafe_code, reason = "tables that the processor reads")]
 
 use core::arch::{asm, global_asm};
@@ -21,34 +21,34 @@ use crate::report::line;
 pub const FIRST: u8 = 32;
 /// Vectors of interrupts.
 pub const COUNT: usize = 32;
-/// The vector that the local APIC uses when an interrupt has vanished. It is not ended.
+/// The local APIC's vector for spurious interrupts. They need no end of interrupt.
 pub const SPURIOUS: u8 = FIRST + COUNT as u8 - 1;
 
 /// How the interrupts of a vector are ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum End {
-    /// By nobody: the interrupt controller has done it.
+    /// Automatically, by the interrupt controller.
     Automatic = 0,
     /// By the x2APIC's register.
     X2apic = 1,
     /// By the xAPIC's register.
     Xapic = 2,
-    /// By a bit in memory, if KVM has set it, else by the x2APIC's register.
+    /// By a bit in memory if KVM has set it, otherwise by the x2APIC's register.
     Paravirtual = 3,
 }
 
-/// What a processor counts and keeps for itself. GS points to it.
+/// The data of one processor. GS points to it.
 #[repr(C)]
 struct Local {
-    /// The word whose bit 0 KVM sets when an interrupt may be ended by clearing it.
+    /// KVM sets bit 0 of this word when the processor may end an interrupt by clearing the bit.
     pv_eoi: AtomicU64,
     number: AtomicU32,
     /// Interrupts taken.
     taken: AtomicU64,
-    /// Of these, by vector less [`FIRST`].
+    /// Interrupts taken, by vector less [`FIRST`].
     by_vector: [AtomicU64; COUNT],
-    /// Interrupts whose end was a write of a register, by vector less [`FIRST`].
+    /// Interrupts that the processor ended by a write to a register, by vector less [`FIRST`].
     by_register: [AtomicU64; COUNT],
 }
 
@@ -64,18 +64,17 @@ static LOCALS: [Local; CPUS_MAX] = [const {
 
 /// [`End`] by vector less [`FIRST`].
 static ENDS: [AtomicU8; COUNT] = [const { AtomicU8::new(End::Automatic as u8) }; COUNT];
-/// What else is done about an interrupt when it has been ended, by vector less [`FIRST`]; null:
-/// nothing.
+/// The handler that runs after the end of an interrupt, by vector less [`FIRST`]; null: none.
 static HANDLERS: [AtomicPtr<()>; COUNT] = [const { AtomicPtr::new(ptr::null_mut()) }; COUNT];
 
 fn local() -> &'static Local {
     &LOCALS[number() as usize]
 }
 
-/// The number of the processor that asks.
+/// The number of this processor.
 pub fn number() -> u32 {
     let number;
-    // SAFETY: reads the word that `init` has had GS point to.
+    // SAFETY: reads the word to which `init` has set GS.
     unsafe {
         asm!("mov {:e}, gs:[{}]", out(reg) number, const offset_of!(Local, number),
             options(nostack, readonly, preserves_flags));
@@ -83,43 +82,42 @@ pub fn number() -> u32 {
     number
 }
 
-/// How many interrupts have come to this processor.
+/// The number of interrupts that this processor has taken.
 pub fn taken() -> u64 {
     local().taken.load(Ordering::Acquire)
 }
 
-/// How many interrupts of this processor had to be ended by a register.
+/// The number of interrupts that this processor ended by a register.
 pub fn ended_by_register() -> u64 {
     local().by_register.iter().map(|count| count.load(Ordering::Relaxed)).sum()
 }
 
-/// How many interrupts of a vector have come to a processor, and how many of these had to be ended
-/// by a register.
+/// The number of interrupts of a vector that a processor has taken, and the number of those that it
+/// ended by a register.
 pub fn counts(processor: u32, vector: u8) -> (u64, u64) {
     let (local, at) = (&LOCALS[processor as usize], usize::from(vector - FIRST));
     (local.by_vector[at].load(Ordering::Relaxed), local.by_register[at].load(Ordering::Relaxed))
 }
 
-/// The word in which KVM tells this processor that an interrupt may be ended by clearing bit 0.
+/// The word of PV EOI: KVM sets bit 0 when this processor may end an interrupt by clearing the bit.
 pub fn pv_eoi() -> &'static AtomicU64 {
     &local().pv_eoi
 }
 
-/// Says how the interrupts of a vector are to be ended.
+/// Sets how interrupts of a vector are ended.
 pub fn set_end(vector: u8, end: End) {
     ENDS[usize::from(vector - FIRST)].store(end as u8, Ordering::Relaxed);
 }
 
-/// Has `handler` called when an interrupt of the vector has come and been ended, with interrupts
-/// kept out, on the stack of what was interrupted; it may let them in meanwhile.
+/// Sets the handler of a vector. It runs after the end of the interrupt, with interrupts disabled,
+/// on the stack of the interrupted code. It may enable interrupts.
 pub fn set_handler(vector: u8, handler: Option<extern "C" fn()>) {
     let handler = handler.map_or(ptr::null_mut(), |handler| handler as *mut ());
     HANDLERS[usize::from(vector - FIRST)].store(handler, Ordering::Release);
 }
 
 global_asm!(
-    // Exceptions: number and error code (0 for those that have none) on the stack, then the
-    // handler.
+    // Exceptions: push the number and the error code (0 if there is none), then call the handler.
     ".balign 16",
     "exception_stubs:",
     ".set n, 0",
@@ -153,7 +151,8 @@ global_asm!(
     "push rax",
     "push rcx",
     "push rdx",
-    // Below what was pushed is the processor's frame, with the flags in its third word.
+    // The processor's frame follows the pushed registers on the stack. Its third word has the
+    // flags.
     "test dword ptr [rsp + 48], {interrupts_on}",
     "jz 5f",
     "inc qword ptr gs:[{taken}]",
@@ -182,9 +181,10 @@ global_asm!(
     "pop rax",
     "pop rsi",
     "iretq",
-    // There is a handler, which may be interrupted: it must leave this stack. What is on it (4
-    // registers, and the processor's frame of 5 words, with the stack pointer in the fourth) goes
-    // behind the red zone of what was interrupted, and everything that the handler may change.
+    // There is a handler, and it may be interrupted, so it must leave this stack. Copy the contents
+    // (4 registers, and the processor's frame of 5 words with the stack pointer in the fourth)
+    // beyond the red zone of the interrupted code. Save all registers that the handler may change
+    // there too.
     "4: mov rdx, rsp",
     "mov rsp, [rdx + 56]",
     "sub rsp, 128",
@@ -241,7 +241,7 @@ unsafe extern "C" {
     static interrupt_stubs: [[u8; 16]; COUNT];
 }
 
-/// What an exception's stub leaves on the stack.
+/// The stack frame of an exception's stub.
 #[repr(C)]
 struct Frame {
     number: u64,
@@ -253,7 +253,7 @@ struct Frame {
     ss: u64,
 }
 
-/// There is no exception that this program expects.
+/// Handles an exception. This program expects none.
 extern "C" fn exception(frame: &Frame) -> ! {
     let address: u64;
     // SAFETY: reads a register.
@@ -270,8 +270,9 @@ extern "C" fn exception(frame: &Frame) -> ! {
     power::off()
 }
 
-/// No processor delivers an interrupt while they are kept out; an emulated one may. The frame of
-/// the handler that it came into is overwritten then, so there is nowhere to go back to.
+/// Handles an interrupt that came while interrupts were disabled. No real processor delivers one,
+/// but an emulated one may. It has overwritten the frame of the interrupted handler, so the guest
+/// cannot continue.
 extern "C" fn kept_out(rip: u64, index: u64) -> ! {
     line("interrupt")
         .value("ok", false)
@@ -279,25 +280,25 @@ extern "C" fn kept_out(rip: u64, index: u64) -> ! {
         .value("cpu", number())
         .value("vector", u64::from(FIRST) + index)
         .text("rip", format_args!("{rip:#x}"))
-        .text("error", "an interrupt came while interrupts were kept out")
+        .text("error", "an interrupt came while interrupts were disabled")
         .end();
     power::off()
 }
 
 /// Bytes of a handler's stack.
 const STACK: usize = 16 << 10;
-/// The handlers' stacks: of interrupts, and of exceptions, which can come in the middle of an
-/// interrupt.
+/// The handlers' stacks: one for interrupts, and one for exceptions, which can occur in an
+/// interrupt handler.
 const STACKS: usize = 2;
 
 /// Offset of the first stack's top in the task state segment.
 const TSS_IST: usize = 36;
 const TSS_BYTES: usize = 104;
-/// Its selector, behind null, code and data.
+/// The selector of the task state segment, after null, code and data.
 const TSS: u16 = 24;
 const CODE: u64 = 8;
 
-/// Everything that the processor reads, filled by [`init`] and then left alone.
+/// The tables that the processor reads. [`init`] fills them, and nothing changes them later.
 #[repr(C, align(4096))]
 struct Tables {
     stacks: [[u8; STACK]; STACKS],
@@ -308,7 +309,7 @@ struct Tables {
 
 struct Cell(UnsafeCell<Tables>);
 
-// SAFETY: each written by `init` alone, on the processor that it is for, before anything reads it.
+// SAFETY: only `init` writes each one, on its own processor, before anything reads it.
 unsafe impl Sync for Cell {}
 
 /// By processor.
@@ -324,14 +325,14 @@ static TABLES: [Cell; CPUS_MAX] = [const {
 /// The model-specific register for the base of GS.
 const GS_BASE: u32 = 0xc000_0101;
 
-/// A pointer to a table, as LGDT and LIDT want it.
+/// A pointer to a table, in the format of LGDT and LIDT.
 #[repr(C, packed)]
 struct Pointer {
     limit: u16,
     base: u64,
 }
 
-/// A gate for interrupts (which are kept out in the handler) with stack `stack`, counted from 1.
+/// An interrupt gate (interrupts are disabled in the handler) with stack `stack`, counted from 1.
 fn gate(handler: u64, stack: u64) -> [u64; 2] {
     const PRESENT_INTERRUPT: u64 = 0x8e;
     let low = handler & 0xffff
@@ -342,22 +343,22 @@ fn gate(handler: u64, stack: u64) -> [u64; 2] {
     [low, handler >> 32]
 }
 
-/// Sets the tables of this processor up, whose number is said. Interrupts stay off.
+/// Sets up the tables of this processor, which has number `number`. Interrupts stay off.
 pub fn init(number: u32) {
     let local = &LOCALS[number as usize];
     local.number.store(number, Ordering::Relaxed);
     // SAFETY: nothing else uses GS.
     unsafe { write_msr(GS_BASE, &raw const *local as u64) };
     let tables = TABLES[number as usize].0.get();
-    // SAFETY: called once on each processor, before anything else uses the tables. They never move;
-    // the entry of the segment that code runs in stays as it was.
+    // SAFETY: called once on each processor, before anything else uses the tables. They never move,
+    // and the entry of the present code segment does not change.
     unsafe {
         let tables = &mut *tables;
         for (i, stack) in tables.stacks.iter().enumerate() {
             let top = stack.as_ptr_range().end as u64;
             tables.tss[TSS_IST + 8 * i..][..8].copy_from_slice(&top.to_le_bytes());
         }
-        // No ports for lower rings.
+        // Lower rings may use no ports.
         tables.tss[102..104].copy_from_slice(&(TSS_BYTES as u16).to_le_bytes());
         let (tss, limit) = (tables.tss.as_ptr() as u64, TSS_BYTES as u64 - 1);
         let low = limit | (tss & 0xff_ffff) << 16 | 0x89 << 40 | (tss >> 24 & 0xff) << 56;

@@ -1,26 +1,26 @@
-//! The ways in which messages end.
+//! The ways to end messages.
 
 use crate::hal::FlatHal;
 use crate::traps::End;
 use crate::{apic, kvm};
 
-/// How messages end.
+/// A way to end messages.
 #[derive(Clone, Copy)]
 pub enum Way {
     /// By the APIC's register.
     Msi,
     /// By KVM's bit in memory.
     PvEoi,
-    /// By themselves: they go to a synthetic interrupt source of Hyper-V's interface.
+    /// Automatically: they go to a synthetic interrupt source of Hyper-V's interface.
     Sint,
 }
 
 impl Way {
     const ALL: [Way; 3] = [Way::Msi, Way::PvEoi, Way::Sint];
-    /// How many there can be.
+    /// The number of ways.
     pub const COUNT: usize = Way::ALL.len();
 
-    /// Those that there are here, for messages of this function.
+    /// The ways that are available here for messages of this function.
     pub fn there(hal: &FlatHal) -> impl Iterator<Item = Way> + '_ {
         Way::ALL.into_iter().filter(|way| way.is_there(hal))
     }
@@ -34,7 +34,7 @@ impl Way {
         }
     }
 
-    /// What the handler does about it.
+    /// The end of interrupt that the handler performs.
     pub fn end(self) -> End {
         match self {
             Way::Msi => apic::by_register(),
