@@ -1,6 +1,6 @@
-//! A complete device of one's own, with its driver: [`shout`]. The same device without the help of
-//! `vbus_core::service`, with a ring of its own: [`shout_by_hand`]. `tests/shout.rs` runs them
-//! against each other, through the bus, in two threads of one process that share no more than a
+//! Two examples. [`shout`] is a complete device class with its driver. [`shout_by_hand`] is the
+//! same device without `vbus_core::service`, with a ring of its own. `tests/shout.rs` runs device
+//! and driver against each other through the bus, in two threads of one process that share only a
 //! socket and a memory file.
 
 pub mod shout;

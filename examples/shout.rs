@@ -1,4 +1,4 @@
-//! A device of one's own, whole, and its driver: it gives each text back in capital letters.
+//! A complete device and its driver. The device returns each text in capital letters.
 
 use vbus_core::service::{Service, Sizes};
 use vbus_core::{ErrorCode, Identity};
@@ -26,7 +26,8 @@ impl Service for Shout {
     }
 }
 
-/// The driver, wherever it runs. `wait` sleeps until an interrupt comes, and says whether one came.
+/// The driver, for any environment. `wait` sleeps until an interrupt comes, and returns whether one
+/// came.
 pub fn shout<H: Hal>(hal: H, text: &str, wait: impl FnMut() -> bool) -> Result<String, Error> {
     let mut requests = Requests::open(Function::probe(hal)?, "shout", 1, 0)?;
     let mut response = vec![0; requests.response_max()];

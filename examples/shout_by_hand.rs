@@ -1,5 +1,5 @@
-//! The device of [`shout`](crate::shout) with a ring of its own and its driver, by hand: for a
-//! class that needs another form than request and response.
+//! The device of [`shout`](crate::shout) and its driver with a ring of their own, for a class that
+//! needs another form than request and response.
 
 use std::sync::Arc;
 
@@ -70,7 +70,7 @@ impl Connection for Shouting {
     }
 }
 
-/// The driver, wherever it runs. `wait` sleeps until the next interrupt.
+/// The driver, for any environment. `wait` sleeps until the next interrupt.
 pub fn shout<H: Hal>(hal: H, text: &str, wait: impl FnOnce()) -> Result<String, Error> {
     let mut function = Function::probe(hal.clone())?;
     function.open(0)?;

@@ -1,5 +1,5 @@
-//! The examples' devices on a bus, and their drivers in a plain process: through the socket,
-//! without a VM.
+//! Runs the examples' devices on a bus, and their drivers in an ordinary process, through the
+//! socket and without a VM.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use vbus_driver::Error;
 use vbus_examples::{shout, shout_by_hand};
 use vbus_vfio_user::{DeviceServer, MEMORY_BYTES, Process};
 
-/// Shouts through a driver, which is given an environment and a way to wait.
+/// Sends texts through a driver, which gets an environment and a way to wait.
 fn check(
     device: Arc<dyn Device>,
     driver: impl Fn(Process, &str, &mut dyn FnMut() -> bool) -> Result<String, Error>,

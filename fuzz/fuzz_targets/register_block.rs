@@ -1,5 +1,5 @@
-//! A function of which any place is read and written, and memory behind it that changes meanwhile.
-//! Whatever came before, it answers, and can be closed and opened again.
+//! Reads and writes any offset of a function, and changes the memory behind it meanwhile. After any
+//! input, the function answers, and can be closed and opened again.
 #![no_main]
 
 use std::os::fd::OwnedFd;
@@ -17,11 +17,11 @@ use vbus_core::{
 };
 use vbus_pci::{IrqIndex, Options, PciFunction, device_function, region};
 
-/// Where the memory is, and how large. Small numbers of the input are likely to hit it.
+/// Address and size of the memory. Small numbers of the input are likely to hit it.
 const BASE: u64 = 0x1000;
 const BYTES: u64 = 0x4000;
 
-/// Takes rings, and gives everything back.
+/// A device that accepts rings and returns all their entries.
 struct Fuzzed;
 
 #[derive(Default)]
@@ -129,7 +129,7 @@ fuzz_target!(|input: &[u8]| {
         let mut data: Vec<u8> = value.into_iter().cycle().take(usize::from(*size % 17)).collect();
         let number = u32::from(*low % 6);
         match action % 16 {
-            // The registers more often than the rest, in the sizes that they take.
+            // Access the registers more often than the rest, in their sizes.
             0..=3 => {
                 function.write(region::BAR0, reg::ARGUMENT + u64::from(low % 14) * 4, &value[..4])
             }

@@ -1,5 +1,4 @@
-//! Both ends of a ring and of a state page over memory that the input writes to between any two
-//! calls.
+//! Both ends of a ring and of a state page. The input writes to their memory between any two calls.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -8,7 +7,7 @@ use vbus_shm::signal::end;
 use vbus_shm::state::{self, Reader, Writer};
 use vbus_shm::sync::{Ordering, Word};
 
-/// Words of memory, however large the layout in it says that it is.
+/// Words of memory. The layout in them may claim any size.
 const WORDS: usize = 128;
 
 fuzz_target!(|input: &[u8]| {
@@ -30,7 +29,7 @@ fn steps(input: &[u8]) -> impl Iterator<Item = (usize, u64, u8)> + '_ {
     input.chunks_exact(11).map(|step| {
         let mut value = [0; 8];
         value.copy_from_slice(&step[2..10]);
-        // The headers and signal blocks, 48 words, more often than the rest.
+        // Choose the headers and signal blocks (48 words) more often than the rest.
         let word = if step[0] & 1 == 0 { step[1] % 48 } else { step[1] };
         (usize::from(word) % WORDS, u64::from_le_bytes(value), step[10])
     })

@@ -1,9 +1,9 @@
-//! A client's messages against the vfio-user server: any bytes, and bytes in the form of messages,
-//! with descriptors.
+//! A client's messages to the vfio-user server: any bytes, and bytes in the form of messages, with
+//! descriptors.
 //!
-//! The device behind it has checks instead of functions: it panics when it is asked for what the
-//! server must refuse. Half of the inputs go to receiver and session alone, the others through a
-//! socket to a whole server.
+//! The device behind the server only checks: it panics if it gets a request that the server must
+//! refuse. Half of the inputs go to receiver and session alone, the others through a socket to a
+//! complete server.
 #![no_main]
 
 use std::cell::RefCell;
@@ -141,12 +141,12 @@ fn descriptors(count: usize) -> Vec<OwnedFd> {
         .collect()
 }
 
-/// A piece of the stream, and how many descriptors come with its first byte.
+/// A piece of the stream, and the number of descriptors with its first byte.
 type Piece = (Vec<u8>, usize);
 
-/// `form` 0: the input is the stream. Else it is a list of messages: command, flags and number of
-/// descriptors, length, body; so that the fuzzer need not guess the sixteen bytes of a header again
-/// and again.
+/// `form` 0: the input is the stream. Otherwise it is a list of messages (command, flags and number
+/// of descriptors, length, body), so that the fuzzer need not guess the sixteen bytes of each
+/// header.
 fn pieces(form: u8, mut input: &[u8]) -> Vec<Piece> {
     if form == 0 {
         return input.chunks(50).map(|bytes| (bytes.to_vec(), 0)).collect();
@@ -177,7 +177,7 @@ fn message(command: u16, flags: u32, body: &[u8]) -> Vec<u8> {
     fields.concat()
 }
 
-/// The pieces as a source that never has more than one of them at a time.
+/// A source that returns at most one piece at a time.
 struct Stream<'a> {
     pieces: std::slice::Iter<'a, Piece>,
     now: &'a [u8],
@@ -245,7 +245,7 @@ fn whole_server(server: &mut Server<Device>, pieces: &[Piece]) {
         let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
         send(&stream, bytes, &fds);
         while server.ready(Instant::now()).work > 0 {}
-        // What the server says is not looked at, but room is made for more.
+        // Ignore the server's answers, but read them to make room for more.
         while matches!(stream.read(&mut [0; 4096]), Ok(n) if n > 0) {}
     }
     drop(stream);
@@ -268,7 +268,7 @@ fuzz_target!(|input: &[u8]| {
     let Some((&shape, input)) = input.split_first() else { return };
     SERVER.with_borrow_mut(|server| {
         let pieces = pieces(shape & 1, input);
-        // The lowest free descriptor: a leak makes it higher.
+        // The lowest free descriptor. A leak raises it.
         let lowest = descriptors(1)[0].as_raw_fd();
         if shape & 2 == 0 {
             session_alone(&pieces)

@@ -30,7 +30,7 @@
 //!     Err(ErrorCode::BAD_FUNCTION)
 //! );
 //! ```
-#![allow(clippy::unwrap_used)] // For tests, which may panic.
+#![allow(clippy::unwrap_used)] // Tests may panic.
 
 use std::os::fd::OwnedFd;
 use std::sync::{Condvar, Mutex};
@@ -80,7 +80,7 @@ impl Interrupts {
             let left = end
                 .checked_duration_since(Instant::now())
                 .unwrap_or_else(|| panic!("waited in vain for {what}"));
-            // The upper bound is for what changes without an interrupt.
+            // The upper bound is for changes that cause no interrupt.
             let bound = left.min(Duration::from_millis(20));
             drop(self.news.wait_timeout_while(count, bound, |count| *count == before).unwrap());
         }

@@ -20,7 +20,7 @@ fn config(n: u8, more: &Value) -> Value {
     config
 }
 
-/// Devices 1 and 2, on one switch, with drivers of these shapes.
+/// Makes devices 1 and 2 on one switch, with drivers of these shapes.
 fn two(bus: &Bus, more: &Value, shapes: [Shape; 2]) -> [Net; 2] {
     [Net::new(bus, "a", config(1, more), shapes[0]), Net::new(bus, "b", config(2, more), shapes[1])]
 }
@@ -101,10 +101,10 @@ fn a_ring_is_taken_out_and_put_back_while_running() {
         a.send(0, &frame(B, A, 1, 100));
         assert_eq!(b.recv(0), frame(B, A, 1, 100));
         b.drop_ring(0, true);
-        // Nobody waits for a ring that is not there.
+        // No sender waits for a ring that does not exist.
         a.send(0, &frame(B, A, 2, 100));
         b.add_ring(0, true, entries.min(64));
-        // The others of the pair were not touched.
+        // The other rings of the pair did not change.
         b.send(0, &frame(A, B, 3, 100));
         assert_eq!(a.recv(0), frame(A, B, 3, 100));
         b.post_all();
@@ -178,7 +178,7 @@ fn the_address_changes_where_the_settings_allow_it() {
     assert_eq!(b.call(abi::CALL_SET_MAC, &[0; 6]), Err(ErrorCode::BAD_ARGUMENT));
     assert_eq!(b.call(abi::CALL_SET_MAC, &[2; 7]), Err(ErrorCode::BAD_LENGTH));
     burst(&mut a, &mut b, OTHER);
-    // The next driver has the device's own.
+    // The next driver has the device's own address.
     let endpoint = b.endpoint.clone();
     let mut b = Net::open(&endpoint, Shape::default());
     b.post_all();
@@ -189,7 +189,7 @@ fn the_address_changes_where_the_settings_allow_it() {
     assert_eq!(open(&fixed, &b.memory, abi::F_MAC), Err(ErrorCode::BAD_FEATURES));
 }
 
-/// The key with which Microsoft has RSS verified; see the unit tests of the hash.
+/// The key of Microsoft's RSS verification suite; see the unit tests of the hash.
 const KEY: [u8; 40] = [
     0x6d, 0x5a, 0x56, 0xda, 0x25, 0x5b, 0x0e, 0xc2, 0x41, 0x67, 0x25, 0x3d, 0x43, 0xa3, 0x8f, 0xb0,
     0xd0, 0xca, 0x2b, 0xcb, 0xae, 0x7b, 0x30, 0xb4, 0x77, 0xcb, 0x2d, 0xa3, 0x80, 0x30, 0xf2, 0x0c,
@@ -229,7 +229,7 @@ fn the_hash_chooses_the_queue_and_stands_in_the_header() {
             assert_eq!(header[12..], [0x78, 0xc1, 0xcc, 0x51, 2, 0, 0, 0]);
         }
     }
-    // Not of a kind that is hashed: entry 0.
+    // A frame that is not hashed goes by entry 0.
     a.send(3, &frame(B, A, 1, 100));
     let (header, got) = b.recv_header(0);
     assert_eq!((got, &header[12..]), (frame(B, A, 1, 100), &[0; 8][..]));
@@ -246,7 +246,7 @@ fn the_hash_chooses_the_queue_and_stands_in_the_header() {
     queues(&mut b, 3).unwrap();
     a.send(2, &hashed(B));
     assert_eq!(b.recv_header(2).0[12..], [0; 8]);
-    // Who accepted neither has no key.
+    // A driver that accepted neither feature has no key.
     assert_eq!(a.call(abi::CALL_SET_RSS, &rss(1, &[])), Err(ErrorCode::DENIED));
 }
 
@@ -377,7 +377,7 @@ fn the_counters_page_has_each_queue_and_each_reason() {
     });
 }
 
-/// Whatever a driver calls with, its connection goes on, and so do those of others.
+/// No call of a driver ends its connection or another driver's.
 #[test]
 fn any_buffer_is_refused_or_obeyed() {
     let bus = bus(2);

@@ -42,9 +42,9 @@ pub struct Pair {
     tx_buffers: u64,
     pub rx_buffers: u64,
     sent: u64,
-    /// The receive buffers that are with the device, in order.
+    /// The receive buffers that the device has, in order.
     order: VecDeque<u16>,
-    /// Entries of a frame that is coming in.
+    /// The entries so far of a frame that is arriving.
     partial: Vec<u8>,
 }
 
@@ -100,7 +100,7 @@ pub struct Net {
     status: Option<state::Reader<Window, end::Driver>>,
 }
 
-/// Room for one frame that is sent.
+/// The space for one sent frame.
 const SLOT: usize = 128 << 10;
 
 impl Net {
@@ -122,7 +122,7 @@ impl Net {
         let per_pair = u64::from(shape.entries)
             * (SLOT as u64 + u64::from(shape.buffer_bytes.max(4096)))
             + (2 << 20);
-        // Room for another pair, and for rings that are made later.
+        // Room for another pair, and for later rings.
         let mut memory = Memory::new(endpoint, per_pair * (u64::from(shape.pairs) + 1) + (1 << 20));
         open(endpoint, &memory, shape.features).unwrap();
         let pairs = (0..shape.pairs).map(|q| Pair::new(endpoint, &mut memory, q, shape)).collect();
@@ -151,7 +151,7 @@ impl Net {
         self.endpoint.region_drop(u64::from(handle)).unwrap();
     }
 
-    /// Makes a ring of `entries` entries in the place of one that was dropped, without buffers.
+    /// Makes a ring of `entries` entries, without buffers, in the place of one that was dropped.
     pub fn add_ring(&mut self, q: usize, is_rx: bool, entries: u32) {
         let id = if is_rx { abi::rx(q as u16) } else { abi::tx(q as u16) };
         let (end, addr, handle) = ring(&self.endpoint, &mut self.memory, id, entries);
@@ -186,7 +186,7 @@ impl Net {
         add(&self.endpoint, abi::REGION_STATUS, addr, layout.bytes(), state::SIGNAL_OFFSET).unwrap()
     }
 
-    /// Waits until the status page says what `done` waits for.
+    /// Waits until `done` accepts the status page.
     pub fn status(&mut self, what: &str, done: impl Fn(&[u64; abi::status_page::WORDS]) -> bool) {
         let reader = self.status.as_mut().unwrap();
         self.interrupts.wait(what, || {

@@ -1,4 +1,4 @@
-//! A driver that writes whatever it likes, beside two that trust their network.
+//! A hostile driver that writes random values, beside two honest drivers.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -56,7 +56,7 @@ fn a_ring_that_is_refused_is_not_kept() {
     other.join().unwrap();
 }
 
-/// A sequence of numbers without rhyme.
+/// A sequence of pseudo-random numbers.
 struct Random(u64);
 
 impl Random {
@@ -72,7 +72,7 @@ impl Random {
     }
 }
 
-/// Rings, and waits until the device has polled since.
+/// Rings the doorbell, and waits until the device has polled since.
 fn be_looked_at(net: &Net) {
     let polls = || net.endpoint.counters().polls.get() + net.endpoint.counters().polls_empty.get();
     let before = polls();
@@ -83,8 +83,8 @@ fn be_looked_at(net: &Net) {
     });
 }
 
-/// One life of the hostile driver: opens, then writes at random until the device has had enough of
-/// it.
+/// One connection of the hostile driver: opens, then writes at random until the device ends the
+/// connection. Returns the error code.
 fn live(endpoint: &Arc<Endpoint>, random: &mut Random) -> Option<ErrorCode> {
     let shape = Shape { features: ALL, ..Shape::default() };
     let mut net = Net::open(endpoint, shape);
@@ -99,7 +99,7 @@ fn live(endpoint: &Arc<Endpoint>, random: &mut Random) -> Option<ErrorCode> {
     );
     for _ in 0..300 {
         match random.below(6) {
-            // Anything, anywhere in a ring: entries, counts, arms, the header.
+            // Write anything anywhere in a ring: entries, counts, arms, the header.
             0 => {
                 let words = rings[random.below(2)].words();
                 let value = match random.below(4) {
@@ -110,7 +110,7 @@ fn live(endpoint: &Arc<Endpoint>, random: &mut Random) -> Option<ErrorCode> {
                 };
                 words[random.below(words.len())].store(value, Ordering::Relaxed);
             }
-            // Entries in good order with bad content.
+            // Submit entries in good order with bad content.
             1 => {
                 let [addr, len] = match random.below(5) {
                     0 => [random.next(), 100],
@@ -128,7 +128,7 @@ fn live(endpoint: &Arc<Endpoint>, random: &mut Random) -> Option<ErrorCode> {
                     pair.tx.submit(entry)
                 };
             }
-            // Frames with bad headers, to everyone.
+            // Send frames with bad headers to every address.
             _ => {
                 let mut header = [0; 12];
                 for byte in &mut header[..random.below(13)] {
@@ -144,7 +144,7 @@ fn live(endpoint: &Arc<Endpoint>, random: &mut Random) -> Option<ErrorCode> {
                     bytes[14..].iter_mut().take(60).for_each(|b| *b = random.next() as u8);
                 }
                 if net.pairs[0].tx.space() > 4 {
-                    // A count that is nonsense by now ends the driver's own end, not ours.
+                    // A bad count is an error of the driver's own end, which this test ignores.
                     let addr = net.pairs[0].rx_buffers;
                     net.memory.write(addr, &[&header[..], &bytes].concat());
                     let _ = net.pairs[0].tx.submit(Entry {
@@ -198,7 +198,8 @@ fn it_breaks_nothing_but_its_own_connection() {
     let sender = std::thread::spawn(move || {
         for n in 0..count {
             a.send(0, &frame(B, A, n, 64 + n as usize % 1400));
-            // Its buffers may or may not be there; a sender must get past it.
+            // The hostile driver may or may not have buffers. A sender must not wait for it for
+            // ever.
             if n % 16 == 0 {
                 a.send(0, &frame(H, A, n, 500));
             }
@@ -207,8 +208,8 @@ fn it_breaks_nothing_but_its_own_connection() {
     });
     for n in 0..count {
         let wanted = frame(B, A, n, 64 + n as usize % 1400);
-        // What the hostile one sends comes in between. (Of that, what it sends to everyone waits
-        // for nobody's buffers: only the frames of `a` must all be here.)
+        // Frames of the hostile driver come in between. (Its broadcast frames wait for no buffers:
+        // only the frames of `a` must all arrive.)
         while b.recv(0) != wanted {}
     }
     let mut a = sender.join().unwrap();
@@ -216,7 +217,7 @@ fn it_breaks_nothing_but_its_own_connection() {
     let (lives, broken) = hostile.join().unwrap();
     assert!(
         broken > lives / 4,
-        "the hostile driver was meant to be caught: {broken} of {lives} times"
+        "the device should catch the hostile driver more often: {broken} of {lives} times"
     );
     assert_eq!([a.endpoint.state(), b.endpoint.state()], [ConnectionState::Open; 2]);
     // And the device serves an honest driver again.
@@ -227,7 +228,7 @@ fn it_breaks_nothing_but_its_own_connection() {
 }
 
 #[test]
-fn each_fault_has_its_status() {
+fn each_fault_has_its_error_code() {
     let bus = bus(1);
     let endpoint =
         bus.create("a", "venet", &json!({ "backend": "null", "source-bytes": 60 })).unwrap();
@@ -278,7 +279,7 @@ fn what_it_sent_before_its_fault_arrives() {
         interrupts.wait("the end of the connection", || {
             matches!(h.state(), ConnectionState::Broken(_)).then_some(())
         });
-        // Counted when it is posted, which is what wakes its receiver.
+        // The device counts the frame when it posts it, and the post wakes the receiver.
         assert_eq!(b.counter("/pairs/0/rx/frames"), life);
     }
 }

@@ -1,4 +1,4 @@
-//! Frames with offloads between drivers that take them and drivers that do not.
+//! Frames with offloads between drivers that accept them and drivers that do not.
 
 use serde_json::json;
 use vbus_core::shm::abi::venet::{F_RX, F_RX_CSUM, F_RX_TSO4, F_TX};
@@ -50,7 +50,7 @@ fn pseudo(frame: &[u8], protocol: u8, length: u32) -> Vec<u8> {
     [&frame[26..34], &length.to_be_bytes(), &[0, 0, 0, protocol]].concat()
 }
 
-/// RFC 1071, by the letter.
+/// The plain algorithm of RFC 1071.
 fn sum(bytes: &[u8]) -> u32 {
     bytes.chunks(2).fold(0, |sum, pair| {
         let sum = sum + (u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0)));
@@ -77,7 +77,7 @@ fn pair(features: [u64; 2], shapes: [Shape; 2]) -> [Net; 2] {
 }
 
 #[test]
-fn who_takes_a_large_segment_gets_it_whole() {
+fn a_driver_that_accepts_segments_gets_them_whole() {
     let big = Shape { buffer_bytes: 4096, ..Shape::default() };
     let [mut a, mut b] = pair([ALL, ALL], [big, big]);
     for (protocol, len) in [(TCP, 65_000), (UDP, 64_000), (TCP, 1449)] {
@@ -90,7 +90,7 @@ fn who_takes_a_large_segment_gets_it_whole() {
 }
 
 #[test]
-fn who_takes_no_segments_gets_frames() {
+fn a_driver_without_segmentation_gets_frames() {
     for (features, protocol) in [(0, TCP), (F_RX_CSUM, TCP), (F_RX_CSUM | F_RX_TSO4, UDP), (0, UDP)]
     {
         let [mut a, mut b] =
@@ -114,7 +114,7 @@ fn who_takes_no_segments_gets_frames() {
 }
 
 #[test]
-fn a_receiver_with_small_buffers_gets_frames_though_it_would_take_more() {
+fn a_receiver_with_small_buffers_gets_frames_instead_of_segments() {
     let [mut a, mut b] =
         pair([ALL, ALL], [Shape::default(), Shape { buffer_bytes: 512, ..Shape::default() }]);
     let (header, frame) = large(TCP, 1448, 60_000);
@@ -127,7 +127,7 @@ fn a_receiver_with_small_buffers_gets_frames_though_it_would_take_more() {
 }
 
 #[test]
-fn who_takes_no_checksums_gets_them_filled_in() {
+fn a_driver_without_checksum_offload_gets_checksums() {
     let [mut a, mut b] = pair([ALL, 0], [Shape::default(); 2]);
     for protocol in [TCP, UDP] {
         let (header, frame) = large(protocol, 0, 1001);
@@ -143,7 +143,7 @@ fn payload_of(frame: &[u8], protocol: u8) -> &[u8] {
 }
 
 #[test]
-fn what_was_not_negotiated_is_dropped_and_counted() {
+fn frames_with_unaccepted_offloads_are_dropped_and_counted() {
     let [mut a, mut b] = pair([0, ALL], [Shape::default(); 2]);
     let (header, frame) = large(TCP, 1448, 5000);
     a.send_with(0, &header, &frame, 1);

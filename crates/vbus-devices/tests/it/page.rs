@@ -1,4 +1,4 @@
-//! What goes with the rings: the status page, the capture, the filter, and what the device refuses.
+//! Everything beside the rings: the status page, the capture, the filter, and the errors of START.
 
 use serde_json::json;
 use vbus_core::ErrorCode;
@@ -56,7 +56,7 @@ fn a_capture_holds_both_directions() {
     a.recv(0);
     assert_eq!(a.endpoint.inspect()["device"]["pcap"]["records"], 2);
     drop((a, b));
-    bus.remove("a").unwrap(); // The file is whole once its device is gone.
+    bus.remove("a").unwrap(); // The file is complete once its device is gone.
     let file = std::fs::read(&path).unwrap();
     let number = |at: usize| u32::from_le_bytes(file[at..at + 4].try_into().unwrap());
     assert_eq!((number(0), number(16), number(20)), (0xa1b2_c3d4, 70, 1));
@@ -67,7 +67,7 @@ fn a_capture_holds_both_directions() {
 }
 
 #[test]
-fn the_filter_decides_what_comes() {
+fn the_filter_decides_which_frames_come() {
     let bus = bus(1);
     let mut a = Net::new(&bus, "a", config(1), Shape::default());
     let mut b = Net::new(&bus, "b", config(2), Shape::default());
@@ -118,7 +118,7 @@ fn several_pairs_share_a_device() {
 }
 
 #[test]
-fn what_is_wrong_with_a_start_is_said() {
+fn a_bad_start_fails_with_its_error_code() {
     let bus = bus(1);
     let mut settings = config(1);
     settings["queue-pairs"] = json!(2);

@@ -1,4 +1,4 @@
-//! State pages: both owners, before, with and after a driver.
+//! State pages of both owners, before, with and after a driver.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
@@ -20,7 +20,7 @@ fn device(bus: &Bus) -> Arc<Endpoint> {
     bus.create("s", "state", &config).unwrap()
 }
 
-/// One request; all its answers.
+/// Sends a request. Returns all its answers.
 fn ask(endpoint: &Endpoint, request: Value) -> Result<Vec<Value>, String> {
     let mut answers = Vec::new();
     endpoint.device().control(&request, &mut |answer| {
@@ -104,7 +104,7 @@ fn a_value_set_before_the_driver_comes_is_there_when_it_does() {
 }
 
 #[test]
-fn what_a_driver_wrote_is_watched_and_stays_when_it_goes() {
+fn a_value_of_a_driver_is_watched_and_stays_when_the_driver_goes() {
     let bus = bus(1);
     let endpoint = device(&bus);
     assert_eq!(get(&endpoint, "load")["text"], "idle");
@@ -178,11 +178,11 @@ fn a_page_must_be_as_described() {
     assert_eq!(get(&endpoint, "load")["text"], "kept");
     let (_, added) = page(&endpoint, &mut memory, 1, 8);
     added.unwrap();
-    assert_eq!(get(&endpoint, "load")["text"], "kept", "a fresh page has no value yet");
+    assert_eq!(get(&endpoint, "load")["text"], "kept", "a new page has no value yet");
 }
 
 #[test]
-fn requests_that_cannot_be_say_why() {
+fn errors_of_requests_say_what_is_wrong() {
     let bus = bus(1);
     let endpoint = device(&bus);
     for (request, text) in [
@@ -211,7 +211,7 @@ fn requests_that_cannot_be_say_why() {
 }
 
 #[test]
-fn a_driver_that_never_rests_holds_nobody() {
+fn a_driver_that_writes_without_pause_blocks_nobody() {
     let bus = bus(1);
     let endpoint = device(&bus);
     let mut memory = Memory::new(&endpoint, 1 << 20);

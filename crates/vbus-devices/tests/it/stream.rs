@@ -80,7 +80,7 @@ fn neither_side_loses_frames_to_a_slow_one() {
     let mut peer = accept(&listener);
     a.interrupts
         .wait("the link", || (a.endpoint.inspect()["device"]["link"] == true).then_some(()));
-    // More than all buffers on the way hold: each side must be held up by the other.
+    // These are more bytes than all buffers on the way hold, so each side must wait for the other.
     let count = 3000;
     let mut writer = peer.try_clone().unwrap();
     let writing = std::thread::spawn(move || {
@@ -92,7 +92,8 @@ fn neither_side_loses_frames_to_a_slow_one() {
         let sent = a.submit(0, &[0; 12], &frame(PEER, A, n, 1400), 1);
         a.kick_tx(0);
         if !sent {
-            // Stuck: the peer reads nothing. What comes in goes on all the same.
+            // The sender waits, because the peer reads nothing. Frames from the peer arrive
+            // nevertheless.
             break;
         }
     }
@@ -130,12 +131,12 @@ fn a_peer_that_goes_is_replaced_by_the_next() {
         a.send(0, &frame(PEER, A, round, 100));
         assert_eq!(read_frame(&mut peer), frame(PEER, A, round, 100));
         if round == 1 {
-            // No frame is that long: this peer has lost its way.
+            // No frame has this length: the peer is out of step.
             peer.write_all(&u32::MAX.to_be_bytes()).unwrap();
             assert_eq!(peer.read(&mut [0; 8]).unwrap(), 0, "the device hangs up");
         } else {
-            // The driver armed before the counts of these frames came; it is still owed its
-            // interrupt.
+            // The driver armed before the counts of these frames came, so the next urgent update
+            // must interrupt it.
             a.status("the counts", |w| w[word::TX_FRAMES] == round + 1);
             let interrupts = || a.endpoint.counters().interrupts.get();
             let before = interrupts();
@@ -193,7 +194,7 @@ fn offloads_are_done_before_the_stream() {
     }
 }
 
-/// A `passt` that serves at `path`, or why there is none.
+/// Starts a `passt` that serves at `path`. The error says why there is none.
 fn passt(path: &Path) -> Result<Child, String> {
     let mut child = Command::new("passt")
         .args(["--foreground", "--socket"])
@@ -264,7 +265,7 @@ fn a_datagram_passes_through_passt_and_back() {
     };
     assert_eq!(answer[20..22], [0, 2], "a reply");
     assert_eq!(answer[28..32], [10, 77, 0, 1], "from the gateway");
-    // To passt's guests, the gateway is this machine.
+    // For passt's guests, the gateway is this machine.
     let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
     socket.set_read_timeout(Some(TIMEOUT)).unwrap();
     let gateway: [u8; 6] = answer[22..28].try_into().unwrap();

@@ -79,8 +79,8 @@ fn buffers_of_any_size_will_do() {
     let mut a = Net::new(&bus, "a", config(1), Shape::default());
     let endpoint = bus.create("b", "venet", &config(2)).unwrap();
     let mut b = Net::open(&endpoint, Shape::default());
-    // The first buffer promises that one more like it would do; what comes instead are many small
-    // ones, each with a ring of its own.
+    // By the first buffer's size, one more such buffer is enough. But many small ones follow, each
+    // with a doorbell of its own.
     let sizes = [500, 64, 64, 64, 64, 64, 64, 64, 64];
     for n in 0..200 {
         a.send(0, &frame(B, A, n, 1000));
@@ -101,14 +101,13 @@ fn buffers_of_any_size_will_do() {
             (got.len() >= 1012).then_some(())
         });
         assert_eq!(got[12..], frame(B, A, n, 1000));
-        // What is left over of the buffers serves for the next frame: none here, since all nine
-        // were needed.
+        // Unused buffers serve the next frame. Here all nine are used.
         assert_eq!(b.pairs[0].rx.in_flight(), 0);
     }
 }
 
 #[test]
-fn a_driver_whose_memory_goes_takes_nobody_with_it() {
+fn a_driver_that_loses_its_memory_harms_no_other() {
     let bus = bus(2);
     let mut a = Net::new(&bus, "a", config(1), Shape::default());
     let mut c = Net::new(&bus, "c", config(3), Shape::default());
@@ -128,7 +127,7 @@ fn a_driver_whose_memory_goes_takes_nobody_with_it() {
             b.post_all();
             b.send(0, &frame(C, B, lives, 60));
             match lives % 3 {
-                // Without a close, as when a VM dies.
+                // The driver does not close, as when a VM dies.
                 0 => coming.unmap_all(),
                 1 => coming.close(),
                 _ => {
@@ -165,7 +164,7 @@ fn a_driver_whose_memory_goes_takes_nobody_with_it() {
 }
 
 #[test]
-fn a_receiver_that_is_dead_holds_nobody_for_long() {
+fn a_dead_receiver_delays_nobody_for_long() {
     let bus = bus(2);
     let mut a = Net::new(&bus, "a", config(1), Shape::default());
     let mut c = Net::new(&bus, "c", config(3), Shape::default());
@@ -181,7 +180,7 @@ fn a_receiver_that_is_dead_holds_nobody_for_long() {
     // Waiting 50 ms for each would have taken 100 s.
     assert!(begin.elapsed() < Duration::from_secs(50), "{:?}", begin.elapsed());
     assert_eq!(b.counter("/pairs/0/rx/drops/no_buffers"), 2000);
-    // It comes to life again.
+    // The receiver works again.
     b.post_all();
     a.send(0, &frame(B, A, 1, 100));
     assert_eq!(b.recv(0), frame(B, A, 1, 100));

@@ -1,5 +1,5 @@
-//! The back end `tap`, against this machine's own network stack. Needs CAP_NET_ADMIN; says so and
-//! passes without.
+//! The back end `tap` with this machine's own network stack. It needs CAP_NET_ADMIN. Without it,
+//! the tests print that they were skipped.
 
 use std::net::{Ipv4Addr, UdpSocket};
 use std::process::Command;
@@ -14,7 +14,8 @@ use crate::offloads::{large, payload};
 const A: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const UDP: u8 = 17;
 
-/// A driver on a TAP interface, with the interface's name; nothing where that is not allowed.
+/// Makes a driver on a TAP interface. Returns it with the interface's name; `None` if this process
+/// may not do that.
 fn tap(bus: &Bus, shape: Shape, extra: &Value) -> Option<(Net, String)> {
     let mut config =
         json!({ "mac": "02:00:00:00:00:01", "backend": "tap", "queue-pairs": shape.pairs });
@@ -43,8 +44,8 @@ fn ip(args: &str) {
     assert!(output.status.success(), "ip {args}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// Gives the interface an address, and its network a neighbour: the driver. Each test has a network
-/// of its own.
+/// Gives the interface an address, and adds the driver as a neighbour. Each test has a network of
+/// its own.
 fn address(name: &str, net: u8) -> UdpSocket {
     ip(&format!("addr add 10.78.{net}.1/24 dev {name}"));
     ip(&format!("neigh replace 10.78.{net}.2 lladdr 02:00:00:00:00:01 dev {name}"));
@@ -60,8 +61,7 @@ fn mac_of(name: &str) -> [u8; 6] {
     bytes.try_into().unwrap()
 }
 
-/// A UDP datagram from the driver to port 7777 of the interface, in a frame of its own; its
-/// checksum is left out.
+/// A frame with a UDP datagram, without a checksum, from the driver to port 7777 of the interface.
 fn datagram(name: &str, net: u8, data: &[u8]) -> Vec<u8> {
     let udp = 8 + data.len() as u16;
     let mut ip = vec![0x45, 0];
@@ -91,14 +91,14 @@ fn datagrams_pass_both_ways() {
         socket.send_to(&data, (Ipv4Addr::new(10, 78, 1, 2), 5555)).unwrap();
         loop {
             let got = a.recv(0);
-            // The machine may have things of its own to say on a new interface, to everyone.
+            // The machine may send multicast frames of its own on a new interface.
             if got[..6] == A && got[23] == UDP {
                 assert_eq!(payload(&got, UDP)[..len], data);
                 break;
             }
         }
     }
-    // Many at once, more than the ring holds: the interface keeps them until there are buffers.
+    // Send more datagrams than the ring holds: the interface keeps them until there are buffers.
     for n in 0..200_u64 {
         socket.send_to(&n.to_le_bytes(), (Ipv4Addr::new(10, 78, 1, 2), 5555)).unwrap();
     }
@@ -132,7 +132,7 @@ fn large_datagrams_pass_whole() {
         return;
     }
     let socket = address(&name, 2);
-    // Out: one frame that stands for 20 datagrams.
+    // Outbound: one frame becomes 20 datagrams.
     let (header, mut large) = large(UDP, 1000, 20_000);
     let plain = datagram(&name, 2, &[]);
     large[..12].copy_from_slice(&plain[..12]);
@@ -144,7 +144,7 @@ fn large_datagrams_pass_whole() {
         .chunks(2)
         .fold(0, |sum, pair| sum + (u32::from(pair[0]) << 8 | u32::from(pair[1])));
     large[24..26].copy_from_slice(&(!((sum & 0xffff) + (sum >> 16)) as u16).to_be_bytes());
-    // The sum over the addresses, as the sender's stack leaves it.
+    // The sum of the pseudo header, as the sender's network stack leaves it.
     let pseudo = [&large[26..34], &[0, UDP], &20_008_u16.to_be_bytes()].concat();
     let sum =
         pseudo.chunks(2).fold(0, |sum, pair| sum + (u32::from(pair[0]) << 8 | u32::from(pair[1])));
@@ -181,13 +181,13 @@ fn the_interface_has_as_many_queues() {
         assert_eq!(socket.recv(&mut buffer).unwrap(), 100);
         assert_eq!(buffer[0], q as u8);
     }
-    // One pair of two: everything comes to it.
+    // One of two pairs is in use, so all frames come to it.
     let endpoint = a.endpoint.clone();
     drop(a);
     let mut a = Net::open(&endpoint, Shape::default());
     a.post_all();
     for n in 0..20_u64 {
-        // Different ports, so that the kernel would spread them.
+        // Use different ports, so that the kernel would spread the frames.
         socket.send_to(&n.to_le_bytes(), (Ipv4Addr::new(10, 78, 3, 2), 6000 + n as u16)).unwrap();
     }
     let mut next = 0_u64;

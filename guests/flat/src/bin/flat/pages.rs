@@ -1,8 +1,8 @@
-//! The pages of a `pic` for several processors, their handlers, and what must hold each time that a
-//! line is taken:
+//! The pages of a `pic` for several processors, and their handlers. Each time that a handler takes
+//! a line, it checks that
 //!
-//! - its processor is one that it leads to, or led to until a move that is still under way;
-//! - it is not masked, and more urgent than all that are in service there;
+//! - the line's route leads to this processor, or led to it until a move that has not ended;
+//! - the line is not masked, and is more urgent than all lines in service there;
 //! - no line that was pending before is more urgent.
 #![allow(
     unsafe_code,
@@ -28,51 +28,52 @@ use crate::{clock, cpu, traps};
 pub const LINES: u16 = 32;
 /// The most NICs.
 pub const STATIONS_MAX: usize = 8;
-/// Frames under way to each NIC: a quarter of what the rings hold.
+/// Frames in flight to each NIC: a quarter of the rings' entries.
 const AHEAD: u64 = 16;
-/// How long a line is masked, at most, in nanoseconds.
+/// The longest time for which a line is masked, in nanoseconds.
 const MASKED: u64 = 1_000_000;
-/// How long a handler waits to be interrupted by a more urgent one, at most, in nanoseconds.
+/// The longest time that a handler waits for a more urgent interrupt, in nanoseconds.
 const LINGER: u64 = 2_000_000;
 
-/// The pages that handlers are for; null: none.
+/// The pages that the handlers use; null: none.
 static SHARED: AtomicPtr<Pages> = AtomicPtr::new(ptr::null_mut());
 
 /// The handler of the messages of all processors.
 pub extern "C" fn interrupt() {
-    // SAFETY: those of `Pages::share`, which takes them back before they go.
+    // SAFETY: `Pages::share` has set the pointer, and clears it before the pages are dropped.
     if let Some(pages) = unsafe { SHARED.load(Ordering::Acquire).as_ref() } {
         pages.drain(traps::number() as usize);
     }
 }
 
-/// What a processor has counted.
+/// The counts of a processor.
 #[derive(Clone, Copy, Default)]
 pub struct Tally {
     /// Lines taken.
     pub taken: u64,
-    /// Of these: while a less urgent one was in service.
+    /// Lines taken while a less urgent one was in service.
     pub nested: u64,
-    /// Of these: while another one was pending too.
+    /// Lines taken while another one was pending too.
     pub chosen: u64,
     /// Lines masked for a while.
     pub masked: u64,
-    /// Of these: that had become pending meanwhile.
+    /// Masked lines that became pending meanwhile.
     pub held: u64,
 }
 
-/// What has come of a NIC's interrupts.
+/// The counts of a NIC's interrupts.
 #[derive(Clone, Copy, Default)]
 pub struct Came {
-    /// Interrupts that it was armed for, and that were handled.
+    /// Interrupts that the NIC was armed for and that a handler has handled.
     pub raised: u64,
-    /// How often a handler looked for nothing.
+    /// How often a handler found nothing.
     pub empty: u64,
-    /// How often it was armed too late: a frame had just come, perhaps with an interrupt more.
+    /// How often the NIC was armed too late: a frame had just arrived, perhaps with a further
+    /// interrupt.
     pub late: u64,
 }
 
-/// What a processor has for itself.
+/// The private data of a processor.
 struct Own {
     page: Option<Controller<FlatHal>>,
     /// The lines in service, as many as `depth`.
@@ -85,61 +86,62 @@ struct Own {
 
 struct Processor {
     own: UnsafeCell<Own>,
-    /// Odd while it takes a line.
+    /// Odd while the processor takes a line.
     taking: AtomicU64,
 }
 
-/// A NIC, and what has come of its interrupts.
-struct Place {
+/// A NIC with the counts of its interrupts.
+struct Receiver {
     station: UnsafeCell<Option<Station>>,
     mac: [u8; 6],
-    /// Handlers that want it to be looked at: the first one does, for all.
+    /// Handlers that want the NIC checked. The first one does it for all.
     claims: AtomicU32,
-    /// Frames that were sent to it, and that have come.
+    /// Frames sent to the NIC, and frames that have arrived.
     sent: AtomicU64,
     got: AtomicU64,
-    /// How often it was found to have interrupted.
+    /// How often a handler found that the NIC had interrupted.
     found: AtomicU64,
-    /// How often it was looked at for nothing.
+    /// How often a handler found nothing.
     empty: AtomicU64,
-    /// How often it was armed too late: a frame had just come, perhaps with an interrupt.
+    /// How often the NIC was armed too late: a frame had just arrived, perhaps with an interrupt.
     late: AtomicU64,
 }
 
-/// Who sends frames to all of them.
+/// The NIC that sends frames to all others.
 struct Sender {
     station: UnsafeCell<Station>,
-    /// Somebody is at it.
+    /// A processor is using it.
     busy: AtomicBool,
-    /// Nothing is sent now.
+    /// Sending is paused.
     pauses: AtomicBool,
-    /// Frames to be sent to each NIC.
+    /// The number of frames to send to each NIC.
     count: u64,
 }
 
-/// The pages, and the NICs whose lines they have.
+/// The pages, and the NICs that raise their lines.
 pub struct Pages {
     nesting: Nesting,
     processors: [Processor; CPUS_MAX],
     sender: Sender,
-    places: [Place; STATIONS_MAX],
-    /// How many of them there are.
+    receivers: [Receiver; STATIONS_MAX],
+    /// The number of NICs.
     stations: usize,
-    /// By processor and line, the NIC that leads there, from 1; 0: none.
+    /// By processor and line: the number, from 1, of the NIC whose route leads there; 0: none.
     leads: [[AtomicU8; LINES as usize]; CPUS_MAX],
-    /// Goes up when a move begins and when it has ended; with what moves while it is under way.
+    /// Goes up when a move begins and when it ends. During a move it also has the processor and the
+    /// line.
     moving: AtomicU64,
     /// Processors that have begun to [`serve`](Pages::serve).
     serving: AtomicU32,
     stop: AtomicBool,
 }
 
-// SAFETY: `own` is used on its processor alone, with interrupts kept out; a place's `station` by
-// who has made the first claim, the sender's by who has made it busy.
+// SAFETY: only its own processor uses `own`, with interrupts disabled. Only the handler with the
+// first claim uses a NIC's `station`. Only the processor that has set `busy` uses the sender's.
 unsafe impl Sync for Pages {}
 
 impl Pages {
-    /// No pages and no NICs yet, but `sender`, which is to send `count` frames to each.
+    /// Makes the state without pages and receivers. `sender` will send `count` frames to each NIC.
     pub fn new(nesting: Nesting, sender: Station, count: u64) -> Pages {
         let processor = |number: usize| Processor {
             own: UnsafeCell::new(Own {
@@ -152,7 +154,7 @@ impl Pages {
             }),
             taking: AtomicU64::new(0),
         };
-        let place = |_| Place {
+        let receiver = |_| Receiver {
             station: UnsafeCell::new(None),
             mac: [0; 6],
             claims: AtomicU32::new(0),
@@ -171,7 +173,7 @@ impl Pages {
                 pauses: AtomicBool::new(false),
                 count,
             },
-            places: array::from_fn(place),
+            receivers: array::from_fn(receiver),
             stations: 0,
             leads: [const { [const { AtomicU8::new(0) }; LINES as usize] }; CPUS_MAX],
             moving: AtomicU64::new(0),
@@ -185,54 +187,54 @@ impl Pages {
         self.processors[number as usize].own.get_mut().page = Some(page);
     }
 
-    /// Takes the page of a processor out again; with what it has counted.
+    /// Takes the page of a processor out. Returns it with the processor's counts.
     pub fn take_page(&mut self, number: u32) -> (Option<Controller<FlatHal>>, Tally) {
         let own = self.processors[number as usize].own.get_mut();
         (own.page.take(), own.tally)
     }
 
-    /// One more NIC.
+    /// Adds a NIC.
     pub fn add_station(&mut self, station: Station) {
-        let place = &mut self.places[self.stations];
-        place.mac = station.nic.config().mac;
-        *place.station.get_mut() = Some(station);
+        let receiver = &mut self.receivers[self.stations];
+        receiver.mac = station.nic.config().mac;
+        *receiver.station.get_mut() = Some(station);
         self.stations += 1;
     }
 
-    /// How many NICs there are.
+    /// The number of NICs.
     pub fn stations(&self) -> usize {
         self.stations
     }
 
-    /// The NICs, when all is done, with what has come of each; the sender last.
+    /// At the end, returns the NICs with the counts of each, and the sender.
     pub fn into_stations(self) -> (impl Iterator<Item = (Station, Came)>, Station) {
-        let came = |place: Place| {
+        let came = |receiver: Receiver| {
             let [raised, empty, late] =
-                [place.found, place.empty, place.late].map(AtomicU64::into_inner);
-            Some((place.station.into_inner()?, Came { raised, empty, late }))
+                [receiver.found, receiver.empty, receiver.late].map(AtomicU64::into_inner);
+            Some((receiver.station.into_inner()?, Came { raised, empty, late }))
         };
-        (self.places.into_iter().filter_map(came), self.sender.station.into_inner())
+        (self.receivers.into_iter().filter_map(came), self.sender.station.into_inner())
     }
 
-    /// The NIC, before anything is shared.
+    /// A NIC, before the pages are shared.
     pub fn station(&mut self, number: usize) -> Option<&mut Station> {
-        self.places[number].station.get_mut().as_mut()
+        self.receivers[number].station.get_mut().as_mut()
     }
 
-    /// Sends a frame to NIC `number`, if not too many are under way to it, and nobody else is just
-    /// sending one.
+    /// Sends a frame to NIC `number`, unless too many frames are in flight to it, or another
+    /// processor is sending.
     pub fn send(&self, number: usize) {
         let Sender { station, busy, pauses, count } = &self.sender;
         if busy.swap(true, Ordering::SeqCst) {
             return;
         }
-        let Place { mac, sent, got, .. } = &self.places[number];
+        let Receiver { mac, sent, got, .. } = &self.receivers[number];
         let frame = sent.load(Ordering::Relaxed);
         if !pauses.load(Ordering::SeqCst)
             && frame < *count
             && frame - got.load(Ordering::Acquire) < AHEAD
         {
-            // SAFETY: nobody else is at it.
+            // SAFETY: no other processor uses it.
             let station = unsafe { &mut *station.get() };
             if let Err(error) = station.send(*mac, frame, 60) {
                 panic!("{error}");
@@ -242,7 +244,7 @@ impl Pages {
         busy.store(false, Ordering::SeqCst);
     }
 
-    /// From now on nothing is sent and no line is masked, or both again. On processor 0.
+    /// Pauses or resumes the sending of frames and the masking of lines. Processor 0 calls this.
     pub fn pause(&self, pauses: bool) {
         self.sender.pauses.store(pauses, Ordering::SeqCst);
         while pauses && self.sender.busy.load(Ordering::SeqCst) {
@@ -250,18 +252,18 @@ impl Pages {
         }
     }
 
-    /// Frames that were sent to NIC `number`.
+    /// The number of frames sent to NIC `number`.
     pub fn sent(&self, number: usize) -> u64 {
-        self.places[number].sent.load(Ordering::Acquire)
+        self.receivers[number].sent.load(Ordering::Acquire)
     }
 
-    /// Frames that have come to NIC `number`.
+    /// The number of frames that have arrived at NIC `number`.
     pub fn got(&self, number: usize) -> u64 {
-        self.places[number].got.load(Ordering::Acquire)
+        self.receivers[number].got.load(Ordering::Acquire)
     }
 
-    /// Has handlers use these pages while `run` runs. `settle` is to return when every handler that
-    /// had begun on another processor has ended.
+    /// Lets handlers use these pages while `run` runs. `settle` must return only when every handler
+    /// that had begun on another processor has ended.
     pub fn share<T>(&self, run: impl FnOnce() -> T, settle: impl FnOnce()) -> T {
         SHARED.store(ptr::from_ref(self).cast_mut(), Ordering::Release);
         let outcome = run();
@@ -270,20 +272,21 @@ impl Pages {
         outcome
     }
 
-    /// Has a NIC lead to a line from now on. False: another one does.
+    /// Makes a NIC lead to a line from now on. Returns false if another NIC leads there.
     pub fn lead(&self, station: usize, to: Line) -> bool {
         let lead = &self.leads[to.cpu as usize][usize::from(to.number)];
         lead.compare_exchange(0, station as u8 + 1, Ordering::SeqCst, Ordering::SeqCst).is_ok()
     }
 
-    /// Moves what leads to line `from` by means of `carry`, on processor 0; behind it, nothing is
-    /// taken there any more.
+    /// Moves the route to line `from` by calling `carry`. After this, no handler takes line `from`.
+    /// Processor 0 calls this.
     pub fn relocate<T>(&self, from: Line, carry: impl FnOnce() -> T) -> T {
         self.moving.fetch_add(NEXT_MOVE | mark(from.cpu as usize, from.number), Ordering::SeqCst);
         let outcome = carry();
         self.moving.fetch_sub(mark(from.cpu as usize, from.number), Ordering::SeqCst);
         if from.cpu != 0 {
-            // What was taken before has been looked at, when the processor is not just taking one.
+            // When the processor is not taking a line, it has checked all lines that it took
+            // before.
             let taking = &self.processors[from.cpu as usize].taking;
             let now = taking.load(Ordering::SeqCst);
             while now % 2 == 1 && taking.load(Ordering::SeqCst) == now {
@@ -299,7 +302,7 @@ impl Pages {
         self.stop.store(true, Ordering::SeqCst);
     }
 
-    /// Asks for messages, on the processor of this number.
+    /// Arms the page of processor `me`, on that processor.
     pub fn arm(&self, me: usize) {
         cpu::interrupts(false);
         if self.with_page(me, |page| page.arm()) == Wanted::Pending {
@@ -308,15 +311,15 @@ impl Pages {
         cpu::interrupts(true);
     }
 
-    /// Asks for none any more.
+    /// Disarms the page of processor `me`.
     pub fn disarm(&self, me: usize) {
         cpu::interrupts(false);
         self.with_page(me, Controller::disarm);
         cpu::interrupts(true);
     }
 
-    /// What another processor does: it masks a line for a while, sleeps until a message comes, and
-    /// so on until it is told to stop.
+    /// The loop of another processor: it masks a line for a while, and sleeps until a message
+    /// comes, until [`stop`](Self::stop).
     pub fn serve(&self, me: usize) {
         self.arm(me);
         self.serving.fetch_add(1, Ordering::Release);
@@ -331,7 +334,7 @@ impl Pages {
         self.disarm(me);
     }
 
-    /// How many processors have begun to [`serve`](Self::serve).
+    /// The number of processors that have begun to [`serve`](Self::serve).
     pub fn serving(&self) -> u32 {
         self.serving.load(Ordering::Acquire)
     }
@@ -367,8 +370,8 @@ impl Pages {
         cpu::interrupts(true);
     }
 
-    /// Takes lines, handles and ends them until there are none. With interrupts kept out, as they
-    /// are again afterwards.
+    /// Takes, handles and ends lines until there are none. Interrupts must be disabled, and are
+    /// disabled again on return.
     fn drain(&self, me: usize) {
         while let Some((line, station)) = self.take(me) {
             let nests = self.nesting == Nesting::Nested;
@@ -385,13 +388,13 @@ impl Pages {
         }
     }
 
-    /// Takes a line, and looks whether all is as it must be.
+    /// Takes a line, and makes the checks of this module.
     fn take(&self, me: usize) -> Option<(u16, usize)> {
         let taking = &self.processors[me].taking;
         taking.fetch_add(1, Ordering::SeqCst);
         let before = self.moving.load(Ordering::SeqCst);
         let masked = self.with(me, |own| own.masked);
-        // To unmask a line that is not masked changes nothing, and says whether it is pending.
+        // Unmasking an unmasked line changes nothing, and returns whether the line is pending.
         let pending = |line: &u16| self.with_page(me, |page| page.unmask(*line)) == Wanted::Pending;
         let looked_at = (0..LINES)
             .rev()
@@ -402,9 +405,12 @@ impl Pages {
         let line = self.with_page(me, Controller::take);
         let after = self.moving.load(Ordering::SeqCst);
         let station = line.map(|line| {
-            assert!(masked != Some(line), "processor {me}: line {line} was taken and is masked");
+            assert!(
+                masked != Some(line),
+                "processor {me}: line {line} was taken although it is masked"
+            );
             let Some(station) = self.led_by(me, line) else {
-                panic!("processor {me}: line {line} was taken, and nothing leads to it");
+                panic!("processor {me}: line {line} was taken, but no route leads to it");
             };
             self.with(me, |own| {
                 let in_service = &own.in_service[..own.depth];
@@ -422,7 +428,7 @@ impl Pages {
             (line, station)
         });
         if let Some(most) = most.filter(|most| line < Some(*most)) {
-            // A move takes a pending line away.
+            // A move clears a pending line.
             let moved = before != after || before % NEXT_MOVE == mark(me, most);
             assert!(moved, "processor {me}: {line:?} was taken while line {most} was pending");
         }
@@ -430,31 +436,34 @@ impl Pages {
         station
     }
 
-    /// The NIC that leads to a line.
+    /// The NIC whose route leads to a line.
     fn led_by(&self, me: usize, line: u16) -> Option<usize> {
         usize::from(self.leads[me][usize::from(line)].load(Ordering::SeqCst)).checked_sub(1)
     }
 
-    /// Looks at a NIC, or has the one do it that is at it already: perhaps a handler that this one
-    /// has interrupted.
+    /// Checks a NIC. If another handler is checking it already, perhaps one that this handler has
+    /// interrupted, that handler checks it again.
     fn attend(&self, station: usize) {
-        let place = &self.places[station];
-        if place.claims.fetch_add(1, Ordering::AcqRel) > 0 {
+        let receiver = &self.receivers[station];
+        if receiver.claims.fetch_add(1, Ordering::AcqRel) > 0 {
             return;
         }
         loop {
-            let claims = place.claims.load(Ordering::Acquire);
-            // SAFETY: the first claim is ours.
-            let station = unsafe { &mut *place.station.get() };
-            place.look(station.as_mut().expect("a line of a NIC that is not there"));
-            if place.claims.compare_exchange(claims, 0, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+            let claims = receiver.claims.load(Ordering::Acquire);
+            // SAFETY: this handler has the first claim.
+            let station = unsafe { &mut *receiver.station.get() };
+            receiver.look(station.as_mut().expect("the line of a NIC that does not exist"));
+            if receiver
+                .claims
+                .compare_exchange(claims, 0, Ordering::AcqRel, Ordering::Relaxed)
+                .is_ok()
             {
                 return;
             }
         }
     }
 
-    /// Now and then gives more urgent lines of this processor a reason to interrupt, and time.
+    /// Sometimes gives more urgent lines of this processor a reason and time to interrupt.
     fn linger(&self, me: usize, line: u16) {
         let look = || {
             cpu::interrupts(false);
@@ -475,10 +484,10 @@ impl Pages {
         }
     }
 
-    /// What this processor has for itself. With interrupts kept out; `f` calls nothing that comes
-    /// here.
+    /// Calls `f` with this processor's private data. Interrupts must be disabled, and `f` must not
+    /// call this again.
     fn with<T>(&self, me: usize, f: impl FnOnce(&mut Own) -> T) -> T {
-        // SAFETY: nobody else uses it.
+        // SAFETY: only this processor uses it.
         f(unsafe { &mut *self.processors[me].own.get() })
     }
 
@@ -487,15 +496,15 @@ impl Pages {
     }
 }
 
-/// What a move adds to [`Pages::moving`].
+/// The value that a move adds to [`Pages::moving`].
 const NEXT_MOVE: u64 = 1 << 32;
 
-/// What it adds while it is under way.
+/// The value that a move adds until it ends.
 fn mark(processor: usize, line: u16) -> u64 {
     1 << 31 | (processor as u64) << 16 | u64::from(line)
 }
 
-impl Place {
+impl Receiver {
     /// Takes all frames, and arms again if there were any.
     fn look(&self, station: &mut Station) {
         let mut frame = [0; FRAME];

@@ -1,11 +1,10 @@
-//! Test `processors`: lines of a `pic` that are raised, masked, and moved between processors all
-//! the time.
+//! Test `processors`: devices raise lines of a `pic` while the guest masks the lines and moves them
+//! between processors all the time.
 //!
-//! The first processor sends frames to some NICs, and moves the lines of these from one processor
-//! and priority to another. Nobody looks at a NIC but the handler of its line, and a NIC interrupts
-//! once for each time that it is armed, which that handler does: where an interrupt is lost, a NIC
-//! stands still for ever. All else that must hold is looked at in [`crate::pages`], each time that
-//! a line is taken.
+//! The first processor sends frames to some NICs, and moves their lines from one processor and
+//! priority to another. Only the handler of its line checks and arms a NIC, and a NIC interrupts
+//! once each time that it is armed. So if an interrupt is lost, the NIC stops for ever.
+//! [`crate::pages`] makes all other checks, each time that a handler takes a line.
 
 use core::array;
 use core::fmt::{self, Display};
@@ -35,13 +34,12 @@ const BURST: u64 = 16;
 /// The synthetic interrupt source of each processor.
 const SINT: u32 = 0;
 
-/// Carries `count=` frames to each of `receivers=` NICs, by each way in which messages can end,
-/// with handlers that are interrupted by more urgent lines and with ones that are not.
+/// Sends `count=` frames to each of `receivers=` NICs, for each way to end messages, with handlers
+/// that more urgent lines interrupt and with handlers that run with interrupts disabled.
 pub fn run<'a>(setting: &Setting<'a>) -> Outcome<'a> {
     let pic = setting.of_class(class::PIC).next().ok_or(Failure::Said("no device of class pic"))?;
     let unused = apic::next_vector();
-    // Vectors of their own for each way, so that it can be counted from outside what was done about
-    // each.
+    // Each way has vectors of its own, so that a program outside can count the ends of each.
     let vectors = [(); Way::COUNT].map(|()| [(); CPUS_MAX].map(|()| apic::vector()));
     for (way, vectors) in Way::there(&pic).zip(&vectors) {
         for vector in vectors {
@@ -82,8 +80,8 @@ fn round<'a>(
     let stations = pages.stations();
     ensure(stations == wanted && stations > 0, "not as many NICs on the switch as receivers=")?;
 
-    // Every processor makes itself ready for its messages; those of synthetic interrupts go by a
-    // number of the hypervisor's.
+    // Every processor prepares for its messages. Messages of synthetic interrupts need the
+    // hypervisor's number of the processor.
     let numbers = [const { AtomicU32::new(0) }; CPUS_MAX];
     everywhere(&|number| match way {
         Way::Msi => {}
@@ -141,7 +139,7 @@ fn round<'a>(
         smp::wake();
         outcome
     };
-    // Whoever does something new has left its handlers.
+    // A processor that runs a new job has left its handlers.
     pages.share(|| smp::together(&serve, drive), || smp::together(&|_| (), || ()))?;
 
     let (mut tallies, mut came) = ([Tally::default(); CPUS_MAX], [Came::default(); STATIONS_MAX]);
@@ -163,7 +161,7 @@ fn round<'a>(
         Way::Sint => hyperv::disable_sints(),
     });
 
-    // Whatever was under way has arrived.
+    // All messages in flight have arrived.
     let counts: [_; CPUS_MAX] = array::from_fn(|number| {
         let (messages, by_register) = traps::counts(number as u32, vectors[number]);
         (messages - before[number].0, by_register - before[number].1)
@@ -193,12 +191,12 @@ fn round<'a>(
     Ok(())
 }
 
-/// Has every processor do something, this one too.
+/// Runs `job` on every processor, including this one.
 fn everywhere(job: &(dyn Fn(u32) + Sync)) {
     smp::together(job, || job(0));
 }
 
-/// Where the interrupts of a NIC lead.
+/// The route of a NIC's interrupts.
 #[derive(Clone, Copy)]
 struct Route {
     device: Name<32>,
@@ -212,20 +210,21 @@ impl Route {
     }
 }
 
-/// What the first processor does.
+/// The work of the first processor.
 struct Traffic {
     count: u64,
     cpus: u32,
     routes: [Option<Route>; STATIONS_MAX],
     moves: u64,
-    /// Of these: with the line pending.
+    /// Moves of a pending line.
     carried: u64,
     dice: Dice,
 }
 
 impl Traffic {
-    /// Sends frames, some at a time, while lines are moved and masked, and each time waits until
-    /// all have come: by interrupts alone, since a move or a mask would bring a processor to look.
+    /// Sends some frames at a time, while lines are moved and masked, and then waits until all have
+    /// arrived. In the wait nothing is moved or masked, because that would make a processor check
+    /// its page: only interrupts bring the frames.
     fn carry<'a>(&mut self, pages: &Pages, pic: &mut Pic<FlatHal>) -> Outcome<'a> {
         let began = clock::now();
         while pages.serving() < self.cpus - 1 {
@@ -234,11 +233,11 @@ impl Traffic {
         }
         let stations = 0..pages.stations();
         while stations.clone().any(|station| pages.sent(station) < self.count) {
-            // One alone now and then: then nothing else does either.
+            // Sometimes send a single frame, so that no other frame causes its handling.
             let most = if self.dice.roll(3) == 0 { 1 } else { BURST };
             for _ in 0..=self.dice.roll(most) {
                 let station = self.dice.roll(stations.len() as u64) as usize;
-                // All of them have come to this one, perhaps, and not to others.
+                // Perhaps this NIC has got all its frames, and others have not.
                 let wants = |station: &usize| pages.sent(*station) < self.count;
                 let Some(station) = (station..stations.end).chain(0..station).find(wants) else {
                     break;
@@ -258,7 +257,7 @@ impl Traffic {
         Ok(())
     }
 
-    /// Waits until all that was sent has come.
+    /// Waits until all sent frames have arrived.
     fn settle<'a>(&self, pages: &Pages, pic: &Pic<FlatHal>) -> Outcome<'a> {
         let began = clock::now();
         while let Some(station) =
@@ -275,14 +274,14 @@ impl Traffic {
                     .end();
                 return Err(Failure::Said("an interrupt is lost: a NIC stands still"));
             }
-            // A question that takes a moment, in which another processor can have this one's time,
-            // if they share it.
+            // This call takes a moment. If two virtual processors share a host processor, the other
+            // one can run then.
             pic.function().check()?;
         }
         Ok(())
     }
 
-    /// Moves a line to any other of any processor.
+    /// Moves a line to a random other line of a random processor.
     fn relocate<'a>(&mut self, pages: &Pages, pic: &mut Pic<FlatHal>) -> Outcome<'a> {
         let station = self.dice.roll(pages.stations() as u64) as usize;
         let Some(route) = &mut self.routes[station] else { return Ok(()) };
@@ -300,7 +299,7 @@ impl Traffic {
     }
 }
 
-/// Numbers, as an array of JSON.
+/// Numbers, as a JSON array.
 struct List<I>(I);
 
 impl<I: Iterator<Item = u64> + Clone> Display for List<I> {
