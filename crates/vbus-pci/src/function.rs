@@ -1,6 +1,6 @@
 //! A PCI function of any kind: configuration space, interrupts, and a handler for each BAR.
 //!
-//! Nothing here knows a register of vbus. What a BAR is for, its [`BarHandler`] knows.
+//! This module knows no register of vbus. The [`BarHandler`] of a BAR gives the BAR its meaning.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -41,7 +41,8 @@ pub struct IoEventFd {
 /// MSI-X do not come here; size, alignment and end of an access are whatever the peer chose, so
 /// `offset + data.len()` may be beyond the BAR. A handler never waits for the driver.
 pub trait BarHandler: Send {
-    /// Reads from `offset` on. `data` is zero before: a place without a meaning reads zero.
+    /// Reads from `offset` on. `data` is all zeros at first: bytes that the handler does not set
+    /// read zero.
     fn read(&mut self, offset: u64, data: &mut [u8]);
 
     /// Writes from `offset` on.
@@ -83,7 +84,7 @@ pub struct PciFunction {
     msix: Option<Msix>,
     executor: Arc<Executor>,
     worker: usize,
-    /// What unmasks INTx, and what masks it.
+    /// The watches that unmask and mask INTx.
     mask_events: [Option<MaskEvent>; 2],
 }
 
@@ -158,8 +159,8 @@ impl PciFunction {
                 self.config.write(offset, data);
                 let command = self.config.command();
                 if before & !command & COMMAND_MASTER != 0 {
-                    // So a kernel takes a device from a driver that died or was unbound: memory
-                    // must be let go of before this returns.
+                    // A kernel clears Bus Master when a driver died or was unbound. The device must
+                    // let go of all memory before this returns.
                     self.handlers().for_each(|handler| handler.bus_master_cleared());
                 }
                 self.interrupts.set_disabled(command & COMMAND_INTX_DISABLE != 0);
@@ -215,8 +216,8 @@ impl PciFunction {
     }
 
     /// Connects the interrupts of an index from `start` on to eventfds, or disconnects them
-    /// (`None`): all or, on an error, none. That the descriptors are eventfds is for the connector
-    /// to check.
+    /// (`None`): all or, on an error, none. The connector must check that the descriptors are
+    /// eventfds.
     ///
     /// # Errors
     /// [`IrqError::NoSuch`], [`IrqError::Os`].
@@ -245,7 +246,7 @@ impl PciFunction {
         }
         let eventfd = eventfd.map(non_blocking).transpose()?;
         let slot = &mut self.mask_events[usize::from(masked)];
-        // The old one first: both could be the same eventfd, which can be watched once only.
+        // End the old watch first: both could be the same eventfd, and epoll watches it only once.
         *slot = None;
         if let Some(eventfd) = eventfd {
             let interrupts = self.interrupts.clone();
@@ -314,7 +315,7 @@ impl Drop for PciFunction {
     }
 }
 
-/// What of MSI-X an access begins in, and the offset there.
+/// The MSI-X structure that an access begins in, and the offset there.
 enum MsixPart {
     Table(usize),
     Pending(usize),

@@ -39,8 +39,7 @@ impl DeviceServer {
     /// that `options` says. It is served on the device's own event loop.
     ///
     /// # Errors
-    /// [`io::ErrorKind::AddrInUse`] if somebody listens at `path`; whatever else the system
-    /// refuses.
+    /// [`io::ErrorKind::AddrInUse`] if somebody listens at `path`; any other error of the system.
     pub fn start(
         endpoint: Arc<Endpoint>,
         path: &Path,
@@ -64,7 +63,7 @@ impl DeviceServer {
         Ok(DeviceServer { path: path.to_owned(), task, ready, seen })
     }
 
-    /// Where it listens.
+    /// The path of the socket.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -74,7 +73,7 @@ impl DeviceServer {
         lock(&self.seen).connected
     }
 
-    /// What its server has seen so far.
+    /// The server's statistics so far.
     pub fn stats(&self) -> Stats {
         lock(&self.seen).stats
     }
@@ -185,7 +184,7 @@ impl Target for Served {
             IrqAction::Unmask(numbers) => {
                 numbers.iter().try_for_each(|_| self.function.mask_irq(index, false))
             }
-            // What a later version of the protocol may bring.
+            // A later version of the protocol may have more kinds.
             _ => return Err(Errno::OPNOTSUPP),
         };
         done.map_err(|error| match error {

@@ -1,5 +1,5 @@
-//! A plain process as the place of a driver, which reaches its device over the socket, without a VM
-//! and without root.
+//! A driver's environment in a plain process. The driver reaches its device over the socket,
+//! without a VM and without root.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -19,8 +19,8 @@ use vbus_driver::{COMMAND_BOUND, Dma, Doorbell, Hal, HeapTable, NoMemory};
 
 use vfio_user_protocol::{Client, ClientError, pci};
 
-/// Memory that a process shares with its device, unless it asks for more or less: it is taken from
-/// the system only when used.
+/// The default size of the memory that a process shares with its device. The system provides the
+/// memory only when it is used.
 pub const MEMORY_BYTES: u64 = 64 << 20;
 
 /// The address of that memory as the device sees it. It is no valid offset in the memory, so that a
@@ -42,8 +42,8 @@ struct Shared {
     /// By handle.
     doorbells: Vec<Option<OwnedFd>>,
     memory: MemoryContext,
-    /// Free runs of memory: offset and length. What has never been used before is zero; what comes
-    /// back is zeroed.
+    /// Free runs of memory: offset and length. Memory that was never used is zero. Memory that
+    /// comes back is zeroed.
     free: Mutex<BTreeMap<usize, usize>>,
 }
 
@@ -200,7 +200,7 @@ impl Hal for Process {
     fn ring(&self, doorbell: Doorbell, handle: u32) {
         let fd = self.0.doorbells.get(handle as usize).and_then(Option::as_ref);
         match fd.filter(|_| doorbell.kind == capability::KIND_MMIO) {
-            // It cannot fail for want of room: the device's end never lets the count grow so far.
+            // The write does not block: the device never lets the count grow so far.
             Some(fd) => drop(rustix::io::write(fd, &1u64.to_ne_bytes())),
             None => self.write32(doorbell.offset(handle), 1),
         }
@@ -215,14 +215,13 @@ impl Hal for Process {
     }
 
     fn pause(&self, waited: u64) -> bool {
-        // Short at first, then in proportion: a long command is not asked about too often.
+        // Short at first, then in proportion to the time waited: a long command causes few reads.
         std::thread::sleep(Duration::from_nanos((waited / 4).clamp(10_000, 1_000_000)));
         waited < COMMAND_BOUND
     }
 }
 
-/// Memory that a process shares with its device. It goes back to the others' when the last clone is
-/// dropped.
+/// Memory that a process shares with its device. Dropping the last clone frees it.
 #[derive(Clone)]
 pub struct ProcessMemory(Arc<Allocation>);
 

@@ -1,4 +1,4 @@
-//! Version negotiation: what a client proposes, and what the server makes of it.
+//! Version negotiation: the client's proposal, and the server's answer.
 //!
 //! The reply names no capability that the client did not name. That is the specification's rule,
 //! and it has a practical side: QEMU receives the reply into a buffer of its request's size.
@@ -45,8 +45,8 @@ pub struct Negotiated {
     pub write_multiple: bool,
 }
 
-/// The capabilities that this crate knows. Others (`migration`, `twin_socket`) are read over: what
-/// the reply leaves out is not in use.
+/// The capabilities that this crate knows. It ignores others (`migration`, `twin_socket`): a
+/// capability that the reply leaves out is not in use.
 #[derive(Default)]
 struct Capabilities {
     max_msg_fds: Option<u64>,
@@ -160,12 +160,12 @@ fn maps(value: Option<u64>) -> usize {
     limit(value, MAX_DMA_MAPS as usize, MAX_DMA_MAPS as usize)
 }
 
-/// The server's part: what it agrees to, and the body of its reply. `max_dma_maps` is the most
-/// mappings that the device takes: it is told to a client that names its own number, and holds for
-/// that client. For a client that names none, the specification's 65535 hold.
+/// The server's part. Returns what was negotiated, and the body of the reply. `max_dma_maps` is the
+/// most mappings that the device takes: it is told to a client that names its own number, and holds
+/// for that client. For a client that names none, the specification's 65535 hold.
 ///
 /// # Errors
-/// When there is nothing to agree upon; the connection then ends.
+/// When both ends have nothing in common. The connection then ends.
 pub fn answer(
     request: &Version<'_>,
     max_dma_maps: u32,

@@ -57,7 +57,7 @@ impl Registers {
         }
     }
 
-    /// What RESULT and VALUE say from now on.
+    /// Sets RESULT and VALUE.
     fn answer(&mut self, done: Result<Called, ErrorCode>) {
         (self.result, self.value, self.pending) = match done {
             Ok(Called::Now(value)) => (0, value, None),
