@@ -1,5 +1,4 @@
-//! `vbus device add|remove --qmp` against a QEMU that says what the test wants. Real ones are in
-//! the VM tests.
+//! `vbus device add|remove --qmp` against a simulated QEMU. The VM tests use a real one.
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -11,7 +10,7 @@ use serde_json::{Value, json};
 
 const CONFIG: &str = "[[device]]\nname = \"net0\"\nclass = \"venet\"\nbackend = \"switch\"\n";
 
-/// A QEMU with two root ports, of which the first is taken.
+/// A simulated QEMU with two root ports. The first is occupied.
 struct Qemu {
     socket: PathBuf,
     seen: Receiver<Value>,
@@ -19,7 +18,7 @@ struct Qemu {
     _thread: JoinHandle<()>,
 }
 
-/// Answers of that QEMU to a command, as lines; `None`: it hangs up.
+/// The answers of that QEMU to a command, as lines. `None` means that it hangs up.
 type Answer = fn(&str, &Value) -> Option<Vec<Value>>;
 
 fn fine() -> Option<Vec<Value>> {
@@ -52,7 +51,7 @@ impl Qemu {
         self.socket.to_str().unwrap()
     }
 
-    /// The commands so far that are not questions.
+    /// The commands so far, without queries.
     fn commands(&self) -> Vec<Value> {
         let question = |c: &Value| {
             ["qom-list", "qom-get", "qmp_capabilities"].contains(&c["execute"].as_str().unwrap())
@@ -164,7 +163,7 @@ fn a_device_that_cannot_be_plugged_is_removed_from_the_bus_again() {
     let done = add(&bus, "/nonexistent/qmp");
     assert!(done.code == Some(1) && done.err.contains("cannot reach QEMU"), "{}", done.err);
     assert_eq!(on_bus(&bus), ["net0"]);
-    // A QEMU that dies while it is asked.
+    // This QEMU ends while it runs a command.
     let qemu = Qemu::start(|_, _| None);
     assert!(add(&bus, qemu.path()).err.contains("QEMU has gone"));
     assert_eq!(on_bus(&bus), ["net0"]);
@@ -175,7 +174,7 @@ fn a_device_leaves_the_bus_once_the_guest_has_released_it() {
     let bus = Served::start(CONFIG);
     let qemu = Qemu::start(|name, arguments| {
         assert_eq!((name, &arguments["id"]), ("device_del", &json!("vbus-net0")));
-        // Events may come before the answer, and others in between.
+        // Events may come before the answer, and other events in between.
         Some(vec![
             event("DEVICE_DELETED", "other"),
             json!({ "return": {} }),
@@ -210,7 +209,7 @@ fn a_device_that_the_guest_keeps_stays_on_the_bus() {
         done.err
     );
     assert_eq!(on_bus(&bus), ["net0"]);
-    // Asked again, QEMU complains; but the event still comes.
+    // QEMU refuses the second request, but the event still comes.
     let again = Qemu::start(|_, _| {
         let mut lines = failed("Device vbus-net0 is already in the process of unplug")?;
         lines.push(event("DEVICE_DELETED", "vbus-net0"));

@@ -1,5 +1,4 @@
-//! `vbus device add|remove --vmm` against a vbus-vmm that says what the test wants. The real one is
-//! in the tests with KVM.
+//! `vbus device add|remove --vmm` against a simulated vbus-vmm. The tests with KVM use a real one.
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
@@ -10,18 +9,18 @@ use serde_json::{Value, json};
 
 const CONFIG: &str = "[[device]]\nname = \"net0\"\nclass = \"venet\"\nbackend = \"switch\"\n";
 
-/// A vbus-vmm with some devices.
+/// A simulated vbus-vmm with some devices.
 struct Vmm {
     socket: PathBuf,
     seen: Receiver<Value>,
     _dir: tempfile::TempDir,
 }
 
-/// What a request gets, as lines; `None`: the connection ends.
+/// The answers to a request, as lines. `None` means that the connection ends.
 type Answer = fn(&Value) -> Option<Vec<Value>>;
 
 impl Vmm {
-    /// One with the devices `have`.
+    /// Starts one with the devices `have`.
     fn start(have: Vec<Value>, answer: Answer) -> Vmm {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("vmm");
@@ -35,13 +34,13 @@ impl Vmm {
         Vmm { socket, seen, _dir: dir }
     }
 
-    /// One that has this bus's net0, by another name.
+    /// Starts one that has this bus's net0 under another name.
     fn with_net0(bus: &Served, answer: Answer) -> Vmm {
         let device = |name: &str, file: &str| json!({ "name": name, "socket": bus.dir.join(file) });
         Vmm::start(vec![device("other", "net9.sock"), device("nic", "net0.sock")], answer)
     }
 
-    /// The requests so far that are not questions.
+    /// The requests so far, without queries.
     fn requests(&self) -> Vec<Value> {
         self.seen.try_iter().filter(|request| request["op"] != "devices").collect()
     }
@@ -120,7 +119,7 @@ fn a_device_that_cannot_be_plugged_is_removed_from_the_bus_again() {
     let done = full.add(&bus);
     assert!(done.err.contains("from the bus again"), "{}", done.err);
     fails(done, "all 4 slots are taken");
-    // One that dies while it is asked, one that talks of something else, one that never answers.
+    // One ends during the request, one sends a wrong answer, and one never answers.
     fails(Vmm::start(vec![], |_| None).add(&bus), "vbus-vmm has gone");
     fails(
         Vmm::start(vec![], |_| Some(vec![json!("hello")])).add(&bus),
@@ -144,7 +143,7 @@ fn a_device_that_cannot_be_plugged_is_removed_from_the_bus_again() {
         ),
         "does not answer",
     );
-    // The bus is not even asked.
+    // The bus gets no request.
     let taken = Vmm::start(vec![json!({ "name": "net1", "socket": "/elsewhere" })], fine);
     fails(taken.add(&bus), "has a device \"net1\" already");
     fails(

@@ -1,4 +1,4 @@
-//! `vbus-guest sched` against a bus whose virtual CPUs are threads of this test.
+//! `vbus-guest sched` against a bus. Threads of this test take the place of virtual CPUs.
 #![allow(unsafe_code)] // There is no safe wrapper for sched_setscheduler.
 
 use std::process::{Child, Stdio};
@@ -17,13 +17,14 @@ struct Sleeper {
 }
 
 impl Sleeper {
-    /// With this priority in the class FIFO, if it is not 0. None: that is not permitted.
+    /// Starts a thread with this priority in the class FIFO, or an ordinary thread if it is 0.
+    /// Returns `None` without the permission.
     fn start(priority: i32) -> Option<Sleeper> {
         let ((tell, told), (end, ended)) = (channel(), channel());
         let thread = std::thread::spawn(move || {
             let parameter = libc::sched_param { sched_priority: priority };
             let class = if priority == 0 { libc::SCHED_OTHER } else { libc::SCHED_FIFO };
-            // SAFETY: the kernel only reads the structure; 0 is the calling thread.
+            // SAFETY: the kernel only reads the structure. 0 means the calling thread.
             let result = unsafe { libc::sched_setscheduler(0, class, &raw const parameter) };
             tell.send((result == 0).then(|| rustix::thread::gettid().as_raw_nonzero().get()))
                 .unwrap();
@@ -33,10 +34,10 @@ impl Sleeper {
         Some(Sleeper { tid, end: Some(end), thread: Some(thread) })
     }
 
-    /// Policy as Linux numbers it, and real-time priority.
+    /// The number of its scheduling policy in Linux, and its real-time priority.
     fn class(&self) -> (i32, i32) {
         let stat = std::fs::read_to_string(format!("/proc/self/task/{}/stat", self.tid)).unwrap();
-        // Behind the name; the first field there is the third of all.
+        // The first field after the name is the third of the line.
         let fields: Vec<&str> = stat.rsplit(") ").next().unwrap().split_whitespace().collect();
         (fields[41 - 3].parse().unwrap(), fields[40 - 3].parse().unwrap())
     }
@@ -106,11 +107,11 @@ fn end(mut child: Child) {
 }
 
 #[test]
-fn a_task_is_followed_shown_and_let_go() {
+fn a_task_is_followed_and_shown_until_it_ends() {
     let Some(stage) = Stage::set("priority-max = 5\nboost-ms = 200") else { return };
     let mut driver = stage.follow_task();
     stage.wait_boosted((1, 5));
-    // Longer than it lasts without being renewed.
+    // This is longer than a class lasts without renewal.
     std::thread::sleep(std::time::Duration::from_millis(800));
     stage.wait_boosted((1, 5));
     let is_boosted = |cpu: &&Value| cpu["class"] == "fifo";
@@ -125,28 +126,28 @@ fn a_task_is_followed_shown_and_let_go() {
     let cpu = shown["device"]["cpus"].as_array().unwrap().iter().find(is_boosted).unwrap();
     assert_eq!((&cpu["priority"], &cpu["outcome"]), (&5.into(), &"clamped".into()));
     assert_eq!(shown["device"]["policy"]["priority-max"], 5);
-    // With the task ends its driver, and that well.
+    // The driver ends with the task, without an error.
     let Stage { bus, cpus, task } = stage;
     drop(task);
     assert!(driver.wait().unwrap().success());
     assert!(cpus.iter().all(|cpu| cpu.class() == (0, 0)));
-    // Without a driver the device itself is asked.
+    // Without a driver, the command opens the device itself.
     let shown = bus.guest().json(&["sched", "show"]);
     assert!(shown["cpus"].as_array().unwrap().iter().any(|cpu| cpu["changes"].as_u64() >= Some(2)));
 }
 
 #[test]
-fn sleeping_tasks_count_if_asked_for() {
+fn sleeping_tasks_count_with_the_option() {
     let Some(stage) = Stage::set("priority-max = 99") else { return };
     let driver = stage.follow(&["--sleeping"]);
-    // Others of this machine's may be of a higher priority.
+    // Other tasks of this machine may have a higher priority.
     wait_until("a thread to get a class", || !stage.are_own());
     end(driver);
     stage.wait_own();
 }
 
 #[test]
-fn every_end_gives_the_threads_back() {
+fn every_end_restores_the_threads() {
     let Some(mut stage) = Stage::set("") else { return };
     let driver = stage.follow_task();
     stage.wait_boosted((1, 7));
@@ -191,7 +192,7 @@ fn children(bus: &Served) -> Vec<i32> {
     numbers.filter(is_child).collect()
 }
 
-/// Whether a process has ended; whoever is its parent now may not have looked after it yet.
+/// Whether a process has ended. Its parent may not have waited for it yet.
 fn has_ended(process: i32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
     stat.rsplit(") ")
@@ -206,13 +207,13 @@ fn guardian(bus: &Served) -> i32 {
 }
 
 #[test]
-fn a_bus_that_is_killed_gives_the_threads_back() {
+fn the_threads_are_restored_when_the_bus_is_killed() {
     let Some(mut stage) = Stage::set("boost-ms = 60000") else { return };
     assert!(children(&stage.bus).is_empty(), "before a thread is changed");
     let driver = stage.follow_task();
     stage.wait_boosted((1, 7));
     let first = guardian(&stage.bus);
-    // What is meant for the bus does not end it.
+    // Signals for the bus do not end the guardian.
     for signal in [Signal::INT, Signal::TERM, Signal::HUP, Signal::QUIT] {
         wait_until("the guardian to catch its signals", || {
             let status = std::fs::read_to_string(format!("/proc/{first}/status")).unwrap();
@@ -236,7 +237,7 @@ fn a_bus_that_is_killed_gives_the_threads_back() {
 }
 
 #[test]
-fn a_guardian_that_was_killed_has_a_successor() {
+fn the_bus_replaces_a_killed_guardian() {
     let Some(mut stage) = Stage::set("boost-ms = 60000") else { return };
     let driver = stage.follow_task();
     stage.wait_boosted((1, 7));
@@ -245,7 +246,7 @@ fn a_guardian_that_was_killed_has_a_successor() {
     wait_until("the guardian to end", || has_ended(first));
     end(driver);
     stage.wait_own();
-    // The first one may have been started less than a second ago, so that there is none at once.
+    // The bus waits if it started the first guardian less than a second ago.
     let began = std::time::Instant::now();
     let (driver, second) = loop {
         let driver = stage.follow_task();

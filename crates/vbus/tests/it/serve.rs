@@ -1,4 +1,4 @@
-//! `vbus serve` as a process: what it makes, refuses, bears and leaves behind.
+//! `vbus serve` as a process: its devices, its errors, hostile clients, and its end.
 use std::io::Write;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::process::Stdio;
@@ -75,7 +75,7 @@ fn devices_come_and_go() {
 }
 
 #[test]
-fn qemu_args_are_what_qemu_takes() {
+fn qemu_args_has_the_options_that_qemu_needs() {
     let bus = Served::start(TWO);
     let args = bus.json(&["qemu-args", "net1", "--memory", "512M", "--spare-ports", "1"]);
     let args: Vec<&str> = args.as_array().unwrap().iter().map(|a| a.as_str().unwrap()).collect();
@@ -88,7 +88,7 @@ fn qemu_args_are_what_qemu_takes() {
     assert!(bus.bad(&["qemu-args", "nope"]).contains("nope"));
     assert!(bus.bad(&["qemu-args", "--memory", "1G,share=off"]).contains("such as 512M"));
     assert!(bus.bad(&["qemu-args", "--memory", "12X"]).contains("--memory is \"12X\""));
-    // Nothing to give to a machine is no success.
+    // A bus without devices is an error.
     bus.good(&["device", "remove", "net0"]);
     bus.good(&["device", "remove", "net1"]);
     assert!(bus.bad(&["qemu-args"]).contains("no device is on the bus"));
@@ -169,13 +169,14 @@ fn sockets_are_private_and_are_removed_at_the_end() {
 }
 
 #[test]
-fn one_bus_a_directory() {
+fn a_directory_has_one_bus() {
     let mut bus = Served::start(TWO);
     let second = run(&["serve"], &bus.dir);
     assert_eq!(second.code, Some(1));
     assert!(second.err.contains("another vbus serves"), "{}", second.err);
     bus.good(&["device", "list"]);
-    // What a killed one leaves is cleared away, also sockets of devices that are no more.
+    // The next bus removes the sockets that a killed bus has left, including those of devices that
+    // it does not have.
     bus.child.kill().unwrap();
     bus.child.wait().unwrap();
     assert!(bus.dir.join("net0.sock").exists());
@@ -206,7 +207,7 @@ fn a_directory_that_others_may_write_to_is_refused() {
 }
 
 #[test]
-fn hostile_control_clients_harm_themselves_alone() {
+fn hostile_control_clients_harm_only_themselves() {
     let bus = Served::start(TWO);
     for (bytes, expect) in [
         (&b"\n"[..], "not a request"),
@@ -226,12 +227,11 @@ fn hostile_control_clients_harm_themselves_alone() {
     assert!(exchange(&mut bus.control(), &deep).contains("not a request"));
     let endless = vec![b' '; (4 << 20) + 100];
     assert!(exchange(&mut bus.control(), &endless).contains("one line"));
-    // Requests without reading the answers, then gone.
+    // This client sends requests, does not read the answers, and goes.
     let mut deaf = bus.control();
     deaf.set_write_timeout(Some(Duration::from_millis(100))).unwrap();
     while deaf.write_all(&b"{\"op\":\"list\"}\n".repeat(100)).is_ok() {}
-    // Silent ones hold their places, but not for ever, and the bus goes on with what it is there
-    // for.
+    // Silent clients keep their places until the time-out. Then the bus accepts an honest client.
     let silent: Vec<_> = (0..40).map(|_| bus.control()).collect();
     wait_until("a place for an honest client", || bus.run(&["device", "list"]).code == Some(0));
     drop((silent, deaf));
@@ -240,7 +240,7 @@ fn hostile_control_clients_harm_themselves_alone() {
 }
 
 #[test]
-fn sixty_four_idle_devices_cost_nothing() {
+fn sixty_four_idle_devices_cost_no_processor_time() {
     let device =
         |i| format!("[[device]]\nname = \"n{i}\"\nclass = \"venet\"\nbackend = \"switch\"\n");
     let config: String = (0..64).map(device).collect();
@@ -249,7 +249,7 @@ fn sixty_four_idle_devices_cost_nothing() {
     wait_until("the control client's thread to end", || bus.status("Threads") <= 5);
     let rss = bus.status("VmRSS");
     assert!(rss < 64 << 10, "{rss} KiB resident");
-    // User and system time of the process, in ticks of 10 ms.
+    // The user and system time of the process, in ticks of 10 ms.
     let time = || -> u64 {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", bus.child.id())).unwrap();
         let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
@@ -258,14 +258,14 @@ fn sixty_four_idle_devices_cost_nothing() {
     let switches = || bus.status("voluntary_ctxt_switches");
     let before = (time(), switches());
     std::thread::sleep(Duration::from_secs(3));
-    assert!(time() - before.0 <= 1, "idle, it used {} ticks", time() - before.0);
-    assert!(switches() - before.1 <= 3, "idle, it woke up {} times", switches() - before.1);
+    assert!(time() - before.0 <= 1, "the idle bus used {} ticks", time() - before.0);
+    assert!(switches() - before.1 <= 3, "the idle bus woke up {} times", switches() - before.1);
 }
 
 #[test]
 fn a_connection_to_a_device_counts_as_use() {
     let bus = Served::start(TWO);
-    // A VERSION of vfio-user 0.0 without data: enough to be a client.
+    // A message VERSION of vfio-user 0.0 without data makes a client.
     let mut client = std::os::unix::net::UnixStream::connect(bus.dir.join("net0.sock")).unwrap();
     client.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut version = vec![1, 0, 1, 0];
@@ -292,11 +292,11 @@ fn output_that_cannot_be_written_is_a_failure() {
         assert_eq!(done.status.code(), Some(1), "{words:?}");
         assert!(err.contains("cannot write to standard output: No space left"), "{words:?}: {err}");
     }
-    // Errors have nowhere to go then, and the exit code says it.
+    // When standard error is full too, the exit code reports the error.
     let full = || std::fs::File::options().write(true).open("/dev/full").unwrap();
     let done = vbus().args(["stats", "nothing", "--dir"]).arg(&bus.dir).stderr(full()).status();
     assert_eq!(done.unwrap().code(), Some(1));
-    // Nor has the log of a bus, which goes on.
+    // A bus goes on when it cannot write its log.
     let dir = bus.dir.with_file_name("other");
     let mut serve = vbus();
     serve.arg("serve").arg("--dir").arg(&dir).stderr(full());
@@ -307,7 +307,7 @@ fn output_that_cannot_be_written_is_a_failure() {
     let process = rustix::process::Pid::from_child(&serve);
     rustix::process::kill_process(process, Signal::TERM).unwrap();
     assert!(serve.wait().unwrap().success());
-    // A reader that has seen enough is none.
+    // A reader that closes its end early is no error.
     let mut child =
         vbus().args(["stats", "--dir"]).arg(&bus.dir).stdout(Stdio::piped()).spawn().unwrap();
     drop(child.stdout.take());
@@ -315,7 +315,7 @@ fn output_that_cannot_be_written_is_a_failure() {
 }
 
 #[test]
-fn a_directory_whose_name_does_not_serve_is_refused() {
+fn a_directory_with_an_unusable_name_is_refused() {
     use std::os::unix::ffi::OsStrExt;
     let dir = tempfile::tempdir().unwrap();
     let long = dir.path().join("x".repeat(100));
@@ -327,7 +327,7 @@ fn a_directory_whose_name_does_not_serve_is_refused() {
     let done = run(&["serve"], &strange);
     assert!(done.code == Some(1) && done.err.contains("is not UTF-8"), "{}", done.err);
     assert!(run(&["device", "list"], &strange).err.contains("no bus"));
-    // A name that makes the path too long, where the directory does not.
+    // The name of the device makes the path too long, although the directory's does not.
     let near = dir.path().join("x".repeat(90 - dir.path().as_os_str().len()));
     let bus = Served::start_in(&near, "");
     let name = "n".repeat(32);
@@ -349,7 +349,7 @@ fn a_check_leaves_the_running_bus_alone() {
     let file = files.path().join("bus.toml");
     std::fs::write(&file, &config).unwrap();
     let done = run(&["config", "check", file.to_str().unwrap()], &bus.dir);
-    assert_eq!(done.code, Some(2), "it knows no --dir");
+    assert_eq!(done.code, Some(2), "the command has no option --dir");
     let done = vbus().args(["config", "check"]).arg(&file).output().unwrap();
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
     let after = (std::fs::read(&pcap).unwrap(), std::fs::metadata(&socket).unwrap().ino());

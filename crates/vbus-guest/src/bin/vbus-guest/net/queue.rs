@@ -48,7 +48,7 @@ impl Counters {
     }
 }
 
-/// What wakes a queue besides its interface.
+/// What wakes a queue, besides frames of its interface.
 pub enum Wake<H: Hal> {
     /// The function's interrupt. There is only this queue.
     Interrupt(Box<dyn Interrupt>, Acknowledger<H>),
