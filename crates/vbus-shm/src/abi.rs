@@ -1,5 +1,5 @@
-//! Every number that both ends of vbus must agree on (spec/pci.md, spec/venet.md, spec/state.md,
-//! spec/sched.md). All fields are little-endian.
+//! Every number that both ends of vbus must agree on (spec/pci.md, spec/service.md, and a
+//! document for each class). All fields are little-endian.
 
 /// PCI vendor id of the devices of this bus: the vendor whose range for experiments vbus uses. A
 /// driver knows a function of vbus by the signature in its [`capability`], not by its ids.
@@ -337,8 +337,8 @@ pub mod venet {
     pub const fn tx(q: u16) -> u32 {
         q as u32 * 2
     }
-    /// Region id of the receive ring of queue pair `q`: entries returned; the driver submits empty
-    /// buffers. A frame that needs several is returned in several entries chained by NEXT.
+    /// Region id of the receive ring of queue pair `q`: returns in order; the driver submits empty
+    /// buffers. The returns of a frame that needs several buffers are chained by NEXT.
     pub const fn rx(q: u16) -> u32 {
         q as u32 * 2 + 1
     }
