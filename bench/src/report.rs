@@ -48,12 +48,10 @@ const PACKED_COLUMNS: [&str; 4] = ["b1", "b16", "b64", "pingpong"];
 
 /// What follows "ring_vs_packed_hand_COLUMN" in the key, the packed queue's figure, vbus's. The
 /// polling forms have no signals and no event suppression.
-const PACKED_FORMS: [(&str, &str, &str); 6] = [
+const PACKED_FORMS: [(&str, &str, &str); 4] = [
     ("", "packed_hand", "vbus"),
-    ("_in_order", "packed_hand", "vbus_in_order"),
     ("_counted", "packed_hand_lazy", "vbus_counted"),
     ("_polling", "packed_hand_polling", "vbus_nofence"),
-    ("_in_order_polling", "packed_hand_polling", "vbus_nofence_in_order"),
     ("_counted_polling", "packed_hand_polling_lazy", "vbus_nofence_counted"),
 ];
 

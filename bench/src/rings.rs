@@ -101,12 +101,12 @@ fn exchange<A: Driver, B: Device, const LAZY: bool>(
 type Run = fn(usize, usize, usize, Wait) -> f64;
 
 /// What is measured: its name, and a run with a fresh pair of ends.
-const CONTENDERS: [(&str, Run); 21] = [
+const CONTENDERS: [(&str, Run); 20] = [
     ("vbus", |batch, window, total, wait| {
-        run(vbus::real::pair::<{ vbus::ENTRIES_EACH }>(), batch, window, total, wait)
+        run(vbus::real::pair::<{ vbus::ENTRIES_ALL }>(), batch, window, total, wait)
     }),
-    ("vbus_in_order", |batch, window, total, wait| {
-        run(vbus::real::pair::<{ vbus::IN_ORDER }>(), batch, window, total, wait)
+    ("vbus_singly", |batch, window, total, wait| {
+        run(vbus::real::pair::<{ vbus::ENTRIES_EACH }>(), batch, window, total, wait)
     }),
     // A sender of packets counts what came back when it needs room. So does its peer.
     ("vbus_counted", |batch, window, total, wait| {
@@ -119,10 +119,7 @@ const CONTENDERS: [(&str, Run); 21] = [
         run_lazy(packed::pair::<{ packed::BATCH }, true>(), batch, window, total, wait)
     }),
     ("vbus_nofence", |batch, window, total, wait| {
-        run(vbus::nofence::pair::<{ vbus::ENTRIES_EACH }>(), batch, window, total, wait)
-    }),
-    ("vbus_nofence_in_order", |batch, window, total, wait| {
-        run(vbus::nofence::pair::<{ vbus::IN_ORDER }>(), batch, window, total, wait)
+        run(vbus::nofence::pair::<{ vbus::ENTRIES_ALL }>(), batch, window, total, wait)
     }),
     ("vbus_nofence_counted", |batch, window, total, wait| {
         run_lazy(vbus::nofence::pair::<{ vbus::COUNTED }>(), batch, window, total, wait)
@@ -248,7 +245,7 @@ fn many(devices: usize) -> f64 {
     }
     best(|wait| {
         let (drivers, served): (Vec<_>, Vec<_>) =
-            (0..devices).map(|_| vbus::real::pair::<{ vbus::ENTRIES_EACH }>()).unzip();
+            (0..devices).map(|_| vbus::real::pair::<{ vbus::ENTRIES_ALL }>()).unzip();
         // Each ring gets its turn with one batch in flight, and a single one as many as it holds.
         let window = if devices == 1 { ENTRIES } else { 16 * devices };
         run(

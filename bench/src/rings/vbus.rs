@@ -2,12 +2,15 @@
 
 use super::{Device, Driver, ENTRIES, pages};
 
-/// Entries come back in any order.
-pub const ENTRIES_EACH: u8 = 0;
-/// Entries come back in order, each with a length.
-pub const IN_ORDER: u8 = 1;
-/// Entries come back in order, and are only counted.
+/// Entries come back in any order, by the calls for batches.
+pub const ENTRIES_ALL: u8 = 0;
+/// Entries come back in any order, by the calls for single entries.
+pub const ENTRIES_EACH: u8 = 1;
+/// Entries come back in order, and are only counted; by the calls for batches.
 pub const COUNTED: u8 = 2;
+
+/// The largest batch.
+const BATCH: usize = 64;
 
 /// The ends over `$shm`: the crate, or its sources compiled with something changed.
 macro_rules! ends {
@@ -27,30 +30,39 @@ macro_rules! ends {
         pub struct Far<const BACK: u8> {
             ring: DeviceEnd<Memory>,
             number: u64,
+            /// What was taken.
+            batch: [Entry; BATCH],
         }
 
         pub fn pair<const BACK: u8>() -> (Near<BACK>, Far<BACK>) {
-            let returns = match BACK {
-                ENTRIES_EACH => Returns::Entries,
-                IN_ORDER => Returns::InOrder,
-                _ => Returns::Counted,
-            };
+            let returns = if BACK == COUNTED { Returns::Counted } else { Returns::Entries };
             let layout = Layout::new(ENTRIES as u32, returns).expect("a valid layout");
             let memory = pages().words();
             let ring = DriverEnd::create(memory, layout, 0).expect("it fits");
             let served = DeviceEnd::attach(memory).expect("it is formatted");
-            (Near { ring, number: 0 }, Far { ring: served, number: 0 })
+            (
+                Near { ring, number: 0 },
+                Far { ring: served, number: 0, batch: [Entry::default(); BATCH] },
+            )
         }
 
         impl<const BACK: u8> Driver for Near<BACK> {
             #[inline]
             fn submit(&mut self, n: usize) -> u64 {
+                let first = self.number;
+                self.number += n as u64;
                 let mut sum = 0;
-                for _ in 0..n {
-                    self.number += 1;
-                    sum += if BACK == COUNTED { 1 } else { self.number & 0x7fff_ffff };
-                    let entry = Entry { addr: self.number, len: 64, id: 0, flags: 0 };
-                    self.ring.submit(entry).expect("there is room");
+                let entries = (0..n).map(|i| {
+                    let addr = first + i as u64 + 1;
+                    sum += if BACK == COUNTED { 1 } else { addr & 0xffff_ffff };
+                    Entry { addr, len: 64, id: 0, flags: 0 }
+                });
+                if BACK == ENTRIES_EACH {
+                    for entry in entries {
+                        self.ring.submit(entry).expect("there is room");
+                    }
+                } else {
+                    self.ring.submit_all(entries).expect("there is room");
                 }
                 assert!(!self.ring.post().is_wanted(), "the device polls");
                 sum
@@ -58,34 +70,49 @@ macro_rules! ends {
 
             #[inline]
             fn reap(&mut self, max: usize) -> (usize, u64) {
+                let (mut n, mut sum) = (0, 0);
                 if BACK == COUNTED {
-                    let n = self.ring.reap_count().expect("an honest device");
-                    return (n as usize, u64::from(n));
+                    n = self.ring.reap_count().expect("an honest device") as usize;
+                    sum = n as u64;
+                } else if BACK == ENTRIES_EACH {
+                    while n < max {
+                        let Some(back) = self.ring.reap().expect("an honest device") else { break };
+                        sum += u64::from(back.len);
+                        n += 1;
+                    }
+                } else {
+                    let all = self.ring.reap_all(max as u32, |back| sum += u64::from(back.len));
+                    n = all.expect("an honest device") as usize;
                 }
-                let mut sum = 0;
-                for n in 0..max {
-                    let Some(back) = self.ring.reap().expect("an honest device") else {
-                        return (n, sum);
-                    };
-                    sum += u64::from(back.len);
-                }
-                (max, sum)
+                (n, sum)
             }
         }
 
         impl<const BACK: u8> Device for Far<BACK> {
             #[inline]
             fn serve(&mut self, max: usize) -> usize {
+                let answer = |entry: &Entry| Return { len: entry.addr as u32, ..(*entry).into() };
                 let mut n = 0;
-                while n < max {
-                    let Some(entry) = self.ring.take().expect("an honest driver") else { break };
-                    if BACK != ENTRIES_EACH {
-                        self.number += 1;
-                        assert_eq!(entry.addr, self.number, "in order");
+                if BACK == ENTRIES_EACH {
+                    while n < max {
+                        let Some(entry) = self.ring.take().expect("an honest driver") else {
+                            break;
+                        };
+                        self.ring.give_back(answer(&entry));
+                        n += 1;
                     }
-                    let len = (entry.addr & 0x7fff_ffff) as u32;
-                    self.ring.give_back(Return { len, ..entry.into() });
-                    n += 1;
+                } else {
+                    let mut places = self.batch.iter_mut();
+                    let taken = self.ring.take_all(max.min(BATCH) as u32, |entry| {
+                        if BACK == COUNTED {
+                            self.number += 1;
+                            assert_eq!(entry.addr, self.number, "in order");
+                        } else if let Some(place) = places.next() {
+                            *place = entry;
+                        }
+                    });
+                    n = taken.expect("an honest driver") as usize;
+                    self.ring.give_back_all(self.batch[..n].iter().map(answer));
                 }
                 assert!(!self.ring.post().is_wanted(), "the driver polls");
                 n

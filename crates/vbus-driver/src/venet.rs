@@ -183,7 +183,7 @@ impl<H: Hal> Nic<H> {
         if bytes < BUFFER_MIN {
             return Err(Error::Unsupported("so small receive buffers"));
         }
-        let ring = self.ring(venet::rx(q), entries, Returns::InOrder, vector)?;
+        let ring = self.ring(venet::rx(q), entries, Returns::Entries, vector)?;
         Ok(Rx::new(q, ring, bytes, self.function.features() & F_HASH != 0))
     }
 

@@ -6,16 +6,14 @@
 //! There is no other flow control.
 //!
 //! Both ends publish each entry at once, oldest first, and signal once for a batch. So the other
-//! end works on the first entries of a batch while this end writes the last ones. It is slower to
-//! publish the oldest tag last if the processors share no cache (`slots_oldest_last` of the
-//! benchmark). The class chooses how entries come back:
+//! end works on a batch's first entries while the last ones are on their way. The calls for a batch
+//! ([`submit_all`](DriverEnd::submit_all), [`reap_all`](DriverEnd::reap_all),
+//! [`take_all`](DeviceEnd::take_all), [`give_back_all`](DeviceEnd::give_back_all)) take fewer
+//! instructions for an entry than those for a single one. How entries come back is the class's
+//! choice:
 //!
 //! - [`Returns::Counted`]: the device only counts them in its `seq`.
-//! - [`Returns::InOrder`]: in the order of submission, each with a length. A device may return a
-//!   run of them by one tag, with the other lengths packed together. [`DeviceEnd`] does not. Runs
-//!   are faster for batches of 64 between processors that share a cache, and slower elsewhere
-//!   (`slots_runs` of the benchmark).
-//! - [`Returns::Entries`]: in any order, each with a tag of its own.
+//! - [`Returns::Entries`]: each has a tag of its own, in any order.
 
 use super::memory::{Memory, WORD, low, read_u32};
 use super::signal::end::{Device, Driver};
@@ -24,33 +22,25 @@ use super::sync::{Edge, Ordering, Word, observe, publish};
 
 /// First word of the header: "vbusri" and the layout's version.
 pub const MAGIC: u64 = 0x0001_6972_7375_6276;
-/// Offset of the device's checkpoint, in bytes. It holds the position and the number of the returns
-/// that the device published last, or that it was about to publish.
-pub const CHECKPOINT_OFFSET: usize = 64;
 /// Where the signal block is, in bytes.
 pub const SIGNAL_OFFSET: usize = 128;
 /// Where the array of entries is, in bytes.
 pub const ENTRIES_OFFSET: usize = SIGNAL_OFFSET + BLOCK_BYTES;
 /// Bytes of an entry.
 pub const ENTRY_BYTES: usize = 16;
-/// Bytes of a packed length.
-pub const LENGTH_BYTES: usize = 4;
 /// The largest ring, in entries.
 pub const MAX_ENTRIES: u32 = 32768;
-/// The largest length of a return in order.
-pub const MAX_LENGTH: u32 = MORE - 1;
 
 const HEADER_ENTRIES: usize = 1;
 const HEADER_RETURNS: usize = 2;
 const HEADER_START: usize = 3;
-const CHECKPOINT: usize = CHECKPOINT_OFFSET / WORD;
 const SIGNAL: usize = SIGNAL_OFFSET / WORD;
 const ENTRY_WORDS: usize = ENTRY_BYTES / WORD;
 
 const _: () = {
     assert!(ENTRY_BYTES == 16 && SIGNAL_OFFSET == 128 && ENTRIES_OFFSET == 384);
     assert!(SIGNAL_OFFSET % signal::BLOCK_ALIGN == 0 && ENTRIES_OFFSET % 64 == 0);
-    assert!((HEADER_START + 1) * WORD <= CHECKPOINT_OFFSET && CHECKPOINT_OFFSET < SIGNAL_OFFSET);
+    assert!((HEADER_START + 1) * WORD <= SIGNAL_OFFSET);
     assert!(MAX_ENTRIES.is_power_of_two() && MAX_ENTRIES <= 1 << 15);
 };
 
@@ -64,8 +54,7 @@ pub const RETURNED: u16 = 1 << 14;
 /// The ring's own flags within an entry's second word.
 const MARKS: u64 = ((LAP | RETURNED) as u64) << 48;
 const RETURN: u64 = (RETURNED as u64) << 48;
-/// The bit of a length in order that stands for [`NEXT`].
-const MORE: u32 = 1 << 31;
+const LAP_MARK: u64 = (LAP as u64) << 48;
 
 /// A buffer or a value on its way to the device. `flags` are the user's, except [`NEXT`], which
 /// chains, and [`LAP`] and [`RETURNED`], which are the ring's.
@@ -86,10 +75,9 @@ pub struct Entry {
 pub struct Return {
     /// The bytes that the device used, as a rule.
     pub len: u32,
-    /// The id of the entry. With [`Returns::InOrder`] it is 0: the return is always that of the
-    /// oldest entry in flight.
+    /// The entry's.
     pub id: u16,
-    /// See [`NEXT`]. With [`Returns::InOrder`] no other flag comes back.
+    /// See [`NEXT`].
     pub flags: u16,
 }
 
@@ -113,18 +101,6 @@ impl Return {
         let flags = ((tag & !MARKS) >> 48 & 0xffff) as u16;
         Return { len: low(tag), id: (tag >> 32 & 0xffff) as u16, flags }
     }
-
-    /// The 32 bits of a return in order: 31 bits of length, and one bit for [`NEXT`].
-    #[inline(always)]
-    fn length(self) -> u32 {
-        let more = if self.flags & NEXT != 0 { MORE } else { 0 };
-        self.len.min(MAX_LENGTH) | more
-    }
-
-    #[inline(always)]
-    fn from_length(length: u32) -> Return {
-        Return { len: length & MAX_LENGTH, id: 0, flags: if length & MORE != 0 { NEXT } else { 0 } }
-    }
 }
 
 /// How the device returns entries.
@@ -135,8 +111,6 @@ pub enum Returns {
     Counted,
     /// Each with a tag of its own, in any order.
     Entries,
-    /// In order, each with a length and [`NEXT`]. One tag may return a run of several.
-    InOrder,
 }
 
 impl Returns {
@@ -144,7 +118,6 @@ impl Returns {
         match self {
             Returns::Counted => 0,
             Returns::Entries => 1,
-            Returns::InOrder => 2,
         }
     }
 }
@@ -161,8 +134,6 @@ pub enum BadRing {
     Magic,
     /// The header names an unknown form of return.
     Returns,
-    /// The checkpoint and the `seq` of the device before this one contradict each other.
-    Checkpoint,
 }
 
 impl From<BadSignal> for BadRing {
@@ -177,7 +148,7 @@ impl From<BadSignal> for BadRing {
 pub enum Corrupt {
     /// The driver submitted more than the ring holds.
     Overfull,
-    /// The device returned more entries than were in flight, or a run of 0.
+    /// The device returned more than it was given.
     Unasked,
     /// The ring has a ledger, and the driver submitted an entry with the id of another entry in
     /// flight, or with an id that is not below the ring's size.
@@ -214,19 +185,9 @@ impl Layout {
         self.returns
     }
 
-    /// Where the packed lengths begin, in bytes: behind the slots.
-    #[inline(always)]
-    fn lengths_offset(&self) -> usize {
-        ENTRIES_OFFSET + self.entries as usize * ENTRY_BYTES
-    }
-
     /// Bytes of the whole ring: whole cache lines.
     pub fn bytes(&self) -> usize {
-        let lengths = match self.returns {
-            Returns::InOrder => self.entries as usize * LENGTH_BYTES,
-            Returns::Counted | Returns::Entries => 0,
-        };
-        (self.lengths_offset() + lengths).next_multiple_of(64)
+        (ENTRIES_OFFSET + self.entries as usize * ENTRY_BYTES).next_multiple_of(64)
     }
 
     /// Words of the whole ring.
@@ -247,16 +208,24 @@ impl Layout {
         &words[at..at + ENTRY_WORDS]
     }
 
-    /// The word that holds the packed length of position `pos`, and the bit that it begins at.
+    /// The slots of the `n` positions from `pos` on, at most a ring of them, in two stretches: up to
+    /// the end of the array, and from its beginning on. All positions of a stretch have the lap
+    /// that stands beside it.
     #[inline(always)]
-    fn length<'a>(&self, words: &'a [Word], pos: u64) -> (&'a Word, u32) {
-        (&words[self.lengths_offset() / WORD + self.index(pos) / 2], (low(pos) & 1) * 32)
+    fn stretches<'a>(&self, words: &'a [Word], pos: u64, n: u32) -> [(&'a [Word], u64); 2] {
+        let (first, lap) = (ENTRIES_OFFSET / WORD, self.lap(pos));
+        let slots = &words[first..first + self.entries as usize * ENTRY_WORDS];
+        let (before, from) = slots.split_at(self.index(pos) * ENTRY_WORDS);
+        let wanted = n as usize * ENTRY_WORDS;
+        let here = wanted.min(from.len());
+        let there = (wanted - here).min(before.len());
+        [(&from[..here], lap), (&before[..there], lap ^ LAP_MARK)]
     }
 
     /// The lap at position `pos`, as a mark. Memory of zeros holds no entry of the first lap.
     #[inline(always)]
     fn lap(&self, pos: u64) -> u64 {
-        if pos & u64::from(self.entries) == 0 { u64::from(LAP) << 48 } else { 0 }
+        u64::from(pos & u64::from(self.entries) == 0) << LAP_MARK.trailing_zeros()
     }
 
     /// Reads the header once and checks it. Returns the layout and the start.
@@ -269,7 +238,7 @@ impl Layout {
         }
         let entries = read_u32(&words[HEADER_ENTRIES]).ok_or(BadRing::Entries)?;
         let number = words[HEADER_RETURNS].load(Ordering::Relaxed);
-        let returns = [Returns::Counted, Returns::Entries, Returns::InOrder]
+        let returns = [Returns::Counted, Returns::Entries]
             .into_iter()
             .find(|returns| returns.number() == number)
             .ok_or(BadRing::Returns)?;
@@ -297,8 +266,6 @@ pub struct DriverEnd<M> {
     rx: Rx<Driver>,
     submitted: u64,
     reaped: u64,
-    /// How many entries of the current run are not reaped yet.
-    run: u32,
 }
 
 impl<M: Memory> DriverEnd<M> {
@@ -320,7 +287,6 @@ impl<M: Memory> DriverEnd<M> {
         words[HEADER_ENTRIES].store(u64::from(layout.entries), Ordering::Relaxed);
         words[HEADER_RETURNS].store(layout.returns.number(), Ordering::Relaxed);
         words[HEADER_START].store(start, Ordering::Relaxed);
-        words[CHECKPOINT].store(checkpoint(start, 0), Ordering::Relaxed);
         words[0].store(MAGIC, Ordering::Release);
         Ok(DriverEnd {
             mem,
@@ -329,7 +295,6 @@ impl<M: Memory> DriverEnd<M> {
             rx: Rx::new(SIGNAL),
             submitted: start,
             reaped: start,
-            run: 0,
         })
     }
 
@@ -366,43 +331,82 @@ impl<M: Memory> DriverEnd<M> {
         Ok(())
     }
 
-    /// Posts the entries that were submitted since the last post.
+    /// Submits all of `entries`, in order, or none where the ring has no room for them. A device
+    /// that polls may see them at once, as by [`submit`](Self::submit).
+    #[inline]
+    pub fn submit_all<E>(&mut self, entries: E) -> Result<(), Full>
+    where
+        E: IntoIterator<Item = Entry, IntoIter: ExactSizeIterator>,
+    {
+        let mut entries = entries.into_iter();
+        let n = u32::try_from(entries.len()).unwrap_or(u32::MAX);
+        if n > self.space() {
+            return Err(Full);
+        }
+        let mut submitted = self.submitted;
+        for (slots, lap) in self.layout.stretches(self.mem.words(), submitted, n) {
+            for (slot, entry) in slots.chunks_exact(ENTRY_WORDS).zip(entries.by_ref()) {
+                slot[0].store(entry.addr, Ordering::Relaxed);
+                // As in `submit`.
+                publish(&slot[1], Return::from(entry).tag(lap), Edge::Tag);
+                submitted = submitted.wrapping_add(1);
+            }
+        }
+        self.submitted = submitted;
+        Ok(())
+    }
+
+    /// Posts what was submitted since the last post.
     #[inline(always)]
     pub fn post(&mut self) -> Kick<Driver> {
-        let first = self.tx.posted();
-        let n = count(self.submitted, first);
+        let n = self.submitted.wrapping_sub(self.tx.posted());
         if n == 0 {
             return Kick::NONE;
         }
         self.tx.post(self.mem.words(), n)
     }
 
-    /// The next return, of a ring with [`Returns::Entries`] or [`Returns::InOrder`].
+    /// The next return, of a ring with [`Returns::Entries`].
     #[inline(always)]
     pub fn reap(&mut self) -> Result<Option<Return>, Corrupt> {
-        let (words, layout, pos) = (self.mem.words(), self.layout, self.reaped);
-        let back = if self.run != 0 {
-            self.run -= 1;
-            // The acquire load of the run's tag came before this load.
-            let (word, shift) = layout.length(words, pos);
-            Return::from_length(low(word.load(Ordering::Relaxed) >> shift))
-        } else {
-            // Pairs with the store in `DeviceEnd::publish`. What the device wrote before it is
-            // visible after this load, the lengths of a run included.
-            let tag = observe(&layout.slot(words, pos)[1], Edge::Tag);
-            if tag & MARKS != layout.lap(pos) | RETURN {
-                return Ok(None);
-            }
-            let back = Return::from_tag(tag);
-            let run = if layout.returns == Returns::InOrder { u32::from(back.id) } else { 1 };
-            if run == 0 || run > self.in_flight() {
-                return Err(Corrupt::Unasked);
-            }
-            self.run = run - 1;
-            if layout.returns == Returns::InOrder { Return::from_length(back.len) } else { back }
-        };
+        let (layout, pos) = (self.layout, self.reaped);
+        // Pairs with the publications in `DeviceEnd`: what the device wrote is visible with its
+        // tag.
+        let tag = observe(&layout.slot(self.mem.words(), pos)[1], Edge::Tag);
+        if tag & MARKS != layout.lap(pos) | RETURN {
+            return Ok(None);
+        }
+        if self.in_flight() == 0 {
+            return Err(Corrupt::Unasked);
+        }
         self.reaped = pos.wrapping_add(1);
-        Ok(Some(back))
+        Ok(Some(Return::from_tag(tag)))
+    }
+
+    /// Reaps up to `max` returns of a ring with [`Returns::Entries`], and gives each to `back`,
+    /// oldest first. Says how many there were.
+    #[inline]
+    pub fn reap_all(&mut self, max: u32, mut back: impl FnMut(Return)) -> Result<u32, Corrupt> {
+        let (first, wanted) = (self.reaped, max.min(self.in_flight()));
+        let mut reaped = first;
+        'all: for (slots, lap) in self.layout.stretches(self.mem.words(), first, wanted) {
+            for slot in slots.chunks_exact(ENTRY_WORDS) {
+                // As in `reap`.
+                let tag = observe(&slot[1], Edge::Tag);
+                if tag & MARKS != lap | RETURN {
+                    break 'all;
+                }
+                back(Return::from_tag(tag));
+                reaped = reaped.wrapping_add(1);
+            }
+        }
+        self.reaped = reaped;
+        let n = count(reaped, first);
+        if n == wanted && n < max {
+            // Nothing is in flight: `reap` says whether the device returns more nevertheless.
+            self.reap()?;
+        }
+        Ok(n)
     }
 
     /// How many entries came back since the last call, oldest first. It is for a ring with
@@ -429,13 +433,7 @@ impl<M: Memory> DriverEnd<M> {
     }
 }
 
-/// The checkpoint's word: the count in bits 0..16, the low 48 bits of the position above.
-#[inline(always)]
-fn checkpoint(pos: u64, n: u32) -> u64 {
-    pos << 16 | u64::from(n)
-}
-
-/// The device's end. It takes entries and gives them back.
+/// The device's end: takes entries, and gives them back.
 #[derive(Debug)]
 pub struct DeviceEnd<M> {
     mem: M,
@@ -444,6 +442,8 @@ pub struct DeviceEnd<M> {
     rx: Rx<Device>,
     taken: u64,
     given: u64,
+    /// `seq` as it is in memory: up to a ring behind `given`, so that `resume` can count.
+    stored: u64,
 }
 
 impl<M: Memory> DeviceEnd<M> {
@@ -455,7 +455,7 @@ impl<M: Memory> DeviceEnd<M> {
 
     fn at(mem: M, layout: Layout, tx: Tx<Device>, given: u64) -> Self {
         let rx = Rx::new(SIGNAL);
-        DeviceEnd { mem, layout, tx, rx, taken: given, given }
+        DeviceEnd { mem, layout, tx, rx, taken: given, given, stored: given }
     }
 
     /// Resumes a ring in place of a device end that ended at any moment. It needs the region only.
@@ -472,7 +472,7 @@ impl<M: Memory> DeviceEnd<M> {
         let given = match layout.returns {
             // The driver has not seen returns that were not posted.
             Returns::Counted => seq,
-            Returns::Entries | Returns::InOrder => published(words, layout, seq)?,
+            Returns::Entries => published(words, layout, seq),
         };
         // The end before may have armed in order to sleep.
         Rx::<Device>::new(SIGNAL).disarm(words);
@@ -523,7 +523,34 @@ impl<M: Memory> DeviceEnd<M> {
         Ok(entry)
     }
 
-    /// The next submitted entry. It stays in the ring.
+    /// Takes up to `max` entries, and gives each to `entry`, oldest first. Says how many there were.
+    /// Their content is the peer's word, as in [`take`](Self::take).
+    #[inline]
+    pub fn take_all(&mut self, max: u32, mut entry: impl FnMut(Entry)) -> Result<u32, Corrupt> {
+        let (first, wanted) = (self.taken, max.min(self.layout.entries - self.held()));
+        let mut taken = first;
+        'all: for (slots, lap) in self.layout.stretches(self.mem.words(), first, wanted) {
+            for slot in slots.chunks_exact(ENTRY_WORDS) {
+                // As in `peek`.
+                let tag = observe(&slot[1], Edge::Tag);
+                if tag & MARKS != lap {
+                    break 'all;
+                }
+                let Return { len, id, flags } = Return::from_tag(tag);
+                entry(Entry { addr: slot[0].load(Ordering::Relaxed), len, id, flags });
+                taken = taken.wrapping_add(1);
+            }
+        }
+        self.taken = taken;
+        let n = count(taken, first);
+        if n == wanted && n < max {
+            // The device holds all that the ring has: `peek` says whether there is more nevertheless.
+            self.peek()?;
+        }
+        Ok(n)
+    }
+
+    /// The next submitted entry, which is not taken.
     #[inline(always)]
     pub(super) fn peek(&self) -> Result<Option<Entry>, Corrupt> {
         let (layout, pos) = (self.layout, self.taken);
@@ -541,45 +568,76 @@ impl<M: Memory> DeviceEnd<M> {
         Ok(Some(Entry { addr: slot[0].load(Ordering::Relaxed), len, id, flags }))
     }
 
-    /// Gives one entry back. If no entry is held, nothing happens. With [`Returns::Counted`] and
-    /// [`Returns::InOrder`] it is the oldest entry held. [`Returns::InOrder`] passes on the length,
-    /// at most [`MAX_LENGTH`], and [`NEXT`]. [`Returns::Counted`] passes on nothing. The driver
-    /// sees the return after [`post`](Self::post) at the latest. Call that once after a batch.
+    /// Gives one entry back; without an entry held, nothing happens. Where returns are counted this
+    /// stands for the oldest entry held, and nothing of `back` is passed on. The driver sees it
+    /// after [`post`](Self::post) at the latest: call that once for a batch.
     #[inline(always)]
     pub fn give_back(&mut self, back: Return) {
         if self.held() == 0 {
             return;
         }
         let pos = self.given;
+        if self.layout.returns == Returns::Entries {
+            self.keep_up();
+            let tag = back.tag(self.layout.lap(pos) | RETURN);
+            // Pairs with the load in `DriverEnd::reap`. The address is left as it is: until this
+            // store the slot holds the submission, whole.
+            publish(&self.layout.slot(self.mem.words(), pos)[1], tag, Edge::Tag);
+        }
         self.given = pos.wrapping_add(1);
-        match self.layout.returns {
-            Returns::Counted => {}
-            Returns::Entries => self.publish(pos, back),
-            Returns::InOrder => {
-                self.publish(pos, Return { len: back.length(), id: 1, flags: 0 });
+    }
+
+    /// Gives back as many entries as there are `backs`, in their order, and no more than are held.
+    /// Each is as by [`give_back`](Self::give_back).
+    #[inline]
+    pub fn give_back_all(&mut self, backs: impl IntoIterator<Item = Return>) {
+        let (backs, held) = (backs.into_iter(), self.held());
+        if self.layout.returns == Returns::Counted {
+            self.given = self.given.wrapping_add(backs.take(held as usize).count() as u64);
+            return;
+        }
+        let mut backs = backs.fuse();
+        // Twice at most: before a ring of returns is behind `stored`, and after.
+        while self.held() != 0 {
+            let room = self.keep_up();
+            let (first, wanted) = (self.given, room.min(self.held()));
+            let mut given = first;
+            for (slots, lap) in self.layout.stretches(self.mem.words(), first, wanted) {
+                for (slot, back) in slots.chunks_exact(ENTRY_WORDS).zip(backs.by_ref()) {
+                    // As in `give_back`.
+                    publish(&slot[1], back.tag(lap | RETURN), Edge::Tag);
+                    given = given.wrapping_add(1);
+                }
+            }
+            self.given = given;
+            if count(given, first) < wanted {
+                return;
             }
         }
     }
 
-    /// Publishes the return at position `pos`.
+    /// Sees to it that there is room for a return between `stored` and a ring behind it, and says
+    /// for how many.
     #[inline(always)]
-    fn publish(&self, pos: u64, back: Return) {
-        let words = self.mem.words();
-        // `resume` needs this before the tag, which publishes the return.
-        words[CHECKPOINT].store(checkpoint(pos, 1), Ordering::Relaxed);
-        let tag = back.tag(self.layout.lap(pos) | RETURN);
-        // Pairs with the load in `DriverEnd::reap`. The address stays as it is. So the slot holds
-        // the whole submission until this store.
-        publish(&self.layout.slot(words, pos)[1], tag, Edge::Tag);
+    fn keep_up(&mut self) -> u32 {
+        let behind = count(self.given, self.stored);
+        if behind < self.layout.entries {
+            return self.layout.entries - behind;
+        }
+        // For `resume`. Whether the driver wants a kick, the next post finds out.
+        self.tx.store(self.mem.words(), self.given);
+        self.stored = self.given;
+        self.layout.entries
     }
 
     /// Posts the returns that were given back since the last post.
     #[inline(always)]
     pub fn post(&mut self) -> Kick<Device> {
-        let n = count(self.given, self.tx.posted());
+        let n = self.given.wrapping_sub(self.tx.posted());
         if n == 0 {
             return Kick::NONE;
         }
+        self.stored = self.given;
         self.tx.post(self.mem.words(), n)
     }
 
@@ -595,24 +653,24 @@ impl<M: Memory> DeviceEnd<M> {
     }
 }
 
-/// The position up to which a device that ended has published its returns. All returns before the
-/// checkpoint's position are published. The returns that the checkpoint names are published if
-/// their tag is there. `seq` is the `seq` of that device.
-fn published(words: &[Word], layout: Layout, seq: u64) -> Result<u64, BadRing> {
-    let word = words[CHECKPOINT].load(Ordering::Relaxed);
-    // The position is at most a ring's size away from `seq`, so its low bits name it.
-    let behind = (seq << 16).wrapping_sub(word & !0xffff) as i64 >> 16;
-    let pos = seq.wrapping_sub(behind as u64);
-    // Pairs with nothing: the other device's stores are complete. The driver may have submitted
-    // a new entry in this slot.
-    let tag = layout.slot(words, pos)[1].load(Ordering::Relaxed);
-    let still_submitted = tag & MARKS == layout.lap(pos);
-    let n = if still_submitted { 0 } else { word & 0xffff };
-    let given = pos.wrapping_add(n);
-    if given.wrapping_sub(seq) > u64::from(layout.entries) {
-        return Err(BadRing::Checkpoint);
+/// The position up to which a device that has gone had published returns. Its `seq` was `seq`, up
+/// to a ring behind.
+fn published(words: &[Word], layout: Layout, seq: u64) -> u64 {
+    let mut given = seq;
+    for (slots, lap) in layout.stretches(words, seq, layout.entries) {
+        for slot in slots.chunks_exact(ENTRY_WORDS) {
+            // Pairs with nothing: the other device's stores are complete.
+            let marks = slot[1].load(Ordering::Relaxed) & MARKS;
+            let returned = marks == lap | RETURN;
+            // The driver has seen the return, and has submitted anew.
+            let submitted_over = marks == lap ^ LAP_MARK;
+            if !returned && !submitted_over {
+                return given;
+            }
+            given = given.wrapping_add(1);
+        }
     }
-    Ok(given)
+    given
 }
 
 #[cfg(test)]
@@ -632,9 +690,8 @@ mod tests {
     }
 
     /// What the driver gets of an entry that was given back with this length.
-    fn back(returns: Returns, len: u32) -> Return {
-        let id = if returns == Returns::Entries { 6 } else { 0 };
-        Return { len, id, flags: NEXT }
+    fn back(len: u32) -> Return {
+        Return { len, id: 6, flags: NEXT }
     }
 
     #[test]
@@ -643,8 +700,6 @@ mod tests {
         assert_eq!(bytes(2, Returns::Counted), 448);
         assert_eq!(bytes(256, Returns::Counted), 384 + 4096);
         assert_eq!(bytes(256, Returns::Entries), 384 + 4096);
-        assert_eq!(bytes(256, Returns::InOrder), 384 + 4096 + 1024);
-        assert_eq!(bytes(2, Returns::InOrder), 448);
         for entries in [0, 1, 3, 65536, u32::MAX] {
             assert_eq!(Layout::new(entries, Returns::Counted), Err(BadRing::Entries));
         }
@@ -652,7 +707,7 @@ mod tests {
 
     #[test]
     fn batches_of_every_size_come_and_go() {
-        for returns in [Returns::Counted, Returns::Entries, Returns::InOrder] {
+        for returns in [Returns::Counted, Returns::Entries] {
             for start in STARTS {
                 let layout = Layout::new(16, returns).unwrap();
                 let memory = memory(layout);
@@ -680,54 +735,11 @@ mod tests {
                         continue;
                     }
                     for i in 0..n {
-                        assert_eq!(driver.reap(), Ok(Some(back(returns, 100 + i))));
+                        assert_eq!(driver.reap(), Ok(Some(back(100 + i))));
                     }
                     assert_eq!(driver.reap(), Ok(None));
                 }
             }
-        }
-    }
-
-    #[test]
-    fn a_run_comes_by_one_tag_and_its_lengths_stay() {
-        let layout = Layout::new(16, Returns::InOrder).unwrap();
-        let memory = memory(layout);
-        let mut driver = DriverEnd::create(&memory[..], layout, 0).unwrap();
-        (0..16).for_each(|n| driver.submit(entry(n)).unwrap());
-        let _ = driver.post();
-        // A device of another make returns all of them at once.
-        for pos in 0..16 {
-            let (word, shift) = layout.length(&memory, pos);
-            word.store(word.load(Ordering::Relaxed) | pos << shift, Ordering::Relaxed);
-        }
-        let first = Return { len: 0, id: 16, flags: 0 };
-        publish(&layout.slot(&memory, 0)[1], first.tag(layout.lap(0) | RETURN), Edge::Tag);
-        // Room comes while the run is being reaped, and its lengths stay.
-        for len in 0..16 {
-            assert_eq!(driver.reap(), Ok(Some(Return { len, id: 0, flags: 0 })));
-            assert_eq!(driver.submit(entry(9)), Ok(()));
-            let _ = driver.post();
-        }
-        assert_eq!((driver.reap(), driver.space()), (Ok(None), 0));
-    }
-
-    #[test]
-    fn lengths_in_order_have_31_bits() {
-        let layout = Layout::new(8, Returns::InOrder).unwrap();
-        let memory = memory(layout);
-        let mut driver = DriverEnd::create(&memory[..], layout, 5).unwrap();
-        let mut device = DeviceEnd::attach(&memory[..]).unwrap();
-        (0..8).for_each(|n| driver.submit(entry(n)).unwrap());
-        let _ = driver.post();
-        let lengths = [0, 1, MAX_LENGTH - 1, MAX_LENGTH, MAX_LENGTH + 1, u32::MAX];
-        for (i, len) in (0..).zip(lengths) {
-            assert!(device.take().unwrap().is_some());
-            device.give_back(Return { len, id: 7, flags: i });
-        }
-        let _ = device.post();
-        for (i, len) in (0..).zip(lengths) {
-            let (len, flags) = (len.min(MAX_LENGTH), i & NEXT);
-            assert_eq!(driver.reap(), Ok(Some(Return { len, id: 0, flags })));
         }
     }
 
@@ -793,8 +805,7 @@ mod tests {
             (HEADER_ENTRIES, 9, BadRing::Entries),
             (HEADER_ENTRIES, 1 << 32 | 8, BadRing::Entries),
             (HEADER_ENTRIES, 16, BadRing::TooSmall),
-            (HEADER_RETURNS, 3, BadRing::Returns),
-            (HEADER_RETURNS, 2, BadRing::TooSmall),
+            (HEADER_RETURNS, 2, BadRing::Returns),
         ] {
             let before = memory[word].swap(value, Ordering::Relaxed);
             assert_eq!(attach(), Err(error));
@@ -831,22 +842,6 @@ mod tests {
     }
 
     #[test]
-    fn a_run_of_none_or_of_more_than_was_given_is_corrupt() {
-        let layout = Layout::new(4, Returns::InOrder).unwrap();
-        let memory = memory(layout);
-        let mut driver = DriverEnd::create(&memory[..], layout, 0).unwrap();
-        (0..3).for_each(|n| driver.submit(entry(n)).unwrap());
-        let _ = driver.post();
-        for run in [0, 4, u16::MAX] {
-            forge(&memory, layout, 0, RETURN, Return { len: 1, id: run, flags: 0 });
-            assert_eq!(driver.reap(), Err(Corrupt::Unasked), "a run of {run}");
-        }
-        forge(&memory, layout, 0, RETURN, Return { len: 1, id: 3, flags: 0 });
-        let reaped = std::iter::from_fn(|| driver.reap().unwrap()).count();
-        assert_eq!((reaped, driver.in_flight()), (3, 0));
-    }
-
-    #[test]
     fn a_count_of_more_than_was_given_is_corrupt() {
         let layout = Layout::new(2, Returns::Counted).unwrap();
         let memory = memory(layout);
@@ -860,7 +855,7 @@ mod tests {
 
     #[test]
     fn a_ring_is_taken_up_again() {
-        for returns in [Returns::Counted, Returns::Entries, Returns::InOrder] {
+        for returns in [Returns::Counted, Returns::Entries] {
             for start in STARTS {
                 let layout = Layout::new(8, returns).unwrap();
                 let memory = memory(layout);
@@ -872,13 +867,13 @@ mod tests {
                 for n in 0..6 {
                     assert_eq!(device.take(), Ok(Some(entry(n))));
                 }
-                (0..5).for_each(|_| device.give_back(back(returns, 1)));
+                (0..5).for_each(|_| device.give_back(back(1)));
                 let _ = device.post(); // Its kick is lost with it.
                 let (mut device, kick) = DeviceEnd::resume(&memory[..]).unwrap();
                 assert!(kick.is_wanted());
                 assert_eq!(device.take(), Ok(Some(entry(5))), "taken, and not returned");
                 assert_eq!(device.take(), Ok(Some(entry(6))));
-                (0..2).for_each(|_| device.give_back(back(returns, 1)));
+                (0..2).for_each(|_| device.give_back(back(1)));
                 let _ = device.post();
                 let reaped = match returns {
                     Returns::Counted => driver.reap_count().unwrap() as usize,
@@ -886,21 +881,6 @@ mod tests {
                 };
                 assert_eq!((reaped, driver.in_flight()), (7, 0));
             }
-        }
-    }
-
-    #[test]
-    fn a_ring_that_does_not_go_together_is_not_taken_up() {
-        let layout = Layout::new(8, Returns::InOrder).unwrap();
-        let memory = memory(layout);
-        DriverEnd::create(&memory[..], layout, 100).unwrap();
-        for word in [0, checkpoint(109, 0), checkpoint(99, 0), checkpoint(100, 9), u64::MAX] {
-            memory[CHECKPOINT].store(word, Ordering::Relaxed);
-            assert_eq!(
-                DeviceEnd::resume(&memory[..]).unwrap_err(),
-                BadRing::Checkpoint,
-                "{word:#x}"
-            );
         }
     }
 }

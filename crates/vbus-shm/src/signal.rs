@@ -197,10 +197,17 @@ impl<E: End> Tx<E> {
         Kick::new(arm & ARM_ENABLED != 0 && difference(arm, self.seq) < 0)
     }
 
+    /// Stores `seq` ahead of the next post, which is for it too: that finds out who is to be woken.
     #[inline(always)]
-    pub(super) fn post(&mut self, words: &[Word], n: u32) -> Kick<E> {
+    pub(super) fn store(&self, words: &[Word], seq: u64) {
+        // Pairs with the loads of `seq` in Rx::{seen, arm}.
+        publish(&words[self.base + E::SEQ], seq, Edge::Seq);
+    }
+
+    #[inline(always)]
+    pub(super) fn post(&mut self, words: &[Word], n: u64) -> Kick<E> {
         let old = self.seq;
-        self.seq = old.wrapping_add(u64::from(n));
+        self.seq = old.wrapping_add(n);
         // Pairs with the loads of `seq` in Rx::{seen, arm}.
         publish(&words[self.base + E::SEQ], self.seq, Edge::Seq);
         // Orders the store of `seq` before the load of `arm`. Together with the fence in `arm` this
@@ -210,7 +217,7 @@ impl<E: End> Tx<E> {
         // because the peer may change it at any time.
         let arm = words[self.base + E::Peer::ARM].load(Ordering::Relaxed);
         let ahead = arm.wrapping_sub(old) & !ARM_ENABLED;
-        Kick::new(arm & ARM_ENABLED != 0 && ahead < u64::from(n))
+        Kick::new(arm & ARM_ENABLED != 0 && ahead < n)
     }
 }
 
@@ -310,7 +317,7 @@ impl<M: Memory, E: End> Sender<M, E> {
     /// that has not yet seen these posts does not see what is written after them.
     #[inline]
     pub fn post(&mut self, n: u32) -> Kick<E> {
-        self.half.post(self.mem.words(), n)
+        self.half.post(self.mem.words(), u64::from(n))
     }
 }
 

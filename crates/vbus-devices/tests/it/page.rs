@@ -148,7 +148,7 @@ fn a_bad_start_fails_with_its_error_code() {
     ring(abi::tx(0), Returns::Counted, 8, ring::SIGNAL_OFFSET).unwrap();
     assert_eq!(ring(abi::tx(0), Returns::Counted, 8, ring::SIGNAL_OFFSET), Err(ErrorCode::EXISTS));
     ring(abi::tx(1), Returns::Counted, 8, ring::SIGNAL_OFFSET).unwrap();
-    let rx1 = ring(abi::rx(1), Returns::InOrder, 8, ring::SIGNAL_OFFSET).unwrap();
+    let rx1 = ring(abi::rx(1), Returns::Entries, 8, ring::SIGNAL_OFFSET).unwrap();
     assert_eq!(
         call(&endpoint, &memory, abi::CALL_START, &[]),
         Err(ErrorCode::BAD_ARGUMENT),
@@ -160,7 +160,7 @@ fn a_bad_start_fails_with_its_error_code() {
         DriverEnd::create(memory.window(addr, layout.bytes()), layout, 0).unwrap();
         add(&endpoint, id, addr, layout.bytes(), ring::SIGNAL_OFFSET)
     };
-    let rx0 = ring(abi::rx(0), Returns::InOrder).unwrap();
+    let rx0 = ring(abi::rx(0), Returns::Entries).unwrap();
     endpoint.region_drop(u64::from(rx1)).unwrap();
     assert_eq!(
         call(&endpoint, &memory, abi::CALL_START, &[]),
@@ -173,7 +173,7 @@ fn a_bad_start_fails_with_its_error_code() {
         DriverEnd::create(memory.window(addr, layout.bytes()), layout, 0).unwrap();
         add(&endpoint, id, addr, layout.bytes(), ring::SIGNAL_OFFSET)
     };
-    ring(abi::rx(1), Returns::InOrder).unwrap();
+    ring(abi::rx(1), Returns::Entries).unwrap();
     assert_eq!(call(&endpoint, &memory, abi::CALL_START, &[0]), Err(ErrorCode::BAD_LENGTH));
     call(&endpoint, &memory, abi::CALL_START, &[]).unwrap();
     assert_eq!(call(&endpoint, &memory, abi::CALL_START, &[]), Err(ErrorCode::DENIED));

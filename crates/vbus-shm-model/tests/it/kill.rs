@@ -25,8 +25,7 @@ fn answer(n: u64) -> u32 {
 enum Form {
     Counted,
     Entries,
-    InOrder,
-    /// Entries in any order, with a ledger.
+    /// Entries in any order.
     Ledger,
 }
 
@@ -35,12 +34,11 @@ impl Form {
         match self {
             Form::Counted => Returns::Counted,
             Form::Entries | Form::Ledger => Returns::Entries,
-            Form::InOrder => Returns::InOrder,
         }
     }
 }
 
-const FORMS: [Form; 4] = [Form::Counted, Form::Entries, Form::InOrder, Form::Ledger];
+const FORMS: [Form; 3] = [Form::Counted, Form::Entries, Form::Ledger];
 
 #[derive(Clone, Copy, Debug)]
 enum Op {
@@ -52,6 +50,8 @@ enum Op {
     Sleep,
     /// The device takes entries up to the first number, gives back up to the second, and posts.
     Serve(u8, u8),
+    /// The same without a post.
+    Work(u8, u8),
 }
 
 /// A device end while it lives.
@@ -73,45 +73,39 @@ impl<'a> Device<'a> {
         (Device::Plain(device, VecDeque::new()), kick.is_wanted())
     }
 
-    /// Takes, gives back and posts. Returns whether a kick of the driver is wanted.
-    fn serve(&mut self, take: u8, give: u8) -> bool {
-        for _ in 0..take {
-            let taken = match self {
-                Device::Plain(device, _) => device.take(),
-                Device::WithLedger(device, _) => device.take(),
-            };
-            let Some(entry) = taken.unwrap() else { break };
+    /// Takes and gives back, by calls for batches where there are such.
+    fn work(&mut self, take: u8, give: u8) {
+        let whole = |entry: &Entry| {
             assert_eq!(u64::from(entry.len), entry.addr ^ 0xff, "the submission is damaged");
-            self.held().push_back(entry);
+        };
+        let back = |entry: Entry| Return { len: answer(entry.addr), ..entry.into() };
+        let (device, held) = match self {
+            Device::Plain(device, held) => {
+                device.take_all(u32::from(take), |entry| held.push_back(entry)).unwrap();
+                held.iter().for_each(whole);
+                device.give_back_all(held.drain(..usize::from(give).min(held.len())).map(back));
+                return;
+            }
+            Device::WithLedger(device, held) => (device, held),
+        };
+        for _ in 0..take {
+            let Some(entry) = device.take().unwrap() else { break };
+            whole(&entry);
+            held.push_back(entry);
         }
         for _ in 0..give {
-            let next = match self {
-                Device::Plain(_, held) => held.pop_front(),
-                // Out of order half of the time.
-                Device::WithLedger(_, held) => {
-                    if give % 2 == 0 {
-                        held.pop_back()
-                    } else {
-                        held.pop_front()
-                    }
-                }
-            };
+            // In some other order.
+            let next = if give % 2 == 0 { held.pop_back() } else { held.pop_front() };
             let Some(entry) = next else { break };
-            let back = Return { len: answer(entry.addr), ..entry.into() };
-            match self {
-                Device::Plain(device, _) => device.give_back(back),
-                Device::WithLedger(device, _) => device.give_back(back),
-            }
-        }
-        match self {
-            Device::Plain(device, _) => device.post().is_wanted(),
-            Device::WithLedger(device, _) => device.ring().post().is_wanted(),
+            device.give_back(back(entry));
         }
     }
 
-    fn held(&mut self) -> &mut VecDeque<Entry> {
+    /// Posts; says whether the driver is to be kicked.
+    fn post(&mut self) -> bool {
         match self {
-            Device::Plain(_, held) | Device::WithLedger(_, held) => held,
+            Device::Plain(device, _) => device.post().is_wanted(),
+            Device::WithLedger(device, _) => device.ring().post().is_wanted(),
         }
     }
 }
@@ -153,13 +147,8 @@ impl Driver<'_> {
         }
         for _ in 0..count {
             let Some(back) = self.end.reap().unwrap() else { break };
-            let id = match self.form {
-                // It is the return of the oldest entry.
-                Form::InOrder => *self.in_flight.iter().min_by_key(|(_, n)| **n).unwrap().0,
-                _ => back.id,
-            };
-            let n = self.in_flight.remove(&id).expect("an entry came back twice");
-            assert_eq!(back.len, answer(n), "the return of another entry");
+            let n = self.in_flight.remove(&back.id).expect("an entry came back twice");
+            assert_eq!(back.len, answer(n), "another entry's return");
             if self.form != Form::Ledger {
                 assert_eq!(n, self.reaped, "out of order");
             }
@@ -181,12 +170,13 @@ fn run(form: Form, entries: u32, start: u64, ops: &[Op], lives: &[u32]) -> usize
     let (mut device, mut ended) = (None, 0);
     let mut left = lives.first().copied().unwrap_or(u32::MAX);
 
-    let mut serve = |driver: &mut Driver<'_>, take, give| {
+    let mut serve = |driver: &mut Driver<'_>, take, give, post| {
         let before = device.take();
         let outcome = live(&mut left, || {
             let (mut end, kick) =
                 before.map_or_else(|| Device::resume(form, &ring, &ledger), |end| (end, false));
-            let kick = kick | end.serve(take, give);
+            end.work(take, give);
+            let kick = kick | (post && end.post());
             (end, kick)
         });
         if let Some((end, kick)) = outcome {
@@ -200,7 +190,8 @@ fn run(form: Form, entries: u32, start: u64, ops: &[Op], lives: &[u32]) -> usize
     };
     for op in ops {
         match *op {
-            Op::Serve(take, give) => serve(&mut driver, take, give),
+            Op::Serve(take, give) => serve(&mut driver, take, give, true),
+            Op::Work(take, give) => serve(&mut driver, take, give, false),
             _ if driver.asleep => {}
             Op::Submit(count) => driver.submit(count),
             Op::Reap(count) => drop(driver.reap(count)),
@@ -212,7 +203,7 @@ fn run(form: Form, entries: u32, start: u64, ops: &[Op], lives: &[u32]) -> usize
         if driver.reaped == driver.submitted {
             break;
         }
-        serve(&mut driver, 255, 255);
+        serve(&mut driver, 255, 255, true);
         if !driver.asleep {
             driver.reap(255);
             if driver.reaped != driver.submitted && driver.end.arm(0) == Armed::Waiting {
@@ -242,6 +233,16 @@ fn a_device_killed_at_any_access_loses_and_doubles_nothing() {
         Op::Reap(2),
         Op::Submit(1),
         Op::Serve(3, 2),
+        // More than a ring of returns without a post.
+        Op::Reap(20),
+        Op::Submit(6),
+        Op::Work(9, 5),
+        Op::Reap(4),
+        Op::Submit(5),
+        Op::Work(9, 6),
+        Op::Reap(20),
+        Op::Submit(4),
+        Op::Work(9, 5),
     ];
     for form in FORMS {
         for start in [0, (1 << 47) - 3, (1 << 48) - 3, u64::MAX - 3] {
@@ -262,6 +263,7 @@ fn op() -> impl Strategy<Value = Op> {
         3 => (0..10_u8).prop_map(Op::Reap),
         1 => Just(Op::Sleep),
         5 => (0..10_u8, 0..10_u8).prop_map(|(take, give)| Op::Serve(take, give)),
+        3 => (0..10_u8, 0..10_u8).prop_map(|(take, give)| Op::Work(take, give)),
     ]
 }
 

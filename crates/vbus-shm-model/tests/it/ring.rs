@@ -25,9 +25,8 @@ fn answer(n: u64) -> u32 {
 }
 
 /// The `n`th return as the driver sees it.
-pub fn back(returns: Returns, n: u64) -> Return {
-    let id = if returns == Returns::InOrder { 0 } else { 7 };
-    Return { len: answer(n), id, flags: 0 }
+pub fn back(n: u64) -> Return {
+    Return { len: answer(n), id: 7, flags: 0 }
 }
 
 /// A model: `total` entries go through a ring of `entries`. Each end posts up to `batch` entries at
@@ -58,7 +57,7 @@ impl Model {
                 let Some(taken) = device.take().unwrap() else { break };
                 assert_eq!(taken, entry(done), "an entry came torn or out of order");
                 buffer.store(done + 1, Ordering::Relaxed);
-                device.give_back(Return { id: 7, ..back(self.returns, done) });
+                device.give_back(Return { id: 7, ..back(done) });
                 done += 1;
             }
             if device.post().is_wanted() {
@@ -96,7 +95,7 @@ impl Model {
                 reaped += u64::from(driver.reap_count().unwrap());
             } else {
                 while let Some(one) = driver.reap().unwrap() {
-                    let expected = back(self.returns, reaped);
+                    let expected = back(reaped);
                     assert_eq!(one, expected, "a return came torn or out of order");
                     reaped += 1;
                 }
@@ -113,7 +112,7 @@ impl Model {
     }
 }
 
-const FORMS: [Returns; 3] = [Returns::Counted, Returns::Entries, Returns::InOrder];
+const FORMS: [Returns; 2] = [Returns::Counted, Returns::Entries];
 
 #[test]
 fn entries_one_by_one() {
@@ -301,13 +300,13 @@ fn another_device_resumes_one_with_a_ledger() {
     }
 }
 
-/// The first device ends after it stored the tag of its return (4), and after it stored `seq` but
-/// before the fence of `post` (5). So only the fence of `resume` stands between `seq` and `arm`.
+/// The first device ends after it stored the tag of its return (3), and after it stored `seq` but
+/// before the fence of `post` (4). So only the fence of `resume` stands between `seq` and `arm`.
 #[test]
 fn resuming_needs_its_fence() {
     let fences = [Place::Fence(Fence::Resume), Place::Fence(Fence::Arm)];
-    needs(&fences, 2, || Mortal::run(Form::plain(Returns::InOrder), 1, 4));
-    needs(&fences, 2, || Mortal::run(Form::plain(Returns::InOrder), 1, 5));
+    needs(&fences, 2, || Mortal::run(Form::plain(Returns::Entries), 1, 4));
+    needs(&fences, 2, || Mortal::run(Form::plain(Returns::Entries), 1, 3));
 }
 
 const SLEEP: [Place; 2] = [Place::Fence(Fence::Post), Place::Fence(Fence::Arm)];
@@ -330,17 +329,9 @@ fn returned_entries_need_each_place() {
     }
 }
 
-#[test]
-fn returns_in_order_need_each_place() {
-    for places in [SLEEP, TAGS] {
-        needs(&places, 2, || Model::new(Returns::InOrder, 2, 2, 1).run());
-        needs(&places, 2, || Model::new(Returns::InOrder, 2, 2, 2).run());
-    }
-}
-
 /// The same for batches that span two cache lines.
 #[test]
 fn a_batch_needs_the_release_of_its_tags() {
     needs(&TAGS, 2, || Model::new(Returns::Counted, 8, 3, 3).run());
-    needs(&TAGS, 2, || Model::new(Returns::InOrder, 8, 3, 3).run());
+    needs(&TAGS, 2, || Model::new(Returns::Entries, 8, 3, 3).run());
 }

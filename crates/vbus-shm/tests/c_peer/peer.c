@@ -107,9 +107,8 @@ static void arm_and_sleep(enum end them, uint64_t at)
 /* Ring. */
 #define LAP ((uint64_t)1 << 63)
 #define RETURNED ((uint64_t)1 << 62)
-#define MORE ((uint32_t)1 << 31)
 
-enum returns { COUNTED, ENTRIES, IN_ORDER };
+enum returns { COUNTED, ENTRIES };
 
 static uint32_t entries;
 
@@ -128,44 +127,18 @@ static bool get_tag(uint64_t pos, uint64_t mark, uint64_t *tag)
 	return (*tag & (LAP | RETURNED)) == (mark | lap(pos));
 }
 
-/* The word with the length of a position. Two lengths share a word. */
-static size_t length_at(uint64_t pos)
-{
-	return 384 + (size_t)entries * 16 + (size_t)(pos % entries) / 2 * 8;
-}
-
-static void put_length(uint64_t pos, uint32_t length)
-{
-	int shift = pos % 2 ? 32 : 0;
-	uint64_t word = load(length_at(pos));
-	word = (word & ~((uint64_t)UINT32_MAX << shift)) | (uint64_t)length << shift;
-	store(length_at(pos), word);
-}
-
-static uint32_t get_length(uint64_t pos)
-{
-	uint64_t word = load(length_at(pos));
-	return (uint32_t)(word >> (pos % 2 ? 32 : 0));
-}
-
-/* Publishes `n` returns from `pos` on by one tag. */
-static void publish_returns(uint64_t pos, uint32_t n, uint64_t tag)
-{
-	store(64, pos << 16 | n);
-	put_tag(pos, RETURNED, tag, memory_order_release);
-}
-
-/* The position up to which the device before this one published returns. Its checkpoint tells. */
+/* The position up to which the device before this one published returns. It is at most a ring
+ * ahead of `seq`. The marks of the slots tell. */
 static uint64_t published(uint64_t seq)
 {
-	uint64_t word = load(64);
-	int64_t behind = (int64_t)((seq << 16) - (word & ~(uint64_t)0xffff)) / 65536;
-	uint64_t pos = seq - (uint64_t)behind;
-	uint64_t tag = load(slot(pos) + 8);
-	bool still_submitted = (tag & (LAP | RETURNED)) == lap(pos);
-	uint64_t given = pos + (still_submitted ? 0 : word & 0xffff);
-	if (given - seq > entries)
-		fail("the checkpoint does not go with seq");
+	uint64_t given = seq;
+	while (given - seq < entries) {
+		uint64_t tag = load(slot(given) + 8);
+		bool ours = (tag & LAP) == lap(given), returned = tag & RETURNED;
+		if (ours != returned)
+			break; /* Submitted and not returned, or not submitted. */
+		given++; /* Returned, or submitted over. */
+	}
 	return given;
 }
 
@@ -192,9 +165,9 @@ static void device(uint32_t count, bool dies)
 	enum returns returns = (enum returns)WORD(16);
 	uint64_t start = WORD(24), taken = start, given = start, posted = start;
 	for (uint32_t turn = 1; posted - start != count; turn++) {
-		uint64_t tag, first = given;
-		uint32_t lengths[5], n = 0;
-		while (n < 5 && get_tag(taken, 0, &tag)) {
+		uint64_t tag;
+		/* At most five, so never a ring ahead of the last post. */
+		for (uint32_t n = 0; n < 5 && get_tag(taken, 0, &tag); n++) {
 			if (taken - given == entries)
 				fail("more entries than fit");
 			taken++;
@@ -202,19 +175,10 @@ static void device(uint32_t count, bool dies)
 			if (address != taken - start)
 				fail("an entry is out of order");
 			if (returns == ENTRIES)
-				publish_returns(given, 1, tag + 1);
-			lengths[n++] = (uint32_t)tag + 1;
+				put_tag(given, RETURNED, tag + 1, memory_order_release);
 			given++;
 		}
 		bool die = dies && turn % 3 == 0;
-		if (returns == IN_ORDER && n) {
-			for (uint32_t i = 1; i < n; i++)
-				put_length(first + i, lengths[i] | MORE);
-			if (die && turn % 2) /* Between the checkpoint and the tag. */
-				store(64, first << 16 | n);
-			else
-				publish_returns(first, n, lengths[0] | MORE | (uint64_t)n << 32);
-		}
 		if (die) {
 			posted = load(seq_of(DEVICE));
 			given = taken = returns == COUNTED ? posted : published(posted);
@@ -263,7 +227,7 @@ static void give_back_by_ledger(uint32_t id, uint64_t *given, int steps)
 	if (steps > 0)
 		store_release(returning(), HELD | (*given & LOW_47) << 16 | id);
 	if (steps > 1)
-		publish_returns((*given)++, 1, tag + 1);
+		put_tag((*given)++, RETURNED, tag + 1, memory_order_release);
 	if (steps > 2)
 		store(record(id), 0);
 	if (steps > 3)
@@ -319,9 +283,9 @@ static void ledger_device(uint32_t count)
 	}
 }
 
-/* Makes a ring of 8 entries, and a ledger behind it if entries are returned. Sends COUNT entries
- * and checks what comes back. Each batch is written from its last entry to its first. */
-static void driver(uint32_t count, enum returns returns)
+/* Makes a ring of 8 entries, and a ledger behind it. Sends COUNT entries and checks what comes
+ * back. Each batch is written from its last entry to its first. */
+static void driver(uint32_t count)
 {
 	const uint64_t start = ((uint64_t)1 << 63) - 5;
 	entries = 8;
@@ -331,15 +295,12 @@ static void driver(uint32_t count, enum returns returns)
 	}
 	for (size_t at = 64; at < 384; at += 8)
 		WORD(at) = 0;
-	WORD(64) = start << 16;
 	WORD(seq_of(DRIVER)) = WORD(seq_of(DEVICE)) = start;
 	WORD(8) = entries;
-	WORD(16) = returns;
+	WORD(16) = ENTRIES;
 	WORD(24) = start;
-	if (returns == ENTRIES) {
-		WORD(ledger()) = 0x0001676c73756276;
-		WORD(ledger() + 8) = entries;
-	}
+	WORD(ledger()) = 0x0001676c73756276;
+	WORD(ledger() + 8) = entries;
 	atomic_store(&WORD(0), 0x0001697273756276);
 	kick(); /* It can be attached to. */
 
@@ -359,20 +320,12 @@ static void driver(uint32_t count, enum returns returns)
 			post(DRIVER, &posted, (uint32_t)(submitted - posted));
 		bool any = false;
 		while (get_tag(reaped, RETURNED, &tag)) {
-			uint32_t run = returns == IN_ORDER ? (uint16_t)(tag >> 32) : 1;
-			if (run == 0 || run > submitted - reaped)
+			if (reaped == submitted)
 				fail("more returns than entries");
-			for (uint32_t i = 0; i < run; i++) {
-				uint32_t length = i ? get_length(reaped) : (uint32_t)tag;
-				uint32_t number = (uint32_t)(reaped - start + 1);
-				if (returns == IN_ORDER && length != ((number + 1) | MORE))
-					fail("a return in order is wrong");
-				if (returns == ENTRIES &&
-				    (length != number + 1 ||
-				     (uint16_t)(tag >> 32) != reaped % entries))
-					fail("a return is wrong");
-				reaped++, any = true;
-			}
+			uint32_t number = (uint32_t)(reaped - start + 1);
+			if ((uint32_t)tag != number + 1 || (uint16_t)(tag >> 32) != reaped % entries)
+				fail("a return is wrong");
+			reaped++, any = true;
 		}
 		if (!any)
 			arm_and_sleep(DEVICE, reaped);
@@ -576,9 +529,7 @@ int main(int argc, char **argv)
 	else if (!strcmp(argv[1], "ledger_device"))
 		ledger_device(count);
 	else if (!strcmp(argv[1], "driver"))
-		driver(count, ENTRIES);
-	else if (!strcmp(argv[1], "driver_in_order"))
-		driver(count, IN_ORDER);
+		driver(count);
 	else if (!strcmp(argv[1], "reader"))
 		reader(count);
 	else if (!strcmp(argv[1], "writer"))

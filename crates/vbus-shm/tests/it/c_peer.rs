@@ -135,8 +135,7 @@ fn drive(role: &str, returns: Returns) {
             reaped += driver.reap_count().unwrap();
         }
         while let Some(back) = driver.reap().unwrap() {
-            let id = if returns == Returns::InOrder { 0 } else { 5 };
-            assert_eq!(back, Return { len: reaped + 1, id, flags: NEXT });
+            assert_eq!(back, Return { len: reaped + 1, id: 5, flags: NEXT });
             reaped += 1;
         }
         if reaped == before && driver.arm(0) == Armed::Waiting {
@@ -157,13 +156,8 @@ fn a_device_in_c_counts_every_entry() {
 }
 
 #[test]
-fn a_device_in_c_returns_runs_in_order() {
-    drive("device", Returns::InOrder);
-}
-
-#[test]
 fn a_device_in_c_resumes_the_ring_again_and_again() {
-    for returns in [Returns::Counted, Returns::Entries, Returns::InOrder] {
+    for returns in [Returns::Counted, Returns::Entries] {
         drive("mortal_device", returns);
     }
 }
@@ -294,11 +288,6 @@ fn a_driver_in_c_makes_a_ledger() {
         }
     }
     peer.end();
-}
-
-#[test]
-fn a_driver_in_c_gets_returns_in_order() {
-    serve("driver_in_order");
 }
 
 /// Value number `counter`, as the program in C writes it.

@@ -4,22 +4,30 @@ use std::collections::VecDeque;
 
 use proptest::prelude::*;
 use vbus_shm::ring::{
-    BadRing, DeviceEnd, DriverEnd, Entry, Full, Layout, MAX_LENGTH, NEXT, Return, Returns,
+    BadRing, DeviceEnd, DriverEnd, Entry, Full, Layout, NEXT, Return, Returns, SIGNAL_OFFSET,
 };
-use vbus_shm::signal::Armed;
+use vbus_shm::signal::{Armed, DEVICE_SEQ};
 use vbus_shm::sync::{Ordering, Word};
 
 #[derive(Clone, Copy, Debug)]
 enum Op {
     /// Submits this many entries like this one.
     Submit(u8, Entry),
+    /// The same by one call.
+    SubmitAll(u8, Entry),
     DriverPost,
     DriverArm(u32),
     DriverDisarm,
     Reap,
+    /// Up to so many.
+    ReapAll(u8),
     Take,
-    /// Takes or gives back this many.
+    /// Up to so many.
+    TakeAll(u8),
+    /// So many.
     GiveBack(u8),
+    /// So many by one call.
+    GiveBackAll(u8),
     DevicePost,
     DeviceArm(u32),
     DeviceDisarm,
@@ -35,12 +43,16 @@ fn op() -> impl Strategy<Value = Op> {
     let batch = || prop_oneof![2 => Just(1), 1 => 0..20_u8];
     prop_oneof![
         5 => (batch(), entry()).prop_map(|(n, entry)| Op::Submit(n, entry)),
+        3 => (batch(), entry()).prop_map(|(n, entry)| Op::SubmitAll(n, entry)),
         4 => Just(Op::DriverPost),
         1 => (0..3_u32).prop_map(Op::DriverArm),
         1 => Just(Op::DriverDisarm),
         8 => Just(Op::Reap),
+        3 => batch().prop_map(Op::ReapAll),
         8 => Just(Op::Take),
+        3 => batch().prop_map(Op::TakeAll),
         6 => batch().prop_map(Op::GiveBack),
+        3 => batch().prop_map(Op::GiveBackAll),
         4 => Just(Op::DevicePost),
         1 => (0..3_u32).prop_map(Op::DeviceArm),
         1 => Just(Op::DeviceDisarm),
@@ -48,8 +60,7 @@ fn op() -> impl Strategy<Value = Op> {
 }
 
 fn layout() -> impl Strategy<Value = Layout> {
-    let returns =
-        prop_oneof![Just(Returns::Counted), Just(Returns::Entries), Just(Returns::InOrder)];
+    let returns = prop_oneof![Just(Returns::Counted), Just(Returns::Entries)];
     (1..=5_u32, returns).prop_map(|(log, returns)| Layout::new(1 << log, returns).unwrap())
 }
 
@@ -80,14 +91,9 @@ impl Kicks {
     }
 }
 
-/// The part of a return that reaches the driver.
-fn passed_on(returns: Returns, back: Return) -> Return {
-    match returns {
-        Returns::InOrder => {
-            Return { len: back.len.min(MAX_LENGTH), id: 0, flags: back.flags & NEXT }
-        }
-        _ => back,
-    }
+/// A batch of `n` entries like `entry`.
+fn batch(n: u8, entry: Entry) -> impl ExactSizeIterator<Item = Entry> {
+    (0..n).map(move |i| Entry { id: entry.id ^ u16::from(i), ..entry })
 }
 
 fn behaves_like_a_queue(layout: Layout, start: u64, ops: Vec<Op>) -> Result<(), TestCaseError> {
@@ -95,20 +101,31 @@ fn behaves_like_a_queue(layout: Layout, start: u64, ops: Vec<Op>) -> Result<(), 
     let mut driver = DriverEnd::create(&memory[..], layout, start).unwrap();
     let mut device = DeviceEnd::attach(&memory[..]).unwrap();
     let returns = layout.returns();
+    // The device's `seq` in memory. It may be ahead of the last post.
+    let seq = &memory[(SIGNAL_OFFSET + DEVICE_SEQ) / 8];
+    let stored = || seq.load(Ordering::Relaxed).wrapping_sub(start);
     let (mut way, mut held, mut back) = (VecDeque::new(), VecDeque::new(), VecDeque::new());
     let (mut submitted, mut taken, mut given, mut reaped) = (0_u64, 0_u64, 0_u64, 0_u64);
     let (mut doorbell, mut interrupt) = (Kicks::default(), Kicks::default());
     for op in ops {
         match op {
             Op::Submit(n, entry) => {
-                for i in 0..n {
-                    let entry = Entry { id: entry.id ^ u16::from(i), ..entry };
+                for entry in batch(n, entry) {
                     let room = submitted - reaped < u64::from(layout.entries());
                     prop_assert_eq!(driver.submit(entry), if room { Ok(()) } else { Err(Full) });
                     if room {
                         way.push_back(entry);
                         submitted += 1;
                     }
+                }
+            }
+            Op::SubmitAll(n, entry) => {
+                let room = submitted - reaped + u64::from(n) <= u64::from(layout.entries());
+                let outcome = driver.submit_all(batch(n, entry));
+                prop_assert_eq!(outcome, if room { Ok(()) } else { Err(Full) });
+                if room {
+                    way.extend(batch(n, entry));
+                    submitted += u64::from(n);
                 }
             }
             Op::DriverPost => {
@@ -120,7 +137,16 @@ fn behaves_like_a_queue(layout: Layout, start: u64, ops: Vec<Op>) -> Result<(), 
                 taken += u64::from(expected.is_some());
                 held.extend(expected);
             }
-            Op::GiveBack(n) => {
+            Op::TakeAll(max) => {
+                let mut all = Vec::new();
+                let n = device.take_all(u32::from(max), |entry| all.push(entry)).unwrap();
+                prop_assert_eq!(n as usize, way.len().min(usize::from(max)));
+                prop_assert!(way.drain(..n as usize).eq(all.iter().copied()));
+                taken += u64::from(n);
+                held.extend(all);
+            }
+            Op::GiveBack(n) | Op::GiveBackAll(n) => {
+                let mut all = Vec::new();
                 for _ in 0..n {
                     // Out of order, if this form of returns allows it.
                     let one = match returns {
@@ -128,15 +154,27 @@ fn behaves_like_a_queue(layout: Layout, start: u64, ops: Vec<Op>) -> Result<(), 
                         _ => held.pop_front(),
                     };
                     let one = one.map(|entry: Entry| Return { len: !entry.len, ..entry.into() });
-                    device.give_back(one.unwrap_or_default());
                     given += u64::from(one.is_some());
                     back.extend(one);
+                    all.push(one.unwrap_or_default());
                 }
+                if matches!(op, Op::GiveBackAll(_)) {
+                    device.give_back_all(all);
+                } else {
+                    all.into_iter().for_each(|one| device.give_back(one));
+                }
+                // Another end would know what was returned.
+                let there: Vec<Word> =
+                    memory.iter().map(|word| Word::new(word.load(Ordering::Relaxed))).collect();
+                let (mut other, _) = DeviceEnd::resume(&there[..]).unwrap();
+                let counted = returns == Returns::Counted;
+                let not_given = submitted - if counted { interrupt.posted } else { given };
+                prop_assert_eq!(other.take_all(100, |_| ()), Ok(u32::try_from(not_given).unwrap()));
             }
             Op::DevicePost => {
                 prop_assert_eq!(device.post().is_wanted(), interrupt.post(given));
             }
-            Op::Reap if returns == Returns::Counted => {
+            Op::Reap | Op::ReapAll(_) if returns == Returns::Counted => {
                 let count = u32::try_from(interrupt.posted - reaped).unwrap();
                 prop_assert_eq!(driver.reap_count(), Ok(count));
                 back.drain(..count as usize);
@@ -144,13 +182,20 @@ fn behaves_like_a_queue(layout: Layout, start: u64, ops: Vec<Op>) -> Result<(), 
             }
             Op::Reap => {
                 let expected = (reaped < given).then(|| back.pop_front().unwrap());
-                prop_assert_eq!(driver.reap(), Ok(expected.map(|one| passed_on(returns, one))));
+                prop_assert_eq!(driver.reap(), Ok(expected));
                 reaped += u64::from(expected.is_some());
+            }
+            Op::ReapAll(max) => {
+                let mut all = Vec::new();
+                let n = driver.reap_all(u32::from(max), |one| all.push(one)).unwrap();
+                prop_assert_eq!(n as usize, back.len().min(usize::from(max)));
+                prop_assert!(back.drain(..n as usize).eq(all));
+                reaped += u64::from(n);
             }
             Op::DriverArm(after) => {
                 let at = reaped + u64::from(after);
                 let missed = driver.arm(after) == Armed::Missed;
-                prop_assert_eq!(missed, interrupt.posted > at);
+                prop_assert_eq!(missed, stored() > at);
                 interrupt.armed = Some(at);
             }
             Op::DeviceArm(after) => {
@@ -174,6 +219,10 @@ fn behaves_like_a_queue(layout: Layout, start: u64, ops: Vec<Op>) -> Result<(), 
             u64::from(layout.entries()) - (submitted - reaped)
         );
         prop_assert_eq!(u64::from(device.held()), taken - given);
+        prop_assert!((interrupt.posted..=given).contains(&stored()));
+        if returns == Returns::Entries {
+            prop_assert!(given - stored() <= u64::from(layout.entries()));
+        }
         prop_assert_eq!(u64::from(device.pending()), doorbell.posted.saturating_sub(taken));
     }
     Ok(())
@@ -186,7 +235,7 @@ fn hostile() -> impl Strategy<Value = (usize, u64)> {
         (0..40_u64),
         any::<u32>().prop_map(|n| u64::from(n) << 32),
         any::<u16>().prop_map(|flags| u64::from(flags) << 48),
-        (0..40_u64, 0..4_u64).prop_map(|(run, marks)| run << 32 | marks << 62),
+        (0..40_u64, 0..4_u64).prop_map(|(id, marks)| id << 32 | marks << 62),
         Just(u64::MAX),
     ];
     (any::<prop::sample::Index>().prop_map(|i| i.index(4096)), value)
@@ -217,6 +266,7 @@ proptest! {
             region[word % region.len()].store(value, Ordering::Relaxed);
             match op {
                 Op::Submit(n, entry) => (0..n).for_each(|_| _ = driver.submit(entry)),
+                Op::SubmitAll(n, entry) => _ = driver.submit_all(batch(n, entry)),
                 Op::DriverPost => drop(driver.post()),
                 Op::DriverArm(after) => drop(driver.arm(after)),
                 Op::DriverDisarm => driver.disarm(),
@@ -230,6 +280,16 @@ proptest! {
                         prop_assert!(driver.reap_count().unwrap_or(0) <= before);
                     }
                 }
+                Op::ReapAll(max) => {
+                    let (before, mut n) = (driver.in_flight(), 0);
+                    let _ = driver.reap_all(u32::from(max), |_| n += 1);
+                    prop_assert!(n <= before);
+                }
+                Op::TakeAll(max) => {
+                    let (before, mut n) = (device.held(), 0);
+                    let _ = device.take_all(u32::from(max), |_| n += 1);
+                    prop_assert!(before + n <= layout.entries());
+                }
                 Op::Take => {
                     let before = device.held();
                     let count =
@@ -238,6 +298,9 @@ proptest! {
                 }
                 Op::GiveBack(n) => {
                     (0..n).for_each(|_| device.give_back(Return { len: 2, id: 3, flags: NEXT }));
+                }
+                Op::GiveBackAll(n) => {
+                    device.give_back_all((0..n).map(|_| Return { len: 2, id: 3, flags: NEXT }));
                 }
                 Op::DevicePost => drop(device.post()),
                 Op::DeviceArm(after) => drop(device.arm(after)),
