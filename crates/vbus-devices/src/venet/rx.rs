@@ -300,7 +300,7 @@ impl RxQueue {
             let flags = if i + 1 < count { NEXT } else { 0 };
             self.ring.give_back(Return {
                 len: u32::try_from(filled).unwrap_or(entry.len),
-                id: 0, // Returns in order have none.
+                id: entry.id,
                 flags,
             });
         }
@@ -391,7 +391,7 @@ impl RxQueue {
             let flags = if i + 1 < count { NEXT } else { 0 };
             self.ring.give_back(Return {
                 len: u32::try_from(filled).unwrap_or(entry.len),
-                id: 0, // Returns in order have none.
+                id: entry.id,
                 flags,
             });
         }

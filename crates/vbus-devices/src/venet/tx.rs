@@ -97,9 +97,7 @@ impl TxQueue {
 
     /// The frame was sent or dropped: returns its entries to the driver.
     pub fn done(&mut self) {
-        for entry in self.chain.entries.drain(..) {
-            self.ring.give_back(entry.into());
-        }
+        self.ring.give_back_all(self.chain.entries.drain(..).map(Into::into));
         self.chain.bytes = 0;
         self.chain.head = None;
     }

@@ -52,16 +52,12 @@ impl<H: Hal> Tx<H> {
         {
             return Err(Error::Unsupported("a frame of that shape"));
         }
-        if (self.ring.end.space() as usize) < pieces.len() {
-            return Ok(false);
-        }
         let last = pieces.len() - 1;
-        for (i, piece) in pieces.iter().enumerate() {
+        let entries = pieces.iter().enumerate().map(|(i, piece)| {
             let flags = if i == last { 0 } else { NEXT };
-            // There is room: the space was checked above.
-            let _ = self.ring.end.submit(Entry { addr: piece.addr, len: piece.len, id: 0, flags });
-        }
-        Ok(true)
+            Entry { addr: piece.addr, len: piece.len, id: 0, flags }
+        });
+        Ok(self.ring.end.submit_all(entries).is_ok())
     }
 
     /// Makes submitted frames visible, and wakes the device if it sleeps. Returns whether it rang
