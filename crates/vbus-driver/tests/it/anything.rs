@@ -278,12 +278,10 @@ impl Hostile {
                 signal = state::SIGNAL_OFFSET as u64;
             }
         } else {
-            let returns = match (id, self.random.below(6)) {
-                (_, 0) if self.wild == 3 => Returns::Entries,
-                (0, _) if is_service => Returns::Entries,
-                (id, _) if id % 2 == 0 => Returns::Counted,
-                _ => Returns::InOrder,
-            };
+            // The wrong form from time to time.
+            let is_wrong = self.random.below(6) == 0 && self.wild == 3;
+            let is_counted = id % 2 == 0 && !(id == 0 && is_service);
+            let returns = if is_counted != is_wrong { Returns::Counted } else { Returns::Entries };
             let layout = Layout::new(2 << self.random.below(8), returns).unwrap();
             let start = self.random.any();
             let mut end = DriverEnd::create(window, layout, start).unwrap();
