@@ -8,9 +8,9 @@
 //! Both ends publish each entry at once, oldest first, and signal once for a batch. So the other
 //! end works on a batch's first entries while the last ones are on their way. The calls for a batch
 //! ([`submit_all`](DriverEnd::submit_all), [`reap_all`](DriverEnd::reap_all),
-//! [`take_all`](DeviceEnd::take_all), [`give_back_all`](DeviceEnd::give_back_all)) take fewer
-//! instructions for an entry than those for a single one. How entries come back is the class's
-//! choice:
+//! [`take_all`](DeviceEnd::take_all), [`give_back_all`](DeviceEnd::give_back_all)) pay for batches
+//! of 64. For smaller ones, a device that returns each entry as soon as it has taken it is faster
+//! (bench/README.md). The class chooses how entries come back:
 //!
 //! - [`Returns::Counted`]: the device only counts them in its `seq`.
 //! - [`Returns::Entries`]: each has a tag of its own, in any order.
