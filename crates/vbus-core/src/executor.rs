@@ -426,9 +426,9 @@ impl Executor {
         self.next_index.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Hands `task` to a worker and wakes it for the first time. The worker index may be any number:
-    /// it is taken modulo the number of workers. A task that wakes another task of its own worker
-    /// costs no switch of threads. `on_error` is called when a poll of the task fails.
+    /// Hands `task` to a worker and wakes it for the first time. The worker index may be any
+    /// number: it is taken modulo the number of workers. A task that wakes another task of its own
+    /// worker costs no switch of threads. `on_error` is called when a poll of the task fails.
     pub fn spawn(
         &self,
         worker: usize,

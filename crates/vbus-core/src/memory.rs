@@ -673,8 +673,8 @@ impl<'a> DriverSlice<'a> {
         total - left
     }
 
-    /// The bytes for [`writev`](crate::io_vec::writev), which reads them: one vector for each of the
-    /// [`pieces`](Self::pieces).
+    /// The bytes for [`writev`](crate::io_vec::writev), which reads them: one vector for each of
+    /// the [`pieces`](Self::pieces).
     pub fn io_vecs(&self) -> impl Iterator<Item = IoVec<'a>> + use<'a> {
         // SAFETY: the view keeps the mapping for 'a.
         self.pieces().map(|piece| unsafe { IoVec::shared(piece.base, piece.len) })
