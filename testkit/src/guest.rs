@@ -392,8 +392,8 @@ impl Running {
     }
 
     fn say(&self, verb: &str, data: &[u8]) -> Result<()> {
-        let hex: String = data.iter().map(|byte| format!("{byte:02x}")).collect();
-        self.guest.frame(&format!("{verb} {} {hex}\n", self.id))
+        let hex: Vec<_> = data.iter().map(|byte| format!("{byte:02x}")).collect();
+        self.guest.frame(&format!("{verb} {} {}\n", self.id, hex.concat()))
     }
 }
 

@@ -134,7 +134,7 @@ fn copy(kind: &str, id: &str, mut from: impl Read, port: &Port) {
 }
 
 fn encode(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().concat()
 }
 
 fn decode(hex: &str) -> Vec<u8> {

@@ -76,7 +76,7 @@ fn a_value_set_before_the_driver_comes_is_there_when_it_does() {
     endpoint.set_interrupt_sink(interrupts.clone());
     ask(&endpoint, json!({ "op": "set", "page": "setpoint", "text": "warm" })).unwrap();
     let big: Vec<u8> = (0..1 << 20).map(|n: u32| (n % 251) as u8).collect();
-    let hex: String = big.iter().map(|b| format!("{b:02x}")).collect();
+    let hex = big.iter().map(|b| format!("{b:02x}")).collect::<Vec<_>>().concat();
     ask(&endpoint, json!({ "op": "set", "page": "blob", "hex": hex })).unwrap();
     let mut memory = Memory::new(&endpoint, 16 << 20);
     open(&endpoint, &memory, 0).unwrap();

@@ -54,8 +54,9 @@ impl Run {
         args: &str,
         cpus: u32,
     ) -> Result<Self> {
-        let devices: String =
+        let devices: Vec<_> =
             names.iter().map(|name| format!(" --device {}", bus.socket(name))).collect();
+        let devices = devices.concat();
         let (l2, slots, place) = (l1.l2_dir(), names.len(), l1.guest_processor());
         let vmm = l1.guest.start(&format!(
             "exec {place}vbus-vmm --kernel {l2}/flat --append '{words} cpus={cpus} marks={MARK_PORT}' --cpus {cpus} \

@@ -250,7 +250,7 @@ fn text(value: &[u8], hex: bool) -> String {
         Ok(text) if !hex && !text.chars().any(|c| c.is_control() && c != '\n' && c != '\t') => {
             text.to_owned()
         }
-        _ => value.iter().map(|byte| format!("{byte:02x}")).collect(),
+        _ => value.iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().concat(),
     }
 }
 
