@@ -337,8 +337,8 @@ pub mod venet {
     pub const fn tx(q: u16) -> u32 {
         q as u32 * 2
     }
-    /// Region id of the receive ring of queue pair `q`: returns in order; the driver submits empty
-    /// buffers. The returns of a frame that needs several buffers are chained by NEXT.
+    /// Region id of the receive ring of queue pair `q`: returns with entries; the driver submits
+    /// empty buffers. The returns of a frame that needs several buffers are chained by NEXT.
     pub const fn rx(q: u16) -> u32 {
         q as u32 * 2 + 1
     }
