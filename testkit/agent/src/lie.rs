@@ -91,10 +91,10 @@ fn send(socket: &UnixStream, bytes: &[u8], fds: &[RawFd]) -> io::Result<()> {
         };
     }
     let room = length.next_multiple_of(8);
-    // SAFETY: all memory in the message outlives the call.
     let sent = with_parts(
         (bytes.as_ptr().cast_mut(), bytes.len()),
         (control.as_mut_ptr(), room),
+        // SAFETY: all memory in the message outlives the call.
         |parts| unsafe { sendmsg(socket.as_raw_fd(), parts, 0) },
     )?;
     let mut rest: &UnixStream = socket;
@@ -106,10 +106,10 @@ fn send(socket: &UnixStream, bytes: &[u8], fds: &[RawFd]) -> io::Result<()> {
 fn receive(socket: &UnixStream, mut bytes: &mut [u8], fds: &mut Vec<OwnedFd>) -> io::Result<bool> {
     while !bytes.is_empty() {
         let mut control = [0u64; (CONTROL_HEADER + 4 * FDS).div_ceil(8)];
-        // SAFETY: as above.
         let received = with_parts(
             (bytes.as_mut_ptr(), bytes.len()),
             (control.as_mut_ptr(), size_of_val(&control)),
+            // SAFETY: as above.
             |parts| unsafe { recvmsg(socket.as_raw_fd(), parts, 0) },
         )?;
         if received.0 == 0 {

@@ -65,13 +65,12 @@ impl Peer {
         let file = memfd_create("c_peer", MemfdFlags::empty()).unwrap();
         ftruncate(&file, REGION as u64).unwrap();
         let protection = ProtFlags::READ | ProtFlags::WRITE;
+        let (anywhere, shared) = (std::ptr::null_mut(), MapFlags::SHARED);
         // SAFETY: the kernel chooses the address.
-        let at =
-            unsafe { mmap(std::ptr::null_mut(), REGION, protection, MapFlags::SHARED, &file, 0) }
-                .unwrap();
+        let at = unsafe { mmap(anywhere, REGION, protection, shared, &file, 0) }.unwrap();
+        let at = NonNull::new(at.cast()).unwrap();
         // SAFETY: nothing unmaps the memory. This process accesses it through the slice only.
-        let memory =
-            unsafe { vbus_shm::raw::words(NonNull::new(at.cast()).unwrap(), REGION) }.unwrap();
+        let memory = unsafe { vbus_shm::raw::words(at, REGION) }.unwrap();
         prepare(memory);
         let [to_us, to_them] = [(); 2].map(|()| eventfd(0, EventfdFlags::empty()).unwrap());
         let numbers = [

@@ -113,7 +113,7 @@ where
             .map(|(id, _)| id.clone())
             .collect();
         failed.retain(|id, _| there(id));
-        others.retain(|id| there(id));
+        others.retain(&there);
         for id in gone {
             let Some(nic) = running.remove(&id) else { continue };
             match nic.stop() {
