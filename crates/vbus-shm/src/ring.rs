@@ -208,8 +208,8 @@ impl Layout {
         &words[at..at + ENTRY_WORDS]
     }
 
-    /// The slots of the `n` positions from `pos` on, at most a ring of them, in two stretches: up to
-    /// the end of the array, and from its beginning on. All positions of a stretch have the lap
+    /// The slots of the `n` positions from `pos` on, at most a ring of them, in two stretches: up
+    /// to the end of the array, and from its beginning on. All positions of a stretch have the lap
     /// that stands beside it.
     #[inline(always)]
     fn stretches<'a>(&self, words: &'a [Word], pos: u64, n: u32) -> [(&'a [Word], u64); 2] {
@@ -523,8 +523,8 @@ impl<M: Memory> DeviceEnd<M> {
         Ok(entry)
     }
 
-    /// Takes up to `max` entries, and gives each to `entry`, oldest first. Says how many there were.
-    /// Their content is the peer's word, as in [`take`](Self::take).
+    /// Takes up to `max` entries, and gives each to `entry`, oldest first. Says how many there
+    /// were. Their content is the peer's word, as in [`take`](Self::take).
     #[inline]
     pub fn take_all(&mut self, max: u32, mut entry: impl FnMut(Entry)) -> Result<u32, Corrupt> {
         let (first, wanted) = (self.taken, max.min(self.layout.entries - self.held()));
@@ -544,7 +544,8 @@ impl<M: Memory> DeviceEnd<M> {
         self.taken = taken;
         let n = count(taken, first);
         if n == wanted && n < max {
-            // The device holds all that the ring has: `peek` says whether there is more nevertheless.
+            // The device holds all that the ring has: `peek` says whether there is more
+            // nevertheless.
             self.peek()?;
         }
         Ok(n)
