@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A complete device and its driver. The device returns each text in capital letters.
 
 use vbus_core::service::{Service, Sizes};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The device of [`shout`](crate::shout) and its driver with a ring of their own, for a class that
 //! needs another form than request and response.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Charts as SVG: lines of medians over a logarithmic scale both ways, the spread as a band.
 
 use std::fmt::Write as _;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Two ends on a core each, and the clock.
 
 use std::hint::{black_box, spin_loop};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Lines of an interrupt page: what one costs from raising to its end, and a round trip of two over
 //! that of bare flags.
 

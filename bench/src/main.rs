@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The measures of vbus against their peers, in one run: see [`USAGE`].
 //!
 //! Every group of measures runs in several processes, since where a process's memory lies has its

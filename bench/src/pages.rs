@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Newest-value pages: what a write and a read cost, idle and against a peer that never pauses.
 
 mod peers;

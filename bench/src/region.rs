@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Shared memory: pages of a memfd, mapped once for the life of the process.
 
 use std::os::fd::OwnedFd;

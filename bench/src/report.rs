@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! From samples to what is reported: ratios above 1 where vbus is the faster, and how far they
 //! spread.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Rings: entries of 16 bytes out and back, both ends polling.
 
 mod crates;

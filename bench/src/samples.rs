@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Figures by name, taken in rounds.
 //!
 //! A virtual machine's cores move about the real ones, and the cost of a cache line's hand-over

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Signals: how many kicks posts cost, and what a ping-pong between sleeping processes costs over
 //! that of bare eventfds.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Runs the examples' devices on a bus, and their drivers in an ordinary process, through the
 //! socket and without a VM.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]

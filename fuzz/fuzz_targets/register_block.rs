@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Reads and writes any offset of a function, and changes the memory behind it meanwhile. After any
 //! input, the function answers, and can be closed and opened again.
 #![no_main]

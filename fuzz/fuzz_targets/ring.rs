@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Both ends of a ring and of a state page. The input writes to their memory between any two calls.
 #![no_main]
 

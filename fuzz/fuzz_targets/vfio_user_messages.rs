@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A client's messages to the vfio-user server: any bytes, and bytes in the form of messages, with
 //! descriptors.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Links the guest: without a C library, at fixed addresses, with its own linker script.
 
 fn main() {

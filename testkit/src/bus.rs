@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A bus under test: `vbus serve` as a process, and the commands that control it.
 
 use std::fs;

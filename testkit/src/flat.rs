@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The guest without an operating system (guests/flat): its devices, and the lines that it reports.
 
 use std::sync::mpsc::Receiver;

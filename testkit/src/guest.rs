@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Commands in a guest, through its agent (`testkit/agent`) on a serial port of its own.
 
 use std::collections::HashMap;

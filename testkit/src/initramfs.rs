@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The guests' root file system: a cpio archive that the kernel unpacks into memory.
 
 use std::collections::BTreeSet;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The kit in `target/kit`: all files that a guest needs and that this machine may lack.
 //!
 //! It has QEMU 11 with all of its libraries, a stock Debian cloud kernel with its modules, a static

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! L1: a Linux with a real KVM and with our programs.
 
 use std::cell::Cell;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! L2: a guest on the KVM of L1, under `vbus-vmm` or QEMU, and the bus that serves its devices.
 
 use std::cell::Cell;

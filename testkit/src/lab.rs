@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What all guests of one run share: QEMU, kernel, initramfs, accelerator, and a folder for sockets
 //! and logs.
 

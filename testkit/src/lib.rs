@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the tests of vbus need to run real guests on any machine: a kit with QEMU and a stock
 //! kernel, virtual machines, buses, and the scenarios that use them.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A venet NIC in a guest: the running driver `vbus-guest net`, and traffic over its interface.
 
 use std::thread;

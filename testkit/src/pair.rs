@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Two guests on one switch, each with a NIC. Most scenarios start with them.
 
 use std::time::Duration;

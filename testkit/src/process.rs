@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Child processes that end with this process, and the folder of their sockets and logs.
 
 use std::ffi::{OsStr, OsString};

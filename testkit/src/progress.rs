@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Shows the progress of long work on standard error. On a terminal it rewrites one line; elsewhere
 //! it prints a plain line now and then.
 

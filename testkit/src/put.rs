@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Files that a user puts into a guest (`--put`).
 
 use std::fs;

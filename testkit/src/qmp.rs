@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! QEMU's control channel for scenarios. Each call has its own time limit.
 
 use std::os::unix::net::UnixStream;

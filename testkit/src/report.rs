@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Reports how each test ended: one line a test, a summary, and the same as JSON.
 
 use std::fmt;

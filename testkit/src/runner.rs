@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Runs scenarios one after the other and reports how each ended.
 
 use anyhow::{Result, anyhow};

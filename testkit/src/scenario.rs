@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What a scenario is: a test in real guests, with a name and a line about it.
 
 use anyhow::Result;

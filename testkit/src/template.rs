@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Makes a crate for a new device class from the folder `templates/device`. That folder is a crate
 //! of the workspace: it compiles, and its tests pass.
 

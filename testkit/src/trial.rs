@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Chooses the guests' accelerator: KVM if a guest boots with it, otherwise TCG.
 
 use std::fs;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A virtual machine under QEMU: its description, and the running machine with its control channel
 //! and its agent.
 

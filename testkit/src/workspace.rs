@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The workspace: where it is, and how its programs are built.
 
 use std::path::{Path, PathBuf};

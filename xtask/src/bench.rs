@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `cargo xtask bench` runs `bench/`, a workspace of its own with vbus's peers among its
 //! dependencies.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `cargo xtask console` connects this terminal to the console of a running guest: one of `cargo
 //! xtask guest` or of `cargo xtask demo --keep`.
 

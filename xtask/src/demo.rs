@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `cargo xtask demo` runs two Linux guests on one bus and shows what the bus does for them.
 
 use std::path::PathBuf;

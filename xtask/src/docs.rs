@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `cargo xtask docs` checks the documents: each link has a target, the README is short, and no
 //! line of prose or comment is too long.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Short runs of the fuzz targets in `fuzz/`, with the ordinary stable compiler.
 //!
 //! `cargo fuzz` needs a nightly compiler only for its sanitizers. The flags below are those of

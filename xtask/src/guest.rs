@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `cargo xtask guest` starts a Linux guest on a bus, in which a user tries a device or a driver.
 
 use std::fs;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `cargo xtask kvm` runs on any machine what needs a real KVM.
 //!
 //! If a guest boots with the host's own KVM, that KVM is used. Otherwise it is the KVM of a stock

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Kits, images, demo, tests and benchmarks of vbus: `cargo xtask --help`.
 
 mod bench;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `cargo xtask man` writes the man pages and shell completions of every program.
 
 use std::path::PathBuf;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `cargo xtask new-device` makes a crate for a new device class.
 
 use std::path::PathBuf;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Draws the output of a command as a picture of a terminal, in an SVG file.
 
 use std::cell::RefCell;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Runs a command in a guest with this process's standard input, output and error.
 
 use std::io::{Read, Write};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `cargo xtask test` runs every test in order. Its last line says how many passed.
 
 use std::collections::HashMap;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Without fences: what they cost. (And without them a wake-up can be lost: see vbus-shm-model.)
 
 #[path = "../../../crates/vbus-shm/src/memory.rs"]

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `seqlock`, `triple_buffer` and the blackboard of `iceoryx2`.
 
 use std::sync::Mutex;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! vbus.
 
 use vbus_shm::signal::end;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The crates: `virtio-drivers` on the driver's end, `virtio-queue` on the device's. The driver's
 //! end is the transmit queue of the crate's network driver, since its queues are private.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! For orientation: rtrb, one way.
 
 use super::ENTRIES;

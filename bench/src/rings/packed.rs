@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A virtio packed virtqueue with both ends by hand, from the layout of virtio 1.x, "Packed
 //! Virtqueues". Both ends use buffers in order, so neither has a list of free ids.
 //!

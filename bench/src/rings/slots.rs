@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Bare rings of slots: raw pointers, no check. Without a fence they are the floor, in the two
 //! forms that a ring can have. With the fence of a signal, but no signal, they show what other
 //! orders of writing would bring to a ring that has one.

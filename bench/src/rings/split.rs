@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A virtio split ring with both ends by hand: published once a batch, no fence, no notification,
 //! each end with its own copy of all that it need not read from memory.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! vbus, by the calls that the drivers and devices of the project use.
 
 use super::{Device, Driver, ENTRIES, pages};

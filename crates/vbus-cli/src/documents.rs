@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Man pages and shell completions. Each program makes them from the definition of its command
 //! line.
 

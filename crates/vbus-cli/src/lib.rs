@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The parts that the programs of vbus share: the log, the output for people and for scripts, the
 //! signals that end a program, the limit of descriptors, and the directory in which a bus has its
 //! sockets.

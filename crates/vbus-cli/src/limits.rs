@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Limits of the process.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};

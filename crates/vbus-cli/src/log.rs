@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The log, on standard error. The number of its lines is bounded, because a hostile peer can cause
 //! some of them as often as it likes.
 

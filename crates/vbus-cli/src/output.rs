@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The output of commands: plain text and columns. It has colour only on a terminal.
 
 use std::fmt::Write as _;

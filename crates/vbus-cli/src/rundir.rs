@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The directory of a bus, which has its sockets.
 
 use std::fs::DirBuilder;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Signals as descriptors.
 
 use std::os::fd::OwnedFd;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The client's end.
 
 use std::io::{BufRead, BufReader, Write};

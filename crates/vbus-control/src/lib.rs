@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Both ends of the control protocol, by which programs talk to a running bus and to `vbus-vmm`
 //! (`spec/control.md`, "The control protocol").
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The server's end.
 
 use std::io::{self, BufRead, BufReader, Read, Write};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The bus: its classes and its devices.
 
 use std::collections::BTreeMap;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A driver's call of the class, which may take time (spec/pci.md, "Commands that take time").
 
 use std::sync::{Arc, Mutex};

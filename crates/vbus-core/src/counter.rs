@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Counters that any thread may read at any time.
 
 use std::sync::atomic::{AtomicU64, Ordering};

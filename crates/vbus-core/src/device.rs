@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the author of a device writes: [`DeviceClass`], [`Device`], [`Connection`].
 
 use std::sync::Arc;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The doorbells of one device. The driver rings them. Each wakes a task.
 
 use std::fmt;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A device as a connector sees it: open and close, regions, calls, doorbells, memory, interrupts.
 
 use std::os::fd::OwnedFd;

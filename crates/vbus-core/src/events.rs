@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What a device tells its driver outside its queues: events, the config area, and the incarnation
 //! (spec/pci.md, "Events").
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The event loop: a few worker threads that run many tasks.
 //!
 //! A task belongs to one worker. It sleeps until a [`TaskHandle`] (a doorbell), a file descriptor

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What every front of a device needs, whatever protocol its driver uses: the peer's memory, a
 //! worker of the event loop, interrupts, doorbells, counters. The front of vbus is
 //! [`Endpoint`](crate::Endpoint).

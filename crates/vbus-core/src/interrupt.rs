@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Interrupts from the device to the driver. The device's connector delivers them, or another
 //! device of the bus routes them.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Vectors of the system calls `readv` and `writev`, over memory that other processes may change.
 //!
 //! [`std::io::IoSlice`] holds a `&[u8]`. Rust forbids a `&[u8]` of bytes that somebody else writes.

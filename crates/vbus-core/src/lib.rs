@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The device end of vbus: bus, devices, connections, memory, interrupts, the event loop. It knows
 //! neither PCI nor KVM nor QEMU.
 //!

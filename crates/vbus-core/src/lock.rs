@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One way to take a lock.
 
 use std::sync::{Mutex, MutexGuard};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The driver's memory. A connector maps it for a device, and the device reaches it through views
 //! and windows.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Devices that carry the interrupts of other devices on their bus (spec/pci.md, "Interrupts").
 
 use std::collections::BTreeMap;

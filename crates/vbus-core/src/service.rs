@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Request and response, the most common shape of a device: the driver sends bytes, the device
 //! answers with bytes (spec/service.md). A class is one function. This module handles the ring, the
 //! buffers, the budget of a poll and the signals. The driver's half is `vbus_driver::requests`.

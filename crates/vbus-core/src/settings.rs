@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Reads the settings of a device. An error names the key, its value, and what to write instead.
 //!
 //! ```

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The atomics of [`wake`](super::wake). A model checker replaces this file with its own.
 
 pub use std::sync::atomic::AtomicBool;

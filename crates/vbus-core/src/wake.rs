@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Whether a task is queued. This is the only lock-free protocol of the event loop.
 //! `tests/it/wake_model.rs` compiles this file with the atomics of a model checker.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The device classes of vbus: [`venet`], an Ethernet controller, [`state`], named values, and
 //! [`pic`], an interrupt controller for the other devices. (The class `sched` has a crate of its
 //! own.) A bus creates devices from their settings:

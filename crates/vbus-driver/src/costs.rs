@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Measures the cost of ringing each kind of doorbell.
 
 use vbus_shm::abi::capability;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The kinds of doorbell that a function offers, and their addresses.
 
 use core::fmt;

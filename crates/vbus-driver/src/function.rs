@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One function of the bus: probe, open, regions, calls (spec/pci.md, "Registers" and "Commands").
 
 use core::fmt;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The driver end of vbus, for any environment: a kernel, a process in a guest, a plain process
 //! beside the bus.
 //!

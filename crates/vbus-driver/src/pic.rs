@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Driver of `pic`: an interrupt controller whose state is shared (spec/pic.md).
 //!
 //! [`Pic`] registers a page for each processor and routes interrupts of other devices to lines. A

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Tables in which a function keeps the memory of its regions. The environment chooses the table,
 //! because this crate does not allocate.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Driver of any class with requests and responses (spec/service.md). The driver sends bytes, and
 //! the device answers with bytes. The device's half is `vbus_core::service`.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Driver of `sched`: the scheduling class of virtual CPUs' threads (spec/sched.md).
 
 use vbus_shm::abi::{class, sched as abi};

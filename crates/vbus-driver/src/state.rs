@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Driver of `state`: named state pages (spec/state.md).
 
 use vbus_shm::abi::{class, state as abi};

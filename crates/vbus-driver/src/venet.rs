@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Driver of `venet`, the Ethernet controller (spec/venet.md).
 //!
 //! A [`Nic`] is opened, gets its queue pairs ([`Nic::queue_pair`]), and is started. Queues live

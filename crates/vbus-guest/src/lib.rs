@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The guest's side of vbus on Linux: finds the functions of a vbus and drives them from user
 //! space. In a virtual machine they are functions of the PCI bus ([`PciSource`]). That source uses
 //! sysfs, `uio_pci_generic` and huge pages, and needs root. A plain process drives them over their

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Opens a function again whose connection was lost.
 
 use std::os::fd::{AsFd, BorrowedFd};

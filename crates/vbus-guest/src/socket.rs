@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Functions behind vfio-user sockets. This process takes the place of a guest, without a virtual
 //! machine and without root.
 

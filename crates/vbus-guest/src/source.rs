@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The sources of functions: the PCI bus of this machine, or vfio-user sockets.
 
 use std::os::fd::{BorrowedFd, OwnedFd};

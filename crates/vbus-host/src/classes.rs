@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The device classes of the program.
 
 use anyhow::{Result, ensure};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The client of a running bus, over its control socket. `vbus device`, `vbus state` and the other
 //! commands use it.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The configuration of a bus: the file `bus.toml`, and the settings of one device from the file or
 //! the command line.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The program that serves a vbus, as a library. An author of device classes passes the classes to
 //! [`Program`] and gets the whole program `vbus` with them: command line, configuration file,
 //! sockets, control socket, lock of the directory, signals, log, clean-up, and the commands that

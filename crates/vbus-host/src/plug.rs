@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Plugs a device of the bus into a running QEMU, and unplugs it.
 
 use std::path::Path;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The program: its command line, and the dispatch of its commands.
 
 use std::ffi::OsString;

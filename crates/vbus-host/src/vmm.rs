@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Plugs a device of the bus into a running `vbus-vmm`, and unplugs it, over the control socket of
 //! `vbus-vmm` (spec/vmm.md).
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The features of KVM that vbus uses, as this machine's KVM has them.
 
 use kvm_bindings::{

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The CPUID leaves that a guest needs for hypercalls and synthetic interrupts.
 
 use kvm_bindings::kvm_cpuid_entry2;

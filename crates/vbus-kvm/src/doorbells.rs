@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The doorbells of one function.
 
 use std::os::fd::OwnedFd;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! INTx in the kernel: a level-triggered interrupt on a pin, by eventfds.
 
 use std::os::fd::BorrowedFd;

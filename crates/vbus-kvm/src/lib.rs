@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The KVM connector of vbus. It ends doorbells in eventfds, and lets eventfds raise interrupts,
 //! inside the kernel.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A message-signalled interrupt by an eventfd.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Interrupt routing: the interrupt for which each number (GSI) stands (`KVM_SET_GSI_ROUTING`).
 
 use std::collections::BTreeMap;

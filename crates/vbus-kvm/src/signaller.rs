@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Signals eventfds that another process also holds.
 //!
 //! A peer can clear `O_NONBLOCK` on a shared eventfd and fill its counter. An ordinary `write`

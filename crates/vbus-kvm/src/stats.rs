@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! KVM's own statistics (`KVM_GET_STATS_FD`).
 
 use std::collections::BTreeMap;

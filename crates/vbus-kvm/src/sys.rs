@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The calls of KVM that `kvm-ioctls` lacks.
 #![allow(unsafe_code, reason = "ioctls")]
 

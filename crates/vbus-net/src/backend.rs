@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The interface between a front and a back end.
 
 use std::sync::Arc;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A decorator around a back end: records the frames that a driver sends and receives in a capture
 //! file.
 

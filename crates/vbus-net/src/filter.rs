@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Which frames a driver wants to receive.
 
 use std::sync::RwLock;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A frame between a front and a back end: the virtio-net header, the Ethernet header, and the
 //! body.
 

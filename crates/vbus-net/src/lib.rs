@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Network back ends of vbus. An Ethernet device is plugged into one of them.
 //!
 //! A *front* is a device that a driver sees (`venet`, in another crate). The front makes a

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The link of a device: up or down.
 
 use std::sync::Mutex;

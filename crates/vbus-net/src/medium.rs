@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The kinds of back ends that settings can choose.
 
 use std::path::PathBuf;

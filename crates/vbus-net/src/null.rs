@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Back end `null`: it drops all frames of the driver. With `source-bytes` it generates frames
 //! without end. For benchmarks.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Undoes offloads for a receiver that does not accept them: fills in checksums, and cuts large
 //! segments into frames.
 

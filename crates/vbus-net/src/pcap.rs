@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A capture file in the classic pcap format (microseconds, Ethernet).
 //!
 //! Tasks put records into a bounded buffer, and a thread writes them to the file. If the buffer is

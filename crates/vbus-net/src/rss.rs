@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Receive-side scaling: the Toeplitz hash of a frame, and the queue that the hash chooses.
 
 use crate::frame::{Hash, Packet, VLAN};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The receive queue of a driver, which a front lends to a back end or shares with it.
 
 use std::sync::{Arc, Mutex};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Steering: chooses which of a driver's receive queues a frame goes to.
 
 use std::sync::RwLock;

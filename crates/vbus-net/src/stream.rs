@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Back end `stream`: frames over a UNIX socket. The length of each frame precedes it as a
 //! big-endian u32. QEMU's `-netdev stream` and `passt` use the same protocol.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Back end `switch`: a learning switch between the devices of one bus. It copies each frame once,
 //! from the sender's memory to the receiver's.
 //!

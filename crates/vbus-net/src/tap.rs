@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Back end `tap`: a TAP interface of this machine, with a queue for each queue pair. The kernel
 //! reads and writes the driver's buffers directly.
 

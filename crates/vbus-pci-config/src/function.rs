@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The configuration space of a function with a header of type 0: how it is laid out, and what a
 //! driver has set up in it.
 

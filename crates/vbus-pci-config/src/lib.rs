@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The configuration space of a PCI function: its fields, its capabilities, and the MSI-X table.
 //!
 //! Two programs need the same bytes: the function of a device (`vbus-pci`), and a VMM that shows

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The list of capabilities, as a reader finds it.
 
 use crate::register;

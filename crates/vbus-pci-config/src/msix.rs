@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! MSI-X: where table and pending bits lie, and which message each vector sends, as the driver has
 //! written it.
 

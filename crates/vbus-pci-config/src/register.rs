@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The registers of a type 0 header: offsets, and the bits that have a meaning.
 
 /// Vendor id, 2 bytes.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Bytes of a configuration space, and which of their bits a driver may change.
 
 use alloc::vec;

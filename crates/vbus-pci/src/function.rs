@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A PCI function of any kind: configuration space, interrupts, and a handler for each BAR.
 //!
 //! This module knows no register of vbus. The [`BarHandler`] of a BAR gives the BAR its meaning.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Interrupts: INTx, MSI and MSI-X as eventfds that the connector was given.
 //!
 //! The connector decides which kind is active by what it connects: MSI-X if any of its vectors has

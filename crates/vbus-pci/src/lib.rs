@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! PCI functions for a connector to serve, and the vbus device as one of them.
 //!
 //! [`PciFunction`] is a function of any kind: a configuration space

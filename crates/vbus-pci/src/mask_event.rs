@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Masking and unmasking of INTx by eventfd. Unmasking is the end of the interrupt: with an eventfd
 //! KVM reports it without the VMM.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A client of QEMU's machine protocol, QMP: lines of JSON on a UNIX socket. It runs one command at
 //! a time, and keeps the events that arrive meanwhile.
 //!

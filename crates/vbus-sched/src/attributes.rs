@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Reads and sets a thread's scheduling attributes in the kernel.
 #![allow(unsafe_code)] // The two system calls have no safe wrapper.
 

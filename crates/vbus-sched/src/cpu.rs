@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One virtual CPU: its pages and its thread. The request page decides the scheduling class of the
 //! thread.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! All virtual CPUs of a device, with their threads.
 
 use std::sync::{Arc, Mutex};

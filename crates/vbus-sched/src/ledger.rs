@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The ledger: records the attributes that threads had before the device changed them. Another
 //! process reads the ledger if this one is killed.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `sched`: the scheduling class of virtual CPUs' threads (spec/sched.md).
 //!
 //! The guest has one state page for each virtual CPU. The driver writes there the scheduling class

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Asks a VMM for the threads of its virtual CPUs.
 //!
 //! The device cannot wait for the VMM: while the VMM opens this device, it may answer no other

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Requests, and the part of a request that the host's policy grants.
 
 use std::time::{Duration, Instant};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A thread of another process. The device changes its scheduling class for a while, and then
 //! restores it.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The same interface as `vbus_shm::sync`, over words that count their accesses.
 //!
 //! One thread runs both ends, so orders do not matter here. The models over loom test the orders.

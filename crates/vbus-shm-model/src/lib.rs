@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The protocols of `vbus-shm` under a model checker.
 //!
 //! The modules are the sources of `vbus-shm`, compiled a second time over another [`sync`], which

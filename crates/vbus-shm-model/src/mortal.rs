@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Ends that stop before an access to shared memory, as if their process had been killed.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};

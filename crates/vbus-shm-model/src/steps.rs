@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The same sources over words that count their accesses. A test can stop an end before any of its
 //! accesses, as if its process had been killed.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The same interface as `vbus_shm::sync`, over loom. A test can take out every place.
 
 use std::cell::Cell;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The same interface as `vbus_shm::wide`. It copies nothing, so all copies go word by word, and
 //! the models see every access.
 

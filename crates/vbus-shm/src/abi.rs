@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Every number that both ends of vbus must agree on (spec/pci.md, spec/service.md, and a
 //! document for each class). All fields are little-endian.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Copies between shared words and plain bytes. The other end may write during a copy. The copy is
 //! torn then, but it is never undefined behaviour.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The error codes of the ABI as an error type.
 
 use core::fmt;

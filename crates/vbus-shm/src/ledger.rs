@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Ledger: the entries that a device has taken from a ring and not returned
 //! (spec/shared-memory.md, "Ledger").
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Shared memory of vbus: the ABI's layouts, and both ends of signal, ring, state page and
 //! interrupt page.
 //!

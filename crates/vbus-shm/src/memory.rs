@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the protocols need of memory: a slice of words.
 
 use super::sync::{Ordering, Word};

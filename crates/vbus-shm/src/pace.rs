@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! How long to poll before sleeping.
 
 /// What to do after a poll that found nothing.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Interrupt page: which lines are pending, and when the device sends a message (spec/pic.md, "The
 //! page").
 //!

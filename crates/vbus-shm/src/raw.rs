@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! From an address to words. Only this file of the crate trusts its caller about memory.
 #![allow(unsafe_code)] // Shared memory begins as a raw pointer.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Ring: every value is kept, in order (spec/shared-memory.md, "Ring").
 //!
 //! A ring has one array of slots. The driver submits an entry in a slot. The device takes it, and

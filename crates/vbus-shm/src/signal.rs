@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Signal: who wakes whom, and when (spec/shared-memory.md, "Signal").
 //!
 //! Each direction has two words. Each word has one writer and a cache line of its own. The sender

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! State page: the newest value is always current (spec/shared-memory.md, "State page").
 //!
 //! A page is a header, a signal block, and N slots of the value. The version is the owner's `seq`.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The atomics of all protocols of this crate. They stand in one file, so that a model checker can
 //! put its own atomics in their place.
 //!

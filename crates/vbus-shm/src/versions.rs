@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Versions of the ABI: those that an end speaks, and the one that both ends speak.
 
 use core::fmt;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Wide copies of whole words, where the machine has them.
 //!
 //! The widest atomic access of the language has 64 bits. Copies by such accesses have a third of

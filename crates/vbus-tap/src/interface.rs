@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Settings of a whole interface, made through a socket.
 
 use std::os::fd::OwnedFd;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! TAP interfaces of Linux (Documentation/networking/tuntap.rst). Both ends of vbus use them: the
 //! device end plugs a device into one, and the guest's program makes one for each NIC.
 //!

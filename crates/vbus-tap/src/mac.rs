@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! MAC addresses.
 
 /// A MAC address, first byte first.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A queue of a TAP interface: a descriptor of /dev/net/tun.
 #![allow(unsafe_code)] // ioctl.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The argument of interface ioctls.
 #![allow(unsafe_code)] // ioctl.
 

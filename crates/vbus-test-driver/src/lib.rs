@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! For tests of device classes: a driver in the same process as the device. It writes the registers
 //! through an [`Endpoint`], and shares memory with the device as a virtual machine would.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A device of the bus, served: the adapter between the [`Server`] on one side, and the device's
 //! function and memory on the other, and its worker of the event loop.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Where vfio-user and the bus meet.
 //!
 //! [`DeviceServer`] serves a device of the bus to a VMM, or to any other client: it is the

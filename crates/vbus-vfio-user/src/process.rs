@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A driver's environment in a plain process. The driver reaches its device over the socket,
 //! without a VM and without root.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Finds the device for an access of the guest that came to user space.
 
 use std::collections::BTreeMap;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The components of a machine that control clients reach while it runs.
 
 use std::sync::Arc;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The requests of control clients (`spec/vmm.md`), and the thread that accepts clients.
 
 use std::path::{Path, PathBuf};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The counters of one virtual CPU: this program's own and KVM's.
 
 use std::sync::Arc;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The CPUID of the guest's CPUs: the features that KVM supports, without those that this machine
 //! lacks, and the machine's topology.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The virtual CPUs with their threads, which run and pause together.
 #![allow(
     unsafe_code,

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The events that change the machine's life: reset, power-off, end.
 
 use std::sync::mpsc::Sender;

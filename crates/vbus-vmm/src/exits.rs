@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Counters of the exits of virtual CPUs to user space, by kind.
 
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The I/O APIC of a split irqchip. It turns its pins into messages to the local APICs, which are
 //! in the kernel.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The interrupt controllers other than the local APICs. They are the kernel's, or (split irqchip)
 //! an I/O APIC in this process.
 

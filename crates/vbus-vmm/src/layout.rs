@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The layout of the guest's physical address space, I/O ports and interrupt pins (`spec/vmm.md`,
 //! "The machine").
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The parts of `vbus-vmm`, a small virtual machine monitor on KVM for the devices of a vbus. It is
 //! for reading, and for measuring the cost of doorbells and interrupts. `spec/vmm.md` describes the
 //! machine, its sockets and its output.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! How this crate takes a lock.
 
 use std::sync::{Mutex, MutexGuard};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The machine: it puts all components together, and lives from the first start over resets to its
 //! end.
 

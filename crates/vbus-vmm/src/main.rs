@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The program `vbus-vmm`: its options, its signals and its output.
 
 use std::fs::File;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Marks: a guest that measures marks the beginning and the end of a measurement, and this program
 //! keeps the counters of that moment (`--marks`).
 

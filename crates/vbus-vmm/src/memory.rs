@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The guest's memory: one memfd, which this process maps, KVM uses, and the servers of devices
 //! share. In addition there is a page of firmware, which no server gets.
 #![allow(unsafe_code, reason = "KVM gets the address of the memory")]

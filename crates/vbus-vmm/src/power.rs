@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Power management: the ACPI registers of power-off and of the power button, and the registers
 //! that reset the machine.
 

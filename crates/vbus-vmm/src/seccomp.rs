@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Filters of system calls. Each kind of thread may make some calls; any other ends the process.
 #![allow(unsafe_code, reason = "a signal handler ends the process, and the allocator is set up")]
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Serial ports. The other end of a port is this process's terminal, a socket or a file.
 //!
 //! The guest's output goes through a queue to a thread of the port. No virtual CPU ever waits for

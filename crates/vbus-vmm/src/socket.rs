@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! UNIX sockets that this program makes.
 
 use std::os::unix::net::UnixListener;

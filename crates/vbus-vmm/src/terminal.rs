@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! This process's terminal as the guest's console. It is in raw mode while the machine runs.
 
 use std::io;

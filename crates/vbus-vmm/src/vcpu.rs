@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One virtual CPU: its state after a reset, and its exits to user space.
 
 use std::io;

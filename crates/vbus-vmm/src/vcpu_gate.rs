@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The gate at which the threads of all virtual CPUs wait while the machine stands still.
 
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The client end: for VMMs, and for programs that drive a device without a VM.
 //!
 //! A call waits for the server's reply, and a posted one ([`Client::region_post`]) does not. The

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Whether a descriptor from the peer is an eventfd.
 
 use std::os::fd::{AsFd, AsRawFd};

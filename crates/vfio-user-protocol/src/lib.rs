@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The vfio-user protocol, both ends.
 //!
 //! [`Server`] offers one PCI function, anything that implements [`Target`], on a UNIX socket to one

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What a server waits for: one epoll descriptor that holds all its sockets.
 
 use std::mem::MaybeUninit;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A client that connects while another one is served. Its `VERSION` gets an error as reply, so
 //! that its user learns the reason.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The server: a listening socket, one client at a time, time-outs. It never blocks.
 
 use std::io;

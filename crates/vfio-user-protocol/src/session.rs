@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One client's session: what each command does, and what is answered.
 //!
 //! No input or output happens here: a message goes in, an [`Answer`] comes out. A program with its

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Messages over a stream socket: cut out of the byte stream on one side, queued until the socket
 //! takes them on the other.
 //!

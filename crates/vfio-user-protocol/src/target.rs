@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What a vfio-user server serves: the [`Target`] trait.
 
 use std::os::fd::OwnedFd;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Version negotiation: the client's proposal, and the server's answer.
 //!
 //! The reply names no capability that the client did not name. That is the specification's rule,

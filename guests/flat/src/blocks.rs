@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The allocator's table: which pages of an arena are in use, and by how many handles. A driver
 //! needs no other allocator.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Pseudo-random numbers of low quality. They are the same in each run.
 
 /// A small generator of pseudo-random numbers.

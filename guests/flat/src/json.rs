@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The guest's report: one JSON object on each line.
 
 use core::fmt::{self, Display, Write};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The walk over PCI: finds the vbus functions, also behind bridges, and assigns the buses and
 //! addresses that firmware has not assigned.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Converts the processor's cycles to nanoseconds.
 
 /// The rate of the cycle counter.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The kernel command line: words of the form `key=value`, separated by blanks.
 
 /// A command line.

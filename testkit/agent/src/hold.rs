@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Keeps an idle virtual machine of KVM while this program runs.
 #![allow(unsafe_code)] // The standard library has no ioctl.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Joins standard input and output to a UNIX socket and passes each byte on at once.
 
 use std::fs::File;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Measures how late a sleeping task wakes. Also starts real-time tasks, and busy tasks that
 //! compete with them.
 #![allow(unsafe_code)] // This program has the standard library alone, which has nothing for a task's class.

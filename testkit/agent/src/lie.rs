@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A hostile vfio-user server. It stands between a client and the honest server of a device, and
 //! passes their messages on with the descriptors. It turns one answer of the server into a lie.
 #![allow(unsafe_code)] // The standard library sends no descriptors.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `guest-agent` runs inside the test guests. It uses only `std`: it builds in seconds and links
 //! statically.
 //!

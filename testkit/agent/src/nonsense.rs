@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A hostile guest: random reads and writes of configuration spaces, as root.
 //!
 //! They go by all ways that a stock kernel leaves: the files in `/sys`; the memory that is

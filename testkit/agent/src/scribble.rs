@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A hostile guest: it writes random values over all memory that a running driver shares with its
 //! device.
 //!

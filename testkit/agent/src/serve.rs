@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Runs commands for the host. Each line on a serial port in raw mode is one frame.
 //!
 //! | frame | direction | meaning |

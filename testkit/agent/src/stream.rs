@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A stream over TCP. Both ends must compute the same hash: a lost, changed or misplaced byte
 //! shows.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The table of all scenarios. Those in `vm::` run guests under QEMU; those in `kvm::` run guests
 //! on the KVM of an L1.
 

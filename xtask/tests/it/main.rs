@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What `cargo xtask` says about options that cannot work. It says so at once: before it fetches,
 //! builds or starts anything. And `cargo xtask new-device`.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `cargo xtask man`: every program has its pages and its completions.
 
 use std::process::Command;

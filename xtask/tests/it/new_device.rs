@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `cargo xtask new-device`, as an author has it. In a real guest it is tried by `vm::new_device`.
 
 use std::path::Path;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Endpoints with a small device, driven through memory that is really mapped, without a connector.
 
 use std::os::fd::{AsFd, OwnedFd};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The core from outside: endpoints with small devices, the event loop, memory, and the model of
 //! the event loop's wake-up.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]

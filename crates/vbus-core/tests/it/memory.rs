@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The driver's memory: ranges that cross from one map into the next, what a map allows, and views
 //! beside maps that come and go.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The event loop's wake-up under a model checker: nothing that was written before a wake-up is
 //! left unseen, and the model fails when either ordering is taken out.
 

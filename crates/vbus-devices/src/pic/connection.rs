@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A driver's use of an interrupt controller. The driver registers and drops processors, and makes,
 //! moves and ends routes.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `pic`: an interrupt controller that ends interrupts without a VM exit (spec/pic.md).
 //!
 //! The driver shares a page for each of its processors. It routes interrupts of other devices of

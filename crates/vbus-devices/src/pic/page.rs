@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A processor of the driver, with its page and its interrupt.
 
 use std::sync::Arc;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A driver's use of a device with state pages.
 
 use std::sync::Arc;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Requests of control clients (spec/state.md, "Requests").
 
 use std::time::Duration;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `state`: named values (spec/state.md).
 //!
 //! A device has pages, each with a name, a size, and an owner. Control clients set the value of a

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A page: its newest value, and the driver's memory of the page while the driver has registered
 //! it.
 

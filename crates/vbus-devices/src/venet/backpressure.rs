@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Backpressure: how long senders wait for a driver that posts too few buffers.
 
 use std::time::{Duration, Instant};

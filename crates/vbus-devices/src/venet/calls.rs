@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Parses the buffers of calls.
 
 use vbus_core::ErrorCode;

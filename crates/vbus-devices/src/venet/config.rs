@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The settings of a venet device.
 
 use std::hash::{BuildHasher, Hasher};

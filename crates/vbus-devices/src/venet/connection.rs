@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A driver's connection to a venet device: its regions, its calls, and the tasks that serve it.
 
 use std::sync::atomic::AtomicU64;

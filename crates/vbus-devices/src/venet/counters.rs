@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The counters of a queue pair, over the life of its device.
 
 use std::sync::atomic::{AtomicU32, Ordering};

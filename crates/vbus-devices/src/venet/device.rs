@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A venet device as the bus and control clients see it.
 
 use std::sync::Arc;

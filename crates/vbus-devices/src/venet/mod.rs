@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `venet`: an Ethernet controller (spec/venet.md), in front of the back ends of [`vbus_net`].
 //!
 //! How a frame from the driver travels: the doorbell wakes the task of the queue pair (`pair`). The

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Tells the task of the pages that counters have changed.
 
 use std::sync::Arc;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The status page (link, address, counters) and the counters page (counters of each queue pair).
 //! The device writes both for the driver.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A queue pair's task. It moves the driver's frames to the back end, and the back end's frames to
 //! the driver.
 

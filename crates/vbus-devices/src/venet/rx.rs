@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A receive ring. It puts frames into the buffers that the driver posted.
 
 use std::collections::VecDeque;

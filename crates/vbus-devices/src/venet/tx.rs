@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A transmit ring. It checks each frame of the driver.
 
 use vbus_core::memory::{DriverSlice, View};

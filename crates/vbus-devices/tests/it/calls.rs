@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The calls of a driver that has started, each with good arguments and bad ones.
 
 use serde_json::{Value, json};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A driver of venet in this process, and the driver's end of its rings.
 
 use std::collections::VecDeque;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A hostile driver that writes random values, beside two honest drivers.
 
 use std::sync::Arc;

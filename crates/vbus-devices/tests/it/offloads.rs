@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Frames with offloads between drivers that accept them and drivers that do not.
 
 use serde_json::json;

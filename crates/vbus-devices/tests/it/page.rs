@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Everything beside the rings: the status page, the capture, the filter, and the errors of START.
 
 use serde_json::json;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! State pages of both owners, before, with and after a driver.
 
 use std::sync::Arc;

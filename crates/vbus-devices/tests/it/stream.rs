@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The back end `stream`, against peers that speak its protocol.
 
 use std::io::{Read, Write};

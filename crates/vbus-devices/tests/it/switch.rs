@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Two or three drivers on a switch.
 
 use crate::driver::{Net, Shape, bus, frame};

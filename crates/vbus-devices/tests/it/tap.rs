@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The back end `tap` with this machine's own network stack. It needs CAP_NET_ADMIN. Without it,
 //! the tests print that they were skipped.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The contents of the device's pages.
 
 use vbus_shm::abi::venet::{counters_page, status_page};

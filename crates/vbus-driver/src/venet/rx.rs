@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The receive queue.
 
 use vbus_shm::abi::venet::{CHAIN_MAX, FRAME_MAX, HASH_HEADER_BYTES, HEADER_BYTES};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A driver that does anything at all, to devices of every class at a time.
 
 use std::os::fd::OwnedFd;

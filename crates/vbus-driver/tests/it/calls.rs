@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Calls that take time: the class answers from a thread of its own, and neither the device's
 //! worker nor the access to the register waits for it.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Which doorbell a driver takes, and where it rings.
 
 use proptest::prelude::*;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A function that does whatever a test wants: registers that can be set, commands that succeed
 //! with any value. It knows which memory is registered with it, and panics when a driver frees
 //! such memory.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Probe, open, regions, calls.
 
 use serde_json::json;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What device and driver agree on when they meet, and what the device tells its driver apart from
 //! queues: versions, events, changes of the config area, incarnations.
 

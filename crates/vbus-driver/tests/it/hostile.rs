@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Devices that return what they should not: an error each time, and no index of ours out of
 //! bounds.
 

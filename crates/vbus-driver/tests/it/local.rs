@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! An environment in this process: the registers are those of a [`PciFunction`], memory is shared
 //! through a file, interrupts are an eventfd.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The driver against real devices of a bus, through the registers of their PCI functions, and
 //! against devices that are hostile.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]

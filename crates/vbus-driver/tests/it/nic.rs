@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! NICs on a switch: frames between two drivers.
 
 use serde_json::json;

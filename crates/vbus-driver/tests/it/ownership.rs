@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Memory that is registered with the device is not freed before the device has let go of it,
 //! whatever a driver drops, and in whatever order. The [`Fake`] panics when it is.
 

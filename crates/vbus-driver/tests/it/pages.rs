@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! State pages, of either owner.
 
 use serde_json::{Value, json};

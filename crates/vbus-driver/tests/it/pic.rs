@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The interrupt controller, with a device of a class that comes with vbus behind it.
 
 use serde_json::json;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Request and response: the driver's half against the device's.
 
 use std::sync::atomic::{AtomicUsize, Ordering};

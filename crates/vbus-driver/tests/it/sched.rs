@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The scheduling class of virtual CPUs: a thread of this process stands for one.
 
 use serde_json::json;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A mapped BAR. When its device is unplugged, the kernel removes the mapping, and the next access
 //! raises SIGBUS. The handler in this file then maps memory of all ones instead, because a device
 //! that has gone reads as all ones on any PCI bus.

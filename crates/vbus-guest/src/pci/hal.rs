@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The Hal for a function on the PCI bus of a Linux machine.
 
 use std::fs::File;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Memory of a process that a device can reach: huge pages. The kernel never moves them to other
 //! physical addresses.
 #![allow(unsafe_code)] // Maps shared memory.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Writes to I/O ports by a process. The kernel permits each port to each thread separately.
 #![allow(unsafe_code)] // Asks the kernel for ports, and writes to those that it has given.
 

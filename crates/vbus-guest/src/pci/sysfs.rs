@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Finds functions in sysfs and binds them to `uio_pci_generic`.
 
 use std::fs::{self, File, OpenOptions};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The kernel's messages about changes of devices.
 
 use std::os::fd::OwnedFd;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Interrupts through `/dev/uioN` of `uio_pci_generic`. The kernel's handler sets Interrupt Disable
 //! and makes the descriptor readable.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `vbus qemu-args`.
 
 use anyhow::{Result, bail};

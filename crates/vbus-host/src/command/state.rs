@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `vbus state`: reads, writes and watches the pages of a state device at the device's end.
 
 use std::io::Read;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The requests of control clients to the bus (`spec/control.md`), and the control socket.
 
 use std::io;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The guardian: a process that restores the scheduling class of threads if the bus is killed
 //! (spec/sched.md, "If the bus is killed").
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The bus with its sockets. Each device of the bus has a socket.
 
 use std::collections::BTreeMap;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `vbus serve`: runs the bus, with a vfio-user socket for each device and a control socket.
 
 mod control;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Doorbells and interrupts in a real virtual machine. If this machine's KVM lacks a feature, its
 //! tests are skipped and say so.
 #![allow(

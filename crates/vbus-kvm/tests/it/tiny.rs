@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A virtual machine with one CPU and no firmware. It runs small loops in 64-bit mode and counts
 //! their exits.
 #![allow(

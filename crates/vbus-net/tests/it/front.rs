@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A minimal front. The test is its driver, and its rings are queues in this process.
 
 use std::collections::VecDeque;

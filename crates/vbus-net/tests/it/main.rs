@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The back ends behind a minimal front that is not `venet`. It shows what a second front has to
 //! do.
 #![allow(clippy::unwrap_used)] // A test may panic.

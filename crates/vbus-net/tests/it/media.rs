@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Frames through each medium that needs no privileges.
 
 use std::sync::Arc;

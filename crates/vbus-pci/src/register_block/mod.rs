@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What makes a PCI function one of vbus: BAR0 with registers and doorbells, and the
 //! vendor-specific capability that says where they are. See spec/pci.md.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The register block of BAR0: what the driver reads, and the mailbox.
 
 use vbus_core::shm::abi::{command, reg};

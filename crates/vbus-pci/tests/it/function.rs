@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A small device, driven through the registers of its function alone.
 
 use std::os::fd::OwnedFd;

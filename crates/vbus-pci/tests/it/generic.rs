@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A function that has nothing of vbus: two BARs, MSI-X in a third, a vendor-specific capability of
 //! its own.
 

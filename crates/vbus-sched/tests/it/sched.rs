@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The class `sched` with real threads of this process in the place of virtual CPUs.
 
 use std::collections::HashSet;

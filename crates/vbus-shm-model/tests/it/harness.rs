@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The parts that all models use: memory, kicks, and checks of a model whole or without a place.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Device ends and owners of state pages that end before any access to shared memory. Another end
 //! resumes what they left. The driver sees no return lost or doubled, and misses no kick.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Checks each model whole, and sees it fail without each of its places.
 #![allow(clippy::unwrap_used)] // A failed unwrap fails its test.
 

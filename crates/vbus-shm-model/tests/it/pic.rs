@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Devices that raise lines, and processors that sleep. A processor must not sleep while a line is
 //! pending, and must see the data of a line with the line.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A driver and a device over a ring. Each sleeps when it has nothing to do.
 
 use std::sync::Arc;

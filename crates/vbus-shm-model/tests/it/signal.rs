@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A sender, and a receiver that sleeps. The receiver must not sleep while a post is there.
 
 use loom::sync::atomic::{AtomicU64, Ordering};

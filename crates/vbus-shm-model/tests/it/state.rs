@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A writer, a reader and a waiter of a state page. No reader takes a torn value for a whole one,
 //! and no waiter sleeps while a newer version is there.
 

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 OR MIT */
 /* Both ends of vbus's shared memory in C, written from spec/shared-memory.md and spec/pic.md.
  *
  * peer ROLE MEMORY BYTES TO_US TO_THEM COUNT

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Tests with the other end in C, in another process. Its author wrote it from the specification
 //! alone. Every entry and every value reaches the other end.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! An interrupt page against a plain model: sets and a stack.
 
 use std::collections::BTreeSet;

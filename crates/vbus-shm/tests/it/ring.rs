@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Compares a ring with a plain queue, and tests it with a peer that writes anything anywhere.
 
 use std::collections::VecDeque;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Compares a state page with a plain cell, and tests it with a peer that writes anything anywhere.
 
 use proptest::prelude::*;

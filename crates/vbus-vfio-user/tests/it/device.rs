@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A device of the bus behind its socket, on the event loop: clients that come, crowd, misbehave
 //! and go.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The interrupt controller from a process: interrupts of another device come by it, and none is
 //! lost, whatever is masked and moved.
 #![allow(

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A driver that rings without end harms itself alone: what a ring costs is bounded, and other
 //! devices of the same thread go on.
 

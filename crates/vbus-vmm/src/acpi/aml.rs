@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! AML, the byte code of ACPI: the few terms and resource descriptors that the DSDT uses.
 //!
 //! Each function returns one encoded term (ACPI specification 6.5, chapter 20 for the terms,

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The DSDT: the devices of the machine and their methods, in AML.
 
 use super::aml::{

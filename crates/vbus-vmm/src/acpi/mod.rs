@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The ACPI tables: they tell the guest's kernel about CPUs, interrupts, PCI and power.
 
 mod aml;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Linux's 64-bit boot protocol (Documentation/arch/x86/boot.rst in Linux's sources).
 
 use anyhow::{Result, ensure};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Loads a kernel, and everything that its boot protocol puts into memory.
 //!
 //! A bzImage (Linux) starts in 64-bit mode with a "zero page". An ELF file with a PVH note starts

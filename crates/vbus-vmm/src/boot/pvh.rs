@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The PVH boot protocol: an ELF note names a 32-bit entry, and the kernel gets a start info (Xen's
 //! public/arch-x86/hvm/start_info.h).
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The first virtual CPU's registers as a boot protocol demands them, with the tables to which they
 //! point.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The guest's accesses to PCI that come to user space: configuration space in memory (ECAM) and by
 //! ports (CF8), BARs, and doorbells by port.
 

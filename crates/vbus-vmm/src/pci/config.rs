@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The configuration space of a function as the guest sees it. It belongs to the VMM, which makes
 //! it from the server's description. Only the guest's writes of the command register go to the
 //! server.

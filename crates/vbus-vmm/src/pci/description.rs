@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A server's description of its function. The VMM reads and checks it once, when the device is
 //! plugged. The guest sees a configuration space that is made from it, and nothing that the server
 //! may say later.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The doorbells of a function: the eventfds that its server gave, and the ways other than BAR0 by
 //! which the guest can ring them.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Why a device was not plugged or unplugged.
 
 use std::path::Path;

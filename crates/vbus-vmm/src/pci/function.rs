@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A function in a slot: a device of the bus, which is reached over vfio-user.
 //!
 //! Locks are taken in this order: the slot's lock, `state`, `client`, `doorbells`. A thread that

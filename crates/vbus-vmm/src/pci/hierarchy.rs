@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The PCI hierarchy as the guest sees it: the host bridge and the slots behind it.
 
 use std::sync::{Arc, Mutex};

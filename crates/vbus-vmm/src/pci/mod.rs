@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! PCI Express: a host bridge, root ports with hotplug, and behind each root port at most one
 //! function. A vfio-user server (a device of the bus) implements the function.
 //!

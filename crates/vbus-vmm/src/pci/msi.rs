@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The message-signalled interrupts of a function, MSI or MSI-X. The server writes eventfds, and
 //! KVM reads them. The VMM makes and routes the eventfds as the guest asks for it.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The parts of the virtual machine that every function needs.
 
 use std::sync::Arc;

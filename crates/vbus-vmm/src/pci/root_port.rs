@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A root port: a bridge with a slot behind it. One function can be plugged into the slot while the
 //! guest runs.
 //!

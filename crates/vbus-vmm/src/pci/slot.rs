@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A slot: a root port, and the function in it.
 
 use std::sync::{Arc, Condvar, Mutex};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The thread that notices when a server has gone, so that the guest need not find out by an
 //! access. It also passes INTx on if the I/O APIC is in this process.
 

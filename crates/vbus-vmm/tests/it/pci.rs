@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! PCI against a KVM and servers, honest and not. The test plays the guest. Without /dev/kvm these
 //! tests say so and pass.
 mod fake;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `vbus-guest` in a plain process, which drives devices over their sockets.
 
 use std::io::{BufRead, BufReader};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `vbus-guest net --all` in a plain process, while NICs come to a bus and go. It makes TAP
 //! interfaces, so this test needs root.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The programs `vbus` and `vbus-guest`, run as a user runs them.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 

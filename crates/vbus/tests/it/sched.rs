@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `vbus-guest sched` against a bus. Threads of this test take the place of virtual CPUs.
 #![allow(unsafe_code)] // There is no safe wrapper for sched_setscheduler.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `vbus state` against a bus with a state device.
 use std::io::{BufRead, BufReader};
 use std::process::Stdio;

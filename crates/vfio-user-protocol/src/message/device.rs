@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `DEVICE_GET_INFO`, `DEVICE_FEATURE`, and the four words that three commands have in common.
 
 use super::fields::{Body, Fields, Malformed, check_argsz};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Integers in byte order of the machine: taken off the front of a body, and put together to one.
 
 /// A body that does not have the form of its command.

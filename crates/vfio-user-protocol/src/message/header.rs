@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The header that every message starts with, and the numbers of the commands.
 
 use std::fmt;

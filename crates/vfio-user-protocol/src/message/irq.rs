@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Interrupts: what the client wants of which ones.
 
 use super::fields::{Body, Fields, Malformed, check_argsz};

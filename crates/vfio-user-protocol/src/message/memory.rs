@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `DMA_MAP` and `DMA_UNMAP`: memory that the client shares with the device.
 
 use super::fields::{Body, Fields, Malformed, check_argsz};

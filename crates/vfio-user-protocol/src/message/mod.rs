@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The messages of vfio-user 0.1: the header, the body of every command, and the body of its reply.
 //!
 //! | command | request | reply | type here |

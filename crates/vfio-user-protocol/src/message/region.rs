@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Regions of the device: what they are, and access to them.
 
 use super::device::Info;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `VERSION`.
 
 use super::fields::{Body, Fields, Malformed};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A process without a free descriptor: the server pauses, and goes on afterwards.
 
 use std::os::fd::AsRawFd;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A client against servers that are not this crate's: those that do not answer, whatever else they
 //! send, and one of a later version.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What a client can do wrong, and what comes of it: an error reply, or the end of its connection -
 //! and in every case a server that serves the next client, and not one descriptor more than before.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The parser against any bytes, and against what it has put together itself.
 
 use std::os::fd::OwnedFd;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The client of the crate `vfio_user`, written by others, against this server.
 //!
 //! That client reads every reply as a success, so what is refused is tested elsewhere.

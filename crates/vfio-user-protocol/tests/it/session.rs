@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What a well-behaved client gets.
 
 use std::os::fd::AsFd;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A hostile guest writes random values into the configuration spaces of one device, of the root
 //! port above it, and of functions that do not exist.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! L1 on one processor with a clock that counts instructions: figures repeat.
 
 use anyhow::{Context, Result, ensure};

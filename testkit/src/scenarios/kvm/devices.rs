@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Devices of the bus in a Linux guest of `vbus-vmm`: traffic, moving interrupts, plugging, and a
 //! bus or a VMM that is killed.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Doorbells of a Linux in `vbus-vmm`, rung from user space: which kinds it is offered, what they
 //! cost, and that a guest which rings without end harms nobody but itself.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Exits of the guests in L1, counted by what caused them: by the trace points of L1's KVM.
 
 use std::collections::BTreeMap;

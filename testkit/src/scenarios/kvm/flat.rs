@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The guest without an operating system in `vbus-vmm`: exits, counted exactly.
 //!
 //! The guest sets a mark before and after what it measures, and `vbus-vmm` keeps at each what KVM

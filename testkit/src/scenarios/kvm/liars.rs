@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Hostile servers that lie to `vbus-vmm` about a device. Its guest also has honest devices.
 
 use std::time::{Duration, Instant};

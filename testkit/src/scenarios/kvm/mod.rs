@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Scenarios on a real KVM, in an [`L1`](crate::l1::L1).
 
 pub(super) mod config;

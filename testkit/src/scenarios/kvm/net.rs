@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The NIC of the bus in a guest on KVM: traffic to L1 over TAP, and its cost compared with QEMU's
 //! virtio-net.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! More devices than pins for INTx, so some pins have two devices.
 
 use std::time::Duration;

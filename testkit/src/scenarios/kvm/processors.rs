@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `pic` on several processors, in a guest without an operating system: lines that are raised,
 //! masked and moved between processors and priorities all the time.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Priorities of a guest's tasks, and the threads of `vbus-vmm`.
 
 use std::time::{Duration, Instant};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Back ends of the NIC that lead out of the bus: QEMU's stream protocol, passt, TAP.
 
 use std::fs::{self, File};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `cargo xtask guest`, as a user runs it.
 
 use std::process::{Output, Stdio};

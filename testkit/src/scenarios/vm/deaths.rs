@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One side is killed in the middle of traffic, and the others go on.
 
 use std::time::{Duration, Instant};

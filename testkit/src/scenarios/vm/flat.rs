@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The guest without an operating system under QEMU: `vbus-driver` needs no operating system.
 
 use std::time::Duration;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Tests of the test kit: what all other scenarios expect of their guests.
 
 use std::time::Duration;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Hostile guests, and guest memory that is not shared.
 
 use std::time::Duration;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The cost of an idle bus.
 
 use std::time::Duration;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Scenarios in whole virtual machines: stock Linux guests under stock QEMU.
 
 pub(super) mod backends;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Devices that come and go while guests run.
 
 use std::os::unix::net::UnixStream;

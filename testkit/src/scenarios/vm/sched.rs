@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A guest's real-time tasks, and the threads of its virtual CPUs on the host.
 
 use std::fs;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! State pages between the host and a guest.
 
 use std::fs::{self, File};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A new crate from the device template, tested in a real guest.
 
 use anyhow::{Context, Result, ensure};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Data between two guests in every mode of the NIC. Both ends compare the hash.
 
 use anyhow::{Result, bail};

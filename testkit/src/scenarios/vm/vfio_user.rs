@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A vfio-user device without the bus: the example of the protocol's crate.
 
 use std::process::Command;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The kind of doorbell that a command uses.
 
 use anyhow::{Result, anyhow};

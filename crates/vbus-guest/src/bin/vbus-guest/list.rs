@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `vbus-guest list`: lists the functions of the source.
 
 use anyhow::Result;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The program `vbus-guest`: drives devices in a virtual machine or from a plain process.
 
 mod doorbell;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `vbus-guest ring`: rings a doorbell, and does nothing else. It is for measurements, and for
 //! tests with a driver that rings without end.
 

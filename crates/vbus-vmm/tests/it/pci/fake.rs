@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A server of a vbus function. Its device does nothing, and records the messages that it gets.
 
 use std::collections::BTreeMap;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The guest's part of a test: accesses to configuration space, memory and ports, and a slot
 //! driver.
 

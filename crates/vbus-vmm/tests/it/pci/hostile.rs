@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Servers that lie, keep silent, flood, or block. Plugging fails with a clear error, and nothing
 //! worse happens later.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Accesses of several CPUs while devices come, go and die: all of it ends, and the last device
 //! works.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Random accesses of the guest. Nothing panics, and only the guest's own function changes.
 
 use proptest::prelude::*;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Runs a real `vbus serve` in its own directory, and ends it with the test.
 
 use std::io::{BufRead, BufReader, Read, Write};

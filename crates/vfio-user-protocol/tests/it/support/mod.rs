@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A small device to serve, and a client that says whatever bytes it is told to.
 
 use std::collections::BTreeMap;

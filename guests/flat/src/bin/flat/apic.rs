@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The local APIC: it receives messages and ends them.
 #![allow(unsafe_code, reason = "registers of the interrupt controller")]
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Test `doorbells`: the cost of each kind of doorbell.
 
 use vbus_driver::Doorbell;

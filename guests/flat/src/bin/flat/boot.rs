@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The first instructions: from PVH's 32-bit entry to Rust in long mode, with an identity map of 4
 //! GiB. The other processors take the same way from real mode (`smp.rs` starts them).
 #![allow(unsafe_code, reason = "there is no Rust yet")]

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Time, by the processor's cycle counter.
 #![allow(unsafe_code, reason = "KVM writes its clock's parameters to memory")]
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Single instructions of the processor that Rust cannot express.
 #![allow(unsafe_code, reason = "instructions of ring 0")]
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Memory that devices can reach: a part of the largest run of RAM, allocated in pages.
 #![allow(unsafe_code, reason = "hands out memory")]
 

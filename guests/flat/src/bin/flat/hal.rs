@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The driver's environment in this guest: registers in memory, doorbells of every kind, and
 //! messages as interrupts.
 #![allow(unsafe_code, reason = "registers of devices")]

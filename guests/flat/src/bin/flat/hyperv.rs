@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Hypercalls of Hyper-V's interface, which KVM offers too. One of them signals an event.
 #![allow(unsafe_code, reason = "a hypercall is code that the hypervisor writes")]
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Test `interrupts`: the cost of an interrupt, by how it arrives and how it is ended.
 
 use vbus_shm::abi::class;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Features of KVM that a processor does not have.
 
 #![allow(unsafe_code, reason = "KVM writes to a word of memory")]

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The interrupt controller of the bus, and test `pic`: its masks and priorities.
 
 use vbus_driver::pic::{Controller, Line, Nesting, Pic, Source, Wanted};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A guest without an operating system: it boots by PVH, finds the functions of a vbus, drives them
 //! with `vbus-driver`, and reports each result as a line of JSON on the serial port. README.md says
 //! how to run it.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Marks. A mark is a write to a port of vbus-vmm, which then records KVM's counters. Only the
 //! measured code runs between two marks.
 

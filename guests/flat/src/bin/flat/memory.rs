@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The functions that compiled code calls to copy, fill and compare memory. On other systems the C
 //! library has them.
 #![allow(unsafe_code, reason = "the functions that everything else is compiled to")]

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Test `venet`: frames between two NICs of one switch, and frames from the back end `null`.
 
 use vbus_driver::venet::{FRAME_MAX, HEADER_BYTES, Nic, Piece, Rx, Tx};

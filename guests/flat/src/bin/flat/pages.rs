@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The pages of a `pic` for several processors, and their handlers. Each time that a handler takes
 //! a line, it checks that
 //!

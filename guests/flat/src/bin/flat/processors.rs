@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Test `processors`: devices raise lines of a `pic` while the guest masks the lines and moves them
 //! between processors all the time.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The report: lines of JSON on the first serial port.
 
 use core::fmt::{self, Display, Write};

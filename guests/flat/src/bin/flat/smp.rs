@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The other processors: starts them and gives them jobs.
 #![allow(unsafe_code, reason = "the first instructions of a processor are put where it finds them")]
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The information that the loader passes by PVH: the command line, and the map of memory.
 #![allow(unsafe_code, reason = "structures that the loader has put into memory")]
 

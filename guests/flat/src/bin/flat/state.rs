@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Test `state`: pages of both owners.
 
 use vbus_driver::state::{Owner, Pages};

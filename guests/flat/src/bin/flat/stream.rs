@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Frames from one NIC to others, and the sleep between them.
 
 use vbus_shm::signal::Armed;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Exceptions and interrupts.
 //!
 //! Compiled code keeps data below the stack pointer (the *red zone*). So every handler has a stack

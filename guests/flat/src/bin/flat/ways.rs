@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The ways to end messages.
 
 use crate::hal::FlatHal;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Memory for frames. System calls read and write it directly.
 
 use std::collections::VecDeque;

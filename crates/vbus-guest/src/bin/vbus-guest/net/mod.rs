@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `vbus-guest net`: makes a TAP interface of this machine for each NIC of the bus.
 
 mod frames;

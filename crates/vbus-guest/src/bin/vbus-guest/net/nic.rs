@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Serves one NIC: opens it, makes its interface, and runs its queues.
 
 use std::os::fd::{AsFd, OwnedFd};

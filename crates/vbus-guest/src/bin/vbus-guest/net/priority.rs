@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The scheduling class and nice value of a queue's thread.
 #![allow(unsafe_code)] // Calls the kernel's scheduler.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One queue pair: frames between the NIC's rings and a queue of the TAP interface.
 
 use std::os::fd::{AsFd, OwnedFd};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The TAP interface of a NIC.
 
 use std::fs;

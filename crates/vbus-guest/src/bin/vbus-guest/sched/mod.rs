@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `vbus-guest sched`: tells the host the scheduling class and priority of each CPU's task.
 
 mod session;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `vbus-guest sched show`. A device has one driver at a time, so this command asks the running
 //! `vbus-guest sched`. If none runs, it opens the device itself.
 

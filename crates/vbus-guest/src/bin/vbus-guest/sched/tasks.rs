@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The tasks of this machine, from /proc: their scheduling class, and their CPU.
 
 use std::fs;
