@@ -1,4 +1,3 @@
-// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A PCI device with one BAR and one interrupt. A number written to offset 0 of BAR 0 appears
 //! squared at offset 4, and raises INTx; zero written to offset 8 takes INTx back.
 #![allow(clippy::cast_possible_truncation, reason = "an offset lies within its region")]
