@@ -197,10 +197,15 @@ impl VenetConnection {
         let running = self.running()?;
         let used = &self.rings[..usize::from(queues)];
         let whole = used.iter().all(|rings| rings.tx.is_some() && rings.rx.is_some());
+        let before = self.receiver.steering.queues();
         if !whole || !self.receiver.steering.set_queues(queues) {
             return Err(ErrorCode::BAD_ARGUMENT);
         }
-        running.plug.set_queues(queues)?;
+        if let Err(error) = running.plug.set_queues(queues) {
+            // The back end goes on with the queues that it had.
+            self.receiver.steering.set_queues(before);
+            return Err(error);
+        }
         for (_, task) in &running.pairs {
             task.wake(); // Each checks whether it is in use now.
         }
