@@ -35,7 +35,7 @@ const LIES: &[(&str, Fate)] = &[
     ("region-more", Refused("region 3 of 0xffffffffffffffff bytes")),
     ("io-size", Refused("eventfd for 18446744073709551612 bytes")),
     ("io-offset", Refused("eventfd for 0x4000000000000000 of BAR0")),
-    ("io-count", Refused("reply to DEVICE_GET_REGION_IO_FDS: body of")),
+    ("io-count", Refused("reply to DEVICE_GET_REGION_IO_FDS: argsz")),
     ("io-index", Refused("no answer to DEVICE_GET_REGION_IO_FDS")),
     ("io-none", Refused("no answer to DEVICE_GET_REGION_IO_FDS")),
     ("io-file", Refused("is no eventfd")),
