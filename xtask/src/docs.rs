@@ -376,7 +376,7 @@ See [one](other.md#part-1), ![two](docs/a.svg) and `[no](link)`.\n\
         for good in ["../README.md", "../README.md#here", "../Cargo.toml#L3", "https://a.b/c"] {
             assert_eq!(broken(good), None, "{good}");
         }
-        for bad in ["README.md", "../README.md#there", "../../README.md", "/README.md"] {
+        for bad in ["nowhere.md", "../README.md#there", "../../README.md", "/README.md"] {
             assert!(broken(bad).is_some(), "{bad}");
         }
     }
