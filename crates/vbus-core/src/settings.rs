@@ -176,7 +176,8 @@ impl Settings {
     /// The value of a key that must be there. `value` is the result of reading `key`.
     ///
     /// # Errors
-    /// There is no value. `write` says what to write.
+    /// There is no value. `write` follows the word *write* in the error: `"the path of a file"`
+    /// gives `"path" is missing; write the path of a file`.
     pub fn required<T>(&self, key: &str, value: Option<T>, write: &str) -> Result<T, CreateError> {
         value.ok_or_else(|| self.error(key, format_args!("is missing; write {write}")))
     }
