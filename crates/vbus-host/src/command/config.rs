@@ -42,7 +42,11 @@ pub fn run(command: &Command, more: Vec<Box<dyn DeviceClass>>) -> Result<()> {
             &json!({ "ok": true, "devices": config.devices.iter().map(|d| &d.name).collect::<Vec<_>>() }),
         );
     } else {
-        emit(&format!("{}: good, {} devices\n", file.display(), config.devices.len()));
+        let devices = match config.devices.len() {
+            1 => "1 device".to_owned(),
+            count => format!("{count} devices"),
+        };
+        emit(&format!("{}: good, {devices}\n", file.display()));
     }
     Ok(())
 }
