@@ -4,12 +4,21 @@
 use vbus_core::ErrorCode;
 use vbus_core::shm::abi::venet::{
     F_RX, F_RX_SHIFT, FILTER_ALL_MULTICAST, FILTER_MAX, FILTER_PROMISCUOUS, RSS_KEY_BYTES,
-    RSS_TABLE_MAX, VLAN_MAP_BYTES, complete,
+    RSS_TABLE_MAX, VLAN_MAP_BYTES, complete, hash_kind,
 };
 use vbus_net::rss::{self, Rss};
 use vbus_net::{Addresses, Mac, Offloads, Vlans, is_group};
 
 const _: () = assert!(RSS_KEY_BYTES == rss::KEY_BYTES && VLAN_MAP_BYTES == size_of::<Vlans>());
+// The kinds of the ABI pass to vbus-net as they are.
+const _: () = assert!(
+    hash_kind::IPV4 == rss::kinds::IPV4
+        && hash_kind::TCPV4 == rss::kinds::TCPV4
+        && hash_kind::UDPV4 == rss::kinds::UDPV4
+        && hash_kind::IPV6 == rss::kinds::IPV6
+        && hash_kind::TCPV6 == rss::kinds::TCPV6
+        && hash_kind::UDPV6 == rss::kinds::UDPV6
+);
 
 /// Takes `N` bytes from the front of the buffer.
 fn take<const N: usize>(buffer: &mut &[u8]) -> Result<[u8; N], ErrorCode> {
