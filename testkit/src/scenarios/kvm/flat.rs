@@ -260,8 +260,11 @@ impl<'a> Cost<'a> {
             (ends - by_register).abs() < NEARLY + few,
             "{self}: {by_register} ends by the register; {counted:?}"
         );
-        let none = way.ends_with("sint") || (way == "pv_eoi" && receivers == 1);
-        ensure!(!none || *ends < NEARLY + few, "{self}: {counted:?}");
+        ensure!(!way.ends_with("sint") || *ends < NEARLY + few, "{self}: {counted:?}");
+        // With one device only a timer's interrupt can wait beside the device's own. How many do
+        // depends on how fast L1 runs: 13 of 795 were seen. Without the bit each end is an exit.
+        let by_bit = way == "pv_eoi" && receivers == 1;
+        ensure!(!by_bit || *ends < 0.1, "{self}: {counted:?}");
         // Lines of many devices that come at a time share a message.
         let shared = receivers == 16 && self.rate != "trickle" && way.starts_with("pic_");
         ensure!(
