@@ -62,6 +62,11 @@ impl Settings {
         CreateError(format!("\"{}{key}\" {text}", self.prefix))
     }
 
+    /// Whether `key` is there and has not been read.
+    pub fn has(&self, key: &str) -> bool {
+        self.left.contains_key(key)
+    }
+
     /// The number at `key`, if it is there.
     ///
     /// # Errors

@@ -13,7 +13,7 @@
 //!
 //! A back end knows neither the front's rings nor its registers. The back ends are the [`Medium`]s
 //! (switch, TAP interface, stream socket and null) and [`Captured`], which records the frames that
-//! pass another back end.
+//! pass another back end. [`BackendConfig`] reads the settings that choose a back end.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -27,6 +27,7 @@
 
 mod backend;
 mod capture;
+mod config;
 mod filter;
 mod frame;
 mod link;
@@ -43,6 +44,7 @@ mod tap;
 
 pub use backend::{Backend, Plug, Port, Queue, Sent, TxDrop};
 pub use capture::Captured;
+pub use config::BackendConfig;
 pub use filter::{Addresses, Filter, Vlans};
 pub use frame::{
     Body, CHAIN_MAX, ETH_BYTES, ETH_OVERHEAD, FRAME_MAX, Hash, Header, PIECES_MAX, Packet,

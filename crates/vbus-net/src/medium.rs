@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The kinds of back ends that settings can choose.
+//! The kinds of back ends that settings can choose, and the settings that choose them.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use vbus_core::CreateError;
+use vbus_core::settings::Settings;
 
 use crate::backend::Backend;
 use crate::link::Link;
-use crate::null::Null;
+use crate::null::{self, Null};
 use crate::stream::Stream;
 use crate::switch::{SwitchBackend, Switches};
-use crate::tap::Tap;
+use crate::tap::{self, Tap};
 
 /// A kind of back end with its settings.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,7 +30,77 @@ pub enum Medium {
     Null(u16),
 }
 
+/// The word of the setting `backend`.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Switch,
+    Tap,
+    Stream,
+    Null,
+}
+
+const KINDS: [(&str, Kind); 4] =
+    [("switch", Kind::Switch), ("tap", Kind::Tap), ("stream", Kind::Stream), ("null", Kind::Null)];
+
+impl Kind {
+    fn name(self) -> &'static str {
+        match self {
+            Kind::Switch => "switch",
+            Kind::Tap => "tap",
+            Kind::Stream => "stream",
+            Kind::Null => "null",
+        }
+    }
+
+    /// The settings that only this kind has.
+    fn keys(self) -> &'static [&'static str] {
+        match self {
+            Kind::Switch => &["switch"],
+            Kind::Tap => &["tap"],
+            Kind::Stream => &["connect", "listen"],
+            Kind::Null => &["source-bytes"],
+        }
+    }
+}
+
 impl Medium {
+    /// Reads `backend` and the settings of the back end that it names, for a device with this MTU.
+    ///
+    /// # Errors
+    /// A value is wrong, or a setting belongs to another back end.
+    pub fn parse(settings: &mut Settings, mtu: u16) -> Result<Medium, CreateError> {
+        let kind = settings.choice("backend", &KINDS)?.unwrap_or(Kind::Switch);
+        for (its, other) in KINDS.iter().filter(|(_, other)| *other != kind) {
+            if let Some(key) = other.keys().iter().find(|key| settings.has(key)) {
+                let this = kind.name();
+                let text = format!("is a setting of backend {its:?}, not of {this:?}");
+                return Err(settings.error(key, text));
+            }
+        }
+        Ok(match kind {
+            Kind::Switch => {
+                Medium::Switch(settings.text("switch")?.unwrap_or_else(|| "default".into()))
+            }
+            Kind::Tap => Medium::Tap(tap::name(settings)?),
+            Kind::Stream => match (path(settings, "connect")?, path(settings, "listen")?) {
+                (Some(path), None) => Medium::Connect(path),
+                (None, Some(path)) => Medium::Listen(path),
+                _ => {
+                    return Err(settings.error(
+                        "backend",
+                        "is \"stream\", which needs either connect = PATH or listen = PATH",
+                    ));
+                }
+            },
+            Kind::Null => Medium::Null(null::source_bytes(settings, mtu)?),
+        })
+    }
+
+    /// Whether the back end is one socket, which has one queue and carries plain frames.
+    pub fn is_stream(&self) -> bool {
+        matches!(self, Medium::Connect(_) | Medium::Listen(_))
+    }
+
     /// Makes the back end for a device with `queues` queue pairs and this MTU. The back end sets
     /// the carrier of `link`. The error's text begins with the setting at fault.
     pub fn open(
@@ -47,4 +118,8 @@ impl Medium {
             Medium::Null(source_bytes) => Box::new(Null::new(*source_bytes, link)),
         })
     }
+}
+
+fn path(settings: &mut Settings, key: &'static str) -> Result<Option<PathBuf>, CreateError> {
+    Ok(settings.text(key)?.map(PathBuf::from))
 }

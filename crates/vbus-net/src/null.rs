@@ -5,7 +5,8 @@
 use std::sync::Arc;
 
 use serde_json::{Value, json};
-use vbus_core::{ErrorCode, TaskHandle};
+use vbus_core::settings::Settings;
+use vbus_core::{CreateError, ErrorCode, TaskHandle};
 use vbus_tap::{Mac, Offloads};
 
 use crate::backend::{Backend, Plug, Port, Queue, Sent};
@@ -15,6 +16,17 @@ use crate::sink::{Delivery, OnFull, RxSink, Waiter};
 
 /// Experimental EtherType (IEEE 802). No protocol stack handles these frames.
 const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
+
+/// Reads the setting `source-bytes`, for a device with this MTU.
+pub fn source_bytes(settings: &mut Settings, mtu: u16) -> Result<u16, CreateError> {
+    let bytes = settings.integer("source-bytes", 0..=u16::MAX)?.unwrap_or(0);
+    let most = u32::from(mtu) + 14;
+    if bytes != 0 && (bytes < 14 || u32::from(bytes) > most) {
+        let text = format!("is {bytes}; use 0 (no frames), or a number from 14 to {most}");
+        return Err(settings.error("source-bytes", text));
+    }
+    Ok(bytes)
+}
 
 /// The back end; see the module.
 pub struct Null {

@@ -8,6 +8,7 @@ use rustix::io::Errno;
 use serde_json::{Value, json};
 use vbus_core::io_vec::{IoVec, IoVecMut, readv, writev};
 use vbus_core::memory::DriverSlice;
+use vbus_core::settings::Settings;
 use vbus_core::{CreateError, ErrorCode, Interest, TaskHandle};
 use vbus_tap::{HEADER_BYTES, Mac, Offloads, Setup, advice, set_mtu, set_up};
 
@@ -15,6 +16,21 @@ use crate::backend::{Backend, Plug, Port, Queue, Sent, TxDrop};
 use crate::frame::{Body, ETH_BYTES, PIECES_MAX, Packet};
 use crate::link::Link;
 use crate::sink::{Reserved, RxSink, Waiter};
+
+/// Reads the setting `tap`, the name of an interface.
+pub fn name(settings: &mut Settings) -> Result<String, CreateError> {
+    let name = settings.text("tap")?.unwrap_or_else(|| "vbus%d".into());
+    // IFNAMSIZ is 16 bytes with the final zero.
+    let plain = |b: u8| b.is_ascii_graphic() && b != b'/' && b != b':';
+    if name.is_empty() || name.len() > 15 || name == "." || name == ".." || !name.bytes().all(plain)
+    {
+        let text = format!(
+            "is {name:?}, not the name of an interface; use 1 to 15 letters, digits and signs"
+        );
+        return Err(settings.error("tap", text));
+    }
+    Ok(name)
+}
 
 /// The back end: an interface with its queues.
 pub struct Tap {

@@ -39,8 +39,9 @@ pub fn offloads(features: u64) -> (Offloads, Offloads) {
 impl VenetDevice {
     fn features(&self) -> u64 {
         let config = &self.config;
-        let tx = (config.offloads & self.backend.tx_offloads()).bits();
-        let rx = (config.offloads & self.backend.rx_offloads()).bits() << abi::F_RX_SHIFT;
+        let offloads = config.backend.offloads;
+        let tx = (offloads & self.backend.tx_offloads()).bits();
+        let rx = (offloads & self.backend.rx_offloads()).bits() << abi::F_RX_SHIFT;
         let mut features = abi::complete(tx | rx) | abi::F_HASH | abi::F_VLAN;
         features |= if self.backend.steers() { abi::F_RSS } else { 0 };
         features |= if config.mac_changes { abi::F_MAC } else { 0 };

@@ -23,7 +23,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 use vbus_core::{Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Open};
-use vbus_net::{Captured, Link, Switches};
+use vbus_net::{Link, Switches};
 
 use config::Config;
 use connection::VenetConnection;
@@ -63,11 +63,8 @@ impl DeviceClass for VenetClass {
         let config = Config::parse(config)?;
         let link = Arc::new(Link::default());
         let (queues, mtu) = (config.queue_pairs, config.mtu);
-        let mut backend = config.medium.open(&self.switches, queues, mtu, link.clone())?;
-        backend.reserve(config.mac);
-        if let Some((path, snap)) = &config.pcap {
-            backend = Box::new(Captured::new(backend, path, *snap)?);
-        }
+        let backend =
+            config.backend.open(&self.switches, config.mac, (queues, mtu), link.clone())?;
         let pairs = (0..queues).map(|_| Arc::default()).collect();
         let name = name.into();
         Ok(Arc::new(Venet(Arc::new(VenetDevice { name, config, link, backend, pairs }))))
