@@ -159,7 +159,7 @@ fuzz_target!(|input: &[u8]| {
     }
     assert_eq!(read32(&mut function, reg::MAGIC), reg::MAGIC_VALUE);
     assert_eq!(run(&mut function, command::CLOSE), 0);
-    assert_eq!(read32(&mut function, reg::CONNECTION), reg::STATE_CLOSED);
+    assert_eq!(read32(&mut function, reg::CONNECTION), reg::CONNECTION_CLOSED);
     endpoint.unmap_all();
     let file = self::file();
     let memory = MemoryContext::new(Trust::Sealed);

@@ -42,14 +42,14 @@ pub struct L1<'a> {
     /// Runs commands in it.
     pub guest: Guest,
     scene: Scene<'a>,
-    place: Place,
+    kind: L1Kind,
     clock: Clock,
     /// Whether an L2 hung or was lost; see [`L1::hung`].
     l2_hung: Cell<bool>,
 }
 
 /// Where L1 runs.
-enum Place {
+enum L1Kind {
     /// In a virtual machine of its own.
     Vm(#[expect(dead_code, reason = "it lives as long as L1")] Box<Vm>),
     /// On the host, in namespaces of its own.
@@ -59,41 +59,41 @@ enum Place {
 impl<'a> L1<'a> {
     /// Starts L1 and waits until its agent answers.
     pub fn start(scene: Scene<'a>, clock: Clock, files: &[Put]) -> Result<Self> {
-        let (guest, place) = if clock == Clock::Time && scene.lab.accel() == Accel::Kvm {
+        let (guest, kind) = if clock == Clock::Time && scene.lab.accel() == Accel::Kvm {
             let (guest, agent) = start_on_host(&scene, files)?;
-            (guest, Place::Host(agent))
+            (guest, L1Kind::Host(agent))
         } else {
             let vm = machine(&scene, clock, files)?.start(&scene)?;
-            (vm.guest.clone(), Place::Vm(Box::new(vm)))
+            (vm.guest.clone(), L1Kind::Vm(Box::new(vm)))
         };
         guest.wait_boot(1, BOOT)?;
         guest.watch(SILENCE);
         guest.ok("test -c /dev/kvm").context("no /dev/kvm came up")?;
-        if let Place::Vm(_) = place {
+        if let L1Kind::Vm(_) = kind {
             // Linux patches code of its scheduler when the first virtual machine starts and when
             // the last one ends. On two emulated processors it sometimes dies of that
             // ("Oops: int3"). The virtual machine that `hold-kvm` keeps prevents both.
             guest.start("exec guest-agent hold-kvm")?.wait_for("held", BOOT)?;
         }
-        let l1 = Self { guest, scene, place, clock, l2_hung: Cell::new(false) };
+        let l1 = Self { guest, scene, kind, clock, l2_hung: Cell::new(false) };
         l1.guest.ok(&format!("mkdir -p {}", l1.run_dir()))?;
         Ok(l1)
     }
 
     /// The folder in L1 for sockets and logs.
     pub fn run_dir(&self) -> String {
-        match self.place {
-            Place::Vm(_) => "/run/vbus".into(),
-            Place::Host(_) => self.scene.dir().join("run").display().to_string(),
+        match self.kind {
+            L1Kind::Vm(_) => "/run/vbus".into(),
+            L1Kind::Host(_) => self.scene.dir().join("run").display().to_string(),
         }
     }
 
     /// The folder in L1 that holds the L2's kernel (`kernel`), its root file system (`initramfs`),
     /// and the guest without an operating system (`flat`).
     pub fn l2_dir(&self) -> String {
-        match self.place {
-            Place::Vm(_) => "/l2".into(),
-            Place::Host(_) => self.scene.dir().join("l2").display().to_string(),
+        match self.kind {
+            L1Kind::Vm(_) => "/l2".into(),
+            L1Kind::Host(_) => self.scene.dir().join("l2").display().to_string(),
         }
     }
 
@@ -127,8 +127,8 @@ impl<'a> L1<'a> {
     /// Both end in a triple fault or in code at a wrong address. One of ten runs under load lost
     /// its guest in this way.
     pub fn guest_processor(&self) -> &'static str {
-        match self.place {
-            Place::Vm(_) if self.clock == Clock::Time => "taskset 2 ",
+        match self.kind {
+            L1Kind::Vm(_) if self.clock == Clock::Time => "taskset 2 ",
             _ => "",
         }
     }
@@ -152,16 +152,16 @@ impl<'a> L1<'a> {
     /// One line that says which KVM and which Linux this is.
     pub fn describe(&self) -> Result<String> {
         let kernel = self.guest.ok("uname -r")?;
-        let place = match self.place {
-            Place::Vm(_) => "QEMU's emulated SVM",
-            Place::Host(_) => "the host's own KVM",
+        let place = match self.kind {
+            L1Kind::Vm(_) => "QEMU's emulated SVM",
+            L1Kind::Host(_) => "the host's own KVM",
         };
         Ok(format!("{place}, Linux {}", kernel.trim()))
     }
 
     /// Whether L1 is a virtual machine with emulated SVM. Otherwise it is this host.
     pub fn is_emulated(&self) -> bool {
-        matches!(self.place, Place::Vm(_))
+        matches!(self.kind, L1Kind::Vm(_))
     }
 
     /// Copies the logs to a folder that outlives the run, and returns that folder. The logs inside

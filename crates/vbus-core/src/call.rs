@@ -14,7 +14,7 @@ use crate::memory::MemoryContext;
 /// thread. A call that is dropped fails with [`ErrorCode::FAILED`].
 #[must_use = "a call that is dropped fails"]
 pub struct Call {
-    shared: Arc<Shared>,
+    shared: Arc<OpenCall>,
     function: u32,
     flags: u32,
     buffer: Vec<u8>,
@@ -22,7 +22,7 @@ pub struct Call {
 
 /// A call under way, as the connector sees it.
 #[derive(Clone)]
-pub struct PendingCall(Arc<Shared>);
+pub struct PendingCall(Arc<OpenCall>);
 
 /// The state of a call when its command returns.
 pub enum Called {
@@ -32,14 +32,14 @@ pub enum Called {
     Later(PendingCall),
 }
 
-struct Shared {
-    state: Mutex<State>,
+struct OpenCall {
+    state: Mutex<CallState>,
     memory: Arc<MemoryContext>,
     addr: u64,
     events: Arc<Events>,
 }
 
-enum State {
+enum CallState {
     /// `told`: the driver knows that the call takes time and waits for the event.
     Running {
         told: bool,
@@ -68,8 +68,8 @@ impl Call {
         memory: Arc<MemoryContext>,
         events: Arc<Events>,
     ) -> (Call, PendingCall) {
-        let state = Mutex::new(State::Running { told: false });
-        let shared = Arc::new(Shared { state, memory, addr, events });
+        let state = Mutex::new(CallState::Running { told: false });
+        let shared = Arc::new(OpenCall { state, memory, addr, events });
         (Call { shared: shared.clone(), function, flags, buffer }, PendingCall(shared))
     }
 
@@ -91,7 +91,7 @@ impl Call {
     /// Whether the driver has closed the device or the connection has ended. Nobody waits for the
     /// answer then.
     pub fn is_cancelled(&self) -> bool {
-        matches!(*lock(&self.shared.state), State::Ended(_))
+        matches!(*lock(&self.shared.state), CallState::Ended(_))
     }
 
     /// Ends the call. After success the buffer is copied to the driver's buffer. A cancelled call
@@ -121,14 +121,14 @@ impl std::fmt::Debug for Call {
     }
 }
 
-impl Shared {
+impl OpenCall {
     /// Ends the call with the result that `result` returns, unless the call has ended.
-    fn end(&self, result: impl FnOnce(&Shared) -> Result<u64, ErrorCode>) {
+    fn end(&self, result: impl FnOnce(&OpenCall) -> Result<u64, ErrorCode>) {
         let mut state = lock(&self.state);
-        let State::Running { told } = *state else { return };
+        let CallState::Running { told } = *state else { return };
         // Under the lock: a thread that cancels waits for it. Afterwards nobody touches the
         // driver's memory.
-        *state = State::Ended(result(self));
+        *state = CallState::Ended(result(self));
         drop(state);
         if told {
             self.events.raise(event::COMMAND);
@@ -140,19 +140,19 @@ impl PendingCall {
     /// The result, if the call has ended.
     pub fn result(&self) -> Option<Result<u64, ErrorCode>> {
         match *lock(&self.0.state) {
-            State::Running { .. } => None,
-            State::Ended(result) => Some(result),
+            CallState::Running { .. } => None,
+            CallState::Ended(result) => Some(result),
         }
     }
 
     /// As [`result`](Self::result). If the call goes on, its end raises [`event::COMMAND`].
     pub(crate) fn result_or_tell(&self) -> Option<Result<u64, ErrorCode>> {
         match &mut *lock(&self.0.state) {
-            State::Running { told } => {
+            CallState::Running { told } => {
                 *told = true;
                 None
             }
-            State::Ended(result) => Some(*result),
+            CallState::Ended(result) => Some(*result),
         }
     }
 

@@ -254,9 +254,9 @@ impl<H: Hal> Function<H> {
         let value = self.hal.read32(self.registers + reg::CONNECTION);
         match value & 0xff {
             _ if value == GONE => Err(Error::Gone),
-            reg::STATE_CLOSED => Ok(ConnectionState::Closed),
-            reg::STATE_OPEN => Ok(ConnectionState::Open),
-            reg::STATE_BROKEN => Ok(ConnectionState::Broken(ErrorCode(value >> 16))),
+            reg::CONNECTION_CLOSED => Ok(ConnectionState::Closed),
+            reg::CONNECTION_OPEN => Ok(ConnectionState::Open),
+            reg::CONNECTION_BROKEN => Ok(ConnectionState::Broken(ErrorCode(value >> 16))),
             _ => Err(Error::Corrupt("an unknown state in the register CONNECTION")),
         }
     }

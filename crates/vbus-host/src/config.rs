@@ -189,16 +189,16 @@ impl Source {
         let line = self.text[begin..].lines().next().unwrap_or("");
         let column = before[begin..].chars().count();
         let room = line.chars().count().saturating_sub(column).max(1);
-        let marks = self.text.get(start..span.end).map_or(1, |s| s.chars().count()).clamp(1, room);
+        let carets = self.text.get(start..span.end).map_or(1, |s| s.chars().count()).clamp(1, room);
         let gutter = number.to_string();
         let indent: String =
             line.chars().take(column).map(|c| if c == '\t' { '\t' } else { ' ' }).collect();
         ConfigError(format!(
-            "{path}:{number}:{column}: {message}\n {gutter} | {line}\n {blank} | {indent}{marks}",
+            "{path}:{number}:{column}: {message}\n {gutter} | {line}\n {blank} | {indent}{carets}",
             path = self.path.display(),
             column = column + 1,
             blank = " ".repeat(gutter.len()),
-            marks = "^".repeat(marks),
+            carets = "^".repeat(carets),
         ))
     }
 

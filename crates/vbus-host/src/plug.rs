@@ -56,8 +56,8 @@ pub struct Slot {
 
 impl Slot {
     /// Finds an empty root port. With `port`, checks that this one is empty.
-    pub fn find(qmp: &Path, patience: Duration, port: Option<&str>) -> Result<Slot> {
-        let mut qmp = Qmp::connect(qmp, patience)?;
+    pub fn find(qmp: &Path, timeout: Duration, port: Option<&str>) -> Result<Slot> {
+        let mut qmp = Qmp::connect(qmp, timeout)?;
         let ports = peripherals(&mut qmp, ROOT_PORT)?;
         let mut occupied = 0;
         for id in ports.iter().filter(|id| port.is_none_or(|port| port == id.as_str())) {
@@ -98,8 +98,8 @@ impl Slot {
 
 /// Unplugs the device that QEMU has from `socket`. QEMU asks the guest to release it; this function
 /// waits until the guest has done so.
-pub fn unplug(qmp: &Path, patience: Duration, name: &str, socket: &Path) -> Result<()> {
-    let mut qmp = Qmp::connect(qmp, patience)?;
+pub fn unplug(qmp: &Path, timeout: Duration, name: &str, socket: &Path) -> Result<()> {
+    let mut qmp = Qmp::connect(qmp, timeout)?;
     let id = find(&mut qmp, name, socket)?;
     match qmp.run("device_del", json!({ "id": id })) {
         Ok(_) => {}
@@ -119,7 +119,7 @@ pub fn unplug(qmp: &Path, patience: Duration, name: &str, socket: &Path) -> Resu
             _ => {}
         }
     }
-    Err(anyhow!("the guest did not release it within {} s", patience.as_secs())).context(
+    Err(anyhow!("the guest did not release it within {} s", timeout.as_secs())).context(
         "a guest that has not booted yet, or has no PCI hotplug, cannot release it; if the guest releases it later, remove the device again",
     )
 }

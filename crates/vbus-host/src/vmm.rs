@@ -18,13 +18,13 @@ pub struct Vmm(Connection);
 
 impl Vmm {
     /// Connects to the control socket `path`. Each request fails when its answer takes longer than
-    /// `patience`.
-    pub fn connect(path: &Path, patience: Duration) -> Result<Vmm> {
+    /// `timeout`.
+    pub fn connect(path: &Path, timeout: Duration) -> Result<Vmm> {
         let socket = UnixStream::connect(path)
             .with_context(|| format!("cannot reach vbus-vmm at {}", path.display()))?;
-        let patience = patience.max(Duration::from_millis(1));
-        socket.set_read_timeout(Some(patience))?;
-        socket.set_write_timeout(Some(patience))?;
+        let timeout = timeout.max(Duration::from_millis(1));
+        socket.set_read_timeout(Some(timeout))?;
+        socket.set_write_timeout(Some(timeout))?;
         Ok(Vmm(Connection::new(socket, "vbus-vmm")))
     }
 
@@ -71,11 +71,9 @@ impl Vmm {
         self.0.stream(&request, &mut |_| {}).map(drop).map_err(|error| {
             let late = error.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
             if matches!(late, Some(ErrorKind::WouldBlock | ErrorKind::TimedOut)) {
-                let patience = self.0.socket().read_timeout().ok().flatten().unwrap_or_default();
-                error.context(format!(
-                    "the guest did not release it within {} s",
-                    patience.as_secs()
-                ))
+                let timeout = self.0.socket().read_timeout().ok().flatten().unwrap_or_default();
+                error
+                    .context(format!("the guest did not release it within {} s", timeout.as_secs()))
             } else {
                 error
             }

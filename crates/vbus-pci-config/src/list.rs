@@ -26,8 +26,8 @@ const COUNT_MAX: usize = (END - FIRST) / 4;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum BadList {
-    /// A capability at a place where none can be.
-    Place(usize),
+    /// A capability at this offset, where none can be.
+    Offset(usize),
     /// The list comes back to where it was.
     Endless,
 }
@@ -35,7 +35,7 @@ pub enum BadList {
 impl core::fmt::Display for BadList {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         match self {
-            BadList::Place(at) => write!(f, "a capability at {at:#x}"),
+            BadList::Offset(at) => write!(f, "a capability at {at:#x}"),
             BadList::Endless => f.write_str("a list of capabilities without an end"),
         }
     }
@@ -74,7 +74,7 @@ impl Iterator for Capabilities<'_> {
             return None;
         }
         if at < FIRST || at % 4 != 0 || at + 4 > self.bytes.len().min(END) {
-            return Some(Err(BadList::Place(at)));
+            return Some(Err(BadList::Offset(at)));
         }
         self.count += 1;
         if self.count > COUNT_MAX {
@@ -108,9 +108,9 @@ mod tests {
         assert_eq!(walk(&bytes), Err(BadList::Endless));
         for at in [0x3c, 0x42] {
             bytes[0xfd] = at;
-            assert_eq!(walk(&bytes), Err(BadList::Place(usize::from(at))));
+            assert_eq!(walk(&bytes), Err(BadList::Offset(usize::from(at))));
         }
-        assert_eq!(walk(&bytes[..0x40]), Err(BadList::Place(0x40)));
+        assert_eq!(walk(&bytes[..0x40]), Err(BadList::Offset(0x40)));
         assert_eq!(walk(&[]), Ok(Vec::new()));
     }
 }

@@ -142,7 +142,7 @@ impl PciFunction {
                 let Ok(offset) = usize::try_from(offset) else { return };
                 self.config.read(offset, data);
                 let status = STATUS.checked_sub(offset).and_then(|at| data.get_mut(at));
-                if let Some(status) = status.filter(|_| self.interrupts.status()) {
+                if let Some(status) = status.filter(|_| self.interrupts.intx_status()) {
                     *status |= STATUS_INTERRUPT.to_le_bytes()[0];
                 }
             }

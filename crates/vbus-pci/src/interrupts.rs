@@ -290,7 +290,7 @@ impl Interrupts {
     /// Interrupt Status: whether the pin is up. A connector may raise it a little after it was told
     /// to, when the driver has acknowledged in the meantime: without the bit nobody would own that
     /// interrupt, and the driver's kernel would be interrupted for ever.
-    pub(crate) fn status(&self) -> bool {
+    pub(crate) fn intx_status(&self) -> bool {
         let state = self.read();
         state.pending || state.raised
     }
@@ -408,11 +408,11 @@ mod tests {
         assert_eq!(taken(&ours), 1, "still pending at the end of interrupt");
         irqs.acknowledge();
         assert!(!irqs.pending());
-        assert!(irqs.status(), "the pin is up until the connector takes it down");
+        assert!(irqs.intx_status(), "the pin is up until the connector takes it down");
         irqs.mask(IrqIndex::Intx, false).unwrap();
-        assert!(!irqs.status());
+        assert!(!irqs.intx_status());
         irqs.mask(IrqIndex::Intx, true).unwrap();
-        assert!(!irqs.status(), "a mask raises nothing");
+        assert!(!irqs.intx_status(), "a mask raises nothing");
         irqs.mask(IrqIndex::Intx, false).unwrap();
         assert_eq!(taken(&ours), 0);
     }

@@ -101,7 +101,7 @@ impl Attributes {
 
 /// Restores the own class of thread `tid`: `own`, and also `own_nice` if that class has no nice
 /// value in effect.
-pub fn put_back(tid: i32, own: Attributes, own_nice: i32) -> Result<(), Errno> {
+pub fn restore(tid: i32, own: Attributes, own_nice: i32) -> Result<(), Errno> {
     match set(tid, own) {
         // Only a process with CAP_SYS_NICE may clear this flag.
         Err(Errno::PERM) => set(tid, Attributes { flags: own.flags | RESET_ON_FORK, ..own })?,

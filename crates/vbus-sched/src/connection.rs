@@ -10,7 +10,7 @@ use vbus_core::shm::signal::Armed;
 use vbus_core::{Connection, ErrorCode, Open, Progress, Region, Task, TaskHandle, lock};
 
 use crate::cpu::Cpu;
-use crate::cpus::{Cpus, State};
+use crate::cpus::{Cpus, CpusState};
 
 /// A connection. Its task follows the request pages.
 pub struct SchedConnection {
@@ -35,7 +35,7 @@ impl SchedConnection {
 
     /// The page that region `id` holds: the number of the virtual CPU, and whether the page is the
     /// report page.
-    fn place(&self, id: u32) -> Result<(usize, bool), ErrorCode> {
+    fn page(&self, id: u32) -> Result<(usize, bool), ErrorCode> {
         let cpu = id / 2;
         if cpu >= self.device.config.cpus {
             return Err(ErrorCode::BAD_ARGUMENT);
@@ -46,7 +46,7 @@ impl SchedConnection {
 
 impl Connection for SchedConnection {
     fn region_added(&mut self, region: Region) -> Result<(), ErrorCode> {
-        let (cpu, is_report) = self.place(region.id)?;
+        let (cpu, is_report) = self.page(region.id)?;
         let mut state = lock(&self.device.state);
         let cpu = state.cpus.get_mut(cpu).ok_or(ErrorCode::BAD_ARGUMENT)?;
         if is_report {
@@ -83,7 +83,7 @@ impl Task for Follow {
     fn poll(&mut self, _budget: u32) -> Result<Progress, ErrorCode> {
         let (now, mut busy) = (Instant::now(), false);
         let mut state = lock(&self.device.state);
-        let State { cpus, lookup } = &mut *state;
+        let CpusState { cpus, lookup } = &mut *state;
         self.deadline = None;
         let mut not_after = |at: Instant| {
             self.deadline = Some(self.deadline.map_or(at, |deadline| deadline.min(at)))

@@ -15,14 +15,14 @@ use crate::thread::{self, Claims, Thread};
 /// The virtual CPUs of a device. The device and its connection share them.
 pub struct Cpus {
     pub config: Config,
-    pub state: Mutex<State>,
+    pub state: Mutex<CpusState>,
     /// The threads that the settings name, while no connection is open.
     threads: Mutex<Vec<Option<Thread>>>,
     ledger: Option<Arc<Ledger>>,
 }
 
 /// The virtual CPUs, and the search for their threads.
-pub struct State {
+pub struct CpusState {
     pub cpus: Vec<Cpu>,
     pub lookup: Option<Lookup>,
 }
@@ -34,7 +34,7 @@ impl Cpus {
         let lookup = Lookup::new(&config.origin, claims);
         Cpus {
             config,
-            state: Mutex::new(State { cpus, lookup }),
+            state: Mutex::new(CpusState { cpus, lookup }),
             threads: Mutex::new(threads),
             ledger: claims.ledger().cloned(),
         }

@@ -28,7 +28,7 @@ const _: () = assert!(4096 % SLOT == 0);
 /// Runs a process that outlives this one and restores the threads.
 pub trait Guardian: Send + Sync {
     /// The ledger calls this before a thread's first change. After the call, another process holds
-    /// `ledger`, and calls [`put_back`] on it when this process has ended in any way. The ledger
+    /// `ledger`, and calls [`restore`] on it when this process has ended in any way. The ledger
     /// may call this again at any time, also from several threads. The call may start the other
     /// process, but must not wait for it.
     fn attend(&self, ledger: BorrowedFd<'_>) -> io::Result<()>;
@@ -171,7 +171,7 @@ fn start_time(tid: i32) -> Result<u64, Errno> {
     field.ok_or(Errno::SRCH)
 }
 
-/// The result of [`put_back`].
+/// The result of [`restore`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RestoreCounts {
     /// Threads whose own class was restored.
@@ -185,7 +185,7 @@ pub struct RestoreCounts {
 /// Restores the own class of every thread in `ledger`, unless the thread has ended or another
 /// program has changed its class. The guardian calls this after the process that wrote the ledger
 /// has ended.
-pub fn put_back(ledger: &File) -> io::Result<RestoreCounts> {
+pub fn restore(ledger: &File) -> io::Result<RestoreCounts> {
     let mut outcome = RestoreCounts::default();
     let mut bytes = [0; SLOT];
     for slot in 0.. {
@@ -198,7 +198,7 @@ pub fn put_back(ledger: &File) -> io::Result<RestoreCounts> {
             continue;
         }
         let record = serde_json::from_slice::<Record>(&bytes).map_err(|_| Errno::INVAL);
-        match record.and_then(|record| put_back_one(&record)) {
+        match record.and_then(|record| restore_one(&record)) {
             Ok(true) => outcome.restored += 1,
             Ok(false) | Err(Errno::SRCH) => outcome.left += 1,
             Err(_) => outcome.failed += 1,
@@ -207,7 +207,7 @@ pub fn put_back(ledger: &File) -> io::Result<RestoreCounts> {
     Ok(outcome)
 }
 
-fn put_back_one(record: &Record) -> Result<bool, Errno> {
+fn restore_one(record: &Record) -> Result<bool, Errno> {
     let now = attributes::get(record.tid)?;
     // Check after the reads: the values are then certainly this thread's.
     if start_time(record.tid)? != record.start
@@ -215,7 +215,7 @@ fn put_back_one(record: &Record) -> Result<bool, Errno> {
     {
         return Ok(false);
     }
-    attributes::put_back(record.tid, record.own, record.own_nice)?;
+    attributes::restore(record.tid, record.own, record.own_nice)?;
     Ok(true)
 }
 
@@ -254,11 +254,11 @@ mod tests {
     #[test]
     fn recorded_attributes_are_restored_exactly_once() {
         changed(|ledger, note, entry| {
-            let outcome = put_back(&ledger.file).unwrap();
+            let outcome = restore(&ledger.file).unwrap();
             assert_eq!(outcome, RestoreCounts { restored: 1, ..RestoreCounts::default() });
             assert!(entry.own.is_still(attributes::get(note.tid).unwrap()));
             drop(note);
-            assert_eq!(put_back(&ledger.file).unwrap(), RestoreCounts::default());
+            assert_eq!(restore(&ledger.file).unwrap(), RestoreCounts::default());
         });
     }
 
@@ -269,14 +269,14 @@ mod tests {
             note.start += 1;
             assert!(note.write(&entry));
             let left = RestoreCounts { left: 1, ..RestoreCounts::default() };
-            assert_eq!(put_back(&ledger.file).unwrap(), left);
+            assert_eq!(restore(&ledger.file).unwrap(), left);
             assert!(entry.to.is_still(attributes::get(note.tid).unwrap()));
             // Another program has changed it.
             note.start -= 1;
             assert!(note.write(&entry));
             let other = entry.own.with(Setting { class: abi::CLASS_BATCH, priority: 9 });
             attributes::set(note.tid, other).unwrap();
-            assert_eq!(put_back(&ledger.file).unwrap(), left);
+            assert_eq!(restore(&ledger.file).unwrap(), left);
             assert!(other.is_still(attributes::get(note.tid).unwrap()));
         });
     }

@@ -43,7 +43,7 @@ use vbus_core::{Connection, CreateError, Device, DeviceClass, ErrorCode, Identit
 use config::{Config, Origin};
 use connection::SchedConnection;
 use cpus::Cpus;
-pub use ledger::{Guardian, Ledger, RestoreCounts, put_back};
+pub use ledger::{Guardian, Ledger, RestoreCounts, restore};
 use thread::{Claims, Thread};
 
 /// The class of devices that set the scheduling class of virtual CPUs' threads.

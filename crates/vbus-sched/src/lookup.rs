@@ -19,7 +19,7 @@ use crate::config::Origin;
 use crate::thread::{Claims, Thread};
 
 /// The time limit for a VMM's answers.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 /// The pause before the task asks the VMM again: at first ...
 const PAUSE_MIN: Duration = Duration::from_millis(100);
 /// ... and at most.
@@ -164,7 +164,7 @@ impl Lookup {
             Some(talk) => talk,
             None if self.next.is_some_and(|next| now < next) => return Ok(None),
             None => {
-                self.talk.insert(Talk::begin(&self.path, self.language, now + PATIENCE, watcher)?)
+                self.talk.insert(Talk::begin(&self.path, self.language, now + TIMEOUT, watcher)?)
             }
         };
         while let Some(line) = talk.line()? {

@@ -187,7 +187,7 @@ impl Thread {
         if let Some(note) = &note {
             note.write(&Entry { own, own_nice, from: by_us, to: own });
         }
-        attributes::put_back(self.tid, own, own_nice)?;
+        attributes::restore(self.tid, own, own_nice)?;
         Ok(true)
     }
 }

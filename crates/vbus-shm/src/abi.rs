@@ -99,15 +99,15 @@ pub mod reg {
     pub const ABI: u64 = 0x004;
     /// u32, ro: device class.
     pub const CLASS: u64 = 0x008;
-    /// u32, ro: state of the connection: bits 0..8 one of [`STATE_CLOSED`] etc., bits 16..32 the
+    /// u32, ro: state of the connection: bits 0..8 one of [`CONNECTION_CLOSED`] etc., bits 16..32 the
     /// [`error_code`](super::error_code) that broke it.
     pub const CONNECTION: u64 = 0x00c;
     /// No connection.
-    pub const STATE_CLOSED: u32 = 0;
+    pub const CONNECTION_CLOSED: u32 = 0;
     /// A connection is open.
-    pub const STATE_OPEN: u32 = 1;
+    pub const CONNECTION_OPEN: u32 = 1;
     /// The connection was ended by the device; CLOSE, then OPEN again.
-    pub const STATE_BROKEN: u32 = 2;
+    pub const CONNECTION_BROKEN: u32 = 2;
     /// 16 bytes, ro: class name, ASCII, filled up with zeros.
     pub const CLASS_NAME: u64 = 0x010;
     /// 32 bytes, ro: the device's own name, ASCII, filled up with zeros.

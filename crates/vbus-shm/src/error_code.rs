@@ -83,14 +83,14 @@ impl From<ring::BadRing> for ErrorCode {
     }
 }
 
-impl From<state::BadState> for ErrorCode {
-    fn from(_: state::BadState) -> Self {
+impl From<state::BadStatePage> for ErrorCode {
+    fn from(_: state::BadStatePage) -> Self {
         ErrorCode::BAD_LAYOUT
     }
 }
 
-impl From<pic::BadPage> for ErrorCode {
-    fn from(_: pic::BadPage) -> Self {
+impl From<pic::BadInterruptPage> for ErrorCode {
+    fn from(_: pic::BadInterruptPage) -> Self {
         ErrorCode::BAD_LAYOUT
     }
 }

@@ -63,7 +63,7 @@ const _: () = {
 /// What is wrong with a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum BadPage {
+pub enum BadInterruptPage {
     /// The header does not begin with [`MAGIC`].
     Magic,
     /// The count of lines is 0 or above [`LINES_MAX`].
@@ -72,13 +72,16 @@ pub enum BadPage {
     TooSmall,
 }
 
-fn check_lines(lines: u64) -> Result<u16, BadPage> {
-    u16::try_from(lines).ok().filter(|lines| (1..=LINES_MAX).contains(lines)).ok_or(BadPage::Lines)
+fn check_lines(lines: u64) -> Result<u16, BadInterruptPage> {
+    u16::try_from(lines)
+        .ok()
+        .filter(|lines| (1..=LINES_MAX).contains(lines))
+        .ok_or(BadInterruptPage::Lines)
 }
 
 /// The word index and the bit of `line` in the set of lines at byte `offset`.
 #[inline(always)]
-fn place(offset: usize, line: u16) -> (usize, u64) {
+fn word_and_bit(offset: usize, line: u16) -> (usize, u64) {
     (offset / WORD + usize::from(line) / BITS, 1 << (usize::from(line) % BITS))
 }
 
@@ -94,13 +97,13 @@ pub struct DeviceEnd<M> {
 
 impl<M: Memory> DeviceEnd<M> {
     /// Attaches to a page that the driver has made. Reads its header once and checks it.
-    pub fn attach(mem: M) -> Result<Self, BadPage> {
+    pub fn attach(mem: M) -> Result<Self, BadInterruptPage> {
         let words = mem.words();
         if words.len() < PAGE_BYTES / WORD {
-            return Err(BadPage::TooSmall);
+            return Err(BadInterruptPage::TooSmall);
         }
         if words[0].load(Ordering::Acquire) != MAGIC {
-            return Err(BadPage::Magic);
+            return Err(BadInterruptPage::Magic);
         }
         let lines = check_lines(words[LINES / WORD].load(Ordering::Relaxed))?;
         Ok(DeviceEnd { mem, lines, told: Word::new(NEVER) })
@@ -123,7 +126,7 @@ impl<M: Memory> DeviceEnd<M> {
             return Kick::NONE;
         }
         let words = self.mem.words();
-        let (at, bit) = place(PENDING, line);
+        let (at, bit) = word_and_bit(PENDING, line);
         // Pairs with the driver's clear in `DriverEnd::take`.
         if set_bits(&words[at], bit, Edge::Line) & bit != 0 {
             // The driver has yet to take the line. The thread that set the bit sends the message,
@@ -140,7 +143,7 @@ impl<M: Memory> DeviceEnd<M> {
             return Kick::NONE;
         }
         // Pairs with the stores in `DriverEnd::{mask, unmask}`.
-        let (at, bit) = place(MASKED, line);
+        let (at, bit) = word_and_bit(MASKED, line);
         if words[at].load(Ordering::Relaxed) & bit != 0 {
             return Kick::NONE;
         }
@@ -158,7 +161,7 @@ impl<M: Memory> DeviceEnd<M> {
         if line >= self.lines {
             return false;
         }
-        let (at, bit) = place(PENDING, line);
+        let (at, bit) = word_and_bit(PENDING, line);
         // Pairs with `raise`: the caller sees what the raiser of the line wrote, and passes it on
         // when it raises the line on another page.
         clear_bits(&self.mem.words()[at], bit, Edge::Line) & bit != 0
@@ -204,10 +207,10 @@ pub struct DriverEnd<M> {
 impl<M: Memory> DriverEnd<M> {
     /// Makes a page of `lines` lines (1..=[`LINES_MAX`]). The driver does this before it registers
     /// the page. The page asks for no message until the driver calls [`arm`](Self::arm).
-    pub fn create(mem: M, lines: u16, nesting: Nesting) -> Result<Self, BadPage> {
+    pub fn create(mem: M, lines: u16, nesting: Nesting) -> Result<Self, BadInterruptPage> {
         let words = mem.words();
         if words.len() < PAGE_BYTES / WORD {
-            return Err(BadPage::TooSmall);
+            return Err(BadInterruptPage::TooSmall);
         }
         let lines = check_lines(u64::from(lines))?;
         for word in &words[..PAGE_BYTES / WORD] {
@@ -260,7 +263,7 @@ impl<M: Memory> DriverEnd<M> {
                 None => break,
             }
         }
-        let (at, bit) = place(PENDING, line);
+        let (at, bit) = word_and_bit(PENDING, line);
         // Pairs with `DeviceEnd::raise`. The bit may be gone, because the device took the line
         // back. Then the handler finds nothing to do.
         clear_bits(&self.mem.words()[at], bit, Edge::Line);
@@ -302,7 +305,7 @@ impl<M: Memory> DriverEnd<M> {
         self.set_masked(line, false);
         // Orders the store of the mask before the load of the bit: see `DeviceEnd::raise`.
         fence(Fence::Unmask);
-        let (at, bit) = place(PENDING, line.min(self.lines - 1));
+        let (at, bit) = word_and_bit(PENDING, line.min(self.lines - 1));
         let pending = line < self.lines && self.mem.words()[at].load(Ordering::Relaxed) & bit != 0;
         if pending && line >= self.floor() { Wanted::Pending } else { Wanted::Waiting }
     }
@@ -347,7 +350,7 @@ impl<M: Memory> DriverEnd<M> {
 
     #[inline]
     fn serve(&mut self, line: u16, begins: bool) {
-        let (at, bit) = place(0, line);
+        let (at, bit) = word_and_bit(0, line);
         if begins {
             self.in_service[at] |= bit;
         } else {
@@ -358,7 +361,7 @@ impl<M: Memory> DriverEnd<M> {
 
     fn set_masked(&mut self, line: u16, masked: bool) {
         if line < self.lines {
-            let (at, bit) = place(0, line);
+            let (at, bit) = word_and_bit(0, line);
             if masked {
                 self.masked[at] |= bit;
             } else {
@@ -399,22 +402,22 @@ mod tests {
     #[test]
     fn a_page_has_to_be_one() {
         let memory = memory();
-        assert_eq!(DeviceEnd::attach(&memory[..]).unwrap_err(), BadPage::Magic);
+        assert_eq!(DeviceEnd::attach(&memory[..]).unwrap_err(), BadInterruptPage::Magic);
         assert_eq!(
             DriverEnd::create(&memory[1..], 8, Nesting::Flat).unwrap_err(),
-            BadPage::TooSmall
+            BadInterruptPage::TooSmall
         );
         for lines in [0, 257, u16::MAX] {
             assert_eq!(
                 DriverEnd::create(&memory[..], lines, Nesting::Flat).unwrap_err(),
-                BadPage::Lines
+                BadInterruptPage::Lines
             );
         }
         let (_, device) = page(&memory, 256, Nesting::Flat);
         assert_eq!(device.lines(), 256);
-        assert_eq!(DeviceEnd::attach(&memory[..31]).unwrap_err(), BadPage::TooSmall);
+        assert_eq!(DeviceEnd::attach(&memory[..31]).unwrap_err(), BadInterruptPage::TooSmall);
         memory[LINES / WORD].store(1 << 40 | 8, Ordering::Relaxed);
-        assert_eq!(DeviceEnd::attach(&memory[..]).unwrap_err(), BadPage::Lines);
+        assert_eq!(DeviceEnd::attach(&memory[..]).unwrap_err(), BadInterruptPage::Lines);
     }
 
     #[test]

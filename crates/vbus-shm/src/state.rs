@@ -42,7 +42,7 @@ const _: () = {
 /// What is wrong with a layout or a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum BadState {
+pub enum BadStatePage {
     /// The value's size is 0 or above [`MAX_VALUE`].
     ValueSize,
     /// The number of slots is not a power of two in 4..=64.
@@ -53,9 +53,9 @@ pub enum BadState {
     Magic,
 }
 
-impl From<BadSignal> for BadState {
+impl From<BadSignal> for BadStatePage {
     fn from(_: BadSignal) -> Self {
-        BadState::TooSmall
+        BadStatePage::TooSmall
     }
 }
 
@@ -70,12 +70,12 @@ pub struct Layout {
 impl Layout {
     /// A page for values of `value_bytes` (1..=[`MAX_VALUE`]) with `slots` slots (a power of two,
     /// 4..=64).
-    pub fn new(value_bytes: u32, slots: u32) -> Result<Layout, BadState> {
+    pub fn new(value_bytes: u32, slots: u32) -> Result<Layout, BadStatePage> {
         if value_bytes == 0 || value_bytes > MAX_VALUE {
-            return Err(BadState::ValueSize);
+            return Err(BadStatePage::ValueSize);
         }
         if !(4..=64).contains(&slots) || !slots.is_power_of_two() {
-            return Err(BadState::Slots);
+            return Err(BadStatePage::Slots);
         }
         Ok(Layout { value_bytes, slots, slot_words: value_bytes.next_multiple_of(64) / 8 })
     }
@@ -111,10 +111,10 @@ impl Layout {
     /// Writes the header of a fresh page over zeroed memory. Versions count from `start`. The
     /// driver does this before it registers the region, because the memory belongs to it. Either
     /// end may be the owner of the value.
-    pub fn format(self, mem: &impl Memory, start: u64) -> Result<(), BadState> {
+    pub fn format(self, mem: &impl Memory, start: u64) -> Result<(), BadStatePage> {
         let words = mem.words();
         if words.len() < self.words() {
-            return Err(BadState::TooSmall);
+            return Err(BadStatePage::TooSmall);
         }
         words[HEADER_VALUE_BYTES].store(u64::from(self.value_bytes), Ordering::Relaxed);
         words[HEADER_SLOTS].store(u64::from(self.slots), Ordering::Relaxed);
@@ -125,19 +125,19 @@ impl Layout {
     }
 
     /// Reads the header once and checks it.
-    fn load(mem: &impl Memory) -> Result<Layout, BadState> {
+    fn load(mem: &impl Memory) -> Result<Layout, BadStatePage> {
         let words = mem.words();
         if words.len() * WORD < SLOTS_OFFSET {
-            return Err(BadState::TooSmall);
+            return Err(BadStatePage::TooSmall);
         }
         if words[0].load(Ordering::Acquire) != MAGIC {
-            return Err(BadState::Magic);
+            return Err(BadStatePage::Magic);
         }
-        let value_bytes = read_u32(&words[HEADER_VALUE_BYTES]).ok_or(BadState::ValueSize)?;
-        let slots = read_u32(&words[HEADER_SLOTS]).ok_or(BadState::Slots)?;
+        let value_bytes = read_u32(&words[HEADER_VALUE_BYTES]).ok_or(BadStatePage::ValueSize)?;
+        let slots = read_u32(&words[HEADER_SLOTS]).ok_or(BadStatePage::Slots)?;
         let layout = Layout::new(value_bytes, slots)?;
         if words.len() < layout.words() {
-            return Err(BadState::TooSmall);
+            return Err(BadStatePage::TooSmall);
         }
         Ok(layout)
     }
@@ -153,7 +153,7 @@ pub struct Writer<M, E> {
 
 impl<M: Memory, E: End> Writer<M, E> {
     /// The writer of a formatted page. It goes on from the page's current version.
-    pub fn attach(mem: M, end: E) -> Result<Self, BadState> {
+    pub fn attach(mem: M, end: E) -> Result<Self, BadStatePage> {
         let _ = end;
         let layout = Layout::load(&mem)?;
         let version = mem.words()[SIGNAL + E::SEQ].load(Ordering::Relaxed);
@@ -164,7 +164,7 @@ impl<M: Memory, E: End> Writer<M, E> {
     /// version. No reader has seen a value that the other wrote and did not post. The other may
     /// have ended between a post and its kick, so the kick is wanted if the reader is armed for any
     /// version so far.
-    pub fn resume(mem: M, end: E) -> Result<(Self, Kick<E>), BadState> {
+    pub fn resume(mem: M, end: E) -> Result<(Self, Kick<E>), BadStatePage> {
         let _ = end;
         let layout = Layout::load(&mem)?;
         let version = mem.words()[SIGNAL + E::SEQ].load(Ordering::Relaxed);
@@ -213,7 +213,7 @@ pub struct Overrun;
 
 impl<M: Memory, E: End> Reader<M, E> {
     /// A reader at `end` of a page that the other end writes.
-    pub fn attach(mem: M, end: E) -> Result<Self, BadState> {
+    pub fn attach(mem: M, end: E) -> Result<Self, BadStatePage> {
         let _ = end;
         let layout = Layout::load(&mem)?;
         Ok(Reader { mem, layout, rx: Rx::new(SIGNAL) })
@@ -370,10 +370,10 @@ mod tests {
     fn layouts_are_whole_lines() {
         assert_eq!(Layout::new(1, 4).unwrap().bytes(), 384 + 4 * 64);
         assert_eq!(Layout::new(65, 8).unwrap().bytes(), 384 + 8 * 128);
-        assert_eq!(Layout::new(0, 4), Err(BadState::ValueSize));
-        assert_eq!(Layout::new(MAX_VALUE + 1, 4), Err(BadState::ValueSize));
+        assert_eq!(Layout::new(0, 4), Err(BadStatePage::ValueSize));
+        assert_eq!(Layout::new(MAX_VALUE + 1, 4), Err(BadStatePage::ValueSize));
         for slots in [0, 1, 2, 3, 5, 128, u32::MAX] {
-            assert_eq!(Layout::new(8, slots), Err(BadState::Slots));
+            assert_eq!(Layout::new(8, slots), Err(BadStatePage::Slots));
         }
     }
 
@@ -472,19 +472,19 @@ mod tests {
         let layout = Layout::new(64, 4).unwrap();
         let memory = memory(layout, 0);
         for (word, value, error) in [
-            (0, 0, BadState::Magic),
-            (HEADER_VALUE_BYTES, 0, BadState::ValueSize),
-            (HEADER_VALUE_BYTES, u64::MAX, BadState::ValueSize),
-            (HEADER_VALUE_BYTES, 65, BadState::TooSmall),
-            (HEADER_SLOTS, 3, BadState::Slots),
-            (HEADER_SLOTS, 8, BadState::TooSmall),
+            (0, 0, BadStatePage::Magic),
+            (HEADER_VALUE_BYTES, 0, BadStatePage::ValueSize),
+            (HEADER_VALUE_BYTES, u64::MAX, BadStatePage::ValueSize),
+            (HEADER_VALUE_BYTES, 65, BadStatePage::TooSmall),
+            (HEADER_SLOTS, 3, BadStatePage::Slots),
+            (HEADER_SLOTS, 8, BadStatePage::TooSmall),
         ] {
             let before = memory[word].swap(value, Ordering::Relaxed);
             assert_eq!(Reader::attach(&memory[..], Driver).unwrap_err(), error);
             assert_eq!(Writer::attach(&memory[..], Driver).unwrap_err(), error);
             memory[word].store(before, Ordering::Relaxed);
         }
-        assert_eq!(Reader::attach(&memory[..40], Driver).unwrap_err(), BadState::TooSmall);
-        assert_eq!(layout.format(&&memory[..40], 0), Err(BadState::TooSmall));
+        assert_eq!(Reader::attach(&memory[..40], Driver).unwrap_err(), BadStatePage::TooSmall);
+        assert_eq!(layout.format(&&memory[..40], 0), Err(BadStatePage::TooSmall));
     }
 }

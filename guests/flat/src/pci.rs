@@ -273,9 +273,9 @@ mod tests {
 
     /// Functions that the bus numbers of their bridges make reachable.
     #[derive(Default)]
-    struct Machine(RefCell<Vec<Node>>);
+    struct FakeConfig(RefCell<Vec<Node>>);
 
-    impl Machine {
+    impl FakeConfig {
         /// Adds a function; returns its number.
         fn add(
             &self,
@@ -327,7 +327,7 @@ mod tests {
         }
     }
 
-    impl Config for Machine {
+    impl Config for FakeConfig {
         fn read(&self, address: Address, offset: u16) -> u32 {
             self.find(address).map_or(u32::MAX, |node| self.word(node, offset))
         }
@@ -349,13 +349,13 @@ mod tests {
 
     #[test]
     fn a_bare_machine_gets_buses_windows_and_bars() {
-        let machine = Machine::default();
-        machine.add(None, 0, 0, &[(at::ID, 0x29c0_8086)]);
-        let (first, empty, second) = (machine.port(1, 0), machine.port(2, 0), machine.port(3, 0));
-        let a = machine.add(Some(first), 0, 0, &[(at::ID, VBUS)]);
-        let b = machine.add(Some(second), 0, 0, &[(at::ID, VBUS)]);
-        let on_bus_0 = machine.add(None, 4, 0, &[(at::ID, VBUS)]);
-        let functions: Vec<Found> = Functions::find(&machine, WINDOW_AT).iter().collect();
+        let config = FakeConfig::default();
+        config.add(None, 0, 0, &[(at::ID, 0x29c0_8086)]);
+        let (first, empty, second) = (config.port(1, 0), config.port(2, 0), config.port(3, 0));
+        let a = config.add(Some(first), 0, 0, &[(at::ID, VBUS)]);
+        let b = config.add(Some(second), 0, 0, &[(at::ID, VBUS)]);
+        let on_bus_0 = config.add(None, 4, 0, &[(at::ID, VBUS)]);
+        let functions: Vec<Found> = Functions::find(&config, WINDOW_AT).iter().collect();
         assert_eq!(
             functions,
             [
@@ -364,95 +364,87 @@ mod tests {
                 Found { address: address(0, 4), bar: 0xe020_0000 },
             ]
         );
-        let buses = [first, empty, second].map(|port| machine.word(port, at::BUSES));
+        let buses = [first, empty, second].map(|port| config.word(port, at::BUSES));
         assert_eq!(buses, [0x01_0100, 0x02_0200, 0x03_0300]);
-        let windows = [first, empty, second].map(|port| machine.word(port, at::WINDOW));
+        let windows = [first, empty, second].map(|port| config.word(port, at::WINDOW));
         assert_eq!(windows, [0xe000_e000, 0, 0xe010_e010]);
         for (node, bar) in [(a, 0xe000_0000), (b, 0xe010_0000), (on_bus_0, 0xe020_0000)] {
-            assert_eq!(
-                (machine.word(node, at::BAR0), machine.word(node, at::COMMAND)),
-                (bar, 0x406)
-            );
+            assert_eq!((config.word(node, at::BAR0), config.word(node, at::COMMAND)), (bar, 0x406));
         }
-        assert_eq!(machine.word(first, at::COMMAND), 6);
+        assert_eq!(config.word(first, at::COMMAND), 6);
     }
 
     #[test]
     fn what_firmware_has_set_up_stays() {
-        let machine = Machine::default();
-        let port = machine.port(1, 0x07_0700);
-        machine.0.borrow_mut()[port].words[8] = 0xfe00_fe00;
-        machine.add(Some(port), 0, 0, &[(at::ID, VBUS), (at::BAR0, 0xfe00_4000)]);
-        let functions: Vec<Found> = Functions::find(&machine, WINDOW_AT).iter().collect();
+        let config = FakeConfig::default();
+        let port = config.port(1, 0x07_0700);
+        config.0.borrow_mut()[port].words[8] = 0xfe00_fe00;
+        config.add(Some(port), 0, 0, &[(at::ID, VBUS), (at::BAR0, 0xfe00_4000)]);
+        let functions: Vec<Found> = Functions::find(&config, WINDOW_AT).iter().collect();
         assert_eq!(functions, [Found { address: address(7, 0), bar: 0xfe00_4000 }]);
         assert_eq!(
-            (machine.word(port, at::BUSES), machine.word(port, at::WINDOW)),
+            (config.word(port, at::BUSES), config.word(port, at::WINDOW)),
             (0x07_0700, 0xfe00_fe00)
         );
     }
 
     #[test]
     fn bridges_behind_bridges_and_functions_of_many() {
-        let machine = Machine::default();
-        let outer = machine.port(1, 0);
+        let config = FakeConfig::default();
+        let outer = config.port(1, 0);
         let bridge = [(at::ID, 0x000e_1b36), (at::HEADER, 0x81 << 16)];
-        let inner = machine.add(Some(outer), 0, 0, &bridge);
-        machine.add(Some(outer), 0, 3, &[(at::ID, VBUS)]);
-        machine.add(Some(inner), 5, 0, &[(at::ID, VBUS)]);
-        let functions: Vec<Found> = Functions::find(&machine, WINDOW_AT).iter().collect();
+        let inner = config.add(Some(outer), 0, 0, &bridge);
+        config.add(Some(outer), 0, 3, &[(at::ID, VBUS)]);
+        config.add(Some(inner), 5, 0, &[(at::ID, VBUS)]);
+        let functions: Vec<Found> = Functions::find(&config, WINDOW_AT).iter().collect();
         assert_eq!(functions.len(), 2);
         assert_eq!((functions[0].address, functions[0].bar), (address(2, 5), 0xe000_0000));
         assert_eq!(
             functions[1],
             Found { address: Address { bus: 1, device: 0, function: 3 }, bar: 0xe010_0000 }
         );
+        assert_eq!([outer, inner].map(|port| config.word(port, at::BUSES)), [0x02_0100, 0x02_0201]);
         assert_eq!(
-            [outer, inner].map(|port| machine.word(port, at::BUSES)),
-            [0x02_0100, 0x02_0201]
-        );
-        assert_eq!(
-            [outer, inner].map(|port| machine.word(port, at::WINDOW)),
+            [outer, inner].map(|port| config.word(port, at::WINDOW)),
             [0xe010_e000, 0xe000_e000]
         );
     }
 
     #[test]
     fn without_room_a_function_is_left_out() {
-        let machine = Machine::default();
-        machine.add(None, 1, 0, &[(at::ID, VBUS)]);
+        let config = FakeConfig::default();
+        config.add(None, 1, 0, &[(at::ID, VBUS)]);
         assert_eq!(
-            Functions::find(&machine, Window { next: 0xe000_0000, end: 0xe000_2000 })
-                .iter()
-                .count(),
+            Functions::find(&config, Window { next: 0xe000_0000, end: 0xe000_2000 }).iter().count(),
             0
         );
         assert_eq!(
-            Functions::find(&machine, Window { next: 0xffff_f000, end: u64::MAX }).iter().count(),
+            Functions::find(&config, Window { next: 0xffff_f000, end: u64::MAX }).iter().count(),
             0
         );
     }
 
     #[test]
     fn messages_are_set_where_the_capability_has_them() {
-        let machine = Machine::default();
-        let node = machine.add(
+        let config = FakeConfig::default();
+        let node = config.add(
             None,
             1,
             0,
             &[(at::CAPABILITIES, 0x40), (0x40, 0x7009), (0x70, 0x00f0_8005), (0x80, 0x0003_0011)],
         );
-        machine.0.borrow_mut()[node].words[0x84 / 4] = 0x2000;
+        config.0.borrow_mut()[node].words[0x84 / 4] = 0x2000;
         let message = Message { address: 0xfee0_1000, data: 0x31 };
-        assert_eq!(enable_msi(&machine, address(0, 1), message), Some(Messages::Msi));
-        let words = [0x70, 0x74, 0x78, 0x7c].map(|offset| machine.word(node, offset));
+        assert_eq!(enable_msi(&config, address(0, 1), message), Some(Messages::Msi));
+        let words = [0x70, 0x74, 0x78, 0x7c].map(|offset| config.word(node, offset));
         assert_eq!(words, [0x0081_8005, 0xfee0_1000, 0, 0x31]);
         let msix = Messages::Msix { entries: 4, table: 0x2000, capability: 0x80 };
-        assert_eq!(find_msix(&machine, address(0, 1)), Some(msix));
-        enable_msix(&machine, address(0, 1), 0x80);
-        assert_eq!(machine.word(node, 0x80), 0x8003_0011);
+        assert_eq!(find_msix(&config, address(0, 1)), Some(msix));
+        enable_msix(&config, address(0, 1), 0x80);
+        assert_eq!(config.word(node, 0x80), 0x8003_0011);
         // One list with a loop, and one empty list.
-        machine.0.borrow_mut()[node].words[0x40 / 4] = 0x4009;
-        assert_eq!(enable_msi(&machine, address(0, 1), message), None);
-        assert_eq!(find_msix(&machine, address(0, 2)), None);
+        config.0.borrow_mut()[node].words[0x40 / 4] = 0x4009;
+        assert_eq!(enable_msi(&config, address(0, 1), message), None);
+        assert_eq!(find_msix(&config, address(0, 2)), None);
     }
 }

@@ -39,7 +39,7 @@ struct Piece {
 
 /// `struct msghdr` of 64-bit Linux.
 #[repr(C)]
-struct Parts {
+struct MessageHeader {
     name: *mut c_void,
     name_length: u32,
     pieces: *mut Piece,
@@ -50,18 +50,18 @@ struct Parts {
 }
 
 unsafe extern "C" {
-    fn sendmsg(fd: c_int, parts: *const Parts, flags: c_int) -> isize;
-    fn recvmsg(fd: c_int, parts: *mut Parts, flags: c_int) -> isize;
+    fn sendmsg(fd: c_int, message: *const MessageHeader, flags: c_int) -> isize;
+    fn recvmsg(fd: c_int, message: *mut MessageHeader, flags: c_int) -> isize;
 }
 
 /// Calls `act` with a message that has one piece and ancillary data.
-fn with_parts(
+fn with_message(
     piece: (*mut u8, usize),
     control: (*mut u64, usize),
-    act: impl FnOnce(&mut Parts) -> isize,
+    act: impl FnOnce(&mut MessageHeader) -> isize,
 ) -> io::Result<(usize, usize)> {
     let mut piece = Piece { base: piece.0.cast(), length: piece.1 };
-    let mut parts = Parts {
+    let mut message = MessageHeader {
         name: null_mut(),
         name_length: 0,
         pieces: &raw mut piece,
@@ -70,8 +70,8 @@ fn with_parts(
         control_length: control.1,
         flags: 0,
     };
-    let done = act(&mut parts);
-    Ok((usize::try_from(done).map_err(|_| io::Error::last_os_error())?, parts.control_length))
+    let done = act(&mut message);
+    Ok((usize::try_from(done).map_err(|_| io::Error::last_os_error())?, message.control_length))
 }
 
 /// Sends bytes with descriptors, at most [`FDS`].
@@ -92,11 +92,11 @@ fn send(socket: &UnixStream, bytes: &[u8], fds: &[RawFd]) -> io::Result<()> {
         };
     }
     let room = length.next_multiple_of(8);
-    let sent = with_parts(
+    let sent = with_message(
         (bytes.as_ptr().cast_mut(), bytes.len()),
         (control.as_mut_ptr(), room),
         // SAFETY: all memory in the message outlives the call.
-        |parts| unsafe { sendmsg(socket.as_raw_fd(), parts, 0) },
+        |message| unsafe { sendmsg(socket.as_raw_fd(), message, 0) },
     )?;
     let mut rest: &UnixStream = socket;
     rest.write_all(&bytes[sent.0..])
@@ -107,11 +107,11 @@ fn send(socket: &UnixStream, bytes: &[u8], fds: &[RawFd]) -> io::Result<()> {
 fn receive(socket: &UnixStream, mut bytes: &mut [u8], fds: &mut Vec<OwnedFd>) -> io::Result<bool> {
     while !bytes.is_empty() {
         let mut control = [0u64; (CONTROL_HEADER + 4 * FDS).div_ceil(8)];
-        let received = with_parts(
+        let received = with_message(
             (bytes.as_mut_ptr(), bytes.len()),
             (control.as_mut_ptr(), size_of_val(&control)),
             // SAFETY: as above.
-            |parts| unsafe { recvmsg(socket.as_raw_fd(), parts, 0) },
+            |message| unsafe { recvmsg(socket.as_raw_fd(), message, 0) },
         )?;
         if received.0 == 0 {
             return Ok(false);

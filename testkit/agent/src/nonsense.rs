@@ -70,21 +70,21 @@ impl Random {
 
 /// A function's address.
 #[derive(Clone, Copy)]
-struct Place {
+struct PciAddress {
     bus: u64,
     device: u64,
     function: u64,
 }
 
-impl Place {
+impl PciAddress {
     /// Of a name like `02:00.0`.
     fn parse(name: &str) -> io::Result<Self> {
         let parse = |text: &str| u64::from_str_radix(text, 16).ok();
         let parts = name.split_once(':').and_then(|(bus, rest)| Some((bus, rest.split_once('.')?)));
-        let place = parts.and_then(|(bus, (device, function))| {
+        let address = parts.and_then(|(bus, (device, function))| {
             Some(Self { bus: parse(bus)?, device: parse(device)?, function: parse(function)? })
         });
-        place.ok_or_else(|| {
+        address.ok_or_else(|| {
             io::Error::other(format!("{name} is no function; one is called 02:00.0"))
         })
     }
@@ -127,15 +127,15 @@ impl Ecam {
         Ok(Self { base: base.cast(), bytes })
     }
 
-    fn at(&self, place: Place, offset: usize, len: usize) -> Option<*mut u8> {
-        let at = usize::try_from(place.register(offset)).ok()?;
+    fn at(&self, address: PciAddress, offset: usize, len: usize) -> Option<*mut u8> {
+        let at = usize::try_from(address.register(offset)).ok()?;
         // SAFETY: Within the mapping.
         (at + len <= self.bytes).then(|| unsafe { self.base.add(at) })
     }
 
     /// Reads `data.len()` bytes (1, 2, 4 or 8) by one instruction, at any address.
-    fn read(&self, place: Place, offset: usize, data: &mut [u8]) -> bool {
-        let Some(at) = self.at(place, offset, data.len()) else { return false };
+    fn read(&self, address: PciAddress, offset: usize, data: &mut [u8]) -> bool {
+        let Some(at) = self.at(address, offset, data.len()) else { return false };
         let value: u64;
         // SAFETY: The addresses are mapped, and no memory of this process.
         unsafe {
@@ -157,8 +157,8 @@ impl Ecam {
     }
 
     /// Writes likewise.
-    fn write(&self, place: Place, offset: usize, data: &[u8]) -> bool {
-        let Some(at) = self.at(place, offset, data.len()) else { return false };
+    fn write(&self, address: PciAddress, offset: usize, data: &[u8]) -> bool {
+        let Some(at) = self.at(address, offset, data.len()) else { return false };
         let value = data.iter().rev().fold(0u64, |value, byte| value << 8 | u64::from(*byte));
         // SAFETY: As above.
         unsafe {
@@ -184,8 +184,8 @@ mod ports {
 
     /// Chooses the function and a register of it, the lowest two bits of whose offset are the data
     /// port's.
-    fn choose(place: Place, offset: usize) -> u16 {
-        let at = place.register(offset);
+    fn choose(address: PciAddress, offset: usize) -> u16 {
+        let at = address.register(offset);
         let address = ((1 << 31 | at >> 4 & 0xff_ff00 | at & 0xfc) & 0xffff_ffff) as u32;
         // SAFETY: The kernel has given this process the ports, behind which is no memory of its
         // own.
@@ -202,8 +202,8 @@ mod ports {
     }
 
     /// Reads 1, 2 or 4 bytes; 4 bytes too that are not aligned, which reach beyond the data port.
-    pub fn read(place: Place, offset: usize, data: &mut [u8]) {
-        let port = choose(place, offset);
+    pub fn read(address: PciAddress, offset: usize, data: &mut [u8]) {
+        let port = choose(address, offset);
         let value: u32;
         // SAFETY: As above.
         unsafe {
@@ -220,8 +220,8 @@ mod ports {
         data.iter_mut().zip(value.to_le_bytes()).for_each(|(to, byte)| *to = byte);
     }
 
-    pub fn write(place: Place, offset: usize, data: &[u8]) {
-        let port = choose(place, offset);
+    pub fn write(address: PciAddress, offset: usize, data: &[u8]) {
+        let port = choose(address, offset);
         let value = data.iter().rev().fold(0u32, |value, byte| value << 8 | u32::from(*byte));
         // SAFETY: As above.
         unsafe {
@@ -236,7 +236,7 @@ mod ports {
 
 /// A function that is there, with the registers that something may follow from.
 struct Target {
-    place: Place,
+    address: PciAddress,
     file: String,
     registers: Vec<usize>,
     /// Where the MSI capability has address and data.
@@ -248,10 +248,10 @@ struct Target {
 impl Target {
     /// Takes its configuration space apart, before it is scrambled.
     fn new(name: &str, ecam: &Ecam) -> io::Result<Self> {
-        let place = Place::parse(name)?;
+        let address = PciAddress::parse(name)?;
         let byte = |at: usize| {
             let mut data = [0];
-            ecam.read(place, at, &mut data);
+            ecam.read(address, at, &mut data);
             usize::from(data[0])
         };
         if byte(0) == 0xff {
@@ -280,7 +280,7 @@ impl Target {
             at = byte(at + 1);
         }
         Ok(Self {
-            place,
+            address,
             file: format!("/sys/bus/pci/devices/0000:{name}/config"),
             registers,
             message,
@@ -373,14 +373,14 @@ impl Nonsense {
         let way = self.random.below(if self.wild { 3 } else { 2 });
         let done = match way {
             0 => by_file(&target.file, offset, data, read),
-            1 if read => self.ecam.read(target.place, offset, data),
-            1 => self.ecam.write(target.place, offset, data),
+            1 if read => self.ecam.read(target.address, offset, data),
+            1 => self.ecam.write(target.address, offset, data),
             _ => {
                 let data = &mut data[..length.min(4)];
                 if read {
-                    ports::read(target.place, offset, data);
+                    ports::read(target.address, offset, data);
                 } else {
-                    ports::write(target.place, offset, data);
+                    ports::write(target.address, offset, data);
                 }
                 true
             }
@@ -397,7 +397,7 @@ impl Nonsense {
     /// command to its slot, of whose completion it tells.
     fn deadly(&mut self) {
         let random = &mut self.random;
-        for Target { place, message, slot, .. } in &self.targets {
+        for Target { address, message, slot, .. } in &self.targets {
             let Some(slot) = *slot else { continue };
             // Fixed, lowest priority, SMI, NMI, INIT, start-up, external; with vectors of
             // exceptions and of the kernel's own, too.
@@ -405,7 +405,7 @@ impl Nonsense {
                 | random.below(256)
                 | random.below(4) << 14;
             let write = |at, value: u64, length| {
-                self.ecam.write(*place, at, &value.to_le_bytes()[..length])
+                self.ecam.write(*address, at, &value.to_le_bytes()[..length])
             };
             write(message.start, 0xfee0_0000, 8);
             write(message.start + 8, how, 2);
@@ -421,7 +421,7 @@ impl Nonsense {
     /// is none.
     fn absent(&mut self, length: usize) -> io::Result<()> {
         let random = &mut self.random;
-        let place = Place {
+        let address = PciAddress {
             bus: random.below(32),
             device: random.below(32),
             function: 1 + random.below(7),
@@ -429,17 +429,17 @@ impl Nonsense {
         let offset = random.index(0x1000 - length);
         if random.below(2) == 0 {
             let mut data = [0; 8];
-            self.ecam.read(place, offset, &mut data[..length]);
+            self.ecam.read(address, offset, &mut data[..length]);
             self.sum.reads += 1;
             if data[..length].iter().any(|byte| *byte != 0xff) {
-                let Place { bus, device, function } = place;
+                let PciAddress { bus, device, function } = address;
                 let what = format!(
                     "{bus:02x}:{device:02x}.{function} is not there, and has {data:x?} at {offset:#x}"
                 );
                 return Err(io::Error::other(what));
             }
         } else {
-            self.ecam.write(place, offset, &value(random).to_le_bytes()[..length]);
+            self.ecam.write(address, offset, &value(random).to_le_bytes()[..length]);
             self.sum.writes += 1;
         }
         Ok(())
@@ -464,7 +464,7 @@ fn value(random: &mut Random) -> u64 {
         // RAM, ECAM, the memory of functions, I/O APIC, synthetic interrupts, local APIC, the last
         // page.
         3 | 4 => {
-            let place = [
+            let address = [
                 0,
                 0x10_0000,
                 0x100_0000,
@@ -474,9 +474,9 @@ fn value(random: &mut Random) -> u64 {
                 0xe100_0000,
                 0xfec0_0000,
             ];
-            let place =
-                random.one_of(&[&place[..], &[0xfed8_0000, 0xfee0_0000, 0xffff_f000]].concat());
-            place + (random.word() & 0x00ff_f000 & (u32::MAX >> random.below(32)))
+            let address =
+                random.one_of(&[&address[..], &[0xfed8_0000, 0xfee0_0000, 0xffff_f000]].concat());
+            address + (random.word() & 0x00ff_f000 & (u32::MAX >> random.below(32)))
         }
         // The same in the registers of a bridge's window.
         5 => random.word() & 0x1ff0 | 0xe000 | (random.word() & 0x1ff0 | 0xe000) << 16,
@@ -486,16 +486,16 @@ fn value(random: &mut Random) -> u64 {
     u64::from(high) << 32 | u64::from(low)
 }
 
-/// Part of a message that no kernel dies of, with its place and length, for a capability that has
+/// Part of a message that no kernel dies of, with its address and length, for a capability that has
 /// the message at `at`: an address, of a local APIC or not; or data with a vector that no processor
 /// takes (below 16), or that is a device's. Any parts are together as harmless.
 fn survivable(random: &mut Random, at: usize) -> (usize, usize, [u8; 8]) {
     let (offset, length, value) = match random.below(3) {
         0 => {
             let apic = 0xfee0_0000 | random.word() & 0xf_f00c;
-            let place =
+            let address =
                 random.one_of(&[0, 0x100_0000, 0xc000_8000, 0xe080_1000, 0xfec0_0000, 0xfed8_0000]);
-            (0, 4, if random.below(2) == 0 { apic } else { place | random.word() & 0xffc })
+            (0, 4, if random.below(2) == 0 { apic } else { address | random.word() & 0xffc })
         }
         1 => (4, 4, random.word()),
         _ => {

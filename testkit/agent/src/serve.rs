@@ -34,19 +34,19 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The port. All threads that send frames share it.
+/// The channel to the host: a serial port or a socket. All threads that send frames share it.
 #[derive(Clone)]
-struct Port(Arc<Mutex<File>>);
+struct Channel(Arc<Mutex<File>>);
 
-impl Port {
+impl Channel {
     fn say(&self, frame: &str) {
-        let mut port = lock(&self.0);
+        let mut channel = lock(&self.0);
         // If this fails, the host is gone, and nobody is left to tell.
-        let _ = port.write_all(format!("{frame}\n").as_bytes());
+        let _ = channel.write_all(format!("{frame}\n").as_bytes());
     }
 }
 
-/// Serves the port until it is closed.
+/// Serves the channel until it is closed.
 pub fn serve(path: &str) -> io::Result<()> {
     let file = if fs::metadata(path)?.file_type().is_socket() {
         File::from(OwnedFd::from(UnixStream::connect(path)?))
@@ -54,27 +54,28 @@ pub fn serve(path: &str) -> io::Result<()> {
         File::options().read(true).write(true).open(path)?
     };
     let input = BufReader::new(file.try_clone()?);
-    let port = Port(Arc::new(Mutex::new(file)));
+    let channel = Channel(Arc::new(Mutex::new(file)));
     let running = Running::default();
-    port.say("hello");
+    channel.say("hello");
     for line in input.lines() {
         let line = line?;
         let words: Vec<&str> = line.split_whitespace().collect();
         match words[..] {
-            ["ping"] => port.say("pong"),
+            ["ping"] => channel.say("pong"),
             ["run", id, hex] => match start(&String::from_utf8_lossy(&decode(hex))) {
                 Ok(mut child) => {
                     lock(&running).insert(id.to_owned(), (child.id(), child.stdin.take()));
-                    let (id, port, running) = (id.to_owned(), port.clone(), Arc::clone(&running));
+                    let (id, channel, running) =
+                        (id.to_owned(), channel.clone(), Arc::clone(&running));
                     thread::spawn(move || {
-                        let code = follow(&id, child, &port);
+                        let code = follow(&id, child, &channel);
                         lock(&running).remove(&id);
-                        port.say(&format!("end {id} {code}"));
+                        channel.say(&format!("end {id} {code}"));
                     });
                 }
                 Err(error) => {
-                    port.say(&format!("err {id} {}", encode(error.to_string().as_bytes())));
-                    port.say(&format!("end {id} 127"));
+                    channel.say(&format!("err {id} {}", encode(error.to_string().as_bytes())));
+                    channel.say(&format!("end {id} 127"));
                 }
             },
             ["input", id, hex] => {
@@ -109,14 +110,14 @@ fn start(command: &str) -> io::Result<Child> {
 }
 
 /// Sends a command's output to the host until it ends. Returns its exit code.
-fn follow(id: &str, mut child: Child, port: &Port) -> i32 {
+fn follow(id: &str, mut child: Child, channel: &Channel) -> i32 {
     let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
     let reader = stderr.map(|stream| {
-        let (id, port) = (id.to_owned(), port.clone());
-        thread::spawn(move || copy("err", &id, stream, &port))
+        let (id, channel) = (id.to_owned(), channel.clone());
+        thread::spawn(move || copy("err", &id, stream, &channel))
     });
     if let Some(stream) = stdout {
-        copy("out", id, stream, port);
+        copy("out", id, stream, channel);
     }
     if let Some(reader) = reader {
         let _ = reader.join();
@@ -127,10 +128,10 @@ fn follow(id: &str, mut child: Child, port: &Port) -> i32 {
     }
 }
 
-fn copy(kind: &str, id: &str, mut from: impl Read, port: &Port) {
+fn copy(kind: &str, id: &str, mut from: impl Read, channel: &Channel) {
     let mut piece = [0; PIECE];
     while let Ok(length @ 1..) = from.read(&mut piece) {
-        port.say(&format!("{kind} {id} {}", encode(&piece[..length])));
+        channel.say(&format!("{kind} {id} {}", encode(&piece[..length])));
     }
 }
 

@@ -17,7 +17,7 @@ use vbus_core::lock;
 /// The processors and routes of a connection. A route that has ended stays here until the next
 /// ROUTE or MOVE removes it.
 #[derive(Default)]
-pub struct State {
+pub struct PicState {
     /// The processors that the driver has registered, by number.
     cpus: BTreeMap<u32, Arc<Cpu>>,
     /// The routes, by device and vector.
@@ -49,7 +49,7 @@ impl Request {
     }
 }
 
-impl State {
+impl PicState {
     /// The line that a request names.
     fn line(&self, request: &Request) -> Result<Arc<Line>, ErrorCode> {
         let cpu = self.cpus.get(&request.cpu).ok_or(ErrorCode::NO_REGION)?;
@@ -132,13 +132,13 @@ impl State {
 
 /// A connection.
 pub struct PicConnection {
-    state: Arc<Mutex<State>>,
+    state: Arc<Mutex<PicState>>,
     cpus: u16,
     router: Router,
 }
 
 impl PicConnection {
-    pub fn new(state: Arc<Mutex<State>>, cpus: u16, router: Router) -> PicConnection {
+    pub fn new(state: Arc<Mutex<PicState>>, cpus: u16, router: Router) -> PicConnection {
         PicConnection { state, cpus, router }
     }
 }
@@ -183,6 +183,6 @@ impl Connection for PicConnection {
 
 impl Drop for PicConnection {
     fn drop(&mut self) {
-        *lock(&self.state) = State::default();
+        *lock(&self.state) = PicState::default();
     }
 }

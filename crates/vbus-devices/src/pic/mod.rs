@@ -17,7 +17,7 @@ use vbus_core::shm::abi::{class, pic as abi};
 use vbus_core::shm::pic::LINES_MAX;
 use vbus_core::{Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Open};
 
-use connection::{PicConnection, State};
+use connection::{PicConnection, PicState};
 use vbus_core::lock;
 
 /// The class of interrupt controllers.
@@ -47,7 +47,7 @@ impl DeviceClass for PicClass {
 struct PicDevice {
     cpus: u16,
     /// The state of the open connection; empty without one.
-    state: Arc<Mutex<State>>,
+    state: Arc<Mutex<PicState>>,
 }
 
 impl Device for PicDevice {

@@ -182,7 +182,7 @@ fn registers_that_make_no_sense_are_errors() {
     let mut rig = Rig::new();
     rig.fake.set_register(reg::CONNECTION, 9);
     corrupt(rig.nic.function().state());
-    rig.fake.set_register(reg::CONNECTION, reg::STATE_BROKEN | ErrorCode::CORRUPT.0 << 16);
+    rig.fake.set_register(reg::CONNECTION, reg::CONNECTION_BROKEN | ErrorCode::CORRUPT.0 << 16);
     assert_eq!(rig.nic.function().state(), Ok(ConnectionState::Broken(ErrorCode::CORRUPT)));
     rig.fake.set_register(reg::CONNECTION, u32::MAX);
     assert_eq!(rig.nic.function().check(), Err(Error::Gone));

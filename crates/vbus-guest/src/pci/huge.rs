@@ -148,10 +148,10 @@ fn physical(base: usize, count: usize) -> Result<Vec<u64>> {
 /// The memory of one function. It keeps every allocation until it is dropped itself, so that an
 /// open device never has memory that belongs to somebody else.
 #[derive(Debug, Default)]
-pub struct Pool(Mutex<Parts>);
+pub struct Pool(Mutex<PoolPages>);
 
 #[derive(Debug, Default)]
-struct Parts {
+struct PoolPages {
     all: Vec<Arc<Pages>>,
     /// The bytes in use of the page `small`.
     used: usize,
@@ -163,17 +163,17 @@ impl Pool {
     /// Allocates `bytes` of zeroed memory, rounded up to a multiple of 4 KiB.
     pub fn alloc(&self, bytes: usize) -> Result<HugeMemory> {
         let len = bytes.max(1).next_multiple_of(SMALL_PAGE);
-        let mut parts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(pages) = parts.small.clone().filter(|_| PAGE - parts.used >= len) {
-            let offset = parts.used;
-            parts.used += len;
+        let mut pool = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(pages) = pool.small.clone().filter(|_| PAGE - pool.used >= len) {
+            let offset = pool.used;
+            pool.used += len;
             return Ok(HugeMemory { pages, offset, len });
         }
         let pages = Arc::new(Pages::map(len.div_ceil(PAGE))?);
-        parts.all.push(pages.clone());
+        pool.all.push(pages.clone());
         if len < PAGE {
-            parts.small = Some(pages.clone());
-            parts.used = len;
+            pool.small = Some(pages.clone());
+            pool.used = len;
         }
         Ok(HugeMemory { pages, offset: 0, len })
     }

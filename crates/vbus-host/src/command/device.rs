@@ -78,7 +78,7 @@ Your own class answers requests in its method `Device::control`.";
 #[derive(clap::Args, Debug)]
 struct Into {
     #[command(flatten)]
-    machine: Machine,
+    machine: VmSocket,
     /// Give up after this many seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 30, requires = "machine")]
     timeout: u64,
@@ -87,7 +87,7 @@ struct Into {
 /// The socket of the virtual machine.
 #[derive(clap::Args, Debug)]
 #[group(id = "machine", multiple = false)]
-struct Machine {
+struct VmSocket {
     /// QMP socket of the running QEMU
     #[arg(long, value_name = "SOCKET")]
     qmp: Option<PathBuf>,
@@ -97,7 +97,7 @@ struct Machine {
 }
 
 impl Into {
-    fn patience(&self) -> Duration {
+    fn timeout(&self) -> Duration {
         Duration::from_secs(self.timeout)
     }
 }
@@ -112,11 +112,11 @@ enum Free {
 impl Free {
     fn find(into: &Into, name: &str, port: Option<&str>) -> Result<Free> {
         match &into.machine {
-            Machine { qmp: Some(qmp), .. } => {
-                Ok(Free::Qemu(plug::Slot::find(qmp, into.patience(), port)?))
+            VmSocket { qmp: Some(qmp), .. } => {
+                Ok(Free::Qemu(plug::Slot::find(qmp, into.timeout(), port)?))
             }
-            Machine { vmm: Some(vmm), .. } => {
-                let mut vmm = Vmm::connect(vmm, into.patience())?;
+            VmSocket { vmm: Some(vmm), .. } => {
+                let mut vmm = Vmm::connect(vmm, into.timeout())?;
                 vmm.check_free(name)?;
                 Ok(Free::Vmm(vmm))
             }
@@ -317,13 +317,13 @@ fn remove(args: &Remove) -> Result<()> {
     let client = Client::connect(args.bus.dir.as_deref())?;
     // Check the name before anything is unplugged.
     client.ask(&json!({ "op": "show", "name": args.name }))?;
-    let (socket, patience) = (rundir::socket(client.dir(), &args.name), args.into.patience());
+    let (socket, timeout) = (rundir::socket(client.dir(), &args.name), args.into.timeout());
     let unplugged = match &args.into.machine {
-        Machine { qmp: Some(qmp), .. } => {
-            plug::unplug(qmp, patience, &args.name, &socket).map(|()| true)
+        VmSocket { qmp: Some(qmp), .. } => {
+            plug::unplug(qmp, timeout, &args.name, &socket).map(|()| true)
         }
-        Machine { vmm: Some(vmm), .. } => {
-            Vmm::connect(vmm, patience).and_then(|mut vmm| vmm.unplug(&socket)).map(|()| true)
+        VmSocket { vmm: Some(vmm), .. } => {
+            Vmm::connect(vmm, timeout).and_then(|mut vmm| vmm.unplug(&socket)).map(|()| true)
         }
         _ => Ok(false),
     };

@@ -25,7 +25,7 @@ pub const COMMAND: &str = "guardian";
 /// The least time between the starts of two guardians.
 const PAUSE: Duration = Duration::from_secs(1);
 /// How long the bus waits for the guardian to end.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Starts the guardian when it is needed, and ends it with the bus.
 #[derive(Default)]
@@ -80,8 +80,8 @@ impl Guardian {
         drop(pipe);
         let ended = || -> io::Result<bool> {
             let process = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?;
-            let patience = Timespec::try_from(PATIENCE).map_err(io::Error::other)?;
-            Ok(poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&patience))? > 0)
+            let timeout = Timespec::try_from(TIMEOUT).map_err(io::Error::other)?;
+            Ok(poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&timeout))? > 0)
         };
         match ended() {
             Ok(true) => drop(child.wait()),
@@ -129,7 +129,7 @@ pub fn run() -> ExitCode {
         return ExitCode::FAILURE;
     }
     let ledger = io::stdout().as_fd().try_clone_to_owned().map(File::from);
-    match ledger.and_then(|ledger| vbus_sched::put_back(&ledger)) {
+    match ledger.and_then(|ledger| vbus_sched::restore(&ledger)) {
         Ok(vbus_sched::RestoreCounts { restored: 0, left: 0, failed: 0 }) => ExitCode::SUCCESS,
         Ok(vbus_sched::RestoreCounts { restored, left, failed }) => {
             eprintln!(

@@ -40,8 +40,8 @@ fn write(fd: impl AsFd) {
 
 /// Waits until the eventfd is readable.
 fn readable(fd: impl AsFd) -> bool {
-    let patience = Timespec { tv_sec: 10, tv_nsec: 0 };
-    poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&patience)).unwrap() == 1
+    let timeout = Timespec { tv_sec: 10, tv_nsec: 0 };
+    poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&timeout)).unwrap() == 1
 }
 
 fn places() -> [(DoorbellKind, DoorbellRange); 3] {

@@ -75,9 +75,11 @@ impl Registers {
             reg::ABI => context.endpoint.versions().register(),
             reg::CLASS => u32::from(identity.class),
             reg::CONNECTION => match context.endpoint.state() {
-                ConnectionState::Closed => reg::STATE_CLOSED,
-                ConnectionState::Open => reg::STATE_OPEN,
-                ConnectionState::Broken(status) => reg::STATE_BROKEN | status.0.min(0xffff) << 16,
+                ConnectionState::Closed => reg::CONNECTION_CLOSED,
+                ConnectionState::Open => reg::CONNECTION_OPEN,
+                ConnectionState::Broken(error) => {
+                    reg::CONNECTION_BROKEN | error.0.min(0xffff) << 16
+                }
             },
             reg::MAX_REGIONS => identity.regions,
             reg::VECTORS => context.interrupts.vectors(),

@@ -163,8 +163,8 @@ impl Rig {
 
 /// Waits for an eventfd and takes what it counted.
 fn wait(fd: &OwnedFd) -> u64 {
-    let patience = Timespec::try_from(Duration::from_secs(20)).unwrap();
-    poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&patience)).unwrap();
+    let timeout = Timespec::try_from(Duration::from_secs(20)).unwrap();
+    poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&timeout)).unwrap();
     let mut count = [0; 8];
     rustix::io::read(fd, &mut count).expect("no interrupt came");
     u64::from_ne_bytes(count)
@@ -230,11 +230,11 @@ fn commands_answer_with_a_status_that_names_the_fault() {
     assert_eq!(rig.command(command::OPEN, &[1, 0, BASE + 4, 0]), Err(error_code::BAD_ALIGNMENT));
     assert_eq!(rig.command(command::OPEN, &[1, 0, BASE + BYTES, 0]), Err(error_code::BAD_ADDRESS));
     assert_eq!(rig.command(command::OPEN, &[1, 0, BASE, 12345]), Err(error_code::NOT_SHARED));
-    assert_eq!(rig.read32(reg::CONNECTION), reg::STATE_CLOSED);
+    assert_eq!(rig.read32(reg::CONNECTION), reg::CONNECTION_CLOSED);
     assert_eq!(rig.open(), Ok(0));
     assert_eq!(
         (rig.read32(reg::CONNECTION), rig.read64(reg::FEATURES_ACCEPTED)),
-        (reg::STATE_OPEN, 0b100)
+        (reg::CONNECTION_OPEN, 0b100)
     );
     assert_eq!(rig.open(), Err(error_code::ALREADY_OPEN));
     let add = |a0, a1, a2, a3| [a0, a1, a2, a3];
@@ -378,7 +378,7 @@ fn a_violation_breaks_the_connection_and_wakes_the_driver() {
         rig.write32(bar0::DOORBELLS + handle * 4, 0);
     }
     wait(&msi);
-    assert_eq!(rig.read32(reg::CONNECTION), reg::STATE_BROKEN | error_code::CORRUPT << 16);
+    assert_eq!(rig.read32(reg::CONNECTION), reg::CONNECTION_BROKEN | error_code::CORRUPT << 16);
     assert_eq!(rig.open(), Err(error_code::ALREADY_OPEN));
     assert_eq!(rig.command(command::CLOSE, &[]), Ok(0));
     assert_eq!(rig.open(), Ok(0));
@@ -391,17 +391,20 @@ fn reset_and_the_peers_end_close_the_connection() {
     rig.ring(0);
     rig.function.write(region::CONFIG, 0x10, &0xfeb0_0000u32.to_le_bytes());
     rig.function.reset();
-    assert_eq!((rig.read32(reg::CONNECTION), rig.read64(reg::ARGUMENT)), (reg::STATE_CLOSED, 0));
+    assert_eq!(
+        (rig.read32(reg::CONNECTION), rig.read64(reg::ARGUMENT)),
+        (reg::CONNECTION_CLOSED, 0)
+    );
     let mut bar = [0; 4];
     rig.function.read(region::CONFIG, 0x10, &mut bar);
     assert_eq!(bar, [0; 4]);
     assert_eq!(rig.open(), Ok(0), "memory stays over a reset");
     rig.ring(0);
     rig.endpoint.unmap(BASE, BYTES);
-    assert_eq!(rig.read32(reg::CONNECTION), reg::STATE_BROKEN | error_code::REVOKED << 16);
+    assert_eq!(rig.read32(reg::CONNECTION), reg::CONNECTION_BROKEN | error_code::REVOKED << 16);
     rig.function.disconnected();
     rig.endpoint.unmap_all();
-    assert_eq!(rig.read32(reg::CONNECTION), reg::STATE_CLOSED);
+    assert_eq!(rig.read32(reg::CONNECTION), reg::CONNECTION_CLOSED);
     assert_eq!(rig.open(), Err(error_code::BAD_ADDRESS), "memory goes with the peer");
 }
 
@@ -443,7 +446,7 @@ fn a_removed_device_says_so() {
     let mut rig = Rig::new(Options::default());
     rig.open().unwrap();
     rig.bus.remove("m0").unwrap();
-    assert_eq!(rig.read32(reg::CONNECTION), reg::STATE_BROKEN | error_code::REMOVED << 16);
+    assert_eq!(rig.read32(reg::CONNECTION), reg::CONNECTION_BROKEN | error_code::REMOVED << 16);
     assert_eq!(rig.command(command::CLOSE, &[]), Ok(0));
     assert_eq!(rig.open(), Err(error_code::REMOVED));
 }

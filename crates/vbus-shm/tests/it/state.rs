@@ -4,7 +4,7 @@
 use proptest::prelude::*;
 use vbus_shm::signal::Armed;
 use vbus_shm::signal::end::{Device, Driver, End};
-use vbus_shm::state::{BadState, Layout, Reader, Writer};
+use vbus_shm::state::{BadStatePage, Layout, Reader, Writer};
 use vbus_shm::sync::{Ordering, Word};
 
 use crate::ring::start;
@@ -151,7 +151,7 @@ proptest! {
         }
         match Reader::attach(&memory[..], Driver) {
             Ok(reader) => prop_assert!(reader.layout().words() <= words),
-            Err(error) => prop_assert!(error != BadState::Magic),
+            Err(error) => prop_assert!(error != BadStatePage::Magic),
         }
     }
 }

@@ -5,7 +5,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::process::Stdio;
 use std::time::Duration;
 
-use crate::support::{PATIENCE, Served, exchange, run, vbus, wait_until};
+use crate::support::{Served, TIMEOUT, exchange, run, vbus, wait_until};
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -268,7 +268,7 @@ fn a_connection_to_a_device_counts_as_use() {
     let bus = Served::start(TWO);
     // A message VERSION of vfio-user 0.0 without data makes a client.
     let mut client = std::os::unix::net::UnixStream::connect(bus.dir.join("net0.sock")).unwrap();
-    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    client.set_read_timeout(Some(TIMEOUT)).unwrap();
     let mut version = vec![1, 0, 1, 0];
     version.extend(20u32.to_le_bytes());
     version.extend([0; 12]);

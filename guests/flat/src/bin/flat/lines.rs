@@ -11,7 +11,7 @@ use crate::report::{Failure, Outcome, ensure, line};
 use crate::{Setting, apic, clock, traps};
 
 /// How long a line may take to become pending, in nanoseconds.
-const PATIENCE: u64 = 20_000_000_000;
+const TIMEOUT: u64 = 20_000_000_000;
 const BROADCAST: [u8; 6] = [0xff; 6];
 
 /// The interrupt controller of the bus, with a line for each station.
@@ -159,6 +159,6 @@ fn wait_pending<'a>(page: &mut Controller<FlatHal>, line: u16) -> Outcome<'a> {
         if wanted == Wanted::Pending {
             return Ok(());
         }
-        ensure(clock::now() - began < PATIENCE, "a line does not become pending")?;
+        ensure(clock::now() - began < TIMEOUT, "a line does not become pending")?;
     }
 }

@@ -23,7 +23,7 @@ const _: () = assert!(SLOT <= BUFFER && BUFFER <= FRAME_MAX);
 
 /// After this time without an interrupt, in nanoseconds, the driver checks whether the device still
 /// exists.
-const PATIENCE: u64 = 1_000_000_000;
+const TIMEOUT: u64 = 1_000_000_000;
 
 /// EtherType for experiments.
 const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
@@ -68,7 +68,7 @@ impl Station {
     pub fn send<'a>(&mut self, to: [u8; 6], number: u64, len: usize) -> Outcome<'a> {
         let mut asked = clock::now();
         while self.tx.space() == 0 {
-            if self.tx.reclaim()? == 0 && clock::now() - asked > PATIENCE {
+            if self.tx.reclaim()? == 0 && clock::now() - asked > TIMEOUT {
                 // Check no more often, because a check costs an exit to user space, and the tests
                 // count exits.
                 self.nic.function().check()?;

@@ -29,7 +29,7 @@ use crate::ways::Way;
 use crate::{Setting, apic, clock, hyperv, kvm, pages, smp, traps};
 
 /// How long a frame may take to arrive, in nanoseconds.
-const PATIENCE: u64 = 30_000_000_000;
+const TIMEOUT: u64 = 30_000_000_000;
 /// The most frames at a time.
 const BURST: u64 = 16;
 /// The synthetic interrupt source of each processor.
@@ -229,7 +229,7 @@ impl Traffic {
     fn carry<'a>(&mut self, pages: &Pages, pic: &mut Pic<FlatHal>) -> Outcome<'a> {
         let began = clock::now();
         while pages.serving() < self.cpus - 1 {
-            ensure(clock::now() - began < PATIENCE, "another processor does not begin")?;
+            ensure(clock::now() - began < TIMEOUT, "another processor does not begin")?;
             spin_loop();
         }
         let stations = 0..pages.stations();
@@ -264,7 +264,7 @@ impl Traffic {
         while let Some(station) =
             (0..pages.stations()).find(|station| pages.got(*station) < pages.sent(*station))
         {
-            if clock::now() - began > PATIENCE {
+            if clock::now() - began > TIMEOUT {
                 let to = self.routes[station].map_or(Line { cpu: 0, number: 0 }, |route| route.to);
                 line("processors")
                     .value("station", station)

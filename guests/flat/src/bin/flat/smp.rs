@@ -14,7 +14,7 @@ use crate::{apic, clock, cpu, traps};
 /// The start address of another processor: unused memory below 1 MiB.
 const TRAMPOLINE: u32 = 0x8000;
 /// How long the others may take to start, in nanoseconds.
-const PATIENCE: u64 = 60_000_000_000;
+const TIMEOUT: u64 = 60_000_000_000;
 
 /// The number of processors that have started, without the first one.
 static ARRIVED: AtomicU32 = AtomicU32::new(0);
@@ -61,7 +61,7 @@ pub fn start(wanted: u64) -> u32 {
     apic::start_others(TRAMPOLINE);
     let began = clock::now();
     while ARRIVED.load(Ordering::Acquire) < wanted - 1 {
-        assert!(clock::now() - began < PATIENCE, "some of {wanted} processors do not start");
+        assert!(clock::now() - began < TIMEOUT, "some of {wanted} processors do not start");
         spin_loop();
     }
     wanted

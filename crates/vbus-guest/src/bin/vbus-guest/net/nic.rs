@@ -16,7 +16,7 @@ use vbus_tap::{Mac, show_mac};
 use super::frames::FrameMemory;
 use super::options::Options;
 use super::priority;
-use super::queue::{Counters, Queue, Shared, Wake};
+use super::queue::{Counters, NicShared, Queue, Wake};
 use super::tap::Tap;
 use vbus_guest::{Claimed, Interrupt, Source, keep_open};
 
@@ -121,7 +121,7 @@ where
     }
     let tap = &*tap;
 
-    let shared = Shared {
+    let shared = NicShared {
         stop: AtomicBool::new(false),
         stopped: event()?,
         look: event()?,
@@ -244,7 +244,7 @@ impl<H: Hal> Supervisor<'_, H> {
     /// Runs until `stop` becomes readable, a queue ends, or the connection ends.
     fn watch(
         &mut self,
-        shared: &Shared,
+        shared: &NicShared,
         mut own: Option<(Box<dyn Interrupt>, Acknowledger<H>)>,
         relays: &[OwnedFd],
         stop: &OwnedFd,

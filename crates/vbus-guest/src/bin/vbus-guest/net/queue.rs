@@ -80,7 +80,7 @@ pub struct Queue<H: Hal> {
 }
 
 /// What the queues share with the thread that watches the NIC.
-pub struct Shared {
+pub struct NicShared {
     /// True when the queues must end.
     pub stop: AtomicBool,
     /// Becomes readable, and stays readable, when the queues must end.
@@ -102,8 +102,8 @@ impl<H: Hal> Queue<H> {
         Ok(())
     }
 
-    /// Moves frames until [`Shared::stop`] is true or an error occurs.
-    pub fn run(&mut self, shared: &Shared) -> Result<()> {
+    /// Moves frames until [`NicShared::stop`] is true or an error occurs.
+    pub fn run(&mut self, shared: &NicShared) -> Result<()> {
         while !shared.stop.load(Ordering::Relaxed) {
             if self.turn(&shared.counters)? {
                 self.pace.busy();
@@ -224,7 +224,7 @@ impl<H: Hal> Queue<H> {
     }
 
     /// Sleeps for this time without an interrupt. Frames of the interface end the sleep.
-    fn nap(&mut self, shared: &Shared, nanoseconds: u64) -> Result<()> {
+    fn nap(&mut self, shared: &NicShared, nanoseconds: u64) -> Result<()> {
         Counters::add(&shared.counters.naps, 1);
         let for_tap = self.room()?.is_some();
         let time = Timespec { tv_sec: 0, tv_nsec: i64::try_from(nanoseconds)?.min(999_999_999) };
@@ -232,7 +232,7 @@ impl<H: Hal> Queue<H> {
     }
 
     /// Sleeps until there is something to do.
-    fn sleep(&mut self, shared: &Shared) -> Result<()> {
+    fn sleep(&mut self, shared: &NicShared) -> Result<()> {
         // Without room for another frame, the queue waits until a quarter of the frames in flight
         // have been sent.
         let full = self.room()?.is_none();
@@ -286,7 +286,12 @@ impl<H: Hal> Queue<H> {
 
     /// Waits for `stopped`, for the interface, and, without `nap`, for an interrupt. Returns
     /// whether an interrupt came, and whether the function has gone.
-    fn wait(&self, shared: &Shared, for_tap: bool, nap: Option<&Timespec>) -> Result<(bool, bool)> {
+    fn wait(
+        &self,
+        shared: &NicShared,
+        for_tap: bool,
+        nap: Option<&Timespec>,
+    ) -> Result<(bool, bool)> {
         let (wake, lifeline) = match &self.wake {
             Wake::Interrupt(interrupt, _) => (interrupt.fd(), Some(interrupt.lifeline())),
             Wake::Relay(eventfd) => (eventfd.as_fd(), None),

@@ -20,7 +20,7 @@ use vbus_cli::output::{columns, emit, emit_json, plain};
 use vbus_guest::{Found, Source, claim, is_meant};
 
 /// How long a running driver may take to answer. It answers between two looks at its tasks.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The address of the abstract socket at which the driver of function `id` answers.
 fn address(id: &str) -> std::io::Result<SocketAddr> {
@@ -111,7 +111,7 @@ pub fn run<S: Source>(source: &S, wanted: Option<&str>, as_json: bool) -> Result
 /// Asks the driver of `found`. Returns `None` if none runs, or if `wanted` names another device.
 fn ask(found: &Found, wanted: Option<&str>) -> Option<Value> {
     let mut stream = UnixStream::connect_addr(&address(&found.id).ok()?).ok()?;
-    stream.set_read_timeout(Some(PATIENCE)).ok()?;
+    stream.set_read_timeout(Some(TIMEOUT)).ok()?;
     let mut text = String::new();
     stream.read_to_string(&mut text).ok()?;
     let mut answer: Value = serde_json::from_str(&text).ok()?;
