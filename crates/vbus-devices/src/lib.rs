@@ -30,9 +30,22 @@ pub mod pic;
 pub mod state;
 pub mod venet;
 
-use vbus_core::DeviceClass;
+use std::sync::Arc;
 
-/// The device classes of this crate.
+use vbus_core::DeviceClass;
+use vbus_net::{Direct, Opener};
+
+/// The device classes of this crate. This process opens what their devices need.
 pub fn classes() -> Vec<Box<dyn DeviceClass>> {
-    vec![Box::new(venet::VenetClass::new()), Box::new(state::StateClass), Box::new(pic::PicClass)]
+    classes_opening(Arc::new(Direct))
+}
+
+/// The device classes of this crate. `opener` opens the files, sockets and interfaces of their
+/// devices.
+pub fn classes_opening(opener: Arc<dyn Opener>) -> Vec<Box<dyn DeviceClass>> {
+    vec![
+        Box::new(venet::VenetClass::opening(opener)),
+        Box::new(state::StateClass),
+        Box::new(pic::PicClass),
+    ]
 }

@@ -14,6 +14,7 @@ use vbus_tap::{HEADER_BYTES, Mac, Offloads};
 
 use crate::backend::{Backend, Plug, Port, Queue, Sent};
 use crate::frame::{Body, ETH_BYTES, FRAME_MAX, Header, Packet};
+use crate::opener::Opener;
 use crate::pcap::PcapFile;
 use crate::sink::{Delivery, OnFull, Read, Reserved, RxDrop, RxSink, SharedSink, Waiter};
 
@@ -28,9 +29,16 @@ pub struct Captured {
 impl Captured {
     /// Records the frames that pass `inner` in the file `path`. Creates or overwrites the file. The
     /// file gets the first `snap` bytes of each frame.
-    pub fn new(inner: Box<dyn Backend>, path: &Path, snap: u32) -> Result<Captured, CreateError> {
-        let file = PcapFile::create(path, snap)
-            .map_err(|error| CreateError(format!("pcap = {path:?}: {error}")))?;
+    pub fn new(
+        opener: &dyn Opener,
+        inner: Box<dyn Backend>,
+        path: &Path,
+        snap: u32,
+    ) -> Result<Captured, CreateError> {
+        let file = opener
+            .create(path)
+            .and_then(|file| PcapFile::new(file, path.into(), snap))
+            .map_err(|error| CreateError(format!("\"pcap\" is {path:?}: {error}")))?;
         Ok(Captured { inner, path: path.into(), file: Arc::new(file) })
     }
 }

@@ -12,6 +12,7 @@ use crate::backend::Backend;
 use crate::capture::Captured;
 use crate::link::Link;
 use crate::medium::Medium;
+use crate::opener::Opener;
 use crate::switch::Switches;
 
 /// The checked settings of a back end. A front reads its own settings beside them.
@@ -69,18 +70,20 @@ impl BackendConfig {
     }
 
     /// Makes the back end for a device with this address, with `queues` queue pairs and this MTU.
-    /// The back end sets the carrier of `link`. The error's text begins with the setting at fault.
+    /// `opener` opens what the back end needs. The back end sets the carrier of `link`. The error's
+    /// text begins with the setting at fault.
     pub fn open(
         &self,
         switches: &Switches,
+        opener: &Arc<dyn Opener>,
         mac: Mac,
         (queues, mtu): (u16, u16),
         link: Arc<Link>,
     ) -> Result<Box<dyn Backend>, CreateError> {
-        let backend = self.medium.open(switches, queues, mtu, link)?;
+        let backend = self.medium.open(switches, opener, queues, mtu, link)?;
         backend.reserve(mac);
         Ok(match &self.capture {
-            Some((path, snap)) => Box::new(Captured::new(backend, path, *snap)?),
+            Some((path, snap)) => Box::new(Captured::new(&**opener, backend, path, *snap)?),
             None => backend,
         })
     }

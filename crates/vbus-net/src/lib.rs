@@ -13,14 +13,17 @@
 //!
 //! A back end knows neither the front's rings nor its registers. The back ends are the [`Medium`]s
 //! (switch, TAP interface, stream socket and null) and [`Captured`], which records the frames that
-//! pass another back end. [`BackendConfig`] reads the settings that choose a back end.
+//! pass another back end. [`BackendConfig`] reads the settings that choose a back end. An [`Opener`]
+//! opens the files, sockets and interfaces of the back ends.
 //!
 //! ```
 //! use std::sync::Arc;
-//! use vbus_net::{Backend, Link, Medium, Offloads, Switches};
+//! use vbus_net::{Backend, Direct, Link, Medium, Offloads, Opener, Switches};
 //!
 //! let (switches, link) = (Switches::default(), Arc::new(Link::default()));
-//! let backend = Medium::Switch("lab".into()).open(&switches, 1, 1500, link.clone()).unwrap();
+//! let opener: Arc<dyn Opener> = Arc::new(Direct);
+//! let medium = Medium::Switch("lab".into());
+//! let backend = medium.open(&switches, &opener, 1, 1500, link.clone()).unwrap();
 //! assert!(backend.shares_sinks() && backend.tx_offloads() == Offloads::ALL);
 //! assert!(!link.is_up()); // until a driver is plugged in
 //! ```
@@ -34,6 +37,7 @@ mod link;
 mod medium;
 mod null;
 mod offload;
+mod opener;
 mod pcap;
 pub mod rss;
 mod sink;
@@ -52,6 +56,7 @@ pub use frame::{
 };
 pub use link::Link;
 pub use medium::Medium;
+pub use opener::{Direct, Opener};
 pub use rss::Rss;
 pub use sink::{Delivery, OnFull, Read, Reserved, RxDrop, RxSink, SharedSink, Waiter};
 pub use steering::Steering;

@@ -10,6 +10,7 @@ use vbus_core::settings::Settings;
 use crate::backend::Backend;
 use crate::link::Link;
 use crate::null::{self, Null};
+use crate::opener::Opener;
 use crate::stream::Stream;
 use crate::switch::{SwitchBackend, Switches};
 use crate::tap::{self, Tap};
@@ -101,20 +102,22 @@ impl Medium {
         matches!(self, Medium::Connect(_) | Medium::Listen(_))
     }
 
-    /// Makes the back end for a device with `queues` queue pairs and this MTU. The back end sets
-    /// the carrier of `link`. The error's text begins with the setting at fault.
+    /// Makes the back end for a device with `queues` queue pairs and this MTU. `opener` opens what
+    /// the back end needs. The back end sets the carrier of `link`. The error's text begins with
+    /// the setting at fault.
     pub fn open(
         &self,
         switches: &Switches,
+        opener: &Arc<dyn Opener>,
         queues: u16,
         mtu: u16,
         link: Arc<Link>,
     ) -> Result<Box<dyn Backend>, CreateError> {
         Ok(match self {
             Medium::Switch(name) => Box::new(SwitchBackend::new(switches.get(name), link)),
-            Medium::Tap(name) => Box::new(Tap::new(name, queues, mtu, link)?),
-            Medium::Connect(path) => Box::new(Stream::connecting(path, link)?),
-            Medium::Listen(path) => Box::new(Stream::listening(path, link)?),
+            Medium::Tap(name) => Box::new(Tap::new(&**opener, name, queues, mtu, link)?),
+            Medium::Connect(path) => Box::new(Stream::connecting(opener.clone(), path, link)?),
+            Medium::Listen(path) => Box::new(Stream::listening(opener.clone(), path, link)?),
             Medium::Null(source_bytes) => Box::new(Null::new(*source_bytes, link)),
         })
     }

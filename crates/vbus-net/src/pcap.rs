@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -46,9 +46,9 @@ pub struct PcapFile {
 }
 
 impl PcapFile {
-    /// Creates or overwrites the file. It gets the first `snap` bytes of each frame.
-    pub fn create(path: &Path, snap: u32) -> io::Result<PcapFile> {
-        let mut file = File::create(path)?;
+    /// Writes the header to `file`, which is empty. The file gets the first `snap` bytes of each
+    /// frame. `path` names the file in the log.
+    pub fn new(mut file: File, path: PathBuf, snap: u32) -> io::Result<PcapFile> {
         let mut head = Vec::new();
         head.extend_from_slice(&MAGIC.to_le_bytes());
         head.extend(VERSION.into_iter().flat_map(u16::to_le_bytes));
@@ -56,7 +56,7 @@ impl PcapFile {
         head.extend([snap, LINKTYPE_ETHERNET].into_iter().flat_map(u32::to_le_bytes));
         file.write_all(&head)?;
         let waiting = Arc::new(Records::default());
-        let (theirs, path) = (waiting.clone(), path.to_owned());
+        let theirs = waiting.clone();
         let thread = std::thread::Builder::new()
             .name("vbus-pcap".into())
             .stack_size(128 << 10)

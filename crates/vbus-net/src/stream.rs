@@ -6,16 +6,12 @@
 //! again every second, and the end that listens accepts the next peer.
 
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
-use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with,
-    bind, connect, listen, recv, send, socket_with,
-};
+use rustix::net::{RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, accept_with, recv, send};
 use serde_json::{Value, json};
 use vbus_core::shm::signal::Armed;
 use vbus_core::{Counter, CreateError, ErrorCode, Interest, TaskHandle};
@@ -25,6 +21,7 @@ use crate::backend::{Backend, Plug, Port, Queue, Sent, TxDrop};
 use crate::frame::{ETH_OVERHEAD, Packet};
 use crate::link::Link;
 use crate::offload::Plain;
+use crate::opener::Opener;
 use crate::sink::{Delivery, OnFull, RxDrop, RxSink, Waiter};
 
 /// Bytes of the length before each frame.
@@ -42,6 +39,7 @@ const PATH_MAX: usize = 107;
 
 /// The back end; see the module.
 pub struct Stream {
+    opener: Arc<dyn Opener>,
     path: PathBuf,
     listener: Option<Arc<OwnedFd>>,
     link: Arc<Link>,
@@ -56,29 +54,37 @@ struct StreamCounters {
 
 impl Stream {
     /// Makes the end that connects to the socket at `path`. The socket need not exist yet.
-    pub fn connecting(path: &Path, link: Arc<Link>) -> Result<Stream, CreateError> {
+    pub fn connecting(
+        opener: Arc<dyn Opener>,
+        path: &Path,
+        link: Arc<Link>,
+    ) -> Result<Stream, CreateError> {
         check_length("connect", path)?;
         if !path.exists() {
             tracing::warn!(path = %path.display(), "nothing is at the stream's path yet");
         }
-        Ok(Stream { path: path.into(), listener: None, link, counters: Arc::default() })
+        Ok(Stream { opener, path: path.into(), listener: None, link, counters: Arc::default() })
     }
 
     /// Makes the end that listens at `path`. It replaces a socket that exists already and has no
     /// listener.
-    pub fn listening(path: &Path, link: Arc<Link>) -> Result<Stream, CreateError> {
+    pub fn listening(
+        opener: Arc<dyn Opener>,
+        path: &Path,
+        link: Arc<Link>,
+    ) -> Result<Stream, CreateError> {
         check_length("listen", path)?;
         let failed =
             |error: std::io::Error| CreateError(format!("\"listen\" is {path:?}: {error}"));
-        let listener = Some(Arc::new(listen_at(path).map_err(failed)?));
-        Ok(Stream { path: path.into(), listener, link, counters: Arc::default() })
+        let listener = Some(Arc::new(opener.listen(path).map_err(failed)?));
+        Ok(Stream { opener, path: path.into(), listener, link, counters: Arc::default() })
     }
 }
 
 impl Drop for Stream {
     fn drop(&mut self) {
         if self.listener.is_some() {
-            let _ = std::fs::remove_file(&self.path); // Another process may have removed it.
+            self.opener.remove(&self.path);
         }
     }
 }
@@ -97,30 +103,6 @@ fn check_length(key: &str, path: &Path) -> Result<(), CreateError> {
     })
 }
 
-fn stream_socket() -> rustix::io::Result<OwnedFd> {
-    socket_with(
-        AddressFamily::UNIX,
-        SocketType::STREAM,
-        SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
-        None,
-    )
-}
-
-fn listen_at(path: &Path) -> std::io::Result<OwnedFd> {
-    let address = SocketAddrUnix::new(path)?;
-    let stale = std::fs::symlink_metadata(path).is_ok_and(|data| data.file_type().is_socket())
-        && connect(&stream_socket()?, &address) == Err(Errno::CONNREFUSED);
-    if stale {
-        std::fs::remove_file(path)?;
-    }
-    let socket = stream_socket()?;
-    bind(&socket, &address)?;
-    // Set the mode before a peer can connect.
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-    listen(&socket, 1)?;
-    Ok(socket)
-}
-
 impl Backend for Stream {
     fn tx_offloads(&self) -> Offloads {
         Offloads::ALL
@@ -136,6 +118,7 @@ impl Backend for Stream {
 
     fn plug(&self, port: Arc<Port>) -> Result<Arc<dyn Plug>, ErrorCode> {
         Ok(Arc::new(StreamPlug {
+            opener: self.opener.clone(),
             path: self.path.clone(),
             listener: self.listener.clone(),
             link: self.link.clone(),
@@ -156,6 +139,7 @@ impl Backend for Stream {
 
 /// A driver's use of the stream.
 struct StreamPlug {
+    opener: Arc<dyn Opener>,
     path: PathBuf,
     listener: Option<Arc<OwnedFd>>,
     link: Arc<Link>,
@@ -169,6 +153,7 @@ impl Plug for StreamPlug {
             return Err(ErrorCode::BAD_ARGUMENT);
         }
         Ok(Box::new(StreamQueue {
+            opener: self.opener.clone(),
             path: self.path.clone(),
             listener: self.listener.clone(),
             listening: false,
@@ -313,6 +298,7 @@ impl Peer {
 }
 
 struct StreamQueue {
+    opener: Arc<dyn Opener>,
     path: PathBuf,
     listener: Option<Arc<OwnedFd>>,
     /// Whether the listener wakes the task.
@@ -358,11 +344,9 @@ impl StreamQueue {
             }
             None if self.retry.is_some_and(|at| Instant::now() < at) => None,
             None => {
-                let address = SocketAddrUnix::new(&self.path).map_err(failed)?;
-                let socket = stream_socket().map_err(failed)?;
-                let connected = connect(&socket, &address);
+                let connected = self.opener.connect(&self.path);
                 self.retry = connected.is_err().then(|| Instant::now() + RETRY);
-                if let Err(error) = connected {
+                if let Err(error) = &connected {
                     let (device, path) = (&self.port.name, self.path.display());
                     if self.told {
                         tracing::debug!(device, %path, %error, "no peer yet");
@@ -373,7 +357,7 @@ impl StreamQueue {
                         self.told = true;
                     }
                 }
-                connected.is_ok().then_some(socket)
+                connected.ok()
             }
         };
         if let Some(socket) = socket {

@@ -10,11 +10,12 @@ use vbus_core::io_vec::{IoVec, IoVecMut, readv, writev};
 use vbus_core::memory::DriverSlice;
 use vbus_core::settings::Settings;
 use vbus_core::{CreateError, ErrorCode, Interest, TaskHandle};
-use vbus_tap::{HEADER_BYTES, Mac, Offloads, Setup, advice, set_mtu, set_up};
+use vbus_tap::{HEADER_BYTES, Mac, Offloads, advice};
 
 use crate::backend::{Backend, Plug, Port, Queue, Sent, TxDrop};
 use crate::frame::{Body, ETH_BYTES, PIECES_MAX, Packet};
 use crate::link::Link;
+use crate::opener::Opener;
 use crate::sink::{Reserved, RxSink, Waiter};
 
 /// Reads the setting `tap`, the name of an interface.
@@ -43,21 +44,21 @@ pub struct Tap {
 impl Tap {
     /// Attaches `queues` queues to the interface called `name`, and creates it if it does not
     /// exist. Sets its MTU and brings it up.
-    pub fn new(name: &str, queues: u16, mtu: u16, link: Arc<Link>) -> Result<Tap, CreateError> {
-        let failed = |error| CreateError(format!("tap = {name:?}: {error}; {}", advice(error)));
-        let setup = Setup { multi_queue: queues > 1, ..Setup::default() };
-        let (first, name) = vbus_tap::Queue::attach(name, setup).map_err(failed)?;
-        let mut all = vec![Arc::new(first)];
-        for _ in 1..queues {
-            all.push(Arc::new(vbus_tap::Queue::attach(&name, setup).map_err(failed)?.0));
-        }
-        if let Err(error) = set_mtu(&name, mtu).and_then(|()| set_up(&name)) {
-            let text = "cannot set the MTU and bring the interface up: do it with `ip link`";
-            tracing::warn!(tap = name, mtu, %error, "{text}");
-        }
-        let offloads = all[0].known_offloads();
-        set_carrier(&all[0], false);
-        Ok(Tap { name, queues: all, offloads, link })
+    pub fn new(
+        opener: &dyn Opener,
+        name: &str,
+        queues: u16,
+        mtu: u16,
+        link: Arc<Link>,
+    ) -> Result<Tap, CreateError> {
+        let (name, queues) = opener.tap(name, queues, mtu).map_err(|error| {
+            let advice = Errno::from_io_error(&error).map(|error| format!("; {}", advice(error)));
+            CreateError(format!("\"tap\" is {name:?}: {error}{}", advice.unwrap_or_default()))
+        })?;
+        let queues: Vec<_> = queues.into_iter().map(Arc::new).collect();
+        let offloads = queues[0].known_offloads();
+        set_carrier(&queues[0], false);
+        Ok(Tap { name, queues, offloads, link })
     }
 }
 

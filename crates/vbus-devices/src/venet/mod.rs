@@ -23,22 +23,34 @@ use std::sync::Arc;
 
 use serde_json::Value;
 use vbus_core::{Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Open};
-use vbus_net::{Link, Switches};
+use vbus_net::{Direct, Link, Opener, Switches};
 
 use config::Config;
 use connection::VenetConnection;
 use device::VenetDevice;
 
 /// The class of Ethernet controllers. The switches of a bus belong to it.
-#[derive(Default)]
 pub struct VenetClass {
     switches: Switches,
+    opener: Arc<dyn Opener>,
 }
 
 impl VenetClass {
-    /// The class, without switches. The first device on a switch creates it.
+    /// The class, without switches. The first device on a switch creates it. This process opens
+    /// what the back ends need.
     pub fn new() -> VenetClass {
-        VenetClass::default()
+        VenetClass::opening(Arc::new(Direct))
+    }
+
+    /// The same, but `opener` opens the files, sockets and interfaces of the back ends.
+    pub fn opening(opener: Arc<dyn Opener>) -> VenetClass {
+        VenetClass { switches: Switches::default(), opener }
+    }
+}
+
+impl Default for VenetClass {
+    fn default() -> Self {
+        VenetClass::new()
     }
 }
 
@@ -63,8 +75,13 @@ impl DeviceClass for VenetClass {
         let config = Config::parse(config)?;
         let link = Arc::new(Link::default());
         let (queues, mtu) = (config.queue_pairs, config.mtu);
-        let backend =
-            config.backend.open(&self.switches, config.mac, (queues, mtu), link.clone())?;
+        let backend = config.backend.open(
+            &self.switches,
+            &self.opener,
+            config.mac,
+            (queues, mtu),
+            link.clone(),
+        )?;
         let pairs = (0..queues).map(|_| Arc::default()).collect();
         let name = name.into();
         Ok(Arc::new(Venet(Arc::new(VenetDevice { name, config, link, backend, pairs }))))

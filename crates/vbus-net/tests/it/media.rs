@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use vbus_core::{Executor, Tuning};
-use vbus_net::{Captured, Link, Mac, Medium, Switches};
+use vbus_net::{Captured, Direct, Link, Mac, Medium, Opener, Switches};
 
 use crate::front::Front;
 
@@ -19,12 +19,17 @@ fn frame(to: Mac, from: Mac, n: u32) -> Vec<u8> {
     [&to[..], &from, &[0x88, 0xb5], &n.to_le_bytes(), &[7; 50]].concat()
 }
 
+fn opener() -> Arc<dyn Opener> {
+    Arc::new(Direct)
+}
+
 #[test]
 fn a_switch_keeps_frames_until_the_receiver_has_room() {
     let (executor, switches) = (executor(), Switches::default());
     let links = [Arc::new(Link::default()), Arc::new(Link::default())];
-    let [a, b] = [0, 1]
-        .map(|n| Medium::Switch("s".into()).open(&switches, 1, 1500, links[n].clone()).unwrap());
+    let [a, b] = [0, 1].map(|n| {
+        Medium::Switch("s".into()).open(&switches, &opener(), 1, 1500, links[n].clone()).unwrap()
+    });
     let (a, b) = (Front::plug(&executor, &*a, A, 10), Front::plug(&executor, &*b, B, 0));
     assert!(links.iter().all(|link| link.is_up()));
     for n in 0..100 {
@@ -44,7 +49,7 @@ fn a_switch_keeps_frames_until_the_receiver_has_room() {
 fn two_streams_are_two_ends_of_a_cable() {
     let (executor, switches, dir) = (executor(), Switches::default(), tempfile::tempdir().unwrap());
     let path = dir.path().join("socket");
-    let open = |medium: Medium| medium.open(&switches, 1, 1500, Arc::default()).unwrap();
+    let open = |medium: Medium| medium.open(&switches, &opener(), 1, 1500, Arc::default()).unwrap();
     let (a, b) = (open(Medium::Listen(path.clone())), open(Medium::Connect(path)));
     let a = Front::plug(&executor, &*a, A, usize::MAX);
     let b = Front::plug(&executor, &*b, B, usize::MAX);
@@ -67,8 +72,8 @@ fn two_streams_are_two_ends_of_a_cable() {
 fn the_capture_records_a_source_behind_any_front() {
     let (executor, switches, dir) = (executor(), Switches::default(), tempfile::tempdir().unwrap());
     let path = dir.path().join("null.pcap");
-    let null = Medium::Null(60).open(&switches, 1, 1500, Arc::default()).unwrap();
-    let captured = Captured::new(null, &path, 1000).unwrap();
+    let null = Medium::Null(60).open(&switches, &opener(), 1, 1500, Arc::default()).unwrap();
+    let captured = Captured::new(&Direct, null, &path, 1000).unwrap();
     let front = Front::plug(&executor, &captured, A, 3);
     for _ in 0..3 {
         let frame = front.receive();

@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! What back ends open outside of their process: capture files, sockets and TAP interfaces.
+
+use std::fs::{File, Permissions};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::Path;
+
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
+};
+use vbus_tap::{Setup, set_mtu, set_up};
+
+/// Opens what back ends need outside of their process. A process without the right to open
+/// anything passes an implementation that asks another process.
+///
+/// The calls run on threads that serve devices, so they must not wait for a peer.
+pub trait Opener: Send + Sync {
+    /// Creates or overwrites the file at `path`, for a capture.
+    ///
+    /// # Errors
+    /// The system refuses, or this opener does not allow the path. The text says which.
+    fn create(&self, path: &Path) -> io::Result<File>;
+
+    /// Makes a non-blocking UNIX stream socket that listens at `path`. Only the user of the opener
+    /// may connect to it. A socket there that has no listener is replaced.
+    ///
+    /// # Errors
+    /// The same as those of [`create`](Self::create).
+    fn listen(&self, path: &Path) -> io::Result<OwnedFd>;
+
+    /// Removes the socket that [`listen`](Self::listen) made at `path`. It may be gone already.
+    fn remove(&self, path: &Path);
+
+    /// Connects a non-blocking UNIX stream socket to the one at `path`.
+    ///
+    /// # Errors
+    /// The same as those of [`create`](Self::create), and what `connect(2)` returns.
+    fn connect(&self, path: &Path) -> io::Result<OwnedFd>;
+
+    /// Attaches `queues` queues to the TAP interface `name`, and creates it if it does not exist.
+    /// The kernel replaces a `%d` in the name by a number. Sets the MTU and brings the interface
+    /// up; if that fails, the log says so. Returns the interface's name and its queues.
+    ///
+    /// # Errors
+    /// The same as those of [`create`](Self::create). For errors of the system,
+    /// [`vbus_tap::advice`] says what to do.
+    fn tap(&self, name: &str, queues: u16, mtu: u16) -> io::Result<(String, Vec<vbus_tap::Queue>)>;
+}
+
+/// Opens everything itself, with the rights of this process.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Direct;
+
+impl Opener for Direct {
+    fn create(&self, path: &Path) -> io::Result<File> {
+        File::create(path)
+    }
+
+    fn listen(&self, path: &Path) -> io::Result<OwnedFd> {
+        let address = SocketAddrUnix::new(path)?;
+        let stale = std::fs::symlink_metadata(path).is_ok_and(|data| data.file_type().is_socket())
+            && connect(&stream_socket()?, &address) == Err(Errno::CONNREFUSED);
+        if stale {
+            std::fs::remove_file(path)?;
+        }
+        let socket = stream_socket()?;
+        bind(&socket, &address)?;
+        // Set the mode before a peer can connect.
+        std::fs::set_permissions(path, Permissions::from_mode(0o600))?;
+        listen(&socket, 1)?;
+        Ok(socket)
+    }
+
+    fn remove(&self, path: &Path) {
+        let _ = std::fs::remove_file(path); // Another process may have removed it.
+    }
+
+    fn connect(&self, path: &Path) -> io::Result<OwnedFd> {
+        let socket = stream_socket()?;
+        connect(&socket, &SocketAddrUnix::new(path)?)?;
+        Ok(socket)
+    }
+
+    fn tap(&self, name: &str, queues: u16, mtu: u16) -> io::Result<(String, Vec<vbus_tap::Queue>)> {
+        let setup = Setup { multi_queue: queues > 1, ..Setup::default() };
+        let (first, name) = vbus_tap::Queue::attach(name, setup)?;
+        let mut all = vec![first];
+        for _ in 1..queues {
+            all.push(vbus_tap::Queue::attach(&name, setup)?.0);
+        }
+        if let Err(error) = set_mtu(&name, mtu).and_then(|()| set_up(&name)) {
+            let text = "cannot set the MTU and bring the interface up: do it with `ip link`";
+            tracing::warn!(tap = name, mtu, %error, "{text}");
+        }
+        Ok((name, all))
+    }
+}
+
+fn stream_socket() -> rustix::io::Result<OwnedFd> {
+    socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+        None,
+    )
+}
