@@ -9,7 +9,8 @@ use std::time::Duration;
 use vbus_core::{Bus, Device, Executor, Trust, Tuning, service};
 use vbus_driver::Error;
 use vbus_examples::{shout, shout_by_hand};
-use vbus_vfio_user::{DeviceServer, MEMORY_BYTES, Process};
+use vbus_process::{MEMORY_BYTES, Process};
+use vbus_vfio_user::DeviceServer;
 
 /// Sends texts through a driver, which gets an environment and a way to wait.
 fn check(

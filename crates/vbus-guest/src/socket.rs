@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use rustix::fs::inotify;
 use rustix::io::Errno;
-use vbus_vfio_user::{ClientError, Process};
+use vbus_process::{ClientError, Process};
 
 use crate::source::{Found, Interrupt, Source};
 use vbus_cli::rundir;

@@ -3,6 +3,19 @@
 //!
 //! [`std::io::IoSlice`] holds a `&[u8]`. Rust forbids a `&[u8]` of bytes that somebody else writes.
 //! An [`IoVec`] and an [`IoVecMut`] hold a pointer and a length, which only the kernel uses.
+//!
+//! ```
+//! use vbus_iovec::{IoVec, IoVecMut, readv, writev};
+//! use vbus_shm::sync::{Ordering, Word};
+//!
+//! let (reader, writer) = rustix::pipe::pipe()?;
+//! let shared = [Word::new(u64::from_le_bytes(*b"12345678"))];
+//! writev(&writer, &[IoVec::new(b"head "), IoVec::words(&shared, 4, 4)])?;
+//! let mut text = [0; 9];
+//! assert_eq!(readv(&reader, &mut [IoVecMut::new(&mut text)])?, 9);
+//! assert_eq!(&text, b"head 5678");
+//! # Ok::<(), rustix::io::Errno>(())
+//! ```
 #![allow(unsafe_code)] // Gives pointers to the kernel.
 
 use std::marker::PhantomData;
@@ -12,14 +25,12 @@ use std::ptr::NonNull;
 use rustix::io::Errno;
 use vbus_shm::sync::Word;
 
-/// Bytes that [`writev`] reads: the process's own, or the driver's
-/// ([`DriverSlice::io_vecs`](crate::memory::DriverSlice::io_vecs)).
+/// Bytes that [`writev`] reads: the process's own, or shared ones.
 #[derive(Clone, Copy)]
 #[repr(transparent)]
 pub struct IoVec<'a>(libc::iovec, PhantomData<&'a [u8]>);
 
-/// Bytes that [`readv`] writes: the process's own, or the driver's
-/// ([`DriverSlice::io_vecs_mut`](crate::memory::DriverSlice::io_vecs_mut)).
+/// Bytes that [`readv`] writes: the process's own, or shared ones.
 #[repr(transparent)]
 pub struct IoVecMut<'a>(libc::iovec, PhantomData<&'a mut [u8]>);
 
@@ -44,7 +55,7 @@ impl<'a> IoVec<'a> {
     ///
     /// # Safety
     /// The `len` bytes at `base` are mapped for `'a`.
-    pub(crate) unsafe fn shared(base: NonNull<u8>, len: usize) -> IoVec<'a> {
+    pub unsafe fn shared(base: NonNull<u8>, len: usize) -> IoVec<'a> {
         IoVec(libc::iovec { iov_base: base.as_ptr().cast(), iov_len: len }, PhantomData)
     }
 }
@@ -72,7 +83,7 @@ impl<'a> IoVecMut<'a> {
     /// # Safety
     /// The `len` bytes at `base` are mapped for `'a`. No reference to them exists in this process,
     /// except to atomics.
-    pub(crate) unsafe fn shared(base: NonNull<u8>, len: usize) -> IoVecMut<'a> {
+    pub unsafe fn shared(base: NonNull<u8>, len: usize) -> IoVecMut<'a> {
         IoVecMut(libc::iovec { iov_base: base.as_ptr().cast(), iov_len: len }, PhantomData)
     }
 }

@@ -99,8 +99,8 @@ pub mod reg {
     pub const ABI: u64 = 0x004;
     /// u32, ro: device class.
     pub const CLASS: u64 = 0x008;
-    /// u32, ro: state of the connection: bits 0..8 one of [`CONNECTION_CLOSED`] etc., bits 16..32 the
-    /// [`error_code`](super::error_code) that broke it.
+    /// u32, ro: state of the connection: bits 0..8 one of [`CONNECTION_CLOSED`] etc., bits 16..32
+    /// the [`error_code`](super::error_code) that broke it.
     pub const CONNECTION: u64 = 0x00c;
     /// No connection.
     pub const CONNECTION_CLOSED: u32 = 0;

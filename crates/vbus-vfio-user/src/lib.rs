@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Where vfio-user and the bus meet.
+//! Where vfio-user and the bus meet: [`DeviceServer`] serves a device of the bus to a VMM, or to
+//! any other client. It is the [`Target`](vfio_user_protocol::Target) of a
+//! [`Server`](vfio_user_protocol::Server) on the device's own event loop.
 //!
-//! [`DeviceServer`] serves a device of the bus to a VMM, or to any other client: it is the
-//! [`Target`](vfio_user_protocol::Target) of a [`Server`](vfio_user_protocol::Server) on the
-//! device's own event loop. [`Process`] is the other side without a VM: the environment
-//! ([`Hal`](vbus_driver::Hal)) of a driver in a plain process, over a
-//! [`Client`](vfio_user_protocol::Client).
+//! The other side without a VM is the crate `vbus_process`: the environment of a driver in a plain
+//! process.
 //!
 //! The protocol itself is the crate `vfio_user_protocol`. What the server offers and refuses,
 //! command by command, is in `spec/vfio-user.md`.
@@ -14,7 +13,8 @@
 //! use std::sync::Arc;
 //! use vbus_core::{Bus, Connection, Device, Executor, Identity, Open, Region, ErrorCode, Trust, Tuning};
 //! use vbus_driver::Function;
-//! use vbus_vfio_user::{DeviceServer, MEMORY_BYTES, Process};
+//! use vbus_process::{MEMORY_BYTES, Process};
+//! use vbus_vfio_user::DeviceServer;
 //!
 //! /// A device with one function: it gives the length of the buffer that it is called with.
 //! struct Length;
@@ -52,8 +52,6 @@
 //! ```
 
 mod device_server;
-mod process;
 
 pub use device_server::DeviceServer;
-pub use process::{MEMORY_BYTES, Process, ProcessMemory};
-pub use vfio_user_protocol::{ClientError, Errno, bind_private};
+pub use vfio_user_protocol::bind_private;

@@ -3,6 +3,7 @@
 //! builds or starts anything. And `cargo xtask new-device`.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+mod layers;
 mod man;
 mod new_device;
 

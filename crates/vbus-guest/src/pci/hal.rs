@@ -4,10 +4,9 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::time::Duration;
 
-use rustix::time::{ClockId, clock_gettime};
-use vbus_driver::{COMMAND_BOUND, Doorbell, Hal, HeapTable, NoMemory};
+use vbus_driver::{Doorbell, Hal, HeapTable, NoMemory};
+use vbus_process::clock;
 use vbus_shm::abi::{bar0, capability};
 
 use super::bar::Bar;
@@ -16,10 +15,10 @@ use super::port;
 
 /// Drives a function through its mapped BAR, its configuration space in sysfs, and huge pages.
 #[derive(Clone, Debug)]
-pub struct PciHal(Arc<Inner>);
+pub struct PciHal(Arc<OpenFunction>);
 
 #[derive(Debug)]
-struct Inner {
+struct OpenFunction {
     bar: Bar,
     config: File,
     pool: Pool,
@@ -31,7 +30,7 @@ impl PciHal {
     /// Makes the Hal of a function. `claim` is a file that stays open until the last clone is
     /// dropped.
     pub fn new(bar: Bar, config: File, claim: Option<File>) -> PciHal {
-        PciHal(Arc::new(Inner { bar, config, pool: Pool::default(), _claim: claim }))
+        PciHal(Arc::new(OpenFunction { bar, config, pool: Pool::default(), _claim: claim }))
     }
 }
 
@@ -80,10 +79,10 @@ impl Hal for PciHal {
     }
 
     fn ring(&self, doorbell: Doorbell, handle: u32) {
-        let place = doorbell.offset(handle);
+        let offset = doorbell.offset(handle);
         if doorbell.kind == capability::KIND_MMIO {
-            self.write32(place, 1);
-        } else if !u16::try_from(place).is_ok_and(port::write) {
+            self.write32(offset, 1);
+        } else if !u16::try_from(offset).is_ok_and(port::write) {
             // The kernel did not permit the port for this thread, although it has for another one.
             // The same doorbell is also in the BAR.
             self.write32(bar0::DOORBELLS + u64::from(handle) * bar0::DOORBELL_STRIDE, 1);
@@ -91,18 +90,10 @@ impl Hal for PciHal {
     }
 
     fn now(&self) -> u64 {
-        now()
+        clock::now()
     }
 
     fn pause(&self, waited: u64) -> bool {
-        // The pause grows with the time waited, so that a long command is not polled too often.
-        std::thread::sleep(Duration::from_nanos((waited / 4).clamp(10_000, 1_000_000)));
-        waited < COMMAND_BOUND
+        clock::pause(waited)
     }
-}
-
-/// Nanoseconds of the monotonic clock.
-fn now() -> u64 {
-    let now = clock_gettime(ClockId::Monotonic);
-    u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
 }

@@ -16,7 +16,8 @@ use vbus_core::{
     Tuning,
 };
 use vbus_driver::{Error, Function, Hal};
-use vbus_vfio_user::{DeviceServer, MEMORY_BYTES, Process};
+use vbus_process::{MEMORY_BYTES, Process};
+use vbus_vfio_user::DeviceServer;
 use vfio_user_protocol::{Client, ClientError, Errno};
 
 /// Adds its call's buffer up.

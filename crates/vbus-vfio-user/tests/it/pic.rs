@@ -22,7 +22,8 @@ use vbus_core::{
 use vbus_driver::pic::{Controller, Line, Nesting, Pic, Source, Wanted};
 use vbus_driver::{Error, Function, Hal};
 use vbus_pci::Options;
-use vbus_vfio_user::{DeviceServer, MEMORY_BYTES, Process};
+use vbus_process::{MEMORY_BYTES, Process};
+use vbus_vfio_user::DeviceServer;
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 const VECTORS: u16 = 64;

@@ -14,7 +14,8 @@ use vbus_core::{
     Region, Trust, Tuning, Window,
 };
 use vbus_driver::{Doorbell, Function, Hal};
-use vbus_vfio_user::{DeviceServer, MEMORY_BYTES, Process, ProcessMemory};
+use vbus_process::{MEMORY_BYTES, Process, ProcessMemory};
+use vbus_vfio_user::DeviceServer;
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 /// So many at least.

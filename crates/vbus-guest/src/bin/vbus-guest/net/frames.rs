@@ -4,9 +4,9 @@
 use std::collections::VecDeque;
 
 use anyhow::{Result, ensure};
-use vbus_core::io_vec::IoVecMut;
 use vbus_driver::Dma;
 use vbus_driver::venet::{FRAME_MAX, Piece};
+use vbus_iovec::IoVecMut;
 
 /// The alignment of frames: a cache line.
 const ALIGN: usize = 64;

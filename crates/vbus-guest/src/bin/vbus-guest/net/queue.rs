@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use anyhow::{Context, Result, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use vbus_core::io_vec::{IoVec, readv, writev};
 use vbus_driver::venet::{CHAIN_MAX, HEADER_BYTES, Rx, Tx};
 use vbus_driver::{Acknowledger, Dma, Error, Hal, Memory, Pace, Rest};
+use vbus_iovec::{IoVec, readv, writev};
 use vbus_shm::signal::Armed;
 
 use super::frames::FrameMemory;

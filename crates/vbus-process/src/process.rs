@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The Hal of a driver that reaches its device over a socket.
+
+use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::io::Errno;
+use vbus_driver::{Doorbell, Hal, HeapTable, NoMemory};
+use vbus_shm::abi::{bar0, capability};
+use vfio_user_protocol::{Client, ClientError, pci};
+
+use crate::clock;
+use crate::memory::{BASE, Pool, ProcessMemory};
+
+/// The value of every register of a function that has gone.
+const GONE: u32 = u32::MAX;
+
+/// A device reached over its socket. Clones are handles to the same connection. The connection ends
+/// with the last of them.
+#[derive(Clone)]
+pub struct Process(Arc<Attached>);
+
+struct Attached {
+    client: Mutex<Client>,
+    socket: OwnedFd,
+    interrupt: OwnedFd,
+    /// By handle.
+    doorbells: Vec<Option<OwnedFd>>,
+    pool: Arc<Pool>,
+}
+
+impl Process {
+    /// Connects to the device at the socket `path` and shares `memory_bytes` of memory with it
+    /// (whole pages).
+    ///
+    /// # Errors
+    /// Those of [`Client::connect`] and of the calls that follow; [`Errno`]s of the memory file.
+    pub fn connect(path: impl AsRef<Path>, memory_bytes: u64) -> Result<Process, ClientError> {
+        let mut client = Client::connect(path)?;
+        let (pool, file) = Pool::new(memory_bytes)?;
+        client.dma_map(file.as_fd(), 0, BASE, memory_bytes)?;
+
+        let interrupt = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        client.connect_irqs(pci::IRQ_MSI, 0, &[interrupt.as_fd()])?;
+        let mut doorbells = Vec::new();
+        for io in client.io_eventfds(pci::REGION_BAR0)? {
+            let number =
+                io.offset.checked_sub(bar0::DOORBELLS).map(|at| at / bar0::DOORBELL_STRIDE);
+            let Some(handle) = number.filter(|at| *at < u64::from(bar0::DOORBELL_COUNT)) else {
+                continue;
+            };
+            let handle = usize::try_from(handle).unwrap_or(usize::MAX);
+            doorbells.resize_with(doorbells.len().max(handle + 1), || None);
+            doorbells[handle] = Some(io.fd);
+        }
+        let socket = client.as_fd().try_clone_to_owned().map_err(|_| Errno::MFILE)?;
+        let (client, pool) = (Mutex::new(client), Arc::new(pool));
+        Ok(Process(Arc::new(Attached { client, socket, interrupt, doorbells, pool })))
+    }
+
+    /// Connects the first `count` vectors of the device's MSI-X, if it has that: an eventfd for
+    /// each, non-blocking. From now on its interrupts come there, and
+    /// [`interrupt`](Self::interrupt) is silent.
+    ///
+    /// # Errors
+    /// Those of [`Client::connect_irqs`]; [`Errno`]s of the eventfds.
+    pub fn connect_vectors(&self, count: u16) -> Result<Vec<OwnedFd>, ClientError> {
+        let new = |_| eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let fds = (0..count).map(new).collect::<Result<Vec<_>, _>>()?;
+        let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+        self.client().connect_irqs(pci::IRQ_MSIX, 0, &borrowed)?;
+        Ok(fds)
+    }
+
+    /// The eventfd that becomes readable when the device interrupts. Non-blocking; reading it takes
+    /// the interrupt.
+    pub fn interrupt(&self) -> BorrowedFd<'_> {
+        self.0.interrupt.as_fd()
+    }
+
+    /// The socket: a poll for [`PollFlags::RDHUP`] tells when the device has gone. Nothing else may
+    /// be done with it.
+    pub fn socket(&self) -> BorrowedFd<'_> {
+        self.0.socket.as_fd()
+    }
+
+    /// Waits for an interrupt, at most `bound`, and takes it. False: none came, or the device has
+    /// gone.
+    pub fn wait(&self, bound: Duration) -> bool {
+        let mut fds = [
+            PollFd::new(&self.0.interrupt, PollFlags::IN),
+            PollFd::new(&self.0.socket, PollFlags::RDHUP | PollFlags::HUP),
+        ];
+        let deadline = Instant::now().checked_add(bound);
+        loop {
+            let left = deadline.map(|end| end.saturating_duration_since(Instant::now()));
+            let left = left.and_then(|left| Timespec::try_from(left).ok());
+            if poll(&mut fds, left.as_ref()) != Err(Errno::INTR) {
+                break;
+            }
+        }
+        rustix::io::read(&self.0.interrupt, &mut [0; 8]).is_ok()
+    }
+
+    fn client(&self) -> MutexGuard<'_, Client> {
+        // A thread that panicked within a request leaves a client whose requests fail.
+        self.0.client.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn read(&self, region: u32, offset: u64, bytes: &mut [u8]) {
+        if self.client().region_read(region, offset, bytes).is_err() {
+            bytes.fill(0xff);
+        }
+    }
+
+    fn write(&self, offset: u64, bytes: &[u8]) {
+        // Writes to a function that has gone are lost, as on a PCI bus.
+        let _ = self.client().region_post(pci::REGION_BAR0, offset, bytes);
+    }
+}
+
+impl Hal for Process {
+    type Dma = ProcessMemory;
+    type Regions = HeapTable<ProcessMemory>;
+
+    fn config_read32(&self, offset: u16) -> u32 {
+        let mut bytes = GONE.to_le_bytes();
+        self.read(pci::REGION_CONFIG, u64::from(offset), &mut bytes);
+        u32::from_le_bytes(bytes)
+    }
+
+    fn read32(&self, offset: u64) -> u32 {
+        let mut bytes = [0; 4];
+        self.read(pci::REGION_BAR0, offset, &mut bytes);
+        u32::from_le_bytes(bytes)
+    }
+
+    fn read64(&self, offset: u64) -> u64 {
+        let mut bytes = [0; 8];
+        self.read(pci::REGION_BAR0, offset, &mut bytes);
+        u64::from_le_bytes(bytes)
+    }
+
+    fn write32(&self, offset: u64, value: u32) {
+        self.write(offset, &value.to_le_bytes());
+    }
+
+    fn write64(&self, offset: u64, value: u64) {
+        self.write(offset, &value.to_le_bytes());
+    }
+
+    fn alloc(&self, bytes: usize) -> Result<ProcessMemory, NoMemory> {
+        self.0.pool.alloc(bytes).ok_or(NoMemory)
+    }
+
+    fn ring(&self, doorbell: Doorbell, handle: u32) {
+        let fd = self.0.doorbells.get(handle as usize).and_then(Option::as_ref);
+        match fd.filter(|_| doorbell.kind == capability::KIND_MMIO) {
+            // The write does not block: the device never lets the count grow so far.
+            Some(fd) => drop(rustix::io::write(fd, &1u64.to_ne_bytes())),
+            None => self.write32(doorbell.offset(handle), 1),
+        }
+    }
+
+    fn now(&self) -> u64 {
+        clock::now()
+    }
+
+    fn pause(&self, waited: u64) -> bool {
+        clock::pause(waited)
+    }
+}
+
+impl fmt::Debug for Process {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Process")
+            .field("doorbells", &self.0.doorbells.len())
+            .finish_non_exhaustive()
+    }
+}
