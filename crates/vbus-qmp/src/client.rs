@@ -1,32 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A client of QEMU's machine protocol, QMP: lines of JSON on a UNIX socket. It runs one command at
-//! a time, and keeps the events that arrive meanwhile.
-//!
-//! ```no_run
-//! use std::time::Duration;
-//! use serde_json::json;
-//! use vbus_qmp::Qmp;
-//!
-//! # fn main() -> anyhow::Result<()> {
-//! let mut qmp = Qmp::connect("/run/vm/qmp".as_ref(), Duration::from_secs(30))?;
-//! qmp.run("device_del", json!({ "id": "net0" }))?;
-//! while let Some(event) = qmp.event()? {
-//!     if event["event"] == "DEVICE_DELETED" && event["data"]["device"] == "net0" {
-//!         break;
-//!     }
-//! }
-//! # Ok(())
-//! # }
-//! ```
+//! A client that waits for each answer.
 
 use std::collections::VecDeque;
-use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::{Value, json};
+
+use crate::lines::{LineError, Lines};
+use crate::message::Message;
 
 /// The longest line that the client accepts, in bytes.
 const LINE_MAX: usize = 16 << 20;
@@ -34,21 +19,10 @@ const LINE_MAX: usize = 16 << 20;
 /// wait without an answer.
 const GREETING: Duration = Duration::from_secs(5);
 
-/// A failure that QEMU itself reported.
-#[derive(Debug, thiserror::Error)]
-#[error("QEMU: {description}")]
-pub struct QemuError {
-    /// QEMU's class of the error: `DeviceNotFound`, `GenericError`, ...
-    pub class: String,
-    /// QEMU's description of the error.
-    pub description: String,
-}
-
 /// A connection to one QEMU, ready for commands.
 pub struct Qmp {
-    reader: BufReader<UnixStream>,
-    /// The first part of a line whose end has not arrived yet.
-    partial: Vec<u8>,
+    socket: UnixStream,
+    lines: Lines,
     deadline: Instant,
     events: VecDeque<Value>,
 }
@@ -73,15 +47,15 @@ impl Qmp {
         socket.set_write_timeout(Some(timeout.max(Duration::from_millis(1))))?;
         let now = Instant::now();
         let mut qmp = Qmp {
-            reader: BufReader::new(socket),
-            partial: Vec::new(),
+            socket,
+            lines: Lines::new(LINE_MAX),
             deadline: now + timeout,
             events: VecDeque::new(),
         };
-        let greeting = qmp.line(qmp.deadline.min(now + GREETING)).context(
+        let greeting = qmp.message(qmp.deadline.min(now + GREETING)).context(
             "no greeting; does another client hold this QMP socket? (QEMU can have several)",
         )?;
-        ensure!(greeting.get("QMP").is_some(), "the other end is not QEMU");
+        ensure!(matches!(greeting, Message::Greeting), "the other end is not QEMU");
         qmp.run("qmp_capabilities", json!({}))?;
         Ok(qmp)
     }
@@ -99,20 +73,17 @@ impl Qmp {
     pub fn run(&mut self, command: &str, arguments: Value) -> Result<Value> {
         let mut line = json!({ "execute": command, "arguments": arguments }).to_string();
         line.push('\n');
-        self.reader.get_mut().write_all(line.as_bytes()).context("QEMU has gone")?;
+        self.socket.write_all(line.as_bytes()).context("QEMU has gone")?;
         loop {
-            let mut answer = self
-                .line(self.deadline)
+            let message = self
+                .message(self.deadline)
                 .with_context(|| format!("waiting for the answer to {command}"))?;
-            if let Some(error) = answer.get("error") {
-                let text =
-                    |key| error.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
-                return Err(QemuError { class: text("class"), description: text("desc") }.into());
+            match message {
+                Message::Return(value) => return Ok(value),
+                Message::Error(error) => return Err(error.into()),
+                Message::Event(event) => self.events.push_back(event),
+                Message::Greeting | Message::Unknown => {}
             }
-            if let Some(value) = answer.get_mut("return") {
-                return Ok(value.take());
-            }
-            self.keep(answer);
         }
     }
 
@@ -122,12 +93,13 @@ impl Qmp {
     /// # Errors
     /// QEMU has gone, or sends a line that is not JSON.
     pub fn event(&mut self) -> Result<Option<Value>> {
+        if let Some(event) = self.events.pop_front() {
+            return Ok(Some(event));
+        }
         loop {
-            if let Some(event) = self.events.pop_front() {
-                return Ok(Some(event));
-            }
-            match self.line(self.deadline) {
-                Ok(line) => self.keep(line),
+            match self.message(self.deadline) {
+                Ok(Message::Event(event)) => return Ok(Some(event)),
+                Ok(_) => {}
                 Err(error) if Instant::now() >= self.deadline => {
                     tracing::debug!("no event: {error:#}");
                     return Ok(None);
@@ -148,34 +120,19 @@ impl Qmp {
         Ok(())
     }
 
-    fn keep(&mut self, line: Value) {
-        if line.get("event").is_some() {
-            self.events.push_back(line);
-        }
-    }
-
-    /// Returns the next line. Keeps a part of a line that arrived before `deadline`.
-    fn line(&mut self, deadline: Instant) -> Result<Value> {
+    /// Returns the next message. Keeps a part of a line that arrived before `deadline`.
+    fn message(&mut self, deadline: Instant) -> Result<Message> {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             ensure!(!left.is_zero(), "QEMU did not answer in time");
-            self.reader.get_ref().set_read_timeout(Some(left))?;
-            let room = LINE_MAX.saturating_sub(self.partial.len()) as u64;
-            match (&mut self.reader).take(room).read_until(b'\n', &mut self.partial) {
-                Ok(_) if self.partial.last() == Some(&b'\n') => break,
-                Ok(_) if self.partial.len() >= LINE_MAX => bail!("QEMU sends endless lines"),
-                Ok(0) => bail!("QEMU has gone"),
-                Ok(_) => {}
-                Err(e)
-                    if matches!(
-                        e.kind(),
-                        ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted
-                    ) => {}
-                Err(e) => return Err(e).context("reading from QEMU"),
+            self.socket.set_read_timeout(Some(left))?;
+            match self.lines.next(&self.socket) {
+                Ok(Some(line)) => return Ok(line.into()),
+                Ok(None) => {}
+                Err(LineError::Closed) => bail!("QEMU has gone"),
+                Err(error) => return Err(anyhow!("QEMU {error}")),
             }
         }
-        serde_json::from_slice(&std::mem::take(&mut self.partial))
-            .context("QEMU sends a line that is not JSON")
     }
 }
 

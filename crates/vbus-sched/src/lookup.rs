@@ -6,7 +6,7 @@
 //! between the two answers. If the second answer is the same, and from the same process, then the
 //! task has taken the threads that the VMM means: no id has passed to another thread meanwhile.
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde_json::Value;
 use vbus_core::{Interest, TaskHandle};
+use vbus_qmp::{Lines, Message};
 
 use crate::config::Origin;
 use crate::thread::{Claims, Thread};
@@ -36,6 +37,60 @@ enum Language {
     Control,
 }
 
+/// A line of the VMM.
+enum Line {
+    /// QMP: the greeting.
+    Greeting,
+    /// Virtual CPUs with their threads. More follow.
+    Cpus(Vec<(u32, i32)>),
+    /// The end of an answer, with virtual CPUs and their threads.
+    End(Vec<(u32, i32)>),
+    /// Something else, such as an event of QMP.
+    Other,
+}
+
+impl Language {
+    /// Parses a line.
+    ///
+    /// # Errors
+    /// The VMM refuses a request. The text says why.
+    fn parse(self, line: Value) -> Result<Line, String> {
+        let cpus = |items: &[Value], cpu: &str, thread: &str| {
+            let pair = |item: &Value| {
+                let number = |key: &str| item.get(key).and_then(Value::as_u64);
+                Some((number(cpu)?.try_into().ok()?, number(thread)?.try_into().ok()?))
+            };
+            items.iter().filter_map(pair).collect()
+        };
+        match self {
+            Language::Qmp => match Message::from(line) {
+                Message::Greeting => Ok(Line::Greeting),
+                Message::Return(value) => {
+                    let items = value.as_array().map_or(&[][..], Vec::as_slice);
+                    Ok(Line::End(cpus(items, "cpu-index", "thread-id")))
+                }
+                Message::Error(error) => Err(format!("refuses: {}", error.description)),
+                Message::Event(_) | Message::Unknown => Ok(Line::Other),
+            },
+            Language::Control => {
+                if let Some(error) = line.get("error") {
+                    return Err(format!(
+                        "refuses: {}",
+                        error.as_str().unwrap_or("no reason given")
+                    ));
+                }
+                Ok(match (line.get("item"), line.get("ok")) {
+                    (Some(item), _) => {
+                        Line::Cpus(cpus(std::slice::from_ref(item), "cpu", "thread"))
+                    }
+                    (None, Some(_)) => Line::End(Vec::new()),
+                    (None, None) => Line::Other,
+                })
+            }
+        }
+    }
+}
+
 /// The search for the threads of a VMM.
 pub struct Lookup {
     path: PathBuf,
@@ -53,7 +108,8 @@ pub struct Lookup {
 struct Talk {
     socket: UnixStream,
     watcher: TaskHandle,
-    input: Vec<u8>,
+    language: Language,
+    lines: Lines,
     until: Instant,
     process: i32,
     stage: Stage,
@@ -167,8 +223,8 @@ impl Lookup {
                 self.talk.insert(Talk::begin(&self.path, self.language, now + TIMEOUT, watcher)?)
             }
         };
-        while let Some(line) = talk.line()? {
-            if let Some(found) = talk.hear(&line, self.language, &self.claims, wanted)? {
+        while let Some(line) = talk.next()? {
+            if let Some(found) = talk.hear(line, &self.claims, wanted)? {
                 return Ok(Some(found));
             }
         }
@@ -202,10 +258,17 @@ impl Talk {
         watcher.watch(&socket, Interest::Read).map_err(|error| error.to_string())?;
         let stage =
             if language == Language::Qmp { Stage::Greeting } else { Stage::First(Vec::new()) };
-        let mut talk =
-            Talk { socket, watcher: watcher.clone(), input: Vec::new(), until, process, stage };
+        let mut talk = Talk {
+            socket,
+            watcher: watcher.clone(),
+            language,
+            lines: Lines::new(LINE_MAX),
+            until,
+            process,
+            stage,
+        };
         if language == Language::Control {
-            talk.ask(language)?;
+            talk.ask()?;
         }
         Ok(talk)
     }
@@ -215,85 +278,58 @@ impl Talk {
         self.socket.write_all(line.as_bytes()).map_err(|error| format!("cannot be asked: {error}"))
     }
 
-    fn ask(&mut self, language: Language) -> Result<(), String> {
-        self.say(match language {
+    fn ask(&mut self) -> Result<(), String> {
+        self.say(match self.language {
             Language::Qmp => "{\"execute\": \"query-cpus-fast\"}\n",
             Language::Control => "{\"op\": \"cpus\"}\n",
         })
     }
 
     /// The next complete line, if there is one.
-    fn line(&mut self) -> Result<Option<Value>, String> {
-        loop {
-            if let Some(end) = self.input.iter().position(|byte| *byte == b'\n') {
-                let line: Vec<u8> = self.input.drain(..=end).collect();
-                return serde_json::from_slice(&line)
-                    .map(Some)
-                    .map_err(|_| "sends what is not JSON".into());
-            }
-            let mut piece = [0; 4096];
-            match self.socket.read(&mut piece) {
-                Ok(0) => return Err("has closed the connection".into()),
-                Ok(length) => self.input.extend_from_slice(&piece[..length]),
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => return Err(error.to_string()),
-            }
-            if self.input.len() > LINE_MAX {
-                return Err("sends endless lines".into());
-            }
-        }
+    fn next(&mut self) -> Result<Option<Line>, String> {
+        let line = self.lines.next(&self.socket).map_err(|error| error.to_string())?;
+        line.map(|line| self.language.parse(line)).transpose()
     }
 
     /// Processes a line of the VMM. Returns the threads once they are known.
     fn hear(
         &mut self,
-        line: &Value,
-        language: Language,
+        line: Line,
         claims: &Claims,
         wanted: &dyn Fn(u32) -> bool,
     ) -> Result<Option<Vec<(u32, Thread)>>, String> {
-        if let Some(error) = line.get("error") {
-            let text = error.get("desc").unwrap_or(error).as_str().unwrap_or("no reason given");
-            return Err(format!("refuses: {text}"));
-        }
-        match &mut self.stage {
-            Stage::Greeting => {
-                if line.get("QMP").is_none() {
-                    return Err("is not a QMP socket".into());
-                }
+        match (&mut self.stage, line) {
+            (Stage::Greeting, Line::Greeting) => {
                 self.stage = Stage::Negotiation;
                 self.say("{\"execute\": \"qmp_capabilities\"}\n")?;
             }
-            Stage::Negotiation => {
-                if line.get("return").is_some() {
-                    self.stage = Stage::First(Vec::new());
-                    self.ask(language)?;
-                }
+            (Stage::Greeting, _) => return Err("is not a QMP socket".into()),
+            (Stage::Negotiation, Line::End(_)) => {
+                self.stage = Stage::First(Vec::new());
+                self.ask()?;
             }
-            Stage::First(cpus) => {
-                if collect(cpus, line, language) {
-                    let cpus = std::mem::take(cpus);
-                    let mut threads = Vec::new();
-                    for (cpu, tid) in cpus.iter().filter(|(cpu, _)| wanted(*cpu)) {
-                        threads.push((
-                            *cpu,
-                            Thread::take(self.process, *tid, claims)
-                                .map_err(|error| error.to_string())?,
-                        ));
-                    }
-                    self.stage = Stage::Second(cpus, threads, Vec::new());
-                    self.ask(language)?;
-                }
+            (Stage::First(cpus) | Stage::Second(_, _, cpus), Line::Cpus(more)) => {
+                extend(cpus, more);
             }
-            Stage::Second(before, threads, cpus) => {
-                if collect(cpus, line, language) {
-                    if before != cpus {
-                        return Err("gives another answer each time".into());
-                    }
-                    return Ok(Some(std::mem::take(threads)));
+            (Stage::First(cpus), Line::End(more)) => {
+                extend(cpus, more);
+                let cpus = std::mem::take(cpus);
+                let mut threads = Vec::new();
+                for (cpu, tid) in cpus.iter().filter(|(cpu, _)| wanted(*cpu)) {
+                    let thread = Thread::take(self.process, *tid, claims);
+                    threads.push((*cpu, thread.map_err(|error| error.to_string())?));
                 }
+                self.stage = Stage::Second(cpus, threads, Vec::new());
+                self.ask()?;
             }
+            (Stage::Second(before, threads, cpus), Line::End(more)) => {
+                extend(cpus, more);
+                if before != cpus {
+                    return Err("gives another answer each time".into());
+                }
+                return Ok(Some(std::mem::take(threads)));
+            }
+            (Stage::Negotiation | Stage::First(_) | Stage::Second(..), _) => {}
         }
         Ok(None)
     }
@@ -302,29 +338,8 @@ impl Talk {
 /// The most virtual CPUs in an answer.
 const CPUS_MAX: usize = 4096;
 
-/// Collects virtual CPUs and threads from a line of the answer. Returns true if that was the last
-/// line.
-fn collect(cpus: &mut Vec<(u32, i32)>, line: &Value, language: Language) -> bool {
-    let number = |item: &Value, key: &str| item.get(key).and_then(Value::as_u64);
-    let mut take = |item: &Value, cpu: &str, thread: &str| {
-        let cpu = number(item, cpu).and_then(|cpu| u32::try_from(cpu).ok());
-        let tid = number(item, thread).and_then(|tid| i32::try_from(tid).ok());
-        if let (Some(cpu), Some(tid), true) = (cpu, tid, cpus.len() < CPUS_MAX) {
-            cpus.push((cpu, tid));
-        }
-    };
-    match language {
-        // QMP events may come between the answers.
-        Language::Qmp => {
-            let Some(items) = line.get("return").and_then(Value::as_array) else { return false };
-            items.iter().for_each(|item| take(item, "cpu-index", "thread-id"));
-            true
-        }
-        Language::Control => {
-            if let Some(item) = line.get("item") {
-                take(item, "cpu", "thread");
-            }
-            line.get("ok").is_some()
-        }
-    }
+/// Adds `more` to `cpus`, up to that number.
+fn extend(cpus: &mut Vec<(u32, i32)>, more: Vec<(u32, i32)>) {
+    let room = CPUS_MAX.saturating_sub(cpus.len());
+    cpus.extend(more.into_iter().take(room));
 }
