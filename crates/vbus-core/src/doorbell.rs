@@ -2,12 +2,11 @@
 //! The doorbells of one device. The driver rings them. Each wakes a task.
 
 use std::fmt;
-use std::io::IoSliceMut;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 
 use rustix::event::{EventfdFlags, eventfd};
-use rustix::io::{ReadWriteFlags, preadv2};
+use vbus_eventfd::take_count;
 
 use crate::counter::ConnectionCounters;
 use crate::executor::{Interest, TaskHandle};
@@ -49,7 +48,7 @@ impl Doorbells {
     }
 
     /// An eventfd that rings doorbell `number`, for connectors whose peer can write it directly.
-    /// Each call returns the same eventfd.
+    /// Each call returns the same eventfd, until [`forget_eventfds`](Self::forget_eventfds).
     pub fn eventfd(&self, number: u32) -> rustix::io::Result<Arc<OwnedFd>> {
         let slot = self.slots.get(number as usize).ok_or(rustix::io::Errno::NOENT)?;
         let mut target = lock(slot);
@@ -64,19 +63,30 @@ impl Doorbells {
         Ok(fd)
     }
 
+    /// The peer has gone: its eventfds ring no doorbell any more. The next peer gets new ones, which
+    /// the former peer cannot reach.
+    pub fn forget_eventfds(&self) {
+        self.count_eventfds();
+        for slot in &self.slots {
+            let mut target = lock(slot);
+            let Some(fd) = target.eventfd.take() else { continue };
+            if let Some(task) = &target.task {
+                task.unwatch(&fd);
+            }
+        }
+    }
+
     /// Counts the rings that came by eventfd. Nobody sees these one by one: an eventfd holds their
-    /// number until somebody reads it.
+    /// number until somebody reads it. Kernels before 5.9 have no safe way to read it: these rings
+    /// are then not counted.
     pub fn count_eventfds(&self) {
         for slot in &self.slots {
             let target = lock(slot);
-            let mut rung = [0; 8];
-            // The peer holds the eventfd too and could make a plain read block. Kernels before 5.9
-            // refuse this read: these rings are then not counted.
-            let read = |fd| {
-                preadv2(fd, &mut [IoSliceMut::new(&mut rung)], u64::MAX, ReadWriteFlags::NOWAIT)
-            };
-            let Some(Ok(_)) = target.eventfd().map(read) else { continue };
-            self.counters.doorbells.add(u64::from_ne_bytes(rung));
+            let rung = target.eventfd().map_or(0, take_count);
+            if rung == 0 {
+                continue;
+            }
+            self.counters.doorbells.add(rung);
             // The read hides a ring whose event the worker has not collected yet. So wake the task.
             if let Some(task) = &target.task {
                 task.wake();

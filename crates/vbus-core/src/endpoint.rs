@@ -643,6 +643,11 @@ impl Endpoint {
     pub fn doorbell_eventfd(&self, handle: u32) -> rustix::io::Result<Arc<OwnedFd>> {
         self.host.doorbells().eventfd(handle)
     }
+
+    /// As [`Doorbells::forget_eventfds`](crate::Doorbells::forget_eventfds).
+    pub fn forget_doorbell_eventfds(&self) {
+        self.host.doorbells().forget_eventfds();
+    }
 }
 
 fn le64(bytes: &[u8]) -> u64 {

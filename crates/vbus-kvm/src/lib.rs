@@ -71,7 +71,6 @@ mod error;
 mod intx_irqfd;
 mod msi_irqfd;
 mod routes;
-mod signaller;
 mod stats;
 mod sys;
 
@@ -82,5 +81,5 @@ pub use error::Error;
 pub use intx_irqfd::IntxIrqfd;
 pub use msi_irqfd::MsiIrqfd;
 pub use routes::{IrqChip, Route, Routes, SINTS, Sints};
-pub use signaller::{Signaller, take_signal};
 pub use stats::{Stats, Values};
+pub use vbus_eventfd::{Signaller, take_signal};

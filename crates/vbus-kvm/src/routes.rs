@@ -175,7 +175,8 @@ impl Routes {
             irqchip,
             limit,
             table: Mutex::new(Table::new()),
-            signaller: Signaller::new()?,
+            signaller: Signaller::new()
+                .map_err(|source| Error::System { what: "signals", source })?,
         };
         routes.give(&routes.lock())?;
         Ok(Arc::new(routes))

@@ -10,7 +10,7 @@ use vbus_core::Executor;
 use vbus_pci_config::register::{COMMAND_INTX_DISABLE, COMMAND_MASTER, STATUS, STATUS_INTERRUPT};
 use vbus_pci_config::{ConfigSpace, MsixLayout, MsixTable, read_pending_bits};
 
-use crate::interrupts::{Interrupts, IrqError, IrqIndex, non_blocking};
+use crate::interrupts::{Interrupts, IrqError, IrqIndex, of_peer};
 use crate::mask_event::MaskEvent;
 
 /// Number of regions of a PCI function in VFIO's numbering: six BARs, ROM, configuration space,
@@ -32,7 +32,7 @@ pub mod region {
 pub struct IoEventFd {
     /// The offset in the BAR.
     pub offset: u64,
-    /// The eventfd; always the same one for the same offset.
+    /// The eventfd: the same one for the same offset, for as long as the peer stays.
     pub fd: Arc<OwnedFd>,
 }
 
@@ -56,6 +56,10 @@ pub trait BarHandler: Send {
     /// The driver has taken Bus Master from the function. The device touches none of the driver's
     /// memory when this returns.
     fn bus_master_cleared(&mut self) {}
+
+    /// The peer has gone, after a [`reset`](Self::reset). The eventfds that it was given mean nothing
+    /// any more: the handler gives new ones to the next peer.
+    fn disconnected(&mut self) {}
 
     /// Eventfds that stand for writes to this BAR, for a peer that can have them written without a
     /// call of [`write`](Self::write).
@@ -245,7 +249,7 @@ impl PciFunction {
         if index != IrqIndex::Intx {
             return Err(IrqError::NotMaskable);
         }
-        let eventfd = eventfd.map(non_blocking).transpose()?;
+        let eventfd = eventfd.map(of_peer).transpose()?;
         let slot = &mut self.mask_events[usize::from(masked)];
         // End the old watch first: both could be the same eventfd, and epoll watches it only once.
         *slot = None;
@@ -305,6 +309,7 @@ impl PciFunction {
     /// The peer is gone: as [`reset`](Self::reset), and its eventfds go too.
     pub fn disconnected(&mut self) {
         self.reset();
+        self.handlers().for_each(|handler| handler.disconnected());
         self.mask_events = Default::default();
         self.interrupts.disconnect_all();
     }

@@ -5,10 +5,11 @@
 //! an eventfd, else MSI if its has, else INTx.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use rustix::fs::OFlags;
+use rustix::io::Errno;
 use vbus_core::InterruptSink;
+use vbus_eventfd::PeerEventfd;
 use vbus_pci_config::ConfigSpace;
 
 /// Number of interrupt indexes of a PCI function in VFIO's numbering: INTx, MSI, MSI-X, error,
@@ -50,12 +51,12 @@ pub enum IrqError {
     NotMaskable,
     /// The kernel refused.
     #[error("the eventfd cannot be used: {0}")]
-    Os(rustix::io::Errno),
+    Os(Errno),
 }
 
 #[derive(Default)]
 struct State {
-    intx: Option<Arc<OwnedFd>>,
+    intx: Option<PeerEventfd>,
     /// By the connector, or by having fired (VFIO's automask). Lifted by UNMASK.
     masked: bool,
     /// Interrupt Disable of the command register.
@@ -64,8 +65,10 @@ struct State {
     pending: bool,
     /// INTx has fired, and the connector has not reported since then that the pin is down.
     raised: bool,
-    msi: Option<Arc<OwnedFd>>,
-    msix: Vec<Option<Arc<OwnedFd>>>,
+    /// How often an unmask has fired INTx again since the driver last acknowledged it.
+    refired: u32,
+    msi: Option<PeerEventfd>,
+    msix: Vec<Option<PeerEventfd>>,
     /// How many of `msix` are connected.
     msix_connected: usize,
     /// Triggered while not connected.
@@ -77,15 +80,14 @@ impl State {
         self.msix_connected > 0 || self.msi.is_some()
     }
 
-    /// Fires INTx if it is due.
-    fn update(&mut self) {
-        if self.pending && !self.disabled && !self.masked && !self.messages() {
-            if let Some(fd) = &self.intx {
-                self.masked = true;
-                self.raised = true;
-                signal(fd);
-            }
-        }
+    /// Fires INTx if it is due. Returns whether it was.
+    fn update(&mut self) -> bool {
+        let due = self.pending && !self.disabled && !self.masked && !self.messages();
+        let Some(fd) = self.intx.as_ref().filter(|_| due) else { return false };
+        self.masked = true;
+        self.raised = true;
+        signal(fd);
+        true
     }
 
     /// The connector has changed from INTx to messages, which have no level. An interrupt that is
@@ -96,7 +98,7 @@ impl State {
             return;
         }
         if self.msix_connected == 0 {
-            self.msi.iter().for_each(|fd| signal(fd));
+            self.msi.iter().for_each(signal);
             return;
         }
         for (fd, pending) in self.msix.iter().zip(&mut self.msix_pending) {
@@ -108,30 +110,27 @@ impl State {
     }
 }
 
-fn signal(fd: &OwnedFd) {
+fn signal(fd: &PeerEventfd) {
     #[cfg(test)]
-    tests::BEFORE_WRITE.with_borrow(|before| before.iter().for_each(|before| before()));
-    // If the counter is full, the eventfd is signalled already. Any other error means that the
-    // connector has broken its own eventfd.
-    let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
+    tests::BEFORE_SIGNAL.with_borrow(|before| before.iter().for_each(|before| before()));
+    fd.signal();
 }
 
-/// Makes an eventfd of the peer non-blocking. A VMM bent on harm can make it blocking again and
-/// fill its count; then it holds up the thread that writes it.
-pub(crate) fn non_blocking(eventfd: OwnedFd) -> Result<Arc<OwnedFd>, IrqError> {
-    let flags = rustix::fs::fcntl_getfl(&eventfd).map_err(IrqError::Os)?;
-    if !flags.contains(OFlags::NONBLOCK) {
-        rustix::fs::fcntl_setfl(&eventfd, flags | OFlags::NONBLOCK).map_err(IrqError::Os)?;
-    }
-    Ok(Arc::new(eventfd))
+/// An eventfd that the connector was given.
+pub(crate) fn of_peer(eventfd: OwnedFd) -> Result<PeerEventfd, IrqError> {
+    PeerEventfd::new(eventfd).map_err(|error| {
+        tracing::error!(%error, "interrupts cannot be signalled");
+        IrqError::Os(Errno::from_io_error(&error).unwrap_or(Errno::AGAIN))
+    })
 }
 
 /// The interrupts of one function: where a device's vectors become writes of eventfds.
 ///
-/// An eventfd is written under the lock, shared for messages, so that triggers of several threads
-/// do not wait for each other. When a connector has disconnected or replaced an eventfd, nobody
-/// writes the old one any more: a message goes where the connector looks, or becomes pending. The
-/// lock is never held while the device is called.
+/// An eventfd is signalled under the lock, shared for messages, so that triggers of several threads
+/// do not wait for each other. The signal never blocks, whatever the peer does with the eventfd.
+/// When a connector has disconnected or replaced an eventfd, nobody signals the old one any more: a
+/// message goes where the connector looks, or becomes pending. The lock is never held while the
+/// device is called.
 pub struct Interrupts {
     /// The function has an INTx pin.
     intx: bool,
@@ -149,11 +148,17 @@ impl Interrupts {
 
     fn new(intx: bool, msi: bool, msix_vectors: usize) -> Interrupts {
         let state = State {
-            msix: vec![None; msix_vectors],
+            msix: (0..msix_vectors).map(|_| None).collect(),
             msix_pending: vec![false; msix_vectors],
             ..State::default()
         };
         Interrupts { intx, msi, state: RwLock::new(state) }
+    }
+
+    /// Those of a function that has the pin only.
+    #[cfg(test)]
+    pub(crate) fn with_intx() -> Interrupts {
+        Interrupts::new(true, false, 0)
     }
 
     fn read(&self) -> RwLockReadGuard<'_, State> {
@@ -195,7 +200,7 @@ impl Interrupts {
             return Err(IrqError::NoSuch);
         }
         let fds: Vec<_> =
-            fds.into_iter().map(|fd| fd.map(non_blocking).transpose()).collect::<Result<_, _>>()?;
+            fds.into_iter().map(|fd| fd.map(of_peer).transpose()).collect::<Result<_, _>>()?;
         let mut state = self.write();
         for (at, fd) in (start..).zip(fds) {
             match index {
@@ -233,7 +238,7 @@ impl Interrupts {
             IrqIndex::Msix => {
                 // Pending vectors stay pending: a VMM that adds a vector disconnects all of them
                 // first.
-                state.msix.fill(None);
+                state.msix.fill_with(|| None);
                 state.msix_connected = 0;
             }
         }
@@ -255,8 +260,15 @@ impl Interrupts {
         let mut state = self.write();
         state.masked = masked;
         state.raised &= masked;
-        state.update();
+        if state.update() {
+            state.refired = state.refired.saturating_add(1);
+        }
         Ok(())
+    }
+
+    /// How often an unmask has fired INTx again since the driver last acknowledged it.
+    pub(crate) fn refired(&self) -> u32 {
+        self.read().refired
     }
 
     /// Signals an interrupt's eventfd because the connector asks for it. The device has no part in
@@ -297,13 +309,16 @@ impl Interrupts {
 
     /// The driver takes INTx back.
     pub fn acknowledge(&self) {
-        self.write().pending = false;
+        let mut state = self.write();
+        state.pending = false;
+        state.refired = 0;
     }
 
     /// Forgets what is pending, after a reset.
     pub fn clear(&self) {
         let mut state = self.write();
         state.pending = false;
+        state.refired = 0;
         state.msix_pending.fill(false);
     }
 
@@ -362,6 +377,8 @@ impl std::fmt::Debug for Interrupts {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use rustix::event::{EventfdFlags, eventfd};
 
     use super::*;
@@ -369,8 +386,8 @@ mod tests {
     type Hook = Box<dyn Fn()>;
 
     std::thread_local! {
-        /// Called by this thread before each write of an eventfd.
-        pub(super) static BEFORE_WRITE: std::cell::RefCell<Option<Hook>> = const {
+        /// Called by this thread before it signals an eventfd.
+        pub(super) static BEFORE_SIGNAL: std::cell::RefCell<Option<Hook>> = const {
             std::cell::RefCell::new(None)
         };
     }
@@ -491,13 +508,13 @@ mod tests {
         assert_eq!(pending_byte(&irqs), 0);
     }
 
-    /// No connector can replace an eventfd between the look at it and the write.
+    /// No connector can replace an eventfd between the look at it and the signal.
     #[test]
-    fn an_eventfd_is_written_under_the_lock() {
+    fn an_eventfd_is_signalled_under_the_lock() {
         let irqs = Arc::new(Interrupts::new(true, true, 1));
         let writes = std::rc::Rc::new(std::cell::Cell::new(0));
         let (hooked, count) = (irqs.clone(), writes.clone());
-        BEFORE_WRITE.set(Some(Box::new(move || {
+        BEFORE_SIGNAL.set(Some(Box::new(move || {
             assert!(hooked.state.try_write().is_err(), "the lock is free");
             count.set(count.get() + 1);
         })));
@@ -512,7 +529,7 @@ mod tests {
         let (msix, theirs) = pair();
         irqs.connect(IrqIndex::Msix, 0, vec![Some(theirs)]).unwrap();
         irqs.trigger(0);
-        BEFORE_WRITE.set(None);
+        BEFORE_SIGNAL.set(None);
         assert_eq!((taken(&intx), taken(&msi), taken(&msix), writes.get()), (1, 2, 1, 4));
     }
 
@@ -537,14 +554,39 @@ mod tests {
         });
     }
 
+    /// The peer makes its eventfds blocking and fills them. Whoever triggers must return.
     #[test]
-    fn a_full_eventfd_does_not_block_and_bad_ranges_are_refused() {
+    fn a_full_and_blocking_eventfd_stops_nobody() {
+        let irqs = Arc::new(Interrupts::new(true, true, 2));
+        let ((intx, a), (msi, b), (msix, c)) = (pair(), pair(), pair());
+        irqs.connect(IrqIndex::Intx, 0, vec![Some(a)]).unwrap();
+        for fd in [&intx, &msi, &msix] {
+            rustix::io::write(fd, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+            rustix::fs::fcntl_setfl(fd, rustix::fs::OFlags::empty()).unwrap();
+        }
+        let (tell, told) = std::sync::mpsc::channel();
+        let interrupts = irqs.clone();
+        std::thread::spawn(move || {
+            let irqs = interrupts;
+            irqs.trigger(0);
+            irqs.mask(IrqIndex::Intx, false).unwrap();
+            irqs.loopback(IrqIndex::Intx, 0).unwrap();
+            irqs.connect(IrqIndex::Msi, 0, vec![Some(b)]).unwrap();
+            irqs.trigger(0);
+            irqs.loopback(IrqIndex::Msi, 0).unwrap();
+            irqs.trigger(1);
+            irqs.connect(IrqIndex::Msix, 1, vec![Some(c)]).unwrap();
+            irqs.trigger(1);
+            irqs.disconnect_all();
+            tell.send(()).unwrap();
+        });
+        told.recv_timeout(std::time::Duration::from_secs(60)).unwrap();
+        assert!(irqs.state.try_write().is_ok());
+    }
+
+    #[test]
+    fn bad_ranges_are_refused() {
         let irqs = Interrupts::new(true, true, 2);
-        let blocking = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
-        // One short of the most: another 1 would block.
-        rustix::io::write(&blocking, &(u64::MAX - 1).to_ne_bytes()).unwrap();
-        irqs.connect(IrqIndex::Msi, 0, vec![Some(blocking)]).unwrap();
-        irqs.trigger(0);
         assert_eq!(irqs.connect(IrqIndex::Msix, u32::MAX, vec![None]), Err(IrqError::NoSuch));
         assert_eq!(irqs.connect(IrqIndex::Intx, 0, vec![None, None]), Err(IrqError::NoSuch));
         assert_eq!(irqs.loopback(IrqIndex::Msix, 2), Err(IrqError::NoSuch));

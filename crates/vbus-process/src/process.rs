@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use vbus_driver::{Doorbell, Hal, HeapTable, NoMemory};
+use vbus_eventfd::{PeerEventfd, take_signal};
 use vbus_shm::abi::{bar0, capability};
 use vfio_user_protocol::{Client, ClientError, pci};
 
@@ -29,7 +30,7 @@ struct Attached {
     socket: OwnedFd,
     interrupt: OwnedFd,
     /// By handle.
-    doorbells: Vec<Option<OwnedFd>>,
+    doorbells: Vec<Option<PeerEventfd>>,
     pool: Arc<Pool>,
 }
 
@@ -55,7 +56,7 @@ impl Process {
             };
             let handle = usize::try_from(handle).unwrap_or(usize::MAX);
             doorbells.resize_with(doorbells.len().max(handle + 1), || None);
-            doorbells[handle] = Some(io.fd);
+            doorbells[handle] = Some(PeerEventfd::new(io.fd).map_err(|_| Errno::AGAIN)?);
         }
         let socket = client.as_fd().try_clone_to_owned().map_err(|_| Errno::MFILE)?;
         let (client, pool) = (Mutex::new(client), Arc::new(pool));
@@ -76,8 +77,8 @@ impl Process {
         Ok(fds)
     }
 
-    /// The eventfd that becomes readable when the device interrupts. Non-blocking; reading it takes
-    /// the interrupt.
+    /// The eventfd that becomes readable when the device interrupts, for polls.
+    /// [`take_interrupt`](Self::take_interrupt) reads it.
     pub fn interrupt(&self) -> BorrowedFd<'_> {
         self.0.interrupt.as_fd()
     }
@@ -103,7 +104,13 @@ impl Process {
                 break;
             }
         }
-        rustix::io::read(&self.0.interrupt, &mut [0; 8]).is_ok()
+        self.take_interrupt()
+    }
+
+    /// Takes an interrupt. Returns whether there was one. It never blocks, even if the device has
+    /// made the eventfd block.
+    pub fn take_interrupt(&self) -> bool {
+        take_signal(self.0.interrupt.as_fd())
     }
 
     fn client(&self) -> MutexGuard<'_, Client> {
@@ -160,8 +167,7 @@ impl Hal for Process {
     fn ring(&self, doorbell: Doorbell, handle: u32) {
         let fd = self.0.doorbells.get(handle as usize).and_then(Option::as_ref);
         match fd.filter(|_| doorbell.kind == capability::KIND_MMIO) {
-            // The write does not block: the device never lets the count grow so far.
-            Some(fd) => drop(rustix::io::write(fd, &1u64.to_ne_bytes())),
+            Some(fd) => fd.signal(),
             None => self.write32(doorbell.offset(handle), 1),
         }
     }

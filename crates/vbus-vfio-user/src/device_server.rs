@@ -12,6 +12,7 @@ use rustix::io::Errno;
 use vbus_core::{
     Access, Endpoint, ErrorCode, Interest, MapError, Progress, Task, TaskHandle, lock,
 };
+use vbus_eventfd::Signaller;
 use vbus_pci::{IrqError, IrqIndex, Options, PciFunction, device_function};
 use vfio_user_protocol::{
     DeviceInfo, IoEventFd, IrqAction, IrqInfo, Mapping, RegionInfo, Server, Stats, Target,
@@ -46,6 +47,8 @@ impl DeviceServer {
         path: &Path,
         options: Options,
     ) -> io::Result<DeviceServer> {
+        // If the kernel lacks what interrupts need, the operator learns it now.
+        Signaller::of_process()?;
         let executor = endpoint.executor().clone();
         let worker = endpoint.worker();
         let name = endpoint.name().to_owned();

@@ -151,6 +151,10 @@ impl BarHandler for RegisterBlock {
         self.close();
     }
 
+    fn disconnected(&mut self) {
+        self.endpoint.forget_doorbell_eventfds();
+    }
+
     fn io_eventfds(&mut self) -> rustix::io::Result<Vec<IoEventFd>> {
         let doorbell = |handle: u32| {
             let offset = bar0::DOORBELLS + u64::from(handle) * bar0::DOORBELL_STRIDE;

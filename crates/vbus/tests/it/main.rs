@@ -2,6 +2,7 @@
 //! The programs `vbus` and `vbus-guest`, run as a user runs them.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+mod descriptors;
 mod guest;
 mod hotplug;
 mod plug;
