@@ -33,6 +33,10 @@
 //! ```
 #![allow(clippy::unwrap_used)] // Tests may panic.
 
+mod random;
+
+pub use random::Random;
+
 use std::os::fd::OwnedFd;
 use std::sync::{Condvar, Mutex};
 use std::time::{Duration, Instant};

@@ -10,6 +10,7 @@ use vbus_core::shm::Memory as _;
 use vbus_core::shm::abi::venet::{CALL_FILTER, F_RX, F_TX, FILTER_PROMISCUOUS, tx};
 use vbus_core::shm::ring::{DriverEnd, Entry, Layout, NEXT, SIGNAL_OFFSET};
 use vbus_core::{ConnectionState, Endpoint, ErrorCode};
+use vbus_test_driver::Random;
 
 use crate::driver::{Net, RX_RETURNS, Shape, TIMEOUT, TX_RETURNS, add, bus, frame};
 
@@ -57,22 +58,6 @@ fn a_ring_that_is_refused_is_not_kept() {
     other.join().unwrap();
 }
 
-/// A sequence of pseudo-random numbers.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 =
-            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        let x = self.0;
-        (x >> 32) ^ x.rotate_left(23)
-    }
-
-    fn below(&mut self, end: usize) -> usize {
-        (self.next() >> 8) as usize % end
-    }
-}
-
 /// Rings the doorbell, and waits until the device has polled since.
 fn be_looked_at(net: &Net) {
     let polls = || net.endpoint.counters().polls.get() + net.endpoint.counters().polls_empty.get();
@@ -90,7 +75,7 @@ fn live(endpoint: &Arc<Endpoint>, random: &mut Random) -> Option<ErrorCode> {
     let shape = Shape { features: ALL, ..Shape::default() };
     let mut net = Net::open(endpoint, shape);
     let _ = net.call(CALL_FILTER, &[FILTER_PROMISCUOUS as u8, 0, 0, 0, 0, 0, 0, 0]);
-    if random.below(2) == 0 {
+    if random.index(2) == 0 {
         net.post_all();
     }
     let rings = [(net.pairs[0].tx_addr, TX_RETURNS), (net.pairs[0].rx_addr, RX_RETURNS)].map(
@@ -99,31 +84,31 @@ fn live(endpoint: &Arc<Endpoint>, random: &mut Random) -> Option<ErrorCode> {
         },
     );
     for _ in 0..300 {
-        match random.below(6) {
+        match random.index(6) {
             // Write anything anywhere in a ring: entries, counts, arms, the header.
             0 => {
-                let words = rings[random.below(2)].words();
-                let value = match random.below(4) {
+                let words = rings[random.index(2)].words();
+                let value = match random.index(4) {
                     0 => random.next(),
                     1 => random.next() & 0xffff,
                     2 => random.next() | 1 << 32,
                     _ => 0,
                 };
-                words[random.below(words.len())].store(value, Ordering::Relaxed);
+                words[random.index(words.len())].store(value, Ordering::Relaxed);
             }
             // Submit entries in good order with bad content.
             1 => {
-                let [addr, len] = match random.below(5) {
+                let [addr, len] = match random.index(5) {
                     0 => [random.next(), 100],
                     1 => [u64::MAX - 5, 100],
                     2 => [net.pairs[0].rx_buffers, random.next()],
                     3 => [net.pairs[0].rx_buffers, 0],
                     _ => [net.pairs[0].rx_buffers, 1 + random.next() % 4096],
                 };
-                let flags = if random.below(3) == 0 { NEXT } else { 0 };
+                let flags = if random.index(3) == 0 { NEXT } else { 0 };
                 let entry = Entry { addr, len: len as u32, id: 1, flags };
                 let pair = &mut net.pairs[0];
-                let _ = if random.below(4) == 0 {
+                let _ = if random.index(4) == 0 {
                     pair.rx.submit(entry)
                 } else {
                     pair.tx.submit(entry)
@@ -132,16 +117,16 @@ fn live(endpoint: &Arc<Endpoint>, random: &mut Random) -> Option<ErrorCode> {
             // Send frames with bad headers to every address.
             _ => {
                 let mut header = [0; 12];
-                for byte in &mut header[..random.below(13)] {
+                for byte in &mut header[..random.index(13)] {
                     *byte = random.next() as u8;
                 }
                 header[0] &= 3;
-                header[1] = [0, 1, 4, 5, 0x81, 77][random.below(6)];
-                let to = [A, B, [0xff; 6]][random.below(3)];
+                header[1] = [0, 1, 4, 5, 0x81, 77][random.index(6)];
+                let to = [A, B, [0xff; 6]][random.index(3)];
                 let mut bytes =
-                    frame(to, [H, A, B][random.below(3)], random.next(), 14 + random.below(3000));
+                    frame(to, [H, A, B][random.index(3)], random.next(), 14 + random.index(3000));
                 bytes[12..14].copy_from_slice(&[8, 0]);
-                if random.below(2) == 0 {
+                if random.index(2) == 0 {
                     bytes[14..].iter_mut().take(60).for_each(|b| *b = random.next() as u8);
                 }
                 if net.pairs[0].tx.space() > 4 {
@@ -157,13 +142,13 @@ fn live(endpoint: &Arc<Endpoint>, random: &mut Random) -> Option<ErrorCode> {
                 }
             }
         }
-        if random.below(3) == 0 {
+        if random.index(3) == 0 {
             net.kick_tx(0);
             net.kick_rx(0);
             (0..4).for_each(|handle| endpoint.ring(handle));
         }
         let _ = net.pairs[0].tx.reap_count();
-        if random.below(30) == 0 {
+        if random.index(30) == 0 {
             be_looked_at(&net);
         }
         if let ConnectionState::Broken(code) = endpoint.state() {

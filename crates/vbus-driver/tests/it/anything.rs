@@ -19,37 +19,9 @@ use vbus_shm::Memory;
 use vbus_shm::abi::{command, error_code, reg};
 use vbus_shm::ring::{DriverEnd, Entry, Layout, Returns};
 use vbus_shm::state;
+use vbus_test_driver::Random;
 
 use crate::local::{Local, bus};
-
-/// A sequence of numbers without rhyme.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 =
-            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        let x = self.0;
-        (x >> 32) ^ x.rotate_left(23)
-    }
-
-    fn below(&mut self, end: u64) -> u64 {
-        (self.next() >> 8) % end
-    }
-
-    /// One that something could mind.
-    fn any(&mut self) -> u64 {
-        match self.below(8) {
-            0 => 0,
-            1 => u64::MAX,
-            2 => 1 << self.below(64),
-            3 => self.next() & 0xff,
-            4 => self.next() & 0xffff,
-            5 => (1u64 << self.below(64)).wrapping_sub(1),
-            _ => self.next(),
-        }
-    }
-}
 
 /// Gives requests back in reverse, by so many threads of its own.
 struct Any(usize);
@@ -284,7 +256,7 @@ impl Hostile {
             let is_counted = id % 2 == 0 && !(id == 0 && is_service);
             let returns = if is_counted != is_wrong { Returns::Counted } else { Returns::Entries };
             let layout = Layout::new(2 << self.random.below(8), returns).unwrap();
-            let start = self.random.any();
+            let start = self.random.edge();
             let mut end = DriverEnd::create(window, layout, start).unwrap();
             for _ in 0..self.random.below(u64::from(layout.entries()) + 1) {
                 let entry = self.entry(id);
@@ -293,7 +265,7 @@ impl Hostile {
             let _ = end.post();
         }
         if self.wild == 3 && self.random.below(10) == 0 {
-            (len, signal) = (self.random.any(), self.random.any());
+            (len, signal) = (self.random.edge(), self.random.edge());
         }
         let shift = if self.random.below(4) == 0 { 12 } else { 0 };
         let mut addr = at;
@@ -328,12 +300,12 @@ impl Hostile {
             return Entry { addr, len: len as u32, id: 0, flags };
         }
         let addr = match random.below(6) {
-            0 => random.any(),
+            0 => random.edge(),
             1 => PLACE / 2 + 8 * random.below(1000),
             _ => BASE + random.below(BYTES),
         };
         let len = match random.below(5) {
-            0 => random.any() as u32,
+            0 => random.edge() as u32,
             1 => 64 + random.below(64) as u32,
             _ => random.below(3000) as u32,
         };
@@ -345,7 +317,7 @@ impl Hostile {
         let at = self.place();
         let window = self.memory.window(at, PLACE).unwrap();
         for word in &window.words()[..80] {
-            let value = if self.random.below(2) == 0 { 0 } else { self.random.any() };
+            let value = if self.random.below(2) == 0 { 0 } else { self.random.edge() };
             word.store(value, Ordering::Relaxed);
         }
         let function = self.random.below(9);
@@ -375,7 +347,7 @@ impl Hostile {
             } else {
                 PLACE / 8
             }) as usize;
-            let value = self.random.any();
+            let value = self.random.edge();
             window.words()[index].store(value, Ordering::Relaxed);
         }
     }
@@ -403,7 +375,7 @@ impl Hostile {
                 }
             }
             35 if self.wild > 1 => {
-                let argument = |random: &mut Random| random.any();
+                let argument = |random: &mut Random| random.edge();
                 let arguments = [(); 4].map(|()| argument(&mut self.random));
                 let number = self.random.below(8) as u32;
                 self.command(number, arguments);

@@ -139,9 +139,7 @@ fn hot_plug_and_unplug_again_and_again() {
 
 #[test]
 fn a_guest_that_switches_a_slot_off_by_itself_keeps_the_device() {
-    let Some(guest) = Guest::new(1) else { return };
-    let fake = Fake::start();
-    guest.root.plug("fake0", &fake.path).unwrap();
+    let Some((guest, fake)) = Guest::with_device() else { return };
     guest.set_command(1, MEMORY_AND_MASTER);
     let resets = fake.with(|device| device.resets);
     guest.write(0, 1, SLOT_CONTROL, &0x0700u16.to_le_bytes());
@@ -184,9 +182,7 @@ fn doorbells_of_each_kind_and_what_comes_to_user_space() {
 
 #[test]
 fn messages_reach_the_local_apic() {
-    let Some(guest) = Guest::new(1) else { return };
-    let fake = Fake::start();
-    guest.root.plug("fake0", &fake.path).unwrap();
+    let Some((guest, fake)) = Guest::with_device() else { return };
     let apic = guest.local_apic();
     guest.write(1, 0, 0x74, &0xfee0_0000u64.to_le_bytes());
     guest.write(1, 0, 0x7c, &0x0041u16.to_le_bytes());
@@ -216,9 +212,7 @@ fn messages_reach_the_local_apic() {
 
 #[test]
 fn msix_is_the_vmms_own() {
-    let Some(guest) = Guest::new(1) else { return };
-    let fake = Fake::start();
-    guest.root.plug("fake0", &fake.path).unwrap();
+    let Some((guest, fake)) = Guest::with_device() else { return };
     let apic = guest.local_apic();
     let bar = u64::from(guest.config32(1, 0x10));
     guest.set_command(1, MEMORY_AND_MASTER);
@@ -255,9 +249,7 @@ fn msix_is_the_vmms_own() {
 
 #[test]
 fn the_pin_is_a_level_whose_end_is_an_eventfd() {
-    let Some(guest) = Guest::new(1) else { return };
-    let fake = Fake::start();
-    guest.root.plug("fake0", &fake.path).unwrap();
+    let Some((guest, fake)) = Guest::with_device() else { return };
     assert_eq!(guest.config32(1, 0x3c) >> 8, 1, "INTA");
     assert!(
         fake.with(|device| device.irqs.contains_key(&(IRQ_INTX, 0)) && device.unmask.is_some())

@@ -96,11 +96,6 @@ fn add(bus: &Served, qmp: &str) -> crate::support::Done {
     bus.run(&["device", "add", "net1", "--class", "venet", "--set", "backend=null", "--qmp", qmp])
 }
 
-fn on_bus(bus: &Served) -> Vec<String> {
-    let list = bus.json(&["device", "list"]);
-    list.as_array().unwrap().iter().map(|d| d["name"].as_str().unwrap().to_owned()).collect()
-}
-
 #[test]
 fn a_device_is_plugged_into_the_first_free_port_once_it_is_on_the_bus() {
     let bus = Served::start(CONFIG);
@@ -121,31 +116,14 @@ fn a_device_is_plugged_into_the_first_free_port_once_it_is_on_the_bus() {
             "driver": "vfio-user-pci", "id": "vbus-net1", "bus": "p2", "socket": { "type": "unix", "path": socket },
         } })]
     );
-    let taken = bus.run(&[
-        "device",
-        "add",
-        "net2",
-        "--class",
-        "venet",
-        "--qmp",
-        qemu.path(),
-        "--port",
-        "p1",
-    ]);
-    assert!(taken.err.contains("\"p1\" is occupied"), "{}", taken.err);
-    let taken = bus.run(&[
-        "device",
-        "add",
-        "net2",
-        "--class",
-        "venet",
-        "--qmp",
-        qemu.path(),
-        "--port",
-        "p3",
-    ]);
-    assert!(taken.err.contains("it has: p1, p2, p10"), "{}", taken.err);
-    assert_eq!(on_bus(&bus), ["net0", "net1"]);
+    let taken = |port| {
+        let venet = ["device", "add", "net2", "--class", "venet"];
+        bus.run(&[&venet[..], &["--qmp", qemu.path(), "--port", port]].concat()).err
+    };
+    let (occupied, missing) = (taken("p1"), taken("p3"));
+    assert!(occupied.contains("\"p1\" is occupied"), "{occupied}");
+    assert!(missing.contains("it has: p1, p2, p10"), "{missing}");
+    assert_eq!(bus.devices(), ["net0", "net1"]);
 }
 
 #[test]
@@ -160,14 +138,14 @@ fn a_device_that_cannot_be_plugged_is_removed_from_the_bus_again() {
         "{}",
         done.err
     );
-    assert_eq!(on_bus(&bus), ["net0"]);
+    assert_eq!(bus.devices(), ["net0"]);
     let done = add(&bus, "/nonexistent/qmp");
     assert!(done.code == Some(1) && done.err.contains("cannot reach QEMU"), "{}", done.err);
-    assert_eq!(on_bus(&bus), ["net0"]);
+    assert_eq!(bus.devices(), ["net0"]);
     // This QEMU ends while it runs a command.
     let qemu = Qemu::start(|_, _| None);
     assert!(add(&bus, qemu.path()).err.contains("QEMU has gone"));
-    assert_eq!(on_bus(&bus), ["net0"]);
+    assert_eq!(bus.devices(), ["net0"]);
 }
 
 #[test]
@@ -184,7 +162,7 @@ fn a_device_leaves_the_bus_once_the_guest_has_released_it() {
     });
     let done = bus.run(&["device", "remove", "net0", "--qmp", qemu.path()]);
     assert_eq!(done.code, Some(0), "{}", done.err);
-    assert!(on_bus(&bus).is_empty());
+    assert!(bus.devices().is_empty());
     let done = bus.run(&["device", "remove", "net0", "--qmp", qemu.path()]);
     assert!(done.err.contains("net0"));
     assert_eq!(
@@ -209,7 +187,7 @@ fn a_device_that_the_guest_keeps_stays_on_the_bus() {
         "{}",
         done.err
     );
-    assert_eq!(on_bus(&bus), ["net0"]);
+    assert_eq!(bus.devices(), ["net0"]);
     // QEMU refuses the second request, but the event still comes.
     let again = Qemu::start(|_, _| {
         let mut lines = failed("Device vbus-net0 is already in the process of unplug")?;
@@ -218,5 +196,5 @@ fn a_device_that_the_guest_keeps_stays_on_the_bus() {
     });
     let done = bus.run(&["device", "remove", "net0", "--qmp", again.path()]);
     assert_eq!(done.code, Some(0), "{}", done.err);
-    wait_until("the device to leave", || on_bus(&bus).is_empty());
+    wait_until("the device to leave", || bus.devices().is_empty());
 }

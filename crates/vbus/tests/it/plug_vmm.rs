@@ -82,11 +82,6 @@ fn fine(_: &Value) -> Option<Vec<Value>> {
     Some(vec![json!({ "ok": null })])
 }
 
-fn on_bus(bus: &Served) -> Vec<String> {
-    let list = bus.json(&["device", "list"]);
-    list.as_array().unwrap().iter().map(|d| d["name"].as_str().unwrap().to_owned()).collect()
-}
-
 #[test]
 fn a_device_is_plugged_once_it_is_on_the_bus() {
     let bus = Served::start(CONFIG);
@@ -106,7 +101,7 @@ fn a_device_is_plugged_once_it_is_on_the_bus() {
         vmm.requests(),
         [json!({ "op": "plug", "name": "net1", "socket": bus.dir.join("net1.sock") })]
     );
-    assert_eq!(on_bus(&bus), ["net0", "net1"]);
+    assert_eq!(bus.devices(), ["net0", "net1"]);
 }
 
 #[test]
@@ -114,7 +109,7 @@ fn a_device_that_cannot_be_plugged_is_removed_from_the_bus_again() {
     let bus = Served::start(CONFIG);
     let fails = |done: Done, text: &str| {
         assert!(done.code == Some(1) && done.err.contains(text), "{text}: {}", done.err);
-        assert_eq!(on_bus(&bus), ["net0"], "{text}");
+        assert_eq!(bus.devices(), ["net0"], "{text}");
     };
     let full = Vmm::start(vec![], |_| Some(vec![json!({ "error": "all 4 slots are taken" })]));
     let done = full.add(&bus);
@@ -175,13 +170,13 @@ fn a_device_leaves_the_bus_once_the_guest_has_released_it() {
     let without = Vmm::start(vec![], fine);
     let done = without.run(&bus, &["device", "remove", "net0"]);
     assert!(done.code == Some(1) && done.err.contains("has no device of"), "{}", done.err);
-    assert_eq!(on_bus(&bus), ["net0"]);
+    assert_eq!(bus.devices(), ["net0"]);
 
     let vmm = Vmm::with_net0(&bus, fine);
     let done = vmm.run(&bus, &["device", "remove", "net0"]);
     assert_eq!((done.code, done.out.as_str()), (Some(0), "removed net0\n"), "{}", done.err);
     assert_eq!(vmm.requests(), [json!({ "op": "unplug", "name": "nic" })]);
-    wait_until("the device to leave", || on_bus(&bus).is_empty());
+    wait_until("the device to leave", || bus.devices().is_empty());
     let done = vmm.run(&bus, &["device", "remove", "net0"]);
     assert!(
         done.code == Some(1) && vmm.requests().is_empty(),

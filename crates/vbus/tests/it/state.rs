@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `vbus state` against a bus with a state device.
-use std::io::{BufRead, BufReader};
-use std::process::Stdio;
+use std::io::{BufRead, BufReader, Lines};
+use std::process::{Child, ChildStdout, Stdio};
 
 use crate::support::{Served, vbus, wait_until};
 
@@ -81,10 +81,8 @@ fn requests_reach_the_device_unchanged() {
     assert!(String::from_utf8(help.stdout).unwrap().contains("Device::control"));
 }
 
-#[test]
-fn a_watch_sees_the_newest_value_and_ends_with_its_client() {
-    let bus = Served::start(CONFIG);
-    let quiet = bus.status("Threads");
+/// Starts `vbus state watch`, and reads its first line.
+fn watch(bus: &Served) -> (Child, Lines<BufReader<ChildStdout>>) {
     let mut watch = vbus()
         .args(["state", "watch", "values", "setpoint", "--dir"])
         .arg(&bus.dir)
@@ -93,6 +91,14 @@ fn a_watch_sees_the_newest_value_and_ends_with_its_client() {
         .unwrap();
     let mut lines = BufReader::new(watch.stdout.take().unwrap()).lines();
     lines.next().unwrap().unwrap();
+    (watch, lines)
+}
+
+#[test]
+fn a_watch_sees_the_newest_value_and_ends_with_its_client() {
+    let bus = Served::start(CONFIG);
+    let quiet = bus.status("Threads");
+    let (mut watch, mut lines) = watch(&bus);
     for value in ["a", "b", "c"] {
         bus.good(&["state", "set", "values", "setpoint", value]);
         assert_eq!(lines.next().unwrap().unwrap(), value);
@@ -107,14 +113,7 @@ fn a_watch_sees_the_newest_value_and_ends_with_its_client() {
 #[test]
 fn a_watch_ends_when_its_device_goes() {
     let bus = Served::start(CONFIG);
-    let mut watch = vbus()
-        .args(["state", "watch", "values", "setpoint", "--dir"])
-        .arg(&bus.dir)
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut lines = BufReader::new(watch.stdout.take().unwrap()).lines();
-    lines.next().unwrap().unwrap();
+    let (mut watch, mut lines) = watch(&bus);
     bus.good(&["device", "remove", "values"]);
     watch.wait().unwrap();
     assert!(lines.next().is_none());

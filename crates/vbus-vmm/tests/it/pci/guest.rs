@@ -16,6 +16,8 @@ use vbus_vmm::layout;
 use vbus_vmm::memory::{Ram, RamRegion};
 use vbus_vmm::pci::{Backing, PciRoot};
 
+use super::fake::Fake;
+
 pub(super) const SLOT_CONTROL: u16 = 0x58;
 const SLOT_STATUS: u16 = 0x5a;
 
@@ -33,6 +35,14 @@ impl Guest {
     /// Makes a guest. Returns `None` without /dev/kvm.
     pub(super) fn new(ports: u8) -> Option<Guest> {
         Guest::with_chip(ports, false)
+    }
+
+    /// Makes a guest with one device. Returns `None` without /dev/kvm.
+    pub(super) fn with_device() -> Option<(Guest, Fake)> {
+        let guest = Guest::new(1)?;
+        let fake = Fake::start();
+        guest.root.plug("fake0", &fake.path).unwrap();
+        Some((guest, fake))
     }
 
     /// Makes a guest. With `split`, the I/O APIC is in this process.

@@ -155,9 +155,7 @@ fn silence_nonsense_and_floods_end_in_time() {
 
 #[test]
 fn a_device_that_stops_answering_is_dropped() {
-    let Some(guest) = Guest::new(1) else { return };
-    let fake = Fake::start();
-    guest.root.plug("fake0", &fake.path).unwrap();
+    let Some((guest, fake)) = Guest::with_device() else { return };
     guest.set_command(1, 6);
     let bar = u64::from(guest.config32(1, 0x10));
     let begun = Instant::now();
@@ -173,9 +171,7 @@ fn a_device_that_stops_answering_is_dropped() {
 
 #[test]
 fn a_server_that_does_not_read_is_dropped() {
-    let Some(guest) = Guest::new(1) else { return };
-    let fake = Fake::start();
-    guest.root.plug("fake0", &fake.path).unwrap();
+    let Some((guest, fake)) = Guest::with_device() else { return };
     guest.set_command(1, 6);
     let bar = u64::from(guest.config32(1, 0x10));
     let begun = Instant::now();

@@ -163,6 +163,12 @@ impl Served {
         self.caller().bad(args)
     }
 
+    /// The names of its devices, in order.
+    pub fn devices(&self) -> Vec<String> {
+        let list = self.json(&["device", "list"]);
+        list.as_array().unwrap().iter().map(|d| d["name"].as_str().unwrap().to_owned()).collect()
+    }
+
     /// Connects to its control socket.
     pub fn control(&self) -> UnixStream {
         let socket = UnixStream::connect(self.dir.join("control.sock")).unwrap();
