@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Counters that any thread may read at any time.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::{Serialize, Serializer};
@@ -37,6 +38,8 @@ impl Serialize for Counter {
 /// [`Device::inspect`](crate::Device::inspect)).
 #[derive(Debug, Default, Serialize)]
 pub struct ConnectionCounters {
+    #[serde(skip)]
+    device: String,
     /// Connections opened.
     pub opens: Counter,
     /// Connections that ended by a fault of the driver or the device.
@@ -55,4 +58,30 @@ pub struct ConnectionCounters {
     pub polls: Counter,
     /// Polls that found no work.
     pub polls_empty: Counter,
+    /// Times that a task of the device held its worker for a second
+    /// ([`Watchdog`](crate::Watchdog)).
+    #[serde(serialize_with = "inner")]
+    pub stalls: Arc<Counter>,
+}
+
+fn inner<S: Serializer>(counter: &Arc<Counter>, serializer: S) -> Result<S::Ok, S::Error> {
+    counter.serialize(serializer)
+}
+
+impl ConnectionCounters {
+    /// The counters of the device called `device`.
+    pub fn of(device: &str) -> ConnectionCounters {
+        ConnectionCounters { device: device.to_owned(), ..ConnectionCounters::default() }
+    }
+
+    /// Counters for a task of the device that is no part of a connection, for example the task of
+    /// its socket. It counts apart, except stalls.
+    pub fn beside(&self) -> ConnectionCounters {
+        ConnectionCounters { stalls: self.stalls.clone(), ..ConnectionCounters::of(&self.device) }
+    }
+
+    /// The device's name. Empty for counters that belong to no device.
+    pub fn device(&self) -> &str {
+        &self.device
+    }
 }

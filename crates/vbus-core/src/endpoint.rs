@@ -660,6 +660,10 @@ fn le64(bytes: &[u8]) -> u64 {
 struct ConnectionTask(SharedConnection);
 
 impl Task for ConnectionTask {
+    fn work(&self) -> String {
+        "the connection".into()
+    }
+
     fn poll(&mut self, budget: u32) -> Result<Progress, ErrorCode> {
         lock(&self.0).poll(budget)
     }

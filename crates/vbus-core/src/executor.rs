@@ -13,7 +13,7 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -63,6 +63,11 @@ pub trait Task: Send {
     /// A task that always returns 0 is never polled by a timer.
     fn carried(&self) -> u64 {
         0
+    }
+
+    /// What the task does, for the log: for example `queue pair 3`. Asked once, when it begins.
+    fn work(&self) -> String {
+        "a task".into()
     }
 
     /// Whether it is useful to poll again after an empty poll. A task that only waits for
@@ -121,6 +126,8 @@ struct Cell {
     body: Mutex<Option<Body>>,
     on_error: OnError,
     counters: Arc<ConnectionCounters>,
+    /// [`Task::work`].
+    work: OnceLock<String>,
 }
 
 /// A handle to a task. Clones are handles to the same task. The task ends by [`stop`](Self::stop)
@@ -192,6 +199,10 @@ struct Worker {
     tasks: Mutex<HashMap<u64, Arc<Cell>>>,
     timers: Mutex<BinaryHeap<Reverse<(Instant, u64)>>>,
     tuning: Tuning,
+    /// Rounds begun.
+    rounds: AtomicU64,
+    /// The id of the task that has its turn, [`KICK`] between two turns.
+    turn: AtomicU64,
 }
 
 /// The id of the worker's own eventfd in epoll events.
@@ -216,6 +227,8 @@ impl Worker {
         let mut events: Vec<epoll::Event> = Vec::with_capacity(64);
         let mut round = Vec::new();
         loop {
+            // Read by `pulse` alone, which draws no conclusion from the order of these stores.
+            self.rounds.fetch_add(1, Ordering::Relaxed);
             let mut sleep = false;
             {
                 let mut queue = lock(&self.queue);
@@ -230,8 +243,10 @@ impl Worker {
             }
             let mut busy = false;
             for cell in round.drain(..) {
+                self.turn.store(cell.id, Ordering::Relaxed);
                 busy |= self.slice(cell) == Progress::Busy;
             }
+            self.turn.store(KICK, Ordering::Relaxed);
             if !sleep && !busy {
                 std::thread::yield_now();
             }
@@ -274,6 +289,12 @@ impl Worker {
                 self.wake_id(id);
             }
         }
+    }
+
+    /// How far the worker has come.
+    fn pulse(&self) -> Pulse {
+        let id = self.turn.load(Ordering::Relaxed);
+        Pulse { rounds: self.rounds.load(Ordering::Relaxed), turn: (id != KICK).then_some(id) }
     }
 
     fn wake_id(&self, id: u64) {
@@ -324,6 +345,15 @@ impl Worker {
             }
         }
     }
+}
+
+/// How far a worker has come.
+#[derive(Clone, Copy)]
+pub(crate) struct Pulse {
+    /// Rounds begun.
+    pub rounds: u64,
+    /// The task that has its turn. `None`: the worker is between two turns, or it sleeps.
+    pub turn: Option<u64>,
 }
 
 struct Turn {
@@ -406,6 +436,8 @@ impl Executor {
                 tasks: Mutex::default(),
                 timers: Mutex::default(),
                 tuning,
+                rounds: AtomicU64::new(0),
+                turn: AtomicU64::new(KICK),
             });
             let run = worker.clone();
             // 256 KiB are enough: tasks keep their buffers on the heap.
@@ -456,6 +488,21 @@ impl Executor {
         Ok(self.begin(worker, cell, task))
     }
 
+    /// How far each worker has come.
+    pub(crate) fn pulses(&self) -> impl Iterator<Item = Pulse> {
+        self.workers.iter().map(|worker| worker.pulse())
+    }
+
+    /// The counters of the task `id` of a worker, and what the task does; `None` if it has ended.
+    pub(crate) fn about(
+        &self,
+        worker: usize,
+        id: u64,
+    ) -> Option<(Arc<ConnectionCounters>, String)> {
+        let cell = lock(&self.worker(worker).tasks).get(&id).cloned()?;
+        Some((cell.counters.clone(), cell.work.get().cloned().unwrap_or_default()))
+    }
+
     fn worker(&self, worker: usize) -> &Arc<Worker> {
         &self.workers[worker % self.workers.len()]
     }
@@ -474,12 +521,14 @@ impl Executor {
             body: Mutex::new(None),
             on_error: Box::new(on_error),
             counters,
+            work: OnceLock::new(),
         })
     }
 
     fn begin(&self, worker: usize, cell: Arc<Cell>, task: Box<dyn Task>) -> TaskHandle {
         let pace =
             Pace::new(u64::try_from(self.tuning().poll_max.as_nanos()).unwrap_or(u64::MAX), NAP_NS);
+        let _ = cell.work.set(task.work());
         *lock(&cell.body) = Some(Body { task, pace, asleep: false, timer: None });
         // A wake-up before this moment found no task. The wake-up below makes up for it.
         lock(&self.worker(worker).tasks).insert(cell.id, cell.clone());

@@ -32,7 +32,7 @@ impl Host {
         vectors: u16,
         doorbells: usize,
     ) -> Host {
-        let counters: Arc<ConnectionCounters> = Arc::default();
+        let counters = Arc::new(ConnectionCounters::of(name));
         Host {
             name: name.to_owned(),
             worker: executor.next_worker(),

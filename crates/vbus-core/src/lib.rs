@@ -119,6 +119,7 @@ pub mod service;
 pub mod settings;
 mod sync;
 mod wake;
+mod watchdog;
 
 pub use bus::{Bus, BusError, DEVICES_MAX, NAME_MAX};
 pub use call::{Call, Called, PendingCall};
@@ -135,3 +136,4 @@ pub use memory::{Access, MAPS_MAX, MapError, MemoryContext, Trust, View, Window}
 pub use router::Router;
 pub use vbus_iovec as io_vec;
 pub use vbus_shm::{self as shm, ErrorCode, Versions};
+pub use watchdog::Watchdog;

@@ -80,11 +80,17 @@ impl Program {
     /// A program must call this first in its `main`, because `serve` may start the program a second
     /// time, as the guardian of the class `sched`.
     pub fn run(self) -> ExitCode {
-        let args = std::env::args_os().skip(1);
-        if let Some(made) = documents::make_if_asked(self.command(), args) {
+        self.run_from(std::env::args_os())
+    }
+
+    /// As [`run`](Self::run), with these arguments instead of the process's. The first is the name
+    /// of the program, which is not looked at.
+    pub fn run_from(self, args: impl IntoIterator<Item = impl Into<OsString>>) -> ExitCode {
+        let args: Vec<OsString> = args.into_iter().map(Into::into).collect();
+        if let Some(made) = documents::make_if_asked(self.command(), args.iter().skip(1).cloned()) {
             return vbus_cli::exit(made);
         }
-        let matches = self.command().get_matches();
+        let matches = self.command().get_matches_from(args);
         let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
         if let Command::Guardian = cli.command {
             return serve::guardian::run();

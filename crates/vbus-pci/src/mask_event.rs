@@ -35,6 +35,10 @@ struct MaskTask {
 }
 
 impl Task for MaskTask {
+    fn work(&self) -> String {
+        "eventfds that mask INTx".into()
+    }
+
     fn poll(&mut self, _budget: u32) -> Result<Progress, ErrorCode> {
         if let Some(due) = self.due {
             if Instant::now() < due {

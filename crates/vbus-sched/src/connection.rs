@@ -80,6 +80,10 @@ struct Follow {
 }
 
 impl Task for Follow {
+    fn work(&self) -> String {
+        "request pages".into()
+    }
+
     fn poll(&mut self, _budget: u32) -> Result<Progress, ErrorCode> {
         let (now, mut busy) = (Instant::now(), false);
         let mut state = lock(&self.device.state);

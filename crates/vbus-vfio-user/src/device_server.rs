@@ -52,12 +52,13 @@ impl DeviceServer {
         let executor = endpoint.executor().clone();
         let worker = endpoint.worker();
         let name = endpoint.name().to_owned();
+        let counters = Arc::new(endpoint.counters().beside());
         let server = Server::bind(path, name, Served::new(endpoint, options))?;
         let ready = server.as_fd().try_clone_to_owned()?;
         // The task itself never fails: every error ends a client and no more.
         let seen = Arc::<Mutex<Seen>>::default();
         let task = ServerTask { server, seen: seen.clone() };
-        let task = executor.spawn(worker, Box::new(task), Arc::default(), |_| {});
+        let task = executor.spawn(worker, Box::new(task), counters, |_| {});
         if let Err(error) = task.watch(&ready, Interest::Read) {
             task.stop();
             return Err(error.into());
@@ -96,6 +97,10 @@ struct ServerTask {
 }
 
 impl Task for ServerTask {
+    fn work(&self) -> String {
+        "messages of its socket".into()
+    }
+
     fn poll(&mut self, budget: u32) -> Result<Progress, ErrorCode> {
         let mut work = 0;
         let progress = loop {

@@ -80,6 +80,10 @@ struct Watch {
 const BYTES_PER_UNIT: u64 = 4096;
 
 impl Task for Watch {
+    fn work(&self) -> String {
+        "state pages".into()
+    }
+
     fn poll(&mut self, budget: u32) -> Result<Progress, ErrorCode> {
         let pages = &self.device.pages;
         let mut left = i64::from(budget);

@@ -133,7 +133,7 @@ impl VenetConnection {
                 let pair = Pair::new(rx, queue, memory, receiver, tx_offloads, counters);
                 let pair = Arc::new(Mutex::new(pair));
                 made = Some(pair.clone());
-                Ok::<_, ErrorCode>(Box::new(PairTask(pair)) as Box<dyn Task>)
+                Ok::<_, ErrorCode>(Box::new(PairTask { pair, number: index }) as Box<dyn Task>)
             },
         )?;
         running.pairs.extend(made.map(|pair| (pair, task)));

@@ -234,6 +234,10 @@ impl PagesTask {
 }
 
 impl Task for PagesTask {
+    fn work(&self) -> String {
+        "the status and counter pages".into()
+    }
+
     fn poll(&mut self, _budget: u32) -> Result<Progress, ErrorCode> {
         self.next = self.pages.update();
         Ok(Progress::Idle)

@@ -210,30 +210,37 @@ impl Pair {
 }
 
 /// The task of a pair.
-pub struct PairTask(pub Arc<Mutex<Pair>>);
+pub struct PairTask {
+    pub pair: Arc<Mutex<Pair>>,
+    pub number: u16,
+}
 
 impl Task for PairTask {
+    fn work(&self) -> String {
+        format!("queue pair {}", self.number)
+    }
+
     fn poll(&mut self, budget: u32) -> Result<Progress, ErrorCode> {
-        lock(&self.0).poll(budget)
+        lock(&self.pair).poll(budget)
     }
 
     fn arm(&mut self) -> Result<Armed, ErrorCode> {
-        Ok(lock(&self.0).arm())
+        Ok(lock(&self.pair).arm())
     }
 
     fn disarm(&mut self) {
-        lock(&self.0).disarm();
+        lock(&self.pair).disarm();
     }
 
     fn carried(&self) -> u64 {
         const EACH: u64 = 512;
-        let pair = lock(&self.0);
+        let pair = lock(&self.pair);
         let (tx, rx) = (&pair.counters.tx, &pair.counters.rx);
         tx.bytes.get() + rx.bytes.get() + EACH * (tx.frames.get() + rx.frames.get())
     }
 
     fn deadline(&self) -> Option<Instant> {
-        let pair = lock(&self.0);
+        let pair = lock(&self.pair);
         [pair.until, pair.queue.deadline()].into_iter().flatten().min()
     }
 }

@@ -42,6 +42,11 @@ impl Host {
         Ok(Host { claimed, bus, guardian, served: Mutex::default() })
     }
 
+    /// The event loop of all devices.
+    pub fn executor(&self) -> &Arc<Executor> {
+        self.bus.executor()
+    }
+
     /// The directory of the sockets.
     pub fn dir(&self) -> &Path {
         self.claimed.path()

@@ -4,21 +4,22 @@
 mod control;
 pub mod guardian;
 mod host;
+mod systemd;
 
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixDatagram;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vbus_cli::signals;
-use vbus_core::DeviceClass;
+use vbus_core::{DeviceClass, Watchdog};
 
 use crate::client::BusDir;
 use crate::config::{self, Config};
 use host::Host;
+use systemd::Manager;
 use vbus_cli::log;
 use vbus_cli::rundir::{self, Claimed};
 
@@ -27,7 +28,7 @@ Environment:
   VBUS_LOG       the level of the log, on standard error: error, warn, info (the default), debug
                  or trace; also for each crate, such as `info,vbus_vfio_user=debug`
   NOTIFY_SOCKET  systemd sets it for a service of Type=notify; vbus reports there that the bus is
-                 up
+                 up, that it ends, and with WATCHDOG_USEC that all its workers come round
 
 An example of bus.toml, with a network card and a device of two state pages:
   [[device]]
@@ -57,6 +58,9 @@ pub struct Args {
     ready_fd: Option<u32>,
 }
 
+/// How often the workers of the event loop are looked at.
+const LOOK: Duration = Duration::from_millis(250);
+
 /// Serves a bus until SIGINT, SIGTERM or SIGHUP. `classes` are the classes that the program has
 /// beside those of vbus.
 pub fn run(args: &Args, classes: Vec<Box<dyn DeviceClass>>) -> Result<()> {
@@ -69,6 +73,7 @@ pub fn run(args: &Args, classes: Vec<Box<dyn DeviceClass>>) -> Result<()> {
         None => (Config::default(), None),
     };
     vbus_cli::limits::raise_descriptor_limit();
+    let mut manager = Manager::of_environment();
     let claimed = Claimed::claim(&rundir::choose(args.bus.dir.as_deref()))?;
     // Signals are caught before the first socket is made, so that no signal ends the process and
     // leaves sockets behind.
@@ -84,13 +89,17 @@ pub fn run(args: &Args, classes: Vec<Box<dyn DeviceClass>>) -> Result<()> {
     }
     tracing::info!("serving {} devices in {}", config.devices.len(), host.dir().display());
     tell_ready(args.ready_fd)?;
+    manager.ready();
+    let mut watchdog = Watchdog::new(host.executor().clone());
+    let interval = manager.watchdog_interval().map_or(LOOK, |interval| interval.min(LOOK));
+    let mut looked = Instant::now();
     loop {
         let (stopped, client) = {
             let mut fds = [
                 PollFd::new(&stop, PollFlags::IN),
                 PollFd::from_borrowed_fd(accept.as_fd(), PollFlags::IN),
             ];
-            match poll(&mut fds, None) {
+            match poll(&mut fds, Timespec::try_from(interval).ok().as_ref()) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(error).context("waiting for clients"),
             }
@@ -99,6 +108,14 @@ pub fn run(args: &Args, classes: Vec<Box<dyn DeviceClass>>) -> Result<()> {
         if stopped {
             break;
         }
+        // A process that was stopped for a while has looked late, and no worker is to blame.
+        let since = looked.elapsed().min(2 * interval);
+        if since >= interval {
+            looked = Instant::now();
+            if watchdog.look(since) {
+                manager.alive();
+            }
+        }
         if client && accept.next().is_err() {
             // This process has no more descriptors or threads. The client waits in the backlog. An
             // attempt without a pause would only take processor time.
@@ -106,31 +123,17 @@ pub fn run(args: &Args, classes: Vec<Box<dyn DeviceClass>>) -> Result<()> {
         }
     }
     tracing::info!("stopping");
+    manager.stopping();
     drop(accept);
     host.stop();
     Ok(())
 }
 
-/// Reports that the bus is up: to the descriptor `fd`, and to systemd.
+/// Reports that the bus is up, to the descriptor `fd`.
 fn tell_ready(fd: Option<u32>) -> Result<()> {
     if let Some(fd) = fd {
         std::fs::write(format!("/proc/self/fd/{fd}"), "READY=1\n")
             .with_context(|| format!("--ready-fd {fd}"))?;
-    }
-    if let Some(path) = std::env::var_os("NOTIFY_SOCKET") {
-        let path = Path::new(&path);
-        // An abstract address begins with '@'.
-        let sent = match path.to_str().and_then(|p| p.strip_prefix('@')) {
-            Some(name) => {
-                use std::os::linux::net::SocketAddrExt as _;
-                let address = std::os::unix::net::SocketAddr::from_abstract_name(name)?;
-                UnixDatagram::unbound()?.send_to_addr(b"READY=1", &address)
-            }
-            None => UnixDatagram::unbound()?.send_to(b"READY=1", path),
-        };
-        if let Err(error) = sent {
-            tracing::warn!(%error, "cannot tell systemd that the bus is up");
-        }
     }
     Ok(())
 }

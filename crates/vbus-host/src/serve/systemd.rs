@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! What a service of systemd tells its manager, by datagrams (sd_notify(3)).
+
+use std::ffi::OsString;
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// The socket of the manager. It is connected at the start, before the process gives up rights.
+pub struct Manager {
+    socket: Option<UnixDatagram>,
+    /// The time that systemd allows between two signs of life.
+    watchdog: Option<Duration>,
+    fed: Instant,
+}
+
+impl Manager {
+    /// The manager that the environment names, if it names one: NOTIFY_SOCKET, WATCHDOG_USEC,
+    /// WATCHDOG_PID.
+    pub fn of_environment() -> Manager {
+        let variable = |name| std::env::var_os(name);
+        let number = |name| variable(name)?.to_str()?.parse::<u64>().ok();
+        let mine = number("WATCHDOG_PID").is_none_or(|pid| pid == u64::from(std::process::id()));
+        let watchdog = number("WATCHDOG_USEC").filter(|&micros| mine && micros > 0);
+        Manager {
+            socket: variable("NOTIFY_SOCKET").and_then(|path| connect(&path)),
+            watchdog: watchdog.map(Duration::from_micros),
+            fed: Instant::now(),
+        }
+    }
+
+    /// The service is up.
+    pub fn ready(&self) {
+        self.tell("READY=1");
+    }
+
+    /// The service is about to end.
+    pub fn stopping(&self) {
+        self.tell("STOPPING=1");
+    }
+
+    /// How often [`alive`](Self::alive) must be called at least, if systemd watches this service.
+    pub fn watchdog_interval(&self) -> Option<Duration> {
+        self.watchdog.filter(|_| self.socket.is_some()).map(|allowed| allowed / 4)
+    }
+
+    /// The service works as it should.
+    pub fn alive(&mut self) {
+        let Some(interval) = self.watchdog_interval() else { return };
+        if self.fed.elapsed() >= interval {
+            self.fed = Instant::now();
+            self.tell("WATCHDOG=1");
+        }
+    }
+
+    fn tell(&self, state: &str) {
+        let Some(socket) = &self.socket else { return };
+        if let Err(error) = socket.send(state.as_bytes()) {
+            tracing::warn!(%error, "cannot tell systemd {state}");
+        }
+    }
+}
+
+fn connect(path: &OsString) -> Option<UnixDatagram> {
+    // An abstract address begins with '@'.
+    let address = match path.to_str().and_then(|path| path.strip_prefix('@')) {
+        Some(name) => SocketAddr::from_abstract_name(name),
+        None => SocketAddr::from_pathname(Path::new(path)),
+    };
+    let connected = address.and_then(|address| {
+        let socket = UnixDatagram::unbound()?;
+        // A manager that reads nothing must not hold the bus up.
+        socket.set_nonblocking(true)?;
+        socket.connect_addr(&address)?;
+        Ok(socket)
+    });
+    connected
+        .inspect_err(|error| tracing::warn!(%error, "NOTIFY_SOCKET: cannot reach systemd"))
+        .ok()
+}
