@@ -49,23 +49,35 @@ pub fn check_socket_path(path: &Path) -> Result<()> {
 
 /// Checks that no other user can have put sockets into `dir`: it belongs to this user or to root,
 /// and only its owner may write to it.
+///
+/// # Errors
+/// `dir` is no such directory. The text says what to do.
 pub fn check(dir: &Path) -> Result<()> {
-    let meta =
-        std::fs::symlink_metadata(dir).with_context(|| format!("no bus in {}", dir.display()))?;
-    ensure!(meta.is_dir(), "{} is not a directory", dir.display());
-    let uid = meta.uid();
+    let uid = check_writers(dir)?;
     ensure!(
         uid == geteuid().as_raw() || uid == 0,
         "{} belongs to another user (uid {uid})",
         dir.display()
     );
+    Ok(())
+}
+
+/// Checks that only the owner of `dir` may write to it, whoever that is. Returns the owner. This is
+/// enough for a client whose user named the directory of a bus that another user runs.
+///
+/// # Errors
+/// `dir` is no such directory. The text says what to do.
+pub fn check_writers(dir: &Path) -> Result<u32> {
+    let meta =
+        std::fs::symlink_metadata(dir).with_context(|| format!("no bus in {}", dir.display()))?;
+    ensure!(meta.is_dir(), "{} is not a directory", dir.display());
     ensure!(
         meta.mode() & 0o022 == 0,
         "others may write to {} (mode {:o}); choose another one, or chmod 700 it",
         dir.display(),
         meta.mode() & 0o7777
     );
-    Ok(())
+    Ok(meta.uid())
 }
 
 /// A directory in which this process serves a bus. No other process can serve there while this
@@ -77,13 +89,14 @@ pub struct Claimed {
 }
 
 impl Claimed {
-    /// Makes the directory with mode 0700 if it does not exist, checks its owner, locks it, and
-    /// removes the sockets that a dead bus left.
+    /// Makes the directory if it does not exist, checks its owner, locks it, and removes the
+    /// sockets that a dead bus left. A new directory has mode 0711 if it is `shared`, so that other
+    /// users can reach the sockets that are for them, and 0700 otherwise.
     ///
     /// # Errors
     /// The directory cannot be made, belongs to another user, or has a bus already. Or its name is
     /// not UTF-8, which JSON for a VMM requires, or too long for sockets.
-    pub fn claim(dir: &Path) -> Result<Claimed> {
+    pub fn claim(dir: &Path, shared: bool) -> Result<Claimed> {
         ensure!(
             dir.to_str().is_some(),
             "the name of the directory {} is not UTF-8, so it cannot be written in JSON for a VMM; \
@@ -91,7 +104,7 @@ impl Claimed {
             dir.display()
         );
         check_socket_path(&dir.join(CONTROL))?;
-        let made = DirBuilder::new().mode(0o700).create(dir);
+        let made = DirBuilder::new().mode(if shared { 0o711 } else { 0o700 }).create(dir);
         if let Err(error) = made {
             if error.kind() != std::io::ErrorKind::AlreadyExists {
                 return Err(error).with_context(|| format!("cannot make {}", dir.display()));
@@ -116,6 +129,11 @@ impl Claimed {
         let claimed = Claimed { dir: dir.to_owned(), _lock: lock };
         claimed.remove_stale()?;
         Ok(claimed)
+    }
+
+    /// Whether users other than its owner can reach sockets in the directory.
+    pub fn is_shared(&self) -> bool {
+        std::fs::metadata(&self.dir).is_ok_and(|data| data.mode() & 0o011 != 0)
     }
 
     /// The directory.

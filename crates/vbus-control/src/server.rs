@@ -13,6 +13,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
+use crate::peer::Peer;
+
 /// How long a client may take to send a request, and to take an answer.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -35,6 +37,16 @@ pub trait Handler: Send + Sync + 'static {
     /// The type of a request.
     type Request: DeserializeOwned;
 
+    /// Decides whether `peer` may send requests at all. The provided method admits everybody whom
+    /// the mode of the socket lets connect. Runs in the thread that accepts, so it must not wait.
+    ///
+    /// # Errors
+    /// An error becomes the answer `error`, and the client is disconnected.
+    fn admit(&self, peer: &Peer) -> Result<()> {
+        let _ = peer;
+        Ok(())
+    }
+
     /// Handles a request and returns its last answer. The answers before the last one go to
     /// `client`. The method runs in the client's own thread.
     ///
@@ -44,9 +56,17 @@ pub trait Handler: Send + Sync + 'static {
 }
 
 /// The client that made the request.
-pub struct Client<'a>(&'a UnixStream);
+pub struct Client<'a> {
+    socket: &'a UnixStream,
+    peer: &'a Peer,
+}
 
 impl Client<'_> {
+    /// Who the client is.
+    pub fn peer(&self) -> &Peer {
+        self.peer
+    }
+
     /// Sends one of several answers.
     ///
     /// # Errors
@@ -57,14 +77,17 @@ impl Client<'_> {
 
     /// Whether the client has closed its end, or has sent something before it got its answer.
     pub fn gone(&self) -> bool {
-        let mut fds = [PollFd::new(self.0, PollFlags::IN)];
+        let mut fds = [PollFd::new(self.socket, PollFlags::IN)];
         poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|n| n > 0)
     }
 
     fn answer(&self, value: &Value) -> io::Result<()> {
-        let mut socket = self.0;
-        socket.write_all(format!("{value}\n").as_bytes())
+        answer(self.socket, value)
     }
+}
+
+fn answer(mut socket: &UnixStream, value: &Value) -> io::Result<()> {
+    socket.write_all(format!("{value}\n").as_bytes())
 }
 
 /// Accepts clients when its descriptor is readable. Each client has its own thread.
@@ -115,19 +138,24 @@ impl<H: Handler> Server<H> {
         socket.set_nonblocking(false)?;
         socket.set_read_timeout(Some(TIMEOUT))?;
         socket.set_write_timeout(Some(TIMEOUT))?;
+        // The texts fit the empty buffer of a new socket, so these answers cannot block.
+        let peer = Peer::of(&socket)?;
+        if let Err(error) = self.handler.admit(&peer) {
+            let _ = answer(&socket, &json!({ "error": format!("{error:#}") }));
+            return Ok(());
+        }
         let before = self.clients.fetch_add(1, Ordering::Relaxed);
         let admission = Admission(self.clients.clone());
         if before >= self.limits.clients {
-            // The text fits the empty buffer of a new socket, so this cannot block.
             let text = format!("more than {} control clients", self.limits.clients);
-            let _ = Client(&socket).answer(&json!({ "error": text }));
+            let _ = answer(&socket, &json!({ "error": text }));
             return Ok(());
         }
         let (handler, line_max) = (self.handler.clone(), self.limits.line);
         let thread = std::thread::Builder::new().name("control-client".into()).stack_size(STACK);
         thread.spawn(move || {
             let _admission = admission;
-            serve(&*handler, line_max, &socket);
+            serve(&*handler, line_max, &socket, &peer);
         })?;
         Ok(())
     }
@@ -140,8 +168,8 @@ impl<H> AsFd for Server<H> {
 }
 
 /// Serves a client until it leaves, exceeds the time-out, or breaks the protocol.
-fn serve<H: Handler>(handler: &H, line_max: u64, socket: &UnixStream) {
-    let (mut reader, client) = (BufReader::new(socket), Client(socket));
+fn serve<H: Handler>(handler: &H, line_max: u64, socket: &UnixStream, peer: &Peer) {
+    let (mut reader, client) = (BufReader::new(socket), Client { socket, peer });
     loop {
         let mut line = Vec::new();
         match (&mut reader).take(line_max).read_until(b'\n', &mut line) {

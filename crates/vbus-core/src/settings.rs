@@ -57,6 +57,20 @@ impl Settings {
         Ok(Settings { left, prefix: String::new(), known: Vec::new() })
     }
 
+    /// The settings in the table `value`, which is the value of `key`. Errors write their keys as
+    /// `key.owner`.
+    ///
+    /// # Errors
+    /// `value` is no table.
+    pub fn within(key: &str, value: &Value) -> Result<Settings, CreateError> {
+        match value {
+            Value::Object(map) => {
+                Ok(Settings { left: map.clone(), prefix: format!("{key}."), known: Vec::new() })
+            }
+            other => Err(CreateError(format!("{key:?} is {}; use a table", shown(other)))),
+        }
+    }
+
     /// An error about `key`: the key in quotes, then `text`.
     pub fn error(&self, key: &str, text: impl fmt::Display) -> CreateError {
         CreateError(format!("\"{}{key}\" {text}", self.prefix))
@@ -127,6 +141,22 @@ impl Settings {
                 Err(self.error(key, format_args!("is {}; use text in quotes", shown(&other))))
             }
         }
+    }
+
+    /// The list of texts at `key`, if it is there.
+    ///
+    /// # Errors
+    /// The value is no list, or one of its items is no text.
+    pub fn texts(&mut self, key: &'static str) -> Result<Option<Vec<String>>, CreateError> {
+        let Some(list) = self.list(key, "texts in quotes")? else { return Ok(None) };
+        let item = |(at, value): (usize, Value)| match value {
+            Value::String(text) => Ok(text),
+            other => Err(self.error(
+                &format!("{key}[{at}]"),
+                format_args!("is {}; use text in quotes", shown(&other)),
+            )),
+        };
+        list.into_iter().enumerate().map(item).collect::<Result<_, _>>().map(Some)
     }
 
     /// The choice that the word at `key` names, if the key is there.
@@ -295,7 +325,13 @@ mod tests {
         let ids = |s: &mut Settings| s.integers::<i32>("ids", 1..=i32::MAX).map(drop);
         let flag = |s: &mut Settings| s.flag("tso").map(drop);
         let text = |s: &mut Settings| s.text("path").map(drop);
-        let cases: [(Value, Reading, &str); 15] = [
+        let names = |s: &mut Settings| s.texts("names").map(drop);
+        let inner = |s: &mut Settings| {
+            let mut inner = Settings::within("inner", &s.take("inner").unwrap_or_default())?;
+            inner.flag("a")?;
+            inner.finish()
+        };
+        let cases: [(Value, Reading, &str); 19] = [
             (json!({ "mtu": 99999 }), mtu, "\"mtu\" is 99999; use a number from 68 to 9000"),
             (json!({ "mtu": -1 }), mtu, "\"mtu\" is -1; use a number from 68 to 9000"),
             (json!({ "mtu": "x" }), mtu, "\"mtu\" is \"x\"; use a number from 68 to 9000"),
@@ -318,6 +354,10 @@ mod tests {
             (json!({ "ids": [1, 0] }), ids, "\"ids[1]\" is 0; use a number from 1 to 2147483647"),
             (json!({ "tso": 1 }), flag, "\"tso\" is 1; use true or false"),
             (json!({ "path": ["a"] }), text, "\"path\" is [\"a\"]; use text in quotes"),
+            (json!({ "names": "a" }), names, "\"names\" is \"a\"; use a list of texts"),
+            (json!({ "names": ["a", 1] }), names, "\"names[1]\" is 1; use text in quotes"),
+            (json!({ "inner": 1 }), inner, "\"inner\" is 1; use a table"),
+            (json!({ "inner": { "a": 1 } }), inner, "\"inner.a\" is 1; use true or false"),
             (json!([1]), text, "the settings are [1]; use a table"),
         ];
         for (value, reading, expected) in cases {

@@ -38,13 +38,21 @@ impl Client {
                 client.dir.display()
             )
         };
-        rundir::check(&client.dir).with_context(hint)?;
+        match dir {
+            // The user named the directory, so the bus in it may be that of another user.
+            Some(_) => rundir::check_writers(&client.dir).map(drop),
+            None => rundir::check(&client.dir),
+        }
+        .with_context(hint)?;
         client.socket().map_err(|error| {
-            use std::io::ErrorKind::{ConnectionRefused, NotFound};
+            use std::io::ErrorKind::{ConnectionRefused, NotFound, PermissionDenied};
             match error.downcast_ref::<std::io::Error>().map(std::io::Error::kind) {
                 Some(NotFound | ConnectionRefused) => {
                     anyhow!("no bus serves in {}; {}", client.dir.display(), hint())
                 }
+                Some(PermissionDenied) => error.context(
+                    "you may not control this bus: its table [control] names the groups that may",
+                ),
                 _ => error,
             }
         })?;

@@ -12,8 +12,11 @@ use serde_json::{Map, Value};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 use vbus_core::settings::meant;
-use vbus_core::{Trust, Tuning};
+use vbus_core::{CreateError, Trust, Tuning};
 use vbus_pci::Options;
+
+use crate::access::SocketSpec;
+use crate::rights::ControlSpec;
 
 /// The largest configuration file, in bytes.
 const FILE_MAX: u64 = 1 << 20;
@@ -34,13 +37,28 @@ pub struct Config {
     pub tuning: Tuning,
     /// Which memory files the bus accepts from its peers.
     pub trust: Trust,
+    /// Who may control the bus.
+    pub control: ControlSpec,
     /// The devices that the bus makes at its start.
     pub devices: Vec<DeviceSpec>,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Config { tuning: Tuning::default(), trust: Trust::Sealed, devices: Vec::new() }
+        Config {
+            tuning: Tuning::default(),
+            trust: Trust::Sealed,
+            control: ControlSpec::default(),
+            devices: Vec::new(),
+        }
+    }
+}
+
+impl Config {
+    /// Whether some socket in the bus's directory is for other users too.
+    pub fn is_shared(&self) -> bool {
+        let mut in_directory = self.devices.iter().filter(|spec| spec.socket.path.is_none());
+        self.control.access().is_shared() || in_directory.any(|spec| spec.socket.access.is_shared())
     }
 }
 
@@ -55,6 +73,8 @@ pub struct DeviceSpec {
     pub options: Options,
     /// The device of class pic that may carry its interrupts.
     pub pic: Option<String>,
+    /// Its socket.
+    pub socket: SocketSpec,
     /// The class's own settings, a JSON object.
     pub settings: Value,
 }
@@ -86,7 +106,11 @@ impl DeviceSpec {
                 ));
             }
         };
-        Ok(DeviceSpec { name, class, options, pic, settings: Value::Object(settings) })
+        let socket = match settings.remove("socket") {
+            None => SocketSpec::default(),
+            Some(value) => SocketSpec::parse(&value).map_err(|error| error.to_string())?,
+        };
+        Ok(DeviceSpec { name, class, options, pic, socket, settings: Value::Object(settings) })
     }
 }
 
@@ -245,10 +269,36 @@ fn fill(text: &str, config: &mut Config, places: &mut Vec<DevicePlaces>) -> Resu
                     places.push(place);
                 }
             }
-            other => return Err((key.span(), unknown(other, "here", &["bus", "device"]))),
+            "control" => {
+                config.control = settings(value, "control", ControlSpec::parse)?;
+            }
+            other => {
+                let known = ["bus", "control", "device"];
+                return Err((key.span(), unknown(other, "here", &known)));
+            }
         }
     }
     Ok(())
+}
+
+/// Reads the table `value`, which is called `name`, by `parse`. An error of `parse` begins with a
+/// key in quotes, and points to it.
+fn settings<T>(
+    value: &Spanned<DeValue<'_>>,
+    name: &str,
+    parse: fn(&Value) -> Result<T, CreateError>,
+) -> Result<T, Fault> {
+    table(value, &format!("{name:?}"))?;
+    let mut keys = Vec::new();
+    note(name, value, &mut keys);
+    let table = json(value.get_ref()).map_err(|text| (value.span(), text))?;
+    parse(&table).map_err(|error| {
+        let text = error.to_string();
+        let key = text.strip_prefix('"').and_then(|rest| rest.split_once('"'));
+        let key = key.map(|(key, _)| format!("{name}.{key}"));
+        let place = keys.iter().find(|(known, _)| Some(known) == key.as_ref());
+        (place.map_or(value.span(), |(_, place)| place.clone()), text)
+    })
 }
 
 fn bus(table: &DeTable<'_>, config: &mut Config) -> Result<(), Fault> {
@@ -455,6 +505,18 @@ mod tests {
                 "bus.toml:5:6: there are two",
             ),
             ("[[device]]\nname = \"x\n", "bus.toml:2:"),
+            (
+                "[control]\nread-acess = []\n",
+                "bus.toml:2:1: \"read-acess\" is no setting here; did you mean \"read-access\"?",
+            ),
+            (
+                "[control]\nread-access = [\"0\", \"no one\"]\n",
+                "bus.toml:2:21: \"read-access[1]\" is \"no one\": there is no such group here",
+            ),
+            (
+                "[[device]]\nname=\"x\"\nclass=\"c\"\nsocket={ mode=\"9\" }\n",
+                "bus.toml:4:10: \"socket.mode\" is \"9\"; use an octal number such as \"0660\"",
+            ),
             ("x = 99999999999999999999\n", "bus.toml:1:1: unknown key"),
             (
                 "[[device]]\nname=\"x\"\nclass=\"c\"\nn=99999999999999999999\n",

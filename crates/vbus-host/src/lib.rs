@@ -47,13 +47,16 @@
 //! `echo-host serve --config bus.toml` serves the bus. Both `vbus` and `echo-host` can control it.
 //! The documentation of `vbus_core` shows how to write a class and its devices.
 
+mod access;
 mod classes;
 mod client;
 mod command;
 mod config;
 mod plug;
 mod program;
+mod rights;
 mod serve;
+mod socket;
 mod vmm;
 
 pub use program::Program;

@@ -47,13 +47,34 @@ impl DeviceServer {
         path: &Path,
         options: Options,
     ) -> io::Result<DeviceServer> {
+        let name = endpoint.name().to_owned();
+        Self::spawn(Server::bind(path, name, Served::new(endpoint.clone(), options))?, &endpoint)
+    }
+
+    /// Offers the device as [`start`](Self::start) does, to clients that connect to `listener`: a
+    /// non-blocking UNIX stream socket that listens at `path`. Dropping the server leaves the file
+    /// at `path` alone.
+    ///
+    /// # Errors
+    /// The system refuses, for instance because this process has too many descriptors.
+    pub fn with_listener(
+        endpoint: Arc<Endpoint>,
+        listener: OwnedFd,
+        path: &Path,
+        options: Options,
+    ) -> io::Result<DeviceServer> {
+        let name = endpoint.name().to_owned();
+        let served = Served::new(endpoint.clone(), options);
+        Self::spawn(Server::with_listener(listener, path, name, served)?, &endpoint)
+    }
+
+    fn spawn(server: Server<Served>, endpoint: &Endpoint) -> io::Result<DeviceServer> {
         // If the kernel lacks what interrupts need, the operator learns it now.
         Signaller::of_process()?;
         let executor = endpoint.executor().clone();
         let worker = endpoint.worker();
-        let name = endpoint.name().to_owned();
         let counters = Arc::new(endpoint.counters().beside());
-        let server = Server::bind(path, name, Served::new(endpoint, options))?;
+        let path = server.path().to_owned();
         let ready = server.as_fd().try_clone_to_owned()?;
         // The task itself never fails: every error ends a client and no more.
         let seen = Arc::<Mutex<Seen>>::default();
@@ -65,7 +86,7 @@ impl DeviceServer {
         }
         // A client may have come between the first poll and the watch.
         task.wake();
-        Ok(DeviceServer { path: path.to_owned(), task, ready, seen })
+        Ok(DeviceServer { path, task, ready, seen })
     }
 
     /// The path of the socket.

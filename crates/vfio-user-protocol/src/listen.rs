@@ -15,8 +15,8 @@ use rustix::net::{
 /// Connections that wait to be accepted, at most.
 const BACKLOG: i32 = 8;
 
-/// The file of a listening socket; removed when this is dropped, unless another one has taken its
-/// place.
+/// The file of a listening socket. Dropping this removes the file, if this process made it and no
+/// other file has taken its place.
 #[derive(Debug)]
 pub(crate) struct SocketFile {
     path: PathBuf,
@@ -24,6 +24,11 @@ pub(crate) struct SocketFile {
 }
 
 impl SocketFile {
+    /// A file that belongs to somebody else, who removes it.
+    pub(crate) fn foreign(path: PathBuf) -> SocketFile {
+        SocketFile { path, identity: None }
+    }
+
     pub(crate) fn path(&self) -> &PathBuf {
         &self.path
     }

@@ -134,11 +134,30 @@ impl<T: Target> Server<T> {
     /// live one), or the system refuses.
     pub fn bind(path: impl AsRef<Path>, name: impl Into<String>, target: T) -> io::Result<Self> {
         let (listener, file) = listen::listen(path.as_ref())?;
+        Self::start(listener, file, name.into(), target)
+    }
+
+    /// Serves clients that connect to `listener`, a non-blocking UNIX stream socket that listens at
+    /// `path`. The file at `path` stays when the server is dropped. `name` is the device's name in
+    /// the log.
+    ///
+    /// # Errors
+    /// The system refuses, for instance because this process has too many descriptors.
+    pub fn with_listener(
+        listener: OwnedFd,
+        path: impl Into<PathBuf>,
+        name: impl Into<String>,
+        target: T,
+    ) -> io::Result<Self> {
+        Self::start(listener, SocketFile::foreign(path.into()), name.into(), target)
+    }
+
+    fn start(listener: OwnedFd, file: SocketFile, name: String, target: T) -> io::Result<Self> {
         let poller = Poller::new()?;
         poller.add(&listener, LISTENER, EventFlags::IN)?;
         Ok(Self {
             target,
-            name: name.into(),
+            name,
             file,
             listener,
             paused_until: None,

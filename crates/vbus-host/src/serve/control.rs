@@ -4,16 +4,17 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
-use vbus_control::{Client, Handler, Limits, Server};
+use vbus_control::{Client, Handler, Limits, Peer, Server};
 
 use super::host::Host;
 use crate::config::DeviceSpec;
+use crate::rights::{ControlSpec, Level, Rights};
+use crate::socket::{Socket, SocketFile};
 use vbus_cli::rundir::CONTROL;
 
 /// The limits on clients. The largest state page, in JSON, fits in a line.
@@ -43,22 +44,39 @@ enum Request {
     Device { name: String, request: Value },
 }
 
-/// Accepts clients. Its drop removes the socket.
+impl Request {
+    /// Its name, and what a client must be allowed to do.
+    fn needs(&self) -> (&'static str, Level) {
+        match self {
+            Request::Info => ("info", Level::Read),
+            Request::List => ("list", Level::Read),
+            Request::Show { .. } => ("show", Level::Read),
+            Request::Add { .. } => ("add", Level::Full),
+            Request::Remove { .. } => ("remove", Level::Full),
+            // The class defines the request, and it may change the device.
+            Request::Device { .. } => ("device", Level::Full),
+        }
+    }
+}
+
+/// Accepts clients. Dropping it removes the socket.
 pub struct Acceptor {
     server: Server<Control>,
-    path: PathBuf,
+    _file: SocketFile,
 }
 
 impl Acceptor {
-    /// Makes the control socket of `host`. It has mode 0600 from the beginning.
-    pub fn bind(host: Arc<Host>) -> Result<Acceptor> {
+    /// Makes the control socket of `host`, for the clients that `spec` names.
+    pub fn bind(host: Arc<Host>, spec: &ControlSpec) -> Result<Acceptor> {
         let path = host.dir().join(CONTROL);
-        let listener = vbus_vfio_user::bind_private(&path, BACKLOG).map(UnixListener::from);
-        let server = listener.and_then(|listener| Server::new(listener, LIMITS, Control(host)));
-        Ok(Acceptor {
-            server: server.with_context(|| format!("cannot make {}", path.display()))?,
-            path,
-        })
+        let handler = Control { host, rights: spec.rights()? };
+        Socket::listen(&path, BACKLOG, &spec.access())
+            .and_then(|socket| {
+                let (listener, file) = socket.into_parts();
+                let server = Server::new(UnixListener::from(listener), LIMITS, handler)?;
+                Ok(Acceptor { server, _file: file })
+            })
+            .with_context(|| format!("cannot make {}", path.display()))
     }
 
     /// Accepts the next client, if one waits. An error is a fault of this process, not of the
@@ -74,20 +92,23 @@ impl AsFd for Acceptor {
     }
 }
 
-impl Drop for Acceptor {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
-    }
-}
-
 /// Answers the requests of clients.
-struct Control(Arc<Host>);
+struct Control {
+    host: Arc<Host>,
+    rights: Rights,
+}
 
 impl Handler for Control {
     type Request = Request;
 
+    fn admit(&self, peer: &Peer) -> Result<()> {
+        self.rights.admit(peer)
+    }
+
     fn handle(&self, request: Request, client: &Client<'_>) -> Result<Value> {
-        let host = &*self.0;
+        let (op, level) = request.needs();
+        self.rights.check(client.peer(), op, level)?;
+        let host = &*self.host;
         match request {
             Request::Info => Ok(json!({
                 "version": env!("CARGO_PKG_VERSION"),

@@ -15,7 +15,11 @@ use vbus_vfio_user::DeviceServer;
 use super::guardian::Guardian;
 use crate::classes;
 use crate::config::{Config, DeviceSpec};
-use vbus_cli::rundir::Claimed;
+use crate::socket::{Socket, SocketFile};
+use vbus_cli::rundir::{self, Claimed};
+
+/// The most clients of a device that wait to be accepted.
+const BACKLOG: i32 = 8;
 
 /// The bus and the servers of its devices.
 pub struct Host {
@@ -24,7 +28,13 @@ pub struct Host {
     guardian: Arc<Guardian>,
     /// The server of each device, by the device's name. It is not locked while a device is made or
     /// removed, because a back end may take long for that.
-    served: Mutex<BTreeMap<String, DeviceServer>>,
+    served: Mutex<BTreeMap<String, Served>>,
+}
+
+/// A device's server and its socket.
+struct Served {
+    server: DeviceServer,
+    _file: SocketFile,
 }
 
 impl Host {
@@ -52,18 +62,31 @@ impl Host {
         self.claimed.path()
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, DeviceServer>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Served>> {
         self.served.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     /// Makes a device and starts its server.
     pub fn add(&self, spec: DeviceSpec) -> Result<Arc<Endpoint>> {
-        let path = self.claimed.socket(&spec.name)?;
+        let path = match &spec.socket.path {
+            None => self.claimed.socket(&spec.name)?,
+            Some(path) => {
+                let path = self.dir().join(path);
+                rundir::check_socket_path(&path)?;
+                path
+            }
+        };
         let endpoint = self.bus.create(&spec.name, &spec.class, &spec.settings)?;
         if let Some(pic) = &spec.pic {
             endpoint.set_router(pic);
         }
-        match DeviceServer::start(endpoint.clone(), &path, spec.options) {
+        let server = Socket::listen(&path, BACKLOG, &spec.socket.access).and_then(|socket| {
+            let (listener, file) = socket.into_parts();
+            let server =
+                DeviceServer::with_listener(endpoint.clone(), listener, &path, spec.options)?;
+            Ok(Served { server, _file: file })
+        });
+        match server {
             Ok(server) => {
                 self.lock().insert(spec.name, server);
                 Ok(endpoint)
@@ -80,7 +103,7 @@ impl Host {
         self.bus.get(name)?;
         let server = match self.lock().entry(name.to_owned()) {
             Entry::Vacant(_) => bail!("{name:?} is being added or removed at the moment"),
-            Entry::Occupied(entry) if !force && entry.get().is_connected() => bail!(
+            Entry::Occupied(entry) if !force && entry.get().server.is_connected() => bail!(
                 "{name:?} is in use by a virtual machine or a driver process; unplug it first (--qmp SOCKET does both), or \
                  use --force"
             ),
@@ -110,7 +133,9 @@ impl Host {
     fn inspect_one(&self, endpoint: &Endpoint) -> Value {
         let mut value = endpoint.inspect();
         let served = self.lock();
-        if let (Value::Object(map), Some(server)) = (&mut value, served.get(endpoint.name())) {
+        if let (Value::Object(map), Some(Served { server, .. })) =
+            (&mut value, served.get(endpoint.name()))
+        {
             let stats = server.stats();
             map.insert("socket".into(), json!(server.path()));
             map.insert("connected".into(), json!(server.is_connected()));

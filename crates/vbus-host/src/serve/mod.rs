@@ -74,13 +74,19 @@ pub fn run(args: &Args, classes: Vec<Box<dyn DeviceClass>>) -> Result<()> {
     };
     vbus_cli::limits::raise_descriptor_limit();
     let mut manager = Manager::of_environment();
-    let claimed = Claimed::claim(&rundir::choose(args.bus.dir.as_deref()))?;
+    let claimed = Claimed::claim(&rundir::choose(args.bus.dir.as_deref()), config.is_shared())?;
+    if config.is_shared() && !claimed.is_shared() {
+        tracing::warn!(
+            "other users cannot reach the sockets that are for them: chmod 711 {}",
+            claimed.path().display()
+        );
+    }
     // Signals are caught before the first socket is made, so that no signal ends the process and
     // leaves sockets behind.
     let stop = signals::termination()?;
     let host = Arc::new(Host::start(claimed, &config, classes)?);
     // A client that connects before all devices are made waits in the backlog.
-    let accept = control::Acceptor::bind(host.clone())?;
+    let accept = control::Acceptor::bind(host.clone(), &config.control)?;
     for (number, spec) in config.devices.iter().enumerate() {
         host.add(spec.clone()).map_err(|error| match &source {
             Some(source) => source.device_error(number, &format!("{error:#}")).into(),

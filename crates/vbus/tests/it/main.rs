@@ -7,6 +7,7 @@ mod guest;
 mod hotplug;
 mod plug;
 mod plug_vmm;
+mod rights;
 mod sched;
 mod serve;
 mod state;

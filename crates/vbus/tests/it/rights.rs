@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Who may use the sockets of a bus, and what control clients may do. Threads of this test take the
+//! place of other users, so only root can run most of it.
+
+use std::io::ErrorKind;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use rustix::process::{Gid, Uid};
+use rustix::thread::{set_thread_gid, set_thread_groups, set_thread_uid};
+use serde_json::Value;
+
+use crate::support::{Served, TIMEOUT, exchange, run};
+
+/// A user and groups that no account of a machine has.
+const STRANGER: u32 = 54_321;
+const STAFF: u32 = 54_322;
+const READERS: u32 = 54_323;
+
+fn is_root() -> bool {
+    let root = rustix::process::geteuid().is_root();
+    if !root {
+        eprintln!("skipped: only root can act as other users");
+    }
+    root
+}
+
+/// Runs `act` as the user STRANGER with these groups.
+fn as_stranger<T: Send + 'static>(groups: &[u32], act: impl FnOnce() -> T + Send + 'static) -> T {
+    let groups: Vec<Gid> = groups.iter().map(|group| Gid::from_raw(*group)).collect();
+    let stranger = move || {
+        // These calls change the thread alone. It ends with this function.
+        set_thread_groups(&groups).unwrap();
+        set_thread_gid(Gid::from_raw(STRANGER)).unwrap();
+        set_thread_uid(Uid::from_raw(STRANGER)).unwrap();
+        act()
+    };
+    std::thread::spawn(stranger).join().unwrap()
+}
+
+/// The bus's answer to a request of the user STRANGER, or the error of the connection.
+fn ask(bus: &Served, groups: &[u32], request: &str) -> Result<Value, ErrorKind> {
+    let (path, request) = (bus.dir.join("control.sock"), format!("{request}\n"));
+    as_stranger(groups, move || {
+        let mut socket = UnixStream::connect(path).map_err(|error| error.kind())?;
+        socket.set_read_timeout(Some(TIMEOUT)).unwrap();
+        Ok(serde_json::from_str(&exchange(&mut socket, request.as_bytes())).unwrap())
+    })
+}
+
+fn error(answer: Result<Value, ErrorKind>) -> String {
+    answer.unwrap()["error"].as_str().unwrap().to_owned()
+}
+
+/// Lets other users search the folder around the bus's directory.
+fn open_way(bus: &Served) {
+    let folder = bus.dir.parent().unwrap();
+    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o711)).unwrap();
+}
+
+fn mode(path: &Path) -> u32 {
+    std::fs::metadata(path).unwrap().permissions().mode() & 0o777
+}
+
+const ADD: &str = r#"{"op":"add","name":"x","class":"venet","settings":{"backend":"null"}}"#;
+
+#[test]
+fn a_control_client_has_the_rights_of_its_groups() {
+    if !is_root() {
+        return;
+    }
+    let bus = Served::start(&format!(
+        "[control]\nfull-access = [\"{STAFF}\"]\nread-access = [\"{READERS}\"]\n\
+         [[device]]\nname = \"net0\"\nclass = \"venet\"\nbackend = \"null\"\n"
+    ));
+    open_way(&bus);
+    assert_eq!((mode(&bus.dir), mode(&bus.dir.join("control.sock"))), (0o711, 0o666));
+    assert_eq!(mode(&bus.dir.join("net0.sock")), 0o600);
+    // Nobody without a right gets an answer.
+    let refused = error(ask(&bus, &[STRANGER], r#"{"op":"list"}"#));
+    assert!(refused.contains("user 54321 has no right here"), "{refused}");
+    // Readers read.
+    let list = ask(&bus, &[READERS], r#"{"op":"list"}"#).unwrap();
+    assert_eq!(list["ok"][0]["name"], "net0");
+    assert!(ask(&bus, &[READERS], r#"{"op":"info"}"#).unwrap()["ok"]["pid"].is_u64());
+    for (op, request) in [
+        ("add", ADD),
+        ("remove", r#"{"op":"remove","name":"net0"}"#),
+        ("device", r#"{"op":"device","name":"net0","request":{"op":"announce"}}"#),
+    ] {
+        let refused = error(ask(&bus, &[READERS], request));
+        assert!(
+            refused.starts_with(&format!(
+                "{op:?} needs the right \"full\", and user 54321 has \"read\""
+            )),
+            "{refused}"
+        );
+    }
+    assert_eq!(bus.json(&["device", "list"]).as_array().unwrap().len(), 1);
+    // The staff does everything.
+    assert_eq!(ask(&bus, &[STAFF, READERS], ADD).unwrap()["ok"]["name"], "x");
+    assert!(ask(&bus, &[STAFF], r#"{"op":"remove","name":"x"}"#).unwrap()["ok"].is_null());
+}
+
+#[test]
+fn a_socket_is_for_its_group_alone() {
+    if !is_root() {
+        return;
+    }
+    let bus = Served::start(&format!(
+        "[control]\ngroup = \"{STAFF}\"\n\
+         [[device]]\nname = \"a\"\nclass = \"venet\"\nbackend = \"null\"\n\
+         socket = {{ group = \"{READERS}\" }}\n\
+         [[device]]\nname = \"b\"\nclass = \"venet\"\nbackend = \"null\"\n\
+         socket = {{ path = \"other.sock\", owner = \"{STRANGER}\", mode = \"0400\" }}\n"
+    ));
+    open_way(&bus);
+    let data = |name: &str| std::fs::metadata(bus.dir.join(name)).unwrap();
+    assert_eq!((mode(&bus.dir.join("a.sock")), data("a.sock").gid()), (0o660, READERS));
+    assert_eq!((mode(&bus.dir.join("other.sock")), data("other.sock").uid()), (0o400, STRANGER));
+    assert!(!bus.dir.join("b.sock").exists());
+    assert_eq!(
+        bus.json(&["device", "show", "b"])["socket"],
+        bus.dir.join("other.sock").to_str().unwrap()
+    );
+    let connect = |name: &str, groups: &[u32]| {
+        let path = bus.dir.join(name);
+        as_stranger(groups, move || UnixStream::connect(path).map(drop).map_err(|e| e.kind()))
+    };
+    assert_eq!(connect("a.sock", &[READERS]), Ok(()));
+    assert_eq!(connect("a.sock", &[STAFF]), Err(ErrorKind::PermissionDenied));
+    assert_eq!(connect("other.sock", &[STAFF]), Err(ErrorKind::PermissionDenied));
+    // The group of the control socket may connect, but has no right.
+    assert_eq!(connect("control.sock", &[STAFF]), Ok(()));
+    assert_eq!(connect("control.sock", &[READERS]), Err(ErrorKind::PermissionDenied));
+    assert!(error(ask(&bus, &[STAFF], r#"{"op":"list"}"#)).contains("has no right here"));
+    // At run time as well.
+    let socket = format!("socket={{ group = \"{READERS}\", mode = \"0620\" }}");
+    bus.good(&[
+        "device",
+        "add",
+        "c",
+        "--class",
+        "venet",
+        "--set",
+        "backend=null",
+        "--set",
+        &socket,
+    ]);
+    assert_eq!((mode(&bus.dir.join("c.sock")), data("c.sock").gid()), (0o620, READERS));
+    bus.good(&["device", "remove", "c"]);
+    bus.good(&["device", "remove", "b"]);
+    assert!(!bus.dir.join("c.sock").exists() && !bus.dir.join("other.sock").exists());
+}
+
+#[test]
+fn a_bus_for_its_own_user_has_private_sockets() {
+    let bus = Served::start("[[device]]\nname = \"a\"\nclass = \"venet\"\nbackend = \"null\"\n");
+    assert_eq!(mode(&bus.dir), 0o700);
+    assert_eq!(
+        (mode(&bus.dir.join("a.sock")), mode(&bus.dir.join("control.sock"))),
+        (0o600, 0o600)
+    );
+    let bad = bus.bad(&["device", "add", "b", "--class", "venet", "--set", "socket.mode=7"]);
+    assert!(bad.contains("\"socket.mode\" is no setting"), "{bad}");
+    let bad = bus.bad(&["device", "add", "b", "--class", "venet", "--set", "socket={ mode = 7 }"]);
+    assert!(bad.contains("\"socket.mode\" is 7; use text in quotes"), "{bad}");
+    let done = run(&["device", "list"], Path::new("/nonexistent"));
+    assert!(done.code == Some(1) && done.err.contains("no bus in"), "{}", done.err);
+}
