@@ -27,6 +27,7 @@ pub const REGION_BYTES_MAX: u64 = 16 << 20;
 
 /// Whether a connection is open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum ConnectionState {
     /// No connection is open.
     Closed,
@@ -224,15 +225,25 @@ impl Endpoint {
         self.events.incarnation()
     }
 
-    /// Ends the connection and changes the incarnation. A connector calls this when the device has
-    /// lost what its driver told it, for example after the virtual machine was restored.
+    /// Ends the connection and changes the incarnation. A connector or a control client calls this
+    /// when the device has lost what its driver told it, for example after the virtual machine was
+    /// restored from a snapshot. The driver gets [`event::INCARNATION`], and one interrupt on each
+    /// vector that another device carries: it may wait for one of these alone.
     pub fn reincarnate(&self) {
         let mut inner = lock(&self.inner);
-        if !matches!(*inner, Inner::Removed) {
-            self.end(&mut inner, Inner::Closed);
-        }
+        self.events.change_incarnation();
+        let next = if matches!(*inner, Inner::Removed) { Inner::Removed } else { Inner::Closed };
+        let vector = self.end(&mut inner, next, event::INCARNATION);
         drop(inner);
-        self.events.reincarnate();
+        self.events.trigger(vector);
+    }
+
+    /// Closes the connection without a word to the driver, and changes the incarnation. A connector
+    /// calls this when the function was reset, or its peer has gone, while a connection was open.
+    /// The driver may go on: a virtual machine that is restored from a snapshot looks like that.
+    pub fn close_and_reincarnate(&self) {
+        self.close();
+        self.events.change_incarnation();
     }
 
     /// The pending events of the function: bits of [`event`].
@@ -277,6 +288,7 @@ impl Endpoint {
             "class": self.identity.class_name,
             "state": state,
             "fault": fault,
+            "incarnation": format!("{:#018x}", self.incarnation()),
             "counters": &**self.counters(),
             "device": self.device.inspect(),
         })
@@ -332,33 +344,39 @@ impl Endpoint {
     }
 
     /// Unmaps memory of the peer, whole maps only. Returns the number of bytes. If a region of the
-    /// open connection lies in the range, that connection ends first ([`ErrorCode::REVOKED`]). When
-    /// this returns, no task touches the memory any more.
+    /// open connection lies in the range, that connection ends first ([`ErrorCode::REVOKED`]). No
+    /// command of the driver runs in between. When this returns, no task touches the memory any
+    /// more.
     pub fn unmap(&self, start: u64, len: u64) -> u64 {
-        self.revoke(|from, to| from < start.saturating_add(len) && start < to);
-        self.memory().unmap(start, len)
+        let hit = |from, to| from < start.saturating_add(len) && start < to;
+        self.revoke(hit, || self.memory().unmap(start, len))
     }
 
     /// Unmaps all memory of the peer, as [`unmap`](Self::unmap).
     pub fn unmap_all(&self) {
-        self.revoke(|_, _| true);
-        self.memory().unmap_all();
+        self.revoke(|_, _| true, || self.memory().unmap_all());
     }
 
-    fn revoke(&self, hit: impl Fn(u64, u64) -> bool) {
+    /// Ends the connection if one of its regions is `hit`, and then calls `unmap`. The lock of the
+    /// connection is held for both, so that no region is added in between. `unmap` waits for views
+    /// of the memory. No holder of a view takes that lock.
+    fn revoke<T>(&self, hit: impl Fn(u64, u64) -> bool, unmap: impl FnOnce() -> T) -> T {
         let mut inner = lock(&self.inner);
-        let Inner::Open(open) = &*inner else { return };
+        let Inner::Open(open) = &*inner else { return unmap() };
         let hit =
             open.regions.iter().flatten().flat_map(|r| &r.ranges).any(|&(from, to)| hit(from, to));
+        let mut vector = None;
         if hit {
             tracing::warn!(
                 device = self.name(),
                 "memory of a region was unmapped; the connection ends"
             );
-            self.end(&mut inner, Inner::Broken(ErrorCode::REVOKED));
-            drop(inner);
-            self.events.raise(event::BROKEN);
+            vector = self.end(&mut inner, Inner::Broken(ErrorCode::REVOKED), event::BROKEN);
         }
+        let unmapped = unmap();
+        drop(inner);
+        self.events.trigger(vector);
+        unmapped
     }
 
     /// OPEN.
@@ -440,7 +458,7 @@ impl Endpoint {
     pub fn close(&self) {
         let mut inner = lock(&self.inner);
         if !matches!(*inner, Inner::Removed) {
-            self.end(&mut inner, Inner::Closed);
+            self.end(&mut inner, Inner::Closed, 0);
         }
         self.events.close();
     }
@@ -448,9 +466,9 @@ impl Endpoint {
     /// The device leaves the bus. The connection ends, and there will be no other.
     pub(crate) fn remove(&self) {
         let mut inner = lock(&self.inner);
-        self.end(&mut inner, Inner::Removed);
+        let vector = self.end(&mut inner, Inner::Removed, event::REMOVED);
         drop(inner);
-        self.events.raise(event::REMOVED);
+        self.events.trigger(vector);
         self.device.removed();
     }
 
@@ -458,9 +476,9 @@ impl Endpoint {
         let mut inner = lock(&self.inner);
         if matches!(&*inner, Inner::Open(open) if open.generation == generation) {
             tracing::warn!(device = self.name(), error = %code, "a fault ends the connection");
-            self.end(&mut inner, Inner::Broken(code));
+            let vector = self.end(&mut inner, Inner::Broken(code), event::BROKEN);
             drop(inner);
-            self.events.raise(event::BROKEN);
+            self.events.trigger(vector);
         }
     }
 
@@ -476,15 +494,18 @@ impl Endpoint {
 
     /// The class panicked during a command. Ends the open connection.
     fn panicked(&self, mut inner: MutexGuard<'_, Inner>) -> ErrorCode {
-        self.end(&mut inner, Inner::Broken(ErrorCode::FAILED));
+        let vector = self.end(&mut inner, Inner::Broken(ErrorCode::FAILED), event::BROKEN);
         drop(inner);
-        self.events.raise(event::BROKEN);
+        self.events.trigger(vector);
         ErrorCode::FAILED
     }
 
-    /// Ends the open connection, if there is one, and everything that belongs to it.
-    fn end(&self, inner: &mut Inner, next: Inner) {
-        if let Inner::Open(open) = std::mem::replace(inner, next) {
+    /// Ends the open connection, if there is one, and everything that belongs to it. Then it makes
+    /// `events` pending; 0: the driver itself ended the connection. Returns the vector of the
+    /// events: the caller triggers it once it has released the lock of `inner`.
+    fn end(&self, inner: &mut Inner, next: Inner, events: u32) -> Option<u16> {
+        let before = std::mem::replace(inner, next);
+        if let Inner::Open(open) = before {
             if let Some(call) = &open.call {
                 call.cancel(match *inner {
                     Inner::Broken(error) => error,
@@ -495,12 +516,16 @@ impl Endpoint {
             self.host.doorbells().detach_all();
             open.task.stop();
             self.contain(|| drop(open.connection));
-            self.host.outlet().close(!matches!(inner, Inner::Closed));
+            // The events first: a driver that is woken by its routes looks at them.
+            let vector = self.events.add(events);
+            self.host.outlet().close(events != 0);
             if matches!(inner, Inner::Broken(_)) {
                 self.counters().broken.one();
             }
             tracing::info!(device = self.name(), "closed");
+            return vector;
         }
+        self.events.add(events)
     }
 
     /// REGION_ADD. Returns the handle.

@@ -58,7 +58,18 @@ impl Events {
 
     fn change(&self, change: impl FnOnce(&mut State) -> Option<u16>) {
         let vector = change(&mut lock(&self.state));
-        // Outside of the lock: the connector may take locks of its own.
+        self.trigger(vector);
+    }
+
+    /// As [`raise`](Self::raise), but leaves the interrupt to the caller: returns the vector to
+    /// [`trigger`](Self::trigger).
+    pub(crate) fn add(&self, events: u32) -> Option<u16> {
+        lock(&self.state).raise(events)
+    }
+
+    /// Interrupts the driver on `vector`, if there is one. The caller holds no locks, because the
+    /// connector may take locks of its own.
+    pub(crate) fn trigger(&self, vector: Option<u16>) {
         if let Some(vector) = vector {
             self.outlet.trigger(vector);
         }
@@ -82,15 +93,13 @@ impl Events {
         lock(&self.state).incarnation
     }
 
-    /// The device has lost everything that its driver told it.
-    pub(crate) fn reincarnate(&self) {
-        self.change(|state| {
-            let before = state.incarnation;
-            while state.incarnation == before {
-                state.incarnation = incarnation();
-            }
-            state.raise(event::INCARNATION)
-        });
+    /// Chooses another incarnation. The caller tells the driver.
+    pub(crate) fn change_incarnation(&self) {
+        let mut state = lock(&self.state);
+        let before = state.incarnation;
+        while state.incarnation == before {
+            state.incarnation = incarnation();
+        }
     }
 }
 

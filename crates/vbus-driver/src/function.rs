@@ -130,6 +130,7 @@ impl<const N: usize> fmt::Debug for Name<N> {
 
 /// The state of the connection, as the device sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum ConnectionState {
     /// There is none.
     Closed,

@@ -89,7 +89,7 @@ impl Source for SocketSource {
         watch().inspect_err(|error| tracing::debug!(%error, "cannot watch {}", dir.display())).ok()
     }
 
-    fn comes_back(&self) -> bool {
+    fn comes_back(&self, _id: &str) -> bool {
         // A bus that starts again makes its sockets again.
         true
     }

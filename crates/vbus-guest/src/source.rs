@@ -39,8 +39,8 @@ pub trait Source {
     /// one. The caller reads it until it is empty.
     fn changes(&self) -> Option<OwnedFd>;
 
-    /// Whether a function that has gone can come back under the same id.
-    fn comes_back(&self) -> bool;
+    /// Whether the function `id`, which does not answer, can come back under the same id.
+    fn comes_back(&self, id: &str) -> bool;
 }
 
 /// The interrupt of a claimed function. It is disabled at first, and becomes disabled each time it

@@ -53,13 +53,16 @@ pub trait BarHandler: Send {
     /// this returns.
     fn reset(&mut self);
 
+    /// The peer has gone. The device touches none of its memory when this returns. The eventfds that
+    /// the peer was given mean nothing any more: the handler gives new ones to the next peer. The
+    /// provided method calls [`reset`](Self::reset).
+    fn disconnected(&mut self) {
+        self.reset();
+    }
+
     /// The driver has taken Bus Master from the function. The device touches none of the driver's
     /// memory when this returns.
     fn bus_master_cleared(&mut self) {}
-
-    /// The peer has gone, after a [`reset`](Self::reset). The eventfds that it was given mean nothing
-    /// any more: the handler gives new ones to the next peer.
-    fn disconnected(&mut self) {}
 
     /// Eventfds that stand for writes to this BAR, for a peer that can have them written without a
     /// call of [`write`](Self::write).
@@ -300,6 +303,10 @@ impl PciFunction {
     /// interrupt is pending. The connected eventfds stay.
     pub fn reset(&mut self) {
         self.handlers().for_each(|handler| handler.reset());
+        self.reset_config();
+    }
+
+    fn reset_config(&mut self) {
         self.config.reset();
         self.msix.iter_mut().for_each(|msix| msix.table.reset());
         self.interrupts.clear();
@@ -308,8 +315,8 @@ impl PciFunction {
 
     /// The peer is gone: as [`reset`](Self::reset), and its eventfds go too.
     pub fn disconnected(&mut self) {
-        self.reset();
         self.handlers().for_each(|handler| handler.disconnected());
+        self.reset_config();
         self.mask_events = Default::default();
         self.interrupts.disconnect_all();
     }

@@ -19,6 +19,8 @@ use crate::source::{Found, Interrupt, Source};
 
 const DRIVER: &str = "uio_pci_generic";
 const BUS: &str = "/sys/bus/pci";
+/// The offset of BAR 0 in the configuration space.
+const BAR0: u64 = 0x10;
 
 /// The PCI bus of this machine. Its drop gives the reserved huge pages back to the kernel, so drop
 /// all functions first.
@@ -108,7 +110,9 @@ impl Source for PciSource {
         check_no_iommu(&folder)?;
         bind(id, &folder)?;
         let uio = open_uio(&folder)?;
-        let interrupt = UioInterrupt::new(uio, open(&folder.join("config"))?)?;
+        let config = open(&folder.join("config"))?;
+        place_bar(&folder, &config)?;
+        let interrupt = UioInterrupt::new(uio, config)?;
         let bar = Bar::map(&resource, bar_len()?)?;
         let hal = PciHal::new(bar, open(&folder.join("config"))?, Some(resource));
         Ok((hal, Box::new(interrupt)))
@@ -122,10 +126,39 @@ impl Source for PciSource {
             .ok()
     }
 
-    fn comes_back(&self) -> bool {
-        // A device comes back when the VMM plugs it in again, which makes another function.
-        false
+    fn comes_back(&self, id: &str) -> bool {
+        // A function that was unplugged is another function when the VMM plugs it in again. A
+        // function that was reset is still there, and only its BAR has no address.
+        let folder = folder(id);
+        let config = File::open(folder.join("config"));
+        config.is_ok_and(|config| misplaced_bar(&folder, &config).is_some())
     }
+}
+
+/// The value that BAR 0 must have, if the configuration space has another one. The VMM resets the
+/// function when it restores the machine from a snapshot, and does not restore the BAR. The kernel
+/// does not know that, and still has the address.
+fn misplaced_bar(folder: &Path, config: &File) -> Option<u32> {
+    let read = |at: u64| {
+        let mut word = [0xff; 4];
+        config.read_exact_at(&mut word, at).ok().map(|()| u32::from_le_bytes(word))
+    };
+    let resources = fs::read_to_string(folder.join("resource")).ok()?;
+    let start = resources.split_whitespace().next()?.trim_start_matches("0x");
+    let start = u32::from_str_radix(start, 16).ok().filter(|start| *start != 0)?;
+    let is_there = read(0)? != u32::MAX;
+    (is_there && read(BAR0)? & !0xf != start).then_some(start)
+}
+
+/// Gives BAR 0 back its address, if it has lost it.
+fn place_bar(folder: &Path, config: &File) -> Result<()> {
+    let Some(start) = misplaced_bar(folder, config) else { return Ok(()) };
+    tracing::warn!("the function was reset while it was in use; setting its BAR again");
+    let write = |at: u64, bytes: &[u8]| config.write_all_at(bytes, at);
+    // The BAR moves while Memory Space is clear.
+    write(COMMAND, &[0; 2])
+        .and_then(|()| write(BAR0, &start.to_le_bytes()))
+        .context("cannot write the configuration space")
 }
 
 fn folder(id: &str) -> PathBuf {

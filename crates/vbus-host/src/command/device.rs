@@ -42,6 +42,19 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Tell drivers that their devices have lost what they were told, after a snapshot of their
+    /// virtual machine was restored
+    #[command(after_help = REINCARNATE_HELP)]
+    Reincarnate {
+        /// The names of the devices
+        #[arg(required = true)]
+        names: Vec<String>,
+        #[command(flatten)]
+        bus: BusDir,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Send a device a request of its class, and print the answers
     #[command(after_help = REQUEST_HELP)]
     Request {
@@ -73,6 +86,12 @@ Ctrl-C ends the command. Examples for a device of class state:
   vbus device request values '{\"op\": \"set\", \"page\": \"setpoint\", \"text\": \"42\"}'
   vbus device request values '{\"op\": \"watch\", \"page\": \"setpoint\"}' --json
 Your own class answers requests in its method `Device::control`.";
+
+const REINCARNATE_HELP: &str = "\
+A restored virtual machine has a driver that believes its device to be open, but the device has
+forgotten it. This command ends the connection of each named device and gives the device another
+incarnation number. The drivers see it and open their devices again. It does no harm to a driver
+that has opened its device anew: that driver opens it once more.";
 
 /// The virtual machine to plug into.
 #[derive(clap::Args, Debug)]
@@ -191,6 +210,18 @@ pub fn run(command: &Command) -> Result<()> {
                 emit_json(&device);
             } else {
                 emit(&format!("{}\n{}", bold(text(&device, "name")), show(&device)));
+            }
+            Ok(())
+        }
+        Command::Reincarnate { names, bus, json } => {
+            let client = Client::connect(bus.dir.as_deref())?;
+            for name in names {
+                let done = client.ask(&json!({ "op": "reincarnate", "name": name }))?;
+                if *json {
+                    emit_json(&done);
+                } else {
+                    emit(&format!("{name}: incarnation {}\n", text(&done, "incarnation")));
+                }
             }
             Ok(())
         }

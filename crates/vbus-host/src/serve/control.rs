@@ -40,6 +40,8 @@ enum Request {
         #[serde(default)]
         force: bool,
     },
+    /// Ends the connection of a device's driver and changes the device's incarnation.
+    Reincarnate { name: String },
     /// Passes a request to a device.
     Device { name: String, request: Value },
 }
@@ -124,6 +126,11 @@ impl Handler for Control {
                 Ok(host.inspect(Some(endpoint.name()))?.pop().unwrap_or_default())
             }
             Request::Remove { name, force } => host.remove(&name, force).map(|()| Value::Null),
+            Request::Reincarnate { name } => {
+                let endpoint = host.get(&name)?;
+                endpoint.reincarnate();
+                Ok(json!({ "name": name, "incarnation": endpoint.inspect()["incarnation"] }))
+            }
             Request::Device { name, request } => {
                 let endpoint = host.get(&name)?;
                 let mut reply = |value: Value| match value {

@@ -7,7 +7,7 @@ mod registers;
 use std::sync::Arc;
 
 use vbus_core::shm::abi::{self, bar0, capability};
-use vbus_core::{Endpoint, Identity};
+use vbus_core::{ConnectionState, Endpoint, Identity};
 use vbus_pci_config::{
     Builder, CONVENTIONAL_BYTES, ConfigSpace, EXPRESS_BYTES, Header, MsixLayout,
 };
@@ -100,17 +100,36 @@ pub struct RegisterBlock {
     endpoint: Arc<Endpoint>,
     interrupts: Arc<Interrupts>,
     registers: Registers,
+    /// Bus Master was cleared while a connection was open, and the driver has not looked since. A
+    /// VMM that resets the function, as it does for a restored machine, clears Bus Master first.
+    cut: bool,
 }
 
 impl RegisterBlock {
     /// The registers and doorbells of the device; `interrupts` are those of its function.
     pub fn new(endpoint: Arc<Endpoint>, interrupts: Arc<Interrupts>) -> RegisterBlock {
-        RegisterBlock { endpoint, interrupts, registers: Registers::default() }
+        RegisterBlock { endpoint, interrupts, registers: Registers::default(), cut: false }
     }
 
     fn close(&mut self) {
         self.endpoint.close();
         self.interrupts.clear();
+    }
+
+    /// As after power-on. If a driver had the device open, the device has another incarnation.
+    /// Returns whether a driver had.
+    fn forget_driver(&mut self) -> bool {
+        let was_open = self.is_open() || std::mem::take(&mut self.cut);
+        if was_open {
+            self.endpoint.close_and_reincarnate();
+        }
+        self.close();
+        self.registers.reset();
+        was_open
+    }
+
+    fn is_open(&self) -> bool {
+        self.endpoint.state() == ConnectionState::Open
     }
 }
 
@@ -119,6 +138,7 @@ impl BarHandler for RegisterBlock {
         if !aligned(offset, data.len()) || offset >= bar0::DOORBELLS {
             return;
         }
+        self.cut = false;
         let context = Context { endpoint: &self.endpoint, interrupts: &self.interrupts };
         for (at, word) in (offset..).step_by(4).zip(data.chunks_exact_mut(4)) {
             word.copy_from_slice(&self.registers.read(at, &context).to_le_bytes());
@@ -135,6 +155,7 @@ impl BarHandler for RegisterBlock {
         if !aligned(offset, data.len()) || offset >= bar0::DOORBELLS {
             return;
         }
+        self.cut = false;
         let context = Context { endpoint: &self.endpoint, interrupts: &self.interrupts };
         for (at, word) in (offset..).step_by(4).zip(data.chunks_exact(4)) {
             let value = u32::from_le_bytes([word[0], word[1], word[2], word[3]]);
@@ -143,16 +164,23 @@ impl BarHandler for RegisterBlock {
     }
 
     fn reset(&mut self) {
-        self.close();
-        self.registers.reset();
-    }
-
-    fn bus_master_cleared(&mut self) {
-        self.close();
+        if self.forget_driver() {
+            tracing::warn!(
+                device = self.endpoint.name(),
+                "reset while its driver had it open: the machine was reset, or was restored from a \
+                 snapshot. In a restored machine the driver must open the device again"
+            );
+        }
     }
 
     fn disconnected(&mut self) {
+        self.forget_driver();
         self.endpoint.forget_doorbell_eventfds();
+    }
+
+    fn bus_master_cleared(&mut self) {
+        self.cut = self.is_open();
+        self.close();
     }
 
     fn io_eventfds(&mut self) -> rustix::io::Result<Vec<IoEventFd>> {

@@ -75,11 +75,12 @@ impl Registers {
             reg::ABI => context.endpoint.versions().register(),
             reg::CLASS => u32::from(identity.class),
             reg::CONNECTION => match context.endpoint.state() {
-                ConnectionState::Closed => reg::CONNECTION_CLOSED,
                 ConnectionState::Open => reg::CONNECTION_OPEN,
                 ConnectionState::Broken(error) => {
                     reg::CONNECTION_BROKEN | error.0.min(0xffff) << 16
                 }
+                // A driver cannot use any other state.
+                _ => reg::CONNECTION_CLOSED,
             },
             reg::MAX_REGIONS => identity.regions,
             reg::VECTORS => context.interrupts.vectors(),

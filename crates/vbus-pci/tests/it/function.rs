@@ -441,6 +441,49 @@ fn the_function_has_a_vector_of_its_own() {
     assert_eq!(rig.read32(reg::EVENTS), 0, "nobody listens");
 }
 
+/// All that a VMM shows of a machine that it restores from a snapshot is a reset.
+#[test]
+fn a_reset_under_an_open_connection_is_another_incarnation() {
+    const COMMAND: u64 = 4;
+    let mut rig = Rig::new(Options::default());
+    let master = |rig: &mut Rig, on: bool| {
+        rig.function.write(region::CONFIG, COMMAND, &[if on { 6 } else { 2 }, 0]);
+    };
+    let mut last = rig.read64(reg::INCARNATION);
+    let mut changed = |rig: &mut Rig| {
+        let before = std::mem::replace(&mut last, rig.read64(reg::INCARNATION));
+        assert_ne!(last, 0);
+        before != last
+    };
+    rig.function.reset();
+    assert!(!changed(&mut rig), "nothing was open");
+    rig.open().unwrap();
+    rig.function.reset();
+    assert!(changed(&mut rig), "the driver may go on");
+    assert_eq!(rig.read32(reg::CONNECTION), reg::CONNECTION_CLOSED);
+    rig.open().unwrap();
+    rig.function.disconnected();
+    assert!(changed(&mut rig), "the next client may bring the same driver");
+
+    // QEMU clears Bus Master before it resets.
+    master(&mut rig, true);
+    rig.open().unwrap();
+    master(&mut rig, false);
+    rig.function.reset();
+    assert!(changed(&mut rig));
+    // A driver that looks after Bus Master was cleared knows that its connection has ended.
+    master(&mut rig, true);
+    rig.open().unwrap();
+    master(&mut rig, false);
+    assert_eq!(rig.read32(reg::CONNECTION), reg::CONNECTION_CLOSED);
+    rig.function.reset();
+    assert!(!changed(&mut rig));
+    rig.open().unwrap();
+    assert_eq!(rig.command(command::CLOSE, &[]), Ok(0));
+    rig.function.reset();
+    assert!(!changed(&mut rig), "the driver has closed");
+}
+
 #[test]
 fn a_removed_device_says_so() {
     let mut rig = Rig::new(Options::default());

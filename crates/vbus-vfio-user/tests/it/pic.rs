@@ -234,12 +234,24 @@ fn a_route_ends_with_either_connection() {
     assert_eq!(status(setup.pic.relocate(source(0), to)), Some(ErrorCode(NO_ROUTE)));
     setup.pic.route(source(0), to).unwrap();
 
+    // A device that has lost its connection raises the line: its driver may wait for it alone.
+    drain(&mut cpu);
+    while taken(&setup.messages[0]) {}
+    setup.bus.get("beeper0").unwrap().reincarnate();
+    wait(&setup.messages[0]);
+    assert_eq!(drain(&mut cpu), [1]);
+    assert!(setup.beeper.events().unwrap().reincarnated());
+    assert_eq!(setup.beeper.check(), Err(Error::Reincarnated));
+    setup.open();
+    setup.pic.route(source(0), to).unwrap();
+
     // A connection that breaks raises the line, for its driver to look at its status.
     drain(&mut cpu);
     while taken(&setup.messages[0]) {}
     setup.bus.remove("beeper0").unwrap();
     wait(&setup.messages[0]);
     assert_eq!(drain(&mut cpu), [1]);
+    assert!(setup.beeper.events().unwrap().removed(), "the event is pending by then");
     assert!(setup.beeper.check().is_err());
     assert_eq!(status(setup.pic.route(source(0), to)), Some(ErrorCode::DENIED), "no such device");
 

@@ -176,6 +176,27 @@ fn a_watch_goes_on_when_a_bus_that_was_killed_starts_again() {
 }
 
 #[test]
+fn a_driver_opens_a_device_again_that_has_another_incarnation() {
+    let bus = Served::start(CONFIG);
+    let mut watch = Lines::start(&bus, &["state", "watch", "setpoint", "--count", "2"]);
+    assert_eq!(watch.next(), "20");
+    let show = || bus.json(&["device", "show", "values"]);
+    let (before, opens) = (show()["incarnation"].clone(), show()["counters"]["opens"].clone());
+    let done = bus.json(&["device", "reincarnate", "values"]);
+    assert_eq!((&done["name"], &done["incarnation"]), (&json!("values"), &show()["incarnation"]));
+    assert_ne!(done["incarnation"], before);
+    let opens = opens.as_u64().unwrap() + 1;
+    wait_until("the driver has opened it again", || show()["counters"]["opens"] == opens);
+    bus.good(&["state", "set", "values", "setpoint", "21"]);
+    assert_eq!(watch.next(), "21");
+    assert!(watch.child.wait().unwrap().success());
+    let both = bus.good(&["device", "reincarnate", "values", "net-a"]);
+    assert_eq!(both.lines().count(), 2, "{both}");
+    assert!(bus.bad(&["device", "reincarnate", "nothing"]).contains("nothing"));
+    assert_eq!(bus.run(&["device", "reincarnate"]).code, Some(2));
+}
+
+#[test]
 fn ctrl_c_ends_a_driver_that_waits_for_its_bus() {
     let mut bus = Served::start(CONFIG);
     let mut watch = vbus_guest()

@@ -2,7 +2,7 @@
 //! State pages between the host and a guest.
 
 use std::fs::{self, File};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
@@ -15,6 +15,19 @@ use crate::vm::VmSpec;
 /// The size of the largest page.
 const LARGE: usize = 1 << 20;
 const LIMIT: Duration = Duration::from_secs(30);
+
+/// Waits until drivers have opened the device as often as this.
+fn opened(bus: &Bus, times: u64) -> Result<()> {
+    let began = Instant::now();
+    loop {
+        let opens = bus.stats()?[0]["counters"]["opens"].as_u64();
+        if opens >= Some(times) {
+            return Ok(());
+        }
+        ensure!(began.elapsed() < LIMIT, "the device was opened {opens:?} times, not {times}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
 
 /// Values go both ways, the newest value wins, and a page of 1 MiB works.
 pub fn pages(scene: &Scene) -> Result<()> {
@@ -34,6 +47,23 @@ pub fn pages(scene: &Scene) -> Result<()> {
         bus.run(&["state", "set", "values", "setpoint", &format!("value-{n}-")])?;
     }
     watch.wait_for("value-49-", LIMIT)?;
+
+    // The device loses its connection, as when the machine is restored from a snapshot, first with
+    // a word to its driver.
+    bus.run(&["device", "reincarnate", "values"])?;
+    opened(&bus, 2)?;
+    bus.run(&["state", "set", "values", "setpoint", "anew"])?;
+    watch.wait_for("anew", LIMIT)?;
+    // Then as QEMU does it: the command register and BAR 0 are zero, and nobody says so.
+    // clears both: bytes 4 to 19 of the configuration space.
+    let folder = "/sys/bus/pci/devices/$(vbus-guest list | grep -o '0000:[0-9a-f:.]*')";
+    vm.guest.ok(&format!(
+        "f={folder}/config; for at in 4 16; do \
+         dd if=/dev/zero of=$f bs=4 count=1 seek=$((at / 4)) conv=notrunc 2>/dev/null; done"
+    ))?;
+    opened(&bus, 3)?;
+    bus.run(&["state", "set", "values", "setpoint", "restored"])?;
+    watch.wait_for("restored", LIMIT)?;
     watch.kill()?;
     watch.wait(LIMIT)?;
 

@@ -42,6 +42,7 @@ fn describe<H: Hal>(id: &str, function: &mut Function<H>) -> Value {
         Ok(ConnectionState::Closed) => "closed".into(),
         Ok(ConnectionState::Open) => "open".into(),
         Ok(ConnectionState::Broken(error_code)) => format!("broken: {error_code}"),
+        Ok(_) => "unknown".into(),
         Err(error) => error.to_string(),
     };
     json!({
