@@ -185,12 +185,13 @@ impl<H: Hal> Session<H> {
         }
         while !printer.is_done() {
             while reader.arm_newer(version) == Armed::Waiting {
-                self.sleep()?;
+                let interrupted = self.sleep()?;
                 if reader.version() != version {
                     break;
                 }
                 // The page did not change: the interrupt may have told of an event of the function.
-                if !self.pages.function().events()?.is_empty() {
+                // A device that is silent may have lost the connection.
+                if !interrupted || !self.pages.function().events()?.is_empty() {
                     self.pages.function().check()?;
                 }
             }
@@ -201,12 +202,13 @@ impl<H: Hal> Session<H> {
         Ok(())
     }
 
-    /// Waits for an interrupt, at most for a second.
-    fn sleep(&mut self) -> Result<()> {
-        if wait(&mut *self.interrupt, Duration::from_secs(1))? {
+    /// Waits for an interrupt, at most for a second. Returns whether one came.
+    fn sleep(&mut self) -> Result<bool> {
+        let interrupted = wait(&mut *self.interrupt, Duration::from_secs(1))?;
+        if interrupted {
             self.acknowledger.acknowledge();
         }
-        Ok(())
+        Ok(interrupted)
     }
 }
 
