@@ -55,6 +55,7 @@ impl Request {
             Request::Show { .. } => ("show", Level::Read),
             Request::Add { .. } => ("add", Level::Full),
             Request::Remove { .. } => ("remove", Level::Full),
+            Request::Reincarnate { .. } => ("reincarnate", Level::Full),
             // The class defines the request, and it may change the device.
             Request::Device { .. } => ("device", Level::Full),
         }
