@@ -39,3 +39,8 @@ pub fn exit(result: anyhow::Result<()>) -> ExitCode {
         }
     }
 }
+
+/// The examples of the README compile.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -54,3 +54,8 @@ mod server;
 pub use client::Connection;
 pub use peer::Peer;
 pub use server::{Client, Handler, Limits, Server};
+
+/// The examples of the README compile.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -137,3 +137,8 @@ pub use router::Router;
 pub use vbus_iovec as io_vec;
 pub use vbus_shm::{self as shm, ErrorCode, Versions};
 pub use watchdog::Watchdog;
+
+/// The examples of the README compile.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

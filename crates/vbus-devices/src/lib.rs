@@ -49,3 +49,8 @@ pub fn classes_opening(opener: Arc<dyn Opener>) -> Vec<Box<dyn DeviceClass>> {
         Box::new(pic::PicClass),
     ]
 }
+
+/// The examples of the README compile.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -75,3 +75,8 @@ pub use hal::{COMMAND_BOUND, Dma, Hal};
 pub use regions::HeapTable;
 pub use regions::{FixedTable, RegionTable};
 pub use vbus_shm::{self as shm, ErrorCode, Memory, Pace, Rest, Versions};
+
+/// The examples of the README compile.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -76,3 +76,8 @@ impl AsFd for PeerEventfd {
         self.fd.as_fd()
     }
 }
+
+/// The examples of the README compile.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

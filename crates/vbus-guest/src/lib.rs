@@ -45,3 +45,8 @@ pub use source::{Claimed, Found, Interrupt, Source, claim, is_meant, wait};
 /// The class number of all classes outside of vbus, for [`claim`]. The class's name tells them
 /// apart.
 pub use vbus_shm::abi::class::USER as USER_CLASS;
+
+/// The examples of the README compile.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

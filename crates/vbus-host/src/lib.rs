@@ -60,3 +60,8 @@ mod socket;
 mod vmm;
 
 pub use program::Program;
+
+/// The examples of the README compile.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

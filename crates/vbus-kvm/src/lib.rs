@@ -83,3 +83,8 @@ pub use msi_irqfd::MsiIrqfd;
 pub use routes::{IrqChip, Route, Routes, SINTS, Sints};
 pub use stats::{Stats, Values};
 pub use vbus_eventfd::{Signaller, take_signal};
+
+/// The examples of the README compile.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

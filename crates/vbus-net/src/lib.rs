@@ -62,3 +62,8 @@ pub use sink::{Delivery, OnFull, Read, Reserved, RxDrop, RxSink, SharedSink, Wai
 pub use steering::Steering;
 pub use switch::Switches;
 pub use vbus_tap::{BROADCAST, HEADER_BYTES, Mac, Offloads, is_group, parse_mac, show_mac};
+
+/// The examples of the README compile.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -54,3 +54,8 @@ pub use space::{Space, touches};
 pub const CONVENTIONAL_BYTES: usize = 256;
 /// Bytes of a PCI Express function's configuration space.
 pub const EXPRESS_BYTES: usize = 4096;
+
+/// The examples of the README compile.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -68,3 +68,8 @@ pub struct Options {
     /// functions without it, also while the machine runs, so it is off unless asked for.
     pub express: bool,
 }
+
+/// The examples of the README compile.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -25,3 +25,8 @@ mod process;
 pub use memory::{MEMORY_BYTES, ProcessMemory};
 pub use process::Process;
 pub use vfio_user_protocol::{ClientError, Errno};
+
+/// The examples of the README compile.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

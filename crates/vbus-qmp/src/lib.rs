@@ -29,3 +29,8 @@ mod message;
 pub use client::Qmp;
 pub use lines::{LineError, Lines};
 pub use message::{Message, QemuError};
+
+/// The examples of the README compile.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

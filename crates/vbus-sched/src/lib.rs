@@ -132,3 +132,8 @@ impl Device for SchedDevice {
         self.0.inspect()
     }
 }
+
+/// The examples of the README compile.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

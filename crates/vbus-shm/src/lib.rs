@@ -56,3 +56,8 @@ pub use error_code::ErrorCode;
 pub use memory::Memory;
 pub use pace::{Pace, Rest};
 pub use versions::Versions;
+
+/// The examples of the README compile.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

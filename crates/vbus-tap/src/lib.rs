@@ -28,3 +28,8 @@ pub use queue::{Queue, Setup, advice};
 
 /// Bytes of the header before each frame (virtio 1.3, 5.1.6, with `num_buffers`).
 pub const HEADER_BYTES: usize = 12;
+
+/// The examples of the README compile.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -55,3 +55,8 @@ mod device_server;
 
 pub use device_server::DeviceServer;
 pub use vfio_user_protocol::bind_private;
+
+/// The examples of the README compile.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The crates depend on each other as ARCHITECTURE.md says.
+//! The crates depend on each other as ARCHITECTURE.md says, and can be published.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -7,15 +7,20 @@ use std::process::Command;
 
 use serde_json::Value;
 
-/// The packages of the workspace that each of its packages uses, without those that only tests use.
-fn uses() -> BTreeMap<String, BTreeSet<String>> {
+/// What `cargo metadata` says of the workspace's packages.
+fn metadata() -> Value {
     let output = Command::new(env!("CARGO"))
         .args(["metadata", "--format-version", "1", "--no-deps", "--offline"])
         .current_dir(root())
         .output()
         .unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let metadata: Value = serde_json::from_slice(&output.stdout).unwrap();
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// The packages of the workspace that each of its packages uses, without those that only tests use.
+fn uses() -> BTreeMap<String, BTreeSet<String>> {
+    let metadata = metadata();
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let packages = metadata["packages"].as_array().unwrap();
     let members: BTreeSet<_> = packages.iter().map(|package| text(&package["name"])).collect();
@@ -87,4 +92,46 @@ fn no_program_compiles_a_side_that_it_does_not_run() {
     }
     assert!(!closure(&uses, "vbus-host").contains("vbus-driver"));
     assert!(uses["vfio-user-protocol"].is_empty() && uses["vbus-shm"].is_empty());
+}
+
+#[test]
+fn a_crate_that_can_be_published_has_what_that_needs() {
+    for package in metadata()["packages"].as_array().unwrap() {
+        let manifest = Path::new(package["manifest_path"].as_str().unwrap());
+        let folder = manifest.parent().unwrap();
+        if package["publish"] == serde_json::json!([]) || !folder.starts_with(root().join("crates"))
+        {
+            continue;
+        }
+        let name = package["name"].as_str().unwrap();
+        for key in ["description", "license", "readme", "rust_version"] {
+            assert!(package[key].is_string(), "{name} has no {key}");
+        }
+        for (key, most) in [("keywords", 5), ("categories", 5)] {
+            let count = package[key].as_array().unwrap().len();
+            assert!((1..=most).contains(&count), "{name} has {count} {key}");
+        }
+        let keywords = package["keywords"].as_array().unwrap().iter();
+        assert!(keywords.into_iter().all(|word| word.as_str().unwrap().len() <= 20), "{name}");
+        for dependency in package["dependencies"].as_array().unwrap() {
+            let is_test = dependency["kind"] == "dev";
+            let is_local = dependency["path"].is_string();
+            let has_version = dependency["req"] != "*";
+            assert!(
+                !is_local || is_test != has_version,
+                "{name}: {} of this tree needs a version, and none if only tests use it",
+                dependency["name"]
+            );
+        }
+        let output = Command::new(env!("CARGO"))
+            .args(["package", "--list", "--allow-dirty", "--offline", "--package", name])
+            .current_dir(root())
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{name}: {}", String::from_utf8_lossy(&output.stderr));
+        let list = String::from_utf8(output.stdout).unwrap();
+        for file in ["README.md", "LICENSE-APACHE", "LICENSE-MIT"] {
+            assert!(list.lines().any(|line| line == file), "{name} would be packed without {file}");
+        }
+    }
 }
