@@ -3,8 +3,10 @@
 //! machine and without root.
 
 use std::fs;
+use std::io::{Read, Write};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -20,6 +22,8 @@ use vbus_cli::rundir;
 const MEMORY_BYTES: u64 = 256 << 20;
 /// How long a server may take to notice that it has lost a client.
 const BUSY: Duration = Duration::from_secs(1);
+/// How long a bus may take to answer a request.
+const ANSWER: Duration = Duration::from_secs(1);
 
 /// The vfio-user sockets of devices.
 #[derive(Debug)]
@@ -89,10 +93,30 @@ impl Source for SocketSource {
         watch().inspect_err(|error| tracing::debug!(%error, "cannot watch {}", dir.display())).ok()
     }
 
+    fn has_left(&self, _id: &str) -> bool {
+        match self {
+            SocketSource::One(_) => true,
+            SocketSource::Dir(dir) => has_bus(dir),
+        }
+    }
+
     fn comes_back(&self, _id: &str) -> bool {
         // A bus that starts again makes its sockets again.
         true
     }
+}
+
+/// Whether a bus that has made all its devices serves in `dir`. It then answers requests, if only by
+/// an error.
+fn has_bus(dir: &Path) -> bool {
+    let ask = || {
+        let mut socket = UnixStream::connect(dir.join(rundir::CONTROL))?;
+        socket.set_read_timeout(Some(ANSWER))?;
+        socket.set_write_timeout(Some(ANSWER))?;
+        socket.write_all(b"{\"op\":\"info\"}\n")?;
+        socket.read(&mut [0])
+    };
+    ask().is_ok_and(|bytes| bytes > 0)
 }
 
 /// The interrupt of a device behind a socket: an eventfd.
@@ -116,5 +140,35 @@ impl Interrupt for ProcessInterrupt {
         // The eventfd is always enabled: the device writes it whenever the driver has armed a
         // signal.
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn a_device_has_left_only_if_its_bus_is_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let source = SocketSource::Dir(dir.path().to_owned());
+        assert!(!source.has_left("nic"), "there is no bus");
+        let listener = UnixListener::bind(dir.path().join(rundir::CONTROL)).unwrap();
+        assert!(!source.has_left("nic"), "the bus makes its devices first");
+        let bus = std::thread::spawn(move || {
+            for socket in listener.incoming() {
+                // The first client has given up by now.
+                if socket.unwrap().write_all(b"{\"error\":\"no\"}\n").is_ok() {
+                    return;
+                }
+            }
+        });
+        let began = Instant::now();
+        while !source.has_left("nic") {
+            assert!(began.elapsed() < Duration::from_secs(60));
+        }
+        drop(source);
+        drop(bus);
     }
 }

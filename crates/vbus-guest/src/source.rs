@@ -39,6 +39,13 @@ pub trait Source {
     /// one. The caller reads it until it is empty.
     fn changes(&self) -> Option<OwnedFd>;
 
+    /// Whether the function `id`, which a scan did not find, has left for good. False: what makes
+    /// the functions is not there now, and may bring this one back.
+    fn has_left(&self, id: &str) -> bool {
+        let _ = id;
+        true
+    }
+
     /// Whether the function `id`, which does not answer, can come back under the same id.
     fn comes_back(&self, id: &str) -> bool;
 }

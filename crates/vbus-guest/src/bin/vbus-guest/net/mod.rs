@@ -105,12 +105,22 @@ where
     let mut failed: BTreeMap<String, Failure> = BTreeMap::new();
     // Devices of other classes. Some sources know the class only once the device was opened.
     let mut others: BTreeSet<String> = BTreeSet::new();
+    let mut scanned = false;
     loop {
-        let found = source.scan()?;
+        let found = match source.scan() {
+            // The source may come back.
+            Err(error) if scanned => {
+                tracing::debug!("{error:#}");
+                Vec::new()
+            }
+            found => found?,
+        };
+        scanned = true;
         let there = |id: &String| found.iter().any(|found| found.id == *id);
         let gone: Vec<String> = running
             .iter()
-            .filter(|(id, nic)| !there(id) || nic.thread.is_finished())
+            // A NIC whose bus has died keeps its interface until the bus is there again.
+            .filter(|(id, nic)| nic.thread.is_finished() || !there(id) && source.has_left(id))
             .map(|(id, _)| id.clone())
             .collect();
         failed.retain(|id, _| there(id));
