@@ -114,6 +114,9 @@ pub enum Sent {
         /// The work done, in frames.
         units: u32,
     },
+    /// The back end has done a part of the frame, and it is the turn of others. The front sends the
+    /// frame again in the next poll, even if no event comes.
+    Part,
     /// The back end dropped the frame.
     Dropped(TxDrop),
     /// The frame has to wait. The front sends it again when the task is woken, or at `until`.
@@ -134,6 +137,12 @@ pub enum TxDrop {
     NoLink,
     /// The back end refused the frame.
     Refused,
+    /// The source address does not belong to the device.
+    Spoofed,
+    /// The settings of VLANs or of isolation forbid the frame.
+    Denied,
+    /// The device sent too many frames to several receivers, or the frame is in a loop.
+    Storm,
 }
 
 /// A port: a driver that has started, as its back end sees it.

@@ -208,7 +208,7 @@ impl RxSink for Recorder<'_> {
         front.copy_from_slice(&head[..HEADER_BYTES]);
         eth.copy_from_slice(&head[HEADER_BYTES..]);
         let body = Body::Bytes(&self.buffer[..(len - HEAD).min(FRAME_MAX)]);
-        let packet = Packet { hash: None, header: Header::parse(&front), eth, body };
+        let packet = Packet::new(Header::parse(&front), eth, body);
         if deliver(self.sink, self.file, &packet, OnFull::Drop) == Delivery::NeedsCut {
             // The driver changed its offloads after the frame was sent.
             self.sink.count_drop(RxDrop::BadFrame);

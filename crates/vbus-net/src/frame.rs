@@ -39,6 +39,13 @@ pub mod flag {
     pub const GSO_ECN: u8 = 0x80;
 }
 
+/// Bytes of a TCP header without options.
+const TCP_BYTES: usize = 20;
+/// Where a TCP header has its own length, in its upper four bits, in units of 4 bytes.
+const TCP_OFFSET_AT: usize = 12;
+/// Bytes of a UDP header.
+const UDP_BYTES: usize = 8;
+
 /// The most segments of one TCP frame: 64 KiB in segments of 48 bytes, the smallest that Linux
 /// sends.
 const TCP_SEGMENTS_MAX: usize = 65536 / 48;
@@ -158,18 +165,6 @@ impl Header {
             && usize::from(self.hdr_len) <= len
             && (len - start).div_ceil(size) <= segments_max
     }
-
-    /// Bytes of the largest frame on the wire: `len`, or with segmentation the bytes of one segment
-    /// with its headers. The header was checked. The transport header of a segment counts as its
-    /// least size, 20 bytes (TCP) or 8 (UDP).
-    pub fn frame_bytes(&self, len: usize) -> usize {
-        let transport = match self.gso() {
-            flag::GSO_NONE => return len,
-            flag::GSO_UDP => 8,
-            _ => 20,
-        };
-        len.min(usize::from(self.csum_start) + transport + usize::from(self.gso_size))
-    }
 }
 
 /// The bytes after the Ethernet header.
@@ -211,21 +206,42 @@ pub struct Packet<'a> {
     pub header: Header,
     /// A copy of the Ethernet header.
     pub eth: [u8; ETH_BYTES],
+    /// The bytes between `eth` and `body`: the rest of a VLAN tag that the switch has put into the
+    /// frame, and the EtherType after it. `eth` then ends with the EtherType of the tag.
+    pub tag: Option<[u8; TAG_BYTES]>,
     /// The rest.
     pub body: Body<'a>,
 }
 
 impl<'a> Packet<'a> {
+    /// A frame without a hash, as its sender wrote it. The header was checked.
+    pub fn new(header: Header, eth: [u8; ETH_BYTES], body: Body<'a>) -> Packet<'a> {
+        Packet { hash: None, header, eth, tag: None, body }
+    }
+
     /// A plain frame in this process's memory. `None`: it is shorter than an Ethernet header.
     pub fn plain(frame: &'a [u8]) -> Option<Packet<'a>> {
         let (eth, body) = frame.split_first_chunk::<ETH_BYTES>()?;
-        let header = Header::default();
-        Some(Packet { hash: None, header, eth: *eth, body: Body::Bytes(body) })
+        Some(Packet::new(Header::default(), *eth, Body::Bytes(body)))
     }
 
     /// Bytes of the frame.
     pub fn bytes(&self) -> usize {
-        ETH_BYTES + self.body.bytes()
+        self.front_bytes() + self.body.bytes()
+    }
+
+    /// Bytes of the Ethernet header with the tag that the switch has put in.
+    pub fn front_bytes(&self) -> usize {
+        ETH_BYTES + self.tag.map_or(0, |tag| tag.len())
+    }
+
+    /// The Ethernet header with the tag that the switch has put in, in the first
+    /// [`front_bytes`](Self::front_bytes) bytes.
+    pub fn front(&self) -> [u8; ETH_BYTES + TAG_BYTES] {
+        let mut front = [0; ETH_BYTES + TAG_BYTES];
+        front[..ETH_BYTES].copy_from_slice(&self.eth);
+        front[ETH_BYTES..].copy_from_slice(&self.tag.unwrap_or_default());
+        front
     }
 
     /// The destination address.
@@ -245,9 +261,8 @@ impl<'a> Packet<'a> {
 
     /// Copies the frame's first bytes to `out`. Returns how many it copied, `out.len()` at most.
     pub fn head(&self, out: &mut [u8]) -> usize {
-        let eth = out.len().min(ETH_BYTES);
-        out[..eth].copy_from_slice(&self.eth[..eth]);
-        let mut at = eth;
+        let mut at = out.len().min(self.front_bytes());
+        out[..at].copy_from_slice(&self.front()[..at]);
         match self.body {
             Body::Bytes(bytes) => {
                 let n = bytes.len().min(out.len() - at);
@@ -263,10 +278,45 @@ impl<'a> Packet<'a> {
         at
     }
 
+    /// Byte `at` of the body, if it has that many.
+    fn body_byte(&self, at: usize) -> Option<u8> {
+        match self.body {
+            Body::Bytes(bytes) => bytes.get(at).copied(),
+            Body::Driver(parts) => {
+                let mut skip = at;
+                for part in parts {
+                    if skip < part.len() {
+                        let mut byte = [0];
+                        part.split_at(skip).1.copy_to(&mut byte);
+                        return Some(byte[0]);
+                    }
+                    skip -= part.len();
+                }
+                None
+            }
+        }
+    }
+
+    /// Bytes of the longest frame on the wire: of the frame, or of the longest segment that it will
+    /// be cut into, with all headers.
+    pub fn wire_bytes(&self) -> usize {
+        let start = usize::from(self.header.csum_start);
+        let transport = match self.header.gso() {
+            flag::GSO_NONE => return self.bytes(),
+            flag::GSO_UDP => UDP_BYTES,
+            _ => {
+                let offset = (start + TCP_OFFSET_AT).checked_sub(self.front_bytes());
+                let offset = offset.and_then(|at| self.body_byte(at)).unwrap_or(0);
+                (usize::from(offset >> 4) * 4).max(TCP_BYTES)
+            }
+        };
+        self.bytes().min(start + transport + usize::from(self.header.gso_size))
+    }
+
     /// Whether the frame, or each segment that it will be cut into, fits an MTU of `mtu` bytes. Up
     /// to two VLAN tags do not count.
     pub fn fits_mtu(&self, mtu: usize) -> bool {
-        let bytes = self.header.frame_bytes(self.bytes());
+        let bytes = self.wire_bytes();
         if bytes <= mtu + ETH_BYTES {
             return true;
         }
@@ -283,9 +333,9 @@ impl<'a> Packet<'a> {
     /// Appends the frame's first `max` bytes to `out`.
     pub fn append_to(&self, out: &mut Vec<u8>, max: usize) {
         let mut left = max.min(self.bytes());
-        let eth = left.min(ETH_BYTES);
-        out.extend_from_slice(&self.eth[..eth]);
-        left -= eth;
+        let front = left.min(self.front_bytes());
+        out.extend_from_slice(&self.front()[..front]);
+        left -= front;
         match self.body {
             Body::Bytes(bytes) => out.extend_from_slice(&bytes[..left]),
             Body::Driver(parts) => {
@@ -392,14 +442,35 @@ mod tests {
 
     #[test]
     fn a_segment_is_as_long_as_the_mtu_allows() {
-        let frame = tagged(0, 30_000);
-        let fits = |gso_type, gso_size| {
+        let mut frame = tagged(0, 30_000);
+        let fits = |frame: &[u8], gso_type, gso_size| {
             let header =
                 Header { flags: 1, gso_type, gso_size, csum_start: 34, ..Header::default() };
-            Packet { header, ..Packet::plain(&frame).unwrap() }.fits_mtu(1500)
+            Packet { header, ..Packet::plain(frame).unwrap() }.fits_mtu(1500)
         };
-        assert!(fits(flag::GSO_TCPV4, 1460) && !fits(flag::GSO_TCPV4, 1461));
-        assert!(fits(flag::GSO_UDP, 1472) && !fits(flag::GSO_UDP, 1473));
+        assert!(fits(&frame, flag::GSO_UDP, 1472) && !fits(&frame, flag::GSO_UDP, 1473));
+        // The length of the TCP header, in words of 4 bytes, and the payload that fits. A header
+        // that is too short counts as one without options.
+        for (words, payload) in [(5_u8, 1460), (8, 1448), (15, 1420), (0, 1460)] {
+            frame[34 + 12] = words << 4;
+            assert!(fits(&frame, flag::GSO_TCPV4, payload), "{words}");
+            assert!(!fits(&frame, flag::GSO_TCPV4, payload + 1), "{words}");
+        }
+        // A frame that is one segment is as long as it is.
+        assert!(fits(&frame[..1000], flag::GSO_TCPV4, 60_000));
+    }
+
+    #[test]
+    fn a_tag_that_was_put_in_is_part_of_the_frame() {
+        let (plain, whole) = (tagged(0, 1514), tagged(1, 1518));
+        let mut packet = Packet::plain(&plain).unwrap();
+        packet.tag = Some([0, 5, packet.eth[12], packet.eth[13]]);
+        packet.eth[12..].copy_from_slice(&VLAN[0].to_be_bytes());
+        let (mut head, mut bytes) = (vec![0; 1518], Vec::new());
+        packet.append_to(&mut bytes, usize::MAX);
+        assert_eq!((packet.bytes(), packet.head(&mut head), &head), (1518, 1518, &bytes));
+        assert_eq!((&bytes[..12], &bytes[14..]), (&whole[..12], &whole[14..]));
+        assert!(packet.fits_mtu(1500) && !packet.fits_mtu(1499));
     }
 
     #[test]

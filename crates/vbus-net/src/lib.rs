@@ -29,6 +29,7 @@
 //! ```
 
 mod backend;
+mod bucket;
 mod capture;
 mod config;
 mod filter;
@@ -56,11 +57,12 @@ pub use frame::{
 };
 pub use link::Link;
 pub use medium::Medium;
+pub use offload::dhcp_checksum;
 pub use opener::{Direct, Opener};
 pub use rss::Rss;
 pub use sink::{Delivery, OnFull, Read, Reserved, RxDrop, RxSink, SharedSink, Waiter};
 pub use steering::Steering;
-pub use switch::Switches;
+pub use switch::{PortRules, SwitchPort, Switches, Vlan};
 pub use vbus_tap::{BROADCAST, HEADER_BYTES, Mac, Offloads, is_group, parse_mac, show_mac};
 
 /// The examples of the README compile.

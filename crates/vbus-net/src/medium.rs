@@ -12,14 +12,14 @@ use crate::link::Link;
 use crate::null::{self, Null};
 use crate::opener::Opener;
 use crate::stream::Stream;
-use crate::switch::{SwitchBackend, Switches};
+use crate::switch::{SwitchBackend, SwitchPort, Switches};
 use crate::tap::{self, Tap};
 
 /// A kind of back end with its settings.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Medium {
-    /// The switch with this name.
-    Switch(String),
+    /// A port of a switch.
+    Switch(SwitchPort),
     /// The TAP interface with this name. The kernel replaces a `%d` in it by a number.
     Tap(String),
     /// The stream socket at this path, as the end that connects.
@@ -56,7 +56,7 @@ impl Kind {
     /// The settings that only this kind has.
     fn keys(self) -> &'static [&'static str] {
         match self {
-            Kind::Switch => &["switch"],
+            Kind::Switch => SwitchPort::KEYS,
             Kind::Tap => &["tap"],
             Kind::Stream => &["connect", "listen"],
             Kind::Null => &["source-bytes"],
@@ -79,9 +79,7 @@ impl Medium {
             }
         }
         Ok(match kind {
-            Kind::Switch => {
-                Medium::Switch(settings.text("switch")?.unwrap_or_else(|| "default".into()))
-            }
+            Kind::Switch => Medium::Switch(SwitchPort::parse(settings)?),
             Kind::Tap => Medium::Tap(tap::name(settings)?),
             Kind::Stream => match (path(settings, "connect")?, path(settings, "listen")?) {
                 (Some(path), None) => Medium::Connect(path),
@@ -114,7 +112,9 @@ impl Medium {
         link: Arc<Link>,
     ) -> Result<Box<dyn Backend>, CreateError> {
         Ok(match self {
-            Medium::Switch(name) => Box::new(SwitchBackend::new(switches.get(name), link)),
+            Medium::Switch(SwitchPort { switch, rules }) => {
+                Box::new(SwitchBackend::new(switches.get(switch), rules.clone(), link))
+            }
             Medium::Tap(name) => Box::new(Tap::new(&**opener, name, queues, mtu, link)?),
             Medium::Connect(path) => Box::new(Stream::connecting(opener.clone(), path, link)?),
             Medium::Listen(path) => Box::new(Stream::listening(opener.clone(), path, link)?),

@@ -2,7 +2,7 @@
 //! Undoes offloads for a receiver that does not accept them: fills in checksums, and cuts large
 //! segments into frames.
 
-use crate::frame::{Header, Packet, VLAN, flag};
+use crate::frame::{ETH_BYTES, ETH_OVERHEAD, Header, Packet, VLAN, flag};
 
 const ETHERTYPE_AT: usize = 12;
 const IPV4: u16 = 0x0800;
@@ -12,6 +12,39 @@ const UDP: u8 = 17;
 const TCP_FIN: u8 = 0x01;
 const TCP_PSH: u8 = 0x08;
 const TCP_CWR: u8 = 0x80;
+
+/// The longest frame of DHCP whose checksum the switch fills in.
+const DHCP_BYTES_MAX: usize = 1522;
+/// The ports of DHCP servers and clients, for IPv4 and IPv6.
+const DHCP_PORTS: [u16; 4] = [67, 68, 546, 547];
+
+/// The checksum that is missing in a datagram to a port of DHCP. `None`: the frame is no such
+/// datagram, or its sender has filled in the checksum.
+///
+/// Programs for DHCP read such frames from raw sockets, and older ones drop a frame whose checksum
+/// is not complete, although their kernel accepted the offload. So a device fills it in.
+pub fn dhcp_checksum(packet: &Packet<'_>) -> Option<u16> {
+    let header = &packet.header;
+    if !header.leaves_checksum()
+        || header.leaves_segmentation()
+        || header.csum_offset != 6
+        || packet.bytes() > DHCP_BYTES_MAX
+        || usize::from(header.csum_start) < ETH_BYTES
+    {
+        return None;
+    }
+    let start = usize::from(header.csum_start);
+    // Ethernet with two tags, the longest IPv4 header, and the ports.
+    let mut head = [0; ETH_OVERHEAD + 60 + 4];
+    let len = packet.head(&mut head);
+    let port = get(&head[..len], start + 2)?;
+    if !DHCP_PORTS.contains(&port) {
+        return None;
+    }
+    let mut frame = [0; DHCP_BYTES_MAX];
+    let len = packet.head(&mut frame);
+    Some(checksum(0, frame[..len].get(start..)?))
+}
 
 /// Turns a frame with offloads into plain frames. Keeps its buffers for the next frame.
 #[derive(Default)]
@@ -233,7 +266,7 @@ mod tests {
 
     fn packet(header: Header, frame: &[u8]) -> Packet<'_> {
         let (eth, body) = frame.split_first_chunk().unwrap();
-        Packet { hash: None, header, eth: *eth, body: Body::Bytes(body) }
+        Packet::new(header, *eth, Body::Bytes(body))
     }
 
     /// The plain algorithm of RFC 1071.
@@ -316,6 +349,25 @@ mod tests {
             assert_eq!(slow_sum(&[&pseudo, &got[34..]].concat()), 0xffff);
             assert_eq!((&got[..40], &got[42..]), (&frame[..40], &frame[42..]));
         }
+    }
+
+    #[test]
+    fn datagrams_to_dhcp_get_their_checksum() {
+        let (header, mut frame) = large(true, UDP, false, 300);
+        let header = Header { gso_type: 0, gso_size: 0, ..header };
+        let missing = |frame: &[u8], header| dhcp_checksum(&packet(header, frame));
+        assert_eq!(missing(&frame, header), None, "another port");
+        for port in DHCP_PORTS {
+            put(&mut frame, 36, port).unwrap();
+            let mut plain = Plain::default();
+            plain.load(&packet(header, &frame)).unwrap();
+            assert_eq!(missing(&frame, header), get(plain.piece(0), 40), "as a whole frame has it");
+        }
+        assert_eq!(missing(&frame, Header::default()), None, "the sender has filled it in");
+        assert_eq!(missing(&frame, Header { csum_offset: 16, ..header }), None, "TCP");
+        assert_eq!(missing(&frame[..36], header), None, "cut short");
+        frame.resize(DHCP_BYTES_MAX + 1, 0);
+        assert_eq!(missing(&frame, header), None, "too large");
     }
 
     #[test]

@@ -32,9 +32,71 @@ pub struct Rss {
     table: Vec<u16>,
 }
 
+const TCP: u8 = 6;
+const UDP: u8 = 17;
+
 /// The most bytes of a frame that affect the hash: an Ethernet header with two tags, the longest
 /// IPv4 header, and the ports.
 const HEAD_BYTES: usize = 14 + 8 + 60 + 4;
+
+/// The fields of an IP frame that name its flow.
+struct Flow<'a> {
+    /// Source and destination address.
+    addresses: &'a [u8],
+    /// The protocol of the transport; 0 for a fragment of IPv4.
+    protocol: u8,
+    /// Source and destination port, if the protocol has them and they are in the head.
+    ports: Option<&'a [u8]>,
+    /// The number of the bit of [`kinds`] for the version of IP.
+    bit: u16,
+}
+
+impl<'a> Flow<'a> {
+    /// The flow of the frame that begins with `head`. `None`: it is no IP frame, or it is too
+    /// short.
+    fn of(head: &'a [u8]) -> Option<Flow<'a>> {
+        let word = |at: usize| Some(u16::from_be_bytes([*head.get(at)?, *head.get(at + 1)?]));
+        let mut at = 12;
+        for _ in 0..2 {
+            at += if VLAN.contains(&word(at)?) { 4 } else { 0 };
+        }
+        let ip = at + 2;
+        let (addresses, transport, protocol, bit) = match word(at)? {
+            0x0800 => {
+                let header = usize::from(head.get(ip)? & 15) * 4;
+                // Even the first of several fragments is hashed without ports, because the others
+                // have none.
+                let whole = word(ip + 6)? & 0x3fff == 0;
+                let protocol = if whole { *head.get(ip + 9)? } else { 0 };
+                (head.get(ip + 12..ip + 20)?, ip + header.max(20), protocol, 0)
+            }
+            0x86dd => (head.get(ip + 8..ip + 40)?, ip + 40, *head.get(ip + 6)?, 3),
+            _ => return None,
+        };
+        let has_ports = protocol == TCP || protocol == UDP;
+        let ports = head.get(transport..transport + 4).filter(|_| has_ports);
+        Some(Flow { addresses, protocol, ports, bit })
+    }
+}
+
+/// A number that is the same for all frames of a flow. It spreads flows over queues where no key
+/// was set. Frames without IP are one flow for each pair of addresses.
+pub fn flow(packet: &Packet<'_>) -> u32 {
+    let mut head = [0; HEAD_BYTES];
+    let len = packet.head(&mut head);
+    let head = &head[..len];
+    // A multiplication mixes each byte into all higher bits (the hash FNV-1a).
+    let mix = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);
+    let hash = match Flow::of(head) {
+        Some(Flow { addresses, ports, protocol, .. }) => {
+            let ports = ports.unwrap_or_default();
+            addresses.iter().chain(ports).chain(&[protocol]).fold(0xcbf2_9ce4_8422_2325, mix)
+        }
+        None => head.iter().take(12).fold(0xcbf2_9ce4_8422_2325, mix),
+    };
+    // The high bits are mixed best.
+    u32::try_from(hash.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32).unwrap_or(0)
+}
 
 impl Rss {
     /// Hashes frames of these kinds with `key`. `table` gives the queue for each value of the
@@ -65,43 +127,22 @@ impl Rss {
 
     /// The hash of the frame that begins with `head`; `None` for one that is not hashed.
     fn hash_head(&self, head: &[u8]) -> Option<Hash> {
-        let word = |at: usize| Some(u16::from_be_bytes([*head.get(at)?, *head.get(at + 1)?]));
-        let mut at = 12;
-        for _ in 0..2 {
-            at += if VLAN.contains(&word(at)?) { 4 } else { 0 };
-        }
-        let ip = at + 2;
-        // The addresses, the offset of the transport header, its protocol, and the bit of the kind
-        // "IP".
-        let (addresses, transport, protocol, bit) = match word(at)? {
-            0x0800 => {
-                let header = usize::from(head.get(ip)? & 15) * 4;
-                // Even the first of several fragments is hashed without ports, because the others
-                // have none.
-                let whole = word(ip + 6)? & 0x3fff == 0;
-                let protocol = if whole { *head.get(ip + 9)? } else { 0 };
-                (head.get(ip + 12..ip + 20)?, ip + header.max(20), protocol, 0)
-            }
-            0x86dd => (head.get(ip + 8..ip + 40)?, ip + 40, *head.get(ip + 6)?, 3),
-            _ => return None,
-        };
+        let flow = Flow::of(head)?;
         let mut input = [0; 36];
-        input[..addresses.len()].copy_from_slice(addresses);
-        let mut len = addresses.len();
-        let mut kind = bit;
-        let with_ports = match protocol {
-            6 => Some(bit + 1),
-            17 => Some(bit + 2),
+        input[..flow.addresses.len()].copy_from_slice(flow.addresses);
+        let mut len = flow.addresses.len();
+        let mut kind = flow.bit;
+        let with_ports = match flow.protocol {
+            TCP => Some(flow.bit + 1),
+            UDP => Some(flow.bit + 2),
             _ => None,
         };
         let with_ports = with_ports.filter(|kind| self.kinds >> kind & 1 != 0);
-        if let (Some(transport_kind), Some(ports)) =
-            (with_ports, head.get(transport..transport + 4))
-        {
+        if let (Some(transport_kind), Some(ports)) = (with_ports, flow.ports) {
             input[len..len + 4].copy_from_slice(ports);
             len += 4;
             kind = transport_kind;
-        } else if self.kinds >> bit & 1 == 0 {
+        } else if self.kinds >> flow.bit & 1 == 0 {
             return None;
         }
         Some(Hash { value: self.toeplitz(&input[..len]), kind: kind + 1 })
@@ -190,6 +231,33 @@ mod tests {
         for frame in [ipv4(2, 6, [1, 2]), ipv6(17, [1, 2])] {
             (14..frame.len()).for_each(|len| _ = hash(kinds::ALL, &frame[..len]));
         }
+    }
+
+    #[test]
+    fn flows_spread_and_stay_together() {
+        let spread = |frames: &mut dyn Iterator<Item = Vec<u8>>| {
+            let mut queues = [0; 4];
+            for frame in frames {
+                let packet = Packet::plain(&frame).unwrap();
+                assert_eq!(flow(&packet), flow(&packet));
+                queues[flow(&packet) as usize % 4] += 1;
+            }
+            queues
+        };
+        // Of 400 flows each of four queues gets about 100.
+        for protocol in [TCP, UDP] {
+            let by_port = spread(&mut (0..400).map(|n| ipv4(0, protocol, [30_000 + n, 80])));
+            assert!(by_port.iter().all(|n| (60..140).contains(n)), "{by_port:?}");
+        }
+        let by_port = spread(&mut (0..400).map(|n| ipv6(TCP, [80, 30_000 + n])));
+        assert!(by_port.iter().all(|n| (60..140).contains(n)), "{by_port:?}");
+        // A tag, and the rest of the frame, do not matter.
+        let number = |frame: &[u8]| flow(&Packet::plain(frame).unwrap());
+        assert_eq!(number(&ipv4(0, TCP, [1, 2])), number(&ipv4(2, TCP, [1, 2])));
+        let mut arp = vec![2; 60];
+        let first = number(&arp);
+        arp[40] = 9;
+        assert_eq!(number(&arp), first);
     }
 
     #[test]

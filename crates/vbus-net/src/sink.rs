@@ -11,11 +11,11 @@ use vbus_core::shm::signal::Armed;
 
 use crate::frame::Packet;
 
-/// A receive queue as a back end uses it. The queue counts the frames, and ignores those that its
-/// driver's filter refuses.
+/// A receive queue as a back end uses it. The queue counts each frame once: as delivered, as
+/// refused by its driver's filter, or as dropped.
 ///
 /// If the driver breaks the protocol (for instance with a buffer outside of its memory), the front
-/// ends the driver's connection. The back end then sees the frame as delivered.
+/// ends the driver's connection. The back end then sees the frame as dropped.
 pub trait RxSink: Send {
     /// Delivers a frame into the driver's buffers. `on_full` decides what happens if there are too
     /// few. The driver sees the frame after the next [`post`](Self::post) at the latest.
@@ -73,7 +73,7 @@ pub enum OnFull {
 pub enum Delivery {
     /// The frame is in the driver's buffers.
     Delivered,
-    /// The driver does not want the frame, or the queue dropped and counted it.
+    /// The queue did not deliver the frame, and has counted it.
     Dropped,
     /// There are too few buffers, and nothing has changed. The sender delivers the frame again when
     /// its task is woken (see [`RxSink::wait`]), or at `until` at the latest.
@@ -109,6 +109,12 @@ pub enum RxDrop {
     TooLong,
     /// It could not be converted to a form that the driver accepts.
     BadFrame,
+    /// The driver had too few buffers, and the sender does not wait for it any more.
+    TooSlow,
+    /// It is above the rate that the settings allow.
+    Rate,
+    /// The queue has no ring, or its driver has broken the protocol.
+    NoLink,
 }
 
 /// A task that waits for buffers.

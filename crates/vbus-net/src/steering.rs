@@ -5,7 +5,7 @@ use std::sync::RwLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::frame::{Hash, Packet};
-use crate::rss::Rss;
+use crate::rss::{Rss, flow};
 
 /// A flag in the word of the count: there is a key.
 const BY_HASH: u32 = 1 << 16;
@@ -71,19 +71,21 @@ impl Steering {
         rss.as_ref().map_or_else(Hash::default, |rss| rss.hash(packet))
     }
 
-    /// Chooses the queue for a frame from queue `sender` of another device. Returns the hash too if
-    /// there is a key. Without an indirection table, frames of the sender's queue q go to queue q
-    /// mod n.
-    pub fn choose(&self, packet: &Packet<'_>, sender: usize) -> (usize, Option<Hash>) {
+    /// Chooses the queue for a frame. Returns the hash too if there is a key. All frames of a flow
+    /// go to one queue. Without an indirection table, a hash of the back end's own chooses it.
+    pub fn choose(&self, packet: &Packet<'_>) -> (usize, Option<Hash>) {
         let word = self.queues.load(Ordering::Relaxed);
-        let by_sender = sender % (word & !BY_HASH).max(1) as usize;
+        let by_flow = || match (word & !BY_HASH).max(1) {
+            1 => 0,
+            queues => (flow(packet) % queues) as usize,
+        };
         if word & BY_HASH == 0 {
-            return (by_sender, None);
+            return (by_flow(), None);
         }
         let rss = self.rss.read().unwrap_or_else(|e| e.into_inner());
-        let Some(rss) = rss.as_ref() else { return (by_sender, None) };
+        let Some(rss) = rss.as_ref() else { return (by_flow(), None) };
         let hash = rss.hash(packet);
-        (rss.queue(hash).map_or(by_sender, usize::from), Some(hash))
+        (rss.queue(hash).map_or_else(by_flow, usize::from), Some(hash))
     }
 }
 
@@ -97,17 +99,18 @@ mod tests {
     }
 
     #[test]
-    fn without_a_key_the_sender_s_queue_decides() {
+    fn without_a_table_the_flow_decides() {
         let steering = Steering::new(2);
-        let frame = [0; 60];
-        let packet = Packet::plain(&frame).unwrap();
-        assert_eq!(
-            [0, 1, 2, 5].map(|q| steering.choose(&packet, q)),
-            [0, 1, 0, 1].map(|q| (q, None))
-        );
+        let chosen = |n: u8| {
+            let frame = [n; 60];
+            let (queue, hash) = steering.choose(&Packet::plain(&frame).unwrap());
+            (queue, hash.is_some())
+        };
+        let queues: Vec<_> = (0..100).map(chosen).collect();
+        assert!(queues.contains(&(0, false)) && queues.contains(&(1, false)));
         // With a key but no table, frames are hashed but steered as before.
         assert!(steering.set_rss(rss(&[])));
-        assert_eq!(steering.choose(&packet, 5), (1, Some(Hash::default())));
+        assert!((0..100).map(chosen).eq(queues.into_iter().map(|(queue, _)| (queue, true))));
     }
 
     #[test]
@@ -121,7 +124,7 @@ mod tests {
         assert_eq!(steering.queues(), 4);
         let packet = [0; 60];
         let packet = Packet::plain(&packet).unwrap();
-        assert_eq!(steering.choose(&packet, 3).0, 1, "a frame that is not hashed: entry 0");
+        assert_eq!(steering.choose(&packet).0, 1, "a frame that is not hashed: entry 0");
         assert!(steering.set_rss(None));
         assert!(steering.set_queues(1));
     }

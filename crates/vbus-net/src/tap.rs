@@ -13,7 +13,7 @@ use vbus_core::{CreateError, ErrorCode, Interest, TaskHandle};
 use vbus_tap::{HEADER_BYTES, Mac, Offloads, advice};
 
 use crate::backend::{Backend, Plug, Port, Queue, Sent, TxDrop};
-use crate::frame::{Body, ETH_BYTES, PIECES_MAX, Packet};
+use crate::frame::{Body, ETH_BYTES, PIECES_MAX, Packet, TAG_BYTES};
 use crate::link::Link;
 use crate::opener::Opener;
 use crate::sink::{Reserved, RxSink, Waiter};
@@ -176,11 +176,11 @@ impl TapQueue {
 
 impl Queue for TapQueue {
     fn send(&mut self, packet: &Packet<'_>) -> Sent {
-        let mut head = [0; HEADER_BYTES + ETH_BYTES];
+        let mut head = [0; HEADER_BYTES + ETH_BYTES + TAG_BYTES];
         head[..HEADER_BYTES].copy_from_slice(&packet.header.bytes(0));
-        head[HEADER_BYTES..].copy_from_slice(&packet.eth);
+        head[HEADER_BYTES..].copy_from_slice(&packet.front());
         let mut vector = [IoVec::EMPTY; PIECES_MAX + 1];
-        vector[0] = IoVec::new(&head);
+        vector[0] = IoVec::new(&head[..HEADER_BYTES + packet.front_bytes()]);
         let mut count = 1;
         match packet.body {
             Body::Bytes(bytes) => {

@@ -463,12 +463,20 @@ pub mod venet {
         pub const TX_SEGMENTS: usize = 5;
         /// Dropped: shorter than an Ethernet header.
         pub const TX_DROPS_SHORT: usize = 8;
-        /// Dropped: too long, or the header does not fit the frame or the features accepted.
+        /// Dropped: the header does not fit the frame or the features accepted.
         pub const TX_DROPS_HEADER: usize = 9;
         /// Dropped: no link.
         pub const TX_DROPS_NO_LINK: usize = 10;
         /// Dropped: refused by what the device is plugged into.
         pub const TX_DROPS_REFUSED: usize = 11;
+        /// Dropped: longer than the MTU.
+        pub const TX_DROPS_LONG: usize = 12;
+        /// Dropped: the source address does not belong to the device.
+        pub const TX_DROPS_SPOOFED: usize = 13;
+        /// Dropped: the settings of VLANs or of isolation forbid the frame.
+        pub const TX_DROPS_DENIED: usize = 14;
+        /// Dropped: too many broadcasts, or the frame is in a loop.
+        pub const TX_DROPS_STORM: usize = 15;
         /// Frames to the driver.
         pub const RX_FRAMES: usize = 16;
         /// Their bytes, without headers.
@@ -481,12 +489,20 @@ pub mod venet {
         pub const RX_CSUM: usize = 20;
         /// Frames whose segmentation was left to the driver.
         pub const RX_SEGMENTS: usize = 21;
+        /// Frames that the driver's filter refused. They do not count as dropped.
+        pub const RX_FILTERED: usize = 22;
         /// Dropped: too few buffers.
         pub const RX_DROPS_BUFFERS: usize = 24;
         /// Dropped: longer than the MTU, or than 20 buffers.
         pub const RX_DROPS_LONG: usize = 25;
         /// Dropped: not to be brought into a form that the driver takes.
         pub const RX_DROPS_BAD: usize = 26;
+        /// Dropped: too few buffers, and the sender does not wait for this driver any more.
+        pub const RX_DROPS_SLOW: usize = 27;
+        /// Dropped: above the rate that the settings allow.
+        pub const RX_DROPS_RATE: usize = 28;
+        /// Dropped: the queue has no ring, or its driver has broken the protocol.
+        pub const RX_DROPS_NO_LINK: usize = 29;
         /// Words for each queue pair.
         pub const WORDS: usize = 32;
         /// Bytes for each queue pair.

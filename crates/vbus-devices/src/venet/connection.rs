@@ -76,10 +76,11 @@ impl VenetConnection {
         }
         let queues = u16::try_from(count).map_err(|_| ErrorCode::BAD_ARGUMENT)?;
         let backend = &self.device.backend;
-        let rx: Vec<Rx> = (self.rings.iter())
-            .map(|_| match backend.shares_sinks() {
-                true => Rx::Shared(Arc::default()),
-                false => Rx::Own(RxSlot::default()),
+        let slots = self.device.pairs.iter().map(|counters| RxSlot::new(counters.clone()));
+        let rx: Vec<Rx> = slots
+            .map(|slot| match backend.shares_sinks() {
+                true => Rx::Shared(Arc::new(Mutex::new(slot))),
+                false => Rx::Own(slot),
             })
             .collect();
         let lanes = rx.iter().filter_map(|rx| match rx {

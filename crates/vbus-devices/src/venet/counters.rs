@@ -50,13 +50,20 @@ pub struct TxCounters {
 pub struct TxDrops {
     /// The frame is shorter than an Ethernet header.
     pub short: Counter,
-    /// The frame is longer than the MTU allows, or its header does not fit the frame or the
-    /// accepted features.
+    /// The frame's header does not fit the frame or the accepted features.
     pub bad_header: Counter,
+    /// The frame, or a segment of it, is longer than the MTU allows.
+    pub too_long: Counter,
     /// The back end has no link.
     pub no_link: Counter,
     /// The back end refused the frame.
     pub refused: Counter,
+    /// The source address does not belong to the device.
+    pub spoofed: Counter,
+    /// The settings of VLANs or of isolation forbid the frame.
+    pub denied: Counter,
+    /// The device sent too many broadcasts, or the frame is in a loop.
+    pub storm: Counter,
 }
 
 impl TxDrops {
@@ -66,15 +73,25 @@ impl TxDrops {
             TxDrop::BadFrame => self.bad_header.one(),
             TxDrop::NoLink => self.no_link.one(),
             TxDrop::Refused => self.refused.one(),
+            TxDrop::Spoofed => self.spoofed.one(),
+            TxDrop::Denied => self.denied.one(),
+            TxDrop::Storm => self.storm.one(),
         }
     }
 
     /// The sum over all reasons.
     pub fn sum(&self) -> u64 {
-        [&self.short, &self.bad_header, &self.no_link, &self.refused]
-            .into_iter()
-            .map(Counter::get)
-            .sum()
+        let all = [
+            &self.short,
+            &self.bad_header,
+            &self.too_long,
+            &self.no_link,
+            &self.refused,
+            &self.spoofed,
+            &self.denied,
+            &self.storm,
+        ];
+        all.into_iter().map(Counter::get).sum()
     }
 }
 
@@ -95,6 +112,8 @@ pub struct RxCounters {
     pub ring_fill: Gauge,
     /// Times that a frame found too few buffers.
     pub starved: Counter,
+    /// Frames that the driver's filter refused. They do not count as dropped.
+    pub filtered: Counter,
     /// Frames that were dropped, by reason.
     pub drops: RxDrops,
 }
@@ -108,6 +127,13 @@ pub struct RxDrops {
     pub too_long: Counter,
     /// The device could not convert the frame to a form that the driver accepts.
     pub bad_frame: Counter,
+    /// The driver had too few buffers, and the sender does not wait for it any more, because frames
+    /// to others wait behind.
+    pub too_slow: Counter,
+    /// The frame is above the rate that the settings allow.
+    pub rate: Counter,
+    /// The queue has no ring, or its driver has broken the protocol.
+    pub no_link: Counter,
 }
 
 impl RxDrops {
@@ -117,12 +143,23 @@ impl RxDrops {
             RxDrop::NoBuffers => self.no_buffers.one(),
             RxDrop::TooLong => self.too_long.one(),
             RxDrop::BadFrame => self.bad_frame.one(),
+            RxDrop::TooSlow => self.too_slow.one(),
+            RxDrop::Rate => self.rate.one(),
+            RxDrop::NoLink => self.no_link.one(),
         }
     }
 
     /// The sum over all reasons.
     pub fn sum(&self) -> u64 {
-        [&self.no_buffers, &self.too_long, &self.bad_frame].into_iter().map(Counter::get).sum()
+        let all = [
+            &self.no_buffers,
+            &self.too_long,
+            &self.bad_frame,
+            &self.too_slow,
+            &self.rate,
+            &self.no_link,
+        ];
+        all.into_iter().map(Counter::get).sum()
     }
 }
 

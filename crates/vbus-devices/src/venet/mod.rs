@@ -63,7 +63,8 @@ impl DeviceClass for VenetClass {
         "Ethernet controller. mac, mtu (1500), queue-pairs (1), csum, tso, uso (true), \
          pcap = FILE with snap-length, backpressure-ms (50), mac-changes (true), \
          speed = MBIT_PER_SECOND with duplex; \
-         backend = \"switch\" (switch = NAME), \"tap\" (tap = INTERFACE), \
+         backend = \"switch\" (switch = NAME, learn, isolated (false), vlan or \
+         trunk with native-vlan, broadcast-rate (10000)), \"tap\" (tap = INTERFACE), \
          \"stream\" (connect = PATH or listen = PATH), \"null\" (source-bytes)."
     }
 

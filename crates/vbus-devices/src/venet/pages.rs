@@ -206,15 +206,23 @@ fn words(pair: &PairCounters) -> [u64; counters_page::WORDS] {
         (at::TX_DROPS_HEADER, &tx.drops.bad_header),
         (at::TX_DROPS_NO_LINK, &tx.drops.no_link),
         (at::TX_DROPS_REFUSED, &tx.drops.refused),
+        (at::TX_DROPS_LONG, &tx.drops.too_long),
+        (at::TX_DROPS_SPOOFED, &tx.drops.spoofed),
+        (at::TX_DROPS_DENIED, &tx.drops.denied),
+        (at::TX_DROPS_STORM, &tx.drops.storm),
         (at::RX_FRAMES, &rx.frames),
         (at::RX_BYTES, &rx.bytes),
         (at::RX_BATCHES, &rx.batches),
         (at::RX_STARVED, &rx.starved),
         (at::RX_CSUM, &rx.csum),
         (at::RX_SEGMENTS, &rx.segments),
+        (at::RX_FILTERED, &rx.filtered),
         (at::RX_DROPS_BUFFERS, &rx.drops.no_buffers),
         (at::RX_DROPS_LONG, &rx.drops.too_long),
         (at::RX_DROPS_BAD, &rx.drops.bad_frame),
+        (at::RX_DROPS_SLOW, &rx.drops.too_slow),
+        (at::RX_DROPS_RATE, &rx.drops.rate),
+        (at::RX_DROPS_NO_LINK, &rx.drops.no_link),
     ] {
         words[at] = counter.get();
     }

@@ -29,15 +29,15 @@ pub enum Rx {
 impl Rx {
     fn with<R>(&mut self, work: impl FnOnce(&mut RxQueue) -> R) -> Option<R> {
         match self {
-            Rx::Own(slot) => slot.0.as_mut().map(work),
-            Rx::Shared(slot) => lock(slot).0.as_mut().map(work),
+            Rx::Own(slot) => slot.queue.as_mut().map(work),
+            Rx::Shared(slot) => lock(slot).queue.as_mut().map(work),
         }
     }
 
     fn set(&mut self, queue: Option<RxQueue>) {
         match self {
-            Rx::Own(slot) => slot.0 = queue,
-            Rx::Shared(slot) => lock(slot).0 = queue,
+            Rx::Own(slot) => slot.queue = queue,
+            Rx::Shared(slot) => lock(slot).queue = queue,
         }
     }
 }
@@ -120,8 +120,12 @@ impl Pair {
                     counters.drops.bad_header.one();
                     spent += 1;
                 }
+                Next::TooLong => {
+                    counters.drops.too_long.one();
+                    spent += 1;
+                }
                 Next::Frame(header, eth) => {
-                    let packet = Packet { hash: None, header, eth, body: Body::Driver(&parts) };
+                    let packet = Packet::new(header, eth, Body::Driver(&parts));
                     match self.queue.send(&packet) {
                         Sent::Done { units } => {
                             frames += 1;
@@ -133,6 +137,10 @@ impl Pair {
                             }
                             bytes += packet.bytes() as u64;
                             spent = spent.saturating_add(units.max(1));
+                        }
+                        Sent::Part => {
+                            self.moved = true;
+                            break;
                         }
                         Sent::Dropped(reason) => {
                             counters.drops.count(reason);
@@ -173,7 +181,7 @@ impl Pair {
             tx.interrupt.kick(tx.ring.post());
         }
         let received = match &mut self.rx {
-            Rx::Own(RxSlot(Some(queue))) => {
+            Rx::Own(RxSlot { queue: Some(queue), .. }) => {
                 self.queue.receive(&mut Lent { queue, view: &view }, budget)?
             }
             Rx::Own(_) | Rx::Shared(_) => 0,

@@ -14,7 +14,7 @@ use vbus_core::shm::signal::Armed;
 use vbus_core::{ErrorCode, Interrupt, MemoryContext, TaskHandle, Window};
 use vbus_net::{
     Body, CHAIN_MAX, Delivery, ETH_BYTES, ETH_OVERHEAD, Filter, Hash, Header, Offloads, OnFull,
-    PIECES_MAX, Packet, Read, Reserved, RxDrop, RxSink, Steering, Waiter,
+    PIECES_MAX, Packet, Read, Reserved, RxDrop, RxSink, Steering, TAG_BYTES, Waiter, dhcp_checksum,
 };
 
 use super::backpressure::Backpressure;
@@ -25,7 +25,9 @@ use super::news::News;
 /// in one piece, fit in it.
 pub const BUFFER_MIN: u32 = 64;
 /// The most bytes that the device writes in one piece.
-const HEAD_MAX: usize = HASH_HEADER_BYTES + ETH_BYTES;
+const HEAD_MAX: usize = HASH_HEADER_BYTES + FRONT_MAX;
+/// An Ethernet header with a tag that the switch has put in.
+const FRONT_MAX: usize = ETH_BYTES + TAG_BYTES;
 const _: () = assert!(HEAD_MAX <= BUFFER_MIN as usize);
 
 /// Which frames the driver of a connection accepts. All its receive rings share this.
@@ -66,8 +68,8 @@ impl Receiver {
             head[at + 4..at + 6].copy_from_slice(&kind.to_le_bytes());
             at = HASH_HEADER_BYTES;
         }
-        head[at..at + ETH_BYTES].copy_from_slice(&packet.eth);
-        (head, at + ETH_BYTES)
+        head[at..at + FRONT_MAX].copy_from_slice(&packet.front());
+        (head, at + packet.front_bytes())
     }
 
     /// The offloads that the driver accepts now.
@@ -147,7 +149,7 @@ impl RxQueue {
                 self.backpressure.fed(count);
                 if let Err(error) = self.fill(view, packet, count, len) {
                     self.fail(error);
-                    return Delivery::Dropped;
+                    return self.refused(RxDrop::NoLink);
                 }
                 self.count(&packet.header, packet.bytes());
                 Delivery::Delivered
@@ -155,7 +157,7 @@ impl RxQueue {
             Gathered::TooFew => self.starve(on_full),
             Gathered::TooMany if packet.header.leaves_segmentation() => Delivery::NeedsCut,
             Gathered::TooMany => self.refused(RxDrop::TooLong),
-            Gathered::Fault => Delivery::Dropped,
+            Gathered::Fault => self.refused(RxDrop::NoLink),
         }
     }
 
@@ -163,12 +165,14 @@ impl RxQueue {
     /// delivered as it is.
     fn refuse(&self, packet: &Packet<'_>) -> Option<Delivery> {
         if !self.receiver.filter.wants(packet) {
+            self.rx().filtered.one();
             return Some(Delivery::Dropped);
         }
         if !packet.fits_mtu(self.receiver.mtu) {
             return Some(self.refused(RxDrop::TooLong));
         }
-        (!packet.header.fits(self.receiver.offloads())).then_some(Delivery::NeedsCut)
+        let fits = packet.header.fits(self.receiver.offloads());
+        (!fits || dhcp_checksum(packet).is_some()).then_some(Delivery::NeedsCut)
     }
 
     fn refused(&self, reason: RxDrop) -> Delivery {
@@ -279,16 +283,22 @@ impl RxQueue {
         let Some(first) = parts.first_mut() else { return Err(ErrorCode::FAILED) };
         let (front, rest) = first.split_at(self.receiver.header_bytes() + ETH_BYTES);
         *first = rest;
-        let body = Body::Driver(&parts);
-        let mut packet = Packet { hash: None, header, eth: [0; ETH_BYTES], body };
+        let mut packet = Packet::new(header, [0; ETH_BYTES], Body::Driver(&parts));
         packet.eth.copy_from_slice(eth);
         match self.refuse(&packet) {
             None => {}
-            Some(Delivery::NeedsCut) => {
-                // The driver changed its offloads after the frame was sent.
-                self.refused(RxDrop::BadFrame);
-                return Ok(());
-            }
+            Some(Delivery::NeedsCut) => match dhcp_checksum(&packet) {
+                Some(checksum) => {
+                    let at = usize::from(header.csum_start) + usize::from(header.csum_offset);
+                    put(&parts, at - ETH_BYTES, checksum);
+                    packet.header = Header::default();
+                }
+                None => {
+                    // The driver changed its offloads after the frame was sent.
+                    self.refused(RxDrop::BadFrame);
+                    return Ok(());
+                }
+            },
             Some(_) => return Ok(()),
         }
         let (head, head_bytes) = self.receiver.head(&packet, count);
@@ -305,7 +315,8 @@ impl RxQueue {
                 flags,
             });
         }
-        self.count(&header, len - self.receiver.header_bytes());
+        let (header, bytes) = (packet.header, len - self.receiver.header_bytes());
+        self.count(&header, bytes);
         Ok(())
     }
 
@@ -549,13 +560,20 @@ impl RxSink for Lent<'_> {
 
 /// A receive queue that other devices deliver to; `None` while there is no ring. Each call takes
 /// its own view of the driver's memory.
-#[derive(Default)]
-pub struct RxSlot(pub Option<RxQueue>);
+pub struct RxSlot {
+    pub queue: Option<RxQueue>,
+    counters: Arc<PairCounters>,
+}
 
 impl RxSlot {
+    /// A slot without a ring. It counts the frames that come meanwhile as dropped.
+    pub fn new(counters: Arc<PairCounters>) -> RxSlot {
+        RxSlot { queue: None, counters }
+    }
+
     /// Calls `work` with the queue and a view of the driver's memory. `None`: there is no ring.
     fn look<R>(&mut self, work: impl FnOnce(&mut RxQueue, &View<'_>) -> R) -> Option<R> {
-        let queue = self.0.as_mut()?;
+        let queue = self.queue.as_mut()?;
         let memory = queue.memory.clone();
         Some(work(queue, &memory.view()))
     }
@@ -564,7 +582,10 @@ impl RxSlot {
 impl RxSink for RxSlot {
     fn deliver(&mut self, packet: &Packet<'_>, on_full: OnFull) -> Delivery {
         let delivery = self.look(|queue, view| queue.deliver(view, packet, on_full));
-        delivery.unwrap_or(Delivery::Dropped)
+        delivery.unwrap_or_else(|| {
+            self.count_drop(RxDrop::NoLink);
+            Delivery::Dropped
+        })
     }
 
     fn has_room(&mut self, bytes: usize) -> bool {
@@ -576,29 +597,37 @@ impl RxSink for RxSlot {
     }
 
     fn longest(&self) -> usize {
-        self.0.as_ref().map_or(0, RxQueue::longest)
+        self.queue.as_ref().map_or(0, RxQueue::longest)
     }
 
     fn post(&mut self) {
-        if let Some(queue) = &mut self.0 {
+        if let Some(queue) = &mut self.queue {
             queue.post();
         }
     }
 
     fn wait(&mut self, waiter: &Waiter) {
-        if let Some(queue) = &mut self.0 {
+        if let Some(queue) = &mut self.queue {
             queue.wait(waiter);
         }
     }
 
     fn arm(&mut self) -> Armed {
-        self.0.as_mut().map_or(Armed::Waiting, RxQueue::arm)
+        self.queue.as_mut().map_or(Armed::Waiting, RxQueue::arm)
     }
 
     fn count_drop(&mut self, reason: RxDrop) {
-        if let Some(queue) = &self.0 {
-            queue.refused(reason);
-        }
+        self.counters.rx.drops.count(reason);
+    }
+}
+
+/// Writes `value`, most significant byte first, at byte `at` of the body in `parts`.
+fn put(parts: &[DriverSlice<'_>], at: usize, value: u16) {
+    let (mut skip, mut bytes) = (at, &value.to_be_bytes()[..]);
+    for part in parts {
+        let (front, rest) = part.split_at(skip);
+        skip -= front.len();
+        bytes = &bytes[rest.copy_from(bytes)..];
     }
 }
 

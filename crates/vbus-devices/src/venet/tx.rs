@@ -32,8 +32,10 @@ pub enum Next {
     Frame(Header, [u8; ETH_BYTES]),
     /// A frame that is shorter than an Ethernet header.
     Short,
-    /// A frame with a wrong header, or a frame that is too long.
+    /// A frame with a wrong header.
     BadHeader,
+    /// A frame, or a frame with segments, that is longer than the MTU allows.
+    TooLong,
 }
 
 impl TxQueue {
@@ -89,8 +91,8 @@ impl TxQueue {
         if !header.check(chain.bytes - HEADER_BYTES, offloads) {
             return Ok(Next::BadHeader);
         }
-        if !(Packet { hash: None, header, eth, body: Body::Driver(parts) }).fits_mtu(mtu) {
-            return Ok(Next::BadHeader);
+        if !Packet::new(header, eth, Body::Driver(parts)).fits_mtu(mtu) {
+            return Ok(Next::TooLong);
         }
         chain.head = Some((header, eth));
         Ok(Next::Frame(header, eth))

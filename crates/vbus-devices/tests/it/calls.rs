@@ -68,29 +68,37 @@ fn queues_are_added_and_taken_away_while_running() {
     let shapes = [Shape { pairs: 2, ..Shape::default() }, Shape::default()];
     let [mut a, mut b] = two(&bus, &json!({ "queue-pairs": 2 }), shapes);
     let set = |b: &mut Net, queues: u32| b.call(abi::CALL_SET_QUEUES, &queues.to_le_bytes());
-    let mut n = 0;
-    let mut comes_to = |a: &mut Net, b: &mut Net, q: usize| {
-        n += 1;
-        a.send(1, &frame(B, A, n, 100));
-        assert_eq!(b.recv(q), frame(B, A, n, 100));
+    // Sends a frame of each of 32 flows. Returns how many come to the queues 0 and 1.
+    let spread = |a: &mut Net, b: &mut Net, queues| {
+        let mut counts = [0; 2];
+        for port in 0..32 {
+            let (_, mut flow) = large(TCP, 0, 100);
+            flow[34..36].copy_from_slice(&(30_000_u16 + port).to_be_bytes());
+            a.send(1, &flow);
+            let (queue, got) = b.recv_any(queues);
+            assert_eq!(got, flow);
+            counts[queue] += 1;
+        }
+        counts
     };
-    comes_to(&mut a, &mut b, 0);
+    assert_eq!(spread(&mut a, &mut b, 1), [32, 0]);
     assert_eq!(set(&mut b, 2), Err(ErrorCode::BAD_ARGUMENT), "pair 1 is not there");
     b.add_pair();
-    comes_to(&mut a, &mut b, 0);
+    assert_eq!(spread(&mut a, &mut b, 2), [32, 0]);
     set(&mut b, 2).unwrap();
-    comes_to(&mut a, &mut b, 1);
+    let counts = spread(&mut a, &mut b, 2);
+    assert!(counts[0] > 4 && counts[1] > 4, "one busy queue reaches all: {counts:?}");
     b.send(1, &frame(A, B, 77, 60));
-    assert_eq!(a.recv(1), frame(A, B, 77, 60));
+    assert_eq!(a.recv_any(2).1, frame(A, B, 77, 60));
     set(&mut b, 1).unwrap();
-    comes_to(&mut a, &mut b, 0);
+    assert_eq!(spread(&mut a, &mut b, 2), [32, 0]);
     for bad in [0, 3, u32::MAX] {
         assert_eq!(set(&mut b, bad), Err(ErrorCode::BAD_ARGUMENT));
     }
     assert_eq!(b.call(abi::CALL_SET_QUEUES, &[1]), Err(ErrorCode::BAD_LENGTH));
     b.drop_ring(1, true);
     b.drop_ring(1, false);
-    comes_to(&mut a, &mut b, 0);
+    assert_eq!(spread(&mut a, &mut b, 1), [32, 0]);
 }
 
 #[test]
@@ -217,8 +225,11 @@ fn the_hash_chooses_the_queue_and_stands_in_the_header() {
     let [mut a, mut b] =
         two(&bus, &json!({ "queue-pairs": 4 }), [Shape { pairs: 4, ..Shape::default() }, shape]);
     a.send(2, &hashed(B));
-    let (header, got) = b.recv_header(2);
-    assert_eq!((got, &header[12..]), (hashed(B), &[0; 8][..]), "no key: as before, not hashed");
+    let (chosen, got) = b.recv_any(4);
+    assert_eq!(got, hashed(B));
+    a.send(1, &hashed(B));
+    let (header, got) = b.recv_header(chosen);
+    assert_eq!((got, &header[12..]), (hashed(B), &[0; 8][..]), "no key: the header has no hash");
     // 0x78 % 8 is entry 0.
     for queue in [3, 1, 0] {
         b.call(abi::CALL_SET_RSS, &rss(abi::hash_kind::TCPV4, &[queue, 2, 2, 2, 2, 2, 2, 2]))
@@ -246,7 +257,7 @@ fn the_hash_chooses_the_queue_and_stands_in_the_header() {
     b.call(abi::CALL_SET_RSS, &rss(0, &[])).unwrap();
     queues(&mut b, 3).unwrap();
     a.send(2, &hashed(B));
-    assert_eq!(b.recv_header(2).0[12..], [0; 8]);
+    assert_eq!(b.recv_any(3).1, hashed(B));
     // A driver that accepted neither feature has no key.
     assert_eq!(a.call(abi::CALL_SET_RSS, &rss(1, &[])), Err(ErrorCode::DENIED));
 }
@@ -298,18 +309,30 @@ fn frames_are_as_long_as_the_mtu_and_two_tags() {
         a.send(0, &tagged(tags, longest));
         assert_eq!(b.recv(0), tagged(tags, longest), "{tags} tags");
     }
-    assert_eq!(a.counter("/pairs/0/tx/drops/bad_header"), 3);
+    assert_eq!(a.counter("/pairs/0/tx/drops/too_long"), 3);
     // A neighbour with a larger MTU.
-    let mut c = Net::new(&bus, "c", config(3, &json!({ "mtu": 9000 })), features(abi::F_TX));
+    let large_mtu = json!({ "mtu": 9000, "learn": true });
+    let mut c = Net::new(&bus, "c", config(3, &large_mtu), features(abi::F_TX));
     c.send(0, &frame(B, OTHER, 1, 1515));
     c.send(0, &frame(B, OTHER, 2, 1514));
     assert_eq!(b.recv(0), frame(B, OTHER, 2, 1514));
     assert_eq!(b.counter("/pairs/0/rx/drops/too_long"), 1);
-    let (header, segment) = large(TCP, 8000, 20_000);
-    c.send_with(0, &header, &segment, 2);
+    // Segments that are too long too, the second by the options of TCP alone.
+    for (size, words) in [(8000, 5), (1456, 8)] {
+        let (header, mut segment) = large(TCP, size, 20_000);
+        segment[6..12].copy_from_slice(&OTHER);
+        segment[34 + 12] = words << 4;
+        c.send_with(0, &header, &segment, 2);
+    }
     c.send(0, &frame(B, OTHER, 3, 60));
-    assert_eq!(b.recv(0), frame(B, OTHER, 3, 60), "its segments are too long too");
-    assert_eq!(b.counter("/pairs/0/rx/drops/too_long"), 2);
+    assert_eq!(b.recv(0), frame(B, OTHER, 3, 60));
+    assert_eq!(b.counter("/pairs/0/rx/drops/too_long"), 3);
+    // With segments that just fit, it gets all of them.
+    let (header, mut segment) = large(TCP, 1448, 2 * 1448 - 12);
+    segment[6..12].copy_from_slice(&OTHER);
+    segment[34 + 12] = 8 << 4;
+    c.send_with(0, &header, &segment, 2);
+    assert_eq!((b.recv(0).len(), b.recv(0).len()), (1514, 66 + 1448 - 24));
 }
 
 #[test]
@@ -350,13 +373,15 @@ fn the_counters_page_has_each_queue_and_each_reason() {
     let (ours, theirs) = (a.add_counters_page(2), b.add_counters_page(2));
     let (header, segment) = large(TCP, 1448, 9_000);
     a.send_with(1, &header, &segment, 2);
-    b.recv_with(1);
+    let (by_flow, _) = b.recv_any(2);
     a.send(0, &frame(B, A, 1, 60));
-    b.recv(0);
+    let (other, _) = b.recv_any(2);
     a.send(0, &[0; 5]);
     a.send_with(0, &[0, 9, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], &frame(B, A, 2, 60), 1);
+    a.send(0, &vec![2; 1519]);
+    a.send(0, &frame(B, [6; 6], 4, 60));
     a.send(0, &frame(B, A, 3, 60));
-    b.recv(0);
+    b.recv(other);
     let interrupts = b.interrupts.clone();
     interrupts.wait("the counters", || {
         let read = |page: &Reader<Window, Driver>| {
@@ -367,13 +392,16 @@ fn the_counters_page_has_each_queue_and_each_reason() {
             words
         };
         let (a, b) = (read(&ours), read(&theirs));
-        let first = (a[at::TX_FRAMES], a[at::TX_DROPS_SHORT], a[at::TX_DROPS_HEADER]) == (2, 1, 1);
+        let drops =
+            [at::TX_DROPS_SHORT, at::TX_DROPS_HEADER, at::TX_DROPS_LONG, at::TX_DROPS_SPOOFED];
+        let first = a[at::TX_FRAMES] == 2 && drops.map(|at| a[at]) == [1; 4];
         let a = &a[at::WORDS..];
         let second = (a[at::TX_FRAMES], a[at::TX_CSUM], a[at::TX_SEGMENTS]) == (1, 1, 1)
             && a[at::TX_BYTES] == segment.len() as u64;
-        let third = (b[at::RX_FRAMES], b[at::RX_BYTES]) == (2, 120);
-        let b = &b[at::WORDS..];
-        let fourth = (b[at::RX_FRAMES], b[at::RX_CSUM], b[at::RX_SEGMENTS]) == (1, 1, 1);
+        let of = |q: usize| b[q * at::WORDS..].to_vec();
+        let (all, flow) = (u64::from(by_flow == other), of(by_flow));
+        let third = of(other)[at::RX_FRAMES] == 2 + all;
+        let fourth = (flow[at::RX_CSUM], flow[at::RX_SEGMENTS]) == (1, 1);
         (first && second && third && fourth).then_some(())
     });
 }

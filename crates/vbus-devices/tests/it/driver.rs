@@ -312,6 +312,29 @@ impl Net {
         (header[..12].try_into().unwrap(), frame)
     }
 
+    /// Waits for the next frame on any of the first `queues` queues. Returns its queue and, without
+    /// its header, the frame.
+    pub fn recv_any(&mut self, queues: usize) -> (usize, Vec<u8>) {
+        let (interrupts, header) = (self.interrupts.clone(), self.header_bytes());
+        interrupts.wait("a frame", || {
+            (0..queues).find_map(|q| {
+                let got = self.try_recv(q).or_else(|| match self.pairs[q].rx.arm(0) {
+                    Armed::Missed => self.try_recv(q),
+                    Armed::Waiting => None,
+                });
+                got.map(|frame| (q, frame[header..].to_vec()))
+            })
+        })
+    }
+
+    /// Bytes of the header before each frame to the driver.
+    fn header_bytes(&self) -> usize {
+        match self.shape.features & abi::F_HASH {
+            0 => abi::HEADER_BYTES,
+            _ => abi::HASH_HEADER_BYTES,
+        }
+    }
+
     /// Waits for the next frame and its header, which has a hash if that was negotiated.
     pub fn recv_header(&mut self, q: usize) -> (Vec<u8>, Vec<u8>) {
         let interrupts = self.interrupts.clone();
@@ -324,9 +347,18 @@ impl Net {
                 Armed::Waiting => None,
             }
         });
-        let hash = self.shape.features & abi::F_HASH != 0;
-        let rest = frame.split_off(if hash { abi::HASH_HEADER_BYTES } else { abi::HEADER_BYTES });
+        let rest = frame.split_off(self.header_bytes());
         (frame, rest)
+    }
+
+    /// The frames to the driver that were dropped, for any reason, on all queues.
+    pub fn drops(&self) -> u64 {
+        let device = &self.endpoint.inspect()["device"];
+        let pairs = device["pairs"].as_array().unwrap().iter();
+        pairs
+            .flat_map(|pair| pair["rx"]["drops"].as_object().unwrap().values())
+            .map(|count| count.as_u64().unwrap())
+            .sum()
     }
 
     /// A counter of the device, by its path in `inspect`.

@@ -1,0 +1,226 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Limits how long the queue of a sender waits for receivers.
+
+use std::time::{Duration, Instant};
+
+/// A sender that has frames for others spends at most this part of its time on waiting for one
+/// receiver: 1/64.
+const SHARE_EACH: u32 = 64;
+/// The same for all receivers together: 1/32.
+const SHARE_ALL: u32 = 32;
+/// How long the sender may wait for one receiver at a time, after it has not waited for a while.
+const SPELL_EACH: Duration = Duration::from_millis(50);
+/// The same for all receivers together.
+const SPELL_ALL: Duration = Duration::from_millis(100);
+/// A sender whose frames all go to one receiver may wait for it without a limit of its own, because
+/// no other frame waits behind. It counts as such a sender after this time without other frames.
+const ALONE_AFTER: Duration = Duration::from_secs(1);
+
+/// The patience of one queue of a sender.
+///
+/// A frame that waits for its receiver's buffers holds up all frames behind it. Those for the same
+/// receiver lose nothing: they would wait too. Those for other receivers lose time. So a sender
+/// that has both waits only while its allowance lasts, and then its frames that find no buffers are
+/// dropped. However slowly and however cleverly receivers post their buffers, the sender spends no
+/// more than a fixed part of its time on them.
+#[derive(Debug, Default)]
+pub struct Patience {
+    all: Allowance,
+    /// The allowance for each receiver that the sender has waited for, by the number of its port.
+    each: Vec<(u64, Allowance)>,
+    /// The receiver that the sender waits for, and since when.
+    waiting: Option<(u64, Instant)>,
+    /// The receiver of the last frame.
+    last: Option<u64>,
+    /// Whether frames have gone to several receivers since the clock was last read.
+    mixed: bool,
+    mixed_at: Option<Instant>,
+}
+
+/// A time that comes back slowly.
+#[derive(Clone, Copy, Debug, Default)]
+struct Allowance {
+    used: Duration,
+    at: Option<Instant>,
+}
+
+impl Allowance {
+    /// What is left of `spell`, if each second gives 1/`share` s back.
+    fn left(&mut self, spell: Duration, share: u32, now: Instant) -> Duration {
+        if let Some(at) = self.at.replace(now) {
+            self.used = self.used.saturating_sub(now.saturating_duration_since(at) / share);
+        }
+        spell.saturating_sub(self.used)
+    }
+}
+
+/// Whether the sender waits for a receiver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It waits, until this time at most, if there is one.
+    Wait(Option<Instant>),
+    /// It does not wait any more: the frame must be dropped.
+    Drop,
+}
+
+impl Patience {
+    /// The head frame has gone to port `receiver`, or was dropped; 0: to several ports. It does not
+    /// wait any more.
+    pub fn went(&mut self, receiver: u64) {
+        self.turn_to(receiver);
+        if self.waiting.is_some() {
+            self.ended(Instant::now());
+        }
+    }
+
+    fn turn_to(&mut self, receiver: u64) {
+        let last = self.last.replace(receiver);
+        self.mixed |= last.is_some_and(|last| last != receiver);
+    }
+
+    /// The wait has ended: it counts as used.
+    fn ended(&mut self, now: Instant) {
+        let Some((receiver, since)) = self.waiting.take() else { return };
+        if self.is_alone(now) {
+            return;
+        }
+        let waited = now.saturating_duration_since(since);
+        self.all.used += waited;
+        if let Some((_, each)) = self.each.iter_mut().find(|(port, _)| *port == receiver) {
+            each.used += waited;
+        }
+    }
+
+    /// The head frame finds too few buffers at port `receiver`.
+    pub fn blocked(&mut self, receiver: u64, now: Instant) -> Verdict {
+        if self.waiting.is_some_and(|(port, _)| port != receiver) {
+            self.ended(now);
+        }
+        self.turn_to(receiver);
+        let since = self.waiting.get_or_insert((receiver, now)).1;
+        if self.is_alone(now) {
+            return Verdict::Wait(None);
+        }
+        let at = self.each.iter().position(|(port, _)| *port == receiver);
+        let at = at.unwrap_or_else(|| {
+            // Ports that have gone, and ports that the sender has not waited for lately, are
+            // forgotten here.
+            self.each.retain_mut(|(_, each)| each.left(SPELL_EACH, SHARE_EACH, now) < SPELL_EACH);
+            self.each.push((receiver, Allowance::default()));
+            self.each.len() - 1
+        });
+        // The time since the wait began is used, but not yet counted. It gives nothing back.
+        let each = self.each[at].1.left(SPELL_EACH, SHARE_EACH, since);
+        let until = since + each.min(self.all.left(SPELL_ALL, SHARE_ALL, since));
+        if now < until { Verdict::Wait(Some(until)) } else { Verdict::Drop }
+    }
+
+    /// The waiting frame will not be sent again.
+    pub fn forget(&mut self) {
+        self.waiting = None;
+    }
+
+    /// Whether all frames have gone to one receiver for long.
+    fn is_alone(&mut self, now: Instant) -> bool {
+        if std::mem::take(&mut self.mixed) {
+            self.mixed_at = Some(now);
+        }
+        self.mixed_at.is_none_or(|at| now.saturating_duration_since(at) >= ALONE_AFTER)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// 10 s of frames.
+    const FRAMES: u64 = 1_000_000;
+
+    /// A sender with `hostile` receivers that post one buffer every 0.95 ms each, and one good
+    /// receiver. Each frame takes a tick of 10 us of a clock that the test keeps. `share` frames of 100 go to
+    /// the hostile ones. Returns the ticks and the frames to the good one, and the drops.
+    fn run(hostile: usize, share: u64) -> (u64, u64, u64) {
+        let start = Instant::now();
+        let mut patience = Patience::default();
+        let mut posted = vec![0_u64; hostile];
+        let (mut ticks, mut good, mut drops) = (0, 0, 0);
+        let mut turns = (0..hostile).cycle();
+        for n in 0..FRAMES {
+            let now = |ticks: u64| start + Duration::from_micros(10 * ticks);
+            ticks += 1;
+            if n % 100 >= share {
+                patience.turn_to(1000);
+                patience.ended(now(ticks));
+                good += 1;
+                continue;
+            }
+            let receiver = turns.next().unwrap_or(0);
+            loop {
+                // A buffer comes every 95 ticks.
+                if ticks / 95 > posted[receiver] {
+                    posted[receiver] = ticks / 95;
+                    patience.ended(now(ticks));
+                    break;
+                }
+                match patience.blocked(receiver as u64, now(ticks)) {
+                    Verdict::Wait(_) => ticks += 1,
+                    Verdict::Drop => {
+                        patience.ended(now(ticks));
+                        drops += 1;
+                        break;
+                    }
+                }
+            }
+        }
+        (ticks, good, drops)
+    }
+
+    #[test]
+    fn receivers_that_dribble_cost_less_than_5_percent() {
+        for hostile in [1, 2, 10] {
+            for share in [1, 10, 50] {
+                let (ticks, good, drops) = run(hostile, share);
+                // Without any wait the run takes as many ticks as frames.
+                let wasted = ticks - FRAMES;
+                assert!(wasted * 20 < ticks, "{hostile} {share}: {wasted} of {ticks} ticks");
+                assert_eq!(good, FRAMES / 100 * (100 - share));
+                assert!(drops > 0 || hostile > 1 || share == 1, "they are slower than that");
+            }
+        }
+    }
+
+    #[test]
+    fn a_sender_with_one_receiver_waits_as_long_as_it_takes() {
+        let start = Instant::now();
+        let mut patience = Patience::default();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        for seconds in 0..100 {
+            assert_eq!(patience.blocked(1, at(seconds)), Verdict::Wait(None));
+        }
+        patience.ended(at(100));
+        // A frame for another receiver changes that, for a second.
+        patience.went(2);
+        let Verdict::Wait(Some(until)) = patience.blocked(1, at(100)) else { panic!() };
+        assert_eq!(until, at(100) + SPELL_EACH, "what it waited before does not count");
+        assert_eq!(patience.blocked(1, until), Verdict::Drop);
+        assert_eq!(patience.blocked(1, at(102)), Verdict::Wait(None));
+    }
+
+    #[test]
+    fn the_allowance_of_all_receivers_is_bounded_too() {
+        let start = Instant::now();
+        let mut patience = Patience::default();
+        let mut now = start;
+        for receiver in 1..=100 {
+            patience.mixed = true;
+            while let Verdict::Wait(Some(until)) = patience.blocked(receiver, now) {
+                now = until;
+            }
+            patience.ended(now);
+        }
+        assert!(now < start + SPELL_ALL * 11 / 10, "{:?}", now - start);
+        assert!(patience.each.len() <= 100);
+        patience.blocked(1000, now + Duration::from_secs(100));
+        assert!(patience.each.len() <= 3, "those not used for long are forgotten");
+    }
+}
