@@ -17,6 +17,7 @@ use crate::driver::{Net, RX_RETURNS, Shape, TIMEOUT, TX_RETURNS, add, bus, frame
 const A: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const B: [u8; 6] = [2, 0, 0, 0, 0, 2];
 const H: [u8; 6] = [2, 0, 0, 0, 0, 3];
+const C: [u8; 6] = [2, 0, 0, 0, 0, 4];
 const ALL: u64 = F_TX | F_RX;
 
 #[test]
@@ -181,13 +182,15 @@ fn it_breaks_nothing_but_its_own_connection() {
         (lives, broken)
     });
     let count = 20_000;
+    let mut c = Net::new(&bus, "c", config(4, 60_000), Shape::default());
     let sender = std::thread::spawn(move || {
         for n in 0..count {
+            // A sender with one receiver loses nothing.
             a.send(0, &frame(B, A, n, 64 + n as usize % 1400));
             // The hostile driver may or may not have buffers. A sender must not wait for it for
             // ever.
             if n % 16 == 0 {
-                a.send(0, &frame(H, A, n, 500));
+                c.send(0, &frame(H, C, n, 500));
             }
         }
         a

@@ -64,10 +64,13 @@ pub enum Verdict {
 }
 
 impl Patience {
-    /// The head frame has gone to port `receiver`, or was dropped; 0: to several ports. It does not
-    /// wait any more.
-    pub fn went(&mut self, receiver: u64) {
-        self.turn_to(receiver);
+    /// The head frame has gone to port `receiver`, or was dropped. `None`: it went to several ports,
+    /// or to none. Such frames, of which a sender with one receiver has a few too, do not count as
+    /// frames for others.
+    pub fn went(&mut self, receiver: Option<u64>) {
+        if let Some(receiver) = receiver {
+            self.turn_to(receiver);
+        }
         if self.waiting.is_some() {
             self.ended(Instant::now());
         }
@@ -199,7 +202,9 @@ mod tests {
         }
         patience.ended(at(100));
         // A frame for another receiver changes that, for a second.
-        patience.went(2);
+        patience.went(None);
+        assert_eq!(patience.blocked(1, at(100)), Verdict::Wait(None));
+        patience.went(Some(2));
         let Verdict::Wait(Some(until)) = patience.blocked(1, at(100)) else { panic!() };
         assert_eq!(until, at(100) + SPELL_EACH, "what it waited before does not count");
         assert_eq!(patience.blocked(1, until), Verdict::Drop);

@@ -290,7 +290,10 @@ impl SwitchQueue {
             self.pieces.of = 0;
             self.next += 1;
         }
-        self.patience.went(if let [only] = to { only.port.id() } else { 0 });
+        self.patience.went(match to {
+            [only] => Some(only.port.id()),
+            _ => None,
+        });
         Sent::Done { units: (DELIVERIES - left).max(1) }
     }
 
