@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The configuration space of a function with a header of type 0: how it is laid out, and what a
-//! driver has set up in it.
+//! The configuration space of a function with a header of type 0. [`Builder`] lays it out.
+//! [`ConfigSpace`] tells what a driver has set up in it.
 
 use crate::list::capability;
 use crate::msix::{MsiMessage, MsixLayout};
@@ -23,7 +23,7 @@ const MSI_MASKABLE: u16 = 1 << 8;
 const MSIX_MASK: u16 = 1 << 14;
 const MSIX_ENABLE: u16 = 1 << 15;
 
-/// What a header says of a function.
+/// The identity of a function, as its header has it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Header {
     /// Vendor id.
@@ -56,14 +56,14 @@ struct Msix {
 
 /// Lays out a configuration space.
 ///
-/// The methods panic where a structure does not fit into the space, or overlaps another: the caller
-/// chooses the places, nobody outside does.
+/// The methods panic if a structure does not fit into the space or overlaps another one. Only the
+/// caller chooses the offsets, never a peer.
 #[derive(Debug)]
 pub struct Builder {
     space: Space,
-    /// Where the offset of the next capability goes.
+    /// The offset of the byte that links the next capability.
     link: usize,
-    /// The first byte that no capability has.
+    /// The offset of the first byte after all capabilities.
     free: usize,
     bars: [u32; BARS],
     msi: Option<Msi>,
@@ -74,8 +74,9 @@ impl Builder {
     /// Begins a space of `bytes` bytes ([`CONVENTIONAL_BYTES`](crate::CONVENTIONAL_BYTES) or
     /// [`EXPRESS_BYTES`](crate::EXPRESS_BYTES)) with this header.
     ///
-    /// A driver may write Memory Space, Bus Master and Interrupt Disable of the command register;
-    /// cache line size, latency timer and interrupt line take any value and mean nothing.
+    /// In the command register, a driver may write Memory Space, Bus Master and Interrupt Disable.
+    /// It may write any value to cache line size, latency timer and interrupt line; these have no
+    /// effect.
     #[must_use]
     pub fn new(bytes: usize, header: &Header) -> Builder {
         assert!(bytes >= crate::CONVENTIONAL_BYTES && header.interrupt_pin <= 4);
@@ -93,7 +94,8 @@ impl Builder {
         Builder { space: s, link: CAPABILITIES, free: 0x40, bars, msi: None, msix: None }
     }
 
-    /// BAR `number`: 32-bit memory, not prefetchable, of `size` bytes: a power of two, 16 at least.
+    /// Adds BAR `number`: 32-bit memory, not prefetchable, of `size` bytes. `size` is a power of
+    /// two and at least 16.
     #[must_use]
     pub fn bar(mut self, number: usize, size: u32) -> Builder {
         assert!(size.is_power_of_two() && size >= 16, "a BAR of {size:#x} bytes");
@@ -102,7 +104,7 @@ impl Builder {
         self
     }
 
-    /// Begins the capability `id` of `bytes` bytes at `at` and links it.
+    /// Links a new capability `id` of `bytes` bytes at `at`. Returns its offset.
     fn capability(&mut self, at: u8, id: u8, bytes: usize) -> usize {
         let start = usize::from(at);
         assert!(
@@ -117,8 +119,8 @@ impl Builder {
         start
     }
 
-    /// A vendor-specific capability. `content` is what follows id and link; its first byte is the
-    /// capability's length in bytes, by the standard, and is written here.
+    /// Adds a vendor-specific capability. `content` follows the id and the link. By the standard,
+    /// its first byte is the length of the capability in bytes; this method writes that byte.
     #[must_use]
     pub fn vendor(mut self, at: u8, content: &[u8]) -> Builder {
         let len = content.len() + 2;
@@ -128,7 +130,8 @@ impl Builder {
         self
     }
 
-    /// MSI with one vector and a 64-bit address: 14 bytes, or 24 with a mask bit and a pending bit.
+    /// Adds MSI with one vector and a 64-bit address. It has 14 bytes, or 24 with a mask bit and a
+    /// pending bit (`maskable`).
     #[must_use]
     pub fn msi(mut self, at: u8, maskable: bool) -> Builder {
         let at = self.capability(at, capability::MSI, if maskable { 24 } else { 14 });
@@ -136,15 +139,15 @@ impl Builder {
         self.space.allow(at + 2, &MSI_ENABLE.to_le_bytes());
         self.space.allow(at + 4, &[0xfc, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff]);
         if maskable {
-            // The 16 bits above the data belong to an extension that is not offered here; drivers
-            // write them together with the data.
+            // The 16 bits above the data belong to an extension that this function does not offer.
+            // Drivers write them together with the data.
             self.space.allow(at + 14, &[0xff, 0xff, 1]);
         }
         self.msi = Some(Msi { at, maskable });
         self
     }
 
-    /// MSI-X, 12 bytes, with table and pending bits where `layout` says.
+    /// Adds MSI-X, 12 bytes. `layout` says where its table and its pending bits are.
     #[must_use]
     pub fn msix(mut self, at: u8, layout: MsixLayout) -> Builder {
         let at = self.capability(at, capability::MSIX, 12);
@@ -157,24 +160,24 @@ impl Builder {
         self
     }
 
-    /// PCI Express, 60 bytes: version 2, an endpoint without function-level reset.
+    /// Adds PCI Express, 60 bytes: version 2, an endpoint without function-level reset.
     #[must_use]
     pub fn express(mut self, at: u8) -> Builder {
         let at = self.capability(at, capability::EXPRESS, 60);
         self.space.set16(at + 0x02, 2);
-        // Device: payloads of 128 bytes, role-based error reporting. All of the control register
-        // but the reset bit may be written.
+        // Device: payloads of 128 bytes, role-based error reporting. A driver may write all bits of
+        // the control register except the reset bit.
         self.space.set32(at + 0x04, 1 << 15);
         self.space.allow(at + 0x08, &0x7fffu16.to_le_bytes());
-        // Link: 2.5 GT/s, one lane, as capability and as status. Control: ASPM, read completion
-        // boundary, common clock, extended synch.
+        // Link: capability and status say 2.5 GT/s and one lane. A driver may write these bits of
+        // the control register: ASPM, read completion boundary, common clock, extended synch.
         self.space.set32(at + 0x0c, 0x11);
         self.space.allow(at + 0x10, &0x00cbu16.to_le_bytes());
         self.space.set16(at + 0x12, 0x11);
         self
     }
 
-    /// The space, as it is after power-on.
+    /// Returns the space in its state after power-on.
     #[must_use]
     pub fn build(self) -> ConfigSpace {
         let Builder { space, bars, msi, msix, .. } = self;
@@ -187,7 +190,7 @@ impl Builder {
 pub struct ConfigSpace {
     space: Space,
     power_on: Space,
-    /// Bytes of each BAR; 0: there is none.
+    /// Bytes of each BAR. 0: the function does not have it.
     bars: [u32; BARS],
     msi: Option<Msi>,
     msix: Option<Msix>,
@@ -204,18 +207,18 @@ impl ConfigSpace {
         self.space.bytes()
     }
 
-    /// Back to the values of power-on.
+    /// Sets all registers to their values after power-on.
     pub fn reset(&mut self) {
         self.space.clone_from(&self.power_on);
     }
 
-    /// Reads for the driver; beyond the end there are zeros. Interrupt Status is the caller's to
-    /// add.
+    /// Reads for the driver. Bytes beyond the end are zero. The caller adds Interrupt Status.
     pub fn read(&self, offset: usize, data: &mut [u8]) {
         self.space.read(offset, data);
     }
 
-    /// Writes for the driver: those bits that it may write, and nothing beyond the end.
+    /// Writes for the driver. Only bits that the driver may write change. Bytes beyond the end are
+    /// ignored.
     pub fn write(&mut self, offset: usize, data: &[u8]) {
         self.space.write(offset, data);
     }
@@ -235,14 +238,14 @@ impl ConfigSpace {
         self.bars.get(number).copied().unwrap_or(0)
     }
 
-    /// Where a BAR begins, while the driver has enabled Memory Space.
+    /// The address of a BAR. `None` unless the driver has enabled Memory Space.
     pub fn bar(&self, number: usize) -> Option<u64> {
         let size = self.bar_size(number);
         (size > 0 && self.command() & COMMAND_MEMORY != 0)
             .then(|| u64::from(self.space.get32(BAR0 + 4 * number) & !(size - 1)))
     }
 
-    /// Places a BAR, as firmware does. The low bits of `address` are left out.
+    /// Sets the address of a BAR, as firmware does. The low bits of `address` are ignored.
     ///
     /// # Panics
     /// If `number` is above 5.
@@ -268,19 +271,20 @@ impl ConfigSpace {
         })
     }
 
-    /// Shows in a maskable MSI whether its message is held back.
+    /// Sets or clears the pending bit of a maskable MSI. It is set while the function holds the
+    /// message back.
     pub fn set_msi_pending(&mut self, pending: bool) {
         if let Some(Msi { at, maskable: true }) = self.msi {
             self.space.set8(at + 20, u8::from(pending));
         }
     }
 
-    /// Where the structures of MSI-X lie, if the function has it.
+    /// The location of table and pending bits, if the function has MSI-X.
     pub fn msix_layout(&self) -> Option<MsixLayout> {
         self.msix.map(|msix| msix.layout)
     }
 
-    /// Whether MSI-X is enabled, and then whether the function as a whole is masked.
+    /// `None`: MSI-X is not enabled. Otherwise: whether the function mask is set.
     pub fn msix(&self) -> Option<bool> {
         let control = self.space.get16(self.msix?.at + 2);
         (control & MSIX_ENABLE != 0).then_some(control & MSIX_MASK != 0)

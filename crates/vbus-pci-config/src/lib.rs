@@ -2,13 +2,14 @@
 //! The configuration space of a PCI function: its fields, its capabilities, and the MSI-X table.
 //!
 //! Two programs need the same bytes: the function of a device (`vbus-pci`), and a VMM that shows
-//! such a function to its guest (`vbus-vmm`). This crate holds what is the same for both. It does
-//! no input and no output, allocates only when a space is made, and knows nothing of vbus.
+//! such a function to its guest (`vbus-vmm`). This crate holds the code that is the same for both.
+//! It does no input and no output, allocates memory only when it makes a space, and knows nothing
+//! of vbus.
 //!
 //! [`Space`] is bytes with write masks. [`Builder`] lays out the space of a function with a header
-//! of type 0; the [`ConfigSpace`] that it makes answers what a driver has set up in it.
-//! [`capabilities`] walks the list of capabilities in anybody's bytes. [`MsixTable`] is the table
-//! that lies in a BAR.
+//! of type 0. It makes a [`ConfigSpace`], which tells what a driver has set up. [`capabilities`]
+//! walks the list of capabilities in any bytes, also hostile ones. [`MsixTable`] is the table that
+//! lies in a BAR.
 //!
 //! ```
 //! use vbus_pci_config::{Builder, Header, capabilities, capability};

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The list of capabilities, as a reader finds it.
+//! Reads the list of capabilities in the bytes of a configuration space.
 
 use crate::register;
 
@@ -15,11 +15,11 @@ pub mod capability {
     pub const MSIX: u8 = 0x11;
 }
 
-/// The first place that a capability can have.
+/// The lowest offset that a capability can have.
 const FIRST: usize = 0x40;
-/// The part of a configuration space that capabilities lie in.
+/// The end of the part of a configuration space that can hold capabilities.
 const END: usize = 0x100;
-/// The most capabilities that there is room for.
+/// The most capabilities that fit.
 const COUNT_MAX: usize = (END - FIRST) / 4;
 
 /// Why a list of capabilities cannot be followed.
@@ -28,7 +28,7 @@ const COUNT_MAX: usize = (END - FIRST) / 4;
 pub enum BadList {
     /// A capability at this offset, where none can be.
     Offset(usize),
-    /// The list comes back to where it was.
+    /// The list contains a loop.
     Endless,
 }
 
@@ -43,8 +43,8 @@ impl core::fmt::Display for BadList {
 
 impl core::error::Error for BadList {}
 
-/// Walks the capabilities in the bytes of a configuration space: the id and the offset of each, in
-/// the list's order. The bytes may be anybody's: the walk ends after one error.
+/// Returns the id and the offset of each capability, in the order of the list. The bytes may be
+/// hostile: the iterator ends after at most one error.
 pub fn capabilities(bytes: &[u8]) -> Capabilities<'_> {
     let byte = |at: usize| bytes.get(at).copied().unwrap_or(0);
     let has = u16::from_le_bytes([byte(register::STATUS), byte(register::STATUS + 1)]);
@@ -60,7 +60,7 @@ pub fn capabilities(bytes: &[u8]) -> Capabilities<'_> {
 #[derive(Clone, Debug)]
 pub struct Capabilities<'a> {
     bytes: &'a [u8],
-    /// 0: the end.
+    /// The offset of the next capability. 0: the list has ended.
     next: usize,
     count: usize,
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! MSI-X: where table and pending bits lie, and which message each vector sends, as the driver has
-//! written it.
+//! MSI-X: the location of table and pending bits, and the message that the driver has written for
+//! each vector.
 
 use alloc::vec;
 use alloc::vec::Vec;
@@ -12,15 +12,15 @@ const CONTROL: usize = 12;
 /// One message interrupt, as the driver has set it up.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MsiMessage {
-    /// Where the message is written to.
+    /// The address that the function writes to.
     pub address: u64,
-    /// What is written.
+    /// The value that the function writes.
     pub data: u32,
     /// The function holds the message back.
     pub masked: bool,
 }
 
-/// Where the structures of MSI-X lie.
+/// The location of the table and the pending bits of MSI-X.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MsixLayout {
     /// Number of vectors, 1 to 2048.
@@ -36,8 +36,7 @@ pub struct MsixLayout {
 }
 
 impl MsixLayout {
-    /// Takes apart the first 12 bytes of a capability. The result may be anything that the bits can
-    /// say: the places are not checked against BARs.
+    /// Parses the first 12 bytes of a capability. It does not check the locations against the BARs.
     pub fn parse(bytes: &[u8; 12]) -> MsixLayout {
         let word = |at: usize| {
             u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
@@ -65,9 +64,9 @@ impl MsixLayout {
     }
 }
 
-/// Reads pending bits: `data` are the bytes from `offset` of the structure on, and `is_pending`
-/// tells of a vector whether its message is held back. Takes accesses of 4 or 8 aligned bytes, all
-/// others read zeros.
+/// Reads pending bits into `data`, from byte `offset` of the structure on. `is_pending` says for a
+/// vector whether the function holds its message back. An access has 4 or 8 aligned bytes; any
+/// other access reads zeros.
 pub fn read_pending_bits(offset: usize, data: &mut [u8], is_pending: impl Fn(usize) -> bool) {
     data.fill(0);
     if !aligned(offset, data.len()) {
@@ -89,14 +88,14 @@ pub struct MsixTable {
 }
 
 impl MsixTable {
-    /// All vectors masked, as after power-on.
+    /// Makes a table in its state after power-on: all vectors are masked.
     pub fn new(vectors: u16) -> MsixTable {
         let mut bytes = vec![0; usize::from(vectors) * ENTRY];
         bytes.chunks_exact_mut(ENTRY).for_each(|entry| entry[CONTROL] = 1);
         MsixTable { bytes }
     }
 
-    /// As after power-on.
+    /// Sets the table to its state after power-on.
     pub fn reset(&mut self) {
         *self = MsixTable::new(u16::try_from(self.vectors()).unwrap_or(0));
     }
@@ -115,13 +114,13 @@ impl MsixTable {
         }
     }
 
-    /// Writes 4 or 8 aligned bytes; other writes are lost. Returns the vector that the write may
+    /// Writes 4 or 8 aligned bytes. Other writes are ignored. Returns the vector that the write may
     /// have changed.
     pub fn write(&mut self, offset: usize, data: &[u8]) -> Option<usize> {
         let range = self.range(offset, data.len())?;
         self.bytes.get_mut(range)?.copy_from_slice(data);
         let entry = offset / ENTRY;
-        // Of the control word one bit is defined, and the two lowest of the address are zero.
+        // The control word has one defined bit. The two lowest bits of the address are zero.
         self.bytes[entry * ENTRY] &= !3;
         let control = entry * ENTRY + CONTROL;
         self.bytes[control] &= 1;
@@ -135,7 +134,7 @@ impl MsixTable {
         Some(offset..end)
     }
 
-    /// What vector `index` sends.
+    /// The message of vector `index`.
     ///
     /// # Panics
     /// If `index` is not below [`vectors`](Self::vectors).

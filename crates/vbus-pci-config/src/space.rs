@@ -1,30 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Bytes of a configuration space, and which of their bits a driver may change.
+//! The bytes of a configuration space, with a mask of the bits that a driver may change.
 
 use alloc::vec;
 use alloc::vec::Vec;
 
-/// Bytes with write masks. A bit that nobody made writable stays as it is, whatever the driver
-/// does.
+/// Bytes with write masks. The driver cannot change a bit unless [`allow`](Self::allow) or
+/// [`allow_clearing`](Self::allow_clearing) has made it writable.
 ///
-/// The methods that a device uses for its own part (`get`, `set`, `allow`) panic beyond the end;
-/// [`read`](Self::read) and [`write`](Self::write), which the driver decides about, do not.
+/// The methods that a device uses for itself (`get`, `set`, `allow`) panic beyond the end.
+/// [`read`](Self::read) and [`write`](Self::write) take offsets from the driver and do not panic.
 #[derive(Clone, Debug)]
 pub struct Space {
     bytes: Vec<u8>,
-    /// Bits that take the value written.
+    /// Bits that the driver can set and clear.
     writable: Vec<u8>,
-    /// Bits that are cleared by writing 1.
+    /// Bits that the driver clears by writing 1.
     clearable: Vec<u8>,
 }
 
 impl Space {
-    /// All zeros, read-only.
+    /// Makes a space of `bytes` zeros, all read-only.
     pub fn new(bytes: usize) -> Space {
         Space::from_bytes(vec![0; bytes])
     }
 
-    /// These bytes, read-only.
+    /// Makes a space with these bytes, all read-only.
     pub fn from_bytes(bytes: Vec<u8>) -> Space {
         Space { writable: vec![0; bytes.len()], clearable: vec![0; bytes.len()], bytes }
     }
@@ -34,7 +34,7 @@ impl Space {
         &self.bytes
     }
 
-    /// The bits that take the value written.
+    /// The bits that the driver can set and clear.
     pub fn writable_bits(&self) -> &[u8] {
         &self.writable
     }
@@ -90,7 +90,7 @@ impl Space {
         self.clearable[at..at + 2].copy_from_slice(&mask.to_le_bytes());
     }
 
-    /// Reads for the driver; beyond the end there are zeros.
+    /// Reads for the driver. Bytes beyond the end are zero.
     pub fn read(&self, offset: usize, data: &mut [u8]) {
         data.fill(0);
         for (byte, have) in data.iter_mut().zip(self.bytes.get(offset..).unwrap_or_default()) {
@@ -98,7 +98,8 @@ impl Space {
         }
     }
 
-    /// Writes for the driver: those bits that it may write, and nothing beyond the end.
+    /// Writes for the driver. Only bits that the driver may write change. Bytes beyond the end are
+    /// ignored.
     pub fn write(&mut self, offset: usize, data: &[u8]) {
         for (i, byte) in data.iter().enumerate() {
             let Some(at) = offset.checked_add(i).filter(|at| *at < self.bytes.len()) else {

@@ -27,48 +27,48 @@ pub mod region {
     pub const CONFIG: u32 = 7;
 }
 
-/// An eventfd whose write stands for a write to a BAR.
+/// An eventfd. A write to it has the effect of a write to a BAR.
 #[derive(Debug)]
 pub struct IoEventFd {
     /// The offset in the BAR.
     pub offset: u64,
-    /// The eventfd: the same one for the same offset, for as long as the peer stays.
+    /// The eventfd. As long as the peer stays, an offset has the same eventfd.
     pub fd: Arc<OwnedFd>,
 }
 
-/// What a BAR does.
+/// The behaviour of a BAR.
 ///
-/// The calls come one at a time. Offsets lie within the BAR, and accesses of the structures of
-/// MSI-X do not come here; size, alignment and end of an access are whatever the peer chose, so
-/// `offset + data.len()` may be beyond the BAR. A handler never waits for the driver.
+/// The function calls one method at a time. It handles accesses to the structures of MSI-X itself.
+/// `offset` lies within the BAR. The peer chooses size and alignment of an access, so `offset +
+/// data.len()` may be beyond the BAR. A handler must not wait for the driver.
 pub trait BarHandler: Send {
-    /// Reads from `offset` on. `data` is all zeros at first: bytes that the handler does not set
-    /// read zero.
+    /// Reads from `offset` on. `data` is all zeros when the call begins, so bytes that the handler
+    /// does not set read zero.
     fn read(&mut self, offset: u64, data: &mut [u8]);
 
     /// Writes from `offset` on.
     fn write(&mut self, offset: u64, data: &[u8]);
 
-    /// Goes back to the state after power-on. The device touches none of the driver's memory when
-    /// this returns.
+    /// Sets the BAR to its state after power-on. When this returns, the device no longer touches
+    /// the driver's memory.
     fn reset(&mut self);
 
-    /// The peer has gone. The device touches none of its memory when this returns. The eventfds that
-    /// the peer was given mean nothing any more: the handler gives new ones to the next peer. The
-    /// provided method calls [`reset`](Self::reset).
+    /// The peer has gone. When this returns, the device no longer touches the peer's memory. The
+    /// handler ignores the eventfds that it gave to the peer, and gives new ones to the next peer.
+    /// The provided method calls [`reset`](Self::reset).
     fn disconnected(&mut self) {
         self.reset();
     }
 
-    /// The driver has taken Bus Master from the function. The device touches none of the driver's
-    /// memory when this returns.
+    /// The driver has cleared Bus Master. When this returns, the device no longer touches the
+    /// driver's memory.
     fn bus_master_cleared(&mut self) {}
 
-    /// Eventfds that stand for writes to this BAR, for a peer that can have them written without a
-    /// call of [`write`](Self::write).
+    /// Returns eventfds whose writes have the effect of writes to this BAR. A peer can let the
+    /// kernel write them, and then [`write`](Self::write) is not called.
     ///
     /// # Errors
-    /// When the process has no more descriptors.
+    /// The process has no more descriptors.
     fn io_eventfds(&mut self) -> rustix::io::Result<Vec<IoEventFd>> {
         Ok(Vec::new())
     }
@@ -76,15 +76,15 @@ pub trait BarHandler: Send {
 
 struct Msix {
     layout: MsixLayout,
-    /// As the driver wrote it. It is kept for the driver to read; the connector, which knows where
-    /// messages go, has its own.
+    /// The table as the driver wrote it. Only the driver reads it. The connector has a table of its
+    /// own, because it knows where messages go.
     table: MsixTable,
 }
 
 /// A PCI function.
 ///
-/// Any region, offset, size and value is fine: what makes no sense reads zeros and writes nothing.
-/// The methods are called one at a time, by the connector.
+/// It accepts any region, offset, size and value. A read that makes no sense returns zeros, and
+/// such a write does nothing. The connector calls one method at a time.
 pub struct PciFunction {
     config: ConfigSpace,
     bars: [Option<Box<dyn BarHandler>>; BAR_COUNT],
@@ -92,15 +92,15 @@ pub struct PciFunction {
     msix: Option<Msix>,
     executor: Arc<Executor>,
     worker: usize,
-    /// The watches that unmask and mask INTx.
+    /// The eventfds that unmask and mask INTx.
     mask_events: [Option<MaskEvent>; 2],
 }
 
 impl PciFunction {
-    /// A function with this configuration space, as it is after power-on, and with the interrupts
-    /// made for it ([`Interrupts::of`]). Its BARs do nothing until they have handlers. It watches
-    /// eventfds on the event loop `executor`, by the worker with index
-    /// `worker`.
+    /// Makes a function in its state after power-on, with this configuration space and the
+    /// interrupts that [`Interrupts::of`] made from it. Its BARs do nothing until they have
+    /// handlers. The worker with index `worker` of the event loop `executor` watches the function's
+    /// eventfds.
     pub fn new(
         config: ConfigSpace,
         interrupts: Arc<Interrupts>,
@@ -121,7 +121,7 @@ impl PciFunction {
         }
     }
 
-    /// Lets `handler` be what BAR `number` does.
+    /// Gives BAR `number` its handler.
     ///
     /// # Panics
     /// If the configuration space has no such BAR.
@@ -132,7 +132,7 @@ impl PciFunction {
         self
     }
 
-    /// Bytes of a region; 0 for those that the function does not have.
+    /// Bytes of a region. 0: the function does not have it.
     pub fn region_size(&self, region: u32) -> u64 {
         match (region, bar_number(region)) {
             (region::CONFIG, _) => self.config.size() as u64,
@@ -167,8 +167,8 @@ impl PciFunction {
                 self.config.write(offset, data);
                 let command = self.config.command();
                 if before & !command & COMMAND_MASTER != 0 {
-                    // A kernel clears Bus Master when a driver died or was unbound. The device must
-                    // let go of all memory before this returns.
+                    // A kernel clears Bus Master when a driver has died or is unbound. The device
+                    // must release all of the driver's memory before this returns.
                     self.handlers().for_each(|handler| handler.bus_master_cleared());
                 }
                 self.interrupts.set_disabled(command & COMMAND_INTX_DISABLE != 0);
@@ -218,14 +218,14 @@ impl PciFunction {
         }
     }
 
-    /// How many interrupts an index has.
+    /// Number of interrupts of an index.
     pub fn irq_count(&self, index: IrqIndex) -> u32 {
         self.interrupts.count(index)
     }
 
-    /// Connects the interrupts of an index from `start` on to eventfds, or disconnects them
-    /// (`None`): all or, on an error, none. The connector must check that the descriptors are
-    /// eventfds.
+    /// Connects the interrupts of an index, from `start` on, to eventfds, or disconnects them
+    /// (`None`). On an error, none of them changes. The connector must check that the descriptors
+    /// are eventfds.
     ///
     /// # Errors
     /// [`IrqError::NoSuch`], [`IrqError::Os`].
@@ -238,8 +238,8 @@ impl PciFunction {
         self.interrupts.connect(index, start, eventfds)
     }
 
-    /// Lets each write of `eventfd` mask INTx (`masked`) or unmask it; `None` ends that. For the
-    /// other indexes there is nothing to mask.
+    /// Makes each write of `eventfd` mask INTx (`masked` is true) or unmask it. `None` ends this.
+    /// Only INTx can be masked.
     ///
     /// # Errors
     /// [`IrqError::NotMaskable`], [`IrqError::Os`].
@@ -254,7 +254,8 @@ impl PciFunction {
         }
         let eventfd = eventfd.map(of_peer).transpose()?;
         let slot = &mut self.mask_events[usize::from(masked)];
-        // End the old watch first: both could be the same eventfd, and epoll watches it only once.
+        // End the old watch first. Both watches could have the same eventfd, and epoll watches an
+        // eventfd only once.
         *slot = None;
         if let Some(eventfd) = eventfd {
             let interrupts = self.interrupts.clone();
@@ -272,8 +273,8 @@ impl PciFunction {
         self.interrupts.disconnect(index);
     }
 
-    /// Masks or unmasks INTx. Unmasking is the end of interrupt: it fires again if it is still
-    /// pending.
+    /// Masks or unmasks INTx. An unmask is the end of the interrupt: INTx fires again if it is
+    /// still pending.
     ///
     /// # Errors
     /// [`IrqError::NotMaskable`] for the other indexes.
@@ -281,8 +282,8 @@ impl PciFunction {
         self.interrupts.mask(index, masked)
     }
 
-    /// Signals an interrupt's eventfd, as the connector's own test. The driver sees nothing
-    /// pending.
+    /// Signals the eventfd of an interrupt because the connector asks for it, as a test. Nothing
+    /// becomes pending for the driver.
     ///
     /// # Errors
     /// [`IrqError::NoSuch`].
@@ -290,17 +291,18 @@ impl PciFunction {
         self.interrupts.loopback(index, number)
     }
 
-    /// Eventfds that stand for writes to the BAR that is region `region`.
+    /// Returns the eventfds whose writes have the effect of writes to the BAR with region number
+    /// `region`.
     ///
     /// # Errors
-    /// When the process has no more descriptors.
+    /// The process has no more descriptors.
     pub fn io_eventfds(&mut self, region: u32) -> rustix::io::Result<Vec<IoEventFd>> {
         let handler = bar_number(region).and_then(|number| self.bars[number].as_mut());
         handler.map_or(Ok(Vec::new()), |handler| handler.io_eventfds())
     }
 
-    /// Back to the state after power-on: the handlers are reset, the configuration space too, no
-    /// interrupt is pending. The connected eventfds stay.
+    /// Sets the function to its state after power-on. This resets the handlers, the configuration
+    /// space and the pending interrupts. The connected eventfds stay.
     pub fn reset(&mut self) {
         self.handlers().for_each(|handler| handler.reset());
         self.reset_config();
@@ -313,7 +315,8 @@ impl PciFunction {
         self.interrupts.set_disabled(false);
     }
 
-    /// The peer is gone: as [`reset`](Self::reset), and its eventfds go too.
+    /// The peer has gone. This resets the function as [`reset`](Self::reset) does, and also
+    /// disconnects the peer's eventfds.
     pub fn disconnected(&mut self) {
         self.handlers().for_each(|handler| handler.disconnected());
         self.reset_config();
@@ -328,7 +331,7 @@ impl Drop for PciFunction {
     }
 }
 
-/// The MSI-X structure that an access begins in, and the offset there.
+/// The structure of MSI-X in which an access begins, and the offset in that structure.
 enum MsixPart {
     Table(usize),
     Pending(usize),

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Interrupts: INTx, MSI and MSI-X as eventfds that the connector was given.
 //!
-//! The connector decides which kind is active by what it connects: MSI-X if any of its vectors has
-//! an eventfd, else MSI if its has, else INTx.
+//! The connector chooses the active kind by its connections. If a vector of MSI-X has an eventfd,
+//! MSI-X is active. Otherwise MSI is active if it has an eventfd, and INTx if not.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -16,7 +16,7 @@ use vbus_pci_config::ConfigSpace;
 /// request.
 pub const INDEX_COUNT: u32 = 5;
 
-/// The interrupt indexes that a function can have interrupts of, in VFIO's numbering.
+/// The interrupt indexes that a function can have, in VFIO's numbering.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IrqIndex {
     /// The level-triggered pin.
@@ -28,7 +28,7 @@ pub enum IrqIndex {
 }
 
 impl IrqIndex {
-    /// The index with this number; `None` for error and request, and for what does not exist.
+    /// The index with this number. `None` for error, request, and unknown numbers.
     pub fn from_number(number: u32) -> Option<IrqIndex> {
         match number {
             0 => Some(IrqIndex::Intx),
@@ -39,7 +39,7 @@ impl IrqIndex {
     }
 }
 
-/// Why an interrupt operation was refused. Nothing has changed then.
+/// The reason why an interrupt operation failed. A failed operation has changed nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum IrqError {
@@ -57,21 +57,21 @@ pub enum IrqError {
 #[derive(Default)]
 struct State {
     intx: Option<PeerEventfd>,
-    /// By the connector, or by having fired (VFIO's automask). Lifted by UNMASK.
+    /// The connector has masked INTx, or INTx has fired (VFIO's automask). UNMASK clears this.
     masked: bool,
     /// Interrupt Disable of the command register.
     disabled: bool,
-    /// Triggered and not acknowledged. INTx only.
+    /// The device has triggered INTx, and the driver has not acknowledged it.
     pending: bool,
-    /// INTx has fired, and the connector has not reported since then that the pin is down.
+    /// INTx has fired, and the connector has not unmasked it since then, so the pin is up.
     raised: bool,
-    /// How often an unmask has fired INTx again since the driver last acknowledged it.
+    /// The number of unmasks that fired INTx again since the driver last acknowledged it.
     refired: u32,
     msi: Option<PeerEventfd>,
     msix: Vec<Option<PeerEventfd>>,
-    /// How many of `msix` are connected.
+    /// The number of connected vectors in `msix`.
     msix_connected: usize,
-    /// Triggered while not connected.
+    /// The vectors that were triggered while they were not connected.
     msix_pending: Vec<bool>,
 }
 
@@ -80,7 +80,7 @@ impl State {
         self.msix_connected > 0 || self.msi.is_some()
     }
 
-    /// Fires INTx if it is due. Returns whether it was.
+    /// Fires INTx if it is due. Returns whether INTx fired.
     fn update(&mut self) -> bool {
         let due = self.pending && !self.disabled && !self.masked && !self.messages();
         let Some(fd) = self.intx.as_ref().filter(|_| due) else { return false };
@@ -90,9 +90,10 @@ impl State {
         true
     }
 
-    /// The connector has changed from INTx to messages, which have no level. An interrupt that is
-    /// pending came while nothing was connected: a VMM that adds a vector disconnects all of them
-    /// first. Its vector is not known, so the driver gets a message on each vector.
+    /// The connector has changed from INTx to messages, which have no level. If an interrupt is
+    /// pending now, it came while no vector was connected: a VMM that adds a vector first
+    /// disconnects all vectors. The vector of that interrupt is not known. So each vector sends a
+    /// message.
     fn messages_began(&mut self) {
         if !self.messages() || !std::mem::take(&mut self.pending) {
             return;
@@ -116,7 +117,7 @@ fn signal(fd: &PeerEventfd) {
     fd.signal();
 }
 
-/// An eventfd that the connector was given.
+/// Takes an eventfd of the peer.
 pub(crate) fn of_peer(eventfd: OwnedFd) -> Result<PeerEventfd, IrqError> {
     PeerEventfd::new(eventfd).map_err(|error| {
         tracing::error!(%error, "interrupts cannot be signalled");
@@ -124,13 +125,13 @@ pub(crate) fn of_peer(eventfd: OwnedFd) -> Result<PeerEventfd, IrqError> {
     })
 }
 
-/// The interrupts of one function: where a device's vectors become writes of eventfds.
+/// The interrupts of one function. They turn the vectors of a device into writes of eventfds.
 ///
-/// An eventfd is signalled under the lock, shared for messages, so that triggers of several threads
-/// do not wait for each other. The signal never blocks, whatever the peer does with the eventfd.
-/// When a connector has disconnected or replaced an eventfd, nobody signals the old one any more: a
-/// message goes where the connector looks, or becomes pending. The lock is never held while the
-/// device is called.
+/// A thread signals an eventfd under the lock. For messages it takes the lock shared, so that
+/// threads do not wait for each other. The signal never blocks, whatever the peer does with the
+/// eventfd. After a connector has disconnected or replaced an eventfd, no thread signals the old
+/// one. A message goes to the new eventfd or becomes pending. No thread calls the device while it
+/// holds the lock.
 pub struct Interrupts {
     /// The function has an INTx pin.
     intx: bool,
@@ -140,7 +141,7 @@ pub struct Interrupts {
 }
 
 impl Interrupts {
-    /// The interrupts that a function with this configuration space has.
+    /// Makes the interrupts of a function with this configuration space.
     pub fn of(config: &ConfigSpace) -> Interrupts {
         let vectors = config.msix_layout().map_or(0, |layout| usize::from(layout.vectors));
         Interrupts::new(config.interrupt_pin() != 0, config.has_msi(), vectors)
@@ -155,7 +156,7 @@ impl Interrupts {
         Interrupts { intx, msi, state: RwLock::new(state) }
     }
 
-    /// Those of a function that has the pin only.
+    /// Makes the interrupts of a function that has only INTx.
     #[cfg(test)]
     pub(crate) fn with_intx() -> Interrupts {
         Interrupts::new(true, false, 0)
@@ -169,7 +170,7 @@ impl Interrupts {
         self.state.write().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// How many interrupts an index has.
+    /// Number of interrupts of an index.
     pub(crate) fn count(&self, index: IrqIndex) -> u32 {
         match index {
             IrqIndex::Intx => u32::from(self.intx),
@@ -178,7 +179,7 @@ impl Interrupts {
         }
     }
 
-    /// Vectors that the driver can tell apart now.
+    /// Number of vectors that the driver can distinguish now.
     pub fn vectors(&self) -> u32 {
         let state = self.read();
         if state.msix_connected > 0 {
@@ -188,7 +189,7 @@ impl Interrupts {
         }
     }
 
-    /// Connects or disconnects interrupts from `start` on: all of them or none.
+    /// Connects or disconnects interrupts from `start` on. On an error, none of them changes.
     pub(crate) fn connect(
         &self,
         index: IrqIndex,
@@ -225,7 +226,7 @@ impl Interrupts {
         Ok(())
     }
 
-    /// Disconnects everything of an index.
+    /// Disconnects all interrupts of an index.
     pub(crate) fn disconnect(&self, index: IrqIndex) {
         let mut state = self.write();
         match index {
@@ -236,15 +237,15 @@ impl Interrupts {
             }
             IrqIndex::Msi => state.msi = None,
             IrqIndex::Msix => {
-                // Pending vectors stay pending: a VMM that adds a vector disconnects all of them
-                // first.
+                // Pending vectors stay pending, because a VMM that adds a vector first disconnects
+                // all vectors.
                 state.msix.fill_with(|| None);
                 state.msix_connected = 0;
             }
         }
     }
 
-    /// Disconnects everything and forgets what is pending.
+    /// Disconnects all interrupts. Afterwards no interrupt is pending.
     pub(crate) fn disconnect_all(&self) {
         for index in [IrqIndex::Intx, IrqIndex::Msi, IrqIndex::Msix] {
             self.disconnect(index);
@@ -252,7 +253,7 @@ impl Interrupts {
         self.clear();
     }
 
-    /// Masks INTx, or unmasks it: the end of interrupt.
+    /// Masks or unmasks INTx. An unmask is the end of the interrupt.
     pub(crate) fn mask(&self, index: IrqIndex, masked: bool) -> Result<(), IrqError> {
         if index != IrqIndex::Intx {
             return Err(IrqError::NotMaskable);
@@ -266,13 +267,13 @@ impl Interrupts {
         Ok(())
     }
 
-    /// How often an unmask has fired INTx again since the driver last acknowledged it.
+    /// The number of unmasks that fired INTx again since the driver last acknowledged it.
     pub(crate) fn refired(&self) -> u32 {
         self.read().refired
     }
 
-    /// Signals an interrupt's eventfd because the connector asks for it. The device has no part in
-    /// it, and nothing becomes pending.
+    /// Signals the eventfd of an interrupt because the connector asks for it, as a test. Nothing
+    /// becomes pending for the driver.
     pub(crate) fn loopback(&self, index: IrqIndex, number: u32) -> Result<(), IrqError> {
         let state = self.read();
         let fd = match index {
@@ -287,34 +288,34 @@ impl Interrupts {
         Ok(())
     }
 
-    /// Follows Interrupt Disable.
+    /// Takes the new value of Interrupt Disable.
     pub(crate) fn set_disabled(&self, disabled: bool) {
         let mut state = self.write();
         state.disabled = disabled;
         state.update();
     }
 
-    /// Triggered and not acknowledged.
+    /// Whether the device has triggered INTx and the driver has not acknowledged it.
     pub fn pending(&self) -> bool {
         self.read().pending
     }
 
-    /// Interrupt Status: whether the pin is up. A connector may raise it a little after it was told
-    /// to, when the driver has acknowledged in the meantime: without the bit nobody would own that
-    /// interrupt, and the driver's kernel would be interrupted for ever.
+    /// Interrupt Status: whether INTx is pending or the pin is up. A connector may raise the pin
+    /// after the driver has already acknowledged. Without this bit, the driver's kernel would find
+    /// no owner for that interrupt, and would be interrupted for ever.
     pub(crate) fn intx_status(&self) -> bool {
         let state = self.read();
         state.pending || state.raised
     }
 
-    /// The driver takes INTx back.
+    /// The driver acknowledges INTx.
     pub fn acknowledge(&self) {
         let mut state = self.write();
         state.pending = false;
         state.refired = 0;
     }
 
-    /// Forgets what is pending, after a reset.
+    /// Clears all pending interrupts, after a reset.
     pub fn clear(&self) {
         let mut state = self.write();
         state.pending = false;
@@ -322,15 +323,15 @@ impl Interrupts {
         state.msix_pending.fill(false);
     }
 
-    /// Whether the message of MSI-X vector `vector` waits for its eventfd.
+    /// Whether the message of vector `vector` of MSI-X waits for an eventfd.
     pub(crate) fn msix_pending(&self, vector: usize) -> bool {
         self.read().msix_pending.get(vector).copied().unwrap_or(false)
     }
 }
 
 impl State {
-    /// Sends the message of `vector`, if there are messages and it is connected, or if it has none
-    /// to send. False: something has to become pending.
+    /// Sends the message of `vector`. Returns false if the interrupt has to become pending: INTx is
+    /// active, or the vector is not connected. A vector that does not exist has nothing to send.
     fn send(&self, vector: u16) -> bool {
         let fd = if self.msix_connected > 0 {
             match self.msix.get(usize::from(vector)) {
@@ -350,7 +351,7 @@ impl InterruptSink for Interrupts {
             return;
         }
         let mut state = self.write();
-        // Asked again: a connector may have been faster.
+        // Look again, because a connector may have changed the eventfds meanwhile.
         if state.send(vector) {
             return;
         }
@@ -386,7 +387,7 @@ mod tests {
     type Hook = Box<dyn Fn()>;
 
     std::thread_local! {
-        /// Called by this thread before it signals an eventfd.
+        /// This thread calls the hook before it signals an eventfd.
         pub(super) static BEFORE_SIGNAL: std::cell::RefCell<Option<Hook>> = const {
             std::cell::RefCell::new(None)
         };
@@ -397,7 +398,7 @@ mod tests {
         (fd.try_clone().unwrap(), fd)
     }
 
-    /// Takes what is counted.
+    /// Reads and clears the counter.
     fn taken(fd: &OwnedFd) -> u64 {
         let mut count = [0; 8];
         match rustix::io::read(fd, &mut count) {
@@ -508,7 +509,8 @@ mod tests {
         assert_eq!(pending_byte(&irqs), 0);
     }
 
-    /// No connector can replace an eventfd between the look at it and the signal.
+    /// A thread has found an eventfd and is about to signal it. No connector can replace the
+    /// eventfd at this moment.
     #[test]
     fn an_eventfd_is_signalled_under_the_lock() {
         let irqs = Arc::new(Interrupts::new(true, true, 1));
@@ -533,8 +535,8 @@ mod tests {
         assert_eq!((taken(&intx), taken(&msi), taken(&msix), writes.get()), (1, 2, 1, 4));
     }
 
-    /// While a device sends messages, a connector replaces the eventfd again and again. Every
-    /// message is in the eventfd of its time, and none comes to an eventfd that was replaced.
+    /// While a device sends messages, a connector replaces the eventfd again and again. No message
+    /// comes to an eventfd that was replaced already, and none is lost.
     #[test]
     fn no_message_goes_to_an_eventfd_that_was_replaced() {
         const MESSAGES: u64 = 100_000;
@@ -554,7 +556,8 @@ mod tests {
         });
     }
 
-    /// The peer makes its eventfds blocking and fills them. Whoever triggers must return.
+    /// The peer makes its eventfds blocking and fills them. A thread that triggers an interrupt
+    /// must still return.
     #[test]
     fn a_full_and_blocking_eventfd_stops_nobody() {
         let irqs = Arc::new(Interrupts::new(true, true, 2));

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! PCI functions for a connector to serve, and the vbus device as one of them.
+//! PCI functions that a connector serves. One kind of function is a device of vbus.
 //!
-//! [`PciFunction`] is a function of any kind: a configuration space
-//! ([`vbus_pci_config::ConfigSpace`]), interrupts as writes of the eventfds that the connector was
-//! given ([`Interrupts`]: INTx, MSI, MSI-X), and a [`BarHandler`] for each BAR.
+//! [`PciFunction`] is a function of any kind. It has a configuration space
+//! ([`vbus_pci_config::ConfigSpace`]), interrupts ([`Interrupts`]: INTx, MSI, MSI-X, as writes of
+//! eventfds), and a [`BarHandler`] for each BAR.
 //!
-//! [`RegisterBlock`] is the handler that makes such a function a device of vbus: registers and
-//! doorbells in BAR0. [`device_function`] puts both together; spec/pci.md says what a driver finds.
+//! [`RegisterBlock`] is the handler that makes such a function a device of vbus. It has registers
+//! and doorbells in BAR0. [`device_function`] makes the whole function. `spec/pci.md` says what a
+//! driver finds.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -57,15 +58,14 @@ pub use interrupts::{INDEX_COUNT, Interrupts, IrqError, IrqIndex};
 pub use register_block::{RegisterBlock, device_function};
 pub use vbus_pci_config;
 
-/// What a function has beyond what every function has.
+/// Optional parts of a function.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Options {
-    /// An MSI-X capability with a vector for each that the device can use, beside MSI and INTx.
-    /// QEMU 11.1 aborts when a vfio-user device with MSI-X is unplugged, so it is off unless asked
-    /// for.
+    /// MSI-X beside MSI and INTx, with as many vectors as the device can use. It is off by default,
+    /// because QEMU 11.1 aborts when a vfio-user device with MSI-X is unplugged.
     pub msix: bool,
-    /// A PCI Express capability and 4096 bytes of configuration space. QEMU's root ports take
-    /// functions without it, also while the machine runs, so it is off unless asked for.
+    /// A PCI Express capability and 4096 bytes of configuration space. It is off by default,
+    /// because QEMU's root ports also take functions without it, even while the machine runs.
     pub express: bool,
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Masking and unmasking of INTx by eventfd. Unmasking is the end of the interrupt: with an eventfd
-//! KVM reports it without the VMM.
+//! Masks and unmasks INTx by eventfds. An unmask is the end of the interrupt. With an eventfd, KVM
+//! reports it without the VMM.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,14 +10,14 @@ use vbus_eventfd::PeerEventfd;
 
 use crate::interrupts::{Interrupts, IrqError, IrqIndex};
 
-/// How often in a row an unmask may fire INTx again at once, although the driver acknowledges
-/// nothing. A peer can close the circle without any work of its own: it hands one eventfd over to
-/// trigger INTx and to unmask it.
+/// The number of unmasks that may fire INTx again at once while the driver acknowledges nothing. A
+/// peer can make an endless loop of triggers and unmasks, at no cost to itself: it gives the same
+/// eventfd for both.
 const REFIRED_AT_ONCE: u32 = 64;
-/// From then on each unmask takes effect after this time.
+/// The delay of each unmask after that number.
 const REFIRED_PAUSE: Duration = Duration::from_millis(1);
 
-/// Masks or unmasks INTx each time that an eventfd is written, as long as this value lives.
+/// Masks or unmasks INTx each time somebody writes an eventfd. It ends when this value is dropped.
 pub(crate) struct MaskEvent {
     task: TaskHandle,
     fd: Arc<PeerEventfd>,
@@ -26,11 +26,11 @@ pub(crate) struct MaskEvent {
 struct MaskTask {
     interrupts: Arc<Interrupts>,
     fd: Arc<PeerEventfd>,
-    /// Mask, or unmask.
+    /// True: an event masks. False: an event unmasks.
     masked: bool,
-    /// The first poll may come without an event.
+    /// False until the first poll, which may come without an event.
     watching: bool,
-    /// An event came, and takes effect at this time.
+    /// The time at which an event that has come takes effect.
     due: Option<Instant>,
 }
 
@@ -48,7 +48,8 @@ impl Task for MaskTask {
             let _ = self.interrupts.mask(IrqIndex::Intx, self.masked);
             return Ok(Progress::Idle);
         }
-        // The eventfd is not read: the watch is edge-triggered, and every wake-up is an event.
+        // The task does not read the eventfd. The watch is edge-triggered, so each wake-up is an
+        // event.
         if std::mem::replace(&mut self.watching, true) || self.fd.is_signalled() {
             if !self.masked && self.interrupts.refired() >= REFIRED_AT_ONCE {
                 self.due = Some(Instant::now() + REFIRED_PAUSE);
@@ -69,7 +70,7 @@ impl Task for MaskTask {
 }
 
 impl MaskEvent {
-    /// Watches `fd` on the event loop, by the worker with index `worker`.
+    /// Starts to watch `fd`, on the worker with index `worker` of the event loop.
     pub(crate) fn start(
         executor: &Arc<Executor>,
         worker: usize,
@@ -103,8 +104,8 @@ mod tests {
 
     use super::*;
 
-    /// Two functions, each of which unmasks the other by the eventfd that triggers it, and whose
-    /// drivers acknowledge nothing, are a circle as one eventfd with both uses is.
+    /// The eventfd that triggers one function unmasks the other one, and the other way around. The
+    /// drivers acknowledge nothing. This is an endless loop too, as with one eventfd for both uses.
     #[test]
     fn an_eventfd_that_triggers_and_unmasks_burns_no_processor() {
         let new = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
@@ -119,7 +120,7 @@ mod tests {
         interrupts.trigger(0);
         let begin = Instant::now();
         let mut fired = 0;
-        // An event loop would poll after each signal. Here it polls without end.
+        // An event loop would poll after each signal. This test polls many times.
         for _ in 0..10_000 {
             fired += u128::from(fd.take());
             task.poll(1).unwrap();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What makes a PCI function one of vbus: BAR0 with registers and doorbells, and the
-//! vendor-specific capability that says where they are. See spec/pci.md.
+//! Makes a PCI function a device of vbus. BAR0 has registers and doorbells, and a vendor-specific
+//! capability says where they are. See `spec/pci.md`.
 
 mod registers;
 
@@ -19,9 +19,9 @@ use registers::{Context, Registers};
 
 const PAGE: u64 = 0x1000;
 
-/// Where each capability lies, if the function has it.
+/// The offset of each capability, if the function has it.
 mod at {
-    /// Vendor-specific, 20 bytes, and room for three more records, which a VMM may add.
+    /// Vendor-specific, 20 bytes. Three more records fit after it, which a VMM may add.
     pub const VENDOR: u8 = 0x40;
     /// MSI, 14 bytes.
     pub const MSI: u8 = 0x70;
@@ -31,11 +31,10 @@ mod at {
     pub const EXPRESS: u8 = 0x90;
 }
 
-/// The device as a PCI function of vbus. The device's interrupts go to the function from now on.
+/// Makes the PCI function of a device. The device's interrupts go to the function from now on.
 ///
-/// The function ends the device's connection when it is reset, disconnected or dropped. The peer's
-/// memory is not the function's concern: whoever serves it maps and unmaps that memory at the
-/// endpoint.
+/// The function ends the device's connection when it is reset, disconnected or dropped. It does not
+/// handle the peer's memory: the connector maps and unmaps that memory at the endpoint.
 pub fn device_function(endpoint: Arc<Endpoint>, options: Options) -> PciFunction {
     let config = config_space(endpoint.identity(), options);
     let interrupts = Arc::new(Interrupts::of(&config));
@@ -76,7 +75,7 @@ fn config_space(identity: &Identity, options: Options) -> ConfigSpace {
     builder.build()
 }
 
-/// The vendor-specific capability after its id and link.
+/// The content of the vendor-specific capability, after its id and link.
 fn vendor_capability() -> Vec<u8> {
     let mut bytes = vec![0; usize::from(capability::HEADER_BYTES + capability::RECORD_BYTES)];
     let mut set = |at: u8, value: &[u8]| {
@@ -93,20 +92,21 @@ fn vendor_capability() -> Vec<u8> {
     bytes.split_off(2)
 }
 
-/// BAR0 of a function of vbus: registers and doorbells of one device.
+/// BAR0 of a function of vbus: the registers and doorbells of one device.
 ///
-/// Commands of the mailbox run within the write.
+/// A command of the mailbox runs within the write that starts it.
 pub struct RegisterBlock {
     endpoint: Arc<Endpoint>,
     interrupts: Arc<Interrupts>,
     registers: Registers,
-    /// Bus Master was cleared while a connection was open, and the driver has not looked since. A
-    /// VMM that resets the function, as it does for a restored machine, clears Bus Master first.
+    /// Bus Master was cleared while a connection was open, and the driver has not read the
+    /// connection's state since then. A VMM that resets the function clears Bus Master first. A VMM
+    /// that restores a machine does this.
     cut: bool,
 }
 
 impl RegisterBlock {
-    /// The registers and doorbells of the device; `interrupts` are those of its function.
+    /// Makes the handler of a device. `interrupts` are those of its function.
     pub fn new(endpoint: Arc<Endpoint>, interrupts: Arc<Interrupts>) -> RegisterBlock {
         RegisterBlock { endpoint, interrupts, registers: Registers::default(), cut: false }
     }
@@ -116,8 +116,8 @@ impl RegisterBlock {
         self.interrupts.clear();
     }
 
-    /// As after power-on. If a driver had the device open, the device has another incarnation.
-    /// Returns whether a driver had.
+    /// Sets the registers to their values after power-on. If a driver had the device open, the
+    /// device gets another incarnation. Returns whether a driver had it open.
     fn forget_driver(&mut self) -> bool {
         let was_open = self.is_open() || std::mem::take(&mut self.cut);
         if was_open {
@@ -192,7 +192,7 @@ impl BarHandler for RegisterBlock {
     }
 }
 
-/// Whether an access is one of those that registers take: 4 or 8 aligned bytes.
+/// Whether an access has 4 or 8 aligned bytes. Registers accept no other access.
 fn aligned(offset: u64, len: usize) -> bool {
     matches!(len, 4 | 8) && offset % len as u64 == 0
 }

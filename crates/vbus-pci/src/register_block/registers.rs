@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The register block of BAR0: what the driver reads, and the mailbox.
+//! The register block of BAR0: its registers and the mailbox.
 
 use vbus_core::shm::abi::{command, reg};
 use vbus_core::{
@@ -9,7 +9,7 @@ use vbus_core::{
 
 use crate::interrupts::Interrupts;
 
-/// What the driver wrote, and the last answers.
+/// The values that the driver wrote, and the last answer.
 #[derive(Default)]
 pub(super) struct Registers {
     arguments: [u64; 4],
@@ -19,20 +19,20 @@ pub(super) struct Registers {
     pending: Option<PendingCall>,
 }
 
-/// Where registers take their values from.
+/// The sources of the registers' values.
 pub(super) struct Context<'a> {
     pub endpoint: &'a Endpoint,
     pub interrupts: &'a Interrupts,
 }
 
-/// The half of a 64-bit value that is at the word `offset` of it.
+/// The half of a 64-bit register that is at `offset`, the offset of one of its words.
 fn half(value: u64, offset: u64) -> u32 {
     let bytes = value.to_le_bytes();
     let at = if offset % 8 == 0 { 0 } else { 4 };
     word(&bytes, at)
 }
 
-/// Four bytes at `at`, zeros beyond the end.
+/// Four bytes from `at` on. Bytes beyond the end are zero.
 fn word(bytes: &[u8], at: usize) -> u32 {
     let mut out = [0; 4];
     for (i, byte) in out.iter_mut().enumerate() {
@@ -46,12 +46,12 @@ fn inside(offset: u64, start: u64, len: u64) -> Option<usize> {
 }
 
 impl Registers {
-    /// As after power-on.
+    /// Sets the registers to their values after power-on.
     pub(super) fn reset(&mut self) {
         *self = Registers::default();
     }
 
-    /// Takes the answer of the command in progress, if it has ended.
+    /// Sets the answer of the command in progress, if the command has ended.
     fn look_at_pending(&mut self) {
         if let Some(done) = self.pending.as_ref().and_then(PendingCall::result) {
             self.answer(done.map(Called::Now));
@@ -79,7 +79,7 @@ impl Registers {
                 ConnectionState::Broken(error) => {
                     reg::CONNECTION_BROKEN | error.0.min(0xffff) << 16
                 }
-                // A driver cannot use any other state.
+                // A driver cannot do anything with another state.
                 _ => reg::CONNECTION_CLOSED,
             },
             reg::MAX_REGIONS => identity.regions,
@@ -122,8 +122,8 @@ impl Registers {
     }
 
     /// Writes the word at `offset`, a multiple of 4 in the register page. A write of
-    /// [`reg::COMMAND`] returns when the command has run, or is in progress. While it is, every
-    /// command but CLOSE is ignored.
+    /// [`reg::COMMAND`] returns when the command has ended or is in progress. While a command is in
+    /// progress, this method ignores all other commands except CLOSE.
     pub(super) fn write(&mut self, offset: u64, value: u32, context: &Context<'_>) {
         match offset {
             reg::COMMAND => {
