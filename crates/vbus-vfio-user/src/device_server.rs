@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A device of the bus, served: the adapter between the [`Server`] on one side, and the device's
-//! function and memory on the other, and its worker of the event loop.
+//! Serves a device of the bus. A task on the device's worker runs the [`Server`], and passes its
+//! calls on to the device's function and memory.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -18,13 +18,12 @@ use vfio_user_protocol::{
     DeviceInfo, IoEventFd, IrqAction, IrqInfo, Mapping, RegionInfo, Server, Stats, Target,
 };
 
-/// A device's socket, served until this is dropped. Dropping it disconnects the client and removes
-/// the socket.
+/// The server of a device's socket. Dropping it disconnects the client and removes the socket.
 #[derive(Debug)]
 pub struct DeviceServer {
     path: PathBuf,
     task: TaskHandle,
-    /// The server's descriptor, to end the watch with.
+    /// The descriptor of the server, which the event loop watches.
     ready: OwnedFd,
     seen: Arc<Mutex<Seen>>,
 }
@@ -37,11 +36,13 @@ struct Seen {
 }
 
 impl DeviceServer {
-    /// Offers the device at the socket `path` (made with mode 0600), as a PCI function of the form
-    /// that `options` says. It is served on the device's own event loop.
+    /// Makes the socket `path` with mode 0600, and serves the device there as a PCI function.
+    /// `options` chooses the optional parts of the function. The server runs on the device's own
+    /// event loop.
     ///
     /// # Errors
-    /// [`io::ErrorKind::AddrInUse`] if somebody listens at `path`; any other error of the system.
+    /// [`io::ErrorKind::AddrInUse`] if somebody listens at `path`. Otherwise an error of the
+    /// system.
     pub fn start(
         endpoint: Arc<Endpoint>,
         path: &Path,
@@ -148,7 +149,8 @@ impl Task for ServerTask {
     }
 }
 
-/// What a client reaches: the device's function, and the memory that the client lends the device.
+/// The target of the server: the device's function, and the memory that the client shares with the
+/// device.
 struct Served {
     function: PciFunction,
     endpoint: Arc<Endpoint>,
@@ -198,7 +200,7 @@ impl Target for Served {
             IrqAction::Connect { start, eventfds } => {
                 self.function.connect_irqs(index, start, eventfds)
             }
-            // An index that can be masked has one interrupt.
+            // Only INTx can be masked, which has one interrupt.
             IrqAction::ConnectMask { eventfds, .. } => {
                 self.function.connect_mask(index, true, eventfds.into_iter().next().flatten())
             }

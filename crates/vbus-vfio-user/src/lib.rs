@@ -6,8 +6,8 @@
 //! The other side without a VM is the crate `vbus_process`: the environment of a driver in a plain
 //! process.
 //!
-//! The protocol itself is the crate `vfio_user_protocol`. What the server offers and refuses,
-//! command by command, is in `spec/vfio-user.md`.
+//! The crate `vfio_user_protocol` has the protocol itself. `spec/vfio-user.md` says what the server
+//! offers and refuses, command by command.
 //!
 //! ```
 //! use std::sync::Arc;

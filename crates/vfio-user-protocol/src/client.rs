@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The client end: for VMMs, and for programs that drive a device without a VM.
+//! The client's end, for VMMs and for programs that drive a device without a VM.
 //!
-//! A call waits for the server's reply, and a posted one ([`Client::region_post`]) does not. The
-//! device reaches memory by the descriptors that [`Client::dma_map`] gives it; what the server asks
-//! of the client by message is refused.
+//! A call waits for the server's reply. A posted call ([`Client::region_post`]) does not wait. The
+//! device reaches memory by the descriptors that [`Client::dma_map`] gives it. The client refuses
+//! all requests of the server.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -23,22 +23,22 @@ use crate::socket::{Broken, Message, Received, Receiver, Sender, SocketSource, S
 use crate::target::{DeviceInfo, IoEventFd, IrqInfo, RegionInfo};
 use crate::version::{self, Disagreement, KERNEL_MSG_FDS, MAX_TRANSFER, Negotiated};
 
-/// How long a call waits for the server, as QEMU does: from its beginning to the last byte of the
-/// reply, whatever else comes in between.
+/// The time limit of a call, from its beginning to the last byte of the reply. Messages that come
+/// in between do not extend it. QEMU has the same limit.
 const TIMEOUT: Duration = Duration::from_secs(5);
-/// The most eventfds of one region: more than any function has doorbells.
+/// The most eventfds of one region. No function has more doorbells.
 const MAX_IO_EVENTFDS: usize = 1024;
 
-/// Why a call failed.
+/// The reason why a call failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ClientError {
-    /// No connection.
+    /// The client cannot connect.
     #[error("connecting to {path}: {errno}")]
     Connect {
-        /// Where.
+        /// The path of the socket.
         path: String,
-        /// Why not.
+        /// The error of the system.
         errno: Errno,
     },
     /// The server refused the command. The connection goes on.
@@ -55,19 +55,19 @@ pub enum ClientError {
     /// The server has gone.
     #[error("the server closed the connection")]
     Closed,
-    /// What came cannot be followed. The connection cannot be used any more.
+    /// The stream is broken. The connection cannot be used any more.
     #[error(transparent)]
     Broken(#[from] Broken),
-    /// A reply with the wrong id or command, or with a body that does not fit.
+    /// The reply has the wrong id or command, or its body does not fit the command.
     #[error("{0} is no answer to {1}")]
     Mismatch(Header, &'static str),
-    /// A reply without the form of its command.
+    /// The reply does not have the form of its command.
     #[error("reply to {0}: {1}")]
     Malformed(&'static str, Malformed),
-    /// No agreement on a version.
+    /// The two ends do not agree on a version.
     #[error("no agreement with the server: {0}")]
     Disagreement(#[from] Disagreement),
-    /// More data or descriptors than the server accepts in one message.
+    /// The message has more data or descriptors than the server accepts.
     #[error("{0}: more than the server accepts in one message")]
     TooMuch(&'static str),
     /// The socket failed.
@@ -76,7 +76,7 @@ pub enum ClientError {
 }
 
 impl ClientError {
-    /// Whether the connection can be used no more.
+    /// Whether the connection cannot be used any more.
     #[must_use]
     pub fn is_final(&self) -> bool {
         !matches!(self, Self::Refused { .. } | Self::TooMuch(_))
@@ -89,8 +89,8 @@ pub struct Client {
     receiver: Receiver,
     sender: Sender,
     next_id: u16,
-    /// After a final error nothing is sent any more: what comes could be the answer to something
-    /// else.
+    /// A final error has occurred, and the client sends nothing any more. A later reply could
+    /// belong to an earlier command.
     failed: bool,
     negotiated: Negotiated,
 }
@@ -99,8 +99,8 @@ impl Client {
     /// Connects to the server at `path` and negotiates the version.
     ///
     /// # Errors
-    /// When nobody listens there, the server refuses (it may have another client, [`Errno::BUSY`]),
-    /// or says nothing within 5 s.
+    /// Nobody listens there; the server refuses ([`Errno::BUSY`]: it has another client); or the
+    /// server does not answer within 5 s.
     pub fn connect(path: impl AsRef<Path>) -> Result<Self, ClientError> {
         let path = path.as_ref();
         let failed = |errno| ClientError::Connect { path: path.display().to_string(), errno };
@@ -116,7 +116,7 @@ impl Client {
     /// Negotiates the version on a connected stream socket.
     ///
     /// # Errors
-    /// Like [`Client::connect`]. Sending has the socket's own time-out.
+    /// As [`Client::connect`]. The socket's own time-out limits sending.
     pub fn negotiate(socket: OwnedFd) -> Result<Self, ClientError> {
         let negotiated = Negotiated {
             minor: 0,
@@ -140,17 +140,17 @@ impl Client {
         Ok(client)
     }
 
-    /// What this client and the server have negotiated.
+    /// The parameters that this client and the server have negotiated.
     #[must_use]
     pub fn negotiated(&self) -> &Negotiated {
         &self.negotiated
     }
 
-    /// Sends a command and waits for its reply: for what has no method of its own.
+    /// Sends a command and waits for its reply. This is for commands without a method of their own.
     ///
     /// # Errors
-    /// When the server refuses or the connection fails. After a [final](ClientError::is_final)
-    /// error every further call fails at once, with [`ClientError::Closed`].
+    /// The server refuses, or the connection fails. After a [final](ClientError::is_final) error
+    /// every further call fails at once with [`ClientError::Closed`].
     pub fn call(
         &mut self,
         number: u16,
@@ -163,10 +163,10 @@ impl Client {
         })
     }
 
-    /// Sends a command that is not answered.
+    /// Sends a command that has no reply.
     ///
     /// # Errors
-    /// When the connection fails. Whether the command succeeds is not known.
+    /// The connection fails. The client does not learn whether the command succeeds.
     pub fn post(&mut self, number: u16, body: &[u8]) -> Result<(), ClientError> {
         self.guarded(|client| client.send(number, true, body, &[]).map(drop))
     }
@@ -183,13 +183,13 @@ impl Client {
         result
     }
 
-    /// Waits for the reply to a command; refuses the server's own requests meanwhile.
+    /// Waits for the reply to a command. Meanwhile it refuses the server's own requests.
     fn reply(&mut self, id: u16, number: u16) -> Result<Message, ClientError> {
         let name = command_name(number);
         let deadline = Instant::now() + TIMEOUT;
         loop {
             let message = self.receive(deadline)?.ok_or(ClientError::Timeout(name))?;
-            // A server that asks without end answers nothing either.
+            // A server that sends requests without end must not extend the time limit.
             if Instant::now() >= deadline {
                 return Err(ClientError::Timeout(name));
             }
@@ -235,7 +235,7 @@ impl Client {
         Ok(id)
     }
 
-    /// The next message; `None` when it is not whole at the deadline.
+    /// Receives the next message. `None`: it is not complete at the deadline.
     fn receive(&mut self, deadline: Instant) -> Result<Option<Message>, ClientError> {
         let mut source = UntilDeadline { socket: self.socket.as_fd(), deadline };
         let max = HEADER_LEN + REGION_ACCESS_LEN + MAX_TRANSFER;
@@ -254,10 +254,10 @@ impl Client {
         Ok(self.sender.flush_all(self.socket.as_fd())?)
     }
 
-    /// What the device has.
+    /// Asks for the properties of the device (`DEVICE_GET_INFO`).
     ///
     /// # Errors
-    /// When the server refuses or the connection fails; as of every method below.
+    /// The server refuses, or the connection fails. All methods below have the same errors.
     pub fn device_info(&mut self) -> Result<DeviceInfo, ClientError> {
         let info = self.info(command::DEVICE_GET_INFO, 16, 0)?;
         Ok(DeviceInfo {
@@ -272,7 +272,7 @@ impl Client {
         Info::parse(&reply.body).map_err(|e| ClientError::Malformed(command_name(number), e))
     }
 
-    /// A region.
+    /// Asks for the properties of a region (`DEVICE_GET_REGION_INFO`).
     ///
     /// # Errors
     /// See [`Client::device_info`].
@@ -288,7 +288,7 @@ impl Client {
         })
     }
 
-    /// An interrupt index.
+    /// Asks for the properties of an interrupt index (`DEVICE_GET_IRQ_INFO`).
     ///
     /// # Errors
     /// See [`Client::device_info`].
@@ -303,7 +303,7 @@ impl Client {
         })
     }
 
-    /// Offers memory to the device: `size` bytes from `offset` on of what `memory` stands for, at
+    /// Shares memory with the device: `size` bytes of the file `memory`, from `offset` on, at
     /// `address`. The device may read and write it.
     ///
     /// # Errors
@@ -319,7 +319,7 @@ impl Client {
         self.call(command::DMA_MAP, &map.body(), &[memory]).map(drop)
     }
 
-    /// Takes memory back. The device no longer touches it when this returns.
+    /// Ends the sharing of memory. When this returns, the device no longer touches it.
     ///
     /// # Errors
     /// See [`Client::device_info`].
@@ -328,7 +328,7 @@ impl Client {
         self.call(command::DMA_UNMAP, &unmap.body(), &[]).map(drop)
     }
 
-    /// Takes all memory back.
+    /// Ends the sharing of all memory, as [`dma_unmap`](Self::dma_unmap) does for one mapping.
     ///
     /// # Errors
     /// See [`Client::device_info`].
@@ -366,7 +366,7 @@ impl Client {
         Ok(())
     }
 
-    /// Writes to a region and waits until it is done.
+    /// Writes to a region, and waits until the server has done it.
     ///
     /// # Errors
     /// See [`Client::device_info`].
@@ -383,7 +383,7 @@ impl Client {
     /// Writes to a region without waiting. Later calls take effect after it.
     ///
     /// # Errors
-    /// When the connection fails. Whether the write succeeds is not known.
+    /// The connection fails. The client does not learn whether the write succeeds.
     pub fn region_post(
         &mut self,
         region: u32,
@@ -394,17 +394,17 @@ impl Client {
         self.post(command::REGION_WRITE, &access.body(data))
     }
 
-    /// Does several writes of at most 8 bytes each with one message. Needs
-    /// [`Negotiated::write_multiple`](Negotiated::write_multiple).
+    /// Does several writes of at most 8 bytes each with one message. The server must support it
+    /// ([`Negotiated::write_multiple`](Negotiated::write_multiple)).
     ///
     /// # Errors
-    /// See [`Client::device_info`]. The error is that of the first write that failed; the others
-    /// are done.
+    /// See [`Client::device_info`]. The errno is that of the first write that failed. The server
+    /// has done the other writes.
     pub fn region_write_multi(&mut self, writes: &[MultiWrite<'_>]) -> Result<(), ClientError> {
         self.call(command::REGION_WRITE_MULTI, &MultiWrite::body(writes), &[]).map(drop)
     }
 
-    /// Names the eventfds by which the device triggers the interrupts from `start` on.
+    /// Gives the device the eventfds for its interrupts from `start` on.
     ///
     /// # Errors
     /// See [`Client::device_info`].
@@ -427,8 +427,8 @@ impl Client {
         Ok(())
     }
 
-    /// Names the eventfd by which the client unmasks one interrupt: for INTx the end of interrupt,
-    /// without a message.
+    /// Gives the device an eventfd with which the client unmasks one interrupt. For INTx this is
+    /// the end of the interrupt, without a message.
     ///
     /// # Errors
     /// See [`Client::device_info`].
@@ -468,7 +468,8 @@ impl Client {
         self.call(command::DEVICE_SET_IRQS, &set.body(), fds).map(drop)
     }
 
-    /// The eventfds that stand for writes to a region; those of other types are left out.
+    /// Asks for the eventfds whose writes have the effect of writes to a region. The result omits
+    /// descriptors of other types.
     ///
     /// # Errors
     /// See [`Client::device_info`].
@@ -514,7 +515,7 @@ impl Client {
     }
 }
 
-/// The socket, waited for until a deadline.
+/// The socket, with a deadline for reads.
 struct UntilDeadline<'a> {
     socket: BorrowedFd<'a>,
     deadline: Instant,

@@ -1,15 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Whether a descriptor from the peer is an eventfd.
+//! Checks descriptors of the peer.
 
 use std::os::fd::{AsFd, AsRawFd};
 
 use rustix::io::Errno;
 
-/// Whether a descriptor is an eventfd: of those a write has bounded effects, and cannot block once
-/// the descriptor is non-blocking.
+/// Whether a descriptor is an eventfd. A write to an eventfd has a bounded effect.
 ///
 /// # Errors
-/// When /proc does not tell.
+/// `/proc` cannot be read.
 pub fn is_eventfd(fd: impl AsFd) -> Result<bool, Errno> {
     let link = format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd());
     Ok(rustix::fs::readlink(link, Vec::new())?.as_bytes() == b"anon_inode:[eventfd]")

@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The vfio-user protocol, both ends.
+//! Both ends of the vfio-user protocol.
 //!
-//! [`Server`] offers one PCI function, anything that implements [`Target`], on a UNIX socket to one
-//! client at a time. The client is QEMU (`-device vfio-user-pci`), another VMM, or a program. A
-//! server never blocks and belongs to no event loop: a program watches its descriptor and calls
-//! [`Server::ready`], or lets [`Server::run`] do both. [`Session`](session::Session) is the same
-//! without sockets. [`Client`] is the other end.
+//! [`Server`] serves one PCI function on a UNIX socket to one client at a time. The function
+//! implements [`Target`]. The client is QEMU (`-device vfio-user-pci`), another VMM, or a program.
+//! A server never blocks, and needs no event loop of its own: a program watches its descriptor and
+//! calls [`Server::ready`], or lets [`Server::run`] do both. [`Session`](session::Session) is the
+//! same without sockets. [`Client`] is the other end.
 //!
 //! The crate implements version 0.1 of the protocol, as QEMU's `docs/interop/vfio-user.rst` has it.
-//! [`message`] describes each message. Not implemented: regions that the client maps, access to the
-//! client's memory by message (`DMA_READ`, `DMA_WRITE`), migration, and `DEVICE_FEATURE`; each of
-//! them is refused as the protocol provides.
+//! [`message`] describes each message. The crate does not implement regions that the client maps,
+//! access to the client's memory by message (`DMA_READ`, `DMA_WRITE`), migration, and
+//! `DEVICE_FEATURE`. It refuses each of them in the way that the protocol provides.
 //!
-//! The other end is not trusted. Whatever it sends, a server does not panic, block, or take memory
-//! without bound: a wrong command gets an errno, and a peer that breaks the protocol loses its
-//! connection, with one line in the log ([`tracing`]).
+//! An end does not trust the other one. No message makes a server panic, block, or allocate without
+//! bound. A wrong command gets an errno. A peer that breaks the protocol loses its connection, with
+//! one line in the log ([`tracing`]).
 //!
 //! ```
 //! use vfio_user_protocol::{Client, Errno, IrqAction, IrqInfo, RegionInfo, Server, Target, pci};

@@ -12,7 +12,7 @@ use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen as listen_on,
 };
 
-/// Connections that wait to be accepted, at most.
+/// The most connections that wait in the backlog.
 const BACKLOG: i32 = 8;
 
 /// The file of a listening socket. Dropping this removes the file, if this process made it and no
@@ -24,7 +24,7 @@ pub(crate) struct SocketFile {
 }
 
 impl SocketFile {
-    /// A file that belongs to somebody else, who removes it.
+    /// A file of somebody else, who removes it.
     pub(crate) fn foreign(path: PathBuf) -> SocketFile {
         SocketFile { path, identity: None }
     }
@@ -55,23 +55,23 @@ fn stream_socket(flags: SocketFlags) -> Result<OwnedFd, Errno> {
     )
 }
 
-/// Listens at `path`, with mode 0600 from the first moment on.
+/// Listens at `path`. The socket has mode 0600 from its beginning.
 pub(crate) fn listen(path: &Path) -> io::Result<(OwnedFd, SocketFile)> {
     let socket = bind_private(path, BACKLOG)?;
     Ok((socket, SocketFile { path: path.to_owned(), identity: identity(path) }))
 }
 
-/// Makes a UNIX stream socket that listens at `path`, for its owner alone: with mode 0600 from the
-/// first moment on. It does not block, and lets `backlog` clients wait. A socket there that nobody
-/// listens at any more is replaced.
+/// Makes a UNIX stream socket that listens at `path`. It has mode 0600 from its beginning, so that
+/// only its owner can connect. It is non-blocking, and `backlog` clients can wait. It replaces a
+/// socket at which nobody listens any more.
 ///
 /// # Errors
-/// [`io::ErrorKind::AddrInUse`] if somebody listens there, or something else is there than a
-/// socket; whatever else the system refuses.
+/// [`io::ErrorKind::AddrInUse`] if somebody listens there, or if the path has something other than
+/// a socket. Otherwise an error of the system.
 pub fn bind_private(path: &Path, backlog: i32) -> io::Result<OwnedFd> {
     let address = SocketAddrUnix::new(path)?;
     let socket = stream_socket(SocketFlags::NONBLOCK)?;
-    // The file takes its mode from the socket, less the umask.
+    // The file gets the mode of the socket, without the bits of the umask.
     rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
     match bind(&socket, &address) {
         Err(Errno::ADDRINUSE) => {
@@ -87,7 +87,7 @@ pub fn bind_private(path: &Path, backlog: i32) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Removes a socket file that nobody listens at.
+/// Removes a socket file at which nobody listens.
 fn remove_stale(path: &Path, address: &SocketAddrUnix) -> io::Result<()> {
     let in_use = |what: &str| {
         io::Error::new(io::ErrorKind::AddrInUse, format!("{}: {what}", path.display()))
@@ -95,7 +95,7 @@ fn remove_stale(path: &Path, address: &SocketAddrUnix) -> io::Result<()> {
     if !std::fs::symlink_metadata(path)?.file_type().is_socket() {
         return Err(in_use("exists and is not a socket"));
     }
-    // A server with a full backlog is alive too; without NONBLOCK this would wait for it.
+    // A server with a full backlog is alive. Without NONBLOCK, this call would wait for it.
     match connect(stream_socket(SocketFlags::NONBLOCK)?, address) {
         Err(Errno::CONNREFUSED) => std::fs::remove_file(path),
         _ => Err(in_use("another server listens there already")),

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What a server waits for: one epoll descriptor that holds all its sockets.
+//! One epoll descriptor that watches all sockets of a server.
 
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -8,13 +8,13 @@ use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
 use rustix::io::Errno;
 
-/// Events that one look at the descriptor takes, at most.
+/// The most events that one call takes.
 const EVENTS: usize = 8;
 
 /// A set of watched descriptors, each with a token.
 pub(crate) struct Poller {
     epoll: OwnedFd,
-    /// So many looks are interrupted by a signal.
+    /// A signal interrupts this many calls.
     #[cfg(test)]
     pub(crate) interruptions: std::cell::Cell<u32>,
 }
@@ -41,17 +41,18 @@ impl Poller {
         epoll::modify(&self.epoll, fd, EventData::new_u64(token), interest)
     }
 
-    /// The tokens of what is ready now, some of them if there are many. It does not wait.
+    /// Returns the tokens of the descriptors that are ready now. If there are many, it returns some
+    /// of them. It does not wait.
     ///
-    /// A look that a signal interrupts is repeated: whoever watches the epoll descriptor may be
-    /// told of each event once only, so an event that is not taken now might never be taken.
+    /// It repeats a call that a signal interrupts. An event loop that watches the epoll descriptor
+    /// may report each event only once. If this call missed an event, nobody might ever take it.
     pub(crate) fn ready(&self) -> Vec<u64> {
         loop {
             let mut space = [MaybeUninit::uninit(); EVENTS];
             match self.look(&mut space) {
                 Ok(events) => return events.iter().map(|event| event.data.u64()).collect(),
                 Err(Errno::INTR) => {}
-                // Not possible: the descriptor is this value's own, and so is the room for events.
+                // Not possible: descriptor and buffer belong to this value.
                 Err(error) => {
                     tracing::error!("epoll_wait: {error}");
                     return Vec::new();

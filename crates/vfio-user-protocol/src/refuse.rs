@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A client that connects while another one is served. Its `VERSION` gets an error as reply, so
-//! that its user learns the reason.
+//! Refuses a client that connects while the server has another one. The reply to its `VERSION` is
+//! an error, so that the user of that client learns the reason.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Instant;
@@ -10,13 +10,13 @@ use rustix::io::Errno;
 use crate::message::{self, HEADER_LEN, Header, Kind};
 use crate::socket::Sender;
 
-/// A client that is refused, from its connection to the reply to its `VERSION`.
+/// A client that the server refuses, from its connection to the reply to its `VERSION`.
 pub(crate) struct Refused {
     socket: OwnedFd,
     pub(crate) token: u64,
     head: [u8; HEADER_LEN],
     have: usize,
-    /// The time at which the socket is closed without a reply.
+    /// The time at which the server closes the socket without a reply.
     pub(crate) until: Instant,
 }
 
@@ -25,8 +25,8 @@ impl Refused {
         Self { socket, token, head: [0; HEADER_LEN], have: 0, until }
     }
 
-    /// Reads on, and replies once the header of the `VERSION` is there. `false`: the refusal is
-    /// done, and the socket can be closed.
+    /// Reads more bytes, and replies when the header of `VERSION` is complete. Returns false when
+    /// the refusal is complete, so that the caller can close the socket.
     pub(crate) fn go_on(&mut self) -> bool {
         while self.have < HEADER_LEN {
             match rustix::io::read(&self.socket, &mut self.head[self.have..]) {
@@ -42,7 +42,8 @@ impl Refused {
             let mut sender = Sender::default();
             sender.push(message::message(id, command, Kind::Reply { error }, &[]), Vec::new());
             let _ = sender.flush(self.socket.as_fd());
-            // A close with unread data would look like a failure and not like an end.
+            // If the socket closes with unread data, the client gets an error instead of the end of
+            // the stream.
             let _ = rustix::io::read(&self.socket, &mut [0; 4096]);
         }
         false

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What a vfio-user server serves: the [`Target`] trait.
+//! The trait of the device that a server serves.
 
 use std::os::fd::OwnedFd;
 
@@ -7,16 +7,16 @@ use rustix::io::Errno;
 
 /// Numbers that VFIO gives to the regions and interrupt indexes of a PCI function.
 pub mod pci {
-    /// BAR 0; BARs 1 to 5 follow.
+    /// BAR 0. BARs 1 to 5 follow.
     pub const REGION_BAR0: u32 = 0;
     /// The expansion ROM.
     pub const REGION_ROM: u32 = 6;
     /// The configuration space.
     pub const REGION_CONFIG: u32 = 7;
-    /// Number of regions; the last one is for VGA.
+    /// Number of regions. The last one is for VGA.
     pub const REGIONS: u32 = 9;
 
-    /// The interrupt pin: one interrupt, a level.
+    /// The interrupt pin: one level-triggered interrupt.
     pub const IRQ_INTX: u32 = 0;
     /// Message-signalled interrupts.
     pub const IRQ_MSI: u32 = 1;
@@ -30,7 +30,7 @@ pub mod pci {
     pub const IRQS: u32 = 5;
 }
 
-/// What the device has (`DEVICE_GET_INFO`). It is always a PCI device.
+/// The properties of the device (`DEVICE_GET_INFO`). It is always a PCI device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DeviceInfo {
@@ -43,17 +43,17 @@ pub struct DeviceInfo {
 }
 
 impl DeviceInfo {
-    /// A PCI function that can be reset: 9 regions, 5 interrupt indexes.
+    /// A PCI function that can be reset, with 9 regions and 5 interrupt indexes.
     pub const PCI: DeviceInfo =
         DeviceInfo { resettable: true, regions: pci::REGIONS, irqs: pci::IRQS };
 }
 
-/// A region of the device. None can be mapped by the client: QEMU posts its writes only to a device
-/// of which no region can be.
+/// The properties of a region of the device. The client can map no region. QEMU posts its writes
+/// only to a device that has no such region.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct RegionInfo {
-    /// Bytes; 0 for a region that the device does not have.
+    /// Bytes. 0: the device does not have this region.
     pub size: u64,
     /// The client may read it.
     pub readable: bool,
@@ -75,17 +75,17 @@ impl RegionInfo {
     }
 }
 
-/// An interrupt index of the device.
+/// The properties of an interrupt index of the device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct IrqInfo {
-    /// Number of interrupts; 0 when the device has none of this kind.
+    /// Number of interrupts. 0: the device has none of this kind.
     pub count: u32,
-    /// They can be masked and unmasked by the client.
+    /// The client can mask and unmask them.
     pub maskable: bool,
-    /// They mask themselves when triggered, and the client unmasks them (INTx).
+    /// An interrupt masks itself when it is triggered, and the client unmasks it (INTx).
     pub automasked: bool,
-    /// They are set up together: more can be connected only after all were disconnected (MSI,
+    /// The client connects all of them together. To connect more, it first disconnects all (MSI,
     /// MSI-X).
     pub fixed_size: bool,
 }
@@ -97,59 +97,61 @@ impl IrqInfo {
         IrqInfo { count: 1, maskable: true, automasked: true, fixed_size: false }
     }
 
-    /// `count` message-signalled interrupts, set up together.
+    /// `count` message-signalled interrupts, which the client connects together.
     #[must_use]
     pub const fn messages(count: u32) -> IrqInfo {
         IrqInfo { count, maskable: false, automasked: false, fixed_size: true }
     }
 }
 
-/// What a client wants of the interrupts of one index (`DEVICE_SET_IRQS`).
+/// A client's change of the interrupts of one index (`DEVICE_SET_IRQS`).
 ///
-/// Ranges have been checked against [`Target::irq_info`]. An interrupt number is relative to its
-/// index. The descriptors are eventfds; they may block, until the target makes them non-blocking.
+/// The server has checked the ranges against [`Target::irq_info`]. The number of an interrupt is
+/// relative to its index. The descriptors are eventfds. The client also holds them, and can make
+/// them blocking and fill them at any time.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum IrqAction {
     /// Disconnect all eventfds of this index.
     DisableAll,
-    /// The eventfds by which the device triggers the interrupts from `start` on; `None` disconnects
-    /// one.
+    /// Connect the interrupts from `start` on to these eventfds, or disconnect them (`None`). The
+    /// device writes an eventfd to trigger its interrupt.
     Connect {
         /// First interrupt.
         start: u32,
         /// One per interrupt.
         eventfds: Vec<Option<OwnedFd>>,
     },
-    /// The eventfds whose signal masks the interrupts from `start` on.
+    /// Each write of one of these eventfds masks its interrupt, from `start` on.
     ConnectMask {
         /// First interrupt.
         start: u32,
         /// One per interrupt.
         eventfds: Vec<Option<OwnedFd>>,
     },
-    /// The eventfds whose signal unmasks the interrupts from `start` on.
+    /// Each write of one of these eventfds unmasks its interrupt, from `start` on.
     ConnectUnmask {
         /// First interrupt.
         start: u32,
         /// One per interrupt.
         eventfds: Vec<Option<OwnedFd>>,
     },
-    /// Trigger these interrupts as if the device had.
+    /// Trigger these interrupts, as the device would.
     Trigger(Vec<u32>),
     /// Mask these interrupts.
     Mask(Vec<u32>),
-    /// Unmask these interrupts. For INTx this is the end of interrupt.
+    /// Unmask these interrupts. For INTx this is the end of the interrupt.
     Unmask(Vec<u32>),
 }
 
 /// Memory of the client that the device may use from now on (`DMA_MAP`).
 ///
-/// Address and size are multiples of 4 KiB, do not overflow and overlap no other mapping.
+/// Address and size are multiples of 4 KiB. Their sum does not overflow. The mapping does not
+/// overlap another one.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Mapping {
-    /// Its address as the device knows it.
+    /// The address that the device uses.
     pub address: u64,
     /// Bytes, at least one page.
     pub size: u64,
@@ -160,22 +162,23 @@ pub struct Mapping {
     /// The descriptor to map and the offset in it. `None`: the client does not share this memory,
     /// and the device cannot reach it.
     ///
-    /// Nothing is known about the descriptor: it may be no memory at all, shorter than `offset +
-    /// size`, or shrink later.
+    /// The server has not checked the descriptor. It may be no memory at all, be shorter than
+    /// `offset + size`, or shrink later.
     pub memory: Option<(OwnedFd, u64)>,
 }
 
-/// An eventfd that stands for writes to a part of a region: a doorbell that needs no message.
+/// An eventfd for a part of a region. A write of the eventfd has the effect of a write to the
+/// region, without a message. It can be a doorbell.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct IoEventFd {
-    /// The eventfd. A duplicate: it is closed once sent.
+    /// The eventfd. The server closes this descriptor after it has sent it.
     pub fd: OwnedFd,
-    /// Offset in the region, bytes.
+    /// Offset in the region, in bytes.
     pub offset: u64,
-    /// Size of the write that it stands for, bytes; 0: any.
+    /// Bytes of the write. 0: any number.
     pub size: u64,
-    /// The value that must be written; `None`: any.
+    /// The value of the write. `None`: any value.
     pub datamatch: Option<u64>,
 }
 
@@ -187,81 +190,83 @@ impl IoEventFd {
     }
 }
 
-/// What a server serves: one device function.
+/// One device function, which a server serves.
 ///
-/// The server calls these methods from the thread that runs it, one call at a time. It does the
-/// checks that need no knowledge of the device:
-/// - indexes are below the counts of [`DeviceInfo`],
-/// - an access lies within its region, and the region's [`RegionInfo`] allows it,
-/// - a range of interrupts lies within its index,
+/// The server calls one method at a time, from the thread that runs the server. It has checked that
+/// - indexes are below the counts of [`DeviceInfo`];
+/// - an access lies within its region, and the region's [`RegionInfo`] allows it;
+/// - a range of interrupts lies within its index;
 /// - mappings do not overlap, and an unmap names a mapping exactly.
 ///
-/// The target adds its own rules. It returns an errno for each refusal, which the client gets.
+/// The target may refuse more. The client gets the errno that the target returns.
 ///
-/// No call may wait for the client: QEMU holds its global lock while it waits for the reply to an
-/// access.
+/// A method must not wait for the client. QEMU holds its global lock while it waits for the reply
+/// to an access.
 pub trait Target {
-    /// What the device has. Cheap, and the same as long as a client is there.
+    /// The properties of the device. The result must not change while a client is connected. The
+    /// call must be cheap.
     fn device_info(&self) -> DeviceInfo {
         DeviceInfo::PCI
     }
 
-    /// A region, by an index below [`DeviceInfo::regions`]. Cheap.
+    /// The properties of a region, whose index is below [`DeviceInfo::regions`]. The call must be
+    /// cheap.
     fn region_info(&self, region: u32) -> RegionInfo;
 
-    /// An interrupt index, below [`DeviceInfo::irqs`]. Cheap.
+    /// The properties of an interrupt index, which is below [`DeviceInfo::irqs`]. The call must be
+    /// cheap.
     fn irq_info(&self, index: u32) -> IrqInfo;
 
     /// Reads `data.len()` bytes, 1 to 1 MiB.
     ///
     /// # Errors
-    /// An errno for the client when this place cannot be read so.
+    /// An errno for the client: the target does not allow this read.
     fn read(&mut self, region: u32, offset: u64, data: &mut [u8]) -> Result<(), Errno>;
 
     /// Writes `data.len()` bytes, 1 to 1 MiB.
     ///
     /// # Errors
-    /// An errno for the client (unless it posted the write) when this place cannot be written so.
+    /// An errno for the client: the target does not allow this write. A client that posted the
+    /// write does not get the errno.
     fn write(&mut self, region: u32, offset: u64, data: &[u8]) -> Result<(), Errno>;
 
     /// Changes the interrupts of an index.
     ///
     /// # Errors
-    /// An errno for the client; nothing has changed then.
+    /// An errno for the client. A failed call has changed nothing.
     fn set_irqs(&mut self, index: u32, action: IrqAction) -> Result<(), Errno>;
 
-    /// The most mappings that this device takes, up to 65535. A client that asks learns of the
-    /// lower of this number and its own; [`dma_map`](Self::dma_map) still sees every mapping of a
-    /// client that does not ask.
+    /// The most mappings that this device accepts, up to 65535. A client that names its own number
+    /// gets the lower of the two as its limit. A client that names none has the limit 65535, so
+    /// [`dma_map`](Self::dma_map) may see more mappings than this number.
     fn max_dma_maps(&self) -> u32 {
         crate::version::MAX_DMA_MAPS
     }
 
-    /// The client offers memory. A device that reads and writes no memory need not look at it.
+    /// The client shares memory. A device that reads and writes no memory can ignore it.
     ///
     /// # Errors
-    /// An errno for the client when the memory cannot be used. It then counts as not mapped.
+    /// An errno for the client: the device cannot use the memory. The memory is then not mapped.
     fn dma_map(&mut self, mapping: Mapping) -> Result<(), Errno> {
         drop(mapping);
         Ok(())
     }
 
-    /// The client takes a mapping back: when this returns, nothing of the device touches it any
-    /// more.
+    /// The client ends a mapping. When this returns, the device no longer touches that memory.
     fn dma_unmap(&mut self, address: u64, size: u64) {
         let _ = (address, size);
     }
 
-    /// The client takes all mappings back, as [`dma_unmap`](Self::dma_unmap) takes one.
+    /// The client ends all mappings, as [`dma_unmap`](Self::dma_unmap) does for one.
     fn dma_unmap_all(&mut self) {}
 
-    /// Back to the state after power-on, but for the mappings and the connected eventfds.
+    /// Sets the device to its state after power-on. The mappings and the connected eventfds stay.
     ///
     /// # Errors
     /// An errno for the client.
     fn reset(&mut self) -> Result<(), Errno>;
 
-    /// The eventfds that stand for writes to a region. Empty when there are none.
+    /// The eventfds whose writes have the effect of writes to a region. Empty if there are none.
     fn io_eventfds(&mut self, region: u32) -> Vec<IoEventFd> {
         let _ = region;
         Vec::new()
@@ -270,8 +275,8 @@ pub trait Target {
     /// A client has connected and negotiated.
     fn connected(&mut self) {}
 
-    /// The client that [`Target::connected`] told of is gone, in whatever way. The target drops
-    /// its mappings and eventfds, whether or not the client took them back. The next call, if any,
-    /// is [`Target::connected`].
+    /// The client that [`Target::connected`] announced has gone, for any reason. The target drops
+    /// the client's mappings and eventfds, also those that the client did not take back. The next
+    /// call, if any, is [`Target::connected`].
     fn disconnected(&mut self);
 }

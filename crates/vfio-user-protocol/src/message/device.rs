@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `DEVICE_GET_INFO`, `DEVICE_FEATURE`, and the four words that three commands have in common.
+//! `DEVICE_GET_INFO`, `DEVICE_FEATURE`, and the four words that three commands share.
 
 use super::fields::{Body, Fields, Malformed, check_argsz};
 
@@ -12,13 +12,15 @@ pub const DEVICE_IS_PCI: u32 = 1 << 1;
 /// start with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Info {
-    /// In a request the room for the reply's body, in a reply the size of the whole body. Bytes.
+    /// Bytes. In a request: the space for the reply's body. In a reply: the size of the whole body.
     pub argsz: u32,
     /// Zero in a request.
     pub flags: u32,
-    /// `DEVICE_GET_INFO`: number of regions. The others: the index asked for.
+    /// `DEVICE_GET_INFO`: number of regions. The other commands: the index that the client asks
+    /// for.
     pub index: u32,
-    /// `DEVICE_GET_INFO`: number of interrupt indexes. The others: the count of what was asked for.
+    /// `DEVICE_GET_INFO`: number of interrupt indexes. The other commands: the number of interrupts
+    /// or of eventfds.
     pub count: u32,
 }
 
@@ -26,10 +28,10 @@ impl Info {
     /// Bytes of the four words.
     pub const LEN: usize = 16;
 
-    /// Takes a body apart; what follows the four words is ignored.
+    /// Parses a body, and ignores the bytes after the four words.
     ///
     /// # Errors
-    /// When it is short, or says that the reply may not even have these four words.
+    /// The body is too short, or its `argsz` does not allow a reply of four words.
     pub fn parse(body: &[u8]) -> Result<Self, Malformed> {
         let mut f = Fields::new(body);
         let info = Self { argsz: f.u32()?, flags: f.u32()?, index: f.u32()?, count: f.u32()? };
@@ -37,31 +39,31 @@ impl Info {
         Ok(info)
     }
 
-    /// The body.
+    /// Returns the body.
     #[must_use]
     pub fn body(&self) -> Vec<u8> {
         Body::default().u32(self.argsz).u32(self.flags).u32(self.index).u32(self.count).0
     }
 }
 
-/// `DEVICE_FEATURE`: what is asked of which feature.
+/// `DEVICE_FEATURE`: a feature, and what the client asks of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Feature {
     /// The feature's number.
     pub feature: u16,
-    /// Give its data.
+    /// Return its data.
     pub get: bool,
     /// Set it from the data.
     pub set: bool,
-    /// Only say whether the above would work.
+    /// Only say whether `get` or `set` would work.
     pub probe: bool,
 }
 
 impl Feature {
-    /// Takes a body apart, without the feature's data.
+    /// Parses a body, without the feature's data.
     ///
     /// # Errors
-    /// When it is short, or the flags exclude each other.
+    /// The body is too short, or the flags exclude each other.
     pub fn parse(body: &[u8]) -> Result<Self, Malformed> {
         let mut f = Fields::new(body);
         let (argsz, flags) = (f.u32()?, f.u32()?);

@@ -1,27 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Integers in byte order of the machine: taken off the front of a body, and put together to one.
+//! Reads and writes the integers of a body. They have the byte order of the machine.
 
-/// A body that does not have the form of its command.
+/// The body does not have the form of its command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Malformed {
-    /// Fewer bytes than the command's fixed part, or than its counts announce.
+    /// The body has fewer bytes than the command's fixed part, or than its counts need.
     #[error("body of {have} bytes where {need} are needed")]
     Short {
         /// Bytes needed.
         need: usize,
-        /// Bytes there.
+        /// Bytes found.
         have: usize,
     },
-    /// More bytes than the command and its counts account for.
+    /// The body has more bytes than the command and its counts need.
     #[error("body of {have} bytes where {need} are accounted for")]
     Long {
-        /// Bytes accounted for.
+        /// Bytes needed.
         need: usize,
-        /// Bytes there.
+        /// Bytes found.
         have: usize,
     },
-    /// An `argsz` that cannot hold the structure that it describes.
+    /// `argsz` is too small for the structure that it describes.
     #[error("argsz {argsz} below {need}")]
     ArgSize {
         /// Bytes needed.
@@ -29,15 +29,15 @@ pub enum Malformed {
         /// The value found.
         argsz: u32,
     },
-    /// A single write of `REGION_WRITE_MULTI` longer than its eight bytes of room.
+    /// A write of `REGION_WRITE_MULTI` has more than eight bytes.
     #[error("write of {0} bytes in an entry with room for 8")]
     MultiWrite(u32),
-    /// Flags that exclude each other, or that the protocol does not know.
+    /// The flags exclude each other, or the protocol does not have them.
     #[error("flags {0:#x}")]
     Flags(u32),
 }
 
-/// Reads integers off the front of a byte slice.
+/// Reads integers from the front of a byte slice.
 #[derive(Clone, Copy)]
 pub(super) struct Fields<'a> {
     pub(super) rest: &'a [u8],
@@ -73,7 +73,7 @@ impl<'a> Fields<'a> {
         self.take().map(u64::from_ne_bytes)
     }
 
-    /// All that is left, which must be `len` bytes.
+    /// Returns the rest of the body, which must have `len` bytes.
     pub(super) fn exactly(self, len: u64) -> Result<&'a [u8], Malformed> {
         let fixed = self.total - self.rest.len();
         let need = usize::try_from(len).unwrap_or(usize::MAX).saturating_add(fixed);
@@ -85,7 +85,7 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// Puts a body together; the counterpart of [`Fields`].
+/// Makes a body. The counterpart of [`Fields`].
 #[derive(Default)]
 pub(super) struct Body(pub(super) Vec<u8>);
 
@@ -115,7 +115,7 @@ impl Body {
     }
 }
 
-/// Checks that the `argsz` of a request leaves room for `need` bytes.
+/// Checks that `argsz` of a request allows a reply of `need` bytes.
 pub(super) fn check_argsz(argsz: u32, need: usize) -> Result<(), Malformed> {
     if (argsz as usize) < need { Err(Malformed::ArgSize { need, argsz }) } else { Ok(()) }
 }

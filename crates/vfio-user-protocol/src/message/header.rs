@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The header that every message starts with, and the numbers of the commands.
+//! The header of every message, and the numbers of the commands.
 
 use std::fmt;
 
-/// Bytes of the header that every message starts with.
+/// Bytes of the header, with which every message begins.
 pub const HEADER_LEN: usize = 16;
 
-/// The command numbers, as they stand in [`Header::command`].
+/// The numbers of the commands, for [`Header::command`].
 pub mod command {
     #![allow(missing_docs)] // The names are the specification's own.
     pub const VERSION: u16 = 1;
@@ -29,7 +29,7 @@ pub mod command {
     pub const MIG_DATA_WRITE: u16 = 18;
 }
 
-/// What a command is called in log lines.
+/// The name of a command in log lines.
 #[must_use]
 pub fn command_name(number: u16) -> &'static str {
     match number {
@@ -55,26 +55,26 @@ pub fn command_name(number: u16) -> &'static str {
     }
 }
 
-/// Whether a message asks or answers.
+/// The type of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// A command; `no_reply` when its sender waits for no answer.
+    /// A command.
     Command {
-        /// No reply may be sent, not even one that reports an error.
+        /// The sender does not wait for a reply. The receiver must not send one, not even for an
+        /// error.
         no_reply: bool,
     },
-    /// The reply to an earlier command; the errno when it failed.
+    /// The reply to an earlier command.
     Reply {
-        /// `None`: done. `Some(0)`: failed without a reason given.
+        /// `None`: the command succeeded. Otherwise the errno of its failure; 0 gives no reason.
         error: Option<u32>,
     },
 }
 
-/// The header of a message. Message ids belong to the sender of the command and are echoed in the
-/// reply.
+/// The header of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
-    /// Chosen by the sender of the command, echoed in the reply.
+    /// The sender of a command chooses it, and the reply repeats it.
     pub id: u16,
     /// One of [`command`], or a number that this crate does not know.
     pub command: u16,
@@ -90,23 +90,23 @@ const TYPE_REPLY: u32 = 1;
 const FLAG_NO_REPLY: u32 = 0x10;
 const FLAG_ERROR: u32 = 0x20;
 
-/// A header after which the stream cannot be followed any more: the connection has to end.
+/// The header is not valid. The next message cannot be found, so the connection has to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum BadHeader {
     /// The size field is below the header's own size.
     #[error("message size {0} is below the size of its header")]
     Size(u32),
-    /// The type bits say neither command nor reply.
+    /// The type is neither command nor reply.
     #[error("message type {0} is neither command nor reply")]
     Type(u32),
 }
 
 impl Header {
-    /// Decodes the sixteen bytes. An upper bound for the size is the receiver's business.
+    /// Parses the sixteen bytes. The receiver must check the size against its own limit.
     ///
     /// # Errors
-    /// When the size or the type make it impossible to find the next message.
+    /// The size or the type is not valid.
     pub fn parse(bytes: &[u8; HEADER_LEN]) -> Result<Self, BadHeader> {
         let [i0, i1, c0, c1, s0, s1, s2, s3, f0, f1, f2, f3, e0, e1, e2, e3] = *bytes;
         let size = u32::from_ne_bytes([s0, s1, s2, s3]);
@@ -128,7 +128,7 @@ impl Header {
         })
     }
 
-    /// Encodes the header.
+    /// Returns the bytes of the header.
     #[must_use]
     pub fn bytes(&self) -> [u8; HEADER_LEN] {
         let (flags, errno) = match self.kind {
@@ -146,7 +146,7 @@ impl Header {
         out
     }
 
-    /// Bytes of the body that follows.
+    /// Bytes of the body.
     #[must_use]
     pub fn body_len(&self) -> usize {
         (self.size as usize).saturating_sub(HEADER_LEN)
@@ -166,10 +166,10 @@ impl fmt::Display for Header {
     }
 }
 
-/// Header and body as one buffer, ready to be sent.
+/// Returns header and body in one buffer.
 ///
-/// The size field is set from the body, which is cut off beyond 4 GiB - a length that no caller
-/// reaches, since every body here is bounded by the negotiated transfer size.
+/// Sets the size field from the body. It cuts off a body beyond 4 GiB. No caller has such a body,
+/// because the negotiated transfer size limits it.
 #[must_use]
 pub fn message(id: u16, command: u16, kind: Kind, body: &[u8]) -> Vec<u8> {
     let size = u32::try_from(HEADER_LEN + body.len()).unwrap_or(u32::MAX);

@@ -1,27 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Interrupts: what the client wants of which ones.
+//! `DEVICE_SET_IRQS`: changes of interrupts.
 
 use super::fields::{Body, Fields, Malformed, check_argsz};
 
-/// What a `DEVICE_SET_IRQS` does with the interrupts of its range.
+/// What `DEVICE_SET_IRQS` does with the interrupts of its range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IrqVerb {
-    /// Mask them, or name the eventfds that tell of masking.
+    /// Mask them, or connect eventfds that mask them.
     Mask,
-    /// Unmask them, or name the eventfds that tell of unmasking.
+    /// Unmask them, or connect eventfds that unmask them.
     Unmask,
-    /// Trigger them, or name the eventfds that the device triggers.
+    /// Trigger them, or connect eventfds by which the device triggers them.
     Trigger,
 }
 
-/// How a `DEVICE_SET_IRQS` names the interrupts of its range that it means.
+/// How `DEVICE_SET_IRQS` selects interrupts of its range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IrqData<'a> {
     /// All of them.
     None,
-    /// Those with a byte other than zero.
+    /// Those whose byte is not zero.
     Bool(&'a [u8]),
-    /// All of them; the descriptors came along with the message.
+    /// All of them. The message carries the descriptors.
     Eventfd,
 }
 
@@ -36,17 +36,17 @@ pub struct SetIrqs<'a> {
     pub count: u32,
     /// What to do.
     pub verb: IrqVerb,
-    /// To which ones.
+    /// The interrupts that it does this to.
     pub data: IrqData<'a>,
 }
 
 impl<'a> SetIrqs<'a> {
     const LEN: usize = 20;
 
-    /// Takes a body apart.
+    /// Parses a body.
     ///
     /// # Errors
-    /// When it is short, or names no or several verbs or kinds of data.
+    /// The body is too short, or does not have exactly one verb and one kind of data.
     pub fn parse(body: &'a [u8]) -> Result<Self, Malformed> {
         let mut f = Fields::new(body);
         let (argsz, flags, index, start, count) =
@@ -72,7 +72,7 @@ impl<'a> SetIrqs<'a> {
         Ok(Self { index, start, count, verb, data })
     }
 
-    /// The body of the request. The reply has none.
+    /// Returns the body of the request. The reply has no body.
     #[must_use]
     pub fn body(&self) -> Vec<u8> {
         let (kind, bools): (u32, &[u8]) = match self.data {

@@ -10,9 +10,9 @@ pub struct DmaMap {
     pub readable: bool,
     /// The device may write it.
     pub writable: bool,
-    /// Where it starts in the descriptor that came along, in bytes.
+    /// The offset in the file whose descriptor the message carries, in bytes.
     pub offset: u64,
-    /// Its address as the device knows it.
+    /// The address that the device uses.
     pub address: u64,
     /// Bytes.
     pub size: u64,
@@ -21,10 +21,10 @@ pub struct DmaMap {
 impl DmaMap {
     const LEN: usize = 32;
 
-    /// Takes a body apart.
+    /// Parses a body.
     ///
     /// # Errors
-    /// When it is short, or has flags beyond readable and writable.
+    /// The body is too short, or has other flags than readable and writable.
     pub fn parse(body: &[u8]) -> Result<Self, Malformed> {
         let mut f = Fields::new(body);
         let (argsz, flags) = (f.u32()?, f.u32()?);
@@ -42,7 +42,7 @@ impl DmaMap {
         Ok(map)
     }
 
-    /// The body of the request. The reply has none.
+    /// Returns the body of the request. The reply has no body.
     #[must_use]
     pub fn body(&self) -> Vec<u8> {
         let flags = u32::from(self.readable) | u32::from(self.writable) << 1;
@@ -53,7 +53,7 @@ impl DmaMap {
 /// `DMA_UNMAP`: memory that the device must not touch any more. The reply repeats the request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DmaUnmap {
-    /// Unmap everything; address and size are then zero.
+    /// Unmap everything. Address and size are then zero.
     pub all: bool,
     /// Asks for the bitmap of dirty pages, which needs migration.
     pub dirty_bitmap: bool,
@@ -66,10 +66,10 @@ pub struct DmaUnmap {
 impl DmaUnmap {
     const LEN: usize = 24;
 
-    /// Takes a body apart (request or reply).
+    /// Parses a body of a request or a reply.
     ///
     /// # Errors
-    /// When it is short, or has flags that the protocol does not know.
+    /// The body is too short, or has flags that the protocol does not have.
     pub fn parse(body: &[u8]) -> Result<Self, Malformed> {
         let mut f = Fields::new(body);
         let (argsz, flags) = (f.u32()?, f.u32()?);
@@ -86,7 +86,7 @@ impl DmaUnmap {
         Ok(unmap)
     }
 
-    /// The body of request and reply.
+    /// Returns the body of the request and of the reply.
     #[must_use]
     pub fn body(&self) -> Vec<u8> {
         let flags = u32::from(self.dirty_bitmap) | u32::from(self.all) << 1;

@@ -19,10 +19,10 @@
 //! | `DMA_READ`, `DMA_WRITE` | server | refused here: see the crate's limits | |
 //! | `MIG_DATA_READ`, `MIG_DATA_WRITE` | client | refused here: no migration | |
 //!
-//! The parsers take byte slices apart with checks; the `body` methods put byte vectors together.
-//! Nothing here does input or output, and no bytes make it panic. A body that is too short, or that
-//! does not hold what its counts announce, is a [`Malformed`]. Whether indexes, offsets and
-//! addresses fit the device is the [session's](crate::session) decision.
+//! The parsers check byte slices, and the `body` methods make byte vectors. This module does no
+//! input and no output, and no bytes make it panic. A parser returns [`Malformed`] if a body is too
+//! short, or does not agree with its counts. The [session](crate::session) checks indexes, offsets
+//! and addresses against the device.
 //!
 //! All integers have the machine's byte order: both ends of a UNIX socket are on the same machine.
 

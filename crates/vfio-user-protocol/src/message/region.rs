@@ -1,37 +1,37 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Regions of the device: what they are, and access to them.
+//! The properties of regions, and access to regions.
 
 use super::device::Info;
 use super::fields::{Body, Fields, Malformed, check_argsz};
 
-/// Bytes of a region access's body before its data.
+/// Bytes in the body of a region access before the data.
 pub const REGION_ACCESS_LEN: usize = 16;
 /// Bytes of one write in a `REGION_WRITE_MULTI` body.
 const MULTI_WRITE_LEN: usize = 24;
-/// Bytes of one sub-region in a `DEVICE_GET_REGION_IO_FDS` reply, as this crate writes it. A reader
-/// takes entries that are longer, too.
+/// Bytes of one sub-region in a reply to `DEVICE_GET_REGION_IO_FDS`, as this crate writes it. The
+/// parser also accepts longer entries.
 pub const SUB_REGION_LEN: usize = 40;
 
 /// `DEVICE_GET_REGION_INFO`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RegionInfo {
-    /// In a request the room for the reply's body, in a reply the size of the whole body. Bytes.
+    /// Bytes. In a request: the space for the reply's body. In a reply: the size of the whole body.
     pub argsz: u32,
-    /// `VFIO_REGION_INFO_FLAG_*`; zero in a request.
+    /// `VFIO_REGION_INFO_FLAG_*`. Zero in a request.
     pub flags: u32,
     /// The region.
     pub index: u32,
-    /// Its size in bytes; zero in a request.
+    /// Its size in bytes. Zero in a request.
     pub size: u64,
 }
 
 impl RegionInfo {
     const LEN: usize = 32;
 
-    /// Takes a body apart (request or reply).
+    /// Parses a body of a request or a reply.
     ///
     /// # Errors
-    /// When it is short, or leaves no room for the reply.
+    /// The body is too short, or its `argsz` is too small for the reply.
     pub fn parse(body: &[u8]) -> Result<Self, Malformed> {
         let mut f = Fields::new(body);
         let (argsz, flags, index) = (f.u32()?, f.u32()?, f.u32()?);
@@ -40,7 +40,8 @@ impl RegionInfo {
         Ok(Self { argsz, flags, index, size })
     }
 
-    /// The body. No region here can be mapped, so capabilities and file offset are always zero.
+    /// Returns the body. No region of this crate can be mapped, so capabilities and file offset are
+    /// zero.
     #[must_use]
     pub fn body(&self) -> Vec<u8> {
         Body::default()
@@ -54,20 +55,21 @@ impl RegionInfo {
     }
 }
 
-/// One eventfd that stands for writes to a part of a region (`DEVICE_GET_REGION_IO_FDS`).
+/// An eventfd for a part of a region (`DEVICE_GET_REGION_IO_FDS`). A write of the eventfd has the
+/// effect of a write to the region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SubRegion {
-    /// Offset in the region, bytes.
+    /// Offset in the region, in bytes.
     pub offset: u64,
-    /// Size of the accesses that it stands for, bytes; 0: any.
+    /// Bytes of the write. 0: any number.
     pub size: u64,
-    /// Which of the descriptors that came along.
+    /// The index of its descriptor among those of the message.
     pub fd_index: u32,
-    /// 0 for an ioeventfd, the only type used here.
+    /// 0 for an ioeventfd. This crate uses no other type.
     pub kind: u32,
     /// `KVM_IOEVENTFD_FLAG_*`.
     pub flags: u32,
-    /// The value that must be written, when the flags say so.
+    /// The value of the write, if the flags say so.
     pub datamatch: u64,
 }
 
@@ -81,12 +83,12 @@ impl SubRegion {
 
     /// The sub-regions of a reply's body.
     ///
-    /// The length of an entry is that of the array, `argsz - 16`, divided by the count: a later
-    /// minor version may append fields, and these are ignored. (The document has 32 instead of 16
-    /// in that formula, and 40 bytes for an entry; only 16 gives 40.)
+    /// The length of an entry is the length of the array, `argsz - 16`, divided by the count. A
+    /// later minor version may append fields, which this method ignores. (The document has 32
+    /// instead of 16 in this formula, and says that an entry has 40 bytes. Only 16 gives 40.)
     ///
     /// # Errors
-    /// When `argsz` gives entries no room for the fields above, or the body ends within the array.
+    /// By `argsz`, an entry is too short for the fields above; or the body ends within the array.
     pub fn parse_all(body: &[u8]) -> Result<Vec<Self>, Malformed> {
         let info = Info::parse(body)?;
         let count = info.count as usize;
@@ -113,11 +115,11 @@ impl SubRegion {
     }
 }
 
-/// `REGION_READ` and `REGION_WRITE`, request and reply: the fixed part, with `count` bytes of data
-/// after it in the request of a write and the reply to a read.
+/// The fixed part of `REGION_READ` and `REGION_WRITE`, of request and reply. In the request of a
+/// write and in the reply to a read, `count` bytes of data follow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RegionAccess {
-    /// Offset in the region, bytes.
+    /// Offset in the region, in bytes.
     pub offset: u64,
     /// The region.
     pub region: u32,
@@ -126,10 +128,10 @@ pub struct RegionAccess {
 }
 
 impl RegionAccess {
-    /// Takes a body without data apart.
+    /// Parses a body without data.
     ///
     /// # Errors
-    /// When its length is not that of the fixed part.
+    /// The body does not have the length of the fixed part.
     pub fn parse(body: &[u8]) -> Result<Self, Malformed> {
         let mut f = Fields::new(body);
         let access = Self { offset: f.u64()?, region: f.u32()?, count: f.u32()? };
@@ -137,17 +139,17 @@ impl RegionAccess {
         Ok(access)
     }
 
-    /// Takes a body with data apart.
+    /// Parses a body with data.
     ///
     /// # Errors
-    /// When its length is not that of the fixed part and `count` bytes.
+    /// The body does not have the length of the fixed part and `count` bytes.
     pub fn parse_with_data(body: &[u8]) -> Result<(Self, &[u8]), Malformed> {
         let mut f = Fields::new(body);
         let access = Self { offset: f.u64()?, region: f.u32()?, count: f.u32()? };
         Ok((access, f.exactly(access.count.into())?))
     }
 
-    /// The body, with room for data behind it when there is to be some.
+    /// Returns the body with `data` after the fixed part.
     #[must_use]
     pub fn body(&self, data: &[u8]) -> Vec<u8> {
         let body = Body::with_capacity(REGION_ACCESS_LEN + data.len());
@@ -158,7 +160,7 @@ impl RegionAccess {
 /// One write of a `REGION_WRITE_MULTI`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MultiWrite<'a> {
-    /// Offset in the region, bytes.
+    /// Offset in the region, in bytes.
     pub offset: u64,
     /// The region.
     pub region: u32,
@@ -167,10 +169,10 @@ pub struct MultiWrite<'a> {
 }
 
 impl<'a> MultiWrite<'a> {
-    /// The writes of a request's body, in the order in which they are to be done.
+    /// Parses the body of a request. Returns the writes in their order.
     ///
     /// # Errors
-    /// When the count does not fit the body, or a write claims more than eight bytes.
+    /// The count does not fit the body, or a write has more than eight bytes.
     pub fn parse_all(body: &'a [u8]) -> Result<Vec<Self>, Malformed> {
         let mut f = Fields::new(body);
         let count = f.u64()?;
@@ -186,8 +188,8 @@ impl<'a> MultiWrite<'a> {
             .collect()
     }
 
-    /// The body of a request. Writes of more than eight bytes are cut off; their senders use
-    /// `REGION_WRITE`.
+    /// Returns the body of a request. It cuts off a write of more than eight bytes: use
+    /// `REGION_WRITE` for it.
     #[must_use]
     pub fn body(writes: &[Self]) -> Vec<u8> {
         let mut body =
@@ -205,7 +207,7 @@ impl<'a> MultiWrite<'a> {
         body.0
     }
 
-    /// The body of the reply: how many writes were done.
+    /// Returns the body of the reply: the number of writes.
     #[must_use]
     pub fn reply(done: u64) -> Vec<u8> {
         Body::default().u64(done).0
