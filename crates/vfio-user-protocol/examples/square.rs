@@ -1,5 +1,5 @@
-//! A PCI device with one BAR and one interrupt. A number written to offset 0 of BAR 0 appears
-//! squared at offset 4, and raises INTx; zero written to offset 8 takes INTx back.
+//! A PCI device with one BAR and one interrupt. A driver writes a number to offset 0 of BAR 0. The
+//! device raises INTx, and its square is at offset 4. A write of zero to offset 8 lowers INTx.
 #![allow(clippy::cast_possible_truncation, reason = "an offset lies within its region")]
 use std::{fs::File, io::Write};
 use vfio_user_protocol::{Errno, IrqAction, IrqInfo, RegionInfo, Server, Target, pci};

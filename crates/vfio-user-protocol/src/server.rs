@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The server: a listening socket, one client at a time, time-outs. It never blocks.
+//! The server. It has a listening socket, one client at a time, and time-outs. It never blocks.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -20,19 +20,20 @@ use crate::socket::{Message, Received, Receiver, Sender, SocketSource};
 use crate::target::Target;
 use crate::version::MAX_MSG_FDS;
 
-/// The most work that one call of [`Server::ready`] does. A message counts as one, and as one more
-/// for each [`WORK_BYTES`] of its body.
+/// The most work of one call of [`Server::ready`]. A message counts as 1, and as 1 more for each
+/// [`WORK_BYTES`] of its body.
 const WORK_PER_CALL: u32 = 64;
 /// See [`WORK_PER_CALL`].
 const WORK_BYTES: usize = 1024;
-/// How many connections one call accepts, at most.
+/// The most connections that one call accepts.
 const ACCEPTS_PER_CALL: u32 = 4;
-/// How many clients wait for their refusal at the same time; more are closed without a word.
+/// The most clients that wait for their refusal. The server closes further connections without a
+/// reply.
 const MAX_REFUSED: usize = 4;
-/// How long no connection is accepted after the process ran out of descriptors or memory.
+/// The pause before the server accepts again, after the process ran out of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
-/// How long a client may take. QEMU itself waits 5 s for a reply.
+/// Time limits for a client. QEMU itself waits 5 s for a reply.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct Timeouts {
@@ -40,7 +41,7 @@ pub struct Timeouts {
     pub handshake: Duration,
     /// From the first byte of a message to its last.
     pub message: Duration,
-    /// From a reply that the socket does not take to the moment when it takes some of it.
+    /// From the moment when the socket is full until it takes more of a reply.
     pub reply: Duration,
 }
 
@@ -51,67 +52,66 @@ impl Default for Timeouts {
     }
 }
 
-/// What a server has seen since it started.
+/// Counters of a server, since its start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Stats {
     /// Clients whose negotiation succeeded.
     pub clients: u64,
-    /// Clients refused because another one was there.
+    /// Clients that the server refused because it had another one.
     pub refused: u64,
-    /// Messages handled.
+    /// Messages.
     pub messages: u64,
-    /// Commands that failed; posted ones count too.
+    /// Commands that failed, also posted ones.
     pub failures: u64,
-    /// Connections ended because the client broke the protocol or was too slow.
+    /// Connections that the server ended because the client broke the protocol or was too slow.
     pub violations: u64,
 }
 
-/// What a call of [`Server::ready`] did.
+/// The result of [`Server::ready`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Outcome {
-    /// How much was done: 1 for each message handled, 1 more for each KiB of it, and 1 for each
-    /// client accepted.
+    /// The amount of work: 1 for each message, 1 more for each KiB of it, and 1 for each accepted
+    /// client.
     pub work: u32,
     /// A client is connected and has negotiated.
     pub connected: bool,
-    /// There may be more to do at once. The descriptor stays readable then, too.
+    /// The server may have more work at once. The descriptor then stays readable.
     pub more: bool,
 }
 
 struct Connection {
     socket: OwnedFd,
     token: u64,
-    /// The number of the connection since the start, for the log.
+    /// The number of the connection, counted from the start, for the log.
     number: u64,
     receiver: Receiver,
     sender: Sender,
     session: Session,
-    /// When the agreement must be there; `None` once it is.
+    /// The time limit of the negotiation. `None`: the ends have negotiated.
     agree_by: Option<Instant>,
-    /// When the message that has begun must be whole.
+    /// The time limit of a message that has begun.
     message_by: Option<Instant>,
-    /// When the socket must have taken more of what is queued.
+    /// The time until which the socket must take more of the queued replies.
     reply_by: Option<Instant>,
-    /// What the epoll descriptor currently watches the socket for.
+    /// The events for which the epoll descriptor watches the socket now.
     interest: EventFlags,
 }
 
 /// A vfio-user server for one device.
 ///
-/// It has one descriptor to watch ([`AsFd`]), readable whenever there is something to do, and one
-/// deadline; both lead to a call of [`Server::ready`], which does a bounded amount of work and
-/// never waits.
+/// Watch its one descriptor ([`AsFd`]), which is readable when the server has work, and its one
+/// deadline. For both, call [`Server::ready`], which does a bounded amount of work and never waits.
 ///
-/// A client that breaks the protocol, is too slow or goes away ends its connection, with one line
-/// in the log, and nothing else: the server goes on with the next client.
+/// If a client breaks the protocol, is too slow, or goes away, the server ends its connection with
+/// one line in the log. Then it goes on with the next client.
 pub struct Server<T: Target> {
     target: T,
     name: String,
     file: SocketFile,
     listener: OwnedFd,
-    /// Accepting goes on at this time.
+    /// The time at which the server accepts again.
     paused_until: Option<Instant>,
     poller: Poller,
     next_token: u64,
@@ -127,11 +127,11 @@ const LISTENER: u64 = 0;
 impl<T: Target> Server<T> {
     /// Listens at `path` for clients of `target`. `name` is the device's name in the log.
     ///
-    /// The socket file gets mode 0600. A file that a dead server left there is replaced.
+    /// The socket file gets mode 0600. It replaces the file of a server that has ended.
     ///
     /// # Errors
-    /// When something other than a dead socket is at `path` ([`io::ErrorKind::AddrInUse`] for a
-    /// live one), or the system refuses.
+    /// [`io::ErrorKind::AddrInUse`] if somebody listens at `path`, or if the path has something
+    /// other than a socket. Otherwise an error of the system.
     pub fn bind(path: impl AsRef<Path>, name: impl Into<String>, target: T) -> io::Result<Self> {
         let (listener, file) = listen::listen(path.as_ref())?;
         Self::start(listener, file, name.into(), target)
@@ -171,29 +171,29 @@ impl<T: Target> Server<T> {
         })
     }
 
-    /// Replaces the time-outs; for clients to come.
+    /// Sets the time-outs of clients that connect from now on.
     pub fn set_timeouts(&mut self, timeouts: Timeouts) {
         self.timeouts = timeouts;
     }
 
-    /// Where the socket is.
+    /// The path of the socket.
     #[must_use]
     pub fn path(&self) -> &PathBuf {
         self.file.path()
     }
 
-    /// What is served.
+    /// The device function that this serves.
     #[must_use]
     pub fn target(&self) -> &T {
         &self.target
     }
 
-    /// What is served.
+    /// The device function that this serves.
     pub fn target_mut(&mut self) -> &mut T {
         &mut self.target
     }
 
-    /// What has been seen so far.
+    /// The counters.
     #[must_use]
     pub fn stats(&self) -> Stats {
         let now = self.client.as_ref().map_or(0, |c| c.session.failures());
@@ -212,7 +212,8 @@ impl<T: Target> Server<T> {
         self.client.is_some()
     }
 
-    /// When [`Server::ready`] has to be called even if the descriptor stays quiet.
+    /// The time at which the program must call [`Server::ready`] even if the descriptor is not
+    /// readable.
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {
         let client = self.client.iter().flat_map(|c| [c.agree_by, c.message_by, c.reply_by]);
@@ -220,11 +221,11 @@ impl<T: Target> Server<T> {
         client.chain(refused).chain([self.paused_until]).flatten().min()
     }
 
-    /// Does the work that is due: accepts clients, receives messages, handles them, sends replies,
-    /// and ends a connection that has taken too long.
+    /// Does the work that is due. It accepts clients, receives and handles messages, sends replies,
+    /// and ends a connection that has exceeded a time limit.
     pub fn ready(&mut self, now: Instant) -> Outcome {
         let (mut work, mut more, mut accept) = (0, false, false);
-        // The client first: its end makes room for the next one.
+        // Handle the client first, because its end makes room for the next one.
         let client = self.client.as_ref().map(|c| c.token);
         for token in self.poller.ready() {
             match token {
@@ -242,10 +243,10 @@ impl<T: Target> Server<T> {
         Outcome { work, connected: self.is_connected(), more: more || work >= WORK_PER_CALL }
     }
 
-    /// Serves for ever. For programs without an event loop.
+    /// Serves for ever. This is for programs without an event loop.
     ///
     /// # Errors
-    /// When waiting fails.
+    /// Waiting fails.
     pub fn run(&mut self) -> io::Result<()> {
         loop {
             self.wait(None)?;
@@ -253,10 +254,11 @@ impl<T: Target> Server<T> {
         }
     }
 
-    /// Serves until `stop` becomes readable. For tests, and for programs without an event loop.
+    /// Serves until `stop` becomes readable. This is for tests, and for programs without an event
+    /// loop.
     ///
     /// # Errors
-    /// When waiting fails.
+    /// Waiting fails.
     pub fn run_until(&mut self, stop: impl AsFd) -> io::Result<()> {
         while !self.wait(Some(stop.as_fd()))? {
             self.ready(Instant::now());
@@ -264,7 +266,7 @@ impl<T: Target> Server<T> {
         Ok(())
     }
 
-    /// Waits until there is something to do; true: until `stop` is readable.
+    /// Waits until the server has work. Returns true if `stop` is readable.
     fn wait(&self, stop: Option<BorrowedFd<'_>>) -> io::Result<bool> {
         loop {
             let wait = self.deadline().map(|d| d.saturating_duration_since(Instant::now()));
@@ -280,7 +282,7 @@ impl<T: Target> Server<T> {
         }
     }
 
-    /// Ends the connection of the current client, if there is one. `why` goes to the log.
+    /// Ends the connection of the client, if there is one. The log gets `why`.
     pub fn disconnect(&mut self, why: &str) {
         if self.client.is_some() {
             info!(device = self.name, "client disconnected: {why}");
@@ -293,7 +295,7 @@ impl<T: Target> Server<T> {
         self.next_token
     }
 
-    /// Accepts clients that wait, at most [`ACCEPTS_PER_CALL`] of them. Returns how many.
+    /// Accepts at most [`ACCEPTS_PER_CALL`] clients. Returns their number.
     fn accept(&mut self, now: Instant) -> u32 {
         let mut accepted = 0;
         while accepted < ACCEPTS_PER_CALL {
@@ -303,8 +305,8 @@ impl<T: Target> Server<T> {
                     Err(Errno::AGAIN) => return accepted,
                     Err(Errno::INTR | Errno::CONNABORTED) => continue,
                     Err(e) => {
-                        // The connection stays in the backlog: without a pause this would be tried
-                        // without end.
+                        // The connection stays in the backlog. Without a pause, the server would
+                        // try without end.
                         warn!(
                             device = self.name,
                             "accepting failed, next try in {ACCEPT_PAUSE:?}: {e}"
@@ -357,13 +359,13 @@ impl<T: Target> Server<T> {
         Ok(())
     }
 
-    /// Goes on refusing a client that came second.
+    /// Continues the refusal of a client.
     fn refuse(&mut self, token: u64) {
         self.refused.retain_mut(|refused| refused.token != token || refused.go_on());
     }
 
-    /// Receives, handles and answers, until nothing is left, the socket is full or enough was done.
-    /// Returns how much.
+    /// Receives, handles and answers messages until none is left, the socket is full, or the call
+    /// has done its most work. Returns the amount of work.
     fn serve(&mut self, now: Instant) -> u32 {
         let mut work = 0;
         while work < WORK_PER_CALL {
@@ -372,7 +374,7 @@ impl<T: Target> Server<T> {
                 self.fail("its socket failed");
                 return work;
             }
-            // Replies do not pile up: while some wait to be sent, nothing is received.
+            // Replies do not pile up: while replies wait to be sent, the server receives nothing.
             if !client.sender.is_empty() {
                 break;
             }
@@ -409,7 +411,7 @@ impl<T: Target> Server<T> {
         work
     }
 
-    /// Handles a message. `false`: the connection has ended.
+    /// Handles a message. Returns false if the connection has ended.
     fn handle(&mut self, message: Message, now: Instant) -> bool {
         let Some(client) = &mut self.client else { return false };
         match client.session.handle(&mut self.target, &self.name, message) {
@@ -438,7 +440,7 @@ impl<T: Target> Server<T> {
         true
     }
 
-    /// Sends what is queued. `false`: the socket failed.
+    /// Sends the queued replies. Returns false if the socket failed.
     fn flush(client: &mut Connection, now: Instant, timeout: Duration) -> bool {
         match client.sender.flush(client.socket.as_fd()) {
             Ok(_) if client.sender.is_empty() => client.reply_by = None,
@@ -451,8 +453,7 @@ impl<T: Target> Server<T> {
         true
     }
 
-    /// Watches the client's socket for what can be done with it: receiving, unless answers wait to
-    /// be sent.
+    /// Watches the client's socket for input, or for space if replies wait to be sent.
     fn watch(&mut self) {
         let Some(client) = &mut self.client else { return };
         let wanted = if client.sender.is_empty() { EventFlags::IN } else { EventFlags::OUT };
@@ -484,7 +485,7 @@ impl<T: Target> Server<T> {
         self.fail(why);
     }
 
-    /// Ends the connection because of what the client did.
+    /// Ends the connection because the client is at fault.
     fn fail(&mut self, why: &str) {
         let Some(client) = &self.client else { return };
         self.stats.violations += 1;
@@ -551,8 +552,8 @@ mod tests {
         fn disconnected(&mut self) {}
     }
 
-    /// An event loop with edge-triggered watches calls `ready` once for an event, and may be
-    /// interrupted by signals at any time.
+    /// An event loop with edge-triggered watches calls `ready` once for an event. Signals may
+    /// interrupt it at any time.
     #[test]
     fn a_call_that_signals_interrupt_does_its_work_all_the_same() {
         let folder = tempfile::tempdir().unwrap();

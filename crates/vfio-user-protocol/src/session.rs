@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! One client's session: what each command does, and what is answered.
+//! The session of one client. It handles each command and makes the reply.
 //!
-//! No input or output happens here: a message goes in, an [`Answer`] comes out. A program with its
-//! own event loop, or its own transport, uses it without the [`Server`](crate::Server); the fuzz
-//! target drives it too.
+//! A session does no input and no output: it takes a message and returns an [`Answer`]. A program
+//! with a transport of its own can use it without the [`Server`](crate::Server).
 //!
-//! A command that is well framed and wrong is answered with an errno, and the session goes on. One
-//! that breaks the protocol's order - anything before `VERSION`, a second `VERSION`, a reply that
-//! nobody asked for - ends it.
+//! If a command fails, the client gets an errno and the session goes on. If a message breaks the
+//! order of the protocol, the session ends: a command before `VERSION`, a second `VERSION`, or a
+//! reply without a request.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -25,47 +24,46 @@ use crate::socket::Message;
 use crate::target::{IrqAction, Mapping, Target};
 use crate::version::{self, Disagreement, MAX_TRANSFER, MAX_VERSION_DATA, Negotiated, PAGE_SIZE};
 
-/// Writes in one `REGION_WRITE_MULTI`, at most: each may be a command of the device, and no client
-/// holds up the others on its thread for long. QEMU sends up to 200.
+/// The most writes in one `REGION_WRITE_MULTI`. Each may start a command of the device, and one
+/// client must not hold up the others on its thread for long. QEMU sends up to 200.
 const MAX_MULTI_WRITES: usize = 256;
 
-/// What follows from a message.
+/// The result of a message.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Answer {
-    /// Nothing is sent: the command was posted.
+    /// Send nothing, because the command was posted.
     Silence,
-    /// This is sent, with these descriptors.
+    /// Send these bytes with these descriptors.
     Reply(Vec<u8>, Vec<OwnedFd>),
-    /// The first message was accepted. The server sends this reply.
+    /// The negotiation succeeded. Send this reply.
     Negotiated(Vec<u8>),
-    /// The session ends, for the reason given, after this was sent (when it is a command that may
-    /// be answered).
+    /// Send this reply, if there is one. Then end the session, for this reason.
     End(Option<Vec<u8>>, Violation),
 }
 
-/// What a client did that ends its session.
+/// The reason why a session ends: a fault of the client.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Violation {
-    /// A command before the versions were negotiated.
+    /// The client sent a command before `VERSION`.
     #[error("{0} before VERSION")]
     TooEarly(Header),
-    /// Versions were negotiated before.
+    /// The client sent `VERSION` again.
     #[error("a second VERSION")]
     Again,
-    /// No agreement on a version.
+    /// The two ends do not agree on a version.
     #[error("no agreement: {0}")]
     Disagreement(#[from] Disagreement),
-    /// The version message has no version.
+    /// The body of `VERSION` is not valid.
     #[error("VERSION: {0}")]
     Version(#[from] Malformed),
-    /// A reply. The server sends no commands, so it expects none.
+    /// The client sent a reply. The server sends no commands, so it expects no replies.
     #[error("reply {0} to no request of ours")]
     Reply(Header),
 }
 
-/// Why a command failed. The client sees the errno, the log the text.
+/// The reason why a command failed. The client gets the errno, and the log the text.
 #[derive(Debug)]
 enum Failure {
     Malformed(Malformed),
@@ -98,7 +96,7 @@ impl Failure {
             Self::NotAllowed(..) => Errno::PERM,
             Self::Unsupported(_) => Errno::OPNOTSUPP,
             Self::Unknown => Errno::NOSYS,
-            // What the kernel's VFIO answers, and what QEMU reads as "not supported" and not as a
+            // The kernel's VFIO answers the same. For QEMU it means "not supported", which is no
             // fault.
             Self::Feature(_) => Errno::NOTTY,
             Self::Device(errno) => *errno,
@@ -175,7 +173,7 @@ impl From<Vec<u8>> for Reply {
 
 type Outcome = Result<Reply, Failure>;
 
-/// The state of one client's session.
+/// The session of one client.
 #[derive(Debug, Default)]
 pub struct Session {
     negotiated: Option<Negotiated>,
@@ -185,13 +183,13 @@ pub struct Session {
 }
 
 impl Session {
-    /// What both ends have negotiated. `None` before that.
+    /// The negotiated parameters. `None` before the negotiation.
     #[must_use]
     pub fn negotiated(&self) -> Option<&Negotiated> {
         self.negotiated.as_ref()
     }
 
-    /// Commands that failed so far, those without a reply included.
+    /// The number of commands that failed so far, including posted ones.
     #[must_use]
     pub fn failures(&self) -> u64 {
         self.failures
@@ -208,7 +206,7 @@ impl Session {
         message::HEADER_LEN + body
     }
 
-    /// Does what a message asks for. `name` is the device's name in the log.
+    /// Handles a message. `name` is the device's name in the log.
     pub fn handle<T: Target + ?Sized>(
         &mut self,
         target: &mut T,
@@ -321,13 +319,13 @@ impl Session {
             return Err(Failure::Descriptors { expected: "none or one", got: fds.len() });
         }
         let pages = size > 0 && (address | size | offset) % PAGE_SIZE == 0;
-        // File offsets are signed in the kernel.
+        // The kernel's file offsets are signed.
         let end_in_file = offset.checked_add(size).filter(|&end| i64::try_from(end).is_ok());
         let (Some(end), true, Some(_)) = (address.checked_add(size), pages, end_in_file) else {
             return Err(Failure::BadRange(address, size));
         };
-        // Mappings do not overlap, so the one that starts last before `end` is the only one that
-        // could.
+        // The existing mappings do not overlap. So only the last one that starts before `end` can
+        // overlap the new one.
         if self.maps.range(..end).next_back().is_some_and(|(start, len)| start + len > address) {
             return Err(Failure::Overlap(address, size));
         }
@@ -367,7 +365,8 @@ fn device_info<T: Target + ?Sized>(target: &mut T, body: &[u8]) -> Outcome {
     Info::parse(body)?;
     let info = target.device_info();
     let flags = DEVICE_IS_PCI | if info.resettable { DEVICE_RESETS } else { 0 };
-    // For this command the last two words are the numbers of regions and of interrupt indexes.
+    // In the reply to this command, the last two words are the numbers of regions and of interrupt
+    // indexes.
     Ok(Info { argsz: 16, flags, index: info.regions, count: info.irqs }.body().into())
 }
 
@@ -409,8 +408,8 @@ fn region_io_fds<T: Target + ?Sized>(
     if request.flags != 0 || request.count != 0 {
         return Err(Failure::NotZero { flags: request.flags, count: request.count });
     }
-    // Eventfds beyond the number that the client can receive are left out: the client writes to
-    // their places by message.
+    // Omit eventfds beyond the number that the client can receive. The client writes to those
+    // offsets by message.
     let mut eventfds = target.io_eventfds(request.index);
     eventfds.truncate(negotiated.peer_fds);
     let len = Info::LEN + eventfds.len() * SUB_REGION_LEN;
@@ -418,7 +417,7 @@ fn region_io_fds<T: Target + ?Sized>(
     let (Ok(argsz), Ok(count)) = (argsz, count) else { return Err(Failure::TooMuch(len as u64)) };
     let mut body = Info { argsz, flags: 0, index: request.index, count }.body();
     if request.argsz < argsz {
-        // Too little room: the client learns how much is needed and asks again.
+        // The client's buffer is too small. It learns the necessary size and asks again.
         return Ok(body.into());
     }
     let mut fds = Vec::with_capacity(eventfds.len());
@@ -444,7 +443,8 @@ fn set_irqs<T: Target + ?Sized>(target: &mut T, body: &[u8], fds: Vec<OwnedFd>) 
         });
     }
     if (verb, data, start, count) == (IrqVerb::Trigger, IrqData::None, 0, 0) {
-        // An index without interrupts has none to disconnect; the target need not know it.
+        // An index without interrupts has nothing to disconnect, so the target does not learn of
+        // this.
         if target.irq_info(index).count > 0 {
             target.set_irqs(index, IrqAction::DisableAll)?;
         }
@@ -483,7 +483,7 @@ fn set_irqs<T: Target + ?Sized>(target: &mut T, body: &[u8], fds: Vec<OwnedFd>) 
     Ok(Reply::default())
 }
 
-/// Checks that a region exists, may be used so, and has these bytes.
+/// Checks that a region exists, allows the access, and has these bytes.
 fn check_access<T: Target + ?Sized>(
     target: &T,
     region: u32,
@@ -530,8 +530,8 @@ fn region_write<T: Target + ?Sized>(target: &mut T, body: &[u8]) -> Outcome {
     Ok(access.body(&[]).into())
 }
 
-/// Does every write, also after one has failed: they were independent of each other before the
-/// client put them into one message. The reply has the errno of the first that failed.
+/// Does every write, even after one has failed, because the client could have sent each by itself.
+/// The reply has the errno of the first failed write.
 fn write_multi<T: Target + ?Sized>(target: &mut T, body: &[u8]) -> Outcome {
     let writes = MultiWrite::parse_all(body)?;
     if writes.len() > MAX_MULTI_WRITES {

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Messages over a stream socket: cut out of the byte stream on one side, queued until the socket
-//! takes them on the other.
+//! Messages over a stream socket. The receiver finds them in the byte stream. The sender queues
+//! them until the socket takes them.
 //!
-//! Two properties of UNIX sockets matter. Descriptors arrive with the byte that they were sent
-//! with; so the receiver never reads past the end of a message, and what arrives while it reads a
-//! message belongs to that message. And QEMU gives a connection up when a header arrives in two
-//! pieces; so the sender hands each message to the kernel by itself, which splits only what is far
-//! longer than a header.
+//! Descriptors arrive together with the byte that they were sent with. So the receiver never reads
+//! past the end of a message. The descriptors that arrive meanwhile belong to this message. QEMU
+//! gives up a connection when a header arrives in two pieces. So the sender passes each message to
+//! the kernel in a call of its own, and the kernel splits only messages that are far longer than a
+//! header.
 
 use std::collections::VecDeque;
 use std::io::{IoSlice, IoSliceMut};
@@ -22,18 +22,17 @@ use rustix::net::{
 use crate::message::{BadHeader, HEADER_LEN, Header};
 use crate::version::KERNEL_MSG_FDS;
 
-/// A body is read in steps of this many bytes. So memory is taken for bytes that have come, and not
-/// for bytes that a header announces.
+/// The receiver reads a body in steps of this many bytes. So it allocates memory for bytes that
+/// have arrived, and not for bytes that a header announces.
 const READ_STEP: usize = 64 << 10;
 
-/// Where bytes and descriptors come from: a socket, or in tests a plain slice.
+/// A source of bytes and descriptors: a socket, or a slice in tests.
 pub trait Source {
-    /// Reads at most `buf.len()` bytes, and appends the descriptors that came with them to `fds`. 0
-    /// is the end.
+    /// Reads at most `buf.len()` bytes, and appends the descriptors that came with them to `fds`.
+    /// Returns the number of bytes. 0: the stream has ended.
     ///
     /// # Errors
-    /// [`Errno::AGAIN`] when nothing is there now, [`Errno::TOOMANYREFS`] when descriptors had to
-    /// be dropped.
+    /// [`Errno::AGAIN`] if no byte has arrived; [`Errno::TOOMANYREFS`] if descriptors were lost.
     fn recv(&mut self, buf: &mut [u8], fds: &mut Vec<OwnedFd>) -> Result<usize, Errno>;
 }
 
@@ -42,9 +41,9 @@ pub trait Source {
 pub struct SocketSource<'a> {
     /// The socket.
     pub socket: BorrowedFd<'a>,
-    /// Descriptors taken out of the socket at once, at most; the kernel drops the others.
+    /// The most descriptors that one read takes. The kernel drops the others.
     pub max_fds: usize,
-    /// Wait for data instead of returning [`Errno::AGAIN`].
+    /// Whether a read waits for data instead of returning [`Errno::AGAIN`].
     pub wait: bool,
 }
 
@@ -74,47 +73,48 @@ impl Source for SocketSource<'_> {
     }
 }
 
-/// A message as it came.
+/// A received message.
 #[derive(Debug)]
 pub struct Message {
     /// Its header.
     pub header: Header,
     /// Its body, [`Header::body_len`] bytes.
     pub body: Vec<u8>,
-    /// The descriptors that came with it. Those that its handler does not take are closed with it.
+    /// The descriptors that came with it. They close with the message, unless its handler takes
+    /// them.
     pub fds: Vec<OwnedFd>,
 }
 
 /// The result of [`Receiver::next`].
 #[derive(Debug)]
 pub enum Received {
-    /// A whole message.
+    /// A complete message.
     Message(Message),
-    /// Nothing more for now; a part of a message may have been read.
+    /// No complete message yet. The receiver may have read a part of one.
     Nothing,
     /// The peer has closed the connection between two messages.
     End,
 }
 
-/// Why the byte stream cannot be followed any further.
+/// The reason why the stream is broken.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Broken {
-    /// A header that says nothing sensible.
+    /// The header is not valid.
     #[error(transparent)]
     Header(#[from] BadHeader),
-    /// A message longer than negotiated.
+    /// The message is longer than negotiated.
     #[error("{header}: longer than the limit of {limit} bytes")]
     TooLong {
         /// The header.
         header: Header,
-        /// The longest message that is accepted here, in bytes.
+        /// The longest message that this end accepts, in bytes.
         limit: usize,
     },
-    /// More descriptors in one message than negotiated.
+    /// The message has more descriptors than negotiated.
     #[error("more than {0} descriptors in one message")]
     Descriptors(usize),
-    /// The end of the stream within a message.
+    /// The stream ended within a message.
     #[error("connection closed within a message, after {0} bytes of it")]
     Cut(usize),
     /// The socket failed.
@@ -122,7 +122,7 @@ pub enum Broken {
     Socket(#[from] Errno),
 }
 
-/// Cuts messages out of a byte stream.
+/// Finds the messages in a byte stream.
 #[derive(Debug, Default)]
 pub struct Receiver {
     head: [u8; HEADER_LEN],
@@ -133,12 +133,12 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    /// Reads on until a message is whole, the source has no more, or the stream is broken.
+    /// Reads until a message is complete, the source has no more bytes, or the stream is broken.
     ///
-    /// `max_size` bounds the bytes of a message with its header, `max_fds` its descriptors.
+    /// `max_size` limits the bytes of a message with its header, and `max_fds` its descriptors.
     ///
     /// # Errors
-    /// After an error the connection has to end.
+    /// The stream is broken. The connection has to end.
     pub fn next(
         &mut self,
         source: &mut impl Source,
@@ -191,7 +191,7 @@ impl Receiver {
         }))
     }
 
-    /// Whether a message has begun and is not whole yet.
+    /// Whether a message has begun and is not complete.
     #[must_use]
     pub fn within_message(&self) -> bool {
         self.have > 0
@@ -208,36 +208,36 @@ struct Outgoing {
     fds: Vec<OwnedFd>,
 }
 
-/// Messages on their way out, in order.
+/// Messages to send, in order.
 #[derive(Default)]
 pub struct Sender {
     queue: VecDeque<Outgoing>,
 }
 
 impl Sender {
-    /// Queues a message; [`Sender::flush`] sends it.
+    /// Queues a message. [`Sender::flush`] sends it.
     pub fn push(&mut self, bytes: Vec<u8>, fds: Vec<OwnedFd>) {
         self.queue.push_back(Outgoing { bytes, sent: 0, fds });
     }
 
-    /// Whether everything has been handed to the kernel.
+    /// Whether the kernel has taken all messages.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.queue.is_empty()
     }
 
-    /// Sends what the socket takes, without waiting. Returns the number of bytes sent.
+    /// Sends as much as the socket takes, without waiting. Returns the number of bytes.
     ///
     /// # Errors
-    /// When the socket fails; not when it is full.
+    /// The socket fails. A full socket is no error.
     pub fn flush(&mut self, socket: BorrowedFd<'_>) -> Result<usize, Errno> {
         self.send(socket, SendFlags::DONTWAIT)
     }
 
-    /// Sends everything, and waits for the socket to take it.
+    /// Sends all messages, and waits until the socket has taken them.
     ///
     /// # Errors
-    /// When the socket fails, or its send time-out has passed ([`Errno::AGAIN`]).
+    /// The socket fails, or its send time-out has passed ([`Errno::AGAIN`]).
     pub fn flush_all(&mut self, socket: BorrowedFd<'_>) -> Result<(), Errno> {
         while !self.queue.is_empty() {
             if self.send(socket, SendFlags::empty())? == 0 {
@@ -260,7 +260,7 @@ impl Sender {
             match sendmsg(socket, &parts, &mut ancillary, flags | SendFlags::NOSIGNAL) {
                 Ok(n) => {
                     drop(borrowed);
-                    // Descriptors travel with the first byte.
+                    // The descriptors have gone with the first byte.
                     next.fds.clear();
                     next.sent += n;
                     total += n;

@@ -1,53 +1,53 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Version negotiation: the client's proposal, and the server's answer.
 //!
-//! The reply names no capability that the client did not name. That is the specification's rule,
-//! and it has a practical side: QEMU receives the reply into a buffer of its request's size.
+//! The reply has no capability that the client did not name. The specification says so, and QEMU
+//! needs it: its buffer for the reply has the size of its request.
 
 use rustix::io::Errno;
 use serde_json::{Map, Value, json};
 
 use crate::message::{MAJOR, MINOR, Version};
 
-/// Longest version data accepted, in bytes. QEMU sends about 200.
+/// The most bytes of version data that this crate accepts. QEMU sends about 200.
 pub const MAX_VERSION_DATA: usize = 4096;
 
-/// Descriptors that an end of ours accepts in one message. QEMU takes no server that names more
-/// than 16.
+/// The most descriptors in one message that this crate accepts. QEMU accepts no server that names
+/// more than 16.
 pub const MAX_MSG_FDS: usize = 16;
 
-/// Descriptors that a UNIX socket carries in one message (the kernel's `SCM_MAX_FD`).
+/// The most descriptors that a UNIX socket carries in one message (the kernel's `SCM_MAX_FD`).
 pub const KERNEL_MSG_FDS: usize = 253;
 
-/// Bytes of data that an end of ours accepts in one message: the specification's default, so that
-/// it also holds for a client that does not ask.
+/// The most bytes of data in one message that this crate accepts. This is the specification's
+/// default, so it also holds for a client that does not ask.
 pub const MAX_TRANSFER: usize = 1 << 20;
 
-/// Mappings of one client at the same time, at most: the specification's default for an end that
-/// states no number.
+/// The most mappings of one client at the same time. This is the specification's default for an end
+/// that names no number.
 pub const MAX_DMA_MAPS: u32 = 65535;
 
-/// The smallest page; addresses and sizes of DMA mappings are multiples of it.
+/// Bytes of the smallest page. Addresses and sizes of DMA mappings are multiples of it.
 pub const PAGE_SIZE: u64 = 4096;
 
-/// What both ends have negotiated.
+/// The negotiated parameters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Negotiated {
-    /// Minor version in use.
+    /// The minor version.
     pub minor: u16,
-    /// Descriptors that the peer accepts in one message.
+    /// The most descriptors in one message that the peer accepts.
     pub peer_fds: usize,
-    /// Bytes of data that the peer accepts in one message.
+    /// The most bytes of data in one message that the peer accepts.
     pub peer_transfer: usize,
-    /// Mappings that may be valid at the same time.
+    /// The most mappings at the same time.
     pub max_dma_maps: usize,
-    /// `REGION_WRITE_MULTI` may be used.
+    /// Whether the ends use `REGION_WRITE_MULTI`.
     pub write_multiple: bool,
 }
 
-/// The capabilities that this crate knows. It ignores others (`migration`, `twin_socket`): a
-/// capability that the reply leaves out is not in use.
+/// The capabilities that this crate knows. It ignores others (`migration`, `twin_socket`). A
+/// capability that is not in the reply is not in use.
 #[derive(Default)]
 struct Capabilities {
     max_msg_fds: Option<u64>,
@@ -57,29 +57,29 @@ struct Capabilities {
     write_multiple: Option<bool>,
 }
 
-/// Why an end cannot accept a version message.
+/// The reason why the two ends do not agree.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Disagreement {
-    /// Another major version.
+    /// The peer has another major version.
     #[error("major version {0}, only {MAJOR} is spoken here")]
     Major(u16),
-    /// A reply with a newer minor version than was proposed.
+    /// The reply has a newer minor version than the request.
     #[error("minor version {0}, newer than proposed")]
     Minor(u16),
-    /// No NUL at the end of the version data, or one within it.
+    /// The version data has no NUL at its end, or has one within.
     #[error("version data is not a text ended by NUL")]
     NotText,
-    /// Version data beyond [`MAX_VERSION_DATA`].
+    /// The version data has more than [`MAX_VERSION_DATA`] bytes.
     #[error("version data of {0} bytes, more than {MAX_VERSION_DATA}")]
     TooLong(usize),
-    /// Not the JSON that the specification describes.
+    /// The version data is not the JSON that the specification describes.
     #[error("version data: {0}")]
     Json(#[from] serde_json::Error),
-    /// JSON with the wrong type under a name that the specification gives.
+    /// A value of the JSON has another type than the specification says.
     #[error("version data: {0} has the wrong type")]
     Type(&'static str),
-    /// The client's page sizes are all below 4 KiB.
+    /// All page sizes of the client are below 4 KiB.
     #[error("page sizes {0:#x}, none of 4 KiB or more")]
     PageSizes(u64),
 }
@@ -95,8 +95,8 @@ impl Disagreement {
     }
 }
 
-/// The capabilities in version data: `None` without data, `Some(None)` when the data does not speak
-/// of them.
+/// Parses the capabilities in version data. `None`: there is no data. `Some(None)`: the data has no
+/// capabilities.
 fn parse(data: &[u8]) -> Result<Option<Option<Capabilities>>, Disagreement> {
     if data.is_empty() {
         return Ok(None);
@@ -132,7 +132,7 @@ fn parse(data: &[u8]) -> Result<Option<Option<Capabilities>>, Disagreement> {
     })))
 }
 
-/// Version data with these capabilities, and its NUL.
+/// Returns version data with these capabilities and its NUL.
 fn encode(capabilities: Option<Capabilities>) -> Vec<u8> {
     let mut data = json!({});
     if let Some(c) = capabilities {
@@ -156,17 +156,17 @@ fn limit(value: Option<u64>, default: usize, max: usize) -> usize {
     value.map_or(default, |v| usize::try_from(v).unwrap_or(usize::MAX)).min(max)
 }
 
-/// The number of mappings that a stated or unstated capability means.
+/// The number of mappings by this capability, or by the default if it is missing.
 fn maps(value: Option<u64>) -> usize {
     limit(value, MAX_DMA_MAPS as usize, MAX_DMA_MAPS as usize)
 }
 
-/// The server's part. Returns what was negotiated, and the body of the reply. `max_dma_maps` is the
-/// most mappings that the device takes: it is told to a client that names its own number, and holds
-/// for that client. For a client that names none, the specification's 65535 hold.
+/// The server's part. Returns the negotiated parameters and the body of the reply. `max_dma_maps`
+/// is the most mappings that the device accepts. A client that names its own number gets the lower
+/// of the two as its limit. A client that names none has the specification's limit of 65535.
 ///
 /// # Errors
-/// When both ends have nothing in common. The connection then ends.
+/// The two ends do not agree. The connection then ends.
 pub fn answer(
     request: &Version<'_>,
     max_dma_maps: u32,
@@ -203,7 +203,7 @@ pub fn answer(
     Ok((negotiated, Version { major: MAJOR, minor, data: &data }.body()))
 }
 
-/// The client's proposal: the body of its request.
+/// Returns the client's proposal: the body of its request.
 #[must_use]
 pub fn proposal() -> Vec<u8> {
     let data = encode(Some(Capabilities {
@@ -216,10 +216,10 @@ pub fn proposal() -> Vec<u8> {
     Version { major: MAJOR, minor: MINOR, data: &data }.body()
 }
 
-/// What the server's reply to [`proposal`] means for the client.
+/// Parses the server's reply to [`proposal`].
 ///
 /// # Errors
-/// When it is not a possible answer to the proposal.
+/// The reply is not a possible answer to the proposal.
 pub fn accept(reply: &Version<'_>) -> Result<Negotiated, Disagreement> {
     if reply.major != MAJOR {
         return Err(Disagreement::Major(reply.major));
@@ -245,8 +245,8 @@ mod tests {
         answer(&Version { major: 0, minor: 0, data }, 512)
     }
 
-    /// QEMU's request; its reply buffer has the size of this request, so the reply must not be
-    /// longer.
+    /// QEMU's request. Its buffer for the reply has the size of this request, so the reply must not
+    /// be longer.
     const QEMU: &[u8] = b"{\"capabilities\": {\"migration\": {\"pgsize\": 4096, \"max_bitmap_size\": 268435456}, \
         \"max_msg_fds\": 16, \"max_data_xfer_size\": 1048576, \"pgsizes\": 4096, \"max_dma_maps\": 65535, \
         \"write_multiple\": true}}\0";
