@@ -20,8 +20,8 @@ pub use pages::{Duplex, NicStatus, PairCounters, Traffic};
 pub use rx::{Received, Rx};
 pub use tx::{Piece, Tx};
 pub use vbus_shm::abi::venet::{
-    CHAIN_MAX, F_HASH, F_MAC, F_RSS, F_RX, F_RX_CSUM, F_RX_ECN, F_RX_SHIFT, F_RX_TSO4, F_RX_TSO6,
-    F_RX_USO, F_TX, F_TX_CSUM, F_TX_ECN, F_TX_TSO4, F_TX_TSO6, F_TX_USO, F_VLAN,
+    CHAIN_MAX, F_COALESCE, F_HASH, F_MAC, F_RSS, F_RX, F_RX_CSUM, F_RX_ECN, F_RX_SHIFT, F_RX_TSO4,
+    F_RX_TSO6, F_RX_USO, F_TX, F_TX_CSUM, F_TX_ECN, F_TX_TSO4, F_TX_TSO6, F_TX_USO, F_VLAN,
     FILTER_ALL_MULTICAST, FILTER_MAX, FILTER_PROMISCUOUS, FRAME_MAX, HASH_HEADER_BYTES,
     HEADER_BYTES, RSS_KEY_BYTES, VLAN_MAP_BYTES, counters_page, hash_kind,
 };
@@ -64,6 +64,15 @@ pub struct Rss<'a> {
     /// [`Config::rss_table_max`]. Empty: the device hashes frames, but does not spread them by the
     /// hash.
     pub table: &'a [u16],
+}
+
+/// How long the device holds interrupts of a ring back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Coalesce {
+    /// Microseconds. 0: interrupts are not held back.
+    pub usecs: u32,
+    /// The interrupt comes once this many frames have passed, at the latest. 0: any number.
+    pub frames: u32,
 }
 
 /// A ring that is registered.
@@ -278,6 +287,23 @@ impl<H: Hal> Nic<H> {
             buffer[8..FIXED].copy_from_slice(&rss.key);
         }
         self.function.call(venet::CALL_SET_RSS, 0, &mut buffer[..used]).map(drop)
+    }
+
+    /// Lets the device hold the interrupts of queue pair `pair` back, or those of all pairs. The
+    /// device counts from the frame that it would have interrupted for. Needs [`F_COALESCE`].
+    pub fn set_coalesce(
+        &mut self,
+        pair: Option<u16>,
+        rx: Coalesce,
+        tx: Coalesce,
+    ) -> Result<(), Error> {
+        let pair = pair.map_or(venet::ALL_PAIRS, u32::from);
+        let mut buffer = [0; 24];
+        let words = [pair, 0, rx.usecs, rx.frames, tx.usecs, tx.frames];
+        for (bytes, word) in buffer.chunks_exact_mut(4).zip(words) {
+            bytes.copy_from_slice(&word.to_le_bytes());
+        }
+        self.function.call(venet::CALL_SET_COALESCE, 0, &mut buffer).map(drop)
     }
 
     /// Lets only tagged frames of these VLAN ids through (id `n` is bit `n % 8` of byte `n / 8`),

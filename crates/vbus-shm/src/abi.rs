@@ -305,6 +305,8 @@ pub mod venet {
     pub const F_VLAN: u64 = 1 << 18;
     /// Feature: the driver may change its address ([`CALL_SET_MAC`]).
     pub const F_MAC: u64 = 1 << 19;
+    /// The driver may let the device hold interrupts back ([`CALL_SET_COALESCE`]).
+    pub const F_COALESCE: u64 = 1 << 20;
 
     /// The features without the offloads that lack another one that they need.
     pub const fn complete(features: u64) -> u64 {
@@ -391,6 +393,12 @@ pub mod venet {
     /// with 1 a map of [`VLAN_MAP_BYTES`] bytes, in which VLAN id `n` is bit `n % 8` of byte
     /// `n / 8`.
     pub const CALL_SET_VLANS: u32 = 7;
+    /// Call: how long interrupts are held back. Buffer: queue pair u32 ([`ALL_PAIRS`]: every one),
+    /// zero u32, then for the receive ring and for the transmit ring: microseconds u32 (0: not at
+    /// all), frames u32 (an interrupt comes at this many at the latest; 0: any number).
+    pub const CALL_SET_COALESCE: u32 = 8;
+    /// Every queue pair of the device, in [`CALL_SET_COALESCE`].
+    pub const ALL_PAIRS: u32 = u32::MAX;
     /// Bytes of a key of [`CALL_SET_RSS`].
     pub const RSS_KEY_BYTES: usize = 40;
     /// The most entries of any indirection table.

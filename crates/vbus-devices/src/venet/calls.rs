@@ -3,8 +3,8 @@
 
 use vbus_core::ErrorCode;
 use vbus_core::shm::abi::venet::{
-    F_RX, F_RX_SHIFT, FILTER_ALL_MULTICAST, FILTER_MAX, FILTER_PROMISCUOUS, RSS_KEY_BYTES,
-    RSS_TABLE_MAX, VLAN_MAP_BYTES, complete, hash_kind,
+    ALL_PAIRS, F_RX, F_RX_SHIFT, FILTER_ALL_MULTICAST, FILTER_MAX, FILTER_PROMISCUOUS,
+    RSS_KEY_BYTES, RSS_TABLE_MAX, VLAN_MAP_BYTES, complete, hash_kind,
 };
 use vbus_net::rss::{self, Rss};
 use vbus_net::{Addresses, Mac, Offloads, Vlans, is_group};
@@ -85,6 +85,32 @@ pub fn rss(mut buffer: &[u8]) -> Result<Option<Rss>, ErrorCode> {
         return Ok(None);
     }
     Rss::new(kinds, key, table).map(Some).ok_or(ErrorCode::BAD_ARGUMENT)
+}
+
+/// What SET_COALESCE sets: the pair (`None`: all), and microseconds and frames of the receive ring
+/// and of the transmit ring.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Coalesce {
+    pub pair: Option<u16>,
+    pub rx: (u32, u32),
+    pub tx: (u32, u32),
+}
+
+/// Parses SET_COALESCE for a device with `pairs` queue pairs.
+pub fn coalesce(mut buffer: &[u8], pairs: u16) -> Result<Coalesce, ErrorCode> {
+    let pair = u32_from(&mut buffer)?;
+    let zero = u32_from(&mut buffer)?;
+    let rx = (u32_from(&mut buffer)?, u32_from(&mut buffer)?);
+    let tx = (u32_from(&mut buffer)?, u32_from(&mut buffer)?);
+    end(buffer)?;
+    let pair = match pair {
+        ALL_PAIRS => None,
+        pair => {
+            let pair = u16::try_from(pair).ok().filter(|pair| *pair < pairs);
+            Some(pair.ok_or(ErrorCode::BAD_ARGUMENT)?)
+        }
+    };
+    if zero != 0 { Err(ErrorCode::BAD_ARGUMENT) } else { Ok(Coalesce { pair, rx, tx }) }
 }
 
 /// Parses SET_VLANS. `None`: all frames pass.
@@ -222,6 +248,20 @@ mod tests {
         ] {
             assert_eq!(rss(&buffer), Err(error), "{buffer:?}");
         }
+    }
+
+    #[test]
+    fn coalescing_is_of_one_pair_or_of_all() {
+        let buffer = |words: [u32; 6]| words.map(u32::to_le_bytes).concat();
+        let parse = |words: [u32; 6]| coalesce(&buffer(words), 2);
+        let settings = |pair| Ok(Coalesce { pair, rx: (50, 8), tx: (u32::MAX, 0) });
+        assert_eq!(parse([1, 0, 50, 8, u32::MAX, 0]), settings(Some(1)));
+        assert_eq!(parse([ALL_PAIRS, 0, 50, 8, u32::MAX, 0]), settings(None));
+        for wrong in [[2, 0, 0, 0, 0, 0], [65536, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0]] {
+            assert_eq!(parse(wrong), Err(ErrorCode::BAD_ARGUMENT), "{wrong:?}");
+        }
+        assert_eq!(coalesce(&[0; 23], 2), Err(ErrorCode::BAD_LENGTH));
+        assert_eq!(coalesce(&[0; 25], 2), Err(ErrorCode::BAD_LENGTH));
     }
 
     #[test]

@@ -10,6 +10,7 @@ use vbus_core::{Connection, ErrorCode, Open, Region, Task, TaskHandle, Window, l
 use vbus_net::{Filter, Mac, Offloads, Plug, Port, Rss, SharedSink, Steering};
 
 use super::calls;
+use super::coalesce::Setting;
 use super::device::{RING_MAX, VenetDevice, offloads};
 use super::news::{News, Pending};
 use super::pages::{Pages, PagesTask};
@@ -24,11 +25,19 @@ struct Rings {
     rx: Option<Region>,
 }
 
+/// The settings of SET_COALESCE for one queue pair.
+#[derive(Default)]
+struct PairCoalesce {
+    tx: Arc<Setting>,
+    rx: Arc<Setting>,
+}
+
 /// A connection.
 pub struct VenetConnection {
     device: Arc<VenetDevice>,
     open: Open,
     rings: Vec<Rings>,
+    coalesce: Vec<PairCoalesce>,
     receiver: Arc<Receiver>,
     pages: Arc<Pages>,
     pages_task: TaskHandle,
@@ -50,6 +59,7 @@ impl VenetConnection {
         let pages_task = spawn(&open, 0, Box::new(PagesTask::new(pages.clone())));
         device.link.observe(Some(pages_task.clone()));
         let rings = device.pairs.iter().map(|_| Rings::default()).collect();
+        let coalesce = device.pairs.iter().map(|_| PairCoalesce::default()).collect();
         let receiver = Arc::new(Receiver {
             mtu: usize::from(device.config.mtu),
             filter,
@@ -59,7 +69,16 @@ impl VenetConnection {
             backpressure: device.config.backpressure,
             news: News::new(pending, pages_task.clone()),
         });
-        VenetConnection { device, open, rings, receiver, pages, pages_task, running: None }
+        VenetConnection {
+            device,
+            open,
+            rings,
+            coalesce,
+            receiver,
+            pages,
+            pages_task,
+            running: None,
+        }
     }
 
     /// Serves the rings from here on.
@@ -75,6 +94,20 @@ impl VenetConnection {
             return Err(ErrorCode::BAD_ARGUMENT);
         }
         let queues = u16::try_from(count).map_err(|_| ErrorCode::BAD_ARGUMENT)?;
+        let before = self.receiver.steering.queues();
+        if !self.receiver.steering.set_queues(queues) {
+            return Err(ErrorCode::BAD_ARGUMENT);
+        }
+        // From the plug on, other devices may steer frames by the new number.
+        let started = self.start_queues(queues);
+        if started.is_err() {
+            self.receiver.steering.set_queues(before);
+        }
+        started
+    }
+
+    /// Plugs the driver in, with its first `queues` queue pairs.
+    fn start_queues(&mut self, queues: u16) -> Result<(), ErrorCode> {
         let backend = &self.device.backend;
         let slots = self.device.pairs.iter().map(|counters| RxSlot::new(counters.clone()));
         let rx: Vec<Rx> = slots
@@ -87,9 +120,6 @@ impl VenetConnection {
             Rx::Shared(slot) => Some(slot.clone() as SharedSink),
             Rx::Own(_) => None,
         });
-        if !self.receiver.steering.set_queues(queues) {
-            return Err(ErrorCode::BAD_ARGUMENT);
-        }
         let shared = (self.receiver.filter.clone(), self.receiver.steering.clone());
         let (name, config) = (&self.device.name, &self.device.config);
         let port = Port::new(name, config.mtu, config.queue_pairs, shared, lanes.collect());
@@ -103,7 +133,7 @@ impl VenetConnection {
                 return Err(error);
             }
         }
-        for i in 0..count {
+        for i in 0..usize::from(queues) {
             let served =
                 self.serve(&running, i, false).and_then(|()| self.serve(&running, i, true));
             if let Err(error) = served {
@@ -152,18 +182,21 @@ impl VenetConnection {
             (None, true) => lock(pair).set_rx(None),
             (None, false) => lock(pair).set_tx(None),
             (Some(region), true) => {
+                let number = u16::try_from(i).map_err(|_| ErrorCode::BAD_ARGUMENT)?;
                 let queue = RxQueue::new(
                     attach(region, true)?,
                     region.interrupt.clone(),
                     self.open.memory.clone(),
                     self.receiver.clone(),
                     self.device.pairs[i].clone(),
-                    task.clone(),
+                    (number, task.clone(), self.coalesce[i].rx.clone()),
                 );
                 lock(pair).set_rx(Some(queue));
             }
             (Some(region), false) => {
-                let queue = TxQueue::new(attach(region, false)?, region.interrupt.clone());
+                let (interrupt, coalesce) = (&region.interrupt, &self.coalesce[i].tx);
+                let ring = attach(region, false)?;
+                let queue = TxQueue::new(ring, interrupt.clone(), coalesce.clone());
                 lock(pair).set_tx(Some(queue));
             }
         }
@@ -207,10 +240,24 @@ impl VenetConnection {
             self.receiver.steering.set_queues(before);
             return Err(error);
         }
-        for (_, task) in &running.pairs {
+        for (pair, task) in &running.pairs {
+            lock(pair).queues_changed();
             task.wake(); // Each checks whether it is in use now.
         }
         Ok(())
+    }
+
+    /// SET_COALESCE.
+    fn set_coalesce(&self, calls::Coalesce { pair, rx, tx }: &calls::Coalesce) {
+        for (i, of_pair) in self.coalesce.iter().enumerate() {
+            if pair.is_none_or(|pair| usize::from(pair) == i) {
+                of_pair.rx.set(rx.0, rx.1);
+                of_pair.tx.set(tx.0, tx.1);
+            }
+        }
+        for (_, task) in self.running.iter().flat_map(|running| &running.pairs) {
+            task.wake(); // An interrupt that it holds back may go now.
+        }
     }
 
     /// SET_MAC.
@@ -343,6 +390,10 @@ impl Connection for VenetConnection {
             abi::CALL_SET_RSS => {
                 self.accepted(abi::F_RSS | abi::F_HASH)?;
                 self.set_rss(calls::rss(buffer)?)?;
+            }
+            abi::CALL_SET_COALESCE => {
+                self.accepted(abi::F_COALESCE)?;
+                self.set_coalesce(&calls::coalesce(buffer, self.device.config.queue_pairs)?);
             }
             abi::CALL_SET_VLANS => {
                 self.accepted(abi::F_VLAN)?;

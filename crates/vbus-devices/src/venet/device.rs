@@ -42,7 +42,8 @@ impl VenetDevice {
         let offloads = config.backend.offloads;
         let tx = (offloads & self.backend.tx_offloads()).bits();
         let rx = (offloads & self.backend.rx_offloads()).bits() << abi::F_RX_SHIFT;
-        let mut features = abi::complete(tx | rx) | abi::F_HASH | abi::F_VLAN;
+        let mut features = abi::complete(tx | rx);
+        features |= abi::F_HASH | abi::F_VLAN | abi::F_COALESCE;
         features |= if self.backend.steers() { abi::F_RSS } else { 0 };
         features |= if config.mac_changes { abi::F_MAC } else { 0 };
         features

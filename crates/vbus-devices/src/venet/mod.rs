@@ -9,6 +9,7 @@
 
 mod backpressure;
 mod calls;
+mod coalesce;
 mod config;
 mod connection;
 mod counters;

@@ -34,6 +34,14 @@ impl Rx {
         }
     }
 
+    /// When the queue must be polled to send an interrupt that it holds back.
+    fn deadline(&self) -> Option<Instant> {
+        match self {
+            Rx::Own(slot) => slot.0.as_ref().and_then(RxQueue::deadline),
+            Rx::Shared(slot) => lock(slot).0.as_ref().and_then(RxQueue::deadline),
+        }
+    }
+
     fn set(&mut self, queue: Option<RxQueue>) {
         match self {
             Rx::Own(slot) => slot.queue = queue,
@@ -93,6 +101,11 @@ impl Pair {
     /// Sets the receive ring; `None`: the pair has none from now on.
     pub fn set_rx(&mut self, rx: Option<RxQueue>) {
         self.rx.set(rx);
+    }
+
+    /// SET_QUEUES has changed which pairs are in use.
+    pub fn queues_changed(&mut self) {
+        self.rx.with(RxQueue::queues_changed);
     }
 
     /// Waits until a running delivery has ended. Later deliveries see what the driver has changed.
@@ -177,8 +190,11 @@ impl Pair {
         // buffers, and those drivers wait for them.
         self.queue.flush();
         let sent = sent?;
-        if let (Some(tx), true) = (&mut self.tx, sent != 0) {
-            tx.interrupt.kick(tx.ring.post());
+        if let Some(tx) = &mut self.tx {
+            if sent != 0 {
+                tx.post(sent);
+            }
+            tx.poll_held();
         }
         let received = match &mut self.rx {
             Rx::Own(RxSlot { queue: Some(queue), .. }) => {
@@ -188,6 +204,7 @@ impl Pair {
         };
         let served = self.rx.with(|rx| {
             rx.post();
+            rx.poll_held();
             rx.serve_waiters()
         });
         let woke = served.transpose()?.unwrap_or(false);
@@ -249,6 +266,7 @@ impl Task for PairTask {
 
     fn deadline(&self) -> Option<Instant> {
         let pair = lock(&self.pair);
-        [pair.until, pair.queue.deadline()].into_iter().flatten().min()
+        let tx = pair.tx.as_ref().and_then(TxQueue::deadline);
+        [pair.until, pair.queue.deadline(), tx, pair.rx.deadline()].into_iter().flatten().min()
     }
 }

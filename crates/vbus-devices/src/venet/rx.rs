@@ -18,6 +18,7 @@ use vbus_net::{
 };
 
 use super::backpressure::Backpressure;
+use super::coalesce::{Held, Setting};
 use super::counters::{PairCounters, RxCounters};
 use super::news::News;
 
@@ -92,8 +93,12 @@ pub struct RxQueue {
     memory: Arc<MemoryContext>,
     receiver: Arc<Receiver>,
     counters: Arc<PairCounters>,
+    /// The number of this queue pair.
+    number: u16,
     /// The task of this queue pair. The queue wakes it if the driver breaks the protocol.
     task: TaskHandle,
+    coalesce: Arc<Setting>,
+    held: Held,
     /// Buffers taken from the ring and not yet filled.
     stash: VecDeque<Entry>,
     /// Bytes of the largest buffer so far.
@@ -114,7 +119,7 @@ impl RxQueue {
         memory: Arc<MemoryContext>,
         receiver: Arc<Receiver>,
         counters: Arc<PairCounters>,
-        task: TaskHandle,
+        (number, task, coalesce): (u16, TaskHandle, Arc<Setting>),
     ) -> RxQueue {
         let backpressure = Backpressure::new(receiver.backpressure);
         RxQueue {
@@ -123,7 +128,10 @@ impl RxQueue {
             memory,
             receiver,
             counters,
+            number,
             task,
+            coalesce,
+            held: Held::default(),
             stash: VecDeque::new(),
             largest: BUFFER_MIN,
             wanted: 0,
@@ -420,13 +428,28 @@ impl RxQueue {
             rx.bytes.add(bytes);
             rx.batches.one();
             rx.ring_fill.set(held);
-            self.interrupt.kick(self.ring.post());
+            let kick = self.ring.post();
+            if self.held.posted(kick, frames, &self.coalesce, &self.interrupt) {
+                self.task.wake(); // It sends the interrupt in time.
+            }
             self.receiver.news.moved();
         }
     }
 
-    /// Decides about a frame that finds too few buffers: it waits or is dropped.
+    /// Sends the interrupt that is held back, if it is due.
+    pub fn poll_held(&mut self) {
+        self.held.poll(&self.coalesce, &self.interrupt);
+    }
+
+    /// When [`poll_held`](Self::poll_held) must be called.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.held.deadline()
+    }
+
+    /// Decides about a frame that finds too few buffers: it waits or is dropped. The driver must
+    /// hear of the frames that it has, because it gives their buffers back.
     fn starve(&mut self, on_full: OnFull) -> Delivery {
+        self.held.release(&self.interrupt);
         self.rx().starved.one();
         match on_full {
             OnFull::Drop => self.refused(RxDrop::NoBuffers),
@@ -439,7 +462,25 @@ impl RxQueue {
         }
     }
 
+    /// Whether the queue pair is in use. No frame is steered to another pair.
+    fn is_used(&self) -> bool {
+        self.number < self.receiver.steering.queues()
+    }
+
+    /// SET_QUEUES has changed which pairs are in use. Senders that wait for one that is not choose
+    /// another queue. A sender that has chosen this queue, but does not wait yet, finds that out in
+    /// [`wait`](Self::wait).
+    pub fn queues_changed(&mut self) {
+        if !self.is_used() {
+            self.wake_waiters();
+        }
+    }
+
     fn wait(&mut self, waiter: &Waiter) {
+        if !self.is_used() {
+            waiter.task.wake();
+            return;
+        }
         if self.waiters.iter().all(|other| other.key != waiter.key) {
             self.waiters.push(waiter.clone());
         }

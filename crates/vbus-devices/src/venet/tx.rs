@@ -1,11 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A transmit ring. It checks each frame of the driver.
 
+use std::sync::Arc;
+use std::time::Instant;
+
 use vbus_core::memory::{DriverSlice, View};
 use vbus_core::shm::abi::venet::HEADER_BYTES;
 use vbus_core::shm::ring::{DeviceEnd, Entry, NEXT};
 use vbus_core::{ErrorCode, Interrupt, Window};
 use vbus_net::{Body, CHAIN_MAX, ETH_BYTES, FRAME_MAX, Header, Offloads, Packet};
+
+use super::coalesce::{Held, Setting};
 
 /// The next frame of the transmit ring: its entries and, once they are complete, its header.
 #[derive(Default)]
@@ -18,7 +23,9 @@ struct Chain {
 /// The transmit ring of a queue pair.
 pub struct TxQueue {
     pub ring: DeviceEnd<Window>,
-    pub interrupt: Interrupt,
+    interrupt: Interrupt,
+    coalesce: Arc<Setting>,
+    held: Held,
     chain: Chain,
     /// Whether the device took entries since [`begin`](Self::begin).
     pub took: bool,
@@ -39,9 +46,9 @@ pub enum Next {
 }
 
 impl TxQueue {
-    pub fn new(ring: DeviceEnd<Window>, interrupt: Interrupt) -> TxQueue {
+    pub fn new(ring: DeviceEnd<Window>, interrupt: Interrupt, coalesce: Arc<Setting>) -> TxQueue {
         let chain = Chain { entries: Vec::with_capacity(CHAIN_MAX), ..Chain::default() };
-        TxQueue { ring, interrupt, chain, took: false }
+        TxQueue { ring, interrupt, coalesce, held: Held::default(), chain, took: false }
     }
 
     /// Returns the next frame of the ring, or the frame that had to wait. `parts` gets the bytes
@@ -96,6 +103,22 @@ impl TxQueue {
         }
         chain.head = Some((header, eth));
         Ok(Next::Frame(header, eth))
+    }
+
+    /// Makes the returns of `frames` frames visible.
+    pub fn post(&mut self, frames: u32) {
+        let kick = self.ring.post();
+        self.held.posted(kick, frames.into(), &self.coalesce, &self.interrupt);
+    }
+
+    /// Sends the interrupt that is held back, if it is due.
+    pub fn poll_held(&mut self) {
+        self.held.poll(&self.coalesce, &self.interrupt);
+    }
+
+    /// When [`poll_held`](Self::poll_held) must be called.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.held.deadline()
     }
 
     /// The frame was sent or dropped: returns its entries to the driver.

@@ -3,6 +3,7 @@
 
 use serde_json::{Value, json};
 use vbus_core::shm::abi::venet::{self as abi, counters_page as at, status_page as word};
+use vbus_core::shm::signal::Armed;
 use vbus_core::shm::signal::end::Driver;
 use vbus_core::shm::state::Reader;
 use vbus_core::{Bus, ConnectionState, ErrorCode, Window};
@@ -263,6 +264,101 @@ fn the_hash_chooses_the_queue_and_stands_in_the_header() {
 }
 
 #[test]
+fn interrupts_are_held_back_by_time_and_by_frames() {
+    const HOUR: u32 = 3_600_000_000;
+    let bus = bus(1);
+    let [mut a, mut b] = two(&bus, &json!({}), [features(0), features(abi::F_COALESCE)]);
+    let set = |net: &mut Net, pair: u32, [rx, tx]: [(u32, u32); 2]| {
+        let words = [pair, 0, rx.0, rx.1, tx.0, tx.1];
+        net.call(abi::CALL_SET_COALESCE, &words.map(u32::to_le_bytes).concat())
+    };
+    let interrupts = |net: &Net| net.endpoint.counters().interrupts.get();
+    let arrive = |a: &mut Net, b: &mut Net, frames: u64| {
+        let before = b.counter("/pairs/0/rx/frames");
+        for n in 0..frames {
+            a.send(0, &frame(B, A, n, 60));
+        }
+        let arrived = || b.counter("/pairs/0/rx/frames") == before + frames;
+        b.interrupts.wait("the frames", || arrived().then_some(()));
+    };
+    // By frames: the third one interrupts.
+    set(&mut b, 0, [(HOUR, 3), (0, 0)]).unwrap();
+    assert_eq!(b.pairs[0].rx.arm(0), Armed::Waiting);
+    let before = interrupts(&b);
+    arrive(&mut a, &mut b, 2);
+    assert_eq!(interrupts(&b), before, "held back");
+    arrive(&mut a, &mut b, 1);
+    b.interrupts.wait("the interrupt", || (interrupts(&b) == before + 1).then_some(()));
+    (0..3).for_each(|_| drop(b.recv(0)));
+    // By time alone.
+    set(&mut b, abi::ALL_PAIRS, [(1000, 0), (0, 0)]).unwrap();
+    assert_eq!(b.pairs[0].rx.arm(0), Armed::Waiting);
+    let before = interrupts(&b);
+    arrive(&mut a, &mut b, 1);
+    b.interrupts.wait("the interrupt", || (interrupts(&b) == before + 1).then_some(()));
+    b.recv(0);
+    // An interrupt that is held back goes when coalescing is switched off.
+    set(&mut b, 0, [(HOUR, 0), (0, 0)]).unwrap();
+    assert_eq!(b.pairs[0].rx.arm(0), Armed::Waiting);
+    let before = interrupts(&b);
+    arrive(&mut a, &mut b, 5);
+    assert_eq!(interrupts(&b), before);
+    set(&mut b, 0, [(0, 0), (HOUR, 0)]).unwrap();
+    b.interrupts.wait("the interrupt", || (interrupts(&b) == before + 1).then_some(()));
+    // The transmit ring holds its own back.
+    assert_eq!(b.pairs[0].tx.arm(0), Armed::Waiting);
+    let before = interrupts(&b);
+    b.send(0, &frame(A, B, 1, 60));
+    assert_eq!(a.recv(0), frame(A, B, 1, 60));
+    assert_eq!(interrupts(&b), before);
+    set(&mut b, 0, [(0, 0), (0, 0)]).unwrap();
+    b.interrupts.wait("the interrupt", || (interrupts(&b) == before + 1).then_some(()));
+
+    assert_eq!(set(&mut b, 1, [(0, 0); 2]), Err(ErrorCode::BAD_ARGUMENT), "one pair only");
+    assert_eq!(b.call(abi::CALL_SET_COALESCE, &[0; 8]), Err(ErrorCode::BAD_LENGTH));
+    assert_eq!(set(&mut a, 0, [(0, 0); 2]), Err(ErrorCode::DENIED), "not accepted");
+}
+
+/// The driver must hear of its frames when it has no buffers left, or it would lose frames.
+#[test]
+fn a_starved_ring_holds_no_interrupt_back() {
+    let bus = bus(1);
+    let shape = Shape { entries: 8, ..features(abi::F_COALESCE) };
+    let [mut a, mut b] = two(&bus, &json!({}), [features(0), shape]);
+    let words = [abi::ALL_PAIRS, 0, 3_600_000_000, 0, 0, 0];
+    b.call(abi::CALL_SET_COALESCE, &words.map(u32::to_le_bytes).concat()).unwrap();
+    assert_eq!(b.pairs[0].rx.arm(0), Armed::Waiting);
+    let before = b.endpoint.counters().interrupts.get();
+    for n in 0..9 {
+        a.send(0, &frame(B, A, n, 60));
+    }
+    let interrupted = || b.endpoint.counters().interrupts.get() > before;
+    b.interrupts.wait("the interrupt", || interrupted().then_some(()));
+    for n in 0..9 {
+        assert_eq!(b.recv(0), frame(B, A, n, 60));
+    }
+}
+
+#[test]
+fn a_sender_leaves_a_queue_that_is_no_longer_in_use() {
+    let bus = bus(2);
+    let shape = Shape { pairs: 2, entries: 8, ..Shape::default() };
+    let more = json!({ "queue-pairs": 2, "backpressure-ms": 3_600_000 });
+    let [mut a, mut b] = two(&bus, &more, [Shape { pairs: 2, ..Shape::default() }, shape]);
+    // Queue 1 has buffers for 8 frames. The ninth waits, for an hour at most.
+    for n in 0..9 {
+        a.send(1, &frame(B, A, n, 100));
+    }
+    let waits = || (a.counter("/pairs/1/tx/waits") > 0).then_some(());
+    a.interrupts.wait("the wait for buffers", waits);
+    b.call(abi::CALL_SET_QUEUES, &1_u32.to_le_bytes()).unwrap();
+    assert_eq!(b.recv(0), frame(B, A, 8, 100));
+    for n in 0..8 {
+        assert_eq!(b.recv(1), frame(B, A, n, 100));
+    }
+}
+
+#[test]
 fn vlans_are_filtered() {
     let bus = bus(1);
     let [mut a, mut b] = two(&bus, &json!({}), [features(0), features(abi::F_VLAN)]);
@@ -421,8 +517,8 @@ fn any_buffer_is_refused_or_obeyed() {
     };
     let mut obeyed = 0;
     for n in 0..3_000 {
-        let function = (random() % 10) as u32;
-        let right = [0, 0, 8, 8, 4, 6, 48, [8, 520][random() as usize % 2], 0, 0];
+        let function = (random() % 11) as u32;
+        let right = [0, 0, 8, 8, 4, 6, 48, [8, 520][random() as usize % 2], 24, 0, 0];
         let any = random() as usize % 600;
         let len = [right[function as usize], any][usize::from(random() % 4 == 0)];
         let small = random() % 4 != 0;

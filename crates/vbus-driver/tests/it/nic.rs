@@ -4,8 +4,9 @@
 use serde_json::json;
 use vbus_core::Bus;
 use vbus_driver::venet::{
-    CHAIN_MAX, Duplex, F_HASH, F_MAC, F_RSS, F_RX, F_RX_CSUM, F_RX_TSO4, F_TX, F_TX_CSUM, F_VLAN,
-    FRAME_MAX, HEADER_BYTES, Nic, Piece, Rss, Rx, Tx, VLAN_MAP_BYTES, counters_page, hash_kind,
+    CHAIN_MAX, Coalesce, Duplex, F_COALESCE, F_HASH, F_MAC, F_RSS, F_RX, F_RX_CSUM, F_RX_TSO4,
+    F_TX, F_TX_CSUM, F_VLAN, FRAME_MAX, HEADER_BYTES, Nic, Piece, Rss, Rx, Tx, VLAN_MAP_BYTES,
+    counters_page, hash_kind,
 };
 use vbus_driver::{Dma, Error, Hal};
 use vbus_shm::ErrorCode;
@@ -239,7 +240,7 @@ fn features_come_with_those_that_they_need() {
 #[test]
 fn settings_change_while_it_runs() {
     let bus = bus();
-    let all = F_TX | F_RX | F_HASH | F_RSS | F_VLAN | F_MAC;
+    let all = F_TX | F_RX | F_HASH | F_RSS | F_VLAN | F_MAC | F_COALESCE;
     let mut a = Station::new(&bus, 1, 1500);
     let mut b = Station::with(&bus, 2, 1500, all);
     assert_eq!(b.nic.function().features(), all);
@@ -269,6 +270,21 @@ fn settings_change_while_it_runs() {
     b.nic.set_vlans(None).unwrap();
     a.send(&tagged(6, 5), SLOT);
     assert_eq!(b.receive(), tagged(6, 5));
+
+    // An interrupt that is held back for an hour goes with the second frame.
+    let hour = Coalesce { usecs: 3_600_000_000, frames: 2 };
+    b.nic.set_coalesce(Some(0), hour, Coalesce::default()).unwrap();
+    assert_eq!(b.rx.arm(0), Armed::Waiting);
+    while b.local.interrupted() {}
+    a.send(&frame(mac(2), 1, 6, 60), SLOT);
+    a.send(&frame(mac(2), 1, 7, 60), SLOT);
+    b.local.wait_interrupt();
+    for n in [6, 7] {
+        assert_eq!(b.try_receive(), Some(frame(mac(2), 1, n, 60)));
+    }
+    b.nic.set_coalesce(None, Coalesce::default(), Coalesce::default()).unwrap();
+    let wrong = b.nic.set_coalesce(Some(2), Coalesce::default(), Coalesce::default());
+    assert_eq!(refused(wrong), ErrorCode::BAD_ARGUMENT);
 
     let status = b.nic.status().unwrap();
     assert_eq!((status.speed, status.duplex), (Some(1000), Duplex::Full));
