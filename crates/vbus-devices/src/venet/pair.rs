@@ -37,8 +37,8 @@ impl Rx {
     /// When the queue must be polled to send an interrupt that it holds back.
     fn deadline(&self) -> Option<Instant> {
         match self {
-            Rx::Own(slot) => slot.0.as_ref().and_then(RxQueue::deadline),
-            Rx::Shared(slot) => lock(slot).0.as_ref().and_then(RxQueue::deadline),
+            Rx::Own(slot) => slot.queue.as_ref().and_then(RxQueue::deadline),
+            Rx::Shared(slot) => lock(slot).queue.as_ref().and_then(RxQueue::deadline),
         }
     }
 

@@ -345,16 +345,28 @@ fn a_sender_leaves_a_queue_that_is_no_longer_in_use() {
     let shape = Shape { pairs: 2, entries: 8, ..Shape::default() };
     let more = json!({ "queue-pairs": 2, "backpressure-ms": 3_600_000 });
     let [mut a, mut b] = two(&bus, &more, [Shape { pairs: 2, ..Shape::default() }, shape]);
+    // A flow that goes to queue 1.
+    let flow = |port: u16, n: u8| {
+        let (_, mut flow) = large(TCP, 0, 100);
+        flow[34..36].copy_from_slice(&port.to_be_bytes());
+        flow[90] = n;
+        flow
+    };
+    let port = (1..).find(|port| {
+        a.send(0, &flow(*port, 0));
+        b.recv_any(2).0 == 1
+    });
+    let port = port.unwrap();
     // Queue 1 has buffers for 8 frames. The ninth waits, for an hour at most.
     for n in 0..9 {
-        a.send(1, &frame(B, A, n, 100));
+        a.send(0, &flow(port, n));
     }
-    let waits = || (a.counter("/pairs/1/tx/waits") > 0).then_some(());
+    let waits = || (a.counter("/pairs/0/tx/waits") > 0).then_some(());
     a.interrupts.wait("the wait for buffers", waits);
     b.call(abi::CALL_SET_QUEUES, &1_u32.to_le_bytes()).unwrap();
-    assert_eq!(b.recv(0), frame(B, A, 8, 100));
+    assert_eq!(b.recv(0), flow(port, 8));
     for n in 0..8 {
-        assert_eq!(b.recv(1), frame(B, A, n, 100));
+        assert_eq!(b.recv(1), flow(port, n));
     }
 }
 
