@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A hostile guest: random reads and writes of configuration spaces, as root.
 //!
-//! They go by all ways that a stock kernel leaves: the files in `/sys`; the memory that is
-//! configuration space (ECAM), through `/dev/mem`, which takes `iomem=relaxed` on the kernel's
-//! command line; and the ports `0xcf8` to `0xcff`.
+//! It uses all ways that a stock kernel offers: the files in `/sys`; the memory of configuration
+//! space (ECAM) through `/dev/mem`, which needs `iomem=relaxed` on the kernel's command line; and
+//! the ports `0xcf8` to `0xcff`.
 #![allow(unsafe_code)] // Maps configuration space, and accesses it with any width and at any address.
 
 use std::arch::asm;
@@ -16,16 +16,16 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
 use crate::stream::number;
 
-/// `O_SYNC`: `/dev/mem` is not cached then.
+/// `O_SYNC`. The mapping of `/dev/mem` is then not cached.
 const SYNC: i32 = 0o4010000;
 const READ_AND_WRITE: c_int = 1 | 2;
 const SHARED: c_int = 1;
-/// The ports of conventional configuration space: an address register, and 4 bytes of data above
-/// it.
+/// The ports of conventional configuration space: the address register, and the first of the 4 data
+/// ports.
 const PORTS: (u16, u16) = (0xcf8, 0xcfc);
-/// Messages at the end of what is wild.
+/// The number of messages after the accesses of a wild run.
 const DEADLY: u32 = 64;
-/// Bytes of memory that nothing of all this may change.
+/// Bytes of this process's memory that no access may change.
 const CHECKED: usize = 32 << 20;
 
 unsafe extern "C" {
@@ -40,7 +40,7 @@ unsafe extern "C" {
     fn ioperm(from: c_ulong, count: c_ulong, on: c_int) -> c_int;
 }
 
-/// Numbers that follow from a seed.
+/// Pseudo-random numbers.
 struct Random(u64);
 
 impl Random {
@@ -68,7 +68,7 @@ impl Random {
     }
 }
 
-/// A function's address.
+/// The address of a function.
 #[derive(Clone, Copy)]
 struct PciAddress {
     bus: u64,
@@ -77,7 +77,7 @@ struct PciAddress {
 }
 
 impl PciAddress {
-    /// Of a name like `02:00.0`.
+    /// Parses a name like `02:00.0`.
     fn parse(name: &str) -> io::Result<Self> {
         let parse = |text: &str| u64::from_str_radix(text, 16).ok();
         let parts = name.split_once(':').and_then(|(bus, rest)| Some((bus, rest.split_once('.')?)));
@@ -89,7 +89,7 @@ impl PciAddress {
         })
     }
 
-    /// Where a register of it is in the ECAM.
+    /// The offset of one of its registers in the ECAM.
     fn register(self, offset: usize) -> u64 {
         self.bus << 20 | self.device << 15 | self.function << 12 | offset as u64
     }
@@ -102,7 +102,7 @@ struct Ecam {
 }
 
 impl Ecam {
-    /// Maps it from where the kernel says that it is.
+    /// Maps it. The kernel tells its address.
     fn map() -> io::Result<Self> {
         let table = fs::read_to_string("/proc/iomem")?;
         let line =
@@ -116,8 +116,7 @@ impl Ecam {
         let memory = File::options().read(true).write(true).custom_flags(SYNC).open("/dev/mem")?;
         let (bytes, offset) =
             (last + 1 - first, c_long::try_from(first).map_err(io::Error::other)?);
-        // SAFETY: A new mapping, which replaces none; what is behind it is no memory of this
-        // process.
+        // SAFETY: the mapping is new and replaces none. It is not memory of this process.
         let base = unsafe {
             mmap(std::ptr::null_mut(), bytes, READ_AND_WRITE, SHARED, memory.as_raw_fd(), offset)
         };
@@ -129,15 +128,16 @@ impl Ecam {
 
     fn at(&self, address: PciAddress, offset: usize, len: usize) -> Option<*mut u8> {
         let at = usize::try_from(address.register(offset)).ok()?;
-        // SAFETY: Within the mapping.
+        // SAFETY: the address is within the mapping.
         (at + len <= self.bytes).then(|| unsafe { self.base.add(at) })
     }
 
-    /// Reads `data.len()` bytes (1, 2, 4 or 8) by one instruction, at any address.
+    /// Reads `data.len()` bytes (1, 2, 4 or 8) by one instruction, from any address. Returns false
+    /// if the register is outside of the mapping.
     fn read(&self, address: PciAddress, offset: usize, data: &mut [u8]) -> bool {
         let Some(at) = self.at(address, offset, data.len()) else { return false };
         let value: u64;
-        // SAFETY: The addresses are mapped, and no memory of this process.
+        // SAFETY: the addresses are mapped, and are not memory of this process.
         unsafe {
             match data.len() {
                 1 => {
@@ -156,11 +156,11 @@ impl Ecam {
         true
     }
 
-    /// Writes likewise.
+    /// Writes, as [`read`](Self::read) reads.
     fn write(&self, address: PciAddress, offset: usize, data: &[u8]) -> bool {
         let Some(at) = self.at(address, offset, data.len()) else { return false };
         let value = data.iter().rev().fold(0u64, |value, byte| value << 8 | u64::from(*byte));
-        // SAFETY: As above.
+        // SAFETY: as above.
         unsafe {
             match data.len() {
                 1 => {
@@ -177,18 +177,18 @@ impl Ecam {
     }
 }
 
-/// The ports. The kernel uses them too, whenever it likes: an access may end at the function that
-/// it has just chosen.
+/// The ports. The kernel also uses them at any time. So an access may reach the function that the
+/// kernel has just selected.
 mod ports {
     use super::*;
 
-    /// Chooses the function and a register of it, the lowest two bits of whose offset are the data
-    /// port's.
+    /// Selects a register of a function. Returns the data port, which has the lowest two bits of
+    /// the register's offset.
     fn choose(address: PciAddress, offset: usize) -> u16 {
         let at = address.register(offset);
         let address = ((1 << 31 | at >> 4 & 0xff_ff00 | at & 0xfc) & 0xffff_ffff) as u32;
-        // SAFETY: The kernel has given this process the ports, behind which is no memory of its
-        // own.
+        // SAFETY: the kernel has given this process the ports. They do not change memory of this
+        // process.
         unsafe {
             asm!("out dx, eax", in("dx") PORTS.0, in("eax") address, options(nostack, nomem))
         };
@@ -196,16 +196,16 @@ mod ports {
     }
 
     pub fn get() -> io::Result<()> {
-        // SAFETY: Changes which ports this process may use.
+        // SAFETY: this only changes which ports the process may use.
         let got = unsafe { ioperm(PORTS.0.into(), 16, 1) };
         if got == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
 
-    /// Reads 1, 2 or 4 bytes; 4 bytes too that are not aligned, which reach beyond the data port.
+    /// Reads 1, 2 or 4 bytes. 4 bytes need not be aligned, and may reach beyond the data ports.
     pub fn read(address: PciAddress, offset: usize, data: &mut [u8]) {
         let port = choose(address, offset);
         let value: u32;
-        // SAFETY: As above.
+        // SAFETY: as above.
         unsafe {
             match data.len() {
                 1 => {
@@ -223,7 +223,7 @@ mod ports {
     pub fn write(address: PciAddress, offset: usize, data: &[u8]) {
         let port = choose(address, offset);
         let value = data.iter().rev().fold(0u32, |value, byte| value << 8 | u32::from(*byte));
-        // SAFETY: As above.
+        // SAFETY: as above.
         unsafe {
             match data.len() {
                 1 => asm!("out dx, al", in("dx") port, in("eax") value, options(nostack, nomem)),
@@ -234,19 +234,19 @@ mod ports {
     }
 }
 
-/// A function that is there, with the registers that something may follow from.
+/// A function that exists, with the registers whose writes have an effect.
 struct Target {
     address: PciAddress,
     file: String,
     registers: Vec<usize>,
-    /// Where the MSI capability has address and data.
+    /// The offsets of address and data in the MSI capability.
     message: Range<usize>,
-    /// Where Slot Control is, if there is a slot behind it.
+    /// The offset of Slot Control, if the function has a slot.
     slot: Option<usize>,
 }
 
 impl Target {
-    /// Takes its configuration space apart, before it is scrambled.
+    /// Parses its configuration space, before the random writes change it.
     fn new(name: &str, ecam: &Ecam) -> io::Result<Self> {
         let address = PciAddress::parse(name)?;
         let byte = |at: usize| {
@@ -257,8 +257,8 @@ impl Target {
         if byte(0) == 0xff {
             return Err(io::Error::other(format!("there is no function {name}")));
         }
-        // Command and status, cache line to header type, BARs or bus numbers and windows, interrupt
-        // and bridge control.
+        // Command and status; cache line to header type; BARs, or bus numbers and windows;
+        // interrupt and bridge control.
         let mut registers: Vec<usize> =
             [4, 5, 6].into_iter().chain(0x0c..0x28).chain(0x3c..0x40).collect();
         let (mut at, mut message, mut slot) = (byte(0x34), 0..0, None);
@@ -289,12 +289,12 @@ impl Target {
     }
 }
 
-/// What the lot of accesses came to.
+/// The counts of the accesses.
 #[derive(Default)]
 struct Sum {
     reads: u64,
     writes: u64,
-    /// By files that were not there (any more).
+    /// Accesses to files that did not exist, or not any more.
     refused: u64,
 }
 
@@ -306,14 +306,14 @@ struct Nonsense {
     sum: Sum,
 }
 
-/// Carries out `count` accesses that follow from `seed`, of the functions with these names
-/// (`02:00.0`) and of some that are not there; then sees whether memory of its own is what it was,
-/// and that what is not there has read as all ones.
+/// Makes `count` random accesses by `seed`, to the functions with these names (`02:00.0`) and to
+/// functions that do not exist. Then it checks that its own memory has not changed. It also checks
+/// that functions that do not exist read as all ones.
 ///
-/// If `wild`, the ports are a way too, although what goes wrong there may hit another function, and
-/// messages follow that a kernel does not survive. Otherwise interrupts by message are such as a
-/// kernel survives, whatever function sends them: to no local APIC, or with a vector that is not
-/// the kernel's own.
+/// With `wild`, it also uses the ports, although such an access may reach another function; and it
+/// ends with messages that kill a kernel. Without `wild`, a kernel survives all interrupt messages,
+/// whatever function sends them: they go to no local APIC, or have a vector that the kernel does
+/// not use itself.
 pub fn nonsense(seed: &str, count: &str, wild: bool, functions: &[&str]) -> io::Result<()> {
     let (seed, count) = (number(seed)?, number(count)?);
     let ecam = Ecam::map()?;
@@ -346,7 +346,7 @@ pub fn nonsense(seed: &str, count: &str, wild: bool, functions: &[&str]) -> io::
 }
 
 impl Nonsense {
-    /// One access.
+    /// Makes one access.
     fn access(&mut self) -> io::Result<()> {
         let mut length = self.random.one_of(&[1, 1, 2, 2, 4, 4, 4, 8]);
         if self.random.below(8) == 0 {
@@ -393,14 +393,14 @@ impl Nonsense {
         Ok(())
     }
 
-    /// Has a root port send a message of any kind, also such as a kernel does not survive: with a
-    /// command to its slot, of whose completion it tells.
+    /// Makes a root port send a message of any kind, also one that kills a kernel. A command to the
+    /// slot causes it, because the port reports the completion.
     fn deadly(&mut self) {
         let random = &mut self.random;
         for Target { address, message, slot, .. } in &self.targets {
             let Some(slot) = *slot else { continue };
-            // Fixed, lowest priority, SMI, NMI, INIT, start-up, external; with vectors of
-            // exceptions and of the kernel's own, too.
+            // Fixed, lowest priority, SMI, NMI, INIT, start-up, external. The vector may be that of
+            // an exception, or one that the kernel uses itself.
             let how = random.one_of(&[0u64, 1, 2, 4, 5, 6, 7]) << 8
                 | random.below(256)
                 | random.below(4) << 14;
@@ -410,15 +410,15 @@ impl Nonsense {
             write(message.start, 0xfee0_0000, 8);
             write(message.start + 8, how, 2);
             write(message.start - 2, 1, 2);
-            // All events cleared, then one that interrupts.
+            // Clear all events, then cause one that interrupts.
             write(slot + 2, 0x011f, 2);
             write(slot, 0x0030 | random.below(0x2000), 2);
             self.sum.writes += 5;
         }
     }
 
-    /// An access of a function that no device has, on any bus: of one with several functions there
-    /// is none.
+    /// Makes an access to a function number that no device has, on any bus. No device has several
+    /// functions.
     fn absent(&mut self, length: usize) -> io::Result<()> {
         let random = &mut self.random;
         let address = PciAddress {
@@ -447,15 +447,16 @@ impl Nonsense {
 }
 
 fn by_file(file: &str, offset: usize, data: &mut [u8], read: bool) -> bool {
-    // Opened each time: the kernel takes the function away and brings it back meanwhile.
+    // Open the file for each access, because the kernel removes the function and adds it again
+    // meanwhile.
     let Ok(file) = File::options().read(true).write(true).open(file) else { return false };
     let done =
         if read { file.read_at(data, offset as u64) } else { file.write_at(data, offset as u64) };
     done.is_ok()
 }
 
-/// Something for a register: what sizes a BAR, addresses where something is already, a few bits,
-/// anything.
+/// A value for a register: one that sizes a BAR, an address that something else has already, a few
+/// bits, or any value.
 fn value(random: &mut Random) -> u64 {
     let low = match random.below(8) {
         0 => u32::MAX,
@@ -478,7 +479,7 @@ fn value(random: &mut Random) -> u64 {
                 random.one_of(&[&address[..], &[0xfed8_0000, 0xfee0_0000, 0xffff_f000]].concat());
             address + (random.word() & 0x00ff_f000 & (u32::MAX >> random.below(32)))
         }
-        // The same in the registers of a bridge's window.
+        // The same for the registers of a bridge's window.
         5 => random.word() & 0x1ff0 | 0xe000 | (random.word() & 0x1ff0 | 0xe000) << 16,
         _ => random.word(),
     };
@@ -486,9 +487,10 @@ fn value(random: &mut Random) -> u64 {
     u64::from(high) << 32 | u64::from(low)
 }
 
-/// Part of a message that no kernel dies of, with its address and length, for a capability that has
-/// the message at `at`: an address, of a local APIC or not; or data with a vector that no processor
-/// takes (below 16), or that is a device's. Any parts are together as harmless.
+/// A part of a message that a kernel survives, for a capability that has its message at `at`: the
+/// offset, the length and the bytes. The part is an address, of a local APIC or not; or data with a
+/// vector that no processor accepts (below 16) or that a device uses. Any combination of parts is
+/// also harmless.
 fn survivable(random: &mut Random, at: usize) -> (usize, usize, [u8; 8]) {
     let (offset, length, value) = match random.below(3) {
         0 => {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Doorbells of a Linux in `vbus-vmm`, rung from user space: which kinds it is offered, what they
-//! cost, and that a guest which rings without end harms nobody but itself.
+//! A Linux in `vbus-vmm` rings doorbells from user space. The scenarios check which kinds it is
+//! offered, measure their cost, and show that a guest that rings without end harms only itself.
 
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,7 @@ use crate::l2::{L1Bus, L2, L2Spec};
 use crate::nic::{self, Nic};
 use crate::report::Figures;
 
-/// A device besides the NIC, to make noise at.
+/// The device beside the NIC whose doorbells the storm also rings.
 const VALUES: &str = r#"
 [[device]]
 name = "values"
@@ -23,15 +23,14 @@ pages = [{ name = "setpoint", bytes = 64, owner = "device", initial = "calm" }]
 "#;
 
 const MIB: u64 = 1 << 20;
-/// Rings that are counted.
+/// Rings of a measurement.
 const RINGS: u64 = 2000;
-/// Rings that are a storm.
+/// The least rings of a storm.
 const STORM: u64 = 50_000;
-/// How long anything may take that the guest does meanwhile.
+/// The time limit of each action of the guest.
 const LIMIT: Duration = Duration::from_secs(120);
 
-/// The tests of vbus-kvm, of which a KVM that is none of a processor's can run a part only: here
-/// all of them, and nothing is left out.
+/// Runs the tests of vbus-kvm, and checks that none is skipped.
 pub fn connector(l1: &L1, _: &mut Figures) -> Result<()> {
     let said = l1
         .guest
@@ -50,8 +49,8 @@ pub fn connector(l1: &L1, _: &mut Figures) -> Result<()> {
     Ok(())
 }
 
-/// The kinds that the guest is offered are those that the VMM was told to have; each ring is one
-/// exit, of which the VMM hears nothing; and the cheapest is taken.
+/// The VMM offers the guest the kinds of its settings. Each ring is one exit, which does not reach
+/// the VMM. The guest takes the cheapest kind.
 pub fn kinds(l1: &L1, figures: &mut Figures) -> Result<()> {
     let bus = bus(l1, VALUES)?;
     let spec = L2Spec::new("kinds")
@@ -101,7 +100,7 @@ pub fn kinds(l1: &L1, figures: &mut Figures) -> Result<()> {
     check_silence(&l2)?;
     l2.power_off()?;
 
-    // Another choice of the VMM's user.
+    // Another setting of the VMM.
     let l2 = L2Spec::new("kinds")
         .device("values", &bus.socket("values"))
         .args("--doorbells mmio")
@@ -118,16 +117,16 @@ pub fn kinds(l1: &L1, figures: &mut Figures) -> Result<()> {
     l2.power_off()
 }
 
-/// Every function's doorbells are rung without end, by every kind that user space can: those in use
-/// and those that nobody uses. The NIC carries its traffic all the same, the state device its
-/// values; the VMM hears nothing of it; and the bus does no more than its share.
+/// The guest rings doorbells of all functions without end, by each kind that user space can ring.
+/// Some of these doorbells are in use, others not. Meanwhile the NIC carries its traffic, and the
+/// state device its values. No ring reaches the VMM. The bus polls less often than the guest rings.
 pub fn storm(l1: &L1, figures: &mut Figures) -> Result<()> {
     let bus = bus(l1, VALUES)?;
     let spec = L2Spec { cpus: 2, ..L2Spec::new("storm") };
     let l2 =
         spec.device("net", &bus.socket("net")).device("values", &bus.socket("values")).boot(l1)?;
     let outcome = blow(l1, &bus, &l2, figures);
-    // A guest that fell over has its VMM say why.
+    // If the guest died, its VMM has printed the reason.
     outcome.with_context(|| format!("vbus-vmm says {:?}", l2.vmm.said()))?;
     l2.power_off()
 }
@@ -140,7 +139,7 @@ fn blow(l1: &L1, bus: &L1Bus, l2: &L2, figures: &mut Figures) -> Result<()> {
     watch.wait_for("calm", LIMIT)?;
 
     let before = (works(bus)?, rung(bus, "net")? + rung(bus, "values")?, Instant::now());
-    // The lowest handles are in use: the NIC's status page and rings, the watched page.
+    // The NIC's status page and rings, and the watched page, have the lowest handles.
     let ring = |device: &str, options: &str| {
         guest.start(&format!("exec vbus-guest ring {device} --count 1000000000000 {options}"))
     };
@@ -158,7 +157,7 @@ fn blow(l1: &L1, bus: &L1Bus, l2: &L2, figures: &mut Figures) -> Result<()> {
     let blows = |storm: &Running| {
         if storm.runs() { Ok(()) } else { bail!("a storm died down: {:?}", storm.said()) }
     };
-    // However fast all this went.
+    // Wait for the least number of rings.
     let until = Instant::now() + LIMIT;
     while rung(bus, "net")? + rung(bus, "values")? < before.1 + STORM {
         ensure!(Instant::now() < until, "no storm comes up");
@@ -176,11 +175,11 @@ fn blow(l1: &L1, bus: &L1Bus, l2: &L2, figures: &mut Figures) -> Result<()> {
         "storm_polls_per_ring".into(),
         json!((works as f64 / rings as f64 * 1000.0).round() / 1000.0),
     );
-    // Each could have been a poll in vain and one with work. Those that come while the bus is at it
-    // are none.
+    // Each ring could cause two polls: one with work, and one without. A ring that comes while the
+    // bus polls causes none.
     ensure!(works < rings, "{works} polls for {rings} rings");
     check_silence(l2)?;
-    // After it, all is as it was.
+    // The traffic goes on after the storm.
     exchange(l1, guest, MIB).context("after the storm")
 }
 
@@ -196,7 +195,7 @@ fn list(guest: &Guest) -> Result<Vec<Value>> {
     Ok(devices)
 }
 
-/// How often a device's doorbells have been rung.
+/// The number of rings of a device's doorbells.
 fn rung(bus: &L1Bus, device: &str) -> Result<u64> {
     let shown: Value = serde_json::from_str(&bus.run(&format!("device show {device} --json"))?)?;
     shown["counters"]["doorbells"]
@@ -204,7 +203,7 @@ fn rung(bus: &L1Bus, device: &str) -> Result<u64> {
         .with_context(|| format!("no count of doorbells: {shown}"))
 }
 
-/// How often the bus has looked after its devices' connections.
+/// The number of polls of the devices' connections.
 fn works(bus: &L1Bus) -> Result<u64> {
     let mut polls = 0;
     for device in ["net", "values"] {
@@ -218,7 +217,7 @@ fn works(bus: &L1Bus) -> Result<u64> {
     Ok(polls)
 }
 
-/// Sees that no doorbell has come to the VMM.
+/// Checks that no doorbell has reached the VMM.
 fn check_silence(l2: &L2) -> Result<()> {
     let (devices, _) = l2.control(r#"{"op":"devices"}"#)?;
     for device in &devices {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Exits of the guests in L1, counted by what caused them: by the trace points of L1's KVM.
+//! Counts the exits of L1's guests by their reason. The trace points of L1's KVM tell it.
 
 use std::collections::BTreeMap;
 
@@ -8,24 +8,23 @@ use anyhow::{Context, Result};
 use crate::l1::L1;
 use crate::report::Skip;
 
-/// Trace point, keys to count by and which events to count.
+/// A trace point, the keys that it counts by, and the events that it counts.
 const COUNTED: [(&str, &str, &str); 3] = [
     ("kvm_exit", "exit_reason,isa", ""),
-    // The registers of COM2 and COM1, and what little else is between them.
+    // The registers of COM2 and COM1, and the few ports between them.
     ("kvm_pio", "port", "if port >= 0x2f8 && port <= 0x3ff"),
     ("kvm_msr", "ecx", "if write == 1 && ecx == 0x6e0"),
 ];
 
-/// Reasons, with the `isa` that they belong to (1: VMX, 2: SVM), of exits that are no doing of a
-/// device: the host took an interrupt of its own, a program asked for CPUID as it started, VMX's
-/// timer ran out.
+/// The reasons of exits that no device causes, with their `isa` (1: VMX, 2: SVM): the host took an
+/// interrupt of its own, a program executed CPUID at its start, the timer of VMX expired.
 const APART: [(u64, u64); 5] = [(0x60, 2), (0x72, 2), (1, 1), (10, 1), (52, 1)];
 
-/// Exits are counted from here on, until [`Trace::finish`].
+/// Counts exits from its creation until [`Trace::finish`].
 pub struct Trace<'a>(&'a L1<'a>);
 
 impl<'a> Trace<'a> {
-    /// Begins to count.
+    /// Starts to count.
     pub fn start(l1: &'a L1<'a>) -> Result<Self> {
         mount(l1)?;
         let set = COUNTED.map(|(event, keys, condition)| {
@@ -35,11 +34,11 @@ impl<'a> Trace<'a> {
         Ok(Self(l1))
     }
 
-    /// Ends counting; returns how many exits there were, but for those to the guest's timer (the
-    /// TSC's deadline), to its serial ports and of [`APART`].
+    /// Stops. Returns the number of exits, without those of the guest's timer (the TSC's deadline),
+    /// of its serial ports, and of [`APART`].
     pub fn finish(self) -> Result<u64> {
-        // Those that count apart are read first and set last: what comes in between is too much
-        // rather than too little.
+        // The exits to subtract are counted for a shorter time: this reads their counts first and
+        // started them last. So an error makes the result too large, and never too small.
         let read = COUNTED.map(|(event, ..)| format!("echo {event}; cat {EVENTS}/{event}/hist"));
         let text = self.0.guest.ok(&read.into_iter().rev().collect::<Vec<_>>().join("; "))?;
         let remove = COUNTED.map(|(event, keys, _)| trigger(event, &format!("!hist:keys={keys}")));
@@ -58,31 +57,30 @@ impl<'a> Trace<'a> {
                 _ => exits -= count,
             }
         }
-        u64::try_from(exits)
-            .with_context(|| format!("more exits apart than there were at all:\n{text}"))
+        u64::try_from(exits).with_context(|| format!("more exits to subtract than exits:\n{text}"))
     }
 }
 
-/// Ends of interrupts, counted from here on until [`Ends::finish`].
+/// Counts ends of interrupts from its creation until [`Ends::finish`].
 pub struct Ends<'a>(&'a L1<'a>);
 
-/// How often each vector was ended, by the CPU's local APIC and the vector.
+/// The number of ends, by the id of the local APIC and the vector.
 pub type ByVector = BTreeMap<(u64, u64), u64>;
 
-/// Every end that KVM's local APIC carries out, and those of them that the guest has made by KVM's
-/// bit in memory. The rest are exits. (What ends by itself is not among them.)
+/// The first counts every end that KVM's local APIC carries out. The second counts those that the
+/// guest made by KVM's bit in memory. The other ends are exits. (Interrupts that end by themselves
+/// are in neither.)
 const ENDED: [&str; 2] = ["kvm_eoi", "kvm_pv_eoi"];
 
 impl<'a> Ends<'a> {
-    /// Begins to count.
+    /// Starts to count.
     pub fn start(l1: &'a L1<'a>) -> Result<Self> {
         mount(l1)?;
         l1.guest.ok(&ENDED.map(|event| trigger(event, BY_VECTOR)).join(" && "))?;
         Ok(Self(l1))
     }
 
-    /// Ends counting; returns the exits by which interrupts were ended, and the ends by KVM's bit
-    /// in memory.
+    /// Stops. Returns the ends that were exits, and the ends by KVM's bit in memory.
     pub fn finish(self) -> Result<(ByVector, ByVector)> {
         let [all, by_bit] = ENDED.map(|event| -> Result<ByVector> {
             let text = self.0.guest.ok(&format!("cat {EVENTS}/{event}/hist"))?;
@@ -109,13 +107,12 @@ impl<'a> Ends<'a> {
 
 const BY_VECTOR: &str = "hist:keys=apicid,vector";
 
-/// Makes the trace points readable, if they are not yet.
+/// Mounts the file system of the trace points, if it is not mounted yet.
 fn mount(l1: &L1) -> Result<()> {
-    let mounted = "T=/sys/kernel/tracing; { [ -d $T/events ] || mount -t tracefs tracefs $T; } && [ -d $T/events/kvm ]";
+    let mounted = "T=/sys/kernel/tracing; { [ -d $T/events ] || mount -t tracefs tracefs $T; } \
+                   && [ -d $T/events/kvm ]";
     if l1.guest.run(mounted)?.code != 0 {
-        return Err(
-            Skip("the trace points of this KVM are not to be had: that takes root".into()).into()
-        );
+        return Err(Skip("only root can read the trace points of this KVM".into()).into());
     }
     Ok(())
 }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The guest without an operating system in `vbus-vmm`: exits, counted exactly.
+//! Counts the exits of the guest without an operating system in `vbus-vmm`, exactly.
 //!
-//! The guest sets a mark before and after what it measures, and `vbus-vmm` keeps at each what KVM
-//! has counted. What happens between two marks is the guest's loop and nothing else: it has no
-//! timer, and no other processor.
+//! The guest sets a mark before and after a measurement. At each mark `vbus-vmm` records the
+//! counters of KVM. Only the guest's loop runs between two marks, because the guest has no timer
+//! and no other processor.
 
 use std::fmt;
 use std::time::Duration;
@@ -16,13 +16,13 @@ use crate::l1::L1;
 use crate::l2::L1Bus;
 use crate::report::Figures;
 
-/// Where the guest sets its marks: vbus-vmm's.
+/// The port of vbus-vmm at which the guest sets its marks.
 const MARK_PORT: u16 = 0x610;
-/// How long the guest may say nothing. It waits 60 s at most for anything, and says so if that does
-/// not come; a round of a test takes seconds.
+/// The longest time without output of the guest. The guest waits at most 60 s for anything, and
+/// reports a wait that fails. A round of a test takes seconds.
 const SILENCE: Duration = Duration::from_secs(120);
-/// How far a count may be from what it should be, of 1: the emulated processor takes an exit more
-/// now and then (a page of its own that it has let go of).
+/// The largest relative error of a count. The emulated processor sometimes takes another exit,
+/// because it has dropped a page of its tables.
 const NEARLY: f64 = 0.01;
 
 /// A run of the guest.
@@ -33,7 +33,7 @@ pub(super) struct Run {
 
 /// Serves the bus of a run.
 pub(super) fn start_bus<'a>(l1: &'a L1<'a>, config: &str) -> Result<L1Bus<'a>> {
-    // Devices that sleep at once: each doorbell and each interrupt counts.
+    // The devices do not poll. So each doorbell and each interrupt takes place.
     L1Bus::start(l1, &format!("[bus]\npoll-us = 0\n{config}"))
 }
 
@@ -58,13 +58,13 @@ impl Run {
         let devices: Vec<_> =
             names.iter().map(|name| format!(" --device {}", bus.socket(name))).collect();
         let devices = devices.concat();
-        let (l2, slots, place) = (l1.l2_dir(), names.len(), l1.guest_processor());
+        let (l2, slots, pin) = (l1.l2_dir(), names.len(), l1.guest_processor());
         let vmm = l1.guest.start(&format!(
-            "exec {place}vbus-vmm --kernel {l2}/flat --append '{words} cpus={cpus} marks={MARK_PORT}' --cpus {cpus} \
-             --memory 64 --slots {slots} {args} --marks --json{devices}"
+            "exec {pin}vbus-vmm --kernel {l2}/flat --append '{words} cpus={cpus} \
+             marks={MARK_PORT}' --cpus {cpus} --memory 64 --slots {slots} {args} --marks --json{devices}"
         ))?;
         let end = vmm.wait_talking(SILENCE).inspect_err(|_| {
-            // What says nothing that long does not even wait: its processors stand still.
+            // A guest without output for that long does not even wait. Its processors have stopped.
             if l1.is_emulated() {
                 l1.note_hang();
             }
@@ -72,9 +72,9 @@ impl Run {
         let (events, said): (Vec<_>, Vec<_>) =
             end.stderr.lines().partition(|line| line.starts_with('{'));
         let said = said.join("\n");
-        // The bus runs and answers at once, unless L1's processors stand still. An interrupt that
-        // came while they were kept out is one that the emulated SVM has delivered a second time,
-        // as `stop` and `cont` on QEMU's control channel have it do.
+        // The bus answers at once, unless L1's processors have stopped. If an interrupt came while
+        // the guest had disabled interrupts, the emulated SVM delivered it a second time. `stop`
+        // and `cont` on QEMU's control channel cause the same.
         if said.contains("no reply to")
             || (l1.is_emulated() && end.stdout.contains("\"kept-out\":true"))
         {
@@ -94,7 +94,7 @@ impl Run {
         Ok(Self { report, marks })
     }
 
-    /// What was counted between the marks of a round.
+    /// The differences of the counters between the two marks of a round.
     fn counted(&self, round: &Value) -> Result<Counted> {
         let at = |key: &str| {
             let mark = self.marks.iter().find(|mark| mark["mark"] == round[key]);
@@ -110,8 +110,8 @@ impl Run {
         };
         let kvm = |name: &str| count("kvm", name);
         Ok(Counted {
-            // Those by which the host took an interrupt of its own are no doing of the guest; one
-            // is that of a mark.
+            // The guest does not cause the exits in which the host takes an interrupt of its own.
+            // One exit belongs to a mark.
             exits: kvm("exits")? - kvm("irq_exits")? - 1,
             windows: kvm("irq_window_exits")?,
             halts: kvm("halt_exits")?,
@@ -124,15 +124,15 @@ impl Run {
 /// Counters of KVM and of `vbus-vmm` over a round.
 #[derive(Debug)]
 struct Counted {
-    /// Exits of the guest's own making.
+    /// Exits that the guest caused.
     exits: u64,
-    /// Of these: the guest was just not ready for an interrupt that was there.
+    /// Of these: exits because the guest could not take a waiting interrupt before.
     windows: u64,
     /// Of these: HLT.
     halts: u64,
-    /// Interrupts injected.
+    /// Interrupts that KVM injected.
     injected: u64,
-    /// Exits that went on to `vbus-vmm`.
+    /// Exits that reached `vbus-vmm`.
     user: u64,
 }
 
@@ -140,12 +140,12 @@ pub(super) fn number(round: &Value, key: &str) -> Result<u64> {
     round[key].as_u64().with_context(|| format!("no {key} in {round}"))
 }
 
-/// To thousandths: more digits mean nothing.
+/// Rounds to thousandths, because further digits have no meaning.
 pub(super) fn rounded(value: f64) -> Value {
     json!((value * 1000.0).round() / 1000.0)
 }
 
-/// Every kind of doorbell costs one exit, which ends in the kernel.
+/// A doorbell of any kind costs one exit, which ends in the kernel.
 pub fn doorbells(l1: &L1, figures: &mut Figures) -> Result<()> {
     let run = Run::new(l1, &devices(""), "test=list,doorbells count=2000", "full")?;
     let mut user = 0;
@@ -165,9 +165,10 @@ pub fn doorbells(l1: &L1, figures: &mut Figures) -> Result<()> {
     Ok(())
 }
 
-/// What an interrupt costs besides the doorbell that led to it and the guest's sleep: an exit at
-/// its end, and none with KVM's bit in memory, with synthetic interrupts, or with `pic`. With 1, 4
-/// and 16 devices, one at a time, all at a time, and as fast as they can.
+/// Measures the exits of an interrupt, without those of its doorbell and of the guest's sleep. The
+/// end of an interrupt is one exit. With KVM's bit in memory, with synthetic interrupts, and with
+/// `pic` it is none. 1, 4 and 16 devices interrupt one at a time, all at once, and as fast as they
+/// can.
 pub fn interrupts(l1: &L1, figures: &mut Figures) -> Result<()> {
     let mut table = Vec::new();
     for receivers in [1, 4, 16] {
@@ -184,8 +185,10 @@ pub fn interrupts(l1: &L1, figures: &mut Figures) -> Result<()> {
                 figures.insert(format!("exits_per_interrupt_{}", cost.way), rounded(cost.ends));
             }
             table.push(json!({
-                "devices": receivers, "rate": cost.rate, "way": cost.way, "raised": cost.raised, "messages": cost.messages,
-                "exits_per_interrupt": rounded(cost.ends), "injections_per_interrupt": rounded(cost.injected),
+                "devices": receivers, "rate": cost.rate, "way": cost.way, "raised": cost.raised,
+                "messages": cost.messages,
+                "exits_per_interrupt": rounded(cost.ends),
+                "injections_per_interrupt": rounded(cost.injected),
                 "all_exits_per_interrupt": rounded(cost.all),
             }));
         }
@@ -195,30 +198,30 @@ pub fn interrupts(l1: &L1, figures: &mut Figures) -> Result<()> {
             ensure!(there, "no round with {way}, pic {pic}:\n{}", run.report);
         }
     }
-    // The controller of the bus as it is best used: its messages are synthetic interrupts.
+    // The best use of the bus's controller: its messages are synthetic interrupts.
     let best = figures.get("exits_per_interrupt_pic_sint").cloned().context("no figure of pic")?;
     figures.insert("exits_per_interrupt_pic".into(), best);
     figures.insert("interrupts".into(), table.into());
     Ok(())
 }
 
-/// What interrupts have cost in a round; for each that the devices raised, where nothing else is
-/// said.
+/// The cost of the interrupts in a round. A floating-point field is per interrupt that the devices
+/// raised.
 struct Cost<'a> {
     rate: &'a str,
-    /// How messages end, behind `pic_` if they are those of the controller of the bus.
+    /// How messages end. It begins with `pic_` if the bus's controller sends the messages.
     way: String,
-    /// All that devices raised: each a message of its own, or a line.
+    /// Interrupts that devices raised, as messages or as lines.
     raised: u64,
     /// All messages.
     messages: u64,
     /// Exits at the end of interrupts.
     ends: f64,
-    /// Ends that the guest did by the register of the APIC.
+    /// Ends that the guest made by the register of the APIC.
     by_register: f64,
-    /// Interrupts injected.
+    /// Interrupts that KVM injected.
     injected: f64,
-    /// Exits, those of doorbells and of sleep included.
+    /// All exits, including those of doorbells and of sleep.
     all: f64,
     counted: Counted,
 }
@@ -253,19 +256,20 @@ impl<'a> Cost<'a> {
     fn check(&self, receivers: u32) -> Result<()> {
         let Self { way, ends, by_register, counted, .. } = self;
         ensure!(counted.user == 0, "{self}: {counted:?}");
-        // KVM takes its bit back where another interrupt waits; the guest has counted what it ended
-        // by the register.
+        // KVM clears its bit if another interrupt waits. The guest has counted the ends that it
+        // made by the register.
         let few = 5.0 / self.raised as f64;
         ensure!(
             (ends - by_register).abs() < NEARLY + few,
             "{self}: {by_register} ends by the register; {counted:?}"
         );
         ensure!(!way.ends_with("sint") || *ends < NEARLY + few, "{self}: {counted:?}");
-        // With one device only a timer's interrupt can wait beside the device's own. How many do
-        // depends on how fast L1 runs: 13 of 795 were seen. Without the bit each end is an exit.
+        // With one device, only an interrupt of a timer can wait beside the device's own. The
+        // number depends on the speed of L1; one run had 13 of 795. Without the bit each end is an
+        // exit.
         let by_bit = way == "pv_eoi" && receivers == 1;
         ensure!(!by_bit || *ends < 0.1, "{self}: {counted:?}");
-        // Lines of many devices that come at a time share a message.
+        // If many devices raise lines at the same time, the lines share a message.
         let shared = receivers == 16 && self.rate != "trickle" && way.starts_with("pic_");
         ensure!(
             !shared || 2 * self.messages < self.raised,
@@ -280,15 +284,15 @@ impl fmt::Display for Cost<'_> {
         let Self { rate, way, raised, messages, ends, injected, all, counted, .. } = self;
         write!(
             f,
-            "{rate:8}{way:11}{raised:5} raised,{messages:5} messages; for each {ends:.3} exits at its end, {injected:.3} injected, \
-             {all:.3} exits in all; {} to user space",
+            "{rate:8}{way:11}{raised:5} raised,{messages:5} messages; for each {ends:.3} exits at \
+             its end, {injected:.3} injected, {all:.3} exits in all; {} to user space",
             counted.user
         )
     }
 }
 
-/// The guest drives NICs, state pages and `pic` by every kind of doorbell, with interrupt
-/// controllers in the kernel and out of it.
+/// The guest drives NICs, state pages and `pic` by each kind of doorbell, with interrupt
+/// controllers inside and outside of the kernel.
 pub fn drives_devices(l1: &L1, _: &mut Figures) -> Result<()> {
     const FRAMES: u64 = 500;
     for (kind, irqchip, msix) in

@@ -210,7 +210,7 @@ fn plugged(l2: &L2) -> Result<Vec<String>> {
         .iter()
         .filter_map(|device: &Value| device["name"].as_str().map(str::to_owned))
         .collect();
-    // In the order in which they were plugged, not by slot.
+    // The order in which they were plugged, not the order of their slots.
     names.sort_by_key(|name| LIES.iter().position(|(lie, _)| lie == name).map_or(0, |at| at + 1));
     Ok(names)
 }

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `pic` on several processors, in a guest without an operating system: lines that are raised,
-//! masked and moved between processors and priorities all the time.
+//! `pic` on several processors, in a guest without an operating system. Devices raise lines all the
+//! time, and the guest masks them and moves them between processors and priorities.
 //!
-//! The guest looks at each line as it is taken (guests/flat, test `processors`): whether it leads
-//! to that processor, whether a more urgent one is left or interrupted, whether its NIC has frames
-//! without a gap; and reports failure at once. What it cannot know is looked at here: how often the
-//! devices interrupted, and what KVM did at the end of the messages.
+//! The guest checks each line when it takes it (guests/flat, test `processors`). The line must lead
+//! to that processor. No more urgent line may wait or be interrupted. The frames of its NIC must
+//! have no gap. The guest reports a failure at once. This scenario checks what the guest cannot
+//! know: the number of interrupts that the devices raised, and how messages ended in KVM.
 
 use std::collections::BTreeMap;
 
@@ -23,13 +23,13 @@ const CPUS: u32 = 2;
 const NICS: u32 = 4;
 /// Frames to each NIC in each round.
 const FRAMES: u64 = 150;
-/// Of all messages with KVM's bit in memory, so few may be ended by the register: those for which
-/// KVM did not set it.
+/// The largest part of messages with KVM's bit in memory that may end by the register, because KVM
+/// did not set the bit.
 const FEW: f64 = 0.1;
 
-/// Two CPUs with a page each; NICs whose lines move between them while frames come; messages that
-/// end by the register, by KVM's bit in memory and by themselves; handlers that more urgent lines
-/// interrupt, and others.
+/// There are two CPUs with a page each. The lines of the NICs move between the CPUs while frames
+/// come. Messages end by the register, by KVM's bit in memory, and by themselves. More urgent lines
+/// can interrupt some handlers, and not others.
 pub fn pic(l1: &L1, figures: &mut Figures) -> Result<()> {
     let config = with_processors(CPUS, NICS);
     let bus = start_bus(l1, &config)?;
@@ -81,16 +81,17 @@ pub fn pic(l1: &L1, figures: &mut Figures) -> Result<()> {
     Ok(())
 }
 
-/// What the guest reports of a round. Lists have an entry for each CPU, `raised` one for each NIC.
+/// The guest's report of a round. A list has an entry for each CPU; `raised` has one for each NIC.
 struct Round<'a> {
     way: &'a str,
     nested: bool,
-    /// Interrupts that the guest was waiting for, and handled.
+    /// Interrupts that the guest waited for and handled.
     raised: Vec<u64>,
-    /// How often it began to wait when a frame had just come: perhaps with an interrupt more.
+    /// The number of times that it began to wait when a frame had just come. Each may have caused
+    /// one more interrupt.
     late: u64,
-    /// Lines that were handled for nothing: a route begins with one, and moves while a line is
-    /// taken make one.
+    /// Lines that the guest handled without a frame. A new route raises such a line, and so does a
+    /// move while a handler runs.
     empty: u64,
     moves: u64,
     moved_pending: u64,
@@ -99,11 +100,11 @@ struct Round<'a> {
     messages: Vec<u64>,
     by_register: Vec<u64>,
     taken: Vec<u64>,
-    /// Of these: while the handler of a less urgent one ran.
+    /// Of these: taken while the handler of a less urgent line ran.
     interrupting: Vec<u64>,
-    /// Of these: with another one pending.
+    /// Of these: taken while another line was pending.
     chosen: Vec<u64>,
-    /// Lines that were pending when they were unmasked.
+    /// Lines that were pending when the guest unmasked them.
     held: Vec<u64>,
     report: &'a Value,
 }
@@ -153,12 +154,13 @@ impl<'a> Round<'a> {
         } = self;
         let handlers = if *nested { "nested" } else { "flat" };
         format!(
-            "{way:7}{handlers:7} raised {raised:?}, {empty} for nothing, {moves} moves, {moved_pending} of what was pending; by CPU: {messages:?} \
-             messages, {taken:?} lines, {interrupting:?} interrupting, {chosen:?} chosen, {held:?} unmasked when pending"
+            "{way:7}{handlers:7} raised {raised:?}, {empty} without a frame, {moves} moves, \
+             {moved_pending} of pending lines; by CPU: {messages:?} messages, {taken:?} lines, \
+             {interrupting:?} interrupting, {chosen:?} chosen, {held:?} unmasked when pending"
         )
     }
 
-    /// All that is to be tried was.
+    /// Checks that the round has tried everything.
     fn check(&self) -> Result<()> {
         let everywhere = |counts: &[u64]| counts.iter().all(|count| *count > 0);
         let tried = everywhere(&self.raised)
@@ -167,7 +169,7 @@ impl<'a> Round<'a> {
             && self.moved_pending > 0
             && self.held.iter().sum::<u64>() > 0;
         ensure!(tried, "the round left something out: {}", self.report);
-        // A handler is interrupted by more urgent lines, or by none.
+        // In a nested round, more urgent lines interrupt handlers. In a flat round, none does.
         ensure!(
             (self.interrupting.iter().sum::<u64>() > 0) == self.nested,
             "the nesting is wrong: {}",
@@ -177,7 +179,7 @@ impl<'a> Round<'a> {
     }
 }
 
-/// How often each NIC interrupted in all, as the bus counts it.
+/// The number of interrupts of each NIC, as the bus counts them.
 fn interrupts(bus: &L1Bus<'_>) -> Result<Vec<u64>> {
     let stats: Value = serde_json::from_str(&bus.run("stats --json")?)
         .context("vbus stats --json printed no JSON")?;
@@ -191,22 +193,25 @@ fn interrupts(bus: &L1Bus<'_>) -> Result<Vec<u64>> {
         .collect()
 }
 
-/// What the devices raised is what the guest has handled.
+/// Checks that the guest has handled each interrupt that the devices raised.
 fn check_interrupts(rounds: &[Round<'_>], interrupts: &[u64]) -> Result<()> {
     let sum = |of: fn(&Round<'_>) -> u64| rounds.iter().map(of).sum::<u64>();
     let (late, empty) = (sum(|round| round.late), sum(|round| round.empty));
     for (nic, interrupts) in interrupts.iter().enumerate() {
         let raised: u64 = rounds.iter().map(|round| round.raised[nic]).sum();
         eprintln!("net{nic} has interrupted {interrupts} times, and {raised} were handled");
-        // A device that looks whether it is to interrupt while the guest begins to wait may do so
-        // once more; and one for whose frame a handler has come by chance, less.
+        // If the guest begins to wait while a device decides about an interrupt, the device may
+        // interrupt once more. If an empty line's handler finds a frame, the device may interrupt
+        // once less.
         let right = (raised.saturating_sub(empty)..=raised + late).contains(interrupts);
         ensure!(
             right,
-            "net{nic} has interrupted {interrupts} times, and {raised} were handled ({late} late, {empty} empty)"
+            "net{nic} has interrupted {interrupts} times, and {raised} were handled ({late} late, \
+             {empty} empty)"
         );
     }
-    // A line is taken because a device raised it, because its route began, or again behind a move.
+    // The guest takes a line because a device raised it, because its route began, or once more
+    // after a move.
     let taken = sum(|round| round.taken.iter().sum());
     let most = interrupts.iter().sum::<u64>()
         + u64::from(NICS) * rounds.len() as u64
@@ -215,20 +220,21 @@ fn check_interrupts(rounds: &[Round<'_>], interrupts: &[u64]) -> Result<()> {
     Ok(())
 }
 
-/// Messages of a way, and how KVM says that they ended.
+/// Messages that end in one way, and the counts of KVM.
 #[derive(Debug, Default)]
 struct Way {
     messages: u64,
-    /// By the register, as the guest counts it.
+    /// Ends by the register, as the guest counts them.
     by_register: u64,
-    /// By the register, as KVM does: an exit each.
+    /// Ends by the register, as KVM counts them. Each is an exit.
     exits: u64,
-    /// By KVM's bit in memory.
+    /// Ends by KVM's bit in memory.
     by_bit: u64,
 }
 
 impl Way {
-    /// Adds a round: two for each way have the same vectors.
+    /// Adds a round. The two rounds of a way have the same vectors, so `exits` and `by_bit` are
+    /// counts of both.
     fn add(&mut self, round: &Round<'_>, exits: &ByVector, by_bit: &ByVector) {
         let at = |counts: &ByVector| -> u64 {
             let keys = round.apics.iter().copied().zip(round.vectors.iter().copied());
@@ -239,8 +245,8 @@ impl Way {
         (self.exits, self.by_bit) = (at(exits), at(by_bit));
     }
 
-    /// `accelerated`: the processor may virtualize the APIC, and then an end by the register is
-    /// none of KVM's affairs.
+    /// `accelerated`: the processor may virtualize the APIC. KVM then does not see the ends by the
+    /// register.
     fn check(&self, way: &str, accelerated: bool) -> Result<()> {
         let Self { messages, by_register, exits, by_bit } = *self;
         let same = exits == by_register || (accelerated && exits < by_register);

@@ -36,7 +36,7 @@ fn class(l1: &L1, bus: &L1Bus) -> Result<(String, String)> {
         cpu.map_or("", |cpu| cpu["class"].as_str().unwrap_or("")),
         cpu.map_or(&Value::Null, |cpu| &cpu["priority"])
     );
-    // Behind the name; the first field there is the third of all.
+    // Parse after the name. The first field there is field 3.
     let has = l1.guest.ok(&format!("sed 's/.*) //' /proc/{thread}/stat | cut -d ' ' -f 38,39"))?;
     Ok((set, has.trim().to_owned()))
 }
