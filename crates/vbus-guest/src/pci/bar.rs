@@ -1,83 +1,37 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A mapped BAR. When its device is unplugged, the kernel removes the mapping, and the next access
-//! raises SIGBUS. The handler in this file then maps memory of all ones instead, because a device
-//! that has gone reads as all ones on any PCI bus.
-#![allow(unsafe_code)] // Maps device registers, and handles the signal of their disappearance.
+//! raises SIGBUS. `vbus_mapping` handles it: memory of all ones takes the BAR's place, because a
+//! device that has gone reads as all ones on any PCI bus.
+#![allow(unsafe_code)] // Accesses device registers.
 
 use std::fs::File;
 use std::ptr::NonNull;
-use std::sync::Once;
-use std::sync::atomic::{AtomicUsize, Ordering, fence};
+use std::sync::atomic::{Ordering, fence};
 
-use anyhow::{Context, Result, bail};
-use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
-
-/// The most BARs that this process can map at a time.
-const BARS_MAX: usize = 256;
-
-/// The address and the length of each mapped BAR, for the signal handler. An address of 0 means
-/// that the entry is free, 1 that a BAR is being mapped.
-static MAPPED: [(AtomicUsize, AtomicUsize); BARS_MAX] =
-    [const { (AtomicUsize::new(0), AtomicUsize::new(0)) }; BARS_MAX];
+use anyhow::{Context, Result};
+use rustix::mm::ProtFlags;
+use vbus_mapping::{Backing, Mapping};
 
 /// A mapped BAR.
 #[derive(Debug)]
-pub struct Bar {
-    base: NonNull<u8>,
-    len: usize,
-    slot: usize,
-}
-
-// SAFETY: the mapping has device registers. All accesses are aligned volatile reads and writes,
-// which the device takes from any thread.
-unsafe impl Send for Bar {}
-// SAFETY: as above.
-unsafe impl Sync for Bar {}
+pub struct Bar(Mapping);
 
 impl Bar {
-    /// Maps the first `len` bytes of a sysfs resource file.
+    /// Maps the first `len` bytes of a sysfs resource file, which is that of whole pages.
     pub fn map(resource: &File, len: usize) -> Result<Bar> {
-        static HANDLER: Once = Once::new();
-        HANDLER.call_once(handle_sigbus);
-        let free = |(_, (base, _)): &(usize, &(AtomicUsize, AtomicUsize))| {
-            base.compare_exchange(0, 1, Ordering::Acquire, Ordering::Relaxed).is_ok()
-        };
-        let Some((slot, (base_word, len_word))) = MAPPED.iter().enumerate().find(free) else {
-            bail!("more than {BARS_MAX} functions at a time");
-        };
-        // SAFETY: a fresh mapping at an address of the kernel's choice.
-        let mapped = unsafe {
-            mmap(
-                std::ptr::null_mut(),
-                len,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED,
-                resource,
-                0,
-            )
-        };
-        match mapped.ok().and_then(|base| NonNull::new(base.cast::<u8>())) {
-            Some(base) => {
-                len_word.store(len, Ordering::Relaxed);
-                base_word.store(base.as_ptr() as usize, Ordering::Release);
-                Ok(Bar { base, len, slot })
-            }
-            None => {
-                base_word.store(0, Ordering::Release);
-                mapped.map(drop).context("cannot map the device's registers")?;
-                bail!("cannot map the device's registers")
-            }
-        }
+        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        let map = || Mapping::file(resource, 0, len, prot, &Backing::ones(len)?);
+        map().map(Bar).context("cannot map the device's registers")
     }
 
     fn at<T>(&self, offset: u64) -> Option<NonNull<T>> {
         let offset = usize::try_from(offset).ok()?;
         let end = offset.checked_add(size_of::<T>())?;
-        if offset % align_of::<T>() != 0 || end > self.len {
+        if offset % align_of::<T>() != 0 || end > self.0.len() {
             return None;
         }
         // SAFETY: the check above has shown that it is within the mapping.
-        Some(unsafe { self.base.add(offset) }.cast())
+        Some(unsafe { self.0.base().add(offset) }.cast())
     }
 
     /// Reads 4 or 8 bytes at `offset`. Returns `None` if they are unaligned or outside of the BAR.
@@ -99,58 +53,6 @@ impl Bar {
             unsafe { at.write_volatile(value) };
         }
     }
-}
-
-impl Drop for Bar {
-    fn drop(&mut self) {
-        MAPPED[self.slot].0.store(0, Ordering::Release);
-        // SAFETY: this value made the mapping, and nothing borrows from it.
-        let _ = unsafe { munmap(self.base.as_ptr().cast(), self.len) };
-    }
-}
-
-/// Installs the handler. It replaces that of Rust's runtime for stack overflows, which raise
-/// SIGSEGV rather than SIGBUS on Linux.
-fn handle_sigbus() {
-    // SAFETY: all zeros are a valid sigaction without flags and with an empty mask; `on_sigbus` has
-    // the signature that SA_SIGINFO asks for.
-    let failed = unsafe {
-        let mut action: libc::sigaction = std::mem::zeroed();
-        action.sa_sigaction =
-            on_sigbus as extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void) as usize;
-        action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-        libc::sigaction(libc::SIGBUS, &action, std::ptr::null_mut()) != 0
-    };
-    if failed {
-        tracing::warn!("cannot handle SIGBUS: this program will end if its device is unplugged");
-    }
-}
-
-/// The handler of SIGBUS. It may interrupt any code, so it only uses atomics and system calls.
-extern "C" fn on_sigbus(signal: i32, info: *mut libc::siginfo_t, _context: *mut libc::c_void) {
-    // SAFETY: the kernel passes a valid siginfo, and that of a SIGBUS has an address.
-    let at = unsafe { (*info).si_addr() } as usize;
-    for (base, len) in &MAPPED {
-        let (base, len) = (base.load(Ordering::Acquire), len.load(Ordering::Relaxed));
-        if base > 1 && (base..base + len).contains(&at) {
-            let flags = MapFlags::PRIVATE | MapFlags::FIXED;
-            let base = base as *mut u8;
-            // SAFETY: this replaces our own mapping, which the kernel has emptied, with memory of
-            // the same size, and then fills that memory.
-            unsafe {
-                if mmap_anonymous(base.cast(), len, ProtFlags::READ | ProtFlags::WRITE, flags)
-                    .is_ok()
-                {
-                    base.write_bytes(0xff, len);
-                    return;
-                }
-            }
-        }
-    }
-    // The address is not in a BAR. The instruction faults again when this function returns, and
-    // that ends the program as if there were no handler.
-    // SAFETY: resetting a signal's disposition is allowed in a handler.
-    unsafe { libc::signal(signal, libc::SIG_DFL) };
 }
 
 #[cfg(test)]
