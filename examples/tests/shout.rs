@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use vbus_core::{Bus, Device, Executor, Trust, Tuning, service};
+use vbus_core::{Bus, Device, Executor, Tuning, service};
 use vbus_driver::Error;
 use vbus_examples::{shout, shout_by_hand};
 use vbus_process::{MEMORY_BYTES, Process};
@@ -18,7 +18,7 @@ fn check(
     driver: impl Fn(Process, &str, &mut dyn FnMut() -> bool) -> Result<String, Error>,
 ) {
     let dir = tempfile::tempdir().unwrap();
-    let bus = Bus::new(Executor::start(Tuning::default()).unwrap(), Vec::new(), Trust::Sealed);
+    let bus = Bus::new(Executor::start(Tuning::default()).unwrap(), Vec::new());
     let endpoint = bus.add("shout0", device).unwrap();
     let path = dir.path().join("shout0.sock");
     let server = DeviceServer::start(endpoint.clone(), &path, Default::default()).unwrap();

@@ -14,7 +14,7 @@ use vbus_core::shm::ring::DeviceEnd;
 use vbus_core::shm::signal::Armed;
 use vbus_core::{
     Access, Bus, Connection, Device, ErrorCode, Executor, Identity, Interrupt, MemoryContext, Open,
-    Progress, Region, Trust, Tuning, Window,
+    Progress, Region, Tuning, Window,
 };
 use vbus_pci::{IrqIndex, Options, PciFunction, device_function, region};
 
@@ -78,7 +78,7 @@ impl Connection for Rings {
 
 static BUS: LazyLock<Bus> = LazyLock::new(|| {
     let executor = Executor::start(Tuning { workers: 1, ..Tuning::default() }).expect("threads");
-    Bus::new(executor, Vec::new(), Trust::Sealed)
+    Bus::new(executor, Vec::new())
 });
 
 fn file() -> OwnedFd {
@@ -115,7 +115,7 @@ fuzz_target!(|input: &[u8]| {
     let endpoint = BUS.add("fuzzed", Arc::new(Fuzzed)).expect("a free name");
     let options = Options { msix: flags & 1 != 0, express: flags & 2 != 0 };
     let mut function = device_function(endpoint.clone(), options);
-    let (file, memory) = (file(), MemoryContext::new(Trust::Sealed));
+    let (file, memory) = (file(), MemoryContext::new());
     memory
         .map(BASE, BYTES, Some((file.try_clone().expect("a descriptor"), 0)), Access::BOTH)
         .expect("mapped");
@@ -162,7 +162,7 @@ fuzz_target!(|input: &[u8]| {
     assert_eq!(read32(&mut function, reg::CONNECTION), reg::CONNECTION_CLOSED);
     endpoint.unmap_all();
     let file = self::file();
-    let memory = MemoryContext::new(Trust::Sealed);
+    let memory = MemoryContext::new();
     memory
         .map(BASE, BYTES, Some((file.try_clone().expect("a descriptor"), 0)), Access::BOTH)
         .expect("mapped");

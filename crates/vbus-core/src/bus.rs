@@ -13,7 +13,7 @@ use crate::endpoint::Endpoint;
 use crate::executor::Executor;
 use crate::host::Host;
 use crate::lock::lock;
-use crate::memory::Trust;
+use crate::losses::LossWatch;
 use crate::router::Outlets;
 
 /// The most devices of a bus.
@@ -50,29 +50,32 @@ pub enum BusError {
     Create(String, CreateError),
 }
 
+type Devices = Mutex<BTreeMap<String, Arc<Endpoint>>>;
+
 /// A bus. Devices may be added and removed at any time.
 pub struct Bus {
     executor: Arc<Executor>,
     classes: Vec<Box<dyn DeviceClass>>,
-    trust: Trust,
     versions: Versions,
-    devices: Mutex<BTreeMap<String, Arc<Endpoint>>>,
+    devices: Arc<Devices>,
     outlets: Arc<Outlets>,
+    _losses: LossWatch,
 }
 
 impl Bus {
-    /// An empty bus. Its devices run on `executor`. `trust` says which memory files their peers may
-    /// hand over.
-    pub fn new(executor: Arc<Executor>, classes: Vec<Box<dyn DeviceClass>>, trust: Trust) -> Bus {
+    /// An empty bus. Its devices run on `executor`.
+    pub fn new(executor: Arc<Executor>, classes: Vec<Box<dyn DeviceClass>>) -> Bus {
         let versions = Versions::SUPPORTED;
-        Bus {
-            executor,
-            classes,
-            trust,
-            versions,
-            devices: Mutex::default(),
-            outlets: Arc::default(),
-        }
+        let devices = Arc::<Devices>::default();
+        let all = Arc::downgrade(&devices);
+        let _losses = LossWatch::start(&executor, move || {
+            let devices = all.upgrade();
+            let all = devices
+                .iter()
+                .flat_map(|devices| lock(devices).values().cloned().collect::<Vec<_>>());
+            all.for_each(|endpoint| endpoint.check_memory());
+        });
+        Bus { executor, classes, versions, devices, outlets: Arc::default(), _losses }
     }
 
     /// Restricts the versions of the ABI that drivers can open devices with. It holds for devices
@@ -131,7 +134,7 @@ impl Bus {
         }
         let vectors = identity.vectors;
         let doorbells = identity.regions as usize;
-        let host = Host::new(name, self.executor.clone(), self.trust, vectors, doorbells);
+        let host = Host::new(name, self.executor.clone(), vectors, doorbells);
         let outlets = Arc::downgrade(&self.outlets);
         let endpoint = Endpoint::new(host, device, (identity, config), self.versions, outlets);
         let mut devices = lock(&self.devices);

@@ -25,6 +25,11 @@ use crate::router::{Outlets, Router};
 /// The most bytes of a region.
 pub const REGION_BYTES_MAX: u64 = 16 << 20;
 
+/// What happened, for the log, if [`MemoryContext::is_lost`].
+pub const MEMORY_LOST: &str = "the device accessed memory of its peer that is not there: the file \
+    was truncated, or a hole in it got no page (no huge page is free, the file system is full, or \
+    there is no memory)";
+
 /// Whether a connection is open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -402,7 +407,7 @@ impl Endpoint {
             return Err(ErrorCode::BAD_ALIGNMENT);
         }
         let mut word = [0; 8];
-        self.memory().view().read(handshake.0, &mut word)?;
+        self.memory().view().peek(handshake.0, &mut word)?;
         if u64::from_le_bytes(word) != handshake.1 {
             tracing::warn!(device = self.name(), "{}", ErrorCode::NOT_SHARED);
             return Err(ErrorCode::NOT_SHARED);
@@ -472,10 +477,34 @@ impl Endpoint {
         self.device.removed();
     }
 
+    /// Ends the connection if the peer has taken away memory that the device then accessed. If a
+    /// connector wants to end the peer's session instead, it is told.
+    pub(crate) fn check_memory(&self) {
+        if !self.memory().is_lost() || self.memory().tell_loss() {
+            return;
+        }
+        let mut inner = lock(&self.inner);
+        if matches!(*inner, Inner::Open(_)) {
+            tracing::warn!(device = self.name(), "{MEMORY_LOST}");
+            let broken = Inner::Broken(ErrorCode::REVOKED);
+            let vector = self.end(&mut inner, broken, event::BROKEN);
+            drop(inner);
+            self.events.trigger(vector);
+        }
+    }
+
     fn fail(&self, generation: u64, code: ErrorCode) {
+        // A device that reads zeros may find the driver at fault. But the memory has gone.
+        let lost = self.memory().is_lost();
+        let code = if lost { ErrorCode::REVOKED } else { code };
         let mut inner = lock(&self.inner);
         if matches!(&*inner, Inner::Open(open) if open.generation == generation) {
-            tracing::warn!(device = self.name(), error = %code, "a fault ends the connection");
+            if lost {
+                // A connector that is told of the loss says so in the log.
+                tracing::debug!(device = self.name(), "{MEMORY_LOST}");
+            } else {
+                tracing::warn!(device = self.name(), error = %code, "a fault ends the connection");
+            }
             let vector = self.end(&mut inner, Inner::Broken(code), event::BROKEN);
             drop(inner);
             self.events.trigger(vector);

@@ -9,7 +9,7 @@ use crate::counter::ConnectionCounters;
 use crate::doorbell::Doorbells;
 use crate::executor::Executor;
 use crate::interrupt::{Interrupt, InterruptSink, Outlet};
-use crate::memory::{MemoryContext, Trust};
+use crate::memory::MemoryContext;
 
 /// The host's half of a device: everything that does not depend on the driver's protocol.
 pub struct Host {
@@ -24,20 +24,14 @@ pub struct Host {
 
 impl Host {
     /// A device called `name` with `vectors` interrupt vectors and `doorbells` doorbells. Its tasks
-    /// run on `executor`. `trust` says which memory files its peers may hand over.
-    pub fn new(
-        name: &str,
-        executor: Arc<Executor>,
-        trust: Trust,
-        vectors: u16,
-        doorbells: usize,
-    ) -> Host {
+    /// run on `executor`.
+    pub fn new(name: &str, executor: Arc<Executor>, vectors: u16, doorbells: usize) -> Host {
         let counters = Arc::new(ConnectionCounters::of(name));
         Host {
             name: name.to_owned(),
             worker: executor.next_worker(),
             executor,
-            memory: Arc::new(MemoryContext::new(trust)),
+            memory: Arc::new(MemoryContext::new()),
             doorbells: Doorbells::new(doorbells, counters.clone()),
             counters,
             outlet: Arc::new(Outlet::new(vectors)),

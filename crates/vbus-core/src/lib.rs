@@ -68,7 +68,7 @@
 //!     }
 //! }
 //!
-//! let bus = Bus::new(Executor::start(Tuning::default())?, Vec::new(), Trust::Sealed);
+//! let bus = Bus::new(Executor::start(Tuning::default())?, Vec::new());
 //! let endpoint = bus.add("double0", Arc::new(Doubler)).unwrap();
 //! assert_eq!(endpoint.state(), ConnectionState::Closed); // a connector now offers it to drivers
 //! # Ok::<(), std::io::Error>(())
@@ -113,6 +113,7 @@ mod executor;
 mod host;
 mod interrupt;
 mod lock;
+mod losses;
 pub mod memory;
 mod router;
 pub mod service;
@@ -126,13 +127,15 @@ pub use call::{Call, Called, PendingCall};
 pub use counter::{ConnectionCounters, Counter};
 pub use device::{Connection, CreateError, Device, DeviceClass, Fail, Identity, Open, Region};
 pub use doorbell::{Doorbell, Doorbells};
-pub use endpoint::{ConnectionState, Endpoint, OpenRequest, REGION_BYTES_MAX, RegionRequest};
+pub use endpoint::{
+    ConnectionState, Endpoint, MEMORY_LOST, OpenRequest, REGION_BYTES_MAX, RegionRequest,
+};
 pub use events::Notifier;
 pub use executor::{Executor, Interest, Progress, Task, TaskHandle, Tuning};
 pub use host::Host;
 pub use interrupt::{Interrupt, InterruptSink, Route};
 pub use lock::lock;
-pub use memory::{Access, MAPS_MAX, MapError, MemoryContext, Trust, View, Window};
+pub use memory::{Access, Budget, MAPS_MAX, MapError, MemoryContext, View, Window};
 pub use router::Router;
 pub use vbus_iovec as io_vec;
 pub use vbus_shm::{self as shm, ErrorCode, Versions};

@@ -5,9 +5,9 @@
 //!
 //! ```
 //! use serde_json::json;
-//! use vbus_core::{Bus, Executor, Trust, Tuning};
+//! use vbus_core::{Bus, Executor, Tuning};
 //!
-//! let bus = Bus::new(Executor::start(Tuning::default())?, vbus_devices::classes(), Trust::Sealed);
+//! let bus = Bus::new(Executor::start(Tuning::default())?, vbus_devices::classes());
 //! let nic = bus.create("net0", "venet", &json!({ "backend": "switch", "mtu": 9000 })).unwrap();
 //! assert_eq!(nic.inspect()["device"]["mtu"], 9000);
 //!

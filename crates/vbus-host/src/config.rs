@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 use vbus_core::settings::meant;
-use vbus_core::{CreateError, Trust, Tuning};
+use vbus_core::{CreateError, Tuning};
 use vbus_pci::Options;
 
 use crate::access::SocketSpec;
@@ -31,27 +31,14 @@ const BUDGET_MAX: u64 = 4096;
 const RESERVED: &str = "control";
 
 /// The configuration of a bus.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Config {
     /// How the bus runs its tasks.
     pub tuning: Tuning,
-    /// Which memory files the bus accepts from its peers.
-    pub trust: Trust,
     /// Who may control the bus.
     pub control: ControlSpec,
     /// The devices that the bus makes at its start.
     pub devices: Vec<DeviceSpec>,
-}
-
-impl Default for Config {
-    fn default() -> Self {
-        Config {
-            tuning: Tuning::default(),
-            trust: Trust::Sealed,
-            control: ControlSpec::default(),
-            devices: Vec::new(),
-        }
-    }
 }
 
 impl Config {
@@ -302,7 +289,7 @@ fn settings<T>(
 }
 
 fn bus(table: &DeTable<'_>, config: &mut Config) -> Result<(), Fault> {
-    const KEYS: [&str; 4] = ["workers", "poll-us", "budget", "trust-memory"];
+    const KEYS: [&str; 3] = ["workers", "poll-us", "budget"];
     for (key, value) in table {
         match &**key.get_ref() {
             "workers" => {
@@ -316,11 +303,9 @@ fn bus(table: &DeTable<'_>, config: &mut Config) -> Result<(), Fault> {
                 config.tuning.budget = u32::try_from(number(value, 1, BUDGET_MAX)?).unwrap_or(1)
             }
             "trust-memory" => {
-                let trusted = value
-                    .get_ref()
-                    .as_bool()
-                    .ok_or_else(|| (value.span(), "must be true or false".to_owned()))?;
-                config.trust = if trusted { Trust::Any } else { Trust::Sealed };
+                let gone = "there is no setting \"trust-memory\" any more: the bus takes memory files \
+                            that can shrink, and is safe with them; remove this line";
+                return Err((key.span(), gone.into()));
             }
             other => return Err((key.span(), unknown(other, "for the bus", &KEYS))),
         }
@@ -444,11 +429,10 @@ mod tests {
 
     #[test]
     fn a_few_lines_are_enough() {
-        let (config, source) = of("[bus]\nworkers = 3\npoll-us = 0\ntrust-memory = true\n\
+        let (config, source) = of("[bus]\nworkers = 3\npoll-us = 0\n\n\
             [[device]]\nname = \"n\"\nclass = \"venet\"\nmsix = true\npic = \"pic0\"\nmtu = 9_000\nlist = [{ a = 0x10 }]\n")
         .unwrap();
         assert_eq!((config.tuning.workers, config.tuning.poll_max), (3, Duration::ZERO));
-        assert_eq!(config.trust, Trust::Any);
         let device = &config.devices[0];
         assert_eq!((device.name.as_str(), device.class.as_str()), ("n", "venet"));
         assert_eq!(device.options, Options { msix: true, express: false });
@@ -482,7 +466,11 @@ mod tests {
             ),
             (
                 "[bus]\nzzz = 1\n",
-                "bus.toml:2:1: unknown key \"zzz\" for the bus; the known keys are: workers, poll-us, budget, trust-memory",
+                "bus.toml:2:1: unknown key \"zzz\" for the bus; the known keys are: workers, poll-us, budget",
+            ),
+            (
+                "[bus]\ntrust-memory = true\n",
+                "bus.toml:2:1: there is no setting \"trust-memory\" any more: the bus takes memory files that can shrink, and is safe with them; remove this line\n 2 | trust-memory = true\n   | ^^^^^^^^^^^^",
             ),
             (
                 "[bus]\nworkers = 0\n",

@@ -89,6 +89,11 @@ impl<'a> IoVecMut<'a> {
 }
 
 impl IoVecMut<'_> {
+    /// `len` bytes at the address 0, where nothing is: [`readv`] fails with [`Errno::FAULT`].
+    pub fn nowhere(len: usize) -> IoVecMut<'static> {
+        IoVecMut(libc::iovec { iov_base: std::ptr::null_mut(), iov_len: len }, PhantomData)
+    }
+
     /// Bytes.
     pub fn len(&self) -> usize {
         self.0.iov_len

@@ -39,14 +39,7 @@ struct Block {
 
 impl Block {
     const fn new() -> Block {
-        const FREE: Slot = Slot {
-            sequence: AtomicU64::new(0),
-            base: AtomicUsize::new(0),
-            len: AtomicUsize::new(0),
-            grain: AtomicUsize::new(0),
-            backing: AtomicPtr::new(ptr::null_mut()),
-        };
-        Block { slots: [FREE; BLOCK], next: AtomicPtr::new(ptr::null_mut()) }
+        Block { slots: [const { Slot::free() }; BLOCK], next: AtomicPtr::new(ptr::null_mut()) }
     }
 
     fn next(&self) -> Option<&'static Block> {
@@ -86,6 +79,16 @@ fn take() -> &'static Slot {
 }
 
 impl Slot {
+    const fn free() -> Slot {
+        Slot {
+            sequence: AtomicU64::new(0),
+            base: AtomicUsize::new(0),
+            len: AtomicUsize::new(0),
+            grain: AtomicUsize::new(0),
+            backing: AtomicPtr::new(ptr::null_mut()),
+        }
+    }
+
     fn set(&self, base: usize, len: usize, grain: usize, backing: *const Backing) {
         let sequence = self.sequence.load(Ordering::Relaxed);
         self.sequence.store(sequence.wrapping_add(1), Ordering::Relaxed);

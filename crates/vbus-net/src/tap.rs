@@ -198,6 +198,13 @@ impl Queue for TapQueue {
         match writev(&*self.queue, &vector[..count]) {
             Ok(_) => Sent::Done { units: 1 },
             Err(Errno::AGAIN) => Sent::Wait { until: None, moved: false },
+            // The driver has taken the memory away. Touching it lets the bus see that.
+            Err(Errno::FAULT) => {
+                if let Body::Driver(parts) = packet.body {
+                    parts.iter().for_each(DriverSlice::touch);
+                }
+                Sent::Dropped(TxDrop::Refused)
+            }
             // The interface is down or gone, or the kernel does not use this queue.
             Err(Errno::IO | Errno::BADFD) => Sent::Dropped(TxDrop::NoLink),
             Err(_) => Sent::Dropped(TxDrop::Refused),
@@ -223,6 +230,9 @@ impl Queue for TapQueue {
                 | Reserved::Failed(Errno::AGAIN | Errno::INTR | Errno::IO | Errno::BADFD) => {
                     return Ok(n);
                 }
+                // The driver has taken its buffers away. The bus has seen that, or the next frame
+                // goes into other ones.
+                Reserved::Failed(Errno::FAULT) => return Ok(n),
                 Reserved::Failed(error) => {
                     let device = &self.port.name;
                     tracing::error!(device, %error, "cannot read from the TAP interface");

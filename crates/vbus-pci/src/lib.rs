@@ -12,7 +12,7 @@
 //! ```
 //! use std::sync::Arc;
 //! use vbus_core::shm::abi::{bar0, reg};
-//! use vbus_core::{Bus, Connection, Device, Executor, Identity, Open, ErrorCode, Trust, Tuning};
+//! use vbus_core::{Bus, Connection, Device, Executor, Identity, Open, ErrorCode, Tuning};
 //! use vbus_pci::{Options, device_function, region};
 //!
 //! /// A device that does nothing, for whoever opens it.
@@ -35,7 +35,7 @@
 //!     }
 //! }
 //!
-//! let bus = Bus::new(Executor::start(Tuning::default())?, Vec::new(), Trust::Sealed);
+//! let bus = Bus::new(Executor::start(Tuning::default())?, Vec::new());
 //! let endpoint = bus.add("nothing0", Arc::new(Nothing)).unwrap();
 //! let mut function = device_function(endpoint, Options::default());
 //!

@@ -4,14 +4,15 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::io::Errno;
-use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use rustix::mm::ProtFlags;
 use vbus_driver::Dma;
+use vbus_mapping::{Backing, Mapping};
 use vbus_shm::Memory;
 use vbus_shm::sync::{Ordering, Word};
 
@@ -27,17 +28,10 @@ const PAGE: usize = 4096;
 
 /// A memory file, mapped, with the list of its free ranges.
 pub(crate) struct Pool {
-    base: NonNull<u8>,
-    bytes: usize,
+    mapping: Mapping,
     /// Free ranges: offset and length. All bytes in them are zero.
     free: Mutex<BTreeMap<usize, usize>>,
 }
-
-// SAFETY: the mapping belongs to this value. All accesses are atomics and system calls, which any
-// thread may use.
-unsafe impl Send for Pool {}
-// SAFETY: as above.
-unsafe impl Sync for Pool {}
 
 impl Pool {
     /// Makes a memory file of `bytes` bytes, which nobody can shrink, and maps it. Returns the file
@@ -48,13 +42,10 @@ impl Pool {
         fcntl_add_seals(&file, SealFlags::SHRINK)?;
         let bytes = usize::try_from(bytes).map_err(|_| Errno::NOMEM)?;
         let protection = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a fresh mapping at an address of the kernel's choice.
-        let base = unsafe {
-            mmap(std::ptr::null_mut(), bytes, protection, MapFlags::SHARED, file.as_fd(), 0)?
-        };
-        let base = NonNull::new(base.cast()).ok_or(Errno::NOMEM)?;
+        // The device can punch holes into the file. If a hole gets no page, this end reads zeros.
+        let mapping = Mapping::file(&file, 0, bytes, protection, &Backing::zeros(PAGE)?)?;
         let free = Mutex::new(BTreeMap::from([(0, bytes)]));
-        Ok((Pool { base, bytes, free }, file))
+        Ok((Pool { mapping, free }, file))
     }
 
     /// Allocates `bytes` bytes, rounded up to whole pages. `None`: no free range is long enough, or
@@ -70,7 +61,7 @@ impl Pool {
         }
         drop(free);
         // SAFETY: the range is within the mapping.
-        let base = unsafe { self.base.add(at) };
+        let base = unsafe { self.mapping.base().add(at) };
         Some(ProcessMemory(Arc::new(Allocation { pool: self.clone(), base, at, len })))
     }
 
@@ -91,13 +82,6 @@ impl Pool {
     /// The list is whole after each of its changes, so a thread that panicked has not broken it.
     fn free(&self) -> MutexGuard<'_, BTreeMap<usize, usize>> {
         self.free.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Drop for Pool {
-    fn drop(&mut self) {
-        // SAFETY: this value made the mapping, and every allocation holds an Arc of this value.
-        let _ = unsafe { munmap(self.base.as_ptr().cast(), self.bytes) };
     }
 }
 

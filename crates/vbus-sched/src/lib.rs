@@ -12,11 +12,11 @@
 //!
 //! ```
 //! use serde_json::json;
-//! use vbus_core::{Bus, Executor, Trust, Tuning};
+//! use vbus_core::{Bus, Executor, Tuning};
 //! use vbus_sched::SchedClass;
 //!
 //! let classes = vec![Box::new(SchedClass::new()) as Box<dyn vbus_core::DeviceClass>];
-//! let bus = Bus::new(Executor::start(Tuning::default())?, classes, Trust::Sealed);
+//! let bus = Bus::new(Executor::start(Tuning::default())?, classes);
 //! // The device asks QEMU by QMP for the threads of the virtual CPUs.
 //! let settings = json!({ "qmp": "/run/vm/qmp.sock", "cpus": 4, "allow": ["normal", "fifo"] });
 //! let sched = bus.create("sched", "sched", &settings).unwrap();

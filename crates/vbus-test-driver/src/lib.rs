@@ -42,7 +42,7 @@ use std::sync::{Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use vbus_core::memory::{MemoryContext, Trust};
+use vbus_core::memory::MemoryContext;
 use vbus_core::{
     Access, Bus, DeviceClass, Endpoint, ErrorCode, Executor, InterruptSink, OpenRequest,
     RegionRequest, Tuning, Window,
@@ -54,7 +54,7 @@ pub const TIMEOUT: Duration = Duration::from_secs(60);
 /// A bus with these classes, whose tasks run on `workers` threads.
 pub fn bus(workers: usize, classes: Vec<Box<dyn DeviceClass>>) -> Bus {
     let executor = Executor::start(Tuning { workers, ..Tuning::default() }).unwrap();
-    Bus::new(executor, classes, Trust::Sealed)
+    Bus::new(executor, classes)
 }
 
 /// Receives a device's interrupts, so that a test can wait for them.
@@ -107,7 +107,7 @@ impl Memory {
         ftruncate(&fd, len).unwrap();
         let copy = || -> OwnedFd { fd.try_clone().unwrap() };
         endpoint.map(0, len, Some((copy(), 0)), Access::BOTH).unwrap();
-        let context = MemoryContext::new(Trust::Sealed);
+        let context = MemoryContext::new();
         context.map(0, len, Some((copy(), 0)), Access::BOTH).unwrap();
         Memory { context, next: 4096, len }
     }

@@ -9,8 +9,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use rustix::io::Errno;
+use vbus_core::memory::Resource;
 use vbus_core::{
-    Access, Endpoint, ErrorCode, Interest, MapError, Progress, Task, TaskHandle, lock,
+    Access, Endpoint, ErrorCode, Interest, MEMORY_LOST, MapError, Progress, Task, TaskHandle, lock,
 };
 use vbus_eventfd::Signaller;
 use vbus_pci::{IrqError, IrqIndex, Options, PciFunction, device_function};
@@ -74,6 +75,7 @@ impl DeviceServer {
         Signaller::of_process()?;
         let executor = endpoint.executor().clone();
         let worker = endpoint.worker();
+        let memory = endpoint.memory().clone();
         let counters = Arc::new(endpoint.counters().beside());
         let path = server.path().to_owned();
         let ready = server.as_fd().try_clone_to_owned()?;
@@ -85,6 +87,8 @@ impl DeviceServer {
             task.stop();
             return Err(error.into());
         }
+        let waker = task.clone();
+        memory.on_loss(move || waker.wake());
         // A client may have come between the first poll and the watch.
         task.wake();
         Ok(DeviceServer { path, task, ready, seen })
@@ -126,6 +130,9 @@ impl Task for ServerTask {
     fn poll(&mut self, budget: u32) -> Result<Progress, ErrorCode> {
         let mut work = 0;
         let progress = loop {
+            if self.server.target().endpoint.memory().is_lost() {
+                self.server.fail(MEMORY_LOST);
+            }
             let outcome = self.server.ready(Instant::now());
             work += outcome.work;
             if !outcome.more {
@@ -235,9 +242,14 @@ impl Target for Served {
         self.endpoint.map(address, size, memory, access).map_err(|error| {
             tracing::warn!(device = self.endpoint.name(), %error, "memory at {address:#x} cannot be used");
             match error {
-                MapError::Range(..) | MapError::FileTooSmall | MapError::Unsealed => Errno::INVAL,
                 MapError::Overlap(..) => Errno::EXIST,
-                MapError::Limit | MapError::LimitOfAll => Errno::NOSPC,
+                MapError::Limit => Errno::NOSPC,
+                MapError::Budget(exceeded) => match exceeded.resource {
+                    Resource::Descriptors => Errno::MFILE,
+                    Resource::AddressSpace | Resource::Mappings => Errno::NOMEM,
+                    _ => Errno::NOSPC,
+                },
+                MapError::ReadOnly => Errno::ACCESS,
                 MapError::Os(errno) => errno,
                 _ => Errno::INVAL,
             }

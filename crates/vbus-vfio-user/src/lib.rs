@@ -11,7 +11,7 @@
 //!
 //! ```
 //! use std::sync::Arc;
-//! use vbus_core::{Bus, Connection, Device, Executor, Identity, Open, Region, ErrorCode, Trust, Tuning};
+//! use vbus_core::{Bus, Connection, Device, Executor, Identity, Open, Region, ErrorCode, Tuning};
 //! use vbus_driver::Function;
 //! use vbus_process::{MEMORY_BYTES, Process};
 //! use vbus_vfio_user::DeviceServer;
@@ -40,7 +40,7 @@
 //! }
 //!
 //! let folder = tempfile::tempdir()?;
-//! let bus = Bus::new(Executor::start(Tuning::default())?, Vec::new(), Trust::Sealed);
+//! let bus = Bus::new(Executor::start(Tuning::default())?, Vec::new());
 //! let endpoint = bus.add("length0", Arc::new(Length)).unwrap();
 //! let server = DeviceServer::start(endpoint, &folder.path().join("length0.sock"), Default::default())?;
 //!

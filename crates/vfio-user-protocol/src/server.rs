@@ -485,8 +485,9 @@ impl<T: Target> Server<T> {
         self.fail(why);
     }
 
-    /// Ends the connection because the client is at fault.
-    fn fail(&mut self, why: &str) {
+    /// Ends the connection of the current client, if there is one, because of what the client did.
+    /// `why` goes to the log.
+    pub fn fail(&mut self, why: &str) {
         let Some(client) = &self.client else { return };
         self.stats.violations += 1;
         warn!(device = self.name, "connection of client {} ended: {why}", client.number);

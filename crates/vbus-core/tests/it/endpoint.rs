@@ -13,7 +13,7 @@ use vbus_core::shm::signal::Armed;
 use vbus_core::{
     Access, Bus, Called, Connection, ConnectionState, Device, Endpoint, ErrorCode, Executor,
     Identity, InterruptSink, MapError, MemoryContext, Open, OpenRequest, Progress, Region,
-    RegionRequest, Task, Trust, Tuning, Window,
+    RegionRequest, Task, Tuning, Window,
 };
 
 const SIZE: u64 = 64 << 20;
@@ -117,10 +117,10 @@ fn memory() -> OwnedFd {
 impl Driver {
     fn new() -> Driver {
         let executor = Executor::start(Tuning::default()).unwrap();
-        let bus = Bus::new(executor, Vec::new(), Trust::Sealed);
+        let bus = Bus::new(executor, Vec::new());
         let endpoint = bus.add("doubler", Arc::new(Doubler)).unwrap();
         let fd = memory();
-        let mine = MemoryContext::new(Trust::Sealed);
+        let mine = MemoryContext::new();
         mine.map(BASE, SIZE, Some((fd.try_clone().unwrap(), 0)), Access::BOTH).unwrap();
         endpoint.map(BASE, SIZE, Some((fd, 0)), Access::BOTH).unwrap();
         let (sender, interrupts) = channel();
@@ -366,7 +366,7 @@ fn commands_name_what_is_wrong() {
 
 #[test]
 fn maps_are_checked() {
-    let context = MemoryContext::new(Trust::Sealed);
+    let context = MemoryContext::new();
     let map = |start, len, offset| context.map(start, len, Some((memory(), offset)), Access::BOTH);
     assert!(matches!(map(0, 0, 0), Err(MapError::Range(..))));
     assert!(matches!(map(u64::MAX - 4095, 8192, 0), Err(MapError::Range(..))));
@@ -378,14 +378,18 @@ fn maps_are_checked() {
         assert!(matches!(map(start, len, 0), Err(MapError::Overlap(..))), "{start} {len}");
     }
     map(4096, 4096, 0).unwrap();
-    let file = memfd_create("unsealable", MemfdFlags::CLOEXEC).unwrap();
-    ftruncate(&file, 4096).unwrap();
-    let copy = file.try_clone().unwrap();
-    assert!(matches!(context.map(0, 4096, Some((copy, 0)), Access::BOTH), Err(MapError::Unsealed)));
-    MemoryContext::new(Trust::Any).map(0, 4096, Some((file, 0)), Access::BOTH).unwrap();
-    let sealed = memory();
-    context.map(1 << 30, 4096, Some((sealed.try_clone().unwrap(), 0)), Access::BOTH).unwrap();
-    assert!(ftruncate(&sealed, 0).is_err(), "a mapped file can shrink no more");
+    // A directory, an eventfd, a device: nothing that could be mapped for good.
+    for path in ["/", "/dev/zero"] {
+        let file = OwnedFd::from(std::fs::File::open(path).unwrap());
+        let refused = context.map(0, 4096, Some((file, 0)), Access::READ);
+        assert!(matches!(refused, Err(MapError::NoFile)), "{path}: {refused:?}");
+    }
+    // Nothing was done to a file that was refused, or that was taken.
+    for file in [memory(), memory()] {
+        let copy = file.try_clone().unwrap();
+        let _ = context.map(0, 4096, Some((copy, 0)), Access::BOTH);
+        assert_eq!(rustix::fs::fcntl_get_seals(&file).unwrap(), rustix::fs::SealFlags::empty());
+    }
 }
 
 #[test]
@@ -463,11 +467,17 @@ fn page_lists_do_not_use_up_the_mappings_of_the_process() {
     let driver = Driver::new();
     let pages: Vec<u64> = vec![BASE; 4096];
     let one = || driver.mine.window_of_pages(&pages, 12, 4096 * 4096);
-    let (first, second) = (one().unwrap(), one().unwrap());
+    // The number depends on the machine's limit, of which a peer gets less than a half.
+    let mut windows: Vec<_> = std::iter::from_fn(|| one().ok()).take(1000).collect();
+    assert!((1..1000).contains(&windows.len()), "{}", windows.len());
     assert_eq!(one().unwrap_err(), ErrorCode::LIMIT);
-    drop(first);
-    drop((one().unwrap(), second));
-    one().unwrap();
+    windows.pop();
+    // A thread unmaps the window.
+    let begun = Instant::now();
+    while one().is_err() {
+        assert!(begun.elapsed() < BOUND, "what was given back can be taken again");
+        std::thread::yield_now();
+    }
 }
 
 #[test]
@@ -544,7 +554,7 @@ impl Device for Claims {
 
 #[test]
 fn a_device_that_says_what_cannot_be_does_not_join() {
-    let bus = Bus::new(Executor::start(Tuning::default()).unwrap(), Vec::new(), Trust::Sealed);
+    let bus = Bus::new(Executor::start(Tuning::default()).unwrap(), Vec::new());
     let fine = || Identity::user("claims");
     let most = fine().with_regions(1024).with_vectors(256).with_features((1 << 48) - 1);
     bus.add("most", Arc::new(Claims(most, 1024))).unwrap();

@@ -6,4 +6,5 @@
 
 mod endpoint;
 mod memory;
+mod peer_files;
 mod wake_model;

@@ -14,7 +14,7 @@ use vbus_core::io_vec::{IoVec, IoVecMut, readv, writev};
 use vbus_core::shm::Memory;
 use vbus_core::{
     Access, Bus, Called, Connection, Device, Endpoint, ErrorCode, Executor, Identity,
-    MemoryContext, Open, OpenRequest, Region, RegionRequest, Trust, Tuning,
+    MemoryContext, Open, OpenRequest, Region, RegionRequest, Tuning,
 };
 
 const PAGE: u64 = 4096;
@@ -36,7 +36,7 @@ fn map_page_by_page(file: &OwnedFd, pages: u64, map: impl Fn(u64, u64, OwnedFd, 
 }
 
 fn scattered(pages: u64) -> MemoryContext {
-    let (file, context) = (file(pages), MemoryContext::new(Trust::Sealed));
+    let (file, context) = (file(pages), MemoryContext::new());
     map_page_by_page(&file, pages, |start, len, fd, offset| {
         context.map(start, len, Some((fd, offset)), Access::BOTH).unwrap();
     });
@@ -104,7 +104,7 @@ fn the_kernel_reads_and_writes_a_buffer_in_pieces() {
     assert!(out == bytes);
 
     // Memory that the driver gave for reading is not written.
-    let (file, context) = (file(1), MemoryContext::new(Trust::Sealed));
+    let (file, context) = (file(1), MemoryContext::new());
     context.map(0, PAGE, Some((file, 0)), Access::READ).unwrap();
     let view = context.view();
     let to = view.slice(0, 8, false).unwrap();
@@ -134,7 +134,7 @@ fn a_window_may_span_maps_that_adjoin() {
 
 #[test]
 fn a_map_allows_what_the_peer_said() {
-    let context = MemoryContext::new(Trust::Sealed);
+    let context = MemoryContext::new();
     let none = Access::new(false, false);
     for (start, access) in (0..).step_by(PAGE as usize).zip([Access::READ, Access::WRITE, none]) {
         context.map(start, PAGE, Some((file(1), 0)), access).unwrap();
@@ -178,7 +178,7 @@ impl Connection for Reversing {
 }
 
 fn endpoint() -> (Bus, Arc<Endpoint>) {
-    let bus = Bus::new(Executor::start(Tuning::default()).unwrap(), Vec::new(), Trust::Sealed);
+    let bus = Bus::new(Executor::start(Tuning::default()).unwrap(), Vec::new());
     let endpoint = bus.add("reverse", Arc::new(Reverse::default())).unwrap();
     (bus, endpoint)
 }
@@ -186,7 +186,7 @@ fn endpoint() -> (Bus, Arc<Endpoint>) {
 #[test]
 fn all_that_a_driver_hands_over_may_span_maps() {
     let (_bus, endpoint) = endpoint();
-    let (file, mine) = (file(8), MemoryContext::new(Trust::Sealed));
+    let (file, mine) = (file(8), MemoryContext::new());
     map_page_by_page(&file, 8, |start, len, fd, offset| {
         let copy = fd.try_clone().unwrap();
         mine.map(start, len, Some((copy, offset)), Access::BOTH).unwrap();
@@ -217,7 +217,7 @@ fn all_that_a_driver_hands_over_may_span_maps() {
 
 #[test]
 fn a_call_whose_answer_would_find_no_place_does_nothing() {
-    let bus = Bus::new(Executor::start(Tuning::default()).unwrap(), Vec::new(), Trust::Sealed);
+    let bus = Bus::new(Executor::start(Tuning::default()).unwrap(), Vec::new());
     let device = Reverse::default();
     let calls = device.0.clone();
     let endpoint = bus.add("reverse", Arc::new(device)).unwrap();

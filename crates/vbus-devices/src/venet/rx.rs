@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
 use vbus_core::io_vec::IoVecMut;
 use vbus_core::memory::{DriverSlice, View};
 use vbus_core::shm::abi::venet::{HASH_HEADER_BYTES, HEADER_BYTES};
@@ -236,6 +237,15 @@ impl RxQueue {
         };
         let len = match received {
             Ok(len) => len,
+            Err(Errno::FAULT) => {
+                // The driver has taken the memory away. Touching it lets the bus see that.
+                for entry in self.stash.iter().take(count) {
+                    if let Ok(slice) = view.slice(entry.addr, u64::from(entry.len), true) {
+                        slice.touch();
+                    }
+                }
+                return Reserved::Failed(Errno::FAULT);
+            }
             Err(error) => return Reserved::Failed(error),
         };
         let (Some((front, eth)), true) =

@@ -11,7 +11,7 @@ use serde_json::json;
 use vbus_core::service::{self, Service, Sizes};
 use vbus_core::{
     Access, Bus, Call, Connection, ConnectionState, Device, Endpoint, ErrorCode, Identity,
-    MemoryContext, Open, Region, Trust,
+    MemoryContext, Open, Region,
 };
 use vbus_driver::requests::Requests;
 use vbus_pci::{IrqIndex, Options, PciFunction, device_function, region};
@@ -118,7 +118,7 @@ impl Hostile {
         let function = device_function(endpoint.clone(), options);
         let file = memfd_create("driver", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
         ftruncate(&file, BYTES).unwrap();
-        let memory = MemoryContext::new(Trust::Sealed);
+        let memory = MemoryContext::new();
         memory.map(BASE, BYTES, Some((file.try_clone().unwrap(), 0)), Access::BOTH).unwrap();
         let mut hostile =
             Hostile { function, endpoint, memory, file, random: Random(seed), wild: 0 };

@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 
 use vbus_core::{
-    Bus, Call, Connection, Device, ErrorCode, Executor, Identity, Open, Region, Trust, Tuning,
+    Bus, Call, Connection, Device, ErrorCode, Executor, Identity, Open, Region, Tuning,
 };
 use vbus_driver::{Error, Function, Hal};
 use vbus_shm::abi::{command, error_code, event, reg};
@@ -40,7 +40,7 @@ impl Connection for Opened {
 
 fn rig() -> (Bus, Local, Receiver<Call>) {
     let executor = Executor::start(Tuning { workers: 1, ..Tuning::default() }).unwrap();
-    let bus = Bus::new(executor, Vec::new(), Trust::Sealed);
+    let bus = Bus::new(executor, Vec::new());
     let (sender, calls) = channel();
     bus.add("slow", Arc::new(Slow(Mutex::new(sender)))).unwrap();
     let local = Local::attach(&bus, "slow", 0);

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use vbus_core::{
     Bus, Connection, ConnectionState, Device, ErrorCode, Executor, Fail, Identity, Notifier, Open,
-    Region, Trust, Tuning, Versions,
+    Region, Tuning, Versions,
 };
 use vbus_driver::{Error, Function};
 
@@ -58,7 +58,7 @@ struct Rig {
 
 fn rig(versions: Versions) -> Rig {
     let executor = Executor::start(Tuning { workers: 1, ..Tuning::default() }).unwrap();
-    let mut bus = Bus::new(executor, Vec::new(), Trust::Sealed);
+    let mut bus = Bus::new(executor, Vec::new());
     bus.set_versions(versions);
     let witness = Arc::new(Witness::default());
     bus.add("w", witness.clone()).unwrap();

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use serde_json::Value;
-use vbus_core::{Access, Bus, Endpoint, Executor, MemoryContext, Trust, Tuning, Window};
+use vbus_core::{Access, Bus, Endpoint, Executor, MemoryContext, Tuning, Window};
 use vbus_driver::{Dma, FixedTable, Function, Hal, NoMemory};
 use vbus_pci::{IrqIndex, Options, PciFunction, device_function, region};
 use vbus_shm::Memory;
@@ -27,7 +27,7 @@ pub fn bus() -> Bus {
     let executor = Executor::start(Tuning { workers: 2, ..Tuning::default() }).unwrap();
     let mut classes = vbus_devices::classes();
     classes.push(Box::new(vbus_sched::SchedClass::new()));
-    Bus::new(executor, classes, Trust::Sealed)
+    Bus::new(executor, classes)
 }
 
 /// See the module.
@@ -58,7 +58,7 @@ impl Local {
         let file = memfd_create("driver", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
         ftruncate(&file, BYTES).unwrap();
         endpoint.map(BASE, BYTES, Some((file.try_clone().unwrap(), 0)), Access::BOTH).unwrap();
-        let memory = MemoryContext::new(Trust::Sealed);
+        let memory = MemoryContext::new();
         memory.map(BASE, BYTES, Some((file, 0)), Access::BOTH).unwrap();
         let interrupt = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
         function

@@ -6,7 +6,7 @@ use std::sync::{Arc, Barrier, Condvar, Mutex};
 use std::time::Duration;
 
 use vbus_core::service::{self, Service, Sizes};
-use vbus_core::{Bus, Executor, Identity, Progress, Task, Trust, Tuning};
+use vbus_core::{Bus, Executor, Identity, Progress, Task, Tuning};
 use vbus_driver::requests::Requests;
 use vbus_driver::{Error, ErrorCode, Function, Hal};
 use vbus_shm::abi::{error_code, service as abi};
@@ -330,7 +330,7 @@ impl Task for Blocker {
 #[test]
 fn large_answers_are_as_much_work_as_large_requests() {
     let executor = Executor::start(Tuning { workers: 1, ..Tuning::default() }).unwrap();
-    let bus = Bus::new(executor.clone(), Vec::new(), Trust::Sealed);
+    let bus = Bus::new(executor.clone(), Vec::new());
     let (there, answers) = (Arc::<AtomicUsize>::default(), Arc::new(Barrier::new(BIG + 1)));
     let big = Big { there: there.clone(), answers: answers.clone() };
     bus.add("big", service::device(big).unwrap()).unwrap();

@@ -32,7 +32,7 @@ pub fn run(command: &Command, more: Vec<Box<dyn DeviceClass>>) -> Result<()> {
     // The classes check their own settings without making a device: a bus may run with this
     // configuration at the same time and must not be disturbed.
     let executor = Executor::start(Tuning { workers: 1, ..config.tuning })?;
-    let bus = Bus::new(executor, classes::all(SchedClass::new(), more)?, config.trust);
+    let bus = Bus::new(executor, classes::all(SchedClass::new(), more)?);
     for (number, spec) in config.devices.iter().enumerate() {
         bus.check(&spec.name, &spec.class, &spec.settings)
             .map_err(|error| source.device_error(number, &error.to_string()))?;

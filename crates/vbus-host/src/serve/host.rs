@@ -48,7 +48,7 @@ impl Host {
         let guardian = Arc::new(Guardian::default());
         let ledger = Ledger::new(guardian.clone()).context("making a file in memory")?;
         let classes = classes::all(SchedClass::guarded(ledger), more)?;
-        let bus = Bus::new(executor, classes, config.trust);
+        let bus = Bus::new(executor, classes);
         Ok(Host { claimed, bus, guardian, served: Mutex::default() })
     }
 

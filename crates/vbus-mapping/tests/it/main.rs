@@ -3,6 +3,7 @@
 //! else ends it.
 
 #![allow(unsafe_code)] // Accesses mapped memory, and raises signals.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod lost;
 mod other_signals;

@@ -13,7 +13,7 @@ use vbus_core::shm::ring::{DeviceEnd, DriverEnd, Entry, Layout, Return, Returns,
 use vbus_core::shm::signal::Armed;
 use vbus_core::{
     Access, Bus, Connection, Device, Endpoint, ErrorCode, Executor, Identity, Interrupt,
-    MemoryContext, Open, Progress, Region, Trust, Tuning, Window,
+    MemoryContext, Open, Progress, Region, Tuning, Window,
 };
 use vbus_pci::{IrqIndex, Options, PciFunction, device_function, region};
 
@@ -102,11 +102,11 @@ fn memory_file() -> OwnedFd {
 impl Rig {
     fn new(options: Options) -> Rig {
         let executor = Executor::start(Tuning { workers: 1, ..Tuning::default() }).unwrap();
-        let bus = Bus::new(executor, Vec::new(), Trust::Sealed);
+        let bus = Bus::new(executor, Vec::new());
         let endpoint = bus.add("m0", Arc::new(Mirror)).unwrap();
         let function = device_function(endpoint.clone(), options);
         let file = memory_file();
-        let memory = MemoryContext::new(Trust::Sealed);
+        let memory = MemoryContext::new();
         memory.map(BASE, BYTES, Some((file.try_clone().unwrap(), 0)), Access::BOTH).unwrap();
         endpoint.map(BASE, BYTES, Some((file, 0)), Access::BOTH).unwrap();
         Rig { function, endpoint, memory, bus }

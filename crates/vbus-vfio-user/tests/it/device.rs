@@ -12,8 +12,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vbus_core::{
-    Bus, Connection, ConnectionState, Device, ErrorCode, Executor, Identity, Open, Region, Trust,
-    Tuning,
+    Bus, Connection, ConnectionState, Device, ErrorCode, Executor, Identity, Open, Region, Tuning,
 };
 use vbus_driver::{Error, Function, Hal};
 use vbus_process::{MEMORY_BYTES, Process};
@@ -63,7 +62,7 @@ struct Setup {
 
 fn setup() -> Setup {
     let folder = tempfile::tempdir().unwrap();
-    let bus = Bus::new(Executor::start(Tuning::default()).unwrap(), Vec::new(), Trust::Sealed);
+    let bus = Bus::new(Executor::start(Tuning::default()).unwrap(), Vec::new());
     let endpoint = bus.add("adder0", Arc::new(Adder)).unwrap();
     let server =
         DeviceServer::start(endpoint, &folder.path().join("s"), Default::default()).unwrap();
@@ -163,32 +162,24 @@ fn a_hostile_client_is_ended_and_the_next_one_served() {
 }
 
 #[test]
-fn memory_is_taken_only_if_it_can_be_used_safely() {
+fn memory_is_taken_as_it_is() {
     let setup = setup();
     let mut client = Client::connect(setup.server.path()).unwrap();
     let refused = |result| match result {
         Err(ClientError::Refused { errno, .. }) => errno,
         other => panic!("{other:?}"),
     };
-    let sealable =
-        memfd_create("sealable", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
-    assert_eq!(refused(client.dma_map(sealable.as_fd(), 0, 0, 8192)), Errno::INVAL, "too short");
-    ftruncate(&sealable, 8192).unwrap();
-    client.dma_map(sealable.as_fd(), 0, 0, 8192).unwrap();
-    assert_eq!(ftruncate(&sealable, 4096), Err(Errno::PERM), "the server has sealed it");
-    assert_eq!(refused(client.dma_map(sealable.as_fd(), 0, 4096, 4096)), Errno::EXIST);
+    let file = memfd_create("memory", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+    assert_eq!(refused(client.dma_map(file.as_fd(), 0, 0, 8192)), Errno::INVAL, "too short");
+    ftruncate(&file, 8192).unwrap();
+    client.dma_map(file.as_fd(), 0, 0, 8192).unwrap();
+    assert_eq!(refused(client.dma_map(file.as_fd(), 0, 4096, 4096)), Errno::EXIST);
     assert_eq!(
-        refused(client.dma_map(sealable.as_fd(), 8192, 8192, 4096)),
+        refused(client.dma_map(file.as_fd(), 8192, 8192, 4096)),
         Errno::INVAL,
         "behind the end"
     );
-    let shrinking = memfd_create("shrinking", MemfdFlags::CLOEXEC).unwrap();
-    ftruncate(&shrinking, 8192).unwrap();
-    assert_eq!(
-        refused(client.dma_map(shrinking.as_fd(), 0, 65536, 8192)),
-        Errno::INVAL,
-        "could shrink"
-    );
+    assert_eq!(rustix::fs::fcntl_get_seals(&file), Ok(rustix::fs::SealFlags::empty()));
     let event = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
     assert_eq!(
         refused(client.dma_map(event.as_fd(), 0, 65536, 4096)),
@@ -199,6 +190,38 @@ fn memory_is_taken_only_if_it_can_be_used_safely() {
     assert_eq!(refused(client.connect_irqs(1, 0, &[pipe.as_fd()])), Errno::INVAL, "no eventfd");
     client.connect_irqs(1, 0, &[event.as_fd()]).unwrap();
     client.dma_unmap_all().unwrap();
+}
+
+#[test]
+fn a_client_that_takes_its_memory_away_is_ended_alone() {
+    let setup = setup();
+    let path = setup.server.path().with_file_name("good");
+    let good = setup.bus.add("good", Arc::new(Adder)).unwrap();
+    let good = DeviceServer::start(good, &path, Default::default()).unwrap();
+    let mut neighbour = Client::connect(good.path()).unwrap();
+    let endpoint = setup.bus.get("adder0").unwrap();
+    for round in 1..=3 {
+        let mut client = Client::connect(setup.server.path()).unwrap();
+        let file = memfd_create("memory", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&file, 1 << 20).unwrap();
+        client.dma_map(file.as_fd(), 0, 0, 1 << 20).unwrap();
+        endpoint.memory().view().write(8192, b"here").unwrap();
+        ftruncate(&file, 4096).unwrap();
+        let mut bytes = [1; 4];
+        endpoint.memory().view().read(8192, &mut bytes).unwrap();
+        assert_eq!(bytes, [0; 4]);
+        let start = Instant::now();
+        while client.device_info().is_ok() {
+            assert!(start.elapsed() < Duration::from_secs(60), "the client is never ended");
+        }
+        while setup.server.stats().violations < round {
+            assert!(start.elapsed() < Duration::from_secs(60), "nobody was blamed");
+            std::thread::yield_now();
+        }
+        assert!(!endpoint.memory().is_lost(), "the next client has other memory");
+    }
+    assert_eq!(neighbour.device_info().unwrap().regions, 9);
+    assert_eq!(good.stats().violations, 0);
 }
 
 #[test]

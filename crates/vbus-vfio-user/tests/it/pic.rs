@@ -17,7 +17,7 @@ use vbus_core::shm::Memory;
 use vbus_core::shm::abi::pic::NO_ROUTE;
 use vbus_core::shm::pic::DriverEnd;
 use vbus_core::{
-    Bus, Connection, Device, ErrorCode, Executor, Identity, Interrupt, Open, Region, Trust, Tuning,
+    Bus, Connection, Device, ErrorCode, Executor, Identity, Interrupt, Open, Region, Tuning,
 };
 use vbus_driver::pic::{Controller, Line, Nesting, Pic, Source, Wanted};
 use vbus_driver::{Error, Function, Hal};
@@ -76,8 +76,7 @@ impl Setup {
     fn new(router: Option<&str>) -> Setup {
         let folder = tempfile::tempdir().unwrap();
         let tuning = Tuning { workers: 1, ..Tuning::default() };
-        let bus =
-            Bus::new(Executor::start(tuning).unwrap(), vbus_devices::classes(), Trust::Sealed);
+        let bus = Bus::new(Executor::start(tuning).unwrap(), vbus_devices::classes());
         let controller = bus.create("pic0", "pic", &serde_json::json!({ "cpus": 4 })).unwrap();
         let device = Beeper::default();
         let beeps = device.0.clone();

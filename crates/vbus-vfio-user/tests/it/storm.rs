@@ -11,7 +11,7 @@ use vbus_core::shm::abi::bar0;
 use vbus_core::shm::abi::capability::KIND_MMIO;
 use vbus_core::{
     Bus, Connection, Device, Endpoint, ErrorCode, Executor, Identity, Interrupt, Open, Progress,
-    Region, Trust, Tuning, Window,
+    Region, Tuning, Window,
 };
 use vbus_driver::{Doorbell, Function, Hal};
 use vbus_process::{MEMORY_BYTES, Process, ProcessMemory};
@@ -100,7 +100,7 @@ impl Drop for Over<'_> {
 fn weather(storm: impl Fn(&Process, u32) + Sync) {
     let folder = tempfile::tempdir().unwrap();
     let tuning = Tuning { workers: 1, poll_max: Duration::ZERO, ..Tuning::default() };
-    let bus = Bus::new(Executor::start(tuning).unwrap(), Vec::new(), Trust::Sealed);
+    let bus = Bus::new(Executor::start(tuning).unwrap(), Vec::new());
     let serve = |name: &str| {
         let endpoint = bus.add(name, Arc::new(Echo)).unwrap();
         (

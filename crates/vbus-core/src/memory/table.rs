@@ -1,0 +1,278 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The maps of a peer at one moment. A table never changes: a change makes a new table, which
+//! shares most of its parts with the old one.
+//!
+//! The maps are in chunks of at most [`CHUNK`]. A lookup is two binary searches. A change copies
+//! one chunk and the list of the chunks: for 65,535 maps, 64 maps and 1024 pointers. A tree would
+//! copy less, but its lookup would follow more pointers, and lookups are on the fast path.
+
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use vbus_shm::ErrorCode;
+
+use super::Access;
+use super::file::SharedFile;
+
+/// The most maps of a chunk.
+const CHUNK: usize = 64;
+
+/// A range of the driver's memory.
+#[derive(Clone)]
+pub(super) struct Map {
+    pub(super) start: u64,
+    pub(super) len: u64,
+    /// `None`: the peer announced the range without a file (another device's BAR, a ROM), or for no
+    /// access.
+    pub(super) place: Option<Place>,
+}
+
+/// Where a map is in a file, and in this process.
+#[derive(Clone)]
+pub(super) struct Place {
+    pub(super) file: Arc<SharedFile>,
+    /// In the file.
+    pub(super) offset: u64,
+    /// In this process. Valid as long as `file` is held.
+    pub(super) base: NonNull<u8>,
+    pub(super) access: Access,
+}
+
+// SAFETY: the address leads into a mapping that `file` keeps, and that is accessed only through
+// atomics, raw copies and system calls, which any thread may do.
+unsafe impl Send for Place {}
+// SAFETY: as above.
+unsafe impl Sync for Place {}
+
+impl Map {
+    pub(super) fn end(&self) -> u64 {
+        self.start + self.len
+    }
+}
+
+/// Ordered by address, without overlaps. A chunk is never empty; the number beside it is the start
+/// of its first map.
+#[derive(Clone, Default)]
+pub(super) struct Table {
+    chunks: Vec<(u64, Arc<Vec<Map>>)>,
+    len: usize,
+}
+
+/// A table without maps.
+pub(super) static EMPTY: Table = Table { chunks: Vec::new(), len: 0 };
+
+/// A part of a range that lies in one piece in this process.
+pub(super) struct Run<'t> {
+    pub(super) place: &'t Place,
+    /// The first byte in this process.
+    pub(super) base: NonNull<u8>,
+    /// The first byte in the file.
+    pub(super) offset: u64,
+    /// In bytes.
+    pub(super) len: usize,
+}
+
+impl Table {
+    /// Number of maps.
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The index of the chunk in which a map that contains `addr` would be.
+    fn chunk(&self, addr: u64) -> usize {
+        self.chunks.partition_point(|(start, _)| *start <= addr).saturating_sub(1)
+    }
+
+    /// The maps from the first one on that ends after `addr`.
+    fn from(&self, addr: u64) -> impl Iterator<Item = &Map> {
+        let chunk = self.chunk(addr);
+        let (_, maps) = self.chunks.get(chunk).map_or((0, &[][..]), |(s, maps)| (*s, maps));
+        let skip = maps.partition_point(|map| map.end() <= addr);
+        let rest = self.chunks.get(chunk + 1..).unwrap_or(&[]);
+        maps[skip..].iter().chain(rest.iter().flat_map(|(_, maps)| maps.iter()))
+    }
+
+    /// The first run of `addr..addr + len`. It goes on into the next maps as long as they follow in
+    /// this process too.
+    pub(super) fn run(&self, addr: u64, len: usize, access: Access) -> Result<Run<'_>, ErrorCode> {
+        let mut maps = self.from(addr);
+        let map = maps.next().filter(|map| map.start <= addr).ok_or(ErrorCode::BAD_ADDRESS)?;
+        let allowed =
+            |map: &Map| map.place.as_ref().is_some_and(|place| place.access.allows(access));
+        let Some(place) = map.place.as_ref().filter(|_| allowed(map)) else {
+            return Err(ErrorCode::BAD_ADDRESS);
+        };
+        let inside = addr - map.start;
+        let bytes = |len: u64| usize::try_from(len).unwrap_or(usize::MAX);
+        // SAFETY: `inside` is within the map, and so within its part of the file.
+        let base = unsafe { place.base.add(bytes(inside)) };
+        let (mut end, mut run) = (map.end(), bytes(map.len - inside));
+        while run < len {
+            let follows = |next: &&Map| {
+                next.start == end
+                    && allowed(next)
+                    && next.place.as_ref().is_some_and(|next| {
+                        Arc::ptr_eq(&next.file, &place.file)
+                            && next.offset == place.offset + (end - map.start)
+                            && next.base.as_ptr() as usize == base.as_ptr() as usize + run
+                    })
+            };
+            let Some(next) = maps.next().filter(follows) else { break };
+            (end, run) = (next.end(), run.saturating_add(bytes(next.len)));
+        }
+        Ok(Run { place, base, offset: place.offset + inside, len: run.min(len) })
+    }
+
+    /// Calls `each` with the runs of `addr..addr + len`, in order, until one call fails. The whole
+    /// range must be mapped for `access`.
+    pub(super) fn runs<'t>(
+        &'t self,
+        mut addr: u64,
+        mut len: usize,
+        access: Access,
+        mut each: impl FnMut(Run<'t>) -> Result<(), ErrorCode>,
+    ) -> Result<(), ErrorCode> {
+        loop {
+            let run = self.run(addr, len, access)?;
+            let covered = run.len;
+            each(run)?;
+            len -= covered;
+            if len == 0 {
+                return Ok(());
+            }
+            addr = addr.checked_add(covered as u64).ok_or(ErrorCode::BAD_ADDRESS)?;
+        }
+    }
+
+    /// Whether a map has a byte of `start..end`.
+    pub(super) fn overlaps(&self, start: u64, end: u64) -> bool {
+        self.from(start).next().is_some_and(|map| map.start < end)
+    }
+
+    /// The table with one more map, which overlaps none.
+    pub(super) fn with(&self, map: Map) -> Table {
+        let mut table = Table { chunks: self.chunks.clone(), len: self.len + 1 };
+        let at = self.chunk(map.start);
+        let Some((_, old)) = self.chunks.get(at) else {
+            table.chunks.push((map.start, Arc::new(vec![map])));
+            return table;
+        };
+        let inside = old.partition_point(|other| other.start < map.start);
+        if old.len() == CHUNK && inside == CHUNK {
+            // Maps often come in order. Then the chunks are full.
+            table.chunks.insert(at + 1, (map.start, Arc::new(vec![map])));
+            return table;
+        }
+        let mut maps = Vec::with_capacity(CHUNK + 1);
+        maps.extend_from_slice(old);
+        maps.insert(inside, map);
+        let second = if maps.len() > CHUNK { maps.split_off(CHUNK / 2) } else { Vec::new() };
+        table.chunks[at] = (maps[0].start, Arc::new(maps));
+        if let Some(first) = second.first() {
+            table.chunks.insert(at + 1, (first.start, Arc::new(second)));
+        }
+        table
+    }
+
+    /// The table without the maps of `start..end`, and the number of bytes that they had. `None`:
+    /// there is no such map, or one goes beyond the range.
+    pub(super) fn without(&self, start: u64, end: u64) -> Option<(Table, u64)> {
+        let inside = || self.from(start).take_while(|map| map.start < end);
+        if inside().any(|map| map.start < start || map.end() > end) {
+            return None;
+        }
+        let (mut bytes, mut count) = (0, 0);
+        for map in inside() {
+            bytes += map.len;
+            count += 1;
+        }
+        if count == 0 {
+            return None;
+        }
+        let first = self.chunk(start);
+        let last = self.chunk(end - 1);
+        let stays = |maps: &[Map], keep: fn(&Map, u64, u64) -> bool| {
+            let maps: Vec<_> = maps.iter().filter(|map| keep(map, start, end)).cloned().collect();
+            maps.first().map(|map| map.start).map(|at| (at, Arc::new(maps)))
+        };
+        let outside = |map: &Map, start: u64, end: u64| map.end() <= start || map.start >= end;
+        let mut chunks = self.chunks[..first].to_vec();
+        chunks.extend(stays(&self.chunks[first].1, outside));
+        if last > first {
+            chunks.extend(stays(&self.chunks[last].1, outside));
+        }
+        chunks.extend_from_slice(&self.chunks[last + 1..]);
+        Some((Table { chunks, len: self.len - count }, bytes))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn map(start: u64, len: u64) -> Map {
+        Map { start, len, place: None }
+    }
+
+    fn all(table: &Table) -> Vec<(u64, u64)> {
+        table.chunks.iter().flat_map(|(_, maps)| maps.iter()).map(|m| (m.start, m.len)).collect()
+    }
+
+    fn check(table: &Table) {
+        assert_eq!(all(table).len(), table.len());
+        assert!(all(table).windows(2).all(|pair| pair[0].0 + pair[0].1 <= pair[1].0));
+        for (start, maps) in &table.chunks {
+            assert!((1..=CHUNK).contains(&maps.len()) && maps[0].start == *start);
+        }
+    }
+
+    #[test]
+    fn maps_in_order_fill_their_chunks() {
+        let mut table = Table::default();
+        for page in 0..65_535 {
+            table = table.with(map(page * 4096, 4096));
+        }
+        check(&table);
+        assert_eq!((table.len(), table.chunks.len()), (65_535, 1024));
+        assert!(table.overlaps(65_534 * 4096, 65_534 * 4096 + 1));
+        assert!(!table.overlaps(65_535 * 4096, u64::MAX));
+        let (rest, bytes) = table.without(4096, 65_000 * 4096).unwrap();
+        assert_eq!((rest.len(), bytes), (536, 64_999 * 4096));
+        check(&rest);
+        assert_eq!(table.len(), 65_535, "the old table is as it was");
+    }
+
+    proptest! {
+        /// The table does as a plain list would.
+        #[test]
+        fn it_is_a_list_without_overlaps(
+            steps in proptest::collection::vec((0_u64..400, 1_u64..6, any::<bool>()), 1..300)
+        ) {
+            let (mut table, mut list) = (Table::default(), Vec::<(u64, u64)>::new());
+            for (start, len, add) in steps {
+                let end = start + len;
+                let hit = |(s, l): &(u64, u64)| *s < end && s + l > start;
+                prop_assert_eq!(table.overlaps(start, end), list.iter().any(hit));
+                if add && !list.iter().any(hit) {
+                    table = table.with(map(start, len));
+                    list.push((start, len));
+                    list.sort_unstable();
+                } else if !add {
+                    let cut = list.iter().filter(|m| hit(m)).any(|(s, l)| *s < start || s + l > end);
+                    let bytes: u64 = list.iter().filter(|m| hit(m)).map(|(_, l)| l).sum();
+                    let without = table.without(start, end);
+                    prop_assert_eq!(without.is_none(), cut || bytes == 0);
+                    if let Some((rest, taken)) = without {
+                        prop_assert_eq!(taken, bytes);
+                        list.retain(|m| !hit(m));
+                        table = rest;
+                    }
+                }
+                check(&table);
+                prop_assert_eq!(&all(&table), &list);
+            }
+        }
+    }
+}
