@@ -280,7 +280,8 @@ impl Endpoint {
         self.host.counters()
     }
 
-    /// Name, class, state, counters, and what [`Device::inspect`] tells.
+    /// Name, class, state, counters, what the peer's memory uses of the budgets, and what
+    /// [`Device::inspect`] tells.
     pub fn inspect(&self) -> Value {
         self.host.doorbells().count_eventfds();
         let (state, fault) = match self.state() {
@@ -295,6 +296,7 @@ impl Endpoint {
             "fault": fault,
             "incarnation": format!("{:#018x}", self.incarnation()),
             "counters": &**self.counters(),
+            "memory": self.memory().inspect(),
             "device": self.device.inspect(),
         })
     }

@@ -41,3 +41,8 @@ pub use backing::Backing;
 pub use mapping::{Mapping, Piece, touch};
 pub use ranges::Guard;
 pub use signal::losses;
+
+/// The example of the README compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+mod readme {}
