@@ -10,10 +10,17 @@ use crate::events::Events;
 use crate::lock::lock;
 use crate::memory::MemoryContext;
 
+/// The most calls of a device that its class may hold at a time. A driver has one call in progress
+/// at most. The others were cancelled, and the class has not dropped them yet. Each keeps its buffer
+/// of up to 64 KiB.
+pub(crate) const CALLS_MAX: usize = 16;
+
 /// A call that the class has to answer. The class ends it with [`finish`](Self::finish), from any
 /// thread. A call that is dropped fails with [`ErrorCode::FAILED`].
 #[must_use = "a call that is dropped fails"]
 pub struct Call {
+    /// Counts the device's calls ([`CALLS_MAX`]).
+    _count: Arc<()>,
     shared: Arc<OpenCall>,
     function: u32,
     flags: u32,
@@ -63,6 +70,7 @@ impl Called {
 impl Call {
     /// A call with a copy of the driver's buffer, which is at `addr`.
     pub(crate) fn new(
+        count: Arc<()>,
         (function, flags): (u32, u32),
         (addr, buffer): (u64, Vec<u8>),
         memory: Arc<MemoryContext>,
@@ -70,7 +78,10 @@ impl Call {
     ) -> (Call, PendingCall) {
         let state = Mutex::new(CallState::Running { told: false });
         let shared = Arc::new(OpenCall { state, memory, addr, events });
-        (Call { shared: shared.clone(), function, flags, buffer }, PendingCall(shared))
+        (
+            Call { _count: count, shared: shared.clone(), function, flags, buffer },
+            PendingCall(shared),
+        )
     }
 
     /// The number of the class's function.

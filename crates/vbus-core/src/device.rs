@@ -269,8 +269,10 @@ pub trait Connection: Send {
 
     /// The driver calls, and the answer may take time. The class keeps `call`, returns, and ends
     /// the call later, from any thread ([`Call::finish`]). The driver makes no other call
-    /// meanwhile. CLOSE, reset and the end of the connection cancel the call. The provided method
-    /// answers at once, with [`call`](Self::call).
+    /// meanwhile. CLOSE, reset and the end of the connection cancel the call. A class that works on
+    /// a cancelled call should drop it soon ([`Call::is_cancelled`]): while it holds 16 calls of a
+    /// device, the bus refuses further ones. The provided method answers at once, with
+    /// [`call`](Self::call).
     fn start_call(&mut self, mut call: Call) {
         let (function, flags) = (call.function(), call.flags());
         let result = self.call(function, flags, call.buffer());

@@ -11,7 +11,7 @@ use vbus_shm::abi::{command, event};
 use vbus_shm::signal::{Armed, BLOCK_ALIGN, BLOCK_BYTES};
 use vbus_shm::{ErrorCode, Versions};
 
-use crate::call::{Call, Called, PendingCall};
+use crate::call::{CALLS_MAX, Call, Called, PendingCall};
 use crate::counter::ConnectionCounters;
 use crate::device::{Connection, Device, Fail, Identity, Open, Region};
 use crate::events::{Events, Notifier};
@@ -168,6 +168,8 @@ pub struct Endpoint {
     events: Arc<Events>,
     outlets: Weak<Outlets>,
     inner: Mutex<Inner>,
+    /// Each call that the class holds has a clone.
+    calls: Arc<()>,
     generations: AtomicU64,
     this: Weak<Endpoint>,
 }
@@ -189,6 +191,7 @@ impl Endpoint {
             events,
             outlets,
             inner: Mutex::new(Inner::Closed),
+            calls: Arc::default(),
             generations: AtomicU64::new(0),
             this: this.clone(),
         })
@@ -665,6 +668,10 @@ impl Endpoint {
         if len > command::CALL_MAX {
             return Err(ErrorCode::BAD_LENGTH);
         }
+        if Arc::strong_count(&self.calls) > CALLS_MAX {
+            tracing::warn!(device = self.name(), "the class still works on {CALLS_MAX} calls");
+            return Err(ErrorCode::LIMIT);
+        }
         let mut buffer = vec![0; usize::try_from(len).map_err(|_| ErrorCode::BAD_LENGTH)?];
         if len > 0 {
             let view = self.memory().view();
@@ -673,6 +680,7 @@ impl Endpoint {
             view.read(addr, &mut buffer)?;
         }
         let (call, pending) = Call::new(
+            self.calls.clone(),
             (function, flags),
             (addr, buffer),
             self.memory().clone(),

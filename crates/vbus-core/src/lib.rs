@@ -89,8 +89,9 @@
 //! [`Connection::poll`], `arm`, `disarm`, `call`, `region_added` and `region_dropped` must not
 //! block. They run on a worker, or a virtual CPU waits for them, and all devices of that worker
 //! wait with them. [`Device::control`] may block, and so may [`DeviceClass::create`]. A device that
-//! must block gives the work to a thread of its own. That thread calls [`Doorbell::wake`] when it
-//! has finished. [`service`] does that for you.
+//! must block gives the work to a [`BlockingQueue`] or to a thread of its own, which calls
+//! [`Doorbell::wake`] when it has finished. [`service`] does that for you. A call that must block
+//! is kept ([`Connection::start_call`]) and answered from there.
 //!
 //! # What the bus does for a device
 //! - It checks what the driver says of its regions. It never lets a device touch memory that was
@@ -102,6 +103,7 @@
 //!
 //! A connector holds the device's [`Endpoint`], and needs nothing else of this crate.
 
+mod blocking;
 mod bus;
 mod call;
 mod counter;
@@ -122,6 +124,7 @@ mod sync;
 mod wake;
 mod watchdog;
 
+pub use blocking::BlockingQueue;
 pub use bus::{Bus, BusError, DEVICES_MAX, NAME_MAX};
 pub use call::{Call, Called, PendingCall};
 pub use counter::{ConnectionCounters, Counter};

@@ -48,22 +48,22 @@ pub trait Backend: Send + Sync {
     fn inspect(&self) -> Value;
 }
 
+/// Told how [`Plug::configure`] has ended. An error comes from another thread only.
+pub type Done = Box<dyn FnOnce(Result<(), ErrorCode>) + Send>;
+
 /// A driver's connection to a back end.
 pub trait Plug: Send + Sync {
     /// Returns queue `index` of the port, for the task that will serve it. The front calls this
     /// once for each queue.
     fn queue(&self, index: u16, task: &TaskHandle) -> Result<Box<dyn Queue>, ErrorCode>;
 
-    /// The driver uses queues 0 to `queues - 1`. The front calls this also at the start.
-    fn set_queues(&self, queues: u16) -> Result<(), ErrorCode> {
-        let _ = queues;
-        Ok(())
-    }
-
-    /// The driver accepts these offloads in frames to it. The front calls this also at the start.
-    /// Each sink checks every frame nevertheless.
-    fn set_rx_offloads(&self, offloads: Offloads) -> Result<(), ErrorCode> {
-        let _ = offloads;
+    /// The driver uses queues 0 to `queues - 1`, and accepts these offloads in frames to it. The
+    /// front calls this at the start and at each change. Each sink checks every frame nevertheless.
+    /// The back end calls `done` when it has set itself up, at once or later on another thread. It
+    /// does not block. With an error that it returns, it has dropped `done`.
+    fn configure(&self, queues: u16, offloads: Offloads, done: Done) -> Result<(), ErrorCode> {
+        let _ = (queues, offloads);
+        done(Ok(()));
         Ok(())
     }
 

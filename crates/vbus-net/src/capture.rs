@@ -12,7 +12,7 @@ use vbus_core::shm::signal::Armed;
 use vbus_core::{CreateError, ErrorCode, TaskHandle, lock};
 use vbus_tap::{HEADER_BYTES, Mac, Offloads};
 
-use crate::backend::{Backend, Plug, Port, Queue, Sent};
+use crate::backend::{Backend, Done, Plug, Port, Queue, Sent};
 use crate::frame::{Body, ETH_BYTES, FRAME_MAX, Header, Packet};
 use crate::opener::Opener;
 use crate::pcap::PcapFile;
@@ -104,12 +104,8 @@ impl Plug for CapturedPlug {
         Ok(Box::new(CapturedQueue { inner, file: self.file.clone(), buffer: Vec::new() }))
     }
 
-    fn set_queues(&self, queues: u16) -> Result<(), ErrorCode> {
-        self.inner.set_queues(queues)
-    }
-
-    fn set_rx_offloads(&self, offloads: Offloads) -> Result<(), ErrorCode> {
-        self.inner.set_rx_offloads(offloads)
+    fn configure(&self, queues: u16, offloads: Offloads, done: Done) -> Result<(), ErrorCode> {
+        self.inner.configure(queues, offloads, done)
     }
 
     fn set_mac(&self, mac: Mac) -> bool {

@@ -47,7 +47,7 @@ mod stream;
 mod switch;
 mod tap;
 
-pub use backend::{Backend, Plug, Port, Queue, Sent, TxDrop};
+pub use backend::{Backend, Done, Plug, Port, Queue, Sent, TxDrop};
 pub use capture::Captured;
 pub use config::BackendConfig;
 pub use filter::{Addresses, Filter, Vlans};

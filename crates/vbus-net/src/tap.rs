@@ -2,21 +2,25 @@
 //! Back end `tap`: a TAP interface of this machine, with a queue for each queue pair. The kernel
 //! reads and writes the driver's buffers directly.
 
-use std::sync::Arc;
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
 
 use rustix::io::Errno;
 use serde_json::{Value, json};
 use vbus_core::io_vec::{IoVec, IoVecMut, readv, writev};
 use vbus_core::memory::DriverSlice;
 use vbus_core::settings::Settings;
-use vbus_core::{CreateError, ErrorCode, Interest, TaskHandle};
+use vbus_core::{BlockingQueue, CreateError, ErrorCode, Interest, TaskHandle, lock};
 use vbus_tap::{HEADER_BYTES, Mac, Offloads, advice};
 
-use crate::backend::{Backend, Plug, Port, Queue, Sent, TxDrop};
+use crate::backend::{Backend, Done, Plug, Port, Queue, Sent, TxDrop};
 use crate::frame::{Body, ETH_BYTES, PIECES_MAX, Packet, TAG_BYTES};
 use crate::link::Link;
 use crate::opener::Opener;
 use crate::sink::{Reserved, RxSink, Waiter};
+
+/// How long the end of a device waits for the kernel.
+const GONE: Duration = Duration::from_secs(10);
 
 /// Reads the setting `tap`, the name of an interface.
 pub fn name(settings: &mut Settings) -> Result<String, CreateError> {
@@ -36,7 +40,7 @@ pub fn name(settings: &mut Settings) -> Result<String, CreateError> {
 /// The back end: an interface with its queues.
 pub struct Tap {
     name: String,
-    queues: Vec<Arc<vbus_tap::Queue>>,
+    control: Arc<TapControl>,
     offloads: Offloads,
     link: Arc<Link>,
 }
@@ -57,14 +61,20 @@ impl Tap {
         })?;
         let queues: Vec<_> = queues.into_iter().map(Arc::new).collect();
         let offloads = queues[0].known_offloads();
-        set_carrier(&queues[0], false);
-        Ok(Tap { name, queues, offloads, link })
+        let control = Arc::new(TapControl::new(queues));
+        // There is no driver yet.
+        control.apply(&Wanted::default()).map_err(|error| {
+            CreateError(format!("\"tap\" is {name:?}: {error}; {}", advice(error)))
+        })?;
+        Ok(Tap { name, control, offloads, link })
     }
 }
 
-fn set_carrier(queue: &vbus_tap::Queue, up: bool) {
-    if let Err(error) = queue.set_carrier(up) {
-        tracing::debug!(%error, "the carrier of the TAP interface cannot be set");
+impl Drop for Tap {
+    /// The kernel removes an interface with its last descriptor. A device that is made under the
+    /// same name must not find the old interface.
+    fn drop(&mut self) {
+        self.control.wait_idle();
     }
 }
 
@@ -79,55 +89,45 @@ impl Backend for Tap {
 
     fn steers(&self) -> bool {
         // The kernel chooses the queue by the flow of the frame.
-        self.queues.len() == 1
+        self.control.queues.len() == 1
     }
 
     fn plug(&self, port: Arc<Port>) -> Result<Arc<dyn Plug>, ErrorCode> {
-        set_carrier(&self.queues[0], true);
         self.link.set_carrier(true);
-        let (queues, link) = (self.queues.clone(), self.link.clone());
-        Ok(Arc::new(TapPlug { port, queues, link }))
+        let (control, link) = (self.control.clone(), self.link.clone());
+        Ok(Arc::new(TapPlug { port, control, link }))
     }
 
     fn inspect(&self) -> Value {
-        json!({ "tap": self.name, "queues": self.queues.len() })
+        json!({ "tap": self.name, "queues": self.control.queues.len() })
     }
 }
 
 /// A driver's use of the interface.
 struct TapPlug {
     port: Arc<Port>,
-    queues: Vec<Arc<vbus_tap::Queue>>,
+    control: Arc<TapControl>,
     link: Arc<Link>,
-}
-
-impl TapPlug {
-    fn failed(&self, error: Errno) -> ErrorCode {
-        tracing::error!(device = self.port.name, %error, "the TAP interface cannot be set up");
-        ErrorCode::FAILED
-    }
 }
 
 impl Plug for TapPlug {
     fn queue(&self, index: u16, task: &TaskHandle) -> Result<Box<dyn Queue>, ErrorCode> {
-        let queue = self.queues.get(usize::from(index)).ok_or(ErrorCode::BAD_ARGUMENT)?.clone();
+        let queues = &self.control.queues;
+        let queue = queues.get(usize::from(index)).ok_or(ErrorCode::BAD_ARGUMENT)?.clone();
         let waiter = Waiter { key: self.port.key(index), task: task.clone() };
         let port = self.port.clone();
         Ok(Box::new(TapQueue { queue, port, index, waiter, watched: false }))
     }
 
-    fn set_queues(&self, queues: u16) -> Result<(), ErrorCode> {
-        for (index, queue) in self.queues.iter().enumerate() {
-            if queue.is_multi_queue() {
-                let enabled = index < usize::from(queues);
-                queue.set_enabled(enabled).map_err(|error| self.failed(error))?;
-            }
-        }
-        Ok(())
-    }
-
-    fn set_rx_offloads(&self, offloads: Offloads) -> Result<(), ErrorCode> {
-        self.queues[0].set_offloads(offloads).map_err(|error| self.failed(error))
+    fn configure(&self, queues: u16, offloads: Offloads, done: Done) -> Result<(), ErrorCode> {
+        let device = self.port.name.clone();
+        let done = move |result: Result<(), Errno>| {
+            done(result.map_err(|error| {
+                tracing::error!(device, %error, "the TAP interface cannot be set up");
+                ErrorCode::FAILED
+            }));
+        };
+        self.control.want(Wanted { up: true, queues, offloads }, Some(Box::new(done)))
     }
 
     fn set_mac(&self, mac: Mac) -> bool {
@@ -140,9 +140,117 @@ impl Drop for TapPlug {
     fn drop(&mut self) {
         // Reset the offloads, because the next driver may not accept those of this one. Take the
         // carrier down, because there is no driver.
-        let _ = self.queues[0].set_offloads(Offloads::NONE);
-        set_carrier(&self.queues[0], false);
+        if self.control.want(Wanted::default(), None).is_err() {
+            let _ = self.control.apply(&Wanted::default()); // It may block, but must be done.
+        }
         self.link.set_carrier(false);
+    }
+}
+
+/// How the kernel is to treat the interface. By default there is no driver.
+#[derive(Clone, Default, PartialEq, Eq)]
+struct Wanted {
+    up: bool,
+    /// Queues 0 to `queues - 1` are in use.
+    queues: u16,
+    offloads: Offloads,
+}
+
+type SetUp = Box<dyn FnOnce(Result<(), Errno>) + Send>;
+
+/// Sets the interface up. The kernel does this under a lock that all network interfaces of the
+/// machine share, and that somebody else may hold for long. So a helper thread does it. It applies
+/// the newest wish; however fast drivers come and go, one wish and one job wait.
+struct TapControl {
+    queues: Vec<Arc<vbus_tap::Queue>>,
+    jobs: BlockingQueue,
+    state: Mutex<ControlState>,
+    idle: Condvar,
+}
+
+#[derive(Default)]
+struct ControlState {
+    wanted: Wanted,
+    /// Whom to tell when the interface is as wanted. The front has one entry at a time, and the bus
+    /// bounds those of drivers that have closed.
+    done: Vec<SetUp>,
+    /// Whether a job waits or runs.
+    busy: bool,
+}
+
+impl TapControl {
+    fn new(queues: Vec<Arc<vbus_tap::Queue>>) -> TapControl {
+        TapControl {
+            queues,
+            jobs: BlockingQueue::default(),
+            state: Mutex::default(),
+            idle: Condvar::new(),
+        }
+    }
+
+    /// Lets the helper thread set the interface up, and then call `done`.
+    fn want(self: &Arc<Self>, wanted: Wanted, done: Option<SetUp>) -> Result<(), ErrorCode> {
+        let mut state = lock(&self.state);
+        state.wanted = wanted;
+        state.done.extend(done);
+        if state.busy {
+            return Ok(());
+        }
+        let control = self.clone();
+        state.busy = self.jobs.run(move || control.serve());
+        if state.busy {
+            return Ok(());
+        }
+        let dropped = std::mem::take(&mut state.done);
+        drop(state);
+        drop(dropped);
+        Err(ErrorCode::FAILED)
+    }
+
+    /// The job: sets the interface up until it is as wanted.
+    fn serve(&self) {
+        loop {
+            let (wanted, done) = {
+                let state = &mut *lock(&self.state);
+                (state.wanted.clone(), std::mem::take(&mut state.done))
+            };
+            let result = self.apply(&wanted);
+            done.into_iter().for_each(|done| done(result));
+            let mut state = lock(&self.state);
+            if state.wanted == wanted && state.done.is_empty() {
+                state.busy = false;
+                self.idle.notify_all();
+                return;
+            }
+        }
+    }
+
+    /// Sets the interface up. It may block.
+    fn apply(&self, wanted: &Wanted) -> Result<(), Errno> {
+        let set_carrier = |up| {
+            if let Err(error) = self.queues[0].set_carrier(up) {
+                tracing::debug!(%error, "the carrier of the TAP interface cannot be set");
+            }
+        };
+        if !wanted.up {
+            set_carrier(false);
+        } else {
+            for (index, queue) in self.queues.iter().enumerate().filter(|(_, q)| q.is_multi_queue())
+            {
+                queue.set_enabled(index < usize::from(wanted.queues))?;
+            }
+        }
+        self.queues[0].set_offloads(wanted.offloads)?;
+        if wanted.up {
+            set_carrier(true);
+        }
+        Ok(())
+    }
+
+    /// Waits until no job waits or runs, at most for [`GONE`].
+    fn wait_idle(&self) {
+        let waited = self.idle.wait_timeout_while(lock(&self.state), GONE, |state| state.busy);
+        drop(waited);
     }
 }
 

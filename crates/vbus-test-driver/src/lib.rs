@@ -44,7 +44,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vbus_core::memory::MemoryContext;
 use vbus_core::{
-    Access, Bus, DeviceClass, Endpoint, ErrorCode, Executor, InterruptSink, OpenRequest,
+    Access, Bus, Called, DeviceClass, Endpoint, ErrorCode, Executor, InterruptSink, OpenRequest,
     RegionRequest, Tuning, Window,
 };
 
@@ -156,7 +156,7 @@ pub fn add(
     endpoint.region_add(RegionRequest::new(id, addr, len).with_signal(signal))
 }
 
-/// CALL with a buffer at address 2048.
+/// CALL with a buffer at address 2048. Waits for the end of a call that takes time.
 pub fn call(
     endpoint: &Endpoint,
     memory: &Memory,
@@ -166,5 +166,16 @@ pub fn call(
     if !buffer.is_empty() {
         memory.write(2048, buffer);
     }
-    endpoint.call(function, 0, 2048, buffer.len() as u64)?.now()
+    let pending = match endpoint.call(function, 0, 2048, buffer.len() as u64)? {
+        Called::Later(pending) => pending,
+        called => return called.now(),
+    };
+    let end = Instant::now() + TIMEOUT;
+    loop {
+        match pending.result() {
+            Some(result) => return result,
+            None => assert!(Instant::now() < end, "the call has not ended"),
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }

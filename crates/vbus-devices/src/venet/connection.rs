@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use vbus_core::shm::abi::venet as abi;
 use vbus_core::shm::ring::{DeviceEnd, Returns, SIGNAL_OFFSET};
-use vbus_core::{Connection, ErrorCode, Open, Region, Task, TaskHandle, Window, lock};
+use vbus_core::{Call, Connection, ErrorCode, Open, Region, Task, TaskHandle, Window, lock};
 use vbus_net::{Filter, Mac, Offloads, Plug, Port, Rss, SharedSink, Steering};
 
 use super::calls;
@@ -124,8 +124,6 @@ impl VenetConnection {
         let (name, config) = (&self.device.name, &self.device.config);
         let port = Port::new(name, config.mtu, config.queue_pairs, shared, lanes.collect());
         let plug = backend.plug(Arc::new(port))?;
-        plug.set_queues(queues)?;
-        plug.set_rx_offloads(self.receiver.offloads())?;
         let mut running = Running { plug, pairs: Vec::new() };
         for (i, rx) in rx.into_iter().enumerate() {
             if let Err(error) = self.spawn_pair(&mut running, i, rx) {
@@ -144,6 +142,29 @@ impl VenetConnection {
         self.running = Some(running);
         self.pages_task.wake();
         Ok(())
+    }
+
+    /// Lets the back end set itself up for this many queues and these offloads, and then ends
+    /// `call`. If that fails later, on another thread, `undo` runs there first.
+    ///
+    /// # Errors
+    /// The back end cannot begin. The call has failed, and `undo` does not run.
+    fn configure(
+        &self,
+        call: Call,
+        (queues, offloads): (u16, Offloads),
+        undo: impl FnOnce() + Send + 'static,
+    ) -> Result<(), ErrorCode> {
+        let running = self.running()?;
+        let tasks: Vec<_> = running.pairs.iter().map(|(_, task)| task.clone()).collect();
+        let done = move |result: Result<(), ErrorCode>| {
+            if result.is_err() {
+                undo();
+            }
+            tasks.iter().for_each(TaskHandle::wake); // Each checks whether it is in use now.
+            call.finish(result.map(|()| 0));
+        };
+        running.plug.configure(queues, offloads, Box::new(done))
     }
 
     /// Makes pair `i`, without rings, and its task.
@@ -217,17 +238,15 @@ impl VenetConnection {
     }
 
     /// SET_OFFLOADS. The device delivers no frame by the old offloads after this returns.
-    fn set_offloads(&self, offloads: Offloads) -> Result<(), ErrorCode> {
+    fn set_offloads(&self, offloads: Offloads) {
         self.receiver.set_offloads(offloads);
-        let Some(running) = &self.running else { return Ok(()) };
-        for (pair, _) in &running.pairs {
+        for (pair, _) in self.running.iter().flat_map(|running| &running.pairs) {
             lock(pair).settle();
         }
-        running.plug.set_rx_offloads(offloads)
     }
 
-    /// SET_QUEUES.
-    fn set_queues(&self, queues: u16) -> Result<(), ErrorCode> {
+    /// SET_QUEUES. Returns the former number of queues.
+    fn set_queues(&self, queues: u16) -> Result<u16, ErrorCode> {
         let running = self.running()?;
         let used = &self.rings[..usize::from(queues)];
         let whole = used.iter().all(|rings| rings.tx.is_some() && rings.rx.is_some());
@@ -235,16 +254,10 @@ impl VenetConnection {
         if !whole || !self.receiver.steering.set_queues(queues) {
             return Err(ErrorCode::BAD_ARGUMENT);
         }
-        if let Err(error) = running.plug.set_queues(queues) {
-            // The back end goes on with the queues that it had.
-            self.receiver.steering.set_queues(before);
-            return Err(error);
-        }
-        for (pair, task) in &running.pairs {
+        for (pair, _) in &running.pairs {
             lock(pair).queues_changed();
-            task.wake(); // Each checks whether it is in use now.
         }
-        Ok(())
+        Ok(before)
     }
 
     /// SET_COALESCE.
@@ -366,22 +379,62 @@ impl Connection for VenetConnection {
         Ok(())
     }
 
-    fn call(&mut self, function: u32, flags: u32, buffer: &mut [u8]) -> Result<u64, ErrorCode> {
-        if flags != 0 {
-            return Err(ErrorCode::BAD_ARGUMENT);
+    /// START, SET_OFFLOADS and SET_QUEUES end when the back end has set itself up.
+    fn start_call(&mut self, mut call: Call) {
+        if call.flags() != 0 {
+            return call.finish(Err(ErrorCode::BAD_ARGUMENT));
         }
+        let function = call.function();
+        let begun = match function {
+            abi::CALL_START if !call.buffer().is_empty() => Err(ErrorCode::BAD_LENGTH),
+            abi::CALL_START => self.start().map(|()| None),
+            abi::CALL_SET_OFFLOADS => calls::offloads(call.buffer(), self.open.features)
+                .map(|offloads| self.set_offloads(offloads))
+                .map(|()| None),
+            abi::CALL_SET_QUEUES => calls::queues(call.buffer(), self.device.config.queue_pairs)
+                .and_then(|queues| self.set_queues(queues))
+                .map(Some),
+            _ => {
+                let result = self.call(function, 0, call.buffer());
+                return call.finish(result);
+            }
+        };
+        let before = match begun {
+            Ok(before) => before,
+            Err(error) => return call.finish(Err(error)),
+        };
+        if self.running.is_none() {
+            return call.finish(Ok(0)); // The back end gets the offloads with START.
+        }
+        let (receiver, fail) = (self.receiver.clone(), self.open.fail.clone());
+        let state = (receiver.steering.queues(), receiver.offloads());
+        let later = receiver.clone();
+        let undo = move || match before {
+            // The back end goes on with the queues that it had.
+            Some(before) => drop(later.steering.set_queues(before)),
+            // The rings are served already.
+            None if function == abi::CALL_START => fail.fail(ErrorCode::FAILED),
+            None => {}
+        };
+        if self.configure(call, state, undo).is_err() {
+            match before {
+                Some(before) => drop(receiver.steering.set_queues(before)),
+                None if function == abi::CALL_START => {
+                    if let Some(running) = self.running.take() {
+                        running.stop();
+                    }
+                }
+                None => {}
+            }
+        }
+    }
+
+    /// The calls that end at once.
+    fn call(&mut self, function: u32, _flags: u32, buffer: &mut [u8]) -> Result<u64, ErrorCode> {
         match function {
-            abi::CALL_START if !buffer.is_empty() => return Err(ErrorCode::BAD_LENGTH),
-            abi::CALL_START => self.start()?,
             abi::CALL_FILTER => {
                 self.receiver.filter.set_addresses(calls::filter(buffer)?);
                 self.filter_changed();
-            }
-            abi::CALL_SET_OFFLOADS => {
-                self.set_offloads(calls::offloads(buffer, self.open.features)?)?;
-            }
-            abi::CALL_SET_QUEUES => {
-                self.set_queues(calls::queues(buffer, self.device.config.queue_pairs)?)?;
             }
             abi::CALL_SET_MAC => {
                 self.accepted(abi::F_MAC)?;

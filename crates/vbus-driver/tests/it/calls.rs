@@ -47,6 +47,35 @@ fn rig() -> (Bus, Local, Receiver<Call>) {
     (bus, local, calls)
 }
 
+/// Each call keeps a buffer of up to 64 KiB, so a driver that cancels them cannot fill the memory of
+/// a class that works on them for long.
+#[test]
+fn a_class_holds_a_bounded_number_of_calls() {
+    let (_bus, local, calls) = rig();
+    let mut function = local.probe();
+    let mut in_progress = 0;
+    for _ in 0..40 {
+        function.open(0).unwrap();
+        start(&local, 0, 0);
+        match local.read32(reg::RESULT) {
+            error_code::IN_PROGRESS => in_progress += 1,
+            other => assert_eq!(other, error_code::LIMIT),
+        }
+        function.close();
+    }
+    assert_eq!(in_progress, 16);
+    // The class drops what was cancelled, and all is well.
+    let held: Vec<Call> = calls.try_iter().collect();
+    assert_eq!(held.len(), 16);
+    assert!(held.iter().all(Call::is_cancelled));
+    drop(held);
+    function.open(0).unwrap();
+    start(&local, 0, 0);
+    assert_eq!(local.read32(reg::RESULT), error_code::IN_PROGRESS);
+    calls.recv().unwrap().finish(Ok(0));
+    assert_eq!(local.read32(reg::RESULT), error_code::OK);
+}
+
 #[test]
 fn a_driver_waits_for_a_call_that_takes_time() {
     let (_bus, local, calls) = rig();

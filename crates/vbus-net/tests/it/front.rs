@@ -130,8 +130,7 @@ impl Front {
         }
         let port = Port::new("front", 1500, 1, (filter, steering), lanes);
         let plug = backend.plug(Arc::new(port)).unwrap();
-        plug.set_queues(1).unwrap();
-        plug.set_rx_offloads(Offloads::NONE).unwrap();
+        plug.configure(1, Offloads::NONE, Box::new(|done| done.unwrap())).unwrap();
         let sending = Arc::new(Mutex::new(VecDeque::new()));
         let counters = Arc::new(ConnectionCounters::default());
         let fail = |error| panic!("{error}");
