@@ -300,10 +300,14 @@ fn machine_mirror(codename: &str) -> Result<String> {
         .find_map(|line| {
             let mut words = line.split(' ');
             let (release, component, uri) = (words.next()?, words.next()?, words.next()?);
-            (known.contains(&release) && component == "main").then(|| uri.trim_end_matches('/').to_owned())
+            (known.contains(&release) && component == "main")
+                .then(|| uri.trim_end_matches('/').to_owned())
         })
         .with_context(|| {
-            format!("apt's configuration names no mirror of {codename} main (apt-get indextargets).\n{WITHOUT_KIT}")
+            format!(
+                "apt's configuration names no mirror of {codename} main (apt-get \
+                indextargets).\n{WITHOUT_KIT}"
+            )
         })
 }
 
@@ -349,11 +353,13 @@ impl Apt {
         fs::write(
             &config,
             format!(
-                "Dir::State \"{d}/state\";\nDir::State::lists \"{d}/lists\";\nDir::State::status \"{d}/status\";\n\
+                "Dir::State \"{d}/state\";\nDir::State::lists \"{d}/lists\";\nDir::State::status \
+                    \"{d}/status\";\n\
                  Dir::Cache \"{d}/cache\";\nDir::Cache::archives \"{d}/cache/archives\";\n\
                  Dir::Etc::sourcelist \"{d}/sources.list\";\nDir::Etc::sourceparts \"/dev/null\";\n\
                  Dir::Etc::preferences \"/dev/null\";\nDir::Etc::preferencesparts \"/dev/null\";\n\
-                 APT::Architecture \"amd64\";\nAPT::Architectures {{ \"amd64\"; }};\nAPT::Default-Release \"\";\n\
+                 APT::Architecture \"amd64\";\nAPT::Architectures {{ \"amd64\"; \
+                 }};\nAPT::Default-Release \"\";\n\
                  APT::Install-Recommends \"false\";\nAPT::Install-Suggests \"false\";\n\
                  APT::Sandbox::User \"\";\nAcquire::Languages \"none\";\nAcquire::Retries \"3\";\n\
                  Acquire::IndexTargets::deb::DEP-11::DefaultEnabled \"false\";\n\

@@ -76,7 +76,8 @@ impl L2Spec {
                 let device = vfio_user(name, &format!("port-{name}"), Path::new(socket));
                 let chassis = self.args.matches("pcie-root-port").count() + 1;
                 format!(
-                    "-device pcie-root-port,id=port-{name},chassis={chassis},io-reserve=0 -device '{device}'"
+                    "-device pcie-root-port,id=port-{name},chassis={chassis},io-reserve=0 -device \
+                     '{device}'"
                 )
             }
         };
@@ -90,17 +91,21 @@ impl L2Spec {
         let place = l1.guest_processor();
         match self.vmm {
             Vmm::Vbus => format!(
-                "VBUS_LOG=info exec {place}vbus-vmm --kernel {l2}/kernel --initramfs {l2}/initramfs --append '{common}' --cpus {cpus} \
-                 --memory {memory} --serial file:{run}/{name}.console.log --serial unix:{run}/{name}.agent \
+                "VBUS_LOG=info exec {place}vbus-vmm --kernel {l2}/kernel --initramfs \
+                 {l2}/initramfs --append '{common}' --cpus {cpus} \
+                 --memory {memory} --serial file:{run}/{name}.console.log --serial \
+                 unix:{run}/{name}.agent \
                  --control {run}/{name}.control {args}"
             ),
             Vmm::Qemu => format!(
-                "exec {place}qemu-system-x86_64 -nodefaults -no-user-config -display none -accel kvm -cpu host \
+                "exec {place}qemu-system-x86_64 -nodefaults -no-user-config -display none -accel \
+                 kvm -cpu host \
                  -M q35,memory-backend=ram,vmport=off,hpet=off -smp {cpus} -m {memory}M \
                  -object memory-backend-memfd,id=ram,size={memory}M,share=on \
                  -kernel {l2}/kernel -initrd {l2}/initramfs -append '{common}' \
                  -serial file:{run}/{name}.console.log \
-                 -chardev socket,id=agent,path={run}/{name}.agent,server=on,wait=off -serial chardev:agent \
+                 -chardev socket,id=agent,path={run}/{name}.agent,server=on,wait=off -serial \
+                 chardev:agent \
                  -qmp unix:{run}/{name}.control,server=on,wait=off {args}"
             ),
         }

@@ -112,7 +112,8 @@ impl Report {
             eprintln!("{line}");
             let (passed, failed, skipped, tests) =
                 (self.passed, self.failed, self.skipped, &self.tests);
-            let all = json!({"ok": failed == 0, "passed": passed, "failed": failed, "skipped": skipped,
+            let all = json!({"ok": failed == 0, "passed": passed, "failed": failed,
+                "skipped": skipped,
                 "seconds": round(seconds), "tests": tests});
             println!("{all}");
         } else {

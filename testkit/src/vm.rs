@@ -174,12 +174,14 @@ const TCG_CPU: &str = "Nehalem";
 const SVM_CPU: &str = "max,erms=off,fsrm=off";
 
 /// The kernel's command line. It turns off what only slows down a guest that lives for seconds.
-pub const KERNEL_WORDS: &str = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr audit=0 lsm= nowatchdog \
+pub const KERNEL_WORDS: &str = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr audit=0 lsm= \
+    nowatchdog \
     cryptomgr.notests=1 tsc=reliable no_timer_check";
 
 /// QEMU's arguments for a device of the bus behind the root port `port`.
 pub fn vfio_user(id: &str, port: &str, socket: &Path) -> Value {
-    json!({"driver": "vfio-user-pci", "id": id, "bus": port, "socket": {"type": "unix", "path": socket}})
+    let socket = json!({"type": "unix", "path": socket});
+    json!({"driver": "vfio-user-pci", "id": id, "bus": port, "socket": socket})
 }
 
 /// A running virtual machine. Dropping it ends QEMU.

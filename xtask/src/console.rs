@@ -37,8 +37,17 @@ pub fn run(guest: &str) -> Result<()> {
     let names: Vec<&str> = known.iter().map(|(name, _)| name.as_str()).collect();
     let (_, path) = known.iter().rev().find(|(name, _)| name == guest).with_context(|| {
         format!(
-            "no guest {guest} is running ({}); `cargo xtask guest` starts one, `cargo xtask demo --keep` two",
-            if names.is_empty() { "none is".into() } else { format!("these are: {}", names.join(", ")) }
+            "no guest {guest} is running ({}); `cargo xtask guest` starts one, `cargo xtask demo \
+             --keep` two",
+            if names.is_empty() {
+                "none is".into()
+            } else {
+                format!(
+                    "these are: \
+                {}",
+                    names.join(", ")
+                )
+            }
         )
     })?;
     ensure!(std::io::stdin().is_terminal(), "standard input is no terminal");

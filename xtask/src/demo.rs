@@ -180,7 +180,8 @@ fn perform(args: &Args, scene: &Scene, said: &Transcript, figures: &mut Figures)
     let (Traffic { packets, doorbells, interrupts, drops }, per) =
         (figures.traffic, figures.traffic.kicks_per_1000());
     said.say(&format!(
-        "counters: {packets} packets, {drops} of them dropped; for 1,000 packets {:.1} doorbells and \
+        "counters: {packets} packets, {drops} of them dropped; for 1,000 packets {:.1} doorbells \
+         and \
          {:.1} interrupts ({doorbells} and {interrupts})",
         per.0, per.1
     ));

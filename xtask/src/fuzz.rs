@@ -17,7 +17,8 @@ use testkit::workspace;
 /// The flags for a counter on every edge and for the tables of comparisons that libFuzzer reads.
 const FLAGS: &str = "--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
-    -Cllvm-args=-sanitizer-coverage-trace-compares -Ccodegen-units=1 -Cdebug-assertions -Coverflow-checks";
+    -Cllvm-args=-sanitizer-coverage-trace-compares -Ccodegen-units=1 -Cdebug-assertions \
+    -Coverflow-checks";
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 

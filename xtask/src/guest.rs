@@ -41,17 +41,20 @@ const END: Duration = Duration::from_secs(10);
 const HELP: &str = "\
 Examples:
   cargo xtask guest                                   a bus of its own, and a shell in the guest
-  cargo xtask guest --dir /tmp/bus                    a bus that runs already: `vbus serve --dir /tmp/bus`
+  cargo xtask guest --dir /tmp/bus                    a bus that runs already: `vbus serve --dir \
+  /tmp/bus`
   cargo xtask guest --dir /tmp/bus --device net0      one of its devices
   cargo xtask guest --run 'vbus-guest list'           one command, then the guest ends
   cargo xtask guest --put target/x86_64-unknown-linux-gnu/release/mine --run 'mine --help'
 
-In the guest you are root, and `vbus-guest` is on the PATH: vbus-guest list, vbus-guest net net0 --up,
+In the guest you are root, and `vbus-guest` is on the PATH: vbus-guest list, vbus-guest net net0 \
+--up,
 vbus-guest state get setpoint. Files of --put are in /root, which is first on the PATH. On the
 console, control and ] leaves, which ends the guest; so does `poweroff -f`.
 
 A program that you bring with --put must be linked statically:
-  RUSTFLAGS='-C target-feature=+crt-static' cargo build --release --target x86_64-unknown-linux-gnu";
+  RUSTFLAGS='-C target-feature=+crt-static' cargo build --release --target \
+  x86_64-unknown-linux-gnu";
 
 #[derive(clap::Args)]
 #[command(after_help = HELP)]
@@ -173,7 +176,8 @@ fn choose(client: &BusClient, names: &[String]) -> Result<Vec<PathBuf>> {
         })?;
         ensure!(
             !device.connected,
-            "--device {name}: another guest or process uses it (`vbus device list` shows which are free)"
+            "--device {name}: another guest or process uses it (`vbus device list` shows which \
+             are free)"
         );
         Ok(device.socket.clone())
     };

@@ -33,7 +33,8 @@ pub fn run(args: &Args) -> Result<bool> {
         println!("{}", file.display());
     }
     eprintln!(
-        "next: cd {}, then `cargo test`, `cargo test -- --ignored` (in a real guest); README.md says more",
+        "next: cd {}, then `cargo test`, `cargo test -- --ignored` (in a real guest); README.md \
+         says more",
         path.display()
     );
     Ok(true)

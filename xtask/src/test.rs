@@ -60,7 +60,8 @@ pub fn run(args: &Args) -> Result<bool> {
         }
         if wanted(LOST) {
             println!(
-                "{LOST:28} pic loses none of ten million interrupts that are masked and moved (release build)"
+                "{LOST:28} pic loses none of ten million interrupts that are masked and moved \
+                 (release build)"
             );
         }
         for name in &fuzz_targets {

@@ -40,7 +40,8 @@ pub fn check_socket_path(path: &Path) -> Result<()> {
     let len = path.as_os_str().len();
     ensure!(
         len <= SOCKET_PATH_MAX,
-        "the path of the socket {} has {len} bytes, and the system allows at most {SOCKET_PATH_MAX}; \
+        "the path of the socket {} has {len} bytes, and the system allows at most \
+         {SOCKET_PATH_MAX}; \
          use a shorter directory (--dir) or name",
         path.display()
     );

@@ -27,7 +27,8 @@ pub const NAME_MAX: usize = 32;
 pub enum BusError {
     /// The name does not have 1 to 32 characters of `a-z A-Z 0-9 - _ .`, or it begins with a dot.
     #[error(
-        "bad device name {0:?}: use 1 to {NAME_MAX} letters, digits, '-', '_' and '.', not beginning with '.'"
+        "bad device name {0:?}: use 1 to {NAME_MAX} letters, digits, '-', '_' and '.', not \
+         beginning with '.'"
     )]
     BadName(String),
     /// A device of that name is on the bus.

@@ -139,7 +139,8 @@ pub fn device<S: Service>(service: S) -> Result<Arc<dyn Device>, CreateError> {
     let own = service.config().len();
     if own > CONFIG_OWN_MAX {
         return Err(CreateError(format!(
-            "this class's own part of the config area has {own} bytes, but at most {CONFIG_OWN_MAX} fit"
+            "this class's own part of the config area has {own} bytes, but at most \
+             {CONFIG_OWN_MAX} fit"
         )));
     }
     let service = Arc::new(service);

@@ -65,7 +65,8 @@ impl SocketSpec {
                 Ok(SocketSpec { path, access })
             }
             other => Err(CreateError(format!(
-                "\"socket\" is {other}; use a path in quotes, or a table such as {{ group = \"kvm\", \
+                "\"socket\" is {other}; use a path in quotes, or a table such as {{ group = \
+                    \"kvm\", \
                  mode = \"0660\" }}"
             ))),
         }

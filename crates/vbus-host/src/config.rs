@@ -75,7 +75,8 @@ impl DeviceSpec {
     ) -> Result<DeviceSpec, String> {
         if name == RESERVED {
             return Err(format!(
-                "\"name\" is {RESERVED:?}, but the bus itself uses the socket of that name; use another name"
+                "\"name\" is {RESERVED:?}, but the bus itself uses the socket of that name; use \
+                 another name"
             ));
         }
         let mut flag = |key: &str| match settings.remove(key) {

@@ -76,11 +76,13 @@ impl Slot {
             }
             None if occupied > 0 => {
                 bail!(
-                    "all {occupied} root ports of this QEMU are occupied; start it with more (vbus qemu-args --spare-ports)"
+                    "all {occupied} root ports of this QEMU are occupied; start it with more \
+                     (vbus qemu-args --spare-ports)"
                 )
             }
             None => bail!(
-                "this QEMU has no root port with an id; start it with some (vbus qemu-args --spare-ports)"
+                "this QEMU has no root port with an id; start it with some (vbus qemu-args \
+                 --spare-ports)"
             ),
         }
     }
@@ -120,7 +122,8 @@ pub fn unplug(qmp: &Path, timeout: Duration, name: &str, socket: &Path) -> Resul
         }
     }
     Err(anyhow!("the guest did not release it within {} s", timeout.as_secs())).context(
-        "a guest that has not booted yet, or has no PCI hotplug, cannot release it; if the guest releases it later, remove the device again",
+        "a guest that has not booted yet, or has no PCI hotplug, cannot release it; if the guest \
+         releases it later, remove the device again",
     )
 }
 

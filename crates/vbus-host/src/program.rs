@@ -108,7 +108,8 @@ impl Program {
             Command::Config(command) => command::config::run(command, self.classes),
             Command::Guardian => Ok(()),
             Command::Guest { .. } => bail!(
-                "the program `vbus-guest` drives devices now: run `vbus-guest` with the same arguments \
+                "the program `vbus-guest` drives devices now: run `vbus-guest` with the same \
+                 arguments \
                  instead of `vbus guest`"
             ),
         }

@@ -62,7 +62,8 @@ impl Vmm {
         let device = self.devices()?.into_iter().find(is_ours);
         let Some(device) = device else {
             bail!(
-                "this vbus-vmm has no device of {}; give the --vmm of the machine that has it. If none \
+                "this vbus-vmm has no device of {}; give the --vmm of the machine that has it. If \
+                 none \
                  has, omit --vmm: then vbus only removes the device from the bus",
                 socket.display()
             )

@@ -240,7 +240,10 @@ impl Target for Served {
         let Mapping { address, size, readable, writable, memory, .. } = mapping;
         let access = Access::new(readable, writable);
         self.endpoint.map(address, size, memory, access).map_err(|error| {
-            tracing::warn!(device = self.endpoint.name(), %error, "memory at {address:#x} cannot be used");
+            tracing::warn!(
+                device = self.endpoint.name(), %error,
+                "memory at {address:#x} cannot be used"
+            );
             match error {
                 MapError::Overlap(..) => Errno::EXIST,
                 MapError::Limit => Errno::NOSPC,

@@ -247,8 +247,10 @@ mod tests {
 
     /// QEMU's request. Its buffer for the reply has the size of this request, so the reply must not
     /// be longer.
-    const QEMU: &[u8] = b"{\"capabilities\": {\"migration\": {\"pgsize\": 4096, \"max_bitmap_size\": 268435456}, \
-        \"max_msg_fds\": 16, \"max_data_xfer_size\": 1048576, \"pgsizes\": 4096, \"max_dma_maps\": 65535, \
+    const QEMU: &[u8] = b"{\"capabilities\": {\"migration\": \
+        {\"pgsize\": 4096, \"max_bitmap_size\": 268435456}, \
+        \"max_msg_fds\": 16, \"max_data_xfer_size\": 1048576, \"pgsizes\": 4096, \
+        \"max_dma_maps\": 65535, \
         \"write_multiple\": true}}\0";
 
     #[test]

@@ -37,7 +37,8 @@ pub fn latency(period: &str, count: &str) -> io::Result<()> {
     let mean = late.iter().sum::<Duration>().as_micros() / late.len().max(1) as u128;
     let (median, p90, p99, max) = (at(50), at(90), at(99), at(100));
     println!(
-        "{{\"count\": {}, \"mean\": {mean}, \"median\": {median}, \"p90\": {p90}, \"p99\": {p99}, \"max\": {max}}}",
+        "{{\"count\": {}, \"mean\": {mean}, \"median\": {median}, \"p90\": {p90}, \"p99\": {p99}, \
+            \"max\": {max}}}",
         late.len()
     );
     Ok(())

@@ -434,7 +434,8 @@ impl Nonsense {
             if data[..length].iter().any(|byte| *byte != 0xff) {
                 let PciAddress { bus, device, function } = address;
                 let what = format!(
-                    "{bus:02x}:{device:02x}.{function} is not there, and has {data:x?} at {offset:#x}"
+                    "{bus:02x}:{device:02x}.{function} is not there, and has {data:x?} at \
+                     {offset:#x}"
                 );
                 return Err(io::Error::other(what));
             }

@@ -142,7 +142,8 @@ pub const SCENARIOS: &[Scenario] = &[
     ),
     beside_kvm(
         "kvm::pic_cpus",
-        "pic on two CPUs: lines raised, masked and moved all the time, none lost, urgent ones first",
+        "pic on two CPUs: lines raised, masked and moved all the time, none lost, urgent ones \
+         first",
         kvm::processors::pic,
     ),
     beside_kvm(

@@ -44,7 +44,8 @@ impl Station {
 
     /// With these features, if they are offered.
     fn with(bus: &Bus, last: u8, mtu: u16, features: u64) -> Station {
-        let config = json!({ "mac": format!("02:00:00:00:00:{last:02x}"), "mtu": mtu, "backend": "switch", "backpressure-ms": 60_000, "queue-pairs": 2, "speed": 1000 });
+        let config = json!({ "mac": format!("02:00:00:00:00:{last:02x}"), "mtu": mtu,
+            "backend": "switch", "backpressure-ms": 60_000, "queue-pairs": 2, "speed": 1000 });
         let local = Local::new(bus, &format!("n{last}"), "venet", &config);
         let mut nic = Nic::open(local.probe(), features, 0).unwrap();
         let (tx, mut rx) = nic.queue_pair(0, ENTRIES, BUFFER as u32, 0).unwrap();

@@ -19,7 +19,8 @@ fn requests_are_granted_in_part_and_reported() {
     let bus = bus();
     // What is asked for below leaves the thread at its own nice value: anything else would need a
     // privilege to be taken back.
-    let config = json!({ "threads": [told.recv().unwrap()], "allow": ["normal", "fifo"], "priority-max": 3, "boost-ms": 700 });
+    let config = json!({ "threads": [told.recv().unwrap()], "allow": ["normal", "fifo"],
+        "priority-max": 3, "boost-ms": 700 });
     let local = Local::new(&bus, "s", "sched", &config);
     let mut cpus = Cpus::open(local.probe()).unwrap();
     let limits = *cpus.limits();

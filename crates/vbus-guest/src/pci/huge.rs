@@ -101,7 +101,8 @@ fn reserve(count: usize) -> Result<()> {
     *reserved += after.saturating_sub(before);
     ensure!(
         after >= before + count,
-        "the kernel found only {} of {count} huge pages of 2 MiB: memory is too full or too scattered; boot with `hugepages={}` on the \
+        "the kernel found only {} of {count} huge pages of 2 MiB: memory is too full or too \
+         scattered; boot with `hugepages={}` on the \
          kernel's command line",
         after.saturating_sub(before),
         before + count,

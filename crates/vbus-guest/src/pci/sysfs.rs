@@ -35,7 +35,8 @@ impl PciSource {
     pub fn new() -> Result<PciSource> {
         ensure!(
             Path::new(BUS).exists(),
-            "{BUS} is not there: either this machine has no PCI bus or sysfs is not mounted (`mount -t sysfs sysfs /sys`)"
+            "{BUS} is not there: either this machine has no PCI bus or sysfs is not mounted \
+             (`mount -t sysfs sysfs /sys`)"
         );
         Ok(PciSource(()))
     }
@@ -195,7 +196,8 @@ fn check_no_iommu(folder: &Path) -> Result<()> {
     match kind.as_deref().map(str::trim) {
         Ok("identity") | Err(_) => Ok(()),
         Ok(kind) => bail!(
-            "the function is behind an IOMMU that translates ({kind}); boot with iommu=pt, or `echo identity > {}/iommu_group/type`",
+            "the function is behind an IOMMU that translates ({kind}); boot with iommu=pt, or \
+             `echo identity > {}/iommu_group/type`",
             folder.display()
         ),
     }
@@ -213,7 +215,8 @@ fn bind(id: &str, folder: &Path) -> Result<()> {
             .status();
         ensure!(
             driver.exists(),
-            "the kernel's driver {DRIVER} is not loaded: `modprobe {DRIVER}` (Debian has it in the ordinary kernel package)"
+            "the kernel's driver {DRIVER} is not loaded: `modprobe {DRIVER}` (Debian has it in \
+             the ordinary kernel package)"
         );
     }
     let bound = fs::read_link(folder.join("driver")).ok();

@@ -38,9 +38,8 @@ pub fn run(command: &Command, more: Vec<Box<dyn DeviceClass>>) -> Result<()> {
             .map_err(|error| source.device_error(number, &error.to_string()))?;
     }
     if *json {
-        emit_json(
-            &json!({ "ok": true, "devices": config.devices.iter().map(|d| &d.name).collect::<Vec<_>>() }),
-        );
+        let names: Vec<_> = config.devices.iter().map(|device| &device.name).collect();
+        emit_json(&json!({ "ok": true, "devices": names }));
     } else {
         let devices = match config.devices.len() {
             1 => "1 device".to_owned(),

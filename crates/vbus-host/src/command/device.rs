@@ -330,9 +330,12 @@ fn add(args: &Add) -> Result<()> {
     }
     if args.json {
         let port = if let Free::Qemu(slot) = &free { Some(slot.port()) } else { None };
-        emit_json(
-            &json!({ "name": args.name, "class": args.class, "socket": device.get("socket"), "port": port }),
-        );
+        emit_json(&json!({
+            "name": args.name,
+            "class": args.class,
+            "socket": device.get("socket"),
+            "port": port,
+        }));
     } else {
         let place = match free {
             Free::Nowhere => format!("at {}", socket.display()),

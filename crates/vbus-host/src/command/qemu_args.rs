@@ -45,7 +45,8 @@ pub fn run(args: &Args) -> Result<()> {
     };
     if chosen.is_empty() {
         bail!(
-            "{}; add one with `vbus device add`, or stop the user of one (`vbus device list` shows which are in use)",
+            "{}; add one with `vbus device add`, or stop the user of one (`vbus device list` \
+             shows which are in use)",
             if devices.is_empty() {
                 "no device is on the bus"
             } else {
@@ -63,7 +64,8 @@ pub fn run(args: &Args) -> Result<()> {
     let ports = chosen.len() + usize::from(args.spare_ports);
     if ports > plug::ROOT_PORTS_MAX {
         bail!(
-            "a machine has room for {} root ports, not {ports}; name fewer devices, or lower --spare-ports",
+            "a machine has room for {} root ports, not {ports}; name fewer devices, or lower \
+             --spare-ports",
             plug::ROOT_PORTS_MAX
         );
     }

@@ -133,7 +133,8 @@ pub fn run() -> ExitCode {
         Ok(vbus_sched::RestoreCounts { restored: 0, left: 0, failed: 0 }) => ExitCode::SUCCESS,
         Ok(vbus_sched::RestoreCounts { restored, left, failed }) => {
             eprintln!(
-                "the bus was killed: {restored} threads got their scheduling class back, {left} had ended or had changed their class, {failed} failed"
+                "the bus was killed: {restored} threads got their scheduling class back, {left} \
+                 had ended or had changed their class, {failed} failed"
             );
             if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
         }

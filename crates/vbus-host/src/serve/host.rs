@@ -104,7 +104,8 @@ impl Host {
         let server = match self.lock().entry(name.to_owned()) {
             Entry::Vacant(_) => bail!("{name:?} is being added or removed at the moment"),
             Entry::Occupied(entry) if !force && entry.get().server.is_connected() => bail!(
-                "{name:?} is in use by a virtual machine or a driver process; unplug it first (--qmp SOCKET does both), or \
+                "{name:?} is in use by a virtual machine or a driver process; unplug it first \
+                 (--qmp SOCKET does both), or \
                  use --force"
             ),
             Entry::Occupied(entry) => entry.remove(),

@@ -31,7 +31,8 @@ fn failed(text: &str) -> Option<Vec<Value>> {
 }
 
 fn event(name: &str, device: &str) -> Value {
-    json!({ "event": name, "data": { "device": device }, "timestamp": { "seconds": 1, "microseconds": 2 } })
+    let timestamp = json!({ "seconds": 1, "microseconds": 2 });
+    json!({ "event": name, "data": { "device": device }, "timestamp": timestamp })
 }
 
 impl Qemu {
@@ -72,15 +73,17 @@ fn serve(
         seen(command.clone());
         let (name, arguments) = (command["execute"].as_str().unwrap(), &command["arguments"]);
         let node = |name: &str, kind: &str| json!({ "name": name, "type": kind });
+        let port = "child<pcie-root-port>";
         let lines = match (name, arguments["path"].as_str()) {
             ("qmp_capabilities", _) => fine(),
             ("qom-list", Some("/machine/peripheral")) => Some(vec![json!({ "return": [
-                node("type", "string"), node("p10", "child<pcie-root-port>"), node("p2", "child<pcie-root-port>"),
-                node("p1", "child<pcie-root-port>"), node("vbus-net0", "child<vfio-user-pci>"), node("n", "child<e1000>"),
+                node("type", "string"), node("p10", port), node("p2", port), node("p1", port),
+                node("vbus-net0", "child<vfio-user-pci>"), node("n", "child<e1000>"),
             ] })]),
-            ("qom-list", Some("/machine/peripheral/p1/p1")) => Some(vec![
-                json!({ "return": [node("type", "string"), node("child[0]", "link<vfio-user-pci>")] }),
-            ]),
+            ("qom-list", Some("/machine/peripheral/p1/p1")) => {
+                let child = node("child[0]", "link<vfio-user-pci>");
+                Some(vec![json!({ "return": [node("type", "string"), child] })])
+            }
             ("qom-list", Some(_)) => Some(vec![json!({ "return": [node("type", "string")] })]),
             _ => answer(name, arguments),
         };
@@ -113,7 +116,8 @@ fn a_device_is_plugged_into_the_first_free_port_once_it_is_on_the_bus() {
     assert_eq!(
         qemu.commands(),
         [json!({ "execute": "device_add", "arguments": {
-            "driver": "vfio-user-pci", "id": "vbus-net1", "bus": "p2", "socket": { "type": "unix", "path": socket },
+            "driver": "vfio-user-pci", "id": "vbus-net1", "bus": "p2",
+            "socket": { "type": "unix", "path": socket },
         } })]
     );
     let taken = |port| {

@@ -194,7 +194,8 @@ proptest! {
             }
         }
         let mapped: Vec<_> = device.maps.values().map(|m| (m.address, m.size)).collect();
-        prop_assert!(mapped.windows(2).all(|pair| pair[0].0 + pair[0].1 <= pair[1].0), "overlap: {mapped:x?}");
+        prop_assert!(mapped.windows(2).all(|pair| pair[0].0 + pair[0].1 <= pair[1].0), "overlap: \
+            {mapped:x?}");
     }
 
     /// Any version data: an agreement that promises no more than was asked for, or a reason.

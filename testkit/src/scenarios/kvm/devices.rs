@@ -90,7 +90,8 @@ fn move_interrupts(l2: &L2) -> Result<()> {
         let cpu = step % 2;
         let count = format!("$(awk '$1 == \"{number}:\" {{print ${}}}' /proc/interrupts)", cpu + 2);
         let moves = format!(
-            "echo {} > /proc/irq/{number}/smp_affinity && n={count} && until [ {count} -gt $((n + 3)) ]; do sleep 0.02; done",
+            "echo {} > /proc/irq/{number}/smp_affinity && n={count} && until [ {count} -gt $((n + \
+             3)) ]; do sleep 0.02; done",
             1 << cpu
         );
         let moved = l2.guest.start(&moves)?.ok(TRANSFER);

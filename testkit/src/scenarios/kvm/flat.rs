@@ -61,7 +61,8 @@ impl Run {
         let (l2, slots, pin) = (l1.l2_dir(), names.len(), l1.guest_processor());
         let vmm = l1.guest.start(&format!(
             "exec {pin}vbus-vmm --kernel {l2}/flat --append '{words} cpus={cpus} \
-             marks={MARK_PORT}' --cpus {cpus} --memory 64 --slots {slots} {args} --marks --json{devices}"
+             marks={MARK_PORT}' --cpus {cpus} --memory 64 --slots {slots} {args} --marks \
+             --json{devices}"
         ))?;
         let end = vmm.wait_talking(SILENCE).inspect_err(|_| {
             // A guest without output for that long does not even wait. Its processors have stopped.

@@ -91,7 +91,8 @@ pub fn latency(l1: &L1, figures: &mut Figures) -> Result<()> {
         bail!("L1 has one processor");
     }
     l1.guest.ok(&format!(
-        "for task in /proc/$(awk '/^Tgid/ {{print $2}}' /proc/{first}/status)/task/*; do taskset -p 1 ${{task##*/}}; done; taskset -p 2 {second}"
+        "for task in /proc/$(awk '/^Tgid/ {{print $2}}' /proc/{first}/status)/task/*; do taskset \
+         -p 1 ${{task##*/}}; done; taskset -p 2 {second}"
     ))?;
     let rivals: Vec<_> = (0..RIVALS)
         .map(|_| l1.guest.start("exec taskset 2 guest-agent spin"))

@@ -178,7 +178,8 @@ pub fn tap(scene: &Scene) -> Result<()> {
         );
         ensure!(
             ratio >= LEAST,
-            "TCP {direction} has {ratio:.2} of the speed of virtio-net, less than {LEAST}: {rounds:.0?}"
+            "TCP {direction} has {ratio:.2} of the speed of virtio-net, less than {LEAST}: \
+             {rounds:.0?}"
         );
     }
     Ok(())

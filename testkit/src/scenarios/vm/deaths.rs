@@ -23,7 +23,9 @@ fn endless(pair: &Pair) -> Result<(Running, Running)> {
     let sender =
         pair.a().start(&format!("guest-agent send {}:5000 1000000000000 3", ADDRESS[1]))?;
     // The stream runs: 8 MiB have arrived.
-    pair.b().ok("until [ $(cat /sys/class/net/vbus0/statistics/rx_bytes) -gt 8388608 ]; do sleep 0.05; done")?;
+    pair.b()
+        .ok("until [ $(cat /sys/class/net/vbus0/statistics/rx_bytes) -gt 8388608 ]; do sleep \
+        0.05; done")?;
     Ok((sender, receiver))
 }
 

@@ -29,9 +29,12 @@ pub fn scribbler(scene: &Scene) -> Result<()> {
     let script = format!(
         "n=0; total=0; while [ $n -lt {ROUNDS} ]; do n=$((n+1)); \
          vbus-guest net --name vbus0 >/tmp/net.log 2>&1 & pid=$!; \
-         i=0; until [ -e /sys/class/net/vbus0 ] || [ $i -gt 100 ]; do i=$((i+1)); sleep 0.05; done; \
-         ip addr add 10.0.0.3/24 dev vbus0; ip link set vbus0 up; ping -i 0.01 10.0.0.1 >/dev/null & ping=$!; \
-         what=memory; [ $((n%2)) = 0 ] && what=all; w=$(guest-agent scribble $pid 40000 $n $what) && total=$((total+w)); \
+         i=0; until [ -e /sys/class/net/vbus0 ] || [ $i -gt 100 ]; do i=$((i+1)); sleep 0.05; \
+         done; \
+         ip addr add 10.0.0.3/24 dev vbus0; ip link set vbus0 up; ping -i 0.01 10.0.0.1 \
+         >/dev/null & ping=$!; \
+         what=memory; [ $((n%2)) = 0 ] && what=all; w=$(guest-agent scribble $pid 40000 $n $what) \
+         && total=$((total+w)); \
          kill -9 $pid $ping; wait $pid $ping; done 2>/dev/null; echo wrote $total"
     );
     let scribble = hostile.guest.start(&script)?;

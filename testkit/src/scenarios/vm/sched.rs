@@ -294,7 +294,8 @@ pub fn latency(scene: &Scene) -> Result<()> {
         stage.wait("the driver has gone", [OWN, OWN])?;
         let ratio = (without.0 / with.0.max(1.0), without.1 / with.1.max(1.0));
         eprintln!(
-            "wakes late by, in us: median {:.0} without sched, {:.0} with ({:.1}); mean {:.0} and {:.0} ({:.1})",
+            "wakes late by, in us: median {:.0} without sched, {:.0} with ({:.1}); mean {:.0} and \
+             {:.0} ({:.1})",
             without.0, with.0, ratio.0, without.1, with.1, ratio.1
         );
         ratios.push(ratio);

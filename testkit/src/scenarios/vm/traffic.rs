@@ -23,7 +23,8 @@ fn run(scene: &Scene, spec: PairSpec, check: &str) -> Result<()> {
     let (doorbells, interrupts) = traffic.kicks_per_1000();
     let packets = traffic.packets;
     eprintln!(
-        "{packets} packets; per 1,000 of them {doorbells:.1} doorbells, {interrupts:.1} interrupts; {} dropped",
+        "{packets} packets; per 1,000 of them {doorbells:.1} doorbells, {interrupts:.1} \
+         interrupts; {} dropped",
         traffic.drops
     );
     for vm in pair.vms {

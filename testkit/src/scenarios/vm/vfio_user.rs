@@ -67,7 +67,8 @@ pub fn example(scene: &Scene) -> Result<()> {
             guest.ok(&format!("devmem {:#x} 32 0", first + 8))?;
             // The driver sets Interrupt Disable at each interrupt. This clears it.
             guest.ok(&format!(
-                "printf '\\006\\000' | dd of={FUNCTION}/config bs=2 seek=2 conv=notrunc 2> /dev/null"
+                "printf '\\006\\000' | dd of={FUNCTION}/config bs=2 seek=2 conv=notrunc 2> \
+                 /dev/null"
             ))?;
         }
         vm.power_off()?;

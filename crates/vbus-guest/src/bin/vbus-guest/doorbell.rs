@@ -47,7 +47,8 @@ fn take<H: Hal>(function: &mut Function<H>, kind: u8) -> Result<()> {
     function.use_doorbell(kind).map_err(|_| {
         let offered = function.doorbells_offered().any(|offered| offered.kind == kind);
         anyhow!(if offered {
-            "this process may not write to I/O ports (it needs CAP_SYS_RAWIO, and a kernel that is not locked down)"
+            "this process may not write to I/O ports (it needs CAP_SYS_RAWIO, and a kernel that \
+             is not locked down)"
         } else {
             "the device has no such doorbells; `vbus-guest list` shows what it has"
         })

@@ -16,7 +16,8 @@ pub fn run<S: Source>(source: &S, as_json: bool, hint: &str) -> Result<()> {
         let probed = source.look(&found.id).and_then(|hal| Ok(Function::probe(hal)?));
         rows.push(match probed {
             Ok(mut function) => describe(&found.id, &mut function),
-            Err(error) => json!({ "id": found.id, "class_number": found.class, "error": format!("{error:#}") }),
+            Err(error) => json!({ "id": found.id, "class_number": found.class,
+                "error": format!("{error:#}") }),
         });
     }
     if as_json {
@@ -99,7 +100,8 @@ mod tests {
     #[test]
     fn the_cheapest_doorbell_is_marked() {
         let row = json!({
-            "doorbells": ["mmio", "pio", "hypercall"], "doorbell": "pio", "doorbell_ns": { "mmio": 43_961, "pio": 28_100 },
+            "doorbells": ["mmio", "pio", "hypercall"], "doorbell": "pio",
+            "doorbell_ns": { "mmio": 43_961, "pio": 28_100 },
         });
         assert_eq!(doorbells(&row), "mmio 43.9 us, *pio 28.1 us, hypercall");
         let row =

@@ -27,7 +27,8 @@ pub fn take(nice: i32) {
     if let Err(error) = setpriority_process(me, nice) {
         let stays = getpriority_process(me).unwrap_or(0);
         tracing::info!(
-            "no permission for nice value {nice} ({error}): it stays {stays}, and frames are received more slowly while programs are busy"
+            "no permission for nice value {nice} ({error}): it stays {stays}, and frames are \
+             received more slowly while programs are busy"
         );
     }
 }

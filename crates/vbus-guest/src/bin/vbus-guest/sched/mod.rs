@@ -209,6 +209,9 @@ fn go_first() {
     };
     if result != 0 {
         let error = std::io::Error::last_os_error();
-        tracing::warn!(%error, "cannot become a real-time task: a busy real-time task may delay this program");
+        tracing::warn!(
+            %error,
+            "cannot become a real-time task: a busy real-time task may delay this program"
+        );
     }
 }

@@ -24,7 +24,8 @@ impl<H: Hal> Session<H> {
         let count = here.min(cpus.limits().cpus);
         if count < here {
             tracing::warn!(
-                "this machine has {here} CPUs, but the device has pages for {count}: the other CPUs keep their class"
+                "this machine has {here} CPUs, but the device has pages for {count}: the other \
+                 CPUs keep their class"
             );
         }
         let pages = (0..count).map(|cpu| cpus.cpu(cpu)).collect::<Result<Vec<_>, _>>()?;

@@ -97,7 +97,8 @@ pub fn run<S: Source>(source: &S, wanted: Option<&str>, as_json: bool) -> Result
     };
     emit(&columns(&table));
     emit(&format!(
-        "allowed: {}; highest priority {}, lowest nice {}, {} changes a second; real time: renewed within {} ms, {} % of a processor\n",
+        "allowed: {}; highest priority {}, lowest nice {}, {} changes a second; real time: \
+         renewed within {} ms, {} % of a processor\n",
         list("allow"),
         limits["priority-max"],
         limits["nice-min"].as_i64().map_or("its own".into(), |nice| nice.to_string()),

@@ -191,7 +191,8 @@ mod tests {
     ) -> String {
         // Fields 3 to 41.
         format!(
-            "7 ({name}) {state} 1 7 7 0 -1 {flags} 0 0 0 0 0 0 0 0 20 {nice} 1 0 5 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 17 {cpu} {priority} {policy} 0"
+            "7 ({name}) {state} 1 7 7 0 -1 {flags} 0 0 0 0 0 0 0 0 20 {nice} 1 0 5 0 0 0 0 0 0 0 \
+             0 0 0 0 0 0 0 0 17 {cpu} {priority} {policy} 0"
         )
     }
 
