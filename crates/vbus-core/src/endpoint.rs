@@ -42,6 +42,38 @@ pub enum ConnectionState {
     Broken(ErrorCode),
 }
 
+/// A [`ConnectionState`] that is read without a lock.
+#[derive(Default)]
+struct StateWord(AtomicU64);
+
+impl StateWord {
+    const OPEN: u64 = 1;
+    /// The error code is in the upper half.
+    const BROKEN: u64 = 2;
+
+    fn store(&self, state: ConnectionState) {
+        let word = match state {
+            ConnectionState::Closed => 0,
+            ConnectionState::Open => StateWord::OPEN,
+            ConnectionState::Broken(code) => StateWord::BROKEN | u64::from(code.0) << 32,
+        };
+        // Release: pairs with the load. Whoever sees the state sees what led to it.
+        self.0.store(word, Ordering::Release);
+    }
+
+    fn load(&self) -> ConnectionState {
+        // Acquire: pairs with the store.
+        let word = self.0.load(Ordering::Acquire);
+        match word & 0xff {
+            StateWord::OPEN => ConnectionState::Open,
+            StateWord::BROKEN => {
+                ConnectionState::Broken(ErrorCode(u32::try_from(word >> 32).unwrap_or(0)))
+            }
+            _ => ConnectionState::Closed,
+        }
+    }
+}
+
 /// Arguments of OPEN.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
@@ -138,7 +170,6 @@ type SharedConnection = Arc<Mutex<Box<dyn Connection>>>;
 struct OpenConnection {
     connection: SharedConnection,
     task: TaskHandle,
-    features: u64,
     /// Tells this connection from earlier ones. A task of an earlier one may still report a fault.
     generation: u64,
     /// By handle: the driver's addresses that each region has.
@@ -170,6 +201,10 @@ pub struct Endpoint {
     inner: Mutex<Inner>,
     /// Each call that the class holds has a clone.
     calls: Arc<()>,
+    /// What [`Endpoint::state`] returns.
+    state: StateWord,
+    /// The features of the open connection, 0 if none is open.
+    features: AtomicU64,
     generations: AtomicU64,
     this: Weak<Endpoint>,
 }
@@ -192,6 +227,8 @@ impl Endpoint {
             outlets,
             inner: Mutex::new(Inner::Closed),
             calls: Arc::default(),
+            state: StateWord::default(),
+            features: AtomicU64::new(0),
             generations: AtomicU64::new(0),
             this: this.clone(),
         })
@@ -321,20 +358,12 @@ impl Endpoint {
 
     /// Whether a connection is open.
     pub fn state(&self) -> ConnectionState {
-        match &*lock(&self.inner) {
-            Inner::Closed => ConnectionState::Closed,
-            Inner::Open(_) => ConnectionState::Open,
-            Inner::Broken(code) => ConnectionState::Broken(*code),
-            Inner::Removed => ConnectionState::Broken(ErrorCode::REMOVED),
-        }
+        self.state.load()
     }
 
     /// Features of the open connection. 0 if none is open.
     pub fn features_accepted(&self) -> u64 {
-        match &*lock(&self.inner) {
-            Inner::Open(open) => open.features,
-            _ => 0,
-        }
+        self.features.load(Ordering::Relaxed)
     }
 
     /// As [`Host::memory`].
@@ -450,14 +479,8 @@ impl Endpoint {
         let regions = (0..self.identity.regions).map(|_| None).collect();
         self.host.outlet().open();
         self.events.open(vector);
-        *inner = Inner::Open(OpenConnection {
-            connection,
-            task,
-            features,
-            generation,
-            regions,
-            call: None,
-        });
+        *inner = Inner::Open(OpenConnection { connection, task, generation, regions, call: None });
+        self.publish(&inner, features);
         self.counters().opens.one();
         tracing::info!(device = self.name(), features = format_args!("{features:#x}"), "opened");
         Ok(())
@@ -550,6 +573,7 @@ impl Endpoint {
             self.host.doorbells().detach_all();
             open.task.stop();
             self.contain(|| drop(open.connection));
+            self.publish(inner, 0);
             // The events first: a driver that is woken by its routes looks at them.
             let vector = self.events.add(events);
             self.host.outlet().close(events != 0);
@@ -559,7 +583,19 @@ impl Endpoint {
             tracing::info!(device = self.name(), "closed");
             return vector;
         }
+        self.publish(inner, 0);
         self.events.add(events)
+    }
+
+    /// Shows the state to those who do not wait for the lock: a command may hold it for long.
+    fn publish(&self, inner: &Inner, features: u64) {
+        self.features.store(features, Ordering::Relaxed);
+        self.state.store(match inner {
+            Inner::Closed => ConnectionState::Closed,
+            Inner::Open(_) => ConnectionState::Open,
+            Inner::Broken(code) => ConnectionState::Broken(*code),
+            Inner::Removed => ConnectionState::Broken(ErrorCode::REMOVED),
+        });
     }
 
     /// REGION_ADD. Returns the handle.

@@ -23,6 +23,7 @@ use rustix::event::{EventfdFlags, Timespec, eventfd};
 use vbus_shm::signal::Armed;
 use vbus_shm::{ErrorCode, Pace, Rest};
 
+use crate::aside::{Aside, AtWork};
 use crate::counter::ConnectionCounters;
 use crate::lock::lock;
 use crate::wake::WakeFlag;
@@ -108,7 +109,8 @@ impl Default for Tuning {
 /// The shortest time between two polls by a timer, in nanoseconds.
 const NAP_NS: u64 = 100_000;
 
-/// Called on the worker's thread when a task's poll has failed and the task has been dropped.
+/// Called when a task's poll has failed and the task has been dropped, on a thread of
+/// [`Executor::aside`].
 type OnError = Box<dyn Fn(ErrorCode) + Send + Sync>;
 
 struct Body {
@@ -199,6 +201,7 @@ struct Worker {
     tasks: Mutex<HashMap<u64, Arc<Cell>>>,
     timers: Mutex<BinaryHeap<Reverse<(Instant, u64)>>>,
     tuning: Tuning,
+    aside: Arc<Aside>,
     /// Rounds begun.
     rounds: AtomicU64,
     /// The id of the task that has its turn, [`KICK`] between two turns.
@@ -227,7 +230,7 @@ impl Worker {
         let mut events: Vec<epoll::Event> = Vec::with_capacity(64);
         let mut round = Vec::new();
         loop {
-            // Read by `pulse` alone, which draws no conclusion from the order of these stores.
+            // Read by `at_work` alone, which draws no conclusion from the order of these stores.
             self.rounds.fetch_add(1, Ordering::Relaxed);
             let mut sleep = false;
             {
@@ -291,10 +294,13 @@ impl Worker {
         }
     }
 
-    /// How far the worker has come.
-    fn pulse(&self) -> Pulse {
+    /// What the worker is at.
+    fn at_work(&self) -> Option<AtWork> {
         let id = self.turn.load(Ordering::Relaxed);
-        Pulse { rounds: self.rounds.load(Ordering::Relaxed), turn: (id != KICK).then_some(id) }
+        let cell = lock(&self.tasks).get(&id).cloned()?;
+        let work = cell.work.get().cloned().unwrap_or_default();
+        let number = self.rounds.load(Ordering::Relaxed);
+        Some(AtWork { number, counters: cell.counters.clone(), work })
     }
 
     fn wake_id(&self, id: u64) {
@@ -340,20 +346,13 @@ impl Worker {
                 *guard = None;
                 drop(guard);
                 lock(&self.tasks).remove(&cell.id);
-                (cell.on_error)(code);
+                let counters = cell.counters.clone();
+                let end = Box::new(move || (cell.on_error)(code));
+                self.aside.run(counters, "the end of a connection, after a fault", end);
                 Progress::Busy
             }
         }
     }
-}
-
-/// How far a worker has come.
-#[derive(Clone, Copy)]
-pub(crate) struct Pulse {
-    /// Rounds begun.
-    pub rounds: u64,
-    /// The task that has its turn. `None`: the worker is between two turns, or it sleeps.
-    pub turn: Option<u64>,
 }
 
 struct Turn {
@@ -414,6 +413,7 @@ pub struct Executor {
     threads: Vec<JoinHandle<()>>,
     next_id: AtomicU64,
     next_index: AtomicUsize,
+    aside: Arc<Aside>,
 }
 
 impl Executor {
@@ -424,6 +424,7 @@ impl Executor {
             threads: Vec::new(),
             next_id: AtomicU64::new(KICK + 1),
             next_index: AtomicUsize::new(0),
+            aside: Arc::default(),
         };
         for i in 0..tuning.workers.max(1) {
             let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
@@ -436,6 +437,7 @@ impl Executor {
                 tasks: Mutex::default(),
                 timers: Mutex::default(),
                 tuning,
+                aside: executor.aside.clone(),
                 rounds: AtomicU64::new(0),
                 turn: AtomicU64::new(KICK),
             });
@@ -461,7 +463,8 @@ impl Executor {
 
     /// Hands `task` to a worker and wakes it for the first time. The worker index may be any
     /// number: it is taken modulo the number of workers. A task that wakes another task of its own
-    /// worker costs no switch of threads. `on_error` is called when a poll of the task fails.
+    /// worker costs no switch of threads. `on_error` is called when a poll of the task fails, on a
+    /// thread of [`aside`](Self::aside).
     pub fn spawn(
         &self,
         worker: usize,
@@ -488,19 +491,23 @@ impl Executor {
         Ok(self.begin(worker, cell, task))
     }
 
-    /// How far each worker has come.
-    pub(crate) fn pulses(&self) -> impl Iterator<Item = Pulse> {
-        self.workers.iter().map(|worker| worker.pulse())
+    /// Runs work that may take longer than a few hundred microseconds on another thread: to map
+    /// and unmap memory, to open and close. `counters` are those of the device, and `work` says
+    /// what it is, both for the log. A few threads do such work for all devices, in order. If the
+    /// executor has been dropped, the work is dropped too.
+    pub fn aside(
+        &self,
+        counters: Arc<ConnectionCounters>,
+        work: &'static str,
+        run: impl FnOnce() + Send + 'static,
+    ) {
+        self.aside.run(counters, work, Box::new(run));
     }
 
-    /// The counters of the task `id` of a worker, and what the task does; `None` if it has ended.
-    pub(crate) fn about(
-        &self,
-        worker: usize,
-        id: u64,
-    ) -> Option<(Arc<ConnectionCounters>, String)> {
-        let cell = lock(&self.worker(worker).tasks).get(&id).cloned()?;
-        Some((cell.counters.clone(), cell.work.get().cloned().unwrap_or_default()))
+    /// What each thread is at: the workers, and then the threads of [`aside`](Self::aside). The
+    /// number of a worker is that of its round. `None`: the thread sleeps.
+    pub(crate) fn at_work(&self) -> impl Iterator<Item = Option<AtWork>> {
+        self.workers.iter().map(|worker| worker.at_work()).chain(self.aside.all_at_work())
     }
 
     fn worker(&self, worker: usize) -> &Arc<Worker> {
@@ -544,6 +551,7 @@ impl Drop for Executor {
             lock(&worker.queue).stop = true;
             worker.kick();
         }
+        self.aside.stop();
         let me = std::thread::current().id();
         for thread in self.threads.drain(..) {
             // A task may drop the last handle of the executor: a worker does not wait for itself.

@@ -103,6 +103,7 @@
 //!
 //! A connector holds the device's [`Endpoint`], and needs nothing else of this crate.
 
+mod aside;
 mod blocking;
 mod bus;
 mod call;

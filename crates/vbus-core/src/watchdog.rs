@@ -8,64 +8,65 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::executor::{Executor, Pulse};
+use crate::executor::Executor;
 
 /// How long a worker may take for one round.
 const BOUND: Duration = Duration::from_secs(1);
 
-/// Watches the workers of an executor. Whoever has it calls [`look`](Self::look) again and again,
-/// several times a second.
+/// Watches the workers of an executor, and its threads for long work. Whoever has it calls
+/// [`look`](Self::look) again and again, several times a second.
 pub struct Watchdog {
     executor: Arc<Executor>,
     seen: Vec<Seen>,
 }
 
-/// A worker, as it was seen last.
+/// A thread, as it was seen last.
+#[derive(Default)]
 struct Seen {
-    pulse: Pulse,
-    /// How long it has been seen in the same round.
+    /// The round that it was in. `None`: it slept.
+    round: Option<u64>,
+    /// How long it has been seen in this round.
     stuck: Duration,
     reported: bool,
 }
 
 impl Watchdog {
-    /// Watches the workers of `executor`.
+    /// Watches the threads of `executor`.
     pub fn new(executor: Arc<Executor>) -> Watchdog {
-        let new = |pulse| Seen { pulse, stuck: Duration::ZERO, reported: false };
-        let seen = executor.pulses().map(new).collect();
+        let seen = executor.at_work().map(|_| Seen::default()).collect();
         Watchdog { executor, seen }
     }
 
-    /// Looks at all workers. `since` is the time since the last look, or the time that the caller
+    /// Looks at all threads. `since` is the time since the last look, or the time that the caller
     /// meant to wait if that is less: a process that was stopped stalls no worker. Returns whether
-    /// every worker has come round within the last second. A worker that has not is logged once,
-    /// with the task that has its turn, and counted in the task's
+    /// every thread has come round within the last second. A thread that has not is logged once,
+    /// with its device and its work, and counted in the device's
     /// [`stalls`](crate::ConnectionCounters::stalls).
     pub fn look(&mut self, since: Duration) -> bool {
         let mut all = true;
-        for (number, (seen, pulse)) in self.seen.iter_mut().zip(self.executor.pulses()).enumerate()
-        {
-            if seen.pulse.rounds != pulse.rounds || pulse.turn.is_none() {
+        for (number, (seen, at)) in self.seen.iter_mut().zip(self.executor.at_work()).enumerate() {
+            let round = at.as_ref().map(|at| at.number);
+            let Some(at) = at.filter(|_| round == seen.round) else {
                 if seen.reported {
-                    tracing::warn!(worker = number, "goes on, after {:.1?}", seen.stuck);
+                    tracing::warn!(thread = number, "goes on, after {:.1?}", seen.stuck);
                 }
-                *seen = Seen { pulse, stuck: Duration::ZERO, reported: false };
+                *seen = Seen { round, ..Seen::default() };
                 continue;
-            }
+            };
             seen.stuck += since;
             if seen.stuck < BOUND {
                 continue;
             }
             all = false;
-            let task = pulse.turn.and_then(|id| self.executor.about(number, id));
-            let Some((counters, work)) = task.filter(|_| !seen.reported) else { continue };
-            seen.reported = true;
-            counters.stalls.one();
+            if std::mem::replace(&mut seen.reported, true) {
+                continue;
+            }
+            at.counters.stalls.one();
             tracing::error!(
-                worker = number,
-                device = counters.device(),
-                work,
-                "a worker has not come round for {BOUND:?}; its other devices wait"
+                thread = number,
+                device = at.counters.device(),
+                work = at.work,
+                "a worker has not come round for {BOUND:?}; other devices wait"
             );
         }
         all
@@ -104,6 +105,25 @@ mod tests {
     }
 
     #[test]
+    fn long_work_is_noticed_too() {
+        let executor = Executor::start(Tuning { workers: 1, ..Tuning::default() }).unwrap();
+        let mut watchdog = Watchdog::new(executor.clone());
+        let ((tell, told), (go, may_go)) = (channel(), channel::<()>());
+        let counters = Arc::new(ConnectionCounters::of("slow0"));
+        executor.aside(counters.clone(), "a wait", move || {
+            tell.send(()).unwrap();
+            let _ = may_go.recv();
+        });
+        told.recv_timeout(PATIENCE).unwrap();
+        let (sender, receiver) = channel();
+        executor.aside(Arc::default(), "another", move || sender.send(()).unwrap());
+        receiver.recv_timeout(PATIENCE).expect("another thread does it");
+        assert!(watchdog.look(STEP) && watchdog.look(STEP) && !watchdog.look(STEP));
+        assert_eq!(counters.stalls.get(), 1);
+        drop(go);
+    }
+
+    #[test]
     fn a_worker_that_a_task_holds_is_noticed_once() {
         let executor = Executor::start(Tuning { workers: 2, ..Tuning::default() }).unwrap();
         let mut watchdog = Watchdog::new(executor.clone());
@@ -113,7 +133,8 @@ mod tests {
         let task = Box::new(Holds(tell, may_go));
         let task = executor.spawn(1, task, Arc::new(counters.beside()), |_| {});
         told.recv_timeout(PATIENCE).unwrap();
-        assert!(watchdog.look(STEP) && watchdog.look(STEP), "not for a second yet");
+        assert!(watchdog.look(STEP), "seen for the first time");
+        assert!(watchdog.look(STEP), "not for a second yet");
         assert_eq!(counters.stalls.get(), 0);
         assert!(!watchdog.look(STEP) && !watchdog.look(STEP));
         assert_eq!(counters.stalls.get(), 1, "once");

@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Threads for work that takes longer than a worker may take.
+//!
+//! A worker serves many devices, so no single piece of its work may be long. Some pieces are: to
+//! map and unmap memory, to open and close a connection, to end one after a fault. They run here,
+//! on at most [`THREADS`] threads, in the order in which they came. A device has one piece at a
+//! time here, so it delays another device by one piece of each thread at most.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+
+use crate::counter::ConnectionCounters;
+use crate::lock::lock;
+
+/// The most threads. They are started when they are needed first, and then stay.
+pub(crate) const THREADS: usize = 4;
+
+/// A piece of work.
+struct Job {
+    counters: Arc<ConnectionCounters>,
+    work: &'static str,
+    run: Box<dyn FnOnce() + Send>,
+}
+
+/// What a thread is at.
+#[derive(Clone)]
+pub(crate) struct AtWork {
+    /// Tells this piece of work from all others.
+    pub number: u64,
+    pub counters: Arc<ConnectionCounters>,
+    pub work: String,
+}
+
+#[derive(Default)]
+struct State {
+    queue: VecDeque<Job>,
+    /// Threads that wait for work.
+    idle: usize,
+    /// What each thread that was started is at.
+    threads: Vec<Option<AtWork>>,
+    /// Pieces of work begun so far.
+    begun: u64,
+    stop: bool,
+}
+
+/// The threads and their queue. The last user calls [`stop`](Self::stop).
+#[derive(Default)]
+pub(crate) struct Aside {
+    state: Mutex<State>,
+    more: Condvar,
+    handles: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Aside {
+    /// Runs `run` on one of the threads, for the device that `counters` names. If the process can
+    /// start no thread at all, it runs at once. After [`stop`](Self::stop) it is dropped.
+    pub(crate) fn run(
+        self: &Arc<Self>,
+        counters: Arc<ConnectionCounters>,
+        work: &'static str,
+        run: Box<dyn FnOnce() + Send>,
+    ) {
+        let mut state = lock(&self.state);
+        if state.stop {
+            return;
+        }
+        state.queue.push_back(Job { counters, work, run });
+        if state.idle >= state.queue.len() {
+            self.more.notify_one();
+            return;
+        }
+        if state.threads.len() == THREADS {
+            return;
+        }
+        let (this, number) = (self.clone(), state.threads.len());
+        let thread = std::thread::Builder::new().name(format!("vbus-aside-{number}"));
+        match thread.spawn(move || this.serve(number)) {
+            Ok(handle) => {
+                state.threads.push(None);
+                lock(&self.handles).push(handle);
+            }
+            Err(error) => {
+                tracing::error!(%error, "cannot start a thread for long work");
+                if state.threads.is_empty() {
+                    let job = state.queue.pop_back();
+                    drop(state);
+                    job.into_iter().for_each(|job| (job.run)());
+                }
+            }
+        }
+    }
+
+    fn serve(&self, number: usize) {
+        let mut state = lock(&self.state);
+        loop {
+            let Some(job) = state.queue.pop_front() else {
+                if state.stop {
+                    return;
+                }
+                state.idle += 1;
+                state = self.more.wait(state).unwrap_or_else(|e| e.into_inner());
+                state.idle -= 1;
+                continue;
+            };
+            state.begun += 1;
+            let work = job.work.to_owned();
+            let at = AtWork { number: state.begun, counters: job.counters, work };
+            self.at_work(&mut state, number, Some(at));
+            drop(state);
+            let run = std::panic::AssertUnwindSafe(job.run);
+            if std::panic::catch_unwind(run).is_err() {
+                tracing::error!("a piece of long work panicked");
+            }
+            state = lock(&self.state);
+            self.at_work(&mut state, number, None);
+        }
+    }
+
+    fn at_work(&self, state: &mut MutexGuard<'_, State>, number: usize, at: Option<AtWork>) {
+        if let Some(thread) = state.threads.get_mut(number) {
+            *thread = at;
+        }
+    }
+
+    /// What each of [`THREADS`] threads is at.
+    pub(crate) fn all_at_work(&self) -> impl Iterator<Item = Option<AtWork>> {
+        let mut threads = lock(&self.state).threads.clone();
+        threads.resize(THREADS, None);
+        threads.into_iter()
+    }
+
+    /// Ends the threads, when the queue is empty.
+    pub(crate) fn stop(&self) {
+        lock(&self.state).stop = true;
+        self.more.notify_all();
+        let me = std::thread::current().id();
+        for handle in std::mem::take(&mut *lock(&self.handles)) {
+            // A piece of work may drop the last handle of the executor.
+            if handle.thread().id() != me {
+                let _ = handle.join();
+            }
+        }
+    }
+}
