@@ -54,7 +54,7 @@ pub(crate) struct Aside {
 
 impl Aside {
     /// Runs `run` on one of the threads, for the device that `counters` names. If the process can
-    /// start no thread at all, it runs at once. After [`stop`](Self::stop) it is dropped.
+    /// start no thread at all, or after [`stop`](Self::stop), it runs at once.
     pub(crate) fn run(
         self: &Arc<Self>,
         counters: Arc<ConnectionCounters>,
@@ -63,7 +63,8 @@ impl Aside {
     ) {
         let mut state = lock(&self.state);
         if state.stop {
-            return;
+            drop(state);
+            return run();
         }
         state.queue.push_back(Job { counters, work, run });
         if state.idle >= state.queue.len() {

@@ -493,8 +493,7 @@ impl Executor {
 
     /// Runs work that may take longer than a few hundred microseconds on another thread: to map
     /// and unmap memory, to open and close. `counters` are those of the device, and `work` says
-    /// what it is, both for the log. A few threads do such work for all devices, in order. If the
-    /// executor has been dropped, the work is dropped too.
+    /// what it is, both for the log. A few threads do such work for all devices, in order.
     pub fn aside(
         &self,
         counters: Arc<ConnectionCounters>,

@@ -7,7 +7,9 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use vbus_core::Executor;
-use vbus_pci_config::register::{COMMAND_INTX_DISABLE, COMMAND_MASTER, STATUS, STATUS_INTERRUPT};
+use vbus_pci_config::register::{
+    COMMAND, COMMAND_INTX_DISABLE, COMMAND_MASTER, STATUS, STATUS_INTERRUPT,
+};
 use vbus_pci_config::{ConfigSpace, MsixLayout, MsixTable, read_pending_bits};
 
 use crate::interrupts::{Interrupts, IrqError, IrqIndex, of_peer};
@@ -48,6 +50,13 @@ pub trait BarHandler: Send {
 
     /// Writes from `offset` on.
     fn write(&mut self, offset: u64, data: &[u8]);
+
+    /// Whether [`write`](Self::write) with these arguments may take longer than some ten
+    /// microseconds. The method itself is quick.
+    fn is_long_write(&self, offset: u64, data: &[u8]) -> bool {
+        let _ = (offset, data);
+        false
+    }
 
     /// Sets the BAR to its state after power-on. When this returns, the device no longer touches
     /// the driver's memory.
@@ -175,6 +184,26 @@ impl PciFunction {
             }
             (_, Some(number)) => self.write_bar(number, offset, data),
             _ => {}
+        }
+    }
+
+    /// Whether [`write`](Self::write) with these arguments may take longer than some ten
+    /// microseconds: a write that its [`BarHandler`] says this of, or that clears Bus Master. The
+    /// method itself is quick.
+    pub fn is_long_write(&self, region: u32, offset: u64, data: &[u8]) -> bool {
+        match (region, bar_number(region)) {
+            (region::CONFIG, _) => {
+                let command = COMMAND as u64..COMMAND as u64 + 2;
+                let end = offset.saturating_add(data.len() as u64);
+                let hit = offset < command.end && command.start < end;
+                hit && self.config.command() & COMMAND_MASTER != 0
+            }
+            (_, Some(number)) => {
+                let inside = offset < u64::from(self.config.bar_size(number));
+                let handler = self.bars[number].as_ref().filter(|_| inside);
+                handler.is_some_and(|handler| handler.is_long_write(offset, data))
+            }
+            _ => false,
         }
     }
 

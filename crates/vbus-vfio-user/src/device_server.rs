@@ -2,16 +2,18 @@
 //! Serves a device of the bus. A task on the device's worker runs the [`Server`], and passes its
 //! calls on to the device's function and memory.
 
+use std::convert::Infallible;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::time::Instant;
 
 use rustix::io::Errno;
 use vbus_core::memory::Resource;
 use vbus_core::{
-    Access, Endpoint, ErrorCode, Interest, MEMORY_LOST, MapError, Progress, Task, TaskHandle, lock,
+    Access, ConnectionCounters, Endpoint, ErrorCode, Executor, Interest, MEMORY_LOST, MapError,
+    Progress, Task, TaskHandle, lock,
 };
 use vbus_eventfd::Signaller;
 use vbus_pci::{IrqError, IrqIndex, Options, PciFunction, device_function};
@@ -26,7 +28,26 @@ pub struct DeviceServer {
     task: TaskHandle,
     /// The descriptor of the server, which the event loop watches.
     ready: OwnedFd,
-    seen: Arc<Mutex<Seen>>,
+    place: Arc<Place>,
+}
+
+/// Where the server is: with its task on a worker, which does what is quick, or at a thread that
+/// does one long operation of it. So no client keeps the other devices of its worker waiting by
+/// what it asks for.
+#[derive(Default)]
+struct Place {
+    state: Mutex<PlaceState>,
+    /// Notified when the server comes back.
+    back: Condvar,
+}
+
+#[derive(Default)]
+struct PlaceState {
+    /// `None`: it is at another thread.
+    server: Option<Box<Server<Served>>>,
+    /// Nobody uses it any more.
+    ended: bool,
+    seen: Seen,
 }
 
 /// The state of the server, as its task last published it.
@@ -80,9 +101,18 @@ impl DeviceServer {
         let path = server.path().to_owned();
         let ready = server.as_fd().try_clone_to_owned()?;
         // The task itself never fails: every error ends a client and no more.
-        let seen = Arc::<Mutex<Seen>>::default();
-        let task = ServerTask { server, seen: seen.clone() };
-        let task = executor.spawn(worker, Box::new(task), counters, |_| {});
+        let place = Arc::<Place>::default();
+        lock(&place.state).server = Some(Box::new(server));
+        let turn = Turn {
+            place: place.clone(),
+            executor: Arc::downgrade(&executor),
+            counters: counters.clone(),
+        };
+        let make = |task: &TaskHandle| {
+            let task: Box<dyn Task> = Box::new(ServerTask { turn, task: task.clone() });
+            Ok::<_, Infallible>(task)
+        };
+        let Ok(task) = executor.spawn_with(worker, counters, |_| {}, make);
         if let Err(error) = task.watch(&ready, Interest::Read) {
             task.stop();
             return Err(error.into());
@@ -91,7 +121,7 @@ impl DeviceServer {
         memory.on_loss(move || waker.wake());
         // A client may have come between the first poll and the watch.
         task.wake();
-        Ok(DeviceServer { path, task, ready, seen })
+        Ok(DeviceServer { path, task, ready, place })
     }
 
     /// The path of the socket.
@@ -101,12 +131,12 @@ impl DeviceServer {
 
     /// Whether a client is connected and has negotiated.
     pub fn is_connected(&self) -> bool {
-        lock(&self.seen).connected
+        lock(&self.place.state).seen.connected
     }
 
     /// The server's statistics so far.
     pub fn stats(&self) -> Stats {
-        lock(&self.seen).stats
+        lock(&self.place.state).seen.stats
     }
 }
 
@@ -114,12 +144,66 @@ impl Drop for DeviceServer {
     fn drop(&mut self) {
         self.task.unwatch(&self.ready);
         self.task.stop();
+        let mut state = lock(&self.place.state);
+        state.ended = true;
+        // If another thread has the server, that thread drops it when its operation has ended.
+        while state.server.is_none() {
+            state = self.place.back.wait(state).unwrap_or_else(|e| e.into_inner());
+        }
+        let server = state.server.take();
+        drop(state);
+        drop(server);
+    }
+}
+
+impl std::fmt::Debug for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Place").field("seen", &lock(&self.state).seen).finish_non_exhaustive()
+    }
+}
+
+/// What it takes to give the server to another thread.
+#[derive(Clone)]
+struct Turn {
+    place: Arc<Place>,
+    executor: Weak<Executor>,
+    counters: Arc<ConnectionCounters>,
+}
+
+impl Turn {
+    /// Lets another thread do one long operation of the server, and wakes `task` afterwards.
+    fn aside(self, mut server: Box<Server<Served>>, task: TaskHandle) {
+        let Some(executor) = self.executor.upgrade() else {
+            lock(&self.place.state).server = Some(server);
+            return;
+        };
+        let counters = self.counters.clone();
+        executor.aside(counters, "a command or a message that takes long", move || {
+            let outcome = server.ready_long(Instant::now());
+            let mut state = lock(&self.place.state);
+            state.seen.look_at(&server);
+            if outcome.long && !state.ended {
+                // Behind the long operations of the other devices.
+                drop(state);
+                return self.aside(server, task);
+            }
+            state.server = Some(server);
+            drop(state);
+            self.place.back.notify_all();
+            task.wake();
+        });
     }
 }
 
 struct ServerTask {
-    server: Server<Served>,
-    seen: Arc<Mutex<Seen>>,
+    turn: Turn,
+    task: TaskHandle,
+}
+
+impl Seen {
+    fn look_at(&mut self, server: &Server<Served>) {
+        *self = Seen { connected: server.is_connected(), stats: server.stats() };
+    }
 }
 
 impl Task for ServerTask {
@@ -128,27 +212,30 @@ impl Task for ServerTask {
     }
 
     fn poll(&mut self, budget: u32) -> Result<Progress, ErrorCode> {
-        let mut work = 0;
-        let progress = loop {
-            if self.server.target().endpoint.memory().is_lost() {
-                self.server.fail(MEMORY_LOST);
+        let mut state = lock(&self.turn.place.state);
+        let state = &mut *state;
+        let Some(server) = &mut state.server else { return Ok(Progress::Idle) };
+        let (mut work, mut more, mut long) = (0, true, false);
+        while more && !long && work < budget {
+            if server.target().endpoint.memory().is_lost() {
+                server.fail(MEMORY_LOST);
             }
-            let outcome = self.server.ready(Instant::now());
+            let outcome = server.ready_quick(Instant::now());
             work += outcome.work;
-            if !outcome.more {
-                break if work > 0 { Progress::Busy } else { Progress::Idle };
+            (more, long) = (outcome.more, outcome.long);
+        }
+        state.seen.look_at(server);
+        if long {
+            if let Some(server) = state.server.take() {
+                self.turn.clone().aside(server, self.task.clone());
             }
-            if work >= budget {
-                break Progress::Busy;
-            }
-        };
-        *lock(&self.seen) =
-            Seen { connected: self.server.is_connected(), stats: self.server.stats() };
-        Ok(progress)
+            return Ok(Progress::Idle);
+        }
+        Ok(if work > 0 { Progress::Busy } else { Progress::Idle })
     }
 
     fn deadline(&self) -> Option<Instant> {
-        self.server.deadline()
+        lock(&self.turn.place.state).server.as_ref().and_then(|server| server.deadline())
     }
 
     fn adaptive(&self) -> bool {
@@ -195,6 +282,10 @@ impl Target for Served {
     fn write(&mut self, region: u32, offset: u64, data: &[u8]) -> Result<(), Errno> {
         self.function.write(region, offset, data);
         Ok(())
+    }
+
+    fn is_long_write(&self, region: u32, offset: u64, data: &[u8]) -> bool {
+        self.function.is_long_write(region, offset, data)
     }
 
     fn set_irqs(&mut self, index: u32, action: IrqAction) -> Result<(), Errno> {

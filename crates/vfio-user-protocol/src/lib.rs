@@ -82,4 +82,5 @@ pub use eventfd::is_eventfd;
 pub use listen::bind_private;
 pub use rustix::io::Errno;
 pub use server::{Outcome, Server, Stats, Timeouts};
+pub use session::Effort;
 pub use target::{DeviceInfo, IoEventFd, IrqAction, IrqInfo, Mapping, RegionInfo, Target, pci};

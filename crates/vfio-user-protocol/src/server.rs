@@ -15,16 +15,14 @@ use tracing::{debug, info, warn};
 use crate::listen::{self, SocketFile};
 use crate::poller::Poller;
 use crate::refuse::Refused;
-use crate::session::{Answer, Session};
-use crate::socket::{Message, Received, Receiver, Sender, SocketSource};
+use crate::session::{Answer, Effort, Handling, Session};
+use crate::socket::{Received, Receiver, Sender, SocketSource};
 use crate::target::Target;
 use crate::version::MAX_MSG_FDS;
 
-/// The most work of one call of [`Server::ready`]. A message counts as 1, and as 1 more for each
-/// [`WORK_BYTES`] of its body.
+/// The most work that one call of [`Server::ready`] does, in units of [`Session::take_work`]. The
+/// last message may exceed it.
 const WORK_PER_CALL: u32 = 64;
-/// See [`WORK_PER_CALL`].
-const WORK_BYTES: usize = 1024;
 /// The most connections that one call accepts.
 const ACCEPTS_PER_CALL: u32 = 4;
 /// The most clients that wait for their refusal. The server closes further connections without a
@@ -72,13 +70,14 @@ pub struct Stats {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Outcome {
-    /// The amount of work: 1 for each message, 1 more for each KiB of it, and 1 for each accepted
-    /// client.
+    /// How much was done, in units of [`Session::take_work`], and 1 for each client accepted.
     pub work: u32,
     /// A client is connected and has negotiated.
     pub connected: bool,
     /// The server may have more work at once. The descriptor then stays readable.
     pub more: bool,
+    /// [`Server::ready_long`] has something to do.
+    pub long: bool,
 }
 
 struct Connection {
@@ -89,6 +88,8 @@ struct Connection {
     receiver: Receiver,
     sender: Sender,
     session: Session,
+    /// A message that waits for [`Server::ready_long`].
+    handling: Option<Handling>,
     /// The time limit of the negotiation. `None`: the ends have negotiated.
     agree_by: Option<Instant>,
     /// The time limit of a message that has begun.
@@ -120,6 +121,10 @@ pub struct Server<T: Target> {
     refused: Vec<Refused>,
     timeouts: Timeouts,
     stats: Stats,
+    /// What may be done now.
+    effort: Effort,
+    /// The last client has gone, and the target does not know it yet.
+    leaving: bool,
 }
 
 const LISTENER: u64 = 0;
@@ -168,6 +173,8 @@ impl<T: Target> Server<T> {
             refused: Vec::new(),
             timeouts: Timeouts::default(),
             stats: Stats::default(),
+            effort: Effort::All,
+            leaving: false,
         })
     }
 
@@ -224,23 +231,61 @@ impl<T: Target> Server<T> {
     /// Does the work that is due. It accepts clients, receives and handles messages, sends replies,
     /// and ends a connection that has exceeded a time limit.
     pub fn ready(&mut self, now: Instant) -> Outcome {
-        let (mut work, mut more, mut accept) = (0, false, false);
+        self.ready_with(now, Effort::All)
+    }
+
+    /// As [`ready`](Self::ready), but without long operations ([`Effort::Quick`]). If one is due,
+    /// [`Outcome::long`] is set, and this client waits for [`ready_long`](Self::ready_long). For a
+    /// thread that serves others too.
+    pub fn ready_quick(&mut self, now: Instant) -> Outcome {
+        self.ready_with(now, Effort::Quick)
+    }
+
+    /// As [`ready`](Self::ready), but with one long operation at most ([`Effort::One`]). For a
+    /// thread on which others wait with their own long operations.
+    pub fn ready_long(&mut self, now: Instant) -> Outcome {
+        self.ready_with(now, Effort::One)
+    }
+
+    fn ready_with(&mut self, now: Instant, effort: Effort) -> Outcome {
+        self.effort = effort;
+        let (mut work, mut more, mut accept, mut serve) = (0, false, false, false);
+        self.leave();
         // Handle the client first, because its end makes room for the next one.
         let client = self.client.as_ref().map(|c| c.token);
         for token in self.poller.ready() {
             match token {
                 LISTENER => accept = true,
-                token if Some(token) == client => work += self.serve(now),
+                token if Some(token) == client => serve = true,
                 token => self.refuse(token),
             }
         }
-        if accept {
+        if serve || self.is_handling() {
+            work += self.serve(now);
+        }
+        // The next client has to wait until the target has let go of the last one.
+        if accept && !self.leaving {
             let accepted = self.accept(now);
             work += accepted;
             more = accepted == ACCEPTS_PER_CALL;
         }
         self.expire(now);
-        Outcome { work, connected: self.is_connected(), more: more || work >= WORK_PER_CALL }
+        let more = more || work >= WORK_PER_CALL;
+        let long = self.leaving || self.is_handling();
+        Outcome { work, connected: self.is_connected(), more, long }
+    }
+
+    /// Whether a message waits for more effort.
+    fn is_handling(&self) -> bool {
+        self.client.as_ref().is_some_and(|client| client.handling.is_some())
+    }
+
+    /// Tells the target that the client has gone, if that is due and may be done now.
+    fn leave(&mut self) {
+        if self.leaving && self.effort.take() {
+            self.leaving = false;
+            self.target.disconnected();
+        }
     }
 
     /// Serves for ever. This is for programs without an event loop.
@@ -284,6 +329,7 @@ impl<T: Target> Server<T> {
 
     /// Ends the connection of the client, if there is one. The log gets `why`.
     pub fn disconnect(&mut self, why: &str) {
+        self.effort = Effort::All;
         if self.client.is_some() {
             info!(device = self.name, "client disconnected: {why}");
             self.drop_client();
@@ -351,6 +397,7 @@ impl<T: Target> Server<T> {
             receiver: Receiver::default(),
             sender: Sender::default(),
             session: Session::default(),
+            handling: None,
             agree_by: Some(now + self.timeouts.handshake),
             message_by: None,
             reply_by: None,
@@ -378,17 +425,23 @@ impl<T: Target> Server<T> {
             if !client.sender.is_empty() {
                 break;
             }
+            if let Some(handling) = client.handling.take() {
+                if !self.handle(handling, now) {
+                    return work + self.take_work();
+                }
+                work += self.take_work();
+                continue;
+            }
             let mut source =
                 SocketSource { socket: client.socket.as_fd(), max_fds: MAX_MSG_FDS, wait: false };
             match client.receiver.next(&mut source, client.session.max_message(), MAX_MSG_FDS) {
                 Ok(Received::Message(message)) => {
-                    work +=
-                        1 + u32::try_from(message.body.len() / WORK_BYTES).unwrap_or(WORK_PER_CALL);
                     client.message_by = None;
                     self.stats.messages += 1;
-                    if !self.handle(message, now) {
-                        return work;
+                    if !self.handle(message.into(), now) {
+                        return work + self.take_work();
                     }
+                    work += self.take_work();
                 }
                 Ok(Received::Nothing) => {
                     if client.receiver.within_message() {
@@ -411,10 +464,22 @@ impl<T: Target> Server<T> {
         work
     }
 
-    /// Handles a message. Returns false if the connection has ended.
-    fn handle(&mut self, message: Message, now: Instant) -> bool {
+    /// The work of the client's session since the last call. A session that has ended has none.
+    fn take_work(&mut self) -> u32 {
+        self.client.as_mut().map_or(1, |client| client.session.take_work())
+    }
+
+    /// Handles a message. Returns false if the connection has ended, or the message needs more
+    /// effort.
+    fn handle(&mut self, mut handling: Handling, now: Instant) -> bool {
         let Some(client) = &mut self.client else { return false };
-        match client.session.handle(&mut self.target, &self.name, message) {
+        let Connection { session, .. } = client;
+        let answer = session.go_on(&mut self.target, &self.name, &mut handling, &mut self.effort);
+        let Some(answer) = answer else {
+            client.handling = Some(handling);
+            return false;
+        };
+        match answer {
             Answer::Silence => {}
             Answer::Reply(bytes, fds) => client.sender.push(bytes, fds),
             Answer::Negotiated(bytes) => {
@@ -498,7 +563,8 @@ impl<T: Target> Server<T> {
         let Some(client) = self.client.take() else { return };
         self.stats.failures += client.session.failures();
         if client.session.negotiated().is_some() {
-            self.target.disconnected();
+            self.leaving = true;
+            self.leave();
         }
     }
 }
@@ -511,6 +577,8 @@ impl<T: Target> AsFd for Server<T> {
 
 impl<T: Target> Drop for Server<T> {
     fn drop(&mut self) {
+        self.effort = Effort::All;
+        self.leave();
         self.drop_client();
     }
 }

@@ -24,9 +24,66 @@ use crate::socket::Message;
 use crate::target::{IrqAction, Mapping, Target};
 use crate::version::{self, Disagreement, MAX_TRANSFER, MAX_VERSION_DATA, Negotiated, PAGE_SIZE};
 
-/// The most writes in one `REGION_WRITE_MULTI`. Each may start a command of the device, and one
-/// client must not hold up the others on its thread for long. QEMU sends up to 200.
+/// The most writes in one `REGION_WRITE_MULTI`. QEMU sends up to 200.
 const MAX_MULTI_WRITES: usize = 256;
+
+/// How much one call may do. An operation is *long* if it may take more than some ten microseconds:
+/// `DMA_MAP`, `DMA_UNMAP`, `DEVICE_RESET`, a write of which the target says so
+/// ([`Target::is_long_write`]), and the end of a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Effort {
+    /// No long operation.
+    Quick,
+    /// One long operation at most.
+    One,
+    /// Everything.
+    All,
+}
+
+impl Effort {
+    /// Takes the right to one long operation. False: there is none left.
+    pub(crate) fn take(&mut self) -> bool {
+        match self {
+            Effort::Quick => false,
+            Effort::One => {
+                *self = Effort::Quick;
+                true
+            }
+            Effort::All => true,
+        }
+    }
+}
+
+/// A message that is being handled, in one step or in several.
+#[derive(Debug)]
+pub struct Handling {
+    /// `None` once it has been handled.
+    message: Option<Message>,
+    /// How many writes of a `REGION_WRITE_MULTI` are done.
+    written: usize,
+    /// The first failure among them.
+    failure: Option<Failure>,
+}
+
+impl From<Message> for Handling {
+    fn from(message: Message) -> Self {
+        Handling { message: Some(message), written: 0, failure: None }
+    }
+}
+
+/// The cost of an operation beside that of its message, in units of [`Session::take_work`].
+mod cost {
+    /// Writes of a `REGION_WRITE_MULTI` that cost one unit.
+    pub const WRITES: u32 = 4;
+    /// Bytes of a message or of a reply that cost one unit.
+    pub const BYTES: usize = 1024;
+    /// Interrupts of a `DEVICE_SET_IRQS` that cost one unit.
+    pub const INTERRUPTS: u32 = 4;
+}
+
+fn units(bytes: usize) -> u32 {
+    u32::try_from(bytes / cost::BYTES).unwrap_or(u32::MAX)
+}
 
 /// The result of a message.
 #[derive(Debug)]
@@ -180,6 +237,7 @@ pub struct Session {
     /// Mappings by address, with their size.
     maps: BTreeMap<u64, u64>,
     failures: u64,
+    work: u32,
 }
 
 impl Session {
@@ -206,12 +264,82 @@ impl Session {
         message::HEADER_LEN + body
     }
 
+    /// Returns how much has been done since the last call: 1 for each message, and more for what
+    /// else costs time: 1 for each KiB of a message and of its reply, for 4 writes of a
+    /// `REGION_WRITE_MULTI`, and for 4 interrupts of a `DEVICE_SET_IRQS`.
+    pub fn take_work(&mut self) -> u32 {
+        std::mem::take(&mut self.work)
+    }
+
     /// Handles a message. `name` is the device's name in the log.
     pub fn handle<T: Target + ?Sized>(
         &mut self,
         target: &mut T,
         name: &str,
         message: Message,
+    ) -> Answer {
+        let mut handling = Handling::from(message);
+        // With this effort nothing remains to be done.
+        self.go_on(target, name, &mut handling, &mut Effort::All).unwrap_or(Answer::Silence)
+    }
+
+    /// Does what a message asks for, as far as `effort` allows. Returns `None` if an operation
+    /// remains that needs more effort: the caller then calls again with the same message, before
+    /// any other of this session.
+    pub fn go_on<T: Target + ?Sized>(
+        &mut self,
+        target: &mut T,
+        name: &str,
+        handling: &mut Handling,
+        effort: &mut Effort,
+    ) -> Option<Answer> {
+        let message = handling.message.as_ref()?;
+        let negotiated = self.negotiated.is_some_and(|with| with.write_multiple);
+        if negotiated && message.header.command == command::REGION_WRITE_MULTI {
+            if let Ok(writes) = multi_writes(&message.body, &message.fds) {
+                let rest = &writes[handling.written.min(writes.len())..];
+                for write in rest {
+                    if is_long(target, write.region, write.offset, write.data) && !effort.take() {
+                        return None;
+                    }
+                    let done = write_one(target, write);
+                    handling.failure = handling.failure.take().or(done.err());
+                    handling.written += 1;
+                    if handling.written % cost::WRITES as usize == 0 {
+                        self.work += 1;
+                    }
+                }
+            }
+        } else if self.negotiated.is_some() && self.is_long(target, message) && !effort.take() {
+            return None;
+        }
+        let message = handling.message.take()?;
+        self.work += 1 + units(message.body.len());
+        let answer = self.answer(target, name, message, handling.failure.take());
+        if let Answer::Reply(bytes, fds) = &answer {
+            self.work += units(bytes.len()) + u32::try_from(fds.len()).unwrap_or(u32::MAX);
+        }
+        Some(answer)
+    }
+
+    /// Whether a message, which is no `REGION_WRITE_MULTI`, asks for a long operation.
+    fn is_long<T: Target + ?Sized>(&self, target: &T, message: &Message) -> bool {
+        match message.header.command {
+            command::DMA_MAP | command::DMA_UNMAP | command::DEVICE_RESET => true,
+            command::REGION_WRITE => RegionAccess::parse_with_data(&message.body)
+                .is_ok_and(|(access, data)| is_long(target, access.region, access.offset, data)),
+            _ => false,
+        }
+    }
+
+    /// The answer to a message. The writes of a `REGION_WRITE_MULTI` are done; `failure` is the
+    /// first that failed.
+    fn answer<T: Target + ?Sized>(
+        &mut self,
+        target: &mut T,
+        name: &str,
+        message: Message,
+        failure: Option<Failure>,
     ) -> Answer {
         let Message { header, body, fds } = message;
         let Kind::Command { no_reply } = header.kind else {
@@ -233,7 +361,11 @@ impl Session {
         if header.command == command::VERSION {
             return Answer::End((!no_reply).then(|| refusal(Errno::INVAL)), Violation::Again);
         }
-        match self.command(target, &negotiated, header.command, &body, fds) {
+        let outcome = match failure {
+            Some(failure) => Err(failure),
+            None => self.command(target, &negotiated, header.command, &body, fds),
+        };
+        match outcome {
             Ok(_) if no_reply => Answer::Silence,
             Ok(reply) => Answer::Reply(answer(done, &reply.body), reply.fds),
             Err(failure) => {
@@ -279,7 +411,11 @@ impl Session {
         match number {
             command::REGION_READ => region_read(target, body),
             command::REGION_WRITE => region_write(target, body),
-            command::REGION_WRITE_MULTI if negotiated.write_multiple => write_multi(target, body),
+            // The writes are done.
+            command::REGION_WRITE_MULTI if negotiated.write_multiple => {
+                let writes = multi_writes(body, &fds)?;
+                Ok(MultiWrite::reply(writes.len() as u64).into())
+            }
             command::REGION_WRITE_MULTI => {
                 Err(Failure::Unsupported("REGION_WRITE_MULTI, unless negotiated,"))
             }
@@ -289,7 +425,11 @@ impl Session {
             command::DEVICE_GET_REGION_INFO => region_info(target, body),
             command::DEVICE_GET_REGION_IO_FDS => region_io_fds(target, negotiated, body),
             command::DEVICE_GET_IRQ_INFO => irq_info(target, body),
-            command::DEVICE_SET_IRQS => set_irqs(target, body, fds),
+            command::DEVICE_SET_IRQS => {
+                let count = SetIrqs::parse(body).map_or(0, |set| set.count);
+                self.work = self.work.saturating_add(count / cost::INTERRUPTS);
+                set_irqs(target, body, fds)
+            }
             command::DEVICE_RESET => {
                 if !target.device_info().resettable {
                     return Err(Failure::Unsupported("DEVICE_RESET"));
@@ -530,24 +670,32 @@ fn region_write<T: Target + ?Sized>(target: &mut T, body: &[u8]) -> Outcome {
     Ok(access.body(&[]).into())
 }
 
-/// Does every write, even after one has failed, because the client could have sent each by itself.
-/// The reply has the errno of the first failed write.
-fn write_multi<T: Target + ?Sized>(target: &mut T, body: &[u8]) -> Outcome {
+/// The writes of a `REGION_WRITE_MULTI`.
+fn multi_writes<'a>(body: &'a [u8], fds: &[OwnedFd]) -> Result<Vec<MultiWrite<'a>>, Failure> {
+    if !fds.is_empty() {
+        return Err(Failure::Descriptors { expected: "none", got: fds.len() });
+    }
     let writes = MultiWrite::parse_all(body)?;
     if writes.len() > MAX_MULTI_WRITES {
         return Err(Failure::TooManyWrites(writes.len()));
     }
-    let mut result = Ok(());
-    for write in &writes {
-        let done = check_access(target, write.region, write.offset, write.data.len(), true)
-            .and_then(|()| {
-                if write.data.is_empty() {
-                    Ok(())
-                } else {
-                    Ok(target.write(write.region, write.offset, write.data)?)
-                }
-            });
-        result = result.and(done);
+    Ok(writes)
+}
+
+/// Does one of several writes. Each is done also after another has failed: they were independent of
+/// each other before the client put them into one message. The reply has the errno of the first
+/// that failed.
+fn write_one<T: Target + ?Sized>(target: &mut T, write: &MultiWrite<'_>) -> Result<(), Failure> {
+    check_access(target, write.region, write.offset, write.data.len(), true)?;
+    if !write.data.is_empty() {
+        target.write(write.region, write.offset, write.data)?;
     }
-    result.map(|()| MultiWrite::reply(writes.len() as u64).into())
+    Ok(())
+}
+
+/// Whether a write will be done and is long.
+fn is_long<T: Target + ?Sized>(target: &T, region: u32, offset: u64, data: &[u8]) -> bool {
+    check_access(target, region, offset, data.len(), true).is_ok()
+        && !data.is_empty()
+        && target.is_long_write(region, offset, data)
 }

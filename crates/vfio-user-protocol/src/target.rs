@@ -230,6 +230,14 @@ pub trait Target {
     /// write does not get the errno.
     fn write(&mut self, region: u32, offset: u64, data: &[u8]) -> Result<(), Errno>;
 
+    /// Whether [`write`](Self::write) with these arguments may take longer than some ten
+    /// microseconds. [`Server::ready_quick`](crate::Server::ready_quick) leaves such a write to
+    /// [`Server::ready_long`](crate::Server::ready_long). The method itself is quick.
+    fn is_long_write(&self, region: u32, offset: u64, data: &[u8]) -> bool {
+        let _ = (region, offset, data);
+        false
+    }
+
     /// Changes the interrupts of an index.
     ///
     /// # Errors

@@ -6,7 +6,7 @@ mod registers;
 
 use std::sync::Arc;
 
-use vbus_core::shm::abi::{self, bar0, capability};
+use vbus_core::shm::abi::{self, bar0, capability, reg};
 use vbus_core::{ConnectionState, Endpoint, Identity};
 use vbus_pci_config::{
     Builder, CONVENTIONAL_BYTES, ConfigSpace, EXPRESS_BYTES, Header, MsixLayout,
@@ -161,6 +161,11 @@ impl BarHandler for RegisterBlock {
             let value = u32::from_le_bytes([word[0], word[1], word[2], word[3]]);
             self.registers.write(at, value, &context);
         }
+    }
+
+    fn is_long_write(&self, offset: u64, data: &[u8]) -> bool {
+        let words = aligned(offset, data.len()) && offset < bar0::DOORBELLS;
+        words && (offset..offset + data.len() as u64).contains(&reg::COMMAND)
     }
 
     fn reset(&mut self) {
