@@ -5,11 +5,15 @@
 //! map and unmap memory, to open and close a connection, to end one after a fault. They run here,
 //! on at most [`THREADS`] threads, in the order in which they came. A device has one piece at a
 //! time here, so it delays another device by one piece of each thread at most.
+//!
+//! Work that may block for as long as somebody else likes does not belong here: see
+//! [`BlockingQueue`](crate::BlockingQueue).
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
+use crate::alarm::Alarm;
 use crate::counter::ConnectionCounters;
 use crate::lock::lock;
 
@@ -45,14 +49,18 @@ struct State {
 }
 
 /// The threads and their queue. The last user calls [`stop`](Self::stop).
-#[derive(Default)]
 pub(crate) struct Aside {
+    alarm: Arc<Alarm>,
     state: Mutex<State>,
     more: Condvar,
     handles: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl Aside {
+    pub(crate) fn new(alarm: Arc<Alarm>) -> Aside {
+        Aside { alarm, state: Mutex::default(), more: Condvar::new(), handles: Mutex::default() }
+    }
+
     /// Runs `run` on one of the threads, for the device that `counters` names. If the process can
     /// start no thread at all, or after [`stop`](Self::stop), it runs at once.
     pub(crate) fn run(
@@ -109,6 +117,7 @@ impl Aside {
             let at = AtWork { number: state.begun, counters: job.counters, work };
             self.at_work(&mut state, number, Some(at));
             drop(state);
+            self.alarm.ring();
             let run = std::panic::AssertUnwindSafe(job.run);
             if std::panic::catch_unwind(run).is_err() {
                 tracing::error!("a piece of long work panicked");

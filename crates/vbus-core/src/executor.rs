@@ -12,7 +12,7 @@
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -23,6 +23,7 @@ use rustix::event::{EventfdFlags, Timespec, eventfd};
 use vbus_shm::signal::Armed;
 use vbus_shm::{ErrorCode, Pace, Rest};
 
+use crate::alarm::Alarm;
 use crate::aside::{Aside, AtWork};
 use crate::counter::ConnectionCounters;
 use crate::lock::lock;
@@ -202,6 +203,9 @@ struct Worker {
     timers: Mutex<BinaryHeap<Reverse<(Instant, u64)>>>,
     tuning: Tuning,
     aside: Arc<Aside>,
+    alarm: Arc<Alarm>,
+    /// Whether the worker does not sleep.
+    awake: AtomicBool,
     /// Rounds begun.
     rounds: AtomicU64,
     /// The id of the task that has its turn, [`KICK`] between two turns.
@@ -267,9 +271,14 @@ impl Worker {
         };
         let timeout = timeout.and_then(|t| Timespec::try_from(t).ok());
         events.clear();
+        if sleep {
+            self.awake.store(false, Ordering::Relaxed);
+        }
         // The only error here is EINTR. The next round waits again.
         let _ = epoll::wait(&self.epoll, spare_capacity(events), timeout.as_ref());
         if sleep {
+            self.awake.store(true, Ordering::Relaxed);
+            self.alarm.ring();
             lock(&self.queue).sleeping = false;
         }
         for event in &*events {
@@ -414,17 +423,20 @@ pub struct Executor {
     next_id: AtomicU64,
     next_index: AtomicUsize,
     aside: Arc<Aside>,
+    alarm: Arc<Alarm>,
 }
 
 impl Executor {
     /// Starts the threads.
     pub fn start(tuning: Tuning) -> std::io::Result<Arc<Executor>> {
+        let alarm = Arc::new(Alarm::new()?);
         let mut executor = Executor {
             workers: Vec::new(),
             threads: Vec::new(),
             next_id: AtomicU64::new(KICK + 1),
             next_index: AtomicUsize::new(0),
-            aside: Arc::default(),
+            aside: Arc::new(Aside::new(alarm.clone())),
+            alarm,
         };
         for i in 0..tuning.workers.max(1) {
             let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
@@ -438,6 +450,8 @@ impl Executor {
                 timers: Mutex::default(),
                 tuning,
                 aside: executor.aside.clone(),
+                alarm: executor.alarm.clone(),
+                awake: AtomicBool::new(true),
                 rounds: AtomicU64::new(0),
                 turn: AtomicU64::new(KICK),
             });
@@ -507,6 +521,17 @@ impl Executor {
     /// number of a worker is that of its round. `None`: the thread sleeps.
     pub(crate) fn at_work(&self) -> impl Iterator<Item = Option<AtWork>> {
         self.workers.iter().map(|worker| worker.at_work()).chain(self.aside.all_at_work())
+    }
+
+    /// Rung when a thread wakes.
+    pub(crate) fn alarm(&self) -> &Alarm {
+        &self.alarm
+    }
+
+    /// Whether all threads sleep.
+    pub(crate) fn sleeps(&self) -> bool {
+        let awake = |worker: &Arc<Worker>| worker.awake.load(Ordering::Relaxed);
+        !self.workers.iter().any(awake) && self.aside.all_at_work().all(|at| at.is_none())
     }
 
     fn worker(&self, worker: usize) -> &Arc<Worker> {

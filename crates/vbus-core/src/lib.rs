@@ -87,11 +87,14 @@
 //!
 //! # What may block
 //! [`Connection::poll`], `arm`, `disarm`, `call`, `region_added` and `region_dropped` must not
-//! block. They run on a worker, or a virtual CPU waits for them, and all devices of that worker
-//! wait with them. [`Device::control`] may block, and so may [`DeviceClass::create`]. A device that
-//! must block gives the work to a [`BlockingQueue`] or to a thread of its own, which calls
-//! [`Doorbell::wake`] when it has finished. [`service`] does that for you. A call that must block
-//! is kept ([`Connection::start_call`]) and answered from there.
+//! block. The first three run on a worker, and all devices of that worker wait with them. The
+//! others, [`Device::open`] and the drop of a connection may run on a worker too; over vfio-user
+//! they run on one of a few threads beside the workers ([`Executor::aside`]). There they may take
+//! some milliseconds, but a virtual CPU waits for them. A [`Watchdog`] reports a thread that has
+//! been held for a second. [`Device::control`] may block, and so may [`DeviceClass::create`]. A
+//! device that must block gives the work to a [`BlockingQueue`] or to a thread of its own, which
+//! calls [`Doorbell::wake`] when it has finished. [`service`] does that for you. A call that must
+//! block is kept ([`Connection::start_call`]) and answered from there.
 //!
 //! # What the bus does for a device
 //! - It checks what the driver says of its regions. It never lets a device touch memory that was
@@ -103,6 +106,7 @@
 //!
 //! A connector holds the device's [`Endpoint`], and needs nothing else of this crate.
 
+mod alarm;
 mod aside;
 mod blocking;
 mod bus;

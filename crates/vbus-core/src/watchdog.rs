@@ -5,6 +5,7 @@
 //! does so has a fault, or a class blocks, or the machine has no processor to give. The watchdog
 //! says which task it was.
 
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,7 +15,8 @@ use crate::executor::Executor;
 const BOUND: Duration = Duration::from_secs(1);
 
 /// Watches the workers of an executor, and its threads for long work. Whoever has it calls
-/// [`look`](Self::look) again and again, several times a second.
+/// [`look`](Self::look) again and again, several times a second, except while all threads
+/// [sleep](Self::rest).
 pub struct Watchdog {
     executor: Arc<Executor>,
     seen: Vec<Seen>,
@@ -35,6 +37,17 @@ impl Watchdog {
     pub fn new(executor: Arc<Executor>) -> Watchdog {
         let seen = executor.at_work().map(|_| Seen::default()).collect();
         Watchdog { executor, seen }
+    }
+
+    /// Whether all threads sleep. If they do, the descriptor ([`AsFd`]) becomes readable when one
+    /// wakes, and no look is needed before. The next call of this method makes it unreadable.
+    pub fn rest(&mut self) -> bool {
+        self.executor.alarm().set();
+        let rests = self.executor.sleeps() && !self.seen.iter().any(|seen| seen.reported);
+        if !rests {
+            self.executor.alarm().unset();
+        }
+        rests
     }
 
     /// Looks at all threads. `since` is the time since the last look, or the time that the caller
@@ -73,9 +86,19 @@ impl Watchdog {
     }
 }
 
+impl AsFd for Watchdog {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.executor.alarm().as_fd()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc::{Receiver, Sender, channel};
+    use std::time::Instant;
+
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    use rustix::io::retry_on_intr;
 
     use super::*;
     use crate::counter::ConnectionCounters;
@@ -84,6 +107,7 @@ mod tests {
 
     const STEP: Duration = Duration::from_millis(600);
     const PATIENCE: Duration = Duration::from_secs(60);
+    const PATIENCE_SPEC: Timespec = Timespec { tv_sec: 60, tv_nsec: 0 };
 
     /// Holds its worker until it is told to let go.
     struct Holds(Sender<()>, Receiver<()>);
@@ -108,6 +132,11 @@ mod tests {
     fn long_work_is_noticed_too() {
         let executor = Executor::start(Tuning { workers: 1, ..Tuning::default() }).unwrap();
         let mut watchdog = Watchdog::new(executor.clone());
+        let begin = Instant::now();
+        while !watchdog.rest() {
+            assert!(begin.elapsed() < PATIENCE, "the new worker does not fall asleep");
+            std::thread::yield_now();
+        }
         let ((tell, told), (go, may_go)) = (channel(), channel::<()>());
         let counters = Arc::new(ConnectionCounters::of("slow0"));
         executor.aside(counters.clone(), "a wait", move || {
@@ -115,6 +144,10 @@ mod tests {
             let _ = may_go.recv();
         });
         told.recv_timeout(PATIENCE).unwrap();
+        // Nothing else wakes whoever looks.
+        let mut fds = [PollFd::new(&watchdog, PollFlags::IN)];
+        assert_eq!(retry_on_intr(|| poll(&mut fds, Some(&PATIENCE_SPEC))), Ok(1));
+        assert!(!watchdog.rest());
         let (sender, receiver) = channel();
         executor.aside(Arc::default(), "another", move || sender.send(()).unwrap());
         receiver.recv_timeout(PATIENCE).expect("another thread does it");

@@ -3,21 +3,23 @@
 
 mod control;
 pub mod guardian;
+mod health;
 mod host;
 mod systemd;
 
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use vbus_cli::signals;
 use vbus_core::{DeviceClass, Watchdog};
 
 use crate::client::BusDir;
 use crate::config::{self, Config};
+use health::Health;
 use host::Host;
 use systemd::Manager;
 use vbus_cli::log;
@@ -58,9 +60,6 @@ pub struct Args {
     ready_fd: Option<u32>,
 }
 
-/// How often the workers of the event loop are looked at.
-const LOOK: Duration = Duration::from_millis(250);
-
 /// Serves a bus until SIGINT, SIGTERM or SIGHUP. `classes` are the classes that the program has
 /// beside those of vbus.
 pub fn run(args: &Args, classes: Vec<Box<dyn DeviceClass>>) -> Result<()> {
@@ -96,32 +95,25 @@ pub fn run(args: &Args, classes: Vec<Box<dyn DeviceClass>>) -> Result<()> {
     tracing::info!("serving {} devices in {}", config.devices.len(), host.dir().display());
     tell_ready(args.ready_fd)?;
     manager.ready();
-    let mut watchdog = Watchdog::new(host.executor().clone());
-    let interval = manager.watchdog_interval().map_or(LOOK, |interval| interval.min(LOOK));
-    let mut looked = Instant::now();
+    let mut health = Health::new(Watchdog::new(host.executor().clone()), &manager);
     loop {
-        let (stopped, client) = {
+        let (stopped, client, woken) = {
             let mut fds = [
                 PollFd::new(&stop, PollFlags::IN),
                 PollFd::from_borrowed_fd(accept.as_fd(), PollFlags::IN),
+                PollFd::new(&health, PollFlags::IN),
             ];
-            match poll(&mut fds, Timespec::try_from(interval).ok().as_ref()) {
+            match poll(&mut fds, health.timeout().as_ref()) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(error).context("waiting for clients"),
             }
-            (!fds[0].revents().is_empty(), !fds[1].revents().is_empty())
+            let [stop, accept, health] = fds.map(|fd| !fd.revents().is_empty());
+            (stop, accept, health)
         };
         if stopped {
             break;
         }
-        // A process that was stopped for a while has looked late, and no worker is to blame.
-        let since = looked.elapsed().min(2 * interval);
-        if since >= interval {
-            looked = Instant::now();
-            if watchdog.look(since) {
-                manager.alive();
-            }
-        }
+        health.look(woken, &mut manager);
         if client && accept.next().is_err() {
             // This process has no more descriptors or threads. The client waits in the backlog. An
             // attempt without a pause would only take processor time.
