@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A venet NIC in a guest: the running driver `vbus-guest net`, and traffic over its interface.
 
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
@@ -27,7 +26,7 @@ pub struct Nic {
 }
 
 impl Nic {
-    /// Starts the driver of the NIC `device` and waits for its interface `interface`. Then sets the
+    /// Starts the driver of the NIC `device`, waits for its interface `interface`, and sets the
     /// interface's address.
     pub fn up(
         guest: &Guest,
@@ -36,19 +35,25 @@ impl Nic {
         address: &str,
         options: &str,
     ) -> Result<Self> {
+        let nic = Self::start(guest, device, interface, options)?;
+        nic.set_address(guest, address)?;
+        Ok(nic)
+    }
+
+    /// Starts the driver of the NIC `device`. It will make the interface `interface`.
+    pub fn start(guest: &Guest, device: &str, interface: &str, options: &str) -> Result<Self> {
         let command = format!("exec vbus-guest net {device} --name {interface} {options}");
-        let driver = guest.start(&command)?;
-        let until = Instant::now() + BOOT;
-        while guest.run(&format!("test -e /sys/class/net/{interface}"))?.code != 0 {
-            if !driver.runs() || Instant::now() > until {
-                let (out, err) = driver.said();
-                bail!("vbus-guest net {device} makes no interface {interface}:\n{out}{err}");
-            }
-            thread::sleep(Duration::from_millis(20));
-        }
+        Ok(Self { driver: guest.start(&command)?, interface: interface.to_owned() })
+    }
+
+    /// Waits for the interface and sets its address.
+    pub fn set_address(&self, guest: &Guest, address: &str) -> Result<()> {
+        // The driver prints this line when the interface is there.
+        self.driver.wait_for(", address ", BOOT)?;
+        let interface = &self.interface;
         guest
-            .ok(&format!("ip addr add {address} dev {interface} && ip link set {interface} up"))?;
-        Ok(Self { driver, interface: interface.to_owned() })
+            .ok(&format!("ip addr add {address} dev {interface} && ip link set {interface} up"))
+            .map(drop)
     }
 }
 

@@ -81,8 +81,9 @@ pub fn new_device(name: &str, path: &Path) -> Result<Vec<PathBuf>> {
         let relative = filled(relative.to_str().context("a name that is not UTF-8")?);
         let mut text = filled(&text);
         if relative == "Cargo.toml" {
-            // With this table cargo looks for no workspace in the folders above.
-            text.push_str("\n[workspace]\n");
+            // A program without most of its debug information fits into a guest better. With the
+            // table `workspace` cargo looks for no workspace in the folders above.
+            text.push_str("\n[profile.dev]\ndebug = \"line-tables-only\"\n\n[workspace]\n");
         }
         write(&path.join(&relative), &text)?;
         made.push(path.join(relative));

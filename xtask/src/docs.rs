@@ -76,7 +76,7 @@ pub fn run(args: &Args) -> Result<bool> {
 }
 
 /// The files of the tree, relative to its root: those in git, and new ones.
-fn files(root: &Path) -> Result<Vec<PathBuf>> {
+pub fn files(root: &Path) -> Result<Vec<PathBuf>> {
     let output = std::process::Command::new("git")
         .args(["ls-files", "-z", "--cached", "--others", "--exclude-standard"])
         .current_dir(root)

@@ -7,6 +7,8 @@
 use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
@@ -43,15 +45,32 @@ pub fn targets() -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// Builds the targets and runs each for some seconds. A run begins with the target's corpus.
+/// Builds the targets and runs each for some seconds. A run begins with the target's corpus. A
+/// target has one thread, so as many targets run at once as this machine has processors.
 pub fn run(report: &mut Report, names: &[String], seconds: u32) {
+    eprintln!("---- fuzz::{}", names.join(", fuzz::"));
     let built = build(names);
-    for name in names {
-        report.run(&format!("fuzz::{name}"), || match &built {
-            Ok(Some(reason)) => Ok(Outcome::Skipped(reason.clone())),
-            Ok(None) => run_one(name, seconds),
-            Err(error) => Ok(Outcome::Failed(format!("{error:#}"))),
+    let processors = thread::available_parallelism().map_or(1, |count| count.get());
+    for names in names.chunks(processors) {
+        let one = |name: &String| {
+            let began = Instant::now();
+            let outcome = match &built {
+                Ok(Some(reason)) => Outcome::Skipped(reason.clone()),
+                Ok(None) => run_one(name, seconds)
+                    .unwrap_or_else(|error| Outcome::Failed(format!("{error:#}"))),
+                Err(error) => Outcome::Failed(format!("{error:#}")),
+            };
+            (outcome, began.elapsed())
+        };
+        let ended: Vec<(Outcome, Duration)> = thread::scope(|scope| {
+            let running: Vec<_> = names.iter().map(|name| scope.spawn(move || one(name))).collect();
+            let panicked =
+                |_| (Outcome::Failed("the test's own thread panicked".into()), Duration::ZERO);
+            running.into_iter().map(|thread| thread.join().unwrap_or_else(panicked)).collect()
         });
+        for (name, (outcome, took)) in names.iter().zip(&ended) {
+            report.enter(&format!("fuzz::{name}"), outcome, *took);
+        }
     }
 }
 

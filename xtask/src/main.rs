@@ -2,6 +2,7 @@
 //! Kits, images, demo, tests and benchmarks of vbus: `cargo xtask --help`.
 
 mod bench;
+mod commands;
 mod console;
 mod demo;
 mod docs;

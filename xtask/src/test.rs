@@ -16,7 +16,7 @@ use testkit::report::{Outcome, Report};
 use testkit::scenarios::SCENARIOS;
 use testkit::{runner, workspace};
 
-use crate::fuzz;
+use crate::{commands, fuzz, man};
 
 /// The tests that cargo runs: unit, property, model (loom) and process tests, and the examples in
 /// documentation.
@@ -28,6 +28,9 @@ const SAID_MAX: usize = 2048;
 /// The test that sends ten million interrupts through an interrupt controller. It exists only in a
 /// release build.
 const LOST: &str = "lost_interrupts";
+
+/// The test of the man pages, the completions, and the commands that the documents show.
+const DOCUMENTS: &str = "documents";
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -58,6 +61,9 @@ pub fn run(args: &Args) -> Result<bool> {
         if wanted(CARGO) {
             println!("{CARGO:28} unit, property, model and process tests");
         }
+        if wanted(DOCUMENTS) {
+            println!("{DOCUMENTS:28} man pages, completions, and the commands in the documents");
+        }
         if wanted(LOST) {
             println!(
                 "{LOST:28} pic loses none of ten million interrupts that are masked and moved \
@@ -72,8 +78,9 @@ pub fn run(args: &Args) -> Result<bool> {
         }
         return Ok(true);
     }
+    let ours = [CARGO, DOCUMENTS, LOST];
     anyhow::ensure!(
-        wanted(CARGO) || wanted(LOST) || !fuzz_targets.is_empty() || !scenarios.is_empty(),
+        ours.iter().any(|name| wanted(name)) || !fuzz_targets.is_empty() || !scenarios.is_empty(),
         "no test is called {}; `cargo xtask test --list` names them",
         args.names.join(" or ")
     );
@@ -81,6 +88,9 @@ pub fn run(args: &Args) -> Result<bool> {
     let mut report = Report::default();
     if wanted(CARGO) {
         cargo_tests(&mut report)?;
+    }
+    if wanted(DOCUMENTS) {
+        report.run(DOCUMENTS, || documents(args.guests.as_built));
     }
     if wanted(LOST) {
         report.run(LOST, lost_interrupts);
@@ -184,6 +194,14 @@ fn skipped_tests<'a>(
         .collect();
     skipped.sort_unstable();
     skipped
+}
+
+/// Runs the test of [`DOCUMENTS`]. Its programs are those that run in the guests.
+fn documents(as_built: bool) -> Result<Outcome> {
+    let programs = man::programs(as_built)?;
+    man::check(&programs)?;
+    commands::check(&programs)?;
+    Ok(Outcome::Passed)
 }
 
 /// Runs the test of [`LOST`].

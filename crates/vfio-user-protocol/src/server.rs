@@ -98,6 +98,8 @@ struct Connection {
     reply_by: Option<Instant>,
     /// The events for which the epoll descriptor watches the socket now.
     interest: EventFlags,
+    /// How many others came and were refused because of this client.
+    others_refused: u64,
 }
 
 /// A vfio-user server for one device.
@@ -376,12 +378,17 @@ impl<T: Target> Server<T> {
     fn admit(&mut self, socket: OwnedFd, token: u64, now: Instant) -> Result<(), Errno> {
         self.connections += 1;
         let number = self.connections;
-        if let Some(client) = &self.client {
+        if let Some(client) = &mut self.client {
             self.stats.refused += 1;
-            warn!(
-                device = self.name,
-                "client {number} refused: client {} is connected", client.number
-            );
+            client.others_refused += 1;
+            // A client that waits for its turn tries again and again. The log gets one line now and
+            // the count when this client has gone.
+            if client.others_refused == 1 {
+                warn!(
+                    device = self.name,
+                    "client {number} refused: client {} is connected", client.number
+                );
+            }
             if self.refused.len() < MAX_REFUSED {
                 let until = now + self.timeouts.handshake;
                 self.refused.push(Refused::new(socket, token, until));
@@ -402,6 +409,7 @@ impl<T: Target> Server<T> {
             message_by: None,
             reply_by: None,
             interest: EventFlags::IN,
+            others_refused: 0,
         });
         Ok(())
     }
@@ -561,6 +569,14 @@ impl<T: Target> Server<T> {
 
     fn drop_client(&mut self) {
         let Some(client) = self.client.take() else { return };
+        if client.others_refused > 1 {
+            info!(
+                device = self.name,
+                "while client {} was connected, {} others were refused",
+                client.number,
+                client.others_refused
+            );
+        }
         self.stats.failures += client.session.failures();
         if client.session.negotiated().is_some() {
             self.leaving = true;

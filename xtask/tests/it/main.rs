@@ -4,7 +4,6 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod layers;
-mod man;
 mod new_device;
 
 use std::process::Command;

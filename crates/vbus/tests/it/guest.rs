@@ -3,6 +3,7 @@
 
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
 use std::process::{Child, ChildStdout, Stdio};
 
 use crate::support::{Served, vbus_guest, wait_until};
@@ -74,7 +75,7 @@ fn the_devices_of_a_bus_are_listed() {
 
 #[test]
 fn on_a_host_the_list_names_the_directory_of_a_bus() {
-    if !std::path::Path::new("/sys/bus/pci").exists() {
+    if !Path::new("/sys/bus/pci").exists() {
         eprintln!("skipped: this machine has no PCI bus");
         return;
     }
@@ -151,6 +152,17 @@ fn one_driver_at_a_time_and_errors_say_what_to_do() {
     fails(&["state", "get", "setpoint"], "in use");
     drop(watch);
     fails(&["state", "get", "nothing"], "no page \"nothing\"");
+    // The driver that found the device in use tried many times.
+    let log = std::fs::read_to_string(&bus.log).unwrap();
+    assert_eq!(log.matches("refused: client").count(), 1, "{log}");
+    assert!(log.contains("others were refused"), "{log}");
+    let socket_fails = |path: &Path, text: &str| {
+        let done = vbus_guest().arg("--socket").arg(path).arg("list").output().unwrap();
+        let said = String::from_utf8(done.stderr).unwrap();
+        assert!(!done.status.success() && said.contains(text), "{said}");
+    };
+    socket_fails(&bus.dir.join("nonexistent.sock"), "nonexistent.sock: there is no socket");
+    socket_fails(&bus.log, "this is no socket");
     fails(&["state", "get", "load"], "the driver itself writes");
     fails(&["state", "set", "setpoint", "1"], "the device writes");
     fails(&["state", "set", "load", &"x".repeat(65)], "has 64 bytes, this one has 65");

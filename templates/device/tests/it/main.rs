@@ -1,8 +1,7 @@
 //! Tests of the device and its driver, with the driver in a process and in a real guest.
 
-use std::fs;
 use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
 /// The folder of vbus. Its kit makes guests.
@@ -71,25 +70,11 @@ fn a_process_drives_the_device() {
 #[test]
 #[ignore = "takes a virtual machine, which the kit of vbus makes: cargo test -- --ignored"]
 fn a_guest_drives_the_device() {
-    let target = "x86_64-unknown-linux-gnu";
-    let folder = Path::new(env!("CARGO_BIN_EXE_my-device-guest")).parent().expect("a folder");
-    let folder = folder.join("static");
-    // The guest does not have this machine's libraries.
-    output(
-        Command::new(env!("CARGO"))
-            .args(["build", "--release", "--bin", "my-device-guest", "--target", target])
-            .arg("--target-dir")
-            .arg(&folder)
-            .env("RUSTFLAGS", "-C target-feature=+crt-static"),
-    );
-    let program = folder.join(target).join("release/my-device-guest");
-    let program = fs::canonicalize(program).expect("it was built");
     let bus = Served::start();
     let answer = output(
         Command::new(env!("CARGO"))
-            .args(["xtask", "guest", "--run", "my-device-guest hello", "--put"])
-            .arg(program)
-            .arg("--dir")
+            .args(["xtask", "guest", "--run", "my-device-guest hello"])
+            .args(["--put", env!("CARGO_BIN_EXE_my-device-guest"), "--dir"])
             .arg(bus.dir())
             .current_dir(VBUS)
             .env_remove("CARGO_TARGET_DIR")

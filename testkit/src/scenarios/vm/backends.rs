@@ -123,7 +123,7 @@ fn through_passt(scene: &Scene, socket: &Path, port: u16) -> Result<()> {
 /// TCP between host and guest through `vbus-guest net` on TAP is at least half as fast, each way,
 /// as through QEMU's own virtio-net on TAP. Both are measured in one guest and one run.
 pub fn tap(scene: &Scene) -> Result<()> {
-    const ROUNDS: usize = 5;
+    const ROUNDS: usize = 3;
     const LEAST: f64 = 0.5;
     if let Err(error) = File::options().read(true).write(true).open("/dev/net/tun") {
         return Err(Skip(format!("/dev/net/tun cannot be opened: {error}")).into());
@@ -157,7 +157,7 @@ pub fn tap(scene: &Scene) -> Result<()> {
 
     let figure = |host: &str, way: &str| -> Result<f64> {
         let command = format!(
-            "iperf3 --client {host} --port 15201 --time 3 --json --connect-timeout 10000 {way}"
+            "iperf3 --client {host} --port 15201 --time 2 --json --connect-timeout 10000 {way}"
         );
         let text = vm.guest.start(&command)?.ok(TRANSFER)?;
         let result: Value = serde_json::from_str(&text).context("iperf3 printed no JSON")?;

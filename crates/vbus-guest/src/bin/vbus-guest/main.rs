@@ -8,11 +8,12 @@ mod ring;
 mod sched;
 mod state;
 
-use std::path::PathBuf;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use clap::{CommandFactory, Parser};
 use vbus_cli::{documents, log, rundir};
 use vbus_guest::{PciSource, SocketSource, Source};
@@ -70,12 +71,23 @@ fn run(args: &Args) -> Result<()> {
     let from = &args.from;
     match (&from.socket, &from.dir) {
         (Some(path), _) => {
-            rundir::check_socket_path(path)?;
+            check_socket(path)?;
             run_on(SocketSource::One(path.clone()), &args.command, "")
         }
         (None, Some(dir)) => run_on(SocketSource::Dir(dir.clone()), &args.command, ""),
         (None, None) => run_on(PciSource::new()?, &args.command, &elsewhere()),
     }
+}
+
+/// Checks that `--socket` names a socket.
+fn check_socket(path: &Path) -> Result<()> {
+    rundir::check_socket_path(path)?;
+    let at = format!("--socket {}", path.display());
+    let file = path.metadata().with_context(|| {
+        format!("{at}: there is no socket; `vbus device list` shows the sockets of a bus that runs")
+    })?;
+    ensure!(file.file_type().is_socket(), "{at}: this is no socket");
+    Ok(())
 }
 
 fn run_on<S>(source: S, command: &Command, hint: &str) -> Result<()>
