@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A small device, driven through the registers of its function alone.
+//! A small device. The tests drive it only through the registers of its function.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -17,8 +17,8 @@ use vbus_core::{
 };
 use vbus_pci::{IrqIndex, Options, PciFunction, device_function, region};
 
-/// Gives back each entry with its `addr` inverted, and calls it a violation if it has a length; a
-/// call reverses its buffer.
+/// Gives back each entry with its `addr` inverted. An entry with a length is a violation. A call
+/// reverses its buffer.
 struct Mirror;
 
 struct Mirroring(Option<(DeviceEnd<Window>, Interrupt)>);
@@ -61,7 +61,7 @@ impl Connection for Mirroring {
             if entry.len != 0 {
                 return Err(ErrorCode::CORRUPT);
             }
-            // Any 32 bits of the driver come back.
+            // The driver gets back any 32 bits.
             ring.give_back(Return { len: !u32::try_from(entry.addr).unwrap(), ..entry.into() });
             progress = Progress::Busy;
         }
@@ -85,7 +85,7 @@ impl Connection for Mirroring {
 const BASE: u64 = 0x10_0000;
 const BYTES: u64 = 0x10_0000;
 
-/// The function, and the memory as its driver sees it.
+/// The function, and the memory of its driver.
 struct Rig {
     function: PciFunction,
     endpoint: Arc<Endpoint>,
@@ -161,7 +161,7 @@ impl Rig {
     }
 }
 
-/// Waits for an eventfd and takes what it counted.
+/// Waits for an eventfd, and reads and clears its counter.
 fn wait(fd: &OwnedFd) -> u64 {
     let timeout = Timespec::try_from(Duration::from_secs(20)).unwrap();
     poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&timeout)).unwrap();
@@ -170,7 +170,7 @@ fn wait(fd: &OwnedFd) -> u64 {
     u64::from_ne_bytes(count)
 }
 
-/// Sends one entry around and returns what came back. `acknowledge` is run between interrupt and
+/// Sends one entry and returns what came back. `acknowledge` runs between the interrupt and the
 /// reaping.
 fn exchange(
     rig: &mut Rig,
@@ -257,7 +257,7 @@ fn commands_answer_with_a_status_that_names_the_fault() {
     rig.memory.view().read(BASE + 64, &mut buffer).unwrap();
     assert_eq!(&buffer, b"cba");
     assert_eq!(rig.command(command::CALL, &[0, BASE, 65537]), Err(error_code::BAD_LENGTH));
-    // An argument may come as two halves, in any order.
+    // The driver may write an argument as two halves, in any order.
     rig.write32(reg::ARGUMENT + 4, 0x89ab_cdef);
     rig.write32(reg::ARGUMENT, 0x0123_4567);
     assert_eq!(rig.read64(reg::ARGUMENT), 0x89ab_cdef_0123_4567);
@@ -278,7 +278,7 @@ fn a_ring_goes_round_with_each_kind_of_interrupt() {
     assert_eq!(rig.read32(reg::VECTORS), 3);
     assert_eq!(exchange(&mut rig, &mut ring, handle, &msix, 4), !4);
     rig.function.disconnect_irqs(IrqIndex::Msix);
-    // And without the connector's part in it, through the doorbell's eventfd.
+    // The doorbell's eventfd does the same without the connector.
     let doorbells = rig.function.io_eventfds(region::BAR0).unwrap();
     let bell = &doorbells[usize::try_from(handle).unwrap()];
     assert_eq!((bell.offset, doorbells.len()), (bar0::DOORBELLS + handle * 4, 8));
@@ -310,7 +310,7 @@ fn intx_pends_in_status_and_register_until_acknowledged() {
         u16::from_le_bytes(data)
     };
     assert_eq!((status(&mut rig), rig.read32(reg::INTERRUPT_PENDING)), (0x18, 1));
-    // What uio_pci_generic does: Interrupt Disable on. The status stays.
+    // uio_pci_generic sets Interrupt Disable. The status stays.
     rig.function.write(region::CONFIG, 4, &0x0406u16.to_le_bytes());
     assert_eq!(status(&mut rig), 0x18);
     rig.write32(reg::INTERRUPT_ACK, 0);
@@ -338,8 +338,8 @@ fn eventfds_can_be_the_end_of_interrupt_and_mask_it() {
     if ring.post().is_wanted() {
         rig.write32(bar0::DOORBELLS + handle * 4, 0);
     }
-    // Not acknowledged, it comes again after each end: once, or twice if the write was there before
-    // the watch.
+    // Without an acknowledgement, INTx fires again after each end: once, or twice if the write came
+    // before the watch.
     for _ in 0..3 {
         assert!(wait(&intx) >= 1);
         rustix::io::write(&end, &1u64.to_ne_bytes()).unwrap();
@@ -348,7 +348,7 @@ fn eventfds_can_be_the_end_of_interrupt_and_mask_it() {
     assert!(rig.function.connect_mask(IrqIndex::Msi, false, None).is_err());
     rig.function.connect_mask(IrqIndex::Intx, false, None).unwrap();
 
-    // Another one masks it: soon the connector's own trigger is kept back.
+    // Another eventfd masks INTx. Soon the function holds back the connector's own trigger.
     rig.write32(reg::INTERRUPT_ACK, 0);
     rig.function.mask_irq(IrqIndex::Intx, false).unwrap();
     rig.function.trigger_irq(IrqIndex::Intx, 0).unwrap();
@@ -423,7 +423,7 @@ fn the_function_has_a_vector_of_its_own() {
     let (mut ring, handle) = rig.ring(1);
     let queue = rig.eventfd(IrqIndex::Msix, 1);
     let own = rig.eventfd(IrqIndex::Msix, 2);
-    // The violation is told on the function's vector, and what it is in two registers.
+    // The function's vector reports the violation. Two registers tell the reason.
     ring.submit(Entry { addr: 0, len: 1, id: 0, flags: 0 }).unwrap();
     if ring.post().is_wanted() {
         rig.write32(bar0::DOORBELLS + handle * 4, 0);
@@ -441,7 +441,7 @@ fn the_function_has_a_vector_of_its_own() {
     assert_eq!(rig.read32(reg::EVENTS), 0, "nobody listens");
 }
 
-/// All that a VMM shows of a machine that it restores from a snapshot is a reset.
+/// When a VMM restores a machine from a snapshot, the device sees only a reset.
 #[test]
 fn a_reset_under_an_open_connection_is_another_incarnation() {
     const COMMAND: u64 = 4;
@@ -471,7 +471,8 @@ fn a_reset_under_an_open_connection_is_another_incarnation() {
     master(&mut rig, false);
     rig.function.reset();
     assert!(changed(&mut rig));
-    // A driver that looks after Bus Master was cleared knows that its connection has ended.
+    // A driver that reads the state after Bus Master was cleared knows that its connection has
+    // ended.
     master(&mut rig, true);
     rig.open().unwrap();
     master(&mut rig, false);
@@ -497,8 +498,8 @@ fn a_removed_device_says_so() {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
 
-    /// Anything may be read and written anywhere, while a connection is open: nothing panics, and
-    /// the function still answers.
+    /// With an open connection, arbitrary reads and writes cause no panic, and the function still
+    /// answers.
     #[test]
     fn any_access_is_harmless(
         msix: bool,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A function that has nothing of vbus: two BARs, MSI-X in a third, a vendor-specific capability of
-//! its own.
+//! A function without the registers of vbus. It has two BARs, MSI-X in a third one, and a
+//! vendor-specific capability of its own.
 
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
@@ -10,10 +10,10 @@ use vbus_core::{Executor, InterruptSink, Tuning};
 use vbus_pci::vbus_pci_config::{Builder, Header, MsixLayout, capabilities};
 use vbus_pci::{BarHandler, Interrupts, IrqIndex, PciFunction, region};
 
-/// What a handler was asked, in order.
+/// The calls of a handler, in order.
 type Calls = Arc<Mutex<Vec<String>>>;
 
-/// Reads as its number, and notes what it is asked.
+/// A BAR whose bytes read as its number. It notes its calls.
 struct Noting(u8, Calls);
 
 impl Noting {
@@ -83,7 +83,7 @@ fn accesses_go_to_the_handler_of_their_bar() {
     assert_eq!(read(&mut function, 0, 0xffe), [1, 1, 1, 1]);
     assert_eq!(read(&mut function, 2, 4), [2, 2]);
     function.write(2, 0xff, &[7]);
-    // Beyond a BAR, where there is none, and where it has no handler: zeros, and nothing written.
+    // Beyond a BAR, without a BAR, and without a handler: reads return zeros and writes do nothing.
     for (region, offset) in [(0, 0x1000), (2, 0x100), (1, 0), (4, 0x900), (8, 0), (99, 0)] {
         assert_eq!(read(&mut function, region, offset), [0; 4]);
         function.write(region, offset, &[1]);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A device of the bus behind its socket, on the event loop: clients that come, crowd, misbehave
+//! A device of the bus with its socket, on the event loop. Clients come, crowd, break the protocol
 //! and go.
 
 use std::io::{Read, Write};
@@ -19,7 +19,7 @@ use vbus_process::{MEMORY_BYTES, Process};
 use vbus_vfio_user::DeviceServer;
 use vfio_user_protocol::{Client, ClientError, Errno};
 
-/// Adds its call's buffer up.
+/// A call returns the sum of its buffer's bytes.
 struct Adder;
 
 impl Device for Adder {
@@ -69,7 +69,7 @@ fn setup() -> Setup {
     Setup { _folder: folder, bus, server }
 }
 
-/// Connects as soon as the client before has gone.
+/// Connects as soon as the previous client has gone.
 fn process(setup: &Setup) -> Process {
     let start = Instant::now();
     loop {
@@ -97,7 +97,7 @@ fn a_driver_that_goes_without_a_word_leaves_nothing_behind() {
         let memory = process.alloc(8192).unwrap();
         function.region_add(0, 0, &memory, (0, 8192), None).unwrap();
         assert_eq!(endpoint.state(), ConnectionState::Open);
-        // As a process that is killed: nothing is closed but the socket.
+        // As when a process is killed, only its socket closes.
         rustix::net::shutdown(process.socket(), rustix::net::Shutdown::Both).unwrap();
         std::mem::forget(function);
     }
@@ -119,7 +119,7 @@ fn a_crowd_is_served_or_refused_but_nobody_waits() {
                             assert_eq!(client.device_info().unwrap().regions, 9);
                             served.fetch_add(1, Ordering::Relaxed);
                         }
-                        // More than a few at once are closed without an answer.
+                        // The server closes all but a few of them without an answer.
                         Err(
                             ClientError::Refused { errno: Errno::BUSY, .. } | ClientError::Closed,
                         ) => {
@@ -148,13 +148,13 @@ fn a_hostile_client_is_ended_and_the_next_one_served() {
         stream.write_all(bytes).unwrap();
         stream.shutdown(std::net::Shutdown::Write).unwrap();
         let mut rest = Vec::new();
-        // The end comes as such, or as a reset.
+        // The client reads the end of the stream, or a reset.
         assert!(
             !matches!(stream.read_to_end(&mut rest), Err(e) if e.kind() == std::io::ErrorKind::WouldBlock)
         );
         drop(process(&setup));
     }
-    // One that says nothing is ended by the event loop's timer.
+    // The timer of the event loop ends a silent client.
     let mut silent = UnixStream::connect(setup.server.path()).unwrap();
     silent.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     assert_eq!(silent.read(&mut [0; 16]).unwrap(), 0);

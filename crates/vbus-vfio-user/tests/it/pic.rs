@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The interrupt controller from a process: interrupts of another device come by it, and none is
-//! lost, whatever is masked and moved.
+//! A process drives the interrupt controller. Interrupts of another device come through it. None is
+//! lost, also while lines are masked and moved.
 #![allow(
     clippy::unwrap_used,
     clippy::cast_possible_truncation,
@@ -29,7 +29,7 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 const VECTORS: u16 = 64;
 const LINES: u16 = 200;
 
-/// A device that interrupts when the test says so.
+/// A device that interrupts when the test wants it.
 #[derive(Default)]
 struct Beeper(Arc<Mutex<Vec<Interrupt>>>);
 
@@ -58,8 +58,7 @@ impl Drop for Beeping {
     }
 }
 
-/// A bus with an interrupt controller and a device that it may carry, and a driver process for
-/// each.
+/// A bus with an interrupt controller and another device, and a driver process for each.
 struct Setup {
     _folder: tempfile::TempDir,
     bus: Bus,
@@ -113,7 +112,7 @@ impl Setup {
         self.beeps.lock().unwrap()[usize::from(vector)].trigger();
     }
 
-    /// A processor, with the spurious message that a fresh route may bring not yet sent.
+    /// A new processor without routes. (A new route may raise its line once without an interrupt.)
     fn cpu(&mut self, number: u32, nesting: Nesting) -> Controller<Process> {
         let mut cpu = self.pic.cpu(number, LINES, nesting, number as u16).unwrap();
         assert_eq!(cpu.arm(), Wanted::Waiting);
@@ -125,7 +124,7 @@ fn source(vector: u16) -> Source<'static> {
     Source { device: "beeper0", vector }
 }
 
-/// Whether a message is there; takes it.
+/// Takes a message. Returns whether there was one.
 fn taken(fd: &OwnedFd) -> bool {
     rustix::io::read(fd, &mut [0; 8]).is_ok()
 }
@@ -140,7 +139,7 @@ fn wait(fd: &OwnedFd) {
     assert!(taken(fd));
 }
 
-/// The handler of a message, for lines that need nothing.
+/// Handles a message. Returns the lines that it took.
 fn drain(cpu: &mut Controller<Process>) -> Vec<u16> {
     let mut lines = Vec::new();
     while let Some(line) = cpu.take() {
@@ -199,11 +198,11 @@ fn a_line_that_moves_while_it_is_pending_is_not_lost() {
     setup.beep(0);
     wait(&setup.messages[0]);
     assert_eq!((drain(&mut cpus[0]), drain(&mut cpus[1])), (vec![7], vec![]));
-    // Of a line that two share it is not known whose it is that is pending.
+    // Two routes share a line. If it is pending, nobody knows which of them raised it.
     setup.pic.route(source(1), to(0, 7)).unwrap();
     assert!(setup.pic.relocate(source(0), to(1, 7)).unwrap());
     assert_eq!((drain(&mut cpus[0]), drain(&mut cpus[1])), (vec![7], vec![7]));
-    // A page that goes takes its routes with it.
+    // Dropping a page ends its routes.
     while setup.own.wait(Duration::ZERO) {}
     let [zero, _one] = cpus;
     setup.pic.remove(zero).unwrap();
@@ -233,7 +232,8 @@ fn a_route_ends_with_either_connection() {
     assert_eq!(status(setup.pic.relocate(source(0), to)), Some(ErrorCode(NO_ROUTE)));
     setup.pic.route(source(0), to).unwrap();
 
-    // A device that has lost its connection raises the line: its driver may wait for it alone.
+    // A device that has lost its connection raises the line, because its driver may wait only for
+    // it.
     drain(&mut cpu);
     while taken(&setup.messages[0]) {}
     setup.bus.get("beeper0").unwrap().reincarnate();
@@ -244,7 +244,7 @@ fn a_route_ends_with_either_connection() {
     setup.open();
     setup.pic.route(source(0), to).unwrap();
 
-    // A connection that breaks raises the line, for its driver to look at its status.
+    // A broken connection raises the line, so that its driver reads the connection's state.
     drain(&mut cpu);
     while taken(&setup.messages[0]) {}
     setup.bus.remove("beeper0").unwrap();
@@ -374,7 +374,7 @@ fn what_is_routed_itself_routes_nothing() {
     );
 }
 
-/// What the devices have posted and the processors have seen, by vector.
+/// The counts that devices have posted and processors have seen, by vector.
 struct Books {
     posted: Vec<AtomicU64>,
     seen: Vec<AtomicU64>,
@@ -384,7 +384,7 @@ struct Books {
     stop: AtomicBool,
 }
 
-/// A small generator, for choices that need not be good ones.
+/// A simple generator of pseudo-random numbers.
 struct Dice(u64);
 
 impl Dice {
@@ -396,8 +396,7 @@ impl Dice {
     }
 }
 
-/// A processor, until it is told to stop. It sleeps until a message comes: it looks at nothing
-/// else.
+/// A processor. It runs until it has to stop, and sleeps until a message comes.
 struct Processor<'a> {
     cpu: Controller<Process>,
     message: &'a OwnedFd,
@@ -426,7 +425,7 @@ impl Processor<'_> {
             if self.books.seen[vector].fetch_max(posted, Ordering::Release) >= posted {
                 self.books.spurious.fetch_add(1, Ordering::Relaxed);
             }
-            // With interrupts on: a message comes in between.
+            // With interrupts enabled, another message may come here.
             if self.nesting == Nesting::Nested && self.dice.roll(4) == 0 {
                 self.message();
             }
@@ -464,8 +463,8 @@ impl Processor<'_> {
     }
 }
 
-/// Devices raise `total` interrupts, some at a time, and go on when all of them were seen, so that
-/// none can hide behind the next one.
+/// Devices raise `total` interrupts, a few at a time. They go on when processors have seen all of
+/// them, so that no lost interrupt can hide behind the next one.
 fn exchange(total: u64, nesting: Nesting) {
     let mut setup = Setup::new(Some("pic0"));
     let cpus = [setup.cpu(0, nesting), setup.cpu(1, nesting)];
@@ -495,11 +494,11 @@ fn exchange(total: u64, nesting: Nesting) {
                 Processor { cpu, message, books, dice, in_service: Vec::new(), nesting };
             scope.spawn(move || {
                 processor.run();
-                // Its page must last as long as the connection.
+                // The page must live as long as the connection.
                 std::mem::forget(processor);
             });
         }
-        // Two devices, one with the even vectors.
+        // Two devices. One has the even vectors.
         let devices: Vec<_> = [0_u64, 1]
             .map(|half| {
                 let ask = ask.clone();
@@ -507,11 +506,12 @@ fn exchange(total: u64, nesting: Nesting) {
                     let mut dice = Dice(0x9e37_79b9 + half);
                     let mut left = total / 2;
                     while left > 0 {
-                        // One alone now and then: then nothing else brings the processor to look.
+                        // Sometimes one interrupt comes alone, so that no other one wakes the
+                        // processor.
                         let most = if dice.roll(3) == 0 { 1 } else { u64::from(VECTORS) / 2 };
                         let burst = (1 + dice.roll(most)).min(left);
                         left -= burst;
-                        // In the middle of a burst, a line moves.
+                        // A line moves in the middle of a burst.
                         if dice.roll(4) == 0 {
                             ask.send(()).unwrap();
                         }
@@ -539,7 +539,7 @@ fn exchange(total: u64, nesting: Nesting) {
             .into();
         drop(ask);
         let mut dice = Dice(42);
-        // Until both devices are done.
+        // Serve requests until both devices have finished.
         for () in asked {
             let (vector, cpu) = (dice.roll(VECTORS.into()), dice.roll(2));
             let _ = setup
@@ -556,7 +556,7 @@ fn exchange(total: u64, nesting: Nesting) {
     println!("{total} interrupts, {messages} messages, {moves} moves, {spurious} for nothing");
     assert_eq!(seen, total);
     assert!(messages <= total + moves + u64::from(VECTORS) + spurious);
-    // Those with which routes begin, and lines that moved while a processor took them.
+    // A new route raises its line once, and a line may move while a processor takes it.
     assert!(spurious <= u64::from(VECTORS) + moves, "{spurious}");
 }
 
@@ -570,7 +570,8 @@ fn no_interrupt_is_lost_nested() {
     exchange(20_000, Nesting::Nested);
 }
 
-/// Only in a release build, where it takes a minute; `cargo xtask test lost_interrupts` runs it.
+/// It exists only in a release build, where it takes a minute. `cargo xtask test lost_interrupts`
+/// runs it.
 #[cfg(not(debug_assertions))]
 #[test]
 fn no_interrupt_of_ten_million_is_lost() {

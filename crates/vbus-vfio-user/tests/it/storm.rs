@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A driver that rings without end harms itself alone: what a ring costs is bounded, and other
+//! A driver that rings without end harms only itself. The cost of a ring is bounded, and other
 //! devices of the same thread go on.
 
 use std::sync::Arc;
@@ -18,12 +18,12 @@ use vbus_process::{MEMORY_BYTES, Process, ProcessMemory};
 use vbus_vfio_user::DeviceServer;
 
 const TIMEOUT: Duration = Duration::from_secs(60);
-/// So many at least.
+/// The least number of round trips.
 const ROUND_TRIPS: u64 = 500;
-/// More rings than this are a storm.
+/// The least number of rings of a storm.
 const STORM: u64 = 2 * ROUND_TRIPS;
 
-/// Answers each new number in a region's first word in its second, with an interrupt.
+/// Copies each new number in the first word of a region to the second word, and interrupts.
 struct Echo;
 
 #[derive(Default)]
@@ -75,7 +75,7 @@ impl Driver {
         Driver { function, memory, handle }
     }
 
-    /// Asks once and gets the answer.
+    /// Sends a number and waits for the answer.
     fn round_trip(&self, number: u64) {
         let words = self.memory.words();
         words[0].store(number, Ordering::Release);
@@ -86,7 +86,7 @@ impl Driver {
     }
 }
 
-/// Sets it when dropped, so that nobody goes on for ever when something has failed.
+/// Sets the flag when it is dropped, so that the other threads end if the test fails.
 struct Over<'a>(&'a AtomicBool);
 
 impl Drop for Over<'_> {
@@ -95,8 +95,8 @@ impl Drop for Over<'_> {
     }
 }
 
-/// A bus of two echoes, all on one thread that never polls in vain: `loud`, whose driver `storm`s,
-/// and `quiet`.
+/// Runs a bus with two echoes, `loud` and `quiet`, on one thread without polling windows. The
+/// driver of `loud` runs `storm`.
 fn weather(storm: impl Fn(&Process, u32) + Sync) {
     let folder = tempfile::tempdir().unwrap();
     let tuning = Tuning { workers: 1, poll_max: Duration::ZERO, ..Tuning::default() };
@@ -124,7 +124,7 @@ fn weather(storm: impl Fn(&Process, u32) + Sync) {
         for first in 0..2 {
             let (storm, others, rings, over) = (&storm, &others, &rings, &over);
             scope.spawn(move || {
-                // All doorbells in turn, those of no region too.
+                // Ring all doorbells in turn, also those without a region.
                 for number in (first..).step_by(2) {
                     storm(others, number % 8);
                     rings.fetch_add(1, Ordering::Relaxed);
@@ -134,7 +134,7 @@ fn weather(storm: impl Fn(&Process, u32) + Sync) {
                 }
             });
         }
-        // The one who makes the noise is served as well, and its own rings are not lost.
+        // The bus also serves the driver that rings without end, and loses none of its rings.
         let mut number = 1;
         while number < ROUND_TRIPS || rings.load(Ordering::Relaxed) <= STORM {
             number += 1;
@@ -144,15 +144,15 @@ fn weather(storm: impl Fn(&Process, u32) + Sync) {
         number
     });
     let rung = rings.load(Ordering::Relaxed);
-    // The last ones are taken care of by then.
+    // By then the bus has handled the last rings.
     (last + 1..last + 21).for_each(|number| quiet.round_trip(number));
     let polled = polls(&loud) - before;
     println!("{rung} rings by storm, {polled} polls");
-    // A ring wakes at most once, and a wake-up is one poll in vain, or one with an answer and one
-    // in vain.
+    // A ring wakes the device at most once. A wake-up causes one poll without work, or one with
+    // work and one without.
     assert!(polled <= rung + 3 * last, "{polled} polls for {rung} rings");
 
-    // After the storm nothing of it is left: nobody polls.
+    // After the storm the device does not poll.
     (last + 21..last + 61).for_each(|number| quiet.round_trip(number));
     assert_eq!(polls(&loud) - before, polled);
     assert_eq!(loud.counters().broken.get(), 0);
@@ -161,7 +161,7 @@ fn weather(storm: impl Fn(&Process, u32) + Sync) {
 
 #[test]
 fn a_storm_by_eventfds_costs_the_others_no_answer() {
-    // One write of an eventfd each, which the bus watches.
+    // Each ring is one write of an eventfd, which the bus watches.
     let mmio = Doorbell { kind: KIND_MMIO, stride: 4, base: 0x1000 };
     weather(|process, number| process.ring(mmio, number));
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A process without a free descriptor: the server pauses, and goes on afterwards.
+//! The process has no free descriptor. The server pauses, and goes on afterwards.
 
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -8,7 +8,7 @@ use std::time::Instant;
 use crate::support::{Bench, Raw, Seen, alone, framed, version};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// The limit is the process's.
+/// The limit belongs to the process, so this test runs in a process of its own.
 #[test]
 fn without_descriptors_the_server_pauses_and_goes_on() {
     alone("exhaustion::without_descriptors_the_server_pauses_and_goes_on", pauses_and_goes_on);
@@ -18,7 +18,7 @@ fn pauses_and_goes_on() {
     let mut bench = Bench::new();
     let waiting = UnixStream::connect(bench.path()).unwrap();
     let before = getrlimit(Resource::Nofile);
-    // The limit is one of numbers: none is left below the lowest free one.
+    // The limit is on descriptor numbers. No number below the lowest free one is free.
     let lowest = std::fs::File::open("/dev/null").unwrap().as_raw_fd();
     let full = Rlimit { current: Some(lowest.unsigned_abs().into()), ..before };
     setrlimit(Resource::Nofile, full).unwrap();
@@ -27,7 +27,7 @@ fn pauses_and_goes_on() {
     assert!(!outcome.more && !bench.server.has_client());
     let again = bench.server.deadline().expect("a time for the next try");
     assert!(again > now, "no try after another without a pause");
-    // Nor does the descriptor say that there is something to do.
+    // The server's descriptor is not readable either.
     let mut fds = [rustix::event::PollFd::new(&bench.server, rustix::event::PollFlags::IN)];
     let zero = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
     assert_eq!(rustix::event::poll(&mut fds, Some(&zero)), Ok(0));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A client against servers that are not this crate's: those that do not answer, whatever else they
-//! send, and one of a later version.
+//! A client against other servers. Some send messages but never the answer. One has a later version
+//! of the protocol.
 
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
@@ -11,7 +11,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use vfio_user_protocol::message::{Kind, Version, command, message};
 use vfio_user_protocol::{Client, ClientError, version};
 
-/// A call's own bound, and room for a machine that has much else to do.
+/// The time limit of a call, with room for a loaded machine.
 const BOUND: Duration = Duration::from_secs(15);
 
 /// A client that has negotiated, and the server's end of its socket.
@@ -30,7 +30,7 @@ fn negotiated() -> (Client, UnixStream) {
     (client, server.join().unwrap())
 }
 
-/// What a call, during which the server does `act` until it fails, ends with.
+/// The error of a call during which the server repeats `act` until it fails.
 fn call(mut act: impl FnMut(&mut UnixStream) -> std::io::Result<()> + Send) -> ClientError {
     let (mut client, mut server) = negotiated();
     std::thread::scope(|scope| {
@@ -38,7 +38,7 @@ fn call(mut act: impl FnMut(&mut UnixStream) -> std::io::Result<()> + Send) -> C
         let begun = Instant::now();
         let error = client.device_info().unwrap_err();
         assert!(begun.elapsed() < BOUND, "{:?}", begun.elapsed());
-        // From now on nothing is waited for.
+        // From now on no call waits.
         let begun = Instant::now();
         assert!(matches!(client.device_info(), Err(ClientError::Closed)));
         assert!(begun.elapsed() < Duration::from_secs(1));
@@ -49,7 +49,7 @@ fn call(mut act: impl FnMut(&mut UnixStream) -> std::io::Result<()> + Send) -> C
 
 #[test]
 fn requests_without_end_are_no_answer() {
-    // Not to be answered, so that the client's own socket does not fill.
+    // The client must not answer it, so that its own socket does not fill.
     let request = message(1, command::DMA_READ, Kind::Command { no_reply: true }, &[0; 16]);
     let error = call(|server| server.write_all(&request));
     assert!(matches!(error, ClientError::Timeout("DEVICE_GET_INFO")), "{error}");
@@ -66,7 +66,7 @@ fn an_answer_in_single_bytes_is_late() {
     assert!(matches!(error, ClientError::Timeout("DEVICE_GET_INFO")), "{error}");
 }
 
-/// Entries of `DEVICE_GET_REGION_IO_FDS` are as long as `argsz` and count say.
+/// `argsz` and the count give the length of the entries of `DEVICE_GET_REGION_IO_FDS`.
 #[test]
 fn entries_of_a_later_version_are_longer() {
     let (mut client, mut server) = negotiated();

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Both ends of the protocol, against each other, against bytes, and against another crate.
+//! Tests both ends of the protocol against each other, against arbitrary bytes, and against another
+//! crate.
 #![allow(missing_docs, clippy::unwrap_used, reason = "a test may panic")]
 
 #[macro_use]

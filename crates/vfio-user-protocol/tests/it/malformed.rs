@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What a client can do wrong, and what comes of it: an error reply, or the end of its connection -
-//! and in every case a server that serves the next client, and not one descriptor more than before.
+//! Each fault of a client has its expected result: an error reply, or the end of the connection. In
+//! every case the server then serves the next client, and has no more open descriptors than before.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -10,16 +10,16 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vfio_user_protocol::{Client, Errno};
 
-/// What must come of it.
+/// The expected result.
 #[derive(Clone, Copy)]
 enum Fate {
-    /// This errno is answered to message 1, and the connection goes on.
+    /// Message 1 gets this errno, and the connection goes on.
     Refused(Errno),
     /// Message 1 succeeds, and the connection goes on.
     Done,
-    /// Nothing is answered, and the connection goes on.
+    /// The client gets no answer, and the connection goes on.
     Ignored,
-    /// This errno is answered to message 1, and the connection ends.
+    /// Message 1 gets this errno, and the connection ends.
     RefusedAndEnded(Errno),
     /// The connection ends without an answer.
     Ended,
@@ -56,7 +56,7 @@ impl Fds {
 struct Table(Vec<Case>);
 
 impl Table {
-    /// Bytes to send before any agreement.
+    /// Adds a case: these bytes before the negotiation.
     fn start(&mut self, name: &'static str, fate: Fate, bytes: Vec<u8>) {
         self.0.push(Case {
             name,
@@ -66,7 +66,7 @@ impl Table {
         });
     }
 
-    /// Bytes to send after the agreement.
+    /// Adds a case: these bytes after the negotiation.
     fn bytes(&mut self, name: &'static str, fate: Fate, bytes: Vec<u8>) {
         self.0.push(Case {
             name,
@@ -76,12 +76,12 @@ impl Table {
         });
     }
 
-    /// A command with id 1.
+    /// Adds a case: a command with id 1.
     fn command(&mut self, name: &'static str, fate: Fate, command: u16, body: Vec<u8>) {
         self.bytes(name, fate, framed(1, command, 0, &body));
     }
 
-    /// A command with id 1 and descriptors.
+    /// Adds a case: a command with id 1 and descriptors.
     fn with_fds(
         &mut self,
         name: &'static str,
@@ -483,7 +483,7 @@ fn descriptors(t: &mut Table) {
     });
 }
 
-/// A client that does everything right, one thing of each.
+/// A correct client, which does one of each kind of request.
 fn good_client(path: &std::path::Path) {
     let mut client = Client::connect(path).unwrap();
     assert_eq!(client.device_info().unwrap().regions, 9);
@@ -500,7 +500,7 @@ fn good_client(path: &std::path::Path) {
     client.reset().unwrap();
 }
 
-/// Descriptors are counted, which are the process's.
+/// The test counts the descriptors of the process, so it runs in a process of its own.
 #[test]
 fn every_misdeed_has_its_fate_and_the_server_goes_on() {
     alone("malformed::every_misdeed_has_its_fate_and_the_server_goes_on", every_misdeed);
@@ -564,7 +564,7 @@ fn every_misdeed() {
     }
     println!("{} cases", t.0.len());
 
-    // Slowness is a misdeed too. Time is what the caller of `ready` says it is.
+    // A client can also be too slow. The caller of `ready` gives the time.
     for (name, negotiated, bytes) in [
         ("no VERSION at all", false, &b""[..]),
         ("half a VERSION", false, &framed(1, 1, 0, &version())[..30]),
@@ -587,7 +587,8 @@ fn every_misdeed() {
         assert_eq!(open_fds(), before, "{name}: descriptors leak");
     }
 
-    // A client that asks and does not read: answers do not pile up, and after a while it is ended.
+    // A client sends requests and does not read. The answers do not pile up, and the server ends
+    // the connection after some time.
     let mut raw = Raw::negotiated(&mut bench);
     raw.stream.set_nonblocking(true).unwrap();
     let read = framed(1, 9, 0, &bytes![0u64, 0u32, 3840u32]);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The parser against any bytes, and against what it has put together itself.
+//! Tests the parsers with arbitrary bytes, and with messages that this crate has made.
 
 use std::os::fd::OwnedFd;
 
@@ -11,7 +11,7 @@ use vfio_user_protocol::session::{Answer, Session};
 use vfio_user_protocol::socket::{Message, Received, Receiver, Source};
 use vfio_user_protocol::{Errno, Target, version as negotiation};
 
-/// Bytes in pieces of given sizes, with a pause after each, as a busy socket has them.
+/// Gives bytes in pieces of these sizes, with no bytes after each, as a busy socket does.
 struct Pieces<'a> {
     bytes: &'a [u8],
     sizes: std::iter::Cycle<std::slice::Iter<'a, usize>>,
@@ -39,7 +39,7 @@ fn kind() -> impl Strategy<Value = Kind> {
     ]
 }
 
-/// Numbers at which checks turn: around nothing, pages, signs and the end.
+/// Numbers at the limits of checks: near 0, pages, the sign bit and the maximum.
 fn number() -> impl Strategy<Value = u64> {
     let edges: Vec<u64> = vec![
         0,
@@ -65,7 +65,7 @@ fn number() -> impl Strategy<Value = u64> {
     })
 }
 
-/// A body made of such numbers, cut off anywhere.
+/// A body of such numbers, which may be cut off anywhere.
 fn body() -> impl Strategy<Value = Vec<u8>> {
     let word = prop_oneof![
         number().prop_map(|n| n.to_ne_bytes().to_vec()),
@@ -74,7 +74,7 @@ fn body() -> impl Strategy<Value = Vec<u8>> {
     ];
     (vec(word, 0..12), any::<proptest::sample::Index>()).prop_map(|(words, cut)| {
         let mut bytes = words.concat();
-        // Mostly whole.
+        // Most are complete.
         if cut.index(4) == 0 {
             bytes.truncate(cut.index(bytes.len() + 1));
         }
@@ -122,7 +122,7 @@ proptest! {
         prop_assert_eq!(SubRegion::parse_all(&body), Ok(vec![sub; 2]));
     }
 
-    /// However the stream is cut into pieces, the same messages come out.
+    /// The receiver finds the same messages, into whatever pieces the stream is cut.
     #[test]
     fn messages_survive_any_cut(
         bodies in vec(vec(any::<u8>(), 0..200), 1..8),
@@ -145,7 +145,7 @@ proptest! {
         prop_assert_eq!(got, bodies);
     }
 
-    /// Any bytes at all: the receiver either goes on or says what is broken.
+    /// With arbitrary bytes, the receiver either goes on or returns an error.
     #[test]
     fn any_stream_ends(stream in vec(any::<u8>(), 0..400), sizes in vec(1usize..40, 1..4)) {
         let mut source = Pieces { bytes: &stream, sizes: sizes.iter().cycle(), pause: true };
@@ -159,8 +159,8 @@ proptest! {
         prop_assert!(false, "the end does not come");
     }
 
-    /// Any commands: every one gets a reply of a possible form unless it was posted, and the device
-    /// is only asked for what it has (it panics otherwise).
+    /// With arbitrary commands, each gets a reply of a valid form unless it was posted. The server
+    /// asks the device only for what the device has; otherwise the device panics.
     #[test]
     fn any_commands_are_answered(commands in vec((0u16..20, any::<bool>(), body()), 0..40)) {
         let mut device = Device::new();
@@ -198,7 +198,8 @@ proptest! {
             {mapped:x?}");
     }
 
-    /// Any version data: an agreement that promises no more than was asked for, or a reason.
+    /// With arbitrary version data, the ends agree on no more than the client asked for, or the
+    /// server gives a reason.
     #[test]
     fn any_version_is_answered(
         major in 0u16..2,
@@ -218,8 +219,8 @@ proptest! {
             prop_assert!(negotiated.minor <= minor && negotiated.peer_fds <= 253 && negotiated.peer_transfer <= 1 << 20);
             let reply = Version::parse(&body).unwrap();
             prop_assert!(reply.minor <= minor && reply.major == 0);
-            // QEMU's buffer for the reply is as long as its request. (A name without its value's
-            // worth of digits is the exception: the limits are at most 7 digits.)
+            // QEMU's buffer for the reply has the size of its request. (The reply may have up to 7
+            // digits for each of three values, where the request had fewer.)
             prop_assert!(body.len() <= 4 + data.len() + 3 * 7);
             prop_assert!(negotiation::accept(&reply).is_ok());
         }

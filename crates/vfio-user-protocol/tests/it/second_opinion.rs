@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The client of the crate `vfio_user`, written by others, against this server.
+//! The client of the crate `vfio_user` against this server. Other authors have written it.
 //!
-//! That client reads every reply as a success, so what is refused is tested elsewhere.
+//! That client takes every reply for a success, so other tests check refusals.
 
 use std::os::fd::AsRawFd;
 

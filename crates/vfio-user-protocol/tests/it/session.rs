@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What a well-behaved client gets.
+//! Sessions of correct clients.
 
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
@@ -55,8 +55,8 @@ fn the_device_is_described_and_accessed() {
         client.region_read(7, 0, &mut config).unwrap();
         assert_eq!(config, [0x5a; 256]);
         client.region_write(0, 100, b"written").unwrap();
-        // Posted writes are done in order, before whatever follows, and their failures are not
-        // answered.
+        // The server does posted writes in order, before later commands. A failed one has no
+        // answer.
         for i in 0..10_000u32 {
             client.region_post(0, 200, &i.to_ne_bytes()).unwrap();
         }
@@ -110,11 +110,11 @@ fn interrupts_are_connected_triggered_and_masked() {
     let borrowed: Vec<_> = eventfds.iter().map(AsFd::as_fd).collect();
     bench.with(|path| {
         let mut client = Client::connect(path).unwrap();
-        // More than fit into one message.
+        // These are more than fit into one message.
         client.connect_irqs(2, 0, &borrowed).unwrap();
         client.irq(2, 31, IrqVerb::Trigger).unwrap();
         assert_eq!(count(&eventfds[31]), Some(1));
-        // By flags: the second and the fourth of four.
+        // By flags: the second and the fourth of four interrupts.
         let flags = bytes![24u32, 0x22u32, 2u32, 4u32, 4u32];
         client.call(8, &[flags, vec![0, 1, 0, 255]].concat(), &[]).unwrap();
         let signalled: Vec<bool> = eventfds.iter().map(|fd| count(fd).is_some()).collect();
@@ -124,7 +124,7 @@ fn interrupts_are_connected_triggered_and_masked() {
         );
         client.irq(0, 0, IrqVerb::Mask).unwrap();
         client.irq(0, 0, IrqVerb::Unmask).unwrap();
-        // Without descriptors: one vector less.
+        // Without descriptors, this disconnects one vector.
         client.call(8, &bytes![20u32, 0x24u32, 2u32, 31u32, 1u32], &[]).unwrap();
         client.irq(2, 31, IrqVerb::Trigger).unwrap();
         assert_eq!(count(&eventfds[31]), None);
@@ -201,7 +201,7 @@ fn memory_is_mapped_and_taken_back() {
     assert!(bench.server.target().maps.is_empty());
 }
 
-/// The number of mappings that a client does not state is 65535, whatever the device would state.
+/// A client that names no number of mappings has 65535, whatever the device's number is.
 #[test]
 fn an_unstated_number_of_mappings_is_65535() {
     let mut bench = Bench::new();
@@ -232,13 +232,13 @@ fn a_second_client_is_refused_and_comes_later() {
         assert_eq!(second.see(&mut bench), Seen::Reply(id, 1, Some(busy), vec![]));
         assert_eq!(second.see(&mut bench), Seen::Closed);
     }
-    // One that says nothing is told nothing, and is not kept for long.
+    // A silent client gets no answer, and the server soon ends its connection.
     let mut silent = Raw::connect(&bench);
     bench.until(None, |server| server.stats().refused == 3);
     let deadline = bench.server.deadline().unwrap();
     bench.server.ready(deadline);
     assert_eq!(silent.see(&mut bench), Seen::Closed);
-    // Many at once are closed at once.
+    // The server closes many clients at once.
     let crowd: Vec<_> = (0..6).map(|_| Raw::connect(&bench)).collect();
     bench.until(None, |server| server.stats().refused == 9);
     drop(crowd);
@@ -299,20 +299,20 @@ fn the_socket_file_is_private_and_replaced_only_when_dead() {
     let path = folder.path().join("device.sock");
     let bind =
         |path: &Path| Server::bind(path, "test", Device::new()).map(drop).map_err(|e| e.kind());
-    // A dead server's file.
+    // The file of a server that has ended.
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
     assert!(std::fs::symlink_metadata(&path).unwrap().file_type().is_socket());
     let server = Server::bind(&path, "test", Device::new()).unwrap();
     assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
-    // A living server's.
+    // The file of a running server.
     assert_eq!(bind(&path), Err(std::io::ErrorKind::AddrInUse));
     drop(server);
     assert!(!path.exists(), "the file goes with its server");
-    // Something else.
+    // A file that is no socket.
     std::fs::write(&path, "not a socket").unwrap();
     assert_eq!(bind(&path), Err(std::io::ErrorKind::AddrInUse));
     assert_eq!(std::fs::read(&path).unwrap(), b"not a socket");
-    // Another server's, by the time that this one ends.
+    // Another server has replaced the file before this one ends.
     let path = folder.path().join("other.sock");
     let server = Server::bind(&path, "test", Device::new()).unwrap();
     std::fs::remove_file(&path).unwrap();

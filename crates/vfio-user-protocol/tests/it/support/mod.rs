@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A small device to serve, and a client that says whatever bytes it is told to.
+//! A small device, and a client that sends any bytes.
 
 use std::collections::BTreeMap;
 use std::io::{ErrorKind, IoSlice, Read, Write};
@@ -25,7 +25,7 @@ pub struct Device {
     pub config: Vec<u8>,
     pub maps: BTreeMap<u64, Mapping>,
     pub irqs: BTreeMap<(u32, u32), OwnedFd>,
-    /// Triggers, masks and unmasks by message, in order: what, index, interrupts.
+    /// Triggers, masks and unmasks by message, in order: the kind, the index, the interrupts.
     pub actions: Vec<(char, u32, Vec<u32>)>,
     pub doorbells: Vec<OwnedFd>,
     pub connected: bool,
@@ -140,7 +140,7 @@ impl Target for Device {
 
     fn dma_map(&mut self, mapping: Mapping) -> Result<(), Errno> {
         if let Some((fd, _)) = &mapping.memory {
-            // As a real device does, which has to map it.
+            // A real device, which has to map the file, fails too.
             if rustix::fs::fstat(fd)?.st_size == 0 {
                 return Err(Errno::NODEV);
             }
@@ -224,7 +224,7 @@ impl Bench {
         })
     }
 
-    /// Runs the server until `done`, woken by its own descriptor and by `also`.
+    /// Runs the server until `done` returns true. Its own descriptor and `also` wake it.
     pub fn until(
         &mut self,
         also: Option<BorrowedFd<'_>>,
@@ -241,7 +241,7 @@ impl Bench {
         }
     }
 
-    /// Runs the server until the last client is gone.
+    /// Runs the server until the last client has gone.
     pub fn until_gone(&mut self) {
         self.until(None, |server| {
             server.ready(Instant::now());
@@ -250,9 +250,9 @@ impl Bench {
     }
 }
 
-/// Runs the test `name` of this program in a process of its own: `test` there, and here a check
-/// that it passed. For what belongs to a process, when other tests run in other threads of this
-/// one.
+/// Runs the test `name` of this program again in a process of its own, and checks that it passed.
+/// `test` runs there. This is for tests of things that belong to a process, because other tests run
+/// in other threads of this process.
 pub fn alone(name: &str, test: impl FnOnce()) {
     const ALONE: &str = "VFIO_USER_TEST_ALONE";
     if std::env::var_os(ALONE).is_some() {
@@ -273,7 +273,7 @@ pub fn open_fds() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
-/// What a raw client gets to see.
+/// What a raw client receives.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Seen {
     /// A reply: id, command, errno of an error, body.
@@ -282,7 +282,7 @@ pub enum Seen {
     Closed,
 }
 
-/// A client that sends what it is told to.
+/// A client that sends any bytes.
 pub struct Raw {
     pub stream: UnixStream,
     input: Vec<u8>,
@@ -303,12 +303,12 @@ pub fn raw(id: u16, command: u16, size: u32, flags: u32, body: &[u8]) -> Vec<u8>
     bytes
 }
 
-/// A message with a right header.
+/// A message with a valid header.
 pub fn framed(id: u16, command: u16, flags: u32, body: &[u8]) -> Vec<u8> {
     raw(id, command, u32::try_from(16 + body.len()).unwrap(), flags, body)
 }
 
-/// Integers of different sizes, one after the other.
+/// The bytes of integers of different sizes.
 #[macro_export]
 macro_rules! bytes {
     ($($value:expr),* $(,)?) => {{
@@ -353,7 +353,7 @@ impl Raw {
         }
     }
 
-    /// Sends bytes; a server that has closed the connection already is none of its concern.
+    /// Sends bytes. It ignores an error, because the server may have closed the connection.
     pub fn send(&mut self, bytes: &[u8]) {
         let _ = self.stream.write_all(bytes);
     }
@@ -362,7 +362,7 @@ impl Raw {
         send_with(&self.stream, bytes, fds);
     }
 
-    /// Runs the server until it has answered or closed the connection.
+    /// Runs the server until it has answered this client or closed its connection.
     pub fn see(&mut self, bench: &mut Bench) -> Seen {
         self.stream.set_nonblocking(true).unwrap();
         let mut seen = None;
