@@ -8,7 +8,7 @@ use serde_json::Value;
 use vbus_shm::Versions;
 use vbus_shm::abi::reg;
 
-use crate::device::{CreateError, Device, DeviceClass};
+use crate::device::{CreateError, Device, DeviceClass, Joined};
 use crate::endpoint::Endpoint;
 use crate::executor::Executor;
 use crate::host::Host;
@@ -145,7 +145,16 @@ impl Bus {
         devices.insert(name.into(), endpoint.clone());
         self.outlets.insert(name, endpoint.host().outlet());
         drop(devices);
-        endpoint.device().joined(endpoint.notifier());
+        let joined = Joined {
+            notifier: endpoint.notifier(),
+            executor: &self.executor,
+            worker: endpoint.host().worker(),
+            counters: endpoint.host().counters(),
+        };
+        if let Err(error) = endpoint.device().joined(joined) {
+            let _ = self.remove(name);
+            return Err(BusError::Create(name.into(), error));
+        }
         tracing::info!(device = name, class = endpoint.identity().class_name, "added");
         Ok(endpoint)
     }

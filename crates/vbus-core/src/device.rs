@@ -153,10 +153,20 @@ pub trait Device: Send + Sync {
         Vec::new()
     }
 
-    /// The bus calls this when the device has joined it. `notifier` tells drivers of changes. The
-    /// device may use it at any time, also while no driver has opened the device.
-    fn joined(&self, notifier: Notifier) {
-        let _ = notifier;
+    /// Whether drivers can open the device. A device that works for others only, such as the uplink
+    /// of a switch, has no driver. It gets no socket, and no machine can have it.
+    fn takes_drivers(&self) -> bool {
+        true
+    }
+
+    /// The bus calls this when the device has joined it. The device may use what it gets at any
+    /// time, also while no driver has opened the device.
+    ///
+    /// # Errors
+    /// The device cannot work. It leaves the bus again. The text says why.
+    fn joined(&self, joined: Joined<'_>) -> Result<(), CreateError> {
+        let _ = joined;
+        Ok(())
     }
 
     /// A driver opens the device. The connection is dropped after the driver's CLOSE, a reset, an
@@ -182,6 +192,19 @@ pub trait Device: Send + Sync {
     /// The device has left the bus. Its connection has ended, and there will be no other. Requests
     /// that wait must end.
     fn removed(&self) {}
+}
+
+/// What a device gets when it joins a bus.
+#[non_exhaustive]
+pub struct Joined<'a> {
+    /// Tells drivers of changes.
+    pub notifier: Notifier,
+    /// The event loop, where the device can run tasks of its own.
+    pub executor: &'a Arc<Executor>,
+    /// The index of the worker on which the device's tasks do best.
+    pub worker: usize,
+    /// The counters of the device, for its own tasks.
+    pub counters: &'a Arc<ConnectionCounters>,
 }
 
 /// What a new connection gets.

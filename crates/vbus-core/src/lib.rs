@@ -133,7 +133,9 @@ pub use blocking::BlockingQueue;
 pub use bus::{Bus, BusError, DEVICES_MAX, NAME_MAX};
 pub use call::{Call, Called, PendingCall};
 pub use counter::{ConnectionCounters, Counter};
-pub use device::{Connection, CreateError, Device, DeviceClass, Fail, Identity, Open, Region};
+pub use device::{
+    Connection, CreateError, Device, DeviceClass, Fail, Identity, Joined, Open, Region,
+};
 pub use doorbell::{Doorbell, Doorbells};
 pub use endpoint::{
     ConnectionState, Endpoint, MEMORY_LOST, OpenRequest, REGION_BYTES_MAX, RegionRequest,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The device classes of vbus: [`venet`], an Ethernet controller, [`state`], named values, and
-//! [`pic`], an interrupt controller for the other devices. (The class `sched` has a crate of its
+//! The device classes of vbus: [`venet`], an Ethernet controller, [`uplink`], the way out of a
+//! switch, [`state`], named values, and [`pic`], an interrupt controller for the other devices. (The class `sched` has a crate of its
 //! own.) A bus creates devices from their settings:
 //!
 //! ```
@@ -28,12 +28,13 @@
 
 pub mod pic;
 pub mod state;
+pub mod uplink;
 pub mod venet;
 
 use std::sync::Arc;
 
 use vbus_core::DeviceClass;
-use vbus_net::{Direct, Opener};
+use vbus_net::{Direct, Opener, Switches};
 
 /// The device classes of this crate. This process opens what their devices need.
 pub fn classes() -> Vec<Box<dyn DeviceClass>> {
@@ -43,8 +44,10 @@ pub fn classes() -> Vec<Box<dyn DeviceClass>> {
 /// The device classes of this crate. `opener` opens the files, sockets and interfaces of their
 /// devices.
 pub fn classes_opening(opener: Arc<dyn Opener>) -> Vec<Box<dyn DeviceClass>> {
+    let switches = Switches::default();
     vec![
-        Box::new(venet::VenetClass::opening(opener)),
+        Box::new(venet::VenetClass::on(switches.clone(), opener.clone())),
+        Box::new(uplink::UplinkClass::new(switches, opener)),
         Box::new(state::StateClass),
         Box::new(pic::PicClass),
     ]

@@ -82,6 +82,25 @@ impl BackendConfig {
     ) -> Result<Box<dyn Backend>, CreateError> {
         let backend = self.medium.open(switches, opener, queues, mtu, link)?;
         backend.reserve(mac);
+        self.capture(opener, backend)
+    }
+
+    /// Makes the back end for an uplink: with one queue, and without an address.
+    pub(crate) fn open_outside(
+        &self,
+        switches: &Switches,
+        opener: &Arc<dyn Opener>,
+        mtu: u16,
+        link: Arc<Link>,
+    ) -> Result<Box<dyn Backend>, CreateError> {
+        self.capture(opener, self.medium.open(switches, opener, 1, mtu, link)?)
+    }
+
+    fn capture(
+        &self,
+        opener: &Arc<dyn Opener>,
+        backend: Box<dyn Backend>,
+    ) -> Result<Box<dyn Backend>, CreateError> {
         Ok(match &self.capture {
             Some((path, snap)) => Box::new(Captured::new(&**opener, backend, path, *snap)?),
             None => backend,

@@ -46,6 +46,7 @@ mod steering;
 mod stream;
 mod switch;
 mod tap;
+mod uplink;
 
 pub use backend::{Backend, Done, Plug, Port, Queue, Sent, TxDrop};
 pub use capture::Captured;
@@ -63,6 +64,7 @@ pub use rss::Rss;
 pub use sink::{Delivery, OnFull, Read, Reserved, RxDrop, RxSink, SharedSink, Waiter};
 pub use steering::Steering;
 pub use switch::{PortRules, SwitchPort, Switches, Vlan};
+pub use uplink::{Uplink, UplinkConfig};
 pub use vbus_tap::{BROADCAST, HEADER_BYTES, Mac, Offloads, is_group, parse_mac, show_mac};
 
 /// The examples of the README compile.

@@ -11,12 +11,6 @@ use vbus_core::shm::abi::venet::QUEUE_PAIRS_MAX;
 
 use vbus_net::{BackendConfig, Mac, is_group, parse_mac};
 
-/// The least MTU, in bytes. IPv4 needs it.
-const MTU_MIN: u16 = 68;
-/// The largest MTU, in bytes. With an Ethernet header and two tags, a frame of this MTU has 65535
-/// bytes.
-const MTU_MAX: u16 = 65_513;
-
 /// The highest speed of a link that the settings may give, in Mb/s: a petabit a second.
 const SPEED_MAX: u32 = 1_000_000_000;
 
@@ -61,7 +55,7 @@ impl Config {
         let mut settings = Settings::new(value)?;
         let mac = settings.text("mac")?;
         let mac = mac.map_or_else(|| Ok(random_mac()), |text| device_mac(&settings, &text))?;
-        let mtu = settings.integer("mtu", MTU_MIN..=MTU_MAX)?.unwrap_or(1500);
+        let mtu = settings.integer("mtu", super::MTU_RANGE)?.unwrap_or(1500);
         let queue_pairs = settings.integer("queue-pairs", 1..=QUEUE_PAIRS_MAX)?.unwrap_or(1);
         let backend = BackendConfig::parse(&mut settings, queue_pairs, mtu)?;
         let backpressure =

@@ -30,6 +30,10 @@ use config::Config;
 use connection::VenetConnection;
 use device::VenetDevice;
 
+/// The MTU that a device may have, in bytes. IPv4 needs the least. With an Ethernet header and two
+/// tags, a frame of the largest has 65535 bytes.
+pub const MTU_RANGE: std::ops::RangeInclusive<u16> = 68..=65_513;
+
 /// The class of Ethernet controllers. The switches of a bus belong to it.
 pub struct VenetClass {
     switches: Switches,
@@ -40,12 +44,13 @@ impl VenetClass {
     /// The class, without switches. The first device on a switch creates it. This process opens
     /// what the back ends need.
     pub fn new() -> VenetClass {
-        VenetClass::opening(Arc::new(Direct))
+        VenetClass::on(Switches::default(), Arc::new(Direct))
     }
 
-    /// The same, but `opener` opens the files, sockets and interfaces of the back ends.
-    pub fn opening(opener: Arc<dyn Opener>) -> VenetClass {
-        VenetClass { switches: Switches::default(), opener }
+    /// The same on these switches, which the class shares with others. `opener` opens the files,
+    /// sockets and interfaces of the back ends.
+    pub fn on(switches: Switches, opener: Arc<dyn Opener>) -> VenetClass {
+        VenetClass { switches, opener }
     }
 }
 

@@ -248,3 +248,96 @@ fn the_interface_has_as_many_queues() {
         }
     }
 }
+
+/// The frames to the driver that are datagrams to it, without those that the machine sends of its
+/// own.
+fn next_datagram(net: &mut Net) -> ([u8; 12], Vec<u8>) {
+    loop {
+        let (header, got) = net.recv_with(0);
+        if got[..6] == A && got[12..14] == [8, 0] && got[23] == UDP {
+            return (header, got);
+        }
+    }
+}
+
+#[test]
+fn an_interface_with_a_larger_mtu_passes_no_longer_frames() {
+    let bus = bus(1);
+    let all = Shape { features: F_TX | F_RX, buffer_bytes: 4096, ..Shape::default() };
+    let Some((mut a, name)) = tap(&bus, all, &json!({})) else { return };
+    let socket = address(&name, 4);
+    ip(&format!("link set {name} mtu 9000"));
+    let to = (Ipv4Addr::new(10, 78, 4, 2), 5555);
+    for len in [1473, 3000, 8000, 1472] {
+        socket.send_to(&vec![7; len], to).unwrap();
+    }
+    assert_eq!(next_datagram(&mut a).1.len(), 1514, "the longest that fits comes first");
+    assert_eq!(a.counter("/pairs/0/rx/drops/too_long"), 3);
+    a.send(0, &datagram(&name, 4, &[7; 1473]));
+    a.send(0, &datagram(&name, 4, &[7; 1472]));
+    assert_eq!(socket.recv(&mut [0; 9000]).unwrap(), 1472);
+    assert_eq!(a.counter("/pairs/0/tx/drops/too_long"), 1);
+}
+
+#[test]
+fn dhcp_from_an_interface_has_its_checksum() {
+    let bus = bus(1);
+    let all = Shape { features: F_TX | F_RX, buffer_bytes: 4096, ..Shape::default() };
+    let Some((mut a, name)) = tap(&bus, all, &json!({})) else { return };
+    let socket = address(&name, 5);
+    // Different lengths, so that the frame ends in one buffer or in another.
+    for len in [5, 300, 1200] {
+        let data = frame(A, A, len, len as usize);
+        socket.send_to(&data, (Ipv4Addr::new(10, 78, 5, 2), 68)).unwrap();
+        let (header, got) = next_datagram(&mut a);
+        assert_eq!((header[0], &payload(&got, UDP)[..len as usize]), (0, &data[..]));
+        socket.send_to(&data, (Ipv4Addr::new(10, 78, 5, 2), 5555)).unwrap();
+        assert_eq!(next_datagram(&mut a).0[0], 1, "to another port: left to the driver");
+    }
+}
+
+#[test]
+fn an_uplink_leads_from_a_switch_to_this_machine() {
+    let bus = bus(2);
+    let settings = json!({ "backend": "tap", "switch": "s" });
+    let uplink = match bus.create("up", "uplink", &settings) {
+        Ok(uplink) => uplink,
+        Err(error) => return eprintln!("skipped: {error}"),
+    };
+    let inspect = || uplink.inspect()["device"].clone();
+    let name = inspect()["backend"]["tap"].as_str().unwrap().to_owned();
+    let port = |n: u8| {
+        let mac = format!("02:00:00:00:00:{n:02x}");
+        json!({ "mac": mac, "switch": "s", "isolated": true, "backpressure-ms": 60_000 })
+    };
+    let all = Shape { features: F_TX | F_RX, buffer_bytes: 4096, ..Shape::default() };
+    let mut a = Net::new(&bus, "a", port(1), all);
+    let mut b = Net::new(&bus, "b", port(2), Shape::default());
+    let socket = address(&name, 6);
+    let (mut buffer, to) = ([0; 2000], (Ipv4Addr::new(10, 78, 6, 2), 5555));
+    for n in 0..100 {
+        let data = frame(A, A, n, 1 + n as usize * 14);
+        a.send(0, &datagram(&name, 6, &data));
+        let got = socket.recv(&mut buffer).unwrap();
+        assert_eq!(buffer[..got], data);
+        socket.send_to(&data, to).unwrap();
+        // The checksum is left to the driver, which accepts that: it covers the same bytes.
+        assert_eq!(next_datagram(&mut a).1[42..][..data.len()], data);
+    }
+    // Isolated ports reach the outside, and not each other.
+    a.send(0, &frame([2, 0, 0, 0, 0, 2], A, 1, 60));
+    a.send(0, &datagram(&name, 6, &[9; 9]));
+    assert_eq!(socket.recv(&mut buffer).unwrap(), 9);
+    assert_eq!(a.counter("/pairs/0/tx/drops/denied"), 1);
+    while let Some(got) = b.try_recv(0) {
+        assert_ne!(got[12 + 6..][..6], A);
+    }
+    assert_eq!(inspect()["uplinks"], json!(["up"]));
+    a.interrupts.wait("the counters", || {
+        (inspect()["to-outside"]["frames"].as_u64().unwrap() >= 101).then_some(())
+    });
+    // No driver opens it, and it takes its interface with it.
+    bus.remove("up").unwrap();
+    drop(uplink);
+    assert!(!std::path::Path::new(&format!("/sys/class/net/{name}")).exists());
+}

@@ -5,8 +5,8 @@
 use std::sync::{Arc, Mutex};
 
 use vbus_core::{
-    Bus, Connection, ConnectionState, Device, ErrorCode, Executor, Fail, Identity, Notifier, Open,
-    Region, Tuning, Versions,
+    Bus, Connection, ConnectionState, CreateError, Device, ErrorCode, Executor, Fail, Identity,
+    Joined, Notifier, Open, Region, Tuning, Versions,
 };
 use vbus_driver::{Error, Function};
 
@@ -32,8 +32,9 @@ impl Device for Witness {
         vec![1, 2, 3, 4]
     }
 
-    fn joined(&self, notifier: Notifier) {
-        *self.notifier.lock().unwrap() = Some(notifier);
+    fn joined(&self, joined: Joined<'_>) -> Result<(), CreateError> {
+        *self.notifier.lock().unwrap() = Some(joined.notifier);
+        Ok(())
     }
 
     fn open(&self, open: Open) -> Result<Box<dyn Connection>, ErrorCode> {

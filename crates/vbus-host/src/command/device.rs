@@ -5,7 +5,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Map, Value, json};
 
 use crate::client::{BusDir, Client, text};
@@ -319,7 +319,16 @@ fn add(args: &Add) -> Result<()> {
         json!({ "op": "add", "name": args.name, "class": args.class, "settings": settings });
     let device = client.ask(&request)?;
     let socket = rundir::socket(client.dir(), &args.name);
-    if let Err(error) = free.plug(&args.name, &socket) {
+    let has_socket = device.get("socket").is_some();
+    let plugged = match free {
+        Free::Qemu(_) | Free::Vmm(_) if !has_socket => Err(anyhow!(
+            "a device of class {:?} works for other devices, and no machine can have it: leave out \
+             --qmp and --vmm",
+            args.class
+        )),
+        _ => free.plug(&args.name, &socket),
+    };
+    if let Err(error) = plugged {
         let undone = client.ask(&json!({ "op": "remove", "name": args.name, "force": true }));
         let fate = if undone.is_ok() {
             "vbus removed it from the bus again"
@@ -338,11 +347,12 @@ fn add(args: &Add) -> Result<()> {
         }));
     } else {
         let place = match free {
+            Free::Nowhere if !has_socket => String::new(),
             Free::Nowhere => format!("at {}", socket.display()),
             Free::Qemu(slot) => format!("in {}", slot.port()),
             Free::Vmm(_) => "in vbus-vmm".into(),
         };
-        emit(&format!("added {} {place}\n", args.name));
+        emit(&format!("{}\n", format!("added {} {place}", args.name).trim_end()));
     }
     Ok(())
 }

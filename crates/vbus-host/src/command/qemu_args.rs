@@ -30,14 +30,20 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<()> {
     let client = Client::connect(args.bus.dir.as_deref())?;
     let devices = client.list()?;
-    let free = |d: &&Value| d.get("connected").and_then(Value::as_bool) != Some(true);
+    // A device without a socket takes no drivers.
+    let has_socket = |d: &Value| d.get("socket").is_some();
+    let is_free = |d: &&Value| has_socket(d) && d["connected"].as_bool() != Some(true);
     let chosen: Vec<&Value> = if args.devices.is_empty() {
-        devices.iter().filter(free).collect()
+        devices.iter().filter(is_free).collect()
     } else {
         let mut chosen = Vec::new();
         for name in &args.devices {
             match devices.iter().find(|d| text(d, "name") == name) {
-                Some(device) => chosen.push(device),
+                Some(device) if has_socket(device) => chosen.push(device),
+                Some(device) => bail!(
+                    "{name:?} is of class {:?}, which works for other devices and for no machine",
+                    text(device, "class")
+                ),
                 None => bail!("no device called {name:?} is on the bus"),
             }
         }

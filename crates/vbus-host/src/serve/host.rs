@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The bus with its sockets. Each device of the bus has a socket.
+//! The bus with its sockets. Each device of the bus has a socket, unless it takes no drivers.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -28,7 +28,7 @@ pub struct Host {
     guardian: Arc<Guardian>,
     /// The server of each device, by the device's name. It is not locked while a device is made or
     /// removed, because a back end may take long for that.
-    served: Mutex<BTreeMap<String, Served>>,
+    served: Mutex<BTreeMap<String, Option<Served>>>,
 }
 
 /// A device's server and its socket.
@@ -62,11 +62,11 @@ impl Host {
         self.claimed.path()
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Served>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Option<Served>>> {
         self.served.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// Makes a device and starts its server.
+    /// Makes a device and starts its server, if it takes drivers.
     pub fn add(&self, spec: DeviceSpec) -> Result<Arc<Endpoint>> {
         let path = match &spec.socket.path {
             None => self.claimed.socket(&spec.name)?,
@@ -80,6 +80,10 @@ impl Host {
         if let Some(pic) = &spec.pic {
             endpoint.set_router(pic);
         }
+        if !endpoint.device().takes_drivers() {
+            self.lock().insert(spec.name, None);
+            return Ok(endpoint);
+        }
         let server = Socket::listen(&path, BACKLOG, &spec.socket.access).and_then(|socket| {
             let (listener, file) = socket.into_parts();
             let server =
@@ -88,7 +92,7 @@ impl Host {
         });
         match server {
             Ok(server) => {
-                self.lock().insert(spec.name, server);
+                self.lock().insert(spec.name, Some(server));
                 Ok(endpoint)
             }
             Err(error) => {
@@ -103,11 +107,14 @@ impl Host {
         self.bus.get(name)?;
         let server = match self.lock().entry(name.to_owned()) {
             Entry::Vacant(_) => bail!("{name:?} is being added or removed at the moment"),
-            Entry::Occupied(entry) if !force && entry.get().server.is_connected() => bail!(
-                "{name:?} is in use by a virtual machine or a driver process; unplug it first \
-                 (--qmp SOCKET does both), or \
-                 use --force"
-            ),
+            Entry::Occupied(entry)
+                if !force && entry.get().as_ref().is_some_and(|s| s.server.is_connected()) =>
+            {
+                bail!(
+                    "{name:?} is in use by a virtual machine or a driver process; unplug it first \
+                     (--qmp SOCKET does both), or use --force"
+                )
+            }
             Entry::Occupied(entry) => entry.remove(),
         };
         // The server ends first, and disconnects the client, so that nobody uses the device when
@@ -134,7 +141,7 @@ impl Host {
     fn inspect_one(&self, endpoint: &Endpoint) -> Value {
         let mut value = endpoint.inspect();
         let served = self.lock();
-        if let (Value::Object(map), Some(Served { server, .. })) =
+        if let (Value::Object(map), Some(Some(Served { server, .. }))) =
             (&mut value, served.get(endpoint.name()))
         {
             let stats = server.stats();

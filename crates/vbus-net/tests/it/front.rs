@@ -83,8 +83,13 @@ impl Task for Pair {
         let mut progress = Progress::Idle;
         loop {
             let Some(frame) = lock(&self.sending).front().cloned() else { break };
-            if let Sent::Wait { .. } = self.queue.send(&Packet::plain(&frame).unwrap()) {
-                break;
+            match self.queue.send(&Packet::plain(&frame).unwrap()) {
+                Sent::Wait { .. } => break,
+                Sent::Part => {
+                    progress = Progress::Busy;
+                    break;
+                }
+                Sent::Done { .. } | Sent::Dropped(_) => {}
             }
             lock(&self.sending).pop_front();
             progress = Progress::Busy;

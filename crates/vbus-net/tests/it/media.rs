@@ -3,8 +3,10 @@
 
 use std::sync::Arc;
 
+use serde_json::json;
+use vbus_core::settings::Settings;
 use vbus_core::{Executor, Tuning};
-use vbus_net::{Captured, Direct, Link, Mac, Medium, Opener, Switches};
+use vbus_net::{Captured, Direct, Link, Mac, Medium, Opener, Switches, Uplink, UplinkConfig};
 
 use crate::front::Front;
 
@@ -82,4 +84,91 @@ fn the_capture_records_a_source_behind_any_front() {
     drop(front);
     drop(captured);
     assert_eq!(std::fs::read(path).unwrap().len(), 24 + 3 * (16 + 60));
+}
+
+#[test]
+fn an_uplink_joins_a_switch_to_the_outside() {
+    const OUTSIDE: Mac = [2, 0, 0, 0, 0, 8];
+    const FAR: Mac = [2, 0, 0, 0, 0, 9];
+    let (executor, switches, dir) = (executor(), Switches::default(), tempfile::tempdir().unwrap());
+    let path = dir.path().join("socket");
+    let value = json!({ "switch": "s", "backend": "stream", "listen": path, "mtu": 1400 });
+    let mut settings = Settings::new(&value).unwrap();
+    let config = UplinkConfig::parse(&mut settings, 68..=9000).unwrap();
+    settings.finish().unwrap();
+    let opener = opener();
+    let uplink = Uplink::open("up", config, &switches, &opener).unwrap();
+    uplink.start(&executor, 0, Arc::default()).unwrap();
+    let port = || Medium::Switch("s".into()).open(&switches, &opener, 1, 1500, Arc::default());
+    let (a, b) = (port().unwrap(), port().unwrap());
+    let a = Front::plug(&executor, &*a, A, usize::MAX);
+    let b = Front::plug(&executor, &*b, B, 0);
+    let outside = Medium::Connect(path).open(&switches, &opener, 1, 1500, Arc::default()).unwrap();
+    let outside = Front::plug(&executor, &*outside, OUTSIDE, usize::MAX);
+    // Frames are dropped while the stream has no peer.
+    let mut n = 0;
+    while outside.has_none() {
+        n += 1;
+        a.send(&frame(OUTSIDE, A, n));
+        std::thread::yield_now();
+    }
+    // From outside, with many addresses there, to a driver that posts few buffers: all come, in
+    // order.
+    for n in 0..100 {
+        outside.send(&frame(B, FAR, n));
+    }
+    for n in 0..100 {
+        b.add_room(1);
+        assert_eq!(b.receive(), frame(B, FAR, n));
+    }
+    // The other way. The uplink has room for so many, however late its task runs.
+    for n in 0..400 {
+        b.send(&frame(OUTSIDE, B, n));
+    }
+    let mut next = 0;
+    while next < 400 {
+        let got = outside.receive();
+        if got[6..12] == B {
+            assert_eq!(got, frame(OUTSIDE, B, next), "in order, none lost");
+            next += 1;
+        }
+    }
+    // Nobody outside has the address of a device, and no frame is longer than the uplink's MTU.
+    outside.send(&frame(A, B, 1));
+    outside.send(&[&frame(A, FAR, 2)[..], &[0; 1400]].concat());
+    outside.send(&frame(A, FAR, 3));
+    assert_eq!(a.receive(), frame(A, FAR, 3));
+    // A frame is counted after it is sent.
+    let sent = || uplink.inspect()["to-outside"]["frames"].as_u64().unwrap();
+    while uplink.inspect()["from-outside"]["frames"] != 101 || sent() <= 400 {
+        std::thread::yield_now();
+    }
+    let seen = uplink.inspect();
+    assert_eq!(seen["learned"], json!([{ "mac": "02:00:00:00:00:09", "port": "up" }]));
+    assert_eq!(seen["from-outside"]["drops"]["spoofed"], 1);
+    assert_eq!(seen["from-outside"]["drops"]["too_long"], 1);
+    uplink.stop();
+    assert_eq!(uplink.inspect()["uplinks"], json!([]));
+}
+
+#[test]
+fn an_uplink_leads_somewhere() {
+    let parse = |value| UplinkConfig::parse(&mut Settings::new(&value).unwrap(), 68..=9000);
+    for (value, text) in [
+        (json!({}), "\"backend\" is missing; write \"tap\" or \"stream\""),
+        (json!({ "backend": "switch" }), "\"backend\" leads nowhere"),
+        (json!({ "backend": "null" }), "\"backend\" leads nowhere"),
+        (json!({ "backend": "tap", "mtu": 1 }), "\"mtu\" is 1; use a number from 68 to 9000"),
+        (json!({ "backend": "tap", "vlan": 0 }), "\"vlan\" is 0; use a number from 1 to 4094"),
+    ] {
+        let error = parse(value).unwrap_err().to_string();
+        assert!(error.starts_with(text), "{error}");
+    }
+    let trunk = json!({ "switch": "lab", "backend": "tap", "tap": "up", "trunk": [10] });
+    let config = parse(trunk).unwrap();
+    assert_eq!(
+        (config.port.switch, config.backend.medium),
+        ("lab".into(), Medium::Tap("up".into()))
+    );
+    assert!(config.port.rules.uplink && config.port.rules.learn);
 }

@@ -1,0 +1,596 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! An uplink: a port of a switch that leads outside, to a TAP interface or a stream socket.
+//!
+//! A task moves frames both ways. Frames from outside go to the devices as those of any port do.
+//! Frames to the outside are copied into a bounded queue, because the tasks of the senders must not
+//! share the interface's queue with this task.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use serde_json::{Value, json};
+use vbus_core::io_vec::IoVecMut;
+use vbus_core::settings::Settings;
+use vbus_core::shm::signal::Armed;
+use vbus_core::{
+    ConnectionCounters, Counter, CreateError, ErrorCode, Executor, Progress, Task, TaskHandle, lock,
+};
+use vbus_tap::{HEADER_BYTES, Mac, Offloads};
+
+use crate::backend::{Backend, Plug, Port, Queue, Sent, TxDrop};
+use crate::config::BackendConfig;
+use crate::filter::{Addresses, Filter};
+use crate::frame::{ETH_BYTES, ETH_OVERHEAD, FRAME_MAX, Header, Packet};
+use crate::link::Link;
+use crate::medium::Medium;
+use crate::opener::Opener;
+use crate::sink::{Delivery, OnFull, Read, Reserved, RxDrop, RxSink, Waiter};
+use crate::steering::Steering;
+use crate::switch::{SwitchBackend, SwitchPort, Switches};
+
+/// The most frames, and the most bytes, that wait for the outside.
+const QUEUED_FRAMES: usize = 512;
+const QUEUED_BYTES: usize = 4 << 20;
+/// How long senders wait for an outside that takes no frames, at most.
+const PATIENCE: Duration = Duration::from_millis(50);
+/// The weight of a frame for the pace of the task, besides its bytes.
+const FRAME_WEIGHT: u64 = 512;
+
+/// The checked settings of an uplink.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct UplinkConfig {
+    /// The switch, and what the port may do.
+    pub port: SwitchPort,
+    /// Where the uplink leads.
+    pub backend: BackendConfig,
+    /// The MTU: bytes of the longest frame without Ethernet header and tags.
+    pub mtu: u16,
+}
+
+impl UplinkConfig {
+    /// Reads `switch` and the settings of its port; `mtu`, in this range; and the settings of the
+    /// back end, which must be a TAP interface or a stream.
+    ///
+    /// # Errors
+    /// A value is wrong, or does not go with another one.
+    pub fn parse(
+        settings: &mut Settings,
+        mtu: std::ops::RangeInclusive<u16>,
+    ) -> Result<UplinkConfig, CreateError> {
+        let port = SwitchPort::parse_uplink(settings)?;
+        let mtu = settings.integer("mtu", mtu)?.unwrap_or(1500);
+        if !settings.has("backend") {
+            return Err(settings.error("backend", "is missing; write \"tap\" or \"stream\""));
+        }
+        let backend = BackendConfig::parse(settings, 1, mtu)?;
+        match backend.medium {
+            Medium::Tap(_) | Medium::Connect(_) | Medium::Listen(_) => {}
+            Medium::Switch(_) | Medium::Null(_) => {
+                let text = "leads nowhere; an uplink needs \"tap\" or \"stream\"";
+                return Err(settings.error("backend", text));
+            }
+        }
+        Ok(UplinkConfig { port, backend, mtu })
+    }
+}
+
+/// An uplink. It carries frames from [`start`](Self::start) on, until it is dropped.
+pub struct Uplink {
+    name: String,
+    config: UplinkConfig,
+    outside: Box<dyn Backend>,
+    inside: SwitchBackend,
+    link: Arc<Link>,
+    counters: Arc<Counters>,
+    task: Mutex<Option<TaskHandle>>,
+}
+
+/// Frames in one direction.
+#[derive(Debug, Default, Serialize)]
+struct Direction {
+    frames: Counter,
+    bytes: Counter,
+    drops: Drops,
+}
+
+impl Direction {
+    fn count(&self, bytes: usize) {
+        self.frames.one();
+        self.bytes.add(bytes as u64);
+    }
+}
+
+/// Frames that were dropped, by reason. The names are those of a device's counters.
+#[derive(Debug, Default, Serialize)]
+struct Drops {
+    no_buffers: Counter,
+    too_slow: Counter,
+    too_long: Counter,
+    bad_frame: Counter,
+    no_link: Counter,
+    refused: Counter,
+    rate: Counter,
+    spoofed: Counter,
+    denied: Counter,
+    storm: Counter,
+}
+
+impl Drops {
+    fn sent(&self, reason: TxDrop) {
+        match reason {
+            TxDrop::BadFrame => self.bad_frame.one(),
+            TxDrop::NoLink => self.no_link.one(),
+            TxDrop::Refused => self.refused.one(),
+            TxDrop::Spoofed => self.spoofed.one(),
+            TxDrop::Denied => self.denied.one(),
+            TxDrop::Storm => self.storm.one(),
+        }
+    }
+
+    fn received(&self, reason: RxDrop) {
+        match reason {
+            RxDrop::NoBuffers => self.no_buffers.one(),
+            RxDrop::TooLong => self.too_long.one(),
+            RxDrop::BadFrame => self.bad_frame.one(),
+            RxDrop::TooSlow => self.too_slow.one(),
+            RxDrop::Rate => self.rate.one(),
+            RxDrop::NoLink => self.no_link.one(),
+        }
+    }
+}
+
+#[derive(Debug, Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Counters {
+    from_outside: Direction,
+    to_outside: Direction,
+}
+
+impl Uplink {
+    /// Makes the back end, and takes the switch from `switches`. The error's text begins with the
+    /// setting at fault.
+    pub fn open(
+        name: &str,
+        config: UplinkConfig,
+        switches: &Switches,
+        opener: &Arc<dyn Opener>,
+    ) -> Result<Uplink, CreateError> {
+        let link = Arc::new(Link::default());
+        let outside = config.backend.open_outside(switches, opener, config.mtu, link.clone())?;
+        let switch = switches.get(&config.port.switch);
+        let rules = config.port.rules.clone();
+        // The port is plugged in for as long as the uplink exists. The link that counts is the
+        // outside's.
+        let inside = SwitchBackend::new(switch, rules, Arc::default());
+        let (name, counters, task) = (name.into(), Arc::default(), Mutex::default());
+        Ok(Uplink { name, config, outside, inside, link, counters, task })
+    }
+
+    /// Carries frames from now on, in a task on worker `worker` of `executor`, with these counters.
+    ///
+    /// # Errors
+    /// FAILED: the interface cannot be set up.
+    pub fn start(
+        &self,
+        executor: &Executor,
+        worker: usize,
+        counters: Arc<ConnectionCounters>,
+    ) -> Result<(), ErrorCode> {
+        let mtu = self.config.mtu;
+        let offloads = self.config.backend.offloads & self.outside.tx_offloads();
+        let line = Arc::new(Mutex::new(Line {
+            mtu: usize::from(mtu),
+            offloads,
+            counters: self.counters.clone(),
+            frames: VecDeque::new(),
+            bytes: 0,
+            spare: Vec::new(),
+            full_since: None,
+            is_news: false,
+            waiters: Vec::new(),
+            task: None,
+        }));
+        let port = |lanes| {
+            // Everything that is on its way to the outside passes.
+            let filter = Filter::new(Mac::default());
+            filter.set_addresses(Addresses { promiscuous: true, ..Addresses::default() });
+            let shared = (Arc::new(filter), Arc::new(Steering::new(1)));
+            Arc::new(Port::new(&self.name, mtu, 1, shared, lanes))
+        };
+        let outside = self.outside.plug(port(Vec::new()))?;
+        let accepted = self.config.backend.offloads & self.outside.rx_offloads();
+        let name = self.name.clone();
+        let told = Box::new(move |result: Result<(), ErrorCode>| {
+            if let Err(error) = result {
+                tracing::error!(device = name, %error, "the uplink cannot be set up");
+            }
+        });
+        outside.configure(1, accepted, told)?;
+        let inside = self.inside.plug(port(vec![line.clone()]))?;
+        let name = self.name.clone();
+        let failed = move |error: ErrorCode| {
+            tracing::error!(device = name, %error, "the uplink carries no more frames");
+        };
+        let make = |task: &TaskHandle| {
+            lock(&line).task = Some(task.clone());
+            let plugs = [outside.clone(), inside.clone()];
+            let queues = (outside.queue(0, task)?, inside.queue(0, task)?);
+            Ok::<_, ErrorCode>(Box::new(Pump {
+                outside: queues.0,
+                inside: queues.1,
+                _plugs: plugs,
+                line: line.clone(),
+                sending: VecDeque::new(),
+                is_blocked: false,
+                inlet: Inlet::new(self.counters.clone(), usize::from(mtu)),
+            }) as Box<dyn Task>)
+        };
+        let task = executor.spawn_with(worker, counters, failed, make)?;
+        *lock(&self.task) = Some(task);
+        Ok(())
+    }
+
+    /// Carries no more frames. The port leaves the switch.
+    pub fn stop(&self) {
+        if let Some(task) = lock(&self.task).take() {
+            task.stop();
+        }
+    }
+
+    /// Settings and counters, for people.
+    pub fn inspect(&self) -> Value {
+        let mut value = self.inside.inspect();
+        value["mtu"] = self.config.mtu.into();
+        value["link"] = self.link.is_up().into();
+        value["backend"] = self.outside.inspect();
+        value["from-outside"] = json!(self.counters.from_outside);
+        value["to-outside"] = json!(self.counters.to_outside);
+        value
+    }
+}
+
+impl Drop for Uplink {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// A frame in this process's memory.
+#[derive(Default)]
+struct Frame {
+    header: Header,
+    /// The frame is in the first `len` bytes.
+    bytes: Vec<u8>,
+    len: usize,
+}
+
+impl Frame {
+    fn packet(&self) -> Option<Packet<'_>> {
+        let packet = Packet::plain(self.bytes.get(..self.len)?)?;
+        Some(Packet { header: self.header, ..packet })
+    }
+}
+
+/// The queue of frames to the outside, as a receive queue of the switch. The tasks of the senders
+/// fill it.
+struct Line {
+    mtu: usize,
+    /// The offloads that the outside accepts.
+    offloads: Offloads,
+    counters: Arc<Counters>,
+    frames: VecDeque<Frame>,
+    /// Bytes of these frames.
+    bytes: usize,
+    /// Memory of frames that were sent, for the next ones.
+    spare: Vec<Vec<u8>>,
+    /// Since when the queue has been full, without a frame that went out.
+    full_since: Option<Instant>,
+    /// Whether frames came that the task has not been woken for.
+    is_news: bool,
+    waiters: Vec<Waiter>,
+    task: Option<TaskHandle>,
+}
+
+impl Line {
+    fn is_full(&self) -> bool {
+        self.frames.len() >= QUEUED_FRAMES || self.bytes >= QUEUED_BYTES
+    }
+
+    fn drops(&self) -> &Drops {
+        &self.counters.to_outside.drops
+    }
+
+    /// Moves all frames to `sending`, and makes room for others.
+    fn take(&mut self, sending: &mut VecDeque<Frame>, sent: &mut Vec<Vec<u8>>) {
+        std::mem::swap(&mut self.frames, sending);
+        self.bytes = 0;
+        self.is_news = false;
+        self.full_since = None;
+        self.spare.append(sent);
+        self.spare.truncate(QUEUED_FRAMES);
+        for waiter in self.waiters.drain(..) {
+            waiter.task.wake();
+        }
+    }
+}
+
+impl RxSink for Line {
+    fn deliver(&mut self, packet: &Packet<'_>, on_full: OnFull) -> Delivery {
+        if !packet.fits_mtu(self.mtu) {
+            self.drops().too_long.one();
+            return Delivery::Dropped;
+        }
+        if !packet.header.fits(self.offloads) {
+            return Delivery::NeedsCut;
+        }
+        if self.is_full() {
+            let now = Instant::now();
+            let until = *self.full_since.get_or_insert(now) + PATIENCE;
+            if on_full == OnFull::Drop || now >= until {
+                self.drops().no_buffers.one();
+                return Delivery::Dropped;
+            }
+            return Delivery::Full { until: Some(until) };
+        }
+        let mut bytes = self.spare.pop().unwrap_or_default();
+        bytes.clear();
+        packet.append_to(&mut bytes, FRAME_MAX);
+        let len = bytes.len();
+        self.bytes += len;
+        self.frames.push_back(Frame { header: packet.header, bytes, len });
+        self.is_news = true;
+        Delivery::Delivered
+    }
+
+    fn has_room(&mut self, _bytes: usize) -> bool {
+        !self.is_full()
+    }
+
+    fn reserve(&mut self, _read: &mut Read<'_>) -> Reserved {
+        Reserved::Nothing // Frames come through `deliver` only.
+    }
+
+    fn longest(&self) -> usize {
+        self.mtu + ETH_OVERHEAD
+    }
+
+    fn post(&mut self) {
+        if std::mem::take(&mut self.is_news) {
+            if let Some(task) = &self.task {
+                task.wake();
+            }
+        }
+    }
+
+    fn wait(&mut self, waiter: &Waiter) {
+        if self.waiters.iter().all(|other| other.key != waiter.key) {
+            self.waiters.push(waiter.clone());
+        }
+    }
+
+    fn arm(&mut self) -> Armed {
+        // The task wakes the waiters when it takes frames. It is awake while there are any.
+        if self.is_full() { Armed::Waiting } else { Armed::Missed }
+    }
+
+    fn count_drop(&mut self, reason: RxDrop) {
+        self.drops().received(reason);
+    }
+}
+
+/// Frames from the outside, on their way into the switch.
+struct Inlet {
+    counters: Arc<Counters>,
+    mtu: usize,
+    /// Memory for a frame that the interface gives.
+    buffer: Vec<u8>,
+    /// A frame that the interface has given, and that waits for a port's buffers.
+    held: Option<Frame>,
+    /// The end of the wait for a port's buffers.
+    until: Option<Instant>,
+    /// Whether the frame waits for its next turn only.
+    is_part: bool,
+    /// Whether a frame waits for a port's buffers.
+    is_waiting: bool,
+    /// Whether the outside keeps a frame that has not been sent completely.
+    is_pending: bool,
+    /// Whether the outside has offered a frame in this poll.
+    is_offered: bool,
+}
+
+impl Inlet {
+    fn new(counters: Arc<Counters>, mtu: usize) -> Inlet {
+        Inlet {
+            counters,
+            mtu,
+            buffer: Vec::new(),
+            held: None,
+            until: None,
+            is_part: false,
+            is_waiting: false,
+            is_pending: false,
+            is_offered: false,
+        }
+    }
+
+    /// Sends a frame into the switch. Returns false if it has to wait, or has more turns to come.
+    fn send(&mut self, inside: &mut dyn Queue, packet: &Packet<'_>) -> bool {
+        let direction = &self.counters.from_outside;
+        (self.until, self.is_waiting, self.is_part) = (None, false, false);
+        if !packet.fits_mtu(self.mtu) {
+            direction.drops.too_long.one();
+            return true;
+        }
+        match inside.send(packet) {
+            Sent::Done { .. } => direction.count(packet.bytes()),
+            Sent::Dropped(reason) => direction.drops.sent(reason),
+            Sent::Part => {
+                self.is_part = true;
+                return false;
+            }
+            Sent::Wait { until, moved } => {
+                (self.until, self.is_waiting, self.is_part) = (until, true, moved);
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Sends the held frame. Returns false if it still waits.
+    fn retry(&mut self, inside: &mut dyn Queue) -> bool {
+        let Some(held) = self.held.take() else { return true };
+        let done = held.packet().is_none_or(|packet| self.send(inside, &packet));
+        if done {
+            self.buffer = held.bytes;
+        } else {
+            self.held = Some(held);
+        }
+        done
+    }
+}
+
+/// The receive queue that the outside sees for one poll.
+struct Entrance<'a> {
+    inlet: &'a mut Inlet,
+    inside: &'a mut dyn Queue,
+}
+
+impl RxSink for Entrance<'_> {
+    fn deliver(&mut self, packet: &Packet<'_>, _on_full: OnFull) -> Delivery {
+        self.inlet.is_offered = true;
+        self.inlet.is_pending = !self.inlet.send(self.inside, packet);
+        match self.inlet.is_pending {
+            true => Delivery::Full { until: self.inlet.until },
+            false => Delivery::Delivered,
+        }
+    }
+
+    fn has_room(&mut self, _bytes: usize) -> bool {
+        self.inlet.held.is_none()
+    }
+
+    fn reserve(&mut self, read: &mut Read<'_>) -> Reserved {
+        if !self.inlet.retry(self.inside) {
+            return Reserved::Full;
+        }
+        let mut bytes = std::mem::take(&mut self.inlet.buffer);
+        bytes.resize(FRAME_MAX, 0);
+        let mut front = [0; HEADER_BYTES];
+        let len = read(&mut [IoVecMut::new(&mut front), IoVecMut::new(&mut bytes)]);
+        let reserved = match len {
+            Ok(len) if len >= HEADER_BYTES + ETH_BYTES => {
+                let (header, len) = (Header::parse(&front), len - HEADER_BYTES);
+                self.inlet.held = Some(Frame { header, bytes, len });
+                // If the frame has to wait, the next call is told.
+                self.inlet.retry(self.inside);
+                return Reserved::Frame;
+            }
+            Ok(_) => Reserved::Nothing,
+            Err(error) => Reserved::Failed(error),
+        };
+        self.inlet.buffer = bytes;
+        reserved
+    }
+
+    fn longest(&self) -> usize {
+        FRAME_MAX
+    }
+
+    fn post(&mut self) {}
+
+    /// The task of the uplink is woken by the port whose buffers the frame lacks.
+    fn wait(&mut self, _waiter: &Waiter) {}
+
+    fn arm(&mut self) -> Armed {
+        Armed::Waiting
+    }
+
+    fn count_drop(&mut self, reason: RxDrop) {
+        self.inlet.counters.from_outside.drops.received(reason);
+    }
+}
+
+/// The task of an uplink.
+struct Pump {
+    outside: Box<dyn Queue>,
+    inside: Box<dyn Queue>,
+    /// The plugs live as long as their queues.
+    _plugs: [Arc<dyn Plug>; 2],
+    line: Arc<Mutex<Line>>,
+    /// Frames that are being sent to the outside.
+    sending: VecDeque<Frame>,
+    /// Whether the outside takes no frames now.
+    is_blocked: bool,
+    inlet: Inlet,
+}
+
+impl Pump {
+    /// Sends at most `budget` frames to the outside. Returns how many.
+    fn send(&mut self, budget: u32) -> u32 {
+        let (mut count, mut spare) = (0, Vec::new());
+        self.is_blocked = false;
+        while count < budget {
+            if self.sending.is_empty() {
+                lock(&self.line).take(&mut self.sending, &mut spare);
+            }
+            let Some(frame) = self.sending.front() else { break };
+            let direction = &self.inlet.counters.to_outside;
+            match frame.packet().map(|packet| self.outside.send(&packet)) {
+                Some(Sent::Done { .. }) => direction.count(frame.len),
+                Some(Sent::Dropped(reason)) => direction.drops.sent(reason),
+                Some(Sent::Wait { .. } | Sent::Part) => {
+                    self.is_blocked = true;
+                    break;
+                }
+                None => direction.drops.bad_frame.one(),
+            }
+            spare.extend(self.sending.pop_front().map(|frame| frame.bytes));
+            count += 1;
+        }
+        self.outside.flush();
+        count
+    }
+}
+
+impl Task for Pump {
+    fn poll(&mut self, budget: u32) -> Result<Progress, ErrorCode> {
+        let sent = self.send(budget);
+        let held = self.inlet.held.is_some();
+        (self.inlet.is_part, self.inlet.is_offered) = (false, false);
+        let received = {
+            let Pump { outside, inside, inlet, .. } = self;
+            match inlet.retry(&mut **inside) {
+                true => outside.receive(&mut Entrance { inlet, inside: &mut **inside }, budget)?,
+                false => 0,
+            }
+        };
+        if self.inlet.is_pending && !self.inlet.is_offered {
+            // The peer that had sent the frame is gone, and the frame with it.
+            self.inside.forget();
+            (self.inlet.is_pending, self.inlet.is_waiting, self.inlet.until) = (false, false, None);
+        }
+        self.inside.flush();
+        let retried = held && self.inlet.held.is_none();
+        let busy = sent + received != 0 || retried || self.inlet.is_part;
+        Ok(if busy { Progress::Busy } else { Progress::Idle })
+    }
+
+    fn arm(&mut self) -> Result<Armed, ErrorCode> {
+        let outside = if self.is_blocked { self.outside.arm() } else { Armed::Waiting };
+        let inside = if self.inlet.is_waiting { self.inside.arm() } else { Armed::Waiting };
+        Ok(if outside == Armed::Missed { outside } else { inside })
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        [self.inlet.until, self.outside.deadline()].into_iter().flatten().min()
+    }
+
+    fn carried(&self) -> u64 {
+        let Counters { from_outside, to_outside } = &*self.inlet.counters;
+        let of = |way: &Direction| way.bytes.get() + FRAME_WEIGHT * way.frames.get();
+        of(from_outside) + of(to_outside)
+    }
+}
