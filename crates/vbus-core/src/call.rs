@@ -11,8 +11,8 @@ use crate::lock::lock;
 use crate::memory::MemoryContext;
 
 /// The most calls of a device that its class may hold at a time. A driver has one call in progress
-/// at most. The others were cancelled, and the class has not dropped them yet. Each keeps its buffer
-/// of up to 64 KiB.
+/// at most. The others were cancelled, and the class has not dropped them yet. Each keeps its
+/// buffer of up to 64 KiB.
 pub(crate) const CALLS_MAX: usize = 16;
 
 /// A call that the class has to answer. The class ends it with [`finish`](Self::finish), from any

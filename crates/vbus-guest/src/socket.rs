@@ -106,8 +106,8 @@ impl Source for SocketSource {
     }
 }
 
-/// Whether a bus that has made all its devices serves in `dir`. It then answers requests, if only by
-/// an error.
+/// Whether a bus that has made all its devices serves in `dir`. It then answers requests, if only
+/// by an error.
 fn has_bus(dir: &Path) -> bool {
     let ask = || {
         let mut socket = UnixStream::connect(dir.join(rundir::CONTROL))?;

@@ -47,8 +47,8 @@ fn rig() -> (Bus, Local, Receiver<Call>) {
     (bus, local, calls)
 }
 
-/// Each call keeps a buffer of up to 64 KiB, so a driver that cancels them cannot fill the memory of
-/// a class that works on them for long.
+/// Each call keeps a buffer of up to 64 KiB, so a driver that cancels them cannot fill the memory
+/// of a class that works on them for long.
 #[test]
 fn a_class_holds_a_bounded_number_of_calls() {
     let (_bus, local, calls) = rig();
