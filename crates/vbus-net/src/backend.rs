@@ -24,14 +24,16 @@ pub trait Backend: Send + Sync {
     /// The offloads that the back end can leave to the driver in frames to the driver.
     fn rx_offloads(&self) -> Offloads;
 
-    /// Whether other devices deliver frames to this device's receive queues. The front then shares
-    /// the queues ([`Port::lanes`]). Otherwise it lends a queue in each call of [`Queue::receive`].
-    fn shares_sinks(&self) -> bool {
+    /// Whether a receive queue gets frames from elsewhere than its own pair's task: from other
+    /// devices, or from other pairs. The front then shares the queues ([`Port::lanes`]). Otherwise
+    /// it lends a queue in each call of [`Queue::receive`]. `by_hash`: the driver may choose
+    /// receive queues by a hash.
+    fn shares_sinks(&self, by_hash: bool) -> bool {
+        let _ = by_hash;
         false
     }
 
-    /// Whether the back end can choose a receive queue by a hash ([`Steering`]). With one queue
-    /// every back end can.
+    /// Whether the back end can choose a receive queue by a hash ([`Steering`]).
     fn steers(&self) -> bool;
 
     /// Reserves the address `mac`, which the device has by its settings. No driver of another
@@ -91,6 +93,14 @@ pub trait Queue: Send {
     /// The front calls this in each poll, unless [`Backend::shares_sinks`].
     fn receive(&mut self, sink: &mut dyn RxSink, budget: u32) -> Result<u32, ErrorCode> {
         let _ = (sink, budget);
+        Ok(0)
+    }
+
+    /// Moves at most `budget` frames to the driver, through the receive queues of [`Port::lanes`].
+    /// Returns how many. The front calls this in each poll in place of [`receive`](Self::receive)
+    /// if [`Backend::shares_sinks`].
+    fn receive_shared(&mut self, budget: u32) -> Result<u32, ErrorCode> {
+        let _ = budget;
         Ok(0)
     }
 

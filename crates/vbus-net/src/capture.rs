@@ -60,8 +60,8 @@ impl Backend for Captured {
         self.inner.rx_offloads()
     }
 
-    fn shares_sinks(&self) -> bool {
-        self.inner.shares_sinks()
+    fn shares_sinks(&self, by_hash: bool) -> bool {
+        self.inner.shares_sinks(by_hash)
     }
 
     fn steers(&self) -> bool {
@@ -144,6 +144,10 @@ impl Queue for CapturedQueue {
     fn receive(&mut self, sink: &mut dyn RxSink, budget: u32) -> Result<u32, ErrorCode> {
         let mut recorder = Recorder { sink, file: &self.file, buffer: &mut self.buffer };
         self.inner.receive(&mut recorder, budget)
+    }
+
+    fn receive_shared(&mut self, budget: u32) -> Result<u32, ErrorCode> {
+        self.inner.receive_shared(budget)
     }
 
     fn arm(&mut self) -> Armed {

@@ -8,7 +8,7 @@
 //!
 //! - The front gives each frame of the driver to [`Queue::send`].
 //! - The front lends its receive queue, an [`RxSink`], to [`Queue::receive`], which puts frames
-//!   into the driver's buffers. If other devices bring the frames ([`Backend::shares_sinks`]: the
+//!   into the driver's buffers. If frames come from elsewhere too ([`Backend::shares_sinks`]: the
 //!   switch), the front shares its receive queues instead, each under a lock ([`Port::lanes`]).
 //!
 //! A back end knows neither the front's rings nor its registers. The back ends are the [`Medium`]s
@@ -24,7 +24,7 @@
 //! let opener: Arc<dyn Opener> = Arc::new(Direct);
 //! let medium = Medium::Switch("lab".into());
 //! let backend = medium.open(&switches, &opener, 1, 1500, link.clone()).unwrap();
-//! assert!(backend.shares_sinks() && backend.tx_offloads() == Offloads::ALL);
+//! assert!(backend.shares_sinks(false) && backend.tx_offloads() == Offloads::ALL);
 //! assert!(!link.is_up()); // until a driver is plugged in
 //! ```
 

@@ -10,14 +10,15 @@ use serde_json::{Value, json};
 use vbus_core::io_vec::{IoVec, IoVecMut, readv, writev};
 use vbus_core::memory::DriverSlice;
 use vbus_core::settings::Settings;
+use vbus_core::shm::signal::Armed;
 use vbus_core::{BlockingQueue, CreateError, ErrorCode, Interest, TaskHandle, lock};
 use vbus_tap::{HEADER_BYTES, Mac, Offloads, advice};
 
 use crate::backend::{Backend, Done, Plug, Port, Queue, Sent, TxDrop};
-use crate::frame::{Body, ETH_BYTES, PIECES_MAX, Packet, TAG_BYTES};
+use crate::frame::{Body, ETH_BYTES, FRAME_MAX, Header, PIECES_MAX, Packet, TAG_BYTES};
 use crate::link::Link;
 use crate::opener::Opener;
-use crate::sink::{Reserved, RxSink, Waiter};
+use crate::sink::{Delivery, OnFull, Reserved, RxDrop, RxSink, Waiter};
 
 /// How long the end of a device waits for the kernel.
 const GONE: Duration = Duration::from_secs(10);
@@ -87,9 +88,14 @@ impl Backend for Tap {
         self.offloads
     }
 
+    fn shares_sinks(&self, by_hash: bool) -> bool {
+        // The kernel chooses the queue of the interface by the frame's flow. Which receive queue
+        // the driver wants is known only when the frame has been read.
+        by_hash && self.control.queues.len() > 1
+    }
+
     fn steers(&self) -> bool {
-        // The kernel chooses the queue by the flow of the frame.
-        self.control.queues.len() == 1
+        true
     }
 
     fn plug(&self, port: Arc<Port>) -> Result<Arc<dyn Plug>, ErrorCode> {
@@ -116,7 +122,8 @@ impl Plug for TapPlug {
         let queue = queues.get(usize::from(index)).ok_or(ErrorCode::BAD_ARGUMENT)?.clone();
         let waiter = Waiter { key: self.port.key(index), task: task.clone() };
         let port = self.port.clone();
-        Ok(Box::new(TapQueue { queue, port, index, waiter, watched: false }))
+        let read = Box::new(ReadFrame::default());
+        Ok(Box::new(TapQueue { queue, port, index, waiter, watched: false, read }))
     }
 
     fn configure(&self, queues: u16, offloads: Offloads, done: Done) -> Result<(), ErrorCode> {
@@ -260,6 +267,76 @@ struct TapQueue {
     index: u16,
     waiter: Waiter,
     watched: bool,
+    read: Box<ReadFrame>,
+}
+
+/// A frame that was read from the interface before its receive queue was known.
+#[derive(Default)]
+struct ReadFrame {
+    header: Header,
+    eth: [u8; ETH_BYTES],
+    /// The memory for the rest of a frame. Empty until the first frame.
+    body: Vec<u8>,
+    /// Bytes of the rest.
+    len: usize,
+    /// Whether the frame waits for buffers.
+    waits: bool,
+}
+
+impl ReadFrame {
+    /// Reads the next frame. Returns whether there was one.
+    fn read(&mut self, queue: &vbus_tap::Queue) -> Result<bool, Errno> {
+        const HEAD: usize = HEADER_BYTES + ETH_BYTES;
+        let mut head = [0; HEAD];
+        self.body.resize(FRAME_MAX, 0);
+        let mut vector = [IoVecMut::new(&mut head), IoVecMut::new(&mut self.body)];
+        let len = readv(queue, &mut vector)?;
+        let Some(rest) = len.checked_sub(HEAD) else { return Ok(false) };
+        let (header, eth) = head.split_at(HEADER_BYTES);
+        let mut front = [0; HEADER_BYTES];
+        front.copy_from_slice(header);
+        self.header = Header::parse(&front);
+        self.eth.copy_from_slice(eth);
+        self.len = rest.min(FRAME_MAX);
+        Ok(true)
+    }
+
+    fn packet(&self) -> Packet<'_> {
+        Packet::new(self.header, self.eth, Body::Bytes(&self.body[..self.len]))
+    }
+
+    /// Puts the frame into the receive queue that the driver has chosen for it. Returns the queue
+    /// that it is in, or `None` if it has to wait for buffers there.
+    fn deliver(&mut self, port: &Port, waiter: &Waiter) -> Option<usize> {
+        let packet = self.packet();
+        let (lane, hash) = port.steering.choose(&packet);
+        let packet = Packet { hash, ..packet };
+        let Some(sink) = port.lanes.get(lane) else { return Some(lane) };
+        let mut sink = lock(sink);
+        // The driver may post its buffers between the delivery and the wait.
+        for _ in 0..2 {
+            match sink.deliver(&packet, OnFull::Wait) {
+                Delivery::Delivered | Delivery::Dropped => {
+                    self.waits = false;
+                    return Some(lane);
+                }
+                Delivery::NeedsCut => {
+                    // The driver changed its offloads after the kernel had made the frame.
+                    sink.count_drop(RxDrop::BadFrame);
+                    self.waits = false;
+                    return Some(lane);
+                }
+                Delivery::Full { .. } => {
+                    sink.wait(waiter);
+                    if sink.arm() == Armed::Waiting {
+                        break;
+                    }
+                }
+            }
+        }
+        self.waits = true;
+        None
+    }
 }
 
 impl TapQueue {
@@ -346,6 +423,49 @@ impl Queue for TapQueue {
                     tracing::error!(device, %error, "cannot read from the TAP interface");
                     return Err(ErrorCode::FAILED);
                 }
+            }
+        }
+        Ok(budget)
+    }
+
+    fn receive_shared(&mut self, budget: u32) -> Result<u32, ErrorCode> {
+        let used = self.index < self.port.steering.queues();
+        self.watch(used)?;
+        if !used && !self.read.waits {
+            return Ok(0);
+        }
+        let mut touched = Vec::new();
+        let result = self.steer(budget, &mut touched);
+        for lane in touched.into_iter().filter_map(|lane| self.port.lanes.get(lane)) {
+            lock(lane).post();
+        }
+        result
+    }
+}
+
+impl TapQueue {
+    /// Reads frames, and puts each into the receive queue that the driver has chosen for it.
+    /// Returns how many.
+    fn steer(&mut self, budget: u32, touched: &mut Vec<usize>) -> Result<u32, ErrorCode> {
+        for n in 0..budget {
+            let ready = match self.read.waits {
+                true => Ok(true),
+                false => self.read.read(&self.queue),
+            };
+            match ready {
+                Ok(true) => {}
+                Ok(false) | Err(Errno::AGAIN | Errno::INTR | Errno::IO | Errno::BADFD) => {
+                    return Ok(n);
+                }
+                Err(error) => {
+                    let device = &self.port.name;
+                    tracing::error!(device, %error, "cannot read from the TAP interface");
+                    return Err(ErrorCode::FAILED);
+                }
+            }
+            let Some(lane) = self.read.deliver(&self.port, &self.waiter) else { return Ok(n) };
+            if !touched.contains(&lane) {
+                touched.push(lane);
             }
         }
         Ok(budget)

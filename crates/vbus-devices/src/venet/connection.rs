@@ -110,8 +110,9 @@ impl VenetConnection {
     fn start_queues(&mut self, queues: u16) -> Result<(), ErrorCode> {
         let backend = &self.device.backend;
         let slots = self.device.pairs.iter().map(|counters| RxSlot::new(counters.clone()));
+        let shares = backend.shares_sinks(self.open.features & abi::F_RSS != 0);
         let rx: Vec<Rx> = slots
-            .map(|slot| match backend.shares_sinks() {
+            .map(|slot| match shares {
                 true => Rx::Shared(Arc::new(Mutex::new(slot))),
                 false => Rx::Own(slot),
             })

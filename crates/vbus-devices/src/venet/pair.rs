@@ -200,7 +200,12 @@ impl Pair {
             Rx::Own(RxSlot { queue: Some(queue), .. }) => {
                 self.queue.receive(&mut Lent { queue, view: &view }, budget)?
             }
-            Rx::Own(_) | Rx::Shared(_) => 0,
+            Rx::Own(_) => 0,
+            Rx::Shared(_) => {
+                // The queues take views of their own.
+                drop(view);
+                self.queue.receive_shared(budget)?
+            }
         };
         let served = self.rx.with(|rx| {
             rx.post();

@@ -6,7 +6,9 @@ use std::net::{Ipv4Addr, UdpSocket};
 use std::process::Command;
 
 use serde_json::{Value, json};
-use vbus_core::shm::abi::venet::{CALL_FILTER, CALL_SET_OFFLOADS, F_RX, F_TX, F_TX_USO};
+use vbus_core::shm::abi::venet::{
+    CALL_FILTER, CALL_SET_OFFLOADS, CALL_SET_RSS, F_HASH, F_RSS, F_RX, F_TX, F_TX_USO, hash_kind,
+};
 use vbus_core::{Bus, Called, ErrorCode};
 
 use crate::driver::{Net, Shape, TIMEOUT, bus, frame};
@@ -128,6 +130,53 @@ fn datagrams_pass_both_ways() {
         }
         carrier(&a, &name, last);
     }
+}
+
+/// The kernel spreads flows over the interface's queues. The driver's table has the last word.
+#[test]
+fn the_driver_s_table_chooses_the_receive_queue() {
+    let bus = bus(2);
+    let shape = Shape { pairs: 2, entries: 16, features: F_RSS | F_HASH, ..Shape::default() };
+    let Some((mut a, name)) = tap(&bus, shape, &json!({})) else { return };
+    let socket = address(&name, 4);
+    let mut rss = |a: &mut Net, table: &[u16]| {
+        let kinds = hash_kind::UDPV4.to_le_bytes();
+        let entries = (table.len() as u16).to_le_bytes();
+        let table: Vec<u8> = table.iter().flat_map(|queue| queue.to_le_bytes()).collect();
+        let buffer = [&kinds[..], &entries, &[0; 2], &[0x5a; 40], &table].concat();
+        a.call(CALL_SET_RSS, &buffer).unwrap();
+    };
+    for queue in [1, 0, 1] {
+        rss(&mut a, &[queue; 128]);
+        // More frames than the ring has buffers, of as many flows.
+        for n in 0..40_u16 {
+            let to = (Ipv4Addr::new(10, 78, 4, 2), 6000 + n);
+            socket.send_to(&n.to_le_bytes(), to).unwrap();
+        }
+        let mut seen = std::collections::BTreeSet::new();
+        while seen.len() < 40 {
+            let (header, got) = a.recv_header(usize::from(queue));
+            if got[..6] == A && got[23] == UDP {
+                assert_eq!(header[16..18], [3, 0], "hashed as UDP over IPv4");
+                let payload = payload(&got, UDP);
+                seen.insert(u16::from_le_bytes([payload[0], payload[1]]));
+            }
+        }
+        assert_eq!(seen.len(), 40);
+    }
+    // Frames of both queues of the interface arrive while the table uses both.
+    rss(&mut a, &[0, 1]);
+    for n in 0..40_u16 {
+        socket.send_to(&n.to_le_bytes(), (Ipv4Addr::new(10, 78, 4, 2), 6000 + n)).unwrap();
+    }
+    let mut counts = [0; 2];
+    while counts.iter().sum::<u32>() < 40 {
+        let (queue, got) = a.recv_any(2);
+        if got[..6] == A && got[23] == UDP {
+            counts[queue] += 1;
+        }
+    }
+    assert!(counts[0] > 0 && counts[1] > 0, "{counts:?}");
 }
 
 /// Waits until the interface has this carrier.

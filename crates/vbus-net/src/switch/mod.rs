@@ -190,7 +190,7 @@ impl Backend for SwitchBackend {
         Offloads::ALL
     }
 
-    fn shares_sinks(&self) -> bool {
+    fn shares_sinks(&self, _by_hash: bool) -> bool {
         true
     }
 

@@ -129,7 +129,7 @@ impl Front {
         let (tell, frames) = channel();
         let sink = Sink { filter: filter.clone(), frames: tell, room, waiters: Vec::new() };
         let (mut own, mut shared, mut lanes) = (Some(sink), None, Vec::new());
-        if backend.shares_sinks() {
+        if backend.shares_sinks(false) {
             shared = own.take().map(|sink| Arc::new(Mutex::new(sink)));
             lanes.extend(shared.clone().map(|sink| sink as SharedSink));
         }
