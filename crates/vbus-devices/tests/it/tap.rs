@@ -139,7 +139,7 @@ fn the_driver_s_table_chooses_the_receive_queue() {
     let shape = Shape { pairs: 2, entries: 16, features: F_RSS | F_HASH, ..Shape::default() };
     let Some((mut a, name)) = tap(&bus, shape, &json!({})) else { return };
     let socket = address(&name, 4);
-    let mut rss = |a: &mut Net, table: &[u16]| {
+    let rss = |a: &mut Net, table: &[u16]| {
         let kinds = hash_kind::UDPV4.to_le_bytes();
         let entries = (table.len() as u16).to_le_bytes();
         let table: Vec<u8> = table.iter().flat_map(|queue| queue.to_le_bytes()).collect();
