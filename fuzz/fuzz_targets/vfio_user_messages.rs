@@ -109,7 +109,13 @@ impl Target for Device {
     }
 
     fn dma_unmap(&mut self, address: u64, size: u64) {
-        assert_eq!(self.maps.remove(&address), Some(size));
+        let end = address + size;
+        let inside: Vec<_> = self.maps.range(address..end).map(|(at, len)| (*at, *len)).collect();
+        assert!(!inside.is_empty());
+        for (at, len) in inside {
+            assert!(at + len <= end);
+            self.maps.remove(&at);
+        }
     }
 
     fn dma_unmap_all(&mut self) {

@@ -145,7 +145,7 @@ pub use executor::{Executor, Interest, Progress, Task, TaskHandle, Tuning};
 pub use host::Host;
 pub use interrupt::{Interrupt, InterruptSink, Route};
 pub use lock::lock;
-pub use memory::{Access, Budget, MAPS_MAX, MapError, MemoryContext, View, Window};
+pub use memory::{Access, MAPS_MAX, MapError, MemoryContext, View, Window};
 pub use router::Router;
 pub use vbus_iovec as io_vec;
 pub use vbus_shm::{self as shm, ErrorCode, Versions};

@@ -524,10 +524,10 @@ struct UntilDeadline<'a> {
 impl Source for UntilDeadline<'_> {
     fn recv(&mut self, buf: &mut [u8], fds: &mut Vec<OwnedFd>) -> Result<usize, Errno> {
         loop {
-            let mut source =
-                SocketSource { socket: self.socket, max_fds: KERNEL_MSG_FDS, wait: false };
+            let mut source = SocketSource::new(self.socket, KERNEL_MSG_FDS);
             match source.recv(buf, fds) {
                 Err(Errno::AGAIN) => {}
+                Ok(_) if source.lost_fds() => return Err(Errno::MFILE),
                 other => return other,
             }
             let left = self.deadline.saturating_duration_since(Instant::now());

@@ -440,8 +440,7 @@ impl<T: Target> Server<T> {
                 work += self.take_work();
                 continue;
             }
-            let mut source =
-                SocketSource { socket: client.socket.as_fd(), max_fds: MAX_MSG_FDS, wait: false };
+            let mut source = SocketSource::new(client.socket.as_fd(), MAX_MSG_FDS);
             match client.receiver.next(&mut source, client.session.max_message(), MAX_MSG_FDS) {
                 Ok(Received::Message(message)) => {
                     client.message_by = None;

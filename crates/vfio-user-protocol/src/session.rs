@@ -136,7 +136,7 @@ enum Failure {
     TooManyMaps(usize),
     NotZero { flags: u32, count: u32 },
     NotEventfd,
-    NotMapped(u64, u64),
+    Cut(u64, u64),
     Unsupported(&'static str),
     Unknown,
     WrongDirection,
@@ -149,7 +149,6 @@ impl Failure {
         match self {
             Self::Overlap(..) => Errno::EXIST,
             Self::TooManyMaps(_) => Errno::NOSPC,
-            Self::NotMapped(..) => Errno::NOENT,
             Self::NotAllowed(..) => Errno::PERM,
             Self::Unsupported(_) => Errno::OPNOTSUPP,
             Self::Unknown => Errno::NOSYS,
@@ -192,8 +191,8 @@ impl fmt::Display for Failure {
                 write!(f, "flags {flags:#x} and count {count} in a request, where both are 0")
             }
             Self::NotEventfd => write!(f, "a descriptor that is no eventfd"),
-            Self::NotMapped(address, size) => {
-                write!(f, "no mapping of {size:#x} bytes at {address:#x}")
+            Self::Cut(address, size) => {
+                write!(f, "{size:#x} bytes at {address:#x} are not whole mappings")
             }
             Self::Unsupported(what) => write!(f, "{what} is not supported"),
             Self::Unknown => write!(f, "no such command"),
@@ -341,7 +340,7 @@ impl Session {
         message: Message,
         failure: Option<Failure>,
     ) -> Answer {
-        let Message { header, body, fds } = message;
+        let Message { header, body, fds, lost_fds } = message;
         let Kind::Command { no_reply } = header.kind else {
             return Answer::End(None, Violation::Reply(header));
         };
@@ -363,6 +362,14 @@ impl Session {
         }
         let outcome = match failure {
             Some(failure) => Err(failure),
+            None if lost_fds => {
+                tracing::warn!(
+                    device = name,
+                    "{header} fails: this process cannot take its descriptors, because it has as \
+                     many as RLIMIT_NOFILE allows"
+                );
+                Err(Failure::Device(Errno::MFILE))
+            }
             None => self.command(target, &negotiated, header.command, &body, fds),
         };
         match outcome {
@@ -491,11 +498,23 @@ impl Session {
             target.dma_unmap_all();
             self.maps.clear();
         } else {
-            if self.maps.get(&address) != Some(&size) {
-                return Err(Failure::NotMapped(address, size));
+            let end = address.checked_add(size).filter(|_| size > 0);
+            let end = end.ok_or(Failure::BadRange(address, size))?;
+            // The mapping that begins before the range may reach into it.
+            let before = self.maps.range(..address).next_back();
+            let last = self.maps.range(address..end).next_back();
+            let cut = before.is_some_and(|(start, len)| start + len > address)
+                || last.is_some_and(|(start, len)| start + len > end);
+            if cut {
+                return Err(Failure::Cut(address, size));
             }
-            target.dma_unmap(address, size);
-            self.maps.remove(&address);
+            if last.is_some() {
+                target.dma_unmap(address, size);
+            }
+            // As the kernel's VFIO does, a range without mappings succeeds. QEMU counts on that.
+            let inside: Vec<u64> = self.maps.range(address..end).map(|(start, _)| *start).collect();
+            let size = inside.iter().filter_map(|start| self.maps.remove(start)).sum();
+            return Ok(DmaUnmap { size, ..unmap }.body().into());
         }
         Ok(unmap.body().into())
     }

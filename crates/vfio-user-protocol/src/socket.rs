@@ -32,8 +32,15 @@ pub trait Source {
     /// Returns the number of bytes. 0: the stream has ended.
     ///
     /// # Errors
-    /// [`Errno::AGAIN`] if no byte has arrived; [`Errno::TOOMANYREFS`] if descriptors were lost.
+    /// [`Errno::AGAIN`] if no byte has arrived; [`Errno::TOOMANYREFS`] if there were more
+    /// descriptors than one read takes.
     fn recv(&mut self, buf: &mut [u8], fds: &mut Vec<OwnedFd>) -> Result<usize, Errno>;
+
+    /// Whether descriptors were lost in the last read because this process has as many as it may
+    /// have.
+    fn lost_fds(&self) -> bool {
+        false
+    }
 }
 
 /// A socket as a [`Source`].
@@ -45,6 +52,15 @@ pub struct SocketSource<'a> {
     pub max_fds: usize,
     /// Whether a read waits for data instead of returning [`Errno::AGAIN`].
     pub wait: bool,
+    lost_fds: bool,
+}
+
+impl<'a> SocketSource<'a> {
+    /// A socket whose reads do not wait and take at most `max_fds` descriptors.
+    #[must_use]
+    pub fn new(socket: BorrowedFd<'a>, max_fds: usize) -> SocketSource<'a> {
+        SocketSource { socket, max_fds, wait: false, lost_fds: false }
+    }
 }
 
 impl Source for SocketSource<'_> {
@@ -61,15 +77,24 @@ impl Source for SocketSource<'_> {
                 other => break other?,
             }
         };
+        let before = fds.len();
         for message in ancillary.drain() {
             if let RecvAncillaryMessage::ScmRights(rights) = message {
                 fds.extend(rights);
             }
         }
-        if received.flags.contains(ReturnFlags::CTRUNC) {
+        // The kernel sets one flag in two cases: there were more descriptors than this read takes,
+        // or the process has no room for them. In the second case fewer have come than it takes.
+        let cut = received.flags.contains(ReturnFlags::CTRUNC);
+        self.lost_fds = cut && fds.len() - before < self.max_fds.min(KERNEL_MSG_FDS);
+        if cut && !self.lost_fds {
             return Err(Errno::TOOMANYREFS);
         }
         Ok(received.bytes)
+    }
+
+    fn lost_fds(&self) -> bool {
+        self.lost_fds
     }
 }
 
@@ -83,6 +108,8 @@ pub struct Message {
     /// The descriptors that came with it. They close with the message, unless its handler takes
     /// them.
     pub fds: Vec<OwnedFd>,
+    /// More descriptors came with it, and are lost: this process has as many as it may have.
+    pub lost_fds: bool,
 }
 
 /// The result of [`Receiver::next`].
@@ -130,6 +157,7 @@ pub struct Receiver {
     header: Option<Header>,
     body: Vec<u8>,
     fds: Vec<OwnedFd>,
+    lost_fds: bool,
 }
 
 impl Receiver {
@@ -155,6 +183,7 @@ impl Receiver {
                 Err(Errno::CONNRESET) if self.have == 0 => return Ok(Received::End),
                 Err(e) => return Err(e.into()),
             }
+            self.lost_fds |= source.lost_fds();
             self.check_fds(max_fds)?;
         }
         let header = match self.header {
@@ -180,6 +209,7 @@ impl Receiver {
                 Err(Errno::TOOMANYREFS) => return Err(Broken::Descriptors(max_fds)),
                 Err(e) => return Err(e.into()),
             }
+            self.lost_fds |= source.lost_fds();
             self.check_fds(max_fds)?;
         }
         self.have = 0;
@@ -188,6 +218,7 @@ impl Receiver {
             header,
             body: std::mem::take(&mut self.body),
             fds: std::mem::take(&mut self.fds),
+            lost_fds: std::mem::take(&mut self.lost_fds),
         }))
     }
 

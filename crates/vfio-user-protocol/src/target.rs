@@ -196,7 +196,7 @@ impl IoEventFd {
 /// - indexes are below the counts of [`DeviceInfo`];
 /// - an access lies within its region, and the region's [`RegionInfo`] allows it;
 /// - a range of interrupts lies within its index;
-/// - mappings do not overlap, and an unmap names a mapping exactly.
+/// - mappings do not overlap, and an unmap cuts none.
 ///
 /// The target may refuse more. The client gets the errno that the target returns.
 ///
@@ -260,7 +260,8 @@ pub trait Target {
         Ok(())
     }
 
-    /// The client ends a mapping. When this returns, the device no longer touches that memory.
+    /// The client ends the mappings within this range, one or more. When this returns, the device
+    /// no longer touches that memory.
     fn dma_unmap(&mut self, address: u64, size: u64) {
         let _ = (address, size);
     }

@@ -109,21 +109,6 @@ impl Budget {
         });
         Arc::new(Budget { totals, used: Mutex::default() })
     }
-
-    /// What all peers have, and may have together, by name.
-    pub fn inspect(&self) -> Value {
-        let used = *lock(&self.used);
-        Resource::ALL
-            .into_iter()
-            .map(|r| {
-                (
-                    r.name().to_owned(),
-                    json!({ "used": used[r as usize], "of": self.totals[r as usize] }),
-                )
-            })
-            .collect::<serde_json::Map<_, _>>()
-            .into()
-    }
 }
 
 /// The maps of all peers may take this part of the memory.
@@ -238,14 +223,18 @@ impl Account {
         self.budget.totals[at].saturating_sub(used - own) / 2
     }
 
-    /// What the peer has, and may have now, by name.
+    /// What the peer has (`used`) and may have now (`of`), and what all peers have (`all_used`) and
+    /// may have (`all_of`), by the name of the resource.
     pub fn inspect(&self) -> Value {
         let used = *lock(&self.budget.used);
         let own = *lock(&self.own);
         let each = |r: Resource| {
             let at = r as usize;
             let may_have = self.may_have(used[at].max(own[at]), own[at], at);
-            (r.name().to_owned(), json!({ "used": own[at], "of": may_have }))
+            let (all_used, all_of) = (used[at].max(own[at]), self.budget.totals[at]);
+            let amounts =
+                json!({ "used": own[at], "of": may_have, "all_used": all_used, "all_of": all_of });
+            (r.name().to_owned(), amounts)
         };
         Resource::ALL.into_iter().map(each).collect::<serde_json::Map<_, _>>().into()
     }
@@ -318,8 +307,8 @@ mod tests {
         // A share that is given back can be taken again, and a refusal took none.
         drop(shares);
         assert_eq!(accounts[5].left(Resource::Descriptors), 512);
-        assert_eq!(budget.inspect()["descriptors"]["used"], 0);
-        assert_eq!(accounts[0].inspect()["descriptors"], json!({ "used": 0, "of": 512 }));
+        let expected = json!({ "used": 0, "of": 512, "all_used": 0, "all_of": 1024 });
+        assert_eq!(accounts[0].inspect()["descriptors"], expected);
     }
 
     #[test]

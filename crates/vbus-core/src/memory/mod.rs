@@ -18,7 +18,8 @@
 //!
 //! The peer may truncate its file, or punch holes into it. An access to what is gone reads zeros,
 //! and [`MemoryContext::is_lost`] becomes true (see `vbus_mapping`). The bus then ends the peer's
-//! connection. A [`Budget`] bounds what all this costs the process.
+//! connection. A budget for each [`Resource`] bounds what all this costs
+//! the process.
 #![allow(unsafe_code)] // Gives out addresses in the driver's memory.
 
 mod budget;
@@ -40,8 +41,8 @@ use serde_json::Value;
 use vbus_mapping::{Backing, Mapping, Piece};
 use vbus_shm::ErrorCode;
 
-use self::budget::{Account, Share};
-pub use self::budget::{Budget, Exceeded, Resource};
+use self::budget::{Account, Budget, Share};
+pub use self::budget::{Exceeded, Resource};
 use self::file::{FileKey, Found, SharedFile};
 pub use self::slice::DriverSlice;
 use self::table::{EMPTY, Map, Place, Run, Table};
@@ -312,7 +313,8 @@ impl MemoryContext {
         then.map(|then| then()).is_some()
     }
 
-    /// What the peer has of the budget, and may have, by name.
+    /// What the peer has of each budget (`used`) and may have now (`of`), and what all peers have
+    /// (`all_used`) and may have (`all_of`), by the name of the [`Resource`].
     pub fn inspect(&self) -> Value {
         let account = lock(&self.changes).account.clone();
         account.inspect()

@@ -99,6 +99,7 @@ fn show(
         text(device, "class"),
         text(device, "state")
     );
+    show_memory(device, out);
     for part in ["counters", "device", "connector"] {
         for (path, value) in flatten(device.get(part).unwrap_or(&Value::Null)) {
             if path.is_empty() {
@@ -117,5 +118,21 @@ fn show(
             }
             out.push('\n');
         }
+    }
+}
+
+/// Shows what the memory of the device's client uses of each budget.
+fn show_memory(device: &Value, out: &mut String) {
+    for (resource, amounts) in device["memory"].as_object().into_iter().flatten() {
+        let amount = |key: &str| plain(&amounts[key]);
+        let _ = writeln!(
+            out,
+            "  {:32} {:>16} of {} (all clients: {} of {})",
+            format!("memory.{resource}"),
+            amount("used"),
+            amount("of"),
+            amount("all_used"),
+            amount("all_of")
+        );
     }
 }

@@ -224,6 +224,57 @@ fn a_client_that_takes_its_memory_away_is_ended_alone() {
     assert_eq!(good.stats().violations, 0);
 }
 
+/// What a guest with an IOMMU makes QEMU send: its buffers are mapped page by page, at addresses
+/// and from places in its memory that follow no order, and some come and go all the time.
+#[test]
+fn twenty_thousand_single_pages_are_mapped_beside_work() {
+    const MAPS: u64 = 20_000;
+    const PAGE: u64 = 4096;
+    const RAM: u64 = 1 << 30;
+    let place = |page: u64| page * 40_503 % (RAM / PAGE) * PAGE;
+    let address = |page: u64| (1 << 36) + page * PAGE;
+    let setup = setup();
+    let endpoint = setup.bus.get("adder0").unwrap();
+    let ram = memfd_create("ram", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&ram, RAM).unwrap();
+    let mut client = Client::connect(setup.server.path()).unwrap();
+    client.dma_map(ram.as_fd(), 0, 0, PAGE).unwrap();
+    for page in 0..MAPS {
+        client.dma_map(ram.as_fd(), place(page), address(page), PAGE).unwrap();
+    }
+    let used = |resource: &str| endpoint.inspect()["memory"][resource]["used"].as_u64().unwrap();
+    assert_eq!((used("maps"), used("mappings"), used("descriptors")), (MAPS + 1, 1, 1));
+    endpoint.memory().view().write(0, &77u64.to_le_bytes()).unwrap();
+    endpoint.open(vbus_core::OpenRequest::new((0, 77))).unwrap();
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // The upper half comes and goes, as buffers of a driver do. QEMU also unmaps what was
+            // never mapped.
+            for page in MAPS / 2..MAPS {
+                client.dma_unmap(address(page), PAGE).unwrap();
+                client.dma_unmap(address(2 * MAPS + page), PAGE).unwrap();
+                client.dma_map(ram.as_fd(), place(page + 1), address(page), PAGE).unwrap();
+            }
+            done.store(true, Ordering::Relaxed);
+        });
+        // Meanwhile the device works on buffers in the lower half, each in two maps.
+        let mut n = 0;
+        while !done.load(Ordering::Relaxed) || n < 2000 {
+            let page = n * 7919 % (MAPS / 2 - 1);
+            let at = address(page) + PAGE - 8;
+            endpoint.memory().view().write(at, &[(n % 251) as u8; 16]).unwrap();
+            let sum = endpoint.call(0, 0, at, 16).and_then(vbus_core::Called::now);
+            assert_eq!(sum, Ok(16 * (n % 251)));
+            n += 1;
+        }
+    });
+    assert_eq!(used("maps"), MAPS + 1);
+    // All at once, as at a reset of the guest.
+    client.dma_unmap(0, 1 << 40).unwrap();
+    assert_eq!(used("maps"), 0);
+}
+
 #[test]
 fn a_device_that_is_removed_is_gone_for_its_driver() {
     let Setup { _folder, bus, server } = setup();

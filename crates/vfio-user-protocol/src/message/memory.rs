@@ -50,7 +50,8 @@ impl DmaMap {
     }
 }
 
-/// `DMA_UNMAP`: memory that the device must not touch any more. The reply repeats the request.
+/// `DMA_UNMAP`: memory that the device must not touch any more. The reply repeats the
+/// request, with the number of bytes that were unmapped as its size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DmaUnmap {
     /// Unmap everything. Address and size are then zero.

@@ -168,7 +168,7 @@ proptest! {
         let message = |id: u16, command: u16, flags: u32, body: &[u8]| {
             let bytes = framed(id, command, flags, body);
             let header = Header::parse(bytes.first_chunk().unwrap()).unwrap();
-            Message { header, body: body.to_vec(), fds: Vec::new() }
+            Message { header, body: body.to_vec(), fds: Vec::new(), lost_fds: false }
         };
         let first = session.handle(&mut device, "test", message(0, 1, 0, &version()));
         prop_assert!(matches!(first, Answer::Negotiated(_)));
