@@ -242,6 +242,16 @@ impl<M: Memory, E: End> Reader<M, E> {
         self.read_again(out)
     }
 
+    /// As [`read`](Self::read), but tries once only. For a reader that has other work and comes
+    /// back: an owner that overruns it costs it one copy each time.
+    ///
+    /// # Errors
+    /// [`Overrun`]: the owner wrote all slots while this end copied.
+    pub fn read_once(&self, out: &mut [u8]) -> Result<u64, Overrun> {
+        let wanted = out.len().min(self.layout.value_bytes());
+        self.try_read(&mut out[..wanted]).ok_or(Overrun)
+    }
+
     #[cold]
     fn read_again(&self, out: &mut [u8]) -> Result<u64, Overrun> {
         let wanted = out.len().min(self.layout.value_bytes());

@@ -116,6 +116,8 @@ pub struct Server<T: Target> {
     listener: OwnedFd,
     /// The time at which the server accepts again.
     paused_until: Option<Instant>,
+    /// Why the last try to accept failed. The log has that once.
+    paused_for: Option<Errno>,
     poller: Poller,
     next_token: u64,
     connections: u64,
@@ -168,6 +170,7 @@ impl<T: Target> Server<T> {
             file,
             listener,
             paused_until: None,
+            paused_for: None,
             poller,
             next_token: LISTENER,
             connections: 0,
@@ -355,16 +358,21 @@ impl<T: Target> Server<T> {
                     Err(e) => {
                         // The connection stays in the backlog. Without a pause, the server would
                         // try without end.
-                        warn!(
-                            device = self.name,
-                            "accepting failed, next try in {ACCEPT_PAUSE:?}: {e}"
-                        );
+                        if self.paused_for != Some(e) {
+                            warn!(
+                                device = self.name,
+                                "accepting failed, tried again each {ACCEPT_PAUSE:?}: {e}{}",
+                                remedy(e)
+                            );
+                        }
+                        self.paused_for = Some(e);
                         let quiet = EventFlags::empty();
                         let _ = self.poller.modify(&self.listener, LISTENER, quiet);
                         self.paused_until = Some(now + ACCEPT_PAUSE);
                         return accepted;
                     }
                 };
+            self.paused_for = None;
             accepted += 1;
             let token = self.token();
             let watched = self.poller.add(&socket, token, EventFlags::IN);
@@ -581,6 +589,15 @@ impl<T: Target> Server<T> {
             self.leaving = true;
             self.leave();
         }
+    }
+}
+
+/// What the operator can do against an error of accepting.
+fn remedy(errno: Errno) -> &'static str {
+    match errno {
+        Errno::MFILE => "; raise this process's limit of descriptors (ulimit -n, LimitNOFILE=)",
+        Errno::NFILE => "; raise the sysctl fs.file-max",
+        _ => "",
     }
 }
 

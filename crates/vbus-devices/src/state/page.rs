@@ -9,7 +9,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use vbus_core::shm::abi::state::{DESCRIPTION_BYTES, NAME_MAX, OWNER_DEVICE, OWNER_DRIVER};
 use vbus_core::shm::signal::{Armed, end};
-use vbus_core::shm::state::{Reader, SIGNAL_OFFSET, Writer};
+use vbus_core::shm::state::{READ_TRIES, Reader, SIGNAL_OFFSET, Writer};
 use vbus_core::{ErrorCode, Interrupt, Region, Window};
 
 use vbus_core::lock;
@@ -56,6 +56,15 @@ enum PageEnd {
     Writer(Writer<Window, end::Device>, Interrupt),
     /// The reader, and the page version that the device read last.
     Reader(Reader<Window, end::Device>, u64),
+}
+
+/// What a look at the driver's page found.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum News {
+    None,
+    Taken,
+    /// The driver wrote all slots meanwhile.
+    Overrun,
 }
 
 /// A value and its version.
@@ -132,38 +141,50 @@ impl Page {
             .as_ref()
             .is_some_and(|shown| handle.is_none_or(|handle| handle == shown.handle))
         {
-            self.take_news(&mut inner);
+            for _ in 0..READ_TRIES {
+                if self.take_news(&mut inner) != News::Overrun {
+                    break;
+                }
+            }
             inner.shown = None;
         }
     }
 
-    /// Takes over a newer value from the driver's page. Returns whether the page had one. It also
-    /// returns true if the read was overrun and has to be tried again.
-    fn take_news(&self, inner: &mut MutexGuard<'_, Inner>) -> bool {
+    /// Takes over a newer value from the driver's page, with one try.
+    fn take_news(&self, inner: &mut MutexGuard<'_, Inner>) -> News {
         let Some(Shown { end: PageEnd::Reader(reader, seen), .. }) = &mut inner.shown else {
-            return false;
+            return News::None;
         };
+        // Before anything that costs: most looks find nothing.
+        if reader.version() == *seen {
+            return News::None;
+        }
         let mut value = vec![0; self.bytes as usize];
-        match reader.read_if_newer(*seen, &mut value) {
-            Ok(None) => false,
-            Ok(Some(version)) => {
+        match reader.read_once(&mut value) {
+            Ok(version) => {
                 *seen = version;
                 inner.value = value.into();
                 inner.version += 1;
                 self.news.notify_all();
-                true
+                News::Taken
             }
             Err(_overrun) => {
                 inner.overruns += 1;
-                true
+                News::Overrun
             }
         }
     }
 
     /// The current value.
     pub fn current(&self) -> Current {
-        let mut inner = lock(&self.inner);
-        self.take_news(&mut inner);
+        for _ in 1..READ_TRIES {
+            // The lock is free between two tries: a worker may wait for it.
+            let mut inner = lock(&self.inner);
+            if self.take_news(&mut inner) != News::Overrun {
+                return Current { value: inner.value.clone(), version: inner.version };
+            }
+        }
+        let inner = lock(&self.inner);
         Current { value: inner.value.clone(), version: inner.version }
     }
 
@@ -219,10 +240,11 @@ impl Page {
         };
     }
 
-    /// Takes over a newer value of the driver, if a client watches.
+    /// Takes over a newer value of the driver, if a client watches. Returns whether the page had
+    /// one. It also returns true if the driver overran the read, which has to be tried again.
     pub fn poll(&self) -> bool {
         let mut inner = lock(&self.inner);
-        inner.watchers != 0 && self.take_news(&mut inner)
+        inner.watchers != 0 && self.take_news(&mut inner) != News::None
     }
 
     /// If a client watches, arms the page: the driver rings the doorbell with its next value.

@@ -96,6 +96,7 @@ pub fn run(args: &Args, classes: Vec<Box<dyn DeviceClass>>) -> Result<()> {
     tell_ready(args.ready_fd)?;
     manager.ready();
     let mut health = Health::new(Watchdog::new(host.executor().clone()), &manager);
+    let mut starved = false;
     loop {
         let (stopped, client, woken) = {
             let mut fds = [
@@ -114,10 +115,23 @@ pub fn run(args: &Args, classes: Vec<Box<dyn DeviceClass>>) -> Result<()> {
             break;
         }
         health.look(woken, &mut manager);
-        if client && accept.next().is_err() {
-            // This process has no more descriptors or threads. The client waits in the backlog. An
-            // attempt without a pause would only take processor time.
-            std::thread::sleep(Duration::from_millis(200));
+        if !client {
+            continue;
+        }
+        match accept.next() {
+            Ok(()) => starved = false,
+            Err(error) => {
+                // This process has no more descriptors or threads. The client waits in the backlog.
+                // An attempt without a pause would only take processor time.
+                if !std::mem::replace(&mut starved, true) {
+                    tracing::error!(
+                        %error,
+                        "control clients have to wait; raise this process's limit of descriptors \
+                         (ulimit -n, LimitNOFILE=) or of threads (ulimit -u, TasksMax=)"
+                    );
+                }
+                std::thread::sleep(Duration::from_millis(200));
+            }
         }
     }
     tracing::info!("stopping");

@@ -6,6 +6,7 @@
 #[macro_use]
 mod support;
 
+mod effort;
 mod exhaustion;
 mod foreign_server;
 mod malformed;

@@ -33,6 +33,8 @@ pub struct Device {
     pub resets: u32,
     pub clients: u32,
     pub writes: u32,
+    /// Writes to the first byte of region 1, which are long.
+    pub long_writes: u32,
 }
 
 impl Device {
@@ -51,6 +53,7 @@ impl Device {
             resets: 0,
             clients: 0,
             writes: 0,
+            long_writes: 0,
         }
     }
 }
@@ -94,6 +97,7 @@ impl Target for Device {
     fn write(&mut self, region: u32, offset: u64, data: &[u8]) -> Result<(), Errno> {
         let at = usize::try_from(offset).unwrap();
         self.writes += 1;
+        self.long_writes += u32::from(self.is_long_write(region, offset, data));
         match region {
             0 if at + data.len() > 3840 => return Err(Errno::IO),
             0 => self.memory[at..at + data.len()].copy_from_slice(data),
@@ -102,6 +106,10 @@ impl Target for Device {
             _ => panic!("write to region {region}, which cannot be written"),
         }
         Ok(())
+    }
+
+    fn is_long_write(&self, region: u32, offset: u64, _: &[u8]) -> bool {
+        (region, offset) == (1, 0)
     }
 
     fn set_irqs(&mut self, index: u32, action: IrqAction) -> Result<(), Errno> {
