@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Endpoints with a small device, driven through memory that is really mapped, without a connector.
+//! Endpoints with a small device. The tests drive it without a connector, through mapped memory.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,12 +17,12 @@ use vbus_core::{
 };
 
 const SIZE: u64 = 64 << 20;
-/// Where the driver's memory begins in its own address space.
+/// The address of the driver's memory in the driver's address space.
 const BASE: u64 = 0x10_0000;
 const BOUND: Duration = Duration::from_secs(60);
 
-/// Gives back each entry with its length doubled. An entry of length 0 is a fault. Region 13 and
-/// function 13 make it panic.
+/// Gives back each entry with its length doubled. An entry of length 0 is a violation. Region 13
+/// and function 13 cause a panic.
 struct Doubler;
 
 struct Doubling {
@@ -99,7 +99,7 @@ impl InterruptSink for Interrupts {
     }
 }
 
-/// A driver: memory that it shares with the device, and the interrupts that it gets.
+/// A driver: the memory that it shares with the device, and its interrupts.
 struct Driver {
     endpoint: Arc<Endpoint>,
     /// The same file, mapped a second time.
@@ -141,8 +141,7 @@ impl Driver {
         (ring, RegionRequest::new(0, addr, len).with_signal(signal))
     }
 
-    /// Sends `count` entries through and checks what comes back, sleeping whenever there is nothing
-    /// to do.
+    /// Sends `count` entries and checks what comes back. It sleeps when it has nothing to do.
     fn exchange(&self, ring: &mut DriverEnd<Window>, handle: u32, count: u32) {
         let (mut sent, mut back) = (0, 0);
         while back < count {
@@ -174,7 +173,7 @@ fn entries_pass_with_both_ends_sleeping() {
     let (mut ring, request) = driver.ring(BASE + 4096, 16);
     let handle = driver.endpoint.region_add(request).unwrap();
     driver.exchange(&mut ring, handle, 100_000);
-    // Sooner or later each end has slept.
+    // Each end has slept at some time.
     let counters = driver.endpoint.counters();
     let end = Instant::now() + BOUND;
     while counters.doorbells.get() == 0 || counters.interrupts.get() == 0 {
@@ -190,7 +189,7 @@ fn entries_pass_with_both_ends_sleeping() {
 fn scattered_pages_make_one_region() {
     let driver = Driver::new();
     driver.open().unwrap();
-    // The ring is laid out in a window of pages that lie backwards, as the driver sees it too.
+    // The ring is in a window of pages in reverse order. The driver sees it in the same way.
     let pages: Vec<u64> = (0..4).map(|i| BASE + 0x10_0000 - i * 4096).collect();
     let layout = Layout::new(256, Returns::Entries).unwrap();
     let len = layout.bytes() as u64;
@@ -220,9 +219,10 @@ fn an_eventfd_is_a_doorbell() {
             rustix::io::write(early.as_fd(), &1u64.to_ne_bytes()).unwrap();
             rung += 1;
         }
-        // Counting them loses none.
+        // The counter loses none of them.
         assert_eq!(driver.endpoint.inspect()["counters"]["doorbells"], rung);
-        // An interrupt of the round before may still be there, if its entry was seen without it.
+        // An interrupt of the previous round may still be pending, if the driver saw its entry
+        // without it.
         let entry = loop {
             match ring.reap().unwrap() {
                 Some(entry) => break entry,
@@ -378,13 +378,13 @@ fn maps_are_checked() {
         assert!(matches!(map(start, len, 0), Err(MapError::Overlap(..))), "{start} {len}");
     }
     map(4096, 4096, 0).unwrap();
-    // A directory, an eventfd, a device: nothing that could be mapped for good.
+    // A directory, an eventfd, a device: files that cannot be mapped permanently.
     for path in ["/", "/dev/zero"] {
         let file = OwnedFd::from(std::fs::File::open(path).unwrap());
         let refused = context.map(0, 4096, Some((file, 0)), Access::READ);
         assert!(matches!(refused, Err(MapError::NoFile)), "{path}: {refused:?}");
     }
-    // Nothing was done to a file that was refused, or that was taken.
+    // The bus has changed neither the refused nor the accepted files.
     for file in [memory(), memory()] {
         let copy = file.try_clone().unwrap();
         let _ = context.map(0, 4096, Some((copy, 0)), Access::BOTH);
@@ -406,7 +406,7 @@ fn removed_devices_are_gone() {
     assert!(driver._bus.add("bad/name", Arc::new(Doubler)).is_err());
 }
 
-/// Counts its polls, wants to be polled by deadlines only.
+/// Counts its polls. Only its deadlines cause polls.
 struct Ticker(Arc<AtomicU64>, Sender<()>);
 
 impl Task for Ticker {
@@ -435,7 +435,7 @@ fn deadlines_wake_tasks_and_stop_ends_them() {
     receiver.recv_timeout(BOUND).unwrap();
     task.stop();
     let after = polls.load(Ordering::Relaxed);
-    // The sender lives in the task: it has been dropped, so nobody will poll again.
+    // The task owns the sender. The sender is dropped, so the task is, and has no more polls.
     while receiver.recv_timeout(BOUND).is_ok() {}
     assert_eq!(polls.load(Ordering::Relaxed), after);
 }
@@ -467,7 +467,7 @@ fn page_lists_do_not_use_up_the_mappings_of_the_process() {
     let driver = Driver::new();
     let pages: Vec<u64> = vec![BASE; 4096];
     let one = || driver.mine.window_of_pages(&pages, 12, 4096 * 4096);
-    // The number depends on the machine's limit, of which a peer gets less than a half.
+    // The number depends on the machine's limit. A peer gets less than half of it.
     let mut windows: Vec<_> = std::iter::from_fn(|| one().ok()).take(1000).collect();
     assert!((1..1000).contains(&windows.len()), "{}", windows.len());
     assert_eq!(one().unwrap_err(), ErrorCode::LIMIT);
@@ -484,7 +484,7 @@ fn page_lists_do_not_use_up_the_mappings_of_the_process() {
 fn a_peer_cannot_make_the_counting_of_doorbells_wait() {
     let driver = Driver::new();
     let bell = driver.endpoint.doorbell_eventfd(0).unwrap();
-    // The peer holds the same open file: its flags are the peer's to change.
+    // The peer holds the same open file, and can change its flags.
     let flags = rustix::fs::fcntl_getfl(&bell).unwrap();
     rustix::fs::fcntl_setfl(&bell, flags - rustix::fs::OFlags::NONBLOCK).unwrap();
     let (done, told) = channel();
@@ -498,7 +498,8 @@ fn a_peer_cannot_make_the_counting_of_doorbells_wait() {
     assert_eq!(told.recv_timeout(BOUND).expect("inspecting the device never ends"), Some(5));
 }
 
-/// Fails its first poll; when dropped, finds out whether somebody takes it for stopped already.
+/// Fails its first poll. When it is dropped, it checks whether the failure has already been
+/// reported.
 struct Failing {
     dropping: Sender<()>,
     stopped: Mutex<Receiver<()>>,
@@ -535,7 +536,7 @@ fn stopping_a_task_that_fails_just_then_waits_until_it_is_gone() {
     );
 }
 
-/// A device that says of itself what the test says, and does nothing.
+/// A device with any identity, which does nothing.
 struct Claims(Identity, usize);
 
 impl Device for Claims {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The core from outside: endpoints with small devices, the event loop, memory, and the model of
-//! the event loop's wake-up.
+//! Tests of the public interface: endpoints with small devices, the event loop, memory, and the
+//! model of the event loop's wake-up.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 #![allow(clippy::cast_possible_truncation, reason = "numbers of a test are small")]
 

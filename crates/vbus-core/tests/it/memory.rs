@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The driver's memory: ranges that cross from one map into the next, what a map allows, and views
-//! beside maps that come and go.
+//! The driver's memory: ranges that cross from one map into the next, the access that a map allows,
+//! and views while maps come and go.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -26,8 +26,8 @@ fn file(pages: u64) -> OwnedFd {
     fd
 }
 
-/// `pages` pages from address 0 on, each a map of its own, as an IOMMU maps them; in the file they
-/// lie backwards.
+/// Maps `pages` pages from address 0 on. Each is a map of its own, as with an IOMMU. In the file
+/// they have the reverse order.
 fn map_page_by_page(file: &OwnedFd, pages: u64, map: impl Fn(u64, u64, OwnedFd, u64)) {
     for page in 0..pages {
         let offset = (pages - 1 - page) * PAGE;
@@ -52,7 +52,7 @@ fn a_buffer_may_span_maps_that_adjoin() {
     let mut out = vec![0; bytes.len()];
     view.read(100, &mut out).unwrap();
     assert!(out == bytes);
-    // Each page is where its own map says.
+    // Each page has the address of its own map.
     let mut byte = [0];
     view.read(2 * PAGE, &mut byte).unwrap();
     assert_eq!(byte[0], bytes[2 * PAGE as usize - 100]);
@@ -60,14 +60,14 @@ fn a_buffer_may_span_maps_that_adjoin() {
     let slice = view.slice(100, bytes.len() as u64, false).unwrap();
     assert_eq!(slice.pieces().map(|p| p.len()).collect::<Vec<_>>(), [3996, 4096, 4096, 107]);
     assert_eq!(slice.io_vecs().count(), 4);
-    // Split anywhere, the two parts are the whole.
+    // At any place, a split gives two parts that together are the whole.
     for mid in [0, 1, 3995, 3996, 3997, 8092, bytes.len() - 1, bytes.len(), usize::MAX] {
         let (front, back) = slice.split_at(mid);
         let (mut first, mut second) = (vec![0; front.len()], vec![0; back.len()]);
         assert_eq!(front.copy_to(&mut first) + back.copy_to(&mut second), bytes.len());
         assert!([first, second].concat() == bytes, "{mid}");
     }
-    // From one driver's pieces to another's, which lie differently.
+    // Copy from the pieces of one driver to those of another, which have other borders.
     let other = scattered(5);
     let there = other.view();
     let to = there.slice(4000, 9000, true).unwrap();
@@ -103,7 +103,7 @@ fn the_kernel_reads_and_writes_a_buffer_in_pieces() {
     to.copy_to(&mut out);
     assert!(out == bytes);
 
-    // Memory that the driver gave for reading is not written.
+    // The device does not write memory that the driver gave for reading.
     let (file, context) = (file(1), MemoryContext::new());
     context.map(0, PAGE, Some((file, 0)), Access::READ).unwrap();
     let view = context.view();
@@ -124,7 +124,7 @@ fn a_window_may_span_maps_that_adjoin() {
     let word = |at: usize| words[at].load(Ordering::Relaxed);
     assert_eq!((words.len() as u64 * 8, word(0), word(words.len() - 1)), (2 * PAGE, 7, 8));
     assert_eq!(context.window(3 * PAGE, 2 * PAGE).unwrap_err(), ErrorCode::BAD_ADDRESS);
-    // Pages of a list likewise.
+    // The same holds for the pages of a list.
     let window = context.window_of_pages(&[2 * PAGE, 0], 13, 4 * PAGE).unwrap();
     window.words()[512].store(9, Ordering::Relaxed);
     let mut word = [0; 8];
@@ -145,7 +145,7 @@ fn a_map_allows_what_the_peer_said() {
         assert_eq!(view.write(start, &[0; 8]).is_ok(), write, "writing at {start:#x}");
         assert_eq!(context.window(start, 64).err(), Some(ErrorCode::BAD_ADDRESS));
     }
-    // Across the border both maps must allow it.
+    // For a range across two maps, both maps must allow the access.
     assert_eq!(view.read(PAGE - 4, &mut [0; 8]), Err(ErrorCode::BAD_ADDRESS));
     assert_eq!(view.write(PAGE - 4, &[0; 8]), Err(ErrorCode::BAD_ADDRESS));
 }
@@ -196,7 +196,7 @@ fn all_that_a_driver_hands_over_may_span_maps() {
     endpoint.open(OpenRequest::new((0, 77))).unwrap();
     let request = RegionRequest::new(0, PAGE - 64, 256);
     endpoint.region_add(request).unwrap();
-    // A list of pages that cross.
+    // A list of large pages, each of which crosses a map's border.
     let list = [0, PAGE * 2].map(u64::to_le_bytes).concat();
     let request = RegionRequest::new(0, 5 * PAGE, 16384).with_page_shift(13);
     mine.view().write(5 * PAGE, &list).unwrap();
@@ -206,7 +206,7 @@ fn all_that_a_driver_hands_over_may_span_maps() {
     let mut out = [0; 4];
     mine.view().read(7 * PAGE - 2, &mut out).unwrap();
     assert_eq!(&out, b"dcba");
-    // A region ends with any of its maps.
+    // A region ends when any of its maps ends.
     endpoint.unmap(3 * PAGE, PAGE);
     assert_eq!(
         endpoint.state(),
@@ -241,7 +241,7 @@ fn unmapping_waits_for_the_views_that_have_the_map_and_new_views_do_not_wait() {
     let (_bus, endpoint) = endpoint();
     let memory = endpoint_memory(&endpoint);
     let early = memory.view();
-    // Maps that come in between make new tables; the early view keeps its own.
+    // New maps make new tables. The earlier view keeps its own table.
     endpoint.map(8 * PAGE, PAGE, Some((file(1), 0)), Access::BOTH).unwrap();
     assert_eq!(early.read(8 * PAGE, &mut [0]), Err(ErrorCode::BAD_ADDRESS));
     let second = memory.view();
@@ -254,7 +254,7 @@ fn unmapping_waits_for_the_views_that_have_the_map_and_new_views_do_not_wait() {
             bytes
         })
     };
-    // Views that begin now do not see the map, and do not wait, whoever waits for what.
+    // New views do not see the map, and do not wait for the thread that unmaps it.
     while memory.view().read(0, &mut [0]).is_ok() {
         std::thread::yield_now();
     }
@@ -269,7 +269,7 @@ fn unmapping_waits_for_the_views_that_have_the_map_and_new_views_do_not_wait() {
     assert_eq!(unmapping.join().unwrap(), PAGE);
 }
 
-/// The memory of the endpoint's peer, with one page at 0, as a device is given it.
+/// The memory of the endpoint's peer, as a device gets it. It has one page at address 0.
 fn endpoint_memory(endpoint: &Arc<Endpoint>) -> Arc<MemoryContext> {
     endpoint.map(0, PAGE, Some((file(1), 0)), Access::BOTH).unwrap();
     endpoint.memory().clone()

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The event loop's wake-up under a model checker: nothing that was written before a wake-up is
-//! left unseen, and the model fails when either ordering is taken out.
+//! The event loop's wake-up under a model checker. A poll sees everything that was written before
+//! the wake-up. The model fails without either of the two orderings.
 
 #[path = "../../src/wake.rs"]
 mod wake;
@@ -10,7 +10,7 @@ mod sync {
 
     use std::sync::atomic::{AtomicU8, Ordering};
 
-    /// Which ordering is taken out: 0 none, 1 that of raise, 2 that of lower.
+    /// The ordering that the model lacks. 0: none, 1: that of raise, 2: that of lower.
     pub static TAKEN_OUT: AtomicU8 = AtomicU8::new(0);
 
     pub enum Order {
@@ -36,8 +36,8 @@ use loom::sync::Arc;
 use loom::sync::atomic::AtomicU32;
 use loom::thread;
 
-/// A worker with one task that is queued at the start, and a waker. At the end of both, either the
-/// last poll has seen the work or the task is queued for another.
+/// A worker with one queued task, and a waker. After both have ended, either the last poll has seen
+/// the work, or the task is queued for another poll.
 fn model() {
     loom::model(|| {
         let flag = Arc::new(wake::WakeFlag::new());
@@ -57,7 +57,7 @@ fn model() {
     });
 }
 
-/// One test for all three, since what is taken out is process-wide.
+/// One test for all three cases, because the setting belongs to the process.
 #[test]
 fn holds_and_fails_without_its_orderings() {
     model();

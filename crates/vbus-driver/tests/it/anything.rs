@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A driver that does anything at all, to devices of every class at a time.
+//! A hostile driver does arbitrary things to devices of every class at the same time.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -23,7 +23,7 @@ use vbus_test_driver::Random;
 
 use crate::local::{Local, bus};
 
-/// Gives requests back in reverse, by so many threads of its own.
+/// Answers each request with its bytes in reverse order. It has this number of threads of its own.
 struct Any(usize);
 
 impl Service for Any {
@@ -45,7 +45,7 @@ impl Service for Any {
     }
 }
 
-/// Ends calls from a thread, or not.
+/// Passes its calls to a thread, which ends some of them and drops others.
 struct Later(Sender<Call>);
 
 impl Device for Later {
@@ -97,17 +97,17 @@ fn later() -> Later {
 
 const BASE: u64 = 0x1000_0000;
 const BYTES: u64 = 4 << 20;
-/// Where rings and pages begin: one each 256 KiB.
+/// Bytes from one ring or page to the next.
 const PLACE: u64 = 256 << 10;
 
-/// A driver, and the VMM under it.
+/// A driver, and its VMM.
 struct Hostile {
     function: PciFunction,
     endpoint: Arc<Endpoint>,
     memory: MemoryContext,
     file: OwnedFd,
     random: Random,
-    /// How wild this life of it is, 0 to 3.
+    /// How wild this connection is, 0 to 3.
     wild: u64,
 }
 
@@ -127,7 +127,7 @@ impl Hostile {
         hostile
     }
 
-    /// Frames everywhere, each in a block of 64 bytes.
+    /// Fills the memory with frames, each at a multiple of 64 bytes.
     fn fill(&mut self) {
         let window = self.memory.window(BASE, BYTES).unwrap();
         for block in window.words().chunks(8) {
@@ -181,7 +181,7 @@ impl Hostile {
         (0..8).for_each(|n| self.write(0x1000 + 4 * n, &[1, 0, 0, 0]));
     }
 
-    /// In one piece, or in several that adjoin.
+    /// Maps the memory as one map, or as several adjoining maps.
     fn map(&mut self) {
         let mut at = 0;
         while at < BYTES {
@@ -251,7 +251,7 @@ impl Hostile {
                 signal = state::SIGNAL_OFFSET as u64;
             }
         } else {
-            // The wrong form from time to time.
+            // Use the wrong form of returns from time to time.
             let is_wrong = self.random.below(6) == 0 && self.wild == 3;
             let is_counted = id % 2 == 0 && !(id == 0 && is_service);
             let returns = if is_counted != is_wrong { Returns::Counted } else { Returns::Entries };
@@ -334,7 +334,7 @@ impl Hostile {
         self.command(command::CALL, [function, at, len, 0]);
     }
 
-    /// Anything, anywhere.
+    /// Writes arbitrary values at arbitrary places.
     fn scribble(&mut self) {
         let at = self.place();
         let window = self.memory.window(at, PLACE).unwrap();
@@ -434,14 +434,14 @@ fn no_device_minds_what_a_driver_does() {
                 let mut hostile = Hostile::new(bus, endpoint.name(), seed * 100 + i);
                 for step in 0..steps {
                     hostile.step();
-                    // That is what a panic makes of a connection.
+                    // A panic leaves a connection in this state.
                     let panicked = ConnectionState::Broken(ErrorCode::FAILED);
                     assert_ne!(endpoint.state(), panicked, "{}, {step}", endpoint.name());
                 }
             });
         }
     });
-    // An honest driver finds them as they were.
+    // An honest driver can use the devices as before.
     for name in ["any0", "any1"] {
         let local = Local::attach(&bus, name, 0);
         let mut requests = Requests::open(local.probe(), "any", 4, 0).unwrap();

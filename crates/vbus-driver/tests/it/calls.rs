@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Calls that take time: the class answers from a thread of its own, and neither the device's
-//! worker nor the access to the register waits for it.
+//! Calls that take time. The class answers from a thread of its own. Neither the device's worker
+//! nor the access to the register waits for it.
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
@@ -14,7 +14,7 @@ use vbus_shm::abi::{command, error_code, event, reg};
 use crate::fake::Fake;
 use crate::local::{Local, until};
 
-/// Hands its calls to the test.
+/// Passes its calls to the test.
 struct Slow(Mutex<Sender<Call>>);
 struct Opened(Sender<Call>);
 
@@ -47,8 +47,8 @@ fn rig() -> (Bus, Local, Receiver<Call>) {
     (bus, local, calls)
 }
 
-/// Each call keeps a buffer of up to 64 KiB, so a driver that cancels them cannot fill the memory
-/// of a class that works on them for long.
+/// A driver that cancels calls cannot fill the memory of a class that works on them for long. Each
+/// call keeps a buffer of up to 64 KiB, so their number is limited.
 #[test]
 fn a_class_holds_a_bounded_number_of_calls() {
     let (_bus, local, calls) = rig();
@@ -64,7 +64,7 @@ fn a_class_holds_a_bounded_number_of_calls() {
         function.close();
     }
     assert_eq!(in_progress, 16);
-    // The class drops what was cancelled, and all is well.
+    // The class drops the cancelled calls, and the driver can call again.
     let held: Vec<Call> = calls.try_iter().collect();
     assert_eq!(held.len(), 16);
     assert!(held.iter().all(Call::is_cancelled));
@@ -104,7 +104,7 @@ fn a_driver_waits_for_a_call_that_takes_time() {
     let text = "the tape is at its end";
     assert_eq!(error, Error::Class { command: "CALL", code, text });
     assert_eq!(error.to_string(), "CALL was refused: the tape is at its end");
-    // A call that the class forgets fails, and nobody waits for ever.
+    // A call that the class drops fails.
     let failed = Error::Refused { command: "CALL", code: ErrorCode::FAILED };
     assert_eq!(function.call(2, 0, &mut []), Err(failed));
     drop((function, local, _bus));
@@ -131,7 +131,7 @@ fn the_register_says_that_a_command_is_in_progress_and_an_event_that_it_has_ende
     assert_eq!(local.read32(reg::RESULT), error_code::IN_PROGRESS);
     assert_eq!(local.read64(reg::VALUE), 0);
     let mut call = calls.recv().unwrap();
-    // Other commands are not run meanwhile.
+    // The device ignores other commands meanwhile.
     local.write32(reg::COMMAND, command::CALL);
     local.write32(reg::COMMAND, command::OPEN);
     assert!(calls.try_recv().is_err());
@@ -146,7 +146,7 @@ fn the_register_says_that_a_command_is_in_progress_and_an_event_that_it_has_ende
     memory.copy_out(0, &mut bytes);
     assert_eq!(&bytes, b"cba");
 
-    // CLOSE ends it: the class may go on, and touches nothing of the driver's.
+    // CLOSE ends the call. The class may go on, but does not touch the driver's memory.
     start(&local, memory.address(0), 3);
     let mut call = calls.recv().unwrap();
     assert!(!call.is_cancelled());
@@ -158,7 +158,7 @@ fn the_register_says_that_a_command_is_in_progress_and_an_event_that_it_has_ende
     memory.copy_out(0, &mut bytes);
     assert_eq!((&bytes, local.read32(reg::RESULT)), (b"cba", error_code::OK));
 
-    // So does the end of the connection by the device, and that is told.
+    // The end of the connection by the device also ends the call, and the driver learns of it.
     function.open(0).unwrap();
     while local.interrupted() {}
     start(&local, memory.address(0), 3);
@@ -188,7 +188,7 @@ fn an_answer_whose_place_was_unmapped_meanwhile_is_an_error() {
 
 #[test]
 fn a_driver_gives_up_in_the_end_and_the_device_has_let_go_by_then() {
-    // This fake's commands never end, and its environment waits no longer than three looks.
+    // The commands of this fake never end. Its environment gives up after three reads.
     let fake = Fake::default();
     let mut function = Function::probe(fake.clone()).unwrap();
     function.open(0).unwrap();

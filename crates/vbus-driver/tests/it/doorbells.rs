@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Which doorbell a driver takes, and where it rings.
+//! The kind of doorbell that a driver takes, and where it rings.
 
 use proptest::prelude::*;
 use vbus_driver::{Doorbell, Error, Function};
@@ -52,7 +52,7 @@ fn the_cheapest_is_taken_when_asked_for() {
     let costs = function.choose_doorbell(100);
     assert_eq!(costs.iter().map(|cost| cost.nanoseconds).collect::<Vec<_>>(), [44, 28, 36]);
     assert_eq!((costs.cheapest().unwrap().doorbell, function.doorbell()), (PIO, PIO));
-    // A doorbell that no region has; each as often as asked for.
+    // It rings a doorbell that no region has, each kind as often as the test asks for.
     let rings = fake.rings();
     assert_eq!(rings.iter().filter(|ring| **ring == (KIND_PIO, 0xc100 + 63)).count(), 100);
     assert_eq!(rings.iter().filter(|ring| **ring == (KIND_MMIO, 0x1000 + 63 * 4)).count(), 100);
@@ -71,13 +71,13 @@ fn the_cheapest_is_taken_when_asked_for() {
 fn a_disturbance_does_not_choose() {
     let fake = offering(&[MMIO, PIO]);
     fake.set_cost(KIND_MMIO, &[44]);
-    // Something took a millisecond while the cheaper one was being measured.
+    // An interruption of a millisecond came while the driver measured the cheaper one.
     fake.set_cost(KIND_PIO, &[1_000_000, 28]);
     let mut function = Function::probe(fake.clone()).unwrap();
     assert_eq!(function.choose_doorbell(16).cheapest().unwrap().nanoseconds, 28);
     assert_eq!(function.doorbell(), PIO);
 
-    // Where the clock does not move, the function's order holds.
+    // If the clock does not advance, the order in the function's capability decides.
     fake.set_cost(KIND_MMIO, &[0]);
     fake.set_cost(KIND_PIO, &[0]);
     function.choose_doorbell(1);

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A function that does whatever a test wants: registers that can be set, commands that succeed
-//! with any value. It knows which memory is registered with it, and panics when a driver frees
-//! such memory.
+//! A fake function. A test can set its registers and the results of its commands. It knows which
+//! memory is registered with it, and panics when a driver frees such memory.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -12,7 +11,7 @@ use vbus_shm::Memory;
 use vbus_shm::abi::{capability, command, error_code, reg};
 use vbus_shm::sync::Word;
 
-/// See the module. Clones are the same function.
+/// The fake function. Clones are handles to the same function.
 #[derive(Clone)]
 pub struct Fake(Rc<RefCell<Registers>>);
 
@@ -20,38 +19,38 @@ pub struct Fake(Rc<RefCell<Registers>>);
 struct Registers {
     config: BTreeMap<u16, u32>,
     bar: BTreeMap<u64, u32>,
-    /// What each read of a register gives in turn, before `bar` does.
+    /// The values of the next reads of a register. Afterwards `bar` has the value.
     script: BTreeMap<u64, Vec<u32>>,
     memory: Vec<Weak<Block>>,
-    /// The regions that the device has: address by handle.
+    /// The registered regions: the address by handle.
     regions: Rc<RefCell<BTreeMap<u32, u64>>>,
     arguments: BTreeMap<u64, u64>,
-    /// Commands that were written, in order.
+    /// The commands of the driver, in order.
     commands: Vec<u32>,
-    /// Commands that are refused, with what.
+    /// The commands that fail, with their error codes.
     refused: BTreeMap<u32, u32>,
-    /// The results of commands that a test has set once and for all.
+    /// Whether a test has fixed the results of all commands.
     forced: bool,
     rung: u32,
-    /// Kinds of doorbell that can be rung, with what each costs, in nanoseconds, one ring after
-    /// another; the last goes on.
+    /// The kinds of doorbell that can be rung, with the cost of each ring in nanoseconds. The last
+    /// cost holds for all further rings.
     kinds: BTreeMap<u8, Vec<u64>>,
-    /// What was rung by kind and place.
+    /// The rings, by kind and address.
     rings: Vec<(u8, u64)>,
     now: u64,
-    /// Writes to `bar` that are on their way: the bus posts them, and a read drives them home.
+    /// Posted writes to `bar`. The next read completes them.
     posted: Vec<u64>,
-    /// Where writes have arrived, in order.
+    /// The offsets of completed writes, in order.
     written: Vec<u64>,
 }
 
 impl Default for Fake {
-    /// A NIC, as an honest device would be.
+    /// The function of an honest NIC.
     fn default() -> Self {
         let mut registers = Registers::default();
         registers.config.extend([(0, 0x10f5_1af4), (4, 1 << 20), (0x34, 0x40)]);
-        // Vendor-specific, the last, 20 bytes, layout 1; signature; registers at 0; MMIO doorbells
-        // 4 apart at 0x1000.
+        // Vendor-specific, the last capability, 20 bytes, layout 1; signature; registers at 0; MMIO
+        // doorbells at 0x1000 with stride 4.
         registers.config.extend([
             (0x40, 0x0114_0009),
             (0x44, capability::SIGNATURE_VALUE),
@@ -82,7 +81,7 @@ impl Default for Fake {
 }
 
 impl Fake {
-    /// Makes a kind of doorbell one that can be rung, at this cost.
+    /// Lets the driver ring this kind of doorbell, at this cost.
     pub fn set_cost(&self, kind: u8, nanoseconds: &[u64]) {
         self.0.borrow_mut().kinds.insert(kind, nanoseconds.to_vec());
     }
@@ -97,7 +96,7 @@ impl Fake {
         }
     }
 
-    /// What was rung since the last call.
+    /// The rings since the last call.
     pub fn rings(&self) -> Vec<(u8, u64)> {
         std::mem::take(&mut self.0.borrow_mut().rings)
     }
@@ -107,7 +106,7 @@ impl Fake {
         self.0.borrow_mut().config.insert(offset, value);
     }
 
-    /// Sets a register. RESULT and VALUE stay so whatever the commands.
+    /// Sets a register. RESULT and VALUE then keep these values, whatever the commands.
     pub fn set_register(&self, offset: u64, value: u32) {
         let mut registers = self.0.borrow_mut();
         registers.forced |= matches!(offset, reg::RESULT | reg::VALUE);
@@ -119,37 +118,37 @@ impl Fake {
         self.0.borrow_mut().refused.insert(number, code);
     }
 
-    /// The commands that were written, in order.
+    /// The commands of the driver, in order.
     pub fn commands(&self) -> Vec<u32> {
         self.0.borrow().commands.clone()
     }
 
-    /// How many regions the device has.
+    /// Number of registered regions.
     pub fn regions(&self) -> usize {
         self.0.borrow().regions.borrow().len()
     }
 
-    /// Sets what the next reads of a register give.
+    /// Sets the values of the next reads of a register.
     pub fn script(&self, offset: u64, values: &[u32]) {
         self.0.borrow_mut().script.insert(offset, values.to_vec());
     }
 
-    /// The memory that was allocated, in order. It must not have been freed.
+    /// The allocation number `n`. It must not have been freed.
     pub fn memory(&self, n: usize) -> Plain {
         Plain(self.0.borrow().memory[n].upgrade().expect("memory that is still in use"))
     }
 
-    /// How much of the memory that was allocated is still in use.
+    /// Number of allocations that are still in use.
     pub fn in_use(&self) -> usize {
         self.0.borrow().memory.iter().filter(|block| block.strong_count() > 0).count()
     }
 
-    /// Where writes have had their effect, in order.
+    /// The offsets of completed writes, in order.
     pub fn written(&self) -> Vec<u64> {
         self.0.borrow().written.clone()
     }
 
-    /// Doorbells rung.
+    /// Number of rings.
     pub fn rung(&self) -> u32 {
         self.0.borrow().rung
     }
@@ -264,7 +263,7 @@ pub struct Plain(Rc<Block>);
 struct Block {
     words: Vec<Word>,
     address: u64,
-    /// Of the device.
+    /// The regions of the device.
     regions: Rc<RefCell<BTreeMap<u32, u64>>>,
 }
 

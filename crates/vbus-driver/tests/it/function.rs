@@ -98,7 +98,7 @@ fn regions_are_checked_on_both_ends() {
     let region = add(abi::tx(0), 0, good, Some(SIGNAL_OFFSET)).unwrap();
     assert!(region.handle() < function.info().max_regions);
     function.region_drop(region).unwrap();
-    // A region of an earlier connection names nothing in this one.
+    // A region of an earlier connection has no meaning in this one.
     let stale = function.region_add(abi::tx(0), 0, &memory, good, Some(SIGNAL_OFFSET)).unwrap();
     function.close();
     function.open(0).unwrap();
@@ -127,7 +127,7 @@ fn a_revoked_connection_is_seen_and_can_be_opened_again() {
     local.unmap();
     let error = nic.function().check().unwrap_err();
     assert_eq!(error, Error::Broken(ErrorCode::REVOKED));
-    // The device's interrupt said so, if anybody slept.
+    // The device's interrupt has reported it.
     until("the interrupt", || local.interrupted().then_some(()));
     let _ = nic.arm_status();
     drop(nic);
@@ -164,17 +164,17 @@ fn a_function_that_is_none_is_refused() {
         change(&fake);
         Function::probe(fake).err()
     };
-    // Whatever the ids and the revision: the signature counts.
+    // Only the signature counts, not the ids and the revision.
     assert_eq!(with(&|f| f.set_config(0, 0x1234_5678)), None);
     assert_eq!(with(&|f| f.set_config(8, 0x0200_0063)), None);
     assert_eq!(with(&|f| f.set_config(0x44, 0x7375_6275)), Some(Error::NotVbus));
     assert_eq!(with(&|f| f.set_config(0, u32::MAX)), Some(Error::Gone));
     assert_eq!(with(&|f| f.set_config(4, 0)), Some(Error::NotVbus));
-    // Capabilities that run in a circle.
+    // A list of capabilities with a loop.
     assert_eq!(with(&|f| f.set_config(0x40, 0x0010_4005)), Some(Error::NotVbus));
     assert_eq!(with(&|f| f.set_config(0x40, 0x0214_0009)), Some(Error::Layout(2)));
     assert_eq!(with(&|f| f.set_config(0x48, 0x1004)), Some(Error::NotVbus));
-    // Another vendor-specific capability before it is passed over.
+    // The driver skips another vendor-specific capability before it.
     let foreign = |f: &Fake| {
         f.set_config(0x34, 0x60);
         f.set_config(0x60, 0x0210_4009);
@@ -204,7 +204,8 @@ fn a_function_that_is_none_is_refused() {
 
 #[test]
 fn an_acknowledgement_has_arrived_when_it_returns() {
-    // Were it still on its way, the next interrupt could come before it, and be taken back unheard.
+    // If the acknowledgement were still posted, the next interrupt could come before it, and be
+    // acknowledged without being seen.
     let fake = crate::fake::Fake::default();
     let function = Function::probe(fake.clone()).unwrap();
     assert!(fake.written().is_empty());

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What device and driver agree on when they meet, and what the device tells its driver apart from
-//! queues: versions, events, changes of the config area, incarnations.
+//! The negotiation of device and driver, and what the device tells its driver outside of queues:
+//! versions, events, changes of the config area, incarnations.
 
 use std::sync::{Arc, Mutex};
 
@@ -12,11 +12,11 @@ use vbus_driver::{Error, Function};
 
 use crate::local::Local;
 
-/// A device that keeps what it is given.
+/// A device that records its arguments.
 #[derive(Default)]
 struct Witness {
     notifier: Mutex<Option<Notifier>>,
-    /// Of the last connection: version, incarnation.
+    /// Version and incarnation of the last connection.
     opened: Mutex<Option<(u16, u64)>>,
     fail: Mutex<Option<Fail>>,
 }
@@ -102,7 +102,7 @@ fn the_generation_counts_changes_not_looks() {
         function.config(&mut area).unwrap();
         assert_eq!((area, endpoint.config().1), ([1, 2, 3, 4], first));
     }
-    // Two changes between two looks, the second back to what it was.
+    // Two changes between two reads. The second one restores the first value.
     rig.notifier.config_changed(vec![9; 4]);
     rig.notifier.config_changed(vec![1, 2, 3, 4]);
     function.config(&mut area).unwrap();
@@ -115,7 +115,7 @@ fn the_generation_counts_changes_not_looks() {
 fn events_interrupt_once_each_and_are_there_until_they_are_taken() {
     let rig = rig(Versions::SUPPORTED);
     let mut function = rig.local.probe();
-    // Without a driver nobody is interrupted, and nothing is kept.
+    // Without a driver, there is no interrupt, and no event stays pending.
     rig.notifier.announce();
     assert!(!rig.local.interrupted());
     function.open(0).unwrap();
@@ -133,7 +133,7 @@ fn events_interrupt_once_each_and_are_there_until_they_are_taken() {
     rig.notifier.announce();
     rig.local.wait_interrupt();
 
-    // A fault is an event too; what was pending stays until it is taken, or the driver closes.
+    // A fault is also an event. A pending event stays until the driver takes it or closes.
     rig.witness.fail.lock().unwrap().take().unwrap().fail(ErrorCode::CORRUPT);
     rig.local.wait_interrupt();
     assert_eq!(function.check(), Err(Error::Broken(ErrorCode::CORRUPT)));
@@ -166,12 +166,12 @@ fn a_driver_learns_that_its_device_has_begun_anew() {
     assert_eq!(endpoint.state(), ConnectionState::Closed);
     let second = function.incarnation().unwrap();
     assert!(second != first && second != 0);
-    // It opens anew, and all is well.
+    // The driver opens the device again, and it works.
     function.open(0).unwrap();
     function.check().unwrap();
 
-    // Another process that serves the same device is another incarnation, although its driver
-    // finds a connection that is open.
+    // If another process serves the same device, that is another incarnation, even if the driver
+    // finds an open connection.
     let other = self::rig(Versions::SUPPORTED);
     let mut function = other.local.probe();
     assert!(![first, second].contains(&function.incarnation().unwrap()));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Devices that return what they should not: an error each time, and no index of ours out of
-//! bounds.
+//! Hostile devices return invalid values. The driver gets an error each time, and no index is out
+//! of bounds.
 
 use vbus_driver::requests::Requests;
 use vbus_driver::venet::{BUFFER_MIN, CHAIN_MAX, FRAME_MAX, HEADER_BYTES, Nic, Piece, Rx, Tx};
@@ -15,7 +15,7 @@ use crate::fake::{Fake, Plain};
 
 const ENTRIES: u32 = 256;
 
-/// A NIC of a device that takes every command, its queues, and the device's ends of them.
+/// A NIC whose device accepts every command, its queues, and the device's ends of them.
 struct Rig {
     fake: Fake,
     nic: Nic<Fake>,
@@ -43,7 +43,7 @@ impl Rig {
         Rig { fake, nic, tx, rx, device_tx, device_rx, tx_memory }
     }
 
-    /// The device returns the entry that it took first, changed.
+    /// The device returns the first entry that it took, with this change.
     fn give_back(&mut self, change: impl FnOnce(Return) -> Return) {
         let entry = self.device_rx.take().unwrap().unwrap();
         self.device_rx.give_back(change(entry.into()));
@@ -81,7 +81,7 @@ fn an_honest_frame_is_received() {
 fn buffers_come_back_in_the_order_in_which_they_were_given() {
     let mut rig = Rig::new();
     for (n, id) in [7, ENTRIES as u16, 0, 1024, u16::MAX].into_iter().enumerate() {
-        // Whatever the device says of it.
+        // Whatever length and flags the device returns.
         rig.give_back(|entry| Return { id, len: 60, ..entry });
         let piece = rig.rx.receive().unwrap().unwrap()[0];
         assert_eq!((usize::from(piece.id), piece.len), (n, 60));
@@ -104,7 +104,7 @@ fn lengths_are_checked() {
 fn a_frame_ends_somewhere() {
     let mut rig = Rig::new();
     for n in 0..=CHAIN_MAX {
-        // Small enough not to be too large, too many to be a frame.
+        // The buffers are small enough for the size limit, but too many for a frame.
         rig.give_back(|entry| Return { len: 64, flags: NEXT, ..entry });
         match rig.receive() {
             Ok(None) if n < CHAIN_MAX => {}

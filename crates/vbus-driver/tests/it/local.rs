@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! An environment in this process: the registers are those of a [`PciFunction`], memory is shared
-//! through a file, interrupts are an eventfd.
+//! An environment in this process. The registers are those of a [`PciFunction`]. A file holds the
+//! shared memory. Interrupts are an eventfd.
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -30,7 +30,7 @@ pub fn bus() -> Bus {
     Bus::new(executor, classes)
 }
 
-/// See the module.
+/// The environment.
 #[derive(Clone)]
 pub struct Local(Arc<Inner>);
 
@@ -40,18 +40,18 @@ struct Inner {
     memory: MemoryContext,
     next: AtomicU64,
     interrupt: OwnedFd,
-    /// Pages of `1 << page_shift` bytes, laid out the wrong way round; 0: contiguous.
+    /// Memory has pages of `1 << page_shift` bytes in reverse order. 0: it is contiguous.
     page_shift: u8,
 }
 
 impl Local {
-    /// A device of `class` made on `bus`, and an environment to drive it from.
+    /// Makes a device of `class` on `bus`, and an environment for it.
     pub fn new(bus: &Bus, name: &str, class: &str, config: &Value) -> Local {
         bus.create(name, class, config).unwrap();
         Local::attach(bus, name, 0)
     }
 
-    /// An environment for the device `name`, with memory that is contiguous or in pages.
+    /// Makes an environment for the device `name`, with memory that is contiguous or in pages.
     pub fn attach(bus: &Bus, name: &str, page_shift: u8) -> Local {
         let endpoint = bus.get(name).unwrap();
         let function = device_function(endpoint.clone(), Options::default());
@@ -75,7 +75,7 @@ impl Local {
         }))
     }
 
-    /// The function, probed.
+    /// Probes the function.
     pub fn probe(&self) -> Function<Local> {
         Function::probe(self.clone()).unwrap()
     }
@@ -90,7 +90,7 @@ impl Local {
         self.0.endpoint.map(BASE, BYTES, Some((file, 0)), Access::BOTH).unwrap();
     }
 
-    /// Whether an interrupt has come since the last time; takes it.
+    /// Takes an interrupt. Returns whether one had come.
     pub fn interrupted(&self) -> bool {
         rustix::io::read(&self.0.interrupt, &mut [0; 8]).is_ok()
     }
@@ -121,7 +121,7 @@ impl Drop for Inner {
     }
 }
 
-/// Calls `done` until it says something, or panics in the end.
+/// Calls `done` until it returns a value. Panics if it does not within the time limit.
 pub fn until<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {
     let end = Instant::now() + TIMEOUT;
     loop {
@@ -170,7 +170,7 @@ impl Hal for Local {
         if at + len > BASE + BYTES {
             return Err(NoMemory);
         }
-        // What has to be contiguous is.
+        // Small allocations are contiguous, because some must be.
         if self.0.page_shift == 0 || bytes <= LocalMemory::CONTIGUOUS_MIN {
             let window = self.0.memory.window(at, len).map_err(|_| NoMemory)?;
             return Ok(LocalMemory { window, pages: vec![at], shift: 0 });

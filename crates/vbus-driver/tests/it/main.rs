@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The driver against real devices of a bus, through the registers of their PCI functions, and
-//! against devices that are hostile.
+//! Tests the driver against real devices of a bus, through the registers of their PCI functions,
+//! and against hostile devices.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 mod anything;

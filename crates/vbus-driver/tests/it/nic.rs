@@ -42,7 +42,7 @@ impl Station {
         Station::with(bus, last, mtu, 0)
     }
 
-    /// With these features, if they are offered.
+    /// Opens a NIC with these features, if the device offers them.
     fn with(bus: &Bus, last: u8, mtu: u16, features: u64) -> Station {
         let config = json!({ "mac": format!("02:00:00:00:00:{last:02x}"), "mtu": mtu,
             "backend": "switch", "backpressure-ms": 60_000, "queue-pairs": 2, "speed": 1000 });
@@ -58,7 +58,8 @@ impl Station {
 
     /// Sends a frame in pieces of at most `piece` bytes (a multiple of 8).
     fn send(&mut self, frame: &[u8], piece: usize) {
-        // Also room for its bytes: the slot of a frame is free once its entries have come back.
+        // This also frees the memory for the frame's bytes: a slot is free when its entries have
+        // come back.
         until("room in the transmit ring", || {
             self.tx.reclaim().unwrap();
             (self.tx.space() as usize >= CHAIN_MAX).then_some(())
@@ -80,7 +81,7 @@ impl Station {
         self.tx.post();
     }
 
-    /// The next frame, if there is one; its buffers go back at once.
+    /// Takes the next frame, if there is one. Its buffers go back at once.
     fn try_receive(&mut self) -> Option<Vec<u8>> {
         let pieces = self.rx.receive().unwrap()?.to_vec();
         let mut frame = Vec::new();
@@ -94,7 +95,7 @@ impl Station {
         Some(frame.split_off(self.rx.header_bytes()))
     }
 
-    /// The next frame; sleeps until an interrupt brings it.
+    /// Takes the next frame. It sleeps until an interrupt comes.
     fn receive(&mut self) -> Vec<u8> {
         loop {
             if let Some(frame) = self.try_receive() {
@@ -173,7 +174,7 @@ fn the_status_page_tells_of_link_and_traffic() {
         (a.tx.frames == 10 && a.tx.bytes == 1000 && b.rx.frames == 10 && b.rx.bytes == 1000)
             .then_some(())
     });
-    // The last update is there; the next one brings newer counts, for which nobody is interrupted.
+    // The last update has arrived. The next one has newer counts, which cause no interrupt.
     assert_eq!(a.nic.arm_status(), Armed::Waiting);
     while a.local.interrupted() {}
     a.send(&frame(mac(2), 1, 11, 100), SLOT);
@@ -190,7 +191,7 @@ fn the_filter_lets_through_what_it_names() {
     a.send(&frame(other, 1, 0, 60), SLOT);
     a.send(&frame(group, 1, 1, 60), SLOT);
     assert_eq!(b.receive(), frame(group, 1, 1, 60));
-    // More than the device takes: all multicasts pass.
+    // These are more than the device accepts, so all multicast frames pass.
     b.nic.filter(0, &[group; 65]).unwrap();
     a.send(&frame(other, 1, 2, 60), SLOT);
     assert_eq!(b.receive(), frame(other, 1, 2, 60));
@@ -272,7 +273,7 @@ fn settings_change_while_it_runs() {
     a.send(&tagged(6, 5), SLOT);
     assert_eq!(b.receive(), tagged(6, 5));
 
-    // An interrupt that is held back for an hour goes with the second frame.
+    // The device may hold back an interrupt for an hour. The second frame sends it.
     let hour = Coalesce { usecs: 3_600_000_000, frames: 2 };
     b.nic.set_coalesce(Some(0), hour, Coalesce::default()).unwrap();
     assert_eq!(b.rx.arm(0), Armed::Waiting);

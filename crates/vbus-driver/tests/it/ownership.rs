@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Memory that is registered with the device is not freed before the device has let go of it,
-//! whatever a driver drops, and in whatever order. The [`Fake`] panics when it is.
+//! A driver may drop anything in any order. Memory that is registered with the device is not freed
+//! before the device has released it. Otherwise the [`Fake`] panics.
 
 use vbus_driver::pic::{Nesting, Pic};
 use vbus_driver::sched::Cpus;
@@ -22,14 +22,14 @@ fn of_class(class: u32, config: &[u32]) -> (Fake, Function<Fake>) {
     (fake, function)
 }
 
-/// A state device whose pages all have 64 bytes and are the device's.
+/// A state device. All pages have 64 bytes, and the device writes them.
 fn pages() -> (Fake, Pages<Fake>) {
     let (fake, function) = of_class(2, &[4, 0]);
     let pages = Pages::open(function).unwrap();
     (fake, pages)
 }
 
-/// Describes a page as the device would: the fake leaves the buffer of a call as it is.
+/// Describes a page in place of the device, because the fake does not change the buffer of a call.
 fn description(number: u32) -> vbus_driver::state::Description {
     let owner = vbus_driver::state::Owner::Device;
     let name = vbus_driver::Name([b'a'; state::NAME_MAX]);
@@ -70,7 +70,8 @@ fn a_nic_and_its_queues_are_dropped_in_any_order() {
 
 #[test]
 fn an_error_on_the_way_frees_nothing_that_is_registered() {
-    // The status page is registered, the queue pair's second ring refused: the first ring stays.
+    // The status page is registered, and the second ring of the queue pair is refused. The first
+    // ring stays.
     let fake = Fake::default();
     let mut nic = Nic::open(Function::probe(fake.clone()).unwrap(), 0, 0).unwrap();
     let tx = nic.queue_pair(0, 32, BUFFER_MIN, 0).unwrap();
@@ -79,7 +80,7 @@ fn an_error_on_the_way_frees_nothing_that_is_registered() {
     assert_eq!(nic.queue_pair(0, 32, BUFFER_MIN, 0).unwrap_err(), refused);
     assert_eq!((fake.regions(), fake.in_use()), (3, 4), "what was refused is free again");
     drop((tx, nic));
-    // The device answers what cannot be: it may have the region all the same.
+    // The device's answer is not valid. It may have the region nevertheless.
     let fake = Fake::default();
     let mut function = Function::probe(fake.clone()).unwrap();
     function.open(0).unwrap();

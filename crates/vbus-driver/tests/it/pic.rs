@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The interrupt controller, with a device of a class that comes with vbus behind it.
+//! The interrupt controller, with a device of one of vbus's classes behind it.
 
 use serde_json::json;
 use vbus_driver::pic::{Line, Nesting, Pic, Source, Wanted};
@@ -65,7 +65,7 @@ fn what_is_no_interrupt_controller_is_refused() {
     let other = Local::new(&bus, "values", "state", &config);
     assert_eq!(Pic::open(other.probe()).err(), Some(Error::WrongClass(2)));
 
-    // One with half of the lines.
+    // A controller with half of the lines.
     let fake = Fake::default();
     fake.set_register(vbus_shm::abi::reg::CLASS, 4);
     fake.set_register(vbus_shm::abi::reg::CONFIG, 1);

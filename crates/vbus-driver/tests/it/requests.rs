@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Request and response: the driver's half against the device's.
+//! Tests request and response: the driver's half against the device's half.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier, Condvar, Mutex};
@@ -17,15 +17,15 @@ use crate::local::{Local, bus, until};
 const REQUEST_MAX: usize = 5000;
 const RESPONSE_MAX: usize = 20_000;
 
-/// Gives each request back, its bytes in reverse order, four times. Refuses an empty one, and
-/// answers too much to `[0xff]`.
+/// Answers each request with its bytes in reverse order, four times. It refuses an empty request,
+/// and gives too long an answer to `[0xff]`.
 struct Four {
-    /// Threads of its own, and what they wait for.
+    /// The number of its own threads, and the gate that they wait for.
     threads: usize,
     gate: Arc<Gate>,
 }
 
-/// Open, or closed: who passes waits.
+/// A gate. A thread that passes waits while the gate is closed.
 #[derive(Default)]
 struct Gate {
     is_closed: Mutex<bool>,
@@ -110,11 +110,11 @@ fn a_call_gets_its_response_whatever_its_length() {
             assert_eq!(got, 4 * len);
             assert!(response[..got] == expected.repeat(4), "{len} bytes");
         }
-        // A short buffer gets the beginning.
+        // A short buffer gets the beginning of the response.
         let mut short = [0; 3];
         assert_eq!(requests.call(b"abc", &mut short, waits(&local)), Ok(12));
         assert_eq!(&short, b"cba");
-        // The device refuses, in the class's own words; fails; and goes on.
+        // The device refuses with the class's own error code, then fails, and goes on.
         let refused = |result| match result {
             Err(Error::Refused { code, .. }) => code,
             other => panic!("{other:?}"),
@@ -170,7 +170,7 @@ fn a_class_that_blocks_holds_up_nobody() {
 
     gate.set(true);
     for _ in 0..35 {
-        // However often a driver opens, asks and leaves: the device has the one thread.
+        // The device has one thread, however often a driver opens, asks and closes.
         let mut requests = Requests::open(local.probe(), "four", 64, 0).unwrap();
         while requests.submit(b"abc").unwrap().is_some() {}
         requests.post();
@@ -191,7 +191,7 @@ fn a_class_that_blocks_holds_up_nobody() {
     });
     // Other tests of this process have some of their own.
     assert!(named.count() < 20);
-    // Removed while a request is under way: nobody waits for it.
+    // The device is removed while a request is in progress. No thread waits for the request.
     gate.set(true);
     requests.submit(b"abc").unwrap();
     requests.post();
@@ -236,7 +236,7 @@ fn a_hostile_driver_ends_its_own_connection() {
         });
         assert_eq!(ended, expected, "{addr:#x} {len} {flags}");
     }
-    // Regions that are none of the class's.
+    // Regions that the class does not have.
     let mut function = local.probe();
     function.open(0).unwrap();
     let memory = local.alloc(bytes).unwrap();
@@ -281,13 +281,13 @@ fn what_cannot_be_meant_is_refused() {
     let largest = Sizes { request: abi::BYTES_MAX, response: abi::BYTES_MAX };
     bus.add("large", service::device(Large(largest)).unwrap()).unwrap();
     let function = |name| Function::probe(Local::attach(&bus, name, 0)).unwrap();
-    // 64 of them are more than a region can be.
+    // 64 requests of this size need more than the largest region.
     let opened = Requests::open(function("large"), "large", 64, 0);
     assert!(matches!(opened, Err(Error::Unsupported(_))));
     assert!(Requests::open(function("large"), "large", 8, 0).is_ok());
 }
 
-/// Answers as many requests with as much as there can be, once all of them are there.
+/// Waits until the most requests have arrived. Then it answers each with the longest response.
 struct Big {
     there: Arc<AtomicUsize>,
     answers: Arc<Barrier>,
@@ -316,7 +316,7 @@ impl Service for Big {
     }
 }
 
-/// Keeps its worker from all else, from the first pass of both until the second.
+/// Blocks its worker between two meetings at the barrier.
 struct Blocker(Arc<Barrier>);
 
 impl Task for Blocker {
@@ -341,7 +341,7 @@ fn large_answers_are_as_much_work_as_large_requests() {
     }
     requests.post();
     until("all requests", || (there.load(Ordering::Relaxed) == BIG).then_some(()));
-    // The answers come while the worker has no time for them.
+    // The answers come while the worker is blocked.
     let blocker = Arc::new(Barrier::new(2));
     executor.spawn(0, Box::new(Blocker(blocker.clone())), Arc::default(), |_| {});
     blocker.wait();
@@ -349,7 +349,7 @@ fn large_answers_are_as_much_work_as_large_requests() {
     let polls = || endpoint.counters().polls.get();
     let before = polls();
     answers.wait();
-    // Answers that are later than this only make more polls.
+    // Later answers only cause more polls.
     std::thread::sleep(Duration::from_millis(50));
     blocker.wait();
     let mut done = 0;
@@ -357,6 +357,6 @@ fn large_answers_are_as_much_work_as_large_requests() {
         done += usize::from(requests.complete(&mut []).unwrap().is_some());
         (done == BIG).then_some(())
     });
-    // Each is more than a poll's budget. The last poll may not have been counted yet.
+    // Each answer exceeds the budget of a poll. The counter may not yet include the last poll.
     assert!(polls() - before >= BIG as u64 - 1, "{} polls", polls() - before);
 }

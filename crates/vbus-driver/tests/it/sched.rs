@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The scheduling class of virtual CPUs: a thread of this process stands for one.
+//! The scheduling class of virtual CPUs. A thread of this process takes the place of one.
 
 use serde_json::json;
 use vbus_driver::sched::{Class, Cpus, Outcome, Report};
@@ -17,8 +17,8 @@ fn requests_are_granted_in_part_and_reported() {
         let _ = ended.recv();
     });
     let bus = bus();
-    // What is asked for below leaves the thread at its own nice value: anything else would need a
-    // privilege to be taken back.
+    // The requests below keep the thread's own nice value, because another one could not be
+    // restored without a privilege.
     let config = json!({ "threads": [told.recv().unwrap()], "allow": ["normal", "fifo"],
         "priority-max": 3, "boost-ms": 700 });
     let local = Local::new(&bus, "s", "sched", &config);
