@@ -79,6 +79,9 @@ pub fn check(programs: &[(&str, PathBuf)]) -> Result<()> {
         ensure!(text.contains(word), "{page}.1 does not mention {word}: {text}");
     }
     // What only the program itself runs has no page.
-    ensure!(!dir.path().join("man/vbus-guardian.1").exists(), "there is a page of vbus guardian");
+    ensure!(
+        !dir.path().join("man/vbus-supervisor.1").exists(),
+        "there is a page of vbus supervisor"
+    );
     Ok(())
 }

@@ -2,12 +2,13 @@
 //! The directory of a bus, which has its sockets.
 
 use std::fs::DirBuilder;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
 use rustix::process::geteuid;
 
@@ -15,6 +16,10 @@ use rustix::process::geteuid;
 pub const CONTROL: &str = "control.sock";
 /// The longest path of a UNIX socket, in bytes.
 const SOCKET_PATH_MAX: usize = 107;
+/// How long a new bus waits for the supervisor of a dead one, which still has the lock.
+const TIMEOUT: Duration = Duration::from_secs(10);
+/// The time between two looks at the lock.
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// Chooses the directory: `given`, or else `$XDG_RUNTIME_DIR/vbus`, or else `/tmp/vbus-UID`.
 pub fn choose(given: Option<&Path>) -> PathBuf {
@@ -86,7 +91,7 @@ pub fn check_writers(dir: &Path) -> Result<u32> {
 pub struct Claimed {
     dir: PathBuf,
     /// The open directory, which holds the lock.
-    _lock: OwnedFd,
+    lock: OwnedFd,
 }
 
 impl Claimed {
@@ -115,21 +120,33 @@ impl Claimed {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let lock = open(dir, flags, Mode::empty())
             .with_context(|| format!("cannot open {}", dir.display()))?;
-        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::AGAIN) => {
-                bail!(
-                    "another vbus serves in {} already; stop it, or choose another --dir",
-                    dir.display()
-                )
-            }
-            Err(error) => {
-                return Err(error).with_context(|| format!("cannot lock {}", dir.display()));
+        let begin = Instant::now();
+        loop {
+            match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => break,
+                Err(rustix::io::Errno::AGAIN) => {
+                    // The other bus may have ended, and its supervisor is about to end.
+                    let is_alive = UnixStream::connect(dir.join(CONTROL)).is_ok();
+                    ensure!(
+                        !is_alive && begin.elapsed() < TIMEOUT,
+                        "another vbus serves in {} already; stop it, or choose another --dir",
+                        dir.display()
+                    );
+                    std::thread::sleep(PAUSE);
+                }
+                Err(error) => {
+                    return Err(error).with_context(|| format!("cannot lock {}", dir.display()));
+                }
             }
         }
-        let claimed = Claimed { dir: dir.to_owned(), _lock: lock };
+        let claimed = Claimed { dir: dir.to_owned(), lock };
         claimed.remove_stale()?;
         Ok(claimed)
+    }
+
+    /// The lock. While any duplicate of this descriptor is open, no other bus can use the directory.
+    pub fn lock(&self) -> BorrowedFd<'_> {
+        self.lock.as_fd()
     }
 
     /// Whether users other than its owner can reach sockets in the directory.

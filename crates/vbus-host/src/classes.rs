@@ -1,19 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The device classes of the program.
 
+use std::sync::Arc;
+
 use anyhow::{Result, ensure};
 use vbus_core::DeviceClass;
+use vbus_net::Opener;
 use vbus_sched::SchedClass;
 
-/// Returns the classes of vbus, with `sched` as the class of that name, followed by `more`.
+/// Returns the classes of vbus, with `sched` as the class of that name, followed by `more`. `opener`
+/// opens what their devices need.
 ///
 /// # Errors
 /// Two classes have the same name.
 pub fn all(
+    opener: Arc<dyn Opener>,
     sched: SchedClass,
     more: Vec<Box<dyn DeviceClass>>,
 ) -> Result<Vec<Box<dyn DeviceClass>>> {
-    let mut classes = vbus_devices::classes();
+    let mut classes = vbus_devices::classes_opening(opener);
     classes.push(Box::new(sched));
     for class in more {
         let name = class.name();

@@ -17,6 +17,7 @@ use vbus_pci::Options;
 
 use crate::access::SocketSpec;
 use crate::rights::ControlSpec;
+use crate::supervisor::AllowSpec;
 
 /// The largest configuration file, in bytes.
 const FILE_MAX: u64 = 1 << 20;
@@ -37,6 +38,8 @@ pub struct Config {
     pub tuning: Tuning,
     /// Who may control the bus.
     pub control: ControlSpec,
+    /// What devices may use that come while the bus runs.
+    pub allow: AllowSpec,
     /// The devices that the bus makes at its start.
     pub devices: Vec<DeviceSpec>,
 }
@@ -260,8 +263,9 @@ fn fill(text: &str, config: &mut Config, places: &mut Vec<DevicePlaces>) -> Resu
             "control" => {
                 config.control = settings(value, "control", ControlSpec::parse)?;
             }
+            "allow" => config.allow = settings(value, "allow", AllowSpec::parse)?,
             other => {
-                let known = ["bus", "control", "device"];
+                let known = ["bus", "control", "allow", "device"];
                 return Err((key.span(), unknown(other, "here", &known)));
             }
         }

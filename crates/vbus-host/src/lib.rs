@@ -56,7 +56,7 @@ mod plug;
 mod program;
 mod rights;
 mod serve;
-mod socket;
+mod supervisor;
 mod vmm;
 
 pub use program::Program;

@@ -9,7 +9,7 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use vbus_cli::documents;
 use vbus_core::DeviceClass;
 
-use crate::{command, serve};
+use crate::{command, serve, supervisor};
 
 /// A virtual device bus: devices for virtual machines and for plain processes.
 #[derive(Parser, Debug)]
@@ -36,9 +36,9 @@ enum Command {
     /// Check configuration files
     #[command(subcommand)]
     Config(command::config::Command),
-    /// Restore scheduling classes after the bus was killed; `vbus serve` starts this itself
-    #[command(name = serve::guardian::COMMAND, hide = true)]
-    Guardian,
+    /// Keep the rights that the bus gives up; `vbus serve` starts this itself
+    #[command(name = supervisor::COMMAND, hide = true)]
+    Supervisor,
     /// Print which program drives devices
     #[command(hide = true, disable_help_flag = true)]
     Guest {
@@ -54,17 +54,31 @@ pub struct Program {
     name: &'static str,
     version: &'static str,
     classes: Vec<Box<dyn DeviceClass>>,
+    supervisor: Vec<OsString>,
 }
 
 impl Program {
     /// Makes a program with this name and version. Its help and its errors show them.
     pub fn new(name: &'static str, version: &'static str) -> Program {
-        Program { name, version, classes: Vec::new() }
+        let supervisor = vec![supervisor::COMMAND.into()];
+        Program { name, version, classes: Vec::new(), supervisor }
     }
 
     /// Adds a device class. If two classes have the same name, [`run`](Self::run) fails.
     pub fn class(mut self, class: impl DeviceClass + 'static) -> Program {
         self.classes.push(Box::new(class));
+        self
+    }
+
+    /// Sets the arguments by which the program, started once more, becomes the supervisor of its
+    /// bus. Only a program needs this that calls [`run_from`](Self::run_from) with arguments that
+    /// are not its own, such as a test. With these arguments it must call `run_from` with the one
+    /// argument `supervisor` behind the name. The default is that argument.
+    pub fn supervisor_args(
+        mut self,
+        args: impl IntoIterator<Item = impl Into<OsString>>,
+    ) -> Program {
+        self.supervisor = args.into_iter().map(Into::into).collect();
         self
     }
 
@@ -78,7 +92,7 @@ impl Program {
     /// arguments end the process with exit code 2.
     ///
     /// A program must call this first in its `main`, because `serve` may start the program a second
-    /// time, as the guardian of the class `sched`.
+    /// time, as its supervisor.
     pub fn run(self) -> ExitCode {
         self.run_from(std::env::args_os())
     }
@@ -92,21 +106,21 @@ impl Program {
         }
         let matches = self.command().get_matches_from(args);
         let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
-        if let Command::Guardian = cli.command {
-            return serve::guardian::run();
+        if let Command::Supervisor = cli.command {
+            return supervisor::run();
         }
         vbus_cli::exit(self.dispatch(&cli.command))
     }
 
     fn dispatch(self, command: &Command) -> Result<()> {
         match command {
-            Command::Serve(args) => serve::run(args, self.classes),
+            Command::Serve(args) => serve::run(args, self.classes, &self.supervisor),
             Command::Device(command) => command::device::run(command),
             Command::State(command) => command::state::run(command),
             Command::Stats(args) => command::stats::run(args),
             Command::QemuArgs(args) => command::qemu_args::run(args),
             Command::Config(command) => command::config::run(command, self.classes),
-            Command::Guardian => Ok(()),
+            Command::Supervisor => Ok(()),
             Command::Guest { .. } => bail!(
                 "the program `vbus-guest` drives devices now: run `vbus-guest` with the same \
                  arguments \

@@ -6,7 +6,6 @@ use std::io;
 
 use rustix::io::Errno;
 use rustix::process::{Pid, setpriority_process};
-use serde::{Deserialize, Serialize};
 use vbus_core::shm::abi::sched as abi;
 
 use crate::policy::Setting;
@@ -14,9 +13,8 @@ use crate::policy::Setting;
 /// The argument of `sched_getattr` and `sched_setattr`, in its first version, which every kernel
 /// knows.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Attributes {
-    #[serde(skip)]
     size: u32,
     policy: u32,
     flags: u64,

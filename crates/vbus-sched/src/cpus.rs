@@ -8,9 +8,8 @@ use vbus_core::lock;
 
 use crate::config::{Config, Origin};
 use crate::cpu::Cpu;
-use crate::ledger::Ledger;
 use crate::lookup::Lookup;
-use crate::thread::{self, Claims, Thread};
+use crate::thread::{Thread, Threads};
 
 /// The virtual CPUs of a device. The device and its connection share them.
 pub struct Cpus {
@@ -18,7 +17,7 @@ pub struct Cpus {
     pub state: Mutex<CpusState>,
     /// The threads that the settings name, while no connection is open.
     threads: Mutex<Vec<Option<Thread>>>,
-    ledger: Option<Arc<Ledger>>,
+    threads_of: Arc<dyn Threads>,
 }
 
 /// The virtual CPUs, and the search for their threads.
@@ -29,14 +28,14 @@ pub struct CpusState {
 
 impl Cpus {
     /// Makes the virtual CPUs that `config` describes. `threads` are those that the settings name.
-    pub fn new(config: Config, threads: Vec<Option<Thread>>, claims: &Claims) -> Cpus {
+    pub fn new(config: Config, threads: Vec<Option<Thread>>, of: &Arc<dyn Threads>) -> Cpus {
         let cpus = (0..config.cpus).map(|_| Cpu::new(&config.policy)).collect();
-        let lookup = Lookup::new(&config.origin, claims);
+        let lookup = Lookup::new(&config.origin, of);
         Cpus {
             config,
             state: Mutex::new(CpusState { cpus, lookup }),
             threads: Mutex::new(threads),
-            ledger: claims.ledger().cloned(),
+            threads_of: of.clone(),
         }
     }
 
@@ -64,10 +63,11 @@ impl Cpus {
             *lock(&self.threads) = threads;
         }
     }
+
     /// Policy, virtual CPUs and errors, as JSON.
     pub fn inspect(&self) -> Value {
-        // This reads a file, so it must not hold the lock that the task needs.
-        let privileged = thread::is_privileged();
+        // This may read a file, so it must not hold the lock that the task needs.
+        let privileged = self.threads_of.is_privileged();
         let state = lock(&self.state);
         let cpus: Vec<_> =
             state.cpus.iter().enumerate().filter_map(|(number, cpu)| cpu.inspect(number)).collect();
@@ -75,9 +75,6 @@ impl Cpus {
             json!({ "policy": self.config.inspect(), "privileged": privileged, "cpus": cpus });
         if let Some(error) = state.lookup.as_ref().and_then(Lookup::error) {
             value["lookup"] = error.into();
-        }
-        if let Some(error) = self.ledger.as_ref().and_then(|ledger| ledger.error()) {
-            value["guardian"] = error.into();
         }
         value
     }

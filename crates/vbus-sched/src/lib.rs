@@ -7,8 +7,8 @@
 //! second page.
 //!
 //! `cpus` holds all virtual CPUs of a device, `cpu` serves the pages of one. Only `thread` changes
-//! a thread. `lookup` asks the VMM for the threads of its virtual CPUs. `ledger` records the
-//! changes, so that another process can undo them if this process is killed.
+//! a thread. `lookup` asks the VMM for the threads of its virtual CPUs. A process without the right
+//! to change threads lets another process do it ([`Threads`]).
 //!
 //! ```
 //! use serde_json::json;
@@ -29,7 +29,7 @@ mod config;
 mod connection;
 mod cpu;
 mod cpus;
-mod ledger;
+mod limits;
 mod lookup;
 mod policy;
 mod thread;
@@ -43,26 +43,32 @@ use vbus_core::{Connection, CreateError, Device, DeviceClass, ErrorCode, Identit
 use config::{Config, Origin};
 use connection::SchedConnection;
 use cpus::Cpus;
-pub use ledger::{Guardian, Ledger, RestoreCounts, restore};
-use thread::{Claims, Thread};
+pub use limits::Limits;
+pub use policy::Setting;
+use thread::Thread;
+pub use thread::{Direct, Held, OwnThread, TakeError, Threads, process_of, time_in};
 
 /// The class of devices that set the scheduling class of virtual CPUs' threads.
-#[derive(Default)]
 pub struct SchedClass {
-    claims: Claims,
+    threads: Arc<dyn Threads>,
 }
 
 impl SchedClass {
-    /// Makes the class without a ledger. If this process is killed, the threads keep the scheduling
-    /// class that they have at that moment. See [`guarded`](SchedClass::guarded).
+    /// Makes the class for a process that changes threads itself. If this process is killed, the
+    /// threads keep the scheduling class that they have at that moment.
     pub fn new() -> SchedClass {
-        SchedClass::default()
+        SchedClass::through(Arc::new(Direct::default()))
     }
 
-    /// Makes the class with a ledger. Its devices record each change in `ledger` before they make
-    /// it.
-    pub fn guarded(ledger: Arc<Ledger>) -> SchedClass {
-        SchedClass { claims: Claims::noted_in(ledger) }
+    /// Makes the class. Its devices find and change threads through `threads`.
+    pub fn through(threads: Arc<dyn Threads>) -> SchedClass {
+        SchedClass { threads }
+    }
+}
+
+impl Default for SchedClass {
+    fn default() -> Self {
+        SchedClass::new()
     }
 }
 
@@ -79,12 +85,13 @@ impl DeviceClass for SchedClass {
     }
 
     fn check(&self, _name: &str, config: &Value) -> Result<(), CreateError> {
-        Config::parse(config, thread::tells_time()).map(drop)
+        Config::parse(config, self.threads.tells_time()).map(drop)
     }
 
     fn create(&self, name: &str, config: &Value) -> Result<Arc<dyn Device>, CreateError> {
-        let tells_time = thread::tells_time();
+        let tells_time = self.threads.tells_time();
         let config = Config::parse(config, tells_time)?;
+        self.threads.check(&Limits::of(&config.policy)).map_err(CreateError)?;
         if !tells_time {
             tracing::warn!(
                 device = name,
@@ -96,20 +103,20 @@ impl DeviceClass for SchedClass {
         let mut threads = Vec::new();
         if let Origin::Threads(tids) = &config.origin {
             for tid in tids {
-                let thread = Thread::take_any(*tid, &self.claims);
+                let thread = Thread::take(&*self.threads, None, *tid);
                 threads.push(Some(
                     thread.map_err(|error| CreateError(format!("\"threads\": {error}")))?,
                 ));
             }
         }
-        if !thread::is_privileged() {
+        if !self.threads.is_privileged() {
             tracing::warn!(
                 device = name,
                 "without CAP_SYS_NICE the kernel refuses most changes, \
                  and may refuse to undo the others"
             );
         }
-        Ok(Arc::new(SchedDevice(Arc::new(Cpus::new(config, threads, &self.claims)))))
+        Ok(Arc::new(SchedDevice(Arc::new(Cpus::new(config, threads, &self.threads)))))
     }
 }
 

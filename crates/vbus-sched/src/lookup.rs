@@ -7,17 +7,18 @@
 //! task has taken the threads that the VMM means: no id has passed to another thread meanwhile.
 
 use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde_json::Value;
 use vbus_core::{Interest, TaskHandle};
 use vbus_qmp::{Lines, Message};
 
 use crate::config::Origin;
-use crate::thread::{Claims, Thread};
+use crate::thread::{Thread, Threads};
 
 /// The time limit for a VMM's answers.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -95,7 +96,7 @@ impl Language {
 pub struct Lookup {
     path: PathBuf,
     language: Language,
-    claims: Claims,
+    threads: Arc<dyn Threads>,
     talk: Option<Talk>,
     /// When the task may ask the VMM again.
     next: Option<Instant>,
@@ -134,17 +135,17 @@ impl Drop for Talk {
 
 impl Lookup {
     /// Makes the search for the VMM that `origin` names. `None`: it names no VMM.
-    pub fn new(origin: &Origin, claims: &Claims) -> Option<Lookup> {
+    pub fn new(origin: &Origin, threads: &Arc<dyn Threads>) -> Option<Lookup> {
         let (path, language) = match origin {
             Origin::Threads(_) => return None,
             Origin::Qmp(path) => (path, Language::Qmp),
             Origin::Vmm(path) => (path, Language::Control),
         };
-        let (path, claims) = (path.clone(), claims.clone());
+        let (path, threads) = (path.clone(), threads.clone());
         Some(Lookup {
             path,
             language,
-            claims,
+            threads,
             talk: None,
             next: None,
             pause: PAUSE_MIN,
@@ -220,11 +221,13 @@ impl Lookup {
             Some(talk) => talk,
             None if self.next.is_some_and(|next| now < next) => return Ok(None),
             None => {
-                self.talk.insert(Talk::begin(&self.path, self.language, now + TIMEOUT, watcher)?)
+                let connected = self.threads.connect(&self.path);
+                let connected = connected.map_err(|error| format!("cannot be reached: {error}"))?;
+                self.talk.insert(Talk::begin(connected, self.language, now + TIMEOUT, watcher)?)
             }
         };
         while let Some(line) = talk.next()? {
-            if let Some(found) = talk.hear(line, &self.claims, wanted)? {
+            if let Some(found) = talk.hear(line, &*self.threads, wanted)? {
                 return Ok(Some(found));
             }
         }
@@ -238,23 +241,14 @@ impl Lookup {
 }
 
 impl Talk {
+    /// Begins a conversation over a socket of the VMM, whose process is `process`.
     fn begin(
-        path: &Path,
+        (socket, process): (OwnedFd, i32),
         language: Language,
         until: Instant,
         watcher: &TaskHandle,
     ) -> Result<Talk, String> {
-        let connect = || -> rustix::io::Result<UnixStream> {
-            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-            let socket =
-                rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-            rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
-            Ok(UnixStream::from(socket))
-        };
-        let socket = connect().map_err(|error| format!("cannot be reached: {error}"))?;
-        let peer =
-            rustix::net::sockopt::socket_peercred(&socket).map_err(|error| error.to_string())?;
-        let process = peer.pid.as_raw_nonzero().get();
+        let socket = UnixStream::from(socket);
         watcher.watch(&socket, Interest::Read).map_err(|error| error.to_string())?;
         let stage =
             if language == Language::Qmp { Stage::Greeting } else { Stage::First(Vec::new()) };
@@ -295,7 +289,7 @@ impl Talk {
     fn hear(
         &mut self,
         line: Line,
-        claims: &Claims,
+        threads: &dyn Threads,
         wanted: &dyn Fn(u32) -> bool,
     ) -> Result<Option<Vec<(u32, Thread)>>, String> {
         match (&mut self.stage, line) {
@@ -314,20 +308,20 @@ impl Talk {
             (Stage::First(cpus), Line::End(more)) => {
                 extend(cpus, more);
                 let cpus = std::mem::take(cpus);
-                let mut threads = Vec::new();
+                let mut taken = Vec::new();
                 for (cpu, tid) in cpus.iter().filter(|(cpu, _)| wanted(*cpu)) {
-                    let thread = Thread::take(self.process, *tid, claims);
-                    threads.push((*cpu, thread.map_err(|error| error.to_string())?));
+                    let thread = Thread::take(threads, Some(self.process), *tid);
+                    taken.push((*cpu, thread.map_err(|error| error.to_string())?));
                 }
-                self.stage = Stage::Second(cpus, threads, Vec::new());
+                self.stage = Stage::Second(cpus, taken, Vec::new());
                 self.ask()?;
             }
-            (Stage::Second(before, threads, cpus), Line::End(more)) => {
+            (Stage::Second(before, taken, cpus), Line::End(more)) => {
                 extend(cpus, more);
                 if before != cpus {
                     return Err("gives another answer each time".into());
                 }
-                return Ok(Some(std::mem::take(threads)));
+                return Ok(Some(std::mem::take(taken)));
             }
             (Stage::Negotiation | Stage::First(_) | Stage::Second(..), _) => {}
         }

@@ -3,16 +3,20 @@
 
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
 use vbus_core::shm::abi::sched as abi;
 
-/// A class and a priority within it: real-time 1..=99, or a nice value.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// A scheduling class and a priority within it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Setting {
+    /// The number of the class (`vbus_shm::abi::sched`, `CLASS_*`).
     pub class: u32,
+    /// The real-time priority, 1 to 99; or, in the other classes, the nice value, -20 to 19.
     pub priority: i32,
 }
 
 impl Setting {
+    /// Whether it precedes every ordinary thread.
     pub fn is_real_time(self) -> bool {
         matches!(self.class, abi::CLASS_FIFO | abi::CLASS_RR)
     }

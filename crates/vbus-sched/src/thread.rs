@@ -5,37 +5,84 @@
 use std::collections::HashSet;
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use rustix::process::{Pid, getpriority_process};
-
-use crate::attributes::{self, Attributes};
-use crate::ledger::{Entry, Ledger, Note};
-use crate::policy::Setting;
 use vbus_core::lock;
 
-/// The threads that devices of this process have taken. A thread can belong to only one device: two
-/// devices would mistake each other's settings for the thread's own.
-#[derive(Clone, Default)]
-pub struct Claims {
-    taken: Arc<Mutex<HashSet<i32>>>,
-    /// The ledger in which the device records the threads' own attributes.
-    ledger: Option<Arc<Ledger>>,
+use crate::attributes::{self, Attributes};
+use crate::limits::Limits;
+use crate::policy::Setting;
+
+/// Finds threads and changes their scheduling class. A process that may not do that itself passes
+/// an implementation that asks another process.
+///
+/// The calls run on threads that serve devices, so they must not wait for a VMM.
+pub trait Threads: Send + Sync {
+    /// Checks that the devices may change threads within these limits.
+    ///
+    /// # Errors
+    /// They may not. The text says which limit is too wide, and what to do.
+    fn check(&self, limits: &Limits) -> Result<(), String>;
+
+    /// Connects a non-blocking socket to the VMM that listens at `path`. Returns the socket and the
+    /// VMM's process.
+    ///
+    /// # Errors
+    /// The system refuses, or the path is not allowed.
+    fn connect(&self, path: &Path) -> io::Result<(OwnedFd, i32)>;
+
+    /// Takes thread `tid` of `process`, which [`connect`](Self::connect) has returned; or, without
+    /// a process, thread `tid` of any process.
+    ///
+    /// # Errors
+    /// There is no such thread, another device has it, or it is not allowed.
+    fn take(&self, process: Option<i32>, tid: i32) -> Result<Box<dyn Held>, TakeError>;
+
+    /// Whether any thread can get any class (CAP_SYS_NICE).
+    fn is_privileged(&self) -> bool;
+
+    /// Whether the kernel reports how much processor time a thread has used.
+    fn tells_time(&self) -> bool;
 }
 
-impl Claims {
-    /// The device records each change in `ledger` before it makes the change.
-    pub fn noted_in(ledger: Arc<Ledger>) -> Claims {
-        Claims { ledger: Some(ledger), ..Claims::default() }
-    }
+/// A thread that has been taken. Dropping it restores the thread's own class, and lets another
+/// device take it.
+pub trait Held: Send {
+    /// The processor time that the thread has used; zero if the kernel does not report it.
+    fn time(&self) -> Duration;
 
-    /// The ledger.
-    pub fn ledger(&self) -> Option<&Arc<Ledger>> {
-        self.ledger.as_ref()
-    }
+    /// The thread's own nice value, without this device.
+    ///
+    /// # Errors
+    /// SRCH: the thread has ended.
+    fn own_nice(&mut self) -> Result<i32, Errno>;
+
+    /// Gives the thread `setting`.
+    ///
+    /// # Errors
+    /// SRCH: the thread has ended. PERM: the kernel or the limits do not allow it.
+    fn apply(&mut self, setting: Setting) -> Result<(), Errno>;
+
+    /// Restores the thread's own class, unless another program has changed it meanwhile. Returns
+    /// whether that needed a change.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    fn restore(&mut self) -> Result<bool, Errno>;
+}
+
+/// The threads as this process sees and changes them. A thread can belong to only one device of the
+/// process: two devices would mistake each other's settings for the thread's own.
+#[derive(Clone, Debug, Default)]
+pub struct Direct {
+    taken: Arc<Mutex<HashSet<i32>>>,
 }
 
 /// Why the device could not take a thread.
@@ -54,10 +101,65 @@ pub enum TakeError {
     /// Another device has it.
     #[error("thread {0} belongs to another device of this bus, or to another virtual CPU")]
     Taken(i32),
+    /// The process that changes threads does not allow it. The text says why.
+    #[error("{0}")]
+    Refused(String),
 }
 
-/// A thread that a device has taken. Dropping it restores the thread's class.
-pub struct Thread {
+impl Threads for Direct {
+    fn check(&self, _limits: &Limits) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn connect(&self, path: &Path) -> io::Result<(OwnedFd, i32)> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        connect(&socket, &SocketAddrUnix::new(path)?)?;
+        let process = vbus_control::Peer::of(&socket)?.pid;
+        if process <= 0 {
+            return Err(io::Error::other("the VMM is in another pid namespace"));
+        }
+        Ok((socket, process))
+    }
+
+    fn take(&self, process: Option<i32>, tid: i32) -> Result<Box<dyn Held>, TakeError> {
+        Ok(Box::new(self.take_own(process.unwrap_or_else(|| process_of(tid)), tid)?))
+    }
+
+    fn is_privileged(&self) -> bool {
+        is_privileged()
+    }
+
+    fn tells_time(&self) -> bool {
+        tells_time()
+    }
+}
+
+impl Direct {
+    /// Takes thread `tid`, which must belong to `process` now.
+    ///
+    /// # Errors
+    /// There is no such thread, or it is taken.
+    pub fn take_own(&self, process: i32, tid: i32) -> Result<OwnThread, TakeError> {
+        let open = |name| File::open(format!("/proc/{process}/task/{tid}/{name}"));
+        let alive = open("comm").map_err(|source| TakeError::Missing { process, tid, source })?;
+        let time = open("schedstat").ok();
+        if !lock(&self.taken).insert(tid) {
+            return Err(TakeError::Taken(tid));
+        }
+        Ok(OwnThread { tid, alive, time, changed: None, direct: self.clone() })
+    }
+}
+
+/// The process of thread `tid`; `tid` itself if there is no such thread.
+pub fn process_of(tid: i32) -> i32 {
+    let status = std::fs::read_to_string(format!("/proc/{tid}/status")).unwrap_or_default();
+    let process = status.lines().find_map(|line| line.strip_prefix("Tgid:")?.trim().parse().ok());
+    process.unwrap_or(tid)
+}
+
+/// A thread that this process has taken and changes itself.
+pub struct OwnThread {
     tid: i32,
     /// A procfs file of exactly this thread. A read fails once the thread has ended, even if
     /// another thread has the same id by then.
@@ -65,7 +167,7 @@ pub struct Thread {
     /// The procfs file with its processor time. Kernels without CONFIG_SCHED_INFO have none.
     time: Option<File>,
     changed: Option<Changed>,
-    claims: Claims,
+    direct: Direct,
 }
 
 /// The thread's own attributes, and those that the device has set.
@@ -74,66 +176,20 @@ struct Changed {
     /// Its own nice value, even if that has no effect in its own class.
     own_nice: i32,
     by_us: Attributes,
-    setting: Setting,
-    note: Option<Note>,
 }
 
-impl Thread {
-    /// Takes thread `tid`, which must belong to `process` now.
-    pub fn take(process: i32, tid: i32, claims: &Claims) -> Result<Thread, TakeError> {
-        let open = |name| File::open(format!("/proc/{process}/task/{tid}/{name}"));
-        let alive = open("comm").map_err(|source| TakeError::Missing { process, tid, source })?;
-        let time = open("schedstat").ok();
-        if !lock(&claims.taken).insert(tid) {
-            return Err(TakeError::Taken(tid));
-        }
-        Ok(Thread { tid, alive, time, changed: None, claims: claims.clone() })
-    }
-
-    /// Takes thread `tid` of any process.
-    pub fn take_any(tid: i32, claims: &Claims) -> Result<Thread, TakeError> {
-        let process =
-            std::fs::read_to_string(format!("/proc/{tid}/status")).ok().and_then(|status| {
-                status.lines().find_map(|line| line.strip_prefix("Tgid:")?.trim().parse().ok())
-            });
-        Thread::take(process.unwrap_or(tid), tid, claims)
-    }
-
-    /// Its id.
-    pub fn tid(&self) -> i32 {
-        self.tid
-    }
-
-    /// The setting that this device has given the thread, if any.
-    pub fn setting(&self) -> Option<Setting> {
-        self.changed.as_ref().map(|changed| changed.setting)
+impl OwnThread {
+    /// The procfs file with its processor time, if there is one ([`time_in`] reads it).
+    pub fn time_file(&self) -> Option<&File> {
+        self.time.as_ref()
     }
 
     /// Fails if the thread has ended.
-    pub fn check(&self) -> Result<(), Errno> {
+    fn check(&self) -> Result<(), Errno> {
         match self.alive.read_at(&mut [0], 0) {
             Ok(1..) => Ok(()),
             Ok(0) => Err(Errno::SRCH),
             Err(error) => Err(Errno::from_io_error(&error).unwrap_or(Errno::SRCH)),
-        }
-    }
-
-    /// The processor time that the thread has used; zero if the kernel does not report it.
-    pub fn time(&self) -> Duration {
-        let mut text = [0; 64];
-        let length =
-            self.time.as_ref().and_then(|file| file.read_at(&mut text, 0).ok()).unwrap_or(0);
-        // The fields: nanoseconds on a processor, nanoseconds of waiting for one, time slices.
-        let first =
-            std::str::from_utf8(&text[..length]).ok().and_then(|text| text.split(' ').next());
-        Duration::from_nanos(first.and_then(|number| number.parse().ok()).unwrap_or(0))
-    }
-
-    /// The thread's own nice value, without this device.
-    pub fn own_nice(&self) -> Result<i32, Errno> {
-        match &self.changed {
-            Some(changed) => Ok(changed.own_nice),
-            None => self.look().map(|(_, nice)| nice),
         }
     }
 
@@ -145,38 +201,44 @@ impl Thread {
         self.check()?;
         Ok((attributes, nice))
     }
+}
 
-    /// Gives the thread `setting`. Returns whether that needed a system call.
-    pub fn apply(&mut self, setting: Setting) -> Result<bool, Errno> {
-        let (own, own_nice, from) = match &self.changed {
-            Some(changed) if changed.setting == setting => return Ok(false),
-            Some(changed) => (changed.own, changed.own_nice, changed.by_us),
-            None => self.look().map(|(own, own_nice)| (own, own_nice, own))?,
-        };
-        let by_us = own.with(setting);
-        let note = match &mut self.changed {
-            Some(changed) => changed.note.take(),
-            None => self.claims.ledger.as_ref().and_then(|ledger| ledger.begin(self.tid)),
-        };
-        // If the change fails, the entry is still correct, because it names the present setting
-        // too.
-        let note = note.filter(|note| note.write(&Entry { own, own_nice, from, to: by_us }));
-        // Another thread can get the id only between these two calls, and only after the kernel has
-        // used all other ids.
-        let done = self.check().and_then(|()| attributes::set(self.tid, by_us));
-        match (&mut self.changed, done) {
-            (_, Ok(())) => self.changed = Some(Changed { own, own_nice, by_us, setting, note }),
-            (Some(changed), Err(_)) => changed.note = note,
-            (None, Err(_)) => {}
-        }
-        done.map(|()| true)
+/// The processor time in `file`, a thread's schedstat.
+pub fn time_in(file: &File) -> Duration {
+    let mut text = [0; 64];
+    let length = file.read_at(&mut text, 0).unwrap_or(0);
+    // The fields: nanoseconds on a processor, nanoseconds of waiting for one, time slices.
+    let first = std::str::from_utf8(&text[..length]).ok().and_then(|text| text.split(' ').next());
+    Duration::from_nanos(first.and_then(|number| number.parse().ok()).unwrap_or(0))
+}
+
+impl Held for OwnThread {
+    fn time(&self) -> Duration {
+        self.time.as_ref().map(time_in).unwrap_or_default()
     }
 
-    /// Restores the thread's own class, unless another program has changed it meanwhile. Returns
-    /// whether that needed a system call.
-    pub fn restore(&mut self) -> Result<bool, Errno> {
-        // The note ends with this call, even if the call fails: the guardian would fail too.
-        let Some(Changed { own, own_nice, by_us, note, .. }) = self.changed.take() else {
+    fn own_nice(&mut self) -> Result<i32, Errno> {
+        match &self.changed {
+            Some(changed) => Ok(changed.own_nice),
+            None => self.look().map(|(_, nice)| nice),
+        }
+    }
+
+    fn apply(&mut self, setting: Setting) -> Result<(), Errno> {
+        let (own, own_nice) = match &self.changed {
+            Some(changed) => (changed.own, changed.own_nice),
+            None => self.look()?,
+        };
+        let by_us = own.with(setting);
+        // Another thread can get the id only between these two calls, and only after the kernel has
+        // used all other ids.
+        self.check().and_then(|()| attributes::set(self.tid, by_us))?;
+        self.changed = Some(Changed { own, own_nice, by_us });
+        Ok(())
+    }
+
+    fn restore(&mut self) -> Result<bool, Errno> {
+        let Some(Changed { own, own_nice, by_us }) = self.changed.take() else {
             return Ok(false);
         };
         match self.look() {
@@ -184,21 +246,72 @@ impl Thread {
             Ok(_) | Err(Errno::SRCH) => return Ok(false),
             Err(error) => return Err(error),
         }
-        if let Some(note) = &note {
-            note.write(&Entry { own, own_nice, from: by_us, to: own });
-        }
         attributes::restore(self.tid, own, own_nice)?;
         Ok(true)
     }
 }
 
-impl Drop for Thread {
+impl Drop for OwnThread {
     fn drop(&mut self) {
         if let Err(error) = self.restore() {
             let thread = self.tid;
             tracing::error!(thread, %error, "cannot restore a thread's scheduling class");
         }
-        lock(&self.claims.taken).remove(&self.tid);
+        lock(&self.direct.taken).remove(&self.tid);
+    }
+}
+
+/// The thread of a virtual CPU, with the setting that the device has given it.
+pub struct Thread {
+    tid: i32,
+    setting: Option<Setting>,
+    held: Box<dyn Held>,
+}
+
+impl Thread {
+    /// Takes thread `tid`; see [`Threads::take`].
+    pub fn take(
+        threads: &dyn Threads,
+        process: Option<i32>,
+        tid: i32,
+    ) -> Result<Thread, TakeError> {
+        Ok(Thread { tid, setting: None, held: threads.take(process, tid)? })
+    }
+
+    /// Its id.
+    pub fn tid(&self) -> i32 {
+        self.tid
+    }
+
+    /// The setting that this device has given the thread, if any.
+    pub fn setting(&self) -> Option<Setting> {
+        self.setting
+    }
+
+    /// See [`Held::time`].
+    pub fn time(&self) -> Duration {
+        self.held.time()
+    }
+
+    /// See [`Held::own_nice`].
+    pub fn own_nice(&mut self) -> Result<i32, Errno> {
+        self.held.own_nice()
+    }
+
+    /// Gives the thread `setting`. Returns whether that needed a change.
+    pub fn apply(&mut self, setting: Setting) -> Result<bool, Errno> {
+        if self.setting == Some(setting) {
+            return Ok(false);
+        }
+        self.held.apply(setting)?;
+        self.setting = Some(setting);
+        Ok(true)
+    }
+
+    /// Restores the thread's own class. Returns whether that needed a change.
+    pub fn restore(&mut self) -> Result<bool, Errno> {
+        // After a failure there is nothing to try again: the kernel would refuse again.
+        if self.setting.take().is_none() { Ok(false) } else { self.held.restore() }
     }
 }
 

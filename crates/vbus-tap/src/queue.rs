@@ -87,6 +87,12 @@ impl Queue {
         Ok((Queue { fd, multi_queue: setup.multi_queue }, request.name()))
     }
 
+    /// The queue whose descriptor another process has attached ([`attach`](Self::attach)) and handed
+    /// over. `multi_queue`: the interface may have several queues.
+    pub fn from_descriptor(fd: OwnedFd, multi_queue: bool) -> Queue {
+        Queue { fd, multi_queue }
+    }
+
     /// Tells the kernel which checksums and segments it may leave to the reader. [`Errno::INVAL`]:
     /// this kernel does not know one of the offloads.
     pub fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
@@ -128,6 +134,12 @@ impl Queue {
     /// Another descriptor of the same queue.
     pub fn try_clone(&self) -> std::io::Result<Queue> {
         Ok(Queue { fd: self.fd.try_clone()?, multi_queue: self.multi_queue })
+    }
+}
+
+impl From<Queue> for OwnedFd {
+    fn from(queue: Queue) -> OwnedFd {
+        queue.fd
     }
 }
 

@@ -14,7 +14,7 @@ use vbus_control::{Client, Handler, Limits, Peer, Server};
 use super::host::Host;
 use crate::config::DeviceSpec;
 use crate::rights::{ControlSpec, Level, Rights};
-use crate::socket::{Socket, SocketFile};
+use crate::supervisor::SocketFile;
 use vbus_cli::rundir::CONTROL;
 
 /// The limits on clients. The largest state page, in JSON, fits in a line.
@@ -72,10 +72,10 @@ impl Acceptor {
     /// Makes the control socket of `host`, for the clients that `spec` names.
     pub fn bind(host: Arc<Host>, spec: &ControlSpec) -> Result<Acceptor> {
         let path = host.dir().join(CONTROL);
+        let listening = host.listen(&path, BACKLOG, &spec.access());
         let handler = Control { host, rights: spec.rights()? };
-        Socket::listen(&path, BACKLOG, &spec.access())
-            .and_then(|socket| {
-                let (listener, file) = socket.into_parts();
+        listening
+            .and_then(|(listener, file)| {
                 let server = Server::new(UnixListener::from(listener), LIMITS, handler)?;
                 Ok(Acceptor { server, _file: file })
             })

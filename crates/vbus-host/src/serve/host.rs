@@ -3,19 +3,21 @@
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::io;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 use vbus_core::{Bus, DeviceClass, Endpoint, Executor};
-use vbus_sched::{Ledger, SchedClass};
+use vbus_sched::SchedClass;
 use vbus_vfio_user::DeviceServer;
 
-use super::guardian::Guardian;
+use crate::access::Access;
 use crate::classes;
 use crate::config::{Config, DeviceSpec};
-use crate::socket::{Socket, SocketFile};
+use crate::supervisor::{RemoteThreads, SocketFile, Supervisor};
 use vbus_cli::rundir::{self, Claimed};
 
 /// The most clients of a device that wait to be accepted.
@@ -25,7 +27,7 @@ const BACKLOG: i32 = 8;
 pub struct Host {
     claimed: Claimed,
     bus: Bus,
-    guardian: Arc<Guardian>,
+    supervisor: Arc<Supervisor>,
     /// The server of each device, by the device's name. It is not locked while a device is made or
     /// removed, because a back end may take long for that.
     served: Mutex<BTreeMap<String, Option<Served>>>,
@@ -38,18 +40,19 @@ struct Served {
 }
 
 impl Host {
-    /// Starts an empty bus that has the classes of vbus and `more`.
+    /// Starts an empty bus that has the classes of vbus and `more`. `supervisor` opens what the
+    /// devices need.
     pub fn start(
         claimed: Claimed,
+        supervisor: Arc<Supervisor>,
         config: &Config,
         more: Vec<Box<dyn DeviceClass>>,
     ) -> Result<Host> {
         let executor = Executor::start(config.tuning).context("starting the event loop")?;
-        let guardian = Arc::new(Guardian::default());
-        let ledger = Ledger::new(guardian.clone()).context("making a file in memory")?;
-        let classes = classes::all(SchedClass::guarded(ledger), more)?;
+        let threads = Arc::new(RemoteThreads(supervisor.clone()));
+        let classes = classes::all(supervisor.clone(), SchedClass::through(threads), more)?;
         let bus = Bus::new(executor, classes);
-        Ok(Host { claimed, bus, guardian, served: Mutex::default() })
+        Ok(Host { claimed, bus, supervisor, served: Mutex::default() })
     }
 
     /// The event loop of all devices.
@@ -64,6 +67,16 @@ impl Host {
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Option<Served>>> {
         self.served.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Makes a socket; see [`Supervisor::listen`].
+    pub fn listen(
+        &self,
+        path: &Path,
+        backlog: i32,
+        access: &Access,
+    ) -> io::Result<(OwnedFd, SocketFile)> {
+        self.supervisor.listen(path, backlog, access)
     }
 
     /// Makes a device and starts its server, if it takes drivers.
@@ -84,8 +97,8 @@ impl Host {
             self.lock().insert(spec.name, None);
             return Ok(endpoint);
         }
-        let server = Socket::listen(&path, BACKLOG, &spec.socket.access).and_then(|socket| {
-            let (listener, file) = socket.into_parts();
+        let listening = self.listen(&path, BACKLOG, &spec.socket.access);
+        let server = listening.and_then(|(listener, file)| {
             let server =
                 DeviceServer::with_listener(endpoint.clone(), listener, &path, spec.options)?;
             Ok(Served { server, _file: file })
@@ -173,6 +186,6 @@ impl Host {
             drop(server);
             let _ = self.bus.remove(&name);
         }
-        self.guardian.stop();
+        self.supervisor.stop();
     }
 }

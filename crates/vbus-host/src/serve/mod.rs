@@ -2,11 +2,12 @@
 //! `vbus serve`: runs the bus, with a vfio-user socket for each device and a control socket.
 
 mod control;
-pub mod guardian;
 mod health;
 mod host;
+mod ready;
 mod systemd;
 
+use std::ffi::OsString;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -19,8 +20,10 @@ use vbus_core::{DeviceClass, Watchdog};
 
 use crate::client::BusDir;
 use crate::config::{self, Config};
+use crate::supervisor::{Permits, Supervisor};
 use health::Health;
 use host::Host;
+use ready::Ready;
 use systemd::Manager;
 use vbus_cli::log;
 use vbus_cli::rundir::{self, Claimed};
@@ -61,8 +64,8 @@ pub struct Args {
 }
 
 /// Serves a bus until SIGINT, SIGTERM or SIGHUP. `classes` are the classes that the program has
-/// beside those of vbus.
-pub fn run(args: &Args, classes: Vec<Box<dyn DeviceClass>>) -> Result<()> {
+/// beside those of vbus. With the arguments `supervisor`, the program becomes the supervisor.
+pub fn run(args: &Args, classes: Vec<Box<dyn DeviceClass>>, supervisor: &[OsString]) -> Result<()> {
     log::start();
     let (config, source) = match &args.config {
         Some(path) => {
@@ -80,10 +83,14 @@ pub fn run(args: &Args, classes: Vec<Box<dyn DeviceClass>>) -> Result<()> {
             claimed.path().display()
         );
     }
+    let ready = args.ready_fd.map(Ready::open).transpose()?;
     // Signals are caught before the first socket is made, so that no signal ends the process and
     // leaves sockets behind.
     let stop = signals::termination()?;
-    let host = Arc::new(Host::start(claimed, &config, classes)?);
+    let permits = Permits::new(claimed.path(), &config.allow, &config.devices);
+    let supervisor = Supervisor::start(supervisor, &permits, claimed.lock())
+        .context("starting the supervisor")?;
+    let host = Arc::new(Host::start(claimed, supervisor, &config, classes)?);
     // A client that connects before all devices are made waits in the backlog.
     let accept = control::Acceptor::bind(host.clone(), &config.control)?;
     for (number, spec) in config.devices.iter().enumerate() {
@@ -93,7 +100,9 @@ pub fn run(args: &Args, classes: Vec<Box<dyn DeviceClass>>) -> Result<()> {
         })?;
     }
     tracing::info!("serving {} devices in {}", config.devices.len(), host.dir().display());
-    tell_ready(args.ready_fd)?;
+    if let Some(ready) = ready {
+        ready.tell()?;
+    }
     manager.ready();
     let mut health = Health::new(Watchdog::new(host.executor().clone()), &manager);
     let mut starved = false;
@@ -138,14 +147,5 @@ pub fn run(args: &Args, classes: Vec<Box<dyn DeviceClass>>) -> Result<()> {
     manager.stopping();
     drop(accept);
     host.stop();
-    Ok(())
-}
-
-/// Reports that the bus is up, to the descriptor `fd`.
-fn tell_ready(fd: Option<u32>) -> Result<()> {
-    if let Some(fd) = fd {
-        std::fs::write(format!("/proc/self/fd/{fd}"), "READY=1\n")
-            .with_context(|| format!("--ready-fd {fd}"))?;
-    }
     Ok(())
 }

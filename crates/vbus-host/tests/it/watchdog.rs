@@ -14,6 +14,8 @@ use vbus_driver::Function;
 use vbus_host::Program;
 use vbus_process::{MEMORY_BYTES, Process};
 
+use crate::SUPERVISOR;
+
 const PATIENCE: Duration = Duration::from_secs(60);
 /// The directory of the test, for the child process that serves the bus.
 const DIRECTORY: &str = "VBUS_TEST_DIRECTORY";
@@ -73,7 +75,7 @@ fn serves() {
     let config = directory.join("bus.toml");
     std::fs::write(&config, "[[device]]\nname = \"slow0\"\nclass = \"blocks\"\n").unwrap();
     let dir = directory.join("bus");
-    let program = Program::new("test", "1").class(Blocks);
+    let program = Program::new("test", "1").class(Blocks).supervisor_args(SUPERVISOR);
     let args: [&Path; 6] =
         ["test".as_ref(), "serve".as_ref(), "--config".as_ref(), &config, "--dir".as_ref(), &dir];
     program.run_from(args);

@@ -260,8 +260,8 @@ fn stays(command: &[&str], expected: Option<&str>) {
     bus.child.kill().unwrap();
     bus.child.wait().unwrap();
     wait_until("the interface loses its carrier", || carrier("0"));
-    // The next bus removes the sockets of the dead one before it makes its own.
-    std::fs::remove_file(bus.dir.join("net-a.sock")).unwrap();
+    let socket = bus.dir.join("net-a.sock");
+    wait_until("the supervisor to remove the socket", || !socket.exists());
     std::thread::sleep(std::time::Duration::from_millis(1500)); // For more than one scan.
     let again = Served::start_in(&bus.dir, CONFIG);
     wait_until("the interface has a carrier again", || carrier("1"));

@@ -6,7 +6,7 @@ use std::process::{Child, Stdio};
 use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 
-use crate::support::{Served, vbus_guest, wait_until};
+use crate::support::{Served, has_ended, vbus_guest, wait_until};
 use rustix::process::{Pid, Signal};
 use serde_json::Value;
 
@@ -172,51 +172,23 @@ fn every_end_restores_the_threads() {
     stage.bus.good(&["device", "add", "cpus", "--class", "sched", "--set", &threads]);
     let driver = stage.follow_task();
     stage.wait_boosted((1, 7));
-    let guardian = guardian(&stage.bus);
+    let supervisor = stage.bus.supervisor();
     stage.bus.signal(Signal::TERM);
     assert!(stage.bus.child.wait().unwrap().success());
     assert!(stage.are_own(), "once the bus has ended");
-    assert!(has_ended(guardian), "an orderly end leaves no guardian");
+    assert!(has_ended(supervisor), "an orderly end leaves no supervisor");
     end(driver);
-}
-
-/// The process ids of the bus's children.
-fn children(bus: &Served) -> Vec<i32> {
-    let processes = std::fs::read_dir("/proc").unwrap().flatten();
-    let numbers = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-    let parent = bus.child.id().to_string();
-    let is_child = |process: &i32| {
-        let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
-        stat.rsplit(") ").next().and_then(|fields| fields.split_whitespace().nth(1))
-            == Some(&parent)
-    };
-    numbers.filter(is_child).collect()
-}
-
-/// Whether a process has ended. Its parent may not have waited for it yet.
-fn has_ended(process: i32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
-    stat.rsplit(") ")
-        .next()
-        .is_none_or(|fields| fields.is_empty() || fields.starts_with(['Z', 'X']))
-}
-
-fn guardian(bus: &Served) -> i32 {
-    let children = children(bus);
-    assert_eq!(children.len(), 1, "{children:?}");
-    children[0]
 }
 
 #[test]
 fn the_threads_are_restored_when_the_bus_is_killed() {
     let Some(mut stage) = Stage::set("boost-ms = 60000") else { return };
-    assert!(children(&stage.bus).is_empty(), "before a thread is changed");
     let driver = stage.follow_task();
     stage.wait_boosted((1, 7));
-    let first = guardian(&stage.bus);
-    // Signals for the bus do not end the guardian.
+    let first = stage.bus.supervisor();
+    // Signals for the bus do not end the supervisor.
     for signal in [Signal::INT, Signal::TERM, Signal::HUP, Signal::QUIT] {
-        wait_until("the guardian to catch its signals", || {
+        wait_until("the supervisor to catch its signals", || {
             let status = std::fs::read_to_string(format!("/proc/{first}/status")).unwrap();
             let caught = status
                 .lines()
@@ -231,37 +203,43 @@ fn the_threads_are_restored_when_the_bus_is_killed() {
     stage.bus.signal(Signal::KILL);
     stage.bus.child.wait().unwrap();
     stage.wait_own();
-    wait_until("the guardian to end", || has_ended(first));
+    wait_until("the supervisor to end", || has_ended(first));
     end(driver);
     let log = std::fs::read_to_string(&stage.bus.log).unwrap();
     assert!(log.contains("the bus was killed: 1 threads got their scheduling class back"), "{log}");
 }
 
 #[test]
-fn the_bus_replaces_a_killed_guardian() {
-    let Some(mut stage) = Stage::set("boost-ms = 60000") else { return };
-    let driver = stage.follow_task();
-    stage.wait_boosted((1, 7));
-    let first = guardian(&stage.bus);
-    rustix::process::kill_process(Pid::from_raw(first).unwrap(), Signal::KILL).unwrap();
-    wait_until("the guardian to end", || has_ended(first));
-    end(driver);
-    stage.wait_own();
-    // The bus waits if it started the first guardian less than a second ago.
-    let began = std::time::Instant::now();
-    let (driver, second) = loop {
-        let driver = stage.follow_task();
-        stage.wait_boosted((1, 7));
-        match children(&stage.bus).into_iter().find(|process| *process != first) {
-            Some(second) => break (driver, second),
-            None => end(driver),
-        }
-        stage.wait_own();
-        assert!(began.elapsed() < crate::support::TIMEOUT, "there is no other guardian");
+fn the_bus_goes_on_without_its_supervisor() {
+    let bus = Served::start("[[device]]\nname = \"net0\"\nclass = \"venet\"\n");
+    let supervisor = bus.supervisor();
+    rustix::process::kill_process(Pid::from_raw(supervisor).unwrap(), Signal::KILL).unwrap();
+    wait_until("the supervisor to end", || has_ended(supervisor));
+    // What is there works. Nothing new can be opened, and the error says why.
+    assert!(bus.guest().good(&["list"]).contains("net0"));
+    let error = bus.bad(&["device", "add", "net1", "--class", "venet"]);
+    assert!(error.contains("the supervisor of the bus has ended; start the bus anew"), "{error}");
+    bus.good(&["device", "remove", "net0"]);
+}
+
+#[test]
+fn threads_and_priorities_are_those_that_the_configuration_allows() {
+    let bus = Served::start("[allow]\nsched-priority-max = 20\n");
+    let add = |settings: &[&str]| {
+        let mut args = vec!["device", "add", "cpus", "--class", "sched"];
+        settings.iter().for_each(|setting| args.extend(["--set", setting]));
+        bus.run(&args)
     };
-    stage.bus.signal(Signal::KILL);
-    stage.bus.child.wait().unwrap();
-    stage.wait_own();
-    wait_until("the second guardian to end", || has_ended(second));
-    end(driver);
+    let own = format!("threads=[{}]", std::process::id());
+    let error = add(&[&own]).err;
+    assert!(error.contains("set \"sched-threads\" in [allow] to true"), "{error}");
+    let qmp = format!("qmp={}", bus.dir.join("qmp").display());
+    let error = add(&[&qmp, "priority-max=21"]).err;
+    assert!(error.contains("raise \"sched-priority-max\" in [allow]"), "{error}");
+    let error = add(&[&qmp, "nice-min=-1"]).err;
+    assert!(error.contains("leave \"nice-min\" out"), "{error}");
+    let done = add(&[&qmp, "priority-max=20"]);
+    assert_eq!(done.code, Some(0), "{}", done.err);
+    let bus = Served::start("[allow]\nsched-threads = true\n");
+    bus.good(&["device", "add", "cpus", "--class", "sched", "--set", &own]);
 }

@@ -5,8 +5,8 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::process::Stdio;
 use std::time::Duration;
 
-use crate::support::{Served, TIMEOUT, exchange, run, vbus, wait_until};
-use rustix::process::Signal;
+use crate::support::{Served, TIMEOUT, exchange, has_ended, run, vbus, wait_until};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 const TWO: &str = r#"
@@ -176,8 +176,11 @@ fn a_directory_has_one_bus() {
     assert_eq!(second.code, Some(1));
     assert!(second.err.contains("another vbus serves"), "{}", second.err);
     bus.good(&["device", "list"]);
-    // The next bus removes the sockets that a killed bus has left, including those of devices that
-    // it does not have.
+    // The next bus removes the sockets that a killed bus has left together with its supervisor,
+    // including those of devices that it does not have.
+    let supervisor = bus.supervisor();
+    kill_process(Pid::from_raw(supervisor).unwrap(), Signal::KILL).unwrap();
+    wait_until("the supervisor to end", || has_ended(supervisor));
     bus.child.kill().unwrap();
     bus.child.wait().unwrap();
     assert!(bus.dir.join("net0.sock").exists());
@@ -193,6 +196,82 @@ fn a_directory_has_one_bus() {
     assert!(!bus.dir.join("net0.sock").exists());
     next.kill().unwrap();
     next.wait().unwrap();
+}
+
+#[test]
+fn a_killed_bus_leaves_nothing_and_the_next_one_starts_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut bus = Served::start_in(&folder.path().join("bus"), TWO);
+    for _ in 0..3 {
+        bus.child.kill().unwrap();
+        bus.child.wait().unwrap();
+        // The supervisor of the killed bus may not have ended yet.
+        let next = Served::start_in(&bus.dir, TWO);
+        assert_eq!(next.json(&["device", "list"]).as_array().unwrap().len(), 2);
+        bus = next;
+    }
+    let supervisor = bus.supervisor();
+    bus.child.kill().unwrap();
+    bus.child.wait().unwrap();
+    wait_until("the supervisor to end", || has_ended(supervisor));
+    assert_eq!(std::fs::read_dir(&bus.dir).unwrap().count(), 0);
+}
+
+#[test]
+fn paths_are_confined() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    std::fs::create_dir(path("vm")).unwrap();
+    std::fs::create_dir(path("other")).unwrap();
+    let bus = Served::start(&format!(
+        "[allow]\npaths = [{:?}]\n\n[[device]]\nname = \"a\"\nclass = \"venet\"\n\
+         backend = \"null\"\npcap = {:?}\n",
+        path("vm"),
+        path("other/named.pcap")
+    ));
+    assert!(path("other/named.pcap").exists(), "the configuration may name any file");
+    let add = |settings: &[String]| {
+        let mut args = vec!["device", "add", "x", "--class", "venet"];
+        settings.iter().for_each(|setting| args.extend(["--set", setting]));
+        let done = bus.run(&args);
+        if done.code == Some(0) {
+            bus.good(&["device", "remove", "x"]);
+        }
+        done
+    };
+    let set = |key: &str, path: std::path::PathBuf| format!("{key}={}", path.display());
+    let stream = || "backend=stream".to_owned();
+    std::fs::write(path("other/victim"), "precious").unwrap();
+    std::os::unix::fs::symlink(path("other"), path("vm/link")).unwrap();
+    std::os::unix::fs::symlink(path("other/victim"), path("vm/victim")).unwrap();
+    for settings in [
+        vec![set("pcap", path("vm/a.pcap"))],
+        vec![set("pcap", bus.dir.join("a.pcap"))],
+        vec![stream(), set("listen", path("vm/s.sock"))],
+        vec![stream(), set("connect", path("vm/s.sock"))],
+        vec![set("socket", path("vm/x.sock"))],
+    ] {
+        let done = add(&settings);
+        assert_eq!(done.code, Some(0), "{settings:?}: {}", done.err);
+    }
+    for settings in [
+        vec![set("pcap", path("other/victim"))],
+        vec![set("pcap", path("vm/../other/victim"))],
+        vec![set("pcap", "/etc/vbus-test".into())],
+        vec![stream(), set("listen", path("other/s.sock"))],
+        vec![set("socket", path("other/x.sock"))],
+    ] {
+        let done = add(&settings);
+        assert_eq!(done.code, Some(1), "{settings:?}");
+        assert!(done.err.contains("add its folder to \"paths\" in [allow]"), "{}", done.err);
+    }
+    for bad in [path("vm/link/victim"), path("vm/victim"), path("vm")] {
+        assert_eq!(add(&[set("pcap", bad)]).code, Some(1));
+    }
+    assert_eq!(std::fs::read(path("other/victim")).unwrap(), b"precious");
+    assert!(!path("vm/s.sock").exists() && !path("vm/x.sock").exists());
+    let done = add(&["backend=tap".into(), "tap=eth0".into()]);
+    assert!(done.err.contains("add its name to \"taps\" in [allow] (now: vbus*)"), "{}", done.err);
 }
 
 #[test]
@@ -305,8 +384,8 @@ fn output_that_cannot_be_written_is_a_failure() {
     wait_until("the bus without a log", || run(&["device", "list"], &dir).code == Some(0));
     let add = ["device", "add", "a", "--class", "venet"];
     assert_eq!(run(&add, &dir).code, Some(0));
-    let process = rustix::process::Pid::from_child(&serve);
-    rustix::process::kill_process(process, Signal::TERM).unwrap();
+    let process = Pid::from_child(&serve);
+    kill_process(process, Signal::TERM).unwrap();
     assert!(serve.wait().unwrap().success());
     // A reader that closes its end early is no error.
     let mut child =

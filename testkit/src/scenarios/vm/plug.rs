@@ -64,7 +64,7 @@ pub fn cycles(scene: &Scene) -> Result<()> {
 /// when it is unplugged.
 pub fn follow(scene: &Scene) -> Result<()> {
     const INTERFACE: &str = "/sys/class/net/vbus0";
-    let bus = Bus::start(scene, "")?;
+    let bus = Bus::start(scene, &format!("[allow]\npaths = [{:?}]\n", scene.dir()))?;
     let vm = VmSpec::new("a").boot(scene)?;
     nic::prepare(&vm.guest)?;
     let qmp = vm.qmp_socket().display().to_string();

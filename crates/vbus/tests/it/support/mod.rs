@@ -183,6 +183,21 @@ impl Served {
             .unwrap();
     }
 
+    /// The process id of the supervisor, its only child.
+    pub fn supervisor(&self) -> i32 {
+        let processes = std::fs::read_dir("/proc").unwrap().flatten();
+        let numbers = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+        let parent = self.child.id().to_string();
+        let is_child = |process: &i32| {
+            let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+            let fields = stat.rsplit(") ").next();
+            fields.and_then(|fields| fields.split_whitespace().nth(1)) == Some(&parent)
+        };
+        let children: Vec<_> = numbers.filter(is_child).collect();
+        assert_eq!(children.len(), 1, "{children:?}");
+        children[0]
+    }
+
     /// The number in the line `key` of its `/proc/PID/status`.
     pub fn status(&self, key: &str) -> u64 {
         let text = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
@@ -196,6 +211,14 @@ impl Drop for Served {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Whether a process has ended. Its parent may not have waited for it yet.
+pub fn has_ended(process: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+    stat.rsplit(") ")
+        .next()
+        .is_none_or(|fields| fields.is_empty() || fields.starts_with(['Z', 'X']))
 }
 
 /// Waits until `condition` holds.

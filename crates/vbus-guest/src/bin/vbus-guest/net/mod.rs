@@ -117,10 +117,16 @@ where
         };
         scanned = true;
         let there = |id: &String| found.iter().any(|found| found.id == *id);
+        // A bus that is just starting may have made the NIC after the scan. A second scan, after the
+        // bus has answered, finds it.
+        let left = |id: &String| {
+            source.has_left(id)
+                && source.scan().is_ok_and(|found| found.iter().all(|found| found.id != *id))
+        };
         let gone: Vec<String> = running
             .iter()
             // A NIC whose bus has died keeps its interface until the bus is there again.
-            .filter(|(id, nic)| nic.thread.is_finished() || !there(id) && source.has_left(id))
+            .filter(|(id, nic)| nic.thread.is_finished() || !there(id) && left(id))
             .map(|(id, _)| id.clone())
             .collect();
         failed.retain(|id, _| there(id));

@@ -1,0 +1,268 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The bus's side: starts the supervisor, and asks it.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use serde_json::Value;
+use vbus_core::lock;
+use vbus_sched::{Held, Limits, Setting, TakeError, time_in};
+
+use super::permits::Permits;
+use super::verb::{self, Answer, Threads, Verb};
+use crate::access::Access;
+
+/// How long the bus waits for the supervisor to end.
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The supervisor of this bus. Dropping it ends the supervisor, and waits for its end.
+pub struct Supervisor {
+    /// One request is under way at a time. `None`: the supervisor is being ended.
+    socket: Mutex<Option<OwnedFd>>,
+    child: Mutex<Child>,
+    threads: Threads,
+}
+
+impl Supervisor {
+    /// Starts the supervisor: this program once more, with the arguments `args`. The supervisor
+    /// keeps `lock` open until it has ended.
+    ///
+    /// # Errors
+    /// The process cannot be started, or does not answer.
+    pub fn start(
+        args: &[OsString],
+        permits: &Permits,
+        lock: BorrowedFd<'_>,
+    ) -> io::Result<Arc<Supervisor>> {
+        let kind = SocketType::SEQPACKET;
+        let (socket, theirs) = socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None)?;
+        // This program itself, even if its file has been replaced.
+        let child = Command::new("/proc/self/exe")
+            .arg0("vbus")
+            .args(args)
+            .stdin(Stdio::from(theirs))
+            .stdout(Stdio::null())
+            .spawn()?;
+        verb::send(&socket, permits, &[lock])?;
+        let (socket, child) = (Mutex::new(Some(socket)), Mutex::new(child));
+        let unknown = Threads { is_privileged: false, tells_time: false };
+        let mut supervisor = Supervisor { socket, child, threads: unknown };
+        supervisor.threads = serde_json::from_value(supervisor.ask(&Verb::Threads)?.0)?;
+        Ok(Arc::new(supervisor))
+    }
+
+    /// Asks for something. Returns the answer and its descriptors.
+    fn ask(&self, verb: &Verb) -> io::Result<(Value, Vec<OwnedFd>)> {
+        let socket = lock(&self.socket);
+        let socket = socket.as_ref().ok_or(Errno::PIPE)?;
+        let answer = match verb::send(socket, verb, &[]) {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => None,
+            sent => sent.and_then(|()| verb::receive(socket))?,
+        };
+        match answer {
+            Some((Answer::Ok(value), descriptors)) => Ok((value, descriptors)),
+            Some((Answer::Errno(number), _)) => Err(io::Error::from_raw_os_error(number)),
+            Some((Answer::Refused(text), _)) => Err(io::Error::other(text)),
+            None => Err(io::Error::new(
+                io::ErrorKind::BrokenPipe,
+                "the supervisor of the bus has ended; start the bus anew",
+            )),
+        }
+    }
+
+    /// Asks for something whose answer has one descriptor.
+    fn descriptor(&self, verb: &Verb) -> io::Result<OwnedFd> {
+        let descriptor = self.ask(verb)?.1.pop();
+        descriptor.ok_or_else(|| io::Error::other("the supervisor sent no descriptor"))
+    }
+
+    /// Makes a non-blocking socket that listens at `path`, for the clients that `access` allows.
+    /// `backlog` clients can wait. Replaces a socket there that has no listener.
+    ///
+    /// # Errors
+    /// Somebody listens there, something else than a socket is there, the path is not allowed, or
+    /// the system refuses.
+    pub fn listen(
+        self: &Arc<Self>,
+        path: &Path,
+        backlog: i32,
+        access: &Access,
+    ) -> io::Result<(OwnedFd, SocketFile)> {
+        let verb = Verb::Listen { path: text(path)?, backlog, access: access.clone() };
+        let listener = self.descriptor(&verb)?;
+        Ok((listener, SocketFile { path: path.to_owned(), supervisor: self.clone() }))
+    }
+}
+
+/// The file of a socket that the supervisor has made. Dropping this removes the file, unless
+/// another one has taken its place.
+pub struct SocketFile {
+    path: PathBuf,
+    supervisor: Arc<Supervisor>,
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        vbus_net::Opener::remove(&*self.supervisor, &self.path);
+    }
+}
+
+impl Drop for Supervisor {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl Supervisor {
+    /// Ends the supervisor, and waits for its end. Later requests fail.
+    pub fn stop(&self) {
+        if lock(&self.socket).take().is_none() {
+            return;
+        }
+        let mut child = lock(&self.child);
+        let ended = || -> io::Result<bool> {
+            let process = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?;
+            let timeout = Timespec::try_from(TIMEOUT).map_err(io::Error::other)?;
+            Ok(poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&timeout))? > 0)
+        };
+        match ended() {
+            Ok(true) => drop(child.wait()),
+            Ok(false) => tracing::warn!(process = child.id(), "the supervisor does not end"),
+            Err(error) => {
+                tracing::warn!(%error, process = child.id(), "cannot wait for the supervisor")
+            }
+        }
+    }
+}
+
+fn text(path: &Path) -> io::Result<String> {
+    let text = path.to_str().map(str::to_owned);
+    text.ok_or_else(|| io::Error::other("the path is not UTF-8"))
+}
+
+impl vbus_net::Opener for Supervisor {
+    fn create(&self, path: &Path) -> io::Result<File> {
+        self.descriptor(&Verb::Create { path: text(path)? }).map(File::from)
+    }
+
+    fn listen(&self, path: &Path) -> io::Result<OwnedFd> {
+        let verb = Verb::Listen { path: text(path)?, backlog: 1, access: Access::default() };
+        self.descriptor(&verb)
+    }
+
+    fn remove(&self, path: &Path) {
+        let removed = text(path).and_then(|path| self.ask(&Verb::Remove { path }));
+        if let Err(error) = removed {
+            tracing::debug!(path = %path.display(), %error, "a socket was not removed");
+        }
+    }
+
+    fn connect(&self, path: &Path) -> io::Result<OwnedFd> {
+        self.descriptor(&Verb::Connect { path: text(path)? })
+    }
+
+    fn tap(&self, name: &str, queues: u16, mtu: u16) -> io::Result<(String, Vec<vbus_tap::Queue>)> {
+        let (value, descriptors) = self.ask(&Verb::Tap { name: name.into(), queues, mtu })?;
+        let multi_queue = value["multi-queue"] == true;
+        let name = value["name"].as_str().unwrap_or(name).to_owned();
+        if descriptors.len() != usize::from(queues) {
+            return Err(io::Error::other("the supervisor sent too few queues"));
+        }
+        let queue = |fd| vbus_tap::Queue::from_descriptor(fd, multi_queue);
+        Ok((name, descriptors.into_iter().map(queue).collect()))
+    }
+}
+
+/// The threads of VMMs, through the supervisor.
+pub struct RemoteThreads(pub Arc<Supervisor>);
+
+impl vbus_sched::Threads for RemoteThreads {
+    fn check(&self, limits: &Limits) -> Result<(), String> {
+        let checked = self.0.ask(&Verb::Limits { limits: *limits });
+        checked.map(drop).map_err(|error| error.to_string())
+    }
+
+    fn connect(&self, path: &Path) -> io::Result<(OwnedFd, i32)> {
+        let (process, mut descriptors) = self.0.ask(&Verb::Vmm { path: text(path)? })?;
+        let process = process.as_i64().and_then(|process| i32::try_from(process).ok());
+        let nothing = || io::Error::other("the supervisor sent no socket");
+        Ok((descriptors.pop().ok_or_else(nothing)?, process.ok_or_else(nothing)?))
+    }
+
+    fn take(&self, process: Option<i32>, tid: i32) -> Result<Box<dyn Held>, TakeError> {
+        let missing = |source| TakeError::Missing { process: process.unwrap_or(tid), tid, source };
+        let taken = self.0.ask(&Verb::Take { process, tid });
+        let (number, mut descriptors) = taken.map_err(|error| match error.raw_os_error() {
+            Some(_) => missing(error),
+            None => TakeError::Refused(error.to_string()),
+        })?;
+        Ok(Box::new(RemoteThread {
+            supervisor: self.0.clone(),
+            number: number.as_u64().unwrap_or(0),
+            time: descriptors.pop().map(File::from),
+        }))
+    }
+
+    fn is_privileged(&self) -> bool {
+        self.0.threads.is_privileged
+    }
+
+    fn tells_time(&self) -> bool {
+        self.0.threads.tells_time
+    }
+}
+
+/// A thread that the supervisor holds.
+struct RemoteThread {
+    supervisor: Arc<Supervisor>,
+    number: u64,
+    /// The file with its processor time.
+    time: Option<File>,
+}
+
+impl RemoteThread {
+    fn ask(&self, verb: &Verb) -> Result<Value, Errno> {
+        let answer = self.supervisor.ask(verb);
+        answer.map(|(value, _)| value).map_err(|error| {
+            // Only a supervisor that has ended answers without an error number.
+            Errno::from_io_error(&error).unwrap_or(Errno::PIPE)
+        })
+    }
+}
+
+impl Held for RemoteThread {
+    fn time(&self) -> Duration {
+        self.time.as_ref().map(time_in).unwrap_or_default()
+    }
+
+    fn own_nice(&mut self) -> Result<i32, Errno> {
+        let value = self.ask(&Verb::Nice { thread: self.number })?;
+        value.as_i64().and_then(|nice| i32::try_from(nice).ok()).ok_or(Errno::PROTO)
+    }
+
+    fn apply(&mut self, setting: Setting) -> Result<(), Errno> {
+        self.ask(&Verb::Set { thread: self.number, setting }).map(drop)
+    }
+
+    fn restore(&mut self) -> Result<bool, Errno> {
+        Ok(self.ask(&Verb::Restore { thread: self.number })? == true)
+    }
+}
+
+impl Drop for RemoteThread {
+    fn drop(&mut self) {
+        // A supervisor that has ended has restored its threads.
+        let _ = self.ask(&Verb::Release { thread: self.number });
+    }
+}

@@ -1,0 +1,257 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Finds the place of a path. A path in an allowed folder cannot lead out of the folder, whoever
+//! changes links and folders within it.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Component, Path, PathBuf};
+
+use rustix::fs::{CWD, FileType, Mode, OFlags, fcntl_getfl, fcntl_setfl, fstat, open, openat};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+
+use super::permits::Permits;
+
+/// An allowed folder.
+struct Folder {
+    path: PathBuf,
+    /// `None`: the folder did not exist when the supervisor started.
+    descriptor: Option<OwnedFd>,
+}
+
+/// The allowed folders and paths.
+pub struct Places {
+    folders: Vec<Folder>,
+    permits: Permits,
+}
+
+/// A place where something can be made or found.
+pub enum Place {
+    /// A path that the configuration names. Links on it are followed.
+    Named(PathBuf),
+    /// A name in an allowed folder, or in a folder below it.
+    Within { folder: OwnedFd, name: OsString },
+}
+
+impl Places {
+    /// The places that `permits` allows.
+    pub fn new(permits: Permits) -> Places {
+        let folder = |path: &PathBuf| {
+            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            let descriptor = open(path, flags, Mode::empty());
+            if let Err(error) = &descriptor {
+                let path = path.display();
+                tracing::warn!(%path, %error, "the bus cannot use this folder of [allow]");
+            }
+            Folder { path: path.clone(), descriptor: descriptor.ok() }
+        };
+        Places { folders: permits.folders.iter().map(folder).collect(), permits }
+    }
+
+    /// The permits.
+    pub fn permits(&self) -> &Permits {
+        &self.permits
+    }
+
+    /// Finds the place of `path`.
+    ///
+    /// # Errors
+    /// The path is not allowed, or the system refuses.
+    pub fn find(&self, path: &str) -> io::Result<Place> {
+        let path = std::path::absolute(path)?;
+        if self.permits.paths.contains(&path) {
+            return Ok(Place::Named(path));
+        }
+        for folder in &self.folders {
+            let Ok(rest) = path.strip_prefix(&folder.path) else { continue };
+            let descriptor = folder.descriptor.as_ref().ok_or_else(|| {
+                let path = folder.path.display();
+                io::Error::other(format!("the folder {path} did not exist when the bus started"))
+            })?;
+            let names: Option<Vec<&OsStr>> = rest
+                .components()
+                .map(|part| match part {
+                    Component::Normal(name) => Some(name),
+                    _ => None,
+                })
+                .collect();
+            if let Some((name, parents)) = names.as_deref().and_then(<[_]>::split_last) {
+                return Ok(Place::Within {
+                    folder: walk(descriptor, parents)?,
+                    name: (*name).into(),
+                });
+            }
+        }
+        let folders: Vec<_> =
+            self.folders.iter().map(|folder| folder.path.display().to_string()).collect();
+        Err(io::Error::other(format!(
+            "this bus may not use the path; add its folder to \"paths\" in [allow] (now: {})",
+            folders.join(", ")
+        )))
+    }
+}
+
+/// Opens the folder below `folder` that `names` lead to. Follows no link.
+fn walk(folder: &OwnedFd, names: &[&OsStr]) -> io::Result<OwnedFd> {
+    let mut at = folder.try_clone()?;
+    for name in names {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        at = openat(&at, *name, flags, Mode::empty())?;
+    }
+    Ok(at)
+}
+
+impl Place {
+    /// A path of the place for system calls that take no folder's descriptor.
+    pub fn path(&self) -> PathBuf {
+        match self {
+            Place::Named(path) => path.clone(),
+            Place::Within { folder, name } => {
+                Path::new(&format!("/proc/self/fd/{}", folder.as_raw_fd())).join(name)
+            }
+        }
+    }
+
+    /// Creates or empties the file there. It may be a FIFO that somebody reads.
+    ///
+    /// # Errors
+    /// Something else is there, or the system refuses.
+    pub fn create(&self) -> io::Result<File> {
+        // Without NONBLOCK, opening a FIFO would wait for its reader.
+        let flags = OFlags::WRONLY
+            | OFlags::CREATE
+            | OFlags::TRUNC
+            | OFlags::NONBLOCK
+            | OFlags::NOCTTY
+            | OFlags::CLOEXEC;
+        let mode = Mode::from_raw_mode(0o666);
+        let file = match self {
+            Place::Named(path) => openat(CWD, path, flags, mode),
+            Place::Within { folder, name } => openat(folder, name, flags | OFlags::NOFOLLOW, mode),
+        };
+        let file = file.map_err(|error| match error {
+            Errno::NXIO => io::Error::other("it is a FIFO that nobody reads, or a socket"),
+            Errno::LOOP => io::Error::other("it is a symbolic link"),
+            other => other.into(),
+        })?;
+        let kind = FileType::from_raw_mode(fstat(&file)?.st_mode);
+        let within = matches!(self, Place::Within { .. });
+        if within && !matches!(kind, FileType::RegularFile | FileType::Fifo) {
+            return Err(io::Error::other("it is no file"));
+        }
+        fcntl_setfl(&file, fcntl_getfl(&file)? - OFlags::NONBLOCK)?;
+        Ok(file.into())
+    }
+
+    /// Connects a non-blocking socket to the one there.
+    ///
+    /// # Errors
+    /// No socket is there, or the system refuses.
+    pub fn connect(&self) -> io::Result<OwnedFd> {
+        let address = match self {
+            Place::Named(path) => SocketAddrUnix::new(path)?,
+            Place::Within { folder, name } => {
+                // The name may become a link at any time. The descriptor stays the same file.
+                let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                let file = openat(folder, name, flags, Mode::empty())?;
+                if FileType::from_raw_mode(fstat(&file)?.st_mode) != FileType::Socket {
+                    return Err(Errno::CONNREFUSED.into());
+                }
+                return connect_to(&SocketAddrUnix::new(format!(
+                    "/proc/self/fd/{}",
+                    file.as_raw_fd()
+                ))?);
+            }
+        };
+        connect_to(&address)
+    }
+}
+
+fn connect_to(address: &SocketAddrUnix) -> io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    connect(&socket, address)?;
+    Ok(socket)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::fs::symlink;
+    use std::os::unix::net::UnixListener;
+
+    use super::super::permits::AllowSpec;
+    use super::*;
+
+    /// Places of a bus in the folder `bus`, with an allowed folder `vm`, both in `root`. The
+    /// configuration names `root/named`.
+    fn places(root: &Path) -> Places {
+        for name in ["bus", "vm", "vm/below", "other"] {
+            std::fs::create_dir(root.join(name)).unwrap();
+        }
+        let allow = AllowSpec { paths: vec![root.join("vm")], ..AllowSpec::default() };
+        let mut permits = Permits::new(&root.join("bus"), &allow, &[]);
+        permits.paths.insert(root.join("named"));
+        Places::new(permits)
+    }
+
+    #[test]
+    fn no_path_leads_out_of_a_folder() {
+        let root = tempfile::tempdir().unwrap();
+        let root = root.path();
+        let places = places(root);
+        let find = |path: &str| places.find(root.join(path).to_str().unwrap());
+        let create = |path: &str| find(path).and_then(|place| place.create());
+        for good in ["bus/a", "vm/a", "vm/below/a", "vm/./a", "named"] {
+            create(good).unwrap_or_else(|error| panic!("{good}: {error}")).write_all(b"x").unwrap();
+        }
+        assert_eq!(std::fs::read(root.join("vm/below/a")).unwrap(), b"x");
+        for bad in ["a", "other/a", "vm/../other/a", "bus/..", "vm", "bus", "vmother", "named2"] {
+            let error = create(bad).unwrap_err().to_string();
+            assert!(error.contains("\"paths\" in [allow]"), "{bad}: {error}");
+        }
+        assert!(places.find("/etc/passwd").is_err() && places.find("").is_err());
+        std::fs::write(root.join("other/secret"), "secret").unwrap();
+        symlink(root.join("other"), root.join("vm/out")).unwrap();
+        symlink(root.join("other/secret"), root.join("vm/link")).unwrap();
+        symlink("/proc/self/fd", root.join("vm/fd")).unwrap();
+        for bad in ["vm/out/secret", "vm/link", "vm/fd/0", "vm/below"] {
+            assert!(create(bad).is_err(), "{bad}");
+        }
+        assert_eq!(std::fs::read(root.join("other/secret")).unwrap(), b"secret");
+        assert_eq!(std::fs::read_dir(root.join("other")).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_fifo_is_no_trap() {
+        let root = tempfile::tempdir().unwrap();
+        let places = places(root.path());
+        let path = root.path().join("vm/fifo");
+        rustix::fs::mknodat(CWD, &path, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+        let place = places.find(path.to_str().unwrap()).unwrap();
+        assert!(place.create().unwrap_err().to_string().contains("nobody reads"));
+        let _reader = open(&path, OFlags::RDONLY | OFlags::NONBLOCK, Mode::empty()).unwrap();
+        let file = place.create().unwrap();
+        assert!(!fcntl_getfl(&file).unwrap().contains(OFlags::NONBLOCK));
+    }
+
+    #[test]
+    fn only_sockets_in_the_folders_are_reached() {
+        let root = tempfile::tempdir().unwrap();
+        let root = root.path();
+        let places = places(root);
+        let listen = |path: &str| UnixListener::bind(root.join(path)).unwrap();
+        let _listeners = [listen("vm/s"), listen("other/s")];
+        symlink(root.join("other/s"), root.join("vm/link")).unwrap();
+        std::fs::write(root.join("vm/file"), "").unwrap();
+        let connect = |path: &str| {
+            places.find(root.join(path).to_str().unwrap()).and_then(|place| place.connect())
+        };
+        connect("vm/s").unwrap();
+        for bad in ["other/s", "vm/link", "vm/file", "vm/none"] {
+            assert!(connect(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,251 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The supervisor process: reads verbs from its standard input, a socket, until the bus has ended.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use rustix::io::Errno;
+use serde_json::{Value, json};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+use vbus_net::Opener as _;
+use vbus_sched::{Direct, Held, OwnThread, Setting, TakeError, Threads as _};
+
+use super::permits::Permits;
+use super::place::Places;
+use super::socket::{self, SocketFile};
+use super::verb::{self, Answer, Threads, Verb};
+use crate::access::Access;
+
+/// The name of the hidden command.
+pub const COMMAND: &str = "supervisor";
+/// The most VMMs whose processes the supervisor remembers.
+const VMMS_MAX: usize = 1024;
+/// The most threads that the bus can hold.
+const THREADS_MAX: usize = 64 << 10;
+
+/// Runs the supervisor.
+pub fn run() -> ExitCode {
+    vbus_cli::log::start();
+    // A terminal or a service manager may send these signals to all processes of the bus. The
+    // supervisor ignores them, because it must outlive the bus.
+    for signal in [SIGINT, SIGTERM, SIGHUP, SIGQUIT] {
+        let _ = signal_hook::flag::register(signal, std::sync::Arc::default());
+    }
+    // This fails if a person started the command by hand, which does no harm.
+    let _ = rustix::process::setsid();
+    let _ = rustix::thread::set_name(c"vbus-supervisor");
+    match serve() {
+        Ok(0) => ExitCode::SUCCESS,
+        Ok(restored) => {
+            tracing::warn!(
+                "the bus was killed: {restored} threads got their scheduling class back"
+            );
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            tracing::error!(%error, "the supervisor ends");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Serves the bus until it has ended. Returns how many threads the bus left changed.
+fn serve() -> io::Result<usize> {
+    let socket = io::stdin().as_fd().try_clone_to_owned()?;
+    // The descriptors have the lock of the bus's directory. They stay open until everything is
+    // cleaned up, so that the next bus does not meet what is left of this one.
+    let Some((permits, _lock)) = verb::receive::<Permits>(&socket)? else { return Ok(0) };
+    let mut supervisor = State {
+        places: Places::new(permits),
+        sockets: HashMap::new(),
+        threads: Direct::default(),
+        held: HashMap::new(),
+        next: 0,
+        vmms: HashMap::new(),
+    };
+    loop {
+        let (answer, descriptors) = match verb::receive(&socket) {
+            Ok(Some((verb, _))) => supervisor.answer(verb),
+            Ok(None) => break,
+            // The bus sends no such thing. Whoever did may go on, but gets nothing.
+            Err(error) if error.raw_os_error().is_none() => refused(error),
+            Err(error) => return Err(error),
+        };
+        let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+        match verb::send(&socket, &answer, &borrowed) {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => break,
+            other => other?,
+        }
+    }
+    supervisor.sockets.clear();
+    let left = supervisor.held.into_values();
+    Ok(left.map(|mut thread| thread.restore()).filter(|restored| *restored == Ok(true)).count())
+}
+
+/// An answer with its descriptors.
+type Reply = (Answer, Vec<OwnedFd>);
+
+fn refused(error: impl ToString) -> Reply {
+    (Answer::Refused(error.to_string()), Vec::new())
+}
+
+fn failed(error: &io::Error) -> Reply {
+    match error.raw_os_error() {
+        Some(number) => (Answer::Errno(number), Vec::new()),
+        None => refused(error),
+    }
+}
+
+struct State {
+    places: Places,
+    /// The sockets that listen, by path.
+    sockets: HashMap<PathBuf, SocketFile>,
+    threads: Direct,
+    held: HashMap<u64, OwnThread>,
+    next: u64,
+    /// The start times of the processes of VMMs, by process id.
+    vmms: HashMap<i32, u64>,
+}
+
+impl State {
+    fn answer(&mut self, verb: Verb) -> Reply {
+        let result = match verb {
+            Verb::Create { path } => {
+                let file = self.places.find(&path).and_then(|place| place.create());
+                file.map(|file| (Value::Null, vec![file.into()]))
+            }
+            Verb::Listen { path, backlog, access } => self.listen(&path, backlog, &access),
+            Verb::Remove { path } => {
+                self.sockets.remove(&PathBuf::from(path));
+                Ok(Default::default())
+            }
+            Verb::Connect { path } => {
+                let socket = self.places.find(&path).and_then(|place| place.connect());
+                socket.map(|socket| (Value::Null, vec![socket]))
+            }
+            Verb::Tap { name, queues, mtu } => self.tap(&name, queues, mtu),
+            Verb::Threads => {
+                let threads = Threads {
+                    is_privileged: self.threads.is_privileged(),
+                    tells_time: self.threads.tells_time(),
+                };
+                Ok((json!(threads), Vec::new()))
+            }
+            Verb::Limits { limits } => match self.places.permits().check_limits(&limits) {
+                Ok(()) => Ok(Default::default()),
+                Err(text) => return refused(text),
+            },
+            Verb::Vmm { path } => self.vmm(&path),
+            Verb::Take { process, tid } => match self.take(process, tid) {
+                Ok(taken) => Ok(taken),
+                Err(TakeError::Missing { source, .. }) => Err(source),
+                Err(error) => return refused(error),
+            },
+            Verb::Nice { thread } => {
+                self.on_thread(thread, |held| held.own_nice().map(Value::from))
+            }
+            Verb::Set { thread, setting } => self.set(thread, setting),
+            Verb::Restore { thread } => {
+                self.on_thread(thread, |held| held.restore().map(Value::from))
+            }
+            Verb::Release { thread } => {
+                self.held.remove(&thread);
+                Ok(Default::default())
+            }
+        };
+        match result {
+            Ok((value, descriptors)) => (Answer::Ok(value), descriptors),
+            Err(error) => failed(&error),
+        }
+    }
+
+    fn listen(
+        &mut self,
+        path: &str,
+        backlog: i32,
+        access: &Access,
+    ) -> io::Result<(Value, Vec<OwnedFd>)> {
+        let place = self.places.find(path)?;
+        let (listener, file) = socket::listen(place, backlog, access)?;
+        self.sockets.insert(path.into(), file);
+        Ok((Value::Null, vec![listener]))
+    }
+
+    fn tap(&self, name: &str, queues: u16, mtu: u16) -> io::Result<(Value, Vec<OwnedFd>)> {
+        self.places.permits().tap(name).map_err(io::Error::other)?;
+        if !(1..=verb::DESCRIPTORS_MAX).contains(&usize::from(queues)) {
+            return Err(io::Error::other("an interface has 1 to 16 queues"));
+        }
+        let (name, queues) = vbus_net::Direct.tap(name, queues, mtu)?;
+        let multi_queue = queues.iter().any(vbus_tap::Queue::is_multi_queue);
+        let value = json!({ "name": name, "multi-queue": multi_queue });
+        Ok((value, queues.into_iter().map(OwnedFd::from).collect()))
+    }
+
+    fn vmm(&mut self, path: &str) -> io::Result<(Value, Vec<OwnedFd>)> {
+        let socket = self.places.find(path)?.connect()?;
+        let process = vbus_control::Peer::of(&socket)?.pid;
+        let start = start_time(process).ok_or_else(|| {
+            io::Error::other("the process of the VMM is in another pid namespace, or has ended")
+        })?;
+        if self.vmms.len() >= VMMS_MAX {
+            self.vmms.clear();
+        }
+        self.vmms.insert(process, start);
+        Ok((json!(process), vec![socket]))
+    }
+
+    fn take(&mut self, process: Option<i32>, tid: i32) -> Result<(Value, Vec<OwnedFd>), TakeError> {
+        if self.held.len() >= THREADS_MAX {
+            return Err(TakeError::Refused("the bus holds too many threads".into()));
+        }
+        let process = match process {
+            None => {
+                self.places.permits().thread(tid).map_err(TakeError::Refused)?;
+                vbus_sched::process_of(tid)
+            }
+            // The id of a process that has ended may pass to another process.
+            Some(process) if self.vmms.get(&process).copied() == start_time(process) => process,
+            Some(process) => {
+                let text = format!("process {process} is no VMM that the bus is connected to");
+                return Err(TakeError::Refused(text));
+            }
+        };
+        let thread = self.threads.take_own(process, tid)?;
+        let time = thread.time_file().and_then(|file| file.try_clone().ok());
+        self.next += 1;
+        self.held.insert(self.next, thread);
+        Ok((json!(self.next), time.map(OwnedFd::from).into_iter().collect()))
+    }
+
+    fn set(&mut self, thread: u64, setting: Setting) -> io::Result<(Value, Vec<OwnedFd>)> {
+        let limits = self.places.permits().limits;
+        self.on_thread(thread, |held| {
+            let own_nice = held.own_nice()?;
+            if !limits.allow(setting, own_nice) {
+                return Err(Errno::PERM);
+            }
+            held.apply(setting).map(|()| Value::Null)
+        })
+    }
+
+    fn on_thread(
+        &mut self,
+        thread: u64,
+        act: impl FnOnce(&mut OwnThread) -> Result<Value, Errno>,
+    ) -> io::Result<(Value, Vec<OwnedFd>)> {
+        let held = self.held.get_mut(&thread).ok_or(Errno::SRCH)?;
+        Ok((act(held)?, Vec::new()))
+    }
+}
+
+/// The start time of a process, in ticks since boot. No two processes have the same id and the same
+/// start time. `None`: there is no such process.
+fn start_time(process: i32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+    // Parse after the name, which may contain anything. The first field there is field 3.
+    stat.rsplit_once(") ")?.1.split_ascii_whitespace().nth(22 - 3)?.parse().ok()
+}

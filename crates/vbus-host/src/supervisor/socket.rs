@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! A socket that the bus listens at, and its file.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use super::place::Place;
+use crate::access::Access;
+
+/// The file of a socket. Dropping this removes the file, unless another one has taken its place.
+pub struct SocketFile {
+    place: Place,
+    identity: Option<(u64, u64)>,
+}
+
+/// Makes a non-blocking socket that listens at `place`, for the clients that `access` allows.
+/// Nobody else can connect at any time. `backlog` clients can wait. Replaces a socket there that
+/// has no listener. Returns the socket and its file.
+///
+/// # Errors
+/// [`io::ErrorKind::AddrInUse`] if somebody listens there, or if something else than a socket is
+/// there; what `access` says cannot be set; or the system refuses.
+pub fn listen(place: Place, backlog: i32, access: &Access) -> io::Result<(OwnedFd, SocketFile)> {
+    let path = place.path();
+    let listener = vbus_vfio_user::bind_private(&path, backlog)?;
+    let file = SocketFile { place, identity: identity(&path) };
+    access.apply(&path)?;
+    Ok((listener, file))
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let path = self.place.path();
+        if self.identity.is_some() && identity(&path) == self.identity {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    std::fs::symlink_metadata(path).ok().map(|data| (data.dev(), data.ino()))
+}

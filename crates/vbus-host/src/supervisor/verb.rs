@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The messages between the bus and its supervisor. A message is one packet: an object of JSON, and
+//! descriptors beside it. The bus sends a [`Verb`] and waits for its [`Answer`].
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::io::Errno;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use vbus_sched::{Limits, Setting};
+
+use crate::access::Access;
+
+/// The longest message, in bytes.
+const BYTES_MAX: usize = 64 << 10;
+/// The most descriptors in a message: the queues of a TAP interface.
+pub const DESCRIPTORS_MAX: usize = 16;
+
+/// What the bus can ask for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "verb", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Verb {
+    /// Create or overwrite a file for a capture. Answer: the file.
+    Create { path: String },
+    /// Make a socket that listens. Answer: the socket.
+    Listen { path: String, backlog: i32, access: Access },
+    /// Remove a socket that `Listen` made.
+    Remove { path: String },
+    /// Connect to the peer of a stream. Answer: the socket.
+    Connect { path: String },
+    /// Attach queues to a TAP interface. Answer: the name of the interface, whether it has several
+    /// queues, and the queues.
+    Tap { name: String, queues: u16, mtu: u16 },
+    /// What the supervisor can do with threads. Answer: a [`Threads`].
+    Threads,
+    /// Check that a device may change threads within these limits.
+    Limits { limits: Limits },
+    /// Connect to a VMM. Answer: its process, and the socket.
+    Vmm { path: String },
+    /// Take a thread of a VMM's process, or a thread that the configuration names. Answer: the
+    /// number of the thread in later verbs, and the file with its processor time if there is one.
+    Take { process: Option<i32>, tid: i32 },
+    /// Read the own nice value of a thread. Answer: the value.
+    Nice { thread: u64 },
+    /// Change a thread.
+    Set { thread: u64, setting: Setting },
+    /// Restore a thread. Answer: whether that needed a change.
+    Restore { thread: u64 },
+    /// Restore a thread and forget it.
+    Release { thread: u64 },
+}
+
+/// The answer to [`Verb::Threads`].
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Threads {
+    pub is_privileged: bool,
+    pub tells_time: bool,
+}
+
+/// What the supervisor answers.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Answer {
+    Ok(Value),
+    /// The system refused, with this error number.
+    Errno(i32),
+    /// The supervisor refused. The text is for people.
+    Refused(String),
+}
+
+/// Sends a message with descriptors.
+///
+/// # Errors
+/// The other end has gone; or the message is too long, or has too many descriptors.
+pub fn send(
+    socket: impl AsFd,
+    message: &impl Serialize,
+    descriptors: &[BorrowedFd<'_>],
+) -> io::Result<()> {
+    let bytes = serde_json::to_vec(message)?;
+    if bytes.len() > BYTES_MAX || descriptors.len() > DESCRIPTORS_MAX {
+        return Err(io::Error::other("the message to the supervisor is too long"));
+    }
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !descriptors.is_empty() {
+        control.push(SendAncillaryMessage::ScmRights(descriptors));
+    }
+    retry(|| sendmsg(&socket, &[IoSlice::new(&bytes)], &mut control, SendFlags::NOSIGNAL))?;
+    Ok(())
+}
+
+/// Receives a message with its descriptors. `None`: the other end has gone.
+///
+/// # Errors
+/// The message is not understood, or this process has too many descriptors.
+pub fn receive<T: DeserializeOwned>(socket: impl AsFd) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
+    let mut bytes = vec![0; BYTES_MAX];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let received = retry(|| {
+        recvmsg(&socket, &mut [IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::CMSG_CLOEXEC)
+    })?;
+    let mut descriptors = Vec::new();
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(rights) = message {
+            descriptors.extend(rights);
+        }
+    }
+    if received.bytes == 0 {
+        return Ok(None);
+    }
+    if received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC) {
+        return Err(io::Error::other("a message between bus and supervisor was cut"));
+    }
+    Ok(Some((serde_json::from_slice(&bytes[..received.bytes])?, descriptors)))
+}
+
+fn retry<T>(mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
+    loop {
+        match call() {
+            Err(Errno::INTR) => {}
+            other => return other,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+    use super::*;
+
+    #[test]
+    fn a_message_carries_descriptors() {
+        let kind = SocketType::SEQPACKET;
+        let (a, b) = socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None).unwrap();
+        let verb = Verb::Tap { name: "vbus%d".into(), queues: 2, mtu: 1500 };
+        send(&a, &verb, &[a.as_fd(), b.as_fd()]).unwrap();
+        let (received, descriptors) = receive::<Verb>(&b).unwrap().unwrap();
+        assert_eq!((received, descriptors.len()), (verb, 2));
+        rustix::net::send(&a, b"{\"verb\":\"exec\"}", SendFlags::empty()).unwrap();
+        assert!(receive::<Verb>(&b).is_err());
+        let long = Verb::Connect { path: "x".repeat(BYTES_MAX) };
+        assert!(send(&a, &long, &[]).is_err());
+        drop(a);
+        drop(descriptors);
+        assert!(receive::<Verb>(&b).unwrap().is_none());
+    }
+}
