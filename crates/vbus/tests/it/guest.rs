@@ -237,14 +237,86 @@ fn interface(name: &str, file: &str) -> String {
 
 #[test]
 fn an_interface_stays_when_a_bus_that_was_killed_starts_again() {
-    let tap = std::fs::File::options().read(true).write(true).open("/dev/net/tun");
-    if tap.is_err() || !rustix::process::geteuid().is_root() {
-        eprintln!("skipped: making an interface needs root and /dev/net/tun");
+    if !can_make_interfaces() {
         return;
     }
     let name = format!("vb{}", std::process::id());
     stays(&["net", "net-a", "--up", "--name", &name], Some(&name));
     stays(&["net", "--all", "--up"], None);
+}
+
+/// Whether this process can make interfaces; says so if it cannot.
+fn can_make_interfaces() -> bool {
+    let tap = std::fs::File::options().read(true).write(true).open("/dev/net/tun");
+    let can = tap.is_ok() && rustix::process::geteuid().is_root();
+    if !can {
+        eprintln!("skipped: making an interface needs root and /dev/net/tun");
+    }
+    can
+}
+
+#[test]
+fn a_driver_that_runs_takes_other_settings() {
+    if !can_make_interfaces() {
+        return;
+    }
+    let config = CONFIG.replace("switch\"", "switch\"\nqueue-pairs = 2");
+    let mut bus = Served::start(&config);
+    let name = format!("vs{}", std::process::id());
+    let command = ["net", "net-a", "--name", &name, "--queue-pairs", "2", "--rx-usecs", "30"];
+    let mut net = Lines::start(&bus, &command);
+    assert!(net.next().starts_with(&name));
+    let ask = |args: &[&str]| vbus_guest().args(["net"]).args(args).output().unwrap();
+    let show = || {
+        let done = ask(&["show", &name, "--json"]);
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        serde_json::from_slice::<serde_json::Value>(&done.stdout).unwrap()
+    };
+    let values = |keys: [&str; 4]| keys.map(|key| show()[key].clone());
+    const KEYS: [&str; 4] = ["use-queue-pairs", "rx-offloads", "rx-usecs", "vlan-filter"];
+    let all = "{\"CSUM\", \"TSO4\", \"TSO6\", \"ECN\", \"USO\"}";
+    let [pairs, offloads, usecs, filter] = values(KEYS);
+    assert_eq!([&pairs, &usecs, &filter], [&json!(2), &json!(30), &json!(false)]);
+    assert!(offloads == all || offloads.as_str().unwrap().contains("CSUM"), "{offloads}");
+    let set = [
+        ["--use-queue-pairs", "1"],
+        ["--rx-offload", "false"],
+        ["--rx-usecs", "0"],
+        ["--vlan-filter", "true"],
+    ];
+    let done = ask(&[&["set", &name][..], set.as_flattened()].concat());
+    let text = String::from_utf8_lossy(&done.stdout).into_owned();
+    assert!(done.status.success() && text.contains("use-queue-pairs"), "{done:?}");
+    let expected = [json!(1), json!("{}"), json!(0), json!(true)];
+    assert_eq!(values(KEYS), expected);
+    // The kernel uses one queue of the interface, and the threads of the driver live.
+    let queues = std::fs::read_dir(format!("/sys/class/net/{name}/queues")).unwrap();
+    let is_rx = |queue: std::io::Result<std::fs::DirEntry>| {
+        queue.unwrap().file_name().to_string_lossy().starts_with("rx-")
+    };
+    assert_eq!(queues.filter_map(|queue| is_rx(queue).then_some(())).count(), 1);
+    let bad = |args: &[&str], text: &str| {
+        let done = ask(args);
+        let err = String::from_utf8_lossy(&done.stderr).into_owned();
+        assert!(done.status.code() == Some(1) && err.contains(text), "{args:?}: {err}");
+    };
+    bad(&["set", &name, "--use-queue-pairs", "3"], "1 to 2 were made");
+    bad(&["set", &name], "nothing to set");
+    bad(&["show", "nothing"], "no `vbus-guest net`");
+    // The settings outlive the connection.
+    bus.child.kill().unwrap();
+    bus.child.wait().unwrap();
+    let again = Served::start_in(&bus.dir, &config);
+    wait_until("the NIC is open again", || {
+        again.json(&["device", "show", "net-a"])["state"] == "open"
+    });
+    assert_eq!(values(KEYS), expected);
+    ask(&["set", &name, "--use-queue-pairs", "2", "--rx-offload", "true"]);
+    assert_eq!(values(KEYS)[0], 2);
+    assert!(interface(&name, "ifindex").trim().parse::<u32>().is_ok());
+    rustix::process::kill_process(rustix::process::Pid::from_child(&net.child), Signal::INT)
+        .unwrap();
+    assert!(net.child.wait().unwrap().success());
 }
 
 fn stays(command: &[&str], expected: Option<&str>) {

@@ -55,7 +55,7 @@ enum Command {
     #[command(hide = true)]
     Ring(ring::Args),
     /// Make a network interface of this machine for a NIC of the bus
-    Net(net::Options),
+    Net(Box<net::Options>),
     /// Read, write and watch the pages of a state device
     State(state::Args),
     /// Tell the host the scheduling class and priority of each CPU's task
@@ -97,10 +97,7 @@ where
     match command {
         Command::List { json } => list::run(&source, *json, hint),
         Command::Ring(args) => ring::run(&source, args),
-        Command::Net(options) => {
-            log::start();
-            net::run(&Arc::new(source), options)
-        }
+        Command::Net(options) => net::run(&Arc::new(source), options),
         Command::State(args) => {
             // At this level the log has the failures to reserve huge pages, but not the successes.
             log::start_with("warn");

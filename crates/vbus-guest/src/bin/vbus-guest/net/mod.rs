@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `vbus-guest net`: makes a TAP interface of this machine for each NIC of the bus.
 
+mod control;
 mod frames;
 mod nic;
 mod options;
@@ -20,7 +21,7 @@ use rustix::io::Errno;
 use vbus_shm::abi::class;
 
 pub use options::Options;
-use vbus_cli::signals;
+use vbus_cli::{log, signals};
 use vbus_guest::{Claimed, Source, claim};
 
 /// The longest time between two scans of the source. A scan also finds threads that have ended.
@@ -76,6 +77,10 @@ pub fn run<S>(source: &Arc<S>, options: &Options) -> Result<()>
 where
     S: Source + Send + Sync + 'static,
 {
+    if let Some(command) = &options.command {
+        return control::run(command);
+    }
+    log::start();
     let signals = signals::termination()?;
     let done = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
     if options.all {

@@ -2,17 +2,22 @@
 //! Serves one NIC: opens it, makes its interface, and runs its queues.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
-use vbus_driver::venet::{F_MAC, FILTER_ALL_MULTICAST, FILTER_PROMISCUOUS, Nic, NicStatus};
+use serde_json::{Value, json};
+use vbus_driver::venet::{
+    Coalesce, F_COALESCE, F_MAC, F_RX, F_RX_SHIFT, F_TX, F_VLAN, FILTER_ALL_MULTICAST,
+    FILTER_PROMISCUOUS, Nic, NicStatus, VLAN_MAP_BYTES,
+};
 use vbus_driver::{Acknowledger, Error, Function, Hal, Pace};
-use vbus_tap::{Mac, show_mac};
+use vbus_tap::{Mac, Offloads, show_mac};
 
+use super::control::{Changes, Control, Request, vlans_of};
 use super::frames::FrameMemory;
 use super::options::Options;
 use super::priority;
@@ -42,6 +47,10 @@ struct Interface {
     mtu: u16,
     /// Whether the NIC has been opened for it before.
     was_open: bool,
+    /// Where `vbus-guest net set` asks for changes.
+    control: Option<Control>,
+    /// The settings, with the changes so far.
+    settings: Changes,
 }
 
 /// Serves the NIC until `stop` becomes readable, the function goes, or something fails. It returns
@@ -98,17 +107,20 @@ where
             config.mtu
         );
     }
-    let Interface { tap, mac, mtu: mtu_before, was_open } = match interface {
+    let Interface { tap, mac, mtu: mtu_before, was_open, control, settings } = match interface {
         Some(interface) => interface,
         None => {
             let tap = Tap::create(options.name.as_deref().unwrap_or("vbus%d"), pairs)?;
             tap.set_mac(config.mac)?;
             tap.set_mtu(mtu)?;
-            interface.insert(Interface { tap, mac: config.mac, mtu, was_open: false })
+            let control = Control::listen(tap.name());
+            let settings = options.settings.clone();
+            let (mac, was_open) = (config.mac, false);
+            interface.insert(Interface { tap, mac, mtu, was_open, control, settings })
         }
     };
     let usable = if options.no_offload { 0 } else { tap.usable() };
-    let mut nic = Nic::open(function, usable | F_MAC, 0)?;
+    let mut nic = Nic::open(function, usable | F_MAC | F_VLAN | F_COALESCE, 0)?;
     let features = nic.function().features();
     tap.set_carrier(false);
     tap.set_offload(features)?;
@@ -123,6 +135,7 @@ where
 
     let shared = NicShared {
         stop: AtomicBool::new(false),
+        used: AtomicUsize::new(usize::from(pairs)),
         stopped: event()?,
         look: event()?,
         counters: Counters::default(),
@@ -146,8 +159,8 @@ where
         let buffers = hal.alloc(entries as usize * BUFFER_BYTES as usize).map_err(Error::from)?;
         let frames = FrameMemory::new(hal.alloc(FRAME_BYTES).map_err(Error::from)?)?;
         let pace = Pace::new(u64::from(options.poll_us) * 1000, NAP_NS);
-        let mut queue =
-            Queue { tx, frames, rx, buffers, tap: file, wake, pace, carried: 0, hal: hal.clone() };
+        let (number, tap, hal) = (usize::from(q), file, hal.clone());
+        let mut queue = Queue { number, tx, frames, rx, buffers, tap, wake, pace, carried: 0, hal };
         queue.fill()?;
         queues.push(queue);
     }
@@ -158,7 +171,22 @@ where
         tap.set_mac(config.mac)?;
         *mac = config.mac;
     }
-    let mut supervisor = Supervisor { nic, tap, mac: *mac, filter: None, link: None };
+    let mut supervisor = Supervisor {
+        nic,
+        id,
+        tap,
+        mac: *mac,
+        pairs,
+        shared: &shared,
+        relays: &relays,
+        control: control.as_ref(),
+        settings,
+        filter: None,
+        vlans: None,
+        link: None,
+        told_mtu: None,
+    };
+    supervisor.apply()?;
     supervisor.look()?;
     if !std::mem::replace(was_open, true) {
         if options.up {
@@ -169,7 +197,7 @@ where
             tap.name(),
             show_mac(*mac),
             if pairs == 1 { "" } else { "s" },
-            features & !F_MAC,
+            features & (F_TX | F_RX),
         ));
     } else {
         tracing::info!("{}: {device} ({id}) was opened again", tap.name());
@@ -189,7 +217,7 @@ where
             })
             .collect();
         let ended = || threads.iter().any(|thread| thread.is_finished());
-        let mut result = supervisor.watch(&shared, own, &relays, stop, ended);
+        let mut result = supervisor.watch(own, stop, ended);
         shared.stop.store(true, Ordering::Relaxed);
         let _ = rustix::io::write(&shared.stopped, &1u64.to_ne_bytes());
         let mut queues = Vec::new();
@@ -226,30 +254,42 @@ fn report(name: &str, counters: &Counters) {
     );
 }
 
-fn event() -> Result<OwnedFd> {
+/// A fresh eventfd.
+pub fn event() -> Result<OwnedFd> {
     eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).context("cannot make an eventfd")
 }
 
 /// Watches the NIC as a whole: its link, its filter, and whether its connection is still open.
 struct Supervisor<'a, H: Hal> {
     nic: Nic<H>,
+    id: &'a str,
     tap: &'a Tap,
     /// The NIC's address.
     mac: Mac,
+    /// The queue pairs that were made.
+    pairs: u16,
+    shared: &'a NicShared,
+    /// Wakes each queue, if there are several.
+    relays: &'a [OwnedFd],
+    control: Option<&'a Control>,
+    settings: &'a mut Changes,
     filter: Option<u32>,
+    /// The VLAN ids that pass; `None`: all.
+    vlans: Option<Vec<u16>>,
     link: Option<bool>,
+    /// The MTU of the interface that the log has called too large.
+    told_mtu: Option<u32>,
 }
 
 impl<H: Hal> Supervisor<'_, H> {
     /// Runs until `stop` becomes readable, a queue ends, or the connection ends.
     fn watch(
         &mut self,
-        shared: &NicShared,
         mut own: Option<(Box<dyn Interrupt>, Acknowledger<H>)>,
-        relays: &[OwnedFd],
         stop: &OwnedFd,
         ended: impl Fn() -> bool,
     ) -> Result<()> {
+        let (shared, relays, control) = (self.shared, self.relays, self.control);
         let mut next = Instant::now();
         loop {
             if Instant::now() >= next {
@@ -265,12 +305,19 @@ impl<H: Hal> Supervisor<'_, H> {
                 fds.push(PollFd::from_borrowed_fd(interrupt.fd(), PollFlags::IN));
                 fds.push(PollFd::from_borrowed_fd(interrupt.lifeline(), PollFlags::RDHUP));
             }
+            let own_fds = fds.len();
+            let asked = control.iter().flat_map(|control| control.fds());
+            fds.extend(asked.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
             let timeout = Timespec::try_from(next.saturating_duration_since(Instant::now()))?;
             match poll(&mut fds, Some(&timeout)) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(error) => return Err(error).context("poll"),
             }
-            let ready: Vec<_> = fds.iter().map(PollFd::revents).collect();
+            let mut ready: Vec<_> = fds.iter().map(PollFd::revents).collect();
+            let asked = ready.split_off(own_fds).iter().any(|flags| !flags.is_empty());
+            for (request, answer) in control.iter().filter(|_| asked).flat_map(|c| c.requests()) {
+                let _ = answer.send(self.answer(request)); // The client may have gone.
+            }
             if !ready[0].is_empty() {
                 return Ok(());
             }
@@ -314,6 +361,7 @@ impl<H: Hal> Supervisor<'_, H> {
             tracing::info!("{}: link {}", self.tap.name(), if link { "up" } else { "down" });
             self.link = Some(link);
         }
+        self.compare_mtu();
         let promiscuous = self.tap.is_promiscuous(self.mac);
         // The kernel filters multicasts itself. It wants frames for other addresses only when it
         // listens to all.
@@ -322,6 +370,109 @@ impl<H: Hal> Supervisor<'_, H> {
             self.nic.filter(filter, &[])?;
             self.filter = Some(filter);
         }
+        let filters = self.settings.vlan_filter == Some(true) && !promiscuous;
+        let config = || std::fs::read_to_string("/proc/net/vlan/config").unwrap_or_default();
+        let vlans = filters.then(|| vlans_of(self.tap.name(), &config()));
+        if self.vlans != vlans {
+            self.set_vlans(vlans.as_deref())?;
+            self.vlans = vlans;
+        }
         Ok(())
+    }
+
+    fn set_vlans(&mut self, ids: Option<&[u16]>) -> Result<()> {
+        let map = ids.map(|ids| {
+            let mut map = [0; VLAN_MAP_BYTES];
+            ids.iter().for_each(|id| map[usize::from(id / 8)] |= 1 << (id % 8));
+            map
+        });
+        Ok(self.nic.set_vlans(map.as_ref())?)
+    }
+
+    /// Tells if a person has given the interface a larger MTU than the NIC has.
+    fn compare_mtu(&mut self) {
+        let (mtu, most) = (self.tap.mtu(), u32::from(self.nic.config().mtu));
+        if mtu.is_some_and(|mtu| mtu > most) && self.told_mtu != mtu {
+            tracing::warn!("{}: the NIC drops frames of more than {most} bytes", self.tap.name());
+        }
+        self.told_mtu = mtu;
+    }
+
+    fn answer(&mut self, request: Request) -> Result<Value> {
+        if let Request::Set(changes) = request {
+            let before = std::mem::replace(self.settings, changes.over(self.settings));
+            if let Err(error) = self.apply() {
+                *self.settings = before;
+                return Err(error);
+            }
+            self.look()?;
+        }
+        Ok(self.describe())
+    }
+
+    /// Lets the NIC work by the settings.
+    fn apply(&mut self) -> Result<()> {
+        let features = self.nic.function().features();
+        let used = self.settings.use_queue_pairs.unwrap_or(self.pairs);
+        if !(1..=self.pairs).contains(&used) {
+            bail!(
+                "{used} queue pairs; 1 to {} were made: start `vbus-guest net` with another \
+                 --queue-pairs",
+                self.pairs
+            );
+        }
+        let coalesce = Coalesce {
+            usecs: self.settings.rx_usecs.unwrap_or(0),
+            frames: self.settings.rx_frames.unwrap_or(0),
+        };
+        if features & F_COALESCE != 0 {
+            self.nic.set_coalesce(None, coalesce, Coalesce::default())?;
+        } else if coalesce.usecs != 0 {
+            bail!("the NIC cannot hold interrupts back");
+        }
+        if self.settings.vlan_filter == Some(true) && features & F_VLAN == 0 {
+            bail!("the NIC cannot filter by VLAN");
+        }
+        let offloads = self.settings.rx_offload.unwrap_or(true);
+        self.nic.set_offloads(if offloads { features & F_RX } else { 0 })?;
+        let before = self.shared.used.load(Ordering::Relaxed);
+        if before != usize::from(used) {
+            // The interface stops to use queues before the NIC does, and begins after it.
+            if usize::from(used) > before {
+                self.nic.set_queues(used)?;
+            }
+            self.shared.used.store(usize::from(used), Ordering::Relaxed);
+            self.tap.use_queues(usize::from(used))?;
+            if usize::from(used) < before {
+                self.nic.set_queues(used)?;
+            }
+            for relay in self.relays {
+                let _ = rustix::io::write(relay, &1u64.to_ne_bytes());
+            }
+        }
+        Ok(())
+    }
+
+    fn describe(&self) -> Value {
+        let features = self.nic.function().features();
+        let offloads = |bits: u64| format!("{:?}", Offloads::from_bits(bits));
+        let rx = self.settings.rx_offload.unwrap_or(true);
+        json!({
+            "interface": self.tap.name(),
+            "device": self.nic.function().info().name.to_string(),
+            "id": self.id,
+            "mac": show_mac(self.mac),
+            "link": self.link,
+            "mtu": self.tap.mtu(),
+            "mtu-max": self.nic.config().mtu,
+            "queue-pairs": self.pairs,
+            "use-queue-pairs": self.shared.used.load(Ordering::Relaxed),
+            "tx-offloads": offloads(features & F_TX),
+            "rx-offloads": offloads(if rx { features >> F_RX_SHIFT } else { 0 }),
+            "rx-usecs": self.settings.rx_usecs.unwrap_or(0),
+            "rx-frames": self.settings.rx_frames.unwrap_or(0),
+            "vlan-filter": self.settings.vlan_filter.unwrap_or(false),
+            "vlans": self.vlans,
+        })
     }
 }

@@ -3,10 +3,12 @@
 
 use clap::Args;
 
+use super::control::{Changes, Command};
 use crate::doorbell::Choice;
 
 /// The options of `vbus-guest net`.
 #[derive(Args, Clone, Debug)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct Options {
     /// The name, PCI address or socket of the NIC [default: the first free one]
     #[arg(value_name = "DEVICE", conflicts_with = "all")]
@@ -39,4 +41,9 @@ pub struct Options {
     /// programs that receive
     #[arg(long, value_name = "N", default_value_t = -5, allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(-20..=19))]
     pub nice: i32,
+    #[command(flatten)]
+    pub settings: Changes,
+    /// Ask a driver that runs
+    #[command(subcommand)]
+    pub command: Option<Command>,
 }

@@ -2,7 +2,7 @@
 //! One queue pair: frames between the NIC's rings and a queue of the TAP interface.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -59,6 +59,8 @@ pub enum Wake<H: Hal> {
 
 /// A queue pair with its memory and its queue of the interface.
 pub struct Queue<H: Hal> {
+    /// The number of the queue pair.
+    pub number: usize,
     /// The transmit ring.
     pub tx: Tx<H>,
     /// The memory of the frames that are being sent.
@@ -83,6 +85,10 @@ pub struct Queue<H: Hal> {
 pub struct NicShared {
     /// True when the queues must end.
     pub stop: AtomicBool,
+    /// How many queue pairs are in use, the first ones. The others touch their queue of the
+    /// interface no more. Relaxed: a queue that uses an old value finds that its queue of the
+    /// interface is disabled.
+    pub used: AtomicUsize,
     /// Becomes readable, and stays readable, when the queues must end.
     pub stopped: OwnedFd,
     /// A queue writes this eventfd when an interrupt came that was not for its frames.
@@ -154,7 +160,9 @@ impl<H: Hal> Queue<H> {
                     | Errno::AGAIN
                     | Errno::NOMEM
                     | Errno::NOBUFS
-                    | Errno::MSGSIZE,
+                    | Errno::MSGSIZE
+                    // The queue is not in use.
+                    | Errno::BADFD,
                 ) => {
                     Counters::add(&counters.refused, 1);
                 }
@@ -196,7 +204,8 @@ impl<H: Hal> Queue<H> {
                     }
                 }
                 Ok(_) => {}
-                Err(Errno::AGAIN) => break,
+                // BADFD: the queue is not in use.
+                Err(Errno::AGAIN | Errno::BADFD) => break,
                 Err(Errno::INTR) => {}
                 Err(error) => return Err(error).context("the TAP interface gives no more frames"),
             }
@@ -296,9 +305,15 @@ impl<H: Hal> Queue<H> {
             Wake::Interrupt(interrupt, _) => (interrupt.fd(), Some(interrupt.lifeline())),
             Wake::Relay(eventfd) => (eventfd.as_fd(), None),
         };
+        let mut fds = vec![PollFd::new(&shared.stopped, PollFlags::IN)];
+        // A queue that is not in use reports an error all the time.
+        let is_used = self.number < shared.used.load(Ordering::Relaxed);
         let tap = if for_tap { PollFlags::IN } else { PollFlags::empty() };
-        let mut fds =
-            vec![PollFd::new(&shared.stopped, PollFlags::IN), PollFd::new(&self.tap, tap)];
+        if is_used {
+            fds.push(PollFd::new(&self.tap, tap));
+        } else {
+            fds.push(PollFd::new(&shared.stopped, PollFlags::IN)); // In its place.
+        }
         if nap.is_none() {
             fds.push(PollFd::from_borrowed_fd(wake, PollFlags::IN));
             fds.extend(lifeline.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::RDHUP)));
@@ -307,7 +322,8 @@ impl<H: Hal> Queue<H> {
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => return Err(error).context("poll"),
         }
-        if fds[1].revents().intersects(PollFlags::ERR | PollFlags::HUP) {
+        let is_used = is_used && self.number < shared.used.load(Ordering::Relaxed);
+        if is_used && fds[1].revents().intersects(PollFlags::ERR | PollFlags::HUP) {
             bail!("the TAP interface was deleted");
         }
         let came = fds.get(2).is_some_and(|fd| fd.revents().contains(PollFlags::IN));

@@ -76,6 +76,19 @@ impl Tap {
         clones.collect::<Result<_, _>>().context("a second descriptor of the TAP interface")
     }
 
+    /// Lets the kernel use the first `queues` queues only.
+    pub fn use_queues(&self, queues: usize) -> Result<()> {
+        for (number, queue) in self.queues.iter().enumerate().filter(|(_, q)| q.is_multi_queue()) {
+            queue.set_enabled(number < queues).context("TUNSETQUEUE")?;
+        }
+        Ok(())
+    }
+
+    /// The MTU of the interface now. A person may change it.
+    pub fn mtu(&self) -> Option<u32> {
+        fs::read_to_string(format!("/sys/class/net/{}/mtu", self.name)).ok()?.trim().parse().ok()
+    }
+
     /// Discards the frames that wait in the queues, each of at most [`DISCARD_MAX`].
     pub fn discard(&self) {
         for queue in &self.queues {
