@@ -7,13 +7,18 @@
 //! There is no other flow control.
 //!
 //! Both ends publish each entry at once, oldest first, and signal once for a batch. So the other
-//! end works on a batch's first entries while the last ones are on their way. The calls for a batch
-//! ([`submit_all`](DriverEnd::submit_all), [`reap_all`](DriverEnd::reap_all),
-//! [`take_all`](DeviceEnd::take_all), [`give_back_all`](DeviceEnd::give_back_all)) pay for batches
-//! of 64. For smaller ones, a device that returns each entry as soon as it has taken it is faster
-//! (bench/README.md). The class chooses how entries come back:
+//! end works on a batch's first entries while the last ones are on their way.
 //!
-//! - [`Returns::Counted`]: the device only counts them in its `seq`.
+//! There are calls for single entries and calls for batches. For batches of 16 and more, the
+//! fastest are [`submit_all`](DriverEnd::submit_all), [`reap_all`](DriverEnd::reap_all) and
+//! [`serve_all`](DeviceEnd::serve_all), which returns each entry in the slot that it has just read.
+//! For one entry at a time, [`submit`](DriverEnd::submit), [`reap`](DriverEnd::reap),
+//! [`take`](DeviceEnd::take) and [`give_back`](DeviceEnd::give_back) are as fast or faster
+//! (bench/README.md).
+//!
+//! The class chooses how entries come back:
+//!
+//! - [`Returns::Counted`]: in order and without content. One tag returns all entries of a post.
 //! - [`Returns::Entries`]: each has a tag of its own, in any order.
 
 use super::memory::{Memory, WORD, low, read_u32};
@@ -36,6 +41,9 @@ const HEADER_ENTRIES: usize = 1;
 const HEADER_RETURNS: usize = 2;
 const HEADER_START: usize = 3;
 const SIGNAL: usize = SIGNAL_OFFSET / WORD;
+/// The device's word *returning*, in the line of its `seq`. Where returns are counted, it is the
+/// position up to which the tag returns entries that the device stores next.
+const RETURNING: usize = (SIGNAL_OFFSET + signal::DEVICE_SEQ) / WORD + 1;
 const ENTRY_WORDS: usize = ENTRY_BYTES / WORD;
 
 const _: () = {
@@ -108,7 +116,7 @@ impl Return {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Returns {
-    /// In order and without content. The device's `seq` counts them.
+    /// In order and without content. Each post of the device says how many.
     Counted,
     /// Each with a tag of its own, in any order.
     Entries,
@@ -209,18 +217,15 @@ impl Layout {
         &words[at..at + ENTRY_WORDS]
     }
 
-    /// The slots of the `n` positions from `pos` on, at most a ring of them, in two stretches: up
-    /// to the end of the array, and from its beginning on. All positions of a stretch have the lap
-    /// that stands beside it.
+    /// The slots of the `n` positions from `pos` on, but no further than the end of the array; and
+    /// the lap, which is the same for all of them. A loop over them has no bounds to check and no
+    /// lap to compute, which is half of the instructions of an entry.
     #[inline(always)]
-    fn stretches<'a>(&self, words: &'a [Word], pos: u64, n: u32) -> [(&'a [Word], u64); 2] {
-        let (first, lap) = (ENTRIES_OFFSET / WORD, self.lap(pos));
-        let slots = &words[first..first + self.entries as usize * ENTRY_WORDS];
-        let (before, from) = slots.split_at(self.index(pos) * ENTRY_WORDS);
-        let wanted = n as usize * ENTRY_WORDS;
-        let here = wanted.min(from.len());
-        let there = (wanted - here).min(before.len());
-        [(&from[..here], lap), (&before[..there], lap ^ LAP_MARK)]
+    fn stretch<'a>(&self, words: &'a [Word], pos: u64, n: u32) -> (&'a [Word], u64) {
+        let index = self.index(pos);
+        let n = (n as usize).min(self.entries as usize - index);
+        let at = ENTRIES_OFFSET / WORD + index * ENTRY_WORDS;
+        (&words[at..at + n * ENTRY_WORDS], self.lap(pos))
     }
 
     /// The lap at position `pos`, as a mark. Memory of zeros holds no entry of the first lap.
@@ -285,6 +290,7 @@ impl<M: Memory> DriverEnd<M> {
             slot[1].store(before, Ordering::Relaxed);
         }
         signal::format(&mem, SIGNAL_OFFSET, start)?;
+        words[RETURNING].store(start, Ordering::Relaxed);
         words[HEADER_ENTRIES].store(u64::from(layout.entries), Ordering::Relaxed);
         words[HEADER_RETURNS].store(layout.returns.number(), Ordering::Relaxed);
         words[HEADER_START].store(start, Ordering::Relaxed);
@@ -334,7 +340,7 @@ impl<M: Memory> DriverEnd<M> {
 
     /// Submits all of `entries`, in order, or none where the ring has no room for them. A device
     /// that polls may see them at once, as by [`submit`](Self::submit).
-    #[inline]
+    #[inline(always)]
     pub fn submit_all<E>(&mut self, entries: E) -> Result<(), Full>
     where
         E: IntoIterator<Item = Entry, IntoIter: ExactSizeIterator>,
@@ -344,9 +350,14 @@ impl<M: Memory> DriverEnd<M> {
         if n > self.space() {
             return Err(Full);
         }
+        let (layout, words) = (self.layout, self.mem.words());
         let mut submitted = self.submitted;
-        for (slots, lap) in self.layout.stretches(self.mem.words(), submitted, n) {
-            for (slot, entry) in slots.chunks_exact(ENTRY_WORDS).zip(entries.by_ref()) {
+        let end = submitted.wrapping_add(u64::from(n));
+        'all: while submitted != end {
+            let (slots, lap) = layout.stretch(words, submitted, count(end, submitted));
+            for slot in slots.chunks_exact(ENTRY_WORDS) {
+                // An iterator may have fewer entries than it says.
+                let Some(entry) = entries.next() else { break 'all };
                 slot[0].store(entry.addr, Ordering::Relaxed);
                 // As in `submit`.
                 publish(&slot[1], Return::from(entry).tag(lap), Edge::Tag);
@@ -386,11 +397,14 @@ impl<M: Memory> DriverEnd<M> {
 
     /// Reaps up to `max` returns of a ring with [`Returns::Entries`], and gives each to `back`,
     /// oldest first. Says how many there were.
-    #[inline]
+    #[inline(always)]
     pub fn reap_all(&mut self, max: u32, mut back: impl FnMut(Return)) -> Result<u32, Corrupt> {
         let (first, wanted) = (self.reaped, max.min(self.in_flight()));
+        let (layout, words) = (self.layout, self.mem.words());
         let mut reaped = first;
-        'all: for (slots, lap) in self.layout.stretches(self.mem.words(), first, wanted) {
+        let end = first.wrapping_add(u64::from(wanted));
+        let (mut slots, mut lap) = (layout.slot(words, reaped), layout.lap(reaped));
+        'all: while reaped != end {
             for slot in slots.chunks_exact(ENTRY_WORDS) {
                 // As in `reap`.
                 let tag = observe(&slot[1], Edge::Tag);
@@ -400,6 +414,10 @@ impl<M: Memory> DriverEnd<M> {
                 back(Return::from_tag(tag));
                 reaped = reaped.wrapping_add(1);
             }
+            if reaped == end {
+                break;
+            }
+            (slots, lap) = layout.stretch(words, reaped, count(end, reaped));
         }
         self.reaped = reaped;
         let n = count(reaped, first);
@@ -412,14 +430,34 @@ impl<M: Memory> DriverEnd<M> {
 
     /// How many entries came back since the last call, oldest first. It is for a ring with
     /// [`Returns::Counted`].
-    #[inline]
+    #[inline(always)]
     pub fn reap_count(&mut self) -> Result<u32, Corrupt> {
-        let n = self.rx.seen(self.mem.words()).wrapping_sub(self.reaped);
-        if n > u64::from(self.in_flight()) {
+        let (layout, words, first) = (self.layout, self.mem.words(), self.reaped);
+        let mut reaped = first;
+        // Each turn reaps a post of the device.
+        for _ in 0..2 {
+            // As in `reap`.
+            let tag = observe(&layout.slot(words, reaped)[1], Edge::Tag);
+            if tag & MARKS != layout.lap(reaped) | RETURN {
+                self.reaped = reaped;
+                return Ok(count(reaped, first));
+            }
+            let n = low(tag);
+            if n == 0 || n > count(self.submitted, reaped) {
+                return Err(Corrupt::Unasked);
+            }
+            reaped = reaped.wrapping_add(u64::from(n));
+        }
+        // Where there are two posts there may be many, and each tag is in another line. The
+        // device's `seq` counts them all, but for one that is on its way.
+        let more = self.rx.seen(words).wrapping_sub(reaped);
+        if more <= u64::from(count(self.submitted, reaped)) {
+            reaped = reaped.wrapping_add(more);
+        } else if more >> 63 == 0 {
             return Err(Corrupt::Unasked);
         }
-        self.reaped = self.reaped.wrapping_add(n);
-        Ok(low(n))
+        self.reaped = reaped;
+        Ok(count(reaped, first))
     }
 
     /// Asks for a kick by the return that follows `after` more returns (0: by the next return that
@@ -471,8 +509,7 @@ impl<M: Memory> DeviceEnd<M> {
         let (layout, _) = Layout::load(words)?;
         let seq = words[SIGNAL + signal::DEVICE_SEQ / WORD].load(Ordering::Relaxed);
         let given = match layout.returns {
-            // The driver has not seen returns that were not posted.
-            Returns::Counted => seq,
+            Returns::Counted => counted(words, layout, seq),
             Returns::Entries => published(words, layout, seq),
         };
         // The end before may have armed in order to sleep.
@@ -526,11 +563,14 @@ impl<M: Memory> DeviceEnd<M> {
 
     /// Takes up to `max` entries, and gives each to `entry`, oldest first. Says how many there
     /// were. Their content is the peer's word, as in [`take`](Self::take).
-    #[inline]
+    #[inline(always)]
     pub fn take_all(&mut self, max: u32, mut entry: impl FnMut(Entry)) -> Result<u32, Corrupt> {
         let (first, wanted) = (self.taken, max.min(self.layout.entries - self.held()));
+        let (layout, words) = (self.layout, self.mem.words());
         let mut taken = first;
-        'all: for (slots, lap) in self.layout.stretches(self.mem.words(), first, wanted) {
+        let end = first.wrapping_add(u64::from(wanted));
+        let (mut slots, mut lap) = (layout.slot(words, taken), layout.lap(taken));
+        'all: while taken != end {
             for slot in slots.chunks_exact(ENTRY_WORDS) {
                 // As in `peek`.
                 let tag = observe(&slot[1], Edge::Tag);
@@ -541,6 +581,10 @@ impl<M: Memory> DeviceEnd<M> {
                 entry(Entry { addr: slot[0].load(Ordering::Relaxed), len, id, flags });
                 taken = taken.wrapping_add(1);
             }
+            if taken == end {
+                break;
+            }
+            (slots, lap) = layout.stretch(words, taken, count(end, taken));
         }
         self.taken = taken;
         let n = count(taken, first);
@@ -572,7 +616,8 @@ impl<M: Memory> DeviceEnd<M> {
 
     /// Gives one entry back; without an entry held, nothing happens. Where returns are counted this
     /// stands for the oldest entry held, and nothing of `back` is passed on. The driver sees it
-    /// after [`post`](Self::post) at the latest: call that once for a batch.
+    /// after [`post`](Self::post) at the latest: call that once for a batch. A driver that polls
+    /// sees a return with a tag of its own at once.
     #[inline(always)]
     pub fn give_back(&mut self, back: Return) {
         if self.held() == 0 {
@@ -591,31 +636,86 @@ impl<M: Memory> DeviceEnd<M> {
 
     /// Gives back as many entries as there are `backs`, in their order, and no more than are held.
     /// Each is as by [`give_back`](Self::give_back).
-    #[inline]
+    #[inline(always)]
     pub fn give_back_all(&mut self, backs: impl IntoIterator<Item = Return>) {
         let (backs, held) = (backs.into_iter(), self.held());
         if self.layout.returns == Returns::Counted {
             self.given = self.given.wrapping_add(backs.take(held as usize).count() as u64);
             return;
         }
-        let mut backs = backs.fuse();
-        // Twice at most: before a ring of returns is behind `stored`, and after.
+        let mut backs = backs;
         while self.held() != 0 {
-            let room = self.keep_up();
-            let (first, wanted) = (self.given, room.min(self.held()));
-            let mut given = first;
-            for (slots, lap) in self.layout.stretches(self.mem.words(), first, wanted) {
-                for (slot, back) in slots.chunks_exact(ENTRY_WORDS).zip(backs.by_ref()) {
-                    // As in `give_back`.
-                    publish(&slot[1], back.tag(lap | RETURN), Edge::Tag);
-                    given = given.wrapping_add(1);
-                }
+            let n = self.keep_up().min(self.held());
+            let (slots, lap) = self.layout.stretch(self.mem.words(), self.given, n);
+            let mut given = self.given;
+            for slot in slots.chunks_exact(ENTRY_WORDS) {
+                let Some(back) = backs.next() else {
+                    self.given = given;
+                    return;
+                };
+                // As in `give_back`.
+                publish(&slot[1], back.tag(lap | RETURN), Edge::Tag);
+                given = given.wrapping_add(1);
             }
             self.given = given;
-            if count(given, first) < wanted {
-                return;
-            }
         }
+    }
+
+    /// Takes up to `max` entries and gives each back at once, in their order: with what `serve`
+    /// makes of it, or, where returns are counted, without content. If `serve` returns `None`, its
+    /// entry is not taken, and no other entry either. Says how many were given back. The driver
+    /// sees them after [`post`](Self::post) at the latest.
+    ///
+    /// Each entry's return goes into the slot that was just read, so this is the fastest way
+    /// through a batch. If the device holds entries already, it holds as many after the call: each
+    /// return goes to the next position, as by [`give_back`](Self::give_back).
+    #[inline(always)]
+    pub fn serve_all(
+        &mut self,
+        max: u32,
+        mut serve: impl FnMut(Entry) -> Option<Return>,
+    ) -> Result<u32, Corrupt> {
+        let (layout, first, held) = (self.layout, self.taken, self.held());
+        let wanted = max.min(layout.entries - held);
+        let has_tags = layout.returns == Returns::Entries;
+        let in_place = has_tags && held == 0;
+        if has_tags && count(self.given, self.stored) + wanted > layout.entries {
+            self.store_seq();
+        }
+        let words = self.mem.words();
+        let mut pos = first;
+        let end = first.wrapping_add(u64::from(wanted));
+        // A poller finds nothing most of the time. So the first slot comes alone, and the stretch
+        // that follows it is computed when something was there.
+        let (mut slots, mut lap) = (layout.slot(words, pos), layout.lap(pos));
+        'all: while pos != end {
+            for slot in slots.chunks_exact(ENTRY_WORDS) {
+                // As in `peek`.
+                let tag = observe(&slot[1], Edge::Tag);
+                if tag & MARKS != lap {
+                    break 'all;
+                }
+                let Return { len, id, flags } = Return::from_tag(tag);
+                let entry = Entry { addr: slot[0].load(Ordering::Relaxed), len, id, flags };
+                let Some(back) = serve(entry) else { break 'all };
+                if in_place {
+                    // As in `give_back`.
+                    publish(&slot[1], back.tag(lap | RETURN), Edge::Tag);
+                } else if has_tags {
+                    let given = pos.wrapping_sub(u64::from(held));
+                    let tag = back.tag(layout.lap(given) | RETURN);
+                    publish(&layout.slot(words, given)[1], tag, Edge::Tag);
+                }
+                pos = pos.wrapping_add(1);
+                self.taken = pos;
+                self.given = pos.wrapping_sub(u64::from(held));
+            }
+            if pos == end {
+                break;
+            }
+            (slots, lap) = layout.stretch(words, pos, count(end, pos));
+        }
+        Ok(count(pos, first))
     }
 
     /// Sees to it that there is room for a return between `stored` and a ring behind it, and says
@@ -626,10 +726,15 @@ impl<M: Memory> DeviceEnd<M> {
         if behind < self.layout.entries {
             return self.layout.entries - behind;
         }
-        // For `resume`. Whether the driver wants a kick, the next post finds out.
+        self.store_seq();
+        self.layout.entries
+    }
+
+    /// Stores `seq` ahead of the next post, for `resume`. Whether the driver wants a kick, that post
+    /// finds out.
+    fn store_seq(&mut self) {
         self.tx.store(self.mem.words(), self.given);
         self.stored = self.given;
-        self.layout.entries
     }
 
     /// Posts the returns that were given back since the last post.
@@ -640,7 +745,16 @@ impl<M: Memory> DeviceEnd<M> {
             return Kick::NONE;
         }
         self.stored = self.given;
-        self.tx.post(self.mem.words(), n)
+        let words = self.mem.words();
+        if self.layout.returns == Returns::Counted {
+            let first = self.tx.posted();
+            // For `resume`: the tag may be gone by then, and with it how many entries came back.
+            words[RETURNING].store(self.given, Ordering::Relaxed);
+            let tag = Return { len: low(n), id: 0, flags: 0 }.tag(self.layout.lap(first) | RETURN);
+            // Pairs with the load in `DriverEnd::reap_count`.
+            publish(&self.layout.slot(words, first)[1], tag, Edge::Tag);
+        }
+        self.tx.post(words, n)
     }
 
     /// Asks for a kick by the entry that follows `after` more entries (0: by the next entry that is
@@ -655,24 +769,31 @@ impl<M: Memory> DeviceEnd<M> {
     }
 }
 
+/// The position up to which a device that has gone had counted returns. Its `seq` was `seq`, at
+/// most one post behind.
+fn counted(words: &[Word], layout: Layout, seq: u64) -> u64 {
+    let returning = words[RETURNING].load(Ordering::Relaxed);
+    let n = returning.wrapping_sub(seq);
+    let is_plausible = n != 0 && n <= u64::from(layout.entries);
+    if is_plausible && is_published(words, layout, seq) { returning } else { seq }
+}
+
 /// The position up to which a device that has gone had published returns. Its `seq` was `seq`, up
 /// to a ring behind.
 fn published(words: &[Word], layout: Layout, seq: u64) -> u64 {
-    let mut given = seq;
-    for (slots, lap) in layout.stretches(words, seq, layout.entries) {
-        for slot in slots.chunks_exact(ENTRY_WORDS) {
-            // Pairs with nothing: the other device's stores are complete.
-            let marks = slot[1].load(Ordering::Relaxed) & MARKS;
-            let returned = marks == lap | RETURN;
-            // The driver has seen the return, and has submitted anew.
-            let submitted_over = marks == lap ^ LAP_MARK;
-            if !returned && !submitted_over {
-                return given;
-            }
-            given = given.wrapping_add(1);
-        }
-    }
-    given
+    (0..layout.entries)
+        .map(|ahead| seq.wrapping_add(u64::from(ahead)))
+        .find(|pos| !is_published(words, layout, *pos))
+        .unwrap_or(seq.wrapping_add(u64::from(layout.entries)))
+}
+
+/// Whether the tag of a return was stored in the slot of position `pos`.
+fn is_published(words: &[Word], layout: Layout, pos: u64) -> bool {
+    // Pairs with nothing: the other device's stores are complete.
+    let marks = layout.slot(words, pos)[1].load(Ordering::Relaxed) & MARKS;
+    let lap = layout.lap(pos);
+    // Or the driver has seen the return, and has submitted anew.
+    marks == lap | RETURN || marks == lap ^ LAP_MARK
 }
 
 #[cfg(test)]
@@ -741,6 +862,38 @@ mod tests {
                     }
                     assert_eq!(driver.reap(), Ok(None));
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn entries_are_served_in_place_up_to_the_one_that_is_refused() {
+        for returns in [Returns::Counted, Returns::Entries] {
+            for start in STARTS {
+                let layout = Layout::new(8, returns).unwrap();
+                let memory = memory(layout);
+                let mut driver = DriverEnd::create(&memory[..], layout, start).unwrap();
+                let mut device = DeviceEnd::attach(&memory[..]).unwrap();
+                let serve = |taken: Entry| {
+                    (taken.addr != 5).then(|| Return { len: low(taken.addr), ..taken.into() })
+                };
+                driver.submit_all((0..8_u32).map(|n| entry(n.into()))).unwrap();
+                // One entry is held meanwhile: returns are for the positions before.
+                assert_eq!(device.take(), Ok(Some(entry(0))));
+                assert_eq!(device.serve_all(2, serve), Ok(2));
+                assert_eq!(device.serve_all(100, serve), Ok(2));
+                assert_eq!(device.serve_all(100, serve), Ok(0), "the entry is refused again");
+                device.give_back(back(0));
+                let _ = device.post();
+                if returns == Returns::Counted {
+                    assert_eq!(driver.reap_count(), Ok(5));
+                } else {
+                    for len in [1, 2, 3, 4, 0] {
+                        assert_eq!(driver.reap(), Ok(Some(back(len))));
+                    }
+                }
+                assert_eq!(device.serve_all(100, |taken| Some(taken.into())), Ok(3));
+                assert_eq!((device.held(), device.take()), (0, Ok(None)));
             }
         }
     }
@@ -849,10 +1002,14 @@ mod tests {
         let memory = memory(layout);
         let mut driver = DriverEnd::create(&memory[..], layout, 0).unwrap();
         driver.submit(entry(0)).unwrap();
-        for hostile in [2, u64::MAX, 1 << 31, 1 << 32, 1 << 32 | 1, 1 << 63] {
-            memory[(SIGNAL_OFFSET + signal::DEVICE_SEQ) / WORD].store(hostile, Ordering::Relaxed);
-            assert_eq!(driver.reap_count(), Err(Corrupt::Unasked), "{hostile:#x}");
+        for len in [0, 2, 3, 1 << 31, u32::MAX] {
+            forge(&memory, layout, 0, RETURN, Return { len, ..Return::default() });
+            assert_eq!(driver.reap_count(), Err(Corrupt::Unasked), "{len:#x}");
         }
+        forge(&memory, layout, 0, RETURN, Return { len: 1, ..Return::default() });
+        assert_eq!(driver.reap_count(), Ok(1));
+        forge(&memory, layout, 1, RETURN, Return { len: 1, ..Return::default() });
+        assert_eq!(driver.reap_count(), Err(Corrupt::Unasked), "nothing is in flight");
     }
 
     #[test]

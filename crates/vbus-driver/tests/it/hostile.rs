@@ -7,7 +7,9 @@ use vbus_driver::venet::{BUFFER_MIN, CHAIN_MAX, FRAME_MAX, HEADER_BYTES, Nic, Pi
 use vbus_driver::{ConnectionState, Dma, Error, ErrorCode, Function};
 use vbus_shm::Memory;
 use vbus_shm::abi::{reg, venet as abi};
-use vbus_shm::ring::{DeviceEnd, NEXT, Return, SIGNAL_OFFSET};
+use vbus_shm::ring::{
+    DeviceEnd, ENTRIES_OFFSET, ENTRY_BYTES, LAP, NEXT, RETURNED, Return, SIGNAL_OFFSET,
+};
 use vbus_shm::signal::DEVICE_SEQ;
 use vbus_shm::sync::Ordering;
 
@@ -144,9 +146,11 @@ fn more_returns_than_submissions_are_refused() {
     }
     let _ = rig.device_tx.post();
     assert_eq!(rig.tx.reclaim(), Ok(2));
-    for seq in [3, 1, u32::MAX] {
-        rig.tx_memory.words()[(SIGNAL_OFFSET + DEVICE_SEQ) / 8]
-            .store(u64::from(seq), Ordering::Relaxed);
+    // The tag of the next slot says that more came back.
+    let memory = rig.tx_memory.clone();
+    let tag = &memory.words()[(ENTRIES_OFFSET + 2 * ENTRY_BYTES) / 8 + 1];
+    for count in [0, 1, 3, u32::MAX] {
+        tag.store(u64::from(LAP | RETURNED) << 48 | u64::from(count), Ordering::Relaxed);
         corrupt(rig.tx.reclaim());
     }
 }

@@ -68,7 +68,7 @@ pub fn needs(
         let formatted = failure.downcast_ref::<String>().map(String::as_str);
         let message = formatted.or(failure.downcast_ref::<&str>().copied()).unwrap_or_default();
         println!("without {place:?}: {message}");
-        let expected = ["deadlock", "before", "torn", "out of order"];
+        let expected = ["deadlock", "before", "torn", "out of order", "missed"];
         assert!(
             expected.iter().any(|e| message.contains(e)),
             "without {place:?} it failed otherwise: {message}"

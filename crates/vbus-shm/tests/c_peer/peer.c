@@ -143,6 +143,20 @@ static uint64_t published(uint64_t seq)
 	return given;
 }
 
+/* The device's word "returning", of counted returns. */
+static size_t returning_count(void) { return 264; }
+
+/* The position up to which the device before this one counted returns. */
+static uint64_t published_count(uint64_t seq)
+{
+	uint64_t returning = load(returning_count());
+	if (returning - seq - 1 >= entries)
+		return seq; /* `seq` is the last post, or the words are made up. */
+	uint64_t tag = load(slot(seq) + 8);
+	bool ours = (tag & LAP) == lap(seq), returned = tag & RETURNED;
+	return ours == returned ? returning : seq;
+}
+
 /* Takes the place of a device that ended: stores `given` as our `seq` once more, and makes up for
  * a kick that may be lost. Returns the new `seq`. */
 static uint64_t resume_posts(uint64_t given)
@@ -179,10 +193,17 @@ static void device(uint32_t count, bool dies)
 				put_tag(given, RETURNED, tag + 1, memory_order_release);
 			given++;
 		}
+		if (returns == COUNTED && given != posted) {
+			/* Every other time that it dies it has stored the tag of its returns. */
+			if (!dies || turn % 3 != 0 || turn % 2 == 0) {
+				store(returning_count(), given);
+				put_tag(posted, RETURNED, given - posted, memory_order_release);
+			}
+		}
 		bool die = dies && turn % 3 == 0;
 		if (die) {
 			posted = load(seq_of(DEVICE));
-			given = taken = returns == COUNTED ? posted : published(posted);
+			given = taken = returns == COUNTED ? published_count(posted) : published(posted);
 			posted = resume_posts(given);
 			continue;
 		}

@@ -29,6 +29,8 @@ enum Op {
     GiveBack(u8),
     /// So many by one call.
     GiveBackAll(u8),
+    /// Takes up to so many and returns each at once. Refuses the one after.
+    ServeAll(u8),
     DevicePost,
     DeviceArm(u32),
     DeviceDisarm,
@@ -54,6 +56,7 @@ fn op() -> impl Strategy<Value = Op> {
         3 => batch().prop_map(Op::TakeAll),
         6 => batch().prop_map(Op::GiveBack),
         3 => batch().prop_map(Op::GiveBackAll),
+        4 => batch().prop_map(Op::ServeAll),
         4 => Just(Op::DevicePost),
         1 => (0..3_u32).prop_map(Op::DeviceArm),
         1 => Just(Op::DeviceDisarm),
@@ -171,6 +174,32 @@ fn behaves_like_a_queue(layout: Layout, start: u64, ops: Vec<Op>) -> Result<(), 
                 let counted = returns == Returns::Counted;
                 let not_given = submitted - if counted { interrupt.posted } else { given };
                 prop_assert_eq!(other.take_all(100, |_| ()), Ok(u32::try_from(not_given).unwrap()));
+            }
+            Op::ServeAll(max) => {
+                let mut all = Vec::new();
+                let n = device
+                    .serve_all(u32::from(max) + 1, |entry| {
+                        let back = Return { len: !entry.len, ..entry.into() };
+                        (all.len() < usize::from(max)).then(|| {
+                            all.push((entry, back));
+                            back
+                        })
+                    })
+                    .unwrap();
+                prop_assert_eq!(n as usize, all.len());
+                prop_assert_eq!(n as usize, way.len().min(usize::from(max)));
+                for (entry, one) in all {
+                    prop_assert_eq!(way.pop_front(), Some(entry));
+                    if returns == Returns::Counted {
+                        // The oldest entry held comes back.
+                        held.push_back(entry);
+                        let oldest: Entry = held.pop_front().unwrap();
+                        back.push_back(oldest.into());
+                    } else {
+                        back.push_back(one);
+                    }
+                }
+                (taken, given) = (taken + u64::from(n), given + u64::from(n));
             }
             Op::DevicePost => {
                 prop_assert_eq!(device.post().is_wanted(), interrupt.post(given));
@@ -302,6 +331,11 @@ proptest! {
                 }
                 Op::GiveBackAll(n) => {
                     device.give_back_all((0..n).map(|_| Return { len: 2, id: 3, flags: NEXT }));
+                }
+                Op::ServeAll(max) => {
+                    let before = device.held();
+                    let n = device.serve_all(u32::from(max), |entry| Some(entry.into())).unwrap();
+                    prop_assert!(n <= u32::from(max) && device.held() == before);
                 }
                 Op::DevicePost => drop(device.post()),
                 Op::DeviceArm(after) => drop(device.arm(after)),
