@@ -24,14 +24,24 @@ pub enum Wait {
     Spin,
     /// It executes a pause instruction first.
     Pause,
+    /// It executes many pause instructions first, so that a batch gathers meanwhile.
+    Rest,
 }
 
 impl Wait {
-    pub const BOTH: [Wait; 2] = [Wait::Spin, Wait::Pause];
+    pub const ALL: [Wait; 3] = [Wait::Spin, Wait::Pause, Wait::Rest];
+
+    /// Pause instructions of a rest: some hundred nanoseconds.
+    const REST: u32 = 16;
 
     #[inline(always)]
     pub fn relax(self) {
-        if self == Wait::Pause {
+        let pauses = match self {
+            Wait::Spin => 0,
+            Wait::Pause => 1,
+            Wait::Rest => Self::REST,
+        };
+        for _ in 0..pauses {
             spin_loop();
         }
     }
@@ -102,7 +112,7 @@ pub fn hand_over(trips: u64) -> f64 {
         };
         duel(turn(0), turn(1)) / (2 * trips) as f64
     };
-    (0..6).map(|n| run(Wait::BOTH[n % 2])).fold(f64::INFINITY, f64::min)
+    (0..6).map(|n| run(Wait::ALL[n % 2])).fold(f64::INFINITY, f64::min)
 }
 
 /// A cache line of its own, and the one beside it, which the processor may fetch too.

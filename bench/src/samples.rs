@@ -48,11 +48,17 @@ pub struct Samples {
 
 /// The figures of one round.
 pub struct Round<'a> {
+    number: usize,
     hand_over: f64,
     figures: &'a mut Figures,
 }
 
 impl Round<'_> {
+    /// A number that differs from round to round, also of other processes.
+    pub fn number(&self) -> usize {
+        self.number
+    }
+
     pub fn add(&mut self, name: String, figure: f64) {
         self.figures.entry(name).or_default().push((self.hand_over, figure));
     }
@@ -65,9 +71,10 @@ impl Samples {
 
     /// Takes the rounds of one group of figures.
     pub fn rounds(&mut self, mut take: impl FnMut(&mut Round<'_>)) {
-        for _ in 0..self.rounds {
+        for number in 0..self.rounds {
+            let number = number + std::process::id() as usize;
             let hand_over = hand_over(1 << 10);
-            take(&mut Round { hand_over, figures: &mut self.figures });
+            take(&mut Round { number, hand_over, figures: &mut self.figures });
         }
     }
 

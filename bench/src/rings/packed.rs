@@ -51,6 +51,14 @@ impl Queue {
     fn at(&self, pos: u32) -> &Descriptor {
         &self.ring[pos as usize % ENTRIES]
     }
+
+    /// The descriptors of the `n` positions from `pos` on, but no further than the ring's end: as
+    /// for vbus's ring, a loop over them has no wrap counter to compute.
+    #[inline(always)]
+    fn stretch(&self, pos: u32, n: u32) -> &[Descriptor] {
+        let index = pos as usize % ENTRIES;
+        &self.ring[index..(index + n as usize).min(ENTRIES)]
+    }
 }
 
 /// The wrap counter at position `pos`, which counts on through the laps. It is 1 in the first lap.
@@ -113,29 +121,33 @@ pub fn pair<const FORM: bool, const EVENTS: bool>() -> (Near<FORM, EVENTS>, Far<
 }
 
 impl<const FORM: bool, const EVENTS: bool> Driver for Near<FORM, EVENTS> {
-    #[inline]
+    #[inline(always)]
     fn submit(&mut self, n: usize) -> u64 {
         let first = self.submitted;
-        let mut sum = 0;
-        let mut put = |pos: u32| {
-            let addr = self.number + u64::from(pos.wrapping_sub(first)) + 1;
-            sum += addr & 0xffff_ffff;
-            let descriptor = self.queue.at(pos);
+        let end = first.wrapping_add(n as u32);
+        let (mut sum, mut addr) = (0, self.number);
+        let put = |descriptor: &Descriptor, pos: u32, addr: u64, flags: u64| {
             descriptor[0].store(addr, Ordering::Relaxed);
             let id = u64::from(pos % ENTRIES as u32);
-            descriptor[1].store(64 | id << 32 | available(pos), Ordering::Release);
+            descriptor[1].store(64 | id << 32 | flags, Ordering::Release);
         };
-        let end = first.wrapping_add(n as u32);
+        let mut pos = first;
         if FORM == BATCH {
-            // The device does not look at a descriptor before it has seen all those before it.
-            for i in 1..n as u32 {
-                put(first.wrapping_add(i));
+            // The device does not look at a descriptor before it has seen all those before it. So
+            // the first one is written last.
+            (pos, addr) = (pos.wrapping_add(1), addr + 1);
+        }
+        while pos != end {
+            let flags = available(pos);
+            for descriptor in self.queue.stretch(pos, end.wrapping_sub(pos)) {
+                addr += 1;
+                sum += addr & 0xffff_ffff;
+                put(descriptor, pos, addr, flags);
+                pos = pos.wrapping_add(1);
             }
-            put(first);
-        } else {
-            for i in 0..n as u32 {
-                put(first.wrapping_add(i));
-            }
+        }
+        if FORM == BATCH {
+            put(self.queue.at(first), first, self.number + 1, available(first));
         }
         self.number += n as u64;
         self.submitted = end;
@@ -145,53 +157,70 @@ impl<const FORM: bool, const EVENTS: bool> Driver for Near<FORM, EVENTS> {
         if FORM == BATCH { n as u64 } else { sum }
     }
 
-    #[inline]
+    #[inline(always)]
     fn reap(&mut self, max: usize) -> (usize, u64) {
-        let mut sum = 0;
-        let mut n = 0;
-        while n < max {
-            let in_flight = self.submitted.wrapping_sub(self.reaped);
-            let tag = self.queue.at(self.reaped)[1].load(Ordering::Acquire);
-            if tag & (AVAIL | USED) != used(self.reaped) {
-                break;
+        let (mut sum, mut n) = (0, 0);
+        if FORM == BATCH {
+            while n < max {
+                let in_flight = self.submitted.wrapping_sub(self.reaped);
+                let tag = self.queue.at(self.reaped)[1].load(Ordering::Acquire);
+                if tag & (AVAIL | USED) != used(self.reaped) {
+                    break;
+                }
+                // The id is that of the last buffer of those which this descriptor returns.
+                let last = (tag >> 32 & 0xffff) as u32;
+                let count = (last.wrapping_sub(self.reaped) % ENTRIES as u32) + 1;
+                assert!(count <= in_flight, "an honest device");
+                sum += u64::from(count);
+                self.reaped = self.reaped.wrapping_add(count);
+                n += count as usize;
             }
-            // The id is that of the last buffer of those which this descriptor returns.
-            let last = (tag >> 32 & 0xffff) as u32;
-            let count = if FORM == BATCH {
-                (last.wrapping_sub(self.reaped) % ENTRIES as u32) + 1
-            } else {
-                1
-            };
-            assert!(count <= in_flight, "an honest device");
-            sum += if FORM == BATCH { u64::from(count) } else { tag & 0xffff_ffff };
-            self.reaped = self.reaped.wrapping_add(count);
-            n += count as usize;
+            return (n, sum);
         }
+        let first = self.reaped;
+        let mut pos = first;
+        let end = first.wrapping_add((max as u32).min(self.submitted.wrapping_sub(first)));
+        'all: while pos != end {
+            let flags = used(pos);
+            for descriptor in self.queue.stretch(pos, end.wrapping_sub(pos)) {
+                let tag = descriptor[1].load(Ordering::Acquire);
+                if tag & (AVAIL | USED) != flags {
+                    break 'all;
+                }
+                sum += tag & 0xffff_ffff;
+                pos = pos.wrapping_add(1);
+            }
+        }
+        self.reaped = pos;
+        n = pos.wrapping_sub(first) as usize;
         (n, sum)
     }
 }
 
 impl<const FORM: bool, const EVENTS: bool> Device for Far<FORM, EVENTS> {
-    #[inline]
+    #[inline(always)]
     fn serve(&mut self, max: usize) -> usize {
         let first = self.taken;
         let mut pos = first;
         let mut id = 0;
-        for _ in 0..max {
-            let descriptor = self.queue.at(pos);
-            let tag = descriptor[1].load(Ordering::Acquire);
-            if tag & (AVAIL | USED) != available(pos) {
-                break;
+        let end = first.wrapping_add(max as u32);
+        'all: while pos != end {
+            let (free, done) = (available(pos), used(pos));
+            for descriptor in self.queue.stretch(pos, end.wrapping_sub(pos)) {
+                let tag = descriptor[1].load(Ordering::Acquire);
+                if tag & (AVAIL | USED) != free {
+                    break 'all;
+                }
+                let addr = descriptor[0].load(Ordering::Relaxed);
+                id = tag & 0xffff << 32;
+                if FORM == BATCH {
+                    self.number += 1;
+                    assert!(addr == self.number, "in order");
+                } else {
+                    descriptor[1].store(addr & 0xffff_ffff | id | done, Ordering::Release);
+                }
+                pos = pos.wrapping_add(1);
             }
-            let addr = descriptor[0].load(Ordering::Relaxed);
-            id = tag & 0xffff << 32;
-            if FORM == BATCH {
-                self.number += 1;
-                assert_eq!(addr, self.number, "in order");
-            } else {
-                descriptor[1].store(addr & 0xffff_ffff | id | used(pos), Ordering::Release);
-            }
-            pos = pos.wrapping_add(1);
         }
         let n = pos.wrapping_sub(first);
         if n != 0 {

@@ -28,22 +28,23 @@ impl Slots {
         unsafe { &*self.0.add(pos % ENTRIES) }
     }
 
+    /// The slots of the `n` positions from `pos` on, but no further than the array's end, and the
+    /// lap of all of them.
     #[inline(always)]
-    fn put(&self, pos: usize, addr: u64, tag: u64) {
-        let slot = self.at(pos);
-        slot[0].store(addr, Ordering::Relaxed);
-        slot[1].store(tag, Ordering::Release);
-    }
-
-    /// The slot at `pos`, if the bits `mask` of its tag are `bits`.
-    #[inline(always)]
-    fn get(&self, pos: usize, mask: u64, bits: u64) -> Option<(u64, u64)> {
-        let slot = self.at(pos);
-        let tag = slot[1].load(Ordering::Acquire);
-        (tag & mask == bits).then(|| (slot[0].load(Ordering::Relaxed), tag))
+    fn stretch(&self, pos: usize, n: usize) -> (&[[AtomicU64; 2]], u64) {
+        let n = n.min(ENTRIES - pos % ENTRIES);
+        // SAFETY: up to ENTRIES, which the pages hold.
+        (unsafe { std::slice::from_raw_parts(self.0.add(pos % ENTRIES), n) }, lap(pos))
     }
 }
 
+#[inline(always)]
+fn put(slot: &[AtomicU64; 2], addr: u64, tag: u64) {
+    slot[0].store(addr, Ordering::Relaxed);
+    slot[1].store(tag, Ordering::Release);
+}
+
+#[inline(always)]
 fn lap(pos: usize) -> u64 {
     if pos & ENTRIES == 0 { LAP } else { 0 }
 }
@@ -92,53 +93,77 @@ fn returned<const FORM: u8>() -> u64 {
 const LENGTH: u64 = 0xffff_ffff;
 
 impl<const FORM: u8> Driver for Near<FORM> {
-    #[inline]
+    #[inline(always)]
     fn submit(&mut self, n: usize) -> u64 {
         let mut sum = 0;
-        for i in 0..n {
-            let i = if FORM == OLDEST_LAST { n - 1 - i } else { i };
-            let addr = (self.submitted + i) as u64;
-            sum += addr & LENGTH;
-            self.out.put(self.submitted + i, addr, lap(self.submitted + i) | 64);
+        let end = self.submitted + n;
+        if FORM == OLDEST_LAST {
+            for pos in (self.submitted..end).rev() {
+                sum += pos as u64 & LENGTH;
+                put(self.out.at(pos), pos as u64, lap(pos) | 64);
+            }
+            self.submitted = end;
         }
-        self.submitted += n;
+        while self.submitted != end {
+            let (slots, lap) = self.out.stretch(self.submitted, end - self.submitted);
+            for slot in slots {
+                let addr = self.submitted as u64;
+                sum += addr & LENGTH;
+                put(slot, addr, lap | 64);
+                self.submitted += 1;
+            }
+        }
         end_of_batch::<FORM>();
         if FORM == RUNS { n as u64 } else { sum }
     }
 
-    #[inline]
+    #[inline(always)]
     fn reap(&mut self, max: usize) -> (usize, u64) {
         let (mut n, mut sum) = (0, 0);
-        while n < max {
-            let bits = lap(self.reaped) | returned::<FORM>();
-            let Some((_, tag)) = self.back.get(self.reaped, LAP | RETURNED, bits) else { break };
-            sum += tag & LENGTH;
-            let run = if FORM == RUNS { (tag & LENGTH) as usize } else { 1 };
-            self.reaped += run;
-            n += run;
+        'all: while n < max {
+            // A run's tag stands in the first of its slots.
+            let (slots, lap) =
+                self.back.stretch(self.reaped, if FORM == RUNS { 1 } else { max - n });
+            for slot in slots {
+                let tag = slot[1].load(Ordering::Acquire);
+                if tag & (LAP | RETURNED) != lap | returned::<FORM>() {
+                    break 'all;
+                }
+                sum += tag & LENGTH;
+                let run = if FORM == RUNS { (tag & LENGTH) as usize } else { 1 };
+                self.reaped += run;
+                n += run;
+            }
         }
         (n, sum)
     }
 }
 
 impl<const FORM: u8> Device for Far<FORM> {
-    #[inline]
+    #[inline(always)]
     fn serve(&mut self, max: usize) -> usize {
         let first = self.taken;
-        while self.taken - first < max {
-            let pos = self.taken;
-            let Some((addr, _)) = self.out.get(pos, LAP | RETURNED, lap(pos)) else { break };
-            if FORM != RUNS {
-                self.back.put(pos, addr, lap(pos) | returned::<FORM>() | addr & LENGTH);
-            } else {
-                assert_eq!(addr, pos as u64, "in order");
+        'all: while self.taken - first < max {
+            let (slots, lap) = self.out.stretch(self.taken, max - (self.taken - first));
+            let (back, _) = self.back.stretch(self.taken, slots.len());
+            for (slot, back) in slots.iter().zip(back) {
+                if slot[1].load(Ordering::Acquire) & (LAP | RETURNED) != lap {
+                    break 'all;
+                }
+                let addr = slot[0].load(Ordering::Relaxed);
+                if FORM == RUNS {
+                    assert!(addr == self.taken as u64, "in order");
+                } else {
+                    // Where the array is the same, the address stays.
+                    back[1].store(lap | returned::<FORM>() | addr & LENGTH, Ordering::Release);
+                }
+                self.taken += 1;
             }
-            self.taken += 1;
         }
         let n = self.taken - first;
         if n != 0 {
             if FORM == RUNS {
-                self.back.put(first, 0, lap(first) | RETURNED | n as u64);
+                put(self.back.at(first), 0, lap(first) | RETURNED | n as u64);
             }
             end_of_batch::<FORM>();
         }

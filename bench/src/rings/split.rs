@@ -75,7 +75,7 @@ fn slot(pos: u16) -> usize {
 }
 
 impl Driver for Near {
-    #[inline]
+    #[inline(always)]
     fn submit(&mut self, n: usize) -> u64 {
         let mut sum = 0;
         for _ in 0..n {
@@ -94,7 +94,7 @@ impl Driver for Near {
         sum
     }
 
-    #[inline]
+    #[inline(always)]
     fn reap(&mut self, max: usize) -> (usize, u64) {
         if self.used_idx == self.reaped {
             self.used_idx = self.ring.used.idx.load(Ordering::Acquire);
@@ -112,7 +112,7 @@ impl Driver for Near {
 }
 
 impl Device for Far {
-    #[inline]
+    #[inline(always)]
     fn serve(&mut self, max: usize) -> usize {
         if self.available_idx == self.taken {
             self.available_idx = self.ring.available.idx.load(Ordering::Acquire);

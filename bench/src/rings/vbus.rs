@@ -10,9 +10,6 @@ pub const ENTRIES_EACH: u8 = 1;
 /// Entries come back in order, and are only counted; by the calls for batches.
 pub const COUNTED: u8 = 2;
 
-/// The largest batch.
-const BATCH: usize = 64;
-
 /// The ends over `$shm`: the crate, or its sources compiled with something changed.
 macro_rules! ends {
     ($shm:path) => {
@@ -31,8 +28,6 @@ macro_rules! ends {
         pub struct Far<const BACK: u8> {
             ring: DeviceEnd<Memory>,
             number: u64,
-            /// What was taken.
-            batch: [Entry; BATCH],
         }
 
         pub fn pair<const BACK: u8>() -> (Near<BACK>, Far<BACK>) {
@@ -41,14 +36,11 @@ macro_rules! ends {
             let memory = pages().words();
             let ring = DriverEnd::create(memory, layout, 0).expect("it fits");
             let served = DeviceEnd::attach(memory).expect("it is formatted");
-            (
-                Near { ring, number: 0 },
-                Far { ring: served, number: 0, batch: [Entry::default(); BATCH] },
-            )
+            (Near { ring, number: 0 }, Far { ring: served, number: 0 })
         }
 
         impl<const BACK: u8> Driver for Near<BACK> {
-            #[inline]
+            #[inline(always)]
             fn submit(&mut self, n: usize) -> u64 {
                 let first = self.number;
                 self.number += n as u64;
@@ -69,7 +61,7 @@ macro_rules! ends {
                 sum
             }
 
-            #[inline]
+            #[inline(always)]
             fn reap(&mut self, max: usize) -> (usize, u64) {
                 let (mut n, mut sum) = (0, 0);
                 if BACK == COUNTED {
@@ -90,30 +82,30 @@ macro_rules! ends {
         }
 
         impl<const BACK: u8> Device for Far<BACK> {
-            #[inline]
+            #[inline(always)]
             fn serve(&mut self, max: usize) -> usize {
-                let answer = |entry: &Entry| Return { len: entry.addr as u32, ..(*entry).into() };
+                let answer = |entry: Entry| Return { len: entry.addr as u32, ..entry.into() };
                 let mut n = 0;
                 if BACK == ENTRIES_EACH {
                     while n < max {
                         let Some(entry) = self.ring.take().expect("an honest driver") else {
                             break;
                         };
-                        self.ring.give_back(answer(&entry));
+                        self.ring.give_back(answer(entry));
                         n += 1;
                     }
+                } else if BACK == ENTRIES_ALL {
+                    let served = self.ring.serve_all(max as u32, |entry| Some(answer(entry)));
+                    n = served.expect("an honest driver") as usize;
                 } else {
-                    let mut places = self.batch.iter_mut();
-                    let taken = self.ring.take_all(max.min(BATCH) as u32, |entry| {
-                        if BACK == COUNTED {
-                            self.number += 1;
-                            assert_eq!(entry.addr, self.number, "in order");
-                        } else if let Some(place) = places.next() {
-                            *place = entry;
-                        }
+                    let mut number = self.number;
+                    let served = self.ring.serve_all(max as u32, |entry| {
+                        number += 1;
+                        assert!(entry.addr == number, "in order");
+                        Some(Return::default())
                     });
-                    n = taken.expect("an honest driver") as usize;
-                    self.ring.give_back_all(self.batch[..n].iter().map(answer));
+                    self.number = number;
+                    n = served.expect("an honest driver") as usize;
                 }
                 assert!(!self.ring.post().is_wanted(), "the driver polls");
                 n
