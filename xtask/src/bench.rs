@@ -9,6 +9,9 @@ use testkit::workspace;
 /// What to measure, and how to print it.
 #[derive(clap::Args)]
 pub struct Args {
+    /// Measure something else than the shared memory
+    #[arg(value_enum, conflicts_with_all = ["quick", "realtime", "only"])]
+    what: Option<What>,
     /// Print one JSON object as the last line; a ratio above 1 means that vbus is faster
     #[arg(long)]
     json: bool,
@@ -23,8 +26,24 @@ pub struct Args {
     only: Option<String>,
 }
 
+/// What else can be measured.
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum What {
+    /// How long one hostile client can keep the device of another waiting, for each expensive thing
+    /// that it can ask for
+    Fairness,
+}
+
 /// Builds and runs the benchmark. Charts go to `target/bench`.
 pub fn run(args: &Args) -> Result<bool> {
+    if let Some(What::Fairness) = args.what {
+        let mut command = workspace::cargo();
+        command.current_dir(workspace::root());
+        command.args(["run", "--quiet", "--release", "--locked", "--package", "vbus-vfio-user"]);
+        command.args(["--example", "fairness", "--"]);
+        command.args(args.json.then_some("--json"));
+        return Ok(command.status().context("cannot run cargo")?.success());
+    }
     let mut command = workspace::cargo();
     command.current_dir(workspace::root().join("bench"));
     command

@@ -2,6 +2,11 @@
 //! Devices of a bus behind their sockets.
 #![allow(missing_docs, clippy::unwrap_used, reason = "a test may panic")]
 
+#[path = "../../examples/fairness/attacks.rs"]
+mod attacks;
 mod device;
+mod fairness;
 mod pic;
+#[path = "../../examples/fairness/stage.rs"]
+mod stage;
 mod storm;
