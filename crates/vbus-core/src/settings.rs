@@ -97,6 +97,31 @@ impl Settings {
         number(&value, &range).map(Some).ok_or_else(|| self.out_of_range(key, &value, &range))
     }
 
+    /// The number at `key`, if it is there: an integer, or text with a suffix for a power of 1000,
+    /// such as `"250M"`. The suffixes are k, M, G and T.
+    ///
+    /// # Errors
+    /// The value is neither, or it is outside `range`.
+    pub fn quantity(
+        &mut self,
+        key: &'static str,
+        range: RangeInclusive<u64>,
+    ) -> Result<Option<u64>, CreateError> {
+        let Some(value) = self.take(key) else { return Ok(None) };
+        let read = match &value {
+            Value::String(text) => quantity(text),
+            other => other.as_u64(),
+        };
+        read.filter(|n| range.contains(n)).map(Some).ok_or_else(|| {
+            let (from, to, value) = (range.start(), range.end(), shown(&value));
+            let text = format_args!(
+                "is {value}; use a number from {from} to {to}, or text with a suffix, such as \
+                 \"250M\""
+            );
+            self.error(key, text)
+        })
+    }
+
     /// The list of numbers at `key`, if it is there.
     ///
     /// # Errors
@@ -283,6 +308,20 @@ fn number<T: TryFrom<i64> + PartialOrd>(value: &Value, range: &RangeInclusive<T>
     value.as_i64().and_then(|n| T::try_from(n).ok()).filter(|n| range.contains(n))
 }
 
+/// The number that digits with at most one suffix stand for.
+fn quantity(text: &str) -> Option<u64> {
+    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let factor = match &text[digits.len()..] {
+        "" => 1,
+        "k" => 1_000,
+        "M" => 1_000_000,
+        "G" => 1_000_000_000,
+        "T" => 1_000_000_000_000,
+        _ => return None,
+    };
+    digits.parse::<u64>().ok()?.checked_mul(factor)
+}
+
 /// A value as an error repeats it.
 fn shown(value: &Value) -> String {
     let text = value.to_string();
@@ -363,6 +402,18 @@ mod tests {
         for (value, reading, expected) in cases {
             let error = read(value.clone(), reading).unwrap_err().to_string();
             assert!(error.starts_with(expected), "{value}: {error}");
+        }
+        let rate =
+            |value| Settings::new(&json!({ "rate": value }))?.quantity("rate", 8..=9_000_000);
+        for (value, number) in
+            [(json!(8), 8), (json!("9"), 9), (json!("7k"), 7_000), (json!("9M"), 9_000_000)]
+        {
+            assert_eq!(rate(value).unwrap(), Some(number));
+        }
+        for bad in [json!(7), json!("M"), json!("-8"), json!("8m"), json!("1G"), json!("9 k")] {
+            let error = rate(bad.clone()).unwrap_err().to_string();
+            let text = "use a number from 8 to 9000000, or text with a suffix, such as \"250M\"";
+            assert_eq!(error, format!("\"rate\" is {bad}; {text}"));
         }
         let long = read(json!({ "mtu": "x".repeat(1000) }), mtu).unwrap_err().to_string();
         assert!(long.len() < 120, "{long}");

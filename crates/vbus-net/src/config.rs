@@ -10,6 +10,7 @@ use vbus_tap::{Mac, Offloads};
 
 use crate::backend::Backend;
 use crate::capture::Captured;
+use crate::limited::{Limited, Limits};
 use crate::link::Link;
 use crate::medium::Medium;
 use crate::opener::Opener;
@@ -37,13 +38,15 @@ pub struct BackendConfig {
     pub medium: Medium,
     /// The offloads that the device may offer, in both directions, if the back end has them.
     pub offloads: Offloads,
+    /// The limits of both directions.
+    pub limits: Limits,
     /// The capture file, and the bytes of each frame that it keeps.
     pub capture: Option<(PathBuf, u32)>,
 }
 
 impl BackendConfig {
-    /// Reads `backend` and the settings of that back end; `csum`, `tso` and `uso`; `pcap` and
-    /// `snap-length`. `queues` is the front's setting `queue-pairs`, and `mtu` its MTU.
+    /// Reads `backend` and the settings of that back end; `csum`, `tso` and `uso`; `rate`,
+    /// `tx-rate`, `rx-rate` and `burst`; `pcap` and `snap-length`. `queues` is the front's setting `queue-pairs`, and `mtu` its MTU.
     ///
     /// # Errors
     /// A value is wrong, or does not go with another one.
@@ -60,13 +63,14 @@ impl BackendConfig {
         // A stream carries plain frames, so the device would have to undo the offloads of each
         // frame. They are on only if the settings ask for them.
         let offloads = offloads(settings, !medium.is_stream())?;
+        let limits = Limits::parse(settings)?;
         let path = settings.text("pcap")?.map(PathBuf::from);
         let snap = settings.integer("snap-length", 0..=u32::MAX)?;
         if snap.is_some() && path.is_none() {
             return Err(settings.error("snap-length", "needs pcap = FILE"));
         }
         let capture = path.map(|path| (path, snap.unwrap_or(u32::from(u16::MAX))));
-        Ok(BackendConfig { medium, offloads, capture })
+        Ok(BackendConfig { medium, offloads, limits, capture })
     }
 
     /// Makes the back end for a device with this address, with `queues` queue pairs and this MTU.
@@ -82,7 +86,7 @@ impl BackendConfig {
     ) -> Result<Box<dyn Backend>, CreateError> {
         let backend = self.medium.open(switches, opener, queues, mtu, link)?;
         backend.reserve(mac);
-        self.capture(opener, backend)
+        self.decorate(opener, backend)
     }
 
     /// Makes the back end for an uplink: with one queue, and without an address.
@@ -93,14 +97,17 @@ impl BackendConfig {
         mtu: u16,
         link: Arc<Link>,
     ) -> Result<Box<dyn Backend>, CreateError> {
-        self.capture(opener, self.medium.open(switches, opener, 1, mtu, link)?)
+        self.decorate(opener, self.medium.open(switches, opener, 1, mtu, link)?)
     }
 
-    fn capture(
+    fn decorate(
         &self,
         opener: &Arc<dyn Opener>,
-        backend: Box<dyn Backend>,
+        mut backend: Box<dyn Backend>,
     ) -> Result<Box<dyn Backend>, CreateError> {
+        if self.limits != Limits::default() {
+            backend = Box::new(Limited::new(backend, self.limits.clone()));
+        }
         Ok(match &self.capture {
             Some((path, snap)) => Box::new(Captured::new(&**opener, backend, path, *snap)?),
             None => backend,
@@ -153,6 +160,10 @@ mod tests {
         let no_uso = parse(&json!({"uso": false})).unwrap();
         assert_eq!(no_uso.offloads, Offloads::CSUM | Offloads::TSO);
         assert_eq!(parse(&json!({"csum": false})).unwrap().offloads, Offloads::NONE);
+        let limits = parse(&json!({"rate": "1G", "rx-rate": 8000, "burst": "64k"})).unwrap().limits;
+        let (tx, rx, burst) = (Some(1_000_000_000), Some(8000), Some(64_000));
+        assert_eq!(limits, Limits { tx_rate: tx, rx_rate: rx, burst });
+        assert_eq!(parse(&Value::Null).unwrap().limits, Limits::default());
         let capture = parse(&json!({"pcap": "f"})).unwrap().capture;
         assert_eq!(capture, Some(("f".into(), 65535)));
         assert_eq!(parse(&json!({"backend": "tap"})).unwrap().medium, Medium::Tap("vbus%d".into()));
@@ -177,6 +188,8 @@ mod tests {
             (json!({"swich": "lab"}), "did you mean \"switch\"?"),
             (json!({"tso": true, "csum": false}), "\"tso\" is true, which needs csum = true"),
             (json!({"snap-length": 64}), "needs pcap"),
+            (json!({"rate": 100}), "\"rate\" is 100; use a number from 8000 to 1000000000000"),
+            (json!({"burst": 1500}), "\"burst\" needs rate = BITS_PER_SECOND"),
         ] {
             let error = parse(&config).unwrap_err().to_string();
             assert!(error.contains(text), "{config}: {error}");

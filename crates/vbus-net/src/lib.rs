@@ -12,8 +12,8 @@
 //!   switch), the front shares its receive queues instead, each under a lock ([`Port::lanes`]).
 //!
 //! A back end knows neither the front's rings nor its registers. The back ends are the [`Medium`]s
-//! (switch, TAP interface, stream socket and null) and [`Captured`], which records the frames that
-//! pass another back end. [`BackendConfig`] reads the settings that choose a back end. An
+//! (switch, TAP interface, stream socket and null), [`Captured`], which records the frames that
+//! pass another back end, and [`Limited`], which limits their rate. [`BackendConfig`] reads the settings that choose a back end. An
 //! [`Opener`] opens the files, sockets and interfaces of the back ends.
 //!
 //! ```
@@ -34,6 +34,7 @@ mod capture;
 mod config;
 mod filter;
 mod frame;
+mod limited;
 mod link;
 mod medium;
 mod null;
@@ -56,6 +57,7 @@ pub use frame::{
     Body, CHAIN_MAX, ETH_BYTES, ETH_OVERHEAD, FRAME_MAX, Hash, Header, PIECES_MAX, Packet,
     TAG_BYTES, flag,
 };
+pub use limited::{Limited, Limits};
 pub use link::Link;
 pub use medium::Medium;
 pub use offload::dhcp_checksum;

@@ -344,3 +344,42 @@ fn dhcp_has_its_checksum_whatever_the_receiver_accepts() {
     let (header, got) = b.recv_with(0);
     assert_eq!((header[0], payload(&got, 17)), (0, payload(&got, 17)));
 }
+
+/// 16 kb/s are two frames of 1000 bytes a second. The clock gives only a lower bound here.
+#[test]
+fn rates_are_limited_in_both_directions() {
+    let bus = bus(2);
+    let with = |n: u8, key: &str| {
+        let mut config = config(n);
+        config[key] = json!("16k");
+        config["burst"] = json!(1);
+        config
+    };
+    let mut a = Net::new(&bus, "a", with(1, "tx-rate"), Shape::default());
+    let mut b = Net::new(&bus, "b", config(2), Shape::default());
+    let mut c = Net::new(&bus, "c", with(3, "rx-rate"), Shape::default());
+    let null = json!({ "backend": "null", "source-bytes": 1000, "rx-rate": "16k", "burst": 1 });
+    let begin = Instant::now();
+    let mut source = Net::new(&bus, "source", null, Shape::default());
+    // From a driver: the frames wait, and none is lost.
+    for n in 0..3 {
+        a.send(0, &frame(B, A, n, 1000));
+    }
+    for n in 0..3 {
+        assert_eq!(b.recv(0), frame(B, A, n, 1000));
+    }
+    assert!(begin.elapsed() >= Duration::from_millis(990), "{:?}", begin.elapsed());
+    // To a driver, from a source that nobody else waits for.
+    (0..3).for_each(|_| drop(source.recv(0)));
+    assert!(begin.elapsed() >= Duration::from_millis(990), "{:?}", begin.elapsed());
+    assert_eq!(source.drops(), 0);
+    // To a driver on a switch: they are dropped and counted.
+    for n in 0..200 {
+        b.send(0, &frame(C, B, n, 1000));
+    }
+    b.interrupts.wait("the counters", || (b.counter("/pairs/0/tx/frames") == 200).then_some(()));
+    assert_eq!(c.recv(0), frame(C, B, 0, 1000));
+    let dropped = c.counter("/pairs/0/rx/drops/rate");
+    assert_eq!((dropped, dropped + c.counter("/pairs/0/rx/frames")), (c.drops(), 200));
+    assert!(dropped > 0);
+}

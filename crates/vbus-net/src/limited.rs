@@ -1,0 +1,318 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! A decorator around a back end: limits the rate of each direction.
+//!
+//! Frames from the driver above the rate wait in its transmit ring. Frames to the driver wait where
+//! they are if that delays nobody else (in a TAP interface, in a stream); those of a switch are
+//! dropped and counted, because their sender has frames for others.
+
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use serde_json::{Value, json};
+use vbus_core::settings::Settings;
+use vbus_core::shm::signal::Armed;
+use vbus_core::{CreateError, ErrorCode, TaskHandle, lock};
+use vbus_tap::{Mac, Offloads};
+
+use crate::backend::{Backend, Done, Plug, Port, Queue, Sent};
+use crate::bucket::Bucket;
+use crate::frame::Packet;
+use crate::sink::{Delivery, OnFull, Read, Reserved, RxDrop, RxSink, SharedSink, Waiter};
+
+/// The rates that settings may give, in bits a second.
+const RATES: std::ops::RangeInclusive<u64> = 8_000..=1_000_000_000_000;
+/// The bursts that settings may give, in bytes.
+const BURSTS: std::ops::RangeInclusive<u64> = 1..=1_000_000_000;
+/// The burst if the settings give none: this part of a second at the rate, in ms, and at least so
+/// many bytes.
+const BURST_MS: u64 = 20;
+const BURST_MIN: u64 = 128 << 10;
+
+/// The limits of both directions, in bits a second. `None`: there is no limit.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Limits {
+    /// From the driver.
+    pub tx_rate: Option<u64>,
+    /// To the driver.
+    pub rx_rate: Option<u64>,
+    /// Bytes that may come at once. `None`: what the rate gives in 20 ms, and at least 128 KiB.
+    pub burst: Option<u64>,
+}
+
+impl Limits {
+    /// Reads `rate`, `tx-rate`, `rx-rate` and `burst`.
+    pub(crate) fn parse(settings: &mut Settings) -> Result<Limits, CreateError> {
+        let both = settings.quantity("rate", RATES)?;
+        let tx_rate = settings.quantity("tx-rate", RATES)?.or(both);
+        let rx_rate = settings.quantity("rx-rate", RATES)?.or(both);
+        let burst = settings.quantity("burst", BURSTS)?;
+        if burst.is_some() && tx_rate.is_none() && rx_rate.is_none() {
+            return Err(settings.error("burst", "needs rate = BITS_PER_SECOND, tx-rate or rx-rate"));
+        }
+        Ok(Limits { tx_rate, rx_rate, burst })
+    }
+
+    fn bucket(&self, rate: Option<u64>) -> Option<Arc<Bucket>> {
+        let bytes = rate? / 8;
+        let burst = self.burst.unwrap_or((bytes / 1000 * BURST_MS).max(BURST_MIN));
+        Some(Arc::new(Bucket::new(bytes, burst, Instant::now())))
+    }
+}
+
+/// A back end with limits. All queues of a device share them.
+pub struct Limited {
+    inner: Box<dyn Backend>,
+    limits: Limits,
+    tx: Option<Arc<Bucket>>,
+    rx: Option<Arc<Bucket>>,
+}
+
+impl Limited {
+    /// Puts `limits` around `inner`.
+    pub fn new(inner: Box<dyn Backend>, limits: Limits) -> Limited {
+        let (tx, rx) = (limits.bucket(limits.tx_rate), limits.bucket(limits.rx_rate));
+        Limited { inner, limits, tx, rx }
+    }
+}
+
+impl Backend for Limited {
+    fn tx_offloads(&self) -> Offloads {
+        self.inner.tx_offloads()
+    }
+
+    fn rx_offloads(&self) -> Offloads {
+        self.inner.rx_offloads()
+    }
+
+    fn shares_sinks(&self) -> bool {
+        self.inner.shares_sinks()
+    }
+
+    fn steers(&self) -> bool {
+        self.inner.steers()
+    }
+
+    fn reserve(&self, mac: Mac) {
+        self.inner.reserve(mac);
+    }
+
+    fn plug(&self, port: Arc<Port>) -> Result<Arc<dyn Plug>, ErrorCode> {
+        let lane = |sink: &SharedSink| -> SharedSink {
+            match &self.rx {
+                Some(bucket) => {
+                    Arc::new(Mutex::new(SharedLimit { sink: sink.clone(), bucket: bucket.clone() }))
+                }
+                None => sink.clone(),
+            }
+        };
+        let lanes = port.lanes.iter().map(lane).collect();
+        let inner = self.inner.plug(Arc::new(port.with_lanes(lanes)))?;
+        Ok(Arc::new(LimitedPlug { inner, tx: self.tx.clone(), rx: self.rx.clone() }))
+    }
+
+    fn inspect(&self) -> Value {
+        let mut value = self.inner.inspect();
+        value["tx-rate"] = json!(self.limits.tx_rate);
+        value["rx-rate"] = json!(self.limits.rx_rate);
+        value
+    }
+}
+
+struct LimitedPlug {
+    inner: Arc<dyn Plug>,
+    tx: Option<Arc<Bucket>>,
+    rx: Option<Arc<Bucket>>,
+}
+
+impl Plug for LimitedPlug {
+    fn queue(&self, index: u16, task: &TaskHandle) -> Result<Box<dyn Queue>, ErrorCode> {
+        let inner = self.inner.queue(index, task)?;
+        let (tx, rx) = (self.tx.clone(), self.rx.clone());
+        Ok(Box::new(LimitedQueue { inner, tx, rx, is_paid: false, rx_until: None }))
+    }
+
+    fn configure(&self, queues: u16, offloads: Offloads, done: Done) -> Result<(), ErrorCode> {
+        self.inner.configure(queues, offloads, done)
+    }
+
+    fn set_mac(&self, mac: Mac) -> bool {
+        self.inner.set_mac(mac)
+    }
+
+    fn filter_changed(&self) {
+        self.inner.filter_changed();
+    }
+}
+
+struct LimitedQueue {
+    inner: Box<dyn Queue>,
+    tx: Option<Arc<Bucket>>,
+    rx: Option<Arc<Bucket>>,
+    /// Whether the frame that waits, or that is sent in parts, has taken its tokens.
+    is_paid: bool,
+    /// When frames to the driver go on.
+    rx_until: Option<Instant>,
+}
+
+impl Queue for LimitedQueue {
+    fn send(&mut self, packet: &Packet<'_>) -> Sent {
+        if let (Some(bucket), false) = (&self.tx, self.is_paid) {
+            let now = Instant::now();
+            if let Some(until) = bucket.empty_until(now) {
+                return Sent::Wait { until: Some(until), moved: false };
+            }
+            bucket.charge(packet.bytes() as u64, now);
+            self.is_paid = true;
+        }
+        let sent = self.inner.send(packet);
+        self.is_paid &= matches!(sent, Sent::Wait { .. } | Sent::Part);
+        sent
+    }
+
+    fn forget(&mut self) {
+        self.is_paid = false;
+        self.inner.forget();
+    }
+
+    fn flush(&mut self) {
+        self.inner.flush();
+    }
+
+    fn receive(&mut self, sink: &mut dyn RxSink, budget: u32) -> Result<u32, ErrorCode> {
+        let Some(bucket) = &self.rx else { return self.inner.receive(sink, budget) };
+        let mut limit = LentLimit { sink, bucket, until: None };
+        let received = self.inner.receive(&mut limit, budget);
+        self.rx_until = limit.until;
+        received
+    }
+
+    fn arm(&mut self) -> Armed {
+        self.inner.arm()
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        [self.rx_until, self.inner.deadline()].into_iter().flatten().min()
+    }
+}
+
+/// A limit in front of a receive queue that the front lends for a poll. Frames above the rate wait.
+struct LentLimit<'a> {
+    sink: &'a mut dyn RxSink,
+    bucket: &'a Bucket,
+    /// When frames go on, if one was refused in this poll.
+    until: Option<Instant>,
+}
+
+impl LentLimit<'_> {
+    fn is_open(&mut self) -> bool {
+        self.until = self.bucket.empty_until(Instant::now());
+        self.until.is_none()
+    }
+}
+
+impl RxSink for LentLimit<'_> {
+    fn deliver(&mut self, packet: &Packet<'_>, on_full: OnFull) -> Delivery {
+        if !self.is_open() {
+            return Delivery::Full { until: self.until };
+        }
+        let delivery = self.sink.deliver(packet, on_full);
+        if delivery == Delivery::Delivered {
+            self.bucket.charge(packet.bytes() as u64, Instant::now());
+        }
+        delivery
+    }
+
+    fn has_room(&mut self, bytes: usize) -> bool {
+        self.is_open() && self.sink.has_room(bytes)
+    }
+
+    fn reserve(&mut self, read: &mut Read<'_>) -> Reserved {
+        if !self.is_open() {
+            return Reserved::Full;
+        }
+        let mut bytes = 0;
+        let reserved = self.sink.reserve(&mut |vector| {
+            let len = read(vector);
+            bytes = len.unwrap_or(0);
+            len
+        });
+        if reserved == Reserved::Frame {
+            self.bucket.charge(bytes as u64, Instant::now());
+        }
+        reserved
+    }
+
+    fn longest(&self) -> usize {
+        self.sink.longest()
+    }
+
+    fn post(&mut self) {
+        self.sink.post();
+    }
+
+    /// A frame that waits for its time does not wait for buffers.
+    fn wait(&mut self, waiter: &Waiter) {
+        if self.until.is_none() {
+            self.sink.wait(waiter);
+        }
+    }
+
+    fn arm(&mut self) -> Armed {
+        self.sink.arm()
+    }
+
+    fn count_drop(&mut self, reason: RxDrop) {
+        self.sink.count_drop(reason);
+    }
+}
+
+/// A limit in front of a receive queue that other devices deliver to. Frames above the rate are
+/// dropped.
+struct SharedLimit {
+    sink: SharedSink,
+    bucket: Arc<Bucket>,
+}
+
+impl RxSink for SharedLimit {
+    fn deliver(&mut self, packet: &Packet<'_>, on_full: OnFull) -> Delivery {
+        let (now, mut sink) = (Instant::now(), lock(&self.sink));
+        if self.bucket.empty_until(now).is_some() {
+            sink.count_drop(RxDrop::Rate);
+            return Delivery::Dropped;
+        }
+        let delivery = sink.deliver(packet, on_full);
+        if delivery == Delivery::Delivered {
+            self.bucket.charge(packet.bytes() as u64, now);
+        }
+        delivery
+    }
+
+    fn has_room(&mut self, bytes: usize) -> bool {
+        lock(&self.sink).has_room(bytes)
+    }
+
+    fn reserve(&mut self, _read: &mut Read<'_>) -> Reserved {
+        Reserved::Nothing // Other devices bring frames through `deliver`.
+    }
+
+    fn longest(&self) -> usize {
+        lock(&self.sink).longest()
+    }
+
+    fn post(&mut self) {
+        lock(&self.sink).post();
+    }
+
+    fn wait(&mut self, waiter: &Waiter) {
+        lock(&self.sink).wait(waiter);
+    }
+
+    fn arm(&mut self) -> Armed {
+        lock(&self.sink).arm()
+    }
+
+    fn count_drop(&mut self, reason: RxDrop) {
+        lock(&self.sink).count_drop(reason);
+    }
+}
