@@ -40,7 +40,8 @@ impl DeviceClass for UplinkClass {
     fn help(&self) -> &'static str {
         "A way out of a switch, for its devices; it has no driver. switch = NAME, mtu (1500), \
          vlan or trunk with native-vlan, broadcast-rate (10000), csum, tso, uso (true), \
-         rate or tx-rate and rx-rate = BITS_PER_SECOND with burst = BYTES, pcap = FILE with snap-length; \
+         rate or tx-rate and rx-rate = BITS_PER_SECOND with burst = BYTES, \
+         pcap = FILE with snap-length; \
          backend = \"tap\" (tap = INTERFACE), \"stream\" (connect = PATH or listen = PATH)."
     }
 

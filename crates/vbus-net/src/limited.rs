@@ -2,8 +2,9 @@
 //! A decorator around a back end: limits the rate of each direction.
 //!
 //! Frames from the driver above the rate wait in its transmit ring. Frames to the driver wait where
-//! they are if that delays nobody else (in a TAP interface, in a stream); those of a switch are
-//! dropped and counted, because their sender has frames for others.
+//! they are if that delays nobody else (in a TAP interface, in a stream). Those that come through
+//! shared receive queues (of a switch, or of a TAP interface for a driver with RSS) are dropped and
+//! counted, because others wait behind them.
 
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -85,8 +86,8 @@ impl Backend for Limited {
         self.inner.rx_offloads()
     }
 
-    fn shares_sinks(&self) -> bool {
-        self.inner.shares_sinks()
+    fn shares_sinks(&self, by_hash: bool) -> bool {
+        self.inner.shares_sinks(by_hash)
     }
 
     fn steers(&self) -> bool {
@@ -185,6 +186,10 @@ impl Queue for LimitedQueue {
         let received = self.inner.receive(&mut limit, budget);
         self.rx_until = limit.until;
         received
+    }
+
+    fn receive_shared(&mut self, budget: u32) -> Result<u32, ErrorCode> {
+        self.inner.receive_shared(budget)
     }
 
     fn arm(&mut self) -> Armed {

@@ -67,7 +67,8 @@ impl DeviceClass for VenetClass {
 
     fn help(&self) -> &'static str {
         "Ethernet controller. mac, mtu (1500), queue-pairs (1), csum, tso, uso (true), \
-         rate or tx-rate and rx-rate = BITS_PER_SECOND with burst = BYTES, pcap = FILE with snap-length, backpressure-ms (50), mac-changes (true), \
+         rate or tx-rate and rx-rate = BITS_PER_SECOND with burst = BYTES, \
+         pcap = FILE with snap-length, backpressure-ms (50), mac-changes (true), \
          speed = MBIT_PER_SECOND with duplex; \
          backend = \"switch\" (switch = NAME, learn, isolated (false), vlan or \
          trunk with native-vlan, broadcast-rate (10000)), \"tap\" (tap = INTERFACE), \
