@@ -144,7 +144,8 @@ impl Claimed {
         Ok(claimed)
     }
 
-    /// The lock. While any duplicate of this descriptor is open, no other bus can use the directory.
+    /// The lock. While any duplicate of this descriptor is open, no other bus can use the
+    /// directory.
     pub fn lock(&self) -> BorrowedFd<'_> {
         self.lock.as_fd()
     }

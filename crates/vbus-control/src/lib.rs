@@ -7,9 +7,9 @@
 //! defines the requests.
 //!
 //! A [`Server`] gives each client its own thread. It limits the number of clients, the length of a
-//! line, and the time that a client may be silent. A client can at worst end its own connection. The
-//! handler learns who a client is ([`Peer`]), and can turn it away. A [`Connection`] is the client's
-//! end.
+//! line, and the time that a client may be silent. A client can at worst end its own connection.
+//! The handler learns who a client is ([`Peer`]), and can turn it away. A [`Connection`] is the
+//! client's end.
 //!
 //! ```
 //! use std::os::unix::net::{UnixListener, UnixStream};

@@ -85,10 +85,10 @@ impl Access {
     /// without a mode, the members of the group may connect: the mode is 0660.
     ///
     /// # Errors
-    /// A value is wrong, or there is no such user or group on this machine.
+    /// A value is wrong. Whether the user and the group exist is for [`check`](Self::check).
     pub fn parse(settings: &mut Settings) -> Result<Option<Access>, CreateError> {
-        let owner = account(settings, "owner", user)?;
-        let group = account(settings, "group", group)?;
+        let owner = settings.text("owner")?;
+        let group = settings.text("group")?;
         let mode = match settings.text("mode")? {
             None => None,
             Some(text) => {
@@ -104,6 +104,23 @@ impl Access {
         }
         let mode = mode.unwrap_or(if group.is_some() { 0o660 } else { PRIVATE });
         Ok(Some(Access { owner, group, mode }))
+    }
+
+    /// Checks that the user and the group exist on this machine.
+    ///
+    /// # Errors
+    /// One of them does not. The text begins with its key.
+    pub fn check(&self) -> Result<(), CreateError> {
+        let failed = |key: &str, name: &str, error: io::Error| {
+            CreateError(format!("\"{key}\" is {name:?}: {error}"))
+        };
+        if let Some(name) = &self.owner {
+            user(name).map_err(|error| failed("owner", name, error))?;
+        }
+        if let Some(name) = &self.group {
+            group(name).map_err(|error| failed("group", name, error))?;
+        }
+        Ok(())
     }
 
     /// Whether somebody else than the user of the bus may connect. That user must be able to search
@@ -141,19 +158,6 @@ impl Access {
     }
 }
 
-/// Reads a user or a group, which `look_up` must find.
-fn account(
-    settings: &mut Settings,
-    key: &'static str,
-    look_up: fn(&str) -> io::Result<u32>,
-) -> Result<Option<String>, CreateError> {
-    let Some(name) = settings.text(key)? else { return Ok(None) };
-    match look_up(&name) {
-        Ok(_) => Ok(Some(name)),
-        Err(error) => Err(settings.error(key, format!("is {name:?}: {error}"))),
-    }
-}
-
 /// The number of the user `name`, which may be the number itself.
 ///
 /// # Errors
@@ -186,7 +190,7 @@ fn id(
     if let Ok(number) = name.parse() {
         return Ok(number);
     }
-    look_up(name)?.ok_or_else(|| io::Error::other(format!("there is no such {kind} here")))
+    look_up(name)?.ok_or_else(|| io::Error::other(format!("there is no {kind} {name:?} here")))
 }
 
 #[cfg(test)]
@@ -219,11 +223,6 @@ mod tests {
             (json!({ "mode": 660 }), "\"socket.mode\" is 660; use text in quotes"),
             (json!({ "mode": "0880" }), "\"socket.mode\" is \"0880\"; use an octal number"),
             (json!({ "mode": "1777" }), "\"socket.mode\" is \"1777\"; use an octal number"),
-            (json!({ "owner": "no one" }), "\"socket.owner\" is \"no one\": there is no such user"),
-            (
-                json!({ "group": "no one" }),
-                "\"socket.group\" is \"no one\": there is no such group",
-            ),
             (
                 json!({ "grup": "kvm" }),
                 "\"socket.grup\" is no setting here; did you mean \"group\"",
@@ -232,6 +231,20 @@ mod tests {
             let error = parse(value.clone()).unwrap_err();
             assert!(error.starts_with(text), "{value}: {error}");
         }
+    }
+
+    #[test]
+    fn accounts_must_exist() {
+        let access = |owner: &str, group: &str| Access {
+            owner: Some(owner.into()),
+            group: Some(group.into()),
+            mode: PRIVATE,
+        };
+        assert!(access("root", "0").check().is_ok());
+        let error = access("no one", "0").check().unwrap_err().to_string();
+        assert_eq!(error, "\"owner\" is \"no one\": there is no user \"no one\" here");
+        let error = access("0", "no one").check().unwrap_err().to_string();
+        assert_eq!(error, "\"group\" is \"no one\": there is no group \"no one\" here");
     }
 
     #[test]

@@ -8,8 +8,8 @@ use vbus_core::DeviceClass;
 use vbus_net::Opener;
 use vbus_sched::SchedClass;
 
-/// Returns the classes of vbus, with `sched` as the class of that name, followed by `more`. `opener`
-/// opens what their devices need.
+/// Returns the classes of vbus, with `sched` as the class of that name, followed by `more`.
+/// `opener` opens what their devices need.
 ///
 /// # Errors
 /// Two classes have the same name.

@@ -345,7 +345,13 @@ fn device(table: &DeTable<'_>, whole: Range<usize>) -> Result<(DeviceSpec, Devic
     let (name, class) =
         (name.ok_or_else(|| missing("name"))?, class.ok_or_else(|| missing("class"))?);
     let places = DevicePlaces { text: name.clone(), name: name_place, class: class_place, keys };
-    let spec = DeviceSpec::new(name, class, settings).map_err(|e| {
+    let spec = DeviceSpec::new(name, class, settings).and_then(|spec| {
+        // Its text begins with a key of the table `socket`.
+        let checked = spec.socket.access.check();
+        checked.map_err(|error| error.to_string().replacen('"', "\"socket.", 1))?;
+        Ok(spec)
+    });
+    let spec = spec.map_err(|e| {
         let place = places
             .keys
             .iter()
@@ -504,11 +510,15 @@ mod tests {
             ),
             (
                 "[control]\nread-access = [\"0\", \"no one\"]\n",
-                "bus.toml:2:21: \"read-access[1]\" is \"no one\": there is no such group here",
+                "bus.toml:2:21: \"read-access[1]\" is \"no one\": there is no group \"no one\" here",
             ),
             (
                 "[[device]]\nname=\"x\"\nclass=\"c\"\nsocket={ mode=\"9\" }\n",
                 "bus.toml:4:10: \"socket.mode\" is \"9\"; use an octal number such as \"0660\"",
+            ),
+            (
+                "[[device]]\nname=\"x\"\nclass=\"c\"\nsocket={ group=\"no one\" }\n",
+                "bus.toml:4:10: \"socket.group\" is \"no one\": there is no group",
             ),
             ("x = 99999999999999999999\n", "bus.toml:1:1: unknown key"),
             (

@@ -55,11 +55,13 @@ mod config;
 mod plug;
 mod program;
 mod rights;
+mod sandbox;
 mod serve;
 mod supervisor;
 mod vmm;
 
 pub use program::Program;
+pub use sandbox::Sandbox;
 
 /// The examples of the README compile.
 #[cfg(doctest)]

@@ -9,6 +9,7 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use vbus_cli::documents;
 use vbus_core::DeviceClass;
 
+use crate::sandbox::Sandbox;
 use crate::{command, serve, supervisor};
 
 /// A virtual device bus: devices for virtual machines and for plain processes.
@@ -55,18 +56,28 @@ pub struct Program {
     version: &'static str,
     classes: Vec<Box<dyn DeviceClass>>,
     supervisor: Vec<OsString>,
+    sandbox: Sandbox,
 }
 
 impl Program {
     /// Makes a program with this name and version. Its help and its errors show them.
     pub fn new(name: &'static str, version: &'static str) -> Program {
         let supervisor = vec![supervisor::COMMAND.into()];
-        Program { name, version, classes: Vec::new(), supervisor }
+        let (classes, sandbox) = (Vec::new(), Sandbox::default());
+        Program { name, version, classes, supervisor, sandbox }
     }
 
     /// Adds a device class. If two classes have the same name, [`run`](Self::run) fails.
     pub fn class(mut self, class: impl DeviceClass + 'static) -> Program {
         self.classes.push(Box::new(class));
+        self
+    }
+
+    /// Says what the program's own classes need beside the classes of vbus: files, sockets, system
+    /// calls. `serve` gives up everything else before it makes the first device. A program that
+    /// does not call this has classes that open nothing.
+    pub fn sandbox(mut self, sandbox: Sandbox) -> Program {
+        self.sandbox = sandbox;
         self
     }
 
@@ -114,7 +125,7 @@ impl Program {
 
     fn dispatch(self, command: &Command) -> Result<()> {
         match command {
-            Command::Serve(args) => serve::run(args, self.classes, &self.supervisor),
+            Command::Serve(args) => serve::run(args, self.classes, &self.supervisor, &self.sandbox),
             Command::Device(command) => command::device::run(command),
             Command::State(command) => command::state::run(command),
             Command::Stats(args) => command::stats::run(args),

@@ -49,6 +49,9 @@ impl ControlSpec {
     pub fn parse(table: &Value) -> Result<ControlSpec, CreateError> {
         let mut settings = Settings::new(table)?;
         let access = Access::parse(&mut settings)?;
+        if let Some(access) = &access {
+            access.check()?;
+        }
         let full = groups(&mut settings, "full-access")?;
         let read = groups(&mut settings, "read-access")?;
         settings.finish()?;

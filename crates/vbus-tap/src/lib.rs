@@ -24,7 +24,7 @@ mod request;
 pub use interface::{set_mac, set_mtu, set_up};
 pub use mac::{BROADCAST, Mac, is_group, parse_mac, show_mac};
 pub use offloads::Offloads;
-pub use queue::{Queue, Setup, advice};
+pub use queue::{QUEUE_IOCTLS, Queue, Setup, advice};
 
 /// Bytes of the header before each frame (virtio 1.3, 5.1.6, with `num_buffers`).
 pub const HEADER_BYTES: usize = 12;

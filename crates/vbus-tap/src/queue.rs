@@ -35,6 +35,10 @@ const TUNSETQUEUE: Opcode = opcode::write::<i32>(b'T', 217);
 const TUNSETVNETLE: Opcode = opcode::write::<i32>(b'T', 220);
 const TUNSETCARRIER: Opcode = opcode::write::<i32>(b'T', 226);
 
+/// The numbers of the ioctls that a [`Queue`] needs after it was attached. A filter of system calls
+/// allows them.
+pub const QUEUE_IOCTLS: [u32; 3] = [TUNSETOFFLOAD, TUNSETQUEUE, TUNSETCARRIER];
+
 fn set<const OPCODE: Opcode>(fd: &OwnedFd, value: i32) -> io::Result<()> {
     // SAFETY: every opcode that this is used with takes a pointer to an int.
     unsafe { ioctl(fd, Setter::<OPCODE, i32>::new(value)) }
@@ -87,8 +91,8 @@ impl Queue {
         Ok((Queue { fd, multi_queue: setup.multi_queue }, request.name()))
     }
 
-    /// The queue whose descriptor another process has attached ([`attach`](Self::attach)) and handed
-    /// over. `multi_queue`: the interface may have several queues.
+    /// The queue whose descriptor another process has attached ([`attach`](Self::attach)) and
+    /// handed over. `multi_queue`: the interface may have several queues.
     pub fn from_descriptor(fd: OwnedFd, multi_queue: bool) -> Queue {
         Queue { fd, multi_queue }
     }

@@ -7,7 +7,7 @@ use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::client::{BusDir, Client, text};
 use vbus_cli::output::{bold, emit, emit_json, flatten, plain};
@@ -59,6 +59,9 @@ pub fn run(args: &Args) -> Result<()> {
                 // Move the cursor to the top, and clear the screen.
                 screen.push_str("\x1b[H\x1b[J");
             }
+            if args.devices.is_empty() {
+                screen.push_str(&sandbox(&client.ask(&json!({ "op": "info" }))?));
+            }
             let mut numbers = Before::new();
             for device in &devices {
                 show(
@@ -79,6 +82,20 @@ pub fn run(args: &Args) -> Result<()> {
         }
         std::thread::sleep(Duration::from_secs_f64(args.interval));
     }
+}
+
+/// A line about the protections of the bus.
+fn sandbox(info: &Value) -> String {
+    let protections = flatten(&info["sandbox"]);
+    let line: Vec<_> = protections
+        .iter()
+        .map(|(name, value)| match value {
+            Value::Bool(true) => name.clone(),
+            Value::Bool(false) | Value::Null => format!("without {name}"),
+            value => format!("{name} {value}"),
+        })
+        .collect();
+    format!("sandbox: {}\n", line.join(", "))
 }
 
 fn show(

@@ -12,8 +12,9 @@ use serde_json::{Map, Value, json};
 use vbus_control::{Client, Handler, Limits, Peer, Server};
 
 use super::host::Host;
+use crate::access::Access;
 use crate::config::DeviceSpec;
-use crate::rights::{ControlSpec, Level, Rights};
+use crate::rights::{Level, Rights};
 use crate::supervisor::SocketFile;
 use vbus_cli::rundir::CONTROL;
 
@@ -69,11 +70,11 @@ pub struct Acceptor {
 }
 
 impl Acceptor {
-    /// Makes the control socket of `host`, for the clients that `spec` names.
-    pub fn bind(host: Arc<Host>, spec: &ControlSpec) -> Result<Acceptor> {
+    /// Makes the control socket of `host`, with this access and these rights of clients.
+    pub fn bind(host: Arc<Host>, access: &Access, rights: Rights) -> Result<Acceptor> {
         let path = host.dir().join(CONTROL);
-        let listening = host.listen(&path, BACKLOG, &spec.access());
-        let handler = Control { host, rights: spec.rights()? };
+        let listening = host.listen(&path, BACKLOG, access);
+        let handler = Control { host, rights };
         listening
             .and_then(|(listener, file)| {
                 let server = Server::new(UnixListener::from(listener), LIMITS, handler)?;
@@ -118,6 +119,7 @@ impl Handler for Control {
                 "pid": std::process::id(),
                 "dir": host.dir(),
                 "classes": host.classes(),
+                "sandbox": host.protections().inspect(),
             })),
             Request::List => Ok(Value::Array(host.inspect(None)?)),
             Request::Show { name } => Ok(host.inspect(Some(&name))?.pop().unwrap_or_default()),

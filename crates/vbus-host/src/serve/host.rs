@@ -17,6 +17,7 @@ use vbus_vfio_user::DeviceServer;
 use crate::access::Access;
 use crate::classes;
 use crate::config::{Config, DeviceSpec};
+use crate::sandbox::Protections;
 use crate::supervisor::{RemoteThreads, SocketFile, Supervisor};
 use vbus_cli::rundir::{self, Claimed};
 
@@ -28,6 +29,7 @@ pub struct Host {
     claimed: Claimed,
     bus: Bus,
     supervisor: Arc<Supervisor>,
+    protections: Protections,
     /// The server of each device, by the device's name. It is not locked while a device is made or
     /// removed, because a back end may take long for that.
     served: Mutex<BTreeMap<String, Option<Served>>>,
@@ -41,18 +43,24 @@ struct Served {
 
 impl Host {
     /// Starts an empty bus that has the classes of vbus and `more`. `supervisor` opens what the
-    /// devices need.
+    /// devices need. `protections` are those of this process.
     pub fn start(
         claimed: Claimed,
         supervisor: Arc<Supervisor>,
         config: &Config,
         more: Vec<Box<dyn DeviceClass>>,
+        protections: Protections,
     ) -> Result<Host> {
         let executor = Executor::start(config.tuning).context("starting the event loop")?;
         let threads = Arc::new(RemoteThreads(supervisor.clone()));
         let classes = classes::all(supervisor.clone(), SchedClass::through(threads), more)?;
         let bus = Bus::new(executor, classes);
-        Ok(Host { claimed, bus, supervisor, served: Mutex::default() })
+        Ok(Host { claimed, bus, supervisor, protections, served: Mutex::default() })
+    }
+
+    /// The protections of this process.
+    pub fn protections(&self) -> Protections {
+        self.protections
     }
 
     /// The event loop of all devices.

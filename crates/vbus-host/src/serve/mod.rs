@@ -16,10 +16,11 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use rustix::event::{PollFd, PollFlags, poll};
 use vbus_cli::signals;
-use vbus_core::{DeviceClass, Watchdog};
+use vbus_core::{DeviceClass, MemoryContext, Watchdog};
 
 use crate::client::BusDir;
 use crate::config::{self, Config};
+use crate::sandbox::{Protections, Sandbox};
 use crate::supervisor::{Permits, Supervisor};
 use health::Health;
 use host::Host;
@@ -61,11 +62,22 @@ pub struct Args {
     /// Write the line READY=1 to this file descriptor once the bus is up
     #[arg(long, value_name = "FD")]
     ready_fd: Option<u32>,
+    /// Serve with all rights of the user. Without this option, the process that serves the bus
+    /// drops its capabilities, cannot get new privileges, and may make no system call that opens
+    /// anything
+    #[arg(long)]
+    no_sandbox: bool,
 }
 
 /// Serves a bus until SIGINT, SIGTERM or SIGHUP. `classes` are the classes that the program has
-/// beside those of vbus. With the arguments `supervisor`, the program becomes the supervisor.
-pub fn run(args: &Args, classes: Vec<Box<dyn DeviceClass>>, supervisor: &[OsString]) -> Result<()> {
+/// beside those of vbus. With the arguments `supervisor`, the program becomes the
+/// supervisor. `sandbox` is what the classes need.
+pub fn run(
+    args: &Args,
+    classes: Vec<Box<dyn DeviceClass>>,
+    supervisor: &[OsString],
+    sandbox: &Sandbox,
+) -> Result<()> {
     log::start();
     let (config, source) = match &args.config {
         Some(path) => {
@@ -90,9 +102,27 @@ pub fn run(args: &Args, classes: Vec<Box<dyn DeviceClass>>, supervisor: &[OsStri
     let permits = Permits::new(claimed.path(), &config.allow, &config.devices);
     let supervisor = Supervisor::start(supervisor, &permits, claimed.lock())
         .context("starting the supervisor")?;
-    let host = Arc::new(Host::start(claimed, supervisor, &config, classes)?);
+    // The budgets of all peers' memory come from files, which are read once.
+    drop(MemoryContext::new());
+    rustix::param::page_size();
+    // From here on this process looks at no account and opens no path.
+    let (access, rights) = (config.control.access(), config.control.rights()?);
+    let protections = match args.no_sandbox {
+        true => {
+            tracing::warn!(
+                "--no-sandbox: a client that takes this process over has all its rights"
+            );
+            Protections::default()
+        }
+        false => sandbox.enter(&permits.folders)?,
+    };
+    tracing::info!("sandbox: {protections}");
+    if !args.no_sandbox && !protections.missing().is_empty() {
+        tracing::warn!("the sandbox is weaker: {}", protections.missing().join("; "));
+    }
+    let host = Arc::new(Host::start(claimed, supervisor, &config, classes, protections)?);
     // A client that connects before all devices are made waits in the backlog.
-    let accept = control::Acceptor::bind(host.clone(), &config.control)?;
+    let accept = control::Acceptor::bind(host.clone(), &access, rights)?;
     for (number, spec) in config.devices.iter().enumerate() {
         host.add(spec.clone()).map_err(|error| match &source {
             Some(source) => source.device_error(number, &format!("{error:#}")).into(),

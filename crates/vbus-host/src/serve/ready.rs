@@ -16,19 +16,19 @@ pub struct Ready {
 }
 
 impl Ready {
-    /// Opens the descriptor `number`, before the process gives up the right to open anything. No
-    /// process that this one starts inherits the descriptor.
+    /// Duplicates the descriptor `number`. No process that this one starts inherits it.
     ///
     /// # Errors
-    /// There is no such descriptor, or it is not for writing.
+    /// There is no such descriptor.
     pub fn open(number: u32) -> Result<Ready> {
         let open = || {
-            let path = format!("/proc/self/fd/{number}");
-            let file = File::options().write(true).open(path)?;
             let raw = RawFd::try_from(number).map_err(std::io::Error::other)?;
-            // SAFETY: the number was open just now, and the process has one thread yet, so it still
-            // is. If it were not, the calls would fail.
+            // SAFETY: nothing in this process closes the descriptor while this function runs. If
+            // there is no such descriptor, the calls fail.
             let inherited = unsafe { BorrowedFd::borrow_raw(raw) };
+            // A duplicate needs no permission. To open it by its path would need one, if another
+            // user has made it.
+            let file = File::from(inherited.try_clone_to_owned()?);
             // The standard descriptors of a process that this one starts are set apart from this.
             if raw > 2 {
                 fcntl_setfd(inherited, fcntl_getfd(inherited)? | FdFlags::CLOEXEC)?;

@@ -13,8 +13,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, shutdown, socketpair};
 use serde_json::Value;
 use vbus_core::lock;
 use vbus_sched::{Held, Limits, Setting, TakeError, time_in};
@@ -127,20 +126,19 @@ impl Drop for Supervisor {
 impl Supervisor {
     /// Ends the supervisor, and waits for its end. Later requests fail.
     pub fn stop(&self) {
-        if lock(&self.socket).take().is_none() {
-            return;
-        }
-        let mut child = lock(&self.child);
+        let Some(socket) = lock(&self.socket).take() else { return };
         let ended = || -> io::Result<bool> {
-            let process = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?;
+            shutdown(&socket, Shutdown::Write)?;
             let timeout = Timespec::try_from(TIMEOUT).map_err(io::Error::other)?;
-            Ok(poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&timeout))? > 0)
+            // The supervisor closes its end when it has cleaned up.
+            Ok(poll(&mut [PollFd::new(&socket, PollFlags::IN)], Some(&timeout))? > 0)
         };
+        let mut child = lock(&self.child);
         match ended() {
             Ok(true) => drop(child.wait()),
             Ok(false) => tracing::warn!(process = child.id(), "the supervisor does not end"),
             Err(error) => {
-                tracing::warn!(%error, process = child.id(), "cannot wait for the supervisor")
+                tracing::warn!(%error, process = child.id(), "cannot wait for the supervisor");
             }
         }
     }

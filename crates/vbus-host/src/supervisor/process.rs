@@ -18,6 +18,7 @@ use super::place::Places;
 use super::socket::{self, SocketFile};
 use super::verb::{self, Answer, Threads, Verb};
 use crate::access::Access;
+use crate::sandbox::{drop_capabilities, supervisor_capabilities};
 
 /// The name of the hidden command.
 pub const COMMAND: &str = "supervisor";
@@ -37,6 +38,9 @@ pub fn run() -> ExitCode {
     // This fails if a person started the command by hand, which does no harm.
     let _ = rustix::process::setsid();
     let _ = rustix::thread::set_name(c"vbus-supervisor");
+    // It needs no others, and starts no program that could get more.
+    drop_capabilities(supervisor_capabilities());
+    let _ = rustix::thread::set_no_new_privs(true);
     match serve() {
         Ok(0) => ExitCode::SUCCESS,
         Ok(restored) => {

@@ -2,6 +2,7 @@
 //! Programs that serve a bus with classes of their own.
 #![allow(missing_docs, clippy::unwrap_used, reason = "a test may panic")]
 
+mod sandbox;
 mod watchdog;
 
 /// The arguments by which this program runs [`supervises`], the supervisor of its buses.

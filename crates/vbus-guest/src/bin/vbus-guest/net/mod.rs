@@ -122,8 +122,8 @@ where
         };
         scanned = true;
         let there = |id: &String| found.iter().any(|found| found.id == *id);
-        // A bus that is just starting may have made the NIC after the scan. A second scan, after the
-        // bus has answered, finds it.
+        // A bus that is just starting may have made the NIC after the scan. A second scan, after
+        // the bus has answered, finds it.
         let left = |id: &String| {
             source.has_left(id)
                 && source.scan().is_ok_and(|found| found.iter().all(|found| found.id != *id))
