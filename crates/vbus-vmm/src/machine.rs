@@ -168,6 +168,7 @@ impl Machine {
             .map(|path| control::start(&path, &components, config.filter))
             .transpose()?;
         let (image, filter) = (config.image, config.filter);
+        ram.watch(sender.clone(), filter)?;
         let machine = Machine { components, irqchip, ram, image, serial, events, filter, control };
         Ok((machine, sender))
     }

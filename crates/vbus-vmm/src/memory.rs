@@ -5,23 +5,34 @@
 
 use std::fs::File;
 use std::io;
+use std::ptr::NonNull;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{
     FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, ftruncate, memfd_create,
 };
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
+use vbus_mapping::{Backing, Guard};
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap,
+};
 
+use crate::events::{EventSender, VmEvent};
 use crate::layout;
+use crate::seccomp::{self, Thread};
 
 /// The least memory of a guest in bytes. The kernel is loaded at 1 MiB, and its tables are below.
 pub const RAM_MIN: u64 = 16 << 20;
 /// The most memory of a guest in bytes: what 40 bits of physical address and the hole below 4 GiB
 /// leave, rounded down.
 pub const RAM_MAX: u64 = 512 << 30;
+
+/// The size of a page of the memory, in bytes.
+const PAGE: usize = 4096;
 
 /// The address at which a processor starts after an INIT, unless it waits to be started: the last
 /// 16 bytes below 4 GiB.
@@ -48,6 +59,9 @@ pub struct RamRegion {
 
 /// All of the guest's memory.
 pub struct Ram {
+    /// Ends before the memory is unmapped.
+    _guards: Vec<Guard>,
+    backing: Arc<Backing>,
     file: Arc<File>,
     bytes: u64,
     map: GuestMemoryMmap,
@@ -86,7 +100,9 @@ impl Ram {
         let page = (GuestAddress(layout::FIRMWARE), layout::FIRMWARE_BYTES);
         let firmware =
             GuestMemoryMmap::from_ranges(&[page]).context("cannot map the guest's firmware")?;
-        let ram = Ram { file, bytes, map, firmware };
+        let backing = Backing::zeros(PAGE)?;
+        let _guards = map.iter().map(|region| guard(region, &backing)).collect::<Result<_>>()?;
+        let ram = Ram { _guards, backing, file, bytes, map, firmware };
         ram.write_firmware()?;
         Ok(ram)
     }
@@ -104,6 +120,30 @@ impl Ram {
             file_offset,
         };
         ranges(self.bytes).map(region).collect()
+    }
+
+    /// Starts a thread that ends the machine when memory is lost: a server has punched a hole into
+    /// the memory, and the system has no page for it. `filter`: the thread has a filter of system
+    /// calls.
+    ///
+    /// # Errors
+    /// The system has no descriptor or no thread left.
+    pub fn watch(&self, events: EventSender, filter: bool) -> Result<()> {
+        let losses = vbus_mapping::losses()?;
+        let backing = self.backing.clone();
+        std::thread::Builder::new().name("ram-watch".into()).spawn(move || {
+            if let Err(error) = if filter { seccomp::apply(Thread::Memory) } else { Ok(()) } {
+                let _ = events.send(VmEvent::Fail(error));
+                return;
+            }
+            while !backing.is_lost() {
+                let _ = poll(&mut [PollFd::from_borrowed_fd(losses, PollFlags::IN)], None);
+            }
+            let _ = events.send(VmEvent::Fail(anyhow!(
+                "the guest's memory has a hole, for which the system has no memory left"
+            )));
+        })?;
+        Ok(())
     }
 
     /// The size of the memory in bytes.
@@ -152,6 +192,13 @@ impl Ram {
     }
 }
 
+/// Makes an access to lost memory of `region` return, instead of ending this process.
+fn guard(region: &GuestRegionMmap, backing: &Arc<Backing>) -> Result<Guard> {
+    let base = NonNull::new(region.as_ptr()).context("mapped at 0")?;
+    // SAFETY: The region is mapped for as long as the `Ram` lives, and the guard ends before.
+    Ok(unsafe { Guard::new(base, region.size(), PAGE, backing) }?)
+}
+
 /// Splits `bytes` bytes of memory into ranges: address in the guest, size, offset in the file.
 pub fn ranges(bytes: u64) -> impl Iterator<Item = (u64, u64, u64)> {
     let low = bytes.min(layout::LOW_RAM_END);
@@ -186,6 +233,23 @@ mod tests {
         assert_eq!(ram.map().read_obj::<u32>(GuestAddress(layout::HIGH_RAM)).unwrap(), 0);
         assert!(ram.map().read_obj::<u32>(GuestAddress(layout::LOW_RAM_END)).is_err());
         assert!(Ram::new(1 << 20).is_err());
+    }
+
+    #[test]
+    fn memory_that_is_lost_does_not_end_the_process() {
+        // A file that can shrink, as if it were the guest's memory.
+        let file = memfd_create("lost", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&file, RAM_MIN).unwrap();
+        let shared = File::from(file.try_clone().unwrap());
+        let bytes = usize::try_from(RAM_MIN).unwrap();
+        let range = (GuestAddress(0), bytes, Some(FileOffset::new(shared, 0)));
+        let map = GuestMemoryMmap::from_ranges_with_files([range]).unwrap();
+        let backing = Backing::zeros(PAGE).unwrap();
+        let _guard = guard(map.iter().next().unwrap(), &backing).unwrap();
+        map.write_obj(7_u32, GuestAddress(0x10_0000)).unwrap();
+        ftruncate(&file, 0).unwrap();
+        assert_eq!(map.read_obj::<u32>(GuestAddress(0x10_0000)).unwrap(), 0);
+        assert!(backing.is_lost());
     }
 
     #[test]

@@ -29,11 +29,13 @@ pub enum Thread {
     Watch,
     /// Waits for signals that end the machine.
     Signals,
+    /// Waits for a loss of the guest's memory.
+    Memory,
 }
 
 /// The calls that any thread may need: memory, locks, time, waiting, open descriptors, the end. No
 /// thread may make memory executable (see [`rules`]).
-const ALL: [i64; 44] = [
+const ALL: [i64; 45] = [
     libc::SYS_brk,
     libc::SYS_clock_gettime,
     libc::SYS_clock_nanosleep,
@@ -68,6 +70,7 @@ const ALL: [i64; 44] = [
     libc::SYS_recvfrom,
     libc::SYS_recvmsg,
     libc::SYS_restart_syscall,
+    libc::SYS_rt_sigaction,
     libc::SYS_rt_sigprocmask,
     libc::SYS_rt_sigreturn,
     libc::SYS_sched_yield,
@@ -84,7 +87,7 @@ const ALL: [i64; 44] = [
 fn more(thread: Thread) -> &'static [i64] {
     match thread {
         Thread::Main => &[libc::SYS_fallocate, libc::SYS_unlink],
-        Thread::Vcpu | Thread::Watch | Thread::Signals => &[],
+        Thread::Vcpu | Thread::Watch | Thread::Signals | Thread::Memory => &[],
         Thread::Serial => &[libc::SYS_accept4],
         Thread::Control => &[
             libc::SYS_accept4,
@@ -256,6 +259,7 @@ mod tests {
             Thread::Control,
             Thread::Watch,
             Thread::Signals,
+            Thread::Memory,
         ] {
             assert!(filter(thread).unwrap().len() < 4096, "the kernel takes no longer ones");
         }
