@@ -314,16 +314,16 @@ fn an_interface_with_a_larger_mtu_passes_no_longer_frames() {
     let bus = bus(1);
     let all = Shape { features: F_TX | F_RX, buffer_bytes: 4096, ..Shape::default() };
     let Some((mut a, name)) = tap(&bus, all, &json!({})) else { return };
-    let socket = address(&name, 4);
+    let socket = address(&name, 7);
     ip(&format!("link set {name} mtu 9000"));
-    let to = (Ipv4Addr::new(10, 78, 4, 2), 5555);
+    let to = (Ipv4Addr::new(10, 78, 7, 2), 5555);
     for len in [1473, 3000, 8000, 1472] {
         socket.send_to(&vec![7; len], to).unwrap();
     }
     assert_eq!(next_datagram(&mut a).1.len(), 1514, "the longest that fits comes first");
     assert_eq!(a.counter("/pairs/0/rx/drops/too_long"), 3);
-    a.send(0, &datagram(&name, 4, &[7; 1473]));
-    a.send(0, &datagram(&name, 4, &[7; 1472]));
+    a.send(0, &datagram(&name, 7, &[7; 1473]));
+    a.send(0, &datagram(&name, 7, &[7; 1472]));
     assert_eq!(socket.recv(&mut [0; 9000]).unwrap(), 1472);
     assert_eq!(a.counter("/pairs/0/tx/drops/too_long"), 1);
 }
