@@ -35,7 +35,8 @@ impl Interrupt {
     }
 
     /// Takes the kick that a post returned. Interrupts the driver if the driver asked for a kick.
-    /// Counts the kick or its absence.
+    /// Counts the kick or its absence. The compiler checks that the kick comes from a device's end,
+    /// but not from which ring: keep a ring and its interrupt in one value.
     pub fn kick(&self, kick: Kick<end::Device>) {
         if kick.is_wanted() {
             self.trigger();

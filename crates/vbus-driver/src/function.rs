@@ -64,6 +64,8 @@ pub struct Region {
     handle: u32,
     /// The slot of the function's table that keeps its memory.
     slot: usize,
+    /// The slot of the memory that [`Function::keep`] keeps with the region.
+    kept: Option<usize>,
     /// Number of the connection that the region belongs to.
     connection: u32,
 }
@@ -400,9 +402,7 @@ impl<H: Hal> Function<H> {
             }
             (dma.page_shift(), scratch.address(0))
         };
-        let slot = regions
-            .insert(dma.clone())
-            .ok_or(Error::Unsupported("more regions than this driver has room for"))?;
+        let slot = regions.insert(dma.clone()).ok_or(TABLE_FULL)?;
         let selector = u64::from(id) | u64::from(vector) << 32 | u64::from(shift) << 48;
         let signal = signal.map_or(command::NO_SIGNAL, |offset| offset as u64);
         let arguments = [selector, address, len as u64, signal];
@@ -415,7 +415,22 @@ impl<H: Hal> Function<H> {
             .ok()
             .filter(|handle| *handle < self.info.max_regions)
             .ok_or(Error::Corrupt("the handle of a region is out of range"))?;
-        Ok(Region { handle, slot, connection: self.opens })
+        Ok(Region { handle, slot, kept: None, connection: self.opens })
+    }
+
+    /// Keeps a clone of `memory`, whose addresses the driver gives to the device through `region`,
+    /// as long as the memory of the region: until the region is dropped or the connection is
+    /// closed. A region keeps one such memory.
+    pub fn keep(&mut self, region: &mut Region, memory: &H::Dma) -> Result<(), Error> {
+        let is_own = region.connection == self.opens;
+        let Some(connection) = self.connection.as_mut().filter(|_| is_own) else {
+            return Err(NOT_OPEN);
+        };
+        if region.kept.is_some() {
+            return Err(Error::Unsupported("more than one memory beside that of a region"));
+        }
+        region.kept = Some(connection.regions.insert(memory.clone()).ok_or(TABLE_FULL)?);
+        Ok(())
     }
 
     /// Drops a region. The device has let go of its memory when this returns without an error.
@@ -427,6 +442,9 @@ impl<H: Hal> Function<H> {
         let arguments = [u64::from(region.handle), 0, 0, 0];
         self.command("REGION_DROP", command::REGION_DROP, arguments)?;
         self.forget_region(region.slot);
+        if let Some(kept) = region.kept {
+            self.forget_region(kept);
+        }
         Ok(())
     }
 
@@ -601,7 +619,9 @@ impl<H: Hal> Bell<H> {
         self.hal.ring(self.doorbell, self.handle);
     }
 
-    /// Rings the doorbell if the kick of a post asks for that. Returns whether it rang.
+    /// Rings the doorbell if the kick of a post asks for that. Returns whether it rang. The compiler
+    /// checks that the kick comes from a driver's end, but not from which ring: a check would cost a
+    /// comparison for each post. Keep a ring and its bell in one value.
     pub fn kick(&self, kick: Kick<Driver>) -> bool {
         if kick.is_wanted() {
             self.ring();
@@ -627,6 +647,7 @@ impl<H: Hal> Acknowledger<H> {
     }
 }
 
+const TABLE_FULL: Error = Error::Unsupported("more regions than this driver has room for");
 const NOT_OPEN: Error = Error::Refused { command: "command", code: ErrorCode::NOT_OPEN };
 /// The scratch memory holds the largest buffer of a call, the largest page list, and the handshake
 /// word.

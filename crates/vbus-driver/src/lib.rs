@@ -62,6 +62,7 @@ mod regions;
 pub mod requests;
 pub mod sched;
 pub mod state;
+mod state_page;
 pub mod venet;
 
 pub use costs::{Cost, Costs};

@@ -38,7 +38,8 @@ impl<D: fmt::Debug, const N: usize> RegionTable<D> for FixedTable<D, N> {
     }
 }
 
-/// A table on the heap. It grows up to the number of regions that the device takes.
+/// A table on the heap. It grows up to the number of regions that the device takes, and as many
+/// memories beside them ([`Function::keep`](crate::Function::keep)).
 #[cfg(feature = "alloc")]
 #[derive(Debug)]
 pub struct HeapTable<D> {
@@ -49,7 +50,7 @@ pub struct HeapTable<D> {
 #[cfg(feature = "alloc")]
 impl<D: fmt::Debug> RegionTable<D> for HeapTable<D> {
     fn new(regions: usize) -> Result<Self, NoMemory> {
-        Ok(HeapTable { slots: alloc::vec::Vec::new(), max: regions })
+        Ok(HeapTable { slots: alloc::vec::Vec::new(), max: 2 * regions })
     }
 
     fn insert(&mut self, memory: D) -> Option<usize> {

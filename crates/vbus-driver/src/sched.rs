@@ -4,9 +4,9 @@
 use vbus_shm::abi::{class, sched as abi};
 use vbus_shm::signal::Armed;
 use vbus_shm::signal::end::Driver;
-use vbus_shm::state::{self, Layout, Overrun, SIGNAL_OFFSET};
+use vbus_shm::state::{self, Overrun};
 
-use crate::{Bell, Error, Function, Hal, Region};
+use crate::{Bell, Error, Function, Hal, state_page};
 
 /// A scheduling class, and the priority within it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -177,20 +177,12 @@ impl<H: Hal> Cpus<H> {
         if cpu >= self.limits.cpus {
             return Err(Error::Unsupported("a virtual CPU that has no pages"));
         }
-        let (memory, region) = self.register(abi::request_page(cpu), abi::request::BYTES)?;
-        let requests = state::Writer::attach(memory, Driver).map_err(|_| LAYOUT)?;
-        let (memory, _) = self.register(abi::report_page(cpu), abi::report::BYTES)?;
-        let reports = state::Reader::attach(memory, Driver).map_err(|_| LAYOUT)?;
+        let function = &mut self.function;
+        let (requests, region) =
+            state_page::writer(function, abi::request_page(cpu), 0, abi::request::BYTES)?;
+        let (reports, _) =
+            state_page::reader(function, abi::report_page(cpu), 0, abi::report::BYTES)?;
         Ok(Cpu { requests, bell: self.function.bell(region.handle()), reports })
-    }
-
-    fn register(&mut self, id: u32, bytes: u32) -> Result<(H::Dma, Region), Error> {
-        let layout = Layout::new(bytes, state::DEFAULT_SLOTS).map_err(|_| LAYOUT)?;
-        let memory = self.function.hal().alloc(layout.bytes())?;
-        layout.format(&memory, 0).map_err(|_| LAYOUT)?;
-        let region =
-            self.function.region_add(id, 0, &memory, (0, layout.bytes()), Some(SIGNAL_OFFSET))?;
-        Ok((memory, region))
     }
 
     /// Closes the connection. Every thread has its own class again when this returns.
@@ -198,8 +190,6 @@ impl<H: Hal> Cpus<H> {
         self.function.close();
     }
 }
-
-const LAYOUT: Error = Error::Unsupported("a state page of that size");
 
 /// The pages of a virtual CPU.
 #[derive(Debug)]

@@ -3,9 +3,9 @@
 
 use vbus_shm::abi::{class, state as abi};
 use vbus_shm::signal::{Armed, end};
-use vbus_shm::state::{self, Layout, MAX_VALUE, Overrun, SIGNAL_OFFSET};
+use vbus_shm::state::{self, MAX_VALUE, Overrun};
 
-use crate::{Bell, Error, Function, Hal, Name, Region};
+use crate::{Bell, Error, Function, Hal, Name, Region, state_page};
 
 /// Which end writes a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,8 +93,9 @@ impl<H: Hal> Pages<H> {
 
     /// Registers memory for a page that the device writes. Interrupts come on `vector`.
     pub fn reader(&mut self, page: &Description, vector: u16) -> Result<Reader<H>, Error> {
-        let (memory, region) = self.register(page, Owner::Device, vector)?;
-        let inner = state::Reader::attach(memory, end::Driver).map_err(|_| LAYOUT)?;
+        Self::check_owner(page, Owner::Device)?;
+        let (function, bytes) = (&mut self.function, page.value_bytes);
+        let (inner, region) = state_page::reader(function, page.number, vector, bytes)?;
         Ok(Reader { inner, region })
     }
 
@@ -106,8 +107,9 @@ impl<H: Hal> Pages<H> {
 
     /// Registers memory for a page that the driver writes.
     pub fn writer(&mut self, page: &Description, vector: u16) -> Result<Writer<H>, Error> {
-        let (memory, region) = self.register(page, Owner::Driver, vector)?;
-        let inner = state::Writer::attach(memory, end::Driver).map_err(|_| LAYOUT)?;
+        Self::check_owner(page, Owner::Driver)?;
+        let (function, bytes) = (&mut self.function, page.value_bytes);
+        let (inner, region) = state_page::writer(function, page.number, vector, bytes)?;
         Ok(Writer { inner, bell: self.function.bell(region.handle()), region })
     }
 
@@ -116,29 +118,16 @@ impl<H: Hal> Pages<H> {
         self.function.region_drop(writer.region)
     }
 
-    fn register(
-        &mut self,
-        page: &Description,
-        owner: Owner,
-        vector: u16,
-    ) -> Result<(H::Dma, Region), Error> {
-        if page.owner != owner {
-            return Err(Error::Unsupported(match owner {
-                Owner::Device => "reading a page that the driver itself writes",
-                Owner::Driver => "writing a page that the device writes",
-            }));
+    fn check_owner(page: &Description, owner: Owner) -> Result<(), Error> {
+        if page.owner == owner {
+            return Ok(());
         }
-        let layout = Layout::new(page.value_bytes, state::DEFAULT_SLOTS).map_err(|_| LAYOUT)?;
-        let memory = self.function.hal().alloc(layout.bytes())?;
-        layout.format(&memory, 0).map_err(|_| LAYOUT)?;
-        let range = (0, layout.bytes());
-        let region =
-            self.function.region_add(page.number, vector, &memory, range, Some(SIGNAL_OFFSET))?;
-        Ok((memory, region))
+        Err(Error::Unsupported(match owner {
+            Owner::Device => "reading a page that the driver itself writes",
+            Owner::Driver => "writing a page that the device writes",
+        }))
     }
 }
-
-const LAYOUT: Error = Error::Unsupported("a state page of that size");
 
 /// Reads a page that the device writes.
 #[derive(Debug)]

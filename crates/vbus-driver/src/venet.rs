@@ -26,7 +26,7 @@ pub use vbus_shm::abi::venet::{
     HEADER_BYTES, RSS_KEY_BYTES, VLAN_MAP_BYTES, counters_page, hash_kind,
 };
 
-use crate::{Bell, Error, Function, Hal, Region};
+use crate::{Bell, Error, Function, Hal, Region, state_page};
 
 /// The most entries of a ring that this driver makes.
 pub const RING_MAX: u32 = 1024;
@@ -127,7 +127,8 @@ impl<H: Hal> Nic<H> {
         let config = config(&function)?;
         let features = venet::complete(wanted & function.info().features);
         function.open_with_vector(features, vector)?;
-        let status = page(&mut function, venet::REGION_STATUS, status_page::BYTES, vector)?;
+        let (id, bytes) = (venet::REGION_STATUS, status_page::BYTES);
+        let (status, _) = state_page::reader(&mut function, id, vector, bytes)?;
         Ok(Nic { status, seen: 0, counters: None, config, function })
     }
 
@@ -142,8 +143,9 @@ impl<H: Hal> Nic<H> {
     }
 
     /// Makes queue pair `q` with rings of `entries` entries (a power of two, at most
-    /// [`Config::ring_entries`]) and receive buffers of `buffer_bytes` (at least [`BUFFER_MIN`]).
-    /// Its interrupts come on `vector`. Pairs 0, 1, ... that are there at [`start`](Self::start)
+    /// [`Config::ring_entries`]), and a receive buffer of `buffer_bytes` (at least [`BUFFER_MIN`])
+    /// for each entry. The function keeps the memory of rings and receive buffers until the device
+    /// has let go of it. Its interrupts come on `vector`. Pairs 0, 1, ... that are there at [`start`](Self::start)
     /// are in use then. One that is made later is in use from [`set_queues`](Self::set_queues) on.
     pub fn queue_pair(
         &mut self,
@@ -152,7 +154,19 @@ impl<H: Hal> Nic<H> {
         buffer_bytes: u32,
         vector: u16,
     ) -> Result<(Tx<H>, Rx<H>), Error> {
-        Ok((self.tx(q, entries, vector)?, self.rx(q, entries, buffer_bytes, vector)?))
+        Ok((self.tx(q, entries, vector)?, self.rx(q, entries, (buffer_bytes, true), vector)?))
+    }
+
+    /// As [`queue_pair`](Self::queue_pair), for a driver that has receive buffers of its own and
+    /// gives each by its address ([`Rx::give_at`]).
+    pub fn queue_pair_without_buffers(
+        &mut self,
+        q: u16,
+        entries: u32,
+        buffer_bytes: u32,
+        vector: u16,
+    ) -> Result<(Tx<H>, Rx<H>), Error> {
+        Ok((self.tx(q, entries, vector)?, self.rx(q, entries, (buffer_bytes, false), vector)?))
     }
 
     /// Takes a queue pair away. The device touches neither its rings nor its buffers when this
@@ -172,7 +186,8 @@ impl<H: Hal> Nic<H> {
     }
 
     /// Resets a receive queue: takes its ring away, and puts a new one of `entries` entries in its
-    /// place, without buffers. The device does not touch the former buffers when this returns.
+    /// place, with new buffers that the driver has not given yet. The device does not touch the
+    /// former buffers when this returns.
     pub fn reset_rx(
         &mut self,
         rx: Rx<H>,
@@ -180,21 +195,37 @@ impl<H: Hal> Nic<H> {
         buffer_bytes: u32,
         vector: u16,
     ) -> Result<Rx<H>, Error> {
-        let q = rx.q;
+        let (q, own) = (rx.q, rx.buffers.is_some());
         self.function.region_drop(rx.ring.region)?;
-        self.rx(q, entries, buffer_bytes, vector)
+        self.rx(q, entries, (buffer_bytes, own), vector)
     }
 
     fn tx(&mut self, q: u16, entries: u32, vector: u16) -> Result<Tx<H>, Error> {
         Ok(Tx::new(q, self.ring(venet::tx(q), entries, Returns::Counted, vector)?))
     }
 
-    fn rx(&mut self, q: u16, entries: u32, bytes: u32, vector: u16) -> Result<Rx<H>, Error> {
+    fn rx(
+        &mut self,
+        q: u16,
+        entries: u32,
+        (bytes, with_buffers): (u32, bool),
+        vector: u16,
+    ) -> Result<Rx<H>, Error> {
         if bytes < BUFFER_MIN {
             return Err(Error::Unsupported("so small receive buffers"));
         }
-        let ring = self.ring(venet::rx(q), entries, Returns::Entries, vector)?;
-        Ok(Rx::new(q, ring, bytes, self.function.features() & F_HASH != 0))
+        let buffers = match with_buffers {
+            true => Some(self.function.hal().alloc(entries as usize * bytes as usize)?),
+            false => None,
+        };
+        let mut ring = self.ring(venet::rx(q), entries, Returns::Entries, vector)?;
+        if let Some(buffers) = &buffers {
+            if let Err(error) = self.function.keep(&mut ring.region, buffers) {
+                self.function.region_drop(ring.region)?;
+                return Err(error);
+            }
+        }
+        Ok(Rx::new(q, ring, (bytes, buffers), self.function.features() & F_HASH != 0))
     }
 
     fn ring(
@@ -322,7 +353,8 @@ impl<H: Hal> Nic<H> {
     /// Registers the counters page, for [`counters`](Self::counters). It never interrupts.
     pub fn add_counters(&mut self, vector: u16) -> Result<(), Error> {
         let bytes = counters_page::BYTES * u32::from(self.config.queue_pairs);
-        self.counters = Some(page(&mut self.function, venet::REGION_COUNTERS, bytes, vector)?);
+        let id = venet::REGION_COUNTERS;
+        self.counters = Some(state_page::reader(&mut self.function, id, vector, bytes)?.0);
         Ok(())
     }
 
@@ -360,23 +392,6 @@ impl<H: Hal> Nic<H> {
     }
 }
 
-/// Registers a state page that the device writes.
-fn page<H: Hal>(
-    function: &mut Function<H>,
-    id: u32,
-    bytes: u32,
-    vector: u16,
-) -> Result<state::Reader<H::Dma, Driver>, Error> {
-    let layout = state::Layout::new(bytes, state::DEFAULT_SLOTS).map_err(|_| LAYOUT)?;
-    let memory = function.hal().alloc(layout.bytes())?;
-    layout.format(&memory, 0).map_err(|_| Error::NoMemory)?;
-    let reader = state::Reader::attach(memory.clone(), Driver).map_err(|_| LAYOUT)?;
-    let range = (0, layout.bytes());
-    function.region_add(id, vector, &memory, range, Some(state::SIGNAL_OFFSET))?;
-    Ok(reader)
-}
-
 /// Bytes of the largest counters page.
 const COUNTERS_BYTES: usize = counters_page::BYTES as usize * venet::QUEUE_PAIRS_MAX as usize;
 const NEVER_STILL: Error = Error::Corrupt("a page that changes during every read");
-const LAYOUT: Error = Error::Unsupported("a page of that size");

@@ -6,7 +6,7 @@ use vbus_shm::ring::{Entry, NEXT};
 use vbus_shm::signal::Armed;
 
 use super::{RING_MAX, Ring};
-use crate::{Error, Hal};
+use crate::{Dma, Error, Hal};
 
 /// Part of a received frame: the first `len` bytes of buffer `id`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -23,6 +23,9 @@ pub struct Rx<H: Hal> {
     pub(super) q: u16,
     pub(super) ring: Ring<H>,
     buffer_bytes: u32,
+    /// The buffers, in the order of their ids, if the NIC has made them. The function keeps them
+    /// too, so that this value may be dropped while the device has them.
+    pub(super) buffers: Option<H::Dma>,
     header_bytes: usize,
     /// A bit for each buffer that the device has.
     with_device: [u64; RING_MAX as usize / 64],
@@ -38,13 +41,19 @@ pub struct Rx<H: Hal> {
 }
 
 impl<H: Hal> Rx<H> {
-    pub(super) fn new(q: u16, ring: Ring<H>, buffer_bytes: u32, hash: bool) -> Self {
+    pub(super) fn new(
+        q: u16,
+        ring: Ring<H>,
+        (buffer_bytes, buffers): (u32, Option<H::Dma>),
+        hash: bool,
+    ) -> Self {
         let pieces = [Received::default(); CHAIN_MAX];
         Rx {
             q,
             header_bytes: if hash { HASH_HEADER_BYTES } else { HEADER_BYTES },
             ring,
             buffer_bytes,
+            buffers,
             with_device: Default::default(),
             order: [0; RING_MAX as usize],
             oldest: 0,
@@ -70,11 +79,40 @@ impl<H: Hal> Rx<H> {
         self.ring.end.space()
     }
 
-    /// Gives buffer `id`, the [`buffer_bytes`](Self::buffer_bytes) at `addr`, to the device. `id`
-    /// must be below the number of entries of the ring, and the device must not have a buffer of
-    /// that id. The driver chooses the address of each id. The device sees the buffer after
+    /// The memory of the buffers. Buffer `id` begins at byte `id * buffer_bytes`.
+    ///
+    /// # Panics
+    /// The queue was made without buffers.
+    pub fn buffers(&self) -> &H::Dma {
+        match &self.buffers {
+            Some(buffers) => buffers,
+            None => panic!("a receive queue without buffers"),
+        }
+    }
+
+    /// Gives buffer `id` to the device. `id` must be below the number of entries of the ring, and
+    /// the device must not have that buffer. The device sees the buffer after
     /// [`post`](Self::post) at the latest.
-    pub fn give(&mut self, id: u16, addr: u64) -> Result<(), Error> {
+    pub fn give(&mut self, id: u16) -> Result<(), Error> {
+        let at = usize::from(id) * self.buffer_bytes as usize;
+        let run = self.buffers.as_ref().filter(|b| b.is_run(at, self.buffer_bytes as usize));
+        let addr = run.ok_or(Error::Unsupported("a receive buffer of that number"))?.address(at);
+        self.submit(id, addr)
+    }
+
+    /// Gives the [`buffer_bytes`](Self::buffer_bytes) at the device's address `addr` to the device,
+    /// as buffer `id`. Otherwise as [`give`](Self::give).
+    ///
+    /// # Safety
+    /// The memory at `addr` is the driver's, and nothing else uses it or frees it, until
+    /// [`receive`](Self::receive) has returned the buffer, the queue's region has been dropped, or
+    /// the connection has been closed. The device writes it until then.
+    #[allow(unsafe_code, reason = "only the caller knows what is at the address")]
+    pub unsafe fn give_at(&mut self, id: u16, addr: u64) -> Result<(), Error> {
+        self.submit(id, addr)
+    }
+
+    fn submit(&mut self, id: u16, addr: u64) -> Result<(), Error> {
         let (word, bit) = word_and_bit(id);
         let free = self.with_device.get_mut(word).filter(|bits| **bits & bit == 0);
         let Some(bits) = free.filter(|_| u32::from(id) < self.ring.end.layout().entries()) else {

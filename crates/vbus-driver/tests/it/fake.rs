@@ -9,7 +9,7 @@ use std::rc::{Rc, Weak};
 use vbus_driver::{Dma, Doorbell, FixedTable, Hal, NoMemory};
 use vbus_shm::Memory;
 use vbus_shm::abi::{capability, command, error_code, reg};
-use vbus_shm::sync::Word;
+use vbus_shm::sync::{Ordering, Word};
 
 /// The fake function. Clones are handles to the same function.
 #[derive(Clone)]
@@ -29,6 +29,8 @@ struct Registers {
     commands: Vec<u32>,
     /// The commands that fail, with their error codes.
     refused: BTreeMap<u32, u32>,
+    /// A word that REGION_ADD writes into the memory that was allocated last.
+    scribble: Option<(usize, u64)>,
     /// Whether a test has fixed the results of all commands.
     forced: bool,
     rung: u32,
@@ -118,6 +120,11 @@ impl Fake {
         self.0.borrow_mut().refused.insert(number, code);
     }
 
+    /// Lets the device write word `at` of each region when it is added.
+    pub fn scribble(&self, at: usize, value: u64) {
+        self.0.borrow_mut().scribble = Some((at, value));
+    }
+
     /// The commands of the driver, in order.
     pub fn commands(&self) -> Vec<u32> {
         self.0.borrow().commands.clone()
@@ -173,6 +180,10 @@ impl Registers {
                 command::REGION_ADD => {
                     value = (0..).find(|handle| !regions.contains_key(handle)).unwrap();
                     regions.insert(value, argument(1).unwrap());
+                    let added = self.memory.last().and_then(Weak::upgrade);
+                    if let (Some((at, word)), Some(block)) = (self.scribble, added) {
+                        Plain(block).words()[at].store(word, Ordering::Relaxed);
+                    }
                 }
                 command::REGION_DROP => drop(regions.remove(&(argument(0).unwrap() as u32))),
                 command::CLOSE => regions.clear(),

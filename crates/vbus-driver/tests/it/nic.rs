@@ -19,9 +19,9 @@ const BUFFER: usize = 4096;
 const SLOT: usize = FRAME_MAX.next_multiple_of(64);
 
 /// Gives all buffers to the device.
-fn fill(rx: &mut Rx<Local>, receiving: &LocalMemory) {
+fn fill(rx: &mut Rx<Local>) {
     for id in 0..rx.space() as u16 {
-        rx.give(id, receiving.address(usize::from(id) * BUFFER)).unwrap();
+        rx.give(id).unwrap();
     }
     rx.post();
 }
@@ -33,7 +33,6 @@ struct Station {
     tx: Tx<Local>,
     rx: Rx<Local>,
     sending: LocalMemory,
-    receiving: LocalMemory,
     sent: usize,
 }
 
@@ -49,11 +48,10 @@ impl Station {
         let local = Local::new(bus, &format!("n{last}"), "venet", &config);
         let mut nic = Nic::open(local.probe(), features, 0).unwrap();
         let (tx, mut rx) = nic.queue_pair(0, ENTRIES, BUFFER as u32, 0).unwrap();
-        let receiving = local.alloc(BUFFER * ENTRIES as usize).unwrap();
-        fill(&mut rx, &receiving);
+        fill(&mut rx);
         nic.start().unwrap();
         let sending = local.alloc(SLOT * ENTRIES as usize).unwrap();
-        Station { local, nic, tx, rx, sending, receiving, sent: 0 }
+        Station { local, nic, tx, rx, sending, sent: 0 }
     }
 
     /// Sends a frame in pieces of at most `piece` bytes (a multiple of 8).
@@ -87,9 +85,9 @@ impl Station {
         let mut frame = Vec::new();
         for piece in pieces {
             let mut bytes = vec![0; piece.len as usize];
-            self.receiving.copy_out(usize::from(piece.id) * BUFFER, &mut bytes);
+            self.rx.buffers().copy_out(usize::from(piece.id) * BUFFER, &mut bytes);
             frame.extend(bytes);
-            self.rx.give(piece.id, self.receiving.address(usize::from(piece.id) * BUFFER)).unwrap();
+            self.rx.give(piece.id).unwrap();
         }
         self.rx.post();
         Some(frame.split_off(self.rx.header_bytes()))
@@ -299,8 +297,7 @@ fn queues_come_and_go_while_it_runs() {
     let mut b = Station::with(&bus, 2, 1500, F_RSS);
     assert_eq!(refused(b.nic.set_queues(2)), ErrorCode::BAD_ARGUMENT);
     let (tx, mut rx) = b.nic.queue_pair(1, ENTRIES, BUFFER as u32, 0).unwrap();
-    let buffers = b.local.alloc(BUFFER * ENTRIES as usize).unwrap();
-    fill(&mut rx, &buffers);
+    fill(&mut rx);
     b.nic.set_queues(2).unwrap();
     let rss = Rss { kinds: hash_kind::IPV4, key: [3; 40], table: &[1] };
     b.nic.set_rss(Some(&rss)).unwrap();
@@ -319,13 +316,13 @@ fn queues_come_and_go_while_it_runs() {
 fn a_queue_is_reset_while_the_others_run() {
     let bus = bus();
     let mut a = Station::new(&bus, 1, 1500);
-    let Station { local, mut nic, tx, rx, sending, receiving, .. } = Station::new(&bus, 2, 1500);
+    let Station { local, mut nic, tx, rx, sending, .. } = Station::new(&bus, 2, 1500);
     nic.add_counters(0).unwrap();
     let tx = nic.reset_tx(tx, 32, 0).unwrap();
     let mut rx = nic.reset_rx(rx, 32, BUFFER as u32, 0).unwrap();
     assert_eq!((tx.space(), rx.space()), (32, 32));
-    fill(&mut rx, &receiving);
-    let mut b = Station { local, nic, tx, rx, sending, receiving, sent: 0 };
+    fill(&mut rx);
+    let mut b = Station { local, nic, tx, rx, sending, sent: 0 };
     for n in 0..100 {
         a.send(&frame(mac(2), 1, n, 60), SLOT);
         assert_eq!(b.receive(), frame(mac(2), 1, n, 60));

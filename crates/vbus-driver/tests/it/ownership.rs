@@ -49,6 +49,22 @@ fn a_reader_that_is_dropped_leaves_its_page_with_the_device() {
     assert_eq!((fake.regions(), fake.in_use()), (0, 0), "and the rest with the connection");
 }
 
+/// The device may write the header of a page as soon as it has the page. The driver does not look
+/// at the header then.
+#[test]
+fn the_header_of_a_page_is_the_driver_s_own() {
+    let (fake, mut pages) = pages();
+    // All words of the header but the signal.
+    for at in 0..4 {
+        fake.scribble(at, u64::MAX);
+        let reader = pages.reader(&description(at as u32), 0).unwrap();
+        assert_eq!(reader.value_bytes(), 64);
+    }
+    let (fake, function) = of_class(3, &[2, u32::MAX, 99, 0, 100, 100, 100]);
+    fake.scribble(0, 0);
+    Cpus::open(function).unwrap().cpu(0).unwrap();
+}
+
 #[test]
 fn a_nic_and_its_queues_are_dropped_in_any_order() {
     for queues_first in [true, false] {
@@ -58,7 +74,7 @@ fn a_nic_and_its_queues_are_dropped_in_any_order() {
         assert_eq!(fake.regions(), 3);
         if queues_first {
             drop(queues);
-            assert_eq!((fake.regions(), fake.in_use()), (3, 4));
+            assert_eq!((fake.regions(), fake.in_use()), (3, 5), "and the receive buffers");
             drop(nic);
         } else {
             drop(nic);
@@ -66,6 +82,34 @@ fn a_nic_and_its_queues_are_dropped_in_any_order() {
         }
         assert_eq!((fake.regions(), fake.in_use()), (0, 0));
     }
+}
+
+#[test]
+#[allow(unsafe_code, reason = "to give a buffer by its address")]
+fn receive_buffers_stay_as_long_as_the_device_has_them() {
+    let fake = Fake::default();
+    let mut nic = Nic::open(Function::probe(fake.clone()).unwrap(), 0, 0).unwrap();
+    let (tx, mut rx) = nic.queue_pair(0, 32, BUFFER_MIN, 0).unwrap();
+    rx.give(0).unwrap();
+    assert!(rx.give(0).is_err() && rx.give(32).is_err());
+    assert_eq!((fake.regions(), fake.in_use()), (3, 5));
+    let mut rx = nic.reset_rx(rx, 64, BUFFER_MIN, 0).unwrap();
+    assert_eq!((fake.regions(), fake.in_use()), (3, 5), "the former ring and buffers are free");
+    rx.give(63).unwrap();
+    drop(rx);
+    assert_eq!((fake.regions(), fake.in_use()), (3, 5), "the device may still write them");
+    drop(tx);
+    nic.close();
+    assert_eq!((fake.regions(), fake.in_use()), (0, 0));
+
+    // A queue for buffers of the driver's own.
+    let mut nic = Nic::open(Function::probe(fake.clone()).unwrap(), 0, 0).unwrap();
+    let (_tx, mut rx) = nic.queue_pair_without_buffers(0, 32, BUFFER_MIN, 0).unwrap();
+    assert_eq!((fake.regions(), fake.in_use()), (3, 4));
+    assert!(rx.give(0).is_err());
+    // SAFETY: the fake device writes nothing.
+    unsafe { rx.give_at(0, 0x1000) }.unwrap();
+    assert_eq!(rx.space(), 31);
 }
 
 #[test]
@@ -78,7 +122,7 @@ fn an_error_on_the_way_frees_nothing_that_is_registered() {
     fake.refuse(command::REGION_ADD, error_code::LIMIT);
     let refused = Error::Refused { command: "REGION_ADD", code: ErrorCode::LIMIT };
     assert_eq!(nic.queue_pair(0, 32, BUFFER_MIN, 0).unwrap_err(), refused);
-    assert_eq!((fake.regions(), fake.in_use()), (3, 4), "what was refused is free again");
+    assert_eq!((fake.regions(), fake.in_use()), (3, 5), "what was refused is free again");
     drop((tx, nic));
     // The device's answer is not valid. It may have the region nevertheless.
     let fake = Fake::default();

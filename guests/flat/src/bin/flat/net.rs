@@ -39,7 +39,6 @@ pub struct Station {
     /// The device's vector for the queues.
     pub queues: u16,
     sending: Block,
-    receiving: Block,
     sent: usize,
     /// The number of doorbells that it has rung.
     pub rung: u64,
@@ -54,14 +53,13 @@ impl Station {
         let queues = u16::from(messages != Messages::Msi);
         let mut nic = Nic::open(hal.function()?, 0, 0)?;
         let (tx, mut rx) = nic.queue_pair(0, ENTRIES, BUFFER as u32, queues)?;
-        let receiving = hal.alloc(BUFFER * ENTRIES as usize).map_err(vbus_driver::Error::from)?;
         let sending = hal.alloc(SLOT * ENTRIES as usize).map_err(vbus_driver::Error::from)?;
         for id in 0..ENTRIES as u16 {
-            rx.give(id, receiving.address(usize::from(id) * BUFFER))?;
+            rx.give(id)?;
         }
         rx.post();
         nic.start()?;
-        Ok(Station { nic, tx, rx, queues, sending, receiving, sent: 0, rung: 0 })
+        Ok(Station { nic, tx, rx, queues, sending, sent: 0, rung: 0 })
     }
 
     /// Waits for room, then sends a frame of `len` bytes.
@@ -96,9 +94,9 @@ impl Station {
         let [piece] = *pieces else { return Err(Failure::Said("a small frame in several pieces")) };
         let at = usize::from(piece.id) * BUFFER;
         let len = piece.len as usize;
-        self.receiving.copy_out(at, &mut out[..len]);
+        self.rx.buffers().copy_out(at, &mut out[..len]);
         out.copy_within(HEADER_BYTES..len, 0);
-        self.rx.give(piece.id, self.receiving.address(at))?;
+        self.rx.give(piece.id)?;
         self.rung += u64::from(self.rx.post());
         Ok(Some(len - HEADER_BYTES))
     }

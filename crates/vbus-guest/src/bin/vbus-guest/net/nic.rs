@@ -156,11 +156,21 @@ where
         };
         let entries = RING_ENTRIES.min(config.ring_entries);
         let (tx, rx) = nic.queue_pair(q, entries, BUFFER_BYTES, 0)?;
-        let buffers = hal.alloc(entries as usize * BUFFER_BYTES as usize).map_err(Error::from)?;
         let frames = FrameMemory::new(hal.alloc(FRAME_BYTES).map_err(Error::from)?)?;
         let pace = Pace::new(u64::from(options.poll_us) * 1000, NAP_NS);
         let (number, tap, hal) = (usize::from(q), file, hal.clone());
-        let mut queue = Queue { number, tx, frames, rx, buffers, tap, wake, pace, carried: 0, hal };
+        let mut queue = Queue {
+            number,
+            tx,
+            frames,
+            buffers: rx.buffers().clone(),
+            rx,
+            tap,
+            wake,
+            pace,
+            carried: 0,
+            hal,
+        };
         queue.fill()?;
         queues.push(queue);
     }

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use vbus_driver::venet::{CHAIN_MAX, HEADER_BYTES, Rx, Tx};
-use vbus_driver::{Acknowledger, Dma, Error, Hal, Memory, Pace, Rest};
+use vbus_driver::{Acknowledger, Error, Hal, Memory, Pace, Rest};
 use vbus_iovec::{IoVec, readv, writev};
 use vbus_shm::signal::Armed;
 
@@ -67,7 +67,7 @@ pub struct Queue<H: Hal> {
     pub frames: FrameMemory<H::Dma>,
     /// The receive ring.
     pub rx: Rx<H>,
-    /// The receive buffers, in the order of their numbers.
+    /// The memory of its buffers.
     pub buffers: H::Dma,
     /// The queue of the interface.
     pub tap: vbus_tap::Queue,
@@ -101,8 +101,7 @@ impl<H: Hal> Queue<H> {
     /// Gives all receive buffers to the device. Call it once, before [`run`](Self::run).
     pub fn fill(&mut self) -> Result<()> {
         for id in 0..u16::try_from(self.rx.space())? {
-            let address = self.buffers.address(usize::from(id) * self.rx.buffer_bytes() as usize);
-            self.rx.give(id, address)?;
+            self.rx.give(id)?;
         }
         self.rx.post();
         Ok(())
@@ -169,7 +168,7 @@ impl<H: Hal> Queue<H> {
                 Err(error) => return Err(error).context("the TAP interface takes no more frames"),
             }
             for &id in &given[..used] {
-                self.rx.give(id, self.buffers.address(usize::from(id) * size as usize))?;
+                self.rx.give(id)?;
             }
             count += 1;
             if count % POST_EACH == 0 {
