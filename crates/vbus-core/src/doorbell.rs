@@ -63,8 +63,8 @@ impl Doorbells {
         Ok(fd)
     }
 
-    /// The peer has gone: its eventfds ring no doorbell any more. The next peer gets new ones, which
-    /// the former peer cannot reach.
+    /// The peer has gone: its eventfds ring no doorbell any more. The next peer gets new ones,
+    /// which the former peer cannot reach.
     pub fn forget_eventfds(&self) {
         self.count_eventfds();
         for slot in &self.slots {

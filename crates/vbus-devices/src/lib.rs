@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The device classes of vbus: [`venet`], an Ethernet controller, [`uplink`], the way out of a
-//! switch, [`state`], named values, and [`pic`], an interrupt controller for the other devices. (The class `sched` has a crate of its
-//! own.) A bus creates devices from their settings:
+//! switch, [`state`], named values, and [`pic`], an interrupt controller for the other devices.
+//! (The class `sched` has a crate of its own.) A bus creates devices from their settings:
 //!
 //! ```
 //! use serde_json::json;

@@ -46,7 +46,8 @@ pub struct BackendConfig {
 
 impl BackendConfig {
     /// Reads `backend` and the settings of that back end; `csum`, `tso` and `uso`; `rate`,
-    /// `tx-rate`, `rx-rate` and `burst`; `pcap` and `snap-length`. `queues` is the front's setting `queue-pairs`, and `mtu` its MTU.
+    /// `tx-rate`, `rx-rate` and `burst`; `pcap` and `snap-length`. `queues` is the front's setting
+    /// `queue-pairs`, and `mtu` its MTU.
     ///
     /// # Errors
     /// A value is wrong, or does not go with another one.

@@ -13,8 +13,9 @@
 //!
 //! A back end knows neither the front's rings nor its registers. The back ends are the [`Medium`]s
 //! (switch, TAP interface, stream socket and null), [`Captured`], which records the frames that
-//! pass another back end, and [`Limited`], which limits their rate. [`BackendConfig`] reads the settings that choose a back end. An
-//! [`Opener`] opens the files, sockets and interfaces of the back ends.
+//! pass another back end, and [`Limited`], which limits their rate. [`BackendConfig`] reads the
+//! settings that choose a back end. An [`Opener`] opens the files, sockets and interfaces of the
+//! back ends.
 //!
 //! ```
 //! use std::sync::Arc;

@@ -730,8 +730,8 @@ impl<M: Memory> DeviceEnd<M> {
         self.layout.entries
     }
 
-    /// Stores `seq` ahead of the next post, for `resume`. Whether the driver wants a kick, that post
-    /// finds out.
+    /// Stores `seq` ahead of the next post, for `resume`. Whether the driver wants a kick, that
+    /// post finds out.
     fn store_seq(&mut self) {
         self.tx.store(self.mem.words(), self.given);
         self.stored = self.given;

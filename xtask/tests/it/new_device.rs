@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `cargo xtask new-device`, as an author has it. The scenario `vm::new_device` builds the crate and
-//! runs its tests, also in a real guest.
+//! `cargo xtask new-device`, as an author has it. The scenario `vm::new_device` builds the crate
+//! and runs its tests, also in a real guest.
 
 use std::path::Path;
 use std::process::{Command, Output};

@@ -10,8 +10,8 @@ use vbus_shm::sync::Word;
 
 use super::file::SharedFile;
 
-/// A lasting mapping of a region of the driver's memory, as words; see [`MemoryContext::window`](super::MemoryContext::window).
-/// Clones share the mapping.
+/// A lasting mapping of a region of the driver's memory, as words; see
+/// [`MemoryContext::window`](super::MemoryContext::window). Clones share the mapping.
 #[derive(Clone)]
 pub struct Window {
     _keep: Keep,

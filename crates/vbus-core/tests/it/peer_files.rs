@@ -192,7 +192,8 @@ fn a_file_that_cannot_be_written_is_mapped_for_reading() {
 fn a_file_is_mapped_once_whatever_the_peer_maps_of_it() {
     let name = "mapped-once";
     let (context, file) = (MemoryContext::new(), named(name, 4 * GIB));
-    // As QEMU does: a section below the hole for the VGA, one above, then the rest, and above 4 GiB.
+    // As QEMU does: a section below the hole for the VGA, one above, then the rest, and above 4
+    // GiB.
     for (start, len, offset) in [
         (0, 0xa0000, 0),
         (0xc0000, 0x20000, 0xc0000),

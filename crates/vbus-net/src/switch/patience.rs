@@ -64,9 +64,9 @@ pub enum Verdict {
 }
 
 impl Patience {
-    /// The head frame has gone to port `receiver`, or was dropped. `None`: it went to several ports,
-    /// or to none. Such frames, of which a sender with one receiver has a few too, do not count as
-    /// frames for others.
+    /// The head frame has gone to port `receiver`, or was dropped. `None`: it went to several
+    /// ports, or to none. Such frames, of which a sender with one receiver has a few too, do not
+    /// count as frames for others.
     pub fn went(&mut self, receiver: Option<u64>) {
         if let Some(receiver) = receiver {
             self.turn_to(receiver);
@@ -140,8 +140,8 @@ mod tests {
     const FRAMES: u64 = 1_000_000;
 
     /// A sender with `hostile` receivers that post one buffer every 0.95 ms each, and one good
-    /// receiver. Each frame takes a tick of 10 us of a clock that the test keeps. `share` frames of 100 go to
-    /// the hostile ones. Returns the ticks and the frames to the good one, and the drops.
+    /// receiver. Each frame takes a tick of 10 us of a clock that the test keeps. `share` frames of
+    /// 100 go to the hostile ones. Returns the ticks and the frames to the good one, and the drops.
     fn run(hostile: usize, share: u64) -> (u64, u64, u64) {
         let start = Instant::now();
         let mut patience = Patience::default();

@@ -2,8 +2,8 @@
 //! How long can one client keep the device of another waiting?
 //!
 //! `cargo xtask bench fairness` runs this. For each expensive thing that a client can ask for by
-//! messages of vfio-user, it prints the longest round trip of a device on the same worker. Arguments:
-//! `--json`, `--seconds N` for each attack, and names of attacks.
+//! messages of vfio-user, it prints the longest round trip of a device on the same worker.
+//! Arguments: `--json`, `--seconds N` for each attack, and names of attacks.
 
 mod attacks;
 mod stage;
