@@ -119,7 +119,12 @@ pub struct Bus {
 impl Bus {
     /// Serves the bus that `config` describes, in a folder of the scene.
     pub fn start(scene: &Scene, config: &str) -> Result<Self> {
-        let (program, dir) = (scene.lab.vbus(), scene.dir());
+        Self::start_with(scene.lab.vbus(), scene, config)
+    }
+
+    /// The same with another program, which has all commands of `vbus` and classes of its own.
+    pub fn start_with(program: &Path, scene: &Scene, config: &str) -> Result<Self> {
+        let dir = scene.dir();
         let file = dir.join("bus.toml");
         fs::write(&file, config)?;
         let folder = dir.join("bus");

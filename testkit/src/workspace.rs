@@ -41,28 +41,39 @@ const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// Builds the programs. With `as_built` it takes the last build, if there is one.
 pub fn build_programs(as_built: bool) -> Result<Programs> {
-    let [vbus, guest, agent] = build_static(["vbus", "vbus-guest", "guest-agent"], as_built)?;
+    let programs = ["vbus", "vbus-guest", "guest-agent"];
+    let [vbus, guest, agent] = build_static(&programs, programs, as_built)?;
     Ok(Programs { vbus, guest, agent })
+}
+
+/// Builds the programs of `examples/block`: the one that serves its class, and the one that drives
+/// its device. With `as_built` it takes the last build, if there is one.
+pub fn build_block(as_built: bool) -> Result<[PathBuf; 2]> {
+    build_static(&["example-block"], ["block-host", "block-guest"], as_built)
 }
 
 /// Builds `vbus-vmm`. With `as_built` it takes the last build, if there is one.
 pub fn build_vmm(as_built: bool) -> Result<PathBuf> {
-    let [vmm] = build_static(["vbus-vmm"], as_built)?;
+    let [vmm] = build_static(&["vbus-vmm"], ["vbus-vmm"], as_built)?;
     Ok(vmm)
 }
 
-/// Builds programs, each from the package of its name. The target folder is their own: their flags
-/// would force rebuilds in another one.
-fn build_static<const N: usize>(packages: [&str; N], as_built: bool) -> Result<[PathBuf; N]> {
+/// Builds programs of `packages`. The target folder is their own: their flags would force rebuilds
+/// in another one.
+fn build_static<const N: usize>(
+    packages: &[&str],
+    programs: [&str; N],
+    as_built: bool,
+) -> Result<[PathBuf; N]> {
     let dir = target().join("guest");
-    let programs = dir.join(GUEST_TARGET).join("release");
-    let programs = packages.map(|name| programs.join(name));
+    let folder = dir.join(GUEST_TARGET).join("release");
+    let programs = programs.map(|name| folder.join(name));
     if !(as_built && programs.iter().all(|path| path.exists())) {
         eprintln!("build: {} for the guests, linked statically", packages.join(", "));
         let status = cargo()
             .args(["build", "--release", "--target", GUEST_TARGET, "--target-dir"])
             .arg(&dir)
-            .args(packages.iter().flat_map(|name| ["--package", name]))
+            .args(packages.iter().flat_map(|name| ["--package", *name]))
             .env("RUSTFLAGS", "-C target-feature=+crt-static")
             .env_remove("CARGO_ENCODED_RUSTFLAGS")
             // Each boot copies these programs into the guest's memory.

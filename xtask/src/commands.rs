@@ -59,7 +59,8 @@ fn refused(program: &Path, args: &[String]) -> Result<Option<String>> {
     let own = args.iter().position(|word| word == "--").unwrap_or(args.len());
     let output = Command::new(program)
         .args(&args[..own])
-        .arg("--help")
+        // `help` is a command of its own, and does nothing but print.
+        .args(if args.first().is_some_and(|word| word == "help") { None } else { Some("--help") })
         .output()
         .with_context(|| format!("cannot run {}", program.display()))?;
     let said = String::from_utf8_lossy(&output.stderr);
@@ -162,10 +163,10 @@ fn ours(line: &str) -> Vec<Vec<String>> {
 /// A word of a document as an argument: `[--json]` is an option, a word in capital letters stands
 /// for a value, and `...` for nothing.
 fn argument(word: &str) -> Option<String> {
-    let word = word.trim_start_matches('[').trim_end_matches(']');
+    let word = word.trim_start_matches('[').trim_end_matches(']').trim_end_matches("...");
     let is_value = word.len() > 1 && word.chars().all(|c| c.is_ascii_uppercase());
     match word {
-        "..." => None,
+        "" => None,
         _ if is_value => Some("1".to_owned()),
         _ => Some(word.to_owned()),
     }
@@ -175,6 +176,7 @@ fn argument(word: &str) -> Option<String> {
 /// substitutions, operators, redirections and comments, and not much more.
 fn simple_commands(line: &str) -> Vec<Vec<String>> {
     let mut commands = vec![Vec::new()];
+    let mut substituted = Vec::new();
     let mut word: Option<String> = None;
     let mut quote = None;
     let mut chars = line.chars().peekable();
@@ -183,9 +185,14 @@ fn simple_commands(line: &str) -> Vec<Vec<String>> {
         match (c, quote) {
             _ if substitution => {
                 chars.next();
-                commands.last_mut().into_iter().for_each(|words| words.extend(word.take()));
-                commands.push(Vec::new());
-                quote = None;
+                let mut depth = 1;
+                let inner = chars.by_ref().take_while(|c| {
+                    depth += i32::from(*c == '(') - i32::from(*c == ')');
+                    depth > 0
+                });
+                substituted.extend(simple_commands(&inner.collect::<String>()));
+                // The output of the inner command is some word.
+                word.get_or_insert_default().push('1');
             }
             (c, Some(open)) if c == open => quote = None,
             (c, Some(_)) => word.get_or_insert_default().push(c),
@@ -209,6 +216,7 @@ fn simple_commands(line: &str) -> Vec<Vec<String>> {
     }
     commands.last_mut().into_iter().for_each(|words| words.extend(word.take()));
     commands.retain(|words| !words.is_empty());
+    commands.extend(substituted);
     commands
 }
 
@@ -225,7 +233,7 @@ cat > bus.toml <<END\n\
 vbus nonsense\n\
 END\n\
 eval qemu -m 1 \"$(vbus qemu-args --dir /tmp/bus)\"\n\
-RUSTFLAGS='-C x' cargo xtask guest \\\n\
+RUSTFLAGS='-C x' cargo xtask guest --put \"$(command -v a)\" \\\n\
     --run 'vbus-guest list; vbus-guest net'\n\
 ```\n\
 `block-host device request NAME '{\"op\": 1}'`, `vbus stats [NAME ...] [--json]`\n\
@@ -243,7 +251,7 @@ vbus = 1\n\
             (9, "vbus qemu-args --dir /tmp/bus"),
             (10, "vbus-guest list"),
             (10, "vbus-guest net"),
-            (10, "cargo xtask guest --run vbus-guest list; vbus-guest net"),
+            (10, "cargo xtask guest --put 1 --run vbus-guest list; vbus-guest net"),
             (13, "vbus device request 1 {\"op\": 1}"),
             (13, "vbus stats 1 --json"),
         ];

@@ -19,7 +19,7 @@ pub const SCENARIOS: &[Scenario] = &[
     in_guests("vm::reboot", "a guest is reset and reboots by itself", vm::harness::reboot),
     in_guests(
         "vm::guest_command",
-        "cargo xtask guest: a device, a program of the user's, a command",
+        "cargo xtask guest: devices, programs of the user's (examples/block), a command",
         vm::command::guest,
     ),
     in_guests(
