@@ -159,8 +159,8 @@ impl Guest {
 
     /// Starts a shell command and returns at once.
     ///
-    /// A command counts as ended when its output is closed. So redirect the output of a process
-    /// that it leaves in the background.
+    /// If it leaves a process in the background that has its output, it counts as ended some seconds
+    /// after its own end. Redirect the output of such a process, or it still appears afterwards.
     pub fn start(&self, command: &str) -> Result<Running> {
         let id = {
             let mut state = lock(&self.state.0);

@@ -33,7 +33,7 @@ const KERNEL_PACKAGE: &str = "linux-image-cloud-amd64";
 /// The advice for a machine that cannot fetch the kit.
 const WITHOUT_KIT: &str = "\
     apt makes the kit from Debian packages. On another distribution pass your own files:\n  \
-    --qemu PATH        a qemu-system-x86_64 of version 11 or newer\n  \
+    --qemu PATH        a qemu-system-x86_64 of version 10.1 or newer\n  \
     --kernel PATH      a Linux kernel (bzImage) with its modules in --modules DIR, or built in:\n\
     \x20                    uio, uio_pci_generic, tun, virtio_net\n  \
     --initramfs PATH   a cpio archive with /bin/busybox, and iperf3 on its PATH\n\

@@ -18,7 +18,7 @@ use crate::workspace;
 /// What to run guests with, in place of the kit's own.
 #[derive(clap::Args, Clone, Default)]
 pub struct Options {
-    /// A qemu-system-x86_64 of version 11 or newer, in place of the kit's
+    /// A qemu-system-x86_64 of version 10.1 or newer, in place of the kit's
     #[arg(long, value_name = "PATH")]
     pub qemu: Option<PathBuf>,
     /// A Linux kernel (bzImage), in place of the kit's
@@ -70,7 +70,7 @@ impl Options {
             let works = qemu_version(Command::new(qemu));
             works.with_context(|| {
                 format!(
-                    "--qemu {}: it must be a qemu-system-x86_64 of version 11 or newer; without \
+                    "--qemu {}: it must be a qemu-system-x86_64 of version 10.1 or newer; without \
                      --qemu the kit's is used",
                     qemu.display()
                 )

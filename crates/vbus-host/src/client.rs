@@ -31,25 +31,20 @@ impl Client {
     /// # Errors
     /// No bus serves there now.
     pub fn connect(dir: Option<&Path>) -> Result<Client> {
+        use std::io::ErrorKind::{ConnectionRefused, NotFound, PermissionDenied};
         let client = Client { dir: rundir::choose(dir) };
-        let hint = || {
-            format!(
-                "start one with `vbus serve --dir {}`, or name its directory with --dir",
-                client.dir.display()
-            )
-        };
-        match dir {
+        let checked = match dir {
             // The user named the directory, so the bus in it may be that of another user.
             Some(_) => rundir::check_writers(&client.dir).map(drop),
             None => rundir::check(&client.dir),
-        }
-        .with_context(hint)?;
-        client.socket().map_err(|error| {
-            use std::io::ErrorKind::{ConnectionRefused, NotFound, PermissionDenied};
+        };
+        checked.and_then(|()| client.socket().map(drop)).map_err(|error| {
             match error.downcast_ref::<std::io::Error>().map(std::io::Error::kind) {
-                Some(NotFound | ConnectionRefused) => {
-                    anyhow!("no bus serves in {}; {}", client.dir.display(), hint())
-                }
+                Some(NotFound | ConnectionRefused) => anyhow!(
+                    "no bus serves in {dir}; start one with `vbus serve --dir {dir}`, or name its \
+                     directory with --dir",
+                    dir = client.dir.display()
+                ),
                 Some(PermissionDenied) => error.context(
                     "you may not control this bus: its table [control] names the groups that may",
                 ),

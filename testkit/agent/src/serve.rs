@@ -9,9 +9,10 @@
 //! | `input ID HEX` | to the guest | write to the command's input; an empty HEX closes it |
 //! | `kill ID` | to the guest | SIGKILL to the process group of the command |
 //! | `out ID HEX`, `err ID HEX` | to the host | a piece of the command's output |
-//! | `end ID CODE` | to the host | it has ended, after all output; CODE may be 128 + signal |
+//! | `end ID CODE` | to the host | it has ended, after its output; CODE may be 128 + signal |
 //!
-//! Data is hexadecimal: no output of a command can look like a frame. Commands run side by side.
+//! Data is hexadecimal: no output of a command can look like a frame. Commands run side by side. A
+//! process that a command leaves in the background may still print after the end of the command.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -21,11 +22,17 @@ use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
+use std::time::Duration;
 
 /// The most bytes of output in one frame.
 const PIECE: usize = 2048;
+
+/// After a command has ended, its output counts as whole once nothing more came for this long. The
+/// output is not closed if a process in the background still has it.
+const QUIET: Duration = Duration::from_secs(2);
 
 /// The running commands by id: process group and standard input.
 type Running = Arc<Mutex<HashMap<String, (u32, Option<ChildStdin>)>>>;
@@ -110,29 +117,45 @@ fn start(command: &str) -> io::Result<Child> {
 }
 
 /// Sends a command's output to the host until it ends. Returns its exit code.
-fn follow(id: &str, mut child: Child, channel: &Channel) -> i32 {
-    let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
-    let reader = stderr.map(|stream| {
-        let (id, channel) = (id.to_owned(), channel.clone());
-        thread::spawn(move || copy("err", &id, stream, &channel))
-    });
-    if let Some(stream) = stdout {
-        copy("out", id, stream, channel);
+fn follow(id: &str, mut child: Child, host: &Channel) -> i32 {
+    // Each reader sends when it goes on, and drops its sender at the end of its stream.
+    let (goes_on, readers) = channel();
+    if let Some(stream) = child.stdout.take() {
+        copy("out", id, stream, host, goes_on.clone());
     }
-    if let Some(reader) = reader {
-        let _ = reader.join();
+    if let Some(stream) = child.stderr.take() {
+        copy("err", id, stream, host, goes_on.clone());
     }
-    match child.wait() {
+    drop(goes_on);
+    let code = match child.wait() {
         Ok(status) => status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0)),
         Err(_) => 255,
+    };
+    loop {
+        match readers.recv_timeout(QUIET) {
+            Ok(()) => {}
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return code,
+        }
     }
 }
 
-fn copy(kind: &str, id: &str, mut from: impl Read, channel: &Channel) {
-    let mut piece = [0; PIECE];
-    while let Ok(length @ 1..) = from.read(&mut piece) {
-        channel.say(&format!("{kind} {id} {}", encode(&piece[..length])));
-    }
+/// Copies a stream to the host, in a thread of its own.
+fn copy(
+    kind: &'static str,
+    id: &str,
+    mut from: impl Read + Send + 'static,
+    host: &Channel,
+    goes_on: Sender<()>,
+) {
+    let (id, host) = (id.to_owned(), host.clone());
+    thread::spawn(move || {
+        let mut piece = [0; PIECE];
+        while let Ok(length @ 1..) = from.read(&mut piece) {
+            // Nobody listens after the end of the command.
+            let _ = goes_on.send(());
+            host.say(&format!("{kind} {id} {}", encode(&piece[..length])));
+        }
+    });
 }
 
 fn encode(bytes: &[u8]) -> String {

@@ -68,7 +68,8 @@ pub fn guest(scene: &Scene) -> Result<()> {
     let line = err.lines().find(|line| line.contains("-kernel") && line.contains(&socket));
     ensure!(line.is_some(), "QEMU's command line is not told:\n{err}");
 
-    let output = xtask_guest(&["--run", "exit 3"])?;
+    // A process in the background keeps nobody waiting.
+    let output = xtask_guest(&["--run", "sleep 1000 & exit 3"])?;
     let err = String::from_utf8_lossy(&output.stderr);
     ensure!(!output.status.success() && err.contains("ended with 3"), "{}\n{err}", output.status);
 
