@@ -49,14 +49,11 @@
 //!     }
 //!     fn poll(&mut self, budget: u32) -> Result<Progress, ErrorCode> {
 //!         let Some((ring, interrupt)) = &mut self.ring else { return Ok(Progress::Idle) };
-//!         let mut progress = Progress::Idle;
-//!         for _ in 0..budget {
-//!             let Some(entry) = ring.take()? else { break };
-//!             ring.give_back(Return { len: entry.len.wrapping_mul(2), ..entry.into() });
-//!             progress = Progress::Busy;
-//!         }
+//!         let served = ring.serve_all(budget, |entry| {
+//!             Some(Return { len: entry.len.wrapping_mul(2), ..entry.into() })
+//!         })?;
 //!         interrupt.kick(ring.post()); // once for all, and only if the driver sleeps
-//!         Ok(progress)
+//!         Ok(if served == 0 { Progress::Idle } else { Progress::Busy })
 //!     }
 //!     fn arm(&mut self) -> Result<Armed, ErrorCode> {
 //!         Ok(self.ring.as_mut().map_or(Armed::Waiting, |(ring, _)| ring.arm(0)))

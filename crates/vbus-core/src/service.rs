@@ -204,6 +204,15 @@ impl<S> Drop for ServiceDevice<S> {
     }
 }
 
+/// The buffers behind a ring, in the ring's region.
+struct Buffers {
+    /// The whole region.
+    window: Window,
+    /// Where the buffers begin.
+    from: usize,
+    sizes: Sizes,
+}
+
 /// An open connection.
 struct Answering<S> {
     service: Arc<S>,
@@ -217,8 +226,7 @@ struct Answering<S> {
 
 struct Ring {
     end: DeviceEnd<Window>,
-    /// The whole region: the ring, and the buffers behind it.
-    window: Window,
+    buffers: Buffers,
     interrupt: Interrupt,
     doorbell: Doorbell,
 }
@@ -237,7 +245,8 @@ impl<S: Service> Connection for Answering<S> {
             return Err(ErrorCode::BAD_LAYOUT);
         }
         let Region { window, interrupt, doorbell, .. } = region;
-        self.ring = Some(Ring { end, window, interrupt, doorbell });
+        let buffers = Buffers { window, from: end.layout().bytes(), sizes: self.sizes };
+        self.ring = Some(Ring { end, buffers, interrupt, doorbell });
         Ok(())
     }
 
@@ -249,25 +258,35 @@ impl<S: Service> Connection for Answering<S> {
             while let Some(Answer { entry, result }) = (left > 0).then(|| jobs.collect()).flatten()
             {
                 let result = result.as_deref().map_err(|code| *code);
-                left = left.saturating_sub(ring.finish(self.sizes, entry, result));
+                let (back, units) = ring.buffers.finish(entry, result);
+                ring.end.give_back(back);
+                left = left.saturating_sub(units);
                 progress = Progress::Busy;
             }
-        }
-        while left > 0 && self.jobs.as_ref().is_none_or(|jobs| jobs.have_room()) {
-            let Some(entry) = ring.end.take()? else { break };
-            progress = Progress::Busy;
-            left = left.saturating_sub(1 + entry.len as usize / UNIT_BYTES);
-            ring.copy_in(self.sizes, entry, &mut self.request)?;
-            match &mut self.jobs {
-                Some(jobs) => {
-                    jobs.give(entry, std::mem::take(&mut self.request), &ring.doorbell);
+            while left > 0 && jobs.have_room() {
+                let Some(entry) = ring.end.take()? else { break };
+                progress = Progress::Busy;
+                left = left.saturating_sub(ring.buffers.copy_in(entry, &mut self.request)?);
+                jobs.give(entry, std::mem::take(&mut self.request), &ring.doorbell);
+            }
+        } else {
+            let mut fault = None;
+            ring.end.serve_all(budget, |entry| {
+                if left == 0 {
+                    return None;
                 }
-                None => {
-                    self.response.clear();
-                    let result = self.service.answer(&self.request, &mut self.response);
-                    let result = result.map(|()| self.response.as_slice());
-                    left = left.saturating_sub(ring.finish(self.sizes, entry, result));
-                }
+                progress = Progress::Busy;
+                let copied = ring.buffers.copy_in(entry, &mut self.request);
+                let units = copied.map_err(|code| fault = Some(code)).ok()?;
+                self.response.clear();
+                let result = self.service.answer(&self.request, &mut self.response);
+                let result = result.map(|()| self.response.as_slice());
+                let (back, more) = ring.buffers.finish(entry, result);
+                left = left.saturating_sub(units + more);
+                Some(back)
+            })?;
+            if let Some(code) = fault {
+                return Err(code);
             }
         }
         ring.interrupt.kick(ring.end.post());
@@ -291,11 +310,11 @@ impl<S: Service> Connection for Answering<S> {
     }
 }
 
-impl Ring {
+impl Buffers {
     /// Copies the request of an entry out of the shared memory. The driver wrote the entry, so all
-    /// of it is checked.
-    fn copy_in(&self, sizes: Sizes, entry: Entry, request: &mut Vec<u8>) -> Result<(), ErrorCode> {
-        if entry.len > sizes.request {
+    /// of it is checked. Returns the units of a poll's budget that this took.
+    fn copy_in(&self, entry: Entry, request: &mut Vec<u8>) -> Result<usize, ErrorCode> {
+        if entry.len > self.sizes.request {
             return Err(ErrorCode::BAD_LENGTH);
         }
         if entry.flags != 0 {
@@ -306,25 +325,25 @@ impl Ring {
             return Err(ErrorCode::BAD_ALIGNMENT);
         }
         // The whole buffer has to lie behind the ring, because the response goes there too.
-        let end = at.checked_add(sizes.buffer()).ok_or(ErrorCode::BAD_ADDRESS)?;
-        if at < self.end.layout().bytes() || end > self.window.bytes() {
+        let end = at.checked_add(self.sizes.buffer()).ok_or(ErrorCode::BAD_ADDRESS)?;
+        if at < self.from || end > self.window.bytes() {
             return Err(ErrorCode::BAD_ADDRESS);
         }
         request.clear();
         request.resize(entry.len as usize, 0);
         copy::load(&self.window.words()[at / WORD..end / WORD], request);
-        Ok(())
+        Ok(1 + request.len() / UNIT_BYTES)
     }
 
-    /// Puts the response into the buffer of its request and gives the entry back. Returns the units
-    /// of a poll's budget that this took.
-    fn finish(&mut self, sizes: Sizes, entry: Entry, result: Result<&[u8], ErrorCode>) -> usize {
+    /// Puts the response into the buffer of its request. Returns the return for the entry, and the
+    /// units of a poll's budget that this took.
+    fn finish(&self, entry: Entry, result: Result<&[u8], ErrorCode>) -> (Return, usize) {
         let result = match result {
-            Ok(response) if response.len() > sizes.response as usize => {
+            Ok(response) if response.len() > self.sizes.response as usize => {
                 tracing::error!(
                     "a response of {} bytes; this class promised at most {}",
                     response.len(),
-                    sizes.response
+                    self.sizes.response
                 );
                 Err(ErrorCode::FAILED)
             }
@@ -340,8 +359,7 @@ impl Ring {
         if let Some(buffer) = self.window.words().get(at..).and_then(|rest| rest.get(..words)) {
             copy::store(buffer, response);
         }
-        self.end.give_back(Return { len, id: entry.id, flags });
-        1 + response.len() / UNIT_BYTES
+        (Return { len, id: entry.id, flags }, 1 + response.len() / UNIT_BYTES)
     }
 }
 
