@@ -4,6 +4,7 @@
 mod bench;
 mod commands;
 mod console;
+mod deb;
 mod demo;
 mod docs;
 mod fuzz;
@@ -66,6 +67,8 @@ enum Command {
     },
     /// Write the man pages and shell completions of every program
     Man(man::Args),
+    /// Make the Debian package `vbus`
+    Deb(deb::Args),
     /// Make a crate for a device class of your own, with its driver and tests
     NewDevice(new_device::Args),
     /// Run the scenarios that need a real KVM: all, or those whose name begins with one of NAMES;
@@ -106,6 +109,7 @@ fn run(command: Command) -> Result<bool> {
             Err(qemu.args(args).exec()).context("cannot run the kit's QEMU")
         }
         Command::Console { guest } => console::run(&guest).map(|()| true),
+        Command::Deb(args) => deb::run(&args),
         Command::Man(args) => man::run(&args),
         Command::NewDevice(args) => new_device::run(&args),
         Command::Kvm(args) => kvm::run(&args),

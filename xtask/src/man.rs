@@ -39,7 +39,7 @@ pub fn run(args: &Args) -> Result<bool> {
 }
 
 /// Writes the documents of `programs` into the folder `dir`.
-fn write(programs: &[(&str, PathBuf)], dir: &Path) -> Result<()> {
+pub fn write(programs: &[(&str, PathBuf)], dir: &Path) -> Result<()> {
     for (name, path) in programs {
         let status = Command::new(path)
             .arg("generate-documents")

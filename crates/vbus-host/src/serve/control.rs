@@ -66,7 +66,7 @@ impl Request {
 /// Accepts clients. Dropping it removes the socket.
 pub struct Acceptor {
     server: Server<Control>,
-    _file: SocketFile,
+    _file: Option<SocketFile>,
 }
 
 impl Acceptor {

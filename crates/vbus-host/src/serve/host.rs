@@ -14,6 +14,7 @@ use vbus_core::{Bus, DeviceClass, Endpoint, Executor};
 use vbus_sched::SchedClass;
 use vbus_vfio_user::DeviceServer;
 
+use super::inherited::Inherited;
 use crate::access::Access;
 use crate::classes;
 use crate::config::{Config, DeviceSpec};
@@ -27,6 +28,7 @@ const BACKLOG: i32 = 8;
 /// The bus and the servers of its devices.
 pub struct Host {
     claimed: Claimed,
+    inherited: Inherited,
     bus: Bus,
     supervisor: Arc<Supervisor>,
     protections: Protections,
@@ -38,14 +40,16 @@ pub struct Host {
 /// A device's server and its socket.
 struct Served {
     server: DeviceServer,
-    _file: SocketFile,
+    _file: Option<SocketFile>,
 }
 
 impl Host {
     /// Starts an empty bus that has the classes of vbus and `more`. `supervisor` opens what the
-    /// devices need. `protections` are those of this process.
+    /// devices need. `inherited` are sockets that exist already. `protections` are those of this
+    /// process.
     pub fn start(
         claimed: Claimed,
+        inherited: Inherited,
         supervisor: Arc<Supervisor>,
         config: &Config,
         more: Vec<Box<dyn DeviceClass>>,
@@ -55,7 +59,7 @@ impl Host {
         let threads = Arc::new(RemoteThreads(supervisor.clone()));
         let classes = classes::all(supervisor.clone(), SchedClass::through(threads), more)?;
         let bus = Bus::new(executor, classes);
-        Ok(Host { claimed, bus, supervisor, protections, served: Mutex::default() })
+        Ok(Host { claimed, inherited, bus, supervisor, protections, served: Mutex::default() })
     }
 
     /// The protections of this process.
@@ -77,14 +81,19 @@ impl Host {
         self.served.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// Makes a socket; see [`Supervisor::listen`].
+    /// Takes the inherited socket at `path`, or makes one; see [`Supervisor::listen`]. An inherited
+    /// one has its own backlog and access, and its file stays.
     pub fn listen(
         &self,
         path: &Path,
         backlog: i32,
         access: &Access,
-    ) -> io::Result<(OwnedFd, SocketFile)> {
-        self.supervisor.listen(path, backlog, access)
+    ) -> io::Result<(OwnedFd, Option<SocketFile>)> {
+        if let Some(listener) = self.inherited.take(path) {
+            return Ok((listener, None));
+        }
+        let (listener, file) = self.supervisor.listen(path, backlog, access)?;
+        Ok((listener, Some(file)))
     }
 
     /// Makes a device and starts its server, if it takes drivers.

@@ -4,6 +4,7 @@
 mod control;
 mod health;
 mod host;
+mod inherited;
 mod ready;
 mod systemd;
 
@@ -24,6 +25,7 @@ use crate::sandbox::{Protections, Sandbox};
 use crate::supervisor::{Permits, Supervisor};
 use health::Health;
 use host::Host;
+use inherited::Inherited;
 use ready::Ready;
 use systemd::Manager;
 use vbus_cli::log;
@@ -35,6 +37,8 @@ Environment:
                  or trace; also for each crate, such as `info,vbus_vfio_user=debug`
   NOTIFY_SOCKET  systemd sets it for a service of Type=notify; vbus reports there that the bus is
                  up, that it ends, and with WATCHDOG_USEC that all its workers come round
+  LISTEN_FDS     systemd sets it if it has made sockets for the bus: the control socket, or
+                 sockets of devices
 
 An example of bus.toml, with a network card and a device of two state pages:
   [[device]]
@@ -79,6 +83,7 @@ pub fn run(
     sandbox: &Sandbox,
 ) -> Result<()> {
     log::start();
+    let inherited = Inherited::of_environment();
     let (config, source) = match &args.config {
         Some(path) => {
             let (config, source) = config::read(path)?;
@@ -120,7 +125,8 @@ pub fn run(
     if !args.no_sandbox && !protections.missing().is_empty() {
         tracing::warn!("the sandbox is weaker: {}", protections.missing().join("; "));
     }
-    let host = Arc::new(Host::start(claimed, supervisor, &config, classes, protections)?);
+    let host =
+        Arc::new(Host::start(claimed, inherited, supervisor, &config, classes, protections)?);
     // A client that connects before all devices are made waits in the backlog.
     let accept = control::Acceptor::bind(host.clone(), &access, rights)?;
     for (number, spec) in config.devices.iter().enumerate() {

@@ -50,6 +50,9 @@ impl Supervisor {
         let child = Command::new("/proc/self/exe")
             .arg0("vbus")
             .args(args)
+            // What the manager told the bus is not for the supervisor.
+            .env_remove("NOTIFY_SOCKET")
+            .env_remove("LISTEN_FDS")
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null())
             .spawn()?;

@@ -2,6 +2,7 @@
 //! `vbus serve` as a process: its devices, its errors, hostile clients, and its end.
 use std::io::Write;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -215,6 +216,49 @@ fn a_killed_bus_leaves_nothing_and_the_next_one_starts_at_once() {
     bus.child.wait().unwrap();
     wait_until("the supervisor to end", || has_ended(supervisor));
     assert_eq!(std::fs::read_dir(&bus.dir).unwrap().count(), 0);
+}
+
+#[test]
+fn sockets_of_the_service_manager_are_used_and_stay() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("bus");
+    std::fs::create_dir(&dir).unwrap();
+    std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o700)).unwrap();
+    let config = folder.path().join("bus.toml");
+    std::fs::write(&config, TWO).unwrap();
+    let listen = |name: &str| UnixListener::bind(dir.join(name)).unwrap();
+    let (control, device) = (listen("control.sock"), listen("net1.sock"));
+    let client = std::thread::spawn({
+        // It waits for a bus that is not there yet.
+        let mut socket = std::os::unix::net::UnixStream::connect(dir.join("control.sock")).unwrap();
+        move || exchange(&mut socket, b"{\"op\":\"list\"}\n")
+    });
+    // The shell gives the descriptors their numbers, and the bus its process id.
+    let mut bus = std::process::Command::new("sh")
+        .args([
+            "-c",
+            "exec 3<&0 4<&1 0</dev/null 1>/dev/null; LISTEN_PID=$$ LISTEN_FDS=2 exec \"$@\"",
+        ])
+        .args(["sh", env!("CARGO_BIN_EXE_vbus"), "serve", "--config"])
+        .arg(&config)
+        .arg("--dir")
+        .arg(&dir)
+        .stdin(std::os::fd::OwnedFd::from(control))
+        .stdout(std::os::fd::OwnedFd::from(device))
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let list: Value = serde_json::from_str(&client.join().unwrap()).unwrap();
+    assert_eq!(list["ok"].as_array().unwrap().len(), 2);
+    assert_eq!(run(&["device", "show", "net1"], &dir).code, Some(0));
+    let client = std::os::unix::net::UnixStream::connect(dir.join("net1.sock")).unwrap();
+    drop(client);
+    kill_process(Pid::from_child(&bus), Signal::TERM).unwrap();
+    assert!(bus.wait().unwrap().success());
+    let mut left: Vec<_> =
+        std::fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    left.sort();
+    assert_eq!(left, ["control.sock", "net1.sock"]);
 }
 
 #[test]
