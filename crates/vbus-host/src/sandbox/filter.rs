@@ -207,10 +207,9 @@ pub fn apply(sandbox: &Sandbox) -> Result<bool> {
     Ok(true)
 }
 
-/// Whether the error means that the kernel has no filters.
+/// Whether the error means that the kernel has no filters, or that a container forbids them.
 fn is_missing(error: &std::io::Error) -> bool {
-    let errno = Errno::from_io_error(error);
-    errno == Some(Errno::NOSYS) || errno == Some(Errno::INVAL)
+    matches!(Errno::from_io_error(error), Some(Errno::NOSYS | Errno::INVAL | Errno::PERM))
 }
 
 /// Two filters. The first one makes `clone3` fail as in a kernel that does not have it: its flags

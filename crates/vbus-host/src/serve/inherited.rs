@@ -33,8 +33,8 @@ impl Inherited {
         let count = number("LISTEN_FDS").filter(|_| is_mine).unwrap_or(0).clamp(0, COUNT_MAX);
         let mut sockets = HashMap::new();
         for raw in FIRST..FIRST + count {
-            // SAFETY: by sd_listen_fds(3) these descriptors are open and belong to this process. The
-            // caller promises that nothing else uses them.
+            // SAFETY: by sd_listen_fds(3) these descriptors are open and belong to this process.
+            // The caller promises that nothing else uses them.
             let socket = unsafe { OwnedFd::from_raw_fd(raw) };
             match prepare(&socket) {
                 Ok(path) => drop(sockets.insert(path, socket)),

@@ -212,7 +212,7 @@ impl State {
                 vbus_sched::process_of(tid)
             }
             // The id of a process that has ended may pass to another process.
-            Some(process) if self.vmms.get(&process).copied() == start_time(process) => process,
+            Some(process) if self.is_vmm(process) => process,
             Some(process) => {
                 let text = format!("process {process} is no VMM that the bus is connected to");
                 return Err(TakeError::Refused(text));
@@ -223,6 +223,11 @@ impl State {
         self.next += 1;
         self.held.insert(self.next, thread);
         Ok((json!(self.next), time.map(OwnedFd::from).into_iter().collect()))
+    }
+
+    fn is_vmm(&self, process: i32) -> bool {
+        let start = self.vmms.get(&process);
+        start.is_some_and(|start| start_time(process) == Some(*start))
     }
 
     fn set(&mut self, thread: u64, setting: Setting) -> io::Result<(Value, Vec<OwnedFd>)> {

@@ -3,15 +3,18 @@
 //! place of other users, so only root can run most of it.
 
 use std::io::ErrorKind;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::process::{Child, Stdio};
 
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, socketpair};
 use rustix::process::{Gid, Uid};
 use rustix::thread::{set_thread_gid, set_thread_groups, set_thread_uid};
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::support::{Served, TIMEOUT, exchange, run};
+use crate::support::{Served, TIMEOUT, exchange, run, vbus};
 
 /// A user and groups that no account of a machine has.
 const STRANGER: u32 = 54_321;
@@ -173,4 +176,112 @@ fn a_bus_for_its_own_user_has_private_sockets() {
         "{}",
         done.err
     );
+}
+
+/// The socket of a supervisor of the bus, without the bus.
+struct Hostile {
+    socket: OwnedFd,
+    child: Child,
+}
+
+impl Hostile {
+    /// Starts a supervisor for a bus in `dir`.
+    fn start(dir: &Path) -> Hostile {
+        let kind = SocketType::SEQPACKET;
+        let flags = SocketFlags::CLOEXEC;
+        let (socket, theirs) = socketpair(AddressFamily::UNIX, kind, flags, None).unwrap();
+        let child = vbus().arg("supervisor").stdin(theirs).stderr(Stdio::null()).spawn().unwrap();
+        let hostile = Hostile { socket, child };
+        hostile.send(&json!({
+            "folders": [dir],
+            "paths": [],
+            "taps": ["vbus*"],
+            "threads": [],
+            "any_thread": false,
+            "limits": { "classes": 0, "priority_max": 0, "nice_min": null },
+        }));
+        hostile
+    }
+
+    fn send(&self, message: &Value) {
+        self.send_bytes(message.to_string().as_bytes());
+    }
+
+    fn send_bytes(&self, bytes: &[u8]) {
+        rustix::net::send(&self.socket, bytes, SendFlags::NOSIGNAL).unwrap();
+    }
+
+    fn answer(&self) -> Value {
+        let mut bytes = vec![0; 64 << 10];
+        let (read, _) =
+            rustix::net::recv(&self.socket, &mut bytes[..], RecvFlags::empty()).unwrap();
+        serde_json::from_slice(&bytes[..read]).unwrap()
+    }
+
+    fn ask(&self, verb: &Value) -> Value {
+        self.send(verb);
+        self.answer()
+    }
+}
+
+#[test]
+fn the_supervisor_does_nothing_that_the_configuration_does_not_allow() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("bus");
+    std::fs::create_dir(&dir).unwrap();
+    let outside = folder.path().join("outside");
+    std::fs::write(&outside, "precious").unwrap();
+    let socket = folder.path().join("socket");
+    let _listener = UnixListener::bind(&socket).unwrap();
+    let mut hostile = Hostile::start(&dir);
+    let access = json!({ "owner": null, "group": null, "mode": 511 });
+    for verb in [
+        json!({ "verb": "create", "path": outside }),
+        json!({ "verb": "create", "path": dir.join("../outside") }),
+        json!({ "verb": "create", "path": "" }),
+        json!({ "verb": "create", "path": "/proc/self/mem" }),
+        json!({ "verb": "listen", "path": "/tmp/vbus-hostile", "backlog": 1, "access": access }),
+        json!({ "verb": "connect", "path": socket }),
+        json!({ "verb": "connect", "path": "/run/docker.sock" }),
+        json!({ "verb": "vmm", "path": socket }),
+        json!({ "verb": "tap", "name": "eth0", "queues": 1, "mtu": 1500 }),
+        json!({ "verb": "tap", "name": "vbus%d", "queues": 0, "mtu": 1500 }),
+        json!({ "verb": "tap", "name": "vbus%d", "queues": 17, "mtu": 1500 }),
+        json!({ "verb": "take", "process": null, "tid": std::process::id() }),
+        json!({ "verb": "take", "process": std::process::id(), "tid": std::process::id() }),
+        json!({ "verb": "take", "process": 1, "tid": 1 }),
+        json!({ "verb": "take", "process": -1, "tid": -1 }),
+        json!({ "verb": "limits", "limits": { "classes": 4, "priority_max": 9, "nice_min": null } }),
+        json!({ "verb": "exec", "path": "/bin/sh" }),
+        json!({ "verb": "create", "path": outside, "more": 1 }),
+        json!(null),
+    ] {
+        let answer = hostile.ask(&verb);
+        assert!(answer["refused"].is_string(), "{verb}: {answer}");
+    }
+    for verb in [
+        json!({ "verb": "set", "thread": 1, "setting": { "class": 4, "priority": 1 } }),
+        json!({ "verb": "nice", "thread": 0 }),
+        json!({ "verb": "restore", "thread": u64::MAX }),
+    ] {
+        assert_eq!(hostile.ask(&verb), json!({ "errno": 3 }), "{verb}");
+    }
+    for bytes in [&b"\xff\xfe"[..], b"{", &[b'['; 10_000], &[b' '; 100_000]] {
+        hostile.send_bytes(bytes);
+        assert!(hostile.answer()["refused"].is_string());
+    }
+    // These change nothing.
+    for verb in ["release", "remove"] {
+        let verb = json!({ "verb": verb, "thread": 7, "path": outside });
+        assert!(hostile.ask(&verb)["refused"].is_string(), "an unknown key");
+    }
+    hostile.ask(&json!({ "verb": "remove", "path": outside }));
+    assert_eq!(std::fs::read(&outside).unwrap(), b"precious");
+    assert!(!Path::new("/tmp/vbus-hostile").exists());
+    // It works as before, and ends with its bus.
+    let path = dir.join("a.pcap");
+    assert_eq!(hostile.ask(&json!({ "verb": "create", "path": path })), json!({ "ok": null }));
+    assert!(path.exists());
+    drop(hostile.socket);
+    assert!(hostile.child.wait().unwrap().success());
 }
