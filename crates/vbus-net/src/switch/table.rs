@@ -245,8 +245,9 @@ impl Table {
                         || learned.is_some_and(|learned| learned.port == seat.id()))
             };
             if let Some(seat) = self.seats.iter().find(is_there) {
-                let is_denied = !from.may_reach(seat);
-                let wanted = seat.id() != from.id() && !is_denied && seat.port.filter.accepts(mac);
+                let is_other = seat.id() != from.id();
+                let is_denied = is_other && !from.may_reach(seat);
+                let wanted = is_other && !is_denied && seat.port.filter.accepts(mac);
                 let to = wanted.then(|| seat.clone()).into_iter().collect();
                 return Route { to, is_flood: false, is_denied };
             }
