@@ -14,6 +14,7 @@ use crate::executor::Executor;
 use crate::host::Host;
 use crate::lock::lock;
 use crate::losses::LossWatch;
+use crate::memory::Budget;
 use crate::router::Outlets;
 
 /// The most devices of a bus.
@@ -66,6 +67,8 @@ pub struct Bus {
 impl Bus {
     /// An empty bus. Its devices run on `executor`.
     pub fn new(executor: Arc<Executor>, classes: Vec<Box<dyn DeviceClass>>) -> Bus {
+        // Now, because the process may later lack the right to read its limits.
+        Budget::of_process();
         let versions = Versions::SUPPORTED;
         let devices = Arc::<Devices>::default();
         let all = Arc::downgrade(&devices);

@@ -272,6 +272,15 @@ pub struct Region {
 /// [`disarm`](Self::disarm) are the methods of a [`Task`](crate::Task). The doorbells of its
 /// regions wake the connection. An error that `poll` or `arm` returns ends the connection.
 pub trait Connection: Send {
+    /// The driver wants to register a region `id` of `len` bytes. The bus asks before it maps the
+    /// region's memory, which can take milliseconds. A connection that can tell here that it will
+    /// refuse the region says so, with the error of [`region_added`](Self::region_added). That
+    /// method checks all the same. The provided method refuses nothing.
+    fn check_region(&mut self, id: u32, len: u64) -> Result<(), ErrorCode> {
+        let _ = (id, len);
+        Ok(())
+    }
+
     /// The driver registers a region. The connection refuses an unknown id with
     /// [`ErrorCode::BAD_ARGUMENT`].
     fn region_added(&mut self, region: Region) -> Result<(), ErrorCode>;

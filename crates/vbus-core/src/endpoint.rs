@@ -626,6 +626,11 @@ impl Endpoint {
         };
         let free = open.regions.iter().position(Option::is_none).ok_or(ErrorCode::LIMIT)?;
         let handle = u32::try_from(free).map_err(|_| ErrorCode::LIMIT)?;
+        let check = || lock(&open.connection).check_region(request.id, request.len);
+        let Some(wanted) = self.contain(check) else {
+            return Err(self.panicked(inner));
+        };
+        wanted?;
         let (window, ranges) = match request.page_shift {
             0 => {
                 let window = self.memory().window(request.addr, request.len)?;

@@ -232,13 +232,16 @@ struct Ring {
 }
 
 impl<S: Service> Connection for Answering<S> {
+    fn check_region(&mut self, id: u32, _: u64) -> Result<(), ErrorCode> {
+        match self.ring {
+            _ if id != abi::REGION => Err(ErrorCode::BAD_ARGUMENT),
+            Some(_) => Err(ErrorCode::EXISTS),
+            None => Ok(()),
+        }
+    }
+
     fn region_added(&mut self, region: Region) -> Result<(), ErrorCode> {
-        if region.id != abi::REGION {
-            return Err(ErrorCode::BAD_ARGUMENT);
-        }
-        if self.ring.is_some() {
-            return Err(ErrorCode::EXISTS);
-        }
+        self.check_region(region.id, 0)?;
         let end = DeviceEnd::attach(region.window.clone())?;
         // The response's length comes back in the entry.
         if end.layout().returns() != Returns::Entries {

@@ -45,6 +45,10 @@ impl SchedConnection {
 }
 
 impl Connection for SchedConnection {
+    fn check_region(&mut self, id: u32, _: u64) -> Result<(), ErrorCode> {
+        self.page(id).map(drop)
+    }
+
     fn region_added(&mut self, region: Region) -> Result<(), ErrorCode> {
         let (cpu, is_report) = self.page(region.id)?;
         let mut state = lock(&self.device.state);

@@ -41,7 +41,8 @@ use serde_json::Value;
 use vbus_mapping::{Backing, Mapping, Piece};
 use vbus_shm::ErrorCode;
 
-use self::budget::{Account, Budget, Share};
+pub(crate) use self::budget::Budget;
+use self::budget::{Account, Share};
 pub use self::budget::{Exceeded, Resource};
 use self::file::{FileKey, Found, SharedFile};
 pub use self::slice::DriverSlice;

@@ -353,3 +353,43 @@ fn memory_on_huge_pages_is_mapped_in_any_sections() {
     drop((window, context));
     wait_until("it is unmapped", || mappings("memfd:huge") == 0);
 }
+
+/// Refuses every region before it is mapped.
+struct Picky;
+
+impl Device for Picky {
+    fn identity(&self) -> Identity {
+        Identity::user("picky")
+    }
+
+    fn open(&self, _: Open) -> Result<Box<dyn Connection>, ErrorCode> {
+        Ok(Box::new(Picky))
+    }
+}
+
+impl Connection for Picky {
+    fn check_region(&mut self, id: u32, len: u64) -> Result<(), ErrorCode> {
+        assert_eq!((id, len), (9, 2 * PAGE));
+        Err(ErrorCode::EXISTS)
+    }
+
+    fn region_added(&mut self, _: Region) -> Result<(), ErrorCode> {
+        panic!("the region is mapped");
+    }
+}
+
+#[test]
+fn a_region_that_the_class_does_not_want_is_not_mapped() {
+    let bus = Bus::new(Executor::start(Tuning::default()).unwrap(), Vec::new());
+    let endpoint = bus.add("picky", Arc::new(Picky)).unwrap();
+    let file = file(MIB);
+    endpoint.map(0, MIB, Some((copy(&file), 0)), Access::BOTH).unwrap();
+    let memory = endpoint.memory().view();
+    memory.write(0, &77u64.to_le_bytes()).unwrap();
+    drop(memory);
+    endpoint.open(OpenRequest::new((0, 77))).unwrap();
+    // A list of pages that are nowhere: it is not even looked at.
+    let request = RegionRequest::new(9, 1 << 40, 2 * PAGE).with_page_shift(12);
+    assert_eq!(endpoint.region_add(request), Err(ErrorCode::EXISTS));
+    assert_eq!(endpoint.state(), ConnectionState::Open);
+}

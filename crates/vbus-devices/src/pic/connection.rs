@@ -144,15 +144,17 @@ impl PicConnection {
 }
 
 impl Connection for PicConnection {
-    fn region_added(&mut self, region: Region) -> Result<(), ErrorCode> {
-        let mut state = lock(&self.state);
-        let number = region.id;
-        if number >= u32::from(self.cpus) {
+    fn check_region(&mut self, id: u32, _: u64) -> Result<(), ErrorCode> {
+        if id >= u32::from(self.cpus) {
             return Err(ErrorCode::BAD_ARGUMENT);
         }
-        if state.cpus.contains_key(&number) {
-            return Err(ErrorCode::EXISTS);
-        }
+        if lock(&self.state).cpus.contains_key(&id) { Err(ErrorCode::EXISTS) } else { Ok(()) }
+    }
+
+    fn region_added(&mut self, region: Region) -> Result<(), ErrorCode> {
+        let number = region.id;
+        self.check_region(number, 0)?;
+        let mut state = lock(&self.state);
         state.cpus.insert(number, Arc::new(Cpu::new(region)?));
         Ok(())
     }

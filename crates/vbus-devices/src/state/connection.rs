@@ -33,6 +33,11 @@ impl StateConnection {
 }
 
 impl Connection for StateConnection {
+    fn check_region(&mut self, id: u32, _: u64) -> Result<(), ErrorCode> {
+        let number = usize::try_from(id).map_err(|_| ErrorCode::BAD_ARGUMENT)?;
+        self.device.pages.get(number).map(drop).ok_or(ErrorCode::BAD_ARGUMENT)
+    }
+
     fn region_added(&mut self, region: Region) -> Result<(), ErrorCode> {
         let number = usize::try_from(region.id).map_err(|_| ErrorCode::BAD_ARGUMENT)?;
         self.device.pages.get(number).ok_or(ErrorCode::BAD_ARGUMENT)?.show(&region)?;

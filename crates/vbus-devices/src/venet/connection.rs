@@ -297,6 +297,15 @@ impl VenetConnection {
         }
     }
 
+    /// The place of the ring with region id `id`: its pair, whether it is the receive ring, and the
+    /// region there, if there is one.
+    fn ring_place(&mut self, id: u32) -> Result<(usize, bool, &mut Option<Region>), ErrorCode> {
+        let is_rx = id % 2 == 1;
+        let pair = usize::try_from(id / 2).map_err(|_| ErrorCode::BAD_ARGUMENT)?;
+        let rings = self.rings.get_mut(pair).ok_or(ErrorCode::BAD_ARGUMENT)?;
+        Ok((pair, is_rx, if is_rx { &mut rings.rx } else { &mut rings.tx }))
+    }
+
     /// Takes region `handle` out of its pair. Returns the number of the pair, and whether the
     /// region is the receive ring.
     fn take_ring(&mut self, handle: u32) -> Option<(usize, bool)> {
@@ -339,16 +348,21 @@ fn attach(region: &Region, is_rx: bool) -> Result<DeviceEnd<Window>, ErrorCode> 
 }
 
 impl Connection for VenetConnection {
+    fn check_region(&mut self, id: u32, _: u64) -> Result<(), ErrorCode> {
+        if id == abi::REGION_STATUS || id == abi::REGION_COUNTERS {
+            return Ok(());
+        }
+        let (_, _, place) = self.ring_place(id)?;
+        if place.is_some() { Err(ErrorCode::EXISTS) } else { Ok(()) }
+    }
+
     fn region_added(&mut self, region: Region) -> Result<(), ErrorCode> {
         if region.id == abi::REGION_STATUS || region.id == abi::REGION_COUNTERS {
             self.pages.add(region)?;
             self.pages_task.wake();
             return Ok(());
         }
-        let is_rx = region.id % 2 == 1;
-        let pair = usize::try_from(region.id / 2).map_err(|_| ErrorCode::BAD_ARGUMENT)?;
-        let rings = self.rings.get_mut(pair).ok_or(ErrorCode::BAD_ARGUMENT)?;
-        let place = if is_rx { &mut rings.rx } else { &mut rings.tx };
+        let (pair, is_rx, place) = self.ring_place(region.id)?;
         if place.is_some() {
             return Err(ErrorCode::EXISTS);
         }
