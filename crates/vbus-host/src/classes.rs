@@ -4,8 +4,9 @@
 use std::sync::Arc;
 
 use anyhow::{Result, ensure};
+use serde_json::{Value, json};
 use vbus_core::DeviceClass;
-use vbus_net::Opener;
+use vbus_net::{Direct, Opener};
 use vbus_sched::SchedClass;
 
 /// Returns the classes of vbus, with `sched` as the class of that name, followed by `more`.
@@ -29,4 +30,17 @@ pub fn all(
         classes.push(class);
     }
     Ok(classes)
+}
+
+/// The same for a program that serves no bus: it checks settings and names the classes.
+///
+/// # Errors
+/// Two classes have the same name.
+pub fn unserved(more: Vec<Box<dyn DeviceClass>>) -> Result<Vec<Box<dyn DeviceClass>>> {
+    all(Arc::new(Direct), SchedClass::new(), more)
+}
+
+/// The name and the help text of each class, in JSON.
+pub fn describe<'a>(classes: impl Iterator<Item = &'a dyn DeviceClass>) -> Value {
+    classes.map(|class| json!({ "name": class.name(), "help": class.help() })).collect()
 }

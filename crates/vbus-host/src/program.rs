@@ -126,7 +126,7 @@ impl Program {
     fn dispatch(self, command: &Command) -> Result<()> {
         match command {
             Command::Serve(args) => serve::run(args, self.classes, &self.supervisor, &self.sandbox),
-            Command::Device(command) => command::device::run(command),
+            Command::Device(command) => command::device::run(command, self.classes),
             Command::State(command) => command::state::run(command),
             Command::Stats(args) => command::stats::run(args),
             Command::QemuArgs(args) => command::qemu_args::run(args),

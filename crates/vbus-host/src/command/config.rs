@@ -2,13 +2,10 @@
 //! `vbus config`.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use anyhow::Result;
 use serde_json::json;
 use vbus_core::{Bus, DeviceClass, Executor, Tuning};
-use vbus_net::Direct;
-use vbus_sched::SchedClass;
 
 use crate::{classes, config};
 use vbus_cli::output::{emit, emit_json};
@@ -34,7 +31,7 @@ pub fn run(command: &Command, more: Vec<Box<dyn DeviceClass>>) -> Result<()> {
     // The classes check their own settings without making a device: a bus may run with this
     // configuration at the same time and must not be disturbed.
     let executor = Executor::start(Tuning { workers: 1, ..config.tuning })?;
-    let bus = Bus::new(executor, classes::all(Arc::new(Direct), SchedClass::new(), more)?);
+    let bus = Bus::new(executor, classes::unserved(more)?);
     for (number, spec) in config.devices.iter().enumerate() {
         bus.check(&spec.name, &spec.class, &spec.settings)
             .map_err(|error| source.device_error(number, &error.to_string()))?;

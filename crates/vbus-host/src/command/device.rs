@@ -7,13 +7,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Map, Value, json};
+use vbus_core::DeviceClass;
 
 use crate::client::{BusDir, Client, text};
 use crate::vmm::Vmm;
 use vbus_cli::output::{bold, columns, emit, emit_json, flatten, plain, table};
 use vbus_cli::rundir;
 
-use crate::{config, plug};
+use crate::{classes, config, plug};
 
 /// Commands.
 #[derive(clap::Subcommand, Debug)]
@@ -69,7 +70,8 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// List the device classes and their settings
+    /// List the device classes and their settings: those of a running bus, or those of this program
+    /// if no bus runs
     Classes {
         #[command(flatten)]
         bus: BusDir,
@@ -197,8 +199,8 @@ fn key_value(argument: &str) -> Result<(String, Value), String> {
     Ok((key.into(), config::setting(value)))
 }
 
-/// Runs a command.
-pub fn run(command: &Command) -> Result<()> {
+/// Runs a command. `more` are the classes that the program has beside those of vbus.
+pub fn run(command: &Command, more: Vec<Box<dyn DeviceClass>>) -> Result<()> {
     match command {
         Command::Add(args) => add(args),
         Command::Remove(args) => remove(args),
@@ -249,8 +251,17 @@ pub fn run(command: &Command) -> Result<()> {
             Ok(())
         }
         Command::Classes { bus, json } => {
-            let info = Client::connect(bus.dir.as_deref())?.ask(&json!({ "op": "info" }))?;
-            let classes = info.get("classes").cloned().unwrap_or_default();
+            let classes = match Client::connect(bus.dir.as_deref()) {
+                Ok(client) => {
+                    let info = client.ask(&json!({ "op": "info" }))?;
+                    info.get("classes").cloned().unwrap_or_default()
+                }
+                // Somebody who writes the first configuration has no bus yet.
+                Err(_) if bus.dir.is_none() => {
+                    classes::describe(classes::unserved(more)?.iter().map(Box::as_ref))
+                }
+                Err(error) => return Err(error),
+            };
             if *json {
                 emit_json(&classes);
             } else {

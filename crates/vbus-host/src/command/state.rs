@@ -3,7 +3,7 @@
 
 use std::io::Read;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use serde_json::{Value, json};
 
 use crate::client::{BusDir, Client, text};
@@ -133,7 +133,18 @@ pub fn run(command: &Command) -> Result<()> {
 }
 
 fn ask(common: &Common, device: &str, request: &Value, item: &mut dyn FnMut(Value)) -> Result<()> {
-    Client::connect(common.bus.dir.as_deref())?.device(device, request, item).map(drop)
+    let client = Client::connect(common.bus.dir.as_deref())?;
+    client.device(device, request, item).map(drop).map_err(|error| {
+        // A device of another class answers with its own requests, which are of no use here.
+        let shown = client.ask(&json!({ "op": "show", "name": device })).unwrap_or_default();
+        match text(&shown, "class") {
+            "state" | "-" => error,
+            class => anyhow!(
+                "{device} is a device of class {class} and has no pages; `vbus device list` shows \
+                 the devices of class state"
+            ),
+        }
+    })
 }
 
 /// Prints the value as text if it is text and `hex` is false, otherwise in hexadecimal.

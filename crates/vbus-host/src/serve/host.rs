@@ -193,7 +193,7 @@ impl Host {
 
     /// The name and the help text of each class.
     pub fn classes(&self) -> Value {
-        self.bus.classes().map(|c| json!({ "name": c.name(), "help": c.help() })).collect()
+        classes::describe(self.bus.classes())
     }
 
     /// Ends all servers, and removes all devices.

@@ -51,8 +51,8 @@ An example of bus.toml, with a network card and a device of two state pages:
   class = \"state\"
   pages = [{ name = \"setpoint\", bytes = 64, owner = \"device\" },
            { name = \"load\", bytes = 64, owner = \"driver\" }]
-`vbus config check bus.toml` checks the file. `vbus device classes` lists the classes of a running
-bus and their settings.";
+`vbus config check bus.toml` checks the file. `vbus device classes` lists the classes and their
+settings.";
 
 /// Arguments of `vbus serve`.
 #[derive(clap::Args, Debug)]

@@ -504,3 +504,17 @@ fn vbus_guest_says_which_program_drives_devices() {
     let err = String::from_utf8(done.stderr).unwrap();
     assert!(done.status.code() == Some(1) && err.contains("`vbus-guest`"), "{err}");
 }
+
+#[test]
+fn the_classes_are_told_without_a_bus() {
+    let empty = tempfile::tempdir().unwrap();
+    let output =
+        vbus().args(["device", "classes"]).env("XDG_RUNTIME_DIR", empty.path()).output().unwrap();
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        output.status.success() && said.contains("venet: ") && said.contains("sched: "),
+        "{said}"
+    );
+    // A directory that is named must have a bus.
+    assert!(!run(&["device", "classes"], empty.path()).err.is_empty());
+}

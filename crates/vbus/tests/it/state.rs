@@ -118,3 +118,10 @@ fn a_watch_ends_when_its_device_goes() {
     watch.wait().unwrap();
     assert!(lines.next().is_none());
 }
+
+#[test]
+fn a_device_of_another_class_has_no_pages() {
+    let bus = Served::start("[[device]]\nname = \"net0\"\nclass = \"venet\"\nbackend = \"null\"\n");
+    let bad = bus.bad(&["state", "get", "net0", "setpoint"]);
+    assert!(bad.contains("net0 is a device of class venet and has no pages"), "{bad}");
+}
