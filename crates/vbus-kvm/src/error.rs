@@ -26,7 +26,7 @@ pub enum Error {
     NoInterrupt(String),
     /// The doorbells cannot be there: a number or an address is out of range, or occurs twice. A
     /// guest or a device can cause this.
-    #[error("doorbells cannot be there: {0}")]
+    #[error("doorbells cannot have these addresses: {0}")]
     BadRange(String),
 }
 

@@ -98,8 +98,8 @@ impl Machine {
         let kvm = open_kvm(config.split)?;
         let (cpus, most) = (config.cpus, layout::CPUS_MAX.min(u32::try_from(kvm.get_max_vcpus())?));
         ensure!((1..=most).contains(&cpus), "there can be 1 to {most} virtual CPUs, not {cpus}");
-        let vm = Arc::new(kvm.create_vm().context("KVM makes no virtual machine")?);
-        vm.set_tss_address(TSS).context("KVM does not take the address of its own pages")?;
+        let vm = Arc::new(kvm.create_vm().context("KVM cannot make a virtual machine")?);
+        vm.set_tss_address(TSS).context("KVM does not accept the address of its own pages")?;
         let ram = Ram::new(config.memory.saturating_mul(1 << 20))?;
         ram.give_to(&vm)?;
         let irqchip = Arc::new(IrqChip::new(&vm, config.split)?);

@@ -176,7 +176,7 @@ impl Ram {
             // SAFETY: The range is mapped for as long as this `Ram` lives, and the regions do not
             // overlap.
             unsafe { vm.set_user_memory_region(region) }
-                .context("KVM does not take the guest's memory")?;
+                .context("KVM does not accept the guest's memory")?;
         }
         Ok(())
     }

@@ -65,8 +65,8 @@ impl Vcpu {
     pub fn new(kvm: &Kvm, vm: &VmFd, number: u32, model: &Model) -> Result<Vcpu> {
         let fd = vm
             .create_vcpu(number.into())
-            .with_context(|| format!("KVM makes no virtual CPU {number}"))?;
-        fd.set_cpuid2(&model.of(number)?).context("KVM does not take the CPU's features")?;
+            .with_context(|| format!("KVM cannot make virtual CPU {number}"))?;
+        fd.set_cpuid2(&model.of(number)?).context("KVM does not accept the CPU's features")?;
         if model.hyperv() {
             let cap = kvm_enable_cap { cap: KVM_CAP_HYPERV_SYNIC2, ..Default::default() };
             fd.enable_cap(&cap).context("KVM does not switch the SynIC on")?;
@@ -177,7 +177,7 @@ impl Vcpu {
     fn fault(&self, what: &str) -> anyhow::Error {
         let at =
             self.fd.get_regs().map(|registers| format!("{:#x}", registers.rip)).unwrap_or_default();
-        anyhow!("virtual CPU {}: KVM cannot go on at {at} ({what})", self.number)
+        anyhow!("virtual CPU {}: KVM cannot continue at {at} ({what})", self.number)
     }
 }
 

@@ -116,7 +116,7 @@ pub enum Violation {
     #[error("VERSION: {0}")]
     Version(#[from] Malformed),
     /// The client sent a reply. The server sends no commands, so it expects no replies.
-    #[error("reply {0} to no request of ours")]
+    #[error("reply {0} without a request")]
     Reply(Header),
 }
 

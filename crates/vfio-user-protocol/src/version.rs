@@ -62,7 +62,7 @@ struct Capabilities {
 #[non_exhaustive]
 pub enum Disagreement {
     /// The peer has another major version.
-    #[error("major version {0}, only {MAJOR} is spoken here")]
+    #[error("major version {0}; this end supports only {MAJOR}")]
     Major(u16),
     /// The reply has a newer minor version than the request.
     #[error("minor version {0}, newer than proposed")]

@@ -43,7 +43,7 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Tell drivers that their devices have lost what they were told, after a snapshot of their
+    /// Tell drivers that their devices have lost all settings, after a snapshot of their
     /// virtual machine was restored
     #[command(after_help = REINCARNATE_HELP)]
     Reincarnate {

@@ -36,7 +36,7 @@ Environment:
   VBUS_LOG       the level of the log, on standard error: error, warn, info (the default), debug
                  or trace; also for each crate, such as `info,vbus_vfio_user=debug`
   NOTIFY_SOCKET  systemd sets it for a service of Type=notify; vbus reports there that the bus is
-                 up, that it ends, and with WATCHDOG_USEC that all its workers come round
+                 up, that it ends, and with WATCHDOG_USEC that all its workers respond
   LISTEN_FDS     systemd sets it if it has made sockets for the bus: the control socket, or
                  sockets of devices
 

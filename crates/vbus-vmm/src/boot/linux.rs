@@ -40,7 +40,7 @@ pub fn prepare(mut info: Info<'_>, base: u64, end: u64, mut header: setup_header
     let needed = room.div_ceil(1 << 20);
     ensure!(
         room <= info.ram_end(),
-        "the kernel needs at least {needed} MiB of memory: more --memory"
+        "the kernel needs at least {needed} MiB of memory: give more --memory"
     );
     let limit = u64::from(header.initrd_addr_max) + 1;
     if let Some((at, bytes)) = info.put_initramfs(room, limit)? {

@@ -154,7 +154,7 @@ impl Info<'_> {
         let at = at.with_context(|| {
             let mib = bytes.div_ceil(1 << 20);
             format!(
-                "no room for the kernel and the initramfs {} ({mib} MiB): more --memory",
+                "no room for the kernel and the initramfs {} ({mib} MiB): give more --memory",
                 path.display()
             )
         })?;

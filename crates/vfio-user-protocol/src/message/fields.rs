@@ -6,7 +6,7 @@
 #[non_exhaustive]
 pub enum Malformed {
     /// The body has fewer bytes than the command's fixed part, or than its counts need.
-    #[error("body of {have} bytes where {need} are needed")]
+    #[error("body of {have} bytes, fewer than {need}")]
     Short {
         /// Bytes needed.
         need: usize,
@@ -14,7 +14,7 @@ pub enum Malformed {
         have: usize,
     },
     /// The body has more bytes than the command and its counts need.
-    #[error("body of {have} bytes where {need} are accounted for")]
+    #[error("body of {have} bytes, more than {need}")]
     Long {
         /// Bytes needed.
         need: usize,

@@ -52,7 +52,7 @@ struct Run {
     /// Also watch sleeping real-time tasks, except those of the kernel
     #[arg(long)]
     sleeping: bool,
-    /// The milliseconds between two looks at the tasks
+    /// The milliseconds between two readings of the tasks
     #[arg(long, value_name = "MS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=10_000))]
     every: u64,
 }
