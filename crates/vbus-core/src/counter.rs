@@ -58,6 +58,9 @@ pub struct ConnectionCounters {
     pub polls: Counter,
     /// Polls that found no work.
     pub polls_empty: Counter,
+    /// Times that a task of the device moved to a worker that slept, because two devices were busy
+    /// on its own.
+    pub moves: Counter,
     /// Times that a task of the device held its worker for a second
     /// ([`Watchdog`](crate::Watchdog)).
     #[serde(serialize_with = "inner")]

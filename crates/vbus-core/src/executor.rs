@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The event loop: a few worker threads that run many tasks.
 //!
-//! A task belongs to one worker. It sleeps until a [`TaskHandle`] (a doorbell), a file descriptor
+//! A task belongs to one worker. If two devices are busy on one worker while another worker sleeps,
+//! a task of one of them moves there. A task sleeps until a [`TaskHandle`] (a doorbell), a file descriptor
 //! that it watches, or its deadline wakes it. The worker polls its awake tasks in turn, each with a
 //! budget. When a poll finds nothing, the task goes on being polled for a *window* before it arms
 //! its signals and sleeps again. The window adapts ([`Pace`]): a busy device costs its driver no
@@ -11,7 +12,7 @@
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap, VecDeque};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::thread::JoinHandle;
@@ -107,6 +108,10 @@ impl Default for Tuning {
     }
 }
 
+/// For how many rounds in a row two devices have work on one worker before one of them moves to a
+/// worker that sleeps.
+const CROWDED: u32 = 64;
+
 /// The shortest time between two polls by a timer, in nanoseconds.
 const NAP_NS: u64 = 100_000;
 
@@ -124,13 +129,37 @@ struct Body {
 
 struct Cell {
     id: u64,
-    worker: Weak<Worker>,
+    workers: Weak<Workers>,
+    /// The index of the worker that runs the task. It changes under the lock of `watches`. A thread
+    /// that reads an old one gives the task to a worker that passes it on.
+    home: AtomicUsize,
+    watches: Mutex<Watches>,
     queued: WakeFlag,
     body: Mutex<Option<Body>>,
     on_error: OnError,
     counters: Arc<ConnectionCounters>,
     /// [`Task::work`].
     work: OnceLock<String>,
+}
+
+/// The descriptors that wake a task.
+#[derive(Default)]
+struct Watches {
+    list: Vec<(RawFd, EventFlags)>,
+    /// The task has been stopped, and stays where it is.
+    stopped: bool,
+}
+
+impl Cell {
+    fn home(&self) -> usize {
+        // Acquire: pairs with the store in `move_to`. Whoever pushes the task to its new worker
+        // finds it among the tasks there.
+        self.home.load(Ordering::Acquire)
+    }
+
+    fn worker(&self) -> Option<Arc<Worker>> {
+        self.workers.upgrade()?.get(self.home()).cloned()
+    }
 }
 
 /// A handle to a task. Clones are handles to the same task. The task ends by [`stop`](Self::stop)
@@ -142,8 +171,8 @@ impl TaskHandle {
     /// Wakes the task if it sleeps. Any thread may call it. It does not block.
     pub fn wake(&self) {
         if self.0.queued.raise() {
-            if let Some(worker) = self.0.worker.upgrade() {
-                worker.push(self.0.clone());
+            if let Some(workers) = self.0.workers.upgrade() {
+                workers[self.0.home()].push(self.0.clone());
             }
         }
     }
@@ -153,19 +182,24 @@ impl TaskHandle {
     /// not read an eventfd at all. Call [`unwatch`](Self::unwatch) before the descriptor is closed:
     /// a copy of the descriptor in another process would keep the watch alive.
     pub fn watch(&self, fd: impl AsFd, interest: Interest) -> rustix::io::Result<()> {
-        let worker = self.0.worker.upgrade().ok_or(rustix::io::Errno::SHUTDOWN)?;
+        let mut watches = lock(&self.0.watches);
+        let worker = self.0.worker().ok_or(rustix::io::Errno::SHUTDOWN)?;
         let flags = match interest {
             Interest::Read => EventFlags::IN | EventFlags::RDHUP | EventFlags::ET,
             Interest::ReadWrite => {
                 EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET
             }
         };
-        epoll::add(&worker.epoll, fd, EventData::new_u64(self.0.id), flags)
+        epoll::add(&worker.epoll, &fd, EventData::new_u64(self.0.id), flags)?;
+        watches.list.push((fd.as_fd().as_raw_fd(), flags));
+        Ok(())
     }
 
     /// Ends a watch before its descriptor is closed.
     pub fn unwatch(&self, fd: impl AsFd) {
-        if let Some(worker) = self.0.worker.upgrade() {
+        let mut watches = lock(&self.0.watches);
+        watches.list.retain(|(watched, _)| *watched != fd.as_fd().as_raw_fd());
+        if let Some(worker) = self.0.worker() {
             let _ = epoll::delete(&worker.epoll, fd); // Not watched: nothing to end.
         }
     }
@@ -174,9 +208,12 @@ impl TaskHandle {
     /// must not call it.
     pub fn stop(&self) {
         let body = lock(&self.0.body).take();
-        if let Some(worker) = self.0.worker.upgrade() {
+        let mut watches = lock(&self.0.watches);
+        watches.stopped = true;
+        if let Some(worker) = self.0.worker() {
             lock(&worker.tasks).remove(&self.0.id);
         }
+        drop(watches);
         drop(body);
     }
 }
@@ -194,7 +231,12 @@ struct Queue {
     stop: bool,
 }
 
+type Workers = Vec<Arc<Worker>>;
+
 struct Worker {
+    index: usize,
+    /// All workers, this one too.
+    workers: Weak<Workers>,
     epoll: OwnedFd,
     /// A write to it wakes the worker from `epoll_wait`.
     kick: OwnedFd,
@@ -233,6 +275,7 @@ impl Worker {
     fn run(&self) {
         let mut events: Vec<epoll::Event> = Vec::with_capacity(64);
         let mut round = Vec::new();
+        let mut crowded = 0;
         loop {
             // Read by `at_work` alone, which draws no conclusion from the order of these stores.
             self.rounds.fetch_add(1, Ordering::Relaxed);
@@ -248,14 +291,35 @@ impl Worker {
                     sleep = true;
                 }
             }
-            let mut busy = false;
+            let (mut busy, mut surplus): (Option<Arc<Cell>>, Option<Arc<Cell>>) = (None, None);
             for cell in round.drain(..) {
+                if cell.home() != self.index {
+                    // It has moved since it was queued here, and its flag is still raised.
+                    if let Some(worker) = cell.worker() {
+                        worker.push(cell);
+                    }
+                    continue;
+                }
                 self.turn.store(cell.id, Ordering::Relaxed);
-                busy |= self.slice(cell) == Progress::Busy;
+                if self.slice(&cell) == Progress::Idle {
+                    continue;
+                }
+                match &busy {
+                    None => busy = Some(cell),
+                    Some(other) if other.counters.device() != cell.counters.device() => {
+                        surplus = Some(cell);
+                    }
+                    Some(_) => {}
+                }
             }
             self.turn.store(KICK, Ordering::Relaxed);
-            if !sleep && !busy {
+            if !sleep && busy.is_none() {
                 std::thread::yield_now();
+            }
+            crowded = if surplus.is_some() { crowded + 1 } else { 0 };
+            if let Some(cell) = surplus.filter(|_| crowded >= CROWDED) {
+                crowded = 0;
+                self.give_away(&cell);
             }
             self.wait(&mut events, sleep);
         }
@@ -320,8 +384,66 @@ impl Worker {
         }
     }
 
+    /// Gives a task to a worker that sleeps, if there is one. Only the task's worker calls this,
+    /// while the task does not have its turn.
+    fn give_away(&self, cell: &Arc<Cell>) {
+        let Some(workers) = self.workers.upgrade() else { return };
+        let sleeps = |worker: &&Arc<Worker>| !worker.awake.load(Ordering::Relaxed);
+        let Some(to) = workers.iter().find(sleeps) else { return };
+        if !self.move_to(cell, to) {
+            return;
+        }
+        cell.counters.moves.one();
+        tracing::debug!(
+            device = cell.counters.device(),
+            work = cell.work.get(),
+            from = self.index,
+            to = to.index,
+            "moved to a worker that slept"
+        );
+        TaskHandle(cell.clone()).wake();
+    }
+
+    /// Moves a task with its watches. Returns false if it stays, because it has been stopped or the
+    /// kernel refuses a watch.
+    fn move_to(&self, cell: &Arc<Cell>, to: &Worker) -> bool {
+        let mut watches = lock(&cell.watches);
+        if watches.stopped {
+            return false;
+        }
+        // SAFETY: A descriptor is open until `unwatch`, which takes it off the list under the lock.
+        let fd = |raw: RawFd| unsafe { BorrowedFd::borrow_raw(raw) };
+        // The task is watched by both workers for a moment. The one that does not have the task
+        // ignores the event; the other has seen it too, or sees it when the watch begins.
+        for (number, &(raw, flags)) in watches.list.iter().enumerate() {
+            if let Err(error) = epoll::add(&to.epoll, fd(raw), EventData::new_u64(cell.id), flags) {
+                tracing::warn!(%error, "a task cannot be moved to another worker");
+                for &(raw, _) in &watches.list[..number] {
+                    let _ = epoll::delete(&to.epoll, fd(raw));
+                }
+                return false;
+            }
+        }
+        watches.list.retain(|&(raw, _)| {
+            let watched = epoll::delete(&self.epoll, fd(raw)).is_ok();
+            if !watched {
+                let _ = epoll::delete(&to.epoll, fd(raw));
+            }
+            watched
+        });
+        if let Some(body) = lock(&cell.body).as_mut() {
+            // Its timer is this worker's. The task is woken after the move, and asks for another.
+            body.timer = None;
+        }
+        lock(&self.tasks).remove(&cell.id);
+        lock(&to.tasks).insert(cell.id, cell.clone());
+        // Release: pairs with the load in `Cell::home`.
+        cell.home.store(to.index, Ordering::Release);
+        true
+    }
+
     /// One task's turn.
-    fn slice(&self, cell: Arc<Cell>) -> Progress {
+    fn slice(&self, cell: &Arc<Cell>) -> Progress {
         // From here on a wake-up queues the task again. So none is lost between the task's poll and
         // its sleep.
         cell.queued.lower();
@@ -345,7 +467,7 @@ impl Worker {
                 }
                 drop(guard);
                 if again {
-                    TaskHandle(cell).wake();
+                    TaskHandle(cell.clone()).wake();
                 }
                 if busy { Progress::Busy } else { Progress::Idle }
             }
@@ -355,7 +477,7 @@ impl Worker {
                 *guard = None;
                 drop(guard);
                 lock(&self.tasks).remove(&cell.id);
-                let counters = cell.counters.clone();
+                let (counters, cell) = (cell.counters.clone(), cell.clone());
                 let end = Box::new(move || (cell.on_error)(code));
                 self.aside.run(counters, "the end of a connection, after a fault", end);
                 Progress::Busy
@@ -418,7 +540,7 @@ fn now() -> u64 {
 
 /// The event loop: a set of workers. Dropping it stops the workers.
 pub struct Executor {
-    workers: Vec<Arc<Worker>>,
+    workers: Arc<Workers>,
     threads: Vec<JoinHandle<()>>,
     next_id: AtomicU64,
     next_index: AtomicUsize,
@@ -431,36 +553,46 @@ impl Executor {
     pub fn start(tuning: Tuning) -> std::io::Result<Arc<Executor>> {
         let alarm = Arc::new(Alarm::new()?);
         let mut executor = Executor {
-            workers: Vec::new(),
+            workers: Arc::default(),
             threads: Vec::new(),
             next_id: AtomicU64::new(KICK + 1),
             next_index: AtomicUsize::new(0),
             aside: Arc::new(Aside::new(alarm.clone())),
             alarm,
         };
-        for i in 0..tuning.workers.max(1) {
+        let mut made = Vec::new();
+        for _ in 0..tuning.workers.max(1) {
             let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
             let kick = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
             epoll::add(&epoll, &kick, EventData::new_u64(KICK), EventFlags::IN)?;
-            let worker = Arc::new(Worker {
-                epoll,
-                kick,
-                queue: Mutex::default(),
-                tasks: Mutex::default(),
-                timers: Mutex::default(),
-                tuning,
-                aside: executor.aside.clone(),
-                alarm: executor.alarm.clone(),
-                awake: AtomicBool::new(true),
-                rounds: AtomicU64::new(0),
-                turn: AtomicU64::new(KICK),
-            });
+            made.push((epoll, kick));
+        }
+        executor.workers = Arc::new_cyclic(|workers| {
+            let new = |(index, (epoll, kick))| {
+                Arc::new(Worker {
+                    index,
+                    workers: workers.clone(),
+                    epoll,
+                    kick,
+                    queue: Mutex::default(),
+                    tasks: Mutex::default(),
+                    timers: Mutex::default(),
+                    tuning,
+                    aside: executor.aside.clone(),
+                    alarm: executor.alarm.clone(),
+                    awake: AtomicBool::new(true),
+                    rounds: AtomicU64::new(0),
+                    turn: AtomicU64::new(KICK),
+                })
+            };
+            made.into_iter().enumerate().map(new).collect()
+        });
+        for (i, worker) in executor.workers.iter().enumerate() {
             let run = worker.clone();
             // 256 KiB are enough: tasks keep their buffers on the heap.
             let thread =
                 std::thread::Builder::new().name(format!("vbus-{i}")).stack_size(256 << 10);
             executor.threads.push(thread.spawn(move || run.run())?);
-            executor.workers.push(worker);
         }
         Ok(Arc::new(executor))
     }
@@ -547,7 +679,9 @@ impl Executor {
     ) -> Arc<Cell> {
         Arc::new(Cell {
             id: self.next_id.fetch_add(1, Ordering::Relaxed),
-            worker: Arc::downgrade(self.worker(worker)),
+            workers: Arc::downgrade(&self.workers),
+            home: AtomicUsize::new(worker % self.workers.len()),
+            watches: Mutex::default(),
             queued: WakeFlag::new(),
             body: Mutex::new(None),
             on_error: Box::new(on_error),
@@ -571,7 +705,7 @@ impl Executor {
 
 impl Drop for Executor {
     fn drop(&mut self) {
-        for worker in &self.workers {
+        for worker in self.workers.iter() {
             lock(&worker.queue).stop = true;
             worker.kick();
         }

@@ -7,4 +7,5 @@
 mod endpoint;
 mod memory;
 mod peer_files;
+mod placement;
 mod wake_model;
