@@ -4,7 +4,7 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -27,8 +27,10 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The supervisor of this bus. Dropping it ends the supervisor, and waits for its end.
 pub struct Supervisor {
-    /// One request is under way at a time. `None`: the supervisor is being ended.
-    socket: Mutex<Option<OwnedFd>>,
+    /// The sockets of the quick verbs and of the others. On each, one request is under way at a
+    /// time. `None`: the supervisor is being ended.
+    quick: Mutex<Option<OwnedFd>>,
+    slow: Mutex<Option<OwnedFd>>,
     child: Mutex<Child>,
     threads: Threads,
 }
@@ -45,7 +47,8 @@ impl Supervisor {
         lock: BorrowedFd<'_>,
     ) -> io::Result<Arc<Supervisor>> {
         let kind = SocketType::SEQPACKET;
-        let (socket, theirs) = socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None)?;
+        let pair = || socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None);
+        let ((slow, theirs), (quick, theirs_quick)) = (pair()?, pair()?);
         // This program itself, even if its file has been replaced.
         let child = Command::new("/proc/self/exe")
             .arg0("vbus")
@@ -56,17 +59,18 @@ impl Supervisor {
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null())
             .spawn()?;
-        verb::send(&socket, permits, &[lock])?;
-        let (socket, child) = (Mutex::new(Some(socket)), Mutex::new(child));
+        verb::send(&slow, permits, &[lock, theirs_quick.as_fd()])?;
+        drop(theirs_quick);
+        let (quick, slow) = (Mutex::new(Some(quick)), Mutex::new(Some(slow)));
         let unknown = Threads { is_privileged: false, tells_time: false };
-        let mut supervisor = Supervisor { socket, child, threads: unknown };
+        let mut supervisor = Supervisor { quick, slow, child: Mutex::new(child), threads: unknown };
         supervisor.threads = serde_json::from_value(supervisor.ask(&Verb::Threads)?.0)?;
         Ok(Arc::new(supervisor))
     }
 
     /// Asks for something. Returns the answer and its descriptors.
     fn ask(&self, verb: &Verb) -> io::Result<(Value, Vec<OwnedFd>)> {
-        let socket = lock(&self.socket);
+        let socket = lock(if verb.is_quick() { &self.quick } else { &self.slow });
         let socket = socket.as_ref().ok_or(Errno::PIPE)?;
         let answer = match verb::send(socket, verb, &[]) {
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => None,
@@ -129,7 +133,8 @@ impl Drop for Supervisor {
 impl Supervisor {
     /// Ends the supervisor, and waits for its end. Later requests fail.
     pub fn stop(&self) {
-        let Some(socket) = lock(&self.socket).take() else { return };
+        drop(lock(&self.quick).take());
+        let Some(socket) = lock(&self.slow).take() else { return };
         let ended = || -> io::Result<bool> {
             shutdown(&socket, Shutdown::Write)?;
             let timeout = Timespec::try_from(TIMEOUT).map_err(io::Error::other)?;

@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use rustix::io::Errno;
 use serde_json::{Value, json};
@@ -33,7 +34,7 @@ pub fn run() -> ExitCode {
     // A terminal or a service manager may send these signals to all processes of the bus. The
     // supervisor ignores them, because it must outlive the bus.
     for signal in [SIGINT, SIGTERM, SIGHUP, SIGQUIT] {
-        let _ = signal_hook::flag::register(signal, std::sync::Arc::default());
+        let _ = signal_hook::flag::register(signal, Arc::default());
     }
     // This fails if a person started the command by hand, which does no harm.
     let _ = rustix::process::setsid();
@@ -59,34 +60,62 @@ pub fn run() -> ExitCode {
 /// Serves the bus until it has ended. Returns how many threads the bus left changed.
 fn serve() -> io::Result<usize> {
     let socket = io::stdin().as_fd().try_clone_to_owned()?;
-    // The descriptors have the lock of the bus's directory. They stay open until everything is
-    // cleaned up, so that the next bus does not meet what is left of this one.
-    let Some((permits, _lock)) = verb::receive::<Permits>(&socket)? else { return Ok(0) };
-    let mut supervisor = State {
-        places: Places::new(permits),
-        sockets: HashMap::new(),
+    // The first message has the socket of the quick verbs, and the lock of the bus's directory. The
+    // lock stays open until everything is cleaned up, so that the next bus does not meet what is
+    // left of this one.
+    let Some((permits, mut descriptors)) = verb::receive::<Permits>(&socket)? else {
+        return Ok(0);
+    };
+    let quick = descriptors.pop().ok_or_else(|| io::Error::other("there is one socket only"))?;
+    let _lock = descriptors;
+    let places = Arc::new(Places::new(permits));
+    let mut files = Files { places: places.clone(), sockets: HashMap::new() };
+    let mut attended = Attended {
+        places,
         threads: Direct::default(),
         held: HashMap::new(),
         next: 0,
         vmms: HashMap::new(),
     };
+    let attending = std::thread::Builder::new().name("vbus-threads".into()).spawn(move || {
+        let ended = answer_all(&quick, true, |verb| attended.answer(verb));
+        let left = attended.held.into_values().map(|mut thread| thread.restore());
+        ended.map(|()| left.filter(|restored| *restored == Ok(true)).count())
+    })?;
+    let ended = answer_all(&socket, false, |verb| files.answer(verb));
+    drop(files);
+    let restored = attending.join().map_err(|_| io::Error::other("a thread has panicked"))?;
+    ended.and(restored)
+}
+
+/// Answers the verbs that come through `socket`, which has the quick ones or the others, until the
+/// bus has ended.
+fn answer_all(
+    socket: &OwnedFd,
+    quick: bool,
+    mut answer: impl FnMut(Verb) -> Done,
+) -> io::Result<()> {
     loop {
-        let (answer, descriptors) = match verb::receive(&socket) {
-            Ok(Some((verb, _))) => supervisor.answer(verb),
-            Ok(None) => break,
+        let (answer, descriptors) = match verb::receive::<Verb>(socket) {
+            Ok(Some((verb, _))) if verb.is_quick() != quick => {
+                refused("it came to the wrong socket")
+            }
+            Ok(Some((verb, _))) => match answer(verb) {
+                Ok((value, descriptors)) => (Answer::Ok(value), descriptors),
+                Err(error) => failed(&error),
+            },
+            Ok(None) => return Ok(()),
             // The bus sends no such thing. Whoever did may go on, but gets nothing.
             Err(error) if error.raw_os_error().is_none() => refused(error),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(()),
             Err(error) => return Err(error),
         };
         let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
-        match verb::send(&socket, &answer, &borrowed) {
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => break,
+        match verb::send(socket, &answer, &borrowed) {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
             other => other?,
         }
     }
-    supervisor.sockets.clear();
-    let left = supervisor.held.into_values();
-    Ok(left.map(|mut thread| thread.restore()).filter(|restored| *restored == Ok(true)).count())
 }
 
 /// An answer with its descriptors.
@@ -103,10 +132,24 @@ fn failed(error: &io::Error) -> Reply {
     }
 }
 
-struct State {
-    places: Places,
+/// What every verb does.
+type Done = io::Result<(Value, Vec<OwnedFd>)>;
+
+/// A verb that is finished, without descriptors.
+fn done(value: impl Into<Value>) -> Done {
+    Ok((value.into(), Vec::new()))
+}
+
+/// Serves the verbs that may take long.
+struct Files {
+    places: Arc<Places>,
     /// The sockets that listen, by path.
     sockets: HashMap<PathBuf, SocketFile>,
+}
+
+/// Serves the quick verbs.
+struct Attended {
+    places: Arc<Places>,
     threads: Direct,
     held: HashMap<u64, OwnThread>,
     next: u64,
@@ -114,71 +157,36 @@ struct State {
     vmms: HashMap<i32, u64>,
 }
 
-impl State {
-    fn answer(&mut self, verb: Verb) -> Reply {
-        let result = match verb {
+/// A verb that the other thread serves.
+fn misplaced() -> Done {
+    Err(io::Error::other("it came to the wrong socket"))
+}
+
+impl Files {
+    fn answer(&mut self, verb: Verb) -> Done {
+        match verb {
             Verb::Create { path } => {
-                let file = self.places.find(&path).and_then(|place| place.create());
-                file.map(|file| (Value::Null, vec![file.into()]))
+                let file = self.places.find(&path)?.create()?;
+                Ok((Value::Null, vec![file.into()]))
             }
             Verb::Listen { path, backlog, access } => self.listen(&path, backlog, &access),
             Verb::Remove { path } => {
                 self.sockets.remove(&PathBuf::from(path));
-                Ok(Default::default())
-            }
-            Verb::Connect { path } => {
-                let socket = self.places.find(&path).and_then(|place| place.connect());
-                socket.map(|socket| (Value::Null, vec![socket]))
+                done(Value::Null)
             }
             Verb::Tap { name, queues, mtu } => self.tap(&name, queues, mtu),
-            Verb::Threads => {
-                let threads = Threads {
-                    is_privileged: self.threads.is_privileged(),
-                    tells_time: self.threads.tells_time(),
-                };
-                Ok((json!(threads), Vec::new()))
-            }
-            Verb::Limits { limits } => match self.places.permits().check_limits(&limits) {
-                Ok(()) => Ok(Default::default()),
-                Err(text) => return refused(text),
-            },
-            Verb::Vmm { path } => self.vmm(&path),
-            Verb::Take { process, tid } => match self.take(process, tid) {
-                Ok(taken) => Ok(taken),
-                Err(TakeError::Missing { source, .. }) => Err(source),
-                Err(error) => return refused(error),
-            },
-            Verb::Nice { thread } => {
-                self.on_thread(thread, |held| held.own_nice().map(Value::from))
-            }
-            Verb::Set { thread, setting } => self.set(thread, setting),
-            Verb::Restore { thread } => {
-                self.on_thread(thread, |held| held.restore().map(Value::from))
-            }
-            Verb::Release { thread } => {
-                self.held.remove(&thread);
-                Ok(Default::default())
-            }
-        };
-        match result {
-            Ok((value, descriptors)) => (Answer::Ok(value), descriptors),
-            Err(error) => failed(&error),
+            _ => misplaced(),
         }
     }
 
-    fn listen(
-        &mut self,
-        path: &str,
-        backlog: i32,
-        access: &Access,
-    ) -> io::Result<(Value, Vec<OwnedFd>)> {
+    fn listen(&mut self, path: &str, backlog: i32, access: &Access) -> Done {
         let place = self.places.find(path)?;
         let (listener, file) = socket::listen(place, backlog, access)?;
         self.sockets.insert(path.into(), file);
         Ok((Value::Null, vec![listener]))
     }
 
-    fn tap(&self, name: &str, queues: u16, mtu: u16) -> io::Result<(Value, Vec<OwnedFd>)> {
+    fn tap(&self, name: &str, queues: u16, mtu: u16) -> Done {
         self.places.permits().tap(name).map_err(io::Error::other)?;
         if !(1..=verb::DESCRIPTORS_MAX).contains(&usize::from(queues)) {
             return Err(io::Error::other("an interface has 1 to 16 queues"));
@@ -188,8 +196,44 @@ impl State {
         let value = json!({ "name": name, "multi-queue": multi_queue });
         Ok((value, queues.into_iter().map(OwnedFd::from).collect()))
     }
+}
 
-    fn vmm(&mut self, path: &str) -> io::Result<(Value, Vec<OwnedFd>)> {
+impl Attended {
+    fn answer(&mut self, verb: Verb) -> Done {
+        match verb {
+            Verb::Connect { path } => {
+                let socket = self.places.find(&path)?.connect()?;
+                Ok((Value::Null, vec![socket]))
+            }
+            Verb::Threads => done(json!(Threads {
+                is_privileged: self.threads.is_privileged(),
+                tells_time: self.threads.tells_time(),
+            })),
+            Verb::Limits { limits } => {
+                self.places.permits().check_limits(&limits).map_err(io::Error::other)?;
+                done(Value::Null)
+            }
+            Verb::Vmm { path } => self.vmm(&path),
+            Verb::Take { process, tid } => self.take(process, tid).map_err(|error| match error {
+                TakeError::Missing { source, .. } => source,
+                other => io::Error::other(other.to_string()),
+            }),
+            Verb::Nice { thread } => {
+                self.on_thread(thread, |held| held.own_nice().map(Value::from))
+            }
+            Verb::Set { thread, setting } => self.set(thread, setting),
+            Verb::Restore { thread } => {
+                self.on_thread(thread, |held| held.restore().map(Value::from))
+            }
+            Verb::Release { thread } => {
+                self.held.remove(&thread);
+                done(Value::Null)
+            }
+            _ => misplaced(),
+        }
+    }
+
+    fn vmm(&mut self, path: &str) -> Done {
         let socket = self.places.find(path)?.connect()?;
         let process = vbus_control::Peer::of(&socket)?.pid;
         let start = start_time(process).ok_or_else(|| {
@@ -230,7 +274,7 @@ impl State {
         start.is_some_and(|start| start_time(process) == Some(*start))
     }
 
-    fn set(&mut self, thread: u64, setting: Setting) -> io::Result<(Value, Vec<OwnedFd>)> {
+    fn set(&mut self, thread: u64, setting: Setting) -> Done {
         let limits = self.places.permits().limits;
         self.on_thread(thread, |held| {
             let own_nice = held.own_nice()?;
@@ -245,7 +289,7 @@ impl State {
         &mut self,
         thread: u64,
         act: impl FnOnce(&mut OwnThread) -> Result<Value, Errno>,
-    ) -> io::Result<(Value, Vec<OwnedFd>)> {
+    ) -> Done {
         let held = self.held.get_mut(&thread).ok_or(Errno::SRCH)?;
         Ok((act(held)?, Vec::new()))
     }

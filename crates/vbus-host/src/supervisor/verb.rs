@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The messages between the bus and its supervisor. A message is one packet: an object of JSON, and
-//! descriptors beside it. The bus sends a [`Verb`] and waits for its [`Answer`].
+//! descriptors beside it. The bus sends a [`Verb`] and waits for its [`Answer`]. There are two
+//! sockets: one for the verbs that may take long, and one for the others.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -55,6 +56,27 @@ pub enum Verb {
     Restore { thread: u64 },
     /// Restore a thread and forget it.
     Release { thread: u64 },
+}
+
+impl Verb {
+    /// Whether a thread that serves devices may wait for the answer. Such verbs have a socket and a
+    /// thread of their own, so that they never wait for a slow disk.
+    pub fn is_quick(&self) -> bool {
+        match self {
+            Verb::Create { .. } | Verb::Listen { .. } | Verb::Remove { .. } | Verb::Tap { .. } => {
+                false
+            }
+            Verb::Connect { .. }
+            | Verb::Threads
+            | Verb::Limits { .. }
+            | Verb::Vmm { .. }
+            | Verb::Take { .. }
+            | Verb::Nice { .. }
+            | Verb::Set { .. }
+            | Verb::Restore { .. }
+            | Verb::Release { .. } => true,
+        }
+    }
 }
 
 /// The answer to [`Verb::Threads`].

@@ -3,13 +3,18 @@
 //! place of other users, so only root can run most of it.
 
 use std::io::ErrorKind;
-use std::os::fd::OwnedFd;
+use std::io::IoSlice;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Child, Stdio};
 
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, socketpair};
+use rustix::net::{
+    AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags,
+    SocketType, sendmsg, socketpair,
+};
 use rustix::process::{Gid, Uid};
 use rustix::thread::{set_thread_gid, set_thread_groups, set_thread_uid};
 use serde_json::{Value, json};
@@ -178,9 +183,10 @@ fn a_bus_for_its_own_user_has_private_sockets() {
     );
 }
 
-/// The socket of a supervisor of the bus, without the bus.
+/// The sockets of a supervisor of the bus, without the bus.
 struct Hostile {
-    socket: OwnedFd,
+    quick: OwnedFd,
+    slow: OwnedFd,
     child: Child,
 }
 
@@ -189,38 +195,43 @@ impl Hostile {
     fn start(dir: &Path) -> Hostile {
         let kind = SocketType::SEQPACKET;
         let flags = SocketFlags::CLOEXEC;
-        let (socket, theirs) = socketpair(AddressFamily::UNIX, kind, flags, None).unwrap();
+        let pair = || socketpair(AddressFamily::UNIX, kind, flags, None).unwrap();
+        let ((slow, theirs), (quick, theirs_quick)) = (pair(), pair());
         let child = vbus().arg("supervisor").stdin(theirs).stderr(Stdio::null()).spawn().unwrap();
-        let hostile = Hostile { socket, child };
-        hostile.send(&json!({
+        let hostile = Hostile { quick, slow, child };
+        let permits = json!({
             "folders": [dir],
             "paths": [],
             "taps": ["vbus*"],
             "threads": [],
             "any_thread": false,
             "limits": { "classes": 0, "priority_max": 0, "nice_min": null },
-        }));
+        });
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        let rights = [theirs_quick.as_fd()];
+        control.push(SendAncillaryMessage::ScmRights(&rights));
+        let bytes = permits.to_string().into_bytes();
+        let message = [IoSlice::new(&bytes)];
+        sendmsg(&hostile.slow, &message, &mut control, SendFlags::NOSIGNAL).unwrap();
         hostile
     }
 
-    fn send(&self, message: &Value) {
-        self.send_bytes(message.to_string().as_bytes());
-    }
-
-    fn send_bytes(&self, bytes: &[u8]) {
-        rustix::net::send(&self.socket, bytes, SendFlags::NOSIGNAL).unwrap();
-    }
-
-    fn answer(&self) -> Value {
+    /// Sends bytes through one of the sockets, and returns the answer.
+    fn exchange(socket: &OwnedFd, bytes: &[u8]) -> Value {
+        rustix::net::send(socket, bytes, SendFlags::NOSIGNAL).unwrap();
         let mut bytes = vec![0; 64 << 10];
-        let (read, _) =
-            rustix::net::recv(&self.socket, &mut bytes[..], RecvFlags::empty()).unwrap();
+        let (read, _) = rustix::net::recv(socket, &mut bytes[..], RecvFlags::empty()).unwrap();
         serde_json::from_slice(&bytes[..read]).unwrap()
     }
 
+    /// The answers to a verb on both sockets, of which one is the wrong one.
     fn ask(&self, verb: &Value) -> Value {
-        self.send(verb);
-        self.answer()
+        let bytes = verb.to_string().into_bytes();
+        let answers = [&self.slow, &self.quick].map(|socket| Self::exchange(socket, &bytes));
+        let wrong = |answer: &Value| answer["refused"] == "it came to the wrong socket";
+        assert!(answers.iter().any(|answer| answer["refused"].is_string()), "{verb}");
+        answers.into_iter().reduce(|a, b| if wrong(&a) { b } else { a }).unwrap()
     }
 }
 
@@ -267,8 +278,9 @@ fn the_supervisor_does_nothing_that_the_configuration_does_not_allow() {
         assert_eq!(hostile.ask(&verb), json!({ "errno": 3 }), "{verb}");
     }
     for bytes in [&b"\xff\xfe"[..], b"{", &[b'['; 10_000], &[b' '; 100_000]] {
-        hostile.send_bytes(bytes);
-        assert!(hostile.answer()["refused"].is_string());
+        for socket in [&hostile.slow, &hostile.quick] {
+            assert!(Hostile::exchange(socket, bytes)["refused"].is_string());
+        }
     }
     // These change nothing.
     for verb in ["release", "remove"] {
@@ -282,6 +294,6 @@ fn the_supervisor_does_nothing_that_the_configuration_does_not_allow() {
     let path = dir.join("a.pcap");
     assert_eq!(hostile.ask(&json!({ "verb": "create", "path": path })), json!({ "ok": null }));
     assert!(path.exists());
-    drop(hostile.socket);
+    drop((hostile.slow, hostile.quick));
     assert!(hostile.child.wait().unwrap().success());
 }
