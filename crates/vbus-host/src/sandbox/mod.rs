@@ -33,7 +33,6 @@ use serde_json::{Value, json};
 /// use vbus_host::Sandbox;
 ///
 /// // The class reads a table that it brings along, and opens the files that its settings name.
-/// // Those must be in a folder of `paths` in the table [allow] of the configuration.
 /// let sandbox = Sandbox::default().configured_files().read("/usr/share/block/table");
 /// # let _ = sandbox;
 /// ```
@@ -50,8 +49,9 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// The classes open, create, change and remove files in the directory of the bus, and in the
-    /// folders of `paths` in the table `[allow]` of the configuration.
+    /// The classes open and change the files that the settings of devices in the configuration
+    /// file name, if they exist when the bus starts. And they open, create, change and remove files
+    /// in the directory of the bus, and in the folders of `paths` in the table `[allow]`.
     #[must_use]
     pub fn configured_files(mut self) -> Sandbox {
         self.configured = true;
@@ -95,20 +95,20 @@ impl Sandbox {
     }
 
     /// Gives up everything that is not in this sandbox, for good: in the calling thread and in the
-    /// threads that it starts. `folders` are those that the configuration allows.
+    /// threads that it starts. `paths` are the files and folders that the configuration allows.
     ///
     /// # Errors
     /// The kernel has a protection, but refuses to apply it.
-    pub fn enter(&self, folders: &[PathBuf]) -> Result<Protections> {
+    pub fn enter(&self, paths: &[PathBuf]) -> Result<Protections> {
         let capabilities = drop_capabilities(CapabilitySet::empty());
         let no_new_privs = set_no_new_privs(true).is_ok();
-        let landlock = self.confine(folders).context("cannot confine the bus with Landlock")?;
+        let landlock = self.confine(paths).context("cannot confine the bus with Landlock")?;
         let seccomp = filter::apply(self).context("cannot filter the system calls of the bus")?;
         Ok(Protections { capabilities, no_new_privs, landlock, seccomp })
     }
 
     /// Applies Landlock. Returns the version of its interface, if the kernel has it.
-    fn confine(&self, folders: &[PathBuf]) -> Result<Option<i32>> {
+    fn confine(&self, paths: &[PathBuf]) -> Result<Option<i32>> {
         let abi = ABI::V6;
         let ruleset = Ruleset::default()
             .set_compatibility(CompatLevel::BestEffort)
@@ -128,7 +128,7 @@ impl Sandbox {
         ruleset = add(ruleset, &self.read, read)?;
         ruleset = add(ruleset, &self.write, write)?;
         if self.configured {
-            ruleset = add(ruleset, folders, write)?;
+            ruleset = add(ruleset, paths, write)?;
         }
         let status = ruleset.restrict_self()?;
         Ok(match status.landlock {

@@ -119,7 +119,7 @@ pub fn run(
             );
             Protections::default()
         }
-        false => sandbox.enter(&permits.folders)?,
+        false => sandbox.enter(&permits.own_paths(&config.devices))?,
     };
     tracing::info!("sandbox: {protections}");
     if !args.no_sandbox && !protections.missing().is_empty() {

@@ -127,6 +127,23 @@ impl Permits {
         }
     }
 
+    /// What the program's own classes may open, if the program says that they open files: the
+    /// folders, and each file that a setting of `devices` names and that is there.
+    pub fn own_paths(&self, devices: &[DeviceSpec]) -> Vec<PathBuf> {
+        fn texts<'a>(value: &'a Value, found: &mut Vec<&'a str>) {
+            match value {
+                Value::String(text) => found.push(text),
+                Value::Array(list) => list.iter().for_each(|value| texts(value, found)),
+                Value::Object(map) => map.values().for_each(|value| texts(value, found)),
+                _ => {}
+            }
+        }
+        let mut found = Vec::new();
+        devices.iter().for_each(|device| texts(&device.settings, &mut found));
+        let files = found.into_iter().map(PathBuf::from).filter(|path| path.exists());
+        self.folders.iter().cloned().chain(files).collect()
+    }
+
     /// Checks the name of a TAP interface.
     ///
     /// # Errors

@@ -184,13 +184,16 @@ impl Bus {
         let folder = tempfile::tempdir().unwrap();
         let config = folder.path().join("bus.toml");
         let text = format!(
-            "[allow]\npaths = [{:?}]\n[[device]]\nname = \"i\"\nclass = \"intruder\"\n",
-            folder.path().join("allowed")
+            "[allow]\npaths = [{:?}]\n[[device]]\nname = \"i\"\nclass = \"intruder\"\n\
+             list = [{{ disk = {:?} }}]\n",
+            folder.path().join("allowed"),
+            folder.path().join("other/named")
         );
         std::fs::write(&config, text).unwrap();
         for name in ["allowed", "other"] {
             std::fs::create_dir(folder.path().join(name)).unwrap();
             std::fs::write(folder.path().join(name).join("file"), "x").unwrap();
+            std::fs::write(folder.path().join(name).join("named"), "x").unwrap();
         }
         let dir = folder.path().join("bus");
         let (config, dir) = (config.to_str().unwrap(), dir.to_str().unwrap());
@@ -329,6 +332,7 @@ fn classes_can_do_what_their_program_asks_for() {
     let info = |bus: &Bus| bus.ask(&json!({ "op": "info" })).remove(0)["ok"].take();
     as_each_user("configured", |bus, _| {
         assert_eq!(file(bus, "allowed"), 0);
+        assert_eq!(bus.opens(&bus.path("other/named")), 0, "the configuration names it");
         if has_landlock(&info(bus)) {
             assert_eq!(file(bus, "other"), EACCES);
             assert_eq!(bus.opens(Path::new("/etc/passwd")), EACCES);
