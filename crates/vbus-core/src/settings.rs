@@ -114,7 +114,7 @@ impl Settings {
         };
         read.filter(|n| range.contains(n)).map(Some).ok_or_else(|| {
             let (from, to, value) = (range.start(), range.end(), shown(&value));
-            let text = format_args!(
+            let text = format!(
                 "is {value}; use a number from {from} to {to}, or text with a suffix, such as \
                  \"250M\""
             );
