@@ -29,6 +29,8 @@ pub struct PairSpec {
     pub driver: &'static str,
     /// Virtual CPUs in each guest; 0 counts as 1.
     pub cpus: u32,
+    /// More words for QEMU of guest a.
+    pub args: &'static [&'static str],
 }
 
 /// A bus, two guests, and a driver in each.
@@ -53,6 +55,9 @@ impl Pair {
         for name in ["a", "b"] {
             let mut machine = VmSpec::new(name).device(bus.socket(&format!("net-{name}")));
             machine.cpus = spec.cpus.max(1);
+            if name == "a" {
+                machine = machine.args(spec.args);
+            }
             vms.push(machine.start(scene)?);
         }
         let mut pair = Self { nics: Vec::new(), vms, bus };

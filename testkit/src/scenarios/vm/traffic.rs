@@ -51,7 +51,7 @@ pub fn jumbo(scene: &Scene) -> Result<()> {
 pub fn two_pairs(scene: &Scene) -> Result<()> {
     run(
         scene,
-        PairSpec { device: "queue-pairs = 2", driver: "--queue-pairs 2", cpus: 2 },
+        PairSpec { device: "queue-pairs = 2", driver: "--queue-pairs 2", cpus: 2, args: &[] },
         "test -d /sys/class/net/vbus0/queues/tx-1",
     )
 }
