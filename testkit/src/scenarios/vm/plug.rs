@@ -28,7 +28,7 @@ const MORE_MEMORY: [&str; 6] = [
 
 /// A second NIC is plugged, used and unplugged twenty times while a stream runs over the first NIC.
 /// In between the guest gets memory, and gives some of it back. The bus maps all of it, as it is: a
-/// module from a file in /dev/shm, and the memory of virtio-mem, in which unplugged parts are holes.
+/// module from a file in /dev/shm, and the memory of virtio-mem, whose unplugged parts are holes.
 pub fn cycles(scene: &Scene) -> Result<()> {
     let mut pair = Pair::start(scene, PairSpec { args: &MORE_MEMORY, ..PairSpec::default() })?;
     let files = |pair: &Pair| -> Result<u64> {
