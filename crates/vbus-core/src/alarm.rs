@@ -2,28 +2,26 @@
 //! Tells one waiter that a thread of the event loop has woken.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering, fence};
 
 use rustix::event::{EventfdFlags, eventfd};
 
-/// Set by the waiter, rung by the threads. While it is not set, ringing costs a load.
+use crate::alarm_flag::AlarmFlag;
+
+/// Set by the waiter, rung by the threads. While it is not set, ringing costs a fence and a load.
 pub(crate) struct Alarm {
-    set: AtomicBool,
+    flag: AlarmFlag,
     fd: OwnedFd,
 }
 
 impl Alarm {
     pub(crate) fn new() -> std::io::Result<Alarm> {
         let fd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Alarm { set: AtomicBool::new(false), fd })
+        Ok(Alarm { flag: AlarmFlag::new(), fd })
     }
 
     /// For a thread that has stored that it is awake.
     pub(crate) fn ring(&self) {
-        // Pairs with the fence in `set`: if this load does not see the alarm set, the waiter sees
-        // that the thread is awake.
-        fence(Ordering::SeqCst);
-        if self.set.load(Ordering::Relaxed) && self.set.swap(false, Ordering::Relaxed) {
+        if self.flag.ring() {
             // It fails only if the counter is full.
             let _ = rustix::io::write(&self.fd, &1u64.to_ne_bytes());
         }
@@ -33,14 +31,12 @@ impl Alarm {
     /// none is.
     pub(crate) fn set(&self) {
         let _ = rustix::io::read(&self.fd, &mut [0; 8]); // It was not rung: nothing to read.
-        self.set.store(true, Ordering::Relaxed);
-        // Pairs with the fence in `ring`.
-        fence(Ordering::SeqCst);
+        self.flag.set();
     }
 
     /// Nobody waits.
     pub(crate) fn unset(&self) {
-        self.set.store(false, Ordering::Relaxed);
+        self.flag.unset();
     }
 }
 

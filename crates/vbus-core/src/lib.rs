@@ -104,6 +104,7 @@
 //! A connector holds the device's [`Endpoint`], and needs nothing else of this crate.
 
 mod alarm;
+mod alarm_flag;
 mod aside;
 mod blocking;
 mod bus;

@@ -1,9 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The atomics of [`wake`](super::wake). A model checker replaces this file with its own.
+//! The atomics of [`wake`](super::wake) and of [`alarm_flag`](super::alarm_flag). A model checker replaces this file with its own.
 
-pub use std::sync::atomic::AtomicBool;
+pub use std::sync::atomic::{AtomicBool, Ordering};
 
-use std::sync::atomic::Ordering;
+/// The fence of `AlarmFlag`.
+#[inline(always)]
+pub fn full_fence() {
+    std::sync::atomic::fence(Ordering::SeqCst);
+}
 
 /// The named orderings.
 pub enum Order {

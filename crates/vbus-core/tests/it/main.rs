@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 #![allow(clippy::cast_possible_truncation, reason = "numbers of a test are small")]
 
+mod alarm_model;
 mod endpoint;
 mod memory;
 mod peer_files;
