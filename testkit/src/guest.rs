@@ -159,8 +159,9 @@ impl Guest {
 
     /// Starts a shell command and returns at once.
     ///
-    /// If it leaves a process in the background that has its output, it counts as ended some seconds
-    /// after its own end. Redirect the output of such a process, or it still appears afterwards.
+    /// If it leaves a process in the background that has its output, it counts as ended some
+    /// seconds after its own end. Redirect the output of such a process, or it still appears
+    /// afterwards.
     pub fn start(&self, command: &str) -> Result<Running> {
         let id = {
             let mut state = lock(&self.state.0);

@@ -619,9 +619,9 @@ impl<H: Hal> Bell<H> {
         self.hal.ring(self.doorbell, self.handle);
     }
 
-    /// Rings the doorbell if the kick of a post asks for that. Returns whether it rang. The compiler
-    /// checks that the kick comes from a driver's end, but not from which ring: a check would cost a
-    /// comparison for each post. Keep a ring and its bell in one value.
+    /// Rings the doorbell if the kick of a post asks for that. Returns whether it rang. The
+    /// compiler checks that the kick comes from a driver's end, but not from which ring: a check
+    /// would cost a comparison for each post. Keep a ring and its bell in one value.
     pub fn kick(&self, kick: Kick<Driver>) -> bool {
         if kick.is_wanted() {
             self.ring();

@@ -145,8 +145,9 @@ impl<H: Hal> Nic<H> {
     /// Makes queue pair `q` with rings of `entries` entries (a power of two, at most
     /// [`Config::ring_entries`]), and a receive buffer of `buffer_bytes` (at least [`BUFFER_MIN`])
     /// for each entry. The function keeps the memory of rings and receive buffers until the device
-    /// has let go of it. Its interrupts come on `vector`. Pairs 0, 1, ... that are there at [`start`](Self::start)
-    /// are in use then. One that is made later is in use from [`set_queues`](Self::set_queues) on.
+    /// has let go of it. Its interrupts come on `vector`. Pairs 0, 1, ... that are there at
+    /// [`start`](Self::start) are in use then. One that is made later is in use from
+    /// [`set_queues`](Self::set_queues) on.
     pub fn queue_pair(
         &mut self,
         q: u16,
