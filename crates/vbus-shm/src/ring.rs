@@ -6,8 +6,9 @@
 //! poller reads one cache line only. The number of entries in flight never exceeds the ring's size.
 //! There is no other flow control.
 //!
-//! Both ends publish each entry at once, oldest first, and signal once for a batch. So the other
-//! end works on a batch's first entries while the last ones are on their way.
+//! Both ends signal once for a batch, and make it visible before: all of it at once where returns
+//! are counted, else entry by entry, so that the other end works on the first entries while the
+//! last ones are on their way.
 //!
 //! There are calls for single entries and calls for batches. For batches of 16 and more, the
 //! fastest are [`submit_all`](DriverEnd::submit_all), [`reap_all`](DriverEnd::reap_all) and
@@ -340,6 +341,10 @@ impl<M: Memory> DriverEnd<M> {
 
     /// Submits all of `entries`, in order, or none where the ring has no room for them. A device
     /// that polls may see them at once, as by [`submit`](Self::submit).
+    ///
+    /// Where returns are counted, it writes the oldest entry last, so that the device finds the
+    /// whole batch and returns it by one tag. Where each entry has a return of its own, it writes
+    /// them in their order, so that the device begins while the driver still writes.
     #[inline(always)]
     pub fn submit_all<E>(&mut self, entries: E) -> Result<(), Full>
     where
@@ -351,8 +356,10 @@ impl<M: Memory> DriverEnd<M> {
             return Err(Full);
         }
         let (layout, words) = (self.layout, self.mem.words());
-        let mut submitted = self.submitted;
-        let end = submitted.wrapping_add(u64::from(n));
+        let first = self.submitted;
+        let end = first.wrapping_add(u64::from(n));
+        let oldest = if layout.returns == Returns::Counted { entries.next() } else { None };
+        let mut submitted = first.wrapping_add(u64::from(oldest.is_some()));
         'all: while submitted != end {
             let (slots, lap) = layout.stretch(words, submitted, count(end, submitted));
             for slot in slots.chunks_exact(ENTRY_WORDS) {
@@ -363,6 +370,12 @@ impl<M: Memory> DriverEnd<M> {
                 publish(&slot[1], Return::from(entry).tag(lap), Edge::Tag);
                 submitted = submitted.wrapping_add(1);
             }
+        }
+        if let Some(oldest) = oldest {
+            let slot = layout.slot(words, first);
+            slot[0].store(oldest.addr, Ordering::Relaxed);
+            // As in `submit`. It covers the whole batch: the device looks at no later entry first.
+            publish(&slot[1], Return::from(oldest).tag(layout.lap(first)), Edge::Tag);
         }
         self.submitted = submitted;
         Ok(())
@@ -428,10 +441,11 @@ impl<M: Memory> DriverEnd<M> {
         Ok(n)
     }
 
-    /// How many entries came back since the last call, oldest first. It is for a ring with
-    /// [`Returns::Counted`].
+    /// How many entries came back since the last call, oldest first. It looks no further when it
+    /// has found `enough`: what came back at the same post counts too, and what came back later
+    /// is for the next call. It is for a ring with [`Returns::Counted`].
     #[inline(always)]
-    pub fn reap_count(&mut self) -> Result<u32, Corrupt> {
+    pub fn reap_count(&mut self, enough: u32) -> Result<u32, Corrupt> {
         let (layout, words, first) = (self.layout, self.mem.words(), self.reaped);
         let mut reaped = first;
         // Each turn reaps a post of the device.
@@ -447,6 +461,10 @@ impl<M: Memory> DriverEnd<M> {
                 return Err(Corrupt::Unasked);
             }
             reaped = reaped.wrapping_add(u64::from(n));
+            if count(reaped, first) >= enough {
+                self.reaped = reaped;
+                return Ok(count(reaped, first));
+            }
         }
         // Where there are two posts there may be many, and each tag is in another line. The
         // device's `seq` counts them all, but for one that is on its way.
@@ -854,7 +872,7 @@ mod tests {
                     }
                     let _ = device.post();
                     if returns == Returns::Counted {
-                        assert_eq!(driver.reap_count(), Ok(n));
+                        assert_eq!(driver.reap_count(u32::MAX), Ok(n));
                         continue;
                     }
                     for i in 0..n {
@@ -886,7 +904,7 @@ mod tests {
                 device.give_back(back(0));
                 let _ = device.post();
                 if returns == Returns::Counted {
-                    assert_eq!(driver.reap_count(), Ok(5));
+                    assert_eq!(driver.reap_count(u32::MAX), Ok(5));
                 } else {
                     for len in [1, 2, 3, 4, 0] {
                         assert_eq!(driver.reap(), Ok(Some(back(len))));
@@ -914,14 +932,14 @@ mod tests {
         }
         assert_eq!(device.take(), Ok(None));
         device.give_back(entry(0).into());
-        assert_eq!(driver.reap_count(), Ok(0), "not posted yet");
+        assert_eq!(driver.reap_count(u32::MAX), Ok(0), "not posted yet");
         let _ = device.post();
-        assert_eq!((driver.reap_count(), driver.space()), (Ok(1), 1));
+        assert_eq!((driver.reap_count(u32::MAX), driver.space()), (Ok(1), 1));
         for _ in 0..10 {
             device.give_back(entry(0).into());
         }
         let _ = device.post();
-        assert_eq!((device.held(), driver.reap_count()), (0, Ok(3)));
+        assert_eq!((device.held(), driver.reap_count(u32::MAX)), (0, Ok(3)));
     }
 
     #[test]
@@ -1004,12 +1022,12 @@ mod tests {
         driver.submit(entry(0)).unwrap();
         for len in [0, 2, 3, 1 << 31, u32::MAX] {
             forge(&memory, layout, 0, RETURN, Return { len, ..Return::default() });
-            assert_eq!(driver.reap_count(), Err(Corrupt::Unasked), "{len:#x}");
+            assert_eq!(driver.reap_count(u32::MAX), Err(Corrupt::Unasked), "{len:#x}");
         }
         forge(&memory, layout, 0, RETURN, Return { len: 1, ..Return::default() });
-        assert_eq!(driver.reap_count(), Ok(1));
+        assert_eq!(driver.reap_count(u32::MAX), Ok(1));
         forge(&memory, layout, 1, RETURN, Return { len: 1, ..Return::default() });
-        assert_eq!(driver.reap_count(), Err(Corrupt::Unasked), "nothing is in flight");
+        assert_eq!(driver.reap_count(u32::MAX), Err(Corrupt::Unasked), "nothing is in flight");
     }
 
     #[test]
@@ -1035,7 +1053,7 @@ mod tests {
                 (0..2).for_each(|_| device.give_back(back(1)));
                 let _ = device.post();
                 let reaped = match returns {
-                    Returns::Counted => driver.reap_count().unwrap() as usize,
+                    Returns::Counted => driver.reap_count(u32::MAX).unwrap() as usize,
                     _ => std::iter::from_fn(|| driver.reap().unwrap()).count(),
                 };
                 assert_eq!((reaped, driver.in_flight()), (7, 0));

@@ -242,7 +242,7 @@ impl Net {
     pub fn submit(&mut self, q: usize, header: &[u8; 12], frame: &[u8], parts: usize) -> bool {
         let pair = &mut self.pairs[q];
         if pair.tx.layout().returns() == Returns::Counted {
-            pair.tx.reap_count().unwrap();
+            pair.tx.reap_count(u32::MAX).unwrap();
         }
         if (pair.tx.space() as usize) < parts {
             return false;

@@ -72,7 +72,7 @@ impl<H: Hal> Tx<H> {
     pub fn reclaim(&mut self) -> Result<u32, Error> {
         self.ring
             .end
-            .reap_count()
+            .reap_count(u32::MAX)
             .map_err(|_| Error::Corrupt("more transmit entries returned than submitted"))
     }
 

@@ -150,7 +150,7 @@ impl Driver<'_> {
     fn reap(&mut self, count: u8) -> bool {
         let before = self.reaped;
         if self.form == Form::Counted {
-            self.reaped += u64::from(self.end.reap_count().unwrap());
+            self.reaped += u64::from(self.end.reap_count(u32::MAX).unwrap());
             let reaped = self.reaped;
             self.in_flight.retain(|_, n| *n >= reaped);
             return self.reaped != before;

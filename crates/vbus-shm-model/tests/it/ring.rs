@@ -31,7 +31,8 @@ pub fn back(n: u64) -> Return {
 }
 
 /// A model: `total` entries go through a ring of `entries`. Each end posts up to `batch` entries at
-/// a time. All entries stand for one buffer. The device writes the buffer with each entry.
+/// a time, by the calls for batches if there is more than one entry in a batch. All entries stand
+/// for one buffer. The device writes the buffer with each entry.
 #[derive(Clone, Copy)]
 struct Model {
     returns: Returns,
@@ -54,12 +55,17 @@ impl Model {
     ) {
         let mut done = 0;
         while done < self.total {
-            for _ in 0..self.batch {
-                let Some(taken) = device.take().unwrap() else { break };
+            let mut answer = |taken| {
                 assert_eq!(taken, entry(done), "an entry came torn or out of order");
                 buffer.store(done + 1, Ordering::Relaxed);
-                device.give_back(Return { id: 7, ..back(done) });
                 done += 1;
+                Return { id: 7, ..back(done - 1) }
+            };
+            if self.batch > 1 {
+                let batch = u32::try_from(self.batch).unwrap();
+                device.serve_all(batch, |taken| Some(answer(taken))).unwrap();
+            } else if let Some(taken) = device.take().unwrap() {
+                device.give_back(answer(taken));
             }
             if device.post().is_wanted() {
                 interrupt.kick();
@@ -85,15 +91,20 @@ impl Model {
 
         let (mut submitted, mut reaped, mut missed) = (0, 0, false);
         while reaped < self.total {
-            for _ in 0..self.batch.min(self.total - submitted) {
-                submitted += u64::from(driver.submit(entry(submitted)).is_ok());
+            let n = self.batch.min(self.total - submitted).min(driver.space().into());
+            if self.batch > 1 {
+                let batch: Vec<_> = (submitted..submitted + n).map(entry).collect();
+                driver.submit_all(batch).unwrap();
+            } else if n == 1 {
+                driver.submit(entry(submitted)).unwrap();
             }
+            submitted += n;
             if driver.post().is_wanted() {
                 doorbell.kick();
             }
             let before = reaped;
             if self.returns == Returns::Counted {
-                reaped += u64::from(driver.reap_count().unwrap());
+                reaped += u64::from(driver.reap_count(u32::MAX).unwrap());
             } else {
                 while let Some(one) = driver.reap().unwrap() {
                     let expected = back(reaped);
@@ -252,7 +263,7 @@ impl Mortal {
         while reaped.len() < usize::from(total) {
             let before = reaped.len();
             if form.returns == Returns::Counted {
-                let n = driver.reap_count().unwrap();
+                let n = driver.reap_count(u32::MAX).unwrap();
                 reaped.extend((0..n).map(|_| 0));
             } else {
                 while let Some(one) = driver.reap().unwrap() {

@@ -132,7 +132,7 @@ fn drive(role: &str, returns: Returns) {
         }
         let before = reaped;
         if returns == Returns::Counted {
-            reaped += driver.reap_count().unwrap();
+            reaped += driver.reap_count(u32::MAX).unwrap();
         } else {
             while let Some(back) = driver.reap().unwrap() {
                 assert_eq!(back, Return { len: reaped + 1, id: 5, flags: NEXT });
