@@ -65,7 +65,7 @@ macro_rules! ends {
             fn reap(&mut self, max: usize) -> (usize, u64) {
                 let (mut n, mut sum) = (0, 0);
                 if BACK == COUNTED {
-                    n = self.ring.reap_count().expect("an honest device") as usize;
+                    n = self.ring.reap_count(max as u32).expect("an honest device") as usize;
                     sum = n as u64;
                 } else if BACK == ENTRIES_EACH {
                     while n < max {
