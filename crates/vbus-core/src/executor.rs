@@ -2,12 +2,12 @@
 //! The event loop: a few worker threads that run many tasks.
 //!
 //! A task belongs to one worker. If two devices are busy on one worker while another worker sleeps,
-//! a task of one of them moves there. A task sleeps until a [`TaskHandle`] (a doorbell), a file descriptor
-//! that it watches, or its deadline wakes it. The worker polls its awake tasks in turn, each with a
-//! budget. When a poll finds nothing, the task goes on being polled for a *window* before it arms
-//! its signals and sleeps again. The window adapts ([`Pace`]): a busy device costs its driver no
-//! doorbell, and an idle device costs no time. Between polls that find nothing the worker yields
-//! its processor to other threads.
+//! a task of one of them moves there. A task sleeps until a [`TaskHandle`] (a doorbell), a file
+//! descriptor that it watches, or its deadline wakes it. The worker polls its awake tasks in turn,
+//! each with a budget. When a poll finds nothing, the task goes on being polled for a *window*
+//! before it arms its signals and sleeps again. The window adapts ([`Pace`]): a busy device costs
+//! its driver no doorbell, and an idle device costs no time. Between polls that find nothing the
+//! worker yields its processor to other threads.
 #![allow(unsafe_code)] // Epoll takes raw event buffers.
 
 use std::cmp::Reverse;

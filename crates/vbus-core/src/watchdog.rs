@@ -106,8 +106,8 @@ mod tests {
     use vbus_shm::ErrorCode;
 
     const STEP: Duration = Duration::from_millis(600);
-    const PATIENCE: Duration = Duration::from_secs(60);
-    const PATIENCE_SPEC: Timespec = Timespec { tv_sec: 60, tv_nsec: 0 };
+    const TIMEOUT: Duration = Duration::from_secs(60);
+    const TIMEOUT_SPEC: Timespec = Timespec { tv_sec: 60, tv_nsec: 0 };
 
     /// Holds its worker until it is told to let go.
     struct Holds(Sender<()>, Receiver<()>);
@@ -134,7 +134,7 @@ mod tests {
         let mut watchdog = Watchdog::new(executor.clone());
         let begin = Instant::now();
         while !watchdog.rest() {
-            assert!(begin.elapsed() < PATIENCE, "the new worker does not fall asleep");
+            assert!(begin.elapsed() < TIMEOUT, "the new worker does not fall asleep");
             std::thread::yield_now();
         }
         let ((tell, told), (go, may_go)) = (channel(), channel::<()>());
@@ -143,14 +143,14 @@ mod tests {
             tell.send(()).unwrap();
             let _ = may_go.recv();
         });
-        told.recv_timeout(PATIENCE).unwrap();
+        told.recv_timeout(TIMEOUT).unwrap();
         // Nothing else wakes whoever looks.
         let mut fds = [PollFd::new(&watchdog, PollFlags::IN)];
-        assert_eq!(retry_on_intr(|| poll(&mut fds, Some(&PATIENCE_SPEC))), Ok(1));
+        assert_eq!(retry_on_intr(|| poll(&mut fds, Some(&TIMEOUT_SPEC))), Ok(1));
         assert!(!watchdog.rest());
         let (sender, receiver) = channel();
         executor.aside(Arc::default(), "another", move || sender.send(()).unwrap());
-        receiver.recv_timeout(PATIENCE).expect("another thread does it");
+        receiver.recv_timeout(TIMEOUT).expect("another thread does it");
         assert!(watchdog.look(STEP) && watchdog.look(STEP) && !watchdog.look(STEP));
         assert_eq!(counters.stalls.get(), 1);
         drop(go);
@@ -165,7 +165,7 @@ mod tests {
         let counters = Arc::new(ConnectionCounters::of("slow0"));
         let task = Box::new(Holds(tell, may_go));
         let task = executor.spawn(1, task, Arc::new(counters.beside()), |_| {});
-        told.recv_timeout(PATIENCE).unwrap();
+        told.recv_timeout(TIMEOUT).unwrap();
         assert!(watchdog.look(STEP), "seen for the first time");
         assert!(watchdog.look(STEP), "not for a second yet");
         assert_eq!(counters.stalls.get(), 0);
@@ -175,7 +175,7 @@ mod tests {
         go.send(()).unwrap();
         // It is polled again, and then held again.
         task.wake();
-        told.recv_timeout(PATIENCE).unwrap();
+        told.recv_timeout(TIMEOUT).unwrap();
         assert!(watchdog.look(STEP), "it came round");
         assert!(watchdog.look(STEP));
         assert!(!watchdog.look(STEP));

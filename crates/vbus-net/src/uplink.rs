@@ -34,7 +34,7 @@ use crate::switch::{SwitchBackend, SwitchPort, Switches};
 const QUEUED_FRAMES: usize = 512;
 const QUEUED_BYTES: usize = 4 << 20;
 /// How long senders wait for an outside that takes no frames, at most.
-const PATIENCE: Duration = Duration::from_millis(50);
+const FULL_MAX: Duration = Duration::from_millis(50);
 /// The weight of a frame for the pace of the task, besides its bytes.
 const FRAME_WEIGHT: u64 = 512;
 
@@ -328,7 +328,7 @@ impl RxSink for Line {
         }
         if self.is_full() {
             let now = Instant::now();
-            let until = *self.full_since.get_or_insert(now) + PATIENCE;
+            let until = *self.full_since.get_or_insert(now) + FULL_MAX;
             if on_full == OnFull::Drop || now >= until {
                 self.drops().no_buffers.one();
                 return Delivery::Dropped;

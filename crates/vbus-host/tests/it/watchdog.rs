@@ -16,7 +16,7 @@ use vbus_process::{MEMORY_BYTES, Process};
 
 use crate::SUPERVISOR;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 /// The directory of the test, for the child process that serves the bus.
 const DIRECTORY: &str = "VBUS_TEST_DIRECTORY";
 
@@ -94,7 +94,7 @@ impl Drop for Killed {
 fn a_class_that_blocks_is_logged_and_systemd_is_not_told_that_all_is_well() {
     let folder = tempfile::tempdir().unwrap();
     let manager = UnixDatagram::bind(folder.path().join("manager")).unwrap();
-    manager.set_read_timeout(Some(PATIENCE)).unwrap();
+    manager.set_read_timeout(Some(TIMEOUT)).unwrap();
     let log = folder.path().join("log");
     let child = Command::new(std::env::current_exe().unwrap())
         .args(["--ignored", "--exact", "watchdog::serves", "--nocapture"])
@@ -121,7 +121,7 @@ fn a_class_that_blocks_is_logged_and_systemd_is_not_told_that_all_is_well() {
     let logged = || std::fs::read_to_string(&log).unwrap();
     let begin = Instant::now();
     while !logged().contains("has not come round") {
-        assert!(begin.elapsed() < PATIENCE, "{}", logged());
+        assert!(begin.elapsed() < TIMEOUT, "{}", logged());
         std::thread::sleep(Duration::from_millis(20));
     }
     let text = logged();

@@ -4,7 +4,7 @@
 //!
 //! The switch has neither a thread nor a queue. The task of the sending pair carries each frame
 //! into the receiver's buffers. If there are no buffers, the frame stays in the sender's transmit
-//! ring while the receiver's backpressure budget and the sender's own patience last. A frame to
+//! ring while the receiver's backpressure budget and the sender's own wait budget last. A frame to
 //! several receivers never waits for any of them.
 //!
 //! A frame passes these steps, each in its file:
@@ -13,13 +13,13 @@
 //! 2. `table`: does the source address belong to the port? Where is the destination? May the two
 //!    ports exchange frames?
 //! 3. `queue`: deliver it to each port, in the form that the port's VLANs and its driver's offloads
-//!    need. `patience` limits how long it waits.
+//!    need. `wait_budget` limits how long it waits.
 
-mod patience;
 mod queue;
 mod rules;
 mod table;
 mod vlan;
+mod wait_budget;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -10,9 +10,9 @@ use vbus_core::shm::signal::Armed;
 use vbus_tap::{Mac, is_group, show_mac};
 
 use super::Member;
-use super::patience::{Patience, Verdict};
 use super::table::{Route, Seat, Source};
 use super::vlan::Class;
+use super::wait_budget::{Verdict, WaitBudget};
 use crate::backend::{Queue, Sent, TxDrop};
 use crate::frame::{ETH_BYTES, Packet, TAG_BYTES};
 use crate::offload::Plain;
@@ -38,7 +38,7 @@ pub struct SwitchQueue {
     touched: Vec<SharedSink>,
     /// The receive queue whose buffers the waiting frame lacks.
     waiting: Option<SharedSink>,
-    patience: Patience,
+    wait_budget: WaitBudget,
     /// Whether the frame has been admitted, and is sent again.
     admitted: bool,
     /// The next receiver of a frame that goes to several.
@@ -108,7 +108,7 @@ impl SwitchQueue {
             source: None,
             touched: Vec::new(),
             waiting: None,
-            patience: Patience::default(),
+            wait_budget: WaitBudget::default(),
             admitted: false,
             next: 0,
             pieces: Pieces::default(),
@@ -265,7 +265,7 @@ impl SwitchQueue {
     /// Decides whether to wait for the buffers of `receiver`, which would let it wait until
     /// `until`. Returns the end of the wait; `None`: the queue does not wait.
     fn be_patient(&mut self, receiver: u64, until: Option<Instant>) -> Option<Option<Instant>> {
-        match self.patience.blocked(receiver, Instant::now()) {
+        match self.wait_budget.blocked(receiver, Instant::now()) {
             Verdict::Drop => None,
             Verdict::Wait(limit) => Some(until.into_iter().chain(limit).min()),
         }
@@ -290,7 +290,7 @@ impl SwitchQueue {
             self.pieces.of = 0;
             self.next += 1;
         }
-        self.patience.went(match to {
+        self.wait_budget.went(match to {
             [only] => Some(only.port.id()),
             _ => None,
         });
@@ -351,7 +351,7 @@ impl Queue for SwitchQueue {
     fn forget(&mut self) {
         self.begin();
         self.waiting = None;
-        self.patience.forget();
+        self.wait_budget.forget();
     }
 
     fn flush(&mut self) {

@@ -16,7 +16,7 @@ const SPELL_ALL: Duration = Duration::from_millis(100);
 /// no other frame waits behind. It counts as such a sender after this time without other frames.
 const ALONE_AFTER: Duration = Duration::from_secs(1);
 
-/// The patience of one queue of a sender.
+/// The wait budget of one queue of a sender.
 ///
 /// A frame that waits for its receiver's buffers holds up all frames behind it. Those for the same
 /// receiver lose nothing: they would wait too. Those for other receivers lose time. So a sender
@@ -24,7 +24,7 @@ const ALONE_AFTER: Duration = Duration::from_secs(1);
 /// dropped. However slowly and however cleverly receivers post their buffers, the sender spends no
 /// more than a fixed part of its time on them.
 #[derive(Debug, Default)]
-pub struct Patience {
+pub struct WaitBudget {
     all: Allowance,
     /// The allowance for each receiver that the sender has waited for, by the number of its port.
     each: Vec<(u64, Allowance)>,
@@ -63,7 +63,7 @@ pub enum Verdict {
     Drop,
 }
 
-impl Patience {
+impl WaitBudget {
     /// The head frame has gone to port `receiver`, or was dropped. `None`: it went to several
     /// ports, or to none. Such frames, of which a sender with one receiver has a few too, do not
     /// count as frames for others.
@@ -144,7 +144,7 @@ mod tests {
     /// 100 go to the hostile ones. Returns the ticks and the frames to the good one, and the drops.
     fn run(hostile: usize, share: u64) -> (u64, u64, u64) {
         let start = Instant::now();
-        let mut patience = Patience::default();
+        let mut budget = WaitBudget::default();
         let mut posted = vec![0_u64; hostile];
         let (mut ticks, mut good, mut drops) = (0, 0, 0);
         let mut turns = (0..hostile).cycle();
@@ -152,8 +152,8 @@ mod tests {
             let now = |ticks: u64| start + Duration::from_micros(10 * ticks);
             ticks += 1;
             if n % 100 >= share {
-                patience.turn_to(1000);
-                patience.ended(now(ticks));
+                budget.turn_to(1000);
+                budget.ended(now(ticks));
                 good += 1;
                 continue;
             }
@@ -162,13 +162,13 @@ mod tests {
                 // A buffer comes every 95 ticks.
                 if ticks / 95 > posted[receiver] {
                     posted[receiver] = ticks / 95;
-                    patience.ended(now(ticks));
+                    budget.ended(now(ticks));
                     break;
                 }
-                match patience.blocked(receiver as u64, now(ticks)) {
+                match budget.blocked(receiver as u64, now(ticks)) {
                     Verdict::Wait(_) => ticks += 1,
                     Verdict::Drop => {
-                        patience.ended(now(ticks));
+                        budget.ended(now(ticks));
                         drops += 1;
                         break;
                     }
@@ -195,37 +195,37 @@ mod tests {
     #[test]
     fn a_sender_with_one_receiver_waits_as_long_as_it_takes() {
         let start = Instant::now();
-        let mut patience = Patience::default();
+        let mut budget = WaitBudget::default();
         let at = |seconds| start + Duration::from_secs(seconds);
         for seconds in 0..100 {
-            assert_eq!(patience.blocked(1, at(seconds)), Verdict::Wait(None));
+            assert_eq!(budget.blocked(1, at(seconds)), Verdict::Wait(None));
         }
-        patience.ended(at(100));
+        budget.ended(at(100));
         // A frame for another receiver changes that, for a second.
-        patience.went(None);
-        assert_eq!(patience.blocked(1, at(100)), Verdict::Wait(None));
-        patience.went(Some(2));
-        let Verdict::Wait(Some(until)) = patience.blocked(1, at(100)) else { panic!() };
+        budget.went(None);
+        assert_eq!(budget.blocked(1, at(100)), Verdict::Wait(None));
+        budget.went(Some(2));
+        let Verdict::Wait(Some(until)) = budget.blocked(1, at(100)) else { panic!() };
         assert_eq!(until, at(100) + SPELL_EACH, "what it waited before does not count");
-        assert_eq!(patience.blocked(1, until), Verdict::Drop);
-        assert_eq!(patience.blocked(1, at(102)), Verdict::Wait(None));
+        assert_eq!(budget.blocked(1, until), Verdict::Drop);
+        assert_eq!(budget.blocked(1, at(102)), Verdict::Wait(None));
     }
 
     #[test]
     fn the_allowance_of_all_receivers_is_bounded_too() {
         let start = Instant::now();
-        let mut patience = Patience::default();
+        let mut budget = WaitBudget::default();
         let mut now = start;
         for receiver in 1..=100 {
-            patience.mixed = true;
-            while let Verdict::Wait(Some(until)) = patience.blocked(receiver, now) {
+            budget.mixed = true;
+            while let Verdict::Wait(Some(until)) = budget.blocked(receiver, now) {
                 now = until;
             }
-            patience.ended(now);
+            budget.ended(now);
         }
         assert!(now < start + SPELL_ALL * 11 / 10, "{:?}", now - start);
-        assert!(patience.each.len() <= 100);
-        patience.blocked(1000, now + Duration::from_secs(100));
-        assert!(patience.each.len() <= 3, "those not used for long are forgotten");
+        assert!(budget.each.len() <= 100);
+        budget.blocked(1000, now + Duration::from_secs(100));
+        assert!(budget.each.len() <= 3, "those not used for long are forgotten");
     }
 }

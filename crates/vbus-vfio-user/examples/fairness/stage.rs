@@ -20,7 +20,7 @@ use vbus_vfio_user::DeviceServer;
 use crate::attacks::Attack;
 
 /// How long a round trip may take before the neighbour gives up.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// When a measurement ends.
 #[derive(Clone, Copy)]
@@ -143,7 +143,7 @@ impl Neighbour {
         words[0].store(number, Ordering::Release);
         self.function.ring(self.handle);
         while words[1].load(Ordering::Acquire) != number {
-            assert!(self.function.hal().wait(PATIENCE), "no answer to {number}");
+            assert!(self.function.hal().wait(TIMEOUT), "no answer to {number}");
         }
         begin.elapsed()
     }
