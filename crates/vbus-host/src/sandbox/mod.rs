@@ -99,7 +99,7 @@ impl Sandbox {
     ///
     /// # Errors
     /// The kernel has a protection, but refuses to apply it.
-    pub fn enter(&self, paths: &[PathBuf]) -> Result<Protections> {
+    pub(crate) fn enter(&self, paths: &[PathBuf]) -> Result<Protections> {
         let capabilities = drop_capabilities(CapabilitySet::empty());
         let no_new_privs = set_no_new_privs(true).is_ok();
         let landlock = self.confine(paths).context("cannot confine the bus with Landlock")?;
