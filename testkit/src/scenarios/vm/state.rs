@@ -5,12 +5,13 @@ use std::fs::{self, File};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
 
 use crate::bus::Bus;
 use crate::bus::device;
 use crate::lab::Scene;
 use crate::nic;
-use crate::vm::VmSpec;
+use crate::vm::{Vm, VmSpec};
 
 /// The size of the largest page.
 const LARGE: usize = 1 << 20;
@@ -29,6 +30,39 @@ fn opened(bus: &Bus, times: u64) -> Result<()> {
     }
 }
 
+/// Saves a machine in a snapshot, and restores it.
+fn save_and_restore(scene: &Scene, vm: &mut Vm) -> Result<()> {
+    let image = scene.dir().join("snapshot.qcow2").display().to_string();
+    let file = json!({ "driver": "file", "filename": image, "size": 0 });
+    job(vm, "blockdev-create", json!({ "options": file }))?;
+    let file = json!({ "driver": "file", "node-name": "image", "filename": image });
+    vm.control.execute("blockdev-add", file)?;
+    let disk = json!({ "driver": "qcow2", "file": "image", "size": 1 << 20 });
+    job(vm, "blockdev-create", json!({ "options": disk }))?;
+    let disk = json!({ "driver": "qcow2", "node-name": "disk", "file": "image" });
+    vm.control.execute("blockdev-add", disk)?;
+    let snapshot = json!({ "tag": "one", "vmstate": "disk", "devices": ["disk"] });
+    job(vm, "snapshot-save", snapshot.clone())?;
+    job(vm, "snapshot-load", snapshot)
+}
+
+/// Runs a job of QEMU to its end.
+fn job(vm: &mut Vm, command: &str, mut arguments: Value) -> Result<()> {
+    arguments["job-id"] = "job".into();
+    vm.control.execute(command, arguments)?;
+    let began = Instant::now();
+    loop {
+        let jobs = vm.control.execute("query-jobs", json!({}))?;
+        let job = jobs.as_array().and_then(|jobs| jobs.first()).context("QEMU has lost the job")?;
+        if job["status"] == "concluded" {
+            ensure!(job["error"].is_null(), "{command}: {}", job["error"]);
+            return vm.control.execute("job-dismiss", json!({ "id": "job" })).map(drop);
+        }
+        ensure!(began.elapsed() < LIMIT, "{command} does not end: {job}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
 /// Values go both ways, the newest value wins, and a page of 1 MiB works.
 pub fn pages(scene: &Scene) -> Result<()> {
     let settings = format!(
@@ -36,7 +70,7 @@ pub fn pages(scene: &Scene) -> Result<()> {
             {{ name = "large", bytes = {LARGE}, owner = "device" }}]"#
     );
     let bus = Bus::start(scene, &device("values", "state", &settings.replace('\n', "")))?;
-    let vm = VmSpec::new("a").device(bus.socket("values")).boot(scene)?;
+    let mut vm = VmSpec::new("a").device(bus.socket("values")).boot(scene)?;
     nic::prepare(&vm.guest)?;
 
     // A watcher in the guest may miss values, but never the newest one.
@@ -54,13 +88,9 @@ pub fn pages(scene: &Scene) -> Result<()> {
     opened(&bus, 2)?;
     bus.run(&["state", "set", "values", "setpoint", "anew"])?;
     watch.wait_for("anew", LIMIT)?;
-    // Then as QEMU does it: the command register and BAR 0 are zero, and nobody says so.
-    // clears both: bytes 4 to 19 of the configuration space.
-    let folder = "/sys/bus/pci/devices/$(vbus-guest list | grep -o '0000:[0-9a-f:.]*')";
-    vm.guest.ok(&format!(
-        "f={folder}/config; for at in 4 16; do \
-         dd if=/dev/zero of=$f bs=4 count=1 seek=$((at / 4)) conv=notrunc 2>/dev/null; done"
-    ))?;
+    // Then by a snapshot. QEMU resets the device, which loses its BAR and its connection, and
+    // nobody tells the driver.
+    save_and_restore(scene, &mut vm)?;
     opened(&bus, 3)?;
     bus.run(&["state", "set", "values", "setpoint", "restored"])?;
     watch.wait_for("restored", LIMIT)?;
