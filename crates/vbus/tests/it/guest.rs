@@ -310,6 +310,7 @@ fn a_driver_that_runs_takes_other_settings() {
     wait_until("the NIC is open again", || {
         again.json(&["device", "show", "net-a"])["state"] == "open"
     });
+    wait_until("the driver answers", || ask(&["show", &name]).status.success());
     assert_eq!(values(KEYS), expected);
     ask(&["set", &name, "--use-queue-pairs", "2", "--rx-offload", "true"]);
     assert_eq!(values(KEYS)[0], 2);
