@@ -4,6 +4,8 @@
 
 use std::net::{Ipv4Addr, UdpSocket};
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::{Value, json};
 use vbus_core::shm::abi::venet::{
@@ -392,4 +394,34 @@ fn an_uplink_leads_from_a_switch_to_this_machine() {
     let path = format!("/sys/class/net/{name}");
     a.interrupts
         .wait("the end of the interface", || (!std::path::Path::new(&path).exists()).then_some(()));
+}
+
+/// Both directions have work all the time. The test counts frames, and no time.
+#[test]
+fn neither_direction_starves_the_other() {
+    let bus = bus(1);
+    let Some((mut a, name)) = tap(&bus, Shape::default(), &json!({})) else { return };
+    let socket = address(&name, 8);
+    let done = Arc::new(AtomicBool::new(false));
+    let (stop, sender) = (done.clone(), socket.try_clone().unwrap());
+    let host = std::thread::spawn(move || {
+        while !stop.load(Ordering::Relaxed) {
+            // The interface's queue may be full.
+            let _ = sender.send_to(&[7; 1000], (Ipv4Addr::new(10, 78, 8, 2), 5555));
+        }
+    });
+    let (frame, interrupts) = (datagram(&name, 8, &[7; 1000]), a.interrupts.clone());
+    let frames = 5_000;
+    let counts = interrupts.wait("frames in both directions", || {
+        for _ in 0..64 {
+            a.submit(0, &[0; 12], &frame, 1);
+            a.kick_tx(0);
+            while a.try_recv(0).is_some() {}
+        }
+        let counts = ["tx", "rx"].map(|way| a.counter(&format!("/pairs/0/{way}/frames")));
+        counts.into_iter().max().filter(|most| *most >= frames).map(|_| counts)
+    });
+    done.store(true, Ordering::Relaxed);
+    host.join().unwrap();
+    assert!(counts.into_iter().min() >= Some(frames / 20), "out and in: {counts:?}");
 }
