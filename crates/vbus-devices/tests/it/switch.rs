@@ -3,7 +3,7 @@
 
 use crate::driver::{Net, Shape, bus, frame};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -124,9 +124,19 @@ fn a_driver_that_loses_its_memory_harms_no_other() {
         .unwrap();
     let done = Arc::new(AtomicBool::new(false));
     let (stop, coming) = (done.clone(), endpoint.clone());
+    // The senders keep step with the receiver. Otherwise its buffers run out while its thread is
+    // not scheduled, and a sender with frames for several receivers does not wait for long.
+    let received = Arc::new(AtomicU64::new(0));
+    let (seen_by_a, seen_by_b) = (received.clone(), received.clone());
     let coming_and_going = std::thread::spawn(move || {
-        let mut lives = 0;
+        let (mut lives, mut seen) = (0, u64::MAX);
         while !stop.load(Ordering::Relaxed) || lives < 100 {
+            let now = seen_by_b.load(Ordering::Relaxed);
+            if now == seen && !stop.load(Ordering::Relaxed) {
+                std::thread::yield_now();
+                continue;
+            }
+            seen = now;
             let mut b = Net::open(&coming, Shape::default());
             b.post_all();
             b.send(0, &frame(C, B, lives, 60));
@@ -151,6 +161,9 @@ fn a_driver_that_loses_its_memory_harms_no_other() {
     let count = 10_000;
     let sender = std::thread::spawn(move || {
         for n in 0..count {
+            while seen_by_a.load(Ordering::Relaxed) + 16 < n {
+                std::thread::yield_now();
+            }
             a.send(0, &frame(C, A, n, 64 + n as usize % 1400));
             a.send(0, &frame(B, A, n, 500));
             if n % 64 == 0 {
@@ -160,6 +173,7 @@ fn a_driver_that_loses_its_memory_harms_no_other() {
     });
     for n in 0..count {
         while c.recv(0) != frame(C, A, n, 64 + n as usize % 1400) {}
+        received.store(n, Ordering::Relaxed);
     }
     sender.join().unwrap();
     done.store(true, Ordering::Relaxed);
