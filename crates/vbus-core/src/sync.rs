@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The atomics of [`wake`](super::wake) and of [`alarm_flag`](super::alarm_flag). A model checker replaces this file with its own.
+//! The atomics of [`wake`](super::wake) and of [`alarm_flag`](super::alarm_flag). A model checker
+//! replaces this file with its own.
 
 pub use std::sync::atomic::{AtomicBool, Ordering};
 
