@@ -68,8 +68,8 @@ impl Qmp {
     /// Runs a command and returns its value.
     ///
     /// # Errors
-    /// [`QemuError`] if QEMU refuses the command. Another error if QEMU has gone, or does not
-    /// answer in time.
+    /// [`QemuError`](crate::QemuError) if QEMU refuses the command. Another error if QEMU has gone,
+    /// or does not answer in time.
     pub fn run(&mut self, command: &str, arguments: Value) -> Result<Value> {
         let mut line = json!({ "execute": command, "arguments": arguments }).to_string();
         line.push('\n');
