@@ -25,7 +25,8 @@ const BEFORE: [&str; 8] = ["do", "eval", "exec", "if", "sudo", "then", "until", 
 /// A command is not taken. The error names the file, the line and the program's own words.
 pub fn check(programs: &[(&str, PathBuf)]) -> Result<()> {
     let root = workspace::root();
-    let xtask = std::env::current_exe().context("where is xtask?")?;
+    // cargo may have replaced the file of this process meanwhile. This link still leads to it.
+    let xtask = PathBuf::from(format!("/proc/{}/exe", std::process::id()));
     let (mut seen, mut faults) = (BTreeSet::new(), Vec::new());
     for file in docs::files(root)? {
         // The log of changes also names commands that are no more.
