@@ -20,9 +20,9 @@ pub fn devices(more: &str) -> String {
     let pages = r#"pages = [{ name = "setpoint", bytes = 64, owner = "device", initial = "value-0" },
         { name = "heartbeat", bytes = 64, owner = "driver" }]"#;
     [
-        device("net-a", "venet", "backend = \"switch\""),
-        device("net-b", "venet", "backend = \"switch\"\npic = \"pic\""),
-        device("net-c", "venet", "backend = \"switch\"\npic = \"pic\""),
+        device("net-a", "venet", "backend = \"switch\"\nbroadcast-rate = 0"),
+        device("net-b", "venet", "backend = \"switch\"\nbroadcast-rate = 0\npic = \"pic\""),
+        device("net-c", "venet", "backend = \"switch\"\nbroadcast-rate = 0\npic = \"pic\""),
         device("pic", "pic", ""),
         device("source", "venet", "backend = \"null\"\nsource-bytes = 128"),
         device("values", "state", &pages.replace('\n', "")),
@@ -33,8 +33,9 @@ pub fn devices(more: &str) -> String {
 /// A configuration with one NIC that sends and `receivers` NICs that receive. The interrupt
 /// controller can route the receivers' interrupts.
 pub fn with_receivers(receivers: u32) -> String {
-    let routed = "backend = \"switch\"\npic = \"pic\"";
-    let mut config = device("sender", "venet", "backend = \"switch\"") + &device("pic", "pic", "");
+    let routed = "backend = \"switch\"\nbroadcast-rate = 0\npic = \"pic\"";
+    let mut config = device("sender", "venet", "backend = \"switch\"\nbroadcast-rate = 0")
+        + &device("pic", "pic", "");
     (0..receivers).for_each(|n| config.push_str(&device(&format!("net{n}"), "venet", routed)));
     config
 }

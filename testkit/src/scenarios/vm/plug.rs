@@ -32,7 +32,8 @@ const MORE_MEMORY: [&str; 6] = [
 pub fn cycles(scene: &Scene) -> Result<()> {
     let mut pair = Pair::start(scene, PairSpec { args: &MORE_MEMORY, ..PairSpec::default() })?;
     let files = |pair: &Pair| -> Result<u64> {
-        let shown: Value = serde_json::from_str(&pair.bus.run(&["device", "show", "net-a"])?)?;
+        let shown: Value =
+            serde_json::from_str(&pair.bus.run(&["device", "show", "net-a", "--json"])?)?;
         shown["memory"]["descriptors"]["used"].as_u64().context("no number of memory files")
     };
     let qmp = pair.vms[0].qmp_socket().display().to_string();
