@@ -181,14 +181,16 @@ fn serve<H: Handler>(handler: &H, line_max: u64, socket: &UnixStream, peer: &Pee
             let _ = client.answer(&json!({ "error": text }));
             return;
         }
-        let result = serde_json::from_slice(&line)
-            .map_err(|e| anyhow!("not a request: {e}"))
-            .and_then(|request| handler.handle(request, &client));
-        let last = match result {
+        let request: serde_json::Result<H::Request> = serde_json::from_slice(&line);
+        // What sends no JSON is no control client. Its further bytes may be another party's, such
+        // as the frames of a stream that was led here.
+        let is_json = request.as_ref().err().is_none_or(serde_json::Error::is_data);
+        let result = request.map_err(|error| anyhow!("not a request: {error}"));
+        let last = match result.and_then(|request| handler.handle(request, &client)) {
             Ok(value) => json!({ "ok": value }),
             Err(error) => json!({ "error": format!("{error:#}") }),
         };
-        if client.answer(&last).is_err() {
+        if client.answer(&last).is_err() || !is_json {
             return;
         }
     }
@@ -281,6 +283,9 @@ mod tests {
         };
         assert!(other(&[b' '; 101]).contains("at most 100 bytes"));
         assert_eq!(other(b"\"panic\"\n"), "");
+        // Bytes of another protocol, with a request in them.
+        let answers = other(b"\x02\0\0\0\x08\x88\xb5\n\"hello\"\n");
+        assert!(answers.contains("not a request") && !answers.contains("hello"), "{answers}");
         check(&mut honest);
         let mut second = loop {
             let mut second = setting.connection();

@@ -82,14 +82,16 @@ impl Limits {
         };
     }
 
-    /// Whether a thread whose own nice value is `own_nice` may get `setting`.
+    /// Whether a thread whose own nice value is `own_nice` may get `setting`. A priority outside of
+    /// its class's range is never allowed: the setting may come from a process that was taken over.
     pub fn allow(&self, setting: Setting, own_nice: i32) -> bool {
         let value = match setting.class {
             abi::CLASS_NORMAL | abi::CLASS_BATCH => {
-                setting.priority >= self.nice_min.unwrap_or(own_nice).min(own_nice)
+                let lowest = self.nice_min.unwrap_or(own_nice).min(own_nice);
+                (lowest.max(-20)..=19).contains(&setting.priority)
             }
-            abi::CLASS_FIFO | abi::CLASS_RR => setting.priority <= self.priority_max,
-            abi::CLASS_IDLE => true,
+            abi::CLASS_FIFO | abi::CLASS_RR => (1..=self.priority_max).contains(&setting.priority),
+            abi::CLASS_IDLE => setting.priority == 0,
             _ => false,
         };
         value && self.classes & 1 << setting.class != 0
@@ -124,6 +126,12 @@ mod tests {
         for (setting, allowed) in [
             (set(abi::CLASS_FIFO, 10), true),
             (set(abi::CLASS_RR, 11), false),
+            (set(abi::CLASS_FIFO, 0), false),
+            (set(abi::CLASS_FIFO, -10), false),
+            (set(abi::CLASS_RR, i32::MIN), false),
+            (set(abi::CLASS_NORMAL, 20), false),
+            (set(abi::CLASS_BATCH, i32::MIN), false),
+            (set(abi::CLASS_IDLE, 1), false),
             (set(abi::CLASS_NORMAL, 0), true),
             (set(abi::CLASS_NORMAL, -1), false),
             (set(abi::CLASS_BATCH, 5), true),

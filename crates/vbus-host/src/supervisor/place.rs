@@ -122,14 +122,14 @@ impl Place {
         // Without NONBLOCK, opening a FIFO would wait for its reader.
         let flags = OFlags::WRONLY
             | OFlags::CREATE
-            | OFlags::TRUNC
             | OFlags::NONBLOCK
+            | OFlags::NOFOLLOW
             | OFlags::NOCTTY
             | OFlags::CLOEXEC;
-        let mode = Mode::from_raw_mode(0o666);
+        let mode = Mode::from_raw_mode(0o600);
         let file = match self {
             Place::Named(path) => openat(CWD, path, flags, mode),
-            Place::Within { folder, name } => openat(folder, name, flags | OFlags::NOFOLLOW, mode),
+            Place::Within { folder, name } => openat(folder, name, flags, mode),
         };
         let file = file.map_err(|error| match error {
             Errno::NXIO => io::Error::other("it is a FIFO that nobody reads, or a socket"),
@@ -141,6 +141,10 @@ impl Place {
         if within && !matches!(kind, FileType::RegularFile | FileType::Fifo) {
             return Err(io::Error::other("it is no file"));
         }
+        // Only now is it known what the file is.
+        if kind == FileType::RegularFile {
+            rustix::fs::ftruncate(&file, 0)?;
+        }
         fcntl_setfl(&file, fcntl_getfl(&file)? - OFlags::NONBLOCK)?;
         Ok(file.into())
     }
@@ -148,24 +152,21 @@ impl Place {
     /// Connects a non-blocking socket to the one there.
     ///
     /// # Errors
-    /// No socket is there, or the system refuses.
+    /// No socket is there, or the system refuses. A symbolic link is refused: whoever owns the
+    /// folder could lead this process to any socket, also to that of the bus's own control.
     pub fn connect(&self) -> io::Result<OwnedFd> {
-        let address = match self {
-            Place::Named(path) => SocketAddrUnix::new(path)?,
-            Place::Within { folder, name } => {
-                // The name may become a link at any time. The descriptor stays the same file.
-                let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-                let file = openat(folder, name, flags, Mode::empty())?;
-                if FileType::from_raw_mode(fstat(&file)?.st_mode) != FileType::Socket {
-                    return Err(Errno::CONNREFUSED.into());
-                }
-                return connect_to(&SocketAddrUnix::new(format!(
-                    "/proc/self/fd/{}",
-                    file.as_raw_fd()
-                ))?);
-            }
+        // The name may become a link at any time. The descriptor stays the same file.
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = match self {
+            Place::Named(path) => openat(CWD, path, flags, Mode::empty())?,
+            Place::Within { folder, name } => openat(folder, name, flags, Mode::empty())?,
         };
-        connect_to(&address)
+        match FileType::from_raw_mode(fstat(&file)?.st_mode) {
+            FileType::Socket => {}
+            FileType::Symlink => return Err(io::Error::other("it is a symbolic link")),
+            _ => return Err(Errno::CONNREFUSED.into()),
+        }
+        connect_to(&SocketAddrUnix::new(format!("/proc/self/fd/{}", file.as_raw_fd()))?)
     }
 }
 

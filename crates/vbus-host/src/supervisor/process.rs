@@ -236,6 +236,10 @@ impl Attended {
     fn vmm(&mut self, path: &str) -> Done {
         let socket = self.places.find(path)?.connect()?;
         let process = vbus_control::Peer::of(&socket)?.pid;
+        // A socket that a service manager or this process has made leads to no VMM.
+        if process <= 1 || u32::try_from(process) == Ok(std::process::id()) {
+            return Err(io::Error::other("no VMM has made this socket"));
+        }
         let start = start_time(process).ok_or_else(|| {
             io::Error::other("the process of the VMM is in another pid namespace, or has ended")
         })?;
