@@ -4,7 +4,7 @@
 
 use std::fmt;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::io::Errno;
@@ -15,14 +15,22 @@ use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 /// kernel takes long to unmap much memory.
 const GRAIN: usize = 2 << 20;
 
+/// The most parts of one peer's mappings that the handler replaces one by one. Each is a mapping of
+/// its own, and the kernel allows a process some 65,000.
+const PARTS_MAX: usize = 64;
+
 /// What stands behind the mappings of one peer.
 ///
 /// It keeps some memory ready for the signal handler, the *spare*. The handler maps the spare over
 /// each lost part, as often as it is needed. So the lost parts of a peer's mappings all show the
-/// same few bytes. They cost no memory, and cannot fail for lack of it.
+/// same few bytes. They cost no memory, and cannot fail for lack of it. When a peer has lost many
+/// parts, the handler replaces whole mappings by private zeros instead. Those cost memory where
+/// somebody writes.
 pub struct Backing {
     /// Stored by the handler with `Release`; [`is_lost`](Self::is_lost) loads it with `Acquire`.
     lost: AtomicBool,
+    /// Parts that the handler has replaced. Only a count: `Relaxed` suffices.
+    parts: AtomicUsize,
     /// The largest of `spares`. Stored with `Release` when it has been made; the handler loads it
     /// with `Acquire`.
     current: AtomicPtr<Spare>,
@@ -72,6 +80,7 @@ impl Backing {
     pub fn zeros(page: usize) -> Result<Arc<Backing>, Errno> {
         let backing = Backing {
             lost: AtomicBool::new(false),
+            parts: AtomicUsize::new(0),
             current: AtomicPtr::new(std::ptr::null_mut()),
             spares: Mutex::default(),
         };
@@ -117,6 +126,12 @@ impl Backing {
     /// Marks the memory as lost. A signal handler may call it.
     pub(crate) fn lose(&self) {
         self.lost.store(true, Ordering::Release);
+    }
+
+    /// Counts a part of a mapping that is to be replaced. False: there are enough of them. A signal
+    /// handler may call it.
+    pub(crate) fn may_split(&self) -> bool {
+        self.parts.fetch_add(1, Ordering::Relaxed) < PARTS_MAX
     }
 
     /// Address and length of the spare. A signal handler may call it.

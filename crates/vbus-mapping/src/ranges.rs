@@ -100,9 +100,9 @@ impl Slot {
         self.sequence.store(sequence.wrapping_add(2), Ordering::Release);
     }
 
-    /// The part of the range around `at` that is replaced at a time, and the range's backing.
-    /// `None`: `at` is not in the range, or the slot is being changed.
-    fn part(&self, at: usize) -> Option<(usize, usize, *const Backing)> {
+    /// What the handler needs to know of `at`. `None`: `at` is not in the range, or the slot is
+    /// being changed.
+    fn find(&self, at: usize) -> Option<Found> {
         let sequence = self.sequence.load(Ordering::Acquire);
         let (base, len) = (self.base.load(Ordering::Relaxed), self.len.load(Ordering::Relaxed));
         let (grain, backing) =
@@ -114,14 +114,24 @@ impl Slot {
             return None;
         }
         let begin = inside - inside % grain;
-        Some((base + begin, grain.min(len - begin), backing))
+        let part = (base + begin, grain.min(len - begin));
+        Some(Found { part, whole: (base, len), backing })
     }
 }
 
-/// Finds the range with the address `at`: the part to replace, and the backing. A signal handler
-/// may call it. The pointer is valid as long as the range is guarded.
-pub(crate) fn find(at: usize) -> Option<(usize, usize, *const Backing)> {
-    blocks().flat_map(|block| &block.slots).find_map(|slot| slot.part(at))
+/// A range that has an address. Places are pairs of address and length.
+pub(crate) struct Found {
+    /// The part around the address that is replaced at a time.
+    pub part: (usize, usize),
+    /// The range.
+    pub whole: (usize, usize),
+    /// Valid as long as the range is guarded.
+    pub backing: *const Backing,
+}
+
+/// Finds the range with the address `at`. A signal handler may call it.
+pub(crate) fn find(at: usize) -> Option<Found> {
+    blocks().flat_map(|block| &block.slots).find_map(|slot| slot.find(at))
 }
 
 /// A range of mapped memory that the signal handler knows. [`Mapping`](crate::Mapping) has one. A
@@ -192,7 +202,7 @@ mod tests {
         let found = |i: usize, offset: usize| find(at(i).as_ptr() as usize + offset);
         for i in 0..guards.len() {
             let base = at(i).as_ptr() as usize;
-            assert_eq!(found(i, 0x1fff).map(|(at, len, _)| (at, len)), Some((base, 0x2000)));
+            assert_eq!(found(i, 0x1fff).map(|found| found.part), Some((base, 0x2000)));
             assert!(found(i, 0x2000).is_none());
         }
         guards.truncate(10);
@@ -207,8 +217,9 @@ mod tests {
         let base = NonNull::new(0x7000_0000 as *mut u8).unwrap();
         // SAFETY: no access to these addresses raises a signal, because there is none.
         let _guard = unsafe { Guard::new(base, 5 << 20, 4096, &backing) }.unwrap();
-        let part =
-            |offset: usize| find(0x7000_0000 + offset).map(|(at, len, _)| (at - 0x7000_0000, len));
+        let part = |offset: usize| {
+            find(0x7000_0000 + offset).map(|found| (found.part.0 - 0x7000_0000, found.part.1))
+        };
         assert_eq!(part(0), Some((0, 2 << 20)));
         assert_eq!(part((2 << 20) + 5), Some((2 << 20, 2 << 20)));
         assert_eq!(part((5 << 20) - 1), Some((4 << 20, 1 << 20)), "the last one is shorter");

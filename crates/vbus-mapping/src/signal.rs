@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 
+use crate::backing::Backing;
 use crate::ranges;
 
 /// The handler writes to this eventfd. Stored with `Release` before the handler is installed;
@@ -76,12 +77,34 @@ extern "C" fn on_sigbus(signal: i32, info: *mut libc::siginfo_t, _context: *mut 
     unsafe { *errno = saved };
 }
 
-/// Lays other memory over the part of a guarded range that has the address `at`.
+/// Lays other memory over the part of a guarded range that has the address `at`, or over the whole
+/// range.
 fn replace(at: usize) -> bool {
-    let Some((base, len, backing)) = ranges::find(at) else { return false };
+    let Some(found) = ranges::find(at) else { return false };
     // SAFETY: the thread that faulted uses the range, so the range is still guarded, and its guard
     // keeps the backing.
-    let backing = unsafe { &*backing };
+    let backing = unsafe { &*found.backing };
+    // Each part is a mapping of its own, and the kernel bounds those of a process. A part that is
+    // the whole range splits nothing.
+    let (part, whole) = (found.part, found.whole);
+    let many = part != whole && !backing.may_split();
+    let laid = match many {
+        true => lay_private(whole) || lay_spare(part, backing),
+        false => lay_spare(part, backing) || lay_private(whole),
+    };
+    if !laid {
+        return false;
+    }
+    backing.lose();
+    let one = 1_u64.to_ne_bytes();
+    // SAFETY: the bytes are valid. Whether the write succeeds does not matter: at worst the owner
+    // learns of the loss with the next one.
+    unsafe { libc::write(EVENT.load(Ordering::Acquire), one.as_ptr().cast(), one.len()) };
+    true
+}
+
+/// Lays the spare of `backing` over a part (address, bytes) of a guarded range.
+fn lay_spare((base, len): (usize, usize), backing: &Backing) -> bool {
     let Some((spare, spare_len)) = backing.spare() else { return false };
     if spare_len < len {
         return false;
@@ -99,13 +122,24 @@ fn replace(at: usize) -> bool {
             base,
         )
     };
-    if usize::try_from(done) != Ok(base) {
-        return false;
-    }
-    backing.lose();
-    let one = 1_u64.to_ne_bytes();
-    // SAFETY: the bytes are valid. Whether the write succeeds does not matter: at worst the owner
-    // learns of the loss with the next one.
-    unsafe { libc::write(EVENT.load(Ordering::Acquire), one.as_ptr().cast(), one.len()) };
-    true
+    usize::try_from(done) == Ok(base)
+}
+
+/// Lays one mapping of zeros over a guarded range (address, bytes). It may replace many mappings by
+/// one, and needs memory only where somebody writes.
+fn lay_private((base, len): (usize, usize)) -> bool {
+    let flags = libc::MAP_FIXED | libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+    // SAFETY: the range is a mapping that its owner lets us replace (see `Guard::new`).
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_mmap,
+            base,
+            len,
+            libc::PROT_READ | libc::PROT_WRITE,
+            flags,
+            -1,
+            0_usize,
+        )
+    };
+    usize::try_from(done) == Ok(base)
 }

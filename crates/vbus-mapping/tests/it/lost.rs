@@ -253,3 +253,34 @@ fn touches_a_file_in_a_full_file_system() {
     assert!(backing.is_lost());
     // The mount goes with this process's name space.
 }
+
+/// Mappings of the process within the range of `mapping`.
+fn mappings_within(mapping: &Mapping) -> usize {
+    let (base, maps) = (mapping.base().as_ptr() as usize, std::fs::read("/proc/self/maps"));
+    let maps = String::from_utf8(maps.unwrap()).unwrap();
+    let within = |line: &&str| {
+        let (begin, end) = line.split(' ').next().unwrap().split_once('-').unwrap();
+        let number = |text| usize::from_str_radix(text, 16).unwrap();
+        number(begin) < base + mapping.len() && number(end) > base
+    };
+    maps.lines().filter(within).count()
+}
+
+#[test]
+fn many_lost_parts_do_not_use_up_the_mappings_of_the_process() {
+    const PARTS: usize = 200;
+    let (first, second) = (file(PARTS * HUGE), file(PARTS * HUGE));
+    let backing = backing();
+    for (file, most) in [(&first, 2 * 64 + 1), (&second, 1)] {
+        let mapping = Mapping::file(file, 0, PARTS * HUGE, BOTH, &backing).unwrap();
+        write(&mapping, 0, 1);
+        ftruncate(file, 0).unwrap();
+        for part in (0..PARTS).step_by(2) {
+            write(&mapping, part * HUGE, 5);
+            assert!(mappings_within(&mapping) <= most, "after part {part}");
+        }
+        assert_eq!(mappings_within(&mapping), 1, "the whole range is one mapping in the end");
+        assert!(backing.is_lost());
+        assert_eq!((read(&mapping, PARTS * HUGE - 1), read(&mapping, HUGE)), (0, 0));
+    }
+}
