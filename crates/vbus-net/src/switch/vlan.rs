@@ -11,6 +11,8 @@ const _: () = assert!(TAG_BYTES == SHIFT as usize);
 
 /// The EtherType of the tags that the switch reads and writes (IEEE 802.1Q).
 const TAG: [u8; 2] = [0x81, 0x00];
+/// The EtherType of the outer one of two tags (IEEE 802.1ad).
+const OUTER_TAG: [u8; 2] = [0x88, 0xa8];
 /// The bits of a tag beside the VLAN id: priority and drop eligibility.
 const PRIORITY: u16 = 0xf000;
 
@@ -83,9 +85,13 @@ impl Vlan {
     }
 
     /// The frame as it leaves the port. `packet` is without the tag that it came with. `None`: the
-    /// frame's header does not allow the change.
+    /// frame's header does not allow the change, or the frame has one more tag, which its next
+    /// reader would take for its VLAN.
     pub fn leave<'a>(&self, packet: &Packet<'a>, class: Class) -> Option<Packet<'a>> {
-        let Some(tag) = self.tag(class) else { return Some(*packet) };
+        let Some(tag) = self.tag(class) else {
+            let is_tagged = [TAG, OUTER_TAG].iter().any(|tag| packet.eth[12..] == *tag);
+            return (*self == Vlan::Unaware || !is_tagged).then_some(*packet);
+        };
         let mut out = *packet;
         let [high, low] = tag.to_be_bytes();
         out.tag = Some([high, low, packet.eth[12], packet.eth[13]]);
@@ -203,6 +209,26 @@ mod tests {
             assert_eq!(pass(&Vlan::Unaware, &native, tag), None);
         }
         assert_eq!(pass(&access, &Vlan::Unaware, None), None);
+    }
+
+    #[test]
+    fn an_inner_tag_never_becomes_the_outer_one() {
+        let (access, wide) = (Vlan::Access(10), trunk(&[10, 20], None));
+        let native = trunk(&[20], Some(10));
+        for kind in [TAG, OUTER_TAG] {
+            let mut frame = frame(Some(0));
+            frame.splice(16..16, [kind[0], kind[1], 0, 20]);
+            let packet = Packet::plain(&frame).unwrap();
+            let class = access.classify(&packet).unwrap();
+            let mut parts = Vec::new();
+            let inner = class.enter(&packet, &mut parts).unwrap();
+            assert!(access.leave(&inner, class).is_none());
+            assert!(native.leave(&inner, class).is_none());
+            let out = wide.leave(&inner, class).unwrap();
+            let mut bytes = Vec::new();
+            out.append_to(&mut bytes, usize::MAX);
+            assert_eq!(bytes[12..20], [0x81, 0, 0, 10, kind[0], kind[1], 0, 20]);
+        }
     }
 
     #[test]
