@@ -14,8 +14,9 @@ use vbus_core::shm::ring::{DeviceEnd, Entry, NEXT, Return};
 use vbus_core::shm::signal::Armed;
 use vbus_core::{ErrorCode, Interrupt, MemoryContext, TaskHandle, Window};
 use vbus_net::{
-    Body, CHAIN_MAX, Delivery, ETH_BYTES, ETH_OVERHEAD, Filter, Hash, Header, Offloads, OnFull,
-    PIECES_MAX, Packet, Read, Reserved, RxDrop, RxSink, Steering, TAG_BYTES, Waiter, dhcp_checksum,
+    Body, CHAIN_MAX, Delivery, ETH_BYTES, ETH_OVERHEAD, FRAME_MAX, Filter, Hash, Header, Offloads,
+    OnFull, PIECES_MAX, Packet, Read, Reserved, RxDrop, RxSink, Steering, TAG_BYTES, Waiter,
+    dhcp_checksum,
 };
 
 use super::backpressure::Backpressure;
@@ -181,7 +182,9 @@ impl RxQueue {
             return Some(self.refused(RxDrop::TooLong));
         }
         let fits = packet.header.fits(self.receiver.offloads());
-        (!fits || dhcp_checksum(packet).is_some()).then_some(Delivery::NeedsCut)
+        // The tag that the switch has put in can make the longest segment too long for a driver.
+        let is_longer = packet.bytes() > FRAME_MAX - HEADER_BYTES;
+        (!fits || is_longer || dhcp_checksum(packet).is_some()).then_some(Delivery::NeedsCut)
     }
 
     fn refused(&self, reason: RxDrop) -> Delivery {
