@@ -177,6 +177,7 @@ impl Drop for SwitchBackend {
     fn drop(&mut self) {
         if let Some(own) = self.own.get() {
             self.switch.write().release(*own);
+            self.switch.changed();
         }
     }
 }
@@ -201,6 +202,7 @@ impl Backend for SwitchBackend {
     fn reserve(&self, mac: Mac) {
         if self.own.set(mac).is_ok() {
             self.switch.write().reserve(mac);
+            self.switch.changed();
         }
     }
 

@@ -39,8 +39,9 @@ pub struct SwitchQueue {
     /// The receive queue whose buffers the waiting frame lacks.
     waiting: Option<SharedSink>,
     wait_budget: WaitBudget,
-    /// Whether the frame has been admitted, and is sent again.
-    admitted: bool,
+    /// The class of a frame that has been admitted, and is sent again. The driver cannot change it
+    /// any more.
+    admitted: Option<Class>,
     /// The next receiver of a frame that goes to several.
     next: usize,
     pieces: Pieces,
@@ -109,7 +110,7 @@ impl SwitchQueue {
             touched: Vec::new(),
             waiting: None,
             wait_budget: WaitBudget::default(),
-            admitted: false,
+            admitted: None,
             next: 0,
             pieces: Pieces::default(),
         }
@@ -175,7 +176,8 @@ impl SwitchQueue {
         self.check_source(class.id, packet.source())?;
         self.find_route(class.id, packet.destination())?;
         if self.route.is_flood {
-            if let Some(broadcasts) = &self.member.seat.broadcasts {
+            let limit = self.member.seat.broadcasts.as_ref();
+            if let Some(broadcasts) = limit.filter(|_| self.route.to.len() > 1) {
                 // A segment counts as the frames that it becomes.
                 let size = usize::from(packet.header.gso_size).max(1);
                 let frames = match packet.header.leaves_segmentation() {
@@ -306,7 +308,7 @@ impl SwitchQueue {
 
     /// The next frame is another one.
     fn begin(&mut self) {
-        (self.admitted, self.next) = (false, 0);
+        (self.admitted, self.next) = (None, 0);
         (self.pieces.of, self.pieces.loaded) = (0, None);
     }
 }
@@ -314,7 +316,9 @@ impl SwitchQueue {
 impl Queue for SwitchQueue {
     fn send(&mut self, packet: &Packet<'_>) -> Sent {
         self.waiting = None;
-        let Some(class) = self.member.seat.rules.vlan.classify(packet) else {
+        let was_admitted = self.admitted;
+        let class = was_admitted.or_else(|| self.member.seat.rules.vlan.classify(packet));
+        let Some(class) = class else {
             self.begin();
             return Sent::Dropped(TxDrop::Denied);
         };
@@ -323,7 +327,7 @@ impl Queue for SwitchQueue {
             self.begin();
             return Sent::Dropped(TxDrop::BadFrame);
         };
-        let admitted = if !self.admitted {
+        let admitted = if was_admitted.is_none() {
             self.admit(&packet, class)
         } else if self.next == 0 && self.pieces.of == 0 {
             // No port has a part of the frame yet. The one that it waits for may have gone.
@@ -335,7 +339,7 @@ impl Queue for SwitchQueue {
             self.begin();
             return Sent::Dropped(reason);
         }
-        self.admitted = true;
+        self.admitted = Some(class);
         if self.route.to.is_empty() {
             self.member.switch.count_unwanted();
         }

@@ -251,6 +251,10 @@ impl Table {
                 let to = wanted.then(|| seat.clone()).into_iter().collect();
                 return Route { to, is_flood: false, is_denied };
             }
+            // The address of a device without a driver is nobody else's.
+            if self.reserved.contains(&mac) && self.owner(mac).is_none() {
+                return Route::default();
+            }
         }
         let wants = |seat: &&Arc<Seat>| {
             seat.id() != from.id()
@@ -403,6 +407,19 @@ mod tests {
         assert_eq!(table.learned().count(), 1);
         table.remove(a.id());
         assert_eq!(table.learned().count(), 0);
+    }
+
+    #[test]
+    fn a_device_without_a_driver_has_no_eavesdropper() {
+        let (a, up) = (seat(A, learning()), uplink());
+        let mut table = table(&[a.clone(), up.clone()]);
+        let now = Instant::now();
+        assert_eq!(ids(&table.route(&a, (0, OTHER), now)), [up.id()], "nobody's address");
+        table.reserve(OTHER);
+        let route = table.route(&a, (0, OTHER), now);
+        assert!(route.to.is_empty() && !route.is_flood && !route.is_denied);
+        table.release(OTHER);
+        assert_eq!(ids(&table.route(&a, (0, OTHER), now)), [up.id()]);
     }
 
     #[test]

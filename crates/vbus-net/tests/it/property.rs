@@ -105,6 +105,8 @@ struct FramePlan {
     source: usize,
     to: usize,
     tag: Option<u16>,
+    /// Whether there is one more tag, of VLAN 20, behind `tag`.
+    nested: bool,
     large: bool,
 }
 
@@ -144,12 +146,14 @@ fn port_plan() -> impl Strategy<Value = PortPlan> {
 
 fn frame_plan() -> impl Strategy<Value = FramePlan> {
     let tag = prop_oneof![Just(None), prop::sample::select(vec![0, 10, 20, 30]).prop_map(Some)];
-    (0_usize..5, any::<bool>(), 0_usize..=NOBODY + 2, 0_usize..=NOBODY + 2, tag, any::<bool>())
-        .prop_map(|(from, own, other, to, tag, large)| FramePlan {
+    let tags = (tag, prop::bool::weighted(0.3));
+    (0_usize..5, any::<bool>(), 0_usize..=NOBODY + 2, 0_usize..=NOBODY + 2, tags, any::<bool>())
+        .prop_map(|(from, own, other, to, (tag, nested), large)| FramePlan {
             from,
             source: if own { from } else { other },
             to,
             tag,
+            nested: nested && tag.is_some() && !large,
             large,
         })
 }
@@ -196,6 +200,10 @@ struct Rig {
 
 impl Rig {
     fn new(plans: &[PortPlan], task: &TaskHandle) -> Rig {
+        Rig::limited(plans, task, 0)
+    }
+
+    fn limited(plans: &[PortPlan], task: &TaskHandle, broadcast_rate: u32) -> Rig {
         let switches = Switches::default();
         let opener: Arc<dyn Opener> = Arc::new(vbus_net::Direct);
         let mut rig = Rig {
@@ -208,7 +216,7 @@ impl Rig {
         for (n, plan) in plans.iter().enumerate() {
             let mut rules = PortRules::default();
             (rules.learn, rules.isolated, rules.uplink) = (plan.learn, plan.isolated, plan.uplink);
-            (rules.vlan, rules.broadcast_rate) = (vlan(plan.vlan), 0);
+            (rules.vlan, rules.broadcast_rate) = (vlan(plan.vlan), broadcast_rate);
             let port = Medium::Switch(SwitchPort { switch: "s".into(), rules });
             let link = Arc::new(Link::default());
             let backend = port.open(&switches, &opener, 1, 9000, link).unwrap();
@@ -256,7 +264,10 @@ impl Rig {
     fn send(&mut self, frame: &FramePlan) {
         let from = frame.from % self.plans.len();
         let source = if frame.source == frame.from { from } else { frame.source };
-        let (tag, inner) = (frame.tag, inner(frame.large));
+        let (tag, mut inner) = (frame.tag, inner(frame.large));
+        if frame.nested {
+            inner.splice(..0, [0x81, 0, 0, 20]);
+        }
         let with_tag = |tag: Option<u16>| {
             let tag = tag.map(|id| [0x8100_u16.to_be_bytes(), id.to_be_bytes()].concat());
             [&mac(frame.to)[..], &mac(source), &tag.unwrap_or_default(), &inner].concat()
@@ -337,7 +348,12 @@ impl Rig {
             "exactly the frames that nobody wanted"
         );
         for n in reached {
-            let wanted = with_tag(tag_out(&vlan(self.plans[n].vlan), class, tag));
+            let tag = tag_out(&vlan(self.plans[n].vlan), class, tag);
+            if frame.nested && tag.is_none() {
+                assert_eq!(events[n], [Event::Counted], "the inner tag would be its VLAN");
+                continue;
+            }
+            let wanted = with_tag(tag);
             let whole = !frame.large || self.plans[n].offloads;
             let count = if whole { 1 } else { FRAME.div_ceil(usize::from(SEGMENT)) };
             assert_eq!(events[n].len(), count, "each frame is counted once");
@@ -370,4 +386,56 @@ proptest! {
         frames.iter().for_each(|frame| rig.send(frame));
         task.stop();
     }
+}
+
+/// Runs `test` with a task that does nothing.
+fn with_task(test: impl FnOnce(&TaskHandle)) {
+    let executor = Executor::start(Tuning { workers: 1, ..Tuning::default() }).unwrap();
+    let task =
+        executor.spawn(0, Box::new(Nothing), Arc::new(ConnectionCounters::default()), |_| ());
+    test(&task);
+    task.stop();
+}
+
+fn trunk(room: usize) -> PortPlan {
+    let (learn, isolated, uplink, promiscuous, offloads) = (false, false, false, false, false);
+    PortPlan { learn, isolated, uplink, vlan: 3, promiscuous, offloads, room }
+}
+
+#[test]
+fn a_frame_that_waits_keeps_its_vlan() {
+    with_task(|task| {
+        let mut rig = Rig::new(&[trunk(0), trunk(0)], task);
+        let bytes = |id| [&mac(1)[..], &mac(0), &[0x81, 0, 0, id], &inner(false)].concat();
+        let (admitted, changed) = (bytes(10), bytes(20));
+        let sent = rig.queues[0].send(&Packet::plain(&admitted).unwrap());
+        assert!(matches!(sent, Sent::Wait { .. }));
+        lock(&rig.sinks[1]).room = 2;
+        // The driver changes the tag of the waiting frame, and then sends another frame.
+        for expected in [admitted, changed.clone()] {
+            let sent = rig.queues[0].send(&Packet::plain(&changed).unwrap());
+            assert!(matches!(sent, Sent::Done { .. }));
+            let events = std::mem::take(&mut lock(&rig.sinks[1]).events);
+            assert_eq!(events, [Event::Delivered(expected)]);
+        }
+    });
+}
+
+#[test]
+fn only_frames_to_several_ports_count_as_broadcasts() {
+    with_task(|task| {
+        let bytes = [&BROADCAST[..], &mac(0), &[0x81, 0, 0, 10], &inner(false)].concat();
+        let packet = Packet::plain(&bytes).unwrap();
+        for ports in 1..=3 {
+            let mut rig = Rig::limited(&vec![trunk(0); ports], task, 1);
+            let sent: Vec<Sent> = (0..1000)
+                .map(|_| {
+                    rig.sinks.iter().for_each(|sink| lock(sink).room = 1);
+                    rig.queues[0].send(&packet)
+                })
+                .collect();
+            let is_limited = sent.contains(&Sent::Dropped(TxDrop::Storm));
+            assert_eq!(is_limited, ports == 3, "{ports} ports");
+        }
+    });
 }
