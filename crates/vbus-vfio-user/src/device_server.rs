@@ -179,6 +179,8 @@ impl Turn {
         };
         let counters = self.counters.clone();
         executor.aside(counters, "a command or a message that takes long", move || {
+            // While one long operation follows another, the task does not have the server.
+            end_if_lost(&mut server);
             let outcome = server.ready_long(Instant::now());
             let mut state = lock(&self.place.state);
             state.seen.look_at(&server);
@@ -192,6 +194,13 @@ impl Turn {
             self.place.back.notify_all();
             task.wake();
         });
+    }
+}
+
+/// Ends the client if it has taken away memory that the device then accessed.
+fn end_if_lost(server: &mut Server<Served>) {
+    if server.target().endpoint.memory().is_lost() {
+        server.fail(MEMORY_LOST);
     }
 }
 
@@ -217,9 +226,7 @@ impl Task for ServerTask {
         let Some(server) = &mut state.server else { return Ok(Progress::Idle) };
         let (mut work, mut more, mut long) = (0, true, false);
         while more && !long && work < budget {
-            if server.target().endpoint.memory().is_lost() {
-                server.fail(MEMORY_LOST);
-            }
+            end_if_lost(server);
             let outcome = server.ready_quick(Instant::now());
             work += outcome.work;
             (more, long) = (outcome.more, outcome.long);
