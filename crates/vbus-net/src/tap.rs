@@ -203,9 +203,7 @@ impl TapControl {
         if state.busy {
             return Ok(());
         }
-        let control = self.clone();
-        state.busy = self.jobs.run(move || control.serve());
-        if state.busy {
+        if self.queue_job(&mut state) {
             return Ok(());
         }
         let dropped = std::mem::take(&mut state.done);
@@ -214,21 +212,28 @@ impl TapControl {
         Err(ErrorCode::FAILED)
     }
 
-    /// The job: sets the interface up until it is as wanted.
-    fn serve(&self) {
-        loop {
-            let (wanted, done) = {
-                let state = &mut *lock(&self.state);
-                (state.wanted.clone(), std::mem::take(&mut state.done))
-            };
-            let result = self.apply(&wanted);
-            done.into_iter().for_each(|done| done(result));
-            let mut state = lock(&self.state);
-            if state.wanted == wanted && state.done.is_empty() {
-                state.busy = false;
-                self.idle.notify_all();
-                return;
-            }
+    /// Queues the job. False: no thread can be made for it.
+    fn queue_job(self: &Arc<Self>, state: &mut ControlState) -> bool {
+        let control = self.clone();
+        state.busy = self.jobs.run(move || control.serve());
+        state.busy
+    }
+
+    /// The job: sets the interface up once. If more is wanted by then, another job does that,
+    /// behind those of the other devices.
+    fn serve(self: &Arc<Self>) {
+        let (wanted, done) = {
+            let state = &mut *lock(&self.state);
+            (state.wanted.clone(), std::mem::take(&mut state.done))
+        };
+        let result = self.apply(&wanted);
+        done.into_iter().for_each(|done| done(result));
+        let mut state = lock(&self.state);
+        let as_wanted = state.wanted == wanted && state.done.is_empty();
+        // From within a job, another one can always be queued.
+        if as_wanted || !self.queue_job(&mut state) {
+            state.busy = false;
+            self.idle.notify_all();
         }
     }
 
