@@ -17,7 +17,8 @@ use crate::alarm::Alarm;
 use crate::counter::ConnectionCounters;
 use crate::lock::lock;
 
-/// The most threads. They are started when they are needed first, and then stay.
+/// The most threads. The first is started with the executor, the others when they are needed first.
+/// Then they stay.
 pub(crate) const THREADS: usize = 4;
 
 /// A piece of work.
@@ -61,8 +62,22 @@ impl Aside {
         Aside { alarm, state: Mutex::default(), more: Condvar::new(), handles: Mutex::default() }
     }
 
-    /// Runs `run` on one of the threads, for the device that `counters` names. If the process can
-    /// start no thread at all, or after [`stop`](Self::stop), it runs at once.
+    /// Starts the first thread, so that [`run`](Self::run) always has one.
+    pub(crate) fn start(self: &Arc<Self>) -> std::io::Result<()> {
+        self.add_thread(&mut lock(&self.state))
+    }
+
+    fn add_thread(self: &Arc<Self>, state: &mut State) -> std::io::Result<()> {
+        let (this, number) = (self.clone(), state.threads.len());
+        let thread = std::thread::Builder::new().name(format!("vbus-aside-{number}"));
+        let handle = thread.spawn(move || this.serve(number))?;
+        state.threads.push(None);
+        lock(&self.handles).push(handle);
+        Ok(())
+    }
+
+    /// Runs `run` on one of the threads, for the device that `counters` names. Never on the thread
+    /// of the caller, who may hold locks, except after [`stop`](Self::stop).
     pub(crate) fn run(
         self: &Arc<Self>,
         counters: Arc<ConnectionCounters>,
@@ -82,21 +97,9 @@ impl Aside {
         if state.threads.len() == THREADS {
             return;
         }
-        let (this, number) = (self.clone(), state.threads.len());
-        let thread = std::thread::Builder::new().name(format!("vbus-aside-{number}"));
-        match thread.spawn(move || this.serve(number)) {
-            Ok(handle) => {
-                state.threads.push(None);
-                lock(&self.handles).push(handle);
-            }
-            Err(error) => {
-                tracing::error!(%error, "cannot start a thread for long work");
-                if state.threads.is_empty() {
-                    let job = state.queue.pop_back();
-                    drop(state);
-                    job.into_iter().for_each(|job| (job.run)());
-                }
-            }
+        if let Err(error) = self.add_thread(&mut state) {
+            // The threads that there are do it.
+            tracing::error!(%error, "cannot start another thread for long work");
         }
     }
 
@@ -151,5 +154,23 @@ impl Aside {
                 let _ = handle.join();
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_thread_is_there_before_there_is_work() {
+        let aside = Arc::new(Aside::new(Arc::new(Alarm::new().unwrap())));
+        aside.start().unwrap();
+        assert_eq!(lock(&aside.state).threads.len(), 1);
+        let (sender, receiver) = std::sync::mpsc::channel();
+        // Work never runs on the thread that brings it.
+        let run = move || sender.send(std::thread::current().id()).unwrap();
+        aside.run(Arc::default(), "a test", Box::new(run));
+        assert_ne!(receiver.recv().unwrap(), std::thread::current().id());
+        aside.stop();
     }
 }

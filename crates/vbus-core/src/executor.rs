@@ -594,6 +594,7 @@ impl Executor {
                 std::thread::Builder::new().name(format!("vbus-{i}")).stack_size(256 << 10);
             executor.threads.push(thread.spawn(move || run.run())?);
         }
+        executor.aside.start()?;
         Ok(Arc::new(executor))
     }
 
