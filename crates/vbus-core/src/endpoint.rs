@@ -3,7 +3,7 @@
 
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use serde_json::{Value, json};
@@ -448,8 +448,14 @@ impl Endpoint {
         }
         let generation = self.generations.fetch_add(1, Ordering::Relaxed);
         let fail = {
-            let this = self.this.clone();
+            let (this, failed) = (self.this.clone(), AtomicBool::new(false));
             Fail(Arc::new(move |code| {
+                // The first failure ends the connection. If all tasks fail, the others do not wait
+                // for that on the threads that all devices share. The order is of no concern: the
+                // endpoint has a lock.
+                if failed.swap(true, Ordering::Relaxed) {
+                    return;
+                }
                 if let Some(endpoint) = this.upgrade() {
                     endpoint.fail(generation, code);
                 }
