@@ -149,6 +149,7 @@ struct Changes {
     backing: Option<Arc<Backing>>,
     /// As much as there are maps.
     maps: Share,
+    /// The same as that of the context.
     account: Arc<Account>,
 }
 
@@ -161,6 +162,10 @@ pub struct MemoryContext {
     ended: Condvar,
     /// Locked before `current`.
     changes: Mutex<Changes>,
+    /// The backing that `changes` has. Locked for a few instructions at a time, after `changes`: a
+    /// change may wait for a file system, and nobody who only asks for a loss waits with it.
+    backing: Mutex<Option<Arc<Backing>>>,
+    account: Arc<Account>,
     on_loss: Mutex<Option<OnLoss>>,
 }
 
@@ -192,8 +197,10 @@ impl MemoryContext {
                 files: HashMap::new(),
                 backing: None,
                 maps: account.nothing(Resource::Maps),
-                account,
+                account: account.clone(),
             }),
+            backing: Mutex::default(),
+            account,
             on_loss: Mutex::default(),
         }
     }
@@ -215,6 +222,11 @@ impl MemoryContext {
         if file.as_ref().is_some_and(|(_, offset)| (start | len | offset) % PAGE != 0) {
             return Err(MapError::Range(start, len));
         }
+        // Before the lock: what a descriptor stands for may take its time to answer.
+        let found = match &file {
+            Some((file, _)) => Some(Found::new(file, &fstat(file)?)?),
+            None => None,
+        };
         let mut changes = lock(&self.changes);
         let before = lock(&self.current).snapshot.clone();
         if before.table.overlaps(start, end) {
@@ -223,9 +235,13 @@ impl MemoryContext {
         if before.table.len() >= MAPS_MAX {
             return Err(MapError::Limit);
         }
-        let place = match file {
+        let place = match file.zip(found) {
             None => None,
-            Some((file, offset)) => Some(changes.place(file, offset, len, access)?),
+            Some(((file, offset), found)) => {
+                let place = changes.place(file, &found, offset, len, access);
+                lock(&self.backing).clone_from(&changes.backing);
+                Some(place?)
+            }
         };
         changes.maps.grow()?;
         self.publish(before.table.with(Map { start, len, place }));
@@ -268,6 +284,8 @@ impl MemoryContext {
         let mut changes = lock(&self.changes);
         changes.maps.shrink(0);
         changes.backing = None;
+        let backing = lock(&self.backing).take();
+        drop(backing);
         self.publish(Table::default());
         changes.files.clear();
         drop(changes);
@@ -299,7 +317,7 @@ impl MemoryContext {
     /// Whether the present peer has taken away memory that the device then accessed. What was lost
     /// reads as zeros. It stays true until all maps are taken away.
     pub fn is_lost(&self) -> bool {
-        lock(&self.changes).backing.as_ref().is_some_and(|backing| backing.is_lost())
+        lock(&self.backing).as_ref().is_some_and(|backing| backing.is_lost())
     }
 
     /// Calls `then` when the memory is lost, instead of ending the device's connection: for a
@@ -317,8 +335,7 @@ impl MemoryContext {
     /// What the peer has of each budget (`used`) and may have now (`of`), and what all peers have
     /// (`all_used`) and may have (`all_of`), by the name of the [`Resource`].
     pub fn inspect(&self) -> Value {
-        let account = lock(&self.changes).account.clone();
-        account.inspect()
+        self.account.inspect()
     }
 
     /// A lasting window on `addr..addr + len`, for reading and writing. `addr` and `len` must be
@@ -446,11 +463,11 @@ impl Changes {
     fn place(
         &mut self,
         file: OwnedFd,
+        found: &Found,
         offset: u64,
         len: u64,
         access: Access,
     ) -> Result<Place, MapError> {
-        let found = Found::new(&file, &fstat(&file)?)?;
         if offset.checked_add(len).is_none_or(|end| end > found.size()) {
             return Err(MapError::FileTooSmall);
         }
@@ -458,7 +475,7 @@ impl Changes {
             found.keys(access.write).find_map(|key| self.files.get(&key).and_then(Weak::upgrade));
         let known = match known {
             Some(known) => known,
-            None => self.open(file, &found, access)?,
+            None => self.open(file, found, access)?,
         };
         let base = known.place(offset, len, found.size())?;
         Ok(Place { file: known, offset, base, access })
@@ -551,5 +568,27 @@ impl View<'_> {
     pub fn write(&self, addr: u64, bytes: &[u8]) -> Result<(), ErrorCode> {
         self.slice(addr, bytes.len() as u64, true)?.copy_from(bytes);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_who_asks_for_a_loss_or_the_budget_waits_for_a_change() {
+        let context = MemoryContext::new();
+        let file = rustix::fs::memfd_create("peer", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&file, PAGE).unwrap();
+        context.map(0, PAGE, Some((file, 0)), Access::BOTH).unwrap();
+        // A change that hangs. Whoever wanted its lock would hang here too, or panic.
+        let changes = lock(&context.changes);
+        assert!(!context.is_lost());
+        assert!(context.inspect().is_object());
+        let backing = changes.backing.as_ref().unwrap();
+        assert!(Arc::ptr_eq(backing, lock(&context.backing).as_ref().unwrap()));
+        drop(changes);
+        context.unmap_all();
+        assert!(lock(&context.backing).is_none() && !context.is_lost());
     }
 }
