@@ -126,8 +126,12 @@ impl Target for Device {
         Ok(())
     }
 
-    fn io_eventfds(&mut self, region: u32) -> Vec<IoEventFd> {
-        let fds = if region == 0 { descriptors(3) } else { Vec::new() };
+    fn io_eventfd_count(&mut self, region: u32) -> usize {
+        if region == 0 { 3 } else { 0 }
+    }
+
+    fn io_eventfds(&mut self, region: u32, most: usize) -> Vec<IoEventFd> {
+        let fds = if region == 0 { descriptors(most) } else { Vec::new() };
         fds.into_iter().map(|fd| IoEventFd::new(fd, 0)).collect()
     }
 

@@ -261,6 +261,13 @@ impl Served {
     fn new(endpoint: Arc<Endpoint>, options: Options) -> Served {
         Served { function: device_function(endpoint.clone(), options), endpoint }
     }
+
+    fn doorbells(&mut self, region: u32) -> Vec<vbus_pci::IoEventFd> {
+        self.function.io_eventfds(region).unwrap_or_else(|error| {
+            tracing::warn!(device = self.endpoint.name(), %error, "no eventfds for the doorbells");
+            Vec::new()
+        })
+    }
 }
 
 impl Target for Served {
@@ -370,15 +377,16 @@ impl Target for Served {
         Ok(())
     }
 
-    fn io_eventfds(&mut self, region: u32) -> Vec<IoEventFd> {
-        let eventfds = self.function.io_eventfds(region).unwrap_or_else(|error| {
-            tracing::warn!(device = self.endpoint.name(), %error, "no eventfds for the doorbells");
-            Vec::new()
-        });
+    fn io_eventfd_count(&mut self, region: u32) -> usize {
+        self.doorbells(region).len()
+    }
+
+    fn io_eventfds(&mut self, region: u32, most: usize) -> Vec<IoEventFd> {
+        let eventfds = self.doorbells(region);
         let duplicate = |eventfd: &vbus_pci::IoEventFd| {
             Some(IoEventFd::new(eventfd.fd.try_clone().ok()?, eventfd.offset))
         };
-        eventfds.iter().filter_map(duplicate).collect()
+        eventfds.iter().take(most).filter_map(duplicate).collect()
     }
 
     fn disconnected(&mut self) {

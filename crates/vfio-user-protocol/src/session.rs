@@ -430,7 +430,10 @@ impl Session {
             command::DMA_UNMAP => self.dma_unmap(target, body),
             command::DEVICE_GET_INFO => device_info(target, body),
             command::DEVICE_GET_REGION_INFO => region_info(target, body),
-            command::DEVICE_GET_REGION_IO_FDS => region_io_fds(target, negotiated, body),
+            command::DEVICE_GET_REGION_IO_FDS => {
+                let most = negotiated.peer_fds;
+                region_io_fds(target, most, body, &mut self.work)
+            }
             command::DEVICE_GET_IRQ_INFO => irq_info(target, body),
             command::DEVICE_SET_IRQS => {
                 let count = SetIrqs::parse(body).map_or(0, |set| set.count);
@@ -555,11 +558,21 @@ fn irq_info<T: Target + ?Sized>(target: &mut T, body: &[u8]) -> Outcome {
 /// `KVM_IOEVENTFD_FLAG_DATAMATCH`.
 const DATAMATCH: u32 = 1;
 
+/// `peer_fds`: the most descriptors that the client can receive. `work`: what the client is
+/// charged.
 fn region_io_fds<T: Target + ?Sized>(
     target: &mut T,
-    negotiated: &Negotiated,
+    peer_fds: usize,
     body: &[u8],
+    work: &mut u32,
 ) -> Outcome {
+    let head = |count: usize, index: u32| {
+        let len = Info::LEN + count * SUB_REGION_LEN;
+        match (u32::try_from(len), u32::try_from(count)) {
+            (Ok(argsz), Ok(count)) => Ok(Info { argsz, flags: 0, index, count }),
+            _ => Err(Failure::TooMuch(len as u64)),
+        }
+    };
     let request = Info::parse(body)?;
     if request.index >= target.device_info().regions {
         return Err(Failure::NoSuch("region", request.index));
@@ -569,16 +582,18 @@ fn region_io_fds<T: Target + ?Sized>(
     }
     // Omit eventfds beyond the number that the client can receive. The client writes to those
     // offsets by message.
-    let mut eventfds = target.io_eventfds(request.index);
-    eventfds.truncate(negotiated.peer_fds);
-    let len = Info::LEN + eventfds.len() * SUB_REGION_LEN;
-    let (argsz, count) = (u32::try_from(len), u32::try_from(eventfds.len()));
-    let (Ok(argsz), Ok(count)) = (argsz, count) else { return Err(Failure::TooMuch(len as u64)) };
-    let mut body = Info { argsz, flags: 0, index: request.index, count }.body();
-    if request.argsz < argsz {
+    let count = target.io_eventfd_count(request.index);
+    *work = work.saturating_add(u32::try_from(count).unwrap_or(u32::MAX));
+    let count = count.min(peer_fds);
+    let needed = head(count, request.index)?;
+    if request.argsz < needed.argsz {
         // The client's buffer is too small. It learns the necessary size and asks again.
-        return Ok(body.into());
+        return Ok(needed.body().into());
     }
+    let mut eventfds = target.io_eventfds(request.index, count);
+    eventfds.truncate(count);
+    // There may be fewer than were counted.
+    let mut body = head(eventfds.len(), request.index)?.body();
     let mut fds = Vec::with_capacity(eventfds.len());
     for (fd_index, eventfd) in (0..).zip(eventfds) {
         let flags = if eventfd.datamatch.is_some() { DATAMATCH } else { 0 };

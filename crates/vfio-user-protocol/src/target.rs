@@ -275,9 +275,17 @@ pub trait Target {
     /// An errno for the client.
     fn reset(&mut self) -> Result<(), Errno>;
 
-    /// The eventfds whose writes have the effect of writes to a region. Empty if there are none.
-    fn io_eventfds(&mut self, region: u32) -> Vec<IoEventFd> {
+    /// How many eventfds a region has whose writes have the effect of writes to it. The client pays
+    /// for each with its share of the server's time.
+    fn io_eventfd_count(&mut self, region: u32) -> usize {
         let _ = region;
+        0
+    }
+
+    /// The first of these eventfds: `most` at most, which is no more than
+    /// [`io_eventfd_count`](Self::io_eventfd_count).
+    fn io_eventfds(&mut self, region: u32, most: usize) -> Vec<IoEventFd> {
+        let _ = (region, most);
         Vec::new()
     }
 

@@ -5,8 +5,8 @@
 use std::time::Instant;
 
 use crate::support::{Bench, NO_REPLY, Raw, framed};
+use vfio_user_protocol::message::{Info, MultiWrite, SetIrqs, command};
 use vfio_user_protocol::message::{IrqData, IrqVerb};
-use vfio_user_protocol::message::{MultiWrite, SetIrqs, command};
 
 /// The most work of one call, apart from its last message.
 const CALL: u32 = 64;
@@ -82,6 +82,9 @@ fn what_costs_more_is_charged_more() {
     let verb = IrqVerb::Trigger;
     let set = SetIrqs { index: 2, start: 0, count: 32, verb, data: IrqData::None };
     assert_eq!(cost(&framed(4, command::DEVICE_SET_IRQS, 0, &set.body())), 1 + 32 / 4);
+    // The size of the reply, which depends on all 3 eventfds of the region.
+    let ask = Info { argsz: 16, flags: 0, index: 0, count: 0 };
+    assert_eq!(cost(&framed(5, command::DEVICE_GET_REGION_IO_FDS, 0, &ask.body())), 1 + 3);
 }
 
 #[test]

@@ -174,6 +174,12 @@ fn a_client_gets_no_more_descriptors_than_it_can_receive() {
         }
         other => panic!("{other:?}"),
     }
+    assert_eq!(bench.server.target().duplicated, 2);
+    // A client with too small a buffer learns the size, and nothing is duplicated for it.
+    raw.send(&framed(3, 6, 0, &bytes![16u32, 0u32, 0u32, 0u32]));
+    let head = bytes![96u32, 0u32, 0u32, 2u32];
+    assert_eq!(raw.see(&mut bench), Seen::Reply(3, 6, None, head));
+    assert_eq!(bench.server.target().duplicated, 2);
 }
 
 #[test]

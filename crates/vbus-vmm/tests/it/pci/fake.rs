@@ -173,14 +173,18 @@ impl Target for Served {
         Ok(())
     }
 
-    fn io_eventfds(&mut self, region: u32) -> Vec<IoEventFd> {
+    fn io_eventfd_count(&mut self, region: u32) -> usize {
+        if region == 0 { lock(&self.0).io.len() } else { 0 }
+    }
+
+    fn io_eventfds(&mut self, region: u32, most: usize) -> Vec<IoEventFd> {
         let device = lock(&self.0);
         let copy = |io: &IoEventFd| {
             let mut copy = IoEventFd::new(io.fd.try_clone().unwrap(), io.offset);
             (copy.size, copy.datamatch) = (io.size, io.datamatch);
             copy
         };
-        if region == 0 { device.io.iter().map(copy).collect() } else { Vec::new() }
+        if region == 0 { device.io.iter().take(most).map(copy).collect() } else { Vec::new() }
     }
 
     fn connected(&mut self) {

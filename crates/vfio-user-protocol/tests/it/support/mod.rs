@@ -28,6 +28,8 @@ pub struct Device {
     /// Triggers, masks and unmasks by message, in order: the kind, the index, the interrupts.
     pub actions: Vec<(char, u32, Vec<u32>)>,
     pub doorbells: Vec<OwnedFd>,
+    /// Doorbells that were duplicated so far.
+    pub duplicated: usize,
     pub connected: bool,
     pub max_dma_maps: u32,
     pub resets: u32,
@@ -45,6 +47,7 @@ impl Device {
             maps: BTreeMap::new(),
             irqs: BTreeMap::new(),
             actions: Vec::new(),
+            duplicated: 0,
             doorbells: (0..3)
                 .map(|_| eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap())
                 .collect(),
@@ -173,7 +176,11 @@ impl Target for Device {
         Ok(())
     }
 
-    fn io_eventfds(&mut self, region: u32) -> Vec<IoEventFd> {
+    fn io_eventfd_count(&mut self, region: u32) -> usize {
+        if region == 0 { self.doorbells.len() } else { 0 }
+    }
+
+    fn io_eventfds(&mut self, region: u32, most: usize) -> Vec<IoEventFd> {
         let doorbells = if region == 0 { &self.doorbells[..] } else { &[] };
         let entry = |(fd, number): (&OwnedFd, u64)| {
             let mut eventfd = IoEventFd::new(fd.try_clone().unwrap(), 2048 + 4 * number);
@@ -181,7 +188,9 @@ impl Target for Device {
             eventfd.datamatch = (number > 0).then_some(number);
             eventfd
         };
-        doorbells.iter().zip(0..).map(entry).collect()
+        assert!(most <= doorbells.len());
+        self.duplicated += most;
+        doorbells.iter().zip(0..).take(most).map(entry).collect()
     }
 
     fn connected(&mut self) {
