@@ -5,8 +5,8 @@
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
@@ -17,6 +17,7 @@ use vbus_core::{
 use vbus_driver::{Error, Function, Hal};
 use vbus_process::{MEMORY_BYTES, Process};
 use vbus_vfio_user::DeviceServer;
+use vfio_user_protocol::message::command;
 use vfio_user_protocol::{Client, ClientError, Errno};
 
 /// A call returns the sum of its buffer's bytes.
@@ -298,4 +299,77 @@ fn a_device_that_is_removed_is_gone_for_its_driver() {
     assert_eq!(function.call(1, 0, &mut []), Err(Error::Gone));
     drop(function);
     assert!(start.elapsed() < Duration::from_secs(4), "without a time-out for each access");
+}
+
+/// Its connections end when the test lets them.
+struct Lingering(Arc<(Barrier, Barrier)>);
+
+impl Device for Lingering {
+    fn identity(&self) -> Identity {
+        Identity::user("lingering")
+    }
+
+    fn open(&self, _: Open) -> Result<Box<dyn Connection>, ErrorCode> {
+        Ok(Box::new(Lingers(self.0.clone())))
+    }
+}
+
+struct Lingers(Arc<(Barrier, Barrier)>);
+
+impl Connection for Lingers {
+    fn region_added(&mut self, _: Region) -> Result<(), ErrorCode> {
+        Ok(())
+    }
+
+    fn poll(&mut self, _: u32) -> Result<vbus_core::Progress, ErrorCode> {
+        Ok(vbus_core::Progress::Idle)
+    }
+}
+
+impl Drop for Lingers {
+    fn drop(&mut self) {
+        self.0.0.wait();
+        self.0.1.wait();
+    }
+}
+
+#[test]
+fn a_client_that_has_lost_its_memory_gets_no_further_long_operation() {
+    const RESETS: u16 = 8;
+    let message = |id: u16, command: u16, body: &[u8]| {
+        let size = 16 + u32::try_from(body.len()).unwrap();
+        let mut message = [id.to_ne_bytes(), command.to_ne_bytes()].concat();
+        message.extend(size.to_ne_bytes());
+        message.extend([0; 8]);
+        message.extend(body);
+        message
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let bus = Bus::new(Executor::start(Tuning::default()).unwrap(), Vec::new());
+    let barriers = Arc::new((Barrier::new(2), Barrier::new(2)));
+    let endpoint = bus.add("lingering", Arc::new(Lingering(barriers.clone()))).unwrap();
+    let path = folder.path().join("s");
+    let server = DeviceServer::start(endpoint.clone(), &path, Default::default()).unwrap();
+    let mut client = UnixStream::connect(&path).unwrap();
+    client.write_all(&message(0, command::VERSION, b"\0\0\0\0{}\0")).unwrap();
+    client.read_exact(&mut [0; 16]).unwrap();
+    let file = memfd_create("memory", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&file, 1 << 20).unwrap();
+    let shared = file.try_clone().unwrap();
+    endpoint.memory().map(0, 1 << 20, Some((shared, 0)), vbus_core::Access::BOTH).unwrap();
+    endpoint.memory().view().write(0, &77u64.to_le_bytes()).unwrap();
+    endpoint.open(vbus_core::OpenRequest::new((0, 77))).unwrap();
+    // The first reset ends the connection, and waits for that.
+    for id in 1..=RESETS {
+        client.write_all(&message(id, command::DEVICE_RESET, &[])).unwrap();
+    }
+    barriers.0.wait();
+    ftruncate(&file, 4096).unwrap();
+    endpoint.memory().view().read(8192, &mut [0; 4]).unwrap();
+    assert!(endpoint.memory().is_lost());
+    barriers.1.wait();
+    while server.stats().violations == 0 {
+        std::thread::yield_now();
+    }
+    assert_eq!(server.stats().messages, 3, "the version, a reset, one that waits");
 }
