@@ -576,3 +576,57 @@ fn a_device_that_says_what_cannot_be_does_not_join() {
     }
     assert!(bus.get("claims").is_err());
 }
+
+/// Brings what ends a connection out to the test. While a connection ends, another of its tasks
+/// fails too.
+struct Broken(Sender<vbus_core::Fail>);
+
+impl Device for Broken {
+    fn identity(&self) -> Identity {
+        Identity::user("broken")
+    }
+
+    fn open(&self, open: Open) -> Result<Box<dyn Connection>, ErrorCode> {
+        self.0.send(open.fail.clone()).unwrap();
+        Ok(Box::new(Breaking(open.fail)))
+    }
+}
+
+struct Breaking(vbus_core::Fail);
+
+impl Connection for Breaking {
+    fn region_added(&mut self, _: Region) -> Result<(), ErrorCode> {
+        Ok(())
+    }
+
+    fn poll(&mut self, _: u32) -> Result<Progress, ErrorCode> {
+        Ok(Progress::Idle)
+    }
+}
+
+impl Drop for Breaking {
+    fn drop(&mut self) {
+        let fail = self.0.clone();
+        std::thread::spawn(move || fail.fail(ErrorCode::FAILED)).join().unwrap();
+    }
+}
+
+#[test]
+fn a_second_failure_does_not_wait_for_the_end_that_the_first_causes() {
+    let bus = Bus::new(Executor::start(Tuning::default()).unwrap(), Vec::new());
+    let (sender, receiver) = channel();
+    let endpoint = bus.add("broken", Arc::new(Broken(sender))).unwrap();
+    let file = memfd_create("memory", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&file, 4096).unwrap();
+    endpoint.memory().map(0, 4096, Some((file, 0)), Access::BOTH).unwrap();
+    for round in 0..2 {
+        endpoint.memory().view().write(0, &77u64.to_le_bytes()).unwrap();
+        endpoint.open(OpenRequest::new((0, 77))).unwrap();
+        let fail = receiver.recv().unwrap();
+        // It returns only because the failure in between returns at once.
+        fail.fail(ErrorCode::CORRUPT);
+        let state = endpoint.state();
+        assert_eq!(state, ConnectionState::Broken(ErrorCode::CORRUPT), "round {round}");
+        endpoint.close();
+    }
+}
