@@ -124,8 +124,8 @@ fn through_passt(scene: &Scene, socket: &Path, port: u16) -> Result<()> {
 /// Both are measured in one guest and one run.
 pub fn tap(scene: &Scene) -> Result<()> {
     const ROUNDS: usize = 3;
-    // What a noisy machine can assert. On a quiet one the way in had 0.56 to 0.62 on 2026-11-30, and
-    // 0.73 the day before.
+    // What a noisy machine can assert. On a quiet one the way in had 0.56 to 0.62 on 2026-11-30,
+    // and 0.73 the day before.
     const LEAST: f64 = 0.35;
     if let Err(error) = File::options().read(true).write(true).open("/dev/net/tun") {
         return Err(Skip(format!("/dev/net/tun cannot be opened: {error}")).into());
