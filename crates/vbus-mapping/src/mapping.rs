@@ -72,10 +72,10 @@ impl Mapping {
         prot: ProtFlags,
         backing: &Arc<Backing>,
     ) -> Result<Mapping, Errno> {
+        let (anywhere, flags) = (std::ptr::null_mut(), MapFlags::SHARED);
         // SAFETY: a fresh mapping at an address of the kernel's choice.
-        let base =
-            unsafe { mmap(std::ptr::null_mut(), len, prot, MapFlags::SHARED, file, offset) }?;
-        Mapping::guarded(base, len, page, backing)
+        let mapped = unsafe { mmap(anywhere, len, prot, flags, file, offset) };
+        Mapping::guarded(mapped?, len, page, backing)
     }
 
     /// Maps `pieces` one after another, for reading and writing. `page` is the size of the largest
