@@ -41,7 +41,7 @@ pub fn keep_open<S: Source, T>(
         let began = Instant::now();
         let error = match session(claimed) {
             Ok(value) => return Ok(Some(value)),
-            Err(error) if is_lost(&error, source.comes_back(id)) => error,
+            Err(error) if is_lost(&error, source.comes_back()) => error,
             Err(error) => return Err(error),
         };
         tracing::warn!("{id}: {error:#}; opening the device again as soon as it is there");
@@ -53,7 +53,7 @@ pub fn keep_open<S: Source, T>(
             }
             match source.claim(id) {
                 Ok(claimed) => break claimed,
-                Err(error) if source.comes_back(id) => tracing::debug!("{id}: {error:#}"),
+                Err(error) if source.comes_back() => tracing::debug!("{id}: {error:#}"),
                 Err(error) => return Err(error),
             }
             wait = AGAIN;

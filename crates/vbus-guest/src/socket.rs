@@ -100,7 +100,7 @@ impl Source for SocketSource {
         }
     }
 
-    fn comes_back(&self, _id: &str) -> bool {
+    fn comes_back(&self) -> bool {
         // A bus that starts again makes its sockets again.
         true
     }

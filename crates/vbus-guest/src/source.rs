@@ -46,8 +46,8 @@ pub trait Source {
         true
     }
 
-    /// Whether the function `id`, which does not answer, can come back under the same id.
-    fn comes_back(&self, id: &str) -> bool;
+    /// Whether a function that does not answer can come back under the same id.
+    fn comes_back(&self) -> bool;
 }
 
 /// The interrupt of a claimed function. It is disabled at first, and becomes disabled each time it

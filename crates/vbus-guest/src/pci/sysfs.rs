@@ -127,7 +127,7 @@ impl Source for PciSource {
             .ok()
     }
 
-    fn comes_back(&self, _id: &str) -> bool {
+    fn comes_back(&self) -> bool {
         // A function that was unplugged is another function when the VMM plugs it in again. The
         // configuration space does not help: QEMU 11.1 aborts when it is read behind a server that
         // has died.
