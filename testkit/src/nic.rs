@@ -35,25 +35,13 @@ impl Nic {
         address: &str,
         options: &str,
     ) -> Result<Self> {
-        let nic = Self::start(guest, device, interface, options)?;
-        nic.set_address(guest, address)?;
-        Ok(nic)
-    }
-
-    /// Starts the driver of the NIC `device`. It will make the interface `interface`.
-    pub fn start(guest: &Guest, device: &str, interface: &str, options: &str) -> Result<Self> {
         let command = format!("exec vbus-guest net {device} --name {interface} {options}");
-        Ok(Self { driver: guest.start(&command)?, interface: interface.to_owned() })
-    }
-
-    /// Waits for the interface and sets its address.
-    pub fn set_address(&self, guest: &Guest, address: &str) -> Result<()> {
+        let driver = guest.start(&command)?;
         // The driver prints this line when the interface is there.
-        self.driver.wait_for(", address ", BOOT)?;
-        let interface = &self.interface;
+        driver.wait_for(", address ", BOOT)?;
         guest
-            .ok(&format!("ip addr add {address} dev {interface} && ip link set {interface} up"))
-            .map(drop)
+            .ok(&format!("ip addr add {address} dev {interface} && ip link set {interface} up"))?;
+        Ok(Self { driver, interface: interface.to_owned() })
     }
 }
 
