@@ -3,20 +3,22 @@
 //! file.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Instant;
 
 use serde_json::{Value, json};
 use vbus_core::io_vec::IoVecMut;
 use vbus_core::shm::signal::Armed;
-use vbus_core::{CreateError, ErrorCode, TaskHandle, lock};
+use vbus_core::{CreateError, ErrorCode, TaskHandle};
 use vbus_tap::{HEADER_BYTES, Mac, Offloads};
 
 use crate::backend::{Backend, Done, Plug, Port, Queue, Sent};
 use crate::frame::{Body, ETH_BYTES, FRAME_MAX, Header, Packet};
 use crate::opener::Opener;
 use crate::pcap::PcapFile;
-use crate::sink::{Delivery, OnFull, Read, Reserved, RxDrop, RxSink, SharedSink, Waiter};
+use crate::sink::{
+    Delivery, OnFull, Read, Reserved, RxDrop, RxSink, SharedFront, SharedSink, Waiter,
+};
 
 /// A back end that records frames as they pass the driver's rings. It copies each frame to the
 /// driver once more than the inner back end does.
@@ -74,8 +76,10 @@ impl Backend for Captured {
 
     fn plug(&self, port: Arc<Port>) -> Result<Arc<dyn Plug>, ErrorCode> {
         let lane = |sink: &SharedSink| -> SharedSink {
-            let (sink, file) = (sink.clone(), self.file.clone());
-            Arc::new(Mutex::new(SharedRecorder { sink, file }))
+            let file = self.file.clone();
+            SharedFront::sink(sink, move |sink, packet, on_full| {
+                deliver(sink, &file, packet, on_full)
+            })
         };
         let lanes = port.lanes.iter().map(lane).collect();
         let inner = self.inner.plug(Arc::new(port.with_lanes(lanes)))?;
@@ -234,45 +238,5 @@ impl RxSink for Recorder<'_> {
 
     fn count_drop(&mut self, reason: RxDrop) {
         self.sink.count_drop(reason);
-    }
-}
-
-/// Records in front of a receive queue that other devices deliver to.
-struct SharedRecorder {
-    sink: SharedSink,
-    file: Arc<PcapFile>,
-}
-
-impl RxSink for SharedRecorder {
-    fn deliver(&mut self, packet: &Packet<'_>, on_full: OnFull) -> Delivery {
-        deliver(&mut *lock(&self.sink), &self.file, packet, on_full)
-    }
-
-    fn has_room(&mut self, bytes: usize) -> bool {
-        lock(&self.sink).has_room(bytes)
-    }
-
-    fn reserve(&mut self, _read: &mut Read<'_>) -> Reserved {
-        Reserved::Nothing // Other devices bring frames through `deliver`.
-    }
-
-    fn longest(&self) -> usize {
-        lock(&self.sink).longest()
-    }
-
-    fn post(&mut self) {
-        lock(&self.sink).post();
-    }
-
-    fn wait(&mut self, waiter: &Waiter) {
-        lock(&self.sink).wait(waiter);
-    }
-
-    fn arm(&mut self) -> Armed {
-        lock(&self.sink).arm()
-    }
-
-    fn count_drop(&mut self, reason: RxDrop) {
-        lock(&self.sink).count_drop(reason);
     }
 }

@@ -6,19 +6,21 @@
 //! shared receive queues (of a switch, or of a TAP interface for a driver with RSS) are dropped and
 //! counted, because others wait behind them.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Instant;
 
 use serde_json::{Value, json};
 use vbus_core::settings::Settings;
 use vbus_core::shm::signal::Armed;
-use vbus_core::{CreateError, ErrorCode, TaskHandle, lock};
+use vbus_core::{CreateError, ErrorCode, TaskHandle};
 use vbus_tap::{Mac, Offloads};
 
 use crate::backend::{Backend, Done, Plug, Port, Queue, Sent};
 use crate::bucket::Bucket;
 use crate::frame::Packet;
-use crate::sink::{Delivery, OnFull, Read, Reserved, RxDrop, RxSink, SharedSink, Waiter};
+use crate::sink::{
+    Delivery, OnFull, Read, Reserved, RxDrop, RxSink, SharedFront, SharedSink, Waiter,
+};
 
 /// The rates that settings may give, in bits a second.
 const RATES: std::ops::RangeInclusive<u64> = 8_000..=1_000_000_000_000;
@@ -101,9 +103,7 @@ impl Backend for Limited {
     fn plug(&self, port: Arc<Port>) -> Result<Arc<dyn Plug>, ErrorCode> {
         let lane = |sink: &SharedSink| -> SharedSink {
             match &self.rx {
-                Some(bucket) => {
-                    Arc::new(Mutex::new(SharedLimit { sink: sink.clone(), bucket: bucket.clone() }))
-                }
+                Some(bucket) => limit_shared(sink, bucket),
                 None => sink.clone(),
             }
         };
@@ -274,50 +274,18 @@ impl RxSink for LentLimit<'_> {
 
 /// A limit in front of a receive queue that other devices deliver to. Frames above the rate are
 /// dropped.
-struct SharedLimit {
-    sink: SharedSink,
-    bucket: Arc<Bucket>,
-}
-
-impl RxSink for SharedLimit {
-    fn deliver(&mut self, packet: &Packet<'_>, on_full: OnFull) -> Delivery {
-        let (now, mut sink) = (Instant::now(), lock(&self.sink));
-        if self.bucket.empty_until(now).is_some() {
+fn limit_shared(sink: &SharedSink, bucket: &Arc<Bucket>) -> SharedSink {
+    let bucket = bucket.clone();
+    SharedFront::sink(sink, move |sink, packet, on_full| {
+        let now = Instant::now();
+        if bucket.empty_until(now).is_some() {
             sink.count_drop(RxDrop::Rate);
             return Delivery::Dropped;
         }
         let delivery = sink.deliver(packet, on_full);
         if delivery == Delivery::Delivered {
-            self.bucket.charge(packet.bytes() as u64, now);
+            bucket.charge(packet.bytes() as u64, now);
         }
         delivery
-    }
-
-    fn has_room(&mut self, bytes: usize) -> bool {
-        lock(&self.sink).has_room(bytes)
-    }
-
-    fn reserve(&mut self, _read: &mut Read<'_>) -> Reserved {
-        Reserved::Nothing // Other devices bring frames through `deliver`.
-    }
-
-    fn longest(&self) -> usize {
-        lock(&self.sink).longest()
-    }
-
-    fn post(&mut self) {
-        lock(&self.sink).post();
-    }
-
-    fn wait(&mut self, waiter: &Waiter) {
-        lock(&self.sink).wait(waiter);
-    }
-
-    fn arm(&mut self) -> Armed {
-        lock(&self.sink).arm()
-    }
-
-    fn count_drop(&mut self, reason: RxDrop) {
-        lock(&self.sink).count_drop(reason);
-    }
+    })
 }

@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use rustix::io::Errno;
-use vbus_core::TaskHandle;
 use vbus_core::io_vec::IoVecMut;
 use vbus_core::shm::signal::Armed;
+use vbus_core::{TaskHandle, lock};
 
 use crate::frame::Packet;
 
@@ -55,6 +55,60 @@ pub type Read<'a> = dyn FnMut(&mut [IoVecMut<'_>]) -> Result<usize, Errno> + 'a;
 
 /// A receive queue that several devices deliver to.
 pub type SharedSink = Arc<Mutex<dyn RxSink>>;
+
+/// A front of a shared receive queue. It delivers frames in its own way, and passes everything else
+/// on.
+pub(crate) struct SharedFront<F> {
+    sink: SharedSink,
+    deliver: F,
+}
+
+impl<F> SharedFront<F>
+where
+    F: FnMut(&mut dyn RxSink, &Packet<'_>, OnFull) -> Delivery + Send + 'static,
+{
+    /// Puts a front before `sink`. `deliver` gets the queue behind it, locked.
+    pub(crate) fn sink(sink: &SharedSink, deliver: F) -> SharedSink {
+        Arc::new(Mutex::new(SharedFront { sink: sink.clone(), deliver }))
+    }
+}
+
+impl<F> RxSink for SharedFront<F>
+where
+    F: FnMut(&mut dyn RxSink, &Packet<'_>, OnFull) -> Delivery + Send,
+{
+    fn deliver(&mut self, packet: &Packet<'_>, on_full: OnFull) -> Delivery {
+        (self.deliver)(&mut *lock(&self.sink), packet, on_full)
+    }
+
+    fn has_room(&mut self, bytes: usize) -> bool {
+        lock(&self.sink).has_room(bytes)
+    }
+
+    fn reserve(&mut self, _read: &mut Read<'_>) -> Reserved {
+        Reserved::Nothing // Other devices bring frames through `deliver`.
+    }
+
+    fn longest(&self) -> usize {
+        lock(&self.sink).longest()
+    }
+
+    fn post(&mut self) {
+        lock(&self.sink).post();
+    }
+
+    fn wait(&mut self, waiter: &Waiter) {
+        lock(&self.sink).wait(waiter);
+    }
+
+    fn arm(&mut self) -> Armed {
+        lock(&self.sink).arm()
+    }
+
+    fn count_drop(&mut self, reason: RxDrop) {
+        lock(&self.sink).count_drop(reason);
+    }
+}
 
 /// What happens to a frame that finds too few buffers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
