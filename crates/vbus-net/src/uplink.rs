@@ -225,6 +225,7 @@ impl Uplink {
                 line: line.clone(),
                 sending: VecDeque::new(),
                 is_blocked: false,
+                until: None,
                 inlet: Inlet::new(self.counters.clone(), usize::from(mtu)),
             }) as Box<dyn Task>)
         };
@@ -524,6 +525,8 @@ struct Pump {
     sending: VecDeque<Frame>,
     /// Whether the outside takes no frames now.
     is_blocked: bool,
+    /// When the outside takes frames again, if it waits for a time.
+    until: Option<Instant>,
     inlet: Inlet,
 }
 
@@ -531,7 +534,7 @@ impl Pump {
     /// Sends at most `budget` frames to the outside. Returns how many.
     fn send(&mut self, budget: u32) -> u32 {
         let (mut count, mut spare) = (0, Vec::new());
-        self.is_blocked = false;
+        (self.is_blocked, self.until) = (false, None);
         while count < budget {
             if self.sending.is_empty() {
                 lock(&self.line).take(&mut self.sending, &mut spare);
@@ -541,7 +544,11 @@ impl Pump {
             match frame.packet().map(|packet| self.outside.send(&packet)) {
                 Some(Sent::Done { .. }) => direction.count(frame.len),
                 Some(Sent::Dropped(reason)) => direction.drops.sent(reason),
-                Some(Sent::Wait { .. } | Sent::Part) => {
+                Some(Sent::Wait { until, .. }) => {
+                    (self.is_blocked, self.until) = (true, until);
+                    break;
+                }
+                Some(Sent::Part) => {
                     self.is_blocked = true;
                     break;
                 }
@@ -551,6 +558,9 @@ impl Pump {
             count += 1;
         }
         self.outside.flush();
+        if count != 0 {
+            lock(&self.line).full_since = None;
+        }
         count
     }
 }
@@ -563,8 +573,8 @@ impl Task for Pump {
         let received = {
             let Pump { outside, inside, inlet, .. } = self;
             match inlet.retry(&mut **inside) {
-                true => outside.receive(&mut Entrance { inlet, inside: &mut **inside }, budget)?,
-                false => 0,
+                true => outside.receive(&mut Entrance { inlet, inside: &mut **inside }, budget),
+                false => Ok(0),
             }
         };
         if self.inlet.is_pending && !self.inlet.is_offered {
@@ -572,7 +582,9 @@ impl Task for Pump {
             self.inside.forget();
             (self.inlet.is_pending, self.inlet.is_waiting, self.inlet.until) = (false, false, None);
         }
+        // Flush even if the outside has failed: its earlier frames are in drivers' buffers.
         self.inside.flush();
+        let received = received?;
         let retried = held && self.inlet.held.is_none();
         let busy = sent + received != 0 || retried || self.inlet.is_part;
         Ok(if busy { Progress::Busy } else { Progress::Idle })
@@ -585,7 +597,7 @@ impl Task for Pump {
     }
 
     fn deadline(&self) -> Option<Instant> {
-        [self.inlet.until, self.outside.deadline()].into_iter().flatten().min()
+        [self.until, self.inlet.until, self.outside.deadline()].into_iter().flatten().min()
     }
 
     fn carried(&self) -> u64 {

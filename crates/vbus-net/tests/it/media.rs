@@ -152,6 +152,42 @@ fn an_uplink_joins_a_switch_to_the_outside() {
 }
 
 #[test]
+fn an_uplink_sends_what_waits_for_its_rate() {
+    const OUTSIDE: Mac = [2, 0, 0, 0, 0, 8];
+    let (executor, switches, dir) = (executor(), Switches::default(), tempfile::tempdir().unwrap());
+    let path = dir.path().join("socket");
+    // 1 MB a second, and four frames at once.
+    let value = json!({
+        "switch": "s", "backend": "stream", "connect": path, "rate": 8_000_000, "burst": 256,
+    });
+    let config = UplinkConfig::parse(&mut Settings::new(&value).unwrap(), 68..=9000).unwrap();
+    let opener = opener();
+    let outside = Medium::Listen(path).open(&switches, &opener, 1, 1500, Arc::default()).unwrap();
+    let outside = Front::plug(&executor, &*outside, OUTSIDE, usize::MAX);
+    let uplink = Uplink::open("up", config, &switches, &opener).unwrap();
+    uplink.start(&executor, 0, Arc::default()).unwrap();
+    let a = Medium::Switch("s".into()).open(&switches, &opener, 1, 1500, Arc::default()).unwrap();
+    let a = Front::plug(&executor, &*a, A, usize::MAX);
+    // Frames are dropped while the stream has no peer.
+    while outside.has_none() {
+        a.send(&frame(OUTSIDE, A, u32::MAX));
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    // Nothing else passes, so nothing but the time wakes the uplink.
+    for n in 0..40 {
+        a.send(&frame(OUTSIDE, A, n));
+    }
+    let mut next = 0;
+    while next < 40 {
+        let got = outside.receive();
+        if got != frame(OUTSIDE, A, u32::MAX) {
+            assert_eq!(got, frame(OUTSIDE, A, next), "in order, none lost");
+            next += 1;
+        }
+    }
+}
+
+#[test]
 fn an_uplink_leads_somewhere() {
     let parse = |value| UplinkConfig::parse(&mut Settings::new(&value).unwrap(), 68..=9000);
     for (value, text) in [
