@@ -6,6 +6,7 @@
 //! Arguments: `--json`, `--seconds N` for each attack, and names of attacks.
 
 mod attacks;
+mod echo;
 mod stage;
 
 use std::time::Duration;

@@ -7,20 +7,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use vbus_core::shm::Memory;
-use vbus_core::{
-    Bus, Connection, Device, ErrorCode, Executor, Identity, Interrupt, Open, Progress, Region,
-    Tuning, Window,
-};
+use vbus_core::{Bus, Connection, Device, ErrorCode, Executor, Identity, Open, Region, Tuning};
 use vbus_devices::state::StateClass;
-use vbus_driver::{Function, Hal};
-use vbus_process::{MEMORY_BYTES, Process, ProcessMemory};
 use vbus_vfio_user::DeviceServer;
 
 use crate::attacks::Attack;
-
-/// How long a round trip may take before the neighbour gives up.
-const TIMEOUT: Duration = Duration::from_secs(60);
+use crate::echo::{Driver, Echo, Over};
 
 /// When a measurement ends.
 #[derive(Clone, Copy)]
@@ -85,79 +77,6 @@ impl Connection for Taking {
     }
 }
 
-/// Answers each new number in a region's first word in its second, with an interrupt.
-struct Echo;
-
-#[derive(Default)]
-struct Echoing(Option<(Window, Interrupt)>);
-
-impl Device for Echo {
-    fn identity(&self) -> Identity {
-        Identity::user("echo")
-    }
-
-    fn open(&self, _: Open) -> Result<Box<dyn Connection>, ErrorCode> {
-        Ok(Box::<Echoing>::default())
-    }
-}
-
-impl Connection for Echoing {
-    fn region_added(&mut self, region: Region) -> Result<(), ErrorCode> {
-        self.0 = Some((region.window, region.interrupt));
-        Ok(())
-    }
-
-    fn poll(&mut self, _: u32) -> Result<Progress, ErrorCode> {
-        let Some((window, interrupt)) = &self.0 else { return Ok(Progress::Idle) };
-        let number = window.words()[0].load(Ordering::Acquire);
-        if window.words()[1].load(Ordering::Relaxed) == number {
-            return Ok(Progress::Idle);
-        }
-        window.words()[1].store(number, Ordering::Release);
-        interrupt.trigger();
-        Ok(Progress::Busy)
-    }
-}
-
-/// The driver of the echo.
-struct Neighbour {
-    function: Function<Process>,
-    memory: ProcessMemory,
-    handle: u32,
-}
-
-impl Neighbour {
-    fn open(server: &DeviceServer) -> Neighbour {
-        let process = Process::connect(server.path(), MEMORY_BYTES).expect("the echo's socket");
-        let mut function = Function::probe(process.clone()).expect("the echo");
-        function.open(0).expect("opening the echo");
-        let memory = process.alloc(4096).expect("memory");
-        let region = function.region_add(0, 0, &memory, (0, 64), None).expect("a region");
-        let handle = region.handle();
-        Neighbour { function, memory, handle }
-    }
-
-    fn round_trip(&self, number: u64) -> Duration {
-        let words = self.memory.words();
-        let begin = Instant::now();
-        words[0].store(number, Ordering::Release);
-        self.function.ring(self.handle);
-        while words[1].load(Ordering::Acquire) != number {
-            assert!(self.function.hal().wait(TIMEOUT), "no answer to {number}");
-        }
-        begin.elapsed()
-    }
-}
-
-/// Sets the flag when it is dropped, so that the other thread ends if this one panics.
-struct Over<'a>(&'a AtomicBool);
-
-impl Drop for Over<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
 /// Measures one attack, on a bus of its own.
 pub fn measure(attack: &Attack, until: Until) -> Measured {
     let folder = tempfile::tempdir().expect("a temporary folder");
@@ -177,7 +96,7 @@ pub fn measure(attack: &Attack, until: Until) -> Measured {
         DeviceServer::start(endpoint, &path, Default::default()).expect("a socket")
     });
     let targets = Targets { takes: takes.path().into(), pages: pages.path().into() };
-    let neighbour = Neighbour::open(&echo);
+    let neighbour = Driver::open(&echo);
     let (over, operations) = (AtomicBool::new(false), AtomicU64::new(0));
     let mut waits = Vec::new();
     std::thread::scope(|scope| {
@@ -195,7 +114,9 @@ pub fn measure(attack: &Attack, until: Until) -> Measured {
             || !(attack.operations == 0 || done())
         {
             assert!(!hostile.is_finished(), "the attack has failed");
-            waits.push(neighbour.round_trip(waits.len() as u64 + 1));
+            let begin = Instant::now();
+            neighbour.round_trip(waits.len() as u64 + 1);
+            waits.push(begin.elapsed());
         }
     });
     waits.sort_unstable();

@@ -5,6 +5,8 @@
 #[path = "../../examples/fairness/attacks.rs"]
 mod attacks;
 mod device;
+#[path = "../../examples/fairness/echo.rs"]
+mod echo;
 mod fairness;
 mod pic;
 #[path = "../../examples/fairness/stage.rs"]

@@ -6,94 +6,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use vbus_core::shm::Memory;
 use vbus_core::shm::abi::bar0;
 use vbus_core::shm::abi::capability::KIND_MMIO;
-use vbus_core::{
-    Bus, Connection, Device, Endpoint, ErrorCode, Executor, Identity, Interrupt, Open, Progress,
-    Region, Tuning, Window,
-};
-use vbus_driver::{Doorbell, Function, Hal};
-use vbus_process::{MEMORY_BYTES, Process, ProcessMemory};
+use vbus_core::{Bus, Endpoint, Executor, Tuning};
+use vbus_driver::{Doorbell, Hal};
+use vbus_process::Process;
 use vbus_vfio_user::DeviceServer;
 
-const TIMEOUT: Duration = Duration::from_secs(60);
+use crate::echo::{Driver, Echo, Over};
+
 /// The least number of round trips.
 const ROUND_TRIPS: u64 = 500;
 /// The least number of rings of a storm.
 const STORM: u64 = 2 * ROUND_TRIPS;
-
-/// Copies each new number in the first word of a region to the second word, and interrupts.
-struct Echo;
-
-#[derive(Default)]
-struct Echoing(Option<(Window, Interrupt)>);
-
-impl Device for Echo {
-    fn identity(&self) -> Identity {
-        Identity::user("echo")
-    }
-
-    fn open(&self, _: Open) -> Result<Box<dyn Connection>, ErrorCode> {
-        Ok(Box::<Echoing>::default())
-    }
-}
-
-impl Connection for Echoing {
-    fn region_added(&mut self, region: Region) -> Result<(), ErrorCode> {
-        self.0 = Some((region.window, region.interrupt));
-        Ok(())
-    }
-
-    fn poll(&mut self, _: u32) -> Result<Progress, ErrorCode> {
-        let Some((window, interrupt)) = &self.0 else { return Ok(Progress::Idle) };
-        let number = window.words()[0].load(Ordering::Acquire);
-        if window.words()[1].load(Ordering::Relaxed) == number {
-            return Ok(Progress::Idle);
-        }
-        window.words()[1].store(number, Ordering::Release);
-        interrupt.trigger();
-        Ok(Progress::Busy)
-    }
-}
-
-/// A driver of an [`Echo`].
-struct Driver {
-    function: Function<Process>,
-    memory: ProcessMemory,
-    handle: u32,
-}
-
-impl Driver {
-    fn open(server: &DeviceServer) -> Driver {
-        let process = Process::connect(server.path(), MEMORY_BYTES).unwrap();
-        let mut function = Function::probe(process.clone()).unwrap();
-        function.open(0).unwrap();
-        let memory = process.alloc(4096).unwrap();
-        let region = function.region_add(0, 0, &memory, (0, 64), None).unwrap();
-        let handle = region.handle();
-        Driver { function, memory, handle }
-    }
-
-    /// Sends a number and waits for the answer.
-    fn round_trip(&self, number: u64) {
-        let words = self.memory.words();
-        words[0].store(number, Ordering::Release);
-        self.function.ring(self.handle);
-        while words[1].load(Ordering::Acquire) != number {
-            assert!(self.function.hal().wait(TIMEOUT), "no answer to {number}");
-        }
-    }
-}
-
-/// Sets the flag when it is dropped, so that the other threads end if the test fails.
-struct Over<'a>(&'a AtomicBool);
-
-impl Drop for Over<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
 
 /// Runs a bus with two echoes, `loud` and `quiet`, on one thread without polling windows. The
 /// driver of `loud` runs `storm`.
