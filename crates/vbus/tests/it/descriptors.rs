@@ -9,23 +9,7 @@ use rustix::process::Signal;
 use vfio_user_protocol::message::IrqVerb;
 use vfio_user_protocol::{Client, pci};
 
-use crate::support::{Served, wait_until};
-
-/// One worker: whatever blocks it stops both devices.
-const TWO: &str = r#"
-[bus]
-workers = 1
-
-[[device]]
-name = "net0"
-class = "venet"
-backend = "null"
-
-[[device]]
-name = "net1"
-class = "venet"
-backend = "null"
-"#;
+use crate::support::{Served, TWO, wait_until};
 
 /// Fills the counter and makes the eventfd blocking: an ordinary write waits for ever.
 fn spoil(eventfd: impl AsFd) {

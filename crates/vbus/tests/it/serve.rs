@@ -6,24 +6,9 @@ use std::os::unix::net::UnixListener;
 use std::process::Stdio;
 use std::time::Duration;
 
-use crate::support::{Served, TIMEOUT, exchange, has_ended, run, vbus, wait_until};
+use crate::support::{Served, TIMEOUT, TWO, exchange, has_ended, run, vbus, wait_until};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
-
-const TWO: &str = r#"
-[bus]
-workers = 1
-
-[[device]]
-name = "net0"
-class = "venet"
-backend = "switch"
-
-[[device]]
-name = "net1"
-class = "venet"
-backend = "null"
-"#;
 
 #[test]
 fn devices_come_and_go() {

@@ -13,6 +13,22 @@ use serde_json::Value;
 /// A generous bound for any wait, even on a loaded machine.
 pub const TIMEOUT: Duration = Duration::from_secs(60);
 
+/// Two NICs and one worker, so that whatever blocks it stops both.
+pub const TWO: &str = r#"
+[bus]
+workers = 1
+
+[[device]]
+name = "net0"
+class = "venet"
+backend = "switch"
+
+[[device]]
+name = "net1"
+class = "venet"
+backend = "null"
+"#;
+
 /// The program `vbus`.
 pub fn vbus() -> Command {
     program(Path::new(env!("CARGO_BIN_EXE_vbus")))
