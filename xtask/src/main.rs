@@ -46,6 +46,8 @@ enum Command {
     Docs(docs::Args),
     /// Measure vbus against its peers
     Bench(bench::Args),
+    /// Feed the fuzz targets with new inputs, each for some minutes
+    Fuzz(fuzz::Args),
     /// Start a Linux guest on a running bus, or on one of its own
     Guest(guest::Args),
     /// Run the kit's QEMU
@@ -101,6 +103,7 @@ fn run(command: Command) -> Result<bool> {
         Command::Demo(args) => demo::run(&args),
         Command::Docs(args) => docs::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Fuzz(args) => fuzz::run(&args),
         Command::Guest(args) => guest::run(&args),
         Command::Qemu { mirror, args } => {
             use std::os::unix::process::CommandExt;

@@ -43,7 +43,7 @@ pub struct Args {
     #[arg(long)]
     json: bool,
     /// Seconds that each fuzz target runs
-    #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u32).range(1..=86_400))]
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=86_400))]
     fuzz_seconds: u32,
     #[command(flatten)]
     guests: Options,
@@ -96,7 +96,7 @@ pub fn run(args: &Args) -> Result<bool> {
         report.run(LOST, lost_interrupts);
     }
     if !fuzz_targets.is_empty() {
-        fuzz::run(&mut report, &fuzz_targets, args.fuzz_seconds);
+        fuzz::test(&mut report, &fuzz_targets, args.fuzz_seconds);
     }
     if !scenarios.is_empty() {
         let figures = runner::run(&mut report, &scenarios, &args.guests, Clock::Time);

@@ -61,6 +61,8 @@ pub use frame::{
 pub use limited::{Limited, Limits};
 pub use link::Link;
 pub use medium::Medium;
+#[cfg(fuzzing)]
+pub use offload::Plain;
 pub use offload::dhcp_checksum;
 pub use opener::{Direct, Opener};
 pub use rss::Rss;

@@ -12,6 +12,8 @@ const UDP: u8 = 17;
 const TCP_FIN: u8 = 0x01;
 const TCP_PSH: u8 = 0x08;
 const TCP_CWR: u8 = 0x80;
+/// The longest packet that an IP header can tell: its length has 16 bits.
+const LENGTH_MAX: usize = 0xffff;
 
 /// The longest frame of DHCP whose checksum the switch fills in.
 const DHCP_BYTES_MAX: usize = 1522;
@@ -134,14 +136,11 @@ impl Cut {
         };
         let payload = transport + transport_bytes;
         let whole = payload <= frame.len() && (protocol == UDP || transport_bytes >= 20);
-        (fits && whole).then_some(Cut {
-            ip,
-            v4,
-            transport,
-            protocol,
-            payload,
-            size: usize::from(header.gso_size),
-        })
+        let size = usize::from(header.gso_size);
+        // The headers of the longest piece can tell its length.
+        let counted_from = if v4 { ip } else { ip + 40 };
+        let told = frame.len().min(payload + size).saturating_sub(counted_from) <= LENGTH_MAX;
+        (fits && whole && told).then_some(Cut { ip, v4, transport, protocol, payload, size })
     }
 
     /// Updates the headers of piece `i`.
@@ -380,6 +379,10 @@ mod tests {
         assert!(refused(Header { gso_type: flag::GSO_UDP, ..header }, &frame));
         assert!(refused(Header { csum_start: 35, ..header }, &frame));
         assert!(refused(header, &frame[..60]));
+        // No IP header can tell the length of such a segment.
+        let (udp, long) = large(true, UDP, false, 65_508);
+        assert!(refused(Header { gso_size: u16::MAX, ..udp }, &long));
+        assert!(!refused(Header { gso_size: u16::MAX, ..udp }, &long[..long.len() - 1]));
         for (at, value) in [(14, 0x65), (14, 0x44), (14, 0x4f), (23, UDP), (12, 0), (46, 0x40)] {
             let mut frame = frame.clone();
             frame[at] = value;
