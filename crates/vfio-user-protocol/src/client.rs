@@ -15,9 +15,9 @@ use rustix::net::sockopt::{self, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
 use crate::message::{
-    self, DEVICE_RESETS, DmaMap, DmaUnmap, HEADER_LEN, Header, Info, IrqData, IrqVerb, Kind,
-    Malformed, MultiWrite, REGION_ACCESS_LEN, RegionAccess, SetIrqs, SubRegion, Version, command,
-    command_name,
+    self, DATAMATCH, DEVICE_RESETS, DmaMap, DmaUnmap, HEADER_LEN, Header, Info, IrqData, IrqVerb,
+    Kind, Malformed, MultiWrite, REGION_ACCESS_LEN, RegionAccess, SetIrqs, SubRegion, Version,
+    command, command_name,
 };
 use crate::socket::{Broken, Message, Received, Receiver, Sender, SocketSource, Source};
 use crate::target::{DeviceInfo, IoEventFd, IrqInfo, RegionInfo};
@@ -70,6 +70,9 @@ pub enum ClientError {
     /// The message has more data or descriptors than the server accepts.
     #[error("{0}: more than the server accepts in one message")]
     TooMuch(&'static str),
+    /// The ends have not negotiated this command.
+    #[error("{0}: the server does not support it")]
+    NotNegotiated(&'static str),
     /// The socket failed.
     #[error("socket: {0}")]
     Socket(#[from] Errno),
@@ -79,7 +82,7 @@ impl ClientError {
     /// Whether the connection cannot be used any more.
     #[must_use]
     pub fn is_final(&self) -> bool {
-        !matches!(self, Self::Refused { .. } | Self::TooMuch(_))
+        !matches!(self, Self::Refused { .. } | Self::TooMuch(_) | Self::NotNegotiated(_))
     }
 }
 
@@ -123,6 +126,7 @@ impl Client {
             peer_fds: 0,
             peer_transfer: MAX_TRANSFER,
             max_dma_maps: 0,
+            page_size: version::PAGE_SIZE,
             write_multiple: false,
         };
         let mut client = Self {
@@ -269,7 +273,19 @@ impl Client {
 
     fn info(&mut self, number: u16, argsz: u32, index: u32) -> Result<Info, ClientError> {
         let reply = self.call(number, &Info { argsz, flags: 0, index, count: 0 }.body(), &[])?;
-        Info::parse(&reply.body).map_err(|e| ClientError::Malformed(command_name(number), e))
+        let info = Info::parse(&reply.body)
+            .map_err(|e| self.broken(ClientError::Malformed(command_name(number), e)))?;
+        // The last two words of `DEVICE_GET_INFO` are numbers.
+        if number != command::DEVICE_GET_INFO && info.index != index {
+            return Err(self.broken(ClientError::Mismatch(reply.header, command_name(number))));
+        }
+        Ok(info)
+    }
+
+    /// The server's reply does not fit its command. The client sends nothing any more.
+    fn broken(&mut self, error: ClientError) -> ClientError {
+        self.failed = true;
+        error
     }
 
     /// Asks for the properties of a region (`DEVICE_GET_REGION_INFO`).
@@ -280,7 +296,11 @@ impl Client {
         let request = message::RegionInfo { argsz: 32, flags: 0, index: region, size: 0 };
         let reply = self.call(command::DEVICE_GET_REGION_INFO, &request.body(), &[])?;
         let info = message::RegionInfo::parse(&reply.body)
-            .map_err(|e| ClientError::Malformed("DEVICE_GET_REGION_INFO", e))?;
+            .map_err(|e| self.broken(ClientError::Malformed("DEVICE_GET_REGION_INFO", e)))?;
+        if info.index != region {
+            let error = ClientError::Mismatch(reply.header, "DEVICE_GET_REGION_INFO");
+            return Err(self.broken(error));
+        }
         Ok(RegionInfo {
             size: info.size,
             readable: info.flags & 1 != 0,
@@ -358,12 +378,15 @@ impl Client {
     ) -> Result<(), ClientError> {
         let access = self.access(region, offset, data.len())?;
         let reply = self.call(command::REGION_READ, &access.body(&[]), &[])?;
-        match RegionAccess::parse_with_data(&reply.body) {
-            Ok((echo, read)) if echo == access => data.copy_from_slice(read),
-            Ok(_) => return Err(ClientError::Mismatch(reply.header, "REGION_READ")),
-            Err(e) => return Err(ClientError::Malformed("REGION_READ", e)),
-        }
-        Ok(())
+        let error = match RegionAccess::parse_with_data(&reply.body) {
+            Ok((echo, read)) if echo == access => {
+                data.copy_from_slice(read);
+                return Ok(());
+            }
+            Ok(_) => ClientError::Mismatch(reply.header, "REGION_READ"),
+            Err(e) => ClientError::Malformed("REGION_READ", e),
+        };
+        Err(self.broken(error))
     }
 
     /// Writes to a region, and waits until the server has done it.
@@ -377,7 +400,13 @@ impl Client {
         data: &[u8],
     ) -> Result<(), ClientError> {
         let access = self.access(region, offset, data.len())?;
-        self.call(command::REGION_WRITE, &access.body(data), &[]).map(drop)
+        let reply = self.call(command::REGION_WRITE, &access.body(data), &[])?;
+        let error = match RegionAccess::parse(&reply.body) {
+            Ok(echo) if echo == access => return Ok(()),
+            Ok(_) => ClientError::Mismatch(reply.header, "REGION_WRITE"),
+            Err(e) => ClientError::Malformed("REGION_WRITE", e),
+        };
+        Err(self.broken(error))
     }
 
     /// Writes to a region without waiting. Later calls take effect after it.
@@ -401,7 +430,15 @@ impl Client {
     /// See [`Client::device_info`]. The errno is that of the first write that failed. The server
     /// has done the other writes.
     pub fn region_write_multi(&mut self, writes: &[MultiWrite<'_>]) -> Result<(), ClientError> {
-        self.call(command::REGION_WRITE_MULTI, &MultiWrite::body(writes), &[]).map(drop)
+        const NAME: &str = "REGION_WRITE_MULTI";
+        if !self.negotiated.write_multiple {
+            return Err(ClientError::NotNegotiated(NAME));
+        }
+        let reply = self.call(command::REGION_WRITE_MULTI, &MultiWrite::body(writes), &[])?;
+        if reply.body != MultiWrite::reply(writes.len() as u64) {
+            return Err(self.broken(ClientError::Mismatch(reply.header, NAME)));
+        }
+        Ok(())
     }
 
     /// Gives the device the eventfds for its interrupts from `start` on.
@@ -469,41 +506,25 @@ impl Client {
     }
 
     /// Asks for the eventfds whose writes have the effect of writes to a region. The result omits
-    /// descriptors of other types.
+    /// sub-regions of other types, and those with flags other than a value to match.
+    ///
+    /// The client has checked the form of the reply. Whether an offset is within the region is for
+    /// the caller to check.
     ///
     /// # Errors
     /// See [`Client::device_info`].
     pub fn io_eventfds(&mut self, region: u32) -> Result<Vec<IoEventFd>, ClientError> {
-        const NAME: &str = "DEVICE_GET_REGION_IO_FDS";
         let argsz = self.info(command::DEVICE_GET_REGION_IO_FDS, 16, region)?.argsz;
         if argsz as usize <= Info::LEN {
             return Ok(Vec::new());
         }
         let request = Info { argsz, flags: 0, index: region, count: 0 };
         let reply = self.call(command::DEVICE_GET_REGION_IO_FDS, &request.body(), &[])?;
-        let sub_regions =
-            SubRegion::parse_all(&reply.body).map_err(|e| ClientError::Malformed(NAME, e))?;
-        if sub_regions.len() > MAX_IO_EVENTFDS {
-            return Err(ClientError::Mismatch(reply.header, NAME));
-        }
-        let mut found = Vec::new();
-        for SubRegion { offset, size, fd_index, kind, flags, datamatch } in sub_regions {
-            if kind != 0 {
-                continue;
-            }
-            let fd = reply
-                .fds
-                .get(fd_index as usize)
-                .ok_or(ClientError::Mismatch(reply.header, NAME))?;
-            let fd = fd.try_clone().map_err(|_| Errno::MFILE)?;
-            found.push(IoEventFd {
-                fd,
-                offset,
-                size,
-                datamatch: (flags & 1 != 0).then_some(datamatch),
-            });
-        }
-        Ok(found)
+        io_eventfds(&reply, region).map_err(|error| match error {
+            // The server has done nothing wrong.
+            ClientError::Socket(_) => error,
+            error => self.broken(error),
+        })
     }
 
     /// Resets the device.
@@ -513,6 +534,29 @@ impl Client {
     pub fn reset(&mut self) -> Result<(), ClientError> {
         self.call(command::DEVICE_RESET, &[], &[]).map(drop)
     }
+}
+
+/// The eventfds in a reply to `DEVICE_GET_REGION_IO_FDS`.
+fn io_eventfds(reply: &Message, region: u32) -> Result<Vec<IoEventFd>, ClientError> {
+    const NAME: &str = "DEVICE_GET_REGION_IO_FDS";
+    let malformed = |e| ClientError::Malformed(NAME, e);
+    let mismatch = || ClientError::Mismatch(reply.header, NAME);
+    let head = Info::parse(&reply.body).map_err(malformed)?;
+    let sub_regions = SubRegion::parse_all(&reply.body).map_err(malformed)?;
+    if (head.index, head.flags) != (region, 0) || sub_regions.len() > MAX_IO_EVENTFDS {
+        return Err(mismatch());
+    }
+    let mut found = Vec::new();
+    for SubRegion { offset, size, fd_index, kind, flags, datamatch } in sub_regions {
+        let fd = reply.fds.get(fd_index as usize).ok_or_else(mismatch)?;
+        if kind != 0 || flags & !DATAMATCH != 0 {
+            continue;
+        }
+        let fd = fd.try_clone().map_err(|_| Errno::MFILE)?;
+        let datamatch = (flags & DATAMATCH != 0).then_some(datamatch);
+        found.push(IoEventFd { fd, offset, size, datamatch });
+    }
+    Ok(found)
 }
 
 /// The socket, with a deadline for reads.

@@ -16,13 +16,13 @@ use rustix::io::Errno;
 
 use crate::eventfd::is_eventfd;
 use crate::message::{
-    self, DEVICE_IS_PCI, DEVICE_RESETS, DmaMap, DmaUnmap, Feature, Header, Info, IrqData, IrqVerb,
-    Kind, Malformed, MultiWrite, REGION_ACCESS_LEN, RegionAccess, SUB_REGION_LEN, SetIrqs,
-    SubRegion, Version, command,
+    self, DATAMATCH, DEVICE_IS_PCI, DEVICE_RESETS, DmaMap, DmaUnmap, Feature, Header, Info,
+    IrqData, IrqVerb, Kind, Malformed, MultiWrite, REGION_ACCESS_LEN, RegionAccess, SUB_REGION_LEN,
+    SetIrqs, SubRegion, Version, command,
 };
 use crate::socket::Message;
 use crate::target::{IrqAction, Mapping, Target};
-use crate::version::{self, Disagreement, MAX_TRANSFER, MAX_VERSION_DATA, Negotiated, PAGE_SIZE};
+use crate::version::{self, Disagreement, MAX_TRANSFER, MAX_VERSION_DATA, Negotiated};
 
 /// The most writes in one `REGION_WRITE_MULTI`. QEMU sends up to 200.
 const MAX_MULTI_WRITES: usize = 256;
@@ -134,7 +134,7 @@ enum Failure {
     BadRange(u64, u64),
     Overlap(u64, u64),
     TooManyMaps(usize),
-    NotZero { flags: u32, count: u32 },
+    Offset(u64),
     NotEventfd,
     Cut(u64, u64),
     Unsupported(&'static str),
@@ -181,15 +181,13 @@ impl fmt::Display for Failure {
                 write!(f, "interrupts {start} and {count} on of index {index}, which has {have}")
             }
             Self::BadRange(address, size) => {
-                write!(f, "no range of pages: {size:#x} bytes at {address:#x}")
+                write!(f, "no range of whole pages: {size:#x} bytes at {address:#x}")
             }
             Self::Overlap(address, size) => {
                 write!(f, "{size:#x} bytes at {address:#x} are mapped already")
             }
             Self::TooManyMaps(most) => write!(f, "{most} mappings are the most"),
-            Self::NotZero { flags, count } => {
-                write!(f, "flags {flags:#x} and count {count} in a request, where both are 0")
-            }
+            Self::Offset(offset) => write!(f, "file offset {offset:#x} without a file"),
             Self::NotEventfd => write!(f, "a descriptor that is no eventfd"),
             Self::Cut(address, size) => {
                 write!(f, "{size:#x} bytes at {address:#x} are not whole mappings")
@@ -468,7 +466,10 @@ impl Session {
         if fds.len() > 1 {
             return Err(Failure::Descriptors { expected: "none or one", got: fds.len() });
         }
-        let pages = size > 0 && (address | size | offset) % PAGE_SIZE == 0;
+        if fds.is_empty() && offset != 0 {
+            return Err(Failure::Offset(offset));
+        }
+        let pages = size > 0 && (address | size | offset) % negotiated.page_size == 0;
         // The kernel's file offsets are signed.
         let end_in_file = offset.checked_add(size).filter(|&end| i64::try_from(end).is_ok());
         let (Some(end), true, Some(_)) = (address.checked_add(size), pages, end_in_file) else {
@@ -524,7 +525,7 @@ impl Session {
 }
 
 fn device_info<T: Target + ?Sized>(target: &mut T, body: &[u8]) -> Outcome {
-    Info::parse(body)?;
+    Info::parse_device_request(body)?;
     let info = target.device_info();
     let flags = DEVICE_IS_PCI | if info.resettable { DEVICE_RESETS } else { 0 };
     // In the reply to this command, the last two words are the numbers of regions and of interrupt
@@ -533,7 +534,7 @@ fn device_info<T: Target + ?Sized>(target: &mut T, body: &[u8]) -> Outcome {
 }
 
 fn region_info<T: Target + ?Sized>(target: &mut T, body: &[u8]) -> Outcome {
-    let index = message::RegionInfo::parse(body)?.index;
+    let index = message::RegionInfo::parse_request(body)?;
     if index >= target.device_info().regions {
         return Err(Failure::NoSuch("region", index));
     }
@@ -543,7 +544,7 @@ fn region_info<T: Target + ?Sized>(target: &mut T, body: &[u8]) -> Outcome {
 }
 
 fn irq_info<T: Target + ?Sized>(target: &mut T, body: &[u8]) -> Outcome {
-    let index = Info::parse(body)?.index;
+    let index = Info::parse_index_request(body)?.index;
     if index >= target.device_info().irqs {
         return Err(Failure::NoSuch("interrupt index", index));
     }
@@ -554,9 +555,6 @@ fn irq_info<T: Target + ?Sized>(target: &mut T, body: &[u8]) -> Outcome {
         | u32::from(info.fixed_size) << 3;
     Ok(Info { argsz: 16, flags, index, count: info.count }.body().into())
 }
-
-/// `KVM_IOEVENTFD_FLAG_DATAMATCH`.
-const DATAMATCH: u32 = 1;
 
 /// `peer_fds`: the most descriptors that the client can receive. `work`: what the client is
 /// charged.
@@ -573,12 +571,9 @@ fn region_io_fds<T: Target + ?Sized>(
             _ => Err(Failure::TooMuch(len as u64)),
         }
     };
-    let request = Info::parse(body)?;
+    let request = Info::parse_index_request(body)?;
     if request.index >= target.device_info().regions {
         return Err(Failure::NoSuch("region", request.index));
-    }
-    if request.flags != 0 || request.count != 0 {
-        return Err(Failure::NotZero { flags: request.flags, count: request.count });
     }
     // Omit eventfds beyond the number that the client can receive. The client writes to those
     // offsets by message.

@@ -42,12 +42,14 @@ pub struct Negotiated {
     pub peer_transfer: usize,
     /// The most mappings at the same time.
     pub max_dma_maps: usize,
+    /// The smallest page of a mapping: its address, size and file offset are multiples of it.
+    pub page_size: u64,
     /// Whether the ends use `REGION_WRITE_MULTI`.
     pub write_multiple: bool,
 }
 
-/// The capabilities that this crate knows. It ignores others (`migration`, `twin_socket`). A
-/// capability that is not in the reply is not in use.
+/// The capabilities that this crate knows. It ignores others (`migration`). A capability that is not
+/// in the reply is not in use.
 #[derive(Default)]
 struct Capabilities {
     max_msg_fds: Option<u64>,
@@ -55,6 +57,8 @@ struct Capabilities {
     max_dma_maps: Option<u64>,
     pgsizes: Option<u64>,
     write_multiple: Option<bool>,
+    /// The sender offers, or has set up, a second socket. This crate uses none.
+    twin_socket: bool,
 }
 
 /// The reason why the two ends do not agree.
@@ -82,6 +86,9 @@ pub enum Disagreement {
     /// All page sizes of the client are below 4 KiB.
     #[error("page sizes {0:#x}, none of 4 KiB or more")]
     PageSizes(u64),
+    /// The server sends its commands on a second socket, which the client has not asked for.
+    #[error("a second socket, which this end has not asked for")]
+    TwinSocket,
 }
 
 impl Disagreement {
@@ -123,12 +130,21 @@ fn parse(data: &[u8]) -> Result<Option<Option<Capabilities>>, Disagreement> {
         None => None,
         Some(value) => Some(value.as_bool().ok_or(Disagreement::Type("write_multiple"))?),
     };
+    let twin_socket = match capabilities.get("twin_socket") {
+        None => false,
+        Some(Value::Object(twin)) => match twin.get("supported") {
+            None => false,
+            Some(value) => value.as_bool().ok_or(Disagreement::Type("twin_socket.supported"))?,
+        },
+        Some(_) => return Err(Disagreement::Type("twin_socket")),
+    };
     Ok(Some(Some(Capabilities {
         max_msg_fds: number("max_msg_fds")?,
         max_data_xfer_size: number("max_data_xfer_size")?,
         max_dma_maps: number("max_dma_maps")?,
         pgsizes: number("pgsizes")?,
         write_multiple,
+        twin_socket,
     })))
 }
 
@@ -161,6 +177,11 @@ fn maps(value: Option<u64>) -> usize {
     limit(value, MAX_DMA_MAPS as usize, MAX_DMA_MAPS as usize)
 }
 
+/// The smallest of these page sizes, or the default if they are not stated.
+fn smallest(pgsizes: Option<u64>) -> u64 {
+    pgsizes.map_or(PAGE_SIZE, |sizes| 1 << sizes.trailing_zeros().min(63))
+}
+
 /// The server's part. Returns the negotiated parameters and the body of the reply. `max_dma_maps`
 /// is the most mappings that the device accepts. A client that names its own number gets the lower
 /// of the two as its limit. A client that names none has the specification's limit of 65535.
@@ -191,12 +212,14 @@ pub fn answer(
             .map(|theirs| theirs.min(max_dma_maps.min(MAX_DMA_MAPS).into())),
         pgsizes,
         write_multiple: theirs.write_multiple.filter(|&wanted| wanted),
+        twin_socket: false,
     };
     let negotiated = Negotiated {
         minor,
         peer_fds: limit(theirs.max_msg_fds, 1, KERNEL_MSG_FDS),
         peer_transfer: limit(theirs.max_data_xfer_size, MAX_TRANSFER, MAX_TRANSFER),
         max_dma_maps: maps(ours.max_dma_maps),
+        page_size: smallest(ours.pgsizes),
         write_multiple: ours.write_multiple == Some(true),
     };
     let data = if had_data { encode(asked.then_some(ours)) } else { Vec::new() };
@@ -212,6 +235,7 @@ pub fn proposal() -> Vec<u8> {
         max_dma_maps: Some(MAX_DMA_MAPS.into()),
         pgsizes: Some(PAGE_SIZE),
         write_multiple: Some(true),
+        twin_socket: false,
     }));
     Version { major: MAJOR, minor: MINOR, data: &data }.body()
 }
@@ -228,11 +252,15 @@ pub fn accept(reply: &Version<'_>) -> Result<Negotiated, Disagreement> {
         return Err(Disagreement::Minor(reply.minor));
     }
     let theirs = parse(reply.data)?.flatten().unwrap_or_default();
+    if theirs.twin_socket {
+        return Err(Disagreement::TwinSocket);
+    }
     Ok(Negotiated {
         minor: reply.minor,
         peer_fds: limit(theirs.max_msg_fds, 1, KERNEL_MSG_FDS),
         peer_transfer: limit(theirs.max_data_xfer_size, MAX_TRANSFER, MAX_TRANSFER),
         max_dma_maps: maps(theirs.max_dma_maps),
+        page_size: smallest(theirs.pgsizes),
         write_multiple: theirs.write_multiple == Some(true),
     })
 }
@@ -263,6 +291,7 @@ mod tests {
                 peer_fds: 16,
                 peer_transfer: 1 << 20,
                 max_dma_maps: 512,
+                page_size: 4096,
                 write_multiple: true
             }
         );

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `DEVICE_GET_INFO`, `DEVICE_FEATURE`, and the four words that three commands share.
 
-use super::fields::{Body, Fields, Malformed, check_argsz};
+use super::fields::{Body, Fields, Malformed, check_argsz, check_zero};
 
 /// `VFIO_DEVICE_FLAGS_RESET`.
 pub const DEVICE_RESETS: u32 = 1 << 0;
@@ -27,6 +27,31 @@ pub struct Info {
 impl Info {
     /// Bytes of the four words.
     pub const LEN: usize = 16;
+
+    /// Parses the request of `DEVICE_GET_INFO`, where all fields but `argsz` are zero.
+    ///
+    /// # Errors
+    /// As [`parse`](Self::parse), or another field is not zero.
+    pub fn parse_device_request(body: &[u8]) -> Result<Self, Malformed> {
+        let info = Self::parse(body)?;
+        check_zero(&[
+            ("flags", info.flags.into()),
+            ("num_regions", info.index.into()),
+            ("num_irqs", info.count.into()),
+        ])?;
+        Ok(info)
+    }
+
+    /// Parses the request of `DEVICE_GET_IRQ_INFO` or `DEVICE_GET_REGION_IO_FDS`, where all fields
+    /// but `argsz` and `index` are zero.
+    ///
+    /// # Errors
+    /// As [`parse`](Self::parse), or another field is not zero.
+    pub fn parse_index_request(body: &[u8]) -> Result<Self, Malformed> {
+        let info = Self::parse(body)?;
+        check_zero(&[("flags", info.flags.into()), ("count", info.count.into())])?;
+        Ok(info)
+    }
 
     /// Parses a body, and ignores the bytes after the four words.
     ///

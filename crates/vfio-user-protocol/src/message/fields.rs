@@ -35,6 +35,14 @@ pub enum Malformed {
     /// The flags exclude each other, or the protocol does not have them.
     #[error("flags {0:#x}")]
     Flags(u32),
+    /// A field that is zero in each request is not zero.
+    #[error("{field} is {value:#x} in a request, where it must be 0")]
+    NotZero {
+        /// The name of the field.
+        field: &'static str,
+        /// Its value.
+        value: u64,
+    },
 }
 
 /// Reads integers from the front of a byte slice.
@@ -113,6 +121,24 @@ impl Body {
         self.0.extend_from_slice(data);
         self
     }
+}
+
+/// Checks that the fields of a request that the protocol does not use are zero.
+pub(super) fn check_zero(fields: &[(&'static str, u64)]) -> Result<(), Malformed> {
+    match fields.iter().find(|(_, value)| *value != 0) {
+        Some(&(field, value)) => Err(Malformed::NotZero { field, value }),
+        None => Ok(()),
+    }
+}
+
+/// Checks `argsz` of a request without a reply body. It is the size of the request's body: at least
+/// `need` bytes, and no more than the body has.
+pub(super) fn check_body_size(argsz: u32, need: usize, have: usize) -> Result<(), Malformed> {
+    check_argsz(argsz, need)?;
+    if argsz as usize > have {
+        return Err(Malformed::Short { need: argsz as usize, have });
+    }
+    Ok(())
 }
 
 /// Checks that `argsz` of a request allows a reply of `need` bytes.

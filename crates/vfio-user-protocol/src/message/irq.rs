@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `DEVICE_SET_IRQS`: changes of interrupts.
 
-use super::fields::{Body, Fields, Malformed, check_argsz};
+use super::fields::{Body, Fields, Malformed, check_body_size};
 
 /// What `DEVICE_SET_IRQS` does with the interrupts of its range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,12 +46,13 @@ impl<'a> SetIrqs<'a> {
     /// Parses a body.
     ///
     /// # Errors
-    /// The body is too short, or does not have exactly one verb and one kind of data.
+    /// The body is too short, `argsz` is not its size, or the flags do not have exactly one verb and
+    /// one kind of data.
     pub fn parse(body: &'a [u8]) -> Result<Self, Malformed> {
         let mut f = Fields::new(body);
         let (argsz, flags, index, start, count) =
             (f.u32()?, f.u32()?, f.u32()?, f.u32()?, f.u32()?);
-        check_argsz(argsz, Self::LEN)?;
+        check_body_size(argsz, Self::LEN, body.len())?;
         let verb = match flags & 0x38 {
             0x08 => IrqVerb::Mask,
             0x10 => IrqVerb::Unmask,
@@ -62,7 +63,7 @@ impl<'a> SetIrqs<'a> {
             0x1 => IrqData::None,
             0x2 => {
                 let need = Self::LEN.saturating_add(count as usize);
-                check_argsz(argsz, need)?;
+                check_body_size(argsz, need, body.len())?;
                 let bools = f.rest.get(..count as usize);
                 IrqData::Bool(bools.ok_or(Malformed::Short { need, have: body.len() })?)
             }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `DMA_MAP` and `DMA_UNMAP`: memory that the client shares with the device.
 
-use super::fields::{Body, Fields, Malformed, check_argsz};
+use super::fields::{Body, Fields, Malformed, check_argsz, check_body_size};
 
 /// `DMA_MAP`: memory that the device may use from now on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -10,7 +10,8 @@ pub struct DmaMap {
     pub readable: bool,
     /// The device may write it.
     pub writable: bool,
-    /// The offset in the file whose descriptor the message carries, in bytes.
+    /// The offset in the file whose descriptor the message carries, in bytes. 0 without a
+    /// descriptor.
     pub offset: u64,
     /// The address that the device uses.
     pub address: u64,
@@ -24,7 +25,8 @@ impl DmaMap {
     /// Parses a body.
     ///
     /// # Errors
-    /// The body is too short, or has other flags than readable and writable.
+    /// The body is too short, `argsz` is not its size, or it has other flags than readable and
+    /// writable.
     pub fn parse(body: &[u8]) -> Result<Self, Malformed> {
         let mut f = Fields::new(body);
         let (argsz, flags) = (f.u32()?, f.u32()?);
@@ -35,7 +37,7 @@ impl DmaMap {
             address: f.u64()?,
             size: f.u64()?,
         };
-        check_argsz(argsz, Self::LEN)?;
+        check_body_size(argsz, Self::LEN, body.len())?;
         if flags & !3 != 0 {
             return Err(Malformed::Flags(flags));
         }

@@ -40,6 +40,6 @@ pub use header::{BadHeader, HEADER_LEN, Header, Kind, command, command_name, mes
 pub use irq::{IrqData, IrqVerb, SetIrqs};
 pub use memory::{DmaMap, DmaUnmap};
 pub use region::{
-    MultiWrite, REGION_ACCESS_LEN, RegionAccess, RegionInfo, SUB_REGION_LEN, SubRegion,
+    DATAMATCH, MultiWrite, REGION_ACCESS_LEN, RegionAccess, RegionInfo, SUB_REGION_LEN, SubRegion,
 };
 pub use version::{MAJOR, MINOR, Version};

@@ -2,7 +2,7 @@
 //! The properties of regions, and access to regions.
 
 use super::device::Info;
-use super::fields::{Body, Fields, Malformed, check_argsz};
+use super::fields::{Body, Fields, Malformed, check_argsz, check_zero};
 
 /// Bytes in the body of a region access before the data.
 pub const REGION_ACCESS_LEN: usize = 16;
@@ -11,6 +11,9 @@ const MULTI_WRITE_LEN: usize = 24;
 /// Bytes of one sub-region in a reply to `DEVICE_GET_REGION_IO_FDS`, as this crate writes it. The
 /// parser also accepts longer entries.
 pub const SUB_REGION_LEN: usize = 40;
+
+/// `KVM_IOEVENTFD_FLAG_DATAMATCH`, a flag of a [`SubRegion`].
+pub const DATAMATCH: u32 = 1;
 
 /// `DEVICE_GET_REGION_INFO`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +41,24 @@ impl RegionInfo {
         let (_cap_offset, size, _offset) = (f.u32()?, f.u64()?, f.u64()?);
         check_argsz(argsz, Self::LEN)?;
         Ok(Self { argsz, flags, index, size })
+    }
+
+    /// Parses a request, where all fields but `argsz` and `index` are zero. Returns the index.
+    ///
+    /// # Errors
+    /// As [`parse`](Self::parse), or another field is not zero.
+    pub fn parse_request(body: &[u8]) -> Result<u32, Malformed> {
+        let mut f = Fields::new(body);
+        let (argsz, flags, index) = (f.u32()?, f.u32()?, f.u32()?);
+        let (cap_offset, size, offset) = (f.u32()?, f.u64()?, f.u64()?);
+        check_argsz(argsz, Self::LEN)?;
+        check_zero(&[
+            ("flags", flags.into()),
+            ("cap_offset", cap_offset.into()),
+            ("size", size),
+            ("offset", offset),
+        ])?;
+        Ok(index)
     }
 
     /// Returns the body. No region of this crate can be mapped, so capabilities and file offset are

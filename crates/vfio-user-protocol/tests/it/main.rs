@@ -6,6 +6,7 @@
 #[macro_use]
 mod support;
 
+mod document;
 mod effort;
 mod exhaustion;
 mod foreign_server;
