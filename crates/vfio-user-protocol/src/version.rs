@@ -48,8 +48,8 @@ pub struct Negotiated {
     pub write_multiple: bool,
 }
 
-/// The capabilities that this crate knows. It ignores others (`migration`). A capability that is not
-/// in the reply is not in use.
+/// The capabilities that this crate knows. It ignores others (`migration`). A capability that is
+/// not in the reply is not in use.
 #[derive(Default)]
 struct Capabilities {
     max_msg_fds: Option<u64>,

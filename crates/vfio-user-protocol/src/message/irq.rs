@@ -46,8 +46,8 @@ impl<'a> SetIrqs<'a> {
     /// Parses a body.
     ///
     /// # Errors
-    /// The body is too short, `argsz` is not its size, or the flags do not have exactly one verb and
-    /// one kind of data.
+    /// The body is too short, `argsz` is not its size, or the flags do not have exactly one verb
+    /// and one kind of data.
     pub fn parse(body: &'a [u8]) -> Result<Self, Malformed> {
         let mut f = Fields::new(body);
         let (argsz, flags, index, start, count) =
