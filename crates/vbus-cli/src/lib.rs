@@ -23,22 +23,38 @@ pub mod log;
 pub mod output;
 pub mod rundir;
 pub mod signals;
+mod standard;
 
-use std::io::Write;
+use std::fmt;
 use std::process::ExitCode;
 
-/// Ends a program: prints the error with all its causes on standard error, and returns the exit
-/// code, 0 or 1.
+/// Ends a program: writes what is left of the log, prints the error with all its causes on standard
+/// error, and returns the exit code: 0, that of an [`ExitWith`] among the causes, or 1.
 pub fn exit(result: anyhow::Result<()>) -> ExitCode {
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            // Standard error may be full, or closed.
-            let _ = writeln!(std::io::stderr(), "error: {error:#}");
-            ExitCode::FAILURE
-        }
+    let code = result.err().map_or(0, |error| {
+        log::line(&format!("error: {error:#}"));
+        error.downcast_ref::<ExitWith>().map_or(1, |with| with.code)
+    });
+    log::flush();
+    ExitCode::from(code)
+}
+
+/// An error with an exit code of its own, so that scripts can tell it from others.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExitWith {
+    /// The exit code. 1 is any error, and 2 is wrong arguments.
+    pub code: u8,
+    /// What is wrong.
+    pub text: String,
+}
+
+impl fmt::Display for ExitWith {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
     }
 }
+
+impl std::error::Error for ExitWith {}
 
 /// The examples of the README compile.
 #[cfg(doctest)]

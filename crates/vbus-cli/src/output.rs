@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The output of commands: plain text and columns. It has colour only on a terminal.
 
+use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
 
 use serde_json::Value;
 
-/// Writes to standard output. If that fails, the program ends. If the reader has gone (`vbus ... |
-/// head`), it ends silently. Otherwise it ends with an error and exit code 1, so that no script
-/// takes a part of the output for the whole.
+use crate::{log, standard};
+
+/// Writes to standard output. If that fails, or if standard output is closed, the program ends. If
+/// the reader has gone (`vbus ... | head`), it ends silently. Otherwise it ends with an error and
+/// exit code 1, so that no script takes a part of the output for the whole.
 pub fn emit(text: &str) {
     emit_bytes(text.as_bytes());
 }
@@ -16,13 +19,35 @@ pub fn emit(text: &str) {
 /// Writes bytes, which need not be text, as [`emit`] does.
 pub fn emit_bytes(bytes: &[u8]) {
     let mut out = io::stdout().lock();
-    let Err(error) = out.write_all(bytes).and_then(|()| out.flush()) else { return };
+    let written = match standard::output_was_closed() {
+        true => Err(io::Error::other("it is closed")),
+        false => out.write_all(bytes).and_then(|()| out.flush()),
+    };
+    let Err(error) = written else { return };
     if error.kind() == io::ErrorKind::BrokenPipe {
         std::process::exit(0);
     }
-    // Standard error may be just as full.
-    let _ = writeln!(io::stderr(), "error: cannot write to standard output: {error}");
+    log::line(&format!("error: cannot write to standard output: {error}"));
+    log::flush();
     std::process::exit(1);
+}
+
+/// The arguments of the program, by its definition `command`. Wrong arguments end the program with
+/// exit code 2. A request for help or for the version is answered, and ends it with exit code 0, or
+/// with 1 if the answer cannot be written.
+pub fn arguments(
+    mut command: clap::Command,
+    args: impl IntoIterator<Item = impl Into<OsString> + Clone>,
+) -> clap::ArgMatches {
+    match command.try_get_matches_from_mut(args) {
+        Ok(matches) => matches,
+        Err(error) if error.use_stderr() => error.exit(),
+        Err(answer) => {
+            let text = answer.render();
+            emit(&if colour() { text.ansi().to_string() } else { text.to_string() });
+            std::process::exit(0);
+        }
+    }
 }
 
 /// Writes one line of JSON to standard output.

@@ -452,7 +452,7 @@ impl Worker {
         // A panic is a fault of the device. The worker's other tasks must go on.
         let slice = std::panic::AssertUnwindSafe(|| body.slice(&self.tuning, &cell.counters));
         let result = std::panic::catch_unwind(slice).unwrap_or_else(|_| {
-            tracing::error!("a task panicked; it ends");
+            tracing::error!(device = cell.counters.device(), "a task panicked; it ends");
             Err(ErrorCode::FAILED)
         });
         match result {

@@ -31,7 +31,7 @@ impl Host {
             name: name.to_owned(),
             worker: executor.next_worker(),
             executor,
-            memory: Arc::new(MemoryContext::new()),
+            memory: Arc::new(MemoryContext::of(name)),
             doorbells: Doorbells::new(doorbells, counters.clone()),
             counters,
             outlet: Arc::new(Outlet::new(vectors)),

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
-use vbus_cli::documents;
+use vbus_cli::{documents, output};
 use vbus_core::DeviceClass;
 
 use crate::sandbox::Sandbox;
@@ -115,7 +115,7 @@ impl Program {
         if let Some(made) = documents::make_if_asked(self.command(), args.iter().skip(1).cloned()) {
             return vbus_cli::exit(made);
         }
-        let matches = self.command().get_matches_from(args);
+        let matches = output::arguments(self.command(), args);
         let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
         if let Command::Supervisor = cli.command {
             return supervisor::run();

@@ -68,6 +68,8 @@ pub struct Cpu {
     look_at_share: Option<Instant>,
     /// [`word::OUTCOME`].
     outcome: u32,
+    /// The log has that a change was refused. The driver could cause that line at will.
+    told: bool,
     counts: Counts,
 }
 
@@ -97,6 +99,7 @@ impl Cpu {
             share: Share::new(policy.share),
             look_at_share: None,
             outcome: word::OK,
+            told: false,
             counts: Counts::default(),
         }
     }
@@ -290,7 +293,7 @@ impl Cpu {
             self.outcome = word::NO_THREAD;
             return;
         }
-        if self.outcome != word::FAILED {
+        if !std::mem::replace(&mut self.told, true) {
             let tid = self.thread.as_ref().map(Thread::tid);
             let text = "cannot set a thread's scheduling class; vbus needs CAP_SYS_NICE";
             tracing::warn!(thread = tid, %error, "{text}");

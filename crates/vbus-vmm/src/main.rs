@@ -8,9 +8,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
-use clap::{CommandFactory, Parser, ValueEnum};
+use clap::{CommandFactory, FromArgMatches, Parser, ValueEnum};
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use vbus_cli::log;
 use vbus_vmm::boot::Image;
 use vbus_vmm::events::{EventSender, VmEvent};
 use vbus_vmm::machine::{Config, Machine};
@@ -104,19 +105,19 @@ fn main() -> ExitCode {
     if let Some(made) = vbus_cli::documents::make_if_asked(Cli::command(), args) {
         return vbus_cli::exit(made);
     }
-    let cli = Cli::parse();
-    vbus_cli::log::start_with("warn");
+    let matches = vbus_cli::output::arguments(Cli::command(), std::env::args_os());
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    log::prepare("warn");
+    let filter = !cli.no_seccomp;
+    log::write_with(move || !filter || seccomp::apply(Thread::Log).is_ok());
     let json = cli.json;
     match run(cli) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            if json {
-                eprintln!("{}", json!({ "error": format!("{error:#}") }));
-            } else {
-                eprintln!("error: {error:#}");
-            }
+        Err(error) if json => {
+            log::line(&json!({ "error": format!("{error:#}") }).to_string());
+            log::flush();
             ExitCode::FAILURE
         }
+        result => vbus_cli::exit(result),
     }
 }
 
@@ -188,7 +189,7 @@ fn targets(words: &[String]) -> Result<Vec<Target>> {
 /// Reports an event, for programs or in the log.
 fn report(json: bool, event: &str, data: Value) {
     if json {
-        eprintln!("{}", json!({ "event": event, "data": data }));
+        log::line(&json!({ "event": event, "data": data }).to_string());
     } else {
         tracing::info!("{event} {data}");
     }

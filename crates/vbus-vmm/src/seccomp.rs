@@ -31,6 +31,8 @@ pub enum Thread {
     Signals,
     /// Waits for a loss of the guest's memory.
     Memory,
+    /// Writes the log.
+    Log,
 }
 
 /// The calls that any thread may need: memory, locks, time, waiting, open descriptors, the end. No
@@ -87,7 +89,7 @@ const ALL: [i64; 45] = [
 fn more(thread: Thread) -> &'static [i64] {
     match thread {
         Thread::Main => &[libc::SYS_fallocate, libc::SYS_unlink],
-        Thread::Vcpu | Thread::Watch | Thread::Signals | Thread::Memory => &[],
+        Thread::Vcpu | Thread::Watch | Thread::Signals | Thread::Memory | Thread::Log => &[],
         Thread::Serial => &[libc::SYS_accept4],
         Thread::Control => &[
             libc::SYS_accept4,

@@ -157,6 +157,8 @@ type OnLoss = Arc<dyn Fn() + Send + Sync>;
 
 /// The memory of one connector's peer.
 pub struct MemoryContext {
+    /// The name of the peer's device, for the log.
+    device: String,
     current: Mutex<Current>,
     /// Notified when a view ends while a thread waits for that.
     ended: Condvar,
@@ -185,12 +187,18 @@ impl Default for MemoryContext {
 impl MemoryContext {
     /// No memory yet. What it will need is taken from the budget of the process.
     pub fn new() -> MemoryContext {
-        MemoryContext::with_budget(Budget::of_process())
+        MemoryContext::of("")
     }
 
-    fn with_budget(budget: Arc<Budget>) -> MemoryContext {
+    /// As [`new`](Self::new), for a peer of the device called `device`. The log has the name.
+    pub fn of(device: &str) -> MemoryContext {
+        MemoryContext::with_budget(device, Budget::of_process())
+    }
+
+    fn with_budget(device: &str, budget: Arc<Budget>) -> MemoryContext {
         let account = Account::new(budget);
         MemoryContext {
+            device: device.to_owned(),
             current: Mutex::default(),
             ended: Condvar::new(),
             changes: Mutex::new(Changes {
@@ -424,6 +432,7 @@ impl MemoryContext {
         let page = parts.iter().map(|part| part.file.page()).max().unwrap_or(PAGE);
         if parts.iter().any(|part| (part.offset | part.len as u64) % page != 0) {
             tracing::warn!(
+                device = self.device,
                 "a region's pages lie scattered in a file of huge pages, of which the kernel maps \
                  no part; the driver needs contiguous memory, or whole huge pages"
             );
@@ -436,7 +445,8 @@ impl MemoryContext {
         let bytes = parts.iter().map(|part| part.len as u64).sum();
         let share = |resource, amount| {
             account.take(resource, amount).map_err(|exceeded| {
-                tracing::warn!("a region cannot be mapped: it exceeds {exceeded}");
+                let device = &*self.device;
+                tracing::warn!(device, "a region cannot be mapped: it exceeds {exceeded}");
                 ErrorCode::LIMIT
             })
         };
@@ -449,7 +459,7 @@ impl MemoryContext {
         });
         let page = usize::try_from(page).map_err(|_| ErrorCode::LIMIT)?;
         let whole = Mapping::pieces(pieces, page, &backing).map_err(|error| {
-            tracing::warn!(%error, "a region cannot be mapped");
+            tracing::warn!(device = self.device, %error, "a region cannot be mapped");
             ErrorCode::LIMIT
         })?;
         // SAFETY: `skip` is less than a page, and `whole` has all pages of the range.

@@ -82,7 +82,8 @@ pub fn run(
     supervisor: &[OsString],
     sandbox: &Sandbox,
 ) -> Result<()> {
-    log::start();
+    // The thread of the log must have the restrictions of the sandbox.
+    log::prepare("info");
     let inherited = Inherited::of_environment();
     let (config, source) = match &args.config {
         Some(path) => {
@@ -121,6 +122,7 @@ pub fn run(
         }
         false => sandbox.enter(&permits.own_paths(&config.devices))?,
     };
+    log::write();
     tracing::info!("sandbox: {protections}");
     if !args.no_sandbox && !protections.missing().is_empty() {
         tracing::warn!("the sandbox is weaker: {}", protections.missing().join("; "));
@@ -137,6 +139,8 @@ pub fn run(
     }
     tracing::info!("serving {} devices in {}", config.devices.len(), host.dir().display());
     if let Some(ready) = ready {
+        // Whoever waits for it finds the log of the start.
+        log::flush();
         ready.tell()?;
     }
     manager.ready();

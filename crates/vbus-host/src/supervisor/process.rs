@@ -30,7 +30,7 @@ const THREADS_MAX: usize = 64 << 10;
 
 /// Runs the supervisor.
 pub fn run() -> ExitCode {
-    vbus_cli::log::start();
+    vbus_cli::log::prepare("info");
     // A terminal or a service manager may send these signals to all processes of the bus. The
     // supervisor ignores them, because it must outlive the bus.
     for signal in [SIGINT, SIGTERM, SIGHUP, SIGQUIT] {
@@ -42,7 +42,8 @@ pub fn run() -> ExitCode {
     // It needs no others, and starts no program that could get more.
     drop_capabilities(supervisor_capabilities());
     let _ = rustix::thread::set_no_new_privs(true);
-    match serve() {
+    vbus_cli::log::write();
+    let code = match serve() {
         Ok(0) => ExitCode::SUCCESS,
         Ok(restored) => {
             tracing::warn!(
@@ -54,7 +55,9 @@ pub fn run() -> ExitCode {
             tracing::error!(%error, "the supervisor ends");
             ExitCode::FAILURE
         }
-    }
+    };
+    vbus_cli::log::flush();
+    code
 }
 
 /// Serves the bus until it has ended. Returns how many threads the bus left changed.

@@ -5,6 +5,7 @@
 mod descriptors;
 mod guest;
 mod hotplug;
+mod logs;
 mod plug;
 mod plug_vmm;
 mod rights;

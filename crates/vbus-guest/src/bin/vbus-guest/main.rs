@@ -14,8 +14,8 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use clap::{CommandFactory, Parser};
-use vbus_cli::{documents, log, rundir};
+use clap::{CommandFactory, FromArgMatches, Parser};
+use vbus_cli::{documents, log, output, rundir};
 use vbus_guest::{PciSource, SocketSource, Source};
 
 /// Drive the devices of a vbus: those on this machine's PCI bus, or those behind sockets.
@@ -64,7 +64,12 @@ enum Command {
 
 fn main() -> ExitCode {
     let documents = documents::make_if_asked(Args::command(), std::env::args_os().skip(1));
-    vbus_cli::exit(documents.unwrap_or_else(|| run(&Args::parse())))
+    vbus_cli::exit(documents.unwrap_or_else(|| run(&parsed())))
+}
+
+fn parsed() -> Args {
+    let matches = output::arguments(Args::command(), std::env::args_os());
+    Args::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
 }
 
 fn run(args: &Args) -> Result<()> {
