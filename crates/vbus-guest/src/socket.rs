@@ -160,7 +160,7 @@ mod tests {
             for socket in listener.incoming() {
                 let mut socket = socket.unwrap();
                 let mut answer = || {
-                    socket.read(&mut [0])?;
+                    socket.read_exact(&mut [0])?;
                     socket.write_all(b"{\"error\":\"no\"}\n")?;
                     // The client closes when it has the answer.
                     std::io::copy(&mut socket, &mut std::io::sink())
