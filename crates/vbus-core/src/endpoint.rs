@@ -346,6 +346,11 @@ impl Endpoint {
         self.host.set_interrupt_sink(sink);
     }
 
+    /// As [`Host::set_has_left`].
+    pub fn set_has_left(&self, has_left: impl Fn() -> bool + Send + Sync + 'static) {
+        self.host.set_has_left(has_left);
+    }
+
     /// As [`Host::set_router`].
     pub fn set_router(&self, router: &str) {
         self.host.set_router(router);
@@ -530,10 +535,19 @@ impl Endpoint {
     fn fail(&self, generation: u64, code: ErrorCode) {
         // A device that reads zeros may find the driver at fault. But the memory has gone.
         let lost = self.memory().is_lost();
-        let code = if lost { ErrorCode::REVOKED } else { code };
+        // A driver that leaves may give its memory back before the device is told, for instance
+        // because this process stood still.
+        let left = self.host.has_left();
+        let code = match (lost, left) {
+            (true, _) => ErrorCode::REVOKED,
+            (_, true) => ErrorCode::NOT_OPEN,
+            _ => code,
+        };
         let mut inner = lock(&self.inner);
         if matches!(&*inner, Inner::Open(open) if open.generation == generation) {
-            if lost {
+            if left {
+                tracing::info!(device = self.name(), "the driver has left");
+            } else if lost {
                 // A connector that is told of the loss says so in the log.
                 tracing::debug!(device = self.name(), "{MEMORY_LOST}");
             } else {
@@ -583,7 +597,8 @@ impl Endpoint {
             // The events first: a driver that is woken by its routes looks at them.
             let vector = self.events.add(events);
             self.host.outlet().close(events != 0);
-            if matches!(inner, Inner::Broken(_)) {
+            // NOT_OPEN: the driver has left.
+            if matches!(inner, Inner::Broken(code) if *code != ErrorCode::NOT_OPEN) {
                 self.counters().broken.one();
             }
             tracing::info!(device = self.name(), "closed");

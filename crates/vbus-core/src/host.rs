@@ -3,7 +3,7 @@
 //! worker of the event loop, interrupts, doorbells, counters. The front of vbus is
 //! [`Endpoint`](crate::Endpoint).
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use crate::counter::ConnectionCounters;
 use crate::doorbell::Doorbells;
@@ -20,6 +20,7 @@ pub struct Host {
     counters: Arc<ConnectionCounters>,
     outlet: Arc<Outlet>,
     doorbells: Arc<Doorbells>,
+    has_left: OnceLock<Box<dyn Fn() -> bool + Send + Sync>>,
 }
 
 impl Host {
@@ -35,6 +36,7 @@ impl Host {
             doorbells: Doorbells::new(doorbells, counters.clone()),
             counters,
             outlet: Arc::new(Outlet::new(vectors)),
+            has_left: OnceLock::new(),
         }
     }
 
@@ -89,6 +91,18 @@ impl Host {
     /// The name of the device that may carry this device's interrupts.
     pub fn router(&self) -> Option<String> {
         self.outlet.router().map(str::to_owned)
+    }
+
+    /// Sets how to find out that the peer has left, before its connector has come to notice it. The
+    /// first call counts. The function must not block: it runs when a fault of the driver is found.
+    /// What a driver leaves behind may look like a fault.
+    pub fn set_has_left(&self, has_left: impl Fn() -> bool + Send + Sync + 'static) {
+        let _ = self.has_left.set(Box::new(has_left));
+    }
+
+    /// Whether the peer has left.
+    pub(crate) fn has_left(&self) -> bool {
+        self.has_left.get().is_some_and(|has_left| has_left())
     }
 
     pub(crate) fn outlet(&self) -> &Arc<Outlet> {

@@ -23,6 +23,8 @@ const CAPABILITIES_MAX: u32 = 48;
 
 /// The value of every register when the function has gone.
 const GONE: u32 = u32::MAX;
+/// How much of one turn of the wait for a command counts, in nanoseconds.
+const TURN_MAX: u64 = 1_000_000_000;
 
 /// A function of the bus that was probed. While it is open it has a connection. Dropping the
 /// function closes the connection.
@@ -521,7 +523,7 @@ impl<H: Hal> Function<H> {
             self.hal.write64(self.registers + reg::ARGUMENT + offset, argument);
         }
         self.hal.write32(self.registers + reg::COMMAND, code);
-        let began = self.hal.now();
+        let (mut last, mut waited) = (self.hal.now(), 0u64);
         loop {
             match self.hal.read32(self.registers + reg::RESULT) {
                 error_code::OK => return Ok(self.hal.read64(self.registers + reg::VALUE)),
@@ -529,7 +531,11 @@ impl<H: Hal> Function<H> {
                 error_code::IN_PROGRESS => {}
                 code => return Err(self.refused(name, ErrorCode(code))),
             }
-            if !self.hal.pause(self.hal.now().saturating_sub(began)) {
+            // A function that stood still, so that the read took long, is not a slow command.
+            let now = self.hal.now();
+            waited = waited.saturating_add(now.saturating_sub(last).min(TURN_MAX));
+            last = now;
+            if !self.hal.pause(waited) {
                 // CLOSE ends the command. The read returns after CLOSE has run. The device then
                 // does not touch the buffer of the call any more.
                 self.hal.write32(self.registers + reg::COMMAND, command::CLOSE);

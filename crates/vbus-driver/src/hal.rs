@@ -71,8 +71,9 @@ pub trait Hal: Clone + fmt::Debug {
     /// Nanoseconds since any fixed moment. The value never decreases.
     fn now(&self) -> u64;
 
-    /// The driver calls it again and again while a command is in progress. The command began
-    /// `waited` nanoseconds ago. An environment that can sleep sleeps for a short time, or until
+    /// The driver calls it again and again while a command is in progress. The driver has waited
+    /// for the command for `waited` nanoseconds. Of each read of a register, and each pause, one
+    /// second at most counts: a device that stands still is not slow. An environment that can sleep sleeps for a short time, or until
     /// the function's interrupt ([`Function::events`](crate::Function::events)). If it returns
     /// false, the driver waits no longer and closes the connection. The provided method spins, for
     /// [`COMMAND_BOUND`] at most.

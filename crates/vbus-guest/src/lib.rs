@@ -42,6 +42,7 @@ pub use pci::PciSource;
 pub use reopen::keep_open;
 pub use socket::SocketSource;
 pub use source::{Claimed, Found, Interrupt, Source, claim, is_meant, wait};
+pub use vbus_process::Patience;
 /// The class number of all classes outside of vbus, for [`claim`]. The class's name tells them
 /// apart.
 pub use vbus_shm::abi::class::USER as USER_CLASS;

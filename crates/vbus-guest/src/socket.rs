@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use rustix::fs::inotify;
 use rustix::io::Errno;
-use vbus_process::{ClientError, Process};
+use vbus_process::{ClientError, Patience, Process};
 
 use crate::source::{Found, Interrupt, Source};
 use vbus_cli::rundir;
@@ -140,6 +140,10 @@ impl Interrupt for ProcessInterrupt {
         // The eventfd is always enabled: the device writes it whenever the driver has armed a
         // signal.
         Ok(())
+    }
+
+    fn set_patience(&self, patience: Patience) {
+        self.0.set_patience(patience);
     }
 }
 

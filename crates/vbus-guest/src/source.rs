@@ -2,12 +2,13 @@
 //! The sources of functions: the PCI bus of this machine, or vfio-user sockets.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use vbus_driver::{Error, Function, Hal};
+use vbus_process::Patience;
 
 /// A function that a source has.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -68,6 +69,12 @@ pub trait Interrupt: Send {
 
     /// Enables the interrupt. A pending interrupt comes at once.
     fn enable(&mut self) -> Result<()>;
+
+    /// Sets how long an access to the function waits for a device that does not answer, if the
+    /// source decides that. On a PCI bus the virtual machine does.
+    fn set_patience(&self, patience: Patience) {
+        let _ = patience;
+    }
 }
 
 /// Sleeps until the interrupt comes, at most for `bound`, and takes it. Returns false if none came.
@@ -82,9 +89,14 @@ pub fn wait(interrupt: &mut dyn Interrupt, bound: Duration) -> Result<bool> {
         PollFd::from_borrowed_fd(interrupt.fd(), PollFlags::IN),
         PollFd::from_borrowed_fd(interrupt.lifeline(), PollFlags::RDHUP),
     ];
-    match poll(&mut fds, Some(&Timespec::try_from(bound)?)) {
-        Ok(_) | Err(Errno::INTR) => {}
-        Err(error) => return Err(error).context("poll"),
+    let end = Instant::now().checked_add(bound).context("so long a bound")?;
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        match poll(&mut fds, Some(&Timespec::try_from(left)?)) {
+            Ok(_) => break,
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error).context("poll"),
+        }
     }
     let (came, gone) = (fds[0].revents().contains(PollFlags::IN), !fds[1].revents().is_empty());
     if came {

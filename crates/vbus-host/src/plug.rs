@@ -38,6 +38,11 @@ fn device_id(name: &str) -> String {
     format!("vbus-{name}")
 }
 
+/// How long QEMU waits for the reply to an access, in milliseconds. QEMU's own default is 5 s. After
+/// that it ends the connection, and the device is lost for its guest. A bus that stands still (a
+/// debugger, a frozen control group, a loaded machine) is not dead: the socket of a dead one closes.
+const MESSAGE_TIMEOUT: u32 = 60_000;
+
 /// The value of `-device` for a device of the bus, which is also the arguments of `device_add`.
 pub fn device(name: &str, socket: &Path, port: &str) -> Value {
     json!({
@@ -45,6 +50,7 @@ pub fn device(name: &str, socket: &Path, port: &str) -> Value {
         "id": device_id(name),
         "bus": port,
         "socket": { "type": "unix", "path": socket },
+        "x-msg-timeout": MESSAGE_TIMEOUT,
     })
 }
 

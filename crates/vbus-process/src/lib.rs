@@ -24,7 +24,7 @@ mod process;
 
 pub use memory::{MEMORY_BYTES, ProcessMemory};
 pub use process::Process;
-pub use vfio_user_protocol::{ClientError, Errno};
+pub use vfio_user_protocol::{ClientError, Errno, Patience};
 
 /// The examples of the README compile.
 #[cfg(doctest)]

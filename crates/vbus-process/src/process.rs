@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use vbus_driver::{Doorbell, Hal, HeapTable, NoMemory};
 use vbus_eventfd::{PeerEventfd, take_signal};
 use vbus_shm::abi::{bar0, capability};
-use vfio_user_protocol::{Client, ClientError, pci};
+use vfio_user_protocol::{Client, ClientError, Patience, pci};
 
 use crate::clock;
 use crate::memory::{BASE, Pool, ProcessMemory};
@@ -111,6 +111,12 @@ impl Process {
     /// made the eventfd block.
     pub fn take_interrupt(&self) -> bool {
         take_signal(self.0.interrupt.as_fd())
+    }
+
+    /// Sets how long accesses wait for a device that does not answer. At first it is 5 s. An access
+    /// beyond that ends the connection.
+    pub fn set_patience(&self, patience: Patience) {
+        self.client().set_patience(patience);
     }
 
     fn client(&self) -> MutexGuard<'_, Client> {

@@ -18,7 +18,7 @@ use vbus_core::{
 use vbus_eventfd::Signaller;
 use vbus_pci::{IrqError, IrqIndex, Options, PciFunction, device_function};
 use vfio_user_protocol::{
-    DeviceInfo, IoEventFd, IrqAction, IrqInfo, Mapping, RegionInfo, Server, Stats, Target,
+    DeviceInfo, IoEventFd, IrqAction, IrqInfo, Mapping, Peer, RegionInfo, Server, Stats, Target,
 };
 
 /// The server of a device's socket. Dropping it disconnects the client and removes the socket.
@@ -39,6 +39,16 @@ struct Place {
     state: Mutex<PlaceState>,
     /// Notified when the server comes back.
     back: Condvar,
+    /// The client, published with `seen`. Nobody waits for another lock with this one.
+    peer: Mutex<Peer>,
+}
+
+impl Place {
+    /// Publishes the state of the server.
+    fn look_at(&self, seen: &mut Seen, server: &Server<Served>) {
+        seen.look_at(server);
+        *lock(&self.peer) = server.peer();
+    }
 }
 
 #[derive(Default)]
@@ -117,6 +127,10 @@ impl DeviceServer {
             task.stop();
             return Err(error.into());
         }
+        let served = Arc::downgrade(&place);
+        endpoint.set_has_left(move || {
+            served.upgrade().is_some_and(|place| lock(&place.peer).has_gone())
+        });
         let waker = task.clone();
         memory.on_loss(move || waker.wake());
         // A client may have come between the first poll and the watch.
@@ -183,7 +197,7 @@ impl Turn {
             end_if_lost(&mut server);
             let outcome = server.ready_long(Instant::now());
             let mut state = lock(&self.place.state);
-            state.seen.look_at(&server);
+            self.place.look_at(&mut state.seen, &server);
             if outcome.long && !state.ended {
                 // Behind the long operations of the other devices.
                 drop(state);
@@ -231,7 +245,7 @@ impl Task for ServerTask {
             work += outcome.work;
             (more, long) = (outcome.more, outcome.long);
         }
-        state.seen.look_at(server);
+        self.turn.place.look_at(&mut state.seen, server);
         if long {
             if let Some(server) = state.server.take() {
                 self.turn.clone().aside(server, self.task.clone());

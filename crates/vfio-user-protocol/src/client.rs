@@ -7,25 +7,25 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
+use rustix::event::PollFlags;
+use rustix::io::{Errno, retry_on_intr};
 use rustix::net::sockopt::{self, set_socket_timeout};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use rustix::net::{
+    AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType, connect, shutdown,
+    socket_with,
+};
 
 use crate::message::{
     self, DATAMATCH, DEVICE_RESETS, DmaMap, DmaUnmap, HEADER_LEN, Header, Info, IrqData, IrqVerb,
     Kind, Malformed, MultiWrite, REGION_ACCESS_LEN, RegionAccess, SetIrqs, SubRegion, Version,
     command, command_name,
 };
+use crate::patience::{Patience, TIMEOUT, Wait};
 use crate::socket::{Broken, Message, Received, Receiver, Sender, SocketSource, Source};
 use crate::target::{DeviceInfo, IoEventFd, IrqInfo, RegionInfo};
 use crate::version::{self, Disagreement, KERNEL_MSG_FDS, MAX_TRANSFER, Negotiated};
 
-/// The time limit of a call, from its beginning to the last byte of the reply. Messages that come
-/// in between do not extend it. QEMU has the same limit.
-const TIMEOUT: Duration = Duration::from_secs(5);
 /// The most eventfds of one region. No function has more doorbells.
 const MAX_IO_EVENTFDS: usize = 1024;
 
@@ -49,8 +49,9 @@ pub enum ClientError {
         /// The server's reason.
         errno: Errno,
     },
-    /// No reply in time. The connection cannot be used any more.
-    #[error("no reply to {0} in {TIMEOUT:?}")]
+    /// No reply in the time that the client's [`Patience`] gives. The connection cannot be used any
+    /// more.
+    #[error("no reply to {0} in time")]
     Timeout(&'static str),
     /// The server has gone.
     #[error("the server closed the connection")]
@@ -96,6 +97,7 @@ pub struct Client {
     /// belong to an earlier command.
     failed: bool,
     negotiated: Negotiated,
+    patience: Patience,
 }
 
 impl Client {
@@ -111,15 +113,16 @@ impl Client {
             socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
                 .map_err(failed)?;
         let address = SocketAddrUnix::new(path).map_err(failed)?;
+        // A server whose backlog is full lets the call wait.
         set_socket_timeout(&socket, sockopt::Timeout::Send, Some(TIMEOUT)).map_err(failed)?;
-        connect(&socket, &address).map_err(failed)?;
+        retry_on_intr(|| connect(&socket, &address)).map_err(failed)?;
         Self::negotiate(socket)
     }
 
     /// Negotiates the version on a connected stream socket.
     ///
     /// # Errors
-    /// As [`Client::connect`]. The socket's own time-out limits sending.
+    /// As [`Client::connect`].
     pub fn negotiate(socket: OwnedFd) -> Result<Self, ClientError> {
         let negotiated = Negotiated {
             minor: 0,
@@ -136,6 +139,7 @@ impl Client {
             next_id: 0,
             failed: false,
             negotiated,
+            patience: Patience::default(),
         };
         let reply = client.call(command::VERSION, &version::proposal(), &[])?;
         let version =
@@ -150,6 +154,12 @@ impl Client {
         &self.negotiated
     }
 
+    /// Sets how long the calls from now on wait for the server. The default is
+    /// [`Patience::default`].
+    pub fn set_patience(&mut self, patience: Patience) {
+        self.patience = patience;
+    }
+
     /// Sends a command and waits for its reply. This is for commands without a method of their own.
     ///
     /// # Errors
@@ -161,9 +171,9 @@ impl Client {
         body: &[u8],
         fds: &[BorrowedFd<'_>],
     ) -> Result<Message, ClientError> {
-        self.guarded(|client| {
-            let id = client.send(number, false, body, fds)?;
-            client.reply(id, number)
+        self.guarded(number, |client, wait| {
+            let id = client.send(number, false, body, fds, wait)?;
+            client.reply(id, number, wait)
         })
     }
 
@@ -172,35 +182,44 @@ impl Client {
     /// # Errors
     /// The connection fails. The client does not learn whether the command succeeds.
     pub fn post(&mut self, number: u16, body: &[u8]) -> Result<(), ClientError> {
-        self.guarded(|client| client.send(number, true, body, &[]).map(drop))
+        self.guarded(number, |client, wait| client.send(number, true, body, &[], wait).map(drop))
     }
 
     fn guarded<R>(
         &mut self,
-        act: impl FnOnce(&mut Self) -> Result<R, ClientError>,
+        number: u16,
+        act: impl FnOnce(&mut Self, &mut Wait) -> Result<R, ClientError>,
     ) -> Result<R, ClientError> {
         if self.failed {
             return Err(ClientError::Closed);
         }
-        let result = act(self);
-        self.failed = result.as_ref().is_err_and(ClientError::is_final);
-        result
+        let mut wait = Wait::begin(number, self.patience.clone());
+        let result = act(self, &mut wait);
+        wait.end();
+        result.map_err(|error| if error.is_final() { self.broken(error) } else { error })
+    }
+
+    /// A final error has occurred. The client sends nothing any more, and its peer learns that it
+    /// has gone before anything else that the caller does.
+    fn broken(&mut self, error: ClientError) -> ClientError {
+        self.failed = true;
+        let _ = shutdown(&self.socket, Shutdown::Both);
+        error
     }
 
     /// Waits for the reply to a command. Meanwhile it refuses the server's own requests.
-    fn reply(&mut self, id: u16, number: u16) -> Result<Message, ClientError> {
+    fn reply(&mut self, id: u16, number: u16, wait: &mut Wait) -> Result<Message, ClientError> {
         let name = command_name(number);
-        let deadline = Instant::now() + TIMEOUT;
         loop {
-            let message = self.receive(deadline)?.ok_or(ClientError::Timeout(name))?;
+            let message = self.receive(wait)?;
             // A server that sends requests without end must not extend the time limit.
-            if Instant::now() >= deadline {
+            if wait.is_over() {
                 return Err(ClientError::Timeout(name));
             }
             let header = message.header;
             match header.kind {
                 Kind::Command { no_reply: true } => {}
-                Kind::Command { no_reply: false } => self.refuse(header)?,
+                Kind::Command { no_reply: false } => self.refuse(header, wait)?,
                 Kind::Reply { .. } if (header.id, header.command) != (id, number) => {
                     return Err(ClientError::Mismatch(header, name));
                 }
@@ -220,6 +239,7 @@ impl Client {
         no_reply: bool,
         body: &[u8],
         fds: &[BorrowedFd<'_>],
+        wait: &mut Wait,
     ) -> Result<u16, ClientError> {
         if fds.len() > self.negotiated.peer_fds {
             return Err(ClientError::TooMuch(command_name(number)));
@@ -231,31 +251,47 @@ impl Client {
             .map(|fd| fd.try_clone_to_owned().map_err(|_| Errno::MFILE))
             .collect::<Result<_, _>>()?;
         self.sender.push(message::message(id, number, Kind::Command { no_reply }, body), fds);
-        self.sender.flush_all(self.socket.as_fd()).map_err(|e| match e {
-            Errno::AGAIN => ClientError::Timeout(command_name(number)),
-            Errno::PIPE | Errno::CONNRESET => ClientError::Closed,
-            e => e.into(),
-        })?;
+        self.flush(wait)?;
         Ok(id)
     }
 
-    /// Receives the next message. `None`: it is not complete at the deadline.
-    fn receive(&mut self, deadline: Instant) -> Result<Option<Message>, ClientError> {
-        let mut source = UntilDeadline { socket: self.socket.as_fd(), deadline };
+    /// Sends what is queued. While the socket is full it waits.
+    fn flush(&mut self, wait: &mut Wait) -> Result<(), ClientError> {
+        loop {
+            match self.sender.flush(self.socket.as_fd()) {
+                Ok(_) if self.sender.is_empty() => return Ok(()),
+                Ok(_) => {}
+                Err(Errno::PIPE | Errno::CONNRESET) => return Err(ClientError::Closed),
+                Err(error) => return Err(error.into()),
+            }
+            if !wait.until(self.socket.as_fd(), PollFlags::OUT)? {
+                return Err(ClientError::Timeout(wait.name()));
+            }
+        }
+    }
+
+    /// Receives the next message.
+    fn receive(&mut self, wait: &mut Wait) -> Result<Message, ClientError> {
+        let name = wait.name();
+        let mut source = Patiently { socket: self.socket.as_fd(), wait };
         let max = HEADER_LEN + REGION_ACCESS_LEN + MAX_TRANSFER;
         match self.receiver.next(&mut source, max, KERNEL_MSG_FDS)? {
-            Received::Message(message) => Ok(Some(message)),
-            Received::Nothing => Ok(None),
+            Received::Message(message) => Ok(message),
+            Received::Nothing => Err(ClientError::Timeout(name)),
             Received::End => Err(ClientError::Closed),
         }
     }
 
     /// Refuses a request of the server.
-    fn refuse(&mut self, Header { id, command, .. }: Header) -> Result<(), ClientError> {
+    fn refuse(
+        &mut self,
+        Header { id, command, .. }: Header,
+        wait: &mut Wait,
+    ) -> Result<(), ClientError> {
         let error = Some(Errno::NOSYS.raw_os_error().unsigned_abs());
         let reply = message::message(id, command, Kind::Reply { error }, &[]);
         self.sender.push(reply, Vec::new());
-        Ok(self.sender.flush_all(self.socket.as_fd())?)
+        self.flush(wait)
     }
 
     /// Asks for the properties of the device (`DEVICE_GET_INFO`).
@@ -280,12 +316,6 @@ impl Client {
             return Err(self.broken(ClientError::Mismatch(reply.header, command_name(number))));
         }
         Ok(info)
-    }
-
-    /// The server's reply does not fit its command. The client sends nothing any more.
-    fn broken(&mut self, error: ClientError) -> ClientError {
-        self.failed = true;
-        error
     }
 
     /// Asks for the properties of a region (`DEVICE_GET_REGION_INFO`).
@@ -559,13 +589,13 @@ fn io_eventfds(reply: &Message, region: u32) -> Result<Vec<IoEventFd>, ClientErr
     Ok(found)
 }
 
-/// The socket, with a deadline for reads.
-struct UntilDeadline<'a> {
+/// The socket, with reads that wait.
+struct Patiently<'a> {
     socket: BorrowedFd<'a>,
-    deadline: Instant,
+    wait: &'a mut Wait,
 }
 
-impl Source for UntilDeadline<'_> {
+impl Source for Patiently<'_> {
     fn recv(&mut self, buf: &mut [u8], fds: &mut Vec<OwnedFd>) -> Result<usize, Errno> {
         loop {
             let mut source = SocketSource::new(self.socket, KERNEL_MSG_FDS);
@@ -574,12 +604,8 @@ impl Source for UntilDeadline<'_> {
                 Ok(_) if source.lost_fds() => return Err(Errno::MFILE),
                 other => return other,
             }
-            let left = self.deadline.saturating_duration_since(Instant::now());
-            let left = Timespec::try_from(left).map_err(|_| Errno::INVAL)?;
-            match poll(&mut [PollFd::from_borrowed_fd(self.socket, PollFlags::IN)], Some(&left)) {
-                Ok(0) => return Err(Errno::AGAIN),
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(e) => return Err(e),
+            if !self.wait.until(self.socket, PollFlags::IN)? {
+                return Err(Errno::AGAIN);
             }
         }
     }

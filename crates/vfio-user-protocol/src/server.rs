@@ -4,6 +4,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use rustix::event::epoll::EventFlags;
@@ -16,7 +17,7 @@ use crate::listen::{self, SocketFile};
 use crate::poller::Poller;
 use crate::refuse::Refused;
 use crate::session::{Answer, Effort, Handling, Session};
-use crate::socket::{Received, Receiver, Sender, SocketSource};
+use crate::socket::{Broken, Received, Receiver, Sender, SocketSource};
 use crate::target::Target;
 use crate::version::MAX_MSG_FDS;
 
@@ -31,7 +32,12 @@ const MAX_REFUSED: usize = 4;
 /// The pause before the server accepts again, after the process ran out of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
-/// Time limits for a client. QEMU itself waits 5 s for a reply.
+/// A client whose time passed longer ago than this has not been slow: this process stood still.
+const STOOD_STILL: Duration = Duration::from_secs(1);
+
+/// Time limits for a client. QEMU itself waits 5 s for a reply. If the server itself is called more
+/// than a second after a limit has passed, the client gets that much time again: the process may
+/// have been stopped, and the client with it.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct Timeouts {
@@ -80,8 +86,25 @@ pub struct Outcome {
     pub long: bool,
 }
 
+/// Tells whether the client of a server has gone, also before the server has noticed it.
+#[derive(Clone, Debug, Default)]
+pub struct Peer(Weak<OwnedFd>);
+
+impl Peer {
+    /// Whether the client has closed its end of the connection, or the connection has ended. The
+    /// default value has no client.
+    #[must_use]
+    pub fn has_gone(&self) -> bool {
+        let Some(socket) = self.0.upgrade() else { return true };
+        let mut fds = [PollFd::new(&socket, PollFlags::RDHUP)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        while poll(&mut fds, Some(&now)) == Err(Errno::INTR) {}
+        !fds[0].revents().is_empty()
+    }
+}
+
 struct Connection {
-    socket: OwnedFd,
+    socket: Arc<OwnedFd>,
     token: u64,
     /// The number of the connection, counted from the start, for the log.
     number: u64,
@@ -222,6 +245,12 @@ impl<T: Target> Server<T> {
     #[must_use]
     pub fn has_client(&self) -> bool {
         self.client.is_some()
+    }
+
+    /// The client, for threads that do not have the server.
+    #[must_use]
+    pub fn peer(&self) -> Peer {
+        Peer(self.client.as_ref().map(|client| Arc::downgrade(&client.socket)).unwrap_or_default())
     }
 
     /// The time at which the program must call [`Server::ready`] even if the descriptor is not
@@ -406,7 +435,7 @@ impl<T: Target> Server<T> {
         }
         debug!(device = self.name, "client {number} connects");
         self.client = Some(Connection {
-            socket,
+            socket: Arc::new(socket),
             token,
             number,
             receiver: Receiver::default(),
@@ -433,10 +462,10 @@ impl<T: Target> Server<T> {
         let mut work = 0;
         while work < WORK_PER_CALL {
             let Some(client) = &mut self.client else { return work };
-            if !client.sender.is_empty() && !Self::flush(client, now, self.timeouts.reply) {
-                self.fail("its socket failed");
+            if !client.sender.is_empty() && !self.flush(now) {
                 return work;
             }
+            let Some(client) = &mut self.client else { return work };
             // Replies do not pile up: while replies wait to be sent, the server receives nothing.
             if !client.sender.is_empty() {
                 break;
@@ -465,8 +494,11 @@ impl<T: Target> Server<T> {
                     break;
                 }
                 Ok(Received::End) => {
-                    info!(device = self.name, "client {} has gone", client.number);
-                    self.drop_client();
+                    self.has_gone();
+                    return work;
+                }
+                Err(Broken::Cut(_) | Broken::Socket(Errno::CONNRESET)) => {
+                    self.has_gone();
                     return work;
                 }
                 Err(broken) => {
@@ -513,24 +545,37 @@ impl<T: Target> Server<T> {
                 return false;
             }
         }
-        if !Self::flush(client, now, self.timeouts.reply) {
-            self.fail("its socket failed");
-            return false;
-        }
-        true
+        self.flush(now)
     }
 
-    /// Sends the queued replies. Returns false if the socket failed.
-    fn flush(client: &mut Connection, now: Instant, timeout: Duration) -> bool {
+    /// Sends the queued replies. Returns false if the connection has ended.
+    fn flush(&mut self, now: Instant) -> bool {
+        let Some(client) = &mut self.client else { return false };
+        let timeout = self.timeouts.reply;
         match client.sender.flush(client.socket.as_fd()) {
             Ok(_) if client.sender.is_empty() => client.reply_by = None,
             Ok(0) => {
                 client.reply_by.get_or_insert(now + timeout);
             }
             Ok(_) => client.reply_by = Some(now + timeout),
-            Err(_) => return false,
+            Err(Errno::PIPE | Errno::CONNRESET) => {
+                self.has_gone();
+                return false;
+            }
+            Err(error) => {
+                self.fail(&format!("its socket failed: {error}"));
+                return false;
+            }
         }
         true
+    }
+
+    /// The client has gone by itself, perhaps in the middle of a message or without the replies.
+    fn has_gone(&mut self) {
+        if let Some(client) = &self.client {
+            info!(device = self.name, "client {} has gone", client.number);
+            self.drop_client();
+        }
     }
 
     /// Watches the client's socket for input, or for space if replies wait to be sent.
@@ -551,7 +596,18 @@ impl<T: Target> Server<T> {
             let _ = self.poller.modify(&self.listener, LISTENER, EventFlags::IN);
         }
         self.refused.retain(|r| r.until > now);
-        let Some(client) = &self.client else { return };
+        let Some(client) = &mut self.client else { return };
+        let timeouts = self.timeouts;
+        let limits = [
+            (&mut client.agree_by, timeouts.handshake),
+            (&mut client.message_by, timeouts.message),
+            (&mut client.reply_by, timeouts.reply),
+        ];
+        for (deadline, limit) in limits {
+            if deadline.is_some_and(|t| now.saturating_duration_since(t) > STOOD_STILL) {
+                *deadline = Some(now + limit);
+            }
+        }
         let due = |deadline: Option<Instant>| deadline.is_some_and(|t| t <= now);
         let why = if due(client.agree_by) {
             "it did not negotiate a version in time"

@@ -262,23 +262,7 @@ impl Sender {
     /// # Errors
     /// The socket fails. A full socket is no error.
     pub fn flush(&mut self, socket: BorrowedFd<'_>) -> Result<usize, Errno> {
-        self.send(socket, SendFlags::DONTWAIT)
-    }
-
-    /// Sends all messages, and waits until the socket has taken them.
-    ///
-    /// # Errors
-    /// The socket fails, or its send time-out has passed ([`Errno::AGAIN`]).
-    pub fn flush_all(&mut self, socket: BorrowedFd<'_>) -> Result<(), Errno> {
-        while !self.queue.is_empty() {
-            if self.send(socket, SendFlags::empty())? == 0 {
-                return Err(Errno::AGAIN);
-            }
-        }
-        Ok(())
-    }
-
-    fn send(&mut self, socket: BorrowedFd<'_>, flags: SendFlags) -> Result<usize, Errno> {
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
         let mut total = 0;
         while let Some(next) = self.queue.front_mut() {
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(KERNEL_MSG_FDS))];
@@ -288,7 +272,7 @@ impl Sender {
                 return Err(Errno::TOOMANYREFS);
             }
             let parts = [IoSlice::new(&next.bytes[next.sent..])];
-            match sendmsg(socket, &parts, &mut ancillary, flags | SendFlags::NOSIGNAL) {
+            match sendmsg(socket, &parts, &mut ancillary, flags) {
                 Ok(n) => {
                     drop(borrowed);
                     // The descriptors have gone with the first byte.

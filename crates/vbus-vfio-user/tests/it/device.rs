@@ -14,7 +14,7 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vbus_core::{
     Bus, Connection, ConnectionState, Device, ErrorCode, Executor, Identity, Open, Region, Tuning,
 };
-use vbus_driver::{Error, Function, Hal};
+use vbus_driver::{Error, Function, Hal, Memory};
 use vbus_process::{MEMORY_BYTES, Process};
 use vbus_vfio_user::DeviceServer;
 use vfio_user_protocol::message::command;
@@ -105,6 +105,71 @@ fn a_driver_that_goes_without_a_word_leaves_nothing_behind() {
     drop(process(&setup));
     assert_eq!(endpoint.counters().opens.get(), 50);
     assert_eq!(endpoint.counters().broken.get(), 0);
+}
+
+/// A device that finds its driver at fault when a region is zero.
+struct Strict;
+
+struct Looking(Option<vbus_core::Window>);
+
+impl Device for Strict {
+    fn identity(&self) -> Identity {
+        Identity::user("strict")
+    }
+
+    fn open(&self, _: Open) -> Result<Box<dyn Connection>, ErrorCode> {
+        Ok(Box::new(Looking(None)))
+    }
+}
+
+impl Connection for Looking {
+    fn region_added(&mut self, region: Region) -> Result<(), ErrorCode> {
+        self.0 = Some(region.window);
+        Ok(())
+    }
+
+    fn poll(&mut self, _: u32) -> Result<vbus_core::Progress, ErrorCode> {
+        let is_zero = |window: &vbus_core::Window| window.words()[0].load(Ordering::Acquire) == 0;
+        match self.0.as_ref().is_some_and(is_zero) {
+            true => Err(ErrorCode::CORRUPT),
+            false => Ok(vbus_core::Progress::Idle),
+        }
+    }
+}
+
+/// A driver that leaves gives its memory back, as zeros. The device may look at it before its
+/// server has noticed that the driver has gone.
+#[test]
+fn what_a_driver_leaves_behind_is_no_fault_of_its() {
+    use std::sync::atomic::Ordering::Release;
+    let folder = tempfile::tempdir().unwrap();
+    let bus = Bus::new(Executor::start(Tuning::default()).unwrap(), Vec::new());
+    let endpoint = bus.add("strict", Arc::new(Strict)).unwrap();
+    let path = folder.path().join("s");
+    let server = DeviceServer::start(endpoint.clone(), &path, Default::default()).unwrap();
+    let setup = Setup { _folder: folder, bus, server };
+    for round in 0..50u32 {
+        let process = process(&setup);
+        let mut function = Function::probe(process.clone()).unwrap();
+        function.open(0).unwrap();
+        let memory = process.alloc(64).unwrap();
+        memory.words()[0].store(1, Release);
+        let region = function.region_add(0, 0, &memory, (0, 64), None).unwrap();
+        let leaves = round < 49;
+        if leaves {
+            rustix::net::shutdown(process.socket(), rustix::net::Shutdown::Both).unwrap();
+        }
+        memory.words()[0].store(0, Release);
+        function.ring(region.handle());
+        if !leaves {
+            // The last one stays, and is at fault.
+            while endpoint.state() != ConnectionState::Broken(ErrorCode::CORRUPT) {
+                std::thread::yield_now();
+            }
+        }
+        std::mem::forget(function);
+    }
+    assert_eq!(endpoint.counters().broken.get(), 1);
 }
 
 #[test]

@@ -320,6 +320,69 @@ fn a_driver_that_runs_takes_other_settings() {
     assert!(net.child.wait().unwrap().success());
 }
 
+/// A driver on a bus that stands still: the interface has no carrier any more.
+fn stand_still(command: &[&str]) -> (Served, Lines, String) {
+    let bus = Served::start(CONFIG);
+    let mut net = Lines::start(&bus, command);
+    let name = net.next().split(':').next().unwrap_or_default().to_owned();
+    wait_until("the interface has a carrier", || interface(&name, "carrier").trim() == "1");
+    bus.signal(Signal::STOP);
+    wait_until("the driver notices", || interface(&name, "carrier").trim() == "0");
+    (bus, net, name)
+}
+
+/// Whether the bus has called a driver at fault. What a driver does that leaves is no fault.
+fn accuses(bus: &Served) -> bool {
+    let log = std::fs::read_to_string(&bus.log).unwrap();
+    let stats = bus.json(&["device", "show", "net-a"]);
+    let faults = [&stats["counters"]["broken"], &stats["connector"]["violations"]];
+    println!("{log}{stats}");
+    faults.iter().any(|n| n.as_u64() != Some(0)) || log.contains("WARN")
+}
+
+/// There is no time after which the driver gives up: `Patience::until` has no limit.
+#[test]
+fn an_interface_and_its_connection_outlast_a_bus_that_stands_still() {
+    if !can_make_interfaces() {
+        return;
+    }
+    let name = format!("vp{}", std::process::id());
+    let (bus, mut net, name) = stand_still(&["net", "net-a", "--up", "--name", &name]);
+    let identity = || (interface(&name, "ifindex"), interface(&name, "address"));
+    let before = identity();
+    bus.signal(Signal::CONT);
+    wait_until("the carrier is back", || interface(&name, "carrier").trim() == "1");
+    assert_eq!(identity(), before);
+    let shown = bus.json(&["device", "show", "net-a"]);
+    assert_eq!((&shown["state"], &shown["counters"]["opens"]), (&json!("open"), &json!(1)));
+    assert!(!accuses(&bus));
+    rustix::process::kill_process(rustix::process::Pid::from_child(&net.child), Signal::INT)
+        .unwrap();
+    assert!(net.child.wait().unwrap().success());
+}
+
+#[test]
+fn a_driver_that_leaves_a_bus_that_stands_still_is_not_accused() {
+    if !can_make_interfaces() {
+        return;
+    }
+    for signal in [Signal::INT, Signal::KILL] {
+        let name = format!("vq{}", std::process::id());
+        let (bus, mut net, _) = stand_still(&["net", "net-a", "--up", "--name", &name]);
+        rustix::process::kill_process(rustix::process::Pid::from_child(&net.child), signal)
+            .unwrap();
+        // It does not wait for the bus.
+        net.child.wait().unwrap();
+        bus.signal(Signal::CONT);
+        wait_until("the driver has gone", || {
+            bus.json(&["device", "show", "net-a"])["state"] == "closed"
+        });
+        assert!(!accuses(&bus));
+        let mut net = Lines::start(&bus, &["net", "net-a", "--up", "--name", &name]);
+        assert!(net.next().starts_with(&name), "the next driver gets the device");
+    }
+}
+
 fn stays(command: &[&str], expected: Option<&str>) {
     let mut bus = Served::start(CONFIG);
     let mut net = Lines::start(&bus, command);

@@ -117,7 +117,7 @@ fn a_device_is_plugged_into_the_first_free_port_once_it_is_on_the_bus() {
         qemu.commands(),
         [json!({ "execute": "device_add", "arguments": {
             "driver": "vfio-user-pci", "id": "vbus-net1", "bus": "p2",
-            "socket": { "type": "unix", "path": socket },
+            "socket": { "type": "unix", "path": socket }, "x-msg-timeout": 60000,
         } })]
     );
     let taken = |port| {

@@ -70,6 +70,7 @@ fn qemu_args_has_the_options_that_qemu_needs() {
     assert_eq!(args.iter().filter(|a| a.starts_with("pcie-root-port")).count(), 2);
     let device: Value = serde_json::from_str(args.last().unwrap()).unwrap();
     assert_eq!(device["driver"], "vfio-user-pci");
+    assert_eq!(device["x-msg-timeout"], 60000);
     assert_eq!(device["socket"]["path"].as_str(), bus.dir.join("net1.sock").to_str());
     assert!(bus.good(&["qemu-args"]).lines().filter(|l| l.contains("vfio-user-pci")).count() == 2);
     assert!(bus.bad(&["qemu-args", "nope"]).contains("nope"));

@@ -5,11 +5,12 @@
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
 use vfio_user_protocol::message::{Kind, Version, command, message};
-use vfio_user_protocol::{Client, ClientError, version};
+use vfio_user_protocol::{Client, ClientError, Patience, version};
 
 /// The time limit of a call, with room for a loaded machine.
 const BOUND: Duration = Duration::from_secs(15);
@@ -64,6 +65,55 @@ fn an_answer_in_single_bytes_is_late() {
         server.write_all(&[bytes.next().unwrap_or(0)])
     });
     assert!(matches!(error, ClientError::Timeout("DEVICE_GET_INFO")), "{error}");
+}
+
+/// What became of a call whose server stands still until it is told to go on.
+fn stand_still(
+    patience: Patience,
+    then: impl FnOnce(&mut UnixStream),
+) -> (Result<u32, ClientError>, Vec<bool>) {
+    let (mut client, mut server) = negotiated();
+    let (tell, told) = channel();
+    client.set_patience(patience.on_stall(Duration::from_millis(20), move |stalls| {
+        tell.send(stalls).unwrap();
+    }));
+    std::thread::scope(|scope| {
+        let call = scope.spawn(move || client.device_info().map(|info| info.regions));
+        let mut heard = vec![told.recv_timeout(BOUND).unwrap()];
+        then(&mut server);
+        heard.push(told.recv_timeout(BOUND).unwrap());
+        (call.join().unwrap(), heard)
+    })
+}
+
+#[test]
+fn a_patient_client_waits_for_a_server_that_stands_still() {
+    let (reader, writer) = rustix::pipe::pipe().unwrap();
+    let body = bytes![16u32, 3u32, 9u32, 5u32];
+    let reply = message(1, command::DEVICE_GET_INFO, Kind::Reply { error: None }, &body);
+    let (result, heard) = stand_still(Patience::until(reader.try_clone().unwrap()), |server| {
+        server.write_all(&reply).unwrap();
+    });
+    assert_eq!((result.unwrap(), heard), (9, vec![true, false]));
+    // The program wants to end.
+    let (result, heard) = stand_still(Patience::until(reader.try_clone().unwrap()), |_| {
+        rustix::io::write(&writer, b"x").unwrap();
+    });
+    assert!(matches!(result, Err(ClientError::Timeout("DEVICE_GET_INFO"))), "{result:?}");
+    assert_eq!(heard, [true, false]);
+    // With a limit the client gives up by itself, and the server learns it.
+    let (result, _) = stand_still(Patience::limit(Duration::from_millis(40)), |server| {
+        let mut rest = Vec::new();
+        server.read_to_end(&mut rest).unwrap();
+        assert_eq!(rest.len(), 32, "one request");
+    });
+    assert!(matches!(result, Err(ClientError::Timeout(_))), "{result:?}");
+    // A connection that ends is no matter of patience.
+    let (reader, _writer) = rustix::pipe::pipe().unwrap();
+    let (result, _) = stand_still(Patience::until(reader), |server| {
+        server.shutdown(std::net::Shutdown::Both).unwrap();
+    });
+    assert!(matches!(result, Err(ClientError::Closed)), "{result:?}");
 }
 
 /// `argsz` and the count give the length of the entries of `DEVICE_GET_REGION_IO_FDS`.

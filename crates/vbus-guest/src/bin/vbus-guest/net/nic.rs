@@ -3,6 +3,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -22,8 +23,8 @@ use super::frames::FrameMemory;
 use super::options::Options;
 use super::priority;
 use super::queue::{Counters, NicShared, Queue, Wake};
-use super::tap::Tap;
-use vbus_guest::{Claimed, Interrupt, Source, keep_open};
+use super::tap::{Tap, set_carrier};
+use vbus_guest::{Claimed, Interrupt, Patience, Source, keep_open};
 
 /// The entries of each ring.
 const RING_ENTRIES: u32 = 256;
@@ -37,6 +38,10 @@ const FRAME_BYTES: usize = 2 << 20;
 const NAP_NS: u64 = 300_000;
 /// The longest time between two looks at the NIC.
 const TICK: Duration = Duration::from_secs(1);
+
+/// A device that does not answer for this long is told to the log, and the interface has no carrier
+/// until it answers.
+const STALL: Duration = Duration::from_secs(2);
 
 /// The interface, which stays when the NIC's connection is lost, and how it was set up.
 struct Interface {
@@ -132,6 +137,8 @@ where
         *mtu_before = mtu;
     }
     let tap = &*tap;
+    let carrier = Carrier::new(tap)?;
+    interrupt.set_patience(carrier.patience(stop)?);
 
     let shared = NicShared {
         stop: AtomicBool::new(false),
@@ -193,7 +200,8 @@ where
         settings,
         filter: None,
         vlans: None,
-        link: None,
+        carrier,
+        told_link: None,
         told_mtu: None,
     };
     supervisor.apply()?;
@@ -250,6 +258,66 @@ where
     result
 }
 
+/// The carrier of the interface: on while the NIC has a link and the device answers.
+#[derive(Clone)]
+struct Carrier {
+    name: Arc<str>,
+    queue: Arc<vbus_tap::Queue>,
+    state: Arc<Mutex<CarrierState>>,
+}
+
+#[derive(Default)]
+struct CarrierState {
+    link: bool,
+    /// When the call began that the device does not answer.
+    stalled: Option<Instant>,
+    /// What the kernel was told.
+    on: Option<bool>,
+}
+
+impl Carrier {
+    /// The carrier of `tap`, without a link.
+    fn new(tap: &Tap) -> Result<Carrier> {
+        let queue = tap.queues()?.into_iter().next().context("an interface without a queue")?;
+        Ok(Carrier { name: tap.name().into(), queue: Arc::new(queue), state: Arc::default() })
+    }
+
+    fn set_link(&self, link: bool) {
+        self.change(|state| state.link = link);
+    }
+
+    fn change(&self, change: impl FnOnce(&mut CarrierState)) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut state);
+        let on = state.link && state.stalled.is_none();
+        if state.on.replace(on) != Some(on) {
+            set_carrier(&self.queue, on);
+        }
+    }
+
+    /// How long the driver waits for a device that does not answer: until `stop` is readable.
+    /// Meanwhile there is no carrier.
+    fn patience(&self, stop: &OwnedFd) -> Result<Patience> {
+        let carrier = self.clone();
+        Ok(Patience::until(stop.try_clone()?).on_stall(STALL, move |stalls| {
+            let began = Instant::now().checked_sub(STALL);
+            let name = &carrier.name;
+            carrier.change(|state| match (stalls, state.stalled) {
+                (true, _) => {
+                    tracing::warn!("{name}: the bus does not answer; waiting for it");
+                    state.stalled = began;
+                }
+                (false, Some(began)) => {
+                    let seconds = began.elapsed().as_secs();
+                    tracing::info!("{name}: the bus did not answer for {seconds} s");
+                    state.stalled = None;
+                }
+                (false, None) => {}
+            });
+        }))
+    }
+}
+
 fn report(name: &str, counters: &Counters) {
     let get = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
     tracing::info!(
@@ -286,7 +354,9 @@ struct Supervisor<'a, H: Hal> {
     filter: Option<u32>,
     /// The VLAN ids that pass; `None`: all.
     vlans: Option<Vec<u16>>,
-    link: Option<bool>,
+    carrier: Carrier,
+    /// The link that the log has.
+    told_link: Option<bool>,
     /// The MTU of the interface that the log has called too large.
     told_mtu: Option<u32>,
 }
@@ -366,10 +436,9 @@ impl<H: Hal> Supervisor<'_, H> {
             status = self.nic.status()?;
         }
         let NicStatus { link, .. } = status;
-        if self.link != Some(link) {
-            self.tap.set_carrier(link);
+        self.carrier.set_link(link);
+        if self.told_link.replace(link) != Some(link) {
             tracing::info!("{}: link {}", self.tap.name(), if link { "up" } else { "down" });
-            self.link = Some(link);
         }
         self.compare_mtu();
         let promiscuous = self.tap.is_promiscuous(self.mac);
@@ -472,7 +541,7 @@ impl<H: Hal> Supervisor<'_, H> {
             "device": self.nic.function().info().name.to_string(),
             "id": self.id,
             "mac": show_mac(self.mac),
-            "link": self.link,
+            "link": self.told_link,
             "mtu": self.tap.mtu(),
             "mtu-max": self.nic.config().mtu,
             "queue-pairs": self.pairs,

@@ -109,9 +109,7 @@ impl Tap {
 
     /// Sets the carrier. Kernels before 5.0 cannot; their carrier is always on.
     pub fn set_carrier(&self, up: bool) {
-        if let Err(error) = self.queues[0].set_carrier(up) {
-            tracing::debug!(%error, "TUNSETCARRIER");
-        }
+        set_carrier(&self.queues[0], up);
     }
 
     /// Sets the address of the interface.
@@ -140,6 +138,13 @@ impl Tap {
             u32::from_str_radix(read("flags").trim().trim_start_matches("0x"), 16).unwrap_or(0);
         let address = read("address");
         flags & IFF_PROMISC != 0 || (!address.is_empty() && address.trim() != show_mac(mac))
+    }
+}
+
+/// Sets the carrier of the interface that `queue` belongs to, as [`Tap::set_carrier`].
+pub fn set_carrier(queue: &Queue, up: bool) {
+    if let Err(error) = queue.set_carrier(up) {
+        tracing::debug!(%error, "TUNSETCARRIER");
     }
 }
 
