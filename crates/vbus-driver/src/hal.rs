@@ -72,11 +72,11 @@ pub trait Hal: Clone + fmt::Debug {
     fn now(&self) -> u64;
 
     /// The driver calls it again and again while a command is in progress. The driver has waited
-    /// for the command for `waited` nanoseconds. Of each read of a register, and each pause, one
-    /// second at most counts: a device that stands still is not slow. An environment that can sleep sleeps for a short time, or until
-    /// the function's interrupt ([`Function::events`](crate::Function::events)). If it returns
-    /// false, the driver waits no longer and closes the connection. The provided method spins, for
-    /// [`COMMAND_BOUND`] at most.
+    /// for the command for `waited` nanoseconds. Of each read of a register with the pause before
+    /// it, one second at most counts: a device that stands still is not slow. An environment that
+    /// can sleep sleeps for a short time, or until the function's interrupt
+    /// ([`Function::events`](crate::Function::events)). If it returns false, the driver waits no
+    /// longer and closes the connection. The provided method spins, for [`COMMAND_BOUND`] at most.
     fn pause(&self, waited: u64) -> bool {
         core::hint::spin_loop();
         waited < COMMAND_BOUND

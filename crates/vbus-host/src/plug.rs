@@ -38,9 +38,10 @@ fn device_id(name: &str) -> String {
     format!("vbus-{name}")
 }
 
-/// How long QEMU waits for the reply to an access, in milliseconds. QEMU's own default is 5 s. After
-/// that it ends the connection, and the device is lost for its guest. A bus that stands still (a
-/// debugger, a frozen control group, a loaded machine) is not dead: the socket of a dead one closes.
+/// How long QEMU waits for the reply to an access, in milliseconds. QEMU's own default is 5 s.
+/// After that it ends the connection, and the device is lost for its guest. A bus that stands still
+/// (a debugger, a frozen control group, a loaded machine) is not dead: the socket of a dead one
+/// closes.
 const MESSAGE_TIMEOUT: u32 = 60_000;
 
 /// The value of `-device` for a device of the bus, which is also the arguments of `device_add`.
