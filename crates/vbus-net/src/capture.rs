@@ -7,13 +7,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use serde_json::{Value, json};
-use vbus_core::io_vec::IoVecMut;
 use vbus_core::shm::signal::Armed;
 use vbus_core::{CreateError, ErrorCode, TaskHandle};
-use vbus_tap::{HEADER_BYTES, Mac, Offloads};
+use vbus_tap::{Mac, Offloads};
 
 use crate::backend::{Backend, Done, Plug, Port, Queue, Sent};
-use crate::frame::{Body, ETH_BYTES, FRAME_MAX, Header, Packet};
+use crate::frame::Packet;
+use crate::inbound::Inbound;
 use crate::opener::Opener;
 use crate::pcap::PcapFile;
 use crate::sink::{
@@ -105,7 +105,7 @@ struct CapturedPlug {
 impl Plug for CapturedPlug {
     fn queue(&self, index: u16, task: &TaskHandle) -> Result<Box<dyn Queue>, ErrorCode> {
         let inner = self.inner.queue(index, task)?;
-        Ok(Box::new(CapturedQueue { inner, file: self.file.clone(), buffer: Vec::new() }))
+        Ok(Box::new(CapturedQueue { inner, file: self.file.clone(), inbound: Box::default() }))
     }
 
     fn configure(&self, queues: u16, offloads: Offloads, done: Done) -> Result<(), ErrorCode> {
@@ -124,8 +124,8 @@ impl Plug for CapturedPlug {
 struct CapturedQueue {
     inner: Box<dyn Queue>,
     file: Arc<PcapFile>,
-    /// Memory for frames that `reserve` reads.
-    buffer: Vec<u8>,
+    /// The frame that `reserve` has read. It may wait for the receive queue.
+    inbound: Box<Inbound>,
 }
 
 impl Queue for CapturedQueue {
@@ -146,8 +146,15 @@ impl Queue for CapturedQueue {
     }
 
     fn receive(&mut self, sink: &mut dyn RxSink, budget: u32) -> Result<u32, ErrorCode> {
-        let mut recorder = Recorder { sink, file: &self.file, buffer: &mut self.buffer };
-        self.inner.receive(&mut recorder, budget)
+        let (file, inbound) = (&*self.file, &mut *self.inbound);
+        let mut recorder = Recorder { sink, file, inbound, left: budget };
+        // A frame that waits comes before those of the back end, whatever limits them. If it still
+        // waits, the back end finds no room, and waits for the receive queue.
+        if recorder.inbound.is_held() {
+            recorder.deliver_held();
+        }
+        let received = self.inner.receive(&mut recorder, budget)?;
+        Ok(received.max(budget - recorder.left))
     }
 
     fn receive_shared(&mut self, budget: u32) -> Result<u32, ErrorCode> {
@@ -181,7 +188,19 @@ fn deliver(
 struct Recorder<'a> {
     sink: &'a mut dyn RxSink,
     file: &'a PcapFile,
-    buffer: &'a mut Vec<u8>,
+    inbound: &'a mut Inbound,
+    /// What the poll may still deliver.
+    left: u32,
+}
+
+impl Recorder<'_> {
+    /// Delivers the frame that was read, or the rest of it.
+    fn deliver_held(&mut self) {
+        let (file, left) = (self.file, &mut self.left);
+        self.inbound.deliver(self.sink, (None, OnFull::Wait), left, |sink, packet, on_full| {
+            deliver(sink, file, packet, on_full)
+        });
+    }
 }
 
 impl RxSink for Recorder<'_> {
@@ -194,29 +213,19 @@ impl RxSink for Recorder<'_> {
     }
 
     /// Reads the frame into its own memory first. In the driver's buffers, the driver could change
-    /// the frame before it is recorded.
+    /// the frame before it is recorded. The next call of [`Queue::receive`] delivers what finds too
+    /// few buffers now.
     fn reserve(&mut self, read: &mut Read<'_>) -> Reserved {
-        const HEAD: usize = HEADER_BYTES + ETH_BYTES;
-        if !self.sink.has_room(self.sink.longest()) {
+        let is_open = self.left != 0 && !self.inbound.is_held();
+        if !is_open || !self.sink.has_room(self.sink.longest()) {
             return Reserved::Full;
         }
-        self.buffer.resize(FRAME_MAX, 0);
-        let mut head = [0; HEAD];
-        let mut vector = [IoVecMut::new(&mut head), IoVecMut::new(self.buffer)];
-        let len = match read(&mut vector) {
-            Ok(len) if len >= HEAD => len,
-            Ok(_) => return Reserved::Nothing,
+        match self.inbound.read(read) {
+            Ok(true) => {}
+            Ok(false) => return Reserved::Nothing,
             Err(error) => return Reserved::Failed(error),
-        };
-        let (mut front, mut eth) = ([0; HEADER_BYTES], [0; ETH_BYTES]);
-        front.copy_from_slice(&head[..HEADER_BYTES]);
-        eth.copy_from_slice(&head[HEADER_BYTES..]);
-        let body = Body::Bytes(&self.buffer[..(len - HEAD).min(FRAME_MAX)]);
-        let packet = Packet::new(Header::parse(&front), eth, body);
-        if deliver(self.sink, self.file, &packet, OnFull::Drop) == Delivery::NeedsCut {
-            // The driver changed its offloads after the frame was sent.
-            self.sink.count_drop(RxDrop::BadFrame);
         }
+        self.deliver_held();
         Reserved::Frame
     }
 

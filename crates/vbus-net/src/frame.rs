@@ -152,18 +152,20 @@ impl Header {
             return false;
         }
         let size = usize::from(self.gso_size);
-        let segments_max = match self.gso() {
+        // The transport header is not part of the payload. The longest is not known here, so a
+        // little more than the limit may pass.
+        let (segments_max, transport) = match self.gso() {
             flag::GSO_NONE => {
                 (self.gso_type, self.gso_size, self.hdr_len) = (0, 0, 0);
                 return true;
             }
-            flag::GSO_TCPV4 | flag::GSO_TCPV6 if offset == 16 => TCP_SEGMENTS_MAX,
-            flag::GSO_UDP if offset == 6 => UDP_SEGMENTS_MAX,
+            flag::GSO_TCPV4 | flag::GSO_TCPV6 if offset == 16 => (TCP_SEGMENTS_MAX, TCP_BYTES),
+            flag::GSO_UDP if offset == 6 => (UDP_SEGMENTS_MAX, UDP_BYTES),
             _ => return false,
         };
         size != 0
             && usize::from(self.hdr_len) <= len
-            && (len - start).div_ceil(size) <= segments_max
+            && (len - start).saturating_sub(transport).div_ceil(size) <= segments_max
     }
 }
 
@@ -406,6 +408,9 @@ mod tests {
             !check(Header { gso_size: 1, ..good }, 60000, ALL),
             "a million segments for one frame"
         );
+        let udp = Header { gso_type: flag::GSO_UDP, gso_size: 100, csum_offset: 6, ..good };
+        assert!(check(udp, 34 + UDP_BYTES + 128 * 100, ALL), "as many full datagrams as Linux has");
+        assert!(!check(udp, 34 + UDP_BYTES + 128 * 100 + 1, ALL), "one datagram more");
         assert!(!check(Header { csum_offset: 6, ..good }, 60000, ALL));
         assert!(!check(Header { csum_start: 13, ..good }, 60000, ALL));
         assert!(!check(Header { csum_start: u16::MAX, csum_offset: u16::MAX, ..good }, 60000, ALL));

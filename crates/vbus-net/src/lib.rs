@@ -35,6 +35,7 @@ mod capture;
 mod config;
 mod filter;
 mod frame;
+mod inbound;
 mod limited;
 mod link;
 mod medium;

@@ -2,7 +2,7 @@
 //! Undoes offloads for a receiver that does not accept them: fills in checksums, and cuts large
 //! segments into frames.
 
-use crate::frame::{ETH_BYTES, ETH_OVERHEAD, Header, Packet, VLAN, flag};
+use crate::frame::{Body, ETH_BYTES, ETH_OVERHEAD, Header, Packet, VLAN, flag};
 
 const ETHERTYPE_AT: usize = 12;
 const IPV4: u16 = 0x0800;
@@ -46,6 +46,17 @@ pub fn dhcp_checksum(packet: &Packet<'_>) -> Option<u16> {
     let mut frame = [0; DHCP_BYTES_MAX];
     let len = packet.head(&mut frame);
     Some(checksum(0, frame[..len].get(start..)?))
+}
+
+/// Fills in the checksum that is missing in a datagram to a port of DHCP, if the frame is one.
+pub(crate) fn complete_dhcp(header: &mut Header, eth: &[u8; ETH_BYTES], body: &mut [u8]) {
+    let packet = Packet::new(*header, *eth, Body::Bytes(body));
+    if let Some(checksum) = dhcp_checksum(&packet) {
+        let at = usize::from(header.csum_start) + usize::from(header.csum_offset) - ETH_BYTES;
+        if put(body, at, checksum).is_some() {
+            *header = Header::default();
+        }
+    }
 }
 
 /// Turns a frame with offloads into plain frames. Keeps its buffers for the next frame.
@@ -140,7 +151,7 @@ impl Cut {
         // The headers of the longest piece can tell its length.
         let counted_from = if v4 { ip } else { ip + 40 };
         let told = frame.len().min(payload + size).saturating_sub(counted_from) <= LENGTH_MAX;
-        (fits && whole && told).then_some(Cut { ip, v4, transport, protocol, payload, size })
+        (fits && whole && told && size != 0).then_some(Cut { ip, v4, transport, protocol, payload, size })
     }
 
     /// Updates the headers of piece `i`.

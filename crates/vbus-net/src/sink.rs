@@ -148,6 +148,9 @@ pub enum Reserved {
     Frame,
     /// There are too few buffers. `read` was not called.
     Full,
+    /// The driver's buffers cannot hold the longest frame, however many it posts. `read` was not
+    /// called. The back end must read the frame itself, and [`deliver`](RxSink::deliver) it.
+    Unfit,
     /// There was nothing to read, or there is no receive queue.
     Nothing,
     /// `read` failed.

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 use serde_json::{Value, json};
-use vbus_core::io_vec::{IoVec, IoVecMut, readv, writev};
+use vbus_core::io_vec::{IoVec, readv, writev};
 use vbus_core::memory::DriverSlice;
 use vbus_core::settings::Settings;
 use vbus_core::shm::signal::Armed;
@@ -15,10 +15,11 @@ use vbus_core::{BlockingQueue, CreateError, ErrorCode, Interest, TaskHandle, loc
 use vbus_tap::{HEADER_BYTES, Mac, Offloads, advice};
 
 use crate::backend::{Backend, Done, Plug, Port, Queue, Sent, TxDrop};
-use crate::frame::{Body, ETH_BYTES, FRAME_MAX, Header, PIECES_MAX, Packet, TAG_BYTES};
+use crate::frame::{Body, ETH_BYTES, Hash, PIECES_MAX, Packet, TAG_BYTES};
+use crate::inbound::{Inbound, Step};
 use crate::link::Link;
 use crate::opener::Opener;
-use crate::sink::{Delivery, OnFull, Reserved, RxDrop, RxSink, Waiter};
+use crate::sink::{OnFull, Reserved, RxSink, Waiter};
 
 /// How long the end of a device waits for the kernel.
 const GONE: Duration = Duration::from_secs(10);
@@ -122,8 +123,8 @@ impl Plug for TapPlug {
         let queue = queues.get(usize::from(index)).ok_or(ErrorCode::BAD_ARGUMENT)?.clone();
         let waiter = Waiter { key: self.port.key(index), task: task.clone() };
         let port = self.port.clone();
-        let read = Box::new(ReadFrame::default());
-        Ok(Box::new(TapQueue { queue, port, index, waiter, watched: false, read }))
+        let inbound = Box::default();
+        Ok(Box::new(TapQueue { queue, port, index, waiter, watched: false, inbound }))
     }
 
     fn configure(&self, queues: u16, offloads: Offloads, done: Done) -> Result<(), ErrorCode> {
@@ -272,76 +273,8 @@ struct TapQueue {
     index: u16,
     waiter: Waiter,
     watched: bool,
-    read: Box<ReadFrame>,
-}
-
-/// A frame that was read from the interface before its receive queue was known.
-#[derive(Default)]
-struct ReadFrame {
-    header: Header,
-    eth: [u8; ETH_BYTES],
-    /// The memory for the rest of a frame. Empty until the first frame.
-    body: Vec<u8>,
-    /// Bytes of the rest.
-    len: usize,
-    /// Whether the frame waits for buffers.
-    waits: bool,
-}
-
-impl ReadFrame {
-    /// Reads the next frame. Returns whether there was one.
-    fn read(&mut self, queue: &vbus_tap::Queue) -> Result<bool, Errno> {
-        const HEAD: usize = HEADER_BYTES + ETH_BYTES;
-        let mut head = [0; HEAD];
-        self.body.resize(FRAME_MAX, 0);
-        let mut vector = [IoVecMut::new(&mut head), IoVecMut::new(&mut self.body)];
-        let len = readv(queue, &mut vector)?;
-        let Some(rest) = len.checked_sub(HEAD) else { return Ok(false) };
-        let (header, eth) = head.split_at(HEADER_BYTES);
-        let mut front = [0; HEADER_BYTES];
-        front.copy_from_slice(header);
-        self.header = Header::parse(&front);
-        self.eth.copy_from_slice(eth);
-        self.len = rest.min(FRAME_MAX);
-        Ok(true)
-    }
-
-    fn packet(&self) -> Packet<'_> {
-        Packet::new(self.header, self.eth, Body::Bytes(&self.body[..self.len]))
-    }
-
-    /// Puts the frame into the receive queue that the driver has chosen for it. Returns the queue
-    /// that it is in, or `None` if it has to wait for buffers there.
-    fn deliver(&mut self, port: &Port, waiter: &Waiter) -> Option<usize> {
-        let packet = self.packet();
-        let (lane, hash) = port.steering.choose(&packet);
-        let packet = Packet { hash, ..packet };
-        let Some(sink) = port.lanes.get(lane) else { return Some(lane) };
-        let mut sink = lock(sink);
-        // The driver may post its buffers between the delivery and the wait.
-        for _ in 0..2 {
-            match sink.deliver(&packet, OnFull::Wait) {
-                Delivery::Delivered | Delivery::Dropped => {
-                    self.waits = false;
-                    return Some(lane);
-                }
-                Delivery::NeedsCut => {
-                    // The driver changed its offloads after the kernel had made the frame.
-                    sink.count_drop(RxDrop::BadFrame);
-                    self.waits = false;
-                    return Some(lane);
-                }
-                Delivery::Full { .. } => {
-                    sink.wait(waiter);
-                    if sink.arm() == Armed::Waiting {
-                        break;
-                    }
-                }
-            }
-        }
-        self.waits = true;
-        None
-    }
+    /// A frame that could not be read into the driver's buffers.
+    inbound: Box<Inbound>,
 }
 
 impl TapQueue {
@@ -404,39 +337,46 @@ impl Queue for TapQueue {
     fn receive(&mut self, sink: &mut dyn RxSink, budget: u32) -> Result<u32, ErrorCode> {
         let used = self.index < self.port.steering.queues();
         self.watch(used)?;
-        if !used {
+        if !used && !self.inbound.is_held() {
             return Ok(0);
         }
-        let mut read = |vector: &mut [IoVecMut<'_>]| readv(&*self.queue, vector);
-        for n in 0..budget {
-            match sink.reserve(&mut read) {
-                Reserved::Frame => {}
-                Reserved::Full => {
-                    sink.wait(&self.waiter);
-                    return Ok(n);
-                }
-                // EIO: the interface is down. It becomes readable when it is up again.
-                Reserved::Nothing
-                | Reserved::Failed(Errno::AGAIN | Errno::INTR | Errno::IO | Errno::BADFD) => {
-                    return Ok(n);
-                }
-                // The driver has taken its buffers away. The bus has seen that, or the next frame
-                // goes into other ones.
-                Reserved::Failed(Errno::FAULT) => return Ok(n),
-                Reserved::Failed(error) => {
-                    let device = &self.port.name;
-                    tracing::error!(device, %error, "cannot read from the TAP interface");
-                    return Err(ErrorCode::FAILED);
+        let mut left = budget;
+        while left != 0 {
+            if self.inbound.is_held() {
+                let way = (None, OnFull::Wait);
+                match self
+                    .inbound
+                    .deliver(sink, way, &mut left, |to, frame, on_full| to.deliver(frame, on_full))
+                {
+                    Step::Done => continue,
+                    Step::Part => break,
+                    Step::Full => {
+                        sink.wait(&self.waiter);
+                        break;
+                    }
                 }
             }
+            match sink.reserve(&mut |vector| readv(&*self.queue, vector)) {
+                Reserved::Frame => left -= 1,
+                Reserved::Full => {
+                    sink.wait(&self.waiter);
+                    break;
+                }
+                Reserved::Unfit => match self.read() {
+                    Ok(true) => {}
+                    result => return result.map(|_| budget - left),
+                },
+                Reserved::Nothing => break,
+                Reserved::Failed(error) => return self.ended(error).map(|()| budget - left),
+            }
         }
-        Ok(budget)
+        Ok(budget - left)
     }
 
     fn receive_shared(&mut self, budget: u32) -> Result<u32, ErrorCode> {
         let used = self.index < self.port.steering.queues();
         self.watch(used)?;
-        if !used && !self.read.waits {
+        if !used && !self.inbound.is_held() {
             return Ok(0);
         }
         let mut touched = Vec::new();
@@ -449,31 +389,68 @@ impl Queue for TapQueue {
 }
 
 impl TapQueue {
-    /// Reads frames, and puts each into the receive queue that the driver has chosen for it.
-    /// Returns how many.
-    fn steer(&mut self, budget: u32, touched: &mut Vec<usize>) -> Result<u32, ErrorCode> {
-        for n in 0..budget {
-            let ready = match self.read.waits {
-                true => Ok(true),
-                false => self.read.read(&self.queue),
-            };
-            match ready {
-                Ok(true) => {}
-                Ok(false) | Err(Errno::AGAIN | Errno::INTR | Errno::IO | Errno::BADFD) => {
-                    return Ok(n);
-                }
-                Err(error) => {
-                    let device = &self.port.name;
-                    tracing::error!(device, %error, "cannot read from the TAP interface");
-                    return Err(ErrorCode::FAILED);
-                }
+    /// Reads the next frame into memory of this process. Returns whether there was one.
+    fn read(&mut self) -> Result<bool, ErrorCode> {
+        match self.inbound.read(&mut |vector| readv(&*self.queue, vector)) {
+            Ok(there) => Ok(there),
+            Err(error) => self.ended(error).map(|()| false),
+        }
+    }
+
+    /// A read has failed with this error. Returns whether the device can go on.
+    fn ended(&self, error: Errno) -> Result<(), ErrorCode> {
+        match error {
+            // EIO: the interface is down. It becomes readable when it is up again.
+            Errno::AGAIN | Errno::INTR | Errno::IO | Errno::BADFD => Ok(()),
+            // The driver has taken its buffers away. The bus has seen that, or the next frame goes
+            // into other ones.
+            Errno::FAULT => Ok(()),
+            error => {
+                let device = &self.port.name;
+                tracing::error!(device, %error, "cannot read from the TAP interface");
+                Err(ErrorCode::FAILED)
             }
-            let Some(lane) = self.read.deliver(&self.port, &self.waiter) else { return Ok(n) };
+        }
+    }
+
+    /// Reads frames, and puts each into the receive queue that the driver has chosen for it.
+    /// Returns the work done, in frames.
+    fn steer(&mut self, budget: u32, touched: &mut Vec<usize>) -> Result<u32, ErrorCode> {
+        let mut left = budget;
+        while left != 0 {
+            if !self.inbound.is_held() && !self.read()? {
+                break;
+            }
+            let (lane, hash) = self.port.steering.choose(&self.inbound.packet());
             if !touched.contains(&lane) {
                 touched.push(lane);
             }
+            if self.put(lane, hash, &mut left) != Step::Done {
+                break;
+            }
         }
-        Ok(budget)
+        Ok(budget - left)
+    }
+
+    /// Puts the frame into this receive queue.
+    fn put(&mut self, lane: usize, hash: Option<Hash>, left: &mut u32) -> Step {
+        let port = self.port.clone();
+        let Some(sink) = port.lanes.get(lane) else { return self.inbound.drop_frame() };
+        let mut sink = lock(sink);
+        let way = (hash, OnFull::Wait);
+        loop {
+            let step = self
+                .inbound
+                .deliver(&mut *sink, way, left, |to, frame, on_full| to.deliver(frame, on_full));
+            if step == Step::Full {
+                sink.wait(&self.waiter);
+                // The driver may have posted its buffers between the delivery and the wait.
+                if sink.arm() == Armed::Missed && *left != 0 {
+                    continue;
+                }
+            }
+            return step;
+        }
     }
 }
 

@@ -11,18 +11,18 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use serde_json::{Value, json};
-use vbus_core::io_vec::IoVecMut;
 use vbus_core::settings::Settings;
 use vbus_core::shm::signal::Armed;
 use vbus_core::{
     ConnectionCounters, Counter, CreateError, ErrorCode, Executor, Progress, Task, TaskHandle, lock,
 };
-use vbus_tap::{HEADER_BYTES, Mac, Offloads};
+use vbus_tap::{Mac, Offloads};
 
 use crate::backend::{Backend, Plug, Port, Queue, Sent, TxDrop};
 use crate::config::BackendConfig;
 use crate::filter::{Addresses, Filter};
-use crate::frame::{ETH_BYTES, ETH_OVERHEAD, FRAME_MAX, Header, Packet};
+use crate::frame::{ETH_OVERHEAD, FRAME_MAX, Header, Packet};
+use crate::inbound::ReadFrame;
 use crate::link::Link;
 use crate::medium::Medium;
 use crate::opener::Opener;
@@ -386,10 +386,12 @@ impl RxSink for Line {
 struct Inlet {
     counters: Arc<Counters>,
     mtu: usize,
-    /// Memory for a frame that the interface gives.
-    buffer: Vec<u8>,
-    /// A frame that the interface has given, and that waits for a port's buffers.
-    held: Option<Frame>,
+    /// A frame that the interface has given.
+    frame: ReadFrame,
+    /// Whether this frame waits for a port's buffers.
+    is_held: bool,
+    /// What this poll may still do, in frames that go to one port.
+    left: u32,
     /// The end of the wait for a port's buffers.
     until: Option<Instant>,
     /// Whether the frame waits for its next turn only.
@@ -407,8 +409,9 @@ impl Inlet {
         Inlet {
             counters,
             mtu,
-            buffer: Vec::new(),
-            held: None,
+            frame: ReadFrame::default(),
+            is_held: false,
+            left: 0,
             until: None,
             is_part: false,
             is_waiting: false,
@@ -426,10 +429,16 @@ impl Inlet {
             return true;
         }
         match inside.send(packet) {
-            Sent::Done { .. } => direction.count(packet.bytes()),
-            Sent::Dropped(reason) => direction.drops.sent(reason),
+            Sent::Done { units } => {
+                self.left = self.left.saturating_sub(units);
+                direction.count(packet.bytes());
+            }
+            Sent::Dropped(reason) => {
+                self.left = self.left.saturating_sub(1);
+                direction.drops.sent(reason);
+            }
             Sent::Part => {
-                self.is_part = true;
+                (self.left, self.is_part) = (0, true);
                 return false;
             }
             Sent::Wait { until, moved } => {
@@ -442,14 +451,12 @@ impl Inlet {
 
     /// Sends the held frame. Returns false if it still waits.
     fn retry(&mut self, inside: &mut dyn Queue) -> bool {
-        let Some(held) = self.held.take() else { return true };
-        let done = held.packet().is_none_or(|packet| self.send(inside, &packet));
-        if done {
-            self.buffer = held.bytes;
-        } else {
-            self.held = Some(held);
+        if self.is_held {
+            let frame = std::mem::take(&mut self.frame);
+            self.is_held = !self.send(inside, &frame.packet());
+            self.frame = frame;
         }
-        done
+        !self.is_held
     }
 }
 
@@ -462,6 +469,9 @@ struct Entrance<'a> {
 impl RxSink for Entrance<'_> {
     fn deliver(&mut self, packet: &Packet<'_>, _on_full: OnFull) -> Delivery {
         self.inlet.is_offered = true;
+        if self.inlet.left == 0 {
+            return Delivery::Full { until: None }; // The next poll comes at once.
+        }
         self.inlet.is_pending = !self.inlet.send(self.inside, packet);
         match self.inlet.is_pending {
             true => Delivery::Full { until: self.inlet.until },
@@ -470,30 +480,23 @@ impl RxSink for Entrance<'_> {
     }
 
     fn has_room(&mut self, _bytes: usize) -> bool {
-        self.inlet.held.is_none()
+        !self.inlet.is_held
     }
 
     fn reserve(&mut self, read: &mut Read<'_>) -> Reserved {
-        if !self.inlet.retry(self.inside) {
+        if self.inlet.left == 0 || !self.inlet.retry(self.inside) {
             return Reserved::Full;
         }
-        let mut bytes = std::mem::take(&mut self.inlet.buffer);
-        bytes.resize(FRAME_MAX, 0);
-        let mut front = [0; HEADER_BYTES];
-        let len = read(&mut [IoVecMut::new(&mut front), IoVecMut::new(&mut bytes)]);
-        let reserved = match len {
-            Ok(len) if len >= HEADER_BYTES + ETH_BYTES => {
-                let (header, len) = (Header::parse(&front), len - HEADER_BYTES);
-                self.inlet.held = Some(Frame { header, bytes, len });
+        match self.inlet.frame.read(read) {
+            Ok(true) => {
                 // If the frame has to wait, the next call is told.
+                self.inlet.is_held = true;
                 self.inlet.retry(self.inside);
-                return Reserved::Frame;
+                Reserved::Frame
             }
-            Ok(_) => Reserved::Nothing,
+            Ok(false) => Reserved::Nothing,
             Err(error) => Reserved::Failed(error),
-        };
-        self.inlet.buffer = bytes;
-        reserved
+        }
     }
 
     fn longest(&self) -> usize {
@@ -531,18 +534,21 @@ struct Pump {
 }
 
 impl Pump {
-    /// Sends at most `budget` frames to the outside. Returns how many.
+    /// Sends frames to the outside with at most `budget` units of work. Returns how many.
     fn send(&mut self, budget: u32) -> u32 {
-        let (mut count, mut spare) = (0, Vec::new());
+        let (mut count, mut spent, mut spare) = (0, 0_u32, Vec::new());
         (self.is_blocked, self.until) = (false, None);
-        while count < budget {
+        while spent < budget {
             if self.sending.is_empty() {
                 lock(&self.line).take(&mut self.sending, &mut spare);
             }
             let Some(frame) = self.sending.front() else { break };
             let direction = &self.inlet.counters.to_outside;
             match frame.packet().map(|packet| self.outside.send(&packet)) {
-                Some(Sent::Done { .. }) => direction.count(frame.len),
+                Some(Sent::Done { units }) => {
+                    spent = spent.saturating_add(units.saturating_sub(1));
+                    direction.count(frame.len);
+                }
                 Some(Sent::Dropped(reason)) => direction.drops.sent(reason),
                 Some(Sent::Wait { until, .. }) => {
                     (self.is_blocked, self.until) = (true, until);
@@ -555,7 +561,7 @@ impl Pump {
                 None => direction.drops.bad_frame.one(),
             }
             spare.extend(self.sending.pop_front().map(|frame| frame.bytes));
-            count += 1;
+            (count, spent) = (count + 1, spent.saturating_add(1));
         }
         self.outside.flush();
         if count != 0 {
@@ -568,8 +574,8 @@ impl Pump {
 impl Task for Pump {
     fn poll(&mut self, budget: u32) -> Result<Progress, ErrorCode> {
         let sent = self.send(budget);
-        let held = self.inlet.held.is_some();
         (self.inlet.is_part, self.inlet.is_offered) = (false, false);
+        self.inlet.left = budget;
         let received = {
             let Pump { outside, inside, inlet, .. } = self;
             match inlet.retry(&mut **inside) {
@@ -585,8 +591,9 @@ impl Task for Pump {
         // Flush even if the outside has failed: its earlier frames are in drivers' buffers.
         self.inside.flush();
         let received = received?;
-        let retried = held && self.inlet.held.is_none();
-        let busy = sent + received != 0 || retried || self.inlet.is_part;
+        // A frame that went its way was work, even if the outside gave no other.
+        let worked = self.inlet.left != budget;
+        let busy = sent + received != 0 || worked || self.inlet.is_part;
         Ok(if busy { Progress::Busy } else { Progress::Idle })
     }
 
@@ -604,5 +611,83 @@ impl Task for Pump {
         let Counters { from_outside, to_outside } = &*self.inlet.counters;
         let of = |way: &Direction| way.bytes.get() + FRAME_WEIGHT * way.frames.get();
         of(from_outside) + of(to_outside)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vbus_tap::HEADER_BYTES;
+
+    use super::*;
+
+    /// The units of work of each frame.
+    const UNITS: u32 = 10;
+
+    /// Both ends of a pump: takes all frames, and gives frames without end.
+    struct End;
+
+    impl Plug for End {
+        fn queue(&self, _: u16, _: &TaskHandle) -> Result<Box<dyn Queue>, ErrorCode> {
+            Ok(Box::new(End))
+        }
+
+        fn set_mac(&self, _: Mac) -> bool {
+            true
+        }
+    }
+
+    impl Queue for End {
+        fn send(&mut self, _: &Packet<'_>) -> Sent {
+            Sent::Done { units: UNITS }
+        }
+
+        fn receive(&mut self, sink: &mut dyn RxSink, budget: u32) -> Result<u32, ErrorCode> {
+            let taken = |n: &u32| {
+                // By turns as a stream does, and as an interface does.
+                if n % 2 == 0 {
+                    let packet = Packet::plain(&[2; 60]).unwrap();
+                    return sink.deliver(&packet, OnFull::Wait) == Delivery::Delivered;
+                }
+                sink.reserve(&mut |_| Ok(HEADER_BYTES + 60)) == Reserved::Frame
+            };
+            let count = (0..budget).take_while(taken).count();
+            Ok(u32::try_from(count).unwrap())
+        }
+    }
+
+    #[test]
+    fn a_poll_does_as_much_work_as_its_budget() {
+        let counters = Arc::new(Counters::default());
+        let bytes = vec![2; 60];
+        let frame = || Frame { header: Header::default(), bytes: bytes.clone(), len: 60 };
+        let line = Line {
+            mtu: 1500,
+            offloads: Offloads::NONE,
+            counters: counters.clone(),
+            frames: (0..QUEUED_FRAMES).map(|_| frame()).collect(),
+            bytes: 60 * QUEUED_FRAMES,
+            spare: Vec::new(),
+            full_since: None,
+            is_news: false,
+            waiters: Vec::new(),
+            task: None,
+        };
+        let mut pump = Pump {
+            outside: Box::new(End),
+            inside: Box::new(End),
+            _plugs: [Arc::new(End), Arc::new(End)],
+            line: Arc::new(Mutex::new(line)),
+            sending: VecDeque::new(),
+            is_blocked: false,
+            until: None,
+            inlet: Inlet::new(counters.clone(), 1500),
+        };
+        for turn in 1..=3 {
+            assert_eq!(pump.poll(64), Ok(Progress::Busy));
+            // The last frame may cost more than what is left.
+            let each = u64::from(64_u32.div_ceil(UNITS));
+            let counted = [&counters.to_outside, &counters.from_outside].map(|d| d.frames.get());
+            assert_eq!(counted, [turn * each; 2]);
+        }
     }
 }

@@ -164,6 +164,10 @@ impl RxQueue {
                 self.count(&packet.header, packet.bytes());
                 Delivery::Delivered
             }
+            // The driver cannot post more buffers. They may hold the segments.
+            Gathered::TooFew if self.holds_all() && packet.header.leaves_segmentation() => {
+                Delivery::NeedsCut
+            }
             Gathered::TooFew => self.starve(on_full),
             Gathered::TooMany if packet.header.leaves_segmentation() => Delivery::NeedsCut,
             Gathered::TooMany => self.refused(RxDrop::TooLong),
@@ -206,10 +210,13 @@ impl RxQueue {
         let longest = header_bytes + self.longest();
         let count = match self.gather(view, longest) {
             Gathered::Buffers(count) => count,
-            Gathered::TooMany => CHAIN_MAX,
-            // The driver cannot post more buffers. The frame gets the bytes that fit.
-            Gathered::TooFew if self.holds_all() => self.stash.len().min(CHAIN_MAX),
-            Gathered::TooFew => return Reserved::Full,
+            Gathered::TooMany => return Reserved::Unfit,
+            // The driver cannot post more buffers.
+            Gathered::TooFew if self.holds_all() => return Reserved::Unfit,
+            Gathered::TooFew => {
+                self.tell();
+                return Reserved::Full;
+            }
             Gathered::Fault => return Reserved::Nothing,
         };
         let mut head = [0; HEADER_BYTES + ETH_BYTES];
@@ -342,8 +349,19 @@ impl RxQueue {
     }
 
     fn has_room(&mut self, view: &View<'_>, bytes: usize) -> bool {
-        !matches!(self.gather(view, self.receiver.header_bytes() + bytes), Gathered::TooFew)
-            || self.holds_all()
+        let gathered = self.gather(view, self.receiver.header_bytes() + bytes);
+        let lacks = matches!(gathered, Gathered::TooFew) && !self.holds_all();
+        if lacks {
+            self.tell();
+        }
+        !lacks
+    }
+
+    /// A frame lacks buffers. The driver must hear of the frames that it has at once, because it
+    /// gives their buffers back: no interrupt is held back.
+    fn tell(&mut self) {
+        self.post();
+        self.held.release(&self.interrupt);
     }
 
     fn count(&mut self, header: &Header, bytes: usize) {
@@ -459,10 +477,9 @@ impl RxQueue {
         self.held.deadline()
     }
 
-    /// Decides about a frame that finds too few buffers: it waits or is dropped. The driver must
-    /// hear of the frames that it has, because it gives their buffers back.
+    /// Decides about a frame that finds too few buffers: it waits or is dropped.
     fn starve(&mut self, on_full: OnFull) -> Delivery {
-        self.held.release(&self.interrupt);
+        self.tell();
         self.rx().starved.one();
         match on_full {
             OnFull::Drop => self.refused(RxDrop::NoBuffers),

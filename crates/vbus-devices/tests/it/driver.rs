@@ -315,6 +315,12 @@ impl Net {
     /// Waits for the next frame on any of the first `queues` queues. Returns its queue and, without
     /// its header, the frame.
     pub fn recv_any(&mut self, queues: usize) -> (usize, Vec<u8>) {
+        let (q, _, frame) = self.recv_any_header(queues);
+        (q, frame)
+    }
+
+    /// The same, with the frame's header.
+    pub fn recv_any_header(&mut self, queues: usize) -> (usize, Vec<u8>, Vec<u8>) {
         let (interrupts, header) = (self.interrupts.clone(), self.header_bytes());
         interrupts.wait("a frame", || {
             (0..queues).find_map(|q| {
@@ -322,7 +328,7 @@ impl Net {
                     Armed::Missed => self.try_recv(q),
                     Armed::Waiting => None,
                 });
-                got.map(|frame| (q, frame[header..].to_vec()))
+                got.map(|frame| (q, frame[..header].to_vec(), frame[header..].to_vec()))
             })
         })
     }

@@ -9,8 +9,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::{Value, json};
 use vbus_core::shm::abi::venet::{
-    CALL_FILTER, CALL_SET_OFFLOADS, CALL_SET_RSS, F_HASH, F_RSS, F_RX, F_TX, F_TX_USO, hash_kind,
+    ALL_PAIRS, CALL_FILTER, CALL_SET_COALESCE, CALL_SET_OFFLOADS, CALL_SET_RSS, F_COALESCE, F_HASH,
+    F_RSS, F_RX, F_TX, F_TX_USO, hash_kind,
 };
+use vbus_core::shm::signal::Armed;
 use vbus_core::{Bus, Called, ErrorCode};
 
 use crate::driver::{Net, Shape, TIMEOUT, bus, frame};
@@ -302,9 +304,9 @@ fn the_interface_has_as_many_queues() {
 
 /// The frames to the driver that are datagrams to it, without those that the machine sends of its
 /// own.
-fn next_datagram(net: &mut Net) -> ([u8; 12], Vec<u8>) {
+fn next_datagram(net: &mut Net) -> (Vec<u8>, Vec<u8>) {
     loop {
-        let (header, got) = net.recv_with(0);
+        let (_, header, got) = net.recv_any_header(net.pairs.len());
         if got[..6] == A && got[12..14] == [8, 0] && got[23] == UDP {
             return (header, got);
         }
@@ -332,18 +334,132 @@ fn an_interface_with_a_larger_mtu_passes_no_longer_frames() {
 
 #[test]
 fn dhcp_from_an_interface_has_its_checksum() {
-    let bus = bus(1);
+    let dir = tempfile::tempdir().unwrap();
     let all = Shape { features: F_TX | F_RX, buffer_bytes: 4096, ..Shape::default() };
-    let Some((mut a, name)) = tap(&bus, all, &json!({})) else { return };
-    let socket = address(&name, 5);
-    // Different lengths, so that the frame ends in one buffer or in another.
-    for len in [5, 300, 1200] {
-        let data = frame(A, A, len, len as usize);
-        socket.send_to(&data, (Ipv4Addr::new(10, 78, 5, 2), 68)).unwrap();
-        let (header, got) = next_datagram(&mut a);
-        assert_eq!((header[0], &payload(&got, UDP)[..len as usize]), (0, &data[..]));
-        socket.send_to(&data, (Ipv4Addr::new(10, 78, 5, 2), 5555)).unwrap();
-        assert_eq!(next_datagram(&mut a).0[0], 1, "to another port: left to the driver");
+    let steered = Shape { features: all.features | F_RSS, pairs: 2, ..all };
+    for (net, shape, extra) in [
+        (50, all, json!({})),
+        (51, all, json!({ "pcap": dir.path().join("a.pcap") })),
+        (52, steered, json!({})),
+        (53, steered, json!({ "pcap": dir.path().join("b.pcap") })),
+    ] {
+        let bus = bus(2);
+        let Some((mut a, name)) = tap(&bus, shape, &extra) else { return };
+        let socket = address(&name, net);
+        // Different lengths, so that the frame ends in one buffer or in another.
+        for len in [5, 300, 1200] {
+            let data = frame(A, A, len, len as usize);
+            socket.send_to(&data, (Ipv4Addr::new(10, 78, net, 2), 68)).unwrap();
+            let (header, got) = next_datagram(&mut a);
+            let expected = (0, &data[..]);
+            assert_eq!((header[0], &payload(&got, UDP)[..len as usize]), expected, "{extra}");
+            socket.send_to(&data, (Ipv4Addr::new(10, 78, net, 2), 5555)).unwrap();
+            assert_eq!(next_datagram(&mut a).0[0], 1, "to another port: left to the driver");
+        }
+    }
+}
+
+/// A segment of 64 KiB needs more buffers of 2 KiB than one frame may use, and more of 512 bytes
+/// than the ring has. It comes as the frames that the network would see.
+#[test]
+fn a_segment_for_small_buffers_is_cut() {
+    const BYTES: usize = 60_000;
+    let dir = tempfile::tempdir().unwrap();
+    let shape = Shape { features: F_TX | F_RX, ..Shape::default() };
+    let steered = Shape { features: F_TX | F_RX | F_RSS, pairs: 2, ..shape };
+    for (net, shape, extra) in [
+        (60, shape, json!({})),
+        (61, Shape { entries: 16, buffer_bytes: 512, ..shape }, json!({})),
+        (62, shape, json!({ "pcap": dir.path().join("a.pcap") })),
+        (63, steered, json!({})),
+    ] {
+        let bus = bus(2);
+        let Some((mut a, name)) = tap(&bus, shape, &extra) else { return };
+        if a.endpoint.features_accepted() & F_TX_USO == 0 {
+            return eprintln!("skipped: this kernel has no UDP segmentation on TAP");
+        }
+        let socket = address(&name, net);
+        // The kernel makes one segment of the datagrams of one call.
+        segment_size(&socket, 1000);
+        let data = frame(A, A, 1, BYTES);
+        assert_eq!(socket.send_to(&data, (Ipv4Addr::new(10, 78, net, 2), 5555)).unwrap(), BYTES);
+        let mut got = Vec::new();
+        while got.len() < BYTES {
+            let (header, frame) = next_datagram(&mut a);
+            assert_eq!((header[1], frame.len()), (0, 42 + 1000), "a plain frame");
+            got.extend_from_slice(&frame[42..]);
+        }
+        assert!(got == data, "in order");
+        let dropped = |reason: &str| a.counter(&format!("/pairs/0/rx/drops/{reason}"));
+        assert_eq!(["too_long", "bad_frame", "no_buffers"].map(dropped), [0; 3]);
+    }
+}
+
+/// Lets the kernel cut what the socket sends in one call into datagrams of this size.
+#[allow(unsafe_code, reason = "rustix has no UDP_SEGMENT")]
+fn segment_size(socket: &UdpSocket, bytes: i32) {
+    use std::os::fd::AsRawFd;
+    const UDP_SEGMENT: i32 = 103;
+    // SAFETY: the kernel reads one int.
+    let result = unsafe {
+        let len = size_of::<i32>() as libc::socklen_t;
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_UDP,
+            UDP_SEGMENT,
+            (&raw const bytes).cast(),
+            len,
+        )
+    };
+    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+}
+
+/// A driver that lacks buffers must hear of the frames that it has, however long it asked for
+/// interrupts to be held back.
+#[test]
+fn a_starved_ring_holds_no_interrupt_back() {
+    let bus = bus(1);
+    let shape = Shape { entries: 16, features: F_COALESCE, ..Shape::default() };
+    let Some((mut a, name)) = tap(&bus, shape, &json!({})) else { return };
+    let socket = address(&name, 10);
+    let words = [ALL_PAIRS, 0, 3_600_000_000, 0, 0, 0];
+    a.call(CALL_SET_COALESCE, &words.map(u32::to_le_bytes).concat()).unwrap();
+    assert_eq!(a.pairs[0].rx.arm(0), Armed::Waiting);
+    let before = a.endpoint.counters().interrupts.get();
+    for n in 0..100_u64 {
+        socket.send_to(&n.to_le_bytes(), (Ipv4Addr::new(10, 78, 10, 2), 5555)).unwrap();
+    }
+    let interrupted = || a.endpoint.counters().interrupts.get() > before;
+    a.interrupts.wait("the interrupt", || interrupted().then_some(()));
+    for n in 0..100_u64 {
+        let got = next_datagram(&mut a).1;
+        assert_eq!(payload(&got, UDP)[..8], n.to_le_bytes(), "in order, none lost");
+    }
+}
+
+/// Frames from outside wait for a port that lacks buffers, behind a capture too.
+#[test]
+fn an_uplink_with_a_capture_loses_and_mixes_no_frames() {
+    let (bus, dir) = (bus(2), tempfile::tempdir().unwrap());
+    let pcap = dir.path().join("up.pcap");
+    let settings = json!({ "backend": "tap", "switch": "s", "pcap": pcap });
+    let uplink = match bus.create("up", "uplink", &settings) {
+        Ok(uplink) => uplink,
+        Err(error) => return eprintln!("skipped: {error}"),
+    };
+    let backend = uplink.inspect()["device"]["backend"].clone();
+    let name = backend["tap"].as_str().unwrap().to_owned();
+    let config = json!({ "mac": "02:00:00:00:00:01", "switch": "s", "backpressure-ms": 60_000 });
+    let shape = Shape { entries: 8, ..Shape::default() };
+    let mut a = Net::new(&bus, "a", config, shape);
+    let socket = address(&name, 11);
+    // More frames than the driver has buffers, and not more than the interface keeps.
+    for n in 0..100_u64 {
+        socket.send_to(&n.to_le_bytes(), (Ipv4Addr::new(10, 78, 11, 2), 5555)).unwrap();
+    }
+    for n in 0..100_u64 {
+        let got = next_datagram(&mut a).1;
+        assert_eq!(payload(&got, UDP)[..8], n.to_le_bytes(), "in order, none lost");
     }
 }
 

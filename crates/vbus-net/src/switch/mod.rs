@@ -201,17 +201,27 @@ impl Backend for SwitchBackend {
 
     fn reserve(&self, mac: Mac) {
         if self.own.set(mac).is_ok() {
-            self.switch.write().reserve(mac);
+            let taken = self.switch.write().reserve(mac);
             self.switch.changed();
+            if let Some(seat) = taken {
+                let (device, switch, mac) = (&seat.port.name, &self.switch.name, show_mac(mac));
+                tracing::warn!(
+                    device,
+                    switch,
+                    mac,
+                    "its driver had taken an address that a new device has by its settings; it has \
+                     its own again"
+                );
+            }
         }
     }
 
     fn plug(&self, port: Arc<Port>) -> Result<Arc<dyn Plug>, ErrorCode> {
-        let seat = Arc::new(Seat::new(port, self.rules.clone()));
+        let seat = Arc::new(Seat::new(port, self.own.get().copied(), self.rules.clone()));
         self.switch.add(&seat);
         self.link.set_carrier(true);
         let (switch, link) = (self.switch.clone(), self.link.clone());
-        let member = Member { switch, seat, own: self.own.get().copied(), link };
+        let member = Member { switch, seat, link };
         Ok(Arc::new(SwitchPlug(Arc::new(member))))
     }
 
@@ -226,8 +236,6 @@ impl Backend for SwitchBackend {
 struct Member {
     switch: Arc<Switch>,
     seat: Arc<Seat>,
-    /// The device's address by the settings.
-    own: Option<Mac>,
     link: Arc<Link>,
 }
 
@@ -247,8 +255,8 @@ impl Plug for SwitchPlug {
     }
 
     fn set_mac(&self, mac: Mac) -> bool {
-        let Member { switch, seat, own, .. } = &*self.0;
-        let done = switch.write().set_mac(&seat.port, *own, mac, Instant::now());
+        let Member { switch, seat, .. } = &*self.0;
+        let done = switch.write().set_mac(seat, mac, Instant::now());
         if done {
             switch.changed();
         }

@@ -109,7 +109,7 @@ impl SwitchQueue {
             source: None,
             touched: Vec::new(),
             waiting: None,
-            wait_budget: WaitBudget::default(),
+            wait_budget: WaitBudget::new(Instant::now()),
             admitted: None,
             next: 0,
             pieces: Pieces::default(),
@@ -134,7 +134,7 @@ impl SwitchQueue {
             return last.allowed;
         }
         let (switch, port) = (&member.switch, &member.seat.port);
-        let source = switch.write().learn(of, port.id(), member.own, now);
+        let source = switch.write().learn(of, port.id(), member.seat.own, now);
         let allowed = match source {
             Source::Known => Ok(()),
             Source::Changed => {

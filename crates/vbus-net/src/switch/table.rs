@@ -31,17 +31,19 @@ const BROADCAST_BURST: u32 = 10;
 /// A port on the switch, with its rules.
 pub struct Seat {
     pub port: Arc<Port>,
+    /// The device's address by the settings.
+    pub own: Option<Mac>,
     pub rules: PortRules,
     /// The frames to several ports that the port may still send.
     pub broadcasts: Option<Bucket>,
 }
 
 impl Seat {
-    pub fn new(port: Arc<Port>, rules: PortRules) -> Seat {
+    pub fn new(port: Arc<Port>, own: Option<Mac>, rules: PortRules) -> Seat {
         let (rate, now) = (rules.broadcast_rate, Instant::now());
         let burst = (rate / BROADCAST_BURST).max(1);
         let broadcasts = (rate != 0).then(|| Bucket::new(rate.into(), burst.into(), now));
-        Seat { port, rules, broadcasts }
+        Seat { port, own, rules, broadcasts }
     }
 
     fn id(&self) -> u64 {
@@ -119,9 +121,18 @@ impl Table {
         self.seats.iter().find(|seat| seat.port.filter.mac() == mac && !seat.rules.uplink)
     }
 
-    /// Reserves the address of a device.
-    pub fn reserve(&mut self, mac: Mac) {
+    /// Reserves the address of a device. While it was not reserved, another driver may have taken
+    /// it: that driver's device gets its own address back, and is returned. No port keeps it as a
+    /// learned address.
+    pub fn reserve(&mut self, mac: Mac) -> Option<Arc<Seat>> {
         self.reserved.push(mac);
+        self.forget(mac);
+        let has_taken = |seat: &&Arc<Seat>| {
+            !seat.rules.uplink && seat.port.filter.mac() == mac && seat.own != Some(mac)
+        };
+        let seat = self.seats.iter().find(has_taken)?;
+        seat.port.filter.set_mac(seat.own?);
+        Some(seat.clone())
     }
 
     /// Ends a reservation.
@@ -144,25 +155,23 @@ impl Table {
         self.counts.remove(&id);
     }
 
-    /// Gives a port, whose address by the settings is `own`, the address `mac`. Returns false and
-    /// changes nothing if another device has the address, or is to have it, or an uplink has
-    /// learned it.
-    pub fn set_mac(&mut self, port: &Port, own: Option<Mac>, mac: Mac, now: Instant) -> bool {
-        let is_others = own != Some(mac) && self.reserved.contains(&mac);
-        if is_others || self.owner(mac).is_some_and(|owner| owner.id() != port.id()) {
+    /// Gives a port the address `mac`. Returns false and changes nothing if another device has the
+    /// address, or is to have it, or is behind another port. Its own address by the settings a port
+    /// gets in any case, unless another device has that too.
+    pub fn set_mac(&mut self, seat: &Seat, mac: Mac, now: Instant) -> bool {
+        if self.owner(mac).is_some_and(|owner| owner.id() != seat.id()) {
             return false;
         }
-        let is_outside = |seat: &Arc<Seat>| {
-            seat.rules.uplink
-                && self.learned.iter().any(|((_, learned_mac), learned)| {
-                    *learned_mac == mac && learned.port == seat.id() && learned.is_fresh(now)
-                })
+        let is_behind_another = || {
+            self.learned.iter().any(|((_, learned_mac), learned)| {
+                *learned_mac == mac && learned.port != seat.id() && learned.is_fresh(now)
+            })
         };
-        if own != Some(mac) && self.seats.iter().any(is_outside) {
+        if seat.own != Some(mac) && (self.reserved.contains(&mac) || is_behind_another()) {
             return false;
         }
         self.forget(mac);
-        port.filter.set_mac(mac);
+        seat.port.filter.set_mac(mac);
         true
     }
 
@@ -313,7 +322,8 @@ mod tests {
 
     fn seat(mac: Mac, rules: PortRules) -> Arc<Seat> {
         let shared = (Arc::new(Filter::new(mac)), Arc::new(Steering::new(1)));
-        Arc::new(Seat::new(Arc::new(Port::new("port", 1500, 1, shared, Vec::new())), rules))
+        let port = Arc::new(Port::new("port", 1500, 1, shared, Vec::new()));
+        Arc::new(Seat::new(port, Some(mac).filter(|_| !rules.uplink), rules))
     }
 
     fn learning() -> PortRules {
@@ -375,8 +385,10 @@ mod tests {
         assert_eq!(table.learn((0, OTHER), b.id(), Some(OTHER), now), Source::Changed, "its own");
         table.release(OTHER);
         assert_eq!(table.learn((7, OTHER), a.id(), Some(A), now), Source::Changed);
+        // Nobody takes an address that is behind another port, until it has aged.
+        assert!(!table.set_mac(&b, OTHER, now) && !table.set_mac(&a, OTHER, now));
         // A device that gets the address takes it over in every VLAN.
-        assert!(table.set_mac(&b.port, Some(B), OTHER, now));
+        assert!(table.set_mac(&b, OTHER, now + AGE));
         assert_eq!(table.learned().count(), 0);
         assert_eq!(table.counts.values().sum::<usize>(), 0);
     }
@@ -387,8 +399,25 @@ mod tests {
         let mut table = table(&[up.clone(), b.clone()]);
         let now = Instant::now();
         table.learn((0, OTHER), up.id(), None, now);
-        assert!(!table.set_mac(&b.port, Some(B), OTHER, now));
-        assert!(table.set_mac(&b.port, Some(B), OTHER, now + AGE), "it has aged");
+        assert!(!table.set_mac(&b, OTHER, now));
+        assert!(table.set_mac(&b, OTHER, now + AGE), "it has aged");
+    }
+
+    #[test]
+    fn a_device_that_comes_back_has_its_address() {
+        let [a, b] = [A, B].map(|mac| seat(mac, learning()));
+        let mut table = table(&[a.clone(), b.clone()]);
+        let now = Instant::now();
+        [A, B].into_iter().for_each(|mac| assert!(table.reserve(mac).is_none()));
+        // The device with the address OTHER has been removed. Meanwhile it is anybody's.
+        assert!(table.set_mac(&b, OTHER, now));
+        let back = table.reserve(OTHER).map(|seat| seat.id());
+        assert_eq!((back, b.port.filter.mac()), (Some(b.id()), B));
+        assert!(table.owner(OTHER).is_none() && !table.set_mac(&b, OTHER, now));
+        table.release(OTHER);
+        assert_eq!(table.learn((0, OTHER), a.id(), Some(A), now), Source::Changed);
+        assert!(table.reserve(OTHER).is_none());
+        assert_eq!(table.learned().count(), 0);
     }
 
     #[test]

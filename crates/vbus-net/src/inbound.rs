@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Frames that a back end reads into memory of this process, on their way to a receive queue.
+//!
+//! The kernel usually reads a frame into the driver's buffers. That is not possible if the receive
+//! queue is known only when the frame has been read, if somebody must see the frame before the
+//! driver can change it, or if the driver's buffers cannot hold the longest frame.
+
+use rustix::io::Errno;
+use vbus_core::io_vec::IoVecMut;
+use vbus_tap::HEADER_BYTES;
+
+use crate::frame::{Body, ETH_BYTES, FRAME_MAX, Hash, Header, Packet};
+use crate::offload::{Plain, complete_dhcp};
+use crate::sink::{Delivery, OnFull, Read, RxDrop, RxSink};
+
+/// A frame in memory of this process.
+#[derive(Default)]
+pub(crate) struct ReadFrame {
+    header: Header,
+    eth: [u8; ETH_BYTES],
+    /// The memory for the rest of a frame. Empty until the first frame.
+    body: Vec<u8>,
+    /// Bytes of the rest.
+    len: usize,
+}
+
+impl ReadFrame {
+    /// Reads the next frame, in place of the former one. Returns whether there was one. Fills in
+    /// the checksum of a datagram of DHCP.
+    pub fn read(&mut self, read: &mut Read<'_>) -> Result<bool, Errno> {
+        const HEAD: usize = HEADER_BYTES + ETH_BYTES;
+        let mut head = [0; HEAD];
+        self.body.resize(FRAME_MAX, 0);
+        let len = read(&mut [IoVecMut::new(&mut head), IoVecMut::new(&mut self.body)])?;
+        let Some(rest) = len.checked_sub(HEAD) else { return Ok(false) };
+        let (header, eth) = head.split_at(HEADER_BYTES);
+        let mut front = [0; HEADER_BYTES];
+        front.copy_from_slice(header);
+        self.header = Header::parse(&front);
+        self.eth.copy_from_slice(eth);
+        self.len = rest.min(FRAME_MAX);
+        complete_dhcp(&mut self.header, &self.eth, &mut self.body[..self.len]);
+        Ok(true)
+    }
+
+    pub fn packet(&self) -> Packet<'_> {
+        Packet::new(self.header, self.eth, Body::Bytes(self.body.get(..self.len).unwrap_or(&[])))
+    }
+}
+
+/// Frames for a receive queue, one after another. A frame that finds too few buffers stays here.
+#[derive(Default)]
+pub(crate) struct Inbound {
+    frame: ReadFrame,
+    /// Whether the frame, or a piece of it, has not been delivered.
+    is_held: bool,
+    /// The plain frames of a frame that the driver cannot get as it is: the next one, and their
+    /// number.
+    cut: Option<(usize, usize)>,
+    plain: Plain,
+}
+
+/// How far a frame has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// The receive queue has counted the frame, or each of its pieces.
+    Done,
+    /// The budget is used up.
+    Part,
+    /// The frame waits for buffers.
+    Full,
+}
+
+impl Inbound {
+    /// Whether a frame is here. Deliver it before the next [`read`](Self::read).
+    pub fn is_held(&self) -> bool {
+        self.is_held
+    }
+
+    pub fn packet(&self) -> Packet<'_> {
+        self.frame.packet()
+    }
+
+    /// Reads the next frame. Returns whether there was one.
+    pub fn read(&mut self, read: &mut Read<'_>) -> Result<bool, Errno> {
+        self.cut = None;
+        self.is_held = self.frame.read(read)?;
+        Ok(self.is_held)
+    }
+
+    /// Delivers the frame by `deliver`, in pieces if the driver cannot get it as it is. Each
+    /// delivery takes one of `left`, which must not be 0.
+    pub fn deliver(
+        &mut self,
+        sink: &mut dyn RxSink,
+        (hash, on_full): (Option<Hash>, OnFull),
+        left: &mut u32,
+        mut deliver: impl FnMut(&mut dyn RxSink, &Packet<'_>, OnFull) -> Delivery,
+    ) -> Step {
+        let (mut next, count) = match self.cut {
+            Some(cut) => cut,
+            None => {
+                *left = left.saturating_sub(1);
+                let packet = Packet { hash, ..self.frame.packet() };
+                match deliver(sink, &packet, on_full) {
+                    Delivery::Delivered | Delivery::Dropped => return self.done(),
+                    Delivery::Full { .. } => return Step::Full,
+                    Delivery::NeedsCut => {}
+                }
+                let Some(count) = self.plain.load(&packet) else {
+                    sink.count_drop(RxDrop::BadFrame);
+                    return self.done();
+                };
+                (0, count)
+            }
+        };
+        while next < count {
+            self.cut = Some((next, count));
+            if *left == 0 {
+                return Step::Part;
+            }
+            *left -= 1;
+            match Packet::plain(self.plain.piece(next)) {
+                Some(piece) => {
+                    let piece = Packet { hash, ..piece };
+                    if let Delivery::Full { .. } = deliver(sink, &piece, on_full) {
+                        return Step::Full;
+                    }
+                }
+                None => sink.count_drop(RxDrop::BadFrame),
+            }
+            next += 1;
+        }
+        self.done()
+    }
+
+    /// The frame has no receive queue.
+    pub fn drop_frame(&mut self) -> Step {
+        self.done()
+    }
+
+    fn done(&mut self) -> Step {
+        (self.is_held, self.cut) = (false, None);
+        Step::Done
+    }
+}
