@@ -151,7 +151,14 @@ impl Cut {
         // The headers of the longest piece can tell its length.
         let counted_from = if v4 { ip } else { ip + 40 };
         let told = frame.len().min(payload + size).saturating_sub(counted_from) <= LENGTH_MAX;
-        (fits && whole && told && size != 0).then_some(Cut { ip, v4, transport, protocol, payload, size })
+        (fits && whole && told && size != 0).then_some(Cut {
+            ip,
+            v4,
+            transport,
+            protocol,
+            payload,
+            size,
+        })
     }
 
     /// Updates the headers of piece `i`.
