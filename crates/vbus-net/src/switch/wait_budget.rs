@@ -26,8 +26,8 @@ const FEW: u32 = 8;
 /// receiver lose nothing: they would wait too. Those for other receivers lose time. So a sender
 /// that has both waits only while its allowance lasts, and then its frames that find no buffers are
 /// dropped. However slowly and however cleverly receivers post their buffers, the sender spends no
-/// more than a fixed part of its time on them. A sender with at most [`FEW`] changes of the receiver
-/// has no such limit.
+/// more than a fixed part of its time on them. A sender with at most [`FEW`] changes of the
+/// receiver has no such limit.
 #[derive(Debug)]
 pub struct WaitBudget {
     all: Allowance,
