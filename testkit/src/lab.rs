@@ -144,6 +144,7 @@ pub struct Lab {
     accel: Accel,
     vbus: PathBuf,
     agent: PathBuf,
+    guest: PathBuf,
     modules: Option<PathBuf>,
     dir: RunDir,
 }
@@ -201,6 +202,7 @@ impl Lab {
             accel: Accel::Tcg,
             vbus: programs.vbus,
             agent: programs.agent,
+            guest: programs.guest,
             modules,
             dir,
         };
@@ -237,6 +239,11 @@ impl Lab {
     /// The program `guest-agent`. It runs in the guests, and also on the host.
     pub fn agent(&self) -> &Path {
         &self.agent
+    }
+
+    /// The program `vbus-guest`. It runs in the guests, and also on the host.
+    pub fn guest(&self) -> &Path {
+        &self.guest
     }
 
     /// Builds the guest without an operating system and returns its path.
@@ -299,6 +306,19 @@ impl Lab {
     /// What executes the guests' instructions.
     pub fn accel(&self) -> Accel {
         self.accel
+    }
+
+    /// Uses copies of the programs from now on. A build meanwhile does not touch them.
+    pub fn copy_programs(&mut self) -> Result<()> {
+        let folder = self.dir.path().join("programs");
+        fs::create_dir_all(&folder)?;
+        for program in [&mut self.vbus, &mut self.agent, &mut self.guest] {
+            let copy = folder.join(program.file_name().context("a program has a name")?);
+            fs::copy(&*program, &copy)
+                .with_context(|| format!("cannot copy {}", program.display()))?;
+            *program = copy;
+        }
+        Ok(())
     }
 
     /// Makes a scene: a folder of its own for sockets and logs.

@@ -44,8 +44,10 @@
 //! | [`kit`], [`initramfs`], [`put`] | what are the guests made of? |
 //! | [`lab`], [`qmp`], [`guest`] | what do all guests share, and how does a test speak to one? |
 //! | [`vm`], [`trial`], [`bus`] | one VM, with KVM or without; one bus |
+//! | [`process_guest`] | a guest without a virtual machine |
 //! | [`nic`], [`pair`], [`flat`] | what many scenarios start with |
 //! | [`l1`], [`l2`] | a Linux with a real KVM, and a guest in it |
+//! | [`soak`] | guests and hostile clients on one bus, for a long time |
 //! | [`scenario`], [`scenarios`], [`runner`] | the tests |
 
 pub mod bus;
@@ -59,6 +61,7 @@ pub mod lab;
 pub mod nic;
 pub mod pair;
 pub mod process;
+pub mod process_guest;
 pub mod progress;
 pub mod put;
 pub mod qmp;
@@ -66,6 +69,7 @@ pub mod report;
 pub mod runner;
 pub mod scenario;
 pub mod scenarios;
+pub mod soak;
 pub mod template;
 pub mod trial;
 pub mod vm;

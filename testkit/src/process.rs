@@ -5,8 +5,11 @@ use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -53,6 +56,8 @@ impl Process {
 
     fn spawn(mut command: Command, name: &str, log: &Path) -> Result<Self> {
         command.stdin(Stdio::null()).stderr(log_file(log)?);
+        // Control-C at the terminal is for this process alone, which ends its children in its way.
+        command.process_group(0);
         die_with_parent(&mut command);
         let child = command
             .spawn()
@@ -128,7 +133,6 @@ fn log_file(log: &Path) -> Result<File> {
 // Between fork and exec only calls that are safe in a signal handler are allowed.
 #[allow(unsafe_code)]
 fn die_with_parent(command: &mut Command) {
-    use std::os::unix::process::CommandExt;
     // SAFETY: the closure makes one system call and neither allocates nor takes a lock.
     unsafe {
         command.pre_exec(|| {
@@ -216,11 +220,28 @@ impl Drop for RunDir {
 /// Removes the folders of this run when SIGINT, SIGTERM or SIGHUP ends it. The kernel ends its
 /// child processes in any case.
 pub fn clean_up_on_signals() -> Result<()> {
+    on_signals(|_| true).map(drop)
+}
+
+/// As [`clean_up_on_signals`], but the first of these signals only sets the flag that this returns.
+/// The next one ends the run at once.
+pub fn stop_on_signals() -> Result<Arc<AtomicBool>> {
+    on_signals(|stop| stop.swap(true, Ordering::SeqCst))
+}
+
+/// Waits for signals in a thread of its own. `ends` gets the flag that this returns, and says
+/// whether a signal ends the run.
+fn on_signals(ends: fn(&AtomicBool) -> bool) -> Result<Arc<AtomicBool>> {
     use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
     let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP])
         .context("cannot wait for signals")?;
+    let flag = Arc::<AtomicBool>::default();
+    let stop = Arc::clone(&flag);
     thread::spawn(move || {
         for signal in &mut signals {
+            if !ends(&stop) {
+                continue;
+            }
             let own = std::process::id().to_string();
             for (path, process) in all_run_dirs(&std::env::temp_dir()) {
                 if process == own {
@@ -230,7 +251,7 @@ pub fn clean_up_on_signals() -> Result<()> {
             let _ = signal_hook::low_level::emulate_default_handler(signal);
         }
     });
-    Ok(())
+    Ok(flag)
 }
 
 /// The folders of all runs, each with the id of the process that made it.

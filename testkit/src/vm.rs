@@ -251,14 +251,15 @@ impl Vm {
     }
 }
 
-/// A socket that QEMU connects to. It exists before QEMU, so no early output is lost.
-struct Listener {
+/// A socket that a child process connects to. It exists before the process, so no early output is
+/// lost.
+pub(crate) struct Listener {
     path: PathBuf,
     listener: UnixListener,
 }
 
 impl Listener {
-    fn new(path: PathBuf) -> Result<Self> {
+    pub(crate) fn new(path: PathBuf) -> Result<Self> {
         let _ = std::fs::remove_file(&path);
         let listener = UnixListener::bind(&path)
             .with_context(|| format!("cannot listen on {}", path.display()))?;
@@ -266,8 +267,13 @@ impl Listener {
         Ok(Self { path, listener })
     }
 
-    /// Waits until QEMU connects. If QEMU ends first, that is an error.
-    fn accept(&self, process: &mut Process) -> Result<UnixStream> {
+    /// Where it is.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Waits until the process connects. If it ends first, that is an error.
+    pub(crate) fn accept(&self, process: &mut Process) -> Result<UnixStream> {
         use rustix::event::{PollFd, PollFlags, Timespec, poll};
         let until = Instant::now() + Duration::from_secs(30);
         let step = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };

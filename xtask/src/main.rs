@@ -14,6 +14,7 @@ mod man;
 mod new_device;
 mod picture;
 mod shell;
+mod soak;
 mod test;
 
 use std::process::ExitCode;
@@ -76,15 +77,21 @@ enum Command {
     /// Run the scenarios that need a real KVM: all, or those whose name begins with one of NAMES;
     /// or run a command of your own there
     Kvm(kvm::Args),
+    /// Run guests and hostile clients on one bus for a long time, and check that it stays flat
+    Soak(soak::Args),
     /// Run the tests: all, or those whose name begins with one of NAMES
     Test(test::Args),
 }
 
 fn main() -> ExitCode {
     let command = Cli::parse().command;
-    match clean_up_on_signals().and_then(|()| run(command)) {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
+    // A soak ends in its own way when a signal comes.
+    let signals = match &command {
+        Command::Soak(_) => Ok(()),
+        _ => clean_up_on_signals(),
+    };
+    match signals.and_then(|()| run(command)) {
+        Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
@@ -92,30 +99,36 @@ fn main() -> ExitCode {
     }
 }
 
-/// Runs a command. False means that the command ran to its end and found a failure.
-fn run(command: Command) -> Result<bool> {
-    match command {
+/// Runs a command. Returns how this process is to end: a failure if the command ran to its end and
+/// found one.
+fn run(command: Command) -> Result<ExitCode> {
+    let ok = match command {
         Command::Kit { mirror } => {
             let kit = Kit::get(&workspace::target(), mirror.as_deref())?;
             println!("{}", kit.root().display());
-            Ok(true)
+            true
         }
-        Command::Demo(args) => demo::run(&args),
-        Command::Docs(args) => docs::run(&args),
-        Command::Bench(args) => bench::run(&args),
-        Command::Fuzz(args) => fuzz::run(&args),
-        Command::Guest(args) => guest::run(&args),
+        Command::Demo(args) => demo::run(&args)?,
+        Command::Docs(args) => docs::run(&args)?,
+        Command::Bench(args) => bench::run(&args)?,
+        Command::Fuzz(args) => fuzz::run(&args)?,
+        Command::Guest(args) => guest::run(&args)?,
         Command::Qemu { mirror, args } => {
             use std::os::unix::process::CommandExt;
             let mut qemu = Kit::get(&workspace::target(), mirror.as_deref())?.qemu();
             // QEMU replaces this process: the terminal and the signals are QEMU's alone.
-            Err(qemu.args(args).exec()).context("cannot run the kit's QEMU")
+            return Err(qemu.args(args).exec()).context("cannot run the kit's QEMU");
         }
-        Command::Console { guest } => console::run(&guest).map(|()| true),
-        Command::Deb(args) => deb::run(&args),
-        Command::Man(args) => man::run(&args),
-        Command::NewDevice(args) => new_device::run(&args),
-        Command::Kvm(args) => kvm::run(&args),
-        Command::Test(args) => test::run(&args),
-    }
+        Command::Console { guest } => {
+            console::run(&guest)?;
+            true
+        }
+        Command::Deb(args) => deb::run(&args)?,
+        Command::Man(args) => man::run(&args)?,
+        Command::NewDevice(args) => new_device::run(&args)?,
+        Command::Kvm(args) => kvm::run(&args)?,
+        Command::Soak(args) => return soak::run(&args),
+        Command::Test(args) => test::run(&args)?,
+    };
+    Ok(if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

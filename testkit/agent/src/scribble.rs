@@ -60,7 +60,8 @@ pub fn scribble(pid: &str, count: &str, seed: &str, registers: bool) -> io::Resu
     Ok(())
 }
 
-/// The address ranges that a driver maps from huge pages, and with `registers` from a BAR.
+/// The address ranges that a driver maps from huge pages, or from the memory file of a driver in a
+/// plain process; with `registers` also from a BAR.
 fn mappings(maps: &str, registers: bool) -> Vec<Range<u64>> {
     let mut ranges = Vec::new();
     for line in maps.lines() {
@@ -72,7 +73,9 @@ fn mappings(maps: &str, registers: bool) -> Vec<Range<u64>> {
             continue;
         };
         let is_shared = permissions.starts_with("rw-s")
-            && (path.contains("huge") || registers && path.contains("/resource"));
+            && (path.contains("huge")
+                || path == "/memfd:vbus"
+                || registers && path.contains("/resource"));
         let Some((start, end)) = range.split_once('-').filter(|_| is_shared) else { continue };
         if let (Ok(start), Ok(end)) = (u64::from_str_radix(start, 16), u64::from_str_radix(end, 16))
         {
