@@ -292,22 +292,26 @@ fn wild(clients: &Clients) -> Result<()> {
     let memory = memfd_create("hostile", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
     ftruncate(&memory, BYTES)?;
     let mut wild = Wild { client, memory };
-    let deeds: [fn(&mut Wild, &Clients) -> Result<(), ClientError>; 8] = [
-        Wild::registers,
-        Wild::messages,
-        Wild::regions,
-        Wild::shrinks,
-        Wild::punches,
-        Wild::interrupts,
-        Wild::commands,
-        Wild::silence,
-    ];
-    let deed = deeds[usize::try_from(clients.random(deeds.len() as u64))?];
+    let deed = DEEDS[usize::try_from(clients.random(DEEDS.len() as u64))?];
     if let Err(ClientError::Timeout(_)) = deed(&mut wild, clients) {
         clients.shared.slow.fetch_add(1, Ordering::Relaxed);
     }
     Ok(())
 }
+
+/// What a wild client can do. The error is that of the last message.
+type Deed = fn(&mut Wild, &Clients) -> Result<(), ClientError>;
+
+const DEEDS: [Deed; 8] = [
+    Wild::registers,
+    Wild::messages,
+    Wild::regions,
+    Wild::shrinks,
+    Wild::punches,
+    Wild::interrupts,
+    Wild::commands,
+    Wild::silence,
+];
 
 struct Wild {
     client: Client,
