@@ -36,8 +36,8 @@ pub struct Census {
 }
 
 impl Census {
-    /// Counts what the process `bus` and its descendants hold. `stats` are what `vbus stats` says at
-    /// the same time.
+    /// Counts what the process `bus` and its descendants hold. `stats` are what `vbus stats` says
+    /// at the same time.
     ///
     /// # Errors
     /// The bus has ended, or its folder in /proc cannot be read.
