@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Result, anyhow};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::retry_on_intr;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
@@ -78,7 +79,8 @@ impl Client<'_> {
     /// Whether the client has closed its end, or has sent something before it got its answer.
     pub fn gone(&self) -> bool {
         let mut fds = [PollFd::new(self.socket, PollFlags::IN)];
-        poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|n| n > 0)
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        retry_on_intr(|| poll(&mut fds, Some(&now))).is_ok_and(|n| n > 0)
     }
 
     fn answer(&self, value: &Value) -> io::Result<()> {

@@ -8,12 +8,15 @@ use anyhow::{Context, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use vbus_driver::Error;
+use vbus_process::Patience;
 use vbus_shm::ErrorCode;
 
 use crate::source::{Claimed, Source};
 
 /// The time between two attempts to open a function.
 const AGAIN: Duration = Duration::from_secs(1);
+/// A device that does not answer for this long is told to the log.
+const STALL: Duration = Duration::from_secs(2);
 
 /// Runs `session` with a claimed function. When the session ends because its connection was lost,
 /// this function claims the function `id` of `source` again and runs `session` again. It returns
@@ -23,6 +26,8 @@ const AGAIN: Duration = Duration::from_secs(1);
 /// because memory was unmapped, and when something else closed the connection. A function that has
 /// gone is a lost connection only where it can come back under its id
 /// ([`Source::comes_back`]): then this function tries to claim it each second, without a bound.
+///
+/// A device that does not answer, but whose connection is open, is waited for.
 ///
 /// `session` must drop everything that belongs to the claimed function before it returns.
 ///
@@ -38,6 +43,7 @@ pub fn keep_open<S: Source, T>(
 ) -> Result<Option<T>> {
     let mut claimed = claimed;
     loop {
+        claimed.1.set_patience(patience(id, stop)?);
         let began = Instant::now();
         let error = match session(claimed) {
             Ok(value) => return Ok(Some(value)),
@@ -59,6 +65,20 @@ pub fn keep_open<S: Source, T>(
             wait = AGAIN;
         };
     }
+}
+
+/// Waits for a device that does not answer as long as its connection is open, or until `stop` is
+/// readable.
+fn patience(id: &str, stop: Option<BorrowedFd<'_>>) -> Result<Patience> {
+    let patience = match stop {
+        Some(stop) => Patience::until(stop.try_clone_to_owned()?),
+        None => Patience::endless(),
+    };
+    let id = id.to_owned();
+    Ok(patience.on_stall(STALL, move |stalls| match stalls {
+        true => tracing::warn!("{id}: the bus does not answer; waiting for it"),
+        false => tracing::info!("{id}: the bus answers again"),
+    }))
 }
 
 /// Whether `error` means that the connection was lost, and can be opened again. `comes_back` says

@@ -22,7 +22,7 @@ use std::marker::PhantomData;
 use std::os::fd::{AsFd, AsRawFd};
 use std::ptr::NonNull;
 
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use vbus_shm::sync::Word;
 
 /// Bytes that [`writev`] reads: the process's own, or shared ones.
@@ -114,29 +114,35 @@ fn range(words: &[Word], offset: usize, len: usize) -> (*mut libc::c_void, usize
     (base.cast(), len.min(bytes - offset))
 }
 
-/// Reads from `fd` into the vectors, in order. Returns the number of bytes.
+/// Reads from `fd` into the vectors, in order. Returns the number of bytes. A call that a signal
+/// interrupts is repeated.
 ///
 /// # Errors
 /// The system call's: [`Errno::INVAL`] for more than 1024 vectors, [`Errno::FAULT`] for memory
 /// that is not mapped for writing.
 pub fn readv(fd: impl AsFd, vectors: &mut [IoVecMut<'_>]) -> Result<usize, Errno> {
     let count = libc::c_int::try_from(vectors.len()).map_err(|_| Errno::INVAL)?;
-    // SAFETY: the type is transparent over an iovec. The kernel writes only memory that each
-    // vector has for its lifetime.
-    let bytes = unsafe { libc::readv(fd.as_fd().as_raw_fd(), vectors.as_ptr().cast(), count) };
-    result(bytes)
+    retry_on_intr(|| {
+        // SAFETY: the type is transparent over an iovec. The kernel writes only memory that each
+        // vector has for its lifetime.
+        let bytes = unsafe { libc::readv(fd.as_fd().as_raw_fd(), vectors.as_ptr().cast(), count) };
+        result(bytes)
+    })
 }
 
-/// Writes the vectors to `fd`, in order. Returns the number of bytes.
+/// Writes the vectors to `fd`, in order. Returns the number of bytes. A call that a signal
+/// interrupts is repeated.
 ///
 /// # Errors
 /// The system call's: [`Errno::INVAL`] for more than 1024 vectors.
 pub fn writev(fd: impl AsFd, vectors: &[IoVec<'_>]) -> Result<usize, Errno> {
     let count = libc::c_int::try_from(vectors.len()).map_err(|_| Errno::INVAL)?;
-    // SAFETY: the type is transparent over an iovec. The kernel reads only memory that each vector
-    // has for its lifetime.
-    let bytes = unsafe { libc::writev(fd.as_fd().as_raw_fd(), vectors.as_ptr().cast(), count) };
-    result(bytes)
+    retry_on_intr(|| {
+        // SAFETY: the type is transparent over an iovec. The kernel reads only memory that each
+        // vector has for its lifetime.
+        let bytes = unsafe { libc::writev(fd.as_fd().as_raw_fd(), vectors.as_ptr().cast(), count) };
+        result(bytes)
+    })
 }
 
 /// The outcome of a system call that has just returned `bytes`.

@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::Path;
 
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
 };
@@ -61,8 +61,10 @@ impl Opener for Direct {
 
     fn listen(&self, path: &Path) -> io::Result<OwnedFd> {
         let address = SocketAddrUnix::new(path)?;
+        let ask = stream_socket()?;
         let stale = std::fs::symlink_metadata(path).is_ok_and(|data| data.file_type().is_socket())
-            && connect(&stream_socket()?, &address) == Err(Errno::CONNREFUSED);
+            && retry_on_intr(|| connect(&ask, &address)) == Err(Errno::CONNREFUSED);
+        drop(ask);
         if stale {
             std::fs::remove_file(path)?;
         }
@@ -80,7 +82,8 @@ impl Opener for Direct {
 
     fn connect(&self, path: &Path) -> io::Result<OwnedFd> {
         let socket = stream_socket()?;
-        connect(&socket, &SocketAddrUnix::new(path)?)?;
+        let address = SocketAddrUnix::new(path)?;
+        retry_on_intr(|| connect(&socket, &address))?;
         Ok(socket)
     }
 

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, accept_with, recv, send};
 use serde_json::{Value, json};
 use vbus_core::shm::signal::Armed;
@@ -329,7 +329,8 @@ impl StreamQueue {
                     self.listening = true;
                 }
                 self.retry = None;
-                match accept_with(&**listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+                let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+                match retry_on_intr(|| accept_with(&**listener, flags)) {
                     Ok(socket) => Some(socket),
                     Err(Errno::AGAIN) => None,
                     Err(error) => {

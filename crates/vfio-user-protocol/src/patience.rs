@@ -47,6 +47,12 @@ impl Patience {
         Patience { limit: Some(limit), stop: None, stall: None }
     }
 
+    /// Each call waits as long as the connection is open. For a program that a signal ends.
+    #[must_use]
+    pub fn endless() -> Patience {
+        Patience { limit: None, stop: None, stall: None }
+    }
+
     /// Each call waits as long as the connection is open. Once `stop` is readable, a call waits for
     /// one more second at most, so that the program can end.
     #[must_use]

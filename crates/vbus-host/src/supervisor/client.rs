@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, shutdown, socketpair};
 use serde_json::Value;
 use vbus_core::lock;
@@ -139,7 +139,8 @@ impl Supervisor {
             shutdown(&socket, Shutdown::Write)?;
             let timeout = Timespec::try_from(TIMEOUT).map_err(io::Error::other)?;
             // The supervisor closes its end when it has cleaned up.
-            Ok(poll(&mut [PollFd::new(&socket, PollFlags::IN)], Some(&timeout))? > 0)
+            let mut fds = [PollFd::new(&socket, PollFlags::IN)];
+            Ok(retry_on_intr(|| poll(&mut fds, Some(&timeout)))? > 0)
         };
         let mut child = lock(&self.child);
         match ended() {

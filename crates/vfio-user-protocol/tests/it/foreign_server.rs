@@ -6,14 +6,16 @@ use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::channel;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
 use vfio_user_protocol::message::{Kind, Version, command, message};
 use vfio_user_protocol::{Client, ClientError, Patience, version};
 
-/// The time limit of a call, with room for a loaded machine.
-const BOUND: Duration = Duration::from_secs(15);
+/// How long a test waits for what must happen.
+const BOUND: Duration = Duration::from_secs(60);
+/// A call that waits for this long has failed the test.
+const NEVER: Duration = Duration::from_secs(24 * 3600);
 
 /// A client that has negotiated, and the server's end of its socket.
 fn negotiated() -> (Client, UnixStream) {
@@ -36,13 +38,11 @@ fn call(mut act: impl FnMut(&mut UnixStream) -> std::io::Result<()> + Send) -> C
     let (mut client, mut server) = negotiated();
     std::thread::scope(|scope| {
         scope.spawn(move || while act(&mut server).is_ok() {});
-        let begun = Instant::now();
+        client.set_patience(Patience::limit(Duration::from_millis(500)));
         let error = client.device_info().unwrap_err();
-        assert!(begun.elapsed() < BOUND, "{:?}", begun.elapsed());
         // From now on no call waits.
-        let begun = Instant::now();
+        client.set_patience(Patience::limit(NEVER));
         assert!(matches!(client.device_info(), Err(ClientError::Closed)));
-        assert!(begun.elapsed() < Duration::from_secs(1));
         drop(client);
         error
     })

@@ -126,7 +126,7 @@ impl Handler for Asker {
     fn handle(&self, request: Request, _client: &Client<'_>) -> Result<Value> {
         let (answer, answers) = channel();
         self.requests.send((request, answer)).map_err(|_| anyhow!("the driver ends"))?;
-        rustix::io::write(&self.news, &1u64.to_ne_bytes())?;
+        rustix::io::retry_on_intr(|| rustix::io::write(&self.news, &1u64.to_ne_bytes()))?;
         answers
             .recv_timeout(TIMEOUT)
             .map_err(|_| anyhow!("the NIC is not open now: its bus has gone, or is busy"))?

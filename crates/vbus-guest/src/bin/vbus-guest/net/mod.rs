@@ -226,10 +226,15 @@ impl Failure {
 /// Waits until one of `fds` is readable, at most for `timeout`. Returns which are readable.
 fn wait(fds: &[&OwnedFd], timeout: Option<Duration>) -> Result<Vec<bool>> {
     let mut polled: Vec<_> = fds.iter().map(|fd| PollFd::new(*fd, PollFlags::IN)).collect();
-    let timeout = timeout.map(Timespec::try_from).transpose()?;
-    match poll(&mut polled, timeout.as_ref()) {
-        Ok(_) | Err(Errno::INTR) => {}
-        Err(error) => return Err(error).context("poll"),
+    let end = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+    loop {
+        let left = end.map(|end| end.saturating_duration_since(Instant::now()));
+        let left = left.map(Timespec::try_from).transpose()?;
+        match poll(&mut polled, left.as_ref()) {
+            Ok(_) => break,
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error).context("poll"),
+        }
     }
     Ok(polled.iter().map(|fd| !fd.revents().is_empty()).collect())
 }

@@ -205,7 +205,6 @@ impl<H: Hal> Queue<H> {
                 Ok(_) => {}
                 // BADFD: the queue is not in use.
                 Err(Errno::AGAIN | Errno::BADFD) => break,
-                Err(Errno::INTR) => {}
                 Err(error) => return Err(error).context("the TAP interface gives no more frames"),
             }
         }
