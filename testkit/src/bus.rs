@@ -17,7 +17,7 @@ use crate::lab::Scene;
 use crate::process::Process;
 
 /// How long `vbus serve` may take to answer its first command.
-const START: Duration = Duration::from_secs(20);
+const START: Duration = Duration::from_secs(120);
 
 /// The lines for a device in a bus's configuration.
 pub fn device(name: &str, class: &str, settings: &str) -> String {

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-/// How long a command may take if the caller sets no limit.
-const LIMIT: Duration = Duration::from_secs(60);
+/// How long a command may take if the caller sets no limit. Most take milliseconds.
+const LIMIT: Duration = Duration::from_secs(120);
 
 /// How often the watch pings a guest.
 const PING: Duration = Duration::from_secs(5);
@@ -175,7 +175,7 @@ impl Guest {
         Ok(running)
     }
 
-    /// Runs a shell command to its end. It may take a minute.
+    /// Runs a shell command to its end. It may take two minutes.
     pub fn run(&self, command: &str) -> Result<Output> {
         self.run_for(command, LIMIT)
     }

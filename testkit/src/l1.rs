@@ -293,7 +293,7 @@ fn start_on_host(scene: &Scene, files: &[Put]) -> Result<(Guest, Process)> {
     let mut process =
         Process::start(command, "the agent on the host", &scene.dir().join("agent.log"))?;
     listener.set_nonblocking(true)?;
-    let until = Instant::now() + Duration::from_secs(30);
+    let until = Instant::now() + Duration::from_secs(120);
     let port = loop {
         if let Ok((port, _)) = listener.accept() {
             break port;

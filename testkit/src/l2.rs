@@ -19,13 +19,13 @@ pub const BOOT: Duration = Duration::from_secs(150);
 const SILENCE: Duration = Duration::from_secs(180);
 
 /// How long a process in L1 may take to end after SIGKILL.
-const KILL: Duration = Duration::from_secs(30);
+const KILL: Duration = Duration::from_secs(120);
 
 /// How long a request to a VMM may take. An unplug request waits for the guest.
 const CONTROL: Duration = Duration::from_secs(120);
 
 /// How long `vbus serve` may take to start.
-const START: Duration = Duration::from_secs(30);
+const START: Duration = Duration::from_secs(120);
 
 /// The program that runs the guest.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -204,7 +204,7 @@ impl L2<'_> {
     pub fn power_off(mut self) -> Result<()> {
         self.ended = true;
         self.guest.start("poweroff -f")?;
-        let end = self.vmm.wait(Duration::from_secs(60))?;
+        let end = self.vmm.wait(Duration::from_secs(120))?;
         ensure!(
             end.code == 0,
             "the VMM of {} ended with {}:\n{}{}",

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 
 /// How long QEMU may take to answer. A device that does not respond blocks QEMU for 5 s.
-const ANSWER: Duration = Duration::from_secs(20);
+const ANSWER: Duration = Duration::from_secs(120);
 
 /// A connection to one QEMU.
 pub struct Qmp(vbus_qmp::Qmp);

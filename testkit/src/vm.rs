@@ -15,7 +15,7 @@ use crate::process::{Process, command_line, tail};
 use crate::qmp::Qmp;
 
 /// How long a guest may take to boot. It needs a few seconds, and more where many share a CPU.
-pub const BOOT: Duration = Duration::from_secs(90);
+pub const BOOT: Duration = Duration::from_secs(180);
 
 /// The description of a virtual machine. The defaults suit most tests.
 #[derive(Clone)]
@@ -233,7 +233,7 @@ impl Vm {
         let began = Instant::now();
         self.control.execute("device_del", json!({"id": id}))?;
         self.control
-            .wait_event("DEVICE_DELETED", Duration::from_secs(30), |data| data["device"] == id)?;
+            .wait_event("DEVICE_DELETED", Duration::from_secs(120), |data| data["device"] == id)?;
         Ok(began.elapsed())
     }
 
@@ -245,7 +245,7 @@ impl Vm {
     /// Powers the guest off from inside and waits for QEMU's end.
     pub fn power_off(mut self) -> Result<()> {
         self.guest.start("poweroff -f")?;
-        let status = self.process.wait(Duration::from_secs(30))?;
+        let status = self.process.wait(Duration::from_secs(120))?;
         ensure!(status.success(), self.process.complaint(&format!("ended badly ({status})")));
         Ok(())
     }
@@ -275,7 +275,7 @@ impl Listener {
     /// Waits until the process connects. If it ends first, that is an error.
     pub(crate) fn accept(&self, process: &mut Process) -> Result<UnixStream> {
         use rustix::event::{PollFd, PollFlags, Timespec, poll};
-        let until = Instant::now() + Duration::from_secs(30);
+        let until = Instant::now() + Duration::from_secs(120);
         let step = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
         while Instant::now() < until {
             poll(&mut [PollFd::new(&self.listener, PollFlags::IN)], Some(&step))?;

@@ -13,6 +13,9 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 
 use crate::stream::number;
 
@@ -313,7 +316,8 @@ struct Nonsense {
 /// With `wild`, it also uses the ports, although such an access may reach another function; and it
 /// ends with messages that kill a kernel. Without `wild`, a kernel survives all interrupt messages,
 /// whatever function sends them: they go to no local APIC, or have a vector that the kernel does
-/// not use itself.
+/// not use itself. Then the accesses go on until there is a line, or the end, on standard input: a
+/// test decides what takes place meanwhile.
 pub fn nonsense(seed: &str, count: &str, wild: bool, functions: &[&str]) -> io::Result<()> {
     let (seed, count) = (number(seed)?, number(count)?);
     let ecam = Ecam::map()?;
@@ -329,6 +333,18 @@ pub fn nonsense(seed: &str, count: &str, wild: bool, functions: &[&str]) -> io::
     println!("begun");
     for _ in 0..count {
         nonsense.access()?;
+    }
+    if !wild {
+        let asked = Arc::new(AtomicBool::new(false));
+        let to_end = Arc::clone(&asked);
+        thread::spawn(move || {
+            let _ = io::stdin().read_line(&mut String::new());
+            // The other load needs no more than this value.
+            to_end.store(true, Ordering::Relaxed);
+        });
+        while !asked.load(Ordering::Relaxed) {
+            nonsense.access()?;
+        }
     }
     if wild {
         (0..DEADLY).for_each(|_| nonsense.deadly());

@@ -2,7 +2,7 @@
 //! A hostile guest writes random values into the configuration spaces of one device, of the root
 //! port above it, and of functions that do not exist.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
@@ -17,15 +17,16 @@ use crate::report::Figures;
 const SEED: &str = "VBUS_SEED";
 /// The seed without the variable: a failure repeats.
 const USUAL: u64 = 77;
-/// Accesses of each kind of stream.
+/// The least accesses of each kind of stream.
 const ACCESSES: u32 = 4000;
 /// How long a stream may take, and everything else that the guest does meanwhile.
 const LIMIT: Duration = Duration::from_secs(240);
 /// How long the stream that can kill the kernel may take. It is shorter than the silence after
 /// which the guest counts as hung.
 const WILD: Duration = Duration::from_secs(60);
-/// Bytes each way of an exchange beside a stream.
+/// Bytes each way of an exchange beside a stream, and the number of exchanges.
 const BYTES: u64 = 1 << 20;
+const EXCHANGES: u32 = 2;
 /// The most bytes that the VMM or the bus may have printed at the end.
 const LOG_MAX: usize = 32 << 10;
 
@@ -119,8 +120,7 @@ fn streams(l1: &L1, bus: &L1Bus, l2: &L2, seed: u64) -> Result<()> {
     begin_anew(l1, bus, l2, "reborn").context("after the third stream")?;
     pings.kill()?;
 
-    let now = open_files(l1, l2)?;
-    ensure!(now <= files + FILES_MORE, "vbus-vmm has {now} files open, {files} before");
+    wait_files(l1, l2, files + FILES_MORE)?;
     for (who, (out, err)) in [("vbus-vmm", l2.vmm.said()), ("vbus serve", bus.said())] {
         ensure!(
             !err.contains("panicked") && out.len() + err.len() < LOG_MAX,
@@ -130,22 +130,18 @@ fn streams(l1: &L1, bus: &L1Bus, l2: &L2, seed: u64) -> Result<()> {
     Ok(())
 }
 
-/// Makes random accesses to `functions` while the other NIC carries traffic.
+/// Makes random accesses to `functions`, until the other NIC has carried traffic meanwhile.
 fn stream(l1: &L1, l2: &L2, seed: u64, functions: &str) -> Result<()> {
     let command = format!("exec guest-agent nonsense {seed} {ACCESSES} tame {functions}");
     let stream = l2.guest.start(&command)?;
     stream.wait_for("begun", LIMIT)?;
-    let mut exchanges = 0;
-    while stream.runs() {
+    for _ in 0..EXCHANGES {
         exchange(l1, &l2.guest, BYTES).with_context(|| format!("beside {:?}", stream.said()))?;
-        exchanges += 1;
     }
+    ensure!(stream.runs(), "the stream ended before it was told to: {:?}", stream.said());
+    stream.input(b"\n")?;
     let said = stream.ok(LIMIT)?;
-    eprintln!(
-        "{functions}: {}, beside {exchanges} exchanges",
-        said.trim_start_matches("begun").trim()
-    );
-    ensure!(exchanges > 0, "the stream was over before there was traffic");
+    eprintln!("{functions}: {}", said.trim_start_matches("begun").trim());
     exchange(l1, &l2.guest, BYTES).context("afterwards")?;
     l2.control(DEVICES).map(drop)
 }
@@ -186,6 +182,19 @@ pub(super) fn check_driver(bus: &L1Bus, l2: &L2, name: &str, value: &str) -> Res
     watch.wait_for(value, LIMIT).with_context(|| format!("{name} does not become {value}"))?;
     watch.kill()?;
     watch.wait(LIMIT).map(drop)
+}
+
+/// Waits until the VMM has at most `most` files open. It closes the connection of a client some
+/// time after the client has gone.
+pub(super) fn wait_files(l1: &L1, l2: &L2, most: u64) -> Result<()> {
+    let until = Instant::now() + LIMIT;
+    loop {
+        let now = open_files(l1, l2)?;
+        if now <= most {
+            return Ok(());
+        }
+        ensure!(Instant::now() < until, "vbus-vmm has {now} files open, and {most} are expected");
+    }
 }
 
 /// How many files the VMM has open.

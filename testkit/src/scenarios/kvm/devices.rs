@@ -101,19 +101,12 @@ fn move_interrupts(l2: &L2) -> Result<()> {
     // After SIGINT ping prints how many packets it lost.
     l2.guest.ok("kill -INT $(pidof ping)")?;
     let told = pings.wait(TRANSFER)?.stdout;
-    // "100 packets transmitted, 99 packets received": a packet may be under way at the end.
-    let count = |n: usize| {
-        told.lines()
-            .find(|line| line.contains("transmitted"))?
-            .split_whitespace()
-            .nth(n)?
-            .parse()
-            .ok()
-    };
-    let (sent, received): (Option<u32>, Option<u32>) = (count(0), count(3));
-    let lost = sent.zip(received).map(|(sent, received)| sent.saturating_sub(received));
-    ensure!(lost.is_some_and(|lost| lost < 5), "pings were lost:\n{told}");
-    Ok(())
+    // On a slow machine several of them may be under way at the end. A lost interrupt shows
+    // otherwise: the NIC sends none before the driver has handled the last one, so it would have
+    // sent no more.
+    let line = told.lines().find(|line| line.contains("transmitted"));
+    eprintln!("beside {MOVES} moves: {}", line.context("ping counts nothing")?);
+    nic::ping(&l2.guest, OUTER, 3).map(drop).context("after the moves")
 }
 
 /// Ends an endless stream.

@@ -75,9 +75,22 @@ pub fn kinds(l1: &L1, figures: &mut Figures) -> Result<()> {
             .ok(&format!("vbus-guest ring values --count {RINGS} --doorbell {kind} --json"))?;
         let rings: Value = serde_json::from_str(&rings)?;
         ensure!(rings["doorbell"] == kind, "rang by {rings}");
-        let (exits, rung) = (l1.kvm_stat("exits")? - before.0, rung(&bus, "values")? - before.1);
-        ensure!(rung == RINGS, "{rung} of {RINGS} rings by {kind} came to the device");
+        let exits = l1.kvm_stat("exits")? - before.0;
         ensure!(exits >= RINGS, "{exits} exits for {RINGS} rings");
+        // The bus counts rings when its worker comes to them. So a few that the guest has rung
+        // before, to learn the costs of the kinds, may count too.
+        let until = Instant::now() + LIMIT;
+        let rung = loop {
+            let rung = rung(&bus, "values")? - before.1;
+            if rung >= RINGS {
+                break rung;
+            }
+            ensure!(Instant::now() < until, "{rung} of {RINGS} rings by {kind} came to the device");
+        };
+        ensure!(
+            rung < 2 * RINGS,
+            "{rung} rings by {kind} came to the device, and {RINGS} were rung"
+        );
     }
     nic::prepare(&l2.guest)?;
     for kind in ["pio", "mmio"] {
@@ -119,7 +132,8 @@ pub fn kinds(l1: &L1, figures: &mut Figures) -> Result<()> {
 
 /// The guest rings doorbells of all functions without end, by each kind that user space can ring.
 /// Some of these doorbells are in use, others not. Meanwhile the NIC carries its traffic, and the
-/// state device its values. No ring reaches the VMM. The bus polls less often than the guest rings.
+/// state device its values. No ring reaches the VMM. How many polls of the bus the rings cause
+/// depends on the speed of both, so that is a figure.
 pub fn storm(l1: &L1, figures: &mut Figures) -> Result<()> {
     let bus = bus(l1, VALUES)?;
     let spec = L2Spec { cpus: 2, ..L2Spec::new("storm") };
@@ -175,9 +189,6 @@ fn blow(l1: &L1, bus: &L1Bus, l2: &L2, figures: &mut Figures) -> Result<()> {
         "storm_polls_per_ring".into(),
         json!((works as f64 / rings as f64 * 1000.0).round() / 1000.0),
     );
-    // Each ring could cause two polls: one with work, and one without. A ring that comes while the
-    // bus polls causes none.
-    ensure!(works < rings, "{works} polls for {rings} rings");
     check_silence(l2)?;
     // The traffic goes on after the storm.
     exchange(l1, guest, MIB).context("after the storm")

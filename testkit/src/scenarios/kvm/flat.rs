@@ -21,9 +21,9 @@ const MARK_PORT: u16 = 0x610;
 /// The longest time without output of the guest. The guest waits at most 60 s for anything, and
 /// reports a wait that fails. A round of a test takes seconds.
 const SILENCE: Duration = Duration::from_secs(120);
-/// The largest relative error of a count. The emulated processor sometimes takes another exit,
-/// because it has dropped a page of its tables.
-const NEARLY: f64 = 0.01;
+/// The most exits beside the expected ones in a round, however few interrupts it has. The emulated
+/// processor sometimes takes another exit, because it has dropped a page of its tables.
+const STRAY: u64 = 20;
 
 /// A run of the guest.
 pub(super) struct Run {
@@ -146,19 +146,23 @@ pub(super) fn rounded(value: f64) -> Value {
     json!((value * 1000.0).round() / 1000.0)
 }
 
-/// A doorbell of any kind costs one exit, which ends in the kernel.
+/// A doorbell of any kind costs one exit, which ends in the kernel. A second exit for each ring
+/// would double the count. The bound is in the middle, because stray exits do not come with rings.
 pub fn doorbells(l1: &L1, figures: &mut Figures) -> Result<()> {
     let run = Run::new(l1, &devices(""), "test=list,doorbells count=2000", "full")?;
     let mut user = 0;
     for kind in ["mmio", "pio", "hypercall"] {
         let round = run.report.find("doorbells", "kind", kind)?;
         let counted = run.counted(round)?;
-        let rings = number(round, "count")? as f64;
-        let exits = counted.exits as f64 / rings;
+        let rings = number(round, "count")?;
+        let exits = counted.exits as f64 / rings as f64;
         eprintln!("{kind}: {exits:.3} exits, {} to user space, {} ns", counted.user, round["ns"]);
         figures.insert(format!("exits_per_doorbell_{kind}"), rounded(exits));
         figures.insert(format!("ns_per_doorbell_{kind}"), round["ns"].clone());
-        ensure!((exits - 1.0).abs() < NEARLY, "a ring by {kind} takes {exits} exits: {counted:?}");
+        ensure!(
+            (rings..rings + rings / 2).contains(&counted.exits),
+            "a ring by {kind} takes {exits} exits: {counted:?}"
+        );
         user += counted.user;
     }
     figures.insert("user_exits".into(), user.into());
@@ -169,7 +173,8 @@ pub fn doorbells(l1: &L1, figures: &mut Figures) -> Result<()> {
 /// Measures the exits of an interrupt, without those of its doorbell and of the guest's sleep. The
 /// end of an interrupt is one exit. With KVM's bit in memory, with synthetic interrupts, and with
 /// `pic` it is none. 1, 4 and 16 devices interrupt one at a time, all at once, and as fast as they
-/// can.
+/// can. How many lines share a message depends on the speed of the machine then. So the devices
+/// also raise their lines together while the guest keeps interrupts out: one message carries all.
 pub fn interrupts(l1: &L1, figures: &mut Figures) -> Result<()> {
     let mut table = Vec::new();
     for receivers in [1, 4, 16] {
@@ -181,7 +186,7 @@ pub fn interrupts(l1: &L1, figures: &mut Figures) -> Result<()> {
         for round in run.report.of("interrupts") {
             let cost = Cost::new(&run, round)?;
             eprintln!("{receivers:2} devices: {cost}");
-            cost.check(receivers)?;
+            cost.check(receivers, !l1.is_emulated())?;
             if receivers == 1 && cost.rate == "trickle" {
                 figures.insert(format!("exits_per_interrupt_{}", cost.way), rounded(cost.ends));
             }
@@ -193,6 +198,9 @@ pub fn interrupts(l1: &L1, figures: &mut Figures) -> Result<()> {
                 "all_exits_per_interrupt": rounded(cost.all),
             }));
         }
+        let gathered = run.report.of("gathered").map(|report| check_gathered(report, receivers));
+        let gathered = gathered.sum::<Result<usize>>()?;
+        ensure!(gathered == 3, "the lines were raised together in {gathered} ways, not in 3");
         for (way, pic) in [("msi", false), ("pv_eoi", false), ("sint", false), ("sint", true)] {
             let there =
                 run.report.of("interrupts").any(|round| round["way"] == way && round["pic"] == pic);
@@ -206,8 +214,32 @@ pub fn interrupts(l1: &L1, figures: &mut Figures) -> Result<()> {
     Ok(())
 }
 
-/// The cost of the interrupts in a round. A floating-point field is per interrupt that the devices
-/// raised.
+/// Checks a report of lines that were raised together. Returns 1.
+fn check_gathered(report: &Value, receivers: u32) -> Result<usize> {
+    let (rounds, messages) = (number(report, "rounds")?, number(report, "messages")?);
+    let by_register = number(report, "ended-by-register")?;
+    eprintln!(
+        "{receivers:2} devices together, {}: {messages} messages in {rounds} rounds, {by_register} \
+         ended by the register",
+        report["way"]
+    );
+    // A device that pauses in the middle of a raise, until the next round, may cost a needless
+    // message (spec/pic.md). No load causes that in every round. Without a common message there
+    // would be `receivers` in each round.
+    ensure!(
+        (rounds..=2 * rounds).contains(&messages),
+        "{messages} messages in {rounds} rounds, in which {receivers} lines are pending: {report}"
+    );
+    // No other interrupt waits when KVM delivers the message, so KVM sets its bit. Its hint that
+    // another one waits is late if the sender pauses between two instructions, which is rare.
+    ensure!(
+        report["way"] != "pv_eoi" || 2 * by_register < messages,
+        "KVM's bit is not set for most of the messages: {report}"
+    );
+    Ok(1)
+}
+
+/// The cost of the interrupts in a round.
 struct Cost<'a> {
     rate: &'a str,
     /// How messages end. It begins with `pic_` if the bus's controller sends the messages.
@@ -217,12 +249,14 @@ struct Cost<'a> {
     /// All messages.
     messages: u64,
     /// Exits at the end of interrupts.
-    ends: f64,
+    end_exits: u64,
     /// Ends that the guest made by the register of the APIC.
-    by_register: f64,
-    /// Interrupts that KVM injected.
+    by_register: u64,
+    /// Exits at the end of an interrupt, per interrupt that the devices raised.
+    ends: f64,
+    /// Interrupts that KVM injected, likewise.
     injected: f64,
-    /// All exits, including those of doorbells and of sleep.
+    /// All exits, including those of doorbells and of sleep, likewise.
     all: f64,
     counted: Counted,
 }
@@ -236,7 +270,7 @@ impl<'a> Cost<'a> {
         let raised = if pic { number(round, "lines")? } else { messages };
         ensure!(raised > 0, "nothing was raised in {round}");
         let known = counted.windows + counted.halts + number(round, "doorbells")?;
-        let ends = counted
+        let end_exits = counted
             .exits
             .checked_sub(known)
             .with_context(|| format!("too few exits: {round} {counted:?}"))?;
@@ -246,35 +280,43 @@ impl<'a> Cost<'a> {
             way: format!("{}{way}", if pic { "pic_" } else { "" }),
             raised,
             messages,
-            ends: per(ends),
-            by_register: per(number(round, "ended-by-register")?),
+            end_exits,
+            by_register: number(round, "ended-by-register")?,
+            ends: per(end_exits),
             injected: per(counted.injected),
             all: per(counted.exits),
             counted,
         })
     }
 
-    fn check(&self, receivers: u32) -> Result<()> {
-        let Self { way, ends, by_register, counted, .. } = self;
+    /// Checks what holds on any machine. `accelerated`: the processor may virtualize the APIC, and
+    /// then an end by the register need not be an exit.
+    fn check(&self, receivers: u32, accelerated: bool) -> Result<()> {
+        let Self { way, messages, end_exits, by_register, counted, .. } = self;
         ensure!(counted.user == 0, "{self}: {counted:?}");
-        // KVM clears its bit if another interrupt waits. The guest has counted the ends that it
-        // made by the register.
-        let few = 5.0 / self.raised as f64;
+        // The guest counts the ends that it makes by the register. Each is an exit, and no other
+        // end is. If another end were an exit too, there would be one for each message.
         ensure!(
-            (ends - by_register).abs() < NEARLY + few,
-            "{self}: {by_register} ends by the register; {counted:?}"
+            end_exits >= by_register || accelerated,
+            "{self}: only {end_exits} exits for {by_register} ends by the register; {counted:?}"
         );
-        ensure!(!way.ends_with("sint") || *ends < NEARLY + few, "{self}: {counted:?}");
-        // With one device, only an interrupt of a timer can wait beside the device's own. The
-        // number depends on the speed of L1; one run had 13 of 795. Without the bit each end is an
-        // exit.
-        let by_bit = way == "pv_eoi" && receivers == 1;
-        ensure!(!by_bit || *ends < 0.1, "{self}: {counted:?}");
-        // If many devices raise lines at the same time, the lines share a message.
-        let shared = receivers == 16 && self.rate != "trickle" && way.starts_with("pic_");
         ensure!(
-            !shared || 2 * self.messages < self.raised,
-            "{self}: the messages are no fewer than half of the lines"
+            *end_exits <= by_register + messages / 2 + STRAY,
+            "{self}: {end_exits} exits for {by_register} ends by the register; {counted:?}"
+        );
+        // KVM sets its bit unless another interrupt waits. With one device none does: the guest
+        // asks for the next one after the end. KVM's hint is late now and then (see
+        // `check_gathered`).
+        let by_bit = way.ends_with("pv_eoi") && receivers == 1;
+        ensure!(
+            !by_bit || 2 * by_register < *messages,
+            "{self}: KVM's bit is not set for most of the messages"
+        );
+        // Only a raise that makes a line pending sends a message, and the guest takes each pending
+        // line once. At a mark each line may be pending, or its message be on its way.
+        ensure!(
+            !way.starts_with("pic_") || *messages <= self.raised + 2 * u64::from(receivers),
+            "{self}: more messages than lines"
         );
         Ok(())
     }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use super::config::{check_driver, open_files};
+use super::config::{check_driver, open_files, wait_files};
 use super::devices::{endless, stop};
 use super::net::{self, EXCHANGE};
 use crate::bus::device;
@@ -144,8 +144,7 @@ fn all(l1: &L1, bus: &L1Bus, l2: &L2) -> Result<()> {
         liar.end()?;
         ensure!(plugged(l2)? == ["net"], "{name} has changed what is plugged");
     }
-    let now = open_files(l1, l2)?;
-    ensure!(now <= files + 2, "vbus-vmm has {now} files open, {files} before");
+    wait_files(l1, l2, files + 2)?;
 
     // The others are plugged at once: Linux takes 5 s to bring a device in.
     let mut liars = Vec::new();

@@ -69,7 +69,7 @@ pub fn passt(scene: &Scene) -> Result<()> {
     command.args(["--tcp-ports", &PORT.to_string()]);
     let log = scene.dir().join("passt.log");
     let mut passt = Process::start(command, "passt", &log)?;
-    let until = Instant::now() + Duration::from_secs(10);
+    let until = Instant::now() + Duration::from_secs(60);
     while !socket.exists() && passt.ended()?.is_none() {
         ensure!(Instant::now() < until, passt.complaint("makes no socket"));
         std::thread::sleep(Duration::from_millis(10));
@@ -124,9 +124,10 @@ fn through_passt(scene: &Scene, socket: &Path, port: u16) -> Result<()> {
 /// Both are measured in one guest and one run.
 pub fn tap(scene: &Scene) -> Result<()> {
     const ROUNDS: usize = 3;
-    // What a noisy machine can assert. On a quiet one the way in had 0.56 to 0.62 on 2026-11-30,
-    // and 0.73 the day before.
-    const LEAST: f64 = 0.35;
+    // The two share the machine, and take turns, so other work slows both. A fault such as a lost
+    // wake-up, which a timer makes up for, costs far more than a factor of ten. On a quiet machine
+    // the way in had 0.56 to 0.73.
+    const LEAST: f64 = 0.1;
     if let Err(error) = File::options().read(true).write(true).open("/dev/net/tun") {
         return Err(Skip(format!("/dev/net/tun cannot be opened: {error}")).into());
     }

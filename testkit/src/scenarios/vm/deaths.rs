@@ -130,7 +130,7 @@ pub fn reopen(scene: &Scene) -> Result<()> {
     }
     let began = Instant::now();
     while bus.open_files()? > files {
-        if began.elapsed() > Duration::from_secs(10) {
+        if began.elapsed() > Duration::from_secs(60) {
             bail!("{} open files after {TIMES} times, {files} after 10", bus.open_files()?);
         }
         std::thread::sleep(Duration::from_millis(50));

@@ -12,7 +12,7 @@ use crate::process::Process;
 use crate::vm::vfio_user;
 
 /// How long the guest may take. It boots in a second, and its tests take two.
-const LIMIT: Duration = Duration::from_secs(90);
+const LIMIT: Duration = Duration::from_secs(240);
 const FRAMES: u64 = 2000;
 const UPDATES: u64 = 5;
 
@@ -78,13 +78,15 @@ pub fn drives_devices(scene: &Scene) -> Result<()> {
             let frames = &report.find("venet", "back-end", back_end)?["frames"];
             ensure!(*frames == FRAMES, "{frames} frames");
         }
-        // Each frame raises one interrupt, or one line of the bus's controller. There are fewer if
-        // interrupts merged or if the guest saw a frame before its interrupt.
+        // The guest asks for an interrupt, or one line of the bus's controller, when it has found
+        // no frame. That can be twice for a frame: if the frame arrives at this moment, the guest
+        // does not sleep, and asks again after it. There are fewer if interrupts merged or if the
+        // guest saw a frame before its interrupt. At the beginning one may be left over.
         for round in report.of("interrupts") {
             let lines = if round["pic"] == true { &round["lines"] } else { &round["interrupts"] };
             let lines = lines.as_u64().unwrap_or(0);
             ensure!(
-                lines > 0 && lines < FRAMES * 3 / 2,
+                lines > 0 && lines <= FRAMES * 2 + 1,
                 "{FRAMES} frames came with {lines} interrupts: {round}"
             );
         }

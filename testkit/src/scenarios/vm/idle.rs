@@ -13,9 +13,10 @@ const DEVICES: usize = 64;
 const MOST_KIB: u64 = 64 * 1024;
 /// How long the test measures the idle bus.
 const WATCHED: Duration = Duration::from_secs(3);
-/// The processor time that the bus may use in that time, in clock ticks of 10 ms. The measurement
-/// itself may cause one tick.
-const MOST_CPU: Duration = Duration::from_millis(10);
+/// The processor time that the bus may use in that time: a tenth. A quiet machine shows none. The
+/// kernel counts in ticks, and may charge whole ticks for the few moments in which the bus looks
+/// around. A worker that does not sleep uses all of the time.
+const MOST_CPU: Duration = Duration::from_millis(300);
 
 /// 64 idle devices take less than 64 MiB, no thread each, and no processor time.
 pub fn many_devices(scene: &Scene) -> Result<()> {
@@ -36,7 +37,7 @@ pub fn many_devices(scene: &Scene) -> Result<()> {
     ensure!(used <= MOST_CPU, "{} ms of processor time while idle", used.as_millis());
 
     // After SIGTERM the bus ends without an error and leaves no socket.
-    let status = bus.process.terminate(Duration::from_secs(10))?;
+    let status = bus.process.terminate(Duration::from_secs(60))?;
     ensure!(status.success(), "the bus ended with {status}");
     let left = std::fs::read_dir(bus.dir()).map_or(0, Iterator::count);
     ensure!(left == 0, "the bus left {left} files in {}", bus.dir().display());

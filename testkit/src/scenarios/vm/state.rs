@@ -15,7 +15,7 @@ use crate::vm::{Vm, VmSpec};
 
 /// The size of the largest page.
 const LARGE: usize = 1 << 20;
-const LIMIT: Duration = Duration::from_secs(30);
+const LIMIT: Duration = Duration::from_secs(120);
 
 /// Waits until drivers have opened the device as often as this.
 fn opened(bus: &Bus, times: u64) -> Result<()> {

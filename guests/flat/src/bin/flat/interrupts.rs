@@ -15,6 +15,9 @@ use crate::{Setting, apic, clock, cpu, hyperv, kvm, mark, traps};
 /// emulated processors translate the code.
 const WARM: u64 = 10;
 
+/// How often all receivers raise their lines together.
+const GATHERINGS: u64 = 40;
+
 impl Way {
     /// Makes the messages of `hal` arrive this way, on a vector of their own. Returns the vector.
     fn set_up<'a>(self, hal: &FlatHal, number: u32) -> Result<(FlatHal, u8), Failure<'a>> {
@@ -34,7 +37,8 @@ impl Way {
 
 /// Sends `count=` frames from the first NIC on a switch to the next `receivers=` ones at each rate
 /// in `rate=`, and sleeps whenever there is nothing to do. Does this once for each way, and again
-/// by the interrupt controller of the bus, if there is one.
+/// by the interrupt controller of the bus, if there is one. With the controller, the receivers then
+/// raise their lines together (report `gathered`, see [`Lines::gather`]).
 pub fn run<'a>(setting: &Setting<'a>) -> Outcome<'a> {
     let pic = setting.of_class(class::PIC).next();
     let first = setting.on_switch().next().ok_or(Failure::Said("no NIC on a switch"))?;
@@ -125,7 +129,17 @@ fn rounds<'a>(setting: &Setting<'a>, way: Way, pic: Option<&FlatHal>) -> Outcome
             .value("ns", ns)
             .end();
     }
-    if let Some(lines) = lines {
+    if let Some(mut lines) = lines {
+        let before = traps::ended_by_register();
+        let messages = lines.gather(&mut sender, &mut stations, GATHERINGS)?;
+        line("gathered")
+            .value("ok", true)
+            .text("way", way.name())
+            .value("receivers", receivers)
+            .value("rounds", GATHERINGS)
+            .value("messages", messages)
+            .value("ended-by-register", traps::ended_by_register() - before)
+            .end();
         lines.close()?;
     }
     sender.nic.close();

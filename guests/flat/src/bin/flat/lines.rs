@@ -8,10 +8,10 @@ use vbus_shm::signal::Armed;
 use crate::hal::FlatHal;
 use crate::net::{FRAME, Station};
 use crate::report::{Failure, Outcome, ensure, line};
-use crate::{Setting, apic, clock, traps};
+use crate::{Setting, apic, clock, cpu, traps};
 
 /// How long a line may take to become pending, in nanoseconds.
-const TIMEOUT: u64 = 20_000_000_000;
+const TIMEOUT: u64 = 60_000_000_000;
 const BROADCAST: [u8; 6] = [0xff; 6];
 
 /// The interrupt controller of the bus, with a line for each station.
@@ -52,6 +52,48 @@ impl Lines {
             count += 1;
         }
         count
+    }
+
+    /// Makes every station raise its line while this processor keeps interrupts out, `rounds`
+    /// times. Takes the lines when all of them are pending. Returns the number of messages that
+    /// came.
+    ///
+    /// The device may send one message for each level that the page has published. The page
+    /// publishes no level before the driver takes lines, so each round has one message, whatever
+    /// the speed of the devices is.
+    pub fn gather<'a>(
+        &mut self,
+        sender: &mut Station,
+        stations: &mut [Option<Station>],
+        rounds: u64,
+    ) -> Result<u64, Failure<'a>> {
+        let count = stations.iter().flatten().count() as u64;
+        let first = traps::taken();
+        for number in 0..rounds {
+            // A line of earlier traffic may still come. Its message is the one of this round if it
+            // comes after the level that this call publishes.
+            let before = traps::taken();
+            self.drain();
+            cpu::interrupts(false);
+            let raised = raise(sender, stations, number)
+                .and_then(|()| (0..count as u16).try_for_each(|line| self.await_pending(line)));
+            cpu::interrupts(true);
+            raised?;
+            apic::wait(before);
+            ensure(self.drain() >= count, "not all pending lines were taken")?;
+            stations.iter_mut().flatten().try_for_each(await_frame)?;
+        }
+        Ok(traps::taken() - first)
+    }
+
+    /// Waits until a line that is not masked is pending.
+    fn await_pending<'a>(&mut self, line: u16) -> Outcome<'a> {
+        let began = clock::now();
+        // Unmasking an unmasked line changes nothing, and returns whether the line is pending.
+        while self.page.unmask(line) != Wanted::Pending {
+            ensure(clock::now() - began < TIMEOUT, "a line does not become pending")?;
+        }
+        Ok(())
     }
 
     /// Ends the routes: the stations use their own interrupts again.
@@ -146,6 +188,15 @@ fn collect<'a>(stations: &mut [Option<Station>]) -> Outcome<'a> {
     let mut frame = [0; FRAME];
     for station in stations.iter_mut().flatten() {
         ensure(station.try_receive(&mut frame)?.is_some(), "a line without its frame")?;
+    }
+    Ok(())
+}
+
+/// Waits for the frame of a station, and takes it.
+fn await_frame<'a>(station: &mut Station) -> Outcome<'a> {
+    let (began, mut frame) = (clock::now(), [0; FRAME]);
+    while station.try_receive(&mut frame)?.is_none() {
+        ensure(clock::now() - began < TIMEOUT, "a frame does not arrive")?;
     }
     Ok(())
 }

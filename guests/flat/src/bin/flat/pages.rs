@@ -108,6 +108,16 @@ struct Receiver {
     late: AtomicU64,
 }
 
+/// What a round tries.
+mod tried {
+    /// A line was taken while another one was pending.
+    pub const CHOSEN: u32 = 1;
+    /// A line was taken while a less urgent one was in service.
+    pub const NESTED: u32 = 2;
+    /// A masked line became pending.
+    pub const HELD: u32 = 4;
+}
+
 /// The NIC that sends frames to all others.
 struct Sender {
     station: UnsafeCell<Station>,
@@ -116,7 +126,7 @@ struct Sender {
     /// Sending is paused.
     pauses: AtomicBool,
     /// The number of frames to send to each NIC.
-    count: u64,
+    count: AtomicU64,
 }
 
 /// The pages, and the NICs that raise their lines.
@@ -134,6 +144,8 @@ pub struct Pages {
     moving: AtomicU64,
     /// Processors that have begun to [`serve`](Pages::serve).
     serving: AtomicU32,
+    /// What the handlers have done so far, by processor: bits of [`tried`].
+    tried: [AtomicU32; CPUS_MAX],
     stop: AtomicBool,
 }
 
@@ -172,15 +184,42 @@ impl Pages {
                 station: UnsafeCell::new(sender),
                 busy: AtomicBool::new(false),
                 pauses: AtomicBool::new(false),
-                count,
+                count: AtomicU64::new(count),
             },
             receivers: array::from_fn(receiver),
             stations: 0,
             leads: [const { [const { AtomicU8::new(0) }; LINES as usize] }; CPUS_MAX],
             moving: AtomicU64::new(0),
             serving: AtomicU32::new(0),
+            tried: [const { AtomicU32::new(0) }; CPUS_MAX],
             stop: AtomicBool::new(false),
         }
+    }
+
+    /// Whether handlers have tried all that [`tried`] has, on these processors: each one has
+    /// chosen among several lines, and the other things have occurred somewhere.
+    pub fn has_tried_all(&self, cpus: u32) -> bool {
+        let each = self.tried[..cpus as usize].iter().map(|tried| tried.load(Ordering::Relaxed));
+        let wanted = match self.nesting {
+            Nesting::Nested => tried::NESTED | tried::HELD,
+            Nesting::Flat => tried::HELD,
+        };
+        each.clone().all(|tried| tried & tried::CHOSEN != 0)
+            && each.fold(0, |all, tried| all | tried) & wanted == wanted
+    }
+
+    fn has_tried(&self, me: usize, what: u32) {
+        self.tried[me].fetch_or(what, Ordering::Relaxed);
+    }
+
+    /// The number of frames that each NIC gets.
+    pub fn count(&self) -> u64 {
+        self.sender.count.load(Ordering::Relaxed)
+    }
+
+    /// Lets each NIC get `more` frames. Processor 0 calls this.
+    pub fn add_frames(&self, more: u64) {
+        self.sender.count.fetch_add(more, Ordering::Relaxed);
     }
 
     /// The page of a processor.
@@ -232,7 +271,7 @@ impl Pages {
         let Receiver { mac, sent, got, .. } = &self.receivers[number];
         let frame = sent.load(Ordering::Relaxed);
         if !pauses.load(Ordering::SeqCst)
-            && frame < *count
+            && frame < count.load(Ordering::Relaxed)
             && frame - got.load(Ordering::Acquire) < AHEAD
         {
             // SAFETY: no other processor uses it.
@@ -366,6 +405,7 @@ impl Pages {
         self.with(me, |own| own.masked = None);
         if self.with_page(me, |page| page.unmask(line)) == Wanted::Pending {
             self.with(me, |own| own.tally.held += 1);
+            self.has_tried(me, tried::HELD);
             self.drain(me);
         }
         cpu::interrupts(true);
@@ -423,6 +463,9 @@ impl Pages {
                 own.tally.taken += 1;
                 own.tally.nested += u64::from(own.depth > 0);
                 own.tally.chosen += u64::from(count > 1);
+                let nested = if own.depth > 0 { tried::NESTED } else { 0 };
+                let chosen = if count > 1 { tried::CHOSEN } else { 0 };
+                self.has_tried(me, nested | chosen);
                 own.in_service[own.depth] = line;
                 own.depth += 1;
             });

@@ -30,13 +30,18 @@ use crate::{Setting, apic, clock, hyperv, kvm, pages, smp, traps};
 
 /// How long a frame may take to arrive, in nanoseconds.
 const TIMEOUT: u64 = 30_000_000_000;
+/// How long a round may try to bring about what depends on the speed of the machine, in
+/// nanoseconds. A round of the usual length takes a second.
+const PATIENCE: u64 = 60_000_000_000;
 /// The most frames at a time.
 const BURST: u64 = 16;
 /// The synthetic interrupt source of each processor.
 const SINT: u32 = 0;
 
 /// Sends `count=` frames to each of `receivers=` NICs, for each way to end messages, with handlers
-/// that more urgent lines interrupt and with handlers that run with interrupts disabled.
+/// that more urgent lines interrupt and with handlers that run with interrupts disabled. On a slow
+/// machine some things occur rarely, such as a move of a pending line. So a round goes on until all
+/// have occurred, or until [`PATIENCE`] has passed.
 pub fn run<'a>(setting: &Setting<'a>) -> Outcome<'a> {
     let pic = setting.of_class(class::PIC).next().ok_or(Failure::Said("no device of class pic"))?;
     let unused = apic::next_vector();
@@ -112,14 +117,8 @@ fn round<'a>(
     for number in 0..cpus {
         pages.set_page(number, pic.cpu(number, LINES, nesting, number as u16)?);
     }
-    let mut traffic = Traffic {
-        count,
-        cpus,
-        routes: [None; STATIONS_MAX],
-        moves: 0,
-        carried: 0,
-        dice: Dice::new(99),
-    };
+    let mut traffic =
+        Traffic { cpus, routes: [None; STATIONS_MAX], moves: 0, carried: 0, dice: Dice::new(99) };
     for station in 0..stations {
         let to = Line { cpu: station as u32 % cpus, number: station as u16 };
         ensure(pages.lead(station, to), "a line that is not free")?;
@@ -150,6 +149,7 @@ fn round<'a>(
         page.map_or(Ok(()), |page| pic.remove(page))?;
     }
     pic.close();
+    let sent = pages.count();
     let (places, sender) = pages.into_stations();
     for ((station, seen), came) in places.zip(&mut came) {
         *came = seen;
@@ -173,7 +173,7 @@ fn round<'a>(
         .value("ok", true)
         .text("way", way.name())
         .value("nested", nesting == Nesting::Nested)
-        .value("count", count)
+        .value("count", sent)
         .value("raised", List(came[..stations].iter().map(|came| came.raised)))
         .value("late", came.iter().map(|came| came.late).sum::<u64>())
         .value("empty", came.iter().map(|came| came.empty).sum::<u64>())
@@ -213,7 +213,6 @@ impl Route {
 
 /// The work of the first processor.
 struct Traffic {
-    count: u64,
     cpus: u32,
     routes: [Option<Route>; STATIONS_MAX],
     moves: u64,
@@ -232,14 +231,36 @@ impl Traffic {
             ensure(clock::now() - began < TIMEOUT, "another processor does not begin")?;
             spin_loop();
         }
+        let began = clock::now();
+        let more = pages.count();
+        while !self.is_over(pages) {
+            self.send_all(pages, pic)?;
+            if !self.has_tried_all(pages) && clock::now() - began < PATIENCE {
+                pages.add_frames(more);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether all frames have been sent.
+    fn is_over(&self, pages: &Pages) -> bool {
+        (0..pages.stations()).all(|station| pages.sent(station) >= pages.count())
+    }
+
+    fn has_tried_all(&self, pages: &Pages) -> bool {
+        self.carried > 0 && pages.has_tried_all(self.cpus)
+    }
+
+    /// Sends all frames and waits until they have arrived.
+    fn send_all<'a>(&mut self, pages: &Pages, pic: &mut Pic<FlatHal>) -> Outcome<'a> {
         let stations = 0..pages.stations();
-        while stations.clone().any(|station| pages.sent(station) < self.count) {
+        while !self.is_over(pages) {
             // Sometimes send a single frame, so that no other frame causes its handling.
             let most = if self.dice.roll(3) == 0 { 1 } else { BURST };
             for _ in 0..=self.dice.roll(most) {
                 let station = self.dice.roll(stations.len() as u64) as usize;
                 // Perhaps this NIC has got all its frames, and others have not.
-                let wants = |station: &usize| pages.sent(*station) < self.count;
+                let wants = |station: &usize| pages.sent(*station) < pages.count();
                 let Some(station) = (station..stations.end).chain(0..station).find(wants) else {
                     break;
                 };
