@@ -261,9 +261,9 @@ impl Running {
         self.guest.wait(limit, |state| self.ended(state)).map_err(|error| self.give_up(error))
     }
 
-    /// Waits for the end of the command. If it prints nothing for `silence`, it is killed, and that
-    /// is an error.
-    pub fn wait_talking(&self, silence: Duration) -> Result<Output> {
+    /// Waits for the end of the command. If it prints nothing for `silence`, that is an error:
+    /// `silent` is called, and the command is killed.
+    pub fn wait_talking(&self, silence: Duration, silent: impl FnOnce()) -> Result<Output> {
         let mut heard = 0;
         loop {
             let news = self.guest.wait(silence, |state| {
@@ -274,9 +274,13 @@ impl Running {
                     .map_or(0, |heard| heard.out.len() + heard.err.len());
                 (ended.is_some() || said > heard).then_some((ended, said))
             });
-            match news.map_err(|error| self.give_up(error))? {
-                (Some(output), _) => return Ok(output),
-                (None, said) => heard = said,
+            match news {
+                Ok((Some(output), _)) => return Ok(output),
+                Ok((None, said)) => heard = said,
+                Err(error) => {
+                    silent();
+                    return Err(self.give_up(error));
+                }
             }
         }
     }

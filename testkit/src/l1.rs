@@ -15,6 +15,7 @@ use crate::guest::Guest;
 use crate::initramfs::{self, Archive};
 use crate::kit::Kit;
 use crate::lab::{Accel, Lab, Scene};
+use crate::lost;
 use crate::process::{Process, command_line};
 use crate::put::Put;
 use crate::report::Skip;
@@ -51,7 +52,7 @@ pub struct L1<'a> {
 /// Where L1 runs.
 enum L1Kind {
     /// In a virtual machine of its own.
-    Vm(#[expect(dead_code, reason = "it lives as long as L1")] Box<Vm>),
+    Vm(Box<Vm>),
     /// On the host, in namespaces of its own.
     Host(#[expect(dead_code, reason = "it lives as long as L1")] Process),
 }
@@ -162,6 +163,20 @@ impl<'a> L1<'a> {
     /// Whether L1 is a virtual machine with emulated SVM. Otherwise it is this host.
     pub fn is_emulated(&self) -> bool {
         matches!(self.kind, L1Kind::Vm(_))
+    }
+
+    /// Keeps what was found out about a machine among the logs.
+    pub fn keep(&self, name: &str, text: &str) {
+        // Without it the logs still have the rest.
+        let _ = fs::write(self.scene.dir().join(format!("{name}.lost.log")), text);
+    }
+
+    /// Finds out what L1 itself does, and keeps it among the logs.
+    pub fn look(&self) {
+        if let L1Kind::Vm(vm) = &self.kind {
+            let cpus = if self.clock == Clock::Time { 2 } else { 1 };
+            self.keep("l1", &lost::under_qemu(vm.qmp_socket(), cpus));
+        }
     }
 
     /// Copies the logs to a folder that outlives the run, and returns that folder. The logs inside

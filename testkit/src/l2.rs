@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use crate::guest::{Guest, Running};
 use crate::l1::L1;
+use crate::lost;
 use crate::vm::{KERNEL_WORDS, vfio_user};
 
 /// How long an L2 may take to boot. Alone on its processor it needs 7 to 13 s.
@@ -130,7 +131,8 @@ impl L2Spec {
         // lost.
         let port = l1.guest.tunnel(&format!("exec guest-agent join {run}/{name}.agent"))?;
         let guest = Guest::new(name, port)?;
-        Ok(L2 { guest, vmm, l1, name, watched: Cell::new(false), ended: false })
+        let watched = Cell::new(false);
+        Ok(L2 { guest, vmm, vmm_kind: self.vmm, l1, name, watched, ended: false })
     }
 }
 
@@ -140,6 +142,7 @@ pub struct L2<'a> {
     pub guest: Guest,
     /// Its VMM.
     pub vmm: Running,
+    vmm_kind: Vmm,
     l1: &'a L1<'a>,
     name: &'static str,
     /// Whether it has booted and is watched for silence.
@@ -169,28 +172,15 @@ impl L2<'_> {
 
     /// The control socket of its VMM, in L1.
     pub fn control_socket(&self) -> String {
-        format!("{}/{}.control", self.l1.run_dir(), self.name)
+        control_socket(self.l1, self.name)
     }
 
-    /// Sends a request, JSON without a `'`, to the control socket of its VMM; returns the items of
-    /// the answer, and what it ends with.
+    /// Sends a request to the control socket of its VMM, see [`control`].
     ///
     /// # Errors
-    /// If there is no answer, or the request is refused: the text is that of the refusal.
+    /// As [`control`].
     pub fn control(&self, request: &str) -> Result<(Vec<Value>, Value)> {
-        let command = format!("echo '{request}' | guest-agent join {}", self.control_socket());
-        let answers = self.l1.guest.start(&command)?.ok(CONTROL)?;
-        let mut items = Vec::new();
-        for line in answers.lines() {
-            let mut answer: Value =
-                serde_json::from_str(line).with_context(|| format!("no answer: {line}"))?;
-            match (answer["item"].take(), answer.get("ok"), answer["error"].as_str()) {
-                (_, Some(ok), _) => return Ok((items, ok.clone())),
-                (_, _, Some(error)) => bail!("{error}"),
-                (item, ..) => items.push(item),
-            }
-        }
-        bail!("{request} is not answered, only {answers:?}")
+        control(self.l1, self.name, request)
     }
 
     /// Kills the VMM at once (SIGKILL).
@@ -217,10 +207,55 @@ impl L2<'_> {
     }
 }
 
+fn control_socket(l1: &L1, name: &str) -> String {
+    format!("{}/{name}.control", l1.run_dir())
+}
+
+/// Sends a request, JSON without a `'`, to the control socket of the VMM of the guest `name`.
+/// Returns the items of the answer, and what it ends with.
+///
+/// # Errors
+/// If there is no answer, or the request is refused: the text is that of the refusal.
+fn control(l1: &L1, name: &str, request: &str) -> Result<(Vec<Value>, Value)> {
+    let command = format!("echo '{request}' | guest-agent join {}", control_socket(l1, name));
+    let answers = l1.guest.start(&command)?.ok(CONTROL)?;
+    let mut items = Vec::new();
+    for line in answers.lines() {
+        let mut answer: Value =
+            serde_json::from_str(line).with_context(|| format!("no answer: {line}"))?;
+        match (answer["item"].take(), answer.get("ok"), answer["error"].as_str()) {
+            (_, Some(ok), _) => return Ok((items, ok.clone())),
+            (_, _, Some(error)) => bail!("{error}"),
+            (item, ..) => items.push(item),
+        }
+    }
+    bail!("{request} is not answered, only {answers:?}")
+}
+
+/// Finds out what the guest `name`, its VMM and its devices do, and keeps it among the logs.
+pub fn look(l1: &L1, name: &str, vmm: Vmm) {
+    let mut text = String::new();
+    // QEMU has no control socket that the test kit can use in L1.
+    let looks = if vmm == Vmm::Vbus { lost::LOOKS } else { 0 };
+    for look in 1..=looks {
+        let told = match control(l1, name, r#"{"op":"dump"}"#) {
+            Ok((items, _)) => items.iter().map(|item| format!("{item}\n")).collect(),
+            Err(error) => format!("vbus-vmm does not tell: {error:#}\n"),
+        };
+        text += &format!("== look {look} of vbus-vmm\n{told}");
+    }
+    let program = if vmm == Vmm::Vbus { "vbus-vmm" } else { "qemu-system-x86_64" };
+    text += &lost::in_l1(&l1.guest, program, &format!("{}/bus", l1.run_dir()));
+    l1.keep(name, &text);
+}
+
 impl Drop for L2<'_> {
     fn drop(&mut self) {
         let (out, err) = self.vmm.said();
         let fell = self.l1.is_emulated() && err.contains("triple fault");
+        if !self.ended && self.vmm.runs() && !self.l1.guest.hung() {
+            look(self.l1, self.name, self.vmm_kind);
+        }
         // A failed wait is shorter than the time after which a silent guest counts as hung.
         let hangs =
             || !self.ended && self.watched.get() && self.vmm.runs() && !self.guest.answers();

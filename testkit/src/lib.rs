@@ -46,6 +46,7 @@
 //! | [`vm`], [`trial`], [`bus`] | one VM, with KVM or without; one bus |
 //! | [`process_guest`] | a guest without a virtual machine |
 //! | [`nic`], [`pair`], [`flat`] | what many scenarios start with |
+//! | [`lost`] | what does a machine do that does not answer any more? |
 //! | [`l1`], [`l2`] | a Linux with a real KVM, and a guest in it |
 //! | [`soak`] | guests and hostile clients on one bus, for a long time |
 //! | [`scenario`], [`scenarios`], [`runner`] | the tests |
@@ -58,6 +59,7 @@ pub mod kit;
 pub mod l1;
 pub mod l2;
 pub mod lab;
+pub mod lost;
 pub mod nic;
 pub mod pair;
 pub mod process;

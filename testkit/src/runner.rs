@@ -119,6 +119,9 @@ fn attempt<'a>(
             Ok(Outcome::Skipped(error.to_string()))
         }
         Err(error) => {
+            if running.hung() {
+                running.look();
+            }
             let logs = running.save_logs().map_err(|error| Failed { error, hung: false })?;
             let error = anyhow!("{error:#}\n    logs: {}", logs.display());
             Err(Failed { error, hung: running.hung() })

@@ -40,6 +40,9 @@ enum Request {
     Plug { name: String, socket: PathBuf },
     /// Asks the guest to release a device. The answer comes when the guest has done it.
     Unplug { name: String },
+    /// Stops the virtual CPUs for a moment, and tells what they, the interrupt controllers and the
+    /// devices do.
+    Dump,
     /// Presses the power button.
     PowerButton,
     /// Resets the machine.
@@ -125,6 +128,13 @@ impl Handler for Control {
             }
             Request::Unplug { name } => {
                 components.pci.unplug(&name)?;
+                Ok(Value::Null)
+            }
+            Request::Dump => {
+                let (tell, told) = channel();
+                send(components, VmEvent::Dump(tell))?;
+                let items = told.recv().context("the machine is about to end")?;
+                items.into_iter().try_for_each(|item| client.item(item))?;
                 Ok(Value::Null)
             }
             Request::PowerButton => Ok(json!({ "heard": components.power.press() })),

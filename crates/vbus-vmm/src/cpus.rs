@@ -16,6 +16,8 @@ use anyhow::{Context, Result};
 use kvm_bindings::kvm_run;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use rustix::thread::Pid;
+use serde_json::Value;
+use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::boot::Start;
@@ -117,6 +119,13 @@ impl Cpus {
     /// KVM refuses a part of the state.
     pub fn reset(&self, start: &Start) -> Result<()> {
         self.cpus.iter().try_for_each(|cpu| lock(&cpu.vcpu).reset(start))
+    }
+
+    /// What each virtual CPU does, by number: all of them if they are held. One that runs all the
+    /// same is told as null. `memory` is the guest's.
+    pub fn dump(&self, memory: &GuestMemoryMmap) -> Vec<Value> {
+        let dump = |cpu: &Cpu| cpu.vcpu.try_lock().ok().map(|vcpu| vcpu.dump(memory)).into();
+        self.cpus.iter().map(dump).collect()
     }
 
     /// The number of virtual CPUs.

@@ -3,6 +3,8 @@
 
 use std::sync::mpsc::Sender;
 
+use serde_json::Value;
+
 /// An event that the main thread handles. A virtual CPU, a control client, a signal or the terminal
 /// causes it.
 #[derive(Debug)]
@@ -11,6 +13,8 @@ pub enum VmEvent {
     Reset(String),
     /// The guest has powered the machine off.
     PowerOff,
+    /// Somebody wants to know what the machine does.
+    Dump(Sender<Vec<Value>>),
     /// The machine must end at once.
     Quit,
     /// The machine cannot go on.

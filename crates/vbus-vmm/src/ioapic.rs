@@ -7,9 +7,11 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use rustix::event::{EventfdFlags, eventfd};
+use serde_json::Value;
 use vbus_kvm::{Route, Routes, take_signal};
 
 use crate::bus::BusDevice;
+use crate::dump;
 use crate::layout;
 use crate::lock::lock;
 
@@ -181,6 +183,13 @@ impl IoApic {
                 self.send(pin.due());
             }
         }
+    }
+
+    /// The pins in use, as the control request `dump` tells them.
+    pub(crate) fn dump(&self) -> Value {
+        let state = self.lock();
+        let high = state.pins.iter().rev().fold(0, |high, pin| high << 1 | u32::from(pin.high));
+        dump::io_apic(state.pins.iter().map(|pin| pin.entry), high)
     }
 
     /// Puts the registers into the state after a reset. The levels of the pins stay, since devices

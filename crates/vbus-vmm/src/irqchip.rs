@@ -10,10 +10,12 @@ use kvm_bindings::{
     KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_irqchip, kvm_pit_config, kvm_pit_state2,
 };
 use kvm_ioctls::VmFd;
+use serde_json::Value;
 use vbus_kvm::Routes;
 
 use crate::acpi::IO_APIC;
 use crate::bus::Bus;
+use crate::dump;
 use crate::ioapic::{IO_APIC_BYTES, IoApic};
 use crate::layout;
 
@@ -103,6 +105,23 @@ impl IrqChip {
     pub fn pulse(&self, pin: u32) {
         self.set(pin, true);
         self.set(pin, false);
+    }
+
+    /// The state of each interrupt controller. What KVM does not tell is left out.
+    pub fn dump(&self) -> Vec<Value> {
+        match &self.0 {
+            Kind::Kernel { routes, chips, .. } => {
+                let now = |chip: &kvm_irqchip| {
+                    let mut chip = kvm_irqchip { chip_id: chip.chip_id, ..Default::default() };
+                    routes.vm().get_irqchip(&mut chip).ok()?;
+                    Some(dump::irqchip(&chip))
+                };
+                chips.iter().filter_map(now).collect()
+            }
+            Kind::Split { io_apic, .. } => vec![io_apic.dump()],
+            #[cfg(test)]
+            Kind::Test(_) => Vec::new(),
+        }
     }
 
     /// Puts the interrupt controllers into the state after a reset.

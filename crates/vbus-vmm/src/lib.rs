@@ -30,6 +30,7 @@ mod control;
 mod counters;
 mod cpuid;
 mod cpus;
+mod dump;
 pub mod events;
 mod exits;
 pub mod ioapic;

@@ -188,14 +188,17 @@ impl Machine {
             match self.events.recv().context("every thread has ended")? {
                 VmEvent::Reset(why) => {
                     self.components.cpus.hold()?;
-                    // This reset covers the events that have arrived meanwhile, except an end.
-                    let end =
-                        self.events.try_iter().find(|event| !matches!(event, VmEvent::Reset(_)));
-                    if let Some(end) = end {
-                        let _ = self.components.events.send(end);
-                    }
+                    // This reset covers those that have been asked for meanwhile.
+                    let others = self.events.try_iter();
+                    let others: Vec<_> =
+                        others.filter(|event| !matches!(event, VmEvent::Reset(_))).collect();
+                    self.send_again(others);
                     self.start()?;
                     report("reset", json!({ "why": why }));
+                }
+                VmEvent::Dump(tell) => {
+                    // The client may have gone.
+                    let _ = tell.send(self.dump());
                 }
                 VmEvent::PowerOff => break Ok(End::PowerOff),
                 VmEvent::Quit => break Ok(End::Quit),
@@ -215,6 +218,41 @@ impl Machine {
         }
         drop(self.control.take());
         end
+    }
+
+    /// Stops the virtual CPUs, finds out what they and everything else do, and lets them go on.
+    fn dump(&self) -> Vec<Value> {
+        let components = &*self.components;
+        let held = components.cpus.hold();
+        let mut items = Vec::new();
+        if let Err(error) = &held {
+            items.push(json!({ "error": format!("{error:#}") }));
+        }
+        let cpus = components.cpus.dump(self.ram.map());
+        for (state, counters) in cpus.into_iter().zip(components.counters.iter()) {
+            let mut item = counters.to_json();
+            item["state"] = state;
+            items.push(item);
+        }
+        items.extend(self.irqchip.dump());
+        items.extend(components.pci.dump());
+        // A virtual CPU that has stopped the machine has sent the reason before it came to the
+        // gate. The machine then stands still until the main thread has handled it.
+        let others: Vec<_> = self.events.try_iter().collect();
+        let stopped = others.iter().any(|event| !matches!(event, VmEvent::Dump(_)));
+        self.send_again(others);
+        if !stopped {
+            components.cpus.run();
+        }
+        items
+    }
+
+    /// Puts events back that were taken too early.
+    fn send_again(&self, events: Vec<VmEvent>) {
+        for event in events {
+            // This value has the receiver, so sending does not fail.
+            let _ = self.components.events.send(event);
+        }
     }
 
     /// Puts every component into the state after a reset, loads the kernel, and lets the virtual

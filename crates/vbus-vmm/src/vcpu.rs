@@ -11,11 +11,14 @@ use kvm_bindings::{
     kvm_vcpu_events, kvm_xcrs,
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use serde_json::Value;
+use vm_memory::GuestMemoryMmap;
 
 use crate::boot::Start;
 use crate::bus::Bus;
 use crate::counters::VcpuCounters;
 use crate::cpuid::Model;
+use crate::dump;
 use crate::exits::{ExitKind, Exits};
 use crate::ioapic::IoApic;
 
@@ -99,6 +102,11 @@ impl Vcpu {
         self.fresh
             .restore(&self.fd, start)
             .with_context(|| format!("cannot reset virtual CPU {}", self.number))
+    }
+
+    /// What the CPU does, which must not be running. `memory` is the guest's.
+    pub fn dump(&self, memory: &GuestMemoryMmap) -> Value {
+        dump::vcpu(&self.fd, memory)
     }
 
     /// Runs the CPU until it must pause. If the result is [`Pause::Held`], every exit is finished.

@@ -11,7 +11,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::Shutdown;
+use serde_json::{Value, json};
 use vbus_kvm::{DoorbellKind, DoorbellRange, Doorbells, IntxIrqfd};
 use vbus_pci_config::register::{COMMAND, STATUS, STATUS_INTERRUPT};
 use vbus_pci_config::{ConfigSpace, MsixTable, read_pending_bits, touches};
@@ -389,6 +391,33 @@ impl Function {
                 self.call(|client| client.region_post(REGION_BAR0, offset, data));
             }
         }
+    }
+
+    /// Its interrupts, as this program has them and as its server tells.
+    pub(super) fn dump(&self) -> Value {
+        let mut status = [0; 2];
+        let told =
+            self.call(|client| client.region_read(REGION_CONFIG, STATUS as u64, &mut status));
+        let status = told.map(|()| u16::from_le_bytes(status) & STATUS_INTERRUPT != 0);
+        // Readable, so not yet taken: by KVM or this process, and by the server.
+        let waits = |fd: BorrowedFd<'_>| {
+            let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
+            let now = Timespec::default();
+            poll(&mut fds, Some(&now)).is_ok() && fds[0].revents().contains(PollFlags::IN)
+        };
+        let intx = self.intx.as_ref().map(|intx| {
+            json!({ "assert_waits": waits(intx.assert()), "end_waits": waits(intx.ended()) })
+        });
+        let state = lock(&self.state);
+        json!({
+            "device": self.name,
+            "gone": self.is_gone(),
+            "command": format!("{:#x}", state.config.command()),
+            "interrupt_status": status,
+            "intx": intx,
+            "msi": state.config.msi().map(|vector| format!("{vector:?}")),
+            "config_accesses": self.counters.config.load(Ordering::Relaxed),
+        })
     }
 
     /// Rings a doorbell that came to user space.

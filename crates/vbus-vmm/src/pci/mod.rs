@@ -35,6 +35,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use serde::Serialize;
+use serde_json::Value;
 use vbus_kvm::Routes;
 
 pub use description::BadFunction;
@@ -202,6 +203,12 @@ impl PciRoot {
             })
         };
         self.hierarchy.slots.iter().filter_map(plugged).collect()
+    }
+
+    /// The interrupts of each device, as the control request `dump` tells them.
+    pub(crate) fn dump(&self) -> Vec<Value> {
+        let dump = |slot: &Slot| Some(slot.occupant()?.0.dump());
+        self.hierarchy.slots.iter().filter_map(dump).collect()
     }
 
     /// Puts PCI into the state after power-on, for a guest that starts again. No virtual CPU may

@@ -13,9 +13,11 @@ use serde_json::{Value, json};
 
 use crate::flat::{Report, device_names, devices, with_receivers};
 use crate::l1::L1;
-use crate::l2::L1Bus;
+use crate::l2::{self, L1Bus, Vmm};
 use crate::report::Figures;
 
+/// The name of the guest's socket and logs.
+const NAME: &str = "flat";
 /// The port of vbus-vmm at which the guest sets its marks.
 const MARK_PORT: u16 = 0x610;
 /// The longest time without output of the guest. The guest waits at most 60 s for anything, and
@@ -59,12 +61,14 @@ impl Run {
             names.iter().map(|name| format!(" --device {}", bus.socket(name))).collect();
         let devices = devices.concat();
         let (l2, slots, pin) = (l1.l2_dir(), names.len(), l1.guest_processor());
+        let run = l1.run_dir();
         let vmm = l1.guest.start(&format!(
             "exec {pin}vbus-vmm --kernel {l2}/flat --append '{words} cpus={cpus} \
              marks={MARK_PORT}' --cpus {cpus} --memory 64 --slots {slots} {args} --marks \
-             --json{devices}"
+             --json --control {run}/{NAME}.control{devices}"
         ))?;
-        let end = vmm.wait_talking(SILENCE).inspect_err(|_| {
+        let end = vmm.wait_talking(SILENCE, || {
+            l2::look(l1, NAME, Vmm::Vbus);
             // A guest without output for that long does not even wait. Its processors have stopped.
             if l1.is_emulated() {
                 l1.note_hang();

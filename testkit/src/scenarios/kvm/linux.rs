@@ -3,10 +3,10 @@
 
 use std::time::Instant;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 use crate::l1::L1;
-use crate::l2::{L2Spec, Vmm};
+use crate::l2::{L2, L2Spec, Vmm};
 use crate::report::Figures;
 
 /// A guest boots under QEMU, runs commands, and powers off.
@@ -17,6 +17,24 @@ pub fn harness(l1: &L1, _: &mut Figures) -> Result<()> {
     eprintln!("a guest of QEMU has booted in {:.1} s", began.elapsed().as_secs_f32());
     l2.guest.ok("dmesg | grep -i 'hypervisor detected: KVM'")?;
     l2.power_off()
+}
+
+/// A dump tells the state of each virtual CPU and of the I/O APIC, and the guest goes on.
+fn check_dump(l2: &L2, cpus: u32) -> Result<()> {
+    let (items, _) = l2.control(r#"{"op":"dump"}"#)?;
+    for cpu in 0..cpus {
+        let item = items.iter().find(|item| item["cpu"] == cpu).context("a CPU is missing")?;
+        let state = &item["state"];
+        // Linux runs in the upper half of the addresses, or in user space, with paging.
+        let is_paging = state["registers"]["rip"].is_string() && state["system"]["cr3"] != "0x0";
+        ensure!(is_paging && state["apic"]["id"] == cpu, "CPU {cpu} is told as {item}");
+        ensure!(state["code"] != "", "the code of CPU {cpu} is not told: {item}");
+    }
+    // The serial ports have pins 3 and 4.
+    let pins = items.iter().find_map(|item| item["io_apic"].as_array());
+    let pins = pins.context("the I/O APIC is missing")?;
+    ensure!(pins.iter().any(|pin| pin["pin"] == 3), "no serial port has a pin: {pins:?}");
+    l2.guest.ok("true").map(drop).context("the guest does not go on")
 }
 
 /// Linux boots in `vbus-vmm` and powers off: with one and two CPUs, and with the interrupt
@@ -32,6 +50,7 @@ pub fn boot(l1: &L1, _: &mut Figures) -> Result<()> {
             online.starts_with(&format!("{cpus}\n")) && online.contains("KVM"),
             "{cpus} CPUs on KVM, got {online}"
         );
+        check_dump(&l2, cpus).with_context(|| format!("a dump with --irqchip {irqchip}"))?;
         l2.power_off()?;
     }
     Ok(())
