@@ -235,6 +235,7 @@ impl Machine {
             items.push(item);
         }
         items.extend(self.irqchip.dump());
+        items.extend(self.serial.iter().map(|attached| attached.port.dump()));
         items.extend(components.pci.dump());
         // A virtual CPU that has stopped the machine has sent the reason before it came to the
         // gate. The machine then stands still until the main thread has handled it.

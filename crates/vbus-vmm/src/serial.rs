@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use serde_json::{Value, json};
 use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, Trigger};
 
@@ -34,6 +35,20 @@ use crate::terminal::{Escape, Escaped};
 const QUEUE_MAX: usize = 1 << 20;
 /// The number of I/O ports of a UART.
 const PORTS: u64 = 8;
+/// The bytes that a UART holds for the guest.
+const FIFO: usize = 64;
+/// The registers interrupt enable, interrupt identification and line control.
+const ENABLE: u8 = 1;
+const IDENTIFICATION: u8 = 2;
+const LINE_CONTROL: u8 = 3;
+/// Interrupt enable: received data.
+const ENABLE_RECEIVED: u8 = 1;
+/// Interrupt identification: the kinds, of which these are "none" and "received data".
+const KINDS: u8 = 0x0f;
+const KIND_NONE: u8 = 1;
+const KIND_RECEIVED: u8 = 4;
+/// Line control: the registers 0 and 1 are the divisor's.
+const DIVISOR: u8 = 0x80;
 /// How long the reader may take for the last output.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -154,6 +169,19 @@ impl SerialPort {
         *self.uart() = SerialPort::fresh(&self.irqchip, self.number, &self.output);
     }
 
+    /// Its registers and what waits in it, as the control request `dump` tells them.
+    pub(crate) fn dump(&self) -> Value {
+        let state = self.uart().state();
+        json!({
+            "serial": self.number,
+            "enable": state.interrupt_enable,
+            "identification": state.interrupt_identification,
+            "line_status": state.line_status,
+            "received": state.in_buffer.len(),
+            "sent": self.output.queue().len(),
+        })
+    }
+
     /// Gives the guest as much of `input` as its UART takes, and returns the number of bytes.
     fn enqueue(&self, input: &[u8]) -> usize {
         let mut uart = self.uart();
@@ -162,11 +190,32 @@ impl SerialPort {
     }
 }
 
+/// Reads a register for the guest.
+///
+/// A UART tells of received data as long as it has some. That of `vm-superio` forgets it at each
+/// read of a byte or of the identification, and interrupts again only when more comes. Linux takes
+/// 256 bytes at most at a time, and then asks whether there is more. If it were told that there is
+/// none, it would leave the rest for the next interrupt. But no more data comes before the guest
+/// has taken the rest: the port would be silent for ever. So this function tells of data that is
+/// there.
+fn read_register(uart: &mut Uart, offset: u8) -> u8 {
+    let value = uart.read(offset);
+    if offset == IDENTIFICATION
+        && value & KINDS == KIND_NONE
+        && uart.fifo_capacity() < FIFO
+        && uart.read(LINE_CONTROL) & DIVISOR == 0
+        && uart.read(ENABLE) & ENABLE_RECEIVED != 0
+    {
+        return value & !KINDS | KIND_RECEIVED;
+    }
+    value
+}
+
 impl BusDevice for SerialPort {
     fn read(&self, offset: u64, data: &mut [u8]) {
         // A wider access reaches the first register only. The other bytes stay as they are.
         if let (Ok(offset), [first, ..]) = (u8::try_from(offset), data) {
-            *first = self.uart().read(offset);
+            *first = read_register(&mut self.uart(), offset);
         }
     }
 
@@ -495,6 +544,58 @@ mod tests {
         }
         drop(fixture);
         assert!(!path.exists());
+    }
+
+    /// Reads as Linux's interrupt handler does: at most 256 bytes at a time, and again as long as
+    /// the UART tells of an interrupt. Returns the bytes that it has taken in all.
+    fn handle_interrupt(fixture: &Fixture) -> Vec<u8> {
+        let mut taken = Vec::new();
+        while fixture.read_byte(COM1 + u64::from(IDENTIFICATION)) & KINDS != KIND_NONE {
+            for _ in 0..256 {
+                if fixture.read_byte(LINE_STATUS) & 1 == 0 {
+                    break;
+                }
+                taken.push(fixture.read_byte(COM1));
+            }
+        }
+        taken
+    }
+
+    #[test]
+    fn the_uart_tells_of_data_as_long_as_it_has_some() {
+        let fixture = fixture(&Target::None);
+        let kind = || fixture.read_byte(COM1 + u64::from(IDENTIFICATION)) & KINDS;
+        let port = &fixture.attached.port;
+        assert_eq!(port.uart().fifo_capacity(), FIFO);
+        // A guest that polls is told of no interrupt.
+        assert_eq!(port.enqueue(b"a"), 1);
+        assert_eq!((kind(), fixture.read_byte(COM1)), (KIND_NONE, b'a'));
+
+        fixture.pio.write(COM1 + u64::from(ENABLE), &[ENABLE_RECEIVED]);
+        assert_eq!(port.enqueue(b"bcd"), 3);
+        for byte in b"bcd" {
+            assert_eq!((kind(), kind()), (KIND_RECEIVED, KIND_RECEIVED), "before {byte}");
+            assert_eq!(fixture.read_byte(COM1), *byte);
+        }
+        assert_eq!(kind(), KIND_NONE);
+    }
+
+    #[test]
+    fn a_guest_that_takes_256_bytes_at_a_time_gets_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("console");
+        let fixture = fixture(&Target::Unix(path.clone()));
+        fixture.pio.write(COM1 + u64::from(ENABLE), &[ENABLE_RECEIVED]);
+        let mut client = UnixStream::connect(&path).unwrap();
+        let typed: Vec<u8> = (0..=255).cycle().take(10_000).collect();
+        client.write_all(&typed).unwrap();
+        let until = Instant::now() + Duration::from_secs(60);
+        let mut taken = Vec::new();
+        while taken.len() < typed.len() {
+            assert!(Instant::now() < until, "{} of {} bytes came", taken.len(), typed.len());
+            taken.extend(handle_interrupt(&fixture));
+        }
+        assert_eq!(taken, typed);
     }
 
     #[test]
