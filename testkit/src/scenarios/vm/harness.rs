@@ -66,7 +66,7 @@ pub fn two_guests(scene: &Scene) -> Result<()> {
         vm.wait_boot(1)?;
         vm.guest.ok(&format!("ip addr add {address}/24 dev eth0; ip link set eth0 up"))?;
     }
-    a.guest.ok("ping -c 3 -i 0.2 -w 20 10.0.0.2")?;
+    a.guest.ok("ping -c 1 -W 60 10.0.0.2")?;
     let receiver = b.guest.start("guest-agent receive 0.0.0.0:5000")?;
     // The port is open when it is in the kernel's table.
     b.guest.ok("until grep -q :1388 /proc/net/tcp; do sleep 0.1; done")?;

@@ -43,7 +43,7 @@ pub fn jumbo(scene: &Scene) -> Result<()> {
     run(
         scene,
         PairSpec { device: "mtu = 9000", ..PairSpec::default() },
-        "[ $(cat /sys/class/net/vbus0/mtu) = 9000 ] && ping -c 3 -w 30 -s 8900 10.0.0.2",
+        "[ $(cat /sys/class/net/vbus0/mtu) = 9000 ] && ping -c 1 -W 60 -s 8900 10.0.0.2",
     )
 }
 
