@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::{Serialize, Serializer};
 
+use crate::metric::{Metric, Role};
+
 /// A count of events. All accesses are relaxed: they order nothing, so a reader may see one counter
 /// newer than another.
 #[derive(Debug, Default)]
@@ -72,6 +74,65 @@ fn inner<S: Serializer>(counter: &Arc<Counter>, serializer: S) -> Result<S::Ok, 
 }
 
 impl ConnectionCounters {
+    /// What the counters mean. The paths are keys of the counters in JSON.
+    pub const METRICS: &'static [Metric] = &[
+        Metric::counter("opens", "device_opens", "Drivers that opened the device")
+            .unit("connections")
+            .advice("read the log of a driver that opens again and again"),
+        Metric::counter("broken", "device_broken", "Connections that ended by a fault")
+            .unit("connections")
+            .role(Role::Fault)
+            .advice("the log of the bus has one line for each"),
+        Metric::counter(
+            "commands",
+            "device_commands",
+            "Commands in the register block: open, regions, calls",
+        )
+        .unit("commands")
+        .advice("a driver should need them for set-up only"),
+        Metric::counter(
+            "doorbells",
+            "device_doorbells",
+            "Doorbells that the driver rang, also when `vbus-guest list` measures them",
+        )
+        .unit("doorbells")
+        .role(Role::Doorbells)
+        .advice("compare with the frames: the device sleeps too early; raise `poll-us`"),
+        Metric::counter("interrupts", "device_interrupts", "Interrupts sent to the driver")
+            .unit("interrupts")
+            .role(Role::Interrupts)
+            .advice("compare with the frames: the driver sleeps too early"),
+        Metric::counter(
+            "interrupts_suppressed",
+            "device_interrupts_suppressed",
+            "Posts to the driver that needed no interrupt",
+        )
+        .unit("posts")
+        .role(Role::InterruptsSaved),
+        Metric::counter("wakeups", "device_wakeups", "Times that a sleeping task was woken"),
+        Metric::counter("polls", "device_polls", "Polls that found work").unit("polls"),
+        Metric::counter("polls_empty", "device_polls_empty", "Polls that found no work")
+            .unit("polls")
+            .advice("compare with `polls`; lower `poll-us` to save processor time"),
+        Metric::counter(
+            "moves",
+            "device_moves",
+            "Times that a task of the device moved to a worker that slept, because two devices \
+             were busy on its own",
+        ),
+        Metric::counter(
+            "stalls",
+            "device_stalls",
+            "Times that a task of the device held its worker for 1 s; all devices of that worker \
+             waited",
+        )
+        .role(Role::Fault)
+        .advice(
+            "the log names the task: a class that blocks, or a machine without processor time to \
+             give",
+        ),
+    ];
+
     /// The counters of the device called `device`.
     pub fn of(device: &str) -> ConnectionCounters {
         ConnectionCounters { device: device.to_owned(), ..ConnectionCounters::default() }

@@ -15,6 +15,7 @@ use crate::events::Notifier;
 use crate::executor::{Executor, Progress};
 use crate::interrupt::Interrupt;
 use crate::memory::{MemoryContext, Window};
+use crate::metric::Metric;
 use crate::router::Router;
 
 /// Makes devices of one class from their configuration.
@@ -34,6 +35,13 @@ pub trait DeviceClass: Send + Sync {
     /// interface) overrides this and checks only what it can see without that.
     fn check(&self, name: &str, config: &Value) -> Result<(), CreateError> {
         self.create(name, config).map(drop)
+    }
+
+    /// What the numbers in [`Device::inspect`] of this class's devices mean. `vbus stats`, `vbus
+    /// top` and the metrics for Prometheus show the numbers that are in this table with their
+    /// texts. The provided method has none; `vbus stats --all` shows the numbers all the same.
+    fn metrics(&self) -> Vec<Metric> {
+        Vec::new()
     }
 }
 
@@ -174,7 +182,7 @@ pub trait Device: Send + Sync {
     fn open(&self, open: Open) -> Result<Box<dyn Connection>, ErrorCode>;
 
     /// The device's own counters and settings, as a JSON object, for `vbus stats` and `vbus device
-    /// show`.
+    /// show`. The class says what the numbers mean ([`DeviceClass::metrics`]).
     fn inspect(&self) -> Value {
         Value::Object(serde_json::Map::new())
     }

@@ -6,8 +6,10 @@ use std::sync::Arc;
 
 use serde_json::Value;
 use vbus_core::settings::Settings;
-use vbus_core::{Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Joined, Open};
-use vbus_net::{Opener, Switches, Uplink, UplinkConfig};
+use vbus_core::{
+    Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Joined, Metric, Open,
+};
+use vbus_net::{Opener, Switches, UPLINK_METRICS, Uplink, UplinkConfig};
 
 use crate::venet::MTU_RANGE;
 
@@ -52,6 +54,10 @@ impl DeviceClass for UplinkClass {
     fn create(&self, name: &str, config: &Value) -> Result<Arc<dyn Device>, CreateError> {
         let config = UplinkClass::parse(config)?;
         Ok(Arc::new(UplinkDevice(Uplink::open(name, config, &self.switches, &self.opener)?)))
+    }
+
+    fn metrics(&self) -> Vec<Metric> {
+        UPLINK_METRICS.into()
     }
 }
 

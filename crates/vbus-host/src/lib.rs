@@ -58,6 +58,7 @@ mod rights;
 mod sandbox;
 mod serve;
 mod supervisor;
+mod telemetry;
 mod vmm;
 
 pub use program::Program;

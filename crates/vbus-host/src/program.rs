@@ -30,7 +30,7 @@ enum Command {
     /// Read, write and watch the pages of a state device
     #[command(subcommand)]
     State(command::state::Command),
-    /// Show every counter of every device
+    /// Show what the devices do: state, rates, kicks saved, drops and why; and every counter
     Stats(command::stats::Args),
     /// Print the options that QEMU needs to use the devices of this bus
     QemuArgs(command::qemu_args::Args),
@@ -128,7 +128,7 @@ impl Program {
             Command::Serve(args) => serve::run(args, self.classes, &self.supervisor, &self.sandbox),
             Command::Device(command) => command::device::run(command, self.classes),
             Command::State(command) => command::state::run(command),
-            Command::Stats(args) => command::stats::run(args),
+            Command::Stats(args) => command::stats::run(args, self.classes),
             Command::QemuArgs(args) => command::qemu_args::run(args),
             Command::Config(command) => command::config::run(command, self.classes),
             Command::Supervisor => Ok(()),

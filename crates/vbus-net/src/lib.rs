@@ -39,6 +39,7 @@ mod inbound;
 mod limited;
 mod link;
 mod medium;
+mod metrics;
 mod null;
 mod offload;
 mod opener;
@@ -62,6 +63,7 @@ pub use frame::{
 pub use limited::{Limited, Limits};
 pub use link::Link;
 pub use medium::Medium;
+pub use metrics::{BACKEND_METRICS, UPLINK_METRICS};
 #[cfg(fuzzing)]
 pub use offload::Plain;
 pub use offload::dhcp_checksum;

@@ -10,11 +10,61 @@ use vbus_core::shm::abi::sched as abi;
 use vbus_core::shm::abi::sched::report as word;
 use vbus_core::shm::signal::{Armed, end};
 use vbus_core::shm::state::{Overrun, Reader, SIGNAL_OFFSET, Writer};
-use vbus_core::{ErrorCode, Interrupt, Region, Window};
+use vbus_core::{ErrorCode, Interrupt, Metric, Region, Window};
 
 use crate::config::CLASS_NAMES;
 use crate::policy::{BadRequest, Budget, Grant, Policy, Setting, Share, parse};
 use crate::thread::Thread;
+
+/// What the numbers of a virtual CPU mean.
+pub const METRICS: &[Metric] = &[
+    Metric::gauge(
+        "cpus.{cpu=cpu}.priority",
+        "sched_priority",
+        "The real-time priority or the nice value that the thread has",
+    )
+    .unit("levels"),
+    Metric::counter(
+        "cpus.{cpu=cpu}.updates",
+        "sched_updates",
+        "Requests of the driver that the device read",
+    )
+    .unit("requests"),
+    Metric::counter(
+        "cpus.{cpu=cpu}.changes",
+        "sched_changes",
+        "Times that the device set or restored the thread's class",
+    ),
+    Metric::counter(
+        "cpus.{cpu=cpu}.clamped",
+        "sched_clamped",
+        "Requests that the device granted in part",
+    )
+    .unit("requests"),
+    Metric::counter(
+        "cpus.{cpu=cpu}.refused",
+        "sched_refused",
+        "Requests that the policy or the host's kernel refused",
+    )
+    .unit("requests"),
+    Metric::counter(
+        "cpus.{cpu=cpu}.limited",
+        "sched_limited",
+        "Times that the rate limit delayed a reading",
+    ),
+    Metric::counter(
+        "cpus.{cpu=cpu}.expired",
+        "sched_expired",
+        "Times that a real-time class ended, because no further request came or the share was \
+         used up",
+    ),
+    Metric::counter(
+        "cpus.{cpu=cpu}.overruns",
+        "sched_overruns",
+        "Readings that the driver spoiled, because it wrote faster than the device could read",
+    )
+    .unit("readings"),
+];
 
 /// The counts for one virtual CPU, over the life of the device.
 #[derive(Clone, Copy, Debug, Default)]

@@ -38,7 +38,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 use vbus_core::shm::abi::class;
-use vbus_core::{Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Open};
+use vbus_core::{Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Metric, Open};
 
 use config::{Config, Origin};
 use connection::SchedConnection;
@@ -117,6 +117,10 @@ impl DeviceClass for SchedClass {
             );
         }
         Ok(Arc::new(SchedDevice(Arc::new(Cpus::new(config, threads, &self.threads)))))
+    }
+
+    fn metrics(&self) -> Vec<Metric> {
+        cpu::METRICS.into()
     }
 }
 

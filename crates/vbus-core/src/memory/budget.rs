@@ -15,6 +15,51 @@ use rustix::process::{Resource as Limit, getrlimit};
 use serde_json::{Value, json};
 
 use crate::lock::lock;
+use crate::metric::Metric;
+
+/// What the numbers of a client in the part `memory` of a device mean. Those of all clients together
+/// are not in it.
+pub const METRICS: &[Metric] = &[
+    Metric::gauge(
+        "address_space.used",
+        "memory_address_space_bytes",
+        "Bytes of address space in which the client's memory is mapped",
+    )
+    .unit("bytes"),
+    Metric::gauge(
+        "address_space.of",
+        "memory_address_space_limit_bytes",
+        "The most bytes of address space that the client may have now",
+    )
+    .unit("bytes"),
+    Metric::gauge(
+        "mappings.used",
+        "memory_mappings",
+        "Mappings in the kernel for the client's memory",
+    )
+    .unit("mappings"),
+    Metric::gauge(
+        "mappings.of",
+        "memory_mappings_limit",
+        "The most mappings that the client may have now",
+    )
+    .unit("mappings"),
+    Metric::gauge("maps.used", "memory_maps", "Ranges that the client has mapped").unit("maps"),
+    Metric::gauge("maps.of", "memory_maps_limit", "The most maps that the client may have now")
+        .unit("maps"),
+    Metric::gauge(
+        "descriptors.used",
+        "memory_descriptors",
+        "Descriptors of the client's memory files",
+    )
+    .unit("descriptors"),
+    Metric::gauge(
+        "descriptors.of",
+        "memory_descriptors_limit",
+        "The most descriptors that the client may have now",
+    )
+    .unit("descriptors"),
+];
 
 /// What is counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -43,7 +43,7 @@ use vbus_shm::ErrorCode;
 
 pub(crate) use self::budget::Budget;
 use self::budget::{Account, Share};
-pub use self::budget::{Exceeded, Resource};
+pub use self::budget::{Exceeded, METRICS, Resource};
 use self::file::{FileKey, Found, SharedFile};
 pub use self::slice::DriverSlice;
 use self::table::{EMPTY, Map, Place, Run, Table};

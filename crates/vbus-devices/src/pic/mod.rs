@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use vbus_core::settings::Settings;
 use vbus_core::shm::abi::{class, pic as abi};
 use vbus_core::shm::pic::LINES_MAX;
-use vbus_core::{Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Open};
+use vbus_core::{Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Metric, Open};
 
 use connection::{PicConnection, PicState};
 use vbus_core::lock;
@@ -41,6 +41,10 @@ impl DeviceClass for PicClass {
         let cpus = settings.integer("cpus", 1..=abi::CPUS_MAX)?.unwrap_or(CPUS);
         settings.finish()?;
         Ok(Arc::new(PicDevice { cpus, state: Arc::default() }))
+    }
+
+    fn metrics(&self) -> Vec<Metric> {
+        page::METRICS.into()
     }
 }
 

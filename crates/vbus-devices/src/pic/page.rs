@@ -4,7 +4,18 @@
 use std::sync::Arc;
 
 use vbus_core::shm::pic::DeviceEnd;
-use vbus_core::{Counter, ErrorCode, Interrupt, InterruptSink, Region, Window};
+use vbus_core::{Counter, ErrorCode, Interrupt, InterruptSink, Metric, Region, Window};
+
+/// What the numbers of a page mean.
+pub const METRICS: &[Metric] = &[
+    Metric::counter("pages.{cpu=cpu}.raised", "pic_raised", "Times that a line was raised"),
+    Metric::counter(
+        "pages.{cpu=cpu}.messages",
+        "pic_messages",
+        "Raised lines for which the processor was interrupted",
+    )
+    .unit("interrupts"),
+];
 
 /// A page that the driver has registered.
 pub struct Cpu {

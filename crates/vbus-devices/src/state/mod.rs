@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex};
 use serde_json::{Value, json};
 use vbus_core::shm::abi::{class, state as abi};
 use vbus_core::{
-    Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Open, TaskHandle,
+    Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Metric, Open, TaskHandle,
 };
 
 use connection::StateConnection;
@@ -39,6 +39,10 @@ impl DeviceClass for StateClass {
     fn create(&self, _name: &str, config: &Value) -> Result<Arc<dyn Device>, CreateError> {
         let pages = config::parse(config)?;
         Ok(Arc::new(StateDevice(Arc::new(StatePages { pages, task: Mutex::default() }))))
+    }
+
+    fn metrics(&self) -> Vec<Metric> {
+        page::METRICS.into()
     }
 }
 

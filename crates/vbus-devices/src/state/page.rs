@@ -10,9 +10,36 @@ use serde_json::{Value, json};
 use vbus_core::shm::abi::state::{DESCRIPTION_BYTES, NAME_MAX, OWNER_DEVICE, OWNER_DRIVER};
 use vbus_core::shm::signal::{Armed, end};
 use vbus_core::shm::state::{READ_TRIES, Reader, SIGNAL_OFFSET, Writer};
-use vbus_core::{ErrorCode, Interrupt, Region, Window};
+use vbus_core::{ErrorCode, Interrupt, Metric, Region, Window};
 
 use vbus_core::lock;
+
+/// What the numbers of a page mean.
+pub const METRICS: &[Metric] = &[
+    Metric::gauge(
+        "pages.{page=name}.version",
+        "state_page_version",
+        "Values that the page has had since the device was created",
+    )
+    .unit("values"),
+    Metric::flag(
+        "pages.{page=name}.shown",
+        "state_page_shown",
+        "Whether the driver has registered the page",
+    ),
+    Metric::gauge(
+        "pages.{page=name}.watchers",
+        "state_page_watchers",
+        "Control clients that watch the page",
+    )
+    .unit("clients"),
+    Metric::counter(
+        "pages.{page=name}.overruns",
+        "state_page_overruns",
+        "Readings that the driver spoiled, because it wrote faster than the device could read",
+    )
+    .unit("readings"),
+];
 
 /// Which end writes a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

@@ -23,8 +23,8 @@ mod tx;
 use std::sync::Arc;
 
 use serde_json::Value;
-use vbus_core::{Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Open};
-use vbus_net::{Direct, Link, Opener, Switches};
+use vbus_core::{Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Metric, Open};
+use vbus_net::{BACKEND_METRICS, Direct, Link, Opener, Switches};
 
 use config::Config;
 use connection::VenetConnection;
@@ -93,6 +93,10 @@ impl DeviceClass for VenetClass {
         let pairs = (0..queues).map(|_| Arc::default()).collect();
         let name = name.into();
         Ok(Arc::new(Venet(Arc::new(VenetDevice { name, config, link, backend, pairs }))))
+    }
+
+    fn metrics(&self) -> Vec<Metric> {
+        [counters::METRICS, BACKEND_METRICS].concat()
     }
 }
 
