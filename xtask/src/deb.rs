@@ -14,12 +14,13 @@ use testkit::workspace;
 use crate::man;
 
 /// The files of `packaging/`, with their places in the package.
-const FILES: [(&str, &str); 5] = [
+const FILES: [(&str, &str); 6] = [
     ("vbus@.service", "usr/lib/systemd/system/vbus@.service"),
     ("vbus@.socket", "usr/lib/systemd/system/vbus@.socket"),
     ("vbus.sysusers", "usr/lib/sysusers.d/vbus.conf"),
     ("vbus.tmpfiles", "usr/lib/tmpfiles.d/vbus.conf"),
     ("example.toml", "usr/share/doc/vbus/examples/bus.toml"),
+    ("grafana-dashboard.json", "usr/share/vbus/grafana-dashboard.json"),
 ];
 
 #[derive(clap::Args)]

@@ -257,6 +257,11 @@ impl Settings {
         Err(self.error(key, format_args!("is no setting here; {instead}")))
     }
 
+    /// The value at `key`, whatever it is.
+    pub fn value(&mut self, key: &'static str) -> Option<Value> {
+        self.take(key)
+    }
+
     fn take(&mut self, key: &'static str) -> Option<Value> {
         self.known.push(key);
         self.left.remove(key)

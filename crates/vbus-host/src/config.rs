@@ -16,6 +16,7 @@ use vbus_core::{CreateError, Tuning};
 use vbus_pci::Options;
 
 use crate::access::SocketSpec;
+use crate::metrics::MetricsSpec;
 use crate::rights::ControlSpec;
 use crate::supervisor::AllowSpec;
 
@@ -28,8 +29,8 @@ const POLL_US_MAX: u64 = 10_000;
 /// The largest budget.
 const BUDGET_MAX: u64 = 4096;
 
-/// No device can have this name, because its socket would be the control socket.
-const RESERVED: &str = "control";
+/// No device can have these names, because its socket would be one of the bus's own.
+const RESERVED: [&str; 2] = ["control", "metrics"];
 
 /// The configuration of a bus.
 #[derive(Debug, Default)]
@@ -38,6 +39,8 @@ pub struct Config {
     pub tuning: Tuning,
     /// Who may control the bus.
     pub control: ControlSpec,
+    /// Where the metrics are.
+    pub metrics: MetricsSpec,
     /// What devices may use that come while the bus runs.
     pub allow: AllowSpec,
     /// The devices that the bus makes at its start.
@@ -48,7 +51,9 @@ impl Config {
     /// Whether some socket in the bus's directory is for other users too.
     pub fn is_shared(&self) -> bool {
         let mut in_directory = self.devices.iter().filter(|spec| spec.socket.path.is_none());
-        self.control.access().is_shared() || in_directory.any(|spec| spec.socket.access.is_shared())
+        self.control.access().is_shared()
+            || self.metrics.is_shared()
+            || in_directory.any(|spec| spec.socket.access.is_shared())
     }
 }
 
@@ -76,9 +81,9 @@ impl DeviceSpec {
         class: String,
         mut settings: Map<String, Value>,
     ) -> Result<DeviceSpec, String> {
-        if name == RESERVED {
+        if RESERVED.contains(&name.as_str()) {
             return Err(format!(
-                "\"name\" is {RESERVED:?}, but the bus itself uses the socket of that name; use \
+                "\"name\" is {name:?}, but the bus itself uses the socket of that name; use \
                  another name"
             ));
         }
@@ -264,8 +269,9 @@ fn fill(text: &str, config: &mut Config, places: &mut Vec<DevicePlaces>) -> Resu
                 config.control = settings(value, "control", ControlSpec::parse)?;
             }
             "allow" => config.allow = settings(value, "allow", AllowSpec::parse)?,
+            "metrics" => config.metrics = settings(value, "metrics", MetricsSpec::parse)?,
             other => {
-                let known = ["bus", "control", "allow", "device"];
+                let known = ["bus", "control", "metrics", "allow", "device"];
                 return Err((key.span(), unknown(other, "here", &known)));
             }
         }

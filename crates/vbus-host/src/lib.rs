@@ -52,6 +52,7 @@ mod classes;
 mod client;
 mod command;
 mod config;
+mod metrics;
 mod plug;
 mod program;
 mod rights;

@@ -20,6 +20,7 @@ use crate::classes;
 use crate::config::{Config, DeviceSpec};
 use crate::sandbox::Protections;
 use crate::supervisor::{RemoteThreads, SocketFile, Supervisor};
+use crate::telemetry::Table;
 use vbus_cli::rundir::{self, Claimed};
 
 /// The most clients of a device that wait to be accepted.
@@ -189,6 +190,11 @@ impl Host {
             );
         }
         value
+    }
+
+    /// What the numbers of the devices mean.
+    pub fn table(&self) -> Table {
+        Table::new(self.bus.classes())
     }
 
     /// The name and the help text of each class.

@@ -9,6 +9,7 @@ mod ready;
 mod systemd;
 
 use std::ffi::OsString;
+use std::net::TcpListener;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -19,10 +20,13 @@ use rustix::event::{PollFd, PollFlags, poll};
 use vbus_cli::signals;
 use vbus_core::{DeviceClass, MemoryContext, Watchdog};
 
+use crate::access::Access;
 use crate::client::BusDir;
 use crate::config::{self, Config};
+use crate::metrics::{Door, Exporter, MetricsServer, MetricsSpec};
+use crate::rights::Rights;
 use crate::sandbox::{Protections, Sandbox};
-use crate::supervisor::{Permits, Supervisor};
+use crate::supervisor::{Permits, SocketFile, Supervisor};
 use health::Health;
 use host::Host;
 use inherited::Inherited;
@@ -30,6 +34,9 @@ use ready::Ready;
 use systemd::Manager;
 use vbus_cli::log;
 use vbus_cli::rundir::{self, Claimed};
+
+/// The most scrapers that wait to be accepted.
+const BACKLOG: i32 = 16;
 
 const HELP: &str = "\
 Environment:
@@ -105,7 +112,10 @@ pub fn run(
     // Signals are caught before the first socket is made, so that no signal ends the process and
     // leaves sockets behind.
     let stop = signals::termination()?;
-    let permits = Permits::new(claimed.path(), &config.allow, &config.devices);
+    // This process opens no port later.
+    let port = config.metrics.bind()?;
+    let mut permits = Permits::new(claimed.path(), &config.allow, &config.devices);
+    permits.paths.extend(config.metrics.named_path(claimed.path()));
     let supervisor = Supervisor::start(supervisor, &permits, claimed.lock())
         .context("starting the supervisor")?;
     // The budgets of all peers' memory come from files, which are read once.
@@ -130,13 +140,14 @@ pub fn run(
     let host =
         Arc::new(Host::start(claimed, inherited, supervisor, &config, classes, protections)?);
     // A client that connects before all devices are made waits in the backlog.
-    let accept = control::Acceptor::bind(host.clone(), &access, rights)?;
+    let accept = control::Acceptor::bind(host.clone(), &access, rights.clone())?;
     for (number, spec) in config.devices.iter().enumerate() {
         host.add(spec.clone()).map_err(|error| match &source {
             Some(source) => source.device_error(number, &format!("{error:#}")).into(),
             None => error,
         })?;
     }
+    let metrics = serve_metrics(&host, &config.metrics, port, &access, rights)?;
     tracing::info!("serving {} devices in {}", config.devices.len(), host.dir().display());
     if let Some(ready) = ready {
         // Whoever waits for it finds the log of the start.
@@ -185,7 +196,36 @@ pub fn run(
     }
     tracing::info!("stopping");
     manager.stopping();
-    drop(accept);
+    drop((accept, metrics));
     host.stop();
     Ok(())
+}
+
+/// Serves the metrics of `host` on a UNIX socket, and on `port` if there is one. Unless the table
+/// says who may connect to the UNIX socket, those may who have the right to read: `access` is that
+/// of the control socket. Dropping the result ends it, and removes the socket.
+fn serve_metrics(
+    host: &Arc<Host>,
+    spec: &MetricsSpec,
+    port: Option<TcpListener>,
+    access: &Access,
+    rights: Rights,
+) -> Result<(MetricsServer, Option<SocketFile>)> {
+    let path = spec.path(host.dir());
+    rundir::check_socket_path(&path)?;
+    let own = spec.access();
+    let (socket, file) = host
+        .listen(&path, BACKLOG, own.unwrap_or(access))
+        .with_context(|| format!("cannot make {}", path.display()))?;
+    let rights = if own.is_some() { None } else { Some(rights) };
+    let mut doors = vec![Door { socket, rights }];
+    tracing::info!("metrics at {}", path.display());
+    if let Some(port) = port {
+        tracing::info!("metrics at http://{}/metrics", port.local_addr()?);
+        doors.push(Door { socket: port.into(), rights: None });
+    }
+    let devices = host.clone();
+    let read = move || devices.inspect(None).unwrap_or_default();
+    let exporter = Exporter::new(host.table(), Box::new(read));
+    Ok((MetricsServer::start(doors, exporter)?, file))
 }

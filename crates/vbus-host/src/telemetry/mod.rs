@@ -5,7 +5,7 @@
 mod sample;
 mod table;
 
-pub use sample::{DeviceSample, Flow, Sample, State};
+pub use sample::{DeviceSample, Flow, Rates, Sample, State};
 pub use table::{Reading, Table};
 
 /// A number for people, with three digits and a prefix: `12.3 k`. A number below 1000 has no

@@ -3,7 +3,7 @@
 //! place of other users, so only root can run most of it.
 
 use std::io::ErrorKind;
-use std::io::IoSlice;
+use std::io::{IoSlice, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -296,4 +296,43 @@ fn the_supervisor_does_nothing_that_the_configuration_does_not_allow() {
     assert!(path.exists());
     drop((hostile.slow, hostile.quick));
     assert!(hostile.child.wait().unwrap().success());
+}
+
+/// The answer of the metrics to the user STRANGER, or the error of the connection.
+fn scrape(path: &Path, groups: &[u32]) -> Result<String, ErrorKind> {
+    let path = path.to_owned();
+    as_stranger(groups, move || {
+        let mut socket = UnixStream::connect(path).map_err(|error| error.kind())?;
+        socket.set_read_timeout(Some(TIMEOUT)).unwrap();
+        socket.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer).unwrap();
+        Ok(answer)
+    })
+}
+
+#[test]
+fn metrics_are_for_those_who_may_read() {
+    if !is_root() {
+        return;
+    }
+    let control =
+        format!("[control]\nfull-access = [\"{STAFF}\"]\nread-access = [\"{READERS}\"]\n");
+    let bus = Served::start(&control);
+    open_way(&bus);
+    let path = bus.dir.join("metrics.sock");
+    for reader in [STAFF, READERS] {
+        assert!(scrape(&path, &[reader]).unwrap().ends_with("# EOF\n"));
+    }
+    let refused = scrape(&path, &[STRANGER]).unwrap();
+    assert!(refused.starts_with("HTTP/1.1 403 Forbidden\r\n"), "{refused}");
+    assert!(refused.contains("\"metrics\" needs the right \"read\", and user 54321 has \"none\""));
+    drop(bus);
+    // A socket with a group of its own is for that group alone.
+    let bus = Served::start(&format!("{control}[metrics]\nsocket = {{ group = \"{READERS}\" }}\n"));
+    open_way(&bus);
+    let path = bus.dir.join("metrics.sock");
+    assert_eq!(mode(&path), 0o660);
+    assert!(scrape(&path, &[READERS]).unwrap().ends_with("# EOF\n"));
+    assert_eq!(scrape(&path, &[STAFF]), Err(ErrorKind::PermissionDenied));
 }

@@ -41,6 +41,7 @@ fn devices_come_and_go() {
     );
     assert!(bus.bad(&["device", "add", "a/b", "--class", "venet"]).contains("bad device name"));
     assert!(bus.bad(&["device", "add", "control", "--class", "venet"]).contains("the bus itself"));
+    assert!(bus.bad(&["device", "add", "metrics", "--class", "venet"]).contains("the bus itself"));
     assert!(
         bus.bad(&["device", "add", "x", "--class", "vnet"]).contains("venet"),
         "names the classes that there are"
@@ -56,6 +57,10 @@ fn devices_come_and_go() {
     assert!(bus.bad(&["stats", "net1"]).contains("net1"));
     assert_eq!(bus.json(&["stats"])[1]["counters"]["opens"], 0);
     assert!(bus.good(&["stats", "net2"]).contains("doorbells"));
+    let summary = bus.good(&["stats"]);
+    assert!(summary.contains("2 devices, 0 open") && summary.contains("\nnet0 "), "{summary}");
+    assert!(!summary.contains("doorbells"), "{summary}");
+    assert!(bus.good(&["stats", "--all"]).contains("doorbells"));
     assert!(bus.good(&["device", "list"]).contains("net2.sock"));
     assert!(bus.good(&["device", "classes"]).contains("venet"));
     assert_eq!(bus.run(&["device", "frobnicate"]).code, Some(2));
