@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `cargo xtask demo` runs two Linux guests on one bus and shows what the bus does for them.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
@@ -13,7 +15,8 @@ use testkit::nic::{self, Nic, Ping};
 use testkit::trial;
 use testkit::vm::{Vm, VmSpec};
 
-use crate::picture::Transcript;
+use crate::picture::{self, Transcript};
+use crate::screen::Running;
 
 /// The demo's bus at the start. The demo plugs a second NIC into each guest while they run.
 const CONFIG: &str = r#"
@@ -54,6 +57,9 @@ pub struct Args {
     /// Draw the demo's output as a picture of a terminal
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
+    /// Draw `vbus top` during the transfer as a picture of a terminal
+    #[arg(long, value_name = "FILE")]
+    top_svg: Option<PathBuf>,
     #[command(flatten)]
     guests: Options,
 }
@@ -166,7 +172,12 @@ fn perform(args: &Args, scene: &Scene, said: &Transcript, figures: &mut Figures)
         ("a to b", a, b, ADDRESS[1], &mut figures.a_to_b),
         ("b to a", b, a, ADDRESS[0], &mut figures.b_to_a),
     ] {
+        let top = args
+            .top_svg
+            .as_deref()
+            .map(|file| Top::start(scene.lab.vbus(), &bus, args.seconds, file));
         let mbps = nic::iperf(from, to, address, args.seconds)?;
+        top.transpose()?.map_or(Ok(()), Top::end)?;
         said.say(&format!("TCP {way}: {mbps:.0} Mb/s"));
         ensure!(mbps > 0.0, "no data went {way}");
         *figure = Some(mbps);
@@ -189,6 +200,25 @@ fn perform(args: &Args, scene: &Scene, said: &Transcript, figures: &mut Figures)
         keep(scene, &bus, &vms)?;
     }
     Ok(())
+}
+
+/// Draws `vbus top` while something else goes on.
+struct Top(JoinHandle<Result<()>>);
+
+impl Top {
+    /// Starts `vbus top`, and draws its screen after most of `seconds`.
+    fn start(program: &Path, bus: &Bus, seconds: u32, file: &Path) -> Result<Top> {
+        let mut command = Command::new(program);
+        command.args(["top", "--interval", "1", "--dir"]).arg(bus.dir());
+        let mut running = Running::start(command)?;
+        let (time, file) = (Duration::from_secs(u64::from(seconds)).mul_f32(0.9), file.to_owned());
+        let draw = move || picture::save_screen("vbus top", running.after(time)?, &file);
+        Ok(Top(std::thread::spawn(draw)))
+    }
+
+    fn end(self) -> Result<()> {
+        self.0.join().map_err(|_| anyhow::anyhow!("the drawing has panicked"))?
+    }
 }
 
 /// Both guests read a page that the host writes. The host watches a page that a guest writes.

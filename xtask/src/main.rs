@@ -13,6 +13,7 @@ mod kvm;
 mod man;
 mod new_device;
 mod picture;
+mod screen;
 mod shell;
 mod soak;
 mod test;

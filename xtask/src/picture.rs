@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Draws the output of a command as a picture of a terminal, in an SVG file.
+//! Draws the output of a command, or its screen, as a picture of a terminal, in an SVG file.
 
 use std::cell::RefCell;
 use std::fmt::Write;
@@ -38,6 +38,7 @@ const EDGE: usize = 20;
 const BAR: usize = 32;
 /// The most columns. Longer lines wrap, as in a terminal.
 const COLUMNS: usize = 100;
+const BACKGROUND: &str = "#1b1f27";
 
 /// A terminal with `command` after a prompt, and `lines` below it. The text before the first `: `
 /// of a line is its topic, in another colour.
@@ -45,23 +46,7 @@ fn svg(command: &str, lines: &[String]) -> String {
     let wrapped: Vec<(bool, String)> = lines.iter().flat_map(|line| wrap(line)).collect();
     let columns = wrapped.iter().map(|(_, line)| line.chars().count()).max().unwrap_or(0);
     let columns = columns.max(command.chars().count() + 2);
-    let width = (columns as f64 * WIDTH).ceil() + 2.0 * EDGE as f64;
-    let height = BAR + EDGE + (wrapped.len() + 1) * HEIGHT;
-    let mut out = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" \
-         viewBox=\"0 0 {width} {height}\" role=\"img\">\n\
-         <title>What `{0}` says</title>\n\
-         <rect width=\"{width}\" height=\"{height}\" rx=\"8\" fill=\"#1b1f27\"/>\n",
-        escaped(command)
-    );
-    for (n, colour) in ["#ff5f57", "#febc2e", "#28c840"].iter().enumerate() {
-        let x = EDGE + n * 20;
-        let _ = writeln!(out, "<circle cx=\"{x}\" cy=\"{}\" r=\"6\" fill=\"{colour}\"/>", BAR / 2);
-    }
-    out.push_str(
-        "<g font-family=\"ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', \
-         monospace\" font-size=\"14\" fill=\"#d6dbe5\" xml:space=\"preserve\">\n",
-    );
+    let mut out = begin(command, columns, wrapped.len() + 1);
     let first = BAR + HEIGHT - 4;
     text(&mut out, 0, first, "#7ee787", "$ ");
     text(&mut out, 2, first, "#ffffff", command);
@@ -75,6 +60,82 @@ fn svg(command: &str, lines: &[String]) -> String {
     }
     out.push_str("</g>\n</svg>\n");
     out
+}
+
+/// The begin of a picture for this number of columns and rows, up to the texts.
+fn begin(command: &str, columns: usize, rows: usize) -> String {
+    let width = (columns as f64 * WIDTH).ceil() + 2.0 * EDGE as f64;
+    let height = BAR + EDGE + rows * HEIGHT;
+    let mut out = format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" \
+         viewBox=\"0 0 {width} {height}\" role=\"img\">\n\
+         <title>What `{0}` says</title>\n\
+         <rect width=\"{width}\" height=\"{height}\" rx=\"8\" fill=\"{BACKGROUND}\"/>\n",
+        escaped(command)
+    );
+    for (n, colour) in ["#ff5f57", "#febc2e", "#28c840"].iter().enumerate() {
+        let x = EDGE + n * 20;
+        let _ = writeln!(out, "<circle cx=\"{x}\" cy=\"{}\" r=\"6\" fill=\"{colour}\"/>", BAR / 2);
+    }
+    out.push_str(
+        "<g font-family=\"ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', \
+         monospace\" font-size=\"14\" fill=\"#d6dbe5\" xml:space=\"preserve\">\n",
+    );
+    out
+}
+
+/// Draws the screen of a terminal in which `command` runs.
+pub fn save_screen(command: &str, screen: &vt100::Screen, file: &Path) -> Result<()> {
+    std::fs::write(file, svg_of_screen(command, screen))
+        .with_context(|| format!("cannot write {}", file.display()))
+}
+
+fn svg_of_screen(command: &str, screen: &vt100::Screen) -> String {
+    let (rows, columns) = screen.size();
+    let mut out = begin(command, usize::from(columns), usize::from(rows));
+    for row in 0..rows {
+        let y = BAR + HEIGHT - 4 + usize::from(row) * HEIGHT;
+        let mut column = 0;
+        while column < columns {
+            // A piece of one style.
+            let Some(first) = screen.cell(row, column) else { break };
+            let style = |cell: &vt100::Cell| (cell.fgcolor(), cell.bold(), cell.inverse());
+            let begin = column;
+            let mut piece = String::new();
+            while let Some(cell) = screen.cell(row, column).filter(|c| style(c) == style(first)) {
+                let text = cell.contents();
+                piece.push_str(if text.is_empty() { " " } else { &text });
+                column += 1;
+            }
+            let mut colour = colour(first);
+            if first.inverse() {
+                let (x, width) = (f64::from(begin) * WIDTH, f64::from(column - begin) * WIDTH);
+                let _ = writeln!(
+                    out,
+                    "<rect x=\"{:.1}\" y=\"{}\" width=\"{width:.1}\" height=\"{HEIGHT}\" \
+                     fill=\"{colour}\"/>",
+                    EDGE as f64 + x,
+                    y - 15
+                );
+                colour = BACKGROUND;
+            }
+            text(&mut out, usize::from(begin), y, colour, &piece);
+        }
+    }
+    out.push_str("</g>\n</svg>\n");
+    out
+}
+
+/// The colour of a cell's text.
+fn colour(cell: &vt100::Cell) -> &'static str {
+    match cell.fgcolor() {
+        vt100::Color::Idx(1) => "#ff7b72",
+        vt100::Color::Idx(2) => "#7ee787",
+        vt100::Color::Idx(3) => "#f2cc60",
+        vt100::Color::Idx(8) => "#8b949e",
+        _ if cell.bold() => "#ffffff",
+        _ => "#d6dbe5",
+    }
 }
 
 /// A piece of text at a column. The SVG states its length, so every font keeps the columns.

@@ -32,6 +32,8 @@ enum Command {
     State(command::state::Command),
     /// Show what the devices do: state, rates, kicks saved, drops and why; and every counter
     Stats(command::stats::Args),
+    /// Show devices, rates and queues live, on a full screen
+    Top(command::top::Args),
     /// Print the options that QEMU needs to use the devices of this bus
     QemuArgs(command::qemu_args::Args),
     /// Check configuration files
@@ -129,6 +131,7 @@ impl Program {
             Command::Device(command) => command::device::run(command, self.classes),
             Command::State(command) => command::state::run(command),
             Command::Stats(args) => command::stats::run(args, self.classes),
+            Command::Top(args) => command::top::run(args, self.classes),
             Command::QemuArgs(args) => command::qemu_args::run(args),
             Command::Config(command) => command::config::run(command, self.classes),
             Command::Supervisor => Ok(()),

@@ -6,3 +6,4 @@ pub mod device;
 pub mod qemu_args;
 pub mod state;
 pub mod stats;
+pub mod top;
