@@ -17,8 +17,8 @@ use serde_json::{Value, json};
 use crate::lock::lock;
 use crate::metric::Metric;
 
-/// What the numbers of a client in the part `memory` of a device mean. Those of all clients together
-/// are not in it.
+/// What the numbers of a client in the part `memory` of a device mean. The sums of all clients are
+/// not in it.
 pub const METRICS: &[Metric] = &[
     Metric::gauge(
         "address_space.used",
