@@ -62,16 +62,6 @@ pub struct Row {
     pub metric: Metric,
 }
 
-/// The rows of a class, or those of every device.
-#[derive(Clone, Debug)]
-pub struct Group {
-    /// The name of the class. Empty for the rows of every device.
-    #[cfg_attr(not(test), expect(dead_code))]
-    pub class: String,
-    /// The rows, in the order of the JSON.
-    pub rows: Vec<Row>,
-}
-
 /// A number that a device has.
 #[derive(Clone, Debug)]
 pub struct Reading<'t> {
@@ -105,8 +95,10 @@ impl Reading<'_> {
 /// What the numbers of all devices of a program mean.
 #[derive(Clone, Debug)]
 pub struct Table {
-    every: Group,
-    classes: BTreeMap<String, Group>,
+    /// The rows of every device, in the order of the JSON.
+    every: Vec<Row>,
+    /// The further rows of each class.
+    classes: BTreeMap<String, Vec<Row>>,
 }
 
 impl Table {
@@ -121,20 +113,12 @@ impl Table {
         let rows = parts
             .into_iter()
             .flat_map(|(part, metrics)| metrics.iter().map(move |m| Row { part, metric: *m }));
-        let every = Group { class: String::new(), rows: rows.collect() };
+        let every = rows.collect();
         let class = |class: &dyn DeviceClass| {
             let rows = class.metrics().into_iter().map(|metric| Row { part: "device", metric });
-            let name = class.name().to_owned();
-            (name.clone(), Group { class: name, rows: rows.collect() })
+            (class.name().to_owned(), rows.collect())
         };
         Table { every, classes: classes.into_iter().map(class).collect() }
-    }
-
-    /// The rows of every device, and then those of each class that has some.
-    #[cfg(test)]
-    pub fn groups(&self) -> impl Iterator<Item = &Group> {
-        let classes = self.classes.values().filter(|group| !group.rows.is_empty());
-        std::iter::once(&self.every).chain(classes)
     }
 
     /// The numbers of `device` that the table knows, in the order of the table. `device` is an
@@ -142,7 +126,7 @@ impl Table {
     pub fn read(&self, device: &Value) -> Vec<Reading<'_>> {
         let class = device["class"].as_str().and_then(|class| self.classes.get(class));
         let mut readings = Vec::new();
-        for row in self.every.rows.iter().chain(class.into_iter().flat_map(|group| &group.rows)) {
+        for row in self.every.iter().chain(class.into_iter().flatten()) {
             let part = if row.part.is_empty() { Some(device) } else { device.get(row.part) };
             if let Some(part) = part {
                 find(row, row.metric.path, part, &mut (String::new(), Vec::new()), &mut readings);
@@ -239,6 +223,14 @@ mod tests {
         Table::new(classes::unserved(Vec::new()).unwrap().iter().map(|class| &**class))
     }
 
+    /// The rows of every device, under an empty name, and those of each class.
+    fn groups(table: &Table) -> Vec<(&str, &[Row])> {
+        let classes = table.classes.iter().filter(|(_, rows)| !rows.is_empty());
+        std::iter::once(("", &table.every[..]))
+            .chain(classes.map(|(name, rows)| (name.as_str(), &rows[..])))
+            .collect()
+    }
+
     /// One device of each class, as `list` shows it.
     fn devices() -> Vec<Value> {
         let dir = tempfile::tempdir().unwrap();
@@ -308,9 +300,9 @@ mod tests {
             "all_of",
         ];
         let table = table();
-        let mut unused: BTreeSet<_> = table
-            .groups()
-            .flat_map(|group| &group.rows)
+        let mut unused: BTreeSet<_> = groups(&table)
+            .into_iter()
+            .flat_map(|(_, rows)| rows)
             .map(|row| (row.part, row.metric.path))
             .collect();
         for device in devices() {
@@ -376,8 +368,8 @@ mod tests {
     fn names_follow_the_rules_of_prometheus() {
         let table = table();
         let mut families = BTreeMap::new();
-        for group in table.groups() {
-            for Row { metric, .. } in &group.rows {
+        for (class, rows) in groups(&table) {
+            for Row { metric, .. } in rows {
                 let name = metric.name;
                 assert!(
                     name.starts_with(|c: char| c.is_ascii_lowercase())
@@ -391,9 +383,11 @@ mod tests {
                 }
                 // A family has one text and one kind. Its rows differ in their reasons.
                 let event = metric.reason.map_or(metric.help, |reason| reason.event);
-                let (is_gauge, text, reasons) = families
-                    .entry((name, group.class.clone()))
-                    .or_insert((metric.kind != Kind::Counter, event, BTreeSet::new()));
+                let (is_gauge, text, reasons) = families.entry((name, class)).or_insert((
+                    metric.kind != Kind::Counter,
+                    event,
+                    BTreeSet::new(),
+                ));
                 assert_eq!((*is_gauge, *text), (metric.kind != Kind::Counter, event), "{name}");
                 assert!(reasons.insert(metric.reason.map(|reason| reason.label)), "{name}");
             }
@@ -403,8 +397,8 @@ mod tests {
     /// The tables of counters in `docs/operating.md`.
     fn document(table: &Table) -> String {
         let mut text = String::new();
-        for group in table.groups() {
-            let title = match &*group.class {
+        for (class, rows) in groups(table) {
+            let title = match class {
                 "" => "### Every device".to_owned(),
                 class => format!("### Class `{class}`"),
             };
@@ -412,7 +406,7 @@ mod tests {
                 text,
                 "{title}\n| counter | in Prometheus | unit | meaning | if it is high |\n|---|---|---|---|---|\n"
             );
-            for Row { part, metric } in &group.rows {
+            for Row { part, metric } in rows {
                 let part = if part.is_empty() { String::new() } else { format!("{part}.") };
                 let path = match (metric.path.find('='), metric.path.find('}')) {
                     (Some(from), Some(to)) => {
@@ -420,7 +414,7 @@ mod tests {
                     }
                     _ => metric.path.to_owned(),
                 };
-                let path = if group.class.is_empty() { format!("{part}{path}") } else { path };
+                let path = if class.is_empty() { format!("{part}{path}") } else { path };
                 let total = if metric.kind == Kind::Counter { "_total" } else { "" };
                 let reason = metric.reason.map_or(String::new(), |r| format!(", {}", r.label));
                 let unit = if metric.unit.is_empty() { "0 or 1" } else { metric.unit };

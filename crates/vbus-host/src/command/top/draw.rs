@@ -166,6 +166,11 @@ fn draw_head(frame: &mut Frame<'_>, area: Rect, top: &Top<'_>) {
             );
             Text::styled(text, styled(top, Color::Red).add_modifier(Modifier::BOLD))
         }
+        None if top.silence().is_some() => {
+            let seconds = top.silence().unwrap_or_default().as_secs();
+            let text = format!("The bus stands still: no answer for {seconds} s");
+            Text::styled(text, styled(top, Color::Red).patch(bold()))
+        }
         None if top.paused => {
             Text::styled("Paused; p goes on", styled(top, Color::Yellow).patch(bold()))
         }
@@ -481,7 +486,7 @@ mod tests {
     fn a_bus_that_goes_is_told_and_comes_back() {
         with(|top, at| {
             top.news(at, Ok(devices(1000)));
-            top.news(at, Err("the bus has gone".into()));
+            top.news(at + Duration::from_secs(1), Err("the bus has gone".into()));
             let lines = screen(top, 160, 8);
             assert!(lines[1].starts_with("The bus does not answer since"), "{lines:#?}");
             assert!(lines[1].contains("(the bus has gone)"));
@@ -494,6 +499,18 @@ mod tests {
             top.news(at + Duration::from_secs(10), Ok(Vec::new()));
             let lines = screen(top, 160, 8);
             assert!(lines[1].starts_with("Paused") && lines[3].starts_with("net0"));
+        });
+    }
+
+    #[test]
+    fn a_bus_that_stands_still_is_told() {
+        with(|top, at| {
+            let Some(earlier) = at.checked_sub(Duration::from_secs(60)) else { return };
+            top.news(earlier, Ok(devices(1000)));
+            let lines = screen(top, 160, 8);
+            assert!(lines[1].starts_with("The bus stands still: no answer for 6"), "{lines:#?}");
+            top.news(Instant::now() + Duration::from_secs(60), Ok(devices(1000)));
+            assert_eq!(screen(top, 160, 8)[1], "");
         });
     }
 

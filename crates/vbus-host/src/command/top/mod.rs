@@ -30,6 +30,9 @@ use terminal::Screen;
 /// The longest time until a signal or a new reading is noticed.
 const TICK: Duration = Duration::from_millis(100);
 
+/// The longest time between two drawings.
+const REDRAW: Duration = Duration::from_secs(1);
+
 const HELP: &str = "\
 Keys: arrows choose a device, Enter shows one device with its queues and counters, s and S change
 the order, r reverses it, p or space pauses, ? explains the columns, q ends.
@@ -69,12 +72,20 @@ pub fn run(args: &Args, more: Vec<Box<dyn DeviceClass>>) -> Result<()> {
     // From here on no signal ends the process without giving the terminal back.
     let stop = signals::termination()?;
     let mut screen = Screen::open().context("cannot use this terminal")?;
+    let mut drawn: Option<Instant> = None;
     loop {
         for (at, result) in news.try_iter() {
             top.news(at, result);
+            drawn = None;
         }
-        screen.draw(|frame| draw::draw(frame, &mut top))?;
+        // The times on the screen go on without news.
+        if drawn.is_none_or(|at| at.elapsed() >= REDRAW) {
+            screen.draw(|frame| draw::draw(frame, &mut top))?;
+            drawn = Some(Instant::now());
+        }
         if event::poll(TICK).context("reading the keyboard")? {
+            // A key, or another size.
+            drawn = None;
             if let Event::Key(key) = event::read().context("reading the keyboard")? {
                 match top.key(key) {
                     Action::Go => {}

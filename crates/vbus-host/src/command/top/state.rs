@@ -9,6 +9,9 @@ use serde_json::Value;
 
 use crate::telemetry::{DeviceSample, Rates, Sample, Table};
 
+/// How long a bus may take to answer.
+const SILENCE: Duration = Duration::from_secs(3);
+
 /// What the rest of the program has to do after a key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
@@ -86,8 +89,10 @@ pub struct Top<'t> {
     pub colour: bool,
     before: Option<Sample<'t>>,
     now: Option<Sample<'t>>,
-    /// Since when the bus has not answered, and why.
+    /// Since when the bus has refused to answer, and why.
     pub gone: Option<(Instant, String)>,
+    /// When there was news of the bus last, or this began.
+    heard: Instant,
     /// Whether new readings are left out.
     pub paused: bool,
     /// What fills the screen.
@@ -115,6 +120,7 @@ impl<'t> Top<'t> {
             before: None,
             now: None,
             gone: None,
+            heard: Instant::now(),
             paused: false,
             view: View::List,
             order: Order::Name,
@@ -127,6 +133,7 @@ impl<'t> Top<'t> {
 
     /// Takes a reading of the bus, or the reason why there is none.
     pub fn news(&mut self, at: Instant, news: Result<Vec<Value>, String>) {
+        self.heard = at;
         match news {
             Err(reason) => {
                 let since = self.gone.take().map_or(at, |(since, _)| since);
@@ -143,6 +150,12 @@ impl<'t> Top<'t> {
                 }
             }
         }
+    }
+
+    /// How long nothing came from the bus, if that is longer than a bus takes that works.
+    pub fn silence(&self) -> Option<Duration> {
+        let silence = self.heard.elapsed();
+        (silence > self.interval + SILENCE).then_some(silence)
     }
 
     /// Whether the bus has been read.
