@@ -14,6 +14,10 @@ use rustix::process::geteuid;
 
 /// The name of the control socket in the directory.
 pub const CONTROL: &str = "control.sock";
+/// The name of the socket of the metrics in the directory.
+pub const METRICS: &str = "metrics.sock";
+/// The sockets of the bus itself. All others in the directory are those of devices.
+pub const OWN: [&str; 2] = [CONTROL, METRICS];
 /// The longest path of a UNIX socket, in bytes.
 const SOCKET_PATH_MAX: usize = 107;
 /// How long a new bus waits for the supervisor of a dead one, which still has the lock.

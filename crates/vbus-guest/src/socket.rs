@@ -50,8 +50,8 @@ impl Source for SocketSource {
             let path = entry?.path();
             let name = path.file_name().unwrap_or_default();
             let is_socket = path.metadata().is_ok_and(|meta| meta.file_type().is_socket());
-            if is_socket && name != rundir::CONTROL && path.extension().is_some_and(|e| e == "sock")
-            {
+            let is_own = rundir::OWN.iter().any(|own| name == *own);
+            if is_socket && !is_own && path.extension().is_some_and(|e| e == "sock") {
                 sockets.push(found(&path));
             }
         }

@@ -19,6 +19,7 @@ use crate::access::SocketSpec;
 use crate::metrics::MetricsSpec;
 use crate::rights::ControlSpec;
 use crate::supervisor::AllowSpec;
+use vbus_cli::rundir;
 
 /// The largest configuration file, in bytes.
 const FILE_MAX: u64 = 1 << 20;
@@ -28,9 +29,6 @@ const WORKERS_MAX: u64 = 64;
 const POLL_US_MAX: u64 = 10_000;
 /// The largest budget.
 const BUDGET_MAX: u64 = 4096;
-
-/// No device can have these names, because its socket would be one of the bus's own.
-const RESERVED: [&str; 2] = ["control", "metrics"];
 
 /// The configuration of a bus.
 #[derive(Debug, Default)]
@@ -81,7 +79,8 @@ impl DeviceSpec {
         class: String,
         mut settings: Map<String, Value>,
     ) -> Result<DeviceSpec, String> {
-        if RESERVED.contains(&name.as_str()) {
+        // Its socket would be one of the bus's own.
+        if rundir::OWN.iter().any(|own| own.strip_suffix(".sock") == Some(name.as_str())) {
             return Err(format!(
                 "\"name\" is {name:?}, but the bus itself uses the socket of that name; use \
                  another name"

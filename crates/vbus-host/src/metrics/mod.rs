@@ -19,12 +19,10 @@ use vbus_core::CreateError;
 use vbus_core::settings::Settings;
 
 use crate::access::{Access, SocketSpec};
+use vbus_cli::rundir::METRICS;
 
 pub use openmetrics::Exporter;
 pub use server::{Door, MetricsServer};
-
-/// The name of the socket in the bus's directory.
-pub const METRICS: &str = "metrics.sock";
 
 /// The table `[metrics]`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
