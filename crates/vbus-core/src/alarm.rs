@@ -34,9 +34,10 @@ impl Alarm {
         self.flag.set();
     }
 
-    /// Nobody waits.
+    /// Nobody waits. The descriptor becomes unreadable.
     pub(crate) fn unset(&self) {
         self.flag.unset();
+        let _ = rustix::io::read(&self.fd, &mut [0; 8]); // It was not rung: nothing to read.
     }
 }
 

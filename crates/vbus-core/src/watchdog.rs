@@ -40,7 +40,8 @@ impl Watchdog {
     }
 
     /// Whether all threads sleep. If they do, the descriptor ([`AsFd`]) becomes readable when one
-    /// wakes, and no look is needed before. The next call of this method makes it unreadable.
+    /// wakes, and no look is needed before. Call [`woken`](Self::woken) then: until that call the
+    /// descriptor stays readable.
     pub fn rest(&mut self) -> bool {
         self.executor.alarm().set();
         let rests = self.executor.sleeps() && !self.seen.iter().any(|seen| seen.reported);
@@ -48,6 +49,12 @@ impl Watchdog {
             self.executor.alarm().unset();
         }
         rests
+    }
+
+    /// The descriptor was readable. It becomes unreadable, also for the threads that wake from now
+    /// on, until the next [`rest`](Self::rest).
+    pub fn woken(&mut self) {
+        self.executor.alarm().unset();
     }
 
     /// Looks at all threads. `since` is the time since the last look, or the time that the caller
@@ -147,6 +154,14 @@ mod tests {
         // Nothing else wakes whoever looks.
         let mut fds = [PollFd::new(&watchdog, PollFlags::IN)];
         assert_eq!(retry_on_intr(|| poll(&mut fds, Some(&TIMEOUT_SPEC))), Ok(1));
+        // Whoever looks waits for the time of the next look, and not for threads that wake.
+        watchdog.woken();
+        let (sender, receiver) = channel();
+        executor.aside(Arc::default(), "another", move || sender.send(()).unwrap());
+        receiver.recv_timeout(TIMEOUT).expect("another thread does it");
+        let mut fds = [PollFd::new(&watchdog, PollFlags::IN)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        assert_eq!(retry_on_intr(|| poll(&mut fds, Some(&now))), Ok(0));
         assert!(!watchdog.rest());
         let (sender, receiver) = channel();
         executor.aside(Arc::default(), "another", move || sender.send(()).unwrap());

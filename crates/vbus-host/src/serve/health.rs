@@ -39,6 +39,10 @@ impl Health {
 
     /// Looks at the workers, if that is due. `woken`: the descriptor is readable.
     pub fn look(&mut self, woken: bool, manager: &mut Manager) {
+        if woken {
+            // A descriptor that stays readable would keep this thread from waiting.
+            self.watchdog.woken();
+        }
         if self.rests {
             if woken {
                 self.rests = false;
@@ -64,5 +68,46 @@ impl Health {
 impl AsFd for Health {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.watchdog.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::mpsc::channel;
+
+    use rustix::event::{PollFd, PollFlags, poll};
+    use rustix::io::retry_on_intr;
+    use vbus_core::{Executor, Tuning};
+
+    use super::*;
+
+    /// Devices that carry frames wake their workers a thousand times a second.
+    #[test]
+    fn workers_that_wake_do_not_keep_the_thread_from_waiting() {
+        let executor = Executor::start(Tuning { workers: 1, ..Tuning::default() }).unwrap();
+        let mut manager = Manager::of_environment();
+        let mut health = Health::new(Watchdog::new(executor.clone()), &manager);
+        health.watched = false;
+        let work = || {
+            let (sender, receiver) = channel();
+            executor.aside(Arc::default(), "work", move || sender.send(()).unwrap());
+            receiver.recv().unwrap();
+        };
+        let is_readable = |health: &Health, timeout: Option<&Timespec>| {
+            let mut fds = [PollFd::new(health, PollFlags::IN)];
+            retry_on_intr(|| poll(&mut fds, timeout)).unwrap() != 0
+        };
+        for _ in 0..3 {
+            while health.timeout().is_some() {
+                std::thread::sleep(health.interval);
+                health.look(false, &mut manager);
+            }
+            work();
+            assert!(is_readable(&health, None));
+            health.look(true, &mut manager);
+            work();
+            assert!(!is_readable(&health, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })));
+        }
     }
 }
