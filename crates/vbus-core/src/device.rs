@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the author of a device writes: [`DeviceClass`], [`Device`], [`Connection`].
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde_json::Value;
@@ -41,6 +42,14 @@ pub trait DeviceClass: Send + Sync {
     /// top` and the metrics for Prometheus show the numbers that are in this table with their
     /// texts. The provided method has none; `vbus stats --all` shows the numbers all the same.
     fn metrics(&self) -> Vec<Metric> {
+        Vec::new()
+    }
+
+    /// The files that a device with these settings opens in this process. A program can permit
+    /// those of its configuration's devices, and no others, before it makes the devices. Wrong
+    /// settings, and by default all, name no files.
+    fn files(&self, config: &Value) -> Vec<PathBuf> {
+        let _ = config;
         Vec::new()
     }
 }

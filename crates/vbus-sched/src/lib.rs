@@ -46,7 +46,7 @@ use cpus::Cpus;
 pub use limits::Limits;
 pub use policy::Setting;
 use thread::Thread;
-pub use thread::{Direct, Held, OwnThread, TakeError, Threads, process_of, time_in};
+pub use thread::{Direct, Held, OwnThread, TakeError, ThreadPin, Threads, process_of, time_in};
 
 /// The class of devices that set the scheduling class of virtual CPUs' threads.
 pub struct SchedClass {

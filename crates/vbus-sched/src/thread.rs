@@ -143,6 +143,7 @@ impl Direct {
     pub fn take_own(&self, process: i32, tid: i32) -> Result<OwnThread, TakeError> {
         let open = |name| File::open(format!("/proc/{process}/task/{tid}/{name}"));
         let alive = open("comm").map_err(|source| TakeError::Missing { process, tid, source })?;
+        let alive = ThreadPin(alive);
         let time = open("schedstat").ok();
         if !lock(&self.taken).insert(tid) {
             return Err(TakeError::Taken(tid));
@@ -158,12 +159,30 @@ pub fn process_of(tid: i32) -> i32 {
     process.unwrap_or(tid)
 }
 
+/// Tells whether a thread is still there. The id of a thread that has ended can pass to another
+/// one; a procfs file stays that of its own thread, and cannot be read once that has ended.
+#[derive(Debug)]
+pub struct ThreadPin(File);
+
+impl ThreadPin {
+    /// Pins the thread that has the id `tid` now.
+    ///
+    /// # Errors
+    /// There is no such thread.
+    pub fn of(tid: i32) -> io::Result<ThreadPin> {
+        File::open(format!("/proc/{}/task/{tid}/comm", process_of(tid))).map(ThreadPin)
+    }
+
+    /// Whether that thread has not ended.
+    pub fn lives(&self) -> bool {
+        matches!(self.0.read_at(&mut [0], 0), Ok(1..))
+    }
+}
+
 /// A thread that this process has taken and changes itself.
 pub struct OwnThread {
     tid: i32,
-    /// A procfs file of exactly this thread. A read fails once the thread has ended, even if
-    /// another thread has the same id by then.
-    alive: File,
+    alive: ThreadPin,
     /// The procfs file with its processor time. Kernels without CONFIG_SCHED_INFO have none.
     time: Option<File>,
     changed: Option<Changed>,
@@ -186,11 +205,7 @@ impl OwnThread {
 
     /// Fails if the thread has ended.
     fn check(&self) -> Result<(), Errno> {
-        match self.alive.read_at(&mut [0], 0) {
-            Ok(1..) => Ok(()),
-            Ok(0) => Err(Errno::SRCH),
-            Err(error) => Err(Errno::from_io_error(&error).unwrap_or(Errno::SRCH)),
-        }
+        if self.alive.lives() { Ok(()) } else { Err(Errno::SRCH) }
     }
 
     /// Reads its present class, priority and nice value.

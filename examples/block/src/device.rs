@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde_json::Value;
@@ -35,6 +36,10 @@ impl DeviceClass for BlockClass {
     // A check opens no file.
     fn check(&self, _name: &str, config: &Value) -> Result<(), CreateError> {
         path(config).map(drop)
+    }
+
+    fn files(&self, config: &Value) -> Vec<PathBuf> {
+        path(config).map(PathBuf::from).into_iter().collect()
     }
 }
 

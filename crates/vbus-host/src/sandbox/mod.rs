@@ -49,9 +49,10 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// The classes open and change the files that the settings of devices in the configuration
-    /// file name, if they exist when the bus starts. And they open, create, change and remove files
-    /// in the directory of the bus, and in the folders of `paths` in the table `[allow]`.
+    /// The classes open and change the files of the configuration file's devices
+    /// ([`DeviceClass::files`](vbus_core::DeviceClass::files)), if they exist when the bus starts.
+    /// And they open, create, change and remove files in the directory of the bus, and in the
+    /// folders of `paths` in the table `[allow]`.
     #[must_use]
     pub fn configured_files(mut self) -> Sandbox {
         self.configured = true;

@@ -22,11 +22,11 @@ use vbus_core::{DeviceClass, MemoryContext, Watchdog};
 
 use crate::access::Access;
 use crate::client::BusDir;
-use crate::config::{self, Config};
+use crate::config::{self, Config, DeviceSpec};
 use crate::metrics::{Door, Exporter, MetricsServer, MetricsSpec};
 use crate::rights::Rights;
 use crate::sandbox::{Protections, Sandbox};
-use crate::supervisor::{Permits, SocketFile, Supervisor};
+use crate::supervisor::{Permits, Purpose, SocketFile, Supervisor};
 use health::Health;
 use host::Host;
 use inherited::Inherited;
@@ -115,7 +115,7 @@ pub fn run(
     // This process opens no port later.
     let port = config.metrics.bind()?;
     let mut permits = Permits::new(claimed.path(), &config.allow, &config.devices);
-    permits.paths.extend(config.metrics.named_path(claimed.path()));
+    permits.name(Purpose::Listen, config.metrics.named_path(claimed.path()));
     let supervisor = Supervisor::start(supervisor, &permits, claimed.lock())
         .context("starting the supervisor")?;
     // The budgets of all peers' memory come from files, which are read once.
@@ -130,7 +130,7 @@ pub fn run(
             );
             Protections::default()
         }
-        false => sandbox.enter(&permits.own_paths(&config.devices))?,
+        false => sandbox.enter(&own_paths(&permits, &classes, &config.devices))?,
     };
     log::write();
     tracing::info!("sandbox: {protections}");
@@ -228,4 +228,19 @@ fn serve_metrics(
     let read = move || devices.inspect(None).unwrap_or_default();
     let exporter = Exporter::new(host.table(), Box::new(read));
     Ok((MetricsServer::start(doors, exporter)?, file))
+}
+
+/// What the program's own classes may open, if the program says that they open files: the folders
+/// of `[allow]`, and each file that is there and that a device of the configuration opens.
+fn own_paths(
+    permits: &Permits,
+    classes: &[Box<dyn DeviceClass>],
+    devices: &[DeviceSpec],
+) -> Vec<PathBuf> {
+    let class = |device: &DeviceSpec| classes.iter().find(|class| class.name() == device.class);
+    let files = devices.iter().flat_map(|device| {
+        class(device).map(|class| class.files(&device.settings)).unwrap_or_default()
+    });
+    let files = files.filter(|path| path.exists());
+    permits.folders.iter().cloned().chain(files).collect()
 }

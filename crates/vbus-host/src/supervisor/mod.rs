@@ -19,5 +19,5 @@ mod socket;
 mod verb;
 
 pub use client::{RemoteThreads, SocketFile, Supervisor};
-pub use permits::{AllowSpec, Permits};
+pub use permits::{AllowSpec, Permits, Purpose};
 pub use process::{COMMAND, run};

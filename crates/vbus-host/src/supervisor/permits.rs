@@ -2,7 +2,7 @@
 //! What the supervisor may do for the bus: what the configuration's devices need, and what the
 //! table `[allow]` adds for devices that come later.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -13,16 +13,20 @@ use vbus_sched::Limits;
 
 use crate::config::DeviceSpec;
 
-/// The default of `taps`. It includes the default name of a new interface.
-const TAPS: &str = "vbus*";
+/// The default of `taps`: the default name of an interface, which makes a new one. No interface
+/// that is there already has this name, so another bus's is not reached.
+const TAPS: &str = "vbus%d";
 /// The default of `sched-priority-max`: that of a `sched` device.
 const PRIORITY_MAX: i32 = 10;
 
 /// The table `[allow]`: what a device may use that comes while the bus runs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AllowSpec {
-    /// The folders of sockets and files, beside the directory of the bus.
+    /// The folders of capture files, of the sockets of streams and of those of devices, beside the
+    /// directory of the bus.
     pub paths: Vec<PathBuf>,
+    /// The folders of the sockets of VMMs (`qmp`, `vmm`), beside the directory of the bus.
+    pub vmms: Vec<PathBuf>,
     /// The names of TAP interfaces. A final `*` stands for any characters.
     pub taps: Vec<String>,
     /// The highest real-time priority of a thread.
@@ -35,6 +39,7 @@ impl Default for AllowSpec {
     fn default() -> Self {
         AllowSpec {
             paths: Vec::new(),
+            vmms: Vec::new(),
             taps: vec![TAPS.into()],
             sched_priority_max: PRIORITY_MAX,
             sched_threads: false,
@@ -50,19 +55,24 @@ impl AllowSpec {
     pub fn parse(table: &Value) -> Result<AllowSpec, CreateError> {
         let mut settings = Settings::new(table)?;
         let default = AllowSpec::default();
-        let paths = settings.texts("paths")?.unwrap_or_default();
-        for (at, path) in paths.iter().enumerate() {
-            if !Path::new(path).is_absolute() || path.contains('\0') {
-                let text = format!("is {path:?}; use the path of a folder that begins with /");
-                return Err(settings.error(&format!("paths[{at}]"), text));
+        let mut folders = |key: &'static str| {
+            let paths = settings.texts(key)?.unwrap_or_default();
+            for (at, path) in paths.iter().enumerate() {
+                if !Path::new(path).is_absolute() || path.contains('\0') {
+                    let text = format!("is {path:?}; use the path of a folder that begins with /");
+                    return Err(settings.error(&format!("{key}[{at}]"), text));
+                }
             }
-        }
+            Ok(paths.into_iter().map(PathBuf::from).collect())
+        };
+        let (paths, vmms) = (folders("paths")?, folders("vmms")?);
         let taps = settings.texts("taps")?.unwrap_or(default.taps);
         let sched_priority_max = settings.integer("sched-priority-max", 0..=99)?;
         let sched_threads = settings.flag("sched-threads")?;
         settings.finish()?;
         Ok(AllowSpec {
-            paths: paths.into_iter().map(PathBuf::from).collect(),
+            paths,
+            vmms,
             taps,
             sched_priority_max: sched_priority_max.unwrap_or(default.sched_priority_max),
             sched_threads: sched_threads.unwrap_or(default.sched_threads),
@@ -70,18 +80,57 @@ impl AllowSpec {
     }
 }
 
+/// What a path is for. A path that is for one thing is for nothing else.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Purpose {
+    /// A capture file, which is made or emptied.
+    Capture,
+    /// A socket that the bus listens at.
+    Listen,
+    /// The socket of a stream's peer.
+    Connect,
+    /// The socket of a VMM, which the supervisor asks for its threads.
+    Vmm,
+}
+
+impl Purpose {
+    /// What a setting of a class of vbus is for, if it is a path.
+    fn of_setting(key: &str) -> Option<Purpose> {
+        match key {
+            "pcap" => Some(Purpose::Capture),
+            "listen" => Some(Purpose::Listen),
+            "connect" => Some(Purpose::Connect),
+            "qmp" | "vmm" => Some(Purpose::Vmm),
+            _ => None,
+        }
+    }
+
+    /// The key of `[allow]` with the folders for this.
+    pub fn key(self) -> &'static str {
+        match self {
+            Purpose::Capture | Purpose::Listen | Purpose::Connect => "paths",
+            Purpose::Vmm => "vmms",
+        }
+    }
+}
+
 /// All that the supervisor may do.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Permits {
-    /// The folders in which it may make and use anything. The first one is that of the bus.
+    /// The folders in which it may make and use capture files and sockets. The first one is that of
+    /// the bus.
     pub folders: Vec<PathBuf>,
-    /// The paths that the configuration's devices name, wherever they are.
-    pub paths: BTreeSet<PathBuf>,
+    /// The folders with sockets of VMMs. The first one is that of the bus.
+    pub vmm_folders: Vec<PathBuf>,
+    /// The paths that the configuration's devices name, wherever they are, by what they are for.
+    paths: BTreeMap<Purpose, BTreeSet<PathBuf>>,
     /// The names of TAP interfaces. A final `*` stands for any characters.
     taps: Vec<String>,
     /// The threads that the configuration's devices name.
-    threads: BTreeSet<i32>,
-    any_thread: bool,
+    pub threads: BTreeSet<i32>,
+    /// Whether a device may name any thread.
+    pub any_thread: bool,
     /// What may be done with threads.
     pub limits: Limits,
 }
@@ -90,9 +139,11 @@ impl Permits {
     /// What a bus in the directory `dir` needs, with this table and these devices of the
     /// configuration.
     pub fn new(dir: &Path, allow: &AllowSpec, devices: &[DeviceSpec]) -> Permits {
+        let with_own = |folders: &[PathBuf]| [&[dir.to_owned()][..], folders].concat();
         let mut permits = Permits {
-            folders: std::iter::once(dir.to_owned()).chain(allow.paths.clone()).collect(),
-            paths: BTreeSet::new(),
+            folders: with_own(&allow.paths),
+            vmm_folders: with_own(&allow.vmms),
+            paths: BTreeMap::new(),
             taps: allow.taps.clone(),
             threads: BTreeSet::new(),
             any_thread: allow.sched_threads,
@@ -111,10 +162,11 @@ impl Permits {
     fn add(&mut self, dir: &Path, device: &DeviceSpec) {
         let settings = &device.settings;
         let text = |key: &str| settings.get(key).and_then(Value::as_str);
-        for key in ["pcap", "connect", "listen", "qmp", "vmm"] {
-            self.paths.extend(text(key).and_then(|path| std::path::absolute(path).ok()));
+        for (key, value) in settings.as_object().into_iter().flatten() {
+            let Some(purpose) = Purpose::of_setting(key) else { continue };
+            self.name(purpose, value.as_str().and_then(|path| std::path::absolute(path).ok()));
         }
-        self.paths.extend(device.socket.path.as_ref().map(|path| dir.join(path)));
+        self.name(Purpose::Listen, device.socket.path.as_ref().map(|path| dir.join(path)));
         self.taps.extend(text("tap").map(str::to_owned));
         if device.class == "sched" {
             let threads = settings.get("threads").and_then(Value::as_array);
@@ -125,23 +177,6 @@ impl Permits {
                 self.limits.widen(&limits);
             }
         }
-    }
-
-    /// What the program's own classes may open, if the program says that they open files: the
-    /// folders, and each file that a setting of `devices` names and that is there.
-    pub fn own_paths(&self, devices: &[DeviceSpec]) -> Vec<PathBuf> {
-        fn texts<'a>(value: &'a Value, found: &mut Vec<&'a str>) {
-            match value {
-                Value::String(text) => found.push(text),
-                Value::Array(list) => list.iter().for_each(|value| texts(value, found)),
-                Value::Object(map) => map.values().for_each(|value| texts(value, found)),
-                _ => {}
-            }
-        }
-        let mut found = Vec::new();
-        devices.iter().for_each(|device| texts(&device.settings, &mut found));
-        let files = found.into_iter().map(PathBuf::from).filter(|path| path.exists());
-        self.folders.iter().cloned().chain(files).collect()
     }
 
     /// Checks the name of a TAP interface.
@@ -162,7 +197,18 @@ impl Permits {
         ))
     }
 
-    /// Checks the id of a thread that a device names by itself.
+    /// Adds a path that the configuration names for `purpose`.
+    pub fn name(&mut self, purpose: Purpose, path: Option<PathBuf>) {
+        self.paths.entry(purpose).or_default().extend(path);
+    }
+
+    /// Whether the configuration names `path` for `purpose`.
+    pub fn names(&self, path: &Path, purpose: Purpose) -> bool {
+        self.paths.get(&purpose).is_some_and(|paths| paths.contains(path))
+    }
+
+    /// Checks the id of a thread that a device names by itself. Whether it is the thread that the
+    /// configuration meant, the caller checks.
     ///
     /// # Errors
     /// It is not allowed.
@@ -208,12 +254,22 @@ mod tests {
             device("venet", json!({ "pcap": "/a.pcap", "tap": "tap7", "socket": "x.sock" })),
             device("sched", json!({ "threads": [17], "priority-max": 30 })),
             device("sched", json!({ "qmp": "/q", "nice-min": -3 })),
+            device("venet", json!({ "backend": "stream", "connect": "/peer" })),
         ];
         let permits = Permits::new(dir, &AllowSpec::default(), &devices);
-        let paths: Vec<_> = permits.paths.iter().map(|path| path.to_str().unwrap()).collect();
-        assert_eq!(paths, ["/a.pcap", "/q", "/run/bus/x.sock"]);
+        let all = [Purpose::Capture, Purpose::Listen, Purpose::Connect, Purpose::Vmm];
+        let purposes = |path: &str| {
+            let path = Path::new(path);
+            all.into_iter().filter(|purpose| permits.names(path, *purpose)).collect::<Vec<_>>()
+        };
+        assert_eq!(purposes("/a.pcap"), [Purpose::Capture]);
+        assert_eq!(purposes("/q"), [Purpose::Vmm]);
+        assert_eq!(purposes("/run/bus/x.sock"), [Purpose::Listen]);
+        assert_eq!(purposes("/peer"), [Purpose::Connect]);
         assert!(permits.tap("tap7").is_ok() && permits.tap("vbus%d").is_ok());
-        assert!(permits.tap("tap70").unwrap_err().contains("[allow]"));
+        for bad in ["tap70", "vbus0", "vbus", "vbus%d0"] {
+            assert!(permits.tap(bad).unwrap_err().contains("[allow]"), "{bad}");
+        }
         assert!(permits.thread(17).is_ok() && permits.thread(18).is_err());
         let limits = |settings: Value| Limits::of_settings(&settings).unwrap();
         let check = |settings: Value| permits.check_limits(&limits(settings));
@@ -225,6 +281,7 @@ mod tests {
     fn the_table_is_checked() {
         let all = json!({
             "paths": ["/run/vm"],
+            "vmms": ["/run/qmp"],
             "taps": ["a", "b*"],
             "sched-priority-max": 0,
             "sched-threads": true,
@@ -232,11 +289,13 @@ mod tests {
         let allow = AllowSpec::parse(&all).unwrap();
         let permits = Permits::new(Path::new("/d"), &allow, &[]);
         assert_eq!(permits.folders, [Path::new("/d"), Path::new("/run/vm")]);
+        assert_eq!(permits.vmm_folders, [Path::new("/d"), Path::new("/run/qmp")]);
         assert!(permits.tap("b7").is_ok() && permits.tap("vbus0").is_err());
         assert!(permits.thread(1).is_ok());
         assert_eq!(permits.limits, Limits::NONE);
         for (table, text) in [
             (json!({ "paths": ["vm"] }), "\"paths[0]\" is \"vm\"; use the path of a folder"),
+            (json!({ "vmms": [""] }), "\"vmms[0]\" is \"\"; use the path of a folder"),
             (json!({ "sched-priority-max": 100 }), "\"sched-priority-max\" is 100; use a number"),
             (json!({ "path": [] }), "\"path\" is no setting here; did you mean \"paths\""),
         ] {

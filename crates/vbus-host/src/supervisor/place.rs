@@ -12,7 +12,7 @@ use rustix::fs::{CWD, FileType, Mode, OFlags, fcntl_getfl, fcntl_setfl, fstat, o
 use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
-use super::permits::Permits;
+use super::permits::{Permits, Purpose};
 
 /// An allowed folder.
 struct Folder {
@@ -24,6 +24,7 @@ struct Folder {
 /// The allowed folders and paths.
 pub struct Places {
     folders: Vec<Folder>,
+    vmm_folders: Vec<Folder>,
     permits: Permits,
 }
 
@@ -47,7 +48,9 @@ impl Places {
             }
             Folder { path: path.clone(), descriptor: descriptor.ok() }
         };
-        Places { folders: permits.folders.iter().map(folder).collect(), permits }
+        let all = |paths: &[PathBuf]| paths.iter().map(folder).collect();
+        let (folders, vmm_folders) = (all(&permits.folders), all(&permits.vmm_folders));
+        Places { folders, vmm_folders, permits }
     }
 
     /// The permits.
@@ -55,16 +58,20 @@ impl Places {
         &self.permits
     }
 
-    /// Finds the place of `path`.
+    /// Finds the place of `path`, which is for `purpose`.
     ///
     /// # Errors
-    /// The path is not allowed, or the system refuses.
-    pub fn find(&self, path: &str) -> io::Result<Place> {
+    /// The path is not allowed for that, or the system refuses.
+    pub fn find(&self, path: &str, purpose: Purpose) -> io::Result<Place> {
         let path = std::path::absolute(path)?;
-        if self.permits.paths.contains(&path) {
+        if self.permits.names(&path, purpose) {
             return Ok(Place::Named(path));
         }
-        for folder in &self.folders {
+        let folders = match purpose {
+            Purpose::Vmm => &self.vmm_folders,
+            Purpose::Capture | Purpose::Listen | Purpose::Connect => &self.folders,
+        };
+        for folder in folders {
             let Ok(rest) = path.strip_prefix(&folder.path) else { continue };
             let descriptor = folder.descriptor.as_ref().ok_or_else(|| {
                 let path = folder.path.display();
@@ -85,9 +92,10 @@ impl Places {
             }
         }
         let folders: Vec<_> =
-            self.folders.iter().map(|folder| folder.path.display().to_string()).collect();
+            folders.iter().map(|folder| folder.path.display().to_string()).collect();
         Err(io::Error::other(format!(
-            "this bus may not use the path; add its folder to \"paths\" in [allow] (now: {})",
+            "this bus may not use the path for this; add its folder to {:?} in [allow] (now: {})",
+            purpose.key(),
             folders.join(", ")
         )))
     }
@@ -192,9 +200,13 @@ mod tests {
         for name in ["bus", "vm", "vm/below", "other"] {
             std::fs::create_dir(root.join(name)).unwrap();
         }
-        let allow = AllowSpec { paths: vec![root.join("vm")], ..AllowSpec::default() };
+        let allow = AllowSpec {
+            paths: vec![root.join("vm")],
+            vmms: vec![root.join("other")],
+            ..AllowSpec::default()
+        };
         let mut permits = Permits::new(&root.join("bus"), &allow, &[]);
-        permits.paths.insert(root.join("named"));
+        permits.name(Purpose::Capture, Some(root.join("named")));
         Places::new(permits)
     }
 
@@ -203,7 +215,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let root = root.path();
         let places = places(root);
-        let find = |path: &str| places.find(root.join(path).to_str().unwrap());
+        let find = |path: &str| places.find(root.join(path).to_str().unwrap(), Purpose::Capture);
         let create = |path: &str| find(path).and_then(|place| place.create());
         for good in ["bus/a", "vm/a", "vm/below/a", "vm/./a", "named"] {
             create(good).unwrap_or_else(|error| panic!("{good}: {error}")).write_all(b"x").unwrap();
@@ -213,7 +225,15 @@ mod tests {
             let error = create(bad).unwrap_err().to_string();
             assert!(error.contains("\"paths\" in [allow]"), "{bad}: {error}");
         }
-        assert!(places.find("/etc/passwd").is_err() && places.find("").is_err());
+        for bad in ["/etc/passwd", ""] {
+            assert!(places.find(bad, Purpose::Capture).is_err());
+        }
+        // What the configuration names for a capture is no socket.
+        for purpose in [Purpose::Listen, Purpose::Connect, Purpose::Vmm] {
+            let named = places.find(root.join("named").to_str().unwrap(), purpose);
+            let text = named.err().unwrap().to_string();
+            assert!(text.contains(&format!("{:?} in [allow]", purpose.key())), "{text}");
+        }
         std::fs::write(root.join("other/secret"), "secret").unwrap();
         symlink(root.join("other"), root.join("vm/out")).unwrap();
         symlink(root.join("other/secret"), root.join("vm/link")).unwrap();
@@ -231,7 +251,7 @@ mod tests {
         let places = places(root.path());
         let path = root.path().join("vm/fifo");
         rustix::fs::mknodat(CWD, &path, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
-        let place = places.find(path.to_str().unwrap()).unwrap();
+        let place = places.find(path.to_str().unwrap(), Purpose::Capture).unwrap();
         assert!(place.create().unwrap_err().to_string().contains("nobody reads"));
         let _reader = open(&path, OFlags::RDONLY | OFlags::NONBLOCK, Mode::empty()).unwrap();
         let file = place.create().unwrap();
@@ -247,12 +267,17 @@ mod tests {
         let _listeners = [listen("vm/s"), listen("other/s")];
         symlink(root.join("other/s"), root.join("vm/link")).unwrap();
         std::fs::write(root.join("vm/file"), "").unwrap();
-        let connect = |path: &str| {
-            places.find(root.join(path).to_str().unwrap()).and_then(|place| place.connect())
+        let connect_for = |purpose, path: &str| {
+            let path = root.join(path);
+            places.find(path.to_str().unwrap(), purpose).and_then(|place| place.connect())
         };
+        let connect = |path: &str| connect_for(Purpose::Connect, path);
         connect("vm/s").unwrap();
         for bad in ["other/s", "vm/link", "vm/file", "vm/none"] {
             assert!(connect(bad).is_err(), "{bad}");
         }
+        // A folder with sockets of VMMs is for nothing else, and the other way round.
+        connect_for(Purpose::Vmm, "other/s").unwrap();
+        assert!(connect_for(Purpose::Vmm, "vm/s").is_err());
     }
 }

@@ -12,9 +12,9 @@ use rustix::io::Errno;
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use vbus_net::Opener as _;
-use vbus_sched::{Direct, Held, OwnThread, Setting, TakeError, Threads as _};
+use vbus_sched::{Direct, Held, OwnThread, Setting, TakeError, ThreadPin, Threads as _};
 
-use super::permits::Permits;
+use super::permits::{Permits, Purpose};
 use super::place::Places;
 use super::socket::{self, SocketFile};
 use super::verb::{self, Answer, Threads, Verb};
@@ -73,7 +73,9 @@ fn serve() -> io::Result<usize> {
     let _lock = descriptors;
     let places = Arc::new(Places::new(permits));
     let mut files = Files { places: places.clone(), sockets: HashMap::new() };
+    let named = places.permits().threads.iter();
     let mut attended = Attended {
+        named: named.filter_map(|tid| Some((*tid, ThreadPin::of(*tid).ok()?))).collect(),
         places,
         threads: Direct::default(),
         held: HashMap::new(),
@@ -99,11 +101,9 @@ fn answer_all(
     mut answer: impl FnMut(Verb) -> Done,
 ) -> io::Result<()> {
     loop {
-        let (answer, descriptors) = match verb::receive::<Verb>(socket) {
-            Ok(Some((verb, _))) if verb.is_quick() != quick => {
-                refused("it came to the wrong socket")
-            }
-            Ok(Some((verb, _))) => match answer(verb) {
+        let (answer, descriptors) = match verb::receive_plain::<Verb>(socket) {
+            Ok(Some(verb)) if verb.is_quick() != quick => refused("it came to the wrong socket"),
+            Ok(Some(verb)) => match answer(verb) {
                 Ok((value, descriptors)) => (Answer::Ok(value), descriptors),
                 Err(error) => failed(&error),
             },
@@ -155,6 +155,8 @@ struct Attended {
     places: Arc<Places>,
     threads: Direct,
     held: HashMap<u64, OwnThread>,
+    /// The threads that the configuration names, by id, as they were when the bus started.
+    named: HashMap<i32, ThreadPin>,
     next: u64,
     /// The start times of the processes of VMMs, by process id.
     vmms: HashMap<i32, u64>,
@@ -169,7 +171,7 @@ impl Files {
     fn answer(&mut self, verb: Verb) -> Done {
         match verb {
             Verb::Create { path } => {
-                let file = self.places.find(&path)?.create()?;
+                let file = self.places.find(&path, Purpose::Capture)?.create()?;
                 Ok((Value::Null, vec![file.into()]))
             }
             Verb::Listen { path, backlog, access } => self.listen(&path, backlog, &access),
@@ -183,7 +185,7 @@ impl Files {
     }
 
     fn listen(&mut self, path: &str, backlog: i32, access: &Access) -> Done {
-        let place = self.places.find(path)?;
+        let place = self.places.find(path, Purpose::Listen)?;
         let (listener, file) = socket::listen(place, backlog, access)?;
         self.sockets.insert(path.into(), file);
         Ok((Value::Null, vec![listener]))
@@ -205,7 +207,7 @@ impl Attended {
     fn answer(&mut self, verb: Verb) -> Done {
         match verb {
             Verb::Connect { path } => {
-                let socket = self.places.find(&path)?.connect()?;
+                let socket = self.places.find(&path, Purpose::Connect)?.connect()?;
                 Ok((Value::Null, vec![socket]))
             }
             Verb::Threads => done(json!(Threads {
@@ -237,7 +239,7 @@ impl Attended {
     }
 
     fn vmm(&mut self, path: &str) -> Done {
-        let socket = self.places.find(path)?.connect()?;
+        let socket = self.places.find(path, Purpose::Vmm)?.connect()?;
         let process = vbus_control::Peer::of(&socket)?.pid;
         // A socket that a service manager or this process has made leads to no VMM.
         if process <= 1 || u32::try_from(process) == Ok(std::process::id()) {
@@ -257,6 +259,7 @@ impl Attended {
         if self.held.len() >= THREADS_MAX {
             return Err(TakeError::Refused("the bus holds too many threads".into()));
         }
+        let by_id = process.is_none();
         let process = match process {
             None => {
                 self.places.permits().thread(tid).map_err(TakeError::Refused)?;
@@ -270,6 +273,17 @@ impl Attended {
             }
         };
         let thread = self.threads.take_own(process, tid)?;
+        // Another thread may have the id by now. The pin is asked after the thread was opened: if
+        // the thread of the configuration is there still, it is the one that was opened.
+        if by_id && self.places.permits().threads.contains(&tid) {
+            let is_it = self.named.get(&tid).is_some_and(ThreadPin::lives);
+            if !is_it && !self.places.permits().any_thread {
+                return Err(TakeError::Refused(format!(
+                    "thread {tid} of the configuration has ended; start the bus anew for another \
+                     thread of this id"
+                )));
+            }
+        }
         let time = thread.time_file().and_then(|file| file.try_clone().ok());
         self.next += 1;
         self.held.insert(self.next, thread);

@@ -124,9 +124,25 @@ pub fn send(
 /// # Errors
 /// The message is not understood, or this process has too many descriptors.
 pub fn receive<T: DeserializeOwned>(socket: impl AsFd) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
-    let mut bytes = vec![0; BYTES_MAX];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
+    receive_with(socket, RecvAncillaryBuffer::new(&mut space))
+}
+
+/// Receives a message without descriptors. `None`: the other end has gone.
+///
+/// # Errors
+/// The message is not understood, or has descriptors. The kernel has closed them already: they
+/// take no place in this process.
+pub fn receive_plain<T: DeserializeOwned>(socket: impl AsFd) -> io::Result<Option<T>> {
+    let received = receive_with(socket, RecvAncillaryBuffer::new(&mut []))?;
+    Ok(received.map(|(message, _)| message))
+}
+
+fn receive_with<T: DeserializeOwned>(
+    socket: impl AsFd,
+    mut control: RecvAncillaryBuffer<'_>,
+) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
+    let mut bytes = vec![0; BYTES_MAX];
     let received = retry(|| {
         recvmsg(&socket, &mut [IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::CMSG_CLOEXEC)
     })?;
@@ -167,7 +183,11 @@ mod tests {
         let verb = Verb::Tap { name: "vbus%d".into(), queues: 2, mtu: 1500 };
         send(&a, &verb, &[a.as_fd(), b.as_fd()]).unwrap();
         let (received, descriptors) = receive::<Verb>(&b).unwrap().unwrap();
-        assert_eq!((received, descriptors.len()), (verb, 2));
+        assert_eq!((&received, descriptors.len()), (&verb, 2));
+        send(&a, &verb, &[a.as_fd()]).unwrap();
+        assert!(receive_plain::<Verb>(&b).is_err(), "no verb comes with descriptors");
+        send(&a, &verb, &[]).unwrap();
+        assert_eq!(receive_plain::<Verb>(&b).unwrap(), Some(verb));
         rustix::net::send(&a, b"{\"verb\":\"exec\"}", SendFlags::empty()).unwrap();
         assert!(receive::<Verb>(&b).is_err());
         let long = Verb::Connect { path: "x".repeat(BYTES_MAX) };

@@ -39,6 +39,10 @@ impl DeviceClass for Intruder {
     fn create(&self, _: &str, _: &Value) -> Result<Arc<dyn Device>, CreateError> {
         Ok(Arc::new(Intruder))
     }
+
+    fn files(&self, config: &Value) -> Vec<PathBuf> {
+        config["list"][0]["disk"].as_str().map(PathBuf::from).into_iter().collect()
+    }
 }
 
 impl Device for Intruder {
@@ -185,15 +189,17 @@ impl Bus {
         let config = folder.path().join("bus.toml");
         let text = format!(
             "[allow]\npaths = [{:?}]\n[[device]]\nname = \"i\"\nclass = \"intruder\"\n\
-             list = [{{ disk = {:?} }}]\n",
+             list = [{{ disk = {:?} }}]\nlabel = {:?}\n",
             folder.path().join("allowed"),
-            folder.path().join("other/named")
+            folder.path().join("other/named"),
+            folder.path().join("other/label")
         );
         std::fs::write(&config, text).unwrap();
         for name in ["allowed", "other"] {
             std::fs::create_dir(folder.path().join(name)).unwrap();
             std::fs::write(folder.path().join(name).join("file"), "x").unwrap();
             std::fs::write(folder.path().join(name).join("named"), "x").unwrap();
+            std::fs::write(folder.path().join(name).join("label"), "x").unwrap();
         }
         let dir = folder.path().join("bus");
         let (config, dir) = (config.to_str().unwrap(), dir.to_str().unwrap());
@@ -335,6 +341,8 @@ fn classes_can_do_what_their_program_asks_for() {
         assert_eq!(bus.opens(&bus.path("other/named")), 0, "the configuration names it");
         if has_landlock(&info(bus)) {
             assert_eq!(file(bus, "other"), EACCES);
+            // A text that happens to be a path is no file that the class opens.
+            assert_eq!(bus.opens(&bus.path("other/label")), EACCES);
             assert_eq!(bus.opens(Path::new("/etc/passwd")), EACCES);
         }
     });

@@ -193,6 +193,11 @@ struct Hostile {
 impl Hostile {
     /// Starts a supervisor for a bus in `dir`.
     fn start(dir: &Path) -> Hostile {
+        Hostile::start_with(dir, &[])
+    }
+
+    /// The same; the configuration names these threads.
+    fn start_with(dir: &Path, threads: &[i32]) -> Hostile {
         let kind = SocketType::SEQPACKET;
         let flags = SocketFlags::CLOEXEC;
         let pair = || socketpair(AddressFamily::UNIX, kind, flags, None).unwrap();
@@ -201,9 +206,10 @@ impl Hostile {
         let hostile = Hostile { quick, slow, child };
         let permits = json!({
             "folders": [dir],
-            "paths": [],
-            "taps": ["vbus*"],
-            "threads": [],
+            "vmm_folders": [dir],
+            "paths": { "vmm": [dir.with_file_name("vmm")] },
+            "taps": ["vbus%d"],
+            "threads": threads,
             "any_thread": false,
             "limits": { "classes": 0, "priority_max": 0, "nice_min": null },
         });
@@ -235,6 +241,49 @@ impl Hostile {
     }
 }
 
+/// A thread that runs until the sender is dropped.
+fn thread() -> (i32, std::thread::JoinHandle<()>, std::sync::mpsc::Sender<()>) {
+    let ((said, tid), (end, ended)) = (std::sync::mpsc::channel(), std::sync::mpsc::channel());
+    let thread = std::thread::spawn(move || {
+        said.send(rustix::thread::gettid().as_raw_nonzero().get()).unwrap();
+        let _ = ended.recv();
+    });
+    (tid.recv().unwrap(), thread, end)
+}
+
+#[test]
+fn a_thread_that_the_configuration_names_is_not_one_that_has_its_id_later() {
+    let folder = tempfile::tempdir().unwrap();
+    let (tid, running, end) = thread();
+    let bus = Hostile::start_with(folder.path(), &[tid]);
+    let take = || bus.ask(&json!({ "verb": "take", "process": null, "tid": tid }));
+    let taken = take();
+    assert!(taken["ok"].is_u64(), "{taken}");
+    bus.ask(&json!({ "verb": "release", "thread": taken["ok"] }));
+    drop(end);
+    running.join().unwrap();
+    // The kernel gives ids in order, so it can be made to give this one again.
+    let last = Path::new("/proc/sys/kernel/ns_last_pid");
+    for _ in 0..2000 {
+        if let Err(error) = std::fs::write(last, (tid - 1).to_string()) {
+            eprintln!("skipped: no id can be given again: {error}");
+            return;
+        }
+        let (again, running, end) = thread();
+        if again == tid {
+            let refused = take();
+            let text = refused["refused"].as_str().unwrap_or_default();
+            assert!(text.contains("of the configuration has ended"), "{refused}");
+            drop(end);
+            running.join().unwrap();
+            return;
+        }
+        drop(end);
+        running.join().unwrap();
+    }
+    eprintln!("skipped: other processes took the id each time");
+}
+
 #[test]
 fn the_supervisor_does_nothing_that_the_configuration_does_not_allow() {
     let folder = tempfile::tempdir().unwrap();
@@ -243,7 +292,9 @@ fn the_supervisor_does_nothing_that_the_configuration_does_not_allow() {
     let outside = folder.path().join("outside");
     std::fs::write(&outside, "precious").unwrap();
     let socket = folder.path().join("socket");
-    let _listener = UnixListener::bind(&socket).unwrap();
+    // The configuration names this socket, for a VMM.
+    let vmm = folder.path().join("vmm");
+    let _listeners = [&socket, &vmm].map(|path| UnixListener::bind(path).unwrap());
     let mut hostile = Hostile::start(&dir);
     let access = json!({ "owner": null, "group": null, "mode": 511 });
     for verb in [
@@ -254,8 +305,12 @@ fn the_supervisor_does_nothing_that_the_configuration_does_not_allow() {
         json!({ "verb": "listen", "path": "/tmp/vbus-hostile", "backlog": 1, "access": access }),
         json!({ "verb": "connect", "path": socket }),
         json!({ "verb": "connect", "path": "/run/docker.sock" }),
+        json!({ "verb": "connect", "path": vmm }),
+        json!({ "verb": "create", "path": vmm }),
+        json!({ "verb": "listen", "path": vmm, "backlog": 1, "access": access }),
         json!({ "verb": "vmm", "path": socket }),
         json!({ "verb": "tap", "name": "eth0", "queues": 1, "mtu": 1500 }),
+        json!({ "verb": "tap", "name": "vbus0", "queues": 1, "mtu": 1500 }),
         json!({ "verb": "tap", "name": "vbus%d", "queues": 0, "mtu": 1500 }),
         json!({ "verb": "tap", "name": "vbus%d", "queues": 17, "mtu": 1500 }),
         json!({ "verb": "take", "process": null, "tid": std::process::id() }),
