@@ -183,6 +183,28 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_screen_keeps_its_places_and_colours() {
+        let mut terminal = vt100::Parser::new(3, 40, 0);
+        terminal.process(
+            b"plain\x1b[1m bold\x1b[0m\r\n\x1b[32mgr<en\x1b[0m   far\x1b[3;2H\x1b[7mchosen",
+        );
+        let picture = svg_of_screen("run", terminal.screen());
+        let place = |column: f64| format!("<text x=\"{:.1}\"", EDGE as f64 + column * WIDTH);
+        for (begin, end) in [
+            (place(0.0), "fill=\"#d6dbe5\">plain</text>"),
+            (place(6.0), "fill=\"#ffffff\">bold</text>"),
+            (place(0.0), "fill=\"#7ee787\">gr&lt;en</text>"),
+            (place(8.0), ">far</text>"),
+            (place(1.0), "fill=\"#1b1f27\">chosen</text>"),
+        ] {
+            let found = picture.lines().any(|line| line.starts_with(&begin) && line.ends_with(end));
+            assert!(found, "{begin} ... {end}\n{picture}");
+        }
+        assert_eq!(picture.matches("<rect ").count(), 2, "the screen, and what is chosen");
+        assert!(picture.contains(&format!("height=\"{}\"", BAR + EDGE + 3 * HEIGHT)));
+    }
+
+    #[test]
     fn lines_are_escaped_wrapped_and_placed() {
         let lines = ["bus: a < b & c".to_owned(), "word ".repeat(30), String::new()];
         let picture = svg("run <it>", &lines);

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use serde_json::{Value, json};
 use vbus_core::service::{self, Service, Sizes};
 use vbus_core::settings::Settings;
-use vbus_core::{CreateError, Device, DeviceClass, ErrorCode, Identity};
+use vbus_core::{CreateError, Device, DeviceClass, ErrorCode, Identity, Metric};
 
 /// The class. It makes devices from their settings.
 pub struct MyDeviceClass;
@@ -28,6 +28,14 @@ impl DeviceClass for MyDeviceClass {
         }
         settings.finish()?;
         service::device(MyDevice { suffix, count: AtomicU64::new(0) })
+    }
+
+    // What the numbers in `inspect` mean, for `vbus stats`, `vbus top` and Prometheus.
+    fn metrics(&self) -> Vec<Metric> {
+        vec![
+            Metric::counter("count", "my_device_requests", "Texts that were answered")
+                .unit("texts"),
+        ]
     }
 }
 
