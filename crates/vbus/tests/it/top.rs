@@ -137,6 +137,12 @@ fn it_follows_the_bus_and_the_keys_and_gives_the_terminal_back() {
     wait_until("the notice goes", || !top.look().contains("does not answer"));
     top.signal(Signal::TERM);
     top.ends_well();
+    for signal in [Signal::INT, Signal::HUP] {
+        let mut top = Terminal::start(&again.dir);
+        top.wait_for("2 devices, 0 open");
+        top.signal(signal);
+        top.ends_well();
+    }
     for keys in [&b"q"[..], b"\x03", b"\x1b"] {
         let mut top = Terminal::start(&again.dir);
         top.wait_for("2 devices, 0 open");
