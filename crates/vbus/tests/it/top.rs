@@ -110,12 +110,6 @@ fn it_follows_the_bus_and_the_keys_and_gives_the_terminal_back() {
     top.wait_for("INTRS/s");
     assert!(top.screen.screen().alternate_screen() && top.screen.screen().hide_cursor());
     assert_ne!(tcgetattr(&top.line).unwrap().local_modes, top.before, "keys are echoed");
-    // A narrow screen has fewer columns.
-    top.resize(20, 80);
-    wait_until("a narrow list", || {
-        let text = top.look();
-        text.contains("DEVICE*") && !text.contains("INTRS/s")
-    });
     top.press(b"?");
     top.wait_for("any key goes back");
     top.press(b"x");
@@ -135,6 +129,13 @@ fn it_follows_the_bus_and_the_keys_and_gives_the_terminal_back() {
     let again = Served::start_in(&dir, TWO);
     top.wait_for("2 devices, 0 open");
     wait_until("the notice goes", || !top.look().contains("does not answer"));
+    // A narrow screen has fewer columns. No key follows: crossterm may keep a key that comes together
+    // with a resize until the next one.
+    top.resize(20, 80);
+    wait_until("a narrow list", || {
+        let text = top.look();
+        text.contains("DEVICE*") && !text.contains("INTRS/s")
+    });
     top.signal(Signal::TERM);
     top.ends_well();
     for signal in [Signal::INT, Signal::HUP] {
