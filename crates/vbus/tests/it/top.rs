@@ -129,8 +129,8 @@ fn it_follows_the_bus_and_the_keys_and_gives_the_terminal_back() {
     let again = Served::start_in(&dir, TWO);
     top.wait_for("2 devices, 0 open");
     wait_until("the notice goes", || !top.look().contains("does not answer"));
-    // A narrow screen has fewer columns. No key follows: crossterm may keep a key that comes together
-    // with a resize until the next one.
+    // A narrow screen has fewer columns. No key follows: crossterm may keep a key that comes
+    // together with a resize until the next one.
     top.resize(20, 80);
     wait_until("a narrow list", || {
         let text = top.look();
