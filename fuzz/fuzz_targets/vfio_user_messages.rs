@@ -95,7 +95,7 @@ impl Target for Device {
         Ok(())
     }
 
-    fn dma_map(&mut self, mapping: Mapping) -> Result<(), Errno> {
+    fn dma_map(&mut self, mapping: Mapping<'_>) -> Result<(), Errno> {
         let Mapping { address, size, memory, .. } = mapping;
         assert!(size > 0 && address % 4096 == 0 && size % 4096 == 0);
         let end = address.checked_add(size).expect("an end");

@@ -578,7 +578,7 @@ fn io_eventfds(reply: &Message, region: u32) -> Result<Vec<IoEventFd>, ClientErr
     }
     let mut found = Vec::new();
     for SubRegion { offset, size, fd_index, kind, flags, datamatch } in sub_regions {
-        let fd = reply.fds.get(fd_index as usize).ok_or_else(mismatch)?;
+        let fd = reply.fds.as_slice().get(fd_index as usize).ok_or_else(mismatch)?;
         if kind != 0 || flags & !DATAMATCH != 0 {
             continue;
         }

@@ -66,6 +66,7 @@
 //! ```
 
 mod client;
+mod closer;
 mod eventfd;
 mod listen;
 pub mod message;
@@ -79,6 +80,7 @@ mod target;
 pub mod version;
 
 pub use client::{Client, ClientError};
+pub use closer::{Closer, PeerFds};
 pub use eventfd::is_eventfd;
 pub use listen::bind_private;
 pub use patience::Patience;

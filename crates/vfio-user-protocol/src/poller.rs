@@ -41,6 +41,12 @@ impl Poller {
         epoll::modify(&self.epoll, fd, EventData::new_u64(token), interest)
     }
 
+    /// Watches a descriptor no more. It may stay open.
+    pub(crate) fn remove(&self, fd: impl AsFd) {
+        // Only one that is not watched is an error.
+        let _ = epoll::delete(&self.epoll, fd);
+    }
+
     /// Returns the tokens of the descriptors that are ready now. If there are many, it returns some
     /// of them. It does not wait.
     ///

@@ -10,9 +10,10 @@ use std::time::{Duration, Instant};
 use rustix::event::epoll::EventFlags;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::{SocketFlags, accept_with};
+use rustix::net::{Shutdown, SocketFlags, accept_with, shutdown};
 use tracing::{debug, info, warn};
 
+use crate::closer::Closer;
 use crate::listen::{self, SocketFile};
 use crate::poller::Poller;
 use crate::refuse::Refused;
@@ -29,6 +30,8 @@ const ACCEPTS_PER_CALL: u32 = 4;
 /// The most clients that wait for their refusal. The server closes further connections without a
 /// reply.
 const MAX_REFUSED: usize = 4;
+/// The pause before the server looks again whether the descriptors of its client are closed.
+const CLOSE_PAUSE: Duration = Duration::from_millis(20);
 /// The pause before the server accepts again, after the process ran out of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
@@ -88,18 +91,24 @@ pub struct Outcome {
 
 /// Tells whether the client of a server has gone, also before the server has noticed it.
 #[derive(Clone, Debug, Default)]
-pub struct Peer(Weak<OwnedFd>);
+pub struct Peer {
+    socket: Weak<OwnedFd>,
+    closer: Closer,
+}
 
 impl Peer {
     /// Whether the client has closed its end of the connection, or the connection has ended. The
     /// default value has no client.
     #[must_use]
     pub fn has_gone(&self) -> bool {
-        let Some(socket) = self.0.upgrade() else { return true };
-        let mut fds = [PollFd::new(&socket, PollFlags::RDHUP)];
+        let Some(socket) = self.socket.upgrade() else { return true };
+        let mut fds = [PollFd::new(&*socket, PollFlags::RDHUP)];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         while poll(&mut fds, Some(&now)) == Err(Errno::INTR) {}
-        !fds[0].revents().is_empty()
+        let has_gone = !fds[0].revents().is_empty();
+        // The connection may have ended meanwhile.
+        self.closer.close_last(socket);
+        has_gone
     }
 }
 
@@ -152,6 +161,10 @@ pub struct Server<T: Target> {
     effort: Effort,
     /// The last client has gone, and the target does not know it yet.
     leaving: bool,
+    /// Closes the descriptors of clients, and their connections.
+    closer: Closer,
+    /// Set while the closer has too much to do: when the server looks again.
+    closed_at: Option<Instant>,
 }
 
 const LISTENER: u64 = 0;
@@ -203,6 +216,8 @@ impl<T: Target> Server<T> {
             stats: Stats::default(),
             effort: Effort::All,
             leaving: false,
+            closer: Closer::new(),
+            closed_at: None,
         })
     }
 
@@ -250,7 +265,8 @@ impl<T: Target> Server<T> {
     /// The client, for threads that do not have the server.
     #[must_use]
     pub fn peer(&self) -> Peer {
-        Peer(self.client.as_ref().map(|client| Arc::downgrade(&client.socket)).unwrap_or_default())
+        let socket = self.client.as_ref().map(|client| Arc::downgrade(&client.socket));
+        Peer { socket: socket.unwrap_or_default(), closer: self.closer.clone() }
     }
 
     /// The time at which the program must call [`Server::ready`] even if the descriptor is not
@@ -259,7 +275,7 @@ impl<T: Target> Server<T> {
     pub fn deadline(&self) -> Option<Instant> {
         let client = self.client.iter().flat_map(|c| [c.agree_by, c.message_by, c.reply_by]);
         let refused = self.refused.iter().map(|r| Some(r.until));
-        client.chain(refused).chain([self.paused_until]).flatten().min()
+        client.chain(refused).chain([self.paused_until, self.closed_at]).flatten().min()
     }
 
     /// Does the work that is due. It accepts clients, receives and handles messages, sends replies,
@@ -294,7 +310,11 @@ impl<T: Target> Server<T> {
                 token => self.refuse(token),
             }
         }
-        if serve || self.is_handling() {
+        let closed = self.closed_at.is_some_and(|at| at <= now);
+        if closed {
+            self.closed_at = None;
+        }
+        if serve || closed || self.is_handling() {
             work += self.serve(now);
         }
         // The next client has to wait until the target has let go of the last one.
@@ -378,6 +398,11 @@ impl<T: Target> Server<T> {
     /// Accepts at most [`ACCEPTS_PER_CALL`] clients. Returns their number.
     fn accept(&mut self, now: Instant) -> u32 {
         let mut accepted = 0;
+        // Each connection is closed some day.
+        if self.closer.is_full() {
+            self.pause(now + CLOSE_PAUSE);
+            return accepted;
+        }
         while accepted < ACCEPTS_PER_CALL {
             let socket =
                 match accept_with(&self.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
@@ -395,9 +420,7 @@ impl<T: Target> Server<T> {
                             );
                         }
                         self.paused_for = Some(e);
-                        let quiet = EventFlags::empty();
-                        let _ = self.poller.modify(&self.listener, LISTENER, quiet);
-                        self.paused_until = Some(now + ACCEPT_PAUSE);
+                        self.pause(now + ACCEPT_PAUSE);
                         return accepted;
                     }
                 };
@@ -410,6 +433,12 @@ impl<T: Target> Server<T> {
             }
         }
         accepted
+    }
+
+    /// Accepts no clients until this time.
+    fn pause(&mut self, until: Instant) {
+        let _ = self.poller.modify(&self.listener, LISTENER, EventFlags::empty());
+        self.paused_until = Some(until);
     }
 
     fn admit(&mut self, socket: OwnedFd, token: u64, now: Instant) -> Result<(), Errno> {
@@ -426,10 +455,12 @@ impl<T: Target> Server<T> {
                     "client {number} refused: client {} is connected", client.number
                 );
             }
-            if self.refused.len() < MAX_REFUSED {
-                let until = now + self.timeouts.handshake;
-                self.refused.push(Refused::new(socket, token, until));
+            let until = now + self.timeouts.handshake;
+            self.refused.push(Refused::new(socket, token, until));
+            if self.refused.len() <= MAX_REFUSED {
                 self.refuse(token);
+            } else {
+                self.end_refusals(|refused| refused.token == token);
             }
             return Ok(());
         }
@@ -438,7 +469,7 @@ impl<T: Target> Server<T> {
             socket: Arc::new(socket),
             token,
             number,
-            receiver: Receiver::default(),
+            receiver: Receiver::new(self.closer.clone()),
             sender: Sender::default(),
             session: Session::default(),
             handling: None,
@@ -453,7 +484,19 @@ impl<T: Target> Server<T> {
 
     /// Continues the refusal of a client.
     fn refuse(&mut self, token: u64) {
-        self.refused.retain_mut(|refused| refused.token != token || refused.go_on());
+        self.end_refusals(|refused| refused.token == token && !refused.go_on());
+    }
+
+    /// Ends the refusals for which `is_over` returns true.
+    fn end_refusals(&mut self, mut is_over: impl FnMut(&mut Refused) -> bool) {
+        for mut refused in std::mem::take(&mut self.refused) {
+            if is_over(&mut refused) {
+                self.poller.remove(&refused.socket);
+                self.closer.close_stream(refused.socket);
+            } else {
+                self.refused.push(refused);
+            }
+        }
     }
 
     /// Receives, handles and answers messages until none is left, the socket is full, or the call
@@ -476,6 +519,11 @@ impl<T: Target> Server<T> {
                 }
                 work += self.take_work();
                 continue;
+            }
+            // More descriptors come only when the earlier ones are closed.
+            if self.closer.is_full() {
+                self.closed_at = Some(now + CLOSE_PAUSE);
+                break;
             }
             let mut source = SocketSource::new(client.socket.as_fd(), MAX_MSG_FDS);
             match client.receiver.next(&mut source, client.session.max_message(), MAX_MSG_FDS) {
@@ -581,7 +629,11 @@ impl<T: Target> Server<T> {
     /// Watches the client's socket for input, or for space if replies wait to be sent.
     fn watch(&mut self) {
         let Some(client) = &mut self.client else { return };
-        let wanted = if client.sender.is_empty() { EventFlags::IN } else { EventFlags::OUT };
+        let wanted = match () {
+            () if !client.sender.is_empty() => EventFlags::OUT,
+            () if self.closed_at.is_some() => EventFlags::empty(),
+            () => EventFlags::IN,
+        };
         if wanted != client.interest {
             match self.poller.modify(&client.socket, client.token, wanted) {
                 Ok(()) => client.interest = wanted,
@@ -595,7 +647,7 @@ impl<T: Target> Server<T> {
             self.paused_until = None;
             let _ = self.poller.modify(&self.listener, LISTENER, EventFlags::IN);
         }
-        self.refused.retain(|r| r.until > now);
+        self.end_refusals(|refused| refused.until <= now);
         let Some(client) = &mut self.client else { return };
         let timeouts = self.timeouts;
         let limits = [
@@ -641,6 +693,12 @@ impl<T: Target> Server<T> {
             );
         }
         self.stats.failures += client.session.failures();
+        // The client sees the end now. Descriptors that it has sent, and nobody has received, close
+        // with the socket, which may wait for the client too.
+        let _ = shutdown(&client.socket, Shutdown::Both);
+        self.poller.remove(&client.socket);
+        self.closer.close_last(client.socket);
+        drop(client.receiver);
         if client.session.negotiated().is_some() {
             self.leaving = true;
             self.leave();

@@ -10,10 +10,11 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::io::Errno;
 
+use crate::closer::PeerFds;
 use crate::eventfd::is_eventfd;
 use crate::message::{
     self, DATAMATCH, DEVICE_IS_PCI, DEVICE_RESETS, DmaMap, DmaUnmap, Feature, Header, Info,
@@ -79,6 +80,8 @@ mod cost {
     pub const BYTES: usize = 1024;
     /// Interrupts of a `DEVICE_SET_IRQS` that cost one unit.
     pub const INTERRUPTS: u32 = 4;
+    /// Units of a descriptor.
+    pub const DESCRIPTOR: u32 = 2;
 }
 
 fn units(bytes: usize) -> u32 {
@@ -263,7 +266,7 @@ impl Session {
 
     /// Returns how much has been done since the last call: 1 for each message, and more for what
     /// else costs time: 1 for each KiB of a message and of its reply, for 4 writes of a
-    /// `REGION_WRITE_MULTI`, and for 4 interrupts of a `DEVICE_SET_IRQS`.
+    /// `REGION_WRITE_MULTI`, and for 4 interrupts of a `DEVICE_SET_IRQS`, and 2 for each descriptor.
     pub fn take_work(&mut self) -> u32 {
         std::mem::take(&mut self.work)
     }
@@ -293,7 +296,7 @@ impl Session {
         let message = handling.message.as_ref()?;
         let negotiated = self.negotiated.is_some_and(|with| with.write_multiple);
         if negotiated && message.header.command == command::REGION_WRITE_MULTI {
-            if let Ok(writes) = multi_writes(&message.body, &message.fds) {
+            if let Ok(writes) = multi_writes(&message.body, message.fds.as_slice()) {
                 let rest = &writes[handling.written.min(writes.len())..];
                 for write in rest {
                     if is_long(target, write.region, write.offset, write.data) && !effort.take() {
@@ -408,23 +411,27 @@ impl Session {
         negotiated: &Negotiated,
         number: u16,
         body: &[u8],
-        mut fds: Vec<OwnedFd>,
+        fds: PeerFds,
     ) -> Outcome {
-        if !fds.is_empty() && !matches!(number, command::DMA_MAP | command::DEVICE_SET_IRQS) {
-            return Err(Failure::Descriptors { expected: "none", got: fds.len() });
+        let count = fds.as_slice().len();
+        // Each may start a thread that closes it.
+        let closes = u32::try_from(count).unwrap_or(u32::MAX).saturating_mul(cost::DESCRIPTOR);
+        self.work = self.work.saturating_add(closes);
+        if count > 0 && !matches!(number, command::DMA_MAP | command::DEVICE_SET_IRQS) {
+            return Err(Failure::Descriptors { expected: "none", got: count });
         }
         match number {
             command::REGION_READ => region_read(target, body),
             command::REGION_WRITE => region_write(target, body),
             // The writes are done.
             command::REGION_WRITE_MULTI if negotiated.write_multiple => {
-                let writes = multi_writes(body, &fds)?;
+                let writes = multi_writes(body, fds.as_slice())?;
                 Ok(MultiWrite::reply(writes.len() as u64).into())
             }
             command::REGION_WRITE_MULTI => {
                 Err(Failure::Unsupported("REGION_WRITE_MULTI, unless negotiated,"))
             }
-            command::DMA_MAP => self.dma_map(target, negotiated, body, &mut fds),
+            command::DMA_MAP => self.dma_map(target, negotiated, body, fds),
             command::DMA_UNMAP => self.dma_unmap(target, body),
             command::DEVICE_GET_INFO => device_info(target, body),
             command::DEVICE_GET_REGION_INFO => region_info(target, body),
@@ -460,13 +467,18 @@ impl Session {
         target: &mut T,
         negotiated: &Negotiated,
         body: &[u8],
-        fds: &mut Vec<OwnedFd>,
+        fds: PeerFds,
     ) -> Outcome {
         let DmaMap { readable, writable, offset, address, size } = DmaMap::parse(body)?;
-        if fds.len() > 1 {
-            return Err(Failure::Descriptors { expected: "none or one", got: fds.len() });
-        }
-        if fds.is_empty() && offset != 0 {
+        let file = match fds.as_slice() {
+            [] => None,
+            [one] => Some(one),
+            more => {
+                let got = more.len();
+                return Err(Failure::Descriptors { expected: "none or one", got });
+            }
+        };
+        if file.is_none() && offset != 0 {
             return Err(Failure::Offset(offset));
         }
         let pages = size > 0 && (address | size | offset) % negotiated.page_size == 0;
@@ -483,8 +495,10 @@ impl Session {
         if self.maps.len() >= negotiated.max_dma_maps {
             return Err(Failure::TooManyMaps(negotiated.max_dma_maps));
         }
-        let memory = fds.pop().map(|fd| (fd, offset));
+        let memory = file.map(|file| (file.as_fd(), offset));
         target.dma_map(Mapping { address, size, readable, writable, memory })?;
+        // The target uses the file, so this is no descriptor whose close could wait.
+        drop(fds.into_harmless());
         self.maps.insert(address, size);
         Ok(Reply::default())
     }
@@ -600,16 +614,14 @@ fn region_io_fds<T: Target + ?Sized>(
     Ok(Reply { body, fds })
 }
 
-fn set_irqs<T: Target + ?Sized>(target: &mut T, body: &[u8], fds: Vec<OwnedFd>) -> Outcome {
+fn set_irqs<T: Target + ?Sized>(target: &mut T, body: &[u8], fds: PeerFds) -> Outcome {
     let SetIrqs { index, start, count, verb, data } = SetIrqs::parse(body)?;
     if index >= target.device_info().irqs {
         return Err(Failure::NoSuch("interrupt index", index));
     }
-    if !fds.is_empty() && (data != IrqData::Eventfd || fds.len() != count as usize) {
-        return Err(Failure::Descriptors {
-            expected: "none, or as many as interrupts,",
-            got: fds.len(),
-        });
+    let got = fds.as_slice().len();
+    if got > 0 && (data != IrqData::Eventfd || got != count as usize) {
+        return Err(Failure::Descriptors { expected: "none, or as many as interrupts,", got });
     }
     if (verb, data, start, count) == (IrqVerb::Trigger, IrqData::None, 0, 0) {
         // An index without interrupts has nothing to disconnect, so the target does not learn of
@@ -624,7 +636,7 @@ fn set_irqs<T: Target + ?Sized>(target: &mut T, body: &[u8], fds: Vec<OwnedFd>) 
     if count == 0 || start.checked_add(count).is_none_or(|end| end > have) {
         return Err(Failure::IrqRange { index, start, count, have });
     }
-    for fd in &fds {
+    for fd in fds.as_slice() {
         if !is_eventfd(fd)? {
             return Err(Failure::NotEventfd);
         }
@@ -635,6 +647,7 @@ fn set_irqs<T: Target + ?Sized>(target: &mut T, body: &[u8], fds: Vec<OwnedFd>) 
         }
         _ => (start..start + count).collect(),
     };
+    let fds = fds.into_harmless();
     let eventfds = if fds.is_empty() {
         std::iter::repeat_with(|| None).take(count as usize).collect()
     } else {

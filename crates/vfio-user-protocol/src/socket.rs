@@ -19,6 +19,7 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
+use crate::closer::{Closer, PeerFds};
 use crate::message::{BadHeader, HEADER_LEN, Header};
 use crate::version::KERNEL_MSG_FDS;
 
@@ -107,7 +108,7 @@ pub struct Message {
     pub body: Vec<u8>,
     /// The descriptors that came with it. They close with the message, unless its handler takes
     /// them.
-    pub fds: Vec<OwnedFd>,
+    pub fds: PeerFds,
     /// More descriptors came with it, and are lost: this process has as many as it may have.
     pub lost_fds: bool,
 }
@@ -156,11 +157,17 @@ pub struct Receiver {
     have: usize,
     header: Option<Header>,
     body: Vec<u8>,
-    fds: Vec<OwnedFd>,
+    fds: PeerFds,
     lost_fds: bool,
 }
 
 impl Receiver {
+    /// Nothing received yet. `closer` closes the descriptors that nobody takes.
+    #[must_use]
+    pub fn new(closer: Closer) -> Receiver {
+        Receiver { fds: PeerFds::new(closer), ..Receiver::default() }
+    }
+
     /// Reads until a message is complete, the source has no more bytes, or the stream is broken.
     ///
     /// `max_size` limits the bytes of a message with its header, and `max_fds` its descriptors.
@@ -174,7 +181,7 @@ impl Receiver {
         max_fds: usize,
     ) -> Result<Received, Broken> {
         while self.have < HEADER_LEN {
-            match source.recv(&mut self.head[self.have..], &mut self.fds) {
+            match source.recv(&mut self.head[self.have..], self.fds.list()) {
                 Ok(0) if self.have == 0 => return Ok(Received::End),
                 Ok(0) => return Err(Broken::Cut(self.have)),
                 Ok(n) => self.have += n,
@@ -200,7 +207,7 @@ impl Receiver {
         while self.body.len() < body_len {
             let have = self.body.len();
             self.body.resize(body_len.min(have + READ_STEP), 0);
-            let result = source.recv(&mut self.body[have..], &mut self.fds);
+            let result = source.recv(&mut self.body[have..], self.fds.list());
             self.body.truncate(have + *result.as_ref().unwrap_or(&0));
             match result {
                 Ok(0) => return Err(Broken::Cut(HEADER_LEN + have)),
@@ -217,7 +224,7 @@ impl Receiver {
         Ok(Received::Message(Message {
             header,
             body: std::mem::take(&mut self.body),
-            fds: std::mem::take(&mut self.fds),
+            fds: self.fds.take(),
             lost_fds: std::mem::take(&mut self.lost_fds),
         }))
     }
@@ -229,7 +236,7 @@ impl Receiver {
     }
 
     fn check_fds(&self, max_fds: usize) -> Result<(), Broken> {
-        if self.fds.len() > max_fds { Err(Broken::Descriptors(max_fds)) } else { Ok(()) }
+        if self.fds.as_slice().len() > max_fds { Err(Broken::Descriptors(max_fds)) } else { Ok(()) }
     }
 }
 

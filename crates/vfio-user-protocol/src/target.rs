@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The trait of the device that a server serves.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 
+use rustix::fs::fcntl_get_seals;
 use rustix::io::Errno;
 
 /// Numbers that VFIO gives to the regions and interrupt indexes of a PCI function.
@@ -150,7 +151,7 @@ pub enum IrqAction {
 /// overlap another one.
 #[derive(Debug)]
 #[non_exhaustive]
-pub struct Mapping {
+pub struct Mapping<'a> {
     /// The address that the device uses.
     pub address: u64,
     /// Bytes, at least one page.
@@ -163,8 +164,10 @@ pub struct Mapping {
     /// and the device cannot reach it.
     ///
     /// The server has not checked the descriptor. It may be no memory at all, be shorter than
-    /// `offset + size`, or shrink later.
-    pub memory: Option<(OwnedFd, u64)>,
+    /// `offset + size`, or shrink later. A call on it, and its last close, may wait for ever, unless
+    /// it is a file of a file system that the client cannot have made itself. A target that keeps
+    /// it duplicates it.
+    pub memory: Option<(BorrowedFd<'a>, u64)>,
 }
 
 /// An eventfd for a part of a region. A write of the eventfd has the effect of a write to the
@@ -255,9 +258,12 @@ pub trait Target {
     ///
     /// # Errors
     /// An errno for the client: the device cannot use the memory. The memory is then not mapped.
-    fn dma_map(&mut self, mapping: Mapping) -> Result<(), Errno> {
-        drop(mapping);
-        Ok(())
+    fn dma_map(&mut self, mapping: Mapping<'_>) -> Result<(), Errno> {
+        // Without a look at the file it may be one whose close waits.
+        match mapping.memory {
+            Some((memory, _)) if !is_memory(memory) => Err(Errno::INVAL),
+            _ => Ok(()),
+        }
     }
 
     /// The client ends the mappings within this range, one or more. When this returns, the device
@@ -296,4 +302,9 @@ pub trait Target {
     /// the client's mappings and eventfds, also those that the client did not take back. The next
     /// call, if any, is [`Target::connected`].
     fn disconnected(&mut self);
+}
+
+/// Whether a descriptor is of a file in memory (memfd, tmpfs, hugetlbfs). Only these have seals.
+fn is_memory(file: BorrowedFd<'_>) -> bool {
+    fcntl_get_seals(file).is_ok()
 }

@@ -69,7 +69,7 @@ pub(super) struct Found {
 
 impl Found {
     /// Looks at a descriptor, without any effect on it. `stat` is its `fstat`.
-    pub(super) fn new(file: &OwnedFd, stat: &Stat) -> Result<Found, MapError> {
+    pub(super) fn new(file: BorrowedFd<'_>, stat: &Stat) -> Result<Found, MapError> {
         if !FileType::from_raw_mode(stat.st_mode).is_file() {
             return Err(MapError::NoFile);
         }

@@ -30,7 +30,7 @@ mod window;
 
 use std::collections::HashMap;
 use std::fmt;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, Weak};
@@ -213,14 +213,26 @@ impl MemoryContext {
         }
     }
 
-    /// Maps `len` bytes of `file` (descriptor, offset) at address `start` of the driver's memory,
-    /// for `access`. Without a file, or for no access at all, the context records the range as
-    /// unreachable. The file may be one that can shrink. After an error nothing has changed.
+    /// As [`map_file`](Self::map_file), and closes the descriptor.
     pub fn map(
         &self,
         start: u64,
         len: u64,
         file: Option<(OwnedFd, u64)>,
+        access: Access,
+    ) -> Result<(), MapError> {
+        let borrowed = file.as_ref().map(|(file, offset)| (file.as_fd(), *offset));
+        self.map_file(start, len, borrowed, access)
+    }
+
+    /// Maps `len` bytes of `file` (descriptor, offset) at address `start` of the driver's memory,
+    /// for `access`. It duplicates the descriptor only of a file that it uses. Without a file, or for no access at all, the context records the range as
+    /// unreachable. The file may be one that can shrink. After an error nothing has changed.
+    pub fn map_file(
+        &self,
+        start: u64,
+        len: u64,
+        file: Option<(BorrowedFd<'_>, u64)>,
         access: Access,
     ) -> Result<(), MapError> {
         // Cheap checks come first.
@@ -232,7 +244,7 @@ impl MemoryContext {
         }
         // Before the lock: what a descriptor stands for may take its time to answer.
         let found = match &file {
-            Some((file, _)) => Some(Found::new(file, &fstat(file)?)?),
+            Some((file, _)) => Some(Found::new(*file, &fstat(file)?)?),
             None => None,
         };
         let mut changes = lock(&self.changes);
@@ -472,7 +484,7 @@ impl Changes {
     /// Where `len` bytes of `file` from `offset` on are in this process.
     fn place(
         &mut self,
-        file: OwnedFd,
+        file: BorrowedFd<'_>,
         found: &Found,
         offset: u64,
         len: u64,
@@ -494,7 +506,7 @@ impl Changes {
     /// Takes in a file that is not known yet.
     fn open(
         &mut self,
-        file: OwnedFd,
+        file: BorrowedFd<'_>,
         found: &Found,
         access: Access,
     ) -> Result<Arc<SharedFile>, MapError> {
@@ -502,6 +514,7 @@ impl Changes {
             Some(backing) => backing.clone(),
             None => Backing::zeros(4096)?,
         };
+        let file = file.try_clone_to_owned().map_err(|_| Errno::MFILE)?;
         let file = SharedFile::new(file, found, &backing, &self.account)?;
         if access.write && !file.writable() {
             return Err(MapError::ReadOnly);

@@ -57,8 +57,7 @@ fn a_cold_device_is_found_where_firmware_would_put_it() {
     assert_eq!(word, [1, 0x80]);
 
     // The server has all of the guest's memory.
-    let maps: Vec<_> =
-        fake.with(|device| device.maps.iter().map(|m| (m.address, m.size)).collect());
+    let maps: Vec<_> = fake.with(|device| device.maps.clone());
     assert_eq!(maps, guest.ram.iter().map(|r| (r.base, r.bytes)).collect::<Vec<_>>());
 
     let bar = u64::from(guest.config32(1, 0x10));

@@ -5,7 +5,9 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use crate::support::{Bench, NO_REPLY, REPLY, Raw, Seen, alone, framed, open_fds, raw, version};
+use crate::support::{
+    Bench, NO_REPLY, REPLY, Raw, Seen, alone, framed, open_fds, raw, until_open_fds, version,
+};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vfio_user_protocol::{Client, Errno};
@@ -502,6 +504,69 @@ fn good_client(path: &std::path::Path) {
     client.reset().unwrap();
 }
 
+/// A TCP socket whose close waits: it lingers, its peer reads nothing, and its data is not sent.
+fn lingering() -> (OwnedFd, std::net::TcpStream) {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut socket = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (peer, _) = listener.accept().unwrap();
+    socket.set_nonblocking(true).unwrap();
+    while std::io::Write::write(&mut socket, &[0; 65536]).is_ok() {}
+    socket.set_nonblocking(false).unwrap();
+    let for_ever = Some(Duration::from_secs(24 * 3600));
+    rustix::net::sockopt::set_socket_linger(&socket, for_ever).unwrap();
+    (socket.into(), peer)
+}
+
+/// Nobody waits while a descriptor of the client is closed: not its server's thread, not the next
+/// client, and not the end of the server.
+#[test]
+fn a_descriptor_whose_close_waits_keeps_nobody_waiting() {
+    let mut bench = Bench::new();
+    let mut peers = Vec::new();
+    let info = framed(1, 4, 0, &bytes![16u32, 0u32, 0u32, 0u32]);
+    // With a command, with memory that the device refuses, with a message that is never whole, and
+    // from a client that is refused.
+    for act in 0..4 {
+        let mut raw = Raw::negotiated(&mut bench);
+        let (socket, peer) = lingering();
+        peers.push(peer);
+        match act {
+            0 => {
+                raw.send_with(&info, &[socket.as_fd()]);
+                drop(socket);
+                let inval = Some(Errno::INVAL.raw_os_error().unsigned_abs());
+                assert_eq!(raw.see(&mut bench), Seen::Reply(1, 4, inval, vec![]));
+                raw.send(&info);
+                assert!(matches!(raw.see(&mut bench), Seen::Reply(1, 4, None, _)));
+            }
+            1 => {
+                let map = framed(1, 2, 0, &bytes![32u32, 3u32, 0u64, 0u64, 4096u64]);
+                raw.send_with(&map, &[socket.as_fd()]);
+                drop(socket);
+                assert!(matches!(raw.see(&mut bench), Seen::Reply(1, 2, Some(_), _)));
+            }
+            2 => {
+                raw.send_with(&info[..20], &[socket.as_fd()]);
+                drop(socket);
+                raw.stream.shutdown(std::net::Shutdown::Write).unwrap();
+                assert_eq!(raw.see(&mut bench), Seen::Closed);
+            }
+            _ => {
+                let mut other = Raw::connect(&bench);
+                other.send_with(&framed(1, 1, 0, &version()), &[socket.as_fd()]);
+                drop(socket);
+                assert!(matches!(other.see(&mut bench), Seen::Reply(1, 1, Some(_), _)));
+            }
+        }
+        drop(raw);
+        bench.until_gone();
+    }
+    bench.with(good_client);
+    drop(bench);
+    // Their peers go. Then the closes end.
+    drop(peers);
+}
+
 /// The test counts the descriptors of the process, so it runs in a process of its own.
 #[test]
 fn every_misdeed_has_its_fate_and_the_server_goes_on() {
@@ -563,7 +628,7 @@ fn every_misdeed() {
         );
         bench.with(good_client);
         bench.until_gone();
-        assert_eq!(open_fds(), before, "{}: descriptors leak", case.name);
+        until_open_fds(before, case.name);
     }
     println!("{} cases", t.0.len());
 
@@ -591,7 +656,7 @@ fn every_misdeed() {
         drop(raw);
         bench.with(good_client);
         bench.until_gone();
-        assert_eq!(open_fds(), before, "{name}: descriptors leak");
+        until_open_fds(before, name);
     }
 
     // A client sends requests and does not read. The answers do not pile up, and the server ends
@@ -616,5 +681,5 @@ fn every_misdeed() {
     drop(raw);
     bench.with(good_client);
     bench.until_gone();
-    assert_eq!(open_fds(), before, "descriptors leak");
+    until_open_fds(before, "a client that does not read");
 }

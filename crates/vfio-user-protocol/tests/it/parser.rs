@@ -168,7 +168,7 @@ proptest! {
         let message = |id: u16, command: u16, flags: u32, body: &[u8]| {
             let bytes = framed(id, command, flags, body);
             let header = Header::parse(bytes.first_chunk().unwrap()).unwrap();
-            Message { header, body: body.to_vec(), fds: Vec::new(), lost_fds: false }
+            Message { header, body: body.to_vec(), fds: Default::default(), lost_fds: false }
         };
         let first = session.handle(&mut device, "test", message(0, 1, 0, &version()));
         prop_assert!(matches!(first, Answer::Negotiated(_)));
@@ -193,7 +193,7 @@ proptest! {
                 other => prop_assert!(false, "{other:?}"),
             }
         }
-        let mapped: Vec<_> = device.maps.values().map(|m| (m.address, m.size)).collect();
+        let mapped: Vec<_> = device.maps.iter().map(|(at, (size, _))| (*at, *size)).collect();
         prop_assert!(mapped.windows(2).all(|pair| pair[0].0 + pair[0].1 <= pair[1].0), "overlap: \
             {mapped:x?}");
     }

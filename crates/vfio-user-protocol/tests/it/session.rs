@@ -195,8 +195,8 @@ fn memory_is_mapped_and_taken_back() {
     assert_eq!(raw.see(&mut bench), Seen::Reply(3, 2, None, vec![]));
     let maps = &bench.server.target().maps;
     assert_eq!(maps.keys().copied().collect::<Vec<_>>(), [0, 0x4000, 0x1000_0000]);
-    assert_eq!(maps[&0x1000_0000].memory.as_ref().unwrap().1, 0x8000);
-    assert!(maps[&0].memory.is_none());
+    assert_eq!(maps[&0x1000_0000], (0x4000, Some(0x8000)));
+    assert_eq!(maps[&0].1, None);
     // The reply to an unmap is the request's body.
     let unmap = bytes![24u32, 0u32, 0x1000_0000u64, 0x4000u64];
     raw.send(&framed(4, 3, 0, &unmap));

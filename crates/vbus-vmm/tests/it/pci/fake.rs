@@ -29,7 +29,8 @@ pub(super) struct Device {
     pub(super) resets: u32,
     pub(super) command: u16,
     pub(super) interrupt_status: bool,
-    pub(super) maps: Vec<Mapping>,
+    /// Address and bytes.
+    pub(super) maps: Vec<(u64, u64)>,
     pub(super) irqs: BTreeMap<(u32, u32), OwnedFd>,
     pub(super) unmask: Option<OwnedFd>,
     /// Region, offset, bytes.
@@ -161,8 +162,8 @@ impl Target for Served {
         Ok(())
     }
 
-    fn dma_map(&mut self, mapping: Mapping) -> Result<(), Errno> {
-        lock(&self.0).maps.push(mapping);
+    fn dma_map(&mut self, mapping: Mapping<'_>) -> Result<(), Errno> {
+        lock(&self.0).maps.push((mapping.address, mapping.size));
         Ok(())
     }
 

@@ -16,14 +16,15 @@ use vfio_user_protocol::{
 };
 
 /// How long a test waits for something that must happen.
-pub const TIMEOUT: Duration = Duration::from_secs(20);
+pub const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Region 0: 4 KiB of memory, of which the last 256 bytes refuse every access. Region 1: write
 /// only. Region 6: read only. Region 7: 256 bytes of configuration space. The others do not exist.
 pub struct Device {
     pub memory: Vec<u8>,
     pub config: Vec<u8>,
-    pub maps: BTreeMap<u64, Mapping>,
+    /// By address: the size, and the offset in the file.
+    pub maps: BTreeMap<u64, (u64, Option<u64>)>,
     pub irqs: BTreeMap<(u32, u32), OwnedFd>,
     /// Triggers, masks and unmasks by message, in order: the kind, the index, the interrupts.
     pub actions: Vec<(char, u32, Vec<u32>)>,
@@ -149,14 +150,16 @@ impl Target for Device {
         self.max_dma_maps
     }
 
-    fn dma_map(&mut self, mapping: Mapping) -> Result<(), Errno> {
+    fn dma_map(&mut self, mapping: Mapping<'_>) -> Result<(), Errno> {
         if let Some((fd, _)) = &mapping.memory {
             // A real device, which has to map the file, fails too.
             if rustix::fs::fstat(fd)?.st_size == 0 {
                 return Err(Errno::NODEV);
             }
         }
-        assert!(self.maps.insert(mapping.address, mapping).is_none(), "mapped twice");
+        let offset = mapping.memory.map(|(_, offset)| offset);
+        let before = self.maps.insert(mapping.address, (mapping.size, offset));
+        assert!(before.is_none(), "mapped twice");
         Ok(())
     }
 
@@ -286,6 +289,17 @@ pub fn alone(name: &str, test: impl FnOnce()) {
 /// Descriptors that this process has open.
 pub fn open_fds() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+/// Waits until this process has `count` descriptors open. What a peer has sent is closed by a
+/// thread of its own.
+pub fn until_open_fds(count: usize, what: &str) {
+    let start = Instant::now();
+    while open_fds() != count {
+        let open = open_fds();
+        assert!(start.elapsed() < TIMEOUT, "{what}: {open} descriptors, {count} before: they leak");
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// What a raw client receives.
