@@ -3,8 +3,8 @@
 //!
 //! A close can wait for what the peer controls: for a file system that the peer made itself (FUSE),
 //! or for the data of a socket that lingers (`SO_LINGER`). So a thread of its own does it, which
-//! starts when there is something to close, and nobody waits for it. A server has one such thread at
-//! most. While many descriptors wait for it, the server does not read from its client.
+//! starts when there is something to close, and nobody waits for it. A server has one such thread
+//! at most. While many descriptors wait for it, the server does not read from its client.
 
 use std::collections::VecDeque;
 use std::fmt;

@@ -266,7 +266,8 @@ impl Session {
 
     /// Returns how much has been done since the last call: 1 for each message, and more for what
     /// else costs time: 1 for each KiB of a message and of its reply, for 4 writes of a
-    /// `REGION_WRITE_MULTI`, and for 4 interrupts of a `DEVICE_SET_IRQS`, and 2 for each descriptor.
+    /// `REGION_WRITE_MULTI`, and for 4 interrupts of a `DEVICE_SET_IRQS`, and 2 for each
+    /// descriptor.
     pub fn take_work(&mut self) -> u32 {
         std::mem::take(&mut self.work)
     }

@@ -164,9 +164,9 @@ pub struct Mapping<'a> {
     /// and the device cannot reach it.
     ///
     /// The server has not checked the descriptor. It may be no memory at all, be shorter than
-    /// `offset + size`, or shrink later. A call on it, and its last close, may wait for ever, unless
-    /// it is a file of a file system that the client cannot have made itself. A target that keeps
-    /// it duplicates it.
+    /// `offset + size`, or shrink later. A call on it, and its last close, may wait for ever,
+    /// unless it is a file of a file system that the client cannot have made itself. A target that
+    /// keeps it duplicates it.
     pub memory: Option<(BorrowedFd<'a>, u64)>,
 }
 

@@ -226,8 +226,9 @@ impl MemoryContext {
     }
 
     /// Maps `len` bytes of `file` (descriptor, offset) at address `start` of the driver's memory,
-    /// for `access`. It duplicates the descriptor only of a file that it uses. Without a file, or for no access at all, the context records the range as
-    /// unreachable. The file may be one that can shrink. After an error nothing has changed.
+    /// for `access`. It duplicates the descriptor only of a file that it uses. Without a file, or
+    /// for no access at all, the context records the range as unreachable. The file may be one that
+    /// can shrink. After an error nothing has changed.
     pub fn map_file(
         &self,
         start: u64,
