@@ -202,7 +202,27 @@ impl Table {
             chunks.extend(stays(&self.chunks[last].1, outside));
         }
         chunks.extend_from_slice(&self.chunks[last + 1..]);
+        join(&mut chunks, first.saturating_sub(1));
         Some((Table { chunks, len: self.len - count }, bytes))
+    }
+}
+
+/// Joins the chunks from `at` on, where maps were taken away, as far as they have become small. Two
+/// chunks side by side always have more than half of [`CHUNK`] maps, so that lookups and changes
+/// cost what the number of maps costs, and not what it once was.
+fn join(chunks: &mut Vec<(u64, Arc<Vec<Map>>)>, at: usize) {
+    let mut at = at;
+    // At most two chunks have lost maps and are still there: they and their neighbours.
+    let mut pairs = 3;
+    while pairs > 0 && at + 1 < chunks.len() {
+        pairs -= 1;
+        if chunks[at].1.len() + chunks[at + 1].1.len() > CHUNK / 2 {
+            at += 1;
+            continue;
+        }
+        let (_, second) = chunks.remove(at + 1);
+        let joined = chunks[at].1.iter().chain(&*second).cloned().collect();
+        chunks[at].1 = Arc::new(joined);
     }
 }
 
@@ -226,6 +246,8 @@ mod tests {
         for (start, maps) in &table.chunks {
             assert!((1..=CHUNK).contains(&maps.len()) && maps[0].start == *start);
         }
+        let pairs = table.chunks.windows(2);
+        assert!(pairs.map(|pair| pair[0].1.len() + pair[1].1.len()).all(|len| len > CHUNK / 2));
     }
 
     #[test]
@@ -242,6 +264,21 @@ mod tests {
         assert_eq!((rest.len(), bytes), (536, 64_999 * 4096));
         check(&rest);
         assert_eq!(table.len(), 65_535, "the old table is as it was");
+    }
+
+    #[test]
+    fn chunks_that_have_become_small_are_joined() {
+        let mut table = Table::default();
+        for page in 0..65_535 {
+            table = table.with(map(page * 4096, 4096));
+        }
+        // One map of 64 stays.
+        for page in (0..65_535).filter(|page| page % 64 != 0) {
+            table = table.without(page * 4096, (page + 1) * 4096).unwrap().0;
+        }
+        check(&table);
+        assert_eq!(table.len(), 1024);
+        assert!(table.chunks.len() <= 1024 / (CHUNK / 4) + 1, "{} chunks", table.chunks.len());
     }
 
     proptest! {
