@@ -32,15 +32,22 @@ enum What {
     /// How long one hostile client can keep the device of another waiting, for each expensive thing
     /// that it can ask for
     Fairness,
+    /// How much of its rate a pair of NICs keeps on a switch beside a storm: a flood of broadcasts,
+    /// a bridge loop, a receiver that posts its buffers one by one
+    Bystanders,
 }
 
 /// Builds and runs the benchmark. Charts go to `target/bench`.
 pub fn run(args: &Args) -> Result<bool> {
-    if let Some(What::Fairness) = args.what {
+    if let Some(what) = args.what {
+        let (package, example) = match what {
+            What::Fairness => ("vbus-vfio-user", "fairness"),
+            What::Bystanders => ("vbus-devices", "bystanders"),
+        };
         let mut command = workspace::cargo();
         command.current_dir(workspace::root());
-        command.args(["run", "--quiet", "--release", "--locked", "--package", "vbus-vfio-user"]);
-        command.args(["--example", "fairness", "--"]);
+        command.args(["run", "--quiet", "--release", "--locked", "--package", package]);
+        command.args(["--example", example, "--"]);
         command.args(args.json.then_some("--json"));
         return Ok(command.status().context("cannot run cargo")?.success());
     }

@@ -154,7 +154,7 @@ impl RxQueue {
             return delivery;
         }
         let len = self.receiver.header_bytes() + packet.bytes();
-        match self.gather(view, len) {
+        match self.gather(len) {
             Gathered::Buffers(count) => {
                 self.backpressure.fed(count);
                 if let Err(error) = self.fill(view, packet, count, len) {
@@ -208,7 +208,7 @@ impl RxQueue {
     fn reserve(&mut self, view: &View<'_>, read: &mut Read<'_>) -> Reserved {
         let header_bytes = self.receiver.header_bytes();
         let longest = header_bytes + self.longest();
-        let count = match self.gather(view, longest) {
+        let count = match self.gather(longest) {
             Gathered::Buffers(count) => count,
             Gathered::TooMany => return Reserved::Unfit,
             // The driver cannot post more buffers.
@@ -222,12 +222,20 @@ impl RxQueue {
         let mut head = [0; HEADER_BYTES + ETH_BYTES];
         let mut spill = [0; 1];
         let (mut room, mut slots) = (0, 2);
+        // Looked up once for the read and for the delivery.
+        let mut slices = Vec::with_capacity(count);
+        for entry in self.stash.iter().take(count) {
+            match view.slice(entry.addr, u64::from(entry.len), true) {
+                Ok(slice) => slices.push(slice),
+                Err(error) => {
+                    self.fail(error);
+                    return Reserved::Nothing;
+                }
+            }
+        }
         let received = {
             let mut vector = [const { IoVecMut::EMPTY }; PIECES_MAX + 2];
-            for (i, entry) in self.stash.iter().take(count).enumerate() {
-                let Ok(slice) = view.slice(entry.addr, u64::from(entry.len), true) else {
-                    return Reserved::Nothing;
-                };
+            for (i, slice) in slices.iter().enumerate() {
                 // Offer only the bytes that the frame can need, so that the pieces are counted for
                 // it alone.
                 let slice = slice.split_at(longest.saturating_sub(room)).0;
@@ -249,11 +257,7 @@ impl RxQueue {
             Ok(len) => len,
             Err(Errno::FAULT) => {
                 // The driver has taken the memory away. Touching it lets the bus see that.
-                for entry in self.stash.iter().take(count) {
-                    if let Ok(slice) = view.slice(entry.addr, u64::from(entry.len), true) {
-                        slice.touch();
-                    }
-                }
+                slices.iter().for_each(DriverSlice::touch);
                 return Reserved::Failed(Errno::FAULT);
             }
             Err(error) => return Reserved::Failed(error),
@@ -269,8 +273,8 @@ impl RxQueue {
             self.refused(RxDrop::TooLong);
             return Reserved::Frame;
         }
-        let returned = self.return_read(view, (Header::parse(front), eth), len);
-        returned.map_or(Reserved::Nothing, |()| Reserved::Frame)
+        self.return_read(slices, (Header::parse(front), eth), len);
+        Reserved::Frame
     }
 
     /// Whether the device holds as many buffers as the ring has entries.
@@ -285,30 +289,24 @@ impl RxQueue {
     }
 
     /// Delivers a frame of `len` bytes (with its header), if the driver accepts it. The frame is in
-    /// the buffers already, except for its headers.
+    /// `parts`, the buffers at the front of the stash, except for its headers.
     fn return_read(
         &mut self,
-        view: &View<'_>,
+        mut parts: Vec<DriverSlice<'_>>,
         (header, eth): (Header, &[u8]),
         len: usize,
-    ) -> Result<(), ErrorCode> {
-        let mut rooms = 0;
-        let count = 1 + self
-            .stash
-            .iter()
-            .take_while(|entry| {
-                rooms += entry.len as usize;
-                rooms < len
-            })
-            .count();
-        let mut parts = Vec::with_capacity(count);
-        let mut left = len;
-        for entry in self.stash.iter().take(count) {
-            let filled = left.min(entry.len as usize);
-            left -= filled;
-            parts.push(view.slice(entry.addr, filled as u64, true)?);
+    ) {
+        let (mut left, mut count) = (len, 0);
+        for part in &mut parts {
+            if left == 0 {
+                break;
+            }
+            *part = part.split_at(left).0;
+            left -= part.len();
+            count += 1;
         }
-        let Some(first) = parts.first_mut() else { return Err(ErrorCode::FAILED) };
+        parts.truncate(count);
+        let Some(first) = parts.first_mut() else { return };
         let (front, rest) = first.split_at(self.receiver.header_bytes() + ETH_BYTES);
         *first = rest;
         let mut packet = Packet::new(header, [0; ETH_BYTES], Body::Driver(&parts));
@@ -324,10 +322,10 @@ impl RxQueue {
                 None => {
                     // The driver changed its offloads after the frame was sent.
                     self.refused(RxDrop::BadFrame);
-                    return Ok(());
+                    return;
                 }
             },
-            Some(_) => return Ok(()),
+            Some(_) => return,
         }
         let (head, head_bytes) = self.receiver.head(&packet, count);
         front.copy_from(&head[..head_bytes]);
@@ -345,11 +343,10 @@ impl RxQueue {
         }
         let (header, bytes) = (packet.header, len - self.receiver.header_bytes());
         self.count(&header, bytes);
-        Ok(())
     }
 
-    fn has_room(&mut self, view: &View<'_>, bytes: usize) -> bool {
-        let gathered = self.gather(view, self.receiver.header_bytes() + bytes);
+    fn has_room(&mut self, bytes: usize) -> bool {
+        let gathered = self.gather(self.receiver.header_bytes() + bytes);
         let lacks = matches!(gathered, Gathered::TooFew) && !self.holds_all();
         if lacks {
             self.tell();
@@ -395,8 +392,8 @@ impl RxQueue {
     }
 
     /// Fills the stash until the buffers at its front hold `len` bytes. Returns how many buffers
-    /// that takes.
-    fn gather(&mut self, view: &View<'_>, len: usize) -> Gathered {
+    /// that takes. Whoever writes to the buffers looks up where they are.
+    fn gather(&mut self, len: usize) -> Gathered {
         let mut room = 0;
         for count in 0..CHAIN_MAX {
             if self.stash.len() == count && !self.refill() {
@@ -404,12 +401,7 @@ impl RxQueue {
                 return if self.fault.is_some() { Gathered::Fault } else { Gathered::TooFew };
             }
             let Some(entry) = self.stash.get(count) else { return Gathered::TooFew };
-            let (addr, bytes) = (entry.addr, entry.len);
-            if let Err(error) = view.slice(addr, u64::from(bytes), true) {
-                self.fail(error);
-                return Gathered::Fault;
-            }
-            room += bytes as usize;
+            room += entry.len as usize;
             if room >= len {
                 return Gathered::Buffers(count + 1);
             }
@@ -601,7 +593,7 @@ impl RxSink for Lent<'_> {
     }
 
     fn has_room(&mut self, bytes: usize) -> bool {
-        self.queue.has_room(self.view, bytes)
+        self.queue.has_room(bytes)
     }
 
     fn reserve(&mut self, read: &mut Read<'_>) -> Reserved {
@@ -660,7 +652,7 @@ impl RxSink for RxSlot {
     }
 
     fn has_room(&mut self, bytes: usize) -> bool {
-        self.look(|queue, view| queue.has_room(view, bytes)).unwrap_or(false)
+        self.queue.as_mut().is_some_and(|queue| queue.has_room(bytes))
     }
 
     fn reserve(&mut self, read: &mut Read<'_>) -> Reserved {

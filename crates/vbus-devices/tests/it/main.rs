@@ -3,11 +3,14 @@
 // A test may panic, and its numbers are small.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
+mod bystanders;
 mod calls;
 mod driver;
 mod hostile;
 mod offloads;
 mod page;
+#[path = "../../examples/bystanders/stage.rs"]
+mod stage;
 mod state;
 mod stream;
 mod switch;
