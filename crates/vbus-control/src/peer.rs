@@ -3,7 +3,9 @@
 #![allow(unsafe_code)] // The credentials of a peer have no safe wrapper that suits.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 /// The credentials that a client had when it connected (`SO_PEERCRED` and `SO_PEERGROUPS` of
 /// socket(7)). The client cannot choose them.
@@ -34,6 +36,42 @@ impl Peer {
         let mut groups = vec![own.gid];
         groups.extend(supplementary(socket)?);
         Ok(Peer { pid: own.pid, uid: own.uid, groups })
+    }
+
+    /// A descriptor of the process at the other end of `socket` (pidfd), with its id as this
+    /// process sees it. As long as the descriptor is not readable, the process has not ended, and
+    /// the id is no other's. `None`: it is in another pid namespace.
+    ///
+    /// A kernel before 6.5 does not tell the process itself (`SO_PEERPIDFD`). There the descriptor
+    /// is that of the process that has the id now: a process that had ended before, and whose id
+    /// has passed on, is mistaken for its successor.
+    ///
+    /// # Errors
+    /// The process has ended, or the system refuses.
+    pub fn process(socket: impl AsFd) -> io::Result<Option<(OwnedFd, i32)>> {
+        /// The number on all of Linux's machines but PA-RISC, SPARC and the like.
+        const SO_PEERPIDFD: i32 = 77;
+        let mut descriptor: i32 = -1;
+        let raw = socket.as_fd().as_raw_fd();
+        let room = size_of_val(&descriptor);
+        // SAFETY: the kernel writes at most the bytes of an `i32`, and any bytes are one.
+        let told = unsafe { option(raw, SO_PEERPIDFD, (&raw mut descriptor).cast(), room) };
+        let process = match told {
+            // SAFETY: the kernel has made the descriptor for this call, so nobody else owns it.
+            Ok(_) => unsafe { OwnedFd::from_raw_fd(descriptor) },
+            Err((error, _)) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => {
+                let Some(pid) = Pid::from_raw(Peer::of(&socket)?.pid) else { return Ok(None) };
+                pidfd_open(pid, PidfdFlags::empty())?
+            }
+            Err((error, _)) => return Err(error),
+        };
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", process.as_raw_fd()))?;
+        let pid = info.lines().find_map(|line| line.strip_prefix("Pid:")?.trim().parse().ok());
+        match pid {
+            Some(pid @ 1..) => Ok(Some((process, pid))),
+            Some(0) => Ok(None),
+            _ => Err(io::Error::from_raw_os_error(libc::ESRCH)),
+        }
     }
 
     /// Whether `group` is one of its groups.
@@ -91,6 +129,16 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     use super::*;
+
+    #[test]
+    fn the_process_of_a_peer_is_told_as_long_as_it_lives() {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let (end, _other) = UnixStream::pair().unwrap();
+        let (process, pid) = Peer::process(&end).unwrap().unwrap();
+        assert_eq!(u32::try_from(pid), Ok(std::process::id()));
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        assert_eq!(poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&now)), Ok(0));
+    }
 
     #[test]
     fn the_peer_of_a_pair_is_this_process() {

@@ -310,7 +310,8 @@ mod tests {
         for _ in 0..3 {
             // Only two clients may be there, so each must be noticed when it leaves.
             let socket = setting.connect();
-            (&socket).write_all(b"\"wait\"\n").unwrap();
+            // One that comes before another was noticed is refused, and may find the socket closed.
+            let _ = (&socket).write_all(b"\"wait\"\n");
             drop(socket);
         }
         while ask(&mut setting.connection(), "hello").is_err() {}

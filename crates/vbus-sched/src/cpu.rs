@@ -300,9 +300,8 @@ impl Cpu {
             return;
         };
         let (outcome, setting) = match request {
-            Some((Wish::This(wish), looked, policy)) => match thread
-                .own_nice()
-                .map(|nice| policy.judge(wish, nice))
+            Some((Wish::This(wish), looked, policy)) => match policy
+                .judge(wish, || thread.own_nice())
             {
                 Ok(Grant::Refused) => (word::NOT_ALLOWED, None),
                 Ok(_) if wish.is_real_time() && looked + policy.boost <= now => {

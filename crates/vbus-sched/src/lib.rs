@@ -29,6 +29,7 @@ mod config;
 mod connection;
 mod cpu;
 mod cpus;
+pub mod interview;
 mod limits;
 mod lookup;
 mod policy;

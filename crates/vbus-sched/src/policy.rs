@@ -73,20 +73,28 @@ pub enum Grant {
 }
 
 impl Policy {
-    /// Decides about a request for a thread whose own nice value is `own_nice`.
-    pub fn judge(&self, wish: Setting, own_nice: i32) -> Grant {
+    /// Decides about a request for a thread. `own_nice` reads the thread's own nice value, which
+    /// takes time; it is called only if the decision needs the value.
+    ///
+    /// # Errors
+    /// That of `own_nice`.
+    pub fn judge<E>(
+        &self,
+        wish: Setting,
+        own_nice: impl FnOnce() -> Result<i32, E>,
+    ) -> Result<Grant, E> {
         if self.classes & 1 << wish.class == 0 {
-            return Grant::Refused;
+            return Ok(Grant::Refused);
         }
         let priority = match wish.class {
             abi::CLASS_NORMAL | abi::CLASS_BATCH => {
-                wish.priority.max(self.nice_min.unwrap_or(own_nice))
+                wish.priority.max(self.nice_min.map_or_else(own_nice, Ok)?)
             }
             abi::CLASS_FIFO | abi::CLASS_RR => wish.priority.min(self.priority_max),
             _ => wish.priority,
         };
         let setting = Setting { priority, ..wish };
-        if setting == wish { Grant::Whole(setting) } else { Grant::Clamped(setting) }
+        Ok(if setting == wish { Grant::Whole(setting) } else { Grant::Clamped(setting) })
     }
 }
 
@@ -295,7 +303,11 @@ mod tests {
             boost: Duration::ZERO,
             share: 100,
         };
-        let judge = |class, priority| policy.judge(Setting { class, priority }, 3);
+        let own_nice = || Ok::<_, std::convert::Infallible>(3);
+        let judge = |class, priority| {
+            let Ok(grant) = policy.judge(Setting { class, priority }, own_nice);
+            grant
+        };
         let setting = |class, priority| Setting { class, priority };
         assert_eq!(judge(abi::CLASS_FIFO, 10), Grant::Whole(setting(abi::CLASS_FIFO, 10)));
         assert_eq!(judge(abi::CLASS_FIFO, 11), Grant::Clamped(setting(abi::CLASS_FIFO, 10)));
@@ -306,7 +318,11 @@ mod tests {
             assert_eq!(judge(class, 0), Grant::Refused);
         }
         let generous = Policy { nice_min: Some(-5), ..policy.clone() };
-        let judge = |priority| generous.judge(Setting { class: abi::CLASS_NORMAL, priority }, 3);
+        let judge = |priority| {
+            let wish = Setting { class: abi::CLASS_NORMAL, priority };
+            let Ok(grant) = generous.judge(wish, own_nice);
+            grant
+        };
         assert_eq!(judge(-5), Grant::Whole(setting(abi::CLASS_NORMAL, -5)));
         assert_eq!(judge(-6), Grant::Clamped(setting(abi::CLASS_NORMAL, -5)));
     }

@@ -17,6 +17,7 @@ use rustix::process::{Pid, getpriority_process};
 use vbus_core::lock;
 
 use crate::attributes::{self, Attributes};
+use crate::interview::{self, Language};
 use crate::limits::Limits;
 use crate::policy::Setting;
 
@@ -31,14 +32,14 @@ pub trait Threads: Send + Sync {
     /// They may not. The text says which limit is too wide, and what to do.
     fn check(&self, limits: &Limits) -> Result<(), String>;
 
-    /// Connects a non-blocking socket to the VMM that listens at `path`. Returns the socket and the
-    /// VMM's process.
+    /// Begins to ask the VMM that listens at `path` for the threads of its virtual CPUs
+    /// ([`interview`](crate::interview)). Returns the end on which to ask, and the VMM's process.
     ///
     /// # Errors
     /// The system refuses, or the path is not allowed.
-    fn connect(&self, path: &Path) -> io::Result<(OwnedFd, i32)>;
+    fn ask_vmm(&self, path: &Path, language: Language) -> io::Result<(OwnedFd, i32)>;
 
-    /// Takes thread `tid` of `process`, which [`connect`](Self::connect) has returned; or, without
+    /// Takes thread `tid` of `process`, which [`ask_vmm`](Self::ask_vmm) has returned; or, without
     /// a process, thread `tid` of any process.
     ///
     /// # Errors
@@ -111,7 +112,7 @@ impl Threads for Direct {
         Ok(())
     }
 
-    fn connect(&self, path: &Path) -> io::Result<(OwnedFd, i32)> {
+    fn ask_vmm(&self, path: &Path, language: Language) -> io::Result<(OwnedFd, i32)> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
         connect(&socket, &SocketAddrUnix::new(path)?)?;
@@ -119,7 +120,7 @@ impl Threads for Direct {
         if process <= 0 {
             return Err(io::Error::other("the VMM is in another pid namespace"));
         }
-        Ok((socket, process))
+        Ok((interview::begin(socket, language, || ())?, process))
     }
 
     fn take(&self, process: Option<i32>, tid: i32) -> Result<Box<dyn Held>, TakeError> {

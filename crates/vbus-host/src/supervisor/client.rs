@@ -16,6 +16,7 @@ use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, shutdown, socketpair};
 use serde_json::Value;
 use vbus_core::lock;
+use vbus_sched::interview::Language;
 use vbus_sched::{Held, Limits, Setting, TakeError, time_in};
 
 use super::permits::Permits;
@@ -200,8 +201,8 @@ impl vbus_sched::Threads for RemoteThreads {
         checked.map(drop).map_err(|error| error.to_string())
     }
 
-    fn connect(&self, path: &Path) -> io::Result<(OwnedFd, i32)> {
-        let (process, mut descriptors) = self.0.ask(&Verb::Vmm { path: text(path)? })?;
+    fn ask_vmm(&self, path: &Path, language: Language) -> io::Result<(OwnedFd, i32)> {
+        let (process, mut descriptors) = self.0.ask(&Verb::Vmm { path: text(path)?, language })?;
         let process = process.as_i64().and_then(|process| i32::try_from(process).ok());
         let nothing = || io::Error::other("the supervisor sent no socket");
         Ok((descriptors.pop().ok_or_else(nothing)?, process.ok_or_else(nothing)?))

@@ -8,10 +8,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use vbus_net::Opener as _;
+use vbus_sched::interview::{self, Language};
 use vbus_sched::{Direct, Held, OwnThread, Setting, TakeError, ThreadPin, Threads as _};
 
 use super::permits::{Permits, Purpose};
@@ -24,7 +26,9 @@ use crate::sandbox::{drop_capabilities, supervisor_capabilities};
 /// The name of the hidden command.
 pub const COMMAND: &str = "supervisor";
 /// The most VMMs whose processes the supervisor remembers.
-const VMMS_MAX: usize = 1024;
+const VMMS_MAX: usize = 256;
+/// The most VMMs that are asked at a time. Each has a thread.
+const INTERVIEWS_MAX: usize = 64;
 /// The most threads that the bus can hold.
 const THREADS_MAX: usize = 64 << 10;
 
@@ -81,6 +85,7 @@ fn serve() -> io::Result<usize> {
         held: HashMap::new(),
         next: 0,
         vmms: HashMap::new(),
+        interviews: Arc::default(),
     };
     let attending = std::thread::Builder::new().name("vbus-threads".into()).spawn(move || {
         let ended = answer_all(&quick, true, |verb| attended.answer(verb));
@@ -158,8 +163,10 @@ struct Attended {
     /// The threads that the configuration names, by id, as they were when the bus started.
     named: HashMap<i32, ThreadPin>,
     next: u64,
-    /// The start times of the processes of VMMs, by process id.
-    vmms: HashMap<i32, u64>,
+    /// The processes of VMMs, by process id.
+    vmms: HashMap<i32, OwnedFd>,
+    /// Each interview that goes on has a clone.
+    interviews: Arc<()>,
 }
 
 /// A verb that the other thread serves.
@@ -218,7 +225,7 @@ impl Attended {
                 self.places.permits().check_limits(&limits).map_err(io::Error::other)?;
                 done(Value::Null)
             }
-            Verb::Vmm { path } => self.vmm(&path),
+            Verb::Vmm { path, language } => self.vmm(&path, language),
             Verb::Take { process, tid } => self.take(process, tid).map_err(|error| match error {
                 TakeError::Missing { source, .. } => source,
                 other => io::Error::other(other.to_string()),
@@ -238,21 +245,28 @@ impl Attended {
         }
     }
 
-    fn vmm(&mut self, path: &str) -> Done {
+    fn vmm(&mut self, path: &str, language: Language) -> Done {
         let socket = self.places.find(path, Purpose::Vmm)?.connect()?;
-        let process = vbus_control::Peer::of(&socket)?.pid;
+        let told = vbus_control::Peer::process(&socket)?;
+        let elsewhere = || io::Error::other("the process of the VMM is in another pid namespace");
+        let (descriptor, process) = told.ok_or_else(elsewhere)?;
         // A socket that a service manager or this process has made leads to no VMM.
-        if process <= 1 || u32::try_from(process) == Ok(std::process::id()) {
+        if process == 1 || u32::try_from(process) == Ok(std::process::id()) {
             return Err(io::Error::other("no VMM has made this socket"));
         }
-        let start = start_time(process).ok_or_else(|| {
-            io::Error::other("the process of the VMM is in another pid namespace, or has ended")
-        })?;
+        if self.vmms.len() >= VMMS_MAX {
+            self.vmms.retain(|_, process| lives(process));
+        }
         if self.vmms.len() >= VMMS_MAX {
             self.vmms.clear();
         }
-        self.vmms.insert(process, start);
-        Ok((json!(process), vec![socket]))
+        self.vmms.insert(process, descriptor);
+        let place = Arc::clone(&self.interviews);
+        if Arc::strong_count(&place) > INTERVIEWS_MAX + 1 {
+            return Err(io::Error::other("too many VMMs are being asked"));
+        }
+        let end = interview::begin(socket, language, move || drop(place))?;
+        Ok((json!(process), vec![end]))
     }
 
     fn take(&mut self, process: Option<i32>, tid: i32) -> Result<(Value, Vec<OwnedFd>), TakeError> {
@@ -273,6 +287,10 @@ impl Attended {
             }
         };
         let thread = self.threads.take_own(process, tid)?;
+        // The thread was opened by ids. Only if the VMM lives still, they were the VMM's.
+        if !by_id && !self.is_vmm(process) {
+            return Err(TakeError::Refused(format!("the VMM, process {process}, has ended")));
+        }
         // Another thread may have the id by now. The pin is asked after the thread was opened: if
         // the thread of the configuration is there still, it is the one that was opened.
         if by_id && self.places.permits().threads.contains(&tid) {
@@ -291,8 +309,7 @@ impl Attended {
     }
 
     fn is_vmm(&self, process: i32) -> bool {
-        let start = self.vmms.get(&process);
-        start.is_some_and(|start| start_time(process) == Some(*start))
+        self.vmms.get(&process).is_some_and(lives)
     }
 
     fn set(&mut self, thread: u64, setting: Setting) -> Done {
@@ -316,10 +333,8 @@ impl Attended {
     }
 }
 
-/// The start time of a process, in ticks since boot. No two processes have the same id and the same
-/// start time. `None`: there is no such process.
-fn start_time(process: i32) -> Option<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
-    // Parse after the name, which may contain anything. The first field there is field 3.
-    stat.rsplit_once(") ")?.1.split_ascii_whitespace().nth(22 - 3)?.parse().ok()
+/// Whether the process of the descriptor has not ended.
+fn lives(process: &OwnedFd) -> bool {
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&now)) == Ok(0)
 }

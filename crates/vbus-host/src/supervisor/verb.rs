@@ -15,6 +15,7 @@ use rustix::net::{
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use vbus_sched::interview::Language;
 use vbus_sched::{Limits, Setting};
 
 use crate::access::Access;
@@ -43,8 +44,9 @@ pub enum Verb {
     Threads,
     /// Check that a device may change threads within these limits.
     Limits { limits: Limits },
-    /// Connect to a VMM. Answer: its process, and the socket.
-    Vmm { path: String },
+    /// Ask a VMM for the threads of its virtual CPUs. Answer: its process, and the end of an
+    /// interview (`vbus_sched::interview`). The bus does not get the VMM's socket.
+    Vmm { path: String, language: Language },
     /// Take a thread of a VMM's process, or a thread that the configuration names. Answer: the
     /// number of the thread in later verbs, and the file with its processor time if there is one.
     Take { process: Option<i32>, tid: i32 },

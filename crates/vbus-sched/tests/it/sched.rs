@@ -3,10 +3,11 @@
 
 use std::collections::HashSet;
 use std::io::{BufRead, BufReader, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -18,7 +19,9 @@ use vbus_core::shm::signal::{Armed, end};
 use vbus_core::shm::state::{Layout, Reader, SIGNAL_OFFSET, Writer};
 use vbus_core::{Bus, Endpoint, ErrorCode, Window};
 
-use vbus_sched::SchedClass;
+use rustix::io::Errno;
+use vbus_sched::interview::Language;
+use vbus_sched::{Direct, Held, Limits, SchedClass, Setting, TakeError, Threads};
 use vbus_test_driver::{Interrupts, Memory, TIMEOUT, add, open};
 
 /// Makes a bus with this class.
@@ -258,6 +261,80 @@ fn a_thread_follows_its_page() {
     assert_eq!(cpus[0]["priority"], 3);
     assert_eq!(cpus[1]["class"], "none");
     assert_eq!(cpus[1]["thread"], idlers[1].tid);
+}
+
+/// The threads of this process, with counts of what is asked of them.
+#[derive(Default)]
+struct Counting {
+    threads: Direct,
+    asked: Arc<[AtomicU64; 2]>,
+}
+
+struct Counted(Box<dyn Held>, Arc<[AtomicU64; 2]>);
+
+impl Threads for Counting {
+    fn check(&self, limits: &Limits) -> Result<(), String> {
+        self.threads.check(limits)
+    }
+
+    fn ask_vmm(&self, path: &Path, language: Language) -> std::io::Result<(OwnedFd, i32)> {
+        self.threads.ask_vmm(path, language)
+    }
+
+    fn take(&self, process: Option<i32>, tid: i32) -> Result<Box<dyn Held>, TakeError> {
+        Ok(Box::new(Counted(self.threads.take(process, tid)?, self.asked.clone())))
+    }
+
+    fn is_privileged(&self) -> bool {
+        self.threads.is_privileged()
+    }
+
+    fn tells_time(&self) -> bool {
+        self.threads.tells_time()
+    }
+}
+
+impl Held for Counted {
+    fn time(&self) -> Duration {
+        self.0.time()
+    }
+
+    fn own_nice(&mut self) -> Result<i32, Errno> {
+        self.1[0].fetch_add(1, Ordering::Relaxed);
+        self.0.own_nice()
+    }
+
+    fn apply(&mut self, setting: Setting) -> Result<(), Errno> {
+        self.1[1].fetch_add(1, Ordering::Relaxed);
+        self.0.apply(setting)
+    }
+
+    fn restore(&mut self) -> Result<bool, Errno> {
+        self.0.restore()
+    }
+}
+
+#[test]
+fn a_change_to_a_real_time_class_asks_for_nothing_else() {
+    if !permitted() {
+        return;
+    }
+    let threads = Counting::default();
+    let asked = threads.asked.clone();
+    let bus = vbus_test_driver::bus(1, vec![Box::new(SchedClass::through(Arc::new(threads)))]);
+    let idler = Idler::start();
+    let endpoint = device(&bus, &[&idler], json!({}));
+    let mut driver = Driver::open(&endpoint);
+    let mut pages = driver.pages(0);
+    for (class, priority, counts) in [
+        (abi::CLASS_FIFO, 3, [0, 1]),
+        (abi::CLASS_RR, 4, [0, 2]),
+        // The least nice value that is allowed is the thread's own.
+        (abi::CLASS_NORMAL, 5, [1, 3]),
+    ] {
+        assert_eq!(driver.ask(&mut pages, class, priority).outcome, report::OK);
+        assert_eq!([0, 1].map(|at: usize| asked[at].load(Ordering::Relaxed)), counts);
+    }
 }
 
 #[test]

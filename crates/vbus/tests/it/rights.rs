@@ -2,8 +2,7 @@
 //! Who may use the sockets of a bus, and what control clients may do. Threads of this test take the
 //! place of other users, so only root can run most of it.
 
-use std::io::ErrorKind;
-use std::io::{IoSlice, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -12,8 +11,8 @@ use std::path::Path;
 use std::process::{Child, Stdio};
 
 use rustix::net::{
-    AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags,
-    SocketType, sendmsg, socketpair,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
 };
 use rustix::process::{Gid, Uid};
 use rustix::thread::{set_thread_gid, set_thread_groups, set_thread_uid};
@@ -285,6 +284,70 @@ fn a_thread_that_the_configuration_names_is_not_one_that_has_its_id_later() {
 }
 
 #[test]
+fn a_bus_that_was_taken_over_commands_no_vmm() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("bus");
+    std::fs::create_dir(&dir).unwrap();
+    // This process is the VMM, for the supervisor.
+    let listener = UnixListener::bind(folder.path().join("vmm")).unwrap();
+    let bus = Hostile::start(&dir);
+    let vmm = std::thread::spawn(move || {
+        let (mut socket, _) = listener.accept().unwrap();
+        let reply = [
+            r#"{"QMP": {"version": {}, "capabilities": []}}"#,
+            r#"{"return": {}}"#,
+            r#"{"return": [{"cpu-index": 0, "thread-id": 7}]}"#,
+            r#"{"return": [{"cpu-index": 0, "thread-id": 8}]}"#,
+        ];
+        let mut heard = BufReader::new(socket.try_clone().unwrap()).lines();
+        let mut commands = Vec::new();
+        for reply in reply {
+            writeln!(socket, "{reply}").unwrap();
+            commands.extend(heard.next().map(|line| line.unwrap()));
+        }
+        commands
+    });
+    let verb = json!({ "verb": "vmm", "path": folder.path().join("vmm"), "language": "qmp" });
+    rustix::net::send(&bus.quick, verb.to_string().as_bytes(), SendFlags::NOSIGNAL).unwrap();
+    let mut bytes = vec![0; 1024];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut pieces = [IoSliceMut::new(&mut bytes)];
+    let got = recvmsg(&bus.quick, &mut pieces, &mut control, RecvFlags::CMSG_CLOEXEC).unwrap();
+    let answer: Value = serde_json::from_slice(&bytes[..got.bytes]).unwrap();
+    assert_eq!(answer["ok"], std::process::id(), "{answer}");
+    let mut ends = Vec::new();
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(rights) = message {
+            ends.extend(rights);
+        }
+    }
+    let [end] = &ends[..] else { panic!("{} descriptors", ends.len()) };
+    // Whatever it says there, the VMM is asked for its threads, and for nothing else.
+    for thread in [7, 8] {
+        rustix::net::send(end, b"{\"execute\": \"quit\"}\n", SendFlags::NOSIGNAL).unwrap();
+        wait_readable(end);
+        let (read, _) = rustix::net::recv(end, &mut bytes[..], RecvFlags::empty()).unwrap();
+        let answer: Value = serde_json::from_slice(&bytes[..read]).unwrap();
+        assert_eq!(answer, json!({ "cpus": [[0, thread]] }));
+    }
+    drop(ends);
+    let commands: Vec<String> = vmm.join().unwrap();
+    let names: Vec<_> = commands
+        .iter()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap()["execute"].clone())
+        .collect();
+    assert_eq!(names, ["qmp_capabilities", "query-cpus-fast", "query-cpus-fast"]);
+}
+
+/// Waits until `socket` has something to read.
+fn wait_readable(socket: &OwnedFd) {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let bound = Timespec { tv_sec: 60, tv_nsec: 0 };
+    assert_eq!(poll(&mut [PollFd::new(socket, PollFlags::IN)], Some(&bound)), Ok(1));
+}
+
+#[test]
 fn the_supervisor_does_nothing_that_the_configuration_does_not_allow() {
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path().join("bus");
@@ -308,7 +371,7 @@ fn the_supervisor_does_nothing_that_the_configuration_does_not_allow() {
         json!({ "verb": "connect", "path": vmm }),
         json!({ "verb": "create", "path": vmm }),
         json!({ "verb": "listen", "path": vmm, "backlog": 1, "access": access }),
-        json!({ "verb": "vmm", "path": socket }),
+        json!({ "verb": "vmm", "path": socket, "language": "qmp" }),
         json!({ "verb": "tap", "name": "eth0", "queues": 1, "mtu": 1500 }),
         json!({ "verb": "tap", "name": "vbus0", "queues": 1, "mtu": 1500 }),
         json!({ "verb": "tap", "name": "vbus%d", "queues": 0, "mtu": 1500 }),
