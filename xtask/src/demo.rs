@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -16,7 +17,7 @@ use testkit::trial;
 use testkit::vm::{Vm, VmSpec};
 
 use crate::picture::{self, Transcript};
-use crate::screen::Running;
+use crate::screen::{self, Running};
 
 /// The demo's bus at the start. The demo plugs a second NIC into each guest while they run.
 const CONFIG: &str = r#"
@@ -203,21 +204,30 @@ fn perform(args: &Args, scene: &Scene, said: &Transcript, figures: &mut Figures)
 }
 
 /// Draws `vbus top` while something else goes on.
-struct Top(JoinHandle<Result<()>>);
+struct Top {
+    end: Sender<()>,
+    thread: JoinHandle<Result<()>>,
+}
 
 impl Top {
-    /// Starts `vbus top`, and draws its screen after most of `seconds`.
+    /// Starts `vbus top`. Its screen in the middle of a transfer of `seconds` goes into `file`.
     fn start(program: &Path, bus: &Bus, seconds: u32, file: &Path) -> Result<Top> {
         let mut command = Command::new(program);
         command.args(["top", "--interval", "1", "--dir"]).arg(bus.dir());
         let mut running = Running::start(command)?;
-        let (time, file) = (Duration::from_secs(u64::from(seconds)).mul_f32(0.9), file.to_owned());
-        let draw = move || picture::save_screen("vbus top", running.after(time)?, &file);
-        Ok(Top(std::thread::spawn(draw)))
+        let (end, told) = channel();
+        let (file, half) = (file.to_owned(), Duration::from_secs(u64::from(seconds)) / 2);
+        let draw = move || {
+            let screen = running.at(half.min(screen::KEPT), &told)?;
+            picture::save_screen("vbus top", &screen, &file)
+        };
+        Ok(Top { end, thread: std::thread::spawn(draw) })
     }
 
+    /// The transfer has ended.
     fn end(self) -> Result<()> {
-        self.0.join().map_err(|_| anyhow::anyhow!("the drawing has panicked"))?
+        drop(self.end);
+        self.thread.join().map_err(|_| anyhow::anyhow!("the drawing has panicked"))?
     }
 }
 

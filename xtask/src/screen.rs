@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A program on a terminal of its own, and what its screen shows.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::process::{Child, Command};
+use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -16,6 +18,11 @@ use rustix::termios::{Winsize, tcsetwinsize};
 /// The size of the terminal.
 const ROWS: u16 = 14;
 const COLUMNS: u16 = 152;
+
+/// How long a screen is kept.
+pub const KEPT: Duration = Duration::from_secs(10);
+/// The time between two screens that are kept.
+const STEP: Duration = Duration::from_millis(200);
 
 /// A program that runs on a terminal. Dropping this ends it.
 pub struct Running {
@@ -47,19 +54,28 @@ impl Running {
         Ok(Running { terminal, child, screen: vt100::Parser::new(ROWS, COLUMNS, 0) })
     }
 
-    /// The screen after `time`.
-    pub fn after(&mut self, time: Duration) -> Result<&vt100::Screen> {
-        let end = Instant::now() + time;
+    /// The screen as it was at `before` the end, which comes when `end` says so or is dropped.
+    /// `before` is at most [`KEPT`].
+    pub fn at(&mut self, before: Duration, end: &Receiver<()>) -> Result<vt100::Screen> {
+        let mut film: VecDeque<(Instant, vt100::Screen)> = VecDeque::new();
         loop {
-            let left = Timespec::try_from(end.saturating_duration_since(Instant::now()))?;
             let mut fds = [PollFd::new(&self.terminal, PollFlags::IN)];
-            if poll(&mut fds, Some(&left))? == 0 {
-                return Ok(self.screen.screen());
+            if poll(&mut fds, Some(&Timespec::try_from(STEP)?))? > 0 {
+                let mut buffer = [0; 4096];
+                let bytes = rustix::io::read(&self.terminal, &mut buffer)
+                    .context("the program has ended too early")?;
+                self.screen.process(&buffer[..bytes]);
             }
-            let mut buffer = [0; 4096];
-            let bytes = rustix::io::read(&self.terminal, &mut buffer)
-                .context("the program has ended too early")?;
-            self.screen.process(&buffer[..bytes]);
+            let now = Instant::now();
+            if film.back().is_none_or(|(at, _)| now - *at >= STEP) {
+                film.push_back((now, self.screen.screen().clone()));
+            }
+            film.retain(|(at, _)| now - *at <= 2 * KEPT);
+            if !matches!(end.try_recv(), Err(TryRecvError::Empty)) {
+                let wanted = film.iter().rev().find(|(at, _)| now - *at >= before);
+                let (_, screen) = wanted.or(film.front()).context("there is no screen yet")?;
+                return Ok(screen.clone());
+            }
         }
     }
 }
