@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! L1: a Linux with a real KVM and with our programs.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
@@ -47,6 +47,8 @@ pub struct L1<'a> {
     clock: Clock,
     /// Whether an L2 hung or was lost; see [`L1::hung`].
     l2_hung: Cell<bool>,
+    /// See [`L1::proof`].
+    proof: RefCell<Option<String>>,
 }
 
 /// Where L1 runs.
@@ -76,7 +78,14 @@ impl<'a> L1<'a> {
             // ("Oops: int3"). The virtual machine that `hold-kvm` keeps prevents both.
             guest.start("exec guest-agent hold-kvm")?.wait_for("held", BOOT)?;
         }
-        let l1 = Self { guest, scene, kind, clock, l2_hung: Cell::new(false) };
+        let l1 = Self {
+            guest,
+            scene,
+            kind,
+            clock,
+            l2_hung: Cell::new(false),
+            proof: RefCell::default(),
+        };
         l1.guest.ok(&format!("mkdir -p {}", l1.run_dir()))?;
         Ok(l1)
     }
@@ -134,8 +143,27 @@ impl<'a> L1<'a> {
         }
     }
 
-    /// Whether L1 or an L2 has hung, or L1 has rebooted by itself. The emulation causes this as a
-    /// rule; it is no result of a test.
+    /// What shows that the emulated processor did something that no processor does, if anything
+    /// does: what [`L1::prove`] got, or a fault of L1's own kernel, which no program in L1 can
+    /// cause. A machine that merely hangs shows nothing.
+    pub fn proof(&self) -> Option<String> {
+        let proof = self.proof.borrow().clone();
+        proof.or_else(|| {
+            let log = match &self.kind {
+                L1Kind::Vm(_) => fs::read(self.scene.dir().join("l1.console.log")).ok()?,
+                L1Kind::Host(_) => return None,
+            };
+            kernel_fault(&String::from_utf8_lossy(&log))
+        })
+    }
+
+    /// Notes a proof that the emulated processor failed; see [`L1::proof`].
+    pub fn prove(&self, proof: String) {
+        self.proof.borrow_mut().get_or_insert(proof);
+    }
+
+    /// Whether L1 or an L2 has hung, or L1 has rebooted by itself. [`L1::look`] then has something
+    /// to find.
     pub fn hung(&self) -> bool {
         self.l2_hung.get() || self.guest.hung() || self.guest.boots() > 1
     }
@@ -193,6 +221,16 @@ impl<'a> L1<'a> {
         }
         self.scene.save_logs()
     }
+}
+
+/// The report of a kernel's fault in its console's log: its first line, and those that follow.
+fn kernel_fault(log: &str) -> Option<String> {
+    const LINES: usize = 30;
+    let is_fault = |line: &&str| {
+        ["Oops:", "Kernel panic", "general protection fault"].iter().any(|what| line.contains(what))
+    };
+    let lines = log.lines().skip_while(|line| !is_fault(line)).take(LINES).collect::<Vec<_>>();
+    (!lines.is_empty()).then(|| lines.join("\n"))
 }
 
 /// The virtual machine with emulated SVM.
@@ -329,4 +367,16 @@ fn start_on_host(scene: &Scene, files: &[Put]) -> Result<(Guest, Process)> {
 /// A shell script that runs `command` with the script's own arguments added.
 fn script(command: &Command) -> String {
     format!("#!/bin/sh\nexec {} \"$@\"\n", command_line(command))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_report_of_a_fault_is_one() {
+        assert_eq!(kernel_fault("[ 1.0] virtio_blk: 1 MiB\n[ 2.0] kvm_amd: nested paging\n"), None);
+        let fault = kernel_fault("[ 1.0] up\n[ 2.0] Oops: int3: 0000 [#1] SMP\n[ 2.0] CPU: 1\n");
+        assert_eq!(fault.as_deref(), Some("[ 2.0] Oops: int3: 0000 [#1] SMP\n[ 2.0] CPU: 1"));
+    }
 }

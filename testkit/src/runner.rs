@@ -9,16 +9,12 @@ use crate::report::{Figures, Outcome, Report, Skip};
 use crate::scenario::{Scenario, Test};
 use crate::trial;
 
-/// How often the runner tries a scenario that fails because the emulation lost a guest. Most losses
-/// ended when guests were kept off L1's first processor (see [`L1::guest_processor`]), but not all:
-/// beside two busy loops, the guest of `doorbell_storm` fell silent in one of five runs.
-const TRIES: u32 = 5;
-
 /// Runs scenarios one after the other; returns the figures that they measured.
 ///
-/// The scenarios beside KVM share one L1 as long as they succeed. If L1 or an L2 was lost during a
-/// scenario (see [`L1::hung`]), the scenario runs again in another L1. The figure `retries` counts
-/// these runs.
+/// The scenarios beside KVM share one L1 as long as they succeed. If there is proof that L1's
+/// emulated processor failed during a scenario (see [`L1::proof`]), the scenario runs once more, in
+/// another L1. Any other failure is one of the test, also if a machine hangs: its logs tell what it
+/// did ([`lost`](crate::lost)). The figure `retries` counts the runs after a proof.
 pub fn run(
     report: &mut Report,
     scenarios: &[&Scenario],
@@ -36,23 +32,22 @@ pub fn run(
             match scenario.test {
                 Test::InGuests(test) => in_guests(lab, scenario, test),
                 Test::BesideKvm(test) => {
-                    let mut tries = 0;
-                    loop {
-                        tries += 1;
-                        let name = format!("{}-{tries}", folder(scenario));
-                        match attempt(lab, clock, &mut l1, &name, test, &mut figures) {
-                            Ok(outcome) => return Ok(outcome),
-                            Err(Failed { error, hung: true }) if tries < TRIES => {
-                                eprintln!(
-                                    "{}: the emulation lost a guest, so the scenario runs again: \
-                                     {error:#}",
-                                    scenario.name
-                                );
-                                retries += 1;
-                            }
-                            Err(Failed { error, .. }) => return Err(error),
+                    let folder = folder(scenario);
+                    let name = format!("{folder}-1");
+                    match attempt(lab, clock, &mut l1, &name, test, &mut figures) {
+                        Err(Failed { error, proof: Some(proof) }) => {
+                            eprintln!(
+                                "{}: the emulated processor failed, so the scenario runs once \
+                                 more. The proof: {proof}\nThe failure: {error:#}",
+                                scenario.name
+                            );
+                            retries += 1;
+                            let name = format!("{folder}-2");
+                            attempt(lab, clock, &mut l1, &name, test, &mut figures)
                         }
+                        outcome => outcome,
                     }
+                    .map_err(|failed| failed.error)
                 }
             }
         });
@@ -87,8 +82,8 @@ fn in_guests(lab: &Lab, scenario: &Scenario, test: fn(&Scene) -> Result<()>) -> 
 /// How one attempt at a scenario failed.
 struct Failed {
     error: anyhow::Error,
-    /// Whether L1 or an L2 hung.
-    hung: bool,
+    /// What shows that the emulated processor failed; see [`L1::proof`].
+    proof: Option<String>,
 }
 
 /// Runs a scenario in the running L1. If there is none, starts one called `name`. A failure ends
@@ -105,8 +100,7 @@ fn attempt<'a>(
         Some(running) => running,
         None => {
             let started = lab.scene(name).and_then(|scene| L1::start(scene, clock, &[]));
-            // An L1 that does not boot counts as hung.
-            started.map_err(|error| Failed { error, hung: true })?
+            started.map_err(|error| Failed { error, proof: None })?
         }
     };
     match test(&running, figures) {
@@ -122,9 +116,9 @@ fn attempt<'a>(
             if running.hung() {
                 running.look();
             }
-            let logs = running.save_logs().map_err(|error| Failed { error, hung: false })?;
+            let logs = running.save_logs().map_err(|error| Failed { error, proof: None })?;
             let error = anyhow!("{error:#}\n    logs: {}", logs.display());
-            Err(Failed { error, hung: running.hung() })
+            Err(Failed { error, proof: running.proof() })
         }
     }
 }

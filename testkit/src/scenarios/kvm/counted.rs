@@ -21,8 +21,8 @@ pub fn repeats(l1: &L1, figures: &mut Figures) -> Result<()> {
         let mut figures = Figures::new();
         let measured = flat::doorbells(&counted, &mut figures);
         if measured.is_err() {
-            if counted.hung() {
-                l1.note_hang();
+            if let Some(proof) = counted.proof() {
+                l1.prove(proof);
             }
             eprintln!("logs: {}", counted.save_logs()?.display());
         }
