@@ -167,6 +167,8 @@ impl SerialPort {
     /// Puts the UART into the state after a reset. Output on its way is not lost.
     pub fn reset(&self) {
         *self.uart() = SerialPort::fresh(&self.irqchip, self.number, &self.output);
+        // The thread may wait until the guest has taken what was in the old one.
+        self.output.wake();
     }
 
     /// Its registers and what waits in it, as the control request `dump` tells them.

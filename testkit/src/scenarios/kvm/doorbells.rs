@@ -27,8 +27,10 @@ const MIB: u64 = 1 << 20;
 const RINGS: u64 = 2000;
 /// The least rings of a storm.
 const STORM: u64 = 50_000;
+/// How long all tests of vbus-kvm may take. They need some seconds.
+const TESTS: Duration = Duration::from_secs(600);
 /// The time limit of each action of the guest.
-const LIMIT: Duration = Duration::from_secs(120);
+const LIMIT: Duration = Duration::from_secs(240);
 
 /// Runs the tests of vbus-kvm, and checks that none is skipped.
 pub fn connector(l1: &L1, _: &mut Figures) -> Result<()> {
@@ -38,7 +40,7 @@ pub fn connector(l1: &L1, _: &mut Figures) -> Result<()> {
             "exec {}vbus-kvm-tests --nocapture --test-threads=1",
             l1.guest_processor()
         ))?
-        .ok(LIMIT)?;
+        .ok(TESTS)?;
     ensure!(
         said.contains("test result: ok")
             && !said.contains("skipped:")

@@ -22,7 +22,7 @@ const NAME: &str = "flat";
 const MARK_PORT: u16 = 0x610;
 /// The longest time without output of the guest. The guest waits at most 60 s for anything, and
 /// reports a wait that fails. A round of a test takes seconds.
-const SILENCE: Duration = Duration::from_secs(120);
+const SILENCE: Duration = Duration::from_secs(240);
 /// The most exits beside the expected ones in a round, however few interrupts it has. The emulated
 /// processor sometimes takes another exit, because it has dropped a page of its tables.
 const STRAY: u64 = 20;
