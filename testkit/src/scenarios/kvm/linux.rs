@@ -19,6 +19,17 @@ pub fn harness(l1: &L1, _: &mut Figures) -> Result<()> {
     l2.power_off()
 }
 
+/// The serial port carries commands that are much longer than what its UART holds (64 bytes) and
+/// than what Linux takes in one interrupt (256 bytes).
+fn check_long_input(l2: &L2) -> Result<()> {
+    for length in [900, 1000, 1100] {
+        let text = "x".repeat(length);
+        let said = l2.guest.ok(&format!("echo {text}")).context("a long command")?;
+        ensure!(said.trim_end() == text, "{} of {length} bytes came back", said.trim_end().len());
+    }
+    Ok(())
+}
+
 /// A dump tells the state of each virtual CPU and of the I/O APIC, and the guest goes on.
 fn check_dump(l2: &L2, cpus: u32) -> Result<()> {
     let (items, _) = l2.control(r#"{"op":"dump"}"#)?;
@@ -50,6 +61,7 @@ pub fn boot(l1: &L1, _: &mut Figures) -> Result<()> {
             online.starts_with(&format!("{cpus}\n")) && online.contains("KVM"),
             "{cpus} CPUs on KVM, got {online}"
         );
+        check_long_input(&l2).with_context(|| format!("--irqchip {irqchip}"))?;
         check_dump(&l2, cpus).with_context(|| format!("a dump with --irqchip {irqchip}"))?;
         l2.power_off()?;
     }
