@@ -176,10 +176,10 @@ impl L2<'_> {
         control_socket(self.l1, self.name)
     }
 
-    /// Sends a request to the control socket of its VMM, see [`control`].
+    /// Sends a request to the control socket of its VMM, see `control`.
     ///
     /// # Errors
-    /// As [`control`].
+    /// As `control`.
     pub fn control(&self, request: &str) -> Result<(Vec<Value>, Value)> {
         control(self.l1, self.name, request)
     }
