@@ -56,10 +56,10 @@ const PACKED_COLUMNS: [&str; 4] = ["b1", "b16", "b64", "pingpong"];
 /// and no event suppression.
 const PACKED_FORMS: [(&str, &str, &str); 6] = [
     ("", "packed_hand", "vbus_either"),
-    ("_entries", "packed_each_events", "vbus_either"),
+    ("_entries", "packed_hand_lengths", "vbus_either"),
     ("_counted", "packed_hand_lazy", "vbus_counted"),
     ("_polling", "packed_hand_polling", "vbus_nofence_either"),
-    ("_entries_polling", "packed_each", "vbus_nofence_either"),
+    ("_entries_polling", "packed_hand_lengths_polling", "vbus_nofence_either"),
     ("_counted_polling", "packed_hand_polling_lazy", "vbus_nofence_counted"),
 ];
 

@@ -102,7 +102,7 @@ fn exchange<A: Driver, B: Device, const LAZY: bool>(
 type Run = fn(usize, usize, usize, Wait) -> f64;
 
 /// What is measured: its name, and a run with a fresh pair of ends.
-const CONTENDERS: [(&str, Run); 21] = [
+const CONTENDERS: [(&str, Run); 33] = [
     ("vbus", |batch, window, total, wait| {
         run(vbus::real::pair::<{ vbus::ENTRIES_ALL }>(), batch, window, total, wait)
     }),
@@ -114,10 +114,10 @@ const CONTENDERS: [(&str, Run); 21] = [
         run_lazy(vbus::real::pair::<{ vbus::COUNTED }>(), batch, window, total, wait)
     }),
     ("packed_each_events_lazy", |batch, window, total, wait| {
-        run_lazy(packed::pair::<{ packed::EACH }, true>(), batch, window, total, wait)
+        run_lazy(packed::pair::<{ packed::EACH }, true, false>(), batch, window, total, wait)
     }),
     ("packed_batch_events_lazy", |batch, window, total, wait| {
-        run_lazy(packed::pair::<{ packed::BATCH }, true>(), batch, window, total, wait)
+        run_lazy(packed::pair::<{ packed::BATCH }, true, false>(), batch, window, total, wait)
     }),
     ("vbus_nofence", |batch, window, total, wait| {
         run(vbus::nofence::pair::<{ vbus::ENTRIES_ALL }>(), batch, window, total, wait)
@@ -129,23 +129,23 @@ const CONTENDERS: [(&str, Run); 21] = [
         run_lazy(vbus::nofence::pair::<{ vbus::COUNTED }>(), batch, window, total, wait)
     }),
     ("packed_each_lazy", |batch, window, total, wait| {
-        run_lazy(packed::pair::<{ packed::EACH }, false>(), batch, window, total, wait)
+        run_lazy(packed::pair::<{ packed::EACH }, false, false>(), batch, window, total, wait)
     }),
     ("packed_batch_lazy", |batch, window, total, wait| {
-        run_lazy(packed::pair::<{ packed::BATCH }, false>(), batch, window, total, wait)
+        run_lazy(packed::pair::<{ packed::BATCH }, false, false>(), batch, window, total, wait)
     }),
     ("virtio_hand", |batch, window, total, wait| run(split::pair(), batch, window, total, wait)),
     ("packed_each", |batch, window, total, wait| {
-        run(packed::pair::<{ packed::EACH }, false>(), batch, window, total, wait)
+        run(packed::pair::<{ packed::EACH }, false, false>(), batch, window, total, wait)
     }),
     ("packed_each_events", |batch, window, total, wait| {
-        run(packed::pair::<{ packed::EACH }, true>(), batch, window, total, wait)
+        run(packed::pair::<{ packed::EACH }, true, false>(), batch, window, total, wait)
     }),
     ("packed_batch", |batch, window, total, wait| {
-        run(packed::pair::<{ packed::BATCH }, false>(), batch, window, total, wait)
+        run(packed::pair::<{ packed::BATCH }, false, false>(), batch, window, total, wait)
     }),
     ("packed_batch_events", |batch, window, total, wait| {
-        run(packed::pair::<{ packed::BATCH }, true>(), batch, window, total, wait)
+        run(packed::pair::<{ packed::BATCH }, true, false>(), batch, window, total, wait)
     }),
     ("virtio_crates", |batch, window, total, wait| run(crates::pair(), batch, window, total, wait)),
     ("slots_two_arrays", |batch, window, total, wait| {
@@ -162,6 +162,42 @@ const CONTENDERS: [(&str, Run); 21] = [
     }),
     ("slots_runs", |batch, window, total, wait| {
         run(slots::pair::<{ slots::RUNS }>(), batch, window, total, wait)
+    }),
+    ("packed_each_events_lazy_ahead", |batch, window, total, wait| {
+        run_lazy(packed::pair::<{ packed::EACH }, true, true>(), batch, window, total, wait)
+    }),
+    ("packed_batch_events_lazy_ahead", |batch, window, total, wait| {
+        run_lazy(packed::pair::<{ packed::BATCH }, true, true>(), batch, window, total, wait)
+    }),
+    ("packed_each_lazy_ahead", |batch, window, total, wait| {
+        run_lazy(packed::pair::<{ packed::EACH }, false, true>(), batch, window, total, wait)
+    }),
+    ("packed_batch_lazy_ahead", |batch, window, total, wait| {
+        run_lazy(packed::pair::<{ packed::BATCH }, false, true>(), batch, window, total, wait)
+    }),
+    ("packed_each_ahead", |batch, window, total, wait| {
+        run(packed::pair::<{ packed::EACH }, false, true>(), batch, window, total, wait)
+    }),
+    ("packed_each_events_ahead", |batch, window, total, wait| {
+        run(packed::pair::<{ packed::EACH }, true, true>(), batch, window, total, wait)
+    }),
+    ("packed_batch_ahead", |batch, window, total, wait| {
+        run(packed::pair::<{ packed::BATCH }, false, true>(), batch, window, total, wait)
+    }),
+    ("packed_batch_events_ahead", |batch, window, total, wait| {
+        run(packed::pair::<{ packed::BATCH }, true, true>(), batch, window, total, wait)
+    }),
+    ("vbus_runs", |batch, window, total, wait| {
+        run(vbus::real::pair::<{ vbus::RUNS }>(), batch, window, total, wait)
+    }),
+    ("vbus_runs_singly", |batch, window, total, wait| {
+        run(vbus::real::pair::<{ vbus::RUNS_EACH }>(), batch, window, total, wait)
+    }),
+    ("vbus_nofence_runs", |batch, window, total, wait| {
+        run(vbus::nofence::pair::<{ vbus::RUNS }>(), batch, window, total, wait)
+    }),
+    ("slots_lengths", |batch, window, total, wait| {
+        run(slots::pair::<{ slots::LENGTHS }>(), batch, window, total, wait)
     }),
 ];
 
@@ -183,15 +219,44 @@ pub fn sample(samples: &mut Samples) {
     });
 }
 
-/// What is the better of two contenders.
-const BETTER: [(&str, [&str; 2]); 7] = [
-    ("floor", ["slots_two_arrays", "slots_in_place"]),
-    ("vbus_either", ["vbus", "vbus_singly"]),
-    ("vbus_nofence_either", ["vbus_nofence", "vbus_nofence_singly"]),
-    ("packed_hand_polling", ["packed_each", "packed_batch"]),
-    ("packed_hand", ["packed_each_events", "packed_batch_events"]),
-    ("packed_hand_lazy", ["packed_each_events_lazy", "packed_batch_events_lazy"]),
-    ("packed_hand_polling_lazy", ["packed_each_lazy", "packed_batch_lazy"]),
+/// What is the best of some contenders.
+const BEST: [(&str, &[&str]); 9] = [
+    ("floor", &["slots_two_arrays", "slots_in_place"]),
+    ("vbus_either", &["vbus", "vbus_singly", "vbus_runs"]),
+    ("vbus_nofence_either", &["vbus_nofence", "vbus_nofence_singly", "vbus_nofence_runs"]),
+    ("packed_hand_lengths", &["packed_each_events", "packed_each_events_ahead"]),
+    ("packed_hand_lengths_polling", &["packed_each", "packed_each_ahead"]),
+    (
+        "packed_hand_polling",
+        &["packed_each", "packed_batch", "packed_each_ahead", "packed_batch_ahead"],
+    ),
+    (
+        "packed_hand",
+        &[
+            "packed_each_events",
+            "packed_batch_events",
+            "packed_each_events_ahead",
+            "packed_batch_events_ahead",
+        ],
+    ),
+    (
+        "packed_hand_lazy",
+        &[
+            "packed_each_events_lazy",
+            "packed_batch_events_lazy",
+            "packed_each_events_lazy_ahead",
+            "packed_batch_events_lazy_ahead",
+        ],
+    ),
+    (
+        "packed_hand_polling_lazy",
+        &[
+            "packed_each_lazy",
+            "packed_batch_lazy",
+            "packed_each_lazy_ahead",
+            "packed_batch_lazy_ahead",
+        ],
+    ),
 ];
 
 /// A round of all contenders.
@@ -203,7 +268,7 @@ fn contenders(round: &mut Round<'_>, column: &str, one: impl Fn(Run, Wait) -> f6
     let mut figures = CONTENDERS;
     figures.rotate_left(first);
     let figures = figures.map(|(name, run)| (name, best(|wait| one(run, wait))));
-    let better = BETTER.map(|(name, of)| {
+    let better = BEST.map(|(name, of)| {
         let of = figures.iter().filter(|(name, _)| of.contains(name));
         (name, of.map(|(_, figure)| *figure).fold(f64::INFINITY, f64::min))
     });

@@ -37,7 +37,7 @@ fn steps(input: &[u8]) -> impl Iterator<Item = (usize, u64, u8)> + '_ {
 }
 
 fn ring(shape: u8, start: u8, input: &[u8]) {
-    let forms = [Returns::Counted, Returns::Entries];
+    let forms = [Returns::Counted, Returns::Entries, Returns::Runs];
     let returns = forms[usize::from(shape) % forms.len()];
     let Ok(layout) = Layout::new(2 << (shape >> 2 & 3), returns) else { return };
     let memory = memory();

@@ -11,7 +11,7 @@ pub mod signal;
 pub mod sync {
     //! vbus-shm's, but for the fences.
 
-    pub use vbus_shm::sync::{Edge, Fence, Ordering, Word, observe, publish};
+    pub use vbus_shm::sync::{Edge, Fence, Ordering, Word, observe, prefetch, publish};
 
     #[inline(always)]
     pub fn fence(_: Fence) {

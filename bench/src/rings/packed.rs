@@ -7,9 +7,12 @@
 //! descriptor are written last and so make the whole batch available, and one used descriptor
 //! returns the whole batch (VIRTIO_F_IN_ORDER). With `EVENTS`, each end looks at the event
 //! suppression area of the other end after each batch, which takes a full fence; this is what a
-//! queue costs whose ends may sleep. Without it, both ends poll for ever.
+//! queue costs whose ends may sleep. Without it, both ends poll for ever. With `AHEAD`, an end that
+//! found a whole batch fetches the descriptors of the next one, as vbus's ring does.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+
+use vbus_shm::sync::prefetch;
 
 use super::{Device, Driver, ENTRIES, pages};
 
@@ -17,6 +20,9 @@ use super::{Device, Driver, ENTRIES, pages};
 pub const EACH: bool = false;
 /// Descriptors are published and returned by the batch.
 pub const BATCH: bool = true;
+
+/// The smallest batch after which an end fetches the next one, as for vbus's ring.
+const AHEAD_FROM: usize = 16;
 
 /// Flag of a descriptor, as bit of its second word: the driver's wrap counter if it is available.
 const AVAIL: u64 = 1 << (48 + 7);
@@ -50,6 +56,12 @@ impl Queue {
     #[inline(always)]
     fn at(&self, pos: u32) -> &Descriptor {
         &self.ring[pos as usize % ENTRIES]
+    }
+
+    /// Fetches the descriptors of the `n` positions from `pos` on.
+    #[inline(always)]
+    fn fetch(&self, pos: u32, n: u32) {
+        self.stretch(pos, n).chunks(4).for_each(|line| prefetch(&line[0][0]));
     }
 
     /// The descriptors of the `n` positions from `pos` on, but no further than the ring's end: as
@@ -98,20 +110,25 @@ fn wants_event(area: &Area, old: u32, new: u32) -> bool {
     }
 }
 
-pub struct Near<const FORM: bool, const EVENTS: bool> {
+pub struct Near<const FORM: bool, const EVENTS: bool, const AHEAD: bool> {
     queue: &'static Queue,
     submitted: u32,
     reaped: u32,
     number: u64,
 }
 
-pub struct Far<const FORM: bool, const EVENTS: bool> {
+pub struct Far<const FORM: bool, const EVENTS: bool, const AHEAD: bool> {
     queue: &'static Queue,
     taken: u32,
     number: u64,
 }
 
-pub fn pair<const FORM: bool, const EVENTS: bool>() -> (Near<FORM, EVENTS>, Far<FORM, EVENTS>) {
+/// Both ends.
+type Ends<const FORM: bool, const EVENTS: bool, const AHEAD: bool> =
+    (Near<FORM, EVENTS, AHEAD>, Far<FORM, EVENTS, AHEAD>);
+
+pub fn pair<const FORM: bool, const EVENTS: bool, const AHEAD: bool>() -> Ends<FORM, EVENTS, AHEAD>
+{
     // SAFETY: zeroed pages that stay mapped, large enough, of nothing but atomics.
     let queue: &Queue = unsafe { &*pages().pointer().cast() };
     // Both ends poll.
@@ -120,7 +137,7 @@ pub fn pair<const FORM: bool, const EVENTS: bool>() -> (Near<FORM, EVENTS>, Far<
     (Near { queue, submitted: 0, reaped: 0, number: 0 }, Far { queue, taken: 0, number: 0 })
 }
 
-impl<const FORM: bool, const EVENTS: bool> Driver for Near<FORM, EVENTS> {
+impl<const FORM: bool, const EVENTS: bool, const AHEAD: bool> Driver for Near<FORM, EVENTS, AHEAD> {
     #[inline(always)]
     fn submit(&mut self, n: usize) -> u64 {
         let first = self.submitted;
@@ -175,6 +192,9 @@ impl<const FORM: bool, const EVENTS: bool> Driver for Near<FORM, EVENTS> {
                 self.reaped = self.reaped.wrapping_add(count);
                 n += count as usize;
             }
+            if AHEAD && n >= max.max(AHEAD_FROM) {
+                self.queue.fetch(self.reaped, max as u32);
+            }
             return (n, sum);
         }
         let first = self.reaped;
@@ -193,11 +213,14 @@ impl<const FORM: bool, const EVENTS: bool> Driver for Near<FORM, EVENTS> {
         }
         self.reaped = pos;
         n = pos.wrapping_sub(first) as usize;
+        if AHEAD && n >= max.max(AHEAD_FROM) {
+            self.queue.fetch(pos, max as u32);
+        }
         (n, sum)
     }
 }
 
-impl<const FORM: bool, const EVENTS: bool> Device for Far<FORM, EVENTS> {
+impl<const FORM: bool, const EVENTS: bool, const AHEAD: bool> Device for Far<FORM, EVENTS, AHEAD> {
     #[inline(always)]
     fn serve(&mut self, max: usize) -> usize {
         let first = self.taken;
@@ -223,6 +246,9 @@ impl<const FORM: bool, const EVENTS: bool> Device for Far<FORM, EVENTS> {
             }
         }
         let n = pos.wrapping_sub(first);
+        if AHEAD && n as usize >= max.max(AHEAD_FROM) {
+            self.queue.fetch(pos, n);
+        }
         if n != 0 {
             if FORM == BATCH {
                 self.queue.at(first)[1].store(64 | id | used(first), Ordering::Release);

@@ -3,7 +3,7 @@
 //! forms that a ring can have. With the fence of a signal, but no signal, they show what other
 //! orders of writing would bring to a ring that has one.
 
-use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
 use super::{Device, Driver, ENTRIES, pages};
 
@@ -26,6 +26,13 @@ impl Slots {
     fn at(&self, pos: usize) -> &[AtomicU64; 2] {
         // SAFETY: below ENTRIES, which the pages hold.
         unsafe { &*self.0.add(pos % ENTRIES) }
+    }
+
+    /// The length of the return at position `pos`.
+    #[inline(always)]
+    fn length(&self, pos: usize) -> &AtomicU32 {
+        // SAFETY: below ENTRIES, behind the slots, which the pages hold.
+        unsafe { &*self.0.add(ENTRIES).cast::<AtomicU32>().add(pos % ENTRIES) }
     }
 
     /// The slots of the `n` positions from `pos` on, but no further than the array's end, and the
@@ -59,6 +66,8 @@ pub const FENCED: u8 = 2;
 pub const OLDEST_LAST: u8 = 3;
 /// As [`FENCED`], but a batch is returned by one tag, without contents.
 pub const RUNS: u8 = 4;
+/// The same with lengths of 32 bits, which lie together behind the slots.
+pub const LENGTHS: u8 = 5;
 
 pub struct Near<const FORM: u8> {
     out: Slots,
@@ -123,14 +132,20 @@ impl<const FORM: u8> Driver for Near<FORM> {
         'all: while n < max {
             // A run's tag stands in the first of its slots.
             let (slots, lap) =
-                self.back.stretch(self.reaped, if FORM == RUNS { 1 } else { max - n });
+                self.back.stretch(self.reaped, if FORM >= RUNS { 1 } else { max - n });
             for slot in slots {
                 let tag = slot[1].load(Ordering::Acquire);
                 if tag & (LAP | RETURNED) != lap | returned::<FORM>() {
                     break 'all;
                 }
-                sum += tag & LENGTH;
-                let run = if FORM == RUNS { (tag & LENGTH) as usize } else { 1 };
+                let run = if FORM >= RUNS { (tag & LENGTH) as usize } else { 1 };
+                if FORM == LENGTHS {
+                    for pos in self.reaped..self.reaped + run {
+                        sum += u64::from(self.back.length(pos).load(Ordering::Relaxed));
+                    }
+                } else {
+                    sum += tag & LENGTH;
+                }
                 self.reaped += run;
                 n += run;
             }
@@ -153,6 +168,8 @@ impl<const FORM: u8> Device for Far<FORM> {
                 let addr = slot[0].load(Ordering::Relaxed);
                 if FORM == RUNS {
                     assert!(addr == self.taken as u64, "in order");
+                } else if FORM == LENGTHS {
+                    self.back.length(self.taken).store(addr as u32, Ordering::Relaxed);
                 } else {
                     // Where the array is the same, the address stays.
                     back[1].store(lap | returned::<FORM>() | addr & LENGTH, Ordering::Release);
@@ -162,7 +179,7 @@ impl<const FORM: u8> Device for Far<FORM> {
         }
         let n = self.taken - first;
         if n != 0 {
-            if FORM == RUNS {
+            if FORM >= RUNS {
                 put(self.back.at(first), 0, lap(first) | RETURNED | n as u64);
             }
             end_of_batch::<FORM>();

@@ -9,6 +9,10 @@ pub const ENTRIES_ALL: u8 = 0;
 pub const ENTRIES_EACH: u8 = 1;
 /// Entries come back in order, and are only counted; by the calls for batches.
 pub const COUNTED: u8 = 2;
+/// Entries come back in order, with lengths, in runs; by the calls for batches.
+pub const RUNS: u8 = 3;
+/// The same by the calls for single entries.
+pub const RUNS_EACH: u8 = 4;
 
 /// The ends over `$shm`: the crate, or its sources compiled with something changed.
 macro_rules! ends {
@@ -31,7 +35,11 @@ macro_rules! ends {
         }
 
         pub fn pair<const BACK: u8>() -> (Near<BACK>, Far<BACK>) {
-            let returns = if BACK == COUNTED { Returns::Counted } else { Returns::Entries };
+            let returns = match BACK {
+                COUNTED => Returns::Counted,
+                RUNS | RUNS_EACH => Returns::Runs,
+                _ => Returns::Entries,
+            };
             let layout = Layout::new(ENTRIES as u32, returns).expect("a valid layout");
             let memory = pages().words();
             let ring = DriverEnd::create(memory, layout, 0).expect("it fits");
@@ -50,7 +58,7 @@ macro_rules! ends {
                     sum += if BACK == COUNTED { 1 } else { addr & 0xffff_ffff };
                     Entry { addr, len: 64, id: 0, flags: 0 }
                 });
-                if BACK == ENTRIES_EACH {
+                if matches!(BACK, ENTRIES_EACH | RUNS_EACH) {
                     for entry in entries {
                         self.ring.submit(entry).expect("there is room");
                     }
@@ -67,7 +75,7 @@ macro_rules! ends {
                 if BACK == COUNTED {
                     n = self.ring.reap_count(max as u32).expect("an honest device") as usize;
                     sum = n as u64;
-                } else if BACK == ENTRIES_EACH {
+                } else if matches!(BACK, ENTRIES_EACH | RUNS_EACH) {
                     while n < max {
                         let Some(back) = self.ring.reap().expect("an honest device") else { break };
                         sum += u64::from(back.len);
@@ -86,7 +94,7 @@ macro_rules! ends {
             fn serve(&mut self, max: usize) -> usize {
                 let answer = |entry: Entry| Return { len: entry.addr as u32, ..entry.into() };
                 let mut n = 0;
-                if BACK == ENTRIES_EACH {
+                if matches!(BACK, ENTRIES_EACH | RUNS_EACH) {
                     while n < max {
                         let Some(entry) = self.ring.take().expect("an honest driver") else {
                             break;
@@ -94,7 +102,7 @@ macro_rules! ends {
                         self.ring.give_back(answer(entry));
                         n += 1;
                     }
-                } else if BACK == ENTRIES_ALL {
+                } else if BACK != COUNTED {
                     let served = self.ring.serve_all(max as u32, |entry| Some(answer(entry)));
                     n = served.expect("an honest driver") as usize;
                 } else {

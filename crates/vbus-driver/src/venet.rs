@@ -219,7 +219,7 @@ impl<H: Hal> Nic<H> {
             true => Some(self.function.hal().alloc(entries as usize * bytes as usize)?),
             false => None,
         };
-        let mut ring = self.ring(venet::rx(q), entries, Returns::Entries, vector)?;
+        let mut ring = self.ring(venet::rx(q), entries, Returns::Runs, vector)?;
         if let Some(buffers) = &buffers {
             if let Err(error) = self.function.keep(&mut ring.region, buffers) {
                 self.function.region_drop(ring.region)?;

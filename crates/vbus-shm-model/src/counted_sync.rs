@@ -75,3 +75,6 @@ pub fn publish(word: &Word, value: u64, _: Edge) {
 pub fn observe(word: &Word, _: Edge) -> u64 {
     word.load(Ordering::Relaxed)
 }
+
+/// Nothing: a hint has no effect that a model could show.
+pub fn prefetch(_: &Word) {}

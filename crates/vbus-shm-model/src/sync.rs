@@ -155,3 +155,6 @@ pub fn clear_bits(word: &Word, bits: u64, at: Edge) -> u64 {
         if present(Place::Observe(at)) { Ordering::Acquire } else { Ordering::Relaxed },
     )
 }
+
+/// Nothing: a hint has no effect that a model could show.
+pub fn prefetch(_: &Word) {}

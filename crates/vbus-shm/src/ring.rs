@@ -7,8 +7,8 @@
 //! There is no other flow control.
 //!
 //! Both ends signal once for a batch, and make it visible before: all of it at once where returns
-//! are counted, else entry by entry, so that the other end works on the first entries while the
-//! last ones are on their way.
+//! are counted, else entry by entry or run by run, so that the other end works on the first entries
+//! while the last ones are on their way.
 //!
 //! There are calls for single entries and calls for batches. For batches of 16 and more, the
 //! fastest are [`submit_all`](DriverEnd::submit_all), [`reap_all`](DriverEnd::reap_all) and
@@ -20,12 +20,14 @@
 //! The class chooses how entries come back:
 //!
 //! - [`Returns::Counted`]: in order and without content. One tag returns all entries of a post.
+//! - [`Returns::Runs`]: in order, each with a length. One tag returns a run of entries, whose
+//!   lengths lie together. The tag of a single entry holds its length itself.
 //! - [`Returns::Entries`]: each has a tag of its own, in any order.
 
 use super::memory::{Memory, WORD, low, read_u32};
 use super::signal::end::{Device, Driver};
 use super::signal::{self, Armed, BLOCK_BYTES, BadSignal, Kick, Rx, Tx};
-use super::sync::{Edge, Ordering, Word, observe, publish};
+use super::sync::{Edge, Ordering, Word, observe, prefetch, publish};
 
 /// First word of the header: "vbusri" and the layout's version.
 pub const MAGIC: u64 = 0x0001_6972_7375_6276;
@@ -42,8 +44,8 @@ const HEADER_ENTRIES: usize = 1;
 const HEADER_RETURNS: usize = 2;
 const HEADER_START: usize = 3;
 const SIGNAL: usize = SIGNAL_OFFSET / WORD;
-/// The device's word *returning*, in the line of its `seq`. Where returns are counted, it is the
-/// position up to which the tag returns entries that the device stores next.
+/// The device's word *returning*, in the line of its `seq`. Where one tag returns many entries, it
+/// is the position up to which the tag returns entries that the device stores next.
 const RETURNING: usize = (SIGNAL_OFFSET + signal::DEVICE_SEQ) / WORD + 1;
 const ENTRY_WORDS: usize = ENTRY_BYTES / WORD;
 
@@ -60,6 +62,26 @@ pub const NEXT: u16 = 1 << 0;
 pub const LAP: u16 = 1 << 15;
 /// Flag of a slot, the ring's own. It says that the device has written the tag.
 pub const RETURNED: u16 = 1 << 14;
+
+/// Flag of a returned tag where returns are runs, the ring's own. It says that the tag returns as
+/// many entries as its length says, and that their lengths are in the array of lengths.
+pub const RUN: u16 = 1 << 13;
+
+/// The device publishes a run when it has this many returns, also before the post: two cache lines
+/// of lengths. A shorter batch comes back faster slot by slot (bench/README.md).
+const RUN_LONG: u32 = 32;
+/// From this size on a batch has its next lines fetched ahead. In a smaller batch that costs more
+/// than it brings (bench/README.md).
+const AHEAD_FROM: u32 = 16;
+/// The same where returns are counted: the driver writes those lines next, and does not read them.
+const COUNTED_AHEAD_FROM: u32 = 32;
+
+/// The bit of *returning*, where returns are runs, that says that the next tag returns one entry:
+/// the last one before that position.
+const SINGLE: u64 = 1 << 63;
+
+/// The flag [`NEXT`] in the array of lengths.
+const LENGTH_NEXT: u32 = 1 << 31;
 
 /// The ring's own flags within an entry's second word.
 const MARKS: u64 = ((LAP | RETURNED) as u64) << 48;
@@ -78,6 +100,15 @@ pub struct Entry {
     pub id: u16,
     /// See [`NEXT`].
     pub flags: u16,
+}
+
+impl Entry {
+    /// The entry in `slot`, whose tag was loaded.
+    #[inline(always)]
+    fn of(slot: &[Word], tag: u64) -> Entry {
+        let Return { len, id, flags } = Return::from_tag(tag);
+        Entry { addr: slot[0].load(Ordering::Relaxed), len, id, flags }
+    }
 }
 
 /// An entry on its way back. It has no address, because the driver knows the address.
@@ -106,6 +137,18 @@ impl Return {
         word & !MARKS | mark
     }
 
+    /// The return as the array of lengths has it.
+    #[inline(always)]
+    fn packed(self) -> u32 {
+        self.len & !LENGTH_NEXT | u32::from(self.flags & NEXT) << LENGTH_NEXT.trailing_zeros()
+    }
+
+    #[inline(always)]
+    fn unpacked(length: u32) -> Return {
+        let flags = if length & LENGTH_NEXT != 0 { NEXT } else { 0 };
+        Return { len: length & !LENGTH_NEXT, id: 0, flags }
+    }
+
     #[inline(always)]
     pub(super) fn from_tag(tag: u64) -> Return {
         let flags = ((tag & !MARKS) >> 48 & 0xffff) as u16;
@@ -119,6 +162,8 @@ impl Return {
 pub enum Returns {
     /// In order and without content. Each post of the device says how many.
     Counted,
+    /// In order, each with a length below 2^31 and [`NEXT`]. They have no id and no other flags.
+    Runs,
     /// Each with a tag of its own, in any order.
     Entries,
 }
@@ -128,6 +173,7 @@ impl Returns {
         match self {
             Returns::Counted => 0,
             Returns::Entries => 1,
+            Returns::Runs => 2,
         }
     }
 }
@@ -197,7 +243,14 @@ impl Layout {
 
     /// Bytes of the whole ring: whole cache lines.
     pub fn bytes(&self) -> usize {
-        (ENTRIES_OFFSET + self.entries as usize * ENTRY_BYTES).next_multiple_of(64)
+        let lengths = if self.returns == Returns::Runs { self.entries as usize * 4 } else { 0 };
+        (self.lengths_offset() + lengths).next_multiple_of(64)
+    }
+
+    /// Where the array of lengths is, in bytes.
+    #[inline(always)]
+    fn lengths_offset(&self) -> usize {
+        ENTRIES_OFFSET + self.entries as usize * ENTRY_BYTES
     }
 
     /// Words of the whole ring.
@@ -216,6 +269,40 @@ impl Layout {
     fn slot<'a>(&self, words: &'a [Word], pos: u64) -> &'a [Word] {
         let at = ENTRIES_OFFSET / WORD + self.index(pos) * ENTRY_WORDS;
         &words[at..at + ENTRY_WORDS]
+    }
+
+    /// The word with the length of the return at position `pos`, and the length's shift within it.
+    #[inline(always)]
+    fn length<'a>(&self, words: &'a [Word], pos: u64) -> (&'a Word, u32) {
+        let index = self.index(pos);
+        (&words[self.lengths_offset() / WORD + index / 2], low(pos) % 2 * 32)
+    }
+
+    /// The words of the lengths from position `pos` on, for an even `pos`, and for as many pairs as
+    /// `n` positions have before the end of the array.
+    #[inline(always)]
+    fn lengths<'a>(&self, words: &'a [Word], pos: u64, n: u32) -> &'a [Word] {
+        let index = self.index(pos);
+        let pairs = (n as usize).min(self.entries as usize - index) / 2;
+        let at = self.lengths_offset() / WORD + index / 2;
+        &words[at..at + pairs]
+    }
+
+    /// Stores the length of the return at position `pos`, and leaves that of its neighbour. Only
+    /// the device stores lengths.
+    #[inline(always)]
+    fn put_length(&self, words: &[Word], pos: u64, length: u32) {
+        let (word, shift) = self.length(words, pos);
+        let neighbour = word.load(Ordering::Relaxed) & !(u64::from(u32::MAX) << shift);
+        word.store(neighbour | u64::from(length) << shift, Ordering::Relaxed);
+    }
+
+    /// Fetches the slots of the `n` positions from `pos` on: the next batch, if this one was whole.
+    /// What is fetched before a fence comes while the end waits at the fence.
+    #[inline(always)]
+    fn fetch(&self, words: &[Word], pos: u64, n: u32) {
+        let (slots, _) = self.stretch(words, pos, n);
+        slots.chunks(64 / WORD).for_each(|line| prefetch(&line[0]));
     }
 
     /// The slots of the `n` positions from `pos` on, but no further than the end of the array; and
@@ -245,7 +332,7 @@ impl Layout {
         }
         let entries = read_u32(&words[HEADER_ENTRIES]).ok_or(BadRing::Entries)?;
         let number = words[HEADER_RETURNS].load(Ordering::Relaxed);
-        let returns = [Returns::Counted, Returns::Entries]
+        let returns = [Returns::Counted, Returns::Entries, Returns::Runs]
             .into_iter()
             .find(|returns| returns.number() == number)
             .ok_or(BadRing::Returns)?;
@@ -273,6 +360,8 @@ pub struct DriverEnd<M> {
     rx: Rx<Driver>,
     submitted: u64,
     reaped: u64,
+    /// Returns of the run that was found last and are not reaped.
+    run: u32,
 }
 
 impl<M: Memory> DriverEnd<M> {
@@ -303,6 +392,7 @@ impl<M: Memory> DriverEnd<M> {
             rx: Rx::new(SIGNAL),
             submitted: start,
             reaped: start,
+            run: 0,
         })
     }
 
@@ -391,10 +481,13 @@ impl<M: Memory> DriverEnd<M> {
         self.tx.post(self.mem.words(), n)
     }
 
-    /// The next return, of a ring with [`Returns::Entries`].
+    /// The next return, of a ring with [`Returns::Entries`] or [`Returns::Runs`].
     #[inline(always)]
     pub fn reap(&mut self) -> Result<Option<Return>, Corrupt> {
         let (layout, pos) = (self.layout, self.reaped);
+        if self.run != 0 {
+            return Ok(Some(self.reap_of_run()));
+        }
         // Pairs with the publications in `DeviceEnd`: what the device wrote is visible with its
         // tag.
         let tag = observe(&layout.slot(self.mem.words(), pos)[1], Edge::Tag);
@@ -404,24 +497,65 @@ impl<M: Memory> DriverEnd<M> {
         if self.in_flight() == 0 {
             return Err(Corrupt::Unasked);
         }
+        let back = Return::from_tag(tag);
+        if layout.returns == Returns::Runs && back.flags & RUN != 0 {
+            self.run = self.check(back.len)?;
+            return Ok(Some(self.reap_of_run()));
+        }
         self.reaped = pos.wrapping_add(1);
-        Ok(Some(Return::from_tag(tag)))
+        Ok(Some(back))
     }
 
-    /// Reaps up to `max` returns of a ring with [`Returns::Entries`], and gives each to `back`,
-    /// oldest first. Says how many there were.
+    /// The next return of the run that was found.
+    #[inline(always)]
+    fn reap_of_run(&mut self) -> Return {
+        let (word, shift) = self.layout.length(self.mem.words(), self.reaped);
+        // It was written before the run's tag, which was observed.
+        let length = low(word.load(Ordering::Relaxed) >> shift);
+        self.run -= 1;
+        self.reaped = self.reaped.wrapping_add(1);
+        Return::unpacked(length)
+    }
+
+    /// The number of returns of a tag that returns many: no more than are in flight, and not 0.
+    #[inline(always)]
+    fn check(&self, n: u32) -> Result<u32, Corrupt> {
+        if n == 0 || n > self.in_flight() { Err(Corrupt::Unasked) } else { Ok(n) }
+    }
+
+    /// Reaps up to `max` returns of a ring with [`Returns::Entries`] or [`Returns::Runs`], and
+    /// gives each to `back`, oldest first. Says how many there were.
     #[inline(always)]
     pub fn reap_all(&mut self, max: u32, mut back: impl FnMut(Return)) -> Result<u32, Corrupt> {
-        let (first, wanted) = (self.reaped, max.min(self.in_flight()));
-        let (layout, words) = (self.layout, self.mem.words());
+        if self.layout.returns == Returns::Runs {
+            return self.reap_runs(max, back);
+        }
+        let wanted = max.min(self.in_flight());
+        let n = self.reap_slots::<false>(wanted, &mut back);
+        if n == wanted && n < max {
+            // Nothing is in flight: `reap` says whether the device returns more nevertheless.
+            self.reap()?;
+        }
+        self.fetch_behind(n, max);
+        Ok(n)
+    }
+
+    /// Reaps up to `max` returns, each of which has a slot. The tag of a run ends it.
+    #[inline(always)]
+    fn reap_slots<const RUNS: bool>(&mut self, max: u32, back: &mut impl FnMut(Return)) -> u32 {
+        let (layout, words, first) = (self.layout, self.mem.words(), self.reaped);
+        // Where returns are runs, the mark of a run counts as a mark too.
+        let marks = if RUNS { MARKS | u64::from(RUN) << 48 } else { MARKS };
         let mut reaped = first;
-        let end = first.wrapping_add(u64::from(wanted));
+        let end = first.wrapping_add(u64::from(max));
+        // A poller finds nothing most of the time. So the first slot comes alone, and the stretch
+        // that follows it is computed when something was there.
         let (mut slots, mut lap) = (layout.slot(words, reaped), layout.lap(reaped));
         'all: while reaped != end {
             for slot in slots.chunks_exact(ENTRY_WORDS) {
                 // As in `reap`.
                 let tag = observe(&slot[1], Edge::Tag);
-                if tag & MARKS != lap | RETURN {
+                if tag & marks != lap | RETURN {
                     break 'all;
                 }
                 back(Return::from_tag(tag));
@@ -433,12 +567,62 @@ impl<M: Memory> DriverEnd<M> {
             (slots, lap) = layout.stretch(words, reaped, count(end, reaped));
         }
         self.reaped = reaped;
-        let n = count(reaped, first);
-        if n == wanted && n < max {
-            // Nothing is in flight: `reap` says whether the device returns more nevertheless.
-            self.reap()?;
+        count(reaped, first)
+    }
+
+    /// [`reap_all`](Self::reap_all) where returns are runs.
+    #[inline(always)]
+    fn reap_runs(&mut self, max: u32, mut back: impl FnMut(Return)) -> Result<u32, Corrupt> {
+        let mut n = 0;
+        while n < max {
+            if self.run == 0 {
+                let wanted = (max - n).min(self.in_flight());
+                let slots = self.reap_slots::<true>(wanted, &mut back);
+                n += slots;
+                if n == max {
+                    break;
+                }
+                // A run, or nothing, or a slot that came meanwhile.
+                let Some(one) = self.reap()? else { break };
+                back(one);
+                n += 1;
+            }
+            let all = self.run.min(max - n);
+            self.reap_lengths(all, &mut back);
+            n += all;
         }
+        self.fetch_behind(n, max);
         Ok(n)
+    }
+
+    /// Reaps the next `n` returns of the run that was found.
+    #[inline(always)]
+    fn reap_lengths(&mut self, n: u32, back: &mut impl FnMut(Return)) {
+        let end = self.reaped.wrapping_add(u64::from(n));
+        while self.reaped != end {
+            if self.reaped % 2 == 1 || count(end, self.reaped) == 1 {
+                back(self.reap_of_run());
+                continue;
+            }
+            let pairs = self.layout.lengths(self.mem.words(), self.reaped, count(end, self.reaped));
+            for pair in pairs {
+                // As in `reap_of_run`.
+                let pair = pair.load(Ordering::Relaxed);
+                back(Return::unpacked(low(pair)));
+                back(Return::unpacked(low(pair >> 32)));
+            }
+            let reaped = low(2 * pairs.len() as u64);
+            self.run -= reaped;
+            self.reaped = self.reaped.wrapping_add(u64::from(reaped));
+        }
+    }
+
+    /// Fetches the next batch if this one, of `n` returns, was as large as the caller wanted.
+    #[inline(always)]
+    fn fetch_behind(&self, n: u32, max: u32) {
+        if n == max && n >= AHEAD_FROM {
+            self.layout.fetch(self.mem.words(), self.reaped, n);
+        }
     }
 
     /// How many entries came back since the last call, oldest first. It looks no further when it
@@ -499,7 +683,15 @@ pub struct DeviceEnd<M> {
     rx: Rx<Device>,
     taken: u64,
     given: u64,
-    /// `seq` as it is in memory: up to a ring behind `given`, so that `resume` can count.
+    /// Where returns are runs, the position up to which tags return entries. The returns from there
+    /// to `given` are the next run.
+    published: u64,
+    /// Where returns are runs, the first length of the next run, and its last one at an even
+    /// position.
+    first: u32,
+    even: u32,
+    /// `seq` as it is in memory: up to a ring behind the returns that have tags, so that `resume`
+    /// can count.
     stored: u64,
 }
 
@@ -512,7 +704,8 @@ impl<M: Memory> DeviceEnd<M> {
 
     fn at(mem: M, layout: Layout, tx: Tx<Device>, given: u64) -> Self {
         let rx = Rx::new(SIGNAL);
-        DeviceEnd { mem, layout, tx, rx, taken: given, given, stored: given }
+        let (taken, published, stored) = (given, given, given);
+        DeviceEnd { mem, layout, tx, rx, taken, given, published, first: 0, even: 0, stored }
     }
 
     /// Resumes a ring in place of a device end that ended at any moment. It needs the region only.
@@ -527,7 +720,7 @@ impl<M: Memory> DeviceEnd<M> {
         let (layout, _) = Layout::load(words)?;
         let seq = words[SIGNAL + signal::DEVICE_SEQ / WORD].load(Ordering::Relaxed);
         let given = match layout.returns {
-            Returns::Counted => counted(words, layout, seq),
+            Returns::Counted | Returns::Runs => returned(words, layout, seq),
             Returns::Entries => published(words, layout, seq),
         };
         // The end before may have armed in order to sleep.
@@ -595,8 +788,7 @@ impl<M: Memory> DeviceEnd<M> {
                 if tag & MARKS != lap {
                     break 'all;
                 }
-                let Return { len, id, flags } = Return::from_tag(tag);
-                entry(Entry { addr: slot[0].load(Ordering::Relaxed), len, id, flags });
+                entry(Entry::of(slot, tag));
                 taken = taken.wrapping_add(1);
             }
             if taken == end {
@@ -628,26 +820,30 @@ impl<M: Memory> DeviceEnd<M> {
         if self.held() == layout.entries {
             return Err(Corrupt::Overfull);
         }
-        let Return { len, id, flags } = Return::from_tag(tag);
-        Ok(Some(Entry { addr: slot[0].load(Ordering::Relaxed), len, id, flags }))
+        Ok(Some(Entry::of(slot, tag)))
     }
 
-    /// Gives one entry back; without an entry held, nothing happens. Where returns are counted this
-    /// stands for the oldest entry held, and nothing of `back` is passed on. The driver sees it
-    /// after [`post`](Self::post) at the latest: call that once for a batch. A driver that polls
-    /// sees a return with a tag of its own at once.
+    /// Gives one entry back; without an entry held, nothing happens. Where returns are counted or
+    /// runs, this stands for the oldest entry held. Counted, nothing of `back` is passed on; of a
+    /// run, its length below 2^31 and [`NEXT`]. The driver sees it after [`post`](Self::post) at
+    /// the latest: call that once for a batch. A driver that polls sees a return with a tag of its
+    /// own at once, and a long run before the post.
     #[inline(always)]
     pub fn give_back(&mut self, back: Return) {
         if self.held() == 0 {
             return;
         }
         let pos = self.given;
-        if self.layout.returns == Returns::Entries {
-            self.keep_up();
-            let tag = back.tag(self.layout.lap(pos) | RETURN);
-            // Pairs with the load in `DriverEnd::reap`. The address is left as it is: until this
-            // store the slot holds the submission, whole.
-            publish(&self.layout.slot(self.mem.words(), pos)[1], tag, Edge::Tag);
+        match self.layout.returns {
+            Returns::Counted => {}
+            Returns::Runs => return self.lengthen(back),
+            Returns::Entries => {
+                self.keep_up();
+                let tag = back.tag(self.layout.lap(pos) | RETURN);
+                // Pairs with the load in `DriverEnd::reap`. The address is left as it is: until
+                // this store the slot holds the submission, whole.
+                publish(&self.layout.slot(self.mem.words(), pos)[1], tag, Edge::Tag);
+            }
         }
         self.given = pos.wrapping_add(1);
     }
@@ -657,9 +853,13 @@ impl<M: Memory> DeviceEnd<M> {
     #[inline(always)]
     pub fn give_back_all(&mut self, backs: impl IntoIterator<Item = Return>) {
         let (backs, held) = (backs.into_iter(), self.held());
-        if self.layout.returns == Returns::Counted {
-            self.given = self.given.wrapping_add(backs.take(held as usize).count() as u64);
-            return;
+        match self.layout.returns {
+            Returns::Counted => {
+                self.given = self.given.wrapping_add(backs.take(held as usize).count() as u64);
+                return;
+            }
+            Returns::Runs => return backs.take(held as usize).for_each(|back| self.lengthen(back)),
+            Returns::Entries => {}
         }
         let mut backs = backs;
         while self.held() != 0 {
@@ -685,26 +885,88 @@ impl<M: Memory> DeviceEnd<M> {
     /// sees them after [`post`](Self::post) at the latest.
     ///
     /// Each entry's return goes into the slot that was just read, so this is the fastest way
-    /// through a batch. If the device holds entries already, it holds as many after the call: each
-    /// return goes to the next position, as by [`give_back`](Self::give_back).
+    /// through a batch. Where returns are runs, and 32 entries or more are there, they go back as
+    /// one run. If the device holds entries already, it holds as many after the call: each return
+    /// goes to the next position, as by [`give_back`](Self::give_back).
     #[inline(always)]
     pub fn serve_all(
         &mut self,
         max: u32,
-        mut serve: impl FnMut(Entry) -> Option<Return>,
+        serve: impl FnMut(Entry) -> Option<Return>,
     ) -> Result<u32, Corrupt> {
-        let (layout, first, held) = (self.layout, self.taken, self.held());
-        let wanted = max.min(layout.entries - held);
-        let has_tags = layout.returns == Returns::Entries;
-        let in_place = has_tags && held == 0;
-        if has_tags && count(self.given, self.stored) + wanted > layout.entries {
-            self.store_seq();
+        let max = max.min(self.layout.entries - self.held());
+        if self.layout.returns == Returns::Counted {
+            return Ok(self.serve_counted(max, serve));
+        }
+        if self.taken != self.given {
+            return self.serve_behind(max, serve);
+        }
+        if self.layout.returns == Returns::Runs {
+            self.publish_run();
+            let last = self.taken.wrapping_add(u64::from(RUN_LONG - 1));
+            if max >= RUN_LONG && self.is_there(self.taken) && self.is_there(last) {
+                return Ok(self.serve_run(max, serve));
+            }
+            return Ok(self.serve_in_place::<true>(max, serve));
+        }
+        Ok(self.serve_in_place::<false>(max, serve))
+    }
+
+    /// Whether the entry at position `pos` was submitted.
+    #[inline(always)]
+    fn is_there(&self, pos: u64) -> bool {
+        // As in `peek`.
+        let tag = observe(&self.layout.slot(self.mem.words(), pos)[1], Edge::Tag);
+        tag & MARKS == self.layout.lap(pos)
+    }
+
+    /// [`serve_all`](Self::serve_all) where returns are counted.
+    #[inline(always)]
+    fn serve_counted(&mut self, max: u32, mut serve: impl FnMut(Entry) -> Option<Return>) -> u32 {
+        let (layout, words, first) = (self.layout, self.mem.words(), self.taken);
+        let mut pos = first;
+        let end = first.wrapping_add(u64::from(max));
+        // As in `DriverEnd::reap_slots`.
+        let (mut slots, mut lap) = (layout.slot(words, pos), layout.lap(pos));
+        'all: while pos != end {
+            for slot in slots.chunks_exact(ENTRY_WORDS) {
+                // As in `peek`.
+                let tag = observe(&slot[1], Edge::Tag);
+                if tag & MARKS != lap || serve(Entry::of(slot, tag)).is_none() {
+                    break 'all;
+                }
+                pos = pos.wrapping_add(1);
+            }
+            if pos == end {
+                break;
+            }
+            (slots, lap) = layout.stretch(words, pos, count(end, pos));
+        }
+        let n = count(pos, first);
+        self.taken = pos;
+        self.given = self.given.wrapping_add(u64::from(n));
+        if n >= COUNTED_AHEAD_FROM {
+            self.fetch_behind(n, max);
+        }
+        n
+    }
+
+    /// [`serve_all`](Self::serve_all) of a device that holds nothing: each return goes into the
+    /// slot that was just read.
+    #[inline(always)]
+    fn serve_in_place<const RUNS: bool>(
+        &mut self,
+        max: u32,
+        mut serve: impl FnMut(Entry) -> Option<Return>,
+    ) -> u32 {
+        let (layout, first) = (self.layout, self.taken);
+        if count(first, self.stored) + max > layout.entries {
+            self.store_seq(first);
         }
         let words = self.mem.words();
         let mut pos = first;
-        let end = first.wrapping_add(u64::from(wanted));
-        // A poller finds nothing most of the time. So the first slot comes alone, and the stretch
-        // that follows it is computed when something was there.
+        let end = first.wrapping_add(u64::from(max));
+        // As in `DriverEnd::reap_slots`.
         let (mut slots, mut lap) = (layout.slot(words, pos), layout.lap(pos));
         'all: while pos != end {
             for slot in slots.chunks_exact(ENTRY_WORDS) {
@@ -713,27 +975,154 @@ impl<M: Memory> DeviceEnd<M> {
                 if tag & MARKS != lap {
                     break 'all;
                 }
-                let Return { len, id, flags } = Return::from_tag(tag);
-                let entry = Entry { addr: slot[0].load(Ordering::Relaxed), len, id, flags };
-                let Some(back) = serve(entry) else { break 'all };
-                if in_place {
-                    // As in `give_back`.
-                    publish(&slot[1], back.tag(lap | RETURN), Edge::Tag);
-                } else if has_tags {
-                    let given = pos.wrapping_sub(u64::from(held));
-                    let tag = back.tag(layout.lap(given) | RETURN);
-                    publish(&layout.slot(words, given)[1], tag, Edge::Tag);
-                }
+                let Some(back) = serve(Entry::of(slot, tag)) else { break 'all };
                 pos = pos.wrapping_add(1);
-                self.taken = pos;
-                self.given = pos.wrapping_sub(u64::from(held));
+                if RUNS {
+                    // As in `publish_run`.
+                    publish(&words[RETURNING], pos | SINGLE, Edge::Tag);
+                }
+                // As in `give_back`.
+                let back = if RUNS { Return::unpacked(back.packed()) } else { back };
+                publish(&slot[1], back.tag(lap | RETURN), Edge::Tag);
             }
             if pos == end {
                 break;
             }
             (slots, lap) = layout.stretch(words, pos, count(end, pos));
         }
-        Ok(count(pos, first))
+        (self.taken, self.given, self.published) = (pos, pos, pos);
+        let n = count(pos, first);
+        self.fetch_behind(n, max);
+        n
+    }
+
+    /// [`serve_all`](Self::serve_all) of a device that holds nothing, as one run.
+    #[inline(always)]
+    fn serve_run(&mut self, max: u32, mut serve: impl FnMut(Entry) -> Option<Return>) -> u32 {
+        let (layout, words, start) = (self.layout, self.mem.words(), self.taken);
+        let mut pos = start;
+        let end = start.wrapping_add(u64::from(max));
+        // As in `lengthen`.
+        let (mut first, mut even) = (0, 0);
+        let mut one = |slot: &[Word], lap| {
+            // As in `peek`.
+            let tag = observe(&slot[1], Edge::Tag);
+            if tag & MARKS != lap {
+                return None;
+            }
+            serve(Entry::of(slot, tag)).map(Return::packed)
+        };
+        'all: while pos != end {
+            // An odd position shares its word of lengths with the position before it.
+            let n = if pos % 2 == 1 { 1 } else { count(end, pos) };
+            let (slots, lap) = layout.stretch(words, pos, n);
+            let lengths = layout.lengths(words, pos, n);
+            let pairs = slots.chunks_exact(2 * ENTRY_WORDS);
+            let rest = pairs.remainder();
+            for (pair, length) in pairs.zip(lengths) {
+                let (slot, next) = pair.split_at(ENTRY_WORDS);
+                let Some(a) = one(slot, lap) else { break 'all };
+                even = a;
+                pos = pos.wrapping_add(1);
+                let Some(b) = one(next, lap) else { break 'all };
+                length.store(u64::from(a) | u64::from(b) << 32, Ordering::Relaxed);
+                pos = pos.wrapping_add(1);
+            }
+            if !rest.is_empty() {
+                let Some(a) = one(rest, lap) else { break 'all };
+                if pos == start {
+                    first = a;
+                }
+                even = a;
+                pos = pos.wrapping_add(1);
+            }
+        }
+        let n = count(pos, start);
+        self.first = if n == 1 && start % 2 == 0 { even } else { first };
+        self.even = even;
+        (self.taken, self.given) = (pos, pos);
+        self.publish_run();
+        self.fetch_behind(n, max);
+        n
+    }
+
+    /// [`serve_all`](Self::serve_all) of a device that holds entries.
+    #[inline(always)]
+    fn serve_behind(
+        &mut self,
+        max: u32,
+        mut serve: impl FnMut(Entry) -> Option<Return>,
+    ) -> Result<u32, Corrupt> {
+        for n in 0..max {
+            let Some(back) = self.peek()?.and_then(&mut serve) else { return Ok(n) };
+            self.taken = self.taken.wrapping_add(1);
+            self.give_back(back);
+        }
+        Ok(max)
+    }
+
+    /// Fetches the next batch if this one, of `n` entries, was as large as the caller wanted.
+    #[inline(always)]
+    fn fetch_behind(&self, n: u32, max: u32) {
+        if n == max && n >= AHEAD_FROM {
+            self.layout.fetch(self.mem.words(), self.taken, n);
+        }
+    }
+
+    /// Adds a return to the next run, and publishes the run when it is long.
+    #[inline(always)]
+    fn lengthen(&mut self, back: Return) {
+        let (pos, n) = (self.given, count(self.given, self.published));
+        if n == 0 {
+            // The tag of a single return holds its length, so there may be nothing to write here.
+            self.first = back.packed();
+        }
+        if pos % 2 == 0 {
+            self.even = back.packed();
+        } else if n != 0 {
+            // Both lengths of this word belong to the run.
+            let pair = u64::from(self.even) | u64::from(back.packed()) << 32;
+            self.layout.length(self.mem.words(), pos).0.store(pair, Ordering::Relaxed);
+        }
+        self.given = pos.wrapping_add(1);
+        if count(self.given, self.published) == RUN_LONG {
+            self.publish_run();
+        }
+    }
+
+    /// Stores the tag of the next run, if it is not empty.
+    #[inline(always)]
+    fn publish_run(&mut self) {
+        let (first, given) = (self.published, self.given);
+        let n = count(given, first);
+        if n == 0 {
+            return;
+        }
+        // For `resume`: a run begins at `seq`, and a single return is less than a ring ahead of it.
+        let is_far = count(given, self.stored) > self.layout.entries;
+        if n > 1 && self.stored != first || is_far {
+            self.store_seq(first);
+        }
+        let (layout, words) = (self.layout, self.mem.words());
+        let (mark, back) = if n == 1 {
+            (SINGLE, Return::unpacked(self.first))
+        } else {
+            // The lengths that share their words with positions beyond the run.
+            if first % 2 == 1 {
+                layout.put_length(words, first, self.first);
+            }
+            if given % 2 == 1 {
+                layout.put_length(words, given.wrapping_sub(1), self.even);
+            }
+            (0, Return { len: n, id: 0, flags: RUN })
+        };
+        // Pairs with nothing while this end lives. The next end must not find it without the `seq`
+        // before it, nor the tag without it.
+        publish(&words[RETURNING], given & !SINGLE | mark, Edge::Tag);
+        let tag = back.tag(layout.lap(first) | RETURN);
+        // Pairs with the load in `DriverEnd::reap`. It covers the lengths of the run.
+        publish(&layout.slot(words, first)[1], tag, Edge::Tag);
+        self.published = given;
     }
 
     /// Sees to it that there is room for a return between `stored` and a ring behind it, and says
@@ -744,15 +1133,15 @@ impl<M: Memory> DeviceEnd<M> {
         if behind < self.layout.entries {
             return self.layout.entries - behind;
         }
-        self.store_seq();
+        self.store_seq(self.given);
         self.layout.entries
     }
 
     /// Stores `seq` ahead of the next post, for `resume`. Whether the driver wants a kick, that
     /// post finds out.
-    fn store_seq(&mut self) {
-        self.tx.store(self.mem.words(), self.given);
-        self.stored = self.given;
+    fn store_seq(&mut self, seq: u64) {
+        self.tx.store(self.mem.words(), seq);
+        self.stored = seq;
     }
 
     /// Posts the returns that were given back since the last post.
@@ -761,6 +1150,9 @@ impl<M: Memory> DeviceEnd<M> {
         let n = self.given.wrapping_sub(self.tx.posted());
         if n == 0 {
             return Kick::NONE;
+        }
+        if self.layout.returns == Returns::Runs {
+            self.publish_run();
         }
         self.stored = self.given;
         let words = self.mem.words();
@@ -787,17 +1179,26 @@ impl<M: Memory> DeviceEnd<M> {
     }
 }
 
-/// The position up to which a device that has gone had counted returns. Its `seq` was `seq`, at
-/// most one post behind.
-fn counted(words: &[Word], layout: Layout, seq: u64) -> u64 {
+/// The position up to which a device that has gone had published returns, where one tag may return
+/// many. Its `seq` was `seq`.
+fn returned(words: &[Word], layout: Layout, seq: u64) -> u64 {
     let returning = words[RETURNING].load(Ordering::Relaxed);
-    let n = returning.wrapping_sub(seq);
-    let is_plausible = n != 0 && n <= u64::from(layout.entries);
-    if is_plausible && is_published(words, layout, seq) { returning } else { seq }
+    let n = returning.wrapping_sub(seq) & !SINGLE;
+    if n == 0 || n > u64::from(layout.entries) {
+        return seq;
+    }
+    let end = seq.wrapping_add(n);
+    // The tag that may be missing, and where the returns end without it.
+    let last = if layout.returns == Returns::Runs && returning & SINGLE != 0 {
+        end.wrapping_sub(1)
+    } else {
+        seq
+    };
+    if is_published(words, layout, last) { end } else { last }
 }
 
-/// The position up to which a device that has gone had published returns. Its `seq` was `seq`, up
-/// to a ring behind.
+/// The position up to which a device that has gone had published returns of a slot each. Its `seq`
+/// was `seq`, up to a ring behind.
 fn published(words: &[Word], layout: Layout, seq: u64) -> u64 {
     (0..layout.entries)
         .map(|ahead| seq.wrapping_add(u64::from(ahead)))
@@ -822,6 +1223,8 @@ mod tests {
     const STARTS: [u64; 7] =
         [0, 3, (1 << 31) - 2, (1 << 32) - 3, (1 << 48) - 2, (1 << 63) - 3, u64::MAX - 1];
 
+    const FORMS: [Returns; 3] = [Returns::Counted, Returns::Entries, Returns::Runs];
+
     fn memory(layout: Layout) -> Vec<Word> {
         (0..layout.words()).map(|_| Word::new(0)).collect()
     }
@@ -835,12 +1238,18 @@ mod tests {
         Return { len, id: 6, flags: NEXT }
     }
 
+    /// The same, by a ring with these returns.
+    fn back_by(returns: Returns, len: u32) -> Return {
+        Return { id: if returns == Returns::Runs { 0 } else { 6 }, ..back(len) }
+    }
+
     #[test]
     fn layouts_are_whole_lines() {
         let bytes = |entries, returns| Layout::new(entries, returns).unwrap().bytes();
         assert_eq!(bytes(2, Returns::Counted), 448);
         assert_eq!(bytes(256, Returns::Counted), 384 + 4096);
         assert_eq!(bytes(256, Returns::Entries), 384 + 4096);
+        assert_eq!((bytes(256, Returns::Runs), bytes(2, Returns::Runs)), (384 + 4096 + 1024, 448));
         for entries in [0, 1, 3, 65536, u32::MAX] {
             assert_eq!(Layout::new(entries, Returns::Counted), Err(BadRing::Entries));
         }
@@ -848,7 +1257,7 @@ mod tests {
 
     #[test]
     fn batches_of_every_size_come_and_go() {
-        for returns in [Returns::Counted, Returns::Entries] {
+        for returns in FORMS {
             for start in STARTS {
                 let layout = Layout::new(16, returns).unwrap();
                 let memory = memory(layout);
@@ -876,7 +1285,7 @@ mod tests {
                         continue;
                     }
                     for i in 0..n {
-                        assert_eq!(driver.reap(), Ok(Some(back(100 + i))));
+                        assert_eq!(driver.reap(), Ok(Some(back_by(returns, 100 + i))));
                     }
                     assert_eq!(driver.reap(), Ok(None));
                 }
@@ -886,7 +1295,7 @@ mod tests {
 
     #[test]
     fn entries_are_served_in_place_up_to_the_one_that_is_refused() {
-        for returns in [Returns::Counted, Returns::Entries] {
+        for returns in FORMS {
             for start in STARTS {
                 let layout = Layout::new(8, returns).unwrap();
                 let memory = memory(layout);
@@ -907,7 +1316,7 @@ mod tests {
                     assert_eq!(driver.reap_count(u32::MAX), Ok(5));
                 } else {
                     for len in [1, 2, 3, 4, 0] {
-                        assert_eq!(driver.reap(), Ok(Some(back(len))));
+                        assert_eq!(driver.reap(), Ok(Some(back_by(returns, len))));
                     }
                 }
                 assert_eq!(device.serve_all(100, |taken| Some(taken.into())), Ok(3));
@@ -978,7 +1387,7 @@ mod tests {
             (HEADER_ENTRIES, 9, BadRing::Entries),
             (HEADER_ENTRIES, 1 << 32 | 8, BadRing::Entries),
             (HEADER_ENTRIES, 16, BadRing::TooSmall),
-            (HEADER_RETURNS, 2, BadRing::Returns),
+            (HEADER_RETURNS, 3, BadRing::Returns),
         ] {
             let before = memory[word].swap(value, Ordering::Relaxed);
             assert_eq!(attach(), Err(error));
@@ -1032,7 +1441,7 @@ mod tests {
 
     #[test]
     fn a_ring_is_taken_up_again() {
-        for returns in [Returns::Counted, Returns::Entries] {
+        for returns in FORMS {
             for start in STARTS {
                 let layout = Layout::new(8, returns).unwrap();
                 let memory = memory(layout);

@@ -75,6 +75,23 @@ pub fn observe(word: &Word, _at: Edge) -> u64 {
     word.load(Ordering::Acquire)
 }
 
+/// Asks the processor to fetch the cache line of `word`, which this end reads soon. It orders
+/// nothing, and does nothing on machines for which the compiler knows no such instruction.
+#[inline(always)]
+pub fn prefetch(word: &Word) {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    {
+        use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        #[allow(unsafe_code, reason = "the instruction is a hint: it has no effect that shows")]
+        // SAFETY: a prefetch reads nothing into the program, and no address makes it fail.
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T0>(core::ptr::from_ref(word).cast());
+        }
+    }
+    #[cfg(not(all(target_arch = "x86_64", not(miri))))]
+    let _ = word;
+}
+
 /// Sets `bits` and returns the word as it was before. An end that clears them by [`clear_bits`]
 /// sees everything that was written before.
 #[inline(always)]

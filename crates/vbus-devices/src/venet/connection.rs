@@ -340,7 +340,7 @@ fn spawn(open: &Open, beside: usize, task: Box<dyn Task>) -> TaskHandle {
 /// Attaches the device's end of the transmit or receive ring in a region.
 fn attach(region: &Region, is_rx: bool) -> Result<DeviceEnd<Window>, ErrorCode> {
     let ring = DeviceEnd::attach(region.window.clone())?;
-    let returns = if is_rx { Returns::Entries } else { Returns::Counted };
+    let returns = if is_rx { Returns::Runs } else { Returns::Counted };
     if ring.layout().returns() != returns || ring.layout().entries() > u32::from(RING_MAX) {
         return Err(ErrorCode::BAD_LAYOUT);
     }

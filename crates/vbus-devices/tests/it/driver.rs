@@ -67,7 +67,7 @@ fn ring(
 /// How a transmit ring returns entries.
 pub const TX_RETURNS: Returns = Returns::Counted;
 /// How a receive ring returns entries.
-pub const RX_RETURNS: Returns = Returns::Entries;
+pub const RX_RETURNS: Returns = Returns::Runs;
 
 impl Pair {
     fn new(endpoint: &Endpoint, memory: &mut Memory, q: u16, shape: Shape) -> Pair {

@@ -149,7 +149,7 @@ fn a_bad_start_fails_with_its_error_code() {
     ring(abi::tx(0), Returns::Counted, 8, ring::SIGNAL_OFFSET).unwrap();
     assert_eq!(ring(abi::tx(0), Returns::Counted, 8, ring::SIGNAL_OFFSET), Err(ErrorCode::EXISTS));
     ring(abi::tx(1), Returns::Counted, 8, ring::SIGNAL_OFFSET).unwrap();
-    let rx1 = ring(abi::rx(1), Returns::Entries, 8, ring::SIGNAL_OFFSET).unwrap();
+    let rx1 = ring(abi::rx(1), Returns::Runs, 8, ring::SIGNAL_OFFSET).unwrap();
     assert_eq!(
         call(&endpoint, &memory, abi::CALL_START, &[]),
         Err(ErrorCode::BAD_ARGUMENT),
@@ -161,7 +161,7 @@ fn a_bad_start_fails_with_its_error_code() {
         DriverEnd::create(memory.window(addr, layout.bytes()), layout, 0).unwrap();
         add(&endpoint, id, addr, layout.bytes(), ring::SIGNAL_OFFSET)
     };
-    let rx0 = ring(abi::rx(0), Returns::Entries).unwrap();
+    let rx0 = ring(abi::rx(0), Returns::Runs).unwrap();
     endpoint.region_drop(u64::from(rx1)).unwrap();
     assert_eq!(
         call(&endpoint, &memory, abi::CALL_START, &[]),
@@ -174,7 +174,7 @@ fn a_bad_start_fails_with_its_error_code() {
         DriverEnd::create(memory.window(addr, layout.bytes()), layout, 0).unwrap();
         add(&endpoint, id, addr, layout.bytes(), ring::SIGNAL_OFFSET)
     };
-    ring(abi::rx(1), Returns::Entries).unwrap();
+    ring(abi::rx(1), Returns::Runs).unwrap();
     assert_eq!(call(&endpoint, &memory, abi::CALL_START, &[0]), Err(ErrorCode::BAD_LENGTH));
     call(&endpoint, &memory, abi::CALL_START, &[]).unwrap();
     assert_eq!(call(&endpoint, &memory, abi::CALL_START, &[]), Err(ErrorCode::DENIED));

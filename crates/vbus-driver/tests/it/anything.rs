@@ -253,8 +253,13 @@ impl Hostile {
         } else {
             // Use the wrong form of returns from time to time.
             let is_wrong = self.random.below(6) == 0 && self.wild == 3;
-            let is_counted = id % 2 == 0 && !(id == 0 && is_service);
-            let returns = if is_counted != is_wrong { Returns::Counted } else { Returns::Entries };
+            let right = match id {
+                0 if is_service => Returns::Entries,
+                id if id % 2 == 0 => Returns::Counted,
+                _ => Returns::Runs,
+            };
+            let others = [Returns::Counted, Returns::Entries, Returns::Runs];
+            let returns = if is_wrong { others[self.random.below(3) as usize] } else { right };
             let layout = Layout::new(2 << self.random.below(8), returns).unwrap();
             let start = self.random.edge();
             let mut end = DriverEnd::create(window, layout, start).unwrap();

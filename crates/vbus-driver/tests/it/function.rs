@@ -220,7 +220,7 @@ fn a_region_in_pages_is_registered_by_a_list() {
     let local = Local::attach(&bus, "n", 12);
     let mut function = local.probe();
     function.open(0).unwrap();
-    let layout = Layout::new(256, Returns::Entries).unwrap();
+    let layout = Layout::new(256, Returns::Runs).unwrap();
     let memory = local.alloc(128 << 10).unwrap();
     assert_eq!(memory.page_shift(), 12);
     assert!(

@@ -25,9 +25,14 @@ fn answer(n: u64) -> u32 {
     2 + u32::try_from(n).unwrap()
 }
 
-/// The `n`th return as the driver sees it.
+/// The `n`th return, as the device makes it.
 pub fn back(n: u64) -> Return {
     Return { len: answer(n), id: 7, flags: 0 }
+}
+
+/// The `n`th return, as the driver sees it.
+fn seen(returns: Returns, n: u64) -> Return {
+    Return { id: if returns == Returns::Runs { 0 } else { 7 }, ..back(n) }
 }
 
 /// A model: `total` entries go through a ring of `entries`. Each end posts up to `batch` entries at
@@ -61,7 +66,13 @@ impl Model {
                 done += 1;
                 Return { id: 7, ..back(done - 1) }
             };
-            if self.batch > 1 {
+            if self.returns == Returns::Runs {
+                // The entries of a batch come back as one run, by the post.
+                for _ in 0..self.batch {
+                    let Some(taken) = device.take().unwrap() else { break };
+                    device.give_back(answer(taken));
+                }
+            } else if self.batch > 1 {
                 let batch = u32::try_from(self.batch).unwrap();
                 device.serve_all(batch, |taken| Some(answer(taken))).unwrap();
             } else if let Some(taken) = device.take().unwrap() {
@@ -107,7 +118,7 @@ impl Model {
                 reaped += u64::from(driver.reap_count(u32::MAX).unwrap());
             } else {
                 while let Some(one) = driver.reap().unwrap() {
-                    let expected = back(reaped);
+                    let expected = seen(self.returns, reaped);
                     assert_eq!(one, expected, "a return came torn or out of order");
                     reaped += 1;
                 }
@@ -129,7 +140,7 @@ impl Model {
     }
 }
 
-const FORMS: [Returns; 2] = [Returns::Counted, Returns::Entries];
+const FORMS: [Returns; 3] = [Returns::Counted, Returns::Entries, Returns::Runs];
 
 #[test]
 fn entries_one_by_one() {
@@ -344,6 +355,16 @@ fn returned_entries_need_each_place() {
         needs(&places, 2, || Model::new(Returns::Entries, 2, 2, 1).run());
         needs(&places, 2, || Model::new(Returns::Entries, 2, 2, 2).run());
     }
+}
+
+/// The tag of a run covers the run's lengths. The lengths of the last two entries share a word.
+#[test]
+fn runs_need_each_place() {
+    for places in [SLEEP, TAGS, SEQS] {
+        needs(&places, 2, || Model::new(Returns::Runs, 2, 2, 1).run());
+        needs(&places, 2, || Model::new(Returns::Runs, 2, 2, 2).run());
+    }
+    needs(&TAGS, 2, || Model::new(Returns::Runs, 8, 3, 3).run());
 }
 
 /// The same for batches that span two cache lines.

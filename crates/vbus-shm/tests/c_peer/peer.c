@@ -109,7 +109,10 @@ static void arm_and_sleep(enum end them, uint64_t at)
 #define LAP ((uint64_t)1 << 63)
 #define RETURNED ((uint64_t)1 << 62)
 
-enum returns { COUNTED, ENTRIES };
+enum returns { COUNTED, ENTRIES, RUNS };
+
+#define NEXT ((uint64_t)1 << 48)
+#define RUN ((uint64_t)1 << 61)
 
 static uint32_t entries;
 
@@ -128,33 +131,58 @@ static bool get_tag(uint64_t pos, uint64_t mark, uint64_t *tag)
 	return (*tag & (LAP | RETURNED)) == (mark | lap(pos));
 }
 
+/* The length of the return at `pos`, where returns are runs: two lengths share a word. */
+static size_t length(uint64_t pos)
+{
+	return 384 + (size_t)entries * 16 + (size_t)(pos % entries / 2) * 8;
+}
+
+static unsigned length_shift(uint64_t pos) { return pos % 2 * 32; }
+
+static void put_length(uint64_t pos, uint32_t value)
+{
+	uint64_t word = load(length(pos)) & ~((uint64_t)UINT32_MAX << length_shift(pos));
+	store(length(pos), word | (uint64_t)value << length_shift(pos));
+}
+
+static uint32_t get_length(uint64_t pos)
+{
+	return (uint32_t)(load(length(pos)) >> length_shift(pos));
+}
+
+/* Whether the return of position `pos`, which was submitted, was published. */
+static bool is_published(uint64_t pos)
+{
+	uint64_t tag = load(slot(pos) + 8);
+	bool ours = (tag & LAP) == lap(pos), returned = tag & RETURNED;
+	return ours == returned; /* Returned, or submitted over. */
+}
+
 /* The position up to which the device before this one published returns. It is at most a ring
  * ahead of `seq`. The marks of the slots tell. */
 static uint64_t published(uint64_t seq)
 {
 	uint64_t given = seq;
-	while (given - seq < entries) {
-		uint64_t tag = load(slot(given) + 8);
-		bool ours = (tag & LAP) == lap(given), returned = tag & RETURNED;
-		if (ours != returned)
-			break; /* Submitted and not returned, or not submitted. */
-		given++; /* Returned, or submitted over. */
-	}
+	while (given - seq < entries && is_published(given))
+		given++;
 	return given;
 }
 
-/* The device's word "returning", of counted returns. */
+/* The device's word "returning", of counted returns and of runs. */
 static size_t returning_count(void) { return 264; }
 
-/* The position up to which the device before this one counted returns. */
-static uint64_t published_count(uint64_t seq)
+/* In "returning", where returns are runs: the next tag returns one entry, the last one. */
+#define SINGLE ((uint64_t)1 << 63)
+
+/* The position up to which the device before this one published counted returns or runs. */
+static uint64_t published_count(enum returns returns, uint64_t seq)
 {
-	uint64_t returning = load(returning_count());
-	if (returning - seq - 1 >= entries)
+	uint64_t word = load(returning_count());
+	uint64_t n = (word - seq) & ~SINGLE;
+	if (n - 1 >= entries)
 		return seq; /* `seq` is the last post, or the words are made up. */
-	uint64_t tag = load(slot(seq) + 8);
-	bool ours = (tag & LAP) == lap(seq), returned = tag & RETURNED;
-	return ours == returned ? returning : seq;
+	uint64_t last = returns == RUNS && word & SINGLE ? seq + n - 1 : seq;
+	return is_published(last) ? seq + n : last;
 }
 
 /* Takes the place of a device that ended: stores `given` as our `seq` once more, and makes up for
@@ -169,6 +197,26 @@ static uint64_t resume_posts(uint64_t given)
 	return given;
 }
 
+/* Publishes the returns from `first` to `given` by one tag. If it dies, then before that tag. */
+static void publish_run(enum returns returns, uint64_t first, uint64_t given, bool dies)
+{
+	if (returns == RUNS && given - first == 1) {
+		uint32_t only = get_length(first);
+		uint64_t tag = (only & INT32_MAX) | (only >> 31) * NEXT;
+		store_release(returning_count(), given | SINGLE);
+		if (!dies)
+			put_tag(first, RETURNED, tag, memory_order_release);
+		return;
+	}
+	/* A run begins at `seq`. */
+	if (load(seq_of(DEVICE)) != first)
+		store_release(seq_of(DEVICE), first);
+	store_release(returning_count(), given & ~SINGLE);
+	if (!dies)
+		put_tag(first, RETURNED, (given - first) | (returns == RUNS ? RUN : 0),
+			memory_order_release);
+}
+
 /* Takes COUNT entries and returns each, up to five at a time. The length of a return is that of the
  * entry plus one. A device that `dies` loses its own state every third turn, as if it had been
  * killed. It resumes the ring then, and takes some of the entries again. */
@@ -181,6 +229,9 @@ static void device(uint32_t count, bool dies)
 	uint64_t start = WORD(24), taken = start, given = start, posted = start;
 	for (uint32_t turn = 1; posted - start != count; turn++) {
 		uint64_t tag;
+		/* Where the run begins that is not published. Runs are mixed with single returns: the
+		 * first two of each other turn. */
+		uint64_t first = given;
 		/* At most five, so never a ring ahead of the last post. */
 		for (uint32_t n = 0; n < 5 && get_tag(taken, 0, &tag); n++) {
 			if (taken - given == entries)
@@ -191,19 +242,20 @@ static void device(uint32_t count, bool dies)
 				fail("an entry is out of order");
 			if (returns == ENTRIES)
 				put_tag(given, RETURNED, tag + 1, memory_order_release);
+			if (returns == RUNS)
+				put_length(given, ((uint32_t)(tag + 1) & INT32_MAX) | (tag >> 48) << 31);
 			given++;
+			if (returns == RUNS && turn % 2 && n < 2)
+				publish_run(RUNS, first++, given, false);
 		}
-		if (returns == COUNTED && given != posted) {
-			/* Every other time that it dies it has stored the tag of its returns. */
-			if (!dies || turn % 3 != 0 || turn % 2 == 0) {
-				store(returning_count(), given);
-				put_tag(posted, RETURNED, given - posted, memory_order_release);
-			}
-		}
+		/* Every other time that it dies it has stored the tag of its returns. */
 		bool die = dies && turn % 3 == 0;
+		if (returns != ENTRIES && given != first)
+			publish_run(returns, first, given, die && turn % 4 < 2);
 		if (die) {
 			posted = load(seq_of(DEVICE));
-			given = taken = returns == COUNTED ? published_count(posted) : published(posted);
+			given = taken = returns == ENTRIES ? published(posted)
+							   : published_count(returns, posted);
 			posted = resume_posts(given);
 			continue;
 		}
@@ -305,9 +357,9 @@ static void ledger_device(uint32_t count)
 	}
 }
 
-/* Makes a ring of 8 entries, and a ledger behind it. Sends COUNT entries and checks what comes
- * back. Each batch is written from its last entry to its first. */
-static void driver(uint32_t count)
+/* Makes a ring of 8 entries, and a ledger behind it unless returns are runs. Sends COUNT entries and
+ * checks what comes back. Each batch is written from its last entry to its first. */
+static void driver(uint32_t count, enum returns returns)
 {
 	const uint64_t start = ((uint64_t)1 << 63) - 5;
 	entries = 8;
@@ -319,10 +371,12 @@ static void driver(uint32_t count)
 		WORD(at) = 0;
 	WORD(seq_of(DRIVER)) = WORD(seq_of(DEVICE)) = start;
 	WORD(8) = entries;
-	WORD(16) = ENTRIES;
+	WORD(16) = returns;
 	WORD(24) = start;
-	WORD(ledger()) = 0x0001676c73756276;
-	WORD(ledger() + 8) = entries;
+	if (returns == ENTRIES) {
+		WORD(ledger()) = 0x0001676c73756276;
+		WORD(ledger() + 8) = entries;
+	}
 	atomic_store(&WORD(0), 0x0001697273756276);
 	kick(); /* It can be attached to. */
 
@@ -342,12 +396,19 @@ static void driver(uint32_t count)
 			post(DRIVER, &posted, (uint32_t)(submitted - posted));
 		bool any = false;
 		while (get_tag(reaped, RETURNED, &tag)) {
-			if (reaped == submitted)
+			bool run = returns == RUNS && tag & RUN;
+			uint32_t n = run ? (uint32_t)tag : 1;
+			if (n == 0 || n > submitted - reaped)
 				fail("more returns than entries");
-			uint32_t number = (uint32_t)(reaped - start + 1);
-			if ((uint32_t)tag != number + 1 || (uint16_t)(tag >> 32) != reaped % entries)
-				fail("a return is wrong");
-			reaped++, any = true;
+			for (; n; n--, reaped++, any = true) {
+				uint32_t number = (uint32_t)(reaped - start + 1);
+				uint32_t id = returns == RUNS ? 0 : (uint32_t)(reaped % entries);
+				uint32_t length = run ? get_length(reaped) : (uint32_t)tag;
+				bool next = run ? length >> 31 : tag & NEXT;
+				length &= INT32_MAX;
+				if (length != number + 1 || !next || (!run && (uint16_t)(tag >> 32) != id))
+					fail("a return is wrong");
+			}
 		}
 		if (!any)
 			arm_and_sleep(DEVICE, reaped);
@@ -551,7 +612,9 @@ int main(int argc, char **argv)
 	else if (!strcmp(argv[1], "ledger_device"))
 		ledger_device(count);
 	else if (!strcmp(argv[1], "driver"))
-		driver(count);
+		driver(count, ENTRIES);
+	else if (!strcmp(argv[1], "driver_of_runs"))
+		driver(count, RUNS);
 	else if (!strcmp(argv[1], "reader"))
 		reader(count);
 	else if (!strcmp(argv[1], "writer"))
