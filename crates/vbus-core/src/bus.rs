@@ -114,9 +114,15 @@ impl Bus {
     /// Checks whether [`create`](Self::create) could add a device of class `class` as `name`. It
     /// makes no device, so it does not find every error.
     pub fn check(&self, name: &str, class: &str, config: &Value) -> Result<(), BusError> {
-        let maker = self.class(class)?;
+        self.class(class)?;
         self.check_new(name)?;
-        maker.check(name, config).map_err(|e| BusError::Create(name.into(), e))
+        self.check_settings(name, class, config)
+    }
+
+    /// Checks the settings for a device of class `class` called `name`, which may be on the bus.
+    pub fn check_settings(&self, name: &str, class: &str, config: &Value) -> Result<(), BusError> {
+        let checked = self.class(class)?.check(name, config);
+        checked.map_err(|e| BusError::Create(name.into(), e))
     }
 
     fn class(&self, class: &str) -> Result<&dyn DeviceClass, BusError> {

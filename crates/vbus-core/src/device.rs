@@ -206,6 +206,18 @@ pub trait Device: Send + Sync {
         Err("this device takes no requests".into())
     }
 
+    /// Takes over other settings while the device is on the bus, also while a driver uses it. `old`
+    /// are the settings that it has, and `new` valid settings that differ from them
+    /// ([`settings::changed`](crate::settings::changed) says in which keys). The device takes all
+    /// of them or none.
+    ///
+    /// # Errors
+    /// It can take these settings only when it is made. The text is for the operator.
+    fn reconfigure(&self, old: &Value, new: &Value) -> Result<(), String> {
+        let _ = (old, new);
+        Err("the device takes settings only when it is made".into())
+    }
+
     /// The device has left the bus. Its connection has ended, and there will be no other. Requests
     /// that wait must end.
     fn removed(&self) {}

@@ -17,6 +17,7 @@
 //! The text of each error begins with the key in quotes. `vbus` uses it to find the line of the
 //! configuration file. A key within a list of tables is written `pages[2].owner`.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::ops::RangeInclusive;
 
@@ -343,11 +344,33 @@ pub fn meant<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {
     (distance(close) <= 2 && distance(close) < close.chars().count()).then_some(*close)
 }
 
+/// The keys whose values differ between the settings of a device and other settings for it, in
+/// order.
+pub fn changed(old: &Value, new: &Value) -> Vec<String> {
+    let none = Map::new();
+    let [old, new] = [old, new].map(|value| value.as_object().unwrap_or(&none));
+    changed_keys(old, new)
+}
+
+/// The keys whose values differ between two tables, in order.
+pub fn changed_keys(old: &Map<String, Value>, new: &Map<String, Value>) -> Vec<String> {
+    let differs = |key: &&String| old.get(*key) != new.get(*key);
+    let keys: BTreeSet<_> = old.keys().chain(new.keys()).filter(differs).collect();
+    keys.into_iter().cloned().collect()
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn keys_with_other_values_are_found() {
+        let (old, new) = (json!({ "a": 1, "b": 2, "c": 3 }), json!({ "a": 1, "b": 4, "d": 5 }));
+        assert_eq!(changed(&old, &new), ["b", "c", "d"]);
+        assert!(changed(&old, &old).is_empty() && changed(&Value::Null, &json!({})).is_empty());
+    }
 
     #[test]
     fn an_error_names_key_value_and_what_to_write() {

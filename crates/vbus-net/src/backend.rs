@@ -12,6 +12,7 @@ use vbus_tap::{Mac, Offloads};
 
 use crate::filter::Filter;
 use crate::frame::Packet;
+use crate::limits::Limits;
 use crate::sink::{RxSink, SharedSink};
 use crate::steering::Steering;
 
@@ -41,6 +42,13 @@ pub trait Backend: Send + Sync {
     /// calls this once, before any other method.
     fn reserve(&self, mac: Mac) {
         let _ = mac;
+    }
+
+    /// Changes the limits of the rate of both directions, at once. Returns false, and changes
+    /// nothing, if the back end cannot: it was made without a limit for a direction that shall have
+    /// one.
+    fn set_limits(&self, limits: &Limits) -> bool {
+        *limits == Limits::default()
     }
 
     /// Plugs in a driver that has started. Dropping the plug and its queues unplugs it.

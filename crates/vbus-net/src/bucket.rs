@@ -12,34 +12,44 @@ use std::time::{Duration, Instant};
 /// delays the next frame, and blocks none.
 #[derive(Debug)]
 pub struct Bucket {
-    rate: u64,
+    /// The tokens a second.
+    rate: AtomicU64,
     /// The time in which an empty bucket becomes full, in nanoseconds.
-    depth: u64,
+    depth: AtomicU64,
     origin: Instant,
-    /// When the bucket will be full, in nanoseconds since the origin. The word depends on no other
-    /// memory, so all accesses are relaxed.
+    /// When the bucket will be full, in nanoseconds since the origin. The three words depend on no
+    /// other memory, and each is good with any value of the others. So all accesses are relaxed.
     full_at: AtomicU64,
 }
 
 impl Bucket {
     /// A full bucket. `rate` is in tokens a second, and `burst` in tokens; both are at least 1.
     pub fn new(rate: u64, burst: u64, now: Instant) -> Bucket {
+        let zero = || AtomicU64::new(0);
+        let bucket = Bucket { rate: zero(), depth: zero(), origin: now, full_at: zero() };
+        bucket.change(rate, burst);
+        bucket
+    }
+
+    /// Changes the rate and the burst. A debt is paid at the old rate.
+    pub fn change(&self, rate: u64, burst: u64) {
         let rate = rate.max(1);
-        let depth = time(burst, rate).max(1);
-        Bucket { rate, depth, origin: now, full_at: AtomicU64::new(0) }
+        self.rate.store(rate, Ordering::Relaxed);
+        self.depth.store(time(burst, rate).max(1), Ordering::Relaxed);
     }
 
     /// When there will be a token. `None`: there is one.
     pub fn empty_until(&self, now: Instant) -> Option<Instant> {
         let now = self.since(now);
         let full_at = self.full_at.load(Ordering::Relaxed);
-        let wait = full_at.saturating_sub(now).checked_sub(self.depth)?;
+        let wait = full_at.saturating_sub(now).checked_sub(self.depth.load(Ordering::Relaxed))?;
         Some(self.origin + Duration::from_nanos(now) + Duration::from_nanos(wait + 1))
     }
 
     /// Takes `tokens` tokens, which may be more than there are.
     pub fn charge(&self, tokens: u64, now: Instant) {
-        let (now, cost) = (self.since(now), time(tokens, self.rate));
+        let cost = time(tokens, self.rate.load(Ordering::Relaxed));
+        let now = self.since(now);
         let next = |full_at: u64| Some(full_at.max(now).saturating_add(cost));
         let _ = self.full_at.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next);
     }
@@ -96,6 +106,20 @@ mod tests {
             let least = 10 * rate;
             assert!((least..=least + burst + cost).contains(&sent), "{rate} {burst}: {sent}");
         }
+    }
+
+    #[test]
+    fn another_rate_holds_at_once() {
+        let start = Instant::now();
+        let bucket = Bucket::new(1000, 100, start);
+        run(&bucket, start, Duration::from_secs(10), 10);
+        bucket.change(50_000, 200);
+        let start = start + Duration::from_secs(10);
+        let sent = run(&bucket, start, Duration::from_secs(10), 10);
+        assert!((490_000..=500_210).contains(&sent), "{sent}");
+        bucket.change(u64::MAX / 8, 100);
+        let start = start + Duration::from_secs(11);
+        assert!((0..1_000_000).filter(|_| bucket.take(65_000, start)).count() > 999_000);
     }
 
     #[test]

@@ -14,6 +14,7 @@ use vbus_tap::{Mac, Offloads};
 use crate::backend::{Backend, Done, Plug, Port, Queue, Sent};
 use crate::frame::Packet;
 use crate::inbound::Inbound;
+use crate::limits::Limits;
 use crate::opener::Opener;
 use crate::pcap::PcapFile;
 use crate::sink::{
@@ -30,16 +31,15 @@ pub struct Captured {
 
 impl Captured {
     /// Records the frames that pass `inner` in the file `path`. Creates or overwrites the file. The
-    /// file gets the first `snap` bytes of each frame.
+    /// file gets the first `snap` bytes of each frame. If the file is a FIFO, each of its readers
+    /// gets a capture that begins when it comes.
     pub fn new(
-        opener: &dyn Opener,
+        opener: &Arc<dyn Opener>,
         inner: Box<dyn Backend>,
         path: &Path,
         snap: u32,
     ) -> Result<Captured, CreateError> {
-        let file = opener
-            .create(path)
-            .and_then(|file| PcapFile::new(file, path.into(), snap))
+        let file = PcapFile::create(opener.clone(), path.into(), snap)
             .map_err(|error| CreateError(format!("\"pcap\" is {path:?}: {error}")))?;
         Ok(Captured { inner, path: path.into(), file: Arc::new(file) })
     }
@@ -74,6 +74,10 @@ impl Backend for Captured {
         self.inner.reserve(mac);
     }
 
+    fn set_limits(&self, limits: &Limits) -> bool {
+        self.inner.set_limits(limits)
+    }
+
     fn plug(&self, port: Arc<Port>) -> Result<Arc<dyn Plug>, ErrorCode> {
         let lane = |sink: &SharedSink| -> SharedSink {
             let file = self.file.clone();
@@ -90,6 +94,7 @@ impl Backend for Captured {
         let mut value = self.inner.inspect();
         value["pcap"] = json!({
             "file": self.path,
+            "open": self.file.is_open(),
             "records": self.file.records,
             "left-out": self.file.left_out,
         });

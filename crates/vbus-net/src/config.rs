@@ -10,7 +10,8 @@ use vbus_tap::{Mac, Offloads};
 
 use crate::backend::Backend;
 use crate::capture::Captured;
-use crate::limited::{Limited, Limits};
+use crate::limited::Limited;
+use crate::limits::Limits;
 use crate::link::Link;
 use crate::medium::Medium;
 use crate::opener::Opener;
@@ -110,7 +111,7 @@ impl BackendConfig {
             backend = Box::new(Limited::new(backend, self.limits.clone()));
         }
         Ok(match &self.capture {
-            Some((path, snap)) => Box::new(Captured::new(&**opener, backend, path, *snap)?),
+            Some((path, snap)) => Box::new(Captured::new(opener, backend, path, *snap)?),
             None => backend,
         })
     }

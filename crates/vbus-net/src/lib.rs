@@ -37,6 +37,7 @@ mod filter;
 mod frame;
 mod inbound;
 mod limited;
+mod limits;
 mod link;
 mod medium;
 mod metrics;
@@ -60,14 +61,15 @@ pub use frame::{
     Body, CHAIN_MAX, ETH_BYTES, ETH_OVERHEAD, FRAME_MAX, Hash, Header, PIECES_MAX, Packet,
     TAG_BYTES, flag,
 };
-pub use limited::{Limited, Limits};
+pub use limited::Limited;
+pub use limits::Limits;
 pub use link::Link;
 pub use medium::Medium;
 pub use metrics::{BACKEND_METRICS, UPLINK_METRICS};
 #[cfg(fuzzing)]
 pub use offload::Plain;
 pub use offload::dhcp_checksum;
-pub use opener::{Direct, Opener};
+pub use opener::{Direct, Opener, open_capture};
 pub use rss::Rss;
 pub use sink::{Delivery, OnFull, Read, Reserved, RxDrop, RxSink, SharedSink, Waiter};
 pub use steering::Steering;

@@ -6,67 +6,26 @@
 //! shared receive queues (of a switch, or of a TAP interface for a driver with RSS) are dropped and
 //! counted, because others wait behind them.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use serde_json::{Value, json};
-use vbus_core::settings::Settings;
 use vbus_core::shm::signal::Armed;
-use vbus_core::{CreateError, ErrorCode, TaskHandle};
+use vbus_core::{ErrorCode, TaskHandle, lock};
 use vbus_tap::{Mac, Offloads};
 
 use crate::backend::{Backend, Done, Plug, Port, Queue, Sent};
 use crate::bucket::Bucket;
 use crate::frame::Packet;
+use crate::limits::Limits;
 use crate::sink::{
     Delivery, OnFull, Read, Reserved, RxDrop, RxSink, SharedFront, SharedSink, Waiter,
 };
 
-/// The rates that settings may give, in bits a second.
-const RATES: std::ops::RangeInclusive<u64> = 8_000..=1_000_000_000_000;
-/// The bursts that settings may give, in bytes.
-const BURSTS: std::ops::RangeInclusive<u64> = 1..=1_000_000_000;
-/// The burst if the settings give none: this part of a second at the rate, in ms, and at least so
-/// many bytes.
-const BURST_MS: u64 = 20;
-const BURST_MIN: u64 = 128 << 10;
-
-/// The limits of both directions, in bits a second. `None`: there is no limit.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Limits {
-    /// From the driver.
-    pub tx_rate: Option<u64>,
-    /// To the driver.
-    pub rx_rate: Option<u64>,
-    /// Bytes that may come at once. `None`: what the rate gives in 20 ms, and at least 128 KiB.
-    pub burst: Option<u64>,
-}
-
-impl Limits {
-    /// Reads `rate`, `tx-rate`, `rx-rate` and `burst`.
-    pub(crate) fn parse(settings: &mut Settings) -> Result<Limits, CreateError> {
-        let both = settings.quantity("rate", RATES)?;
-        let tx_rate = settings.quantity("tx-rate", RATES)?.or(both);
-        let rx_rate = settings.quantity("rx-rate", RATES)?.or(both);
-        let burst = settings.quantity("burst", BURSTS)?;
-        if burst.is_some() && tx_rate.is_none() && rx_rate.is_none() {
-            return Err(settings.error("burst", "needs rate = BITS_PER_SECOND, tx-rate or rx-rate"));
-        }
-        Ok(Limits { tx_rate, rx_rate, burst })
-    }
-
-    fn bucket(&self, rate: Option<u64>) -> Option<Arc<Bucket>> {
-        let bytes = rate? / 8;
-        let burst = self.burst.unwrap_or((bytes / 1000 * BURST_MS).max(BURST_MIN));
-        Some(Arc::new(Bucket::new(bytes, burst, Instant::now())))
-    }
-}
-
 /// A back end with limits. All queues of a device share them.
 pub struct Limited {
     inner: Box<dyn Backend>,
-    limits: Limits,
+    limits: Mutex<Limits>,
     tx: Option<Arc<Bucket>>,
     rx: Option<Arc<Bucket>>,
 }
@@ -74,9 +33,15 @@ pub struct Limited {
 impl Limited {
     /// Puts `limits` around `inner`.
     pub fn new(inner: Box<dyn Backend>, limits: Limits) -> Limited {
-        let (tx, rx) = (limits.bucket(limits.tx_rate), limits.bucket(limits.rx_rate));
-        Limited { inner, limits, tx, rx }
+        let (tx, rx) = (bucket(&limits, limits.tx_rate), bucket(&limits, limits.rx_rate));
+        Limited { inner, limits: Mutex::new(limits), tx, rx }
     }
+}
+
+/// The bucket of a direction with this rate.
+fn bucket(limits: &Limits, rate: Option<u64>) -> Option<Arc<Bucket>> {
+    let (bytes, burst) = limits.bytes(rate?);
+    Some(Arc::new(Bucket::new(bytes, burst, Instant::now())))
 }
 
 impl Backend for Limited {
@@ -100,6 +65,23 @@ impl Backend for Limited {
         self.inner.reserve(mac);
     }
 
+    fn set_limits(&self, limits: &Limits) -> bool {
+        let directions = [(&self.tx, limits.tx_rate), (&self.rx, limits.rx_rate)];
+        if directions.iter().any(|(bucket, rate)| bucket.is_none() && rate.is_some()) {
+            return false;
+        }
+        let mut now = lock(&self.limits);
+        for (bucket, rate) in directions {
+            if let Some(bucket) = bucket {
+                // A direction without a limit has one that nothing reaches.
+                let (rate, burst) = limits.bytes(rate.unwrap_or(u64::MAX));
+                bucket.change(rate, burst);
+            }
+        }
+        *now = limits.clone();
+        true
+    }
+
     fn plug(&self, port: Arc<Port>) -> Result<Arc<dyn Plug>, ErrorCode> {
         let lane = |sink: &SharedSink| -> SharedSink {
             match &self.rx {
@@ -114,8 +96,9 @@ impl Backend for Limited {
 
     fn inspect(&self) -> Value {
         let mut value = self.inner.inspect();
-        value["tx-rate"] = json!(self.limits.tx_rate);
-        value["rx-rate"] = json!(self.limits.rx_rate);
+        let limits = lock(&self.limits);
+        value["tx-rate"] = json!(limits.tx_rate);
+        value["rx-rate"] = json!(limits.rx_rate);
         value
     }
 }

@@ -3,10 +3,14 @@
 
 use std::fs::{File, Permissions};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::Path;
 
+use rustix::fs::{
+    AtFlags, CWD, FileType, Mode, OFlags, fcntl_getfl, fcntl_setfl, fstat, ftruncate, openat,
+    statat,
+};
 use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
@@ -18,10 +22,11 @@ use vbus_tap::{Setup, set_mtu, set_up};
 ///
 /// The calls run on threads that serve devices, so they must not wait for a peer.
 pub trait Opener: Send + Sync {
-    /// Creates or overwrites the file at `path`, for a capture.
+    /// Creates or overwrites the file at `path`, for a capture, as [`open_capture`] does.
     ///
     /// # Errors
-    /// The system refuses, or this opener does not allow the path. The text says which.
+    /// `ENXIO` if a FIFO is there that nobody reads now; the system refuses, or this opener does
+    /// not allow the path. The text says which.
     fn create(&self, path: &Path) -> io::Result<File>;
 
     /// Makes a non-blocking UNIX stream socket that listens at `path`. Only the user of the opener
@@ -50,13 +55,48 @@ pub trait Opener: Send + Sync {
     fn tap(&self, name: &str, queues: u16, mtu: u16) -> io::Result<(String, Vec<vbus_tap::Queue>)>;
 }
 
+/// Creates or empties the file at `path`, for a capture. A relative path begins at `folder`. A FIFO
+/// there is opened without waiting, and its descriptor is non-blocking. `follow`: a symbolic link
+/// is followed.
+///
+/// # Errors
+/// `ENXIO` if a FIFO is there that nobody reads now; or the system refuses.
+pub fn open_capture(folder: impl AsFd, path: &Path, follow: bool) -> io::Result<File> {
+    // Without NONBLOCK, opening a FIFO would wait for its reader.
+    let mut flags =
+        OFlags::WRONLY | OFlags::CREATE | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    if !follow {
+        flags |= OFlags::NOFOLLOW;
+    }
+    let mode = Mode::from_raw_mode(0o600);
+    let file = match retry_on_intr(|| openat(&folder, path, flags, mode)) {
+        Err(Errno::LOOP) if !follow => return Err(io::Error::other("it is a symbolic link")),
+        Err(Errno::NXIO) => {
+            let found = statat(&folder, path, AtFlags::empty())?;
+            return Err(match FileType::from_raw_mode(found.st_mode) {
+                FileType::Fifo => Errno::NXIO.into(),
+                _ => io::Error::other("it is no file"),
+            });
+        }
+        other => other?,
+    };
+    match FileType::from_raw_mode(fstat(&file)?.st_mode) {
+        FileType::Fifo => return Ok(file.into()),
+        // Only now is it known what the file is.
+        FileType::RegularFile => ftruncate(&file, 0)?,
+        _ => {}
+    }
+    fcntl_setfl(&file, fcntl_getfl(&file)? - OFlags::NONBLOCK)?;
+    Ok(file.into())
+}
+
 /// Opens everything itself, with the rights of this process.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Direct;
 
 impl Opener for Direct {
     fn create(&self, path: &Path) -> io::Result<File> {
-        File::create(path)
+        open_capture(CWD, path, true)
     }
 
     fn listen(&self, path: &Path) -> io::Result<OwnedFd> {

@@ -3,28 +3,46 @@
 //!
 //! Tasks put records into a bounded buffer, and a thread writes them to the file. If the buffer is
 //! full, the task counts the record and drops it. So a slow disk loses records, never frames.
+//!
+//! The file may be a FIFO. While nobody reads it, records are dropped and counted. A reader that
+//! comes gets the head of the file first.
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, ErrorKind, Write};
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex};
-use std::thread::JoinHandle;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{FileType, fstat};
+use rustix::io::Errno;
 use vbus_core::{Counter, lock};
 
 use crate::frame::Packet;
+use crate::opener::Opener;
 
 const MAGIC: u32 = 0xa1b2_c3d4;
 const VERSION: [u16; 2] = [2, 4];
 const LINKTYPE_ETHERNET: u32 = 1;
 /// The most bytes that wait for the disk.
 const BUFFER_MAX: usize = 4 << 20;
+/// The time between two attempts to find a reader of a FIFO.
+const RETRY: Duration = Duration::from_secs(1);
+/// How long the end of a device waits for the disk, or for the reader of a FIFO.
+const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE_FIFO: Duration = Duration::from_millis(200);
 
 #[derive(Default)]
 struct Buffer {
     bytes: Vec<u8>,
+    /// No more records come, or none can be written.
     end: bool,
+    /// The file is a FIFO that nobody reads. This is when to look for a reader again.
+    unread_until: Option<Instant>,
+    /// The thread shall look for a reader now.
+    look: bool,
+    /// The thread has ended.
+    done: bool,
 }
 
 /// The buffer between the tasks, which put records in, and the thread, which takes them out.
@@ -32,47 +50,60 @@ struct Buffer {
 struct Records {
     buffer: Mutex<Buffer>,
     news: Condvar,
+    /// Notified when the thread ends.
+    done: Condvar,
 }
 
 /// A capture file that is being written.
 pub struct PcapFile {
     waiting: Arc<Records>,
+    path: PathBuf,
     snap: usize,
-    thread: Mutex<Option<JoinHandle<()>>>,
     /// Frames recorded.
     pub records: Counter,
     /// Frames not recorded.
     pub left_out: Counter,
 }
 
+/// The thread's side.
+struct Writer {
+    waiting: Arc<Records>,
+    opener: Arc<dyn Opener>,
+    path: PathBuf,
+    head: Vec<u8>,
+    /// `None`: a FIFO that nobody reads.
+    out: Option<Out>,
+}
+
+/// An open file.
+struct Out {
+    file: File,
+    is_fifo: bool,
+}
+
 impl PcapFile {
-    /// Writes the header to `file`, which is empty. The file gets the first `snap` bytes of each
-    /// frame. `path` names the file in the log.
-    pub fn new(mut file: File, path: PathBuf, snap: u32) -> io::Result<PcapFile> {
+    /// Creates or overwrites the file at `path`, and writes its head. The file gets the first
+    /// `snap` bytes of each frame.
+    pub fn create(opener: Arc<dyn Opener>, path: PathBuf, snap: u32) -> io::Result<PcapFile> {
         let mut head = Vec::new();
         head.extend_from_slice(&MAGIC.to_le_bytes());
         head.extend(VERSION.into_iter().flat_map(u16::to_le_bytes));
         head.extend_from_slice(&[0; 8]); // Time zone and accuracy: never used.
         head.extend([snap, LINKTYPE_ETHERNET].into_iter().flat_map(u32::to_le_bytes));
-        file.write_all(&head)?;
         let waiting = Arc::new(Records::default());
-        let theirs = waiting.clone();
-        let thread = std::thread::Builder::new()
+        let mut writer = Writer { waiting: waiting.clone(), opener, path, head, out: None };
+        let path = writer.path.clone();
+        if !writer.open()? {
+            tracing::info!(path = %path.display(), "nobody reads the capture's FIFO yet");
+            lock(&waiting.buffer).unread_until = Some(Instant::now());
+        }
+        std::thread::Builder::new()
             .name("vbus-pcap".into())
             .stack_size(128 << 10)
-            .spawn(move || {
-                if let Err(error) = theirs.write_out(&mut file) {
-                    tracing::error!(path = %path.display(), %error, "the capture ends");
-                }
-            })?;
+            .spawn(move || writer.run())?;
         let snap = usize::try_from(snap).unwrap_or(usize::MAX);
-        Ok(PcapFile {
-            waiting,
-            snap,
-            thread: Mutex::new(Some(thread)),
-            records: Counter::default(),
-            left_out: Counter::default(),
-        })
+        let (records, left_out) = (Counter::default(), Counter::default());
+        Ok(PcapFile { waiting, path, snap, records, left_out })
     }
 
     /// Records a frame.
@@ -83,7 +114,13 @@ impl PcapFile {
         // The format has 32 bits for seconds, which last until 2106.
         let seconds = u32::try_from(now.as_secs()).unwrap_or(u32::MAX);
         let mut buffer = lock(&self.waiting.buffer);
-        if buffer.end || buffer.bytes.len() + kept + 16 > BUFFER_MAX {
+        if buffer.unread_until.is_some_and(|at| at <= Instant::now()) {
+            buffer.unread_until = Some(Instant::now() + RETRY);
+            buffer.look = true;
+            self.waiting.news.notify_one();
+        }
+        let is_full = buffer.bytes.len() + kept + 16 > BUFFER_MAX;
+        if buffer.end || is_full || buffer.unread_until.is_some() {
             drop(buffer);
             self.left_out.one();
             return;
@@ -104,38 +141,29 @@ impl PcapFile {
             self.waiting.news.notify_one();
         }
     }
-}
 
-impl Records {
-    fn write_out(&self, file: &mut File) -> io::Result<()> {
-        let mut out = Vec::new();
-        loop {
-            let mut buffer = lock(&self.buffer);
-            while buffer.bytes.is_empty() {
-                if buffer.end {
-                    return Ok(());
-                }
-                buffer = self.news.wait(buffer).unwrap_or_else(|e| e.into_inner());
-            }
-            std::mem::swap(&mut buffer.bytes, &mut out);
-            drop(buffer);
-            if let Err(error) = file.write_all(&out) {
-                lock(&self.buffer).end = true;
-                return Err(error);
-            }
-            out.clear();
-        }
+    /// Whether records go to the file. False: it is a FIFO that nobody reads, or writing failed.
+    pub fn is_open(&self) -> bool {
+        let buffer = lock(&self.waiting.buffer);
+        !buffer.end && buffer.unread_until.is_none()
     }
-}
 
-impl PcapFile {
-    /// Writes out the waiting records. The file is complete when this returns. Later records are
-    /// ignored.
+    /// Writes out the waiting records. The file is complete when this returns, unless its disk or
+    /// its reader stands still. Later records are ignored.
     pub fn close(&self) {
-        lock(&self.waiting.buffer).end = true;
+        let until = Instant::now() + PATIENCE;
+        let mut buffer = lock(&self.waiting.buffer);
+        buffer.end = true;
         self.waiting.news.notify_one();
-        if let Some(thread) = lock(&self.thread).take() {
-            let _ = thread.join(); // If the thread panicked, the file cannot be completed.
+        while !buffer.done {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                let path = self.path.display();
+                tracing::warn!(%path, "the disk stands still; the capture will be complete later");
+                return;
+            }
+            let waited = self.waiting.done.wait_timeout(buffer, left);
+            buffer = waited.unwrap_or_else(|e| e.into_inner()).0;
         }
     }
 }
@@ -143,5 +171,102 @@ impl PcapFile {
 impl Drop for PcapFile {
     fn drop(&mut self) {
         self.close();
+    }
+}
+
+impl Writer {
+    fn run(mut self) {
+        let ended = self.write_out();
+        let mut buffer = lock(&self.waiting.buffer);
+        let is_closed = std::mem::replace(&mut buffer.end, true);
+        buffer.done = true;
+        drop(buffer);
+        self.waiting.done.notify_all();
+        match ended {
+            // The device has gone, and with it the interest in what the reader does.
+            Err(error) if is_closed && error.kind() == ErrorKind::TimedOut => {}
+            Err(error) => {
+                tracing::error!(path = %self.path.display(), %error, "the capture ends");
+            }
+            Ok(()) => {}
+        }
+    }
+
+    /// Opens the file and writes its head. Returns false if it is a FIFO that nobody reads.
+    fn open(&mut self) -> io::Result<bool> {
+        let file = match self.opener.create(&self.path) {
+            Ok(file) => file,
+            Err(error) if error.raw_os_error() == Some(Errno::NXIO.raw_os_error()) => {
+                return Ok(false);
+            }
+            Err(error) => return Err(error),
+        };
+        let is_fifo = FileType::from_raw_mode(fstat(&file)?.st_mode) == FileType::Fifo;
+        let mut out = Out { file, is_fifo };
+        if is_fifo {
+            // It may be full of what another program has written. Then the head goes first later.
+            lock(&self.waiting.buffer).bytes = self.head.clone();
+        } else {
+            out.file.write_all(&self.head)?;
+        }
+        self.out = Some(out);
+        Ok(true)
+    }
+
+    fn write_out(&mut self) -> io::Result<()> {
+        let mut bytes = Vec::new();
+        loop {
+            let mut buffer = lock(&self.waiting.buffer);
+            while buffer.bytes.is_empty() && !buffer.look {
+                if buffer.end {
+                    return Ok(());
+                }
+                buffer = self.waiting.news.wait(buffer).unwrap_or_else(|e| e.into_inner());
+            }
+            let look = std::mem::take(&mut buffer.look);
+            std::mem::swap(&mut buffer.bytes, &mut bytes);
+            drop(buffer);
+            if look && self.out.is_none() && self.open()? {
+                lock(&self.waiting.buffer).unread_until = None;
+            }
+            let Some(out) = &mut self.out else { continue };
+            match out.write(&bytes, &self.waiting) {
+                Err(error) if out.is_fifo && error.kind() == ErrorKind::BrokenPipe => {
+                    self.out = None;
+                    let mut buffer = lock(&self.waiting.buffer);
+                    buffer.bytes.clear();
+                    buffer.unread_until = Some(Instant::now());
+                    tracing::info!(path = %self.path.display(), "the capture's reader has gone");
+                }
+                written => written?,
+            }
+            bytes.clear();
+        }
+    }
+}
+
+impl Out {
+    /// Writes all bytes. The reader of a FIFO has little time once the capture ends.
+    fn write(&mut self, mut bytes: &[u8], waiting: &Records) -> io::Result<()> {
+        let mut ends_at = None;
+        while !bytes.is_empty() {
+            match self.file.write(bytes) {
+                Ok(0) => return Err(ErrorKind::WriteZero.into()),
+                Ok(n) => bytes = &bytes[n..],
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    let now = Instant::now();
+                    if lock(&waiting.buffer).end
+                        && *ends_at.get_or_insert(now + PATIENCE_FIFO) <= now
+                    {
+                        return Err(ErrorKind::TimedOut.into());
+                    }
+                    let nap = Timespec::try_from(PATIENCE_FIFO / 4).unwrap_or_default();
+                    let _ = poll(&mut [PollFd::new(&self.file, PollFlags::OUT)], Some(&nap));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
     }
 }

@@ -23,7 +23,9 @@ mod tx;
 use std::sync::Arc;
 
 use serde_json::Value;
-use vbus_core::{Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Metric, Open};
+use vbus_core::{
+    Connection, CreateError, Device, DeviceClass, ErrorCode, Identity, Metric, Open, settings,
+};
 use vbus_net::{BACKEND_METRICS, Direct, Link, Opener, Switches};
 
 use config::Config;
@@ -118,6 +120,19 @@ impl Device for Venet {
 
     fn inspect(&self) -> Value {
         self.0.inspect()
+    }
+
+    fn reconfigure(&self, old: &Value, new: &Value) -> Result<(), String> {
+        let config = Config::parse(new).map_err(|error| error.to_string())?;
+        let is_limit = |key: &String| vbus_net::Limits::KEYS.contains(&&**key);
+        if !settings::changed(old, new).iter().all(is_limit) {
+            return Err("only rates and bursts change while the device is there".into());
+        }
+        if self.0.backend.set_limits(&config.backend.limits) {
+            Ok(())
+        } else {
+            Err("a direction gets its first limit when the device is made".into())
+        }
     }
 
     fn control(&self, request: &Value, reply: &mut dyn FnMut(Value) -> bool) -> Result<(), String> {

@@ -7,8 +7,9 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
+use std::sync::{Arc, RwLock};
 
-use rustix::fs::{CWD, FileType, Mode, OFlags, fcntl_getfl, fcntl_setfl, fstat, open, openat};
+use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, open, openat};
 use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
@@ -21,11 +22,13 @@ struct Folder {
     descriptor: Option<OwnedFd>,
 }
 
-/// The allowed folders and paths.
-pub struct Places {
+/// The allowed folders and paths. They change when the bus reads its configuration again.
+pub struct Places(RwLock<Arc<Allowed>>);
+
+struct Allowed {
     folders: Vec<Folder>,
     vmm_folders: Vec<Folder>,
-    permits: Permits,
+    permits: Arc<Permits>,
 }
 
 /// A place where something can be made or found.
@@ -36,9 +39,8 @@ pub enum Place {
     Within { folder: OwnedFd, name: OsString },
 }
 
-impl Places {
-    /// The places that `permits` allows.
-    pub fn new(permits: Permits) -> Places {
+impl Allowed {
+    fn new(permits: Permits) -> Allowed {
         let folder = |path: &PathBuf| {
             let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
             let descriptor = open(path, flags, Mode::empty());
@@ -50,19 +52,10 @@ impl Places {
         };
         let all = |paths: &[PathBuf]| paths.iter().map(folder).collect();
         let (folders, vmm_folders) = (all(&permits.folders), all(&permits.vmm_folders));
-        Places { folders, vmm_folders, permits }
+        Allowed { folders, vmm_folders, permits: Arc::new(permits) }
     }
 
-    /// The permits.
-    pub fn permits(&self) -> &Permits {
-        &self.permits
-    }
-
-    /// Finds the place of `path`, which is for `purpose`.
-    ///
-    /// # Errors
-    /// The path is not allowed for that, or the system refuses.
-    pub fn find(&self, path: &str, purpose: Purpose) -> io::Result<Place> {
+    fn find(&self, path: &str, purpose: Purpose) -> io::Result<Place> {
         let path = std::path::absolute(path)?;
         if self.permits.names(&path, purpose) {
             return Ok(Place::Named(path));
@@ -101,6 +94,36 @@ impl Places {
     }
 }
 
+impl Places {
+    /// The places that `permits` allows.
+    pub fn new(permits: Permits) -> Places {
+        Places(RwLock::new(Arc::new(Allowed::new(permits))))
+    }
+
+    fn now(&self) -> Arc<Allowed> {
+        self.0.read().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+
+    /// The permits.
+    pub fn permits(&self) -> Arc<Permits> {
+        self.now().permits.clone()
+    }
+
+    /// From now on, allows the places of `permits`.
+    pub fn replace(&self, permits: Permits) {
+        let allowed = Arc::new(Allowed::new(permits));
+        *self.0.write().unwrap_or_else(|e| e.into_inner()) = allowed;
+    }
+
+    /// Finds the place of `path`, which is for `purpose`.
+    ///
+    /// # Errors
+    /// The path is not allowed for that, or the system refuses.
+    pub fn find(&self, path: &str, purpose: Purpose) -> io::Result<Place> {
+        self.now().find(path, purpose)
+    }
+}
+
 /// Opens the folder below `folder` that `names` lead to. Follows no link.
 fn walk(folder: &OwnedFd, names: &[&OsStr]) -> io::Result<OwnedFd> {
     let mut at = folder.try_clone()?;
@@ -122,39 +145,21 @@ impl Place {
         }
     }
 
-    /// Creates or empties the file there. It may be a FIFO that somebody reads.
+    /// Creates or empties the file there, as [`vbus_net::open_capture`] does.
     ///
     /// # Errors
-    /// Something else is there, or the system refuses.
+    /// `ENXIO` if a FIFO is there that nobody reads now; something else than a file or a FIFO is
+    /// there, or the system refuses.
     pub fn create(&self) -> io::Result<File> {
-        // Without NONBLOCK, opening a FIFO would wait for its reader.
-        let flags = OFlags::WRONLY
-            | OFlags::CREATE
-            | OFlags::NONBLOCK
-            | OFlags::NOFOLLOW
-            | OFlags::NOCTTY
-            | OFlags::CLOEXEC;
-        let mode = Mode::from_raw_mode(0o600);
-        let file = match self {
-            Place::Named(path) => openat(CWD, path, flags, mode),
-            Place::Within { folder, name } => openat(folder, name, flags, mode),
+        let (folder, name) = match self {
+            Place::Named(path) => return vbus_net::open_capture(CWD, path, false),
+            Place::Within { folder, name } => (folder, name),
         };
-        let file = file.map_err(|error| match error {
-            Errno::NXIO => io::Error::other("it is a FIFO that nobody reads, or a socket"),
-            Errno::LOOP => io::Error::other("it is a symbolic link"),
-            other => other.into(),
-        })?;
-        let kind = FileType::from_raw_mode(fstat(&file)?.st_mode);
-        let within = matches!(self, Place::Within { .. });
-        if within && !matches!(kind, FileType::RegularFile | FileType::Fifo) {
-            return Err(io::Error::other("it is no file"));
+        let file = vbus_net::open_capture(folder, Path::new(name), false)?;
+        match FileType::from_raw_mode(fstat(&file)?.st_mode) {
+            FileType::RegularFile | FileType::Fifo => Ok(file),
+            _ => Err(io::Error::other("it is no file")),
         }
-        // Only now is it known what the file is.
-        if kind == FileType::RegularFile {
-            rustix::fs::ftruncate(&file, 0)?;
-        }
-        fcntl_setfl(&file, fcntl_getfl(&file)? - OFlags::NONBLOCK)?;
-        Ok(file.into())
     }
 
     /// Connects a non-blocking socket to the one there.
@@ -252,10 +257,11 @@ mod tests {
         let path = root.path().join("vm/fifo");
         rustix::fs::mknodat(CWD, &path, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
         let place = places.find(path.to_str().unwrap(), Purpose::Capture).unwrap();
-        assert!(place.create().unwrap_err().to_string().contains("nobody reads"));
+        let error = place.create().unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(Errno::NXIO.raw_os_error()));
         let _reader = open(&path, OFlags::RDONLY | OFlags::NONBLOCK, Mode::empty()).unwrap();
         let file = place.create().unwrap();
-        assert!(!fcntl_getfl(&file).unwrap().contains(OFlags::NONBLOCK));
+        assert!(rustix::fs::fcntl_getfl(&file).unwrap().contains(OFlags::NONBLOCK));
     }
 
     #[test]

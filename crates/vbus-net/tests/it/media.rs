@@ -75,7 +75,7 @@ fn the_capture_records_a_source_behind_any_front() {
     let (executor, switches, dir) = (executor(), Switches::default(), tempfile::tempdir().unwrap());
     let path = dir.path().join("null.pcap");
     let null = Medium::Null(60).open(&switches, &opener(), 1, 1500, Arc::default()).unwrap();
-    let captured = Captured::new(&Direct, null, &path, 1000).unwrap();
+    let captured = Captured::new(&opener(), null, &path, 1000).unwrap();
     let front = Front::plug(&executor, &captured, A, 3);
     for _ in 0..3 {
         let frame = front.receive();
@@ -84,6 +84,39 @@ fn the_capture_records_a_source_behind_any_front() {
     drop(front);
     drop(captured);
     assert_eq!(std::fs::read(path).unwrap().len(), 24 + 3 * (16 + 60));
+}
+
+#[test]
+fn each_reader_of_a_fifo_gets_a_capture_and_none_stops_the_device() {
+    let (executor, switches, dir) = (executor(), Switches::default(), tempfile::tempdir().unwrap());
+    let path = dir.path().join("fifo");
+    let mode = rustix::fs::Mode::from_raw_mode(0o600);
+    rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+    let null = Medium::Null(60).open(&switches, &opener(), 1, 1500, Arc::default()).unwrap();
+    let captured = Captured::new(&opener(), null, &path, 1000).unwrap();
+    let front = Front::plug(&executor, &captured, A, usize::MAX);
+    front.receive(); // Nobody reads the capture.
+    for _ in 0..2 {
+        // This waits for the capture to open the other end.
+        let mut reader = std::fs::File::open(&path).unwrap();
+        let mut bytes = [0; 24 + 2 * (16 + 60)];
+        std::io::Read::read_exact(&mut reader, &mut bytes).unwrap();
+        assert_eq!(bytes[..4], 0xa1b2_c3d4_u32.to_le_bytes(), "it begins with the head");
+        assert_eq!([bytes[24 + 8], bytes[24 + 76 + 8]], [60, 60], "the lengths of two records");
+        drop(reader);
+        // A reader that came before the capture has noticed would get the rest of this one's.
+        while vbus_net::Backend::inspect(&captured)["pcap"]["open"] == true {
+            front.receive();
+        }
+    }
+    // The reader of this one reads nothing at all.
+    let reader = std::fs::File::open(&path).unwrap();
+    for _ in 0..10_000 {
+        front.receive();
+    }
+    drop(front);
+    drop(captured);
+    drop(reader);
 }
 
 #[test]
