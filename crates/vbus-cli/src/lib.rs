@@ -21,6 +21,7 @@ pub mod documents;
 pub mod limits;
 pub mod log;
 pub mod output;
+pub mod progress;
 pub mod rundir;
 pub mod signals;
 mod standard;

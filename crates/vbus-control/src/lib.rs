@@ -4,12 +4,14 @@
 //!
 //! A request is one line of JSON. Each answer is a line with one member. Any number of `item`
 //! answers come first. The last answer is `ok`, or `error` with a text for people. The [`Handler`]
-//! defines the requests.
+//! defines the requests. A request with the member `progress` also gets reports of its
+//! [`Progress`].
 //!
 //! A [`Server`] gives each client its own thread. It limits the number of clients, the length of a
-//! line, and the time that a client may be silent. A client can at worst end its own connection.
-//! The handler learns who a client is ([`Peer`]), and can turn it away. A [`Connection`] is the
-//! client's end.
+//! line, and the time that a client may be silent. A client can at worst end its own connection: if
+//! all places are taken, one that has no request under way gives way to the next. The handler
+//! learns who a client is ([`Peer`]), can turn it away, and says how many places its user gets
+//! ([`Share`]). A [`Connection`] is the client's end.
 //!
 //! ```
 //! use std::os::unix::net::{UnixListener, UnixStream};
@@ -51,9 +53,9 @@ mod client;
 mod peer;
 mod server;
 
-pub use client::Connection;
+pub use client::{Connection, Progress};
 pub use peer::Peer;
-pub use server::{Client, Handler, Limits, Server};
+pub use server::{Client, Handler, Limits, Server, Share};
 
 /// The examples of the README compile.
 #[cfg(doctest)]

@@ -2,11 +2,11 @@
 //! The server's end.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -27,10 +27,27 @@ const STACK: usize = 1 << 20;
 /// Limits on the cost of clients.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// The most clients at a time. A further client gets an error and is disconnected.
+    /// The most clients at a time. If a further one comes, a client that has no request under way
+    /// is disconnected. If there is none, the further one gets an error and is disconnected.
     pub clients: usize,
     /// The longest request, in bytes.
     pub line: u64,
+}
+
+/// How many of the server's places a client may count on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Share {
+    /// The most clients of this client's user.
+    pub user: usize,
+    /// The most clients in all that may be there when this one is admitted. Less than
+    /// [`Limits::clients`] keeps places free for clients with a greater share. Such a client never
+    /// gives way to one with a smaller share.
+    pub all: usize,
+}
+
+impl Share {
+    /// All places.
+    pub const WHOLE: Share = Share { user: usize::MAX, all: usize::MAX };
 }
 
 /// Answers the requests that come to a server.
@@ -38,14 +55,15 @@ pub trait Handler: Send + Sync + 'static {
     /// The type of a request.
     type Request: DeserializeOwned;
 
-    /// Decides whether `peer` may send requests at all. The provided method admits everybody whom
-    /// the mode of the socket lets connect. Runs in the thread that accepts, so it must not wait.
+    /// Decides whether `peer` may send requests at all, and how many places its user gets. The
+    /// provided method admits everybody whom the mode of the socket lets connect, to all places.
+    /// Runs in the thread that accepts, so it must not wait.
     ///
     /// # Errors
     /// An error becomes the answer `error`, and the client is disconnected.
-    fn admit(&self, peer: &Peer) -> Result<()> {
+    fn admit(&self, peer: &Peer) -> Result<Share> {
         let _ = peer;
-        Ok(())
+        Ok(Share::WHOLE)
     }
 
     /// Handles a request and returns its last answer. The answers before the last one go to
@@ -60,6 +78,8 @@ pub trait Handler: Send + Sync + 'static {
 pub struct Client<'a> {
     socket: &'a UnixStream,
     peer: &'a Peer,
+    /// The request asked for reports of progress.
+    wants_progress: bool,
 }
 
 impl Client<'_> {
@@ -74,6 +94,19 @@ impl Client<'_> {
     /// The client has gone, or does not take the answer within the time-out.
     pub fn item(&self, value: Value) -> io::Result<()> {
         self.answer(&json!({ "item": value }))
+    }
+
+    /// Tells the client how far its request is, if the request asked for that: its member
+    /// `progress` is true. `text` is for people. `done` of `total` steps are done.
+    ///
+    /// # Errors
+    /// As for [`item`](Self::item).
+    pub fn progress(&self, text: &str, done: usize, total: usize) -> io::Result<()> {
+        if !self.wants_progress {
+            return Ok(());
+        }
+        let report = json!({ "text": text, "done": done, "total": total });
+        self.answer(&json!({ "progress": report }))
     }
 
     /// Whether the client has closed its end, or has sent something before it got its answer.
@@ -97,15 +130,110 @@ pub struct Server<H> {
     listener: UnixListener,
     limits: Limits,
     handler: Arc<H>,
-    clients: Arc<AtomicUsize>,
+    places: Arc<Places>,
 }
 
-/// Counts a client until it is dropped.
-struct Admission(Arc<AtomicUsize>);
+/// The clients that are there.
+#[derive(Default)]
+struct Places(Mutex<Table>);
 
-impl Drop for Admission {
+#[derive(Default)]
+struct Table {
+    clients: Vec<Occupant>,
+    next: u64,
+}
+
+/// A client in its place.
+struct Occupant {
+    number: u64,
+    user: u32,
+    share: Share,
+    socket: Arc<UnixStream>,
+    /// Since when no request is under way. `None`: one is.
+    idle_since: Option<Instant>,
+}
+
+/// The place of a client. Dropping it leaves the place.
+struct Place {
+    places: Arc<Places>,
+    number: u64,
+}
+
+impl Places {
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.0.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Gives the client a place, if need be that of an idle client, which is disconnected.
+    ///
+    /// # Errors
+    /// There is none. The text is for the client.
+    fn enter(
+        self: &Arc<Self>,
+        socket: &Arc<UnixStream>,
+        peer: &Peer,
+        share: Share,
+        limits: Limits,
+    ) -> Result<Place, String> {
+        let mut table = self.lock();
+        let of_user = |user: u32, table: &Table| {
+            table.clients.iter().filter(|client| client.user == user).count()
+        };
+        if of_user(peer.uid, &table) >= share.user
+            && !table.evict(|c, _| (c.user == peer.uid).then_some(0))
+        {
+            return Err(format!("more than {} control clients of one user", share.user));
+        }
+        let all = share.all.min(limits.clients);
+        // The user with the most clients has to give one up.
+        let candidate = |client: &Occupant, table: &Table| {
+            (client.share.all <= share.all).then(|| of_user(client.user, table))
+        };
+        if table.clients.len() >= all && !table.evict(candidate) {
+            return Err(format!("more than {all} control clients"));
+        }
+        table.next += 1;
+        let number = table.next;
+        table.clients.push(Occupant {
+            number,
+            user: peer.uid,
+            share,
+            socket: socket.clone(),
+            idle_since: Some(Instant::now()),
+        });
+        Ok(Place { places: self.clone(), number })
+    }
+}
+
+impl Table {
+    /// Disconnects an idle client: the one with the highest `rank`, and among those the one that
+    /// has been idle for the longest time. A client without a rank stays. Returns whether there is
+    /// such a client.
+    fn evict(&mut self, rank: impl Fn(&Occupant, &Table) -> Option<usize>) -> bool {
+        let candidates = self.clients.iter().enumerate().filter_map(|(at, client)| {
+            Some(((rank(client, self)?, std::cmp::Reverse(client.idle_since?)), at))
+        });
+        let Some((_, at)) = candidates.max() else { return false };
+        // Its thread sees the end of the connection, and ends.
+        let _ = self.clients.swap_remove(at).socket.shutdown(Shutdown::Both);
+        true
+    }
+}
+
+impl Place {
+    /// Notes whether the client has a request under way.
+    fn is_idle(&self, idle: bool) {
+        let mut table = self.places.lock();
+        let own = table.clients.iter_mut().find(|client| client.number == self.number);
+        if let Some(client) = own {
+            client.idle_since = idle.then(Instant::now);
+        }
+    }
+}
+
+impl Drop for Place {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        self.places.lock().clients.retain(|client| client.number != self.number);
     }
 }
 
@@ -116,7 +244,7 @@ impl<H: Handler> Server<H> {
     /// The operating system refuses.
     pub fn new(listener: UnixListener, limits: Limits, handler: H) -> io::Result<Server<H>> {
         listener.set_nonblocking(true)?;
-        Ok(Server { listener, limits, handler: Arc::new(handler), clients: Arc::default() })
+        Ok(Server { listener, limits, handler: Arc::new(handler), places: Arc::default() })
     }
 
     /// Accepts the next client, if one waits.
@@ -126,7 +254,7 @@ impl<H: Handler> Server<H> {
     /// caller should pause before it tries again.
     pub fn accept(&self) -> io::Result<()> {
         let socket = match self.listener.accept() {
-            Ok((socket, _)) => socket,
+            Ok((socket, _)) => Arc::new(socket),
             Err(e)
                 if matches!(
                     e.kind(),
@@ -141,24 +269,24 @@ impl<H: Handler> Server<H> {
         socket.set_read_timeout(Some(TIMEOUT))?;
         socket.set_write_timeout(Some(TIMEOUT))?;
         // The texts fit the empty buffer of a new socket, so these answers cannot block.
-        let peer = Peer::of(&socket)?;
-        if let Err(error) = self.handler.admit(&peer) {
-            let _ = answer(&socket, &json!({ "error": format!("{error:#}") }));
-            return Ok(());
-        }
-        let before = self.clients.fetch_add(1, Ordering::Relaxed);
-        let admission = Admission(self.clients.clone());
-        if before >= self.limits.clients {
-            let text = format!("more than {} control clients", self.limits.clients);
-            let _ = answer(&socket, &json!({ "error": text }));
-            return Ok(());
-        }
+        let peer = Peer::of(&*socket)?;
+        let share = match self.handler.admit(&peer) {
+            Ok(share) => share,
+            Err(error) => {
+                let _ = answer(&socket, &json!({ "error": format!("{error:#}") }));
+                return Ok(());
+            }
+        };
+        let place = match self.places.enter(&socket, &peer, share, self.limits) {
+            Ok(place) => place,
+            Err(text) => {
+                let _ = answer(&socket, &json!({ "error": text }));
+                return Ok(());
+            }
+        };
         let (handler, line_max) = (self.handler.clone(), self.limits.line);
         let thread = std::thread::Builder::new().name("control-client".into()).stack_size(STACK);
-        thread.spawn(move || {
-            let _admission = admission;
-            serve(&*handler, line_max, &socket, &peer);
-        })?;
+        thread.spawn(move || serve(&*handler, line_max, &socket, &peer, &place))?;
         Ok(())
     }
 }
@@ -169,9 +297,9 @@ impl<H> AsFd for Server<H> {
     }
 }
 
-/// Serves a client until it leaves, exceeds the time-out, or breaks the protocol.
-fn serve<H: Handler>(handler: &H, line_max: u64, socket: &UnixStream, peer: &Peer) {
-    let (mut reader, client) = (BufReader::new(socket), Client { socket, peer });
+/// Serves a client until it leaves, gives way, exceeds the time-out, or breaks the protocol.
+fn serve<H: Handler>(handler: &H, line_max: u64, socket: &UnixStream, peer: &Peer, place: &Place) {
+    let mut reader = BufReader::new(socket);
     loop {
         let mut line = Vec::new();
         match (&mut reader).take(line_max).read_until(b'\n', &mut line) {
@@ -180,10 +308,15 @@ fn serve<H: Handler>(handler: &H, line_max: u64, socket: &UnixStream, peer: &Pee
         }
         if line.last() != Some(&b'\n') {
             let text = format!("a request must be one line of at most {line_max} bytes");
-            let _ = client.answer(&json!({ "error": text }));
+            let _ = answer(socket, &json!({ "error": text }));
             return;
         }
-        let request: serde_json::Result<H::Request> = serde_json::from_slice(&line);
+        place.is_idle(false);
+        let mut client = Client { socket, peer, wants_progress: false };
+        let request = serde_json::from_slice(&line).and_then(|mut request: Value| {
+            client.wants_progress = take_progress(&mut request);
+            serde_json::from_value::<H::Request>(request)
+        });
         // What sends no JSON is no control client. Its further bytes may be another party's, such
         // as the frames of a stream that was led here.
         let is_json = request.as_ref().err().is_none_or(serde_json::Error::is_data);
@@ -195,6 +328,20 @@ fn serve<H: Handler>(handler: &H, line_max: u64, socket: &UnixStream, peer: &Pee
         if client.answer(&last).is_err() || !is_json {
             return;
         }
+        place.is_idle(true);
+    }
+}
+
+/// Takes the member `progress` out of a request. Every request may have it.
+fn take_progress(request: &mut Value) -> bool {
+    let Value::Object(members) = request else { return false };
+    match members.get("progress") {
+        Some(Value::Bool(wanted)) => {
+            let wanted = *wanted;
+            members.remove("progress");
+            wanted
+        }
+        _ => false,
     }
 }
 
@@ -214,7 +361,10 @@ mod tests {
             match request.as_str() {
                 "panic" => panic!("as asked"),
                 "refuse" => Err(anyhow!("no")),
-                "wait" => {
+                "begin" | "wait" => {
+                    if request == "begin" {
+                        client.item(Value::Null)?;
+                    }
                     while !client.gone() {
                         std::thread::yield_now();
                     }
@@ -225,16 +375,21 @@ mod tests {
         }
     }
 
-    /// A server for two clients and lines of 100 bytes, with a thread that accepts clients.
+    /// A server, with a thread that accepts clients.
     struct Setting {
         dir: tempfile::TempDir,
     }
 
     impl Setting {
-        fn new() -> Setting {
+        /// A server for so many clients, and for lines of 100 bytes.
+        fn new(clients: usize) -> Setting {
+            Setting::with(Limits { clients, line: 100 }, Echo)
+        }
+
+        fn with(limits: Limits, handler: impl Handler) -> Setting {
             let dir = tempfile::tempdir().unwrap();
             let listener = UnixListener::bind(dir.path().join("socket")).unwrap();
-            let server = Server::new(listener, Limits { clients: 2, line: 100 }, Echo).unwrap();
+            let server = Server::new(listener, limits, handler).unwrap();
             std::thread::spawn(move || {
                 loop {
                     poll(&mut [PollFd::new(&server, PollFlags::IN)], None).unwrap();
@@ -268,45 +423,119 @@ mod tests {
 
     #[test]
     fn whatever_a_client_does_ends_at_worst_its_own_connection() {
-        let setting = Setting::new();
+        // The honest one, and the others, of which the last may not have left yet.
+        let setting = Setting::new(3);
         let mut honest = setting.connection();
         let check =
             |honest: &mut Connection| assert_eq!(ask(honest, "hello").unwrap(), json!("hello"));
         check(&mut honest);
-        let refused = |answers: &str| answers.contains("more than 2 control clients");
-        // The client before this one may still count.
-        let other = |text: &[u8]| loop {
+        let other = |text: &[u8]| {
             let socket = setting.connect();
             let _ = (&socket).write_all(text);
             let answers = rest(&socket);
-            if !refused(&answers) {
-                return answers;
-            }
+            check(&mut setting.connection());
+            answers
         };
         assert!(other(&[b' '; 101]).contains("at most 100 bytes"));
         assert_eq!(other(b"\"panic\"\n"), "");
         // Bytes of another protocol, with a request in them.
         let answers = other(b"\x02\0\0\0\x08\x88\xb5\n\"hello\"\n");
         assert!(answers.contains("not a request") && !answers.contains("hello"), "{answers}");
-        check(&mut honest);
-        let mut second = loop {
-            let mut second = setting.connection();
-            match ask(&mut second, "hello") {
-                Ok(_) => break second,
-                Err(error) => assert!(refused(&error.to_string()), "{error}"),
-            }
-        };
-        assert!(refused(&ask(&mut setting.connection(), "hello").unwrap_err().to_string()));
+        let mut second = setting.connection();
         assert_eq!(ask(&mut second, "refuse").unwrap_err().to_string(), "no");
         let nonsense = second.stream(&json!(17), &mut |_| {}).unwrap_err().to_string();
         assert!(nonsense.starts_with("not a request: "), "{nonsense}");
         check(&mut second);
-        check(&mut honest);
+    }
+
+    #[test]
+    fn silent_clients_keep_nobody_out() {
+        let setting = Setting::new(2);
+        let silent: Vec<_> = (0..20).map(|_| setting.connect()).collect();
+        assert_eq!(ask(&mut setting.connection(), "hello").unwrap(), json!("hello"));
+        assert_eq!(rest(&silent[0]), "", "the first one had to go");
+    }
+
+    #[test]
+    fn clients_with_a_request_under_way_stay() {
+        let setting = Setting::new(2);
+        // The clients must have been accepted, in order, and their requests read. A request that is
+        // answered and one that waits are read in this order.
+        let mut waiting: Vec<_> = (0..2)
+            .map(|_| {
+                let socket = setting.connect();
+                (&socket).write_all(b"\"hello\"\n").unwrap();
+                let mut answer = String::new();
+                BufReader::new(&socket).read_line(&mut answer).unwrap();
+                (&socket).write_all(b"\"begin\"\n").unwrap();
+                BufReader::new(&socket).read_line(&mut answer).unwrap();
+                socket
+            })
+            .collect();
+        let error = ask(&mut setting.connection(), "hello").unwrap_err().to_string();
+        assert_eq!(error, "more than 2 control clients");
+        waiting.pop();
+        while ask(&mut setting.connection(), "hello").is_err() {}
+    }
+
+    /// The places of a server for four clients, and what comes and goes there.
+    #[derive(Default)]
+    struct Room(Arc<Places>);
+
+    impl Room {
+        /// A client of this user enters, with this share. Returns its own end, and its place.
+        fn enter(&self, uid: u32, share: Share) -> Result<(UnixStream, Place), String> {
+            let (own, socket) = UnixStream::pair().unwrap();
+            let peer = Peer { pid: 1, uid, groups: Vec::new() };
+            let limits = Limits { clients: 4, line: 1 };
+            Ok((own, self.0.enter(&Arc::new(socket), &peer, share, limits)?))
+        }
+    }
+
+    fn is_disconnected((own, _): &(UnixStream, Place)) -> bool {
+        own.set_nonblocking(true).unwrap();
+        matches!((&*own).read(&mut [0]), Ok(0))
+    }
+
+    #[test]
+    fn the_user_with_the_most_clients_gives_way() {
+        let room = Room::default();
+        let enter = |uid| room.enter(uid, Share::WHOLE).unwrap();
+        let (first, greedy) = (enter(1), [enter(2), enter(2), enter(2)]);
+        let next = enter(3);
+        assert!(is_disconnected(&greedy[0]), "the one that was idle for the longest time");
+        assert!(!is_disconnected(&first) && !is_disconnected(&next));
+        for (_, place) in [&first, &greedy[1], &greedy[2], &next] {
+            place.is_idle(false);
+        }
+        let error = room.enter(4, Share::WHOLE).map(drop).unwrap_err();
+        assert_eq!(error, "more than 4 control clients");
+        drop(first);
+        enter(4);
+    }
+
+    #[test]
+    fn a_small_share_leaves_places_for_others() {
+        let room = Room::default();
+        let small = Share { user: 1, all: 2 };
+        let full = room.enter(1, Share::WHOLE).unwrap();
+        let reader = room.enter(2, small).unwrap();
+        let again = room.enter(2, small).unwrap();
+        assert!(is_disconnected(&reader), "a user gives way to itself first");
+        let other = room.enter(3, small).unwrap();
+        assert!(is_disconnected(&again) && !is_disconnected(&full));
+        other.1.is_idle(false);
+        let error = room.enter(3, small).map(drop).unwrap_err();
+        assert_eq!(error, "more than 1 control clients of one user");
+        let error = room.enter(2, small).map(drop).unwrap_err();
+        assert_eq!(error, "more than 2 control clients");
+        let more = [1, 1].map(|uid| room.enter(uid, Share::WHOLE).unwrap());
+        assert!(!is_disconnected(&full) && more.iter().all(|client| !is_disconnected(client)));
     }
 
     #[test]
     fn a_client_that_goes_is_noticed_while_it_is_served() {
-        let setting = Setting::new();
+        let setting = Setting::new(2);
         for _ in 0..3 {
             // Only two clients may be there, so each must be noticed when it leaves.
             let socket = setting.connect();
@@ -315,6 +544,43 @@ mod tests {
             drop(socket);
         }
         while ask(&mut setting.connection(), "hello").is_err() {}
+    }
+
+    /// Reports two steps of progress.
+    struct Steps;
+
+    #[derive(serde::Deserialize)]
+    #[serde(tag = "op", rename_all = "kebab-case", deny_unknown_fields)]
+    enum Step {
+        Go {},
+    }
+
+    impl Handler for Steps {
+        type Request = Step;
+
+        fn handle(&self, _: Step, client: &Client<'_>) -> Result<Value> {
+            client.progress("one", 0, 2)?;
+            client.progress("two", 1, 2)?;
+            Ok(json!("done"))
+        }
+    }
+
+    #[test]
+    fn progress_is_reported_to_those_who_ask_for_it() {
+        let setting = Setting::with(Limits { clients: 4, line: 100 }, Steps);
+        let go = json!({ "op": "go" });
+        let mut plain = setting.connection();
+        let mut none = |item| panic!("an item: {item}");
+        assert_eq!(plain.stream(&go, &mut none).unwrap(), json!("done"));
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let mut asking = setting.connection();
+        let theirs = told.clone();
+        asking.on_progress(move |report| theirs.lock().unwrap().push(report.to_string()));
+        assert_eq!(asking.stream(&go, &mut none).unwrap(), json!("done"));
+        assert_eq!(*told.lock().unwrap(), ["one (1 of 2)", "two (2 of 2)"]);
+        let wrong = json!({ "op": "go", "progress": 7 });
+        let error = plain.stream(&wrong, &mut none).unwrap_err().to_string();
+        assert!(error.contains("unknown field `progress`"), "{error}");
     }
 
     /// Gives back what a request carries, as the request of a device is carried.
@@ -336,21 +602,12 @@ mod tests {
 
     #[test]
     fn a_request_of_any_depth_leaves_the_stack_whole() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("socket");
-        let listener = UnixListener::bind(&path).unwrap();
-        let server = Server::new(listener, Limits { clients: 64, line: 4 << 20 }, Carry).unwrap();
-        std::thread::spawn(move || {
-            loop {
-                poll(&mut [PollFd::new(&server, PollFlags::IN)], None).unwrap();
-                server.accept().unwrap();
-            }
-        });
+        let setting = Setting::with(Limits { clients: 64, line: 4 << 20 }, Carry);
         for (open, close) in [("[", "]"), ("{\"a\":", "}")] {
             for depth in [1, 64, 120, 126, 127, 128, 200_000] {
                 let deep = format!("{}1{}", open.repeat(depth), close.repeat(depth));
                 let line = format!("{{\"op\":\"device\",\"request\":{deep}}}\n");
-                let socket = UnixStream::connect(&path).unwrap();
+                let socket = setting.connect();
                 (&socket).write_all(line.as_bytes()).unwrap();
                 let mut answer = String::new();
                 BufReader::new(&socket).read_line(&mut answer).unwrap();

@@ -17,6 +17,15 @@ use vbus_core::settings::Settings;
 /// The mode of a socket whose settings name none.
 const PRIVATE: u32 = 0o600;
 
+/// Whether the users and groups that a configuration names must exist on this machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Accounts {
+    /// They are looked up.
+    Check,
+    /// Another process has looked them up. This one may have no right to.
+    Known,
+}
+
 /// The owner, the group and the mode of a socket's file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Access {

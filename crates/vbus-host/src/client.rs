@@ -2,14 +2,19 @@
 //! The client of a running bus, over its control socket. `vbus device`, `vbus state` and the other
 //! commands use it.
 
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Value, json};
+use vbus_cli::progress::Progress;
+use vbus_cli::rundir::{self, CONTROL};
 use vbus_control::Connection;
 
-use vbus_cli::rundir::{self, CONTROL};
+/// How long the bus may take to accept a connection, and to answer a request that only reads.
+const TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the bus may do nothing while a request changes something. Reports of progress count.
+const LONG_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Where the bus is.
 #[derive(clap::Args, Clone, Debug)]
@@ -38,26 +43,29 @@ impl Client {
             Some(_) => rundir::check_writers(&client.dir).map(drop),
             None => rundir::check(&client.dir),
         };
-        checked.and_then(|()| client.socket().map(drop)).map_err(|error| {
-            match error.downcast_ref::<std::io::Error>().map(std::io::Error::kind) {
-                Some(NotFound | ConnectionRefused) => anyhow!(
-                    "no bus serves in {dir}; start one with `vbus serve --dir {dir}`, or name its \
+        checked.and_then(|()| client.connection(TIMEOUT).map(drop)).map_err(|error| match error
+            .downcast_ref::<std::io::Error>()
+            .map(std::io::Error::kind)
+        {
+            Some(NotFound | ConnectionRefused) => anyhow!(
+                "no bus serves in {dir}; start one with `vbus serve --dir {dir}`, or name its \
                      directory with --dir",
-                    dir = client.dir.display()
-                ),
-                Some(PermissionDenied) => error.context(
-                    "you may not control this bus: its table [control] names the groups that may",
-                ),
-                _ => error,
-            }
+                dir = client.dir.display()
+            ),
+            Some(PermissionDenied) => error.context(
+                "you may not control this bus: its table [control] names the groups that may",
+            ),
+            _ => error,
         })?;
         Ok(client)
     }
 
-    fn socket(&self) -> Result<UnixStream> {
+    fn connection(&self, timeout: Duration) -> Result<Connection> {
         let path = self.dir.join(CONTROL);
         rundir::check_socket_path(&path)?;
-        UnixStream::connect(&path).with_context(|| path.display().to_string())
+        Connection::connect(&path, "the bus", timeout)
+            .with_context(|| path.display().to_string())
+            .map_err(hint)
     }
 
     /// The directory of the bus's sockets.
@@ -65,15 +73,31 @@ impl Client {
         &self.dir
     }
 
-    /// Sends a request and returns its answer.
+    /// Sends a request that only reads, and returns its answer.
     pub fn ask(&self, request: &Value) -> Result<Value> {
-        self.stream(request, &mut |_| {})
+        self.send(request, TIMEOUT, |_| {}, &mut |_| {})
     }
 
-    /// Sends a request, passes each answer except the last to `item`, and returns the last.
-    pub fn stream(&self, request: &Value, item: &mut dyn FnMut(Value)) -> Result<Value> {
-        let socket = self.socket().context("the bus has gone")?;
-        Connection::new(socket, "the bus").stream(request, item)
+    /// Sends a request that may take long, and returns its answer. A terminal shows how far the bus
+    /// is.
+    pub fn order(&self, request: &Value) -> Result<Value> {
+        let show = |connection: &mut Connection| {
+            let mut progress = Progress::new();
+            connection.on_progress(move |report| progress.show(&report.to_string()));
+        };
+        self.send(request, LONG_TIMEOUT, show, &mut |_| {})
+    }
+
+    fn send(
+        &self,
+        request: &Value,
+        timeout: Duration,
+        set_up: impl FnOnce(&mut Connection),
+        item: &mut dyn FnMut(Value),
+    ) -> Result<Value> {
+        let mut connection = self.connection(timeout).context("the bus has gone")?;
+        set_up(&mut connection);
+        connection.stream(request, item).map_err(hint)
     }
 
     /// Asks the bus for all devices.
@@ -84,14 +108,27 @@ impl Client {
         }
     }
 
-    /// Sends `request` to the device `name` itself.
+    /// Sends `request` to the device `name` itself, passes each answer except the last to `item`,
+    /// and returns the last. Behind the first answer, any time may pass until the next.
     pub fn device(
         &self,
         name: &str,
         request: &Value,
         item: &mut dyn FnMut(Value),
     ) -> Result<Value> {
-        self.stream(&json!({ "op": "device", "name": name, "request": request }), item)
+        let request = json!({ "op": "device", "name": name, "request": request });
+        self.send(&request, LONG_TIMEOUT, Connection::set_endless, item)
+    }
+}
+
+/// Adds what to do to an error that the bus was too slow.
+fn hint(error: anyhow::Error) -> anyhow::Error {
+    let cause = error.downcast_ref::<std::io::Error>();
+    match cause.map(std::io::Error::kind) {
+        Some(std::io::ErrorKind::TimedOut) => anyhow!(
+            "{error:#}; is its process stopped, or out of descriptors? Its log may say more"
+        ),
+        _ => error,
     }
 }
 

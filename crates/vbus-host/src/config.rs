@@ -11,11 +11,11 @@ use std::time::Duration;
 use serde_json::{Map, Value};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
-use vbus_core::settings::meant;
+use vbus_core::settings::{changed, meant};
 use vbus_core::{CreateError, Tuning};
 use vbus_pci::Options;
 
-use crate::access::SocketSpec;
+use crate::access::{Accounts, SocketSpec};
 use crate::metrics::MetricsSpec;
 use crate::rights::ControlSpec;
 use crate::supervisor::AllowSpec;
@@ -35,6 +35,10 @@ const BUDGET_MAX: u64 = 4096;
 pub struct Config {
     /// How the bus runs its tasks.
     pub tuning: Tuning,
+    /// The settings of the table `[bus]` that `tuning` has, as they are in the file.
+    pub tuning_settings: Map<String, Value>,
+    /// The level of the log.
+    pub log: Option<String>,
     /// Who may control the bus.
     pub control: ControlSpec,
     /// Where the metrics are.
@@ -56,7 +60,7 @@ impl Config {
 }
 
 /// The configuration of a device.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct DeviceSpec {
     /// Its name on the bus.
     pub name: String,
@@ -105,8 +109,44 @@ impl DeviceSpec {
             None => SocketSpec::default(),
             Some(value) => SocketSpec::parse(&value).map_err(|error| error.to_string())?,
         };
+        let is_own = |path: &PathBuf| rundir::OWN.iter().any(|own| path == Path::new(own));
+        if let Some(path) = socket.path.as_ref().filter(|path| is_own(path)) {
+            return Err(format!(
+                "\"socket\" is {path:?}, but the bus itself uses that socket; use another path"
+            ));
+        }
         Ok(DeviceSpec { name, class, options, pic, socket, settings: Value::Object(settings) })
     }
+
+    /// The keys in which this differs from `old`, and whether the class's own settings are all of
+    /// them.
+    pub fn changed_keys(&self, old: &DeviceSpec) -> (Vec<String>, bool) {
+        let mut keys = Vec::new();
+        for (key, differs) in [
+            ("class", self.class != old.class),
+            ("msix", self.options.msix != old.options.msix),
+            ("express", self.options.express != old.options.express),
+            ("pic", self.pic != old.pic),
+            ("socket", self.socket != old.socket),
+        ] {
+            if differs {
+                keys.push(key.to_owned());
+            }
+        }
+        let is_own = keys.is_empty();
+        keys.extend(changed(&old.settings, &self.settings));
+        (keys, is_own)
+    }
+
+    /// The path of its socket. A relative path begins in the directory of the bus.
+    pub fn socket_path(&self) -> PathBuf {
+        self.socket.path.clone().unwrap_or_else(|| socket_name(&self.name))
+    }
+}
+
+/// The name of the socket of device `name`.
+fn socket_name(name: &str) -> PathBuf {
+    format!("{name}.sock").into()
 }
 
 /// The text of a configuration file. Errors point to places in it.
@@ -170,6 +210,11 @@ type Fault = (Range<usize>, String);
 
 /// Reads a configuration file.
 pub fn read(path: &Path) -> Result<(Config, Source), ConfigError> {
+    parse(path, read_text(path)?, Accounts::Check)
+}
+
+/// Reads the text of a configuration file.
+pub fn read_text(path: &Path) -> Result<String, ConfigError> {
     let fail = |what: &dyn fmt::Display| ConfigError(format!("{}: {what}", path.display()));
     let too_large = format!("larger than {FILE_MAX} bytes");
     // A file may grow, and what is no file has no length.
@@ -179,13 +224,18 @@ pub fn read(path: &Path) -> Result<(Config, Source), ConfigError> {
     if text.len() as u64 > FILE_MAX {
         return Err(fail(&too_large));
     }
-    parse(path, text)
+    Ok(text)
 }
 
-fn parse(path: &Path, text: String) -> Result<(Config, Source), ConfigError> {
+/// Reads the text of the configuration file `path`.
+pub fn parse(
+    path: &Path,
+    text: String,
+    accounts: Accounts,
+) -> Result<(Config, Source), ConfigError> {
     let mut source = Source { path: path.to_owned(), text, devices: Vec::new() };
     let (mut config, mut places) = (Config::default(), Vec::new());
-    match fill(&source.text, &mut config, &mut places) {
+    match fill(&source.text, accounts, &mut config, &mut places) {
         Ok(()) => {
             source.devices = places;
             Ok((config, source))
@@ -239,7 +289,12 @@ impl Source {
     }
 }
 
-fn fill(text: &str, config: &mut Config, places: &mut Vec<DevicePlaces>) -> Result<(), Fault> {
+fn fill(
+    text: &str,
+    accounts: Accounts,
+    config: &mut Config,
+    places: &mut Vec<DevicePlaces>,
+) -> Result<(), Fault> {
     let root = DeTable::parse(text)
         .map_err(|e| (e.span().unwrap_or(0..0), e.message().trim_end().to_owned()))?;
     for (key, value) in root.get_ref() {
@@ -253,22 +308,32 @@ fn fill(text: &str, config: &mut Config, places: &mut Vec<DevicePlaces>) -> Resu
                     ));
                 };
                 for entry in devices.iter() {
-                    let (spec, place) = device(table(entry, "a device")?, entry.span())?;
+                    let (spec, place) = device(table(entry, "a device")?, entry.span(), accounts)?;
                     if config.devices.iter().any(|d| d.name == spec.name) {
                         return Err((
                             place.name,
                             format!("there are two devices called {:?}", spec.name),
                         ));
                     }
+                    let path = spec.socket_path();
+                    if let Some(other) = config.devices.iter().find(|d| d.socket_path() == path) {
+                        let key = place.keys.iter().find(|(key, _)| key == "socket");
+                        let text = format!("device {:?} has the same socket", other.name);
+                        return Err((key.map_or(place.name, |(_, place)| place.clone()), text));
+                    }
                     config.devices.push(spec);
                     places.push(place);
                 }
             }
             "control" => {
-                config.control = settings(value, "control", ControlSpec::parse)?;
+                let parse = |table: &Value| ControlSpec::parse(table, accounts);
+                config.control = settings(value, "control", parse)?;
             }
             "allow" => config.allow = settings(value, "allow", AllowSpec::parse)?,
-            "metrics" => config.metrics = settings(value, "metrics", MetricsSpec::parse)?,
+            "metrics" => {
+                let parse = |table: &Value| MetricsSpec::parse(table, accounts);
+                config.metrics = settings(value, "metrics", parse)?;
+            }
             other => {
                 let known = ["bus", "control", "metrics", "allow", "device"];
                 return Err((key.span(), unknown(other, "here", &known)));
@@ -283,7 +348,7 @@ fn fill(text: &str, config: &mut Config, places: &mut Vec<DevicePlaces>) -> Resu
 fn settings<T>(
     value: &Spanned<DeValue<'_>>,
     name: &str,
-    parse: fn(&Value) -> Result<T, CreateError>,
+    parse: impl FnOnce(&Value) -> Result<T, CreateError>,
 ) -> Result<T, Fault> {
     table(value, &format!("{name:?}"))?;
     let mut keys = Vec::new();
@@ -299,8 +364,12 @@ fn settings<T>(
 }
 
 fn bus(table: &DeTable<'_>, config: &mut Config) -> Result<(), Fault> {
-    const KEYS: [&str; 3] = ["workers", "poll-us", "budget"];
+    const KEYS: [&str; 4] = ["workers", "poll-us", "budget", "log"];
     for (key, value) in table {
+        if KEYS[..3].contains(&&**key.get_ref()) {
+            let setting = json(value.get_ref()).map_err(|text| (value.span(), text))?;
+            config.tuning_settings.insert(key.get_ref().to_string(), setting);
+        }
         match &**key.get_ref() {
             "workers" => {
                 config.tuning.workers =
@@ -311,6 +380,11 @@ fn bus(table: &DeTable<'_>, config: &mut Config) -> Result<(), Fault> {
             }
             "budget" => {
                 config.tuning.budget = u32::try_from(number(value, 1, BUDGET_MAX)?).unwrap_or(1)
+            }
+            "log" => {
+                let level = string(value)?;
+                vbus_cli::log::check_level(&level).map_err(|e| (value.span(), e.to_string()))?;
+                config.log = Some(level);
             }
             "trust-memory" => {
                 let gone = "there is no setting \"trust-memory\" any more: the bus takes memory files \
@@ -323,7 +397,11 @@ fn bus(table: &DeTable<'_>, config: &mut Config) -> Result<(), Fault> {
     Ok(())
 }
 
-fn device(table: &DeTable<'_>, whole: Range<usize>) -> Result<(DeviceSpec, DevicePlaces), Fault> {
+fn device(
+    table: &DeTable<'_>,
+    whole: Range<usize>,
+    accounts: Accounts,
+) -> Result<(DeviceSpec, DevicePlaces), Fault> {
     let (mut name, mut class, mut settings, mut keys) = (None, None, Map::new(), Vec::new());
     let (mut name_place, mut class_place) = (whole.clone(), whole.clone());
     for (key, value) in table {
@@ -351,9 +429,11 @@ fn device(table: &DeTable<'_>, whole: Range<usize>) -> Result<(DeviceSpec, Devic
         (name.ok_or_else(|| missing("name"))?, class.ok_or_else(|| missing("class"))?);
     let places = DevicePlaces { text: name.clone(), name: name_place, class: class_place, keys };
     let spec = DeviceSpec::new(name, class, settings).and_then(|spec| {
-        // Its text begins with a key of the table `socket`.
-        let checked = spec.socket.access.check();
-        checked.map_err(|error| error.to_string().replacen('"', "\"socket.", 1))?;
+        if accounts == Accounts::Check {
+            // Its text begins with a key of the table `socket`.
+            let checked = spec.socket.access.check();
+            checked.map_err(|error| error.to_string().replacen('"', "\"socket.", 1))?;
+        }
         Ok(spec)
     });
     let spec = spec.map_err(|e| {
@@ -434,7 +514,7 @@ mod tests {
     use super::*;
 
     fn of(text: &str) -> Result<(Config, Source), String> {
-        parse(Path::new("bus.toml"), text.into()).map_err(|e| e.to_string())
+        parse(Path::new("bus.toml"), text.into(), Accounts::Check).map_err(|e| e.to_string())
     }
 
     #[test]
@@ -482,7 +562,7 @@ mod tests {
             ),
             (
                 "[bus]\nzzz = 1\n",
-                "bus.toml:2:1: unknown key \"zzz\" for the bus; the known keys are: workers, poll-us, budget",
+                "bus.toml:2:1: unknown key \"zzz\" for the bus; the known keys are: workers, poll-us, budget, log",
             ),
             (
                 "[bus]\ntrust-memory = true\n",
@@ -491,6 +571,18 @@ mod tests {
             (
                 "[bus]\nworkers = 0\n",
                 "bus.toml:2:11: must be a number from 1 to 64\n 2 | workers = 0\n   |           ^",
+            ),
+            (
+                "[bus]\nlog = \"loud\"\n",
+                "bus.toml:2:7: \"loud\" is no level of the log; use one of off, error, warn",
+            ),
+            (
+                "[[device]]\nname=\"metrics\"\nclass=\"c\"\n",
+                "bus.toml:2:1: \"name\" is \"metrics\", but the bus itself uses",
+            ),
+            (
+                "[[device]]\nname=\"x\"\nclass=\"c\"\nsocket=\"y.sock\"\n[[device]]\nname=\"y\"\nclass=\"c\"\n",
+                "bus.toml:6:6: device \"x\" has the same socket",
             ),
             ("[bus]\nworkers = \"2\"\n", "bus.toml:2:11: must be a number"),
             ("[device]\nname = \"x\"\n", "bus.toml:1:2: a device begins with [[device]]"),

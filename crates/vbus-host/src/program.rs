@@ -22,7 +22,7 @@ struct Cli {
 
 #[derive(Subcommand, Debug)]
 enum Command {
-    /// Serve a bus until SIGINT, SIGTERM or SIGHUP
+    /// Serve a bus until SIGINT or SIGTERM
     Serve(serve::Args),
     /// Add, remove and show the devices of a running bus
     #[command(subcommand)]
@@ -34,6 +34,8 @@ enum Command {
     Stats(command::stats::Args),
     /// Show devices, rates and queues live, on a full screen
     Top(command::top::Args),
+    /// Let a running bus read its configuration file again
+    Reload(command::reload::Args),
     /// Print the options that QEMU needs to use the devices of this bus
     QemuArgs(command::qemu_args::Args),
     /// Check configuration files
@@ -101,8 +103,8 @@ impl Program {
     }
 
     /// Runs the command that the process's arguments name, and prints its error. `serve` runs until
-    /// SIGINT, SIGTERM or SIGHUP. Returns the exit code: 0 after success, 1 after an error. Wrong
-    /// arguments end the process with exit code 2.
+    /// SIGINT or SIGTERM. Returns the exit code: 0 after success, 1 after an error, or another one
+    /// that the command's help names. Wrong arguments end the process with exit code 2.
     ///
     /// A program must call this first in its `main`, because `serve` may start the program a second
     /// time, as its supervisor.
@@ -132,6 +134,7 @@ impl Program {
             Command::State(command) => command::state::run(command),
             Command::Stats(args) => command::stats::run(args, self.classes),
             Command::Top(args) => command::top::run(args, self.classes),
+            Command::Reload(args) => command::reload::run(args),
             Command::QemuArgs(args) => command::qemu_args::run(args),
             Command::Config(command) => command::config::run(command, self.classes),
             Command::Supervisor => Ok(()),

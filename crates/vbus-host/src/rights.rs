@@ -2,13 +2,14 @@
 //! What control clients may do (spec/control.md, "Rights of control clients"): the table
 //! `[control]` of the configuration.
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use vbus_control::Peer;
 use vbus_core::CreateError;
 use vbus_core::settings::Settings;
 
-use crate::access::{self, Access};
+use crate::access::{self, Access, Accounts};
 
 /// What a client may do. A higher level includes the lower one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -46,14 +47,14 @@ impl ControlSpec {
     /// # Errors
     /// A value is wrong, or a user or a group does not exist on this machine. The text begins with
     /// the key at fault, without the table's name.
-    pub fn parse(table: &Value) -> Result<ControlSpec, CreateError> {
+    pub fn parse(table: &Value, accounts: Accounts) -> Result<ControlSpec, CreateError> {
         let mut settings = Settings::new(table)?;
         let access = Access::parse(&mut settings)?;
-        if let Some(access) = &access {
+        if let (Some(access), Accounts::Check) = (&access, accounts) {
             access.check()?;
         }
-        let full = groups(&mut settings, "full-access")?;
-        let read = groups(&mut settings, "read-access")?;
+        let full = groups(&mut settings, "full-access", accounts)?;
+        let read = groups(&mut settings, "read-access", accounts)?;
         settings.finish()?;
         Ok(ControlSpec { access, full, read })
     }
@@ -88,8 +89,15 @@ impl ControlSpec {
 }
 
 /// Reads a list of groups, each of which must exist.
-fn groups(settings: &mut Settings, key: &'static str) -> Result<Vec<String>, CreateError> {
+fn groups(
+    settings: &mut Settings,
+    key: &'static str,
+    accounts: Accounts,
+) -> Result<Vec<String>, CreateError> {
     let names = settings.texts(key)?.unwrap_or_default();
+    if accounts == Accounts::Known {
+        return Ok(names);
+    }
     for (at, name) in names.iter().enumerate() {
         access::group(name).map_err(|error| {
             settings.error(&format!("{key}[{at}]"), format!("is {name:?}: {error}"))
@@ -99,7 +107,7 @@ fn groups(settings: &mut Settings, key: &'static str) -> Result<Vec<String>, Cre
 }
 
 /// The rights of clients.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rights {
     /// The user of the bus.
     own: u32,
@@ -120,19 +128,18 @@ impl Rights {
         }
     }
 
-    /// Checks that `peer` may do anything at all.
+    /// Checks that `peer` may do anything at all. Returns what it may do.
     ///
     /// # Errors
-    /// It may not. The text says which right is missing.
-    pub fn admit(&self, peer: &Peer) -> Result<()> {
-        if self.level(peer).is_none() {
-            let uid = peer.uid;
-            bail!(
-                "user {uid} has no right here: only the user of the bus, root, and the members of \
-                 the groups in \"full-access\" and \"read-access\" of [control] may control it"
-            );
-        }
-        Ok(())
+    /// It may do nothing. The text says which right is missing.
+    pub fn admit(&self, peer: &Peer) -> Result<Level> {
+        self.level(peer).with_context(|| {
+            format!(
+                "user {} has no right here: only the user of the bus, root, and the members of the \
+                 groups in \"full-access\" and \"read-access\" of [control] may control it",
+                peer.uid
+            )
+        })
     }
 
     /// Checks that `peer` may make the request `op`, which needs `level`.
@@ -175,7 +182,7 @@ mod tests {
             (peer(1001, &[1001, 0]), None),
         ] {
             assert_eq!(rights.level(&peer), level, "{peer:?}");
-            assert_eq!(rights.admit(&peer).is_ok(), level.is_some());
+            assert_eq!(rights.admit(&peer).ok(), level);
             assert_eq!(rights.check(&peer, "show", Level::Read).is_ok(), level.is_some());
             let full = rights.check(&peer, "add", Level::Full);
             assert_eq!(full.is_ok(), level == Some(Level::Full));
@@ -190,7 +197,7 @@ mod tests {
 
     #[test]
     fn the_mode_of_the_socket_follows_the_groups() {
-        let access = |table: Value| ControlSpec::parse(&table).unwrap().access();
+        let access = |table: Value| ControlSpec::parse(&table, Accounts::Check).unwrap().access();
         assert_eq!(access(json!({})), Access::default());
         let one = Access { owner: None, group: Some("7".into()), mode: 0o660 };
         assert_eq!(access(json!({ "read-access": ["7"] })), one);
@@ -202,7 +209,7 @@ mod tests {
             (json!({ "read-access": ["7", "no one"] }), "\"read-access[1]\" is \"no one\": there"),
             (json!({ "read-acess": [] }), "\"read-acess\" is no setting here; did you mean"),
         ] {
-            let error = ControlSpec::parse(&table).unwrap_err().to_string();
+            let error = ControlSpec::parse(&table, Accounts::Check).unwrap_err().to_string();
             assert!(error.starts_with(text), "{error}");
         }
     }

@@ -3,7 +3,6 @@
 //! `vbus-vmm` (spec/vmm.md).
 
 use std::io::ErrorKind;
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
@@ -20,12 +19,9 @@ impl Vmm {
     /// Connects to the control socket `path`. Each request fails when its answer takes longer than
     /// `timeout`.
     pub fn connect(path: &Path, timeout: Duration) -> Result<Vmm> {
-        let socket = UnixStream::connect(path)
-            .with_context(|| format!("cannot reach vbus-vmm at {}", path.display()))?;
-        let timeout = timeout.max(Duration::from_millis(1));
-        socket.set_read_timeout(Some(timeout))?;
-        socket.set_write_timeout(Some(timeout))?;
-        Ok(Vmm(Connection::new(socket, "vbus-vmm")))
+        Connection::connect(path, "vbus-vmm", timeout)
+            .map(Vmm)
+            .with_context(|| format!("cannot reach vbus-vmm at {}", path.display()))
     }
 
     /// The devices that are plugged: the name and the socket of each.
@@ -71,7 +67,7 @@ impl Vmm {
         let request = json!({ "op": "unplug", "name": text(&device, "name") });
         self.0.stream(&request, &mut |_| {}).map(drop).map_err(|error| {
             let late = error.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
-            if matches!(late, Some(ErrorKind::WouldBlock | ErrorKind::TimedOut)) {
+            if late == Some(ErrorKind::TimedOut) {
                 let timeout = self.0.socket().read_timeout().ok().flatten().unwrap_or_default();
                 error
                     .context(format!("the guest did not release it within {} s", timeout.as_secs()))

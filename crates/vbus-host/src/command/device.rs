@@ -12,6 +12,7 @@ use vbus_core::DeviceClass;
 use crate::client::{BusDir, Client, text};
 use crate::vmm::Vmm;
 use vbus_cli::output::{bold, columns, emit, emit_json, flatten, plain, table};
+use vbus_cli::progress::Progress;
 use vbus_cli::rundir;
 
 use crate::{classes, config, plug};
@@ -117,6 +118,12 @@ struct VmSocket {
     vmm: Option<PathBuf>,
 }
 
+impl VmSocket {
+    fn is_given(&self) -> bool {
+        self.qmp.is_some() || self.vmm.is_some()
+    }
+}
+
 impl Into {
     fn timeout(&self) -> Duration {
         Duration::from_secs(self.timeout)
@@ -218,7 +225,7 @@ pub fn run(command: &Command, more: Vec<Box<dyn DeviceClass>>) -> Result<()> {
         Command::Reincarnate { names, bus, json } => {
             let client = Client::connect(bus.dir.as_deref())?;
             for name in names {
-                let done = client.ask(&json!({ "op": "reincarnate", "name": name }))?;
+                let done = client.order(&json!({ "op": "reincarnate", "name": name }))?;
                 if *json {
                     emit_json(&done);
                 } else {
@@ -328,7 +335,7 @@ fn add(args: &Add) -> Result<()> {
     let mut free = Free::find(&args.into, &args.name, args.port.as_deref())?;
     let request =
         json!({ "op": "add", "name": args.name, "class": args.class, "settings": settings });
-    let device = client.ask(&request)?;
+    let device = client.order(&request)?;
     let socket = rundir::socket(client.dir(), &args.name);
     let has_socket = device.get("socket").is_some();
     let plugged = match free {
@@ -340,7 +347,7 @@ fn add(args: &Add) -> Result<()> {
         _ => free.plug(&args.name, &socket),
     };
     if let Err(error) = plugged {
-        let undone = client.ask(&json!({ "op": "remove", "name": args.name, "force": true }));
+        let undone = client.order(&json!({ "op": "remove", "name": args.name, "force": true }));
         let fate = if undone.is_ok() {
             "vbus removed it from the bus again"
         } else {
@@ -373,6 +380,11 @@ fn remove(args: &Remove) -> Result<()> {
     // Check the name before anything is unplugged.
     client.ask(&json!({ "op": "show", "name": args.name }))?;
     let (socket, timeout) = (rundir::socket(client.dir(), &args.name), args.into.timeout());
+    let mut progress = Progress::new();
+    if args.into.machine.is_given() {
+        let (name, seconds) = (&args.name, args.into.timeout);
+        progress.show(&format!("waiting until the guest releases {name}, at most {seconds} s"));
+    }
     let unplugged = match &args.into.machine {
         VmSocket { qmp: Some(qmp), .. } => {
             plug::unplug(qmp, timeout, &args.name, &socket).map(|()| true)
@@ -382,11 +394,12 @@ fn remove(args: &Remove) -> Result<()> {
         }
         _ => Ok(false),
     };
+    drop(progress);
     let unplugged =
         unplugged.with_context(|| format!("cannot unplug {:?}; it stays on the bus", args.name))?;
     // The machine has closed its connection by now, but the bus may not have noticed that yet.
     let force = args.force || unplugged;
-    client.ask(&json!({ "op": "remove", "name": args.name, "force": force }))?;
+    client.order(&json!({ "op": "remove", "name": args.name, "force": force }))?;
     if args.json {
         emit_json(&json!({ "name": args.name, "removed": true }));
     } else {

@@ -18,7 +18,7 @@ use serde_json::Value;
 use vbus_core::CreateError;
 use vbus_core::settings::Settings;
 
-use crate::access::{Access, SocketSpec};
+use crate::access::{Access, Accounts, SocketSpec};
 use vbus_cli::rundir::METRICS;
 
 pub use openmetrics::Exporter;
@@ -40,10 +40,10 @@ impl MetricsSpec {
     /// # Errors
     /// A value is wrong, or a user or a group does not exist on this machine. The text begins with
     /// the key at fault, without the table's name.
-    pub fn parse(table: &Value) -> Result<MetricsSpec, CreateError> {
+    pub fn parse(table: &Value, accounts: Accounts) -> Result<MetricsSpec, CreateError> {
         let mut settings = Settings::new(table)?;
         let socket = settings.value("socket").as_ref().map(SocketSpec::parse).transpose()?;
-        if let Some(socket) = &socket {
+        if let (Some(socket), Accounts::Check) = (&socket, accounts) {
             // Its text begins with a key of the table `socket`.
             let checked = socket.access.check();
             checked.map_err(|e| CreateError(e.to_string().replacen('"', "\"socket.", 1)))?;
@@ -120,25 +120,29 @@ mod tests {
     #[test]
     fn the_table_is_checked() {
         let dir = Path::new("/run/bus");
-        let default = MetricsSpec::parse(&json!({})).unwrap();
+        let default = MetricsSpec::parse(&json!({}), Accounts::Check).unwrap();
         assert_eq!(default.path(dir), dir.join("metrics.sock"));
         assert_eq!((default.access(), default.bind().unwrap().is_none()), (None, true));
-        let spec = MetricsSpec::parse(&json!({
-            "socket": { "path": "m", "group": "0" }, "listen": "127.0.0.1:0",
-        }))
+        let spec = MetricsSpec::parse(
+            &json!({
+                "socket": { "path": "m", "group": "0" }, "listen": "127.0.0.1:0",
+            }),
+            Accounts::Check,
+        )
         .unwrap();
         assert_eq!((spec.path(dir), spec.access().unwrap().mode), (dir.join("m"), 0o660));
         assert!(!spec.is_shared(), "it is elsewhere");
         let port = spec.bind().unwrap().unwrap().local_addr().unwrap();
         assert!(port.ip().is_loopback());
-        let taken = MetricsSpec::parse(&json!({ "listen": port.to_string() })).unwrap();
+        let taken =
+            MetricsSpec::parse(&json!({ "listen": port.to_string() }), Accounts::Check).unwrap();
         let _holder = TcpListener::bind(port).unwrap();
         let error = taken.bind().unwrap_err().to_string();
         assert!(
             error.starts_with("\"listen\" of [metrics]: cannot listen at 127.0.0.1:"),
             "{error}"
         );
-        assert!(MetricsSpec::parse(&json!({ "listen": "[::1]:9464" })).is_ok());
+        assert!(MetricsSpec::parse(&json!({ "listen": "[::1]:9464" }), Accounts::Check).is_ok());
         for (table, text) in [
             (json!({ "listen": "0.0.0.0:1" }), "\"listen\" is \"0.0.0.0:1\", which other machines"),
             (json!({ "listen": "[::]:1" }), "\"listen\" is \"[::]:1\", which other machines"),
@@ -151,7 +155,7 @@ mod tests {
             (json!({ "socket": { "mode": "9" } }), "\"socket.mode\" is \"9\"; use an octal"),
             (json!({ "socket": { "group": "no one" } }), "\"socket.group\" is \"no one\": there"),
         ] {
-            let error = MetricsSpec::parse(&table).unwrap_err().to_string();
+            let error = MetricsSpec::parse(&table, Accounts::Check).unwrap_err().to_string();
             assert!(error.starts_with(text), "{error}");
         }
     }

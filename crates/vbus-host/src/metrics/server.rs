@@ -4,7 +4,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use rustix::net::{SocketFlags, accept_with};
 use vbus_control::Peer;
+use vbus_core::lock;
 
 use super::http::Conversation;
 use super::openmetrics::Exporter;
@@ -28,7 +29,7 @@ pub struct Door {
     /// The socket.
     pub socket: OwnedFd,
     /// The rights that a client needs, if it is a UNIX socket that everybody may connect to.
-    pub rights: Option<Rights>,
+    pub rights: Option<Arc<Mutex<Rights>>>,
 }
 
 /// The thread. Dropping this ends it, and all connections.
@@ -139,9 +140,9 @@ impl Room {
 }
 
 /// Checks that the client may read.
-fn check(socket: &OwnedFd, rights: &Rights) -> Result<()> {
+fn check(socket: &OwnedFd, rights: &Mutex<Rights>) -> Result<()> {
     let peer = Peer::of(socket).map_err(|error: io::Error| error)?;
-    rights.check(&peer, "metrics", Level::Read)
+    lock(rights).check(&peer, "metrics", Level::Read)
 }
 
 #[cfg(test)]

@@ -4,22 +4,28 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixListener;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
-use vbus_control::{Client, Handler, Limits, Peer, Server};
+use vbus_control::{Client, Handler, Limits, Peer, Server, Share};
 
 use super::host::Host;
+use super::reload::Reloader;
 use crate::access::Access;
 use crate::config::DeviceSpec;
 use crate::rights::{Level, Rights};
 use crate::supervisor::SocketFile;
 use vbus_cli::rundir::CONTROL;
+use vbus_core::lock;
 
 /// The limits on clients. The largest state page, in JSON, fits in a line.
 const LIMITS: Limits = Limits { clients: 32, line: 4 << 20 };
+/// The places of a user with full rights.
+const FULL: Share = Share { user: 24, all: 32 };
+/// The places of a user who may only read. Such users leave places for the others.
+const READ: Share = Share { user: 8, all: 16 };
 /// The most clients that wait to be accepted.
 const BACKLOG: i32 = 16;
 
@@ -33,6 +39,8 @@ enum Request {
     List,
     /// Returns one device with its state and counters.
     Show { name: String },
+    /// Reads the configuration file again. Returns what that changed.
+    Reload,
     /// Adds a device.
     Add { name: String, class: String, settings: Map<String, Value> },
     /// Removes a device.
@@ -54,6 +62,7 @@ impl Request {
             Request::Info => ("info", Level::Read),
             Request::List => ("list", Level::Read),
             Request::Show { .. } => ("show", Level::Read),
+            Request::Reload => ("reload", Level::Full),
             Request::Add { .. } => ("add", Level::Full),
             Request::Remove { .. } => ("remove", Level::Full),
             Request::Reincarnate { .. } => ("reincarnate", Level::Full),
@@ -70,11 +79,17 @@ pub struct Acceptor {
 }
 
 impl Acceptor {
-    /// Makes the control socket of `host`, with this access and these rights of clients.
-    pub fn bind(host: Arc<Host>, access: &Access, rights: Rights) -> Result<Acceptor> {
+    /// Makes the control socket of `host`, with this access and these rights of clients, which may
+    /// change.
+    pub fn bind(
+        host: Arc<Host>,
+        access: &Access,
+        rights: Arc<Mutex<Rights>>,
+        reloader: Arc<Reloader>,
+    ) -> Result<Acceptor> {
         let path = host.dir().join(CONTROL);
         let listening = host.listen(&path, BACKLOG, access);
-        let handler = Control { host, rights };
+        let handler = Control { host, rights, reloader };
         listening
             .and_then(|(listener, file)| {
                 let server = Server::new(UnixListener::from(listener), LIMITS, handler)?;
@@ -99,19 +114,23 @@ impl AsFd for Acceptor {
 /// Answers the requests of clients.
 struct Control {
     host: Arc<Host>,
-    rights: Rights,
+    rights: Arc<Mutex<Rights>>,
+    reloader: Arc<Reloader>,
 }
 
 impl Handler for Control {
     type Request = Request;
 
-    fn admit(&self, peer: &Peer) -> Result<()> {
-        self.rights.admit(peer)
+    fn admit(&self, peer: &Peer) -> Result<Share> {
+        Ok(match lock(&self.rights).admit(peer)? {
+            Level::Full => FULL,
+            Level::Read => READ,
+        })
     }
 
     fn handle(&self, request: Request, client: &Client<'_>) -> Result<Value> {
         let (op, level) = request.needs();
-        self.rights.check(client.peer(), op, level)?;
+        lock(&self.rights).check(client.peer(), op, level)?;
         let host = &*self.host;
         match request {
             Request::Info => Ok(json!({
@@ -123,6 +142,13 @@ impl Handler for Control {
             })),
             Request::List => Ok(Value::Array(host.inspect(None)?)),
             Request::Show { name } => Ok(host.inspect(Some(&name))?.pop().unwrap_or_default()),
+            Request::Reload => {
+                let mut tell = |text: &str, done, total| {
+                    // A client that has gone does not stop the reload.
+                    let _ = client.progress(text, done, total);
+                };
+                Ok(serde_json::to_value(self.reloader.reload(&mut tell)?)?)
+            }
             Request::Add { name, class, settings } => {
                 let spec = DeviceSpec::new(name, class, settings).map_err(anyhow::Error::msg)?;
                 let endpoint = host.add(spec)?;

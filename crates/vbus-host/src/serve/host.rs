@@ -63,6 +63,11 @@ impl Host {
         Ok(Host { claimed, inherited, bus, supervisor, protections, served: Mutex::default() })
     }
 
+    /// What opens things for this bus.
+    pub fn supervisor(&self) -> &Arc<Supervisor> {
+        &self.supervisor
+    }
+
     /// The protections of this process.
     pub fn protections(&self) -> Protections {
         self.protections
@@ -99,14 +104,8 @@ impl Host {
 
     /// Makes a device and starts its server, if it takes drivers.
     pub fn add(&self, spec: DeviceSpec) -> Result<Arc<Endpoint>> {
-        let path = match &spec.socket.path {
-            None => self.claimed.socket(&spec.name)?,
-            Some(path) => {
-                let path = self.dir().join(path);
-                rundir::check_socket_path(&path)?;
-                path
-            }
-        };
+        let path = self.dir().join(spec.socket_path());
+        rundir::check_socket_path(&path)?;
         let endpoint = self.bus.create(&spec.name, &spec.class, &spec.settings)?;
         if let Some(pic) = &spec.pic {
             endpoint.set_router(pic);
@@ -131,6 +130,44 @@ impl Host {
                 Err(error).with_context(|| format!("cannot serve {}", path.display()))
             }
         }
+    }
+
+    /// Checks whether a device could be made, as far as that is possible without making it. It may
+    /// be on the bus already.
+    pub fn check(&self, spec: &DeviceSpec) -> Result<()> {
+        rundir::check_socket_path(&self.dir().join(spec.socket_path()))?;
+        match self.bus.get(&spec.name) {
+            Ok(_) => self.bus.check_settings(&spec.name, &spec.class, &spec.settings)?,
+            Err(_) => self.bus.check(&spec.name, &spec.class, &spec.settings)?,
+        }
+        Ok(())
+    }
+
+    /// Changes a device from `old` to `new`, without removing it. Returns the keys that changed.
+    ///
+    /// # Errors
+    /// The device would have to be made anew. The keys that differ, and the reason.
+    pub fn reconfigure(
+        &self,
+        old: &DeviceSpec,
+        new: &DeviceSpec,
+    ) -> Result<Vec<String>, (Vec<String>, String)> {
+        let (keys, is_own) = new.changed_keys(old);
+        let changed = match self.bus.get(&new.name) {
+            Err(error) => Err(error.to_string()),
+            Ok(_) if !is_own => Err("the bus takes these only when it makes the device".into()),
+            Ok(endpoint) => endpoint.device().reconfigure(&old.settings, &new.settings),
+        };
+        match changed {
+            Ok(()) => Ok(keys),
+            Err(reason) => Err((keys, reason)),
+        }
+    }
+
+    /// Whether a client is connected to the device.
+    pub fn is_connected(&self, name: &str) -> bool {
+        let served = self.lock();
+        matches!(served.get(name), Some(Some(served)) if served.server.is_connected())
     }
 
     /// Removes a device. Without `force` this fails while a client is connected to the device.

@@ -6,17 +6,19 @@ mod health;
 mod host;
 mod inherited;
 mod ready;
+mod reload;
 mod systemd;
 
 use std::ffi::OsString;
 use std::net::TcpListener;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use rustix::event::{PollFd, PollFlags, poll};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use vbus_cli::signals;
 use vbus_core::{DeviceClass, MemoryContext, Watchdog};
 
@@ -31,6 +33,7 @@ use health::Health;
 use host::Host;
 use inherited::Inherited;
 use ready::Ready;
+use reload::Reloader;
 use systemd::Manager;
 use vbus_cli::log;
 use vbus_cli::rundir::{self, Claimed};
@@ -39,6 +42,8 @@ use vbus_cli::rundir::{self, Claimed};
 const BACKLOG: i32 = 16;
 
 const HELP: &str = "\
+SIGHUP, or `vbus reload`, reads the configuration file again. SIGINT and SIGTERM end the bus.
+
 Environment:
   VBUS_LOG       the level of the log, on standard error: error, warn, info (the default), debug
                  or trace; also for each crate, such as `info,vbus_vfio_user=debug`
@@ -80,9 +85,9 @@ pub struct Args {
     no_sandbox: bool,
 }
 
-/// Serves a bus until SIGINT, SIGTERM or SIGHUP. `classes` are the classes that the program has
-/// beside those of vbus. With the arguments `supervisor`, the program becomes the
-/// supervisor. `sandbox` is what the classes need.
+/// Serves a bus until SIGINT or SIGTERM. SIGHUP reloads its configuration. `classes` are the
+/// classes that the program has beside those of vbus. With the arguments `supervisor`, the program
+/// becomes the supervisor. `sandbox` is what the classes need.
 pub fn run(
     args: &Args,
     classes: Vec<Box<dyn DeviceClass>>,
@@ -99,6 +104,9 @@ pub fn run(
         }
         None => (Config::default(), None),
     };
+    if let Some(level) = &config.log {
+        log::set_level(level)?;
+    }
     vbus_cli::limits::raise_descriptor_limit();
     let mut manager = Manager::of_environment();
     let claimed = Claimed::claim(&rundir::choose(args.bus.dir.as_deref()), config.is_shared())?;
@@ -111,10 +119,12 @@ pub fn run(
     let ready = args.ready_fd.map(Ready::open).transpose()?;
     // Signals are caught before the first socket is made, so that no signal ends the process and
     // leaves sockets behind.
-    let stop = signals::termination()?;
+    let stop = signals::descriptor(&[SIGINT, SIGTERM])?;
+    let hangup = signals::descriptor(&[SIGHUP])?;
     // This process opens no port later.
     let port = config.metrics.bind()?;
-    let mut permits = Permits::new(claimed.path(), &config.allow, &config.devices);
+    let mut permits = Permits::new(claimed.path(), &config.allow, &config.devices)
+        .with_config(args.config.as_deref());
     permits.name(Purpose::Listen, config.metrics.named_path(claimed.path()));
     let supervisor = Supervisor::start(supervisor, &permits, claimed.lock())
         .context("starting the supervisor")?;
@@ -140,15 +150,18 @@ pub fn run(
     let host =
         Arc::new(Host::start(claimed, inherited, supervisor, &config, classes, protections)?);
     // A client that connects before all devices are made waits in the backlog.
-    let accept = control::Acceptor::bind(host.clone(), &access, rights.clone())?;
-    for (number, spec) in config.devices.iter().enumerate() {
+    let (devices, metrics) = (config.devices.clone(), config.metrics.clone());
+    let rights = Arc::new(Mutex::new(rights));
+    let reloader = Arc::new(Reloader::new(host.clone(), config, rights.clone()));
+    let accept = control::Acceptor::bind(host.clone(), &access, rights.clone(), reloader.clone())?;
+    for (number, spec) in devices.iter().enumerate() {
         host.add(spec.clone()).map_err(|error| match &source {
             Some(source) => source.device_error(number, &format!("{error:#}")).into(),
             None => error,
         })?;
     }
-    let metrics = serve_metrics(&host, &config.metrics, port, &access, rights)?;
-    tracing::info!("serving {} devices in {}", config.devices.len(), host.dir().display());
+    let metrics = serve_metrics(&host, &metrics, port, &access, rights)?;
+    tracing::info!("serving {} devices in {}", devices.len(), host.dir().display());
     if let Some(ready) = ready {
         // Whoever waits for it finds the log of the start.
         log::flush();
@@ -158,9 +171,10 @@ pub fn run(
     let mut health = Health::new(Watchdog::new(host.executor().clone()), &manager);
     let mut starved = false;
     loop {
-        let (stopped, client, woken) = {
+        let (stopped, hung_up, client, woken) = {
             let mut fds = [
                 PollFd::new(&stop, PollFlags::IN),
+                PollFd::new(&hangup, PollFlags::IN),
                 PollFd::from_borrowed_fd(accept.as_fd(), PollFlags::IN),
                 PollFd::new(&health, PollFlags::IN),
             ];
@@ -168,11 +182,16 @@ pub fn run(
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(error).context("waiting for clients"),
             }
-            let [stop, accept, health] = fds.map(|fd| !fd.revents().is_empty());
-            (stop, accept, health)
+            let [stop, hangup, accept, health] = fds.map(|fd| !fd.revents().is_empty());
+            (stop, hangup, accept, health)
         };
         if stopped {
             break;
+        }
+        if hung_up {
+            // Several signals that have come are one request.
+            let _ = rustix::io::read(&hangup, &mut [0; 64]);
+            reloader.reload_aside();
         }
         health.look(woken, &mut manager);
         if !client {
@@ -197,6 +216,7 @@ pub fn run(
     tracing::info!("stopping");
     manager.stopping();
     drop((accept, metrics));
+    reloader.end();
     host.stop();
     Ok(())
 }
@@ -209,7 +229,7 @@ fn serve_metrics(
     spec: &MetricsSpec,
     port: Option<TcpListener>,
     access: &Access,
-    rights: Rights,
+    rights: Arc<Mutex<Rights>>,
 ) -> Result<(MetricsServer, Option<SocketFile>)> {
     let path = spec.path(host.dir());
     rundir::check_socket_path(&path)?;

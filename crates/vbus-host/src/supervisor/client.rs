@@ -3,7 +3,7 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::io;
+use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -20,7 +20,7 @@ use vbus_sched::interview::Language;
 use vbus_sched::{Held, Limits, Setting, TakeError, time_in};
 
 use super::permits::Permits;
-use super::verb::{self, Answer, Threads, Verb};
+use super::verb::{self, Answer, Configuration, Threads, Verb};
 use crate::access::Access;
 
 /// How long the bus waits for the supervisor to end.
@@ -109,6 +109,31 @@ impl Supervisor {
         let verb = Verb::Listen { path: text(path)?, backlog, access: access.clone() };
         let listener = self.descriptor(&verb)?;
         Ok((listener, SocketFile { path: path.to_owned(), supervisor: self.clone() }))
+    }
+}
+
+impl Supervisor {
+    /// Reads the configuration file again. Returns its text and what the bus cannot find out
+    /// itself. Nothing changes until [`adopt`](Self::adopt).
+    ///
+    /// # Errors
+    /// The bus has no such file, it cannot be read, or it is wrong. The text says where.
+    pub fn configuration(&self) -> io::Result<(Configuration, String)> {
+        let (answer, mut descriptors) = self.ask(&Verb::Configuration)?;
+        let missing = || io::Error::other("the supervisor sent no file");
+        let mut file = File::from(descriptors.pop().ok_or_else(missing)?);
+        let mut text = String::new();
+        file.seek(SeekFrom::Start(0))?;
+        file.read_to_string(&mut text)?;
+        Ok((serde_json::from_value(answer)?, text))
+    }
+
+    /// From now on the supervisor allows what the configuration allows that it read last.
+    ///
+    /// # Errors
+    /// The supervisor has ended.
+    pub fn adopt(&self) -> io::Result<()> {
+        self.ask(&Verb::Adopt).map(drop)
     }
 }
 

@@ -3,6 +3,7 @@
 //! table `[allow]` adds for devices that come later.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -11,7 +12,7 @@ use vbus_core::CreateError;
 use vbus_core::settings::Settings;
 use vbus_sched::Limits;
 
-use crate::config::DeviceSpec;
+use crate::config::{Config, DeviceSpec};
 
 /// The default of `taps`: the default name of an interface, which makes a new one. No interface
 /// that is there already has this name, so another bus's is not reached.
@@ -133,6 +134,8 @@ pub struct Permits {
     pub any_thread: bool,
     /// What may be done with threads.
     pub limits: Limits,
+    /// The path of the configuration file, which may be read again. It need not be UTF-8.
+    pub config: Option<OsString>,
 }
 
 impl Permits {
@@ -151,11 +154,28 @@ impl Permits {
                 0 => Limits::NONE,
                 priority_max => Limits::up_to(priority_max),
             },
+            config: None,
         };
         for device in devices {
             permits.add(dir, device);
         }
         permits
+    }
+
+    /// The same for a bus with this configuration file. A relative path begins in the folder in
+    /// which the bus was started.
+    pub fn with_config(mut self, path: Option<&Path>) -> Permits {
+        let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.into());
+        self.config = path.map(|path| absolute(path).into_os_string());
+        self
+    }
+
+    /// What the same bus needs with another configuration.
+    pub fn with(&self, config: &Config) -> Permits {
+        let dir = self.folders.first().map_or_else(PathBuf::new, PathBuf::clone);
+        let mut permits = Permits::new(&dir, &config.allow, &config.devices);
+        permits.name(Purpose::Listen, config.metrics.named_path(&dir));
+        Permits { config: self.config.clone(), ..permits }
     }
 
     /// Adds what a device of the configuration names.

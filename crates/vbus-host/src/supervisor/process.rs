@@ -2,16 +2,19 @@
 //! The supervisor process: reads verbs from its standard input, a socket, until the bus has ended.
 
 use std::collections::HashMap;
-use std::io;
+use std::fs::File;
+use std::io::{self, Write as _};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::Errno;
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+use vbus_core::lock;
 use vbus_net::Opener as _;
 use vbus_sched::interview::{self, Language};
 use vbus_sched::{Direct, Held, OwnThread, Setting, TakeError, ThreadPin, Threads as _};
@@ -19,8 +22,9 @@ use vbus_sched::{Direct, Held, OwnThread, Setting, TakeError, ThreadPin, Threads
 use super::permits::{Permits, Purpose};
 use super::place::Places;
 use super::socket::{self, SocketFile};
-use super::verb::{self, Answer, Threads, Verb};
-use crate::access::Access;
+use super::verb::{self, Answer, Configuration, Threads, Verb};
+use crate::access::{Access, Accounts};
+use crate::config;
 use crate::sandbox::{drop_capabilities, supervisor_capabilities};
 
 /// The name of the hidden command.
@@ -31,6 +35,9 @@ const VMMS_MAX: usize = 256;
 const INTERVIEWS_MAX: usize = 64;
 /// The most threads that the bus can hold.
 const THREADS_MAX: usize = 64 << 10;
+
+/// The longest text of an error, in characters.
+const TEXT_MAX: usize = 4096;
 
 /// Runs the supervisor.
 pub fn run() -> ExitCode {
@@ -76,10 +83,12 @@ fn serve() -> io::Result<usize> {
     let quick = descriptors.pop().ok_or_else(|| io::Error::other("there is one socket only"))?;
     let _lock = descriptors;
     let places = Arc::new(Places::new(permits));
-    let mut files = Files { places: places.clone(), sockets: HashMap::new() };
-    let named = places.permits().threads.iter();
+    let pins = Pins::default();
+    pins.follow(&places.permits());
+    let mut files =
+        Files { places: places.clone(), pins: pins.clone(), sockets: HashMap::new(), read: None };
     let mut attended = Attended {
-        named: named.filter_map(|tid| Some((*tid, ThreadPin::of(*tid).ok()?))).collect(),
+        named: pins,
         places,
         threads: Direct::default(),
         held: HashMap::new(),
@@ -130,7 +139,9 @@ fn answer_all(
 type Reply = (Answer, Vec<OwnedFd>);
 
 fn refused(error: impl ToString) -> Reply {
-    (Answer::Refused(error.to_string()), Vec::new())
+    // An error of the configuration shows a line of it, which may be longer than a message.
+    let text = error.to_string().chars().take(TEXT_MAX).collect();
+    (Answer::Refused(text), Vec::new())
 }
 
 fn failed(error: &io::Error) -> Reply {
@@ -148,11 +159,31 @@ fn done(value: impl Into<Value>) -> Done {
     Ok((value.into(), Vec::new()))
 }
 
+/// The threads that the configuration names, as they were when it was read.
+#[derive(Clone, Default)]
+struct Pins(Arc<Mutex<HashMap<i32, ThreadPin>>>);
+
+impl Pins {
+    /// Takes the threads that `permits` name. Those that are known already stay the same.
+    fn follow(&self, permits: &Permits) {
+        let mut pins = lock(&self.0);
+        pins.retain(|tid, _| permits.threads.contains(tid));
+        for &tid in &permits.threads {
+            if let (false, Ok(pin)) = (pins.contains_key(&tid), ThreadPin::of(tid)) {
+                pins.insert(tid, pin);
+            }
+        }
+    }
+}
+
 /// Serves the verbs that may take long.
 struct Files {
     places: Arc<Places>,
+    pins: Pins,
     /// The sockets that listen, by path.
     sockets: HashMap<PathBuf, SocketFile>,
+    /// What the configuration file allows that was read last, if the bus has not adopted it yet.
+    read: Option<Permits>,
 }
 
 /// Serves the quick verbs.
@@ -161,7 +192,7 @@ struct Attended {
     threads: Direct,
     held: HashMap<u64, OwnThread>,
     /// The threads that the configuration names, by id, as they were when the bus started.
-    named: HashMap<i32, ThreadPin>,
+    named: Pins,
     next: u64,
     /// The processes of VMMs, by process id.
     vmms: HashMap<i32, OwnedFd>,
@@ -186,6 +217,14 @@ impl Files {
                 self.sockets.remove(&PathBuf::from(path));
                 done(Value::Null)
             }
+            Verb::Configuration => self.configuration(),
+            Verb::Adopt => {
+                if let Some(permits) = self.read.take() {
+                    self.pins.follow(&permits);
+                    self.places.replace(permits);
+                }
+                done(Value::Null)
+            }
             Verb::Tap { name, queues, mtu } => self.tap(&name, queues, mtu),
             _ => misplaced(),
         }
@@ -196,6 +235,25 @@ impl Files {
         let (listener, file) = socket::listen(place, backlog, access)?;
         self.sockets.insert(path.into(), file);
         Ok((Value::Null, vec![listener]))
+    }
+
+    /// Reads the configuration file. The bus gets its text; what it allows is decided here.
+    fn configuration(&mut self) -> Done {
+        let permits = self.places.permits();
+        let Some(path) = permits.config.clone().map(PathBuf::from) else {
+            return Err(io::Error::other("this bus was started without a configuration file"));
+        };
+        let text = config::read_text(&path).map_err(io::Error::other)?;
+        let (config, _) =
+            config::parse(&path, text.clone(), Accounts::Check).map_err(io::Error::other)?;
+        let rights = config.control.rights().map_err(io::Error::other)?;
+        let file = memfd_create(c"vbus-config", MemfdFlags::CLOEXEC)?;
+        let mut file = File::from(file);
+        file.write_all(text.as_bytes())?;
+        self.read = Some(permits.with(&config));
+        let path = path.into_os_string();
+        let answer = serde_json::to_value(Configuration { path, rights })?;
+        Ok((answer, vec![file.into()]))
     }
 
     fn tap(&self, name: &str, queues: u16, mtu: u16) -> Done {
@@ -294,7 +352,7 @@ impl Attended {
         // Another thread may have the id by now. The pin is asked after the thread was opened: if
         // the thread of the configuration is there still, it is the one that was opened.
         if by_id && self.places.permits().threads.contains(&tid) {
-            let is_it = self.named.get(&tid).is_some_and(ThreadPin::lives);
+            let is_it = lock(&self.named.0).get(&tid).is_some_and(ThreadPin::lives);
             if !is_it && !self.places.permits().any_thread {
                 return Err(TakeError::Refused(format!(
                     "thread {tid} of the configuration has ended; start the bus anew for another \

@@ -3,6 +3,7 @@
 //! descriptors beside it. The bus sends a [`Verb`] and waits for its [`Answer`]. There are two
 //! sockets: one for the verbs that may take long, and one for the others.
 
+use std::ffi::OsString;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -19,6 +20,7 @@ use vbus_sched::interview::Language;
 use vbus_sched::{Limits, Setting};
 
 use crate::access::Access;
+use crate::rights::Rights;
 
 /// The longest message, in bytes.
 const BYTES_MAX: usize = 64 << 10;
@@ -37,6 +39,10 @@ pub enum Verb {
     Remove { path: String },
     /// Connect to the peer of a stream. Answer: the socket.
     Connect { path: String },
+    /// Read the configuration file again. Answer: a [`Configuration`], and a file with the text.
+    Configuration,
+    /// Allow what the configuration allows that was read last, and no more. Answer: nothing.
+    Adopt,
     /// Attach queues to a TAP interface. Answer: the name of the interface, whether it has several
     /// queues, and the queues.
     Tap { name: String, queues: u16, mtu: u16 },
@@ -65,9 +71,12 @@ impl Verb {
     /// thread of their own, so that they never wait for a slow disk.
     pub fn is_quick(&self) -> bool {
         match self {
-            Verb::Create { .. } | Verb::Listen { .. } | Verb::Remove { .. } | Verb::Tap { .. } => {
-                false
-            }
+            Verb::Create { .. }
+            | Verb::Listen { .. }
+            | Verb::Remove { .. }
+            | Verb::Configuration
+            | Verb::Adopt
+            | Verb::Tap { .. } => false,
             Verb::Connect { .. }
             | Verb::Threads
             | Verb::Limits { .. }
@@ -86,6 +95,15 @@ impl Verb {
 pub struct Threads {
     pub is_privileged: bool,
     pub tells_time: bool,
+}
+
+/// The answer to [`Verb::Configuration`]: what only the supervisor can find out.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Configuration {
+    /// The path of the file.
+    pub path: OsString,
+    /// The rights of control clients.
+    pub rights: Rights,
 }
 
 /// What the supervisor answers.

@@ -91,6 +91,26 @@ fn a_log_on_a_full_disk_stops_nothing() {
 }
 
 #[test]
+fn a_capture_on_a_fifo_stops_neither_the_bus_nor_its_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let fifo = folder.path().join("fifo");
+    let mode = rustix::fs::Mode::from_raw_mode(0o600);
+    rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+    let config = format!("{TWO}pcap = {fifo:?}\n");
+    for is_read in [false, true] {
+        let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::NONBLOCK;
+        let reader = is_read.then(|| rustix::fs::open(&fifo, flags, mode).unwrap());
+        let mut bus = Served::start(&config);
+        assert_eq!(bus.devices(), ["net0", "net1"]);
+        let log = std::fs::read_to_string(&bus.log).unwrap();
+        assert_eq!(log.contains("nobody reads the capture's FIFO yet"), !is_read, "{log}");
+        bus.signal(Signal::TERM);
+        assert!(bus.child.wait().unwrap().success());
+        drop(reader);
+    }
+}
+
+#[test]
 fn one_client_cannot_hide_what_another_does() {
     let bus = Served::start(TWO);
     violate(&bus.dir, "net0", 1500);

@@ -2,6 +2,7 @@
 //! The programs `vbus` and `vbus-guest`, run as a user runs them.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+mod control;
 mod descriptors;
 mod guest;
 mod hotplug;
@@ -9,6 +10,7 @@ mod logs;
 mod metrics;
 mod plug;
 mod plug_vmm;
+mod reload;
 mod rights;
 mod sched;
 mod serve;

@@ -13,7 +13,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use vbus_cli::output::{emit, emit_json, flatten, plain, table};
-use vbus_control::{Client, Connection, Handler, Limits, Peer, Server};
+use vbus_control::{Client, Connection, Handler, Limits, Peer, Server, Share};
 
 /// How long the driver may take to answer.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -114,13 +114,13 @@ struct Asker {
 impl Handler for Asker {
     type Request = Request;
 
-    fn admit(&self, peer: &Peer) -> Result<()> {
+    fn admit(&self, peer: &Peer) -> Result<Share> {
         let own = rustix::process::geteuid().as_raw();
         ensure!(
             peer.uid == 0 || peer.uid == own,
             "only root and the user of `vbus-guest net` may ask it"
         );
-        Ok(())
+        Ok(Share::WHOLE)
     }
 
     fn handle(&self, request: Request, _client: &Client<'_>) -> Result<Value> {
@@ -185,6 +185,7 @@ pub fn run(command: &Command) -> Result<()> {
     let socket = UnixStream::connect_addr(&address(interface)?).with_context(|| {
         format!("no `vbus-guest net` on this machine drives an interface {interface:?}")
     })?;
+    socket.set_read_timeout(Some(2 * TIMEOUT))?;
     let answer = Connection::new(socket, "vbus-guest net").stream(&request, &mut drop)?;
     if json {
         emit_json(&answer);

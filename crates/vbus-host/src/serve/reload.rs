@@ -1,0 +1,299 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Reads the configuration file again, and changes the bus to what it says (spec/control.md,
+//! "Reading the configuration again"). What cannot change while the bus runs, or while a device is
+//! in use, stays as it is and is reported.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use anyhow::{Context, Result, bail};
+use serde::Serialize;
+use vbus_cli::log;
+use vbus_core::{lock, settings};
+
+use super::host::Host;
+use crate::access::Accounts;
+use crate::config::{self, Config, DeviceSpec, Source};
+use crate::rights::Rights;
+
+/// The level of the log if the configuration names none.
+const LEVEL: &str = "info";
+
+/// Reads the configuration of a bus again.
+pub struct Reloader {
+    host: Arc<Host>,
+    /// The configuration that the bus has now. One thread reloads at a time.
+    current: Mutex<Current>,
+    rights: Arc<Mutex<Rights>>,
+    /// What SIGHUP asked for.
+    asked: Mutex<Asked>,
+}
+
+struct Current {
+    config: Config,
+    /// The bus is ending.
+    is_ending: bool,
+}
+
+/// The state of the thread that reloads for SIGHUP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Asked {
+    Nothing,
+    /// It reloads.
+    Once,
+    /// It reloads, and has to reload once more.
+    Again,
+}
+
+/// What a reload did.
+#[derive(Debug, Default, Serialize)]
+pub struct Report {
+    /// What has changed.
+    changed: Vec<Line>,
+    /// What stays as it was, and why.
+    kept: Vec<Line>,
+    /// What went wrong.
+    failed: Vec<Line>,
+}
+
+/// A line of a report.
+#[derive(Debug, Serialize)]
+struct Line {
+    /// What it is about: `bus`, `control`, `metrics`, `allow`, `log`, or `device NAME`.
+    subject: String,
+    text: String,
+    /// For what is kept: what must happen first, `restart` of the bus or `release` of the device.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    needs: Option<&'static str>,
+}
+
+const RESTART: &str = "restart";
+const RELEASE: &str = "release";
+
+impl Report {
+    fn changed(&mut self, subject: &str, text: impl Into<String>) {
+        self.changed.push(Line { subject: subject.into(), text: text.into(), needs: None });
+    }
+
+    fn kept(&mut self, subject: &str, text: impl Into<String>, needs: &'static str) {
+        self.kept.push(Line { subject: subject.into(), text: text.into(), needs: Some(needs) });
+    }
+
+    fn failed(&mut self, subject: &str, error: &anyhow::Error) {
+        let text = format!("{error:#}");
+        self.failed.push(Line { subject: subject.into(), text, needs: None });
+    }
+
+    /// Puts the report into the log.
+    fn log(&self) {
+        for Line { subject, text, .. } in &self.changed {
+            tracing::info!("reload: {subject}: {text}");
+        }
+        for Line { subject, text, .. } in &self.kept {
+            tracing::warn!("reload: {subject}: {text}");
+        }
+        for Line { subject, text, .. } in &self.failed {
+            tracing::error!("reload: {subject}: {text}");
+        }
+        if self.changed.is_empty() && self.kept.is_empty() && self.failed.is_empty() {
+            tracing::info!("reload: nothing has changed");
+        }
+    }
+}
+
+/// Tells how far a reload is: what comes next, and how many of all steps are done.
+pub type Tell<'a> = &'a mut dyn FnMut(&str, usize, usize);
+
+impl Reloader {
+    /// `config` is what `host` was started with. `rights` are those of control clients.
+    pub fn new(host: Arc<Host>, config: Config, rights: Arc<Mutex<Rights>>) -> Reloader {
+        let current = Mutex::new(Current { config, is_ending: false });
+        Reloader { host, current, rights, asked: Mutex::new(Asked::Nothing) }
+    }
+
+    /// Reads the configuration file again. The log gets the report too.
+    ///
+    /// # Errors
+    /// The bus has no configuration file, or the file cannot be read or is wrong. Then nothing has
+    /// changed.
+    pub fn reload(&self, tell: Tell<'_>) -> Result<Report> {
+        let mut current = lock(&self.current);
+        if current.is_ending {
+            bail!("the bus is ending");
+        }
+        let supervisor = self.host.supervisor();
+        let (answer, text) = supervisor.configuration()?;
+        let (new, source) = config::parse(Path::new(&answer.path), text, Accounts::Known)?;
+        self.check(&new, &source)?;
+        supervisor.adopt()?;
+        let mut report = Report::default();
+        self.change_bus(&mut current.config, &new, answer.rights, &mut report);
+        current.config.devices =
+            self.change_devices(&current.config.devices, new.devices, &mut report, tell);
+        report.log();
+        Ok(report)
+    }
+
+    /// Starts a reload on a thread of its own, for SIGHUP. If one is under way, another one follows
+    /// it.
+    pub fn reload_aside(self: &Arc<Self>) {
+        let mut asked = lock(&self.asked);
+        if *asked != Asked::Nothing {
+            *asked = Asked::Again;
+            return;
+        }
+        let this = self.clone();
+        let run = move || {
+            loop {
+                if let Err(error) = this.reload(&mut |_, _, _| {}) {
+                    tracing::error!("reload: nothing has changed: {error:#}");
+                }
+                let mut asked = lock(&this.asked);
+                *asked = match *asked {
+                    Asked::Again => Asked::Once,
+                    Asked::Nothing | Asked::Once => Asked::Nothing,
+                };
+                if *asked == Asked::Nothing {
+                    return;
+                }
+            }
+        };
+        match std::thread::Builder::new().name("vbus-reload".into()).spawn(run) {
+            Ok(_) => *asked = Asked::Once,
+            Err(error) => tracing::error!(%error, "reload: no thread can be started"),
+        }
+    }
+
+    /// Waits for the end of a reload. There will be no other.
+    pub fn end(&self) {
+        lock(&self.current).is_ending = true;
+    }
+
+    /// Checks the settings of all devices before anything changes.
+    fn check(&self, new: &Config, source: &Source) -> Result<()> {
+        for (number, spec) in new.devices.iter().enumerate() {
+            self.host
+                .check(spec)
+                .map_err(|error| source.device_error(number, &format!("{error:#}")))?;
+        }
+        Ok(())
+    }
+
+    /// Changes what is not a device.
+    fn change_bus(&self, old: &mut Config, new: &Config, rights: Rights, report: &mut Report) {
+        if new.log != old.log {
+            let level = new.log.as_deref().unwrap_or(LEVEL);
+            match log::set_level(level) {
+                Ok(true) => report.changed("log", format!("the level is {level}")),
+                _ => report.kept("log", "VBUS_LOG has set the level of the log", RESTART),
+            }
+            old.log.clone_from(&new.log);
+        }
+        if old.allow != new.allow {
+            report.changed("allow", "other devices may be added from now on");
+            old.allow = new.allow.clone();
+        }
+        let mut now = lock(&self.rights);
+        if *now != rights {
+            *now = rights;
+            report.changed("control", "other clients may control the bus from now on");
+        }
+        drop(now);
+        if old.control.access() != new.control.access() {
+            let text = "owner, group and mode of the control socket stay until the bus restarts";
+            report.kept("control", text, RESTART);
+        }
+        if old.metrics != new.metrics {
+            report.kept("metrics", "the sockets stay until the bus restarts", RESTART);
+        }
+        for key in settings::changed_keys(&old.tuning_settings, &new.tuning_settings) {
+            report.kept("bus", format!("{key:?} stays until the bus restarts"), RESTART);
+        }
+    }
+
+    /// Changes the devices from `old` to `new`. Returns the devices that the bus then has of its
+    /// configuration.
+    fn change_devices(
+        &self,
+        old: &[DeviceSpec],
+        new: Vec<DeviceSpec>,
+        report: &mut Report,
+        tell: Tell<'_>,
+    ) -> Vec<DeviceSpec> {
+        let host = &*self.host;
+        let wanted: BTreeMap<_, _> = new.iter().map(|spec| (spec.name.clone(), spec)).collect();
+        let total = old.len() + new.len();
+        let (mut has, mut waits) = (Vec::new(), Vec::new());
+        for (done, spec) in old.iter().enumerate() {
+            let name = &*spec.name;
+            let subject = format!("device {name}");
+            tell(&subject, done, total);
+            if host.get(name).is_err() {
+                continue; // Somebody removed it by hand.
+            }
+            let next = wanted.get(name);
+            if next.is_some_and(|next| *next == spec) {
+                has.push(spec.clone());
+                continue;
+            }
+            let (keys, reason) = match next {
+                None => (Vec::new(), String::new()),
+                Some(next) => match host.reconfigure(spec, next) {
+                    Ok(keys) => {
+                        report.changed(&subject, format!("changed {}", keys.join(", ")));
+                        has.push((*next).clone());
+                        continue;
+                    }
+                    Err((keys, reason)) => (keys, reason),
+                },
+            };
+            match host.remove(name, false) {
+                Ok(()) if next.is_some() => waits.push((name.to_owned(), keys)),
+                Ok(()) => report.changed(&subject, "removed"),
+                Err(_) if host.is_connected(name) => {
+                    let keys = keys.join(", ");
+                    let text = match next {
+                        None => "it is in use and stays on the bus; unplug it, and reload".into(),
+                        Some(_) => format!(
+                            "{keys} cannot change while it is in use ({reason}); unplug it, and \
+                             reload"
+                        ),
+                    };
+                    report.kept(&subject, text, RELEASE);
+                    has.push(spec.clone());
+                }
+                Err(error) => {
+                    report.failed(&subject, &error);
+                    has.push(spec.clone());
+                }
+            }
+        }
+        for (done, spec) in new.into_iter().enumerate() {
+            let name = spec.name.clone();
+            if has.iter().any(|spec| spec.name == name) {
+                continue;
+            }
+            let subject = format!("device {name}");
+            tell(&subject, old.len() + done, total);
+            if host.get(&name).is_ok() {
+                let text = "it was added by hand and stays as it is; remove it, and reload";
+                report.kept(&subject, text, RELEASE);
+                continue;
+            }
+            let keys = waits.iter().find(|(waits, _)| *waits == name).map(|(_, keys)| keys);
+            match host.add(spec.clone()).context("it cannot be made") {
+                Ok(_) => {
+                    let text = keys.map_or_else(
+                        || "added".to_owned(),
+                        |keys| format!("made anew, because {} changed", keys.join(", ")),
+                    );
+                    report.changed(&subject, text);
+                    has.push(spec);
+                }
+                Err(error) => report.failed(&subject, &error),
+            }
+        }
+        has
+    }
+}

@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! A bus that reads its configuration again: by `vbus reload` and by SIGHUP.
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use vfio_user_protocol::Client;
+
+use crate::support::{Served, vbus, wait_until};
+
+/// Writes another configuration for a bus.
+fn configure(bus: &Served, text: &str) {
+    std::fs::write(bus.log.with_file_name("bus.toml"), text).unwrap();
+}
+
+fn nic(name: &str, more: &str) -> String {
+    format!("[[device]]\nname = \"{name}\"\nclass = \"venet\"\nbackend = \"null\"\n{more}\n")
+}
+
+/// The subjects in one list of a report.
+fn subjects<'a>(report: &'a Value, list: &str) -> Vec<&'a str> {
+    let lines = report[list].as_array().unwrap();
+    lines.iter().map(|line| line["subject"].as_str().unwrap()).collect()
+}
+
+#[test]
+fn devices_come_go_and_change() {
+    let bus = Served::start(
+        &[
+            nic("same", ""),
+            nic("gone", ""),
+            nic("other", "mtu = 1500"),
+            nic("rate", "rate = \"1G\""),
+        ]
+        .concat(),
+    );
+    let rate = |bus: &Served| {
+        let shown = bus.json(&["device", "show", "rate"]);
+        [&shown["device"]["backend"], &shown["device"]].map(|at| at["tx-rate"].as_u64())
+    };
+    let before = bus.json(&["device", "show", "same"])["incarnation"].clone();
+    let client = Client::connect(bus.dir.join("rate.sock")).unwrap();
+    configure(
+        &bus,
+        &[
+            nic("same", ""),
+            nic("other", "mtu = 9000"),
+            nic("rate", "rate = \"2G\"\nburst = \"64k\""),
+            nic("new", ""),
+        ]
+        .concat(),
+    );
+    let report = bus.json(&["reload"]);
+    assert_eq!(
+        subjects(&report, "changed"),
+        ["device gone", "device rate", "device other", "device new"],
+        "{report}"
+    );
+    assert!(subjects(&report, "kept").is_empty() && subjects(&report, "failed").is_empty());
+    assert_eq!(report["changed"][1]["text"], "changed burst, rate");
+    assert_eq!(report["changed"][2]["text"], "made anew, because mtu changed");
+    assert_eq!(bus.devices(), ["new", "other", "rate", "same"]);
+    assert_eq!(bus.json(&["device", "show", "other"])["device"]["mtu"], 9000);
+    assert!(rate(&bus).contains(&Some(2_000_000_000)), "the rate of a device in use");
+    assert_eq!(bus.json(&["device", "show", "same"])["incarnation"], before);
+    assert_eq!(bus.good(&["reload"]), "nothing has changed\n");
+    drop(client);
+}
+
+#[test]
+fn what_is_in_use_stays_until_it_is_free() {
+    let bus = Served::start(&[nic("gone", ""), nic("other", "mtu = 1500")].concat());
+    let clients = ["gone", "other"]
+        .map(|name| Client::connect(bus.dir.join(format!("{name}.sock"))).unwrap());
+    configure(&bus, &nic("other", "mtu = 9000"));
+    let report = bus.json(&["reload"]);
+    assert_eq!(subjects(&report, "kept"), ["device gone", "device other"], "{report}");
+    assert_eq!(report["kept"][0]["needs"], "release");
+    let said = bus.good(&["reload"]);
+    assert!(said.starts_with("not yet: device gone: it is in use and stays on the bus"), "{said}");
+    assert!(said.contains("not yet: device other: mtu cannot change while it is in use"), "{said}");
+    assert_eq!(bus.json(&["device", "show", "other"])["device"]["mtu"], 1500);
+    drop(clients);
+    wait_until("the clients to go", || {
+        ["gone", "other"].iter().all(|n| bus.json(&["device", "show", n])["connected"] == false)
+    });
+    bus.good(&["reload"]);
+    assert_eq!(bus.devices(), ["other"]);
+    assert_eq!(bus.json(&["device", "show", "other"])["device"]["mtu"], 9000);
+}
+
+#[test]
+fn sighup_never_ends_the_bus_and_a_wrong_file_changes_nothing() {
+    let mut bus = Served::start(&nic("a", ""));
+    let log = |bus: &Served| std::fs::read_to_string(&bus.log).unwrap();
+    configure(&bus, &[nic("a", ""), nic("b", "")].concat());
+    bus.signal(Signal::HUP);
+    wait_until("the new device", || bus.devices() == ["a", "b"]);
+    wait_until("the log", || log(&bus).contains("reload: device b: added"));
+    for (text, error) in [
+        (nic("c", "mut = 9000"), ":5:1: device \"c\": \"mut\" is no setting here"),
+        ("[bus]\nlog = \"loud\"\n".to_owned(), ":2:7: \"loud\" is no level of the log"),
+        ("[control]\nread-access = [\"no one\"]\n".to_owned(), "there is no group \"no one\""),
+        ("=".repeat(100_000), "bus.toml:1:2: "),
+    ] {
+        configure(&bus, &text);
+        let done = bus.run(&["reload"]);
+        assert!(done.code == Some(1) && done.err.contains(error), "{}", done.err);
+        assert_eq!(bus.devices(), ["a", "b"]);
+    }
+    for _ in 0..100 {
+        bus.signal(Signal::HUP);
+    }
+    wait_until("the log", || log(&bus).contains("ERROR reload: nothing has changed: "));
+    assert!(bus.child.try_wait().unwrap().is_none());
+    // What was added by hand belongs to nobody's file.
+    bus.good(&["device", "add", "c", "--class", "venet", "--set", "backend=null"]);
+    configure(&bus, &[nic("a", ""), nic("c", "mtu = 9000")].concat());
+    let report = bus.json(&["reload"]);
+    assert_eq!(subjects(&report, "changed"), ["device b"], "{report}");
+    assert_eq!(subjects(&report, "kept"), ["device c"], "{report}");
+    bus.signal(Signal::TERM);
+    assert!(bus.child.wait().unwrap().success());
+}
+
+#[test]
+fn settings_of_the_bus_change_or_say_that_they_cannot() {
+    let folder = tempfile::tempdir().unwrap();
+    let (config, dir) = (folder.path().join("bus.toml"), folder.path().join("bus"));
+    std::fs::write(&config, "[bus]\nlog = \"warn\"\n").unwrap();
+    let log = folder.path().join("log");
+    let mut serve = vbus();
+    serve.env_remove("VBUS_LOG").args(["serve", "--config"]).arg(&config).arg("--dir").arg(&dir);
+    let mut serve = serve.stderr(std::fs::File::create(&log).unwrap()).spawn().unwrap();
+    let run = |words: &[&str]| crate::support::run(words, &dir);
+    let read = || std::fs::read_to_string(&log).unwrap();
+    wait_until("the bus", || run(&["device", "list"]).code == Some(0));
+    let add = |path: &str| {
+        let set = format!("pcap={}", folder.path().join(path).display());
+        run(&["device", "add", "x", "--class", "venet", "--set", "backend=null", "--set", &set])
+    };
+    assert!(add("x.pcap").err.contains("\"paths\" in [allow]"));
+    assert!(!read().contains("INFO"), "the level is warn: {}", read());
+    std::fs::write(
+        &config,
+        format!("[bus]\nlog = \"info\"\nworkers = 3\n[allow]\npaths = [{:?}]\n", folder.path()),
+    )
+    .unwrap();
+    let report: Value = serde_json::from_str(&run(&["reload", "--json"]).out).unwrap();
+    assert_eq!(subjects(&report, "changed"), ["log", "allow"], "{report}");
+    assert_eq!(
+        report["kept"],
+        json!([{
+            "subject": "bus",
+            "text": "\"workers\" stays until the bus restarts",
+            "needs": "restart",
+        }])
+    );
+    let done = add("x.pcap");
+    assert_eq!(done.code, Some(0), "{}", done.err);
+    wait_until("the line", || read().contains("INFO added device=\"x\""));
+    // The next one says it again, because it is still so.
+    assert!(run(&["reload"]).out.contains("not yet: bus: \"workers\" stays"));
+    serve.kill().unwrap();
+    serve.wait().unwrap();
+}
+
+#[test]
+fn a_bus_without_a_file_has_nothing_to_reload() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("bus");
+    let mut serve = vbus();
+    let mut serve = serve.args(["serve", "--dir"]).arg(&dir).spawn().unwrap();
+    wait_until("the bus", || crate::support::run(&["device", "list"], &dir).code == Some(0));
+    let done = crate::support::run(&["reload"], &dir);
+    assert!(done.err.contains("started without a configuration file"), "{}", done.err);
+    serve.kill().unwrap();
+    serve.wait().unwrap();
+}
