@@ -13,7 +13,6 @@ use crate::client::{BusDir, Client, text};
 use crate::vmm::Vmm;
 use vbus_cli::output::{bold, columns, emit, emit_json, flatten, plain, table};
 use vbus_cli::progress::Progress;
-use vbus_cli::rundir;
 
 use crate::{classes, config, plug};
 
@@ -102,7 +101,7 @@ struct Into {
     #[command(flatten)]
     machine: VmSocket,
     /// Give up after this many seconds
-    #[arg(long, value_name = "SECONDS", default_value_t = 30, requires = "machine")]
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, requires = "machine", value_parser = seconds)]
     timeout: u64,
 }
 
@@ -199,6 +198,11 @@ pub struct Remove {
     /// Print JSON
     #[arg(long)]
     json: bool,
+}
+
+fn seconds(argument: &str) -> Result<u64, String> {
+    let number = argument.parse().ok().filter(|seconds| (1..=86_400).contains(seconds));
+    number.ok_or_else(|| "use a whole number of seconds from 1 to 86400, such as 30".into())
 }
 
 fn key_value(argument: &str) -> Result<(String, Value), String> {
@@ -336,7 +340,7 @@ fn add(args: &Add) -> Result<()> {
     let request =
         json!({ "op": "add", "name": args.name, "class": args.class, "settings": settings });
     let device = client.order(&request)?;
-    let socket = rundir::socket(client.dir(), &args.name);
+    let socket = PathBuf::from(text(&device, "socket"));
     let has_socket = device.get("socket").is_some();
     let plugged = match free {
         Free::Qemu(_) | Free::Vmm(_) if !has_socket => Err(anyhow!(
@@ -378,8 +382,8 @@ fn add(args: &Add) -> Result<()> {
 fn remove(args: &Remove) -> Result<()> {
     let client = Client::connect(args.bus.dir.as_deref())?;
     // Check the name before anything is unplugged.
-    client.ask(&json!({ "op": "show", "name": args.name }))?;
-    let (socket, timeout) = (rundir::socket(client.dir(), &args.name), args.into.timeout());
+    let device = client.ask(&json!({ "op": "show", "name": args.name }))?;
+    let (socket, timeout) = (PathBuf::from(text(&device, "socket")), args.into.timeout());
     let mut progress = Progress::new();
     if args.into.machine.is_given() {
         let (name, seconds) = (&args.name, args.into.timeout);

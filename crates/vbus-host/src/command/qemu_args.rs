@@ -6,10 +6,15 @@ use serde_json::{Value, json};
 
 use crate::client::{BusDir, Client, text};
 use crate::plug;
+use vbus_cli::ExitWith;
 use vbus_cli::output::{emit, emit_json};
+
+/// The exit code if every device is in use.
+const IN_USE: u8 = 3;
 
 /// Arguments.
 #[derive(clap::Args, Debug)]
+#[command(after_help = "The exit code is 3 if every device of the bus is in use.")]
 pub struct Args {
     /// The devices that the machine gets [default: all devices that nobody uses]
     devices: Vec<String>,
@@ -50,15 +55,14 @@ pub fn run(args: &Args) -> Result<()> {
         chosen
     };
     if chosen.is_empty() {
-        bail!(
-            "{}; add one with `vbus device add`, or stop the user of one (`vbus device list` \
-             shows which are in use)",
-            if devices.is_empty() {
-                "no device is on the bus"
-            } else {
-                "every device of the bus is in use by another machine or driver"
-            }
-        );
+        let advice = "add one with `vbus device add`, or stop the user of one (`vbus device list` \
+                      shows which are in use)";
+        if !devices.iter().any(has_socket) {
+            bail!("no device is on the bus; {advice}");
+        }
+        let text =
+            format!("every device of the bus is in use by another machine or driver; {advice}");
+        return Err(ExitWith { code: IN_USE, text }.into());
     }
     if !is_size(&args.memory) {
         bail!(
