@@ -52,6 +52,8 @@ mod classes;
 mod client;
 mod command;
 mod config;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod metrics;
 mod plug;
 mod program;

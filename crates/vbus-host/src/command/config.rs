@@ -7,6 +7,7 @@ use anyhow::Result;
 use serde_json::json;
 use vbus_core::{Bus, DeviceClass, Executor, Tuning};
 
+use crate::config::{Config, ConfigError, Source};
 use crate::{classes, config};
 use vbus_cli::output::{emit, emit_json};
 
@@ -32,10 +33,7 @@ pub fn run(command: &Command, more: Vec<Box<dyn DeviceClass>>) -> Result<()> {
     // configuration at the same time and must not be disturbed.
     let executor = Executor::start(Tuning { workers: 1, ..config.tuning })?;
     let bus = Bus::new(executor, classes::unserved(more)?);
-    for (number, spec) in config.devices.iter().enumerate() {
-        bus.check(&spec.name, &spec.class, &spec.settings)
-            .map_err(|error| source.device_error(number, &error.to_string()))?;
-    }
+    check(&config, &source, &bus)?;
     if *json {
         let names: Vec<_> = config.devices.iter().map(|device| &device.name).collect();
         emit_json(&json!({ "ok": true, "devices": names }));
@@ -45,6 +43,18 @@ pub fn run(command: &Command, more: Vec<Box<dyn DeviceClass>>) -> Result<()> {
             count => format!("{count} devices"),
         };
         emit(&format!("{}: good, {devices}\n", file.display()));
+    }
+    Ok(())
+}
+
+/// Lets the classes of `bus` check the settings of each device. The bus makes no device.
+///
+/// # Errors
+/// A setting is wrong. The text points to its place.
+pub fn check(config: &Config, source: &Source, bus: &Bus) -> Result<(), ConfigError> {
+    for (number, spec) in config.devices.iter().enumerate() {
+        bus.check(&spec.name, &spec.class, &spec.settings)
+            .map_err(|error| source.device_error(number, &error.to_string()))?;
     }
     Ok(())
 }

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `vbus serve`: runs the bus, with a vfio-user socket for each device and a control socket.
 
-mod control;
+pub mod control;
 mod health;
-mod host;
-mod inherited;
+pub mod host;
+pub mod inherited;
 mod ready;
 mod reload;
 mod systemd;

@@ -54,7 +54,8 @@ pub fn run() -> ExitCode {
     drop_capabilities(supervisor_capabilities());
     let _ = rustix::thread::set_no_new_privs(true);
     vbus_cli::log::write();
-    let code = match serve() {
+    let served = io::stdin().as_fd().try_clone_to_owned().and_then(serve);
+    let code = match served {
         Ok(0) => ExitCode::SUCCESS,
         Ok(restored) => {
             tracing::warn!(
@@ -71,9 +72,25 @@ pub fn run() -> ExitCode {
     code
 }
 
-/// Serves the bus until it has ended. Returns how many threads the bus left changed.
-fn serve() -> io::Result<usize> {
-    let socket = io::stdin().as_fd().try_clone_to_owned()?;
+/// A supervisor that is a thread of this process; see [`crate::fuzzing::supervisor`].
+#[cfg(fuzzing)]
+pub fn in_this_process(
+    permits: &Permits,
+) -> io::Result<(OwnedFd, OwnedFd, std::thread::JoinHandle<()>)> {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+    let kind = SocketType::SEQPACKET;
+    let pair = || socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None);
+    let ((slow, theirs), (quick, theirs_quick)) = (pair()?, pair()?);
+    verb::send(&slow, permits, &[theirs_quick.as_fd()])?;
+    let thread = std::thread::spawn(move || {
+        serve(theirs).expect("nothing that the bus sends ends the supervisor");
+    });
+    Ok((quick, slow, thread))
+}
+
+/// Serves the bus at the other end of `socket` until it has ended. Returns how many threads the bus
+/// left changed.
+fn serve(socket: OwnedFd) -> io::Result<usize> {
     // The first message has the socket of the quick verbs, and the lock of the bus's directory. The
     // lock stays open until everything is cleaned up, so that the next bus does not meet what is
     // left of this one.
