@@ -49,9 +49,11 @@
 //! | [`lost`] | what does a machine do that does not answer any more? |
 //! | [`l1`], [`l2`] | a Linux with a real KVM, and a guest in it |
 //! | [`soak`] | guests and hostile clients on one bus, for a long time |
+//! | [`faults`] | what does a bus do when a system call fails? |
 //! | [`scenario`], [`scenarios`], [`runner`] | the tests |
 
 pub mod bus;
+pub mod faults;
 pub mod flat;
 pub mod guest;
 pub mod initramfs;

@@ -85,6 +85,26 @@ fn build_static<const N: usize>(
     Ok(programs)
 }
 
+/// Builds a program of the package of the same name, with all checks of a debug build.
+pub fn build_debug(name: &str) -> Result<PathBuf> {
+    let output = cargo()
+        .args(["build", "--quiet", "--package", name, "--bin", name, "--message-format", "json"])
+        .stderr(std::process::Stdio::inherit())
+        .output()
+        .context("cannot run cargo")?;
+    ensure!(output.status.success(), "{name} does not build");
+    executable(&output.stdout).with_context(|| format!("cargo names no executable of {name}"))
+}
+
+/// The last executable that cargo's messages name.
+fn executable(messages: &[u8]) -> Option<PathBuf> {
+    String::from_utf8_lossy(messages)
+        .lines()
+        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+        .filter_map(|message| message["executable"].as_str().map(PathBuf::from))
+        .next_back()
+}
+
 /// Builds the tests of vbus-kvm and links them statically. With `as_built` it takes the last build,
 /// if there is one.
 pub fn build_kvm_tests(as_built: bool) -> Result<PathBuf> {
@@ -104,14 +124,8 @@ pub fn build_kvm_tests(as_built: bool) -> Result<PathBuf> {
             .output()
             .context("cannot run cargo")?;
         ensure!(output.status.success(), "the tests of vbus-kvm do not build");
-        let messages = String::from_utf8_lossy(&output.stdout);
-        let built = messages
-            .lines()
-            .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-        let built = built
-            .filter_map(|message| message["executable"].as_str().map(PathBuf::from))
-            .next_back();
-        let built = built.context("cargo names no executable of the tests of vbus-kvm")?;
+        let built = executable(&output.stdout)
+            .context("cargo names no executable of the tests of vbus-kvm")?;
         std::fs::copy(&built, &program)
             .with_context(|| format!("cannot copy {}", built.display()))?;
     }

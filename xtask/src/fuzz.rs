@@ -238,12 +238,13 @@ impl Target<'_> {
         command
     }
 
-    /// Adds the inputs that reach more code to the corpus in the repository.
+    /// Adds the fewest inputs that reach more code to the corpus in the repository.
     fn keep(&self) -> Result<()> {
         let count = || fs::read_dir(&self.kept).map_or(0, Iterator::count);
         fs::create_dir_all(&self.kept)?;
         let before = count();
-        let status = self.command().arg("-merge=1").arg(&self.kept).arg(&self.found).status()?;
+        let status =
+            self.command().arg("-set_cover_merge=1").arg(&self.kept).arg(&self.found).status()?;
         ensure!(status.success(), "the corpus of {} cannot be merged", self.name);
         println!("{}: {} inputs, {} of them new", self.name, count(), count() - before);
         Ok(())

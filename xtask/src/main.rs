@@ -7,6 +7,7 @@ mod console;
 mod deb;
 mod demo;
 mod docs;
+mod faults;
 mod fuzz;
 mod guest;
 mod kvm;
@@ -48,6 +49,8 @@ enum Command {
     Docs(docs::Args),
     /// Measure vbus against its peers
     Bench(bench::Args),
+    /// Let the system calls of a bus fail, each in turn, and check what the bus makes of it
+    Faults(faults::Args),
     /// Feed the fuzz targets with new inputs, each for some minutes
     Fuzz(fuzz::Args),
     /// Start a Linux guest on a running bus, or on one of its own
@@ -112,6 +115,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Demo(args) => demo::run(&args)?,
         Command::Docs(args) => docs::run(&args)?,
         Command::Bench(args) => bench::run(&args)?,
+        Command::Faults(args) => faults::run(&args)?,
         Command::Fuzz(args) => fuzz::run(&args)?,
         Command::Guest(args) => guest::run(&args)?,
         Command::Qemu { mirror, args } => {

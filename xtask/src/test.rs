@@ -16,7 +16,7 @@ use testkit::report::{Outcome, Report};
 use testkit::scenarios::SCENARIOS;
 use testkit::{runner, workspace};
 
-use crate::{commands, fuzz, man};
+use crate::{commands, faults, fuzz, man};
 
 /// The tests that cargo runs: unit, property, model (loom) and process tests, and the examples in
 /// documentation.
@@ -28,6 +28,9 @@ const SAID_MAX: usize = 2048;
 /// The test that sends ten million interrupts through an interrupt controller. It exists only in a
 /// release build.
 const LOST: &str = "lost_interrupts";
+
+/// The test that lets system calls of a bus fail.
+const FAULTS: &str = "faults";
 
 /// The test of the man pages, the completions, and the commands that the documents show.
 const DOCUMENTS: &str = "documents";
@@ -64,6 +67,9 @@ pub fn run(args: &Args) -> Result<bool> {
         if wanted(DOCUMENTS) {
             println!("{DOCUMENTS:28} man pages, completions, and the commands in the documents");
         }
+        if wanted(FAULTS) {
+            println!("{FAULTS:28} what a bus makes of system calls that fail, a few of each kind");
+        }
         if wanted(LOST) {
             println!(
                 "{LOST:28} pic loses none of ten million interrupts that are masked and moved \
@@ -78,7 +84,7 @@ pub fn run(args: &Args) -> Result<bool> {
         }
         return Ok(true);
     }
-    let ours = [CARGO, DOCUMENTS, LOST];
+    let ours = [CARGO, DOCUMENTS, FAULTS, LOST];
     anyhow::ensure!(
         ours.iter().any(|name| wanted(name)) || !fuzz_targets.is_empty() || !scenarios.is_empty(),
         "no test is called {}; `cargo xtask test --list` names them",
@@ -91,6 +97,9 @@ pub fn run(args: &Args) -> Result<bool> {
     }
     if wanted(DOCUMENTS) {
         report.run(DOCUMENTS, || documents(args.guests.as_built));
+    }
+    if wanted(FAULTS) {
+        report.run(FAULTS, faults::test);
     }
     if wanted(LOST) {
         report.run(LOST, lost_interrupts);

@@ -17,7 +17,7 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
@@ -173,8 +173,11 @@ pub fn check_level(text: &str) -> Result<(), WrongLevel> {
 /// Waits until all lines so far are written, but not long. For the end of a program.
 pub fn flush() {
     write();
-    if let Some(log) = LOG.get() {
+    let Some(log) = LOG.get() else { return };
+    if log.queue.lock().has_thread {
         log.queue.wait_until_written(Instant::now() + FLUSH);
+    } else {
+        log.queue.write_without_thread(io::stderr().as_fd());
     }
 }
 
@@ -279,6 +282,18 @@ impl Queue {
                 self.report_suppressed();
             }
             self.written.notify_all();
+        }
+    }
+
+    /// Writes the lines that wait, as long as `out` takes them.
+    fn write_without_thread(&self, out: impl AsFd) {
+        let lines = std::mem::take(&mut self.lock().lines);
+        for line in lines {
+            let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+            let takes = poll(&mut [PollFd::new(&out, PollFlags::OUT)], Some(&now));
+            if takes != Ok(1) || write_line(&out, &line).is_err() {
+                return;
+            }
         }
     }
 

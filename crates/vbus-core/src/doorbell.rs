@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use rustix::event::{EventfdFlags, eventfd};
 use vbus_eventfd::take_count;
+use vbus_shm::ErrorCode;
 
 use crate::counter::ConnectionCounters;
 use crate::executor::{Interest, TaskHandle};
@@ -131,18 +132,28 @@ pub struct Doorbell {
 impl Doorbell {
     /// Binds the doorbell to `task`. It also wakes the task once, because the doorbell may have
     /// rung before.
-    pub fn bind(&self, task: &TaskHandle) {
-        let Some(slot) = self.doorbells.slots.get(self.number as usize) else { return };
+    ///
+    /// # Errors
+    /// [`ErrorCode::LIMIT`]: the system cannot watch the doorbell. It is then bound to no task.
+    pub fn bind(&self, task: &TaskHandle) -> Result<(), ErrorCode> {
+        let Some(slot) = self.doorbells.slots.get(self.number as usize) else { return Ok(()) };
         let mut target = lock(slot);
         target.detach();
         if let Some(fd) = target.eventfd() {
             if let Err(error) = task.watch(fd, Interest::Read) {
-                tracing::error!(doorbell = self.number, %error, "cannot watch a doorbell");
+                tracing::error!(
+                    device = self.doorbells.counters.device(),
+                    doorbell = self.number,
+                    %error,
+                    "cannot watch a doorbell"
+                );
+                return Err(ErrorCode::LIMIT);
             }
         }
         target.task = Some(task.clone());
         drop(target);
         task.wake();
+        Ok(())
     }
 
     /// Wakes the task that the doorbell wakes, as if the driver had rung it. A device's own thread

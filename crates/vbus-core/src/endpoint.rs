@@ -692,7 +692,7 @@ impl Endpoint {
             interrupt: self.host.interrupt(request.vector),
             doorbell: self.host.doorbells().doorbell(handle),
         };
-        region.doorbell.bind(&open.task);
+        region.doorbell.bind(&open.task)?;
         let Some(added) = self.contain(|| lock(&open.connection).region_added(region)) else {
             return Err(self.panicked(inner));
         };

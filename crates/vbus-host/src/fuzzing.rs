@@ -6,19 +6,20 @@ use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use serde_json::{Map, Value};
 use vbus_core::{Bus, Executor, Tuning};
 
-use crate::access::Access;
+use crate::access::{Access, Accounts};
 use crate::config::{self, Config, DeviceSpec};
 use crate::rights::ControlSpec;
 use crate::sandbox::Protections;
 use crate::serve::control::Acceptor;
 use crate::serve::host::Host;
 use crate::serve::inherited::Inherited;
+use crate::serve::reload::Reloader;
 use crate::supervisor::{self, AllowSpec, Permits, Supervisor};
 use crate::{classes, command};
 use vbus_cli::rundir::{CONTROL, Claimed};
@@ -41,8 +42,8 @@ impl Checker {
     /// Checks the text of a configuration file. Returns the number of its devices, or the error as
     /// the program prints it.
     pub fn check(&self, text: String) -> Result<usize, String> {
-        let (config, source) =
-            config::parse(Path::new("bus.toml"), text).map_err(|error| error.to_string())?;
+        let (config, source) = config::parse(Path::new("bus.toml"), text, Accounts::Check)
+            .map_err(|error| error.to_string())?;
         command::config::check(&config, &source, &self.0).map_err(|error| error.to_string())?;
         // `serve` makes these before it makes a device.
         Permits::new(Path::new("/bus"), &config.allow, &config.devices);
@@ -78,7 +79,11 @@ impl ServedBus {
         let host = Host::start(claimed, inherited, supervisor, &config, Vec::new(), protections);
         let host = Arc::new(host.expect("a bus"));
         let rights = ControlSpec::default().rights().expect("no groups");
-        let acceptor = Acceptor::bind(host.clone(), &Access::default(), rights).expect("a socket");
+        let rights = Arc::new(Mutex::new(rights));
+        // Without a file there is nothing to read again.
+        let reloader = Arc::new(Reloader::new(host.clone(), config, rights.clone()));
+        let acceptor = Acceptor::bind(host.clone(), &Access::default(), rights, reloader);
+        let acceptor = acceptor.expect("a socket");
         ServedBus { host, acceptor }
     }
 

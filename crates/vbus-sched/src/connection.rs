@@ -58,8 +58,9 @@ impl Connection for SchedConnection {
         }
         cpu.show_requests(&region)?;
         drop(state);
-        region.doorbell.bind(&self.task);
-        Ok(())
+        region.doorbell.bind(&self.task).inspect_err(|_| {
+            let _ = self.region_dropped(region.handle);
+        })
     }
 
     fn region_dropped(&mut self, handle: u32) -> Result<(), ErrorCode> {

@@ -41,8 +41,9 @@ impl Connection for StateConnection {
     fn region_added(&mut self, region: Region) -> Result<(), ErrorCode> {
         let number = usize::try_from(region.id).map_err(|_| ErrorCode::BAD_ARGUMENT)?;
         self.device.pages.get(number).ok_or(ErrorCode::BAD_ARGUMENT)?.show(&region)?;
-        region.doorbell.bind(&self.task);
-        Ok(())
+        region.doorbell.bind(&self.task).inspect_err(|_| {
+            let _ = self.region_dropped(region.handle);
+        })
     }
 
     fn region_dropped(&mut self, handle: u32) -> Result<(), ErrorCode> {

@@ -223,7 +223,11 @@ impl VenetConnection {
             }
         }
         if let Some(region) = region {
-            region.doorbell.bind(task); // It also wakes the task.
+            // It also wakes the task.
+            region.doorbell.bind(task).inspect_err(|_| match is_rx {
+                true => lock(pair).set_rx(None),
+                false => lock(pair).set_tx(None),
+            })?;
         }
         Ok(())
     }

@@ -6,7 +6,7 @@ mod health;
 pub mod host;
 pub mod inherited;
 mod ready;
-mod reload;
+pub mod reload;
 mod systemd;
 
 use std::ffi::OsString;
@@ -40,6 +40,8 @@ use vbus_cli::rundir::{self, Claimed};
 
 /// The most scrapers that wait to be accepted.
 const BACKLOG: i32 = 16;
+/// How long to wait for descriptors, threads or memory that the system does not have now.
+const STARVED: Duration = Duration::from_millis(200);
 
 const HELP: &str = "\
 SIGHUP, or `vbus reload`, reads the configuration file again. SIGINT and SIGTERM end the bus.
@@ -180,7 +182,12 @@ pub fn run(
             ];
             match poll(&mut fds, health.timeout().as_ref()) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(error).context("waiting for clients"),
+                Err(error) => {
+                    // The system has no memory at the moment. The devices go on.
+                    tracing::error!(%error, "waiting for control clients");
+                    std::thread::sleep(STARVED);
+                    continue;
+                }
             }
             let [stop, hangup, accept, health] = fds.map(|fd| !fd.revents().is_empty());
             (stop, hangup, accept, health)
@@ -209,7 +216,7 @@ pub fn run(
                          (ulimit -n, LimitNOFILE=) or of threads (ulimit -u, TasksMax=)"
                     );
                 }
-                std::thread::sleep(Duration::from_millis(200));
+                std::thread::sleep(STARVED);
             }
         }
     }

@@ -29,11 +29,29 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 /// The supervisor of this bus. Dropping it ends the supervisor, and waits for its end.
 pub struct Supervisor {
     /// The sockets of the quick verbs and of the others. On each, one request is under way at a
-    /// time. `None`: the supervisor is being ended.
-    quick: Mutex<Option<OwnedFd>>,
-    slow: Mutex<Option<OwnedFd>>,
+    /// time.
+    quick: Mutex<Link>,
+    slow: Mutex<Link>,
     child: Mutex<Child>,
     threads: Threads,
+}
+
+/// A socket to the supervisor.
+enum Link {
+    Open(OwnedFd),
+    /// A request had no answer. A later answer would be taken for that of another request.
+    Broken(OwnedFd),
+    /// The supervisor is being ended.
+    Closed,
+}
+
+impl Link {
+    fn take(&mut self) -> Option<OwnedFd> {
+        match std::mem::replace(self, Link::Closed) {
+            Link::Open(socket) | Link::Broken(socket) => Some(socket),
+            Link::Closed => None,
+        }
+    }
 }
 
 impl Supervisor {
@@ -62,7 +80,7 @@ impl Supervisor {
             .spawn()?;
         verb::send(&slow, permits, &[lock, theirs_quick.as_fd()])?;
         drop(theirs_quick);
-        let (quick, slow) = (Mutex::new(Some(quick)), Mutex::new(Some(slow)));
+        let (quick, slow) = (Mutex::new(Link::Open(quick)), Mutex::new(Link::Open(slow)));
         let unknown = Threads { is_privileged: false, tells_time: false };
         let mut supervisor = Supervisor { quick, slow, child: Mutex::new(child), threads: unknown };
         supervisor.threads = serde_json::from_value(supervisor.ask(&Verb::Threads)?.0)?;
@@ -71,11 +89,31 @@ impl Supervisor {
 
     /// Asks for something. Returns the answer and its descriptors.
     fn ask(&self, verb: &Verb) -> io::Result<(Value, Vec<OwnedFd>)> {
-        let socket = lock(if verb.is_quick() { &self.quick } else { &self.slow });
-        let socket = socket.as_ref().ok_or(Errno::PIPE)?;
+        let mut link = lock(if verb.is_quick() { &self.quick } else { &self.slow });
+        let socket = match &*link {
+            Link::Open(socket) => socket,
+            Link::Broken(_) => {
+                return Err(io::Error::other(
+                    "the supervisor of the bus did not answer an earlier request; start the bus \
+                     anew",
+                ));
+            }
+            Link::Closed => return Err(Errno::PIPE.into()),
+        };
         let answer = match verb::send(socket, verb, &[]) {
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => None,
-            sent => sent.and_then(|()| verb::receive(socket))?,
+            Err(error) => return Err(error),
+            Ok(()) => match verb::receive(socket) {
+                Ok(answer) => answer,
+                Err(error) => {
+                    // An answer that was not understood has been taken from the socket.
+                    if error.raw_os_error().is_some() {
+                        let socket = link.take();
+                        *link = socket.map_or(Link::Closed, Link::Broken);
+                    }
+                    return Err(error);
+                }
+            },
         };
         match answer {
             Some((Answer::Ok(value), descriptors)) => Ok((value, descriptors)),

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::Errno;
+use rustix::net::{Shutdown, shutdown};
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use vbus_core::lock;
@@ -113,12 +114,23 @@ fn serve(socket: OwnedFd) -> io::Result<usize> {
         vmms: HashMap::new(),
         interviews: Arc::default(),
     };
+    // If one thread cannot go on, the bus must not wait for the other.
+    let both = Arc::new([socket.try_clone()?, quick.try_clone()?]);
+    let give_up = move |ended: io::Result<()>| {
+        if ended.is_err() {
+            for socket in &*both {
+                let _ = shutdown(socket, Shutdown::Both);
+            }
+        }
+        ended
+    };
+    let give_up_too = give_up.clone();
     let attending = std::thread::Builder::new().name("vbus-threads".into()).spawn(move || {
-        let ended = answer_all(&quick, true, |verb| attended.answer(verb));
+        let ended = give_up_too(answer_all(&quick, true, |verb| attended.answer(verb)));
         let left = attended.held.into_values().map(|mut thread| thread.restore());
         ended.map(|()| left.filter(|restored| *restored == Ok(true)).count())
     })?;
-    let ended = answer_all(&socket, false, |verb| files.answer(verb));
+    let ended = give_up(answer_all(&socket, false, |verb| files.answer(verb)));
     drop(files);
     let restored = attending.join().map_err(|_| io::Error::other("a thread has panicked"))?;
     ended.and(restored)

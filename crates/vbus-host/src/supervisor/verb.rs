@@ -7,6 +7,7 @@ use std::ffi::OsString;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::net::{
@@ -26,6 +27,11 @@ use crate::rights::Rights;
 const BYTES_MAX: usize = 64 << 10;
 /// The most descriptors in a message: the queues of a TAP interface.
 pub const DESCRIPTORS_MAX: usize = 16;
+
+/// How often a message is sent or received again while the system has no memory for it.
+const TRIES: u32 = 100;
+/// The time between two tries.
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// What the bus can ask for.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -181,10 +187,17 @@ fn receive_with<T: DeserializeOwned>(
     Ok(Some((serde_json::from_slice(&bytes[..received.bytes])?, descriptors)))
 }
 
+/// Repeats a call that was interrupted, or for which the system has no memory at the moment. A
+/// message that is not received now would be taken for the answer to the next verb.
 fn retry<T>(mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
+    let mut left = TRIES;
     loop {
         match call() {
             Err(Errno::INTR) => {}
+            Err(Errno::NOMEM | Errno::NOBUFS) if left > 0 => {
+                left -= 1;
+                std::thread::sleep(PAUSE);
+            }
             other => return other,
         }
     }
