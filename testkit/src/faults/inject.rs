@@ -90,7 +90,7 @@ pub const CALLS: &[Call] = &[
 pub struct Kind {
     /// The call, an index of [`CALLS`].
     pub call: usize,
-    /// The error, an index of [`Call::errors`].
+    /// The error, an index of `Call::errors`.
     pub error: usize,
     /// Whether another process than the child makes the call.
     pub other: bool,
