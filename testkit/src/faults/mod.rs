@@ -19,7 +19,7 @@ use std::thread;
 
 use anyhow::{Context, Result};
 
-pub use inject::{CALLS, Fault, Kind};
+pub use inject::{CALLS, Call, Fault, Kind};
 pub use trial::{Outcome, Part};
 
 use crate::process::RunDir;
