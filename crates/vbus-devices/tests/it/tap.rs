@@ -6,6 +6,7 @@ use std::net::{Ipv4Addr, UdpSocket};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use vbus_core::shm::abi::venet::{
@@ -51,9 +52,15 @@ fn ip(args: &str) {
     assert!(output.status.success(), "ip {args}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// Gives the interface an address, and adds the driver as a neighbour. Each test has a network of
-/// its own.
+/// Gives the interface an address, and adds the driver as a neighbour, once the interface takes
+/// frames: the kernel drops them until it has seen the carrier. Each test has a network of its own.
 fn address(name: &str, net: u8) -> UdpSocket {
+    let state = || std::fs::read_to_string(format!("/sys/class/net/{name}/operstate")).unwrap();
+    let end = Instant::now() + TIMEOUT;
+    while state().trim() != "up" {
+        assert!(Instant::now() < end, "the interface is {}", state());
+        std::thread::sleep(Duration::from_millis(5));
+    }
     ip(&format!("addr add 10.78.{net}.1/24 dev {name}"));
     ip(&format!("neigh replace 10.78.{net}.2 lladdr 02:00:00:00:00:01 dev {name}"));
     let socket = UdpSocket::bind((Ipv4Addr::new(10, 78, net, 1), 7777)).unwrap();
