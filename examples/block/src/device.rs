@@ -48,8 +48,7 @@ fn path(config: &Value) -> Result<String, CreateError> {
     let mut settings = Settings::new(config)?;
     let path = settings.text("path")?;
     let path = settings.required("path", path, "the path of a file")?;
-    settings.finish()?;
-    Ok(path)
+    settings.finish().map(|()| path)
 }
 
 /// One disk.

@@ -36,8 +36,7 @@ impl Header {
 
     /// A request with this header and this data.
     pub fn with(&self, data: &[u8]) -> Vec<u8> {
-        let Header(kind, count, sector) = self;
-        [&kind.to_le_bytes(), &count.to_le_bytes(), &sector.to_le_bytes()[..], data].concat()
+        [&self.0.to_le_bytes(), &self.1.to_le_bytes(), &self.2.to_le_bytes()[..], data].concat()
     }
 
     /// Splits a request into its header and its data. None if it is too short.

@@ -6,9 +6,10 @@ use std::io::{Read, Write, stdin, stdout};
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use example_block::driver::Disk;
-use example_block::{CLASS, SECTOR};
+use example_block::{CLASS, SECTOR, driver::Disk};
 use vbus_guest::{PciSource, SocketSource, Source, USER_CLASS, claim, wait};
+
+const HELP: &str = "usage: block-guest [--socket PATH] sectors | read SECTOR COUNT | write SECTOR";
 
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -19,10 +20,7 @@ fn main() -> Result<()> {
 }
 
 fn run(source: &impl Source, command: &[&str]) -> Result<()> {
-    ensure!(
-        matches!(command, ["sectors"] | ["read", _, _] | ["write", _]),
-        "usage: block-guest [--socket PATH] sectors | read SECTOR COUNT | write SECTOR"
-    );
+    ensure!(matches!(command, ["sectors"] | ["read", _, _] | ["write", _]), HELP);
     let (_, (hal, mut interrupt)) = claim(source, USER_CLASS, CLASS, None)?;
     // If the function has gone, `wait` returns an error. The driver then finds that out by itself.
     let mut disk =
