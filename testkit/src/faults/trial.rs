@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
@@ -22,8 +22,12 @@ use crate::process::Process;
 
 /// Longer than anything here takes, even on a loaded machine.
 const BOUND: Duration = Duration::from_secs(30);
-/// How long frames may take while a call has failed. They may be lost then.
+/// How long a client waits once a call has failed. What it waits for may be lost then. A client
+/// that gives up too early on a slow machine does no harm: what it says is an effect, no failure.
+/// Whether the bus hangs shows afterwards, when clients wait for [`BOUND`].
 const PATIENCE: Duration = Duration::from_secs(2);
+/// How often a client that waits for an answer looks whether a call has failed.
+const LOOK: Duration = Duration::from_millis(100);
 /// Entries of a ring.
 const ENTRIES: u16 = 32;
 
@@ -81,6 +85,38 @@ struct Served<'a> {
     log: &'a Path,
 }
 
+/// How long clients wait for one thing.
+#[derive(Clone, Copy)]
+enum Bound<'a> {
+    /// [`BOUND`].
+    Full,
+    /// [`BOUND`] as long as no call has failed, and [`PATIENCE`] after that.
+    UntilFault(&'a Injector),
+}
+
+impl<'a> Bound<'a> {
+    fn begin(self) -> Wait<'a> {
+        Wait { bound: self, began: Instant::now(), failed: None }
+    }
+}
+
+/// A client waits.
+struct Wait<'a> {
+    bound: Bound<'a>,
+    began: Instant,
+    /// When the client saw that a call had failed.
+    failed: Option<Instant>,
+}
+
+impl Wait<'_> {
+    fn is_over(&mut self) -> bool {
+        if let (Bound::UntilFault(injector), None) = (self.bound, self.failed) {
+            self.failed = (injector.hits() > 0).then(Instant::now);
+        }
+        self.began.elapsed() > BOUND || self.failed.is_some_and(|at| at.elapsed() > PATIENCE)
+    }
+}
+
 /// A NIC that a client drives.
 struct Driven {
     process: Hold,
@@ -125,6 +161,11 @@ impl Served<'_> {
         String::from_utf8_lossy(&fs::read(self.log).unwrap_or_default()).into_owned()
     }
 
+    /// The bound of clients that work while a call may fail.
+    fn patience(&self) -> Bound<'_> {
+        Bound::UntilFault(&self.injector)
+    }
+
     /// The bus has not started. Returns why.
     fn refused(&mut self) -> Result<String> {
         let status = self.process.wait(BOUND)?;
@@ -158,14 +199,14 @@ impl Served<'_> {
                 _ => std::thread::sleep(Duration::from_millis(20)),
             }
         };
-        exchange(&mut pair.0, &mut pair.1, BOUND).context("after the fault")?;
-        self.control(BOUND).context("after the fault")?;
+        exchange(&mut pair.0, &mut pair.1, Bound::Full).context("after the fault")?;
+        self.control(Bound::Full).context("after the fault")?;
         // What a client asked for before may be under way. Then only the device is not there yet.
         bound = Instant::now() + BOUND;
         loop {
             let remove = json!({ "op": "remove", "name": "new", "force": true });
-            let _ = ask(&self.dir, &remove, BOUND);
-            let names = devices(&self.dir, BOUND)?;
+            let _ = ask(&self.dir, &remove, Bound::Full);
+            let names = devices(&self.dir, Bound::Full)?;
             if names == ["net0", "net1", "page", "peer"] {
                 break;
             }
@@ -183,10 +224,10 @@ impl Served<'_> {
             Ok(())
         };
         let mut steps: Vec<(&str, Result<()>)> = Vec::new();
-        steps.push(("control", self.control(PATIENCE)));
+        steps.push(("control", self.control(self.patience())));
         steps.push(("a driver", drive()));
         if let Some((first, second)) = &mut pair {
-            steps.push(("frames", exchange(first, second, PATIENCE)));
+            steps.push(("frames", exchange(first, second, self.patience())));
         }
         // What fails for good fails here too, and each time-out takes its time.
         if steps.iter().all(|(_, result)| result.is_ok()) {
@@ -246,7 +287,7 @@ impl Served<'_> {
         Ok(())
     }
 
-    fn control(&self, bound: Duration) -> Result<()> {
+    fn control(&self, bound: Bound) -> Result<()> {
         ask(&self.dir, &json!({ "op": "info" }), bound)?;
         let names = devices(&self.dir, bound)?;
         ensure!(names.iter().any(|name| name == "net0"), "the devices are {names:?}");
@@ -264,7 +305,7 @@ impl Served<'_> {
         let mut socket = UnixStream::connect(folder.join("peer.stream"))?;
         let mut driven = self.driven("peer")?;
         socket.write_all(&[&60_u32.to_be_bytes()[..], &[0xff; 60]].concat())?;
-        receive(&mut driven, PATIENCE)
+        receive(&mut driven, self.patience())
     }
 
     /// Adds a device with a capture, sends a frame, and removes it.
@@ -272,34 +313,45 @@ impl Served<'_> {
         let capture = self.dir.join("new.pcap");
         let settings = json!({ "backend": "null", "pcap": capture });
         let add = json!({ "op": "add", "name": "new", "class": "venet", "settings": settings });
-        ask(&self.dir, &add, PATIENCE)?;
+        ask(&self.dir, &add, self.patience())?;
         let mut driven = self.driven("new")?;
-        send(&mut driven, PATIENCE)?;
+        send(&mut driven, self.patience())?;
         drop(driven);
-        ask(&self.dir, &json!({ "op": "remove", "name": "new", "force": true }), PATIENCE)?;
+        ask(&self.dir, &json!({ "op": "remove", "name": "new", "force": true }), self.patience())?;
         ensure!(capture.exists(), "there is no capture");
         Ok(())
     }
 }
 
 /// Sends a request and returns the last answer.
-fn ask(dir: &Path, request: &Value, bound: Duration) -> Result<Value> {
+fn ask(dir: &Path, request: &Value, bound: Bound) -> Result<Value> {
     let mut socket = UnixStream::connect(dir.join("control.sock"))?;
-    socket.set_read_timeout(Some(bound))?;
+    socket.set_read_timeout(Some(LOOK))?;
     socket.write_all(format!("{request}\n").as_bytes())?;
-    for line in BufReader::new(&socket).lines() {
-        let answer: Value = serde_json::from_str(&line?)?;
+    let (mut answers, mut line) = (BufReader::new(&socket), Vec::new());
+    let mut wait = bound.begin();
+    loop {
+        match answers.read_until(b'\n', &mut line) {
+            // What has come of a line stays in it.
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                ensure!(!wait.is_over(), "no answer comes");
+                continue;
+            }
+            Ok(0) => bail!("the connection ended without an answer"),
+            read => read?,
+        };
+        let answer: Value = serde_json::from_slice(&line)?;
         if let Some(error) = answer["error"].as_str() {
             bail!("{error}");
         }
         if let Some(value) = answer.get("ok") {
             return Ok(value.clone());
         }
+        line.clear();
     }
-    bail!("the connection ended without an answer")
 }
 
-fn devices(dir: &Path, bound: Duration) -> Result<Vec<String>> {
+fn devices(dir: &Path, bound: Bound) -> Result<Vec<String>> {
     let list = ask(dir, &json!({ "op": "list" }), bound)?;
     let names = list.as_array().into_iter().flatten().map(|device| device["name"].as_str());
     Ok(names.flatten().map(str::to_owned).collect())
@@ -317,7 +369,7 @@ fn drive(socket: &Path) -> Result<Driven> {
 }
 
 /// Sends a broadcast frame and waits until the device has taken it.
-fn send(driven: &mut Driven, bound: Duration) -> Result<()> {
+fn send(driven: &mut Driven, bound: Bound) -> Result<()> {
     let mac = driven.nic.config().mac;
     let mut bytes = [0; HEADER_BYTES + 60];
     bytes[HEADER_BYTES..][..6].fill(0xff);
@@ -328,9 +380,9 @@ fn send(driven: &mut Driven, bound: Duration) -> Result<()> {
     let len = u32::try_from(bytes.len())?;
     driven.tx.submit(&[Piece { addr: memory.address(0), len }])?;
     driven.tx.post();
-    let until = Instant::now() + bound;
+    let mut wait = bound.begin();
     while driven.tx.reclaim()? == 0 {
-        ensure!(Instant::now() < until, "a frame is not taken");
+        ensure!(!wait.is_over(), "a frame is not taken");
         driven.nic.function().check()?;
         std::thread::sleep(Duration::from_micros(200));
     }
@@ -338,10 +390,10 @@ fn send(driven: &mut Driven, bound: Duration) -> Result<()> {
 }
 
 /// Waits for a frame.
-fn receive(driven: &mut Driven, bound: Duration) -> Result<()> {
-    let until = Instant::now() + bound;
+fn receive(driven: &mut Driven, bound: Bound) -> Result<()> {
+    let mut wait = bound.begin();
     while driven.rx.receive()?.is_none() {
-        ensure!(Instant::now() < until, "no frame comes");
+        ensure!(!wait.is_over(), "no frame comes");
         driven.nic.function().check()?;
         std::thread::sleep(Duration::from_micros(200));
     }
@@ -349,7 +401,7 @@ fn receive(driven: &mut Driven, bound: Duration) -> Result<()> {
 }
 
 /// Sends a frame each way.
-fn exchange(first: &mut Driven, second: &mut Driven, bound: Duration) -> Result<()> {
+fn exchange(first: &mut Driven, second: &mut Driven, bound: Bound) -> Result<()> {
     for _ in 0..3 {
         send(first, bound)?;
         receive(second, bound)?;
