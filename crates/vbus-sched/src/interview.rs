@@ -27,6 +27,8 @@ const LINE_MAX: usize = 1 << 20;
 const CPUS_MAX: usize = 4096;
 /// The longest [`Answer`] as a message, in bytes.
 const ANSWER_MAX: usize = 128 << 10;
+/// The most characters of a VMM's own text in [`Answer::Failed`].
+const TEXT_MAX: usize = 200;
 
 /// The protocol of a VMM's socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -80,15 +82,12 @@ impl Language {
                     let items = value.as_array().map_or(&[][..], Vec::as_slice);
                     Ok(Line::End(cpus(items, "cpu-index", "thread-id")))
                 }
-                Message::Error(error) => Err(format!("refuses: {}", error.description)),
+                Message::Error(error) => Err(refuses(&error.description)),
                 Message::Event(_) | Message::Unknown => Ok(Line::Other),
             },
             Language::Control => {
                 if let Some(error) = line.get("error") {
-                    return Err(format!(
-                        "refuses: {}",
-                        error.as_str().unwrap_or("no reason given")
-                    ));
+                    return Err(refuses(error.as_str().unwrap_or("no reason given")));
                 }
                 Ok(match (line.get("item"), line.get("ok")) {
                     (Some(item), _) => {
@@ -100,6 +99,13 @@ impl Language {
             }
         }
     }
+}
+
+/// Says that the VMM refuses a request with the reason `text`. Logs show the reason, so it becomes
+/// one line: control characters are escaped, and a long text is cut.
+fn refuses(text: &str) -> String {
+    let text: String = text.escape_debug().take(TEXT_MAX).collect();
+    format!("refuses: {text}")
 }
 
 /// Begins to ask the VMM behind `vmm`, a connected non-blocking socket, in a thread of its own.
@@ -120,6 +126,7 @@ pub fn begin(
         vmm: vmm.into(),
         asker: ours,
         language,
+        limit: TIMEOUT,
         lines: Lines::new(LINE_MAX),
         greeted: language == Language::Control,
     };
@@ -160,6 +167,8 @@ struct Interview {
     /// Our end of the pair.
     asker: OwnedFd,
     language: Language,
+    /// The time limit for an answer.
+    limit: Duration,
     lines: Lines,
     /// QMP: the negotiation is over.
     greeted: bool,
@@ -214,7 +223,7 @@ impl Interview {
 
     /// Asks the VMM once.
     fn ask(&mut self) -> Result<Vec<(u32, i32)>, NoAnswer> {
-        let until = Instant::now() + TIMEOUT;
+        let until = Instant::now() + self.limit;
         if !self.greeted {
             match self.line(until)? {
                 Line::Greeting => {}
@@ -248,27 +257,110 @@ impl Interview {
         self.vmm.write_all(line.as_bytes()).map_err(|error| format!("cannot be asked: {error}"))
     }
 
-    /// Waits for the VMM's next line.
+    /// Waits for the VMM's next line. Looks at the time limit and at the asker before each line,
+    /// because a VMM may send lines without end.
     fn line(&mut self, until: Instant) -> Result<Line, NoAnswer> {
         loop {
-            if let Some(line) = self.lines.next(&self.vmm).map_err(|error| error.to_string())? {
-                return Ok(self.language.parse(line)?);
-            }
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 let text = "no answer; does another client hold this socket? (QEMU can have \
                             several)";
                 return Err(text.to_owned().into());
             }
-            let gone = PollFlags::RDHUP | PollFlags::HUP;
-            let mut fds = [PollFd::new(&self.vmm, PollFlags::IN), PollFd::new(&self.asker, gone)];
-            match poll(&mut fds, Timespec::try_from(left).ok().as_ref()) {
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(error) => return Err(error.to_string().into()),
+            self.wait(false, Duration::ZERO)?;
+            if let Some(line) = self.lines.next(&self.vmm).map_err(|error| error.to_string())? {
+                return Ok(self.language.parse(line)?);
             }
-            if !fds[1].revents().is_empty() {
-                return Err(NoAnswer::Gone);
-            }
+            self.wait(true, left)?;
+        }
+    }
+
+    /// Waits for at most `limit` until the asker goes, or, with `for_vmm`, until the VMM sends.
+    ///
+    /// # Errors
+    /// The asker has gone, or the system refuses to wait.
+    fn wait(&self, for_vmm: bool, limit: Duration) -> Result<(), NoAnswer> {
+        let gone = PollFlags::RDHUP | PollFlags::HUP;
+        let mut fds = [PollFd::new(&self.asker, gone), PollFd::new(&self.vmm, PollFlags::IN)];
+        let watched = if for_vmm { &mut fds[..] } else { &mut fds[..1] };
+        match poll(watched, Timespec::try_from(limit).ok().as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(error.to_string().into()),
+        }
+        if fds[0].revents().is_empty() { Ok(()) } else { Err(NoAnswer::Gone) }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may panic")]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    /// An interview of a VMM, with this time limit for an answer. Returns the VMM's end and the
+    /// asker's end too.
+    fn interview(limit: Duration) -> (Interview, UnixStream, OwnedFd) {
+        let (vmm, far) = UnixStream::pair().unwrap();
+        vmm.set_nonblocking(true).unwrap();
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let (asker, end) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+        let lines = Lines::new(LINE_MAX);
+        let language = Language::Control;
+        (Interview { vmm, asker, language, limit, lines, greeted: true }, far, end)
+    }
+
+    /// An answer that is there before the question.
+    const ANSWER: &[u8] = b"{\"item\": {\"cpu\": 0, \"thread\": 5}}\n{\"ok\": null}\n";
+
+    #[test]
+    fn the_limit_and_the_asker_count_before_each_line() {
+        let (mut asked, mut vmm, _end) = interview(TIMEOUT);
+        vmm.write_all(ANSWER).unwrap();
+        assert!(matches!(asked.ask(), Ok(cpus) if cpus == [(0, 5)]));
+
+        let (mut asked, mut vmm, _end) = interview(Duration::ZERO);
+        vmm.write_all(ANSWER).unwrap();
+        assert!(matches!(asked.ask(), Err(NoAnswer::Failed(text)) if text.contains("no answer")));
+
+        let (mut asked, mut vmm, end) = interview(TIMEOUT);
+        vmm.write_all(ANSWER).unwrap();
+        drop(end);
+        assert!(matches!(asked.ask(), Err(NoAnswer::Gone)));
+    }
+
+    #[test]
+    fn a_vmm_that_sends_lines_without_end_is_given_up() {
+        for line in ["{\"item\": {}}\n", "{\"event\": \"RESUME\"}\n"] {
+            let (mut asked, mut vmm, _end) = interview(Duration::from_millis(50));
+            // A piece ends within a line, so there is always a line to read.
+            let many = line.repeat(10_000);
+            let flood = std::thread::spawn(move || while vmm.write_all(many.as_bytes()).is_ok() {});
+            let (tell, told) = channel();
+            std::thread::spawn(move || {
+                let failed = matches!(asked.ask(), Err(NoAnswer::Failed(_)));
+                // The flood ends with the socket.
+                drop(asked);
+                tell.send(failed).unwrap();
+            });
+            assert!(told.recv_timeout(6 * TIMEOUT).unwrap(), "{line}");
+            flood.join().unwrap();
+        }
+    }
+
+    #[test]
+    fn a_reason_is_one_short_line() {
+        for language in [Language::Qmp, Language::Control] {
+            let reason = format!("\u{1b}[2J\nfirst\r\n{}", "x".repeat(100_000));
+            let line = match language {
+                Language::Qmp => serde_json::json!({ "error": { "class": "", "desc": reason } }),
+                Language::Control => serde_json::json!({ "error": reason }),
+            };
+            let Err(text) = language.parse(line) else { panic!("an error") };
+            assert!(text.starts_with("refuses: \\u{1b}[2J\\nfirst\\r\\nx"), "{text}");
+            assert!(!text.contains(char::is_control));
+            assert_eq!(text.chars().count(), "refuses: ".len() + TEXT_MAX);
         }
     }
 }
