@@ -2,6 +2,7 @@
 //! One virtual CPU: its pages and its thread. The request page decides the scheduling class of the
 //! thread.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use rustix::io::Errno;
@@ -109,6 +110,8 @@ struct Reports {
 
 /// See the module.
 pub struct Cpu {
+    /// The device's name, for the log.
+    device: Arc<str>,
     thread: Option<Thread>,
     requests: Option<Requests>,
     reports: Option<Reports>,
@@ -118,8 +121,9 @@ pub struct Cpu {
     look_at_share: Option<Instant>,
     /// [`word::OUTCOME`].
     outcome: u32,
-    /// The log has that a change was refused. The driver could cause that line at will.
-    told: bool,
+    /// The error of this connection's refused change that the log had last. The log gets another
+    /// error, but not the same one again: the driver could cause that line at will.
+    told: Option<Errno>,
     counts: Counts,
 }
 
@@ -140,8 +144,10 @@ impl Step {
 }
 
 impl Cpu {
-    pub fn new(policy: &Policy) -> Cpu {
+    /// Makes a virtual CPU of the device with this name.
+    pub fn new(device: Arc<str>, policy: &Policy) -> Cpu {
         Cpu {
+            device,
             thread: None,
             requests: None,
             reports: None,
@@ -149,7 +155,7 @@ impl Cpu {
             share: Share::new(policy.share),
             look_at_share: None,
             outcome: word::OK,
-            told: false,
+            told: None,
             counts: Counts::default(),
         }
     }
@@ -200,6 +206,7 @@ impl Cpu {
     pub fn close(&mut self) -> Option<Thread> {
         (self.requests, self.reports) = (None, None);
         self.settle(Instant::now(), None);
+        self.told = None;
         self.thread.take()
     }
 
@@ -342,10 +349,14 @@ impl Cpu {
             self.outcome = word::NO_THREAD;
             return;
         }
-        if !std::mem::replace(&mut self.told, true) {
+        if self.told.replace(error) != Some(error) {
             let tid = self.thread.as_ref().map(Thread::tid);
-            let text = "cannot set a thread's scheduling class; vbus needs CAP_SYS_NICE";
-            tracing::warn!(thread = tid, %error, "{text}");
+            let advice = match error {
+                Errno::PERM | Errno::ACCESS => "; vbus needs CAP_SYS_NICE",
+                _ => "",
+            };
+            let text = "cannot set a thread's scheduling class";
+            tracing::warn!(device = &*self.device, thread = tid, %error, "{text}{advice}");
         }
         self.counts.refused += 1;
         self.outcome = word::FAILED;

@@ -27,10 +27,18 @@ pub struct CpusState {
 }
 
 impl Cpus {
-    /// Makes the virtual CPUs that `config` describes. `threads` are those that the settings name.
-    pub fn new(config: Config, threads: Vec<Option<Thread>>, of: &Arc<dyn Threads>) -> Cpus {
-        let cpus = (0..config.cpus).map(|_| Cpu::new(&config.policy)).collect();
-        let lookup = Lookup::new(&config.origin, of);
+    /// Makes the virtual CPUs that `config` describes, for the device `name`. `threads` are those
+    /// that the settings name.
+    pub fn new(
+        name: &str,
+        config: Config,
+        threads: Vec<Option<Thread>>,
+        of: &Arc<dyn Threads>,
+    ) -> Cpus {
+        let name: Arc<str> = name.into();
+        let cpu = |_| Cpu::new(name.clone(), &config.policy);
+        let cpus = (0..config.cpus).map(cpu).collect();
+        let lookup = Lookup::new(name, &config.origin, of);
         Cpus {
             config,
             state: Mutex::new(CpusState { cpus, lookup }),

@@ -117,7 +117,7 @@ impl DeviceClass for SchedClass {
                  and may refuse to undo the others"
             );
         }
-        Ok(Arc::new(SchedDevice(Arc::new(Cpus::new(config, threads, &self.threads)))))
+        Ok(Arc::new(SchedDevice(Arc::new(Cpus::new(name, config, threads, &self.threads)))))
     }
 
     fn metrics(&self) -> Vec<Metric> {

@@ -27,6 +27,8 @@ const PAUSE_MAX: Duration = Duration::from_secs(5);
 
 /// The search for the threads of a VMM.
 pub struct Lookup {
+    /// The device's name, for the log.
+    device: Arc<str>,
     path: PathBuf,
     language: Language,
     threads: Arc<dyn Threads>,
@@ -61,8 +63,9 @@ impl Drop for Talk {
 }
 
 impl Lookup {
-    /// Makes the search for the VMM that `origin` names. `None`: it names no VMM.
-    pub fn new(origin: &Origin, threads: &Arc<dyn Threads>) -> Option<Lookup> {
+    /// Makes the search for the VMM that `origin` names, for the device with this name. `None`: it
+    /// names no VMM.
+    pub fn new(device: Arc<str>, origin: &Origin, threads: &Arc<dyn Threads>) -> Option<Lookup> {
         let (path, language) = match origin {
             Origin::Threads(_) => return None,
             Origin::Qmp(path) => (path, Language::Qmp),
@@ -70,6 +73,7 @@ impl Lookup {
         };
         let (path, threads) = (path.clone(), threads.clone());
         Some(Lookup {
+            device,
             path,
             language,
             threads,
@@ -122,6 +126,7 @@ impl Lookup {
                 self.talk = None;
                 if self.error.as_ref() != Some(&text) {
                     tracing::warn!(
+                        device = &*self.device,
                         "{}: {text}; the threads of the virtual CPUs are not known",
                         self.path.display()
                     );

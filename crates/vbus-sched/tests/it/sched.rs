@@ -6,9 +6,9 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -27,6 +27,40 @@ use vbus_test_driver::{Interrupts, Memory, TIMEOUT, add, open};
 /// Makes a bus with this class.
 fn bus(workers: usize) -> Bus {
     vbus_test_driver::bus(workers, vec![Box::new(SchedClass::new())])
+}
+
+/// The log of this process.
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl Log {
+    /// Begins to keep the log, if nobody has.
+    fn keep() -> &'static Log {
+        static LOG: OnceLock<Log> = OnceLock::new();
+        LOG.get_or_init(|| {
+            let log = Log::default();
+            let to = log.clone();
+            tracing_subscriber::fmt().with_ansi(false).with_writer(move || to.clone()).init();
+            log
+        })
+    }
+
+    /// The lines that have the field `device` with this name.
+    fn lines_of(&self, device: &str) -> Vec<String> {
+        let text = String::from_utf8(self.0.lock().unwrap().clone()).unwrap();
+        let field = format!("device=\"{device}\"");
+        text.lines().filter(|line| line.contains(&field)).map(str::to_owned).collect()
+    }
+}
+
+impl Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().write(bytes)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
 }
 
 /// A thread that does nothing until it is dropped.
@@ -335,6 +369,82 @@ fn a_change_to_a_real_time_class_asks_for_nothing_else() {
         assert_eq!(driver.ask(&mut pages, class, priority).outcome, report::OK);
         assert_eq!([0, 1].map(|at: usize| asked[at].load(Ordering::Relaxed)), counts);
     }
+}
+
+/// Threads whose changes the system refuses with the present error.
+struct Refused {
+    threads: Direct,
+    error: Arc<Mutex<Errno>>,
+}
+
+impl Threads for Refused {
+    fn check(&self, limits: &Limits) -> Result<(), String> {
+        self.threads.check(limits)
+    }
+
+    fn ask_vmm(&self, path: &Path, language: Language) -> std::io::Result<(OwnedFd, i32)> {
+        self.threads.ask_vmm(path, language)
+    }
+
+    fn take(&self, _process: Option<i32>, _tid: i32) -> Result<Box<dyn Held>, TakeError> {
+        Ok(Box::new(RefusedThread(self.error.clone())))
+    }
+
+    fn is_privileged(&self) -> bool {
+        true
+    }
+
+    fn tells_time(&self) -> bool {
+        true
+    }
+}
+
+struct RefusedThread(Arc<Mutex<Errno>>);
+
+impl Held for RefusedThread {
+    fn time(&self) -> Duration {
+        Duration::ZERO
+    }
+
+    fn own_nice(&mut self) -> Result<i32, Errno> {
+        Ok(0)
+    }
+
+    fn apply(&mut self, _setting: Setting) -> Result<(), Errno> {
+        Err(*self.0.lock().unwrap())
+    }
+
+    fn restore(&mut self) -> Result<bool, Errno> {
+        Ok(false)
+    }
+}
+
+#[test]
+fn each_new_error_of_a_change_is_logged_once() {
+    let log = Log::keep();
+    let error = Arc::new(Mutex::new(Errno::PERM));
+    let threads = Refused { threads: Direct::default(), error: error.clone() };
+    let bus = vbus_test_driver::bus(1, vec![Box::new(SchedClass::through(Arc::new(threads)))]);
+    let endpoint = bus.create("refused", "sched", &json!({ "threads": [1] })).unwrap();
+    let mut driver = Driver::open(&endpoint);
+    let mut pages = driver.pages(0);
+    let told = || {
+        let lines = log.lines_of("refused");
+        lines.into_iter().filter(|line| line.contains("scheduling class")).collect::<Vec<_>>()
+    };
+    for (now, lines) in [(Errno::PERM, 1), (Errno::PERM, 1), (Errno::BUSY, 2), (Errno::BUSY, 2)] {
+        *error.lock().unwrap() = now;
+        let report = driver.ask(&mut pages, abi::CLASS_FIFO, 2);
+        assert_eq!(report.outcome, report::FAILED);
+        assert_eq!(told().len(), lines, "{:?}", told());
+    }
+    let needs: Vec<_> = told().iter().map(|line| line.contains("CAP_SYS_NICE")).collect();
+    assert_eq!(needs, [true, false]);
+    // With a new connection the log gets it again.
+    let mut driver = Driver::open(&endpoint);
+    let mut pages = driver.pages(0);
+    driver.ask(&mut pages, abi::CLASS_FIFO, 2);
+    assert_eq!(told().len(), 3, "{:?}", told());
 }
 
 #[test]
@@ -711,7 +821,8 @@ fn a_vmm_that_lies_harms_nobody() {
     let idlers = [Idler::start(), Idler::start()];
     let tids = [idlers[0].tid, idlers[1].tid];
     type Answer = Box<dyn Fn(&str) -> Option<String> + Send>;
-    let cases: [(&str, &'static str, Answer, &str); 5] = [
+    let log = Log::keep();
+    let cases: [(&str, &'static str, Answer, &str); 6] = [
         ("foreign", GREETING, Box::new(|line| qmp_answer(line, &[1])), "has no thread 1"),
         ("negative", GREETING, Box::new(|line| qmp_answer(line, &[-5, 0])), "has no thread 0"),
         ("nonsense", "hello\n", Box::new(|_| None), "is not JSON"),
@@ -724,6 +835,15 @@ fn a_vmm_that_lies_harms_nobody() {
                 qmp_answer(line, &[tids[turn % 2]])
             }),
             "another answer each time",
+        ),
+        (
+            "refusing",
+            GREETING,
+            Box::new(|_| {
+                let error = json!({ "class": "", "desc": format!("no\n{}", "x".repeat(100_000)) });
+                Some(format!("{}\n", json!({ "error": error })))
+            }),
+            "refuses: no\\nxxx",
         ),
     ];
     for (name, greeting, answer, complaint) in cases {
@@ -743,6 +863,10 @@ fn a_vmm_that_lies_harms_nobody() {
             assert!(Instant::now() < end, "{name}: {value}");
             std::thread::yield_now();
         }
+        let mut lines = log.lines_of(name);
+        lines.retain(|line| line.contains(complaint));
+        assert!(lines.iter().any(|line| line.contains("are not known")), "{name}: {lines:?}");
+        assert!(lines.iter().all(|line| line.len() < 1000), "{name}: {lines:?}");
         bus.remove(name).unwrap();
     }
     assert_eq!((idlers[0].class(), idlers[1].class()), (OWN, OWN));
