@@ -19,6 +19,9 @@ use crate::peer::Peer;
 /// How long a client may take to send a request, and to take an answer.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long the next client waits while there are too many threads.
+const CROWDED: Duration = Duration::from_millis(1);
+
 /// The stack of a client's thread, in bytes. The parser of JSON calls itself for each level that a
 /// request is deep, up to 128 levels; a build without optimization takes more than 1 KiB for one. A
 /// page that is not used costs no memory.
@@ -43,11 +46,14 @@ pub struct Share {
     /// [`Limits::clients`] keeps places free for clients with a greater share. Such a client never
     /// gives way to one with a smaller share.
     pub all: usize,
+    /// The longest request of this client, in bytes, at most [`Limits::line`]. A parsed request
+    /// can take a hundred times the memory of its line.
+    pub line: u64,
 }
 
 impl Share {
-    /// All places.
-    pub const WHOLE: Share = Share { user: usize::MAX, all: usize::MAX };
+    /// All places, and lines as long as the server allows.
+    pub const WHOLE: Share = Share { user: usize::MAX, all: usize::MAX, line: u64::MAX };
 }
 
 /// Answers the requests that come to a server.
@@ -141,6 +147,9 @@ struct Places(Mutex<Table>);
 struct Table {
     clients: Vec<Occupant>,
     next: u64,
+    /// The threads of clients: those in [`clients`](Self::clients), and those that had to go and
+    /// whose thread has not ended yet.
+    threads: usize,
 }
 
 /// A client in its place.
@@ -153,7 +162,8 @@ struct Occupant {
     idle_since: Option<Instant>,
 }
 
-/// The place of a client. Dropping it leaves the place.
+/// The place of a client. The client's thread has it to its end: dropping it leaves the place, and
+/// says that the thread has ended.
 struct Place {
     places: Arc<Places>,
     number: u64,
@@ -180,9 +190,9 @@ impl Places {
             table.clients.iter().filter(|client| client.user == user).count()
         };
         if of_user(peer.uid, &table) >= share.user
-            && !table.evict(|c, _| (c.user == peer.uid).then_some(0))
+            && !table.evict(|c, _| (c.user == peer.uid && c.share.all <= share.all).then_some(0))
         {
-            return Err(format!("more than {} control clients of one user", share.user));
+            return Err(format!("more than {} of one user", clients(share.user)));
         }
         let all = share.all.min(limits.clients);
         // The user with the most clients has to give one up.
@@ -190,8 +200,9 @@ impl Places {
             (client.share.all <= share.all).then(|| of_user(client.user, table))
         };
         if table.clients.len() >= all && !table.evict(candidate) {
-            return Err(format!("more than {all} control clients"));
+            return Err(format!("more than {}", clients(all)));
         }
+        table.threads += 1;
         table.next += 1;
         let number = table.next;
         table.clients.push(Occupant {
@@ -203,6 +214,15 @@ impl Places {
         });
         Ok(Place { places: self.clone(), number })
     }
+
+    /// Whether so many clients have had to go whose threads still run that nobody else may come.
+    fn are_crowded(&self, limits: Limits) -> bool {
+        self.lock().threads >= limits.clients.saturating_mul(2)
+    }
+}
+
+fn clients(count: usize) -> String {
+    format!("{count} control client{}", if count == 1 { "" } else { "s" })
 }
 
 impl Table {
@@ -214,26 +234,28 @@ impl Table {
             Some(((rank(client, self)?, std::cmp::Reverse(client.idle_since?)), at))
         });
         let Some((_, at)) = candidates.max() else { return false };
-        // Its thread sees the end of the connection, and ends.
+        // Its thread sees the end of the connection. Before that it may still read what the client
+        // had sent, but without a place it carries nothing out.
         let _ = self.clients.swap_remove(at).socket.shutdown(Shutdown::Both);
         true
     }
 }
 
 impl Place {
-    /// Notes whether the client has a request under way.
-    fn is_idle(&self, idle: bool) {
+    /// Notes whether the client has a request under way. Returns whether the client still has its
+    /// place. A client with a request under way keeps it.
+    fn set_idle(&self, idle: bool) -> bool {
         let mut table = self.places.lock();
         let own = table.clients.iter_mut().find(|client| client.number == self.number);
-        if let Some(client) = own {
-            client.idle_since = idle.then(Instant::now);
-        }
+        own.map(|client| client.idle_since = idle.then(Instant::now)).is_some()
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.places.lock().clients.retain(|client| client.number != self.number);
+        let mut table = self.places.lock();
+        table.clients.retain(|client| client.number != self.number);
+        table.threads -= 1;
     }
 }
 
@@ -247,12 +269,18 @@ impl<H: Handler> Server<H> {
         Ok(Server { listener, limits, handler: Arc::new(handler), places: Arc::default() })
     }
 
-    /// Accepts the next client, if one waits.
+    /// Accepts the next client, if one waits. While twice as many threads run as there may be
+    /// clients, it accepts nobody: it waits a millisecond and returns. These are threads of clients
+    /// that had to go, so they end soon.
     ///
     /// # Errors
     /// This process is out of descriptors or threads. The next client waits in the backlog, so the
     /// caller should pause before it tries again.
     pub fn accept(&self) -> io::Result<()> {
+        if self.places.are_crowded(self.limits) {
+            std::thread::sleep(CROWDED);
+            return Ok(());
+        }
         let socket = match self.listener.accept() {
             Ok((socket, _)) => Arc::new(socket),
             Err(e)
@@ -284,7 +312,7 @@ impl<H: Handler> Server<H> {
                 return Ok(());
             }
         };
-        let (handler, line_max) = (self.handler.clone(), self.limits.line);
+        let (handler, line_max) = (self.handler.clone(), share.line.min(self.limits.line));
         let thread = std::thread::Builder::new().name("control-client".into()).stack_size(STACK);
         thread.spawn(move || serve(&*handler, line_max, &socket, &peer, &place))?;
         Ok(())
@@ -311,7 +339,9 @@ fn serve<H: Handler>(handler: &H, line_max: u64, socket: &UnixStream, peer: &Pee
             let _ = answer(socket, &json!({ "error": text }));
             return;
         }
-        place.is_idle(false);
+        if !place.set_idle(false) {
+            return;
+        }
         let mut client = Client { socket, peer, wants_progress: false };
         let request = serde_json::from_slice(&line).and_then(|mut request: Value| {
             client.wants_progress = take_progress(&mut request);
@@ -328,7 +358,7 @@ fn serve<H: Handler>(handler: &H, line_max: u64, socket: &UnixStream, peer: &Pee
         if client.answer(&last).is_err() || !is_json {
             return;
         }
-        place.is_idle(true);
+        place.set_idle(true);
     }
 }
 
@@ -506,7 +536,7 @@ mod tests {
         assert!(is_disconnected(&greedy[0]), "the one that was idle for the longest time");
         assert!(!is_disconnected(&first) && !is_disconnected(&next));
         for (_, place) in [&first, &greedy[1], &greedy[2], &next] {
-            place.is_idle(false);
+            place.set_idle(false);
         }
         let error = room.enter(4, Share::WHOLE).map(drop).unwrap_err();
         assert_eq!(error, "more than 4 control clients");
@@ -517,20 +547,109 @@ mod tests {
     #[test]
     fn a_small_share_leaves_places_for_others() {
         let room = Room::default();
-        let small = Share { user: 1, all: 2 };
+        let small = Share { user: 1, all: 2, line: u64::MAX };
         let full = room.enter(1, Share::WHOLE).unwrap();
         let reader = room.enter(2, small).unwrap();
         let again = room.enter(2, small).unwrap();
         assert!(is_disconnected(&reader), "a user gives way to itself first");
         let other = room.enter(3, small).unwrap();
         assert!(is_disconnected(&again) && !is_disconnected(&full));
-        other.1.is_idle(false);
+        other.1.set_idle(false);
         let error = room.enter(3, small).map(drop).unwrap_err();
-        assert_eq!(error, "more than 1 control clients of one user");
+        assert_eq!(error, "more than 1 control client of one user");
         let error = room.enter(2, small).map(drop).unwrap_err();
         assert_eq!(error, "more than 2 control clients");
         let more = [1, 1].map(|uid| room.enter(uid, Share::WHOLE).unwrap());
         assert!(!is_disconnected(&full) && more.iter().all(|client| !is_disconnected(client)));
+    }
+
+    #[test]
+    fn a_client_does_not_give_way_to_one_of_its_user_with_a_smaller_share() {
+        let room = Room::default();
+        let full = room.enter(1, Share::WHOLE).unwrap();
+        let small = Share { user: 1, all: 2, line: u64::MAX };
+        let error = room.enter(1, small).map(drop).unwrap_err();
+        assert_eq!(error, "more than 1 control client of one user");
+        assert!(!is_disconnected(&full));
+    }
+
+    #[test]
+    fn a_client_that_had_to_go_has_no_request_carried_out() {
+        /// Counts the requests.
+        #[derive(Default)]
+        struct Count(Mutex<usize>);
+
+        impl Handler for Count {
+            type Request = Value;
+
+            fn handle(&self, _: Value, _: &Client<'_>) -> Result<Value> {
+                *self.0.lock().unwrap() += 1;
+                Ok(Value::Null)
+            }
+        }
+
+        let peer = Peer { pid: 1, uid: 1, groups: Vec::new() };
+        let limits = Limits { clients: 1, line: 100 };
+        for goes in [false, true] {
+            let (places, count) = (Arc::<Places>::default(), Count::default());
+            let (own, socket) = UnixStream::pair().unwrap();
+            let socket = Arc::new(socket);
+            let place = places.enter(&socket, &peer, Share::WHOLE, limits).unwrap();
+            // The request waits in the socket, where the server can read it also later.
+            (&own).write_all(b"17\n").unwrap();
+            let next = Arc::new(UnixStream::pair().unwrap().1);
+            let _next = goes.then(|| places.enter(&next, &peer, Share::WHOLE, limits).unwrap());
+            own.shutdown(Shutdown::Write).unwrap();
+            serve(&count, limits.line, &socket, &peer, &place);
+            assert_eq!(*count.0.lock().unwrap(), usize::from(!goes));
+            drop((place, socket));
+            assert_eq!(rest(&own), if goes { "" } else { "{\"ok\":null}\n" });
+        }
+    }
+
+    #[test]
+    fn clients_wait_while_too_many_threads_have_not_ended() {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(dir.path().join("socket")).unwrap();
+        let server = Server::new(listener, Limits { clients: 4, line: 100 }, Echo).unwrap();
+        let room = Room(server.places.clone());
+        let mut threads: Vec<_> = (0..8).map(|_| room.enter(1, Share::WHOLE).unwrap()).collect();
+        let setting = Setting { dir };
+        let mut connection = setting.connection();
+        let waits = || {
+            let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+            poll(&mut [PollFd::new(&server, PollFlags::IN)], Some(&now)).unwrap() == 1
+        };
+        server.accept().unwrap();
+        assert!(waits(), "four clients had to go, and their threads are there");
+        threads.remove(0);
+        server.accept().unwrap();
+        assert!(!waits());
+        assert_eq!(ask(&mut connection, "hello").unwrap(), json!("hello"));
+    }
+
+    /// Gives everybody short lines.
+    struct Short;
+
+    impl Handler for Short {
+        type Request = Value;
+
+        fn admit(&self, _: &Peer) -> Result<Share> {
+            Ok(Share { line: 20, ..Share::WHOLE })
+        }
+
+        fn handle(&self, request: Value, _: &Client<'_>) -> Result<Value> {
+            Ok(request)
+        }
+    }
+
+    #[test]
+    fn a_share_limits_the_length_of_a_request() {
+        let setting = Setting::with(Limits { clients: 4, line: 100 }, Short);
+        let mut connection = setting.connection();
+        assert_eq!(ask(&mut connection, "hello").unwrap(), json!("hello"));
+        let error = ask(&mut connection, &"a".repeat(30)).unwrap_err().to_string();
+        assert!(error.contains("at most 20 bytes"), "{error}");
     }
 
     #[test]

@@ -23,9 +23,10 @@ use vbus_core::lock;
 /// The limits on clients. The largest state page, in JSON, fits in a line.
 const LIMITS: Limits = Limits { clients: 32, line: 4 << 20 };
 /// The places of a user with full rights.
-const FULL: Share = Share { user: 24, all: 32 };
-/// The places of a user who may only read. Such users leave places for the others.
-const READ: Share = Share { user: 8, all: 16 };
+const FULL: Share = Share { user: 24, all: 32, line: LIMITS.line };
+/// The places of a user who may only read. Such users leave places for the others, and need no long
+/// request.
+const READ: Share = Share { user: 8, all: 16, line: 64 << 10 };
 /// The most clients that wait to be accepted.
 const BACKLOG: i32 = 16;
 

@@ -105,6 +105,10 @@ fn a_control_client_has_the_rights_of_its_groups() {
         );
     }
     assert_eq!(bus.json(&["device", "list"]).as_array().unwrap().len(), 1);
+    let long = format!(r#"{{"op":"list"{}}}"#, " ".repeat(64 << 10));
+    let refused = error(ask(&bus, &[READERS], &long));
+    assert!(refused.contains("one line of at most 65536 bytes"), "{refused}");
+    assert!(ask(&bus, &[STAFF], &long).unwrap()["ok"].is_array());
     // The staff does everything.
     assert_eq!(ask(&bus, &[STAFF, READERS], ADD).unwrap()["ok"]["name"], "x");
     assert!(ask(&bus, &[STAFF], r#"{"op":"remove","name":"x"}"#).unwrap()["ok"].is_null());
