@@ -3,6 +3,7 @@
 //! the command line.
 
 use std::fmt;
+use std::fs::File;
 use std::io::Read;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -215,16 +216,22 @@ pub fn read(path: &Path) -> Result<(Config, Source), ConfigError> {
 
 /// Reads the text of a configuration file.
 pub fn read_text(path: &Path) -> Result<String, ConfigError> {
-    let fail = |what: &dyn fmt::Display| ConfigError(format!("{}: {what}", path.display()));
-    let too_large = format!("larger than {FILE_MAX} bytes");
+    text_of(path, &File::open(path).map_err(|error| fault(path, &error))?)
+}
+
+/// Reads the text of the configuration file `path`, which is open as `file`.
+pub fn text_of(path: &Path, file: &File) -> Result<String, ConfigError> {
     // A file may grow, and what is no file has no length.
     let mut text = String::new();
-    let file = std::fs::File::open(path).map_err(|e| fail(&e))?;
-    file.take(FILE_MAX + 1).read_to_string(&mut text).map_err(|e| fail(&e))?;
+    file.take(FILE_MAX + 1).read_to_string(&mut text).map_err(|error| fault(path, &error))?;
     if text.len() as u64 > FILE_MAX {
-        return Err(fail(&too_large));
+        return Err(fault(path, &format_args!("larger than {FILE_MAX} bytes")));
     }
     Ok(text)
+}
+
+fn fault(path: &Path, what: &dyn fmt::Display) -> ConfigError {
+    ConfigError(format!("{}: {what}", path.display()))
 }
 
 /// Reads the text of the configuration file `path`.

@@ -3,7 +3,7 @@
 
 use std::fs::{File, Permissions};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::Path;
 
@@ -57,11 +57,16 @@ pub trait Opener: Send + Sync {
 
 /// Creates or empties the file at `path`, for a capture. A relative path begins at `folder`. A FIFO
 /// there is opened without waiting, and its descriptor is non-blocking. `follow`: a symbolic link
-/// is followed.
+/// is followed. `check` sees what was opened, before anything is emptied.
 ///
 /// # Errors
-/// `ENXIO` if a FIFO is there that nobody reads now; or the system refuses.
-pub fn open_capture(folder: impl AsFd, path: &Path, follow: bool) -> io::Result<File> {
+/// `ENXIO` if a FIFO is there that nobody reads now; `check` or the system refuses.
+pub fn open_capture(
+    folder: impl AsFd,
+    path: &Path,
+    follow: bool,
+    check: impl FnOnce(BorrowedFd<'_>) -> io::Result<()>,
+) -> io::Result<File> {
     // Without NONBLOCK, opening a FIFO would wait for its reader.
     let mut flags =
         OFlags::WRONLY | OFlags::CREATE | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
@@ -80,6 +85,7 @@ pub fn open_capture(folder: impl AsFd, path: &Path, follow: bool) -> io::Result<
         }
         other => other?,
     };
+    check(file.as_fd())?;
     match FileType::from_raw_mode(fstat(&file)?.st_mode) {
         FileType::Fifo => return Ok(file.into()),
         // Only now is it known what the file is.
@@ -96,7 +102,7 @@ pub struct Direct;
 
 impl Opener for Direct {
     fn create(&self, path: &Path) -> io::Result<File> {
-        open_capture(CWD, path, true)
+        open_capture(CWD, path, true, |_| Ok(()))
     }
 
     fn listen(&self, path: &Path) -> io::Result<OwnedFd> {

@@ -5,7 +5,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, RwLock};
 
@@ -13,6 +13,7 @@ use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, open, openat};
 use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
+use super::config_file;
 use super::permits::{Permits, Purpose};
 
 /// An allowed folder.
@@ -25,7 +26,8 @@ struct Folder {
 /// The allowed folders and paths. They change when the bus reads its configuration again.
 pub struct Places(RwLock<Arc<Allowed>>);
 
-struct Allowed {
+/// What some [`Permits`] allow, with the folders open.
+pub struct Allowed {
     folders: Vec<Folder>,
     vmm_folders: Vec<Folder>,
     permits: Arc<Permits>,
@@ -40,7 +42,8 @@ pub enum Place {
 }
 
 impl Allowed {
-    fn new(permits: Permits) -> Allowed {
+    /// Opens the folders of `permits`.
+    pub fn new(permits: Permits) -> Allowed {
         let folder = |path: &PathBuf| {
             let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
             let descriptor = open(path, flags, Mode::empty());
@@ -53,6 +56,16 @@ impl Allowed {
         let all = |paths: &[PathBuf]| paths.iter().map(folder).collect();
         let (folders, vmm_folders) = (all(&permits.folders), all(&permits.vmm_folders));
         Allowed { folders, vmm_folders, permits: Arc::new(permits) }
+    }
+
+    /// What it allows.
+    pub fn permits(&self) -> &Permits {
+        &self.permits
+    }
+
+    /// The folders in which files can be made and overwritten.
+    fn writable(&self) -> impl Iterator<Item = &OwnedFd> {
+        self.folders.iter().filter_map(|folder| folder.descriptor.as_ref())
     }
 
     fn find(&self, path: &str, purpose: Purpose) -> io::Result<Place> {
@@ -109,10 +122,30 @@ impl Places {
         self.now().permits.clone()
     }
 
-    /// From now on, allows the places of `permits`.
-    pub fn replace(&self, permits: Permits) {
-        let allowed = Arc::new(Allowed::new(permits));
-        *self.0.write().unwrap_or_else(|e| e.into_inner()) = allowed;
+    /// From now on, allows the places of `allowed`.
+    pub fn replace(&self, allowed: Allowed) {
+        *self.0.write().unwrap_or_else(|e| e.into_inner()) = Arc::new(allowed);
+    }
+
+    /// Checks that the bus cannot write the configuration, which is open as `file`: neither now,
+    /// nor with what `next` allows.
+    ///
+    /// # Errors
+    /// It can, or nobody can tell.
+    pub fn check_config(&self, file: impl AsFd, next: Option<&Allowed>) -> io::Result<()> {
+        let now = self.now();
+        let next = next.into_iter().flat_map(Allowed::writable);
+        config_file::check_outside(file, now.writable().chain(next))
+    }
+
+    /// Creates or empties the capture file `path`.
+    ///
+    /// # Errors
+    /// The path is not allowed, it is the configuration file, or as [`Place::create`].
+    pub fn create(&self, path: &str) -> io::Result<File> {
+        let now = self.now();
+        let config = now.permits.config.as_ref().map(Path::new);
+        now.find(path, Purpose::Capture)?.create(config)
     }
 
     /// Finds the place of `path`, which is for `purpose`.
@@ -145,17 +178,21 @@ impl Place {
         }
     }
 
-    /// Creates or empties the file there, as [`vbus_net::open_capture`] does.
+    /// Creates or empties the file there, as [`vbus_net::open_capture`] does. `config` is the
+    /// configuration file.
     ///
     /// # Errors
     /// `ENXIO` if a FIFO is there that nobody reads now; something else than a file or a FIFO is
-    /// there, or the system refuses.
-    pub fn create(&self) -> io::Result<File> {
+    /// there, or the configuration file, or the system refuses.
+    fn create(&self, config: Option<&Path>) -> io::Result<File> {
+        let check = |file: BorrowedFd<'_>| {
+            config.map_or(Ok(()), |config| config_file::refuse(file, config))
+        };
         let (folder, name) = match self {
-            Place::Named(path) => return vbus_net::open_capture(CWD, path, false),
+            Place::Named(path) => return vbus_net::open_capture(CWD, path, false, check),
             Place::Within { folder, name } => (folder, name),
         };
-        let file = vbus_net::open_capture(folder, Path::new(name), false)?;
+        let file = vbus_net::open_capture(folder, Path::new(name), false, check)?;
         match FileType::from_raw_mode(fstat(&file)?.st_mode) {
             FileType::RegularFile | FileType::Fifo => Ok(file),
             _ => Err(io::Error::other("it is no file")),
@@ -220,8 +257,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let root = root.path();
         let places = places(root);
-        let find = |path: &str| places.find(root.join(path).to_str().unwrap(), Purpose::Capture);
-        let create = |path: &str| find(path).and_then(|place| place.create());
+        let create = |path: &str| places.create(root.join(path).to_str().unwrap());
         for good in ["bus/a", "vm/a", "vm/below/a", "vm/./a", "named"] {
             create(good).unwrap_or_else(|error| panic!("{good}: {error}")).write_all(b"x").unwrap();
         }
@@ -256,11 +292,11 @@ mod tests {
         let places = places(root.path());
         let path = root.path().join("vm/fifo");
         rustix::fs::mknodat(CWD, &path, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
-        let place = places.find(path.to_str().unwrap(), Purpose::Capture).unwrap();
-        let error = place.create().unwrap_err();
+        let create = || places.create(path.to_str().unwrap());
+        let error = create().unwrap_err();
         assert_eq!(error.raw_os_error(), Some(Errno::NXIO.raw_os_error()));
         let _reader = open(&path, OFlags::RDONLY | OFlags::NONBLOCK, Mode::empty()).unwrap();
-        let file = place.create().unwrap();
+        let file = create().unwrap();
         assert!(rustix::fs::fcntl_getfl(&file).unwrap().contains(OFlags::NONBLOCK));
     }
 

@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::fs::{MemfdFlags, Mode, OFlags, memfd_create, open};
 use rustix::io::Errno;
 use rustix::net::{Shutdown, shutdown};
 use serde_json::{Value, json};
@@ -20,8 +20,9 @@ use vbus_net::Opener as _;
 use vbus_sched::interview::{self, Language};
 use vbus_sched::{Direct, Held, OwnThread, Setting, TakeError, ThreadPin, Threads as _};
 
+use super::config_file;
 use super::permits::{Permits, Purpose};
-use super::place::Places;
+use super::place::{Allowed, Places};
 use super::socket::{self, SocketFile};
 use super::verb::{self, Answer, Configuration, Threads, Verb};
 use crate::access::{Access, Accounts};
@@ -103,6 +104,7 @@ fn serve(socket: OwnedFd) -> io::Result<usize> {
     let places = Arc::new(Places::new(permits));
     let pins = Pins::default();
     pins.follow(&places.permits());
+    warn_of_config(&places);
     let mut files =
         Files { places: places.clone(), pins: pins.clone(), sockets: HashMap::new(), read: None };
     let mut attended = Attended {
@@ -134,6 +136,16 @@ fn serve(socket: OwnedFd) -> io::Result<usize> {
     drop(files);
     let restored = attending.join().map_err(|_| io::Error::other("a thread has panicked"))?;
     ended.and(restored)
+}
+
+/// Warns if the bus can write its configuration. Such a configuration is not read again.
+fn warn_of_config(places: &Places) {
+    let permits = places.permits();
+    let Some(path) = permits.config.as_ref() else { return };
+    let Ok(file) = open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()) else { return };
+    if let Err(error) = places.check_config(file, None) {
+        tracing::warn!("the configuration cannot be read again: {error}");
+    }
 }
 
 /// Answers the verbs that come through `socket`, which has the quick ones or the others, until the
@@ -212,7 +224,7 @@ struct Files {
     /// The sockets that listen, by path.
     sockets: HashMap<PathBuf, SocketFile>,
     /// What the configuration file allows that was read last, if the bus has not adopted it yet.
-    read: Option<Permits>,
+    read: Option<Allowed>,
 }
 
 /// Serves the quick verbs.
@@ -237,10 +249,7 @@ fn misplaced() -> Done {
 impl Files {
     fn answer(&mut self, verb: Verb) -> Done {
         match verb {
-            Verb::Create { path } => {
-                let file = self.places.find(&path, Purpose::Capture)?.create()?;
-                Ok((Value::Null, vec![file.into()]))
-            }
+            Verb::Create { path } => Ok((Value::Null, vec![self.places.create(&path)?.into()])),
             Verb::Listen { path, backlog, access } => self.listen(&path, backlog, &access),
             Verb::Remove { path } => {
                 self.sockets.remove(&PathBuf::from(path));
@@ -248,9 +257,9 @@ impl Files {
             }
             Verb::Configuration => self.configuration(),
             Verb::Adopt => {
-                if let Some(permits) = self.read.take() {
-                    self.pins.follow(&permits);
-                    self.places.replace(permits);
+                if let Some(allowed) = self.read.take() {
+                    self.pins.follow(allowed.permits());
+                    self.places.replace(allowed);
                 }
                 done(Value::Null)
             }
@@ -272,14 +281,19 @@ impl Files {
         let Some(path) = permits.config.clone().map(PathBuf::from) else {
             return Err(io::Error::other("this bus was started without a configuration file"));
         };
-        let text = config::read_text(&path).map_err(io::Error::other)?;
+        self.read = None;
+        let opened = config_file::open_again(&path)?;
+        let text = config_file::read(&path, &opened)?;
         let (config, _) =
             config::parse(&path, text.clone(), Accounts::Check).map_err(io::Error::other)?;
         let rights = config.control.rights().map_err(io::Error::other)?;
+        let allowed = Allowed::new(permits.with(&config));
+        // The bus may have written the file otherwise.
+        self.places.check_config(&opened, Some(&allowed))?;
         let file = memfd_create(c"vbus-config", MemfdFlags::CLOEXEC)?;
         let mut file = File::from(file);
         file.write_all(text.as_bytes())?;
-        self.read = Some(permits.with(&config));
+        self.read = Some(allowed);
         let path = path.into_os_string();
         let answer = serde_json::to_value(Configuration { path, rights })?;
         Ok((answer, vec![file.into()]))

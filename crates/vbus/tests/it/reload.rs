@@ -137,13 +137,20 @@ fn settings_of_the_bus_change_or_say_that_they_cannot() {
         let set = format!("pcap={}", folder.path().join(path).display());
         run(&["device", "add", "x", "--class", "venet", "--set", "backend=null", "--set", &set])
     };
-    assert!(add("x.pcap").err.contains("\"paths\" in [allow]"));
+    std::fs::create_dir(folder.path().join("vm")).unwrap();
+    let allow = |below: &str| {
+        let path = folder.path().join(below);
+        let text = format!("[bus]\nlog = \"info\"\nworkers = 3\n[allow]\npaths = [{path:?}]\n");
+        std::fs::write(&config, &text).unwrap();
+        text
+    };
+    assert!(add("vm/x.pcap").err.contains("\"paths\" in [allow]"));
     assert!(!read().contains("INFO"), "the level is warn: {}", read());
-    std::fs::write(
-        &config,
-        format!("[bus]\nlog = \"info\"\nworkers = 3\n[allow]\npaths = [{:?}]\n", folder.path()),
-    )
-    .unwrap();
+    // No bus may write its own configuration.
+    allow("");
+    let refused = run(&["reload"]).err;
+    assert!(refused.contains("move the file out of the folders of \"paths\""), "{refused}");
+    let text = allow("vm");
     let report: Value = serde_json::from_str(&run(&["reload", "--json"]).out).unwrap();
     assert_eq!(subjects(&report, "changed"), ["log", "allow"], "{report}");
     assert_eq!(
@@ -154,7 +161,12 @@ fn settings_of_the_bus_change_or_say_that_they_cannot() {
             "needs": "restart",
         }])
     );
-    let done = add("x.pcap");
+    // Nor may a control client empty it, by another name.
+    std::fs::hard_link(&config, folder.path().join("vm/hard")).unwrap();
+    let refused = add("vm/hard").err;
+    assert!(refused.contains("it is the configuration file of the bus"), "{refused}");
+    assert_eq!(std::fs::read_to_string(&config).unwrap(), text);
+    let done = add("vm/x.pcap");
     assert_eq!(done.code, Some(0), "{}", done.err);
     wait_until("the line", || read().contains("INFO added device=\"x\""));
     // The next one says it again, because it is still so.

@@ -196,11 +196,11 @@ struct Hostile {
 impl Hostile {
     /// Starts a supervisor for a bus in `dir`.
     fn start(dir: &Path) -> Hostile {
-        Hostile::start_with(dir, &[])
+        Hostile::start_with(dir, &[], None)
     }
 
-    /// The same; the configuration names these threads.
-    fn start_with(dir: &Path, threads: &[i32]) -> Hostile {
+    /// The same; the configuration, the file `config`, names these threads.
+    fn start_with(dir: &Path, threads: &[i32], config: Option<&Path>) -> Hostile {
         let kind = SocketType::SEQPACKET;
         let flags = SocketFlags::CLOEXEC;
         let pair = || socketpair(AddressFamily::UNIX, kind, flags, None).unwrap();
@@ -213,6 +213,7 @@ impl Hostile {
             "paths": { "vmm": [dir.with_file_name("vmm")] },
             "taps": ["vbus%d"],
             "threads": threads,
+            "config": config.map(Path::as_os_str),
             "any_thread": false,
             "limits": { "classes": 0, "priority_max": 0, "nice_min": null },
         });
@@ -258,7 +259,7 @@ fn thread() -> (i32, std::thread::JoinHandle<()>, std::sync::mpsc::Sender<()>) {
 fn a_thread_that_the_configuration_names_is_not_one_that_has_its_id_later() {
     let folder = tempfile::tempdir().unwrap();
     let (tid, running, end) = thread();
-    let bus = Hostile::start_with(folder.path(), &[tid]);
+    let bus = Hostile::start_with(folder.path(), &[tid], None);
     let take = || bus.ask(&json!({ "verb": "take", "process": null, "tid": tid }));
     let taken = take();
     assert!(taken["ok"].is_u64(), "{taken}");
@@ -418,6 +419,55 @@ fn the_supervisor_does_nothing_that_the_configuration_does_not_allow() {
     assert!(path.exists());
     drop((hostile.slow, hostile.quick));
     assert!(hostile.child.wait().unwrap().success());
+}
+
+#[test]
+fn a_bus_that_was_taken_over_writes_no_configuration() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("bus");
+    std::fs::create_dir_all(dir.join("below")).unwrap();
+    let wide = format!("[allow]\npaths = [{:?}]\n", folder.path());
+    let outside = folder.path().join("outside");
+    let create = |bus: &Hostile, path: &Path| bus.ask(&json!({ "verb": "create", "path": path }));
+    let refused = |answer: Value, text: &str| {
+        let said = answer["refused"].as_str().unwrap_or_default();
+        assert!(said.contains(text), "{answer}");
+    };
+    // The configuration lies where the bus may overwrite files.
+    let link = folder.path().join("link.toml");
+    std::os::unix::fs::symlink(dir.join("below/bus.toml"), &link).unwrap();
+    for (named, real) in [("bus/bus.toml", "bus.toml"), ("link.toml", "below/bus.toml")] {
+        let (config, real) = (folder.path().join(named), dir.join(real));
+        std::fs::write(&real, "[bus]\n").unwrap();
+        let bus = Hostile::start_with(&dir, &[], Some(&config));
+        refused(create(&bus, &real), "it is the configuration file of the bus");
+        assert_eq!(std::fs::read(&real).unwrap(), b"[bus]\n");
+        // Even if it could write the file, nothing would come of it.
+        std::fs::write(&real, &wide).unwrap();
+        refused(bus.ask(&json!({ "verb": "configuration" })), "move the file out of the folders");
+        assert_eq!(bus.ask(&json!({ "verb": "adopt" })), json!({ "ok": null }));
+        refused(create(&bus, &outside), "in [allow]");
+    }
+    // It lies elsewhere, but has a second name there.
+    let config = folder.path().join("bus.toml");
+    std::fs::write(&config, "[bus]\n").unwrap();
+    std::fs::hard_link(&config, dir.join("hard")).unwrap();
+    let bus = Hostile::start_with(&dir, &[], Some(&config));
+    refused(create(&bus, &dir.join("hard")), "it is the configuration file of the bus");
+    assert_eq!(std::fs::read(&config).unwrap(), b"[bus]\n");
+    let configuration = || bus.ask(&json!({ "verb": "configuration" }));
+    assert!(configuration()["ok"]["rights"].is_object());
+    // What it would allow counts too, and an earlier reading is void.
+    std::fs::write(&config, &wide).unwrap();
+    refused(configuration(), "move the file out of the folders");
+    assert_eq!(bus.ask(&json!({ "verb": "adopt" })), json!({ "ok": null }));
+    refused(create(&bus, &outside), "in [allow]");
+    // A FIFO does not hold the supervisor up.
+    std::fs::remove_file(&config).unwrap();
+    let mode = rustix::fs::Mode::from_raw_mode(0o600);
+    let fifo = rustix::fs::FileType::Fifo;
+    rustix::fs::mknodat(rustix::fs::CWD, &config, fifo, mode, 0).unwrap();
+    refused(configuration(), "it is no file");
 }
 
 /// The answer of the metrics to the user STRANGER, or the error of the connection.
