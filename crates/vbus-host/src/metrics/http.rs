@@ -4,7 +4,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use rustix::event::PollFlags;
 use rustix::io::Errno;
@@ -12,8 +12,6 @@ use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
 
 use super::openmetrics::CONTENT_TYPE;
 
-/// How long a connection lasts at most, from its first byte to its last.
-pub const TIMEOUT: Duration = Duration::from_secs(5);
 /// The longest head of a request, in bytes.
 const HEAD_MAX: usize = 8 << 10;
 /// The most lines of a head.
@@ -48,15 +46,15 @@ enum Request {
 }
 
 impl Conversation {
-    /// A connection over `socket`, which is non-blocking.
-    pub fn new(socket: OwnedFd) -> Conversation {
-        Conversation { socket, until: Instant::now() + TIMEOUT, step: Step::Ask(Vec::new()) }
+    /// A connection over `socket`, which is non-blocking. It ends at `until` at the latest.
+    pub fn new(socket: OwnedFd, until: Instant) -> Conversation {
+        Conversation { socket, until, step: Step::Ask(Vec::new()) }
     }
 
     /// A connection that gets this answer whatever it asks.
-    pub fn refused(socket: OwnedFd, text: String) -> Conversation {
+    pub fn refused(socket: OwnedFd, until: Instant, text: String) -> Conversation {
         let step = answer("403 Forbidden", "text/plain; charset=utf-8", text.into(), true);
-        Conversation { socket, until: Instant::now() + TIMEOUT, step }
+        Conversation { socket, until, step }
     }
 
     /// When the connection ends at the latest.

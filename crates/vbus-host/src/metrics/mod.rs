@@ -22,7 +22,7 @@ use crate::access::{Access, Accounts, SocketSpec};
 use vbus_cli::rundir::METRICS;
 
 pub use openmetrics::Exporter;
-pub use server::{Door, MetricsServer};
+pub use server::{Door, MetricsServer, TIMEOUT};
 
 /// The table `[metrics]`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

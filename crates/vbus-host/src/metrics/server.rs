@@ -19,8 +19,10 @@ use super::http::Conversation;
 use super::openmetrics::Exporter;
 use crate::rights::{Level, Rights};
 
-/// The most connections at a time. One more takes the place of the oldest.
+/// The most connections of a [`Queue`] at a time. One more takes the place of the oldest.
 const CLIENTS: usize = 16;
+/// How long a connection lasts at most, from its first byte to its last.
+pub const TIMEOUT: Duration = Duration::from_secs(5);
 /// How long nobody is accepted after the process had no descriptor for a connection.
 const PAUSE: Duration = Duration::from_millis(200);
 
@@ -39,14 +41,15 @@ pub struct MetricsServer {
 }
 
 impl MetricsServer {
-    /// Serves the clients of `doors`.
+    /// Serves the clients of `doors`, each for at most the time `limit`: [`TIMEOUT`], except in a
+    /// test.
     ///
     /// # Errors
     /// The system gives no descriptor or no thread.
-    pub fn start(doors: Vec<Door>, exporter: Exporter) -> Result<MetricsServer> {
+    pub fn start(doors: Vec<Door>, exporter: Exporter, limit: Duration) -> Result<MetricsServer> {
         let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let stop = Arc::new(stop.context("making an eventfd")?);
-        let mut room = Room { doors, exporter, clients: Vec::new(), pause: None };
+        let mut room = Room { doors, exporter, limit, clients: Vec::new(), pause: None };
         let stopped = stop.clone();
         let thread = std::thread::Builder::new()
             .name("metrics".into())
@@ -69,10 +72,21 @@ impl Drop for MetricsServer {
 struct Room {
     doors: Vec<Door>,
     exporter: Exporter,
+    /// How long a connection lasts at most.
+    limit: Duration,
     /// The oldest comes first.
-    clients: Vec<Conversation>,
+    clients: Vec<(Queue, Conversation)>,
     /// Until when nobody is accepted.
     pause: Option<Instant>,
+}
+
+/// Connections that share [`CLIENTS`] places. Nobody takes a place in another queue.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Queue {
+    /// The door by which they came.
+    door: usize,
+    /// Whether they were turned away, and only wait for that answer.
+    refused: bool,
 }
 
 impl Room {
@@ -81,12 +95,12 @@ impl Room {
         let now = Instant::now();
         self.pause = self.pause.filter(|until| *until > now);
         let doors = if self.pause.is_some() { &[][..] } else { &self.doors[..] };
-        let wake = self.clients.iter().map(Conversation::until).chain(self.pause).min();
+        let wake = self.clients.iter().map(|(_, client)| client.until()).chain(self.pause).min();
         let timeout = wake.map(|at| at.saturating_duration_since(now));
         let timeout = timeout.and_then(|time| Timespec::try_from(time).ok());
         let mut fds = vec![PollFd::new(stop, PollFlags::IN)];
         fds.extend(doors.iter().map(|door| PollFd::new(&door.socket, PollFlags::IN)));
-        fds.extend(self.clients.iter().map(|client| PollFd::new(client, client.interest())));
+        fds.extend(self.clients.iter().map(|(_, client)| PollFd::new(client, client.interest())));
         match poll(&mut fds, timeout.as_ref()) {
             Ok(_) => {}
             Err(Errno::INTR) => return true,
@@ -104,7 +118,7 @@ impl Room {
         }
         let mut at = 1 + count;
         let exporter = &mut self.exporter;
-        self.clients.retain_mut(|client| {
+        self.clients.retain_mut(|(_, client)| {
             let goes_on = !ready[at] || client.ready(&mut || exporter.text());
             at += 1;
             goes_on && client.until() > now
@@ -117,8 +131,8 @@ impl Room {
 
     /// Accepts one client of a door.
     fn accept(&mut self, door: usize) {
-        let door = &self.doors[door];
-        let accepted = accept_with(&door.socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK);
+        let Door { socket, rights } = &self.doors[door];
+        let accepted = accept_with(socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK);
         let socket = match accepted {
             Ok(socket) => socket,
             Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => return,
@@ -128,14 +142,25 @@ impl Room {
                 return;
             }
         };
-        let client = match door.rights.as_ref().map(|rights| check(&socket, rights)) {
-            None | Some(Ok(())) => Conversation::new(socket),
-            Some(Err(error)) => Conversation::refused(socket, format!("{error:#}\n")),
+        let checked = rights.as_ref().map_or(Ok(()), |rights| check(&socket, rights));
+        self.enter(door, socket, checked);
+    }
+
+    /// Gives a client of a door a place, if need be that of the oldest one of its queue.
+    fn enter(&mut self, door: usize, socket: OwnedFd, checked: Result<()>) {
+        let queue = Queue { door, refused: checked.is_err() };
+        let until = Instant::now() + self.limit;
+        let client = match checked {
+            Ok(()) => Conversation::new(socket, until),
+            Err(error) => Conversation::refused(socket, until, format!("{error:#}\n")),
         };
-        if self.clients.len() >= CLIENTS {
-            self.clients.remove(0);
+        let is_of_queue = |(of, _): &(Queue, Conversation)| *of == queue;
+        if self.clients.iter().filter(|client| is_of_queue(client)).count() >= CLIENTS {
+            if let Some(oldest) = self.clients.iter().position(is_of_queue) {
+                self.clients.remove(oldest);
+            }
         }
-        self.clients.push(client);
+        self.clients.push((queue, client));
     }
 }
 
@@ -151,13 +176,15 @@ mod tests {
     use std::net::{TcpListener, TcpStream};
     use std::os::unix::net::{UnixListener, UnixStream};
 
+    use anyhow::anyhow;
     use serde_json::json;
 
-    use super::super::http::TIMEOUT;
     use super::*;
     use crate::classes;
     use crate::telemetry::Table;
 
+    /// More time than a scrape takes on any machine.
+    const LONG: Duration = Duration::from_secs(60);
     const GET: &[u8] = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
     /// A server with a UNIX socket and a port.
@@ -169,6 +196,11 @@ mod tests {
 
     impl Setting {
         fn new() -> Setting {
+            Setting::with(LONG)
+        }
+
+        /// A server whose connections last so long at most.
+        fn with(limit: Duration) -> Setting {
             let classes = classes::unserved(Vec::new()).unwrap();
             let table = Table::new(classes.iter().map(|class| &**class));
             // A long text, which fills the buffers of a socket whose client does not read.
@@ -190,18 +222,18 @@ mod tests {
                 Door { socket: unix.into(), rights: None },
                 Door { socket: tcp.into(), rights: None },
             ];
-            Setting { dir, port, _server: MetricsServer::start(doors, exporter).unwrap() }
+            Setting { dir, port, _server: MetricsServer::start(doors, exporter, limit).unwrap() }
         }
 
         fn unix(&self) -> UnixStream {
             let socket = UnixStream::connect(self.dir.path().join("socket")).unwrap();
-            socket.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+            socket.set_read_timeout(Some(LONG)).unwrap();
             socket
         }
 
         fn tcp(&self) -> TcpStream {
             let socket = TcpStream::connect(self.port).unwrap();
-            socket.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+            socket.set_read_timeout(Some(LONG)).unwrap();
             socket
         }
 
@@ -276,8 +308,48 @@ mod tests {
     }
 
     #[test]
-    fn a_slow_head_ends_its_own_connection() {
+    fn the_clients_of_a_door_take_no_place_at_the_other() {
         let setting = Setting::new();
+        let (by_port, by_path) = (setting.tcp(), setting.unix());
+        let many_by_path: Vec<_> = (0..3 * CLIENTS).map(|_| setting.unix()).collect();
+        assert_eq!(exchange(by_path, b""), "", "it had to go for the others");
+        assert!(exchange(by_port, GET).ends_with("# EOF\n"));
+        let by_path = setting.unix();
+        let many_by_port: Vec<_> = (0..3 * CLIENTS).map(|_| setting.tcp()).collect();
+        // When the last one has its answer, all before it have come.
+        assert!(exchange(setting.tcp(), GET).ends_with("# EOF\n"));
+        assert!(exchange(by_path, GET).ends_with("# EOF\n"));
+        drop((many_by_path, many_by_port));
+    }
+
+    #[test]
+    fn clients_without_a_right_take_no_place_of_others() {
+        let exporter = Exporter::new(Table::new(std::iter::empty()), Box::new(Vec::new));
+        let (doors, clients) = (Vec::new(), Vec::new());
+        let mut room = Room { doors, exporter, limit: LONG, clients, pause: None };
+        let mut enter = |count: usize, may: bool| -> Vec<UnixStream> {
+            let enter = |_| {
+                let (own, socket) = UnixStream::pair().unwrap();
+                own.set_nonblocking(true).unwrap();
+                let checked = if may { Ok(()) } else { Err(anyhow!("no right")) };
+                room.enter(0, socket.into(), checked);
+                own
+            };
+            (0..count).map(enter).collect()
+        };
+        let is_there = |mut client: &UnixStream| {
+            client.read(&mut [0]).is_err_and(|e| e.kind() == io::ErrorKind::WouldBlock)
+        };
+        let (readers, others) = (enter(CLIENTS, true), enter(3 * CLIENTS, false));
+        assert!(readers.iter().all(is_there));
+        assert_eq!(others.iter().filter(|client| is_there(client)).count(), CLIENTS);
+        let _more = enter(1, true);
+        assert!(!is_there(&readers[0]) && is_there(&readers[1]));
+    }
+
+    #[test]
+    fn a_slow_head_ends_its_own_connection() {
+        let setting = Setting::with(Duration::from_millis(500));
         let mut slow = setting.tcp();
         let begin = Instant::now();
         // A byte now and then does not make the connection last longer.
@@ -291,12 +363,11 @@ mod tests {
                         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
                     ) =>
                 {
-                    assert!(begin.elapsed() < 20 * TIMEOUT, "it is still there");
+                    assert!(begin.elapsed() < LONG, "it is still there");
                 }
                 _ => break,
             }
         }
-        setting.scrape();
     }
 
     #[test]

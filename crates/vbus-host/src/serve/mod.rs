@@ -25,7 +25,7 @@ use vbus_core::{DeviceClass, MemoryContext, Watchdog};
 use crate::access::Access;
 use crate::client::BusDir;
 use crate::config::{self, Config, DeviceSpec};
-use crate::metrics::{Door, Exporter, MetricsServer, MetricsSpec};
+use crate::metrics::{self, Door, Exporter, MetricsServer, MetricsSpec};
 use crate::rights::Rights;
 use crate::sandbox::{Protections, Sandbox};
 use crate::supervisor::{Permits, Purpose, SocketFile, Supervisor};
@@ -254,7 +254,7 @@ fn serve_metrics(
     let devices = host.clone();
     let read = move || devices.inspect(None).unwrap_or_default();
     let exporter = Exporter::new(host.table(), Box::new(read));
-    Ok((MetricsServer::start(doors, exporter)?, file))
+    Ok((MetricsServer::start(doors, exporter, metrics::TIMEOUT)?, file))
 }
 
 /// What the program's own classes may open, if the program says that they open files: the folders

@@ -57,10 +57,23 @@ fn exchange(mut socket: impl Read + Write, request: &[u8]) -> String {
     String::from_utf8(answer).unwrap()
 }
 
+/// The whole answer to a scrape of this socket. On a slow machine a scrape may take longer than the
+/// server lets it: then it is repeated.
+fn answer<S: Read + Write>(connect: impl Fn() -> S) -> String {
+    let mut answer = String::new();
+    wait_until("a whole answer", || {
+        answer = exchange(connect(), GET);
+        answer.ends_with("# EOF\n")
+    });
+    answer
+}
+
 fn scrape(path: &Path) -> String {
-    let socket = UnixStream::connect(path).unwrap();
-    socket.set_read_timeout(Some(TIMEOUT)).unwrap();
-    exchange(socket, GET)
+    answer(|| {
+        let socket = UnixStream::connect(path).unwrap();
+        socket.set_read_timeout(Some(TIMEOUT)).unwrap();
+        socket
+    })
 }
 
 /// The port that the log names.
@@ -83,12 +96,11 @@ fn a_bus_in_its_sandbox_serves_metrics_on_both_sockets() {
         socket.set_read_timeout(Some(TIMEOUT)).unwrap();
         socket
     };
-    for answer in [scrape(&path), exchange(tcp(), GET)] {
+    for answer in [scrape(&path), answer(tcp)] {
         assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
         assert!(answer.contains("\nvbus_devices 4\n"), "{answer}");
         let doorbells = "vbus_device_doorbells_total{device=\"net0\",class=\"venet\"} 0\n";
         assert!(answer.contains(doorbells), "{answer}");
-        assert!(answer.ends_with("# EOF\n"), "{answer}");
     }
     // The numbers are those of `stats`, and a device that comes is there.
     bus.good(&["device", "add", "net2", "--class", "venet", "--set", "backend=null"]);
@@ -107,7 +119,7 @@ fn a_bus_in_its_sandbox_serves_metrics_on_both_sockets() {
     for _ in 0..40 {
         let _ = tcp().write_all(&GET[..9]);
     }
-    assert!(scrape(&path).ends_with("# EOF\n"));
+    scrape(&path);
     assert_eq!(bus.json(&["stats"]).as_array().unwrap().len(), 5);
     drop((silent, deaf));
 }
@@ -120,7 +132,7 @@ fn the_table_decides_where_the_socket_is_and_a_bad_one_is_refused() {
         .replace("\n[metrics]\nlisten = \"127.0.0.1:0\"\n", "");
     let bus = Served::start(&config);
     assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o606);
-    assert!(scrape(&path).ends_with("# EOF\n"));
+    scrape(&path);
     assert!(!bus.dir.join("metrics.sock").exists());
     drop(bus);
     wait_until("the socket has been removed", || !path.exists());
