@@ -161,7 +161,7 @@ fn draw_head(frame: &mut Frame<'_>, area: Rect, top: &Top<'_>) {
     let news = match &top.gone {
         Some((since, reason)) => {
             let text = format!(
-                "The bus does not answer since {} s ({reason}). Waiting for it.",
+                "The bus has not answered for {} s ({reason}). Waiting for it.",
                 since.elapsed().as_secs()
             );
             Text::styled(text, styled(top, Color::Red).add_modifier(Modifier::BOLD))
@@ -488,7 +488,7 @@ mod tests {
             top.news(at, Ok(devices(1000)));
             top.news(at + Duration::from_secs(1), Err("the bus has gone".into()));
             let lines = screen(top, 160, 8);
-            assert!(lines[1].starts_with("The bus does not answer since"), "{lines:#?}");
+            assert!(lines[1].starts_with("The bus has not answered for"), "{lines:#?}");
             assert!(lines[1].contains("(the bus has gone)"));
             assert!(lines[3].starts_with("net0"), "the last numbers stay");
             top.news(at + Duration::from_secs(9), Ok(devices(10)));
