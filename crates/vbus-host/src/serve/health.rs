@@ -92,22 +92,25 @@ mod tests {
         let work = || {
             let (sender, receiver) = channel();
             executor.aside(Arc::default(), "work", move || sender.send(()).unwrap());
-            receiver.recv().unwrap();
+            receiver.recv_timeout(Duration::from_secs(60)).unwrap();
         };
-        let is_readable = |health: &Health, timeout: Option<&Timespec>| {
+        let is_readable = |health: &Health, seconds: i64| {
             let mut fds = [PollFd::new(health, PollFlags::IN)];
-            retry_on_intr(|| poll(&mut fds, timeout)).unwrap() != 0
+            let timeout = Timespec { tv_sec: seconds, tv_nsec: 0 };
+            retry_on_intr(|| poll(&mut fds, Some(&timeout))).unwrap() != 0
         };
         for _ in 0..3 {
+            let until = Instant::now() + Duration::from_secs(60);
             while health.timeout().is_some() {
+                assert!(Instant::now() < until, "the watch does not rest");
                 std::thread::sleep(health.interval);
                 health.look(false, &mut manager);
             }
             work();
-            assert!(is_readable(&health, None));
+            assert!(is_readable(&health, 60));
             health.look(true, &mut manager);
             work();
-            assert!(!is_readable(&health, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })));
+            assert!(!is_readable(&health, 0));
         }
     }
 }

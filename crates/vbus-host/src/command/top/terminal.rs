@@ -78,12 +78,17 @@ fn give_back() {
 mod tests {
     use std::fs::File;
     use std::process::{Command, Stdio};
+    use std::time::{Duration, Instant};
 
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    use rustix::io::retry_on_intr;
     use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
     use rustix::termios::tcgetattr;
 
     use super::*;
 
+    /// How long a step may take before it counts as failed.
+    const BOUND: Duration = Duration::from_secs(60);
     /// Says that this process is the one that panics.
     const VARIABLE: &str = "VBUS_TEST_PANIC";
 
@@ -110,12 +115,27 @@ mod tests {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        let status = child.wait().unwrap();
+        let until = Instant::now() + BOUND;
+        let status = loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                break status;
+            }
+            if Instant::now() > until {
+                let _ = child.kill();
+                panic!("it has not ended within {BOUND:?}");
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        };
         assert!(!status.success());
         let mut text = Vec::new();
         // Its output is short: it fits in the terminal's buffer.
         let mut buffer = [0; 4096];
         loop {
+            let mut fds = [PollFd::new(&master, PollFlags::IN)];
+            let timeout = Timespec::try_from(BOUND).unwrap();
+            let ready = retry_on_intr(|| poll(&mut fds, Some(&timeout))).unwrap();
+            let shown = String::from_utf8_lossy(&text);
+            assert!(ready == 1, "the terminal was not given back: {shown:?}");
             let bytes = rustix::io::read(&master, &mut buffer).unwrap();
             text.extend_from_slice(&buffer[..bytes]);
             let text = String::from_utf8_lossy(&text);
