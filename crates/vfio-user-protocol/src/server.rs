@@ -492,6 +492,8 @@ impl<T: Target> Server<T> {
         for mut refused in std::mem::take(&mut self.refused) {
             if is_over(&mut refused) {
                 self.poller.remove(&refused.socket);
+                // The client sees the end now. The close may have to wait for others.
+                let _ = shutdown(&refused.socket, Shutdown::Write);
                 self.closer.close_stream(refused.socket);
             } else {
                 self.refused.push(refused);

@@ -498,8 +498,11 @@ impl Session {
         }
         let memory = file.map(|file| (file.as_fd(), offset));
         target.dma_map(Mapping { address, size, readable, writable, memory })?;
-        // The target uses the file, so this is no descriptor whose close could wait.
-        drop(fds.into_harmless());
+        // A file that the target has mapped is no descriptor whose close could wait. Nobody has
+        // looked at a file that may be neither read nor written.
+        if readable || writable {
+            drop(fds.into_harmless());
+        }
         self.maps.insert(address, size);
         Ok(Reply::default())
     }

@@ -524,9 +524,9 @@ fn a_descriptor_whose_close_waits_keeps_nobody_waiting() {
     let mut bench = Bench::new();
     let mut peers = Vec::new();
     let info = framed(1, 4, 0, &bytes![16u32, 0u32, 0u32, 0u32]);
-    // With a command, with memory that the device refuses, with a message that is never whole, and
-    // from a client that is refused.
-    for act in 0..4 {
+    // With a command, with memory that the device refuses, with memory that the device may not
+    // access, with a message that is never whole, and from a client that is refused.
+    for act in 0..5 {
         let mut raw = Raw::negotiated(&mut bench);
         let (socket, peer) = lingering();
         peers.push(peer);
@@ -546,6 +546,12 @@ fn a_descriptor_whose_close_waits_keeps_nobody_waiting() {
                 assert!(matches!(raw.see(&mut bench), Seen::Reply(1, 2, Some(_), _)));
             }
             2 => {
+                let map = framed(1, 2, 0, &bytes![32u32, 0u32, 0u64, 0u64, 4096u64]);
+                raw.send_with(&map, &[socket.as_fd()]);
+                drop(socket);
+                assert_eq!(raw.see(&mut bench), Seen::Reply(1, 2, None, vec![]));
+            }
+            3 => {
                 raw.send_with(&info[..20], &[socket.as_fd()]);
                 drop(socket);
                 raw.stream.shutdown(std::net::Shutdown::Write).unwrap();
@@ -556,6 +562,7 @@ fn a_descriptor_whose_close_waits_keeps_nobody_waiting() {
                 other.send_with(&framed(1, 1, 0, &version()), &[socket.as_fd()]);
                 drop(socket);
                 assert!(matches!(other.see(&mut bench), Seen::Reply(1, 1, Some(_), _)));
+                assert_eq!(other.see(&mut bench), Seen::Closed);
             }
         }
         drop(raw);

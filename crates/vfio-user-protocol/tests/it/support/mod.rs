@@ -151,7 +151,8 @@ impl Target for Device {
     }
 
     fn dma_map(&mut self, mapping: Mapping<'_>) -> Result<(), Errno> {
-        if let Some((fd, _)) = &mapping.memory {
+        let reachable = mapping.readable || mapping.writable;
+        if let Some((fd, _)) = mapping.memory.as_ref().filter(|_| reachable) {
             // A real device, which has to map the file, fails too.
             if rustix::fs::fstat(fd)?.st_size == 0 {
                 return Err(Errno::NODEV);
