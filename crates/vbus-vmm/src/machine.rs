@@ -139,9 +139,7 @@ impl Machine {
             config.filter,
         )?;
         pci.attach(&mut buses.mmio, &mut buses.pio);
-        for (name, socket) in &config.devices {
-            pci.plug(name, socket).with_context(|| format!("cannot plug {name}"))?;
-        }
+        plug_all(&pci, &config.devices, config.filter)?;
 
         let cpus = Cpus::start(vcpus, &Arc::new(buses), gate, &sender, config.filter)?;
         let info = json!({
@@ -319,6 +317,27 @@ fn open_kvm(split: bool) -> Result<Kvm> {
         bail!("this KVM is too old: it lacks {}", missing.join(", "));
     }
     Ok(kvm)
+}
+
+/// Plugs the devices that the machine has from its start. Threads that this starts have the filter
+/// of plugging.
+fn plug_all(pci: &PciRoot, devices: &[(String, PathBuf)], filter: bool) -> Result<()> {
+    let plug = || {
+        if filter {
+            seccomp::apply(Thread::Control)?;
+        }
+        let mut devices = devices.iter();
+        let failed = devices.find_map(|(name, socket)| Some((name, pci.plug(name, socket).err()?)));
+        Ok(failed)
+    };
+    let plugged: Result<_> = std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("plug".into()).spawn_scoped(scope, plug)?;
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    });
+    match plugged? {
+        None => Ok(()),
+        Some((name, error)) => Err(error).with_context(|| format!("cannot plug {name}")),
+    }
 }
 
 /// Whether a guest can ring doorbells by hypercalls and take interrupts by the SynIC.

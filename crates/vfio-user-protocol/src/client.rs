@@ -16,6 +16,7 @@ use rustix::net::{
     socket_with,
 };
 
+use crate::closer::Closer;
 use crate::message::{
     self, DATAMATCH, DEVICE_RESETS, DmaMap, DmaUnmap, HEADER_LEN, Header, Info, IrqData, IrqVerb,
     Kind, Malformed, MultiWrite, REGION_ACCESS_LEN, RegionAccess, SetIrqs, SubRegion, Version,
@@ -74,6 +75,9 @@ pub enum ClientError {
     /// The ends have not negotiated this command.
     #[error("{0}: the server does not support it")]
     NotNegotiated(&'static str),
+    /// The client cannot start the thread that closes the server's descriptors.
+    #[error("starting a thread: {0}")]
+    Thread(Errno),
     /// The socket failed.
     #[error("socket: {0}")]
     Socket(#[from] Errno),
@@ -103,9 +107,12 @@ pub struct Client {
 impl Client {
     /// Connects to the server at `path` and negotiates the version.
     ///
+    /// The client has a thread that closes the descriptors that the server sends and nobody takes.
+    /// It starts here. No other method of the client starts a thread.
+    ///
     /// # Errors
-    /// Nobody listens there; the server refuses ([`Errno::BUSY`]: it has another client); or the
-    /// server does not answer within 5 s.
+    /// Nobody listens there; the server refuses ([`Errno::BUSY`]: it has another client); the
+    /// server does not answer within 5 s; or the thread cannot be started.
     pub fn connect(path: impl AsRef<Path>) -> Result<Self, ClientError> {
         let path = path.as_ref();
         let failed = |errno| ClientError::Connect { path: path.display().to_string(), errno };
@@ -132,9 +139,12 @@ impl Client {
             page_size: version::PAGE_SIZE,
             write_multiple: false,
         };
+        let closer = Closer::started().map_err(|error| {
+            ClientError::Thread(Errno::from_io_error(&error).unwrap_or(Errno::AGAIN))
+        })?;
         let mut client = Self {
             socket,
-            receiver: Receiver::default(),
+            receiver: Receiver::new(closer),
             sender: Sender::default(),
             next_id: 0,
             failed: false,

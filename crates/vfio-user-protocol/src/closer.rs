@@ -2,14 +2,17 @@
 //! Closes descriptors of the peer.
 //!
 //! A close can wait for what the peer controls: for a file system that the peer made itself (FUSE),
-//! or for the data of a socket that lingers (`SO_LINGER`). So a thread of its own does it, which
-//! starts when there is something to close, and nobody waits for it. A server has one such thread
-//! at most. While many descriptors wait for it, the server does not read from its client.
+//! or for the data of a socket that lingers (`SO_LINGER`). So a thread of its own does it, and
+//! nobody waits for it. A server has one such thread at most, which starts when there is something
+//! to close. While many descriptors wait for it, the server does not read from its client. A client
+//! has one such thread from its connection on: a thread that makes a call may not be able to start
+//! another (seccomp).
 
 use std::collections::VecDeque;
 use std::fmt;
+use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 /// The number of descriptors that wait for their close, from which on no more are taken in.
 const FULL: usize = 64;
@@ -19,7 +22,19 @@ const READS: u32 = 64;
 
 /// Closes descriptors, in order. Clones are handles to the same thread.
 #[derive(Clone, Default)]
-pub struct Closer(Arc<Mutex<Waiting>>);
+pub struct Closer(Arc<Handles>);
+
+/// All handles together. The thread has none.
+#[derive(Default)]
+struct Handles(Arc<Shared>);
+
+/// What the handles and the thread share.
+#[derive(Default)]
+struct Shared {
+    waiting: Mutex<Waiting>,
+    /// Notified when a thread that stays has something to do.
+    pushed: Condvar,
+}
 
 #[derive(Default)]
 struct Waiting {
@@ -29,6 +44,8 @@ struct Waiting {
     running: bool,
     /// The thread is closing a descriptor.
     closing: bool,
+    /// The thread waits for more when it has closed everything.
+    stays: bool,
 }
 
 impl Closer {
@@ -36,6 +53,20 @@ impl Closer {
     #[must_use]
     pub fn new() -> Closer {
         Closer::default()
+    }
+
+    /// As [`new`](Self::new), with a thread that runs until the last handle is dropped. So nothing
+    /// starts a thread later.
+    ///
+    /// # Errors
+    /// The thread cannot be started.
+    pub(crate) fn started() -> io::Result<Closer> {
+        let closer = Closer::new();
+        let mut waiting = closer.lock();
+        closer.start(&mut waiting)?;
+        waiting.stays = true;
+        drop(waiting);
+        Ok(closer)
     }
 
     /// Closes `fd` soon. It does not wait.
@@ -60,12 +91,20 @@ impl Closer {
     fn push(&self, fd: OwnedFd, read: bool) {
         let mut waiting = self.lock();
         waiting.fds.push_back((fd, read));
-        if !waiting.running {
-            let closer = self.clone();
-            let thread = std::thread::Builder::new().name("close".into());
-            // If there is no thread to be had, the next close tries again.
-            waiting.running = thread.spawn(move || closer.run()).is_ok();
+        if waiting.running {
+            self.0.0.pushed.notify_one();
+        } else {
+            // If there is no thread to be had, the next close and `is_full` try again.
+            let _ = self.start(&mut waiting);
         }
+    }
+
+    fn start(&self, waiting: &mut Waiting) -> io::Result<()> {
+        let shared = self.0.0.clone();
+        let thread = std::thread::Builder::new().name("close".into());
+        thread.spawn(move || shared.run())?;
+        waiting.running = true;
+        Ok(())
     }
 
     /// The number of descriptors that are not closed yet.
@@ -75,15 +114,30 @@ impl Closer {
         waiting.fds.len() + usize::from(waiting.closing)
     }
 
-    /// Whether so many descriptors wait that their owner must not get more.
+    /// Whether so many descriptors wait that their owner must not get more. If they wait because
+    /// there was no thread to be had, this tries again to start it.
     pub(crate) fn is_full(&self) -> bool {
+        let mut waiting = self.lock();
+        if !waiting.running && !waiting.fds.is_empty() {
+            let _ = self.start(&mut waiting);
+        }
+        drop(waiting);
         self.waiting() >= FULL
     }
 
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.0.0.lock()
+    }
+}
+
+impl Shared {
     fn run(&self) {
         loop {
             let mut waiting = self.lock();
             waiting.closing = false;
+            while waiting.fds.is_empty() && waiting.stays {
+                waiting = self.pushed.wait(waiting).unwrap_or_else(PoisonError::into_inner);
+            }
             let Some((fd, read)) = waiting.fds.pop_front() else {
                 waiting.running = false;
                 return;
@@ -103,7 +157,14 @@ impl Closer {
     }
 
     fn lock(&self) -> MutexGuard<'_, Waiting> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Handles {
+    fn drop(&mut self) {
+        self.0.lock().stays = false;
+        self.0.pushed.notify_one();
     }
 }
 
@@ -154,5 +215,46 @@ impl PeerFds {
 impl Drop for PeerFds {
     fn drop(&mut self) {
         self.fds.drain(..).for_each(|fd| self.closer.close(fd));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn a_closer_that_got_no_thread_tries_again() {
+        let closer = Closer::new();
+        let (mut end, fd) = UnixStream::pair().unwrap();
+        // As if the system had refused a thread, and nothing came after it.
+        closer.lock().fds.extend((0..FULL).map(|_| (fd.try_clone().unwrap().into(), false)));
+        drop(fd);
+        assert!(!closer.lock().running);
+        closer.is_full();
+        assert_eq!(end.read(&mut [0]).unwrap(), 0, "all are closed");
+    }
+
+    #[test]
+    fn a_thread_that_stays_closes_what_comes_and_ends_with_the_last_handle() {
+        let closer = Closer::started().unwrap();
+        for _ in 0..3 {
+            let (mut end, fd) = UnixStream::pair().unwrap();
+            PeerFds { fds: vec![fd.into()], closer: closer.clone() };
+            assert_eq!(end.read(&mut [0]).unwrap(), 0);
+            assert!(closer.lock().running, "no other thread has to start");
+        }
+        let shared = Arc::downgrade(&closer.0.0);
+        let (mut end, fd) = UnixStream::pair().unwrap();
+        closer.close(fd.into());
+        drop(closer);
+        assert_eq!(end.read(&mut [0]).unwrap(), 0, "what waits is closed first");
+        while shared.strong_count() > 0 {
+            std::thread::yield_now();
+        }
     }
 }
