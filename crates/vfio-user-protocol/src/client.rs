@@ -222,8 +222,9 @@ impl Client {
         let name = command_name(number);
         loop {
             let message = self.receive(wait)?;
-            // A server that sends requests without end must not extend the time limit.
-            if wait.is_over() {
+            // A server that sends requests without end must not extend the time limit, and not keep
+            // the program from its end.
+            if wait.is_over()? {
                 return Err(ClientError::Timeout(name));
             }
             let header = message.header;

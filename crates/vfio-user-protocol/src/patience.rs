@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 
 use crate::message::command_name;
 
@@ -103,9 +103,35 @@ impl Wait {
         command_name(self.command)
     }
 
-    /// Whether the time has passed.
-    pub(crate) fn is_over(&self) -> bool {
-        self.deadline.is_some_and(|deadline| deadline <= Instant::now())
+    /// Whether the time has passed. It does not wait. For a call that may never have to wait.
+    pub(crate) fn is_over(&mut self) -> Result<bool, Errno> {
+        if let Some(stop) = self.stop() {
+            let mut fds = [PollFd::from_borrowed_fd(stop.as_fd(), PollFlags::IN)];
+            if retry_on_intr(|| poll(&mut fds, Some(&Timespec::default())))? > 0 {
+                self.end_soon();
+            }
+        }
+        Ok(self.has_passed(Instant::now()))
+    }
+
+    /// Whether the time has passed at `now`. The program is told of a stall before.
+    fn has_passed(&mut self, now: Instant) -> bool {
+        if self.stall_at().is_some_and(|at| at <= now) {
+            self.told = true;
+            self.tell(true);
+        }
+        self.deadline.is_some_and(|deadline| deadline <= now)
+    }
+
+    /// What becomes readable when the program wants to end, unless it was readable.
+    fn stop(&self) -> Option<Arc<OwnedFd>> {
+        self.patience.stop.clone().filter(|_| !self.stopped)
+    }
+
+    /// The program wants to end.
+    fn end_soon(&mut self) {
+        self.stopped = true;
+        self.deadline = Instant::now().checked_add(AT_THE_END);
     }
 
     /// Waits until `socket` is ready. False: the time has passed.
@@ -116,18 +142,13 @@ impl Wait {
     ) -> Result<bool, Errno> {
         loop {
             let now = Instant::now();
-            if self.deadline.is_some_and(|deadline| deadline <= now) {
+            if self.has_passed(now) {
                 return Ok(false);
-            }
-            let tell = self.stall_at();
-            if tell.is_some_and(|at| at <= now) {
-                self.told = true;
-                self.tell(true);
             }
             let next = [self.deadline, self.stall_at()].into_iter().flatten().min();
             let left = next.map(|at| at.saturating_duration_since(now));
             let left = left.map(Timespec::try_from).transpose().map_err(|_| Errno::INVAL)?;
-            let stop = self.patience.stop.clone().filter(|_| !self.stopped);
+            let stop = self.stop();
             let mut fds = vec![PollFd::from_borrowed_fd(socket, flags)];
             fds.extend(
                 stop.iter().map(|stop| PollFd::from_borrowed_fd(stop.as_fd(), PollFlags::IN)),
@@ -140,8 +161,7 @@ impl Wait {
                 return Ok(true);
             }
             if fds.get(1).is_some_and(|stop| !stop.revents().is_empty()) {
-                self.stopped = true;
-                self.deadline = Instant::now().checked_add(AT_THE_END);
+                self.end_soon();
             }
         }
     }
@@ -176,8 +196,37 @@ mod tests {
         let (stop, _open) = rustix::pipe::pipe().expect("a pipe");
         let begin = |patience| Wait::begin(command::DEVICE_RESET, patience);
         assert_eq!(begin(Patience::until(stop)).deadline, None);
-        let wait = begin(Patience::default());
+        let mut wait = begin(Patience::default());
         assert_eq!(wait.deadline, Some(wait.began + TIMEOUT));
-        assert!(!wait.is_over() && begin(Patience::limit(Duration::ZERO)).is_over());
+        assert_eq!(wait.is_over(), Ok(false));
+        assert_eq!(begin(Patience::limit(Duration::ZERO)).is_over(), Ok(true));
+    }
+
+    /// A server that sends without end never lets the call wait.
+    #[test]
+    fn a_call_that_never_waits_learns_of_stop_and_tells_of_a_stall() {
+        let (stop, open) = rustix::pipe::pipe().expect("a pipe");
+        let (tell, told) = std::sync::mpsc::channel();
+        let patience = Patience::until(stop).on_stall(Duration::ZERO, move |stalls| {
+            tell.send(stalls).expect("the test waits");
+        });
+        let mut wait = Wait::begin(command::DEVICE_RESET, patience);
+        assert_eq!((wait.is_over(), wait.deadline), (Ok(false), None));
+        assert_eq!(told.try_recv(), Ok(true));
+        rustix::io::write(&open, b"x").expect("room in the pipe");
+        assert!(wait.is_over().is_ok() && wait.deadline.is_some(), "it ends soon");
+    }
+
+    #[test]
+    fn a_stall_is_told_also_when_the_limit_has_passed_too() {
+        let (tell, told) = std::sync::mpsc::channel();
+        let patience = Patience::limit(Duration::ZERO).on_stall(Duration::ZERO, move |stalls| {
+            tell.send(stalls).expect("the test waits");
+        });
+        let (socket, _open) = rustix::pipe::pipe().expect("a pipe");
+        let mut wait = Wait::begin(command::DEVICE_RESET, patience);
+        assert_eq!(wait.until(socket.as_fd(), PollFlags::IN), Ok(false));
+        wait.end();
+        assert_eq!(told.iter().collect::<Vec<_>>(), [true, false]);
     }
 }

@@ -56,6 +56,29 @@ fn requests_without_end_are_no_answer() {
     assert!(matches!(error, ClientError::Timeout("DEVICE_GET_INFO")), "{error}");
 }
 
+/// Neither do they keep a patient program from its end, nor hide from it that a call stalls.
+#[test]
+fn requests_without_end_leave_the_program_its_will() {
+    let request = message(1, command::DMA_READ, Kind::Command { no_reply: true }, &[0; 16]);
+    let (mut client, mut server) = negotiated();
+    let (stop, writer) = rustix::pipe::pipe().unwrap();
+    let (tell, told) = channel();
+    client.set_patience(Patience::until(stop).on_stall(Duration::from_millis(20), move |stalls| {
+        tell.send(stalls).unwrap();
+    }));
+    std::thread::scope(|scope| {
+        // Many requests in one write: the client always has something to read.
+        let many = request.repeat(1000);
+        scope.spawn(move || while server.write_all(&many).is_ok() {});
+        let call = scope.spawn(move || client.device_info());
+        assert_eq!(told.recv_timeout(BOUND), Ok(true));
+        rustix::io::write(&writer, b"x").unwrap();
+        let error = call.join().unwrap().unwrap_err();
+        assert!(matches!(error, ClientError::Timeout("DEVICE_GET_INFO")), "{error}");
+        assert_eq!(told.recv_timeout(BOUND), Ok(false));
+    });
+}
+
 #[test]
 fn an_answer_in_single_bytes_is_late() {
     let reply = message(1, command::DEVICE_GET_INFO, Kind::Reply { error: None }, &[0; 4096]);
