@@ -393,12 +393,9 @@ impl Function {
         }
     }
 
-    /// Its interrupts, as this program has them and as its server tells.
+    /// Its interrupts, as this program has them. It does not ask the server, which may stand still:
+    /// who looks for the reason must not cost the guest its device.
     pub(super) fn dump(&self) -> Value {
-        let mut status = [0; 2];
-        let told =
-            self.call(|client| client.region_read(REGION_CONFIG, STATUS as u64, &mut status));
-        let status = told.map(|()| u16::from_le_bytes(status) & STATUS_INTERRUPT != 0);
         // Readable, so not yet taken: by KVM or this process, and by the server.
         let waits = |fd: BorrowedFd<'_>| {
             let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
@@ -413,7 +410,6 @@ impl Function {
             "device": self.name,
             "gone": self.is_gone(),
             "command": format!("{:#x}", state.config.command()),
-            "interrupt_status": status,
             "intx": intx,
             "msi": state.config.msi().map(|vector| format!("{vector:?}")),
             "config_accesses": self.counters.config.load(Ordering::Relaxed),

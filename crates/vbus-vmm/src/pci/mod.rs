@@ -206,7 +206,7 @@ impl PciRoot {
     }
 
     /// The interrupts of each device, as the control request `dump` tells them.
-    pub(crate) fn dump(&self) -> Vec<Value> {
+    pub fn dump(&self) -> Vec<Value> {
         let dump = |slot: &Slot| Some(slot.occupant()?.0.dump());
         self.hierarchy.slots.iter().filter_map(dump).collect()
     }

@@ -301,6 +301,16 @@ fn the_pin_goes_through_an_io_apic_in_this_process() {
     assert!(apic.pending().is_empty());
 }
 
+/// `dump` is for somebody who looks for the reason why a guest hangs.
+#[test]
+fn a_dump_asks_nothing_of_a_server_that_stands_still() {
+    let Some((guest, fake)) = Guest::with_device() else { return };
+    // The server needs the device for each reply.
+    let dump = fake.with(|_| guest.root.dump());
+    assert_eq!((dump.len(), &dump[0]["gone"]), (1, &serde_json::Value::Bool(false)), "{dump:?}");
+    assert_eq!(guest.config32(1, 0), 0x10f5_1af4, "the guest keeps its device");
+}
+
 #[test]
 fn a_server_that_dies_leaves_an_empty_slot() {
     let Some(guest) = Guest::new(1) else { return };
