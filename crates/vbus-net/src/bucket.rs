@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A token bucket: limits a rate, and allows bursts.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
+
+use vbus_core::lock;
 
 /// A bucket that holds `burst` tokens and gets `rate` tokens a second. Several threads may take
 /// tokens at the same time.
@@ -12,53 +14,76 @@ use std::time::{Duration, Instant};
 /// delays the next frame, and blocks none.
 #[derive(Debug)]
 pub struct Bucket {
-    /// The tokens a second.
-    rate: AtomicU64,
-    /// The time in which an empty bucket becomes full, in nanoseconds.
-    depth: AtomicU64,
     origin: Instant,
-    /// When the bucket will be full, in nanoseconds since the origin. The three words depend on no
-    /// other memory, and each is good with any value of the others. So all accesses are relaxed.
-    full_at: AtomicU64,
+    /// One lock for all of it: a cost at one rate must not meet a time of fullness at another rate.
+    /// Nobody waits while holding it.
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    /// The tokens a second.
+    rate: u64,
+    /// The time in which an empty bucket becomes full, in nanoseconds; at least 1.
+    depth: u64,
+    /// When the bucket will be full, in nanoseconds since the origin.
+    full_at: u64,
+}
+
+impl State {
+    /// A full bucket.
+    fn new(rate: u64, burst: u64) -> State {
+        let rate = rate.max(1);
+        State { rate, depth: time(burst, rate).max(1), full_at: 0 }
+    }
+
+    /// The nanoseconds from `now` until there will be a token, less 1. `None`: there is one.
+    fn wait(&self, now: u64) -> Option<u64> {
+        self.full_at.saturating_sub(now).checked_sub(self.depth)
+    }
+
+    fn charge(&mut self, tokens: u64, now: u64) {
+        self.full_at = self.full_at.max(now).saturating_add(time(tokens, self.rate));
+    }
 }
 
 impl Bucket {
     /// A full bucket. `rate` is in tokens a second, and `burst` in tokens; both are at least 1.
     pub fn new(rate: u64, burst: u64, now: Instant) -> Bucket {
-        let zero = || AtomicU64::new(0);
-        let bucket = Bucket { rate: zero(), depth: zero(), origin: now, full_at: zero() };
-        bucket.change(rate, burst);
-        bucket
+        Bucket { origin: now, state: Mutex::new(State::new(rate, burst)) }
     }
 
-    /// Changes the rate and the burst. A debt is paid at the old rate.
-    pub fn change(&self, rate: u64, burst: u64) {
-        let rate = rate.max(1);
-        self.rate.store(rate, Ordering::Relaxed);
-        self.depth.store(time(burst, rate).max(1), Ordering::Relaxed);
+    /// Changes the rate and the burst. The tokens that the bucket lacks, it lacks at the new rate
+    /// too; but it is in no debt any more, so there is a token at once.
+    pub fn change(&self, rate: u64, burst: u64, now: Instant) {
+        let now = self.since(now);
+        let mut state = lock(&self.state);
+        let lacks = u128::from(state.full_at.saturating_sub(now)) * u128::from(state.rate);
+        *state = State::new(rate, burst);
+        let most = state.depth - 1;
+        let time = u64::try_from(lacks / u128::from(state.rate)).unwrap_or(most).min(most);
+        state.full_at = now.saturating_add(time);
     }
 
     /// When there will be a token. `None`: there is one.
     pub fn empty_until(&self, now: Instant) -> Option<Instant> {
         let now = self.since(now);
-        let full_at = self.full_at.load(Ordering::Relaxed);
-        let wait = full_at.saturating_sub(now).checked_sub(self.depth.load(Ordering::Relaxed))?;
+        let wait = lock(&self.state).wait(now)?;
         Some(self.origin + Duration::from_nanos(now) + Duration::from_nanos(wait + 1))
     }
 
     /// Takes `tokens` tokens, which may be more than there are.
     pub fn charge(&self, tokens: u64, now: Instant) {
-        let cost = time(tokens, self.rate.load(Ordering::Relaxed));
-        let now = self.since(now);
-        let next = |full_at: u64| Some(full_at.max(now).saturating_add(cost));
-        let _ = self.full_at.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next);
+        lock(&self.state).charge(tokens, self.since(now));
     }
 
     /// Takes `tokens` tokens if there is at least one. Returns whether there was.
     pub fn take(&self, tokens: u64, now: Instant) -> bool {
-        let there = self.empty_until(now).is_none();
+        let now = self.since(now);
+        let mut state = lock(&self.state);
+        let there = state.wait(now).is_none();
         if there {
-            self.charge(tokens, now);
+            state.charge(tokens, now);
         }
         there
     }
@@ -113,13 +138,44 @@ mod tests {
         let start = Instant::now();
         let bucket = Bucket::new(1000, 100, start);
         run(&bucket, start, Duration::from_secs(10), 10);
-        bucket.change(50_000, 200);
         let start = start + Duration::from_secs(10);
+        bucket.change(50_000, 200, start);
         let sent = run(&bucket, start, Duration::from_secs(10), 10);
-        assert!((490_000..=500_210).contains(&sent), "{sent}");
-        bucket.change(u64::MAX / 8, 100);
-        let start = start + Duration::from_secs(11);
-        assert!((0..1_000_000).filter(|_| bucket.take(65_000, start)).count() > 999_000);
+        assert!((500_000..=500_210).contains(&sent), "{sent}");
+        let start = start + Duration::from_secs(10);
+        bucket.change(u64::MAX / 8, 100, start);
+        assert!((0..1_000_000).all(|_| bucket.take(65_000, start)));
+        bucket.change(1000, 100, start);
+        let sent = run(&bucket, start, Duration::from_secs(10), 10);
+        assert!((10_000..=10_110).contains(&sent), "{sent}");
+    }
+
+    #[test]
+    fn no_change_leaves_a_bucket_without_a_token() {
+        let start = Instant::now();
+        let burst = |rate: u64| (rate / 50).max(128 << 10);
+        let rates = [1, 1000, 125_000_000, u64::MAX / 8, u64::MAX];
+        for (old, new) in rates.into_iter().flat_map(|old| rates.map(|new| (old, new))) {
+            // A bucket without debt; one in the debt of a frame; one in a debt that is never paid.
+            for tokens in [burst(old) - 1, burst(old) + 65_000, u64::MAX] {
+                let bucket = Bucket::new(old, burst(old), start);
+                bucket.charge(tokens, start);
+                bucket.change(new, burst(new), start);
+                assert!(bucket.take(1, start), "from {old} to {new} after {tokens}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_change_keeps_the_tokens_that_are_lacking() {
+        let start = Instant::now();
+        for (rate, burst, tokens) in [(1_000_000, 100, 60), (10, 100, 60), (1000, 200, 160)] {
+            let bucket = Bucket::new(1000, 100, start);
+            bucket.charge(40, start);
+            bucket.change(rate, burst, start);
+            let count = (0..).take_while(|_| bucket.take(1, start)).count();
+            assert_eq!(count, tokens, "{rate} {burst}");
+        }
     }
 
     #[test]

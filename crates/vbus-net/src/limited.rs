@@ -6,7 +6,7 @@
 //! shared receive queues (of a switch, or of a TAP interface for a driver with RSS) are dropped and
 //! counted, because others wait behind them.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Instant;
 
 use serde_json::{Value, json};
@@ -28,13 +28,36 @@ pub struct Limited {
     limits: Mutex<Limits>,
     tx: Option<Arc<Bucket>>,
     rx: Option<Arc<Bucket>>,
+    waiting: Arc<Tasks>,
+}
+
+/// The tasks of the queues that there are. Other limits wake them: they may wait for a time that
+/// the former limits gave.
+#[derive(Default)]
+struct Tasks(Mutex<Vec<Weak<TaskHandle>>>);
+
+impl Tasks {
+    /// Adds the task of a queue. The queue holds what this returns.
+    fn add(&self, task: &TaskHandle) -> Arc<TaskHandle> {
+        let task = Arc::new(task.clone());
+        let mut tasks = lock(&self.0);
+        tasks.retain(|other| other.strong_count() != 0);
+        tasks.push(Arc::downgrade(&task));
+        task
+    }
+
+    fn wake(&self) {
+        // A handle may be the last one of its task, so none is dropped under the lock.
+        let tasks: Vec<_> = lock(&self.0).iter().filter_map(Weak::upgrade).collect();
+        tasks.iter().for_each(|task| task.wake());
+    }
 }
 
 impl Limited {
     /// Puts `limits` around `inner`.
     pub fn new(inner: Box<dyn Backend>, limits: Limits) -> Limited {
         let (tx, rx) = (bucket(&limits, limits.tx_rate), bucket(&limits, limits.rx_rate));
-        Limited { inner, limits: Mutex::new(limits), tx, rx }
+        Limited { inner, limits: Mutex::new(limits), tx, rx, waiting: Arc::default() }
     }
 }
 
@@ -75,10 +98,11 @@ impl Backend for Limited {
             if let Some(bucket) = bucket {
                 // A direction without a limit has one that nothing reaches.
                 let (rate, burst) = limits.bytes(rate.unwrap_or(u64::MAX));
-                bucket.change(rate, burst);
+                bucket.change(rate, burst, Instant::now());
             }
         }
         *now = limits.clone();
+        self.waiting.wake();
         true
     }
 
@@ -91,7 +115,8 @@ impl Backend for Limited {
         };
         let lanes = port.lanes.iter().map(lane).collect();
         let inner = self.inner.plug(Arc::new(port.with_lanes(lanes)))?;
-        Ok(Arc::new(LimitedPlug { inner, tx: self.tx.clone(), rx: self.rx.clone() }))
+        let (tx, rx, waiting) = (self.tx.clone(), self.rx.clone(), self.waiting.clone());
+        Ok(Arc::new(LimitedPlug { inner, tx, rx, waiting }))
     }
 
     fn inspect(&self) -> Value {
@@ -107,13 +132,15 @@ struct LimitedPlug {
     inner: Arc<dyn Plug>,
     tx: Option<Arc<Bucket>>,
     rx: Option<Arc<Bucket>>,
+    waiting: Arc<Tasks>,
 }
 
 impl Plug for LimitedPlug {
     fn queue(&self, index: u16, task: &TaskHandle) -> Result<Box<dyn Queue>, ErrorCode> {
         let inner = self.inner.queue(index, task)?;
         let (tx, rx) = (self.tx.clone(), self.rx.clone());
-        Ok(Box::new(LimitedQueue { inner, tx, rx, is_paid: false, rx_until: None }))
+        let task = self.waiting.add(task);
+        Ok(Box::new(LimitedQueue { inner, tx, rx, is_paid: false, rx_until: None, _task: task }))
     }
 
     fn configure(&self, queues: u16, offloads: Offloads, done: Done) -> Result<(), ErrorCode> {
@@ -137,6 +164,8 @@ struct LimitedQueue {
     is_paid: bool,
     /// When frames to the driver go on.
     rx_until: Option<Instant>,
+    /// Other limits wake it as long as the queue is there.
+    _task: Arc<TaskHandle>,
 }
 
 impl Queue for LimitedQueue {

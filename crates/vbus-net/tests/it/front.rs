@@ -2,9 +2,10 @@
 //! A minimal front. The test is its driver, and its rings are queues in this process.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vbus_core::shm::signal::Armed;
 use vbus_core::{ConnectionCounters, ErrorCode, Executor, Progress, Task, TaskHandle, lock};
@@ -76,15 +77,24 @@ struct Pair {
     /// The receive queue, if the back end does not share it.
     sink: Option<Sink>,
     sending: Arc<Mutex<VecDeque<Vec<u8>>>>,
+    waits: Arc<AtomicU64>,
+    /// The time at which the waiting frame is sent again.
+    until: Option<Instant>,
 }
 
 impl Task for Pair {
     fn poll(&mut self, budget: u32) -> Result<Progress, ErrorCode> {
         let mut progress = Progress::Idle;
+        self.until = None;
         loop {
             let Some(frame) = lock(&self.sending).front().cloned() else { break };
             match self.queue.send(&Packet::plain(&frame).unwrap()) {
-                Sent::Wait { .. } => break,
+                Sent::Wait { until, .. } => {
+                    self.until = until;
+                    // Relaxed: a test reads the count alone.
+                    self.waits.fetch_add(1, Ordering::Relaxed);
+                    break;
+                }
                 Sent::Part => {
                     progress = Progress::Busy;
                     break;
@@ -108,8 +118,8 @@ impl Task for Pair {
         Ok(if waits { self.queue.arm() } else { Armed::Waiting })
     }
 
-    fn deadline(&self) -> Option<std::time::Instant> {
-        self.queue.deadline()
+    fn deadline(&self) -> Option<Instant> {
+        [self.until, self.queue.deadline()].into_iter().flatten().min()
     }
 }
 
@@ -118,6 +128,7 @@ pub struct Front {
     pub plug: Arc<dyn Plug>,
     task: TaskHandle,
     sending: Arc<Mutex<VecDeque<Vec<u8>>>>,
+    waits: Arc<AtomicU64>,
     frames: Receiver<Vec<u8>>,
     shared: Option<Arc<Mutex<Sink>>>,
 }
@@ -137,15 +148,17 @@ impl Front {
         let plug = backend.plug(Arc::new(port)).unwrap();
         plug.configure(1, Offloads::NONE, Box::new(|done| done.unwrap())).unwrap();
         let sending = Arc::new(Mutex::new(VecDeque::new()));
+        let waits = Arc::<AtomicU64>::default();
         let counters = Arc::new(ConnectionCounters::default());
         let fail = |error| panic!("{error}");
         let make = |task: &TaskHandle| {
             let queue = plug.queue(0, task)?;
-            let pair = Pair { queue, sink: own.take(), sending: sending.clone() };
+            let (sending, waits) = (sending.clone(), waits.clone());
+            let pair = Pair { queue, sink: own.take(), sending, waits, until: None };
             Ok::<_, ErrorCode>(Box::new(pair) as Box<dyn Task>)
         };
         let task = executor.spawn_with(executor.next_worker(), counters, fail, make).unwrap();
-        Front { plug, task, sending, frames, shared }
+        Front { plug, task, sending, waits, frames, shared }
     }
 
     pub fn send(&self, frame: &[u8]) {
@@ -156,6 +169,11 @@ impl Front {
     /// Waits for the next frame.
     pub fn receive(&self) -> Vec<u8> {
         self.frames.recv_timeout(TIMEOUT).expect("a frame")
+    }
+
+    /// How often a frame of the driver had to wait.
+    pub fn waits(&self) -> u64 {
+        self.waits.load(Ordering::Relaxed)
     }
 
     /// Whether no frame has come.

@@ -6,7 +6,10 @@ use std::sync::Arc;
 use serde_json::json;
 use vbus_core::settings::Settings;
 use vbus_core::{Executor, Tuning};
-use vbus_net::{Captured, Direct, Link, Mac, Medium, Opener, Switches, Uplink, UplinkConfig};
+use vbus_net::{
+    Backend, Captured, Direct, Limited, Limits, Link, Mac, Medium, Opener, Switches, Uplink,
+    UplinkConfig,
+};
 
 use crate::front::Front;
 
@@ -45,6 +48,34 @@ fn a_switch_keeps_frames_until_the_receiver_has_room() {
     assert!(!b.plug.set_mac(A), "the other device has that address");
     drop(b);
     assert!(links[0].is_up());
+}
+
+#[test]
+fn another_rate_wakes_a_queue_that_waits() {
+    let (executor, switches) = (executor(), Switches::default());
+    let open =
+        || Medium::Switch("s".into()).open(&switches, &opener(), 1, 1500, Arc::default()).unwrap();
+    let (mut limits, b) = (Limits::default(), open());
+    (limits.tx_rate, limits.burst) = (Some(8000), Some(1));
+    let a = Limited::new(open(), limits.clone());
+    let b = Front::plug(&executor, &*b, B, usize::MAX);
+    for rate in [Some(1_000_000_000), None] {
+        assert!(a.set_limits(&limits));
+        let front = Front::plug(&executor, &a, A, 0);
+        // The debt of this frame delays the next one for longer than the test waits.
+        let long = [frame(B, A, 1), vec![7; 1_000_000]].concat();
+        front.send(&long);
+        assert_eq!(b.receive(), long);
+        front.send(&frame(B, A, 2));
+        while front.waits() == 0 {
+            std::thread::yield_now();
+        }
+        assert!(b.has_none());
+        let mut raised = limits.clone();
+        raised.tx_rate = rate;
+        assert!(a.set_limits(&raised));
+        assert_eq!(b.receive(), frame(B, A, 2));
+    }
 }
 
 #[test]
@@ -105,7 +136,7 @@ fn each_reader_of_a_fifo_gets_a_capture_and_none_stops_the_device() {
         assert_eq!([bytes[24 + 8], bytes[24 + 76 + 8]], [60, 60], "the lengths of two records");
         drop(reader);
         // A reader that came before the capture has noticed would get the rest of this one's.
-        while vbus_net::Backend::inspect(&captured)["pcap"]["open"] == true {
+        while Backend::inspect(&captured)["pcap"]["open"] == true {
             front.receive();
         }
     }
