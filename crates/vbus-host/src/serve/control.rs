@@ -11,12 +11,11 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use vbus_control::{Client, Handler, Limits, Peer, Server, Share};
 
-use super::host::Host;
+use super::host::{Held, Host};
 use super::reload::Reloader;
 use crate::access::Access;
 use crate::config::DeviceSpec;
 use crate::rights::{Level, Rights};
-use crate::supervisor::SocketFile;
 use vbus_cli::rundir::CONTROL;
 use vbus_core::lock;
 
@@ -76,7 +75,7 @@ impl Request {
 /// Accepts clients. Dropping it removes the socket.
 pub struct Acceptor {
     server: Server<Control>,
-    _file: Option<SocketFile>,
+    _held: Held,
 }
 
 impl Acceptor {
@@ -92,9 +91,9 @@ impl Acceptor {
         let listening = host.listen(&path, BACKLOG, access);
         let handler = Control { host, rights, reloader };
         listening
-            .and_then(|(listener, file)| {
+            .and_then(|(listener, held)| {
                 let server = Server::new(UnixListener::from(listener), LIMITS, handler)?;
-                Ok(Acceptor { server, _file: file })
+                Ok(Acceptor { server, _held: held })
             })
             .with_context(|| format!("cannot make {}", path.display()))
     }
@@ -144,9 +143,11 @@ impl Handler for Control {
             Request::List => Ok(Value::Array(host.inspect(None)?)),
             Request::Show { name } => Ok(host.inspect(Some(&name))?.pop().unwrap_or_default()),
             Request::Reload => {
+                let mut listens = true;
                 let mut tell = |text: &str, done, total| {
-                    // A client that has gone does not stop the reload.
-                    let _ = client.progress(text, done, total);
+                    // A client that has gone does not stop the reload. One that does not read is
+                    // waited for once.
+                    listens = listens && client.progress(text, done, total).is_ok();
                 };
                 Ok(serde_json::to_value(self.reloader.reload(&mut tell)?)?)
             }

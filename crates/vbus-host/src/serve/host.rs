@@ -14,7 +14,7 @@ use vbus_core::{Bus, DeviceClass, Endpoint, Executor};
 use vbus_sched::SchedClass;
 use vbus_vfio_user::DeviceServer;
 
-use super::inherited::Inherited;
+use super::inherited::{Inherited, Lease};
 use crate::access::Access;
 use crate::classes;
 use crate::config::{Config, DeviceSpec};
@@ -41,7 +41,15 @@ pub struct Host {
 /// A device's server and its socket.
 struct Served {
     server: DeviceServer,
-    _file: Option<SocketFile>,
+    _held: Held,
+}
+
+/// What keeps a socket of the bus its own. Dropping it gives the socket up.
+pub enum Held {
+    /// The bus made it. Its file goes with this.
+    Made(#[expect(dead_code, reason = "it acts when it is dropped")] SocketFile),
+    /// It was inherited. It stays, for the next one who needs it.
+    Inherited(#[expect(dead_code, reason = "it acts when it is dropped")] Lease),
 }
 
 impl Host {
@@ -94,12 +102,12 @@ impl Host {
         path: &Path,
         backlog: i32,
         access: &Access,
-    ) -> io::Result<(OwnedFd, Option<SocketFile>)> {
-        if let Some(listener) = self.inherited.take(path) {
-            return Ok((listener, None));
+    ) -> io::Result<(OwnedFd, Held)> {
+        if let Some((listener, lease)) = self.inherited.take(path)? {
+            return Ok((listener, Held::Inherited(lease)));
         }
         let (listener, file) = self.supervisor.listen(path, backlog, access)?;
-        Ok((listener, Some(file)))
+        Ok((listener, Held::Made(file)))
     }
 
     /// Makes a device and starts its server, if it takes drivers.
@@ -115,10 +123,10 @@ impl Host {
             return Ok(endpoint);
         }
         let listening = self.listen(&path, BACKLOG, &spec.socket.access);
-        let server = listening.and_then(|(listener, file)| {
+        let server = listening.and_then(|(listener, held)| {
             let server =
                 DeviceServer::with_listener(endpoint.clone(), listener, &path, spec.options)?;
-            Ok(Served { server, _file: file })
+            Ok(Served { server, _held: held })
         });
         match server {
             Ok(server) => {

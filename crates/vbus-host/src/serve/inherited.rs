@@ -4,9 +4,10 @@
 #![allow(unsafe_code)] // The descriptors come as numbers.
 
 use std::collections::HashMap;
+use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::{FdFlags, fcntl_setfd};
@@ -18,9 +19,18 @@ const FIRST: RawFd = 3;
 /// More than any configuration has.
 const COUNT_MAX: RawFd = 4096;
 
-/// The sockets that nobody has taken yet, by path.
+/// The sockets, by path. They stay open, so that a device that is made anew finds its socket again.
 #[derive(Default)]
-pub struct Inherited(Mutex<HashMap<PathBuf, OwnedFd>>);
+pub struct Inherited(Mutex<HashMap<PathBuf, Socket>>);
+
+struct Socket {
+    descriptor: OwnedFd,
+    /// Whoever uses it has a clone.
+    user: Arc<()>,
+}
+
+/// The use of an inherited socket. While it lives, nobody else gets the socket.
+pub struct Lease(#[expect(dead_code, reason = "it counts")] Arc<()>);
 
 impl Inherited {
     /// Takes the descriptors that the environment names: LISTEN_FDS, if LISTEN_PID is this process.
@@ -37,7 +47,7 @@ impl Inherited {
             // The caller promises that nothing else uses them.
             let socket = unsafe { OwnedFd::from_raw_fd(raw) };
             match prepare(&socket) {
-                Ok(path) => drop(sockets.insert(path, socket)),
+                Ok(path) => drop(sockets.insert(path, Socket::new(socket))),
                 Err(error) => {
                     tracing::warn!(
                         descriptor = raw, %error,
@@ -49,21 +59,57 @@ impl Inherited {
         Inherited(Mutex::new(sockets))
     }
 
-    /// Takes the socket that listens at `path`.
-    pub fn take(&self, path: &Path) -> Option<OwnedFd> {
-        lock(&self.0).remove(path)
+    /// The socket that listens at `path`. `None`: there is none, or somebody uses it.
+    ///
+    /// # Errors
+    /// This process has no more descriptors.
+    pub fn take(&self, path: &Path) -> io::Result<Option<(OwnedFd, Lease)>> {
+        let sockets = lock(&self.0);
+        let Some(socket) = sockets.get(path).filter(|socket| Arc::strong_count(&socket.user) == 1)
+        else {
+            return Ok(None);
+        };
+        let descriptor = socket.descriptor.try_clone()?;
+        Ok(Some((descriptor, Lease(socket.user.clone()))))
+    }
+}
+
+impl Socket {
+    fn new(descriptor: OwnedFd) -> Socket {
+        Socket { descriptor, user: Arc::default() }
     }
 }
 
 /// Makes an inherited socket like those that the bus makes. Returns where it listens.
-fn prepare(socket: &OwnedFd) -> std::io::Result<PathBuf> {
+fn prepare(socket: &OwnedFd) -> io::Result<PathBuf> {
     fcntl_setfd(socket, FdFlags::CLOEXEC)?;
     if !sockopt::socket_acceptconn(socket)? {
-        return Err(std::io::Error::other("it does not listen"));
+        return Err(io::Error::other("it does not listen"));
     }
     let address = SocketAddrUnix::try_from(getsockname(socket)?)?;
     let path = address.path().and_then(|path| path.to_str().map(PathBuf::from).ok());
-    let path = path.ok_or_else(|| std::io::Error::other("it has no path"))?;
+    let path = path.ok_or_else(|| io::Error::other("it has no path"))?;
     fcntl_setfl(socket, fcntl_getfl(socket)? | OFlags::NONBLOCK)?;
     Ok(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_socket_has_one_user_at_a_time_and_outlives_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let sockets = HashMap::from([(path.clone(), Socket::new(listener.into()))]);
+        let inherited = Inherited(Mutex::new(sockets));
+        let (first, lease) = inherited.take(&path).unwrap().unwrap();
+        assert!(inherited.take(&path).unwrap().is_none());
+        drop((first, lease));
+        let again = inherited.take(&path).unwrap().unwrap();
+        std::os::unix::net::UnixStream::connect(&path).unwrap();
+        assert!(sockopt::socket_acceptconn(&again.0).unwrap());
+        assert!(inherited.take(dir.path()).unwrap().is_none());
+    }
 }

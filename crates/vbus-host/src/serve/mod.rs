@@ -28,9 +28,9 @@ use crate::config::{self, Config, DeviceSpec};
 use crate::metrics::{self, Door, Exporter, MetricsServer, MetricsSpec};
 use crate::rights::Rights;
 use crate::sandbox::{Protections, Sandbox};
-use crate::supervisor::{Permits, Purpose, SocketFile, Supervisor};
+use crate::supervisor::{Permits, Purpose, Supervisor};
 use health::Health;
-use host::Host;
+use host::{Held, Host};
 use inherited::Inherited;
 use ready::Ready;
 use reload::Reloader;
@@ -44,7 +44,8 @@ const BACKLOG: i32 = 16;
 const STARVED: Duration = Duration::from_millis(200);
 
 const HELP: &str = "\
-SIGHUP, or `vbus reload`, reads the configuration file again. SIGINT and SIGTERM end the bus.
+SIGHUP, or `vbus reload`, reads the configuration file again. SIGINT and SIGTERM end the bus, and so
+does SIGHUP without --config.
 
 Environment:
   VBUS_LOG       the level of the log, on standard error: error, warn, info (the default), debug
@@ -87,7 +88,8 @@ pub struct Args {
     no_sandbox: bool,
 }
 
-/// Serves a bus until SIGINT or SIGTERM. SIGHUP reloads its configuration. `classes` are the
+/// Serves a bus until SIGINT or SIGTERM. SIGHUP reloads its configuration file; without such a
+/// file it ends the bus too. `classes` are the
 /// classes that the program has beside those of vbus. With the arguments `supervisor`, the program
 /// becomes the supervisor. `sandbox` is what the classes need.
 pub fn run(
@@ -121,8 +123,12 @@ pub fn run(
     let ready = args.ready_fd.map(Ready::open).transpose()?;
     // Signals are caught before the first socket is made, so that no signal ends the process and
     // leaves sockets behind.
-    let stop = signals::descriptor(&[SIGINT, SIGTERM])?;
-    let hangup = signals::descriptor(&[SIGHUP])?;
+    let (stop, hangup) = if args.config.is_some() {
+        (signals::descriptor(&[SIGINT, SIGTERM])?, Some(signals::descriptor(&[SIGHUP])?))
+    } else {
+        // There is nothing to read again. A bus in a terminal ends with the terminal.
+        (signals::termination()?, None)
+    };
     // This process opens no port later.
     let port = config.metrics.bind()?;
     let mut permits = Permits::new(claimed.path(), &config.allow, &config.devices)
@@ -157,10 +163,11 @@ pub fn run(
     let reloader = Arc::new(Reloader::new(host.clone(), config, rights.clone()));
     let accept = control::Acceptor::bind(host.clone(), &access, rights.clone(), reloader.clone())?;
     for (number, spec) in devices.iter().enumerate() {
-        host.add(spec.clone()).map_err(|error| match &source {
+        let endpoint = host.add(spec.clone()).map_err(|error| match &source {
             Some(source) => source.device_error(number, &format!("{error:#}")).into(),
             None => error,
         })?;
+        reloader.made(spec, &endpoint);
     }
     let metrics = serve_metrics(&host, &metrics, port, &access, rights)?;
     tracing::info!("serving {} devices in {}", devices.len(), host.dir().display());
@@ -176,7 +183,7 @@ pub fn run(
         let (stopped, hung_up, client, woken) = {
             let mut fds = [
                 PollFd::new(&stop, PollFlags::IN),
-                PollFd::new(&hangup, PollFlags::IN),
+                PollFd::new(hangup.as_ref().unwrap_or(&stop), PollFlags::IN),
                 PollFd::from_borrowed_fd(accept.as_fd(), PollFlags::IN),
                 PollFd::new(&health, PollFlags::IN),
             ];
@@ -195,9 +202,9 @@ pub fn run(
         if stopped {
             break;
         }
-        if hung_up {
+        if let (true, Some(hangup)) = (hung_up, &hangup) {
             // Several signals that have come are one request.
-            let _ = rustix::io::read(&hangup, &mut [0; 64]);
+            let _ = rustix::io::read(hangup, &mut [0; 64]);
             reloader.reload_aside();
         }
         health.look(woken, &mut manager);
@@ -237,7 +244,7 @@ fn serve_metrics(
     port: Option<TcpListener>,
     access: &Access,
     rights: Arc<Mutex<Rights>>,
-) -> Result<(MetricsServer, Option<SocketFile>)> {
+) -> Result<(MetricsServer, Held)> {
     let path = spec.path(host.dir());
     rundir::check_socket_path(&path)?;
     let own = spec.access();

@@ -5,18 +5,24 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, TryLockError, Weak};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use vbus_cli::log;
-use vbus_core::{lock, settings};
+use vbus_core::{Endpoint, lock, settings};
 
 use super::host::Host;
 use crate::access::Accounts;
 use crate::config::{self, Config, DeviceSpec, Source};
 use crate::rights::Rights;
+use crate::supervisor::{AllowSpec, Permits};
 
+/// How long the end of the bus waits for a reload.
+const TIMEOUT: Duration = Duration::from_secs(20);
+/// The time between two looks whether a reload has ended.
+const PAUSE: Duration = Duration::from_millis(10);
 /// The level of the log if the configuration names none.
 const LEVEL: &str = "info";
 
@@ -28,12 +34,30 @@ pub struct Reloader {
     rights: Arc<Mutex<Rights>>,
     /// What SIGHUP asked for.
     asked: Mutex<Asked>,
+    /// The bus is ending.
+    is_ending: Mutex<bool>,
 }
 
 struct Current {
     config: Config,
-    /// The bus is ending.
-    is_ending: bool,
+    devices: Vec<Made>,
+}
+
+/// A device that the bus has of its configuration.
+struct Made {
+    spec: DeviceSpec,
+    /// Another device may have its name by now, which a control client added.
+    endpoint: Weak<Endpoint>,
+}
+
+impl Made {
+    fn new(spec: DeviceSpec, endpoint: &Arc<Endpoint>) -> Made {
+        Made { spec, endpoint: Arc::downgrade(endpoint) }
+    }
+
+    fn is(&self, endpoint: &Arc<Endpoint>) -> bool {
+        std::ptr::eq(self.endpoint.as_ptr(), Arc::as_ptr(endpoint))
+    }
 }
 
 /// The state of the thread that reloads for SIGHUP.
@@ -106,10 +130,17 @@ impl Report {
 pub type Tell<'a> = &'a mut dyn FnMut(&str, usize, usize);
 
 impl Reloader {
-    /// `config` is what `host` was started with. `rights` are those of control clients.
+    /// `config` is what `host` was started with, without its devices: see [`made`](Self::made).
+    /// `rights` are those of control clients.
     pub fn new(host: Arc<Host>, config: Config, rights: Arc<Mutex<Rights>>) -> Reloader {
-        let current = Mutex::new(Current { config, is_ending: false });
-        Reloader { host, current, rights, asked: Mutex::new(Asked::Nothing) }
+        let current = Mutex::new(Current { config, devices: Vec::new() });
+        let (asked, is_ending) = (Mutex::new(Asked::Nothing), Mutex::new(false));
+        Reloader { host, current, rights, asked, is_ending }
+    }
+
+    /// Takes note of a device that was made for the configuration.
+    pub fn made(&self, spec: &DeviceSpec, endpoint: &Arc<Endpoint>) {
+        lock(&self.current).devices.push(Made::new(spec.clone(), endpoint));
     }
 
     /// Reads the configuration file again. The log gets the report too.
@@ -119,7 +150,7 @@ impl Reloader {
     /// changed.
     pub fn reload(&self, tell: Tell<'_>) -> Result<Report> {
         let mut current = lock(&self.current);
-        if current.is_ending {
+        if *lock(&self.is_ending) {
             bail!("the bus is ending");
         }
         let supervisor = self.host.supervisor();
@@ -129,8 +160,11 @@ impl Reloader {
         supervisor.adopt()?;
         let mut report = Report::default();
         self.change_bus(&mut current.config, &new, answer.rights, &mut report);
-        current.config.devices =
-            self.change_devices(&current.config.devices, new.devices, &mut report, tell);
+        current.devices = self.change_devices(&current.devices, new.devices, &mut report, tell);
+        // Until now, a device could be made again as it was.
+        if let Err(error) = supervisor.settle() {
+            report.failed("allow", &error.into());
+        }
         report.log();
         Ok(report)
     }
@@ -165,9 +199,17 @@ impl Reloader {
         }
     }
 
-    /// Waits for the end of a reload. There will be no other.
+    /// Waits for the end of a reload, but not for ever. There will be no other.
     pub fn end(&self) {
-        lock(&self.current).is_ending = true;
+        *lock(&self.is_ending) = true;
+        let begun = Instant::now();
+        while let Err(TryLockError::WouldBlock) = self.current.try_lock() {
+            if begun.elapsed() >= TIMEOUT {
+                tracing::warn!("a reload does not end; the bus ends without it");
+                return;
+            }
+            std::thread::sleep(PAUSE);
+        }
     }
 
     /// Checks the settings of all devices before anything changes.
@@ -216,25 +258,27 @@ impl Reloader {
     /// configuration.
     fn change_devices(
         &self,
-        old: &[DeviceSpec],
+        old: &[Made],
         new: Vec<DeviceSpec>,
         report: &mut Report,
         tell: Tell<'_>,
-    ) -> Vec<DeviceSpec> {
+    ) -> Vec<Made> {
         let host = &*self.host;
         let wanted: BTreeMap<_, _> = new.iter().map(|spec| (spec.name.clone(), spec)).collect();
         let total = old.len() + new.len();
         let (mut has, mut waits) = (Vec::new(), Vec::new());
-        for (done, spec) in old.iter().enumerate() {
+        let stays = |made: &Made| Made { spec: made.spec.clone(), endpoint: made.endpoint.clone() };
+        for (done, made) in old.iter().enumerate() {
+            let spec = &made.spec;
             let name = &*spec.name;
             let subject = format!("device {name}");
             tell(&subject, done, total);
-            if host.get(name).is_err() {
-                continue; // Somebody removed it by hand.
+            if !host.get(name).is_ok_and(|now| made.is(&now)) {
+                continue; // Somebody removed it by hand, and perhaps added another one.
             }
             let next = wanted.get(name);
             if next.is_some_and(|next| *next == spec) {
-                has.push(spec.clone());
+                has.push(stays(made));
                 continue;
             }
             let (keys, reason) = match next {
@@ -242,36 +286,39 @@ impl Reloader {
                 Some(next) => match host.reconfigure(spec, next) {
                     Ok(keys) => {
                         report.changed(&subject, format!("changed {}", keys.join(", ")));
-                        has.push((*next).clone());
+                        has.push(Made { spec: (*next).clone(), ..stays(made) });
                         continue;
                     }
                     Err((keys, reason)) => (keys, reason),
                 },
             };
             match host.remove(name, false) {
-                Ok(()) if next.is_some() => waits.push((name.to_owned(), keys)),
+                Ok(()) if next.is_some() => waits.push((spec, keys)),
                 Ok(()) => report.changed(&subject, "removed"),
                 Err(_) if host.is_connected(name) => {
                     let keys = keys.join(", ");
                     let text = match next {
-                        None => "it is in use and stays on the bus; unplug it, and reload".into(),
+                        None => {
+                            "it is in use and stays on the bus; unplug it, and reload".to_owned()
+                        }
                         Some(_) => format!(
                             "{keys} cannot change while it is in use ({reason}); unplug it, and \
                              reload"
                         ),
                     };
-                    report.kept(&subject, text, RELEASE);
-                    has.push(spec.clone());
+                    let lost = lost_rights(spec, next.copied());
+                    report.kept(&subject, format!("{text}{lost}"), RELEASE);
+                    has.push(stays(made));
                 }
                 Err(error) => {
                     report.failed(&subject, &error);
-                    has.push(spec.clone());
+                    has.push(stays(made));
                 }
             }
         }
         for (done, spec) in new.into_iter().enumerate() {
             let name = spec.name.clone();
-            if has.iter().any(|spec| spec.name == name) {
+            if has.iter().any(|made| made.spec.name == name) {
                 continue;
             }
             let subject = format!("device {name}");
@@ -281,19 +328,41 @@ impl Reloader {
                 report.kept(&subject, text, RELEASE);
                 continue;
             }
-            let keys = waits.iter().find(|(waits, _)| *waits == name).map(|(_, keys)| keys);
-            match host.add(spec.clone()).context("it cannot be made") {
-                Ok(_) => {
-                    let text = keys.map_or_else(
+            let was = waits.iter().find(|(was, _)| was.name == name);
+            match (host.add(spec.clone()).context("it cannot be made"), was) {
+                (Ok(endpoint), _) => {
+                    let text = was.map_or_else(
                         || "added".to_owned(),
-                        |keys| format!("made anew, because {} changed", keys.join(", ")),
+                        |(_, keys)| format!("made anew, because {} changed", keys.join(", ")),
                     );
                     report.changed(&subject, text);
-                    has.push(spec);
+                    has.push(Made::new(spec, &endpoint));
                 }
-                Err(error) => report.failed(&subject, &error),
+                (Err(error), None) => report.failed(&subject, &error),
+                (Err(error), Some((was, _))) => match host.add((*was).clone()) {
+                    Ok(endpoint) => {
+                        report.failed(&subject, &error.context("it is again as it was"));
+                        has.push(Made::new((*was).clone(), &endpoint));
+                    }
+                    Err(again) => {
+                        let text = format!("it is gone, and cannot be made as it was ({again:#})");
+                        report.failed(&subject, &error.context(text));
+                    }
+                },
             }
         }
         has
+    }
+}
+
+/// What the report says of a device that stays as `old` says, while the file says `next`: whether
+/// it needs what the file does not name any more.
+fn lost_rights(old: &DeviceSpec, next: Option<&DeviceSpec>) -> &'static str {
+    let needs = |specs| Permits::new(Path::new("/"), &AllowSpec::default(), specs);
+    let next = needs(next.map(std::slice::from_ref).unwrap_or_default());
+    if next.or(&needs(std::slice::from_ref(old))) == next {
+        ""
+    } else {
+        "; until then it keeps what it has open, and may open anew only what the file names now"
     }
 }

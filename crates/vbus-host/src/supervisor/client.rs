@@ -166,12 +166,20 @@ impl Supervisor {
         Ok((serde_json::from_value(answer)?, text))
     }
 
-    /// From now on the supervisor allows what the configuration allows that it read last.
+    /// From now on the supervisor also allows what the configuration allows that it read last.
     ///
     /// # Errors
     /// The supervisor has ended.
     pub fn adopt(&self) -> io::Result<()> {
         self.ask(&Verb::Adopt).map(drop)
+    }
+
+    /// From now on the supervisor allows no more than the configuration that it adopted last.
+    ///
+    /// # Errors
+    /// The supervisor has ended.
+    pub fn settle(&self) -> io::Result<()> {
+        self.ask(&Verb::Settle).map(drop)
     }
 }
 

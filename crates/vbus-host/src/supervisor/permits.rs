@@ -178,6 +178,26 @@ impl Permits {
         Permits { config: self.config.clone(), ..permits }
     }
 
+    /// What these permits or `other` allow. The folders of these come first.
+    #[must_use]
+    pub fn or(&self, other: &Permits) -> Permits {
+        fn extend<T: Clone + PartialEq>(all: &mut Vec<T>, more: &[T]) {
+            let new: Vec<T> = more.iter().filter(|item| !all.contains(item)).cloned().collect();
+            all.extend(new);
+        }
+        let mut all = self.clone();
+        extend(&mut all.folders, &other.folders);
+        extend(&mut all.vmm_folders, &other.vmm_folders);
+        extend(&mut all.taps, &other.taps);
+        for (purpose, paths) in &other.paths {
+            all.paths.entry(*purpose).or_default().extend(paths.iter().cloned());
+        }
+        all.threads.extend(&other.threads);
+        all.any_thread |= other.any_thread;
+        all.limits.widen(&other.limits);
+        all
+    }
+
     /// Adds what a device of the configuration names.
     fn add(&mut self, dir: &Path, device: &DeviceSpec) {
         let settings = &device.settings;

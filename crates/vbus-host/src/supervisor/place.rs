@@ -17,10 +17,11 @@ use super::config_file;
 use super::permits::{Permits, Purpose};
 
 /// An allowed folder.
+#[derive(Clone)]
 struct Folder {
     path: PathBuf,
     /// `None`: the folder did not exist when the supervisor started.
-    descriptor: Option<OwnedFd>,
+    descriptor: Option<Arc<OwnedFd>>,
 }
 
 /// The allowed folders and paths. They change when the bus reads its configuration again.
@@ -51,11 +52,24 @@ impl Allowed {
                 let path = path.display();
                 tracing::warn!(%path, %error, "the bus cannot use this folder of [allow]");
             }
-            Folder { path: path.clone(), descriptor: descriptor.ok() }
+            Folder { path: path.clone(), descriptor: descriptor.ok().map(Arc::new) }
         };
         let all = |paths: &[PathBuf]| paths.iter().map(folder).collect();
         let (folders, vmm_folders) = (all(&permits.folders), all(&permits.vmm_folders));
         Allowed { folders, vmm_folders, permits: Arc::new(permits) }
+    }
+
+    /// What this or `other` allows. Of a folder of both, this one's descriptor counts.
+    fn or(&self, other: &Allowed) -> Allowed {
+        let both = |of: fn(&Allowed) -> &Vec<Folder>| {
+            let is_new = |folder: &&Folder| of(self).iter().all(|known| known.path != folder.path);
+            of(self).iter().chain(of(other).iter().filter(is_new)).cloned().collect()
+        };
+        Allowed {
+            folders: both(|allowed| &allowed.folders),
+            vmm_folders: both(|allowed| &allowed.vmm_folders),
+            permits: Arc::new(self.permits.or(&other.permits)),
+        }
     }
 
     /// What it allows.
@@ -65,7 +79,7 @@ impl Allowed {
 
     /// The folders in which files can be made and overwritten.
     fn writable(&self) -> impl Iterator<Item = &OwnedFd> {
-        self.folders.iter().filter_map(|folder| folder.descriptor.as_ref())
+        self.folders.iter().filter_map(|folder| folder.descriptor.as_deref())
     }
 
     fn find(&self, path: &str, purpose: Purpose) -> io::Result<Place> {
@@ -125,6 +139,11 @@ impl Places {
     /// From now on, allows the places of `allowed`.
     pub fn replace(&self, allowed: Allowed) {
         *self.0.write().unwrap_or_else(|e| e.into_inner()) = Arc::new(allowed);
+    }
+
+    /// From now on, allows the places of `allowed` too.
+    pub fn widen(&self, allowed: &Allowed) {
+        self.replace(allowed.or(&self.now()));
     }
 
     /// Checks that the bus cannot write the configuration, which is open as `file`: neither now,

@@ -105,8 +105,13 @@ fn serve(socket: OwnedFd) -> io::Result<usize> {
     let pins = Pins::default();
     pins.follow(&places.permits());
     warn_of_config(&places);
-    let mut files =
-        Files { places: places.clone(), pins: pins.clone(), sockets: HashMap::new(), read: None };
+    let mut files = Files {
+        places: places.clone(),
+        pins: pins.clone(),
+        sockets: HashMap::new(),
+        read: None,
+        adopted: None,
+    };
     let mut attended = Attended {
         named: pins,
         places,
@@ -225,6 +230,8 @@ struct Files {
     sockets: HashMap<PathBuf, SocketFile>,
     /// What the configuration file allows that was read last, if the bus has not adopted it yet.
     read: Option<Allowed>,
+    /// What the configuration allows that the bus has adopted, if more is still allowed.
+    adopted: Option<Allowed>,
 }
 
 /// Serves the quick verbs.
@@ -258,6 +265,14 @@ impl Files {
             Verb::Configuration => self.configuration(),
             Verb::Adopt => {
                 if let Some(allowed) = self.read.take() {
+                    self.places.widen(&allowed);
+                    self.pins.follow(&self.places.permits());
+                    self.adopted = Some(allowed);
+                }
+                done(Value::Null)
+            }
+            Verb::Settle => {
+                if let Some(allowed) = self.adopted.take() {
                     self.pins.follow(allowed.permits());
                     self.places.replace(allowed);
                 }

@@ -47,8 +47,11 @@ pub enum Verb {
     Connect { path: String },
     /// Read the configuration file again. Answer: a [`Configuration`], and a file with the text.
     Configuration,
-    /// Allow what the configuration allows that was read last, and no more. Answer: nothing.
+    /// Allow what the configuration allows that was read last, beside what is allowed. Answer:
+    /// nothing.
     Adopt,
+    /// Allow what the configuration allows that was adopted last, and no more. Answer: nothing.
+    Settle,
     /// Attach queues to a TAP interface. Answer: the name of the interface, whether it has several
     /// queues, and the queues.
     Tap { name: String, queues: u16, mtu: u16 },
@@ -82,6 +85,7 @@ impl Verb {
             | Verb::Remove { .. }
             | Verb::Configuration
             | Verb::Adopt
+            | Verb::Settle
             | Verb::Tap { .. } => false,
             Verb::Connect { .. }
             | Verb::Threads

@@ -88,7 +88,7 @@ fn what_is_in_use_stays_until_it_is_free() {
 }
 
 #[test]
-fn sighup_never_ends_the_bus_and_a_wrong_file_changes_nothing() {
+fn sighup_never_ends_a_bus_with_a_file_and_a_wrong_file_changes_nothing() {
     let mut bus = Served::start(&nic("a", ""));
     let log = |bus: &Served| std::fs::read_to_string(&bus.log).unwrap();
     configure(&bus, &[nic("a", ""), nic("b", "")].concat());
@@ -186,4 +186,71 @@ fn a_bus_without_a_file_has_nothing_to_reload() {
     assert!(done.err.contains("started without a configuration file"), "{}", done.err);
     serve.kill().unwrap();
     serve.wait().unwrap();
+}
+
+#[test]
+fn a_device_that_cannot_be_made_anew_comes_back_as_it_was() {
+    let bus = Served::start("");
+    let path = |name: &str| bus.dir.with_file_name(name);
+    let with_pcap = |name: &str| nic("a", &format!("pcap = {:?}", path(name)));
+    let report = |text: &str| {
+        configure(&bus, text);
+        bus.json(&["reload"])
+    };
+    assert_eq!(subjects(&report(&with_pcap("a.pcap")), "changed"), ["device a"]);
+    // The folder of the next capture is missing.
+    configure(&bus, &with_pcap("missing/a.pcap"));
+    let done = bus.run(&["reload", "--json"]);
+    assert_eq!(done.code, Some(1));
+    let failed: Value = serde_json::from_str(&done.out).unwrap();
+    assert_eq!(subjects(&failed, "failed"), ["device a"], "{failed}");
+    let text = failed["failed"][0]["text"].as_str().unwrap();
+    assert!(text.starts_with("it is again as it was: it cannot be made: "), "{text}");
+    assert_eq!(bus.devices(), ["a"]);
+    // The next reload tries again.
+    std::fs::create_dir(path("missing")).unwrap();
+    let tried = report(&with_pcap("missing/a.pcap"));
+    assert_eq!(tried["changed"][0]["text"], "made anew, because pcap changed", "{tried}");
+    // Nothing is allowed any more but what the file names.
+    let set = format!("pcap={}", path("a.pcap").display());
+    let words = ["device", "add", "b", "--class", "venet", "--set", "backend=null", "--set", &set];
+    assert!(bus.bad(&words).contains("\"paths\" in [allow]"));
+    // A device in use keeps what it has, and the report says what it may not do.
+    let client = Client::connect(bus.dir.join("a.sock")).unwrap();
+    let kept = report(&nic("a", ""));
+    let text = kept["kept"][0]["text"].as_str().unwrap();
+    assert!(text.contains("may open anew only what the file names now"), "{kept}");
+    drop(client);
+}
+
+#[test]
+fn a_device_of_the_file_that_was_replaced_by_hand_is_not_the_files() {
+    let bus = Served::start(&[nic("a", ""), nic("b", "")].concat());
+    for words in [
+        &["device", "remove", "a"][..],
+        &["device", "add", "a", "--class", "venet", "--set", "backend=null"],
+    ] {
+        bus.good(words);
+    }
+    configure(&bus, &[nic("a", "mtu = 9000"), nic("b", "")].concat());
+    let report = bus.json(&["reload"]);
+    assert_eq!(subjects(&report, "kept"), ["device a"], "{report}");
+    let text = report["kept"][0]["text"].as_str().unwrap();
+    assert!(text.starts_with("it was added by hand"), "{text}");
+    configure(&bus, "");
+    let report = bus.json(&["reload"]);
+    assert_eq!(subjects(&report, "changed"), ["device b"], "{report}");
+    assert_eq!(bus.devices(), ["a"]);
+}
+
+#[test]
+fn sighup_ends_a_bus_without_a_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("bus");
+    let mut serve = vbus();
+    let mut serve = serve.args(["serve", "--dir"]).arg(&dir).spawn().unwrap();
+    wait_until("the bus", || crate::support::run(&["device", "list"], &dir).code == Some(0));
+    rustix::process::kill_process(rustix::process::Pid::from_child(&serve), Signal::HUP).unwrap();
+    assert!(serve.wait().unwrap().success());
+    assert!(!dir.join("control.sock").exists());
 }
