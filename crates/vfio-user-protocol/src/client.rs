@@ -30,6 +30,10 @@ use crate::version::{self, Disagreement, KERNEL_MSG_FDS, MAX_TRANSFER, Negotiate
 /// The most eventfds of one region. No function has more doorbells.
 const MAX_IO_EVENTFDS: usize = 1024;
 
+/// The most descriptors of the server that may wait for their close. An honest server sends only
+/// what the client asks for, and that closes at once.
+const MAX_CLOSING: usize = MAX_IO_EVENTFDS;
+
 /// The reason why a call failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -75,6 +79,10 @@ pub enum ClientError {
     /// The ends have not negotiated this command.
     #[error("{0}: the server does not support it")]
     NotNegotiated(&'static str),
+    /// The server sends descriptors without end, and the client cannot close them as fast. The
+    /// connection cannot be used any more.
+    #[error("the server sends descriptors that cannot be closed")]
+    Descriptors,
     /// The client cannot start the thread that closes the server's descriptors.
     #[error("starting a thread: {0}")]
     Thread(Errno),
@@ -95,6 +103,7 @@ impl ClientError {
 pub struct Client {
     socket: OwnedFd,
     receiver: Receiver,
+    closer: Closer,
     sender: Sender,
     next_id: u16,
     /// A final error has occurred, and the client sends nothing any more. A later reply could
@@ -144,7 +153,8 @@ impl Client {
         })?;
         let mut client = Self {
             socket,
-            receiver: Receiver::new(closer),
+            receiver: Receiver::new(closer.clone()),
+            closer,
             sender: Sender::default(),
             next_id: 0,
             failed: false,
@@ -283,6 +293,9 @@ impl Client {
 
     /// Receives the next message.
     fn receive(&mut self, wait: &mut Wait) -> Result<Message, ClientError> {
+        if self.closer.waiting() > MAX_CLOSING {
+            return Err(ClientError::Descriptors);
+        }
         let name = wait.name();
         let mut source = Patiently { socket: self.socket.as_fd(), wait };
         let max = HEADER_LEN + REGION_ACCESS_LEN + MAX_TRANSFER;

@@ -79,6 +79,29 @@ fn requests_without_end_leave_the_program_its_will() {
     });
 }
 
+/// The first descriptor's close waits. Those that follow must not take all that the process may
+/// have.
+#[test]
+fn descriptors_without_end_end_the_connection() {
+    let request = message(1, command::DMA_READ, Kind::Command { no_reply: true }, &[0; 16]);
+    let (mut client, mut server) = negotiated();
+    client.set_patience(Patience::limit(NEVER));
+    let (socket, peer) = crate::malformed::lingering();
+    crate::support::send_with(&server, &request, &[socket.as_fd()]);
+    drop(socket);
+    let event = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+    let call = std::thread::spawn(move || client.device_info());
+    // As many as the client lets wait, and then some: only the last message is too much.
+    for _ in 0..6 {
+        crate::support::send_with(&server, &request, &[event.as_fd(); 200]);
+    }
+    let error = call.join().unwrap().unwrap_err();
+    assert!(matches!(error, ClientError::Descriptors), "{error}");
+    let mut rest = Vec::new();
+    let _ = server.read_to_end(&mut rest);
+    drop(peer);
+}
+
 #[test]
 fn an_answer_in_single_bytes_is_late() {
     let reply = message(1, command::DEVICE_GET_INFO, Kind::Reply { error: None }, &[0; 4096]);

@@ -505,7 +505,7 @@ fn good_client(path: &std::path::Path) {
 }
 
 /// A TCP socket whose close waits: it lingers, its peer reads nothing, and its data is not sent.
-fn lingering() -> (OwnedFd, std::net::TcpStream) {
+pub fn lingering() -> (OwnedFd, std::net::TcpStream) {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let mut socket = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let (peer, _) = listener.accept().unwrap();
