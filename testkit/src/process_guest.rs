@@ -29,11 +29,26 @@ pub struct ProcessGuest {
 }
 
 impl ProcessGuest {
+    /// Starts a guest, to see whether this machine can have one, and ends it.
+    ///
+    /// # Errors
+    /// A [`Skip`]: this machine lets this user make no namespaces or no interfaces.
+    pub fn probe(scene: &Scene) -> Result<()> {
+        Self::start(scene, "probe").map(drop).map_err(|error| {
+            Skip(format!(
+                "guests of processes need root, or a /dev/net/tun and user namespaces that this \
+                 user may use: {error:#}"
+            ))
+            .into()
+        })
+    }
+
     /// Starts the guest `name` and waits until its agent answers. Start it on a thread that lives
     /// as long as the guest.
     ///
     /// # Errors
-    /// A [`Skip`] if this machine lets this user make no namespaces or no interfaces.
+    /// It does not start, or gets no interfaces. [`probe`](Self::probe) tells whether this machine
+    /// can have such guests.
     pub fn start(scene: &Scene, name: &str) -> Result<Self> {
         let listener = Listener::new(scene.dir().join(format!("{name}.agent")))?;
         let path = programs(scene)?.into_os_string();
@@ -49,18 +64,10 @@ impl ProcessGuest {
         command.arg(scene.lab.agent()).arg("serve").arg(listener.path()).env("PATH", path);
         let log = scene.dir().join(format!("{name}.log"));
         let mut process = Process::start(command, &format!("guest {name}"), &log)?;
-        let port = listener.accept(&mut process).map_err(|error| {
-            Skip(format!("guests of processes need namespaces of their own: {error:#}"))
-        })?;
+        let port = listener.accept(&mut process).context("no namespaces of its own")?;
         let guest = Guest::new(name, port)?;
         guest.wait_boot(1, BOOT)?;
-        if let Err(error) = guest.ok("ip link set lo up && : <> /dev/net/tun") {
-            return Err(Skip(format!(
-                "guests of processes need interfaces of their own, so /dev/net/tun and root: \
-                 {error:#}"
-            ))
-            .into());
-        }
+        guest.ok("ip link set lo up && : <> /dev/net/tun").context("no interfaces of its own")?;
         Ok(Self { guest, process })
     }
 

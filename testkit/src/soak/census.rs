@@ -40,13 +40,15 @@ impl Census {
     /// at the same time.
     ///
     /// # Errors
-    /// The bus has ended, or its folder in /proc cannot be read.
+    /// The bus has ended, or its folder in /proc cannot be read; or `stats` lack the memory of
+    /// peers.
     pub fn take(bus: u32, stats: &Value) -> Result<Self> {
         let mut census = Self::default();
         // Each device has the sum over all devices.
         for resource in ["descriptors", "maps", "mappings"] {
-            let sum = &stats[0]["memory"][resource]["all_used"];
-            census.peers += sum.as_u64().unwrap_or_default();
+            let sum = stats[0]["memory"][resource]["all_used"].as_u64();
+            census.peers +=
+                sum.with_context(|| format!("vbus stats does not say memory.{resource}.all_used"))?;
         }
         census.add(bus).with_context(|| format!("cannot look at the bus, process {bus}"))?;
         for child in descendants(bus)? {
@@ -178,6 +180,8 @@ pub fn growth(censuses: &[Census]) -> Option<Vec<String>> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn run(descriptors: &[u64]) -> Vec<Census> {
@@ -198,14 +202,21 @@ mod tests {
 
     #[test]
     fn a_process_is_counted_with_its_children() {
-        let alone = Census::take(std::process::id(), &Value::Null).unwrap();
+        let amount = json!({ "all_used": 2 });
+        let memory = json!({ "descriptors": amount, "maps": amount, "mappings": amount });
+        let mut stats = json!([{ "memory": memory }]);
+        let alone = Census::take(std::process::id(), &stats).unwrap();
+        assert_eq!(alone.peers, 6);
         assert!(alone.rss_kib > 0 && alone.mappings > 0 && alone.threads > 0);
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
-        let both = Census::take(std::process::id(), &Value::Null).unwrap();
+        let both = Census::take(std::process::id(), &stats).unwrap();
         child.kill().unwrap();
         child.wait().unwrap();
         // Other tests of this process may run processes of their own.
         assert!(both.processes > 1, "{both:?}");
+        stats[0]["memory"]["maps"] = Value::Null;
+        let error = Census::take(std::process::id(), &stats).unwrap_err().to_string();
+        assert!(error.contains("memory.maps.all_used"), "{error}");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-/// A violation of the protocol of vfio-user, or a message that was cut off.
+/// A violation of the protocol of vfio-user.
 const ENDED: &str = "connection of client";
 /// A client that came before the one before it had gone. That is nobody's fault.
 const REFUSED: &str = "refused: client";
