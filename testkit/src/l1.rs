@@ -49,6 +49,8 @@ pub struct L1<'a> {
     l2_hung: Cell<bool>,
     /// See [`L1::proof`].
     proof: RefCell<Option<String>>,
+    /// The bytes of L1's console that are from before the attempt; see [`L1::begin`].
+    console_before: Cell<usize>,
 }
 
 /// Where L1 runs.
@@ -85,6 +87,7 @@ impl<'a> L1<'a> {
             clock,
             l2_hung: Cell::new(false),
             proof: RefCell::default(),
+            console_before: Cell::default(),
         };
         l1.guest.ok(&format!("mkdir -p {}", l1.run_dir()))?;
         Ok(l1)
@@ -143,17 +146,28 @@ impl<'a> L1<'a> {
         }
     }
 
+    /// Begins another scenario in this L1. What was there before proves nothing about it.
+    pub fn begin(&self) {
+        self.proof.take();
+        self.console_before.set(self.console().map_or(0, |log| log.len()));
+    }
+
+    /// What the console of a virtual machine has said.
+    fn console(&self) -> Option<Vec<u8>> {
+        match &self.kind {
+            L1Kind::Vm(_) => fs::read(self.scene.dir().join("l1.console.log")).ok(),
+            L1Kind::Host(_) => None,
+        }
+    }
+
     /// What shows that the emulated processor did something that no processor does, if anything
     /// does: what [`L1::prove`] got, or a fault of L1's own kernel, which no program in L1 can
-    /// cause. A machine that merely hangs shows nothing.
+    /// cause. It is from after [`L1::begin`]. A machine that merely hangs shows nothing.
     pub fn proof(&self) -> Option<String> {
         let proof = self.proof.borrow().clone();
         proof.or_else(|| {
-            let log = match &self.kind {
-                L1Kind::Vm(_) => fs::read(self.scene.dir().join("l1.console.log")).ok()?,
-                L1Kind::Host(_) => return None,
-            };
-            kernel_fault(&String::from_utf8_lossy(&log))
+            let log = self.console()?;
+            kernel_fault(&String::from_utf8_lossy(log.get(self.console_before.get()..)?))
         })
     }
 
@@ -224,11 +238,14 @@ impl<'a> L1<'a> {
 }
 
 /// The report of a kernel's fault in its console's log: its first line, and those that follow.
+/// A program of ours that dies is none: the kernel reports it as `traps:`, and panics if the
+/// program was init.
 fn kernel_fault(log: &str) -> Option<String> {
     const LINES: usize = 30;
-    let is_fault = |line: &&str| {
-        ["Oops:", "Kernel panic", "general protection fault"].iter().any(|what| line.contains(what))
-    };
+    const FAULTS: [&str; 3] = ["Oops:", "Kernel panic", "general protection fault"];
+    const OF_A_PROGRAM: [&str; 2] = ["traps: ", "Attempted to kill init"];
+    let has = |line: &str, pieces: &[&str]| pieces.iter().any(|piece| line.contains(piece));
+    let is_fault = |line: &&str| has(line, &FAULTS) && !has(line, &OF_A_PROGRAM);
     let lines = log.lines().skip_while(|line| !is_fault(line)).take(LINES).collect::<Vec<_>>();
     (!lines.is_empty()).then(|| lines.join("\n"))
 }
@@ -378,5 +395,10 @@ mod tests {
         assert_eq!(kernel_fault("[ 1.0] virtio_blk: 1 MiB\n[ 2.0] kvm_amd: nested paging\n"), None);
         let fault = kernel_fault("[ 1.0] up\n[ 2.0] Oops: int3: 0000 [#1] SMP\n[ 2.0] CPU: 1\n");
         assert_eq!(fault.as_deref(), Some("[ 2.0] Oops: int3: 0000 [#1] SMP\n[ 2.0] CPU: 1"));
+        let fault = kernel_fault("[ 2.0] general protection fault: 0000 [#1] SMP\n");
+        assert_eq!(fault.as_deref(), Some("[ 2.0] general protection fault: 0000 [#1] SMP"));
+        let program = "[ 2.0] traps: vbus[77] general protection fault ip:401000 sp:7ffc error:0\n\
+                       [ 2.0] Kernel panic - not syncing: Attempted to kill init! exitcode=0xb\n";
+        assert_eq!(kernel_fault(program), None);
     }
 }

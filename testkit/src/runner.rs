@@ -97,7 +97,10 @@ fn attempt<'a>(
     figures: &mut Figures,
 ) -> Result<Outcome, Failed> {
     let running = match l1.take() {
-        Some(running) => running,
+        Some(running) => {
+            running.begin();
+            running
+        }
         None => {
             let started = lab.scene(name).and_then(|scene| L1::start(scene, clock, &[]));
             started.map_err(|error| Failed { error, proof: None })?

@@ -149,6 +149,13 @@ impl Return {
         Return { len: length & !LENGTH_NEXT, id: 0, flags }
     }
 
+    /// The return as one of [`Returns::Runs`]. It has no more than the array of lengths holds,
+    /// whatever the device wrote into its tag.
+    #[inline(always)]
+    fn of_runs(self) -> Return {
+        Return::unpacked(self.packed())
+    }
+
     #[inline(always)]
     pub(super) fn from_tag(tag: u64) -> Return {
         let flags = ((tag & !MARKS) >> 48 & 0xffff) as u16;
@@ -497,10 +504,13 @@ impl<M: Memory> DriverEnd<M> {
         if self.in_flight() == 0 {
             return Err(Corrupt::Unasked);
         }
-        let back = Return::from_tag(tag);
-        if layout.returns == Returns::Runs && back.flags & RUN != 0 {
-            self.run = self.check(back.len)?;
-            return Ok(Some(self.reap_of_run()));
+        let mut back = Return::from_tag(tag);
+        if layout.returns == Returns::Runs {
+            if back.flags & RUN != 0 {
+                self.run = self.check(back.len)?;
+                return Ok(Some(self.reap_of_run()));
+            }
+            back = back.of_runs();
         }
         self.reaped = pos.wrapping_add(1);
         Ok(Some(back))
@@ -558,7 +568,8 @@ impl<M: Memory> DriverEnd<M> {
                 if tag & marks != lap | RETURN {
                     break 'all;
                 }
-                back(Return::from_tag(tag));
+                let one = Return::from_tag(tag);
+                back(if RUNS { one.of_runs() } else { one });
                 reaped = reaped.wrapping_add(1);
             }
             if reaped == end {
@@ -1252,6 +1263,28 @@ mod tests {
         assert_eq!((bytes(256, Returns::Runs), bytes(2, Returns::Runs)), (384 + 4096 + 1024, 448));
         for entries in [0, 1, 3, 65536, u32::MAX] {
             assert_eq!(Layout::new(entries, Returns::Counted), Err(BadRing::Entries));
+        }
+    }
+
+    /// A hostile device writes all bits of the tag of a single return, but for those that mark it.
+    #[test]
+    fn a_single_return_of_runs_has_only_a_length_and_next() {
+        for all in [false, true] {
+            let layout = Layout::new(4, Returns::Runs).unwrap();
+            let memory = memory(layout);
+            let mut driver = DriverEnd::create(&memory[..], layout, 0).unwrap();
+            driver.submit(entry(0)).unwrap();
+            let _ = driver.post();
+            let tag = !(MARKS | u64::from(RUN) << 48) | layout.lap(0) | RETURN;
+            layout.slot(&memory[..], 0)[1].store(tag, Ordering::Release);
+            let back = if all {
+                let mut found = Vec::new();
+                assert_eq!(driver.reap_all(4, |back| found.push(back)), Ok(1));
+                found.pop()
+            } else {
+                driver.reap().unwrap()
+            };
+            assert_eq!(back, Some(Return { len: (1 << 31) - 1, id: 0, flags: NEXT }));
         }
     }
 

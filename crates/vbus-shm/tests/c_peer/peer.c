@@ -370,6 +370,8 @@ static void driver(uint32_t count, enum returns returns)
 	for (size_t at = 64; at < 384; at += 8)
 		WORD(at) = 0;
 	WORD(seq_of(DRIVER)) = WORD(seq_of(DEVICE)) = start;
+	if (returns != ENTRIES)
+		WORD(returning_count()) = start;
 	WORD(8) = entries;
 	WORD(16) = returns;
 	WORD(24) = start;
