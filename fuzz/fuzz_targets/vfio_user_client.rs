@@ -8,7 +8,7 @@
 
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Instant;
 
 use libfuzzer_sys::fuzz_target;
@@ -17,6 +17,7 @@ use rustix::net::{
     AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown,
     SocketFlags, SocketType, recv, sendmsg, shutdown, socketpair,
 };
+use vbus_fuzz::OpenFiles;
 use vfio_user_protocol::message::{
     HEADER_LEN, IrqVerb, Kind, MultiWrite, REGION_ACCESS_LEN, RegionAccess, command, message,
 };
@@ -75,8 +76,7 @@ fn body(form: u8, number: u16, bytes: &[u8]) -> Vec<u8> {
 }
 
 fuzz_target!(|input: &[u8]| {
-    let lowest = || rustix::io::dup(std::io::stderr()).expect("a descriptor").as_raw_fd();
-    let before = lowest();
+    let open = OpenFiles::count();
     let (ours, theirs) =
         socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
             .expect("sockets");
@@ -144,7 +144,7 @@ fuzz_target!(|input: &[u8]| {
             while recv(&theirs, &mut [0; 4096], RecvFlags::DONTWAIT).is_ok_and(|(n, _)| n > 0) {}
         }
     }
-    assert!(began.elapsed().as_secs() < 4, "the client waits although nothing can come");
+    assert!(began.elapsed().as_secs() < 60, "the client waits although nothing can come");
     drop(theirs);
-    assert_eq!(lowest(), before, "descriptors leak");
+    open.check();
 });

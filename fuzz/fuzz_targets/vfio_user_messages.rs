@@ -11,13 +11,14 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::io::{IoSlice, Read};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
 use libfuzzer_sys::fuzz_target;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use vbus_fuzz::OpenFiles;
 use vfio_user_protocol::message::{HEADER_LEN, Header, Kind};
 use vfio_user_protocol::session::{Answer, Session};
 use vfio_user_protocol::socket::{Received, Receiver, Source};
@@ -279,13 +280,12 @@ fuzz_target!(|input: &[u8]| {
     let Some((&shape, input)) = input.split_first() else { return };
     SERVER.with_borrow_mut(|server| {
         let pieces = pieces(shape & 1, input);
-        // The lowest free descriptor. A leak raises it.
-        let lowest = descriptors(1)[0].as_raw_fd();
+        let open = OpenFiles::count();
         if shape & 2 == 0 {
             session_alone(&pieces)
         } else {
             whole_server(server, &pieces)
         }
-        assert_eq!(descriptors(1)[0].as_raw_fd(), lowest, "descriptors leak");
+        open.check();
     });
 });
