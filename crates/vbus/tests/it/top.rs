@@ -124,11 +124,11 @@ fn it_follows_the_bus_and_the_keys_and_gives_the_terminal_back() {
     let dir = bus.dir.clone();
     // Only the directory of the bus stays.
     drop(bus);
-    top.wait_for("The bus does not answer");
+    top.wait_for("The bus has not answered");
     std::fs::create_dir_all(dir.parent().unwrap()).unwrap();
     let again = Served::start_in(&dir, TWO);
     top.wait_for("2 devices, 0 open");
-    wait_until("the notice goes", || !top.look().contains("does not answer"));
+    wait_until("the notice goes", || !top.look().contains("has not answered"));
     // A narrow screen has fewer columns. No key follows: crossterm may keep a key that comes
     // together with a resize until the next one.
     top.resize(20, 80);

@@ -185,7 +185,7 @@ pub fn deaths(l1: &L1, _: &mut Figures) -> Result<()> {
     ensure!(ended.code != 101, "the driver panicked: {}", ended.stderr);
     stop(&streams.0, &streams.1)?;
 
-    let bus = L1Bus::start(l1, "")?;
+    let bus = L1Bus::start(l1, &format!("[allow]\ntaps = [\"{}\"]\n", net::TAP))?;
     bus.run(&format!("{ADD_NET} --vmm {}", l2.control_socket()))?;
     net::address_tap(l1)?;
     until(&l2, "vbus-guest list | grep -q net").context("the NIC does not come back")?;
