@@ -206,7 +206,14 @@ impl Bus {
         let mut args = vec!["serve", "--config", config, "--dir", dir, "--ready-fd", "0"];
         args.extend(more);
         let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).unwrap();
-        let mut command = Command::new(std::env::current_exe().unwrap());
+        let mut program = std::env::current_exe().unwrap();
+        if uid.is_some() {
+            // Another user may be unable to enter the folder of this program.
+            let copy = folder.path().join("program");
+            std::fs::copy(program, &copy).unwrap();
+            program = copy;
+        }
+        let mut command = Command::new(program);
         command
             .args(["--ignored", "--exact", "sandbox::serves", "--nocapture"])
             .env(ARGS, serde_json::to_string(&args).unwrap())
