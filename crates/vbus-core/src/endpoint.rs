@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A device as a connector sees it: open and close, regions, calls, doorbells, memory, interrupts.
 
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
@@ -377,25 +377,14 @@ impl Endpoint {
     }
 
     /// Maps memory of the peer; see [`MemoryContext::map`].
-    pub fn map(
+    pub fn map<F: AsFd>(
         &self,
         start: u64,
         len: u64,
-        file: Option<(OwnedFd, u64)>,
+        file: Option<(F, u64)>,
         access: Access,
     ) -> Result<(), MapError> {
         self.memory().map(start, len, file, access)
-    }
-
-    /// Maps memory of the peer; see [`MemoryContext::map_file`].
-    pub fn map_file(
-        &self,
-        start: u64,
-        len: u64,
-        file: Option<(BorrowedFd<'_>, u64)>,
-        access: Access,
-    ) -> Result<(), MapError> {
-        self.memory().map_file(start, len, file, access)
     }
 
     /// Unmaps memory of the peer, whole maps only. Returns the number of bytes. If a region of the

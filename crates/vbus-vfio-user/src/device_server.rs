@@ -358,7 +358,7 @@ impl Target for Served {
     fn dma_map(&mut self, mapping: Mapping<'_>) -> Result<(), Errno> {
         let Mapping { address, size, readable, writable, memory, .. } = mapping;
         let access = Access::new(readable, writable);
-        self.endpoint.map_file(address, size, memory, access).map_err(|error| {
+        self.endpoint.map(address, size, memory, access).map_err(|error| {
             tracing::warn!(
                 device = self.endpoint.name(), %error,
                 "memory at {address:#x} cannot be used"

@@ -30,7 +30,7 @@ mod window;
 
 use std::collections::HashMap;
 use std::fmt;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, Weak};
@@ -213,32 +213,21 @@ impl MemoryContext {
         }
     }
 
-    /// As [`map_file`](Self::map_file), and closes the descriptor.
-    pub fn map(
-        &self,
-        start: u64,
-        len: u64,
-        file: Option<(OwnedFd, u64)>,
-        access: Access,
-    ) -> Result<(), MapError> {
-        let borrowed = file.as_ref().map(|(file, offset)| (file.as_fd(), *offset));
-        self.map_file(start, len, borrowed, access)
-    }
-
     /// Maps `len` bytes of `file` (descriptor, offset) at address `start` of the driver's memory,
     /// for `access`. It duplicates the descriptor only of a file that it uses. Without a file, or
     /// for no access at all, the context records the range as unreachable. The file may be one that
     /// can shrink. After an error nothing has changed.
-    pub fn map_file(
+    pub fn map<F: AsFd>(
         &self,
         start: u64,
         len: u64,
-        file: Option<(BorrowedFd<'_>, u64)>,
+        file: Option<(F, u64)>,
         access: Access,
     ) -> Result<(), MapError> {
         // Cheap checks come first.
         let end = start.checked_add(len).filter(|_| len > 0);
         let end = end.ok_or(MapError::Range(start, len))?;
+        let file = file.as_ref().map(|(file, offset)| (file.as_fd(), *offset));
         let file = file.filter(|_| access.read || access.write);
         if file.as_ref().is_some_and(|(_, offset)| (start | len | offset) % PAGE != 0) {
             return Err(MapError::Range(start, len));

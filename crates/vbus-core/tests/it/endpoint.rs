@@ -280,7 +280,7 @@ fn a_class_that_panics_at_a_command_ends_its_connection_and_no_more() {
 fn unmapping_a_region_ends_its_connection_and_nothing_else_does() {
     let driver = Driver::new();
     driver.endpoint.map(0x1_0000_0000, 4096, Some((memory(), 0)), Access::BOTH).unwrap();
-    driver.endpoint.map(0x2_0000_0000, 4096, None, Access::BOTH).unwrap();
+    driver.endpoint.map(0x2_0000_0000, 4096, None::<(OwnedFd, u64)>, Access::BOTH).unwrap();
     driver.open().unwrap();
     let (mut ring, request) = driver.ring(BASE + 4096, 16);
     let handle = driver.endpoint.region_add(request).unwrap();

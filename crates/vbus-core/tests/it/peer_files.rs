@@ -145,7 +145,7 @@ fn files_of_the_file_system_are_taken_and_may_shrink() {
     let ram = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
     ram.set_len(MIB).unwrap();
     let context = MemoryContext::new();
-    context.map(0, MIB, Some((ram.into(), 0)), Access::BOTH).unwrap();
+    context.map(0, MIB, Some((ram, 0)), Access::BOTH).unwrap();
     context.view().write(5000, b"hello").unwrap();
     assert_eq!(&std::fs::read(&path).unwrap()[5000..5005], b"hello");
     File::options().write(true).open(&path).unwrap().set_len(0).unwrap();
