@@ -68,8 +68,7 @@ impl Bucket {
     /// When there will be a token. `None`: there is one.
     pub fn empty_until(&self, now: Instant) -> Option<Instant> {
         let now = self.since(now);
-        let wait = lock(&self.state).wait(now)?;
-        Some(self.origin + Duration::from_nanos(now) + Duration::from_nanos(wait + 1))
+        lock(&self.state).wait(now).map(|wait| self.after(now, wait))
     }
 
     /// Takes `tokens` tokens, which may be more than there are.
@@ -77,15 +76,23 @@ impl Bucket {
         lock(&self.state).charge(tokens, self.since(now));
     }
 
-    /// Takes `tokens` tokens if there is at least one. Returns whether there was.
-    pub fn take(&self, tokens: u64, now: Instant) -> bool {
+    /// Takes `tokens` tokens if there is at least one.
+    ///
+    /// # Errors
+    /// There is none before this time.
+    pub fn take(&self, tokens: u64, now: Instant) -> Result<(), Instant> {
         let now = self.since(now);
         let mut state = lock(&self.state);
-        let there = state.wait(now).is_none();
-        if there {
-            state.charge(tokens, now);
+        if let Some(wait) = state.wait(now) {
+            return Err(self.after(now, wait));
         }
-        there
+        state.charge(tokens, now);
+        Ok(())
+    }
+
+    /// When a bucket that has to wait, as [`State::wait`] says at `now`, has a token.
+    fn after(&self, now: u64, wait: u64) -> Instant {
+        self.origin + Duration::from_nanos(now) + Duration::from_nanos(wait + 1)
     }
 
     fn since(&self, now: Instant) -> u64 {
@@ -114,7 +121,7 @@ mod tests {
                     now = at;
                 }
                 None => {
-                    assert!(bucket.take(cost, now));
+                    assert_eq!(bucket.take(cost, now), Ok(()));
                     sent += cost;
                 }
             }
@@ -144,7 +151,7 @@ mod tests {
         assert!((500_000..=500_210).contains(&sent), "{sent}");
         let start = start + Duration::from_secs(10);
         bucket.change(u64::MAX / 8, 100, start);
-        assert!((0..1_000_000).all(|_| bucket.take(65_000, start)));
+        assert!((0..1_000_000).all(|_| bucket.take(65_000, start).is_ok()));
         bucket.change(1000, 100, start);
         let sent = run(&bucket, start, Duration::from_secs(10), 10);
         assert!((10_000..=10_110).contains(&sent), "{sent}");
@@ -161,7 +168,7 @@ mod tests {
                 let bucket = Bucket::new(old, burst(old), start);
                 bucket.charge(tokens, start);
                 bucket.change(new, burst(new), start);
-                assert!(bucket.take(1, start), "from {old} to {new} after {tokens}");
+                assert!(bucket.take(1, start).is_ok(), "from {old} to {new} after {tokens}");
             }
         }
     }
@@ -173,7 +180,7 @@ mod tests {
             let bucket = Bucket::new(1000, 100, start);
             bucket.charge(40, start);
             bucket.change(rate, burst, start);
-            let count = (0..).take_while(|_| bucket.take(1, start)).count();
+            let count = (0..).take_while(|_| bucket.take(1, start).is_ok()).count();
             assert_eq!(count, tokens, "{rate} {burst}");
         }
     }
@@ -184,7 +191,7 @@ mod tests {
         let bucket = Bucket::new(1000, 50, start);
         let burst = |at: u64| {
             let now = start + Duration::from_secs(at);
-            (0..).take_while(|_| bucket.take(1, now)).count()
+            (0..).take_while(|_| bucket.take(1, now).is_ok()).count()
         };
         assert_eq!((burst(0), burst(0), burst(1), burst(1000)), (50, 0, 50, 50));
     }

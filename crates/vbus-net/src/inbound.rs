@@ -134,12 +134,8 @@ impl Inbound {
         self.done()
     }
 
-    /// The frame has no receive queue.
-    pub fn drop_frame(&mut self) -> Step {
-        self.done()
-    }
-
-    fn done(&mut self) -> Step {
+    /// Forgets the frame: it was delivered, or has no receive queue.
+    pub fn done(&mut self) -> Step {
         (self.is_held, self.cut) = (false, None);
         Step::Done
     }

@@ -171,11 +171,9 @@ struct LimitedQueue {
 impl Queue for LimitedQueue {
     fn send(&mut self, packet: &Packet<'_>) -> Sent {
         if let (Some(bucket), false) = (&self.tx, self.is_paid) {
-            let now = Instant::now();
-            if let Some(until) = bucket.empty_until(now) {
+            if let Err(until) = bucket.take(packet.bytes() as u64, Instant::now()) {
                 return Sent::Wait { until: Some(until), moved: false };
             }
-            bucket.charge(packet.bytes() as u64, now);
             self.is_paid = true;
         }
         let sent = self.inner.send(packet);

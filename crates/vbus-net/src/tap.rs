@@ -401,7 +401,7 @@ impl TapQueue {
     fn ended(&self, error: Errno) -> Result<(), ErrorCode> {
         match error {
             // EIO: the interface is down. It becomes readable when it is up again.
-            Errno::AGAIN | Errno::INTR | Errno::IO | Errno::BADFD => Ok(()),
+            Errno::AGAIN | Errno::IO | Errno::BADFD => Ok(()),
             // The driver has taken its buffers away. The bus has seen that, or the next frame goes
             // into other ones.
             Errno::FAULT => Ok(()),
@@ -435,7 +435,7 @@ impl TapQueue {
     /// Puts the frame into this receive queue.
     fn put(&mut self, lane: usize, hash: Option<Hash>, left: &mut u32) -> Step {
         let port = self.port.clone();
-        let Some(sink) = port.lanes.get(lane) else { return self.inbound.drop_frame() };
+        let Some(sink) = port.lanes.get(lane) else { return self.inbound.done() };
         let mut sink = lock(sink);
         let way = (hash, OnFull::Wait);
         loop {

@@ -184,7 +184,7 @@ impl SwitchQueue {
                     true => packet.body.bytes().div_ceil(size),
                     false => 1,
                 };
-                if !broadcasts.take(frames as u64, Instant::now()) {
+                if broadcasts.take(frames as u64, Instant::now()).is_err() {
                     return Err(TxDrop::Storm);
                 }
             }
