@@ -191,9 +191,21 @@ impl Client {
         body: &[u8],
         fds: &[BorrowedFd<'_>],
     ) -> Result<Message, ClientError> {
+        self.ask(number, body, fds, Ok)
+    }
+
+    /// As [`call`](Self::call), and reads the reply by `read`. A final error of `read` ends the
+    /// connection too.
+    fn ask<R>(
+        &mut self,
+        number: u16,
+        body: &[u8],
+        fds: &[BorrowedFd<'_>],
+        read: impl FnOnce(Message) -> Result<R, ClientError>,
+    ) -> Result<R, ClientError> {
         self.guarded(number, |client, wait| {
             let id = client.send(number, false, body, fds, wait)?;
-            client.reply(id, number, wait)
+            read(client.reply(id, number, wait)?)
         })
     }
 
@@ -332,14 +344,13 @@ impl Client {
     }
 
     fn info(&mut self, number: u16, argsz: u32, index: u32) -> Result<Info, ClientError> {
-        let reply = self.call(number, &Info { argsz, flags: 0, index, count: 0 }.body(), &[])?;
-        let info = Info::parse(&reply.body)
-            .map_err(|e| self.broken(ClientError::Malformed(command_name(number), e)))?;
-        // The last two words of `DEVICE_GET_INFO` are numbers.
-        if number != command::DEVICE_GET_INFO && info.index != index {
-            return Err(self.broken(ClientError::Mismatch(reply.header, command_name(number))));
-        }
-        Ok(info)
+        let request = Info { argsz, flags: 0, index, count: 0 };
+        self.ask(number, &request.body(), &[], |reply| match Info::parse(&reply.body) {
+            // The last two words of `DEVICE_GET_INFO` are numbers.
+            Ok(info) if number == command::DEVICE_GET_INFO || info.index == index => Ok(info),
+            Ok(_) => Err(ClientError::Mismatch(reply.header, command_name(number))),
+            Err(e) => Err(ClientError::Malformed(command_name(number), e)),
+        })
     }
 
     /// Asks for the properties of a region (`DEVICE_GET_REGION_INFO`).
@@ -347,18 +358,18 @@ impl Client {
     /// # Errors
     /// See [`Client::device_info`].
     pub fn region_info(&mut self, region: u32) -> Result<RegionInfo, ClientError> {
+        const NAME: &str = "DEVICE_GET_REGION_INFO";
         let request = message::RegionInfo { argsz: 32, flags: 0, index: region, size: 0 };
-        let reply = self.call(command::DEVICE_GET_REGION_INFO, &request.body(), &[])?;
-        let info = message::RegionInfo::parse(&reply.body)
-            .map_err(|e| self.broken(ClientError::Malformed("DEVICE_GET_REGION_INFO", e)))?;
-        if info.index != region {
-            let error = ClientError::Mismatch(reply.header, "DEVICE_GET_REGION_INFO");
-            return Err(self.broken(error));
-        }
-        Ok(RegionInfo {
-            size: info.size,
-            readable: info.flags & 1 != 0,
-            writable: info.flags & 2 != 0,
+        self.ask(command::DEVICE_GET_REGION_INFO, &request.body(), &[], |reply| {
+            match message::RegionInfo::parse(&reply.body) {
+                Ok(info) if info.index == region => Ok(RegionInfo {
+                    size: info.size,
+                    readable: info.flags & 1 != 0,
+                    writable: info.flags & 2 != 0,
+                }),
+                Ok(_) => Err(ClientError::Mismatch(reply.header, NAME)),
+                Err(e) => Err(ClientError::Malformed(NAME, e)),
+            }
         })
     }
 
@@ -431,16 +442,16 @@ impl Client {
         data: &mut [u8],
     ) -> Result<(), ClientError> {
         let access = self.access(region, offset, data.len())?;
-        let reply = self.call(command::REGION_READ, &access.body(&[]), &[])?;
-        let error = match RegionAccess::parse_with_data(&reply.body) {
-            Ok((echo, read)) if echo == access => {
-                data.copy_from_slice(read);
-                return Ok(());
+        self.ask(command::REGION_READ, &access.body(&[]), &[], |reply| {
+            match RegionAccess::parse_with_data(&reply.body) {
+                Ok((echo, read)) if echo == access => {
+                    data.copy_from_slice(read);
+                    Ok(())
+                }
+                Ok(_) => Err(ClientError::Mismatch(reply.header, "REGION_READ")),
+                Err(e) => Err(ClientError::Malformed("REGION_READ", e)),
             }
-            Ok(_) => ClientError::Mismatch(reply.header, "REGION_READ"),
-            Err(e) => ClientError::Malformed("REGION_READ", e),
-        };
-        Err(self.broken(error))
+        })
     }
 
     /// Writes to a region, and waits until the server has done it.
@@ -454,13 +465,14 @@ impl Client {
         data: &[u8],
     ) -> Result<(), ClientError> {
         let access = self.access(region, offset, data.len())?;
-        let reply = self.call(command::REGION_WRITE, &access.body(data), &[])?;
-        let error = match RegionAccess::parse(&reply.body) {
-            Ok(echo) if echo == access => return Ok(()),
-            Ok(_) => ClientError::Mismatch(reply.header, "REGION_WRITE"),
-            Err(e) => ClientError::Malformed("REGION_WRITE", e),
-        };
-        Err(self.broken(error))
+        self.ask(command::REGION_WRITE, &access.body(data), &[], |reply| {
+            let echo = RegionAccess::parse(&reply.body);
+            match echo {
+                Ok(echo) if echo == access => Ok(()),
+                Ok(_) => Err(ClientError::Mismatch(reply.header, "REGION_WRITE")),
+                Err(e) => Err(ClientError::Malformed("REGION_WRITE", e)),
+            }
+        })
     }
 
     /// Writes to a region without waiting. Later calls take effect after it.
@@ -488,11 +500,12 @@ impl Client {
         if !self.negotiated.write_multiple {
             return Err(ClientError::NotNegotiated(NAME));
         }
-        let reply = self.call(command::REGION_WRITE_MULTI, &MultiWrite::body(writes), &[])?;
-        if reply.body != MultiWrite::reply(writes.len() as u64) {
-            return Err(self.broken(ClientError::Mismatch(reply.header, NAME)));
-        }
-        Ok(())
+        self.ask(command::REGION_WRITE_MULTI, &MultiWrite::body(writes), &[], |reply| {
+            match reply.body == MultiWrite::reply(writes.len() as u64) {
+                true => Ok(()),
+                false => Err(ClientError::Mismatch(reply.header, NAME)),
+            }
+        })
     }
 
     /// Gives the device the eventfds for its interrupts from `start` on.

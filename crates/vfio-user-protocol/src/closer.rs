@@ -48,6 +48,13 @@ struct Waiting {
     stays: bool,
 }
 
+impl Waiting {
+    /// The number of descriptors that are not closed yet.
+    fn count(&self) -> usize {
+        self.fds.len() + usize::from(self.closing)
+    }
+}
+
 impl Closer {
     /// Nothing to close, and no thread.
     #[must_use]
@@ -110,8 +117,7 @@ impl Closer {
     /// The number of descriptors that are not closed yet.
     #[must_use]
     pub fn waiting(&self) -> usize {
-        let waiting = self.lock();
-        waiting.fds.len() + usize::from(waiting.closing)
+        self.lock().count()
     }
 
     /// Whether so many descriptors wait that their owner must not get more. If they wait because
@@ -121,8 +127,7 @@ impl Closer {
         if !waiting.running && !waiting.fds.is_empty() {
             let _ = self.start(&mut waiting);
         }
-        drop(waiting);
-        self.waiting() >= FULL
+        waiting.count() >= FULL
     }
 
     fn lock(&self) -> MutexGuard<'_, Waiting> {

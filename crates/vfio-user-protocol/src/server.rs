@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::epoll::EventFlags;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{Shutdown, SocketFlags, accept_with, shutdown};
 use tracing::{debug, info, warn};
 
@@ -104,7 +104,7 @@ impl Peer {
         let Some(socket) = self.socket.upgrade() else { return true };
         let mut fds = [PollFd::new(&*socket, PollFlags::RDHUP)];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        while poll(&mut fds, Some(&now)) == Err(Errno::INTR) {}
+        let _ = retry_on_intr(|| poll(&mut fds, Some(&now)));
         let has_gone = !fds[0].revents().is_empty();
         // The connection may have ended meanwhile.
         self.closer.close_last(socket);

@@ -283,7 +283,9 @@ fn the_server_answers_each_command_by_the_document() {
     for (id, row) in (1..).zip(rows()) {
         let Row { rule, command, flags, body, fds, answer } = row;
         let what = format!("{}: {rule}: {body:x?}", message::command_name(command));
-        let bytes = framed(id, command, flags, &body);
+        let mut bytes = framed(id, command, flags, &body);
+        // The error field of a command is reserved.
+        bytes[12..16].fill(0xee);
         if fds > 0 {
             raw.send_with(&bytes, &vec![memory.as_fd(); fds]);
         } else {
