@@ -310,6 +310,7 @@ mod tests {
             Thread::Watch,
             Thread::Signals,
             Thread::Memory,
+            Thread::Log,
         ] {
             assert!(filter(thread).unwrap().len() < 4096, "the kernel takes no longer ones");
         }
