@@ -36,11 +36,6 @@ pub fn choose(given: Option<&Path>) -> PathBuf {
     }
 }
 
-/// The path of the socket of device `name`.
-pub fn socket(dir: &Path, name: &str) -> PathBuf {
-    dir.join(format!("{name}.sock"))
-}
-
 /// Checks that `path` is short enough for a UNIX socket.
 ///
 /// # Errors
@@ -162,16 +157,6 @@ impl Claimed {
     /// The directory.
     pub fn path(&self) -> &Path {
         &self.dir
-    }
-
-    /// The socket of device `name`.
-    ///
-    /// # Errors
-    /// The path is too long for a socket.
-    pub fn socket(&self, name: &str) -> Result<PathBuf> {
-        let path = socket(&self.dir, name);
-        check_socket_path(&path)?;
-        Ok(path)
     }
 
     fn remove_stale(&self) -> Result<()> {

@@ -80,6 +80,16 @@ impl SocketSpec {
             ))),
         }
     }
+
+    /// As [`Access::check`], for a table `socket`.
+    ///
+    /// # Errors
+    /// The text begins with the key, in the table `socket`.
+    pub fn check(&self) -> Result<(), CreateError> {
+        let named =
+            |error: CreateError| CreateError(error.to_string().replacen('"', "\"socket.", 1));
+        self.access.check().map_err(named)
+    }
 }
 
 fn checked_path(key: &str, path: &str) -> Result<PathBuf, CreateError> {

@@ -141,13 +141,8 @@ impl DeviceSpec {
 
     /// The path of its socket. A relative path begins in the directory of the bus.
     pub fn socket_path(&self) -> PathBuf {
-        self.socket.path.clone().unwrap_or_else(|| socket_name(&self.name))
+        self.socket.path.clone().unwrap_or_else(|| format!("{}.sock", self.name).into())
     }
-}
-
-/// The name of the socket of device `name`.
-fn socket_name(name: &str) -> PathBuf {
-    format!("{name}.sock").into()
 }
 
 /// The text of a configuration file. Errors point to places in it.
@@ -211,12 +206,8 @@ type Fault = (Range<usize>, String);
 
 /// Reads a configuration file.
 pub fn read(path: &Path) -> Result<(Config, Source), ConfigError> {
-    parse(path, read_text(path)?, Accounts::Check)
-}
-
-/// Reads the text of a configuration file.
-pub fn read_text(path: &Path) -> Result<String, ConfigError> {
-    text_of(path, &File::open(path).map_err(|error| fault(path, &error))?)
+    let file = File::open(path).map_err(|error| fault(path, &error))?;
+    parse(path, text_of(path, &file)?, Accounts::Check)
 }
 
 /// Reads the text of the configuration file `path`, which is open as `file`.
@@ -437,9 +428,7 @@ fn device(
     let places = DevicePlaces { text: name.clone(), name: name_place, class: class_place, keys };
     let spec = DeviceSpec::new(name, class, settings).and_then(|spec| {
         if accounts == Accounts::Check {
-            // Its text begins with a key of the table `socket`.
-            let checked = spec.socket.access.check();
-            checked.map_err(|error| error.to_string().replacen('"', "\"socket.", 1))?;
+            spec.socket.check().map_err(|error| error.to_string())?;
         }
         Ok(spec)
     });

@@ -215,14 +215,13 @@ fn line(device: &DeviceSample<'_>, now: &Sample<'_>, before: Option<&Sample<'_>>
         None => "...".into(),
         Some(flow) => format!("{}/s, {}B/s", short(flow.frames), unit(flow.bytes)),
     };
-    let share = |now: Option<f64>, ever: Option<f64>| {
-        now.or(ever).map_or("-".to_owned(), |share| format!("{:.1} %", share * 100.0))
+    let share = |share: Option<f64>| {
+        share.map_or("-".to_owned(), |share| format!("{:.1} %", share * 100.0))
     };
-    let state = match (&device.state, device.link) {
-        (State::Broken(fault), _) => format!("broken: {fault}"),
-        (State::Open | State::Driverless, Some(false)) => "no link".into(),
-        (State::Driverless, Some(true)) => "link".into(),
-        (state, _) => state.words().into(),
+    let [doorbells_saved, interrupts_saved] = device.saved(rates.as_ref()).map(share);
+    let state = match &device.state {
+        State::Broken(fault) => format!("broken: {fault}"),
+        _ => device.words().into(),
     };
     vec![
         device.name.clone(),
@@ -231,11 +230,8 @@ fn line(device: &DeviceSample<'_>, now: &Sample<'_>, before: Option<&Sample<'_>>
         rates.as_ref().map_or_else(|| "...".into(), |rates| rates.activity()),
         flow(rates.as_ref().map(|rates| rates.out)),
         flow(rates.as_ref().map(|rates| rates.into)),
-        share(
-            rates.as_ref().and_then(|rates| rates.doorbells_saved()),
-            device.doorbells_saved().filter(|_| device.has_frames),
-        ),
-        share(rates.as_ref().and_then(|rates| rates.interrupts_saved()), device.interrupts_saved()),
+        doorbells_saved,
+        interrupts_saved,
         if device.has_frames { device.drops().to_string() } else { "-".into() },
     ]
 }

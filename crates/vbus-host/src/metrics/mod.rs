@@ -44,9 +44,7 @@ impl MetricsSpec {
         let mut settings = Settings::new(table)?;
         let socket = settings.value("socket").as_ref().map(SocketSpec::parse).transpose()?;
         if let (Some(socket), Accounts::Check) = (&socket, accounts) {
-            // Its text begins with a key of the table `socket`.
-            let checked = socket.access.check();
-            checked.map_err(|e| CreateError(e.to_string().replacen('"', "\"socket.", 1)))?;
+            socket.check()?;
         }
         let listen = match settings.text("listen")? {
             None => None,
@@ -58,8 +56,7 @@ impl MetricsSpec {
 
     /// The path of the UNIX socket of a bus in `dir`.
     pub fn path(&self, dir: &Path) -> PathBuf {
-        let path = self.socket.as_ref().and_then(|socket| socket.path.as_deref());
-        dir.join(path.unwrap_or(Path::new(METRICS)))
+        self.named_path(dir).unwrap_or_else(|| dir.join(METRICS))
     }
 
     /// The path, if the table names it.

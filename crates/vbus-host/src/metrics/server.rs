@@ -2,7 +2,6 @@
 //! The thread that serves all scrapers. It reads counters and nothing else of the bus, and no
 //! scraper can make it wait: connections are few, short, and never block.
 
-use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -166,13 +165,13 @@ impl Room {
 
 /// Checks that the client may read.
 fn check(socket: &OwnedFd, rights: &Mutex<Rights>) -> Result<()> {
-    let peer = Peer::of(socket).map_err(|error: io::Error| error)?;
+    let peer = Peer::of(socket)?;
     lock(rights).check(&peer, "metrics", Level::Read)
 }
 
 #[cfg(test)]
 mod tests {
-    use std::io::{Read, Write};
+    use std::io::{self, Read, Write};
     use std::net::{TcpListener, TcpStream};
     use std::os::unix::net::{UnixListener, UnixStream};
 

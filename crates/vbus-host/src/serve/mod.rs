@@ -89,9 +89,9 @@ pub struct Args {
 }
 
 /// Serves a bus until SIGINT or SIGTERM. SIGHUP reloads its configuration file; without such a
-/// file it ends the bus too. `classes` are the
-/// classes that the program has beside those of vbus. With the arguments `supervisor`, the program
-/// becomes the supervisor. `sandbox` is what the classes need.
+/// file it ends the bus too. `classes` are the classes that the program has beside those of vbus.
+/// With the arguments `supervisor`, the program becomes the supervisor. `sandbox` is what the
+/// classes need.
 pub fn run(
     args: &Args,
     classes: Vec<Box<dyn DeviceClass>>,

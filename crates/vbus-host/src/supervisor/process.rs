@@ -239,7 +239,7 @@ struct Attended {
     places: Arc<Places>,
     threads: Direct,
     held: HashMap<u64, OwnThread>,
-    /// The threads that the configuration names, by id, as they were when the bus started.
+    /// The threads that the configuration names, by id, as they were when it was read.
     named: Pins,
     next: u64,
     /// The processes of VMMs, by process id.

@@ -271,6 +271,25 @@ impl DeviceSample<'_> {
         let sent = self.sum(Role::Interrupts) as f64;
         saved(sent, sent + self.sum(Role::InterruptsSaved) as f64)
     }
+
+    /// The shares of doorbells and of interrupts that were saved, at `rates` if there was traffic
+    /// then, otherwise since the start.
+    pub fn saved(&self, rates: Option<&Rates>) -> [Option<f64>; 2] {
+        let ever = self.doorbells_saved().filter(|_| self.has_frames);
+        [
+            rates.and_then(Rates::doorbells_saved).or(ever),
+            rates.and_then(Rates::interrupts_saved).or(self.interrupts_saved()),
+        ]
+    }
+
+    /// The state, or the link of a device for which that says more, for people.
+    pub fn words(&self) -> &'static str {
+        match (&self.state, self.link) {
+            (State::Open | State::Driverless, Some(false)) => "no link",
+            (State::Driverless, Some(true)) => "link",
+            (state, _) => state.words(),
+        }
+    }
 }
 
 fn saved(kicks: f64, of: f64) -> Option<f64> {

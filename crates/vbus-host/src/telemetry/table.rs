@@ -82,7 +82,7 @@ impl Reading<'_> {
         path.rfind("}.").map_or(path, |at| &path[at + 2..])
     }
 
-    /// The labels for people: ` (queue 0)`, or nothing.
+    /// The labels for people: `queue 0`, or nothing.
     pub fn place(&self) -> String {
         let mut text = String::new();
         for (name, value) in &self.labels {

@@ -10,7 +10,7 @@ use ratatui::text::{Line as Text, Span};
 use ratatui::widgets::{Cell, Paragraph, Row, Table, TableState};
 
 use super::state::{Line, Order, Top, View};
-use crate::telemetry::{DeviceSample, Flow, State, short};
+use crate::telemetry::{Flow, State, short};
 
 /// A column of the list.
 struct Column {
@@ -36,7 +36,7 @@ const fn column(
 const COLUMNS: [Column; 13] = [
     column("DEVICE", 16, 0, Some(Order::Name), |(device, _)| device.name.clone()),
     column("CLASS", 7, 5, Some(Order::Class), |(device, _)| device.class.clone()),
-    column("STATE", 19, 0, Some(Order::State), |(device, _)| state(device)),
+    column("STATE", 19, 0, Some(Order::State), |(device, _)| device.words().into()),
     column("TASKS", 14, 4, None, |(_, rates)| {
         rates.as_ref().map_or_else(|| "...".into(), |rates| rates.activity())
     }),
@@ -55,14 +55,10 @@ const COLUMNS: [Column; 13] = [
         rates.as_ref().map_or_else(|| "...".into(), |rates| short(rates.interrupts))
     }),
     column("SAVED", 11, 3, None, |(device, rates)| {
-        let share = |now: Option<f64>, ever: Option<f64>| {
-            now.or(ever).map_or("-".into(), |share| format!("{:.1}", share * 100.0))
-        };
-        let (bells, interrupts) = rates
-            .as_ref()
-            .map_or((None, None), |rates| (rates.doorbells_saved(), rates.interrupts_saved()));
-        let bells_ever = device.doorbells_saved().filter(|_| device.has_frames);
-        format!("{} {}", share(bells, bells_ever), share(interrupts, device.interrupts_saved()))
+        let share =
+            |share: Option<f64>| share.map_or("-".into(), |share| format!("{:.1}", share * 100.0));
+        let [bells, interrupts] = device.saved(rates.as_ref()).map(share);
+        format!("{bells} {interrupts}")
     }),
     column("DROPPED", 16, 1, Some(Order::Drops), |(device, rates)| {
         if !device.has_frames {
@@ -106,7 +102,6 @@ pub fn draw(frame: &mut Frame<'_>, top: &mut Top<'_>) {
         Layout::vertical([Constraint::Length(2), Constraint::Min(1), Constraint::Length(1)])
             .areas(frame.area());
     top.page = body.height.saturating_sub(1).max(1);
-    let top = &mut *top;
     draw_head(frame, head, top);
     let keys = match top.view {
         View::List => {
@@ -140,9 +135,9 @@ fn bold() -> Style {
 
 /// Two lines: the bus, and what is special now.
 fn draw_head(frame: &mut Frame<'_>, area: Rect, top: &Top<'_>) {
-    let lines = top.lines();
-    let open = lines.iter().filter(|(device, _)| device.state == State::Open).count();
-    let count = match lines.len() {
+    let devices = top.devices();
+    let open = devices.iter().filter(|device| device.state == State::Open).count();
+    let count = match devices.len() {
         1 => "1 device".to_owned(),
         count => format!("{count} devices"),
     };
@@ -158,24 +153,24 @@ fn draw_head(frame: &mut Frame<'_>, area: Rect, top: &Top<'_>) {
         Span::styled("vbus top", bold()),
         Span::raw(format!("  {}{about}", top.dir)),
     ]);
-    let news = match &top.gone {
-        Some((since, reason)) => {
+    let news = match (&top.gone, top.silence()) {
+        (Some((since, reason)), _) => {
             let text = format!(
                 "The bus has not answered for {} s ({reason}). Waiting for it.",
                 since.elapsed().as_secs()
             );
             Text::styled(text, styled(top, Color::Red).add_modifier(Modifier::BOLD))
         }
-        None if top.silence().is_some() => {
-            let seconds = top.silence().unwrap_or_default().as_secs();
+        (None, Some(silence)) => {
+            let seconds = silence.as_secs();
             let text = format!("The bus stands still: no answer for {seconds} s");
             Text::styled(text, styled(top, Color::Red).patch(bold()))
         }
-        None if top.paused => {
+        (None, None) if top.paused => {
             Text::styled("Paused; p goes on", styled(top, Color::Yellow).patch(bold()))
         }
-        None if !top.is_read() => Text::from("Reading the bus ..."),
-        None => Text::default(),
+        (None, None) if !top.is_read() => Text::from("Reading the bus ..."),
+        (None, None) => Text::default(),
     };
     frame.render_widget(Paragraph::new(vec![title, news]), area);
 }
@@ -183,14 +178,6 @@ fn draw_head(frame: &mut Frame<'_>, area: Rect, top: &Top<'_>) {
 fn seconds(time: Duration) -> String {
     let text = format!("{:.1}", time.as_secs_f64());
     text.strip_suffix(".0").map_or(text.clone(), str::to_owned)
-}
-
-fn state(device: &DeviceSample<'_>) -> String {
-    match (&device.state, device.link) {
-        (State::Open | State::Driverless, Some(false)) => "no link".into(),
-        (State::Driverless, Some(true)) => "link".into(),
-        (state, _) => state.words().into(),
-    }
 }
 
 fn flow(line: &Line<'_, '_>, number: fn(&(Flow<f64>, Flow<f64>)) -> f64) -> String {
@@ -205,7 +192,7 @@ fn flow(line: &Line<'_, '_>, number: fn(&(Flow<f64>, Flow<f64>)) -> f64) -> Stri
 fn fitting(width: u16) -> Vec<&'static Column> {
     let mut columns: Vec<_> = COLUMNS.iter().collect();
     let needs = |columns: &[&Column]| columns.iter().map(|column| column.width + 1).sum::<u16>();
-    while needs(&columns) > width + 1 && columns.len() > 2 {
+    while needs(&columns) > width + 1 {
         let rank = columns.iter().map(|column| column.rank).max().unwrap_or(0);
         if rank == 0 {
             break;
@@ -276,7 +263,7 @@ fn device(top: &Top<'_>, line: &Line<'_, '_>) -> Vec<Text<'static>> {
     let mut text = vec![
         Text::from(vec![
             Span::styled(device.name.clone(), bold()),
-            Span::raw(format!("  {}, {}{fault}; tasks: {tasks}", device.class, state(device))),
+            Span::raw(format!("  {}, {}{fault}; tasks: {tasks}", device.class, device.words())),
         ]),
         Text::default(),
     ];

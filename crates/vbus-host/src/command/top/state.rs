@@ -163,6 +163,11 @@ impl<'t> Top<'t> {
         self.now.is_some()
     }
 
+    /// The devices, in the order of the bus.
+    pub fn devices(&self) -> &[DeviceSample<'t>] {
+        self.now.as_ref().map_or(&[], |now| &now.devices)
+    }
+
     /// The devices in their order.
     pub fn lines(&self) -> Vec<Line<'_, 't>> {
         let Some(now) = &self.now else { return Vec::new() };
