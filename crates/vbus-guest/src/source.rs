@@ -89,7 +89,7 @@ pub fn wait(interrupt: &mut dyn Interrupt, bound: Duration) -> Result<bool> {
         PollFd::from_borrowed_fd(interrupt.fd(), PollFlags::IN),
         PollFd::from_borrowed_fd(interrupt.lifeline(), PollFlags::RDHUP),
     ];
-    let end = Instant::now().checked_add(bound).context("so long a bound")?;
+    let end = Instant::now().checked_add(bound).context("the bound is too long")?;
     loop {
         let left = end.saturating_duration_since(Instant::now());
         match poll(&mut fds, Some(&Timespec::try_from(left)?)) {
