@@ -4,10 +4,9 @@
 use std::cell::{Cell, RefCell};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
@@ -19,7 +18,7 @@ use crate::lost;
 use crate::process::{Process, command_line};
 use crate::put::Put;
 use crate::report::Skip;
-use crate::vm::{BOOT, Processor, Vm, VmSpec};
+use crate::vm::{BOOT, Listener, Processor, Vm, VmSpec};
 
 /// What L1's clock follows.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -347,8 +346,7 @@ fn start_on_host(scene: &Scene, files: &[Put]) -> Result<(Guest, Process)> {
         fs::set_permissions(&target, fs::Permissions::from_mode(0o755))?;
     }
 
-    let socket = scene.dir().join("agent");
-    let listener = UnixListener::bind(&socket)?;
+    let listener = Listener::new(scene.dir().join("agent"))?;
     // The agent ends when its socket closes. It is the first process of its namespace, so the
     // kernel then ends all processes that it has started.
     let mut command = lab.busybox();
@@ -356,25 +354,13 @@ fn start_on_host(scene: &Scene, files: &[Put]) -> Result<(Guest, Process)> {
     if !rustix::process::geteuid().is_root() {
         command.arg("-r");
     }
-    command.arg(lab.agent()).arg("serve").arg(&socket);
+    command.arg(lab.agent()).arg("serve").arg(listener.path());
     let path = std::env::var("PATH").unwrap_or_default();
     command.env("PATH", format!("{}:{}:{path}", root.display(), bin.display()));
     command.env("L2", &l2).env("HOME", &root).current_dir(&root);
     let mut process =
         Process::start(command, "the agent on the host", &scene.dir().join("agent.log"))?;
-    listener.set_nonblocking(true)?;
-    let until = Instant::now() + Duration::from_secs(120);
-    let port = loop {
-        if let Ok((port, _)) = listener.accept() {
-            break port;
-        }
-        if let Some(status) = process.ended()? {
-            return Err(process.complaint(&format!("ended at once ({status})")));
-        }
-        ensure!(Instant::now() < until, process.complaint("does not connect"));
-        std::thread::sleep(Duration::from_millis(10));
-    };
-    port.set_nonblocking(false)?;
+    let port = listener.accept(&mut process)?;
     let guest = Guest::new("l1", port)?;
     guest.wait_boot(1, BOOT)?;
     guest.ok("ip link set lo up")?;

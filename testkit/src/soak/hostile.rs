@@ -16,6 +16,7 @@ use fastrand::Rng;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{FallocateFlags, MemfdFlags, OFlags, fallocate, fcntl_setfl};
 use rustix::fs::{ftruncate, memfd_create};
+use rustix::io::retry_on_intr;
 use rustix::net::{SendFlags, send};
 use vbus_shm::abi::{bar0, command as device_command, reg};
 use vfio_user_protocol::message::{Kind, MultiWrite, command, message};
@@ -273,9 +274,9 @@ fn too_early(clients: &Clients, bytes: &[u8]) -> Result<()> {
 fn wait_end(socket: impl AsFd, what: &str) -> Result<()> {
     let mut polled = [PollFd::new(&socket, PollFlags::RDHUP | PollFlags::HUP)];
     let bound = Timespec::try_from(BOUND)?;
-    match poll(&mut polled, Some(&bound)) {
+    match retry_on_intr(|| poll(&mut polled, Some(&bound))) {
         Ok(0) => bail!("the connection goes on behind {what}"),
-        Ok(_) | Err(Errno::INTR) => Ok(()),
+        Ok(_) => Ok(()),
         Err(error) => Err(error).context("poll"),
     }
 }
