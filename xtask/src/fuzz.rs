@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use testkit::process::{Process, tail};
+use testkit::process::{Process, RunDir, tail};
 use testkit::progress::Progress;
 use testkit::report::{Outcome, Report};
 use testkit::workspace;
@@ -257,7 +257,10 @@ fn run_one(name: &str, seconds: u64, mut show: impl FnMut(&str)) -> Result<Outco
     let log = workspace::logs()?.join(format!("fuzz-{name}.log"));
     // A process appends to its log, and this is another run.
     File::create(&log)?;
+    // Some targets make folders and do not remove them.
+    let temporary = RunDir::new()?;
     let mut command = target.command();
+    command.env("TMPDIR", temporary.path());
     command.arg(format!("-max_total_time={seconds}")).arg(&target.found);
     if target.kept.exists() {
         command.arg(&target.kept);

@@ -19,8 +19,9 @@ programs run from copies, so they can be built anew meanwhile.
 Control-C ends the run after what it is doing, and it reports what it has. A second one ends it at
 once.
 
-Exit codes: 0, all holds; 1, a fault was found, or the run could not begin; 130, it was interrupted
-and has found no fault. A failed run leaves its logs in target/xtask/logs/soak.";
+Exit codes: 0, all holds, or the run was too short to say whether memory grows and all else holds;
+1, a fault was found, or the run could not begin; 130, it was interrupted and has found no fault. A
+failed run leaves its logs in target/xtask/logs/soak.";
 
 /// A run that was interrupted by control-C, as shells report it.
 const INTERRUPTED: u8 = 130;

@@ -68,7 +68,7 @@ pub fn run(args: &Args) -> Result<bool> {
             println!("{DOCUMENTS:28} man pages, completions, and the commands in the documents");
         }
         if wanted(FAULTS) {
-            println!("{FAULTS:28} what a bus makes of system calls that fail, a few of each kind");
+            println!("{FAULTS:28} what a bus makes of system calls that fail, 60 of them");
         }
         if wanted(LOST) {
             println!(
