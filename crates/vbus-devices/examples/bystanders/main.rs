@@ -2,7 +2,8 @@
 //! What does a storm on a switch cost the ports beside it?
 //!
 //! `cargo xtask bench bystanders` runs this. Two drivers on a switch exchange frames without a
-//! pause, alone and beside each storm by turns. It prints the part of their rate that they keep.
+//! pause, alone and beside each storm by turns. It prints the part of their rate that they keep:
+//! the median of the pairs of rounds, and between what half of the pairs lie.
 //! Arguments: `--json`, and `--rounds N` for each storm.
 #![allow(dead_code, unused_imports)] // The driver is that of the tests.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "as in a test")]
@@ -38,16 +39,17 @@ fn main() -> Result<(), String> {
     }
     for storm in Storm::ALL {
         let measured = measure(storm, rounds, ROUND);
+        let (ratio, [low, high]) = measured.ratio();
         if json {
+            let (calm, stormy): (Vec<_>, Vec<_>) = measured.pairs.into_iter().unzip();
             all.push(serde_json::json!({
-                "storm": storm.what(), "ratio": measured.ratio(), "calm": measured.calm,
-                "stormy": measured.stormy, "frames_of_the_storm": measured.storm,
+                "storm": storm.what(), "ratio": ratio, "half_within": [low, high],
+                "calm": calm, "stormy": stormy, "frames_of_the_storm": measured.storm,
             }));
         } else {
             println!(
-                "{:32} {:.3}   {} frames of the storm",
+                "{:32} {ratio:.3}   {low:.3}..{high:.3}   {} frames of the storm",
                 storm.what(),
-                measured.ratio(),
                 measured.storm
             );
         }

@@ -46,26 +46,30 @@ impl Storm {
     }
 }
 
-/// The frames that the bystander received in both halves of the time.
-#[derive(Clone, Copy, Debug, Default)]
+/// What the bystanders had of their rate.
+#[derive(Clone, Debug, Default)]
 pub struct Measured {
-    /// Without the storm.
-    pub calm: u64,
-    /// Beside the storm.
-    pub stormy: u64,
+    /// Frames in each pair of rounds: without the storm, and beside it.
+    pub pairs: Vec<(u64, u64)>,
     /// Frames of the storm, or frames to the slow receiver.
     pub storm: u64,
 }
 
 impl Measured {
-    /// The part of its rate that the bystander keeps.
-    pub fn ratio(&self) -> f64 {
-        self.stormy as f64 / self.calm.max(1) as f64
+    /// The part of its rate that the bystander keeps: the median of the pairs, and between what
+    /// half of them lie.
+    pub fn ratio(&self) -> (f64, [f64; 2]) {
+        let mut ratios: Vec<f64> =
+            self.pairs.iter().map(|&(calm, stormy)| stormy as f64 / calm.max(1) as f64).collect();
+        ratios.sort_by(f64::total_cmp);
+        let at = |part: usize| ratios.get(ratios.len() * part / 4).copied().unwrap_or_default();
+        (at(2), [at(1), at(3)])
     }
 }
 
-/// Measures the bystanders in `rounds` pairs of rounds, each `round` long: one without the storm,
-/// then one beside it.
+/// Measures the bystanders in `rounds` pairs of rounds, each `round` long: one without the storm
+/// and one beside it, each first by turns. In both, a thread beside the bystanders wakes as often,
+/// since a machine with two processors has to divide them among three threads.
 pub fn measure(storm: Storm, rounds: u32, round: Duration) -> Measured {
     let bus = bus(1);
     let net = |name: &str, last: u8, more: Value| {
@@ -80,36 +84,42 @@ pub fn measure(storm: Storm, rounds: u32, round: Duration) -> Measured {
     let learn = json!({ "learn": true });
     let mut stormers = [net("storm-0", 4, learn.clone()), net("storm-1", 5, learn)];
     let mut measured = Measured::default();
-    for _ in 0..rounds {
-        let prompt = (storm == Storm::Dribble).then_some(&mut slow);
-        measured.calm += carry([&mut sender, &mut receiver], storm, prompt, round);
-        let done = AtomicBool::new(false);
-        std::thread::scope(|scope| {
-            let storming = scope.spawn(|| match storm {
-                Storm::Flood => flood(&mut stormers[0], &done),
-                Storm::Loop => turn(&mut stormers, &done),
-                Storm::Dribble => dribble(&mut slow, &done),
+    for number in 0..rounds {
+        let mut half = |stormy: bool| {
+            let done = AtomicBool::new(false);
+            let frames = std::thread::scope(|scope| {
+                let beside = scope.spawn(|| match storm {
+                    Storm::Flood if stormy => flood(&mut stormers[0], &done),
+                    Storm::Loop if stormy => turn(&mut stormers, &done),
+                    Storm::Dribble if stormy => dribble(&mut slow, &done),
+                    Storm::Flood | Storm::Loop => rest(&mut stormers, PAUSE, &done),
+                    Storm::Dribble => rest(std::slice::from_mut(&mut slow), DRIBBLE, &done),
+                });
+                let frames = carry([&mut sender, &mut receiver], storm, round);
+                done.store(true, Ordering::Relaxed);
+                let beside = beside.join().unwrap_or(0);
+                measured.storm += if stormy { beside } else { 0 };
+                frames
             });
-            measured.stormy += carry([&mut sender, &mut receiver], storm, None, round);
-            done.store(true, Ordering::Relaxed);
-            measured.storm += storming.join().unwrap_or(0);
+            // The next round begins with empty rings.
+            for net in stormers.iter_mut().chain([&mut slow]) {
+                while net.try_recv(0).is_some() {}
+            }
+            frames
+        };
+        measured.pairs.push(if number % 2 == 0 {
+            let calm = half(false);
+            (calm, half(true))
+        } else {
+            let stormy = half(true);
+            (half(false), stormy)
         });
-        // The next round begins with empty rings.
-        for net in stormers.iter_mut().chain([&mut slow]) {
-            while net.try_recv(0).is_some() {}
-        }
     }
     measured
 }
 
-/// The sender sends without a pause. `prompt` is the other receiver of its frames, if that one
-/// takes them at once. Returns how many frames the receiver got.
-fn carry(
-    [sender, receiver]: [&mut Net; 2],
-    storm: Storm,
-    mut prompt: Option<&mut Net>,
-    time: Duration,
-) -> u64 {
+/// The sender sends without a pause. Returns how many frames the receiver got.
+fn carry([sender, receiver]: [&mut Net; 2], storm: Storm, time: Duration) -> u64 {
     let (to_receiver, to_slow) = (frame(RECEIVER, SENDER, 1, 200), frame(SLOW, SENDER, 1, 200));
     let (end, mut sent, mut count) = (Instant::now() + time, 0_u64, 0);
     while Instant::now() < end {
@@ -127,10 +137,23 @@ fn carry(
             count += u64::from(got[18..24] == SENDER);
         }
         while sender.try_recv(0).is_some() {}
-        while prompt.as_mut().is_some_and(|net| net.try_recv(0).is_some()) {}
         if count == before {
             std::thread::yield_now();
         }
+    }
+    count
+}
+
+/// Takes what comes, every `pause`, until `done`: no storm. Returns how many frames.
+fn rest(nets: &mut [Net], pause: Duration, done: &AtomicBool) -> u64 {
+    let mut count = 0;
+    while !done.load(Ordering::Relaxed) {
+        for net in &mut *nets {
+            while net.try_recv(0).is_some() {
+                count += 1;
+            }
+        }
+        std::thread::sleep(pause);
     }
     count
 }
