@@ -345,6 +345,12 @@ impl Queue {
             subject => subject,
         };
         let most = subject.most();
+        // Devices come and go. Before the map grows, budgets that are whole again leave it.
+        if budgets.len() == budgets.capacity() && !budgets.contains_key(&subject) {
+            budgets.retain(|_, budget| {
+                budget.suppressed > 0 || now.duration_since(budget.since) < PERIOD
+            });
+        }
         let budget =
             budgets.entry(subject).or_insert(Budget { since: now, lines: 0, suppressed: 0 });
         if budget.suppressed == 0 && now.duration_since(budget.since) >= PERIOD {
@@ -583,6 +589,16 @@ mod tests {
         queue.report_suppressed();
         assert!(charge(Instant::now()));
         assert_eq!(queue.budgets().len(), 1);
+    }
+
+    #[test]
+    fn devices_that_have_gone_leave_no_budgets_behind() {
+        let queue = Queue::default();
+        let began = Instant::now();
+        for number in 0..2_000_u32 {
+            queue.charge(subject(Some(&number.to_string())), began + PERIOD * number);
+        }
+        assert!(queue.budgets().capacity() < 16, "{}", queue.budgets().capacity());
     }
 
     #[test]
