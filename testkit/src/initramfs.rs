@@ -8,7 +8,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::kit::Kit;
+use crate::kit::{Kit, LIBRARIES, LOADER};
 
 /// An archive in the "newc" format of cpio, built in memory.
 ///
@@ -88,7 +88,7 @@ pub fn add_userland(archive: &mut Archive, kit: &Kit) -> Result<()> {
     let busybox = fs::read(kit.busybox()).context("the kit has no busybox")?;
     archive.file("bin/busybox", 0o755, &busybox)?;
     for program in ["iperf3", "ethtool"] {
-        add_program(archive, kit, program)?;
+        add_program(archive, kit.root(), "bin", program)?;
     }
     // No list of libraries names this one. libc loads it when a program cancels a thread, and
     // iperf3 does.
@@ -101,18 +101,19 @@ pub fn add_userland(archive: &mut Archive, kit: &Kit) -> Result<()> {
     Ok(())
 }
 
-/// Adds a dynamically linked program of the kit and every library that it loads.
-pub fn add_program(archive: &mut Archive, kit: &Kit, program: &str) -> Result<()> {
-    let path =
-        [kit.root().join("usr/bin"), kit.root().join("usr/sbin")].map(|dir| dir.join(program));
+/// Adds a dynamically linked program and every library that it loads. `root` is the folder of
+/// unpacked packages that has both. The program goes into the folder `bin` of the archive.
+pub fn add_program(archive: &mut Archive, root: &Path, bin: &str, program: &str) -> Result<()> {
+    let path = ["usr/bin", "usr/sbin"].map(|dir| root.join(dir).join(program));
     let path = path
         .iter()
         .find(|path| path.exists())
         .with_context(|| format!("the kit has no {program}"))?;
-    archive.file(&format!("bin/{program}"), 0o755, &fs::read(path)?)?;
-    let output = std::process::Command::new(kit.loader())
+    archive.file(&format!("{bin}/{program}"), 0o755, &fs::read(path)?)?;
+    let loader = root.join(LOADER);
+    let output = std::process::Command::new(&loader)
         .args(["--list", "--library-path"])
-        .args([&kit.libraries(), path])
+        .args([&root.join(LIBRARIES), path])
         .output()
         .context("cannot run the kit's dynamic loader")?;
     ensure!(output.status.success(), "the kit's {program} lacks a library");
@@ -133,7 +134,19 @@ pub fn add_program(archive: &mut Archive, kit: &Kit, program: &str) -> Result<()
         }
     }
     if archive.folders.insert("(loader)".into()) {
-        archive.file("lib64/ld-linux-x86-64.so.2", 0o755, &fs::read(kit.loader())?)?;
+        archive.file("lib64/ld-linux-x86-64.so.2", 0o755, &fs::read(loader)?)?;
+    }
+    Ok(())
+}
+
+/// Adds iproute2's `ip` and `tc`, and `bpftool`. They come before busybox's on the PATH.
+///
+/// # Errors
+/// The kit cannot fetch them.
+pub fn add_tools(archive: &mut Archive, kit: &Kit) -> Result<()> {
+    let root = kit.tools()?;
+    for program in ["ip", "tc", "bpftool"] {
+        add_program(archive, &root, "usr/local/bin", program)?;
     }
     Ok(())
 }
@@ -226,7 +239,7 @@ pub fn add_ours(archive: &mut Archive, agent: &Path, guest: &Path) -> Result<()>
 /// The guest's init: it prepares the system and starts the agent. People use `ttyS0` as the
 /// console; the agent uses `ttyS1`.
 const INIT: &str = r"#!/bin/busybox sh
-export PATH=/root:/bin:/sbin HOME=/root TERM=vt100
+export PATH=/root:/usr/local/bin:/bin:/sbin HOME=/root TERM=vt100
 /bin/busybox --install -s /bin
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys

@@ -253,19 +253,19 @@ fn kernel_fault(log: &str) -> Option<String> {
 fn machine(scene: &Scene, clock: Clock, files: &[Put]) -> Result<VmSpec> {
     let lab = scene.lab;
     let mut archive = Archive::default();
-    lab.add_modules(&mut archive, &MODULES)?;
+    lab.system().add_modules(&mut archive, &MODULES)?;
     let read =
         |path: &Path| fs::read(path).with_context(|| format!("cannot read {}", path.display()));
     archive.file("bin/vbus", 0o755, &read(lab.vbus())?)?;
     archive.file("bin/vbus-vmm", 0o755, &read(&lab.vmm()?)?)?;
     archive.file("bin/vbus-kvm-tests", 0o755, &read(&lab.kvm_tests()?)?)?;
-    archive.file("l2/kernel", 0o644, &read(lab.kernel())?)?;
-    archive.file("l2/initramfs", 0o644, &read(lab.initramfs())?)?;
+    archive.file("l2/kernel", 0o644, &read(lab.system().kernel())?)?;
+    archive.file("l2/initramfs", 0o644, &read(lab.system().initramfs())?)?;
     archive.file("l2/flat", 0o644, &read(&lab.flat()?)?)?;
     for file in files {
         file.add_to(&mut archive)?;
     }
-    let initramfs = scene.extend_initramfs(archive)?;
+    let system = scene.extend(archive)?;
 
     let mut machine = VmSpec::new("l1");
     if let Some(kit) = lab.kit() {
@@ -279,7 +279,7 @@ fn machine(scene: &Scene, clock: Clock, files: &[Put]) -> Result<VmSpec> {
     machine.memory_mib = 2048;
     machine.slots = 0;
     machine.share = false;
-    machine.initramfs = Some(initramfs);
+    machine.system = Some(system);
     // The kernel puts words that it does not know into the environment of init.
     machine.append = "L2=/l2 oops=panic".into();
     (machine.cpus, machine.processor) = match clock {
@@ -293,7 +293,7 @@ fn machine(scene: &Scene, clock: Clock, files: &[Put]) -> Result<VmSpec> {
 /// system, because only some scenarios need it.
 fn qemu_archive(kit: &Kit) -> Result<Vec<u8>> {
     let mut archive = Archive::default();
-    initramfs::add_program(&mut archive, kit, "qemu-system-x86_64")?;
+    initramfs::add_program(&mut archive, kit.root(), "bin", "qemu-system-x86_64")?;
     for firmware in ["qemu/kvmvapic.bin", "qemu/linuxboot_dma.bin", "seabios/bios-256k.bin"] {
         let path = kit.root().join("usr/share").join(firmware);
         let bytes = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -332,8 +332,8 @@ fn start_on_host(scene: &Scene, files: &[Put]) -> Result<(Guest, Process)> {
     link(lab.agent(), bin.join("guest-agent"))?;
     fs::write(bin.join("qemu-system-x86_64"), script(&lab.qemu()))?;
     fs::set_permissions(bin.join("qemu-system-x86_64"), fs::Permissions::from_mode(0o755))?;
-    link(lab.kernel(), l2.join("kernel"))?;
-    link(lab.initramfs(), l2.join("initramfs"))?;
+    link(lab.system().kernel(), l2.join("kernel"))?;
+    link(lab.system().initramfs(), l2.join("initramfs"))?;
     link(&lab.flat()?, l2.join("flat"))?;
     for file in files {
         let name = file

@@ -2,17 +2,22 @@
 //! What all guests of one run share: QEMU, kernel, initramfs, accelerator, and a folder for sockets
 //! and logs.
 
+use std::convert::Infallible;
 use std::ffi::OsString;
 use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::str::FromStr;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::initramfs::{self, Archive};
+use crate::initramfs::Archive;
+use crate::kit::kernels::{DebianKernel, KernelFiles};
 use crate::kit::{Kit, qemu_version};
 use crate::process::RunDir;
+use crate::report::Skip;
+use crate::system::{Ours, System, Userland};
 use crate::workspace;
 
 /// What to run guests with, in place of the kit's own.
@@ -21,10 +26,13 @@ pub struct Options {
     /// A qemu-system-x86_64 of version 10.1 or newer, in place of the kit's
     #[arg(long, value_name = "PATH")]
     pub qemu: Option<PathBuf>,
-    /// A Linux kernel (bzImage), in place of the kit's
-    #[arg(long, value_name = "PATH")]
-    pub kernel: Option<PathBuf>,
-    /// The modules that go with --kernel (lib/modules/VERSION); without it they must be built in
+    /// The guests' Linux: 6.1, 6.12 or 7.x of Debian, which the kit fetches (the cloud flavour;
+    /// 6.1-generic and so on: the flavour for machines of all kinds); or the path of a kernel
+    /// (bzImage) [default: 6.12]
+    #[arg(long, value_name = "KERNEL")]
+    pub kernel: Option<KernelChoice>,
+    /// The modules that go with a kernel of your own (lib/modules/VERSION); without it they must be
+    /// built in
     #[arg(long, value_name = "DIR", requires = "kernel")]
     pub modules: Option<PathBuf>,
     /// A cpio archive with /bin/busybox and iperf3, in place of the kit's programs; /init and ours
@@ -42,17 +50,55 @@ pub struct Options {
     pub as_built: bool,
 }
 
+/// The kernel that `--kernel` asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum KernelChoice {
+    /// One of Debian's.
+    Debian(DebianKernel),
+    /// A file.
+    File(PathBuf),
+}
+
+impl FromStr for KernelChoice {
+    type Err = Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Infallible> {
+        Ok(text.parse().map_or_else(|_| Self::File(text.into()), Self::Debian))
+    }
+}
+
+impl fmt::Display for KernelChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Debian(kernel) => kernel.fmt(f),
+            Self::File(path) => path.display().fmt(f),
+        }
+    }
+}
+
 impl Options {
+    /// The user's own kernel.
+    fn kernel_file(&self) -> Option<&PathBuf> {
+        match &self.kernel {
+            Some(KernelChoice::File(path)) => Some(path),
+            _ => None,
+        }
+    }
+
     /// The same options as words of a command line, without `--as-built` and `--mirror`.
     pub fn words(&self) -> Vec<OsString> {
         let mut words = Vec::new();
-        for (option, path) in [
-            ("--qemu", &self.qemu),
-            ("--kernel", &self.kernel),
-            ("--modules", &self.modules),
-            ("--initramfs", &self.initramfs),
-        ] {
+        for (option, path) in
+            [("--qemu", &self.qemu), ("--modules", &self.modules), ("--initramfs", &self.initramfs)]
+        {
             words.extend(path.iter().flat_map(|path| [option.into(), path.clone().into()]));
+        }
+        if let Some(kernel) = &self.kernel {
+            words.push("--kernel".into());
+            words.push(match kernel {
+                KernelChoice::Debian(kernel) => kernel.to_string().into(),
+                KernelChoice::File(path) => path.clone().into(),
+            });
         }
         words.extend(
             self.accel.iter().flat_map(|accel| ["--accel".into(), accel.to_string().into()]),
@@ -76,18 +122,28 @@ impl Options {
                 )
             })?;
         }
-        for (option, path) in
-            [("kernel", &self.kernel), ("modules", &self.modules), ("initramfs", &self.initramfs)]
-        {
+        for (option, path) in [
+            ("kernel", self.kernel_file()),
+            ("modules", self.modules.as_ref()),
+            ("initramfs", self.initramfs.as_ref()),
+        ] {
             let Some(path) = path else { continue };
             let is_it = if option == "modules" { path.is_dir() } else { path.is_file() };
-            let what = if option == "modules" { "folder" } else { "file" };
+            let what = match option {
+                "modules" => "folder",
+                "kernel" => "file, and Debian's kernels are 6.1, 6.12 and 7.x",
+                _ => "file",
+            };
             ensure!(
                 is_it,
                 "--{option} {}: there is no such {what}; without --{option} the kit's is used",
                 path.display()
             );
         }
+        ensure!(
+            self.modules.is_none() || self.kernel_file().is_some(),
+            "--modules goes with a kernel of your own (--kernel PATH): Debian's have theirs"
+        );
         if self.accel == Some(Accel::Kvm) {
             if let Some(why) = kvm_is_missing() {
                 bail!(
@@ -139,13 +195,11 @@ pub struct Lab {
     kit: Option<Kit>,
     options: Options,
     qemu_version: String,
-    kernel: PathBuf,
-    initramfs: PathBuf,
+    system: System,
     accel: Accel,
     vbus: PathBuf,
     agent: PathBuf,
     guest: PathBuf,
-    modules: Option<PathBuf>,
     dir: RunDir,
 }
 
@@ -154,56 +208,34 @@ impl Lab {
     /// `options` say. [`trial::open`](crate::trial::open) also chooses the accelerator.
     pub fn prepare(options: &Options) -> Result<Self> {
         options.check()?;
+        let own_kernel = options.kernel_file();
         let complete =
-            options.qemu.is_some() && options.kernel.is_some() && options.initramfs.is_some();
+            options.qemu.is_some() && own_kernel.is_some() && options.initramfs.is_some();
         let target = workspace::target();
         let kit = if complete { None } else { Some(Kit::get(&target, options.mirror.as_deref())?) };
+        // A kernel that is fetched comes before the build: a mirror that lacks it is told at once.
+        let (kernel, modules) = match (&options.kernel, &kit) {
+            (Some(KernelChoice::File(path)), _) => (path.clone(), options.modules.clone()),
+            (None, Some(kit)) => files(kit.default_kernel()?),
+            (Some(KernelChoice::Debian(kernel)), Some(kit)) => files(kit.kernel(*kernel)?),
+            (_, None) => bail!("no kernel and no kit"),
+        };
         let programs = workspace::build_programs(options.as_built)?;
         let dir = RunDir::new()?;
-        let from_kit = |own: &Option<PathBuf>, get: fn(&Kit) -> PathBuf| {
-            own.clone().or_else(|| kit.as_ref().map(get)).context("neither given nor in a kit")
-        };
-        let kernel = from_kit(&options.kernel, Kit::kernel)?;
-
-        let mut archive = Archive::default();
-        let mut base = Vec::new();
-        match (&options.initramfs, &kit) {
-            (Some(path), _) => {
-                base = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?
-            }
-            (None, Some(kit)) => initramfs::add_userland(&mut archive, kit)?,
-            (None, None) => bail!("no initramfs and no kit"),
-        }
-        let modules = match (&options.kernel, &options.modules, &kit) {
-            (_, Some(own), _) => Some(own.clone()),
-            (None, None, Some(kit)) => Some(kit.modules()),
-            // The kit's modules do not fit another kernel.
-            _ => None,
-        };
-        if let Some(modules) = &modules {
-            initramfs::add_modules(&mut archive, modules, &initramfs::MODULES, |path| {
-                unxz(kit.as_ref(), path)
-            })?;
-        }
-        initramfs::add_ours(&mut archive, &programs.agent, &programs.guest)?;
-        // The user's archive may be compressed. The kernel expects the next archive at a multiple
-        // of four.
-        base.resize(base.len().next_multiple_of(4), 0);
-        base.extend(archive.finish()?);
+        let userland = userland(options, kit.as_ref())?;
+        let ours = Ours { agent: &programs.agent, guest: &programs.guest };
         let initramfs = dir.path().join("initramfs");
-        fs::write(&initramfs, base)?;
+        let system = System::build(kernel, modules, &userland, &ours, initramfs)?;
 
         let mut lab = Self {
             kit,
             options: options.clone(),
             qemu_version: String::new(),
-            kernel,
-            initramfs,
+            system,
             accel: Accel::Tcg,
             vbus: programs.vbus,
             agent: programs.agent,
             guest: programs.guest,
-            modules,
             dir,
         };
         lab.qemu_version = match (&options.qemu, &lab.kit) {
@@ -266,11 +298,26 @@ impl Lab {
         self.kit.as_ref()
     }
 
-    /// Adds modules of the guests' kernel to an archive. The guest loads them at boot. A module
-    /// that is built into the kernel is no error.
-    pub fn add_modules(&self, archive: &mut Archive, names: &[&str]) -> Result<()> {
-        let Some(modules) = &self.modules else { return Ok(()) };
-        initramfs::add_modules(archive, modules, names, |path| unxz(self.kit.as_ref(), path))
+    /// What guests boot if nobody asks for another: a kernel and its root file system.
+    pub fn system(&self) -> &System {
+        &self.system
+    }
+
+    /// One of Debian's kernels with the lab's root file system. The kit fetches the kernel if it is
+    /// not here yet.
+    ///
+    /// # Errors
+    /// apt cannot fetch the kernel. It is a [`Skip`] if the mirror lacks it, or if the options
+    /// replace the whole kit.
+    pub fn debian(&self, kernel: DebianKernel) -> Result<System> {
+        let kit = self.kit.as_ref().ok_or_else(|| {
+            Skip("the options replace the whole kit, which has Debian's kernels".into())
+        })?;
+        let (image, modules) = files(kit.kernel(kernel)?);
+        let userland = userland(&self.options, Some(kit))?;
+        let ours = Ours { agent: &self.agent, guest: &self.guest };
+        let initramfs = self.dir.path().join(format!("initramfs-{kernel}"));
+        System::build(image, modules, &userland, &ours, initramfs)
     }
 
     /// QEMU's version.
@@ -281,21 +328,6 @@ impl Lab {
     /// The program `vbus`.
     pub fn vbus(&self) -> &Path {
         &self.vbus
-    }
-
-    /// The guests' kernel.
-    pub fn kernel(&self) -> &Path {
-        &self.kernel
-    }
-
-    /// The version of the guests' kernel, or its path if the file does not say it.
-    pub fn kernel_version(&self) -> String {
-        kernel_version(&self.kernel).unwrap_or_else(|| self.kernel.display().to_string())
-    }
-
-    /// The guests' root file system.
-    pub fn initramfs(&self) -> &Path {
-        &self.initramfs
     }
 
     /// Sets the accelerator of all guests that start from now on.
@@ -342,17 +374,9 @@ impl Scene<'_> {
         &self.dir
     }
 
-    /// Writes a root file system, the lab's with the files of `archive` added. Returns its path.
-    pub fn extend_initramfs(&self, archive: Archive) -> Result<PathBuf> {
-        let base = self.lab.initramfs();
-        let mut bytes =
-            fs::read(base).with_context(|| format!("cannot read {}", base.display()))?;
-        // The kernel unpacks one archive after the other. Each must begin at a multiple of four.
-        bytes.resize(bytes.len().next_multiple_of(4), 0);
-        bytes.extend(archive.finish()?);
-        let path = self.dir.join("initramfs");
-        fs::write(&path, bytes).with_context(|| format!("cannot write {}", path.display()))?;
-        Ok(path)
+    /// The lab's system with the files of `archive` added to its root file system.
+    pub fn extend(&self, archive: Archive) -> Result<System> {
+        self.lab.system.extend(archive, &self.dir)
     }
 
     /// Copies the logs to a folder that outlives the run, and returns that folder.
@@ -370,26 +394,41 @@ impl Scene<'_> {
     }
 }
 
-/// Decompresses a module with the kit's busybox, or with this machine's xzcat.
-fn unxz(kit: Option<&Kit>, path: &Path) -> Result<Vec<u8>> {
-    let mut command = match kit {
-        Some(kit) => {
-            let mut command = Command::new(kit.busybox());
-            command.arg("xzcat");
-            command
-        }
-        None => Command::new("xzcat"),
-    };
-    let output = command.arg(path).output().context("cannot run xzcat")?;
-    ensure!(output.status.success(), "{} is no xz file", path.display());
-    Ok(output.stdout)
+/// The image and the modules of a kernel.
+fn files(kernel: KernelFiles) -> (PathBuf, Option<PathBuf>) {
+    (kernel.image, Some(kernel.modules))
 }
 
-/// The version string in a bzImage: its offset, less 0x200, stands at 0x20e.
-fn kernel_version(path: &Path) -> Option<String> {
-    let image = fs::read(path).ok()?;
-    (image.get(0x202..0x206)? == b"HdrS").then_some(())?;
-    let offset = u16::from_le_bytes(image.get(0x20e..0x210)?.try_into().ok()?);
-    let text = image.get(usize::from(offset) + 0x200..)?.split(|byte| *byte == 0).next()?;
-    Some(String::from_utf8_lossy(text).split_whitespace().next()?.to_owned())
+/// The programs of the guests' root file system.
+fn userland<'a>(options: &'a Options, kit: Option<&'a Kit>) -> Result<Userland<'a>> {
+    match (&options.initramfs, kit) {
+        (Some(path), kit) => Ok(Userland::Own(path, kit)),
+        (None, Some(kit)) => Ok(Userland::Kit(kit)),
+        (None, None) => bail!("no initramfs and no kit"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_is_one_of_debians_or_a_file() {
+        let choice =
+            |text: &str| text.parse::<KernelChoice>().unwrap_or_else(|never| match never {});
+        assert!(matches!(choice("7.x-generic"), KernelChoice::Debian(_)));
+        assert_eq!(choice("./6.1"), KernelChoice::File("./6.1".into()));
+        for text in ["6.1", "7.x-generic", "/boot/vmlinuz"] {
+            assert_eq!(choice(text).to_string(), text);
+            let options = Options { kernel: Some(choice(text)), ..Options::default() };
+            assert_eq!(options.words(), ["--kernel", text].map(OsString::from));
+        }
+        let modules = Options {
+            kernel: Some(choice("6.1")),
+            modules: Some("/".into()),
+            ..Options::default()
+        };
+        let why = modules.check().err().map(|error| error.to_string());
+        assert!(why.is_some_and(|why| why.contains("--modules goes with")));
+    }
 }

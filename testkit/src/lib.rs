@@ -23,7 +23,8 @@
 //!
 //! | word | what it is |
 //! |---|---|
-//! | kit | the files fetched from Debian: QEMU, a kernel, busybox, iperf3 ([`kit::Kit`]) |
+//! | kit | the files fetched from Debian: QEMU, kernels, busybox, iperf3 ([`kit::Kit`]) |
+//! | system | a kernel and the root file system that fits it ([`system::System`]) |
 //! | lab | what all guests of one run share: kit, programs, accelerator ([`lab::Lab`]) |
 //! | scene | the folder with the sockets and logs of one scenario ([`lab::Scene`]) |
 //! | scenario | a test in real guests ([`scenario::Scenario`]) |
@@ -41,7 +42,7 @@
 //! |---|---|
 //! | [`workspace`], [`template`] | where is the workspace, and how is it built? |
 //! | [`process`], [`progress`], [`report`] | what runs, how far is it, how did it end? |
-//! | [`kit`], [`initramfs`], [`put`] | what are the guests made of? |
+//! | [`kit`], [`initramfs`], [`system`], [`put`] | what are the guests made of? |
 //! | [`lab`], [`qmp`], [`guest`] | what do all guests share, and how does a test speak to one? |
 //! | [`vm`], [`trial`], [`bus`] | one VM, with KVM or without; one bus |
 //! | [`process_guest`] | a guest without a virtual machine |
@@ -74,6 +75,7 @@ pub mod runner;
 pub mod scenario;
 pub mod scenarios;
 pub mod soak;
+pub mod system;
 pub mod template;
 pub mod trial;
 pub mod vm;

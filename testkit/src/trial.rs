@@ -43,7 +43,7 @@ pub fn open(options: &Options) -> Result<Lab> {
     eprintln!(
         "guests: QEMU {} with {accel} ({why}), Linux {}",
         lab.qemu_version(),
-        lab.kernel_version()
+        lab.system().kernel_version()
     );
     Ok(lab)
 }
@@ -60,7 +60,7 @@ fn boots(lab: &mut Lab) -> Result<bool> {
         boot.trim(),
         device.rdev(),
         lab.qemu_version(),
-        lab.kernel_version()
+        lab.system().kernel_version()
     );
     let folder = workspace::target().join("xtask");
     let cache = folder.join("accel.json");

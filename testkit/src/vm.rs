@@ -13,6 +13,7 @@ use crate::guest::Guest;
 use crate::lab::{Accel, Scene};
 use crate::process::{Process, command_line, tail};
 use crate::qmp::Qmp;
+use crate::system::System;
 
 /// How long a guest may take to boot. It needs a few seconds, and more where many share a CPU.
 pub const BOOT: Duration = Duration::from_secs(180);
@@ -39,8 +40,8 @@ pub struct VmSpec {
     pub append: String,
     /// What executes its instructions.
     pub processor: Processor,
-    /// A root file system in place of the lab's.
-    pub initramfs: Option<PathBuf>,
+    /// A kernel and root file system in place of the lab's.
+    pub system: Option<System>,
 }
 
 /// What executes a virtual machine's instructions.
@@ -69,7 +70,7 @@ impl VmSpec {
             args: Vec::new(),
             append: String::new(),
             processor: Processor::Lab,
-            initramfs: None,
+            system: None,
         }
     }
 
@@ -140,8 +141,8 @@ impl VmSpec {
         command.args(serial("agent", &format!("path={}", agent.path.display())));
         command.arg("-qmp").arg(format!("unix:{}", control.path.display()));
         command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", qmp.display()));
-        command.arg("-kernel").arg(lab.kernel()).arg("-initrd");
-        command.arg(self.initramfs.as_deref().unwrap_or(lab.initramfs()));
+        let system = self.system.as_ref().unwrap_or(lab.system());
+        command.arg("-kernel").arg(system.kernel()).arg("-initrd").arg(system.initramfs());
         command.arg("-append").arg(format!("{KERNEL_WORDS} {}", self.append));
         for slot in 0..self.slots {
             command.arg("-device").arg(format!(

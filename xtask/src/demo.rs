@@ -94,7 +94,7 @@ pub fn run(args: &Args) -> Result<bool> {
         "guests: QEMU {} with {}, Linux {}",
         lab.qemu_version(),
         lab.accel(),
-        lab.kernel_version()
+        lab.system().kernel_version()
     ));
     let result = perform(args, &scene, &said, &mut figures);
     let ok = result.is_ok();
@@ -114,7 +114,7 @@ pub fn run(args: &Args) -> Result<bool> {
             "ok": ok,
             "accel": lab.accel().to_string(),
             "qemu": lab.qemu_version(),
-            "kernel": lab.kernel_version(),
+            "kernel": lab.system().kernel_version(),
             "ping_ms": ping,
             "tcp_mbps": {"a_to_b": figures.a_to_b.map(round), "b_to_a": figures.b_to_a.map(round)},
             "packets": figures.traffic.packets,

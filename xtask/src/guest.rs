@@ -148,7 +148,7 @@ pub fn run(args: &Args) -> Result<bool> {
     );
     machine.slots = machine.devices.len() + SPARE_PORTS;
     machine.args.clone_from(&args.qemu_args);
-    machine.initramfs = Some(scene.extend_initramfs(archive)?);
+    machine.system = Some(scene.extend(archive)?);
     let vm = machine.start(&scene)?;
     eprintln!("guest: QEMU's command line is\n{}\n", vm.command_line);
     let result = vm.wait_boot(1).and_then(|()| {

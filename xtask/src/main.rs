@@ -24,6 +24,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use testkit::kit::Kit;
+use testkit::kit::kernels::DebianKernel;
 use testkit::process::clean_up_on_signals;
 use testkit::workspace;
 
@@ -42,6 +43,10 @@ enum Command {
         /// The Debian mirror, in place of the one in apt's configuration
         #[arg(long, value_name = "URL")]
         mirror: Option<String>,
+        /// Also fetch this kernel of Debian: 6.1, 6.12 or 7.x, or one of them with -generic after
+        /// it; repeat it for more. Tests fetch those that they need
+        #[arg(long = "kernel", value_name = "KERNEL")]
+        kernels: Vec<DebianKernel>,
     },
     /// Run two Linux guests on one bus and show what it does
     Demo(demo::Args),
@@ -107,9 +112,12 @@ fn main() -> ExitCode {
 /// found one.
 fn run(command: Command) -> Result<ExitCode> {
     let ok = match command {
-        Command::Kit { mirror } => {
+        Command::Kit { mirror, kernels } => {
             let kit = Kit::get(&workspace::target(), mirror.as_deref())?;
             println!("{}", kit.root().display());
+            for kernel in kernels {
+                println!("{}", kit.kernel(kernel)?.image.display());
+            }
             true
         }
         Command::Demo(args) => demo::run(&args)?,
