@@ -38,8 +38,9 @@ impl Source {
     /// # Errors
     /// There is no `mirror`, and this machine is no Debian or its apt has none.
     pub fn with_qemu(mirror: Option<&str>) -> Result<Self> {
-        let suites = match (mirror, Release::of_machine()) {
-            (None, release) if release.id == "debian" => suites(&release.codename),
+        let release = Release::of_machine();
+        let suites = match mirror {
+            None if release.id == "debian" => suites(&release.codename),
             _ => vec!["trixie", "trixie-backports"],
         };
         Self::new(mirror, &suites)
