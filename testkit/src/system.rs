@@ -43,8 +43,8 @@ pub struct Ours<'a> {
 }
 
 impl System {
-    /// Writes the root file system that fits the kernel into the file `initramfs`. Without `modules`
-    /// the kernel must have them built in.
+    /// Writes the root file system that fits the kernel into the file `initramfs`. Without
+    /// `modules` the kernel must have them built in.
     ///
     /// # Errors
     /// A file cannot be read or written.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Debian packages by apt, into a folder: nothing is installed, and no root is needed. apt runs with
-//! a configuration and an empty dpkg status of the folder's own.
+//! Debian packages by apt, into a folder: nothing is installed, and no root is needed. apt runs
+//! with a configuration and an empty dpkg status of the folder's own.
 
 use std::fmt;
 use std::fs::{self, File};
@@ -32,8 +32,8 @@ pub struct Source {
 }
 
 impl Source {
-    /// The suites that have QEMU 11, by this machine's release of Debian. `mirror` is the address of
-    /// a Debian mirror; `None` takes it from the machine's apt configuration.
+    /// The suites that have QEMU 11, by this machine's release of Debian. `mirror` is the address
+    /// of a Debian mirror; `None` takes it from the machine's apt configuration.
     ///
     /// # Errors
     /// There is no `mirror`, and this machine is no Debian or its apt has none.
@@ -46,7 +46,8 @@ impl Source {
         Self::new(mirror, &suites)
     }
 
-    /// One suite, whatever release this machine has. For `mirror` see [`with_qemu`](Self::with_qemu).
+    /// One suite, whatever release this machine has. For `mirror` see
+    /// [`with_qemu`](Self::with_qemu).
     ///
     /// # Errors
     /// Those of [`with_qemu`](Self::with_qemu).
@@ -142,7 +143,8 @@ fn machine_mirror(codename: &str) -> Result<String> {
 /// The packages that a part of the kit consists of.
 #[derive(Default)]
 pub struct Packages {
-    /// Packages that come with all that they depend on, from [`Source::preferred`] where it has them.
+    /// Packages that come with all that they depend on, from [`Source::preferred`] where it has
+    /// them.
     pub complete: Vec<String>,
     /// Packages that come alone.
     pub alone: Vec<String>,
@@ -153,8 +155,8 @@ pub struct Packages {
 /// Returns the names of the packages with their versions.
 ///
 /// # Errors
-/// apt or dpkg-deb fails, and the error has its words. It is a [`Skip`] if the mirror lacks a suite or
-/// a package. Or those of `choose`.
+/// apt or dpkg-deb fails, and the error has its words. It is a [`Skip`] if the mirror lacks a suite
+/// or a package. Or those of `choose`.
 pub fn fetch(
     dir: &Path,
     source: &Source,
@@ -358,8 +360,8 @@ impl Apt {
         Ok(sizes.fold((0, 0), |(number, sum), bytes| (number + 1, sum + bytes)))
     }
 
-    /// The packages that `package` depends on; none if the mirror lacks it. Of alternatives only the
-    /// first is named.
+    /// The packages that `package` depends on; none if the mirror lacks it. Of alternatives only
+    /// the first is named.
     pub fn depends(&self, package: &str) -> Result<Vec<String>> {
         let output = self
             .command("apt-cache")

@@ -114,8 +114,8 @@ impl Kit {
         kernels::get(&self.dir.join("kernels"), kernel, self.mirror.as_deref())
     }
 
-    /// The folder that the packages of iproute2 and bpftool are unpacked in, with the libraries that
-    /// they need. They are fetched if they are not here yet.
+    /// The folder that the packages of iproute2 and bpftool are unpacked in, with the libraries
+    /// that they need. They are fetched if they are not here yet.
     ///
     /// # Errors
     /// apt cannot fetch them.
