@@ -45,6 +45,8 @@ pub struct Function<H: Hal> {
     connection: Option<Connection<H>>,
     /// Number of connections opened so far. It tells a [`Region`] of an earlier connection.
     opens: u32,
+    /// Whether the device has let go of the memory of the last connection that was closed.
+    let_go: bool,
     class_errors: &'static [(ErrorCode, &'static str)],
 }
 
@@ -184,6 +186,7 @@ impl<H: Hal> Function<H> {
             version,
             connection: None,
             opens: 0,
+            let_go: true,
             class_errors: &[],
         })
     }
@@ -358,9 +361,16 @@ impl<H: Hal> Function<H> {
     pub fn close(&mut self) {
         let result = self.command("CLOSE", command::CLOSE, [0; 4]);
         let connection = self.connection.take();
-        if !matches!(result, Ok(_) | Err(Error::Gone)) {
+        self.let_go = matches!(result, Ok(_) | Err(Error::Gone));
+        if !self.let_go {
             core::mem::forget(connection);
         }
+    }
+
+    /// Whether the device has let go of the memory of the connection that was closed last. If not,
+    /// a driver never frees the memory that it gave to the device by itself.
+    pub fn has_let_go(&self) -> bool {
+        self.let_go
     }
 
     /// Features of the open connection.

@@ -5,6 +5,7 @@
 //! apart from it, each with the thread that serves it. A virtio-net header precedes each frame. It
 //! has [`HEADER_BYTES`] bytes, or [`HASH_HEADER_BYTES`] bytes in received frames with [`F_HASH`].
 
+mod header;
 mod pages;
 mod rx;
 mod tx;
@@ -16,8 +17,9 @@ use vbus_shm::signal::Armed;
 use vbus_shm::signal::end::Driver;
 use vbus_shm::state;
 
+pub use header::{BadHeader, Gso, Header, HeaderHash, Segments, header_length};
 pub use pages::{Duplex, NicStatus, PairCounters, Traffic};
-pub use rx::{Received, Rx};
+pub use rx::{Received, Rx, RxRing};
 pub use tx::{Piece, Tx};
 pub use vbus_shm::abi::venet::{
     CHAIN_MAX, F_COALESCE, F_HASH, F_MAC, F_RSS, F_RX, F_RX_CSUM, F_RX_ECN, F_RX_SHIFT, F_RX_TSO4,
@@ -30,11 +32,13 @@ use crate::{Bell, Error, Function, Hal, Region, state_page};
 
 /// The most entries of a ring that this driver makes.
 pub const RING_MAX: u32 = 1024;
-/// The smallest receive buffer: the largest frame fits a chain of these.
-pub const BUFFER_MIN: u32 = 4096;
+/// The smallest receive buffer: the largest frame, with its hash, fits a chain of these.
+pub const BUFFER_MIN: u32 = 3328;
 
-const _: () =
-    assert!(BUFFER_MIN as usize * CHAIN_MAX >= FRAME_MAX && RING_MAX as usize > CHAIN_MAX);
+const _: () = assert!(
+    BUFFER_MIN as usize * CHAIN_MAX >= FRAME_MAX - HEADER_BYTES + HASH_HEADER_BYTES
+        && RING_MAX as usize > CHAIN_MAX
+);
 
 /// The contents of the device's config area.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -155,26 +159,38 @@ impl<H: Hal> Nic<H> {
         buffer_bytes: u32,
         vector: u16,
     ) -> Result<(Tx<H>, Rx<H>), Error> {
-        Ok((self.tx(q, entries, vector)?, self.rx(q, entries, (buffer_bytes, true), vector)?))
+        Ok((self.tx(q, entries, vector)?, self.rx(q, entries, buffer_bytes, vector)?))
     }
 
-    /// As [`queue_pair`](Self::queue_pair), for a driver that has receive buffers of its own and
-    /// gives each by its address ([`Rx::give_at`]).
-    pub fn queue_pair_without_buffers(
+    /// Makes the transmit queue of pair `q`, with a ring of `entries` entries. With
+    /// [`rx_ring`](Self::rx_ring) it is for a driver that has receive buffers of its own. Otherwise
+    /// as [`queue_pair`](Self::queue_pair).
+    pub fn tx(&mut self, q: u16, entries: u32, vector: u16) -> Result<Tx<H>, Error> {
+        Ok(Tx::new(q, self.ring(venet::tx(q), entries, Returns::Counted, vector)?))
+    }
+
+    /// Makes the receive queue of pair `q`, for a driver that has buffers of `buffer_bytes` bytes
+    /// of its own and gives each by its address ([`RxRing::give`]). Otherwise as
+    /// [`queue_pair`](Self::queue_pair).
+    pub fn rx_ring(
         &mut self,
         q: u16,
         entries: u32,
         buffer_bytes: u32,
         vector: u16,
-    ) -> Result<(Tx<H>, Rx<H>), Error> {
-        Ok((self.tx(q, entries, vector)?, self.rx(q, entries, (buffer_bytes, false), vector)?))
+    ) -> Result<RxRing<H>, Error> {
+        if buffer_bytes < BUFFER_MIN {
+            return Err(Error::Unsupported("so small receive buffers"));
+        }
+        let ring = self.ring(venet::rx(q), entries, Returns::Runs, vector)?;
+        Ok(RxRing::new(q, ring, buffer_bytes, self.function.features() & F_HASH != 0))
     }
 
     /// Takes a queue pair away. The device touches neither its rings nor its buffers when this
     /// returns. A pair in use is to be taken out of use first, by [`set_queues`](Self::set_queues).
-    pub fn remove_pair(&mut self, tx: Tx<H>, rx: Rx<H>) -> Result<(), Error> {
+    pub fn remove_pair(&mut self, tx: Tx<H>, rx: impl Into<RxRing<H>>) -> Result<(), Error> {
         self.function.region_drop(tx.ring.region)?;
-        self.function.region_drop(rx.ring.region)
+        self.function.region_drop(rx.into().ring.region)
     }
 
     /// Resets a transmit queue: takes its ring away, and puts a new one of `entries` entries in its
@@ -196,37 +212,19 @@ impl<H: Hal> Nic<H> {
         buffer_bytes: u32,
         vector: u16,
     ) -> Result<Rx<H>, Error> {
-        let (q, own) = (rx.q, rx.buffers.is_some());
-        self.function.region_drop(rx.ring.region)?;
-        self.rx(q, entries, (buffer_bytes, own), vector)
+        let RxRing { q, ring, .. } = rx.into();
+        self.function.region_drop(ring.region)?;
+        self.rx(q, entries, buffer_bytes, vector)
     }
 
-    fn tx(&mut self, q: u16, entries: u32, vector: u16) -> Result<Tx<H>, Error> {
-        Ok(Tx::new(q, self.ring(venet::tx(q), entries, Returns::Counted, vector)?))
-    }
-
-    fn rx(
-        &mut self,
-        q: u16,
-        entries: u32,
-        (bytes, with_buffers): (u32, bool),
-        vector: u16,
-    ) -> Result<Rx<H>, Error> {
-        if bytes < BUFFER_MIN {
-            return Err(Error::Unsupported("so small receive buffers"));
+    fn rx(&mut self, q: u16, entries: u32, bytes: u32, vector: u16) -> Result<Rx<H>, Error> {
+        let buffers = self.function.hal().alloc(entries as usize * bytes as usize)?;
+        let mut rx = self.rx_ring(q, entries, bytes, vector)?;
+        if let Err(error) = self.function.keep(&mut rx.ring.region, &buffers) {
+            self.function.region_drop(rx.ring.region)?;
+            return Err(error);
         }
-        let buffers = match with_buffers {
-            true => Some(self.function.hal().alloc(entries as usize * bytes as usize)?),
-            false => None,
-        };
-        let mut ring = self.ring(venet::rx(q), entries, Returns::Runs, vector)?;
-        if let Some(buffers) = &buffers {
-            if let Err(error) = self.function.keep(&mut ring.region, buffers) {
-                self.function.region_drop(ring.region)?;
-                return Err(error);
-            }
-        }
-        Ok(Rx::new(q, ring, (bytes, buffers), self.function.features() & F_HASH != 0))
+        Ok(Rx::new(rx, buffers))
     }
 
     fn ring(

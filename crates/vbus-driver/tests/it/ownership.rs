@@ -104,12 +104,17 @@ fn receive_buffers_stay_as_long_as_the_device_has_them() {
 
     // A queue for buffers of the driver's own.
     let mut nic = Nic::open(Function::probe(fake.clone()).unwrap(), 0, 0).unwrap();
-    let (_tx, mut rx) = nic.queue_pair_without_buffers(0, 32, BUFFER_MIN, 0).unwrap();
+    let _tx = nic.tx(0, 64, 0).unwrap();
+    let mut rx = nic.rx_ring(0, 32, BUFFER_MIN, 0).unwrap();
     assert_eq!((fake.regions(), fake.in_use()), (3, 4));
-    assert!(rx.give(0).is_err());
-    // SAFETY: the fake device writes nothing.
-    unsafe { rx.give_at(0, 0x1000) }.unwrap();
-    assert_eq!(rx.space(), 31);
+    for _ in 0..32 {
+        // SAFETY: the fake device writes nothing.
+        unsafe { rx.give(0x1000) }.unwrap();
+    }
+    // SAFETY: as above.
+    assert!(unsafe { rx.give(0x1000) }.is_err(), "there is no room");
+    assert_eq!((rx.space(), rx.in_flight()), (0, 32));
+    assert!(nic.close().has_let_go());
 }
 
 #[test]
@@ -172,7 +177,7 @@ fn memory_of_a_device_that_does_not_close_is_never_given_back() {
     drop(memory);
     fake.refuse(command::CLOSE, error_code::FAILED);
     function.close();
-    assert!(!function.is_open());
+    assert!(!function.is_open() && !function.has_let_go());
     drop(function);
     assert_eq!((fake.regions(), fake.in_use()), (1, 2));
 }
