@@ -33,6 +33,7 @@
 //! | agent | the program `guest-agent`, which runs in each guest |
 //! | L1 | a Linux with a real KVM: a VM with emulated SVM, or this host ([`l1::L1`]) |
 //! | L2 | a guest on the KVM of an L1 ([`l2::L2Spec`], [`l2::L2`]) |
+//! | module | the Linux driver, built for a kernel of Debian ([`module::Module`]) |
 //! | bus | `vbus serve` on the host ([`bus::Bus`]) or in an L1 ([`l2::L1Bus`]) |
 //! | pair | two guests whose NICs are on one switch ([`pair::Pair`]) |
 //!
@@ -43,6 +44,7 @@
 //! | [`workspace`], [`template`] | where is the workspace, and how is it built? |
 //! | [`process`], [`progress`], [`report`] | what runs, how far is it, how did it end? |
 //! | [`kit`], [`initramfs`], [`system`], [`put`] | what are the guests made of? |
+//! | [`module`] | how is the Linux driver built? |
 //! | [`lab`], [`qmp`], [`guest`] | what do all guests share, and how does a test speak to one? |
 //! | [`vm`], [`trial`], [`bus`] | one VM, with KVM or without; one bus |
 //! | [`process_guest`] | a guest without a virtual machine |
@@ -63,6 +65,7 @@ pub mod l1;
 pub mod l2;
 pub mod lab;
 pub mod lost;
+pub mod module;
 pub mod nic;
 pub mod pair;
 pub mod process;

@@ -12,6 +12,7 @@ mod fuzz;
 mod guest;
 mod kvm;
 mod man;
+mod module;
 mod new_device;
 mod picture;
 mod screen;
@@ -81,6 +82,8 @@ enum Command {
     Man(man::Args),
     /// Make the Debian package `vbus`
     Deb(deb::Args),
+    /// Build the Linux driver, the kernel module `vbus`, for Debian's kernels
+    Module(module::Args),
     /// Make a crate for a device class of your own, with its driver and tests
     NewDevice(new_device::Args),
     /// Run the scenarios that need a real KVM: all, or those whose name begins with one of NAMES;
@@ -138,6 +141,7 @@ fn run(command: Command) -> Result<ExitCode> {
         }
         Command::Deb(args) => deb::run(&args)?,
         Command::Man(args) => man::run(&args)?,
+        Command::Module(args) => module::run(&args)?,
         Command::NewDevice(args) => new_device::run(&args)?,
         Command::Kvm(args) => kvm::run(&args)?,
         Command::Soak(args) => return soak::run(&args),

@@ -515,7 +515,7 @@ impl<H: Hal> Function<H> {
     /// A handle that acknowledges interrupts, for a thread that waits for them without the
     /// function.
     pub fn acknowledger(&self) -> Acknowledger<H> {
-        Acknowledger { hal: self.hal.clone(), register: self.registers + reg::INTERRUPT_ACK }
+        Acknowledger { hal: self.hal.clone(), registers: self.registers }
     }
 
     /// Rings the doorbell of the region with this handle.
@@ -650,16 +650,29 @@ impl<H: Hal> Bell<H> {
 #[derive(Clone, Debug)]
 pub struct Acknowledger<H> {
     hal: H,
-    register: u64,
+    registers: u64,
 }
 
 impl<H: Hal> Acknowledger<H> {
     /// As [`Function::acknowledge`].
     pub fn acknowledge(&self) {
-        self.hal.write32(self.register, 1);
+        let register = self.registers + reg::INTERRUPT_ACK;
+        self.hal.write32(register, 1);
         // The write may be posted, and if it arrived only after the driver has armed, it could take
         // back the next interrupt, unheard. A read returns after it has.
-        self.hal.read32(self.register);
+        self.hal.read32(register);
+    }
+
+    /// For a line that several functions share: whether this function's interrupt (INTx) is
+    /// pending. If it is, this acknowledges it as [`acknowledge`](Self::acknowledge) does. A
+    /// function that has gone has no interrupt.
+    pub fn take(&self) -> bool {
+        let pending = self.hal.read32(self.registers + reg::INTERRUPT_PENDING);
+        let is_pending = pending != 0 && pending != GONE;
+        if is_pending {
+            self.acknowledge();
+        }
+        is_pending
     }
 }
 

@@ -214,6 +214,18 @@ fn an_acknowledgement_has_arrived_when_it_returns() {
 }
 
 #[test]
+fn an_interrupt_of_another_function_on_the_line_is_not_acknowledged() {
+    let fake = crate::fake::Fake::default();
+    let line = Function::probe(fake.clone()).unwrap().acknowledger();
+    for (pending, is_own) in [(0, false), (1, true), (u32::MAX, false)] {
+        fake.set_register(reg::INTERRUPT_PENDING, pending);
+        let before = fake.written().len();
+        assert_eq!(line.take(), is_own);
+        assert_eq!(fake.written().len() - before, usize::from(is_own));
+    }
+}
+
+#[test]
 fn a_region_in_pages_is_registered_by_a_list() {
     let bus = bus();
     bus.create("n", "venet", &json!({ "backend": "null" })).unwrap();

@@ -1,0 +1,479 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0-only
+/*
+ * What Rust needs of the kernel and cannot call itself: inline functions, macros, and structs whose
+ * size differs from kernel to kernel. vbus.h says what each function does.
+ */
+#include <linux/bug.h>
+#include <linux/delay.h>
+#include <linux/dma-mapping.h>
+#include <linux/interrupt.h>
+#include <linux/io.h>
+#include <linux/ktime.h>
+#include <linux/lockdep.h>
+#include <linux/mm.h>
+#include <linux/mutex.h>
+#include <linux/pci.h>
+#include <linux/ratelimit.h>
+#include <linux/slab.h>
+#include <linux/spinlock.h>
+#include <linux/version.h>
+#include <linux/workqueue.h>
+
+#ifdef CONFIG_X86
+#include <asm/cpufeature.h>
+#include <asm/msr.h>
+#include <asm/processor.h>
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 16, 0)
+#include <asm/cpuid/api.h>
+#endif
+#endif
+
+#include "vbus.h"
+
+void *shim_alloc(u64 bytes, bool may_sleep)
+{
+	return may_sleep ? kvzalloc(bytes, GFP_KERNEL) : kzalloc(bytes, GFP_ATOMIC);
+}
+
+void shim_free(void *memory)
+{
+	kvfree(memory);
+}
+
+void shim_log(void *pci, int level, const char *text, u64 bytes)
+{
+	struct device *dev = pci ? &((struct pci_dev *)pci)->dev : NULL;
+	int length = min_t(u64, bytes, 1024);
+
+	switch (level) {
+	case SHIM_ERROR:
+		if (dev)
+			dev_err(dev, "%.*s\n", length, text);
+		else
+			pr_err("vbus: %.*s\n", length, text);
+		break;
+	case SHIM_WARNING:
+		if (dev)
+			dev_warn(dev, "%.*s\n", length, text);
+		else
+			pr_warn("vbus: %.*s\n", length, text);
+		break;
+	default:
+		if (dev)
+			dev_info(dev, "%.*s\n", length, text);
+		else
+			pr_info("vbus: %.*s\n", length, text);
+	}
+}
+
+bool shim_may_log(void)
+{
+	static DEFINE_RATELIMIT_STATE(limit, DEFAULT_RATELIMIT_INTERVAL, DEFAULT_RATELIMIT_BURST);
+
+	return __ratelimit(&limit);
+}
+
+void shim_panic(const char *text, u64 bytes)
+{
+	pr_emerg("vbus: bug in the driver: %.*s\n", (int)min_t(u64, bytes, 1024), text);
+	BUG();
+}
+
+void shim_pci_get(void *pci)
+{
+	pci_dev_get(pci);
+}
+
+void shim_pci_put(void *pci)
+{
+	pci_dev_put(pci);
+}
+
+u32 shim_pci_config_read32(void *pci, u16 offset)
+{
+	u32 value = ~0u;
+
+	if (pci_read_config_dword(pci, offset, &value))
+		return ~0u;
+	return value;
+}
+
+int shim_pci_enable(void *pci)
+{
+	return pci_enable_device_mem(pci);
+}
+
+void shim_pci_disable(void *pci)
+{
+	pci_disable_device(pci);
+}
+
+int shim_pci_claim(void *pci)
+{
+	return pci_request_region(pci, 0, "vbus");
+}
+
+void shim_pci_unclaim(void *pci)
+{
+	pci_release_region(pci, 0);
+}
+
+u64 shim_pci_bar_bytes(void *pci)
+{
+	return pci_resource_len((struct pci_dev *)pci, 0);
+}
+
+void *shim_pci_map(void *pci)
+{
+	return (__force void *)pci_ioremap_bar(pci, 0);
+}
+
+void shim_pci_unmap(void *bar)
+{
+	iounmap((__force void __iomem *)bar);
+}
+
+void shim_pci_set_master(void *pci)
+{
+	pci_set_master(pci);
+}
+
+void shim_pci_clear_master(void *pci)
+{
+	pci_clear_master(pci);
+}
+
+void shim_pci_save(void *pci)
+{
+	pci_save_state(pci);
+}
+
+void shim_pci_restore(void *pci)
+{
+	pci_restore_state(pci);
+	/* The kept state is for one restore, and there may be more of them. */
+	pci_save_state(pci);
+}
+
+u32 shim_pci_msix_vectors(void *pci)
+{
+	int vectors = pci_msix_vec_count(pci);
+
+	return vectors > 0 ? vectors : 0;
+}
+
+int shim_pci_vectors(void *pci, u32 most, u32 kinds)
+{
+	unsigned int flags = 0;
+
+	/* The kernel's names differ between versions; bit 0 is INTx in all of them. */
+	if (kinds & SHIM_INTX)
+		flags |= 1;
+	if (kinds & SHIM_MSI)
+		flags |= PCI_IRQ_MSI;
+	if (kinds & SHIM_MSIX)
+		flags |= PCI_IRQ_MSIX;
+	return pci_alloc_irq_vectors(pci, 1, most, flags);
+}
+
+void shim_pci_free_vectors(void *pci)
+{
+	pci_free_irq_vectors(pci);
+}
+
+struct shim_irq {
+	bool (*handler)(void *data);
+	void *data;
+	int number;
+	char name[32];
+};
+
+static irqreturn_t shim_irq_handler(int number, void *irq)
+{
+	struct shim_irq *shim = irq;
+
+	return shim->handler(shim->data) ? IRQ_HANDLED : IRQ_NONE;
+}
+
+void *shim_irq_request(void *pci, u32 index, bool shared, const char *name, u64 name_bytes,
+		       bool (*handler)(void *data), void *data, int *error)
+{
+	struct shim_irq *irq = kzalloc(sizeof(*irq), GFP_KERNEL);
+
+	*error = -ENOMEM;
+	if (!irq)
+		return NULL;
+	irq->handler = handler;
+	irq->data = data;
+	memcpy(irq->name, name, min_t(u64, name_bytes, sizeof(irq->name) - 1));
+	irq->number = pci_irq_vector(pci, index);
+	*error = irq->number;
+	if (irq->number >= 0)
+		*error = request_irq(irq->number, shim_irq_handler, shared ? IRQF_SHARED : 0,
+				     irq->name, irq);
+	if (*error) {
+		kfree(irq);
+		return NULL;
+	}
+	return irq;
+}
+
+void shim_irq_free(void *irq)
+{
+	free_irq(((struct shim_irq *)irq)->number, irq);
+	kfree(irq);
+}
+
+u32 shim_irq_number(void *irq)
+{
+	return ((struct shim_irq *)irq)->number;
+}
+
+void shim_irq_disable(void *irq)
+{
+	disable_irq(((struct shim_irq *)irq)->number);
+}
+
+void shim_irq_enable(void *irq)
+{
+	enable_irq(((struct shim_irq *)irq)->number);
+}
+
+int shim_dma_mask(void *pci, u32 bits)
+{
+	return dma_set_mask_and_coherent(&((struct pci_dev *)pci)->dev, DMA_BIT_MASK(bits));
+}
+
+void *shim_dma_alloc(void *pci, u64 bytes, u64 *address)
+{
+	dma_addr_t dma = 0;
+	void *memory = dma_alloc_coherent(&((struct pci_dev *)pci)->dev, bytes, &dma,
+					  GFP_KERNEL | __GFP_NOWARN);
+
+	*address = dma;
+	return memory;
+}
+
+void shim_dma_free(void *pci, u64 bytes, void *memory, u64 address)
+{
+	dma_free_coherent(&((struct pci_dev *)pci)->dev, bytes, memory, address);
+}
+
+u32 shim_read32(const void *place)
+{
+	return readl((const void __iomem __force *)place);
+}
+
+u64 shim_read64(const void *place)
+{
+	return readq((const void __iomem __force *)place);
+}
+
+void shim_write32(void *place, u32 value)
+{
+	writel(value, (void __iomem __force *)place);
+}
+
+void shim_write64(void *place, u64 value)
+{
+	writeq(value, (void __iomem __force *)place);
+}
+
+void shim_port_write8(u16 port, u8 value)
+{
+	outb(value, port);
+}
+
+#ifdef CONFIG_X86
+
+bool shim_has_hypervisor(void)
+{
+	return boot_cpu_has(X86_FEATURE_HYPERVISOR);
+}
+
+bool shim_has_vmmcall(void)
+{
+	return boot_cpu_has(X86_FEATURE_VMMCALL);
+}
+
+void shim_cpuid(u32 leaf, u32 *registers)
+{
+	cpuid(leaf, &registers[0], &registers[1], &registers[2], &registers[3]);
+}
+
+int shim_msr_read(u32 msr, u64 *value)
+{
+	u32 low = 0, high = 0;
+	int error = rdmsr_safe(msr, &low, &high);
+
+	*value = (u64)high << 32 | low;
+	return error;
+}
+
+int shim_msr_write(u32 msr, u64 value)
+{
+	return wrmsr_safe(msr, (u32)value, (u32)(value >> 32));
+}
+
+#else
+
+bool shim_has_hypervisor(void)
+{
+	return false;
+}
+
+bool shim_has_vmmcall(void)
+{
+	return false;
+}
+
+void shim_cpuid(u32 leaf, u32 *registers)
+{
+	memset(registers, 0, 4 * sizeof(*registers));
+}
+
+int shim_msr_read(u32 msr, u64 *value)
+{
+	*value = 0;
+	return -ENODEV;
+}
+
+int shim_msr_write(u32 msr, u64 value)
+{
+	return -ENODEV;
+}
+
+#endif
+
+u64 shim_now(void)
+{
+	return ktime_get_ns();
+}
+
+void shim_sleep(u32 least, u32 most)
+{
+	usleep_range(least, most);
+}
+
+/*
+ * Each lock is a class of its own for lockdep. The locks of one place in this file would otherwise
+ * be one class, whatever Rust does with them.
+ */
+struct shim_mutex {
+	struct mutex mutex;
+	struct lock_class_key key;
+};
+
+void *shim_mutex_new(void)
+{
+	struct shim_mutex *shim = kzalloc(sizeof(*shim), GFP_KERNEL);
+
+	if (!shim)
+		return NULL;
+	lockdep_register_key(&shim->key);
+	mutex_init(&shim->mutex);
+	lockdep_set_class(&shim->mutex, &shim->key);
+	return shim;
+}
+
+void shim_mutex_free(void *mutex)
+{
+	struct shim_mutex *shim = mutex;
+
+	mutex_destroy(&shim->mutex);
+	lockdep_unregister_key(&shim->key);
+	kfree(shim);
+}
+
+void shim_mutex_lock(void *mutex)
+{
+	mutex_lock(&((struct shim_mutex *)mutex)->mutex);
+}
+
+void shim_mutex_unlock(void *mutex)
+{
+	mutex_unlock(&((struct shim_mutex *)mutex)->mutex);
+}
+
+struct shim_spin {
+	spinlock_t lock;
+	struct lock_class_key key;
+};
+
+void *shim_spin_new(void)
+{
+	struct shim_spin *shim = kzalloc(sizeof(*shim), GFP_KERNEL);
+
+	if (!shim)
+		return NULL;
+	lockdep_register_key(&shim->key);
+	spin_lock_init(&shim->lock);
+	lockdep_set_class(&shim->lock, &shim->key);
+	return shim;
+}
+
+void shim_spin_free(void *lock)
+{
+	struct shim_spin *shim = lock;
+
+	lockdep_unregister_key(&shim->key);
+	kfree(shim);
+}
+
+unsigned long shim_spin_lock(void *lock)
+{
+	unsigned long flags;
+
+	spin_lock_irqsave(&((struct shim_spin *)lock)->lock, flags);
+	return flags;
+}
+
+void shim_spin_unlock(void *lock, unsigned long flags)
+{
+	spin_unlock_irqrestore(&((struct shim_spin *)lock)->lock, flags);
+}
+
+struct shim_work {
+	struct delayed_work work;
+	u32 (*run)(void *data);
+	void *data;
+};
+
+static void shim_work_run(struct work_struct *work)
+{
+	struct shim_work *shim = container_of(to_delayed_work(work), struct shim_work, work);
+	u32 again = shim->run(shim->data);
+
+	/* This does nothing if the work is asked for already, or is being cancelled. */
+	if (again != U32_MAX)
+		queue_delayed_work(shim_queue, &shim->work, msecs_to_jiffies(again));
+}
+
+void *shim_work_new(u32 (*run)(void *data), void *data)
+{
+	struct shim_work *shim = kzalloc(sizeof(*shim), GFP_KERNEL);
+
+	if (!shim)
+		return NULL;
+	shim->run = run;
+	shim->data = data;
+	INIT_DELAYED_WORK(&shim->work, shim_work_run);
+	return shim;
+}
+
+void shim_work_free(void *work)
+{
+	cancel_delayed_work_sync(&((struct shim_work *)work)->work);
+	kfree(work);
+}
+
+void shim_work_after(void *work, u32 milliseconds)
+{
+	mod_delayed_work(shim_queue, &((struct shim_work *)work)->work,
+			 msecs_to_jiffies(milliseconds));
+}
+
+void shim_work_cancel(void *work)
+{
+	cancel_delayed_work_sync(&((struct shim_work *)work)->work);
+}

@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0-only
+/* The module and its PCI driver. All that happens to a function is decided in Rust (src/device.rs). */
+#include <linux/device.h>
+#include <linux/module.h>
+#include <linux/pci.h>
+#include <linux/pm.h>
+#include <linux/sysfs.h>
+#include <linux/workqueue.h>
+
+#include "vbus.h"
+
+struct workqueue_struct *shim_queue;
+
+static ssize_t show(struct device *dev, unsigned int which, char *text)
+{
+	void *device = dev_get_drvdata(dev);
+
+	return device ? vbus_show(device, which, text, PAGE_SIZE) : -ENODEV;
+}
+
+#define ATTRIBUTE(name, which)                                                                   \
+	static ssize_t name##_show(struct device *dev, struct device_attribute *attr, char *text) \
+	{                                                                                        \
+		return show(dev, which, text);                                                   \
+	}                                                                                        \
+	static DEVICE_ATTR_RO(name)
+
+ATTRIBUTE(class, VBUS_SHOW_CLASS);
+ATTRIBUTE(name, VBUS_SHOW_NAME);
+ATTRIBUTE(doorbell, VBUS_SHOW_DOORBELL);
+ATTRIBUTE(costs, VBUS_SHOW_COSTS);
+ATTRIBUTE(incarnation, VBUS_SHOW_INCARNATION);
+ATTRIBUTE(interrupts, VBUS_SHOW_INTERRUPTS);
+
+static struct attribute *attributes[] = {
+	&dev_attr_class.attr,	    &dev_attr_name.attr,       &dev_attr_doorbell.attr,
+	&dev_attr_costs.attr,	    &dev_attr_incarnation.attr, &dev_attr_interrupts.attr,
+	NULL,
+};
+
+/* PCI functions have attributes of their own with some of these names. So these are in a folder. */
+static const struct attribute_group group = { .name = "vbus", .attrs = attributes };
+static const struct attribute_group *groups[] = { &group, NULL };
+
+static int probe(struct pci_dev *pci, const struct pci_device_id *id)
+{
+	void *device = NULL;
+	int error = vbus_probe(pci, &device);
+
+	if (!error)
+		pci_set_drvdata(pci, device);
+	return error;
+}
+
+static void remove(struct pci_dev *pci)
+{
+	void *device = pci_get_drvdata(pci);
+
+	pci_set_drvdata(pci, NULL);
+	vbus_remove(device);
+}
+
+static void shutdown(struct pci_dev *pci)
+{
+	vbus_shutdown(pci_get_drvdata(pci));
+}
+
+static int __maybe_unused suspend(struct device *dev)
+{
+	return vbus_suspend(dev_get_drvdata(dev));
+}
+
+static int __maybe_unused resume(struct device *dev)
+{
+	return vbus_resume(dev_get_drvdata(dev));
+}
+
+static SIMPLE_DEV_PM_OPS(pm, suspend, resume);
+
+static void reset_prepare(struct pci_dev *pci)
+{
+	vbus_reset_prepare(pci_get_drvdata(pci));
+}
+
+static void reset_done(struct pci_dev *pci)
+{
+	vbus_reset_done(pci_get_drvdata(pci));
+}
+
+static const struct pci_error_handlers errors = {
+	.reset_prepare = reset_prepare,
+	.reset_done = reset_done,
+};
+
+/* The ids of this implementation. A function with other ids may be bound by hand (new_id). */
+static const struct pci_device_id ids[] = {
+	{ PCI_DEVICE(0x1af4, 0x10f5) },
+	{},
+};
+MODULE_DEVICE_TABLE(pci, ids);
+
+static struct pci_driver driver = {
+	.name = "vbus",
+	.id_table = ids,
+	.probe = probe,
+	.remove = remove,
+	.shutdown = shutdown,
+	.driver.pm = &pm,
+	.err_handler = &errors,
+	.dev_groups = groups,
+};
+
+static int __init start(void)
+{
+	int error;
+
+	shim_queue = alloc_workqueue("vbus", WQ_UNBOUND | WQ_FREEZABLE, 0);
+	if (!shim_queue)
+		return -ENOMEM;
+	error = pci_register_driver(&driver);
+	if (error)
+		destroy_workqueue(shim_queue);
+	return error;
+}
+
+static void __exit end(void)
+{
+	pci_unregister_driver(&driver);
+	destroy_workqueue(shim_queue);
+}
+
+module_init(start);
+module_exit(end);
+
+MODULE_AUTHOR("The authors of vbus");
+MODULE_DESCRIPTION("Driver of vbus, a bus of virtual devices");
+MODULE_LICENSE("Dual MIT/GPL");
+MODULE_VERSION(VBUS_VERSION);

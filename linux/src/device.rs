@@ -1,0 +1,278 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! One PCI function: probe, the class's driver, and the function's life until its removal.
+#![allow(unsafe_code, reason = "the entry points of the shim")]
+
+use core::ffi::{c_int, c_long, c_uint, c_ulong, c_void};
+use core::fmt::{self, Write};
+
+use vbus_driver::{Costs, Doorbell, Error, Function, Info, has_signature};
+
+use crate::hal::KernelHal;
+use crate::interrupt::Interrupts;
+use crate::kernel::log::Text;
+use crate::kernel::pci::{Claimed, Pci};
+use crate::kernel::{Errno, KBox};
+use crate::{dev_err, dev_info};
+
+/// The most vectors that the driver takes: one for each queue pair of the largest NIC, and one for
+/// events.
+const VECTORS_MAX: u32 = 17;
+/// How often each kind of doorbell is rung when the driver measures them.
+const RINGS: u32 = 32;
+/// Bits of an address that a device can use.
+const ADDRESS_BITS: u32 = 64;
+
+/// What a class's driver does. Its value is dropped when the function goes: it then closes its
+/// connection and leaves the rest of the kernel.
+pub trait Class: Send + Sync {
+    /// The system goes to sleep: ends the connection. May sleep.
+    fn suspend(&self) -> Result<(), Errno>;
+
+    /// The system has woken: opens the connection again, with all settings. May sleep.
+    fn resume(&self) -> Result<(), Errno>;
+
+    /// The system goes down, or another kernel starts. The device can reach no memory any more. May
+    /// sleep.
+    fn shutdown(&self);
+
+    /// The function is about to be reset. May sleep.
+    fn reset_prepare(&self) {
+        // A reset cannot be refused.
+        let _ = self.suspend();
+    }
+
+    /// The function was reset. May sleep.
+    fn reset_done(&self) -> Result<(), Errno> {
+        self.resume()
+    }
+}
+
+/// A class's driver behind the trait.
+pub fn class<T: Class + 'static>(class: KBox<T>) -> KBox<dyn Class> {
+    let class: *mut dyn Class = class.into_raw();
+    // SAFETY: the address came from `into_raw`, and nobody else has it.
+    unsafe { KBox::from_raw(class) }
+}
+
+/// What takes a device for a class.
+type Probe = fn(&Device) -> Result<KBox<dyn Class>, Errno>;
+
+/// What takes a device of this class, if the driver knows the class. Each class has its arm here.
+fn driver_of(class: u32) -> Option<Probe> {
+    // Class numbers have 16 bits.
+    let _class = u16::try_from(class).ok()?;
+    None
+}
+
+/// A function of vbus that is enabled, as its class finds it.
+#[derive(Debug)]
+pub struct Device {
+    /// For what the registers say; it is never opened.
+    inspect: Function<KernelHal>,
+    costs: Costs,
+    interrupts: Interrupts,
+    /// Given back when all of the above is gone.
+    _claimed: Claimed,
+}
+
+impl Device {
+    /// Enables the function. If there is a driver for its class, measures its doorbells and
+    /// allocates its vectors.
+    fn new(pci: &Pci) -> Result<(Self, Probe), Errno> {
+        if !has_signature(|offset| pci.config_read32(offset)) {
+            dev_info!(pci, "this is no function of vbus: it has no capability with the signature");
+            return Err(Errno::NO_DEVICE);
+        }
+        let claimed = Claimed::new(pci)?;
+        pci.set_dma_bits(ADDRESS_BITS)?;
+        let hal = KernelHal::new(pci)?;
+        let mut inspect = Function::probe(hal).map_err(|error| report(pci, error))?;
+        let info = inspect.info();
+        let Some(probe) = driver_of(info.class) else {
+            let (name, number, device) = (info.class_name, info.class, info.name);
+            dev_info!(
+                pci,
+                "this version of the driver does not know the class {name} ({number}) of the \
+                 device {device}; it leaves the device to others"
+            );
+            return Err(Errno::NO_DEVICE);
+        };
+        // Without it VMMs withhold the function's messages.
+        pci.set_master(true);
+        let costs = inspect.choose_doorbell(RINGS);
+        let interrupts = Interrupts::new(pci, VECTORS_MAX, inspect.acknowledger())
+            .inspect_err(|error| dev_err!(pci, "the kernel has no interrupt for it: {error}"))?;
+        pci.save();
+        Ok((Self { inspect, costs, interrupts, _claimed: claimed }, probe))
+    }
+
+    /// The PCI function, for messages.
+    pub fn pci(&self) -> &Pci {
+        self.hal().pci()
+    }
+
+    /// The environment.
+    pub fn hal(&self) -> &KernelHal {
+        self.inspect.hal()
+    }
+
+    /// What the registers said at probe.
+    pub fn info(&self) -> &Info {
+        self.inspect.info()
+    }
+
+    /// The vectors.
+    pub fn interrupts(&self) -> &Interrupts {
+        &self.interrupts
+    }
+
+    /// The kind of doorbell that was the cheapest at probe.
+    pub fn doorbell(&self) -> Doorbell {
+        self.inspect.doorbell()
+    }
+
+    /// A function for the class to open, with the cheapest kind of doorbell.
+    pub fn function(&self) -> Result<Function<KernelHal>, Error> {
+        let mut function = Function::probe(self.hal().clone())?;
+        function.use_doorbell(self.doorbell().kind)?;
+        Ok(function)
+    }
+
+    /// Writes an attribute of sysfs.
+    fn show(&self, which: c_uint, text: &mut Text<256>) -> Result<(), Errno> {
+        let info = self.info();
+        let written = match which {
+            0 => writeln!(text, "{}", info.class_name),
+            1 => writeln!(text, "{}", info.name),
+            2 => writeln!(text, "{}", self.doorbell()),
+            3 => self
+                .costs
+                .iter()
+                .try_for_each(|cost| writeln!(text, "{} {}", cost.doorbell, cost.nanoseconds)),
+            4 => writeln!(text, "{:#018x}", self.inspect.incarnation()?),
+            5 => writeln!(text, "{} {}", self.interrupts.kind(), self.interrupts.count()),
+            _ => return Err(Errno::INVALID),
+        };
+        written.map_err(|fmt::Error| Errno::NO_SPACE)
+    }
+}
+
+/// Logs why a function cannot be used.
+fn report(pci: &Pci, error: Error) -> Errno {
+    dev_err!(pci, "the device cannot be used: {error}");
+    error.into()
+}
+
+/// A function with its class's driver: what the kernel keeps for us.
+struct Bound {
+    class: KBox<dyn Class>,
+    device: Device,
+}
+
+impl Bound {
+    fn new(pci: &Pci) -> Result<KBox<Self>, Errno> {
+        let (device, probe) = Device::new(pci)?;
+        let class = probe(&device)?;
+        let info = device.info();
+        dev_info!(
+            pci,
+            "{} device {}, doorbell {}, interrupts {} {}",
+            info.class_name,
+            info.name,
+            device.doorbell(),
+            device.interrupts.kind(),
+            device.interrupts.count()
+        );
+        Ok(KBox::new(Self { class, device })?)
+    }
+}
+
+/// What the kernel keeps, as a reference.
+///
+/// # Safety
+/// `device` came from [`vbus_probe`], and [`vbus_remove`] has not begun.
+unsafe fn bound<'a>(device: *mut c_void) -> &'a Bound {
+    // SAFETY: by the caller's promise. The value is only shared until it is removed.
+    unsafe { &*device.cast::<Bound>() }
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn vbus_probe(pci: *mut c_void, device: *mut *mut c_void) -> c_int {
+    // SAFETY: the shim passes a function that the kernel has given to this driver.
+    let Some(pci) = (unsafe { Pci::new(pci) }) else { return Errno::INVALID.negative() };
+    match Bound::new(&pci) {
+        Ok(bound) => {
+            // SAFETY: the shim passes a place for it.
+            unsafe { *device = bound.into_raw().cast() };
+            0
+        }
+        Err(error) => error.negative(),
+    }
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn vbus_remove(device: *mut c_void) {
+    // SAFETY: it came from `vbus_probe`, and the shim does not use it again.
+    drop(unsafe { KBox::from_raw(device.cast::<Bound>()) });
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn vbus_shutdown(device: *mut c_void) {
+    if device.is_null() {
+        return;
+    }
+    // SAFETY: as the shim says.
+    let bound = unsafe { bound(device) };
+    // First of all: this ends the connection, and no DMA comes after it.
+    bound.device.pci().set_master(false);
+    bound.class.shutdown();
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn vbus_suspend(device: *mut c_void) -> c_int {
+    // SAFETY: as the shim says.
+    Errno::result(unsafe { bound(device) }.class.suspend())
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn vbus_resume(device: *mut c_void) -> c_int {
+    // SAFETY: as the shim says.
+    let bound = unsafe { bound(device) };
+    bound.device.pci().set_master(true);
+    Errno::result(bound.class.resume())
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn vbus_reset_prepare(device: *mut c_void) {
+    // SAFETY: as the shim says.
+    unsafe { bound(device) }.class.reset_prepare();
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn vbus_reset_done(device: *mut c_void) {
+    // SAFETY: as the shim says.
+    let bound = unsafe { bound(device) };
+    bound.device.pci().set_master(true);
+    if let Err(error) = bound.class.reset_done() {
+        dev_err!(bound.device.pci(), "the device does not come back from its reset: {error}");
+    }
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn vbus_show(
+    device: *mut c_void,
+    which: c_uint,
+    out: *mut u8,
+    bytes: c_ulong,
+) -> c_long {
+    let mut text = Text::<256>::new(format_args!(""));
+    // SAFETY: as the shim says.
+    if let Err(error) = unsafe { bound(device) }.device.show(which, &mut text) {
+        return c_long::from(error.negative());
+    }
+    let from = text.as_bytes();
+    let length = from.len().min(usize::try_from(bytes).unwrap_or(usize::MAX));
+    // SAFETY: the shim passes that many bytes, and the text is elsewhere.
+    unsafe { core::ptr::copy_nonoverlapping(from.as_ptr(), out, length) };
+    length as c_long
+}

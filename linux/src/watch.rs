@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The watch over a connection: what every class does about the events of its function
+//! (spec/pci.md, "Events" and "Incarnations").
+//!
+//! A class calls [`Watch::soon`] when an interrupt may have been for an event. The watch then takes
+//! the events, in a thread that may sleep. It also looks by itself every few seconds, because a
+//! function that was reset or restored from a snapshot tells nothing. A connection that is lost is
+//! opened again, with pauses that grow.
+#![allow(unsafe_code, reason = "the watch refers to its owner")]
+
+use core::fmt;
+use core::ptr::NonNull;
+use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+use vbus_driver::{Error, ErrorCode, Events, Function};
+
+use crate::hal::KernelHal;
+use crate::kernel::KBox;
+use crate::kernel::alloc::NoMemory;
+use crate::kernel::work::Work;
+use crate::{dev_info, dev_warn, dev_warn_limited};
+
+/// How often the watch looks by itself, in milliseconds.
+const PERIOD: u32 = 2000;
+/// The longest pause between two tries to open a lost connection, in milliseconds.
+const PAUSE_MAX: u32 = 30_000;
+
+/// What a class does about events. The watch calls these from one thread at a time, which may
+/// sleep.
+pub trait Watched: Sync {
+    /// The environment of the class's function.
+    fn hal(&self) -> &KernelHal;
+
+    /// Takes the pending events, and checks the connection, by [`look`]; no events if the class has
+    /// no connection now, for instance because the system sleeps.
+    fn look(&self) -> Result<Events, Error>;
+
+    /// Closes what is left of the connection, opens it again, and repeats all settings.
+    fn reopen(&self) -> Result<(), Error>;
+
+    /// The device has gone, or leaves the bus. The function may come back, by
+    /// [`reopen`](Self::reopen).
+    fn gone(&self);
+
+    /// The config area has changed.
+    fn config_changed(&self);
+
+    /// The class is asked to announce itself to others.
+    fn announce(&self);
+}
+
+/// Takes the pending events of an open function, and checks that its connection still exists.
+pub fn look(function: &Function<KernelHal>) -> Result<Events, Error> {
+    if !function.is_open() {
+        return Ok(Events::default());
+    }
+    // Events first: they tell what to look at.
+    let events = function.events()?;
+    function.check()?;
+    Ok(events)
+}
+
+/// The watch over the connection of a class. Dropping it ends it.
+pub struct Watch<T: Watched> {
+    // Dropped before what it refers to.
+    work: Work<State<T>>,
+    _state: KBox<State<T>>,
+}
+
+struct State<T> {
+    target: NonNull<T>,
+    /// Tries to open that have failed in a row.
+    failures: AtomicU32,
+    gone: AtomicBool,
+}
+
+// SAFETY: it shares the target, which is Sync.
+unsafe impl<T: Sync> Send for State<T> {}
+// SAFETY: as above.
+unsafe impl<T: Sync> Sync for State<T> {}
+
+impl<T: Watched> Watch<T> {
+    /// A watch that does not look yet. The caller may sleep.
+    ///
+    /// # Safety
+    /// `target` stays valid, at its place, and is only shared, until the watch is dropped, and the
+    /// watch is not dropped by a method of the target's [`Watched`].
+    pub unsafe fn new(target: NonNull<T>) -> Result<Self, NoMemory> {
+        let (failures, gone) = (AtomicU32::new(0), AtomicBool::new(false));
+        let state = KBox::new(State { target, failures, gone })?;
+        // SAFETY: the state is at its place until the work is dropped, which is before it.
+        let work = unsafe { Work::new(NonNull::from(&*state), run::<T>) }?;
+        Ok(Self { work, _state: state })
+    }
+
+    /// Looks soon, and every few seconds from then on. From any context.
+    pub fn soon(&self) {
+        self.work.run_after(0);
+    }
+
+    /// Does not look any more, until [`soon`](Self::soon). It waits for a look that is in progress.
+    pub fn pause(&self) {
+        self.work.cancel();
+    }
+}
+
+impl<T: Watched> fmt::Debug for Watch<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Watch")
+    }
+}
+
+/// Looks once. Returns the milliseconds until the next look.
+fn run<T: Watched>(state: &State<T>) -> Option<u32> {
+    // SAFETY: the creator of the watch keeps it valid.
+    let target = unsafe { state.target.as_ref() };
+    let pci = target.hal().pci();
+    let error = match target.look() {
+        Ok(events) if events.removed() => Error::Broken(ErrorCode::REMOVED),
+        Ok(events) => {
+            if events.config_changed() {
+                target.config_changed();
+            }
+            if events.announce() {
+                target.announce();
+            }
+            state.failures.store(0, Ordering::Relaxed);
+            return Some(PERIOD);
+        }
+        Err(error) => error,
+    };
+    if !is_back(target.hal()) || error == Error::Broken(ErrorCode::REMOVED) {
+        if !state.gone.swap(true, Ordering::Relaxed) {
+            dev_warn!(pci, "the device has left the bus");
+            target.gone();
+        }
+        return Some(PERIOD);
+    }
+    state.gone.store(false, Ordering::Relaxed);
+    let failures = state.failures.load(Ordering::Relaxed);
+    if failures == 0 {
+        dev_warn_limited!(pci, "{error}; the driver opens it again");
+    }
+    match target.reopen() {
+        Ok(()) => {
+            dev_info!(pci, "the device is open again");
+            state.failures.store(0, Ordering::Relaxed);
+            Some(PERIOD)
+        }
+        Err(error) => {
+            state.failures.store(failures.saturating_add(1), Ordering::Relaxed);
+            let pause = PAUSE_MAX.min(500 << failures.min(10));
+            dev_warn_limited!(
+                pci,
+                "the device cannot be opened again: {error}; the next try is in {pause} ms"
+            );
+            Some(pause)
+        }
+    }
+}
+
+/// Whether the function has its registers. A reset from outside may have taken BAR and Memory Space
+/// away, and then they are set again.
+fn is_back(hal: &KernelHal) -> bool {
+    let has_registers = || Function::probe(hal.clone()).is_ok();
+    if has_registers() {
+        // A reset clears Bus Master too, without which the device does not open.
+        hal.pci().set_master(true);
+        return true;
+    }
+    if !hal.pci().is_there() {
+        return false;
+    }
+    hal.pci().restore();
+    has_registers()
+}
