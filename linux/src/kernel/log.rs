@@ -82,7 +82,23 @@ pub fn bug<const N: usize>(text: &Text<N>) -> ! {
     let bytes = text.as_bytes();
     let at = if bytes.is_empty() { ptr::null() } else { bytes.as_ptr() };
     // SAFETY: the text is valid during the call.
-    unsafe { ffi::shim_panic(at, bytes.len() as u64) }
+    unsafe { ffi::shim_panic(at, bytes.len() as u64) };
+    trap()
+}
+
+/// What is never reached. objtool wants an end to each function that does not return.
+#[cfg(target_arch = "x86_64")]
+fn trap() -> ! {
+    // SAFETY: the instruction is invalid: it ends the thread.
+    unsafe { core::arch::asm!("ud2", options(noreturn, nomem, nostack)) }
+}
+
+/// What is never reached.
+#[cfg(not(target_arch = "x86_64"))]
+fn trap() -> ! {
+    loop {
+        core::hint::spin_loop();
+    }
 }
 
 /// Logs an error of a function (`&Pci`): `dev_err!(pci, "text {}", value)`.

@@ -56,8 +56,6 @@ pub(super) fn build(
     }
     copy(&sources.join("Kbuild"), place.join("Kbuild"))?;
     copy(object, place.join(object::NAME))?;
-    // Kbuild keeps such a file for each object that it makes itself, and modpost reads it.
-    fs::write(place.join(format!(".{}.cmd", object::NAME)), "")?;
 
     let output = toolchain
         .command("make")

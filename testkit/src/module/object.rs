@@ -16,7 +16,7 @@ use crate::progress::Progress;
 use crate::workspace;
 
 /// The name of the object. Kbuild finds it by this name.
-pub const NAME: &str = "vbus_rs.o";
+pub const NAME: &str = "vbus_rs.prebuilt";
 
 /// The flags of all of it.
 const FLAGS: [&str; 18] = [
