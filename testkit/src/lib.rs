@@ -51,17 +51,20 @@
 //! | [`nic`], [`pair`], [`flat`] | what many scenarios start with |
 //! | [`lost`] | what does a machine do that does not answer any more? |
 //! | [`l1`], [`l2`] | a Linux with a real KVM, and a guest in it |
+//! | [`exits`], [`l1_wire`] | why does that guest exit, and what does its traffic cost? |
 //! | [`soak`] | guests and hostile clients on one bus, for a long time |
 //! | [`faults`] | what does a bus do when a system call fails? |
 //! | [`scenario`], [`scenarios`], [`runner`] | the tests |
 
 pub mod bus;
+pub mod exits;
 pub mod faults;
 pub mod flat;
 pub mod guest;
 pub mod initramfs;
 pub mod kit;
 pub mod l1;
+pub mod l1_wire;
 pub mod l2;
 pub mod lab;
 pub mod lost;

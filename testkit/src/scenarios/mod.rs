@@ -209,7 +209,7 @@ pub const SCENARIOS: &[Scenario] = &[
     beside_kvm(
         "kvm::against_virtio",
         "exits and interrupts of the same traffic, beside QEMU's virtio-net",
-        kvm::net::against_virtio,
+        kvm::against::against_virtio,
     ),
 ];
 

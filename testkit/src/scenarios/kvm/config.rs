@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
-use super::net::{self, exchange};
 use crate::bus::device;
 use crate::l1::L1;
+use crate::l1_wire::{self as net, exchange};
 use crate::l2::{L1Bus, L2, L2Spec};
 use crate::report::Figures;
 

@@ -4,10 +4,10 @@
 
 use anyhow::{Context, Result, ensure};
 
-use super::net::{self, EXCHANGE, OUTER, TRANSFER};
 use crate::bus::device;
 use crate::guest::Running;
 use crate::l1::L1;
+use crate::l1_wire::{self as net, EXCHANGE, OUTER, TRANSFER};
 use crate::l2::{L1Bus, L2, L2Spec};
 use crate::nic::{self, Nic};
 use crate::report::Figures;

@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use super::net::{self, bus, exchange};
 use crate::guest::{Guest, Running};
 use crate::l1::L1;
+use crate::l1_wire::{self as net, bus, exchange};
 use crate::l2::{L1Bus, L2, L2Spec};
 use crate::nic::{self, Nic};
 use crate::report::Figures;

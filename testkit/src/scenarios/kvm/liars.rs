@@ -8,10 +8,10 @@ use serde_json::{Value, json};
 
 use super::config::{check_driver, open_files, wait_files};
 use super::devices::{endless, stop};
-use super::net::{self, EXCHANGE};
 use crate::bus::device;
 use crate::guest::Running;
 use crate::l1::L1;
+use crate::l1_wire::{self as net, EXCHANGE};
 use crate::l2::{L1Bus, L2, L2Spec};
 use crate::report::Figures;
 

@@ -1,15 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Scenarios on a real KVM, in an [`L1`](crate::l1::L1).
 
+pub(super) mod against;
 pub(super) mod config;
 pub(super) mod counted;
 pub(super) mod devices;
 pub(super) mod doorbells;
-mod exits;
 pub(super) mod flat;
 pub(super) mod liars;
 pub(super) mod linux;
-pub(super) mod net;
 pub(super) mod pins;
 pub(super) mod processors;
 pub(super) mod sched;

@@ -12,8 +12,8 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use super::exits::{ByVector, Ends};
 use super::flat::{Run, number, rounded, start_bus};
+use crate::exits::{ByVector, Ends};
 use crate::flat::{device_names, with_processors};
 use crate::l1::L1;
 use crate::l2::L1Bus;

@@ -1,25 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The NIC of the bus in a guest on KVM: traffic to L1 over TAP, and its cost compared with QEMU's
-//! virtio-net.
+//! The wire between L1 and a guest on its KVM: a NIC of the guest, a TAP interface of L1, and what
+//! traffic over them costs.
 
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use serde_json::json;
 
-use super::exits::Trace;
 use crate::bus::device;
+use crate::exits::Trace;
 use crate::guest::Guest;
 use crate::l1::L1;
-use crate::l2::{L1Bus, L2Spec, Vmm};
+use crate::l2::L1Bus;
 use crate::nic::{self, Nic};
-use crate::report::Figures;
 
 /// The address of L1 on the wire.
 pub const OUTER: &str = "10.0.0.254";
 /// The address of L2.
 pub const INNER: &str = "10.0.0.1";
 
+/// Bytes of a MiB.
 pub const MIB: u64 = 1 << 20;
 
 /// Bytes each way of an exchange that is not measured.
@@ -59,16 +58,24 @@ pub fn exchange(l1: &L1, guest: &Guest, bytes: u64) -> Result<()> {
 /// The cost of some traffic: the exits that it caused (see [`Trace`]), and the NIC's interrupts
 /// that the guest has taken. Each is per MiB and per packet of the guest's network stack.
 #[derive(Clone, Copy, Debug, serde::Serialize)]
-struct Cost {
-    exits_per_mib: f64,
-    exits_per_packet: f64,
-    interrupts_per_mib: f64,
-    interrupts_per_packet: f64,
+pub struct Cost {
+    /// Exits per MiB.
+    pub exits_per_mib: f64,
+    /// Exits per packet.
+    pub exits_per_packet: f64,
+    /// Interrupts per MiB.
+    pub interrupts_per_mib: f64,
+    /// Interrupts per packet.
+    pub interrupts_per_packet: f64,
 }
 
 impl Cost {
     /// Counts while `bytes` go through the middle of a stream, out of the guest or into it.
-    fn of(l1: &L1, guest: &Guest, interface: &str, out: bool, bytes: u64) -> Result<Self> {
+    ///
+    /// # Errors
+    /// The traffic does not flow. It is a [`Skip`](crate::report::Skip) if this user may not read
+    /// the trace points of KVM.
+    pub fn of(l1: &L1, guest: &Guest, interface: &str, out: bool, bytes: u64) -> Result<Self> {
         let (from, to, address) =
             if out { (guest, &l1.guest, OUTER) } else { (&l1.guest, guest, INNER) };
         let port = if out { 5003 } else { 5004 };
@@ -124,10 +131,10 @@ pub fn pass(l1: &L1, bytes: u64) -> Result<()> {
     Ok(())
 }
 
-/// The NIC's interrupts so far. /proc/interrupts has them under the name of virtio-net's queues, or
-/// of the device that a user-space driver drives.
+/// The NIC's interrupts so far: no other function of the guest sends messages, or is driven by a
+/// user-space driver.
 fn interrupts(guest: &Guest) -> Result<u64> {
-    let lines = guest.ok("grep -E 'virtio[0-9]+-(in|out)put|uio' /proc/interrupts")?;
+    let lines = guest.ok("grep -E 'PCI-MSI|uio' /proc/interrupts")?;
     // "24:   10   20  PCI-MSI ...": a count for each CPU.
     let counts = lines.lines().flat_map(|line| {
         line.split_whitespace().skip(1).map_while(|word| word.parse::<u64>().ok())
@@ -139,61 +146,4 @@ fn packets(guest: &Guest, interface: &str) -> Result<u64> {
     let counters = guest
         .ok(&format!("cd /sys/class/net/{interface}/statistics && cat rx_packets tx_packets"))?;
     Ok(counters.split_whitespace().filter_map(|word| word.parse::<u64>().ok()).sum())
-}
-
-/// Measures the exits and interrupts of the same traffic through the NIC of the bus and through
-/// QEMU's virtio-net on TAP. The goal is half of virtio-net's.
-pub fn against_virtio(l1: &L1, figures: &mut Figures) -> Result<()> {
-    const BYTES: u64 = 16 * MIB;
-    // How often an end sleeps and is woken depends on how the host's other work divides the
-    // processors, and that may differ for the two guests, which run one after the other. An exit
-    // for each frame or an interrupt for each frame would be more than this.
-    const MOST: f64 = 4.0;
-    let both = |l1: &L1, guest: &Guest, interface: &str| -> Result<[Cost; 2]> {
-        Ok([
-            Cost::of(l1, guest, interface, true, BYTES)?,
-            Cost::of(l1, guest, interface, false, BYTES)?,
-        ])
-    };
-    let ours = {
-        let bus = bus(l1, "")?;
-        let l2 = L2Spec::new("venet").device("net", &bus.socket("net")).boot(l1)?;
-        let _nic = nic(&l2.guest)?;
-        let costs = both(l1, &l2.guest, "vbus0")?;
-        l2.power_off()?;
-        costs
-    };
-    let theirs = {
-        let netdev = format!("-netdev tap,id=net,ifname={TAP},script=no,downscript=no,vhost=off");
-        let spec = L2Spec { vmm: Vmm::Qemu, ..L2Spec::new("virtio") };
-        let l2 =
-            spec.args(&format!("{netdev} -device virtio-net-pci,netdev=net,romfile=")).boot(l1)?;
-        address_tap(l1)?;
-        l2.guest.ok(&format!("ip addr add {INNER}/24 dev eth0 && ip link set eth0 up"))?;
-        let costs = both(l1, &l2.guest, "eth0")?;
-        l2.power_off()?;
-        costs
-    };
-    let all = json!({
-        "vbus": {"out": ours[0], "in": ours[1]}, "virtio_net": {"out": theirs[0], "in": theirs[1]},
-    });
-    eprintln!("TCP: {all}");
-    let check = |what: &str, value: fn(&Cost) -> f64| {
-        let sum = |costs: &[Cost; 2]| costs.iter().map(value).sum::<f64>();
-        let (ours, theirs) = (sum(&ours), sum(&theirs));
-        if 2.0 * ours > theirs {
-            eprintln!("{what}, out and in: more than half of virtio-net's, in this run");
-        }
-        ensure!(
-            ours <= MOST * theirs,
-            "{what}, out and in: {ours:.3}, more than {MOST} times the {theirs:.3} of virtio-net"
-        );
-        Ok(())
-    };
-    check("exits per MiB", |cost| cost.exits_per_mib)?;
-    check("exits per packet", |cost| cost.exits_per_packet)?;
-    check("interrupts per MiB", |cost| cost.interrupts_per_mib)?;
-    check("interrupts per packet", |cost| cost.interrupts_per_packet)?;
-    figures.insert("against_virtio_net".into(), all);
-    Ok(())
 }
