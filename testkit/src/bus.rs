@@ -195,6 +195,15 @@ impl Bus {
             .context("vbus stats --json printed no JSON")
     }
 
+    /// The bytes that this NIC has sent since its driver opened it.
+    pub fn sent_bytes(&self, nic: &str) -> Result<u64> {
+        let stats = self.stats()?;
+        let device = stats.as_array().into_iter().flatten().find(|device| device["name"] == nic);
+        let pairs = device.and_then(|device| device["device"]["pairs"].as_array());
+        let pairs = pairs.with_context(|| format!("vbus stats --json tells nothing of {nic}"))?;
+        Ok(pairs.iter().filter_map(|pair| pair["tx"]["bytes"].as_u64()).sum())
+    }
+
     /// The counters of these NICs, together.
     pub fn traffic(&self, nics: &[&str]) -> Result<Traffic> {
         let stats = self.stats()?;

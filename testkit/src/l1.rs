@@ -34,8 +34,9 @@ pub enum Clock {
 /// processor time.
 const SILENCE: Duration = Duration::from_secs(90);
 
-/// The kernel modules for L1: KVM on AMD's SVM, and the disk from which L1 reads QEMU.
-const MODULES: [&str; 2] = ["kvm_amd", "virtio_blk"];
+/// The kernel modules for L1: KVM on AMD's SVM, the disk from which L1 reads QEMU, and virtio-net's
+/// other end in the kernel.
+const MODULES: [&str; 3] = ["kvm_amd", "virtio_blk", "vhost_net"];
 
 /// A running L1. Dropping it ends it.
 pub struct L1<'a> {

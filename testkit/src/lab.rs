@@ -200,6 +200,7 @@ pub struct Lab {
     vbus: PathBuf,
     agent: PathBuf,
     guest: PathBuf,
+    times: Option<u32>,
     dir: RunDir,
 }
 
@@ -236,6 +237,7 @@ impl Lab {
             vbus: programs.vbus,
             agent: programs.agent,
             guest: programs.guest,
+            times: None,
             dir,
         };
         lab.qemu_version = match (&options.qemu, &lab.kit) {
@@ -338,6 +340,16 @@ impl Lab {
     /// What executes the guests' instructions.
     pub fn accel(&self) -> Accel {
         self.accel
+    }
+
+    /// Lets scenarios that repeat something do so this often.
+    pub fn set_times(&mut self, times: Option<u32>) {
+        self.times = times;
+    }
+
+    /// How often a scenario is to repeat what it repeats; none if the user has not said so.
+    pub fn times(&self) -> Option<u32> {
+        self.times
     }
 
     /// Uses copies of the programs from now on. A build meanwhile does not touch them.

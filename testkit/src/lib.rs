@@ -48,10 +48,11 @@
 //! | [`lab`], [`qmp`], [`guest`] | what do all guests share, and how does a test speak to one? |
 //! | [`vm`], [`trial`], [`bus`] | one VM, with KVM or without; one bus |
 //! | [`process_guest`] | a guest without a virtual machine |
-//! | [`nic`], [`pair`], [`flat`] | what many scenarios start with |
+//! | [`iperf`], [`nic`], [`pair`], [`tap`], [`flat`] | what many scenarios start with |
 //! | [`lost`] | what does a machine do that does not answer any more? |
 //! | [`l1`], [`l2`] | a Linux with a real KVM, and a guest in it |
 //! | [`exits`], [`l1_wire`] | why does that guest exit, and what does its traffic cost? |
+//! | [`netbench`] | how do NICs compare? |
 //! | [`soak`] | guests and hostile clients on one bus, for a long time |
 //! | [`faults`] | what does a bus do when a system call fails? |
 //! | [`scenario`], [`scenarios`], [`runner`] | the tests |
@@ -62,6 +63,7 @@ pub mod faults;
 pub mod flat;
 pub mod guest;
 pub mod initramfs;
+pub mod iperf;
 pub mod kit;
 pub mod l1;
 pub mod l1_wire;
@@ -69,6 +71,7 @@ pub mod l2;
 pub mod lab;
 pub mod lost;
 pub mod module;
+pub mod netbench;
 pub mod nic;
 pub mod pair;
 pub mod process;
@@ -82,6 +85,7 @@ pub mod scenario;
 pub mod scenarios;
 pub mod soak;
 pub mod system;
+pub mod tap;
 pub mod template;
 pub mod trial;
 pub mod vm;

@@ -4,9 +4,9 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use serde_json::Value;
 
 use crate::guest::{Guest, Running};
+use crate::iperf::{Load, Received};
 use crate::vm::BOOT;
 
 /// Huge pages of 2 MiB that a guest keeps for the rings and buffers of its drivers.
@@ -35,14 +35,21 @@ impl Nic {
         address: &str,
         options: &str,
     ) -> Result<Self> {
-        let command = format!("exec vbus-guest net {device} --name {interface} {options}");
-        let driver = guest.start(&command)?;
-        // The driver prints this line when the interface is there.
-        driver.wait_for(", address ", BOOT)?;
+        let driver = driver(guest, device, interface, options)?;
         guest
             .ok(&format!("ip addr add {address} dev {interface} && ip link set {interface} up"))?;
         Ok(Self { driver, interface: interface.to_owned() })
     }
+}
+
+/// Starts the driver of the NIC `device`, `vbus-guest net`, and waits for its interface
+/// `interface`.
+pub fn driver(guest: &Guest, device: &str, interface: &str, options: &str) -> Result<Running> {
+    let command = format!("exec vbus-guest net {device} --name {interface} {options}");
+    let driver = guest.start(&command)?;
+    // The driver prints this line when the interface is there.
+    driver.wait_for(", address ", BOOT)?;
+    Ok(driver)
 }
 
 /// Round-trip times in milliseconds.
@@ -51,6 +58,8 @@ pub struct Ping {
     pub min: f64,
     /// The mean.
     pub avg: f64,
+    /// The middle one.
+    pub median: f64,
     /// The longest.
     pub max: f64,
 }
@@ -73,23 +82,21 @@ pub fn ping(guest: &Guest, address: &str, count: u32) -> Result<Ping> {
     }
     times.sort_by(f64::total_cmp);
     let [min, .., max] = times[..] else { bail!("{count} pings are too few") };
-    Ok(Ping { min, avg: times.iter().sum::<f64>() / f64::from(count), max })
+    let (avg, median) = (times.iter().sum::<f64>() / f64::from(count), times[times.len() / 2]);
+    Ok(Ping { min, avg, median, max })
 }
 
 /// Measures TCP from `from` to the guest `to` at `address`, in megabits per second, as the receiver
 /// counts them.
 pub fn iperf(from: &Guest, to: &Guest, address: &str, seconds: u32) -> Result<f64> {
+    const PORT: u16 = 5201;
     let server = to.start("iperf3 --server --one-off")?;
-    wait_port(to, 5201)?;
+    wait_port(to, PORT)?;
     let limit = BOOT + Duration::from_secs(u64::from(seconds));
-    let client = from.start(&format!(
-        "iperf3 --client {address} --time {seconds} --json --connect-timeout 10000"
-    ))?;
-    let text = client.ok(limit)?;
+    let load = Load { server: address, port: PORT, seconds, words: "" };
+    let report = from.start(&load.command())?.ok(limit)?;
     server.ok(BOOT)?;
-    let result: Value = serde_json::from_str(&text).context("iperf3 printed no JSON")?;
-    let bits = result["end"]["sum_received"]["bits_per_second"].as_f64();
-    Ok(bits.with_context(|| format!("iperf3 counted nothing: {}", result["error"]))? / 1e6)
+    Ok(Received::of(&report)?.mbps)
 }
 
 /// Sends `bytes` bytes from `from` to the guest `to` at `address`. Both ends must compute the same
@@ -119,7 +126,13 @@ pub fn transfer(
 
 /// Waits until something listens on a TCP port of the guest.
 pub fn wait_port(guest: &Guest, port: u16) -> Result<()> {
+    wait_port_in(guest, "", port)
+}
+
+/// The same in a network namespace of the guest. `place` is the beginning of a command there.
+pub fn wait_port_in(guest: &Guest, place: &str, port: u16) -> Result<()> {
     // State 0A is LISTEN. The port is in hexadecimal after the address.
-    let listens = format!("cat /proc/net/tcp /proc/net/tcp6 | grep -q ':{port:04X} [0:]* 0A'");
+    let table = format!("{place}cat /proc/net/tcp /proc/net/tcp6");
+    let listens = format!("{table} | grep -q ':{port:04X} [0:]* 0A'");
     guest.ok(&format!("until {listens}; do sleep 0.05; done")).map(drop)
 }

@@ -15,14 +15,21 @@ use crate::trial;
 /// emulated processor failed during a scenario (see [`L1::proof`]), the scenario runs once more, in
 /// another L1. Any other failure is one of the test, also if a machine hangs: its logs tell what it
 /// did ([`lost`](crate::lost)). The figure `retries` counts the runs after a proof.
+///
+/// `times` says how often a scenario repeats what it repeats. Without it each has a number of its
+/// own, so small that all scenarios together take minutes.
 pub fn run(
     report: &mut Report,
     scenarios: &[&Scenario],
     options: &Options,
     clock: Clock,
+    times: Option<u32>,
 ) -> Figures {
     let mut figures = Figures::new();
-    let lab = trial::open(options);
+    let mut lab = trial::open(options);
+    if let Ok(lab) = &mut lab {
+        lab.set_times(times);
+    }
     let mut l1 = None;
     let mut retries = 0;
     for scenario in scenarios {

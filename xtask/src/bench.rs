@@ -2,20 +2,39 @@
 //! `cargo xtask bench` runs `bench/`, a workspace of its own with vbus's peers among its
 //! dependencies.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
-use testkit::workspace;
+use testkit::lab::Options;
+use testkit::report::Skip;
+use testkit::{netbench, trial, workspace};
+
+/// The text at the end of `--help`.
+const HELP: &str = "\
+`bench net` compares NICs in one guest: vbus's by the program vbus-guest, and QEMU's virtio-net, each
+on a TAP interface of this host. TCP out, in and both; datagrams of 64 and 1,472 bytes; pings;
+interrupts, guest instructions and exits per packet. It needs root. Its last line is one JSON object. Keys
+that end in `_vs_virtio` are ratios to virtio-net: above 1 means that vbus is ahead, and for what a
+packet costs (irqs, insn, exits) below 1 does.
+
+Examples:
+  cargo xtask bench net                       some 20 minutes
+  cargo xtask bench net --quick               a first look
+  cargo xtask bench net --queues 1 --rounds 9 --seconds 5";
+
+/// The heading of the options that go with `bench net`.
+const NET: &str = "Options of `bench net`";
 
 /// What to measure, and how to print it.
 #[derive(clap::Args)]
+#[command(after_help = HELP)]
 pub struct Args {
     /// Measure something else than the shared memory
-    #[arg(value_enum, conflicts_with_all = ["quick", "realtime", "only"])]
+    #[arg(value_enum, conflicts_with_all = ["realtime", "only"])]
     what: Option<What>,
     /// Print one JSON object as the last line; a ratio above 1 means that vbus is faster
     #[arg(long)]
     json: bool,
-    /// Use fewer processes and rounds, for a first look
+    /// Use fewer processes and rounds, or shorter measurements, for a first look
     #[arg(long)]
     quick: bool,
     /// Measure with real-time priority, for a machine that has other work: needs root, and chrt
@@ -24,6 +43,27 @@ pub struct Args {
     /// Measure this group only: rings, pages, signals, lines, sizes, readers or devices
     #[arg(long, value_name = "GROUP")]
     only: Option<String>,
+    /// The rounds, in each of which everything is measured once [default: 5, with --quick 1]
+    #[arg(long, help_heading = NET, value_name = "NUMBER",
+        value_parser = clap::value_parser!(u32).range(1..=1000))]
+    rounds: Option<u32>,
+    /// The seconds of a measurement [default: 3, with --quick 1]
+    #[arg(long, help_heading = NET, value_name = "NUMBER",
+        value_parser = clap::value_parser!(u32).range(1..=600))]
+    seconds: Option<u32>,
+    /// The numbers of queue pairs, each in a guest with as many CPUs, with commas between them
+    /// [default: 1, 2, 4 and 8, up to this machine's CPUs; with --quick 1]
+    #[arg(long, help_heading = NET, value_name = "NUMBERS", value_delimiter = ',',
+        value_parser = clap::value_parser!(u32).range(1..=8))]
+    queues: Vec<u32>,
+    /// Do not count the guest's instructions
+    #[arg(long, help_heading = NET)]
+    no_instructions: bool,
+    /// Do not count exits, for which a Linux with a real KVM is started
+    #[arg(long, help_heading = NET)]
+    no_exits: bool,
+    #[command(flatten, next_help_heading = NET)]
+    guests: Options,
 }
 
 /// What else can be measured.
@@ -35,12 +75,28 @@ enum What {
     /// How much of its rate a pair of NICs keeps on a switch beside a storm: a flood of broadcasts,
     /// a bridge loop, a receiver that posts its buffers one by one
     Bystanders,
+    /// NICs of a guest: vbus's, and QEMU's virtio-net
+    Net,
 }
 
 /// Builds and runs the benchmark. Charts go to `target/bench`.
 pub fn run(args: &Args) -> Result<bool> {
+    let options_of_net = args.rounds.is_some()
+        || args.seconds.is_some()
+        || !args.queues.is_empty()
+        || args.no_instructions
+        || args.no_exits;
+    ensure!(
+        !options_of_net || matches!(args.what, Some(What::Net)),
+        "--rounds, --seconds, --queues, --no-instructions and --no-exits go with `bench net`"
+    );
+    ensure!(
+        !args.quick || matches!(args.what, None | Some(What::Net)),
+        "--quick goes with `bench` and with `bench net`"
+    );
     if let Some(what) = args.what {
         let (package, example) = match what {
+            What::Net => return net(args),
             What::Fairness => ("vbus-vfio-user", "fairness"),
             What::Bystanders => ("vbus-devices", "bystanders"),
         };
@@ -63,4 +119,39 @@ pub fn run(args: &Args) -> Result<bool> {
         command.args(["--only", group]);
     }
     Ok(command.status().context("cannot run cargo")?.success())
+}
+
+/// Compares NICs.
+fn net(args: &Args) -> Result<bool> {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let queues = match &args.queues[..] {
+        [] if args.quick => vec![1],
+        [] => {
+            let fits = |queues: &u32| usize::try_from(*queues).is_ok_and(|n| n <= processors);
+            [1, 2, 4, 8].into_iter().filter(fits).collect()
+        }
+        queues => queues.to_vec(),
+    };
+    let spec = netbench::Spec {
+        seconds: args.seconds.unwrap_or(if args.quick { 1 } else { 3 }),
+        rounds: args.rounds.unwrap_or(if args.quick { 1 } else { 5 }),
+        queues,
+        instructions: !args.no_instructions,
+        exits: !args.no_exits,
+    };
+    let lab = trial::open(&args.guests)?;
+    match netbench::run(&lab, &spec) {
+        Ok(report) => {
+            if !args.json {
+                println!("{}", report.text());
+            }
+            println!("{}", report.json());
+            Ok(true)
+        }
+        Err(error) if error.is::<Skip>() => {
+            eprintln!("skipped: {error:#}");
+            Ok(true)
+        }
+        Err(error) => Err(error),
+    }
 }

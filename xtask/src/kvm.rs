@@ -101,7 +101,7 @@ pub fn run(args: &Args) -> Result<bool> {
         args.names.join(" or ")
     );
     let mut report = Report::default();
-    let figures = runner::run(&mut report, &scenarios, &args.guests, clock);
+    let figures = runner::run(&mut report, &scenarios, &args.guests, clock, None);
     if args.json {
         let ok = report.show_failures();
         eprintln!("{}", report.summary());

@@ -48,6 +48,10 @@ pub struct Args {
     /// Seconds that each fuzz target runs
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=86_400))]
     fuzz_seconds: u32,
+    /// How often the scenarios of linux:: repeat what they repeat, such as loading the module; by
+    /// default a few times, so that all tests take minutes
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    times: Option<u32>,
     #[command(flatten)]
     guests: Options,
 }
@@ -108,7 +112,7 @@ pub fn run(args: &Args) -> Result<bool> {
         fuzz::test(&mut report, &fuzz_targets, args.fuzz_seconds);
     }
     if !scenarios.is_empty() {
-        let figures = runner::run(&mut report, &scenarios, &args.guests, Clock::Time);
+        let figures = runner::run(&mut report, &scenarios, &args.guests, Clock::Time, args.times);
         if !figures.is_empty() {
             eprintln!("kvm: {}", Value::Object(figures));
         }

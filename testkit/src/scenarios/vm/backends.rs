@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Back ends of the NIC that lead out of the bus: QEMU's stream protocol, passt, TAP.
 
-use std::fs::{self, File};
+use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use serde_json::Value;
 
 use crate::bus::Bus;
 use crate::bus::device;
@@ -16,6 +15,7 @@ use crate::nic::{self, Nic};
 use crate::pair::{ADDRESS, TRANSFER};
 use crate::process::Process;
 use crate::report::Skip;
+use crate::tap::{self, Server, Tap};
 use crate::vm::{Vm, VmSpec};
 
 const MIB: u64 = 1 << 20;
@@ -128,50 +128,23 @@ pub fn tap(scene: &Scene) -> Result<()> {
     // wake-up, which a timer makes up for, costs far more than a factor of ten. On a quiet machine
     // the way in had 0.56 to 0.73.
     const LEAST: f64 = 0.1;
-    if let Err(error) = File::options().read(true).write(true).open("/dev/net/tun") {
-        return Err(Skip(format!("/dev/net/tun cannot be opened: {error}")).into());
+    let (ours, theirs) = (Tap::new(0), Tap::new(9));
+    let config = device("net", "venet", &format!("backend = \"tap\"\ntap = \"{}\"", ours.name));
+    let bus = tap::bus(scene, &config)?;
+    let virtio = theirs.virtio_net(1, "");
+    let (vm, _nic) = guest_with_nic(scene, &bus, &virtio.each_ref().map(String::as_str))?;
+    theirs.up_in(&vm.guest, "eth0")?;
+    for tap in [&ours, &theirs] {
+        tap.up(scene)?;
     }
-    let id = std::process::id() % 10_000;
-    let (ours, theirs) = (format!("vbus-o{id}"), format!("vbus-v{id}"));
-    let bus = match Bus::start(
-        scene,
-        &device("net", "venet", &format!("backend = \"tap\"\ntap = \"{ours}\"")),
-    ) {
-        Ok(bus) => bus,
-        Err(error) if !rustix::process::geteuid().is_root() => {
-            return Err(Skip(format!("TAP needs CAP_NET_ADMIN: {error:#}")).into());
-        }
-        Err(error) => return Err(error),
-    };
-    let netdev = format!("tap,id=net,ifname={theirs},script=no,downscript=no,vhost=off");
-    let (vm, _nic) = guest_with_nic(
-        scene,
-        &bus,
-        &["-netdev", &netdev, "-device", "virtio-net-pci,netdev=net,romfile="],
-    )?;
-    vm.guest.ok("ip addr add 10.0.9.1/24 dev eth0 && ip link set eth0 up")?;
-    for (interface, address) in [(&ours, "10.0.0.254/24"), (&theirs, "10.0.9.254/24")] {
-        host_ip(scene, &["addr", "add", address, "dev", interface])?;
-        host_ip(scene, &["link", "set", interface, "up"])?;
-    }
-    let mut server = scene.lab.program("iperf3");
-    server.args(["--server", "--port", "15201"]);
-    let _server = Process::start(server, "iperf3", &scene.dir().join("iperf3.log"))?;
-
-    let figure = |host: &str, way: &str| -> Result<f64> {
-        let command = format!(
-            "iperf3 --client {host} --port 15201 --time 2 --json --connect-timeout 10000 {way}"
-        );
-        let text = vm.guest.start(&command)?.ok(TRANSFER)?;
-        let result: Value = serde_json::from_str(&text).context("iperf3 printed no JSON")?;
-        let bits = result["end"]["sum_received"]["bits_per_second"].as_f64();
-        Ok(bits.with_context(|| format!("iperf3 counted nothing: {}", result["error"]))? / 1e6)
-    };
+    let server = Server::start(scene)?;
+    let figure =
+        |tap: &Tap, way: &str| -> Result<f64> { Ok(server.measure(&vm.guest, tap, 2, way)?.mbps) };
     for (direction, way) in [("out", ""), ("in", "--reverse")] {
         // The two take turns, so that other work on this machine slows both.
         let mut rounds = Vec::new();
         for _ in 0..ROUNDS {
-            rounds.push((figure("10.0.0.254", way)?, figure("10.0.9.254", way)?));
+            rounds.push((figure(&ours, way)?, figure(&theirs, way)?));
         }
         let mut ratios: Vec<f64> = rounds.iter().map(|(ours, theirs)| ours / theirs).collect();
         ratios.sort_by(f64::total_cmp);
@@ -185,17 +158,5 @@ pub fn tap(scene: &Scene) -> Result<()> {
              {rounds:.0?}"
         );
     }
-    Ok(())
-}
-
-/// Runs `ip` of the kit's busybox on the host, which may have no iproute2.
-fn host_ip(scene: &Scene, args: &[&str]) -> Result<()> {
-    let output = scene.lab.busybox().arg("ip").args(args).output().context("cannot run busybox")?;
-    ensure!(
-        output.status.success(),
-        "ip {} failed: {}",
-        args.join(" "),
-        String::from_utf8_lossy(&output.stderr)
-    );
     Ok(())
 }

@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The NICs that are compared, side by side in one guest.
+
+use anyhow::{Context, Result};
+
+use crate::bus::{Bus, device};
+use crate::guest::{Guest, Running};
+use crate::lab::Scene;
+use crate::nic;
+use crate::tap::{self, Tap};
+use crate::vm::{Processor, Vm, VmSpec};
+
+/// A NIC with its driver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Contender {
+    /// vbus's NIC, driven by the program `vbus-guest net`.
+    Program,
+    /// QEMU's virtio-net.
+    VirtioNet,
+}
+
+impl Contender {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Program, Self::VirtioNet];
+
+    /// Its name in JSON keys.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Program => "program",
+            Self::VirtioNet => "virtio",
+        }
+    }
+
+    /// What it is, for a table.
+    pub fn about(self) -> &'static str {
+        match self {
+            Self::Program => "vbus, guest program",
+            Self::VirtioNet => "virtio-net",
+        }
+    }
+
+    fn is_vbus(self) -> bool {
+        self != Self::VirtioNet
+    }
+}
+
+/// The guest that the contenders share.
+#[derive(Clone, Copy)]
+pub struct Spec {
+    /// Queue pairs of each NIC, and CPUs of the guest.
+    pub queues: u32,
+    /// What executes its instructions.
+    pub processor: Processor,
+}
+
+/// A contender in the guest, its interface up.
+pub struct Nic {
+    /// Which one it is.
+    pub contender: Contender,
+    /// The other end of its wire.
+    pub tap: Tap,
+    /// Its interface in the guest.
+    pub interface: String,
+    /// Its function's folder in the guest's sysfs.
+    function: String,
+    /// Its driver, if that is a process.
+    #[expect(dead_code, reason = "the driver runs as long as the NIC is used")]
+    driver: Option<Running>,
+}
+
+/// A guest with all contenders.
+pub struct Rig {
+    // Rust drops these in order: the guest, then the bus.
+    /// The contenders.
+    pub nics: Vec<Nic>,
+    /// The guest.
+    pub vm: Vm,
+    /// The bus that serves the contenders of vbus.
+    #[expect(dead_code, reason = "it lives as long as the guest")]
+    bus: Bus,
+}
+
+impl Rig {
+    /// Boots a guest with all contenders.
+    ///
+    /// # Errors
+    /// The bus, the guest or a driver does not start. It is a [`Skip`](crate::report::Skip) if this
+    /// machine has no TAP.
+    pub fn start(scene: &Scene, spec: Spec) -> Result<Self> {
+        let contenders = Contender::ALL;
+        let taps: Vec<Tap> = (1..).map(Tap::new).take(contenders.len()).collect();
+        let queues = spec.queues;
+        let mut config = String::new();
+        for (contender, tap) in contenders.iter().zip(&taps).filter(|(one, _)| one.is_vbus()) {
+            config += &device(
+                contender.name(),
+                "venet",
+                &format!("backend = \"tap\"\ntap = \"{}\"\nqueue-pairs = {queues}", tap.name),
+            );
+        }
+        let bus = tap::bus(scene, &config)?;
+        let mut machine = VmSpec::new("bench");
+        machine.cpus = queues;
+        machine.processor = spec.processor;
+        // The devices of vbus come first: they are in the first ports.
+        let (ours, theirs): (Vec<_>, Vec<_>) =
+            contenders.into_iter().zip(taps).partition(|(contender, _)| contender.is_vbus());
+        for (contender, _) in &ours {
+            machine = machine.device(bus.socket(contender.name()));
+        }
+        for (slot, (_, tap)) in (ours.len()..).zip(&theirs) {
+            machine.args.extend(tap.virtio_net(queues, &format!(",bus=slot{slot}")));
+        }
+        let vm = machine.boot(scene)?;
+        nic::prepare(&vm.guest)?;
+        let mut nics = Vec::new();
+        for (slot, (contender, tap)) in ours.into_iter().chain(theirs).enumerate() {
+            // The first root port leads to bus 1.
+            let function = format!("/sys/bus/pci/devices/0000:{:02x}:00.0", slot + 1);
+            nics.push(Nic::up(scene, &vm.guest, contender, tap, function, queues)?);
+        }
+        Ok(Self { nics, vm, bus })
+    }
+}
+
+impl Nic {
+    fn up(
+        scene: &Scene,
+        guest: &Guest,
+        contender: Contender,
+        tap: Tap,
+        function: String,
+        queues: u32,
+    ) -> Result<Self> {
+        let (interface, driver) = match contender {
+            Contender::Program => {
+                let name = "program";
+                let options = format!("--queue-pairs {queues}");
+                let driver = nic::driver(guest, contender.name(), name, &options)?;
+                (name.to_owned(), Some(driver))
+            }
+            Contender::VirtioNet => {
+                let name = guest.ok(&format!("ls {function}/virtio*/net"))?.trim().to_owned();
+                if queues > 1 {
+                    guest.ok(&format!("ethtool -L {name} combined {queues}"))?;
+                }
+                (name, None)
+            }
+        };
+        tap.up(scene)?;
+        tap.up_in(guest, &interface)?;
+        Ok(Self { contender, tap, interface, function, driver })
+    }
+
+    /// How many interrupts the NIC has sent so far: those of its messages, or of its line.
+    ///
+    /// # Errors
+    /// The guest does not tell.
+    pub fn interrupts(&self, guest: &Guest) -> Result<u64> {
+        let folder = &self.function;
+        let numbers =
+            guest.ok(&format!("ls {folder}/msi_irqs 2> /dev/null || cat {folder}/irq"))?;
+        let table = guest.ok("cat /proc/interrupts")?;
+        count(&table, &numbers.split_whitespace().collect::<Vec<_>>())
+    }
+}
+
+/// The sum of these interrupts in a `/proc/interrupts`.
+fn count(table: &str, numbers: &[&str]) -> Result<u64> {
+    let cpus =
+        table.lines().next().context("an empty /proc/interrupts")?.split_whitespace().count();
+    let mut sum = 0;
+    for line in table.lines().skip(1) {
+        // "24:   10   20  PCI-MSI ...": a count for each CPU.
+        let Some((number, counts)) = line.split_once(':') else { continue };
+        if numbers.contains(&number.trim()) {
+            let counts = counts.split_whitespace().take(cpus);
+            sum += counts.filter_map(|count| count.parse::<u64>().ok()).sum::<u64>();
+        }
+    }
+    Ok(sum)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may panic")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn interrupts_of_a_function_are_counted_on_all_cpus() {
+        let table = "     CPU0  CPU1\n\
+                     24:    10    20  PCI-MSIX-0000:03:00.0  0-edge  virtio0-config\n\
+                     25:     1     2  PCI-MSIX-0000:03:00.0  1-edge  virtio0-input.0\n\
+                     125:    7     7  PCI-MSIX-0000:04:00.0  0-edge  12\n\
+                     LOC:    9     9  Local timer interrupts\n";
+        assert_eq!(count(table, &["24", "25"]).unwrap(), 33);
+        assert_eq!(count(table, &[]).unwrap(), 0);
+    }
+}

@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Medians, spread and ratios of repeated measurements.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Map, Value, json};
+
+use super::contender::Contender;
+use super::traffic::{Measured, Traffic};
+
+/// The middle of some figures, and how far they spread.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Spread {
+    /// Half of the figures are below, half above.
+    pub median: f64,
+    /// A quarter of the figures are below.
+    pub low: f64,
+    /// A quarter of the figures are above.
+    pub high: f64,
+}
+
+impl Spread {
+    /// Of these figures; none if there are none.
+    pub fn of(mut figures: Vec<f64>) -> Option<Self> {
+        figures.sort_by(f64::total_cmp);
+        let last = figures.len().checked_sub(1)?;
+        // Between two figures the share of the way is that of their distance.
+        let at = |quarters: usize| -> Option<f64> {
+            let (place, rest) = (last * quarters / 4, last * quarters % 4);
+            let (below, above) = (figures.get(place)?, figures.get((place + 1).min(last))?);
+            Some(below + (above - below) * rest as f64 / 4.0)
+        };
+        Some(Self { median: at(2)?, low: at(1)?, high: at(3)? })
+    }
+
+    fn json(self) -> Value {
+        json!({ "median": round(self.median), "low": round(self.low), "high": round(self.high) })
+    }
+}
+
+/// Rounds to four significant digits.
+pub fn round(value: f64) -> f64 {
+    if value == 0.0 || !value.is_finite() {
+        return value;
+    }
+    let digits = 3.0 - value.abs().log10().floor();
+    let factor = 10f64.powf(digits);
+    (value * factor).round() / factor
+}
+
+/// The measurements of one guest, round by round.
+#[derive(Default)]
+pub struct Rounds {
+    rounds: Vec<BTreeMap<(Traffic, Contender), Measured>>,
+}
+
+impl Rounds {
+    /// Begins a round.
+    pub fn begin(&mut self) {
+        self.rounds.push(BTreeMap::new());
+    }
+
+    /// Enters a measurement of this round.
+    pub fn enter(&mut self, traffic: Traffic, contender: Contender, measured: Measured) {
+        if let Some(round) = self.rounds.last_mut() {
+            round.insert((traffic, contender), measured);
+        }
+    }
+
+    /// The spread of what `value` says of one contender's measurements.
+    pub fn spread(
+        &self,
+        traffic: Traffic,
+        contender: Contender,
+        value: fn(&Measured) -> f64,
+    ) -> Option<Spread> {
+        let found = self.rounds.iter().filter_map(|round| round.get(&(traffic, contender)));
+        Spread::of(found.map(value).collect())
+    }
+
+    /// The spread of the ratios to virtio-net, each of two measurements of one round: above 1, the
+    /// contender is ahead.
+    pub fn against_virtio(&self, traffic: Traffic, contender: Contender) -> Option<Spread> {
+        let ratio = |round: &BTreeMap<_, Measured>| {
+            let ours = round.get(&(traffic, contender))?.figure;
+            Some(traffic.ratio(ours, round.get(&(traffic, Contender::VirtioNet))?.figure))
+        };
+        Spread::of(self.rounds.iter().filter_map(ratio).collect())
+    }
+
+    /// The interrupts for each packet of these kinds of traffic together, as a ratio to
+    /// virtio-net's: below 1, the contender has fewer.
+    pub fn interrupts_against_virtio(
+        &self,
+        kinds: &[Traffic],
+        contender: Contender,
+    ) -> Option<f64> {
+        let sum = |contender: Contender| -> Option<f64> {
+            let medians = kinds.iter().map(|traffic| {
+                Some(self.spread(*traffic, contender, |m| m.interrupts_per_packet)?.median)
+            });
+            medians.sum()
+        };
+        Some(sum(contender)? / sum(Contender::VirtioNet)?)
+    }
+
+    /// All of it, by traffic and contender.
+    pub fn json(&self) -> Value {
+        let mut all = Map::new();
+        for traffic in Traffic::ALL {
+            let mut row = Map::new();
+            for contender in Contender::ALL {
+                let Some(figure) = self.spread(traffic, contender, |m| m.figure) else { continue };
+                let interrupts = self.spread(traffic, contender, |m| m.interrupts_per_packet);
+                row.insert(
+                    contender.name().into(),
+                    json!({
+                        "figure": figure.json(),
+                        "interrupts_per_packet": interrupts.map(Spread::json),
+                        "against_virtio": self.against_virtio(traffic, contender).map(Spread::json),
+                    }),
+                );
+            }
+            if !row.is_empty() {
+                row.insert("unit".into(), traffic.unit().into());
+                all.insert(traffic.name().into(), row.into());
+            }
+        }
+        all.into()
+    }
+
+    /// The lines of a table.
+    pub fn table(&self) -> String {
+        let mut text = format!(
+            "{:12} {:20} {:>12} {:>24} {:>10} {:>14}\n",
+            "traffic", "NIC", "median", "half of them between", "ratio", "irqs/packet"
+        );
+        for traffic in Traffic::ALL {
+            for contender in Contender::ALL {
+                let Some(figure) = self.spread(traffic, contender, |m| m.figure) else { continue };
+                let ratio =
+                    self.against_virtio(traffic, contender).map_or(1.0, |ratio| ratio.median);
+                let interrupts = self.spread(traffic, contender, |m| m.interrupts_per_packet);
+                let between = format!("{} .. {}", round(figure.low), round(figure.high));
+                text += &format!(
+                    "{:12} {:20} {:>12} {between:>24} {ratio:>10.2} {:>14.4}  {}\n",
+                    traffic.name(),
+                    contender.about(),
+                    round(figure.median),
+                    interrupts.map_or(0.0, |spread| spread.median),
+                    traffic.unit(),
+                );
+            }
+        }
+        text
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may panic")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn half_of_the_figures_are_between_the_quartiles() {
+        let spread = Spread::of(vec![5.0, 1.0, 3.0, 2.0, 4.0]).unwrap();
+        assert_eq!(spread, Spread { median: 3.0, low: 2.0, high: 4.0 });
+        let spread = Spread::of(vec![1.0, 2.0]).unwrap();
+        assert_eq!(spread, Spread { median: 1.5, low: 1.25, high: 1.75 });
+        assert_eq!(Spread::of(Vec::new()), None);
+        assert!(
+            (round(123_456.0) - 123_500.0).abs() < 1e-9
+                && (round(0.012_345) - 0.012_35).abs() < 1e-12
+        );
+    }
+
+    #[test]
+    fn a_ratio_is_of_one_round() {
+        let mut rounds = Rounds::default();
+        // The machine was ten times slower in the second round.
+        for speed in [10.0, 1.0, 10.0] {
+            rounds.begin();
+            for (contender, figure) in [(Contender::Program, 2.0), (Contender::VirtioNet, 4.0)] {
+                let measured = Measured { figure: figure * speed, interrupts_per_packet: figure };
+                rounds.enter(Traffic::TcpOut, contender, measured);
+            }
+        }
+        let ratio = rounds.against_virtio(Traffic::TcpOut, Contender::Program).unwrap();
+        assert_eq!(ratio, Spread { median: 0.5, low: 0.5, high: 0.5 });
+        let kinds = [Traffic::TcpOut];
+        assert_eq!(rounds.interrupts_against_virtio(&kinds, Contender::Program), Some(0.5));
+        assert_eq!(rounds.interrupts_against_virtio(&[Traffic::TcpIn], Contender::Program), None);
+        assert!(rounds.table().contains("tcp_out"));
+        assert_eq!(rounds.json()["tcp_out"]["program"]["against_virtio"]["median"], 0.5);
+    }
+}
