@@ -46,7 +46,7 @@
 //! | [`kit`], [`initramfs`], [`system`], [`put`] | what are the guests made of? |
 //! | [`module`] | how is the Linux driver built? |
 //! | [`lab`], [`qmp`], [`guest`] | what do all guests share, and how does a test speak to one? |
-//! | [`vm`], [`trial`], [`bus`] | one VM, with KVM or without; one bus |
+//! | [`vm`], [`trial`], [`bus`], [`linux`] | one VM, with KVM or without; one bus; the Linux driver in a guest |
 //! | [`process_guest`] | a guest without a virtual machine |
 //! | [`iperf`], [`nic`], [`pair`], [`tap`], [`flat`] | what many scenarios start with |
 //! | [`lost`] | what does a machine do that does not answer any more? |
@@ -69,6 +69,7 @@ pub mod l1;
 pub mod l1_wire;
 pub mod l2;
 pub mod lab;
+pub mod linux;
 pub mod lost;
 pub mod module;
 pub mod netbench;

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The table of all scenarios. Those in `vm::` run guests under QEMU; those in `kvm::` run guests
-//! on the KVM of an L1.
+//! The table of all scenarios. Those in `vm::` run guests under QEMU, those in `linux::` run guests
+//! with the Linux driver there; those in `kvm::` run guests on the KVM of an L1.
 
 mod kvm;
+mod linux;
 mod vm;
 
 use crate::l1::L1;
@@ -119,6 +120,18 @@ pub const SCENARIOS: &[Scenario] = &[
         "vm::share_off",
         "the driver reports guest memory that is not shared",
         vm::hostile::share_off,
+    ),
+    in_guests(
+        "linux::load_6_1",
+        "Linux 6.1 loads the driver, finds its devices, unloads it, again and again",
+        linux::load::v6_1,
+    ),
+    in_guests("linux::load_6_12", "the same with Linux 6.12", linux::load::v6_12),
+    in_guests("linux::load_7", "the same with Linux 7", linux::load::v7),
+    in_guests(
+        "linux::load_generic",
+        "the same with the kernels for machines of all kinds; only with --times",
+        linux::load::generic,
     ),
     beside_kvm(
         "kvm::harness",

@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Guests that drive their devices with the Linux driver, the kernel module `vbus`.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::guest::Guest;
+use crate::initramfs::{self, Archive};
+use crate::kit::kernels::{DebianKernel, Flavour, Series};
+use crate::lab::{KernelChoice, Scene};
+use crate::module;
+use crate::report::Skip;
+use crate::system::System;
+
+/// Where the module is in a guest.
+pub const MODULE: &str = "/lib/vbus.ko";
+
+/// What Linux writes to its log when something is wrong with it.
+const FAULTS: [&str; 10] = [
+    "WARNING:",
+    "BUG:",
+    "Oops",
+    "Call Trace",
+    "general protection fault",
+    "blocked for more than",
+    "NETDEV WATCHDOG",
+    "corruption",
+    "DMA-API",
+    "Unknown symbol",
+];
+
+/// The bits of `/proc/sys/kernel/tainted` that a module from elsewhere sets: out of tree (4096) and
+/// unsigned (8192).
+const TAINT: u64 = 4096 | 8192;
+
+/// How long loading or unloading the module may take.
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// One of Debian's kernels with the module, and with the tools that a user of it has: ip, tc,
+/// bpftool. The module is built if its sources have changed.
+///
+/// # Errors
+/// The module does not build, or the kit cannot fetch what it needs. It is a [`Skip`] if the mirror
+/// lacks the kernel, or if the options replace the whole kit.
+pub fn system(scene: &Scene, kernel: DebianKernel) -> Result<System> {
+    let base = scene.lab.debian(kernel)?;
+    let module = module::build(kernel, scene.lab.options().mirror.as_deref())?;
+    let release = base.kernel_version();
+    ensure!(
+        module.release == release,
+        "the module is for Linux {}, and the guest has {release}: the mirror got a newer kernel \
+         meanwhile; remove target/kit/kernels/{kernel} and target/kit/headers/{kernel}",
+        module.release
+    );
+    let mut archive = Archive::default();
+    let bytes =
+        fs::read(&module.path).with_context(|| format!("cannot read {}", module.path.display()))?;
+    archive.file(MODULE.trim_start_matches('/'), 0o644, &bytes)?;
+    if let Some(kit) = scene.lab.kit() {
+        initramfs::add_tools(&mut archive, kit)?;
+    }
+    base.extend(archive, scene.dir())
+}
+
+/// The same with the kernel of `--kernel`, or Linux 6.12 without it.
+///
+/// # Errors
+/// Those of [`system`]. It is a [`Skip`] if the kernel is a file of the user's.
+pub fn chosen_system(scene: &Scene) -> Result<System> {
+    match &scene.lab.options().kernel {
+        Some(KernelChoice::Debian(kernel)) => system(scene, *kernel),
+        None => system(scene, DebianKernel { series: Series::V6_12, flavour: Flavour::Cloud }),
+        Some(KernelChoice::File(path)) => {
+            let why =
+                format!("the module is built for Debian's kernels, not for {}", path.display());
+            Err(Skip(why).into())
+        }
+    }
+}
+
+/// Loads the module. `parameters` are its parameters.
+///
+/// # Errors
+/// The kernel refuses it.
+pub fn insert(guest: &Guest, parameters: &str) -> Result<()> {
+    guest.start(&format!("insmod {MODULE} {parameters}"))?.ok(LIMIT).map(drop)
+}
+
+/// Unloads the module.
+///
+/// # Errors
+/// The kernel refuses, or it does not come to an end.
+pub fn remove(guest: &Guest) -> Result<()> {
+    guest.start("rmmod vbus")?.ok(LIMIT).map(drop)
+}
+
+/// The folder in the guest's sysfs of the PCI function behind root port `slot` of a
+/// [`VmSpec`](crate::vm::VmSpec): the first port leads to bus 1.
+pub fn function(slot: usize) -> String {
+    format!("/sys/bus/pci/devices/0000:{:02x}:00.0", slot + 1)
+}
+
+/// The network interface of the function behind root port `slot`, once the driver has made it.
+///
+/// # Errors
+/// The driver makes none.
+pub fn interface(guest: &Guest, slot: usize) -> Result<String> {
+    let command = once(&format!("ls {}/net", function(slot)));
+    let name = guest.start(&command)?.ok(LIMIT);
+    let name = name.with_context(|| format!("no interface of the device in slot {slot}"))?;
+    Ok(name.trim().to_owned())
+}
+
+/// The network interface of the only device that the driver has made one for.
+///
+/// # Errors
+/// The driver makes none, or more than one.
+pub fn only_interface(guest: &Guest) -> Result<String> {
+    let folders = "/sys/bus/pci/drivers/vbus/*/net";
+    let name = guest.start(&once(&format!("ls {folders}")))?.ok(LIMIT).context("no interface")?;
+    ensure!(name.lines().count() == 1, "one interface was expected: {name:?}");
+    Ok(name.trim().to_owned())
+}
+
+/// A command that repeats another one until it succeeds, for a minute at most.
+fn once(command: &str) -> String {
+    format!("for i in $(seq 600); do {command} 2> /dev/null && exit; sleep 0.1; done; exit 1")
+}
+
+/// Checks that the guest's kernel has complained of nothing, and that nothing but the module's
+/// origin taints it.
+///
+/// # Errors
+/// It has. The error has the lines of its log.
+pub fn check_kernel(guest: &Guest) -> Result<()> {
+    let log = guest.ok("dmesg")?;
+    if let Some(complaint) = complaint(&log) {
+        anyhow::bail!("the guest's kernel complains:\n{complaint}");
+    }
+    let text = guest.ok("cat /proc/sys/kernel/tainted")?;
+    let taint: u64 = text.trim().parse().with_context(|| format!("tainted is {text:?}"))?;
+    ensure!(taint & !TAINT == 0, "the guest's kernel is tainted by {:#x}", taint & !TAINT);
+    Ok(())
+}
+
+/// The first complaint in a kernel's log, with the lines after it.
+fn complaint(log: &str) -> Option<String> {
+    const LINES: usize = 40;
+    let is_fault = |line: &&str| FAULTS.iter().any(|fault| line.contains(fault));
+    let lines: Vec<&str> = log.lines().skip_while(|line| !is_fault(line)).take(LINES).collect();
+    (!lines.is_empty()).then(|| lines.join("\n"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_complaint_of_the_kernel_is_found() {
+        let quiet =
+            "[ 0.0] Linux version 6.1\n[ 1.0] vbus: loading out-of-tree module taints kernel.\n";
+        assert_eq!(complaint(quiet), None);
+        let log = format!(
+            "{quiet}[ 2.0] WARNING: CPU: 0 PID: 1 at net/core/dev.c:1\n[ 2.0] Call Trace:\n"
+        );
+        let found = complaint(&log).unwrap_or_default();
+        assert!(found.starts_with("[ 2.0] WARNING:") && found.ends_with("Call Trace:"), "{found}");
+    }
+}

@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The module in each of Debian's kernels: it is loaded, finds its devices, and is unloaded.
+
+use anyhow::{Context, Result, ensure};
+
+use crate::bus::{Bus, device};
+use crate::guest::Guest;
+use crate::kit::kernels::{DebianKernel, Flavour, Series};
+use crate::lab::Scene;
+use crate::linux;
+use crate::report::Skip;
+use crate::vm::VmSpec;
+
+/// The devices of the guest: name and class, in the order of their root ports.
+const DEVICES: [(&str, &str, &str); 3] = [
+    ("net0", "venet", "backend = \"switch\""),
+    ("values", "state", "pages = [{ name = \"setpoint\", bytes = 64, owner = \"device\" }]"),
+    ("net1", "venet", "backend = \"switch\"\nqueue-pairs = 2"),
+];
+
+/// How often the module is loaded anew if nobody says how often.
+const TIMES: u32 = 5;
+
+/// Linux 6.1 of Debian 12.
+pub fn v6_1(scene: &Scene) -> Result<()> {
+    load(scene, DebianKernel { series: Series::V6_1, flavour: Flavour::Cloud })
+}
+
+/// Linux 6.12 of Debian 13.
+pub fn v6_12(scene: &Scene) -> Result<()> {
+    load(scene, DebianKernel { series: Series::V6_12, flavour: Flavour::Cloud })
+}
+
+/// Linux 7 of Debian 13's backports.
+pub fn v7(scene: &Scene) -> Result<()> {
+    load(scene, DebianKernel { series: Series::V7, flavour: Flavour::Cloud })
+}
+
+/// The kernels for machines of all kinds. They are large, so they are for long runs.
+pub fn generic(scene: &Scene) -> Result<()> {
+    if scene.lab.times().is_none() {
+        return Err(Skip("only with --times: the kit fetches three large kernels".into()).into());
+    }
+    DebianKernel::GENERIC
+        .into_iter()
+        .try_for_each(|kernel| load(scene, kernel).with_context(|| format!("Linux {kernel}")))
+}
+
+/// Boots the kernel, and loads and unloads the module again and again.
+fn load(scene: &Scene, kernel: DebianKernel) -> Result<()> {
+    let system = linux::system(scene, kernel)?;
+    let config: String =
+        DEVICES.map(|(name, class, settings)| device(name, class, settings)).concat();
+    let bus = Bus::start(scene, &config)?;
+    let mut machine = VmSpec::new(&kernel.to_string());
+    for (name, ..) in DEVICES {
+        machine = machine.device(bus.socket(name));
+    }
+    machine.system = Some(system);
+    let vm = machine.boot(scene)?;
+    let guest = &vm.guest;
+    let release = guest.ok("uname -r")?;
+    ensure!(kernel.is(release.trim()), "Linux {kernel} was asked for, and {release} has booted");
+    linux::check_kernel(guest).context("before the module is loaded")?;
+    let times = scene.lab.times().unwrap_or(TIMES);
+    for time in 1..=times {
+        linux::insert(guest, "").with_context(|| format!("time {time}"))?;
+        find_devices(guest).with_context(|| format!("time {time}"))?;
+        linux::remove(guest).with_context(|| format!("time {time}"))?;
+        ensure!(
+            guest.ok("ls /sys/bus/pci/drivers")?.lines().all(|driver| driver != "vbus"),
+            "the driver is still there"
+        );
+    }
+    linux::insert(guest, "")?;
+    find_devices(guest)?;
+    linux::check_kernel(guest)?;
+    vm.power_off()
+}
+
+/// Checks that each device has the driver, and that sysfs tells its class and its name. A device of
+/// a class that the driver does not know stays free for others, and the kernel's log says so.
+fn find_devices(guest: &Guest) -> Result<()> {
+    let log = guest.ok("dmesg")?;
+    for (slot, (name, class, _)) in DEVICES.into_iter().enumerate() {
+        let folder = linux::function(slot);
+        let driver = guest.run(&format!("readlink {folder}/driver"))?.stdout;
+        let driver = driver.trim().rsplit('/').next().unwrap_or_default();
+        if log.contains(&format!("does not know the class {class} ")) {
+            ensure!(driver != "vbus", "the driver has {name}, whose class it does not know");
+            continue;
+        }
+        ensure!(driver == "vbus", "the driver of {name} is {driver:?}; the kernel's log:\n{log}");
+        let told = guest.ok(&format!("cat {folder}/vbus/class {folder}/vbus/name"))?;
+        ensure!(
+            told == format!("{class}\n{name}\n"),
+            "the device {name} of the class {class} is told as {told:?}"
+        );
+    }
+    Ok(())
+}
