@@ -8,6 +8,7 @@
 #include <linux/dma-mapping.h>
 #include <linux/interrupt.h>
 #include <linux/io.h>
+#include <linux/ioport.h>
 #include <linux/ktime.h>
 #include <linux/lockdep.h>
 #include <linux/mm.h>
@@ -282,6 +283,16 @@ void shim_write64(void *place, u64 value)
 void shim_port_write8(u16 port, u8 value)
 {
 	outb(value, port);
+}
+
+bool shim_ports_claim(u16 first, u32 count)
+{
+	return request_region(first, count, "vbus");
+}
+
+void shim_ports_release(u16 first, u32 count)
+{
+	release_region(first, count);
 }
 
 #ifdef CONFIG_X86

@@ -125,6 +125,9 @@ u64 shim_read64(const void *place);
 void shim_write32(void *place, u32 value);
 void shim_write64(void *place, u64 value);
 void shim_port_write8(u16 port, u8 value);
+/* Claims I/O ports for this driver. False: somebody else has one of them. */
+bool shim_ports_claim(u16 first, u32 count);
+void shim_ports_release(u16 first, u32 count);
 
 /* ---- kernel.c: the hypervisor. The first two are false and zeros on other than x86. ---- */
 

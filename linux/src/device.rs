@@ -99,6 +99,7 @@ impl Device {
         };
         // Without it VMMs withhold the function's messages.
         pci.set_master(true);
+        KernelHal::claim_ports(&inspect);
         let costs = inspect.choose_doorbell(RINGS);
         let interrupts = Interrupts::new(pci, VECTORS_MAX, inspect.acknowledger())
             .inspect_err(|error| dev_err!(pci, "the kernel has no interrupt for it: {error}"))?;

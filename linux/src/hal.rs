@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The kernel as the environment of a driver ([`vbus_driver::Hal`]).
-#![allow(unsafe_code, reason = "I/O ports")]
 
-use vbus_driver::{COMMAND_BOUND, Doorbell, Hal, Memory, NoMemory, RegionTable};
+use vbus_driver::{COMMAND_BOUND, Doorbell, Function, Hal, Memory, NoMemory, RegionTable};
 use vbus_shm::abi::{bar0, capability};
 use vbus_shm::sync::Word;
 
+use crate::dev_info;
 use crate::hypercall;
 use crate::kernel::dma::Coherent;
 use crate::kernel::pci::{Bar, Pci};
-use crate::kernel::{Errno, KVec, Ref, time, x86};
+use crate::kernel::port::Ports;
+use crate::kernel::{Errno, KVec, Ref, time};
 
 /// How long the driver spins for a command before it sleeps, in nanoseconds: most commands end
 /// within the write.
@@ -23,13 +24,38 @@ pub struct KernelHal(Ref<Inner>);
 struct Inner {
     pci: Pci,
     bar: Bar,
+    ports: Ports,
 }
 
 impl KernelHal {
     /// The environment of a function, whose BAR 0 this driver has claimed.
     pub fn new(pci: &Pci) -> Result<Self, Errno> {
         let bar = Bar::map(pci, bar0::SIZE)?;
-        Ok(Self(Ref::new(Inner { pci: pci.clone(), bar })?))
+        Ok(Self(Ref::new(Inner { pci: pci.clone(), bar, ports: Ports::new() })?))
+    }
+
+    /// Claims the I/O ports that ring the function's doorbells, if it offers that. Until then, and
+    /// where another driver has one of the ports, this environment rings no ports: a device could
+    /// name those of another device.
+    pub fn claim_ports(function: &Function<Self>) {
+        let last = function.info().max_regions.saturating_sub(1);
+        let ports = function
+            .doorbells_offered()
+            .find(|doorbell| doorbell.kind == capability::KIND_PIO)
+            .and_then(|doorbell| {
+                let port = |handle| u16::try_from(doorbell.offset(handle)).ok();
+                Some((port(0)?, port(last)?))
+            });
+        if let Some((first, last)) = ports {
+            let hal = function.hal();
+            if !hal.0.ports.claim(first, last) {
+                dev_info!(
+                    hal.pci(),
+                    "the doorbells at ports {first:#x} to {last:#x} are not used: another driver \
+                     has one of these ports"
+                );
+            }
+        }
     }
 
     /// The function.
@@ -70,7 +96,8 @@ impl Hal for KernelHal {
 
     fn can_ring(&self, kind: u8) -> bool {
         match kind {
-            capability::KIND_MMIO | capability::KIND_PIO => true,
+            capability::KIND_MMIO => true,
+            capability::KIND_PIO => self.0.ports.are_claimed(),
             capability::KIND_HYPERCALL => hypercall::can_ring(),
             _ => false,
         }
@@ -79,11 +106,9 @@ impl Hal for KernelHal {
     #[inline]
     fn ring(&self, doorbell: Doorbell, handle: u32) {
         let place = doorbell.offset(handle);
-        match (doorbell.kind, u16::try_from(place)) {
-            // SAFETY: the function's capability names the port, and has been checked for all of its
-            // doorbells. A write to it rings, whatever its value.
-            (capability::KIND_PIO, Ok(port)) => unsafe { x86::port_write8(port, 1) },
-            (capability::KIND_HYPERCALL, _) => hypercall::ring(place),
+        match doorbell.kind {
+            capability::KIND_PIO => self.0.ports.write8(place, 1),
+            capability::KIND_HYPERCALL => hypercall::ring(place),
             _ => self.write32(place, 1),
         }
     }

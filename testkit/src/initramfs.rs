@@ -199,13 +199,16 @@ fn add_module(
 
 /// The names in the `depends=` field of a module's `.modinfo` section.
 fn depends(module: &[u8]) -> Vec<String> {
-    const KEY: &[u8] = b"\0depends=";
-    let Some(at) = module.windows(KEY.len()).position(|window| window == KEY) else {
-        return Vec::new();
-    };
-    let value = module[at + KEY.len()..].split(|byte| *byte == 0).next().unwrap_or_default();
-    let text = String::from_utf8_lossy(value).into_owned();
+    let text = modinfo(module, "depends").unwrap_or_default();
     text.split(',').filter(|name| !name.is_empty()).map(|name| name.replace('-', "_")).collect()
+}
+
+/// A field of a module's `.modinfo` section, as the program modinfo prints it.
+pub fn modinfo(module: &[u8], field: &str) -> Option<String> {
+    let key = format!("\0{field}=");
+    let at = module.windows(key.len()).position(|window| window == key.as_bytes())?;
+    let value = module[at + key.len()..].split(|byte| *byte == 0).next()?;
+    Some(String::from_utf8_lossy(value).into_owned())
 }
 
 fn find(dir: &Path, files: &mut Vec<std::path::PathBuf>) -> Result<()> {

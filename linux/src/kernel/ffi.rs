@@ -69,6 +69,8 @@ unsafe extern "C" {
     pub fn shim_write32(place: *mut c_void, value: u32);
     pub fn shim_write64(place: *mut c_void, value: u64);
     pub fn shim_port_write8(port: u16, value: u8);
+    pub fn shim_ports_claim(first: u16, count: u32) -> bool;
+    pub fn shim_ports_release(first: u16, count: u32);
 
     pub fn shim_has_hypervisor() -> bool;
     pub fn shim_has_vmmcall() -> bool;

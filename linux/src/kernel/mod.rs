@@ -9,6 +9,7 @@ pub mod irq;
 pub mod lock;
 pub mod log;
 pub mod pci;
+pub mod port;
 pub mod time;
 pub mod work;
 pub mod x86;

@@ -74,12 +74,3 @@ pub unsafe fn hypercall(vmmcall: bool, call: u64, parameter: u64) -> u64 {
 pub unsafe fn hypercall(_vmmcall: bool, _call: u64, _parameter: u64) -> u64 {
     u64::MAX
 }
-
-/// Writes a byte to an I/O port.
-///
-/// # Safety
-/// A write to the port does nothing to memory or to devices of others.
-pub unsafe fn port_write8(port: u16, value: u8) {
-    // SAFETY: by the caller's promise.
-    unsafe { ffi::shim_port_write8(port, value) };
-}

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, ensure};
 use super::headers::Headers;
 use super::object;
 use super::toolchain::Toolchain;
+use crate::initramfs::modinfo;
 use crate::kit::kernels::DebianKernel;
 
 /// The compiler, by the name under which Debian's kernels know theirs.
@@ -92,6 +93,7 @@ pub(super) fn build(
     );
     let built = place.join("vbus.ko");
     check_relocations(toolchain, &built)?;
+    check_info(&fs::read(&built)?, &headers.release)?;
     // What a debugger reads stays in `build`.
     let status = toolchain
         .command("x86_64-linux-gnu-strip")
@@ -124,6 +126,23 @@ fn check_relocations(toolchain: &Toolchain, module: &Path) -> Result<()> {
             "the kernel cannot load {}, for it has the relocation\n{line}",
             module.display()
         );
+    }
+    Ok(())
+}
+
+/// Checks what a module says of itself: a kernel would refuse it, or be tainted by it, or would not
+/// load it for a device.
+fn check_info(module: &[u8], release: &str) -> Result<()> {
+    let expected = [
+        ("vermagic", format!("{release} ")),
+        ("license", "Dual MIT/GPL".into()),
+        ("retpoline", "Y".into()),
+        ("version", env!("CARGO_PKG_VERSION").into()),
+        ("alias", "pci:v00001AF4d000010F5".into()),
+    ];
+    for (field, begin) in expected {
+        let value = modinfo(module, field).unwrap_or_default();
+        ensure!(value.starts_with(&begin), "the module's {field} is {value:?}, not {begin:?}");
     }
     Ok(())
 }
