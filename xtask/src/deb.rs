@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `cargo xtask deb` makes the Debian package `vbus`: the programs, linked statically, their man
-//! pages and completions, and the units of systemd in `packaging/`.
+//! pages and completions, and the units of systemd in `packaging/`. With `--dkms` it makes
+//! `vbus-dkms` ([`dkms`](crate::dkms)), for guests.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -11,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use testkit::process::RunDir;
 use testkit::workspace;
 
-use crate::man;
+use crate::{dkms, man};
 
 /// The files of `packaging/`, with their places in the package.
 const FILES: [(&str, &str); 6] = [
@@ -31,6 +32,14 @@ pub struct Args {
     /// Build nothing: use the programs as they were built last
     #[arg(long)]
     as_built: bool,
+    /// Make the package `vbus-dkms` instead: the Linux driver for guests, which DKMS builds for
+    /// each kernel there
+    #[arg(long, conflicts_with = "as_built")]
+    dkms: bool,
+    /// The Debian mirror to fetch the driver's compiler from, in place of the one in apt's
+    /// configuration
+    #[arg(long, value_name = "URL", requires = "dkms")]
+    mirror: Option<String>,
 }
 
 /// Makes the package, and prints its path.
@@ -39,7 +48,12 @@ pub fn run(args: &Args) -> Result<bool> {
         Some(out) => std::path::absolute(out)?,
         None => workspace::target().join("debian"),
     };
-    println!("{}", make(&out, args.as_built)?.display());
+    let package = if args.dkms {
+        dkms::make(&out, args.mirror.as_deref())?
+    } else {
+        make(&out, args.as_built)?
+    };
+    println!("{}", package.display());
     Ok(true)
 }
 
@@ -72,12 +86,7 @@ fn make(out: &Path, as_built: bool) -> Result<PathBuf> {
         put(&packaging.join(from), &root.join(to), 0o644)?;
     }
     fs::create_dir_all(root.join("etc/vbus"))?;
-    let licences = ["LICENSE-APACHE", "LICENSE-MIT"]
-        .map(|name| fs::read_to_string(workspace::root().join(name)));
-    let [apache, mit] = licences;
-    let copyright = root.join("usr/share/doc/vbus/copyright");
-    fs::write(&copyright, format!("{}\n{}", mit?, apache?))
-        .with_context(|| copyright.display().to_string())?;
+    put_copyright(&root, "vbus")?;
     let architecture = text(Command::new("dpkg").arg("--print-architecture"))?;
     let version = env!("CARGO_PKG_VERSION");
     let control = fs::read_to_string(packaging.join("debian/control"))?
@@ -88,19 +97,36 @@ fn make(out: &Path, as_built: bool) -> Result<PathBuf> {
     for script in ["postinst", "prerm", "postrm"] {
         put(&packaging.join("debian").join(script), &root.join("DEBIAN").join(script), 0o755)?;
     }
+    pack(&root, out, &format!("vbus_{version}_{architecture}.deb"))
+}
+
+/// Writes the licences to where the package `name` has them.
+pub fn put_copyright(root: &Path, name: &str) -> Result<()> {
+    let licences = ["LICENSE-APACHE", "LICENSE-MIT"]
+        .map(|name| fs::read_to_string(workspace::root().join(name)));
+    let [apache, mit] = licences;
+    let folder = root.join("usr/share/doc").join(name);
+    let copyright = folder.join("copyright");
+    fs::create_dir_all(&folder)
+        .and_then(|()| fs::write(&copyright, format!("{}\n{}", mit?, apache?)))
+        .with_context(|| copyright.display().to_string())
+}
+
+/// Makes the package `name` of the files in `root`, in the folder `out`. Returns its path.
+pub fn pack(root: &Path, out: &Path, name: &str) -> Result<PathBuf> {
     fs::create_dir_all(out).with_context(|| format!("cannot make {}", out.display()))?;
-    let package = out.join(format!("vbus_{version}_{architecture}.deb"));
+    let package = out.join(name);
     done(
         Command::new("dpkg-deb")
             .args(["--root-owner-group", "-Zxz", "-z1", "--build"])
-            .args([&root, &package])
+            .args([root, &package])
             .stdout(std::process::Stdio::null()),
     )?;
     Ok(package)
 }
 
 /// Copies a file, with this mode, and makes its folders.
-fn put(from: &Path, to: &Path, mode: u32) -> Result<()> {
+pub fn put(from: &Path, to: &Path, mode: u32) -> Result<()> {
     let copy = || -> std::io::Result<()> {
         if let Some(folder) = to.parent() {
             fs::create_dir_all(folder)?;
@@ -165,7 +191,7 @@ mod tests {
         let mut files: Vec<_> = fs::read_dir(packaging)
             .unwrap()
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-            .filter(|name| name != "debian")
+            .filter(|name| name != "debian" && name != "dkms")
             .collect();
         files.sort();
         let mut known = FILES.map(|(name, _)| name.to_owned());

@@ -6,6 +6,7 @@ mod commands;
 mod console;
 mod deb;
 mod demo;
+mod dkms;
 mod docs;
 mod faults;
 mod fuzz;
@@ -80,7 +81,7 @@ enum Command {
     },
     /// Write the man pages and shell completions of every program
     Man(man::Args),
-    /// Make the Debian package `vbus`
+    /// Make the Debian package `vbus`, or `vbus-dkms`, the Linux driver for guests
     Deb(deb::Args),
     /// Build the Linux driver, the kernel module `vbus`, for Debian's kernels
     Module(module::Args),

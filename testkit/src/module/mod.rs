@@ -8,7 +8,7 @@
 
 pub mod headers;
 mod link;
-pub mod object;
+mod object;
 pub mod toolchain;
 
 use std::collections::hash_map::DefaultHasher;
@@ -42,6 +42,15 @@ pub fn build(kernel: DebianKernel, mirror: Option<&str>) -> Result<Module> {
     let object = object::build(&toolchain)?;
     let path = link::build(&toolchain, &headers, kernel, &object)?;
     Ok(Module { release: headers.release, path })
+}
+
+/// Builds the Rust part of the module, which is the same for every kernel. For `mirror` see
+/// [`Kit::get`](crate::kit::Kit::get). Returns its path.
+///
+/// # Errors
+/// Those of [`build`].
+pub fn object(mirror: Option<&str>) -> Result<PathBuf> {
+    object::build(&Toolchain::get(&workspace::target(), mirror)?)
 }
 
 /// The sources of the module: the folder `linux` of the workspace.
