@@ -6,6 +6,7 @@ use core::ffi::{c_int, c_long, c_uint, c_ulong, c_void};
 use core::fmt::{self, Write};
 
 use vbus_driver::{Costs, Doorbell, Error, Function, Info, has_signature};
+use vbus_shm::abi;
 
 use crate::hal::KernelHal;
 use crate::interrupt::Interrupts;
@@ -60,8 +61,10 @@ type Probe = fn(&Device) -> Result<KBox<dyn Class>, Errno>;
 /// What takes a device of this class, if the driver knows the class. Each class has its arm here.
 fn driver_of(class: u32) -> Option<Probe> {
     // Class numbers have 16 bits.
-    let _class = u16::try_from(class).ok()?;
-    None
+    match u16::try_from(class).ok()? {
+        abi::class::VENET => Some(|device| Ok(self::class(crate::net::probe(device)?))),
+        _ => None,
+    }
 }
 
 /// A function of vbus that is enabled, as its class finds it.

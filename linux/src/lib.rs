@@ -17,5 +17,6 @@ pub mod hal;
 pub mod hypercall;
 pub mod interrupt;
 pub mod kernel;
+pub mod net;
 mod panic;
 pub mod watch;

@@ -25,6 +25,8 @@ impl Errno {
     pub const INVALID: Self = Self(22);
     /// There is no room.
     pub const NO_SPACE: Self = Self(28);
+    /// Out of range.
+    pub const RANGE: Self = Self(34);
     /// The device broke the protocol.
     pub const PROTOCOL: Self = Self(71);
     /// Not supported.
