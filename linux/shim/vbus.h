@@ -106,6 +106,8 @@ void *shim_irq_request(void *pci, u32 index, bool shared, const char *name, u64 
 void shim_irq_free(void *irq);
 /* The number by which the kernel knows it. */
 u32 shim_irq_number(void *irq);
+/* Lets the nth of the processors near the function handle it, unless the administrator says else. */
+void shim_irq_prefer(void *irq, u32 nth);
 /* Waits until the handler does not run, and keeps it from running. May sleep. */
 void shim_irq_disable(void *irq);
 void shim_irq_enable(void *irq);

@@ -54,6 +54,9 @@ impl Interrupts {
     /// interrupt context. INTx has been acknowledged before: it is time to look at the signals.
     /// `name` is what /proc/interrupts calls it, at most 31 bytes. The caller may sleep.
     ///
+    /// With several vectors, each from vector 1 on goes to a processor of its own, as long as there
+    /// are enough: vector 0 is for what is rare.
+    ///
     /// # Safety
     /// `target` stays valid, at its place, and is only shared, until the result is dropped.
     pub unsafe fn request<T: Sync>(
@@ -66,6 +69,9 @@ impl Interrupts {
         let acknowledger = (self.kind() == Kind::Intx).then(|| self.0.acknowledger.clone());
         let call = KBox::new(Call { acknowledger, target, run, vector })?;
         let irq = Irq::new(&self.0.vectors, vector, name, call)?;
+        if let Some(nth) = vector.checked_sub(1) {
+            irq.prefer_processor(nth.into());
+        }
         Ok(Interrupt { irq, _vectors: self.clone() })
     }
 }

@@ -57,6 +57,7 @@ unsafe extern "C" {
     ) -> *mut c_void;
     pub fn shim_irq_free(irq: *mut c_void);
     pub fn shim_irq_number(irq: *mut c_void) -> u32;
+    pub fn shim_irq_prefer(irq: *mut c_void, nth: u32);
     pub fn shim_irq_disable(irq: *mut c_void);
     pub fn shim_irq_enable(irq: *mut c_void);
 

@@ -137,6 +137,13 @@ impl<H: Handler> Irq<H> {
         unsafe { ffi::shim_irq_number(self.raw.as_ptr()) }
     }
 
+    /// Lets the `nth` of the processors near the function handle it. With fewer processors they
+    /// take turns. An administrator may set another one.
+    pub fn prefer_processor(&self, nth: u32) {
+        // SAFETY: the handle is valid as long as this.
+        unsafe { ffi::shim_irq_prefer(self.raw.as_ptr(), nth) };
+    }
+
     /// Waits until the handler does not run, and keeps it from running until
     /// [`enable`](Self::enable). It sleeps.
     pub fn disable(&self) {
