@@ -361,10 +361,11 @@ impl<H: Hal> Nic<H> {
     /// there is traffic.
     pub fn counters(&self, q: u16) -> Result<PairCounters, Error> {
         let reader = self.counters.as_ref().ok_or(Error::Unsupported("no counters page"))?;
-        let mut value = [0; COUNTERS_BYTES];
-        let used = value.len().min(reader.layout().value_bytes());
-        reader.read(&mut value[..used]).map_err(|state::Overrun| NEVER_STILL)?;
-        Ok(pages::counters(&value[..used], q))
+        // A pair that the page does not have counts nothing.
+        let mut value = [0; counters_page::BYTES as usize];
+        let first = usize::from(q) * counters_page::WORDS;
+        reader.read_from(first, &mut value).map_err(|state::Overrun| NEVER_STILL)?;
+        Ok(pages::counters(&value))
     }
 
     /// Reads the newest status, and notes its version for [`arm_status`](Self::arm_status).
@@ -391,6 +392,4 @@ impl<H: Hal> Nic<H> {
     }
 }
 
-/// Bytes of the largest counters page.
-const COUNTERS_BYTES: usize = counters_page::BYTES as usize * venet::QUEUE_PAIRS_MAX as usize;
 const NEVER_STILL: Error = Error::Corrupt("a page that changes during every read");

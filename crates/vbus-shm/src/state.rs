@@ -235,11 +235,27 @@ impl<M: Memory, E: End> Reader<M, E> {
     pub fn read(&self, out: &mut [u8]) -> Result<u64, Overrun> {
         if out.len() <= self.layout.value_bytes() {
             // The first try succeeds as a rule.
-            if let Some(version) = self.try_read(out) {
+            if let Some(version) = self.try_read(0, out) {
                 return Ok(version);
             }
         }
-        self.read_again(out)
+        self.read_again(0, out)
+    }
+
+    /// Copies a part of the current value, from its word `first` on, to the front of `out`, and
+    /// returns the value's version. Copies at most what the value has there. For a large value of
+    /// which a reader wants little.
+    ///
+    /// # Errors
+    /// [`Overrun`], as of [`read`](Self::read).
+    pub fn read_from(&self, first: usize, out: &mut [u8]) -> Result<u64, Overrun> {
+        let has = self.layout.value_bytes().saturating_sub(first.saturating_mul(WORD));
+        let wanted = out.len().min(has);
+        let out = &mut out[..wanted];
+        match self.try_read(first, out) {
+            Some(version) => Ok(version),
+            None => self.read_again(first, out),
+        }
     }
 
     /// As [`read`](Self::read), but tries once only. For a reader that has other work and comes
@@ -249,13 +265,13 @@ impl<M: Memory, E: End> Reader<M, E> {
     /// [`Overrun`]: the owner wrote all slots while this end copied.
     pub fn read_once(&self, out: &mut [u8]) -> Result<u64, Overrun> {
         let wanted = out.len().min(self.layout.value_bytes());
-        self.try_read(&mut out[..wanted]).ok_or(Overrun)
+        self.try_read(0, &mut out[..wanted]).ok_or(Overrun)
     }
 
     #[cold]
-    fn read_again(&self, out: &mut [u8]) -> Result<u64, Overrun> {
+    fn read_again(&self, first: usize, out: &mut [u8]) -> Result<u64, Overrun> {
         let wanted = out.len().min(self.layout.value_bytes());
-        (1..self.tries()).find_map(|_| self.try_read(&mut out[..wanted])).ok_or(Overrun)
+        (1..self.tries()).find_map(|_| self.try_read(first, &mut out[..wanted])).ok_or(Overrun)
     }
 
     /// How often a read tries. Both the tries and the bytes that they copy are bounded.
@@ -265,10 +281,10 @@ impl<M: Memory, E: End> Reader<M, E> {
     }
 
     #[inline(always)]
-    fn try_read(&self, out: &mut [u8]) -> Option<u64> {
+    fn try_read(&self, first: usize, out: &mut [u8]) -> Option<u64> {
         let words = self.mem.words();
         let version = self.rx.seen(words);
-        copy::load(self.layout.slot(words, version), out);
+        copy::load(self.layout.slot(words, version).get(first..).unwrap_or_default(), out);
         // Pairs with the fence in Tx::post. If the copy has a word of a later value in this slot,
         // the load below sees the `seq` of the version before that value.
         fence(Fence::Read);
@@ -374,6 +390,25 @@ mod tests {
             Latest::<_, _, 20>::new(Reader::attach(&memory[..], Driver).unwrap()).unwrap();
         assert_eq!(short.read(), Ok(&[8; 4]));
         assert_eq!(long.read().map(|v| (v[15], v[16])), Ok((8, 0)));
+    }
+
+    #[test]
+    fn a_part_of_a_value_is_read_up_to_its_end() {
+        let memory = memory(Layout::new(21, 4).unwrap(), 0);
+        let mut writer = Writer::attach(&memory[..], Device).unwrap();
+        let value: Vec<u8> = (1..=21).collect();
+        let _ = writer.write(&value);
+        let reader = Reader::attach(&memory[..], Driver).unwrap();
+        for first in [0, 1, 2, 3, usize::MAX] {
+            let mut out = [99; 16];
+            assert_eq!(reader.read_from(first, &mut out), Ok(1));
+            let part = value.get(first.saturating_mul(WORD)..).unwrap_or_default();
+            let part = &part[..part.len().min(16)];
+            assert_eq!(
+                (&out[..part.len()], &out[part.len()..]),
+                (part, &vec![99; 16 - part.len()][..])
+            );
+        }
     }
 
     #[test]

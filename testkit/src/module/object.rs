@@ -45,6 +45,10 @@ const FLAGS: [&str; 18] = [
     "-Cdebuginfo=0",
 ];
 
+/// The most bytes of the stack that one function may take. The stack has 16 KiB, and the kernel's
+/// own functions are on it too. (The kernel warns of 2 KiB in C.)
+const FRAME_MAX: u64 = 3072;
+
 /// A crate to compile.
 struct Crate {
     name: &'static str,
@@ -121,9 +125,50 @@ pub fn build(toolchain: &Toolchain) -> Result<PathBuf> {
         compile(toolchain, &dir, &shm, None)?;
         compile(toolchain, &dir, &driver, None)?;
         compile(toolchain, &dir, &linux, Some(&object))?;
+        check_stack(toolchain, &object)?;
         super::note(&object, &fingerprint)?;
     }
     Ok(object)
+}
+
+/// Checks that no function takes so much of the kernel's small stack that a chain of calls could
+/// run out of it.
+fn check_stack(toolchain: &Toolchain, object: &Path) -> Result<()> {
+    let output = toolchain
+        .command("x86_64-linux-gnu-objdump")
+        .args(["--disassemble", "--no-show-raw-insn"])
+        .arg(object)
+        .output()
+        .context("cannot run the kit's objdump")?;
+    ensure!(output.status.success(), "objdump could not read {}", object.display());
+    let frames = frames(&String::from_utf8_lossy(&output.stdout));
+    ensure!(!frames.is_empty(), "objdump shows no function of {}", object.display());
+    for (function, bytes) in frames {
+        ensure!(
+            bytes <= FRAME_MAX,
+            "{function} takes {bytes} bytes of the kernel's stack, and {FRAME_MAX} is the most: \
+             build large values in place (KBox), or pass less by value"
+        );
+    }
+    Ok(())
+}
+
+/// The functions of a disassembly, each with the bytes by which it moves the stack.
+fn frames(disassembly: &str) -> Vec<(String, u64)> {
+    let mut frames = Vec::new();
+    for line in disassembly.lines() {
+        if let Some(name) = line.strip_suffix(">:").and_then(|line| line.split_once(" <")) {
+            frames.push((name.1.to_owned(), 0));
+        } else if let Some((_, rest)) = line.split_once("sub ") {
+            // A large frame is taken page by page, so the steps are added.
+            let by = rest.trim().strip_prefix("$0x").and_then(|rest| rest.strip_suffix(",%rsp"));
+            let by = by.and_then(|by| u64::from_str_radix(by, 16).ok());
+            if let (Some(by), Some((_, sum))) = (by, frames.last_mut()) {
+                *sum += by;
+            }
+        }
+    }
+    frames
 }
 
 /// Compiles a crate: to a library in `dir`, or to the object.
@@ -151,4 +196,28 @@ fn compile(toolchain: &Toolchain, dir: &Path, it: &Crate, object: Option<&Path>)
         String::from_utf8_lossy(&output.stderr).trim()
     );
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_frames_of_a_disassembly_are_found() {
+        let text = "
+Disassembly of section .text:
+
+0000000000000010 <small>:
+  10:	endbr64
+  14:	sub    $0x18,%rsp
+  18:	sub    $0x8,%rax
+
+0000000000000030 <_R5large>:
+  30:	sub    $0x1000,%rsp
+  37:	movq   $0x0,(%rsp)
+  3f:	sub    $0x118,%rsp
+";
+        let frame = |name: &str, bytes| (name.to_owned(), bytes);
+        assert_eq!(frames(text), [frame("small", 0x18), frame("_R5large", 0x1118)]);
+    }
 }

@@ -86,7 +86,6 @@ pub(super) fn status(value: &[u8]) -> NicStatus {
     }
 }
 
-pub(super) fn counters(value: &[u8], q: u16) -> PairCounters {
-    let first = usize::from(q) * counters_page::WORDS;
-    PairCounters(core::array::from_fn(|at| word(value, first + at)))
+pub(super) fn counters(value: &[u8]) -> PairCounters {
+    PairCounters(core::array::from_fn(|at| word(value, at)))
 }
