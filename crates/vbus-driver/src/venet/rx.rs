@@ -50,14 +50,15 @@ impl<H: Hal> RxRing<H> {
         self.header_bytes
     }
 
-    /// How many more buffers the ring has room for.
+    /// How many more buffers the ring has room for. Buffers of a frame that has come in part count
+    /// as those of the device.
     pub fn space(&self) -> u32 {
-        self.ring.end.space()
+        self.ring.end.space().saturating_sub(self.incomplete())
     }
 
-    /// How many buffers the device has.
+    /// How many buffers the device has, those of a frame that has come in part among them.
     pub fn in_flight(&self) -> u32 {
-        self.ring.end.in_flight()
+        self.ring.end.in_flight() + self.incomplete()
     }
 
     /// Gives the [`buffer_bytes`](Self::buffer_bytes) at the device's address `addr` to the device.
@@ -76,9 +77,10 @@ impl<H: Hal> RxRing<H> {
         self.submit(addr, 0)
     }
 
-    /// The buffers that the driver has given and not got back as parts of whole frames.
-    fn outstanding(&self) -> usize {
-        self.in_flight() as usize + if self.whole { 0 } else { self.count }
+    /// The buffers of the frame that has come in part: at most [`CHAIN_MAX`].
+    #[allow(clippy::cast_possible_truncation, reason = "at most CHAIN_MAX")]
+    fn incomplete(&self) -> u32 {
+        if self.whole { 0 } else { self.count as u32 }
     }
 
     #[inline(always)]
@@ -224,7 +226,7 @@ impl<H: Hal> Rx<H> {
         let Some(bits) = free.filter(|_| is_buffer) else {
             return Err(Error::Unsupported("a receive buffer of that number"));
         };
-        let slot = (self.oldest + self.ring.outstanding()) % self.order.len();
+        let slot = (self.oldest + self.ring.in_flight() as usize) % self.order.len();
         // There are as many ids as entries, so there is room.
         self.ring.submit(self.buffers.address(at), id)?;
         *bits |= bit;

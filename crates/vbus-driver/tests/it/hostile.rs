@@ -67,12 +67,15 @@ fn an_honest_frame_is_received() {
     assert_eq!(rig.receive(), Ok(None));
     rig.give_back(|entry| Return { len: BUFFER_MIN, flags: NEXT, ..entry });
     assert_eq!(rig.receive(), Ok(None), "it is not whole");
+    assert_eq!(rig.rx.space(), 0, "a buffer of a frame that has come in part is not free");
+    assert!(rig.rx.give(0).is_err());
     rig.give_back(|entry| Return { len: 60, ..entry });
     let frame = rig.rx.receive().unwrap().unwrap().to_vec();
     assert_eq!(
         frame.iter().map(|piece| (piece.id, piece.len)).collect::<Vec<_>>(),
         [(0, BUFFER_MIN), (1, 60)]
     );
+    assert_eq!(rig.rx.space(), 2);
     for piece in frame {
         rig.rx.give(piece.id).unwrap();
     }
